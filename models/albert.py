@@ -7,7 +7,7 @@ from typing import Annotated
 import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Table
 from treadle.ir.errors import FrontendError
-from treadle.models.bert import ACTIVATIONS, HEADS, block, embed_tokens, pool, unmask
+from treadle.models.bert import ACTIVATIONS, HEADS, block, embed_tokens, follows, pool, unmask
 from treadle.models.family import (
     Config,
     Family,
@@ -26,6 +26,8 @@ ARCHITECTURES = {
     "AlbertForSequenceClassification": "classifier",
     "AlbertForTokenClassification": "token_classifier",
     "AlbertForQuestionAnswering": "token_classifier",
+    "AlbertForMultipleChoice": "classifier",
+    "AlbertForPreTraining": "pretraining",
 }
 
 
@@ -73,6 +75,8 @@ def albert(
             return t.linear(pool(x), labels, name="logits")
         case "token_classifier":
             return t.linear(x, labels, name="logits")
+        case "pretraining":
+            return {"logits": unmask(x, embedding, act=act, eps=eps), "next_sentence": follows(x)}
         case _:
             raise FrontendError(f"albert has no head {head!r}", hint="one of None, " + ", ".join(HEADS))
 
@@ -81,7 +85,7 @@ def from_config(config: Config) -> t.Model:
     """Read a Hugging Face AlbertConfig; its `architectures` choose the head."""
     require(config, position_embedding_type="absolute", num_hidden_groups=1, inner_group_num=1)
     head = choose_architecture(config, ARCHITECTURES)
-    if head == "masked_lm":
+    if head in ("masked_lm", "pretraining"):
         require(config, tie_word_embeddings=True)
     return albert.configure(
         vocab=read_int(config, "vocab_size"),
@@ -124,6 +128,7 @@ def checkpoint(config: Config) -> Table:
     }.items():
         table |= {f"{ours}.{part}": f"{theirs}.{part}" for part in ("weight", "bias")}
     for part in ("weight", "bias"):
+        table[f"next_sentence.{part}"] = f"sop_classifier.classifier.{part}"  # which of two sentences came first
         table[f"logits.{part}"] = (f"classifier.{part}", f"qa_outputs.{part}")
     return table
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Table
 from treadle.frontends.layers import Activation
-from treadle.ir.attention.masking import Masks
+from treadle.ir.attention.masking import Biases, Masks
 from treadle.ir.errors import FrontendError
 from treadle.models.family import (
     Config,
@@ -26,7 +26,7 @@ from treadle.models.family import (
 
 ACTIVATIONS = {"gelu": t.gelu, "gelu_new": t.gelu_tanh, "gelu_pytorch_tanh": t.gelu_tanh, "relu": t.relu}
 
-HEADS = ("pooler", "masked_lm", "classifier", "token_classifier")
+HEADS = ("pooler", "masked_lm", "classifier", "token_classifier", "pretraining")
 
 ARCHITECTURES = {
     "BertModel": None,
@@ -34,8 +34,13 @@ ARCHITECTURES = {
     "BertForSequenceClassification": "classifier",
     "BertForTokenClassification": "token_classifier",
     "BertForQuestionAnswering": "token_classifier",
+    "BertForMultipleChoice": "classifier",
+    "BertForNextSentencePrediction": "classifier",
+    "BertForPreTraining": "pretraining",
 }
-"""The head of each of Hugging Face's classes. Where an answer starts and where it ends are two labels of a token."""
+"""The head of each of Hugging Face's classes. Where an answer starts and where it ends are two labels of a token. Of
+multiple choice each row is a question with one of its choices, and has one label, its score.
+"""
 
 
 @t.model
@@ -80,6 +85,8 @@ def bert(
             return t.linear(pool(x), labels, name="logits")
         case "token_classifier":
             return t.linear(x, labels, name="logits")
+        case "pretraining":
+            return {"logits": unmask(x, dim, act=act, eps=eps), "next_sentence": follows(x)}
         case _:
             raise FrontendError(f"bert has no head {head!r}", hint="one of None, " + ", ".join(HEADS))
 
@@ -99,9 +106,18 @@ def embed_tokens(
     return t.layer_norm(x, eps=eps, name="norm")
 
 
-def block(x: t.Tensor, heads: int, hidden: int, *, mask: Masks | None, act: Activation, eps: float) -> t.Tensor:
+def block(
+    x: t.Tensor,
+    heads: int,
+    hidden: int,
+    *,
+    mask: Masks | None,
+    bias: Biases | None = None,
+    act: Activation,
+    eps: float,
+) -> t.Tensor:
     """One layer of the encoder: attention, then a feed-forward network, each added to its input and then normalized."""
-    x = t.layer_norm(x + t.self_attention(x, heads, mask=mask, name="attn"), eps=eps, name="attn_norm")
+    x = t.layer_norm(x + t.self_attention(x, heads, mask=mask, bias=bias, name="attn"), eps=eps, name="attn_norm")
     return t.layer_norm(x + t.mlp(x, hidden, act=act, name="mlp"), eps=eps, name="mlp_norm")
 
 
@@ -109,6 +125,11 @@ def pool(x: t.Tensor, *, act: Activation = t.tanh) -> t.Tensor:
     """A sequence [B, S, D] as one vector [B, D]: its first token's, through a layer of its own."""
     first = t.gather(x, t.constant(0), axis=1)
     return act(t.linear(first, x.shape[-1], name="pooler"))
+
+
+def follows(x: t.Tensor) -> t.Tensor:
+    """Logits [B, 2] of whether a row's second sentence follows its first, or not."""
+    return t.linear(pool(x), 2, name="next_sentence")
 
 
 def unmask(x: t.Tensor, dim: int, *, act: Activation, eps: float) -> t.Tensor:
@@ -122,7 +143,7 @@ def from_config(config: Config) -> t.Model:
     """Read a Hugging Face BertConfig; its `architectures` choose the head."""
     require(config, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
     head = choose_architecture(config, ARCHITECTURES)
-    if head == "masked_lm":
+    if head in ("masked_lm", "pretraining"):
         require(config, tie_word_embeddings=True)
     return bert.configure(
         vocab=read_int(config, "vocab_size"),
@@ -168,7 +189,8 @@ def checkpoint(config: Config) -> Table:
         table[f"{ours}.weight"] = (f"{theirs}.weight", f"{theirs}.gamma")
         table[f"{ours}.bias"] = (f"{theirs}.bias", f"{theirs}.beta")
     for part in ("weight", "bias"):
-        table[f"logits.{part}"] = (f"classifier.{part}", f"qa_outputs.{part}")
+        table[f"next_sentence.{part}"] = f"cls.seq_relationship.{part}"
+        table[f"logits.{part}"] = (f"classifier.{part}", f"qa_outputs.{part}", f"cls.seq_relationship.{part}")
     return table
 
 

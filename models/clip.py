@@ -117,9 +117,9 @@ def clip(
     vision      the same of `clip_vision`
     """
     with t.scope("text"):
-        text_embeds = _unit(clip_text(tokens, lengths, projection=projection, **text or {})["text_embeds"])
+        text_embeds = unit(clip_text(tokens, lengths, projection=projection, **text or {})["text_embeds"])
     with t.scope("vision"):
-        image_embeds = _unit(clip_vision(pixels, projection=projection, **vision or {})["image_embeds"])
+        image_embeds = unit(clip_vision(pixels, projection=projection, **vision or {})["image_embeds"])
     scale = t.exp(t.parameter("logit_scale", init=t.Init("constant", math.log(1 / 0.07))))
     logits = t.einsum(text_embeds, image_embeds, equation="b d, n d -> b n") * scale
     return {
@@ -130,7 +130,7 @@ def clip(
     }
 
 
-def _unit(x: t.Tensor) -> t.Tensor:
+def unit(x: t.Tensor) -> t.Tensor:
     """Vectors of length 1 in the direction of x [..., D]."""
     return x / t.sqrt(t.reduce_sum(x * x, axes=(-1,), keep=True))
 
@@ -149,7 +149,7 @@ def from_config(config: Config) -> t.Model:
     projected = choose_architecture(config, ARCHITECTURES[kind])
     width = read_int(config, "projection_dim", 512)
     if kind == "clip":
-        text, vision = read_text(_part(config, "text")), read_vision(_part(config, "vision"))
+        text, vision = read_text(read_part(config, "text")), read_vision(read_part(config, "vision"))
         image = {name: vision.pop(name) for name in ("channels", "height", "width")}
         return clip.configure(projection=width, text=text, vision=vision, **image)
     projection = width if projected else None
@@ -198,7 +198,7 @@ def _read_encoder(config: Config) -> dict[str, Any]:
     }
 
 
-def _part(config: Config, name: str) -> Config:
+def read_part(config: Config, name: str) -> Config:
     """The configuration of one encoder; what stands under the older of its two names goes before the other."""
     for key in (f"{name}_config_dict", f"{name}_config"):
         found = config.get(key)

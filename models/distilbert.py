@@ -27,6 +27,7 @@ ARCHITECTURES = {
     "DistilBertForSequenceClassification": "classifier",
     "DistilBertForTokenClassification": "token_classifier",
     "DistilBertForQuestionAnswering": "token_classifier",
+    "DistilBertForMultipleChoice": "classifier",
 }
 
 

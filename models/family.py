@@ -107,12 +107,17 @@ def read_flag(config: Config, name: str, default: bool) -> bool:
     return value
 
 
+_OWN_LABELS = {"ForMultipleChoice": 1, "ForNextSentencePrediction": 2}
+"""Endings of classes whose heads have their own number of labels: a row is a choice; a sentence follows or not."""
+
+
 def count_labels(config: Config) -> int:
     """How many classes a classifier tells apart: as many as `id2label` has, 2 where it is missing."""
     labels = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
     if not isinstance(labels, Mapping) or not labels:
         raise CheckpointError("config.json: id2label must be an object with a name per label", received=_shown(labels))
-    return len(labels)
+    (named,) = config.get("architectures") or [""]  # which choose_architecture has looked at
+    return next((count for end, count in _OWN_LABELS.items() if named.endswith(end)), len(labels))
 
 
 def _unsupported(name: str, value: object, supported: Any) -> CheckpointError:

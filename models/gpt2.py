@@ -1,4 +1,7 @@
-"""GPT-2: a decoder with learned positions and the norm before each part (Radford et al. 2019)."""
+"""GPT-2: a decoder with learned positions and the norm before each part (Radford et al. 2019).
+
+A head over it reads a text's last token, which alone has seen all others (Radford et al. 2018, figure 1).
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ from typing import Annotated
 
 import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Source, Table
+from treadle.ir.errors import FrontendError
 from treadle.models.family import (
     Config,
     Family,
     choose,
     choose_architecture,
+    count_labels,
     read_float,
     read_int,
     read_layers,
@@ -19,10 +24,21 @@ from treadle.models.family import (
 
 ACTIVATIONS = {"gelu_new": t.gelu_tanh, "gelu_pytorch_tanh": t.gelu_tanh, "gelu": t.gelu, "relu": t.relu}
 
+HEADS = ("hidden", "classifier", "token_classifier")
+
+ARCHITECTURES = {
+    "GPT2LMHeadModel": None,
+    "GPT2Model": "hidden",
+    "GPT2ForSequenceClassification": "classifier",
+    "GPT2ForTokenClassification": "token_classifier",
+    "GPT2ForQuestionAnswering": "token_classifier",
+}
+
 
 @t.model
 def gpt2(
     tokens: Annotated[t.Tensor, t.i64["B S"]],
+    lengths: Annotated[t.Tensor, t.i64["B"]] | None = None,
     *,
     vocab: int = 50257,
     context: int = 1024,
@@ -32,25 +48,52 @@ def gpt2(
     hidden: int | None = None,
     act: t.Activation = t.gelu_tanh,
     eps: float = 1e-5,
-) -> t.Tensor:
-    """GPT-2: next-token logits [B, S, vocab] of tokens [B, S]."""
+    head: str | None = None,
+    labels: int = 2,
+) -> dict[str, t.Tensor] | t.Tensor:
+    """GPT-2: next-token logits [B, S, vocab] of tokens [B, S], or what another head makes of them.
+
+    lengths  [B], how many tokens of each row are real; absent: all
+    head     None, or one of HEADS: "hidden" gives hidden states [B, S, dim], "classifier" logits [B, labels] of the
+             last real token, "token_classifier" logits [B, S, labels]
+    """
     x = t.embed(tokens, vocab, dim, name="wte") + t.embed(t.positions(tokens), context, dim, name="wpe")
+    padding = None if lengths is None else t.padding(lengths)
     for _ in t.stack("h", layers):
-        x += t.self_attention(t.layer_norm(x, eps=eps, name="ln_1"), heads, causal=True, name="attn")
+        y = t.layer_norm(x, eps=eps, name="ln_1")
+        x += t.self_attention(y, heads, causal=True, mask=padding, name="attn")
         x += t.mlp(t.layer_norm(x, eps=eps, name="ln_2"), hidden or 4 * dim, act=act, name="mlp")
-    return t.unembed(t.layer_norm(x, eps=eps, name="ln_f"), tied="wte")
+    x = t.layer_norm(x, eps=eps, name="ln_f")
+
+    match head:
+        case None:
+            return t.unembed(x, tied="wte")
+        case "hidden":
+            return {"hidden": x}
+        case "classifier":
+            return t.linear(last(x, lengths), labels, bias=False, name="logits")
+        case "token_classifier":
+            return t.linear(x, labels, name="logits")
+        case _:
+            raise FrontendError(f"gpt2 has no head {head!r}", hint="one of None, " + ", ".join(HEADS))
+
+
+def last(x: t.Tensor, lengths: t.Tensor | None) -> t.Tensor:
+    """The last real token [B, D] of each row of x [B, S, D]."""
+    if lengths is None:
+        found = t.slice(x, axis=1, start=-1)
+    else:
+        index = t.expand(t.rearrange(lengths - 1, pattern="b -> b 1 1"), shape=(None, None, x.shape[2]))
+        found = t.take_along_axis(x, index, axis=1)
+    return t.rearrange(found, pattern="b 1 d -> b d")
 
 
 def from_config(config: Config) -> t.Model:
-    """Read a Hugging Face GPT2Config."""
-    choose_architecture(config, {"GPT2LMHeadModel": gpt2})
-    require(
-        config,
-        scale_attn_weights=True,
-        scale_attn_by_inverse_layer_idx=False,
-        tie_word_embeddings=True,
-        add_cross_attention=False,
-    )
+    """Read a Hugging Face GPT2Config; its `architectures` choose the head."""
+    head = choose_architecture(config, ARCHITECTURES)
+    require(config, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+    if head is None:
+        require(config, tie_word_embeddings=True)
     return gpt2.configure(
         vocab=read_int(config, "vocab_size"),
         context=read_int(config, "n_positions"),
@@ -60,6 +103,8 @@ def from_config(config: Config) -> t.Model:
         hidden=None if config.get("n_inner") is None else read_int(config, "n_inner"),
         act=choose(config, "activation_function", ACTIVATIONS),
         eps=read_float(config, "layer_norm_epsilon", 1e-5),
+        head=head,
+        labels=count_labels(config),
     )
 
 
@@ -79,6 +124,8 @@ def checkpoint(config: Config) -> Table:
         "h.{i}.mlp.down.bias": "h.{i}.mlp.c_proj.bias",
         "ln_f.weight": "ln_f.weight",
         "ln_f.bias": "ln_f.bias",
+        "logits.weight": ("score.weight", "classifier.weight", "qa_outputs.weight"),
+        "logits.bias": ("classifier.bias", "qa_outputs.bias"),
     }
     for part, name in enumerate("qkv"):
         rows = (part * dim, (part + 1) * dim)

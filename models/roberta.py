@@ -1,4 +1,7 @@
-"""RoBERTa: BERT, trained for longer and without the next-sentence task (Liu et al. 2019). XLM-R has the same layers."""
+"""RoBERTa: BERT, trained for longer and without the next-sentence task (Liu et al. 2019).
+
+XLM-R (Conneau et al. 2020) and CamemBERT (Martin et al. 2020) have the same layers.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,14 @@ from treadle.models.family import (
 
 ARCHITECTURES = {
     f"{prefix}{name}": head
-    for prefix in ("Roberta", "XLMRoberta")
+    for prefix in ("Roberta", "XLMRoberta", "Camembert")
     for name, head in {
         "Model": None,
         "ForMaskedLM": "masked_lm",
         "ForSequenceClassification": "classifier",
         "ForTokenClassification": "token_classifier",
         "ForQuestionAnswering": "token_classifier",
+        "ForMultipleChoice": "classifier",
     }.items()
 }
 
@@ -61,7 +65,7 @@ def roberta(
 
 
 def from_config(config: Config) -> t.Model:
-    """Read a Hugging Face RobertaConfig or XLMRobertaConfig; its `architectures` choose the head."""
+    """Read a Hugging Face RobertaConfig, XLMRobertaConfig or CamembertConfig; its `architectures` choose the head."""
     require(config, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
     head = choose_architecture(config, ARCHITECTURES)
     if head == "masked_lm":
@@ -106,4 +110,6 @@ def _positions(config: Config) -> tuple[int, int]:
     return first, read_int(config, "max_position_embeddings", least=first + 1)
 
 
-FAMILY = Family("roberta", roberta, ("roberta", "xlm-roberta"), from_config, checkpoint, prefixes=("", "roberta."))
+FAMILY = Family(
+    "roberta", roberta, ("roberta", "xlm-roberta", "camembert"), from_config, checkpoint, prefixes=("", "roberta.")
+)

@@ -53,6 +53,19 @@ _ROBERTA = {
     "max_position_embeddings": VOCAB + 1 + 24,
 }
 _ALBERT = {**_BERT, "embedding_size": 10, "num_hidden_layers": 4}
+_ELECTRA = {**_BERT, "embedding_size": 10}
+_MPNET = {**_BERT, "max_position_embeddings": 26}  # two rows are padding's
+del _MPNET["type_vocab_size"]
+_MODERNBERT = {
+    "vocab_size": VOCAB,
+    "hidden_size": 24,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 5,
+    "intermediate_size": 20,
+    "local_attention": 6,
+    "pad_token_id": 0,
+}
+_PADDED_GPT2 = {**_GPT2, "vocab_size": VOCAB + 1, "pad_token_id": VOCAB}
 _BIOGPT = {
     "vocab_size": VOCAB,
     "max_position_embeddings": 24,
@@ -70,6 +83,15 @@ _VIT = {
     "num_hidden_layers": 3,
     "intermediate_size": 40,
 }
+_DINOV2 = {
+    "image_size": 12,
+    "patch_size": 4,
+    "num_channels": 2,
+    "hidden_size": 24,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "mlp_ratio": 2,
+}
 _CLIP_VISION = {**_VIT, "image_size": 12}
 _CLIP_TEXT = {
     "vocab_size": VOCAB,
@@ -81,6 +103,8 @@ _CLIP_TEXT = {
     "bos_token_id": 0,
     "eos_token_id": 5,
 }
+_SIGLIP_TEXT = {**_CLIP_TEXT, "projection_size": 24}
+
 _T5 = {
     "vocab_size": VOCAB,
     "d_model": 24,
@@ -132,12 +156,20 @@ class Tiny:
 
     given     configuration of ours that the folder does not say
     separate  whether lm_head is a matrix of its own, although transformers 5 makes every T5 tied
+    first     the first token that tests draw: theirs may take one before for padding, whatever lengths say
+    padding   what stands behind a row's end, for theirs to find it; None: any token
+    windowed  whether padding may see no token at all, so that nothing is to be said of it
+    renamed   whether it differs from another in its head's size and in names of the file alone
     """
 
     architecture: str
     config: Mapping[str, Any]
     given: Mapping[str, Any] = field(default_factory=dict)
     separate: bool = False
+    first: int = 0
+    padding: int | None = None
+    windowed: bool = False
+    renamed: bool = False
 
     def build(self) -> PreTrainedModel:
         """The model in float32, in evaluation mode; the same weights each time."""
@@ -162,12 +194,19 @@ class Tiny:
 TINY = {
     "gpt2": Tiny("GPT2LMHeadModel", _GPT2),
     "gpt2-gelu": Tiny("GPT2LMHeadModel", {**_GPT2, "n_inner": 20, "activation_function": "gelu"}),
+    "gpt2-hidden": Tiny("GPT2Model", _GPT2),
+    "gpt2-classifier": Tiny("GPT2ForSequenceClassification", {**_PADDED_GPT2, "num_labels": 5}, padding=VOCAB),
+    "gpt2-token-classifier": Tiny("GPT2ForTokenClassification", {**_GPT2, "num_labels": 3}, renamed=True),
+    "gpt2-answers": Tiny("GPT2ForQuestionAnswering", _GPT2, renamed=True),
     "bert": Tiny("BertModel", _BERT),
     "bert-pooler": Tiny("BertModel", {**_BERT, "hidden_act": "gelu_new"}, {"head": "pooler"}),
     "bert-masked-lm": Tiny("BertForMaskedLM", _BERT),
     "bert-classifier": Tiny("BertForSequenceClassification", {**_BERT, "num_labels": 5}),
     "bert-token-classifier": Tiny("BertForTokenClassification", {**_BERT, "num_labels": 3, "hidden_act": "relu"}),
     "bert-answers": Tiny("BertForQuestionAnswering", _BERT),
+    "bert-choices": Tiny("BertForMultipleChoice", _BERT, renamed=True),
+    "bert-next-sentence": Tiny("BertForNextSentencePrediction", {**_BERT, "num_labels": 3}, renamed=True),
+    "bert-pretraining": Tiny("BertForPreTraining", _BERT),
     "t5": Tiny("T5ForConditionalGeneration", _T5),
     "t5-gated": Tiny(
         "T5ForConditionalGeneration",
@@ -182,22 +221,87 @@ TINY = {
     "distilbert-masked-lm": Tiny("DistilBertForMaskedLM", {**_DISTILBERT, "sinusoidal_pos_embds": True}),
     "distilbert-classifier": Tiny("DistilBertForSequenceClassification", {**_DISTILBERT, "num_labels": 5}),
     "distilbert-answers": Tiny("DistilBertForQuestionAnswering", {**_DISTILBERT, "activation": "relu"}),
+    "distilbert-choices": Tiny("DistilBertForMultipleChoice", _DISTILBERT, renamed=True),
     "roberta": Tiny("RobertaModel", _ROBERTA),
     "roberta-masked-lm": Tiny("RobertaForMaskedLM", _ROBERTA),
     "roberta-classifier": Tiny("RobertaForSequenceClassification", {**_ROBERTA, "num_labels": 5}),
     "roberta-token-classifier": Tiny("RobertaForTokenClassification", {**_ROBERTA, "num_labels": 3}),
     "xlm-roberta": Tiny("XLMRobertaForMaskedLM", _ROBERTA),
+    "camembert": Tiny("CamembertForMaskedLM", _ROBERTA),
+    "camembert-choices": Tiny("CamembertForMultipleChoice", _ROBERTA, renamed=True),
     "albert": Tiny("AlbertModel", _ALBERT),
     "albert-pooler": Tiny("AlbertModel", _ALBERT, {"head": "pooler"}),
     "albert-masked-lm": Tiny("AlbertForMaskedLM", {**_ALBERT, "hidden_act": "gelu"}),
     "albert-classifier": Tiny("AlbertForSequenceClassification", {**_ALBERT, "num_labels": 5}),
     "albert-token-classifier": Tiny("AlbertForTokenClassification", _ALBERT),
+    "albert-pretraining": Tiny("AlbertForPreTraining", _ALBERT),
+    "albert-choices": Tiny("AlbertForMultipleChoice", _ALBERT, renamed=True),
+    "electra": Tiny("ElectraModel", _ELECTRA),
+    "electra-discriminator": Tiny("ElectraForPreTraining", {**_BERT, "embedding_size": 24, "hidden_act": "relu"}),
+    "electra-generator": Tiny("ElectraForMaskedLM", {**_ELECTRA, "hidden_act": "relu"}),
+    "electra-classifier": Tiny("ElectraForSequenceClassification", {**_ELECTRA, "num_labels": 5, "hidden_act": "relu"}),
+    "electra-token-classifier": Tiny("ElectraForTokenClassification", {**_ELECTRA, "num_labels": 3}, renamed=True),
+    "electra-answers": Tiny("ElectraForQuestionAnswering", _ELECTRA, renamed=True),
+    "electra-choices": Tiny("ElectraForMultipleChoice", _ELECTRA, renamed=True),
+    "mpnet": Tiny("MPNetModel", _MPNET, first=2),
+    "mpnet-pooler": Tiny("MPNetModel", {**_MPNET, "hidden_act": "relu"}, {"head": "pooler"}, first=2),
+    "mpnet-masked-lm": Tiny("MPNetForMaskedLM", {**_MPNET, "hidden_act": "relu"}, first=2),
+    "mpnet-classifier": Tiny("MPNetForSequenceClassification", {**_MPNET, "num_labels": 5}, first=2),
+    "mpnet-token-classifier": Tiny("MPNetForTokenClassification", {**_MPNET, "num_labels": 3}, first=2, renamed=True),
+    "mpnet-answers": Tiny("MPNetForQuestionAnswering", _MPNET, first=2, renamed=True),
+    "mpnet-choices": Tiny("MPNetForMultipleChoice", _MPNET, first=2, renamed=True),
+    "modernbert": Tiny(
+        "ModernBertModel",
+        {
+            **_MODERNBERT,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "norm_bias": True,
+            "hidden_activation": "gelu_new",
+            "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 500.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+            },
+        },
+        windowed=True,
+    ),
+    "modernbert-masked-lm": Tiny("ModernBertForMaskedLM", _MODERNBERT, windowed=True),
+    "modernbert-bare-masked-lm": Tiny(
+        "ModernBertForMaskedLM",
+        {**_MODERNBERT, "decoder_bias": False, "classifier_bias": True, "classifier_activation": "relu"},
+        windowed=True,
+    ),
+    "modernbert-classifier": Tiny(
+        "ModernBertForSequenceClassification", {**_MODERNBERT, "num_labels": 5, "local_attention": 7}, windowed=True
+    ),
+    "modernbert-mean": Tiny(
+        "ModernBertForSequenceClassification", {**_MODERNBERT, "classifier_pooling": "mean"}, windowed=True
+    ),
+    "modernbert-token-classifier": Tiny(
+        "ModernBertForTokenClassification", {**_MODERNBERT, "num_labels": 3}, windowed=True, renamed=True
+    ),
+    "modernbert-answers": Tiny("ModernBertForQuestionAnswering", _MODERNBERT, windowed=True, renamed=True),
+    "modernbert-choices": Tiny("ModernBertForMultipleChoice", _MODERNBERT, windowed=True, renamed=True),
     "vit": Tiny("ViTModel", _VIT),
     "vit-pooler": Tiny("ViTModel", {**_VIT, "image_size": 14}, {"head": "pooler"}),  # 14: two pixels over
     "vit-classifier": Tiny("ViTForImageClassification", {**_VIT, "num_labels": 5, "hidden_act": "quick_gelu"}),
     "deit": Tiny("DeiTModel", _VIT),
     "deit-classifier": Tiny("DeiTForImageClassification", {**_VIT, "num_labels": 5}),
     "deit-distilled": Tiny("DeiTForImageClassificationWithTeacher", {**_VIT, "num_labels": 5}),
+    "dinov2": Tiny("Dinov2Model", {**_DINOV2, "hidden_act": "relu"}),
+    "dinov2-gated": Tiny("Dinov2Model", {**_DINOV2, "use_swiglu_ffn": True, "qkv_bias": False, "image_size": [14, 14]}),
+    "dinov2-classifier": Tiny("Dinov2ForImageClassification", {**_DINOV2, "num_labels": 5}),
+    "dinov2-larger": Tiny("Dinov2Model", _DINOV2, {"height": 20, "width": 16}),
+    "dinov2-smaller": Tiny("Dinov2Model", {**_DINOV2, "image_size": 28}, {"height": 12, "width": 23}),
+    "siglip": Tiny("SiglipModel", {"text_config": _SIGLIP_TEXT, "vision_config": _CLIP_VISION}),
+    "siglip-text": Tiny("SiglipTextModel", {**_CLIP_TEXT, "hidden_act": "gelu"}),
+    "siglip-vision": Tiny("SiglipVisionModel", {**_CLIP_VISION, "image_size": 14}),
+    "siglip-patches": Tiny("SiglipVisionModel", {**_CLIP_VISION, "vision_use_head": False}),
+    "siglip-classifier": Tiny(
+        "SiglipForImageClassification",
+        {"vision_config": {**_CLIP_VISION, "vision_use_head": False}, "num_labels": 5},
+    ),
     "clip": Tiny("CLIPModel", {"text_config": _CLIP_TEXT, "vision_config": _CLIP_VISION, "projection_dim": 16}),
     "clip-text": Tiny("CLIPTextModel", {**_CLIP_TEXT, "eos_token_id": 2}),
     "clip-text-projected": Tiny("CLIPTextModelWithProjection", {**_CLIP_TEXT, "projection_dim": 16}),
@@ -251,12 +355,17 @@ def answer(model: PreTrainedModel, inputs: Mapping[str, Array]) -> dict[str, Arr
     if "lengths" in inputs:
         places = np.arange(inputs["tokens"].shape[1])
         given["attention_mask"] = torch.from_numpy((places < inputs["lengths"][:, None]).astype(np.int64))
+    choices = type(model).__name__.endswith("ForMultipleChoice")
+    if choices:  # our rows are the choices of one question
+        given = {name: x[None] for name, x in given.items()}
     with torch.no_grad():
         out = model(**given)
-    found = {ours: out[theirs].numpy() for ours, theirs in _OUTPUTS.items() if theirs in out}
+    found = {ours: out[theirs].numpy() for ours, theirs in _OUTPUTS if theirs in out and out[theirs] is not None}
+    if choices:
+        found["logits"] = found["logits"].T
     if "start_logits" in out:
         found["logits"] = np.stack([out["start_logits"].numpy(), out["end_logits"].numpy()], axis=-1)
-    return {"logits": found["logits"]} if "logits" in found else found
+    return found
 
 
 _INPUTS = {
@@ -265,9 +374,12 @@ _INPUTS = {
     "token_types": "token_type_ids",
     "pixels": "pixel_values",
 }
-_OUTPUTS = {
-    "logits": "logits",
-    "hidden": "last_hidden_state",
-    "pooled": "pooler_output",
-    **{name: name for name in ("logits_per_text", "logits_per_image", "text_embeds", "image_embeds")},
-}
+_OUTPUTS = [
+    ("logits", "logits"),
+    ("logits", "prediction_logits"),
+    ("next_sentence", "seq_relationship_logits"),
+    ("next_sentence", "sop_logits"),
+    ("hidden", "last_hidden_state"),
+    ("pooled", "pooler_output"),
+    *((name, name) for name in ("logits_per_text", "logits_per_image", "text_embeds", "image_embeds")),
+]

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 import treadle.frontends.language as t
+from treadle.explaining.fusion import explain_fusion
 from treadle.ir.analysis.following import follow
 from treadle.ir.errors import CheckpointError, FrontendError
 from treadle.ir.interpreter import interpret
 from treadle.models.clip import clip_text
 from treadle.models.distilbert import distilbert
 from treadle.models.family import Config
+from treadle.models.modernbert import modernbert
 from treadle.models.registry import family_of
 from treadle.models.roberta import roberta
 from treadle.models.vit import embed_patches, vit
@@ -133,6 +135,51 @@ def test_old_configurations_of_clip() -> None:
     assert again.config["height"] == 64
 
 
+# -- what came later --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("electra", 3), ("mpnet", 3), ("modernbert", 5), ("dinov2-gated", 3), ("siglip", 6), ("camembert", 3)],
+)
+def test_attention_is_found_in_each_layer(name: str, count: int, tmp_path: Path) -> None:
+    """SigLIP's two and three layers, and what pools its images."""
+    pytest.importorskip("transformers")
+    from tests.hf_models import save
+
+    save(name, tmp_path)
+    explained = explain_fusion(tmp_path)
+    assert explained.counts["attention"] == count
+    assert "softmax" not in explained.counts
+
+
+def test_modernbert_as_it_was_before_transformers_5() -> None:
+    kind = {"model_type": "modernbert", "num_hidden_layers": 4}
+    before = {"global_rope_theta": 500.0, "local_rope_theta": 30.0, "global_attn_every_n_layers": 2}
+    now = {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 500.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+        },
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
+    }
+    assert configured({**kind, **before}) == configured({**kind, **now}) != configured(kind)
+
+
+def test_a_sequence_that_pools_by_its_mean_counts_real_tokens_alone() -> None:
+    model = modernbert.configure(
+        vocab=12, dim=8, heads=2, layers=1, hidden=8, head="classifier", pooling="mean", inputs=("lengths",)
+    )
+    graph, rng = model.graph(), np.random.default_rng(0)
+    weights = {name: rng.standard_normal(v.type.static_shape or ()) for name, v in graph.parameters.items()}
+    tokens = rng.integers(0, 12, (2, 6))
+    short = interpret(graph, {"tokens": tokens[:, :4], "lengths": np.array([4, 4])}, weights, float64=True)["logits"]
+    padded = interpret(graph, {"tokens": tokens, "lengths": np.array([4, 4])}, weights, float64=True)["logits"]
+    np.testing.assert_allclose(padded, short, rtol=1e-10)
+    with pytest.raises(FrontendError, match="modernbert has no pooling 'last'"):
+        modernbert.configure(pooling="last").graph()
+
+
 # -- refusals --------------------------------------------------------------------------------------------------
 
 SIZES = {"hidden_size": 24, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 40}
@@ -157,6 +204,28 @@ TEXT = {**SIZES, "vocab_size": 37, "max_position_embeddings": 24}
             {**TEXT, "model_type": "roberta", "architectures": ["RobertaForMaskedLM"], "hidden_act": "relu"},
             "hidden_act is 'relu'",
         ),
+        ({**TEXT, "model_type": "mpnet", "relative_attention_num_buckets": 64}, "relative_attention_num_buckets is 64"),
+        ({**TEXT, "model_type": "mpnet", "max_position_embeddings": 2}, "max_position_embeddings must be an integer"),
+        ({**TEXT, "model_type": "electra", "is_decoder": True}, "is_decoder is True"),
+        (
+            {**TEXT, "model_type": "electra", "architectures": ["ElectraForMultipleChoice"], "summary_type": "mean"},
+            "summary_type is 'mean'",
+        ),
+        ({**TEXT, "model_type": "camembert", "architectures": ["RobertaForCausalLM"]}, "architectures is"),
+        ({"model_type": "modernbert", "classifier_pooling": "max"}, "classifier_pooling is 'max'"),
+        ({"model_type": "modernbert", "rope_scaling": {"type": "linear", "factor": 2}}, "type is 'linear'"),
+        ({"model_type": "modernbert", "rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "type is 'yarn'"),
+        ({"model_type": "modernbert", "rope_parameters": {"sliding_attention": [1]}}, "sliding_attention must be an"),
+        ({"model_type": "modernbert", "layer_types": ["full_attention"]}, "layer_types must name"),
+        (
+            {"model_type": "modernbert", "architectures": ["ModernBertForMaskedLM"], "tie_word_embeddings": False},
+            "tie_word_embeddings is False",
+        ),
+        ({"model_type": "dinov2", "image_size": [224, 196]}, "image_size must be one side of a square"),
+        ({"model_type": "dinov2", "use_swiglu_ffn": "yes"}, "use_swiglu_ffn must be true or false"),
+        ({"model_type": "siglip", "text_config": {"projection_size": 512}}, "vectors of one width"),
+        ({"model_type": "siglip", "vision_config": {"vision_use_head": False}}, "vectors of one width"),
+        ({"model_type": "siglip_vision_model", "image_size": [224, 196]}, "image_size must be one side of a square"),
         ({"model_type": "clip", "text_config": []}, "text_config must be an object"),
         ({"model_type": "clip", "vision_config": {"hidden_act": "mish"}}, "hidden_act is 'mish'"),
         ({"model_type": "clip_text_model", "eos_token_id": [2]}, "eos_token_id must be an integer from 0"),

@@ -16,16 +16,21 @@ from treadle.models.albert import albert
 from treadle.models.bart import bart
 from treadle.models.bert import HEADS, bert
 from treadle.models.clip import clip, clip_text, clip_vision
+from treadle.models.dinov2 import dinov2
 from treadle.models.distilbert import HEADS as DISTILBERT_HEADS
 from treadle.models.distilbert import distilbert
+from treadle.models.electra import electra
 from treadle.models.family import read_float, read_int
 from treadle.models.gpt2 import gpt2
 from treadle.models.gpt_neox import gpt_neox
 from treadle.models.llama import llama
 from treadle.models.marian import marian
+from treadle.models.modernbert import modernbert
+from treadle.models.mpnet import mpnet
 from treadle.models.opt import opt
 from treadle.models.registry import family_names, family_of, find_family
 from treadle.models.roberta import roberta
+from treadle.models.siglip import siglip, siglip_text, siglip_vision
 from treadle.models.t5 import t5, t5_encoder
 from treadle.models.transformer import transformer
 from treadle.models.vit import HEADS as VIT_HEADS
@@ -41,17 +46,36 @@ IMAGE = {"channels": 2, "height": 8, "width": 12, "patch": 4}
 def small(model: t.Model, **config: Any) -> t.Model:
     """The model with small sizes and all of its optional inputs."""
     sizes = {name: size for name, size in SMALL.items() if name in model.defaults}
-    return model.configure(inputs=tuple(i.name for i in model.declared_inputs if i.optional), **{**sizes, **config})
+    optional = tuple(i.name for i in model.declared_inputs if i.optional)
+    return model.configure(**{"inputs": optional, **sizes, **config})
 
 
 ZOO: dict[str, tuple[t.Model, dict[str, int]]] = {
-    "gpt2": (small(gpt2), {"h": 4}),
+    "gpt2": (small(gpt2, inputs=()), {"h": 4}),
+    "gpt2 classifier": (small(gpt2, head="classifier"), {"h": 4}),
     **{f"bert {head}": (small(bert, head=head), {"layer": 4}) for head in (None, *HEADS)},
     **{f"roberta {head}": (small(roberta, head=head), {"layer": 4}) for head in (None, *HEADS)},
     **{f"distilbert {head}": (small(distilbert, head=head), {"layer": 4}) for head in (None, *DISTILBERT_HEADS)},
     **{f"albert {head}": (small(albert, embedding=6, head=head), {"layer": 4}) for head in (None, *HEADS)},
     **{f"vit {head}": (small(vit, **IMAGE, head=head), {"layer": 4}) for head in (None, *VIT_HEADS[:2])},
     "vit distilled": (small(vit, **IMAGE, distilled=True, head="distilled_classifier"), {"layer": 4}),
+    "electra": (small(electra, embedding=6, head="discriminator"), {"layer": 4}),
+    "mpnet": (small(mpnet), {"layer": 4}),
+    "modernbert": (
+        small(modernbert, heads=2, window=4, head="classifier", pooling="mean"),
+        {"layer": 1, "layer_2": 2, "layer_3": 1},
+    ),
+    "dinov2": (small(dinov2, channels=2, height=8, width=12, patch=4, grid=3), {"layer": 4}),
+    "siglip_text": (small(siglip_text, projection=6), {"layer": 4}),
+    "siglip_vision": (small(siglip_vision, **IMAGE), {"layer": 4}),
+    "siglip": (
+        small(
+            siglip,
+            text={"dim": 12, "heads": 3, "layers": 2, "projection": 12},
+            vision={"dim": 12, "heads": 3, "hidden": 20, "layers": 3},
+        ),
+        {"text_layer": 2, "vision_layer": 3},
+    ),
     "clip_text": (small(clip_text, end=3), {"layer": 4}),
     "clip_vision": (small(clip_vision, **IMAGE, projection=6), {"layer": 4}),
     "clip": (

@@ -1,0 +1,149 @@
+"""ELECTRA: BERT, trained to find the tokens that a small masked language model has put in (Clark et al. 2020).
+
+Both models of figure 2 are this declaration: the generator with the head "masked_lm", the discriminator with its own.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import treadle.frontends.language as t
+from treadle.frontends.binding import Entry, Table
+from treadle.ir.errors import FrontendError
+from treadle.models.bert import ACTIVATIONS, block, embed_tokens, pool, unmask
+from treadle.models.family import (
+    Config,
+    Family,
+    choose,
+    choose_architecture,
+    count_labels,
+    read_float,
+    read_int,
+    read_layers,
+    require,
+)
+
+HEADS = ("discriminator", "masked_lm", "classifier", "token_classifier")
+
+ARCHITECTURES = {
+    "ElectraModel": None,
+    "ElectraForPreTraining": "discriminator",
+    "ElectraForMaskedLM": "masked_lm",
+    "ElectraForSequenceClassification": "classifier",
+    "ElectraForTokenClassification": "token_classifier",
+    "ElectraForQuestionAnswering": "token_classifier",
+    "ElectraForMultipleChoice": "classifier",
+}
+
+
+@t.model
+def electra(
+    tokens: Annotated[t.Tensor, t.i64["B S"]],
+    lengths: Annotated[t.Tensor, t.i64["B"]] | None = None,
+    token_types: Annotated[t.Tensor, t.i64["B S"]] | None = None,
+    *,
+    vocab: int = 30522,
+    context: int = 512,
+    types: int = 2,
+    embedding: int = 128,
+    dim: int = 256,
+    heads: int = 4,
+    layers: int = 12,
+    hidden: int = 1024,
+    act: t.Activation = t.gelu,
+    eps: float = 1e-12,
+    head: str | None = None,
+    labels: int = 2,
+) -> dict[str, t.Tensor] | t.Tensor:
+    """ELECTRA: hidden states [B, S, dim] of tokens [B, S], or what a head makes of them.
+
+    embedding  the width of the tables of embeddings, which a layer of its own widens to dim where it is another
+    head       None, or one of HEADS; "discriminator" gives logits [B, S], positive for tokens that were put in
+
+    lengths and token_types are BERT's.
+    """
+    with t.scope("embeddings"):
+        x = embed_tokens(tokens, token_types, vocab=vocab, context=context, types=types, dim=embedding, eps=eps)
+        if embedding != dim:
+            x = t.linear(x, dim, name="widen")
+
+    mask = None if lengths is None else t.padding(lengths)
+    for _ in t.stack("layer", layers):
+        x = block(x, heads, hidden, mask=mask, act=act, eps=eps)
+
+    match head:
+        case None:
+            return {"hidden": x}
+        case "discriminator":
+            x = act(t.linear(x, dim, name="discriminator"))
+            return {"logits": t.rearrange(t.linear(x, 1, name="logits"), pattern="b s 1 -> b s")}
+        case "masked_lm":
+            return unmask(x, embedding, act=t.gelu, eps=eps)
+        case "classifier":
+            return t.linear(pool(x, act=t.gelu), labels, name="logits")
+        case "token_classifier":
+            return t.linear(x, labels, name="logits")
+        case _:
+            raise FrontendError(f"electra has no head {head!r}", hint="one of None, " + ", ".join(HEADS))
+
+
+def from_config(config: Config) -> t.Model:
+    """Read a Hugging Face ElectraConfig; its `architectures` choose the head."""
+    require(config, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
+    head = choose_architecture(config, ARCHITECTURES)
+    if head == "masked_lm":
+        require(config, tie_word_embeddings=True)
+    if config.get("architectures") == ["ElectraForMultipleChoice"]:  # which alone is told how it pools
+        require(config, summary_type="first", summary_use_proj=True, summary_activation="gelu")
+    return electra.configure(
+        vocab=read_int(config, "vocab_size", 30522),
+        context=read_int(config, "max_position_embeddings", 512),
+        types=read_int(config, "type_vocab_size", 2),
+        embedding=read_int(config, "embedding_size", 128),
+        dim=read_int(config, "hidden_size", 256),
+        heads=read_int(config, "num_attention_heads", 4),
+        layers=read_layers(config, "num_hidden_layers", 12),
+        hidden=read_int(config, "intermediate_size", 1024),
+        act=choose(config, "hidden_act", ACTIVATIONS, "gelu"),
+        eps=read_float(config, "layer_norm_eps", 1e-12),
+        head=head,
+        labels=count_labels(config),
+    )
+
+
+def checkpoint(config: Config) -> Table:
+    """Hugging Face's names. Of multiple choice, the layer that pools is called a summary."""
+    block = "encoder.layer.{i}"
+    table: dict[str, Entry] = {
+        "embeddings.word.weight": "embeddings.word_embeddings.weight",
+        "embeddings.position.weight": "embeddings.position_embeddings.weight",
+        "embeddings.token_type.weight": "embeddings.token_type_embeddings.weight",
+        "masked_lm.logits.bias": "generator_lm_head.bias",
+    }
+    for ours, theirs in {
+        "embeddings.norm": ("embeddings.LayerNorm",),
+        "embeddings.widen": ("embeddings_project",),
+        "layer.{i}.attn.q": (f"{block}.attention.self.query",),
+        "layer.{i}.attn.k": (f"{block}.attention.self.key",),
+        "layer.{i}.attn.v": (f"{block}.attention.self.value",),
+        "layer.{i}.attn.out": (f"{block}.attention.output.dense",),
+        "layer.{i}.attn_norm": (f"{block}.attention.output.LayerNorm",),
+        "layer.{i}.mlp.up": (f"{block}.intermediate.dense",),
+        "layer.{i}.mlp.down": (f"{block}.output.dense",),
+        "layer.{i}.mlp_norm": (f"{block}.output.LayerNorm",),
+        "masked_lm.transform": ("generator_predictions.dense",),
+        "masked_lm.norm": ("generator_predictions.LayerNorm",),
+        "discriminator": ("discriminator_predictions.dense",),
+        "pooler": ("classifier.dense", "sequence_summary.summary"),
+        "logits": (
+            "classifier.out_proj",
+            "classifier",
+            "qa_outputs",
+            "discriminator_predictions.dense_prediction",
+        ),
+    }.items():
+        table |= {f"{ours}.{part}": tuple(f"{name}.{part}" for name in theirs) for part in ("weight", "bias")}
+    return table
+
+
+FAMILY = Family("electra", electra, ("electra",), from_config, checkpoint, prefixes=("", "electra."))

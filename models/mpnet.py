@@ -1,0 +1,138 @@
+"""MPNet: BERT without token types, whose attention is biased by distance as T5's is (Song et al. 2020)."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import treadle.frontends.language as t
+from treadle.frontends.binding import Entry, Source, Table
+from treadle.ir.errors import FrontendError
+from treadle.models.bert import ACTIVATIONS, block, embed_tokens, pool, unmask
+from treadle.models.family import (
+    Config,
+    Family,
+    choose,
+    choose_architecture,
+    count_labels,
+    read_float,
+    read_int,
+    read_layers,
+    require,
+)
+
+HEADS = ("pooler", "masked_lm", "classifier", "token_classifier")
+
+ARCHITECTURES = {
+    "MPNetModel": None,
+    "MPNetForMaskedLM": "masked_lm",
+    "MPNetForSequenceClassification": "classifier",
+    "MPNetForTokenClassification": "token_classifier",
+    "MPNetForQuestionAnswering": "token_classifier",
+    "MPNetForMultipleChoice": "classifier",
+}
+
+_BUCKETS, _MAX_DISTANCE = 32, 128
+_FIRST = 2
+"""The row of the table of positions that the first token has: what stands before is padding's, as in RoBERTa."""
+
+
+@t.model
+def mpnet(
+    tokens: Annotated[t.Tensor, t.i64["B S"]],
+    lengths: Annotated[t.Tensor, t.i64["B"]] | None = None,
+    *,
+    vocab: int = 30527,
+    context: int = 512,
+    dim: int = 768,
+    heads: int = 12,
+    layers: int = 12,
+    hidden: int = 3072,
+    act: t.Activation = t.gelu,
+    eps: float = 1e-5,
+    head: str | None = None,
+    labels: int = 2,
+) -> dict[str, t.Tensor] | t.Tensor:
+    """MPNet: hidden states [B, S, dim] of tokens [B, S], or what a head makes of them.
+
+    lengths  [B], how many tokens of each row are real; absent: all. Rows are padded at their ends
+    head     None, or one of HEADS
+    """
+    with t.scope("embeddings"):
+        x = embed_tokens(tokens, None, vocab=vocab, context=context, types=0, dim=dim, eps=eps)
+
+    mask = None if lengths is None else t.padding(lengths)
+    table = t.parameter("distance.weight", _BUCKETS, heads)
+    bias = t.t5_relative(table, buckets=_BUCKETS, max_distance=_MAX_DISTANCE, bidirectional=True)
+    for _ in t.stack("layer", layers):
+        x = block(x, heads, hidden, mask=mask, bias=bias, act=act, eps=eps)
+
+    match head:
+        case None:
+            return {"hidden": x}
+        case "pooler":
+            return {"hidden": x, "pooled": pool(x)}
+        case "masked_lm":
+            return unmask(x, dim, act=t.gelu, eps=eps)
+        case "classifier":
+            return t.linear(pool(x), labels, name="logits")
+        case "token_classifier":
+            return t.linear(x, labels, name="logits")
+        case _:
+            raise FrontendError(f"mpnet has no head {head!r}", hint="one of None, " + ", ".join(HEADS))
+
+
+def from_config(config: Config) -> t.Model:
+    """Read a Hugging Face MPNetConfig; its `architectures` choose the head."""
+    require(config, relative_attention_num_buckets=_BUCKETS)  # their class counts 32 whatever it says
+    head = choose_architecture(config, ARCHITECTURES)
+    if head == "masked_lm":
+        require(config, tie_word_embeddings=True)
+    return mpnet.configure(
+        vocab=read_int(config, "vocab_size", 30527),
+        context=_positions(config) - _FIRST,
+        dim=read_int(config, "hidden_size", 768),
+        heads=read_int(config, "num_attention_heads", 12),
+        layers=read_layers(config, "num_hidden_layers", 12),
+        hidden=read_int(config, "intermediate_size", 3072),
+        act=choose(config, "hidden_act", ACTIVATIONS, "gelu"),
+        eps=read_float(config, "layer_norm_eps", 1e-12),
+        head=head,
+        labels=count_labels(config),
+    )
+
+
+def checkpoint(config: Config) -> Table:
+    """Hugging Face's names; the rows of positions that no token has are left out."""
+    block = "encoder.layer.{i}"
+    table: dict[str, Entry] = {
+        "embeddings.word.weight": "embeddings.word_embeddings.weight",
+        "embeddings.position.weight": Source(
+            "embeddings.position_embeddings.weight", rows=(_FIRST, _positions(config))
+        ),
+        "distance.weight": "encoder.relative_attention_bias.weight",
+        "masked_lm.logits.bias": ("lm_head.bias", "lm_head.decoder.bias"),
+    }
+    for ours, theirs in {
+        "embeddings.norm": ("embeddings.LayerNorm",),
+        "layer.{i}.attn.q": (f"{block}.attention.attn.q",),
+        "layer.{i}.attn.k": (f"{block}.attention.attn.k",),
+        "layer.{i}.attn.v": (f"{block}.attention.attn.v",),
+        "layer.{i}.attn.out": (f"{block}.attention.attn.o",),
+        "layer.{i}.attn_norm": (f"{block}.attention.LayerNorm",),
+        "layer.{i}.mlp.up": (f"{block}.intermediate.dense",),
+        "layer.{i}.mlp.down": (f"{block}.output.dense",),
+        "layer.{i}.mlp_norm": (f"{block}.output.LayerNorm",),
+        "masked_lm.transform": ("lm_head.dense",),
+        "masked_lm.norm": ("lm_head.layer_norm",),
+        "pooler": ("classifier.dense", "pooler.dense"),
+        "logits": ("classifier.out_proj", "classifier", "qa_outputs"),
+    }.items():
+        table |= {f"{ours}.{part}": tuple(f"{name}.{part}" for name in theirs) for part in ("weight", "bias")}
+    return table
+
+
+def _positions(config: Config) -> int:
+    return read_int(config, "max_position_embeddings", 512, least=_FIRST + 1)
+
+
+FAMILY = Family("mpnet", mpnet, ("mpnet",), from_config, checkpoint, prefixes=("", "mpnet."))
