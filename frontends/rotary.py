@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from treadle.frontends.dsl import Tensor, trace
 from treadle.ir.errors import FrontendError
-from treadle.ir.sizing.sizes import SizeLike
+from treadle.ir.sizing.sizes import Size, SizeLike
 from treadle.ir.source_lines import user_line
 from treadle.ir.types import f32
 
@@ -116,7 +116,22 @@ class Yarn:
         return scaled
 
 
-Scaling = LinearScaling | Llama3 | Divided | Dynamic | Yarn
+@dataclass(frozen=True)
+class LongRope:
+    """frequency i / short[i], or, where a sequence is longer than the context, frequency i / long[i] (Ding et al. 2024)
+
+    Scores are multiplied by temperature ** 2, as by `Yarn`. Every call chooses by its length, so such a model cannot be
+    run a step at a time: keys of a text that grows past the context would have to be turned anew. Where the sequence is
+    bounded by the context, the frequencies are constants, and the model has a step.
+    """
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    context: int
+    temperature: float = 1.0
+
+
+Scaling = LinearScaling | Llama3 | Divided | Dynamic | Yarn | LongRope
 
 
 def rotary_frequencies(
@@ -124,8 +139,8 @@ def rotary_frequencies(
 ) -> Tensor:
     """Frequencies f32[dims / 2] in radians a position: base ** (-2 i / dims), scaled        (Su et al. 2021, 3.2.2)
 
-    length is the sequence's, which `Dynamic` needs. Raises FrontendError for an odd number of dims, for a base that is
-    not positive, and for `Dynamic` without a length.
+    length is the sequence's, which `Dynamic` and `LongRope` need. Raises FrontendError for an odd number of dims, for a
+    base that is not positive, and for these two without a length.
     """
     if not 2 <= dims <= _MOST_DIMS or dims % 2 or not 0 < base < math.inf:
         raise _misfit(
@@ -135,6 +150,8 @@ def rotary_frequencies(
     b = trace()
     exponents = -np.arange(0, dims, 2) / dims
     frequencies = base**exponents
+    if isinstance(scaling, LongRope):
+        return _chosen(frequencies, scaling, length)
     if not isinstance(scaling, Dynamic):
         return b.constant((frequencies if scaling is None else scaling.apply(frequencies)).astype(np.float32), f32)
     if length is None or dims == 2:
@@ -145,6 +162,31 @@ def rotary_frequencies(
     made = b.mul(slowed, b.constant(frequencies.astype(np.float32), f32), name="frequencies")
     assert isinstance(made, Tensor)
     return made
+
+
+def _chosen(frequencies: Frequencies, scaling: LongRope, length: SizeLike | None) -> Tensor:
+    """The frequencies for short sequences or for long ones."""
+    b = trace()
+    if length is None:
+        raise _misfit("longrope scaling needs the sequence's length", f"length {length}")
+    short, long = (
+        b.constant(Divided(factors).apply(frequencies).astype(np.float32), f32)
+        for factors in (scaling.short, scaling.long)
+    )
+    size = Size.of(length)
+    symbol = size.as_symbol
+    most = size.constant if symbol is None else b.graph.symbols[symbol].upper
+    if most is not None and most <= scaling.context:
+        return short
+    is_long = b.greater(b.size(value=size), scaling.context)
+    made = b.where(is_long, long, short, name="frequencies")
+    assert isinstance(made, Tensor)
+    return made
+
+
+def temperature_of(scaling: Scaling | None) -> float:
+    """What the dimensions that turn are multiplied by, of queries and of keys: the temperature of a scaling."""
+    return scaling.temperature if isinstance(scaling, Yarn | LongRope) else 1.0
 
 
 def _misfit(what: str, received: str) -> FrontendError:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Source, Table
-from treadle.frontends.rotary import Scaling, Yarn
+from treadle.frontends.rotary import Scaling, temperature_of
 from treadle.models.family import (
     Config,
     Family,
@@ -24,6 +24,7 @@ from treadle.models.family import (
     read_layers,
     require,
 )
+from treadle.models.llama import warmed
 from treadle.models.rotary_config import read_rotary
 
 ACTIVATIONS = {
@@ -75,12 +76,18 @@ def gpt_neox(
     frequencies = t.rotary_frequencies(
         rotary_dims or size, base=base, scaling=scaling, length=t.size_of(tokens, 1)
     )  # fmt: skip
+    temperature, part = temperature_of(scaling), rotary_dims or size
+
+    def turned(x: t.Tensor) -> t.Tensor:
+        x = t.rotary(x, positions, frequencies, layout=layout)
+        return x if part == size else warmed(x, part, temperature)
+
     attention: dict[str, Any] = {
         "kv_heads": kv_heads,
-        "scale": size**-0.5 * scaling.temperature**2 if isinstance(scaling, Yarn) else None,
+        "scale": size**-0.5 * temperature**2 if temperature != 1.0 and part == size else None,
         "projection_bias": attn_bias,
         "normalize": (lambda x, name: t.layer_norm(x, eps=eps, name=name)) if qk_norm else None,
-        "rotate": lambda x: t.rotary(x, positions, frequencies, layout=layout),
+        "rotate": turned,
     }
 
     x = t.embed(tokens, vocab, dim, name="embed")

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Source, Table
-from treadle.frontends.rotary import Scaling, Yarn
+from treadle.frontends.rotary import Scaling, temperature_of
 from treadle.ir.errors import FrontendError
 from treadle.models.family import Config, Family, choose_architecture
 from treadle.models.llama_config import ARCHITECTURES, read_kind, read_options
@@ -60,6 +60,7 @@ def llama(
     residual_scale: float = 1.0,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    longest: int | None = None,
 ) -> dict[str, t.Tensor]:
     """Llama: next-token logits [B, S, vocab] of tokens [B, S].
 
@@ -79,19 +80,23 @@ def llama(
     softcap            scores become c tanh(scores / c)
     embedding_scale    what embeddings are multiplied by; residual_scale, what a layer adds; logit_scale, logits
     logit_softcap      logits become c tanh(logits / c)
+    longest            the most tokens of a text; None: any number. Up to the context of `LongRope` the model has a step
     """
     if head_dim is None and dim % heads:
         raise FrontendError(f"a width of {dim} does not split into {heads} heads", hint="give head_dim=")
     for name, value, known in (("norm_place", norm_place, NORM_PLACES), ("qk_norm", qk_norm, (None, *QK_NORMS))):
         if value not in known:
             raise FrontendError(f"llama has no {name} {value!r}", hint="one of " + ", ".join(map(str, known)))
+    if longest is not None:
+        t.bound("S", upper=longest)
     size = head_dim or dim // heads
     positions, dims = t.positions(tokens), rotary_dims or size
     frequencies = t.rotary_frequencies(dims, base=base, scaling=scaling, length=t.size_of(tokens, 1))
     windowed = frequencies if window_base is None else t.rotary_frequencies(dims, base=window_base)
+    temperature = temperature_of(scaling)
     warm_scale = scale
-    if isinstance(scaling, Yarn):
-        warm_scale = (size**-0.5 if scale is None else scale) * scaling.temperature**2
+    if temperature != 1.0 and dims == size:
+        warm_scale = (size**-0.5 if scale is None else scale) * temperature**2
     attention: dict[str, Any] = {
         "kv_heads": kv_heads,
         "head_dim": size,
@@ -106,7 +111,8 @@ def llama(
     }
 
     def turned(x: t.Tensor, by: t.Tensor) -> t.Tensor:
-        return t.rotary(x, positions, by, layout=layout)
+        x = t.rotary(x, positions, by, layout=layout)
+        return warmed(x, dims, temperature) if by is frequencies and dims != size else x
 
     def norm(x: t.Tensor, name: str) -> t.Tensor:
         if layer_norms:
@@ -145,6 +151,13 @@ def llama(
     if logit_scale != 1.0:
         logits *= logit_scale
     return {"logits": logits if logit_softcap is None else t.tanh(logits / logit_softcap) * logit_softcap}
+
+
+def warmed(x: t.Tensor, dims: int, temperature: float) -> t.Tensor:
+    """x [B, H, S, d] with its first `dims` dimensions, those that turn, multiplied by the temperature."""
+    if temperature == 1.0:
+        return x
+    return x * t.constant([temperature] * dims + [1.0] * ((x.shape[-1].constant or dims) - dims))
 
 
 def rms_norm(x: t.Tensor, name: str, *, eps: float, offset: float) -> t.Tensor:

@@ -44,7 +44,7 @@ _DEFAULTS: Mapping[str, Config] = {
     "gemma": {**_GEMMA, "num_key_value_heads": 16},
     "gemma2": {**_GEMMAS, "sliding_window": 4096, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
     "gemma3_text": {**_GEMMAS, "sliding_window": 4096},
-    "phi3": {"rms_norm_eps": 1e-5},
+    "phi3": {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
     "olmo2": {"rms_norm_eps": 1e-5},
     "stablelm": {"num_key_value_heads": 32},
 }
@@ -90,13 +90,25 @@ def read_options(config: Config) -> dict[str, Any]:
     match kind:
         case "gemma3_text":
             options |= read_local_rotary(config, size)
-        case "phi3":  # whose class takes yarn for another scaling
-            options |= read_rotary(config, size, part=1.0, kinds=("default",))
+        case "phi3":
+            options |= read_rotary(as_longrope(config), size, part=1.0, kinds=("default", "longrope"))
         case "stablelm":
             options |= read_rotary(config, size, part=0.25)
         case _:
             options |= read_rotary(config, size)
     return options | _read_own(kind, config, options)
+
+
+def as_longrope(config: Config) -> Config:
+    """Phi-3's config, whose first files call longrope su or yarn."""
+    for name in ("rope_parameters", "rope_scaling"):
+        given = config.get(name)
+        if isinstance(given, Mapping):
+            for key in ("rope_type", "type"):
+                if given.get(key) in ("su", "yarn"):
+                    given = {**given, key: "longrope"}
+            config = {**config, name: given}
+    return config
 
 
 def _read_own(kind: str, config: Config, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,12 +6,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from treadle.frontends.rotary import Dynamic, LinearScaling, Llama3, Scaling, Yarn
+from treadle.frontends.rotary import Dynamic, LinearScaling, Llama3, LongRope, Scaling, Yarn
 from treadle.ir.errors import CheckpointError
 from treadle.models.family import Config, choose, read_flag, read_float, read_int, require
 
-SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn")
+SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 """The values of `rope_type` that are read."""
+
+_MOST_FACTORS = 1 << 15
 
 
 def read_rotary(
@@ -35,7 +37,7 @@ def read_rotary(
     if not isinstance(options, Mapping):
         raise CheckpointError(f"config.json: {named} must be an object", received=repr(options)[:80])
     base = read_float(options, "rope_theta", read_float(config, "rope_theta", base))
-    readers = dict(zip(SCALINGS, (None, read_linear, read_dynamic, read_llama3, read_yarn), strict=True))
+    readers = dict(zip(SCALINGS, (None, read_linear, read_dynamic, read_llama3, read_yarn, read_longrope), strict=True))
     key = "rope_type" if "rope_type" in options or "type" not in options else "type"
     read = choose(options, key, {kind: readers[kind] for kind in kinds}, "default")
     if part is None:
@@ -43,12 +45,13 @@ def read_rotary(
         require(config, partial_rotary_factor=1.0)
     dims = head_dim if part is None else read_part(options, config, head_dim, part)
     scaling = None if read is None else read(options, config)
-    if isinstance(scaling, Yarn) and dims != head_dim:
-        raise CheckpointError(
-            "config.json: rope_type yarn is not supported with partial_rotary_factor, which leaves a part of each head "
-            "without its temperature",
-            received=f"{dims} of {head_dim} dimensions",
-        )
+    if isinstance(scaling, LongRope):
+        for name, factors in (("short_factor", scaling.short), ("long_factor", scaling.long)):
+            if len(factors) != dims // 2:
+                raise CheckpointError(
+                    f"config.json: {name} must have a factor for each pair of dimensions that turns",
+                    received=f"{len(factors)} for {dims} dimensions",
+                )
     return {
         "base": base,
         "scaling": scaling,
@@ -83,13 +86,12 @@ def read_llama3(options: Config, config: Config) -> Scaling:
         raise CheckpointError(
             "config.json: low_freq_factor must be less than high_freq_factor", received=f"{low} and {high}"
         )
-    return Llama3(read_factor(options, "factor"), low, high, read_int(options, "original_max_position_embeddings"))
+    return Llama3(read_factor(options, "factor"), low, high, read_context(options, config))
 
 
 def read_yarn(options: Config, config: Config) -> Scaling:
     """Where the temperature is not said, it is 0.1 ln(factor) + 1, or the ratio of two such that the file weighs."""
     factor = read_factor(options, "factor")
-    context = "original_max_position_embeddings"
     fast, slow = (read_float(options, f"beta_{end}", 0.0) or usual for end, usual in (("fast", 32.0), ("slow", 1.0)))
     if slow >= fast:
         raise CheckpointError("config.json: beta_slow must be less than beta_fast", received=f"{slow:g} and {fast:g}")
@@ -106,12 +108,47 @@ def read_yarn(options: Config, config: Config) -> Scaling:
         temperature = warmth(1.0)
     return Yarn(
         factor,
-        read_int(options, context, read_int(config, context, read_int(config, "max_position_embeddings", 2048))),
+        read_context(options, config, default=2048),
         fast=fast,
         slow=slow,
         truncate=read_flag(options, "truncate", True),
         temperature=temperature,
     )
+
+
+def read_longrope(options: Config, config: Config) -> Scaling:
+    """Where the temperature is not said, it follows from how many times the context the longest text is."""
+    short, long = (read_factors(options, f"{kind}_factor") for kind in ("short", "long"))
+    context = read_context(options, config)
+    if options.get("factor") is not None:
+        factor = read_factor(options, "factor")
+    else:
+        factor = read_int(config, "max_position_embeddings") / context
+    if options.get("attention_factor") is not None:
+        temperature = read_factor(options, "attention_factor")
+    else:
+        temperature = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(context))
+    return LongRope(short, long, context, temperature)
+
+
+def read_factors(options: Config, name: str) -> tuple[float, ...]:
+    """Numbers as `read_factor` takes them."""
+    values = options.get(name)
+    if not isinstance(values, list) or not 0 < len(values) <= _MOST_FACTORS:
+        raise CheckpointError(f"config.json: {name} must be a list of numbers", received=repr(values)[:80])
+    return tuple(read_factor({name: value}, name) for value in values)
+
+
+def read_context(options: Config, config: Config, default: int | None = None) -> int:
+    """How long texts were before positions were scaled.
+
+    What the whole config says goes before what is said of positions, as in the library; as long as they are now where
+    nothing is said.
+    """
+    name = "original_max_position_embeddings"
+    if config.get(name) is not None:
+        return read_int(config, name, least=2)
+    return read_int(options, name, read_int(config, "max_position_embeddings", default))
 
 
 def read_factor(options: Config, name: str) -> float:

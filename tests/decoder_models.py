@@ -24,6 +24,12 @@ _YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.3],
+    "long_factor": [1.5, 4.0, 9.0],
+}
 _GEMMA = {**_LLAMA, "head_dim": 8, "query_pre_attn_scalar": 20, "sliding_window": 4}
 
 _GPTJ = {
@@ -105,6 +111,21 @@ DECODERS = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.75},
         },
     ),
+    "phi3-long": Tiny(
+        "Phi3ForCausalLM",
+        {**_LLAMA, "original_max_position_embeddings": 16, "rope_parameters": _LONGROPE},
+        {"longest": 16},
+    ),
+    "phi3-long-part": Tiny(
+        "Phi3ForCausalLM",
+        {
+            **_LLAMA,
+            "hidden_size": 32,
+            "original_max_position_embeddings": 16,
+            "rope_parameters": {**_LONGROPE, "partial_rotary_factor": 0.75, "attention_factor": 1.4},
+        },
+        {"longest": 16},
+    ),
     "olmo2": Tiny("Olmo2ForCausalLM", _LLAMA),
     "olmo2-biased": Tiny("Olmo2ForCausalLM", {**_LLAMA, "attention_bias": True, "num_key_value_heads": 4}),
     "stablelm": Tiny("StableLmForCausalLM", {**_LLAMA, "hidden_size": 32}),
@@ -117,6 +138,10 @@ DECODERS = {
             "tie_word_embeddings": True,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
         },
+    ),
+    "stablelm-yarn": Tiny(
+        "StableLmForCausalLM",
+        {**_LLAMA, "hidden_size": 32, "rope_parameters": {**_YARN, "partial_rotary_factor": 0.5}},
     ),
     "granite": Tiny(
         "GraniteForCausalLM",
@@ -142,6 +167,10 @@ DECODERS = {
             "hidden_act": "gelu_fast",
             "rope_parameters": {"rope_type": "linear", "factor": 3.0, "partial_rotary_factor": 1.0},
         },
+    ),
+    "gpt-neox-yarn": Tiny(
+        "GPTNeoXForCausalLM",
+        {**_SIZES, "hidden_size": 32, "rope_parameters": {**_YARN, "partial_rotary_factor": 0.5}},
     ),
     "gptj": Tiny("GPTJForCausalLM", {**_GPTJ, "rotary_dim": 4}),
     "gptj-whole": Tiny("GPTJForCausalLM", {**_GPTJ, "rotary_dim": 6, "n_inner": 20, "activation_function": "relu"}),

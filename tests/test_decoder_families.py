@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ import pytest
 import treadle as t
 from treadle.backends.registry import find_backend
 from treadle.explaining.fusion import explain_fusion
-from treadle.ir.errors import CheckpointError
+from treadle.ir.errors import CheckpointError, PassError
 from treadle.models.registry import family_of
 from treadle.resolving import resolve
+from treadle.stepped import open_stepped
 
 pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -64,7 +65,7 @@ def test_equals_hugging_face_whole_and_stepped(saved: Saved, backend: str) -> No
     reason = find_backend(backend).available()
     if reason is not None:
         pytest.skip(f"backend {backend}: {reason}")
-    exe = t.compile(saved.folder, backend=backend)
+    exe = t.compile(saved.folder, backend=backend, **DECODERS[saved.name].given)
     saved.assert_close(exe(tokens=TOKENS)["logits"], saved.logits)
     session = exe.session(rows=2, capacity=16, chunk=4)
     rows, begun = [session.open(), session.open()], (6, 1)
@@ -84,6 +85,25 @@ def test_attention_is_found_in_each_layer(saved: Saved) -> None:
     explained = explain_fusion(saved.folder)
     assert explained.counts["attention"] == saved.layers
     assert "softmax" not in explained.counts
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch", "tvm"])
+def test_longrope_turns_by_a_texts_length(backend: str, tmp_path: Path) -> None:
+    """Short and long texts from one compilation; it has a step where no text is longer than the context."""
+    if reason := find_backend(backend).available():
+        pytest.skip(f"backend {backend}: {reason}")
+    tiny = DECODERS["phi3-long"]
+    theirs = replace(tiny, config={**tiny.config, "original_max_position_embeddings": 8}).build()
+    theirs.save_pretrained(tmp_path)
+    exe = t.compile(tmp_path, backend=backend)
+    for length in (1, 8, 9, 11):
+        tokens = TOKENS[:, :length]
+        wanted = answer(theirs, {"tokens": tokens})["logits"]
+        assert np.abs(exe(tokens=tokens)["logits"] - wanted).max() < TOLERANCE * np.abs(wanted).max()
+    with pytest.raises(PassError, match="size: the axis is cut"):
+        exe.session(rows=1)
+    session = open_stepped(tmp_path, backend=backend).session(rows=1)
+    assert session.capacity == 8
 
 
 # -- the config ------------------------------------------------------------------------------------------------
@@ -113,7 +133,8 @@ def rope(kind: str, **options: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "options", "what"),
     [
-        ("yarn", rope("longrope"), "rope_type is 'longrope'"),
+        ("yarn", rope("longest"), "rope_type is 'longest'"),
+        ("yarn", rope("longrope"), "short_factor must be a list of numbers"),
         ("yarn", rope("yarn"), "factor must be a number from 0.001"),
         ("yarn", rope("yarn", factor=2, beta_fast=1, beta_slow=2), "beta_slow must be less than beta_fast"),
         ("yarn", rope("yarn", factor=2, attention_factor=0), "attention_factor must be a number from 0.001"),
@@ -126,10 +147,11 @@ def rope(kind: str, **options: Any) -> dict[str, Any]:
         ("gemma2", {"layer_types": ["chunked_attention"] * 3}, "layer_types must name"),
         ("gemma3", {"rope_parameters": {"sliding_attention": rope("linear")["rope_parameters"]}}, "rope_type is 'lin"),
         ("gemma3", {"rope_parameters": {"sliding_attention": [1]}}, "sliding_attention must be an object"),
-        ("phi3", rope("longrope", partial_rotary_factor=1.0), "rope_type is 'longrope'"),
-        ("phi3", rope("yarn", factor=2), "rope_type is 'yarn'"),
+        ("phi3", rope("linear", factor=2), "rope_type is 'linear'"),
+        ("phi3", rope("yarn", short_factor=[1.0] * 3), "long_factor must be a list of numbers"),
+        ("phi3", rope("su", short_factor=[1.0] * 3, long_factor=[2.0] * 2), "long_factor must have a factor for each"),
+        ("phi3", rope("longrope", short_factor=[1.0, 0, 1], long_factor=[2.0] * 3), "short_factor must be a number"),
         ("phi3-part", rope("default", partial_rotary_factor=0.4), "partial_rotary_factor must leave an even number"),
-        ("stablelm", rope("yarn", factor=2, partial_rotary_factor=0.5), "rope_type yarn is not supported with partial"),
         ("stablelm", {"qk_layernorm": True}, "qk_layernorm is True"),
         ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual is True"),
         ("granite", {"logits_scaling": 0}, "logits_scaling must be a number from 1e-9"),

@@ -18,6 +18,7 @@ from treadle.backends.registry import find_backend
 from treadle.backends.staged import build
 from treadle.computing import computing_in
 from treadle.files.shown_names import printable
+from treadle.frontends.rotary import LongRope
 from treadle.ir.errors import BackendError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
@@ -100,11 +101,18 @@ def open_stepped(
 ) -> SteppedModel:
     """The step of what MODEL names, which must have weights. Raises what `compile` does; PassError for no step.
 
+    A model that turns by other frequencies where texts are longer (`LongRope`) takes them up to its context, unless
+    `longest` says otherwise.
+
     dtype, quantize   as `compile` takes them
     cache             the dtype of its caches: "f32", "bf16" or "f16"; None: the model's own
     """
     passes, widen = computing_in(dtype, DEFAULT, config.pop("widen", ()), quantize)
     resolved = resolve(model, limits=limits, widen=widen, **config)
+    options = {} if resolved.model is None else {**resolved.model.defaults, **resolved.model.config}
+    scaling = options.get("scaling")
+    if isinstance(scaling, LongRope) and options.get("longest", 0) is None:
+        resolved = resolve(model, limits=limits, widen=widen, **{**config, "longest": scaling.context})
     if resolved.weights is None:
         raise UsageError(f"{printable(str(model))} has no weights", hint="a folder with a checkpoint, or a GGUF file")
     graph = PassManager(passes).run(resolved.graph).graph
