@@ -1,6 +1,6 @@
 """Vocabularies in the files that were there before tokenizer.json, built as the tokenizers library builds them.
 
-    vocab.txt                     WordPiece, a token a line: BERT, DistilBERT, ELECTRA
+    vocab.txt                     WordPiece, a token a line: BERT, DistilBERT, ELECTRA, MPNet
     vocab.json and merges.txt     byte-level BPE: GPT-2, RoBERTa, BART; CLIP, whose words end in </w>
 
 config.json's model_type, or tokenizer_config.json's tokenizer_class, says whose way of cutting text it is. Sources: the
@@ -32,10 +32,12 @@ class _Kind:
 
     build    the tokenizer of a vocabulary, merges, the names of special tokens and tokenizer_config.json
     special  the names of special tokens, where the folder does not say others
+    strips   whether the space before a mask belongs to it, as the model was trained
     """
 
     build: Callable[[Any, dict[str, int], list[tuple[str, str]], Mapping[str, str], Mapping[str, Any]], Any]
     special: Mapping[str, str]
+    strips: bool = False
 
 
 def build_older_tokenizer(place: ModelFolder, settings: Mapping[str, Any], limit_bytes: int) -> Any | None:
@@ -48,7 +50,7 @@ def build_older_tokenizer(place: ModelFolder, settings: Mapping[str, Any], limit
     """
     import tokenizers
 
-    names = _kind_names(place, settings)
+    names = kind_names(place, settings)
     vocabulary: dict[str, int] = {}
     merges: list[tuple[str, str]] = []
     if place.has(_WORDS):
@@ -71,10 +73,9 @@ def build_older_tokenizer(place: ModelFolder, settings: Mapping[str, Any], limit
         raise CheckpointError("the vocabulary lacks a special token", received=printable(missing[0]), within=shown)
     made = kind.build(tokenizers, vocabulary, merges, special, settings)
     known = [name for name in dict.fromkeys(special.values()) if name in vocabulary]
-    # What stands before a mask belongs to it, as RoBERTa was trained.
     made.add_special_tokens(
         [
-            tokenizers.AddedToken(name, normalized=False, lstrip=merges != [] and name == special.get("mask_token"))
+            tokenizers.AddedToken(name, normalized=False, lstrip=kind.strips and name == special.get("mask_token"))
             for name in known
         ]
     )
@@ -103,6 +104,21 @@ def _wordpiece(
         single=f"{first}:0 $A:0 {last}:0",
         pair=f"{first}:0 $A:0 {last}:0 $B:1 {last}:1",
         special_tokens=[(first, vocabulary[first]), (last, vocabulary[last])],
+    )
+    return made
+
+
+def _mpnet(
+    tokenizers: Any,
+    vocabulary: dict[str, int],
+    merges: list[tuple[str, str]],
+    special: Mapping[str, str],
+    settings: Mapping[str, Any],
+) -> Any:
+    made = _wordpiece(tokenizers, vocabulary, merges, special, settings)
+    first, last = special["cls_token"], special["sep_token"]
+    made.post_processor = tokenizers.processors.RobertaProcessing(
+        (last, vocabulary[last]), (first, vocabulary[first]), trim_offsets=True, add_prefix_space=False
     )
     return made
 
@@ -167,15 +183,17 @@ _BERT = _Kind(
 _ROBERTA = _Kind(
     _byte_level,
     {"cls_token": "<s>", "pad_token": "<pad>", "sep_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"},
+    strips=True,
 )
+_MPNET = _Kind(_mpnet, {**_ROBERTA.special, "unk_token": "[UNK]"}, strips=True)
 _GPT2 = _Kind(_byte_level, {"eos_token": "<|endoftext|>"})
 _CLIP = _Kind(_clip, {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"})
 
-_WORDPIECE = dict.fromkeys(("bert", "distilbert", "electra"), _BERT)
+_WORDPIECE = {**dict.fromkeys(("bert", "distilbert", "electra"), _BERT), "mpnet": _MPNET}
 _BYTE_LEVEL = {"gpt2": _GPT2, "roberta": _ROBERTA, "bart": _ROBERTA, "clip": _CLIP, "clip_text_model": _CLIP}
 
 
-def _kind_names(place: ModelFolder, settings: Mapping[str, Any]) -> list[str]:
+def kind_names(place: ModelFolder, settings: Mapping[str, Any]) -> list[str]:
     """What the folder says its tokenizer is: the class of tokenizer_config.json first, then config.json's
     model_type.
     """

@@ -24,11 +24,14 @@ from treadle.files.contained_files import PathLike, read_regular
 from treadle.files.shown_names import printable
 from treadle.frontends.huggingface import ModelFolder
 from treadle.frontends.older_vocabularies import build_older_tokenizer, read_special_tokens
+from treadle.frontends.sentencepiece_vocabularies import FILES as _SENTENCEPIECE
+from treadle.frontends.sentencepiece_vocabularies import build_sentencepiece_tokenizer
 from treadle.ir.errors import CheckpointError, FrontendError, TreadleError, UsageError
 
 _FILE, _SETTINGS, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
-_OLDER = ("vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
+_OLDER = ("vocab.txt", "vocab.json", *_SENTENCEPIECE)
 """Vocabularies in the forms that were there before tokenizer.json, which transformers turns into one."""
+_INPUT_NAMES = ("input_ids", "attention_mask")
 _FILE_BYTES = 64 << 20  # the largest of known models is 33 MB
 _UNLIMITED = 1 << 31  # files say 10^30 where they mean no limit
 
@@ -88,14 +91,20 @@ class TextTokenizer:
     """The tokenizer of a model's folder."""
 
     def __init__(
-        self, tokenizer: Any, max_tokens: int | None, special: Mapping[str, str] = MappingProxyType({})
+        self,
+        tokenizer: Any,
+        max_tokens: int | None,
+        special: Mapping[str, str] = MappingProxyType({}),
+        input_names: Sequence[str] = _INPUT_NAMES,
     ) -> None:
         """`tokenizer` is a `tokenizers.Tokenizer` without padding; texts are cut to `max_tokens` ids.
 
-        special  the names of special tokens by their roles, such as mask_token, as far as the folder says them
+        special      the names of special tokens by their roles, such as mask_token, as far as the folder says them
+        input_names  what the model takes beside ids, by Hugging Face's names: attention_mask where it hears of padding
         """
         self._tokenizer = tokenizer
         self.special_names = special
+        self.input_names = tuple(input_names)
         self.max_tokens = max_tokens
 
     @classmethod
@@ -133,7 +142,10 @@ class TextTokenizer:
         if older and not place.has(_FILE):
             settings = _settings(place, limit_bytes)
             made = _guarded(
-                lambda: build_older_tokenizer(place, settings, limit_bytes),
+                lambda: (
+                    build_older_tokenizer(place, settings, limit_bytes)
+                    or build_sentencepiece_tokenizer(place, settings, limit_bytes)
+                ),
                 "the vocabulary is damaged",
                 place.show(older[0]),
             )
@@ -158,7 +170,10 @@ class TextTokenizer:
             made.no_truncation()
         else:
             _guarded(lambda: made.enable_truncation(most), f"texts cannot be cut to {most} tokens", shown)
-        return cls(made, most, read_special_tokens(_settings(place, limit_bytes)))
+        settings = _settings(place, limit_bytes)
+        named = settings.get("model_input_names")
+        names = [str(name) for name in named] if isinstance(named, list) else _INPUT_NAMES
+        return cls(made, most, read_special_tokens(settings), names)
 
     def batch(self, texts: Sequence[str]) -> TokenBatch:
         """Texts as one padded array. Raises UsageError for no texts, and for one that is not valid Unicode."""

@@ -1,0 +1,419 @@
+"""Tokenizers of SentencePiece vocabularies, built as the tokenizers library builds them.
+
+    spiece.model                   T5, mT5, ALBERT, SigLIP: unigram
+    sentencepiece.bpe.model        XLM-R, CamemBERT: unigram, whose numbers their first training shifted
+    tokenizer.model                Llama, Mistral, Gemma: BPE, with bytes for what the vocabulary lacks; where no class
+                                   is named, as the file itself says
+
+config.json's model_type, or tokenizer_config.json's tokenizer_class, says whose way of cutting text it is. Sources: the
+classes of these names in Hugging Face transformers 5, which build the same parts; Kudo 2018 for unigram.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from treadle.files.contained_files import read_regular
+from treadle.files.shown_names import printable
+from treadle.frontends.huggingface import ModelFolder
+from treadle.frontends.older_vocabularies import kind_names, read_special_tokens
+from treadle.frontends.sentencepiece_file import (
+    BPE,
+    CONTROL,
+    NORMAL,
+    UNIGRAM,
+    USER_DEFINED,
+    SentencePieces,
+    read_sentencepieces,
+)
+from treadle.ir.errors import CheckpointError
+
+FILES = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
+
+_SPACE = "▁"
+_MOST_EXTRA = 10_000
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """What a tokenizer is built of.
+
+    library   the module tokenizers
+    file      what the folder's file holds, and shown, its name
+    special   the names of special tokens by their roles
+    settings  tokenizer_config.json
+    """
+
+    library: Any
+    file: SentencePieces
+    shown: str
+    special: Mapping[str, str]
+    settings: Mapping[str, Any]
+
+    def scores(self) -> list[tuple[str, float]]:
+        """The pieces with their scores."""
+        return [(piece.text, piece.score) for piece in self.file.pieces]
+
+    def control(self, *roles: str) -> list[tuple[str, float]]:
+        """Special tokens as pieces."""
+        return [(self.special[role], 0.0) for role in roles]
+
+    def numbered(self, made: Any, *roles: str) -> list[tuple[str, int]]:
+        """Special tokens with their numbers. Raises CheckpointError for one that the vocabulary does not have."""
+        found = [(self.special[role], made.token_to_id(self.special[role])) for role in roles]
+        for token, number in found:
+            if number is None:
+                raise CheckpointError(
+                    "the vocabulary lacks a special token", received=printable(token), within=self.shown
+                )
+        return found
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.settings.get(name)
+        return value if isinstance(value, bool) else default
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How vocabularies of a kind are built.
+
+    build    the tokenizer, but for its special tokens, of which it makes more
+    special  the names of special tokens, where the folder does not say others
+    models   what the file may be: UNIGRAM or BPE; None: either
+    strips   roles of tokens to which the space before them belongs, or around them
+    plain    whether the file's control pieces are no special tokens
+    """
+
+    build: Callable[[_Vocabulary], tuple[Any, list[str]]]
+    special: Mapping[str, str]
+    model: int | None = UNIGRAM
+    strips: Mapping[str, tuple[bool, bool]] = field(default_factory=dict)
+    plain: bool = False
+
+
+def build_sentencepiece_tokenizer(place: ModelFolder, settings: Mapping[str, Any], limit_bytes: int) -> Any | None:
+    """The folder's vocabulary as a `tokenizers.Tokenizer`; None where it has none, or of a kind not built here.
+
+    settings  tokenizer_config.json
+
+    Raises CheckpointError where the file is damaged or too long.
+    """
+    import tokenizers
+
+    name = next((name for name in FILES if place.has(name)), None)
+    kind = _kind(kind_names(place, settings), "tokenizer_class" in settings)
+    if name is None or kind is None:
+        return None
+    shown = place.show(name)
+    file = read_sentencepieces(read_regular(place.file(name), limit_bytes, shown, "limit_bytes="), shown)
+    if kind.model not in (None, file.kind):
+        raise CheckpointError(
+            "the vocabulary is of another kind than the folder's tokenizer",
+            received="unigram" if file.kind == UNIGRAM else "bpe",
+            within=shown,
+            hint="config.json's model_type, or tokenizer_config.json's tokenizer_class, says which one it is",
+        )
+    special = {**kind.special, **read_special_tokens(settings)}
+    made, extra = kind.build(_Vocabulary(tokenizers, file, shown, special, settings))
+    user, control = ([p.text for p in file.pieces if p.kind == each] for each in (USER_DEFINED, CONTROL))
+    made.add_tokens([tokenizers.AddedToken(token, normalized=False, special=False) for token in user])
+    listed = _listed(settings)
+    tokens = {token: {"special": True, "normalized": False} for token in extra}
+    for role in sorted(special, key=lambda role: (_ROLES.index(role) if role in _ROLES else len(_ROLES), role)):
+        left, right = _strips(settings, role, kind.strips.get(role))
+        tokens[special[role]] = {"special": True, "normalized": False, "lstrip": left, "rstrip": right}
+    tokens |= {
+        token: {"special": True, "normalized": False} for token in control if not kind.plain and token not in tokens
+    }
+    for number, options in sorted(listed.items()):
+        token = options["content"]
+        tokens.pop(token, None)
+        made.add_tokens([tokenizers.AddedToken(token, **{name: options.get(name) is True for name in _FLAGS})])
+        if made.token_to_id(token) != number:
+            raise CheckpointError(
+                "tokenizer_config.json: an added token has another number in the vocabulary",
+                received=f"{printable(token)}, {number} and {made.token_to_id(token)}",
+                within=shown,
+            )
+    made.add_special_tokens([tokenizers.AddedToken(token, **options) for token, options in tokens.items()])
+    return made
+
+
+_FLAGS = ("lstrip", "rstrip", "normalized", "special", "single_word")
+
+
+def _kind(names: Sequence[str], has_class: bool) -> _Kind | None:
+    """Of the names that a folder gives, a class before a type."""
+    found = [_BY_CLASS.get(name) if has_class and n == 0 else _BY_TYPE.get(name) for n, name in enumerate(names)]
+    return next((kind for kind in found if kind is not None), None)
+
+
+_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""In the order in which tokens that the file lacks get their numbers."""
+
+
+def _listed(settings: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
+    """Tokens that tokenizer_config.json adds, by their numbers."""
+    given = settings.get("added_tokens_decoder")
+    if given is None:
+        return {}
+    if isinstance(given, Mapping) and all(
+        key.isascii()
+        and key.isdigit()
+        and len(key) < 10
+        and isinstance(token, Mapping)
+        and isinstance(token.get("content"), str)
+        for key, token in given.items()
+    ):
+        return {int(key): token for key, token in given.items()}
+    raise CheckpointError("tokenizer_config.json: added_tokens_decoder must hold tokens by their numbers")
+
+
+def _strips(settings: Mapping[str, Any], role: str, default: tuple[bool, bool] | None) -> tuple[bool, bool]:
+    """Whether the space before a special token and the space behind it belong to it."""
+    given = settings.get(role)
+    if isinstance(given, Mapping):
+        return given.get("lstrip") is True, given.get("rstrip") is True
+    return default or (False, False)
+
+
+# -- unigram ---------------------------------------------------------------------------------------------------
+
+
+def _unigram(v: _Vocabulary, scores: list[tuple[str, float]], unknown: int, first: list[Any]) -> Any:
+    """A tokenizer of words, each with a space before it. `first` normalizes before the file's own way does."""
+    library = v.library
+    made = library.Tokenizer(library.models.Unigram(scores, unk_id=unknown, byte_fallback=False))
+    normalizers = [*first, *([library.normalizers.Precompiled(v.file.charmap)] if v.file.charmap else [])]
+    if normalizers:
+        made.normalizer = library.normalizers.Sequence(normalizers)
+    scheme = "always" if v.flag("add_prefix_space", True) else "never"
+    pre = library.pre_tokenizers
+    made.pre_tokenizer = pre.Sequence(
+        [pre.WhitespaceSplit(), pre.Metaspace(replacement=_SPACE, prepend_scheme=scheme, split=True)]
+    )
+    made.decoder = library.decoders.Metaspace(replacement=_SPACE, prepend_scheme=scheme, split=True)
+    return made
+
+
+def _ended(v: _Vocabulary, made: Any) -> Any:
+    """With the end token behind each text."""
+    end = v.special["eos_token"]
+    made.post_processor = v.library.processors.TemplateProcessing(
+        single=["$A", end], pair=["$A", end, "$B", end], special_tokens=v.numbered(made, "eos_token")
+    )
+    return made
+
+
+def _t5(v: _Vocabulary) -> tuple[Any, list[str]]:
+    count = v.settings.get("extra_ids", 100)
+    if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= _MOST_EXTRA:
+        raise CheckpointError(
+            f"tokenizer_config.json: extra_ids must be an integer from 0 to {_MOST_EXTRA}", received=repr(count)[:80]
+        )
+    extra = [f"<extra_id_{number}>" for number in reversed(range(count))]
+    return _ended(v, _unigram(v, [*v.scores(), *((name, 0.0) for name in extra)], v.file.unknown, [])), extra
+
+
+def _siglip(v: _Vocabulary) -> tuple[Any, list[str]]:
+    n, regex = v.library.normalizers, v.library.Regex
+    lower = [n.Lowercase()] if v.flag("do_lower_case", True) else []
+    marks = "".join("\\" + mark for mark in string.punctuation)
+    canonical = [*lower, n.Replace(regex(f"[{marks}]"), ""), n.Replace(regex(r"\s+"), " "), n.Strip()]
+    return _ended(v, _unigram(v, v.scores(), v.file.unknown, canonical)), []
+
+
+def _albert(v: _Vocabulary) -> tuple[Any, list[str]]:
+    n = v.library.normalizers
+    first = [n.Replace("``", '"'), n.Replace("''", '"')]
+    if not v.flag("keep_accents", False):
+        first += [n.NFKD(), n.StripAccents()]
+    if v.flag("do_lower_case", True):
+        first.append(n.Lowercase())
+    made = _unigram(v, v.scores(), v.file.unknown, first)
+    begin, end = v.special["cls_token"], v.special["sep_token"]
+    made.post_processor = v.library.processors.TemplateProcessing(
+        single=f"{begin}:0 $A:0 {end}:0",
+        pair=f"{begin}:0 $A:0 {end}:0 $B:1 {end}:1",
+        special_tokens=v.numbered(made, "cls_token", "sep_token"),
+    )
+    return made, []
+
+
+def _enclosed(v: _Vocabulary, made: Any) -> Any:
+    """With tokens around each text, and two ends between the texts of a pair."""
+    begin, end = v.special["bos_token"], v.special["eos_token"]
+    made.post_processor = v.library.processors.TemplateProcessing(
+        single=[begin, "$A", end],
+        pair=[begin, "$A", end, end, "$B", end],
+        special_tokens=v.numbered(made, "bos_token", "eos_token"),
+    )
+    return made
+
+
+def _xlm_roberta(v: _Vocabulary) -> tuple[Any, list[str]]:
+    first, last = v.control("bos_token", "pad_token", "eos_token", "unk_token"), v.control("mask_token")
+    return _enclosed(v, _unigram(v, [*first, *v.scores()[3:], *last], 3, [])), []
+
+
+def _camembert(v: _Vocabulary) -> tuple[Any, list[str]]:
+    (pad, unknown), last = v.control("pad_token", "unk_token"), v.control("mask_token")
+    first = [("<s>NOTUSED", 0.0), pad, ("</s>NOTUSED", 0.0), unknown, ("<unk>NOTUSED", -100.0)]
+    return _enclosed(v, _unigram(v, [*first, *v.scores()[1:], *last], 3, [])), []
+
+
+# -- byte pairs ------------------------------------------------------------------------------------------------
+
+
+def _pairs(v: _Vocabulary) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The vocabulary, and which two pieces make a third, the third's number deciding which come first."""
+    vocabulary = {piece.text: number for number, piece in enumerate(v.file.pieces)}
+    merges = []
+    for text, number in vocabulary.items():
+        for cut in range(1, len(text)):
+            left, right = text[:cut], text[cut:]
+            if left in vocabulary and right in vocabulary:
+                merges.append((number, len(left), len(right), left, right))
+    return vocabulary, [(left, right) for *_, left, right in sorted(merges)]
+
+
+def _begun(v: _Vocabulary, made: Any) -> Any:
+    """With a token before each text and one behind it, where the folder asks for them."""
+    roles = [role for role in ("bos_token", "eos_token") if v.flag(f"add_{role}", False)]
+    begin, end = ([v.special[role] for role in roles if role == each] for each in ("bos_token", "eos_token"))
+    first = [*(f"{t}:0" for t in begin), "$A:0", *(f"{t}:0" for t in end)]
+    second = [*(f"{t}:1" for t in begin), "$B:1", *(f"{t}:1" for t in end)]
+    made.post_processor = v.library.processors.TemplateProcessing(
+        single=first, pair=[*first, *second], special_tokens=v.numbered(made, *roles)
+    )
+    return made
+
+
+def _llama(v: _Vocabulary) -> tuple[Any, list[str]]:
+    library, (vocabulary, merges) = v.library, _pairs(v)
+    made = library.Tokenizer(library.models.BPE(vocab=vocabulary, merges=merges, fuse_unk=True, byte_fallback=True))
+    prefix = v.flag("add_prefix_space", True)
+    scheme = "never" if not prefix else "always" if v.flag("legacy", False) else "first"
+    made.pre_tokenizer = library.pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme=scheme, split=False)
+    d = library.decoders
+    steps = [d.Replace(_SPACE, " "), d.ByteFallback(), d.Fuse(), *([d.Strip(content=" ", left=1)] if prefix else [])]
+    made.decoder = d.Sequence(steps)
+    return _begun(v, made), []
+
+
+def _gemma(v: _Vocabulary) -> tuple[Any, list[str]]:
+    library, (vocabulary, merges) = v.library, _pairs(v)
+    unknown = v.special["unk_token"]
+    model = library.models.BPE(vocab=vocabulary, merges=merges, fuse_unk=True, unk_token=unknown, byte_fallback=True)
+    made = library.Tokenizer(model)
+    made.normalizer = library.normalizers.Replace(" ", _SPACE)
+    made.pre_tokenizer = library.pre_tokenizers.Split(pattern=" ", behavior="merged_with_previous", invert=False)
+    d = library.decoders
+    made.decoder = d.Sequence([d.Replace(_SPACE, " "), d.ByteFallback(), d.Fuse()])
+    return _begun(v, made), []
+
+
+def _own(v: _Vocabulary) -> tuple[Any, list[str]]:
+    """As the file itself says, and the library that wrote it cuts texts."""
+    library, file, n = v.library, v.file, v.library.normalizers
+    if file.kind == UNIGRAM:
+        model = library.models.Unigram(v.scores(), unk_id=file.unknown, byte_fallback=file.bytes)
+    else:
+        vocabulary = {piece.text: number for number, piece in enumerate(file.pieces)}
+        ranks = {p.text: (-p.score, number) for number, p in enumerate(file.pieces) if p.kind == NORMAL}
+        merges = sorted(
+            (*rank, text[:cut], text[cut:])
+            for text, rank in ranks.items()
+            for cut in range(1, len(text))
+            if text[:cut] in ranks and text[cut:] in ranks
+        )
+        model = library.models.BPE(
+            vocab=vocabulary,
+            merges=[(left, right) for *_, left, right in merges],
+            unk_token=file.pieces[file.unknown].text,
+            fuse_unk=True,
+            byte_fallback=file.bytes,
+            ignore_merges=any(piece.kind == USER_DEFINED for piece in file.pieces),
+        )
+    made = library.Tokenizer(model)
+    legacy = v.flag("legacy", True)
+    steps = [n.Precompiled(file.charmap)] if file.charmap else []
+    if file.single:
+        steps += [n.Replace(library.Regex(r"\A +| +\z"), ""), n.Replace(library.Regex(" {2,}"), " ")]
+    if file.escaped:
+        steps.append(n.Replace(" ", _SPACE))
+    if (
+        file.prefix and legacy
+    ):  # the library's prefix is left out before a text that begins with what stands for a space
+        steps.append(n.Replace(library.Regex(rf"\A{_SPACE}"), 2 * _SPACE))
+    made.normalizer = n.Sequence(steps)
+    pre = library.pre_tokenizers
+    scheme = "always" if legacy else "first"
+    parts = [pre.Metaspace(replacement=_SPACE, prepend_scheme=scheme, split=False)] if file.prefix else []
+    if user := sorted((p.text for p in file.pieces if p.kind == USER_DEFINED), key=len, reverse=True):
+        parts.append(pre.Split(library.Regex("|".join(map(re.escape, user))), behavior="isolated"))
+    if parts:
+        made.pre_tokenizer = pre.Sequence(parts)
+    d = library.decoders
+    back = [d.Replace(_SPACE, " "), *([d.ByteFallback()] if file.bytes else [])]
+    back += [d.Fuse(), d.Strip(content=" ", left=1)] if file.prefix else [d.Fuse()] if file.bytes else []
+    made.decoder = d.Sequence(back)
+    return _begun(v, made), []
+
+
+_AROUND = (True, True)
+_BEFORE = (True, False)
+_FAIRSEQ = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "sep_token": "</s>",
+    "cls_token": "<s>",
+    "unk_token": "<unk>",
+    "pad_token": "<pad>",
+    "mask_token": "<mask>",
+}
+_T5_KIND = _Kind(_t5, {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"})
+_LLAMA_KIND = _Kind(_llama, {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}, BPE)
+_OWN = _Kind(_own, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}, None)
+_GEMMA_TOKENS = {
+    "unk_token": "<unk>",
+    "bos_token": "<bos>",
+    "eos_token": "<eos>",
+    "pad_token": "<pad>",
+    "mask_token": "<mask>",
+}
+_XLM_ROBERTA = _Kind(_xlm_roberta, _FAIRSEQ)
+_GEMMA = _Kind(
+    _gemma, _GEMMA_TOKENS, BPE
+)  # fmt: skip
+
+_KINDS: Mapping[str, _Kind] = {
+    **dict.fromkeys(("t5", "mt5"), _T5_KIND),
+    **dict.fromkeys(("xlmroberta", "xlm-roberta"), _XLM_ROBERTA),
+    "camembert": _Kind(_camembert, _FAIRSEQ, strips={"mask_token": _BEFORE}),
+    "albert": _Kind(
+        _albert,
+        {
+            "cls_token": "[CLS]",
+            "sep_token": "[SEP]",
+            "unk_token": "<unk>",
+            "pad_token": "<pad>",
+            "mask_token": "[MASK]",
+        },
+    ),
+    "siglip": _Kind(
+        _siglip,
+        {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"},
+        strips=dict.fromkeys(("eos_token", "unk_token", "pad_token"), _AROUND),
+        plain=True,
+    ),
+    **dict.fromkeys(("gemma", "gemma2"), _GEMMA),
+}
+"""By tokenizer_config.json's tokenizer_class, in small letters and without its ending, or config.json's model_type."""
+
+_BY_CLASS = {**_KINDS, "llama": _LLAMA_KIND}
+_BY_TYPE = {**_KINDS, **dict.fromkeys(("llama", "mistral", "phi3"), _OWN)}
