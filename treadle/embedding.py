@@ -35,6 +35,9 @@ Vectors = npt.NDArray[np.float32]
 
 _CONFIG_BYTES = 1 << 20
 _NESTING, _VALUES = 16, 10_000
+_READ = 4096
+"""Sentences whose tokens are held at a time."""
+
 _MODES = {"mean": "mean", "mean_tokens": "mean", "cls": "first", "cls_token": "first"}
 """The ways of pooling, as sentence-transformers has named them over time, and as `Pooling` does."""
 
@@ -122,17 +125,21 @@ class SentenceEmbedder:
         """The same, with how many tokens each sentence has and which lost their end. Raises UsageError as `embed`."""
         if not sentences:
             raise UsageError("there is no sentence to embed")
-        order: list[int] = []
-        parts, counts, cut = [], [0] * len(sentences), []
-        for chosen in batches_by_length([len(sentence) for sentence in sentences], batch_size):
-            order += chosen
-            batch = self.tokenizer.batch([sentences[i] for i in chosen])
-            hidden = np.asarray(self.model(tokens=batch.ids, lengths=batch.lengths)["hidden"])
-            parts.append(self.pooling(hidden, batch.lengths))
-            for i, length, was_cut in zip(chosen, batch.lengths, batch.cut, strict=True):
+        counts, cut = [0] * len(sentences), []
+        vectors = np.zeros((len(sentences), self.width or 0), np.float32)
+        by_letters = sorted(range(len(sentences)), key=lambda i: -len(sentences[i]))
+        for at in range(0, len(sentences), _READ):
+            read = by_letters[at : at + _READ]
+            batch = self.tokenizer.batch([sentences[i] for i in read])
+            for chosen in batches_by_length(batch.lengths.tolist(), batch_size):
+                lengths = batch.lengths[chosen]
+                tokens = np.ascontiguousarray(batch.ids[chosen, : max(1, int(lengths.max()))])
+                hidden = np.asarray(self.model(tokens=tokens, lengths=lengths)["hidden"])
+                vectors[[read[row] for row in chosen]] = self.pooling(hidden, lengths)
+            for i, length, was_cut in zip(read, batch.lengths, batch.cut, strict=True):
                 counts[i] = int(length)
                 cut += [i] if was_cut else []
-        return Embedded(np.concatenate(parts)[np.argsort(order)], tuple(counts), tuple(sorted(cut)))
+        return Embedded(vectors, tuple(counts), tuple(sorted(cut)))
 
 
 def read_pooling(place: ModelFolder) -> Pooling:
