@@ -82,6 +82,32 @@ def byte_level() -> Any:
     return transformers.RobertaTokenizer(vocab=data["vocab"], merges=merges, model_max_length=40)
 
 
+def mpnet() -> Any:
+    """An MPNet tokenizer of the same vocabulary: other special tokens, of which padding is number 1."""
+    special = ["<s>", "<pad>", "</s>", "[UNK]", "<mask>"]
+    names = [name for name in sorted(wordpiece().get_vocab(), key=wordpiece().get_vocab().get) if name[0] != "["]
+    vocabulary = {name: i for i, name in enumerate([*special, *names])}
+    return transformers.MPNetTokenizer(vocab=vocabulary, model_max_length=40)
+
+
+def without_types() -> Any:
+    """BERT's tokenizer for a model that tells no segments apart."""
+    roles = {role: f"[{role.upper()}]" for role in ("pad", "unk", "cls", "sep", "mask")}
+    named = {f"{role}_token": name for role, name in roles.items()}
+    backend = wordpiece().backend_tokenizer
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=40, **named)
+
+
+def without_specials() -> Any:
+    """GPT-2's tokenizer, which puts nothing around texts; what pads them is a token of its own."""
+    model = json.loads(byte_level().backend_tokenizer.to_str())["model"]
+    vocabulary = {**model["vocab"], "<|endoftext|>": len(model["vocab"])}
+    merges = [tuple(merge) for merge in model["merges"]]
+    return transformers.GPT2Tokenizer(
+        vocab=vocabulary, merges=merges, pad_token="<|endoftext|>", model_max_length=40
+    )  # fmt: skip
+
+
 def save(place: Path, architecture: str, tokenizer: Any, scale: float = 3.0, **config: Any) -> Any:
     """A random model of a class with this tokenizer as a folder; returns the model."""
     cls = getattr(transformers, architecture)
@@ -92,7 +118,9 @@ def save(place: Path, architecture: str, tokenizer: Any, scale: float = 3.0, **c
         sizes |= {"dim": 24, "n_heads": 4, "n_layers": 2, "hidden_dim": 40}
     else:
         sizes |= {"hidden_size": 24, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 40}
-    if "Albert" in architecture:
+    if "GPT2" in architecture:
+        sizes |= {"max_position_embeddings": 48, "eos_token_id": pad, "bos_token_id": pad}
+    if "Albert" in architecture or "Electra" in architecture:
         sizes["embedding_size"] = 12
     torch.manual_seed(1)
     model = cls(cls.config_class(**{**sizes, **config})).eval()

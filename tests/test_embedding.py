@@ -67,9 +67,12 @@ TEXTS = ["w0 w1 w2", "w3", "", "w5 w4 w3 w2 w1 nothing of this", "w9 " * 7, "w20
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A random BERT with a tokenizer of words, as sentence-transformers would load it."""
-    place = tmp_path / "small"
-    save("bert", place)
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    return prepared(tmp_path / "small", "bert")
+
+
+def prepared(place: Path, name: str) -> Path:
+    save(name, place)
+    vocabulary = {word: i for i, word in enumerate(["[UNK]", "[PAD]", "[CLS]", "[SEP]", *WORDS])}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     made.post_processor = tokenizers.processors.TemplateProcessing(
@@ -130,6 +133,13 @@ def test_a_folder_is_pooled_as_it_says(folder: Path, change: Change, backend: st
     assert vectors.shape == wanted.shape == (len(TEXTS), made.width)
     assert cosine_distances(vectors, wanted).max() < TOLERANCE
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), np.linalg.norm(wanted, axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mpnet", "modernbert", "electra", "gpt2-hidden"])
+def test_families_embed_as_sentence_transformers_does(name: str, tmp_path: Path) -> None:
+    folder = prepared(tmp_path / name, name)
+    vectors = embedder(folder, "numpy" if find_backend("tvm").available() else "tvm").embed(TEXTS, batch_size=4)
+    assert cosine_distances(vectors, theirs(folder, TEXTS)).max() < TOLERANCE
 
 
 def test_what_is_cut_is_told(folder: Path) -> None:

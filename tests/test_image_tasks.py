@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-pytest.importorskip("tokenizers")
+tokenizers = pytest.importorskip("tokenizers")
 image_module = pytest.importorskip("PIL.Image")
 
 import treadle as t
@@ -79,9 +79,10 @@ def spread(model: Any, scale: float) -> Any:
 def labelled(place: Path, kind: str, **reading: Any) -> None:
     """A random classifier of images as a folder that says so of how they are read."""
     torch.manual_seed(2)
-    config = getattr(transformers, f"{kind}Config")(**SIZES, num_labels=5)
+    sizes = {"vision_config": SIZES} if kind == "Siglip" else SIZES
+    config = getattr(transformers, f"{kind}Config")(**sizes, num_labels=5)
     spread(getattr(transformers, f"{kind}ForImageClassification")(config), 3.0).save_pretrained(place)
-    processor = {"image_processor_type": f"{kind}ImageProcessor", **reading}
+    processor = {"image_processor_type": f"{'Bit' if kind == 'Dinov2' else kind}ImageProcessor", **reading}
     (place / "preprocessor_config.json").write_text(json.dumps(processor))
 
 
@@ -90,6 +91,12 @@ READINGS = [
     ("ViT", {"size": {"height": 32, "width": 32}, "resample": 3, "image_mean": [0.1, 0.2, 0.3], "do_rescale": False}),
     ("DeiT", {"size": {"height": 40, "width": 36}, "crop_size": {"height": 32, "width": 32}}),
     ("DeiT", {"size": {"height": 24, "width": 40}, "crop_size": {"height": 32, "width": 32}, "do_normalize": False}),
+    ("Siglip", {"size": {"height": 32, "width": 32}}),
+    ("Dinov2", {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}),
+    (
+        "Dinov2",
+        {"size": {"shortest_edge": 50}, "crop_size": {"height": 48, "width": 40}},
+    ),  # not the config's image_size
 ]
 
 
@@ -150,6 +157,36 @@ def test_matches_as_hugging_face(clip: Path, backend: str, images: list[str]) ->
     for ours, each in zip(t.load(clip, backend=backend).match(images, labels), wanted, strict=True):
         assert [scored.label for scored in ours.scores] == [row["label"] for row in each]
         np.testing.assert_allclose([s.score for s in ours.scores], [row["score"] for row in each], atol=1e-5)
+
+
+@pytest.mark.parametrize("names", [["input_ids"], ["input_ids", "attention_mask"]])
+def test_matches_each_text_by_itself_as_hugging_face(
+    names: list[str], backend: str, images: list[str], tmp_path: Path
+) -> None:
+    """SigLIP: texts padded to 64 tokens, which attention sees or not as the folder says, and a sigmoid for each."""
+    vocabulary = {name: i for i, name in enumerate(["<unk>", "</s>", "a", "photo", "of", "cat", "dog", "sky"])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "</s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, model_input_names=names, **special)
+    tokenizer.save_pretrained(tmp_path)
+    text = {**TEXT, "vocab_size": len(vocabulary), "max_position_embeddings": 64, "projection_size": 24}
+    torch.manual_seed(4)
+    model = spread(transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=SIZES)), 2.0)
+    with torch.no_grad():
+        model.logit_scale.fill_(2.0)
+        model.logit_bias.fill_(-0.5)
+    model.save_pretrained(tmp_path)
+    reading = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 32, "width": 32}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(reading))
+    labels = ["a photo of a cat", "dog", "sky of a " * 40, "a"]
+    theirs = transformers.pipeline("zero-shot-image-classification", model=str(tmp_path), device="cpu")
+    few = images[:10]
+    wanted = theirs(few, candidate_labels=labels, hypothesis_template="{}")
+    for ours, each in zip(t.load(tmp_path, backend=backend).match(few, labels), wanted, strict=True):
+        assert [scored.label for scored in ours.scores] == [row["label"] for row in each]
+        np.testing.assert_allclose([s.score for s in ours.scores], [row["score"] for row in each], atol=1e-5)
+        assert abs(sum(s.score for s in ours.scores) - 1) > 1e-3
 
 
 def test_the_commands(clip: Path, images: list[str], tmp_path: Path) -> None:

@@ -205,7 +205,8 @@ def reference_answer(model: Any, tokenizer: Any, question: str, text: str, longe
         with torch.no_grad():
             out = model(**given)
         of_text = [part == 1 for part in encoding.sequence_ids]
-        known = torch.tensor([first or i == 0 for i, first in enumerate(of_text)])
+        known = torch.tensor(of_text)
+        known[0] |= encoding.sequence_ids[0] is None  # a special token there stands for no answer
         start, end = (
             torch.softmax(logits[0].double().masked_fill(~known, -torch.inf), -1)
             for logits in (out.start_logits, out.end_logits)

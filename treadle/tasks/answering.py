@@ -117,7 +117,7 @@ def _best_spans(text: str, window: EncodedText, logits: Array, top: int, longest
     if not of_text.any():
         return []
     known = of_text.copy()
-    known[0] = True  # the first token, which is special, stands for no answer, and has its share
+    known[0] |= window.parts[0] is None  # a special token there stands for no answer, and has its share
     start, end = (np.where(of_text, softmax(np.where(known, logits[:, i], -np.inf)), 0) for i in (0, 1))
     scores = np.triu(np.outer(start, end))
     scores = np.tril(scores, longest - 1)

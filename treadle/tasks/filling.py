@@ -21,7 +21,7 @@ from treadle.tasks.scoring import softmax
 
 Array = np.ndarray[Any, Any]
 
-HEAD = Head("fill masks", ("ForMaskedLM",))
+HEAD = Head("fill masks", ("ForMaskedLM", "BertForPreTraining", "AlbertForPreTraining"))
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,15 @@ _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _HALF = (0.5, 0.5, 0.5)
 _BILINEAR, _BICUBIC = 2, 3  # of Pillow's filters
 
+_CLIP: Mapping[str, Any] = {
+    "size": {"shortest_edge": 224},
+    "resample": _BICUBIC,
+    "do_center_crop": True,
+    "crop_size": 224,
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+}
+
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "vit": {"size": 224, "resample": _BILINEAR, "do_center_crop": False, "image_mean": _HALF, "image_std": _HALF},
     "deit": {
@@ -44,14 +53,9 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "image_mean": _HALF,
         "image_std": _HALF,
     },
-    "clip": {
-        "size": {"shortest_edge": 224},
-        "resample": _BICUBIC,
-        "do_center_crop": True,
-        "crop_size": 224,
-        "image_mean": (0.48145466, 0.4578275, 0.40821073),
-        "image_std": (0.26862954, 0.26130258, 0.27577711),
-    },
+    "clip": _CLIP,
+    "dinov2": _CLIP,
+    "siglip": {"size": 224, "resample": _BICUBIC, "do_center_crop": False, "image_mean": _HALF, "image_std": _HALF},
 }
 """What a preprocessor_config.json leaves out, by config.json's model_type."""
 
@@ -75,10 +79,10 @@ class ImageReader:
     std: tuple[float, float, float] | None
 
     @classmethod
-    def open(cls, place: ModelFolder, kind: str, *, sides: tuple[int, int]) -> ImageReader:
+    def open(cls, place: ModelFolder, kind: str, *, sides: tuple[int, int] | None = None) -> ImageReader:
         """What a folder says, and its kind of model where it says nothing.
 
-        sides  the (height, width) that the model takes, to which images must come
+        sides  the (height, width) that the model takes, to which images must come; None: any
 
         Raises CheckpointError where the file is damaged, or says something else than the model takes, and FrontendError
         where Pillow is not installed.
@@ -109,14 +113,19 @@ class ImageReader:
             raise CheckpointError(
                 "the file does not say how images are read", received=printable(str(error), 200), within=shown
             ) from None
-        comes = made.crop or made.size
-        if comes != sides:
+        if sides is not None and made.sides != sides:
             raise CheckpointError(
                 f"images must become {sides[0]} x {sides[1]} pixels, as the model takes",
-                received=repr(comes),
+                received=repr(made.crop or made.size),
                 within=shown,
             )
         return made
+
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """The (height, width) that all images come to; None where these differ from image to image."""
+        found = self.crop or self.size
+        return found if isinstance(found, tuple) else None
 
     def read(self, paths: Sequence[PathLike]) -> Pixels:
         """Images as pixels [N, 3, height, width]. Raises UsageError for a file that is no image, or too large."""

@@ -7,7 +7,7 @@ labeller.label(["cat.jpg"])[0][0].label
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from treadle.compiled import Compiled
 from treadle.files.contained_files import PathLike
@@ -20,6 +20,8 @@ from treadle.tasks.scoring import Scored, best_first, label_scores
 
 HEAD = Head("label images", ("ForImageClassification", "ForImageClassificationWithTeacher"))
 _BATCH = 8
+_RESIZED = ("dinov2",)
+"""Kinds of models that take images of any size, whatever config.json's image_size: the folder's reading decides."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,11 @@ class ImageLabeller:
     def open(cls, options: ModelOptions) -> ImageLabeller:
         """Raises UsageError where the folder has no such head, CheckpointError for a damaged file, and as `compile`."""
         place, config = checked_folder(options, HEAD)
+        kind = image_kind(config)
+        if kind in _RESIZED and (sides := ImageReader.open(place, kind).sides) is not None:
+            options = replace(options, config={"height": sides[0], "width": sides[1], **options.config})
         made = options.compile()
-        reader = ImageReader.open(place, image_kind(config), sides=image_sides(made))
+        reader = ImageReader.open(place, kind, sides=image_sides(made))
         return cls(made, reader, read_labels(config), config)
 
     def label(self, paths: Sequence[PathLike], *, progress: Progress | None = None) -> list[tuple[Scored, ...]]:
