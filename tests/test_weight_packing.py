@@ -10,8 +10,10 @@ from weakref import WeakValueDictionary
 import numpy as np
 import pytest
 
+from tests.backend_checks import needs_tvm
 from treadle.backends.made_weights import recipes_of
 from treadle.backends.tvm import panel_memory, weight_packing
+from treadle.backends.tvm.backend import TvmBackend
 from treadle.backends.tvm.kernels.isa import ISAS
 from treadle.backends.tvm.kernels.matmul import panel_width
 from treadle.backends.tvm.panel_memory import LARGE_PAGE, finish_writing
@@ -20,6 +22,7 @@ from treadle.ir.builder import Builder
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph
 from treadle.ir.layouts import panels
+from treadle.ir.target import Target
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.lowering.assign_layouts import AssignLayouts
 from treadle.passes.lowering.hoist_weights import HoistWeights
@@ -185,3 +188,16 @@ def packed(graph: Graph, weights: dict[str, Any], folder: Path) -> np.ndarray[An
     ((_, array),) = pack_weights(graph, recipes_of(graph), weights, folder=folder).items()
     finish_writing()
     return array
+
+
+@needs_tvm
+def test_windows_that_do_not_overlap_read_a_weight_that_is_packed_once() -> None:
+    """A run has no copy of it: what it needs is smaller."""
+    b, target = Builder(Graph("patches")), Target("cpu")
+    weight = b.parameter("weight", "f32[64, 3, 16, 16]")
+    b.outputs(y=b.exp(b.conv(b.input("x", "f32[B, 3, 32, 32]"), weight, None, strides=(16, 16))))
+    lowered = TvmBackend().lower(b.graph, target)
+    assert lowered.plan is not None
+    assert [value.layout.kind for value in lowered.graph.made.values() if value.layout is not None] == ["panels"]
+    lives = TvmBackend().frames(lowered.graph, target, lowered.plan)["main"].lives
+    assert max(life.storage.nbytes.evaluate({"B": 1}) for life in lives) < 64 * 3 * 16 * 16 * 4
