@@ -1,6 +1,6 @@
 """Attention in NumPy, and what its masks and biases are, as arrays that broadcast against its scores [b, h, s, t].
 
-hidden   masks that are true where a query may not see a key; `masks` are true where it may
+Masks called `hidden` are true where a query may not see a key; `masks` are true where it may.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Attention's masks and biases in NumPy, written to arrays of its workspace, with true where a key is hidden.
 
-kernels.causal(memory.x_work.queries, memory.x_work.keys, memory.x_work.term_0)
+Such as `kernels.causal(memory.x_work.queries, memory.x_work.keys, memory.x_work.term_0)`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Where the values of one function lie when its steps run in one order: what all ways of planning share.
 
-    FunctionFacts   what is known of a function whatever its order is
-    Planning        goes through the steps, and gives each value a place; derived by who writes by strides
-                    (`strided_places.py`) and by who calls a library (`library_places.py`)
+`FunctionFacts` is what is known of a function whatever its order is. `Planning` goes through the steps, and gives each
+value a place; derived by who writes by strides (`strided_places.py`) and by who calls a library (`library_places.py`).
 """
 
 from __future__ import annotations
