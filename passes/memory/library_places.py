@@ -9,7 +9,7 @@ from treadle.ir.graph import Node, Value
 from treadle.ir.storage.views import Storage, StorageKind, View
 from treadle.ir.types import Type
 from treadle.passes.memory.storage_plan import How, Step
-from treadle.passes.memory.value_places import Over, FunctionFacts, Planning
+from treadle.passes.memory.value_places import FunctionFacts, Over, Planning
 
 Lies = Callable[[Value], View]
 """How a value lies, where all that a run makes is row-major."""

@@ -18,7 +18,7 @@ from treadle.passes.memory.library_places import LibraryPlanning, Workspaces, al
 from treadle.passes.memory.ordering import choices, needs_less
 from treadle.passes.memory.storage_plan import FunctionPlan, How, Step, StoragePlan
 from treadle.passes.memory.strided_places import Parts, StridedPlanning
-from treadle.passes.memory.value_places import Over, FunctionFacts
+from treadle.passes.memory.value_places import FunctionFacts, Over
 
 Grouping = Callable[[Function], Sequence[Step]]
 """Which nodes of a function are computed together, in order; each node is in one step."""

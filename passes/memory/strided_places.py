@@ -8,7 +8,7 @@ from treadle.ir.graph import Node, Value
 from treadle.ir.sizing.sizes import ONE, product
 from treadle.ir.storage.views import Storage, StorageKind, View
 from treadle.passes.memory.storage_plan import How, Step
-from treadle.passes.memory.value_places import Over, FunctionFacts, Planning
+from treadle.passes.memory.value_places import FunctionFacts, Over, Planning
 
 Parts = Callable[[Step, View], bool]
 """Whether a step writes its result through a view with gaps, without a copy."""
