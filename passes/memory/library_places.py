@@ -9,7 +9,7 @@ from treadle.ir.graph import Node, Value
 from treadle.ir.storage.views import Storage, StorageKind, View
 from treadle.ir.types import Type
 from treadle.passes.memory.storage_plan import How, Step
-from treadle.passes.memory.value_places import FunctionFacts, Over, Planning
+from treadle.passes.memory.value_places import Over, PlacedFunction, Planning
 
 Lies = Callable[[Value], View]
 """How a value lies, where all that a run makes is row-major."""
@@ -39,7 +39,7 @@ class LibraryPlanning(Planning):
 
     def __init__(
         self,
-        planned: FunctionFacts,
+        planned: PlacedFunction,
         steps: Sequence[Step],
         over: Over,
         placed: Callable[[Node], bool],

@@ -18,7 +18,7 @@ from treadle.passes.memory.library_places import LibraryPlanning, Workspaces, al
 from treadle.passes.memory.ordering import choices, needs_less
 from treadle.passes.memory.storage_plan import FunctionPlan, How, Step, StoragePlan
 from treadle.passes.memory.strided_places import Parts, StridedPlanning
-from treadle.passes.memory.value_places import FunctionFacts, Over
+from treadle.passes.memory.value_places import Over, PlacedFunction
 
 Grouping = Callable[[Function], Sequence[Step]]
 """Which nodes of a function are computed together, in order; each node is in one step."""
@@ -92,7 +92,7 @@ class PlanStorage(Pass):
         peaks: dict[str, tuple[Size, ...]] = {}
         for function in graph.needed_by(*graph.later_entries):
             given_away = self.donated if function is graph.main else ()
-            planned = FunctionFacts(function, functions, function in graph.entries, given_away)
+            planned = PlacedFunction(function, functions, function in graph.entries, given_away)
             over = self._over(functions)
             plan = self._plan(planned, self.grouped(function), over)
             if self.ordered:
@@ -111,7 +111,7 @@ class PlanStorage(Pass):
         log.touched = set()
         return 0
 
-    def _plan(self, planned: FunctionFacts, steps: Sequence[Step], over: Over) -> FunctionPlan:
+    def _plan(self, planned: PlacedFunction, steps: Sequence[Step], over: Over) -> FunctionPlan:
         """The plan of these steps in this order."""
         if self.strided:
             return StridedPlanning(planned, steps, self.parts, over).plan()
@@ -133,7 +133,7 @@ class PlanStorage(Pass):
     def _reordered(
         self,
         plan: FunctionPlan,
-        planned: FunctionFacts,
+        planned: PlacedFunction,
         over: Over,
         peaks: Mapping[str, tuple[Size, ...]],
         symbols: Mapping[str, Bounds],
@@ -155,7 +155,7 @@ class PlanStorage(Pass):
     def _peak(
         self,
         plan: FunctionPlan,
-        planned: FunctionFacts,
+        planned: PlacedFunction,
         peaks: Mapping[str, tuple[Size, ...]],
         symbols: Mapping[str, Bounds],
     ) -> tuple[Size, ...]:

@@ -8,7 +8,7 @@ from treadle.ir.graph import Node, Value
 from treadle.ir.sizing.sizes import ONE, product
 from treadle.ir.storage.views import Storage, StorageKind, View
 from treadle.passes.memory.storage_plan import How, Step
-from treadle.passes.memory.value_places import FunctionFacts, Over, Planning
+from treadle.passes.memory.value_places import Over, PlacedFunction, Planning
 
 Parts = Callable[[Step, View], bool]
 """Whether a step writes its result through a view with gaps, without a copy."""
@@ -20,7 +20,7 @@ class StridedPlanning(Planning):
     wanted  where a value must lie so that its reader need not move it, once that is decided
     """
 
-    def __init__(self, planned: FunctionFacts, steps: Sequence[Step], parts: Parts, over: Over) -> None:
+    def __init__(self, planned: PlacedFunction, steps: Sequence[Step], parts: Parts, over: Over) -> None:
         super().__init__(planned, steps)
         self.parts, self.over = parts, over
         self.wanted: dict[Value, tuple[View, Value | str]] = {}

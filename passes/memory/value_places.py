@@ -1,6 +1,6 @@
 """Where the values of one function lie when its steps run in one order: what all ways of planning share.
 
-`FunctionFacts` is what is known of a function whatever its order is. `Planning` goes through the steps, and gives each
+`PlacedFunction` is what is known of a function whatever its order is. `Planning` goes through the steps, and gives each
 value a place; derived by who writes by strides (`strided_places.py`) and by who calls a library (`library_places.py`).
 """
 
@@ -18,7 +18,7 @@ Over = Callable[[Step], Sequence[Value]]
 """The operands that a step reads element by element, each for the result's element at its own place alone."""
 
 
-class FunctionFacts:
+class PlacedFunction:
     """A function, of which plans are made in several orders; its callees are planned already.
 
     is_entry  nobody in the graph calls it: what it hands out is its caller's own
@@ -78,7 +78,7 @@ def _contiguous(value: Value) -> View:
 class Planning(ABC):
     """One function in one order."""
 
-    def __init__(self, planned: FunctionFacts, steps: Sequence[Step]) -> None:
+    def __init__(self, planned: PlacedFunction, steps: Sequence[Step]) -> None:
         self.planned, self.function, self.callees = planned, planned.function, planned.callees
         self.steps, self.uses = tuple(steps), planned.uses
         self.at = {node: i for i, step in enumerate(self.steps) for node in step.nodes}
