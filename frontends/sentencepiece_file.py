@@ -27,7 +27,7 @@ _MOST_PIECES = 4_000_000
 
 
 @dataclass(frozen=True)
-class Piece:
+class VocabularyPiece:
     """A piece of text, how likely it is (a logarithm; of BPE, less the number of its merge), and its kind."""
 
     text: str
@@ -48,7 +48,7 @@ class SentencePieces:
              escaped, whether spaces become what stands for them in pieces
     """
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[VocabularyPiece, ...]
     kind: int
     unknown: int
     charmap: bytes
@@ -63,7 +63,7 @@ def read_sentencepieces(data: bytes, shown: str) -> SentencePieces:
 
     Raises CheckpointError, with the offset, where they are no such file, are cut short, or hold what is not supported.
     """
-    pieces: list[Piece] = []
+    pieces: list[VocabularyPiece] = []
     charmap = b""
     training = {3: UNIGRAM, 35: 0, 40: 0}  # the kind, bytes, the unknown piece
     normalizing = {3: 1, 4: 1, 5: 1}  # the prefix, single spaces, escaped ones
@@ -139,7 +139,7 @@ class _Field:
         return data[self.start : self.end]
 
 
-def _piece(data: bytes, field: _Field, shown: str) -> Piece:
+def _piece(data: bytes, field: _Field, shown: str) -> VocabularyPiece:
     text, score, kind = "", 0.0, NORMAL
     for part in _inside(data, field, shown):
         if part.number == 1:
@@ -155,7 +155,7 @@ def _piece(data: bytes, field: _Field, shown: str) -> Piece:
                 raise _damaged("a score must be a finite number", part.at, shown, str(score))
         elif part.number == 3:
             kind = part.integer(shown)
-    return Piece(text, score, kind)
+    return VocabularyPiece(text, score, kind)
 
 
 def _inside(data: bytes, field: _Field, shown: str) -> Iterator[_Field]:
