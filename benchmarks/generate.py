@@ -51,7 +51,7 @@ def main() -> int:
     parser.add_argument("--model", choices=("smollm2", "gpt2"), default="smollm2")
     parser.add_argument("--form", choices=("f32", "q4_1", "q4_0", "q8_0"), default="f32")
     parser.add_argument("--dtype", choices=("f32", "bf16"), default="f32")
-    parser.add_argument("--quantize", choices=("int8-weights", "int8", "int4"))
+    parser.add_argument("--quantize", choices=("int8-weights", "int8", "int4", "int4-int8"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peers", default=sys.executable)

@@ -7,6 +7,7 @@
     pairs(48, flat)          the same pairs, those of all columns of a panel one after another
     quads(32)                panels of 8-bit rows with their scales, in which four neighbours of a row lie side by side
     quads(48, flat)          the same quads, those of all columns of a panel one after another
+    blocks(16, 20, 4)        panels of rows in blocks of 20 bytes, the first 4 of which are scales
     onednn                   a matrix [n, k] as oneDNN orders it, which it tells nobody
     onednn(transposed)       the same of a matrix [k, n]
 
@@ -42,10 +43,12 @@ ROW_HEAD = 4
 class Layout:
     """A layout of matrices.
 
-    kind        "panels", "pairs", "quads" or "onednn"
+    kind        "panels", "pairs", "quads", "blocks" or "onednn"
     width       for all but onednn: how many columns of the product a panel has; for pairs and quads a multiple of 16
     transposed  whether the matrix is [k, n], not [n, k]
     flat        whether pairs or quads lie as elements of panels do, and not in squares
+    block       for blocks: the bytes of one
+    head        for blocks: how many of these, before the others, are scales of two bytes each
 
     In panels, element (n, k) of a weight [n, k] lies at ((n // width) * k_size + k) * width + n % width; the last panel
     is filled up with zeros.
@@ -62,15 +65,21 @@ class Layout:
     Flat pairs and quads are filled up as those in squares are. Number i of row n's is at ((n // width) * count + i) *
     width + n % width, count being how many a row has: what an instruction that multiplies them reads lies in the order
     in which registers of a whole panel take it.
+
+    Blocks are of rows in a form of so many bytes a block: scales, and then a whole number of four bytes. A panel is a
+    block of all of its rows after the other: the first scale of all rows, the second, then the first four bytes of each
+    row side by side, and so on.
     """
 
     kind: str
     width: int = 0
     transposed: bool = False
     flat: bool = False
+    block: int = 0
+    head: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("panels", "pairs", "quads", "onednn"):
+        if self.kind not in ("panels", "pairs", "quads", "blocks", "onednn"):
             raise GraphError(f"unknown layout {self.kind!r}", hint="panels(16), pairs(32), onednn")
         if self.kind == "panels" and not 0 < self.width <= _MOST_WIDE:
             raise GraphError("panels have a width", received=str(self.width), hint=f"panels(16); 1 to {_MOST_WIDE}")
@@ -80,8 +89,14 @@ class Layout:
             raise GraphError(f"{self.kind} have a width of 16 times n", received=str(self.width), hint=hint)
         if self.flat and not squares:
             raise GraphError("only pairs and quads are flat", received=str(self))
-        if self.kind == "quads" and self.transposed:
-            raise GraphError("quads are of rows, which lie along the last axis", received=str(self))
+        if self.kind in ("quads", "blocks") and self.transposed:
+            raise GraphError(f"{self.kind} are of rows, which lie along the last axis", received=str(self))
+        fours = 0 < self.block - self.head < _MOST_WIDE and (self.block - self.head) % 4 == 0 and self.head % 2 == 0
+        if (self.block or self.head or self.kind == "blocks") and not (
+            self.kind == "blocks" and fours and 0 < self.width <= _MOST_WIDE
+        ):
+            hint = "blocks(16, 20, 4): a width, the bytes of a block, and those of its scales"
+            raise GraphError("this is no layout of blocks", received=str(self), hint=hint)
         if self.kind == "onednn" and self.width:
             raise GraphError("onednn has no width", received=str(self.width))
 
@@ -89,7 +104,7 @@ class Layout:
         """The shape of the array that holds a matrix of this shape.
 
         For panels [panels, k, width]; for pairs [panels, steps, width // 16, 16, 16, 2], and flat [panels, pairs,
-        width, 2]; for quads [panels, bytes], of held rows.
+        width, 2]; for quads and blocks [panels, bytes], of held rows.
         """
         if self.kind == "onednn":
             return tuple(shape)
@@ -100,6 +115,8 @@ class Layout:
         if self.kind == "quads":
             steps = (k - ROW_HEAD + QUAD_STEP - 1) // QUAD_STEP
             return count, steps * (self.width * QUAD_STEP) + self.width * ROW_HEAD
+        if self.kind == "blocks":
+            return count, k * self.width
         steps, square = (k + PAIR_STEP - 1) // PAIR_STEP, Size.of(PAIR_SQUARE)
         if self.flat:
             return count, steps * PAIR_SQUARE, Size.of(self.width), Size.of(2)
@@ -111,6 +128,7 @@ class Layout:
 
     def __str__(self) -> str:
         inside = [str(self.width)] if self.width else []
+        inside += [str(self.block), str(self.head)] if self.block or self.head else []
         inside += ["flat"] if self.flat else []
         inside += ["transposed"] if self.transposed else []
         return f"{self.kind}({', '.join(inside)})" if inside else self.kind
@@ -136,20 +154,27 @@ def quads(width: int, *, flat: bool = False) -> Layout:
     return Layout("quads", width, flat=flat)
 
 
+def blocks(width: int, block: int, head: int) -> Layout:
+    """Panels of so many rows in blocks of so many bytes, the first of which are scales."""
+    return Layout("blocks", width, block=block, head=head)
+
+
 def parse_layout(text: str) -> Layout:
     """A layout from its text. Raises GraphError."""
     match = _TEXT.fullmatch(text.strip())
     if match is None:
         raise GraphError("this is no layout", received=text[:40], hint="panels(16), pairs(32, transposed), onednn")
-    width, words = 0, dict.fromkeys(("flat", "transposed"), False)
+    numbers, words = list[int](), dict.fromkeys(("flat", "transposed"), False)
+    most = 3 if match[1] == "blocks" else 1
     for word in [w.strip() for w in match[2].split(",")] if match[2] else []:
-        if word.isascii() and word.isdigit() and len(word) < 10 and not width:
-            width = int(word)
+        if word.isascii() and word.isdigit() and len(word) < 10 and len(numbers) < most:
+            numbers.append(int(word))
         elif words.get(word) is False:
             words[word] = True
         else:
             raise GraphError(f"{match[1]} has no {word!r}", received=text[:40])
-    return Layout(match[1], width, words["transposed"], words["flat"])
+    width, block, head = (*numbers, 0, 0, 0)[:3]
+    return Layout(match[1], width, words["transposed"], words["flat"], block, head)
 
 
 def _read(value: Layout | str) -> Layout:

@@ -25,7 +25,8 @@ from treadle.ir.verifier import verify
 Array = np.ndarray[Any, Any]
 
 GGUF = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
-OURS = ("int8_rows", "int4_groups(32)", "int4_groups(64)")
+OURS = ("int8_rows", "int8_groups(32)", "int4_groups(32)", "int4_groups(64)")
+WHOLE = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", *OURS)
 BLOCKS = 10_000
 SPECIAL = np.array(
     [0x0000, 0x8000, 0x0001, 0x83FF, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7C01, 0x7E00, 0xFE00, 0xFFFF], np.uint16
@@ -68,7 +69,7 @@ def test_an_encoded_number_is_near(text: str) -> None:
     held = encoding.encode(values)
     again = encoding.decode(held)
     blocks = np.abs(values).reshape(-1, encoding.elements(256))
-    steps = 127 if encoding.form == "int8_rows" else 8
+    steps = 127 if encoding.form.startswith("int8") else 8
     # a scale of 16 bits is off by 2^-11 of itself, 8 times at most
     bound = blocks.max(axis=-1, keepdims=True) / steps * (0.5 + (0 if steps == 127 else 8 * 2.0**-11)) * (1 + 1e-6)
     # symmetric to one side: the largest of the other sign of a group of 4 bits is 8 scales, of which 7 are held
@@ -80,8 +81,22 @@ def test_an_encoded_number_is_near(text: str) -> None:
     beyond = reach < -7 / 8 * blocks.max(axis=-1, keepdims=True)
     assert (error <= np.where(beyond, bound * (1 + clipped), bound)).all()
     assert (again[3] == 0).all()
-    if encoding.form == "int8_rows":
+    if encoding.form.startswith("int8"):
         np.testing.assert_array_equal(encoding.encode(again), held)
+
+
+@pytest.mark.parametrize("text", [*GGUF, *OURS])
+def test_parts_of_a_block_of_whole_numbers_are_what_it_decodes_to(text: str) -> None:
+    encoding = parse_encoding(text)
+    assert encoding.block.whole == (text in WHOLE)
+    blocks = encoding.block.sample(np.random.default_rng(0), 5, 64 if text == "int8_rows" else encoding.elements(256))
+    if text not in WHOLE:
+        with pytest.raises(GraphError, match=f"{encoding.form} has no scale for a whole block"):
+            encoding.block.parts(blocks)
+        return
+    q, d, c = encoding.block.parts(blocks)
+    assert (q.dtype, d.dtype, c.dtype) == (np.int8, np.float32, np.float32)
+    np.testing.assert_array_equal(q * d[:, None] + c[:, None], encoding.block.decode(blocks))
 
 
 @pytest.mark.parametrize("text", [*GGUF, *OURS])
@@ -129,6 +144,10 @@ def test_a_row_that_is_computed_and_not_finite_is_marked_as_a_whole() -> None:
     np.testing.assert_array_equal(again[3], rows.decode(rows.encode(values[3])))
     with pytest.raises(GraphError, match="int8_rows holds finite values"):
         rows.encode(values)
+    groups = parse_encoding("int8_groups(32)")
+    halves = groups.decode(groups.encode(values, computed=True)).reshape(4, 2, 32)
+    assert np.isnan(halves[:3, 0]).all()  # and no other group
+    np.testing.assert_array_equal(halves[:3, 1], groups.decode(groups.encode(values[:3, 32:])))
     with pytest.raises(GraphError, match="int4_groups holds finite values"):
         parse_encoding("int4_groups(32)").encode(values, computed=True)
 

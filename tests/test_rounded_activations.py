@@ -17,13 +17,14 @@ from treadle.backends.registry import backend_names, find_backend
 from treadle.explaining.quantization import explain_quantization
 from treadle.ir.analysis.tolerances import coarsest_spacing
 from treadle.ir.builder import Builder, Expr
+from treadle.ir.encodings.encoding import parse_encoding
 from treadle.ir.errors import BackendError, PassError, RuleError
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
-from treadle.ir.ops.blocks import ROWS, EncodedLinear
+from treadle.ir.ops.blocks import GROUPS, ROWS, EncodedLinear, rounded_for
 from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
-from treadle.ir.types import f32
+from treadle.ir.types import f32, parse_type
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT
 from treadle.passes.products.narrow_products import NarrowProducts
@@ -57,10 +58,9 @@ def test_what_becomes_of_each_value_that_weights_multiply(every: Graph) -> None:
         ("main", "sum"): ("int8_rows", "linear multiplies it with int8_rows"),
         ("main", "y"): ("None", "matmul multiplies it with numbers, as across is held"),
         ("main", "x"): (
-            "None",
-            "linear multiplies it with what mul gives, which is no weight; matmul multiplies it with numbers, as both"
-            " is held; linear multiplies it with what decode gives, which is no weight; linear multiplies it with"
-            " numbers, as returned is held",
+            "int8_groups(32)",
+            "linear multiplies it with q8_0; linear multiplies it with what mul gives, which is no weight; matmul"
+            " multiplies it with numbers, as both is held; linear multiplies it with numbers, as returned is held",
         ),
         ("main", "m"): ("None", "linear multiplies it with numbers, as both is held"),
         ("main", "z"): ("int8_rows", "linear multiplies it with int8_rows"),
@@ -149,6 +149,45 @@ def test_other_encodings_are_refused() -> None:
         b.encoded_linear(rows, b.encode(b.parameter("w", f32[32, 64]), to="int4_groups(32)"))
     with pytest.raises(RuleError, match="x is not encoded as int8_rows"):
         b.encoded_linear(x, rows)
+    four = b.parameter("v", parse_type("f32[32, 64] as q4_1"))
+    with pytest.raises(RuleError, match=r"int8_rows and q4_1 are not multiplied as whole numbers"):
+        b.encoded_linear(rows, four, of="q4_1")
+    with pytest.raises(RuleError, match=r"x is not encoded as int8_groups\(32\)"):
+        b.encoded_linear(rows, four, of="q4_1", rows="int8_groups(32)")
+
+
+def test_what_each_encoding_of_a_weight_has_its_activations_rounded_to() -> None:
+    told = {text: str(rounded_for(parse_encoding(text))) for text in FORMS_OF_WEIGHTS}
+    assert told == FORMS_OF_WEIGHTS
+
+
+FORMS_OF_WEIGHTS = {
+    "int8_rows": "int8_rows",
+    **dict.fromkeys(("q4_0", "q4_1", "q5_0", "q5_1", "q8_0"), "int8_groups(32)"),
+    **dict.fromkeys(("int4_groups(32)", "int4_groups(256)", "int8_groups(64)"), "int8_groups(32)"),
+    **dict.fromkeys(("int4_groups(16)", "q2_k", "q4_k", "q6_k", "q8_0(axis=0)"), "None"),
+}
+
+
+@pytest.mark.parametrize("text", [text for text, rounded in FORMS_OF_WEIGHTS.items() if rounded.endswith("(32)")])
+def test_the_product_of_groups_is_one_of_whole_numbers_in_each(text: str) -> None:
+    encoding, rng = parse_encoding(text), np.random.default_rng(0)
+    x, held, bias = normal(3, 5, 512), encoding.sample(rng, (7, 512)), normal(7)
+    op, rows = EncodedLinear(of=encoding, rows=GROUPS), GROUPS.encode(x)
+    record = np.ascontiguousarray(rows).view(GROUPS.block.record(32))
+    meant = np.zeros((3, 5, 7))
+    q, d, c = encoding.block.parts(held.reshape(-1).view(encoding.block.record(encoding.elements(512))))
+    p = q.astype(int).reshape(7, 16, 32)
+    d, c = (np.repeat(each.reshape(7, -1), q.shape[-1] // 32, axis=1) for each in (d, c))
+    for group in range(16):
+        g = record["q"][..., group, :].astype(int)
+        sums = np.einsum("bsk,nk->bsn", g, p[:, group])
+        more = sums * d[:, group].astype(float) + g.sum(-1)[..., None] * c[:, group].astype(float)
+        meant += record["scale"][..., group, None].astype(float) * more
+    np.testing.assert_array_equal(op.reference(rows, held, None), meant.astype(np.float32))
+    np.testing.assert_array_equal(op.reference(rows, held, bias), meant.astype(np.float32) + bias)
+    near = GROUPS.decode(rows) @ encoding.decode(held).T
+    np.testing.assert_allclose(op.reference(rows, held, None), near, rtol=0, atol=1e-5 * np.abs(near).max())
 
 
 @pytest.mark.parametrize("backend", backend_names())

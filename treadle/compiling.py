@@ -69,9 +69,9 @@ def compile(
     certify   try every rewrite on drawn values before it is kept (docs/passes.md); None: as TREADLE_CERTIFY says
     dtype     "bf16": products with weights are of bf16 numbers and summed in f32, everything else is f32
               (docs/decisions/0013-products-in-bf16.md). "f32": everything is. None: as the model is declared
-    quantize  "int8-weights": weights that products multiply are held in 8 bits, with a scale a row; "int8": and what
-              they multiply is rounded so at every call; "int4": weights in 4 bits, with a scale for 32 neighbours
-              (docs/quantization.md). None: as the model has them
+    quantize  "int8-weights": weights that products multiply are held in 8 bits, with a scale a row; "int4": in 4 bits,
+              with a scale for 32 neighbours. "int8", "int4-int8": and what weights in blocks multiply, those of a GGUF
+              file as well, is rounded to 8 bits at every call (docs/quantization.md). None: as the model has them
     widen     "bf16", "f16", or both: values of these dtypes are f32 instead, weights too. "blocks": weights that a GGUF
               file holds in blocks are decoded to f32 as they are read; without it they are kept (docs/quantization.md)
     memory    bytes, or text such as "300MB", that a run may take beside weights, inputs and outputs (docs/memory.md)

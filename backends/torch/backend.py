@@ -29,7 +29,7 @@ from treadle.ir.errors import BackendError, Hint
 from treadle.ir.graph import Graph, Node
 from treadle.ir.literals import Literal
 from treadle.ir.operation import Op
-from treadle.ir.ops.blocks import ROWS
+from treadle.ir.ops.blocks import GROUPS, ROWS
 from treadle.ir.ops.products import Einsum, MatMul
 from treadle.ir.target import Target
 from treadle.ir.types import DType, Type, f32
@@ -71,7 +71,8 @@ class TorchBackend(StagedBackend):
         """None, or the reason why the node cannot be run."""
         if node.op.callee is not None or is_decoded_once(node):
             return None
-        for encoding in [v.type.encoding for v in (*node.inputs, *node.results) if v.type.encoding not in (None, ROWS)]:
+        given = [v.type.encoding for v in (*node.inputs, *node.results)]
+        for encoding in [each for each in given if each not in (None, ROWS, GROUPS)]:
             return f"{encoding} blocks of what is no weight have no form in PyTorch"
         for op, _ in primitives(node.op, [None if v is None else v.type for v in node.operands], keeps):
             if op.name not in SPELLINGS and not op.meets_ranks:

@@ -1,6 +1,7 @@
-"""Rows of 8-bit numbers in PyTorch: made, read, and multiplied, to the bits of `treadle.ir.encodings.rounded_forms`.
+"""8-bit numbers in PyTorch, in rows or groups: made, read, and multiplied, to the bits of
+`treadle.ir.encodings.rounded_forms`.
 
-A row is held in bytes: a float32 scale, then the numbers.
+A row, or a group, is held in bytes: a float32 scale, then the numbers.
 """
 
 from __future__ import annotations
@@ -23,6 +24,16 @@ def encode_rows(x: Tensor) -> Tensor:
     factor = 127 / torch.where(used, largest, 1.0)
     q = torch.round(torch.where(used, x, 0.0) * factor).to(torch.int8)
     return torch.cat((scale.view(torch.uint8), q.view(torch.uint8)), dim=-1)
+
+
+def encode_groups(x: Tensor, group: int) -> Tensor:
+    """u8[..., k / group * (group + 4)] of f32[..., k], as rows of so many."""
+    return encode_rows(x.unflatten(-1, (-1, group))).flatten(-2)
+
+
+def decode_groups(held: Tensor, group: int) -> Tensor:
+    """The f32[..., k] that groups mean."""
+    return decode_rows(held.unflatten(-1, (-1, group + _SCALE))).flatten(-2)
 
 
 def decode_rows(held: Tensor) -> Tensor:

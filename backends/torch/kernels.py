@@ -12,7 +12,13 @@ from torch import Tensor
 
 from treadle.backends.outside_axis import NoRoom, OutsideAxis
 from treadle.backends.torch.cached_terms import CachedTerms
-from treadle.backends.torch.encoded_rows import decode_rows, encode_rows, encoded_linear  # noqa: F401  emitted source
+from treadle.backends.torch.encoded_rows import (  # noqa: F401  emitted source
+    decode_groups,
+    decode_rows,
+    encode_groups,
+    encode_rows,
+    encoded_linear,
+)
 from treadle.ir.attention.attention_terms import Padding, T5Relative, Term, parse_term
 from treadle.ir.attention.cached_positions import live_positions
 from treadle.ir.ops.rounding import FORMATS

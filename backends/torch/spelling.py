@@ -10,6 +10,7 @@ from treadle.backends.python.spelled_line import Dialect, Line, Spelling, float_
 from treadle.backends.torch.term_spelling import spelled_term
 from treadle.ir.attention.attention_terms import Causal
 from treadle.ir.axes import Role
+from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Value
 from treadle.ir.operation import Op
@@ -101,9 +102,9 @@ SPELLINGS: dict[str, Spelling] = {
     "where": lambda line: f"torch.where({line.array('condition')}, {line.x}, {line.y})",
     # products
     "matmul": lambda line: _product(line, "y", " @ "),
-    # rows of 8-bit numbers: other encodings of what is no weight the backend refuses
-    "encode": "kernels.encode_rows({x})",
-    "decode": "kernels.decode_rows({x})",
+    # 8-bit numbers in rows or groups: other encodings of what is no weight the backend refuses
+    "encode": lambda line: _in_blocks(line, "encode", line.op.attributes["to"]),
+    "decode": lambda line: _in_blocks(line, "decode", line.op.attributes["of"]),
     "encoded_linear": lambda line: f"kernels.encoded_linear({line.x}, {line.weight}, {line.array('bias')})",
     # shapes and positions
     "rearrange": lambda line: rearranged(line, "permute"),
@@ -141,6 +142,11 @@ def _sign(line: Line) -> str:
 @_spells("round_to")
 def _round_to(line: Line) -> str:
     return f'kernels.round_to({line.array("x")}, "{line.op.format}", saturate={line.op.saturate})'
+
+
+def _in_blocks(line: Line, does: str, encoding: Encoding) -> str:
+    kind, group = ("groups", f", {encoding.group}") if encoding.group else ("rows", "")
+    return f"kernels.{does}_{kind}({line.x}{group})"
 
 
 def _product(line: Line, weight: str, between: str) -> str:

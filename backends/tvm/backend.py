@@ -24,6 +24,7 @@ from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.meeting import Meet
 from treadle.backends.tvm.kernels.runner import Runner
 from treadle.backends.tvm.lowering.chains import PLAN
+from treadle.backends.tvm.lowering.encoded_rules import takes_blocks
 from treadle.backends.tvm.lowering.program import kernels_of
 from treadle.backends.tvm.lowering.routine_writer import lower
 from treadle.backends.tvm.lowering.rules import RULES, keeps, supported
@@ -76,7 +77,7 @@ class TvmBackend(StagedBackend):
         """What has kernels, panels for weights that products read, what is done once, and where each value lies."""
         isa = isa_of(target)
         layouts = (ReadBlocks(wants_blocks(isa), partial(multiplies_rows, isa=isa)), AssignLayouts(wants(isa)))
-        products = (Legalize(keeps), DecodeNarrow(), DecodeLast(), MultiplyBlocks(), RoundSooner())
+        products = (Legalize(keeps), DecodeNarrow(), DecodeLast(), MultiplyBlocks(takes_blocks), RoundSooner())
         return (*products, *layouts, HoistWeights(in_blocks), DecodeWhereRead(), PLAN)
 
     def frames(self, graph: Graph, target: Target, plan: StoragePlan) -> dict[str, Frame]:

@@ -20,6 +20,7 @@ import numpy as np
 from treadle.backends.bfloat16 import rounded
 from treadle.backends.made_weights import Recipe, as_numpy_weight
 from treadle.backends.refusals import refuse_misfit, refuse_missing
+from treadle.backends.tvm.kernels.encoded.quad_block_product import layout_of_blocks
 from treadle.backends.tvm.kernels.encoded.unpacking import packed_form, reads_in_tiles
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.matmul import panel_width
@@ -27,7 +28,7 @@ from treadle.backends.tvm.kernels.narrow.register_tiles import narrow_width, pai
 from treadle.backends.tvm.panel_memory import Panels, in_memory, through_file
 from treadle.ir.graph import Graph, Node
 from treadle.ir.layouts import PAIR_SQUARE, PAIR_STEP, QUAD_STEP, ROW_HEAD, Layout, panels
-from treadle.ir.ops.blocks import EncodedLinear
+from treadle.ir.ops.blocks import ROWS, EncodedLinear
 from treadle.ir.ops.indexing import Embedding, Gather
 from treadle.ir.ops.products import Linear, MatMul
 from treadle.ir.sizing.sizes import Size
@@ -36,6 +37,9 @@ from treadle.passes.lowering.assign_layouts import Reads, Wants
 from treadle.passes.lowering.read_blocks import WantsBlocks, in_blocks
 
 Array = np.ndarray[Any, Any]
+
+_PANELS_AT_ONCE = 64
+"""Panels of blocks that are laid out in one go: temporaries are some times as large."""
 
 
 def wants(isa: Isa) -> Wants:
@@ -104,8 +108,11 @@ def wants_blocks(isa: Isa) -> WantsBlocks:
 
 
 def multiplies_rows(node: Node, position: int, isa: Isa) -> Layout | None:
-    """How a product of 8-bit rows reads its weight."""
-    return quads_for(isa) if isinstance(node.op, EncodedLinear) and position == 1 else None
+    """How a product of whole numbers reads its weight."""
+    if not isinstance(node.op, EncodedLinear) or position != 1:
+        return None
+    form = packed_form(node.op.of)
+    return quads_for(isa) if node.op.of == ROWS or form is None else layout_of_blocks(form)
 
 
 def pack_weights(
@@ -244,6 +251,9 @@ def _fill(made: Array, array: Array, layout: Layout) -> None:
         for panel in range(len(made)):
             _fill_quads(made[panel], matrix[panel * layout.width : (panel + 1) * layout.width], layout)
         return
+    if layout.kind == "blocks":
+        _fill_blocks(made, matrix, layout)
+        return
     whole = len(matrix) // layout.width
     for panel in range(whole):
         made[panel] = matrix[panel * layout.width : (panel + 1) * layout.width].T
@@ -280,6 +290,36 @@ def _fill_quads(made: Array, held: Array, layout: Layout) -> None:
     fours = np.ascontiguousarray(rows[:, ROW_HEAD:]).view(np.uint32)
     of_rows = fours.reshape(groups, side, len(squares), PAIR_SQUARE)
     squares.view(np.uint32)[..., 0] = of_rows.transpose(2, 0, 3, 1)
+
+
+def _fill_blocks(made: Array, held: Array, layout: Layout) -> None:
+    """Panels [panels, bytes] of held rows [n, bytes of a row]."""
+    width, block, head = layout.width, layout.block, layout.head
+    count = held.shape[1] // block
+    whole = len(held) // width
+
+    def fill(panels: Array, rows: Array) -> None:
+        to = panels.reshape(-1, count, block * width)
+        lines = rows.reshape(-1, width, count, block)
+        scales, fours = lines[..., :head], lines[..., head:]
+        to[:, :, : head * width] = _interleaved(scales, 2)
+        to[:, :, head * width :] = _interleaved(fours, 4)
+
+    for first in range(0, whole, _PANELS_AT_ONCE):
+        last = min(whole, first + _PANELS_AT_ONCE)
+        fill(made[first:last], held[first * width : last * width])
+    if whole < len(made):
+        rest = np.zeros((width, held.shape[1]), np.uint8)
+        rest[: len(held) - whole * width] = held[whole * width :]
+        fill(made[whole:], rest)
+
+
+def _interleaved(lines: Array, side: int) -> Array:
+    """u8[panels, blocks, bytes * width] of [panels, width, blocks, bytes]: so many bytes of each row side by side."""
+    panels, width, count, bytes = lines.shape
+    words = np.ascontiguousarray(lines).view(f"<u{side}")
+    turned = np.ascontiguousarray(words.transpose(0, 2, 3, 1))
+    return turned.view(np.uint8).reshape(panels, count, bytes * width)
 
 
 def _packed_shape(shape: Sequence[int], layout: Layout) -> tuple[int, ...]:

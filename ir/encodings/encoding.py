@@ -40,6 +40,7 @@ class BlockForm(ABC):
     spacing    of a form that is written, how far apart a block's numbers are, as a part of its largest
     marks      whether a block may be written of numbers of which some are not finite: it then decodes to NaN alone
     grouped    whether its name takes how many elements a block has: int4_groups(32)
+    whole      whether a block holds whole numbers of 8 bits, with one scale and one number more: see `parts`
     """
 
     name: ClassVar[str]
@@ -48,6 +49,7 @@ class BlockForm(ABC):
     spacing: ClassVar[float] = 0.0
     marks: ClassVar[bool] = False
     grouped: ClassVar[bool] = False
+    whole: ClassVar[bool] = False
 
     @abstractmethod
     def record(self, elements: int) -> np.dtype[Any]:
@@ -56,6 +58,10 @@ class BlockForm(ABC):
     @abstractmethod
     def decode(self, blocks: Array) -> Array:
         """f32[n, elements] of n records. Never raises: bytes may be anything, scales NaN or infinite."""
+
+    def parts(self, blocks: Array) -> tuple[Array, Array, Array]:
+        """q, i8[n, elements], and d and c, f32[n], of n records of a form that is `whole`: y = d q + c."""
+        raise GraphError(f"{self.name} has no scale for a whole block")
 
     def encode(self, values: Array) -> Array:
         """n records of f32[n, elements], finite unless the form marks. Raises GraphError where a value has no place."""

@@ -7,6 +7,7 @@ operations.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, ClassVar
 
 import numpy as np
@@ -52,6 +53,21 @@ def _wide(component: Array) -> Array:
     return made
 
 
+class _WholeForm(_GGUFForm):
+    """A form of whole numbers with one scale d a block; and one number m more, if it has that component."""
+
+    whole = True
+
+    @abstractmethod
+    def numbers(self, blocks: Array) -> Array:
+        """The whole numbers of n records, i8[n, 32]."""
+
+    def parts(self, blocks: Array) -> tuple[Array, Array, Array]:
+        d = blocks["d"].astype(np.float32)
+        least = blocks["m"].astype(np.float32) if "m" in (blocks.dtype.names or ()) else np.zeros_like(d)
+        return self.numbers(blocks), d, least
+
+
 def _above(low: Array, high: Array) -> Array:
     """Numbers of five bits: four low ones, and the high bits of a block in four bytes."""
     made: Array = low | (np.unpackbits(high, axis=-1, bitorder="little") << np.uint8(4))
@@ -59,62 +75,74 @@ def _above(low: Array, high: Array) -> Array:
 
 
 @block_form
-class Q4_0(_GGUFForm):
+class Q4_0(_WholeForm):
     """y = d (q - 8), q of 4 bits"""
 
     name = "q4_0"
     fields = (("d", _F16), ("qs", "u1", 16))
 
+    def numbers(self, blocks: Array) -> Array:
+        return unpacked(blocks["qs"], 16, 4).astype(np.int8) - np.int8(8)
+
     def decode(self, blocks: Array) -> Array:
-        q = unpacked(blocks["qs"], 16, 4).astype(np.int8) - np.int8(8)
-        return _wide(blocks["d"]) * q.astype(np.float32)
+        return _wide(blocks["d"]) * self.numbers(blocks).astype(np.float32)
 
 
 @block_form
-class Q4_1(_GGUFForm):
+class Q4_1(_WholeForm):
     """y = d q + m, q of 4 bits"""
 
     name = "q4_1"
     fields = (("d", _F16), ("m", _F16), ("qs", "u1", 16))
 
+    def numbers(self, blocks: Array) -> Array:
+        return unpacked(blocks["qs"], 16, 4).astype(np.int8)
+
     def decode(self, blocks: Array) -> Array:
-        q = unpacked(blocks["qs"], 16, 4).astype(np.float32)
-        return _wide(blocks["d"]) * q + _wide(blocks["m"])
+        return _wide(blocks["d"]) * self.numbers(blocks).astype(np.float32) + _wide(blocks["m"])
 
 
 @block_form
-class Q5_0(_GGUFForm):
+class Q5_0(_WholeForm):
     """y = d (q - 16), q of 5 bits"""
 
     name = "q5_0"
     fields = (("d", _F16), ("qh", "u1", 4), ("qs", "u1", 16))
 
+    def numbers(self, blocks: Array) -> Array:
+        return _above(unpacked(blocks["qs"], 16, 4), blocks["qh"]).astype(np.int8) - np.int8(16)
+
     def decode(self, blocks: Array) -> Array:
-        q = _above(unpacked(blocks["qs"], 16, 4), blocks["qh"]).astype(np.int8) - np.int8(16)
-        return _wide(blocks["d"]) * q.astype(np.float32)
+        return _wide(blocks["d"]) * self.numbers(blocks).astype(np.float32)
 
 
 @block_form
-class Q5_1(_GGUFForm):
+class Q5_1(_WholeForm):
     """y = d q + m, q of 5 bits"""
 
     name = "q5_1"
     fields = (("d", _F16), ("m", _F16), ("qh", "u1", 4), ("qs", "u1", 16))
 
+    def numbers(self, blocks: Array) -> Array:
+        return _above(unpacked(blocks["qs"], 16, 4), blocks["qh"]).astype(np.int8)
+
     def decode(self, blocks: Array) -> Array:
-        q = _above(unpacked(blocks["qs"], 16, 4), blocks["qh"]).astype(np.float32)
-        return _wide(blocks["d"]) * q + _wide(blocks["m"])
+        return _wide(blocks["d"]) * self.numbers(blocks).astype(np.float32) + _wide(blocks["m"])
 
 
 @block_form
-class Q8_0(_GGUFForm):
+class Q8_0(_WholeForm):
     """y = d q, q of 8 bits"""
 
     name = "q8_0"
     fields = (("d", _F16), ("qs", "i1", 32))
 
+    def numbers(self, blocks: Array) -> Array:
+        made: Array = blocks["qs"]
+        return made
+
     def decode(self, blocks: Array) -> Array:
-        return blocks["qs"].astype(np.float32) * _wide(blocks["d"])
+        return self.numbers(blocks).astype(np.float32) * _wide(blocks["d"])
 
 
 # -- k-quants: blocks of 256 in groups, whose scales are small integers times the block's ------------------------------

@@ -1,4 +1,4 @@
-"""Block forms that weights are rounded to: 8 bits with a scale a row, 4 bits with a scale a group."""
+"""Block forms that numbers are rounded to: 8 bits with a scale a row or a group, 4 bits with a scale a group."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ from treadle.ir.errors import GraphError
 _GROUPS = (16, 32, 64, 128, 256)
 
 SMALLEST_ROW = np.float32(2.0**-119)
-"""A row of int8_rows whose numbers are all of smaller magnitude is one of zeros."""
+"""A row of int8_rows, or a group of int8_groups, whose numbers are all of smaller magnitude is one of zeros."""
 
 
-@block_form
-class Int8Rows(BlockForm):
-    """y = scale q: q from -127 to 127, one float32 scale for a whole row; a row's largest magnitude is 127 scales
+def _group(form: str, group: int) -> int:
+    """The elements of a group. Raises GraphError for another number."""
+    if group not in _GROUPS:
+        hint = "one of " + ", ".join(map(str, _GROUPS))
+        raise GraphError(f"{form} takes the elements of a group", received=str(group), hint=hint)
+    return group
 
-    Symmetric, so that integer products need no correction. A row of zeros has the scale 0, and so has one whose numbers
-    are all below 2^-119: 127 / 2^-119 is the largest such factor that float32 has room for.
+
+class _Symmetric(BlockForm):
+    """y = scale q: q from -127 to 127, one float32 scale a block; a block's largest magnitude is 127 scales
+
+    Symmetric, so that integer products need no correction. A block of zeros has the scale 0, and so has one whose
+    numbers are all below 2^-119: 127 / 2^-119 is the largest such factor that float32 has room for.
     """
 
-    name = "int8_rows"
-    elements = None
     encodes = True
     spacing = 1 / 127
     marks = True
-
-    def __init__(self, group: int = 0) -> None:
-        if group:
-            raise GraphError("a block of int8_rows is a whole row", received=f"int8_rows({group})")
+    whole = True
 
     def record(self, elements: int) -> np.dtype[Any]:
         return np.dtype([("scale", "<f4"), ("q", "i1", (elements,))])
@@ -40,6 +42,9 @@ class Int8Rows(BlockForm):
     def decode(self, blocks: Array) -> Array:
         made: Array = blocks["q"].astype(np.float32) * blocks["scale"][:, None]
         return made
+
+    def parts(self, blocks: Array) -> tuple[Array, Array, Array]:
+        return blocks["q"], blocks["scale"], np.zeros_like(blocks["scale"])
 
     def encode(self, values: Array) -> Array:
         made = np.empty(len(values), self.record(values.shape[-1]))
@@ -49,6 +54,29 @@ class Int8Rows(BlockForm):
         factor = np.float32(127) / np.where(finite & seen, largest, 1)
         made["q"] = np.rint(np.where((finite & seen)[:, None], values, 0) * factor[:, None])
         return made
+
+
+@block_form
+class Int8Rows(_Symmetric):
+    """y = scale q, a block being a whole row"""
+
+    name = "int8_rows"
+    elements = None
+
+    def __init__(self, group: int = 0) -> None:
+        if group:
+            raise GraphError("a block of int8_rows is a whole row", received=f"int8_rows({group})")
+
+
+@block_form
+class Int8Groups(_Symmetric):
+    """y = scale q, a block being so many neighbours: what products with weights in blocks are rounded to"""
+
+    name = "int8_groups"
+    grouped = True
+
+    def __init__(self, group: int = 0) -> None:
+        self.elements = _group(self.name, group)
 
 
 @block_form
@@ -62,22 +90,22 @@ class Int4Groups(BlockForm):
     encodes = True
     spacing = 1 / 8
     grouped = True
+    whole = True
 
     def __init__(self, group: int = 0) -> None:
-        if group not in _GROUPS:
-            raise GraphError(
-                "int4_groups takes the elements of a group",
-                received=str(group),
-                hint="one of " + ", ".join(map(str, _GROUPS)),
-            )
-        self.elements = group
+        self.elements = _group(self.name, group)
 
     def record(self, elements: int) -> np.dtype[Any]:
         return np.dtype([("scale", "<f2"), ("q", "u1", (elements // 2,))])
 
-    def decode(self, blocks: Array) -> Array:
+    def parts(self, blocks: Array) -> tuple[Array, Array, Array]:
         q = unpacked(blocks["q"], blocks["q"].shape[-1], 4).astype(np.int8) - np.int8(8)
-        made: Array = blocks["scale"].astype(np.float32)[:, None] * q.astype(np.float32)
+        scale = blocks["scale"].astype(np.float32)
+        return q, scale, np.zeros_like(scale)
+
+    def decode(self, blocks: Array) -> Array:
+        q, scale, _ = self.parts(blocks)
+        made: Array = scale[:, None] * q.astype(np.float32)
         return made
 
     def encode(self, values: Array) -> Array:

@@ -116,42 +116,80 @@ class Encode(Primitive):
 
 
 ROWS = Encoding("int8_rows")
-"""The encoding of what `encoded_linear` multiplies."""
+"""The encoding of what products with weights in 8-bit rows multiply."""
+
+GROUPS = Encoding("int8_groups", 32)
+"""The encoding of what products with weights in other blocks multiply."""
+
+
+def rounded_for(weight: Encoding) -> Encoding | None:
+    """The encoding of what a weight in blocks along its last axis multiplies in whole numbers; None: there is none."""
+    block = weight.block
+    if weight == ROWS or not block.whole or weight.axis != -1:
+        return ROWS if weight == ROWS else None
+    return GROUPS if block.elements is not None and block.elements % GROUPS.group == 0 else None
 
 
 @op("encoded_linear", axes="... [k], n [k], n -> ... n", dtypes="f, f, f -> f")
 class EncodedLinear(Composite):
-    """y[..., n] = (sum_k q[..., k] p[n, k]) (s[...] t[n]) + bias[n]        for x = s q and weight = t p
+    """y[..., n] = sum_b s[..., b] (t[n, b] sum_k q[..., k] p[n, k] + c[n, b] sum_k q[..., k]) + bias[n]
 
-    x and the weight are rows of 8-bit numbers with a scale each (`int8_rows`). The sum is one of integers, and so is
-    exact, whatever its order; it is rounded to float32 once, and multiplied by the product of the scales. Backends put
-    it in the place of a linear of what is decoded (`treadle.passes.lowering.multiply_blocks`), which it means.
+    over k of the block b, for x = s q and weight = t p + c
+
+    of    the encoding of the weight, of whole numbers with a scale a block
+    rows  that of x: `int8_rows` for a weight in such rows, which are one block, or `int8_groups(32)`
+
+    Sums over a block are of integers, and so are exact, whatever their order; rounded to float32 once, that of whole
+    rows is multiplied by the product of the scales. Blocks are summed here in float64, and rounded at the end; kernels
+    add them one after the other. Backends put it in the place of a linear of what is decoded
+    (`treadle.passes.lowering.multiply_blocks`), which it means.
     """
 
     is_word = False
     x = Operand()
     weight = Operand()
     bias = Operand(optional=True)
+    of: Encoding = ROWS
+    rows: Encoding = ROWS
 
     def encodings(self, types: Sequence[Type | None], found: Application) -> Sequence[Encoding | None]:
-        for name, type in zip(("x", "weight"), types, strict=False):
-            if type is None or type.encoding != ROWS:
-                raise RuleError(f"{name} is not encoded as {ROWS}", received=str(type))
+        if rounded_for(self.of) != self.rows:
+            raise RuleError(f"{self.rows} and {self.of} are not multiplied as whole numbers")
+        for name, encoding, type in zip(("x", "weight"), (self.rows, self.of), types, strict=False):
+            if type is None or type.encoding != encoding:
+                raise RuleError(f"{name} is not encoded as {encoding}", received=str(type))
         return [None]
 
     def body(self, b: Builder, x: Expr, weight: Expr, bias: Expr | None) -> Any:
-        return b.linear(b.apply(Decode, x, of=ROWS), b.apply(Decode, weight, of=ROWS), bias)
+        return b.linear(b.apply(Decode, x, of=self.rows), b.apply(Decode, weight, of=self.of), bias)
 
     def reference(self, x: Any, weight: Any, bias: Any) -> Any:
-        (q, s), (p, t) = _parts(x), _parts(weight)
-        sums = (q.astype(np.float64) @ p.astype(np.float64).T).astype(np.float32)  # exact below 2^53
-        with np.errstate(invalid="ignore"):
-            y = sums * (s[..., None] * t)
+        (q, s, _), (p, t, c) = _parts(x, self.rows), _parts(weight, self.of)
+        with np.errstate(invalid="ignore", over="ignore"):
+            if self.rows == ROWS:
+                sums = (q[..., 0, :].astype(np.float64) @ p[:, 0].astype(np.float64).T).astype(np.float32)
+                y = sums * (s * t[:, 0])
+            else:
+                y = _summed(q, s, p.reshape(len(p), *q.shape[-2:]), t, c)
         return y if bias is None else y + bias
 
 
-def _parts(held: Any) -> tuple[Any, Any]:
-    """The 8-bit numbers of held rows, and their scales."""
+def _summed(q: Any, s: Any, p: Any, t: Any, c: Any) -> Any:
+    """Products of q [..., groups, k] and p [n, groups, k], with scales s of the groups, and t and c of blocks."""
+    y = np.zeros((*q.shape[:-2], len(p)), np.float64)
+    each = q.shape[-2] // max(1, t.shape[-1])  # groups of a block
+    for group in range(q.shape[-2]):
+        of_x = q[..., group, :].astype(np.float64)
+        sums = (of_x @ p[:, group].astype(np.float64).T) * t[:, group // each].astype(np.float64)
+        least = of_x.sum(axis=-1, keepdims=True) * c[:, group // each].astype(np.float64)
+        y += s[..., group, None] * (sums + least)
+    return y.astype(np.float32)
+
+
+def _parts(held: Any, encoding: Encoding) -> tuple[Any, Any, Any]:
+    """Of an array held in blocks along its last axis: numbers [..., blocks, elements], d and c [..., blocks]."""
     lines = np.ascontiguousarray(held)
-    record = lines.view(ROWS.block.record(ROWS.size(lines.shape[-1])))[..., 0]
-    return record["q"], record["scale"]
+    elements = encoding.elements(encoding.size(lines.shape[-1]))
+    blocks = lines.view(encoding.block.record(elements))
+    q, d, c = encoding.block.parts(blocks.reshape(-1))
+    return q.reshape(*blocks.shape, elements), d.reshape(blocks.shape), c.reshape(blocks.shape)

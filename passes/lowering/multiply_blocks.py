@@ -1,16 +1,17 @@
-"""Products of two sides in 8-bit rows become products of integers."""
+"""Products of two sides in blocks of whole numbers become products of integers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.composites import inline
+from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.graph import Node, Value
 from treadle.ir.operation import Composite
-from treadle.ir.ops.blocks import ROWS, Encode, EncodedLinear
+from treadle.ir.ops.blocks import ROWS, Encode, EncodedLinear, rounded_for
 from treadle.ir.ops.products import Linear, MatMul, MixedProduct
 from treadle.passes.framework.rewriting import Rewriting, Site, SiteRewrite
 
@@ -24,7 +25,7 @@ class OpenBlockProducts(SiteRewrite[Site]):
 
     def sites(self, work: Rewriting) -> Iterator[Site]:
         for node in work.walk(into=True):
-            if isinstance(node.op, MixedProduct) and isinstance(node.op, Composite) and _rows(node.operands[0]):
+            if isinstance(node.op, MixedProduct) and isinstance(node.op, Composite) and _of(node.operands[0]) == ROWS:
                 yield Site(node)
 
     def build(self, b: Builder, site: Site) -> Sequence[Value]:
@@ -35,25 +36,37 @@ class OpenBlockProducts(SiteRewrite[Site]):
 
 @dataclass(frozen=True)
 class MultiplyBlocks(SiteRewrite[Site]):
-    """linear(decode(x), decode(w), bias)   -->   encoded_linear(x, w, bias)        for x = encode(...) as int8_rows
+    """linear(decode(x), decode(w), bias)   -->   encoded_linear(x, w, bias)        for x = encode(...)
 
     matmul(decode(x), decode(w))   -->   encoded_linear(x, rearrange(w, "k n -> n k"))
 
+    takes  whether the backend multiplies rounded values with weights of an encoding as whole numbers; rows with rows
+
     The same up to rounding, so that no certificate is asked for: what is decoded is rounded to float32 before it is
-    multiplied, whole numbers are not. Products of these are summed exactly, and multiplied by both scales at the end.
-    Refuses: a weight in another encoding, or with blocks along another axis, which is decoded, as is x.
+    multiplied, whole numbers are not. Products of these are summed exactly over each block, and then multiplied by both
+    scales.
+    Refuses: a weight in an encoding that x is not rounded for, or with blocks along another axis, which is decoded, as
+    is x.
     """
 
     changes_numbers: ClassVar[bool] = True
+    takes: Callable[[Encoding], bool] = field(default=lambda weight: weight == ROWS, repr=False)
+
+    @property
+    def options(self) -> str:
+        return ""
 
     def sites(self, work: Rewriting) -> Iterator[Site]:
         for node in work.walk():
             x, w, axis = node.operands[0] if node.operands else None, *_weight(node)
             blocks = None if w is None else _decoded(w)
             encoding = None if blocks is None else blocks.type.encoding
-            if not _rows(x) or w is None or encoding is None:
+            rounded = _of(x)
+            if rounded is None or w is None or encoding is None:
                 continue
-            if encoding.along(-1) != ROWS or encoding.axis % 2 != axis or len(w.type.shape) != 2:
+            if encoding.axis % 2 != axis or len(w.type.shape) != 2 or rounded_for(encoding.along(-1)) != rounded:
+                continue
+            if not self.takes(encoding.along(-1)):
                 continue
             yield Site(node, tuple([v.node for v in (x, w) if v is not None and v.node is not None]))
 
@@ -66,7 +79,8 @@ class MultiplyBlocks(SiteRewrite[Site]):
         if isinstance(site.root.op, MatMul):
             rows = b.rearrange(rows, pattern="k n -> n k")
         operands = (b.expr(x), rows, None if bias is None else b.expr(bias))
-        made: Expr = b.apply(EncodedLinear, *operands, name=site.root.results[0].name)
+        encodings = {"of": rows.value.type.encoding, "rows": x.type.encoding}
+        made: Expr = b.apply(EncodedLinear, *operands, name=site.root.results[0].name, **encodings)
         return made
 
 
@@ -85,8 +99,8 @@ def _decoded(value: Value | None) -> Value | None:
     return node.inputs[0] if node is not None and node.op.decodes else None
 
 
-def _rows(value: Value | None) -> bool:
-    """Whether a value is what rows of 8 bits decode to that are made in this function at every call."""
+def _of(value: Value | None) -> Encoding | None:
+    """The encoding of blocks that are made in this function at every call, if a value is what they decode to."""
     blocks = _decoded(value)
     made = None if blocks is None else blocks.node
-    return made is not None and isinstance(made.op, Encode) and blocks is not None and blocks.type.encoding == ROWS
+    return None if made is None or blocks is None or not isinstance(made.op, Encode) else blocks.type.encoding

@@ -1,4 +1,4 @@
-"""Plans which values that weights multiply are rounded at every call: those whose weights are all in 8-bit rows."""
+"""Plans which values that weights multiply are rounded at every call: those whose weights are all in whole numbers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.graph import Function, Graph, Node, Value
-from treadle.ir.ops.blocks import ROWS
+from treadle.ir.ops.blocks import rounded_for
 from treadle.ir.ops.elementwise import Cast
 from treadle.ir.ops.products import MixedProduct
 from treadle.ir.types import f32
@@ -21,20 +21,22 @@ Weights = Mapping[str, WeightPlan]
 class _Product:
     """A product of a function, as all calls of it have it.
 
-    weights  the names of the parameters that it multiplies x with, in any call
-    whys     what stands against rounding x for it
+    weights    the names of the parameters that it multiplies x with, in any call
+    encodings  those that x is to have for them, and the encodings of those parameters
+    whys       what stands against rounding x for it
     """
 
     node: Node
     weights: dict[str, None] = field(default_factory=dict)
+    encodings: dict[Encoding, dict[Encoding, None]] = field(default_factory=dict)
     whys: dict[str, None] = field(default_factory=dict)
 
 
 def plan_activations(graph: Graph, weights: Weights) -> tuple[ActivationPlan, ...]:
     """What becomes of each value that a product multiplies with a matrix, function by function.
 
-    It is rounded, row by row, for the products all of whose matrices are rounded to 8-bit rows along the axis that the
-    product sums over, in every call.
+    It is rounded for the products all of whose matrices are in blocks along the axis that the product sums over, in
+    every call: row by row for 8-bit rows, in groups for other blocks of whole numbers (`rounded_for`).
     """
     found: dict[str, dict[int, _Product]] = {}
     for entry in graph.later_entries:
@@ -60,7 +62,7 @@ def _read(
         if callee is not None:
             pairs = zip(callee.arguments, node.operands, strict=True)
             _read(graph, callee, {f: held[v] for f, v in pairs if v is not None and v in held}, weights, found)
-        elif isinstance(node.op, Cast) and node.inputs[0] in held:
+        elif (isinstance(node.op, Cast) or node.op.decodes) and node.inputs[0] in held:
             held[node.result] = held[node.inputs[0]]
         elif isinstance(node.op, MixedProduct):
             product = found.setdefault(function.name, {}).setdefault(place, _Product(node))
@@ -70,11 +72,13 @@ def _read(
                     continue
                 names = held.get(matrix, ())
                 product.weights |= dict.fromkeys(names)
-                product.whys |= dict.fromkeys(_why_not(node, matrix, [weights[name] for name in names]))
+                plans = [weights[name] for name in names]
+                product.whys |= dict.fromkeys(_why_not(product, matrix, position, plans))
 
 
-def _why_not(node: Node, matrix: Value, plans: Sequence[WeightPlan]) -> Iterator[str]:
+def _why_not(product: _Product, matrix: Value, position: int, plans: Sequence[WeightPlan]) -> Iterator[str]:
     """What stands against rounding what a product multiplies with a matrix, by the plans of those that it may be."""
+    node = product.node
     x = node.operands[0]
     assert x is not None
     if x.type.dtype is not f32:
@@ -84,10 +88,23 @@ def _why_not(node: Node, matrix: Value, plans: Sequence[WeightPlan]) -> Iterator
     if not plans:
         yield f"{node.op.name} multiplies it with {_made(matrix)}, which is no weight"
     for plan in plans:
-        encoding = plan.encoding
-        if encoding is None or encoding.along(-1) != ROWS:
-            told = plan.type.encoding or encoding or "numbers"
-            yield f"{node.op.name} multiplies it with {told}, as {plan.name} is held"
+        encoding = plan.encoding or plan.type.encoding
+        along = encoding is not None and encoding.axis % 2 == _summed(node, position)
+        wanted = rounded_for(encoding.along(-1)) if encoding is not None and along else None
+        if encoding is None or wanted is None:
+            yield f"{node.op.name} multiplies it with {encoding or 'numbers'}, as {plan.name} is held"
+        else:
+            product.encodings.setdefault(wanted, {})[encoding.along(-1)] = None
+    if len(product.encodings) > 1:
+        told = " and ".join(str(each) for of in product.encodings.values() for each in of)
+        yield f"{node.op.name} multiplies it with {told}, for which it is not rounded alike"
+
+
+def _summed(node: Node, position: int) -> int | None:
+    """Which axis of a matrix a product sums over: the one that has the factors of x's last."""
+    found = node.op.apply([None if v is None else v.type for v in node.operands])
+    x, matrix = found.operands[0], found.operands[position]
+    return next((axis for axis, dim in enumerate(matrix or ()) if x and dim == x[-1]), None)
 
 
 def _made(matrix: Value) -> str:
@@ -102,10 +119,15 @@ def _planned(function: Function, products: Mapping[int, _Product]) -> Iterator[A
         assert x is not None
         by_value.setdefault(x, []).append(place)
     for x, places in by_value.items():
-        rounded = tuple([p for p in places if not products[p].whys])
-        told = dict.fromkeys(products[p].node.op.name for p in rounded)
-        reason = f"{', '.join(told)} multiplies it with {ROWS}" if rounded else ""
+        rounded: dict[Encoding | None, list[int]] = {}
+        for place in places:
+            if not products[place].whys:
+                (encoding,) = products[place].encodings
+                rounded.setdefault(encoding, []).append(place)
         whys = dict.fromkeys(why for p in places for why in products[p].whys)
-        reason = "; ".join(filter(None, [reason, *whys]))
-        encoding: Encoding | None = ROWS if rounded else None
-        yield ActivationPlan(function.name, x.name, x.type, encoding, rounded or tuple(places), reason)
+        for wanted, read in (rounded or {None: places}).items():
+            told = dict.fromkeys(products[p].node.op.name for p in read)
+            of = dict.fromkeys(str(e) for p in read for e in products[p].encodings.get(wanted, ()) if wanted)
+            reason = f"{', '.join(told)} multiplies it with {', '.join(of)}" if wanted else ""
+            reason = "; ".join(filter(None, [reason, *whys]))
+            yield ActivationPlan(function.name, x.name, x.type, wanted, tuple(read), reason)

@@ -27,10 +27,15 @@ def _four(axis: int, is_output: bool) -> Encoding:
     return _eight(axis, is_output) if is_output else Encoding("int4_groups", _FOUR_BITS, axis)
 
 
-SCHEMES: Mapping[str, Callable[[int, bool], Encoding]] = {"int8-weights": _eight, "int8": _eight, "int4": _four}
+SCHEMES: Mapping[str, Callable[[int, bool], Encoding]] = {
+    "int8-weights": _eight,
+    "int8": _eight,
+    "int4": _four,
+    "int4-int8": _four,
+}
 """By name: the encoding of a weight whose products sum along an axis, and whether one of them is an output."""
 
-_ROUNDS_ACTIVATIONS = ("int8",)
+_ROUNDS_ACTIVATIONS = ("int8", "int4-int8")
 """Schemes in which the values that such weights multiply are rounded as well, at every call."""
 
 

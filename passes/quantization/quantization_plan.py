@@ -81,7 +81,7 @@ class QuantizationPlan:
     """What becomes of every weight of a graph, and of the values that are multiplied with weights.
 
     model        the graph's name
-    scheme       "int8", "int8-weights" or "int4"
+    scheme       a name of `treadle.passes.quantization.planning.SCHEMES`
     weights      one for each parameter, in their order
     activations  one for each value that a product with weights multiplies, in order; none, of a scheme that leaves them
     """

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
+from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph, Node
-from treadle.ir.ops.blocks import Decode, Encode
+from treadle.ir.ops.blocks import ROWS, Decode, Encode
 from treadle.ir.transforms.encoded_weights import encode_parameters
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
@@ -20,18 +22,20 @@ from treadle.passes.quantization.quantization_plan import ActivationPlan
 class QuantizeWeights(Pass):
     """linear(x, w, bias)   -->   linear(x, decode(w), bias)        for a weight w, as int8_rows or int4_groups(32)
 
-    and in the scheme "int8" linear(decode(encode(x)), decode(w), bias), x as int8_rows: a scale a token.
+    and in the schemes that end in "int8" linear(decode(encode(x)), decode(w), bias): x as int8_rows, with a scale a
+    token, where w is so, and else in groups of 32 with a scale each.
 
-    scheme  "int8": 8 bits and a scale a row, for weights and for what they multiply. "int8-weights": for weights alone.
-            "int4": 4 bits and a scale for 32 neighbours, 8 bits where the product is an output
+    scheme  "int8-weights": 8 bits and a scale a row. "int4": 4 bits and a scale for 32 neighbours, 8 bits where the
+            product is an output. "int8", "int4-int8": the same, and what weights in blocks multiply in 8 bits
 
     The numbers change, by at most half a step of their scale (of 4 bits by at most a whole one: the largest of a group
     is -8 steps, and one as large of the other sign is 7), so that no certificate is asked for. The plan tells what
     becomes of every weight, and a checker that did not make it looks at it before it is applied. It comes last, so that
-    what fuses in the float model fuses here. Whoever has the weights encodes them (`treadle.compiling`).
+    what fuses in the float model fuses here. Whoever has the weights encodes them (`treadle.compiling`). Weights that a
+    file holds in blocks stay as they are.
 
     Refuses, in the plan's words: what is no matrix, or is read by something else than products and what picks rows of
-    it; a line that is no whole number of groups.
+    it; a line that is no whole number of groups. Raises UsageError for a model in blocks of which nothing is rounded.
     """
 
     changes_numbers: ClassVar[bool] = True
@@ -41,13 +45,30 @@ class QuantizeWeights(Pass):
         plan = plan_quantization(graph, self.scheme)
         check_quantization(plan, graph)
         log.notes += str(plan).splitlines()
-        if not plan.encodings:
+        rounded = [each for each in plan.activations if each.encoding is not None]
+        if not plan.encodings and not rounded:
+            _refuse_blocks(plan)
             return 0
         encode_activations(graph, plan.activations)
         graph.functions = encode_parameters(graph, plan.encodings).functions
         check_encoded_products(graph)
         log.touched = None
-        return len(plan.encodings)
+        return len(plan.encodings) or len(rounded)
+
+
+def _refuse_blocks(plan: QuantizationPlan) -> None:
+    """Raise UsageError for a plan that rounds nothing of a model whose weights are in blocks: it would do nothing."""
+    forms = Counter(str(weight.type.encoding) for weight in plan.weights if weight.type.encoding is not None)
+    if forms:
+        held = ", ".join(f"{count} in {form}" for form, count in forms.items())
+        raise UsageError(
+            f"{plan.scheme} rounds nothing of {plan.model}: its matrices are in blocks already",
+            received=held,
+            hint=Hint(
+                'quantize="int8", which rounds what they multiply, or widen="blocks", which decodes them first',
+                "--quantize int8, which rounds what they multiply, or --widen blocks, which decodes them first",
+            ),
+        )
 
 
 def encode_activations(graph: Graph, plans: Iterable[ActivationPlan]) -> None:
@@ -64,8 +85,8 @@ def encode_activations(graph: Graph, plans: Iterable[ActivationPlan]) -> None:
             readers = [function.nodes[place] for place in plan.products]
             x, first = readers[0].operands[0], readers[0]
             assert x is not None
-            short = x.name.rpartition(".")[2]
-            held = Node(Encode(to=plan.encoding), [x], [x.type.as_encoded(plan.encoding)], f"{short}_rows")
+            short, what = x.name.rpartition(".")[2], "rows" if plan.encoding == ROWS else "groups"
+            held = Node(Encode(to=plan.encoding), [x], [x.type.as_encoded(plan.encoding)], f"{short}_{what}")
             read = Node(Decode(of=plan.encoding), held.results, [x.type], f"{short}_rounded")
             for node in (held, read):
                 node.scope, node.source = first.scope, first.source

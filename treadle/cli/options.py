@@ -67,7 +67,8 @@ Quantize = Annotated[
     typer.Option(
         "--quantize",
         metavar="SCHEME",
-        help="Hold weights that products multiply in blocks: int8-weights, int4; int8: round all they multiply.",
+        help="Hold weights that products multiply in blocks: int8-weights, int4. int8, int4-int8: and round what "
+        "weights in blocks multiply, those of a GGUF file too.",
         show_default=False,
     ),
 ]

@@ -1,4 +1,4 @@
-"""Lowering rules of 8-bit rows: what is rounded at every call, and products of it.
+"""Lowering rules of 8-bit rows and groups: what is rounded at every call, and products of it.
 
 What only products read exists in the form alone in which their kernel reads it; for anybody else rows are made as they
 are held.
@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from treadle.backends.tvm.kernels.encoded.quad_block_product import layout_of_blocks, multiplies_groups, owed_zero
+from treadle.backends.tvm.kernels.encoded.unpacking import PackedForm, packed_form
 from treadle.backends.tvm.kernels.narrow.byte_product import MOST_SUMMED
+from treadle.backends.tvm.kernels.narrow.encode_groups import GROUP, EncodeGroups, form_of_groups, rows_of_groups
 from treadle.backends.tvm.kernels.narrow.encode_rows import (
     DecodeRows,
     EncodeRows,
@@ -19,9 +22,10 @@ from treadle.backends.tvm.kernels.narrow.encode_rows import (
 )
 from treadle.backends.tvm.kernels.narrow.register_tiles import quads_for
 from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
+from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.graph import Node, Value
 from treadle.ir.operation import Op
-from treadle.ir.ops.blocks import ROWS, EncodedLinear
+from treadle.ir.ops.blocks import GROUPS, ROWS, EncodedLinear
 from treadle.ir.sizing.sizes import ONE, Size
 from treadle.ir.storage.views import View
 from treadle.ir.types import DTYPES, Type, f32
@@ -32,48 +36,70 @@ def _encode(w: RoutineWriter, node: Node) -> None:
     (value,), y = node.inputs, node.result
     x, m, k = _rows(w, w.view(value))
     uses = w.uses.get(y, [])
-    products = [at == 0 and isinstance(reader.op, EncodedLinear) for reader, at in uses]
+    products = [reader.op for reader, at in uses if at == 0 and isinstance(reader.op, EncodedLinear)]
     to = w.view(y)
-    if any(products):
-        w.encoded[y] = _as_read(w, node, x, to.storage.name)
+    forms = {_zero(form): form for form in map(form_of, products)}
+    for zero, form in forms.items():
+        w.encoded[y, zero] = _as_read(w, node, x, to.storage.name, form)
+    if products:
         own = w.place(y).how is How.OWN and y not in w.plan.function.outputs.values()
-        if all(products) and own:
-            w.rounded[to.storage] = w.encoded[y][0]
+        if len(products) == len(uses) and own:
+            w.rounded[to.storage] = w.encoded[y, next(iter(forms))][0]
             return
-    told = w.scratch(DTYPES["i32"], (m, Size.of(2)), f"{to.storage.name}_scales")
     target = w.scratch(to.dtype, to.shape) if not to.is_contiguous else to
+    if node.op.attributes["to"] == GROUPS:
+        x = x if x.is_contiguous else w.copied(x)
+        m, k = m * (k // GROUP), Size.of(GROUP)
+        x = replace(x, shape=(m, k), strides=(k, ONE))
+    told = w.scratch(DTYPES["i32"], (m, Size.of(2)), f"{to.storage.name}_scales")
     w.step(EncodeRows("held"), [x, target, told], [m, k, x.strides[0]], node, writes=2)
     if target is not to:
         w.copy(target, to, node)
 
 
-def rows_of(w: RoutineWriter, node: Node, value: Value) -> tuple[View, View]:
-    """8-bit rows as products' kernels read them, and what these are told; of rows that are held, made of their numbers.
+def form_of(op: EncodedLinear) -> PackedForm | None:
+    """How a product of whole numbers unpacks its right side; None: it is one of 8-bit rows."""
+    return None if op.of == ROWS else packed_form(op.of)
+
+
+def _zero(form: PackedForm | None) -> int:
+    return -1 if form is None else owed_zero(form)
+
+
+def rows_of(w: RoutineWriter, node: Node, value: Value, form: PackedForm | None) -> tuple[View, View]:
+    """A left side as products' kernels read it, and what these are told; of one that is held, made of its numbers.
 
     So the bits of what is held are kept, but for the last of a scale.
     """
-    if value in w.encoded:
-        return w.encoded[value]
-    held, m, _ = _rows(w, w.view(value))
-    k = value.type.shape[-1]
-    numbers = w.scratch(f32, (m, k))
-    w.step(DecodeRows(), [held, numbers], [m, k, held.strides[0], k], node)
-    return _as_read(w, node, numbers, held.storage.name)
+    if (value, _zero(form)) in w.encoded:
+        return w.encoded[value, _zero(form)]
+    encoding = value.type.encoding
+    assert encoding is not None
+    numbers = _numbers(w, node, w.view(value), encoding, value.type.shape[-1])
+    return _as_read(w, node, numbers, w.view(value).storage.name, form)
 
 
-def in_quads(w: RoutineWriter, value: Value) -> View:
-    """A right side of 8-bit rows as kernels read it; what is no weight is laid out now."""
-    view, laid = w.view(value), quads_for(w.isa)
-    if value.layout == laid:
+def laid_out(w: RoutineWriter, value: Value, form: PackedForm | None) -> View:
+    """A right side of whole numbers as kernels read it; what is no weight is laid out now."""
+    view, layout = w.view(value), quads_for(w.isa) if form is None else layout_of_blocks(form)
+    if value.layout == layout:
         return view
-    made = w.scratch(view.dtype, (laid.elements(view.shape),), f"{view.storage.name}_quads")
-    w.pack(view, made, laid)
+    made = w.scratch(view.dtype, (layout.elements(view.shape),), f"{view.storage.name}_{layout.kind}")
+    w.pack(view, made, layout)
     return replace(made, shape=view.shape, strides=view.strides)
 
 
-def _as_read(w: RoutineWriter, node: Node, x: View, name: str) -> tuple[View, View]:
+def _as_read(w: RoutineWriter, node: Node, x: View, name: str, of: PackedForm | None) -> tuple[View, View]:
     """Rows [m, k], rounded, in the form in which the instruction set's product reads them."""
-    (m, k), form = x.shape, form_of_rows(w.isa)
+    m, k = x.shape
+    if of is not None:
+        form = form_of_groups(w.isa)
+        rows = rows_of_groups(form, m)
+        made = w.scratch(rows_dtype(form), (rows * k,), f"{name}_{form}")
+        told = w.scratch(DTYPES["i32"], (rows, k // GROUP, Size.of(2)), f"{name}_scales")
+        w.step(EncodeGroups(form, owed_zero(of)), [x, made, told], [m, k, x.strides[0]], node, writes=2)
+        return made, told
+    form = form_of_rows(w.isa)
     made = w.scratch(rows_dtype(form), (rows_elements(form, m, k),), f"{name}_{form}")
     told = w.scratch(DTYPES["i32"], (m, Size.of(2)), f"{name}_scales")
     w.step(EncodeRows(form), [x, made, told], [m, k, x.strides[0]], node, writes=2)
@@ -81,13 +107,26 @@ def _as_read(w: RoutineWriter, node: Node, x: View, name: str) -> tuple[View, Vi
 
 
 def _decode(w: RoutineWriter, node: Node) -> None:
-    x, m, _ = _rows(w, w.view(node.inputs[0]))
     to = w.view(node.result)
     made = to if to.is_contiguous else w.scratch(to.dtype, to.shape)
-    k = node.result.type.shape[-1]
-    w.step(DecodeRows(), [x, made], [m, k, x.strides[0], k], node)
+    _numbers(w, node, w.view(node.inputs[0]), node.op.attributes["of"], node.result.type.shape[-1], made)
     if made is not to:
         w.copy(made, to, node)
+
+
+def _numbers(
+    w: RoutineWriter, node: Node, held: View, encoding: Encoding, k: Size, to: View | None = None
+) -> View:
+    """The numbers [m, k] of rows that are held, in `to` if it is said."""
+    x, m, bytes = _rows(w, held)
+    made = w.scratch(f32, (m, k)) if to is None else to
+    count, elements = m, k
+    if encoding == GROUPS:
+        x = x if x.is_contiguous else w.copied(x)
+        count, elements, bytes = m * (k // GROUP), Size.of(GROUP), Size.of(encoding.bytes(GROUP))
+        x = replace(x, shape=(count, bytes), strides=(bytes, ONE))
+    w.step(DecodeRows(), [x, made], [count, elements, x.strides[0], elements], node)
+    return made
 
 
 def _rows(w: RoutineWriter, x: View) -> tuple[View, Size, Size]:
@@ -101,17 +140,25 @@ def _rows(w: RoutineWriter, x: View) -> tuple[View, Size, Size]:
 
 
 def _encodes(op: Op, types: Sequence[Type | None]) -> bool:
-    return op.attributes["to"] == ROWS and all(t is not None and t.dtype is f32 for t in types)
+    return op.attributes["to"] in (ROWS, GROUPS) and all(t is not None and t.dtype is f32 for t in types)
 
 
 def _decodes(op: Op, types: Sequence[Type | None]) -> bool:
-    return bool(op.attributes["of"] == ROWS)
+    return bool(op.attributes["of"] in (ROWS, GROUPS) and op.attributes["to"] in (None, f32))
 
 
 def multiplies(op: Op, types: Sequence[Type | None]) -> bool:
-    """Whether kernels do a product of rows: 32 bits hold its sums."""
+    """Whether kernels do a product of whole numbers: 32 bits hold the sums of rows."""
+    assert isinstance(op, EncodedLinear)
+    if op.of != ROWS:
+        return takes_blocks(op.of)
     size = types[0].shape[-1].constant if types[0] is not None else None
     return size is not None and size <= MOST_SUMMED
+
+
+def takes_blocks(weight: Encoding) -> bool:
+    """Whether kernels multiply rounded values with weights of an encoding as whole numbers."""
+    return weight == ROWS or multiplies_groups(packed_form(weight))
 
 
 RULES: Mapping[str, Rule] = {"encode": _encode, "decode": _decode}

@@ -63,7 +63,7 @@ def _take_blocks(w: RoutineWriter, node: Node, unpacked: Node, indices: Value) -
     rows, columns = unpacked.result.type.shape
 
     def emit(to: View) -> None:
-        kernel = TakeBlocks(form, indices.type.dtype.name, layout.width, layout.kind == "quads", layout.flat)
+        kernel = TakeBlocks(form, indices.type.dtype.name, layout.width, layout.kind, layout.flat)
         sizes = [rows, columns, to.shape[1], picked.strides[0], to.strides[1]]
         w.step(kernel, [source, picked, to, STATUS_WORDS], sizes, node, writes=2)
 

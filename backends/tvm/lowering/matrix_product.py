@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from treadle.backends.tvm.kernels.encoded.block_product import BlockProduct
+from treadle.backends.tvm.kernels.encoded.quad_block_product import WIDTH as BLOCKS_WIDTH
+from treadle.backends.tvm.kernels.encoded.quad_block_product import QuadBlockProduct
 from treadle.backends.tvm.kernels.encoded.tile_block_product import TileBlockProduct
 from treadle.backends.tvm.kernels.encoded.unpacking import PackedForm
 from treadle.backends.tvm.kernels.kernel import Kernel
@@ -92,7 +94,7 @@ class MatrixProduct:
 
     packed   whether y is a matrix in panels, or in pairs
     form     of the blocks in y's panels, or None
-    encoded  for a product of 8-bit rows, x as its kernel reads it, and what that is told of rows
+    encoded  for a product of whole numbers, x as its kernel reads it, and what that is told of rows
     """
 
     def __init__(
@@ -254,6 +256,7 @@ class MatrixProduct:
         wide = paired or self.encoded is not None
         if self.packed:
             panels, width = self.y.view, narrow_width(w.isa) if wide else panel_width(n.constant, w.isa)
+            width = BLOCKS_WIDTH if self.encoded is not None and self.form is not None else width
             w_batch = [ZERO, ZERO]
         else:
             width = panel_width(n.constant, w.isa)
@@ -268,7 +271,9 @@ class MatrixProduct:
         given: list[Size] = [m, k, n]
         if self.encoded is not None:
             (left, told), tiles = self.encoded, w.isa.multiplies_tiles
-            of_bytes = (ByteTileProduct if tiles else QuadProduct)(self.chain, tuple(how), whole)
+            of_bytes: Kernel = (ByteTileProduct if tiles else QuadProduct)(self.chain, tuple(how), whole)
+            if self.form is not None:
+                of_bytes = QuadBlockProduct(self.form, self.chain, tuple(how), whole)
             pointers = [left, panels, told, *[e.view for e in self.extras], self.c.view]
             w.step(of_bytes, pointers, [*given, *rows, joined(self.c, self.rows)], self.node)
             return

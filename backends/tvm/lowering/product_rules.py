@@ -22,7 +22,7 @@ from treadle.backends.tvm.kernels.matmul import panel_width
 from treadle.backends.tvm.kernels.narrow.tile_product import WIDTH as TILE_WIDTH
 from treadle.backends.tvm.kernels.pointwise import Chain, Instruction
 from treadle.backends.tvm.lowering.chains import chain_of, inputs_of
-from treadle.backends.tvm.lowering.encoded_rules import in_quads, rows_of
+from treadle.backends.tvm.lowering.encoded_rules import form_of, laid_out, rows_of
 from treadle.backends.tvm.lowering.matrix_product import Finish, LetteredView, MatrixProduct, rounded_rows
 from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
 from treadle.ir.graph import Node, Value
@@ -163,13 +163,14 @@ def _sum(
     """The sum in float32: a matrix product for each operand after the first."""
     sizes = equation.sizes
     if len(values) == 2:
-        if values[0].type.encoding is not None:
-            rows, laid = rows_of(w, node, values[0]), in_quads(w, values[1])
+        if isinstance(op := (w.groups[node].product or node).op, EncodedLinear):
+            whole = form_of(op)
+            rows, laid = rows_of(w, node, values[0], whole), laid_out(w, values[1], whole)
             x, y = (
                 LetteredView.of(v, letters)
                 for v, letters in zip((w.view(values[0]), laid), equation.operands, strict=False)
             )
-            MatrixProduct(w, node, sizes, x, y, to, finish, packed=True, encoded=rows).emit()
+            MatrixProduct(w, node, sizes, x, y, to, finish, packed=True, form=whole, encoded=rows).emit()
             return
         if values[1].layout is not None and values[1].layout.kind == "pairs":
             x, y = (LetteredView.of(w.view(v), letters) for v, letters in zip(values, equation.operands, strict=False))

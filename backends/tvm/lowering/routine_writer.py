@@ -87,7 +87,8 @@ class RoutineWriter:
     groups   for the last node of a step what is computed with it
     uses     who reads a value
     rounded  where the elements of storages are that exist only as narrow products read them; None until they are made
-    encoded  of values that products of 8-bit rows read: the rows as kernels do, and what is told of them
+    encoded  of values that products of whole numbers read, and for what of the right side: the rows as kernels do, and
+             what is told of them
     threads  how many may work at once; None: any number
     """
 
@@ -104,7 +105,7 @@ class RoutineWriter:
         self.groups = {step.root: step for step in plan.steps}
         self.uses = plan.function.uses()
         self.rounded: dict[Storage, View | None] = {}
-        self.encoded: dict[Value, tuple[View, View]] = {}
+        self.encoded: dict[tuple[Value, int], tuple[View, View]] = {}
         self._made: dict[Storage, dict[Hashable, View]] = {}
         self._names = {life.storage.name for life in plan.lives}
         self._begins: list[int] = []
@@ -285,9 +286,9 @@ class RoutineWriter:
         self._forget(results)
 
     def pack(self, view: View, to: View, layout: Layout | None = None) -> None:
-        """Add a step that lays a matrix out in panels, pairs or quads: as the storage of `to` says, if nothing does."""
+        """Add a step that lays a matrix out in panels or the like: as the storage of `to` says, if nothing does."""
         from treadle.backends.tvm.kernels.matmul import Pack
-        from treadle.backends.tvm.kernels.narrow.packing import PackPairs, PackQuads
+        from treadle.backends.tvm.kernels.narrow.packing import PackBlocks, PackPairs, PackQuads
 
         layout = layout or to.panels
         assert layout is not None
@@ -296,6 +297,8 @@ class RoutineWriter:
         if layout.kind in ("pairs", "quads"):
             kernel = (PackPairs if layout.kind == "pairs" else PackQuads)(layout.width, layout.flat)
             self.step(kernel, [view, to], sizes, None)
+        elif layout.kind == "blocks":
+            self.step(PackBlocks(layout.width, layout.block, layout.head), [view, to], sizes, None)
         else:
             self.step(Pack(layout.width), [view, to], [*sizes, 1, 1, 0, 0], None)
 

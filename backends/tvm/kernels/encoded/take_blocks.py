@@ -25,8 +25,8 @@ class TakeBlocks(Kernel):
     form     of x's blocks, which lie along d, in panels of x's rows
     indices  their dtype by name
     width    of a panel
-    quads    whether x's rows of 8 bits lie by fours, as products of such rows read them
-    flat     whether those of a panel's columns lie one after another
+    lies     as what: "panels"; or as products of whole numbers read it, "quads", rows of 8 bits by fours, or "blocks"
+    flat     for quads: whether those of a panel's columns lie one after another
 
     Passed: x, indices, y, the status words; the sizes v, d, i, v being the rows of x; the strides of the indices and of
     y's rows.
@@ -35,7 +35,7 @@ class TakeBlocks(Kernel):
     form: PackedForm
     indices: str
     width: int
-    quads: bool = False
+    lies: str = "panels"
     flat: bool = False
 
     @property
@@ -51,9 +51,11 @@ class TakeBlocks(Kernel):
         groups = k.let(k.floor_divide(d, form.group) if form.group else k.index(1), "groups")
         bytes = k.let(groups * form.bytes if form.group else d + form.header, "bytes")
         panels = k.floor_divide(v + (self.width - 1), self.width)
-        if self.quads:
+        if self.lies == "quads":
             steps = k.floor_divide(d + (QUAD_STEP - 1), QUAD_STEP)
             x = k.view(pointers[0], [panels, steps * (self.width * QUAD_STEP) + self.width * ROW_HEAD])
+        elif self.lies == "blocks":
+            x = k.view(pointers[0], [panels, bytes * self.width])
         else:
             x = k.view(pointers[0], [panels, bytes, self.width])
         indices = k.view(pointers[1], [i], [picked])
@@ -69,10 +71,7 @@ class TakeBlocks(Kernel):
         panel = k.let(k.floor_divide(index, self.width), "panel")
         column = k.let(k.floor_mod(index, self.width), "column")
 
-        def load(at: Expr) -> Expr:
-            return k.load(x, [panel, at, column])
-
-        if self.quads:
+        if self.lies == "quads":
             scale, _ = form.scales(k, lambda at: k.load(x, [panel, column * ROW_HEAD + at]), k.index(0), 1)
             side = self.width if self.flat else PAIR_SQUARE
             square = k.let(k.floor_divide(column, side), "square")
@@ -87,9 +86,21 @@ class TakeBlocks(Kernel):
 
         with k.loop(groups, "group") as group:
             base = k.let(group * form.bytes if form.group else k.index(0), "base")
-            scale, least = form.scales(k, load, base, 1)
+
+            def scales(at: int) -> Expr:
+                if self.lies == "panels":
+                    return k.load(x, [panel, base + at, column])
+                return k.load(x, [panel, base * self.width + (at // 2 * 2 * self.width + at % 2) + 2 * column])
+
+            def numbers(b: Expr) -> Expr:
+                if self.lies == "panels":
+                    return k.load(x, [panel, base + form.header + b, column])
+                four = (base + form.header + k.floor_divide(b, 4) * 4) * self.width
+                return k.load(x, [panel, four + 4 * column + k.floor_mod(b, 4)])
+
+            scale, least = form.scales(k, scales, 0, 1)
             count = k.index(form.group * form.bits // 8) if form.group else d
             with k.loop(count, "b") as b:
-                for half, element in enumerate(form.elements(k, load(base + form.header + b), 1)):
+                for half, element in enumerate(form.elements(k, numbers(b), 1)):
                     value = element * scale if least is None else element * scale + least
                     k.store(y, [row, group * form.group + b + half * (form.group // 2)], value)

@@ -199,13 +199,13 @@ class QuadProduct(Kernel):
                 index = [panel, base + (quad * (4 * width) + 4 * (start + v * lanes))]
                 held.append(k.let(k.bits(k.load(views["w"], index, 4 * lanes), _i32, lanes), "w"))
             if k.isa.multiplies_quads:
-                flipped = [k.let(_flipped(k, w), "w") for w in held]
+                without_sign = [k.let(flipped(k, w), "w") for w in held]
                 for i in range(high):
                     four = k.bits(k.load(views["a"], [first + i, at], 4), _i32)
                     x = k.let(k.splat(four, lanes), "x")
-                    for v, w in enumerate(flipped):
+                    for v, w in enumerate(without_sign):
                         sums = [(i * vectors + v) * lanes]
-                        k.store(acc, sums, _quads_added(k, k.load(acc, sums, lanes), w, x), lanes)
+                        k.store(acc, sums, quads_added(k, k.load(acc, sums, lanes), w, x), lanes)
                 return
             for n in range(4):
                 wide = [k.let(_byte(k, w, n, lanes), "y") for w in held]
@@ -222,7 +222,7 @@ def _byte(k: Emitter, quads: Expr, number: int, lanes: int) -> Expr:
     return k.cast(up >> k.number(24, _i32, lanes), f32, lanes)
 
 
-def _flipped(k: Emitter, quads: Expr) -> Expr:
+def flipped(k: Emitter, quads: Expr) -> Expr:
     """Signed bytes plus 128, as bytes without sign."""
 
     def text() -> str:
@@ -235,7 +235,7 @@ define <16 x i32> @treadle_flipped(<16 x i32> %w) alwaysinline {
     return k.llvm("treadle_flipped", text, "int32x16", quads)
 
 
-def _quads_added(k: Emitter, sums: Expr, left: Expr, right: Expr) -> Expr:
+def quads_added(k: Emitter, sums: Expr, left: Expr, right: Expr) -> Expr:
     """sums + left[0] right[0] + ... + left[3] right[3], of four bytes in each lane; those of `left` have no sign."""
 
     def text() -> str:

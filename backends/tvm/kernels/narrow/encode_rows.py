@@ -71,7 +71,7 @@ class EncodeRows(Kernel):
             with k.loop(k.least(m - first, k.index(ROWS)), "i") as i:
                 row = k.let(first + i, "row")
                 largest = self._largest(k, x, row, depth)
-                scale, factor = self._scale(k, largest)
+                scale, factor = scale_of(k, largest)
                 if held:
                     bits = k.let(k.bits(scale, _i32), "bits")
                     for byte in range(ROW_HEAD):
@@ -93,7 +93,7 @@ class EncodeRows(Kernel):
                     to = self._place(k, sixteen, i, row, whole)
                     self._step(k, rest, [k.index(0)], y, to, factor, sums, left if held else QUAD_STEP)
                 k.store(rows, [row, 0], k.bits(scale, _i32))
-                k.store(rows, [row, 1], _across(k, k.load(sums, [0], lanes), lanes, "add"))
+                k.store(rows, [row, 1], across(k, k.load(sums, [0], lanes), lanes, "add"))
 
     def _place(self, k: Emitter, sixteen: Expr, i: Expr, row: Expr, step: Expr) -> list[Expr]:
         """Where the numbers of a step of a row go."""
@@ -114,21 +114,10 @@ class EncodeRows(Kernel):
         with k.loop(vectors, "v") as v:
             k.store(most, [0], k.greatest(k.load(most, [0], lanes), bits(v * lanes, lanes)), lanes)
         found = k.registers(1, _i32, "found")
-        k.store(found, [0], _across(k, k.load(most, [0], lanes), lanes, "smax"))
+        k.store(found, [0], across(k, k.load(most, [0], lanes), lanes, "smax"))
         with k.loop(depth - vectors * lanes, "j") as j:
             k.store(found, [0], k.greatest(k.load(found, [0]), bits(vectors * lanes + j, 1)))
         return k.let(k.load(found, [0]), "largest")
-
-    def _scale(self, k: Emitter, largest: Expr) -> tuple[Expr, Expr]:
-        """A row's scale, and what its numbers are multiplied with."""
-        finite = largest < k.number(_INFINITY, _i32)
-        used = k.both(finite, largest >= k.number(_SMALLEST, _i32))
-        number = k.let(k.bits(largest, f32), "number")
-        none = k.select(finite, k.number(0.0, f32), k.number(float("nan"), f32))
-        scale = k.let(k.select(used, number / k.number(127.0, f32), none), "scale")
-        divisor = k.select(used, number, k.number(1.0, f32))
-        factor = k.let(k.select(used, k.number(127.0, f32) / divisor, k.number(0.0, f32)), "factor")
-        return scale, factor
 
     def _step(
         self, k: Emitter, x: Any, at: list[Expr], y: Any, to: list[Expr], factor: Expr, sums: Any, count: Expr
@@ -175,7 +164,19 @@ class DecodeRows(Kernel):
                 k.store(y, [row, j], number * scale)
 
 
-def _across(k: Emitter, x: Expr, lanes: int, kind: str) -> Expr:
+def scale_of(k: Emitter, largest: Expr) -> tuple[Expr, Expr]:
+    """The scale of a block, by the bits of its largest magnitude, and what its numbers are multiplied with."""
+    finite = largest < k.number(_INFINITY, _i32)
+    used = k.both(finite, largest >= k.number(_SMALLEST, _i32))
+    number = k.let(k.bits(largest, f32), "number")
+    none = k.select(finite, k.number(0.0, f32), k.number(float("nan"), f32))
+    scale = k.let(k.select(used, number / k.number(127.0, f32), none), "scale")
+    divisor = k.select(used, number, k.number(1.0, f32))
+    factor = k.let(k.select(used, k.number(127.0, f32) / divisor, k.number(0.0, f32)), "factor")
+    return scale, factor
+
+
+def across(k: Emitter, x: Expr, lanes: int, kind: str) -> Expr:
     """The sum ("add") or the largest ("smax") of a vector of 32-bit integers."""
     name, vector = f"treadle_{kind}_i32_{lanes}", f"<{lanes} x i32>"
 

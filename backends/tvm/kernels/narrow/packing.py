@@ -1,4 +1,4 @@
-"""A right side that is computed, in pairs or quads: weights are laid out when they are bound, by NumPy."""
+"""A right side that is computed, in pairs, quads or blocks: weights are laid out when they are bound, by NumPy."""
 
 from __future__ import annotations
 
@@ -85,3 +85,42 @@ class PackQuads(Kernel):
                 at = first + step * (self.width * QUAD_STEP) + four
                 element = step * QUAD_STEP + j
                 put(at, element + ROW_HEAD, k.both(row < n, element < depth))
+
+
+@dataclass(frozen=True)
+class PackBlocks(Kernel):
+    """w = x[n, bytes], rows in blocks, in blocks(width, block, head): see `treadle.ir.layouts`. Filled up with zeros.
+
+    Passed: x, w; n, bytes; x's strides over both. w is contiguous.
+    """
+
+    width: int
+    block: int
+    head: int
+
+    @property
+    def generic(self) -> bool:
+        return True
+
+    def emit(self, k: Emitter) -> None:
+        px, pw = k.pointer("x", u8), k.pointer("w", u8)
+        n, bytes = k.size("n"), k.size("bytes")
+        x = k.view(px, [n, bytes], [k.size("x_n"), k.size("x_k")])
+        panels = k.floor_divide(n + (self.width - 1), self.width)
+        w = k.view(pw, [panels, bytes * self.width])
+        with k.parallel(panels, "panel") as panel, k.loop(self.width, "i") as i:
+            row = k.let(panel * self.width + i, "row")
+
+            def put(at: Expr, byte: Expr) -> None:
+                k.store(w, [panel, at], k.number(0, u8))
+                with k.when(row < n):
+                    k.store(w, [panel, at], k.load(x, [row, byte]))
+
+            with k.loop(k.floor_divide(bytes, self.block), "block") as block:
+                base = k.let(block * self.block, "base")
+                for start, side in ((0, 2), (self.head, 4)):  # scales have two bytes, what follows lies by fours
+                    end = self.head if side == 2 else self.block
+                    with k.loop((end - start) // side, "each") as each:
+                        for j in range(side):
+                            byte = k.let(base + start + each * side, "byte")
+                            put(byte * self.width + side * i + j, byte + j)

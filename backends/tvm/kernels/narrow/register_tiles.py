@@ -7,6 +7,7 @@ row is summed in one order, however many rows there are.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -46,17 +47,38 @@ def tile_of(isa: Isa) -> tuple[int, int]:
     return max(1, min(12, (isa.registers - 8) * isa.lanes() // columns)), columns
 
 
-def over_tiles(k: Emitter, m: Expr, panels: Expr, tile: Tile) -> None:
-    """Every tile of m rows and of so many panels, shared out among tasks."""
-    high, columns = tile_of(k.isa)
-    part = PART // high * high
+Many = Callable[["Expr", "Expr", "Expr"], None]
+"""Writes all rows that a task has of a panel: the panel, its first row and how many."""
+
+
+def over_tiles(
+    k: Emitter,
+    m: Expr,
+    panels: Expr,
+    tile: Tile,
+    shape: tuple[int, int] | None = None,
+    many: tuple[int, Many] | None = None,
+) -> None:
+    """Every tile of m rows and of so many panels, shared out among tasks.
+
+    shape  rows of a tile, and its columns, those of a panel; None: what `tile_of` says, of panels of `narrow_width`
+    many   what is done in place of that from so many rows on; tasks then begin at multiples of 16 rows
+    """
+    high, columns = shape or tile_of(k.isa)
+    width = columns if shape is not None else narrow_width(k.isa)
+    part = PART // high * high if many is None else 16 * high
     parts = k.let(k.floor_divide(m + (part - 1), part), "parts")
     with k.parallel(panels * parts, "task") as task:
         panel = k.opaque(k.floor_divide(task, parts), "panel")
         first = k.opaque((task - panel * parts) * part, "first")
         count = k.let(k.least(m - first, k.index(part)), "count")
-        for column in range(0, narrow_width(k.isa), columns):
-            _rows(k, first, count, high, partial(tile, panel, column, columns))
+        if many is not None:
+            least, of_many = many
+            with k.when(m >= k.index(least)):
+                of_many(panel, first, count)
+        with k.when(m < k.index(least)) if many is not None else nullcontext():
+            for column in range(0, width, columns):
+                _rows(k, first, count, high, partial(tile, panel, column, columns))
 
 
 def _is_widest(isa: Isa) -> bool:

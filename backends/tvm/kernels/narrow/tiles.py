@@ -17,6 +17,7 @@ system allows it: `treadle.backends.tvm.kernels.isa.may_use_tiles`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,15 +27,18 @@ ROWS = 16
 """Rows of a tile."""
 ROW_BYTES = 64
 
-# Palette 1, no row to start at, 14 bytes that must be zero; 16 lengths of rows, of 2 bytes each; 16 counts of rows.
-_SHAPES = bytes([1, 0, *[0] * 14, *[ROW_BYTES, 0] * 8, *[0] * 16, *[ROWS] * 8, *[0] * 8])
-_TABLE = ", ".join(f"i8 {byte}" for byte in _SHAPES)
+FULL = ((ROWS, ROW_BYTES),) * 8
+"""Rows, and bytes of a row, of each tile: all of them full."""
 
 
-def configure(k: Emitter) -> None:
-    """Make all eight tiles full ones, of zeros."""
+def configure(k: Emitter, shapes: Sequence[tuple[int, int]] = FULL) -> None:
+    """Give all eight tiles their shapes, rows and bytes of a row, and zeros."""
     name = "@treadle_tile_shapes"
-    k.imported.setdefault(name, f"{name} = private unnamed_addr constant [{len(_SHAPES)} x i8] [{_TABLE}], align 64")
+    # Palette 1, no row to start at, 14 bytes that must be zero; 16 lengths of rows, of 2 bytes each; 16 counts of rows.
+    lengths = [byte for _, length in shapes for byte in (length, 0)]
+    table = bytes([1, 0, *[0] * 14, *lengths, *[0] * 16, *[rows for rows, _ in shapes], *[0] * 8])
+    text = ", ".join(f"i8 {byte}" for byte in table)
+    k.imported.setdefault(name, f"{name} = private unnamed_addr constant [{len(table)} x i8] [{text}], align 64")
     k.effect("treadle_configure_tiles", "void @llvm.x86.ldtilecfg(ptr)", f"void @llvm.x86.ldtilecfg(ptr {name})")
 
 

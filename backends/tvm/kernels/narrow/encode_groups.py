@@ -1,0 +1,92 @@
+"""Rows rounded to 8 bits with a scale for 32 neighbours, to the bits of `int8_groups(32)`, as products read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from treadle.backends.tvm.kernels.isa import Isa
+from treadle.backends.tvm.kernels.kernel import Kernel
+from treadle.backends.tvm.kernels.narrow.encode_rows import across, rows_dtype, scale_of
+from treadle.backends.tvm.kernels.narrow.tiles import ROWS
+from treadle.ir.ops.blocks import GROUPS
+from treadle.ir.sizing.sizes import Size
+from treadle.ir.types import DTYPES, f32, u8
+
+if TYPE_CHECKING:
+    from treadle.backends.tvm.kernels.emitter import Emitter, Expr
+
+GROUP = GROUPS.group
+"""Elements of a group."""
+_i32, _i8 = DTYPES["i32"], DTYPES["i8"]
+
+
+def form_of_groups(isa: Isa) -> str:
+    """The form in which an instruction set's product reads groups: see `EncodeGroups`."""
+    return "filled" if isa.multiplies_tiles else "quads" if isa.multiplies_quads else "wide"
+
+
+def rows_of_groups(form: str, rows: Size) -> Size:
+    """How many rows a form has."""
+    return (rows + ROWS - 1) // ROWS * ROWS if form == "filled" else rows
+
+
+@dataclass(frozen=True)
+class EncodeGroups(Kernel):
+    """y = x[m, k] as groups of 8-bit numbers; told[m, k // 32, 2] = the scale's bits, and what is owed to a group
+
+    form  how y lies: "quads", row-major bytes; "wide", row-major in f32; "filled", bytes of a multiple of 16 rows, where
+          those past m are whatever they are, and 0 is told of them
+    zero  what the right side's whole numbers hold too much: zero times the group's sum is owed, negative, an i32. 0: a
+          number is added to each, and its scale times its sum is owed, the bits of a float32
+
+    A group with a number that is not finite has the scale NaN. k is a multiple of 32. Passed: x, y, told; m, k; x's
+    stride of rows.
+    """
+
+    form: str
+    zero: int
+
+    @property
+    def title(self) -> str:
+        return f"encode_groups_{self.form}"
+
+    def emit(self, k: Emitter) -> None:
+        pointers = [k.pointer("x", f32), k.pointer("y", rows_dtype(self.form)), k.pointer("told", _i32)]
+        m, depth, stride = k.size("m"), k.size("k"), k.size("x_stride")
+        groups = k.let(k.floor_divide(depth, GROUP), "groups")
+        x, y = k.view(pointers[0], [m, depth], [stride, 1]), k.view(pointers[1], [m, depth])  # y of all that are filled
+        told = k.view(pointers[2], [m + (ROWS if self.form == "filled" else 0), groups, 2])
+        with k.parallel(k.floor_divide(m + (ROWS - 1), ROWS), "sixteen") as sixteen:
+            first = k.let(sixteen * ROWS, "first")
+            with k.loop(k.least(m - first, k.index(ROWS)), "i") as i, k.loop(groups, "group") as group:
+                self._group(k, x, y, told, k.let(first + i, "row"), group)
+            if self.form == "filled":
+                with k.loop(k.greatest(first + ROWS - m, k.index(0)), "i") as i, k.loop(groups * 2, "j") as j:
+                    k.store(told, [m + i, 0, j], k.number(0, _i32))
+
+    def _group(self, k: Emitter, x: Any, y: Any, told: Any, row: Expr, group: Expr) -> None:
+        lanes = k.isa.lanes()
+        start = k.let(group * GROUP, "start")
+        found = [k.let(k.load(x, [row, start + j], lanes), "x") for j in range(0, GROUP, lanes)]
+        most = None
+        for value in found:
+            bits = k.bits(value, _i32, lanes) & k.number(0x7FFFFFFF, _i32, lanes)
+            most = k.let(bits if most is None else k.greatest(most, bits), "most")
+        scale, factor = scale_of(k, k.let(across(k, most, lanes, "smax"), "largest"))
+        total = None
+        for at, value in enumerate(found):
+            place = [row, start + at * lanes]
+            nearest = k.let(k.nearest(value * k.splat(factor, lanes)), "nearest")
+            whole = k.let(k.cast(nearest, _i32, lanes), "whole")
+            total = k.let(whole if total is None else total + whole, "total")
+            if self.form == "wide":
+                k.store(y, place, nearest, lanes)
+            else:
+                k.store(y, place, k.bits(k.cast(whole, _i8, lanes), u8, lanes), lanes)
+        summed = k.let(across(k, total, lanes, "add"), "summed")
+        owed = summed * k.number(-self.zero, _i32)
+        if not self.zero:
+            owed = k.bits(k.let(k.cast(summed, f32) * scale, "owed"), _i32)
+        k.store(told, [row, group, 0], k.bits(scale, _i32))
+        k.store(told, [row, group, 1], owed)

@@ -1,0 +1,325 @@
+"""Weights in blocks times groups of 8-bit numbers on the TVM backend: exact where numbers are whole, and a row's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import treadle
+from tests.op_checks import EPSILON, Array
+from treadle.backends.registry import find_backend
+from treadle.backends.tvm.executable import KernelExecutable
+from treadle.backends.tvm.kernels.isa import ISAS, runs_here
+from treadle.backends.tvm.weight_packing import pack
+from treadle.ir.encodings.encoding import Encoding, parse_encoding
+from treadle.ir.graph import Graph
+from treadle.ir.interpreter import interpret
+from treadle.ir.layouts import blocks
+from treadle.ir.ops.blocks import GROUPS, EncodedLinear
+from treadle.ir.target import Target
+from treadle.ir.text.parser import parse_graph
+from treadle.ir.transforms.encoded_weights import encode_parameters
+from treadle.models.llama import llama
+
+pytest.importorskip("tvm")
+
+from tests.tiles_in_memory import stand_in
+from treadle.backends.tvm.kernels.cache import KernelCache, assembly
+from treadle.backends.tvm.kernels.calling import bind
+from treadle.backends.tvm.kernels.encoded.quad_block_product import QuadBlockProduct, layout_of_blocks, owed_zero
+from treadle.backends.tvm.kernels.encoded.unpacking import packed_form
+from treadle.backends.tvm.kernels.narrow.encode_groups import EncodeGroups, form_of_groups
+
+HERE = [
+    name for name in ("x86-64-amx", "x86-64-v4-bf16", "x86-64-v4", "x86-64-v3", "x86-64-v2") if runs_here(ISAS[name])
+]
+each_isa = pytest.mark.parametrize("isa", HERE)
+READ = ("q4_0", "q4_1", "q8_0", "int4_groups(32)", "int4_groups(64)", "int4_groups(128)")
+each_form = pytest.mark.parametrize("text", READ)
+ROWS = (1, 2, 5, 12, 13, 24, 31)
+
+
+def linear_graph(k: int, n: int, text: str) -> Graph:
+    return parse_graph(f"""graph g {{
+      symbols M
+      parameters {{ w: f32[{n}, {k}] as {text} }}
+      main(x: f32[M, {k}]) -> (y: f32[M, {n}]) {{
+        groups = encode(x, to=int8_groups(32))
+        near = decode(groups, of=int8_groups(32))
+        w = decode($w, of={text})
+        y = linear(near, w)
+        return y = y
+      }}
+    }}""")
+
+
+def drawn(text: str, n: int, k: int, *, whole: bool = False) -> Array:
+    """Blocks of a matrix, with scales of powers of two if they are to be whole numbers."""
+    encoding, rng = parse_encoding(text), np.random.default_rng([n, k])
+    held = encoding.sample(rng, (n, k))
+    if whole:
+        records = held.reshape(-1).view(encoding.block.record(encoding.elements(k)))
+        for name in records.dtype.names or ():
+            if records[name].dtype.kind == "f":
+                records[name] = rng.choice([1, 2, -1], records[name].shape)
+    return held
+
+
+def whole_rows(m: int, k: int) -> Array:
+    """Rows that are in whole numbers what they are: the largest of each group is 127, or a power of two times that."""
+    rng = np.random.default_rng([m, k])
+    x = rng.integers(-127, 128, (m, k // 32, 32)).astype(np.float32)
+    x[..., 7] = 127
+    return (x * rng.choice([1, 2], (m, k // 32, 1))).reshape(m, k).astype(np.float32)
+
+
+def compiled(graph: Graph, weights: dict[str, Array], target: str | Target = "cpu") -> KernelExecutable:
+    made = find_backend("tvm").compile(graph, target if isinstance(target, Target) else Target(target), weights)
+    assert isinstance(made, KernelExecutable)
+    return made
+
+
+def normal(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
+
+
+def titles(exe: KernelExecutable) -> list[str]:
+    return [s.kernel.title for s in exe.program.main.steps]  # type: ignore[union-attr]
+
+
+# -- numbers ---------------------------------------------------------------------------------------------------------
+
+
+@each_isa
+@each_form
+def test_whole_numbers_are_multiplied_exactly(text: str, isa: str) -> None:
+    """With scales of powers of two nothing is rounded at all: kernels and integers agree to the bit."""
+    for k, n in ((128, 1), (256, 31), (128, 65)):
+        held, x = drawn(text, n, k, whole=True), whole_rows(max(ROWS), k)
+        exe = compiled(linear_graph(k, n, text), {"w": held}, isa)
+        assert [t.startswith(("encode_groups", "quad_block_product")) for t in titles(exe)] == [True, True]
+        wanted = x.astype(np.int64) @ parse_encoding(text).decode(held).astype(np.int64).T
+        op = EncodedLinear(of=parse_encoding(text), rows=GROUPS)
+        np.testing.assert_array_equal(op.reference(GROUPS.encode(x), held, None), wanted)
+        for m in ROWS:
+            np.testing.assert_array_equal(exe(x=x[-m:])["y"], wanted[-m:], f"{m} rows")
+
+
+@each_form
+def test_any_numbers_are_near_to_the_reference_and_a_row_has_bits_of_its_own(text: str) -> None:
+    """Whatever rows are beside it, however many, and however many threads share them."""
+    k, n = 384, 100
+    held, x = drawn(text, n, k), normal(max(ROWS), k)
+    one, two = (compiled(linear_graph(k, n, text), {"w": held}, Target("cpu", threads)) for threads in (1, 2))
+    whole = np.asarray(one(x=x)["y"])
+    op = EncodedLinear(of=parse_encoding(text), rows=GROUPS)
+    near, w = GROUPS.decode(GROUPS.encode(x)).astype(np.float64), parse_encoding(text).decode(held).astype(np.float64)
+    bound = (k // 32 + 8) * EPSILON["f32"] * (np.abs(near) @ (np.abs(w) + np.abs(w).max(axis=1, keepdims=True)).T)
+    assert (np.abs(whole - op.reference(GROUPS.encode(x), held, None)) <= bound).all()
+    assert (np.abs(whole - near @ w.T) <= bound).all()
+    for m in ROWS:
+        for exe in (one, two):
+            np.testing.assert_array_equal(exe(x=x[:m])["y"], whole[:m])
+            np.testing.assert_array_equal(exe(x=x[-m:])["y"], whole[-m:])
+
+
+@each_form
+def test_instruction_sets_that_add_a_product_at_once_have_the_same_bits(text: str) -> None:
+    held, x = drawn(text, 40, 256), normal(5, 256)
+    fused = [isa for isa in HERE if ISAS[isa].fused]
+    made = [compiled(linear_graph(256, 40, text), {"w": held}, isa)(x=x)["y"] for isa in fused]
+    for other in made[1:]:
+        np.testing.assert_array_equal(other, made[0])
+
+
+@each_isa
+def test_groups_of_any_scale_are_rounded_as_the_reference_rounds_them(isa: str) -> None:
+    """Ties, subnormal and huge numbers, zeros; and what is not finite stays in its row."""
+    x = normal(20, 64)
+    x[1] = 0
+    x[2] *= 1e-39
+    x[3] = np.arange(64) + 0.5
+    x[3, [0, 40]] = 127, -127
+    x[4, :32] *= 1e30
+    x[5] *= 2.0**-119
+    x[7, 3], x[9, 63], x[19, 0] = np.inf, np.nan, -np.inf
+    exe = compiled(linear_graph(64, 33, "q8_0"), {"w": drawn("q8_0", 33, 64, whole=True)}, isa)
+    got = np.asarray(exe(x=x)["y"])
+    op = EncodedLinear(of=Encoding("q8_0"), rows=GROUPS)
+    meant = op.reference(GROUPS.encode(x, computed=True), drawn("q8_0", 33, 64, whole=True), None)
+    lost = [7, 9, 19]
+    assert np.isnan(got[lost]).all()
+    kept = [row for row in range(20) if row not in lost]
+    np.testing.assert_allclose(got[kept], meant[kept], rtol=1e-5, atol=2e-5 * np.abs(meant[kept]).max(-1).min())
+
+
+def test_a_scale_of_a_weight_that_is_not_finite_spoils_its_own_columns_alone() -> None:
+    held = drawn("q4_1", 40, 64).copy()
+    records = held.reshape(-1).view(Encoding("q4_1").block.record(32))
+    records["d"][2 * 7], records["m"][2 * 9 + 1] = np.inf, np.nan
+    y = np.asarray(compiled(linear_graph(64, 40, "q4_1"), {"w": held})(x=normal(3, 64))["y"])
+    assert not np.isfinite(y[:, [7, 9]]).any()
+    assert np.isfinite(np.delete(y, [7, 9], axis=1)).all()
+
+
+# -- what stands around a product ------------------------------------------------------------------------------------
+
+
+@each_isa
+@each_form
+def test_a_table_is_held_once_and_rows_of_it_are_its_bits(text: str, isa: str) -> None:
+    graph = parse_graph(f"""graph g {{
+      symbols B
+      parameters {{ t: f32[70, 128] as {text} }}
+      main(i: i64[B], x: f32[B, 128]) -> (e: f32[B, 128], y: f32[B, 70]) {{
+        t = decode($t, of={text})
+        e = embedding(t, i)
+        groups = encode(x, to=int8_groups(32))
+        near = decode(groups, of=int8_groups(32))
+        y = linear(near, t)
+        return e = e, y = y
+      }}
+    }}""")
+    held, x, i = drawn(text, 70, 128, whole=True), whole_rows(3, 128), np.array([69, 0, 33])
+    exe = compiled(graph, {"t": held}, isa)
+    meant, out = parse_encoding(text).decode(held), exe(i=i, x=x)
+    np.testing.assert_array_equal(out["e"], meant[i])
+    np.testing.assert_array_equal(out["y"], x.astype(np.int64) @ meant.astype(np.int64).T)
+    (kept,) = exe.machine.weights.values()
+    assert kept.shape[0] == 5
+
+
+@each_isa
+def test_one_value_is_rounded_for_weights_of_several_forms(isa: str) -> None:
+    """A bias and a gate are done as sums are stored; what is owed to a form's zero is told for each."""
+    graph = parse_graph("""graph g {
+      symbols M
+      parameters { a: f32[40, 64] as q4_1
+        b: f32[40, 64] as q4_0
+        c: f32[40, 64] as q8_0
+        d: f32[64, 40] as int4_groups(32, axis=0)
+        bias: f32[40] }
+      main(x: f32[M, 64]) -> (y: f32[M, 40], z: f32[M, 64]) {
+        groups = encode(x, to=int8_groups(32))
+        near = decode(groups, of=int8_groups(32))
+        a = decode($a, of=q4_1)
+        b = decode($b, of=q4_0)
+        c = decode($c, of=q8_0)
+        d = decode($d, of=int4_groups(32, axis=0))
+        p = linear(near, a, $bias)
+        q = linear(near, b)
+        r = linear(near, c)
+        s = matmul(near, d)
+        pq = mul(p, q)
+        rs = mul(r, s)
+        y = add(pq, rs)
+        return y = y, z = near
+      }
+    }""")
+    weights = {"a": drawn("q4_1", 40, 64), "b": drawn("q4_0", 40, 64), "c": drawn("q8_0", 40, 64), "bias": normal(40)}
+    weights["d"] = np.ascontiguousarray(drawn("int4_groups(32)", 40, 64).T)
+    exe, x = compiled(graph, weights, isa), normal(7, 64)
+    wanted = interpret(graph, {"x": x}, weights)
+    got = exe(x=x)
+    np.testing.assert_allclose(got["y"], wanted["y"], rtol=0, atol=1e-5 * np.abs(wanted["y"]).max())
+    np.testing.assert_array_equal(got["z"], GROUPS.decode(GROUPS.encode(x)))
+    made = titles(exe)
+    assert sum("quad_block_product" in t for t in made) == 4, made
+    assert sum(t.startswith("encode_groups") for t in made) == 3, made  # of q4_0 and int4_groups one
+
+
+@each_isa
+def test_groups_that_a_block_is_given_and_weights_that_are_picked(isa: str) -> None:
+    """What is held is read as it is told; what is no weight is laid out at the call."""
+    graph = parse_graph("""graph g {
+      symbols M, N
+      parameters { w: f32[50, 64] as q4_0 }
+      block h(groups: f32[M, 64] as int8_groups(32), w: f32[N, 64] as q4_0) -> (y: f32[M, N])
+      {
+        y = encoded_linear(groups, w, of=q4_0, rows=int8_groups(32))
+        return y = y
+      }
+      main(x: f32[M, 64], i: i64[N]) -> (y: f32[M, N]) {
+        groups = encode(x, to=int8_groups(32))
+        picked = gather($w, i)
+        y = h(groups, picked)
+        return y = y
+      }
+    }""")
+    held, x, i = drawn("q4_0", 50, 64, whole=True), whole_rows(9, 64), np.arange(49, 3, -3)
+    exe = compiled(graph, {"w": held}, isa)
+    wanted = x.astype(np.int64) @ Encoding("q4_0").decode(held)[i].astype(np.int64).T
+    np.testing.assert_array_equal(exe(x=x, i=i)["y"], wanted)
+
+
+def test_blocks_hold_scales_and_then_four_neighbours_side_by_side() -> None:
+    held = np.random.default_rng(0).integers(0, 256, (40, 3 * 20), np.uint8)
+    made = pack(held, blocks(16, 20, 4))
+    assert made.shape == (3, 60 * 16)
+    for n, byte in ((0, 0), (17, 21), (39, 3), (39, 59), (8, 24), (15, 47)):
+        block, inside = divmod(byte, 20)
+        at = block * 20 * 16 + (inside // 2 * 32 + n % 16 * 2 + inside % 2 if inside < 4 else 0)
+        at += 4 * 16 + (inside - 4) // 4 * 64 + n % 16 * 4 + (inside - 4) % 4 if inside >= 4 else 0
+        assert made[n // 16, at] == held[n, byte]
+    assert not made[2].reshape(3, 20 * 16)[:, 2 * 8 : 2 * 16].any()
+
+
+@pytest.mark.parametrize(
+    ("isa", "word"),
+    [("x86-64-amx", "vpdpbusd"), ("x86-64-v4-bf16", "vpdpbusd"), ("x86-64-v4", "vfmadd"), ("x86-64-v3", "vfmadd")],
+)
+def test_each_instruction_set_has_its_instructions_and_keeps_sums_in_registers(isa: str, word: str) -> None:
+    form = packed_form(Encoding("q4_1"))
+    assert form is not None
+    text = assembly(QuadBlockProduct(form), ISAS[isa])
+    assert word in text
+    assert ("tdpbssd" in text) == ISAS[isa].multiplies_tiles
+    if isa == "x86-64-v4-bf16":
+        assert text.count("vpdpbusd") == 8 * (12 + 8 + 4 + 2 + 1)
+
+
+@pytest.mark.skipif("x86-64-v4-bf16" not in HERE, reason="no VNNI here, which the same bits come from")
+@each_form
+def test_tiles_have_the_bits_of_instructions_that_multiply_fours(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles are in memory here: what the kernel does with them, in more than one chunk of k."""
+    k, n, form = 128 * 17, 40, packed_form(parse_encoding(text))
+    assert form is not None
+    kernel, zero = QuadBlockProduct(form), owed_zero(form)
+    w = pack(drawn(text, n, k), layout_of_blocks(form))
+    cache = KernelCache(stand_in(monkeypatch), folder=None)
+    for m in (16, 45) if text == "q4_1" else (33,):
+        x, made = normal(m, k), []
+        for where in (cache, KernelCache(ISAS["x86-64-v4-bf16"])):
+            rows = -(-m // 16) * 16
+            a, told, c = np.zeros((rows, k), np.uint8), np.full((rows, k // 32, 2), 7, np.int32), np.zeros((m, n), np.float32)
+            bind(EncodeGroups(form_of_groups(where.isa), zero), [x, a, told], [m, k, k], cache=where)()
+            bind(kernel, [a, w, told, c], [m, k, n, n], cache=where)()
+            assert (told[m:] == (0 if where is cache else 7)).all()
+            made.append(c)
+        np.testing.assert_array_equal(*made)
+
+
+# -- models ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_in_blocks_multiplies_whole_numbers() -> None:
+    model = llama.configure(vocab=96, dim=64, heads=4, kv_heads=2, layers=2, hidden=128, tied=True).graph()
+    forms = {n: Encoding("q4_1") for n, v in model.parameters.items() if v.type.rank == 2}
+    graph = encode_parameters(model, forms | {"embed.weight": Encoding("q8_0")})
+    rng = np.random.default_rng(0)
+    weights: dict[str, Any] = {}
+    for name, value in graph.parameters.items():
+        shape, encoding = value.type.static_shape or (), value.type.encoding
+        weights[name] = normal(*shape) if encoding is None else encoding.sample(rng, shape)
+    tokens = np.arange(10).reshape(2, 5)
+    exe = treadle.compile(graph, backend="tvm", weights=weights, quantize="int8")
+    assert " = block_product" not in exe.source
+    assert exe.source.count(" = quad_block_product") >= 3
+    plain = treadle.compile(graph, backend="numpy", weights=weights, quantize="int8")
+    a, b = (np.asarray(each(tokens=tokens)["logits"], np.float64) for each in (exe, plain))
+    np.testing.assert_allclose(a, b, rtol=0, atol=2e-2 * np.abs(b).max())  # a rounding may fall to the next step
+    session = exe.session(rows=1, capacity=8)
+    row = session.open()
+    np.testing.assert_array_equal(session.prefill({row: [0, 1, 2]})[row], exe(tokens=[[0, 1, 2]])["logits"][0, -1])

@@ -1,0 +1,117 @@
+"""A matrix unit in memory: what stands in for AMX's tiles of bytes where a machine has none.
+
+`stand_in(monkeypatch)` gives an instruction set whose kernels keep their eight tiles in an array, and do with them what
+Intel's manual says of each instruction, rows and bytes of a tile as they were configured. It tests what kernels do with
+tiles, on one thread, and not the processor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from treadle.backends.tvm.kernels import isa as isa_module
+from treadle.backends.tvm.kernels.isa import ISAS, Isa
+from treadle.backends.tvm.kernels.narrow import tiles
+
+_TILE = tiles.ROWS * tiles.ROW_BYTES
+
+
+@dataclass(frozen=True)
+class InMemory(Isa):
+    """An instruction set with AVX-512 and VNNI, as which tiles are read and written in memory."""
+
+    @property
+    def multiplies_tiles(self) -> bool:
+        return True
+
+
+class _Tiles:
+    """The words of `tiles`, as LLVM's text."""
+
+    def __init__(self) -> None:
+        self.shapes: Sequence[tuple[int, int]] = tiles.FULL
+
+    def configure(self, k: Any, shapes: Sequence[tuple[int, int]] = tiles.FULL) -> None:
+        self.shapes = shapes
+
+    def release(self, k: Any) -> None:
+        pass
+
+    def clear(self, k: Any, tile: int) -> None:
+        body = f"call void @llvm.memset.p0.i64(ptr {_at(tile)}, i8 0, i64 {_TILE}, i1 false)"
+        _call(k, f"clear_{tile}", "", body)
+
+    def load(self, k: Any, tile: int, view: Any, index: list[Any], apart: Any = tiles.ROW_BYTES) -> None:
+        rows, length = self.shapes[tile]
+        _call(k, f"load_{tile}", "ptr %x, i64 %apart", _copies(tile, rows, length, "to"), k.address(view, index), k.index(apart))
+
+    def store(self, k: Any, tile: int, view: Any, index: list[Any], apart: Any = tiles.ROW_BYTES) -> None:
+        rows, length = self.shapes[tile]
+        _call(
+            k, f"store_{tile}", "ptr %x, i64 %apart", _copies(tile, rows, length, "from"), k.address(view, index), k.index(apart)
+        )
+
+    def multiply_bytes(self, k: Any, sums: int, left: int, right: int) -> None:
+        (rows, length), (fours, _) = self.shapes[left], self.shapes[right]
+        assert fours * 4 == length
+        lines = []
+        for i in range(rows):
+            lines.append(f"%s{i}_0 = load <16 x i32>, ptr {_at(sums, i)}, align 1")
+            for r in range(fours):
+                for b in range(4):
+                    name, before = f"{i}_{4 * r + b + 1}", f"{i}_{4 * r + b}"
+                    lines += [
+                        f"%a{name} = load i8, ptr {_at(left, i, 4 * r + b)}, align 1",
+                        f"%w{name} = sext i8 %a{name} to i32",
+                        f"%i{name} = insertelement <16 x i32> poison, i32 %w{name}, i64 0",
+                        f"%v{name} = shufflevector <16 x i32> %i{name}, <16 x i32> poison, <16 x i32> zeroinitializer",
+                        f"%q{name} = load <16 x i32>, ptr {_at(right, r)}, align 1",
+                        f"%u{name} = shl <16 x i32> %q{name}, splat (i32 {24 - 8 * b})",
+                        f"%y{name} = ashr <16 x i32> %u{name}, splat (i32 24)",
+                        f"%p{name} = mul <16 x i32> %v{name}, %y{name}",
+                        f"%s{name} = add <16 x i32> %s{before}, %p{name}",
+                    ]
+            lines.append(f"store <16 x i32> %s{i}_{length}, ptr {_at(sums, i)}, align 1")
+        _call(k, f"multiply_{sums}_{left}_{right}", "", "\n  ".join(lines))
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Isa:
+    """An instruction set whose tiles are in memory, for one test."""
+    base, made = ISAS["x86-64-v4-bf16"], _Tiles()
+    for name in ("configure", "release", "clear", "load", "store", "multiply_bytes"):
+        monkeypatch.setattr(tiles, name, getattr(made, name))
+    monkeypatch.setattr(isa_module, "may_use_tiles", lambda: True)
+    fields = {name: getattr(base, name) for name in base.__dataclass_fields__}
+    isa = InMemory(**fields | {"name": "tiles-in-memory"})
+    monkeypatch.setitem(ISAS, isa.name, isa)  # type: ignore[index]
+    return isa
+
+
+def _at(tile: int, row: int = 0, byte: int = 0) -> str:
+    return f"getelementptr (i8, ptr @tiles_in_memory, i64 {tile * _TILE + row * tiles.ROW_BYTES + byte})"
+
+
+def _copies(tile: int, rows: int, length: int, way: str) -> str:
+    lines = ["%row0 = getelementptr i8, ptr %x, i64 0"]
+    for i in range(rows):
+        if i:
+            lines.append(f"%row{i} = getelementptr i8, ptr %row{i - 1}, i64 %apart")
+        ends = (_at(tile, i), f"%row{i}") if way == "to" else (f"%row{i}", _at(tile, i))
+        lines.append(f"call void @llvm.memcpy.p0.p0.i64(ptr {ends[0]}, ptr {ends[1]}, i64 {length}, i1 false)")
+    return "\n  ".join(lines)
+
+
+def _call(k: Any, name: str, taken: str, body: str, *operands: Any) -> None:
+    """A statement that calls a function of LLVM's text."""
+    k.imported.setdefault("tiles", f"@tiles_in_memory = internal global [{8 * _TILE} x i8] zeroinitializer, align 64")
+    for declared in ("memset.p0.i64(ptr, i8, i64, i1)", "memcpy.p0.p0.i64(ptr, ptr, i64, i1)"):
+        k.imported.setdefault(declared, f"declare void @llvm.{declared}")
+    name = f"in_memory_{name}"
+    k.imported.setdefault(name, f"define i32 @{name}({taken}) alwaysinline {{\n  {body}\n  ret i32 0\n}}")
+    T.evaluate(tirx.call_extern("int32", name, *operands))
