@@ -92,11 +92,13 @@ def titles(exe: KernelExecutable) -> list[str]:
 # -- numbers ---------------------------------------------------------------------------------------------------------
 
 
-@each_isa
-@each_form
-def test_whole_numbers_are_multiplied_exactly(text: str, isa: str) -> None:
+EACH = [(HERE[0], text) for text in READ] + [(isa, text) for isa in HERE[1:] for text in ("q4_1", "int4_groups(64)", "q8_0")]
+
+
+@pytest.mark.parametrize(("isa", "text"), EACH)
+def test_whole_numbers_are_multiplied_exactly(isa: str, text: str) -> None:
     """With scales of powers of two nothing is rounded at all: kernels and integers agree to the bit."""
-    for k, n in ((128, 1), (256, 31), (128, 65)):
+    for k, n in ((128, 1), (256, 31)) if isa == HERE[0] else ((128, 31),):
         held, x = drawn(text, n, k, whole=True), whole_rows(max(ROWS), k)
         exe = compiled(linear_graph(k, n, text), {"w": held}, isa)
         assert [t.startswith(("encode_groups", "quad_block_product")) for t in titles(exe)] == [True, True]
@@ -125,7 +127,7 @@ def test_any_numbers_are_near_to_the_reference_and_a_row_has_bits_of_its_own(tex
             np.testing.assert_array_equal(exe(x=x[-m:])["y"], whole[-m:])
 
 
-@each_form
+@pytest.mark.parametrize("text", ["q4_0", "q4_1", "q8_0"])
 def test_instruction_sets_that_add_a_product_at_once_have_the_same_bits(text: str) -> None:
     held, x = drawn(text, 40, 256), normal(5, 256)
     fused = [isa for isa in HERE if ISAS[isa].fused]
@@ -152,7 +154,8 @@ def test_groups_of_any_scale_are_rounded_as_the_reference_rounds_them(isa: str) 
     lost = [7, 9, 19]
     assert np.isnan(got[lost]).all()
     kept = [row for row in range(20) if row not in lost]
-    np.testing.assert_allclose(got[kept], meant[kept], rtol=1e-5, atol=2e-5 * np.abs(meant[kept]).max(-1).min())
+    most = np.maximum(np.abs(meant[kept]).max(axis=-1, keepdims=True), 1e-30)  # scales below are of subnormal numbers
+    np.testing.assert_allclose(got[kept] / most, meant[kept] / most, rtol=0, atol=1e-6)
 
 
 def test_a_scale_of_a_weight_that_is_not_finite_spoils_its_own_columns_alone() -> None:
@@ -167,9 +170,8 @@ def test_a_scale_of_a_weight_that_is_not_finite_spoils_its_own_columns_alone() -
 # -- what stands around a product ------------------------------------------------------------------------------------
 
 
-@each_isa
-@each_form
-def test_a_table_is_held_once_and_rows_of_it_are_its_bits(text: str, isa: str) -> None:
+@pytest.mark.parametrize(("isa", "text"), [(isa, "q8_0") for isa in HERE] + [(HERE[0], "q4_1")])
+def test_a_table_is_held_once_and_rows_of_it_are_its_bits(isa: str, text: str) -> None:
     graph = parse_graph(f"""graph g {{
       symbols B
       parameters {{ t: f32[70, 128] as {text} }}
@@ -191,8 +193,7 @@ def test_a_table_is_held_once_and_rows_of_it_are_its_bits(text: str, isa: str) -
     assert kept.shape[0] == 5
 
 
-@each_isa
-def test_one_value_is_rounded_for_weights_of_several_forms(isa: str) -> None:
+def test_one_value_is_rounded_for_weights_of_several_forms() -> None:
     """A bias and a gate are done as sums are stored; what is owed to a form's zero is told for each."""
     graph = parse_graph("""graph g {
       symbols M
@@ -220,7 +221,7 @@ def test_one_value_is_rounded_for_weights_of_several_forms(isa: str) -> None:
     }""")
     weights = {"a": drawn("q4_1", 40, 64), "b": drawn("q4_0", 40, 64), "c": drawn("q8_0", 40, 64), "bias": normal(40)}
     weights["d"] = np.ascontiguousarray(drawn("int4_groups(32)", 40, 64).T)
-    exe, x = compiled(graph, weights, isa), normal(7, 64)
+    exe, x = compiled(graph, weights), normal(7, 64)
     wanted = interpret(graph, {"x": x}, weights)
     got = exe(x=x)
     np.testing.assert_allclose(got["y"], wanted["y"], rtol=0, atol=1e-5 * np.abs(wanted["y"]).max())
@@ -230,8 +231,7 @@ def test_one_value_is_rounded_for_weights_of_several_forms(isa: str) -> None:
     assert sum(t.startswith("encode_groups") for t in made) == 3, made  # of q4_0 and int4_groups one
 
 
-@each_isa
-def test_groups_that_a_block_is_given_and_weights_that_are_picked(isa: str) -> None:
+def test_groups_that_a_block_is_given_and_weights_that_are_picked() -> None:
     """What is held is read as it is told; what is no weight is laid out at the call."""
     graph = parse_graph("""graph g {
       symbols M, N
@@ -249,7 +249,7 @@ def test_groups_that_a_block_is_given_and_weights_that_are_picked(isa: str) -> N
       }
     }""")
     held, x, i = drawn("q4_0", 50, 64, whole=True), whole_rows(9, 64), np.arange(49, 3, -3)
-    exe = compiled(graph, {"w": held}, isa)
+    exe = compiled(graph, {"w": held})
     wanted = x.astype(np.int64) @ Encoding("q4_0").decode(held)[i].astype(np.int64).T
     np.testing.assert_array_equal(exe(x=x, i=i)["y"], wanted)
 
@@ -281,7 +281,7 @@ def test_each_instruction_set_has_its_instructions_and_keeps_sums_in_registers(i
 
 
 @pytest.mark.skipif("x86-64-v4-bf16" not in HERE, reason="no VNNI here, which the same bits come from")
-@each_form
+@pytest.mark.parametrize("text", ["q4_0", "q4_1", "q8_0", "int4_groups(64)"])
 def test_tiles_have_the_bits_of_instructions_that_multiply_fours(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles are in memory here: what the kernel does with them, in more than one chunk of k."""
     k, n, form = 128 * 17, 40, packed_form(parse_encoding(text))
