@@ -186,7 +186,7 @@ def test_every_matrix_of_a_model_is_planned(name: str, scheme: str) -> None:
 def test_an_unknown_scheme_is_refused(every: Graph) -> None:
     with pytest.raises(PassError, match="there is no quantization 'int3'") as error:
         plan_quantization(every, "int3")
-    assert error.value.hint == "one of int8-weights, int8, int4"
+    assert error.value.hint == "one of int8-weights, int8, int4, int4-int8"
     with pytest.raises(UsageError, match="weights are not quantized in 'int3'"):
         treadle.compile(MODELS["llama"], quantize="int3")
 

@@ -1,4 +1,4 @@
-"""Weights in blocks times groups of 8-bit numbers on the TVM backend: exact where numbers are whole, and a row's own."""
+"""Weights in blocks times groups of 8-bit numbers on the TVM backend: exact where all is whole, and a row's own."""
 
 from __future__ import annotations
 
@@ -92,7 +92,9 @@ def titles(exe: KernelExecutable) -> list[str]:
 # -- numbers ---------------------------------------------------------------------------------------------------------
 
 
-EACH = [(HERE[0], text) for text in READ] + [(isa, text) for isa in HERE[1:] for text in ("q4_1", "int4_groups(64)", "q8_0")]
+EACH = [(HERE[0], text) for text in READ] + [
+    (isa, text) for isa in HERE[1:] for text in ("q4_1", "int4_groups(64)", "q8_0")
+]
 
 
 @pytest.mark.parametrize(("isa", "text"), EACH)
@@ -293,7 +295,11 @@ def test_tiles_have_the_bits_of_instructions_that_multiply_fours(text: str, monk
         x, made = normal(m, k), []
         for where in (cache, KernelCache(ISAS["x86-64-v4-bf16"])):
             rows = -(-m // 16) * 16
-            a, told, c = np.zeros((rows, k), np.uint8), np.full((rows, k // 32, 2), 7, np.int32), np.zeros((m, n), np.float32)
+            a, told, c = (
+                np.zeros((rows, k), np.uint8),
+                np.full((rows, k // 32, 2), 7, np.int32),
+                np.zeros((m, n), np.float32),
+            )
             bind(EncodeGroups(form_of_groups(where.isa), zero), [x, a, told], [m, k, k], cache=where)()
             bind(kernel, [a, w, told, c], [m, k, n, n], cache=where)()
             assert (told[m:] == (0 if where is cache else 7)).all()

@@ -49,12 +49,24 @@ class _Tiles:
 
     def load(self, k: Any, tile: int, view: Any, index: list[Any], apart: Any = tiles.ROW_BYTES) -> None:
         rows, length = self.shapes[tile]
-        _call(k, f"load_{tile}", "ptr %x, i64 %apart", _copies(tile, rows, length, "to"), k.address(view, index), k.index(apart))
+        _call(
+            k,
+            f"load_{tile}",
+            "ptr %x, i64 %apart",
+            _copies(tile, rows, length, "to"),
+            k.address(view, index),
+            k.index(apart),
+        )
 
     def store(self, k: Any, tile: int, view: Any, index: list[Any], apart: Any = tiles.ROW_BYTES) -> None:
         rows, length = self.shapes[tile]
         _call(
-            k, f"store_{tile}", "ptr %x, i64 %apart", _copies(tile, rows, length, "from"), k.address(view, index), k.index(apart)
+            k,
+            f"store_{tile}",
+            "ptr %x, i64 %apart",
+            _copies(tile, rows, length, "from"),
+            k.address(view, index),
+            k.index(apart),
         )
 
     def multiply_bytes(self, k: Any, sums: int, left: int, right: int) -> None:

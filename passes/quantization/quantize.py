@@ -15,7 +15,7 @@ from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
 from treadle.passes.quantization.plan_checking import check_encoded_products, check_quantization
 from treadle.passes.quantization.planning import plan_quantization
-from treadle.passes.quantization.quantization_plan import ActivationPlan
+from treadle.passes.quantization.quantization_plan import ActivationPlan, QuantizationPlan
 
 
 @dataclass(frozen=True)

@@ -114,9 +114,7 @@ def _decode(w: RoutineWriter, node: Node) -> None:
         w.copy(made, to, node)
 
 
-def _numbers(
-    w: RoutineWriter, node: Node, held: View, encoding: Encoding, k: Size, to: View | None = None
-) -> View:
+def _numbers(w: RoutineWriter, node: Node, held: View, encoding: Encoding, k: Size, to: View | None = None) -> View:
     """The numbers [m, k] of rows that are held, in `to` if it is said."""
     x, m, bytes = _rows(w, held)
     made = w.scratch(f32, (m, k)) if to is None else to

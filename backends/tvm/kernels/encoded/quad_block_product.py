@@ -2,9 +2,9 @@
 
     c[m, n] = epilogue(sum_b s[m, b] d[n, b] (sum_k a[m, k] q[n, k]) + s[m, b] c[n, b] (sum_k a[m, k]))
 
-over k of the block b. Sums over 32 elements are whole numbers, and exact: in 32-bit integers, which VNNI adds four
-products at a time to, or in float32. Blocks are added to a float32 sum one after the other, so that a row's bits are its
-own, and those of all instruction sets that add a product in one instruction are the same.
+over k of the block b. Sums over 32 elements are whole numbers, and exact: in 32-bit integers, to which VNNI adds four
+products at a time and AMX (`tile_groups`) whole tiles, or in float32. Blocks are added to a float32 sum one after the
+other, so that a row's bits are its own, and the same on all instruction sets that add a product in one instruction.
 
 Numbers of a block are unpacked in registers, once for all rows of a tile.
 """
@@ -67,8 +67,8 @@ class QuadBlockProduct(Kernel):
     extras   how the chain's other inputs lie: see `Finishing`
     whole    whether n is a multiple of a panel's width at every call
 
-    Passed: a, as `EncodeGroups` lays out the instruction set's form; w, in `layout_of_blocks`; what that says of groups;
-    the extras, c; m, k, n; `m` and `mn` extras' and c's strides of rows.
+    Passed: a, as `EncodeGroups` lays out the instruction set's form; w, in `layout_of_blocks`; what the first tells of
+    groups; the extras, c; m, k, n; `m` and `mn` extras' and c's strides of rows.
     """
 
     form: PackedForm
@@ -221,9 +221,7 @@ class QuadBlockProduct(Kernel):
                             k.store(made, to, k.load(made, to, lanes) + x * y, lanes)
         return made
 
-    def _fours(
-        self, k: Emitter, a: Any, first: Expr, high: int, at: Expr, held: Sequence[Expr], made: Any
-    ) -> None:
+    def _fours(self, k: Emitter, a: Any, first: Expr, high: int, at: Expr, held: Sequence[Expr], made: Any) -> None:
         """Add products of four elements of each row to the sums."""
         lanes = k.isa.lanes()
         for i in range(high):

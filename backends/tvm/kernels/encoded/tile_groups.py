@@ -120,4 +120,9 @@ class PanelOnTiles:
         for i in range(ROWS):
             total = k.cast(k.load(self.sums, [number * _SQUARE + i * ROWS], ROWS), f32, ROWS)
             at = [i * ROWS]
-            k.store(acc, at, self.product.added(k, told, row + i, done + group, k.load(acc, at, ROWS), total, d, least), ROWS)
+            k.store(
+                acc,
+                at,
+                self.product.added(k, told, row + i, done + group, k.load(acc, at, ROWS), total, d, least),
+                ROWS,
+            )

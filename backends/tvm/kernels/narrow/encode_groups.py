@@ -35,8 +35,8 @@ def rows_of_groups(form: str, rows: Size) -> Size:
 class EncodeGroups(Kernel):
     """y = x[m, k] as groups of 8-bit numbers; told[m, k // 32, 2] = the scale's bits, and what is owed to a group
 
-    form  how y lies: "quads", row-major bytes; "wide", row-major in f32; "filled", bytes of a multiple of 16 rows, where
-          those past m are whatever they are, and 0 is told of them
+    form  how y lies: "quads", row-major bytes; "wide", row-major in f32; "filled", bytes of a multiple of 16 rows, of
+          which those past m are whatever they are, and 0 is told
     zero  what the right side's whole numbers hold too much: zero times the group's sum is owed, negative, an i32. 0: a
           number is added to each, and its scale times its sum is owed, the bits of a float32
 
@@ -55,7 +55,7 @@ class EncodeGroups(Kernel):
         pointers = [k.pointer("x", f32), k.pointer("y", rows_dtype(self.form)), k.pointer("told", _i32)]
         m, depth, stride = k.size("m"), k.size("k"), k.size("x_stride")
         groups = k.let(k.floor_divide(depth, GROUP), "groups")
-        x, y = k.view(pointers[0], [m, depth], [stride, 1]), k.view(pointers[1], [m, depth])  # y of all that are filled
+        x, y = k.view(pointers[0], [m, depth], [stride, 1]), k.view(pointers[1], [m, depth])
         told = k.view(pointers[2], [m + (ROWS if self.form == "filled" else 0), groups, 2])
         with k.parallel(k.floor_divide(m + (ROWS - 1), ROWS), "sixteen") as sixteen:
             first = k.let(sixteen * ROWS, "first")
