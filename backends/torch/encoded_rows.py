@@ -28,12 +28,12 @@ def encode_rows(x: Tensor) -> Tensor:
 
 def encode_groups(x: Tensor, group: int) -> Tensor:
     """u8[..., k / group * (group + 4)] of f32[..., k], as rows of so many."""
-    return encode_rows(x.unflatten(-1, (-1, group))).flatten(-2)
+    return encode_rows(x.reshape(*x.shape[:-1], -1, group)).flatten(-2)
 
 
 def decode_groups(held: Tensor, group: int) -> Tensor:
     """The f32[..., k] that groups mean."""
-    return decode_rows(held.unflatten(-1, (-1, group + _SCALE))).flatten(-2)
+    return decode_rows(held.reshape(*held.shape[:-1], -1, group + _SCALE)).flatten(-2)
 
 
 def decode_rows(held: Tensor) -> Tensor:

@@ -126,8 +126,10 @@ def _planned(function: Function, products: Mapping[int, _Product]) -> Iterator[A
                 rounded.setdefault(encoding, []).append(place)
         whys = dict.fromkeys(why for p in places for why in products[p].whys)
         for wanted, read in (rounded or {None: places}).items():
-            told = dict.fromkeys(products[p].node.op.name for p in read)
-            of = dict.fromkeys(str(e) for p in read for e in products[p].encodings.get(wanted, ()) if wanted)
-            reason = f"{', '.join(told)} multiplies it with {', '.join(of)}" if wanted else ""
+            reason = ""
+            if wanted is not None:
+                told = dict.fromkeys(products[p].node.op.name for p in read)
+                of = dict.fromkeys(str(e) for p in read for e in products[p].encodings[wanted])
+                reason = f"{', '.join(told)} multiplies it with {', '.join(of)}"
             reason = "; ".join(filter(None, [reason, *whys]))
             yield ActivationPlan(function.name, x.name, x.type, wanted, tuple(read), reason)
