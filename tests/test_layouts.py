@@ -13,7 +13,7 @@ from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import GraphError, PassError, RuleError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.interpreter import interpret
-from treadle.ir.layouts import Layout, pairs, panels, parse_layout, quads
+from treadle.ir.layouts import Layout, blocks, pairs, panels, parse_layout, quads
 from treadle.ir.literals import Literal
 from treadle.ir.op_registry import OPS
 from treadle.ir.ops.layout import Relayout
@@ -42,6 +42,8 @@ LAYOUTS = {
     "pairs(48, flat)": pairs(48, flat=True),
     "pairs(48, flat, transposed)": pairs(48, transposed=True, flat=True),
     "quads(48, flat)": quads(48, flat=True),
+    "blocks(16, 20, 4)": blocks(16, 20, 4),
+    "blocks(48, 18, 2)": blocks(48, 18, 2),
     "onednn": Layout("onednn"),
     "onednn(transposed)": Layout("onednn", transposed=True),
 }
@@ -76,6 +78,13 @@ def test_the_text_of_a_layout_reads_back(text: str) -> None:
         ("panels(16, transposed, transposed)", "panels has no 'transposed'"),
         ("panels(16,)", "panels has no ''"),
         ("onednn(16)", "onednn has no width"),
+        ("blocks(16)", "this is no layout of blocks"),
+        ("blocks(16, 20, 3)", "this is no layout of blocks"),
+        ("blocks(16, 22, 4)", "this is no layout of blocks"),
+        ("blocks(16, 4, 4)", "this is no layout of blocks"),
+        ("blocks(0, 20, 4)", "this is no layout of blocks"),
+        ("blocks(16, 20, 4, 4)", "blocks has no '4'"),
+        ("blocks(16, 20, 4, transposed)", "blocks are of rows"),
         ("pairs", "pairs have a width of 16 times n"),
         ("pairs(24)", "pairs have a width of 16 times n"),
         ("panels(48, flat)", "only pairs and quads are flat"),

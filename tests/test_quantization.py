@@ -183,6 +183,41 @@ def test_every_matrix_of_a_model_is_planned(name: str, scheme: str) -> None:
     assert plan.bytes < plan.bytes_before * (0.6 if name != "gpt2" else 0.5)
 
 
+def test_a_scheme_that_would_round_nothing_of_a_model_in_blocks_is_refused() -> None:
+    """What is in blocks stays, and only what it multiplies is left to round."""
+    graph = parse_graph("""graph g {
+      symbols M
+      parameters { w: f32[8, 64] as q4_1 }
+      main(x: f32[M, 64]) -> (y: f32[M, 8]) {
+        w = decode($w, of=q4_1)
+        y = linear(x, w)
+        return y = y
+      }
+    }""")
+    weights = {"w": Encoding("q4_1").sample(np.random.default_rng(0), (8, 64))}
+    for scheme in ("int4", "int8-weights"):
+        with pytest.raises(UsageError, match=f"{scheme} rounds nothing of g: its matrices are in blocks") as error:
+            treadle.compile(graph, weights=weights, quantize=scheme)
+        assert error.value.received == "1 in q4_1"
+        assert error.value.hint is not None
+        assert 'quantize="int8"' in error.value.hint
+    for scheme in ("int8", "int4-int8"):
+        made = treadle.compile(graph, weights=weights, quantize=scheme)
+        assert "encode(x, to=int8_groups(32))" in str(made.graph)
+
+
+def test_four_bits_beside_rounded_activations() -> None:
+    """Groups beside groups, and rows beside the 8-bit rows of logits."""
+    plan = plan_quantization(optimized("llama"), "int4-int8")
+    check_quantization(plan, optimized("llama"))
+    assert plan.encodings == plan_quantization(optimized("llama"), "int4").encodings
+    assert {str(a.encoding) for a in plan.activations} == {"int8_groups(32)", "int8_rows"}
+    (logits,) = [a for a in plan.activations if str(a.encoding) == "int8_rows"]
+    assert logits.function == "main"
+    exact, near = (run("llama", "numpy", quantize=scheme) for scheme in ("int4", "int4-int8"))
+    assert 0 < np.abs(near - exact).max() < 5e-2 * np.abs(exact).max()
+
+
 def test_an_unknown_scheme_is_refused(every: Graph) -> None:
     with pytest.raises(PassError, match="there is no quantization 'int3'") as error:
         plan_quantization(every, "int3")

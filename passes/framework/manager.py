@@ -162,8 +162,8 @@ class PassManager:
 
         verified  it is as another manager left it, which looked at all of it: it is not looked at once more
 
-        Raises VerifyError where the graph given is broken already, BrokenPassError (a PassError) where a pass
-        fails.
+        Raises VerifyError where the graph given is broken already, UsageError where what is asked of a pass does not go
+        with it, BrokenPassError (a PassError) where a pass fails.
         """
         with collection_paused():
             return self._run(graph, verified)
@@ -207,6 +207,8 @@ class PassManager:
                 if record.plan is not None:
                     plan = record.plan
                     record.notes += check_storage(working, plan)
+            except UsageError:  # what is asked of the pass does not go with the model
+                raise
             except Exception as error:
                 raise _broken(each, error, snapshot) from error
             record.seconds = time.perf_counter() - started
