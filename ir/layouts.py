@@ -37,6 +37,8 @@ QUAD_STEP = 4 * PAIR_SQUARE
 """Elements of k in a square of quads, which has the bytes of one of pairs."""
 ROW_HEAD = 4
 """Bytes of the scale with which a row of 8-bit numbers begins, see `int8_rows`."""
+QUAD_HEAD = 8
+"""Bytes of the scale and of the sum of a row, with which a panel of quads begins."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ class Layout:
     are filled up with zeros.
 
     Quads are of rows as `int8_rows` holds them, a scale of four bytes and then a byte an element. A panel begins with
-    the scales of its rows. What follows are squares as those of pairs, each of 16 rows and 64 elements of k: 16 times
-    16 times four bytes.
+    the scales of its rows, then has the sum of each row's numbers, in 32 bits. What follows are squares as those of
+    pairs, each of 16 rows and 64 elements of k: 16 times 16 times four bytes.
 
     Flat pairs and quads are filled up as those in squares are. Number i of row n's is at ((n // width) * count + i) *
     width + n % width, count being how many a row has: what an instruction that multiplies them reads lies in the order
@@ -114,7 +116,7 @@ class Layout:
             return count, k, Size.of(self.width)
         if self.kind == "quads":
             steps = (k - ROW_HEAD + QUAD_STEP - 1) // QUAD_STEP
-            return count, steps * (self.width * QUAD_STEP) + self.width * ROW_HEAD
+            return count, steps * (self.width * QUAD_STEP) + self.width * QUAD_HEAD
         if self.kind == "blocks":
             return count, k * self.width
         steps, square = (k + PAIR_STEP - 1) // PAIR_STEP, Size.of(PAIR_SQUARE)

@@ -25,8 +25,8 @@ from treadle.ir.verifier import verify
 Array = np.ndarray[Any, Any]
 
 GGUF = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
-OURS = ("int8_rows", "int8_groups(32)", "int4_groups(32)", "int4_groups(64)")
-WHOLE = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", *OURS)
+OURS = ("int8_rows", "uint8_rows", "int8_groups(32)", "int4_groups(32)", "int4_groups(64)")
+WHOLE = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", *[form for form in OURS if form != "uint8_rows"])
 BLOCKS = 10_000
 SPECIAL = np.array(
     [0x0000, 0x8000, 0x0001, 0x83FF, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7C01, 0x7E00, 0xFE00, 0xFFFF], np.uint16
@@ -69,9 +69,9 @@ def test_an_encoded_number_is_near(text: str) -> None:
     held = encoding.encode(values)
     again = encoding.decode(held)
     blocks = np.abs(values).reshape(-1, encoding.elements(256))
-    steps = 127 if encoding.form.startswith("int8") else 8
+    steps = {"int8_rows": 127.0, "int8_groups": 127.0, "uint8_rows": 255 / 2}.get(encoding.form, 8)
     # a scale of 16 bits is off by 2^-11 of itself, 8 times at most
-    bound = blocks.max(axis=-1, keepdims=True) / steps * (0.5 + (0 if steps == 127 else 8 * 2.0**-11)) * (1 + 1e-6)
+    bound = blocks.max(axis=-1, keepdims=True) / steps * (0.5 + (0 if steps > 8 else 8 * 2.0**-11)) * (1 + 1e-6)
     # symmetric to one side: the largest of the other sign of a group of 4 bits is 8 scales, of which 7 are held
     clipped = 1.0 if steps == 8 else 0.0
     error = np.abs(again - values).reshape(blocks.shape)
@@ -128,21 +128,33 @@ def test_a_scale_past_16_bits_is_refused() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-40, 1e-44, 3e38])
-def test_rows_at_the_ends_of_float32_are_encoded(scale: float) -> None:
+@pytest.mark.parametrize("text", ["int8_rows", "uint8_rows"])
+def test_rows_at_the_ends_of_float32_are_encoded(scale: float, text: str) -> None:
     values = (np.linspace(-1, 1, 64).astype(np.float64) * scale).astype(np.float32)[None]
-    again = parse_encoding("int8_rows").decode(parse_encoding("int8_rows").encode(values))
+    again = parse_encoding(text).decode(parse_encoding(text).encode(values))
     assert np.isfinite(again).all()
     assert (np.abs(again - values) <= (scale / 127 if scale >= SMALLEST_ROW else scale)).all()
 
 
-def test_a_row_that_is_computed_and_not_finite_is_marked_as_a_whole() -> None:
-    rows, values = parse_encoding("int8_rows"), np.linspace(-1, 1, 256, dtype=np.float32).reshape(4, 64)
+def test_a_row_with_a_zero_has_the_steps_that_its_numbers_take() -> None:
+    """255 steps from the least number, or 0, to the largest, or 0; the ends of a row are held."""
+    rows = parse_encoding("uint8_rows")
+    values = np.float32([[0, 3, 255], [-255, -3, 0], [-55, 0, 200], [10, 11, 12.75], [-127.5, 127.5, 0]])
+    again = rows.decode(rows.encode(values))
+    np.testing.assert_array_equal(again[:3], values[:3])
+    np.testing.assert_allclose(again[3], values[3], rtol=0, atol=12.75 / 255 / 2 * (1 + 1e-6))
+    np.testing.assert_array_equal(again[4], [-128, 127, 0])  # both ends are ties, and there is no 257th step
+
+
+@pytest.mark.parametrize("text", ["int8_rows", "uint8_rows"])
+def test_a_row_that_is_computed_and_not_finite_is_marked_as_a_whole(text: str) -> None:
+    rows, values = parse_encoding(text), np.linspace(-1, 1, 256, dtype=np.float32).reshape(4, 64)
     for row, number in enumerate((np.inf, -np.inf, np.nan)):
         values[row, row] = number
     again = rows.decode(rows.encode(values, computed=True))
     assert np.isnan(again[:3]).all()
     np.testing.assert_array_equal(again[3], rows.decode(rows.encode(values[3])))
-    with pytest.raises(GraphError, match="int8_rows holds finite values"):
+    with pytest.raises(GraphError, match=f"{text} holds finite values"):
         rows.encode(values)
     groups = parse_encoding("int8_groups(32)")
     halves = groups.decode(groups.encode(values, computed=True)).reshape(4, 2, 32)
@@ -389,7 +401,7 @@ def test_a_gradient_is_refused() -> None:
     for encoding, op in ((None, Encode(to=Encoding("int8_rows"))), (Encoding("q8_0"), Decode(of=Encoding("q8_0")))):
         b = Builder(Graph("g"))
         x = b.parameter("w", Type(f32, f32[2, 64].dims, encoding))
-        y = b.emit(op, [x.value]).result
+        y = b.emit(op, [x.value, None] if encoding is None else [x.value]).result
         if encoding is None:
             y = b.emit(Decode(of=Encoding("int8_rows")), [y]).result
         seed = b.input("seed", f32[2, 64])

@@ -17,11 +17,11 @@ from treadle.backends.registry import backend_names, find_backend
 from treadle.explaining.quantization import explain_quantization
 from treadle.ir.analysis.tolerances import coarsest_spacing
 from treadle.ir.builder import Builder, Expr
-from treadle.ir.encodings.encoding import parse_encoding
+from treadle.ir.encodings.encoding import Encoding, parse_encoding
 from treadle.ir.errors import BackendError, PassError, RuleError
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
-from treadle.ir.ops.blocks import GROUPS, ROWS, EncodedLinear, rounded_for
+from treadle.ir.ops.blocks import GROUPS, ROWS, STEPS, EncodedLinear, rounded_for
 from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.types import f32, parse_type
@@ -53,9 +53,15 @@ def test_what_becomes_of_each_value_that_weights_multiply(every: Graph) -> None:
     check_quantization(plan, every)
     told = {(a.function, a.name): (str(a.encoding), a.reason) for a in plan.activations}
     assert told == {
-        ("twice", "x"): ("int8_rows", "linear multiplies it with int8_rows"),
+        ("twice", "x"): (
+            "uint8_rows",
+            "linear multiplies it with int8_rows; not balanced: no norm with a gain gives it",
+        ),
         ("twice", "h"): ("None", "linear multiplies it with numbers, as across is held"),
-        ("main", "sum"): ("int8_rows", "linear multiplies it with int8_rows"),
+        ("main", "sum"): (
+            "uint8_rows",
+            "linear multiplies it with int8_rows; not balanced: no norm with a gain gives it",
+        ),
         ("main", "y"): ("None", "matmul multiplies it with numbers, as across is held"),
         ("main", "x"): (
             "int8_groups(32)",
@@ -63,7 +69,10 @@ def test_what_becomes_of_each_value_that_weights_multiply(every: Graph) -> None:
             " multiplies it with numbers, as both is held; linear multiplies it with numbers, as returned is held",
         ),
         ("main", "m"): ("None", "linear multiplies it with numbers, as both is held"),
-        ("main", "z"): ("int8_rows", "linear multiplies it with int8_rows"),
+        ("main", "z"): (
+            "uint8_rows",
+            "linear multiplies it with int8_rows; not balanced: no norm with a gain gives it",
+        ),
         ("main", "three"): ("None", "matmul multiplies it with numbers, as stack is held"),
         ("main", "n"): (
             "None",
@@ -80,10 +89,13 @@ def test_every_product_with_weights_of_a_model_reads_rounded_rows(name: str) -> 
     plan = plan_quantization(graph, "int8")
     check_quantization(plan, graph)
     assert plan.activations
-    assert all(a.encoding == ROWS for a in plan.activations)
+    assert all(a.encoding == STEPS for a in plan.activations)
     shown = str(explain_quantization(MODELS[name], quantize="int8"))
     for each in plan.activations:
         assert f"{each.name}, of {each.function}" in shown
+    fed = [a for a in plan.activations if a.reason.endswith("; balanced")]
+    assert len({(b.gain, b.shift) for b in plan.balances}) == len(plan.balances) >= 4
+    assert fed
 
 
 @pytest.mark.parametrize(
@@ -128,16 +140,18 @@ def test_products_of_rounded_rows_are_left_in_float32() -> None:
 # -- what it means -------------------------------------------------------------------------------------------------
 
 
-def test_the_product_is_one_of_whole_numbers() -> None:
-    x, w, bias = normal(3, 5, 40), normal(7, 40, seed=1), normal(7)
-    held, weight = ROWS.encode(x), ROWS.encode(w)
-    record = ROWS.block.record(40)
-    (q, s), (p, t) = ((r["q"].astype(int), r["scale"]) for r in (a.view(record)[..., 0] for a in (held, weight)))
+@pytest.mark.parametrize("encoding", [ROWS, STEPS])
+def test_the_product_is_one_of_whole_numbers(encoding: Encoding) -> None:
+    x, w, bias = normal(3, 5, 40) + 1, normal(7, 40, seed=1), normal(7)
+    held, weight = encoding.encode(x), ROWS.encode(w)
+    rows, columns = (a.view(e.block.record(40))[..., 0] for a, e in ((held, encoding), (weight, ROWS)))
+    zero = rows["zero"][..., None].astype(int) if encoding == STEPS else 0
+    (q, s), (p, t) = (rows["q"].astype(int) - zero, rows["scale"]), (columns["q"].astype(int), columns["scale"])
     sums = np.einsum("bsk,nk->bsn", q, p).astype(np.float32)
     op = EncodedLinear()
     np.testing.assert_array_equal(op.reference(held, weight, None), sums * (s[..., None] * t))
     np.testing.assert_array_equal(op.reference(held, weight, bias), sums * (s[..., None] * t) + bias)
-    near = ROWS.decode(held) @ ROWS.decode(weight).T + bias
+    near = encoding.decode(held) @ ROWS.decode(weight).T + bias
     np.testing.assert_allclose(op.reference(held, weight, bias), near, rtol=0, atol=1e-5)
 
 
@@ -147,7 +161,7 @@ def test_other_encodings_are_refused() -> None:
     rows = b.encode(x, to="int8_rows")
     with pytest.raises(RuleError, match="weight is not encoded as int8_rows"):
         b.encoded_linear(rows, b.encode(b.parameter("w", f32[32, 64]), to="int4_groups(32)"))
-    with pytest.raises(RuleError, match="x is not encoded as int8_rows"):
+    with pytest.raises(RuleError, match="x is not encoded as uint8_rows or int8_rows"):
         b.encoded_linear(x, rows)
     four = b.parameter("v", parse_type("f32[32, 64] as q4_1"))
     with pytest.raises(RuleError, match=r"int8_rows and q4_1 are not multiplied as whole numbers"):
@@ -162,7 +176,7 @@ def test_what_each_encoding_of_a_weight_has_its_activations_rounded_to() -> None
 
 
 FORMS_OF_WEIGHTS = {
-    "int8_rows": "int8_rows",
+    "int8_rows": "uint8_rows",
     **dict.fromkeys(("q4_0", "q4_1", "q5_0", "q5_1", "q8_0"), "int8_groups(32)"),
     **dict.fromkeys(("int4_groups(32)", "int4_groups(256)", "int8_groups(64)"), "int8_groups(32)"),
     **dict.fromkeys(("int4_groups(16)", "q2_k", "q4_k", "q6_k", "q8_0(axis=0)"), "None"),
@@ -255,11 +269,11 @@ def test_a_session_goes_on_as_the_whole_text_says() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_verify_allows_for_a_step_of_a_row_and_no_more(name: str) -> None:
-    """Rounding to 127 steps is counted as a dtype of such a spacing is."""
+    """Rounding to 255 steps is counted as a dtype of such a spacing is."""
     report = verify_model(MODELS[name], quantize="int8", backends=["numpy"])
     assert report.passed
     graph = treadle.compile(MODELS[name], quantize="int8", seed=4).graph
-    assert coarsest_spacing(graph) == 1 / 127
+    assert coarsest_spacing(graph) == 2 / 255
     assert coarsest_spacing(treadle.compile(MODELS[name], quantize="int8-weights", seed=4).graph) == 2.0**-23
 
 

@@ -16,10 +16,11 @@ from treadle.backends.tvm.kernels.isa import ISAS, runs_here
 from treadle.backends.tvm.kernels.narrow.register_tiles import quads_for
 from treadle.backends.tvm.weight_packing import pack
 from treadle.ir.builder import Builder, Expr
+from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
-from treadle.ir.layouts import PAIR_SQUARE, QUAD_STEP, ROW_HEAD, quads
-from treadle.ir.ops.blocks import ROWS
+from treadle.ir.layouts import PAIR_SQUARE, QUAD_HEAD, QUAD_STEP, quads
+from treadle.ir.ops.blocks import ROWS, STEPS
 from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.types import f32, i64
@@ -56,16 +57,17 @@ def normal(*shape: int, seed: int = 0) -> Array:
     return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
 
 
-def parts(x: Array) -> tuple[Array, Array]:
-    """The whole numbers and the scales that rows are rounded to."""
-    record = np.ascontiguousarray(ROWS.encode(x, computed=True)).view(ROWS.block.record(x.shape[-1]))[..., 0]
-    return record["q"], record["scale"]
+def parts(x: Array, encoding: Encoding = ROWS) -> tuple[Array, Array]:
+    """The whole numbers, less their row's zero, and the scales that rows are rounded to."""
+    record = np.ascontiguousarray(encoding.encode(x, computed=True)).view(encoding.block.record(x.shape[-1]))[..., 0]
+    numbers = record["q"].astype(np.int64)
+    return numbers if encoding == ROWS else numbers - record["zero"][..., None], record["scale"]
 
 
-def exact(x: Array, w: Array) -> Array:
+def exact(x: Array, w: Array, encoding: Encoding = STEPS) -> Array:
     """Sums of whole numbers, rounded once, times the product of both scales: to the bit."""
-    (q, s), (p, t) = parts(x), parts(w)
-    sums = q.astype(np.int64) @ p.astype(np.int64).T
+    (q, s), (p, t) = parts(x, encoding), parts(w)
+    sums = q @ p.T
     made: Array = sums.astype(np.float32) * (s[..., None] * t)
     return made
 
@@ -114,6 +116,9 @@ def test_rows_of_any_scale_are_rounded_as_the_reference_rounds_them(isa: str) ->
     x[3, 0] = 127
     x[4] *= 1e37
     x[5] *= 2.0**-119
+    x[6] = [-127.5, 127.5, *np.arange(68) - 33.5]  # 255 steps of 1, both ends of which are ties: rounded up, one is 256
+    x[8], x[9], x[10] = np.abs(x[8]), -np.abs(x[9]), 3
+    x[11, :2] = -3e38, 3e38  # further apart than float32 goes
     x[7, 3], x[20, 69], x[39, 0] = np.inf, np.nan, -np.inf
     w = normal(33, 70, seed=1)
     got = compiled(linear_graph(70, 33), {"w": w}, isa)(x=x)["y"]
@@ -199,17 +204,18 @@ def test_a_table_that_is_picked_from_and_multiplied_with_is_there_once(isa: str)
 
 
 @each_isa
-def test_rounded_rows_that_others_read_are_made_as_they_are_held(isa: str) -> None:
+@pytest.mark.parametrize("encoding", [ROWS, STEPS])
+def test_rounded_rows_that_others_read_are_made_as_they_are_held(isa: str, encoding: Encoding) -> None:
     def block(b: Builder) -> Expr:
-        x = b.encode(b.input("x", f32["M", 70]), to="int8_rows")
-        near = b.decode(x, of="int8_rows")
+        x = b.encode(b.input("x", f32["M", 70]), to=encoding)
+        near = b.decode(x, of=encoding)
         return b.concat(near, b.linear(near, b.parameter("w", f32[9, 70])))
 
     x, w = normal(21, 70), normal(9, 70, seed=1)
     x[4] = 0
     exe = find_backend("tvm").compile(graph_of(block), Target(isa), {"w": w})
     got = exe(x=x)["y"]
-    near = ROWS.decode(ROWS.encode(x))
+    near = encoding.decode(encoding.encode(x))
     np.testing.assert_array_equal(got[:, :70], near)
     np.testing.assert_allclose(got[:, 70:], near @ w.T, rtol=0, atol=1e-4)
 
@@ -223,7 +229,8 @@ def test_quads_hold_scales_and_then_four_neighbours_side_by_side(flat: bool) -> 
     held = ROWS.encode(w)
     made = pack(held, quads(32, flat=flat))
     q, scale = parts(w)
-    head = 32 * ROW_HEAD
+    head = 32 * QUAD_HEAD
+    assert made[1, 4 * 32 : head].view("<i4").tolist() == [*q[32:].sum(axis=-1, dtype=int), *[0] * 24]
     for n, k in ((0, 0), (31, 99), (32, 63), (39, 64), (17, 70)):
         panel, column = made[n // 32], n % 32
         assert panel[4 * column : 4 * column + 4].view("<f4")[0] == scale[n]
@@ -233,12 +240,12 @@ def test_quads_hold_scales_and_then_four_neighbours_side_by_side(flat: bool) -> 
             at = head + (k // 4) * 32 * 4 + column * 4 + k % 4
         assert panel[at].view("i1") == q[n, k]
     assert made.shape == (2, head + 2 * 2 * 1024)
-    assert not made[1, 4 * 8 : head].any()
+    assert not made[1, 4 * 8 : 4 * 32].any()
 
 
 @pytest.mark.parametrize(
     ("isa", "word"),
-    [("x86-64-amx", "tdpbssd"), ("x86-64-v4-bf16", "vpdpbusd"), ("x86-64-v4", "vfmadd"), ("x86-64-v3", "vfmadd")],
+    [("x86-64-amx", "tdpbusd"), ("x86-64-v4-bf16", "vpdpbusd"), ("x86-64-v4", "vfmadd"), ("x86-64-v3", "vfmadd")],
 )
 def test_each_instruction_set_has_its_instructions(isa: str, word: str) -> None:
     kernel = ByteTileProduct() if ISAS[isa].multiplies_tiles else QuadProduct()
@@ -264,26 +271,55 @@ def test_two_sides_that_are_computed_are_laid_out_at_the_call(isa: str) -> None:
     exe = find_backend("tvm").compile(graph_of(block), Target(isa), {})
     for m, n in ((3, 40), (33, 5), (1, 64)):
         x, y = normal(m, 70), normal(n, 70, seed=1)
-        np.testing.assert_array_equal(exe(x=x, y=y)["y"], exact(x, y))
+        np.testing.assert_array_equal(exe(x=x, y=y)["y"], exact(x, y, ROWS))
 
 
 @each_isa
-def test_rows_that_a_block_is_given_as_they_are_held(isa: str) -> None:
-    graph = parse_graph("""graph g {
+@pytest.mark.parametrize("encoding", [ROWS, STEPS])
+def test_rows_that_a_block_is_given_as_they_are_held(isa: str, encoding: Encoding) -> None:
+    text = """graph g {
       symbols M
       parameters { w: f32[9, 70] as int8_rows }
-      block h(rows: f32[M, 70] as int8_rows) -> (y: f32[M, 9])
+      block h(rows: f32[M, 70] as ENCODING) -> (y: f32[M, 9])
         weights w: f32[9, 70] as int8_rows
       {
         y = encoded_linear(rows, $w)
         return y = y
       }
       main(x: f32[M, 70]) -> (y: f32[M, 9]) {
-        rows = encode(x, to=int8_rows)
+        rows = encode(x, to=ENCODING)
         y = h(rows) with {w: $w}
         return y = y
       }
-    }""")
+    }"""
     x, w = normal(21, 70), normal(9, 70, seed=1)
-    made = compiled(graph, {"w": w}, isa)(x=x)["y"]
-    np.testing.assert_allclose(made, exact(x, w), rtol=1e-6, atol=0)
+    made = compiled(parse_graph(text.replace("ENCODING", str(encoding))), {"w": w}, isa)(x=x)["y"]
+    np.testing.assert_allclose(made, exact(x, w, encoding), rtol=1e-6, atol=0)
+
+
+@each_isa
+@pytest.mark.parametrize("rows", ["rows", "held"])
+def test_rows_are_multiplied_with_a_vector_before_they_are_rounded(isa: str, rows: str) -> None:
+    """Whether kernels read them alone, or others read them as they are held."""
+    graph = parse_graph(
+        """graph g {
+      symbols M
+      parameters {
+        w: f32[9, 70] as int8_rows
+        by: f32[70]
+      }
+      main(x: f32[M, 70]) -> (y: f32[M, 9], near: f32[M, 70]) {
+        rows = encode(x, $by, to=uint8_rows)
+        held = encode(x, $by, to=uint8_rows)
+        y = encoded_linear(ROWS, $w)
+        near = decode(held, of=uint8_rows)
+        return y = y, near = near
+      }
+    }""".replace("ROWS", rows)
+    )
+    x, w, by = normal(21, 70), normal(9, 70, seed=1), np.exp(normal(70, seed=2))
+    x[3, 69], by[5] = np.inf, 0
+    made = compiled(graph, {"w": w, "by": by}, isa)(x=x)
+    np.testing.assert_array_equal(made["y"], exact(x * by, w))
+    assert np.isnan(made["y"][3]).all()
+    np.testing.assert_array_equal(made["near"], STEPS.decode(STEPS.encode(x * by, computed=True)))

@@ -121,7 +121,8 @@ def _copies(tile: int, rows: int, length: int, way: str) -> str:
 
 def _call(k: Any, name: str, taken: str, body: str, *operands: Any) -> None:
     """A statement that calls a function of LLVM's text."""
-    k.imported.setdefault("tiles", f"@tiles_in_memory = internal thread_local global [{8 * _TILE} x i8] zeroinitializer, align 64")
+    held = f"@tiles_in_memory = internal thread_local global [{8 * _TILE} x i8] zeroinitializer, align 64"
+    k.imported.setdefault("tiles", held)
     for declared in ("memset.p0.i64(ptr, i8, i64, i1)", "memcpy.p0.p0.i64(ptr, ptr, i64, i1)"):
         k.imported.setdefault(declared, f"declare void @llvm.{declared}")
     name = f"in_memory_{name}"

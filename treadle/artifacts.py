@@ -37,6 +37,7 @@ from treadle.ir.graph import Function, Graph
 from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.text.scanner import TextLimits
+from treadle.ir.transforms.encoded_weights import given_parameters
 from treadle.ir.transforms.widening import narrow_dtypes, widen_graph
 from treadle.ir.types import DType
 from treadle.ir.verifier import verify
@@ -276,11 +277,13 @@ def _read_sharding(file: SectionFile, graph: Graph, limits: ArtifactLimits) -> S
 
 
 def _check_pair(file: SectionFile, declared: Graph, graph: Graph) -> None:
-    """What was declared and what runs take and give the same, and the second has no weight of its own."""
+    """What was declared and what runs take and give the same, and the second has no weight of its own, but for vectors
+    that balance products."""
     for what, of in (("inputs", _inputs), ("outputs", _outputs)):
         if of(declared.main) != of(graph.main):
             file.fail(f"the optimized graph has other {what} than the declared one", f"section graph, {what} of main")
-    for name, value in graph.parameters.items():
+    for name in given_parameters(graph):
+        value = graph.parameters[name]
         known = declared.parameters.get(name)
         if known is None or value.type.decoded != known.type.decoded:
             file.fail("the optimized graph has a weight that was not declared", f"section graph, ${printable(name)}")

@@ -23,7 +23,7 @@ from treadle.ir.graph import Graph
 from treadle.ir.initial_values import Init
 from treadle.ir.source_lines import user_line
 from treadle.ir.target import Target
-from treadle.ir.transforms.encoded_weights import encode_weights
+from treadle.ir.transforms.encoded_weights import encode_weights, given_parameters
 from treadle.option_values import budget_of, parse_bytes
 from treadle.passes.framework.manager import Pass, PassManager, debug_level
 from treadle.passes.pipelines import DEFAULT
@@ -201,13 +201,14 @@ def _refuse_unknown(weights: Iterable[str], known: Iterable[str]) -> None:
 
 
 def _chosen(graph: Graph, weights: Mapping[str, Array]) -> dict[str, Array]:
-    missing = [name for name in graph.parameters if name not in weights]
+    names = given_parameters(graph)
+    missing = [name for name in names if name not in weights]
     if missing:
         raise UsageError(
-            f"weights= lacks {len(missing)} of {len(graph.parameters)} parameter{'s' * (len(graph.parameters) != 1)}",
+            f"weights= lacks {len(missing)} of {len(names)} parameter{'s' * (len(names) != 1)}",
             received=_few(missing),
         )
-    return {name: weights[name] for name in graph.parameters}
+    return {name: weights[name] for name in names}
 
 
 def _few(names: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ from treadle.frontends.rotary import LongRope
 from treadle.ir.errors import BackendError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
-from treadle.ir.transforms.encoded_weights import encode_weights
+from treadle.ir.transforms.encoded_weights import encode_weights, given_parameters
 from treadle.passes.framework.manager import Optimized, PassManager
 from treadle.passes.pipelines import DEFAULT
 from treadle.passes.stepping.derivation import DerivedStep, derive_step
@@ -117,5 +117,5 @@ def open_stepped(
         raise UsageError(f"{printable(str(model))} has no weights", hint="a folder with a checkpoint, or a GGUF file")
     graph = PassManager(passes).run(resolved.graph).graph
     where = target if isinstance(target, Target) else Target(target)
-    weights = encode_weights(graph, {n: resolved.weights[n] for n in graph.parameters})
+    weights = encode_weights(graph, {n: resolved.weights[n] for n in given_parameters(graph)})
     return step_of(resolved.name, graph, backend, where, weights, cache)

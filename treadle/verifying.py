@@ -20,6 +20,7 @@ from treadle.ir.analysis.drawn_inputs import small_sizes
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
+from treadle.ir.transforms.balances import balances_of
 from treadle.ir.transforms.encoded_weights import encode_weights, quantized_alike
 from treadle.option_values import choose_sizes
 from treadle.passes.framework.manager import Pass, PassManager
@@ -80,7 +81,10 @@ def verify_model(
         given = initial_weights(optimized.source, seed) if found is None else dict(found)
         if quantize is not None:  # what is held in blocks is compared with what the blocks mean
             source = quantized_alike(optimized.source, optimized.graph)
-            optimized, given = replace(optimized, source=source), encode_weights(source, given)
+            optimized, given = (
+                replace(optimized, source=source),
+                encode_weights(source, given, balances_of(optimized.graph)),
+            )
     if sizes is not None:
         symbols = set(optimized.source.symbols)
         least = small_sizes(optimized.source)[-1] if any(symbols - set(each) for each in sizes) else {}

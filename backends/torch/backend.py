@@ -29,7 +29,7 @@ from treadle.ir.errors import BackendError, Hint
 from treadle.ir.graph import Graph, Node
 from treadle.ir.literals import Literal
 from treadle.ir.operation import Op
-from treadle.ir.ops.blocks import GROUPS, ROWS
+from treadle.ir.ops.blocks import GROUPS, ROWS, STEPS
 from treadle.ir.ops.products import Einsum, MatMul
 from treadle.ir.target import Target
 from treadle.ir.types import DType, Type, f32
@@ -72,7 +72,7 @@ class TorchBackend(StagedBackend):
         if node.op.callee is not None or is_decoded_once(node):
             return None
         given = [v.type.encoding for v in (*node.inputs, *node.results)]
-        for encoding in [each for each in given if each not in (None, ROWS, GROUPS)]:
+        for encoding in [each for each in given if each not in (None, ROWS, STEPS, GROUPS)]:
             return f"{encoding} blocks of what is no weight have no form in PyTorch"
         for op, _ in primitives(node.op, [None if v is None else v.type for v in node.operands], keeps):
             if op.name not in SPELLINGS and not op.meets_ranks:

@@ -1,7 +1,7 @@
 """8-bit numbers in PyTorch, in rows or groups: made, read, and multiplied, to the bits of
 `treadle.ir.encodings.rounded_forms`.
 
-A row, or a group, is held in bytes: a float32 scale, then the numbers.
+A row, or a group, is held in bytes: a float32 scale, in `uint8_rows` a zero, then the numbers.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from treadle.ir.encodings.rounded_forms import SMALLEST_ROW
+from treadle.ir.encodings.rounded_forms import SMALLEST_ROW, SMALLEST_STEP
 
 _SCALE = 4
 """Bytes of a row's scale."""
 
 
-def encode_rows(x: Tensor) -> Tensor:
-    """u8[..., k + 4] of f32[..., k]. A row that holds a number that is not finite has the scale NaN."""
+def encode_int8_rows(x: Tensor) -> Tensor:
+    """u8[..., 4 + k] of f32[..., k]. A row that holds a number that is not finite has the scale NaN."""
     largest = x.abs().amax(dim=-1, keepdim=True)
     finite = largest.isfinite()
     used = finite & (largest >= float(SMALLEST_ROW))
@@ -28,33 +28,57 @@ def encode_rows(x: Tensor) -> Tensor:
 
 def encode_groups(x: Tensor, group: int) -> Tensor:
     """u8[..., k / group * (group + 4)] of f32[..., k], as rows of so many."""
-    return encode_rows(x.reshape(*x.shape[:-1], -1, group)).flatten(-2)
+    return encode_int8_rows(x.reshape(*x.shape[:-1], -1, group)).flatten(-2)
 
 
 def decode_groups(held: Tensor, group: int) -> Tensor:
     """The f32[..., k] that groups mean."""
-    return decode_rows(held.reshape(*held.shape[:-1], -1, group + _SCALE)).flatten(-2)
+    return decode_int8_rows(held.reshape(*held.shape[:-1], -1, group + _SCALE)).flatten(-2)
 
 
-def decode_rows(held: Tensor) -> Tensor:
+def encode_uint8_rows(x: Tensor) -> Tensor:
+    """u8[..., 5 + k] of f32[..., k]. A row that holds a number that is not finite has the scale NaN."""
+    least, largest = x.amin(dim=-1, keepdim=True).clamp(max=0), x.amax(dim=-1, keepdim=True).clamp(min=0)
+    finite = least.isfinite() & largest.isfinite()
+    step = largest / 255 - least / 255
+    used = finite & (step >= float(SMALLEST_STEP))
+    factor = torch.where(used, 1 / torch.where(used, step, 1.0), 0.0)
+    zero = torch.round(-torch.where(used, least, 0.0) * factor)
+    scale = torch.where(used, step, torch.where(finite, 0.0, torch.nan))
+    steps = torch.round(torch.where(used, x, 0.0) * factor) + zero
+    return torch.cat((scale.view(torch.uint8), zero.to(torch.uint8), steps.clamp(max=255).to(torch.uint8)), dim=-1)
+
+
+def decode_int8_rows(held: Tensor) -> Tensor:
     """The f32[..., k] that rows mean."""
-    q, scale = _parts(held)
-    return q.float() * scale
+    return held[..., _SCALE:].view(torch.int8).float() * _scale(held)
+
+
+def decode_uint8_rows(held: Tensor) -> Tensor:
+    """The f32[..., k] that rows mean."""
+    return (held[..., _SCALE + 1 :].float() - held[..., _SCALE : _SCALE + 1].float()) * _scale(held)
 
 
 def encoded_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Products of rows with rows, summed exactly; see the op."""
-    (q, s), (p, t) = _parts(x), _parts(weight)
-    rows = q.reshape(-1, q.shape[-1])
+    """Products of rows with rows, summed exactly; see the op.
+
+    PyTorch multiplies signed bytes with each other: from numbers without sign, and from their zeros, 128 is taken.
+    """
+    p, t = weight[..., _SCALE:].view(torch.int8), _scale(weight)[:, 0]
+    signed = x.shape[-1] == weight.shape[-1]
+    q = x[..., _SCALE if signed else _SCALE + 1 :]
+    rows = (q if signed else q ^ 128).reshape(-1, q.shape[-1]).view(torch.int8)
     if rows.numel() and p.numel() and x.device.type == "cpu" and torch.cpu._is_vnni_supported():
         sums = torch._int_mm(rows.contiguous(), p.t())  # without VNNI it may saturate
     else:
         sums = rows.double() @ p.double().t()
-    y = sums.float().reshape(*q.shape[:-1], -1) * (s * t[:, 0])
+    if not signed:
+        zeros = x[..., _SCALE].reshape(-1, 1).to(torch.int32) - 128
+        sums = sums - zeros * p.sum(dim=-1, dtype=torch.int32)
+    y = sums.float().reshape(*q.shape[:-1], -1) * (_scale(x) * t)
     return y if bias is None else y + bias
 
 
-def _parts(held: Tensor) -> tuple[Tensor, Tensor]:
-    """The numbers of rows, i8[..., k], and their scales, f32[..., 1]."""
-    scale = held[..., :_SCALE].contiguous().view(torch.float32)
-    return held[..., _SCALE:].view(torch.int8), scale
+def _scale(held: Tensor) -> Tensor:
+    """The scales of rows, f32[..., 1]."""
+    return held[..., :_SCALE].contiguous().view(torch.float32)

@@ -14,9 +14,11 @@ from treadle.backends.outside_axis import NoRoom, OutsideAxis
 from treadle.backends.torch.cached_terms import CachedTerms
 from treadle.backends.torch.encoded_rows import (  # noqa: F401  emitted source
     decode_groups,
-    decode_rows,
+    decode_int8_rows,
+    decode_uint8_rows,
     encode_groups,
-    encode_rows,
+    encode_int8_rows,
+    encode_uint8_rows,
     encoded_linear,
 )
 from treadle.ir.attention.attention_terms import Padding, T5Relative, Term, parse_term

@@ -103,8 +103,10 @@ SPELLINGS: dict[str, Spelling] = {
     # products
     "matmul": lambda line: _product(line, "y", " @ "),
     # 8-bit numbers in rows or groups: other encodings of what is no weight the backend refuses
-    "encode": lambda line: _in_blocks(line, "encode", line.op.attributes["to"]),
-    "decode": lambda line: _in_blocks(line, "decode", line.op.attributes["of"]),
+    "encode": lambda line: _in_blocks(
+        "encode", f"{line.x}{f' * {line.by}' * line.has('by')}", line.op.attributes["to"]
+    ),
+    "decode": lambda line: _in_blocks("decode", line.x, line.op.attributes["of"]),
     "encoded_linear": lambda line: f"kernels.encoded_linear({line.x}, {line.weight}, {line.array('bias')})",
     # shapes and positions
     "rearrange": lambda line: rearranged(line, "permute"),
@@ -144,9 +146,10 @@ def _round_to(line: Line) -> str:
     return f'kernels.round_to({line.array("x")}, "{line.op.format}", saturate={line.op.saturate})'
 
 
-def _in_blocks(line: Line, does: str, encoding: Encoding) -> str:
-    kind, group = ("groups", f", {encoding.group}") if encoding.group else ("rows", "")
-    return f"kernels.{does}_{kind}({line.x}{group})"
+def _in_blocks(does: str, x: str, encoding: Encoding) -> str:
+    if encoding.group:
+        return f"kernels.{does}_groups({x}, {encoding.group})"
+    return f"kernels.{does}_{encoding.form}({x})"
 
 
 def _product(line: Line, weight: str, between: str) -> str:

@@ -35,7 +35,7 @@ Kind = tuple[tuple[int, ...], np.dtype[Any]]
 
 LARGE_PAGE = 2 << 20
 SMALLEST = 1 << 20  # bytes of panels that are worth a file
-_FORMAT = "treadle panels 3"
+_FORMAT = "treadle panels 4"
 _PART = 64 << 20  # bytes that a thread reads at once
 _FILES = re.compile(r"[0-9a-f]{32}\.panels")
 

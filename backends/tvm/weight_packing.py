@@ -27,7 +27,7 @@ from treadle.backends.tvm.kernels.matmul import panel_width
 from treadle.backends.tvm.kernels.narrow.register_tiles import narrow_width, pairs_for, quads_for
 from treadle.backends.tvm.panel_memory import Panels, in_memory, through_file
 from treadle.ir.graph import Graph, Node
-from treadle.ir.layouts import PAIR_SQUARE, PAIR_STEP, QUAD_STEP, ROW_HEAD, Layout, panels
+from treadle.ir.layouts import PAIR_SQUARE, PAIR_STEP, QUAD_HEAD, QUAD_STEP, ROW_HEAD, Layout, panels
 from treadle.ir.ops.blocks import ROWS, EncodedLinear
 from treadle.ir.ops.indexing import Embedding, Gather
 from treadle.ir.ops.products import Linear, MatMul
@@ -281,12 +281,13 @@ def _fill_pairs(made: Array, rows: Array) -> None:
 
 def _fill_quads(made: Array, held: Array, layout: Layout) -> None:
     """One panel [bytes] of these held rows [at most width, 4 + k]."""
-    width, head = layout.width, ROW_HEAD * layout.width
+    width, head = layout.width, QUAD_HEAD * layout.width
     groups, side = (1, width) if layout.flat else (width // PAIR_SQUARE, PAIR_SQUARE)
     squares = made[head:].reshape(-1, groups, PAIR_SQUARE, side, 4)
     rows = np.zeros((width, ROW_HEAD + len(squares) * QUAD_STEP), np.uint8)
     rows[: len(held), : held.shape[1]] = held
-    made[:head] = rows[:, :ROW_HEAD].reshape(-1)
+    sums = rows[:, ROW_HEAD:].view(np.int8).sum(axis=-1, dtype=np.int32)
+    made[:head] = np.concatenate((rows[:, :ROW_HEAD].reshape(-1), sums.view(np.uint8)))
     fours = np.ascontiguousarray(rows[:, ROW_HEAD:]).view(np.uint32)
     of_rows = fours.reshape(groups, side, len(squares), PAIR_SQUARE)
     squares.view(np.uint32)[..., 0] = of_rows.transpose(2, 0, 3, 1)

@@ -1,4 +1,10 @@
-"""Block forms that numbers are rounded to: 8 bits with a scale a row or a group, 4 bits with a scale a group."""
+"""Block forms that numbers are rounded to.
+
+int8_rows      8 bits, a scale a row: weights
+uint8_rows     8 bits, a scale and a zero point a row: what weights in rows multiply
+int8_groups    8 bits, a scale a group: what weights in other blocks multiply
+int4_groups    4 bits, a scale a group: weights
+"""
 
 from __future__ import annotations
 
@@ -53,6 +59,53 @@ class _Symmetric(BlockForm):
         made["scale"] = np.where(finite, np.where(seen, largest / np.float32(127), 0), np.nan)
         factor = np.float32(127) / np.where(finite & seen, largest, 1)
         made["q"] = np.rint(np.where((finite & seen)[:, None], values, 0) * factor[:, None])
+        return made
+
+
+SMALLEST_STEP = np.float32(2.0**-126)
+"""A row of uint8_rows with a smaller scale is one of zeros: float32's least normal number, whose inverse is finite."""
+
+
+@block_form
+class UInt8Rows(BlockForm):
+    """y = scale (q - zero): q and zero from 0 to 255, one float32 scale and one zero for a whole row
+
+    The steps lie between the row's least number and its largest, or 0 where that is outside of them, so that 0 is a
+    step: of numbers to one side, which an activation function gives, none is lost. A row whose scale would be below
+    2^-126 has the scale 0.
+    """
+
+    name = "uint8_rows"
+    elements = None
+    encodes = True
+    spacing = 2 / 255  # of its largest magnitude, where numbers lie as far to both sides
+    marks = True
+
+    def __init__(self, group: int = 0) -> None:
+        if group:
+            raise GraphError("a block of uint8_rows is a whole row", received=f"uint8_rows({group})")
+
+    def record(self, elements: int) -> np.dtype[Any]:
+        return np.dtype([("scale", "<f4"), ("zero", "u1"), ("q", "u1", (elements,))])
+
+    def decode(self, blocks: Array) -> Array:
+        steps = blocks["q"].astype(np.float32) - blocks["zero"].astype(np.float32)[:, None]
+        made: Array = steps * blocks["scale"][:, None]
+        return made
+
+    def encode(self, values: Array) -> Array:
+        made = np.empty(len(values), self.record(values.shape[-1]))
+        last = np.float32(255)
+        least, largest = np.minimum(values.min(axis=-1), 0), np.maximum(values.max(axis=-1), 0)
+        finite = np.isfinite(least) & np.isfinite(largest)
+        step = np.where(finite, largest / last - least / last, 0)
+        seen = step >= SMALLEST_STEP
+        factor = np.where(seen, 1 / np.where(seen, step, 1), 0).astype(np.float32)
+        zero = np.rint(-np.where(seen, least, 0) * factor)
+        made["scale"] = np.where(finite, np.where(seen, step, 0), np.nan)
+        made["zero"] = zero
+        steps = np.rint(np.where(seen[:, None], values, 0) * factor[:, None]) + zero[:, None]
+        made["q"] = np.minimum(steps, last)
         return made
 
 

@@ -1,7 +1,7 @@
 """Ops that read and write blocks: from an encoding to the numbers that it means, and back, and products of blocks.
 
     decode           "... [k] -> ... [k]"      k is the axis along which blocks lie
-    encode           "... [k] -> ... [k]"
+    encode           "... [k], [k] -> ... [k]"
     encoded_linear   "... [k], n [k], n -> ... n"
 
 Their references take and give held arrays (`treadle.ir.encodings`).
@@ -85,22 +85,25 @@ class Decode(Primitive):
         )
 
 
-@op("encode", dtypes="f -> f")
+@op("encode", dtypes="f, f -> f")
 class Encode(Primitive):
-    """y = x in blocks: each number is one near to x that the blocks can hold
+    """y = x by in blocks: each number is one near to it that the blocks can hold
 
+    by  a vector over the axis of the blocks; none: of ones
     to  the encoding of the result (`treadle.ir.encodings`), of a form that can be written
     """
 
     is_word = False
     x = Operand()
+    by = Operand(optional=True)
     to: Encoding
 
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
-        return _along_blocks(self.to.axis, ranks)
+        x, _, y = _along_blocks(self.to.axis, ranks).partition(" -> ")
+        return f"{x}, {next(name for name in x.split() if name.startswith('['))} -> {y}"
 
     def encodings(self, types: Sequence[Type | None], found: Application) -> Sequence[Encoding | None]:
-        (x,) = types
+        x = types[0]
         assert x is not None
         if x.encoding is not None:
             raise RuleError(f"x is encoded as {x.encoding} already", hint="decode it first")
@@ -108,7 +111,10 @@ class Encode(Primitive):
             raise RuleError(f"{self.to.form} is read, and not written")
         return [self.to]
 
-    def reference(self, x: Any) -> Any:
+    def reference(self, x: Any, by: Any = None) -> Any:
+        if by is not None:
+            with np.errstate(all="ignore"):  # what is not finite is marked
+                x = x * np.reshape(by, np.where(np.arange(x.ndim) == self.to.axis % x.ndim, -1, 1))
         return self.to.encode(x, computed=True)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
@@ -116,28 +122,37 @@ class Encode(Primitive):
 
 
 ROWS = Encoding("int8_rows")
-"""The encoding of what products with weights in 8-bit rows multiply."""
-
+"""The encoding of weights in 8-bit rows, which `encoded_linear` multiplies with."""
+STEPS = Encoding("uint8_rows")
+"""The encoding of what they multiply, where that is computed."""
 GROUPS = Encoding("int8_groups", 32)
-"""The encoding of what products with weights in other blocks multiply."""
+"""The encoding of what weights in other blocks multiply."""
+
+
+def multiplied_with(weight: Encoding) -> tuple[Encoding, ...]:
+    """The encodings of what a weight in blocks along its last axis multiplies in whole numbers, the best first."""
+    block = weight.block
+    if weight == ROWS:
+        return STEPS, ROWS
+    if not block.whole or weight.axis != -1:
+        return ()
+    return (GROUPS,) if block.elements is not None and block.elements % GROUPS.group == 0 else ()
 
 
 def rounded_for(weight: Encoding) -> Encoding | None:
-    """The encoding of what a weight in blocks along its last axis multiplies in whole numbers; None: there is none."""
-    block = weight.block
-    if weight == ROWS or not block.whole or weight.axis != -1:
-        return ROWS if weight == ROWS else None
-    return GROUPS if block.elements is not None and block.elements % GROUPS.group == 0 else None
+    """To what a pass rounds what such a weight multiplies; None: nothing."""
+    return next(iter(multiplied_with(weight)), None)
 
 
 @op("encoded_linear", axes="... [k], n [k], n -> ... n", dtypes="f, f, f -> f")
 class EncodedLinear(Composite):
-    """y[..., n] = sum_b s[..., b] (t[n, b] sum_k q[..., k] p[n, k] + c[n, b] sum_k q[..., k]) + bias[n]
+    """y[..., n] = sum_b s[..., b] (t[n, b] sum_k (q[..., k] - z) p[n, k] + c[n, b] sum_k q[..., k]) + bias[n]
 
-    over k of the block b, for x = s q and weight = t p + c
+    over k of the block b, for x = s (q - z) and weight = t p + c
 
     of    the encoding of the weight, of whole numbers with a scale a block
-    rows  that of x: `int8_rows` for a weight in such rows, which are one block, or `int8_groups(32)`
+    rows  that of x: `int8_groups(32)`; for a weight in `int8_rows`, which are one block, x is in such rows, or in rows
+          that have a zero z as well (`uint8_rows`)
 
     Sums over a block are of integers, and so are exact, whatever their order; rounded to float32 once, that of whole
     rows is multiplied by the product of the scales. Blocks are summed here in float64, and rounded at the end; kernels
@@ -153,25 +168,35 @@ class EncodedLinear(Composite):
     rows: Encoding = ROWS
 
     def encodings(self, types: Sequence[Type | None], found: Application) -> Sequence[Encoding | None]:
-        if rounded_for(self.of) != self.rows:
+        if self.rows not in multiplied_with(self.of):
             raise RuleError(f"{self.rows} and {self.of} are not multiplied as whole numbers")
-        for name, encoding, type in zip(("x", "weight"), (self.rows, self.of), types, strict=False):
-            if type is None or type.encoding != encoding:
-                raise RuleError(f"{name} is not encoded as {encoding}", received=str(type))
+        of_x = (STEPS, ROWS) if self.rows == ROWS else (self.rows,)
+        for name, taken, type in zip(("x", "weight"), (of_x, (self.of,)), types, strict=False):
+            if type is None or type.encoding not in taken:
+                raise RuleError(f"{name} is not encoded as {' or '.join(map(str, taken))}", received=str(type))
         return [None]
 
     def body(self, b: Builder, x: Expr, weight: Expr, bias: Expr | None) -> Any:
-        return b.linear(b.apply(Decode, x, of=self.rows), b.apply(Decode, weight, of=self.of), bias)
+        return b.linear(b.apply(Decode, x, of=x.type.encoding), b.apply(Decode, weight, of=self.of), bias)
 
     def reference(self, x: Any, weight: Any, bias: Any) -> Any:
-        (q, s, _), (p, t, c) = _parts(x, self.rows), _parts(weight, self.of)
         with np.errstate(invalid="ignore", over="ignore"):
-            if self.rows == ROWS:
-                sums = (q[..., 0, :].astype(np.float64) @ p[:, 0].astype(np.float64).T).astype(np.float32)
-                y = sums * (s * t[:, 0])
+            if self.of == ROWS:
+                encoding = ROWS if x.shape[-1] == weight.shape[-1] else STEPS  # rows with a zero are a byte longer
+                (q, s), (p, t) = _of_rows(x, encoding), _of_rows(weight, ROWS)
+                y = (q @ p.T).astype(np.float32) * (s[..., None] * t)  # sums are exact below 2^53
             else:
+                (q, s, _), (p, t, c) = _parts(x, self.rows), _parts(weight, self.of)
                 y = _summed(q, s, p.reshape(len(p), *q.shape[-2:]), t, c)
         return y if bias is None else y + bias
+
+
+def _of_rows(held: Any, encoding: Encoding) -> tuple[Any, Any]:
+    """The whole numbers of held rows, less their zeros, as float64, and the rows' scales."""
+    lines = np.ascontiguousarray(held)
+    record = lines.view(encoding.block.record(encoding.size(lines.shape[-1])))[..., 0]
+    numbers = record["q"].astype(np.float64)
+    return numbers if encoding == ROWS else numbers - record["zero"][..., None], record["scale"]
 
 
 def _summed(q: Any, s: Any, p: Any, t: Any, c: Any) -> Any:

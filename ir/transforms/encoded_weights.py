@@ -4,11 +4,13 @@
     y = linear(x, $w)                             y = linear(x, decode($w, of=q4_0))
 
 A block of the model that is called with weights of several encodings becomes several functions, one for each set.
+Where products are balanced (`treadle.ir.transforms.balances`), blocks hold w s, and the vector 1 / s is one more
+parameter beside w: `encode` of what they are multiplied with takes it, and any other reader reads decode(w) / s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,15 +19,22 @@ from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.errors import GraphError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.literals import Literal
+from treadle.ir.ops.arithmetic import Mul
 from treadle.ir.ops.blocks import Decode, Encode
 from treadle.ir.ops.call import Call
+from treadle.ir.ops.products import MixedProduct
+from treadle.ir.ops.shapes import Rearrange
+from treadle.ir.transforms.balances import Balance, balanced_name, balances_of
 from treadle.ir.transforms.clone import clone_function, clone_graph
+from treadle.ir.types import Type
 
 Encodings = Mapping[str, Encoding]
 
 
-def encode_parameters(graph: Graph, encodings: Encodings) -> Graph:
+def encode_parameters(graph: Graph, encodings: Encodings, balances: Sequence[Balance] = ()) -> Graph:
     """A copy of a graph in which these parameters are encoded; what it means changes with their elements alone.
+
+    balances  of which every weight is among them: their vectors become parameters, read beside the weights
 
     Every function that reads one decodes it once, before all else. Raises GraphError for a parameter that is not
     there, is encoded already, or does not fit its encoding.
@@ -40,18 +49,23 @@ def encode_parameters(graph: Graph, encodings: Encodings) -> Graph:
             raise GraphError(f"parameter {name} is encoded already", received=str(copy.parameters[name].type))
     work = _Encoding(copy)
     for entry in copy.entries:
-        work.encode(entry, {n: e for n, e in encodings.items() if n in entry.parameters})
+        beside: dict[str, Value] = {}
+        for balance in balances:
+            read = [entry.parameters[n] for n in balance.weights if n in entry.parameters and n in encodings]
+            if read:
+                vector = _vector(entry, balance.vector, read, encodings[read[0].name])
+                beside |= dict.fromkeys([v.name for v in read], vector)
+        work.encode(entry, {n: e for n, e in encodings.items() if n in entry.parameters}, beside)
     copy.functions = work.functions
     return copy
 
 
 def quantized_alike(graph: Graph, encoded: Graph) -> Graph:
-    """A copy of a graph whose parameters are encoded as those of another one of the same names are."""
+    """A copy of a graph whose parameters are encoded as those of another one of the same names are, and balanced."""
     held = graph.parameters
     found = {name: v.type.encoding for name, v in encoded.parameters.items() if name in held}
-    return encode_parameters(
-        graph, {name: e for name, e in found.items() if e is not None and held[name].type.encoding is None}
-    )
+    encodings = {name: e for name, e in found.items() if e is not None and held[name].type.encoding is None}
+    return encode_parameters(graph, encodings, balances_of(encoded))
 
 
 def decode_parameters(graph: Graph) -> Graph:
@@ -88,21 +102,40 @@ def decode_weights(graph: Graph, weights: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def encode_weights(graph: Graph, weights: Mapping[str, Any]) -> dict[str, Any]:
+def encode_weights(
+    graph: Graph, weights: Mapping[str, Any], balances: Sequence[Balance] | None = None
+) -> dict[str, Any]:
     """Weights as a graph holds them: numbers of a parameter that is encoded, in blocks; all others as they are.
+
+    balances  of the graph; None: those that it shows (`balances_of`). Vectors are computed where weights are numbers
 
     Numbers of a form that is not written are left as well. Raises GraphError for a number that has no place in it.
     """
-    return {name: _in_blocks(graph.parameters.get(name), array) for name, array in weights.items()}
+    made, factors = dict(weights), dict[str, Any]()
+    for balance in balances_of(graph) if balances is None else balances:
+        s = balance.factors(graph, weights)
+        if s is not None:
+            made[balance.vector] = 1 / s
+            factors |= dict.fromkeys(balance.weights, s)
+    parameters = graph.parameters
+    return {name: _in_blocks(parameters.get(name), array, factors.get(name)) for name, array in made.items()}
 
 
-def _in_blocks(value: Value | None, array: Any) -> Any:
+def given_parameters(graph: Graph) -> list[str]:
+    """The names of a graph's parameters without the vectors of balances, which `encode_weights` makes."""
+    vectors = {balance.vector for balance in balances_of(graph)}
+    return [name for name in graph.parameters if name not in vectors]
+
+
+def _in_blocks(value: Value | None, array: Any, factors: Any = None) -> Any:
     encoding = None if value is None else value.type.encoding
     held = np.asarray(array) if encoding is not None else None
     if value is None or encoding is None or held is None or held.shape != value.type.static_shape:
         return array  # a misfit is told by whoever takes it
     if held.dtype.kind != "f" or not encoding.block.encodes:
         return array
+    if factors is not None:
+        held = held * np.expand_dims(factors, 1 if encoding.axis == 0 else 0)
     try:
         return encoding.encode(held)
     except GraphError as error:
@@ -125,39 +158,73 @@ class _Encoding:
         self.graph = graph
         self.functions: dict[str, Function] = {}
         """Callees first."""
-        self._made: dict[tuple[str, tuple[tuple[str, Encoding], ...]], Function] = {}
+        self._made: dict[tuple[object, ...], Function] = {}
 
-    def encode(self, function: Function, encodings: Encodings) -> None:
-        """Encode parameters of a function, and of those that it calls with them."""
+    def encode(self, function: Function, encodings: Encodings, beside: Mapping[str, Value]) -> None:
+        """Encode parameters of a function, and of those that it calls with them.
+
+        beside  of those that are balanced, the function's parameter that holds their vector
+        """
         for name, encoding in encodings.items():
             value = function.parameters[name]
             value.type = value.type.as_encoded(encoding)
+        vectors = {function.parameters[name]: vector for name, vector in beside.items()}
         for node in function.nodes:
             callee = self.graph.callee(node)
             if callee is None:
                 continue
             pairs = zip(callee.arguments, node.operands, strict=True)
-            inner = {f.name: v.type.encoding for f, v in pairs if v is not None and f.kind == "parameter"}
-            made = self._called(callee.name, {n: e for n, e in inner.items() if e is not None})
+            passed = [(f, v) for f, v in pairs if v is not None and f.kind == "parameter"]
+            together: dict[Value, list[str]] = {}
+            for formal, value in passed:
+                if value in vectors:
+                    together.setdefault(vectors[value], []).append(formal.name)
+            inner = {f.name: v.type.encoding for f, v in passed}
+            made = self._called(
+                callee.name,
+                {n: e for n, e in inner.items() if e is not None},
+                tuple(map(tuple, together.values())),
+            )
+            states = len(node.operands) - len(made.states)
+            node.operands = (*node.operands[:states], *together, *node.operands[states:])
             node.op = Call.of(made)
-        _decode_what_is_read(function, {function.parameters[name] for name in encodings})
+        _decode_what_is_read(function, {function.parameters[name] for name in encodings}, vectors)
         self.functions[function.name] = function
 
-    def _called(self, name: str, encodings: Encodings) -> Function:
-        """The function of that name with these encodings."""
-        key = (name, tuple(encodings.items()))
+    def _called(self, name: str, encodings: Encodings, balanced: tuple[tuple[str, ...], ...]) -> Function:
+        """The function of that name with these encodings, and a vector more for each tuple of weights."""
+        key = (name, tuple(encodings.items()), balanced)
         if key not in self._made:
             taken = {*self.graph.functions, *(made.name for made in self._made.values())}
-            first = all(known != name for known, _ in self._made)
+            first = all(known != name for known, *_ in self._made)
             made = clone_function(self.graph.functions[name], name if first else _free_name(name, taken))
             self._made[key] = made
-            self.encode(made, encodings)
+            beside: dict[str, Value] = {}
+            for names in balanced:
+                vector = balanced_name(names, made.parameters.__contains__)
+                read = [made.parameters[n] for n in names]
+                beside |= dict.fromkeys(names, _vector(made, vector, read, encodings[names[0]]))
+            self.encode(made, encodings, beside)
         return self._made[key]
 
 
-def _decode_what_is_read(function: Function, encoded: set[Value]) -> None:
-    """Decode the encoded parameters that nodes read by themselves, before all else; calls pass them on as they are."""
+def _vector(function: Function, name: str, weights: Sequence[Value], encoding: Encoding) -> Value:
+    """A new parameter of a function: a vector over the blocked axis of these weights."""
+    if name in function.parameters:
+        raise GraphError(f"{function.name} has a parameter {name} already, and no place for a vector of that name")
+    type = weights[0].type
+    made = Value("parameter", Type(type.dtype, (type.dims[encoding.axis],)), name)
+    function.parameters[name] = made
+    return made
+
+
+def _decode_what_is_read(function: Function, encoded: set[Value], vectors: Mapping[Value, Value]) -> None:
+    """Decode the encoded parameters that nodes read by themselves, before all else; calls pass them on as they are.
+
+    What is multiplied with a balanced one is multiplied with its vector before it is rounded.
+    """
     decoded: dict[Value, Node] = {}
+    divided: dict[Value, list[Node]] = {}
 
     def numbers(value: Value, reader: Node | None) -> Value:
         if value not in encoded:
@@ -168,13 +235,47 @@ def _decode_what_is_read(function: Function, encoded: set[Value]) -> None:
             source = None if reader is None else reader.source
             op = Decode(of=value.type.encoding)
             decoded[value] = Node(op, [value], [value.type.decoded], name, scope=path, source=source)
-        return decoded[value].result
+        made = decoded[value]
+        if value not in vectors or (reader is not None and _divides(reader, value, vectors[value])):
+            return made.result
+        if value not in divided:
+            divided[value] = _times(made, vectors[value])
+        return divided[value][-1].result
 
     for node in function.nodes:
         if node.op.callee is None:
             node.operands = tuple([None if v is None else numbers(v, node) for v in node.operands])
     function.replace_results(lambda v: numbers(v, None))
-    function.nodes = [*decoded.values(), *function.nodes]
+    first = [each for value, node in decoded.items() for each in (node, *divided.get(value, ()))]
+    function.nodes = [*first, *function.nodes]
+
+
+def _divides(reader: Node, weight: Value, vector: Value) -> bool:
+    """Whether a node multiplies a weight with what is rounded at every call: it is told to be multiplied with a vector.
+
+    Raises GraphError where it is with another one already.
+    """
+    x = reader.operands[0] if isinstance(reader.op, MixedProduct) and reader.operands else None
+    blocks = x.node.inputs[0] if x is not None and x.node is not None and x.node.op.decodes else None
+    if x is weight or blocks is None or blocks.node is None or not isinstance(blocks.node.op, Encode):
+        return False
+    made = blocks.node
+    if made.operands[1] not in (None, vector):
+        raise GraphError(f"{blocks.name} is multiplied by two vectors before it is rounded", received=vector.name)
+    made.operands = (made.operands[0], vector)
+    return True
+
+
+def _times(decode: Node, vector: Value) -> list[Node]:
+    """The nodes of decoded numbers times a vector over their blocked axis."""
+    made, factor = [], vector
+    if decode.op.attributes["of"].axis == 0:
+        turn = Rearrange(pattern="k -> k 1")
+        made.append(Node(turn, [vector], turn.infer([vector.type]), scope=decode.scope, source=decode.source))
+        factor = made[0].result
+    op, operands = Mul(), [decode.result, factor]
+    types = op.infer([v.type for v in operands])
+    return [*made, Node(op, operands, types, decode.result.name, scope=decode.scope, source=decode.source)]
 
 
 def _free_name(base: str, taken: set[str]) -> str:

@@ -11,7 +11,7 @@ from treadle.ir.composites import inline
 from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.graph import Node, Value
 from treadle.ir.operation import Composite
-from treadle.ir.ops.blocks import ROWS, Encode, EncodedLinear, rounded_for
+from treadle.ir.ops.blocks import ROWS, STEPS, Encode, EncodedLinear, multiplied_with
 from treadle.ir.ops.products import Linear, MatMul, MixedProduct
 from treadle.passes.framework.rewriting import Rewriting, Site, SiteRewrite
 
@@ -25,7 +25,8 @@ class OpenBlockProducts(SiteRewrite[Site]):
 
     def sites(self, work: Rewriting) -> Iterator[Site]:
         for node in work.walk(into=True):
-            if isinstance(node.op, MixedProduct) and isinstance(node.op, Composite) and _of(node.operands[0]) == ROWS:
+            composite = isinstance(node.op, MixedProduct) and isinstance(node.op, Composite)
+            if composite and _of(node.operands[0]) in (ROWS, STEPS):
                 yield Site(node)
 
     def build(self, b: Builder, site: Site) -> Sequence[Value]:
@@ -64,7 +65,11 @@ class MultiplyBlocks(SiteRewrite[Site]):
             rounded = _of(x)
             if rounded is None or w is None or encoding is None:
                 continue
-            if encoding.axis % 2 != axis or len(w.type.shape) != 2 or rounded_for(encoding.along(-1)) != rounded:
+            if (
+                encoding.axis % 2 != axis
+                or len(w.type.shape) != 2
+                or rounded not in multiplied_with(encoding.along(-1))
+            ):
                 continue
             if not self.takes(encoding.along(-1)):
                 continue
@@ -79,7 +84,8 @@ class MultiplyBlocks(SiteRewrite[Site]):
         if isinstance(site.root.op, MatMul):
             rows = b.rearrange(rows, pattern="k n -> n k")
         operands = (b.expr(x), rows, None if bias is None else b.expr(bias))
-        encodings = {"of": rows.value.type.encoding, "rows": x.type.encoding}
+        of = rows.value.type.encoding
+        encodings = {"of": of, "rows": ROWS if of == ROWS else x.type.encoding}
         made: Expr = b.apply(EncodedLinear, *operands, name=site.root.results[0].name, **encodings)
         return made
 

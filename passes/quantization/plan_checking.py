@@ -6,7 +6,7 @@ weight are followed to whatever reads them: a sum of products over the axis of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
 from treadle.ir.axes import Role
@@ -14,8 +14,10 @@ from treadle.ir.builder import describe_source
 from treadle.ir.errors import PassError, RuleError
 from treadle.ir.graph import Graph, Node, Value
 from treadle.ir.operation import Op
-from treadle.ir.ops.blocks import Encode
+from treadle.ir.ops.blocks import ROWS, Encode
 from treadle.ir.ops.elementwise import Cast
+from treadle.ir.ops.products import MixedProduct
+from treadle.ir.transforms.balances import Balance
 from treadle.ir.transforms.inline import inline_calls
 from treadle.ir.types import Type
 from treadle.passes.lowering.legalize import legalized
@@ -42,6 +44,7 @@ def check_quantization(plan: QuantizationPlan, graph: Graph) -> None:
         if weight.encoding is not None and (weight.type.encoding is not None or weight.type.rank != 2):
             raise _wrong(f"{weight.name} is {weight.type}, and no matrix of numbers", plan)
     _check_activations(plan, graph)
+    _check_balances(plan, flat)
     encoded = {weight.name: weight for weight in plan.weights if weight.encoding is not None}
     for entry in legalized(flat, _opens_all).later_entries:
         held: dict[Value, Type] = {}
@@ -74,13 +77,56 @@ def _check_activations(plan: QuantizationPlan, graph: Graph) -> None:
             seen.add((each.function, place))
 
 
-def check_encoded_products(graph: Graph) -> None:
+def _check_balances(plan: QuantizationPlan, flat: Graph) -> None:
+    """Each balance is one of weights in 8-bit rows and of a norm, all of them parameters, its vector's name is free;
+    every reader of one of its weights multiplies what that norm gives.
+    """
+    of: dict[str, Balance] = {}
+    eight = {w.name for w in plan.weights if w.encoding is not None and w.encoding.along(-1) == ROWS}
+    for balance in plan.balances:
+        if balance.vector in flat.parameters or balance.vector in {b.vector for b in plan.balances if b is not balance}:
+            raise _wrong(f"{balance.vector} is the name of something else", plan)
+        for name in balance.weights:
+            if name not in eight or name in of:
+                raise _wrong(f"{name} is balanced by {balance.vector}, and is not in 8-bit rows, or twice", plan)
+            of[name] = balance
+    for entry in flat.later_entries:
+        weights = {value: name for name, value in entry.parameters.items()}
+        for value in entry.results:
+            if weights.get(value) in of:
+                raise _wrong(f"{value.name} is an output, and would be balanced", plan)
+        for node in entry.nodes:
+            matrices = node.op.multiplies(len(node.operands)) if isinstance(node.op, MixedProduct) else ()
+            for position, read in enumerate(node.operands):
+                known = None if read is None else of.get(weights.get(read, ""))
+                if (
+                    read is not None
+                    and known is not None
+                    and (position not in matrices or not _gives(node.operands[0], known))
+                ):
+                    what = f"{weights[read]} is balanced by {known.vector}, and {node.op.name} reads it"
+                    raise _wrong(f"{what} without numbers of {known.gain}", plan)
+
+
+def _gives(x: Value | None, balance: Balance) -> bool:
+    """Whether a value is what a balance's norm gives."""
+    node = None if x is None else x.node
+    if node is None or x is not node.results[0] or "norm" not in node.op.name:
+        return False
+    named = dict(zip(node.op.operands, node.operands, strict=False))
+    gain, shift = named.get("weight"), named.get("bias")
+    return (gain is not None and gain.name, None if shift is None else shift.name) == (balance.gain, balance.shift)
+
+
+def check_encoded_products(graph: Graph, balances: Sequence[Balance] = ()) -> None:
     """Raises PassError where what a graph encodes is read by anything but products with encoded weights.
 
     With every call and every composite opened, an encoded value is decoded, and each reader of that sums products over
     the axis of its blocks; what it is multiplied with was decoded as well, and moved at most. (That the blocks of
-    weights lie along the axis that is summed over, `check_quantization` saw.)
+    weights lie along the axis that is summed over, `check_quantization` saw.) What is multiplied with a balance's
+    vector before it is encoded meets that balance's weights, and they meet nothing else.
     """
+    vectors = {name: balance.vector for balance in balances for name in balance.weights}
     for entry in legalized(inline_calls(graph), _opens_all).later_entries:
         encoded = {node.result for node in entry.nodes if isinstance(node.op, Encode)}
         rounded = {node.result for node in entry.nodes if node.op.decodes and node.inputs[0] in encoded}
@@ -90,6 +136,11 @@ def check_encoded_products(graph: Graph) -> None:
                 decoded.update(node.results)
             if not rounded.isdisjoint(node.inputs):
                 _check_product(node, rounded, decoded)
+                _check_vector(node, vectors, decoded)
+            elif not node.op.only_moves and any(
+                name in vectors for v in node.inputs if v in decoded for name in _parameters(v)
+            ):
+                raise PassError(f"the quantized graph is wrong: {node.op.name} reads balanced weights")
         if any(v in rounded or v in encoded for v in entry.results):
             raise PassError("the quantized graph is wrong: rounded numbers are an output", received=graph.name)
 
@@ -102,6 +153,25 @@ def _check_product(node: Node, rounded: AbstractSet[Value], decoded: AbstractSet
         reader = f"{node.op.name}, {describe_source(node.source, node.scope) or 'of main'}"
         what = "what is rounded at every call is read by what multiplies no encoded weight"
         raise PassError(f"the quantized graph is wrong: {what}", received=reader)
+
+
+def _check_vector(node: Node, vectors: Mapping[str, str], decoded: AbstractSet[Value]) -> None:
+    """Whether what a product reads was multiplied with the vector of the weights that it meets."""
+    x, *others = node.inputs
+    encode = x.node.inputs[0].node if x.node is not None else None
+    vector = None if encode is None or encode.operands[1] is None else encode.operands[1].name
+    for name in [name for other in others if other in decoded for name in _parameters(other)]:
+        if vectors.get(name) != vector:
+            what = f"{name}, balanced by {vectors.get(name)}, meets numbers that were multiplied with {vector}"
+            raise PassError(f"the quantized graph is wrong: {what}")
+
+
+def _parameters(value: Value) -> list[str]:
+    """The parameters of which a value is decoded, or moved."""
+    if value.node is None:
+        return [value.name] if value.kind == "parameter" else []
+    moves = value.node.op.decodes or value.node.op.only_moves
+    return [name for each in value.node.inputs for name in _parameters(each)] if moves else []
 
 
 def _opens_all(op: Op, types: Sequence[Type | None]) -> bool:

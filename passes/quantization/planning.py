@@ -13,6 +13,7 @@ from treadle.ir.ops.elementwise import Cast
 from treadle.ir.ops.products import MixedProduct
 from treadle.ir.types import Type, f32
 from treadle.passes.quantization.activation_planning import plan_activations
+from treadle.passes.quantization.balance_planning import plan_balances
 from treadle.passes.quantization.quantization_plan import QuantizationPlan, WeightPlan
 
 _FOUR_BITS = 32
@@ -73,7 +74,9 @@ def plan_quantization(graph: Graph, scheme: str) -> QuantizationPlan:
     plan = QuantizationPlan(graph.name, scheme, tuple(weights))
     if scheme not in _ROUNDS_ACTIVATIONS:
         return plan
-    return replace(plan, activations=plan_activations(graph, {w.name: w for w in weights}))
+    picked = {name for name, readers in found.items() if readers.moves}
+    activations, balances = plan_balances(graph, plan_activations(graph, {w.name: w for w in weights}), picked)
+    return replace(plan, activations=activations, balances=balances)
 
 
 def _read(graph: Graph, name: str, held: Mapping[Value, tuple[str, ...]], found: Mapping[str, _Readers]) -> None:

@@ -4,8 +4,8 @@
     layer.{0..29}.attn.q.weight  f32[576, 576]    int8_rows  10,022,400   39,813,120  multiplied by projections
     embed.weight                 f32[49152, 576]  int8_rows  28,508,160  113,246,208  multiplied by linear, an output
 
-    multiplied value             type             encoding  why
-    mixed, of layer              f32[B, S, 576]   int8_rows  linear multiplies it with int8_rows
+    multiplied value             type             encoding    why
+    mixed, of layer              f32[B, S, 576]   uint8_rows  linear multiplies it with int8_rows
 
 A plan is data: `treadle.passes.quantization.planning` makes it, `plan_checking` checks it, `quantize` applies it.
 """
@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from treadle.ir.encodings.encoding import Encoding
+from treadle.ir.transforms.balances import Balance
 from treadle.ir.types import Type
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -84,12 +85,14 @@ class QuantizationPlan:
     scheme       a name of `treadle.passes.quantization.planning.SCHEMES`
     weights      one for each parameter, in their order
     activations  one for each value that a product with weights multiplies, in order; none, of a scheme that leaves them
+    balances     of those of them that norms give
     """
 
     model: str
     scheme: str
     weights: tuple[WeightPlan, ...]
     activations: tuple[ActivationPlan, ...] = ()
+    balances: tuple[Balance, ...] = ()
 
     @property
     def encodings(self) -> Mapping[str, Encoding]:
@@ -110,7 +113,10 @@ class QuantizationPlan:
         """For JSON."""
         told = {"model": self.model, "scheme": self.scheme, "bytes": self.bytes, "bytes_before": self.bytes_before}
         told["weights"] = [w.as_dict() for w in self.weights]
-        return {**told, "activations": [a.as_dict() for a in self.activations]} if self.activations else told
+        if self.activations:
+            told["activations"] = [a.as_dict() for a in self.activations]
+            told["balances"] = [asdict(balance) for balance in self.balances]
+        return told
 
     def __str__(self) -> str:
         before = sum(w.type.encoding is not None for w in self.weights)
@@ -124,6 +130,8 @@ class QuantizationPlan:
         lines = [head, "", *_table(rows)]
         if self.activations:
             lines += ["", *_table([("multiplied value", "type", "encoding", "why"), *map(_told, self.activations)])]
+        if self.balances:
+            lines += ["", *_table([("vector", "of the norm", "balances"), *_folded_balances(self.balances)])]
         return "\n".join(lines)
 
 
@@ -163,12 +171,30 @@ def _row(group: Sequence[WeightPlan]) -> tuple[str, ...]:
     return _name(group), str(first.type), encoding, f"{bytes:,}", f"{before:,}", first.reason
 
 
+def _folded_balances(balances: Iterable[Balance]) -> list[tuple[str, ...]]:
+    """Rows of a table, layers that differ in their numbers alone together."""
+    groups: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for balance in balances:
+        row = (balance.vector, balance.gain, ", ".join(balance.weights))
+        groups.setdefault(tuple([_NUMBER.sub("#", text) for text in row]), []).append(row)
+    return [
+        tuple(
+            [", ".join(map(_numbered, zip(*[t.split(", ") for t in of], strict=True))) for of in zip(*g, strict=True)]
+        )
+        for g in groups.values()
+    ]
+
+
 def _name(group: Sequence[WeightPlan]) -> str:
+    return _numbered([w.name for w in group])
+
+
+def _numbered(names: Sequence[str]) -> str:
     """`layer.{0..29}.attn.q.weight`, or with commas where numbers are left out."""
-    first = group[0].name
-    if len(group) == 1:
+    first = names[0]
+    if len(set(names)) == 1:
         return first
-    numbers = [int(match[0]) for w in group if (match := _NUMBER.search(w.name)) is not None]
+    numbers = [int(match[0]) for name in names if (match := _NUMBER.search(name)) is not None]
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph, Node
-from treadle.ir.ops.blocks import ROWS, Decode, Encode
+from treadle.ir.ops.blocks import Decode, Encode
 from treadle.ir.transforms.encoded_weights import encode_parameters
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
@@ -22,8 +22,9 @@ from treadle.passes.quantization.quantization_plan import ActivationPlan, Quanti
 class QuantizeWeights(Pass):
     """linear(x, w, bias)   -->   linear(x, decode(w), bias)        for a weight w, as int8_rows or int4_groups(32)
 
-    and in the schemes that end in "int8" linear(decode(encode(x)), decode(w), bias): x as int8_rows, with a scale a
-    token, where w is so, and else in groups of 32 with a scale each.
+    and in the schemes that end in "int8" linear(decode(encode(x)), decode(w), bias): x as uint8_rows, with a scale and
+    a zero a token, where w is rows, and else in groups of 32 with a scale each; of what a norm gives, encode(x, 1 / s)
+    and w s (`treadle.ir.transforms.balances`).
 
     scheme  "int8-weights": 8 bits and a scale a row. "int4": 4 bits and a scale for 32 neighbours, 8 bits where the
             product is an output. "int8", "int4-int8": the same, and what weights in blocks multiply in 8 bits
@@ -50,8 +51,8 @@ class QuantizeWeights(Pass):
             _refuse_blocks(plan)
             return 0
         encode_activations(graph, plan.activations)
-        graph.functions = encode_parameters(graph, plan.encodings).functions
-        check_encoded_products(graph)
+        graph.functions = encode_parameters(graph, plan.encodings, plan.balances).functions
+        check_encoded_products(graph, plan.balances)
         log.touched = None
         return len(plan.encodings) or len(rounded)
 
@@ -85,8 +86,8 @@ def encode_activations(graph: Graph, plans: Iterable[ActivationPlan]) -> None:
             readers = [function.nodes[place] for place in plan.products]
             x, first = readers[0].operands[0], readers[0]
             assert x is not None
-            short, what = x.name.rpartition(".")[2], "rows" if plan.encoding == ROWS else "groups"
-            held = Node(Encode(to=plan.encoding), [x], [x.type.as_encoded(plan.encoding)], f"{short}_{what}")
+            short, what = x.name.rpartition(".")[2], "groups" if plan.encoding.group else "rows"
+            held = Node(Encode(to=plan.encoding), [x, None], [x.type.as_encoded(plan.encoding)], f"{short}_{what}")
             read = Node(Decode(of=plan.encoding), held.results, [x.type], f"{short}_rounded")
             for node in (held, read):
                 node.scope, node.source = first.scope, first.source

@@ -33,6 +33,7 @@ from treadle.ir.placement.machines import Machine
 from treadle.ir.placement.mesh import Mesh
 from treadle.ir.placement.placements import MeshPlacement, taken_part
 from treadle.ir.target import Target
+from treadle.ir.transforms.balances import balances_of
 from treadle.ir.transforms.encoded_weights import encode_weights
 from treadle.passes.sharding.checking import check_sharding
 from treadle.passes.sharding.plan import ShardingPlan
@@ -289,12 +290,19 @@ class _Weights(Mapping[str, Any]):
 
     def __init__(self, graph: Graph, held: Mapping[str, Any] | None, seed: int) -> None:
         self.graph, self.held, self.seed = graph, held, seed
+        self._balances = balances_of(graph)
 
     def __getitem__(self, name: str) -> Any:
+        balances = [b for b in self._balances if name in (b.vector, *b.weights)]
+        if not balances:
+            return encode_weights(self.graph, {name: self._number(name)}, ())[name]
+        return encode_weights(self.graph, {n: self._number(n) for n in balances[0].read}, balances)[name]
+
+    def _number(self, name: str) -> Any:
+        """A weight as it is given or drawn."""
         if self.held is not None and name not in self.held:
             raise UsageError(f"weights= lacks {name}")
-        array = initial_weight(self.graph, name, self.seed) if self.held is None else self.held[name]
-        return encode_weights(self.graph, {name: array})[name]
+        return initial_weight(self.graph, name, self.seed) if self.held is None else self.held[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.graph.parameters)

@@ -25,7 +25,7 @@ from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, R
 from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.graph import Node, Value
 from treadle.ir.operation import Op
-from treadle.ir.ops.blocks import GROUPS, ROWS, EncodedLinear
+from treadle.ir.ops.blocks import GROUPS, ROWS, STEPS, EncodedLinear
 from treadle.ir.sizing.sizes import ONE, Size
 from treadle.ir.storage.views import View
 from treadle.ir.types import DTYPES, Type, f32
@@ -33,14 +33,16 @@ from treadle.passes.memory.storage_plan import How
 
 
 def _encode(w: RoutineWriter, node: Node) -> None:
-    (value,), y = node.inputs, node.result
+    (value, vector), y = node.operands, node.result
+    assert value is not None
     x, m, k = _rows(w, w.view(value))
+    by = None if vector is None else _in_line(w, w.view(vector))
     uses = w.uses.get(y, [])
     products = [reader.op for reader, at in uses if at == 0 and isinstance(reader.op, EncodedLinear)]
     to = w.view(y)
     forms = {_zero(form): form for form in map(form_of, products)}
     for zero, form in forms.items():
-        w.encoded[y, zero] = _as_read(w, node, x, to.storage.name, form)
+        w.encoded[y, zero] = _as_read(w, node, x, to.storage.name, form, _is_signed(y), by)
     if products:
         own = w.place(y).how is How.OWN and y not in w.plan.function.outputs.values()
         if len(products) == len(uses) and own:
@@ -52,7 +54,8 @@ def _encode(w: RoutineWriter, node: Node) -> None:
         m, k = m * (k // GROUP), Size.of(GROUP)
         x = replace(x, shape=(m, k), strides=(k, ONE))
     told = w.scratch(DTYPES["i32"], (m, Size.of(2)), f"{to.storage.name}_scales")
-    w.step(EncodeRows("held"), [x, target, told], [m, k, x.strides[0]], node, writes=2)
+    read, kernel = [x] if by is None else [x, by], EncodeRows("held", _is_signed(y), by is not None)
+    w.step(kernel, [*read, target, told], [m, k, x.strides[0]], node, writes=2)
     if target is not to:
         w.copy(target, to, node)
 
@@ -76,7 +79,7 @@ def rows_of(w: RoutineWriter, node: Node, value: Value, form: PackedForm | None)
     encoding = value.type.encoding
     assert encoding is not None
     numbers = _numbers(w, node, w.view(value), encoding, value.type.shape[-1])
-    return _as_read(w, node, numbers, w.view(value).storage.name, form)
+    return _as_read(w, node, numbers, w.view(value).storage.name, form, _is_signed(value))
 
 
 def laid_out(w: RoutineWriter, value: Value, form: PackedForm | None) -> View:
@@ -89,10 +92,13 @@ def laid_out(w: RoutineWriter, value: Value, form: PackedForm | None) -> View:
     return replace(made, shape=view.shape, strides=view.strides)
 
 
-def _as_read(w: RoutineWriter, node: Node, x: View, name: str, of: PackedForm | None) -> tuple[View, View]:
-    """Rows [m, k], rounded, in the form in which the instruction set's product reads them."""
+def _as_read(
+    w: RoutineWriter, node: Node, x: View, name: str, of: PackedForm | None, signed: bool, by: View | None = None
+) -> tuple[View, View]:
+    """Rows [m, k], times `by`, rounded, in the form in which the instruction set's product reads them."""
     m, k = x.shape
     if of is not None:
+        assert by is None  # `_encodes`
         form = form_of_groups(w.isa)
         rows = rows_of_groups(form, m)
         made = w.scratch(rows_dtype(form), (rows * k,), f"{name}_{form}")
@@ -102,7 +108,8 @@ def _as_read(w: RoutineWriter, node: Node, x: View, name: str, of: PackedForm | 
     form = form_of_rows(w.isa)
     made = w.scratch(rows_dtype(form), (rows_elements(form, m, k),), f"{name}_{form}")
     told = w.scratch(DTYPES["i32"], (m, Size.of(2)), f"{name}_scales")
-    w.step(EncodeRows(form), [x, made, told], [m, k, x.strides[0]], node, writes=2)
+    read = [x] if by is None else [x, by]
+    w.step(EncodeRows(form, signed, by is not None), [*read, made, told], [m, k, x.strides[0]], node, writes=2)
     return made, told
 
 
@@ -114,6 +121,15 @@ def _decode(w: RoutineWriter, node: Node) -> None:
         w.copy(made, to, node)
 
 
+def _in_line(w: RoutineWriter, vector: View) -> View:
+    """A vector whose elements lie side by side, or a copy of it."""
+    return vector if vector.strides[0] == ONE or vector.shape[0] == ONE else w.copied(vector)
+
+
+def _is_signed(value: Value) -> bool:
+    return value.type.encoding != STEPS
+
+
 def _numbers(w: RoutineWriter, node: Node, held: View, encoding: Encoding, k: Size, to: View | None = None) -> View:
     """The numbers [m, k] of rows that are held, in `to` if it is said."""
     x, m, bytes = _rows(w, held)
@@ -123,7 +139,7 @@ def _numbers(w: RoutineWriter, node: Node, held: View, encoding: Encoding, k: Si
         x = x if x.is_contiguous else w.copied(x)
         count, elements, bytes = m * (k // GROUP), Size.of(GROUP), Size.of(encoding.bytes(GROUP))
         x = replace(x, shape=(count, bytes), strides=(bytes, ONE))
-    w.step(DecodeRows(), [x, made], [count, elements, x.strides[0], elements], node)
+    w.step(DecodeRows(encoding != STEPS), [x, made], [count, elements, x.strides[0], elements], node)
     return made
 
 
@@ -138,11 +154,14 @@ def _rows(w: RoutineWriter, x: View) -> tuple[View, Size, Size]:
 
 
 def _encodes(op: Op, types: Sequence[Type | None]) -> bool:
-    return op.attributes["to"] in (ROWS, GROUPS) and all(t is not None and t.dtype is f32 for t in types)
+    """Of groups, none that a vector is multiplied with first."""
+    if op.attributes["to"] == GROUPS and len(types) > 1 and types[1] is not None:
+        return False
+    return op.attributes["to"] in (ROWS, STEPS, GROUPS) and all(t is None or t.dtype is f32 for t in types)
 
 
 def _decodes(op: Op, types: Sequence[Type | None]) -> bool:
-    return bool(op.attributes["of"] in (ROWS, GROUPS) and op.attributes["to"] in (None, f32))
+    return bool(op.attributes["of"] in (ROWS, STEPS, GROUPS) and op.attributes["to"] in (None, f32))
 
 
 def multiplies(op: Op, types: Sequence[Type | None]) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from treadle.backends.tvm.kernels.encoded.unpacking import PackedForm
 from treadle.backends.tvm.kernels.gathering import checked
 from treadle.backends.tvm.kernels.kernel import Kernel
-from treadle.ir.layouts import PAIR_SQUARE, QUAD_STEP, ROW_HEAD
+from treadle.ir.layouts import PAIR_SQUARE, QUAD_HEAD, QUAD_STEP, ROW_HEAD
 from treadle.ir.types import DTYPES, f32, i64, u8
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class TakeBlocks(Kernel):
         panels = k.floor_divide(v + (self.width - 1), self.width)
         if self.lies == "quads":
             steps = k.floor_divide(d + (QUAD_STEP - 1), QUAD_STEP)
-            x = k.view(pointers[0], [panels, steps * (self.width * QUAD_STEP) + self.width * ROW_HEAD])
+            x = k.view(pointers[0], [panels, steps * (self.width * QUAD_STEP) + self.width * QUAD_HEAD])
         elif self.lies == "blocks":
             x = k.view(pointers[0], [panels, bytes * self.width])
         else:
@@ -76,7 +76,7 @@ class TakeBlocks(Kernel):
             side = self.width if self.flat else PAIR_SQUARE
             square = k.let(k.floor_divide(column, side), "square")
             inside = square * (side * QUAD_STEP) + k.floor_mod(column, side) * 4
-            first = k.let(self.width * ROW_HEAD + inside, "first")
+            first = k.let(self.width * QUAD_HEAD + inside, "first")
             with k.loop(d, "b") as b:
                 step = k.floor_divide(b, QUAD_STEP) * (self.width * QUAD_STEP)
                 four = k.floor_divide(k.floor_mod(b, QUAD_STEP), 4) * (4 * side)

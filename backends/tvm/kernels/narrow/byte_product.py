@@ -1,9 +1,10 @@
 """Products of 8-bit rows: on AMX, by VNNI, and where there is neither by float32 products of whole numbers.
 
-    c[m, n] = epilogue((sum_k a[m, k] w[n, k]) (s[m] t[n]), ...)
+    c[m, n] = epilogue((sum_k a[m, k] w[n, k] - z[m] sum_k w[n, k]) (s[m] t[n]), ...)
 
-a and w hold signed bytes, s and t a scale a row. Sums are exact in 32 bits, up to 2^17 elements of k, so that all of
-these kernels give the same bits, and a row's are its own.
+a holds bytes without sign and w signed ones, s and t a scale a row, z a's zeros; sums of w's rows lie in its panels.
+Sums are exact in 32 bits, up to 2^16 elements of k, so that all of these kernels give the same bits, and a row's are
+its own.
 """
 
 from __future__ import annotations
@@ -19,18 +20,26 @@ from treadle.backends.tvm.kernels.narrow.encode_rows import form_of_rows, rows_d
 from treadle.backends.tvm.kernels.narrow.register_tiles import narrow_width, over_tiles
 from treadle.backends.tvm.kernels.narrow.tile_product import WIDTH, TileProduct
 from treadle.backends.tvm.kernels.pointwise import Chain
-from treadle.ir.layouts import PAIR_SQUARE, QUAD_STEP, ROW_HEAD
+from treadle.ir.layouts import PAIR_SQUARE, QUAD_HEAD, QUAD_STEP, ROW_HEAD
 from treadle.ir.types import DTYPES, DType, f32, u8
 
 if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
-MOST_SUMMED = 1 << 17
-"""Elements of k whose products of bytes fit into 32 bits: 127 127 2^17 < 2^31."""
-_HEAD = ROW_HEAD * WIDTH
+MOST_SUMMED = 1 << 16
+"""Elements of k whose products of bytes fit into 32 bits: 255 127 2^16 < 2^31. So do their sums, less z times w's."""
+_HEAD = QUAD_HEAD * WIDTH
 _SQUARE = PAIR_SQUARE * QUAD_STEP
-_EXACT = 16  # steps whose products of bytes float32 sums exactly: 127 127 1024 < 2^24
+_EXACT = 8  # steps whose products of bytes float32 sums exactly: 255 127 512 < 2^24
 _i32 = DTYPES["i32"]
+
+
+def _less_zero(
+    k: Emitter, w: Any, rows: Any, panel: Expr, column: int, row: Expr, total: Expr, lanes: int, width: int
+) -> Expr:
+    """A vector of integer sums, less the row's zero times the sums of columns of a panel."""
+    held = k.load(w, [panel, ROW_HEAD * width + 4 * column], 4 * lanes)
+    return total - k.splat(k.load(rows, [row, 1]), lanes) * k.bits(held, _i32, lanes)
 
 
 def _scaled(k: Emitter, w: Any, rows: Any, panel: Expr, column: int, row: Expr, total: Expr, lanes: int) -> Expr:
@@ -42,7 +51,7 @@ def _scaled(k: Emitter, w: Any, rows: Any, panel: Expr, column: int, row: Expr, 
 
 @dataclass(frozen=True)
 class ByteTileProduct(TileProduct):
-    """c = epilogue((a @ w) scales), of signed bytes in tiles, with 32-bit sums.
+    """c = epilogue((a @ w - z sums of w) scales), of bytes in tiles, with 32-bit sums.
 
     As `TileProduct`, of which `tiled` is not to be had. Passed: a, as `EncodeRows` lays out tiles; w, in quads(32);
     what that says of rows; the extras, c; m, k, n; `m` and `mn` extras' and c's strides of rows.
@@ -73,16 +82,19 @@ class ByteTileProduct(TileProduct):
         return [step * (2 * _SQUARE) + (number * _SQUARE + element + _HEAD)]
 
     def float_sums(self, k: Emitter, views: Mapping[str, Any], sums: Sequence[Expr], panel: Expr, row: Expr) -> Any:
-        w, rows = views["w"], views["rows"]
-        return [_scaled(k, w, rows, panel, j * PAIR_SQUARE, row, x, PAIR_SQUARE) for j, x in enumerate(sums)]
+        w, rows, made = views["w"], views["rows"], []
+        for j, x in enumerate(sums):
+            at = panel, j * PAIR_SQUARE, row
+            made.append(_scaled(k, w, rows, *at, _less_zero(k, w, rows, *at, x, PAIR_SQUARE, WIDTH), PAIR_SQUARE))
+        return made
 
 
 @dataclass(frozen=True)
 class QuadProduct(Kernel):
-    """c = epilogue((a @ w) scales), of signed bytes, by fours.
+    """c = epilogue((a @ w - z sums of w) scales), of bytes, by fours.
 
-    VNNI multiplies bytes without sign by bytes with one: w + 128 by a, of which 128 times the row's sum is taken.
-    Without it bytes are widened to float32, in which so many products are summed as are exact.
+    VNNI multiplies bytes without sign by bytes with one. Without it a - z is in float32, bytes of w are widened to it,
+    and so many products are summed in it as are exact.
 
     epilogue what is done with the sum, the chain's first input; None: it is stored as it is
     extras   how the chain's other inputs lie: see `Finishing`
@@ -121,7 +133,7 @@ class QuadProduct(Kernel):
         shapes = self.finishing.shapes(m, columns, strides)
         views = {p.name: k.view(p, *shapes[p.name]) for p in finished}
         views["a"] = k.view(given[0], [m, steps * QUAD_STEP])
-        views["w"] = k.view(given[1], [panels, (steps * QUAD_STEP + ROW_HEAD) * width])
+        views["w"] = k.view(given[1], [panels, (steps * QUAD_STEP + QUAD_HEAD) * width])
         views["rows"] = k.view(given[2], [m, 2])
 
         def tile(panel: Expr, start: int, wide: int, row: Expr, rows: int) -> None:
@@ -147,10 +159,8 @@ class QuadProduct(Kernel):
         tile = k.registers(high * vectors * lanes, _i32, "tile")
         if k.isa.multiplies_quads:
             acc = k.registers(high * vectors * lanes, _i32)
-            for i in range(high):
-                sign = k.splat(k.load(views["rows"], [first + i, 1]) * k.number(-128, _i32), lanes)
-                for v in range(vectors):
-                    k.store(acc, [(i * vectors + v) * lanes], sign, lanes)
+            with k.unroll(high * vectors, "r") as r:
+                k.store(acc, [r * lanes], k.number(0, _i32, lanes), lanes)
             with k.loop(steps, "step") as step:
                 self._step(k, views, panel, start, vectors, first, high, step, acc)
             with k.unroll(high * vectors, "r") as r:
@@ -172,7 +182,10 @@ class QuadProduct(Kernel):
             for v in range(vectors):
                 at = start + v * lanes
                 total = k.load(tile, [(i * vectors + v) * lanes], lanes)
-                value = _scaled(k, views["w"], views["rows"], panel, at, first + i, total, lanes)
+                of = k, views["w"], views["rows"], panel, at, first + i
+                if k.isa.multiplies_quads:
+                    total = _less_zero(*of, total, lanes, narrow_width(k.isa))
+                value = _scaled(*of, total, lanes)
                 column = k.let(panel * narrow_width(k.isa) + at, "column")
                 self.finishing.store(k, views, [first + i], column, value, columns, lanes)
 
@@ -191,7 +204,7 @@ class QuadProduct(Kernel):
         """Add what a step of k gives to the sums, four elements at a time."""
         lanes = k.isa.lanes()
         width = narrow_width(k.isa)
-        base = k.let(step * (QUAD_STEP * width) + ROW_HEAD * width, "base")
+        base = k.let(step * (QUAD_STEP * width) + QUAD_HEAD * width, "base")
         with k.loop(PAIR_SQUARE, "quad") as quad:
             at = k.let(step * QUAD_STEP + quad * 4, "at")
             held = []
@@ -199,13 +212,12 @@ class QuadProduct(Kernel):
                 index = [panel, base + (quad * (4 * width) + 4 * (start + v * lanes))]
                 held.append(k.let(k.bits(k.load(views["w"], index, 4 * lanes), _i32, lanes), "w"))
             if k.isa.multiplies_quads:
-                without_sign = [k.let(flipped(k, w), "w") for w in held]
                 for i in range(high):
                     four = k.bits(k.load(views["a"], [first + i, at], 4), _i32)
                     x = k.let(k.splat(four, lanes), "x")
-                    for v, w in enumerate(without_sign):
+                    for v, w in enumerate(held):
                         sums = [(i * vectors + v) * lanes]
-                        k.store(acc, sums, quads_added(k, k.load(acc, sums, lanes), w, x), lanes)
+                        k.store(acc, sums, quads_added(k, k.load(acc, sums, lanes), x, w), lanes)
                 return
             for n in range(4):
                 wide = [k.let(_byte(k, w, n, lanes), "y") for w in held]

@@ -1,7 +1,8 @@
-"""Rows rounded to 8 bits, a scale a row, to the bits of `int8_rows`: as products' kernels read them, or as held."""
+"""Rows rounded to 8 bits, to the bits of `uint8_rows` or `int8_rows`: as products' kernels read them, or as held."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.narrow.round_rows import BLOCK
 from treadle.backends.tvm.kernels.narrow.tiles import ROWS
-from treadle.ir.encodings.rounded_forms import SMALLEST_ROW
+from treadle.ir.encodings.rounded_forms import SMALLEST_ROW, SMALLEST_STEP
 from treadle.ir.layouts import QUAD_STEP, ROW_HEAD
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import DTYPES, DType, f32, u8
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 _i32, _i8 = DTYPES["i32"], DTYPES["i8"]
 _INFINITY = 0x7F800000  # the bits of float32's
-_SMALLEST = int(SMALLEST_ROW.view("i4"))
+_SIGN = 1 << 31
+_SMALLEST, _SMALLEST_STEP = int(SMALLEST_ROW.view("i4")), float(SMALLEST_STEP)
 
 
 def form_of_rows(isa: Isa) -> str:
@@ -41,127 +43,193 @@ def rows_elements(form: str, rows: Size, depth: Size) -> Size:
 
 @dataclass(frozen=True)
 class EncodeRows(Kernel):
-    """y = x[m, k] as 8-bit rows, k filled up to a multiple of 64 with zeros; rows[m, 2] = scales' bits, and sums
+    """y = x[m, k] by[k] in bytes, k filled up to a multiple of 64 with zeros; rows[m, 2] = scales' bits, and zeros
 
-    form   how y lies: "tiles", [m // 32, k // 64, 2, 16, 64], as AMX reads them, where rows past m are whatever they
-           are; "quads", row-major bytes; "wide", row-major in f32; "held", as `int8_rows` is held, not filled up
+    form    how y lies: "tiles", [m // 32, k // 64, 2, 16, 64], as AMX reads them, where rows past m are whatever they
+            are; "quads", row-major bytes; "wide", row-major in f32, less the zero; "held", as its encoding holds
+            them, not filled up
+    signed  whether rows are those of `int8_rows`, whose bytes have 128 added where they are not held; else those of
+            `uint8_rows`
+    scaled  whether there is a `by`
 
-    A row with a number that is not finite has the scale NaN. Passed: x, y, rows; m, k; x's stride of rows.
+    A row with a number that is not finite has the scale NaN. Passed: x, by if there is one, y, rows; m, k; x's stride
+    of rows.
     """
 
     form: str
+    signed: bool = False
+    scaled: bool = False
 
     @property
     def title(self) -> str:
-        return f"encode_rows_{self.form}"
+        return f"encode_{'scaled_' * self.scaled}{'signed_' * self.signed}rows_{self.form}"
+
+    @property
+    def head(self) -> int:
+        """Bytes of a row before its numbers."""
+        return 0 if self.form != "held" else ROW_HEAD if self.signed else ROW_HEAD + 1
 
     def emit(self, k: Emitter) -> None:
         held = self.form == "held"
-        pointers = [k.pointer("x", f32), k.pointer("y", rows_dtype(self.form)), k.pointer("rows", _i32)]
+        read = [k.pointer(name, f32) for name in ("x", "by")[: 1 + self.scaled]]
+        pointers = [k.pointer("y", rows_dtype(self.form)), k.pointer("rows", _i32)]
         m, depth, stride = k.size("m"), k.size("k"), k.size("x_stride")
         steps = k.let(k.floor_divide(depth + (QUAD_STEP - 1), QUAD_STEP), "steps")
-        x, rows = k.view(pointers[0], [m, depth], [stride, 1]), k.view(pointers[2], [m, 2])
+        x, rows = k.view(read[0], [m, depth], [stride, 1]), k.view(pointers[1], [m, 2])
+        by = k.view(read[1], [depth]) if self.scaled else None
         if self.form == "tiles":
-            y = k.view(pointers[1], [k.floor_divide(m + (BLOCK - 1), BLOCK), steps, 2, ROWS, QUAD_STEP])
+            y = k.view(pointers[0], [k.floor_divide(m + (BLOCK - 1), BLOCK), steps, 2, ROWS, QUAD_STEP])
         else:
-            y = k.view(pointers[1], [m, depth + ROW_HEAD if held else steps * QUAD_STEP])
+            y = k.view(pointers[0], [m, depth + self.head if held else steps * QUAD_STEP])
         lanes = k.isa.lanes()
         with k.parallel(k.floor_divide(m + (ROWS - 1), ROWS), "sixteen") as sixteen:
             first = k.let(sixteen * ROWS, "first")
             with k.loop(k.least(m - first, k.index(ROWS)), "i") as i:
                 row = k.let(first + i, "row")
-                largest = self._largest(k, x, row, depth)
-                scale, factor = scale_of(k, largest)
+
+                def number(at: Expr, count: int = 1, row: Expr = row) -> Expr:
+                    found = k.load(x, [row, at], count)
+                    return found if by is None else found * k.load(by, [at], count)
+
+                scale, factor, zero = self._steps(k, *self._ends(k, number, depth))
+                bits = k.let(k.bits(scale, _i32), "bits")
                 if held:
-                    bits = k.let(k.bits(scale, _i32), "bits")
                     for byte in range(ROW_HEAD):
                         part = (bits >> k.number(8 * byte, _i32)) & k.number(255, _i32)
                         k.store(y, [row, byte], k.cast(part, u8))
-                sums = k.registers(lanes, _i32, "sums")
-                k.store(sums, [0], k.number(0, _i32, lanes), lanes)
+                    if not self.signed:
+                        k.store(y, [row, ROW_HEAD], k.cast(zero, u8))
                 whole = k.let(k.floor_divide(depth, QUAD_STEP), "whole")
                 with k.loop(whole, "step") as step:
-                    at = [row, step * QUAD_STEP]
-                    self._step(k, x, at, y, self._place(k, sixteen, i, row, step), factor, sums, QUAD_STEP)
+                    to = self._place(k, sixteen, i, row, step)
+                    at = k.let(step * QUAD_STEP, "at")
+                    self._step(k, lambda j, at=at: number(at + j, lanes), y, to, factor, zero, QUAD_STEP)  # type: ignore[misc]
                 with k.when(whole * QUAD_STEP < depth):
                     rest = k.registers(QUAD_STEP, f32, "rest")
                     for j in range(0, QUAD_STEP, lanes):
                         k.store(rest, [j], k.number(0.0, f32, lanes), lanes)
                     left = k.let(depth - whole * QUAD_STEP, "left")
                     with k.loop(left, "j") as j:
-                        k.store(rest, [j], k.load(x, [row, whole * QUAD_STEP + j]))
+                        k.store(rest, [j], number(whole * QUAD_STEP + j))
                     to = self._place(k, sixteen, i, row, whole)
-                    self._step(k, rest, [k.index(0)], y, to, factor, sums, left if held else QUAD_STEP)
-                k.store(rows, [row, 0], k.bits(scale, _i32))
-                k.store(rows, [row, 1], across(k, k.load(sums, [0], lanes), lanes, "add"))
+                    last = left if held else QUAD_STEP
+                    self._step(k, lambda j: k.load(rest, [j], lanes), y, to, factor, zero, last)
+                k.store(rows, [row, 0], bits)
+                k.store(rows, [row, 1], zero)
 
     def _place(self, k: Emitter, sixteen: Expr, i: Expr, row: Expr, step: Expr) -> list[Expr]:
         """Where the numbers of a step of a row go."""
         if self.form == "tiles":
             return [k.floor_divide(sixteen, 2), step, k.floor_mod(sixteen, 2), i, k.index(0)]
-        return [row, step * QUAD_STEP + (ROW_HEAD if self.form == "held" else 0)]
+        return [row, step * QUAD_STEP + self.head]
 
-    def _largest(self, k: Emitter, x: Any, row: Expr, depth: Expr) -> Expr:
-        """The bits of the largest magnitude of a row, of which those of infinity and NaN are the largest."""
+    def _ends(self, k: Emitter, number: Callable[[Expr, int], Expr], depth: Expr) -> tuple[Expr, Expr]:
+        """The bits of a row's largest number and of its least one, without that one's sign, or of 0 where a row has no
+        number of that sign; of a signed row twice those of its largest magnitude. Those of infinity and NaN are larger
+        than all others.
+        """
         lanes = k.isa.lanes()
-        most = k.registers(lanes, _i32, "most")
-        k.store(most, [0], k.number(0, _i32, lanes), lanes)
+        most = k.registers(2 * lanes, _i32, "most")
+        for side in range(2):
+            k.store(most, [side * lanes], k.number(0, _i32, lanes), lanes)
         vectors = k.let(k.floor_divide(depth, lanes), "vectors")
 
-        def bits(at: Expr, count: int) -> Expr:
-            return k.bits(k.load(x, [row, at], count), _i32, count) & k.number(0x7FFFFFFF, _i32, count)
+        def bits(at: Expr, count: int) -> list[Expr]:
+            found = k.let(k.bits(number(at, count), _i32, count))
+            if self.signed:
+                return [found & k.number(_SIGN - 1, _i32, count)]
+            return [found, found ^ k.number(-_SIGN, _i32, count)]  # as integers those of negative numbers are below 0
 
         with k.loop(vectors, "v") as v:
-            k.store(most, [0], k.greatest(k.load(most, [0], lanes), bits(v * lanes, lanes)), lanes)
-        found = k.registers(1, _i32, "found")
-        k.store(found, [0], across(k, k.load(most, [0], lanes), lanes, "smax"))
+            for side, each in enumerate(bits(v * lanes, lanes)):
+                at = [side * lanes]
+                k.store(most, at, k.greatest(k.load(most, at, lanes), each), lanes)
+        ends = k.registers(2, _i32, "ends")
+        for side in range(2):
+            k.store(ends, [side], across(k, k.load(most, [side * lanes], lanes), lanes, "smax"))
         with k.loop(depth - vectors * lanes, "j") as j:
-            k.store(found, [0], k.greatest(k.load(found, [0]), bits(vectors * lanes + j, 1)))
-        return k.let(k.load(found, [0]), "largest")
+            for side, each in enumerate(bits(vectors * lanes + j, 1)):
+                k.store(ends, [side], k.greatest(k.load(ends, [side]), each))
+        largest = k.let(k.load(ends, [0]), "largest")
+        return largest, largest if self.signed else k.let(k.load(ends, [1]), "least")
+
+    def _steps(self, k: Emitter, largest: Expr, least: Expr) -> tuple[Expr, Expr, Expr]:
+        """A row's scale, what its numbers are multiplied with, and its zero."""
+        if self.signed:
+            return *scale_of(k, largest), k.number(128, _i32)
+        infinity, one = k.number(_INFINITY, _i32), k.number(1.0, f32)
+        finite = k.both(largest < infinity, least < infinity)
+        above, below = k.let(k.bits(largest, f32), "above"), k.let(k.bits(least, f32), "below")
+        none = k.select(finite, k.number(0.0, f32), k.number(float("nan"), f32))
+        steps = k.number(255.0, f32)
+        step = k.let(above / steps + below / steps, "step")
+        used = k.both(finite, step >= k.number(_SMALLEST_STEP, f32))
+        factor = k.let(k.select(used, one / k.select(used, step, one), k.number(0.0, f32)), "factor")
+        zero = k.cast(k.nearest(k.select(used, below, k.number(0.0, f32)) * factor), _i32)
+        return k.let(k.select(used, step, none), "scale"), factor, k.let(zero, "zero")
 
     def _step(
-        self, k: Emitter, x: Any, at: list[Expr], y: Any, to: list[Expr], factor: Expr, sums: Any, count: Expr
+        self,
+        k: Emitter,
+        number: Callable[[int], Expr],
+        y: Any,
+        to: list[Expr],
+        factor: Expr,
+        zero: Expr,
+        count: Expr,
     ) -> None:
-        """64 elements of a row, or `count` of the last of a held one."""
+        """64 elements of a row, or `count` of the last of a held one; `number` gives a vector of them."""
         lanes = k.isa.lanes()
-        part = k.registers(QUAD_STEP, _i8, "part") if count is not QUAD_STEP else None
+        part = k.registers(QUAD_STEP, u8, "part") if count is not QUAD_STEP else None
+        up = k.let(k.splat(k.cast(zero, f32), lanes), "up")
         for j in range(0, QUAD_STEP, lanes):
-            nearest = k.nearest(k.load(x, [*at[:-1], at[-1] + j], lanes) * k.splat(factor, lanes))
+            near = k.nearest(number(j) * k.splat(factor, lanes))
+            if not self.signed:  # two halves rounded up would make 256 steps
+                near = k.least(near, k.number(255.0, f32, lanes) - up)
             if self.form == "wide":
-                k.store(y, [*to[:-1], to[-1] + j], nearest, lanes)
+                k.store(y, [*to[:-1], to[-1] + j], near, lanes)
                 continue
-            whole = k.let(k.cast(nearest, _i32, lanes), "whole")
-            if self.form == "quads":
-                k.store(sums, [0], k.load(sums, [0], lanes) + whole, lanes)
-            bytes = k.cast(whole, _i8, lanes)
+            lifted = near if self.signed and self.form == "held" else near + up
+            bytes = k.cast(k.cast(lifted, _i32, lanes), u8, lanes)
             if part is not None:
                 k.store(part, [j], bytes, lanes)
             else:
-                k.store(y, [*to[:-1], to[-1] + j], k.bits(bytes, u8, lanes), lanes)
+                k.store(y, [*to[:-1], to[-1] + j], bytes, lanes)
         if part is not None:
             with k.loop(count, "j") as j:
-                k.store(y, [*to[:-1], to[-1] + j], k.bits(k.load(part, [j]), u8))
+                k.store(y, [*to[:-1], to[-1] + j], k.load(part, [j]))
 
 
 @dataclass(frozen=True)
 class DecodeRows(Kernel):
     """y[m, k] = the numbers of 8-bit rows as they are held
 
+    signed  whether they are those of `int8_rows`, else of `uint8_rows`
+
     Passed: x, y; m, k; the strides of x's and y's rows.
     """
+
+    signed: bool = True
+
+    @property
+    def title(self) -> str:
+        return f"decode_{'signed_' * self.signed}rows"
 
     def emit(self, k: Emitter) -> None:
         pointers = [k.pointer("x", u8), k.pointer("y", f32)]
         m, depth, of_x, of_y = (k.size(name) for name in ("m", "k", "x_stride", "y_stride"))
-        x, y = k.view(pointers[0], [m, depth + ROW_HEAD], [of_x, 1]), k.view(pointers[1], [m, depth], [of_y, 1])
+        head = ROW_HEAD if self.signed else ROW_HEAD + 1
+        x, y = k.view(pointers[0], [m, depth + head], [of_x, 1]), k.view(pointers[1], [m, depth], [of_y, 1])
         with k.parallel(m, "row") as row:
             bits = k.cast(k.load(x, [row, 0]), _i32)
             for byte in range(1, ROW_HEAD):
                 bits = bits | k.shift_left(k.cast(k.load(x, [row, byte]), _i32), k.number(8 * byte, _i32))
             scale = k.let(k.bits(bits, f32), "scale")
+            zero = k.let(k.number(0, _i32) if self.signed else k.cast(k.load(x, [row, ROW_HEAD]), _i32), "zero")
             with k.loop(depth, "j") as j:
-                number = k.cast(k.cast(k.bits(k.load(x, [row, j + ROW_HEAD]), _i8), _i32), f32)
-                k.store(y, [row, j], number * scale)
+                byte = k.load(x, [row, j + head])
+                number = k.cast(k.bits(byte, _i8) if self.signed else byte, _i32)
+                k.store(y, [row, j], k.cast(number - zero, f32) * scale)
 
 
 def scale_of(k: Emitter, largest: Expr) -> tuple[Expr, Expr]:

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from treadle.backends.tvm.kernels.kernel import Kernel
-from treadle.ir.layouts import PAIR_SQUARE, PAIR_STEP, QUAD_STEP, ROW_HEAD
-from treadle.ir.types import bf16, u8
+from treadle.ir.layouts import PAIR_SQUARE, PAIR_STEP, QUAD_HEAD, QUAD_STEP, ROW_HEAD
+from treadle.ir.types import DTYPES, bf16, u8
 
 if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
+
+_i32, _i8 = DTYPES["i32"], DTYPES["i8"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class PackQuads(Kernel):
         depth = k.let(bytes - ROW_HEAD, "depth")
         steps = k.let(k.floor_divide(depth + (QUAD_STEP - 1), QUAD_STEP), "steps")
         panels = k.floor_divide(n + (self.width - 1), self.width)
-        w = k.view(pw, [panels, steps * (self.width * QUAD_STEP) + self.width * ROW_HEAD])
+        w = k.view(pw, [panels, steps * (self.width * QUAD_STEP) + self.width * QUAD_HEAD])
         with k.parallel(panels, "panel") as panel, k.loop(self.width, "i") as i:
             row = k.let(panel * self.width + i, "row")
 
@@ -77,9 +79,17 @@ class PackQuads(Kernel):
 
             with k.loop(ROW_HEAD, "j") as j:
                 put(i * ROW_HEAD + j, j, row < n)
+            total = k.registers(1, _i32, "total")
+            k.store(total, [0], k.number(0, _i32))
+            with k.when(row < n), k.loop(depth, "j") as j:
+                number = k.cast(k.bits(k.load(x, [row, j + ROW_HEAD]), _i8), _i32)
+                k.store(total, [0], k.load(total, [0]) + number)
+            for byte in range(QUAD_HEAD - ROW_HEAD):
+                part = (k.load(total, [0]) >> k.number(8 * byte, _i32)) & k.number(255, _i32)
+                k.store(w, [panel, self.width * ROW_HEAD + i * 4 + byte], k.cast(part, u8))
             side = self.width if self.flat else PAIR_SQUARE
             square, column = k.let(k.floor_divide(i, side)), k.let(k.floor_mod(i, side))
-            first = k.let(self.width * ROW_HEAD + square * (side * QUAD_STEP) + column * 4, "first")
+            first = k.let(self.width * QUAD_HEAD + square * (side * QUAD_STEP) + column * 4, "first")
             with k.loop(steps, "step") as step, k.loop(QUAD_STEP, "j") as j:
                 four = k.floor_divide(j, 4) * (4 * side) + k.floor_mod(j, 4)
                 at = first + step * (self.width * QUAD_STEP) + four

@@ -87,8 +87,8 @@ def multiply(k: Emitter, sums: int, left: int, right: int) -> None:
 
 
 def multiply_bytes(k: Emitter, sums: int, left: int, right: int) -> None:
-    """sums += left right, of tiles of signed bytes and of their fours."""
-    name = "@llvm.x86.tdpbssd"
+    """sums += left right, of a tile of bytes without sign and one of fours of signed bytes."""
+    name = "@llvm.x86.tdpbusd"
     k.effect(
         f"treadle_multiply_byte_tiles_{sums}_{left}_{right}",
         f"void {name}(i8 immarg, i8 immarg, i8 immarg)",

@@ -1,0 +1,158 @@
+"""Plans which products are balanced: those of rows that a norm gives, in every call, with weights of their own.
+
+layer.{0..5}.attn.balance   layer.{0..5}.attn.{q,k,v}.weight   gain and shift of the norm that projections read
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
+
+from treadle.ir.graph import Function, Graph, Value
+from treadle.ir.ops.products import MixedProduct
+from treadle.ir.transforms.balances import Balance, balanced_name, norm_of, scored
+from treadle.ir.types import f32
+from treadle.passes.quantization.quantization_plan import ActivationPlan
+
+_Norm = tuple[str, str | None]
+"""The names of a norm's gain and shift."""
+
+
+@dataclass(frozen=True)
+class _Use:
+    """The products of one rounded value, in one call of its function.
+
+    norm     which gives the value; None: none does
+    weights  the parameters that they multiply it with; None for what is no parameter
+    by       those of them whose products are more than queries and keys of attention; all, where none are
+    """
+
+    norm: _Norm | None
+    weights: tuple[str | None, ...]
+    by: tuple[str | None, ...]
+
+
+def plan_balances(
+    graph: Graph, activations: Sequence[ActivationPlan], picked: AbstractSet[str]
+) -> tuple[tuple[ActivationPlan, ...], tuple[Balance, ...]]:
+    """The plans of values with what is said of balancing, and the balances.
+
+    picked  the weights of which rows are picked as well, which are held as they are
+
+    A vector belongs to weights, so that every product of one of them must be of the same norm's numbers, beside the
+    same weights.
+    """
+    places = {
+        (a.function, place): i for i, a in enumerate(activations) if a.encoding is not None for place in a.products
+    }
+    found = _Finding(graph, places)
+    for entry in graph.later_entries:
+        held = {value: name for name, value in entry.parameters.items()}
+        found.read(entry, held, {})
+    whys = {i: _why_not(uses, picked) for i, uses in found.uses.items()}
+    by_weight: dict[str, set[tuple[int, _Use] | None]] = {name: {None} for name in found.alone}
+    for i, uses in found.uses.items():
+        for use in uses:
+            for name in use.weights:
+                if name is not None:
+                    by_weight.setdefault(name, set()).add((i, use))
+    changed = True
+    while changed:  # what one value's products cannot have, those of others with the same weights cannot either
+        changed = False
+        for i, uses in found.uses.items():
+            if whys[i]:
+                continue
+            for name in [n for use in uses for n in use.weights if n is not None]:
+                others = by_weight[name]
+                if None in others or any(u is not None and whys[u[0]] for u in others):
+                    whys[i] = f"other products read {name}"
+                elif len({u[1] for u in others if u is not None}) > 1:
+                    whys[i] = f"{name} meets numbers of several norms"
+            changed = changed or bool(whys[i])
+    told = [
+        a
+        if i not in whys
+        else replace(a, reason=f"{a.reason}; {f'not balanced: {whys[i]}' if whys[i] else 'balanced'}")
+        for i, a in enumerate(activations)
+    ]
+    return tuple(told), tuple(_balances(graph, [u for i, uses in found.uses.items() if not whys[i] for u in uses]))
+
+
+def _why_not(uses: Sequence[_Use], picked: AbstractSet[str]) -> str:
+    for use in uses:
+        if use.norm is None:
+            return "no norm with a gain gives it"
+        if None in use.weights:
+            return "what it is multiplied with is no parameter by itself"
+        for name in use.weights:
+            if name in picked:
+                return f"rows of {name} are picked"
+    return ""
+
+
+def _balances(graph: Graph, uses: Sequence[_Use]) -> list[Balance]:
+    taken = set(graph.parameters)
+    made: list[Balance] = []
+    for use in dict.fromkeys(uses):
+        assert use.norm is not None
+        weights = tuple([name for name in use.weights if name is not None])
+        vector = balanced_name(weights, taken.__contains__)
+        taken.add(vector)
+        made.append(Balance(vector, *use.norm, weights, tuple([name for name in use.by if name is not None])))
+    return made
+
+
+class _Finding:
+    """Who multiplies what, call by call.
+
+    uses   of each planned value, by its place among the plans: its products, in each call
+    alone  the parameters that products multiply with what is not rounded
+    """
+
+    def __init__(self, graph: Graph, places: Mapping[tuple[str, int], int]) -> None:
+        self.graph, self.places = graph, places
+        self.uses: dict[int, list[_Use]] = {}
+        self.alone: set[str] = set()
+
+    def read(self, function: Function, held: Mapping[Value, str], given: Mapping[Value, _Norm]) -> list[_Norm | None]:
+        """Note one call of a function, whose values hold these parameters and norms; the norms of its results."""
+        norms = dict(given)
+        rounded: dict[int, tuple[Value, list[str | None], list[str | None]]] = {}
+        uses = function.uses()
+        for place, node in enumerate(function.nodes):
+            callee = self.graph.callee(node)
+            if callee is not None:
+                pairs = [(f, v) for f, v in zip(callee.arguments, node.operands, strict=True) if v is not None]
+                inner = {f: held[v] for f, v in pairs if v in held}
+                results = self.read(callee, inner, {f: norms[v] for f, v in pairs if v in norms})
+                norms |= {v: n for v, n in zip(node.results, results, strict=True) if n is not None}
+                continue
+            if (norm := norm_of(node.results[0])) is not None and (named := _named(norm, held)) is not None:
+                norms[node.results[0]] = named
+            if isinstance(node.op, MixedProduct):
+                matrices = [node.operands[p] for p in node.op.multiplies(len(node.operands))]
+                names = [None if m is None else held.get(m) for m in matrices]
+                i = self.places.get((function.name, place))
+                if i is None:
+                    self.alone.update(n for n in names if n is not None)
+                    continue
+                x = node.operands[0]
+                assert x is not None
+                _, found, counted = rounded.setdefault(i, (x, [], []))
+                found += names
+                own = len(names) == len(node.results)
+                counted += [n for at, n in enumerate(names) if not scored(node.results[at if own else 0], uses)]
+        for i, (x, found, counted) in rounded.items():
+            by = dict.fromkeys(counted or found)
+            self.uses.setdefault(i, []).append(_Use(norms.get(x), tuple(dict.fromkeys(found)), tuple(by)))
+        return [norms.get(v) for v in function.results]
+
+
+def _named(norm: tuple[Value | None, Value | None], held: Mapping[Value, str]) -> _Norm | None:
+    """The names of a norm's weights; None where its gain is no vector of numbers, or one is no parameter."""
+    gain, shift = norm
+    for vector in (gain, shift):
+        if vector is not None and (vector not in held or vector.type.dtype is not f32 or vector.type.rank != 1):
+            return None
+    return None if gain is None else (held[gain], None if shift is None else held[shift])

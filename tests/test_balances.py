@@ -1,0 +1,183 @@
+"""Balanced products: which norms feed which weights, the vector between them, and what a balanced graph means."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import treadle
+from treadle.ir.encodings.encoding import Encoding
+from treadle.ir.errors import PassError
+from treadle.ir.graph import Graph
+from treadle.ir.interpreter import interpret
+from treadle.ir.text.parser import parse_graph
+from treadle.ir.transforms.balances import Balance, balances_of
+from treadle.ir.transforms.clone import clone_graph
+from treadle.ir.transforms.encoded_weights import encode_parameters, encode_weights, given_parameters, quantized_alike
+from treadle.passes.framework.manager import PassManager
+from treadle.passes.quantization.plan_checking import check_encoded_products, check_quantization
+from treadle.passes.quantization.planning import plan_quantization
+from treadle.passes.quantization.quantize import QuantizeWeights, encode_activations
+
+Array = np.ndarray[Any, Any]
+
+TEXT = """graph g {
+  symbols B
+  parameters {
+    n.weight: f32[16]
+    n.bias: f32[16]
+    layer.{0..1}.a.weight: f32[16, 16]
+    layer.{0..1}.b.weight: f32[16, 16]
+    layer.{0..1}.n.weight: f32[16]
+    out.weight: f32[16, 24]
+    tied.weight: f32[32, 16]
+    twice.weight: f32[8, 16]
+  }
+  block layer(x: f32[B, 16]) -> (y: f32[B, 16])
+    weights a.weight: f32[16, 16], b.weight: f32[16, 16], n.weight: f32[16]
+  {
+    a = linear(x, $a.weight)
+    b = linear(x, $b.weight)
+    c = mul(a, b)
+    y = rms_norm(c, $n.weight)
+    return y = y
+  }
+  main(x: f32[B, 16], i: i64[B]) -> (y: f32[B, 24], z: f32[B, 32], t: f32[B, 8], u: f32[B, 8]) {
+    n = layer_norm(x, $n.weight, $n.bias)
+    h = layer(n) with layer.0
+    g = layer(h) with layer.1
+    y = matmul(g, $out.weight)
+    e = gather($tied.weight, i, axis=0)
+    z = linear(n, $tied.weight)
+    t = linear(n, $twice.weight)
+    u = linear(e, $twice.weight)
+    return y = y, z = z, t = t, u = u
+  }
+}"""
+
+WANTED = (
+    Balance("layer.0.balance", "n.weight", "n.bias", *[("layer.0.a.weight", "layer.0.b.weight")] * 2),
+    Balance("layer.1.balance", "layer.0.n.weight", None, *[("layer.1.a.weight", "layer.1.b.weight")] * 2),
+    Balance("out.balance", "layer.1.n.weight", None, *[("out.weight",)] * 2),
+)
+
+
+@pytest.fixture(scope="module")
+def declared() -> Graph:
+    return parse_graph(TEXT)
+
+
+@pytest.fixture(scope="module")
+def weights(declared: Graph) -> dict[str, Array]:
+    """Channels of very different sizes, and one that is always 0."""
+    rng = np.random.default_rng(3)
+    made = {}
+    for name, value in declared.parameters.items():
+        made[name] = rng.standard_normal(value.type.static_shape).astype(np.float32)
+        if name.endswith(("n.weight", "n.bias")):
+            made[name] *= np.exp(1.5 * rng.standard_normal(16)).astype(np.float32)
+            made[name][5] = 0
+    return made
+
+
+@pytest.fixture(scope="module")
+def rounded(declared: Graph) -> Graph:
+    return PassManager((QuantizeWeights("int8"),)).run(declared).graph
+
+
+def test_each_norm_that_feeds_weights_of_its_own_is_balanced(declared: Graph, rounded: Graph) -> None:
+    plan = plan_quantization(declared, "int8")
+    check_quantization(plan, declared)
+    assert plan.balances == WANTED
+    told = {(a.function, a.name): a.reason.partition("; ")[2] for a in plan.activations}
+    assert told == {
+        ("layer", "x"): "balanced",
+        ("main", "g"): "balanced",
+        ("main", "n"): "not balanced: rows of tied.weight are picked",
+        ("main", "e"): "not balanced: no norm with a gain gives it",
+    }
+    assert "layer.0.balance, layer.1.balance" not in str(plan)
+    assert balances_of(rounded) == WANTED
+    assert set(given_parameters(rounded)) == set(declared.parameters)
+    assert plan_quantization(declared, "int8-weights").balances == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"gain": "layer.1.n.weight"}, "linear reads it without numbers of layer.1.n.weight"),
+        ({"shift": None}, "linear reads it without numbers of n.weight"),
+        ({"weights": ("tied.weight",)}, "tied.weight is balanced by layer.0.balance, and gather reads it"),
+        ({"weights": ("n.weight",)}, "is not in 8-bit rows, or twice"),
+        ({"vector": "out.balance"}, "out.balance is the name of something else"),
+        ({"vector": "n.bias"}, "n.bias is the name of something else"),
+    ],
+)
+def test_a_wrong_balance_is_caught(declared: Graph, change: dict[str, Any], what: str) -> None:
+    plan = plan_quantization(declared, "int8")
+    first, *others = plan.balances
+    with pytest.raises(PassError, match="the quantization plan is wrong") as error:
+        check_quantization(replace(plan, balances=(replace(first, **change), *others)), declared)
+    assert what in str(error.value)
+
+
+@pytest.mark.parametrize("balances", [WANTED[1:], (replace(WANTED[0], vector="out.balance"), *WANTED[1:])])
+def test_a_vector_that_meets_other_weights_is_caught(rounded: Graph, balances: tuple[Balance, ...]) -> None:
+    check_encoded_products(rounded, WANTED)
+    with pytest.raises(PassError, match=r"layer.0.a.weight, balanced by .*, meets numbers"):
+        check_encoded_products(rounded, balances)
+
+
+def test_the_vector_and_the_blocks_are_computed_of_the_weights(rounded: Graph, weights: dict[str, Array]) -> None:
+    held = encode_weights(rounded, weights)
+    size = 3 * np.abs(weights["n.weight"]) + np.abs(weights["n.bias"])
+    largest = np.maximum(*(np.abs(weights[f"layer.0.{n}.weight"]).max(axis=0) for n in "ab"))
+    s = np.sqrt(size / largest)
+    s[5] = 1  # what is always 0
+    np.testing.assert_allclose(held["layer.0.balance"], 1 / s, rtol=1e-6)
+    near = Encoding("int8_rows").decode(held["layer.0.a.weight"]) / s
+    step = np.abs(weights["layer.0.a.weight"] * s).max(axis=-1, keepdims=True) / 127
+    assert (np.abs(near - weights["layer.0.a.weight"]) <= 0.501 * step / s).all()
+    assert encode_weights(rounded, held).keys() == held.keys()
+    np.testing.assert_array_equal(encode_weights(rounded, held)["layer.0.balance"], held["layer.0.balance"])
+
+
+def test_a_balanced_graph_means_what_the_declared_one_does(
+    declared: Graph, rounded: Graph, weights: dict[str, Array]
+) -> None:
+    """Numbers are near to those of what blocks mean, and nearer than without balancing to what was declared."""
+    held, x = encode_weights(rounded, weights), np.random.default_rng(5).standard_normal((40, 16)).astype(np.float32)
+    inputs = {"x": x, "i": np.arange(40) % 32}
+    wanted = interpret(declared, inputs, weights)
+    alike = quantized_alike(declared, rounded)
+    assert set(alike.parameters) == set(rounded.parameters)
+    got, meant = interpret(rounded, inputs, held), interpret(alike, inputs, held)
+    without = clone_graph(declared)
+    encode_activations(without, plan_quantization(without, "int8").activations)
+    without = encode_parameters(without, plan_quantization(declared, "int8").encodings)
+    other = interpret(without, inputs, encode_weights(without, weights))
+    for name in ("y", "z", "t", "u"):
+        scale = np.abs(wanted[name]).max()
+        np.testing.assert_allclose(got[name], meant[name], rtol=0, atol=0.05 * scale)
+        np.testing.assert_allclose(meant[name], wanted[name], rtol=0, atol=0.05 * scale)
+    assert _error(got["y"], wanted["y"]) < 0.7 * _error(other["y"], wanted["y"])
+
+
+def _error(x: Array, y: Array) -> float:
+    return float(np.sqrt(np.mean((x - y) ** 2)))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_a_model_takes_its_weights_without_vectors_and_gives_them_all(name: str) -> None:
+    small = {"layers": 2, "dim": 64, "heads": 4, "vocab": 96}
+    plain = treadle.compile(name, **small)
+    made = treadle.compile(name, weights=plain.weights, quantize="int8", **small)
+    plan = plan_quantization(plain.graph, "int8")
+    assert set(balances_of(made.graph)) == set(plan.balances)
+    first = plan.balances[0]
+    assert len(first.weights) == 3
+    assert [w for w in first.weights if ".v." in w] == list(first.by)  # and not queries and keys
+    assert set(made.weights) - set(plain.weights) == {b.vector for b in balances_of(made.graph)}
