@@ -211,8 +211,8 @@ def test_four_bits_beside_rounded_activations() -> None:
     plan = plan_quantization(optimized("llama"), "int4-int8")
     check_quantization(plan, optimized("llama"))
     assert plan.encodings == plan_quantization(optimized("llama"), "int4").encodings
-    assert {str(a.encoding) for a in plan.activations} == {"int8_groups(32)", "int8_rows"}
-    (logits,) = [a for a in plan.activations if str(a.encoding) == "int8_rows"]
+    assert {str(a.encoding) for a in plan.activations} == {"int8_groups(32)", "uint8_rows"}
+    (logits,) = [a for a in plan.activations if str(a.encoding) == "uint8_rows"]
     assert logits.function == "main"
     exact, near = (run("llama", "numpy", quantize=scheme) for scheme in ("int4", "int4-int8"))
     assert 0 < np.abs(near - exact).max() < 5e-2 * np.abs(exact).max()

@@ -21,6 +21,7 @@ from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.layouts import PAIR_SQUARE, QUAD_HEAD, QUAD_STEP, quads
 from treadle.ir.ops.blocks import ROWS, STEPS
+from treadle.ir.sizing.sizes import Size
 from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.types import f32, i64
@@ -30,9 +31,11 @@ from treadle.passes.quantization.quantize import QuantizeWeights
 
 pytest.importorskip("tvm")
 
-from treadle.backends.tvm.kernels.cache import assembly
+from tests.tiles_in_memory import stand_in
+from treadle.backends.tvm.kernels.cache import KernelCache, assembly
+from treadle.backends.tvm.kernels.calling import bind
 from treadle.backends.tvm.kernels.narrow.byte_product import ByteTileProduct, QuadProduct
-from treadle.backends.tvm.kernels.narrow.encode_rows import form_of_rows
+from treadle.backends.tvm.kernels.narrow.encode_rows import EncodeRows, form_of_rows, rows_elements
 
 HERE = [
     name for name in ("x86-64-amx", "x86-64-v4-bf16", "x86-64-v4", "x86-64-v3", "x86-64-v2") if runs_here(ISAS[name])
@@ -250,6 +253,24 @@ def test_quads_hold_scales_and_then_four_neighbours_side_by_side(flat: bool) -> 
 def test_each_instruction_set_has_its_instructions(isa: str, word: str) -> None:
     kernel = ByteTileProduct() if ISAS[isa].multiplies_tiles else QuadProduct()
     assert word in assembly(kernel, ISAS[isa])
+
+
+@pytest.mark.skipif(not runs_here(ISAS["x86-64-v4-bf16"]), reason="no VNNI here, which the same bits come from")
+@pytest.mark.parametrize("m", [5, 45])
+def test_tiles_have_the_bits_of_instructions_that_multiply_fours(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles are in memory here: what the kernel does with them, zeros of rows included."""
+    x, held, (k, n), made = normal(m, 200) + 1, ROWS.encode(normal(70, 200, seed=1)), (200, 70), []
+    for cache in (KernelCache(stand_in(monkeypatch), folder=None), KernelCache(ISAS["x86-64-v4-bf16"])):
+        form = form_of_rows(cache.isa)
+        size = rows_elements(form, Size.of(m), Size.of(k)).evaluate({})
+        a, told, c = np.zeros(size, np.uint8), np.zeros((m, 2), np.int32), np.zeros((m, n), np.float32)
+        bind(EncodeRows(form), [x, a, told], [m, k, k], cache=cache)()
+        kernel = ByteTileProduct() if cache.isa.multiplies_tiles else QuadProduct()
+        bind(kernel, [a, pack(held, quads_for(cache.isa)), told, c], [m, k, n, n], cache=cache)()
+        made.append(c)
+    np.testing.assert_array_equal(*made)
+    near = STEPS.decode(STEPS.encode(x)) @ ROWS.decode(held).T
+    np.testing.assert_allclose(made[0], near, rtol=0, atol=1e-5 * np.abs(near).max())
 
 
 def test_forms_of_rows() -> None:

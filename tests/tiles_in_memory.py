@@ -69,7 +69,8 @@ class _Tiles:
             k.index(apart),
         )
 
-    def multiply_bytes(self, k: Any, sums: int, left: int, right: int) -> None:
+    def multiply_bytes(self, k: Any, sums: int, left: int, right: int, *, signed: bool) -> None:
+        widens = "sext" if signed else "zext"
         (rows, length), (fours, _) = self.shapes[left], self.shapes[right]
         assert fours * 4 == length
         lines = []
@@ -80,7 +81,7 @@ class _Tiles:
                     name, before = f"{i}_{4 * r + b + 1}", f"{i}_{4 * r + b}"
                     lines += [
                         f"%a{name} = load i8, ptr {_at(left, i, 4 * r + b)}, align 1",
-                        f"%w{name} = sext i8 %a{name} to i32",
+                        f"%w{name} = {widens} i8 %a{name} to i32",
                         f"%i{name} = insertelement <16 x i32> poison, i32 %w{name}, i64 0",
                         f"%v{name} = shufflevector <16 x i32> %i{name}, <16 x i32> poison, <16 x i32> zeroinitializer",
                         f"%q{name} = load <16 x i32>, ptr {_at(right, r)}, align 1",
@@ -90,7 +91,7 @@ class _Tiles:
                         f"%s{name} = add <16 x i32> %s{before}, %p{name}",
                     ]
             lines.append(f"store <16 x i32> %s{i}_{length}, ptr {_at(sums, i)}, align 1")
-        _call(k, f"multiply_{sums}_{left}_{right}", "", "\n  ".join(lines))
+        _call(k, f"multiply_{widens}_{sums}_{left}_{right}", "", "\n  ".join(lines))
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Isa:

@@ -10,6 +10,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
 from treadle.ir.graph import Function, Graph, Value
+from treadle.ir.ops.blocks import STEPS
 from treadle.ir.ops.products import MixedProduct
 from treadle.ir.transforms.balances import Balance, balanced_name, norm_of, scored
 from treadle.ir.types import f32
@@ -43,9 +44,7 @@ def plan_balances(
     A vector belongs to weights, so that every product of one of them must be of the same norm's numbers, beside the
     same weights.
     """
-    places = {
-        (a.function, place): i for i, a in enumerate(activations) if a.encoding is not None for place in a.products
-    }
+    places = {(a.function, place): i for i, a in enumerate(activations) if a.encoding == STEPS for place in a.products}
     found = _Finding(graph, places)
     for entry in graph.later_entries:
         held = {value: name for name, value in entry.parameters.items()}

@@ -108,7 +108,7 @@ class PanelOnTiles:
         tiles.clear(k, _SUMS + number)
         tiles.load(k, _LEFT + number, self.views["a"], [row, (done + group) * GROUP], depth)
         tiles.load(k, _RIGHT + number, self.numbers, [group * _GROUP_BYTES])
-        tiles.multiply_bytes(k, _SUMS + number, _LEFT + number, _RIGHT + number)
+        tiles.multiply_bytes(k, _SUMS + number, _LEFT + number, _RIGHT + number, signed=True)
         tiles.store(k, _SUMS + number, self.sums, [k.index(number * _SQUARE)])
 
     def _add(self, row: Expr, done: Expr, group: Expr, number: int, acc: Any) -> None:

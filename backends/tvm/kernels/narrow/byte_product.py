@@ -73,7 +73,7 @@ class ByteTileProduct(TileProduct):
         return [k.pointer("rows", _i32)]
 
     def multiply(self, k: Emitter, sums: int, left: int, right: int) -> None:
-        tiles.multiply_bytes(k, sums, left, right)
+        tiles.multiply_bytes(k, sums, left, right, signed=False)
 
     def panel(self, steps: Expr) -> list[Expr]:
         return [steps * (2 * _SQUARE) + _HEAD]

@@ -86,11 +86,11 @@ def multiply(k: Emitter, sums: int, left: int, right: int) -> None:
     )
 
 
-def multiply_bytes(k: Emitter, sums: int, left: int, right: int) -> None:
-    """sums += left right, of a tile of bytes without sign and one of fours of signed bytes."""
-    name = "@llvm.x86.tdpbusd"
+def multiply_bytes(k: Emitter, sums: int, left: int, right: int, *, signed: bool) -> None:
+    """sums += left right, of a tile of bytes, signed or not, and one of fours of signed bytes."""
+    name = "@llvm.x86.tdpbssd" if signed else "@llvm.x86.tdpbusd"
     k.effect(
-        f"treadle_multiply_byte_tiles_{sums}_{left}_{right}",
+        f"treadle_multiply_{'signed' if signed else 'byte'}_tiles_{sums}_{left}_{right}",
         f"void {name}(i8 immarg, i8 immarg, i8 immarg)",
         f"void {name}(i8 {sums}, i8 {left}, i8 {right})",
     )
