@@ -1,7 +1,7 @@
 """The server under load: OpenAI's client, many texts in flight, each beside the same text alone.
 
     treadle fetch smollm2
-    python benchmarks/serving.py [--model smollm2] [--requests 200] [--flight 16] [--alone 200] [--json]
+    python benchmarks/serving.py [--model smollm2] [--requests 200] [--flight 16] [--alone 200] [--widen blocks] [--json]
     python benchmarks/serving.py --requests 5000 --alone 0 --tokens 20      # whether memory grows
 
 A server is started on a free port, in a process of its own. First as many requests as `--alone` says go one after the
@@ -61,11 +61,15 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=200, help="the most of a request; the fewest are 20")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--backend", default="tvm")
+    parser.add_argument("--quantize", help="as of `treadle serve`: int8 rounds what a file's blocks multiply")
+    parser.add_argument("--widen", help="as of `treadle serve`: blocks holds the weights in float32")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     command = [sys.executable, "-m", "treadle", "serve", options.model, "--port", "0", "--json"]
     command += ["--backend", options.backend, "--threads", str(options.threads), "--context", "512"]
     command += ["--rows", str(options.flight)]
+    for way in ("quantize", "widen"):
+        command += [f"--{way}", getattr(options, way)] if getattr(options, way) else []
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
