@@ -1,7 +1,7 @@
 """The server under load: OpenAI's client, many texts in flight, each beside the same text alone.
 
     treadle fetch smollm2
-    python benchmarks/serving.py [--model smollm2] [--requests 200] [--flight 16] [--alone 200] [--widen blocks] [--json]
+    python benchmarks/serving.py [--requests 200] [--flight 16] [--alone 200] [--widen blocks] [--json]
     python benchmarks/serving.py --requests 5000 --alone 0 --tokens 20      # whether memory grows
 
 A server is started on a free port, in a process of its own. First as many requests as `--alone` says go one after the
