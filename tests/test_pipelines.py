@@ -33,7 +33,7 @@ from treadle.sharding import device_needs, rank_graph, shard_model, try_in_lab
 NEAR = 1e-11
 """Sums of some hundred float64 numbers near 1, in another order."""
 
-MEETING = ("clip",)
+MEETING = ("clip", "siglip")
 """Families whose rows meet: of images with texts."""
 
 SMALL: dict[str, Any] = {"layers": 8, "dim": 64, "heads": 4, "vocab": 96, "context": 32}
