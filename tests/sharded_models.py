@@ -42,7 +42,14 @@ SPECIAL: Mapping[str, dict[str, Any]] = {
         "text": {**_TOWER, "vocab": 37, "context": 16},
         "vision": {**_TOWER, "patch": 8, "height": 16, "width": 16},
     },
+    "dinov2": {"height": 16, "width": 16, "patch": 8, "grid": 2, "labels": 8},
+    "electra": {"embedding": 24},
     "gpt_neox": {"rotary_dims": 2},
+    "siglip": {
+        **{"height": 16, "width": 16},
+        "text": {**_TOWER, "vocab": 37, "context": 16, "projection": 32},
+        "vision": {**_TOWER, "patch": 8, "height": 16, "width": 16},
+    },
     "vit": {"height": 16, "width": 16, "patch": 8},
 }
 
