@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.fuzz.graphs import BACKENDS, LONG, Judge, draw, verdicts
-from treadle.backends.numpy import spelling as numpy_spelling
+from treadle.backends.numpy.destinations import NUMPY
 from treadle.ir.types import bf16, f16, f64
 
 GRAPHS = 80
@@ -38,8 +38,9 @@ def test_a_seed_gives_one_case() -> None:
 
 def test_a_wrong_kernel_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """By one part in a hundred thousand, in a tanh of f64 and f32."""
-    spelled = numpy_spelling.SPELLINGS["tanh"]
-    monkeypatch.setitem(numpy_spelling.SPELLINGS, "tanh", f"{spelled} * type({{x}}.flat[0])(1.00001)")
+    assert NUMPY.into is not None
+    wrong = "np.multiply(np.tanh({x}), type({x}.flat[0])(1.00001){told})"
+    monkeypatch.setitem(NUMPY.into, "tanh", wrong)
     found = [dict(verdicts(draw(seed), ["numpy"])).get("numpy") for seed in range(0, 60, 3)]
     assert any(found)
 
