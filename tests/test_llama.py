@@ -75,7 +75,8 @@ def test_refusals_of_the_declaration() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "what"),
     [
-        ("llama", {"rope_parameters": {"rope_type": "longrope"}}, "rope_type is 'longrope'"),
+        ("llama", {"rope_parameters": {"rope_type": "spiral"}}, "rope_type is 'spiral'"),
+        ("llama", {"rope_parameters": {"rope_type": "longrope"}}, "short_factor must be a list of numbers"),
         ("llama", {"rope_parameters": [1]}, "rope_parameters must be an object"),
         ("llama", {"rope_parameters": {"rope_type": "linear"}}, "factor must be a number from 0.001"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
