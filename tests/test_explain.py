@@ -264,7 +264,6 @@ def test_a_value_is_followed_through_a_round_trip_and_not_through_half_of_one() 
         (["gpt2", "weather"], "nothing to explain of that name"),
         (["gpt2", "storage", "--sizes", "B=2"], "--sizes and --svg are about memory and sharding"),
         (["gpt2", "memory", "--expect", "attention=2"], "--expect and --certify are about fusion"),
-        (["gpt2", "memory", "--svg", "x.svg"], "there is no arena to draw"),
         (["gpt2", "fusion", "--expect", "attention"], "an expected count is OP=NUMBER"),
         (["gpt2", "fusion", "--expect", "attention=-1"], "an expected count is OP=NUMBER"),
         (["gpt2", "fusion", "--set", "passes=3"], "--set passes= is no option of a model"),
