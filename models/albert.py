@@ -7,16 +7,12 @@ from typing import Annotated
 import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Table
 from treadle.ir.errors import FrontendError
-from treadle.models.bert import ACTIVATIONS, HEADS, block, embed_tokens, follows, pool, unmask
+from treadle.models.bert import HEADS, block, embed_tokens, follows, pool, read_encoder, unmask
 from treadle.models.family import (
     Config,
     Family,
-    choose,
     choose_architecture,
-    count_labels,
-    read_float,
     read_int,
-    read_layers,
     require,
 )
 
@@ -88,18 +84,11 @@ def from_config(config: Config) -> t.Model:
     if head in ("masked_lm", "pretraining"):
         require(config, tie_word_embeddings=True)
     return albert.configure(
-        vocab=read_int(config, "vocab_size"),
+        **read_encoder(config, "gelu_new"),
         context=read_int(config, "max_position_embeddings"),
         types=read_int(config, "type_vocab_size", 2),
         embedding=read_int(config, "embedding_size", 128),
-        dim=read_int(config, "hidden_size"),
-        heads=read_int(config, "num_attention_heads"),
-        layers=read_layers(config, "num_hidden_layers"),
-        hidden=read_int(config, "intermediate_size"),
-        act=choose(config, "hidden_act", ACTIVATIONS, "gelu_new"),
-        eps=read_float(config, "layer_norm_eps", 1e-12),
         head=head,
-        labels=count_labels(config),
     )
 
 

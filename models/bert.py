@@ -5,7 +5,7 @@ One declaration with a head to choose: in the paper, too, tasks differ in no mor
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Table
@@ -146,18 +146,29 @@ def from_config(config: Config) -> t.Model:
     if head in ("masked_lm", "pretraining"):
         require(config, tie_word_embeddings=True)
     return bert.configure(
-        vocab=read_int(config, "vocab_size"),
+        **read_encoder(config),
         context=read_int(config, "max_position_embeddings"),
         types=read_int(config, "type_vocab_size", 2),
-        dim=read_int(config, "hidden_size"),
-        heads=read_int(config, "num_attention_heads"),
-        layers=read_layers(config, "num_hidden_layers"),
-        hidden=read_int(config, "intermediate_size"),
-        act=choose(config, "hidden_act", ACTIVATIONS),
-        eps=read_float(config, "layer_norm_eps", 1e-12),
         head=head,
-        labels=count_labels(config),
     )
+
+
+def read_encoder(config: Config, act: str | None = None, **missing: int) -> dict[str, Any]:
+    """What configs of BERT and its kin tell alike, as options of their declarations.
+
+    act      the activation of a config that tells none
+    missing  the sizes of a config that tells none, by our names: vocab, dim, heads, layers, hidden
+    """
+    return {
+        "vocab": read_int(config, "vocab_size", missing.get("vocab")),
+        "dim": read_int(config, "hidden_size", missing.get("dim")),
+        "heads": read_int(config, "num_attention_heads", missing.get("heads")),
+        "layers": read_layers(config, "num_hidden_layers", missing.get("layers")),
+        "hidden": read_int(config, "intermediate_size", missing.get("hidden")),
+        "act": choose(config, "hidden_act", ACTIVATIONS, act),
+        "eps": read_float(config, "layer_norm_eps", 1e-12),
+        "labels": count_labels(config),
+    }
 
 
 def checkpoint(config: Config) -> Table:

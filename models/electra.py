@@ -10,16 +10,12 @@ from typing import Annotated
 import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Table
 from treadle.ir.errors import FrontendError
-from treadle.models.bert import ACTIVATIONS, block, embed_tokens, pool, unmask
+from treadle.models.bert import block, embed_tokens, pool, read_encoder, unmask
 from treadle.models.family import (
     Config,
     Family,
-    choose,
     choose_architecture,
-    count_labels,
-    read_float,
     read_int,
-    read_layers,
     require,
 )
 
@@ -96,18 +92,11 @@ def from_config(config: Config) -> t.Model:
     if config.get("architectures") == ["ElectraForMultipleChoice"]:  # which alone is told how it pools
         require(config, summary_type="first", summary_use_proj=True, summary_activation="gelu")
     return electra.configure(
-        vocab=read_int(config, "vocab_size", 30522),
+        **read_encoder(config, "gelu", vocab=30522, dim=256, heads=4, layers=12, hidden=1024),
         context=read_int(config, "max_position_embeddings", 512),
         types=read_int(config, "type_vocab_size", 2),
         embedding=read_int(config, "embedding_size", 128),
-        dim=read_int(config, "hidden_size", 256),
-        heads=read_int(config, "num_attention_heads", 4),
-        layers=read_layers(config, "num_hidden_layers", 12),
-        hidden=read_int(config, "intermediate_size", 1024),
-        act=choose(config, "hidden_act", ACTIVATIONS, "gelu"),
-        eps=read_float(config, "layer_norm_eps", 1e-12),
         head=head,
-        labels=count_labels(config),
     )
 
 

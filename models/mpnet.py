@@ -7,16 +7,12 @@ from typing import Annotated
 import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Source, Table
 from treadle.ir.errors import FrontendError
-from treadle.models.bert import ACTIVATIONS, block, embed_tokens, pool, unmask
+from treadle.models.bert import block, embed_tokens, pool, read_encoder, unmask
 from treadle.models.family import (
     Config,
     Family,
-    choose,
     choose_architecture,
-    count_labels,
-    read_float,
     read_int,
-    read_layers,
     require,
 )
 
@@ -88,16 +84,9 @@ def from_config(config: Config) -> t.Model:
     if head == "masked_lm":
         require(config, tie_word_embeddings=True)
     return mpnet.configure(
-        vocab=read_int(config, "vocab_size", 30527),
+        **read_encoder(config, "gelu", vocab=30527, dim=768, heads=12, layers=12, hidden=3072),
         context=_positions(config) - _FIRST,
-        dim=read_int(config, "hidden_size", 768),
-        heads=read_int(config, "num_attention_heads", 12),
-        layers=read_layers(config, "num_hidden_layers", 12),
-        hidden=read_int(config, "intermediate_size", 3072),
-        act=choose(config, "hidden_act", ACTIVATIONS, "gelu"),
-        eps=read_float(config, "layer_norm_eps", 1e-12),
         head=head,
-        labels=count_labels(config),
     )
 
 

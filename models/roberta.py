@@ -13,12 +13,8 @@ from treadle.models import bert as base
 from treadle.models.family import (
     Config,
     Family,
-    choose,
     choose_architecture,
-    count_labels,
-    read_float,
     read_int,
-    read_layers,
     require,
 )
 
@@ -72,17 +68,10 @@ def from_config(config: Config) -> t.Model:
         require(config, tie_word_embeddings=True, hidden_act="gelu")  # the head's own is always gelu
     first, end = _positions(config)
     return roberta.configure(
-        vocab=read_int(config, "vocab_size"),
+        **base.read_encoder(config, "gelu"),
         context=end - first,
         types=read_int(config, "type_vocab_size", 2),
-        dim=read_int(config, "hidden_size"),
-        heads=read_int(config, "num_attention_heads"),
-        layers=read_layers(config, "num_hidden_layers"),
-        hidden=read_int(config, "intermediate_size"),
-        act=choose(config, "hidden_act", base.ACTIVATIONS, "gelu"),
-        eps=read_float(config, "layer_norm_eps", 1e-12),
         head=head,
-        labels=count_labels(config),
     )
 
 
