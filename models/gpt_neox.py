@@ -25,7 +25,7 @@ from treadle.models.family import (
     require,
 )
 from treadle.models.llama import warmed
-from treadle.models.rotary_config import read_rotary
+from treadle.models.reading.rotary_config import read_rotary
 
 ACTIVATIONS = {
     "gelu": t.gelu,

@@ -4,7 +4,7 @@ One declaration for what differs by an option: Mistral's window (Jiang et al. 20
 and keys (Yang et al. 2024, 2025), Gemma's scaled embeddings, soft-caps, alternating windows and four norms a layer
 (Gemma team 2024, 2025), Phi-3's parts of heads that turn (Abdin et al. 2024), OLMo 2's norms after each part (OLMo team
 2024), StableLM's layer norms (Bellagente et al. 2024), Granite's multipliers (Granite team 2024). SmolLM is Llama by
-another name. What a config.json says of them stands in `treadle.models.llama_config`.
+another name. What a config.json says of them stands in `treadle.models.reading.llama_config`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from treadle.frontends.binding import Entry, Source, Table
 from treadle.frontends.rotary import Scaling, temperature_of
 from treadle.ir.errors import FrontendError
 from treadle.models.family import Config, Family, choose_architecture
-from treadle.models.llama_config import ARCHITECTURES, read_kind, read_options
+from treadle.models.reading.llama_config import ARCHITECTURES, read_kind, read_options
 
 NORM_PLACES = ("before", "after", "both")
 """Where a part of a layer has its norm: before it, after it (and before it is added), or both."""

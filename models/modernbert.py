@@ -22,7 +22,7 @@ from treadle.models.family import (
     read_layers,
     require,
 )
-from treadle.models.llama_config import read_layer_types
+from treadle.models.reading.llama_config import read_layer_types
 
 HEADS = ("masked_lm", "classifier", "token_classifier")
 

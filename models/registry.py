@@ -84,7 +84,7 @@ def read_gguf(file: GGUFFile) -> tuple[Model, Table]:
 
     Raises CheckpointError, with the key, where none of the zoo reads it.
     """
-    from treadle.models import llama_gguf  # of which alone there is one so far
+    from treadle.models.reading import llama_gguf  # of which alone there is one so far
 
     model = llama_gguf.from_gguf(file)
     return model, llama_gguf.table(file, model.config)

@@ -8,7 +8,7 @@ from typing import Any
 import treadle.frontends.language as t
 from treadle.ir.errors import CheckpointError
 from treadle.models.family import Config, choose, read_flag, read_float, read_int, read_layers, require
-from treadle.models.rotary_config import read_rotary
+from treadle.models.reading.rotary_config import read_rotary
 
 ACTIVATIONS = {
     "silu": t.silu,
