@@ -161,8 +161,8 @@ class QuadProduct(Kernel):
             acc = k.registers(high * vectors * lanes, _i32)
             with k.unroll(high * vectors, "r") as r:
                 k.store(acc, [r * lanes], k.number(0, _i32, lanes), lanes)
-            with k.loop(steps, "step") as step:
-                self._step(k, views, panel, start, vectors, first, high, step, acc)
+            with k.loop(steps * PAIR_SQUARE, "quad") as quad:
+                self._quad(k, views, panel, start, vectors, first, high, quad, acc)
             with k.unroll(high * vectors, "r") as r:
                 k.store(tile, [r * lanes], k.load(acc, [r * lanes], lanes), lanes)
         else:
@@ -172,9 +172,9 @@ class QuadProduct(Kernel):
                 acc = k.registers(high * vectors * lanes, f32)
                 with k.unroll(high * vectors, "r") as r:
                     k.store(acc, [r * lanes], k.number(0.0, f32, lanes), lanes)
-                done = k.let(chunk * _EXACT, "done")
-                with k.loop(k.least(steps - done, k.index(_EXACT)), "s") as s:
-                    self._step(k, views, panel, start, vectors, first, high, k.let(done + s, "step"), acc)
+                done = k.let(chunk * (_EXACT * PAIR_SQUARE), "done")
+                with k.loop(k.least(steps * PAIR_SQUARE - done, k.index(_EXACT * PAIR_SQUARE)), "q") as q:
+                    self._quad(k, views, panel, start, vectors, first, high, k.let(done + q, "quad"), acc)
                 with k.unroll(high * vectors, "r") as r:
                     more = k.cast(k.load(acc, [r * lanes], lanes), _i32, lanes)
                     k.store(tile, [r * lanes], k.load(tile, [r * lanes], lanes) + more, lanes)
@@ -189,7 +189,7 @@ class QuadProduct(Kernel):
                 column = k.let(panel * narrow_width(k.isa) + at, "column")
                 self.finishing.store(k, views, [first + i], column, value, columns, lanes)
 
-    def _step(
+    def _quad(
         self,
         k: Emitter,
         views: Mapping[str, Any],
@@ -198,34 +198,32 @@ class QuadProduct(Kernel):
         vectors: int,
         first: Expr,
         high: int,
-        step: Expr,
+        quad: Expr,
         acc: Any,
     ) -> None:
-        """Add what a step of k gives to the sums, four elements at a time."""
+        """Add the products of four elements of k to the sums."""
         lanes = k.isa.lanes()
         width = narrow_width(k.isa)
-        base = k.let(step * (QUAD_STEP * width) + QUAD_HEAD * width, "base")
-        with k.loop(PAIR_SQUARE, "quad") as quad:
-            at = k.let(step * QUAD_STEP + quad * 4, "at")
-            held = []
-            for v in range(vectors):
-                index = [panel, base + (quad * (4 * width) + 4 * (start + v * lanes))]
-                held.append(k.let(k.bits(k.load(views["w"], index, 4 * lanes), _i32, lanes), "w"))
-            if k.isa.multiplies_quads:
-                for i in range(high):
-                    four = k.bits(k.load(views["a"], [first + i, at], 4), _i32)
-                    x = k.let(k.splat(four, lanes), "x")
-                    for v, w in enumerate(held):
-                        sums = [(i * vectors + v) * lanes]
-                        k.store(acc, sums, quads_added(k, k.load(acc, sums, lanes), x, w), lanes)
-                return
-            for n in range(4):
-                wide = [k.let(_byte(k, w, n, lanes), "y") for w in held]
-                for i in range(high):
-                    x = k.let(k.splat(k.load(views["a"], [first + i, at + n]), lanes), "x")
-                    for v, w in enumerate(wide):
-                        sums = [(i * vectors + v) * lanes]
-                        k.store(acc, sums, k.load(acc, sums, lanes) + x * w, lanes)
+        at = k.let(quad * 4, "at")
+        held = []
+        for v in range(vectors):
+            index = [panel, quad * (4 * width) + (QUAD_HEAD * width + 4 * (start + v * lanes))]
+            held.append(k.let(k.bits(k.load(views["w"], index, 4 * lanes), _i32, lanes), "w"))
+        if k.isa.multiplies_quads:
+            for i in range(high):
+                four = k.bits(k.load(views["a"], [first + i, at], 4), _i32)
+                x = k.let(k.splat(four, lanes), "x")
+                for v, w in enumerate(held):
+                    sums = [(i * vectors + v) * lanes]
+                    k.store(acc, sums, quads_added(k, k.load(acc, sums, lanes), x, w), lanes)
+            return
+        for n in range(4):
+            wide = [k.let(_byte(k, w, n, lanes), "y") for w in held]
+            for i in range(high):
+                x = k.let(k.splat(k.load(views["a"], [first + i, at + n]), lanes), "x")
+                for v, w in enumerate(wide):
+                    sums = [(i * vectors + v) * lanes]
+                    k.store(acc, sums, k.load(acc, sums, lanes) + x * w, lanes)
 
 
 def _byte(k: Emitter, quads: Expr, number: int, lanes: int) -> Expr:
