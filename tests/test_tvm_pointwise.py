@@ -21,7 +21,7 @@ import pytest
 import treadle.ir.ops  # noqa: F401  (registers the ops)
 from treadle.backends.bfloat16 import rounded, widened
 from treadle.backends.tvm.kernels import tvm_runtime
-from treadle.backends.tvm.kernels.arithmetic.exponentials import LEAST_NORMAL, exp_nonpositive
+from treadle.backends.tvm.kernels.arithmetic.exponentials import LEAST_NORMAL, exp_for_pairs, exp_nonpositive
 from treadle.backends.tvm.kernels.arithmetic.vector_math import FUNCTIONS
 from treadle.backends.tvm.kernels.cache import assembly, compile_module
 from treadle.backends.tvm.kernels.calling import bind
@@ -329,13 +329,16 @@ def test_powers_are_rounded_once(isa: Isa) -> None:
 
 @dataclass(frozen=True)
 class NonpositiveExp(Kernel):
-    """y[i] = e^x[i] by the function for x <= 0; in vectors. Passed: x, y; how many."""
+    """y[i] = e^x[i] by a function for x <= 0; in vectors. Passed: x, y; how many."""
+
+    for_pairs: bool = False
 
     def emit(self, k: Emitter) -> None:
         pointers, n, lanes = [k.pointer(name, f32) for name in "xy"], k.size("n"), k.isa.lanes()
         x, y = (k.view(p, [n]) for p in pointers)
+        exp = exp_for_pairs if self.for_pairs else exp_nonpositive
         with k.parallel(k.floor_divide(n, lanes), "v") as v:
-            k.store(y, [v * lanes], exp_nonpositive(k, k.load(x, [v * lanes], lanes), lanes), lanes)
+            k.store(y, [v * lanes], exp(k, k.load(x, [v * lanes], lanes), lanes), lanes)
 
 
 @each_level
@@ -348,6 +351,17 @@ def test_the_shorter_exponential_is_as_good_where_it_is_not_subnormal(isa: Isa) 
     bind(NonpositiveExp(), [x, y], [len(x)], isa)()
     assert units_off(y[~(x < least)], quietly(np.exp, x[~(x < least)])) <= 1.1
     assert not y[x < least].any()
+
+
+@pytest.mark.skipif("avx512f" not in host_isa().needs, reason="no AVX-512 here")
+def test_the_exponential_of_weights_that_are_rounded_is_right_to_what_they_keep() -> None:
+    x = np.concatenate([np.array([0.0, -0.0, -1e30, -np.inf]), np.linspace(-87, 0, 40_960)])[: 16 * 2560]
+    x = x.astype(np.float32)
+    y = np.full_like(x, -1)
+    bind(NonpositiveExp(for_pairs=True), [x, y], [len(x)], host_isa())()
+    assert list(y[:4]) == [1, 1, 0, 0]
+    exact = np.exp(x.astype(np.float64))
+    assert (np.abs(y - exact) <= (4e-6 + 1e-7 * np.abs(x)) * exact)[4:].all()
 
 
 # -- every op and dtype ------------------------------------------------------------------------------------------

@@ -1,10 +1,14 @@
-"""Pieces that vector functions are made of: polynomials, whole parts, powers of two."""
+"""Pieces that vector functions are made of: polynomials, one or one for each interval, whole parts, powers of two."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from treadle.backends.tvm.kernels.arithmetic.lane_function import LaneFunction, LaneValue
+from treadle.backends.tvm.kernels.arithmetic.lanewise import hexadecimal
 
 MAGIC = {"f32": 1.5 * 2.0**23, "f64": 1.5 * 2.0**52}
 """Where the numbers of a float type are one apart."""
@@ -24,6 +28,49 @@ def polynomial(x: LaneValue, coefficients: Sequence[float]) -> LaneValue:
     return value
 
 
+PIECES = 16
+"""Entries of a table that one vector holds."""
+
+
+def has_tables(f: LaneFunction) -> bool:
+    """Whether AVX-512 is there for these lanes: one instruction looks 16 of them up in a vector, or scales them."""
+    return "avx512f" in f.k.isa.needs and f.lanes == PIECES
+
+
+def pieces(of: Callable[[float], float], step: float, degree: int) -> tuple[tuple[float, ...], ...]:
+    """Coefficients, the highest power's first, of a polynomial in x - n step around each n step for n below 16.
+
+    Each has an entry a piece. The last piece is the constant that `of` has reached there.
+    """
+    inside = [_interpolated(of, n * step, step / 2, degree) for n in range(PIECES - 1)]
+    return tuple(zip(*inside, [0.0] * degree + [of((PIECES - 1) * step)], strict=True))
+
+
+def _interpolated(of: Callable[[float], float], center: float, half: float, degree: int) -> list[float]:
+    """Coefficients of the polynomial that meets a function in Chebyshev's points, the highest power's first."""
+    points = [half * math.cos(math.pi * (i + 0.5) / (degree + 1)) for i in range(degree + 1)]
+    powers = np.vander(np.array(points), degree + 1)
+    return list(np.linalg.solve(powers, np.array([of(center + x) for x in points])))
+
+
+def piecewise(f: LaneFunction, x: LaneValue, table: Sequence[Sequence[float]], step: float) -> LaneValue:
+    """The polynomial of the piece that each lane lies in, x being 0 to 15 steps. See `pieces`; where `has_tables`."""
+    raised, whole = rounded_product(x, 1.0 / step)
+    index = raised.bits("i32")
+    rest = x - whole * step
+    value = _looked_up(f, index, table[0])
+    for row in table[1:]:
+        value = value * rest + _looked_up(f, index, row)
+    return value
+
+
+def _looked_up(f: LaneFunction, index: LaneValue, entries: Sequence[float]) -> LaneValue:
+    """The entries that the four low bits of an index name."""
+    held = ", ".join(f"float {hexadecimal(float(np.float32(entry)))}" for entry in entries)
+    name = "@llvm.x86.avx512.permvar.sf.512"
+    return f.line("f32", f"call {{f32}} {name}({{f32}} <{held}>, {{i32}} {index.text})")
+
+
 def rounded_product(x: LaneValue, factor: float) -> tuple[LaneValue, LaneValue]:
     """The whole number nearest to x * factor, below 2^21: plus MAGIC, whose low bits then hold it; and itself."""
     raised = x * factor + MAGIC[x.type]
@@ -36,15 +83,26 @@ def power_of_two(raised: LaneValue) -> LaneValue:
     return ((raised.bits(i) << _FRACTION[f]) + (_BIAS[f] << _FRACTION[f])).bits(f)
 
 
+def fraction_above(f: LaneFunction, x: LaneValue) -> LaneValue:
+    """x - floor(x), and 0 of an infinity, in one instruction of AVX-512."""
+    down, name = 9, "@llvm.x86.avx512.mask.reduce.ps.512"
+    return f.line("f32", f"call {{f32}} {name}({{f32}} {x.text}, i32 {down}, {{f32}} zeroinitializer, i16 -1, i32 4)")
+
+
+def times_power_of_two(f: LaneFunction, x: LaneValue, power: LaneValue) -> LaneValue:
+    """x * 2^floor(power), rounded once, in one instruction of AVX-512."""
+    name = "@llvm.x86.avx512.mask.scalef.ps.512"
+    rest = "{f32} zeroinitializer, i16 -1, i32 4"
+    return f.line("f32", f"call {{f32}} {name}({{f32}} {x.text}, {{f32}} {power.text}, {rest})")
+
+
 def scaled(f: LaneFunction, x: LaneValue, raised: LaneValue, whole: LaneValue) -> LaneValue:
     """x * 2^n in f32 for x near 1 and n from -252 to 254, rounded once, to a subnormal number or to inf if need be.
 
     Given n + MAGIC and n. AVX-512 has an instruction for it; else by two factors, the first of which loses nothing.
     """
-    if "avx512f" in f.k.isa.needs and f.lanes == 16:
-        mask = "{f32} zeroinitializer, i16 -1, i32 4"
-        name = "@llvm.x86.avx512.mask.scalef.ps.512"
-        return f.line("f32", f"call {{f32}} {name}({{f32}} {x.text}, {{f32}} {whole.text}, {mask})")
+    if has_tables(f):
+        return times_power_of_two(f, x, whole)
     n = raised.bits("i32") - _MAGIC_BITS
     first = n >> 1
     factors = [((part + _BIAS["f32"]) << _FRACTION["f32"]).bits("f32") for part in (first, n - first)]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from treadle.backends.tvm.kernels.arithmetic.exponentials import exp_nonpositive
 from treadle.backends.tvm.kernels.attention.attention_masks import WRITERS
 from treadle.backends.tvm.kernels.attention.part_keeping import PartKeeper
 from treadle.backends.tvm.kernels.attention.row_softmax import RowSoftmax, ScoreRow
@@ -75,7 +76,12 @@ class AttentionWriter(PartKeeper):
         places = [self.slots] * 4 + [parts] * 2
         made = [k.view(p, [n, *shape]) for p, n, shape in zip(scratch, places, held, strict=True)]
         self.packed_keys, self.packed_values, self.queries, self.scores, self.sums, self.rows = made
-        self.softmax = RowSoftmax(k, spec.softcap, self.terms, self.scores, self.rows, self._keep_weights)
+        self.softmax = RowSoftmax(k, spec.softcap, self.terms, self.scores, self.rows, self._exp, self._keep_weights)
+
+    @property
+    def _exp(self) -> Callable[[Emitter, Expr, int], Expr]:
+        """What writes e^x for x <= 0."""
+        return exp_nonpositive
 
     def _scratch(self) -> Scratch:
         """What the kernel holds at a time."""

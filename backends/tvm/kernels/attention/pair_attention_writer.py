@@ -1,14 +1,16 @@
 """Attention of bf16 numbers by products of pairs: of neighbours along d for scores, of two keys for what they weight.
 
 Scores, the softmax and all sums are in float32; a weight is rounded to bf16 when it has been added to the sum of
-weights. Queries are not scaled, which would round them, but their scores are.
+weights, and its exponential is right to some of the bits that this drops. Queries are not scaled, which would round
+them, but their scores are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from treadle.backends.tvm.kernels.arithmetic.exponentials import exp_for_pairs
 from treadle.backends.tvm.kernels.attention.attention_writer import AttentionWriter
 from treadle.backends.tvm.kernels.attention.row_softmax import ScoreRow
 from treadle.backends.tvm.kernels.attention.scratch import BLOCK, PANEL, Scratch
@@ -18,7 +20,7 @@ from treadle.backends.tvm.kernels.narrow.round_rows import two_rounded
 from treadle.ir.types import DTYPES, f32
 
 if TYPE_CHECKING:
-    from treadle.backends.tvm.kernels.emitter import Expr
+    from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 _I32 = DTYPES["i32"]
 _HALF = 16  # bits of a word
@@ -31,6 +33,10 @@ def multiplies_pairs(d: int, operands: str, isa: Isa) -> bool:
 
 class PairAttentionWriter(AttentionWriter):
     """Writes a kernel whose words are pairs of bf16 numbers, held as float32 words that are never computed with."""
+
+    @property
+    def _exp(self) -> Callable[[Emitter, Expr, int], Expr]:
+        return exp_for_pairs
 
     def _scratch(self) -> Scratch:
         return Scratch.of(self.spec.d, self.spec.e, self.k.isa, pairs=True)

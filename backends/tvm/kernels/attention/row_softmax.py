@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from treadle.backends.tvm.kernels.arithmetic.vector_math import exp, exp_nonpositive
+from treadle.backends.tvm.kernels.arithmetic.vector_math import exp
 from treadle.backends.tvm.kernels.attention.attention_masks import TermWriter, lane_numbers
 from treadle.backends.tvm.kernels.attention.scratch import BLOCK, PANEL
 from treadle.ir.types import DTYPES, f32
@@ -56,6 +56,7 @@ class ScoreRow:
 class RowSoftmax:
     """Writes it, for scores [slots, GROUP, BLOCK] and rows [parts, n, 5] of m, l and what the old sums are times.
 
+    exp   writes e^x for x <= 0
     keep  stores a panel of weights of a row, from a column on
     """
 
@@ -66,10 +67,11 @@ class RowSoftmax:
         terms: Sequence[TermWriter],
         scores: Any,
         rows: Any,
+        exp: Callable[[Emitter, Expr, int], Expr],
         keep: Callable[[ScoreRow, Expr, Sequence[Expr]], None],
     ) -> None:
         self.k, self.softcap, self.terms, self.scores, self.rows = k, softcap, terms, scores, rows
-        self.keep = keep
+        self.exp, self.keep = exp, keep
         self.lanes = k.isa.lanes()
         self.width = PANEL * self.lanes
 
@@ -105,14 +107,16 @@ class RowSoftmax:
             for u in range(PANEL):
                 place = [at.slot, at.row, column + u * lanes]
                 score = k.let(k.load(self.scores, place, lanes) - k.splat(shift, lanes), "score")
-                weights.append(k.let(exp_nonpositive(k, score, lanes), "weight"))
+                weights.append(k.let(self.exp(k, score, lanes), "weight"))
                 k.store(total, [u * lanes], k.load(total, [u * lanes], lanes) + weights[-1], lanes)
             self.keep(at, column, weights)
         summed = k.load(total, [0], lanes)
         for u in range(1, PANEL):
             summed = summed + k.load(total, [u * lanes], lanes)
         factor = k.registers(lanes, f32, "factor")
-        k.store(factor, [0], exp_nonpositive(k, k.let(k.splat(old - shift, lanes), "apart"), lanes), lanes)
+        k.store(factor, [0], k.number(0.0, f32, lanes), lanes)
+        with k.when(old > k.number(-INFINITY, f32)):  # not at a query's first block of keys
+            k.store(factor, [0], self.exp(k, k.let(k.splat(old - shift, lanes), "apart"), lanes), lanes)
         scaled = k.load(self.rows, [at.part, at.state, 1]) * k.load(factor, [0])
         k.store(self.rows, [at.part, at.state, 1], scaled + k.sum_of_lanes(summed, lanes))
         k.store(self.rows, [at.part, at.state, 2], k.load(factor, [0]))
