@@ -13,13 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from treadle.backends.tvm.kernels.finishing import Finishing
-from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.narrow import tiles
 from treadle.backends.tvm.kernels.narrow.encode_rows import form_of_rows, rows_dtype
-from treadle.backends.tvm.kernels.narrow.register_tiles import narrow_width, over_tiles
+from treadle.backends.tvm.kernels.narrow.register_product import RegisterProduct, RegisterTile
+from treadle.backends.tvm.kernels.narrow.register_tiles import narrow_width
 from treadle.backends.tvm.kernels.narrow.tile_product import WIDTH, TileProduct
-from treadle.backends.tvm.kernels.pointwise import Chain
 from treadle.ir.layouts import PAIR_SQUARE, QUAD_HEAD, QUAD_STEP, ROW_HEAD
 from treadle.ir.types import DTYPES, DType, f32, u8
 
@@ -90,139 +88,82 @@ class ByteTileProduct(TileProduct):
 
 
 @dataclass(frozen=True)
-class QuadProduct(Kernel):
+class QuadProduct(RegisterProduct):
     """c = epilogue((a @ w - z sums of w) scales), of bytes, by fours.
 
     VNNI multiplies bytes without sign by bytes with one. Without it a - z is in float32, bytes of w are widened to it,
     and so many products are summed in it as are exact.
 
-    epilogue what is done with the sum, the chain's first input; None: it is stored as it is
-    extras   how the chain's other inputs lie: see `Finishing`
-    whole    whether n is a multiple of a panel's width at every call
-
-    Passed: a, as `EncodeRows` lays out the instruction set's form; w, in flat quads (`quads_for`); what that says of
-    rows; the extras, c; m, k, n; `m` and `mn` extras' and c's strides of rows.
+    Asked for: a, as `EncodeRows` lays out the instruction set's form; w, in flat quads (`quads_for`); what that says of
+    rows.
     """
 
-    epilogue: Chain | None = None
-    extras: tuple[str, ...] = ()
-    whole: bool = False
-
-    @property
-    def finishing(self) -> Finishing:
-        """What is done with a sum."""
-        return Finishing(self.epilogue, self.extras, self.whole)
-
-    @property
-    def title(self) -> str:
-        return f"quad_product{self.finishing.title}"
-
-    def flops(self, sizes: Sequence[int]) -> int:
-        m, depth, columns = sizes[:3]
-        return 2 * m * depth * columns
-
-    def emit(self, k: Emitter) -> None:
+    def ask(self, k: Emitter) -> dict[str, Any]:
         form = "quads" if k.isa.multiplies_quads else form_of_rows(k.isa)
-        given = [k.pointer("a", rows_dtype(form)), k.pointer("w", u8), k.pointer("rows", _i32)]
-        finished = self.finishing.pointers(k)
-        m, depth, columns = k.size("m"), k.size("k"), k.size("n")
-        strides = self.finishing.strides(k)
-        steps = k.let(k.floor_divide(depth + (QUAD_STEP - 1), QUAD_STEP), "steps")
-        width = narrow_width(k.isa)
-        panels = k.let(k.floor_divide(columns + (width - 1), width), "panels")
-        shapes = self.finishing.shapes(m, columns, strides)
-        views = {p.name: k.view(p, *shapes[p.name]) for p in finished}
-        views["a"] = k.view(given[0], [m, steps * QUAD_STEP])
-        views["w"] = k.view(given[1], [panels, (steps * QUAD_STEP + QUAD_HEAD) * width])
-        views["rows"] = k.view(given[2], [m, 2])
+        return {"a": k.pointer("a", rows_dtype(form)), "w": k.pointer("w", u8), "rows": k.pointer("rows", _i32)}
 
-        def tile(panel: Expr, start: int, wide: int, row: Expr, rows: int) -> None:
-            self._tile(k, views, panel, start, wide, row, rows, columns, steps)
+    def steps(self, k: Emitter, depth: Expr) -> Expr:
+        return k.floor_divide(depth + (QUAD_STEP - 1), QUAD_STEP)
 
-        over_tiles(k, m, panels, tile)
+    def shapes(self, k: Emitter, m: Expr, steps: Expr, panels: Expr, width: int) -> Mapping[str, list[Expr]]:
+        depth = steps * QUAD_STEP
+        return {"a": [m, depth], "w": [panels, (depth + QUAD_HEAD) * width], "rows": [m, 2]}
 
-    def _tile(
-        self,
-        k: Emitter,
-        views: Mapping[str, Any],
-        panel: Expr,
-        start: int,
-        wide: int,
-        first: Expr,
-        high: int,
-        columns: Expr,
-        steps: Expr,
-    ) -> None:
-        """So many rows of so many columns of a panel, from `start` on."""
-        lanes = k.isa.lanes()
-        vectors = wide // lanes
-        tile = k.registers(high * vectors * lanes, _i32, "tile")
+    def sum(self, k: Emitter, views: Mapping[str, Any], tile: RegisterTile, steps: Expr) -> Any:
+        lanes, count = k.isa.lanes(), tile.high * tile.vectors
+        quads = steps * PAIR_SQUARE
+        made = k.registers(count * lanes, _i32, "tile")
         if k.isa.multiplies_quads:
-            acc = k.registers(high * vectors * lanes, _i32)
-            with k.unroll(high * vectors, "r") as r:
+            acc = k.registers(count * lanes, _i32)
+            with k.unroll(count, "r") as r:
                 k.store(acc, [r * lanes], k.number(0, _i32, lanes), lanes)
-            with k.loop(steps * PAIR_SQUARE, "quad") as quad:
-                self._quad(k, views, panel, start, vectors, first, high, quad, acc)
-            with k.unroll(high * vectors, "r") as r:
-                k.store(tile, [r * lanes], k.load(acc, [r * lanes], lanes), lanes)
-        else:
-            with k.loop(high * vectors, "r") as r:
-                k.store(tile, [r * lanes], k.number(0, _i32, lanes), lanes)
-            with k.loop(k.floor_divide(steps + (_EXACT - 1), _EXACT), "chunk") as chunk:
-                acc = k.registers(high * vectors * lanes, f32)
-                with k.unroll(high * vectors, "r") as r:
-                    k.store(acc, [r * lanes], k.number(0.0, f32, lanes), lanes)
-                done = k.let(chunk * (_EXACT * PAIR_SQUARE), "done")
-                with k.loop(k.least(steps * PAIR_SQUARE - done, k.index(_EXACT * PAIR_SQUARE)), "q") as q:
-                    self._quad(k, views, panel, start, vectors, first, high, k.let(done + q, "quad"), acc)
-                with k.unroll(high * vectors, "r") as r:
-                    more = k.cast(k.load(acc, [r * lanes], lanes), _i32, lanes)
-                    k.store(tile, [r * lanes], k.load(tile, [r * lanes], lanes) + more, lanes)
-        with k.loop(high, "i") as i:
-            for v in range(vectors):
-                at = start + v * lanes
-                total = k.load(tile, [(i * vectors + v) * lanes], lanes)
-                of = k, views["w"], views["rows"], panel, at, first + i
-                if k.isa.multiplies_quads:
-                    total = _less_zero(*of, total, lanes, narrow_width(k.isa))
-                value = _scaled(*of, total, lanes)
-                column = k.let(panel * narrow_width(k.isa) + at, "column")
-                self.finishing.store(k, views, [first + i], column, value, columns, lanes)
+            with k.loop(quads, "quad") as quad:
+                self._quad(k, views, tile, quad, acc)
+            with k.unroll(count, "r") as r:
+                k.store(made, [r * lanes], k.load(acc, [r * lanes], lanes), lanes)
+            return made
+        with k.loop(count, "r") as r:
+            k.store(made, [r * lanes], k.number(0, _i32, lanes), lanes)
+        with k.loop(k.floor_divide(steps + (_EXACT - 1), _EXACT), "chunk") as chunk:
+            acc = k.registers(count * lanes, f32)
+            with k.unroll(count, "r") as r:
+                k.store(acc, [r * lanes], k.number(0.0, f32, lanes), lanes)
+            done = k.let(chunk * (_EXACT * PAIR_SQUARE), "done")
+            with k.loop(k.least(quads - done, k.index(_EXACT * PAIR_SQUARE)), "q") as q:
+                self._quad(k, views, tile, k.let(done + q, "quad"), acc)
+            with k.unroll(count, "r") as r:
+                more = k.cast(k.load(acc, [r * lanes], lanes), _i32, lanes)
+                k.store(made, [r * lanes], k.load(made, [r * lanes], lanes) + more, lanes)
+        return made
 
-    def _quad(
-        self,
-        k: Emitter,
-        views: Mapping[str, Any],
-        panel: Expr,
-        start: int,
-        vectors: int,
-        first: Expr,
-        high: int,
-        quad: Expr,
-        acc: Any,
-    ) -> None:
+    def value(self, k: Emitter, views: Mapping[str, Any], tile: RegisterTile, row: Expr, at: int, total: Expr) -> Expr:
+        lanes, of = k.isa.lanes(), (k, views["w"], views["rows"], tile.panel, at, row)
+        if k.isa.multiplies_quads:
+            total = _less_zero(*of, total, lanes, narrow_width(k.isa))
+        return _scaled(*of, total, lanes)
+
+    def _quad(self, k: Emitter, views: Mapping[str, Any], tile: RegisterTile, quad: Expr, acc: Any) -> None:
         """Add the products of four elements of k to the sums."""
-        lanes = k.isa.lanes()
-        width = narrow_width(k.isa)
+        lanes, width = k.isa.lanes(), narrow_width(k.isa)
         at = k.let(quad * 4, "at")
         held = []
-        for v in range(vectors):
-            index = [panel, quad * (4 * width) + (QUAD_HEAD * width + 4 * (start + v * lanes))]
+        for v in range(tile.vectors):
+            index = [tile.panel, quad * (4 * width) + (QUAD_HEAD * width + 4 * (tile.start + v * lanes))]
             held.append(k.let(k.bits(k.load(views["w"], index, 4 * lanes), _i32, lanes), "w"))
         if k.isa.multiplies_quads:
-            for i in range(high):
-                four = k.bits(k.load(views["a"], [first + i, at], 4), _i32)
+            for i in range(tile.high):
+                four = k.bits(k.load(views["a"], [tile.first + i, at], 4), _i32)
                 x = k.let(k.splat(four, lanes), "x")
                 for v, w in enumerate(held):
-                    sums = [(i * vectors + v) * lanes]
+                    sums = [(i * tile.vectors + v) * lanes]
                     k.store(acc, sums, quads_added(k, k.load(acc, sums, lanes), x, w), lanes)
             return
         for n in range(4):
             wide = [k.let(_byte(k, w, n, lanes), "y") for w in held]
-            for i in range(high):
-                x = k.let(k.splat(k.load(views["a"], [first + i, at + n]), lanes), "x")
+            for i in range(tile.high):
+                x = k.let(k.splat(k.load(views["a"], [tile.first + i, at + n]), lanes), "x")
                 for v, w in enumerate(wide):
-                    sums = [(i * vectors + v) * lanes]
+                    sums = [(i * tile.vectors + v) * lanes]
                     k.store(acc, sums, k.load(acc, sums, lanes) + x * w, lanes)
 
 

@@ -2,8 +2,7 @@
 
     c[m, n] = epilogue(sum_k a[m, k] * w[n, k], ...)
 
-A tile of rows and columns of sums stays in registers through all of k; w is read once a tile, a pair of its elements in
-each lane, and a pair of a is broadcast. Each row is summed over k in one order, however many rows there are.
+A pair of w's elements lies in each lane, and a pair of a's is broadcast.
 """
 
 from __future__ import annotations
@@ -12,11 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from treadle.backends.tvm.kernels.finishing import Finishing
-from treadle.backends.tvm.kernels.kernel import Kernel
-from treadle.backends.tvm.kernels.narrow.register_tiles import narrow_width, over_tiles
+from treadle.backends.tvm.kernels.narrow.register_product import RegisterProduct, RegisterTile
 from treadle.backends.tvm.kernels.narrow.round_rows import form_for, held_dtype
-from treadle.backends.tvm.kernels.pointwise import Chain
 from treadle.ir.layouts import PAIR_SQUARE, PAIR_STEP
 from treadle.ir.types import DTYPES, bf16, f32
 
@@ -27,85 +23,39 @@ _HIGH_HALF = -0x10000
 
 
 @dataclass(frozen=True)
-class PairProduct(Kernel):
+class PairProduct(RegisterProduct):
     """c = epilogue(a @ w), of bf16 numbers, with float32 sums.
 
-    epilogue what is done with the sum, the chain's first input; None: it is stored as it is
-    extras   how the chain's other inputs lie: see `Finishing`
-    whole    whether n is a multiple of a panel's width at every call
-
-    Passed: a, as `RoundRows` lays out the instruction set's form; w, in flat pairs (`pairs_for`); the extras, c; m, k,
-    n; `m` and `mn` extras' and c's strides of rows.
+    Asked for: a, as `RoundRows` lays out the instruction set's form; w, in flat pairs (`pairs_for`).
     """
 
-    epilogue: Chain | None = None
-    extras: tuple[str, ...] = ()
-    whole: bool = False
-
-    @property
-    def finishing(self) -> Finishing:
-        """What is done with a sum."""
-        return Finishing(self.epilogue, self.extras, self.whole)
-
-    @property
-    def title(self) -> str:
-        return f"pair_product{self.finishing.title}"
-
-    def flops(self, sizes: Sequence[int]) -> int:
-        m, depth, columns = sizes[:3]
-        return 2 * m * depth * columns
-
-    def emit(self, k: Emitter) -> None:
+    def ask(self, k: Emitter) -> dict[str, Any]:
         form = "pairs" if k.isa.multiplies_pairs else form_for(k.isa)
-        given = [k.pointer("a", held_dtype(form)), k.pointer("w", bf16)]
-        finished = self.finishing.pointers(k)
-        m, depth, columns = k.size("m"), k.size("k"), k.size("n")
-        rows = self.finishing.strides(k)
-        steps = k.let(k.floor_divide(depth + (PAIR_STEP - 1), PAIR_STEP), "steps")
-        width = narrow_width(k.isa)
-        panels = k.let(k.floor_divide(columns + (width - 1), width), "panels")
-        shapes = self.finishing.shapes(m, columns, rows)
-        views = {p.name: k.view(p, *shapes[p.name]) for p in finished}
-        views["a"] = k.view(given[0], [m, steps * PAIR_STEP])
-        views["w"] = k.view(given[1], [panels, steps * PAIR_SQUARE, 2 * width])
+        return {"a": k.pointer("a", held_dtype(form)), "w": k.pointer("w", bf16)}
 
-        def tile(panel: Expr, start: int, wide: int, row: Expr, rows: int) -> None:
-            self._tile(k, views, panel, start, wide, row, rows, columns, steps)
+    def steps(self, k: Emitter, depth: Expr) -> Expr:
+        return k.floor_divide(depth + (PAIR_STEP - 1), PAIR_STEP)
 
-        over_tiles(k, m, panels, tile)
+    def shapes(self, k: Emitter, m: Expr, steps: Expr, panels: Expr, width: int) -> Mapping[str, list[Expr]]:
+        return {"a": [m, steps * PAIR_STEP], "w": [panels, steps * PAIR_SQUARE, 2 * width]}
 
-    def _tile(
-        self,
-        k: Emitter,
-        views: Mapping[str, Any],
-        panel: Expr,
-        start: int,
-        wide: int,
-        first: Expr,
-        high: int,
-        columns: Expr,
-        steps: Expr,
-    ) -> None:
-        """So many rows of so many columns of a panel, from `start` on."""
+    def sum(self, k: Emitter, views: Mapping[str, Any], tile: RegisterTile, steps: Expr) -> Any:
         lanes = k.isa.lanes()
-        vectors = wide // lanes
-        acc = k.registers(high * vectors * lanes, f32)
-        with k.unroll(high * vectors, "r") as r:
+        count = tile.high * tile.vectors
+        acc = k.registers(count * lanes, f32)
+        with k.unroll(count, "r") as r:
             k.store(acc, [r * lanes], k.number(0.0, f32, lanes), lanes)
         with k.loop(steps * PAIR_SQUARE, "pair") as pair:
             at = k.let(pair * 2, "at")
             held = []
-            for lane in range(start, start + wide, lanes):
-                place = [panel, pair, 2 * lane]
+            for v in range(tile.vectors):
+                place = [tile.panel, pair, 2 * (tile.start + v * lanes)]
                 held.append(k.let(k.bits(k.load(views["w"], place, 2 * lanes), DTYPES["i32"], lanes), "w"))
-            self._pairs(k, views["a"], first, high, at, held, acc)
-        tile = k.registers(high * vectors * lanes, f32, "tile")
-        with k.unroll(high * vectors, "r") as r:
-            k.store(tile, [r * lanes], k.load(acc, [r * lanes], lanes), lanes)
-        with k.loop(high, "i") as i, k.loop(vectors, "v") as v:
-            value = k.load(tile, [(i * vectors + v) * lanes], lanes)
-            column = k.let(panel * narrow_width(k.isa) + start + v * lanes, "column")
-            self.finishing.store(k, views, [first + i], column, value, columns, lanes)
+            self._pairs(k, views["a"], tile.first, tile.high, at, held, acc)
+        made = k.registers(count * lanes, f32, "tile")
+        with k.unroll(count, "r") as r:
+            k.store(made, [r * lanes], k.load(acc, [r * lanes], lanes), lanes)
+        return made
 
     def _pairs(self, k: Emitter, a: Any, first: Expr, high: int, at: Expr, held: Sequence[Expr], acc: Any) -> None:
         """Add a pair of each row, times vectors of pairs, to the sums. One pair at a time takes a register."""
