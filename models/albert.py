@@ -8,13 +8,7 @@ import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Table
 from treadle.ir.errors import FrontendError
 from treadle.models.bert import HEADS, block, embed_tokens, follows, pool, read_encoder, unmask
-from treadle.models.family import (
-    Config,
-    Family,
-    choose_architecture,
-    read_int,
-    require,
-)
+from treadle.models.family import Config, Family, choose_architecture, read_int, require, weights_and_biases
 
 ARCHITECTURES = {
     "AlbertModel": None,
@@ -101,7 +95,7 @@ def checkpoint(config: Config) -> Table:
         "embeddings.token_type.weight": "embeddings.token_type_embeddings.weight",
         "masked_lm.logits.bias": ("predictions.bias", "predictions.decoder.bias"),
     }
-    for ours, theirs in {
+    modules = {
         "embeddings.norm": "embeddings.LayerNorm",
         "embeddings.widen": "encoder.embedding_hidden_mapping_in",
         "layer.attn.q": f"{layer}.attention.query",
@@ -114,12 +108,10 @@ def checkpoint(config: Config) -> Table:
         "layer.mlp_norm": f"{layer}.full_layer_layer_norm",
         "masked_lm.transform": "predictions.dense",
         "masked_lm.norm": "predictions.LayerNorm",
-    }.items():
-        table |= {f"{ours}.{part}": f"{theirs}.{part}" for part in ("weight", "bias")}
-    for part in ("weight", "bias"):
-        table[f"next_sentence.{part}"] = f"sop_classifier.classifier.{part}"  # which of two sentences came first
-        table[f"logits.{part}"] = (f"classifier.{part}", f"qa_outputs.{part}")
-    return table
+        "next_sentence": "sop_classifier.classifier",  # which of two sentences came first
+        "logits": ("classifier", "qa_outputs"),
+    }
+    return table | weights_and_biases(modules)
 
 
 FAMILY = Family("albert", albert, ("albert",), from_config, checkpoint, prefixes=("", "albert."))

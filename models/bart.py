@@ -15,6 +15,7 @@ from treadle.models.family import (
     read_int,
     read_layers,
     require,
+    weights_and_biases,
 )
 from treadle.models.transformer import decode, encode
 
@@ -100,8 +101,7 @@ def checkpoint(config: Config) -> Table:
     table = name_blocks() | {"shared.weight": SHARED, "logits_bias": "final_logits_bias"}
     for stack in ("encoder", "decoder"):
         table[f"{stack}.positions.weight"] = Source(f"{stack}.embed_positions.weight", rows=(2, 2 + context))
-        for part in ("weight", "bias"):
-            table[f"{stack}.norm.{part}"] = f"{stack}.layernorm_embedding.{part}"
+        table |= weights_and_biases({f"{stack}.norm": f"{stack}.layernorm_embedding"})
     return table
 
 
@@ -123,9 +123,7 @@ def name_blocks() -> dict[str, Entry]:
         modules |= {"cross_norm": "encoder_attn_layer_norm"}
         for ours, theirs in {"attn": "self_attn", "cross": "encoder_attn"}.items():
             modules |= {f"{ours}.{part}": f"{theirs}.{part}_proj" for part in ("q", "k", "v", "out")}
-        for ours, theirs in modules.items():
-            for part in ("weight", "bias"):
-                table[f"{stack}.layer.{{i}}.{ours}.{part}"] = f"{layer}.{theirs}.{part}"
+        table |= weights_and_biases({f"{stack}.layer.{{i}}.{n}": f"{layer}.{name}" for n, name in modules.items()})
     return table
 
 

@@ -22,6 +22,7 @@ from treadle.models.family import (
     read_int,
     read_layers,
     require,
+    weights_and_biases,
 )
 
 ACTIVATIONS = {"gelu": t.gelu, "gelu_new": t.gelu_tanh, "gelu_pytorch_tanh": t.gelu_tanh, "relu": t.relu}
@@ -180,7 +181,7 @@ def checkpoint(config: Config) -> Table:
         "embeddings.token_type.weight": "embeddings.token_type_embeddings.weight",
         "masked_lm.logits.bias": ("cls.predictions.bias", "cls.predictions.decoder.bias"),
     }
-    for ours, theirs in {
+    modules = {
         "layer.{i}.attn.q": f"{block}.attention.self.query",
         "layer.{i}.attn.k": f"{block}.attention.self.key",
         "layer.{i}.attn.v": f"{block}.attention.self.value",
@@ -189,8 +190,9 @@ def checkpoint(config: Config) -> Table:
         "layer.{i}.mlp.down": f"{block}.output.dense",
         "masked_lm.transform": "cls.predictions.transform.dense",
         "pooler": "pooler.dense",
-    }.items():
-        table |= {f"{ours}.weight": f"{theirs}.weight", f"{ours}.bias": f"{theirs}.bias"}
+        "next_sentence": "cls.seq_relationship",
+        "logits": ("classifier", "qa_outputs", "cls.seq_relationship"),
+    }
     for ours, theirs in {
         "embeddings.norm": "embeddings.LayerNorm",
         "layer.{i}.attn_norm": f"{block}.attention.output.LayerNorm",
@@ -199,10 +201,7 @@ def checkpoint(config: Config) -> Table:
     }.items():
         table[f"{ours}.weight"] = (f"{theirs}.weight", f"{theirs}.gamma")
         table[f"{ours}.bias"] = (f"{theirs}.bias", f"{theirs}.beta")
-    for part in ("weight", "bias"):
-        table[f"next_sentence.{part}"] = f"cls.seq_relationship.{part}"
-        table[f"logits.{part}"] = (f"classifier.{part}", f"qa_outputs.{part}", f"cls.seq_relationship.{part}")
-    return table
+    return table | weights_and_biases(modules)
 
 
 FAMILY = Family("bert", bert, ("bert",), from_config, checkpoint, prefixes=("", "bert."))

@@ -19,6 +19,7 @@ from treadle.models.family import (
     read_float,
     read_int,
     read_layers,
+    weights_and_biases,
 )
 from treadle.models.vit import ACTIVATIONS, block, embed_patches, prepend, read_image
 
@@ -232,7 +233,7 @@ def _encoder_table(prefix: str, projection: str) -> dict[str, Entry]:
         "embeddings.position": positions,
         "projection.weight": f"{projection}_projection.weight",
     }
-    for ours, theirs in {
+    modules = {
         "embeddings.norm": f"{prefix}pre_layrnorm",
         "layer.{i}.attn.q": f"{layer}.self_attn.q_proj",
         "layer.{i}.attn.k": f"{layer}.self_attn.k_proj",
@@ -243,9 +244,8 @@ def _encoder_table(prefix: str, projection: str) -> dict[str, Entry]:
         "layer.{i}.mlp.down": f"{layer}.mlp.fc2",
         "layer.{i}.mlp_norm": f"{layer}.layer_norm2",
         "norm": prefix + ("final_layer_norm" if projection == "text" else "post_layernorm"),
-    }.items():
-        table |= {f"{ours}.{part}": f"{theirs}.{part}" for part in ("weight", "bias")}
-    return table
+    }
+    return table | weights_and_biases(modules)
 
 
 FAMILY = Family(

@@ -23,6 +23,7 @@ from treadle.models.family import (
     read_float,
     read_int,
     read_layers,
+    weights_and_biases,
 )
 from treadle.models.vit import ACTIVATIONS, embed_patches, prepend, read_image
 
@@ -159,25 +160,22 @@ def checkpoint(config: Config) -> Table:
     }
     hidden = gated_width(read_int(config, "hidden_size", 768) * read_int(config, "mlp_ratio", 4))
     for part in ("weight", "bias"):
-        for ours, theirs in {
-            "embeddings.patch": "embeddings.patch_embeddings.projection",
-            "layer.{i}.attn_norm": f"{block}.norm1",
-            "layer.{i}.attn.q": f"{block}.attention.attention.query",
-            "layer.{i}.attn.k": f"{block}.attention.attention.key",
-            "layer.{i}.attn.v": f"{block}.attention.attention.value",
-            "layer.{i}.attn.out": f"{block}.attention.output.dense",
-            "layer.{i}.mlp_norm": f"{block}.norm2",
-            "norm": "layernorm",
-            "logits": "classifier",
-        }.items():
-            table[f"{ours}.{part}"] = f"{theirs}.{part}"
         joined = f"{block}.mlp.weights_in.{part}"
-        table |= {
-            f"layer.{{i}}.mlp.gate.{part}": Source(joined, rows=(0, hidden)),
-            f"layer.{{i}}.mlp.up.{part}": (f"{block}.mlp.fc1.{part}", Source(joined, rows=(hidden, 2 * hidden))),
-            f"layer.{{i}}.mlp.down.{part}": (f"{block}.mlp.fc2.{part}", f"{block}.mlp.weights_out.{part}"),
-        }
-    return table
+        table[f"layer.{{i}}.mlp.gate.{part}"] = Source(joined, rows=(0, hidden))
+        table[f"layer.{{i}}.mlp.up.{part}"] = (f"{block}.mlp.fc1.{part}", Source(joined, rows=(hidden, 2 * hidden)))
+    modules = {
+        "embeddings.patch": "embeddings.patch_embeddings.projection",
+        "layer.{i}.attn_norm": f"{block}.norm1",
+        "layer.{i}.attn.q": f"{block}.attention.attention.query",
+        "layer.{i}.attn.k": f"{block}.attention.attention.key",
+        "layer.{i}.attn.v": f"{block}.attention.attention.value",
+        "layer.{i}.attn.out": f"{block}.attention.output.dense",
+        "layer.{i}.mlp_norm": f"{block}.norm2",
+        "layer.{i}.mlp.down": (f"{block}.mlp.fc2", f"{block}.mlp.weights_out"),
+        "norm": "layernorm",
+        "logits": "classifier",
+    }
+    return table | weights_and_biases(modules)
 
 
 FAMILY = Family("dinov2", dinov2, ("dinov2",), from_config, checkpoint, prefixes=("", "dinov2."))

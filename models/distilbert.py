@@ -17,6 +17,7 @@ from treadle.models.family import (
     read_int,
     read_layers,
     require,
+    weights_and_biases,
 )
 
 HEADS = ("masked_lm", "classifier", "token_classifier")
@@ -98,7 +99,7 @@ def checkpoint(config: Config) -> Table:
         "embeddings.position.weight": "embeddings.position_embeddings.weight",
         "masked_lm.logits.bias": "vocab_projector.bias",
     }
-    for ours, theirs in {
+    modules = {
         "embeddings.norm": "embeddings.LayerNorm",
         "layer.{i}.attn.q": f"{block}.attention.q_lin",
         "layer.{i}.attn.k": f"{block}.attention.k_lin",
@@ -111,11 +112,9 @@ def checkpoint(config: Config) -> Table:
         "masked_lm.transform": "vocab_transform",
         "masked_lm.norm": "vocab_layer_norm",
         "pooler": "pre_classifier",
-    }.items():
-        table |= {f"{ours}.{part}": f"{theirs}.{part}" for part in ("weight", "bias")}
-    for part in ("weight", "bias"):
-        table[f"logits.{part}"] = (f"classifier.{part}", f"qa_outputs.{part}")
-    return table
+        "logits": ("classifier", "qa_outputs"),
+    }
+    return table | weights_and_biases(modules)
 
 
 FAMILY = Family("distilbert", distilbert, ("distilbert",), from_config, checkpoint, prefixes=("", "distilbert."))

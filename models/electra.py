@@ -11,13 +11,7 @@ import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Table
 from treadle.ir.errors import FrontendError
 from treadle.models.bert import block, embed_tokens, pool, read_encoder, unmask
-from treadle.models.family import (
-    Config,
-    Family,
-    choose_architecture,
-    read_int,
-    require,
-)
+from treadle.models.family import Config, Family, choose_architecture, read_int, require, weights_and_biases
 
 HEADS = ("discriminator", "masked_lm", "classifier", "token_classifier")
 
@@ -109,20 +103,20 @@ def checkpoint(config: Config) -> Table:
         "embeddings.token_type.weight": "embeddings.token_type_embeddings.weight",
         "masked_lm.logits.bias": "generator_lm_head.bias",
     }
-    for ours, theirs in {
-        "embeddings.norm": ("embeddings.LayerNorm",),
-        "embeddings.widen": ("embeddings_project",),
-        "layer.{i}.attn.q": (f"{block}.attention.self.query",),
-        "layer.{i}.attn.k": (f"{block}.attention.self.key",),
-        "layer.{i}.attn.v": (f"{block}.attention.self.value",),
-        "layer.{i}.attn.out": (f"{block}.attention.output.dense",),
-        "layer.{i}.attn_norm": (f"{block}.attention.output.LayerNorm",),
-        "layer.{i}.mlp.up": (f"{block}.intermediate.dense",),
-        "layer.{i}.mlp.down": (f"{block}.output.dense",),
-        "layer.{i}.mlp_norm": (f"{block}.output.LayerNorm",),
-        "masked_lm.transform": ("generator_predictions.dense",),
-        "masked_lm.norm": ("generator_predictions.LayerNorm",),
-        "discriminator": ("discriminator_predictions.dense",),
+    modules = {
+        "embeddings.norm": "embeddings.LayerNorm",
+        "embeddings.widen": "embeddings_project",
+        "layer.{i}.attn.q": f"{block}.attention.self.query",
+        "layer.{i}.attn.k": f"{block}.attention.self.key",
+        "layer.{i}.attn.v": f"{block}.attention.self.value",
+        "layer.{i}.attn.out": f"{block}.attention.output.dense",
+        "layer.{i}.attn_norm": f"{block}.attention.output.LayerNorm",
+        "layer.{i}.mlp.up": f"{block}.intermediate.dense",
+        "layer.{i}.mlp.down": f"{block}.output.dense",
+        "layer.{i}.mlp_norm": f"{block}.output.LayerNorm",
+        "masked_lm.transform": "generator_predictions.dense",
+        "masked_lm.norm": "generator_predictions.LayerNorm",
+        "discriminator": "discriminator_predictions.dense",
         "pooler": ("classifier.dense", "sequence_summary.summary"),
         "logits": (
             "classifier.out_proj",
@@ -130,9 +124,8 @@ def checkpoint(config: Config) -> Table:
             "qa_outputs",
             "discriminator_predictions.dense_prediction",
         ),
-    }.items():
-        table |= {f"{ours}.{part}": tuple(f"{name}.{part}" for name in theirs) for part in ("weight", "bias")}
-    return table
+    }
+    return table | weights_and_biases(modules)
 
 
 FAMILY = Family("electra", electra, ("electra",), from_config, checkpoint, prefixes=("", "electra."))

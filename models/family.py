@@ -7,12 +7,12 @@ for a value that it does not take.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from treadle.files.shown_names import printable
-from treadle.frontends.binding import Table
+from treadle.frontends.binding import Entry, Table
 from treadle.frontends.declarations import Model
 from treadle.ir.errors import CheckpointError
 
@@ -47,6 +47,16 @@ class Family:
     from_config: Callable[[Config], Model]
     checkpoint: Callable[[Config], Table]
     prefixes: tuple[str, ...] = ("",)
+
+
+def weights_and_biases(modules: Mapping[str, str | Sequence[str]]) -> dict[str, Entry]:
+    """A table's entries of the weight and the bias of modules: our names, and the file's, or those it may have."""
+    table: dict[str, Entry] = {}
+    for ours, theirs in modules.items():
+        names = (theirs,) if isinstance(theirs, str) else theirs
+        for part in ("weight", "bias"):
+            table[f"{ours}.{part}"] = tuple(f"{name}.{part}" for name in names)
+    return table
 
 
 def require(config: Config, **expected: Any) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import treadle.frontends.language as t
-from treadle.frontends.binding import Entry, Source, Table
+from treadle.frontends.binding import Source, Table
 from treadle.frontends.rotary import Scaling, temperature_of
 from treadle.models.family import (
     Config,
@@ -23,6 +23,7 @@ from treadle.models.family import (
     read_int,
     read_layers,
     require,
+    weights_and_biases,
 )
 from treadle.models.llama import warmed
 from treadle.models.reading.rotary_config import read_rotary
@@ -275,12 +276,9 @@ def checkpoint(config: Config) -> Table:
                 "layer.{i}.mlp.down": f"{layer}.mlp.dense_4h_to_h",
             }
     modules["lm_head"] = ("lm_head", "embed_out")  # as GPT-NeoX's older files call it
-    table: dict[str, Entry] = {}
-    for part in ("weight", "bias"):
-        for ours, theirs in modules.items():
-            names = (theirs,) if isinstance(theirs, str) else theirs
-            table[f"{ours}.{part}"] = tuple(f"{name}.{part}" for name in names)
-        if kind in ("gpt_neox", "falcon"):
+    table = weights_and_biases(modules)
+    if kind in ("gpt_neox", "falcon"):
+        for part in ("weight", "bias"):
             stored = f"{layer}.{'attention' if kind == 'gpt_neox' else 'self_attention'}.query_key_value.{part}"
             for name, rows, groups in joined(read_options(config)):
                 table[f"layer.{{i}}.attn.{name}.{part}"] = Source(stored, rows=rows, groups=groups)

@@ -16,7 +16,7 @@ import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Source, Table
 from treadle.frontends.rotary import Scaling, temperature_of
 from treadle.ir.errors import FrontendError
-from treadle.models.family import Config, Family, choose_architecture
+from treadle.models.family import Config, Family, choose_architecture, weights_and_biases
 from treadle.models.reading.llama_config import ARCHITECTURES, read_kind, read_options
 
 NORM_PLACES = ("before", "after", "both")
@@ -200,9 +200,7 @@ def checkpoint(config: Config) -> Table:
     }
     if kind in ("gemma2", "gemma3_text"):
         modules["layer.{i}.mlp_norm"] = f"{layer}.pre_feedforward_layernorm"
-    table: dict[str, Entry] = {
-        f"{ours}.{part}": f"{theirs}.{part}" for ours, theirs in modules.items() for part in ("weight", "bias")
-    }
+    table = weights_and_biases(modules)
     if kind == "phi3":
         table |= joined(config, layer)
     return table

@@ -21,6 +21,7 @@ from treadle.models.family import (
     read_int,
     read_layers,
     require,
+    weights_and_biases,
 )
 from treadle.models.reading.llama_config import read_layer_types
 
@@ -196,16 +197,17 @@ def checkpoint(config: Config) -> Table:
         "logits.weight": "classifier.weight",
         "logits.bias": ("classifier.bias", "decoder.bias"),
     }
-    for part in ("weight", "bias"):
-        for ours, theirs in {
+    table |= weights_and_biases(
+        {
             "embeddings.norm": "embeddings.norm",
             "layer.{i}.attn_norm": f"{layer}.attn_norm",
             "layer.{i}.attn.out": f"{layer}.attn.Wo",
             "layer.{i}.mlp_norm": f"{layer}.mlp_norm",
             "layer.{i}.mlp.down": f"{layer}.mlp.Wo",
             "norm": "final_norm",
-        }.items():
-            table[f"{ours}.{part}"] = f"{theirs}.{part}"
+        }
+    )
+    for part in ("weight", "bias"):
         for n, name in enumerate("qkv"):
             table[f"layer.{{i}}.attn.{name}.{part}"] = Source(
                 f"{layer}.attn.Wqkv.{part}", rows=(n * dim, (n + 1) * dim)

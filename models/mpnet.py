@@ -8,13 +8,7 @@ import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Source, Table
 from treadle.ir.errors import FrontendError
 from treadle.models.bert import block, embed_tokens, pool, read_encoder, unmask
-from treadle.models.family import (
-    Config,
-    Family,
-    choose_architecture,
-    read_int,
-    require,
-)
+from treadle.models.family import Config, Family, choose_architecture, read_int, require, weights_and_biases
 
 HEADS = ("pooler", "masked_lm", "classifier", "token_classifier")
 
@@ -101,23 +95,22 @@ def checkpoint(config: Config) -> Table:
         "distance.weight": "encoder.relative_attention_bias.weight",
         "masked_lm.logits.bias": ("lm_head.bias", "lm_head.decoder.bias"),
     }
-    for ours, theirs in {
-        "embeddings.norm": ("embeddings.LayerNorm",),
-        "layer.{i}.attn.q": (f"{block}.attention.attn.q",),
-        "layer.{i}.attn.k": (f"{block}.attention.attn.k",),
-        "layer.{i}.attn.v": (f"{block}.attention.attn.v",),
-        "layer.{i}.attn.out": (f"{block}.attention.attn.o",),
-        "layer.{i}.attn_norm": (f"{block}.attention.LayerNorm",),
-        "layer.{i}.mlp.up": (f"{block}.intermediate.dense",),
-        "layer.{i}.mlp.down": (f"{block}.output.dense",),
-        "layer.{i}.mlp_norm": (f"{block}.output.LayerNorm",),
-        "masked_lm.transform": ("lm_head.dense",),
-        "masked_lm.norm": ("lm_head.layer_norm",),
+    modules = {
+        "embeddings.norm": "embeddings.LayerNorm",
+        "layer.{i}.attn.q": f"{block}.attention.attn.q",
+        "layer.{i}.attn.k": f"{block}.attention.attn.k",
+        "layer.{i}.attn.v": f"{block}.attention.attn.v",
+        "layer.{i}.attn.out": f"{block}.attention.attn.o",
+        "layer.{i}.attn_norm": f"{block}.attention.LayerNorm",
+        "layer.{i}.mlp.up": f"{block}.intermediate.dense",
+        "layer.{i}.mlp.down": f"{block}.output.dense",
+        "layer.{i}.mlp_norm": f"{block}.output.LayerNorm",
+        "masked_lm.transform": "lm_head.dense",
+        "masked_lm.norm": "lm_head.layer_norm",
         "pooler": ("classifier.dense", "pooler.dense"),
         "logits": ("classifier.out_proj", "classifier", "qa_outputs"),
-    }.items():
-        table |= {f"{ours}.{part}": tuple(f"{name}.{part}" for name in theirs) for part in ("weight", "bias")}
-    return table
+    }
+    return table | weights_and_biases(modules)
 
 
 def _positions(config: Config) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import treadle.frontends.language as t
-from treadle.frontends.binding import Entry, Source, Table
+from treadle.frontends.binding import Source, Table
 from treadle.models.family import (
     Config,
     Family,
@@ -15,6 +15,7 @@ from treadle.models.family import (
     read_int,
     read_layers,
     require,
+    weights_and_biases,
 )
 
 ACTIVATIONS = {"relu": t.relu, "gelu": t.gelu, "gelu_new": t.gelu_tanh, "silu": t.silu}
@@ -95,9 +96,7 @@ def checkpoint(config: Config) -> Table:
         "layer.{i}.mlp.down": f"{layer}.fc2",
         "norm": "final_layer_norm",
     }
-    table: dict[str, Entry] = {
-        f"{ours}.{part}": f"{theirs}.{part}" for ours, theirs in modules.items() for part in ("weight", "bias")
-    }
+    table = weights_and_biases(modules)
     table["word.weight"] = "embed_tokens.weight"
     rows = (2, 2 + read_int(config, "max_position_embeddings"))
     table["position.weight"] = Source("embed_positions.weight", rows=rows)

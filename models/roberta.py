@@ -10,13 +10,7 @@ from typing import Annotated
 import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Source, Table
 from treadle.models import bert as base
-from treadle.models.family import (
-    Config,
-    Family,
-    choose_architecture,
-    read_int,
-    require,
-)
+from treadle.models.family import Config, Family, choose_architecture, read_int, require, weights_and_biases
 
 ARCHITECTURES = {
     f"{prefix}{name}": head
@@ -82,12 +76,13 @@ def checkpoint(config: Config) -> Table:
         "embeddings.position.weight": Source("embeddings.position_embeddings.weight", rows=_positions(config)),
         "masked_lm.logits.bias": ("lm_head.bias", "lm_head.decoder.bias"),
     }
-    for part in ("weight", "bias"):
-        table[f"masked_lm.transform.{part}"] = f"lm_head.dense.{part}"
-        table[f"masked_lm.norm.{part}"] = f"lm_head.layer_norm.{part}"
-        table[f"pooler.{part}"] = (f"classifier.dense.{part}", f"pooler.dense.{part}")
-        table[f"logits.{part}"] = (f"classifier.out_proj.{part}", f"classifier.{part}", f"qa_outputs.{part}")
-    return table
+    modules = {
+        "masked_lm.transform": "lm_head.dense",
+        "masked_lm.norm": "lm_head.layer_norm",
+        "pooler": ("classifier.dense", "pooler.dense"),
+        "logits": ("classifier.out_proj", "classifier", "qa_outputs"),
+    }
+    return table | weights_and_biases(modules)
 
 
 def _positions(config: Config) -> tuple[int, int]:

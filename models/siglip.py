@@ -23,6 +23,7 @@ from treadle.models.family import (
     read_float,
     read_int,
     read_layers,
+    weights_and_biases,
 )
 from treadle.models.vit import ACTIVATIONS, block, embed_patches, read_image
 
@@ -226,30 +227,29 @@ def _encoder_table(config: Config, prefix: str) -> dict[str, Entry]:
         "pooler.query": f"{pooler}.probe",
     }
     for part in ("weight", "bias"):
-        for ours, theirs in {
-            "embeddings.patch": f"{prefix}embeddings.patch_embedding",
-            "layer.{i}.attn.q": f"{layer}.self_attn.q_proj",
-            "layer.{i}.attn.k": f"{layer}.self_attn.k_proj",
-            "layer.{i}.attn.v": f"{layer}.self_attn.v_proj",
-            "layer.{i}.attn.out": f"{layer}.self_attn.out_proj",
-            "layer.{i}.attn_norm": f"{layer}.layer_norm1",
-            "layer.{i}.mlp.up": f"{layer}.mlp.fc1",
-            "layer.{i}.mlp.down": f"{layer}.mlp.fc2",
-            "layer.{i}.mlp_norm": f"{layer}.layer_norm2",
-            "projection": pooler,
-            "pooler.attn.out": f"{pooler}.attention.out_proj",
-            "pooler.mlp_norm": f"{pooler}.layernorm",
-            "pooler.mlp.up": f"{pooler}.mlp.fc1",
-            "pooler.mlp.down": f"{pooler}.mlp.fc2",
-            "logits": "classifier",
-        }.items():
-            table[f"{ours}.{part}"] = f"{theirs}.{part}"
-        table[f"norm.{part}"] = (f"{prefix}final_layer_norm.{part}", f"{prefix}post_layernorm.{part}")
         for n, name in enumerate("qkv"):
             table[f"pooler.attn.{name}.{part}"] = Source(
                 f"{pooler}.attention.in_proj_{part}", rows=(n * dim, (n + 1) * dim)
             )
-    return table
+    modules = {
+        "embeddings.patch": f"{prefix}embeddings.patch_embedding",
+        "layer.{i}.attn.q": f"{layer}.self_attn.q_proj",
+        "layer.{i}.attn.k": f"{layer}.self_attn.k_proj",
+        "layer.{i}.attn.v": f"{layer}.self_attn.v_proj",
+        "layer.{i}.attn.out": f"{layer}.self_attn.out_proj",
+        "layer.{i}.attn_norm": f"{layer}.layer_norm1",
+        "layer.{i}.mlp.up": f"{layer}.mlp.fc1",
+        "layer.{i}.mlp.down": f"{layer}.mlp.fc2",
+        "layer.{i}.mlp_norm": f"{layer}.layer_norm2",
+        "projection": pooler,
+        "pooler.attn.out": f"{pooler}.attention.out_proj",
+        "pooler.mlp_norm": f"{pooler}.layernorm",
+        "pooler.mlp.up": f"{pooler}.mlp.fc1",
+        "pooler.mlp.down": f"{pooler}.mlp.fc2",
+        "logits": "classifier",
+        "norm": (f"{prefix}final_layer_norm", f"{prefix}post_layernorm"),
+    }
+    return table | weights_and_biases(modules)
 
 
 FAMILY = Family(

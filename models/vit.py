@@ -22,6 +22,7 @@ from treadle.models.family import (
     read_int,
     read_layers,
     require,
+    weights_and_biases,
 )
 
 ACTIVATIONS = {
@@ -166,7 +167,7 @@ def checkpoint(config: Config) -> Table:
         "embeddings.distillation": "embeddings.distillation_token",
         "embeddings.position": "embeddings.position_embeddings",
     }
-    for ours, theirs in {
+    modules = {
         "embeddings.patch": "embeddings.patch_embeddings.projection",
         "layer.{i}.attn_norm": f"{block}.layernorm_before",
         "layer.{i}.attn.q": f"{block}.attention.attention.query",
@@ -179,11 +180,9 @@ def checkpoint(config: Config) -> Table:
         "norm": "layernorm",
         "pooler": "pooler.dense",
         "teacher_logits": "distillation_classifier",
-    }.items():
-        table |= {f"{ours}.{part}": f"{theirs}.{part}" for part in ("weight", "bias")}
-    for part in ("weight", "bias"):
-        table[f"logits.{part}"] = (f"classifier.{part}", f"cls_classifier.{part}")
-    return table
+        "logits": ("classifier", "cls_classifier"),
+    }
+    return table | weights_and_biases(modules)
 
 
 FAMILY = Family("vit", vit, ("vit", "deit"), from_config, checkpoint, prefixes=("", "vit.", "deit."))

@@ -14,7 +14,16 @@ from treadle.frontends.binding import Entry, Source, Table
 from treadle.frontends.ctranslate2_file import CTranslate2File
 from treadle.ir.errors import CheckpointError
 from treadle.models.bart import name_blocks
-from treadle.models.family import Config, Family, choose, choose_architecture, read_int, read_layers, require
+from treadle.models.family import (
+    Config,
+    Family,
+    choose,
+    choose_architecture,
+    read_int,
+    read_layers,
+    require,
+    weights_and_biases,
+)
 
 ACTIVATIONS = {"gelu": t.gelu, "gelu_new": t.gelu_tanh, "relu": t.relu}
 MELS = 80
@@ -113,8 +122,7 @@ def checkpoint(config: Config) -> Table:
     }
     for stack in ("encoder", "decoder"):
         table[f"{stack}.positions.weight"] = f"{stack}.embed_positions.weight"
-        for part in ("weight", "bias"):
-            table[f"{stack}.norm.{part}"] = f"{stack}.layer_norm.{part}"
+        table |= weights_and_biases({f"{stack}.norm": f"{stack}.layer_norm"})
     return table
 
 
