@@ -5,8 +5,8 @@
 `--dtype` is of ours: float32; products and attention in bf16; or weights and what they multiply rounded to 8 bits, and
 attention in bf16. The peers are those that one would take instead, and for bf16 and int8 theirs of as few bits. Weights
 are drawn, of which times do not depend. Outputs are compared first. On one thread times are the processor's, which a
-neighbour cannot lengthen.
-`--python` names the Python that has onnxruntime, openvino and nncf.
+neighbour cannot lengthen. What CTranslate2 can run is given to all as a folder of Hugging Face's, which it reads.
+`--python` names the Python that has onnxruntime, openvino, nncf and ctranslate2.
 A peer that is missing, or cannot run a row, is named.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,10 +41,23 @@ ROWS = {
     "t5": Row(f"{MODELS / 't5.py'}:t5_encoder", (), {"B": 1, "S": 128}),
     "llama": Row("llama", _LLAMA, {"B": 1, "S": 256}),
 }
+_OF_BERT = {"position_embedding_type": "absolute"}  # which CTranslate2 asks for
+_OF_LLAMA = {"vocab_size": 49152, "hidden_size": 576, "num_hidden_layers": 30, "intermediate_size": 1536}
+FOLDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("BertModel", _OF_BERT),
+    "bert-8": ("BertModel", _OF_BERT),
+    "minilm": ("BertModel", {**_OF_BERT, "hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}),
+    "gpt2": ("GPT2LMHeadModel", {}),
+    "llama": (
+        "LlamaForCausalLM",
+        {**_OF_LLAMA, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
+    ),
+}
+"""The same models as classes of Hugging Face's, with what their configurations say, where CTranslate2 runs them."""
 PEERS = {
-    "f32": ("eager", "onnxruntime", "openvino"),
+    "f32": ("eager", "onnxruntime", "openvino", "ctranslate2"),
     "bf16": ("openvino", "openvino-bf16"),
-    "int8": ("onnxruntime-int8", "openvino-bf16", "openvino-int8"),
+    "int8": ("onnxruntime-int8", "openvino-bf16", "openvino-int8", "ctranslate2-int8"),
 }
 WAYS: dict[str, dict[str, str]] = {"f32": {}, "bf16": {"dtype": "bf16"}, "int8": {"quantize": "int8", "dtype": "bf16"}}
 
@@ -78,10 +92,25 @@ def measure(options: argparse.Namespace, name: str, against: Any) -> dict[str, A
     from treadle.benching.benchmark import bench_model
     from treadle.benching.workload import Workload
 
-    row = ROWS[name]
-    workload = Workload(row.family, options.backend, options.threads, config=row.config, **WAYS[options.dtype])
-    made = bench_model(workload, against, sizes=row.sizes, rounds=options.rounds, python=options.python)
+    row, told = ROWS[name], WAYS[options.dtype]
+    with tempfile.TemporaryDirectory() as place:
+        model, config = row.family, row.config
+        if name in FOLDERS and any(peer.startswith("ctranslate2") for peer in against):
+            model, config = write_folder(name, place), ()
+        workload = Workload(model, options.backend, options.threads, config=config, **told)
+        made = bench_model(workload, against, sizes=row.sizes, rounds=options.rounds, python=options.python)
     return {"row": name, **made.as_dict()}
+
+
+def write_folder(name: str, place: str) -> str:
+    """A folder of Hugging Face's with a row's model, of drawn weights."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    kind, told = FOLDERS[name]
+    model = getattr(transformers, kind)
+    model(model.config_class(**told)).eval().save_pretrained(place)
+    return place
 
 
 def show(options: argparse.Namespace, name: str, measured: dict[str, Any]) -> None:

@@ -111,6 +111,66 @@ def test_a_python_that_is_not_there_is_named() -> None:
     assert sys.executable in str(error.value.hint)
 
 
+def test_peers_that_read_files_of_the_models_own_are_given_them(tmp_path: Path) -> None:
+    """A package of the same calls stands for CTranslate2: it says what it was given, and its words are doubled."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=20, n_positions=8)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    (packages / "ctranslate2.py").write_text(STAND_IN)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={packages} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    workload = Workload(str(tmp_path / "gpt2"), "numpy")
+    peers = ["ctranslate2-int8", "llama.cpp"]
+    found = bench_model(workload, peers, sizes={"B": 2, "S": 3}, rounds=1, python=str(python))
+    assert [row.side for row in found.rows] == ["treadle", "ctranslate2-int8"]
+    row = found.rows[1]
+    assert row.note == "dynamic int8" and row.difference is not None and row.difference < 1e-5
+    reason = found.missing["llama.cpp"]
+    assert reason in ("llama_cpp is not installed", "llama.cpp reads a GGUF file, which this model is not")
+    declared = bench_model(Workload("bert", "numpy", config=SMALL), peers[:1], sizes={"S": 3}, python=str(python))
+    assert declared.missing == {
+        "ctranslate2-int8": "CTranslate2 reads a folder of Hugging Face's, which this model is not"
+    }
+
+
+STAND_IN = """
+from types import SimpleNamespace
+
+import torch
+import transformers
+
+
+class TransformersConverter:
+    def __init__(self, folder):
+        self.folder = folder
+        assert transformers.AutoTokenizer.from_pretrained(folder).get_vocab()["w19"] == 19
+
+    def convert(self, place, quantization):
+        assert quantization == "int8"
+        with open(place, "w") as file:
+            file.write(self.folder)
+
+
+class Generator:
+    def __init__(self, place, device, compute_type, inter_threads, intra_threads):
+        assert compute_type == "int8" and intra_threads == 1
+        with open(place) as file:
+            self.module = transformers.GPT2LMHeadModel.from_pretrained(file.read())
+
+    def forward_batch(self, words, lengths):
+        assert lengths.tolist() == [3, 3]
+        with torch.inference_mode():
+            return self.module(torch.from_numpy(words).long()).logits.numpy()
+
+
+converters = SimpleNamespace(TransformersConverter=TransformersConverter)
+StorageView = SimpleNamespace(from_array=lambda array: array)
+"""
+
+
 def test_an_unknown_peer_is_refused() -> None:
     with pytest.raises(UsageError, match="there is no peer 'tensorflow'") as error:
         bench_model(Workload("bert"), ["tensorflow"])

@@ -24,7 +24,7 @@ from treadle.backends.onnx.exporter import export_onnx
 from treadle.backends.registry import find_backend
 from treadle.benching.serving import read_arrays, save_arrays
 from treadle.benching.sides import PEERS, Side, peers_of
-from treadle.benching.workload import Workload, opened
+from treadle.benching.workload import Workload, files_of, opened
 from treadle.computing import computing_in
 from treadle.ir.analysis.cost import Cost, graph_cost
 from treadle.ir.analysis.drawn_inputs import draw_inputs
@@ -124,7 +124,7 @@ def bench_model(
     against  their names (`PEERS`)
     sizes    of the symbols; small ones where they are left out
     rounds   turns that count, after one that warms up
-    python   the Python that has the peers which read ONNX, where this one has not
+    python   the Python that has the peers which need no Treadle, where this one has not: all but PyTorch's
     told     is given a line as each side is opened
 
     Raises UsageError for a peer, dtype, scheme, Python or size that there is not, or where ours does not run, and what
@@ -151,9 +151,9 @@ def bench_model(
         try:
             for name in ("treadle", *names):
                 told(f"opening {name}")
-                reads_onnx = name in PEERS and PEERS[name].reads == "onnx"
+                is_other = name in PEERS and PEERS[name].reads != "torch"
                 outputs = str(Path(place) / f"{name}.npz")
-                side = Side({**spec, "side": name, "outputs": outputs}, python if reads_onnx else sys.executable)
+                side = Side({**spec, "side": name, "outputs": outputs}, python if is_other else sys.executable)
                 if "missing" in side.answer:
                     missing[name] = side.answer["missing"]
                     side.close()
@@ -176,7 +176,10 @@ def bench_model(
 def _spec(workload: Workload, graph: Graph, sizes: Mapping[str, int], place: Path) -> dict[str, Any]:
     """What all sides are told."""
     save_arrays(place / "inputs.npz", draw_inputs(graph, sizes, [workload.seed]))
+    folder, gguf = files_of(workload.model)
     return {
+        "folder": folder and str(folder.resolve()),
+        "gguf": gguf and str(gguf.resolve()),
         "model": workload.model,
         "backend": workload.backend,
         "threads": workload.threads,

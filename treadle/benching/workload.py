@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from treadle.artifacts import is_artifact, open_artifact
 from treadle.compiling import initial_weights
+from treadle.fetch import fetched_model
 from treadle.ir.graph import Graph
 from treadle.ir.transforms.encoded_weights import quantized_alike
 from treadle.option_values import parse_config, parse_limits
 from treadle.resolving import resolve
+from treadle.wheels.pinned_models import PINNED
 
 Array = np.ndarray[Any, Any]
 
@@ -40,6 +43,16 @@ class Workload:
     widen: Sequence[str] = ()
     seed: int = 0
     quantize: str | None = None
+
+
+def files_of(model: str) -> tuple[Path | None, Path | None]:
+    """The folder of Hugging Face's that a model is, and the GGUF file: where it is one."""
+    place = Path(model)
+    if model in PINNED:
+        place = fetched_model(model) or place
+    files = [place] if place.is_file() else sorted(place.glob("*.gguf"))
+    gguf = files[0] if len(files) == 1 and files[0].suffix == ".gguf" else None
+    return place if (place / "config.json").is_file() else None, gguf
 
 
 def opened(workload: Workload) -> tuple[Graph, Mapping[str, Array]]:

@@ -32,7 +32,8 @@ def bench_beside(
         typer.Option(
             "--against",
             metavar="NAMES",
-            help="eager, compile, onnxruntime, openvino, each of the last two with -int8, openvino-bf16; with commas.",
+            help="eager, compile, llama.cpp, onnxruntime, openvino, ctranslate2, each of the last three with -int8, "
+            "openvino-bf16; with commas.",
         ),
     ] = "eager,onnxruntime",
     sizes: Sizes = None,
@@ -46,7 +47,7 @@ def bench_beside(
         typer.Option(
             "--python",
             metavar="PATH",
-            help="The Python that has the peers which read ONNX. By default the one that runs this.",
+            help="The Python that has the peers but PyTorch's. By default the one that runs this.",
             show_default=False,
         ),
     ] = sys.executable,
