@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from treadle.ir.builder import describe_source
-from treadle.ir.errors import BackendError
+from treadle.ir.errors import BackendError, Hint
 from treadle.ir.graph import Graph, Node
 from treadle.ir.types import Type
 
@@ -48,6 +48,14 @@ def shape_fits(wanted: Type, shape: Sequence[int]) -> bool:
     """Whether a weight has its type's shape, symbols aside."""
     sizes = [size.constant for size in wanted.shape]
     return len(sizes) == len(shape) and all(n is None or n == m for n, m in zip(sizes, shape, strict=True))
+
+
+def unavailable(name: str, missing: str) -> BackendError:
+    """The error that a backend is not there: what `Backend.available` gives, a reason and what would bring it."""
+    reason, _, remedy = missing.partition(": ")
+    first = f"{remedy}, or " if remedy else ""
+    hint = Hint(f'{first}backend="numpy"', f"{first}--backend numpy")
+    return BackendError(f"the {name} backend is not available", received=reason, hint=hint)
 
 
 def refuse_nodes(

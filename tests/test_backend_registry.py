@@ -117,7 +117,10 @@ def test_torch_is_imported_only_when_it_is_used() -> None:
 def test_without_torch_the_backend_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install 'treadle[torch]'" in str(find_backend("torch").available())
-    assert "torch backend is not available" in message(lambda: compiled("torch", block_model()[0]))
+    with pytest.raises(BackendError, match="torch backend is not available") as caught:
+        compiled("torch", block_model()[0])
+    assert caught.value.received == "PyTorch is not installed"
+    assert str(caught.value.hint) == "pip install 'treadle[torch]', or backend=\"numpy\""
 
 
 def test_without_tvm_the_backend_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

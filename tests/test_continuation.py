@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import treadle as t
+from tests.task_models import byte_level
 from treadle.cli import app
-from treadle.continuation import TextWriter
+from treadle.continuation import TextWriter, need_for_text
 from treadle.frontends.text import TextTokenizer
-from treadle.ir.errors import CheckpointError, UsageError
+from treadle.ir.errors import CheckpointError, FrontendError, UsageError
+from treadle.runtime.beams import Beams
 from treadle.runtime.sampling import Sampling
 
 torch = pytest.importorskip("torch")
@@ -56,6 +59,45 @@ def test_greedy_continues_as_hugging_face_does(folder: Path, backend: str) -> No
         new = wanted[0, ids.shape[1] :].tolist()
         assert [p.id for p in pieces if p.row == row] == new
         assert "".join(p.text for p in pieces if p.row == row) == tokenizer.decode(new)
+
+
+def test_a_list_of_prompts_gives_a_list_of_texts(folder: Path) -> None:
+    model = t.load(folder)
+    alone = [model.generate(prompt, most=6) for prompt in ("the cat", "a dog")]
+    assert model.generate(["the cat", "a dog"], most=6) == alone
+    assert model.generate(["a dog"], most=6) == alone[1:]
+    beams = Beams(2, best=2)
+    assert model.search(["the cat", "a dog"], most=4, beams=beams)[1] == model.search("a dog", most=4, beams=beams)
+    wrong: Any = [["the cat", "a dog"]]
+    with pytest.raises(UsageError, match="a prompt must be a string"):
+        model.generate(wrong)
+    with pytest.raises(UsageError, match="a prompt must be a string"):
+        model.stream(wrong[0])
+
+
+def test_what_is_no_causal_model_is_told_as_what_it_is(tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        vocab_size=200, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    byte_level().save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="does not continue text: it is no causal language model") as caught:
+        TextWriter.open(tmp_path)
+    assert "treadle embed" in str(caught.value.hint)
+
+
+def test_packages_that_are_missing_are_named_together_before_anything_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"no GGUF file")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(FrontendError, match="needs the packages tokenizers, gguf, jinja2") as caught:
+        need_for_text(tmp_path / "a.gguf", chat=True)
+    assert str(caught.value.hint) == "pip install 'treadle[text,gguf,chat]'"
+    with pytest.raises(FrontendError, match="needs the package tokenizers"):
+        TextWriter.open(folder)
+    done = CliRunner().invoke(app, ["chat", str(folder)], input="hi\n")
+    assert done.exit_code == 2 and "treadle[text,chat]" in done.stderr
 
 
 def test_text_streams_in_whole_characters(folder: Path) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -219,6 +220,18 @@ def test_threads_are_the_callers_choice(monkeypatch: pytest.MonkeyPatch) -> None
     for count in (1, 2, 1):
         tvm_runtime.set_threads(count)
         assert tvm_runtime.threads() == count
+
+
+@pytest.mark.parametrize(("said", "kept"), [(None, "1000"), ("7", "7")])
+def test_idle_threads_sleep_before_long(monkeypatch: pytest.MonkeyPatch, said: str | None, kept: str) -> None:
+    """Else a process on a busy machine waits at its end for threads that give their cores away, for minutes."""
+    monkeypatch.setenv(tvm_runtime.SPINS, said or "")
+    if said is None:
+        monkeypatch.delenv(tvm_runtime.SPINS)
+    thread = Thread(target=tvm_runtime.set_threads, args=(1,))
+    thread.start()
+    thread.join()
+    assert os.environ[tvm_runtime.SPINS] == kept
 
 
 @pytest.fixture

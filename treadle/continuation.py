@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from treadle.extras import need_packages
 from treadle.files.contained_files import read_regular
+from treadle.files.shown_names import printable
 from treadle.files.strict_json import read_json_object
 from treadle.frontends.ctranslate2_file import find_ctranslate2
 from treadle.frontends.gguf_file import GGUFFile
@@ -22,6 +24,7 @@ from treadle.frontends.text import TextTokenizer, folder_chat_template
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.ir.target import Target
 from treadle.models.registry import family_of, read_gguf
+from treadle.passes.stepping.derivation import NoStep
 from treadle.resolving import GGUF_SUFFIX, find_folder
 from treadle.runtime.beams import Beams, beam_search
 from treadle.runtime.generation import Ending, Token, generate
@@ -135,6 +138,7 @@ class TextWriter:
         no family reads is told before what its tokenizer lacks.
         """
         place = find_folder(model)
+        need_for_text(model)
         if place.suffix == GGUF_SUFFIX:
             file = GGUFFile.open(place, limits)
             read_gguf(file)
@@ -144,7 +148,14 @@ class TextWriter:
                 family_of(open_checkpoint(place, limits).config)
             tokenizer, end = TextTokenizer.open(place, cut=False), _folder_end_tokens(place)
             template = folder_chat_template(place)
-        made = stepped(model, backend=backend, target=target, limits=limits, cache=cache, **config)
+        try:
+            made = stepped(model, backend=backend, target=target, limits=limits, cache=cache, **config)
+        except NoStep as error:
+            raise UsageError(
+                f"{printable(str(model))} does not continue text: it is no causal language model",
+                received=error.what,
+                hint="a model that is, such as smollm2; treadle embed, classify, fill and others ask other ones",
+            ) from error
         if made.derived.prologue or len(made.derived.tokens) != 1:
             raise UsageError(
                 "text is continued by a model of one input, the tokens [B, S]",
@@ -208,9 +219,13 @@ class TextWriter:
         ]
 
     def tokens(self, prompts: Sequence[str], *, special: bool = True) -> list[list[int]]:
-        """The ids of each prompt. Raises UsageError for no prompt, or one that is not valid Unicode."""
+        """The ids of each prompt. Raises UsageError for no prompt, one that is no string, or not valid Unicode."""
         if not prompts:
             raise UsageError("there is no text")
+        given: Sequence[object] = prompts
+        wrong = [prompt for prompt in given if not isinstance(prompt, str)]
+        if wrong:
+            raise UsageError("a prompt must be a string", received=f"{wrong[0]!r}"[:200])
         return [list(windows[0].ids) for windows in self.tokenizer.encode(prompts, special=special)]
 
     def chat_template(self) -> ChatTemplate:
@@ -255,6 +270,12 @@ class TextWriter:
         for token in tokens:
             text = growing[token.row].tell(token.last)
             yield Piece(token.row, text, token.id, token.ending, token.logprob, token.likely)
+
+
+def need_for_text(model: str | Path, *, chat: bool = False) -> None:
+    """Raises FrontendError where packages are missing that a text writer, or a conversation, needs of this model."""
+    of_file = ["gguf"] if find_folder(model).suffix == GGUF_SUFFIX else []
+    need_packages(f"text from {printable(str(model))}", "tokenizers", *of_file, *(["jinja2"] if chat else []))
 
 
 def _folder_end_tokens(folder: Path) -> tuple[int, ...]:

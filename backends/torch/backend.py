@@ -19,7 +19,7 @@ from treadle.backends.protocol import Executable, Port
 from treadle.backends.python.arena import PythonArena
 from treadle.backends.python.emission import emit
 from treadle.backends.python.executable import PythonExecutable, collect_weights
-from treadle.backends.refusals import misfit, refuse_nodes, shape_fits
+from treadle.backends.refusals import misfit, refuse_nodes, shape_fits, unavailable
 from treadle.backends.signature import as_numpy, refuse_dtype
 from treadle.backends.staged import StagedBackend, needed_plan
 from treadle.backends.torch.destinations import is_placed, written_over
@@ -84,7 +84,7 @@ class TorchBackend(StagedBackend):
         """Raise BackendError without PyTorch or the target's device, or for a refused node."""
         missing = self.available()
         if missing is not None:
-            raise BackendError("the torch backend is not available", received=missing, hint="or backend numpy")
+            raise unavailable(self.name, missing)
         import torch
 
         if target.kind == "cuda" and not torch.cuda.is_available():

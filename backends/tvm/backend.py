@@ -13,7 +13,7 @@ from typing import Any
 
 from treadle.backends.made_weights import is_decoded_once, notes_on, recipes_of
 from treadle.backends.protocol import Executable
-from treadle.backends.refusals import refuse_nodes
+from treadle.backends.refusals import refuse_nodes, unavailable
 from treadle.backends.staged import StagedBackend, needed_plan
 from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.host_calls import HostCall
@@ -29,7 +29,6 @@ from treadle.backends.tvm.lowering.program import kernels_of
 from treadle.backends.tvm.lowering.routine_writer import lower
 from treadle.backends.tvm.lowering.rules import RULES, keeps, supported
 from treadle.backends.tvm.weight_packing import multiplies_rows, pack_weights, wants, wants_blocks
-from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
 from treadle.ir.types import Type
@@ -69,7 +68,7 @@ class TvmBackend(StagedBackend):
         """Raise BackendError without TVM, for a target without code, or for a refused node."""
         missing = self.available()
         if missing is not None:
-            raise BackendError("the tvm backend is not available", received=missing, hint="or backend numpy")
+            raise unavailable(self.name, missing)
         isa_of(target)
         refuse_nodes(graph, self.name, self.supports)
 

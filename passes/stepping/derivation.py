@@ -37,6 +37,10 @@ CACHE_DTYPES = (f32, bf16, f16)
 """In which keys and values may be held."""
 
 
+class NoStep(PassError):
+    """No axis of the model may be stepped."""
+
+
 @dataclass(frozen=True)
 class DerivedStep:
     """A graph of entries, and how they are called.
@@ -139,7 +143,7 @@ def _stepped_axis(graph: Graph) -> str:
         return found[0]
     if found:
         raise PassError(f"{graph.name} may be stepped along several axes", hint="name one of " + ", ".join(found))
-    raise PassError("\n".join([f"{graph.name} has no axis that may be stepped", *against]))
+    raise NoStep("\n".join([f"{graph.name} has no axis that may be stepped", *against]))
 
 
 def _refuse_symbols(graph: Graph, names: Sequence[str]) -> None:

@@ -94,10 +94,7 @@ def _meeting_point(count: int) -> dict[str, str]:
 
 
 def _alone_on_a_core(count: int) -> dict[str, str]:
-    """Where a rank has one core: idle threads of TVM's pool sleep at once.
-
-    Else each of them gives its core away 300,000 times first, which on a busy machine takes minutes, at the end, too.
-    """
+    """Where a rank has one core: idle threads of TVM's pool sleep at once."""
     name, cores = "TVM_THREAD_POOL_SPIN_COUNT", os.cpu_count() or 1
     return {name: "0"} if name not in os.environ and cores < 2 * count else {}
 

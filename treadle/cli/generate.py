@@ -109,7 +109,7 @@ def continue_texts(
 ) -> None:
     """Continue text with a causal language model, such as the fetched smollm2, alone or as one of several ranks."""
     from treadle.cli.rank_runs import opened_on_ranks
-    from treadle.continuation import TextWriter
+    from treadle.continuation import TextWriter, need_for_text
     from treadle.ir.target import Target
     from treadle.option_values import parse_config
     from treadle.progress import working
@@ -130,6 +130,7 @@ def continue_texts(
         _refuse("without --beams there is no", **{"best": best != 1, "length-penalty": length_penalty != 1})
     if not chat:
         _refuse("without --chat there is no", system=system)
+    need_for_text(model, chat=chat)
     where = Target(target, threads)
     said = (prompts, most, sampling, rules, stop, search, logprobs, chat, system, speculate, draft, cache)
     with opened_on_ranks(mesh, recipe, axis or [], timeout, f"{said}") as stepped:

@@ -111,19 +111,41 @@ class LoadedModel:
         """A summary of a text, of up to `most` tokens."""
         return _texts(self.rewriter.summarize(_listed(texts), most=most), texts)
 
+    @overload
     def generate(
         self,
-        prompt: str,
+        prompts: str,
         *,
         most: int = 128,
         sampling: Sampling | None = None,
         rules: TokenRules | None = None,
         stop: Sequence[str] = (),
-    ) -> str:
+    ) -> str: ...
+    @overload
+    def generate(
+        self,
+        prompts: list[str],
+        *,
+        most: int = 128,
+        sampling: Sampling | None = None,
+        rules: TokenRules | None = None,
+        stop: Sequence[str] = (),
+    ) -> list[str]: ...
+    def generate(
+        self,
+        prompts: Any,
+        *,
+        most: int = 128,
+        sampling: Sampling | None = None,
+        rules: TokenRules | None = None,
+        stop: Sequence[str] = (),
+    ) -> Any:
         """What follows a prompt, up to `most` tokens, the end of the text, or a string in `stop`."""
-        return "".join(
-            piece.text for piece in self.stream(prompt, most=most, sampling=sampling, rules=rules, stop=stop)
-        )
+        listed = _listed(prompts)
+        found = [""] * len(listed)
+        for piece in self.writer.continued(listed, most=most, sampling=sampling, rules=rules, stop=stop):
+            found[piece.row] += piece.text
+        return found if _many(prompts) else found[0]
 
     def stream(
         self,
@@ -134,18 +156,25 @@ class LoadedModel:
         rules: TokenRules | None = None,
         stop: Sequence[str] = (),
     ) -> Iterator[Piece]:
-        """The same piece by piece."""
+        """The same of one prompt, piece by piece."""
         return self.writer.continued([prompt], most=most, sampling=sampling, rules=rules, stop=stop)
 
-    def search(self, prompt: str, *, most: int = 128, beams: Beams) -> list[str]:
+    @overload
+    def search(self, prompts: str, *, most: int = 128, beams: Beams) -> list[str]: ...
+    @overload
+    def search(self, prompts: list[str], *, most: int = 128, beams: Beams) -> list[list[str]]: ...
+    def search(self, prompts: Any, *, most: int = 128, beams: Beams) -> Any:
         """The continuations of a prompt that a beam search finds, best first."""
-        (found,) = self.writer.searched([prompt], most=most, beams=beams)
-        return [each.text for each in found]
+        searched = self.writer.searched(_listed(prompts), most=most, beams=beams)
+        found = [[each.text for each in of_one] for of_one in searched]
+        return found if _many(prompts) else found[0]
 
     def chat(self, *, system: str | None = None) -> Conversation:
         """A conversation with a model that was trained for it: `chat().say("Hello")` gives the reply piece by piece."""
         from treadle.chatting.conversation import Conversation
+        from treadle.continuation import need_for_text
 
+        need_for_text(self.options.model, chat=True)
         return Conversation.open(self.writer, system=system)
 
     # -- sound -------------------------------------------------------------------------------------------------

@@ -15,6 +15,10 @@ from pathlib import Path
 
 from treadle.ir.errors import BackendError
 
+SPINS = "TVM_THREAD_POOL_SPIN_COUNT"
+"""How often an idle thread of TVM's pool gives its core away before it sleeps: 300,000 times where nothing is said,
+which on a busy machine takes minutes, and the end of the process waits for it."""
+
 _INT = 1  # the type index of an integer in an argument of the interface
 
 
@@ -45,6 +49,7 @@ def set_threads(count: int) -> None:
     """
     if getattr(_configured, "count", None) == count or pool_is_lost():
         return
+    os.environ.setdefault(SPINS, "1000")
     os.environ["TVM_BIND_THREADS"] = "0"  # the system decides where they run: a core of ours may be busy
     most = max(count, os.cpu_count() or 1)
     os.environ["TVM_NUM_THREADS"] = str(most)

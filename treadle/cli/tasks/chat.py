@@ -48,6 +48,7 @@ def talk_with_model(
 ) -> None:
     """Talk with a model: a line is a message, /new begins again, /bye or the end of input ends it."""
     from treadle.chatting.conversation import Conversation
+    from treadle.continuation import need_for_text
     from treadle.progress import working
     from treadle.runtime.sampling import Sampling
     from treadle.runtime.token_rules import TokenRules
@@ -55,6 +56,7 @@ def talk_with_model(
 
     sampling = Sampling(temperature, 0, top_p, seed, min_p)
     rules = TokenRules(repetition_penalty=repetition_penalty)
+    need_for_text(options.model, chat=True)
     with working(f"compiling {options.model}", shown=not as_json):
         writer = LoadedModel(replace(options, cache=cache)).writer
         talk = Conversation.open(writer, system=system, capacity=context)
