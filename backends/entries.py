@@ -16,6 +16,8 @@ class EntryExecutable:
     A graph whose only entry has no states is called itself, without an entry's name.
     """
 
+    exact_rows = False
+
     def __init__(self, graph: Graph, backend: str, allocate: Allocate) -> None:
         """graph as it was declared; `called` is to be filled with its entries by name."""
         self.name = graph.name

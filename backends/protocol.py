@@ -101,7 +101,11 @@ class Entry(Protocol):
 
 @runtime_checkable
 class StatefulExecutable(Protocol):
-    """What an executable of a graph with states or several entries offers beside; the others are refused there."""
+    """What an executable of a graph with states or several entries offers beside; the others are refused there.
+
+    It may have `exact_rows` as well: whether a row's bits depend on that row alone, on no other row of a call, and not
+    on how its tokens are cut into calls.
+    """
 
     @property
     def entries(self) -> tuple[str, ...]:

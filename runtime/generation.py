@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, SupportsIndex
 
@@ -119,7 +119,8 @@ def generate(
 
     A prompt ends after an id in `stop` (which is given, too), where `until` says so, when its row is full, or after
     `most` tokens. More prompts than the session has free rows wait for one; one that joins depends on nothing of the
-    others.
+    others. A prompt that is given several times at once is prefilled once, and forked; one that begins as another does
+    goes on from there, where the session resumes.
 
     rules    what is asked of the next token, by those before it
     until    asked of each token whether its row ends with it
@@ -171,7 +172,7 @@ def _generated(
                 token = choosing.token(each.logits, each.number, each.made, is_full(session, each.row))
                 if token.last:
                     running.remove(each)
-                    session.close(each.row)
+                    session.close(each.row, keep=True)
                 else:
                     going[each.row] = chosen
                 yield token
@@ -187,18 +188,59 @@ def _generated(
 def _joined(
     session: Session, prompts: list[list[int]], inputs: Sequence[dict[str, Any]], waiting: deque[int]
 ) -> list[_Running]:
-    """As many of those that wait as there are free rows, prefilled together; none stays open where one fails."""
-    rows: dict[int, int] = {}
+    """As many of those that wait as there are free rows; none stays open where one fails.
+
+    They are prefilled together, but for those that begin as one of them does, which go on from it.
+    """
+    left = [waiting.popleft() for _ in range(min(len(waiting), session.free))]
+    joined: dict[int, _Running] = {}
+    before = set(session.rows)
     try:
-        while waiting and session.free:
-            number = waiting.popleft()
-            rows[session.open(**inputs[number])] = number
-        logits = session.prefill({row: prompts[number] for row, number in rows.items()})
+        while left:
+            reading: list[int] = []
+            later: dict[int, int] = {}
+            for number in left:
+                alike = {n: prompts[n] for n in reading if _bring_the_same(inputs[n], inputs[number])}
+                ahead = prompt_ahead(session, prompts[number], alike)
+                if ahead is None:
+                    reading.append(number)
+                else:
+                    later[number] = ahead[0]
+            rows = {number: session.resume(prompts[number], **inputs[number]) for number in reading}
+            logits = session.prefill({row: prompts[n][session.length(row) :] for n, row in rows.items()})
+            joined |= {number: _Running(number, row, logits[row]) for number, row in rows.items()}
+            left = []
+            for number, first in later.items():
+                if prompts[number] == prompts[first]:
+                    joined[number] = _Running(number, session.fork(rows[first]), joined[first].logits)
+                else:
+                    left.append(number)
     except BaseException:
-        for row in rows:
+        for row in set(session.rows) - before:
             session.close(row)
         raise
-    return [_Running(number, row, logits[row]) for row, number in rows.items()]
+    return [joined[number] for number in sorted(joined)]
+
+
+def prompt_ahead(
+    session: Session, prompt: Sequence[int], others: Mapping[int, Sequence[int]]
+) -> tuple[int, int] | None:
+    """Of the prompts that are about to be prefilled, by number, the one that a prompt should wait for, since it begins
+    alike, and how many of its tokens need not be computed then: all of them where the two are the same.
+
+    None where none of them has more of it than the session holds already.
+    """
+    found, most = None, session.held(prompt)
+    for number, other in others.items():
+        count = len(prompt) if other == prompt else session.shared(prompt, other)
+        if count > most:
+            found, most = (number, count), count
+    return found
+
+
+def _bring_the_same(inputs: dict[str, Any], others: dict[str, Any]) -> bool:
+    """Whether two prompts come with the same beside their tokens: nothing, or one thing."""
+    return inputs is others or not (inputs or others)
 
 
 def count_of(most: object) -> int:

@@ -10,6 +10,10 @@
 Between two steps, rows of those who went away are closed, those that wait take free rows, and a piece of each new
 prompt is prefilled, so that a long prompt holds the others up by one piece at a time. What a row is told depends on
 nothing of the others: a step's bits do not depend on which rows are in it (docs/generation.md).
+
+What a prompt begins with is not computed again where a slot holds it: of a text that is being written, or of one that
+has ended (`Session.resume`). Where it is just being prefilled for another prompt, a prompt waits for that, and goes on
+from there; the same prompt, asked for several texts, is forked.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from treadle.ir.errors import TreadleError, UsageError
-from treadle.runtime.generation import Choosing, Token, is_full
+from treadle.runtime.generation import Choosing, Token, is_full, prompt_ahead
 from treadle.runtime.session import Session
 
 Array = np.ndarray[Any, Any]
@@ -77,13 +81,14 @@ class Load:
     running   rows that are open
     waiting   orders that have no row yet
     steps     how many were made
-    prefilled, generated   tokens so far
+    prefilled, reused, generated   tokens so far: of prompts, those that were computed and those that a slot held
     """
 
     running: int = 0
     waiting: int = 0
     steps: int = 0
     prefilled: int = 0
+    reused: int = 0
     generated: int = 0
 
 
@@ -96,10 +101,14 @@ class Closed(UsageError):
 
 
 class Ticket:
-    """What who submitted an order holds of it."""
+    """What who submitted an order holds of it.
+
+    reused  tokens of the prompt that were not computed for it; known with the first token that is told
+    """
 
     def __init__(self, order: TextOrder, tell: Tell) -> None:
         self.order, self._tell = order, tell
+        self.reused = 0
         self._is_cancelled = threading.Event()
         self._has_ended = False
 
@@ -133,19 +142,27 @@ class Ticket:
             return
 
 
-@dataclass
+@dataclass(eq=False)
 class _Row:
     """An order that has a row.
 
     left    of its prompt, what is not prefilled
+    ahead   whose prompt is prefilled first, as far as this one is the same: `shared` tokens
     logits  after its last token, where the prompt is whole
     """
 
     ticket: Ticket
     row: int
     left: list[int]
+    ahead: _Row | None = None
+    shared: int = 0
     logits: Array | None = None
     made: list[int] = field(default_factory=list)
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """Ids of tokens."""
+        return self.ticket.order.prompt
 
 
 class Scheduler:
@@ -236,6 +253,7 @@ class Scheduler:
                 self._drop()
                 self._join()
                 self._prefill()
+                self._go_on()
                 self._choose_and_step()
             except Exception as error:  # of one call for several rows: none of them can go on
                 self._fail(error)
@@ -272,11 +290,40 @@ class Scheduler:
             if ticket.order.choosing.most == 0:
                 ticket.end()
                 continue
-            self._rows.append(_Row(ticket, self.session.open(), list(ticket.order.prompt)))
+            self._rows.append(self._begun(ticket, self._rows))
+
+    def _begun(self, ticket: Ticket, before: Sequence[_Row]) -> _Row:
+        """A row for an order: of what is held of its prompt, or, where one of these is being prefilled that begins
+        alike, of nothing yet."""
+        prompt = ticket.order.prompt
+        ahead = prompt_ahead(self.session, prompt, {n: each.prompt for n, each in enumerate(before) if each.left})
+        if ahead is not None:
+            return _Row(ticket, self.session.open(), list(prompt), before[ahead[0]], ahead[1])
+        row = self.session.resume(prompt)
+        self._count_reused(ticket, self.session.length(row))
+        return _Row(ticket, row, list(prompt[ticket.reused :]))
+
+    def _go_on(self) -> None:
+        """Have those that wait for another's prompt go on from it, once it is there or nobody asks for it any more."""
+        for n, each in enumerate(self._rows):
+            ahead = each.ahead
+            if ahead is None or (ahead in self._rows and self.session.length(ahead.row) < each.shared):
+                continue
+            self.session.close(each.row)
+            if ahead in self._rows and each.shared == len(each.prompt):
+                self._rows[n] = _Row(each.ticket, self.session.fork(ahead.row), [], logits=ahead.logits)
+                self._count_reused(each.ticket, each.shared)
+            else:
+                self._rows[n] = self._begun(each.ticket, self._rows[:n])
+
+    def _count_reused(self, ticket: Ticket, count: int) -> None:
+        ticket.reused = count
+        with self._changed:
+            self._load = replace(self._load, reused=self._load.reused + count)
 
     def _prefill(self) -> None:
         """A piece of each prompt that is not whole."""
-        pieces = {each.row: each.left[: self.piece] for each in self._rows if each.left}
+        pieces = {each.row: each.left[: self.piece] for each in self._rows if each.left and each.ahead is None}
         if not pieces:
             return
         logits = self.session.prefill(pieces)
@@ -326,15 +373,15 @@ class Scheduler:
             self._leave(each, _unforeseen(error))
         return None
 
-    def _leave(self, each: _Row, why: Cut | TreadleError | None) -> None:
+    def _leave(self, each: _Row, why: Cut | TreadleError | None, *, keep: bool = True) -> None:
         self._rows.remove(each)
-        self.session.close(each.row)
+        self.session.close(each.row, keep=keep)
         each.ticket.end(why)
 
     def _fail(self, error: Exception) -> None:
         told = error if isinstance(error, TreadleError) else _unforeseen(error)
         for each in list(self._rows):
-            self._leave(each, told)
+            self._leave(each, told, keep=False)  # nobody knows what the call left of them
 
     def _give_up(self, why: Cut) -> None:
         for each in list(self._rows):

@@ -4,7 +4,8 @@
     row = session.open()
     logits = session.prefill({row: [464, 3139, 286]})[row]       # of its last token
     logits = session.step({row: 4881})[row]
-    session.close(row)
+    session.close(row, keep=True)
+    row = session.resume([464, 3139, 286, 4881, 318])            # holds the first of them, as many as a slot does
 
 A session has slots, which rows take and leave; rows of one call may have different lengths, and none sees another. It
 holds the states of the step that was derived from the model (`treadle.passes.stepping.derivation`), and shares weights
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal, SupportsIndex, TypeVar
 
 import numpy as np
@@ -27,6 +27,7 @@ from treadle.ir.sizing.size_bounds import Bounds
 from treadle.passes.stepping.derivation import DerivedStep
 from treadle.passes.stepping.functions import CAPACITY, SLOTS
 from treadle.runtime.language_models import token_ports
+from treadle.runtime.slots import Ring, Row, Slots, worth
 
 Array = np.ndarray[Any, Any]
 X = TypeVar("X")
@@ -39,27 +40,6 @@ _WIDTH = 16  # chunks are as wide as a multiple of this, so that few sizes are p
 _RING = 128  # capacities of rings are multiples of this, as kernels read keys in blocks
 
 
-@dataclass
-class _Row:
-    """A row that is open.
-
-    tokens     so far
-    forgotten  how many of them, the oldest, are no longer known
-    verified   what `verify` left in the slot after them, not accepted yet
-    is_lost    a call was broken off that may have changed what the slot holds of these tokens
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    forgotten: int = 0
-    verified: list[int] = field(default_factory=list)
-    is_lost: bool = False
-
-    @property
-    def length(self) -> int:
-        """How many positions of its slot are filled."""
-        return len(self.tokens) - self.forgotten
-
-
 class Session:
     """Rows that grow by steps; see the module.
 
@@ -67,6 +47,7 @@ class Session:
     capacity  the positions of each
     chunk     the most tokens of a row that one call takes
     full      what happens to a row whose slot is full
+    resumes   whether `resume` goes on from what slots hold
     """
 
     def __init__(
@@ -79,11 +60,14 @@ class Session:
         chunk: int = CHUNK,
         full: Full = "error",
         memory: Mapping[str, int] | None = None,
+        resumes: bool | None = None,
     ) -> None:
         """Allocate the states.
 
         memory   for a model whose prologue keeps something of a size that rows bring, such as a source text: the most
                  that a row may bring, by the size's name (`{"S": 512}`)
+        resumes  None: where a row then has the bits that it has alone, since the backend's do not depend on how a row's
+                 tokens are cut into calls
 
         Raises UsageError for sizes that the model does not take, BackendError where there is not enough memory.
         """
@@ -106,8 +90,13 @@ class Session:
         self._prefill, self._step = executable.entry("prefill"), executable.entry("step")
         self._verify = executable.entry("verify")
         self._prologue = executable.entry("prologue") if derived.has_prologue else None
-        self._free = list(range(sizes[SLOTS]))[::-1]
-        self._rows: dict[int, _Row] = {}
+        rings = [Ring(sizes[s], reach) for s, reach in derived.windows.items()]
+        self._slots = Slots(self.states, sizes[SLOTS], rings)
+        self._rows = self._slots.rows
+        why_not = _cannot_resume(derived)
+        if resumes and why_not:
+            raise UsageError(f"a row of {derived.graph.name} goes on from no other's text: {why_not}")
+        self.resumes = not why_not and (resumes if resumes is not None else getattr(executable, "exact_rows", False))
 
     def _add_memories(self, sizes: dict[str, int], memory: Mapping[str, int]) -> None:
         wanted = {s.removeprefix("C_"): s for s in self.derived.memories}
@@ -150,7 +139,7 @@ class Session:
     @property
     def free(self) -> int:
         """How many more rows can be opened."""
-        return len(self._free)
+        return self._slots.free
 
     def length(self, row: int) -> int:
         """How many positions of a row's slot are filled. Raises UsageError for a row that is not open."""
@@ -167,47 +156,62 @@ class Session:
 
         Raises UsageError where no slot is free, or an input is missing or unknown.
         """
-        if not self._free:
-            raise UsageError(f"all {len(self._rows)} rows are open", hint="close one, or a session with more rows")
-        names = self.derived.prologue
-        if set(inputs) != set(names):
-            raise UsageError(
-                f"a row of {self.derived.graph.name} begins with {', '.join(names) or 'nothing'}",
-                received=", ".join(inputs) or "nothing",
-            )
-        row = self._free[-1]
-        if self._prologue is not None:
-            given = {name: np.asarray(x)[None] for name, x in inputs.items()}
-            self._prologue(self.states, **{self.derived.told["rows"]: np.array([row])}, **given)
-        self._free.pop()
-        self._rows[row] = _Row()
+        row, names = self._slots.take(), self.derived.prologue
+        try:
+            if set(inputs) != set(names):
+                raise UsageError(
+                    f"a row of {self.derived.graph.name} begins with {', '.join(names) or 'nothing'}",
+                    received=", ".join(inputs) or "nothing",
+                )
+            if self._prologue is not None:
+                given = {name: np.asarray(x)[None] for name, x in inputs.items()}
+                self._prologue(self.states, **{self.derived.told["rows"]: np.array([row])}, **given)
+        except BaseException:
+            self._slots.give_back(row)
+            raise
+        self._rows[row] = Row()
         return row
 
-    def close(self, row: int) -> None:
-        """Give a row's slot back. Raises UsageError for a row that is not open."""
+    def close(self, row: int, *, keep: bool = False) -> None:
+        """Give a row's slot back. Raises UsageError for a row that is not open.
+
+        keep  others may go on from its text by `resume`, until the slot is taken: those that were used last come last
+        """
         self._open(row)
-        del self._rows[row]
-        self._free.append(row)
+        self._slots.close(row, keep=keep and self.resumes)
 
     def fork(self, row: int) -> int:
         """A new row that goes on from where a row is: its slot is copied. Raises UsageError as `open` does."""
-        source = self._whole(row)
-        if not self._free:
-            raise UsageError(f"all {len(self._rows)} rows are open", hint="close one, or a session with more rows")
-        made = self._free.pop()
-        for state in self.states.values():
-            state[made] = state[row]
-        self._rows[made] = _Row(list(source.tokens), source.forgotten)
-        return made
+        self._whole(row)
+        return self._slots.fork(row)
 
-    def _open(self, row: int) -> _Row:
+    def resume(self, tokens: Sequence[int], /, **inputs: Any) -> int:
+        """Take a slot for a text of these tokens; returns its row, which holds as many of the first as any slot does.
+
+        The others, one at least, are to be prefilled: tokens[session.length(row):]. None are held where `resumes` is
+        False. Raises UsageError as `open` does, which inputs are for.
+        """
+        ids = _ids("a row", tokens)
+        if not self.resumes or inputs:
+            return self.open(**inputs)
+        return self._slots.resume(ids)
+
+    def held(self, tokens: Sequence[int]) -> int:
+        """How many tokens of a text a row would hold that `resume` gives now."""
+        return self._slots.held(list(tokens)) if self.resumes else 0
+
+    def shared(self, tokens: Sequence[int], other: Sequence[int]) -> int:
+        """How many tokens of a text a row would hold that `resume` gives once another text has been prefilled."""
+        return worth(list(tokens), list(other)) if self.resumes else 0
+
+    def _open(self, row: int) -> Row:
         found = self._rows.get(row)
         if found is None:
             opened = ", ".join(map(str, self._rows)) or "none"
             raise UsageError(f"row {row} is not open", received=f"open: {opened}")
         return found
 
-    def _whole(self, row: int) -> _Row:
+    def _whole(self, row: int) -> Row:
         """A row that is open, and whose slot holds what its tokens left there."""
         found = self._open(row)
         if found.is_lost:
@@ -271,7 +275,7 @@ class Session:
 
         Raises UsageError for a row that is not open, and for other tokens, whose keys and values the row does not hold.
         """
-        state, ids = self._whole(row), _ids(row, tokens)
+        state, ids = self._whole(row), _ids(f"row {row}", tokens)
         if ids != state.verified[: len(ids)]:
             raise UsageError(
                 f"row {row} accepts tokens that were verified just before, from the first of them on",
@@ -283,7 +287,7 @@ class Session:
 
     def _checked(self, row: int, tokens: Sequence[int]) -> list[int]:
         self._whole(row)
-        ids, most = _ids(row, tokens), self._ports.vocabulary
+        ids, most = _ids(f"row {row}", tokens), self._ports.vocabulary
         if not ids:
             raise UsageError(f"row {row} is given no tokens")
         wrong = next((i for i in ids if i < 0 or (most is not None and i >= most)), None)
@@ -301,7 +305,8 @@ class Session:
         rows = list(pieces)
         told["rows"], told["start"] = np.array(rows, np.int64), np.array([self._rows[r].length for r in rows], np.int64)
         for row in rows:
-            self._rows[row].verified = []
+            state = self._rows[row]
+            state.verified, state.written = [], max(state.written, state.length + ids.shape[1])
         try:
             named = {self.derived.told[name]: array for name, array in told.items()}
             out = entry(self.states, **{self._ports.tokens: ids}, **named)
@@ -364,9 +369,16 @@ class Session:
     def __repr__(self) -> str:
         used = ", ".join(f"{row}: {state.length}" for row, state in self._rows.items())
         return (
-            f"<session of {self.derived.graph.name}: {len(self._rows)} of {len(self._rows) + len(self._free)} rows open"
+            f"<session of {self.derived.graph.name}: {len(self._rows)} of {len(self._rows) + self.free} rows open"
             f"{f' ({used})' if used else ''}, {self.capacity} positions each, {self.nbytes / 1e6:.1f} MB>"
         )
+
+
+def _cannot_resume(derived: DerivedStep) -> str:
+    """Why a row of a model cannot go on from a part of another's text; empty where it can."""
+    if derived.has_prologue:
+        return f"it begins with {', '.join(derived.prologue)} of its own"
+    return "it carries sums over its tokens, which cannot be taken back" if derived.carries else ""
 
 
 def _positive(name: str, value: object) -> int:
@@ -382,11 +394,11 @@ def _by_row(tokens: Mapping[int, X]) -> Iterable[tuple[int, X]]:
     return tokens.items()
 
 
-def _ids(row: int, tokens: Sequence[int]) -> list[int]:
+def _ids(who: str, tokens: Sequence[int]) -> list[int]:
     """Ids as plain numbers. Raises UsageError for what is none."""
     try:
         return [operator.index(token) for token in tokens]
     except TypeError as error:
         raise UsageError(
-            f"row {row} is given what is no id of a token", received=repr(tokens)[:200], hint="whole numbers"
+            f"{who} is given what is no id of a token", received=repr(tokens)[:200], hint="whole numbers"
         ) from error

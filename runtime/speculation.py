@@ -188,13 +188,13 @@ def _speculated(
     tally: SpeculationTally,
 ) -> Iterator[Token]:
     for number, prompt in enumerate(prompts if choosing.most else []):
-        row = session.open(**inputs[number])
+        row = session.resume(prompt, **inputs[number])
         try:
             guess.begin()
             yield from _continued(session, row, number, prompt, choosing, guess, tally)
         finally:
             guess.end()
-            session.close(row)
+            session.close(row, keep=True)
 
 
 def _continued(
@@ -209,7 +209,7 @@ def _continued(
     made: list[int] = []
     guessed: list[int] = []
     # Logits [n, vocab]: after what the row holds, and after each guess.
-    found = session.prefill({row: prompt})[row][None]
+    found = session.prefill({row: prompt[session.length(row) :]})[row][None]
     while True:
         head, right = made[-1:], 0
         for logits in found:

@@ -91,6 +91,66 @@ def test_each_text_is_the_one_alone(model: Compiled, scheduler: Scheduler) -> No
     assert load.waiting == 0
 
 
+def test_texts_that_begin_alike_read_it_once(model: Compiled) -> None:
+    """Several texts of a prompt, prompts with one beginning, the next turn of a talk; each text is the one alone."""
+    session = model.session(rows=6, capacity=CAPACITY, chunk=8, resumes=True)
+    scheduler = Scheduler(session)
+    system = tuple(range(20))
+    prompts = [(*system, 30, 31), (*system, 40), (*system, 30, 31), (5, 4, 3), (*system, 30, 31), (5, 4, 3)]
+    choosing = Choosing(6, Sampling(temperature=1.0, seed=2))
+    heard = [Heard() for _ in prompts]
+    tickets = scheduler.submit(
+        [(TextOrder(prompt, choosing), each) for prompt, each in zip(prompts, heard, strict=True)]
+    )
+    scheduler.start()  # all of them join at once
+    found = [each.wait() for each in heard]
+    assert found == [alone(model, prompt, choosing) for prompt in prompts]
+    assert [ticket.reused for ticket in tickets] == [0, 20, 22, 0, 22, 3]
+    load = scheduler.load()
+    assert (load.prefilled, load.reused) == (22 + 1 + 3, 20 + 22 + 22 + 3)
+
+    turn, again = (*prompts[0], *found[0], 7, 8), Heard()
+    (ticket,) = scheduler.submit([(TextOrder(turn, choosing), again)])
+    assert again.wait() == alone(model, turn, choosing)
+    assert ticket.reused == 22 + 5, "all but the last token that was made, which no step has read"
+    scheduler.close()
+    assert session.rows == ()
+
+
+def test_who_waits_for_the_prompt_of_one_that_goes_away_goes_on_alone(model: Compiled) -> None:
+    session = model.session(rows=3, capacity=CAPACITY, chunk=8, resumes=True)
+    scheduler, system = Scheduler(session), tuple(range(20))
+    prompts = [(*system, *range(30, 50)), (*system, 40, 41), (*system, 40, 41)]
+    heard = [Heard() for _ in prompts]
+    tickets = scheduler.submit([(TextOrder(p, Choosing(4)), each) for p, each in zip(prompts, heard, strict=True)])
+    prefill, pieces = session.prefill, []
+
+    def cancelling(tokens: dict[int, list[int]]) -> dict[int, object]:
+        pieces.append([len(ids) for ids in tokens.values()])
+        if len(pieces) == 2:
+            tickets[0].cancel()
+        return prefill(tokens)  # type: ignore[return-value]
+
+    session.prefill = cancelling  # type: ignore[method-assign, assignment]
+    scheduler.start()
+    assert [each.wait() for each in heard[1:]] == [alone(model, p, Choosing(4)) for p in prompts[1:]]
+    assert pieces == [[8], [8], [6]], "16 tokens were there when it went away"
+    assert [end.why for end in heard[0].ends] == [Cut.CANCELLED]
+    scheduler.close()
+
+
+def test_where_a_session_does_not_resume_a_prompt_alone_is_shared(model: Compiled, session: Session) -> None:
+    assert not session.resumes
+    scheduler, system = Scheduler(session), tuple(range(20))
+    prompts = [(*system, 30), (*system, 40), (*system, 30)]
+    heard = [Heard() for _ in prompts]
+    tickets = scheduler.submit([(TextOrder(p, Choosing(4)), each) for p, each in zip(prompts, heard, strict=True)])
+    scheduler.start()
+    assert [each.wait() for each in heard] == [alone(model, p, Choosing(4)) for p in prompts]
+    assert [ticket.reused for ticket in tickets] == [0, 0, 21]
+    scheduler.close()
+
+
 def test_who_goes_away_gives_the_row_to_the_next(model: Compiled, scheduler: Scheduler) -> None:
     long = Choosing(40)
     first = [Heard() for _ in range(3)]

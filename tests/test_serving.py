@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import http.client
 import json
@@ -27,8 +28,12 @@ openai = pytest.importorskip("openai")
 
 from tests.task_models import byte_level
 from treadle.continuation import TextWriter
+from treadle.runtime.generation import Token
 from treadle.runtime.sampling import Sampling
+from treadle.runtime.scheduler import Ended, TextOrder, Ticket
 from treadle.runtime.token_rules import TokenRules
+from treadle.serving.application import Server
+from treadle.serving.models import ServedWriter
 
 TEMPLATE = "{% for m in messages %}{% if m.content == 'bad' %}{{ raise_exception('no such talk') }}{% endif %}"
 TEMPLATE += "{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -111,7 +116,17 @@ class Running:
 @pytest.fixture(scope="module")
 def server(folder: Path, encoder: Path) -> Iterator[Running]:
     made = Running(
-        str(folder), f"vectors={encoder}", "--rows", "4", "--context", "64", "--body", "20000", "--queue", "40"
+        str(folder),
+        f"vectors={encoder}",
+        "--rows",
+        "4",
+        "--context",
+        "64",
+        "--body",
+        "20000",
+        "--queue",
+        "40",
+        "--reuse",
     )
     yield made
     code, error = made.end()
@@ -167,6 +182,27 @@ def test_several_prompts_and_choices_are_told_apart(server: Running, writer: Tex
     ids = writer.tokens(["a dog"])[0]
     again = server.client().completions.create(model="tiny", prompt=ids, max_tokens=6, temperature=1, seed=3)
     assert again.choices[0].text == first
+
+
+def test_what_prompts_share_is_read_once_and_told(server: Running, writer: TextWriter) -> None:
+    def counted(kind: str) -> int:
+        line = next(x for x in server.metrics().splitlines() if x.startswith(f'treadle_tokens_total{{kind="{kind}"'))
+        return int(float(line.split()[-1]))
+
+    prompt = "a prompt that several texts go on from"
+    before = counted("reused")
+    options: dict[str, Any] = {"model": "tiny", "max_tokens": 3, "temperature": 1, "seed": 3}
+    found = server.client().completions.create(prompt=[prompt, prompt], n=2, **options)
+    size = len(writer.tokens([prompt])[0])
+    assert found.usage.prompt_tokens == 2 * size
+    assert found.usage.prompt_tokens_details.cached_tokens == size, "of the second time it is given"
+    assert counted("reused") - before == 3 * size
+    pieces = server.client().completions.create(
+        prompt=prompt, stream=True, stream_options={"include_usage": True}, **options
+    )
+    told = list(pieces)
+    assert told[-1].usage.prompt_tokens_details.cached_tokens == size - 1, "the last one's logits are wanted"
+    assert "".join(each.choices[0].text for each in told if each.choices) == found.choices[0].text
 
 
 def test_penalties_stops_and_logarithms(server: Running, writer: TextWriter) -> None:
@@ -331,6 +367,54 @@ def test_who_goes_away_is_given_up(server: Running) -> None:
             time.sleep(0.01)
         assert rows() == 0
         assert generated() - before < 32 * 60
+
+
+def test_events_that_are_ready_go_out_at_once_and_the_loop_has_turns(writer: TextWriter) -> None:
+    """Whether a caller has gone, the loop learns in its turns: no two parts of a body are sent in one of them."""
+    served = ServedWriter("tiny", writer, rows=1, capacity=64, queue=4)
+
+    def submit(orders: list[tuple[TextOrder, Any]]) -> list[Ticket]:
+        """All texts at once, as they may come of a scheduler that is quicker than the loop."""
+        for _, tell in orders:
+            for number in range(40):
+                tell(Token(0, 5 + number, "count" if number == 39 else None))
+            tell(Ended())
+        return [Ticket(order, tell) for order, tell in orders]
+
+    served.scheduler.submit = submit  # type: ignore[method-assign, assignment]
+    turn, sent = 0, list[tuple[int, bytes]]()
+
+    async def ask() -> None:
+        loop = asyncio.get_running_loop()
+
+        def tick() -> None:
+            nonlocal turn
+            turn += 1
+            loop.call_soon(tick)
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.body" and message["body"]:
+                sent.append((turn, message["body"]))
+
+        body = json.dumps({**CHAT, "n": 2, "stream": True, "stream_options": {"include_usage": True}}).encode()
+        parts = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> Any:
+            return parts.pop() if parts else await asyncio.Event().wait()
+
+        scope = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "query_string": b"",
+            "path": "/v1/chat/completions", "headers": [(b"content-type", b"application/json")],
+        }  # fmt: skip
+        tick()
+        await Server([served]).application()(scope, receive, send)
+
+    asyncio.run(ask())
+    events = b"".join(part for _, part in sent).split(b"\n\n")
+    assert events[-2:] == [b"data: [DONE]", b""]
+    assert len(events) == 2 + 2 * 40 + 1 + 1 + 1
+    assert len(sent) == 2, "what was there at once, and the end"
+    assert sent[0][0] < sent[1][0]
 
 
 def test_a_key_is_asked_for_and_a_late_answer_is_cut(folder: Path, tmp_path: Path) -> None:

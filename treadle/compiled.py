@@ -136,6 +136,7 @@ class Compiled:
         chunk: int = CHUNK,
         full: Full = "error",
         memory: Mapping[str, int] | None = None,
+        resumes: bool | None = None,
         cache: str | None = None,
     ) -> Session:
         """Rows of text that grow token by token, over caches of this many rows and positions.
@@ -144,7 +145,9 @@ class Compiled:
 
         See `treadle.stepped.SteppedModel.session`. Sessions share weights and code, never a cache.
         """
-        return self._stepped_with(cache).session(rows=rows, capacity=capacity, chunk=chunk, full=full, memory=memory)
+        return self._stepped_with(cache).session(
+            rows=rows, capacity=capacity, chunk=chunk, full=full, memory=memory, resumes=resumes
+        )
 
     def save(self, path: str | Path) -> str:
         """Write it to one `.treadle` file, which `treadle.load` reads. See `treadle.artifacts.save`.

@@ -57,6 +57,7 @@ class SteppedModel:
         chunk: int = CHUNK,
         full: Full = "error",
         memory: Mapping[str, int] | None = None,
+        resumes: bool | None = None,
     ) -> Session:
         """Rows that grow token by token; see `treadle.runtime.session.Session`.
 
@@ -65,11 +66,19 @@ class SteppedModel:
         chunk     the most tokens of a row that one call takes
         full      what happens to a row that is full: "error", or "slide", which forgets the older half
         memory    what rows bring once, such as a source text: its size at most, by name (`{"S": 512}`)
+        resumes   whether rows go on from what slots hold of texts that begin alike; None: where no bits change by it
 
         Raises UsageError for sizes that the model does not take, BackendError where there is not enough memory.
         """
         return Session(
-            self.derived, self.executable, rows=rows, capacity=capacity, chunk=chunk, full=full, memory=memory
+            self.derived,
+            self.executable,
+            rows=rows,
+            capacity=capacity,
+            chunk=chunk,
+            full=full,
+            memory=memory,
+            resumes=resumes,
         )
 
 

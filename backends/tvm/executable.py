@@ -59,6 +59,8 @@ class KernelExecutable(EntryExecutable):
     notes     what runs element by element, since no fast kernel covers it
     """
 
+    exact_rows = True  # as every generator of kernels keeps to
+
     def __init__(
         self,
         graph: Graph,

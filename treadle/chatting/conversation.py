@@ -4,8 +4,8 @@
     for piece in chat.say("What is the capital of France?", most=64):
         print(piece.text, end="")
 
-The whole conversation is written anew by the model's chat template at every turn. As far as its tokens are those that
-the row holds, they are not computed again.
+The whole conversation is written anew by the model's chat template at every turn. As far as it begins with the tokens
+that the row holds, they are not computed again.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Conversation:
         """
         context = writer.model.derived.context
         most = capacity or min(context or CAPACITY, CAPACITY)
-        session = writer.model.session(rows=1, capacity=most)
+        resumes = None if writer.model.derived.carries else True
+        session = writer.model.session(rows=1, capacity=most, resumes=resumes)
         said: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         return cls(writer, writer.chat_template(), session, said)
 
@@ -106,8 +107,8 @@ class Conversation:
         """The row that holds these tokens, of which it may have held the first, and the logits after them."""
         held = list(self.session.tokens(self._row)) if self._row is not None else []
         if self._row is not None and (len(held) >= len(ids) or held != ids[: len(held)]):
-            self.session.close(self._row)
-            self._row, held = None, []
+            self.session.close(self._row, keep=True)
+            self._row = None
         if self._row is None:
-            self._row = self.session.open()
-        return self._row, self.session.prefill({self._row: ids[len(held) :]})[self._row]
+            self._row = self.session.resume(ids)
+        return self._row, self.session.prefill({self._row: ids[self.session.length(self._row) :]})[self._row]

@@ -34,6 +34,14 @@ def serve_models(
         Path | None,
         typer.Option(metavar="FILE", help="A file with the key that callers must show.", show_default=False),
     ] = None,
+    reuse: Annotated[
+        bool | None,
+        typer.Option(
+            "--reuse/--no-reuse",
+            help="Go on from what rows hold of prompts that begin alike. By default where answers keep their bits.",
+            show_default=False,
+        ),
+    ] = None,
     cache: CacheName = None,
     config: Config = None,
     limit: Limit = None,
@@ -59,7 +67,7 @@ def serve_models(
     from treadle.serving.running import serve
 
     key = None if key_file is None else _read_key(key_file)
-    opening = Opening(backend, Target(target, threads), rows, context, queue, cache)
+    opening = Opening(backend, Target(target, threads), rows, context, queue, cache, reuse)
     options: dict[str, Any] = {"dtype": dtype, "quantize": quantize, **parse_config(config or (), limit or ())}
     if widen is not None:
         options["widen"] = widen

@@ -13,6 +13,7 @@ from treadle.files.errors import TreadleError
 from treadle.runtime.generation import Choosing, Token
 from treadle.runtime.scheduler import Closed, Cut, Ended, QueueFull, Tell, TextOrder
 from treadle.runtime.stop_strings import StopStrings
+from treadle.serving.answers import PromptTokens
 from treadle.serving.models import ServedWriter, queue_full
 from treadle.serving.refusals import RequestRefusal, refused
 from treadle.serving.requests import WantedTexts
@@ -31,7 +32,7 @@ class Answering:
     """The texts of one request: as many for each prompt as it asks for, all at once.
 
     answering = Answering(served, prompts, how, seconds=600)
-    async for told in answering: ...
+    async for burst in answering: ...        each a list of what was there
     answering.cancel()                       wherever it is left early
     """
 
@@ -40,7 +41,8 @@ class Answering:
     ) -> None:
         """Submit them, all or none. Raises RequestRefusal."""
         self._loop, self._told = asyncio.get_running_loop(), asyncio.Queue[Told | Ended]()
-        self._left = len(prompts) * how.choices
+        self._left, self._choices = len(prompts) * how.choices, how.choices
+        self._count = sum(map(len, prompts))
         until = time.monotonic() + seconds
         drawn = [(prompt, draw) for prompt in prompts for draw in range(how.choices)]
         orders = [self._order(served, i, prompt, how, draw, until) for i, (prompt, draw) in enumerate(drawn)]
@@ -58,17 +60,36 @@ class Answering:
         for ticket in self._tickets:
             ticket.cancel()
 
-    async def __aiter__(self) -> AsyncIterator[Told]:
-        """What is told, in order within a choice. Raises RequestRefusal where one of them is given up."""
+    @property
+    def read(self) -> PromptTokens:
+        """What was read of prompts, once all is told; a prompt counts once, however many texts follow it."""
+        reused = [ticket.reused for ticket in self._tickets]
+        held = sum(min(reused[n : n + self._choices]) for n in range(0, len(reused), self._choices))
+        return PromptTokens(self._count, held)
+
+    async def __aiter__(self) -> AsyncIterator[list[Told]]:
+        """What is told, in order within a choice, as much as is there at a time.
+
+        Raises RequestRefusal where one of them is given up.
+        """
         while self._left:
-            told = await self._told.get()
-            if isinstance(told, Told):
-                yield told
-                continue
-            self._left -= 1
-            if told.why is not None:
+            burst = list[Told]()
+            why = self._take(await self._told.get(), burst)
+            while why is None and not self._told.empty():
+                why = self._take(self._told.get_nowait(), burst)
+            if burst:
+                yield burst
+            if why is not None:
                 self.cancel()
-                raise _given_up(told.why)
+                raise _given_up(why)
+
+    def _take(self, told: Told | Ended, burst: list[Told]) -> Cut | TreadleError | None:
+        """Put a token into a burst; of an end why it was given up."""
+        if isinstance(told, Told):
+            burst.append(told)
+            return None
+        self._left -= 1
+        return told.why
 
     def _order(
         self, served: ServedWriter, index: int, prompt: tuple[int, ...], how: WantedTexts, draw: int, until: float

@@ -32,6 +32,14 @@ class GrowingChoice:
 
 
 @dataclass(frozen=True)
+class PromptTokens:
+    """A request's prompts: how many tokens they have, and how many of these slots held already."""
+
+    count: int
+    held: int
+
+
+@dataclass(frozen=True)
 class AnswerForm:
     """What all bodies of one answer share.
 
@@ -47,13 +55,13 @@ class AnswerForm:
     made: int = field(default_factory=lambda: int(time.time()))
     name: str = field(default_factory=lambda: secrets.token_hex(12))
 
-    def whole(self, choices: Sequence[GrowingChoice], prompt_tokens: int) -> dict[str, Any]:
+    def whole(self, choices: Sequence[GrowingChoice], read: PromptTokens) -> dict[str, Any]:
         """The answer at once."""
         kind = "chat.completion" if self.chat else "text_completion"
         return {
             **self._head(kind),
             "choices": [self._choice(c) for c in choices],
-            "usage": usage(choices, prompt_tokens),
+            "usage": usage(choices, read),
         }
 
     def begin(self, index: int) -> dict[str, Any]:
@@ -72,10 +80,10 @@ class AnswerForm:
             new["text"] = text
         return {**self._head("chat.completion.chunk" if self.chat else "text_completion"), "choices": [new]}
 
-    def counts(self, choices: Sequence[GrowingChoice], prompt_tokens: int) -> dict[str, Any]:
+    def counts(self, choices: Sequence[GrowingChoice], read: PromptTokens) -> dict[str, Any]:
         """The last piece of a stream that was asked for it."""
         kind = "chat.completion.chunk" if self.chat else "text_completion"
-        return {**self._head(kind), "choices": [], "usage": usage(choices, prompt_tokens)}
+        return {**self._head(kind), "choices": [], "usage": usage(choices, read)}
 
     def _head(self, kind: str) -> dict[str, Any]:
         prefix = "chatcmpl" if self.chat else "cmpl"
@@ -116,10 +124,15 @@ def _told(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
-def usage(choices: Sequence[GrowingChoice], prompt_tokens: int) -> dict[str, int]:
+def usage(choices: Sequence[GrowingChoice], read: PromptTokens) -> dict[str, Any]:
     """How many tokens came and went."""
     made = sum(len(choice.tokens) for choice in choices)
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": made, "total_tokens": prompt_tokens + made}
+    return {
+        "prompt_tokens": read.count,
+        "completion_tokens": made,
+        "total_tokens": read.count + made,
+        "prompt_tokens_details": {"cached_tokens": read.held},
+    }
 
 
 def embeddings(model: str, vectors: Array, tokens: int, as_bytes: bool) -> dict[str, Any]:

@@ -208,7 +208,6 @@ class Server:
     ) -> Response:
         answer = AnswerForm(served.name, chat, how.likely, served.shown)
         choices = [GrowingChoice(i) for i in range(len(prompts) * how.choices)]
-        count = sum(map(len, prompts))
         answering = Answering(served, prompts, how, seconds=self.limits.seconds)
         told = self._timed(answering, served)
         if how.streams:
@@ -216,7 +215,7 @@ class Server:
             await asyncio.wait([first])
             if (error := first.exception()) is not None:
                 raise error
-            events = _events(answer, answering, first.result(), told, choices, count if how.usage else None)
+            events = _events(answer, answering, first.result(), told, choices, how.usage)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         gone = asyncio.ensure_future(_gone(request))
         whole = asyncio.ensure_future(_collected(told, choices))
@@ -229,21 +228,22 @@ class Server:
             gone.cancel()
             whole.cancel()
             answering.cancel()
-        return _json(answer.whole(choices, count))
+        return _json(answer.whole(choices, answering.read))
 
-    async def _timed(self, answering: Answering, served: ServedWriter) -> AsyncIterator[Told]:
+    async def _timed(self, answering: Answering, served: ServedWriter) -> AsyncIterator[list[Told]]:
         """What is told; the metrics learn when the first of it came."""
         started, is_first = time.monotonic(), True
-        async for told in answering:
+        async for burst in answering:
             if is_first:
                 self.metrics.first(served.name, time.monotonic() - started)
                 is_first = False
-            yield told
+            yield burst
 
 
-async def _collected(told: AsyncIterator[Told], choices: Sequence[GrowingChoice]) -> None:
-    async for each in told:
-        _add(choices, each)
+async def _collected(told: AsyncIterator[list[Told]], choices: Sequence[GrowingChoice]) -> None:
+    async for burst in told:
+        for each in burst:
+            _add(choices, each)
 
 
 def _add(choices: Sequence[GrowingChoice], told: Told) -> GrowingChoice:
@@ -257,27 +257,33 @@ def _add(choices: Sequence[GrowingChoice], told: Told) -> GrowingChoice:
 async def _events(
     answer: AnswerForm,
     answering: Answering,
-    first: Told | None,
-    told: AsyncIterator[Told],
+    first: list[Told] | None,
+    told: AsyncIterator[list[Told]],
     choices: Sequence[GrowingChoice],
-    counted: int | None,
+    counts: bool,
 ) -> AsyncIterator[bytes]:
-    """A stream's events. An error after the first token is one of them, since the status has been sent."""
+    """A stream's events. An error after the first token is one of them, since the status has been sent.
+
+    Those that are ready together are one part of the body. After each part the event loop has a turn, in which it
+    learns whether the caller has gone: asyncio complains of many writes to a connection that is lost.
+    """
+    part = [event(answer.begin(choice.index)) for choice in choices] if answer.chat else []
+    burst = first
     try:
-        if answer.chat:
-            for choice in choices:
-                yield event(answer.begin(choice.index))
-        if first is not None:
-            yield event(answer.piece(_add(choices, first), first.text, first.token))
-        async for each in told:
-            yield event(answer.piece(_add(choices, each), each.text, each.token))
-        if counted is not None:
-            yield event(answer.counts(choices, counted))
-        yield DONE
+        while burst is not None:
+            part += [event(answer.piece(_add(choices, each), each.text, each.token)) for each in burst]
+            yield b"".join(part)
+            part = []
+            await asyncio.sleep(0)
+            burst = await anext(told, None)
+        if counts:
+            part.append(event(answer.counts(choices, answering.read)))
+        part.append(DONE)
     except RequestRefusal as refusal:
-        yield event(refusal.body)
+        part.append(event(refusal.body))
     finally:
         answering.cancel()
+    yield b"".join(part)
 
 
 async def _gone(request: Request) -> None:

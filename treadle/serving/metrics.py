@@ -62,6 +62,7 @@ class _Loads(Collector):
             rows.add_metric([each.name], load.running)
             waiting.add_metric([each.name], load.waiting)
             tokens.add_metric([each.name, "prompt"], load.prefilled)
+            tokens.add_metric([each.name, "reused"], load.reused)
             tokens.add_metric([each.name, "generated"], load.generated)
             steps.add_metric([each.name], load.steps)
         return [rows, waiting, tokens, steps]

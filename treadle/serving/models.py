@@ -23,12 +23,14 @@ ROWS, CAPACITY, QUEUE = 16, 2048, 256
 class ServedWriter:
     """A language model under a name: its tokenizer, and its rows."""
 
-    def __init__(self, name: str, writer: TextWriter, *, rows: int, capacity: int, queue: int) -> None:
+    def __init__(
+        self, name: str, writer: TextWriter, *, rows: int, capacity: int, queue: int, resumes: bool | None = None
+    ) -> None:
         """Allocate the rows. Raises as `SteppedModel.session` does."""
         self.name, self.writer = name, writer
         context = writer.model.derived.context
         most = capacity if context is None else min(capacity, context)
-        self.scheduler = Scheduler(writer.model.session(rows=rows, capacity=most), queue=queue)
+        self.scheduler = Scheduler(writer.model.session(rows=rows, capacity=most, resumes=resumes), queue=queue)
         self._template: ChatTemplate | None = None
 
     @property
@@ -120,6 +122,7 @@ class Opening:
     capacity: int = CAPACITY
     queue: int = QUEUE
     cache: str | None = None
+    resumes: bool | None = None
 
     def open(self, model: str, **config: Any) -> Served:
         """Compile a model, given as NAME=MODEL or MODEL, to write or, where it writes nothing, to embed.
@@ -140,4 +143,5 @@ class Opening:
             except TreadleError:
                 raise writes_not from None
             return ServedEmbedder(name, embedder, queue=self.queue)
-        return ServedWriter(name, writer, rows=self.rows, capacity=self.capacity, queue=self.queue)
+        rows: dict[str, Any] = {"rows": self.rows, "capacity": self.capacity, "resumes": self.resumes}
+        return ServedWriter(name, writer, queue=self.queue, **rows)

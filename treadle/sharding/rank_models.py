@@ -239,6 +239,8 @@ class RankPart:
 class _MetExecutable:
     """Entries of a rank's program, whose collectives meet; see `treadle.backends.protocol.StatefulExecutable`."""
 
+    exact_rows = False  # a collective adds up in an order that depends on how much it adds
+
     def __init__(self, executable: StatefulExecutable, communicator: Communicator) -> None:
         self._executable, self._communicator = executable, communicator
 
