@@ -27,7 +27,7 @@ from treadle.ir.sizing.size_bounds import Bounds
 from treadle.passes.stepping.derivation import DerivedStep
 from treadle.passes.stepping.functions import CAPACITY, SLOTS
 from treadle.runtime.language_models import token_ports
-from treadle.runtime.slots import Ring, Row, Slots, worth
+from treadle.runtime.slots import Ring, Row, Slots
 
 Array = np.ndarray[Any, Any]
 X = TypeVar("X")
@@ -91,12 +91,16 @@ class Session:
         self._verify = executable.entry("verify")
         self._prologue = executable.entry("prologue") if derived.has_prologue else None
         rings = [Ring(sizes[s], reach) for s, reach in derived.windows.items()]
-        self._slots = Slots(self.states, sizes[SLOTS], rings)
+        self._slots = Slots(self.states, sizes[SLOTS], rings, whole=derived.carries)
         self._rows = self._slots.rows
-        why_not = _cannot_resume(derived)
-        if resumes and why_not:
-            raise UsageError(f"a row of {derived.graph.name} goes on from no other's text: {why_not}")
-        self.resumes = not why_not and (resumes if resumes is not None else getattr(executable, "exact_rows", False))
+        if resumes and derived.has_prologue:
+            raise UsageError(
+                f"a row of {derived.graph.name} goes on from no other's text",
+                received=f"it begins with {', '.join(derived.prologue)} of its own",
+                hint="resumes=None",
+            )
+        exact = bool(getattr(executable, "exact_rows", False))
+        self.resumes = not derived.has_prologue and (exact if resumes is None else resumes)
 
     def _add_memories(self, sizes: dict[str, int], memory: Mapping[str, int]) -> None:
         wanted = {s.removeprefix("C_"): s for s in self.derived.memories}
@@ -202,7 +206,7 @@ class Session:
 
     def shared(self, tokens: Sequence[int], other: Sequence[int]) -> int:
         """How many tokens of a text a row would hold that `resume` gives once another text has been prefilled."""
-        return worth(list(tokens), list(other)) if self.resumes else 0
+        return self._slots.worth(list(tokens), list(other)) if self.resumes else 0
 
     def _open(self, row: int) -> Row:
         found = self._rows.get(row)
@@ -372,13 +376,6 @@ class Session:
             f"<session of {self.derived.graph.name}: {len(self._rows)} of {len(self._rows) + self.free} rows open"
             f"{f' ({used})' if used else ''}, {self.capacity} positions each, {self.nbytes / 1e6:.1f} MB>"
         )
-
-
-def _cannot_resume(derived: DerivedStep) -> str:
-    """Why a row of a model cannot go on from a part of another's text; empty where it can."""
-    if derived.has_prologue:
-        return f"it begins with {', '.join(derived.prologue)} of its own"
-    return "it carries sums over its tokens, which cannot be taken back" if derived.carries else ""
 
 
 def _positive(name: str, value: object) -> int:

@@ -58,11 +58,12 @@ class Slots:
     rows    that are open, by slot, in the order in which they were opened
     states  in which every slot has a part
     rings   those caches among them in which old positions are written over
+    whole   whether a text can only be gone on from as a whole, since states have sums, which are not cut back
     """
 
-    def __init__(self, states: States, count: int, rings: Sequence[Ring]) -> None:
+    def __init__(self, states: States, count: int, rings: Sequence[Ring], *, whole: bool) -> None:
         self.rows: dict[int, Row] = {}
-        self.states, self.rings = states, tuple(rings)
+        self.states, self.rings, self.whole = states, tuple(rings), whole
         self._empty = list(range(count))[::-1]
         self._kept: dict[int, Row] = {}  # texts of closed rows, the least recently used one first
 
@@ -141,19 +142,18 @@ class Slots:
         """The slot that holds the most of a text's beginning, and how much: 0 where none holds enough."""
         found = slot = 0
         for each, row in (*self._kept.items(), *self.rows.items()):
-            length = worth(tokens, row.tokens[row.forgotten :])
+            length = self.worth(tokens, row.tokens[row.forgotten :])
             if length > found and not row.is_lost and all(ring.holds(row, length) for ring in self.rings):
                 slot, found = each, length
         return slot, found
 
-
-def worth(tokens: list[int], other: list[int]) -> int:
-    """How many tokens of a text need not be computed where another one's are held; 0 where these are too few."""
-    low, high = 0, min(len(tokens) - 1, len(other))
-    while low < high:  # the first `low` are the same
-        middle = (low + high + 1) // 2
-        if tokens[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low if low >= LEAST else 0
+    def worth(self, tokens: list[int], other: list[int]) -> int:
+        """How many tokens of a text need not be computed where another one's are held; 0 where these are too few."""
+        low, high = 0, min(len(tokens) - 1, len(other))
+        while low < high:  # the first `low` are the same
+            middle = (low + high + 1) // 2
+            if tokens[low:middle] == other[low:middle]:
+                low = middle
+            else:
+                high = middle - 1
+        return low if low >= LEAST and (low == len(other) or not self.whole) else 0

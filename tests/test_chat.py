@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -179,23 +178,25 @@ def test_a_conversation_goes_on_as_the_whole_would(folder: Path) -> None:
 
 def test_what_the_row_holds_is_not_computed_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     talk = Conversation.open(TextWriter.open(folder))
-    fed: list[int] = []
+    fed: list[tuple[int, int]] = []  # tokens that the row held, and that were read
     prefill = type(talk.session).prefill
 
     def counted(self: Any, tokens: Any) -> Any:
-        fed.extend(len(ids) for ids in tokens.values())
+        fed.extend((self.length(row), len(ids)) for row, ids in tokens.items())
         return prefill(self, tokens)
 
     monkeypatch.setattr(type(talk.session), "prefill", counted)
     list(talk.say("the cat", most=3, stop=["\0"]))
+    list(talk.say("a dog", most=3))
     talk.messages[-1] = {"role": "assistant", "content": "other words"}
-    list(talk.say("a dog", most=3))
-    whole = fed[-1]
-    kept = talk.messages[:-1]
-    talk.messages = kept[:-1]
-    list(talk.say("a dog", most=3))
-    assert fed[-1] == whole, "the row went beyond: it is begun again"
-    assert np.all(np.array(fed) > 0)
+    list(talk.say("the log", most=3))
+    talk.messages = talk.messages[:-2]
+    list(talk.say("the log", most=3))
+    (held, first), (second_held, second), (third_held, third), (again_held, again) = fed
+    assert held == 0
+    assert second_held >= first - 1
+    assert third_held >= second_held + second - 1, "what was said otherwise is read again, and what comes after it"
+    assert (again_held, again) == (third_held + third - 1, 1), "the row went beyond: it is cut back"
 
 
 def test_the_commands(folder: Path) -> None:

@@ -52,8 +52,7 @@ class Conversation:
         """
         context = writer.model.derived.context
         most = capacity or min(context or CAPACITY, CAPACITY)
-        resumes = None if writer.model.derived.carries else True
-        session = writer.model.session(rows=1, capacity=most, resumes=resumes)
+        session = writer.model.session(rows=1, capacity=most, resumes=True)
         said: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         return cls(writer, writer.chat_template(), session, said)
 
@@ -105,10 +104,7 @@ class Conversation:
 
     def _read(self, ids: list[int]) -> tuple[int, Array]:
         """The row that holds these tokens, of which it may have held the first, and the logits after them."""
-        held = list(self.session.tokens(self._row)) if self._row is not None else []
-        if self._row is not None and (len(held) >= len(ids) or held != ids[: len(held)]):
+        if self._row is not None:
             self.session.close(self._row, keep=True)
-            self._row = None
-        if self._row is None:
-            self._row = self.session.resume(ids)
+        self._row = self.session.resume(ids)
         return self._row, self.session.prefill({self._row: ids[self.session.length(self._row) :]})[self._row]
