@@ -371,7 +371,7 @@ CHANGING = {
     "backends/tvm/lowering/program.py": {"KernelStep", "RoutineStep", "Routine"},
     "runtime/generation.py": {"_Running"},
     "runtime/scheduler.py": {"_Row"},
-    "runtime/session.py": {"_Row"},
+    "runtime/slots.py": {"Row"},
     "runtime/speculation.py": {"SpeculationTally"},
     "treadle/chatting/conversation.py": {"Conversation"},
     "treadle/cli/generate.py": {"Written"},
@@ -379,7 +379,7 @@ CHANGING = {
 }
 """Dataclasses that change while something is made of them. All others are values: frozen, and so good as keys."""
 
-BY_IDENTITY = {"Tensor", "OnnxNode", "KernelStep", "RoutineStep", "Routine"}
+BY_IDENTITY = {"Tensor", "OnnxNode", "KernelStep", "RoutineStep", "Routine", "_Row"}
 """Of these, the ones that are equal to themselves alone."""
 
 
