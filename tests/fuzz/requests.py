@@ -59,7 +59,7 @@ def serve_tiny(place: Path) -> list[Served]:
     for name, model in (("tiny", transformers.GPT2LMHeadModel(writes)), ("vectors", transformers.BertModel(embeds))):
         model.eval().save_pretrained(place / name)
         tokenizer.save_pretrained(place / name)
-    opening = Opening("numpy", Target("cpu"), rows=4, capacity=64, queue=64)
+    opening = Opening("numpy", Target("cpu"), rows=4, capacity=64, queue=64, resumes=True)
     return [opening.open(str(place / name)) for name in ("tiny", "vectors")]
 
 
