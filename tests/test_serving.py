@@ -160,6 +160,11 @@ def test_completions_are_the_ones_alone(server: Running, writer: TextWriter) -> 
         assert each.model == "tiny"
 
 
+def test_no_tokens_are_a_text_of_that_length(server: Running) -> None:
+    found = server.client().completions.create(model="tiny", prompt="a", max_tokens=0)
+    assert (found.choices[0].text, found.choices[0].finish_reason) == ("", "length")
+
+
 def test_a_stream_gives_the_same_text_in_pieces(server: Running, writer: TextWriter) -> None:
     options = {"model": "tiny", "prompt": "the dog", "max_tokens": 12, "temperature": 0.8, "seed": 5}
     pieces = list(server.client().completions.create(**options, stream=True, stream_options={"include_usage": True}))
@@ -295,6 +300,7 @@ WRONG: list[tuple[str, Any, int, str]] = [
     ("/completions", {**COMPLETION, "stream_options": {}}, 400, "where stream is true"),
     ("/completions", {**COMPLETION, "stream": True, "stream_options": {"x": 1}}, 400, "stream_options.x is no field"),
     ("/chat/completions", {"model": "tiny", "messages": []}, 400, "messages must be a list"),
+    ("/chat/completions", {"model": "tiny", "message": CHAT["messages"]}, 400, "did you mean messages"),
     ("/chat/completions", {**CHAT, "messages": [{"role": "cat", "content": "a"}]}, 400, "messages[0].role must be"),
     ("/chat/completions", {**CHAT, "messages": [{"role": "user"}]}, 400, "messages[0].content must be a text"),
     (

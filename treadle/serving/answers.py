@@ -91,7 +91,8 @@ class AnswerForm:
 
     def _choice(self, choice: GrowingChoice) -> dict[str, Any]:
         told = self._logprobs(choice.tokens, 0)
-        made: dict[str, Any] = {"index": choice.index, "logprobs": told, "finish_reason": _REASONS[choice.ending]}
+        reason = _REASONS[choice.ending or "count"]  # one of no tokens, as it was asked for
+        made: dict[str, Any] = {"index": choice.index, "logprobs": told, "finish_reason": reason}
         if self.chat:
             return {**made, "message": {"role": "assistant", "content": choice.text, "refusal": None}}
         return {**made, "text": choice.text}

@@ -83,6 +83,8 @@ class Fields:
     def objects(self, name: str, *, most: int) -> list[Fields]:
         """A list of objects, one at least."""
         found = self.take(name)
+        if found is None and (near := NearestNames(self._left).of(name)):
+            raise self.refuse(near[0][:80], f"is no field that is known here; did you mean {name}?")
         if not isinstance(found, list) or not 1 <= len(found) <= most or not all(isinstance(x, dict) for x in found):
             raise self.refuse(name, f"must be a list of 1 to {most} objects")
         place = f"{self.within}.{name}" if self.within else name
