@@ -17,7 +17,7 @@ import numpy as np
 from treadle.ir.errors import GraphError, TreadleError
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret, solve_sizes
-from treadle.ir.ops.collectives import Collective, StartGather
+from treadle.ir.ops.collectives import Collective, Starting
 from treadle.ir.placement.meeting import meeting_at
 from treadle.ir.placement.mesh import Mesh
 from treadle.ir.placement.placements import taken_part
@@ -212,5 +212,5 @@ class Door:
         """See `Meeting.exchange`."""
         return self.room.exchange(self.rank, op, part)
 
-    def begin(self, op: StartGather, part: Any) -> None:
+    def begin(self, op: Starting, part: Any) -> None:
         """Ranks in lockstep begin nothing before they meet."""

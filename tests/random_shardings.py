@@ -14,6 +14,7 @@ import numpy as np
 
 from treadle.ir.attention.attention_terms import Causal
 from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import UsageError
 from treadle.ir.graph import Function, Graph
 from treadle.ir.interpreter import interpret
 from treadle.passes.sharding.checking import check_sharding
@@ -37,14 +38,24 @@ class Case:
     graph: Graph
     mesh: str
     axes: dict[str, str]
+    recipe: str | None
     inputs: dict[str, Array]
     weights: dict[str, Array]
 
     def plan(self) -> ShardingPlan:
-        """The plan, which its checker takes."""
-        made = shard(self.graph, self.mesh, axes=self.axes, sizes=SIZES)
-        check_sharding(made)
-        return made
+        """The plan, which its checker takes. What is too short to be split over any part of an axis stays whole."""
+        axes = dict(self.axes)
+        while True:
+            try:
+                made = shard(self.graph, self.mesh, recipe=self.recipe, axes=axes, sizes=SIZES)
+            except UsageError as error:
+                name, _, told = error.what.partition(": ")
+                if "cannot be split over" not in told:
+                    raise
+                axes[name] = "-"
+            else:
+                check_sharding(made)
+                return made
 
 
 def weight(b: Builder, *sizes: Any) -> Expr:
@@ -196,7 +207,9 @@ def random_case(seed: int, most: int = 7) -> Case:
     inputs = {v.name: rng.normal(size=v.type.evaluate(SIZES)) for v in graph.main.inputs}
     weights = {n: rng.normal(size=v.type.evaluate({})) * 0.3 for n, v in graph.parameters.items()}
     mesh = r.choice(MESHES)
-    return Case(graph, mesh, random_axes(r, graph, mesh), inputs, weights)
+    axes = random_axes(r, graph, mesh)
+    recipe = "fsdp" if "dp=" in mesh and r.random() < 0.5 else None  # weights in parts, gathered for use
+    return Case(graph, mesh, axes, recipe, inputs, weights)
 
 
 def in_a_block(b: Builder, r: Random, x: Expr, width: int) -> Expr:

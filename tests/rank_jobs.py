@@ -1,11 +1,13 @@
 """What ranks do in tests, as a script under `treadle launch` or torchrun: `rank_jobs.py JOB ARGUMENTS...`.
 
-models MESH BACKENDS FOLDER  run small models in several ways; rank 0 writes what came out, and all what they counted;
-                             two ranks gather weights ahead; all ranks continue texts over tp
+models MESH BACKENDS FOLDER  run small models of all kinds in all forms and several ways; rank 0 writes what came out,
+                             and all what they counted; two ranks gather weights ahead, and pass keys on while they
+                             compute; all ranks continue texts over tp
 turns MODE                   run one model again and again, each rank having told its process; rank 1 does MODE in the
                              end: "killed" (from outside), "raises", "stops", "sleeps", "leaves"; "lingers": all
                              ranks leave, tell their process, and do not end
-differ                       rank 1 has another plan than rank 0
+differ WHAT FOLDER           rank 1 has another plan than rank 0, another version, other weights or inputs, or lacks
+                             a part of the checkpoint that is in FOLDER
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from treadle.backends.staged import build
 from treadle.compiling import initial_weights
 from treadle.ir.analysis.drawn_inputs import draw_inputs
 from treadle.ir.errors import TreadleError, UsageError
+from treadle.ir.graph import Graph
+from treadle.ir.ops.collectives import Awaited, Starting
 from treadle.ir.target import Target
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import MERGING
@@ -78,17 +82,20 @@ def models(ranks: Ranks, mesh: str, backends: str, folder: str) -> None:
         found.append(facts)
     Path(folder, f"{ranks.rank}.json").write_text(json.dumps(found))
     if ranks.size == 2:
-        gathers_ahead(ranks, backends.split(",")[-1], folder)
+        backend = backends.split(",")[-1]
+        told = {"gather": runs_ahead(ranks, "gpt2", "fsdp", "dp=2", backend)}
+        told |= {"pass": runs_ahead(ranks, "llama", "context", "cp=2", backend)}
+        Path(folder, f"ahead-{ranks.rank}.json").write_text(json.dumps(told))
     generates(ranks, folder)
 
 
 def cases(mesh: str, backends: list[str]) -> Iterator[tuple[str, str, str, str, str]]:
-    """Backend, kind, recipe, form and mesh of each model that is run; the first backend runs all."""
+    """Backend, kind, recipe, form and mesh of each model that is run; the first backend runs all that it can."""
     first, *others = backends
     stored = "megatron-fsdp" if "dp" in mesh else "sequence"
     for kind in KINDS:
-        for form in ("f32",) if kind in ("t5", "vit") else FORMS if first == "torch" else ("f32", "int8"):
-            yield first, kind, "megatron", form, mesh
+        for form in FORMS:
+            yield able(first, form), kind, "megatron", form, mesh
         yield first, kind, stored, "f32", mesh
     for backend in others:
         yield backend, KINDS[0], stored, "f32", mesh
@@ -101,47 +108,74 @@ def cases(mesh: str, backends: list[str]) -> Iterator[tuple[str, str, str, str, 
         yield "numpy", "gpt2", "gpipe", "f32", "pp=4,micro=5"
 
 
-def gathers_ahead(ranks: Ranks, backend: str, folder: str) -> None:
-    """Run a model that gathers weights ahead, tell in which order, and run it once more with nothing begun before."""
-    chosen = {**small_options("gpt2"), "layers": 3}
-    made = compile_rank("gpt2", f"dp={ranks.size}", ranks, recipe="fsdp", backend=backend, **chosen)
+def able(backend: str, form: str) -> str:
+    """The backend, or one that has bf16."""
+    return "torch" if (backend, form) == ("numpy", "bf16") else backend
+
+
+def runs_ahead(ranks: Ranks, kind: str, recipe: str, mesh: str, backend: str) -> dict[str, Any]:
+    """Run a model that begins collectives before it needs them, tell in which order, and run it once more with each
+    begun where it is waited for."""
+    chosen = {**small_options(kind), "layers": 3 if recipe == "fsdp" else 1}
+    made = compile_rank(kind, mesh, ranks, recipe=recipe, backend=backend, **chosen)
     given = inputs_of(made, uneven=True)
-    order: list[str] = []
-    begin, finished = made.communicator.begin, made.communicator._finished
+    met, order = made.communicator, []
+    begin, finished = met.begin, met._finished
 
     def begun(op: Any, part: Any) -> None:
         order.append("start")
         begin(op, part)
 
-    def waited(op: Any, part: Any) -> Any:
+    def waited(op: Any) -> Any:
         order.append("wait")
-        return finished(op, part)
+        return finished(op)
 
-    made.communicator.begin, made.communicator._finished = begun, waited  # type: ignore[method-assign]
+    met.begin, met._finished = begun, waited  # type: ignore[method-assign]
     ahead = made(**given)
-    weights = initial_weights(made.plan.graph, 0)
+    before = dict(met.traffic)
     program = PassManager(MERGING).run(rank_program(made.plan, ranks.rank)).graph
-    parts = rank_weights(made.plan, ranks.rank, weights)
-    plain, _ = build(find_backend(backend), program, Target("cpu"), {n: parts[n] for n in program.parameters})
-    with made.communicator.running("plain"):
+    parts = rank_weights(made.plan, ranks.rank, initial_weights(made.plan.graph, 0))
+    plain, _ = build(find_backend(backend), at_once(program), Target("cpu"), {n: parts[n] for n in program.parameters})
+    met.traffic.clear()
+    with met.running("plain"):
         later = plain(**given)
     same = all(np.array_equal(np.asarray(ahead[name]), np.asarray(array)) for name, array in later.items())
-    Path(folder, f"ahead-{ranks.rank}.json").write_text(json.dumps({"order": order, "same": same}))
+    return {"order": order, "same": same, "counted alike": before == met.traffic}
+
+
+def at_once(program: Graph) -> Graph:
+    """The same program without what begins a collective: each is begun where it was waited for."""
+    for function in program.functions.values():
+        function.nodes[:] = [node for node in function.nodes if not isinstance(node.op, Starting)]
+        for node in function.nodes:
+            if isinstance(node.op, Awaited):
+                node.op = replace(node.op, ahead=False)
+    return program
 
 
 def generates(ranks: Ranks, folder: str) -> None:
-    """Continue texts by sessions with a cache in every rank, and write what came out."""
+    """Continue texts by sessions with a cache in every rank, and write what came out and what steps moved."""
     found: list[dict[str, Any]] = []
-    cases = [("gpt2", "numpy", "f32"), ("llama", "numpy", "int8"), ("llama", "torch", "bf16"), ("gpt2", "tvm", "f32")]
-    for kind, backend, form in cases if ranks.size == 2 else cases[1:3]:
+    cases = [(able("numpy", form), kind, form) for kind in KINDS if kind != "vit" for form in FORMS]
+    for backend, kind, form in [*cases, ("tvm", "gpt2", "f32")] if ranks.size == 2 else cases:
         chosen = {**small_options(kind), "layers": 1, **FORMS[form]}
         made = open_rank_stepped(kind, f"tp={ranks.size}", ranks, recipe="megatron", backend=backend, **chosen)
-        session = made.session(rows=2, capacity=16)
+        met = made.executable._communicator  # type: ignore[attr-defined]
+        session = made.session(**roomy(kind))
         tokens, logits = written(session)
         facts = {"case": f"{backend} {kind} {form}", "form": form, "tokens": tokens}
         facts["bytes"] = sum(state.nbytes for state in session.states.values())
+        met.traffic.clear()
+        opened = [session.open(**brought) for brought in inputs_for(session)]
+        session.prefill({row: [7] for row in opened})
+        before = sum(each.bytes for each in met.traffic.values())
+        session.step(dict.fromkeys(opened, 8))
+        facts["counted"] = sum(each.bytes for each in met.traffic.values()) - before
+        step = replace(met.plan, sizes={**met.plan.sizes, **dict.fromkeys(met.plan.graph.symbols, 1), "B": len(opened)})
+        in_step = [each for each in step.collectives() if not each.scope.startswith("encoder")]
+        facts["planned"] = sum(each.payload * each.ranks for each in in_step)
         if ranks.rank == 0:
-            whole = treadle.compile(kind, backend=backend, **chosen).session(rows=2, capacity=16)
+            whole = treadle.compile(kind, backend=backend, **chosen).session(**roomy(kind))
             facts["wanted"], wanted = written(whole)
             facts["apart"] = float(np.max(np.abs(logits - wanted)))
             facts["whole bytes"] = sum(state.nbytes for state in whole.states.values())
@@ -149,13 +183,27 @@ def generates(ranks: Ranks, folder: str) -> None:
     Path(folder, f"generated-{ranks.rank}.json").write_text(json.dumps(found))
 
 
+def roomy(kind: str) -> dict[str, Any]:
+    """A session's sizes."""
+    return {"rows": 2, "capacity": 16, **({"memory": {"S": 8}} if kind == "t5" else {})}
+
+
+def inputs_for(session: Session) -> list[dict[str, Any]]:
+    """What each of two rows begins with: a source text, where the model has an encoder."""
+    names = session.derived.prologue
+    return [dict.fromkeys(names, np.array(source)) for source in ([1, 2, 3, 4], [5, 6])]
+
+
 def written(session: Session) -> tuple[list[list[int]], Any]:
     """Two rows of other lengths, continued together, and the logits of a prompt."""
     tokens: list[list[int]] = [[], []]
-    for token in generate(session, [[1, 2, 3], [4]], most=6):
+    given = inputs_for(session)
+    for token in generate(session, [[1, 2, 3], [4]], most=6, inputs=given if given[0] else None):
         tokens[token.row].append(token.id)
-    row = session.open()
-    return tokens, np.asarray(session.prefill({row: [5, 6, 7]})[row], np.float32)
+    row = session.open(**given[0])
+    logits = np.asarray(session.prefill({row: [5, 6, 7]})[row], np.float32)
+    session.close(row)
+    return tokens, logits
 
 
 def turns(ranks: Ranks, mode: str) -> None:
@@ -179,9 +227,19 @@ def turns(ranks: Ranks, mode: str) -> None:
         made(**given)
 
 
-def differ(ranks: Ranks) -> None:
-    mesh, recipe = ("dp=2", "dp") if ranks.rank == 1 else ("tp=2", "megatron")
-    compile_rank("gpt2", mesh, ranks, recipe=recipe, **SMALL)
+def differ(ranks: Ranks, what: str, folder: str = "") -> None:
+    other = ranks.rank == 1
+    axis, recipe = ("dp", "dp") if what == "plan" and other else ("tp", "megatron")
+    options: dict[str, Any] = {**SMALL, "recipe": recipe}
+    if what == "version" and other:
+        treadle.__version__ = "0.0"
+    if what == "weights":
+        options["seed"] = ranks.rank
+    if what == "inputs":
+        options["agree"] = {"inputs": f"tokens of {3 + ranks.rank}"}
+    if what == "part":
+        options = {"recipe": recipe}
+    compile_rank(Path(folder, str(ranks.rank)) if folder else "gpt2", f"{axis}={ranks.size}", ranks, **options)
 
 
 JOBS = {"models": models, "turns": turns, "differ": differ}

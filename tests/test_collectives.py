@@ -74,13 +74,16 @@ def test_hand_on_is_between_two_of_a_line() -> None:
     assert op.among((1, 3, 5, 7)) == (5, 7)  # type: ignore[attr-defined]
 
 
-def test_a_gather_that_has_begun_means_what_the_gather_does() -> None:
-    op = find_op("start_gather").make(over="dp", ways=2, axis=0, size=5, because="why")
+@pytest.mark.parametrize(("start", "awaited"), [("start_gather", "all_gather"), ("start_pass", "pass_on")])
+def test_what_has_begun_means_what_it_does_where_it_is_waited_for(start: str, awaited: str) -> None:
+    attributes = {"over": "dp", "ways": 2, "axis": 0, "size": 5, "because": "why"}
+    op = find_op(start).make(**attributes)
     x = np.ones((2, 3), np.float32)
     assert op.reference(x).shape == (1, 1)
     assert op.reference(x).dtype == np.float32
-    gather = op.gather  # type: ignore[attr-defined]
-    assert gather == find_op("all_gather").make(over="dp", ways=2, axis=0, size=5, because="why", ahead=True)
+    begun = op.awaited  # type: ignore[attr-defined]
+    assert begun == find_op(awaited).make(**attributes, ahead=True)
+    assert begun.meeting != find_op(awaited).make(**attributes).meeting
 
 
 def test_parts_that_are_not_the_whole_are_refused() -> None:
@@ -148,6 +151,7 @@ GRADIENTS = {
     "all_gather": [{"axis": 0, "size": 5}] * 2,
     "reduce_scatter": [{"axis": 0, "size": 2}, {"axis": 0, "size": 3}],
     "all_to_all": [{"axis": 1, "size": 2, "onto": 0, "whole": 5}, {"axis": 1, "size": 4, "onto": 0, "whole": 5}],
+    "pass_on": [{"axis": 0, "size": 3}, {"axis": 0, "size": 2}],
     "hand_on": [{"source": 0, "target": 1}] * 2,
 }
 BRINGS = {
@@ -155,6 +159,7 @@ BRINGS = {
     "all_gather": [(2, 6), (3, 6)],
     "reduce_scatter": [(5, 6), (5, 6)],
     "all_to_all": [(2, 6), (3, 6)],
+    "pass_on": [(2, 6), (3, 6)],
     "hand_on": [(2, 6), (2, 6)],
 }
 
@@ -176,6 +181,12 @@ def test_the_gradient_is_the_transpose_over_all_ranks(name: str) -> None:
         sum(float(np.sum(a * b)) for a, b in pairs) for pairs in (zip(ys, gs, strict=True), zip(xs, back, strict=True))
     )
     assert given == pytest.approx(taken, rel=1e-12)
+
+
+def test_the_greatest_of_terms_has_no_gradient() -> None:
+    (op,) = ops("all_reduce", [{"monoid": "max"}])
+    with pytest.raises(GraphError, match="all_reduce by max has no gradient"):
+        gradient_op(op, np.ones((2, 3)), np.ones((2, 3)))
 
 
 def gradient_op(op: Op, x: Array, g: Array) -> Op:

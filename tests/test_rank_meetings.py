@@ -86,3 +86,23 @@ def test_weights_that_are_gathered_as_numbers_are_not_gathered_as_blocks() -> No
     b.outputs(y=b.linear(b.input("x", "f32[B, 32]"), y))
     text = str(PassManager([DecodeLast()]).run(b.graph).graph)
     assert text.index("= decode(") < text.index("= all_gather(")
+
+
+def test_work_stays_between_what_begins_and_what_waits_for_it() -> None:
+    """Each step would need less memory in another place: what is begun would be waited for at once."""
+    b = Builder(Graph("between"))
+    x = b.input("x", "f32[64]")
+    given = b.tanh(x)
+    met = {"over": "cp", "ways": 2, "axis": 0, "size": 64}
+    b.apply("start_pass", given, **met)
+    meanwhile = b.reduce_sum(b.exp(x), axes=(0,))
+    got = b.apply("pass_on", given, **met, ahead=True)
+    b.outputs(y=b.reduce_sum(got, axes=(0,)), z=meanwhile)
+    plan = PassManager([PlanStorage()]).run(b.graph).plan
+    assert plan is not None
+    steps = plan.functions["main"].steps
+    before = must_precede(plan.functions["main"].function, steps)
+    at = {step.nodes[0].op.name: i for i, step in enumerate(steps)}
+    assert at["start_pass"] in before[at["exp"]]
+    assert at["exp"] in before[at["pass_on"]]
+    assert at["start_pass"] < at["exp"] < at["pass_on"]

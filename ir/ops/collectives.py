@@ -11,6 +11,7 @@ ranks of the group bring (`combined`); among one rank it is the identity.
     pass_on           every rank sends its part to the next one, and receives the part of the one before
     hand_on           one rank of a line sends a value to another one
     start_gather      an all_gather begins, which is waited for where its result is read
+    start_pass        so does a pass_on
 
 Bytes are of a ring, in which each rank sends to the next (Patarasuk & Yuan 2009): what each rank sends.
 """
@@ -152,16 +153,43 @@ class _Along(Collective):
         return f"{left} -> {right}"
 
 
-@op("all_gather", dtypes="t -> t", linear="x", flops=0)
-class AllGather(_Along):
-    """y = [x_0, x_1, ...] along a dimension, on every rank
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Awaited(_Along):
+    """One that may have begun before.
 
-    ahead  whether a `start_gather` has begun it: of those over the same axes the first that is not waited for yet
+    ahead  whether a `Starting` op has begun it: of those of its kind over the same axes the first that is not waited
+           for yet
     """
+
+    ahead: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Starting(_Along):
+    """One that begins another, which says `ahead=True`, reads the same x, and waits.
+
+    Who runs ranks in lockstep does nothing here.
+    """
+
+    def axis_rule(self, ranks: Sequence[int | None]) -> str:
+        names = axis_letters(ranks[0] or 0, symbols_in([self.size]))
+        return f"{' '.join(f'[{name}]' for name in names)} -> {' '.join('1' for _ in names)}"
+
+    def reference(self, x: Any) -> Any:
+        return begun(self, x)
+
+    @property
+    def awaited(self) -> Awaited:
+        """What is begun."""
+        raise GraphError(f"op {self.name} begins nothing")
+
+
+@op("all_gather", dtypes="t -> t", linear="x", flops=0)
+class AllGather(Awaited):
+    """y = [x_0, x_1, ...] along a dimension, on every rank"""
 
     moves_blocks = True
     x = Operand()
-    ahead: bool = False
 
     def combined(self, ops: Sequence[Any], parts: Sequence[Any]) -> list[Any]:
         return [np.concatenate(parts, axis=self.axis)] * len(parts)
@@ -222,7 +250,7 @@ class AllToAll(_Along):
 
 
 @op("pass_on", dtypes="t -> t", linear="x", flops=0)
-class PassOn(_Along):
+class PassOn(Awaited):
     """y = x of the rank `steps` before, in a ring: each rank sends to one, and receives from one
 
     size  how long the dimension is in what it receives, where parts are uneven
@@ -293,25 +321,26 @@ class HandOn(Collective):
 
 
 @op("start_gather", dtypes="t -> t", flops=0)
-class StartGather(_Along):
-    """y = 0, and the `all_gather` of x with the same attributes begins
-
-    That one says `ahead=True`, reads the same x, and waits. Who runs ranks in lockstep does nothing here.
-    """
+class StartGather(Starting):
+    """y = 0, and the `all_gather` of x with the same attributes begins"""
 
     x = Operand()
 
-    def axis_rule(self, ranks: Sequence[int | None]) -> str:
-        names = axis_letters(ranks[0] or 0, symbols_in([self.size]))
-        return f"{' '.join(f'[{name}]' for name in names)} -> {' '.join('1' for _ in names)}"
+    @property
+    def awaited(self) -> AllGather:
+        return AllGather(**self.group, axis=self.axis, size=self.size, ahead=True)
 
-    def reference(self, x: Any) -> Any:
-        return begun(self, x)
+
+@op("start_pass", dtypes="t -> t", flops=0)
+class StartPass(Starting):
+    """y = 0, and the `pass_on` of x with the same attributes begins"""
+
+    x = Operand()
+    steps: int = 1
 
     @property
-    def gather(self) -> AllGather:
-        """What is begun."""
-        return AllGather(**self.group, axis=self.axis, size=self.size, ahead=True)
+    def awaited(self) -> PassOn:
+        return PassOn(**self.group, axis=self.axis, size=self.size, steps=self.steps, ahead=True)
 
 
 def _parted(whole: Any, ops: Sequence[Any], axis: int) -> list[Any]:

@@ -16,7 +16,7 @@ import numpy as np
 from treadle.ir.errors import GraphError, Hint
 
 if TYPE_CHECKING:
-    from treadle.ir.ops.collectives import Collective, StartGather
+    from treadle.ir.ops.collectives import Collective, Starting
 
 
 class Meeting(Protocol):
@@ -28,8 +28,8 @@ class Meeting(Protocol):
         part  an array or a tensor, which stays as it is; the result is a new one of the same kind
         """
 
-    def begin(self, op: StartGather, part: Any) -> None:
-        """Begin what the next exchange of `op.gather` waits for. The part stays as it is until then."""
+    def begin(self, op: Starting, part: Any) -> None:
+        """Begin what the next exchange of `op.awaited` waits for."""
 
 
 _CURRENT: ContextVar[Meeting | None] = ContextVar("meeting", default=None)
@@ -58,8 +58,8 @@ def exchanged(op: Collective, part: Any) -> Any:
     return meeting.exchange(op, part)
 
 
-def begun(op: StartGather, part: Any) -> Any:
-    """Begin a gather, where there are other ranks to meet; a zero, of as many dimensions as the part."""
+def begun(op: Starting, part: Any) -> Any:
+    """Begin what is waited for later, where there are ranks to meet; a zero, of as many dimensions as the part."""
     meeting = _CURRENT.get()
     if op.ways > 1 and meeting is not None:
         meeting.begin(op, part)

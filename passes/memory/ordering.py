@@ -16,7 +16,8 @@ from itertools import pairwise
 
 from treadle.ir.analysis.state_views import deadlines
 from treadle.ir.errors import SizeError
-from treadle.ir.graph import Function, Value
+from treadle.ir.graph import Function, Node, Value
+from treadle.ir.ops.collectives import Awaited, Starting
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.storage.views import StorageKind
@@ -150,7 +151,10 @@ class _Making:
 
 def must_precede(function: Function, steps: Sequence[Step]) -> tuple[tuple[int, ...], ...]:
     """For each step those that must come before it: what makes what it reads, who reads a state that it updates, and of
-    two in which ranks meet the first."""
+    two in which ranks meet the first.
+
+    What a step begins runs beside the steps that the program has between it and the one that waits: they stay there.
+    """
     at = {node: i for i, step in enumerate(steps) for node in step.nodes}
     found: list[set[int]] = [set() for _ in steps]
     for i, step in enumerate(steps):
@@ -160,4 +164,16 @@ def must_precede(function: Function, steps: Sequence[Step]) -> tuple[tuple[int, 
     meetings = [i for i, step in enumerate(steps) if any(node.op.meets_ranks for node in step.nodes)]
     for first, second in pairwise(meetings):
         found[second].add(first)
+    begins = [i for i, step in enumerate(steps) if any(isinstance(node.op, Starting) for node in step.nodes)]
+    waits = [i for i, step in enumerate(steps) if any(_awaits(node) for node in step.nodes)]
+    for first, until in pairwise([*begins, len(steps)]):
+        for later in range(first + 1, until):
+            found[later].add(first)
+    for since, wait in pairwise([-1, *waits]):
+        found[wait].update(range(since + 1, wait))
     return tuple([tuple(sorted(before - {i})) for i, before in enumerate(found)])
+
+
+def _awaits(node: Node) -> bool:
+    """Whether a node waits for what has begun before."""
+    return isinstance(node.op, Awaited) and node.op.ahead

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from treadle.ir.builder import Builder
 from treadle.ir.graph import Function, Graph, Node, Value
-from treadle.ir.ops.collectives import AllGather, StartGather
+from treadle.ir.ops.collectives import AllGather, PassOn, StartGather, StartPass
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
 
@@ -47,12 +47,27 @@ class GatherAhead(Pass):
 
 
 def bytes_ahead(program: Graph, sizes: Mapping[str, int]) -> int:
-    """Bytes of what is gathered ahead for one call, at most."""
-    found = [
+    """Bytes of what is gathered ahead for one call, and of keys and values that pass around meanwhile, at most."""
+    functions = program.functions.values()
+    gathered = [
         sum(n.results[0].type.bytes_at(sizes) for n in f.nodes if isinstance(n.op, AllGather) and n.op.ahead)
-        for f in program.functions.values()
+        for f in functions
     ]
-    return max(found, default=0)
+    return max(gathered, default=0) + max((_most_passed(f, sizes) for f in functions), default=0)
+
+
+def _most_passed(function: Function, sizes: Mapping[str, int]) -> int:
+    """Bytes of what a rank sends and receives at once while keys pass around: the most of what has begun together."""
+    passed = [n for n in function.nodes if isinstance(n.op, PassOn) and n.op.ahead]
+    there = {node.inputs[0]: sum(v.type.bytes_at(sizes) for v in (*node.inputs, *node.results)) for node in passed}
+    most = now = 0
+    for node in function.nodes:
+        if isinstance(node.op, StartPass):
+            now += there[node.inputs[0]]
+        elif node in passed:
+            now -= there[node.inputs[0]]
+        most = max(most, now)
+    return most
 
 
 _Gather = tuple[Node, list[Node]]

@@ -22,7 +22,7 @@ from treadle.ir.errors import PassError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.operation import Op
 from treadle.ir.ops.attention import Attention
-from treadle.ir.ops.collectives import PassOn
+from treadle.ir.ops.collectives import PassOn, StartPass
 from treadle.ir.ops.shapes import zeros
 from treadle.ir.placement.mesh import ways
 from treadle.ir.placement.placements import (
@@ -215,7 +215,8 @@ class RankProgram:
     def around(self, each: PlannedNode, operands: list[Expr | None]) -> Expr:
         """Attention whose keys pass around: of the rank's own keys first, then of those of the ranks before it.
 
-        Keys that no query of the rank sees, since all stand after them, are passed on alone.
+        Each begins to pass on what it has before it computes on it. Keys that no query of the rank sees, since all
+        stand after them, are passed on alone.
         """
         b, op, n, mesh = self.b, each.node.op, ways(each.ring), self.mesh
         assert isinstance(op, Attention)
@@ -229,11 +230,14 @@ class RankProgram:
         in_order = not op.sees_ahead and split[0] == split[1] and query.type.shape[2] == key.type.shape[2]
         met: dict[str, Any] = {"over": mesh.text_of(each.ring), "ways": n, "because": ring_reason(each.node), "axis": 2}
         made: list[Expr] = []
-        for step in range(n):
+        spans = [span(key.type.shape[2], split[1], mesh, group[(me - step) % n]) for step in range(n)]
+        for step, (start, size) in enumerate(spans):
             owner = (me - step) % n
-            start, size = span(key.type.shape[2], split[1], mesh, group[owner])
             if step:
-                k, v = (b.apply(PassOn.name, x, **met, size=size) for x in (k, v))
+                k, v = (b.apply(PassOn.name, x, **met, size=size, ahead=True) for x in (k, v))
+            if step + 1 < n:
+                for x in (k, v):
+                    b.apply(StartPass.name, x, **met, size=spans[step + 1][1])
             if in_order and owner > me:
                 continue
             part = op.on_keys(b, [q, k, v, *given], start - first)

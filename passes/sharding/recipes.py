@@ -80,7 +80,8 @@ def shard(
     sizes   of the symbols, for which costs are compared; by default 128, of a batch as many as it has parts
     device  what each rank is, a name of `treadle.ir.placement.machines` or a row of its own
 
-    Raises UsageError for an unknown recipe, axis, mesh axis or device; PassError for a graph with several entries.
+    Raises UsageError for an unknown recipe, axis, mesh axis or device, and for an axis by hand that is too short to be
+    split; PassError for a graph with several entries.
     """
     if not isinstance(mesh, Mesh | str):
         raise UsageError("a mesh is a text or a Mesh", received=repr(mesh)[:80], hint='"tp=2,dp=2"')
@@ -108,7 +109,7 @@ def shard(
             raise UsageError(f"{graph.name} has no batch to part into micro-batches", received=f"recipe {recipe}")
         mesh = _with_turns(graph, mesh, staged, chosen.get("batch", ""), sizes or {})
         chosen["batch"] = f"{chosen.get('batch', '')} {TURNS}".strip()
-    wanted = wanted_splits(graph, mesh, chosen)
+    wanted = wanted_splits(graph, mesh, chosen, asked=axes or ())
     if stored:
         types = {name: value.type for name, value in graph.parameters.items()}
         weights = {name: _stored(types[name], placed, stored) for name, placed in wanted.weights.items()}

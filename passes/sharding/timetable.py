@@ -3,7 +3,8 @@
 Every node takes the time of its roofline on the rank's parts; every collective, of a ring. A device works and sends at
 once, and sends over one mesh axis while it sends over another: each does its own in the order of the program, and
 begins when what it reads is there. A gather begins where the program comes to it: to its `start_gather`, if it has one
-(`gather_ahead`). What a stage of a pipeline hands on, the next one has when it has been sent.
+(`gather_ahead`); so do keys that pass around. What a stage of a pipeline hands on, the next one has when it has been
+sent.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from treadle.ir.analysis.cost import node_cost
 from treadle.ir.analysis.weight_only import weight_only_nodes
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.ops.axis_names import place
-from treadle.ir.ops.collectives import AllGather, Collective, HandOn, StartGather
+from treadle.ir.ops.collectives import AllGather, Awaited, Collective, HandOn, Starting
 from treadle.ir.placement.machines import Machine
 from treadle.ir.placement.mesh import Mesh
 
@@ -220,7 +221,7 @@ class _Walk:
         self.program, self.mesh, self.machine, self.sizes = program, mesh, machine, sizes
         self.stage, self.arrivals = stage, deque(handed)
         self.handed: list[float] = []
-        self.begun: dict[str, deque[int]] = {}
+        self.begun: dict[tuple[str, str], deque[int]] = {}
         self.busy: list[Busy] = []
         self.calls: list[str] = []
         self.begins: list[float] = []
@@ -247,22 +248,23 @@ class _Walk:
                 ready.update(dict.fromkeys(node.results, there))
             elif self.is_handed(node):
                 ready.update(dict.fromkeys(node.results, self.arrivals.popleft()))
-            elif isinstance(node.op, AllGather) and node.op.ahead:
-                at = self.begun[takes.over].popleft()
+            elif isinstance(node.op, Awaited) and node.op.ahead:
+                at = self.begun[node.op.name, takes.over].popleft()
                 begun = self.busy[at]
                 self.busy[at] = self.during(node, takes, begun.start, scope, call)
                 ready.update(dict.fromkeys(node.results, max(begun.end, there)))
             else:
                 last = len(self.calls) - 1 if call < 0 else call - 1
                 floor = self.begins[last] if takes.over and last >= 0 else 0.0
-                if isinstance(node.op, AllGather | StartGather):
+                if isinstance(node.op, AllGather | Starting):
                     floor = self.free.get("", 0.0)
                 start = max(there, self.free.get(takes.over, 0.0), floor)
                 end = start + takes.seconds
                 ready.update(dict.fromkeys(node.results, end))
                 self.free[takes.over] = end
-                if isinstance(node.op, StartGather):
-                    self.begun.setdefault(takes.over, deque()).append(len(self.busy))
+                if isinstance(node.op, Starting):
+                    key = node.op.awaited.name, takes.over
+                    self.begun.setdefault(key, deque()).append(len(self.busy))
                 if isinstance(node.op, HandOn):
                     self.handed.append(end)
                 self.busy.append(self.during(node, takes, start, scope, call))
@@ -296,11 +298,11 @@ class _Walk:
 
     def meeting(self, node: Node, op: Collective) -> _Takes:
         taken, given = (v.type.bytes_at(self.sizes) for v in (node.inputs[0], node.results[0]))
-        if isinstance(op, StartGather):
+        if isinstance(op, Starting):
             shape = node.inputs[0].type.shape
             part = shape[place(op.axis, len(shape))].evaluate(self.sizes)
             given = taken // part * op.size.evaluate(self.sizes)
-            op = op.gather
+            op = op.awaited
         sent = op.payload(taken, given) * op.rounds / op.ways
         on_links = sent / self.machine.link(self.mesh, self.mesh.parts_of(op.over))
         waits = op.messages * self.machine.latency

@@ -17,7 +17,7 @@ Weights are placed by them; what becomes of other values, costs decide.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from math import gcd, lcm
@@ -25,7 +25,7 @@ from math import gcd, lcm
 from treadle.ir.analysis.axis_places import Place
 from treadle.ir.analysis.axis_tracing import Tracer, ordered_values
 from treadle.ir.axes import Role
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph, Value
 from treadle.ir.placement.mesh import Mesh, SubAxes, ways
 from treadle.ir.placement.placements import MeshPlacement, Split, lies_between_blocks
@@ -58,10 +58,13 @@ class Wanted:
         return self.wishes.get(value, ())
 
 
-def wanted_splits(graph: Graph, mesh: Mesh, axes: Mapping[str, str]) -> Wanted:
+def wanted_splits(graph: Graph, mesh: Mesh, axes: Mapping[str, str], asked: Collection[str] = ()) -> Wanted:
     """Wishes for a graph: axes by name, each with the mesh axes that split it, such as "tp" or "dp tp".
 
-    Raises UsageError for a name that is no axis of the graph, and for a mesh axis that there is not.
+    asked  those that a user names, and no recipe
+
+    Raises UsageError for a name that is no axis of the graph, for a mesh axis that there is not, and for an axis that a
+    user asks to be split and that is too short for it.
     """
     wishes: dict[Value, list[Wish]] = {}
     notes: list[str] = []
@@ -73,7 +76,7 @@ def wanted_splits(graph: Graph, mesh: Mesh, axes: Mapping[str, str]) -> Wanted:
         places = list(_places(graph, name))
         if not any(p.size != ONE for p in places):
             raise UsageError(f"{graph.name} has no axis {name!r} to split", hint=_known_axes(graph))
-        notes += _wish(wishes, mesh, name, parts, places, held)
+        notes += _wish(wishes, mesh, name, parts, places, held, is_asked=name in asked)
     weights = {name: _placed(wishes.get(v, ()), v.type.rank) for name, v in graph.parameters.items()}
     return Wanted(wishes, weights, tuple(dict.fromkeys(notes)))
 
@@ -90,10 +93,12 @@ def _wish(
     parts: SubAxes,
     places: Sequence[Place],
     weights: set[Value],
+    *,
+    is_asked: bool = False,
 ) -> list[str]:
     """Add wishes for all places of an axis. The least of them says in which units it is split, so that all are alike.
 
-    Returns what could not be split as asked, in words.
+    Returns what could not be split as asked, in words. Raises UsageError where nothing of what is asked can be.
     """
     notes = []
     places = [p for p in places if p.size != ONE and p.inner * p.size == p.value.type.shape[p.dim]]
@@ -103,6 +108,12 @@ def _wish(
     taken = parts
     while least is not None and ways(taken) > least:
         taken = taken[:-1]
+    if is_asked and not taken:
+        raise UsageError(
+            f"{name}: {least} cannot be split over {mesh.text_of(parts)}",
+            received=f"{ways(parts)} ranks of {mesh}, each of which would have a part",
+            hint=Hint(f'axes={{"{name}": "-"}}, which leaves it whole', f"--axis {name}=-, which leaves it whole"),
+        )
     if ways(taken) < ways(parts):
         left = mesh.text_of(parts[len(taken) :])
         notes.append(

@@ -23,12 +23,15 @@ from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from treadle.ir.errors import Hint, RankError, TreadleError, UsageError
+from treadle.ir.errors import BackendError, Hint, RankError, TreadleError, UsageError
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.runtime.distributed.communicator import Communicator
 from treadle.runtime.distributed.watching import Watch
+
+if TYPE_CHECKING:
+    import torch
 
 LAUNCHER = "TREADLE_LAUNCHER"
 """The process that started this one and with which it shall end."""
@@ -55,6 +58,7 @@ class Ranks:
     def __init__(self, rank: int, size: int, timeout: float, watch: Watch, store: Any) -> None:
         self.rank, self.size, self.timeout, self.watch, self.store = rank, size, timeout, watch, store
         self._started = False
+        self._kind = ""
         self._agreed = 0
 
     def doing(self, told: str) -> None:
@@ -94,14 +98,20 @@ class Ranks:
     def start(self, plan: ShardingPlan, device: str = "cpu") -> Communicator:
         """Start torch.distributed, if it was not yet, and make the groups in which a plan's ranks meet.
 
-        device  "cpu": by gloo; "cuda": by NCCL
+        device  "cpu": by gloo; "cuda": by NCCL, each rank on the GPU of its LOCAL_RANK
 
-        Raises UsageError for a mesh of another number of ranks, RankError where others do not come.
+        Raises UsageError for a mesh of another number of ranks, or another kind of device than before; BackendError
+        where this rank has no such device; RankError where others do not come.
         """
         import torch.distributed as dist
 
         refuse_other_mesh(plan, self.size)
-        backend = "nccl" if device == "cuda" else "gloo"
+        own = self._own_device(device)
+        if self._started and own.type != self._kind:
+            raise UsageError(
+                "ranks meet on one kind of device", received=f"{own.type} after {self._kind}", hint="a run for each"
+            )
+        backend = "nccl" if own.type == "cuda" else "gloo"
         longest = self.timeout + _SLACK
         with self.watch.waiting(f"starting {backend}"):
             try:
@@ -112,11 +122,30 @@ class Ranks:
                         rank=self.rank,
                         world_size=self.size,
                         timeout=timedelta(seconds=longest),
+                        device_id=own if own.type == "cuda" else None,
                     )
-                    self._started = True
-                return Communicator(plan, self.rank, longest, self.watch.waiting, self.watch.explained)
+                    self._started, self._kind = True, own.type
+                return Communicator(plan, self.rank, own, longest, self.watch.waiting, self.watch.explained)
             except RuntimeError as error:
                 raise self.watch.explained(error, f"starting {backend}") from error
+
+    def _own_device(self, kind: str) -> torch.device:
+        """Where this rank's tensors lie. A GPU becomes the current one, which is what backends take."""
+        import torch
+
+        if kind != "cuda":
+            return torch.device("cpu")
+        told = os.environ.get("LOCAL_RANK", "")
+        local = int(told) if told.isdecimal() else self.rank
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if local >= count:
+            raise BackendError(
+                f"rank {self.rank} has no CUDA device of its own",
+                received=f"it is number {local} of its machine, where torch {torch.__version__} finds {count} of them",
+                hint=Hint('target="cpu"', "--target cpu"),
+            )
+        torch.cuda.set_device(local)
+        return torch.device("cuda", local)
 
     def leave(self) -> None:
         """End well, which rank 0 does when all others have. Raises RankError where one fails before."""

@@ -25,7 +25,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -106,6 +106,7 @@ class Watch:
         self._connections: dict[int, _Line] = {}
         self._said: dict[int, RankStatus] = {}
         self._left: set[int] = set()
+        self._gone: set[int] = set()
         self._listener: socket.socket | None = None
         self._token = ""
         self._has_told = False
@@ -181,12 +182,12 @@ class Watch:
             atexit.register(self._end_at_once)
 
     def _end_at_once(self) -> None:
-        """Rank 0 stays until the others have heard of the failure, or a moment."""
+        """Rank 0 stays until the others have ended, or a moment: with its end they might lose what it said last."""
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
         until = time.monotonic() + GRACE
-        while self.rank == 0 and len(self._left) < len(self._connections) and time.monotonic() < until:
+        while self.rank == 0 and len(self._gone) < len(self._connections) and time.monotonic() < until:
             time.sleep(PERIOD / 20)
         os._exit(FAILED)
 
@@ -252,16 +253,21 @@ class Watch:
                     return False
                 line.rank = rank
                 self._connections[rank], self._said[rank] = line, RankStatus()
+                if self.failure is not None:  # of one that had come, and failed, before this one came
+                    with self._lock:
+                        line.send(asdict(self.failure))
             elif "doing" in message:
                 self._said[line.rank] = RankStatus(**message)
             elif "failed" in message:
-                self._left.add(line.rank)
                 self._fail(Failure(message["failed"], message["received"], line.rank))
+                self._left.add(line.rank)
             elif "bye" in message:
                 self._left.add(line.rank)
-        if told is None and line.rank is not None and line.rank not in self._left:
-            self._left.add(line.rank)
-            self._fail(Failure(f"rank {line.rank} has died", f"{self._said[line.rank]}", 0))
+        if told is None and line.rank is not None:
+            self._gone.add(line.rank)
+            if line.rank not in self._left:
+                self._left.add(line.rank)
+                self._fail(Failure(f"rank {line.rank} has died", f"{self._said[line.rank]}", 0))
         return told is not None
 
     def _look(self) -> None:
@@ -270,7 +276,7 @@ class Watch:
         self._said[0] = self._own()
         if self.failure is None:
             self._look_for_hung()
-        self._tell(self._said[0].message())
+        self._tell(self._said[0].message(), self._left)
 
     def _look_for_hung(self) -> None:
         here = {rank: said for rank, said in self._said.items() if rank not in self._left}
@@ -329,11 +335,11 @@ class Watch:
         with self._lock:
             self._connections[0].send(message)
 
-    def _tell(self, message: Mapping[str, Any]) -> None:
-        """To all others."""
+    def _tell(self, message: Mapping[str, Any], besides: Collection[int] = ()) -> None:
+        """To all others but some."""
         with self._lock:
             for rank, line in list(self._connections.items()):
-                if rank not in self._left:
+                if rank not in besides:
                     line.send(message)
 
     def _fail(self, failure: Failure) -> None:
@@ -342,7 +348,7 @@ class Watch:
             if self.failure is not None:
                 return
             self.failure = failure
-        if self.rank == 0:
+        if self.rank == 0:  # those that have failed, too: one of several knows so that it is the one who tells
             self._tell(asdict(failure))
         self._failed.set()
         threading.Thread(target=self._end_process, name="treadle end", daemon=True).start()

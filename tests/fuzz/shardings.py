@@ -36,7 +36,7 @@ def main() -> int:
             plan = case.plan()
             far = difference(case, plan, merged=seed % 2 == 0)
             if far > NEAR:
-                raise AssertionError(f"{far} from the whole graph, over {case.mesh} by {case.axes}")
+                raise AssertionError(f"{far} from the whole graph, over {case.mesh} by {case.axes}, {case.recipe}")
             met.update(c.op for c in plan.collectives())
             for change in CHANGES if seed < options.seed + options.planted else ():
                 for bad in wrong.wrong_plans(plan, change):

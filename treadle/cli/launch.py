@@ -27,8 +27,13 @@ def launch_command(
     from treadle.cli import COMMANDS
     from treadle.runtime.distributed.launching import launch_ranks
 
+    has_mesh = any(word == "--mesh" or word.startswith("--mesh=") for word in words)
     if words[0].endswith(".py"):
         started = [sys.executable, *words]
+    elif words[0] in COMMANDS and not has_mesh:
+        raise UsageError(
+            "ranks run a model that is split over a mesh", received=" ".join(words)[:80], hint=f"--mesh tp={count}"
+        )
     elif words[0] in COMMANDS:
         started = [sys.executable, "-m", "treadle", *words]
     else:

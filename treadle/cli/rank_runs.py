@@ -80,11 +80,11 @@ def run_rank(
     from treadle.runtime.distributed.ranks import join
     from treadle.sharding.rank_models import compile_rank
 
-    if is_artifact(model):
-        raise UsageError(
-            "an artifact was compiled for one device", received=model, hint="the model that it was made of"
-        )
     with join(timeout) as ranks:
+        if is_artifact(model):
+            raise UsageError(
+                "an artifact was compiled for one device", received=model, hint="the model that it was made of"
+            )
         made = compile_rank(
             model,
             mesh,

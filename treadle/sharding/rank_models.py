@@ -92,7 +92,7 @@ class RankModel:
 
         arrays  the inputs of the call that gave them
         """
-        sizes, plan = self.sizes(**arrays), self.plan
+        sizes, plan, met = self.sizes(**arrays), self.plan, self.communicator
         made = Outputs()
         for (name, value), placed in zip(plan.graph.main.outputs.items(), plan.gives, strict=True):
             whole = None
@@ -102,36 +102,15 @@ class RankModel:
             for rank in _holders(plan, name, placed):
                 if whole is not None:
                     part = taken_part(whole, value.type.shape, placed, plan.devices, rank, sizes)
-                    part[...] = _array(parts[name]) if rank == 0 else self._received(part, rank, name)
+                    own = rank == 0
+                    part[...] = (
+                        _array(parts[name]) if own else met.received(part, rank, f"receiving {name} of rank {rank}")
+                    )
                 elif rank == self.ranks.rank:
-                    self._send(_array(parts[name]), name)
+                    met.send(parts[name], 0, f"sending {name} to rank 0")
             if whole is not None:
                 made[name] = whole
         return made if self.ranks.rank == 0 else None
-
-    def _send(self, array: Array, name: str) -> None:
-        import torch
-        import torch.distributed as dist
-
-        told = f"sending {name} to rank 0"
-        with self.ranks.watch.waiting(told):
-            try:
-                dist.send(torch.from_numpy(np.frombuffer(array.tobytes() or b"\0", np.uint8).copy()), 0)
-            except RuntimeError as error:
-                raise self.ranks.watch.explained(error, told) from error
-
-    def _received(self, like: Array, rank: int, name: str) -> Array:
-        import torch
-        import torch.distributed as dist
-
-        told = f"receiving {name} of rank {rank}"
-        buffer = torch.empty(max(like.nbytes, 1), dtype=torch.uint8)
-        with self.ranks.watch.waiting(told):
-            try:
-                dist.recv(buffer, rank)
-            except RuntimeError as error:
-                raise self.ranks.watch.explained(error, told) from error
-        return buffer.numpy()[: like.nbytes].view(like.dtype).reshape(like.shape)
 
 
 def compile_rank(model: Model | Graph | str | Path, mesh: Mesh | str, ranks: Ranks, **options: Any) -> RankModel:

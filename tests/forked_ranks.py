@@ -1,0 +1,202 @@
+"""Ranks for tests, forked from one process that has loaded PyTorch and Treadle: else each would take seconds to start.
+
+    with ForkedRanks() as ranks:
+        job = ranks.launch(2, "run", "gpt2", "--mesh", "tp=2")  # as `treadle launch -n 2 -- run gpt2 --mesh tp=2`
+        code = job.ended()
+
+All else is as elsewhere: `treadle launch` is a process, each rank is one of its children, and both end as they do.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Job:
+    """A `treadle launch` that runs, and the folder with what it prints and how its ranks ended."""
+
+    process: int
+    folder: Path
+    server: ForkedRanks
+
+    @property
+    def out(self) -> str:
+        """What all ranks have printed by now."""
+        return (self.folder / "out").read_text()
+
+    @property
+    def told(self) -> str:
+        """What they have said on standard error."""
+        return (self.folder / "told").read_text()
+
+    @property
+    def codes(self) -> dict[int, int]:
+        """By rank, how those ended that have ended: the exit code, or below 0 the signal."""
+        lines = (self.folder / "codes").read_text().splitlines()
+        return {int(rank): int(code) for rank, code in map(str.split, lines)}
+
+    def ended(self, timeout: float = 240) -> int:
+        """Its exit code, when it has ended. Raises TimeoutError."""
+        until = time.monotonic() + timeout
+        while (code := self.server.ask(poll=self.process)) is None:
+            if time.monotonic() > until:
+                raise TimeoutError(f"it has not ended after {timeout} s: {self.told}")
+            time.sleep(0.01)
+        return int(code)
+
+
+class ForkedRanks:
+    """The process that forks; a context, at whose end it ends."""
+
+    def __enter__(self) -> Self:
+        own = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TREADLE_CERTIFY": "0"}
+        self.folder = tempfile.TemporaryDirectory()
+        command = [sys.executable, str(Path(__file__))]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=own, cwd=ROOT
+        )
+        self.count = 0
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(60)
+        self.folder.cleanup()
+
+    def ask(self, **request: Any) -> Any:
+        """What the process answers."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+    def launch(self, ranks: int, *words: str, **environment: str) -> Job:
+        """Start a command, or a Python file, on so many ranks."""
+        self.count += 1
+        folder = Path(self.folder.name, str(self.count))
+        folder.mkdir()
+        for name in ("out", "told", "codes"):
+            (folder / name).touch()
+        process = self.ask(launch=["launch", "-n", str(ranks), "--", *words], to=str(folder), beside=environment)
+        return Job(process, folder, self)
+
+
+# -- the process that forks --------------------------------------------------------------------------------------------
+
+_POPEN = subprocess.Popen
+_LOADED = ("torch.distributed", "tvm", "tests.rank_jobs", "treadle.cli.launch", "treadle.cli.rank_runs")
+
+
+class _Forked:
+    """What `launch_ranks` uses of `subprocess.Popen`, of a child that has loaded everything."""
+
+    folder = Path()
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str]) -> None:
+        self.returncode: int | None = None
+        self.rank = int(env["RANK"])
+        self.pid = os.fork()
+        if not self.pid:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            subprocess.Popen = _POPEN  # type: ignore[misc]
+            os.environ.clear()
+            os.environ.update(env)
+            _run(command[1:])
+
+    def poll(self) -> int | None:
+        return self._waited(os.WNOHANG)
+
+    def wait(self) -> int | None:
+        return self._waited(0)
+
+    def _waited(self, how: int) -> int | None:
+        if self.returncode is None:
+            process, status = os.waitpid(self.pid, how)
+            if process:
+                self.returncode = os.waitstatus_to_exitcode(status)
+                with (self.folder / "codes").open("a") as file:
+                    print(self.rank, self.returncode, file=file)
+        return self.returncode
+
+    def terminate(self) -> None:
+        os.kill(self.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+
+def _run(words: Sequence[str]) -> None:
+    """Run what Python would by these words, and end the process as it ends."""
+    code: Any = 1
+    try:
+        if words[0] == "-m":
+            from treadle.cli import main
+
+            sys.argv = ["treadle", *words[2:]]
+            main()
+        else:
+            sys.argv = list(words)
+            runpy.run_path(words[0], run_name="__main__")
+        code = 0
+    except SystemExit as ended:
+        code = ended.code or 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)
+
+
+def _launched(request: Mapping[str, Any]) -> int:
+    """Fork a `treadle launch`; its process."""
+    process = os.fork()
+    if process:
+        return process
+    folder = Path(request["to"])
+    for name, stream in (("out", 1), ("told", 2)):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_APPEND), stream)
+    os.environ.update(request["beside"])
+    _Forked.folder = folder
+    subprocess.Popen = _Forked  # type: ignore[misc, assignment]
+    _run(["-m", "treadle", *request["launch"]])
+    return 0
+
+
+def main() -> None:
+    """Load, then do what is asked, a line each."""
+    sys.path.insert(0, str(ROOT))
+    for name in _LOADED:
+        with suppress(ImportError):
+            importlib.import_module(name)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "launch" in request:
+            print(json.dumps(_launched(request)), flush=True)
+        else:
+            process, status = os.waitpid(request["poll"], os.WNOHANG)
+            print(json.dumps(os.waitstatus_to_exitcode(status) if process else None), flush=True)
+
+
+if __name__ == "__main__":
+    main()
