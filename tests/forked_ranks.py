@@ -67,6 +67,7 @@ class ForkedRanks:
 
     def __enter__(self) -> Self:
         own = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TREADLE_CERTIFY": "0"}
+        own["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as `join` says before it loads PyTorch
         self.folder = tempfile.TemporaryDirectory()
         command = [sys.executable, str(Path(__file__))]
         self.process = subprocess.Popen(

@@ -38,6 +38,7 @@ from treadle.ir.ops.collectives import Awaited, Starting
 from treadle.ir.target import Target
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import MERGING
+from treadle.passes.sharding.plan import PlannedCollective
 from treadle.passes.sharding.rank_programs import rank_program, rank_weights
 from treadle.runtime.distributed.ranks import Ranks, join
 from treadle.runtime.generation import generate
@@ -164,7 +165,7 @@ def generates(ranks: Ranks, folder: str) -> None:
         session = made.session(**roomy(kind))
         tokens, logits = written(session)
         facts = {"case": f"{backend} {kind} {form}", "form": form, "tokens": tokens}
-        facts["bytes"] = sum(state.nbytes for state in session.states.values())
+        facts["bytes"] = cached(session)
         met.traffic.clear()
         opened = [session.open(**brought) for brought in inputs_for(session)]
         session.prefill({row: [7] for row in opened})
@@ -172,15 +173,25 @@ def generates(ranks: Ranks, folder: str) -> None:
         session.step(dict.fromkeys(opened, 8))
         facts["counted"] = sum(each.bytes for each in met.traffic.values()) - before
         step = replace(met.plan, sizes={**met.plan.sizes, **dict.fromkeys(met.plan.graph.symbols, 1), "B": len(opened)})
-        in_step = [each for each in step.collectives() if not each.scope.startswith("encoder")]
-        facts["planned"] = sum(each.payload * each.ranks for each in in_step)
+        facts["planned"] = sum(each.payload * each.ranks for each in after_the_encoder(step.collectives()))
         if ranks.rank == 0:
             whole = treadle.compile(kind, backend=backend, **chosen).session(**roomy(kind))
             facts["wanted"], wanted = written(whole)
             facts["apart"] = float(np.max(np.abs(logits - wanted)))
-            facts["whole bytes"] = sum(state.nbytes for state in whole.states.values())
+            facts["whole bytes"] = cached(whole)
         found.append(facts)
     Path(folder, f"generated-{ranks.rank}.json").write_text(json.dumps(found))
+
+
+def cached(session: Session) -> int:
+    """Bytes of keys and values, and not of lengths."""
+    return sum(state.nbytes for state in session.states.values() if "int" not in str(state.dtype))
+
+
+def after_the_encoder(planned: list[PlannedCollective]) -> list[PlannedCollective]:
+    """What a step does again."""
+    first = max((at + 1 for at, each in enumerate(planned) if each.scope.startswith("encoder")), default=0)
+    return planned[first:]
 
 
 def roomy(kind: str) -> dict[str, Any]:

@@ -204,7 +204,10 @@ GPT2 = ("run", "gpt2", *SMALL, "--mesh")
         ((*GPT2, "tp=3", "--axis", "heads=ep"), "the mesh tp=3 has no axis 'ep'"),
         ((*GPT2, "tp=3", "--set=heads=2", "--axis", "heads=tp"), "heads: 2 cannot be split over tp"),
         ((*GPT2, "dp=3", "--recipe", "dp", "--input", "tokens=1,2,3"), "do not give each of 3 ranks a part"),
-        ((*GPT2, "tp=3", "--recipe", "megatron", "--target", "cuda", "--backend", "torch"), "has no CUDA device of its"),
+        (
+            (*GPT2, "tp=3", "--recipe", "megatron", "--target", "cuda", "--backend", "torch"),
+            "has no CUDA device of its",
+        ),
         (("run", "nothing.treadle", "--mesh", "tp=3"), "an artifact was compiled for one device"),
         (("run", "gpt3", "--mesh", "tp=3", "--recipe", "megatron"), "gpt3"),
         (("generate", "gpt2", "a", "--mesh", "tp=3", "--recipe", "megatron"), "gpt2"),
