@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -140,17 +141,25 @@ def span(size: Size, split: Split | None, mesh: Mesh, rank: int) -> tuple[Size, 
     """Where the part of a rank starts in a dimension of this size, and how long it is."""
     if split is None:
         return ZERO, size
-    units = size.divide(split.grain)
-    assert units is not None, f"{size} is no multiple of {split.grain}"
-    at, count = mesh.index(rank, split.over), ways(split.over)
+    return _piece(size, split.grain, mesh.index(rank, split.over), ways(split.over))
+
+
+@lru_cache(maxsize=4096)
+def _piece(size: Size, grain: Size, at: int, count: int) -> tuple[Size, Size]:
+    """Where one of so many pieces of a dimension starts, in multiples of a grain, and how long it is."""
+    units = size.divide(grain)
+    assert units is not None, f"{size} is no multiple of {grain}"
     first, last = (units * at) // count, (units * (at + 1)) // count
-    return first * split.grain, (last - first) * split.grain
+    return first * grain, (last - first) * grain
 
 
 def local_type(type: Type, placement: MeshPlacement, mesh: Mesh, rank: int) -> Type:
     """The type of the part that a rank holds; labels stay."""
     dims = []
     for dim, split in zip(type.dims, placement.dims, strict=True):
+        if split is None:
+            dims.append(dim)
+            continue
         _, size = span(dim.size, split, mesh, rank)
         outermost, *others = dim.factors
         inner = Dim(others).size if others else ONE
