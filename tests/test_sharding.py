@@ -573,7 +573,7 @@ def test_ranks_that_do_not_meet_are_told_and_nobody_waits(other: dict[str, Any],
 
 @pytest.mark.parametrize("seed", range(60))
 def test_any_graph_split_in_any_way_computes_the_same(seed: int) -> None:
-    """tests/fuzz/fuzz_shardings.py runs as many as one likes."""
+    """tests/fuzz/shardings.py runs as many as one likes."""
     case = random_case(seed)
     assert difference(case, case.plan(), merged=seed % 2 == 0) < 1e-10
 
