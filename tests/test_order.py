@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from random import Random
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from benchmarks.order import random_problem
 from tests.backend_checks import compiled, each_backend, graph_of
+from tests.random_programs import random_program
 from treadle.backends.tvm.lowering.chains import PLAN
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph
@@ -20,7 +22,7 @@ from treadle.ir.interpreter import interpret
 from treadle.ir.text.parser import parse_graph
 from treadle.passes.framework.manager import Optimized, PassManager
 from treadle.passes.memory.order import Buffer, Order, OrderProblem, find_order, lower_bound
-from treadle.passes.memory.ordering import must_precede
+from treadle.passes.memory.ordering import has_one_order, must_precede
 from treadle.passes.memory.plan_storage import PlanStorage, each_alone
 
 
@@ -136,6 +138,18 @@ def test_numbers_are_those_of_program_order(backend: str) -> None:
     weights = {"w": rng.standard_normal((64, 8), np.float32)}
     expected = interpret(graph, given, weights, float64=True)["y"]
     np.testing.assert_allclose(compiled(backend, graph, weights)(**given)["y"], expected, rtol=1e-5)
+
+
+def test_steps_with_one_order_are_told_from_others() -> None:
+    """Whether there is a second order is found by going through them."""
+    told = []
+    for seed in range(24):
+        function = next(iter(random_program(seed).functions.values()))
+        steps = each_alone(function)[: 3 + seed % 4]
+        problem = OrderProblem(must_precede(function, steps), (), (0,) * len(steps), ((),) * len(steps))
+        told.append(has_one_order(function, steps))
+        assert told[-1] == (len(list(islice(every_order(problem), 2))) == 1), seed
+    assert True in told and False in told
 
 
 UPDATED_LATE = """graph updated {

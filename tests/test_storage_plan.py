@@ -27,9 +27,11 @@ from treadle.ir.types import f32
 from treadle.passes.framework.manager import Optimized, PassManager
 from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.lowering.legalize import Legalize
-from treadle.passes.memory.plan_storage import PlanStorage
+from treadle.passes.memory.plan_storage import PlanStorage, every_part, over_nothing
 from treadle.passes.memory.storage_checking import check_storage
 from treadle.passes.memory.storage_plan import BEFORE, FunctionPlan, How, Life, Step, StoragePlan, ValuePlace
+from treadle.passes.memory.strided_places import StridedPlanning
+from treadle.passes.memory.value_places import Over, PlacedFunction
 
 Values = dict[str, Expr]
 STRIDED = PlanStorage(strided=True)
@@ -180,6 +182,19 @@ def test_any_graph_has_a_plan(plan: PlanStorage, graph: Graph) -> None:
 @given(seed=st.integers(0, 2**32))
 def test_any_program_has_a_plan(plan: PlanStorage, seed: int) -> None:
     PassManager((Legalize(lambda op, types: False), HoistWeights(), plan)).run(random_program(seed, f32))
+
+
+@pytest.mark.parametrize("seed", [1, 6])
+def test_what_orders_share_changes_no_plan(seed: int) -> None:
+    """A function's second plan is the one that it would have had as its first."""
+
+    def planned_as(of: PlacedFunction, over: Over) -> str:
+        return str(StridedPlanning(of, PLAN.grouped(function), every_part, over).plan())
+
+    function = random_program(seed, f32).functions["block" if seed % 3 == 0 else "main"]
+    shared, fresh = (PlacedFunction(function, {}, False, ()) for _ in range(2))
+    other = planned_as(shared, PLAN.over)
+    assert planned_as(shared, over_nothing) == planned_as(fresh, over_nothing) != other
 
 
 # -- planted faults ------------------------------------------------------------------------------------------------

@@ -100,9 +100,11 @@ class View:
     @property
     def is_contiguous(self) -> bool:
         """Whether the elements lie in row-major order without gaps, at whatever offset."""
+        if self.panels is not None:
+            return False
         expected = row_major(self.shape)
         pairs = zip(self.shape, self.strides, expected, strict=True)
-        return self.panels is None and all(n == ONE or s == e for n, s, e in pairs)
+        return self.strides == expected or all(n == ONE or s == e for n, s, e in pairs)
 
     def lies_as(self, other: View) -> bool:
         """Whether every element lies where the other view has it; strides along dimensions of 1 mean nothing."""

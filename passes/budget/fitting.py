@@ -37,6 +37,8 @@ _FACTOR = 0.94
 _WRONG = 1.25
 """What is estimated to need more than so many times the budget is not planned: estimates are not so wrong."""
 _ENDLESS = 1 << 256
+MOST_TRIED = 256
+"""Candidates that are tried: each that may fit is planned and placed."""
 SECONDS = 30.0
 """For which the smallest budget that would do is looked for, to be told in an error."""
 
@@ -106,7 +108,7 @@ class Fitting:
 
     @property
     def _base(self) -> Candidate:
-        return next(each for each in self.candidates if each.variant is self.variants[0] and not each.chunks)
+        return next(each for each in self._found if each.variant is self.variants[0] and not each.chunks)
 
     def least(self, seconds: float) -> tuple[int, int]:
         """The smallest budget that a candidate keeps to, and how many were not looked at, since so long had passed.
@@ -171,7 +173,19 @@ class Fitting:
 
     @cached_property
     def candidates(self) -> list[Candidate]:
-        """All that are tried, the fastest first, as estimated; of those alike the one that needs more."""
+        """All that are tried, the fastest first, as estimated; of those alike the one that needs more.
+
+        They are the same whatever the budget is, so that less memory never gives a faster run.
+        """
+        return few_of(self._found, MOST_TRIED)
+
+    @property
+    def left_out(self) -> int:
+        """How many more there are, which are not tried."""
+        return len(self._found) - len(self.candidates)
+
+    @cached_property
+    def _found(self) -> list[Candidate]:
         found: dict[tuple[object, ...], Candidate] = {}
         for variant in self.variants:
             for candidate in self._makers[variant].all():
@@ -186,6 +200,30 @@ class Fitting:
     @cached_property
     def _makers(self) -> dict[Variant, _Candidates]:
         return {variant: _Candidates(variant, self) for variant in self.variants}
+
+
+def few_of(found: Sequence[Candidate], most: int) -> list[Candidate]:
+    """So many candidates at most, of all, in their order: what nothing is as fast and as small as first of all.
+
+    Where these are too many alone, the first, the last and some that are evenly far apart. What is computed whole is
+    the fastest, so it is the first.
+    """
+    if len(found) <= most:
+        return list(found)
+    best: list[int] = []
+    for i, each in enumerate(found):
+        if not best or each.bytes < found[best[-1]].bytes:
+            best.append(i)
+    others = sorted({*range(len(found))} - {*best})
+    kept = _spread(best, most)
+    return [found[i] for i in sorted([*kept, *_spread(others, most - len(kept))])]
+
+
+def _spread(numbers: Sequence[int], most: int) -> list[int]:
+    """So many of some numbers at most, the first and the last among them."""
+    if len(numbers) <= most or most < 2:
+        return list(numbers[:most])
+    return [numbers[i * (len(numbers) - 1) // (most - 1)] for i in range(most)]
 
 
 class _Candidates:

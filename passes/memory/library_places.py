@@ -89,7 +89,7 @@ class LibraryPlanning(Planning):
         """What a call needs beside its result."""
         views = {}
         for name, each in self.needed(node, self.planned.row_major.of).items():
-            told = self._new_name(f"{self.names[value]}_{name}")
+            told = self._named.new(f"{self.names[value]}_{name}")
             storage = Storage(told, each.dtype, each.elements, StorageKind.LOCAL)
             views[name] = View.contiguous(storage, each.shape)
         if views:

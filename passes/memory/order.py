@@ -17,6 +17,7 @@ import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import compress
 from typing import NamedTuple
 
 MOST_SETS = 2_000
@@ -53,13 +54,7 @@ class OrderProblem:
 
     def peak(self, order: Sequence[int]) -> int:
         """The most bytes that live at once in an order."""
-        search = _Sets(self)
-        done = live = peak = 0
-        for step in order:
-            during, live = search.run(done, live, step)
-            done |= 1 << step
-            peak = max(peak, during)
-        return max(peak, live)
+        return _Sets(self).peak(order)
 
 
 @dataclass(frozen=True)
@@ -82,16 +77,15 @@ class Order:
 
 def find_order(problem: OrderProblem, most_sets: int = MOST_SETS) -> Order:
     """The best order that is found: never worse than that of the numbers."""
-    program = tuple(range(len(problem.before)))
-    peak, bound = problem.peak(program), lower_bound(problem)
+    program, search = tuple(range(len(problem.before))), _Sets(problem)
+    peak, bound = search.peak(program), lower_bound(problem)
     if peak == bound:
         return Order(program, peak, bound)
-    search = _Sets(problem)
     exact, bound = search.exact(bound, peak, most_sets)
     if exact is not None or bound == peak:
         return Order(program if exact is None else exact, bound, bound)
     found = search.beam(bound, max(1, min(_BEAM, _BEAM_WORK // len(program))))
-    reached = problem.peak(found)
+    reached = search.peak(found)
     return Order(found, reached, bound) if reached < peak else Order(program, peak, bound)
 
 
@@ -101,26 +95,35 @@ def lower_bound(problem: OrderProblem) -> int:
     With a step live the buffers that it touches, and those touched both by a step that must come before it and by one
     that must come after it.
     """
-    count = len(problem.before)
-    earlier, later = _around(problem.before)
-    masks = [sum(1 << step for step in b.steps) for b in problem.buffers]
-    found = sum(b.size for b in problem.buffers if b.kept)
-    for step in range(count):
-        live = problem.extra[step]
-        for buffer, mask in zip(problem.buffers, masks, strict=True):
-            around = mask & earlier[step] and (buffer.kept or mask & later[step])
-            if mask >> step & 1 or around:
-                live += buffer.size
-        saved = [
-            problem.buffers[made].size
-            for made, dying in problem.over[step]
-            if not problem.buffers[dying].kept and not masks[dying] & later[step]
-        ]
-        found = max(found, live - max(saved, default=0))
+    sizes, kept = [b.size for b in problem.buffers], tuple([b.kept for b in problem.buffers])
+    always = _always_live(problem.before, tuple([b.steps for b in problem.buffers]), kept, problem.over)
+    found = sum(compress(sizes, kept))
+    for extra, (living, dying) in zip(problem.extra, always, strict=True):
+        live = sum([sizes[i] for i in living]) - max([sizes[i] for i in dying], default=0)
+        found = max(found, extra + live)
     return found
 
 
 @lru_cache(maxsize=64)  # a function's order is looked for at several sizes
+def _always_live(
+    before: tuple[tuple[int, ...], ...],
+    touched: tuple[tuple[int, ...], ...],
+    kept: tuple[bool, ...],
+    over: tuple[tuple[tuple[int, int], ...], ...],
+) -> list[tuple[list[int], list[int]]]:
+    """For each step the buffers that live then in every order, and those that it may make in place of another one."""
+    earlier, later = _around(before)
+    masks = [sum(1 << step for step in set(steps)) for steps in touched]
+    found = []
+    for step, pairs in enumerate(over):
+        bit, ahead, behind = 1 << step, earlier[step], later[step]
+        living = [
+            i for i, mask in enumerate(masks) if mask & bit or (mask & ahead and (kept[i] or mask & behind))
+        ]
+        found.append((living, [made for made, dying in pairs if not (kept[dying] or masks[dying] & behind)]))
+    return found
+
+
 def _around(edges: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """For each step all that must come before it, and all that must come after it, as bits."""
     earlier, later = [0] * len(edges), [0] * len(edges)
@@ -193,6 +196,15 @@ class _Sets:
             for pairs in problem.over
         ]
         self.extra = problem.extra
+
+    def peak(self, order: Sequence[int]) -> int:
+        """The most bytes that live at once in an order."""
+        done = live = peak = 0
+        for step in order:
+            during, live = self.run(done, live, step)
+            done |= 1 << step
+            peak = max(peak, during)
+        return max(peak, live)
 
     def run(self, done: int, live: int, step: int) -> tuple[int, int]:
         """The bytes that live while a step runs, and after it."""

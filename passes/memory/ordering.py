@@ -67,8 +67,6 @@ def choices(
     over     the operands over which a step may be written
     callees  the sizes of which the largest is the peak of each
     """
-    if len(plan.steps) < 3:
-        return
     made = _Making(plan, frame, over)
     wanted = [made.sizes, *callees.values()]
     seen = {tuple(range(len(plan.steps)))}
@@ -87,6 +85,12 @@ def needs_less(
         return None
     was, now = (max((s.evaluate(choice.sizes) for s in each), default=0) for each in (before, after))
     return BetterOrder(was, now, choice.sizes) if now < was else None
+
+
+def has_one_order(function: Function, steps: Sequence[Step]) -> bool:
+    """Whether steps can run in no other order: each of them needs the one before it."""
+    before = must_precede(function, steps)
+    return all(i in each for i, each in enumerate(before[1:]))
 
 
 class _Making:

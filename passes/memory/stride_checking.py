@@ -25,7 +25,7 @@ Array = np.ndarray[Any, Any]
 
 MOST_CELLS = 1 << 26
 """Elements of a storage that are gone through one by one."""
-_FIRST_TAG = float(2**50)  # of elements: a number that no margin is filled with
+_FIRST_TAG = 2**23 + 2**21  # of elements: numbers that no margin is filled with, and that float32 holds
 
 
 MOST_PLACES = 1 << 12
@@ -34,11 +34,21 @@ MOST_PLACES = 1 << 12
 
 @lru_cache(maxsize=256)
 def _some(count: int) -> Array:
-    """The numbers below a count, or so many of them that are drawn, always the same ones."""
+    """The numbers below a count, or so many of them, always the same ones: where multiples of the golden ratio fall,
+    which is everywhere alike and in step with no stride."""
     if count <= MOST_PLACES:
         return np.arange(count)
-    drawn = np.random.default_rng(0).integers(0, count, MOST_PLACES)
-    return np.concatenate([[0, count - 1], drawn])
+    fractions = np.arange(MOST_PLACES) * ((5**0.5 - 1) / 2) % 1.0  # importing numpy.random takes as long as a check
+    return np.concatenate([[0, count - 1], (fractions * count).astype(np.int64)])
+
+
+def _places(numbers: Array, shape: Sequence[int], strides: Sequence[int], begin: int) -> Array:
+    """Where elements of an array, by their row-major numbers, lie by its strides."""
+    found = np.full(numbers.shape, begin, np.int64)
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        numbers, along = np.divmod(numbers, size)
+        found += along * stride
+    return found
 
 
 class StridesCheck:
@@ -56,7 +66,8 @@ class StridesCheck:
     ) -> None:
         self.function, self.plan, self.sizes, self.callees = function, plan, sizes, callees or {}
         self._known: dict[Size, int] = {}
-        self._moved: dict[tuple[Op, tuple[int, ...]], Array] = {}
+        self._told: dict[int, tuple[list[int], list[int], int]] = {}
+        self._moved: dict[tuple[Op, tuple[int, ...]], tuple[Array, Array]] = {}
 
     def check(self, small: bool) -> list[str]:
         """Lines on what is too large to be gone through; at small sizes elements are looked at one by one."""
@@ -100,10 +111,9 @@ class StridesCheck:
             if needed > held or last:
                 raise wrong_plan("a destination is too small", self.plan, value, f"{needed} elements of {held}")
             return
-        shape, strides = [self._number(n) for n in view.shape], [self._number(s) for s in view.strides]
+        shape, strides, first = self._lies(view)
         if 0 in shape:
             return
-        first = self._number(view.offset)
         last = first + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
         if first < 0 or min(strides, default=0) < 0 or last >= held:
             told = f"elements {first} to {last} of {held} at {self.sizes}"
@@ -168,71 +178,107 @@ class StridesCheck:
             lies = None if x is None else self.plan.places[x].view
             if x is None or lies is None or place.written or lies.storage is not view.storage:
                 raise wrong_plan("it is no view of what it is told to be one of", self.plan, value)
-            if view.storage.layout is None and not self._agrees(view, lies, self._views(node, value)):
+            if view.storage.layout is None and not self._agrees(view, lies, *self._views(node)):
                 raise wrong_plan(f"it does not lie where {x.name} has its elements", self.plan, value, str(view))
         elif place.how is How.INTO and isinstance(place.of, Value):
             whole, reader = self.plan.places[place.of].view, place.of.node
             if whole is None or reader is None or value not in reader.inputs:
                 raise wrong_plan(f"{place.of.name} is not made of it", self.plan, value)
-            came = self._numbered(reader, reader.operands.index(value))
-            here = np.flatnonzero(came >= 0)
-            same = whole.storage is view.storage and len(here) == self._elements(value)
-            if not same or not self._agrees(whole, view, came, here[_some(len(here))]):
+            here, came, count = self._numbered(reader, reader.operands.index(value))
+            same = whole.storage is view.storage and count == self._elements(value)
+            if not same or not self._agrees(whole, view, here, came):
                 raise wrong_plan(f"it does not lie where {place.of.name} has it", self.plan, value, str(view))
 
-    def _views(self, node: Node, value: Value) -> Array:
-        """For each element of a view's result the number of the operand's element that it is."""
-        key = node.op, tuple(self._numbers(node.inputs[0].type.held.shape))
+    def _views(self, node: Node) -> tuple[Array, Array]:
+        """Elements of a view's result, by their numbers, and for each the number of the operand's element that it is.
+
+        Memory that nobody touches stands for the operand: mostly the reference gives a view of it, and strides tell.
+        """
+        shape = tuple(self._numbers(node.inputs[0].type.held.shape))
+        key = node.op, shape
         if key not in self._moved:  # of one op on one shape it is the same
-            numbers = np.arange(math.prod(key[1]), dtype=np.int64).reshape(key[1])
-            self._moved[key] = np.asarray(node.op.at(self.sizes).reference(numbers))
+            untouched = np.empty(shape, np.uint8)
+            made = np.asarray(node.op.at(self.sizes).reference(untouched))
+            at = _some(made.size)
+            if np.may_share_memory(made, untouched):
+                begin = made.__array_interface__["data"][0] - untouched.__array_interface__["data"][0]
+                self._moved[key] = at, _places(at, made.shape, made.strides, begin)
+            else:
+                numbers = np.arange(untouched.size, dtype=np.int32).reshape(shape)
+                self._moved[key] = at, np.asarray(node.op.at(self.sizes).reference(numbers)).reshape(-1)[at]
         return self._moved[key]
 
-    def _numbered(self, node: Node, position: int) -> Array:
-        """The same of one operand of several, or with margins; -1 where it is no element of that operand."""
-        given: list[Array | None] = []
-        for i, operand in enumerate(node.operands):
-            shape = None if operand is None else [self._number(n) for n in operand.type.held.shape]
-            array = None if shape is None else np.full(shape, -1.0)
-            if array is not None and i == position:
-                array = (np.arange(array.size) + _FIRST_TAG).reshape(array.shape)
-            given.append(array)
-        made = np.asarray(node.op.at(self.sizes).reference(*given))
-        ours = (made >= _FIRST_TAG) & (made < 2 * _FIRST_TAG)  # margins may hold an infinity
-        return np.where(ours, np.where(ours, made, _FIRST_TAG) - _FIRST_TAG, -1).astype(np.int64)
+    def _numbered(self, node: Node, position: int) -> tuple[Array, Array, int]:
+        """The same of one operand of several, or with margins, and how many elements of the result are that one's.
 
-    def _agrees(self, result: View, operand: View, came: Array, at: Array | None = None) -> bool:
+        Some of its elements are tags, the others one number, and those of other operands zero.
+        """
+        shapes = [None if v is None else self._numbers(v.type.held.shape) for v in node.operands]
+        sizes = [0 if shape is None else math.prod(shape) for shape in shapes]
+        full = sum(sizes) == self._elements(node.result)  # so there are no margins
+        first, dtype = (2, np.dtype(np.uint16)) if full else (_FIRST_TAG, np.dtype(np.float32))
+        some = _some(sizes[position])
+        tagged = np.full(sizes[position], first - 1, dtype)
+        tagged[some] = first + np.arange(len(some))
+        given = [None if shape is None else np.broadcast_to(dtype.type(0), shape) for shape in shapes]
+        given[position] = tagged.reshape(shapes[position] or ())
+        made = np.asarray(node.op.at(self.sizes).reference(*given)).reshape(-1)
+        at = np.flatnonzero(made >= first)
+        at = at[made[at] < first + len(some)]  # margins may hold an infinity
+        came = some[(made[at] - first).astype(np.int64)]
+        return at, came, int(np.count_nonzero(made == first - 1)) + len(at)
+
+    def _agrees(self, result: View, operand: View, at: Array, came: Array) -> bool:
         """Whether elements of a result lie where the operand has those that they are: all, or some of very many."""
-        if not came.size:
-            return True
-        at = _some(came.size) if at is None else at
-        numbers = came[np.unravel_index(at, came.shape)] if came.ndim else came.reshape(1)
-        return np.array_equal(self._address(result, at), self._address(operand, numbers))
+        return np.array_equal(self._address(result, at), self._address(operand, came))
 
     def _address(self, view: View, numbers: Array) -> Array:
         """Where elements of a view, by their row-major numbers, lie in its storage."""
-        found = np.full(numbers.shape, self._number(view.offset), np.int64)
-        for size, stride in zip(reversed(view.shape), reversed(view.strides), strict=True):
-            numbers, along = np.divmod(numbers, self._number(size))
-            found += along * self._number(stride)
-        return found
+        return _places(numbers, *self._lies(view))
 
-    def _seen(self, cells: Array, view: View) -> Array:
-        """What stands in the cells of a storage, as a view shows it: the same memory. `_fits` was called before."""
-        shape, strides = self._numbers(view.shape), self._numbers(view.strides)
-        begin = 0 if 0 in shape else self._number(view.offset)
-        return as_strided(cells[begin:], shape, [s * cells.itemsize for s in strides])
+    def _seen(self, cells: Array, view: View, block: int) -> Array:
+        """What stands in the cells of a storage, as a view shows it: the same memory. `_fits` was called before.
+
+        block  so many elements are one cell: see `_blocks`
+        """
+        shape, strides, begin = self._lies(view)
+        begin = 0 if 0 in shape else begin
+        shape = [n // block if s == 1 and n > 1 else n for n, s in zip(shape, strides, strict=True)]
+        strides = [s if s == 1 else s // block for s in strides]
+        return as_strided(cells[begin // block :], shape, [s * cells.itemsize for s in strides])
+
+    def _blocks(self, storages: set[Storage | None]) -> dict[Storage, int]:
+        """Of some storages how many elements at once every view that lies there has or has not, all in one order."""
+        found: dict[Storage, int] = {}
+        for place in self.plan.places.values():
+            view = place.view
+            if view is None or view.storage not in storages:
+                continue
+            shape, strides, begin = self._lies(view)
+            moves = [(n, s) for n, s in zip(shape, strides, strict=True) if n > 1 and s]
+            inner = [n for n, s in moves if s == 1] or [1]
+            outer = [s for _, s in moves if s != 1]
+            known = found.get(view.storage, self._number(view.storage.elements))
+            found[view.storage] = math.gcd(known, begin, *inner, *outer)
+        return found
 
     def _lie_alike(self, one: View, other: View) -> bool:
         """Whether each element of one has its place where the other has the same."""
-        shape = self._numbers(one.shape)
-        if shape != self._numbers(other.shape) or self._number(one.offset) != self._number(other.offset):
-            return False
-        strides = zip(shape, self._numbers(one.strides), self._numbers(other.strides), strict=True)
-        return all(n == 1 or s == o for n, s, o in strides)
+        (shape, mine, begin), (others, theirs, at) = self._lies(one), self._lies(other)
+        return (shape, begin) == (others, at) and all(
+            n == 1 or s == o for n, s, o in zip(shape, mine, theirs, strict=True)
+        )
 
     def _numbers(self, sizes: Sequence[Size]) -> list[int]:
         return [self._number(size) for size in sizes]
+
+    def _lies(self, view: View) -> tuple[list[int], list[int], int]:
+        """The shape, strides and offset of a view of the plan, as numbers."""
+        found = self._told.get(id(view))
+        if found is None:
+            found = self._numbers(view.shape), self._numbers(view.strides), self._number(view.offset)
+            self._told[id(view)] = found
+        return found
 
     # -- what is written and read ----------------------------------------------------------------------------
 
@@ -243,37 +289,45 @@ class StridesCheck:
             if (place.written or place.how in (How.STATE, How.GIVEN)) and place.storage is not None:
                 writers[place.storage] = writers.get(place.storage, 0) + 1
         shared = {s for s, n in writers.items() if n > 1}
-        large = {s for s in shared if self._number(s.elements) > MOST_CELLS}
+        reused = [self.plan.places[v].storage for v in self.plan.reuses]
+        blocks = self._blocks({*shared, *reused, *(self.plan.results.values() if reused else ())})
+        large = {s for s in shared if self._number(s.elements) > MOST_CELLS * blocks[s]}
         if shared - large:
-            _Run(self, shared - large).run()
+            _Run(self, {s: blocks[s] for s in shared - large}).run()
         for reused in self.plan.reuses:
             argument, (result,) = self.plan.places[reused].storage, self.plan.results.values()
             if argument is None or argument.kind is not StorageKind.ARGUMENT or argument.elements != result.elements:
                 raise wrong_plan("its result does not fit where an argument lies", self.plan, reused)
-            if self._number(argument.elements) > MOST_CELLS:
+            block = math.gcd(blocks[argument], blocks.get(result, blocks[argument]))
+            if self._number(argument.elements) > MOST_CELLS * block:
                 large.add(argument)
             else:
-                _Run(self, shared - large, (argument, result)).run()
+                cells = {s: blocks[s] for s in shared - large} | {argument: block, result: block}
+                _Run(self, cells, (argument, result)).run()
         return [f"{self.plan.function.name}: {s.name} is too large to be gone through" for s in shared if s in large]
 
 
 class _Run:
-    """The steps, with a number for each element that a step writes.
+    """The steps, with the number of a write in each cell that it writes.
 
-    cells   what each place of a storage holds
-    holds   what the elements of a value are
+    Where the elements of a value lie among themselves, `StridesCheck` compares with the references. So a value is there
+    as long as all its cells hold the number of its write.
+
+    blocks  of each storage how many elements are one cell
+    cells   what each of them holds
+    holds   the number of the write that made a value, or what it is a view of
     """
 
-    def __init__(self, at: StridesCheck, shared: set[Storage], one: tuple[Storage, Storage] | None = None) -> None:
+    def __init__(
+        self, at: StridesCheck, blocks: Mapping[Storage, int], one: tuple[Storage, Storage] | None = None
+    ) -> None:
         """one: an argument and a result that lie in one place."""
-        self.at, self.plan = at, at.plan
-        self.cells = {s: np.full(at._number(s.elements), -1, np.int64) for s in {*shared, *(one or ())}}
+        self.at, self.plan, self.blocks = at, at.plan, blocks
+        self.cells = {s: np.zeros(at._number(s.elements) // block, np.int32) for s, block in blocks.items()}
         if one is not None:
             self.cells[one[1]] = self.cells[one[0]]
-        self.holds: dict[Value, Array] = {}
-        written = [v for v in filter(self._is_shared, self.plan.places) if self.plan.places[v].how is not How.VIEW]
-        self.numbers = np.arange(sum(math.prod(at._numbers(v.type.held.shape)) for v in written), dtype=np.int64)
-        self.count = 0
+        self.holds: dict[Value, int] = {}
+        self.writes = 0
 
     def run(self) -> None:
         end = len(self.plan.steps)
@@ -292,8 +346,7 @@ class _Run:
                             self._apart(value, x, step.nodes)
                     self._write(value)
                 else:
-                    x = step.root.inputs[0]
-                    self.holds[value] = self.holds[x].reshape(-1)[self.at._views(step.root, value)]
+                    self.holds[value] = self.holds[step.root.inputs[0]]
         for name, value in self.at.function.outputs.items():
             self._read(value, f"output {name}, at step {end}, is")
 
@@ -304,20 +357,18 @@ class _Run:
         """What stands in the cells where its elements are: the same memory."""
         view = self.plan.places[value].view
         assert view is not None
-        return self.at._seen(self.cells[view.storage], view)
+        return self.at._seen(self.cells[view.storage], view, self.blocks[view.storage])
 
     def _read(self, value: Value, reader: str) -> None:
         if not self._is_shared(value):
             return
-        if not np.array_equal(self._seen(value), self.holds[value]):
+        if (self._seen(value) != self.holds[value]).any():
             raise wrong_plan(f"{reader} what another step has written over", self.plan, value)
 
     def _write(self, value: Value) -> None:
-        seen = self._seen(value)
-        made = self.numbers[self.count : self.count + seen.size].reshape(seen.shape)
-        self.count += seen.size
-        seen[...] = made
-        self.holds[value] = made
+        self.writes += 1
+        self._seen(value)[...] = self.writes
+        self.holds[value] = self.writes
 
     def _apart(self, value: Value, x: Value, nodes: Sequence[Node]) -> None:
         """A step that writes where it reads does so element by element, or finds a part where it belongs."""
@@ -327,9 +378,9 @@ class _Run:
             return
         if read.how is How.INTO and read.of is value:
             return
-        is_written = np.zeros(len(self.cells[view.storage]), bool)
-        self.at._seen(is_written, to)[...] = True
-        if not self.at._seen(is_written, view).any():
+        is_written, block = np.zeros(len(self.cells[view.storage]), bool), self.blocks[view.storage]
+        self.at._seen(is_written, to, block)[...] = True
+        if not self.at._seen(is_written, view, block).any():
             return
         alike = self.at._lie_alike(to, view)
         over = alike and mine.how is How.OVER and mine.of is x and self._by_element(x, nodes)

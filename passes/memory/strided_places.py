@@ -33,7 +33,7 @@ class StridedPlanning(Planning):
     def _add_results(self) -> None:
         copied = []
         for name, value in self.function.outputs.items():
-            view = self._whole(value, StorageKind.RESULT, self._new_name(f"out_{name}"))
+            view = self._whole(value, StorageKind.RESULT, self._named.new(f"out_{name}"))
             self.results[name] = view.storage
             if value.node is None or value in self.wanted:
                 copied.append(name)

@@ -23,7 +23,10 @@ class PlacedFunction:
 
     is_entry  nobody in the graph calls it: what it hands out is its caller's own
     donated   arguments that the caller gives away
-    given     what its arguments fill, which is the same in all orders
+    given     of each argument the storage that it fills, the view, and whether it is a state
+    names     of its arguments
+
+    Most functions have far more arguments than steps, weights that is. What is known of these is the same in all orders.
     """
 
     def __init__(
@@ -32,12 +35,39 @@ class PlacedFunction:
         self.function, self.callees, self.is_entry = function, callees, is_entry
         self.donated = tuple([value for value in function.inputs if value.name in donated])
         self.uses, self.results = function.uses(), frozenset(function.results)
-        self.given: dict[Value, View | Storage] = {}
+        self.given: dict[Value, tuple[Storage, View | None, How]] = {}
+        self.names = Names()
+        for value in function.arguments:
+            self.names.add(value)
 
     @cached_property
     def row_major(self) -> RowMajor:
         """How its values lie for a library, which makes row-major arrays."""
         return RowMajor(self.function)
+
+
+class Names:
+    """Names for values, no two alike."""
+
+    def __init__(self, known: Names | None = None) -> None:
+        self.of: dict[Value, str] = {} if known is None else dict(known.of)
+        self._counts: dict[str, int] = {} if known is None else dict(known._counts)
+        self._taken: set[str] = set() if known is None else set(known._taken)
+
+    def add(self, value: Value, hint: str = "") -> None:
+        """Name a value, by its own name if nothing else is told."""
+        self.of[value] = self.new(hint or value.name)
+
+    def new(self, hint: str) -> str:
+        """A name that nothing has: `hint`, or with a number behind it."""
+        count = self._counts.get(hint, 0)
+        name = f"{hint}_{count}" if count else hint
+        while name in self._taken:
+            count += 1
+            name = f"{hint}_{count}"
+        self._counts[hint] = count + 1
+        self._taken.add(name)
+        return name
 
 
 class RowMajor:
@@ -87,17 +117,16 @@ class Planning(ABC):
         self.copied: tuple[str, ...] = ()
         self.given_back: dict[str, Value] = {}
         self.workspaces: dict[int, Mapping[str, View]] = {}
-        self.names: dict[Value, str] = {}
         self.last_reads: dict[Storage, int] = {}
-        self._counts: dict[str, int] = {}
-        self._taken: set[str] = set()
-        made = [value for step in self.steps for node in step.nodes for value in node.results]
-        for value in (*self.function.arguments, *made):
-            self.names[value] = self._new_name(value.name)
+        self._named = Names(planned.names)
+        self.names = self._named.of
+        for step in self.steps:
+            for node in step.nodes:
+                for value in node.results:
+                    self._named.add(value)
 
     def plan(self) -> FunctionPlan:
-        for value in self.function.arguments:
-            self._given(value)
+        self._add_given()
         self._add_results()
         for at, step in enumerate(self.steps):
             for value in step.inputs:
@@ -148,15 +177,21 @@ class Planning(ABC):
     def _last_read(self, value: Value, first: int) -> int:
         if value in self.planned.results:
             return len(self.steps)
-        return max((self.at[node] for node, _ in self.uses.get(value, ())), default=first)
+        return max([self.at[node] for node, _ in self.uses.get(value, ())], default=first)
 
-    def _given(self, value: Value) -> None:
-        is_state = value.kind == "state"
-        lies = self.planned.given.get(value)
-        if lies is None:
-            lies = self._whole(value, StorageKind.STATE if is_state else StorageKind.ARGUMENT)
-            self.planned.given[value] = lies
-        self._put(value, lies, How.STATE if is_state else How.GIVEN)
+    def _add_given(self) -> None:
+        """Places of arguments, before all others."""
+        given = self.planned.given
+        for value in () if given else self.function.arguments:
+            kind, how = (
+                (StorageKind.STATE, How.STATE) if value.kind == "state" else (StorageKind.ARGUMENT, How.GIVEN)
+            )
+            lies = self._whole(value, kind)
+            given[value] = (lies.storage, lies, how) if isinstance(lies, View) else (lies, None, how)
+        for value, (storage, view, how) in given.items():
+            last = self._last_read(value, BEFORE)
+            self.places[value] = ValuePlace(storage, view, how, "", BEFORE, last, False)
+            self.last_reads[storage] = last
 
     def _update(self, value: Value) -> None:
         """A version of a state lies where the one before it does: nobody reads that any longer."""
@@ -167,7 +202,7 @@ class Planning(ABC):
         self._put(value, lies, How.UPDATE, before, written=True)
 
     def _constant(self, value: Value) -> None:
-        self.names[value] = self._new_name("constant")
+        self._named.add(value, "constant")
         self._put(value, self._whole(value, StorageKind.CONSTANT), How.CONSTANT)
 
     def _whole(self, value: Value, kind: StorageKind, name: str = "") -> View | Storage:
@@ -175,16 +210,6 @@ class Planning(ABC):
         held, layout = value.type.held, value.layout
         elements = held.elements if layout is None else layout.elements(held.shape)
         return Storage(name or self.names[value], held.dtype, elements, kind, layout, value.literal)
-
-    def _new_name(self, hint: str) -> str:
-        count = self._counts.get(hint, 0)
-        name = f"{hint}_{count}" if count else hint
-        while name in self._taken:
-            count += 1
-            name = f"{hint}_{count}"
-        self._counts[hint] = count + 1
-        self._taken.add(name)
-        return name
 
     def _may_be_written(self, storage: Storage) -> bool:
         """Whether a step may write over what dies there: what the run made, or was given away with the call."""
@@ -197,9 +222,11 @@ class Planning(ABC):
         end = len(self.steps)
         found: dict[Storage, tuple[int, int]] = {}
         for place in self.places.values():
-            if place.storage is not None:
-                first, last = found.get(place.storage, (place.first, place.last))
-                found[place.storage] = min(first, place.first), max(last, place.last)
+            if place.storage is None:
+                continue
+            known = found.setdefault(place.storage, (place.first, place.last))
+            if place.last > known[1] or place.first < known[0]:
+                found[place.storage] = min(known[0], place.first), max(known[1], place.last)
         for at, beside in self.workspaces.items():
             found |= {view.storage: (at, at) for view in beside.values()}
         for storage in self.results.values():

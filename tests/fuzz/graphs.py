@@ -1,6 +1,6 @@
 """Fuzzing the passes and the backends: what a random graph gives, optimized, on every backend, is what it means.
 
-    python -m tests.fuzz.graphs [--count 20000] [--seed 0] [--tvm-every 5] [--backend torch]
+    python -m tests.fuzz.graphs [--count 20000] [--seed 0] [--tvm-every 5] [--backend torch] [--poison]
 
 The graphs are of two kinds: chains of functions as models spell them out, with near misses of every fusion
 (tests/random_programs.py), and attentions with masks, biases and scales of every size in any order, whose rows are
@@ -11,12 +11,15 @@ A result is right where it is near to the meaning of the graph as it was declare
 own dtype, where float32's least number twice is -inf. How near follows from how far roundings move it
 (`treadle.runtime.roundings`), row by row. A graph fails the run if a result is not right, or if anything is raised but
 a backend's refusal to compile it. Exit status 1 if any fails; a failure is printed with the seed that gives it again.
+With `--poison`, what a storage plan has dead is NaN while a graph runs (`treadle.backends.poison`): a plan that is wrong
+gives wrong numbers then.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import os
 import sys
 import time
 import traceback
@@ -195,7 +198,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="the first of them (default 0)")
     parser.add_argument("--tvm-every", type=int, default=5, metavar="N", help="every Nth on TVM too (default 5)")
     parser.add_argument("--backend", choices=BACKENDS, help="this one alone, for every graph")
+    parser.add_argument("--poison", action="store_true", help="fill what is dead with NaN while graphs run")
     options = parser.parse_args()
+    if options.poison:
+        os.environ["TREADLE_POISON"] = "1"
     counts: collections.Counter[tuple[str, str]] = collections.Counter()
     failures = []
     started = time.perf_counter()
