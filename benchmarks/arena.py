@@ -2,13 +2,15 @@
 
     python benchmarks/arena.py [FAMILY ...] [--backend tvm] [--set layers=2 ...] [--runs 5] [--json]
 
-Each family, as it is declared by default, is lowered for this machine, with the memory that single kernels need; nothing
-is compiled or run. Placement is planned at three sizes. `ratio` is the arena by the most bytes that live in it at once
-over the whole run, calls followed (what a call is passed lives until it returns), each storage in units of 64 bytes.
+Each family, as it is declared by default, is lowered for this machine, with the memory that single kernels need.
+Nothing is compiled or run. Placement is planned at three sizes. `ratio` is the arena by the most bytes that live in it
+at once over the whole run, calls followed (what a call is passed lives until it returns), each storage in units of 64
+bytes.
 
-What a library allocates beside the arena is a buffer, too. `plan` is the processor time of the pass that plans storage, order and checks included, the median of several runs, each
+`plan` is the processor time of the pass that plans storage, order and checks included, the median of several runs, each
 on a graph that was lowered anew; `place` that of the offsets at these sizes, checked too. `buffers` counts each storage
-once, `of a run` as often as its function is called. Both times together are told by the buffers of either kind.
+once, `of a run` as often as its function is called; what a library allocates beside the arena counts, too. The time of
+both together is told by the buffers of either kind.
 
 Exit status 1 if a ratio is above 1, or if planning takes more than 1 ms for each buffer, counted once.
 """

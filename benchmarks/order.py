@@ -60,8 +60,8 @@ def random_problem(seed: int, count: int) -> OrderProblem:
 def solve(problem: OrderProblem, seconds: float, presolve: bool = True) -> tuple[float, float]:
     """A lower bound and the best peak by HiGHS, infinite where none was found.
 
-    ran[s, t] is 1 where step s ran by time t, that included. A buffer lives at t where one of its steps ran by t, and one
-    did not run before t; of its steps only those count that no other of them must precede, and that must precede no
+    ran[s, t] is 1 where step s ran by time t, that included. A buffer lives at t where one of its steps ran by t, and
+    one did not run before t. Of its steps only those count that no other of them must precede, and that must precede no
     other. A buffer made over another one is not counted at t where that has no step left after t. A step runs after as
     many others as must precede it, and no peak above that of program order is looked for.
 

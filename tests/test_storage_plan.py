@@ -268,9 +268,9 @@ class Plant:
         return str(caught.value)
 
 
-def chained(b: Builder) -> Values:
+def chained(b: Builder, width: int = 4) -> Values:
     """x is read at once and at the end."""
-    x = b.tanh(b.input("given", "f32[S, 4]"), name="x")
+    x = b.tanh(b.input("given", f"f32[S, {width}]"), name="x")
     y = b.exp(x, name="y")
     z = b.softmax(y, name="z")
     return {"out": b.add(b.matmul(z, b.rearrange(x, pattern="s d -> d s", name="turned")), 1.0, name="out")}
@@ -385,6 +385,34 @@ def test_a_planted_fault_is_found(fault: Callable[[Plant], None]) -> None:
     check_storage(plant.made.graph, plant.plan)
     fault(plant)
     assert FAULTS[fault] in plant.refused()
+
+
+WIDE = [over_a_value_read_later, over_what_it_reads_elsewhere, one_storage_for_two, a_view_the_wrong_way_round]
+
+
+@pytest.mark.parametrize("fault", WIDE, ids=lambda fault: fault.__name__)
+def test_a_planted_fault_is_found_among_very_many_elements(fault: Callable[[Plant], None]) -> None:
+    """Of which only some are looked at, and rows are cells."""
+    plant = Plant(graph_of(lambda b: chained(b, 4096)))
+    check_storage(plant.made.graph, plant.plan)
+    fault(plant)
+    assert FAULTS[fault] in plant.refused()
+
+
+@pytest.mark.parametrize("mode", ["concat", "pad"])
+def test_a_part_of_very_many_elements_lies_where_it_belongs(mode: str) -> None:
+    def joined(b: Builder) -> Values:
+        x = b.input("x", "f32[S, 4096]")
+        one = b.softmax(x, name="one")
+        if mode == "pad":
+            return {"y": b.softmax(b.pad(one, axis=1, before=4096, value=-1e9, name="both"))}
+        return {"y": b.softmax(b.concat(b.softmax(x * 2.0), one, axis=1, name="both"))}
+
+    plant = Plant(graph_of(joined))
+    assert places_of(main_of(plant.plan))["one"].how is How.INTO
+    for offset in (4095, 1, 0):
+        plant.lies("one", offset=Size.of(offset))
+        assert "it does not lie where both has it" in plant.refused()
 
 
 def parts_on_one_another(p: Plant) -> None:

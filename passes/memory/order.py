@@ -117,9 +117,7 @@ def _always_live(
     found = []
     for step, pairs in enumerate(over):
         bit, ahead, behind = 1 << step, earlier[step], later[step]
-        living = [
-            i for i, mask in enumerate(masks) if mask & bit or (mask & ahead and (kept[i] or mask & behind))
-        ]
+        living = [i for i, mask in enumerate(masks) if mask & bit or (mask & ahead and (kept[i] or mask & behind))]
         found.append((living, [made for made, dying in pairs if not (kept[dying] or masks[dying] & behind)]))
     return found
 

@@ -1,6 +1,6 @@
 """Steps of a function in the order in which it needs the least memory.
 
-    for choice in choices(plan, frame, over, peaks, symbols):
+    for choice in choices(plan, frame, before, over, peaks, symbols):
         ...                                                    plan in that order, and keep it if `needs_less`
 
 Where each value lies is decided first, in program order, with no step written over what it reads; from that follow the
@@ -57,6 +57,7 @@ def drawn_sizes(symbols: Mapping[str, Bounds], sizes: Sequence[Size]) -> Iterato
 def choices(
     plan: FunctionPlan,
     frame: Frame,
+    before: tuple[tuple[int, ...], ...],
     over: Callable[[Step], Sequence[Value]],
     callees: Mapping[str, Sequence[Size]],
     symbols: Mapping[str, Bounds],
@@ -64,10 +65,11 @@ def choices(
     """Orders of a function's steps that need less than program order at some sizes, no two alike.
 
     plan     in program order, without a step that is written over what it reads
+    before   for each step those that `must_precede` it
     over     the operands over which a step may be written
     callees  the sizes of which the largest is the peak of each
     """
-    made = _Making(plan, frame, over)
+    made = _Making(plan, frame, before, over)
     wanted = [made.sizes, *callees.values()]
     seen = {tuple(range(len(plan.steps)))}
     for sizes in drawn_sizes(symbols, [size for each in wanted for size in each]):
@@ -87,17 +89,22 @@ def needs_less(
     return BetterOrder(was, now, choice.sizes) if now < was else None
 
 
-def has_one_order(function: Function, steps: Sequence[Step]) -> bool:
+def have_one_order(before: Sequence[Sequence[int]]) -> bool:
     """Whether steps can run in no other order: each of them needs the one before it."""
-    before = must_precede(function, steps)
     return all(i in each for i, each in enumerate(before[1:]))
 
 
 class _Making:
     """A problem from a plan: all but the numbers."""
 
-    def __init__(self, plan: FunctionPlan, frame: Frame, over: Callable[[Step], Sequence[Value]]) -> None:
-        self.plan, self.frame = plan, frame
+    def __init__(
+        self,
+        plan: FunctionPlan,
+        frame: Frame,
+        before: tuple[tuple[int, ...], ...],
+        over: Callable[[Step], Sequence[Value]],
+    ) -> None:
+        self.plan, self.frame, self.before = plan, frame, before
         own = [life.storage for life in frame.lives]
         # What is donated counts as if the run had made it, so that a step which may lie there is put after its readers.
         donated = [plan.places[v].storage for v in plan.donated]
@@ -118,7 +125,6 @@ class _Making:
                 touched[self.number[view.storage]].add(at)
         self.touched = [tuple(sorted(steps)) for steps in touched]
         self.kept = [life.last >= plan.end for life in frame.lives] + [False] * (len(self.storages) - len(own))
-        self.before = must_precede(plan.function, plan.steps)
         self.over = tuple([tuple(self._over(step, over(step))) for step in plan.steps])
 
     def _over(self, step: Step, operands: Sequence[Value]) -> Iterator[tuple[int, int]]:

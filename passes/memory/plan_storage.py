@@ -15,7 +15,7 @@ from treadle.passes.framework.pass_log import PassRecord
 from treadle.passes.memory.argument_reuse import reused_arguments
 from treadle.passes.memory.frames import frame_of, peak_of
 from treadle.passes.memory.library_places import LibraryPlanning, Workspaces, allocates, nothing_beside
-from treadle.passes.memory.ordering import choices, has_one_order, needs_less
+from treadle.passes.memory.ordering import choices, have_one_order, must_precede, needs_less
 from treadle.passes.memory.storage_plan import FunctionPlan, How, Step, StoragePlan
 from treadle.passes.memory.strided_places import Parts, StridedPlanning
 from treadle.passes.memory.value_places import Over, PlacedFunction
@@ -139,13 +139,14 @@ class PlanStorage(Pass):
         symbols: Mapping[str, Bounds],
     ) -> FunctionPlan:
         """The plan in the first order that needs less; else the plan as it is."""
-        if has_one_order(plan.function, plan.steps):
+        before = must_precede(plan.function, plan.steps)
+        if have_one_order(before):
             return plan
         over_some = any(place.how is How.OVER for place in plan.places.values())
         apart = self._plan(planned, plan.steps, over_nothing) if over_some else plan
         frame = frame_of(apart, planned.callees, self.strided)
         peak: tuple[Size, ...] | None = None
-        for choice in choices(apart, frame, over, peaks, symbols):
+        for choice in choices(apart, frame, before, over, peaks, symbols):
             if peak is None:
                 peak = self._peak(plan, planned, peaks, symbols)
             other = self._plan(planned, choice.steps, over)

@@ -26,7 +26,7 @@ class PlacedFunction:
     given     of each argument the storage that it fills, the view, and whether it is a state
     names     of its arguments
 
-    Most functions have far more arguments than steps, weights that is. What is known of these is the same in all orders.
+    Most functions have far more arguments than steps: weights. What is known of these is the same in all orders.
     """
 
     def __init__(
@@ -183,9 +183,7 @@ class Planning(ABC):
         """Places of arguments, before all others."""
         given = self.planned.given
         for value in () if given else self.function.arguments:
-            kind, how = (
-                (StorageKind.STATE, How.STATE) if value.kind == "state" else (StorageKind.ARGUMENT, How.GIVEN)
-            )
+            kind, how = (StorageKind.STATE, How.STATE) if value.kind == "state" else (StorageKind.ARGUMENT, How.GIVEN)
             lies = self._whole(value, kind)
             given[value] = (lies.storage, lies, how) if isinstance(lies, View) else (lies, None, how)
         for value, (storage, view, how) in given.items():

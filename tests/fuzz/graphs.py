@@ -11,8 +11,8 @@ A result is right where it is near to the meaning of the graph as it was declare
 own dtype, where float32's least number twice is -inf. How near follows from how far roundings move it
 (`treadle.runtime.roundings`), row by row. A graph fails the run if a result is not right, or if anything is raised but
 a backend's refusal to compile it. Exit status 1 if any fails; a failure is printed with the seed that gives it again.
-With `--poison`, what a storage plan has dead is NaN while a graph runs (`treadle.backends.poison`): a plan that is wrong
-gives wrong numbers then.
+With `--poison`, what a storage plan has dead is NaN while a graph runs (`treadle.backends.poison`): a wrong plan gives
+wrong numbers then.
 """
 
 from __future__ import annotations

@@ -1,0 +1,190 @@
+"""Check that no step of a storage plan destroys what is read later, at one set of sizes.
+
+The steps are gone through, in every storage that more than one of them writes, with the number of a write in each cell
+that it writes. Where the elements of a value lie among themselves, `stride_checking.py` compares with the references.
+So a value is there as long as all its cells hold the number of its write.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from treadle.ir.graph import Node, Value
+from treadle.ir.storage.views import Storage, StorageKind, View
+from treadle.passes.memory.storage_plan import How
+from treadle.passes.memory.wrong_plans import wrong_plan
+
+if TYPE_CHECKING:
+    from treadle.passes.memory.stride_checking import StridesCheck  # which calls this
+
+Array = np.ndarray[Any, Any]
+
+MOST_CELLS = 1 << 26
+"""Cells of a storage that are gone through one by one."""
+
+
+def lost_writes(at: StridesCheck) -> list[str]:
+    """Lines on storages that are too large to be gone through.
+
+    Raises PassError where a step reads what is no longer there.
+    """
+    plan = at.plan
+    writers: dict[Storage, int] = {}
+    for place in plan.places.values():
+        if (place.written or place.how in (How.STATE, How.GIVEN)) and place.storage is not None:
+            writers[place.storage] = writers.get(place.storage, 0) + 1
+    shared = {s for s, n in writers.items() if n > 1}
+    reused = [plan.places[v].storage for v in plan.reuses]
+    blocks = _blocks(at, {*shared, *reused, *(plan.results.values() if reused else ())})
+    large = {s for s in shared if at.number(s.elements) > MOST_CELLS * blocks[s]}
+    if shared - large:
+        _Run(at, {s: blocks[s] for s in shared - large}).run()
+    for value in plan.reuses:
+        argument, (result,) = plan.places[value].storage, plan.results.values()
+        if argument is None or argument.kind is not StorageKind.ARGUMENT or argument.elements != result.elements:
+            raise wrong_plan("its result does not fit where an argument lies", plan, value)
+        block = math.gcd(blocks[argument], blocks.get(result, blocks[argument]))
+        if at.number(argument.elements) > MOST_CELLS * block:
+            large.add(argument)
+        else:
+            cells = {s: blocks[s] for s in shared - large} | {argument: block, result: block}
+            _Run(at, cells, (argument, result)).run()
+    return [f"{plan.function.name}: {s.name} is too large to be gone through" for s in shared if s in large]
+
+
+def _blocks(at: StridesCheck, storages: set[Storage | None]) -> dict[Storage, int]:
+    """How many elements of each storage are one cell: every view that lies there has all of these in order, or none."""
+    found: dict[Storage, int] = {}
+    for place in at.plan.places.values():
+        view = place.view
+        if view is None or view.storage not in storages:
+            continue
+        shape, strides, begin = at.lies(view)
+        moves = [(n, s) for n, s in zip(shape, strides, strict=True) if n > 1 and s]
+        inner = [n for n, s in moves if s == 1] or [1]
+        outer = [s for _, s in moves if s != 1]
+        known = found.get(view.storage, at.number(view.storage.elements))
+        found[view.storage] = math.gcd(known, begin, *inner, *outer)
+    return found
+
+
+class _Run:
+    """The steps, one after the other.
+
+    blocks  of each storage how many elements are one cell
+    cells   what each of them holds
+    holds   the number of the write that made a value, or what it is a view of
+    """
+
+    def __init__(
+        self, at: StridesCheck, blocks: Mapping[Storage, int], one: tuple[Storage, Storage] | None = None
+    ) -> None:
+        """one: an argument and a result that lie in one place."""
+        self.at, self.plan, self.blocks = at, at.plan, blocks
+        self.cells = {s: np.zeros(at.number(s.elements) // block, np.int32) for s, block in blocks.items()}
+        if one is not None:
+            self.cells[one[1]] = self.cells[one[0]]
+        self.holds: dict[Value, int] = {}
+        self.writes = 0
+
+    def run(self) -> None:
+        end = len(self.plan.steps)
+        for value in filter(self._is_shared, self.at.function.arguments):
+            self._write(value)
+        for number, step in enumerate(self.plan.steps):
+            reads = any(self.plan.places[v].written for v in step.root.results)  # a view does not
+            for value in step.inputs if reads else ():
+                self._read(value, f"step {number}, {step.root.op.name}, reads")
+            for value in step.root.results:
+                if not self._is_shared(value):
+                    continue
+                if self.plan.places[value].written:
+                    for x in step.inputs:
+                        if x is not value.before:
+                            self._apart(value, x, step.nodes)
+                    self._write(value)
+                else:
+                    self.holds[value] = self.holds[step.root.inputs[0]]
+        for name, value in self.at.function.outputs.items():
+            self._read(value, f"output {name}, at step {end}, is")
+
+    def _is_shared(self, value: Value) -> bool:
+        return self.plan.places[value].storage in self.cells
+
+    def _seen(self, value: Value) -> Array:
+        """What stands in the cells where its elements are: the same memory."""
+        view = self.plan.places[value].view
+        assert view is not None
+        return self._shown(self.cells[view.storage], view)
+
+    def _shown(self, cells: Array, view: View) -> Array:
+        """Cells of a storage as a view shows them: the same memory. That it fits was checked before."""
+        (shape, strides, begin), block = self.at.lies(view), self.blocks[view.storage]
+        begin = 0 if 0 in shape else begin
+        shape = [n // block if s == 1 and n > 1 else n for n, s in zip(shape, strides, strict=True)]
+        strides = [s if s == 1 else s // block for s in strides]
+        return as_strided(cells[begin // block :], shape, [s * cells.itemsize for s in strides])
+
+    def _read(self, value: Value, reader: str) -> None:
+        if not self._is_shared(value):
+            return
+        if (self._seen(value) != self.holds[value]).any():
+            raise wrong_plan(f"{reader} what another step has written over", self.plan, value)
+
+    def _write(self, value: Value) -> None:
+        self.writes += 1
+        self._seen(value)[...] = self.writes
+        self.holds[value] = self.writes
+
+    def _apart(self, value: Value, x: Value, nodes: Sequence[Node]) -> None:
+        """A step that writes where it reads does so element by element, or finds a part where it belongs."""
+        mine, read = self.plan.places[value], self.plan.places[x]
+        view, to = read.view, mine.view
+        if view is None or to is None or self.cells.get(view.storage) is not self.cells[self._storage(value)]:
+            return
+        if read.how is How.INTO and read.of is value:
+            return
+        is_written = np.zeros(len(self.cells[view.storage]), bool)
+        self._shown(is_written, to)[...] = True
+        if not self._shown(is_written, view).any():
+            return
+        alike = self.at.lie_alike(to, view)
+        over = alike and mine.how is How.OVER and mine.of is x and self._by_element(x, nodes)
+        if not over and not (alike and self._is_reused(x, nodes[-1])):
+            raise wrong_plan(f"its step writes over {x.name}, which it reads", self.plan, value)
+
+    def _storage(self, value: Value) -> Storage:
+        storage = self.plan.places[value].storage
+        assert storage is not None
+        return storage
+
+    def _is_reused(self, x: Value, node: Node) -> bool:
+        """Whether a callee, as it was checked, may write its result over this operand, which it is passed once."""
+        callee = node.op.called_in(self.at.callees)
+        formals = (
+            []
+            if callee is None
+            else [f for f, v in zip(callee.function.arguments, node.operands, strict=True) if v is x]
+        )
+        return callee is not None and len(node.results) == len(formals) == 1 and formals[0] in callee.reuses
+
+    def _by_element(self, x: Value, nodes: Sequence[Node]) -> bool:
+        """Whether the last of these nodes reads, by way of the others, each element of x for its own place alone."""
+        by = {x}
+        for node in nodes:
+            reading = [i for i, v in enumerate(node.operands) if v in by]
+            if not reading:
+                continue
+            if node.op.callee is not None:
+                return False
+            types = [None if v is None else v.type for v in node.operands]
+            alike = node.is_elementwise and node.result.type.shape == x.type.shape
+            if not alike and not {*reading} <= {*node.op.in_place(types)}:
+                return False
+            by.update(node.results)
+        return True
