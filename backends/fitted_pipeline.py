@@ -14,7 +14,7 @@ from treadle.ir.transforms.clone import clone_graph
 from treadle.ir.transforms.fixing import fix_single_sizes
 from treadle.passes.budget.computing_again import compute_again
 from treadle.passes.budget.fit_memory import FitMemory
-from treadle.passes.budget.fitting import MOST_TRIED, SECONDS, Fitting, Variant, reached_peak
+from treadle.passes.budget.fitting import SECONDS, Fitting, Variant, reached_peak
 from treadle.passes.cleanup.decompose import Decompose
 from treadle.passes.framework.manager import Optimized, Pass, PassManager
 from treadle.passes.lowering.legalize import Legalize
@@ -94,7 +94,7 @@ def pipeline_within(
     if fit is None:
         cut = f"; {left} other ways to part it were not looked at, since {SECONDS:.0f} s were over" if left else ""
         if search.left_out:
-            cut += f"; {search.left_out} were left out, since no more than {MOST_TRIED} are tried"
+            cut += f"; {search.left_out} ways were left out, since no more than {len(search.candidates)} are tried"
         bound = min(search.bound, least)
         raise BackendError(
             "a run does not fit into the memory that it may take",

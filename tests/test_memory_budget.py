@@ -16,8 +16,11 @@ from treadle.backends.staged import StagedBackend
 from treadle.compiled import Compiled
 from treadle.explaining.memory import explain_memory
 from treadle.ir.errors import BackendError, UsageError
+from treadle.ir.graph import Graph
 from treadle.ir.target import Target
 from treadle.option_values import parse_bytes
+from treadle.passes.budget import fitting
+from treadle.passes.budget.fitting import Candidate, Variant, few_of
 from treadle.passes.memory.frame_placement import place_frames
 
 pytest.importorskip("tvm")
@@ -199,12 +202,30 @@ def test_sizes_that_no_memory_holds_are_told_as_such(backend: str, tmp_path: Pat
     assert refused.value.received == f"B={10**18}, S=16"
 
 
+def test_of_too_many_ways_those_are_tried_that_none_beats_in_time_and_memory() -> None:
+    """The first, the last, some between them, and if there is room others; in the order in which they were."""
+    variant = Variant(Graph("any"))
+    needs = [90, 95, 80, 85, 70, 60, 65, 50, 55, 40]
+    found = [Candidate(variant, (), n, float(at)) for at, n in enumerate(needs)]
+    for most, kept in (
+        (10, needs),
+        (8, [90, 95, 80, 70, 60, 50, 55, 40]),
+        (6, [90, 80, 70, 60, 50, 40]),
+        (3, [90, 70, 40]),
+        (1, [90]),
+    ):
+        assert [each.bytes for each in few_of(found, most)] == kept
+
+
 def test_the_least_is_not_looked_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor are all ways to part it tried: no more than so many."""
     monkeypatch.setattr(fitted_pipeline, "SECONDS", 0.0)
+    monkeypatch.setattr(fitting, "MOST_TRIED", 5)
     with pytest.raises(BackendError, match="does not fit") as refused:
         within("gpt2", 1000)
     told = str(refused.value.within)
     assert "other ways to part it were not looked at, since 0 s were over" in told
+    assert "ways were left out, since no more than 5 are tried" in told
     least = int(str(refused.value.hint).partition("memory=")[2].partition(",")[0])
     kept = within("gpt2", least)  # what it says would do does, though less might
     assert kept.memory is not None and kept.memory.peak <= least

@@ -44,6 +44,17 @@ def _some(count: int, most: int = MOST_PLACES) -> Array:
     return np.concatenate([[0, count - 1], (fractions * count).astype(np.int64)])
 
 
+def _tags(count: int, margins: bool = False) -> tuple[Array, Array]:
+    """Some of so many elements, by their numbers, and a tag for each: 2, 3, 4, ..., of few bytes.
+
+    margins  there are other numbers as well: tags are then such as no margin is filled with
+    """
+    few = count > MOST_PLACES and not margins
+    some = _some(count, _FEW_PLACES if few else MOST_PLACES)
+    dtype = np.float32 if margins else np.uint8 if few else np.uint16
+    return some, np.arange(max(1, len(some))).astype(dtype) + dtype(_FIRST_TAG if margins else 2)
+
+
 def _places(numbers: Array, shape: Sequence[int], strides: Sequence[int], begin: int) -> Array:
     """Where elements of an array, by their row-major numbers, lie by its strides."""
     found = np.full(numbers.shape, begin, np.int64)
@@ -190,24 +201,29 @@ class StridesCheck:
     def _views(self, node: Node) -> tuple[Array, Array]:
         """Elements of a view's result, by their numbers, and for each the number of the operand's element that it is.
 
-        Memory that nobody touches stands for the operand: mostly the reference gives a view of it, and strides tell.
+        Mostly the reference gives a view of the array that stands for the operand, whose strides tell. Where it gives a
+        copy, some elements are tags.
         """
         shape = tuple(self._numbers(node.inputs[0].type.held.shape))
         key = node.op, shape
         if key not in self._moved:  # of one op on one shape it is the same
-            op, untouched = node.op.at(self.sizes), np.empty(shape, np.uint8)
-            made = np.asarray(op.reference(untouched))
+            op, size = node.op.at(self.sizes), math.prod(shape)
+            some, tags = _tags(size)
+            tagged = np.zeros(size, tags.dtype)  # pages that nobody reads take no time
+            tagged[some] = tags
+            made = np.asarray(op.reference(tagged.reshape(shape)))
             at = _some(made.size)
-            if np.may_share_memory(made, untouched):
-                begin = made.__array_interface__["data"][0] - untouched.__array_interface__["data"][0]
-                self._moved[key] = at, _places(at, made.shape, made.strides, begin)
-            elif made.size == untouched.size:
-                self._moved[key] = self._numbered(node, 0)[:2]
+            if np.may_share_memory(made, tagged):
+                begin = made.__array_interface__["data"][0] - tagged.__array_interface__["data"][0]
+                strides = [stride // tagged.itemsize for stride in made.strides]
+                came = _places(at, made.shape, strides, begin // tagged.itemsize)
+            elif made.size == size:
+                made = made.reshape(-1)
+                at = np.flatnonzero(made != 0)
+                came = some[made[at].astype(np.int64) - int(tags[0])]
             else:
-                self._moved[key] = (
-                    at,
-                    np.asarray(op.reference(np.arange(untouched.size).reshape(shape))).reshape(-1)[at],
-                )
+                came = np.asarray(op.reference(np.arange(size).reshape(shape))).reshape(-1)[at]
+            self._moved[key] = at, came
         return self._moved[key]
 
     def _numbered(self, node: Node, position: int) -> tuple[Array, Array, int]:
@@ -217,22 +233,17 @@ class StridesCheck:
         """
         shapes = [None if v is None else self._numbers(v.type.held.shape) for v in node.operands]
         sizes = [0 if shape is None else math.prod(shape) for shape in shapes]
-        dtype: np.dtype[Any]
-        if sum(sizes) != self._elements(node.result):  # there are margins, which may hold any number
-            first, most, dtype = _FIRST_TAG, MOST_PLACES, np.dtype(np.float32)
-        else:
-            few = sizes[position] > MOST_PLACES
-            first, most, dtype = 2, _FEW_PLACES if few else MOST_PLACES, np.dtype(np.uint8 if few else np.uint16)
-        some = _some(sizes[position], most)
-        tagged = np.full(sizes[position], first - 1, dtype)
-        tagged[some] = first + np.arange(len(some))
-        given = [None if shape is None else np.broadcast_to(dtype.type(0), shape) for shape in shapes]
+        margins = sum(sizes) != self._elements(node.result)  # which may hold any number
+        some, tags = _tags(sizes[position], margins)
+        tagged = np.full(sizes[position], tags[0] - 1, tags.dtype)
+        tagged[some] = tags
+        given = [None if shape is None else np.broadcast_to(tags.dtype.type(0), shape) for shape in shapes]
         given[position] = tagged.reshape(shapes[position] or ())
         made = np.asarray(node.op.at(self.sizes).reference(*given)).reshape(-1)
-        at = np.flatnonzero(made >= first)
-        at = at[made[at] < first + len(some)]  # margins may hold an infinity
-        count = np.count_nonzero(made) if first == 2 else np.count_nonzero(made == first - 1) + len(at)
-        return at, some[made[at].astype(np.int64) - first], int(count)
+        at = np.flatnonzero(made >= tags[0])
+        at = at[made[at] <= tags[-1]]  # margins may hold an infinity
+        count = np.count_nonzero(made == tags[0] - 1) + len(at)
+        return at, some[made[at].astype(np.int64) - int(tags[0])], int(count)
 
     def _agrees(self, result: View, operand: View, at: Array, came: Array) -> bool:
         """Whether elements of a result lie where the operand has those that they are: all, or some of very many."""
