@@ -51,8 +51,8 @@ def _tags(count: int, margins: bool = False) -> tuple[Array, Array]:
     """
     few = count > MOST_PLACES and not margins
     some = _some(count, _FEW_PLACES if few else MOST_PLACES)
-    dtype = np.float32 if margins else np.uint8 if few else np.uint16
-    return some, np.arange(max(1, len(some))).astype(dtype) + dtype(_FIRST_TAG if margins else 2)
+    dtype, first = ("f4", _FIRST_TAG) if margins else ("u1" if few else "u2", 2)
+    return some, np.arange(first, first + max(1, len(some)), dtype=dtype)
 
 
 def _places(numbers: Array, shape: Sequence[int], strides: Sequence[int], begin: int) -> Array:
