@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.fuzz.graphs import BACKENDS, LONG, Judge, draw, verdicts
+from tests.fuzz.graphs import BACKENDS, LONG, Judge, draw, main, verdicts
+from treadle.backends.numpy import backend as numpy_backend
 from treadle.backends.numpy.destinations import NUMPY
 from treadle.ir.types import bf16, f16, f64
 
@@ -34,6 +35,16 @@ def test_a_seed_gives_one_case() -> None:
     one, other = draw(5), draw(5)
     assert str(one.graph) == str(other.graph)
     assert all(np.array_equal(one.inputs[name], other.inputs[name]) for name in one.inputs)
+
+
+def test_graphs_are_poisoned_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an array that is filled once its storage is dead, which would give NaN were it read."""
+    filled: list[int] = []
+    monkeypatch.setenv("TREADLE_POISON", "0")  # which is put back
+    monkeypatch.setattr(numpy_backend, "_poison", lambda *arrays: filled.append(len(arrays)))
+    for options, happens in (([], False), (["--poison"], True)):
+        monkeypatch.setattr("sys.argv", ["graphs", "--count", "2", "--backend", "numpy", *options])
+        assert main() == 0 and bool(filled) == happens
 
 
 def test_a_wrong_kernel_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
