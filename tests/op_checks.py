@@ -41,14 +41,20 @@ EPSILON = {"f64": 2.0**-52, "f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7}
 """The spacing of each float dtype's numbers just above 1."""
 
 
-def runner(name: str) -> Runner:
-    """How one of RUNNERS runs a graph on named inputs. Skips the test where the backend is not available."""
+def prepared(name: str, graph: Graph) -> Callable[[Mapping[str, Array]], Mapping[str, Array]]:
+    """What one of RUNNERS makes of a graph, to be run on named inputs. Skips where the backend is not available."""
     if name == "interpreter":
-        return interpret
+        return lambda inputs: interpret(graph, inputs)
     backend = find_backend(name)
     if (reason := backend.available()) is not None:
         pytest.skip(f"backend {name}: {reason}")
-    return lambda graph, inputs: backend.compile(graph, Target("cpu"), {})(**inputs)
+    executable = backend.compile(graph, Target("cpu"), {})
+    return lambda inputs: executable(**inputs)
+
+
+def runner(name: str) -> Runner:
+    """How one of RUNNERS runs a graph on named inputs, once."""
+    return lambda graph, inputs: prepared(name, graph)(inputs)
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,15 @@ linear     f(a x + b y) = a f(x) + b f(y) in each group of operands, the others 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tests import op_checks
+from tests.many_cases import every_case
 from tests.op_checks import RUNNERS, TESTED
 from treadle.ir.axes import Application, AxisDim, Role, Rule
 from treadle.ir.builder import Builder
@@ -40,6 +41,7 @@ class Case:
 
     def __init__(self, name: str, number: int, run: str = "interpreter") -> None:
         sample: Sample = OPS[name].samples[number]
+        self.number = number
         self.op: Op = OPS[name](**sample.attributes).in_float64()
         self.types = [t.with_dtype(f64) if t is not None and t.dtype.is_float else t for t in sample.types]
         self.runner = run
@@ -61,7 +63,7 @@ class Case:
 
     def run(self, operands: Sequence[Array | None]) -> tuple[Array, ...]:
         case = self.on(operands)
-        return tuple(op_checks.runner(self.runner)(case.forward_graph(), case.inputs).values())
+        return tuple(prepared(self.runner, case.op, case.types)(case.inputs).values())
 
     def factors(self, *roles: Role) -> Iterator[str]:
         for name, factor in self.application.factors.items():
@@ -95,11 +97,28 @@ class Case:
         ]
 
 
-def promise(made: Callable[[Case], Any]) -> Callable[[Any], Any]:
-    """Hold to what a test says every sample of an op that makes the promise, in each runner."""
-    samples = [(name, n) for name in TESTED for n in range(len(OPS[name].samples)) if made(Case(name, n))]
-    each_sample = pytest.mark.parametrize(("name", "number"), samples, ids=[f"{name}-{n}" for name, n in samples])
-    return lambda test: pytest.mark.parametrize("run", RUNNERS)(each_sample(test))
+@lru_cache(maxsize=64)
+def prepared(run: str, op: Op, types: tuple[Type | None, ...]) -> Callable[[Mapping[str, Array]], Mapping[str, Array]]:
+    """The op as a runner makes it: samples and promises are often of the same shapes."""
+    return op_checks.prepared(run, op_checks.Case(op, types, (None,) * len(types)).forward_graph())
+
+
+def promise(made: Callable[[Case], Any]) -> Callable[[Callable[[Case], None]], Any]:
+    """Hold to what a check says every op that makes the promise, on each sample on which it does, in each runner."""
+    samples = {name: [n for n in range(len(OPS[name].samples)) if made(Case(name, n))] for name in TESTED}
+
+    def tested(check: Callable[[Case], None]) -> Any:
+        @pytest.mark.parametrize("run", RUNNERS)
+        @pytest.mark.parametrize("name", [name for name in TESTED if samples[name]])
+        def test(name: str, run: str) -> None:
+            with every_case() as each:
+                for number in samples[name]:
+                    with each(f"{name}-{number}"):
+                        check(Case(name, number, run))
+
+        return test
+
+    return tested
 
 
 def same(found: Sequence[Array], wanted: Sequence[Array], what: str) -> None:
@@ -112,9 +131,8 @@ def same(found: Sequence[Array], wanted: Sequence[Array], what: str) -> None:
 
 
 @promise(lambda case: [*case.factors(Role.MAPPED)])
-def test_mapped_axes_restrict_and_permute(name: str, number: int, run: str) -> None:
-    case = Case(name, number, run)
-    rng = np.random.default_rng(number)
+def test_mapped_axes_restrict_and_permute(case: Case) -> None:
+    rng = np.random.default_rng(case.number)
     for factor in case.factors(Role.MAPPED):
         size = case.size(factor)
         if factor not in case.op.positional:
@@ -127,14 +145,13 @@ def test_mapped_axes_restrict_and_permute(name: str, number: int, run: str) -> N
         ):
             cut = case.take_operands(factor, index)
             if not case.on(cut).takes_its_operands:
-                assert factor in case.rule.given or OPS[name].attribute_defaults() != case.op.attributes, factor
+                assert factor in case.rule.given or OPS[case.op.name].attribute_defaults() != case.op.attributes, factor
                 continue
             same(case.run(cut), case.take_results(factor, index), f"restricting {factor}")
 
 
 @promise(lambda case: [*case.factors(Role.REDUCED)])
-def test_reduced_axes_split_and_combine(name: str, number: int, run: str) -> None:
-    case = Case(name, number, run)
+def test_reduced_axes_split_and_combine(case: Case) -> None:
     names = case.op.operand_names(len(case.operands))
     for factor in case.factors(Role.REDUCED):
         monoid = case.application.factors[factor].monoid
@@ -167,8 +184,7 @@ def cuts(case: Case) -> list[tuple[str, ...]]:
 
 
 @promise(cuts)
-def test_scans_and_causal_attention_ignore_the_suffix(name: str, number: int, run: str) -> None:
-    case = Case(name, number, run)
+def test_scans_and_causal_attention_ignore_the_suffix(case: Case) -> None:
     for factors in cuts(case):
         for length in range(1, min(case.size(f) for f in factors) + 1):
             cut, wanted = case, list(case.results)
@@ -192,8 +208,7 @@ def read_by_index(case: Case) -> list[str]:
 
 
 @promise(read_by_index)
-def test_rows_that_no_index_names_do_not_matter(name: str, number: int, run: str) -> None:
-    case = Case(name, number, run)
+def test_rows_that_no_index_names_do_not_matter(case: Case) -> None:
     for factor in read_by_index(case):
         size = case.size(factor)
         longer = []
@@ -205,12 +220,12 @@ def test_rows_that_no_index_names_do_not_matter(name: str, number: int, run: str
 
 
 @promise(lambda case: case.op.linear)
-def test_linear_in_the_operands_it_names(name: str, number: int, run: str) -> None:
-    case = Case(name, number, run)
+def test_linear_in_the_operands_it_names(case: Case) -> None:
     names = case.op.operand_names(len(case.operands))
-    other: Operands = OPS[name].samples[number].draw(seed=number + 1)
+    cls = OPS[case.op.name]
+    other: Operands = cls.samples[case.number].draw(seed=case.number + 1)
     for group in case.op.linear:
-        assert group <= {*names, *OPS[name].operands}, f"{name} is linear in {sorted(group)}, which it does not take"
+        assert group <= {*names, *cls.operands}, f"{cls.name} is linear in {sorted(group)}, which it does not take"
         linear = [n in group or n.rstrip("0123456789") in group for n in names]
         if all(a is None or not yes for a, yes in zip(case.operands, linear, strict=True)):
             continue  # an optional one that is absent

@@ -1,18 +1,21 @@
 """Every registered op on every sample and dtype: reference against rules, body, gradient; backends against it.
 
-An op that brings no samples, or no error samples, fails.
+An op that brings no samples, or no error samples, fails. A test is of one op, or of one op on one backend; it tries all
+samples, and in the last two all dtypes, and tells each that fails.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 import pytest
 
+from tests.many_cases import every_case
 from tests.op_checks import EPSILON, RUNNERS, TESTED, Array, Case, assert_close, refusal, runner, seedings
-from tests.rounding_bounds import assert_within, bounded
+from tests.rounding_bounds import Bounded, assert_within, bounded
 from treadle.ir.composites import body_of
 from treadle.ir.errors import BackendError, GraphError, RuleError
 from treadle.ir.graph import Graph
@@ -27,10 +30,8 @@ SAME = 1e-12
 DIFFERENCE = 1000 * EPSILON["f64"] ** (2 / 3)
 
 
-def each_sample(names: list[str] = TESTED) -> Callable[[Any], Any]:
-    """Run a test on every sample of the ops."""
-    cases = [(name, number) for name in names for number in range(len(OPS[name].samples))]
-    return pytest.mark.parametrize(("name", "number"), cases, ids=[f"{name}-{n}" for name, n in cases])
+each_op = pytest.mark.parametrize("name", TESTED)
+each_runner = pytest.mark.parametrize("run", RUNNERS)
 
 
 def dtypes_of(name: str, number: int) -> list[str | None]:
@@ -40,14 +41,47 @@ def dtypes_of(name: str, number: int) -> list[str | None]:
     return [None, *(dtype for dtype in other if Case.of(name, number, dtype).takes_its_operands)]
 
 
-RETYPED = [(name, n, dtype) for name in TESTED for n in range(len(OPS[name].samples)) for dtype in dtypes_of(name, n)]
-each_dtype = pytest.mark.parametrize(
-    ("name", "number", "dtype"), RETYPED, ids=[f"{name}-{n}-{dtype or 'own'}" for name, n, dtype in RETYPED]
-)
-each_runner = pytest.mark.parametrize("run", RUNNERS)
+def samples_of(name: str) -> Iterator[tuple[str, Case]]:
+    """An op on each of its samples, with what that is called."""
+    for number in range(len(OPS[name].samples)):
+        yield f"{name}-{number}", Case.of(name, number)
 
 
-@pytest.mark.parametrize("name", TESTED)
+def retyped(name: str) -> Iterator[tuple[str, Case]]:
+    """An op on each of its samples in every dtype."""
+    for number in range(len(OPS[name].samples)):
+        for dtype in dtypes_of(name, number):
+            yield f"{name}-{number}-{dtype or 'own'}", Case.of(name, number, dtype)
+
+
+@dataclass(frozen=True)
+class Held:
+    """A graph on inputs, and what its outputs may be, which is the same for all runners."""
+
+    what: str
+    graph: Graph
+    inputs: Mapping[str, Array]
+
+    @cached_property
+    def wanted(self) -> Mapping[str, Bounded]:
+        return bounded(self.graph, self.inputs)
+
+
+@lru_cache(maxsize=2)
+def forwards(name: str) -> list[Held]:
+    return [Held(what, case.forward_graph(), case.inputs) for what, case in retyped(name)]
+
+
+@lru_cache(maxsize=2)
+def gradients(name: str) -> list[Held]:
+    return [
+        Held(f"{what}-seeds{seeded}", case.gradient_graph(seeded), case.seed_inputs(seeded))
+        for what, case in retyped(name)
+        for seeded in seedings(case)
+    ]
+
+
+@each_op
 def test_an_op_says_what_it_means_and_brings_samples(name: str) -> None:
     cls = OPS[name]
     # a dataclass without a docstring gets its signature as one
@@ -57,61 +91,73 @@ def test_an_op_says_what_it_means_and_brings_samples(name: str) -> None:
     assert cls.errors, f"{name} has no error samples"
 
 
-@each_sample()
-def test_the_reference_gives_what_the_rules_infer(name: str, number: int) -> None:
-    case = Case.of(name, number)
-    for precision in (case, case.widened):
-        inferred = precision.op.infer(precision.types)
-        for got, type in zip(precision.results, inferred, strict=True):
-            # NumPy has no bf16: references hold it in float32
-            assert (got.shape, got.dtype) == (type.static_shape, type.dtype.numpy or np.float32)
+@each_op
+def test_the_reference_gives_what_the_rules_infer(name: str) -> None:
+    with every_case() as each:
+        for what, case in samples_of(name):
+            for precision in (case, case.widened):
+                with each(what):
+                    inferred = precision.op.infer(precision.types)
+                    for got, type in zip(precision.results, inferred, strict=True):
+                        # NumPy has no bf16: references hold it in float32
+                        assert (got.shape, got.dtype) == (type.static_shape, type.dtype.numpy or np.float32)
 
 
-@each_sample([name for name in TESTED if issubclass(OPS[name], Composite)])
-def test_a_body_equals_its_reference(name: str, number: int) -> None:
-    case = Case.of(name, number).widened
-    assert isinstance(case.op, Composite)
-    with np.errstate(all="ignore"):
-        made = interpret_function(body_of(case.op, case.types), list(case.inputs.values()), {})
-    for got, expected in zip(made, case.results, strict=True):
-        assert_close(got, expected, SAME, name)
+@pytest.mark.parametrize("name", [name for name in TESTED if issubclass(OPS[name], Composite)])
+def test_a_body_equals_its_reference(name: str) -> None:
+    with every_case() as each:
+        for what, sample in samples_of(name):
+            with each(what):
+                case = sample.widened
+                assert isinstance(case.op, Composite)
+                with np.errstate(all="ignore"):
+                    made = interpret_function(body_of(case.op, case.types), list(case.inputs.values()), {})
+                for got, expected in zip(made, case.results, strict=True):
+                    assert_close(got, expected, SAME, name)
 
 
-@each_sample()
-def test_the_gradient_equals_finite_differences(name: str, number: int) -> None:
-    case = Case.of(name, number).widened
-    for seeded in seedings(case):
-        found = interpret(case.gradient_graph(seeded), case.seed_inputs(seeded))
-        for operand, expected in case.differences(seeded).items():
-            got = found.get(operand, np.zeros_like(expected))
-            assert_close(got, expected, DIFFERENCE, f"gradient of {operand}")
+@each_op
+def test_the_gradient_equals_finite_differences(name: str) -> None:
+    with every_case() as each:
+        for what, sample in samples_of(name):
+            case = sample.widened
+            for seeded in seedings(case):
+                with each(f"{what}-seeds{seeded}"):
+                    found = interpret(case.gradient_graph(seeded), case.seed_inputs(seeded))
+                    for operand, expected in case.differences(seeded).items():
+                        got = found.get(operand, np.zeros_like(expected))
+                        assert_close(got, expected, DIFFERENCE, f"gradient of {operand}")
 
 
 @each_runner
-@each_dtype
-def test_forward(name: str, number: int, dtype: str | None, run: str) -> None:
-    case = Case.of(name, number, dtype)
-    graph = case.forward_graph()
-    if is_refused(run, graph, case.inputs):
+@each_op
+def test_forward(name: str, run: str) -> None:
+    """On every sample, in every dtype."""
+    with every_case() as each:
+        for held in forwards(name):
+            with each(held.what):
+                hold(run, held)
+
+
+@each_runner
+@each_op
+def test_gradient(name: str, run: str) -> None:
+    """On every sample, in every dtype."""
+    with every_case() as each:
+        for held in gradients(name):
+            with each(held.what):
+                hold(run, held)
+
+
+def hold(run: str, held: Held) -> None:
+    """Fail where a runner's outputs are not within their bounds."""
+    if is_refused(run, held.graph, held.inputs):
         return
-    made = answer(run, graph, case.inputs)
-    for output, wanted in bounded(graph, case.inputs).items():
-        assert_within(made[output], wanted, f"result {output}")
-
-
-@each_runner
-@each_dtype
-def test_gradient(name: str, number: int, dtype: str | None, run: str) -> None:
-    case = Case.of(name, number, dtype)
-    for seeded in seedings(case):
-        graph, inputs = case.gradient_graph(seeded), case.seed_inputs(seeded)
-        if is_refused(run, graph, inputs):
-            continue
-        made = answer(run, graph, inputs)
-        wanted = bounded(graph, inputs)
-        assert made.keys() == wanted.keys()
-        for operand, gradient in wanted.items():
-            assert_within(made[operand], gradient, f"gradient of {operand}")
+    bounds = held.wanted
+    made = answer(run, held.graph, held.inputs)
+    assert made.keys() == bounds.keys()
+    for output, wanted in bounds.items():
+        assert_within(made[output], wanted, output)
 
 
 def answer(run: str, graph: Graph, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
@@ -131,12 +177,11 @@ def is_refused(run: str, graph: Graph, inputs: Mapping[str, Array]) -> bool:
     return reason is not None
 
 
-ERRORS = [(name, number) for name in TESTED for number in range(len(OPS[name].errors))]
-
-
-@pytest.mark.parametrize(("name", "number"), ERRORS, ids=[f"{name}-{n}" for name, n in ERRORS])
-def test_what_does_not_fit_is_refused(name: str, number: int) -> None:
-    sample, text = OPS[name].errors[number]
-    with pytest.raises((RuleError, GraphError)) as caught:
-        OPS[name](**sample.attributes).infer(sample.types)
-    assert text in str(caught.value)
+@each_op
+def test_what_does_not_fit_is_refused(name: str) -> None:
+    with every_case() as each:
+        for number, (sample, text) in enumerate(OPS[name].errors):
+            with each(f"{name}-{number}"):
+                with pytest.raises((RuleError, GraphError)) as caught:
+                    OPS[name](**sample.attributes).infer(sample.types)
+                assert text in str(caught.value)
