@@ -134,15 +134,18 @@ def solve_sizes(type: Type, shape: Sequence[int], sizes: dict[str, int]) -> str 
     if len(shape) != type.rank:
         return f"must have rank {type.rank}, has rank {len(shape)}"
     for position, (wanted, got) in enumerate(zip(type.shape, shape, strict=True)):
+        symbol = wanted.as_symbol
+        if got == (wanted.constant if symbol is None else sizes.get(symbol)):  # as most are
+            continue
         known = {s: sizes[s] for s in sorted(wanted.symbols) if s in sizes}
         left = wanted.substitute(known) if known else wanted
         told = left.as_linear
         if told is not None:
-            symbol, coefficient, offset = told
+            name, coefficient, offset = told
             size, rest = divmod(int(got) - offset, coefficient)
             fits = rest == 0 and size >= 0
             if fits:
-                sizes[symbol] = size
+                sizes[name] = size
         else:
             fits = left.constant is None or left.constant == got
         if not fits:

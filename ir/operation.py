@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -257,7 +257,12 @@ class Op:
     @property
     def attributes(self) -> dict[str, Any]:
         """The attributes by name, in order."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {name: getattr(self, name) for name in self._attribute_names()}
+
+    @classmethod
+    @cache
+    def _attribute_names(cls) -> tuple[str, ...]:
+        return tuple(f.name for f in dataclasses.fields(cls))  # type: ignore[arg-type]
 
     @classmethod
     def attribute_defaults(cls) -> dict[str, Any]:
@@ -431,8 +436,14 @@ class Op:
 
     def at(self, values: Mapping[str, int]) -> Op:
         """The op with its symbolic sizes evaluated."""
+        if not self._has_size:
+            return self
         changed = {n: evaluated(v, values) for n, v in self.attributes.items() if has_size(v)}
-        return dataclasses.replace(self, **changed) if changed else self  # type: ignore[type-var]
+        return dataclasses.replace(self, **changed)  # type: ignore[type-var]
+
+    @cached_property
+    def _has_size(self) -> bool:
+        return any(map(has_size, self.attributes.values()))
 
     def substitute(self, values: Mapping[str, SizeLike]) -> Op:
         """The op with sizes put in the place of symbols in its attributes."""
@@ -441,8 +452,13 @@ class Op:
 
     def in_float64(self) -> Op:
         """The op with f64 in place of every float dtype among its attributes: a cast to f16 then rounds nothing."""
+        widened = self._widened
+        return self if widened is None else widened
+
+    @cached_property
+    def _widened(self) -> Op | None:
         changed = {n: f64 for n, v in self.attributes.items() if isinstance(v, DType) and v.is_float}
-        return dataclasses.replace(self, **changed) if changed else self  # type: ignore[type-var]
+        return dataclasses.replace(self, **changed) if changed else None  # type: ignore[type-var]
 
     def __str__(self) -> str:
         return self.name
