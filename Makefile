@@ -27,7 +27,7 @@ demo: .venv/ready-torch,text,chat,gguf,tvm ## see a model declared, compiled, in
 	@$(VENV_PYTHON) -m treadle.demo $(ARGS)
 
 test: .venv/ready-test ## run all tests
-	@$(VENV_PYTHON) -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+	@PYTHONDONTWRITEBYTECODE= $(VENV_PYTHON) -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: dev ## check style, format and types
 	@$(VENV_PYTHON) -m ruff check

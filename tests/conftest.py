@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.golden import Golden
+from tests.known_certificates import remember
 
 settings.register_profile("treadle", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("treadle")  # a busy machine is no fault of a test
@@ -27,8 +28,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """Every rewrite in every test is tried before and after, unless TREADLE_CERTIFY=0 is set."""
+    """Every rewrite in every test is tried before and after, unless TREADLE_CERTIFY=0 is set; what was is not again."""
     os.environ.setdefault("TREADLE_CERTIFY", "1")
+    remember()
 
 
 def pytest_collection_finish() -> None:

@@ -1,0 +1,143 @@
+"""Certificates of rewrites that were tried before, by what they are of, in the user's cache beside the kernels.
+
+A certificate is a function of the two sides of a claim, which its key holds as text, of the seed, and of the code that
+evaluates them: the ops' meanings, the interpreter, and the certificates' own. So a store is named by a hash of that
+code's sources and of NumPy's version: where any of it changes, everything is tried again. Where rewrites, passes or
+models change, what they claim is another text, and is tried. The processes of a run share the store.
+
+Not kept is what a test may mean otherwise than the sources say: claims of ops, terms or references of its own, and
+what is tried while a test has emptied the memory of certificates, or is a test of certificates.
+
+With TREADLE_CACHE set to an empty folder every rewrite is tried.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from treadle.files.errors import UsageError
+from treadle.files.user_cache import cache_folder, mark_used
+from treadle.ir.graph import Graph
+from treadle.passes.certificates import certifying
+from treadle.passes.certificates.certificate import Certificate, Counterexample
+
+Found = Certificate | Counterexample
+
+ROOT = Path(__file__).parents[1]
+EVALUATES = ("ir", "passes/certificates")
+"""Folders whose code says what a claim comes to."""
+UNUSED = 7 * 24 * 3600
+"""Seconds after which the store of other sources goes."""
+
+
+def version() -> str:
+    """A hash of all that decides what a claim comes to, beside the claim."""
+    digest = hashlib.sha256(f"{sys.version} {np.__version__}".encode())
+    for folder in EVALUATES:
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class Store:
+    """Certificates and counterexamples by their keys, in a file that several processes read and write.
+
+    A file that cannot be read or written holds nothing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with suppress(sqlite3.Error, OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with closing(self._open()) as file:
+                file.execute("create table if not exists found (key text primary key, said text)")
+
+    def _open(self) -> sqlite3.Connection:
+        file = sqlite3.connect(self.path, timeout=30, isolation_level=None)
+        file.execute("pragma synchronous = off")
+        return file
+
+    def get(self, key: str) -> Found | None:
+        with suppress(sqlite3.Error, ValueError, KeyError, TypeError), closing(self._open()) as file:
+            row = file.execute("select said from found where key = ?", (key,)).fetchone()
+            if row is not None:
+                return read(row[0])
+        return None
+
+    def keep(self, key: str, found: Found) -> None:
+        with suppress(sqlite3.Error), closing(self._open()) as file:
+            file.execute("insert or replace into found values (?, ?)", (key, written(found)))
+
+
+def written(found: Found) -> str:
+    """What was found, as text that `read` takes."""
+    if isinstance(found, Certificate):
+        return json.dumps({"certificate": found.as_dict()})
+    return json.dumps({"counterexample": asdict(found)})
+
+
+def read(text: str) -> Found:
+    said = json.loads(text)
+    if "certificate" in said:
+        return Certificate.read(said["certificate"])
+    given = said["counterexample"]
+    return Counterexample(**given | {"sizes": tuple((str(s), int(n)) for s, n in given["sizes"])})
+
+
+def is_ours(sides: tuple[Graph, Graph]) -> bool:
+    """Whether every op, whatever it holds, and its meaning are of the sources that the version is of."""
+    return all(_are_ours(node.op) for side in sides for _, node in side.walk())
+
+
+def _are_ours(op: Any) -> bool:
+    functions = (op.reference, getattr(op, "body", None))
+    modules = [function.__module__ for function in functions if function is not None]
+    modules += [type(each).__module__ for each in (op, *_parts(list(op.attributes.values())))]
+    return all(name == "builtins" or name.startswith(("treadle.ir.", "numpy")) for name in modules)
+
+
+def _parts(values: list[Any]) -> Iterator[Any]:
+    for value in values:
+        yield value
+        if isinstance(value, tuple | frozenset | list):
+            yield from _parts(list(value))
+        elif isinstance(value, dict):
+            yield from _parts([*value.keys(), *value.values()])
+
+
+def remember() -> None:
+    """Let this process look up certificates before it tries what they are of, and keep those that it makes."""
+    try:
+        folder = cache_folder() / "certificates"
+    except UsageError:
+        return
+    with suppress(OSError):
+        for other in folder.glob("*.sqlite"):
+            if other.stat().st_mtime < time.time() - UNUSED:
+                other.unlink()
+    store, tried, known = Store(folder / f"{version()}.sqlite"), certifying._tried_shrunk, certifying._known
+    mark_used(store.path)
+
+    def looked_up(rule: str, key: str, claim: Any, region: Any, sides: tuple[Graph, Graph], *others: Any) -> Found:
+        told = "certificate" not in os.environ.get("PYTEST_CURRENT_TEST", "") and certifying._known is known
+        if not (told and is_ours(sides)):
+            return tried(rule, key, claim, region, sides, *others)
+        found = store.get(key)
+        if found is None:
+            found = tried(rule, key, claim, region, sides, *others)
+            store.keep(key, found)
+        return found
+
+    certifying._tried_shrunk = looked_up
