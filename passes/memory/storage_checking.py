@@ -236,10 +236,10 @@ class _Shared:
         mine = lies.storage is place.storage and (ours or x in plan.donated or lies.how is How.OVER)
         if not mine or x.type.shape != value.type.shape or x.type.dtype is not value.type.dtype:
             raise wrong_plan(f"it does not lie where {x.name} does, whole", plan, value)
-        at = plan.places[value].first
+        at, operands = plan.places[value].first, node.inputs
         for other in self.held[place.storage]:
             held = plan.places[other]
-            if held.first < at and (held.last > at or (other is not x and other in node.inputs)):
+            if held.first < at and (held.last > at or (other is not x and other in operands)):
                 raise wrong_plan(f"it is written over {other.name}, which is read then or later", plan, value)
 
     def _shares(self, value: Value) -> Value | None:
