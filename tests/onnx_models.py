@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,14 +25,25 @@ def model(signature: str, body: str, *, opset: int = 18, more: str = "") -> onnx
     return parser.parse_model(f"<ir_version: 9, opset_import: [{domains}]> test {signature} {{ {body} }} {more}")
 
 
+def prepared(
+    found: Imported, backends: tuple[str, ...] = ("numpy", "torch")
+) -> Callable[[Mapping[str, Array]], list[dict[str, Array]]]:
+    """An imported model on each backend, to be run on several inputs; the answers are in the file's own types."""
+    graph, weights, notes = found
+    made = [find_backend(name).compile(graph, Target("cpu"), weights) for name in backends]
+
+    def answer(inputs: Mapping[str, Array]) -> list[dict[str, Array]]:
+        given = {name: carried(kind, inputs[name]) for name, kind in notes.inputs.items()}
+        return [{name: restored(notes.outputs[name], x) for name, x in run(**given).items()} for run in made]
+
+    return answer
+
+
 def answers(
     found: Imported, inputs: Mapping[str, Array], backends: tuple[str, ...] = ("numpy", "torch")
 ) -> list[dict[str, Array]]:
     """What an imported model answers on each backend, in the file's own types."""
-    graph, weights, notes = found
-    given = {name: carried(kind, inputs[name]) for name, kind in notes.inputs.items()}
-    made = [find_backend(name).compile(graph, Target("cpu"), weights)(**given) for name in backends]
-    return [{name: restored(notes.outputs[name], x) for name, x in out.items()} for out in made]
+    return prepared(found, backends)(inputs)
 
 
 def runtime(proto: onnx.ModelProto | str, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -48,15 +59,27 @@ def runtime(proto: onnx.ModelProto | str, inputs: Mapping[str, Array]) -> dict[s
 
 
 def same_as_runtime(
-    proto: onnx.ModelProto, inputs: Mapping[str, Array], *, tolerance: float = 2e-6, **options: Any
+    proto: onnx.ModelProto, *inputs: Mapping[str, Array], tolerance: float = 2e-6, **options: Any
 ) -> Imported:
-    """Import, run on both backends, and hold every output against ONNX Runtime's, relative to its largest number."""
+    """Import, run on both backends, and hold every output against ONNX Runtime's, relative to its largest number.
+
+    One import and one compilation serve all the inputs.
+    """
     found = import_onnx(proto, **options)
+    run = prepared(found)
+    for given in inputs:
+        assert_as_runtime(proto, given, run(given), tolerance)
+    return found
+
+
+def assert_as_runtime(
+    proto: onnx.ModelProto, inputs: Mapping[str, Array], made: list[dict[str, Array]], tolerance: float = 2e-6
+) -> None:
+    """Hold every output of every backend against ONNX Runtime's, relative to its largest number."""
     wanted = runtime(proto, inputs)
-    for got in answers(found, inputs):
+    for got in made:
         for name, expected in wanted.items():
             assert got[name].shape == expected.shape, name
             assert got[name].dtype == expected.dtype, name
             scale = max(float(np.abs(expected).max(initial=0)), 1.0)
             np.testing.assert_allclose(got[name], expected, rtol=0, atol=tolerance * scale, err_msg=name)
-    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ from tests.fuzz.artifacts import Parts, judge, mutations, put, sealed
 from tests.fuzz.safetensors_files import header_and_data, split
 from tests.op_checks import BACKENDS
 from tests.test_models import ZOO
+from treadle import artifacts
 from treadle.artifacts import ArtifactLimits, load, open_artifact
 from treadle.backends.registry import find_backend
 from treadle.cli import app
@@ -424,7 +426,11 @@ def test_foreign_and_truncated_files(tmp_path: Path) -> None:
         load(tmp_path / "nothing.treadle")
 
 
-def test_limits_hold_and_can_be_raised(tmp_path: Path) -> None:
+def test_limits_hold_and_can_be_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph is deeper than Python's stack; at the limit as it is, writing it would take long."""
+    limits = ArtifactLimits().graph
+    assert limits.nodes < TextLimits().nodes
+    monkeypatch.setattr(artifacts, "GRAPH_LIMITS", dataclasses.replace(limits, nodes=2000))
     path = tmp_path / "x.treadle"
     save_small(path)
     with pytest.raises(ParseError, match="too many nodes"):

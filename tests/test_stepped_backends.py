@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,7 +19,7 @@ from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.target import Target
 from treadle.passes.stepping.derivation import DerivedStep, derive_step
-from treadle.runtime.roundings import moved_by_rounding
+from treadle.runtime.roundings import Moved, moved_by_rounding
 
 Array = np.ndarray[Any, Any]
 BACKENDS = ("numpy", "torch", "tvm")
@@ -41,25 +44,49 @@ class OnBackend:
         return {name: np.asarray(x) for name, x in self.exe.entry(entry)(self.states, **inputs).items()}
 
 
-def hold_a_backend_to_the_whole(graph: Graph, backend: str, rng: np.random.Generator, *, runs: int) -> None:
-    """Compare the entries of a graph's step on a backend, over drawn schedules, with the graph over all tokens."""
-    derived = derive_step(graph)
-    weights = {n: x.astype(np.float32) for n, x in drawn_weights(graph, rng).items()}
-    inputs = drawn_inputs(graph, derived.axis, rng)
-    inputs = {n: x.astype(np.float32) if x.dtype.kind == "f" else x for n, x in inputs.items()}
-    whole = interpret(graph, inputs, weights, float64=True)
-    rounded = find_backend(backend).compile(graph, Target("cpu"), weights)(**inputs)
-    moved = moved_by_rounding(graph, inputs, weights, whole)
-    off = {n: max(np.abs(np.asarray(rounded[n]) - x).max(), moved[n].by.max()) for n, x in whole.items()}
+@dataclass(frozen=True)
+class Whole:
+    """A graph over all tokens: drawn weights and inputs, its outputs in float64, and how far roundings move them."""
 
-    def check(output: str, found: Array, row: int, first: int, end: int) -> None:
-        """As near as the whole model is, on this backend or wherever its ops round: some models amplify roundings."""
-        wanted, scale = whole[output][row, first:end], max(1.0, float(np.abs(whole[output]).max()))
-        np.testing.assert_allclose(found, wanted, rtol=0, atol=max(3e-6 * scale, 4 * off[output]))
+    graph: Graph
+    derived: DerivedStep
+    weights: Mapping[str, Array]
+    inputs: Mapping[str, Array]
+    outputs: Mapping[str, Array]
+    moved: Mapping[str, Moved]
 
-    run = OnBackend(derived, backend, weights)
-    for _ in range(runs):
-        Schedule(derived, inputs, rng).run(run.filled(rng), check)
+    @staticmethod
+    def of(graph: Graph, rng: np.random.Generator) -> Whole:
+        derived = derive_step(graph)
+        weights = {n: x.astype(np.float32) for n, x in drawn_weights(graph, rng).items()}
+        inputs = drawn_inputs(graph, derived.axis, rng)
+        inputs = {n: x.astype(np.float32) if x.dtype.kind == "f" else x for n, x in inputs.items()}
+        outputs = interpret(graph, inputs, weights, float64=True)
+        return Whole(graph, derived, weights, inputs, outputs, moved_by_rounding(graph, inputs, weights, outputs))
+
+    def hold(self, backend: str, rng: np.random.Generator, *, runs: int) -> None:
+        """Compare the entries of its step on a backend, over drawn schedules, with the graph over all tokens."""
+        rounded = find_backend(backend).compile(self.graph, Target("cpu"), self.weights)(**self.inputs)
+        off = {
+            n: max(np.abs(np.asarray(rounded[n]) - x).max(), self.moved[n].by.max()) for n, x in self.outputs.items()
+        }
+
+        def check(output: str, found: Array, row: int, first: int, end: int) -> None:
+            """As near as the whole model is, here or wherever its ops round: some models amplify roundings."""
+            whole = self.outputs[output]
+            wanted, scale = whole[row, first:end], max(1.0, float(np.abs(whole).max()))
+            np.testing.assert_allclose(found, wanted, rtol=0, atol=max(3e-6 * scale, 4 * off[output]))
+
+        run = OnBackend(self.derived, backend, self.weights)
+        for _ in range(runs):
+            Schedule(self.derived, self.inputs, rng).run(run.filled(rng), check)
+
+
+@lru_cache(maxsize=2)
+def whole(name: str) -> tuple[Whole, np.random.Generator]:
+    """A model's, for all backends, and the generator as it then is."""
+    rng = np.random.default_rng(5)
+    return Whole.of(optimized(MODELS[name]), rng), rng
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -67,7 +94,8 @@ def hold_a_backend_to_the_whole(graph: Graph, backend: str, rng: np.random.Gener
 def test_steps_give_what_the_whole_gives(name: str, backend: str) -> None:
     if reason := find_backend(backend).available():
         pytest.skip(reason)
-    hold_a_backend_to_the_whole(optimized(MODELS[name]), backend, np.random.default_rng(5), runs=2)
+    made, rng = whole(name)
+    made.hold(backend, deepcopy(rng), runs=2)
 
 
 SAME_BITS = [name for name in MODELS if name not in ("summed", "counted", "spread", "oddly_named")]
@@ -85,10 +113,10 @@ def test_on_tvm_a_step_has_the_bits_of_the_whole(name: str) -> None:
     weights = {n: x.astype(np.float32) for n, x in drawn_weights(graph, rng).items()}
     inputs = drawn_inputs(graph, derived.axis, rng)
     inputs = {n: x.astype(np.float32) if x.dtype.kind == "f" else x for n, x in inputs.items()}
-    whole = find_backend("tvm").compile(graph, Target("cpu"), weights)(**inputs)
+    outputs = find_backend("tvm").compile(graph, Target("cpu"), weights)(**inputs)
 
     def check(output: str, found: Array, row: int, first: int, end: int) -> None:
-        np.testing.assert_array_equal(found, np.asarray(whole[output])[row, first:end])
+        np.testing.assert_array_equal(found, np.asarray(outputs[output])[row, first:end])
 
     run = OnBackend(derived, "tvm", weights)
     Schedule(derived, inputs, rng).run(run.filled(rng), check)

@@ -17,7 +17,7 @@ import numpy as np
 from tests.random_steps import drawn_model
 from tests.stepped_models import optimized
 from tests.test_derive_step import hold_to_the_whole
-from tests.test_stepped_backends import hold_a_backend_to_the_whole
+from tests.test_stepped_backends import Whole
 from treadle.backends.registry import find_backend
 
 
@@ -35,7 +35,7 @@ def main() -> int:
             graph = optimized(drawn_model(rng))
             hold_to_the_whole(graph, rng, runs=1)
             for backend in backends:
-                hold_a_backend_to_the_whole(graph, backend, rng, runs=1)
+                Whole.of(graph, rng).hold(backend, rng, runs=1)
         except Exception:
             wrong += 1
             print(f"seed {seed}:\n{traceback.format_exc(limit=-3)}", flush=True)
