@@ -51,6 +51,12 @@ def test_drawn_chains_keep_their_numbers(part: int) -> None:
     assert sum(fused(draw_attention(seed)) for seed in range(90 * part, 90 * part + 90)) >= 60
 
 
+def test_what_is_multiplied_after_a_cast_is_not_multiplied_before_it() -> None:
+    """A mask by the least number of f16, twice in f32: no -inf, so a row of it is an average."""
+    drawn = draw_attention(1006973)
+    assert drawn.text.endswith("in f32, times 2, plain") and not fused(drawn)
+
+
 @pytest.mark.parametrize("added", [True, False])
 def test_one_mask_that_overflows_by_itself_loses_a_row(added: bool) -> None:
     """Beside another, by which the sum overflows as well: a row without keys is NaN, since twice the least is -inf."""

@@ -353,7 +353,9 @@ def _overflow(steps: Sequence[ChainStep], scores: Scores) -> _Overflow | None:
     """Whether what a chain adds up may overflow, by how large its numbers may be.
 
     Raises Mismatch where it does so by a factor that another takes back, since the bias would have but their product.
+    Also where it does so by one that may be applied after a cast to a wider dtype, in which nothing overflows.
     """
+    dtypes = {v.type.dtype for node in scores.nodes for v in node.results if v.type.dtype.is_float}
     bound, last, single = LEAST_FILL, -1, False
     alone = LEAST_FILL  # where one mask takes a key, or none
     for n, step in enumerate(steps):
@@ -369,6 +371,9 @@ def _overflow(steps: Sequence[ChainStep], scores: Scores) -> _Overflow | None:
             raise Mismatch(reason, step.term.node, scores.nodes, "-inf in their place")
         factor = step.unit / units[0]
         grown = bound * max(1.0, factor)
+        if grown > most >= bound and len(dtypes) > 1:
+            reason = f"masks are multiplied past the range of {step.dtype}, perhaps in a wider dtype"
+            raise Mismatch(reason, step.term.node, scores.nodes, "cast the scores before they are masked")
         single = single or grown > most >= bound or alone * factor > most
         if grown > most:
             last = n
