@@ -130,10 +130,10 @@ def continue_texts(
         _refuse("without --beams there is no", **{"best": best != 1, "length-penalty": length_penalty != 1})
     if not chat:
         _refuse("without --chat there is no", system=system)
-    need_for_text(model, chat=chat)
     where = Target(target, threads)
     said = (prompts, most, sampling, rules, stop, search, logprobs, chat, system, speculate, draft, cache)
     with opened_on_ranks(mesh, recipe, axis or [], timeout, f"{said}") as stepped:
+        need_for_text(model, chat=chat)
         with working(f"compiling {model}", shown=not as_json):
             writer = TextWriter.open(
                 model,
