@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 
 # Said before NumPy and PyTorch are loaded, which ask once. Tests run side by side, and their arrays are small: further
 # threads only wait for each other, and a test that is about threads asks for so many.
@@ -14,6 +15,7 @@ os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")  # idle threads of TVM'
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.error_texts import ErrorTexts, comparing
 from tests.golden import Golden
 from tests.known_certificates import remember
 
@@ -27,10 +29,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Every rewrite in every test is tried before and after, unless TREADLE_CERTIFY=0 is set; what was is not again."""
     os.environ.setdefault("TREADLE_CERTIFY", "1")
     remember()
+    if _updates(config) and (config.getoption("numprocesses", None) or 1) > 1:
+        raise pytest.UsageError("golden files are written by one process: leave -n out")
 
 
 def pytest_collection_finish() -> None:
@@ -39,8 +43,25 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def _updates(config: pytest.Config) -> bool:
+    return bool(config.getoption("--update-golden") or os.environ.get("TREADLE_UPDATE_GOLDEN") == "1")
+
+
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Golden:
     """Compare text with a file in tests/golden/: `golden("printer/block.txt", text)`."""
-    update = request.config.getoption("--update-golden") or os.environ.get("TREADLE_UPDATE_GOLDEN") == "1"
-    return Golden(bool(update))
+    return Golden(_updates(request.config))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _errors_read_as_they_did(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Every error of ours that a test meets in `pytest.raises` stands in tests/golden/errors/."""
+    config = request.config
+    texts = ErrorTexts(Golden(_updates(config)), str(tmp_path_factory.getbasetemp()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pytest, "raises", comparing(pytest.raises, texts))
+        yield
+    some = config.getoption("keyword") or config.getoption("markexpr") or any("::" in name for name in config.args)
+    texts.write(whole=not some)

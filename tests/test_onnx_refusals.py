@@ -133,6 +133,35 @@ NOT_TAKEN: list[tuple[str, str, str]] = [  # inputs, body, which case
         "y = com.microsoft.MultiHeadAttention<num_heads = 2>(x, x, x, , m)",
         "with a mask of shape [2, 4]",
     ),
+    ("uint64[3] x", "y = Pow(x, x)", "powers of uint64"),
+    (X, 's = Constant<value_strings = ["a"]>() y = Identity(s)', "of value_strings"),
+    (
+        X,
+        "r = Constant<value_float = 0.5>() m = Constant<value_int = 1>() t = Cast<to = 9>(m) y = Dropout(x, r, t)",
+        "training mode draws random numbers",
+    ),
+    (
+        X,
+        "r = Constant<value_floats = [0.0, 1.0]>() s = Constant<value_ints = [2, 3, 8]>() "
+        'y = Resize<coordinate_transformation_mode = "tf_crop_and_resize">(x, r, , s)',
+        "with a region of interest",
+    ),
+    (
+        "float[2,3,8] x, float[8,24] w",
+        "y = com.microsoft.Attention<num_heads = 2, do_rotary = 1>(x, w)",
+        "with rotary positions, or past and present in one buffer",
+    ),
+    (
+        "float[2,3,8] x, int32[2] r, int32 n",
+        'y = com.microsoft.GroupQueryAttention<num_heads = 2, kv_num_heads = 2, k_quant_type = "PER_TENSOR">'
+        "(x, x, x, , , r, n)",
+        "with a quantized cache",
+    ),
+    (
+        "float[2,3,8] x, int32[2] r, int32 n, float[2] h",
+        "y = com.microsoft.GroupQueryAttention<num_heads = 2, kv_num_heads = 2>(x, x, x, , , r, n, , , , , h)",
+        "with a sink",
+    ),
 ]
 
 

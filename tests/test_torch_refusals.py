@@ -198,3 +198,42 @@ def test_a_dimension_that_the_module_fixes() -> None:
 def test_it_takes_modules_alone() -> None:
     with pytest.raises(treadle.TreadleError, match=r"takes a torch\.nn\.Module"):
         treadle.from_torch(lambda x: x, (torch.ones(2),))
+
+
+X, WHOLE, TRUE, PLACES = (
+    torch.randn(3, 4),
+    torch.ones(3, 4, dtype=torch.int64),
+    torch.ones(3, 4) > 0,
+    torch.tensor([0, 2]),
+)
+FORMS: dict[str, tuple[Any, tuple[Any, ...], str]] = {
+    "linspace": (lambda x: torch.linspace(0, 9, 4, dtype=torch.int64) + x, (X,), "of integers"),
+    "powers": (lambda x: torch.pow(2, x), (WHOLE,), "powers of integers"),
+    "order": (lambda x: x < x.roll(1, 0), (TRUE,), "of truth values"),
+    "dropout": (lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.1), (X,), "with dropout"),
+    "ranks": (lambda x: F.scaled_dot_product_attention(x, x, x), (torch.randn(1, 1, 1, 3, 4),), "of ranks 5, 5 and 5"),
+    "variance": (lambda x: torch.var(x, 0, correction=0.5), (X,), "a correction of 0.5"),
+    "norm": (lambda x: torch.linalg.vector_norm(x, 3, -1), (X,), "of order 3"),
+    "argmax": (lambda x: torch.argmax(x, None, keepdim=True), (X,), "with keepdim and without dim"),
+    "topk": (lambda x: torch.topk(x, 0)[0], (X,), "of 0 elements"),
+    "median": (lambda x: torch.sort(x, 0)[0], (TRUE,), "of truth values"),
+    "slice": (lambda x: torch.slice_scatter(x, x[::2], 0, 0, 3, 2), (X,), "with a step"),
+    "differences": (lambda x: torch.diff(x, 2), (X,), "of a higher order"),
+    "repeats": (lambda x: torch.repeat_interleave(x, 2), (X,), "without a dim"),
+    "roll": (lambda x: torch.roll(x, 1), (X,), "without dims"),
+    "pad": (lambda x: F.pad(x[None], (1, 1), mode="circular"), (X,), ""),
+    "added truth": (lambda x: x.scatter_add(0, x.long(), x), (TRUE,), "of truth values"),
+    "products": (lambda x: x.scatter_reduce(0, x.long(), x, "prod"), (X.abs() * 0,), "of prod in f32"),
+    "index_add": (lambda x: x.index_add(0, PLACES, x[:2]), (TRUE,), "of truth values"),
+    "alpha": (lambda x: x.index_add(0, PLACES, x[:2], alpha=2.5), (X,), "with alpha"),
+    "put": (lambda x: x.index_put((PLACES,), x[0], accumulate=True), (TRUE,), "a sum of truth values"),
+}
+"""What operators are refused with, where they are taken otherwise."""
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_form_of_an_operator_is_refused_by_name(form: str) -> None:
+    rule, example, words = FORMS[form]
+    with pytest.raises(treadle.TreadleError, match=words) as caught:
+        treadle.from_torch(Applied(rule), example)
+    assert re.search(LINE, str(caught.value))

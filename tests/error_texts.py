@@ -1,0 +1,134 @@
+"""Errors read as they did: the text of each error of ours that a test provokes stands in tests/golden/errors/.
+
+`pytest.raises` compares it with the file of the test's module, so that a lost `received`, place or hint is noticed by
+whatever test meets the error; a test itself says only which error it wants. `make golden` writes the files. Where a
+text quotes another library, or tells of this machine's folders or of lines, something else stands in its place.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+from types import TracebackType
+from typing import Any
+
+import pytest
+from hypothesis import currently_in_test_context
+
+from tests.golden import FOLDER, Golden
+from treadle.files.errors import TreadleError
+from treadle.files.user_cache import cache_folder
+
+raises_freely = pytest.raises
+"""The same without a comparison, where texts are thousands (by op, dtype and backend) or depend on the time."""
+
+_ROOT = str(FOLDER.parents[1])
+_HEADING = """\
+Errors that {} provokes, in the order of their texts. `make golden` writes this file.
+"""
+_BETWEEN = "\n\n"
+
+
+_LINES = 16
+"""Of a text; the rest of a long list is left out."""
+
+
+def text_of(error: BaseException, folder: str, cache: str) -> str:
+    """An error's text as it is everywhere: without folders, lines, numbers, and what others say.
+
+    Numbers, which cases of a test differ by, are the test's own to look at.
+
+    folder  below which the tests' own folders lie
+    cache   the user's, where fetched models are
+    """
+    text = str(error)
+    other = error.__cause__ or error.__context__
+    if other is not None and not type(other).__module__.startswith("treadle"):
+        for line in filter(lambda line: len(line) > 7, map(str.strip, str(other).splitlines())):
+            text = text.replace(line, f"({type(other).__name__})")
+    text = re.sub(rf"{re.escape(folder)}/[^/\s:,'\")]*", "TMP", text).replace(_ROOT, "ROOT")
+    text = text.replace(cache, "CACHE").replace(sys.executable, "PYTHON")
+    return shortened(text.encode("utf-8", "backslashreplace").decode("utf-8"))
+
+
+def shortened(text: str) -> str:
+    """A text with # for its numbers, and without what is beyond so many lines."""
+    text = re.sub(r"(\.py):\d+", r"\1", re.sub(r"\n\s*\n", "\n", text))
+    text = re.sub(r"\b[0-9a-f]{32,}\b", "...", re.sub(r"ERROR: .*", "(what pip says)", text))
+    text = re.sub(r"(?<![\w.])(?:0x[0-9a-f]+|-?\d[\d.,]*\d(?:e[+-]?\d+)?|-?\d(?:e[+-]?\d+)?)(?!\w)", "#", text)
+    lines = [line.rstrip() for line in text.strip().splitlines()]
+    return "\n".join([*lines[:_LINES], *["            ..."] * (len(lines) > _LINES)])
+
+
+def _ours(caught: BaseException | None) -> TreadleError | None:
+    """What was caught, or for an exit of the command line the error that it told of."""
+    while isinstance(caught, SystemExit) or type(caught).__name__ == "Exit":
+        caught = caught.__context__
+    return caught if isinstance(caught, TreadleError) else None
+
+
+class ErrorTexts:
+    """The golden texts of all modules. Two processes cannot write the files: an update runs in one."""
+
+    def __init__(self, golden: Golden, folder: str) -> None:
+        self.golden, self.folder, self.cache = golden, folder, str(cache_folder())
+        self.known: dict[str, set[str]] = {}
+        self.met: dict[str, set[str]] = {}
+
+    def compare(self, module: str, error: BaseException) -> None:
+        """Raise what `pytest.fail` does where the error's text is none of the module's."""
+        text = text_of(error, self.folder, self.cache)
+        if self.golden.update:
+            self.met.setdefault(module, set()).add(text)
+        elif text not in (known := self._read(module)):
+            near = "\n\n".join(get_close_matches(text, known, n=1, cutoff=0.0))
+            raise pytest.fail.Exception(
+                f"an error reads as no other in tests/golden/errors/{module}.txt:\n\n{text}\n\nthe nearest there:\n\n"
+                f"{near}\n\npytest --update-golden {module}.py accepts it",
+                pytrace=False,
+            )
+
+    def _read(self, module: str) -> set[str]:
+        if module not in self.known:
+            path = FOLDER / "errors" / f"{module}.txt"
+            _, *texts = path.read_text(encoding="utf-8").split(_BETWEEN) if path.exists() else ("",)
+            self.known[module] = {text.removesuffix("\n") for text in texts}
+        return self.known[module]
+
+    def write(self, whole: bool) -> None:
+        """Write the texts of each module that was run; as a whole, or with what was known before."""
+        for module, texts in self.met.items():
+            kept = texts if whole else texts | self._read(module)
+            self.golden(f"errors/{module}.txt", _BETWEEN.join([_HEADING.format(module).strip(), *sorted(kept)]))
+
+
+class _Compared:
+    """What `pytest.raises` gave, which also compares the text of what it catches."""
+
+    def __init__(self, raises: Any, texts: ErrorTexts) -> None:
+        self.raises, self.texts = raises, texts
+
+    def __enter__(self) -> Any:
+        return self.raises.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        caught: bool = self.raises.__exit__(kind, error, trace)
+        module = re.match(r"tests/(\w+)\.py", os.environ.get("PYTEST_CURRENT_TEST", ""))
+        ours = _ours(error)
+        if caught and ours is not None and module is not None and not currently_in_test_context():
+            self.texts.compare(module[1], ours)
+        return caught
+
+
+def comparing(raises: Callable[..., Any], texts: ErrorTexts) -> Callable[..., Any]:
+    """`pytest.raises` that compares."""
+
+    def compared(*given: Any, **more: Any) -> Any:
+        return _Compared(raises(*given, **more), texts)
+
+    return compared

@@ -1,0 +1,183 @@
+"""Refusals that no other test provokes, a line each: the kind of error and how it begins.
+
+The whole texts are in tests/golden/errors/, as of all errors.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pytest
+
+import treadle as t
+from tests.stepped_models import MODELS
+from treadle.backends.staged import StagedBackend, build
+from treadle.cli.generate import _refuse
+from treadle.fetch import _only_file
+from treadle.files.limits import limits_of
+from treadle.frontends.rotary import LongRope
+from treadle.frontends.safetensors_file import CheckpointLimits
+from treadle.ir.builder import Builder
+from treadle.ir.encodings.encoding import parse_encoding
+from treadle.ir.errors import BackendError, FrontendError, GraphError, PassError, RuleError, TreadleError, UsageError
+from treadle.ir.graph import Graph
+from treadle.ir.interpreter import interpret
+from treadle.ir.layouts import parse_layout
+from treadle.ir.op_registry import op
+from treadle.ir.operation import Op
+from treadle.ir.samples import Sample
+from treadle.ir.target import Target
+from treadle.ir.text.parser import parse_graph
+from treadle.loading import load
+from treadle.option_values import read_sentences
+from treadle.passes.cleanup.dead_code import DeadCode
+from treadle.passes.framework.manager import PassManager
+from treadle.passes.framework.rewrite import Rewrite
+from treadle.passes.framework.rewriting import SiteRewrite
+from treadle.resolving import resolve
+from treadle.runtime.beams import Beams
+from treadle.runtime.speculation import DraftModel, PromptLookup, speculate
+from treadle.sharding import shard_model
+from treadle.stepped import open_stepped
+from treadle.wheels.pinned_models import PINNED
+
+SMALL: dict[str, Any] = {"vocab": 11, "dim": 12, "heads": 3, "layers": 1}
+X = "graph g {{\n  symbols B\n  main(x: f32[B, 4], i: i64[B]) -> (y: f32{}) {{\n    y = {}\n    return y = y\n  }}\n}}"
+
+
+def traced(body: Callable[[Any], Any]) -> Graph:
+    @t.model
+    def model(x: Annotated[t.Tensor, t.f32["B S 8"]]) -> t.Tensor:
+        made: t.Tensor = body(x)
+        return made
+
+    return model.graph()
+
+
+def read(line: str, shape: str = "[B, 4]") -> Graph:
+    return parse_graph(X.format(shape, line))
+
+
+class Plain(StagedBackend):
+    """A backend that plans no storage."""
+
+    name = "plain"
+
+    def pipeline(self, target: Target) -> tuple[DeadCode, ...]:
+        return (DeadCode(),)
+
+    def emit(self, *given: Any) -> Any:
+        raise NotImplementedError
+
+
+def built(**options: Any) -> Any:
+    return build(Plain(), read("relu(x)"), Target("cpu"), {}, **options)
+
+
+@dataclass(frozen=True)
+class Nameless(Op):
+    name = "nameless"
+
+
+@dataclass(frozen=True)
+class Idle(Rewrite):
+    name = "idle"
+
+
+@dataclass(frozen=True)
+class Sought(SiteRewrite[Any]):
+    name = "sought"
+
+
+def carrying(rows: int = 1) -> Any:
+    return t.compile(MODELS["summed"]).session(rows=rows, capacity=16)
+
+
+def bare(folder: Path, names: tuple[str, ...] = ()) -> Path:
+    for name in names:
+        (folder / name).write_text("1 / 0\n")
+    return folder
+
+
+REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
+    # files and arguments
+    "limits": (lambda _: limits_of(CheckpointLimits, 5), UsageError, "limits are a CheckpointLimits"),  # type: ignore[type-var]
+    "a download": (lambda p: _only_file(bare(p, ("a", "b")), PINNED["minilm"]), FrontendError, "minilm"),
+    "sentences": (lambda _: read_sentences(["a"], "f"), UsageError, "sentences were given twice"),
+    "no Python": (lambda p: resolve(f"{bare(p, ('m.txt',))}/m.txt:f"), UsageError, ""),
+    "an import": (lambda p: resolve(f"{bare(p, ('m.py',))}/m.py:f"), FrontendError, "m.py cannot be imported"),
+    "a step without weights": (lambda _: open_stepped("gpt2"), UsageError, "gpt2 has no weights"),
+    "an option of artifacts": (lambda p: load(p, memory=5), UsageError, "a model that is loaded for tasks takes no"),
+    "an option of models": (lambda p: load(p / "m.treadle", dtype="bf16"), UsageError, "an artifact, which"),
+    "generate": (lambda _: _refuse("beams take no", draft="m", seed=0), UsageError, "beams take no --draft"),
+    # the language
+    "heads": (
+        lambda _: traced(lambda x: t.self_attention(x, 4, kv_heads=3)), FrontendError, "4 heads do not split among"
+    ),
+    "tied": (lambda _: traced(lambda x: t.unembed(x, tied="wte")), FrontendError, "unembed: tied= names no"),
+    "no tensor": (lambda _: traced(lambda x: t.linear(3.0, 4)), FrontendError, "linear: x must be a tensor"),
+    "no text": (lambda _: traced(lambda x: t.linear(x, 4, name=5)), FrontendError, "linear: name must be text"),
+    "no number": (
+        lambda _: traced(lambda x: t.layer_norm(x, eps="small")), FrontendError, "layer_norm: eps must be a number"
+    ),
+    "longrope": (
+        lambda _: traced(lambda x: t.rotary_frequencies(4, scaling=LongRope((1.0, 1.0), (2.0, 2.0), 8))),
+        FrontendError,
+        "",
+    ),
+    "a model in a function": (lambda _: pickle.dumps(t.model(lambda x: x)), FrontendError, ""),
+    # ops and graphs
+    "no reference": (lambda _: Nameless().reference(), GraphError, "op nameless has no reference"),
+    "twice": (lambda _: op("relu", axes="... -> ...", dtypes="f -> f")(Nameless), GraphError, "op 'relu' is"),
+    "a layout": (lambda _: parse_layout("panels(8, wide)"), GraphError, "panels has no 'wide'"),
+    "an encoding": (lambda _: parse_encoding("int4_groups(32, axis=x)"), GraphError, "int4_groups has no 'axis=x'"),
+    "a sample": (lambda _: Sample("f32[B, 2]").operands[0].draw(np.random.default_rng(0)), GraphError, ""),  # type: ignore[union-attr]
+    "wrong sizes": (lambda _: interpret(read("relu(x)"), {"x": np.ones((2, 5)), "i": np.ones(2)}), GraphError, ""),
+    "truth values": (lambda _: Builder(Graph("g")).iota(size=3, dtype="bool"), RuleError, ""),
+    "results": (lambda _: read('einsum(x, equation="b k -> b, k")', "[B]"), TreadleError, ""),
+    "marks": (lambda _: read('einsum(x, equation="b (k l=2) -> b k")'), TreadleError, ""),
+    "weight axes": (lambda _: read('linear(x, x, weight_axes="k m")'), TreadleError, ""),
+    # passes and backends
+    "no pass": (lambda _: PassManager((DeadCode(),)).run(read("relu(x)")).after("fuse-gelu"), UsageError, "no pass"),
+    "no pattern": (lambda _: PassManager((Idle(),)).run(read("relu(x)")), PassError, ""),
+    "no sites": (lambda _: PassManager((Sought(),)).run(read("relu(x)")), PassError, ""),
+    "no memory": (lambda _: built(budget=None, donate=("x",)), BackendError, "backend plain plans no storage"),
+    "no batch": (
+        lambda _: shard_model(t.model(_rowless), "pp=2,micro=2", recipe="gpipe"), UsageError, "_rowless has no batch"
+    ),
+    # generation
+    "no beams": (lambda _: Beams(0), UsageError, "a search has 1 beam or more"),
+    "more texts than beams": (lambda _: Beams(2, best=3), UsageError, "of 2 beams, 1 to 2 texts"),
+    "a long penalty": (lambda _: Beams(2, length_penalty=100.0), UsageError, "length_penalty must lie between"),
+    "an early end": (lambda _: Beams(2, early="soon"), UsageError, "early must be"),  # type: ignore[arg-type]
+    "sums that are verified": (lambda _: carrying().verify(0, [1]), UsageError, "summed carries sums"),
+    "sums and guesses": (
+        lambda _: list(speculate(carrying(), [[1]], guess=PromptLookup(), most=2)), UsageError, "summed carries sums"
+    ),
+    "a draft of sums": (lambda _: DraftModel(carrying()), UsageError, "summed carries sums"),
+    "a draft without a text": (
+        lambda _: DraftModel(t.compile("gpt2", **SMALL).session(rows=1)).follow([1], 2), UsageError, "a draft guesses"
+    ),
+    "a draft of nothing": (
+        lambda _: DraftModel(t.compile("gpt2", **SMALL).session(rows=1), count=0), UsageError, "a draft guesses 1 token"
+    ),
+}  # fmt: skip
+
+
+def _rowless(x: Annotated[t.Tensor, t.f32["4 8"]]) -> t.Tensor:
+    for _ in t.stack("h", 2):
+        x = x + t.linear(x, 8, name="l")
+    return x
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_is_refused(name: str, tmp_path: Path) -> None:
+    provoke, kind, begins = REFUSED[name]
+    with pytest.raises(kind) as caught:
+        provoke(tmp_path)
+    assert caught.value.what.startswith(begins)
