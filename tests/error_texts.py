@@ -57,7 +57,7 @@ def text_of(error: BaseException, folder: str, cache: str) -> str:
 def shortened(text: str) -> str:
     """A text with # for its numbers, and without what is beyond so many lines."""
     text = re.sub(r"(\.py):\d+", r"\1", re.sub(r"\n\s*\n", "\n", text))
-    text = re.sub(r"\b[0-9a-f]{32,}\b", "...", re.sub(r"ERROR: .*", "(what pip says)", text))
+    text = re.sub(r"\b(?=\d*[a-f])[0-9a-f]{32,}\b", "...", re.sub(r"ERROR: .*", "(what pip says)", text))
     text = re.sub(r"(?<![\w.])(?:0x[0-9a-f]+|-?\d[\d.,]*\d(?:e[+-]?\d+)?|-?\d(?:e[+-]?\d+)?)(?!\w)", "#", text)
     lines = [line.rstrip() for line in text.strip().splitlines()]
     return "\n".join([*lines[:_LINES], *["            ..."] * (len(lines) > _LINES)])

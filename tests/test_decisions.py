@@ -79,7 +79,7 @@ def specs(program: KernelProgram) -> list[str]:
 def steps(program: KernelProgram) -> list[str]:
     """A line for each step: what it writes, its kernel and what that is given; views as they lie, and sizes."""
     titles = unique_titles(kernels_of(program))
-    lines = []
+    lines: list[str] = []
     for routine in program.routines:
         lines += ["", f"{routine.name}:"]
         for step in routine.steps:
@@ -104,7 +104,7 @@ def test_a_model(name: str, golden: Golden) -> None:
 
 
 LLAMA = llama.configure(vocab=96, dim=64, heads=4, kv_heads=2, layers=2, hidden=128)
-COMPUTING = {
+COMPUTING: dict[str, tuple[str | None, str | None, str | None]] = {
     "f32, and the step with a bf16 cache": (None, None, "bf16"),
     "bf16, and its step": ("bf16", None, None),
     "int8-weights": (None, "int8-weights", ""),
@@ -121,7 +121,7 @@ def test_instruction_sets(case: str, golden: Golden) -> None:
     graph = optimized(LLAMA.graph(), dtype, quantize).graph
     if cache != "":
         graph = derive_step(graph, cache=cache).graph
-    told = {}
+    told: dict[str, list[str]] = {}
     for isa in INSTRUCTION_SETS:
         code, program = lowered(graph, isa)
         layouts = Counter(str(v.layout) for e in code.graph.entries for v in e.parameters.values() if v.layout)
@@ -135,7 +135,7 @@ def test_instruction_sets(case: str, golden: Golden) -> None:
     golden(f"decisions/instruction_sets/{file_name(case)}.txt", "\n".join(text))
 
 
-@pytest.mark.parametrize("name", ["windows", "packed", "alibi"])
+@pytest.mark.parametrize("name", ["windows", "packed", "alibi", "summed"])
 def test_a_step(name: str, golden: Golden) -> None:
     derived = derive_step(optimized(STEPPED[name].graph()).graph)
     golden(f"decisions/steps/{name}.txt", print_graph(derived.graph, sources=False))
@@ -194,7 +194,7 @@ def test_an_export(name: str, opset: int, golden: Golden, tmp_path: Path) -> Non
 
 def test_what_is_nearly_attention(golden: Golden) -> None:
     """What is told of each program that looks like attention, and is none or is not the term that it seems."""
-    lines = []
+    lines: list[str] = []
     for each in NEAR_MISSES:
         found = PassManager(DEFAULT, certify=False).run(graph_of(each.build))
         lines += [f"# {each.name}: {', '.join(f'{n} {op}' for op, n in sorted(count_ops(found.graph).items()))}"]

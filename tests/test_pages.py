@@ -126,7 +126,7 @@ def test_a_page(
 
 def test_commands_and_their_options(golden: Golden) -> None:
     """What can be said, with the defaults and the help."""
-    lines = []
+    lines: list[str] = []
     for name, command in sorted(typer.main.get_group(app).commands.items()):
         lines += ["", f"{name}: {' '.join((command.help or '').split())}"]
         for each in command.params:
@@ -190,12 +190,13 @@ def test_a_verification_of_known_numbers(golden: Golden) -> None:
         NotFinite("state", "infinite", 4, 4, "div", "h.0", "m.py:9", {"B": 2}),
         NotFinite("mask", "infinite", 1, 4, "the input x", "", "", {"B": 2}, from_a_weight=True),
     )
-    text = []
-    for rewrites, found, shown in (
+    text: list[str] = []
+    cases: tuple[tuple[Difference, tuple[NotFinite, ...], tuple[BackendReport, ...]], ...] = (
         (near, (), backends[:2]),
         (far, unclear, backends),
         (near, unclear[2:], backends[:1]),
-    ):
+    )
+    for rewrites, found, shown in cases:
         report = VerificationReport("small", "cpu", 3, ({"B": 2, "S": 5}, {}), found, rewrites, shown)
         text += [str(report), pformat(report.as_dict(), width=118, sort_dicts=False), ""]
     assert near.worse(far) is far and far.worse(near) is far and loose.worse(near) is loose

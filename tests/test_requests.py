@@ -50,7 +50,7 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
 
 
 def test_what_bodies_mean(golden: Golden) -> None:
-    lines = []
+    lines: list[str] = []
     for kind, body in BODIES:
         lines.append(f"# {kind}: {json.dumps(body)[:200]}")
         try:
