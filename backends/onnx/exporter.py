@@ -127,8 +127,9 @@ def _in_numbers(graph: Graph, weights: Mapping[str, Any]) -> tuple[Graph, Mappin
     encoded = {name: v.type for name, v in graph.parameters.items() if v.type.encoding is not None}
     if not encoded and not any(node.op.decodes for _, node in graph.walk()):
         return graph, weights
-    for name in encoded.keys() & weights.keys():
-        refuse_misfit(name, encoded[name], weights[name])
+    for name, type in encoded.items():
+        if name in weights:
+            refuse_misfit(name, type, weights[name])
     return decode_parameters(graph), decode_weights(graph, weights)
 
 
