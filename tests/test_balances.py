@@ -124,6 +124,21 @@ def test_a_wrong_balance_is_caught(declared: Graph, change: dict[str, Any], what
     assert what in str(error.value)
 
 
+def test_what_shares_a_weight_with_an_earlier_value_that_is_not_balanced_is_not() -> None:
+    lines = (
+        "e = gather($tied.weight, i, axis=0)",
+        "u = linear(e, $twice.weight)",
+        "n = layer_norm(x, $n.weight, $n.bias)",
+    )
+    text = TEXT.replace("    z = linear(n, $tied.weight)\n", "").replace(", z: f32[B, 32]", "").replace("z = z, ", "")
+    for line in lines:
+        text = text.replace(f"    {line}\n", "")
+    text = text.replace("    h = layer(n)", "".join(f"    {line}\n" for line in lines) + "    h = layer(n)")
+    told = {a.name: a.reason.partition("; ")[2] for a in plan_quantization(parse_graph(text), "int8").activations}
+    assert told["e"] == "not balanced: no norm with a gain gives it"
+    assert told["n"] == "not balanced: other products read twice.weight"
+
+
 @pytest.mark.parametrize("balances", [WANTED[1:], (replace(WANTED[0], vector="out.balance"), *WANTED[1:])])
 def test_a_vector_that_meets_other_weights_is_caught(rounded: Graph, balances: tuple[Balance, ...]) -> None:
     check_encoded_products(rounded, WANTED)

@@ -10,11 +10,14 @@ from tests.attention_numbers import assert_equal_everywhere, computed, draw
 from tests.attention_programs import (
     FORMS,
     LOW,
+    SCALE,
     Form,
     graph_of,
     masked,
+    q_k_v,
     rows,
     scaled,
+    swapped,
     triangle,
 )
 from tests.pass_programs import optimize, program
@@ -354,3 +357,12 @@ def test_what_a_fused_product_gives_is_no_mask() -> None:
     assert hazards_of(x.value)
     assert not hazards_of(b.linear(x, w).value)
     assert not hazards_of(b.activated_linear(x, w, activation="gelu", weight_axes="n k").value)
+
+
+def test_a_site_that_is_refused_leaves_the_next_one_to_be_fused() -> None:
+    def both(b: Builder) -> Expr:
+        q, k, v = q_k_v(b)
+        over_queries = b.softmax(q @ swapped(b, v) * SCALE, axis=2) @ v
+        return over_queries + b.softmax(q @ swapped(b, k) * SCALE) @ v
+
+    assert len(attentions(fused(graph_of(both)).graph)) == 1
