@@ -49,8 +49,8 @@ def text_of(error: BaseException, folder: str, cache: str) -> str:
     if other is not None and not type(other).__module__.startswith("treadle"):
         for line in filter(lambda line: len(line) > 7, map(str.strip, str(other).splitlines())):
             text = text.replace(line, f"({type(other).__name__})")
-    text = re.sub(rf"{re.escape(folder)}/[^/\s:,'\")]*", "TMP", text).replace(_ROOT, "ROOT")
-    text = text.replace(cache, "CACHE").replace(sys.executable, "PYTHON")
+    text = text.replace(sys.executable, "PYTHON")  # which may lie below the root
+    text = re.sub(rf"{re.escape(folder)}/[^/\s:,'\")]*", "TMP", text).replace(_ROOT, "ROOT").replace(cache, "CACHE")
     return shortened(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
@@ -59,7 +59,8 @@ def shortened(text: str) -> str:
     text = re.sub(r"(\.py):\d+", r"\1", re.sub(r"\n\s*\n", "\n", text))
     text = re.sub(r"\b(?=\d*[a-f])[0-9a-f]{32,}\b", "...", re.sub(r"ERROR: .*", "(what pip says)", text))
     text = re.sub(r"(?<![\w.])(?:0x[0-9a-f]+|-?\d[\d.,]*\d(?:e[+-]?\d+)?|-?\d(?:e[+-]?\d+)?)(?!\w)", "#", text)
-    lines = [line.rstrip() for line in text.strip().splitlines()]
+    text = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text)
+    lines = [line.rstrip() for line in text.strip().split("\n")]
     return "\n".join([*lines[:_LINES], *["            ..."] * (len(lines) > _LINES)])
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.golden import Golden
+from treadle.runtime.scheduler import Load
 from treadle.serving.refusals import RequestRefusal
 from treadle.serving.requests import read_body, read_chat, read_completions, read_embeddings
 
@@ -65,7 +66,7 @@ def test_what_is_counted() -> None:
     pytest.importorskip("prometheus_client")
     from treadle.serving.metrics import Metrics
 
-    load = SimpleNamespace(running=2, waiting=3, prefilled=40, generated=50, steps=6)
+    load = Load(running=2, waiting=3, steps=6, prefilled=40, reused=30, generated=50)
     writer: Any = SimpleNamespace(name="m", scheduler=SimpleNamespace(load=lambda: load))
     metrics = Metrics([writer])
     for seconds in (0.2, 40.0):
@@ -83,6 +84,7 @@ def test_what_is_counted() -> None:
         'treadle_rows{model="m"} 2.0',
         'treadle_waiting{model="m"} 3.0',
         'treadle_tokens_total{kind="prompt",model="m"} 40.0',
+        'treadle_tokens_total{kind="reused",model="m"} 30.0',
         'treadle_tokens_total{kind="generated",model="m"} 50.0',
         'treadle_steps_total{model="m"} 6.0',
     }
