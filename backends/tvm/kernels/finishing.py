@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.pointwise import Chain
 from treadle.ir.types import DTYPES, DType, f32
 
@@ -132,3 +133,23 @@ class Finishing:
             k.store(to, written, k.load(source, read, lanes), lanes)
         with k.when(count < k.index(lanes)), k.loop(k.greatest(count, k.index(0)), "t") as t:
             k.store(to, [*written[:-1], written[-1] + t], k.load(source, [*read[:-1], read[-1] + t]))
+
+
+class FinishedProduct(Kernel):
+    """What kernels of products [m, k] by [n, k] share, whose sums are finished before they are stored.
+
+    epilogue, extras, whole  fields of each of them: see `Finishing`
+    """
+
+    epilogue: Chain | None
+    extras: tuple[str, ...]
+    whole: bool
+
+    @property
+    def finishing(self) -> Finishing:
+        """What is done with a sum."""
+        return Finishing(self.epilogue, self.extras, self.whole)
+
+    def flops(self, sizes: Sequence[int]) -> int:
+        m, depth, columns = sizes[:3]
+        return 2 * m * depth * columns

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from treadle.backends.tvm.kernels.encoded.tile_groups import MANY, PanelOnTiles
 from treadle.backends.tvm.kernels.encoded.unpacking import PackedForm
-from treadle.backends.tvm.kernels.finishing import Finishing
+from treadle.backends.tvm.kernels.finishing import FinishedProduct
 from treadle.backends.tvm.kernels.isa import Isa
-from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.narrow.byte_product import flipped, quads_added
 from treadle.backends.tvm.kernels.narrow.encode_groups import GROUP, form_of_groups
 from treadle.backends.tvm.kernels.narrow.encode_rows import rows_dtype
@@ -59,7 +58,7 @@ def tile_of(isa: Isa) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class QuadBlockProduct(Kernel):
+class QuadBlockProduct(FinishedProduct):
     """c = epilogue(a @ decode(w)), of whole numbers of 8 bits or less.
 
     form     of w's blocks, which lie along k: two bytes of scale, and 32 elements or a multiple
@@ -77,17 +76,8 @@ class QuadBlockProduct(Kernel):
     whole: bool = False
 
     @property
-    def finishing(self) -> Finishing:
-        """What is done with a sum."""
-        return Finishing(self.epilogue, self.extras, self.whole)
-
-    @property
     def title(self) -> str:
         return f"quad_block_product_{self.form.title}{self.finishing.title}"
-
-    def flops(self, sizes: Sequence[int]) -> int:
-        m, depth, columns = sizes[:3]
-        return 2 * m * depth * columns
 
     def emit(self, k: Emitter) -> None:
         given = [k.pointer("a", rows_dtype(form_of_groups(k.isa))), k.pointer("w", u8), k.pointer("told", _i32)]

@@ -8,12 +8,11 @@ one order, however many rows there are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from treadle.backends.tvm.kernels.finishing import Finishing
-from treadle.backends.tvm.kernels.kernel import Kernel
+from treadle.backends.tvm.kernels.finishing import FinishedProduct
 from treadle.backends.tvm.kernels.narrow.register_tiles import narrow_width, over_tiles
 from treadle.backends.tvm.kernels.pointwise import Chain
 
@@ -40,7 +39,7 @@ class RegisterTile:
 
 
 @dataclass(frozen=True)
-class RegisterProduct(Kernel):
+class RegisterProduct(FinishedProduct):
     """c = epilogue(a @ w), of narrow numbers.
 
     epilogue what is done with the sum, the chain's first input; None: it is stored as it is
@@ -55,17 +54,8 @@ class RegisterProduct(Kernel):
     whole: bool = False
 
     @property
-    def finishing(self) -> Finishing:
-        """What is done with a sum."""
-        return Finishing(self.epilogue, self.extras, self.whole)
-
-    @property
     def title(self) -> str:
         return f"{super().title}{self.finishing.title}"
-
-    def flops(self, sizes: Sequence[int]) -> int:
-        m, depth, columns = sizes[:3]
-        return 2 * m * depth * columns
 
     # -- what a kind of numbers says -----------------------------------------------------------------------------
 

@@ -15,8 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from treadle.backends.tvm.kernels.finishing import Finishing
-from treadle.backends.tvm.kernels.kernel import Kernel
+from treadle.backends.tvm.kernels.finishing import FinishedProduct
 from treadle.backends.tvm.kernels.narrow import tiles
 from treadle.backends.tvm.kernels.narrow.round_rows import BLOCK, two_rounded
 from treadle.backends.tvm.kernels.narrow.tiles import ROWS
@@ -45,7 +44,7 @@ TileAt = Callable[["Expr", int], "tuple[Any, list[Expr]]"]
 
 
 @dataclass(frozen=True)
-class TileProduct(Kernel):
+class TileProduct(FinishedProduct):
     """c = epilogue(a @ w), of bf16 numbers in tiles, with float32 sums.
 
     epilogue what is done with the sum, the chain's first input; None: it is stored as it is
@@ -63,17 +62,8 @@ class TileProduct(Kernel):
     tiled: bool = False
 
     @property
-    def finishing(self) -> Finishing:
-        """What is done with a sum."""
-        return Finishing(self.epilogue, self.extras, self.whole)
-
-    @property
     def title(self) -> str:
         return f"tile_product{self.finishing.title}{'_tiled' * self.tiled}"
-
-    def flops(self, sizes: Sequence[int]) -> int:
-        m, depth, columns = sizes[:3]
-        return 2 * m * depth * columns
 
     # -- what other numbers than bf16 have otherwise ------------------------------------------------------------
 
