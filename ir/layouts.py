@@ -8,6 +8,7 @@
     quads(32)                panels of 8-bit rows with their scales, in which four neighbours of a row lie side by side
     quads(48, flat)          the same quads, those of all columns of a panel one after another
     blocks(16, 20, 4)        panels of rows in blocks of 20 bytes, the first 4 of which are scales
+    blocks(16, 22, 2, tail, 4:5, 0:4)    the same of blocks whose last bytes are scales, with words in another order
     onednn                   a matrix [n, k] as oneDNN orders it, which it tells nobody
     onednn(transposed)       the same of a matrix [k, n]
 
@@ -27,7 +28,8 @@ from treadle.ir.errors import GraphError
 from treadle.ir.sizing.sizes import Size, product
 
 _TEXT = re.compile(r"([a-z]\w*)(?:\(([^()]*)\))?")
-_MOST_WIDE = 1 << 16
+_RUN = re.compile(r"([0-9]{1,4}):([0-9]{1,4})", re.ASCII)
+_MOST_WIDE, _MOST_RUNS = 1 << 16, 64
 
 PAIR_SQUARE = 16
 """Rows and columns of a square of pairs."""
@@ -50,7 +52,9 @@ class Layout:
     transposed  whether the matrix is [k, n], not [n, k]
     flat        whether pairs or quads lie as elements of panels do, and not in squares
     block       for blocks: the bytes of one
-    head        for blocks: how many of these, before the others, are scales of two bytes each
+    head        for blocks: how many of these are scales of two bytes each
+    tail        for blocks: whether scales are a block's last bytes; else they are its first
+    runs        for blocks: which words come first, from one number up to another, then which; none: all in their order
 
     In panels, element (n, k) of a weight [n, k] lies at ((n // width) * k_size + k) * width + n % width; the last panel
     is filled up with zeros.
@@ -68,9 +72,9 @@ class Layout:
     width + n % width, count being how many a row has: what an instruction that multiplies them reads lies in the order
     in which registers of a whole panel take it.
 
-    Blocks are of rows in a form of so many bytes a block: scales, and then a whole number of four bytes. A panel is a
-    block of all of its rows after the other: the first scale of all rows, the second, then the first four bytes of each
-    row side by side, and so on.
+    Blocks are of rows in a form of so many bytes a block: scales, and a whole number of words of four bytes. A panel is
+    a block of all of its rows after the other: the first scale of all rows, the second, then a word of each row side by
+    side, the next one, and so on.
     """
 
     kind: str
@@ -79,6 +83,8 @@ class Layout:
     flat: bool = False
     block: int = 0
     head: int = 0
+    tail: bool = False
+    runs: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in ("panels", "pairs", "quads", "blocks", "onednn"):
@@ -91,6 +97,8 @@ class Layout:
             raise GraphError(f"{self.kind} have a width of 16 times n", received=str(self.width), hint=hint)
         if self.flat and not squares:
             raise GraphError("only pairs and quads are flat", received=str(self))
+        if (self.tail or self.runs) and self.kind != "blocks":
+            raise GraphError("only blocks have a tail, and words", received=str(self))
         if self.kind in ("quads", "blocks") and self.transposed:
             raise GraphError(f"{self.kind} are of rows, which lie along the last axis", received=str(self))
         fours = 0 < self.block - self.head < _MOST_WIDE and (self.block - self.head) % 4 == 0 and self.head % 2 == 0
@@ -99,8 +107,20 @@ class Layout:
         ):
             hint = "blocks(16, 20, 4): a width, the bytes of a block, and those of its scales"
             raise GraphError("this is no layout of blocks", received=str(self), hint=hint)
+        if self.runs and not self._orders_words():
+            raise GraphError(
+                "words are not all there once", received=str(self), hint="runs such as 4:6, 0:4 of 6 words"
+            )
         if self.kind == "onednn" and self.width:
             raise GraphError("onednn has no width", received=str(self.width))
+
+    def _orders_words(self) -> bool:
+        at = 0
+        for first, end in sorted(self.runs):
+            if first != at or end <= first:
+                return False
+            at = end
+        return 4 * at == self.block - self.head
 
     def shape(self, shape: Sequence[Size]) -> tuple[Size, ...]:
         """The shape of the array that holds a matrix of this shape.
@@ -133,6 +153,8 @@ class Layout:
         inside += [str(self.block), str(self.head)] if self.block or self.head else []
         inside += ["flat"] if self.flat else []
         inside += ["transposed"] if self.transposed else []
+        inside += ["tail"] if self.tail else []
+        inside += [f"{first}:{end}" for first, end in self.runs]
         return f"{self.kind}({', '.join(inside)})" if inside else self.kind
 
 
@@ -156,9 +178,9 @@ def quads(width: int, *, flat: bool = False) -> Layout:
     return Layout("quads", width, flat=flat)
 
 
-def blocks(width: int, block: int, head: int) -> Layout:
-    """Panels of so many rows in blocks of so many bytes, the first of which are scales."""
-    return Layout("blocks", width, block=block, head=head)
+def blocks(width: int, block: int, head: int, runs: tuple[tuple[int, int], ...] = (), *, tail: bool = False) -> Layout:
+    """Panels of so many rows in blocks of so many bytes, the first of which, or the last, are scales."""
+    return Layout("blocks", width, block=block, head=head, tail=tail, runs=runs)
 
 
 def parse_layout(text: str) -> Layout:
@@ -166,17 +188,20 @@ def parse_layout(text: str) -> Layout:
     match = _TEXT.fullmatch(text.strip())
     if match is None:
         raise GraphError("this is no layout", received=text[:40], hint="panels(16), pairs(32, transposed), onednn")
-    numbers, words = list[int](), dict.fromkeys(("flat", "transposed"), False)
+    runs = list[tuple[int, int]]()
+    numbers, words = list[int](), dict.fromkeys(("flat", "transposed", "tail"), False)
     most = 3 if match[1] == "blocks" else 1
     for word in [w.strip() for w in match[2].split(",")] if match[2] else []:
         if word.isascii() and word.isdigit() and len(word) < 10 and len(numbers) < most:
             numbers.append(int(word))
         elif words.get(word) is False:
             words[word] = True
+        elif match[1] == "blocks" and (run := _RUN.fullmatch(word)) and len(runs) < _MOST_RUNS:
+            runs.append((int(run[1]), int(run[2])))
         else:
             raise GraphError(f"{match[1]} has no {word!r}", received=text[:40])
     width, block, head = (*numbers, 0, 0, 0)[:3]
-    return Layout(match[1], width, words["transposed"], words["flat"], block, head)
+    return Layout(match[1], width, words["transposed"], words["flat"], block, head, words["tail"], tuple(runs))
 
 
 def _read(value: Layout | str) -> Layout:

@@ -178,8 +178,9 @@ def test_what_each_encoding_of_a_weight_has_its_activations_rounded_to() -> None
 FORMS_OF_WEIGHTS = {
     "int8_rows": "uint8_rows",
     **dict.fromkeys(("q4_0", "q4_1", "q5_0", "q5_1", "q8_0"), "int8_groups(32)"),
+    **dict.fromkeys(("q2_k", "q3_k", "q4_k", "q5_k", "q6_k"), "int8_groups(32)"),
     **dict.fromkeys(("int4_groups(32)", "int4_groups(256)", "int8_groups(64)"), "int8_groups(32)"),
-    **dict.fromkeys(("int4_groups(16)", "q2_k", "q4_k", "q6_k", "q8_0(axis=0)"), "None"),
+    **dict.fromkeys(("int4_groups(16)", "q8_0(axis=0)", "q4_k(axis=0)"), "None"),
 }
 
 
@@ -191,13 +192,13 @@ def test_the_product_of_groups_is_one_of_whole_numbers_in_each(text: str) -> Non
     record = np.ascontiguousarray(rows).view(GROUPS.block.record(32))
     meant = np.zeros((3, 5, 7))
     q, d, c = encoding.block.parts(held.reshape(-1).view(encoding.block.record(encoding.elements(512))))
-    p = q.astype(int).reshape(7, 16, 32)
-    d, c = (np.repeat(each.reshape(7, -1), q.shape[-1] // 32, axis=1) for each in (d, c))
-    for group in range(16):
-        g = record["q"][..., group, :].astype(int)
-        sums = np.einsum("bsk,nk->bsn", g, p[:, group])
-        more = sums * d[:, group].astype(float) + g.sum(-1)[..., None] * c[:, group].astype(float)
-        meant += record["scale"][..., group, None].astype(float) * more
+    p = q.astype(int).reshape(7, 32, 16)  # 16 elements always share their scales
+    d, c = (np.repeat(each.reshape(7, -1), 32 * 7 // each.size, axis=1) for each in (d, c))
+    for part in range(32):
+        g = record["q"][..., part // 2, part % 2 * 16 : part % 2 * 16 + 16].astype(int)
+        sums = np.einsum("bsk,nk->bsn", g, p[:, part])
+        more = sums * d[:, part].astype(float) + g.sum(-1)[..., None] * c[:, part].astype(float)
+        meant += record["scale"][..., part // 2, None].astype(float) * more
     np.testing.assert_array_equal(op.reference(rows, held, None), meant.astype(np.float32))
     np.testing.assert_array_equal(op.reference(rows, held, bias), meant.astype(np.float32) + bias)
     near = GROUPS.decode(rows) @ encoding.decode(held).T

@@ -26,6 +26,7 @@ HERE = [
     name for name in ("x86-64-amx", "x86-64-v4-bf16", "x86-64-v4", "x86-64-v3", "x86-64-v2") if runs_here(ISAS[name])
 ]
 READ = ("int8_rows", "int4_groups(32)", "int4_groups(64)", "q8_0", "q4_0", "q4_1")
+WORDS = ("q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")  # which linears alone multiply, by words
 SIZES = [(32, 1), (32, 31), (64, 65), (128, 96), (320, 33), (1536, 17)]
 ROWS = (1, 2, 3, 6, 7, 8, 11, 12, 13, 24, 61)
 
@@ -88,31 +89,36 @@ def titles(exe: KernelExecutable) -> list[str]:
     return [s.kernel.title for s in exe.program.main.steps]  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("isa", HERE)
-@pytest.mark.parametrize("text", READ)
+EACH = [(text, isa) for text in READ for isa in HERE]
+EACH += [(text, isa) for text in WORDS for isa in HERE if isa == HERE[0] or text in ("q5_0", "q2_k", "q6_k")]
+
+
+@pytest.mark.parametrize(("text", "isa"), EACH)
 def test_products_of_every_size(text: str, isa: str) -> None:
-    for k, n in SIZES if isa == HERE[0] else SIZES[2:4]:
+    sizes = [(256, 1), (512, 31), (1536, 17)] if text.endswith("_k") else SIZES
+    for k, n in sizes if isa == HERE[0] else sizes[1:2] if text in WORDS else sizes[2:4]:
         if k % parse_encoding(text).elements(k):
             continue
-        for graph in (linear_graph(k, n, text), matmul_graph(k, n, text)):
+        for graph in (linear_graph(k, n, text), *([] if text in WORDS else [matmul_graph(k, n, text)])):
             held = blocks_of(graph, "w", k)
             encoding = graph.parameters["w"].type.encoding
             assert encoding is not None
             meant = encoding.decode(held)
             exe = compiled(graph, {"w": held}, isa)
             transposed = encoding.axis == 0
-            assert [t.startswith("block_product") for t in titles(exe)] == [True]
+            assert [t.removeprefix("wide_").startswith("block_product") for t in titles(exe)] == [True]
             for m in (1, 7, 24):
                 x = normal(m, k, seed=n)
                 assert_sums(exe(x=x)["y"], x, meant.T if transposed else meant, cut=transposed)
 
 
-@pytest.mark.parametrize("text", READ)
+@pytest.mark.parametrize("text", [*READ, *WORDS])
 def test_bits_of_a_row_are_its_own(text: str) -> None:
     """Whatever rows are beside it, however many, and however many threads share them."""
-    graph = linear_graph(192, 100, text, bias=True)
+    k = 512 if text.endswith("_k") else 192
+    graph = linear_graph(k, 100, text, bias=True)
     weights = {"w": blocks_of(graph, "w"), "bias": normal(100)}
-    x = normal(max(ROWS), 192)
+    x = normal(max(ROWS), k)
     one, two = (compiled(graph, weights, Target("cpu", threads)) for threads in (1, 2))
     whole = np.asarray(one(x=x)["y"])
     for m in ROWS:
@@ -134,13 +140,13 @@ def test_a_scale_that_is_not_finite_spoils_its_own_columns_alone() -> None:
     assert np.isfinite(np.delete(y, [7, 9], axis=1)).all()
 
 
-@pytest.mark.parametrize("isa", HERE)
-@pytest.mark.parametrize("text", READ)
+@pytest.mark.parametrize(("text", "isa"), EACH)
 def test_a_table_is_held_once_and_rows_of_it_are_its_bits(text: str, isa: str) -> None:
+    k = 512 if text.endswith("_k") else 64
     graph = parse_graph(f"""graph g {{
       symbols B, S
-      parameters {{ t: f32[70, 64] as {text} }}
-      main(i: i64[B, S]) -> (e: f32[B, S, 64], y: f32[B, S, 70]) {{
+      parameters {{ t: f32[70, {k}] as {text} }}
+      main(i: i64[B, S]) -> (e: f32[B, S, {k}], y: f32[B, S, 70]) {{
         t = decode($t, of={text})
         e = embedding(t, i)
         y = linear(e, t)
@@ -164,7 +170,7 @@ def test_a_table_is_held_once_and_rows_of_it_are_its_bits(text: str, isa: str) -
 def test_what_no_kernel_reads_is_decoded_once_and_told() -> None:
     graph = encode_parameters(
         llama.configure(vocab=96, dim=64, heads=4, layers=1, hidden=128, tied=True).graph(),
-        {"layer.0.attn.out.weight": Encoding("q5_0"), "layer.0.mlp.down.weight": Encoding("q8_0")},
+        {"layer.0.attn.out.weight": Encoding("int8_groups", 32), "layer.0.mlp.down.weight": Encoding("q8_0")},
     )
     weights = {
         n: blocks_of(graph, n) if v.type.encoding is not None else normal(*(v.type.static_shape or ()))
@@ -173,12 +179,35 @@ def test_what_no_kernel_reads_is_decoded_once_and_told() -> None:
     exe = treadle.compile(graph, backend="tvm", weights=weights)
     notes = {record.name: record.notes for record in exe.log}
     (told,) = [n for n in notes["read-blocks"] if "is not read in blocks" in n]
-    assert told.startswith("attn.out.weight is not read in blocks: no kernel reads q5_0, models/llama.py:")
+    assert told.startswith("attn.out.weight is not read in blocks: no kernel reads int8_groups, models/llama.py:")
     (read,) = [n for n in notes["read-blocks"] if " is read in q8_0 blocks, panels(" in n]
     assert read.startswith("mlp.down.weight")
     (once,) = [n for n in notes["hoist-weights"] if "is decoded once" in n]
-    assert once.startswith("attn.out.weight is decoded once: linear reads no q5_0 blocks")
+    assert once.startswith("attn.out.weight is decoded once: linear reads no int8_groups(32) blocks")
     assert exe.source.count(" = block_product_8_bits_by_32") == 1
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+def test_the_mix_of_forms_that_files_hold_stays_in_blocks(rounds: bool) -> None:
+    """As llama.cpp mixes them: nothing is widened, a table of q6_k is there once, whatever is rounded or not."""
+    model = llama.configure(vocab=300, dim=256, heads=4, kv_heads=2, layers=2, hidden=512, tied=True).graph()
+    forms = {n: Encoding("q4_k") for n, v in model.parameters.items() if v.type.rank == 2}
+    forms |= {"embed.weight": Encoding("q6_k"), "layer.1.attn.v.weight": Encoding("q5_0")}
+    graph = encode_parameters(model, forms)
+    weights = {
+        n: blocks_of(graph, n) if v.type.encoding is not None else normal(*(v.type.static_shape or ()))
+        for n, v in graph.parameters.items()
+    }
+    exe = treadle.compile(graph, backend="tvm", weights=weights, **({"quantize": "int8"} if rounds else {}))
+    assert "matmul" not in exe.source
+    notes = [n for record in exe.log for n in record.notes]
+    assert not [n for n in notes if "decoded once" in n or "not read in blocks" in n]
+    held = sum(array.nbytes for array in exe.executable.machine.weights.values())  # type: ignore[attr-defined]
+    assert held < 1.02 * sum(w.nbytes for w in weights.values()) + 16 * 2 * 210  # the last panel is filled up
+    plain = treadle.compile(graph, backend="numpy", weights=weights, **({"quantize": "int8"} if rounds else {}))
+    tokens = np.arange(10).reshape(2, 5)
+    a, b = (np.asarray(each(tokens=tokens)["logits"], np.float64) for each in (exe, plain))
+    np.testing.assert_allclose(a, b, rtol=0, atol=(2e-2 if rounds else 1e-5) * np.abs(b).max())
 
 
 @pytest.mark.parametrize("scheme", ["int8-weights", "int4"])

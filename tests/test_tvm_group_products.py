@@ -28,15 +28,17 @@ pytest.importorskip("tvm")
 from tests.tiles_in_memory import stand_in
 from treadle.backends.tvm.kernels.cache import KernelCache, assembly
 from treadle.backends.tvm.kernels.calling import bind
-from treadle.backends.tvm.kernels.encoded.quad_block_product import QuadBlockProduct, layout_of_blocks, owed_zero
-from treadle.backends.tvm.kernels.encoded.unpacking import packed_form
+from treadle.backends.tvm.kernels.encoded.block_words import word_form
+from treadle.backends.tvm.kernels.encoded.quad_block_product import QuadBlockProduct
 from treadle.backends.tvm.kernels.narrow.encode_groups import EncodeGroups, form_of_groups
 
 HERE = [
     name for name in ("x86-64-amx", "x86-64-v4-bf16", "x86-64-v4", "x86-64-v3", "x86-64-v2") if runs_here(ISAS[name])
 ]
 each_isa = pytest.mark.parametrize("isa", HERE)
-READ = ("q4_0", "q4_1", "q8_0", "int4_groups(32)", "int4_groups(64)", "int4_groups(128)")
+SMALL = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "int4_groups(32)", "int4_groups(64)", "int4_groups(128)")
+LARGE = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
+READ = (*SMALL, *LARGE)
 each_form = pytest.mark.parametrize("text", READ)
 ROWS = (1, 2, 5, 12, 13, 24, 31)
 
@@ -64,6 +66,8 @@ def drawn(text: str, n: int, k: int, *, whole: bool = False) -> Array:
         for name in records.dtype.names or ():
             if records[name].dtype.kind == "f":
                 records[name] = rng.choice([1, 2, -1], records[name].shape)
+            if records[name].dtype.kind == "i" and name == "scales":
+                records[name] %= 8  # as large as other forms' are, or sums pass 2^24
     return held
 
 
@@ -93,14 +97,15 @@ def titles(exe: KernelExecutable) -> list[str]:
 
 
 EACH = [(HERE[0], text) for text in READ] + [
-    (isa, text) for isa in HERE[1:] for text in ("q4_1", "int4_groups(64)", "q8_0")
+    (isa, text) for isa in HERE[1:] for text in ("q4_1", "int4_groups(64)", "q8_0", "q5_0", "q2_k", "q6_k")
 ]
 
 
 @pytest.mark.parametrize(("isa", "text"), EACH)
 def test_whole_numbers_are_multiplied_exactly(isa: str, text: str) -> None:
     """With scales of powers of two nothing is rounded at all: kernels and integers agree to the bit."""
-    for k, n in ((128, 1), (256, 31)) if isa == HERE[0] else ((128, 31),):
+    block = parse_encoding(text).elements(256)
+    for k, n in ((max(block, 128), 1), (512, 31)) if isa == HERE[0] else ((max(block, 128), 31),):
         held, x = drawn(text, n, k, whole=True), whole_rows(max(ROWS), k)
         exe = compiled(linear_graph(k, n, text), {"w": held}, isa)
         assert [t.startswith(("encode_groups", "quad_block_product")) for t in titles(exe)] == [True, True]
@@ -114,7 +119,7 @@ def test_whole_numbers_are_multiplied_exactly(isa: str, text: str) -> None:
 @each_form
 def test_any_numbers_are_near_to_the_reference_and_a_row_has_bits_of_its_own(text: str) -> None:
     """Whatever rows are beside it, however many, and however many threads share them."""
-    k, n = 384, 100
+    k, n = (512 if text in LARGE else 384), 100
     held, x = drawn(text, n, k), normal(max(ROWS), k)
     one, two = (compiled(linear_graph(k, n, text), {"w": held}, Target("cpu", threads)) for threads in (1, 2))
     whole = np.asarray(one(x=x)["y"])
@@ -129,7 +134,7 @@ def test_any_numbers_are_near_to_the_reference_and_a_row_has_bits_of_its_own(tex
             np.testing.assert_array_equal(exe(x=x[-m:])["y"], whole[-m:])
 
 
-@pytest.mark.parametrize("text", ["q4_0", "q4_1", "q8_0"])
+@pytest.mark.parametrize("text", ["q4_0", "q4_1", "q8_0", "q5_1", "q3_k", "q5_k"])
 def test_instruction_sets_that_add_a_product_at_once_have_the_same_bits(text: str) -> None:
     held, x = drawn(text, 40, 256), normal(5, 256)
     fused = [isa for isa in HERE if ISAS[isa].fused]
@@ -172,12 +177,12 @@ def test_a_scale_of_a_weight_that_is_not_finite_spoils_its_own_columns_alone() -
 # -- what stands around a product ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("isa", "text"), [(isa, "q8_0") for isa in HERE] + [(HERE[0], "q4_1")])
+@pytest.mark.parametrize(("isa", "text"), [(isa, "q8_0") for isa in HERE] + [(HERE[0], text) for text in READ])
 def test_a_table_is_held_once_and_rows_of_it_are_its_bits(isa: str, text: str) -> None:
     graph = parse_graph(f"""graph g {{
       symbols B
-      parameters {{ t: f32[70, 128] as {text} }}
-      main(i: i64[B], x: f32[B, 128]) -> (e: f32[B, 128], y: f32[B, 70]) {{
+      parameters {{ t: f32[70, 256] as {text} }}
+      main(i: i64[B], x: f32[B, 256]) -> (e: f32[B, 256], y: f32[B, 70]) {{
         t = decode($t, of={text})
         e = embedding(t, i)
         groups = encode(x, to=int8_groups(32))
@@ -186,13 +191,13 @@ def test_a_table_is_held_once_and_rows_of_it_are_its_bits(isa: str, text: str) -
         return e = e, y = y
       }}
     }}""")
-    held, x, i = drawn(text, 70, 128, whole=True), whole_rows(3, 128), np.array([69, 0, 33])
+    held, x, i = drawn(text, 70, 256, whole=True), whole_rows(3, 256), np.array([69, 0, 33])
     exe = compiled(graph, {"t": held}, isa)
     meant, out = parse_encoding(text).decode(held), exe(i=i, x=x)
     np.testing.assert_array_equal(out["e"], meant[i])
     np.testing.assert_array_equal(out["y"], x.astype(np.int64) @ meant.astype(np.int64).T)
     (kept,) = exe.machine.weights.values()
-    assert kept.shape[0] == 5
+    assert kept.shape[0] == 5  # panels of 16
 
 
 def test_one_value_is_rounded_for_weights_of_several_forms() -> None:
@@ -268,12 +273,23 @@ def test_blocks_hold_scales_and_then_four_neighbours_side_by_side() -> None:
     assert not made[2].reshape(3, 20 * 16)[:, 2 * 8 : 2 * 16].any()
 
 
+def test_words_lie_in_the_order_of_a_layout_and_scales_first() -> None:
+    held = np.random.default_rng(0).integers(0, 256, (16, 2 * 14), np.uint8)
+    made = pack(held, blocks(16, 14, 2, ((2, 3), (0, 2)), tail=True)).reshape(2, 14 * 16)
+    for block in range(2):
+        rows = held[:, 14 * block : 14 * block + 14]
+        np.testing.assert_array_equal(made[block, : 2 * 16].reshape(16, 2), rows[:, 12:])
+        for place, word in enumerate((2, 0, 1)):
+            at = 2 * 16 + 64 * place
+            np.testing.assert_array_equal(made[block, at : at + 64].reshape(16, 4), rows[:, 4 * word : 4 * word + 4])
+
+
 @pytest.mark.parametrize(
     ("isa", "word"),
     [("x86-64-amx", "vpdpbusd"), ("x86-64-v4-bf16", "vpdpbusd"), ("x86-64-v4", "vfmadd"), ("x86-64-v3", "vfmadd")],
 )
 def test_each_instruction_set_has_its_instructions_and_keeps_sums_in_registers(isa: str, word: str) -> None:
-    form = packed_form(Encoding("q4_1"))
+    form = word_form(Encoding("q4_1"))
     assert form is not None
     text = assembly(QuadBlockProduct(form), ISAS[isa])
     assert word in text
@@ -283,13 +299,13 @@ def test_each_instruction_set_has_its_instructions_and_keeps_sums_in_registers(i
 
 
 @pytest.mark.skipif("x86-64-v4-bf16" not in HERE, reason="no VNNI here, which the same bits come from")
-@pytest.mark.parametrize("text", ["q4_0", "q4_1", "q8_0", "int4_groups(64)"])
+@pytest.mark.parametrize("text", ["q4_0", "q4_1", "q5_0", "q8_0", "int4_groups(64)", "q4_k", "q5_k"])
 def test_tiles_have_the_bits_of_instructions_that_multiply_fours(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles are in memory here: what the kernel does with them, in more than one chunk of k."""
-    k, n, form = 128 * 17, 40, packed_form(parse_encoding(text))
+    k, n, form = 256 * 17 if text in LARGE else 128 * 17, 40, word_form(parse_encoding(text))
     assert form is not None
-    kernel, zero = QuadBlockProduct(form), owed_zero(form)
-    w = pack(drawn(text, n, k), layout_of_blocks(form))
+    kernel, zero = QuadBlockProduct(form), form.zero
+    w = pack(drawn(text, n, k), form.layout)
     cache = KernelCache(stand_in(monkeypatch), folder=None)
     for m in (16, 45) if text == "q4_1" else (33,):
         x, made = normal(m, k), []

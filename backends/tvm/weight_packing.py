@@ -20,7 +20,7 @@ import numpy as np
 from treadle.backends.bfloat16 import rounded
 from treadle.backends.made_weights import Recipe, as_numpy_weight
 from treadle.backends.refusals import refuse_misfit, refuse_missing
-from treadle.backends.tvm.kernels.encoded.quad_block_product import layout_of_blocks
+from treadle.backends.tvm.kernels.encoded.block_words import word_form
 from treadle.backends.tvm.kernels.encoded.unpacking import packed_form, reads_in_tiles
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.matmul import panel_width
@@ -87,22 +87,25 @@ def wants_blocks(isa: Isa) -> WantsBlocks:
         encoding, shape = value.node.inputs[0].type.encoding, value.type.static_shape
         if encoding is None or shape is None or len(shape) != 2:
             return "it is no matrix"
-        packed = packed_form(encoding)
-        if packed is None:
+        packed, words = packed_form(encoding), word_form(encoding)
+        if packed is None and words is None:
             return f"no kernel reads {encoding.form}"
         axis = encoding.axis % 2
         picks_rows = isinstance(node.op, Embedding) or (isinstance(node.op, Gather) and node.op.axis == 0)
         if picks_rows and position == 0 and axis == 1:
-            return beside or panels(panel_width(shape[0], isa))
+            return beside or (words.layout if packed is None and words else panels(panel_width(shape[0], isa)))
         product = isinstance(node.op, (Linear, MatMul)) and position == 1 and node.results[0].type.dtype is f32
         if not product or axis != (1 if isinstance(node.op, Linear) else 0):
             return f"{node.op.name} reads numbers"
         if value.type.dtype is not f32:
             tiles = isa.multiplies_tiles and value.type.dtype is bf16
-            if not (tiles and reads_in_tiles(packed) and shape[axis] % PAIR_STEP == 0):
+            if not (tiles and packed is not None and reads_in_tiles(packed) and shape[axis] % PAIR_STEP == 0):
                 return f"no kernel reads {encoding} blocks as {value.type.dtype} numbers"
             return panels(narrow_width(isa), transposed=axis == 0)
-        return panels(panel_width(shape[1 - axis], isa), transposed=axis == 0)
+        if packed is not None:
+            return panels(panel_width(shape[1 - axis], isa), transposed=axis == 0)
+        assert words is not None
+        return words.layout if axis == 1 else f"{node.op.name} reads {encoding.form} blocks along its rows alone"
 
     return read
 
@@ -111,8 +114,8 @@ def multiplies_rows(node: Node, position: int, isa: Isa) -> Layout | None:
     """How a product of whole numbers reads its weight."""
     if not isinstance(node.op, EncodedLinear) or position != 1:
         return None
-    form = packed_form(node.op.of)
-    return quads_for(isa) if node.op.of == ROWS or form is None else layout_of_blocks(form)
+    form = word_form(node.op.of)
+    return quads_for(isa) if node.op.of == ROWS or form is None else form.layout
 
 
 def pack_weights(
@@ -303,6 +306,10 @@ def _fill_blocks(made: Array, held: Array, layout: Layout) -> None:
         to = panels.reshape(-1, count, block * width)
         lines = rows.reshape(-1, width, count, block)
         scales, fours = lines[..., :head], lines[..., head:]
+        if layout.tail:
+            fours, scales = lines[..., : block - head], lines[..., block - head :]
+        if layout.runs:
+            fours = np.concatenate([fours[..., 4 * first : 4 * end] for first, end in layout.runs], axis=-1)
         to[:, :, : head * width] = _interleaved(scales, 2)
         to[:, :, head * width :] = _interleaved(fours, 4)
 

@@ -40,7 +40,8 @@ class BlockForm(ABC):
     spacing    of a form that is written, how far apart a block's numbers are, as a part of its largest
     marks      whether a block may be written of numbers of which some are not finite: it then decodes to NaN alone
     grouped    whether its name takes how many elements a block has: int4_groups(32)
-    whole      whether a block holds whole numbers of 8 bits, with one scale and one number more: see `parts`
+    whole      whether a block holds whole numbers of 8 bits, so many of which share a scale and one number more: see
+               `parts`
     """
 
     name: ClassVar[str]
@@ -60,8 +61,11 @@ class BlockForm(ABC):
         """f32[n, elements] of n records. Never raises: bytes may be anything, scales NaN or infinite."""
 
     def parts(self, blocks: Array) -> tuple[Array, Array, Array]:
-        """q, i8[n, elements], and d and c, f32[n], of n records of a form that is `whole`: y = d q + c."""
-        raise GraphError(f"{self.name} has no scale for a whole block")
+        """q, i8[n, elements], and d and c, f32[n, spans], of n records of a form that is `whole`: y = d q + c.
+
+        Each d and c is for as many neighbours in the block.
+        """
+        raise GraphError(f"{self.name} holds no whole numbers with a scale for so many")
 
     def encode(self, values: Array) -> Array:
         """n records of f32[n, elements], finite unless the form marks. Raises GraphError where a value has no place."""

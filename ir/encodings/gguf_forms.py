@@ -63,9 +63,8 @@ class _WholeForm(_GGUFForm):
         """The whole numbers of n records, i8[n, 32]."""
 
     def parts(self, blocks: Array) -> tuple[Array, Array, Array]:
-        d = blocks["d"].astype(np.float32)
-        least = blocks["m"].astype(np.float32) if "m" in (blocks.dtype.names or ()) else np.zeros_like(d)
-        return self.numbers(blocks), d, least
+        d = _wide(blocks["d"])
+        return self.numbers(blocks), d, _wide(blocks["m"]) if "m" in (blocks.dtype.names or ()) else np.zeros_like(d)
 
 
 def _above(low: Array, high: Array) -> Array:
@@ -149,17 +148,33 @@ class Q8_0(_WholeForm):
 
 
 class _KForm(_GGUFForm):
+    """A form of whole numbers in groups of 16 or 32: each has the block's scale d times a small integer, and if the
+    block has one more scale dmin, that times another is taken away."""
+
     elements = LARGE
+    whole = True
 
+    @abstractmethod
+    def numbers(self, blocks: Array) -> Array:
+        """The whole numbers of n records, i8[n, 256]."""
 
-def _grouped(scale: Array, small: Array) -> Array:
-    """A block's scale times the small integers of its groups, f32[n, groups, 1]."""
-    made: Array = (_wide(scale) * small.astype(np.float32))[..., None]
-    return made
+    @abstractmethod
+    def small(self, blocks: Array) -> tuple[Array, Array | None]:
+        """The small integers of groups, [n, groups]: what d is multiplied with, and what dmin is."""
 
+    def parts(self, blocks: Array) -> tuple[Array, Array, Array]:
+        d, least = self._scales(blocks)
+        return self.numbers(blocks), d, np.zeros_like(d) if least is None else -least
 
-def _in_groups(q: Array, groups: int) -> Array:
-    return q.reshape(len(q), groups, LARGE // groups).astype(np.float32)
+    def decode(self, blocks: Array) -> Array:
+        d, least = self._scales(blocks)
+        made = d[..., None] * self.numbers(blocks).reshape(*d.shape, -1).astype(np.float32)
+        return (made if least is None else made - least[..., None]).reshape(-1, LARGE)
+
+    def _scales(self, blocks: Array) -> tuple[Array, Array | None]:
+        scales, least = self.small(blocks)
+        d = _wide(blocks["d"]) * scales.astype(np.float32)
+        return d, None if least is None else _wide(blocks["dmin"]) * least.astype(np.float32)
 
 
 def _scales_and_least(packed: Array) -> tuple[Array, Array]:
@@ -177,11 +192,11 @@ class Q2_K(_KForm):
     name = "q2_k"
     fields = (("scales", "u1", 16), ("qs", "u1", 64), ("d", _F16), ("dmin", _F16))
 
-    def decode(self, blocks: Array) -> Array:
-        scales = blocks["scales"]
-        scale, least = _grouped(blocks["d"], scales & 15), _grouped(blocks["dmin"], scales >> 4)
-        made = scale * _in_groups(unpacked(blocks["qs"], 32, 2), 16) - least
-        return made.reshape(-1, LARGE)
+    def numbers(self, blocks: Array) -> Array:
+        return unpacked(blocks["qs"], 32, 2).astype(np.int8)
+
+    def small(self, blocks: Array) -> tuple[Array, Array | None]:
+        return blocks["scales"] & 15, blocks["scales"] >> 4
 
 
 @block_form
@@ -191,13 +206,17 @@ class Q3_K(_KForm):
     name = "q3_k"
     fields = (("hmask", "u1", 32), ("qs", "u1", 64), ("scales", "u1", 12), ("d", _F16))
 
-    def decode(self, blocks: Array) -> Array:
+    def numbers(self, blocks: Array) -> Array:
+        low, without = unpacked(blocks["qs"], 32, 2), unpacked(blocks["hmask"], 32, 1) ^ np.uint8(1)
+        made: Array = low.astype(np.int8) - (without << np.uint8(2)).astype(
+            np.int8
+        )  # a bit that is not set takes 4 away
+        return made
+
+    def small(self, blocks: Array) -> tuple[Array, Array | None]:
         packed = blocks["scales"]
         scales = unpacked(packed[:, :8], 8, 4) | (unpacked(packed[:, 8:], 4, 2) << np.uint8(4))
-        low, without = unpacked(blocks["qs"], 32, 2), unpacked(blocks["hmask"], 32, 1) ^ np.uint8(1)
-        q = low.astype(np.int8) - (without << np.uint8(2)).astype(np.int8)  # a bit that is not set takes 4 away
-        scale = _grouped(blocks["d"], scales.astype(np.int8) - np.int8(32))
-        return (scale * _in_groups(q, 16)).reshape(-1, LARGE)
+        return scales.astype(np.int8) - np.int8(32), None
 
 
 @block_form
@@ -207,10 +226,11 @@ class Q4_K(_KForm):
     name = "q4_k"
     fields = (("d", _F16), ("dmin", _F16), ("scales", "u1", 12), ("qs", "u1", 128))
 
-    def decode(self, blocks: Array) -> Array:
-        scales, least = _scales_and_least(blocks["scales"])
-        made = _grouped(blocks["d"], scales) * _in_groups(unpacked(blocks["qs"], 32, 4), 8)
-        return (made - _grouped(blocks["dmin"], least)).reshape(-1, LARGE)
+    def numbers(self, blocks: Array) -> Array:
+        return unpacked(blocks["qs"], 32, 4).astype(np.int8)
+
+    def small(self, blocks: Array) -> tuple[Array, Array | None]:
+        return _scales_and_least(blocks["scales"])
 
 
 @block_form
@@ -220,11 +240,12 @@ class Q5_K(_KForm):
     name = "q5_k"
     fields = (("d", _F16), ("dmin", _F16), ("scales", "u1", 12), ("qh", "u1", 32), ("qs", "u1", 128))
 
-    def decode(self, blocks: Array) -> Array:
-        scales, least = _scales_and_least(blocks["scales"])
-        q = unpacked(blocks["qs"], 32, 4) | (unpacked(blocks["qh"], 32, 1) << np.uint8(4))
-        made = _grouped(blocks["d"], scales) * _in_groups(q, 8)
-        return (made - _grouped(blocks["dmin"], least)).reshape(-1, LARGE)
+    def numbers(self, blocks: Array) -> Array:
+        q: Array = unpacked(blocks["qs"], 32, 4) | (unpacked(blocks["qh"], 32, 1) << np.uint8(4))
+        return q.astype(np.int8)
+
+    def small(self, blocks: Array) -> tuple[Array, Array | None]:
+        return _scales_and_least(blocks["scales"])
 
 
 @block_form
@@ -234,7 +255,9 @@ class Q6_K(_KForm):
     name = "q6_k"
     fields = (("ql", "u1", 128), ("qh", "u1", 64), ("scales", "i1", 16), ("d", _F16))
 
-    def decode(self, blocks: Array) -> Array:
-        q = unpacked(blocks["ql"], 64, 4) | (unpacked(blocks["qh"], 32, 2) << np.uint8(4))
-        scale = _grouped(blocks["d"], blocks["scales"])
-        return (scale * _in_groups(q.astype(np.int8) - np.int8(32), 16)).reshape(-1, LARGE)
+    def numbers(self, blocks: Array) -> Array:
+        q: Array = unpacked(blocks["ql"], 64, 4) | (unpacked(blocks["qh"], 32, 2) << np.uint8(4))
+        return q.astype(np.int8) - np.int8(32)
+
+    def small(self, blocks: Array) -> tuple[Array, Array | None]:
+        return blocks["scales"], None

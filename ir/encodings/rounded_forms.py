@@ -50,7 +50,8 @@ class _Symmetric(BlockForm):
         return made
 
     def parts(self, blocks: Array) -> tuple[Array, Array, Array]:
-        return blocks["q"], blocks["scale"], np.zeros_like(blocks["scale"])
+        scale = blocks["scale"][:, None]
+        return blocks["q"], scale, np.zeros_like(scale)
 
     def encode(self, values: Array) -> Array:
         made = np.empty(len(values), self.record(values.shape[-1]))
@@ -153,12 +154,12 @@ class Int4Groups(BlockForm):
 
     def parts(self, blocks: Array) -> tuple[Array, Array, Array]:
         q = unpacked(blocks["q"], blocks["q"].shape[-1], 4).astype(np.int8) - np.int8(8)
-        scale = blocks["scale"].astype(np.float32)
+        scale = blocks["scale"].astype(np.float32)[:, None]
         return q, scale, np.zeros_like(scale)
 
     def decode(self, blocks: Array) -> Array:
         q, scale, _ = self.parts(blocks)
-        made: Array = scale[:, None] * q.astype(np.float32)
+        made: Array = scale * q.astype(np.float32)
         return made
 
     def encode(self, values: Array) -> Array:

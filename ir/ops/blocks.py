@@ -148,15 +148,15 @@ def rounded_for(weight: Encoding) -> Encoding | None:
 class EncodedLinear(Composite):
     """y[..., n] = sum_b s[..., b] (t[n, b] sum_k (q[..., k] - z) p[n, k] + c[n, b] sum_k q[..., k]) + bias[n]
 
-    over k of the block b, for x = s (q - z) and weight = t p + c
+    over k of the span b, for x = s (q - z) and weight = t p + c
 
-    of    the encoding of the weight, of whole numbers with a scale a block
+    of    the encoding of the weight, of whole numbers with scales: of a block, or of 16 or 32 elements of one
     rows  that of x: `int8_groups(32)`; for a weight in `int8_rows`, which are one block, x is in such rows, or in rows
           that have a zero z as well (`uint8_rows`)
 
-    Sums over a block are of integers, and so are exact, whatever their order; rounded to float32 once, that of whole
-    rows is multiplied by the product of the scales. Blocks are summed here in float64, and rounded at the end; kernels
-    add them one after the other. Backends put it in the place of a linear of what is decoded
+    Sums over what shares all scales are of integers, and so are exact, whatever their order; rounded to float32 once,
+    that of whole rows is multiplied by the product of the scales. Such sums are added here in float64, and rounded at
+    the end; kernels add them one after the other. Backends put it in the place of a linear of what is decoded
     (`treadle.passes.lowering.multiply_blocks`), which it means.
     """
 
@@ -187,7 +187,7 @@ class EncodedLinear(Composite):
                 y = (q @ p.T).astype(np.float32) * (s[..., None] * t)  # sums are exact below 2^53
             else:
                 (q, s, _), (p, t, c) = _parts(x, self.rows), _parts(weight, self.of)
-                y = _summed(q, s, p.reshape(len(p), *q.shape[-2:]), t, c)
+                y = _summed(q, s, p, t, c)
         return y if bias is None else y + bias
 
 
@@ -200,21 +200,28 @@ def _of_rows(held: Any, encoding: Encoding) -> tuple[Any, Any]:
 
 
 def _summed(q: Any, s: Any, p: Any, t: Any, c: Any) -> Any:
-    """Products of q [..., groups, k] and p [n, groups, k], with scales s of the groups, and t and c of blocks."""
+    """Products of q [..., groups, 32] and p [n, k], with scales s of the groups, and t and c [n, spans] of p's."""
+    k = p.shape[-1]
+    span = k // max(1, t.shape[-1])
+    step = max(1, min(span, q.shape[-1]))  # elements that share all scales
     y = np.zeros((*q.shape[:-2], len(p)), np.float64)
-    each = q.shape[-2] // max(1, t.shape[-1])  # groups of a block
-    for group in range(q.shape[-2]):
-        of_x = q[..., group, :].astype(np.float64)
-        sums = (of_x @ p[:, group].astype(np.float64).T) * t[:, group // each].astype(np.float64)
-        least = of_x.sum(axis=-1, keepdims=True) * c[:, group // each].astype(np.float64)
-        y += s[..., group, None] * (sums + least)
+    q = q.reshape(*q.shape[:-2], -1).astype(np.float64)
+    for at in range(0, k, step):
+        of_x = q[..., at : at + step]
+        sums = (of_x @ p[:, at : at + step].astype(np.float64).T) * t[:, at // span].astype(np.float64)
+        least = of_x.sum(axis=-1, keepdims=True) * c[:, at // span].astype(np.float64)
+        y += s[..., at // GROUPS.group, None] * (sums + least)
     return y.astype(np.float32)
 
 
 def _parts(held: Any, encoding: Encoding) -> tuple[Any, Any, Any]:
-    """Of an array held in blocks along its last axis: numbers [..., blocks, elements], d and c [..., blocks]."""
+    """Of an array held in blocks along its last axis: numbers, of rows [..., groups, 32] and of weights [n, k]; and d
+    and c, of what shares them."""
     lines = np.ascontiguousarray(held)
     elements = encoding.elements(encoding.size(lines.shape[-1]))
     blocks = lines.view(encoding.block.record(elements))
     q, d, c = encoding.block.parts(blocks.reshape(-1))
-    return q.reshape(*blocks.shape, elements), d.reshape(blocks.shape), c.reshape(blocks.shape)
+    before = blocks.shape[:-1]
+    q = q.reshape(*blocks.shape, elements) if encoding == GROUPS else q.reshape(*before, blocks.shape[-1] * elements)
+    spans = blocks.shape[-1] * d.shape[-1]
+    return q, d.reshape(*before, spans), c.reshape(*before, spans)

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from treadle.backends.tvm.kernels.encoded.quad_block_product import layout_of_blocks, multiplies_groups, owed_zero
-from treadle.backends.tvm.kernels.encoded.unpacking import PackedForm, packed_form
+from treadle.backends.tvm.kernels.encoded.block_words import WordForm, word_form
 from treadle.backends.tvm.kernels.narrow.byte_product import MOST_SUMMED
 from treadle.backends.tvm.kernels.narrow.encode_groups import GROUP, EncodeGroups, form_of_groups, rows_of_groups
 from treadle.backends.tvm.kernels.narrow.encode_rows import (
@@ -40,9 +39,9 @@ def _encode(w: RoutineWriter, node: Node) -> None:
     uses = w.uses.get(y, [])
     products = [reader.op for reader, at in uses if at == 0 and isinstance(reader.op, EncodedLinear)]
     to = w.view(y)
-    forms = {_zero(form): form for form in map(form_of, products)}
-    for zero, form in forms.items():
-        w.encoded[y, zero] = _as_read(w, node, x, to.storage.name, form, _is_signed(y), by)
+    forms = {_owed(form): form for form in map(form_of, products)}
+    for owed, form in forms.items():
+        w.encoded[y, owed] = _as_read(w, node, x, to.storage.name, form, _is_signed(y), by)
     if products:
         own = w.place(y).how is How.OWN and y not in w.plan.function.outputs.values()
         if len(products) == len(uses) and own:
@@ -60,31 +59,32 @@ def _encode(w: RoutineWriter, node: Node) -> None:
         w.copy(target, to, node)
 
 
-def form_of(op: EncodedLinear) -> PackedForm | None:
+def form_of(op: EncodedLinear) -> WordForm | None:
     """How a product of whole numbers unpacks its right side; None: it is one of 8-bit rows."""
-    return None if op.of == ROWS else packed_form(op.of)
+    return None if op.of == ROWS else word_form(op.of)
 
 
-def _zero(form: PackedForm | None) -> int:
-    return -1 if form is None else owed_zero(form)
+def _owed(form: WordForm | None) -> tuple[int, int]:
+    """What tells apart in what groups are told: see `EncodeGroups`."""
+    return (-1, 0) if form is None else (form.zero, form.halves)
 
 
-def rows_of(w: RoutineWriter, node: Node, value: Value, form: PackedForm | None) -> tuple[View, View]:
+def rows_of(w: RoutineWriter, node: Node, value: Value, form: WordForm | None) -> tuple[View, View]:
     """A left side as products' kernels read it, and what these are told; of one that is held, made of its numbers.
 
     So the bits of what is held are kept, but for the last of a scale.
     """
-    if (value, _zero(form)) in w.encoded:
-        return w.encoded[value, _zero(form)]
+    if (value, _owed(form)) in w.encoded:
+        return w.encoded[value, _owed(form)]
     encoding = value.type.encoding
     assert encoding is not None
     numbers = _numbers(w, node, w.view(value), encoding, value.type.shape[-1])
     return _as_read(w, node, numbers, w.view(value).storage.name, form, _is_signed(value))
 
 
-def laid_out(w: RoutineWriter, value: Value, form: PackedForm | None) -> View:
+def laid_out(w: RoutineWriter, value: Value, form: WordForm | None) -> View:
     """A right side of whole numbers as kernels read it; what is no weight is laid out now."""
-    view, layout = w.view(value), quads_for(w.isa) if form is None else layout_of_blocks(form)
+    view, layout = w.view(value), quads_for(w.isa) if form is None else form.layout
     if value.layout == layout:
         return view
     made = w.scratch(view.dtype, (layout.elements(view.shape),), f"{view.storage.name}_{layout.kind}")
@@ -93,7 +93,7 @@ def laid_out(w: RoutineWriter, value: Value, form: PackedForm | None) -> View:
 
 
 def _as_read(
-    w: RoutineWriter, node: Node, x: View, name: str, of: PackedForm | None, signed: bool, by: View | None = None
+    w: RoutineWriter, node: Node, x: View, name: str, of: WordForm | None, signed: bool, by: View | None = None
 ) -> tuple[View, View]:
     """Rows [m, k], times `by`, rounded, in the form in which the instruction set's product reads them."""
     m, k = x.shape
@@ -102,8 +102,8 @@ def _as_read(
         form = form_of_groups(w.isa)
         rows = rows_of_groups(form, m)
         made = w.scratch(rows_dtype(form), (rows * k,), f"{name}_{form}")
-        told = w.scratch(DTYPES["i32"], (rows, k // GROUP, Size.of(2)), f"{name}_scales")
-        w.step(EncodeGroups(form, owed_zero(of)), [x, made, told], [m, k, x.strides[0]], node, writes=2)
+        told = w.scratch(DTYPES["i32"], (rows, k // GROUP, Size.of(1 + of.halves)), f"{name}_scales")
+        w.step(EncodeGroups(form, of.zero, of.halves), [x, made, told], [m, k, x.strides[0]], node, writes=2)
         return made, told
     form = form_of_rows(w.isa)
     made = w.scratch(rows_dtype(form), (rows_elements(form, m, k),), f"{name}_{form}")
@@ -175,7 +175,7 @@ def multiplies(op: Op, types: Sequence[Type | None]) -> bool:
 
 def takes_blocks(weight: Encoding) -> bool:
     """Whether kernels multiply rounded values with weights of an encoding as whole numbers."""
-    return weight == ROWS or multiplies_groups(packed_form(weight))
+    return weight == ROWS or word_form(weight) is not None
 
 
 RULES: Mapping[str, Rule] = {"encode": _encode, "decode": _decode}

@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from treadle.backends.tvm.kernels.arithmetic.conversions import working
-from treadle.backends.tvm.kernels.encoded.take_blocks import TakeBlocks
+from treadle.backends.tvm.kernels.encoded.block_words import word_form
+from treadle.backends.tvm.kernels.encoded.take_blocks import TakeBlocks, TakeWords
 from treadle.backends.tvm.kernels.encoded.unpacking import packed_form
 from treadle.backends.tvm.kernels.gathering import ScatterAdd, Take
+from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.pointwise import Chain, Instruction
 from treadle.backends.tvm.kernels.shaping import Iota
 from treadle.backends.tvm.lowering.program import STATUS_WORDS
@@ -57,13 +59,20 @@ def _gather_along(w: RoutineWriter, node: Node, axis: int) -> None:
 def _take_blocks(w: RoutineWriter, node: Node, unpacked: Node, indices: Value) -> None:
     """Rows of a table that lies in blocks."""
     source, picked = w.view(unpacked.inputs[0]), _flat(w, w.view(indices))
-    layout, form = source.panels, packed_form(unpacked.op.attributes["of"])
+    layout, of = source.panels, unpacked.op.attributes["of"]
     assert layout is not None
-    assert form is not None
+    kernel: Kernel
+    if layout.kind == "blocks":
+        words = word_form(of)
+        assert words is not None
+        kernel = TakeWords(words, indices.type.dtype.name)
+    else:
+        form = packed_form(of)
+        assert form is not None
+        kernel = TakeBlocks(form, indices.type.dtype.name, layout.width, layout.kind, layout.flat)
     rows, columns = unpacked.result.type.shape
 
     def emit(to: View) -> None:
-        kernel = TakeBlocks(form, indices.type.dtype.name, layout.width, layout.kind, layout.flat)
         sizes = [rows, columns, to.shape[1], picked.strides[0], to.strides[1]]
         w.step(kernel, [source, picked, to, STATUS_WORDS], sizes, node, writes=2)
 

@@ -11,10 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from treadle.backends.tvm.kernels.encoded.block_product import BlockProduct
-from treadle.backends.tvm.kernels.encoded.quad_block_product import WIDTH as BLOCKS_WIDTH
+from treadle.backends.tvm.kernels.encoded.block_words import WIDTH as BLOCKS_WIDTH
+from treadle.backends.tvm.kernels.encoded.block_words import WordForm
 from treadle.backends.tvm.kernels.encoded.quad_block_product import QuadBlockProduct
 from treadle.backends.tvm.kernels.encoded.tile_block_product import TileBlockProduct
 from treadle.backends.tvm.kernels.encoded.unpacking import PackedForm
+from treadle.backends.tvm.kernels.encoded.wide_block_product import WideBlockProduct
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.matmul import Matmul, Pack, panel_width
 from treadle.backends.tvm.kernels.narrow.byte_product import ByteTileProduct, QuadProduct
@@ -107,7 +109,7 @@ class MatrixProduct:
         to: LetteredView,
         finish: Finish,
         packed: bool = False,
-        form: PackedForm | None = None,
+        form: PackedForm | WordForm | None = None,
         encoded: tuple[View, View] | None = None,
     ) -> None:
         self.form, self.encoded = form, encoded
@@ -256,7 +258,7 @@ class MatrixProduct:
         wide = paired or self.encoded is not None
         if self.packed:
             panels, width = self.y.view, narrow_width(w.isa) if wide else panel_width(n.constant, w.isa)
-            width = BLOCKS_WIDTH if self.encoded is not None and self.form is not None else width
+            width = BLOCKS_WIDTH if isinstance(self.form, WordForm) else width
             w_batch = [ZERO, ZERO]
         else:
             width = panel_width(n.constant, w.isa)
@@ -273,6 +275,7 @@ class MatrixProduct:
             (left, told), tiles = self.encoded, w.isa.multiplies_tiles
             of_bytes: Kernel = (ByteTileProduct if tiles else QuadProduct)(self.chain, tuple(how), whole)
             if self.form is not None:
+                assert isinstance(self.form, WordForm)
                 of_bytes = QuadBlockProduct(self.form, self.chain, tuple(how), whole)
             pointers = [left, panels, told, *[e.view for e in self.extras], self.c.view]
             w.step(of_bytes, pointers, [*given, *rows, joined(self.c, self.rows)], self.node)
@@ -287,13 +290,18 @@ class MatrixProduct:
             w.step(kernel, [left, panels, *[e.view for e in self.extras], made], given, self.node)
             return
         given += [joined(self.x, self.rows), *rows, joined(self.c, self.rows)]
+        if isinstance(self.form, WordForm):
+            pointers = [self.x.view, panels, *[e.view for e in self.extras], self.c.view]
+            w.step(WideBlockProduct(self.form, self.chain, tuple(how), whole), pointers, given, self.node)
+            return
         if groups:
             given += counts
             for strides in (batch(self.x), w_batch, *[batch(e) for e in self.extras], batch(self.c)):
                 given += strides
         pointers = [self.x.view, panels, *[e.view for e in self.extras], self.c.view]
         shaped = width, self.chain, tuple(how), bool(groups), whole
-        w.step(Matmul(*shaped) if self.form is None else BlockProduct(*shaped, self.form), pointers, given, self.node)
+        kernel = Matmul(*shaped) if self.form is None else BlockProduct(*shaped, self.form)
+        w.step(kernel, pointers, given, self.node)
 
     def _paired(self, how: tuple[str, ...], whole: bool) -> Kernel:
         """The kernel of a product with a weight in pairs, or in blocks that are multiplied as bf16 numbers."""
@@ -304,6 +312,7 @@ class MatrixProduct:
             assert chain is not None
             chain = replace(chain, instructions=chain.instructions[:-1])  # the kernel rounds as it stores
         if self.form is not None:
+            assert isinstance(self.form, PackedForm)
             return TileBlockProduct(chain, how, whole, tiled, self.form)
         return TileProduct(chain, how, whole, tiled)
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from treadle.backends.tvm.kernels.contraction import Contraction
+from treadle.backends.tvm.kernels.encoded.block_words import word_form
 from treadle.backends.tvm.kernels.encoded.unpacking import packed_form
 from treadle.backends.tvm.kernels.matmul import panel_width
 from treadle.backends.tvm.kernels.narrow.tile_product import WIDTH as TILE_WIDTH
@@ -181,7 +182,8 @@ def _sum(
             held = w.view(values[0]) if narrow else _widened(w, w.view(values[0]))
             x = LetteredView.of(held, equation.operands[0])
             y = LetteredView.of(w.view(unpacked.inputs[0]), equation.operands[1])
-            form = packed_form(unpacked.op.attributes["of"])
+            of = unpacked.op.attributes["of"]
+            form = packed_form(of) or word_form(of)
             MatrixProduct(w, node, sizes, x, y, to, finish, packed=True, form=form).emit()
             return
         weight = _in_panels(w, node, values[1], equation)

@@ -105,7 +105,7 @@ class RoutineWriter:
         self.groups = {step.root: step for step in plan.steps}
         self.uses = plan.function.uses()
         self.rounded: dict[Storage, View | None] = {}
-        self.encoded: dict[tuple[Value, int], tuple[View, View]] = {}
+        self.encoded: dict[tuple[Value, tuple[int, int]], tuple[View, View]] = {}
         self._made: dict[Storage, dict[Hashable, View]] = {}
         self._names = {life.storage.name for life in plan.lives}
         self._begins: list[int] = []

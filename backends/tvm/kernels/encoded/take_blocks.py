@@ -8,9 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from treadle.backends.tvm.kernels.encoded.block_words import WIDTH, Block, WordForm
 from treadle.backends.tvm.kernels.encoded.unpacking import PackedForm
 from treadle.backends.tvm.kernels.gathering import checked
 from treadle.backends.tvm.kernels.kernel import Kernel
+from treadle.backends.tvm.kernels.narrow.encode_groups import GROUP
 from treadle.ir.layouts import PAIR_SQUARE, QUAD_HEAD, QUAD_STEP, ROW_HEAD
 from treadle.ir.types import DTYPES, f32, i64, u8
 
@@ -25,7 +27,7 @@ class TakeBlocks(Kernel):
     form     of x's blocks, which lie along d, in panels of x's rows
     indices  their dtype by name
     width    of a panel
-    lies     as what: "panels"; or as products of whole numbers read it, "quads", rows of 8 bits by fours, or "blocks"
+    lies     as what: "panels"; or as products of whole numbers read it, "quads", rows of 8 bits by fours
     flat     for quads: whether those of a panel's columns lie one after another
 
     Passed: x, indices, y, the status words; the sizes v, d, i, v being the rows of x; the strides of the indices and of
@@ -54,8 +56,6 @@ class TakeBlocks(Kernel):
         if self.lies == "quads":
             steps = k.floor_divide(d + (QUAD_STEP - 1), QUAD_STEP)
             x = k.view(pointers[0], [panels, steps * (self.width * QUAD_STEP) + self.width * QUAD_HEAD])
-        elif self.lies == "blocks":
-            x = k.view(pointers[0], [panels, bytes * self.width])
         else:
             x = k.view(pointers[0], [panels, bytes, self.width])
         indices = k.view(pointers[1], [i], [picked])
@@ -86,21 +86,68 @@ class TakeBlocks(Kernel):
 
         with k.loop(groups, "group") as group:
             base = k.let(group * form.bytes if form.group else k.index(0), "base")
-
-            def scales(at: int) -> Expr:
-                if self.lies == "panels":
-                    return k.load(x, [panel, base + at, column])
-                return k.load(x, [panel, base * self.width + (at // 2 * 2 * self.width + at % 2) + 2 * column])
-
-            def numbers(b: Expr) -> Expr:
-                if self.lies == "panels":
-                    return k.load(x, [panel, base + form.header + b, column])
-                four = (base + form.header + k.floor_divide(b, 4) * 4) * self.width
-                return k.load(x, [panel, four + 4 * column + k.floor_mod(b, 4)])
-
-            scale, least = form.scales(k, scales, 0, 1)
+            scale, least = form.scales(k, lambda at: k.load(x, [panel, base + at, column]), 0, 1)
             count = k.index(form.group * form.bits // 8) if form.group else d
             with k.loop(count, "b") as b:
-                for half, element in enumerate(form.elements(k, numbers(b), 1)):
+                byte = k.load(x, [panel, base + form.header + b, column])
+                for half, element in enumerate(form.elements(k, byte, 1)):
                     value = element * scale if least is None else element * scale + least
                     k.store(y, [row, group * form.group + b + half * (form.group // 2)], value)
+
+
+@dataclass(frozen=True)
+class TakeWords(Kernel):
+    """As `TakeBlocks`, of a table that is read by words.
+
+    Passed: x, in the form's layout, and the rest as there.
+    """
+
+    form: WordForm
+    indices: str
+
+    @property
+    def title(self) -> str:
+        return f"gather_of_blocks_{self.form.title}"
+
+    def emit(self, k: Emitter) -> None:
+        form = self.form
+        pointers = [k.pointer("x", u8), k.pointer("indices", DTYPES[self.indices]), k.pointer("y", f32)]
+        told = k.pointer("status", i64)
+        v, d, i = (k.size(name) for name in "vdi")
+        picked, apart = k.size("indices_i"), k.size("y_i")
+        count = k.let(k.floor_divide(d, form.elements), "blocks")
+        x = k.view(pointers[0], [k.floor_divide(v + (WIDTH - 1), WIDTH), count * (form.bytes * WIDTH)])
+        indices = k.view(pointers[1], [i], [picked])
+        y = k.view(pointers[2], [i, d], [apart, 1])
+        status = k.view(told, [4])
+        with k.parallel(i, "row") as row:
+            index = k.let(k.index(k.load(indices, [row])), "index")
+            checked(k, status, index, v, lambda: self._row(k, x, y, row, index, count))
+
+    def _row(self, k: Emitter, x: Any, y: Any, row: Expr, index: Expr, count: Expr) -> None:
+        """Row `index` of x as row `row` of y."""
+        form = self.form
+        panel, column = k.let(k.floor_divide(index, WIDTH), "panel"), k.let(k.floor_mod(index, WIDTH), "column")
+        with k.loop(count, "block") as number:
+            base = k.let(number * (form.bytes * WIDTH), "base")
+
+            def load(at: Expr, bytes: int, base: Expr = base) -> Expr:
+                return k.load(x, [panel, base + at], bytes)
+
+            block = Block(k, form, 1, load, column)
+            spans = form.spans(block)
+            held = k.registers(2 * len(spans), f32, "scales")
+            for at, (d, c) in enumerate(spans):
+                zero = d * k.number(-float(form.zero), f32) if c is None else c
+                k.store(held, [2 * at], d)
+                k.store(held, [2 * at + 1], zero)
+            with k.loop(k.index(form.chunks), "chunk") as chunk:
+                for part in range(form.parts):
+                    begin = k.let((chunk * form.parts + part) * GROUP, "begin")
+                    span = k.let(k.floor_divide(begin, form.span), "span")
+                    for at, word in form.fours(block, chunk, part):
+                        scale = 2 * (span + at // form.span if form.span < GROUP else span)
+                        four = k.let(word, "w")
+                        for n in range(4):
+                            value = block.number(four, n) * k.load(held, [scale]) + k.load(held, [scale + 1])
+                            k.store(y, [row, number * form.elements + begin + (at + n)], value)

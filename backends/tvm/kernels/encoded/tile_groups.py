@@ -37,7 +37,7 @@ class PanelOnTiles:
 
     def __init__(self, product: QuadBlockProduct, k: Emitter, views: Mapping[str, Any], most: int) -> None:
         self.product, self.k, self.views, self.most = product, k, views, most
-        self.each = product.form.group // GROUP  # groups of a block
+        self.each = product.form.elements // GROUP  # groups of a block
 
     def __call__(self, panel: Expr, first: Expr, count: Expr, columns: Expr, depth: Expr) -> None:
         k = self.k
@@ -65,21 +65,24 @@ class PanelOnTiles:
         return made
 
     def _unpack(self, panel: Expr, done: Expr, here: Expr) -> None:
-        """Numbers of so many groups as signed bytes, in fours, and the scales of their blocks."""
+        """Numbers of so many groups as signed bytes, in fours, and their scales."""
         k, product, form = self.k, self.product, self.product.form
-        with k.loop(k.floor_divide(here, self.each), "block") as block:
-            base = k.let((k.floor_divide(done, self.each) + block) * (form.bytes * ROWS), "base")
-            for number, scale in enumerate(product.scales(k, self.views["w"], panel, base, 0)):
-                if scale is not None:
-                    k.store(self.scales, [(2 * block + number) * ROWS], scale, ROWS)
-            for part in range(self.each):
-                begin = k.let((block * self.each + part) * _GROUP_BYTES, "begin")
-                for quad, halves in product.quads(part):
-                    words = product.words(k, self.views["w"], panel, base, quad, 0)
-                    for shift, element in halves:
-                        bytes = k.bits(product.bytes_of(k, words, shift, signed=True), u8, ROW_BYTES)
-                        at = begin + (element - part * GROUP) // 4 * ROW_BYTES
-                        k.store(self.numbers, [at], bytes, ROW_BYTES)
+        with k.loop(k.floor_divide(here, self.each), "block") as number:
+            base = k.let((k.floor_divide(done, self.each) + number) * (form.bytes * ROWS), "base")
+            (block,) = product.blocks(k, self.views["w"], panel, base)
+            spans, groups = form.spans(block), k.let(number * self.each, "groups")
+            for group in range(self.each):
+                for at, scale in enumerate(spans[group * GROUP // form.span]):
+                    if scale is not None:
+                        k.store(self.scales, [(2 * (groups + group) + at) * ROWS], scale, ROWS)
+            with k.loop(k.index(form.chunks), "part") as chunk:
+                for part in range(form.parts):
+                    begin = k.let((groups + chunk * form.parts + part) * _GROUP_BYTES, "begin")
+                    for element, word in form.fours(block, chunk, part):
+                        bytes = k.bits(k.let(word, "w"), _i8, ROW_BYTES) - k.number(_as_i8(form.zero), _i8, ROW_BYTES)
+                        k.store(
+                            self.numbers, [begin + element // 4 * ROW_BYTES], k.bits(bytes, u8, ROW_BYTES), ROW_BYTES
+                        )
 
     def _rows(self, first: Expr, sixteen: Expr, done: Expr, here: Expr, depth: Expr) -> None:
         """Add so many groups to the sums of 16 rows."""
@@ -114,15 +117,19 @@ class PanelOnTiles:
     def _add(self, row: Expr, done: Expr, group: Expr, number: int, acc: Any) -> None:
         """Scale them, and add them to the sums of all groups."""
         k, told = self.k, self.views["told"]
-        block = k.let(k.floor_divide(group, self.each), "block")
-        d = k.let(k.load(self.scales, [2 * block * ROWS], ROWS), "d")
-        least = k.let(k.load(self.scales, [(2 * block + 1) * ROWS], ROWS), "c") if self.product.form.least else None
+        d = k.let(k.load(self.scales, [2 * group * ROWS], ROWS), "d")
+        least = k.let(k.load(self.scales, [(2 * group + 1) * ROWS], ROWS), "c") if self.product.form.least else None
         for i in range(ROWS):
             total = k.cast(k.load(self.sums, [number * _SQUARE + i * ROWS], ROWS), f32, ROWS)
             at = [i * ROWS]
             k.store(
                 acc,
                 at,
-                self.product.added(k, told, row + i, done + group, k.load(acc, at, ROWS), total, d, least),
+                self.product.added(k, told, row + i, done + group, 0, k.load(acc, at, ROWS), total, d, least),
                 ROWS,
             )
+
+
+def _as_i8(zero: int) -> int:
+    """The byte with a sign that takes as much away as this does."""
+    return (zero + 128) % 256 - 128

@@ -33,12 +33,13 @@ def rows_of_groups(form: str, rows: Size) -> Size:
 
 @dataclass(frozen=True)
 class EncodeGroups(Kernel):
-    """y = x[m, k] as groups of 8-bit numbers; told[m, k // 32, 2] = the scale's bits, and what is owed to a group
+    """y = x[m, k] as groups of 8-bit numbers; told[m, k // 32, 1 + parts] = the scale's bits, and what is owed to parts
 
-    form  how y lies: "quads", row-major bytes; "wide", row-major in f32; "filled", bytes of a multiple of 16 rows, of
-          which those past m are whatever they are, and 0 is told
-    zero  what the right side's whole numbers hold too much: zero times the group's sum is owed, negative, an i32. 0: a
-          number is added to each, and its scale times its sum is owed, the bits of a float32
+    form   how y lies: "quads", row-major bytes; "wide", row-major in f32; "filled", bytes of a multiple of 16 rows, of
+           which those past m are whatever they are, and 0 is told
+    zero   what the right side's whole numbers hold too much: zero times the sum of a part is owed, negative, an i32. 0:
+           a number is added to each, and the scale times the sum is owed, the bits of a float32
+    parts  how many of a group's the right side tells apart: 1 or 2
 
     A group with a number that is not finite has the scale NaN. k is a multiple of 32. Passed: x, y, told; m, k; x's
     stride of rows.
@@ -46,6 +47,7 @@ class EncodeGroups(Kernel):
 
     form: str
     zero: int
+    parts: int = 1
 
     @property
     def title(self) -> str:
@@ -56,13 +58,16 @@ class EncodeGroups(Kernel):
         m, depth, stride = k.size("m"), k.size("k"), k.size("x_stride")
         groups = k.let(k.floor_divide(depth, GROUP), "groups")
         x, y = k.view(pointers[0], [m, depth], [stride, 1]), k.view(pointers[1], [m, depth])
-        told = k.view(pointers[2], [m + (ROWS if self.form == "filled" else 0), groups, 2])
+        told = k.view(pointers[2], [m + (ROWS if self.form == "filled" else 0), groups, 1 + self.parts])
         with k.parallel(k.floor_divide(m + (ROWS - 1), ROWS), "sixteen") as sixteen:
             first = k.let(sixteen * ROWS, "first")
             with k.loop(k.least(m - first, k.index(ROWS)), "i") as i, k.loop(groups, "group") as group:
                 self._group(k, x, y, told, k.let(first + i, "row"), group)
             if self.form == "filled":
-                with k.loop(k.greatest(first + ROWS - m, k.index(0)), "i") as i, k.loop(groups * 2, "j") as j:
+                with (
+                    k.loop(k.greatest(first + ROWS - m, k.index(0)), "i") as i,
+                    k.loop(groups * (1 + self.parts), "j") as j,
+                ):
                     k.store(told, [m + i, 0, j], k.number(0, _i32))
 
     def _group(self, k: Emitter, x: Any, y: Any, told: Any, row: Expr, group: Expr) -> None:
@@ -74,19 +79,24 @@ class EncodeGroups(Kernel):
             bits = k.bits(value, _i32, lanes) & k.number(0x7FFFFFFF, _i32, lanes)
             most = k.let(bits if most is None else k.greatest(most, bits), "most")
         scale, factor = scale_of(k, k.let(across(k, most, lanes, "smax"), "largest"))
-        total = None
+        totals: list[Expr] = []
+        each = GROUP // lanes // self.parts  # vectors of a part
         for at, value in enumerate(found):
             place = [row, start + at * lanes]
             nearest = k.let(k.nearest(value * k.splat(factor, lanes)), "nearest")
             whole = k.let(k.cast(nearest, _i32, lanes), "whole")
-            total = k.let(whole if total is None else total + whole, "total")
+            if at % each:
+                totals[-1] = k.let(totals[-1] + whole, "total")
+            else:
+                totals.append(whole)
             if self.form == "wide":
                 k.store(y, place, nearest, lanes)
             else:
                 k.store(y, place, k.bits(k.cast(whole, _i8, lanes), u8, lanes), lanes)
-        summed = k.let(across(k, total, lanes, "add"), "summed")
-        owed = summed * k.number(-self.zero, _i32)
-        if not self.zero:
-            owed = k.bits(k.let(k.cast(summed, f32) * scale, "owed"), _i32)
         k.store(told, [row, group, 0], k.bits(scale, _i32))
-        k.store(told, [row, group, 1], owed)
+        for part, total in enumerate(totals):
+            summed = k.let(across(k, total, lanes, "add"), "summed")
+            owed = summed * k.number(-self.zero, _i32)
+            if not self.zero:
+                owed = k.bits(k.let(k.cast(summed, f32) * scale, "owed"), _i32)
+            k.store(told, [row, group, 1 + part], owed)

@@ -1,0 +1,331 @@
+"""Blocks as kernels read them by words: which four bytes hold which four numbers, and what shares a scale.
+
+    y = d q + c      d and c of the span that an element is in: 16 elements, 32 or a whole block
+
+Blocks lie in `blocks(16, ...)`, so that a vector holds a word, four neighbouring bytes of a block, of each column. A
+word is taken apart by shifts and masks: the bytes of what comes out are four neighbouring numbers without sign, too
+large by the form's `zero`. A vector may have one lane, which reads a row.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING, ClassVar
+
+from treadle.backends.tvm.kernels.narrow.encode_groups import GROUP
+from treadle.ir.encodings.encoding import Encoding
+from treadle.ir.layouts import Layout, blocks
+from treadle.ir.types import DTYPES, f16, f32
+
+if TYPE_CHECKING:
+    from treadle.backends.tvm.kernels.emitter import Emitter, Expr
+
+WIDTH = 16
+"""Columns of a panel."""
+_i32 = DTYPES["i32"]
+_LOWEST = 0x01010101
+"""The lowest bit of each byte of a word."""
+_HIGHEST = -0x7F7F7F80  # 0x80808080 as an i32
+_COPIES = 0x00204081  # times four bits: one copy of them seven bits above another
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of each lane, in a panel of blocks.
+
+    load   so many bytes a lane, that far from where the panel's block begins, columns' first byte counted
+    column the first lane's
+    """
+
+    k: Emitter
+    form: WordForm
+    lanes: int
+    load: Callable[[Expr, int], Expr]
+    column: Expr
+
+    def scale(self, number: int) -> Expr:
+        """A 16-bit scale, by number, as float32."""
+        bytes = self.load(2 * (number * WIDTH + self.column), 2 * self.lanes)
+        return self.k.let(self.k.cast(self.k.bits(bytes, f16, self.lanes), f32, self.lanes), "d")
+
+    def word(self, number: Expr) -> Expr:
+        """Four of the bytes that are no such scales, by number, as an i32."""
+        at = 4 * (number * WIDTH + self.column) + 2 * WIDTH * self.form.scales
+        return self.k.let(self.k.bits(self.load(at, 4 * self.lanes), _i32, self.lanes), "w")
+
+    def masked(self, word: Expr, shift: Expr, bits: int) -> Expr:
+        """So many bits of each byte of a word, from bit `shift` on."""
+        return self._down(word, shift) & self._all(_LOWEST * ((1 << bits) - 1))
+
+    def raised(self, word: Expr, bits: int) -> Expr:
+        """A word so many bits higher, where no byte runs over."""
+        return self.k.shift_left(word, self._all(bits))
+
+    def spread(self, word: Expr, shift: Expr) -> Expr:
+        """Four bits, from bit `shift` on, each as the lowest of a byte."""
+        four = self._down(word, shift) & self._all(15)
+        return four * self._all(_COPIES) & self._all(_LOWEST)
+
+    def flipped(self, word: Expr) -> Expr:
+        """Bytes with a sign, plus 128."""
+        return word ^ self._all(_HIGHEST)
+
+    def number(self, word: Expr, byte: int) -> Expr:
+        """One byte of a word, without sign, as float32."""
+        return self.k.cast(self._down(word, 8 * byte) & self._all(255), f32, self.lanes)
+
+    def signed(self, word: Expr, byte: int) -> Expr:
+        """One byte of a word, with a sign, as float32."""
+        return self.k.cast(self._down(self.raised(word, 24 - 8 * byte), 24), f32, self.lanes)
+
+    def _down(self, word: Expr, shift: Expr) -> Expr:
+        return word if isinstance(shift, int) and not shift else word >> self._all(shift)
+
+    def _all(self, value: Expr) -> Expr:
+        k = self.k
+        return k.number(value, _i32, self.lanes) if isinstance(value, int) else k.splat(k.cast(value, _i32), self.lanes)
+
+
+Scale = tuple["Expr", "Expr | None"]
+"""d and c of a span; no c where it is 0, or -d times the form's zero."""
+
+
+class WordForm(ABC):
+    """A form as kernels read it by words.
+
+    elements  of a block: a multiple of 32
+    bytes     of a block, of which the first are 16-bit scales
+    scales    how many of these there are
+    tail      whether they are the last bytes
+    span      elements that share d and c
+    zero      what numbers as they are read are too large by
+    least     whether a span has a c of its own
+    chunks    in how many parts, read alike, a block is read
+    runs      in which order words lie in a panel, where that is not the block's own: hardware fetches ahead what is
+              read in order, and q6_k's own takes three times as long
+    """
+
+    elements: int = 256
+    bytes: int
+    scales: int = 1
+    tail: ClassVar[bool] = False
+    span: int = 32
+    zero: int = 0
+    least: bool = False
+    chunks: ClassVar[int] = 4
+    runs: ClassVar[tuple[tuple[int, int], ...]] = ()
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """For a kernel's name."""
+
+    @abstractmethod
+    def spans(self, block: Block) -> Sequence[Scale]:
+        """d and c of each span."""
+
+    @abstractmethod
+    def four(self, block: Block, chunk: Expr, part: int, half: int, i: Expr) -> Expr:
+        """The word of elements 16 half + 4 i to 16 half + 4 i + 3 of the 32 that are a part of a chunk."""
+
+    def fours(self, block: Block, chunk: Expr, part: int) -> Iterator[tuple[int, Expr]]:
+        """The words of a part of a chunk, each with its first element."""
+        for half, i in product(range(2), range(4)):
+            yield 16 * half + 4 * i, self.four(block, chunk, part, half, i)
+
+    @property
+    def layout(self) -> Layout:
+        """How blocks lie."""
+        return blocks(WIDTH, self.bytes, 2 * self.scales, self.runs, tail=self.tail)
+
+    @property
+    def parts(self) -> int:
+        """Groups of 32 elements of a chunk."""
+        return self.elements // (self.chunks * GROUP)
+
+    @property
+    def halves(self) -> int:
+        """How many spans 32 elements have."""
+        return max(1, GROUP // self.span)
+
+
+@dataclass(frozen=True)
+class PlainWords(WordForm):
+    """A scale, for some forms a least value, then numbers of 4, 5 or 8 bits, of which the fifth ones come first.
+
+    Those of 4 or 5 bits share a byte with one half a block on.
+    """
+
+    bits: int
+    elements: int
+    zero: int
+    least: bool = False
+    chunks = 1
+
+    @property
+    def scales(self) -> int:  # type: ignore[override]
+        return 1 + self.least
+
+    @property
+    def span(self) -> int:  # type: ignore[override]
+        return self.elements
+
+    @property
+    def bytes(self) -> int:  # type: ignore[override]
+        return 2 * self.scales + self.elements * self.bits // 8
+
+    @property
+    def title(self) -> str:
+        return f"{self.bits}_bits_by_{self.elements}" + "_with_least" * self.least
+
+    def spans(self, block: Block) -> Sequence[Scale]:
+        return [(block.scale(0), block.scale(1) if self.least else None)]
+
+    def four(self, block: Block, chunk: Expr, part: int, half: int, i: Expr) -> Expr:
+        element = GROUP * part + 16 * half
+        if self.bits == 8:
+            return block.flipped(block.word(element // 4 + i))
+        high, inside = divmod(element, self.elements // 2)
+        if self.bits == 4:
+            return block.masked(block.word(inside // 4 + i), 4 * high, 4)
+        low = block.masked(block.word(1 + inside // 4 + i), 4 * high, 4)
+        return low | block.raised(block.spread(block.word(0), element + 4 * i), 4)
+
+
+class KWords(WordForm):
+    """A form whose scales are small integers times one of 16 bits: 256 elements, 64 read alike."""
+
+    def spans(self, block: Block) -> Sequence[Scale]:
+        k, d = block.k, block.scale(0)
+        below = k.let(k.number(0.0, f32, block.lanes) - block.scale(1), "below") if self.least else None
+        made: list[Scale] = []
+        for scale, least in self.small(block):
+            made.append((k.let(d * scale, "d"), None if below is None else k.let(below * least, "c")))
+        return made
+
+    @abstractmethod
+    def small(self, block: Block) -> Iterator[tuple[Expr, Expr]]:
+        """The integers of each span, as float32: what d is multiplied with, and the other scale; without that None."""
+
+
+@dataclass(frozen=True)
+class Q2K(KWords):
+    """Words: four bits of scales and four of least values, 4; two bits of numbers, 16."""
+
+    bytes, scales, tail, span, least, title = 84, 2, True, 16, True, "q2_k"
+
+    def small(self, block: Block) -> Iterator[tuple[Expr, Expr]]:
+        for word in map(block.word, range(4)):
+            low, high = block.masked(word, 0, 4), block.masked(word, 4, 4)
+            yield from ((block.number(low, n), block.number(high, n)) for n in range(4))
+
+    def four(self, block: Block, chunk: Expr, part: int, half: int, i: Expr) -> Expr:
+        return _two_bits(block, 4, chunk, part, half, i)
+
+
+@dataclass(frozen=True)
+class Q3K(KWords):
+    """Words: third bits of numbers, 8; two bits of them, 16; four bits of scales, 2; two bits above these."""
+
+    bytes, scales, tail, span, zero, title = 110, 1, True, 16, 4, "q3_k"
+
+    def small(self, block: Block) -> Iterator[tuple[Expr, Expr]]:
+        above = block.word(26)
+        for i in range(4):
+            low = block.masked(block.word(24 + i % 2), 4 * (i // 2), 4)
+            word = low | block.raised(block.masked(above, 2 * i, 2), 4)
+            zero = block.k.number(32.0, f32, block.lanes)
+            yield from ((block.number(word, n) - zero, None) for n in range(4))
+
+    def four(self, block: Block, chunk: Expr, part: int, half: int, i: Expr) -> Expr:
+        third = block.masked(block.word(4 * half + i), 2 * chunk + part, 1)
+        return _two_bits(block, 8, chunk, part, half, i) | block.raised(third, 2)
+
+
+def _two_bits(block: Block, first: int, chunk: Expr, part: int, half: int, i: Expr) -> Expr:
+    """Four elements of two bits each: 32 words hold 32 elements' lowest bits, then the next 32's, and so on."""
+    k = block.k
+    return block.masked(
+        block.word(first + 8 * k.floor_divide(chunk, 2) + 4 * half + i), 4 * k.floor_mod(chunk, 2) + 2 * part, 2
+    )
+
+
+def _six_bits(block: Block) -> Iterator[tuple[Expr, Expr]]:
+    """Eight scales and eight least values, in three words."""
+    first, second, rest = map(block.word, range(3))
+    for half in range(2):
+        if half:
+            scales = block.masked(rest, 0, 4) | block.raised(block.masked(first, 6, 2), 4)
+            least = block.masked(rest, 4, 4) | block.raised(block.masked(second, 6, 2), 4)
+        else:
+            scales, least = block.masked(first, 0, 6), block.masked(second, 0, 6)
+        yield from ((block.number(scales, n), block.number(least, n)) for n in range(4))
+
+
+@dataclass(frozen=True)
+class Q4K(KWords):
+    """Words: six bits of scales and least values, 3; numbers, 32."""
+
+    bytes, scales, least, title = 144, 2, True, "q4_k"
+
+    def small(self, block: Block) -> Iterator[tuple[Expr, Expr]]:
+        return _six_bits(block)
+
+    def four(self, block: Block, chunk: Expr, part: int, half: int, i: Expr) -> Expr:
+        return block.masked(block.word(3 + 8 * chunk + 4 * half + i), 4 * part, 4)
+
+
+@dataclass(frozen=True)
+class Q5K(KWords):
+    """Words: six bits of scales and least values, 3; fifth bits of numbers, 8; four bits of them, 32."""
+
+    bytes, scales, least, title = 176, 2, True, "q5_k"
+
+    def small(self, block: Block) -> Iterator[tuple[Expr, Expr]]:
+        return _six_bits(block)
+
+    def four(self, block: Block, chunk: Expr, part: int, half: int, i: Expr) -> Expr:
+        fifth = block.masked(block.word(3 + 4 * half + i), 2 * chunk + part, 1)
+        return block.masked(block.word(11 + 8 * chunk + 4 * half + i), 4 * part, 4) | block.raised(fifth, 4)
+
+
+@dataclass(frozen=True)
+class Q6K(KWords):
+    """Words: scales of eight bits with a sign, 4; twice four bits of numbers, 16, and two bits above these, 8."""
+
+    bytes, scales, tail, span, zero, title = 210, 1, True, 16, 32, "q6_k"
+    runs = ((48, 52), (0, 16), (32, 40), (16, 32), (40, 48))
+
+    def small(self, block: Block) -> Iterator[tuple[Expr, Expr]]:
+        for word in map(block.word, range(4)):
+            yield from ((block.signed(word, n), None) for n in range(4))
+
+    def four(self, block: Block, chunk: Expr, part: int, half: int, i: Expr) -> Expr:
+        second, twice = block.k.floor_divide(chunk, 2), block.k.floor_mod(chunk, 2)
+        low = block.masked(block.word(4 + 24 * second + 8 * part + 4 * half + i), 4 * twice, 4)
+        high = block.masked(block.word(20 + 24 * second + 4 * half + i), 4 * twice + 2 * part, 2)
+        return low | block.raised(high, 4)
+
+
+def word_form(encoding: Encoding) -> WordForm | None:
+    """How kernels read an encoding by words; None: they do not."""
+    if encoding.form == "int4_groups" and encoding.group % GROUP == 0:
+        return PlainWords(4, encoding.group, 8)
+    return _FORMS.get(encoding.form)
+
+
+_FORMS: dict[str, WordForm] = {
+    "q8_0": PlainWords(8, 32, 128),
+    "q4_0": PlainWords(4, 32, 8),
+    "q4_1": PlainWords(4, 32, 0, least=True),
+    "q5_0": PlainWords(5, 32, 16),
+    "q5_1": PlainWords(5, 32, 0, least=True),
+    "q2_k": Q2K(),
+    "q3_k": Q3K(),
+    "q4_k": Q4K(),
+    "q5_k": Q5K(),
+    "q6_k": Q6K(),
+}

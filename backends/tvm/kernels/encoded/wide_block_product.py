@@ -1,0 +1,60 @@
+"""Products of float32 rows with weights in blocks that are read by words: each number is unpacked, and multiplied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from treadle.backends.tvm.kernels.encoded.word_product import WordProduct, WordTile
+from treadle.backends.tvm.kernels.narrow.encode_groups import GROUP
+from treadle.ir.types import f32
+
+if TYPE_CHECKING:
+    from treadle.backends.tvm.kernels.emitter import Emitter, Expr
+
+
+@dataclass(frozen=True)
+class WideBlockProduct(WordProduct):
+    """c = epilogue(a @ decode(w)), over float32.
+
+    Passed: a, w, in the form's layout; the extras, c; m, k, n; a's stride of rows; `m` and `mn` extras' and c's.
+    """
+
+    @property
+    def title(self) -> str:
+        return f"wide_{super().title}"
+
+    def ask(self, k: Emitter) -> list[Any]:
+        return [k.pointer("a", f32)]
+
+    def stride(self, k: Emitter, depth: Expr) -> Expr:
+        return k.size("a_stride")
+
+    def views(self, k: Emitter, given: Sequence[Any], m: Expr, depth: Expr, stride: Expr) -> dict[str, Any]:
+        return {"a": k.view(given[0], [m, depth], [stride, 1])}
+
+    def group(self, k: Emitter, views: dict[str, Any], tile: WordTile, chunk: Expr, part: int, group: Expr) -> None:
+        form, blocks = self.form, tile.blocks
+        for half in range(2):
+            span = half * form.halves // 2
+            scales = [self._whole_scale(k, tile, v, chunk, part, span) for v in range(len(blocks))]
+            with k.loop(k.index(4), "four") as i:
+                first = k.let(group * GROUP + (16 * half + 4 * i), "first")
+                words = self.words(k, tile, chunk, part, half, i)
+                for n in range(4):
+                    numbers = []
+                    for block, word, (d, c) in zip(blocks, words, scales, strict=True):
+                        number = block.number(word, n) * d
+                        numbers.append(k.let(number if c is None else number + c, "y"))
+                    self.products(k, views["a"], tile, first + n, numbers, tile.sums)
+
+    def _whole_scale(
+        self, k: Emitter, tile: WordTile, vector: int, chunk: Expr, part: int, half: int
+    ) -> tuple[Expr, Expr | None]:
+        """d and c, of a form with a zero that which takes it away."""
+        d, c = tile.scale(k, vector, chunk, part, half)
+        zero = self.form.zero
+        if zero:
+            c = k.let(d * k.number(-float(zero), f32, k.isa.lanes()), "c")
+        return k.let(d, "d"), c if c is None else k.let(c, "c")

@@ -1,0 +1,194 @@
+"""What products with weights in blocks share that are read by words: tiles of 16 columns and as many rows as fit.
+
+    c[m, n] = epilogue(sum_k a[m, k] (d q[n, k] + c))
+
+A block's scales are made once for all rows of a tile, and lie beside the sums; then 32 elements after the others are
+taken apart, in registers. Each row is summed over k in one order, however many rows there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from treadle.backends.tvm.kernels.encoded.block_words import WIDTH, Block, Scale, WordForm
+from treadle.backends.tvm.kernels.finishing import FinishedProduct
+from treadle.backends.tvm.kernels.isa import Isa
+from treadle.backends.tvm.kernels.narrow.register_tiles import Many, over_tiles
+from treadle.backends.tvm.kernels.pointwise import Chain
+from treadle.ir.types import f32, u8
+
+if TYPE_CHECKING:
+    from treadle.backends.tvm.kernels.emitter import Emitter, Expr
+
+
+@dataclass(frozen=True)
+class WordTile:
+    """A tile of sums at a block of its columns.
+
+    first   its first row of a
+    high    how many rows it has
+    blocks  of each vector of columns
+    sums    a vector after the other, row by row
+    scales  of a block with one span, of each vector; None: `held` has those of all spans
+    """
+
+    form: WordForm
+    first: Expr
+    high: int
+    blocks: Sequence[Block]
+    sums: Any
+    scales: Sequence[Scale] | None = None
+    held: Any = None
+
+    def scale(self, k: Emitter, vector: int, chunk: Expr, part: int, half: int) -> Scale:
+        """d and c of a vector of columns, of a half of the 32 elements of a part."""
+        if self.scales is not None:
+            return self.scales[vector]
+        lanes, form = k.isa.lanes(), self.form
+        span = (chunk * form.parts + part) * form.halves + half
+        at = k.let((span * 2 * len(self.blocks) + vector) * lanes, "at")
+        d = k.load(self.held, [at], lanes)
+        return d, k.load(self.held, [at + WIDTH], lanes) if form.least else None
+
+
+@dataclass(frozen=True)
+class WordProduct(FinishedProduct):
+    """c = epilogue(a @ decode(w)).
+
+    form     of w's blocks, which lie along k
+    epilogue what is done with the sum, the chain's first input; None: it is stored as it is
+    extras   how the chain's other inputs lie: see `Finishing`
+    whole    whether n is a multiple of a panel's width at every call
+    """
+
+    form: WordForm
+    epilogue: Chain | None = None
+    extras: tuple[str, ...] = ()
+    whole: bool = False
+
+    @property
+    def title(self) -> str:
+        return f"block_product_{self.form.title}{self.finishing.title}"
+
+    # -- what a kind of left side says ---------------------------------------------------------------------------
+
+    def ask(self, k: Emitter) -> list[Any]:
+        """Ask for the pointer of a."""
+        raise NotImplementedError
+
+    def ask_more(self, k: Emitter) -> list[Any]:
+        """Ask for the pointers that follow w's."""
+        return []
+
+    def stride(self, k: Emitter, depth: Expr) -> Expr:
+        """How far apart a's rows lie; asked for, if it is not `depth`."""
+        return depth
+
+    def views(self, k: Emitter, given: Sequence[Any], m: Expr, depth: Expr, stride: Expr) -> dict[str, Any]:
+        """Views of what was asked for, by name; a's is "a"."""
+        raise NotImplementedError
+
+    def group(self, k: Emitter, views: dict[str, Any], tile: WordTile, chunk: Expr, part: int, group: Expr) -> None:
+        """Add to a tile's sums what 32 elements give: a part of a chunk of a block, and which ones of a row."""
+        raise NotImplementedError
+
+    def many(self, k: Emitter, views: dict[str, Any], columns: Expr, depth: Expr) -> tuple[int, Many] | None:
+        """What is done in place of tiles from so many rows on."""
+        return None
+
+    # -- the loops -----------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def tile(isa: Isa) -> tuple[int, int]:
+        """Rows of a tile, and its columns: two sums of each stay in registers."""
+        vectors = WIDTH // isa.lanes()
+        return max(1, min(12, (isa.registers - 6) // (2 * vectors))), WIDTH
+
+    def emit(self, k: Emitter) -> None:
+        form = self.form
+        given, w = self.ask(k), k.pointer("w", u8)
+        given += self.ask_more(k)
+        finished = self.finishing.pointers(k)
+        m, depth, columns = k.size("m"), k.size("k"), k.size("n")
+        stride, strides = self.stride(k, depth), self.finishing.strides(k)
+        held = k.let(k.floor_divide(depth, form.elements), "held")
+        panels = k.let(k.floor_divide(columns + (WIDTH - 1), WIDTH), "panels")
+        shapes = self.finishing.shapes(m, columns, strides)
+        views = self.views(k, given, m, depth, stride) | {p.name: k.view(p, *shapes[p.name]) for p in finished}
+        views["w"] = k.view(w, [panels, held * (form.bytes * WIDTH)])
+
+        def tile(panel: Expr, column: int, width: int, row: Expr, rows: int) -> None:
+            self._tile(k, views, panel, row, rows, columns, held)
+
+        over_tiles(k, m, panels, tile, self.tile(k.isa), self.many(k, views, columns, depth))
+
+    def _tile(
+        self, k: Emitter, views: dict[str, Any], panel: Expr, first: Expr, high: int, columns: Expr, held: Expr
+    ) -> None:
+        """So many rows of a panel."""
+        form, lanes = self.form, k.isa.lanes()
+        vectors = WIDTH // lanes
+        acc = k.registers(high * WIDTH, f32, "sums")
+        with k.unroll(high * vectors, "r") as r:
+            k.store(acc, [r * lanes], k.number(0.0, f32, lanes), lanes)
+        with k.loop(held, "block") as block:
+            base = k.let(block * (form.bytes * WIDTH), "base")
+            if k.isa.ahead:
+                for line in range(0, form.bytes * WIDTH, 64):
+                    k.prefetch(views["w"], [panel, base + (line + k.isa.ahead)])
+            tile = WordTile(form, first, high, self.blocks(k, views["w"], panel, base), acc)
+            tile = self._with_scales(k, tile)
+            groups = k.let(block * (form.chunks * form.parts), "groups")
+            if form.chunks == 1:
+                for part in range(form.parts):
+                    self.group(k, views, tile, k.index(0), part, k.let(groups + part, "group"))
+            else:
+                with k.loop(k.index(form.chunks), "chunk") as chunk:
+                    for part in range(form.parts):
+                        at = k.let(groups + chunk * form.parts + part, "group")
+                        self.group(k, views, tile, chunk, part, at)
+        tile_of_sums = k.registers(high * WIDTH, f32, "tile")
+        with k.unroll(high * vectors, "r") as r:
+            k.store(tile_of_sums, [r * lanes], k.load(acc, [r * lanes], lanes), lanes)
+        with k.loop(high, "i") as i, k.loop(vectors, "v") as v:
+            value = k.load(tile_of_sums, [(i * vectors + v) * lanes], lanes)
+            column = k.let(panel * WIDTH + v * lanes, "column")
+            self.finishing.store(k, views, [first + i], column, value, columns, lanes)
+
+    def blocks(self, k: Emitter, w: Any, panel: Expr, base: Expr) -> list[Block]:
+        """A panel's block that begins at `base`, of each vector of columns."""
+        lanes = k.isa.lanes()
+
+        def load(at: Expr, count: int) -> Expr:
+            return k.load(w, [panel, base + at], count)
+
+        return [Block(k, self.form, lanes, load, v * lanes) for v in range(WIDTH // lanes)]
+
+    def _with_scales(self, k: Emitter, tile: WordTile) -> WordTile:
+        form, lanes = self.form, k.isa.lanes()
+        made = [form.spans(block) for block in tile.blocks]
+        if len(made[0]) == 1:
+            return replace(tile, scales=[scale for (scale,) in made])
+        held = k.registers(len(made[0]) * 2 * WIDTH, f32, "scales")
+        for v, scales in enumerate(made):
+            for span, (d, c) in enumerate(scales):
+                at = (span * 2 * len(made) + v) * lanes
+                k.store(held, [at], d, lanes)
+                if c is not None:
+                    k.store(held, [at + WIDTH], c, lanes)
+        return replace(tile, held=held)
+
+    def words(self, k: Emitter, tile: WordTile, chunk: Expr, part: int, half: int, i: Expr) -> list[Expr]:
+        """Four neighbours of each vector of columns: see `WordForm.four`."""
+        return [k.let(self.form.four(block, chunk, part, half, i), "w") for block in tile.blocks]
+
+    def products(self, k: Emitter, a: Any, tile: WordTile, at: Expr, numbers: Sequence[Expr], to: Any) -> None:
+        """Add each row's element times a vector of numbers of each vector of columns."""
+        lanes = k.isa.lanes()
+        for i in range(tile.high):
+            x = k.let(k.splat(k.load(a, [tile.first + i, at]), lanes), "x")
+            for v, y in enumerate(numbers):
+                place = [(i * len(numbers) + v) * lanes]
+                k.store(to, place, k.load(to, place, lanes) + x * y, lanes)
