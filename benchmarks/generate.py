@@ -4,7 +4,8 @@
     python benchmarks/generate.py [--model smollm2|gpt2] [--form f32] [--dtype f32] [--threads 1] [--peers python]
 
 SmolLM2-135M comes from its GGUF file, with the matrices in float32 or in the blocks that `--form` names: q4_1, as the
-file is shipped, q4_0 or q8_0 (Hugging Face has a float32 model of its shape, and is left out with blocks). GPT-2 small
+file is shipped, q4_0 or q8_0, or in those that llama.cpp makes of float32: q5_0, q5_1, q6_k and the mixes q2_k, q3_k_m,
+q4_k_m and q5_k_m (Hugging Face has a float32 model of its shape, and is left out with blocks). GPT-2 small
 has drawn weights in float32: times do not depend on them. `--dtype bf16` has ours multiply bf16 numbers, `--quantize
 int8` rounded ones. Each side runs in a process of its own, and all take turns, so that a busy machine slows each alike;
 on one thread processor time is taken, which a neighbour cannot lengthen. A figure is a median over rounds, beside what
@@ -43,13 +44,16 @@ Found = Mapping[str, Mapping[str, list[Answer]]]
 
 KINDS = ("decode", "batch", "prefill", "first")
 TOKENS, ROWS, PROMPT, STEPS = 256, 8, 32, 8
+WRITTEN = ("q4_1", "q4_0", "q8_0")
+MADE = ("q5_0", "q5_1", "q2_k", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k")
+"""Forms that llama.cpp makes."""
 SIDES = ("treadle", "llama.cpp", "ctranslate2", "huggingface")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=("smollm2", "gpt2"), default="smollm2")
-    parser.add_argument("--form", choices=("f32", "q4_1", "q4_0", "q8_0"), default="f32")
+    parser.add_argument("--form", choices=("f32", *WRITTEN, *MADE), default="f32")
     parser.add_argument("--dtype", choices=("f32", "bf16"), default="f32")
     parser.add_argument("--quantize", choices=("int8-weights", "int8", "int4", "int4-int8"))
     parser.add_argument("--threads", type=int, default=1)
@@ -63,7 +67,7 @@ def main() -> int:
     if options.side:
         return serve(options)
     with tempfile.TemporaryDirectory() as place:
-        prepare(options.model, options.form, Path(place))
+        prepare(options.model, options.form, Path(place), options.peers)
         found, missing = compare(options, Path(place))
     report(options, found, missing)
     return 0
@@ -249,7 +253,7 @@ def weights_of(model: str, folder: Path) -> str:
 # -- what they read --------------------------------------------------------------------------------------------
 
 
-def prepare(model: str, form: str, folder: Path) -> None:
+def prepare(model: str, form: str, folder: Path, python: str) -> None:
     """Write the model's weights in each side's format."""
     import tokenizers
     import torch
@@ -271,7 +275,12 @@ def prepare(model: str, form: str, folder: Path) -> None:
 
     fetched = fetch_model("smollm2")
     source = fetched if fetched.suffix == ".gguf" else next(fetched.glob("*.gguf"))
-    write_gguf(source, form, folder / GGUF)
+    if form in MADE:
+        write_gguf(source, "f32", folder / "f32.gguf")
+        quantize(python, folder / "f32.gguf", form, folder / GGUF)
+        (folder / "f32.gguf").unlink()
+    else:
+        write_gguf(source, form, folder / GGUF)
     if form != "f32":
         return
     config = transformers.LlamaConfig(
@@ -298,8 +307,7 @@ def write_gguf(source: Path, form: str, to: Path) -> None:
             continue
         kind = each.types[0]
         written.add_key_value(name, each.contents(), kind, sub_type=each.types[-1] if len(each.types) > 1 else None)
-    types = {"f32": "ALL_F32", "q4_1": "MOSTLY_Q4_1", "q4_0": "MOSTLY_Q4_0", "q8_0": "MOSTLY_Q8_0"}
-    written.add_file_type(gguf.LlamaFileType[types[form]])
+    written.add_file_type(gguf.LlamaFileType["ALL_F32" if form == "f32" else f"MOSTLY_{form.upper()}"])
     for tensor in read.tensors:
         held = tensor.tensor_type
         wanted = gguf.GGMLQuantizationType[form.upper() if held.name.startswith("Q") else "F32"]
@@ -312,6 +320,16 @@ def write_gguf(source: Path, form: str, to: Path) -> None:
     written.write_kv_data_to_file()
     written.write_tensors_to_file()
     written.close()
+
+
+def quantize(python: str, source: Path, form: str, to: Path) -> None:
+    """As llama.cpp does, whose mixes have more bits where they count, and other forms where rows are no 256."""
+    code = (
+        "import llama_cpp as l, sys; p = l.llama_model_quantize_default_params(); p.nthread = 1; "
+        "p.ftype = getattr(l, 'LLAMA_FTYPE_MOSTLY_' + sys.argv[2]); "
+        "sys.exit(l.llama_model_quantize(sys.argv[1].encode(), sys.argv[3].encode(), p))"
+    )
+    subprocess.run([python, "-c", code, str(source), form.upper(), str(to)], check=True, capture_output=True)
 
 
 def convert_ctranslate2(python: str, folder: Path) -> None:
