@@ -238,26 +238,27 @@ def test_one_value_is_rounded_for_weights_of_several_forms() -> None:
     assert sum(t.startswith("encode_groups") for t in made) == 3, made  # of q4_0 and int4_groups one
 
 
-def test_groups_that_a_block_is_given_and_weights_that_are_picked() -> None:
+@pytest.mark.parametrize("text", ["q4_0", "q5_k", "q3_k", "q6_k"])
+def test_groups_that_a_block_is_given_and_weights_that_are_picked(text: str) -> None:
     """What is held is read as it is told; what is no weight is laid out at the call."""
-    graph = parse_graph("""graph g {
+    graph = parse_graph(f"""graph g {{
       symbols M, N
-      parameters { w: f32[50, 64] as q4_0 }
-      block h(groups: f32[M, 64] as int8_groups(32), w: f32[N, 64] as q4_0) -> (y: f32[M, N])
-      {
-        y = encoded_linear(groups, w, of=q4_0, rows=int8_groups(32))
+      parameters {{ w: f32[50, 512] as {text} }}
+      block h(groups: f32[M, 512] as int8_groups(32), w: f32[N, 512] as {text}) -> (y: f32[M, N])
+      {{
+        y = encoded_linear(groups, w, of={text}, rows=int8_groups(32))
         return y = y
-      }
-      main(x: f32[M, 64], i: i64[N]) -> (y: f32[M, N]) {
+      }}
+      main(x: f32[M, 512], i: i64[N]) -> (y: f32[M, N]) {{
         groups = encode(x, to=int8_groups(32))
         picked = gather($w, i)
         y = h(groups, picked)
         return y = y
-      }
-    }""")
-    held, x, i = drawn("q4_0", 50, 64, whole=True), whole_rows(9, 64), np.arange(49, 3, -3)
+      }}
+    }}""")
+    held, x, i = drawn(text, 50, 512, whole=True), whole_rows(9, 512), np.arange(49, 3, -3)
     exe = compiled(graph, {"w": held})
-    wanted = x.astype(np.int64) @ Encoding("q4_0").decode(held)[i].astype(np.int64).T
+    wanted = x.astype(np.int64) @ Encoding(text).decode(held)[i].astype(np.int64).T
     np.testing.assert_array_equal(exe(x=x, i=i)["y"], wanted)
 
 

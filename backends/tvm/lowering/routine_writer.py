@@ -298,7 +298,8 @@ class RoutineWriter:
             kernel = (PackPairs if layout.kind == "pairs" else PackQuads)(layout.width, layout.flat)
             self.step(kernel, [view, to], sizes, None)
         elif layout.kind == "blocks":
-            self.step(PackBlocks(layout.width, layout.block, layout.head), [view, to], sizes, None)
+            kernel = PackBlocks(layout.width, layout.block, layout.head, layout.tail, layout.runs)
+            self.step(kernel, [view, to], sizes, None)
         else:
             self.step(Pack(layout.width), [view, to], [*sizes, 1, 1, 0, 0], None)
 

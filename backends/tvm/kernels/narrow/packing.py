@@ -99,7 +99,7 @@ class PackQuads(Kernel):
 
 @dataclass(frozen=True)
 class PackBlocks(Kernel):
-    """w = x[n, bytes], rows in blocks, in blocks(width, block, head): see `treadle.ir.layouts`. Filled up with zeros.
+    """w = x[n, bytes], rows in blocks, in blocks(width, block, head, ...): see `treadle.ir.layouts`. Filled up with zeros.
 
     Passed: x, w; n, bytes; x's strides over both. w is contiguous.
     """
@@ -107,6 +107,8 @@ class PackBlocks(Kernel):
     width: int
     block: int
     head: int
+    tail: bool = False
+    runs: tuple[tuple[int, int], ...] = ()
 
     @property
     def generic(self) -> bool:
@@ -127,10 +129,17 @@ class PackBlocks(Kernel):
                     k.store(w, [panel, at], k.load(x, [row, byte]))
 
             with k.loop(k.floor_divide(bytes, self.block), "block") as block:
-                base = k.let(block * self.block, "base")
-                for start, side in ((0, 2), (self.head, 4)):  # scales have two bytes, what follows lies by fours
-                    end = self.head if side == 2 else self.block
+                base, to = k.let(block * self.block, "base"), 0
+                for start, end, side in self._pieces():
                     with k.loop((end - start) // side, "each") as each:
                         for j in range(side):
-                            byte = k.let(base + start + each * side, "byte")
-                            put(byte * self.width + side * i + j, byte + j)
+                            at = k.let(base + to + each * side, "at")
+                            put(at * self.width + side * i + j, base + start + each * side + j)
+                    to += end - start
+
+    def _pieces(self) -> list[tuple[int, int, int]]:
+        """Which bytes of a block lie one after the other, and how many of a row side by side: two of scales, or four."""
+        words = self.block - self.head
+        scales, first = (words, 0) if self.tail else (0, self.head)
+        runs = self.runs or ((0, words // 4),)
+        return [(scales, scales + self.head, 2), *((first + 4 * start, first + 4 * end, 4) for start, end in runs)]
