@@ -22,6 +22,8 @@ if find_backend("tvm").available():
 from treadle.backends.tvm.profiling import time_calls
 from treadle.benching.roofline import measure_roofline
 from treadle.benching.roofline_drawing import draw_roofline
+from treadle.benching.serving import measured_limits
+from treadle.ir.target import Target
 
 SMALL = {"layers": 2, "dim": 64, "heads": 2, "hidden": 96, "vocab": 100}
 SIZES = {"B": 2, "S": 9}
@@ -54,6 +56,19 @@ def test_a_bf16_product_is_held_to_the_rate_of_bf16() -> None:
     found = measure_roofline(treadle.compile("bert", backend="tvm", dtype="bf16", **SMALL), SIZES, rounds=1)
     assert set(found.rates) == {"f32", "bf16"}
     assert {row.dtype for row in found.rows} == {"f32", "bf16"}
+
+
+def test_rates_are_those_of_what_products_are_of_and_of_as_many_threads() -> None:
+    """Whole numbers are held to their own rate, and one thread to what one thread of a library reaches."""
+    exe = treadle.compile("bert", backend="tvm", target=Target("cpu", 1), quantize="int8", dtype="bf16", **SMALL)
+    found = measure_roofline(exe, SIZES, rounds=1)
+    assert set(found.rates) == {"f32", "bf16", "int8"}
+    by_kernel = {row.kernel: row.dtype for row in found.rows}
+    products = {dtype for kernel, dtype in by_kernel.items() if "product" in kernel}
+    assert products == {"int8"} and any(d == "bf16" for k, d in by_kernel.items() if k.startswith("attention"))
+    assert "OP/s in int8" in str(found)
+    one, two = (measured_limits(1 << 20, threads)["flops"] for threads in (1, 2))
+    assert 1.3 < two / one < 3  # by the processor's time, however many a library takes
 
 
 def test_timed_calls_compute_what_a_run_computes() -> None:

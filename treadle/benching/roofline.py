@@ -35,6 +35,8 @@ from treadle.ir.types import bf16, f32
 from treadle.passes.products.narrow_products import NarrowProducts
 from treadle.reports import human, sizes_text
 
+DTYPES = ("f32", "bf16", "int8")
+"""What products are of, each of which has a rate."""
 _LARGE = 1536  # rows, columns and terms of the product that is measured for a dtype's rate
 
 
@@ -46,7 +48,7 @@ class KernelRow:
     seconds   of one call, the median
     flops     of one call
     bytes     of one call
-    dtype     in which it multiplies: f32 or bf16
+    dtype     of what it multiplies: f32, bf16 or int8
     least     the seconds that one call could take at the machine's rates
     source    the user's line of the node that it computes last
     """
@@ -71,7 +73,7 @@ class KernelRow:
 class Roofline:
     """All kernels of a run, the longest first.
 
-    rates  floating-point operations a second of each dtype: what the best of a large product and these kernels reaches
+    rates  operations a second of each dtype: what the best of a large product and these kernels reaches
     read   bytes a second that a plain read has, of as many as the model holds
     held   bytes of its weights and its arena
     """
@@ -107,7 +109,7 @@ class Roofline:
         at = f" at {sizes_text(self.sizes)}" if self.sizes else ""
         plural = "s" * (self.threads != 1)
         yield f"{self.model}{at} on {self.target}, {self.threads} thread{plural}: {total * 1e3:.3g} ms in kernels"
-        told = [f"{human(rate, 'FLOP')}/s in {dtype}" for dtype, rate in self.rates.items()]
+        told = [f"{human(rate, operations(dtype))}/s in {dtype}" for dtype, rate in self.rates.items()]
         reads = f"a plain read of the {human(self.held, 'B')} that it holds {human(self.read, 'B')}/s"
         yield f"products reach {' and '.join(told)} here, {reads}"
         yield ""
@@ -136,6 +138,11 @@ class Roofline:
         )
 
 
+def operations(dtype: str) -> str:
+    """What an operation on numbers of a dtype is called."""
+    return "OP" if dtype == "int8" else "FLOP"
+
+
 def measure_roofline(model: Compiled, sizes: Mapping[str, int], *, rounds: int = 9, seed: int = 0) -> Roofline:
     """Run a model of the TVM backend call by call, at sizes for its symbols, on drawn inputs.
 
@@ -151,11 +158,11 @@ def measure_roofline(model: Compiled, sizes: Mapping[str, int], *, rounds: int =
         raise UsageError(f"{model.name} has states, and a roofline runs a model without any")
     calls = time_calls(exe, draw_inputs(model.graph, sizes, [seed]), rounds)
     held = exe.nbytes
-    limits = measured_limits(held)
+    limits = measured_limits(held, exe.threads)
     rows = list(_rows(model, calls))
-    rates = {"f32": max(limits["flops"], _rate("f32", model.target, rounds))}
-    if any(row.dtype == "bf16" for row in rows):
-        rates["bf16"] = _rate("bf16", model.target, rounds)
+    rates = {dtype: _rate(dtype, model.target, rounds) for dtype in DTYPES if any(row.dtype == dtype for row in rows)}
+    if "f32" in rates:
+        rates["f32"] = max(rates["f32"], limits["flops"])
     for row in rows:
         rates[row.dtype] = max(rates[row.dtype], row.flops / row.seconds)
     read = limits["read"]
@@ -186,7 +193,7 @@ def _rows(model: Compiled, calls: list[TimedCall]) -> Iterator[KernelRow]:
         seconds = _middle(found)
         nodes = groups.get(node, ()) if node is not None and seconds == longest[node] else ()
         flops = sum(node_cost(each, at).flops for each in nodes)
-        moved, dtype = _bytes(step, at), _dtype(step)
+        moved, dtype = _bytes(step, at), step.kernel.multiplies
         if nodes:  # of a table that is gathered from some rows are read
             moved = min(moved, sum(node_cost(each, at).bytes for each in nodes))
         what = "+".join(dict.fromkeys(n.op.name for n in nodes)) or (node.op.name if node is not None else "")
@@ -223,11 +230,6 @@ def _bytes(step: KernelStep, sizes: Mapping[str, int]) -> int:
     return sum(found.values())
 
 
-def _dtype(step: KernelStep) -> str:
-    """In what a step multiplies: bf16 where it reads weights that lie in pairs."""
-    return "bf16" if any(v.panels is not None and v.panels.kind == "pairs" for v in step.pointers) else "f32"
-
-
 def _rate(dtype: str, target: Target, rounds: int) -> float:
     """The operations a second of a large product, by our own kernels."""
     b = Builder(Graph("product"))
@@ -235,7 +237,8 @@ def _rate(dtype: str, target: Target, rounds: int) -> float:
     rng = np.random.default_rng(0)
     w, x = (rng.standard_normal((_LARGE, _LARGE), np.float32) for _ in range(2))
     passes = [NarrowProducts()] if dtype == bf16.name else []
-    made = compiled(b.graph, backend="tvm", target=target, weights={"w": w}, passes=passes)
+    scheme = "int8" if dtype == "int8" else None
+    made = compiled(b.graph, backend="tvm", target=target, weights={"w": w}, passes=passes, quantize=scheme)
     assert isinstance(made.executable, KernelExecutable)
     times = time_calls(made.executable, {"x": x}, rounds)
     return 2 * _LARGE**3 / max(call.seconds for call in times)

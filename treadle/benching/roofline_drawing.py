@@ -13,12 +13,12 @@ import math
 from collections.abc import Iterator
 from html import escape
 
-from treadle.benching.roofline import KernelRow, Roofline
+from treadle.benching.roofline import KernelRow, Roofline, operations
 from treadle.reports import human, sizes_text
 
 WIDTH, HEIGHT = 1000, 620
 _LEFT, _RIGHT, _TOP, _BOTTOM = 84, 30, 64, 64
-_COLOURS = {"f32": "#4e79a7", "bf16": "#f28e2b"}
+_COLOURS = {"f32": "#4e79a7", "bf16": "#f28e2b", "int8": "#59a14f"}
 _LISTED = 8  # kernels that have a number: those that take longest
 
 
@@ -81,7 +81,7 @@ class _Drawing:
         for dtype, rate in self.found.rates.items():
             start, colour = max(rate / read, 10.0**self.left), _COLOURS[dtype]
             yield _line(self.x(start), self.y(rate), WIDTH - _RIGHT, self.y(rate), colour, 2)
-            yield _text(WIDTH - _RIGHT, self.y(rate) - 6, f"{dtype}: {human(rate, 'FLOP')}/s", "end", colour)
+            yield _text(WIDTH - _RIGHT, self.y(rate) - 6, f"{dtype}: {human(rate, operations(dtype))}/s", "end", colour)
         first = max(10.0**self.left, 10.0**self.low / read)
         last = max(self.found.rates.values()) / read
         yield _line(self.x(first), self.y(first * read), self.x(last), self.y(last * read), "#666", 2)

@@ -59,6 +59,11 @@ class Kernel:
         """Whether a function of this process computes it, so that there is no code to compile."""
         return False
 
+    @property
+    def multiplies(self) -> str:
+        """What its products are of: f32, bf16 or int8, each of which the machine multiplies at a rate of its own."""
+        return "f32"
+
     def emit(self, k: Emitter) -> None:
         """Write the kernel: ask for pointers and sizes, then emit loops."""
         raise NotImplementedError

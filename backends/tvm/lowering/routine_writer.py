@@ -298,8 +298,8 @@ class RoutineWriter:
             kernel = (PackPairs if layout.kind == "pairs" else PackQuads)(layout.width, layout.flat)
             self.step(kernel, [view, to], sizes, None)
         elif layout.kind == "blocks":
-            kernel = PackBlocks(layout.width, layout.block, layout.head, layout.tail, layout.runs)
-            self.step(kernel, [view, to], sizes, None)
+            how = layout.width, layout.block, layout.head, layout.tail, layout.runs
+            self.step(PackBlocks(*how), [view, to], sizes, None)
         else:
             self.step(Pack(layout.width), [view, to], [*sizes, 1, 1, 0, 0], None)
 

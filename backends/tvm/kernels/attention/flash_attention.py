@@ -61,5 +61,9 @@ class FlashAttention(Kernel):
         more += [self.operands] if self.operands != "f32" else []
         return "_".join(["attention", str(self.d), *["padding"] * self.padded, *more])
 
+    @property
+    def multiplies(self) -> str:
+        return self.operands
+
     def emit(self, k: Emitter) -> None:
         (PairAttentionWriter if multiplies_pairs(self.d, self.operands, k.isa) else AttentionWriter)(self, k).write()

@@ -43,6 +43,10 @@ class QuadBlockProduct(WordProduct):
     def title(self) -> str:
         return f"quad_{super().title}"
 
+    @property
+    def multiplies(self) -> str:
+        return "int8"
+
     def ask(self, k: Emitter) -> list[Any]:
         return [k.pointer("a", rows_dtype(form_of_groups(k.isa)))]
 

@@ -60,6 +60,10 @@ class ByteTileProduct(TileProduct):
         return f"byte_{super().title}"
 
     @property
+    def multiplies(self) -> str:
+        return "int8"
+
+    @property
     def factors(self) -> DType:
         return u8
 
@@ -97,6 +101,10 @@ class QuadProduct(RegisterProduct):
     Asked for: a, as `EncodeRows` lays out the instruction set's form; w, in flat quads (`quads_for`); what that says of
     rows.
     """
+
+    @property
+    def multiplies(self) -> str:
+        return "int8"
 
     def ask(self, k: Emitter) -> dict[str, Any]:
         form = "quads" if k.isa.multiplies_quads else form_of_rows(k.isa)
@@ -171,19 +179,6 @@ def _byte(k: Emitter, quads: Expr, number: int, lanes: int) -> Expr:
     """One of the signed bytes of each four, as float32."""
     up = k.shift_left(quads, k.number(24 - 8 * number, _i32, lanes)) if number < 3 else quads
     return k.cast(up >> k.number(24, _i32, lanes), f32, lanes)
-
-
-def flipped(k: Emitter, quads: Expr) -> Expr:
-    """Signed bytes plus 128, as bytes without sign."""
-
-    def text() -> str:
-        return """
-define <16 x i32> @treadle_flipped(<16 x i32> %w) alwaysinline {
-  %y = xor <16 x i32> %w, splat (i32 -2139062144)
-  ret <16 x i32> %y
-}"""
-
-    return k.llvm("treadle_flipped", text, "int32x16", quads)
 
 
 def quads_added(k: Emitter, sums: Expr, left: Expr, right: Expr) -> Expr:

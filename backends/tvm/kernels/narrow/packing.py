@@ -99,9 +99,9 @@ class PackQuads(Kernel):
 
 @dataclass(frozen=True)
 class PackBlocks(Kernel):
-    """w = x[n, bytes], rows in blocks, in blocks(width, block, head, ...): see `treadle.ir.layouts`. Filled up with zeros.
+    """w = x[n, bytes], rows in blocks, in blocks(width, block, head, ...), filled up with zeros.
 
-    Passed: x, w; n, bytes; x's strides over both. w is contiguous.
+    See `treadle.ir.layouts`. Passed: x, w; n, bytes; x's strides over both. w is contiguous.
     """
 
     width: int
@@ -138,7 +138,7 @@ class PackBlocks(Kernel):
                     to += end - start
 
     def _pieces(self) -> list[tuple[int, int, int]]:
-        """Which bytes of a block lie one after the other, and how many of a row side by side: two of scales, or four."""
+        """Which bytes of a block follow which, and how many of a row lie side by side: two of scales, or four."""
         words = self.block - self.head
         scales, first = (words, 0) if self.tail else (0, self.head)
         runs = self.runs or ((0, words // 4),)

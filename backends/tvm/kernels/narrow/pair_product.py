@@ -29,6 +29,10 @@ class PairProduct(RegisterProduct):
     Asked for: a, as `RoundRows` lays out the instruction set's form; w, in flat pairs (`pairs_for`).
     """
 
+    @property
+    def multiplies(self) -> str:
+        return "bf16"
+
     def ask(self, k: Emitter) -> dict[str, Any]:
         form = "pairs" if k.isa.multiplies_pairs else form_for(k.isa)
         return {"a": k.pointer("a", held_dtype(form)), "w": k.pointer("w", bf16)}

@@ -65,6 +65,10 @@ class TileProduct(FinishedProduct):
     def title(self) -> str:
         return f"tile_product{self.finishing.title}{'_tiled' * self.tiled}"
 
+    @property
+    def multiplies(self) -> str:
+        return "bf16"
+
     # -- what other numbers than bf16 have otherwise ------------------------------------------------------------
 
     @property
