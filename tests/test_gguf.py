@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from treadle.backends.mapped_files import is_mapped
 from treadle.backends.registry import backend_names
-from treadle.backends.tvm.weight_packing import is_mapped
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.gguf_header import GGUFLimits
 from treadle.frontends.rotary import Divided

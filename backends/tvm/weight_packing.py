@@ -9,7 +9,6 @@ are packed in memory.
 from __future__ import annotations
 
 import hashlib
-import mmap
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from treadle.backends.bfloat16 import rounded
 from treadle.backends.made_weights import Recipe, as_numpy_weight
+from treadle.backends.mapped_files import give_back, is_mapped
 from treadle.backends.refusals import refuse_misfit, refuse_missing
 from treadle.backends.tvm.kernels.encoded.block_words import word_form
 from treadle.backends.tvm.kernels.encoded.unpacking import packed_form, reads_in_tiles
@@ -181,8 +181,13 @@ class _Weights:
         """These in their layouts."""
         return Panels(
             {name: (self._packed_shape(name), self._dtype(name)) for name in names},
-            lambda name, made: _fill(made, self.array(name), self.layout(name)),
+            self._packed,
         )
+
+    def _packed(self, name: str, made: Array) -> None:
+        array = self.array(name)
+        _fill(made, array, self.layout(name))
+        give_back(array)
 
     def is_mapped(self, name: str) -> bool:
         """Whether it lies in a mapped file, or what it is made of does."""
@@ -224,7 +229,9 @@ def _hashed(array: Array) -> str:
     lies = array if array.flags.c_contiguous or not array.flags.f_contiguous else array.T
     turned = "" if lies is array else " transposed"
     data = np.ascontiguousarray(lies).reshape(-1).view(np.uint8).data
-    return f"{hashlib.sha256(data).hexdigest()} {array.shape} {array.dtype.str}{turned}"
+    digest = hashlib.sha256(data).hexdigest()
+    give_back(array)
+    return f"{digest} {array.shape} {array.dtype.str}{turned}"
 
 
 def pack(array: Array, layout: Layout) -> Array:
@@ -232,16 +239,6 @@ def pack(array: Array, layout: Layout) -> Array:
     made = np.empty(_packed_shape(array.shape, layout), array.dtype)
     _fill(made, array, layout)
     return made
-
-
-def is_mapped(array: Array) -> bool:
-    """Whether an array lies in a file: one that is mapped, or whose bytes were read and never change."""
-    base: Any = array
-    while base is not None:
-        if isinstance(base, np.memmap | mmap.mmap | bytes):
-            return True
-        base = base.obj if isinstance(base, memoryview) else getattr(base, "base", None)
-    return False
 
 
 def _fill(made: Array, array: Array, layout: Layout) -> None:

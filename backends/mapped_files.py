@@ -1,0 +1,41 @@
+"""Arrays that lie in mapped files: how they are told from others, and how their memory is given back."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+
+def is_mapped(array: Array) -> bool:
+    """Whether an array lies in a file: one that is mapped, or whose bytes were read and never change."""
+    return any(isinstance(base, np.memmap | mmap.mmap | bytes) for base in _bases(array))
+
+
+def give_back(array: Array) -> None:
+    """Let the system take the memory in which pages of a mapped file lie: what is needed again is read again.
+
+    Of an array that lies elsewhere, or in a mapping that can be written, nothing is taken.
+    """
+    mapping = next((base for base in _bases(array) if isinstance(base, mmap.mmap)), None)
+    if mapping is None or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    whole = np.frombuffer(mapping, np.uint8)
+    if whole.flags.writeable:  # what was written to a mapping of its own would be lost
+        return
+    first, last = np.lib.array_utils.byte_bounds(array)
+    start = -(-(first - whole.ctypes.data) // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (last - whole.ctypes.data) // mmap.PAGESIZE * mmap.PAGESIZE
+    if start < end:
+        mapping.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+
+def _bases(array: Array) -> Iterator[Any]:
+    base: Any = array
+    while base is not None:
+        yield base
+        base = base.obj if isinstance(base, memoryview) else getattr(base, "base", None)
