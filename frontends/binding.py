@@ -110,6 +110,11 @@ class Source:
         return array if self.cols is None else array[:, slice(*self.cols)]
 
     @property
+    def whole_rows(self) -> bool:
+        """Whether it is made of rows as they are stored, such as rows of blocks."""
+        return not self.transpose and self.cols is None
+
+    @property
     def part(self) -> str:
         """What is read of the tensor, as NumPy would write it: `.T[0:768]`; empty for all of it.
 
@@ -164,7 +169,8 @@ def bind(
                  preference; an exact name goes before a pattern, and else the first that matches counts
     prefixes     what may stand before the table's names in the file, in order of preference: ("", "bert.")
     ignore       patterns of the file's names (after a prefix) that `unused` leaves out, such as stored masks
-    blocks       the checkpoint, if matrices that it holds in blocks of an encoding stay so: they are not decoded
+    blocks       the checkpoint, if matrices that it holds in blocks of an encoding stay so: they, and rows of them, are
+                 not decoded
 
     deferred     whether tensors are converted only where a part of them is taken, if NumPy's elements are the file's
 
@@ -204,11 +210,14 @@ def bind(
     converted: dict[str, tuple[str, str]] = {}
     stored: dict[str, Array] = {}  # so that three slices of one bf16 tensor widen it once
     encodings: dict[str, Encoding] = {}
+    in_blocks: dict[str, Array] = {}
     for name, source in sources.items():
         shape, dtype = parameters[name]
         encoding = checkpoint.record(source.name).encoding
-        if blocks is not None and encoding is not None and not source.part and len(shape) == 2 and str(dtype) == "f32":
-            arrays[name], encodings[name] = blocks.held(source.name), encoding
+        if blocks is not None and encoding is not None and source.whole_rows and (len(shape), str(dtype)) == (2, "f32"):
+            if source.name not in in_blocks:
+                in_blocks[source.name] = blocks.held(source.name)
+            arrays[name], encodings[name] = source.view(in_blocks[source.name]), encoding
             continue
         held, needed = checkpoint.record(source.name).dtype, str(parameters[name][1])
         if held != needed:

@@ -19,6 +19,8 @@ from tests.decoder_models import DECODERS
 from tests.fuzz.gguf_files import Sizes, vocabulary, write_model
 from tests.hf_models import Tiny, answer
 from tests.test_huggingface_models import TOLERANCE, prepare
+from treadle.backends.mapped_files import is_mapped
+from treadle.ir.encodings.encoding import Encoding
 
 Array = np.ndarray[Any, Any]
 
@@ -64,8 +66,9 @@ FILES: dict[str, tuple[str, dict[str, Any], dict[str, int | float]]] = {
 """A small decoder, what its config has beside the sizes, and what the file's metadata say of it."""
 
 
-def write(path: Path, name: str, *, head_dim: int = 8, layers: int = 6, **keys: int) -> Any:
-    """Write the file that llama.cpp would; returns Hugging Face's model."""
+def write(path: Path, name: str, *, head_dim: int = 8, layers: int = 6, form: str = "", **keys: int) -> Any:
+    """Write the file that llama.cpp would, with matrices in drawn blocks of a form if so said; returns Hugging Face's
+    model, whose weights are the file's numbers."""
     family, options, own = FILES[name]
     config = {**DECODERS[family].config, **SIZES, **options, "head_dim": head_dim, "num_hidden_layers": layers}
     model = Tiny(DECODERS[family].architecture, config).build()
@@ -81,12 +84,20 @@ def write(path: Path, name: str, *, head_dim: int = 8, layers: int = 6, **keys: 
             _, _, i, module = module.split(".", 3)
             block = f"blk.{i}."
         offset = 1.0 if is_gemma and "norm" in module else 0.0
-        weights[f"{block}{names[module]}.weight"] = weight.numpy() + np.float32(offset)
+        held = weight.numpy() + np.float32(offset)
+        if form and held.ndim == 2:
+            held = Encoding(form).sample(np.random.default_rng(len(weights)), held.shape)
+            weight.copy_(weight.new_tensor(Encoding(form).decode(held)))
+        weights[f"{block}{names[module]}.weight"] = held
     metadata = {key: value for key, value in own.items() if key != "rope.freq_base"} | keys
     count = metadata.pop("block_count", layers)
     sizes = Sizes(layers=int(count), architecture=name, base=float(own.get("rope.freq_base", 10000.0)))
     write_model(
-        path, sizes, weights, keys={"attention.key_length": head_dim, "attention.value_length": head_dim, **metadata}
+        path,
+        sizes,
+        weights,
+        keys={"attention.key_length": head_dim, "attention.value_length": head_dim, **metadata},
+        held={name: form for name, weight in weights.items() if weight.dtype == np.uint8},
     )
     return model
 
@@ -98,6 +109,22 @@ def test_equals_hugging_face(tmp_path: Path, name: str, runner: str) -> None:
     resolved = resolve(tmp_path / "model.gguf")
     assert resolved.unused == ()
     assert resolved.weights is not None
+    tokens = np.random.default_rng(2).integers(0, len(vocabulary()), (2, 11))
+    expected = answer(theirs, {"tokens": tokens})["logits"]
+    ours = prepare(runner, resolved.graph, resolved.weights)(tokens=tokens)["logits"]
+    assert np.abs(ours - expected).max() / np.abs(expected).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("runner", ["numpy", "torch"])
+def test_rows_of_a_tensor_in_blocks_stay_in_blocks(tmp_path: Path, runner: str) -> None:
+    """Phi-3's query, key and value are one tensor, and its gate and up."""
+    theirs = write(tmp_path / "model.gguf", "phi3", form="q5_1")
+    resolved = resolve(tmp_path / "model.gguf")
+    assert resolved.weights is not None
+    matrices = [value for value in resolved.graph.parameters.values() if value.type.rank == 2]
+    assert all(str(value.type).endswith("as q5_1") for value in matrices)
+    joined = [resolved.weights[f"layer.0.attn.{part}.weight"] for part in "qkv"]
+    assert all(is_mapped(rows) for rows in joined)
     tokens = np.random.default_rng(2).integers(0, len(vocabulary()), (2, 11))
     expected = answer(theirs, {"tokens": tokens})["logits"]
     ours = prepare(runner, resolved.graph, resolved.weights)(tokens=tokens)["logits"]
