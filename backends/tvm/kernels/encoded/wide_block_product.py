@@ -42,12 +42,23 @@ class WideBlockProduct(WordProduct):
             with k.loop(k.index(4), "four") as i:
                 first = k.let(group * GROUP + (16 * half + 4 * i), "first")
                 words = self.words(k, tile, chunk, part, half, i)
-                for n in range(4):
-                    numbers = []
-                    for block, word, (d, c) in zip(blocks, words, scales, strict=True):
-                        number = block.number(word, n) * d
-                        numbers.append(k.let(number if c is None else number + c, "y"))
-                    self.products(k, views["a"], tile, first + n, numbers, tile.sums)
+                numbers = []
+                for block, word, (d, c) in zip(blocks, words, scales, strict=True):
+                    found = [block.number(word, n) * d for n in range(4)]
+                    numbers.append([k.let(y if c is None else y + c, "y") for y in found])
+                self._add(k, views["a"], tile, first, numbers)
+
+    def _add(self, k: Emitter, a: Any, tile: WordTile, first: Expr, numbers: Sequence[Sequence[Expr]]) -> None:
+        """Add products of four neighbours: their sum first, so that a row's sum waits for one addition, not four."""
+        lanes = k.isa.lanes()
+        for i in range(tile.high):
+            four = [k.let(k.splat(k.load(a, [tile.first + i, first + n]), lanes), "x") for n in range(4)]
+            for v, ys in enumerate(numbers):
+                made = None
+                for x, y in zip(four, ys, strict=True):
+                    made = k.let(x * y if made is None else made + x * y, "sum")
+                at = [(i * len(numbers) + v) * lanes]
+                k.store(tile.sums, at, k.load(tile.sums, at, lanes) + made, lanes)
 
     def _whole_scale(
         self, k: Emitter, tile: WordTile, vector: int, chunk: Expr, part: int, half: int
