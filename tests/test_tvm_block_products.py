@@ -90,7 +90,8 @@ def titles(exe: KernelExecutable) -> list[str]:
 
 
 EACH = [(text, isa) for text in READ for isa in HERE]
-EACH += [(text, isa) for text in WORDS for isa in HERE if isa == HERE[0] or text in ("q5_0", "q2_k", "q6_k")]
+EACH += [(text, HERE[0]) for text in WORDS]
+EACH += [(text, isa) for text in ("q5_0", "q6_k") for isa in HERE[1:] if isa.endswith(("v4", "v3"))]
 
 
 @pytest.mark.parametrize(("text", "isa"), EACH)

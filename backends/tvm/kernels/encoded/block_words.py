@@ -115,7 +115,7 @@ class WordForm(ABC):
     span: int = 32
     zero: int = 0
     least: bool = False
-    chunks: ClassVar[int] = 4
+    chunks: ClassVar[int] = 8
     runs: ClassVar[tuple[tuple[int, int], ...]] = ()
 
     @property
@@ -196,7 +196,7 @@ class PlainWords(WordForm):
 
 
 class KWords(WordForm):
-    """A form whose scales are small integers times one of 16 bits: 256 elements, 64 read alike."""
+    """A form whose scales are small integers times one of 16 bits: 256 elements, read 32 or 64 at a time."""
 
     def spans(self, block: Block) -> Sequence[Scale]:
         k, d = block.k, block.scale(0)
@@ -223,7 +223,7 @@ class Q2K(KWords):
             yield from ((block.number(low, n), block.number(high, n)) for n in range(4))
 
     def four(self, block: Block, chunk: Expr, part: int, half: int, i: Expr) -> Expr:
-        return _two_bits(block, 4, chunk, part, half, i)
+        return _two_bits(block, 4, chunk, half, i)
 
 
 @dataclass(frozen=True)
@@ -241,16 +241,15 @@ class Q3K(KWords):
             yield from ((block.number(word, n) - zero, None) for n in range(4))
 
     def four(self, block: Block, chunk: Expr, part: int, half: int, i: Expr) -> Expr:
-        third = block.masked(block.word(4 * half + i), 2 * chunk + part, 1)
-        return _two_bits(block, 8, chunk, part, half, i) | block.raised(third, 2)
+        third = block.masked(block.word(4 * half + i), chunk, 1)
+        return _two_bits(block, 8, chunk, half, i) | block.raised(third, 2)
 
 
-def _two_bits(block: Block, first: int, chunk: Expr, part: int, half: int, i: Expr) -> Expr:
-    """Four elements of two bits each: 32 words hold 32 elements' lowest bits, then the next 32's, and so on."""
+def _two_bits(block: Block, first: int, chunk: Expr, half: int, i: Expr) -> Expr:
+    """Four elements of two bits each: eight words hold a chunk in their lowest bits, and three more above it."""
     k = block.k
-    return block.masked(
-        block.word(first + 8 * k.floor_divide(chunk, 2) + 4 * half + i), 4 * k.floor_mod(chunk, 2) + 2 * part, 2
-    )
+    word = block.word(first + 8 * k.floor_divide(chunk, 4) + 4 * half + i)
+    return block.masked(word, 2 * k.floor_mod(chunk, 4), 2)
 
 
 def _six_bits(block: Block) -> Iterator[tuple[Expr, Expr]]:
@@ -275,7 +274,7 @@ class Q4K(KWords):
         return _six_bits(block)
 
     def four(self, block: Block, chunk: Expr, part: int, half: int, i: Expr) -> Expr:
-        return block.masked(block.word(3 + 8 * chunk + 4 * half + i), 4 * part, 4)
+        return _four_bits(block, 3, chunk, half, i)
 
 
 @dataclass(frozen=True)
@@ -288,8 +287,15 @@ class Q5K(KWords):
         return _six_bits(block)
 
     def four(self, block: Block, chunk: Expr, part: int, half: int, i: Expr) -> Expr:
-        fifth = block.masked(block.word(3 + 4 * half + i), 2 * chunk + part, 1)
-        return block.masked(block.word(11 + 8 * chunk + 4 * half + i), 4 * part, 4) | block.raised(fifth, 4)
+        fifth = block.masked(block.word(3 + 4 * half + i), chunk, 1)
+        return _four_bits(block, 11, chunk, half, i) | block.raised(fifth, 4)
+
+
+def _four_bits(block: Block, first: int, chunk: Expr, half: int, i: Expr) -> Expr:
+    """Four elements of four bits each: eight words hold a chunk, and above it the next one."""
+    k = block.k
+    word = block.word(first + 8 * k.floor_divide(chunk, 2) + 4 * half + i)
+    return block.masked(word, 4 * k.floor_mod(chunk, 2), 4)
 
 
 @dataclass(frozen=True)
@@ -298,6 +304,7 @@ class Q6K(KWords):
 
     bytes, scales, tail, span, zero, title = 210, 1, True, 16, 32, "q6_k"
     runs = ((48, 52), (0, 16), (32, 40), (16, 32), (40, 48))
+    chunks = 4  # two groups at a time keep more of the machine busy here
 
     def small(self, block: Block) -> Iterator[tuple[Expr, Expr]]:
         for word in map(block.word, range(4)):
