@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import TextIO
 
@@ -101,3 +104,18 @@ def test_wrong_usage_is_one_object_of_json(
     named = f" {words[0]}" if words[0] in treadle.cli.COMMANDS else ""
     assert error["try"] == f"treadle{named} --help"
     assert said.err == ""
+
+
+def test_an_interrupt_while_the_command_line_is_loaded_ends_it_quietly() -> None:
+    class Interrupted:
+        """A finder of modules that is interrupted where the command line is looked for."""
+
+        @staticmethod
+        def find_spec(name: str, path: object = None, target: object = None) -> None:
+            if name == "treadle.cli":
+                raise KeyboardInterrupt
+
+    program = f"{textwrap.dedent(inspect.getsource(Interrupted))}\nimport sys, runpy\n"
+    program += "sys.meta_path.insert(0, Interrupted)\nrunpy.run_module('treadle', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

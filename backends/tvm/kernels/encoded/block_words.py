@@ -33,7 +33,7 @@ _COPIES = 0x00204081  # times four bits: one copy of them seven bits above anoth
 
 
 @dataclass(frozen=True)
-class Block:
+class WordBlock:
     """A block of each lane, in a panel of blocks.
 
     load   so many bytes a lane, that far from where the panel's block begins, columns' first byte counted
@@ -124,14 +124,14 @@ class WordForm(ABC):
         """For a kernel's name."""
 
     @abstractmethod
-    def spans(self, block: Block) -> Sequence[Scale]:
+    def spans(self, block: WordBlock) -> Sequence[Scale]:
         """d and c of each span."""
 
     @abstractmethod
-    def four(self, block: Block, chunk: Expr, part: int, half: int, i: Expr) -> Expr:
+    def four(self, block: WordBlock, chunk: Expr, part: int, half: int, i: Expr) -> Expr:
         """The word of elements 16 half + 4 i to 16 half + 4 i + 3 of the 32 that are a part of a chunk."""
 
-    def fours(self, block: Block, chunk: Expr, part: int) -> Iterator[tuple[int, Expr]]:
+    def fours(self, block: WordBlock, chunk: Expr, part: int) -> Iterator[tuple[int, Expr]]:
         """The words of a part of a chunk, each with its first element."""
         for half, i in product(range(2), range(4)):
             yield 16 * half + 4 * i, self.four(block, chunk, part, half, i)
@@ -181,10 +181,10 @@ class PlainWords(WordForm):
     def title(self) -> str:
         return f"{self.bits}_bits_by_{self.elements}" + "_with_least" * self.least
 
-    def spans(self, block: Block) -> Sequence[Scale]:
+    def spans(self, block: WordBlock) -> Sequence[Scale]:
         return [(block.scale(0), block.scale(1) if self.least else None)]
 
-    def four(self, block: Block, chunk: Expr, part: int, half: int, i: Expr) -> Expr:
+    def four(self, block: WordBlock, chunk: Expr, part: int, half: int, i: Expr) -> Expr:
         element = GROUP * part + 16 * half
         if self.bits == 8:
             return block.flipped(block.word(element // 4 + i))
@@ -198,7 +198,7 @@ class PlainWords(WordForm):
 class KWords(WordForm):
     """A form whose scales are small integers times one of 16 bits: 256 elements, read 32 or 64 at a time."""
 
-    def spans(self, block: Block) -> Sequence[Scale]:
+    def spans(self, block: WordBlock) -> Sequence[Scale]:
         k, d = block.k, block.scale(0)
         below = k.let(k.number(0.0, f32, block.lanes) - block.scale(1), "below") if self.least else None
         made: list[Scale] = []
@@ -207,7 +207,7 @@ class KWords(WordForm):
         return made
 
     @abstractmethod
-    def small(self, block: Block) -> Iterator[tuple[Expr, Expr]]:
+    def small(self, block: WordBlock) -> Iterator[tuple[Expr, Expr]]:
         """The integers of each span, as float32: what d is multiplied with, and the other scale; without that None."""
 
 
@@ -217,12 +217,12 @@ class Q2K(KWords):
 
     bytes, scales, tail, span, least, title = 84, 2, True, 16, True, "q2_k"
 
-    def small(self, block: Block) -> Iterator[tuple[Expr, Expr]]:
+    def small(self, block: WordBlock) -> Iterator[tuple[Expr, Expr]]:
         for word in map(block.word, range(4)):
             low, high = block.masked(word, 0, 4), block.masked(word, 4, 4)
             yield from ((block.number(low, n), block.number(high, n)) for n in range(4))
 
-    def four(self, block: Block, chunk: Expr, part: int, half: int, i: Expr) -> Expr:
+    def four(self, block: WordBlock, chunk: Expr, part: int, half: int, i: Expr) -> Expr:
         return _two_bits(block, 4, chunk, half, i)
 
 
@@ -232,7 +232,7 @@ class Q3K(KWords):
 
     bytes, scales, tail, span, zero, title = 110, 1, True, 16, 4, "q3_k"
 
-    def small(self, block: Block) -> Iterator[tuple[Expr, Expr]]:
+    def small(self, block: WordBlock) -> Iterator[tuple[Expr, Expr]]:
         above = block.word(26)
         for i in range(4):
             low = block.masked(block.word(24 + i % 2), 4 * (i // 2), 4)
@@ -240,19 +240,19 @@ class Q3K(KWords):
             zero = block.k.number(32.0, f32, block.lanes)
             yield from ((block.number(word, n) - zero, None) for n in range(4))
 
-    def four(self, block: Block, chunk: Expr, part: int, half: int, i: Expr) -> Expr:
+    def four(self, block: WordBlock, chunk: Expr, part: int, half: int, i: Expr) -> Expr:
         third = block.masked(block.word(4 * half + i), chunk, 1)
         return _two_bits(block, 8, chunk, half, i) | block.raised(third, 2)
 
 
-def _two_bits(block: Block, first: int, chunk: Expr, half: int, i: Expr) -> Expr:
+def _two_bits(block: WordBlock, first: int, chunk: Expr, half: int, i: Expr) -> Expr:
     """Four elements of two bits each: eight words hold a chunk in their lowest bits, and three more above it."""
     k = block.k
     word = block.word(first + 8 * k.floor_divide(chunk, 4) + 4 * half + i)
     return block.masked(word, 2 * k.floor_mod(chunk, 4), 2)
 
 
-def _six_bits(block: Block) -> Iterator[tuple[Expr, Expr]]:
+def _six_bits(block: WordBlock) -> Iterator[tuple[Expr, Expr]]:
     """Eight scales and eight least values, in three words."""
     first, second, rest = map(block.word, range(3))
     for half in range(2):
@@ -270,10 +270,10 @@ class Q4K(KWords):
 
     bytes, scales, least, title = 144, 2, True, "q4_k"
 
-    def small(self, block: Block) -> Iterator[tuple[Expr, Expr]]:
+    def small(self, block: WordBlock) -> Iterator[tuple[Expr, Expr]]:
         return _six_bits(block)
 
-    def four(self, block: Block, chunk: Expr, part: int, half: int, i: Expr) -> Expr:
+    def four(self, block: WordBlock, chunk: Expr, part: int, half: int, i: Expr) -> Expr:
         return _four_bits(block, 3, chunk, half, i)
 
 
@@ -283,15 +283,15 @@ class Q5K(KWords):
 
     bytes, scales, least, title = 176, 2, True, "q5_k"
 
-    def small(self, block: Block) -> Iterator[tuple[Expr, Expr]]:
+    def small(self, block: WordBlock) -> Iterator[tuple[Expr, Expr]]:
         return _six_bits(block)
 
-    def four(self, block: Block, chunk: Expr, part: int, half: int, i: Expr) -> Expr:
+    def four(self, block: WordBlock, chunk: Expr, part: int, half: int, i: Expr) -> Expr:
         fifth = block.masked(block.word(3 + 4 * half + i), chunk, 1)
         return _four_bits(block, 11, chunk, half, i) | block.raised(fifth, 4)
 
 
-def _four_bits(block: Block, first: int, chunk: Expr, half: int, i: Expr) -> Expr:
+def _four_bits(block: WordBlock, first: int, chunk: Expr, half: int, i: Expr) -> Expr:
     """Four elements of four bits each: eight words hold a chunk, and above it the next one."""
     k = block.k
     word = block.word(first + 8 * k.floor_divide(chunk, 2) + 4 * half + i)
@@ -306,11 +306,11 @@ class Q6K(KWords):
     runs = ((48, 52), (0, 16), (32, 40), (16, 32), (40, 48))
     chunks = 4  # two groups at a time keep more of the machine busy here
 
-    def small(self, block: Block) -> Iterator[tuple[Expr, Expr]]:
+    def small(self, block: WordBlock) -> Iterator[tuple[Expr, Expr]]:
         for word in map(block.word, range(4)):
             yield from ((block.signed(word, n), None) for n in range(4))
 
-    def four(self, block: Block, chunk: Expr, part: int, half: int, i: Expr) -> Expr:
+    def four(self, block: WordBlock, chunk: Expr, part: int, half: int, i: Expr) -> Expr:
         second, twice = block.k.floor_divide(chunk, 2), block.k.floor_mod(chunk, 2)
         low = block.masked(block.word(4 + 24 * second + 8 * part + 4 * half + i), 4 * twice, 4)
         high = block.masked(block.word(20 + 24 * second + 4 * half + i), 4 * twice + 2 * part, 2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from treadle.backends.tvm.kernels.encoded.block_words import WIDTH, Block, WordForm
+from treadle.backends.tvm.kernels.encoded.block_words import WIDTH, WordBlock, WordForm
 from treadle.backends.tvm.kernels.encoded.unpacking import PackedForm
 from treadle.backends.tvm.kernels.gathering import checked
 from treadle.backends.tvm.kernels.kernel import Kernel
@@ -134,7 +134,7 @@ class TakeWords(Kernel):
             def load(at: Expr, bytes: int, base: Expr = base) -> Expr:
                 return k.load(x, [panel, base + at], bytes)
 
-            block = Block(k, form, 1, load, column)
+            block = WordBlock(k, form, 1, load, column)
             spans = form.spans(block)
             held = k.registers(2 * len(spans), f32, "scales")
             for at, (d, c) in enumerate(spans):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from treadle.backends.tvm.kernels.encoded.block_words import WIDTH, Block, Scale, WordForm
+from treadle.backends.tvm.kernels.encoded.block_words import WIDTH, Scale, WordBlock, WordForm
 from treadle.backends.tvm.kernels.finishing import FinishedProduct
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.narrow.register_tiles import Many, over_tiles
@@ -37,7 +37,7 @@ class WordTile:
     form: WordForm
     first: Expr
     high: int
-    blocks: Sequence[Block]
+    blocks: Sequence[WordBlock]
     sums: Any
     scales: Sequence[Scale] | None = None
     held: Any = None
@@ -157,14 +157,14 @@ class WordProduct(FinishedProduct):
             column = k.let(panel * WIDTH + v * lanes, "column")
             self.finishing.store(k, views, [first + i], column, value, columns, lanes)
 
-    def blocks(self, k: Emitter, w: Any, panel: Expr, base: Expr) -> list[Block]:
+    def blocks(self, k: Emitter, w: Any, panel: Expr, base: Expr) -> list[WordBlock]:
         """A panel's block that begins at `base`, of each vector of columns."""
         lanes = k.isa.lanes()
 
         def load(at: Expr, count: int) -> Expr:
             return k.load(w, [panel, base + at], count)
 
-        return [Block(k, self.form, lanes, load, v * lanes) for v in range(WIDTH // lanes)]
+        return [WordBlock(k, self.form, lanes, load, v * lanes) for v in range(WIDTH // lanes)]
 
     def _with_scales(self, k: Emitter, tile: WordTile) -> WordTile:
         form, lanes = self.form, k.isa.lanes()
