@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,7 @@ from tests.task_models import byte_level, save, texts, wordpiece
 from treadle.backends.registry import find_backend
 from treadle.cli import app
 from treadle.ir.errors import CheckpointError, UsageError
+from treadle.tasks.loaded import LoadedModel
 from treadle.tasks.options import ModelOptions
 from treadle.tasks.tagging import GROUPINGS, TokenTagger
 
@@ -330,3 +333,42 @@ def test_the_commands_tell_what_the_methods_give(tmp_path: Path) -> None:
     told = json.loads(invoked("tag", str(tmp_path / "t"), "Ada lived in London", "--json").stdout)
     for span in told["texts"][0]["spans"]:
         assert span["label"] in invoked("tag", str(tmp_path / "t"), "Ada lived in London").stdout
+
+
+OTHER_NAMES = [
+    ("generate", "max_new_tokens", "most=64"),
+    ("generate", "max_length", "most=64"),
+    ("generate", "max_new_token", "most=64"),
+    ("generate", "temperature", "sampling=t.Sampling(temperature=0.7, top_k=50, top_p=0.9, seed=1)"),
+    ("generate", "num_beams", "search(prompts, beams=t.Beams(4, best=2))"),
+    ("generate", "repetition_penalty", "rules=t.TokenRules(repetition_penalty=1.2, no_repeat_ngram=3, fewest=5)"),
+    ("generate", "stop_strings", 'stop=["."]'),
+    ("generate", "samplng", "sampling=..."),
+    ("summarize", "max_new_tokens", "most=64"),
+    ("summarize", "temperature", "summarize(texts, *, most=None)"),
+    ("tag", "groupng", "grouping=..."),
+]
+
+
+@pytest.mark.parametrize(("method", "option", "tried"), OTHER_NAMES)
+def test_an_option_of_another_name_is_told_as_it_is_called_here(method: str, option: str, tried: str) -> None:
+    """Before anything is read; what is told is what the method takes."""
+    model = LoadedModel(ModelOptions("no-such-folder"))
+    with pytest.raises(UsageError, match=f"{method} has no option '{option}'") as caught:
+        getattr(model, method)("the cat", **{option: 1})
+    assert str(caught.value.hint).startswith(tried)
+    called = tried if "(" in tried.partition("=")[0] else f"{method}(prompts, {tried})"
+    if "..." not in tried and "*" not in tried:
+        call: Any = ast.parse(called, mode="eval").body
+        words = {word.arg: eval(ast.unparse(word.value), {"t": t}) for word in call.keywords if word.arg}
+        signature = inspect.signature(getattr(model, call.func.id))
+        signature.bind("the cat", **words)
+
+
+def test_what_is_loaded_and_is_not_there_is_told_with_what_is() -> None:
+    with pytest.raises(UsageError, match="there is no model 'nope'"):
+        t.load("nope")
+    with pytest.raises(UsageError, match="bert is a declaration of the zoo"):
+        t.load("bert")
+    with pytest.raises(CheckpointError, match="there is no such file"):
+        t.load("nope.treadle")

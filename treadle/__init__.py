@@ -50,13 +50,19 @@ if TYPE_CHECKING:
     from treadle.ir.graph import Graph as Graph
     from treadle.ir.target import Target as Target
     from treadle.loading import load as load
+    from treadle.runtime.beams import Beams as Beams
+    from treadle.runtime.sampling import Sampling as Sampling
+    from treadle.runtime.token_rules import TokenRules as TokenRules
     from treadle.specializing import Specializing as Specializing
 
 _LAZY = {
+    "Beams": "treadle.runtime.beams",
     "Compiled": "treadle.compiled",
     "Graph": "treadle.ir.graph",
+    "Sampling": "treadle.runtime.sampling",
     "Specializing": "treadle.specializing",
     "Target": "treadle.ir.target",
+    "TokenRules": "treadle.runtime.token_rules",
     "compile": "treadle.compiling",
     "fetch_model": "treadle.fetch",
     "follow": "treadle.ir.analysis.following",

@@ -15,7 +15,7 @@ from treadle import artifacts
 from treadle.files.contained_files import PathLike
 from treadle.ir.errors import UsageError
 from treadle.ir.target import Target
-from treadle.resolving import GGUF_SUFFIX
+from treadle.resolving import GGUF_SUFFIX, find_folder
 from treadle.tasks.loaded import LoadedModel
 from treadle.tasks.options import ModelOptions
 from treadle.wheels.pinned_models import PINNED
@@ -53,6 +53,8 @@ def load(
     """
     name = os.fspath(model)
     is_model = os.path.isdir(name) or Path(name).suffix == GGUF_SUFFIX or (name in PINNED and not os.path.exists(name))
+    if not is_model and not os.path.exists(name) and Path(name).suffix != ".treadle":
+        find_folder(name)  # which names what there is
     artifact: dict[str, Any] = {"memory": memory, "sizes": sizes, "donate": donate}
     of_model: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "cache": cache, **config}
     wrong = artifact if is_model else of_model

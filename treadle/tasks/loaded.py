@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, overload
 from treadle.files.contained_files import PathLike
 from treadle.ir.errors import UsageError
 from treadle.tasks.options import ModelOptions
+from treadle.tasks.told_options import tells_options
 
 if TYPE_CHECKING:
     from treadle.chatting.conversation import Conversation
@@ -75,6 +76,7 @@ class LoadedModel:
     def tag(self, texts: str, *, grouping: str = "simple") -> list[TaggedSpan]: ...
     @overload
     def tag(self, texts: list[str], *, grouping: str = "simple") -> list[list[TaggedSpan]]: ...
+    @tells_options
     def tag(self, texts: Any, *, grouping: str = "simple") -> Any:
         """The spans of a text that have a label, such as names; `grouping` as in `treadle.tasks.tagging`."""
         found = self.tagger.tag(_listed(texts), grouping=grouping)
@@ -84,6 +86,7 @@ class LoadedModel:
     def fill(self, texts: str, *, top: int = 5) -> Filled: ...
     @overload
     def fill(self, texts: list[str], *, top: int = 5) -> list[Filled]: ...
+    @tells_options
     def fill(self, texts: Any, *, top: int = 5) -> Any:
         """The `top` likeliest tokens behind each mask of a text."""
         found = self.filler.fill(_listed(texts), top=top)
@@ -98,6 +101,7 @@ class LoadedModel:
     def translate(self, texts: str, *, source: str | None = None, target: str | None = None) -> str: ...
     @overload
     def translate(self, texts: list[str], *, source: str | None = None, target: str | None = None) -> list[str]: ...
+    @tells_options
     def translate(self, texts: Any, *, source: str | None = None, target: str | None = None) -> Any:
         """A text in another language; source and target are said where the model translates between several."""
         found = self.rewriter.translate(_listed(texts), source=source, target=target)
@@ -107,6 +111,7 @@ class LoadedModel:
     def summarize(self, texts: str, *, most: int | None = None) -> str: ...
     @overload
     def summarize(self, texts: list[str], *, most: int | None = None) -> list[str]: ...
+    @tells_options
     def summarize(self, texts: Any, *, most: int | None = None) -> Any:
         """A summary of a text, of up to `most` tokens."""
         return _texts(self.rewriter.summarize(_listed(texts), most=most), texts)
@@ -131,6 +136,7 @@ class LoadedModel:
         rules: TokenRules | None = None,
         stop: Sequence[str] = (),
     ) -> list[str]: ...
+    @tells_options
     def generate(
         self,
         prompts: Any,
@@ -147,6 +153,7 @@ class LoadedModel:
             found[piece.row] += piece.text
         return found if _many(prompts) else found[0]
 
+    @tells_options
     def stream(
         self,
         prompt: str,
@@ -163,6 +170,7 @@ class LoadedModel:
     def search(self, prompts: str, *, most: int = 128, beams: Beams) -> list[str]: ...
     @overload
     def search(self, prompts: list[str], *, most: int = 128, beams: Beams) -> list[list[str]]: ...
+    @tells_options
     def search(self, prompts: Any, *, most: int = 128, beams: Beams) -> Any:
         """The continuations of a prompt that a beam search finds, best first."""
         searched = self.writer.searched(_listed(prompts), most=most, beams=beams)
@@ -179,6 +187,7 @@ class LoadedModel:
 
     # -- sound -------------------------------------------------------------------------------------------------
 
+    @tells_options
     def transcribe(self, recording: PathLike, *, language: str | None = None) -> str:
         """What is said in a WAV file; the language as the model hears it, where it is not said."""
         return self.transcriber.transcribe(recording, language=language).text

@@ -1,0 +1,60 @@
+"""Methods that say how an option is called here: it has another name elsewhere, or is misspelt."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from treadle.ir.errors import UsageError
+from treadle.ir.wording.call_spelling import nearest_option, spelled_call
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+_SAMPLING = "sampling=t.Sampling(temperature=0.7, top_k=50, top_p=0.9, seed=1)"
+_RULES = "rules=t.TokenRules(repetition_penalty=1.2, no_repeat_ngram=3, fewest=5)"
+_ELSEWHERE = {
+    **dict.fromkeys(("max_new_tokens", "max_tokens", "num_predict"), "most=64"),
+    "max_length": "most=64, which counts no token of the prompt",
+    **dict.fromkeys(("do_sample", "temperature", "top_k", "top_p", "min_p", "seed"), _SAMPLING),
+    **dict.fromkeys(
+        ("num_beams", "length_penalty", "num_return_sequences"), "search(prompts, beams=t.Beams(4, best=2))"
+    ),
+    **dict.fromkeys(("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "bad_words_ids"), _RULES),
+    **dict.fromkeys(("stop_strings", "stop_sequences", "stop_words"), 'stop=["."]'),
+}
+"""What generation has under other names, mostly Hugging Face's."""
+
+
+def tells_options(method: Method) -> Method:
+    """The method, which names an option that it has not, and what to write. A decorator."""
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def told(self: Any, /, *given: Any, **options: Any) -> Any:
+        for name, value in options.items():
+            if name not in signature.parameters:
+                raise UsageError(
+                    f"{method.__name__} has no option {name!r}",
+                    received=f"{name}={value!r}"[:80],
+                    hint=_here(name, signature) or _spelled(method.__name__, signature),
+                )
+        return method(self, *given, **options)
+
+    return told  # type: ignore[return-value]
+
+
+def _here(name: str, signature: inspect.Signature) -> str | None:
+    near_elsewhere = difflib.get_close_matches(name, _ELSEWHERE, n=1, cutoff=0.8)
+    told = next(map(_ELSEWHERE.get, near_elsewhere), None)
+    option = None if told is None else told.partition("=")[0]
+    if told is not None and (option in signature.parameters or "(" in str(option)):
+        return told
+    near = nearest_option(name, signature)
+    return None if near is None else f"{near}=..."
+
+
+def _spelled(name: str, signature: inspect.Signature) -> str:
+    return spelled_call(name, signature.replace(parameters=list(signature.parameters.values())[1:]))
