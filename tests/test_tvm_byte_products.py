@@ -36,6 +36,7 @@ from treadle.backends.tvm.kernels.cache import KernelCache, assembly
 from treadle.backends.tvm.kernels.calling import bind
 from treadle.backends.tvm.kernels.narrow.byte_product import ByteTileProduct, QuadProduct
 from treadle.backends.tvm.kernels.narrow.encode_rows import EncodeRows, form_of_rows, rows_elements
+from treadle.backends.tvm.kernels.pointwise import Chain, Instruction
 
 HERE = [
     name for name in ("x86-64-amx", "x86-64-v4-bf16", "x86-64-v4", "x86-64-v3", "x86-64-v2") if runs_here(ISAS[name])
@@ -344,3 +345,12 @@ def test_rows_are_multiplied_with_a_vector_before_they_are_rounded(isa: str, row
     np.testing.assert_array_equal(made["y"], exact(x * by, w))
     assert np.isnan(made["y"][3]).all()
     np.testing.assert_array_equal(made["near"], STEPS.decode(STEPS.encode(x * by, computed=True)))
+
+
+def test_what_a_tile_meets_is_fetched_while_its_sums_are_made() -> None:
+    """Of a residual and of the result that takes its place, three lines of each of a tile's rows; else nothing."""
+    added = Chain(("f32", "f32"), (Instruction("add", (1, 0), "f32"),))
+    isa = ISAS["x86-64-v4-bf16"]
+    of_rows, of_vectors = (assembly(QuadProduct(added, (how,), whole=True), isa) for how in ("mn", "n"))
+    assert of_rows.count("prefetch") == 2 * 3 * (8 + 4 + 2 + 1)
+    assert "prefetch" not in of_vectors

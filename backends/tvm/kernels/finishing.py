@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from treadle.backends.tvm.kernels.kernel import Kernel
@@ -13,6 +14,8 @@ from treadle.ir.types import DTYPES, DType, f32
 if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
+_LINE = 64
+"""Bytes of a cache's line."""
 Shape = tuple[list["Expr"], "list[Expr] | None"]
 """Sizes and strides of a view; no strides: row-major."""
 
@@ -58,6 +61,20 @@ class Finishing:
             shape: list[Expr] = {"n": [columns], "m": [m], "mn": [m, columns], "1": [1]}[how]
             made[f"x{i}"] = shape, [rows[f"x{i}"], 1][: len(how)] if "m" in how else None
         return made
+
+    def bring(
+        self, k: Emitter, views: Mapping[str, Any], at: Sequence[Expr], rows: int, column: Expr, wide: int
+    ) -> None:
+        """Have the lines of a tile fetched that its sums will meet when they are stored, from row `at` on.
+
+        Each row of a matrix like c has a few of them there, which hardware does not foresee. Of a product that reads no
+        such matrix it gains nothing.
+        """
+        names = [f"x{number}" for number, how in enumerate(self.extras) if how == "mn"]
+        for name in [*names, "c"] if names else []:
+            line = _LINE // views[name].dtype.bytes
+            for i, j in product(range(rows), range(0, wide, line)):
+                k.prefetch(views[name], [*at[:-1], at[-1] + i, column + j])
 
     def store(
         self,

@@ -95,6 +95,7 @@ class RegisterProduct(FinishedProduct):
 
         def write(panel: Expr, start: int, wide: int, first: Expr, high: int) -> None:
             tile = RegisterTile(panel, start, wide // lanes, first, high)
+            self.finishing.bring(k, views, [first], high, panel * width + start, wide)
             sums = self.sum(k, views, tile, steps)
             with k.loop(high, "i") as i:
                 for v in range(tile.vectors):
