@@ -20,6 +20,7 @@ from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.kernels.attention.attention_masks import RelativeBias
 from treadle.backends.tvm.kernels.attention.flash_attention import FlashAttention
 from treadle.backends.tvm.kernels.attention.scratch import BLOCK, GROUP, SPAN, tile_rows
+from treadle.backends.tvm.kernels.cache import assembly
 from treadle.backends.tvm.kernels.isa import ISAS, runs_here
 from treadle.backends.tvm.lowering.routine_writer import steps_of
 from treadle.backends.tvm.lowering.rules import keeps
@@ -517,3 +518,10 @@ def test_what_the_kernel_covers() -> None:
 def test_the_bias_by_distance_is_one_row_a_head() -> None:
     exe = compiled(attention_graph(T5Relative(8, 6)))
     assert [type(kernel) for kernel in exe.kernels] == [RelativeBias, FlashAttention]
+
+
+def test_what_the_next_head_reads_is_fetched_while_one_is_computed() -> None:
+    """A line of each of its queries, keys and values, and one of each row that is written; heads of 16 have no more."""
+    text = assembly(FlashAttention(16, 16, 1.0), ISAS["x86-64-v4"])
+    assert text.count("prefetch") >= 4
+    assert assembly(FlashAttention(32, 16, 1.0), ISAS["x86-64-v4"]).count("prefetch") > text.count("prefetch")

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.attention.flash_attention import FlashAttention
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
+_LINE = 16
+"""Elements of a line of the cache."""
+
 
 class AttentionWriter(PartKeeper):
     """Writes a kernel. Index variables are named as in the formula: b, g, r, i (query), j (key).
@@ -143,7 +146,26 @@ class AttentionWriter(PartKeeper):
             chunk = self._index(k.select(k.equal(k.floor_mod(at, 2), k.index(0)), half, chunks - 1 - half), "part")
             row, g = self._index(k.floor_divide(pair, self.g), "row"), self._index(k.floor_mod(pair, self.g), "g")
             self.key_row, self.limit = row, self._limited(row, self.t)
+            with k.when(k.both(n < last - first - 1, k.equal(chunks, k.index(1)))):
+                after = self._index(task + 1, "after")
+                self._bring(self._index(k.floor_divide(after, self.g), "next_row"), k.floor_mod(after, self.g))
             self._task(row, g, chunk)
+
+    def _bring(self, b: Expr, g: Expr) -> None:
+        """Have lines of the next task's queries and of its first keys and values fetched.
+
+        Rows of one head lie apart, which hardware does not foresee.
+        """
+        k, spec = self.k, self.spec
+        g = self._index(g, "next_head")
+        line = _LINE * 4 // self._held.bytes
+        with k.loop(k.least(self.t, k.index(BLOCK)), "j") as j:
+            for view, wide in ((self.key, spec.d), (self.value, spec.e)):
+                for c in range(0, wide, line):
+                    k.prefetch(view, [b, g, j, c])
+        with k.loop(self.r, "r") as r, k.loop(k.least(self.s, k.index(BLOCK)), "i") as i:
+            for c in range(0, spec.d, line):
+                k.prefetch(self.q, [b, g * self.r + r, i, c])
 
     def _limited(self, b: Expr, limit: Expr) -> Expr:
         """A limit of keys, or a row's least length."""
@@ -344,6 +366,8 @@ class AttentionWriter(PartKeeper):
         step = lanes if d >= lanes else 1
         starts = [*range(0, d - step + 1, step), *([d - step] if d % step else [])]
         with k.loop(count, "row") as row:
+            for c in range(0, self.spec.e, _LINE):
+                k.prefetch(self.out, [self.at_b, head, first + row, c])
             for c in starts:
                 x = self._query_words([self.at_b, head, first + row], c, step)
                 k.store(self.queries, [self.slot, row, c], x, step)
