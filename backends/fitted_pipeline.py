@@ -12,9 +12,10 @@ from treadle.ir.ops.merged_products import Projections
 from treadle.ir.target import Target
 from treadle.ir.transforms.clone import clone_graph
 from treadle.ir.transforms.fixing import fix_single_sizes
+from treadle.passes.budget.candidates import Variant
 from treadle.passes.budget.computing_again import compute_again
 from treadle.passes.budget.fit_memory import FitMemory
-from treadle.passes.budget.fitting import SECONDS, Fitting, Variant, reached_peak
+from treadle.passes.budget.fitting import SECONDS, Fitting, reached
 from treadle.passes.cleanup.decompose import Decompose
 from treadle.passes.framework.manager import Optimized, Pass, PassManager
 from treadle.passes.lowering.legalize import Legalize
@@ -44,7 +45,7 @@ def check_budget(backend: StagedBackend, lowered: Optimized, target: Target, bud
     plan = lowered.plan
     assert plan is not None  # pipeline_within refuses a backend without one
     frames = backend.frames(lowered.graph, target, plan)
-    peak = reached_peak(frames, plan, lowered.graph.main.name, budget.sizes)
+    peak = reached(frames, plan, lowered.graph.main.name, budget.sizes).bytes
     if peak > budget.bytes:
         raise BackendError(
             "a run takes more memory than was foretold when it was fitted into its budget",
@@ -54,16 +55,40 @@ def check_budget(backend: StagedBackend, lowered: Optimized, target: Target, bud
 
 
 def pipeline_within(
-    backend: StagedBackend, graph: Graph, target: Target, budget: Budget
+    backend: StagedBackend, graph: Graph, target: Target, budget: Budget, donated: tuple[str, ...] = ()
 ) -> tuple[Graph, Sequence[Pass]]:
     """The graph, whose symbols are bounded by the budget's sizes, and the passes after which it fits into the budget.
 
+    donated  inputs of the last entry that callers give away
+
     Raises BackendError where nothing does, with what was reached, and what no plan goes below.
+    """
+    search, sources = search_of(backend, graph, target, budget.sizes, donated)
+    try:
+        fit = search.fit(budget.bytes)
+        if fit is None:
+            raise _does_not_fit(search, graph, budget)
+    except OverflowError as error:  # of the 64 bits in which places are found
+        where = ", ".join(f"{name}={size}" for name, size in budget.sizes.items())
+        raise BackendError(
+            "no memory is as large as these sizes take", received=where, within=graph.name, hint="smaller sizes"
+        ) from error
+    *before, _ = backend.pipeline(target)
+    chosen = next(each for each in search.variants if (each.apart, each.again) == (fit.apart, fit.again))
+    return sources[chosen], (*before, FitMemory(fit), *search.after, search.plan)
+
+
+def search_of(
+    backend: StagedBackend, graph: Graph, target: Target, sizes: Mapping[str, int], donated: tuple[str, ...] = ()
+) -> tuple[Fitting, dict[Variant, Graph]]:
+    """What looks for how a graph fits into a budget at some sizes; by variant the graph that it is made of.
+
+    Raises BackendError for a backend that plans no memory, and a graph with states or several entries.
     """
     *before, plan = backend.pipeline(target)
     if not isinstance(plan, PlanStorage):
         raise BackendError(f"backend {backend.name} plans no memory", hint="PlanStorage as the last pass")
-    plan = replace(plan, in_results=False)  # smaller sizes must fit as well, at which a result may be too small
+    plan = replace(plan, proven=True, donated=donated)  # smaller sizes must fit as well
     if graph.states or len(graph.later_entries) > 1:
         raise BackendError("a budget is for a graph with one entry and no states", received=graph.name)
     after = [each for each in before if isinstance(each, Legalize)]
@@ -73,36 +98,29 @@ def pipeline_within(
         fix_single_sizes(made)
         return made
 
-    sources, variants = [graph], [Variant(lowered(graph))]
+    sources = {Variant(lowered(graph)): graph}
     apart = PassManager((_APART,), certify=False).run(graph)
     if apart.log[-1].changes:
-        sources.append(apart.graph)
-        variants.append(Variant(lowered(apart.graph), apart=True))
-    again = clone_graph(variants[-1].graph)
-    compute_again(again, budget.sizes)
-    sources.append(sources[-1])
-    variants.append(Variant(again, apart=variants[-1].apart, again=True))
-    search = Fitting(variants, plan, after, lambda g, p: backend.frames(g, target, p), target, budget.sizes)
-    try:
-        fit = search.fit(budget.bytes)
-        whole, (least, left) = (search.whole, search.least(SECONDS)) if fit is None else (0, (0, 0))
-    except OverflowError as error:  # of the 64 bits in which places are found
-        where = ", ".join(f"{name}={size}" for name, size in budget.sizes.items())
-        raise BackendError(
-            "no memory is as large as these sizes take", received=where, within=graph.name, hint="smaller sizes"
-        ) from error
-    if fit is None:
-        cut = f"; {left} other ways to part it were not looked at, since {SECONDS:.0f} s were over" if left else ""
-        if search.left_out:
-            cut += f"; {search.left_out} ways were left out, since no more than {len(search.candidates)} are tried"
-        bound = min(search.bound, least)
-        raise BackendError(
-            "a run does not fit into the memory that it may take",
-            received=f"{budget}, beside weights, inputs and outputs",
-            within=f"{graph.name}: {whole:,} bytes without a budget; the least that was reached is {least:,}"
-            + (f"; no plan of this kind needs less than {bound:,}" if bound else "")
-            + cut,
-            hint=Hint(f"memory={least}, or smaller sizes", f"--memory {least}, or smaller --sizes"),
-        )
-    chosen = next(i for i, each in enumerate(variants) if (each.apart, each.again) == (fit.apart, fit.again))
-    return sources[chosen], (*before, FitMemory(fit), *after, plan)
+        sources[Variant(lowered(apart.graph), apart=True)] = apart.graph
+    last = list(sources)[-1]
+    again = clone_graph(last.graph)
+    compute_again(again, sizes)
+    sources[Variant(again, apart=last.apart, again=True)] = sources[last]
+    return Fitting(list(sources), plan, after, lambda g, p: backend.frames(g, target, p), target, sizes), sources
+
+
+def _does_not_fit(search: Fitting, graph: Graph, budget: Budget) -> BackendError:
+    whole, (least, left) = search.whole, search.least(SECONDS)
+    cut = f"; {left} other ways to part it were not looked at, since {SECONDS:.0f} s were over" if left else ""
+    if search.left_out:
+        cut += f"; {search.left_out} ways were left out, since no more than {len(search.candidates)} are tried"
+    bound = min(search.bound, least)
+    grows = ", since much lies in an output, which may be too small at smaller sizes" if search.grows else ""
+    return BackendError(
+        "a run does not fit into the memory that it may take",
+        received=f"{budget}, beside weights, inputs and outputs",
+        within=f"{graph.name}: {whole:,} bytes without a budget{grows}; the least that was reached is {least:,}"
+        + (f"; no plan of this kind needs less than {bound:,}" if bound else "")
+        + cut,
+        hint=Hint(f"memory={least}, or smaller sizes", f"--memory {least}, or smaller --sizes"),
+    )

@@ -107,15 +107,15 @@ class StagedBackend(ABC):
         """
         self.refuse(graph, target)
         if budget is not None:
-            graph, passes = pipeline_within(self, graph, target, budget)
+            graph, passes = pipeline_within(self, graph, target, budget, check_names(graph, donate))
             verified = False
         else:
             passes = self.pipeline(target)
-        if donate:
-            *before, plan = passes
-            if not isinstance(plan, PlanStorage):
-                raise BackendError(f"backend {self.name} plans no storage, so no input can be donated")
-            passes = (*before, replace(plan, donated=check_names(graph, donate)))
+            if donate:
+                *before, plan = passes
+                if not isinstance(plan, PlanStorage):
+                    raise BackendError(f"backend {self.name} plans no storage, so no input can be donated")
+                passes = (*before, replace(plan, donated=check_names(graph, donate)))
         lowered = PassManager(passes, certify=certify, target=target).run(graph, verified=verified)
         if budget is not None:
             check_budget(self, lowered, target, budget)

@@ -21,7 +21,7 @@ from treadle.ir.graph import Graph
 from treadle.ir.target import Target
 from treadle.option_values import parse_bytes
 from treadle.passes.budget import fitting
-from treadle.passes.budget.fitting import Candidate, Variant, few_of
+from treadle.passes.budget.candidates import Candidate, Variant, few_of
 from treadle.passes.memory.frame_placement import place_frames
 
 pytest.importorskip("tvm")

@@ -8,11 +8,15 @@
 What a partition needs is told from the plan of the function as it is: what lives at each step; in a run that is
 computed in parts, of what lives only there and is cut, the part. Where each value then lies is planned anew, so this is
 an estimate. The bound is none: it counts what lives between two runs, wherever that lies.
+
+Before a result of the entry is written, its memory is there (`Host`). What dies by then may lie in it, and all else
+still lives when it is written; so runs before need nothing that this one does not. A run in parts that writes the result
+writes it from its first part on: what dies while it runs still lives then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -72,12 +76,29 @@ class Inner:
         return self.whole if parts == 1 else sum(cost.seconds(target, parts) for cost in self.costs)
 
 
+@dataclass(frozen=True, eq=False)
+class Host:
+    """A result of the entry, in whose memory what dies before it is written may lie.
+
+    first  the step that writes it first
+    early  the storages that no kernel needs from then on
+    bytes  of the result
+    most   bytes that a run before may need, if it is to lie there at all sizes, as estimated
+    """
+
+    first: int
+    early: Collection[Storage]
+    bytes: int
+    most: int
+
+
 class FunctionTable:
     """One function; `inner` tells of callees, by name.
 
     calls    whether runs may hold calls
     regions  those of the function that are known, by their first and last step; more are added
     tracer   one of the graph
+    host     where runs before it is written are taken to lie; None: they lie by themselves
     """
 
     def __init__(
@@ -91,7 +112,9 @@ class FunctionTable:
         calls: bool,
         regions: dict[tuple[int, int], CutRegion | None],
         tracer: Tracer,
+        host: Host | None = None,
     ) -> None:
+        self.host = host
         self.graph, self.plan, self.sizes, self.target, self.inner, self.calls = (
             graph,
             plan,
@@ -128,6 +151,16 @@ class FunctionTable:
         return [
             sum(n for _, first, last, n in self.lives if first <= at <= last) for at in range(len(self.plan.steps) + 1)
         ]
+
+    def room(self, at: int, limit: int) -> int:
+        """The bytes that the callee of a step may need, where nothing needs more than a limit."""
+        if self.host is not None and at < self.host.first:
+            limit = max(limit, self.host.most)
+        return limit - self.live[at]
+
+    def _in_arena(self, last: int, count: int) -> int:
+        """Of the bytes that a run needs which ends with this step those that lie in no result."""
+        return 0 if self.host is not None and last < self.host.first and count <= self.host.most else count
 
     def _inner(self, at: int) -> Inner | None:
         return self.plan.steps[at].root.op.called_in(self.inner)
@@ -168,7 +201,8 @@ class FunctionTable:
         if parts == 1:
             inner = self._inner(first)
             seconds = self.costs[first].seconds(self.target) if inner is None else inner.seconds(self.target, 1)
-            return Run(first, last, 1, self.live[first] + (0 if inner is None else inner.bytes), seconds)
+            count = self.live[first] + (0 if inner is None else inner.bytes)
+            return Run(first, last, 1, self._in_arena(last, count), seconds)
         region = self.region(first, last)
         if region is None or parts > region.size.evaluate(self.sizes):
             return None
@@ -191,7 +225,7 @@ class FunctionTable:
                 seconds += inner.seconds(self.target, parts)
             else:
                 seconds += self.costs[at].seconds(self.target, parts, region.dims)
-        return Run(first, last, parts, whole + -(-max(in_part) // parts), seconds)
+        return Run(first, last, parts, self._in_arena(last, whole + -(-max(in_part) // parts)), seconds)
 
     # -- partitions ------------------------------------------------------------------------------------------
 
@@ -261,44 +295,71 @@ class FunctionTable:
 
     # -- the bound -------------------------------------------------------------------------------------------
 
-    def bound(self, counted: frozenset[int], callee: Callable[[str, frozenset[int]], int]) -> int:
+    def bound(
+        self, counted: frozenset[int], callee: Callable[[str, frozenset[int]], int], hosts: Sequence[Host] = ()
+    ) -> int:
         """No partition needs fewer bytes, however many the parts are, wherever values lie: what lives between two runs.
 
         counted  the positions of arguments that are the caller's own, and dead after the call
         callee   the same of a callee
+        hosts    results in one of which may lie what dies before it is written, if that is not too large in any case
         """
-        steps = len(self.plan.steps)
-        between = [self._between(at, counted) for at in range(steps + 1)]
-        best = [between[0]]
-        for end in range(1, steps + 1):
+        end = len(self.plan.steps)
+        least = self._least(0, end, _Counting(counted, callee))
+        for host in hosts:
+            for begin in self._begins(host.first):
+                early = host.early if begin == host.first else {s for s, _, last, _ in self.lives if last < begin}
+                if self._least(0, begin, _Counting(counted, callee, only=early)) <= host.bytes:
+                    least = min(least, self._least(begin, end, _Counting(counted, callee, without=early)))
+        return least
+
+    def least_before(self, host: Host, callee: Callable[[str, frozenset[int]], int]) -> int:
+        """No partition needs fewer bytes before a result is written, of what is dead by then."""
+        return self._least(0, host.first, _Counting(frozenset(), callee, only=host.early))
+
+    def _begins(self, step: int) -> Iterator[int]:
+        """Where runs may begin that hold a step."""
+        yield step
+        for begin in range(max(0, step - _MOST_RUN + 1), step):
+            if any(self.region(begin, last) for last in range(step, min(begin + _MOST_RUN, len(self.plan.steps)))):
+                yield begin
+
+    def _least(self, start: int, end: int, counting: _Counting) -> int:
+        """The bound from before one step to before another one, counting some storages alone."""
+        best = [self._between(start, counting)]
+        for stop in range(start + 1, end + 1):
             least = None
-            for begin in range(max(0, end - _MOST_RUN), end):
+            for begin in range(max(start, stop - _MOST_RUN), stop):
                 inside = 0
-                if begin == end - 1:
-                    inside = self._inside(begin, callee)
-                elif self.region(begin, end - 1) is None:
+                if begin == stop - 1:
+                    inside = self._inside(begin, counting)
+                elif self.region(begin, stop - 1) is None:
                     continue
-                need = max(best[begin], inside)
+                need = max(best[begin - start], inside)
                 least = need if least is None else min(least, need)
             assert least is not None
-            best.append(max(least, between[end]))
+            best.append(max(least, self._between(stop, counting)))
         return best[-1]
 
-    def _between(self, at: int, counted: frozenset[int]) -> int:
+    def _between(self, at: int, counting: _Counting) -> int:
         """The bytes that live before a step: made by then, and read at it or later."""
         held: dict[Storage, int] = {}
+        counted = counting.arguments
         arguments = {self.plan.places[v].storage for i, v in enumerate(self.function.arguments) if i in counted}
-        is_entry = self.function in self.graph.entries
         for place in self.plan.places.values():
             storage = place.storage
             if storage is None or not place.first < at <= place.last:
                 continue
-            own = storage.kind.is_own or (storage.kind is StorageKind.RESULT and not is_entry)
-            if own or (storage in arguments and place.first == BEFORE):
+            if (self._is_own(storage) and counting.counts(storage)) or (storage in arguments and place.first == BEFORE):
                 held[storage] = self._bytes(storage)
         return sum(held.values())
 
-    def _inside(self, at: int, callee: Callable[[str, frozenset[int]], int]) -> int:
+    def _is_own(self, storage: Storage) -> bool:
+        """Whether it is the function's, or its caller's to make room for; what the entry hands out is its caller's."""
+        is_entry = self.function in self.graph.entries
+        return storage.kind.is_own or (storage.kind is StorageKind.RESULT and not is_entry)
+
+    def _inside(self, at: int, counting: _Counting) -> int:
         """What lives while a step runs, if it is a call: what is kept around it, and what the callee needs."""
         node = self.plan.steps[at].root
         if node.op.callee is None:
@@ -306,8 +367,25 @@ class FunctionTable:
         kept, passed = 0, {self.plan.places[v].storage: i for i, v in enumerate(node.operands) if v is not None}
         dying = set()
         for storage, first, last, count in self.lives:
+            if not counting.counts(storage):
+                continue
             if first < at < last:
                 kept += count
             elif first < at == last and storage in passed:
                 dying.add(passed[storage])
-        return kept + callee(node.op.callee, frozenset(dying))
+        made = {self.plan.places[v].storage for v in node.results}
+        given = {s for s in made if s is not None and not (self._is_own(s) and counting.counts(s))}
+        return kept + max(0, counting.callee(node.op.callee, frozenset(dying)) - sum(map(self._bytes, given)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Counting:
+    """What a bound counts: arguments by position; of the function's own storages all, or some."""
+
+    arguments: frozenset[int]
+    callee: Callable[[str, frozenset[int]], int]
+    only: Collection[Storage] | None = None
+    without: Collection[Storage] = ()
+
+    def counts(self, storage: Storage) -> bool:
+        return storage not in self.without and (self.only is None or storage in self.only)

@@ -5,6 +5,10 @@ what its caller does not need at that step, and each function is placed once, ho
 
 A result of an entry is memory that a run allocates anyway. Where all that dies before it is written fits into it, it
 lies there: logits over a vocabulary are most often larger than all that leads to them.
+
+No function takes more than places that lie one after the other, where buffers of one size that are never needed
+together share a place, and calls share one. What that comes to is a polynomial of the symbols, so it is known for all
+sizes before any are seen (`hosting.py`). Greedy orders most often take less; where they take more, it is done so.
 """
 
 from __future__ import annotations
@@ -14,9 +18,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from treadle.ir.sizing.sizes import Size
 from treadle.ir.storage.views import Storage
 from treadle.passes.memory.checking import check_placement
-from treadle.passes.memory.frames import Frame
+from treadle.passes.memory.frames import Frame, aligned
 from treadle.passes.memory.greedy import live_bytes, place_greedily
 from treadle.passes.memory.instances import Lifetime
 
@@ -60,13 +65,12 @@ def place_frames(frames: Mapping[str, Frame], sizes: Mapping[str, int]) -> dict[
         buffers |= {at: life for at, _, life in calls}
         offsets, size = _placed(buffers)
         host, hosted = None, frozenset[Storage | int]()
-        for result in sorted(frame.handed_out, key=lambda x: -x.storage.nbytes.evaluate(sizes)):
+        for result in frame.handed_out:  # of those that hold it, the one that leaves the arena smallest
             early = {key: life for key, life in buffers.items() if life.end <= result.first}
             inside, taken = _placed(early)
             outside, left = _placed({key: life for key, life in buffers.items() if key not in early})
             if taken <= result.storage.nbytes.evaluate(sizes) and left < size:
                 offsets, size, host, hosted = inside | outside, left, result.storage, frozenset(early)
-                break
         own = [life for key, life in buffers.items() if isinstance(key, Storage) and key not in hosted]
         inner = {at: callee.bound for at, callee, _ in calls if at not in hosted}
         placed[name] = PlacedFrame(
@@ -84,7 +88,38 @@ def _placed(buffers: Mapping[Storage | int, Lifetime]) -> tuple[dict[Storage | i
     """Offsets, checked, and the bytes that they reach to."""
     lives = list(buffers.values())
     offsets = plan_arena(lives)
-    return dict(zip(buffers, offsets, strict=True)), check_placement(lives, offsets, alignment=ALIGNMENT)
+    size = check_placement(lives, offsets, alignment=ALIGNMENT)
+    beside = _one_after_the_other(buffers)
+    if max((at + aligned(life.size, ALIGNMENT) for at, life in zip(beside, lives, strict=True)), default=0) < size:
+        offsets, size = beside, check_placement(lives, beside, alignment=ALIGNMENT)
+    return dict(zip(buffers, offsets, strict=True)), size
+
+
+def _one_after_the_other(buffers: Mapping[Storage | int, Lifetime]) -> list[int]:
+    """An offset for each buffer: buffers of one size expression share places, and calls do."""
+    alike: dict[Size | None, list[Storage | int]] = {}
+    for key in buffers:
+        alike.setdefault(key.nbytes if isinstance(key, Storage) else None, []).append(key)
+    at, found = 0, {}
+    for keys in alike.values():
+        places = share_places([(buffers[key].first, buffers[key].end) for key in keys])
+        size = aligned(max(buffers[key].size for key in keys), ALIGNMENT)
+        found |= {key: at + place * size for key, place in zip(keys, places, strict=True)}
+        at += (max(places) + 1) * size
+    return [found[key] for key in buffers]
+
+
+def share_places(lives: Sequence[tuple[int, int]]) -> list[int]:
+    """The number of a place for each buffer, no two of which live there at once; as few places as there can be.
+
+    lives  from which step, to before which one
+    """
+    found, ends = [0] * len(lives), list[int]()
+    for i in sorted(range(len(lives)), key=lives.__getitem__):
+        first, end = lives[i]
+        found[i] = next((place for place, until in enumerate(ends) if until <= first), len(ends))
+        ends[found[i] : found[i] + 1] = [end]
+    return found
 
 
 def plan_arena(lives: Sequence[Lifetime]) -> list[int]:

@@ -1,0 +1,170 @@
+"""Which results hold what dies before they are written, whatever the sizes are: proven before any are seen.
+
+    always_hosting(frames, "main", graph.symbols)     results by storage
+
+`place_frames` takes no more than buffers that lie one after the other, as polynomials of the symbols. A result hosts at
+all sizes if, at each of them, the early ones of these take no more than it does; or all of them, early or late, take no
+more than the late ones do at the largest sizes: then nothing needs to lie in the result, as where all sizes are 1.
+
+Both are asked over boxes of sizes by interval arithmetic. A box of which neither is proven is cut in two, in the middle
+of the symbol whose ends are furthest apart by ratio, down to single sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import gcd, isqrt
+
+from treadle.ir.errors import SizeError
+from treadle.ir.sizing.size_bounds import Bounds
+from treadle.ir.sizing.sizes import ZERO, Size
+from treadle.ir.storage.views import Storage
+from treadle.passes.memory.frame_placement import ALIGNMENT, share_places
+from treadle.passes.memory.frames import Frame, aligned
+from treadle.passes.memory.storage_plan import Life
+
+Box = Mapping[str, Bounds]
+MOST_BOXES = 256
+"""That are looked at; models of the zoo need some ten."""
+
+
+@dataclass(frozen=True, eq=False)
+class Hosting:
+    """A result of an entry, and what is asked of it.
+
+    result  from the first step that touches it on
+    early   sizes, of which the largest is what all takes that dies before, one after the other
+    left    the result's bytes less each of them
+    whole   as `early`, of all that the entry needs
+    room    bytes that what does not die before takes at the largest sizes, wherever it lies
+    """
+
+    result: Life
+    early: tuple[Size, ...]
+    left: tuple[Size, ...]
+    whole: tuple[Size, ...]
+    room: int
+
+    def is_proven(self, symbols: Box) -> bool:
+        """Whether a run at any sizes keeps to what it takes at the largest ones with the early ones in the result."""
+        names = sorted({name for size in (*self.left, *self.whole) for name in size.symbols})
+        boxes = [{name: symbols.get(name, Bounds()) for name in names}]
+        if not all(map(self._holds, _corners(boxes[0]))):
+            return False
+        for _ in range(MOST_BOXES):
+            if not boxes:
+                return True
+            box = boxes.pop()
+            if not self._holds(box):
+                cut = _cut(box)
+                if cut is None:
+                    return False
+                boxes += cut
+        return not boxes
+
+    def excess(self, symbols: Box) -> float:
+        """How many times as large as the result the early ones are at most, at ends of the symbols' bounds."""
+        found = 0.0
+        for corner in _corners(symbols):
+            if not any(size.interval(corner)[1] > self.room for size in self.whole):
+                continue
+            most = max(size.interval(corner)[1] for size in self.early)
+            found = max(found, most / max(self.result.storage.nbytes.interval(corner)[1], 1))
+        return found
+
+    def _holds(self, box: Box) -> bool:
+        if all(size.interval(box)[0] >= 0 for size in self.left):
+            return True
+        return all(size.interval(box)[1] <= self.room for size in self.whole)
+
+
+def always_hosting(frames: Mapping[str, Frame], entry: str, symbols: Box) -> frozenset[Storage]:
+    """The results of an entry in which what dies before they are written may lie at all sizes within bounds."""
+    return frozenset(h.result.storage for h in hostings(frames, entry, symbols) if h.is_proven(symbols))
+
+
+def hostings(frames: Mapping[str, Frame], entry: str, symbols: Box) -> list[Hosting]:
+    """One for each result that an entry hands out as new memory; callees come first in `frames`.
+
+    None where sizes have more terms than can be told.
+    """
+    frame, stacked, found = frames[entry], dict[str, tuple[Size, ...]](), list[Hosting]()
+    if not frame.handed_out:
+        return []
+    try:
+        for name, each in frames.items():
+            stacked[name] = _stacked(each.lives, [stacked[call.callee] for call in each.calls.values()])
+        for result in frame.handed_out:
+            before = [life for life in frame.lives if life.last < result.first]
+            calls = [stacked[call.callee] for at, call in frame.calls.items() if at < result.first]
+            early = _stacked(before, calls)
+            left = tuple([result.storage.nbytes - size for size in early])
+            found.append(Hosting(result, early, left, stacked[entry], _kept(frame, result, symbols)))
+    except SizeError:
+        return []
+    return found
+
+
+def _stacked(lives: Sequence[Life], callees: Sequence[Sequence[Size]]) -> tuple[Size, ...]:
+    """Sizes of which the largest is what buffers take one after the other, where those of one size share places."""
+    alike: dict[Size, list[Life]] = {}
+    for life in lives:
+        alike.setdefault(life.storage.nbytes, []).append(life)
+    own = ZERO
+    for size, held in alike.items():
+        places = share_places([(life.first, life.last + 1) for life in held])
+        own = own + (size + _gap(size)) * (max(places) + 1)
+    return tuple(dict.fromkeys(own + size for each in callees for size in each)) or (own,)
+
+
+def _gap(size: Size) -> int:
+    """How many bytes there are at most from an end of so many to the next multiple of the alignment."""
+    return ALIGNMENT - gcd(ALIGNMENT, *(coefficient for _, coefficient in size.terms))
+
+
+def _kept(frame: Frame, result: Life, symbols: Box) -> int:
+    """The most bytes that live at once of a function's own that live when a result is written, at the largest sizes."""
+    largest = {name: bounds.upper for name, bounds in symbols.items() if bounds.upper is not None}
+    late = [life for life in frame.lives if life.last >= result.first]
+    if any(not life.storage.nbytes.symbols <= largest.keys() for life in late):
+        return 0
+    change: dict[int, int] = {}
+    for life in late:
+        count = aligned(life.storage.nbytes.evaluate(largest), ALIGNMENT)
+        change[life.first] = change.get(life.first, 0) + count
+        change[life.last + 1] = change.get(life.last + 1, 0) - count
+    live = found = 0
+    for _, count in sorted(change.items()):
+        live += count
+        found = max(found, live)
+    return found
+
+
+# -- boxes of sizes ------------------------------------------------------------------------------------------------
+
+
+def _cut(box: Box) -> list[dict[str, Bounds]] | None:
+    """A box as two; None for one that is a point, or has no end."""
+    ratios: dict[str, float] = {}
+    for name, bounds in box.items():
+        if bounds.upper is None:
+            return None
+        if bounds.upper > bounds.lower:
+            ratios[name] = bounds.upper / max(bounds.lower, 1)
+    if not ratios:
+        return None
+    name = max(ratios, key=ratios.__getitem__)
+    lower, upper = box[name].lower, box[name].upper
+    assert upper is not None
+    middle = min(max(isqrt(max(lower, 1) * upper), lower), upper - 1)
+    return [{**box, name: Bounds(lower, middle)}, {**box, name: Bounds(middle + 1, upper)}]
+
+
+def _corners(box: Box) -> Iterator[dict[str, Bounds]]:
+    """Single sizes: all at their largest, all at their least, and each alone at its least."""
+    for small in ([], list(box), *([name] for name in box)):
+        yield {
+            name: Bounds(b.lower, b.lower) if name in small or b.upper is None else Bounds(b.upper, b.upper)
+            for name, b in box.items()
+        }
