@@ -84,6 +84,8 @@ class Fitting:
     @cached_property
     def whole(self) -> int:
         """The peak without a budget, at these sizes alone: what lies in a result there need not fit at smaller ones."""
+        if not self.plan.in_results:
+            return self.peak(self._base)
         found = self._placed(self._base, plan=replace(self.plan, proven=False))
         assert found is not None
         return found.bytes

@@ -10,8 +10,8 @@ computed in parts, of what lives only there and is cut, the part. Where each val
 an estimate. The bound is none: it counts what lives between two runs, wherever that lies.
 
 Before a result of the entry is written, its memory is there (`Host`). What dies by then may lie in it, and all else
-still lives when it is written; so runs before need nothing that this one does not. A run in parts that writes the result
-writes it from its first part on: what dies while it runs still lives then.
+still lives when it is written; so runs before need nothing that this one does not. A run in parts that writes the
+result writes it from its first part on: what dies while it runs still lives then.
 """
 
 from __future__ import annotations

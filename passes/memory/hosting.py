@@ -35,7 +35,7 @@ class Hosting:
 
     result  from the first step that touches it on
     early   sizes, of which the largest is what all takes that dies before, one after the other
-    left    the result's bytes less each of them
+    left    the result's bytes less each of them, by the symbols that all terms of it have in common
     whole   as `early`, of all that the entry needs
     room    bytes that what does not die before takes at the largest sizes, wherever it lies
     """
@@ -99,7 +99,7 @@ def hostings(frames: Mapping[str, Frame], entry: str, symbols: Box) -> list[Host
             before = [life for life in frame.lives if life.last < result.first]
             calls = [stacked[call.callee] for at, call in frame.calls.items() if at < result.first]
             early = _stacked(before, calls)
-            left = tuple([result.storage.nbytes - size for size in early])
+            left = tuple([_by_common_symbols(result.storage.nbytes - size) for size in early])
             found.append(Hosting(result, early, left, stacked[entry], _kept(frame, result, symbols)))
     except SizeError:
         return []
@@ -121,6 +121,14 @@ def _stacked(lives: Sequence[Life], callees: Sequence[Sequence[Size]]) -> tuple[
 def _gap(size: Size) -> int:
     """How many bytes there are at most from an end of so many to the next multiple of the alignment."""
     return ALIGNMENT - gcd(ALIGNMENT, *(coefficient for _, coefficient in size.terms))
+
+
+def _by_common_symbols(size: Size) -> Size:
+    """A size of the same sign, if symbols are not negative: without those that every term of it has."""
+    for name in sorted(size.symbols):
+        while size.terms and (quotient := size.divide(Size.symbol(name))) is not None:
+            size = quotient
+    return size
 
 
 def _kept(frame: Frame, result: Life, symbols: Box) -> int:
