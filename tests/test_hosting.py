@@ -32,7 +32,7 @@ from treadle.passes.memory.hosting import always_hosting, hostings
 from treadle.passes.memory.storage_plan import Life
 
 ALONE = Target("cpu", 1)
-WIDE: dict[str, Any] = {"layers": 2, "dim": 64, "heads": 4, "vocab": 4000}
+WIDE: dict[str, Any] = {"layers": 2, "dim": 64, "heads": 4, "vocab": 50_000}
 MOST = {"B": 2, "S": 60}
 BOUNDS = {"B": Bounds(1, 6), "S": Bounds(1, 50)}
 
@@ -60,7 +60,7 @@ def drawn_frames(seed: int) -> dict[str, Frame]:
         return tuple(found)
 
     wide = storage(
-        "out", r.choice(("{}*B*S", "{}*S*S + 20*B", "{}*B*S + 900")).format(r.randint(20, 400)), StorageKind.RESULT
+        "out", r.choice(("{}*B*S", "{}*S*S + 20*B", "{}*B*S + 900")).format(r.randint(20, 150)), StorageKind.RESULT
     )
     block = Frame("block", (None,) * 4, lives(5, 4), {})
     calls = {at: FrameCall("block") for at in r.sample(range(8), 2)}
@@ -78,7 +78,7 @@ def needs(placed: PlacedFrame, frame: Frame, inner: PlacedFrame, sizes: dict[str
 def test_what_is_proven_holds_at_every_size() -> None:
     """A run takes no more than what lives when the result is written, placed by itself; or so much anywhere."""
     proven = 0
-    for seed in range(60):
+    for seed in range(30):
         frames = drawn_frames(seed)
         frame = frames["main"]
         (result,) = frame.handed_out
@@ -96,7 +96,7 @@ def test_what_is_proven_holds_at_every_size() -> None:
                 alone = frames | {"main": Frame("main", frame.steps, late, kept)}
                 left = place_frames(alone, sizes)["main"].size
                 assert not always or placed["main"].size <= max(left, hosting.room), (seed, sizes)
-    assert 10 < proven < 50
+    assert 5 < proven < 25
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def measured(exe: Compiled, **inputs: Any) -> int:
 
 
 def tokens(b: int, s: int) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(b * s).integers(0, 4000, (b, s))
+    return np.random.default_rng(b * s).integers(0, 50_000, (b, s))
 
 
 @needs_tvm
@@ -204,19 +204,17 @@ def test_a_model_over_a_vocabulary_keeps_as_it_is_to_what_a_run_takes_anyway(tmp
 
 
 @needs_tvm
-def test_less_than_that_is_kept_in_parts_or_refused_with_what_is_true() -> None:
-    arena = explain_memory("gpt2", backend="tvm", target=ALONE, sizes=MOST, **WIDE).arena
-    assert arena is not None
+def test_less_than_that_is_refused_with_what_is_true() -> None:
+    """The last norm is alive when the logits are written, so none of its bytes lie there."""
+    most = {"B": 1, "S": 60}
+    arena = explain_memory("gpt2", backend="tvm", target=ALONE, sizes=most, **WIDE).arena
     with pytest.raises(BackendError, match="does not fit") as refused:
-        t.compile("gpt2", backend="tvm", target=ALONE, memory=arena // 8, sizes=MOST, **WIDE)
-    within = str(refused.value.within)
-    assert f"{arena:,} bytes without a budget;" in within
-    least = int(str(refused.value.hint).partition("memory=")[2].partition(",")[0])
-    bound = int(within.rpartition("than ")[2].replace(",", ""))
-    assert arena // 8 < bound <= least <= arena
-    kept = t.compile("gpt2", backend="tvm", target=ALONE, memory=least, sizes=MOST, **WIDE)
-    assert kept.memory is not None and kept.memory.peak == least
-    assert all(needs_of(kept, B=b, S=s) <= least for b in (1, 2) for s in range(1, MOST["S"] + 1, 7))
+        t.compile("gpt2", backend="tvm", target=ALONE, memory=arena - 1, sizes=most, **WIDE)
+    assert refused.value.within == (
+        f"gpt2: {arena:,} bytes without a budget; the least that was reached is {arena:,}; "
+        f"no plan of this kind needs less than {arena:,}"
+    )
+    assert arena == 60 * 64 * 4
 
 
 @t.model

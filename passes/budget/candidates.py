@@ -28,6 +28,8 @@ from treadle.passes.memory.storage_plan import FunctionPlan, StoragePlan
 Frames = Callable[[Graph, StoragePlan], Mapping[str, Frame]]
 _FACTOR = 0.94
 """From one limit to the next."""
+_SMALLER, _MOST_SMALLER = 0.8, 6
+"""From one guess to the next of how much of what may lie in a result is needed at once; and how many there are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,15 +103,20 @@ class Candidates:
         """Some of them more than once: as if what dies before a result is written lay in it, and as if it did not."""
         for host in (None, *self._likely):
             for limited in (self._inside_blocks, self._around_blocks):
-                peak, chunks, seconds = limited(None, host)
-                yield Candidate(self.variant, chunks, peak, seconds)
-                limit, seen = float(peak), chunks
-                while 0 < peak <= limit:
+                partition, chunks = limited(None, host)
+                yield self._candidate(partition, chunks)
+                limit, seen = float(partition.bytes), chunks
+                while 0 < partition.bytes <= limit:
                     limit *= _FACTOR
-                    peak, chunks, seconds = limited(int(limit), host)
+                    partition, chunks = limited(int(limit), host)
                     if chunks != seen:
-                        yield Candidate(self.variant, chunks, peak, seconds)
+                        yield self._candidate(partition, chunks)
                         seen = chunks
+
+    def _candidate(self, partition: Partition, chunks: tuple[Chunk, ...]) -> Candidate:
+        """What it needs is what lies in no result, if it may lie in one: whether it does is seen when it is placed."""
+        least = min([partition.bytes, *(partition.beside(host) for host in self._likely[:1])])
+        return Candidate(self.variant, chunks, least, partition.seconds)
 
     @cached_property
     def hosts(self) -> list[Host]:
@@ -132,11 +139,20 @@ class Candidates:
 
     @cached_property
     def _likely(self) -> list[Host]:
-        """The largest result, if what dies before it is written may be cut into parts that have room in it."""
-        table = self._whole_tables[self.entry]
-        return [host for host in self.hosts[:1] if table.least_before(host, self._bound) <= host.most]
+        """The largest result, if what dies before it is written may be cut into parts that have room in it.
 
-    def _inside_blocks(self, limit: int | None, host: Host | None) -> tuple[int, tuple[Chunk, ...], float]:
+        Once if it has room as it is; else several times, with less and less of it in each part: what shares a place in
+        the proof is not what lives at once.
+        """
+        found: list[Host] = []
+        for host in self.hosts[:1]:
+            least = self._whole_tables[self.entry].least_before(host, self._bound)
+            while least <= host.most and len(found) < _MOST_SMALLER:
+                found.append(host)
+                host = replace(host, most=int(host.most * _SMALLER) if host.most < host.bytes else -1)
+        return found
+
+    def _inside_blocks(self, limit: int | None, host: Host | None) -> tuple[Partition, tuple[Chunk, ...]]:
         """Runs of each function are computed in parts, none that holds a call."""
         limits: dict[str, int] = {}
         inner: dict[str, Inner] = {}
@@ -159,9 +175,9 @@ class Candidates:
             partition = found or (table.least() if limit is not None else _whole(table))
             chunks += table.chunks(partition)
             inner[name] = self._inner(table, partition)
-        return partition.bytes, tuple(chunks), partition.seconds
+        return partition, tuple(chunks)
 
-    def _around_blocks(self, limit: int | None, host: Host | None) -> tuple[int, tuple[Chunk, ...], float]:
+    def _around_blocks(self, limit: int | None, host: Host | None) -> tuple[Partition, tuple[Chunk, ...]]:
         """Runs of the entry are computed in parts, with all that they call."""
         inner: dict[str, Inner] = {}
         for name, plan in self.plans.items():
@@ -170,7 +186,7 @@ class Candidates:
                 inner[name] = self._inner(table, _whole(table))
         found = table.fastest(limit) if limit is not None else _whole(table)
         partition = found or table.least()
-        return partition.bytes, tuple(table.chunks(partition)), partition.seconds
+        return partition, tuple(table.chunks(partition))
 
     def _table(
         self, plan: FunctionPlan, inner: Mapping[str, Inner], host: Host | None, *, calls: bool

@@ -17,7 +17,7 @@ result writes it from its first part on: what dies while it runs still lives the
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from treadle.ir.analysis.axis_tracing import Tracer
@@ -63,6 +63,10 @@ class Partition:
     def seconds(self) -> float:
         return sum(run.seconds for run in self.runs)
 
+    def beside(self, host: Host) -> int:
+        """The bytes that lie in no result, if what may lie in one does."""
+        return max((run.bytes for run in self.runs if not host.holds(run, host.bytes)), default=0)
+
 
 @dataclass(frozen=True)
 class Inner:
@@ -90,6 +94,10 @@ class Host:
     early: Collection[Storage]
     bytes: int
     most: int
+
+    def holds(self, run: Run, most: int) -> bool:
+        """Whether a run is done before it is written, and needs no more than so many bytes."""
+        return run.last < self.first and run.bytes <= most
 
 
 class FunctionTable:
@@ -158,10 +166,6 @@ class FunctionTable:
             limit = max(limit, self.host.most)
         return limit - self.live[at]
 
-    def _in_arena(self, last: int, count: int) -> int:
-        """Of the bytes that a run needs which ends with this step those that lie in no result."""
-        return 0 if self.host is not None and last < self.host.first and count <= self.host.most else count
-
     def _inner(self, at: int) -> Inner | None:
         return self.plan.steps[at].root.op.called_in(self.inner)
 
@@ -194,7 +198,9 @@ class FunctionTable:
         """Steps in so many parts; None where they cannot be."""
         key = first, last, parts
         if key not in self._runs:
-            self._runs[key] = self._run(first, last, parts)
+            run = self._run(first, last, parts)
+            hosted = run is not None and self.host is not None and self.host.holds(run, self.host.most)
+            self._runs[key] = replace(run, bytes=0) if run is not None and hosted else run
         return self._runs[key]
 
     def _run(self, first: int, last: int, parts: int) -> Run | None:
@@ -202,7 +208,7 @@ class FunctionTable:
             inner = self._inner(first)
             seconds = self.costs[first].seconds(self.target) if inner is None else inner.seconds(self.target, 1)
             count = self.live[first] + (0 if inner is None else inner.bytes)
-            return Run(first, last, 1, self._in_arena(last, count), seconds)
+            return Run(first, last, 1, count, seconds)
         region = self.region(first, last)
         if region is None or parts > region.size.evaluate(self.sizes):
             return None
@@ -225,7 +231,7 @@ class FunctionTable:
                 seconds += inner.seconds(self.target, parts)
             else:
                 seconds += self.costs[at].seconds(self.target, parts, region.dims)
-        return Run(first, last, parts, self._in_arena(last, whole + -(-max(in_part) // parts)), seconds)
+        return Run(first, last, parts, whole + -(-max(in_part) // parts), seconds)
 
     # -- partitions ------------------------------------------------------------------------------------------
 
