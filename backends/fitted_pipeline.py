@@ -45,7 +45,7 @@ def check_budget(backend: StagedBackend, lowered: Optimized, target: Target, bud
     plan = lowered.plan
     assert plan is not None  # pipeline_within refuses a backend without one
     frames = backend.frames(lowered.graph, target, plan)
-    peak = reached(frames, plan, lowered.graph.main.name, budget.sizes).bytes
+    peak = reached(lowered.graph, plan, frames, budget.sizes).bytes
     if peak > budget.bytes:
         raise BackendError(
             "a run takes more memory than was foretold when it was fitted into its budget",
@@ -88,7 +88,7 @@ def search_of(
     *before, plan = backend.pipeline(target)
     if not isinstance(plan, PlanStorage):
         raise BackendError(f"backend {backend.name} plans no memory", hint="PlanStorage as the last pass")
-    plan = replace(plan, proven=True, donated=donated)  # smaller sizes must fit as well
+    plan = replace(plan, donated=donated)
     if graph.states or len(graph.later_entries) > 1:
         raise BackendError("a budget is for a graph with one entry and no states", received=graph.name)
     after = [each for each in before if isinstance(each, Legalize)]
@@ -115,11 +115,12 @@ def _does_not_fit(search: Fitting, graph: Graph, budget: Budget) -> BackendError
     if search.left_out:
         cut += f"; {search.left_out} ways were left out, since no more than {len(search.candidates)} are tried"
     bound = min(search.bound, least)
-    grows = ", since much lies in an output, which may be too small at smaller sizes" if search.grows else ""
+    # At smaller sizes an output may be too small for what lies in it at these.
+    alone = f", {whole.here:,} at these sizes alone" if whole.here < whole.bytes else ""
     return BackendError(
         "a run does not fit into the memory that it may take",
         received=f"{budget}, beside weights, inputs and outputs",
-        within=f"{graph.name}: {whole:,} bytes without a budget{grows}; the least that was reached is {least:,}"
+        within=f"{graph.name}: {whole.bytes:,} bytes without a budget{alone}; the least that was reached is {least:,}"
         + (f"; no plan of this kind needs less than {bound:,}" if bound else "")
         + cut,
         hint=Hint(f"memory={least}, or smaller sizes", f"--memory {least}, or smaller --sizes"),

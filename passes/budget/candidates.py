@@ -95,7 +95,7 @@ class Candidates:
     ) -> None:
         self.variant, self.frames, self.target, self.sizes = variant, frames, target, sizes
         self.graph = variant.graph
-        self.plan = planned(self.graph, replace(plan, ordered=False, proven=False))
+        self.plan = planned(self.graph, replace(plan, ordered=False))
         self.plans = self.plan.functions
         self.entry = self.graph.main.name
 

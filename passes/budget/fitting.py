@@ -6,7 +6,8 @@ A fixed list of candidates is made, whatever the budget is: for limits from the 
 function that keeps to the limit (`candidates.py`, `partitions.py`). Of those that fit, as planned and placed, the
 fastest is taken. So a smaller budget never gives a faster run, nor a larger one a slower run.
 
-What dies before a result is written lies in it, where that is proven for all sizes up to these (`memory/hosting.py`).
+What dies before a result is written may lie in it. Smaller sizes, at which the result may be too small for that, must
+fit as well: what a run needs at any of them is proven (`memory/hosting.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from treadle.ir.graph import Graph
+from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.target import Target
 from treadle.ir.transforms.clone import clone_graph
 from treadle.ir.transforms.fixing import fix_sizes
@@ -27,10 +29,11 @@ from treadle.passes.budget.parts import NoPart, Parted, compute_in_parts
 from treadle.passes.budget.regions import find_region
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord, count_ops
-from treadle.passes.memory.frame_placement import place_frames
+from treadle.passes.memory.frame_placement import PlacedFrame, place_frames
 from treadle.passes.memory.frames import Frame, live_at, parts_of
+from treadle.passes.memory.hosting import hostings
 from treadle.passes.memory.plan_storage import PlanStorage
-from treadle.passes.memory.storage_plan import StoragePlan
+from treadle.passes.memory.storage_plan import Life, StoragePlan
 
 _WRONG = 1.25
 """What is estimated to need more than so many times the budget is not planned: estimates are not so wrong."""
@@ -65,35 +68,27 @@ class Fitting:
         """The fastest candidate that fits; None where none does."""
         base = self._base
         for candidate in self.candidates:
-            if candidate.bytes > _WRONG * budget or self.rough(candidate) > budget or self.peak(candidate) > budget:
+            wrong = candidate.bytes > _WRONG * budget and candidate is not base
+            if wrong or self.rough(candidate) > budget or self.peak(candidate) > budget:
                 continue
-            variant, reached = candidate.variant, self._reached(candidate)
+            variant, found = candidate.variant, self._reached(candidate)
             return MemoryFit(
                 budget,
                 dict(self.sizes),
-                self.whole,
-                reached.bytes,
+                self.peak(base),
+                found.bytes,
                 candidate.seconds / base.seconds,
                 variant.apart,
                 variant.again,
                 candidate.chunks,
-                reached.host,
+                found.host,
             )
         return None
 
-    @cached_property
-    def whole(self) -> int:
-        """The peak without a budget, at these sizes alone: what lies in a result there need not fit at smaller ones."""
-        if not self.plan.in_results:
-            return self.peak(self._base)
-        found = self._placed(self._base, plan=replace(self.plan, proven=False))
-        assert found is not None
-        return found.bytes
-
     @property
-    def grows(self) -> bool:
-        """Whether what is computed whole needs more than without a budget, since a smaller result may be too small."""
-        return self.peak(self._base) > self.whole
+    def whole(self) -> Reached:
+        """What a run comes to without a budget."""
+        return self._reached(self._base)
 
     @property
     def _base(self) -> Candidate:
@@ -111,10 +106,10 @@ class Fitting:
             if fewest >= least:
                 break
             if least != _ENDLESS and time.monotonic() > until:
-                return least, len(ordered) - number
+                return min(least, self.whole.bytes), len(ordered) - number
             if max(fewest, self.rough(each)) < least:
                 least = min(least, max(fewest, self.rough(each), self.peak(each)))
-        return least, 0
+        return min(least, self.whole.bytes), 0
 
     def rough(self, candidate: Candidate) -> int:
         """The peak with all sizes as numbers, which is known sooner: equal parts share a function."""
@@ -143,10 +138,8 @@ class Fitting:
     def _known(self) -> dict[tuple[object, ...], Reached]:
         return {}
 
-    def _placed(
-        self, candidate: Candidate, fixed: Mapping[str, int] | None = None, plan: PlanStorage | None = None
-    ) -> Reached | None:
-        """What a candidate comes to, with another plan if there is one; None where an op has no form on a part."""
+    def _placed(self, candidate: Candidate, fixed: Mapping[str, int] | None = None) -> Reached | None:
+        """What a candidate comes to; None where an op has no form on a part."""
         graph = clone_graph(candidate.variant.graph)
         fix_sizes(graph, fixed or {})
         try:
@@ -155,8 +148,8 @@ class Fitting:
             return None
         for each in self.after:
             each.run_graph(graph, PassRecord(each.name, "", count_ops(graph)))
-        made = planned(graph, plan or self.plan)
-        return reached(self.frames(graph, made), made, graph.main.name, self.sizes)
+        plan = planned(graph, self.plan)
+        return reached(graph, plan, self.frames(graph, plan), self.sizes)
 
     # -- candidates ------------------------------------------------------------------------------------------
 
@@ -196,18 +189,39 @@ class Fitting:
 
 @dataclass(frozen=True)
 class Reached:
-    """The bytes that a run takes, and the output in which what dies before that is written lies, if it does."""
+    """What a run comes to at some sizes, and at all smaller ones.
+
+    bytes  that it takes at most at any of them
+    here   at these sizes
+    host   the output in which what dies before that is written lies at these sizes; None: nothing does
+    """
 
     bytes: int
+    here: int
     host: str | None = None
 
 
-def reached(frames: Mapping[str, Frame], plan: StoragePlan, entry: str, sizes: Mapping[str, int]) -> Reached:
-    """What a run of an entry comes to at these sizes, as planned and placed."""
+def reached(graph: Graph, plan: StoragePlan, frames: Mapping[str, Frame], sizes: Mapping[str, int]) -> Reached:
+    """What a run of a graph's last entry comes to up to these sizes, as planned and placed."""
     inside, beside = parts_of(frames)
-    placed = place_frames(inside, sizes)[entry]
-    host = next((name for name, s in plan.functions[entry].results.items() if s is placed.host), None)
-    return Reached(placed.size + max((n for _, n in live_at(beside, entry, sizes, 1)), default=0), host)
+    entry = graph.main.name
+    foreign = max((count for _, count in live_at(beside, entry, sizes, 1)), default=0)
+    symbols = {name: Bounds(min(b.lower, sizes[name]), sizes[name]) for name, b in graph.symbols.items()}
+
+    def placed(*results: Life) -> PlacedFrame:
+        return place_frames({**inside, entry: replace(inside[entry], handed_out=results)}, sizes)[entry]
+
+    here = most = placed().size  # with nothing in a result, which is never less
+    host = None
+    for hosting in hostings(inside, entry, symbols):
+        there = placed(hosting.result)
+        if there.host is None:
+            continue
+        most = min(most, hosting.most_apart(symbols, there.size, most))
+        if there.size < here:
+            here, host = there.size, there.host
+    name = next((name for name, storage in plan.functions[entry].results.items() if storage is host), None)
+    return Reached(most + foreign, here + foreign, name)
 
 
 def apply_chunks(graph: Graph, chunks: Sequence[Chunk], check: Callable[[Graph, Parted], None] | None = None) -> int:

@@ -39,13 +39,13 @@ class MemoryFit:
 
     budget   bytes
     sizes    of the symbols, the largest that the executable serves
-    before   the peak as it would be without a budget, at these sizes alone
-    peak     the peak as it is
+    before   the peak as it would be without a budget
+    peak     the most bytes that a run takes at any of these sizes
     ratio    how many times as long a run takes as without a budget, predicted
     apart    whether products of one value, which are one by then, are done one by one
     again    whether what is cheap is computed for each that reads it
     chunks   what is computed in parts, callees first
-    host     the output in whose memory lies, at all these sizes, what dies before it is written; None: nothing does
+    host     the output in whose memory lies what dies before it is written, where it fits; None: nothing does
     """
 
     budget: int
@@ -69,7 +69,7 @@ class MemoryFit:
             f"a run takes {self.ratio:.3f} times as long, as predicted",
         ]
         if self.host is not None:
-            lines.append(f"what dies before {self.host} is written lies in memory of {self.host}, beside the peak")
+            lines.append(f"what dies before {self.host} is written lies in memory of {self.host}, where it fits")
         lines += ["products of one value are done one by one"] * self.apart
         lines += ["what is cheap is computed again for each that reads it"] * self.again
         return "\n".join([*lines, *map(str, self.chunks)])

@@ -1,32 +1,33 @@
-"""Which results hold what dies before they are written, whatever the sizes are: proven before any are seen.
+"""What a run needs at any sizes within bounds, where what dies before a result is written may lie in that: proven.
 
-    always_hosting(frames, "main", graph.symbols)     results by storage
+    hostings(frames, "main", symbols)[0].most_apart(symbols, least, most)
 
-`place_frames` takes no more than buffers that lie one after the other, as polynomials of the symbols. A result hosts at
-all sizes if, at each of them, the early ones of these take no more than it does; or all of them, early or late, take no
-more than the late ones do at the largest sizes: then nothing needs to lie in the result, as where all sizes are 1.
+A result that holds all of it at some sizes may be too small at others: logits for few positions after many that are
+read. `place_frames` never takes more than buffers that lie one after the other, which is a polynomial of the symbols.
+So at sizes at which those that die before come to no more than the result, they lie there; and where that is not
+proven, a run takes no more than all buffers come to.
 
-Both are asked over boxes of sizes by interval arithmetic. A box of which neither is proven is cut in two, in the middle
-of the symbol whose ends are furthest apart by ratio, down to single sizes.
+Both are asked over boxes of sizes, by interval arithmetic. A box in which it may not lie there is cut in two, in the
+middle of the symbol whose ends are furthest apart by ratio, the box that may need most first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from math import gcd, isqrt
 
 from treadle.ir.errors import SizeError
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.sizing.sizes import ZERO, Size
-from treadle.ir.storage.views import Storage
 from treadle.passes.memory.frame_placement import ALIGNMENT, share_places
 from treadle.passes.memory.frames import Frame, aligned
 from treadle.passes.memory.storage_plan import Life
 
 Box = Mapping[str, Bounds]
 MOST_BOXES = 256
-"""That are looked at; models of the zoo need some ten."""
+"""That are looked at."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,22 +47,34 @@ class Hosting:
     whole: tuple[Size, ...]
     room: int
 
-    def is_proven(self, symbols: Box) -> bool:
-        """Whether a run at any sizes keeps to what it takes at the largest ones with the early ones in the result."""
+    def most_apart(self, symbols: Box, least: int, most: int) -> int:
+        """The most bytes that a run may take at sizes at which the early ones may not lie in the result.
+
+        least, most  multiples of the alignment: fewer are told as the one, more as the other
+        """
+        if any(not self._fits(at) and self._needs(at) >= most for at in _corners(symbols)):
+            return most
         names = sorted({name for size in (*self.left, *self.whole) for name in size.symbols})
-        boxes = [{name: symbols.get(name, Bounds()) for name in names}]
-        if not all(map(self._holds, _corners(boxes[0]))):
-            return False
-        for _ in range(MOST_BOXES):
-            if not boxes:
-                return True
-            box = boxes.pop()
-            if not self._holds(box):
-                cut = _cut(box)
-                if cut is None:
-                    return False
-                boxes += cut
-        return not boxes
+        first = {name: symbols.get(name, Bounds()) for name in names}
+        boxes, count = [(-self._needs(first), 0, first)], 0
+        while count < MOST_BOXES and boxes and -boxes[0][0] > least:
+            if self._fits(boxes[0][2]):
+                heappop(boxes)
+                continue
+            cut = _cut(boxes[0][2])
+            if cut is None:
+                break
+            heappop(boxes)
+            for half in cut:
+                count += 1
+                heappush(boxes, (-self._needs(half), count, half))
+        return int(min(max(-boxes[0][0] // ALIGNMENT * ALIGNMENT, least), most)) if boxes else least
+
+    def _fits(self, box: Box) -> bool:
+        return all(size.interval(box)[0] >= 0 for size in self.left)
+
+    def _needs(self, box: Box) -> float:
+        return max(size.interval(box)[1] for size in self.whole)
 
     def excess(self, symbols: Box) -> float:
         """How many times as large as the result the early ones are at most, at ends of the symbols' bounds."""
@@ -72,16 +85,6 @@ class Hosting:
             most = max(size.interval(corner)[1] for size in self.early)
             found = max(found, most / max(self.result.storage.nbytes.interval(corner)[1], 1))
         return found
-
-    def _holds(self, box: Box) -> bool:
-        if all(size.interval(box)[0] >= 0 for size in self.left):
-            return True
-        return all(size.interval(box)[1] <= self.room for size in self.whole)
-
-
-def always_hosting(frames: Mapping[str, Frame], entry: str, symbols: Box) -> frozenset[Storage]:
-    """The results of an entry in which what dies before they are written may lie at all sizes within bounds."""
-    return frozenset(h.result.storage for h in hostings(frames, entry, symbols) if h.is_proven(symbols))
 
 
 def hostings(frames: Mapping[str, Frame], entry: str, symbols: Box) -> list[Hosting]:

@@ -62,7 +62,6 @@ class PlanStorage(Pass):
     donated  inputs of the last entry, by name, that the caller gives away: a step may write over them as over a value
              that the run made, and kernels that write by strides the one output
     in_results  what dies before a result of an entry is written may lie there, where kernels write by strides
-    proven   it lies there only where that is proven for all sizes within the symbols' bounds
     ordered  steps run in the order that needs the least memory, where it is proven to need no more than program order
              at any sizes, and less at some
 
@@ -80,7 +79,6 @@ class PlanStorage(Pass):
     copies: bool = False
     donated: tuple[str, ...] = ()
     in_results: bool = False
-    proven: bool = False
     ordered: bool = True
 
     @property
@@ -108,7 +106,7 @@ class PlanStorage(Pass):
                 peaks[function.name] = self._peak(plan, planned, peaks, graph.symbols)
             if plan.reordered is not None:
                 log.notes.append(f"{function.name}: {plan.reordered}")
-        log.plan = StoragePlan(functions, self.strided, self.in_results, self.proven, self.copies)
+        log.plan = StoragePlan(functions, self.strided, self.in_results, self.copies)
         log.notes.insert(0, log.plan.note)
         log.touched = set()
         return 0

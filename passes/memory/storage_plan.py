@@ -244,14 +244,12 @@ class StoragePlan:
     strided     whether kernels read and write by strides, as views say; else a library chooses them, and gives what it
                 allocates
     in_results  whether what dies before a result is written may lie where that will
-    proven      whether it does so only where that is proven for all sizes within the symbols' bounds
     copies      of a library, whether a view that strides cannot say has a storage of its own
     """
 
     functions: Mapping[str, FunctionPlan]
     strided: bool
     in_results: bool = False
-    proven: bool = False
     copies: bool = False
     name: str = field(default="", compare=False)
 

@@ -30,7 +30,6 @@ from treadle.ir.operation import Op
 from treadle.ir.sizing.sizes import ONE, Size, product
 from treadle.ir.storage.views import Storage, StorageKind, View
 from treadle.ir.types import DType, Type
-from treadle.passes.memory.hosting import always_hosting
 from treadle.passes.memory.storage_plan import FunctionPlan, How, Life, Step, StoragePlan, ValuePlace
 
 Rule = Callable[["RoutineWriter", Node], None]
@@ -70,10 +69,6 @@ def lower(
         )
         if plan.in_results:
             own.routine.handed_out = [view.storage for name, view in outputs.items() if name not in over]
-        if plan.in_results and plan.proven:
-            frames = {routine.name: routine.frame for routine in entries[entry.name].routines}
-            always = always_hosting(frames, entry.name, graph.symbols)
-            own.routine.handed_out = [storage for storage in own.routine.handed_out if storage in always]
     return KernelProgram(tuple(w.routine for w in routines.values()), entries)
 
 
