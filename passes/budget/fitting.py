@@ -131,7 +131,7 @@ class Fitting:
     def _reached(self, candidate: Candidate) -> Reached:
         key = (candidate.variant, *candidate.chunks)
         if key not in self._known:
-            self._known[key] = self._placed(candidate) or Reached(_ENDLESS)
+            self._known[key] = self._placed(candidate) or Reached(_ENDLESS, _ENDLESS)
         return self._known[key]
 
     @cached_property

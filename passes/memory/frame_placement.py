@@ -100,7 +100,7 @@ def _one_after_the_other(buffers: Mapping[Storage | int, Lifetime]) -> list[int]
     alike: dict[Size | None, list[Storage | int]] = {}
     for key in buffers:
         alike.setdefault(key.nbytes if isinstance(key, Storage) else None, []).append(key)
-    at, found = 0, {}
+    at, found = 0, dict[Storage | int, int]()
     for keys in alike.values():
         places = share_places([(buffers[key].first, buffers[key].end) for key in keys])
         size = aligned(max(buffers[key].size for key in keys), ALIGNMENT)
