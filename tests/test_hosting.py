@@ -46,7 +46,7 @@ def storage(name: str, elements: str, kind: StorageKind = StorageKind.LOCAL) -> 
 
 
 def drawn_size(r: Random) -> str:
-    return r.choice(("{}*B*S", "{}*S", "{}*(S//2)", "{}*B*(S-S//3)", "{}")).format(r.randint(1, 40))
+    return r.choice(("{}*B*S", "{}*S", "{}*(S//2)", "{}*B*(S-S//3)", "{}")).format(r.choice((3, 16, 40)))
 
 
 def drawn_frames(seed: int) -> dict[str, Frame]:
@@ -231,6 +231,20 @@ def test_less_than_that_is_refused_with_what_is_true() -> None:
     assert arena == 60 * 64 * 4
 
 
+@needs_tvm
+def test_parts_of_what_comes_before_lie_in_the_output_too() -> None:
+    """At many positions a block needs more than an output of 600 words; of one in parts there is room for all."""
+    config, most = WIDE | {"vocab": 600}, {"B": 1, "S": 256}
+    kept = t.compile("gpt2", backend="tvm", target=ALONE, seed=1, memory=100_000, sizes=most, **config)
+    assert kept.memory is not None and kept.memory.host == "logits" and kept.memory.chunks
+    assert all(needs_of(kept, B=1, S=s) <= kept.memory.peak <= 100_000 for s in range(1, 257, 15))
+    free = t.compile("gpt2", backend="tvm", target=ALONE, seed=1, **config)
+    for s in (1, 29, 256):
+        given = tokens(1, s) % 600
+        assert np.array_equal(free(tokens=given)["logits"], kept(tokens=given)["logits"])
+        assert measured(kept, tokens=given) <= kept.memory.peak
+
+
 @t.model
 def looked_up(x: Annotated[t.Tensor, t.f32["S 64"]], y: Annotated[t.Tensor, t.f32["T 8"]]) -> t.Tensor:
     """All of S is needed for each of T, so at T=1 there is less of the output than of what leads to it."""
@@ -247,6 +261,8 @@ def test_an_output_that_is_too_small_at_smaller_sizes_hosts_nothing_there() -> N
     assert kept.memory is not None and not kept.memory.chunks
     assert arena == needs_of(kept, **most) < needs_of(kept, S=64, T=1) <= kept.memory.peak == kept.memory.before
     assert max(needs_of(kept, S=s, T=n) for s in (1, 31, 64) for n in range(1, 65)) <= kept.memory.peak
+    tight = t.compile(looked_up, backend="tvm", target=ALONE, memory=kept.memory.peak, sizes=most)
+    assert tight.memory is not None and not tight.memory.chunks
     kept(x=np.ones((64, 64), np.float32), y=np.ones((1, 8), np.float32))
     (plan,) = kept.executable.machine.plans.values()  # type: ignore[attr-defined]
     assert plan.host is None and arena < plan.arena <= kept.memory.peak
@@ -260,14 +276,19 @@ def test_an_output_that_is_too_small_at_smaller_sizes_hosts_nothing_there() -> N
 def test_an_output_that_comes_back_in_a_donated_input_hosts_nothing() -> None:
     @t.model
     def refined(x: Annotated[t.Tensor, t.f32["S 64"]]) -> t.Tensor:
-        hidden = t.linear(t.softmax(t.linear(x, 16, name="down")), 16, name="mid")
-        return x + t.softmax(t.linear(hidden, 64, name="up"))
+        return x + t.softmax(t.softmax(x))
 
+    needed = []
     for donate in ((), ("x",)):
         told = explain_memory(refined, backend="tvm", target=ALONE, sizes={"S": 9}, donate=donate)
         assert told.arena is not None
+        needed.append(told.arena)
         kept = t.compile(refined, backend="tvm", target=ALONE, memory=told.arena, sizes={"S": 9}, donate=donate)
         assert kept.memory is not None and kept.memory.peak == kept.memory.before == told.arena
+        x = np.ones((9, 64), np.float32)
+        (made,) = kept(x=x).values()
+        assert np.shares_memory(x, made) is bool(donate)
+    assert needed[0] < needed[1]
 
 
 def wide_program(seed: int) -> Graph:
@@ -298,11 +319,11 @@ def wide_program(seed: int) -> Graph:
 
 
 @needs_tvm
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(10))
 def test_no_candidate_needs_less_than_the_bound(seed: int) -> None:
     backend = find_backend("tvm")
     assert isinstance(backend, StagedBackend)
-    sizes = {"B": 4, "S": 12}
+    sizes = {"B": 1 + 3 * (seed % 2), "S": 12}
     search, _ = search_of(backend, bounded(wide_program(seed), sizes), ALONE, sizes)
     reached = {each: search.peak(each) for each in search.candidates}
     assert search.bound <= min(reached.values())
