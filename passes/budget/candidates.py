@@ -13,23 +13,18 @@ from functools import cached_property
 
 from treadle.ir.analysis.axis_tracing import Tracer
 from treadle.ir.graph import Graph
-from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.target import Target
 from treadle.passes.budget.memory_fit import Chunk
 from treadle.passes.budget.partitions import FunctionTable, Host, Inner, Partition
 from treadle.passes.budget.regions import CutRegion
 from treadle.passes.framework.pass_log import PassRecord, count_ops
-from treadle.passes.memory.frame_placement import ALIGNMENT
-from treadle.passes.memory.frames import Frame, live_at, parts_of
-from treadle.passes.memory.hosting import hostings
+from treadle.passes.memory.frames import Frame, parts_of
 from treadle.passes.memory.plan_storage import PlanStorage
 from treadle.passes.memory.storage_plan import FunctionPlan, StoragePlan
 
 Frames = Callable[[Graph, StoragePlan], Mapping[str, Frame]]
 _FACTOR = 0.94
 """From one limit to the next."""
-_SMALLER, _MOST_SMALLER = 0.8, 6
-"""From one guess to the next of how much of what may lie in a result is needed at once; and how many there are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,42 +110,26 @@ class Candidates:
 
     def _candidate(self, partition: Partition, chunks: tuple[Chunk, ...]) -> Candidate:
         """What it needs is what lies in no result, if it may lie in one: whether it does is seen when it is placed."""
-        least = min([partition.bytes, *(partition.beside(host) for host in self._likely[:1])])
+        table = self._whole_tables[self.entry]
+        least = min([partition.bytes, *(table.beside(partition, host) for host in self._likely)])
         return Candidate(self.variant, chunks, least, partition.seconds)
 
     @cached_property
     def hosts(self) -> list[Host]:
         """Results of the entry in which what dies before they are written may lie, the largest first."""
-        frames, _ = parts_of(self.frames(self.graph, self.plan))
-        frame = frames[self.entry]
-        symbols = {name: Bounds(bounds.lower, self.sizes.get(name)) for name, bounds in self.graph.symbols.items()}
+        frame = parts_of(self.frames(self.graph, self.plan))[0][self.entry]
         found = []
-        for each in hostings(frames, self.entry, symbols):
-            storage, written = each.result.storage, each.result.first
-            first = next(life.first for life in self.plans[self.entry].lives if life.storage is storage)
-            count = most = storage.nbytes.evaluate(self.sizes)
-            excess = each.excess(symbols)
-            if excess > 1:  # what needs so many times less has room at all sizes
-                live = live_at(frames, self.entry, self.sizes, ALIGNMENT)
-                most = int(max(n for ((_, at), *_), n in live if at < written) / excess)
-            early = frozenset(life.storage for life in frame.lives if life.last < written)
-            found.append(Host(first, early, count, most))
+        for life in frame.handed_out:
+            first = next(each.first for each in self.plans[self.entry].lives if each.storage is life.storage)
+            early = frozenset(each.storage for each in frame.lives if each.last < life.first)
+            found.append(Host(first, early, life.storage.nbytes.evaluate(self.sizes)))
         return sorted(found, key=lambda host: -host.bytes)
 
     @cached_property
     def _likely(self) -> list[Host]:
-        """The largest result, if what dies before it is written may be cut into parts that have room in it.
-
-        Once if it has room as it is; else several times, with less and less of it in each part: what shares a place in
-        the proof is not what lives at once.
-        """
-        found: list[Host] = []
-        for host in self.hosts[:1]:
-            least = self._whole_tables[self.entry].least_before(host, self._bound)
-            while least <= host.most and len(found) < _MOST_SMALLER:
-                found.append(host)
-                host = replace(host, most=int(host.most * _SMALLER) if host.most < host.bytes else -1)
-        return found
+        """The largest result, if what dies before it is written may be cut into parts that have room in it."""
+        table = self._whole_tables[self.entry]
+        return [host for host in self.hosts[:1] if table.least_before(host, self._bound) <= host.bytes]
 
     def _inside_blocks(self, limit: int | None, host: Host | None) -> tuple[Partition, tuple[Chunk, ...]]:
         """Runs of each function are computed in parts, none that holds a call."""

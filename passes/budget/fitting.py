@@ -68,8 +68,7 @@ class Fitting:
         """The fastest candidate that fits; None where none does."""
         base = self._base
         for candidate in self.candidates:
-            wrong = candidate.bytes > _WRONG * budget and candidate is not base
-            if wrong or self.rough(candidate) > budget or self.peak(candidate) > budget:
+            if candidate.bytes > _WRONG * budget or self.rough(candidate) > budget or self.peak(candidate) > budget:
                 continue
             variant, found = candidate.variant, self._reached(candidate)
             return MemoryFit(
@@ -106,10 +105,10 @@ class Fitting:
             if fewest >= least:
                 break
             if least != _ENDLESS and time.monotonic() > until:
-                return min(least, self.whole.bytes), len(ordered) - number
+                return least, len(ordered) - number
             if max(fewest, self.rough(each)) < least:
                 least = min(least, max(fewest, self.rough(each), self.peak(each)))
-        return min(least, self.whole.bytes), 0
+        return least, 0
 
     def rough(self, candidate: Candidate) -> int:
         """The peak with all sizes as numbers, which is known sooner: equal parts share a function."""
@@ -213,7 +212,7 @@ def reached(graph: Graph, plan: StoragePlan, frames: Mapping[str, Frame], sizes:
 
     here = most = placed().size  # with nothing in a result, which is never less
     host = None
-    for hosting in hostings(inside, entry, symbols):
+    for hosting in hostings(inside, entry):
         there = placed(hosting.result)
         if there.host is None:
             continue

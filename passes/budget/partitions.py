@@ -63,10 +63,6 @@ class Partition:
     def seconds(self) -> float:
         return sum(run.seconds for run in self.runs)
 
-    def beside(self, host: Host) -> int:
-        """The bytes that lie in no result, if what may lie in one does."""
-        return max((run.bytes for run in self.runs if not host.holds(run, host.bytes)), default=0)
-
 
 @dataclass(frozen=True)
 class Inner:
@@ -87,17 +83,11 @@ class Host:
     first  the step that writes it first
     early  the storages that no kernel needs from then on
     bytes  of the result
-    most   bytes that a run before may need, if it is to lie there at all sizes, as estimated
     """
 
     first: int
     early: Collection[Storage]
     bytes: int
-    most: int
-
-    def holds(self, run: Run, most: int) -> bool:
-        """Whether a run is done before it is written, and needs no more than so many bytes."""
-        return run.last < self.first and run.bytes <= most
 
 
 class FunctionTable:
@@ -163,8 +153,22 @@ class FunctionTable:
     def room(self, at: int, limit: int) -> int:
         """The bytes that the callee of a step may need, where nothing needs more than a limit."""
         if self.host is not None and at < self.host.first:
-            limit = max(limit, self.host.most)
+            limit = max(limit, self.host.bytes + self._kept(self.host, at, at))
         return limit - self.live[at]
+
+    def beside(self, partition: Partition, host: Host) -> int:
+        """The bytes of a partition that lie in no result, if what may lie in one does."""
+        return max((run.bytes for run in partition.runs if not self._lies_in(host, run)), default=0)
+
+    def _lies_in(self, host: Host, run: Run) -> bool:
+        """Whether a run is done before a result is written, which has room for what is dead by then."""
+        return run.last < host.first and run.bytes - self._kept(host, run.first, run.last) <= host.bytes
+
+    def _kept(self, host: Host, first: int, last: int) -> int:
+        """The bytes that live at some steps and when a result is written."""
+        return sum(
+            n for storage, begin, end, n in self.lives if begin <= last and end >= first and storage not in host.early
+        )
 
     def _inner(self, at: int) -> Inner | None:
         return self.plan.steps[at].root.op.called_in(self.inner)
@@ -199,7 +203,7 @@ class FunctionTable:
         key = first, last, parts
         if key not in self._runs:
             run = self._run(first, last, parts)
-            hosted = run is not None and self.host is not None and self.host.holds(run, self.host.most)
+            hosted = run is not None and self.host is not None and self._lies_in(self.host, run)
             self._runs[key] = replace(run, bytes=0) if run is not None and hosted else run
         return self._runs[key]
 

@@ -1,6 +1,6 @@
 """What a run needs at any sizes within bounds, where what dies before a result is written may lie in that: proven.
 
-    hostings(frames, "main", symbols)[0].most_apart(symbols, least, most)
+    hostings(frames, "main")[0].most_apart(symbols, least, most)
 
 A result that holds all of it at some sizes may be too small at others: logits for few positions after many that are
 read. `place_frames` never takes more than buffers that lie one after the other, which is a polynomial of the symbols.
@@ -22,7 +22,7 @@ from treadle.ir.errors import SizeError
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.sizing.sizes import ZERO, Size
 from treadle.passes.memory.frame_placement import ALIGNMENT, share_places
-from treadle.passes.memory.frames import Frame, aligned
+from treadle.passes.memory.frames import Frame
 from treadle.passes.memory.storage_plan import Life
 
 Box = Mapping[str, Bounds]
@@ -35,17 +35,14 @@ class Hosting:
     """A result of an entry, and what is asked of it.
 
     result  from the first step that touches it on
-    early   sizes, of which the largest is what all takes that dies before, one after the other
-    left    the result's bytes less each of them, by the symbols that all terms of it have in common
-    whole   as `early`, of all that the entry needs
-    room    bytes that what does not die before takes at the largest sizes, wherever it lies
+    left    sizes, of which the least is what is left of it beside all that dies before, one after the other; each by
+            the symbols that all of its terms have in common
+    whole   sizes, of which the largest is what all takes that the entry needs, one after the other
     """
 
     result: Life
-    early: tuple[Size, ...]
     left: tuple[Size, ...]
     whole: tuple[Size, ...]
-    room: int
 
     def most_apart(self, symbols: Box, least: int, most: int) -> int:
         """The most bytes that a run may take at sizes at which the early ones may not lie in the result.
@@ -76,18 +73,8 @@ class Hosting:
     def _needs(self, box: Box) -> float:
         return max(size.interval(box)[1] for size in self.whole)
 
-    def excess(self, symbols: Box) -> float:
-        """How many times as large as the result the early ones are at most, at ends of the symbols' bounds."""
-        found = 0.0
-        for corner in _corners(symbols):
-            if not any(size.interval(corner)[1] > self.room for size in self.whole):
-                continue
-            most = max(size.interval(corner)[1] for size in self.early)
-            found = max(found, most / max(self.result.storage.nbytes.interval(corner)[1], 1))
-        return found
 
-
-def hostings(frames: Mapping[str, Frame], entry: str, symbols: Box) -> list[Hosting]:
+def hostings(frames: Mapping[str, Frame], entry: str) -> list[Hosting]:
     """One for each result that an entry hands out as new memory; callees come first in `frames`.
 
     None where sizes have more terms than can be told.
@@ -103,7 +90,7 @@ def hostings(frames: Mapping[str, Frame], entry: str, symbols: Box) -> list[Host
             calls = [stacked[call.callee] for at, call in frame.calls.items() if at < result.first]
             early = _stacked(before, calls)
             left = tuple([_by_common_symbols(result.storage.nbytes - size) for size in early])
-            found.append(Hosting(result, early, left, stacked[entry], _kept(frame, result, symbols)))
+            found.append(Hosting(result, left, stacked[entry]))
     except SizeError:
         return []
     return found
@@ -132,24 +119,6 @@ def _by_common_symbols(size: Size) -> Size:
         while size.terms and (quotient := size.divide(Size.symbol(name))) is not None:
             size = quotient
     return size
-
-
-def _kept(frame: Frame, result: Life, symbols: Box) -> int:
-    """The most bytes that live at once of a function's own that live when a result is written, at the largest sizes."""
-    largest = {name: bounds.upper for name, bounds in symbols.items() if bounds.upper is not None}
-    late = [life for life in frame.lives if life.last >= result.first]
-    if any(not life.storage.nbytes.symbols <= largest.keys() for life in late):
-        return 0
-    change: dict[int, int] = {}
-    for life in late:
-        count = aligned(life.storage.nbytes.evaluate(largest), ALIGNMENT)
-        change[life.first] = change.get(life.first, 0) + count
-        change[life.last + 1] = change.get(life.last + 1, 0) - count
-    live = found = 0
-    for _, count in sorted(change.items()):
-        live += count
-        found = max(found, live)
-    return found
 
 
 # -- boxes of sizes ------------------------------------------------------------------------------------------------
