@@ -53,7 +53,7 @@ def drawn_size(r: Random) -> str:
 
 
 def drawn_frames(seed: int) -> dict[str, Frame]:
-    """A function that is called twice, and an entry of ten steps whose result is written from the eighth on."""
+    """Two functions that are called, and an entry of ten steps whose result is written from the eighth on."""
     r = Random(seed)
 
     def lives(count: int, steps: int) -> tuple[Life, ...]:
@@ -66,21 +66,21 @@ def drawn_frames(seed: int) -> dict[str, Frame]:
     wide = storage(
         "out", r.choice(("{}*B*S", "{}*S*S + 20*B", "{}*B*S + 900")).format(r.randint(20, 150)), StorageKind.RESULT
     )
-    block = Frame("block", (None,) * 4, lives(5, 4), {})
-    calls = {at: FrameCall("block") for at in r.sample(range(8), 2)}
-    return {"block": block, "main": Frame("main", (None,) * 10, lives(9, 10), calls, (Life(wide, 7, 10),))}
+    blocks = {name: Frame(name, (None,) * 4, lives(5, 4), {}) for name in ("block", "other")}
+    calls = {at: FrameCall(name) for at, name in zip(r.sample(range(8), 2), blocks, strict=True)}
+    return blocks | {"main": Frame("main", (None,) * 10, lives(9, 10), calls, (Life(wide, 7, 10),))}
 
 
 def bytes_of(life: Life, sizes: dict[str, int]) -> int:
     return life.storage.nbytes.evaluate(sizes)
 
 
-def needs(placed: PlacedFrame, frame: Frame, inner: PlacedFrame, sizes: dict[str, int]) -> int:
+def needs(all_placed: dict[str, PlacedFrame], frame: Frame, sizes: dict[str, int]) -> int:
     """How far what lies in the result reaches."""
-    ends = [
-        placed.offsets[x.storage] + x.storage.nbytes.evaluate(sizes) for x in frame.lives if x.storage in placed.hosted
-    ]
-    return max([*ends, *(placed.callees[at] + inner.size for at in frame.calls if at in placed.hosted)], default=0)
+    placed = all_placed["main"]
+    ends = [placed.offsets[x.storage] + bytes_of(x, sizes) for x in frame.lives if x.storage in placed.hosted]
+    calls = {at: all_placed[call.callee].size for at, call in frame.calls.items() if at in placed.hosted}
+    return max([*ends, *(placed.callees[at] + size for at, size in calls.items())], default=0)
 
 
 def test_what_is_proven_holds_at_every_size() -> None:
@@ -100,7 +100,7 @@ def test_what_is_proven_holds_at_every_size() -> None:
                 sizes = {"B": b, "S": s}
                 placed = place_frames(frames, sizes)
                 if placed["main"].host is not None:
-                    assert needs(placed["main"], frame, placed["block"], sizes) <= bytes_of(hosting.result, sizes)
+                    assert needs(placed, frame, sizes) <= bytes_of(hosting.result, sizes)
                 left = place_frames(frames | {"main": Frame("main", frame.steps, late, kept)}, sizes)["main"].size
                 assert placed["main"].size <= max(left, told), (seed, sizes)
     assert 5 < proven < 25
@@ -157,7 +157,7 @@ def test_of_sizes_that_take_less_than_is_kept_at_the_largest_nothing_is_asked() 
 def test_buffers_of_one_size_share_a_place_unless_they_live_at_once() -> None:
     for first, told in ((1, 0), (0, 8064)):
         _, hosting = one_early("16*S", "30*S", Life(storage("again", "16*S"), first, 1))
-        hosting = replace(hosting, whole=(Size.of("160*S + 64"),))
+        hosting = replace(hosting, whole=(Size.of("16*S"), Size.of("160*S + 64")))
         assert hosting.most_apart(BOUNDS, 0, 1 << 40) == told
 
 

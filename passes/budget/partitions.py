@@ -112,7 +112,6 @@ class FunctionTable:
         tracer: Tracer,
         host: Host | None = None,
     ) -> None:
-        self.host = host
         self.graph, self.plan, self.sizes, self.target, self.inner, self.calls = (
             graph,
             plan,
@@ -126,7 +125,7 @@ class FunctionTable:
             StepCost(0, {}) if step.root.op.callee is not None else step_cost(step, plan, sizes) for step in plan.steps
         ]
         self.at = {node: i for i, node in enumerate(self.function.nodes)}
-        self._regions, self._tracer = regions, tracer
+        self._regions, self._tracer, self.host = regions, tracer, host
         self._runs: dict[tuple[int, int, int], Run | None] = {}
 
     # -- what lives ------------------------------------------------------------------------------------------
@@ -358,10 +357,10 @@ class FunctionTable:
         arguments = {self.plan.places[v].storage for i, v in enumerate(self.function.arguments) if i in counted}
         for place in self.plan.places.values():
             storage = place.storage
-            if storage is None or not place.first < at <= place.last:
-                continue
-            if (self._is_own(storage) and counting.counts(storage)) or (storage in arguments and place.first == BEFORE):
-                held[storage] = self._bytes(storage)
+            if storage is not None and place.first < at <= place.last:
+                given = storage in arguments and place.first == BEFORE
+                if given or (self._is_own(storage) and counting.counts(storage)):
+                    held[storage] = self._bytes(storage)
         return sum(held.values())
 
     def _is_own(self, storage: Storage) -> bool:
