@@ -332,6 +332,7 @@ SPELLERS = (
     *("ir/builder.py", "ir/expressions.py", "passes/framework/pattern.py"),
     *("ir/wording/other_spellings.py", "ir/wording/python_protocols.py", "ir/sizing/size_numbers.py"),
     "passes/memory/instances.py",  # columns of files
+    "treadle/tasks/told_options.py",  # options of other libraries
     *("treadle/serving/answers.py", "treadle/serving/requests.py", "treadle/tasks/images.py"),  # members of their JSON
 )
 """What says how ops are spelled elsewhere: tables of backends, Python's operators, words of other libraries."""
