@@ -110,6 +110,8 @@ def _copy_of_tree(place: Path) -> Path:
         for name in filter(None, listed.split("\0")):
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, tree / name)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copytree(place / "map" / "cache", tree / "cache")  # kernels, compiled once for all
     return tree
 
 
@@ -151,6 +153,7 @@ def _run_tests(tree: Path, mutation: Mutation, chosen: Chosen, result: Path) -> 
     cache = tree / ("cache-of-one" if mutation.file.startswith("backends/") else "cache")
     shutil.rmtree(tree / "cache-of-one", ignore_errors=True)
     os.environ["TREADLE_CACHE"] = str(cache)
+    os.environ["PYTHONPATH"] = str(tree)  # processes that tests start import the copy, too
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     modules = dict.fromkeys(name.partition("::")[0] for name in chosen.order)
     code = pytest.main(["-x", "-n", "0", "-q", "-p", "no:cacheprovider", *modules], plugins=[chosen])

@@ -11,7 +11,7 @@ from cosmic_ray.mutating import mutate_code
 
 from tests.line_map import ROOT, _around, _cases_of_op, _lines_before, _step
 from tests.mutation_operators import KINDS, DropKeyword, DropReturned, TurnMembership, _sites, draw
-from tests.mutations import Chosen, Mutation, append, read
+from tests.mutations import Chosen, Mutation, _copy_of_tree, _outcome, append, read
 
 OWN = [
     (DropReturned(), "def f(x):\n    return x + 1\n", "def f(x):\n    return None\n"),
@@ -96,3 +96,28 @@ def test_chosen_tests_run_in_the_order_they_are_named() -> None:
     chosen.pytest_runtest_setup(items[0])  # type: ignore[arg-type]
     with pytest.raises(pytest.skip.Exception):
         chosen.pytest_runtest_setup(items[3])  # type: ignore[arg-type]
+
+
+OF_A_PROCESS = """
+import subprocess, sys
+def test_a_process_that_starts_elsewhere_imports_the_copy():
+    found = subprocess.run([sys.executable, "-c", "import treadle"], cwd="/", check=False).returncode
+    assert found == 7
+"""
+
+
+def test_processes_of_tests_import_the_copy(tmp_path) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_a.py").write_text(OF_A_PROCESS)
+    (tmp_path / "treadle.py").write_text("raise SystemExit(7)")
+    names = ["tests/test_a.py::test_a_process_that_starts_elsewhere_imports_the_copy"]
+    assert _outcome(tmp_path, Mutation("1/1", "ir/axes.py", 3, "return", ""), names, 10, 60) == ("survived", "", 1)
+
+
+def test_a_copy_begins_with_the_kernels_of_the_map(tmp_path) -> None:
+    kernel = tmp_path / "map" / "cache" / "kernels" / "one"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_bytes(b"object")
+    tree = _copy_of_tree(tmp_path)
+    assert (tree / "cache" / "kernels" / "one").read_bytes() == b"object"
+    assert (tree / "ir" / "axes.py").read_text() == (ROOT / "ir" / "axes.py").read_text()
