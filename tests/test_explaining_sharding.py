@@ -172,6 +172,16 @@ def test_the_drawing_shows_ranks_and_the_timetable() -> None:
     assert len(block) >= 2
 
 
+def test_a_part_of_a_bar_has_its_name_written_in_it_where_there_is_room() -> None:
+    root = ElementTree.fromstring(draw_sharding(plain()))
+    written = {text.text for text in root.iter("{http://www.w3.org/2000/svg}text") if text.get("fill") == "#ffffff"}
+    parts = [(r.find("{*}title"), float(r.attrib["width"])) for r in root.iter(RECT) if r.get("stroke") == "#ffffff"]
+    names = [(title.text or "", wide) for title, wide in parts if title is not None]
+    assert all(wide > 5 * len(name) for name, wide in names if name in written)
+    assert all(wide < 9 * len(name) + 16 for name, wide in names if name not in written)
+    assert {name in written for name, _ in names} == {True, False}
+
+
 def test_a_mesh_with_more_ranks_than_there_is_room_for_is_drawn_in_part() -> None:
     found = gpt2(mesh="dp=512", recipe="dp", sizes={"B": 512, "S": 16})
     text = draw_sharding(found)

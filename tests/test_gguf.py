@@ -360,6 +360,18 @@ def test_work_and_memory_of_a_vocabulary(tmp_path: Path) -> None:
     assert opening < 2 * path.stat().st_size + 100_000
 
 
+@pytest.mark.parametrize("kind", ["Q8_1", "Q8_K"])
+def test_blocks_that_the_library_does_not_decode_are_named(tmp_path: Path, kind: str) -> None:
+    number = gguf.GGMLQuantizationType[kind]
+    elements, length = gguf.GGML_QUANT_SIZES[number]
+    path = tmp_path / "blocks.gguf"
+    head = header(tensor(b"t", (elements,), kind=int(number)), count=1)
+    path.write_bytes(head + bytes(-len(head) % 32 + length))
+    with pytest.raises(CheckpointError, match=f"blocks of type {kind.lower()} cannot be dequantised") as caught:
+        GGUFFile.open(path).array("t")
+    assert caught.value.within == f"{path}: byte {len(head) + -len(head) % 32}, tensor t"
+
+
 def test_a_tensor_is_a_view_where_it_can_be(small: Path) -> None:
     file = GGUFFile.open(small)
     norm, embedding = file.array("output_norm.weight"), file.array("token_embd.weight")

@@ -247,6 +247,12 @@ def test_a_slice_whose_cuts_are_attributes(form: str) -> None:
     same_as_runtime(model("(float[2,4,5] x) => (float y)", f"y = Slice<{form}>(x)", opset=9), {"x": floats(2, 4, 5)})
 
 
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_elements_are_gathered_from_the_beginning_of_longer_axes(axis: int) -> None:
+    proto = model("(float[3,4,5] x, int64[2,3,2] i) => (float y)", f"y = GatherElements<axis = {axis}>(x, i)")
+    same_as_runtime(proto, {"x": floats(3, 4, 5), "i": RNG.integers(-3, 3, (2, 3, 2))})
+
+
 @pytest.mark.parametrize("opset", [11, 12, 13, 18])
 @pytest.mark.parametrize(
     "operator", ["Softmax", "LogSoftmax", "Hardmax", "ArgMax", "ArgMin", "Flatten", "LpNormalization"]

@@ -26,7 +26,10 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 openai = pytest.importorskip("openai")
 
+from typer.testing import CliRunner
+
 from tests.task_models import byte_level
+from treadle.cli.application import app
 from treadle.continuation import TextWriter
 from treadle.runtime.generation import Token
 from treadle.runtime.sampling import Sampling
@@ -451,6 +454,19 @@ def test_a_shutdown_lets_answers_end(folder: Path) -> None:
     last = [each.choices[0].finish_reason for each in pieces][-1]
     assert last in ("length", "stop")
     assert server.process.wait(30) == 0
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_a_server_says_what_it_has_and_who_may_ask(
+    folder: Path, encoder: Path, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("treadle.serving.running.serve", lambda *_, ready, **given: ready(f"http://{given['host']}/v1"))
+    words = ["serve", str(folder), f"vectors={encoder}", "--rows", "3", "--context", "64", "--host", host]
+    told = CliRunner().invoke(app, words).stderr.splitlines()
+    assert told[0].startswith("tiny: 3 rows of 64 tokens, ")
+    assert told[1] == "vectors: embeddings of 32 numbers"
+    assert ("--key-file" in told[2]) == (host == "0.0.0.0")
+    assert told[-1] == f"serving at http://{host}/v1"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from tests.op_checks import EPSILON, Array
 from treadle.backends.registry import find_backend
 from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.kernels.cache import assembly
+from treadle.backends.tvm.kernels.calling import bind
 from treadle.backends.tvm.kernels.isa import ISAS, host_isa, runs_here
 from treadle.backends.tvm.kernels.matmul import Matmul, Pack, panel_width
 from treadle.backends.tvm.lowering.program import RoutineStep
@@ -308,6 +309,19 @@ def test_arm64_has_its_multiply_add() -> None:
     text = assembly(Matmul(panel_width(96, isa), batch=True), isa)
     assert text.count("fmla") >= 8
     assert assembly(Pack(panel_width(None, isa)), isa)
+
+
+@pytest.mark.parametrize("columns", [5, 8, 21])
+@pytest.mark.parametrize("near", [False, True])
+def test_the_last_panel_is_filled_up_with_zeros(near: bool, columns: int) -> None:
+    width, depth = 2 * host_isa().lanes(), 3
+    x, panels = normal(depth, columns), -(-columns // width)
+    packed = np.full((panels, depth, width), np.nan, np.float32)
+    given = x if near else np.ascontiguousarray(x.T)
+    strides = (1, columns) if near else (depth, 1)
+    bind(Pack(width, near), [given, packed], [columns, depth, *strides, 1, 1, 0, 0])()
+    wanted = np.pad(x, ((0, 0), (0, panels * width - columns)))
+    assert np.array_equal(packed, wanted.reshape(depth, panels, width).swapaxes(0, 1))
 
 
 def test_tiles_stay_in_registers() -> None:

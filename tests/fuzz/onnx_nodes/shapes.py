@@ -92,7 +92,7 @@ def _gather_elements(d: Draw) -> None:
     shape = d.shape()
     axis = d.axis(len(shape))
     d.x(d.numbers(shape))
-    picked = [n if a != axis % len(shape) else d.int(1, 4) for a, n in enumerate(shape)]
+    picked = [d.int(1, n if a != axis % len(shape) else 4) for a, n in enumerate(shape)]
     d.x(d.ints(picked, -shape[axis], shape[axis] - 1, d.of(np.int32, np.int64)))
     d.set(axis=axis)
 
