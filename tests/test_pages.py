@@ -133,9 +133,8 @@ def test_commands_and_their_options(golden: Golden) -> None:
             told = getattr(each, "help", None)
             has_default = isinstance(each.default, str | int | float)  # else what the library has in its place
             facts = [f"default {each.default!r}" * has_default, "required" * each.required]
-            lines.append(
-                f"  {', '.join([*each.opts, *each.secondary_opts])}  {'; '.join(filter(None, [*facts, told]))}"
-            )
+            spelled = ", ".join([*each.opts, *each.secondary_opts]) + (f" {each.metavar}" if each.metavar else "")
+            lines.append(f"  {spelled}  {'; '.join(filter(None, [*facts, told]))}")
     golden("pages/options.txt", "\n".join(lines).replace(sys.executable, "PYTHON"))
 
 

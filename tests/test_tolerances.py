@@ -34,6 +34,12 @@ def test_the_coarsest_dtype_of_a_graph_tells_its_spacing() -> None:
     assert coarsest_spacing(graph(["f32", "bf16", "f16"])) == 2**-7
 
 
+def test_where_nothing_is_computed_nothing_is_rounded() -> None:
+    b = Builder(Graph("g"))
+    b.outputs(y=b.input("x", "f32[3]"))
+    assert coarsest_spacing(b.graph) == 0.0
+
+
 def test_room_is_eight_roundings_of_the_numbers_and_of_what_they_move_by() -> None:
     assert room(2**-23, 4.0, 0.0) == ROUNDINGS * 2**-21
     assert room(2**-23, 4.0, 1.0, growth=math.sqrt(9)) == ROUNDINGS * (2**-21 + 3)

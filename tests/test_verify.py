@@ -356,6 +356,14 @@ def test_positions_are_not_indices_of_what_they_count() -> None:
     assert (drawn.min(), drawn.max()) == (0, 10)
 
 
+def test_what_indexes_nothing_is_drawn_as_lengths_are() -> None:
+    b = Builder(Graph("padded"))
+    b.outputs(lengths=b.input("lengths", "i64[B]"), real=b.input("real", "bool[B]"))
+    drawn = [draw_inputs(b.graph, {"B": 7}, [seed]) for seed in range(100)]
+    assert {int(n) for each in drawn for n in each["lengths"]} == set(range(1, 8))
+    assert 0.7 < np.mean([each["real"] for each in drawn]) < 0.8
+
+
 def test_inputs_that_cannot_be_drawn() -> None:
     b = Builder(Graph("never"))
     x = b.input("x", "i64[S]")
