@@ -118,7 +118,22 @@ def test_pixels_of_the_shorter_side_are_those_of_hugging_face(
     reading = {"size": size, "crop_size": {"height": 32, "width": 32}}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(reading))
     ours = ImageReader.open(ModelFolder.find(tmp_path), "clip", sides=(32, 32)).read(images)
-    theirs = transformers.CLIPImageProcessor(**reading)
+    assert_pixels(ours, transformers.CLIPImageProcessor(**reading), images)
+
+
+@pytest.mark.parametrize(
+    ("kind", "processor"),
+    [("vit", "ViT"), ("deit", "DeiT"), ("clip", "CLIP"), ("dinov2", "Bit"), ("siglip", "Siglip")],
+)
+def test_a_folder_that_says_nothing_of_images_has_the_pixels_of_its_kind(
+    kind: str, processor: str, images: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    ours = ImageReader.open(ModelFolder.find(tmp_path), kind, sides=(224, 224)).read(images[:2])
+    assert_pixels(ours, getattr(transformers, f"{processor}ImageProcessor")(), images[:2])
+
+
+def assert_pixels(ours: Any, theirs: Any, images: list[str]) -> None:
     turned = [pytest.importorskip("PIL.ImageOps").exif_transpose(image_module.open(p)).convert("RGB") for p in images]
     wanted = np.stack(theirs(turned)["pixel_values"])
     np.testing.assert_allclose(ours, wanted, atol=1e-6)

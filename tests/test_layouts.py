@@ -41,6 +41,7 @@ LAYOUTS = {
     "pairs(16, transposed)": pairs(16, transposed=True),
     "pairs(48, flat)": pairs(48, flat=True),
     "pairs(48, flat, transposed)": pairs(48, transposed=True, flat=True),
+    "quads(32)": quads(32),
     "quads(48, flat)": quads(48, flat=True),
     "blocks(16, 20, 4)": blocks(16, 20, 4),
     "blocks(48, 18, 2)": blocks(48, 18, 2),
