@@ -183,6 +183,9 @@ def test_among_some_tokens(tmp_path: Path) -> None:
     )
     assert "must be tokens of the vocabulary" in invoked("fill", str(tmp_path), "a [MASK]", "--among", "zebra").stderr
     assert "a text has no [MASK]" in invoked("fill", str(tmp_path), "a cat").stderr
+    with pytest.raises(UsageError, match="a text has no") as caught:
+        t.load(tmp_path).fill("a cat " * 99)
+    assert caught.value.received == ("a cat " * 99)[:200]
 
 
 # -- answer ----------------------------------------------------------------------------------------------------

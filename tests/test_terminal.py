@@ -170,6 +170,8 @@ def test_the_demo(wide: bool) -> None:
         done = piped("-m", "treadle.demo")
         assert (done.returncode, done.stderr) == (0, "")
         assert max(map(len, done.stdout.split("\n"))) > 150
+        steps = re.findall(r"^(\d+)  .* ─+$", done.stdout, re.MULTILINE)
+        assert steps == [str(n + 1) for n in range(8)]
         return
     code, said = on_terminal("-m", "treadle.demo")
     rows = [row for row in seen(said) if not row.startswith("/")]  # paths are kept whole
