@@ -389,6 +389,26 @@ def test_only_what_is_wrong_of_a_pass_is_undone() -> None:
     assert not np.allclose(numbers(wrong.graph)["y"], numbers(wrong.source)["y"])
 
 
+def test_a_pass_that_cannot_be_undone_in_part_is_undone_as_a_whole() -> None:
+    """It has dropped an argument that what was before may read."""
+
+    @dataclass(frozen=True)
+    class DropsAWeight(ForgetsOneOp):
+        def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
+            del function.parameters["unread"]
+            return 1 + super().run(function, graph, log)
+
+    graph = Graph("g")
+    b = Builder(graph)
+    b.parameter("unread", "f32[8]")
+    b.outputs(y=b.exp(-b.input("x", "f32[B, 8]")))
+    optimized = certified(graph, DropsAWeight())
+    (record,) = optimized.log
+    assert optimized.graph == graph
+    assert record.notes == ["all that this pass did was rolled back"]
+    assert (record.changes, record.after) == (0, record.before)
+
+
 def test_compilation_goes_on_without_the_pass_that_failed() -> None:
     text = program(
         "x: f32[B, S, 8]",

@@ -197,10 +197,13 @@ def test_weights_that_a_recipe_cannot_take_are_told_with_the_line(backend: str) 
 def test_what_does_not_fit_leaves_room_for_what_does() -> None:
     graph = Graph("g")
     b = Builder(graph)
+    b.source = SourceLine("model.py", 7)
     x, w = b.input("x", f32[1000]), b.parameter("w", f32[1, 1000])
     large = [b.exp(b.expand(w * float(n), shape=(200, 1000))) for n in (2, 3)]  # 800 kB of 1 MB each
     b.outputs(y=x + large[0], z=x + large[1], small=x + w * 5.0)
-    assert len(hoisted(graph).made) == 2  # one of the large ones, and the small one
+    lowered = PassManager((HoistWeights(),)).run(graph)
+    assert len(lowered.graph.made) == 2  # one of the large ones, and the small one
+    assert lowered.log[0].notes == ["exp stays in main: 800,000 bytes, model.py:7"]
 
 
 def hoisted(graph: Graph) -> Graph:

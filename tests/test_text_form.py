@@ -526,18 +526,22 @@ def test_hostile_text_is_refused(name: str) -> None:
     assert len(str(caught.value)) < 10_000
 
 
-def test_limits_are_adjustable() -> None:
-    assert parse_graph(BASE, TextLimits(nodes=5, parameters=3))
-    for limits in (
-        TextLimits(nodes=4),
-        TextLimits(parameters=2),
-        TextLimits(characters=100),
-        TextLimits(literal_bytes=1),
-        TextLimits(rank=1),
-    ):
-        text = BASE.replace("0.5)", "f32[1]{0.5})")
-        with pytest.raises(ParseError):
-            parse_graph(text, limits)
+HELD = {"characters": len(BASE), "functions": 2, "nodes": 5, "operands": 9, "parameters": 3, "rank": 2, "symbols": 2}
+HELD |= {"items": 2, "nesting": 1, "type_characters": len("f32[B, 8]"), "name_characters": len("reduce_sum")}
+
+
+@pytest.mark.parametrize("limit", HELD)
+def test_a_text_may_hold_as_much_as_a_limit_says_and_no_more(limit: str) -> None:
+    assert parse_graph(BASE, TextLimits(**{limit: HELD[limit]}))
+    with pytest.raises(ParseError, match=r"too (many|long|high|deep)"):
+        parse_graph(BASE, TextLimits(**{limit: HELD[limit] - 1}))
+
+
+def test_the_bytes_of_constants_are_limited() -> None:
+    text = BASE.replace("0.5)", "f32[1]{0.5})")
+    assert parse_graph(text, TextLimits(literal_bytes=4))
+    with pytest.raises(ParseError):
+        parse_graph(text, TextLimits(literal_bytes=3))
 
 
 def least_work(text: str) -> int:
