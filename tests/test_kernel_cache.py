@@ -222,6 +222,14 @@ def test_threads_are_the_callers_choice(monkeypatch: pytest.MonkeyPatch) -> None
         assert tvm_runtime.threads() == count
 
 
+def test_a_pool_that_is_as_asked_or_lost_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    tvm_runtime.set_threads(2)
+    monkeypatch.setattr(tvm_runtime, "_call", lambda *_: pytest.fail("it is configured again"))
+    tvm_runtime.set_threads(2)
+    monkeypatch.setattr(tvm_runtime._configured, "lost", True, raising=False)
+    tvm_runtime.set_threads(3)
+
+
 @pytest.mark.parametrize(("said", "kept"), [(None, "1000"), ("7", "7")])
 def test_idle_threads_sleep_before_long(monkeypatch: pytest.MonkeyPatch, said: str | None, kept: str) -> None:
     """Else a process on a busy machine waits at its end for threads that give their cores away, for minutes."""

@@ -263,6 +263,8 @@ class Watch:
                 self._left.add(line.rank)
             elif "bye" in message:
                 self._left.add(line.rank)
+        if told is None and line.rank is None:
+            line.close()
         if told is None and line.rank is not None:
             self._gone.add(line.rank)
             if line.rank not in self._left:
