@@ -360,7 +360,7 @@ class AttentionWriter(PartKeeper):
                 sums(panels, rest)
 
     def _scale(self, r: Expr, first: Expr, count: Expr, rows: Expr) -> None:
-        """The group's queries times scale, side by side; zeros up to so many rows."""
+        """The group's queries times scale, side by side; zeros up to so many rows. Rows of out are fetched."""
         k, lanes, d = self.k, self.lanes, self._depth
         head = self._head(r)
         step = lanes if d >= lanes else 1

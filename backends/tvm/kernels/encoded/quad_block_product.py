@@ -128,7 +128,7 @@ class QuadBlockProduct(WordProduct):
                 words, at = self.words(k, tile, chunk, part, sixteen, i), k.let(begin + 4 * i, "at")
                 for n in range(4):
                     wide = [k.let(block.number(w, n), "y") for block, w in zip(tile.blocks, words, strict=True)]
-                    self.products(k, views["a"], tile, at + n, wide, made)
+                    self._products(k, views["a"], tile, at + n, wide, made)
         return made
 
     def _fours(self, k: Emitter, a: Any, tile: WordTile, at: Expr, held: Sequence[Expr], made: Any) -> None:
@@ -139,3 +139,12 @@ class QuadBlockProduct(WordProduct):
             for v, w in enumerate(held):
                 to = [(i * len(held) + v) * lanes]
                 k.store(made, to, quads_added(k, k.load(made, to, lanes), w, x), lanes)
+
+    def _products(self, k: Emitter, a: Any, tile: WordTile, at: Expr, numbers: Sequence[Expr], to: Any) -> None:
+        """Add each row's element times a vector of numbers of each vector of columns."""
+        lanes = k.isa.lanes()
+        for i in range(tile.high):
+            x = k.let(k.splat(k.load(a, [tile.first + i, at]), lanes), "x")
+            for v, y in enumerate(numbers):
+                place = [(i * len(numbers) + v) * lanes]
+                k.store(to, place, k.load(to, place, lanes) + x * y, lanes)

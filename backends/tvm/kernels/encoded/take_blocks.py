@@ -20,8 +20,41 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 
+class TakesRows(Kernel):
+    """y[i, d] = decode(x)[indices[i], d]; what kernels share that pick rows of a table in blocks.
+
+    indices  their dtype by name: a field of each of them
+
+    Passed: x, indices, y, the status words; the sizes v, d, i, v being the rows of x; the strides of the indices and of
+    y's rows.
+    """
+
+    indices: str
+
+    def table(self, k: Emitter, pointer: Any, v: Expr, d: Expr) -> Any:
+        """The view of x."""
+        raise NotImplementedError
+
+    def pick(self, k: Emitter, x: Any, y: Any, row: Expr, index: Expr, d: Expr) -> None:
+        """Write row `index` of x as row `row` of y."""
+        raise NotImplementedError
+
+    def emit(self, k: Emitter) -> None:
+        pointers = [k.pointer("x", u8), k.pointer("indices", DTYPES[self.indices]), k.pointer("y", f32)]
+        told = k.pointer("status", i64)
+        v, d, i = (k.size(name) for name in "vdi")
+        picked, apart = k.size("indices_i"), k.size("y_i")
+        x = self.table(k, pointers[0], v, d)
+        indices = k.view(pointers[1], [i], [picked])
+        y = k.view(pointers[2], [i, d], [apart, 1])
+        status = k.view(told, [4])
+        with k.parallel(i, "row") as row:
+            index = k.let(k.index(k.load(indices, [row])), "index")
+            checked(k, status, index, v, lambda: self.pick(k, x, y, row, index, d))
+
+
 @dataclass(frozen=True)
-class TakeBlocks(Kernel):
+class TakeBlocks(TakesRows):
     """y[i, d] = decode(x)[indices[i], d]
 
     form     of x's blocks, which lie along d, in panels of x's rows
@@ -29,9 +62,6 @@ class TakeBlocks(Kernel):
     width    of a panel
     lies     as what: "panels"; or as products of whole numbers read it, "quads", rows of 8 bits by fours
     flat     for quads: whether those of a panel's columns lie one after another
-
-    Passed: x, indices, y, the status words; the sizes v, d, i, v being the rows of x; the strides of the indices and of
-    y's rows.
     """
 
     form: PackedForm
@@ -44,29 +74,16 @@ class TakeBlocks(Kernel):
     def title(self) -> str:
         return f"gather_of_blocks_{self.form.title}"
 
-    def emit(self, k: Emitter) -> None:
-        form = self.form
-        pointers = [k.pointer("x", u8), k.pointer("indices", DTYPES[self.indices]), k.pointer("y", f32)]
-        told = k.pointer("status", i64)
-        v, d, i = (k.size(name) for name in "vdi")
-        picked, apart = k.size("indices_i"), k.size("y_i")
-        groups = k.let(k.floor_divide(d, form.group) if form.group else k.index(1), "groups")
-        bytes = k.let(groups * form.bytes if form.group else d + form.header, "bytes")
+    def table(self, k: Emitter, pointer: Any, v: Expr, d: Expr) -> Any:
         panels = k.floor_divide(v + (self.width - 1), self.width)
         if self.lies == "quads":
             steps = k.floor_divide(d + (QUAD_STEP - 1), QUAD_STEP)
-            x = k.view(pointers[0], [panels, steps * (self.width * QUAD_STEP) + self.width * QUAD_HEAD])
-        else:
-            x = k.view(pointers[0], [panels, bytes, self.width])
-        indices = k.view(pointers[1], [i], [picked])
-        y = k.view(pointers[2], [i, d], [apart, 1])
-        status = k.view(told, [4])
-        with k.parallel(i, "row") as row:
-            index = k.let(k.index(k.load(indices, [row])), "index")
-            checked(k, status, index, v, lambda: self._row(k, x, y, row, index, d, groups))
+            return k.view(pointer, [panels, steps * (self.width * QUAD_STEP) + self.width * QUAD_HEAD])
+        form = self.form
+        bytes = k.floor_divide(d, form.group) * form.bytes if form.group else d + form.header
+        return k.view(pointer, [panels, bytes, self.width])
 
-    def _row(self, k: Emitter, x: Any, y: Any, row: Expr, index: Expr, d: Expr, groups: Expr) -> None:
-        """Row `index` of x as row `row` of y."""
+    def pick(self, k: Emitter, x: Any, y: Any, row: Expr, index: Expr, d: Expr) -> None:
         form = self.form
         panel = k.let(k.floor_divide(index, self.width), "panel")
         column = k.let(k.floor_mod(index, self.width), "column")
@@ -84,7 +101,7 @@ class TakeBlocks(Kernel):
                 k.store(y, [row, b], element * scale)
             return
 
-        with k.loop(groups, "group") as group:
+        with k.loop(k.floor_divide(d, form.group) if form.group else k.index(1), "group") as group:
             base = k.let(group * form.bytes if form.group else k.index(0), "base")
             scale, least = form.scales(k, lambda at: k.load(x, [panel, base + at, column]), 0, 1)
             count = k.index(form.group * form.bits // 8) if form.group else d
@@ -96,11 +113,8 @@ class TakeBlocks(Kernel):
 
 
 @dataclass(frozen=True)
-class TakeWords(Kernel):
-    """As `TakeBlocks`, of a table that is read by words.
-
-    Passed: x, in the form's layout, and the rest as there.
-    """
+class TakeWords(TakesRows):
+    """As `TakeBlocks`, of a table that is read by words and lies in the form's layout."""
 
     form: WordForm
     indices: str
@@ -109,26 +123,14 @@ class TakeWords(Kernel):
     def title(self) -> str:
         return f"gather_of_blocks_{self.form.title}"
 
-    def emit(self, k: Emitter) -> None:
-        form = self.form
-        pointers = [k.pointer("x", u8), k.pointer("indices", DTYPES[self.indices]), k.pointer("y", f32)]
-        told = k.pointer("status", i64)
-        v, d, i = (k.size(name) for name in "vdi")
-        picked, apart = k.size("indices_i"), k.size("y_i")
-        count = k.let(k.floor_divide(d, form.elements), "blocks")
-        x = k.view(pointers[0], [k.floor_divide(v + (WIDTH - 1), WIDTH), count * (form.bytes * WIDTH)])
-        indices = k.view(pointers[1], [i], [picked])
-        y = k.view(pointers[2], [i, d], [apart, 1])
-        status = k.view(told, [4])
-        with k.parallel(i, "row") as row:
-            index = k.let(k.index(k.load(indices, [row])), "index")
-            checked(k, status, index, v, lambda: self._row(k, x, y, row, index, count))
+    def table(self, k: Emitter, pointer: Any, v: Expr, d: Expr) -> Any:
+        bytes = k.floor_divide(d, self.form.elements) * (self.form.bytes * WIDTH)
+        return k.view(pointer, [k.floor_divide(v + (WIDTH - 1), WIDTH), bytes])
 
-    def _row(self, k: Emitter, x: Any, y: Any, row: Expr, index: Expr, count: Expr) -> None:
-        """Row `index` of x as row `row` of y."""
+    def pick(self, k: Emitter, x: Any, y: Any, row: Expr, index: Expr, d: Expr) -> None:
         form = self.form
         panel, column = k.let(k.floor_divide(index, WIDTH), "panel"), k.let(k.floor_mod(index, WIDTH), "column")
-        with k.loop(count, "block") as number:
+        with k.loop(k.floor_divide(d, form.elements), "block") as number:
             base = k.let(number * (form.bytes * WIDTH), "base")
 
             def load(at: Expr, bytes: int, base: Expr = base) -> Expr:

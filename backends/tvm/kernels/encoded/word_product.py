@@ -183,12 +183,3 @@ class WordProduct(FinishedProduct):
     def words(self, k: Emitter, tile: WordTile, chunk: Expr, part: int, half: int, i: Expr) -> list[Expr]:
         """Four neighbours of each vector of columns: see `WordForm.four`."""
         return [k.let(self.form.four(block, chunk, part, half, i), "w") for block in tile.blocks]
-
-    def products(self, k: Emitter, a: Any, tile: WordTile, at: Expr, numbers: Sequence[Expr], to: Any) -> None:
-        """Add each row's element times a vector of numbers of each vector of columns."""
-        lanes = k.isa.lanes()
-        for i in range(tile.high):
-            x = k.let(k.splat(k.load(a, [tile.first + i, at]), lanes), "x")
-            for v, y in enumerate(numbers):
-                place = [(i * len(numbers) + v) * lanes]
-                k.store(to, place, k.load(to, place, lanes) + x * y, lanes)
