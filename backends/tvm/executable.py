@@ -34,6 +34,7 @@ from treadle.backends.tvm.kernels.runner import Runner
 from treadle.backends.tvm.lowering.leftovers import find_leftovers
 from treadle.backends.tvm.lowering.listing import list_program, unique_titles
 from treadle.backends.tvm.lowering.program import KernelProgram, kernels_of
+from treadle.backends.tvm.output_memory import OutputMemory, allocated
 from treadle.backends.tvm.planning import Plan, Planner
 from treadle.backends.tvm.poisoning import run_poisoned
 from treadle.backends.tvm.spaces import Arena, Input, Output, State
@@ -177,6 +178,7 @@ class _Machine:
         self.constants: dict[Storage, Array] = {}
         self.plans: OrderedDict[tuple[str, tuple[tuple[str, int], ...]], Plan] = OrderedDict()
         self._arena = np.empty(0, np.uint8)
+        self._outputs = OutputMemory()
         self._lock = threading.Lock()
         self._runner = _TableRunner(entries[Runner()]) if Runner() in entries else None
 
@@ -193,7 +195,8 @@ class _Machine:
         states: States,
         outputs: Mapping[str, np.dtype[Any]],
     ) -> dict[str, Array]:
-        """Run an entry on its inputs and states, the latter in place; returns new arrays of these dtypes."""
+        """Run an entry on its inputs and states, the latter in place; returns arrays of these dtypes, which are the
+        caller's."""
         with self._lock:
             runner, plan, table, made = self._ready(entry, sizes, given, states, outputs)
             failed = run_poisoned(plan, table, self._arena, made, runner) if poisons() else runner(table)
@@ -231,14 +234,16 @@ class _Machine:
         states: States,
         outputs: Mapping[str, np.dtype[Any]],
     ) -> tuple[_TableRunner, Plan, Array, dict[str, Array]]:
-        """What runs a table, an entry's plan, its table with all addresses in place, and new arrays for outputs."""
+        """What runs a table, an entry's plan, its table with all addresses in place, and arrays for outputs."""
         if self._runner is None:
             self.cache.refuse_other_machine()
         assert self._runner is not None
         plan = self._plan(entry, sizes)
         over = self.program.entries[entry].over
         made = {
-            name: given[over[name]] if name in over else _allocated(plan.shapes[name], dtype, name == plan.host)
+            name: given[over[name]]
+            if name in over
+            else self._outputs.array(name, plan.shapes[name], dtype, aligned=name == plan.host)
             for name, dtype in outputs.items()
         }
         return self._runner, plan, self._place(plan, given, states, made), made
@@ -261,7 +266,8 @@ class _Machine:
     def _place(self, plan: Plan, given: Mapping[str, Array], states: States, made: Mapping[str, Array]) -> Array:
         """Tell a plan where everything lies; returns its table."""
         if self._arena.nbytes < plan.arena + ALIGNMENT:
-            self._arena = _allocated((plan.arena + ALIGNMENT,), np.dtype(np.uint8))
+            size = plan.arena + ALIGNMENT
+            self._arena = allocated(size, (size,))
         plan.put(Arena(), aligned(address(self._arena), ALIGNMENT))
         for name, array in given.items():
             plan.put(Input(name), address(array))
@@ -324,20 +330,6 @@ class _TableRunner:
 
 
 # -- arrays --------------------------------------------------------------------------------------------------
-
-
-def _allocated(shape: tuple[int, ...], dtype: np.dtype[Any], aligned: bool = False) -> Array:
-    """New memory; `aligned` as an arena is. Raises BackendError where there is not so much."""
-    try:
-        if aligned:
-            count = math.prod(shape) * dtype.itemsize
-            raw = np.empty(count + ALIGNMENT, np.uint8)
-            begin = -address(raw) % ALIGNMENT
-            return raw[begin : begin + count].view(dtype).reshape(shape)
-        return np.empty(shape, dtype)
-    except (MemoryError, OverflowError, ValueError) as error:
-        gigabytes = math.prod(shape) * dtype.itemsize / 2**30
-        raise BackendError("there is not enough memory", received=f"{gigabytes:.3g} GiB for {list(shape)}") from error
 
 
 def _zeros(shape: tuple[int, ...], dtype: DType) -> Array:
