@@ -87,10 +87,19 @@ class Finishing:
         lanes: int,
     ) -> None:
         """Finish a vector of sums of row `at`, from `column` on, and store what of it is inside the matrix."""
-        if self.whole:
+
+        def all_lanes() -> None:
             k.store(views["c"], [*at, column], self.finished(k, views, at, column, value, lanes), lanes)
-        else:
-            self._store_inside(k, views, at, column, value, columns, lanes)
+
+        if self.whole:
+            all_lanes()
+            return
+        value = k.let(value, "value")
+        inside = k.let(k.index(columns) - column, "inside")
+        with k.when(inside >= k.index(lanes)):
+            all_lanes()
+        with k.when(inside < k.index(lanes)):
+            self._store_some(k, views, at, column, value, k.let(k.greatest(inside, k.index(0)), "some"), lanes)
 
     def finished(
         self, k: Emitter, views: Mapping[str, Any], at: Sequence[Expr], column: Expr, value: Expr, lanes: int
@@ -109,18 +118,17 @@ class Finishing:
             return k.splat(k.load(view, [*at[:-1], 0] if how == "1" else at), lanes)
         return k.load(view, [*at[:-1], column] if how == "n" else [*at, column], lanes)
 
-    def _store_inside(
+    def _store_some(
         self,
         k: Emitter,
         views: Mapping[str, Any],
         at: Sequence[Expr],
         column: Expr,
         value: Expr,
-        columns: Expr,
+        count: Expr,
         lanes: int,
     ) -> None:
-        """Finish and store what of a vector is inside the matrix; extras are read through copies that zeros fill up."""
-        inside = k.let(k.least(k.index(columns) - column, k.index(lanes)), "inside")
+        """Finish and store so many lanes of a vector; extras are read through copies that zeros fill up."""
         extras = []
         for number, how in enumerate(self.extras):
             if "n" not in how:
@@ -129,26 +137,16 @@ class Finishing:
             view = views[f"x{number}"]
             held = k.registers(lanes, view.dtype, "held")
             k.store(held, [0], k.number(0, view.dtype, lanes), lanes)
-            self._copy(k, view, [*at[:-1], column] if how == "n" else [*at, column], held, [k.index(0)], inside, lanes)
+            self._copy(k, view, [*at[:-1], column] if how == "n" else [*at, column], held, [k.index(0)], count)
             extras.append(k.load(held, [0], lanes))
         made = k.registers(lanes, views["c"].dtype, "made")
         k.store(made, [0], self.chain.emit(k, [value, *extras], lanes) if self.chain else value, lanes)
-        self._copy(k, made, [k.index(0)], views["c"], [*at, column], inside, lanes)
+        self._copy(k, made, [k.index(0)], views["c"], [*at, column], count)
 
     def _copy(
-        self,
-        k: Emitter,
-        source: Any,
-        read: Sequence[Expr],
-        to: Any,
-        written: Sequence[Expr],
-        count: Expr,
-        lanes: int,
+        self, k: Emitter, source: Any, read: Sequence[Expr], to: Any, written: Sequence[Expr], count: Expr
     ) -> None:
-        """`count` elements, all lanes at once where it is so many; none where it is not positive."""
-        with k.when(count >= k.index(lanes)):
-            k.store(to, written, k.load(source, read, lanes), lanes)
-        with k.when(count < k.index(lanes)), k.loop(k.greatest(count, k.index(0)), "t") as t:
+        with k.loop(count, "t") as t:
             k.store(to, [*written[:-1], written[-1] + t], k.load(source, [*read[:-1], read[-1] + t]))
 
 
