@@ -422,6 +422,25 @@ def test_onnx_is_written_with_numbers(tmp_path: Any) -> None:
         export_onnx(encoded, meant, tmp_path / "wrong.onnx")
 
 
+def test_numpy_moves_blocks_that_a_call_picks() -> None:
+    """As views where that is possible, and into the arena: sizes are those of the bytes."""
+    b = Builder(Graph("moved"))
+    picked = b.gather(b.parameter("w", "f32[6, 64] as q8_0"), b.input("i", "i64[B, S]"), axis=0)
+    turned, flat = (b.rearrange(picked, pattern=pattern) for pattern in ("b s d -> (s b) d", "b s d -> (b s) d"))
+    moved = {
+        "joined": b.concat(turned, flat, axis=0),
+        "columns": b.rearrange(turned, pattern="n d -> d n"),
+        "spread": b.rearrange(picked, pattern="b s d -> b 1 s d"),
+        "cut": b.slice(picked, axis=1, start=1),
+    }
+    b.outputs(**{name: b.apply("decode", blocks, of=blocks.type.encoding) for name, blocks in moved.items()})
+    held, given = drawn_weights(b.graph)[0], {"i": np.array([[0, 2, 5], [1, 1, 3]])}
+    made = treadle.compile(b.graph, backend="numpy", weights=held)
+    assert all(f"out=memory.{op}" in made.source for op in ("gather", "rearrange", "concat"))
+    for name, wanted in interpret(b.graph, given, held).items():
+        np.testing.assert_array_equal(made(**given)[name], wanted, err_msg=name)
+
+
 @pytest.mark.parametrize("backend", ["torch", "tvm"])
 def test_blocks_of_a_constant_are_refused_where_nothing_decodes_them(backend: str) -> None:
     """Nobody hoists a constant, and these backends have no kernel that decodes."""

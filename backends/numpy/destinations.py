@@ -52,7 +52,7 @@ def _reduction(function: str) -> Callable[[Line], str]:
 
 
 def _copied(text: str, line: Line) -> str:
-    return f"kernels.copied({text}, {line.shape(line.result.shape)}{line.told})"
+    return f"kernels.copied({text}, {line.shape(line.result.held.shape)}{line.told})"
 
 
 def _rearranged(line: Line) -> str:
@@ -108,8 +108,6 @@ def is_placed(node: Node) -> bool:
     """Whether a node is spelled so that it writes its result where it is told to."""
     op, types = node.op, [v.type for v in (*node.inputs, *node.results)]
     if op.name not in {*_WRITTEN, *_KERNELS} or op.updates or len(node.results) != 1:
-        return False
-    if any(each.encoding is not None for each in types):
         return False
     if any(each.dtype is f16 for each in types) and op.name not in _MOVES:
         return False

@@ -13,8 +13,10 @@ def rearranged(line: Line, permute: str, joined: bool = True) -> str:
     """`x.reshape(B, S, 12, 64).transpose(0, 2, 1, 3)`: only the steps that are needed. permute is the method.
 
     joined  whether axes that are one dimension of the result are joined
+
+    Sizes are those of what is held: blocks are moved as bytes.
     """
-    application = line.op.apply([line.type("x")])
+    application = line.op.apply([line.type("x").held])
     (operand,), (result,) = application.operands, application.results
     before = [name for dim in operand or () for name in dim.factors]
     after = [name for dim in result for name in dim.factors]
@@ -24,7 +26,7 @@ def rearranged(line: Line, permute: str, joined: bool = True) -> str:
     if before != after:
         text += f".{permute}({', '.join(str(before.index(name)) for name in after)})"
     if joined and _merges(result):
-        text += f".reshape({', '.join(line.size(size) for size in line.result.shape) or '()'})"
+        text += f".reshape({', '.join(line.size(size) for size in line.result.held.shape) or '()'})"
     return text.replace(".reshape()", ".reshape(())")
 
 
