@@ -311,7 +311,6 @@ def _gemma(v: _Vocabulary) -> tuple[Any, list[str]]:
     model = library.models.BPE(vocab=vocabulary, merges=merges, fuse_unk=True, unk_token=unknown, byte_fallback=True)
     made = library.Tokenizer(model)
     made.normalizer = library.normalizers.Replace(" ", _SPACE)
-    made.pre_tokenizer = library.pre_tokenizers.Split(pattern=" ", behavior="merged_with_previous", invert=False)
     d = library.decoders
     made.decoder = d.Sequence([d.Replace(_SPACE, " "), d.ByteFallback(), d.Fuse()])
     return _begun(v, made), []
