@@ -222,6 +222,23 @@ def test_vocabulary(small: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("default", "It|'|S|Ġ12345|,|Ġ(|ok|)|ĊĊĠ|Ġlet|'s"),
+        ("gpt-2", "It|'|S|Ġ12345|,|Ġ(|ok|)|ĊĊĠ|Ġlet|'s"),
+        ("smollm", "It|'|S|Ġ|1|2|3|4|5|,|Ġ(|ok|)|ĊĊĠ|Ġlet|'s"),
+        ("llama-bpe", "It|'S|Ġ|123|45|,|Ġ(|ok|)ĊĊ|Ġ|Ġlet|'s"),
+        ("qwen2", "It|'S|Ġ|1|2|3|4|5|,|Ġ(|ok|)ĊĊ|Ġ|Ġlet|'s"),
+    ],
+)
+def test_text_is_cut_as_the_file_names_it(tmp_path: Path, pre: str, pieces: str) -> None:
+    write_model(tmp_path / "model.gguf", SIZES, {}, pre=pre)
+    made = build_gguf_tokenizer(GGUFFile.open(tmp_path / "model.gguf"))
+    found = made.pre_tokenizer.pre_tokenize_str("It'S 12345, (ok)\n\n  let's")
+    assert "|".join(piece for piece, _ in found) == pieces
+
+
+@pytest.mark.parametrize(
     ("old", "new", "what"),
     [
         ("h e", b"h_e", "tokenizer.ggml.merges must hold two tokens each"),

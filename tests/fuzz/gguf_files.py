@@ -93,11 +93,13 @@ def write_model(
     blocks: str = "F32",
     held: Mapping[str, str] | None = None,
     keys: Mapping[str, int | float] | None = None,
+    pre: str = "smollm",
 ) -> None:
     """A GGUF file with the library's writer: metadata, vocabulary and weights, matrices stored in the type `blocks`.
 
     held  the types of those that are blocks already, u8[rows, bytes], by name
     keys  what the metadata say beside the sizes, without the architecture before it
+    pre   how text is cut
     """
     writer = gguf.GGUFWriter(path, sizes.architecture)
     writer.add_name("caf\u00e9")
@@ -115,7 +117,7 @@ def write_model(
         add(f"{sizes.architecture}.{key}", value)
     tokens = vocabulary()
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types([3 if token in SPECIAL else 1 for token in tokens])
     writer.add_token_merges(list(MERGES))
