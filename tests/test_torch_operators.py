@@ -51,6 +51,11 @@ def test_attention_means_what_it_means_in_torch(mask: str) -> None:
 OPERATORS: dict[str, Any] = {
     "integers": lambda x: ((x * 7).int() // 3, torch.div((x * 9).int(), 4, rounding_mode="trunc"), (x * 9).long() % -4),
     "quotients": lambda x: tuple(torch.div(x * 9, 4.0, rounding_mode=mode) for mode in (None, "floor", "trunc")),
+    "remainders": lambda x: (
+        *(rule(x * 9, y) for rule in (torch.fmod, torch.remainder) for y in (4.0, -2.5, x[:, :1] * 2)),
+        *(rule((x * 9).int(), y) for rule in (torch.fmod, torch.remainder, torch.floor_divide) for y in (4, -3)),
+        *(torch.fmod(x * 1e7, 0.3), torch.fmod(torch.full_like(x, -(2**31), dtype=torch.int32), 3)),
+    ),
     "promotion": lambda x: (x.int() + 0.5, x.int() / 2, x > 0.1, x.int() == x, x.double() - x, 1 - x, 2.0**x),
     "choices": lambda x: (torch.where(x > 0, x, 1.5), x.clamp(-0.5, 0.5), x.clamp(min=0.1), torch.maximum(x, -x)),
     "functions": lambda x: (F.softplus(x), F.hardswish(x), F.leaky_relu(x), x.ceil(), x.trunc(), x.round(), F.mish(x)),
