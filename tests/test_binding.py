@@ -168,6 +168,19 @@ def test_slices(tmp_path: Path, source: Source, wanted: Any) -> None:
     np.testing.assert_array_equal(bound.arrays["p"], part.T)
 
 
+@pytest.mark.parametrize("groups", [1, 2, 3, 4])
+def test_rows_of_each_group(tmp_path: Path, groups: int) -> None:
+    """The second and third row of each group, and two columns; of a matrix that is stored transposed, too."""
+    held = {"w": draw(12, 6)}
+    own = [row for row in range(12) if row % (12 // groups) in (1, 2)]
+    part = held["w"][own][:, 1:3]
+    for given, transpose in ((held, False), ({"w": np.ascontiguousarray(held["w"].T)}, True)):
+        source = Source("w", transpose=transpose, rows=(1, 3), cols=(1, 3), groups=groups)
+        bound = bind({"p": (part.shape, "f32")}, {"p": source}, store(tmp_path, given))
+        np.testing.assert_array_equal(bound.arrays["p"], part)
+    assert Source("w", rows=(1, 3), groups=5).shape((12, 6)) is None
+
+
 @pytest.mark.parametrize(
     ("held", "needed", "value"),
     [

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from treadle.ir.errors import ParseError, PassError, UsageError
 from treadle.ir.placement.mesh import Mesh
-from treadle.ir.placement.placements import MeshPlacement, Split, local_type, parse_placement, span, taken_part
+from treadle.ir.placement.placements import (
+    MeshPlacement,
+    Split,
+    lies_between_blocks,
+    local_type,
+    parse_placement,
+    span,
+    taken_part,
+)
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import f32, parse_type
 from treadle.passes.sharding.conversions import conversion
@@ -103,6 +111,20 @@ def test_uneven_parts_differ_by_one_unit() -> None:
     split = Split(mesh.parts, Size.of(64))
     sizes = [span(Size.of(12 * 64), split, mesh, rank)[1].constant for rank in range(8)]
     assert sizes == [64, 128, 64, 128, 64, 128, 64, 128]
+
+
+def test_a_split_that_is_known_lies_between_blocks_or_cuts_them() -> None:
+    """Of 12 * 64 elements over 8 ranks, parts begin at multiples of 64; without a grain, of 96."""
+    parts = Mesh.of("tp=8").parts
+    of_64, even = Split(parts, Size.of(64)), Split(parts)
+    size, symbol = Size.of(12 * 64), Size.symbol("S")
+    assert lies_between_blocks(size, of_64, 64)
+    assert not lies_between_blocks(size, of_64, 128)
+    assert lies_between_blocks(size, even, 96)
+    assert not lies_between_blocks(size, even, 64)
+    for unknown, split in ((symbol, even), (64 * symbol, of_64), (size, Split(parts, symbol)), (Size.of(65), of_64)):
+        assert not lies_between_blocks(unknown, split, 1), f"{unknown} in {split}"
+    assert not lies_between_blocks(12 * symbol, Split(parts, symbol), 1)
 
 
 def test_equal_parts_need_no_grain() -> None:

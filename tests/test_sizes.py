@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -394,6 +395,21 @@ def test_a_size_of_anything_else_is_refused(value: Any) -> None:
     """A float is no size, even a whole one: 8 / 3 * dim would lose its fraction unseen."""
     with pytest.raises(SizeError, match="a size is an integer or an expression"):
         Size.of(value)
+
+
+def test_operators_beside_numbers_that_are_no_sizes() -> None:
+    """Of a size that is a number, on either side; NumPy's integers make sizes of any."""
+    seven: Any = Size.of(7)
+    for function in (operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.mod):
+        for other in (2.5, -3.0, np.float32(1.5)):
+            assert function(seven, other) == function(7, other)
+            assert function(other, seven) == function(other, 7)
+    assert (np.int64(9) - S, np.int64(9) // S, np.int64(9) % S) == (9 - S, 9 // S, 9 % S)
+    for function in (operator.floordiv, operator.mod):
+        with pytest.raises(SizeError, match="the size S is no number while a model is traced"):
+            function(2.5, S)
+        with pytest.raises(TypeError):
+            function([], seven)
 
 
 @pytest.mark.parametrize("name", ["", "2S", "a b", "S-1", "é"])

@@ -56,6 +56,10 @@ OPERATORS: dict[str, Any] = {
         *(rule((x * 9).int(), y) for rule in (torch.fmod, torch.remainder, torch.floor_divide) for y in (4, -3)),
         *(torch.fmod(x * 1e7, 0.3), torch.fmod(torch.full_like(x, -(2**31), dtype=torch.int32), 3)),
     ),
+    "elements": lambda x: (
+        *(x.floor(), x.int().floor(), x.square(), x.log().isnan(), x.int().logical_not(), x.clamp_max(0.3)),
+        *(torch.clamp_max(x, -x), torch.clamp_min(x, -x), torch.maximum(x > 0, x > 1), torch.minimum(x > 0, x > 1)),
+    ),
     "promotion": lambda x: (x.int() + 0.5, x.int() / 2, x > 0.1, x.int() == x, x.double() - x, 1 - x, 2.0**x),
     "choices": lambda x: (torch.where(x > 0, x, 1.5), x.clamp(-0.5, 0.5), x.clamp(min=0.1), torch.maximum(x, -x)),
     "functions": lambda x: (F.softplus(x), F.hardswish(x), F.leaky_relu(x), x.ceil(), x.trunc(), x.round(), F.mish(x)),
