@@ -125,7 +125,7 @@ def _attention(site: OnnxSite) -> Made:
     made += [k if len(site.wanted) > 1 and site.wanted[1] else None]
     made += [v if len(site.wanted) > 2 and site.wanted[2] else None]
     made += [probabilities]
-    return made[: max(len(site.wanted), 1)]
+    return made
 
 
 def _count(b: Builder, size: Size) -> Expr:

@@ -85,7 +85,7 @@ def _attention(site: OnnxSite) -> Made:
         k, v = (b.concat(_part(b, held, i), x, axis=2) for i, x in enumerate((k, v)))
     y = _attended(site, q, k, v, past, 3, 5)
     if len(site.wanted) < 2 or not site.wanted[1]:
-        return [y, None][: max(len(site.wanted), 1)]
+        return [y, None]
     pair = [b.rearrange(x, pattern="b h t d -> 1 b h t d") for x in (k, v)]
     return [y, b.concat(*pair, axis=0)]
 
@@ -111,7 +111,7 @@ def _multi_head(site: OnnxSite) -> Made:
         k, v = b.concat(site.x(6), k, axis=2), b.concat(site.x(7), v, axis=2)
     y = _attended(site, q, k, v, past, 4, 5)
     present = [x if len(site.wanted) > i and site.wanted[i] else None for i, x in ((1, k), (2, v))]
-    return [y, *present][: max(len(site.wanted), 1)]
+    return [y, *present]
 
 
 def _packed(site: OnnxSite) -> list[Expr]:
@@ -213,7 +213,7 @@ def _grouped(site: OnnxSite) -> Made:
         masks = masks & boolean_mask(j > i - window, "b s t")
     biases = _added(site, 10, (q.shape[0], q.shape[1], queries, keys))
     y = attend(b, q, k, v, masks=masks, biases=biases, scale=scale or None, softcap=softcap or None)
-    return [heads_together(b, y), k, v][: max(len(site.wanted), 1)]
+    return [heads_together(b, y), k, v]
 
 
 def _appended(site: OnnxSite, past: Expr, x: Expr, lengths: Expr, total: Size) -> Expr:

@@ -151,7 +151,7 @@ def _layer_norm(site: OnnxSite) -> Made:
     extra = any(site.wanted[1:])
     if extra or stash != 1 or not _fits_last_axis(site, axis) or x.dtype.name not in ("f32", "f16"):
         site.decompose()
-    return [site.b.layer_norm(x, site.x(1), site.maybe(2), eps=eps), None, None][: max(len(site.wanted), 1)]
+    return [site.b.layer_norm(x, site.x(1), site.maybe(2), eps=eps), None, None]
 
 
 @operator("RMSNormalization", latest=23)
