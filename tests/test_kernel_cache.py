@@ -222,6 +222,16 @@ def test_threads_are_the_callers_choice(monkeypatch: pytest.MonkeyPatch) -> None
         assert tvm_runtime.threads() == count
 
 
+def test_what_the_runtime_lacks_or_refuses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tvm_runtime, "version", lambda: "the version")
+    with pytest.raises(BackendError, match=r"TVM's runtime has no runtime\.Nothing") as caught:
+        tvm_runtime._call("runtime.Nothing")
+    assert caught.value.received == "the version"
+    with pytest.raises(BackendError, match=r"TVM's runtime\.config_threadpool failed") as caught:
+        tvm_runtime._call("runtime.config_threadpool", 1)
+    assert caught.value.received == "1"
+
+
 def test_a_pool_that_is_as_asked_or_lost_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     tvm_runtime.set_threads(2)
     monkeypatch.setattr(tvm_runtime, "_call", lambda *_: pytest.fail("it is configured again"))
