@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 
 from tests.backend_checks import needs_tvm
+from tests.many_cases import every_case
 from treadle.backends.made_weights import recipes_of
 from treadle.backends.tvm import panel_memory, weight_packing
 from treadle.backends.tvm.backend import TvmBackend
-from treadle.backends.tvm.kernels.isa import ISAS
+from treadle.backends.tvm.kernels.isa import ISAS, runs_here
 from treadle.backends.tvm.kernels.matmul import panel_width
 from treadle.backends.tvm.panel_memory import LARGE_PAGE, finish_writing
 from treadle.backends.tvm.weight_packing import pack, pack_weights, wants
 from treadle.ir.builder import Builder
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph
-from treadle.ir.layouts import panels
+from treadle.ir.layouts import Layout, blocks, pairs, panels, quads
 from treadle.ir.target import Target
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.lowering.assign_layouts import AssignLayouts
@@ -42,6 +43,37 @@ def test_element_n_k_lies_where_panels_say(columns: int, transposed: bool) -> No
     np.testing.assert_array_equal(flat[((n // 48) * 5 + k) * 48 + n % 48], matrix)
     assert flat.size == layout.elements([*map(_size, matrix.T.shape if transposed else matrix.shape)]).constant
     assert flat.sum() == matrix.sum()  # what fills the last panel up is zero
+
+
+@needs_tvm
+def test_kernels_lay_a_computed_matrix_out_as_a_weight_is() -> None:
+    """Of rows and depths that fill no panel and no step; what lies around the matrix comes nowhere."""
+    from treadle.backends.tvm.kernels.calling import bind
+    from treadle.backends.tvm.kernels.matmul import Pack
+    from treadle.backends.tvm.kernels.narrow.packing import PackBlocks, PackPairs, PackQuads
+
+    runs = ((4, 8), (0, 4))
+    kernels: list[tuple[Any, Layout, Any, int]] = [
+        (PackPairs(32), pairs(32), np.uint16, 70),
+        (PackPairs(48, flat=True), pairs(48, flat=True), np.uint16, 71),
+        (PackQuads(32), quads(32), np.uint8, 4 + 70),
+        (PackQuads(48, flat=True), quads(48, flat=True), np.uint8, 4 + 71),
+        (PackBlocks(16, 34, 2), blocks(16, 34, 2), np.uint8, 3 * 34),
+        (PackBlocks(32, 34, 2, True, runs), blocks(32, 34, 2, runs, tail=True), np.uint8, 3 * 34),
+        (Pack(48), panels(48), np.float32, 70),
+        (Pack(48, near=True), panels(48), np.float32, 70),
+    ]
+    with every_case() as case:
+        for kernel, layout, dtype, depth in kernels:
+            with case(kernel.title):
+                held = np.random.default_rng(0).integers(1, 256, (130, 130)).astype(dtype)
+                x = (held.T if getattr(kernel, "near", False) else held)[:70, :depth]
+                wanted = pack(np.ascontiguousarray(x), layout)
+                made = np.full_like(wanted, 77)
+                batches = [1, 1, 0, 0] if layout.kind == "panels" else []
+                strides = [stride // x.itemsize for stride in x.strides]
+                bind(kernel, [x, made], [*x.shape, *strides, *batches], ISA if runs_here(ISA) else None)()
+                np.testing.assert_array_equal(made, wanted)
 
 
 def test_weights_of_a_file_are_packed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
