@@ -25,8 +25,10 @@ from treadle.backends.onnx.exporter import (
     NEWEST_OPSET,
     export_onnx,
 )
+from treadle.backends.onnx.spelling import SPELLINGS, in_ops
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import UsageError
+from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.op_registry import OPS, op
 from treadle.ir.operation import Operand, Primitive
@@ -196,7 +198,8 @@ def test_a_message_past_what_protobuf_takes_is_refused(tmp_path: Path, monkeypat
     )
 
 
-def test_a_primitive_without_a_form_is_named(tmp_path: Path) -> None:
+def test_a_primitive_without_a_form_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the spelling of another op makes it: the place is then that op's."""
     try:
 
         @op("triple", axes="... -> ...", dtypes="f -> f")
@@ -205,18 +208,20 @@ def test_a_primitive_without_a_form_is_named(tmp_path: Path) -> None:
 
             x = Operand()
 
-        def build(b: Builder) -> Expr:
+        def build(name: str) -> Graph:
+            b = Builder(Graph("example"))
             with b.scoped("h.0"):
-                made: Expr = b.triple(b.input("x", "f32[N]"))
-            return made
+                b.outputs(y=b.apply(name, b.input("x", "f32[N]")))
+            return b.graph
 
-        graph = graph_of(build)
+        monkeypatch.setitem(SPELLINGS, "sin", in_ops(lambda b, x: b.triple(x)))
+        for graph in (build("triple"), build("sin")):
+            text = message(lambda: export_onnx(graph, {}, tmp_path / "m.onnx"))  # noqa: B023
+            assert "triple: has no form in ONNX" in text
+            assert "scope h.0" in text
+            assert "test_onnx_export_files.py:" in text
     finally:
         OPS.pop("triple", None)
-    text = message(lambda: export_onnx(graph, {}, tmp_path / "m.onnx"))
-    assert "triple: has no form in ONNX" in text
-    assert "scope h.0" in text
-    assert "test_onnx_export_files.py:" in text
 
 
 def test_a_symbol_that_no_input_tells(tmp_path: Path) -> None:

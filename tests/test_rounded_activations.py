@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,27 @@ def test_what_becomes_of_each_value_that_weights_multiply(every: Graph) -> None:
     assert plan_quantization(every, "int8-weights").activations == ()
 
 
+def test_what_the_plan_says_as_json(every: Graph) -> None:
+    facts = json.loads(json.dumps(plan_quantization(every, "int8").as_dict()))
+    assert (facts["scheme"], facts["bytes"], facts["bytes_before"]) == ("int8", 36252, 40000)
+    told = {each["name"]: each for part in ("weights", "activations") for each in facts[part] if each["name"] != "x"}
+    held = {"bytes": 64 * 8 + 8 * 4, "bytes_before": 64 * 8 * 4}
+    named = {"name": "along", "type": "f32[8, 64]", "encoding": "int8_rows", "reason": "multiplied by linear"}
+    assert told["along"] == {**named, **held}
+    assert told["sum"] == {
+        **{"function": "main", "name": "sum", "type": "f32[B, S, 64]", "encoding": "uint8_rows", "products": [4]},
+        "reason": "linear multiplies it with int8_rows; not balanced: no norm with a gain gives it",
+    }
+    assert {told[name]["encoding"] for name in ("across", "h", "n")} == {None}
+    assert plan_quantization(every, "int8-weights").as_dict().keys() == {
+        "model",
+        "scheme",
+        "bytes",
+        "bytes_before",
+        "weights",
+    }
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_every_product_with_weights_of_a_model_reads_rounded_rows(name: str) -> None:
     graph = optimized(name)
@@ -93,6 +115,7 @@ def test_every_product_with_weights_of_a_model_reads_rounded_rows(name: str) -> 
     shown = str(explain_quantization(MODELS[name], quantize="int8"))
     for each in plan.activations:
         assert f"{each.name}, of {each.function}" in shown
+    assert [b["gain"] for b in json.loads(json.dumps(plan.as_dict()))["balances"]] == [b.gain for b in plan.balances]
     fed = [a for a in plan.activations if a.reason.endswith("; balanced")]
     assert len({(b.gain, b.shift) for b in plan.balances}) == len(plan.balances) >= 4
     assert fed

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 Result = Known | Expr | Array | None
 """A value with its element type, a value of the type that the specification tells, known content, or nothing."""
 Made: TypeAlias = Any
-"""What a handler gives: a `Result`, or one an output; more than the node has outputs are dropped. (Any, as what ops give in a body:
-a builder's methods are.)"""
+"""What a handler gives: a `Result`, or one an output; those past the node's outputs are dropped. (Any, as
+what ops give in a body: a builder's methods are.)"""
 Handler = Callable[["OnnxSite"], Made]
 
 
