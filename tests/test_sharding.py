@@ -29,7 +29,7 @@ from treadle.ir.transforms.encoded_weights import encode_parameters, encode_weig
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import RECOGNITION
 from treadle.passes.sharding.checking import check_sharding
-from treadle.passes.sharding.plan import ShardingPlan
+from treadle.passes.sharding.plan import Share, ShardingPlan
 from treadle.passes.sharding.plan_printing import plan_hash, plan_json
 from treadle.passes.sharding.rank_programs import rank_program, rank_weights
 from treadle.passes.sharding.recipes import RECIPES, shard
@@ -185,6 +185,23 @@ def test_a_ring_that_is_wrong_is_refused() -> None:
     norm = next(i for i, n in enumerate(plan.functions[0].nodes) if n.node.op.name == "layer_norm")
     with pytest.raises(PassError, match="no keys of layer_norm pass around"):
         check_sharding(changed_node(plan, 0, norm, ring=plan.mesh.parts_of("cp")))
+
+
+def test_a_ring_needs_all_of_what_is_no_queries_and_no_keys() -> None:
+    b = Builder(Graph("ring"))
+    b.outputs(y=b.attention(*[b.input(name, "f32[2, 4, 8, 6]") for name in "qkv"], scale=1.0))
+    plan = shard(b.graph, "cp=2,tp=2", axes={"q[2]": "cp"})
+    cp, tp = (Share(plan.mesh.parts_of(axis)) for axis in ("cp", "tp"))
+
+    def with_queries_and_keys(text: str, **others: Share) -> ShardingPlan:
+        reads = tuple(parse_placement(each, plan.mesh) for each in (text, text, "[-, -, cp, -]"))
+        (node,) = plan.main.nodes
+        node = replace(node, moves=(), reads=reads, shares={"s": cp, "t": cp, **others}, ring=cp.over)
+        return replace(plan, functions=(replace(plan.main, takes=reads, nodes=(node,)),))
+
+    check_sharding(with_queries_and_keys("[-, -, cp, -]"))
+    with pytest.raises(PassError, match="it needs all of d, and ranks have parts"):
+        check_sharding(with_queries_and_keys("[-, -, cp, tp]", d=tp))
 
 
 def test_fewer_key_heads_than_ranks_take_a_part_of_the_axis() -> None:
