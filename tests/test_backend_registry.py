@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -35,6 +36,16 @@ def test_targets() -> None:
         assert str(caught.value.received) == f"threads={threads!r}"
     graph, weights = block_model()
     assert "runs on the CPU only" in message(lambda: find_backend("numpy").compile(graph, Target("cuda"), weights))
+
+
+def test_cores_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed = {0: {3, 5}, 1: {0, 1, 2}}  # 0: the calling process
+    monkeypatch.setattr(os, "sched_getaffinity", allowed.get, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert Target("cpu").cores() == 2
+    assert Target("cpu", threads=4).cores() == 4
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on other systems
+    assert Target("cpu").cores() == 7
 
 
 def test_a_target_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,7 @@ ONE = np.zeros((2, 3), "<f4")
             "a, dimension 2",
         ),
         (model(variable("", ONE)) + b"\0", "the file goes on after its last record", "byte"),
+        (model(b"\0\0" + variable("", ONE)[3:]), "a text must have from 1 to", "name, length"),
         (model(variable("a\0b", ONE)), "a text must end in its one NUL", "name"),
         (model(variable("a", ONE), aliases={"b": "c"}), "an alias must be a new name", "aliased name"),
         (model(variable("a", ONE), aliases={"a": "a"}), "an alias must be a new name", "aliased name"),

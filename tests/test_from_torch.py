@@ -163,6 +163,26 @@ def test_a_module_of_ones_own() -> None:
     assert_equal(model, module, example(2, 5), example(3, 8), example(1, 4))
 
 
+def test_small_buffers_become_constants_and_larger_ones_weights() -> None:
+    class Held(nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.few = nn.Parameter(torch.randn(3))
+            for count in (16, 17):
+                self.register_buffer(f"floats{count}", torch.randn(count))
+            for count in (4096, 4097):
+                self.register_buffer(f"places{count}", torch.randint(0, 9, (count,)))
+
+        def forward(self, x: Any) -> Any:
+            floats, places = self.floats16.sum() + self.floats17.sum(), self.places4096.sum() + self.places4097.sum()
+            return x + self.few.sum() + floats + places
+
+    module, x = Held(), torch.randn(2)
+    model = treadle.from_torch(module, (x,))
+    assert list(model.graph.parameters) == ["few", "floats17", "places4097"]
+    assert_equal(model, module, (x,))
+
+
 def test_arguments_in_containers_go_by_the_names_that_the_graph_has() -> None:
     class Nested(nn.Module):  # type: ignore[misc]
         def forward(self, first: Any, pair: Any, scale: float = 1.0) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, repeat
 from random import Random
 
 import numpy as np
@@ -21,7 +21,7 @@ from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.text.parser import parse_graph
 from treadle.passes.framework.manager import Optimized, PassManager
-from treadle.passes.memory.order import Buffer, Order, OrderProblem, find_order, lower_bound
+from treadle.passes.memory.order import Buffer, Order, OrderProblem, _Sets, find_order, lower_bound
 from treadle.passes.memory.ordering import have_one_order, must_precede
 from treadle.passes.memory.plan_storage import PlanStorage, each_alone
 
@@ -97,6 +97,19 @@ def test_memory_for_a_callee_is_taken_while_little_lives() -> None:
     buffers = (Buffer(50, (0, 2)), Buffer(4, (1, 2)), Buffer(4, (2,), True))
     problem = OrderProblem(((), (), (0, 1)), buffers, (0, 100, 0), ((),) * 3)
     assert find_order(problem) == Order((1, 0, 2), 104, 104)
+
+
+def test_the_search_goes_through_as_many_sets_as_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = next(p for p in map(random_problem, range(100), repeat(12)) if find_order(p).peak < p.peak(range(12)))
+    search, following, tried = _Sets(problem), _Sets._next, list[object]()
+    monkeypatch.setattr(_Sets, "_next", lambda self, at: tried.append(at) or following(self, at))
+    start = lower_bound(problem), problem.peak(range(12))
+    found, peak = search.exact(*start, 10**6)
+    count = len(tried)
+    assert found is not None
+    assert search.exact(*start, count) == (found, peak)
+    assert search.exact(*start, count - 1)[0] is None
+    assert len(tried) == 3 * count - 1
 
 
 # -- graphs --------------------------------------------------------------------------------------------------------

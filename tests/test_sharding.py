@@ -29,7 +29,7 @@ from treadle.ir.transforms.encoded_weights import encode_parameters, encode_weig
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import RECOGNITION
 from treadle.passes.sharding.checking import check_sharding
-from treadle.passes.sharding.plan import Share, ShardingPlan
+from treadle.passes.sharding.plan import ShardingPlan, Share
 from treadle.passes.sharding.plan_printing import plan_hash, plan_json
 from treadle.passes.sharding.rank_programs import rank_program, rank_weights
 from treadle.passes.sharding.recipes import RECIPES, shard
