@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import termios
+from concurrent.futures import ThreadPoolExecutor
 from fcntl import ioctl
 from pathlib import Path
 
@@ -233,11 +234,15 @@ def test_a_line_that_is_told_is_out_before_the_work_ends(monkeypatch: pytest.Mon
 def test_compiling_says_so(tmp_path: Path) -> None:
     lines = ["import time", "import treadle as t", "", "@t.model", 'def m(x: t.f32["B 2"]):', "    time.sleep(1.2)"]
     (tmp_path / "m.py").write_text("\n".join([*lines, '    return {"y": x * 2}', ""]), encoding="utf-8")
-    for words in (["compile"], ["inspect"], ["run", "--input", "x=1,2"], ["verify", "--backend", "numpy"]):
+
+    def told(words: list[str]) -> None:
         command = ["-m", "treadle", words[0], "m.py:m", *words[1:]]
         assert re.search(r"(compiling|optimizing|verifying) m\.py:m", on_terminal(*command, cwd=tmp_path)[1])
         assert "ing m.py:m" not in on_terminal(*command, "--json", cwd=tmp_path)[1]
         assert piped(*command, cwd=tmp_path).stderr == ""
+
+    with ThreadPoolExecutor() as pool:  # each of them waits most of the time
+        list(pool.map(told, [["compile"], ["inspect"], ["run", "--input", "x=1,2"], ["verify", "--backend", "numpy"]]))
 
 
 # -- readers that leave ----------------------------------------------------------------------------------------

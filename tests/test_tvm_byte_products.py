@@ -257,11 +257,16 @@ def test_each_instruction_set_has_its_instructions(isa: str, word: str) -> None:
 
 
 @pytest.mark.skipif(not runs_here(ISAS["x86-64-v4-bf16"]), reason="no VNNI here, which the same bits come from")
-@pytest.mark.parametrize("m", [5, 45])
-def test_tiles_have_the_bits_of_instructions_that_multiply_fours(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_have_the_bits_of_instructions_that_multiply_fours(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles are in memory here: what the kernel does with them, zeros of rows included."""
+    caches = (KernelCache(stand_in(monkeypatch), folder=None), KernelCache(ISAS["x86-64-v4-bf16"]))
+    for m in (5, 45):
+        _multiplies_alike(m, caches)
+
+
+def _multiplies_alike(m: int, caches: tuple[KernelCache, ...]) -> None:
     x, held, (k, n), made = normal(m, 200) + 1, ROWS.encode(normal(70, 200, seed=1)), (200, 70), []
-    for cache in (KernelCache(stand_in(monkeypatch), folder=None), KernelCache(ISAS["x86-64-v4-bf16"])):
+    for cache in caches:
         form = form_of_rows(cache.isa)
         size = rows_elements(form, Size.of(m), Size.of(k)).evaluate({})
         a, told, c = np.zeros(size, np.uint8), np.zeros((m, 2), np.int32), np.zeros((m, n), np.float32)
