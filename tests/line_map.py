@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,7 @@ class LineMap:
 
         A line that imports alone run has the tests of its function, of its class, or of its file. A file that no test
         is seen to run, since another process does, has the test modules that name it. At the end stand the beginnings
-        of the names of cases that were not mapped.
+        of the names of cases that were not mapped, and the test modules that import the file.
         """
         by_line = self._data.contexts_by_lineno(str(self._root / file))
         source = (ROOT / file).read_text()
@@ -210,7 +211,8 @@ class LineMap:
                 break
             chosen.append(name)
         others = [f"{_function(name)}[" for name in chosen if "[" in name]
-        return [*chosen, *_cases_of_op(source, line), *dict.fromkeys(others), *([] if chosen else _named_by(file))]
+        more = [*_cases_of_op(source, line), *others, *_importing(file), *([] if chosen else _named_by(file))]
+        return [*chosen, *dict.fromkeys(more)]
 
 
 def _lines_before(old: str, new: str) -> dict[int, int]:
@@ -246,8 +248,22 @@ def _cases_of_op(source: str, line: int) -> list[str]:
     return [f"tests/test_op_suite.py::{test}[{name}-" for name in names for test in ("test_forward", "test_gradient")]
 
 
+@cache
+def _texts() -> dict[str, str]:
+    """The test modules."""
+    return {str(path.relative_to(ROOT)): path.read_text() for path in sorted((ROOT / "tests").glob("test_*.py"))}
+
+
+def _importing(file: str) -> list[str]:
+    """The test modules that import what a file of the package defines."""
+    module = ".".join(
+        ("treadle", *(part for part in Path(file).with_suffix("").parts if part not in ("treadle", "__init__")))
+    )
+    return [name for name, text in _texts().items() if f"from {module} import" in text]
+
+
 def _named_by(file: str) -> list[str]:
     """The test modules in which the module's name stands, or else those that start the command."""
-    texts = {str(path.relative_to(ROOT)): path.read_text() for path in sorted((ROOT / "tests").glob("test_*.py"))}
+    texts = _texts()
     named = [name for name, text in texts.items() if re.search(rf"\b{Path(file).stem}\b", text)]
     return named or [name for name, text in texts.items() if "subprocess" in text and "treadle.cli" in text]

@@ -9,7 +9,7 @@ pytest.importorskip("coverage")
 
 from cosmic_ray.mutating import mutate_code
 
-from tests.line_map import ROOT, _around, _cases_of_op, _lines_before, _step
+from tests.line_map import ROOT, _around, _cases_of_op, _importing, _lines_before, _step
 from tests.mutation_operators import KINDS, DropKeyword, DropReturned, TurnMembership, _sites, draw
 from tests.mutations import Chosen, Mutation, _copy_of_tree, _outcome, append, read
 
@@ -73,6 +73,11 @@ def test_an_op_has_the_cases_that_the_suite_makes_of_it() -> None:
         "tests/test_op_suite.py::test_forward[tanh-",
         "tests/test_op_suite.py::test_gradient[tanh-",
     ]
+
+
+def test_modules_that_import_a_file_may_notice_its_mistakes() -> None:
+    assert _importing("treadle/fitting.py") == ["tests/test_terminal.py"]
+    assert "tests/test_onnx_export.py" in _importing("backends/onnx/spelling.py")
 
 
 @pytest.mark.parametrize(("cases", "kept"), [(1, 1), (9, 9), (20, 10), (100, 20), (5344, 185)])
