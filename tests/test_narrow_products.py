@@ -28,6 +28,7 @@ from treadle.passes.framework.manager import Optimized, PassManager
 from treadle.passes.pipelines import DEFAULT
 from treadle.passes.products.merge_projections import MergeProjections
 from treadle.passes.products.narrow_products import NarrowProducts
+from treadle.passes.products.patches_as_products import PatchesAsProducts
 
 with_bf16 = pytest.mark.parametrize(
     "backend", [pytest.param("torch", marks=needs_torch), pytest.param("tvm", marks=needs_tvm)]
@@ -74,6 +75,44 @@ def test_the_interpreter_sums_products_of_bf16_numbers_in_float32() -> None:
     exact = rounds(x).astype(np.float64) @ (rounds(w).T.astype(np.float64) + rounds(v)) + bias
     np.testing.assert_allclose(got, exact, rtol=0, atol=32 * EPSILON["f32"] * np.abs(exact).max())
     assert np.abs(got - (x @ (w.T + v) + bias)).max() > 32 * EPSILON["f32"], "the operands were rounded"
+
+
+def patches(size: int, stride: int) -> Callable[[Builder], Expr]:
+    def build(b: Builder) -> Expr:
+        x, w = b.input("x", f32["B", 3, 9, 8]), b.parameter("w", f32[5, 3, size, size])
+        return b.conv(x, w, b.parameter("bias", f32[5]), strides=(stride, stride))
+
+    return build
+
+
+def test_a_convolution_over_patches_is_such_a_product() -> None:
+    graph = graph_of(patches(2, 2))
+    made = PassManager([PatchesAsProducts(), NarrowProducts()], certify=True).run(graph)
+    assert [node.op.name for _, node in made.graph.walk() if node.op.attributes.get("to") is f32] == ["linear"]
+    assert made.log[0].certificates, "the rewrite was tried"
+    rng = np.random.default_rng(0)
+    given = {"x": rng.standard_normal((2, 3, 9, 8)).astype(np.float32)}
+    weights = {"w": rng.standard_normal((5, 3, 2, 2)).astype(np.float32), "bias": np.ones(5, np.float32)}
+    wanted = interpret(graph, {"x": rounds(given["x"])}, {**weights, "w": rounds(weights["w"])}, float64=True)["y"]
+    np.testing.assert_allclose(interpret(made.graph, given, weights)["y"], wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "stride"), [(3, 2), (1, 1)])
+def test_other_convolutions_stay_as_they_are(size: int, stride: int) -> None:
+    graph = graph_of(patches(size, stride))
+    made = PassManager([PatchesAsProducts(), NarrowProducts()]).run(graph)
+    assert made.graph == graph
+    assert "its windows are no patches: they overlap, or are of one element" in made.log.explain()
+
+
+@with_bf16
+def test_a_vision_transformers_patches_are_narrow(backend: str) -> None:
+    options = {"layers": 1, "dim": 32, "heads": 2, "hidden": 48, "height": 32, "width": 32, "patch": 8}
+    whole, exe = (treadle.compile("vit", backend=backend, dtype=dtype, seed=1, **options) for dtype in (None, "bf16"))
+    assert not any(node.op.name == "conv" for _, node in exe.graph.walk())
+    pixels = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
+    got, wanted = (each(pixels=pixels).hidden for each in (exe, whole))
+    assert 0 < np.abs(got - wanted).max() < 0.05
 
 
 def refused(build: Callable[[Builder], Expr]) -> str:

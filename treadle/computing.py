@@ -10,6 +10,7 @@ from treadle.ir.types import bf16
 from treadle.passes.framework.manager import Pass
 from treadle.passes.products.narrow_attention import NarrowAttention
 from treadle.passes.products.narrow_products import NarrowProducts
+from treadle.passes.products.patches_as_products import PatchesAsProducts
 from treadle.passes.quantization.planning import SCHEMES
 from treadle.passes.quantization.quantize import QuantizeWeights
 
@@ -42,6 +43,6 @@ def computing_in(
         return tuple(passes), widen
     if dtype not in COMPUTED:
         raise UsageError(f"a model does not compute in {str(dtype)[:40]!r}", hint="dtype " + " or ".join(COMPUTED))
-    narrowing = (NarrowProducts(bf16), NarrowAttention(bf16)) if dtype == "bf16" else ()
+    narrowing = (PatchesAsProducts(), NarrowProducts(bf16), NarrowAttention(bf16)) if dtype == "bf16" else ()
     given = [widen] if isinstance(widen, str) else list(widen)
     return (*passes, *narrowing), tuple(dict.fromkeys([*given, *WIDENED]))

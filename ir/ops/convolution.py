@@ -246,6 +246,16 @@ class Conv(Composite):
             found.append((padded - span, f"the kernel spans {span} elements, the padded axis has {padded}"))
         return found
 
+    def takes_patches(self, weight: Sequence[Size]) -> bool:
+        """Whether windows of several elements, of known sizes, do not overlap: each is read once as a row."""
+        kernel = [size.constant for size in weight[2:]]
+        each = self.spatial(len(kernel))
+        apart = (
+            k is not None and stride > (k - 1) * dilation
+            for k, (*_, stride, dilation) in zip(kernel, each, strict=True)
+        )
+        return self.groups == 1 and all(apart) and any(k != 1 for k in kernel)
+
     def body(self, b: Builder, x: Expr, weight: Expr, bias: Expr | None) -> Any:
         spatial = x.rank - 2
         for axis, (before, after, stride, dilation) in enumerate(self.spatial(spatial), start=2):
@@ -267,15 +277,10 @@ class Conv(Composite):
     def lowering(self, b: Builder, x: Expr, weight: Expr, bias: Expr | None) -> Any:
         """Windows that do not overlap as rows of a matrix, so that backends lay the weight out once, as that of linear;
         others would be copied several times."""
+        if not self.takes_patches(weight.shape):
+            return self.body(b, x, weight, bias)
         spatial = x.rank - 2
         each = self.spatial(spatial)
-        kernel = [weight.shape[axis].constant for axis in range(2, x.rank)]
-        apart = all(
-            k is not None and stride > (k - 1) * dilation
-            for k, (*_, stride, dilation) in zip(kernel, each, strict=True)
-        )
-        if self.groups != 1 or not apart or kernel == [1] * spatial:
-            return self.body(b, x, weight, bias)
         for axis, (before, after, stride, dilation) in enumerate(each, start=2):
             if before or after:
                 x = b.pad(x, axis=axis, before=before, after=after)

@@ -1,0 +1,37 @@
+"""Convolutions over patches as products, for what is done to products with weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from treadle.ir.builder import Builder
+from treadle.ir.composites import inline
+from treadle.ir.graph import Value
+from treadle.ir.ops.convolution import Conv
+from treadle.passes.framework.rewriting import Refusal, Rewriting, Site, SiteRewrite
+
+
+@dataclass(frozen=True)
+class PatchesAsProducts(SiteRewrite[Site]):
+    """conv(x, w, bias)   -->   linear(rearrange(x), rearrange(w), bias), rearranged, where windows do not overlap
+
+    Each window is then a row of a matrix: the patches of ViT, DeiT, CLIP, SigLIP and DINOv2.
+
+    Refuses: windows that overlap, which as rows would be copied several times; windows of one element; groups.
+    """
+
+    def sites(self, work: Rewriting) -> Iterator[Site]:
+        for node in work.walk():
+            if not isinstance(node.op, Conv):
+                continue
+            weight = node.operands[1]
+            assert weight is not None
+            if node.op.takes_patches(weight.type.shape):
+                yield Site(node)
+            else:
+                work.refuse(self.name, Refusal("its windows are no patches: they overlap, or are of one element", node))
+
+    def build(self, b: Builder, site: Site) -> Sequence[Value]:
+        assert isinstance(site.root.op, Conv)
+        return inline(b, site.root.op, site.root.operands, lowered=True)
