@@ -148,10 +148,11 @@ class Watch:
     def settle(self, what: str, received: str = "") -> bool:
         """Tell all ranks that this one has failed; whether it shall tell the user, too."""
         if self.failure is None:
+            what, received = what[:2000], received[:2000]  # no rank hears more than `LONGEST` at once
             if self.rank == 0:
                 self._fail(Failure(what, received, 0))
             else:
-                self._say({"failed": what[:2000], "received": received[:2000]})
+                self._say({"failed": what, "received": received})
                 self._failed.wait(GRACE)
         return (self.failure is None or self.failure.teller == self.rank) and self._first_to_tell()
 
