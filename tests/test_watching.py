@@ -5,12 +5,13 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 
 from treadle.runtime.distributed import watching
-from treadle.runtime.distributed.watching import Failure, RankStatus, Watch
+from treadle.runtime.distributed.watching import FAILED, GRACE, PERIOD, Failure, RankStatus, Watch
 
 STRANGERS = [b"GET / HTTP/1.1\r\n\r\n", b"\xff\n", b"[1]\n", b"{}\n", b'{"rank": 1, "token": "guessed"}\n']
 
@@ -97,3 +98,53 @@ def test_who_does_not_come_is_told_after_the_timeout(
     watch._left = {len(said)}
     watch._look_for_hung()
     assert (watch.failure and f"{watch.failure.what}: {watch.failure.received}") == told
+
+
+@pytest.fixture
+def ending(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], float]:
+    """Runs what ends the process, by a clock of its own, and gives the seconds until then."""
+    clock = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal clock
+        clock += seconds
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    def run(ends: Callable[[], None]) -> float:
+        nonlocal clock
+        clock = 0.0
+        with pytest.raises(SystemExit, match=str(FAILED)):
+            ends()
+        return clock
+
+    monkeypatch.setattr(watching, "time", SimpleNamespace(monotonic=lambda: clock, sleep=sleep))
+    monkeypatch.setattr(watching, "os", SimpleNamespace(_exit=leave))
+    return run
+
+
+@pytest.mark.parametrize(("rank", "gone", "seconds"), [(0, {1}, 0), (0, set(), GRACE), (1, set(), 0)])
+def test_rank_0_ends_after_the_others_or_a_moment(
+    rank: int, gone: set[int], seconds: float, ending: Callable[[Callable[[], None]], float]
+) -> None:
+    watch = Watch(rank, 2, 30.0)
+    watch._connections, watch._gone = dict.fromkeys([1 - rank]), gone  # type: ignore[assignment]
+    assert ending(watch._end_at_once) == pytest.approx(seconds, abs=PERIOD / 10)
+
+
+@pytest.mark.parametrize(("teller", "received", "told"), [(1, "r", "w\n  received  r\n"), (1, "", "w\n"), (0, "r", "")])
+def test_the_watch_tells_once_where_the_main_thread_does_not_end(
+    teller: int,
+    received: str,
+    told: str,
+    ending: Callable[[Callable[[], None]], float],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Where that is about to end it tells by itself, and has a moment more."""
+    watch, closing = Watch(1, 2, 30.0), Watch(1, 2, 30.0)
+    watch.failure = closing.failure = Failure("w", received, teller)
+    closing._closing.set()
+    assert ending(closing._end_process) == 2 * GRACE
+    assert ending(watch._end_process) == ending(watch._end_process) == GRACE
+    assert capsys.readouterr().err == told
