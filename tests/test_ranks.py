@@ -31,7 +31,7 @@ from tests.forked_ranks import ROOT, ForkedRanks, Job
 from tests.fuzz.killed_ranks import JOB, is_left
 from tests.test_part_loading import CONFIG, shapes, written
 from treadle.cli.application import app
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import RankError, UsageError
 from treadle.runtime.distributed import ranks
 from treadle.runtime.distributed.launching import launch_ranks
 from treadle.runtime.distributed.ranks import Ranks, join
@@ -366,3 +366,12 @@ def test_launched_processes_know_their_places_and_the_greatest_exit_code_counts(
         assert told[2].endswith(f"{cores[-1]}]")
     with pytest.raises(UsageError, match="there is 1 rank or more"):
         launch_ranks(["true"], 0)
+
+
+@pytest.mark.parametrize(("number", "name"), [(9, "SIGKILL"), (35, "signal 35")])
+def test_a_signal_that_ended_a_rank_is_named(number: int, name: str) -> None:
+    """Also one that has no name: a real-time one."""
+    ends = ["sh", "-c", f"[ $RANK = 0 ] || kill -{number} $$"]
+    with pytest.raises(RankError, match=f"^rank 1 was ended by {name}\n") as error:
+        launch_ranks(ends, 2)
+    assert error.value.received == "2 ranks"
