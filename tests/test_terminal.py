@@ -11,12 +11,17 @@ import struct
 import subprocess
 import sys
 import termios
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from fcntl import ioctl
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
 
+from treadle.cli import app
+from treadle.cli.completing import complete_model
 from treadle.fetch import fetched_model
 from treadle.fitting import fit_code, fit_graph, fit_prose
 from treadle.ir.text.parser import parse_graph
@@ -290,6 +295,33 @@ def test_shells_complete(typed: str, expected: set[str], tmp_path: Path) -> None
         env=environment(**variables), capture_output=True, encoding="utf-8", cwd=tmp_path, check=False,
     )  # fmt: skip
     assert set(done.stdout.split()) == expected, done.stderr
+
+
+def test_every_model_backend_and_target_is_completed() -> None:
+    commands: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
+    found = Counter[str]()
+    for name, command in commands.items():
+        context = command.make_context(name, [], resilient_parsing=True)
+        for parameter in command.params:
+            known = {"MODEL": ("gpt", "gpt2"), "--backend": ("to", "torch"), "--target": ("cu", "cuda")}
+            for key in (str(parameter.metavar).rstrip("."), parameter.opts[0]):
+                if key in known:
+                    begun, whole = known[key]
+                    offered = [each.value for each in parameter.shell_complete(context, begun)]
+                    assert whole in offered, f"{name} {parameter.opts[0]}"
+                    found[whole] += 1
+    assert min(found[name] for name in ("gpt2", "torch", "cuda")) > 10
+
+
+def test_paths_to_models_are_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders, which may lead to one, and files that are one; beside names."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt").mkdir()
+    for name in ("gp[1].treadle", "gp.gguf", "gp.onnx", "gp.py", "gp.txt", "other.onnx"):
+        (tmp_path / name).touch()
+    names = ["gpt2", "gpt_neox"]
+    assert complete_model("gp") == [*names, "gp.gguf", "gp.onnx", "gp.py", "gp[1].treadle", "gpt/"]
+    assert complete_model("gp[") == ["gp[1].treadle"]
 
 
 def test_the_script_for_a_shell_can_be_shown() -> None:

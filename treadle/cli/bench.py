@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from treadle.cli.application import command, print_json
+from treadle.cli.completing import complete_backend
 from treadle.cli.options import (
     AsJson,
     Config,
@@ -37,7 +38,12 @@ def bench_beside(
         ),
     ] = "eager,onnxruntime",
     sizes: Sizes = None,
-    backend: Annotated[str, typer.Option("--backend", metavar="NAME", help="Of ours: tvm, torch or numpy.")] = "tvm",
+    backend: Annotated[
+        str,
+        typer.Option(
+            "--backend", metavar="NAME", help="Of ours: tvm, torch or numpy.", autocompletion=complete_backend
+        ),
+    ] = "tvm",
     threads: Annotated[
         int, typer.Option("--threads", metavar="N", min=1, help="How many threads every side may use.")
     ] = 1,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from treadle.cli.application import command, print_json
+from treadle.cli.completing import complete_model
 from treadle.cli.options import (
     AsJson,
     Axis,
@@ -90,7 +91,10 @@ def continue_texts(
     draft: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", help="Guess tokens by a smaller model of the same vocabulary.", show_default=False
+            metavar="MODEL",
+            help="Guess tokens by a smaller model of the same vocabulary.",
+            show_default=False,
+            autocompletion=complete_model,
         ),
     ] = None,
     cache: CacheName = None,

@@ -11,6 +11,7 @@ import typer
 
 import treadle
 from treadle.cli.application import command, print_json
+from treadle.cli.completing import complete_backend, complete_target
 from treadle.cli.options import (
     AsJson,
     Axis,
@@ -53,13 +54,21 @@ def run_model(
     backend: Annotated[
         str | None,
         typer.Option(
-            "--backend", metavar="NAME", help="By default numpy, or what an artifact was made for.", show_default=False
+            "--backend",
+            metavar="NAME",
+            help="By default numpy, or what an artifact was made for.",
+            show_default=False,
+            autocompletion=complete_backend,
         ),
     ] = None,
     target: Annotated[
         str | None,
         typer.Option(
-            "--target", metavar="NAME", help="By default cpu, or what an artifact was made for.", show_default=False
+            "--target",
+            metavar="NAME",
+            help="By default cpu, or what an artifact was made for.",
+            show_default=False,
+            autocompletion=complete_target,
         ),
     ] = None,
     threads: Threads = None,

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from treadle.cli.application import command, print_json
+from treadle.cli.completing import complete_model
 from treadle.cli.options import BackendName, CacheName, Config, Dtype, Limit, Quantize, TargetName, Threads, Widen
 
 
@@ -18,7 +19,10 @@ def serve_models(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="MODEL...", help="Models that write, or embed: each as MODEL, or as NAME=MODEL.", show_default=False
+            metavar="MODEL...",
+            help="Models that write, or embed: each as MODEL, or as NAME=MODEL.",
+            show_default=False,
+            autocompletion=complete_model,
         ),
     ],
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen; 0.0.0.0 is everywhere.")] = "127.0.0.1",

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from treadle.cli.application import command, print_json
+from treadle.cli.completing import complete_backend
 from treadle.cli.options import (
     AsJson,
     Config,
@@ -28,7 +29,10 @@ def verify_backends(
     backend: Annotated[
         list[str] | None,
         typer.Option(
-            "--backend", metavar="NAME", help="A backend to verify; all that are registered, if not said. Repeatable."
+            "--backend",
+            metavar="NAME",
+            help="A backend to verify; all that are registered, if not said. Repeatable.",
+            autocompletion=complete_backend,
         ),
     ] = None,
     sizes: Annotated[
