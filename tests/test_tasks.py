@@ -171,16 +171,16 @@ def test_fills_as_hugging_face(architecture: str, tokenizer: Any, mask: str, bac
 def test_among_some_tokens(tmp_path: Path) -> None:
     save(tmp_path, "BertForMaskedLM", wordpiece())
     words = ["cat", "dog", "house"]
-    told = json.loads(
-        invoked(
-            "fill", str(tmp_path), "the [MASK] runs", *(w for word in words for w in ("--among", word)), "--json"
-        ).stdout
-    )
+    asked = ["fill", str(tmp_path), "the [MASK] runs", *(w for word in words for w in ("--among", word))]
+    told = json.loads(invoked(*asked, "--json").stdout)
     wanted = pipeline("fill-mask", tmp_path)("the [MASK] runs", targets=words)
     assert [each["id"] for each in told["texts"][0]["masks"][0]] == [each["token"] for each in wanted]
     assert [each["score"] for each in told["texts"][0]["masks"][0]] == pytest.approx(
         [each["score"] for each in wanted], abs=1e-5
     )
+    (row,) = told["texts"][0]["masks"]
+    shown = ", ".join(f"{each['token'].strip()} {each['score']:.4f}" for each in row[:2])
+    assert invoked(*asked, "--top", "2").stdout == f"the [MASK] runs\n  {shown}\n"
     assert "must be tokens of the vocabulary" in invoked("fill", str(tmp_path), "a [MASK]", "--among", "zebra").stderr
     assert "a text has no [MASK]" in invoked("fill", str(tmp_path), "a cat").stderr
     with pytest.raises(UsageError, match="a text has no") as caught:
@@ -316,6 +316,7 @@ def test_the_commands_tell_what_the_methods_give(tmp_path: Path) -> None:
         assert each["labels"] == [{"label": s.label, "score": s.score} for s in ours.scores]
     shown = invoked("classify", str(tmp_path / "c"), "the cat sits").stdout
     assert shown == f"{model.classify('the cat sits').label} {model.classify('the cat sits').score:.4f}  the cat sits\n"
+    assert invoked("classify", str(tmp_path / "c"), "the cat " * 40).stdout.endswith(f"  {'the cat ' * 40} (cut)\n")
     paired = invoked("classify", str(tmp_path / "c"), "the cat sits", "--pair", "a dog", "--json")
     assert json.loads(paired.stdout)["texts"][0]["pair"] == "a dog"
     assert (
@@ -327,15 +328,20 @@ def test_the_commands_tell_what_the_methods_give(tmp_path: Path) -> None:
     told = json.loads(invoked("answer", str(tmp_path / "q"), "where?", "Ada lived in London.", "--json").stdout)
     (answer,) = told["texts"][0]["answers"]
     assert answer["text"] == "Ada lived in London."[answer["start"] : answer["end"]]
-    assert (
-        f"{answer['text']}  ({answer['score']:.4f}"
-        in invoked("answer", str(tmp_path / "q"), "where?", "Ada lived in London.").stdout
-    )
+    place = f"({answer['score']:.4f}, characters {answer['start']} to {answer['end']})"
+    shown = invoked("answer", str(tmp_path / "q"), "where?", "Ada lived in London.").stdout
+    assert shown == f"{answer['text']}  {place}\n"
 
     save(tmp_path / "t", "BertForTokenClassification", wordpiece(), id2label=NAMES)
     told = json.loads(invoked("tag", str(tmp_path / "t"), "Ada lived in London", "--json").stdout)
-    for span in told["texts"][0]["spans"]:
-        assert span["label"] in invoked("tag", str(tmp_path / "t"), "Ada lived in London").stdout
+    spans = [
+        f"  {each['label']:10} {each['score']:.4f}  {each['text']}  (characters {each['start']} to {each['end']})\n"
+        for each in told["texts"][0]["spans"]
+    ]
+    assert spans
+    assert invoked("tag", str(tmp_path / "t"), "Ada lived in London").stdout == "".join(
+        ["Ada lived in London\n", *spans]
+    )
 
 
 OTHER_NAMES = [
