@@ -1,0 +1,26 @@
+"""Nearest names: what an index by parts finds among many is what a comparison with each would."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+
+import pytest
+
+from treadle.files.nearest_names import NearestNames
+
+LAYERS = [f"h.{i}.mlp.{part}.weight" for i in range(100) for part in ("up", "gate", "down", "norm")]
+
+
+@pytest.mark.parametrize("others", [0, 100, 400])
+@pytest.mark.parametrize(
+    "wanted", ["h.57.mlp.gaet.weight", "decoder.embed_token.weight", "h.3.attn.out.weight", "mlp.norm.weight", "bias"]
+)
+def test_many_names_are_searched_by_their_parts_as_if_one_by_one(wanted: str, others: int) -> None:
+    """Rare parts tell more than those that most names have, wherever in the file a name with them stands."""
+    names = [*LAYERS[:others], "decoder.embed_tokens", *LAYERS[others:], "x" * 201]
+    assert NearestNames(names).of(wanted) == get_close_matches(wanted, names, 1, 0.6)
+
+
+def test_what_is_compared_is_bounded() -> None:
+    assert NearestNames(["x" * 201]).of("x" * 200) == NearestNames(["x" * 200]).of("x" * 201) == []
+    assert NearestNames(["x" * 200]).of("x" * 200) == ["x" * 200]
