@@ -77,6 +77,7 @@ def test_weights_are_mapped_and_aligned(tmp_path: Path) -> None:
     for array in load(path).weights.values():
         assert not array.flags.owndata
         assert not array.flags.writeable
+    assert "weights" not in repr(open_artifact(path)), "which would be all of their numbers"
     parts = Parts.of(path.read_bytes())
     length = int.from_bytes(path.read_bytes()[:8], "little")
     header = json.loads(path.read_bytes()[8 : 8 + length])

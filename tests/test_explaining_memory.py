@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -21,6 +23,11 @@ from treadle.ir.sizing.sizes import Size
 
 each_backend = pytest.mark.parametrize("backend", ["numpy", pytest.param("tvm", marks=needs_tvm)])
 SIZES = {"B": 2, "S": 13}
+
+
+@cache
+def small() -> MemoryTold:
+    return gpt2("numpy")
 
 
 def gpt2(backend: str, **config: int) -> MemoryTold:
@@ -42,6 +49,43 @@ def test_the_formula_gives_the_peak_at_every_size() -> None:
     for sizes in ({"B": 1, "S": 1}, {"B": 3, "S": 7}, {"B": 64, "S": 2}, {"B": 1, "S": 64}):
         found = explain_memory("bart", backend="numpy", sizes=sizes, encoder_layers=2, decoder_layers=2)
         assert max(Size.of(size).evaluate(found.sizes) for size in found.formula) == found.peak
+
+
+@pytest.mark.parametrize(
+    ("facts", "told"),
+    [
+        ({"arena": None}, ["numpy allocates each array by itself: as much as lives at once, and what it caches"]),
+        ({"arena": 9_000}, ["one arena of 9,000 bytes, as small as can be: so many live at once"]),
+        ({"arena": 9_090}, ["one arena of 9,090 bytes, 1.00% above the bound: so many live at once"]),
+        (
+            {"arena": 9_000, "host": "logits"},
+            [
+                "one arena of 9,000 bytes for what lives when logits is written, or later",
+                "what dies before lies in memory of logits, which a run allocates anyway",
+            ],
+        ),
+        (
+            {"arena": 9_000, "foreign": 1_000},
+            [
+                "one arena of 9,000 bytes for what is written where it is placed",
+                "foreign to it, since calls of numpy allocate what they give: at most 1,000 bytes at once",
+            ],
+        ),
+    ],
+)
+def test_the_text_says_where_values_lie(facts: dict[str, Any], told: list[str]) -> None:
+    own = {"peak": 9_000, "arena": None, "foreign": 0, "host": None, "apart": {"weights": 2_000, "states": 0}}
+    lines = str(replace(small(), **(own | facts))).splitlines()
+    assert lines[1 : len(told) + 2] == [*told, "apart from it: weights 2 kB"]
+
+
+@pytest.mark.parametrize(
+    ("formula", "told"), [(("8*S",), "8*S bytes"), (("8*S", "64"), "the largest of 8*S, 64 bytes")]
+)
+def test_the_text_says_of_what_the_peak_is_the_largest(formula: tuple[str, ...], told: str) -> None:
+    lines = str(replace(small(), formula=formula, donated=("lent",), reorders=("moved",))).splitlines()
+    at = lines.index(f"at any sizes the peak is {told}")
+    assert lines[at + 1 : at + 4] == ["lent", "moved", ""]
 
 
 @needs_tvm
