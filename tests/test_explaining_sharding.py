@@ -154,7 +154,8 @@ def test_one_axis_alone_is_whole() -> None:
 
 # -- the drawing -------------------------------------------------------------------------------------------------------
 
-RECT = "{http://www.w3.org/2000/svg}rect"
+SVG = "{http://www.w3.org/2000/svg}"
+RECT = f"{SVG}rect"
 
 
 def test_the_drawing_shows_ranks_and_the_timetable() -> None:
@@ -174,12 +175,52 @@ def test_the_drawing_shows_ranks_and_the_timetable() -> None:
 
 def test_a_part_of_a_bar_has_its_name_written_in_it_where_there_is_room() -> None:
     root = ElementTree.fromstring(draw_sharding(plain()))
-    written = {text.text for text in root.iter("{http://www.w3.org/2000/svg}text") if text.get("fill") == "#ffffff"}
+    written = {text.text for text in root.iter(f"{SVG}text") if text.get("fill") == "#ffffff"}
     parts = [(r.find("{*}title"), float(r.attrib["width"])) for r in root.iter(RECT) if r.get("stroke") == "#ffffff"]
     names = [(title.text or "", wide) for title, wide in parts if title is not None]
     assert all(wide > 5 * len(name) for name, wide in names if name in written)
     assert all(wide < 9 * len(name) + 16 for name, wide in names if name not in written)
     assert {name in written for name, _ in names} == {True, False}
+
+
+def test_the_legend_has_the_colours_of_the_bars() -> None:
+    drawn = list(ElementTree.fromstring(draw_sharding(plain())))
+    legend = [(r, word) for r, word in pairwise(drawn) if (r.get("width"), r.get("height")) == ("12.00", "12.00")]
+    colours = {word.text or "": r.get("fill") for r, word in legend}
+    assert list(colours) == ["work limited by compute", "work limited by memory bandwidth", "all_reduce"]
+    bars = [(title.text or "", r) for r in drawn if (title := r.find("{*}title")) is not None]
+    for words, bar in bars:
+        op, _, limit = words.partition(", limited by ")
+        if limit:
+            named = "all_reduce" if op.startswith("all_reduce") else f"work limited by {limit.partition('  ')[0]}"
+            assert bar.get("fill") == colours[named], words
+    end = 0.0
+    for square, word in legend:
+        at, text = (numbers(each, "x", "y") for each in (square, word))
+        assert at[0] > end and text[0] > at[0] + 12
+        assert at[1] + 6 == text[1] - 4, "the square's middle is that of letters 8 high"
+        end = text[0] + 6 * len(word.text or "")
+
+
+def numbers(drawn: ElementTree.Element, *names: str) -> list[float]:
+    return [float(drawn.attrib[name]) for name in names]
+
+
+def test_all_that_is_drawn_lies_in_the_drawing_and_names_beside_what_they_name() -> None:
+    root = ElementTree.fromstring(draw_sharding(plain()))
+    wide, high = numbers(root, "width", "height")
+    words = {(text.text, *numbers(text, "x", "y")) for text in root.iter(f"{SVG}text")}
+    for x, y, w, h in (numbers(r, "x", "y", "width", "height") for r in root.iter(RECT)):
+        assert 0 <= x <= x + w <= wide + 0.31 and 0 <= y <= y + h <= high
+    assert all(0 < x < wide and 8 < y < high for _, x, y in words)
+    for box in root.iter(RECT):
+        x, y, w, h = numbers(box, "x", "y", "width", "height")
+        head = box.findtext("{*}title", "")
+        if head.startswith("rank ") and h > 30:
+            assert (head.split()[1].rstrip(","), x + w / 2, y + h / 2 + 4) in words
+        if box.get("fill") == "#f7f7f8":
+            (lane,) = (name for name, left, line in words if (left, line) == (x - 8, y + h / 2 + 4))
+            assert lane is not None and lane.startswith(("work", "over "))
 
 
 def test_a_mesh_with_more_ranks_than_there_is_room_for_is_drawn_in_part() -> None:
