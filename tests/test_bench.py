@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ import treadle
 from treadle.backends.registry import find_backend
 from treadle.benching.benchmark import bench_model, difference
 from treadle.benching.report import report_lines
-from treadle.benching.serving import save_arrays
+from treadle.benching.serving import Unfit, open_eager, open_llama, save_arrays
 from treadle.benching.sides import PEERS, Side
 from treadle.benching.workload import Workload
 from treadle.ir.errors import TreadleError, UsageError
@@ -112,23 +114,107 @@ def test_a_python_that_is_not_there_is_named() -> None:
     assert sys.executable in str(error.value.hint)
 
 
-def test_peers_that_read_files_of_the_models_own_are_given_them(tmp_path: Path) -> None:
-    """A package of the same calls stands for CTranslate2: it says what it was given, and its words are doubled."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small GPT-2 of Hugging Face's."""
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=20, n_positions=8)
-    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    place = tmp_path_factory.mktemp("bench") / "gpt2"
+    transformers.GPT2LMHeadModel(config).save_pretrained(place)
+    return place
+
+
+def spec_of(place: Path, arrays: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """What a side is told that runs on these inputs."""
+    save_arrays(place / "inputs.npz", arrays)
+    return {"threads": 1, "inputs": str(place / "inputs.npz"), "folder": "", "gguf": "", **more}
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "names"),
+    [
+        (["GPT2LMHeadModel"], "GPT2LMHeadModel", {"logits"}),
+        (["OfNoLibrary"], "AutoModel", {"last_hidden_state"}),
+        (None, "AutoModel", {"last_hidden_state"}),
+    ],
+)
+def test_pytorch_runs_the_class_that_a_folder_names(
+    said: list[str] | None, kind: str, names: set[str], folder: Path, tmp_path: Path
+) -> None:
+    """Else the one that the library takes for it."""
+    torch = pytest.importorskip("torch")
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": said}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+    ids = np.array([[3, 1, 2]])
+    run, note = open_eager(spec_of(tmp_path, {"ids": ids}, folder=str(tmp_path), threads=torch.get_num_threads()))
+    assert note == f"{kind} of transformers"
+    found = run()
+    assert names <= found.keys()
+    if "logits" in names:
+        ours = treadle.compile(folder)(tokens=ids)["logits"]
+        np.testing.assert_allclose(found["logits"], ours, rtol=0, atol=1e-5)
+
+
+def test_llama_cpp_is_given_the_file_and_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class of the same calls stands for the package's."""
+    told: list[Any] = []
+
+    class Llama:
+        def __init__(self, path: str, **options: Any) -> None:
+            told.append((path, options))
+            self.scores = np.arange(4 * 5, dtype=np.float32).reshape(4, 5)
+
+        def reset(self) -> None:
+            told.append("reset")
+
+        def eval(self, words: list[int]) -> None:
+            told.append(words)
+
+    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=Llama))
+    spec = spec_of(tmp_path, {"tokens": np.array([[3, 1, 2]])}, gguf="model.gguf", threads=2)
+    run, note = open_llama(spec)
+    assert note == "the file's own blocks"
+    sizes = {"n_ctx": 3, "n_batch": 3, "n_ubatch": 3, "n_threads": 2, "n_threads_batch": 2}
+    assert told == [("model.gguf", {**sizes, "logits_all": True, "verbose": False})]
+    assert run()["logits"].tolist() == [[[*range(5)], [*range(5, 10)], [*range(10, 15)]]]
+    assert told[1:] == ["reset", [3, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "gguf", "why"),
+    [
+        ({"tokens": np.ones((1, 3), np.int64)}, "", "llama.cpp reads a GGUF file"),
+        ({"tokens": np.ones((2, 3), np.int64)}, "model.gguf", "llama.cpp is given one row here"),
+        ({"x": np.ones((1, 3))}, "model.gguf", "llama.cpp takes tokens alone"),
+        (dict.fromkeys("ab", np.ones((1, 3), np.int64)), "model.gguf", "llama.cpp takes tokens alone"),
+    ],
+)
+def test_what_llama_cpp_is_not_given(
+    arrays: dict[str, Any], gguf: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=None))
+    with pytest.raises(Unfit, match=why):
+        open_llama(spec_of(tmp_path, arrays, gguf=gguf))
+
+
+def test_peers_that_read_files_of_the_models_own_are_given_them(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A package of the same calls stands for CTranslate2. What it says as it goes is neither an answer nor shown."""
     packages = tmp_path / "packages"
     packages.mkdir()
     (packages / "ctranslate2.py").write_text(STAND_IN)
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nPYTHONPATH={packages} exec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    workload = Workload(str(tmp_path / "gpt2"), "numpy")
+    workload = Workload(str(folder), "numpy")
     peers = ["ctranslate2-int8", "llama.cpp"]
     found = bench_model(workload, peers, sizes={"B": 2, "S": 3}, rounds=1, python=str(python))
     assert [row.side for row in found.rows] == ["treadle", "ctranslate2-int8"]
     row = found.rows[1]
     assert row.note == "dynamic int8" and row.difference is not None and row.difference < 1e-5
+    assert capfd.readouterr() == ("", "")
     reason = found.missing["llama.cpp"]
     assert reason in ("llama_cpp is not installed", "llama.cpp reads a GGUF file, which this model is not")
     declared = bench_model(Workload("bert", "numpy", config=SMALL), peers[:1], sizes={"S": 3}, python=str(python))
@@ -138,6 +224,7 @@ def test_peers_that_read_files_of_the_models_own_are_given_them(tmp_path: Path) 
 
 
 STAND_IN = """
+import sys
 from types import SimpleNamespace
 
 import torch
@@ -150,6 +237,8 @@ class TransformersConverter:
         assert transformers.AutoTokenizer.from_pretrained(folder).get_vocab()["w19"] == 19
 
     def convert(self, place, quantization):
+        print("converting")
+        print("slowly", file=sys.stderr)
         assert quantization == "int8"
         with open(place, "w") as file:
             file.write(self.folder)
