@@ -31,12 +31,14 @@ from typer.testing import CliRunner
 from tests.task_models import byte_level
 from treadle.cli.application import app
 from treadle.continuation import TextWriter
+from treadle.ir.errors import UsageError
 from treadle.runtime.generation import Token
 from treadle.runtime.sampling import Sampling
 from treadle.runtime.scheduler import Ended, TextOrder, Ticket
 from treadle.runtime.token_rules import TokenRules
 from treadle.serving.application import Server
-from treadle.serving.models import ServedWriter
+from treadle.serving.models import ServedEmbedder, ServedWriter
+from treadle.serving.refusals import RequestRefusal
 
 TEMPLATE = "{% for m in messages %}{% if m.content == 'bad' %}{{ raise_exception('no such talk') }}{% endif %}"
 TEMPLATE += "{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -272,66 +274,124 @@ def test_models_are_listed(server: Running) -> None:
 COMPLETION: dict[str, Any] = {"model": "tiny", "prompt": "a"}
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "a"}]}
 EMBEDDING: dict[str, Any] = {"model": "vectors", "input": "a"}
-WRONG: list[tuple[str, Any, int, str]] = [
-    ("/completions", b"", 400, "no JSON object"),
-    ("/completions", b"[1]", 400, "no JSON object"),
-    ("/completions", b'{"model": "tiny"', 400, "no JSON object"),
-    ("/completions", b"\xff\xfe", 400, "UTF-8"),
-    ("/completions", b'{"a":' * 40 + b"1" + b"}" * 40, 400, "no JSON object"),
-    ("/completions", {"prompt": "a"}, 400, "model must be the name"),
-    ("/completions", {**COMPLETION, "model": "other"}, 404, "no model 'other'"),
-    ("/completions", {**COMPLETION, "model": "vectors"}, 400, "embeds, and writes nothing"),
-    ("/completions", {**COMPLETION, "max_token": 3}, 400, "did you mean max_tokens"),
-    ("/completions", {**COMPLETION, "max_tokens": -1}, 400, "max_tokens must be a whole number"),
-    ("/completions", {**COMPLETION, "max_tokens": True}, 400, "max_tokens must be a whole number"),
-    ("/completions", {**COMPLETION, "temperature": 3}, 400, "temperature must be a number from 0 to 2"),
-    ("/completions", b'{"model": "tiny", "prompt": "a", "temperature": NaN}', 400, "temperature must be a number"),
-    ("/completions", {**COMPLETION, "top_p": "1"}, 400, "top_p must be a number"),
-    ("/completions", {**COMPLETION, "prompt": [[]]}, 400, "prompt must be a text"),
-    ("/completions", {**COMPLETION, "prompt": []}, 400, "prompt must be a text"),
-    ("/completions", {**COMPLETION, "prompt": ["a", 1]}, 400, "prompt must be a text"),
-    ("/completions", {**COMPLETION, "prompt": [99999]}, 400, "not in the vocabulary"),
-    ("/completions", {**COMPLETION, "prompt": "the cat " * 80}, 400, "a row of the session takes 64"),
-    ("/completions", {**COMPLETION, "n": 1000}, 400, "n must be a whole number"),
-    ("/completions", {**COMPLETION, "prompt": ["a"] * 100, "n": 2}, 400, "asks for 200 texts"),
-    ("/completions", {**COMPLETION, "prompt": ["a"] * 60}, 400, "60 texts at once, where at most 40 may wait"),
-    ("/completions", {**COMPLETION, "best_of": 3}, 400, "best_of chooses among"),
-    ("/completions", {**COMPLETION, "echo": True}, 400, "echo repeats the prompt"),
-    ("/completions", {**COMPLETION, "logit_bias": {"5": 1}}, 400, "logit_bias changes"),
-    ("/completions", {**COMPLETION, "stop": ["a", ""]}, 400, "none of them empty"),
-    ("/completions", {**COMPLETION, "stream": 1}, 400, "stream must be true or false"),
-    ("/completions", {**COMPLETION, "stream_options": {}}, 400, "where stream is true"),
-    ("/completions", {**COMPLETION, "stream": True, "stream_options": {"x": 1}}, 400, "stream_options.x is no field"),
-    ("/chat/completions", {"model": "tiny", "messages": []}, 400, "messages must be a list"),
-    ("/chat/completions", {"model": "tiny", "message": CHAT["messages"]}, 400, "did you mean messages"),
-    ("/chat/completions", {**CHAT, "messages": [{"role": "cat", "content": "a"}]}, 400, "messages[0].role must be"),
-    ("/chat/completions", {**CHAT, "messages": [{"role": "user"}]}, 400, "messages[0].content must be a text"),
+WRONG: list[tuple[str, Any, int, str | None, str]] = [
+    ("/completions", b"", 400, "invalid_json", "no JSON object"),
+    ("/completions", b"[1]", 400, "invalid_json", "no JSON object"),
+    ("/completions", b'{"model": "tiny"', 400, "invalid_json", "no JSON object"),
+    ("/completions", b"\xff\xfe", 400, "invalid_json", "UTF-8"),
+    ("/completions", b'{"a":' * 40 + b"1" + b"}" * 40, 400, "invalid_json", "no JSON object"),
+    ("/completions", {"prompt": "a"}, 400, "model", "model must be the name"),
+    ("/completions", {**COMPLETION, "model": "other"}, 404, "model", "no model 'other'"),
+    ("/completions", {**COMPLETION, "model": "vectors"}, 400, "model", "embeds, and writes nothing"),
+    ("/completions", {**COMPLETION, "max_token": 3}, 400, "max_token", "did you mean max_tokens"),
+    ("/completions", {**COMPLETION, "max_tokens": -1}, 400, "max_tokens", "max_tokens must be a whole number"),
+    ("/completions", {**COMPLETION, "max_tokens": True}, 400, "max_tokens", "max_tokens must be a whole number"),
+    ("/completions", {**COMPLETION, "temperature": 3}, 400, "temperature", "temperature must be a number from 0 to 2"),
+    (
+        "/completions",
+        b'{"model": "tiny", "prompt": "a", "temperature": NaN}',
+        400,
+        "temperature",
+        "temperature must be a number",
+    ),
+    ("/completions", {**COMPLETION, "top_p": "1"}, 400, "top_p", "top_p must be a number"),
+    ("/completions", {**COMPLETION, "prompt": [[]]}, 400, "prompt", "prompt must be a text"),
+    ("/completions", {**COMPLETION, "prompt": []}, 400, "prompt", "prompt must be a text"),
+    ("/completions", {**COMPLETION, "prompt": ["a", 1]}, 400, "prompt", "prompt must be a text"),
+    ("/completions", {**COMPLETION, "prompt": [99999]}, 400, "prompt", "not in the vocabulary"),
+    ("/completions", {**COMPLETION, "prompt": "the cat " * 80}, 400, "prompt", "a row of the session takes 64"),
+    ("/completions", {**COMPLETION, "n": 1000}, 400, "n", "n must be a whole number"),
+    ("/completions", {**COMPLETION, "prompt": ["a"] * 100, "n": 2}, 400, "n", "asks for 200 texts"),
+    ("/completions", {**COMPLETION, "prompt": ["a"] * 60}, 400, None, "60 texts at once, where at most 40 may wait"),
+    ("/completions", {**COMPLETION, "best_of": 3}, 400, "best_of", "best_of chooses among"),
+    ("/completions", {**COMPLETION, "echo": True}, 400, "echo", "echo repeats the prompt"),
+    ("/completions", {**COMPLETION, "logit_bias": {"5": 1}}, 400, "logit_bias", "logit_bias changes"),
+    ("/completions", {**COMPLETION, "stop": ["a", ""]}, 400, "stop", "none of them empty"),
+    ("/completions", {**COMPLETION, "stream": 1}, 400, "stream", "stream must be true or false"),
+    ("/completions", {**COMPLETION, "stream_options": {}}, 400, "stream_options", "where stream is true"),
+    (
+        "/completions",
+        {**COMPLETION, "stream": True, "stream_options": {"x": 1}},
+        400,
+        "stream_options.x",
+        "stream_options.x is no field",
+    ),
+    ("/chat/completions", {"model": "tiny", "messages": []}, 400, "messages", "messages must be a list"),
+    ("/chat/completions", {"model": "tiny", "message": CHAT["messages"]}, 400, "message", "did you mean messages"),
+    (
+        "/chat/completions",
+        {**CHAT, "messages": [{"role": "cat", "content": "a"}]},
+        400,
+        "messages[0].role",
+        "messages[0].role must be",
+    ),
+    (
+        "/chat/completions",
+        {**CHAT, "messages": [{"role": "user"}]},
+        400,
+        "messages[0].content",
+        "messages[0].content must be a text",
+    ),
     (
         "/chat/completions",
         {**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
         400,
+        "messages[0].content[0]",
         "messages[0].content[0] must be of type text",
     ),
-    ("/chat/completions", {**CHAT, "messages": [{"role": "user", "content": "bad"}]}, 400, "no such talk"),
-    ("/chat/completions", {**CHAT, "tools": [{"type": "function"}]}, 400, "tools has the model call functions"),
-    ("/chat/completions", {**CHAT, "response_format": {"type": "json_object"}}, 400, "response_format must be text"),
-    ("/chat/completions", {**CHAT, "top_logprobs": 2}, 400, "needs logprobs"),
-    ("/embeddings", {"model": "vectors"}, 400, "input must be a text"),
-    ("/embeddings", {**EMBEDDING, "input": [1, 2]}, 400, "input must be a text"),
-    ("/embeddings", {**EMBEDDING, "model": "tiny"}, 400, "writes, and embeds nothing"),
-    ("/embeddings", {**EMBEDDING, "dimensions": 8}, 400, "dimensions asks for shorter"),
-    ("/embeddings", {**EMBEDDING, "encoding_format": "hex"}, 400, "float or base64"),
-    ("/completions", {**COMPLETION, "prompt": "a" * 30000}, 413, "more than 20000 bytes"),
+    ("/chat/completions", {**CHAT, "messages": [{"role": "user", "content": "bad"}]}, 400, "messages", "no such talk"),
+    (
+        "/chat/completions",
+        {**CHAT, "tools": [{"type": "function"}]},
+        400,
+        "tools",
+        "tools has the model call functions",
+    ),
+    (
+        "/chat/completions",
+        {**CHAT, "response_format": {"type": "json_object"}},
+        400,
+        "response_format",
+        "response_format must be text",
+    ),
+    ("/chat/completions", {**CHAT, "top_logprobs": 2}, 400, "top_logprobs", "needs logprobs"),
+    ("/embeddings", {"model": "vectors"}, 400, "input", "input must be a text"),
+    ("/embeddings", {**EMBEDDING, "input": [1, 2]}, 400, "input", "input must be a text"),
+    ("/embeddings", {**EMBEDDING, "model": "tiny"}, 400, "model", "writes, and embeds nothing"),
+    ("/embeddings", {**EMBEDDING, "dimensions": 8}, 400, "dimensions", "dimensions asks for shorter"),
+    ("/embeddings", {**EMBEDDING, "encoding_format": "hex"}, 400, "encoding_format", "float or base64"),
+    ("/completions", {**COMPLETION, "prompt": "a" * 30000}, 413, "body_too_large", "more than 20000 bytes"),
 ]
 
 
-@pytest.mark.parametrize(("path", "body", "status", "told"), WRONG)
-def test_what_cannot_be_is_told_with_the_field(server: Running, path: str, body: Any, status: int, told: str) -> None:
+@pytest.mark.parametrize(("path", "body", "status", "place", "told"), WRONG)
+def test_what_cannot_be_is_told_with_the_field(
+    server: Running, path: str, body: Any, status: int, place: str | None, told: str
+) -> None:
+    """Or, where no field is wrong, with a code."""
     found, answer = server.post(path, body)
     assert found == status, answer
     assert told in answer["error"]["message"]
-    assert answer["error"]["type"] in ("invalid_request_error", "not_found_error", "rate_limit_error")
+    assert answer["error"]["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
+    assert place in (answer["error"]["param"], answer["error"]["code"])
     assert server.post("/completions", {**COMPLETION, "max_tokens": 1})[0] == 200
+
+
+def test_a_text_that_cannot_be_embedded_is_refused_and_waits_no_longer() -> None:
+    class Failing:
+        width = 3
+
+        def embed_reporting(self, texts: list[str]) -> Any:
+            with pytest.raises(RequestRefusal, match="1 requests wait already; ask again later") as late:
+                served.embed(texts)
+            assert (late.value.status, late.value.code, late.value.headers) == (429, "queue_full", {"Retry-After": "1"})
+            raise UsageError("no such text", received="a", hint="another")
+
+    served = ServedEmbedder("vectors", Failing(), queue=1)  # type: ignore[arg-type]
+    for _ in range(2):
+        with pytest.raises(RequestRefusal, match=r"^no such text; received a; another$") as error:
+            served.embed(["a"])
+        assert (error.value.status, error.value.field) == (400, "input")
 
 
 def test_addresses_methods_and_types_that_are_not_there(server: Running) -> None:
