@@ -166,6 +166,8 @@ def generates(ranks: Ranks, folder: str) -> None:
         tokens, logits = written(session)
         facts = {"case": f"{backend} {kind} {form}", "form": form, "tokens": tokens}
         facts["bytes"] = cached(session)
+        facts["counted bytes"] = made.executable.state_bytes(**session.states.sizes)
+        facts["all bytes"] = sum(state.nbytes for state in session.states.values())
         met.traffic.clear()
         opened = [session.open(**brought) for brought in inputs_for(session)]
         session.prefill({row: [7] for row in opened})

@@ -129,6 +129,7 @@ def test_sessions_hold_the_caches_of_their_rank_and_continue_as_the_model_does(
         first = facts[0]
         assert all(each["tokens"] == first["wanted"] for each in facts), first["case"]
         assert {each["bytes"] for each in facts} == {first["whole bytes"] / len(told)}
+        assert all(each["counted bytes"] == each["all bytes"] for each in facts)
         assert first["apart"] < NEAR[first["form"]]
         assert sum(each["counted"] for each in facts) == pytest.approx(first["planned"], rel=1e-12), first["case"]
     assert len({token for first in told[0] for row in first["tokens"] for token in row}) > 4

@@ -205,6 +205,8 @@ def test_tokens_are_those_of_the_model(folder: tuple[Path, Any, bool], backend: 
     assert list(passage.tokens) == wanted
     assert passage.language == (heard if several else None)
     assert (passage.start, passage.end) == (0.0, 0.6)
+    printed = CliRunner().invoke(app, ["transcribe", str(place), str(tmp_path / "a.wav"), "--backend", backend])
+    assert printed.stdout == f"{transcriber.transcribe(tmp_path / 'a.wav').text}\n"
     with pytest.raises(UsageError, match="does not know the language 'xx'"):
         transcriber.transcribe(tmp_path / "a.wav", language="xx")
 
