@@ -229,7 +229,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--most", type=float, default=60, help="seconds of tests that one mutation may take")
-    given = parser.parse_args(words)
+    given = parser.parse_intermixed_args(words)
     if given.command == "map":
         LineMap.make(given.place / "map", given.jobs)
     elif given.command == "run":

@@ -11,7 +11,7 @@ from cosmic_ray.mutating import mutate_code
 
 from tests.line_map import ROOT, _around, _cases_of_op, _importing, _lines_before, _step
 from tests.mutation_operators import KINDS, DropKeyword, DropReturned, TurnMembership, _sites, draw
-from tests.mutations import Chosen, Mutation, _copy_of_tree, _outcome, append, read
+from tests.mutations import Chosen, Mutation, _copy_of_tree, _outcome, append, main, read
 
 OWN = [
     (DropReturned(), "def f(x):\n    return x + 1\n", "def f(x):\n    return None\n"),
@@ -56,6 +56,12 @@ def test_the_last_word_on_a_mutation_counts(tmp_path) -> None:
     append(tmp_path / "results", Mutation("1/2", "ir/axes.py", 4, "return", "-a\n+b", outcome="noticed"))
     append(tmp_path / "results", Mutation("1/1", "ir/axes.py", 3, "constant", "-a\n+b", outcome="survived", same="why"))
     assert [(m.name, m.same) for m in read(tmp_path / "results").values()] == [("1/1", "why"), ("1/2", "")]
+
+
+def test_options_may_stand_between_a_command_and_its_words(tmp_path) -> None:
+    append(tmp_path / "results.jsonl", Mutation("1/1", "ir/axes.py", 3, "constant", "-a\n+b", outcome="survived"))
+    main(["judge", "--place", str(tmp_path), "1/1", "why"])
+    assert read(tmp_path / "results.jsonl")["1/1"].same == "why"
 
 
 def test_the_tests_of_a_line_are_those_of_what_is_around_it() -> None:
