@@ -470,6 +470,30 @@ WRONG = {
     "bad bounds": ("S <= 16", "9 <= S <= 8"),
     "ends early": ("    return y = t\n  }\n}\n", ""),
     "goes on": ("return y = t\n  }\n}\n", "return y = t\n  }\n}\n}"),
+    "two functions": ("  main(", "  block h() -> () { return }\n  main("),
+    "no output": ("return y = t", "return y = none"),
+    "two outputs": ("return y = t", "return y = t, y = s"),
+    "more inputs": ("h(a) with", "h(a, a) with"),
+    "one weight twice": ("with h.0", "with {w: $w, w: $w}"),
+    "no weight of it": ("with h.0", "with {w: $w, ww: $w}"),
+    "results without =": ("s = reduce_sum", "s, u reduce_sum"),
+    "operand after attributes": ("axes=[0], keep=true", "axes=[0], h"),
+    "number for a list": ("axes=[0]", "axes=0"),
+    "integer past 64 bits": ("axes=[0]", f"axes=[{2**63}]"),
+    "word for a number": ("add(x, 0.5)", "rms_norm(x, $w, eps=w)"),
+    "no size": ("add(x, 0.5)", "iota(size=)"),
+    "odd escape": ("add(x, 0.5)", 'rearrange(x, pattern="\\q")'),
+    "no scale": ("= ones", "= normal()"),
+    "no type": ("main(x: f32[B, 8])", "main(x: )"),
+    "float past any": ("0.5)", "1e999)"),
+    "float past f16": ("0.5)", "70000.0:f16)"),
+    "float for an integer": ("0.5)", "0.5:i32)"),
+    "truth for a float": ("0.5)", "f32[1]{true})"),
+    "name for an element": ("0.5)", "f32[2]{1.0, x})"),
+    "constant of a symbol": ("0.5)", "f32[B]{1.0})"),
+    "malformed base64": ("0.5)", 'f32[1]{base64 "AAA"})'),
+    "truth of two bits": ("0.5)", 'bool[1]{base64 "Ag=="})'),
+    "two data of a number": ("return y = t\n  }\n", 'return y = t\n  }\n  data { @0: "AAAA" @0: "AAAA" }\n'),
 }
 
 
@@ -527,7 +551,7 @@ def test_hostile_text_is_refused(name: str) -> None:
 
 
 HELD = {"characters": len(BASE), "functions": 2, "nodes": 5, "operands": 9, "parameters": 3, "rank": 2, "symbols": 2}
-HELD |= {"items": 2, "nesting": 1, "type_characters": len("f32[B, 8]"), "name_characters": len("reduce_sum")}
+HELD |= {"arguments": 7, "items": 2, "nesting": 1, "type_characters": len("f32[B, 8]"), "name_characters": len("reduce_sum")}
 
 
 @pytest.mark.parametrize("limit", HELD)

@@ -218,7 +218,8 @@ class StatementReader(OperandReader):
         s = self.s
         inputs, *_ = self.arguments(None)
         if len(inputs) != len(callee.inputs):
-            raise s.error(f"{callee.name} takes {len(callee.inputs)} inputs, received {len(inputs)}", start)
+            takes = f"{len(callee.inputs)} input{'s' * (len(callee.inputs) != 1)}"
+            raise s.error(f"{callee.name} takes {takes}, received {len(inputs)}", start)
         weights = self.weights(callee, start) if s.accept_word("with") else {}
         formals = {**callee.parameters, **callee.states}
         if missing := [n for n in formals if n not in weights]:
@@ -254,8 +255,9 @@ class StatementReader(OperandReader):
                 at = s.skip()
                 name = s.path("a weight's name")
                 if name not in formals or name in bound:
-                    why = "is given twice" if name in bound else f"is no weight of {callee.name}"
-                    raise s.error(f"{name} {why}", at, hint=nearest_names(name, formals))
+                    if name in bound:
+                        raise s.error(f"{name} is given twice", at)
+                    raise s.error(f"{name} is no weight of {callee.name}", at, hint=nearest_names(name, formals))
                 s.expect(":")
                 bound[name] = self.operand()
         if prefix is not None:
