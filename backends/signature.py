@@ -223,8 +223,15 @@ def numpy_taken(port: Port, value: Any) -> Array:
             f"input {port.name} is no array that NumPy can read",
             received=f"{type(value).__name__}: {error}",
             within=str(port),
-            hint=f"{port.name}.detach().cpu()",
+            hint=port.name + _readable(port, value),
         ) from error
+
+
+def _readable(port: Port, value: Any) -> str:
+    """What makes a tensor of PyTorch's one that NumPy reads: dense, of a dtype that NumPy has, in its memory."""
+    dense = "" if str(getattr(value, "layout", "torch.strided")) == "torch.strided" else ".to_dense()"
+    lacking = str(getattr(value, "dtype", "")).startswith(("torch.bfloat16", "torch.float8"))
+    return dense + (f".to(torch.{port.dtype.numpy})" if lacking else "") + ".detach().cpu()"
 
 
 def _kind(dtype: np.dtype[Any]) -> str:

@@ -459,6 +459,43 @@ def test_which_tensors_are_converted(backend: str) -> None:
 
 
 @each_backend
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_of_a_tensor_that_cannot_be_read_it_is_told_what_can(dtype: str, backend: str) -> None:
+    """What is to be tried works. PyTorch reads more than NumPy."""
+    torch = pytest.importorskip("torch")
+    exe = compiled(backend, graph_of(lambda b: b.input("x", f"{dtype}[2, 2]") + b.input("y", f"{dtype}[2, 2]")))
+    right = torch.eye(2, dtype={"f32": torch.float32, "f16": torch.float16}[dtype])
+    given = {
+        "trained": right.clone().requires_grad_(),
+        "sparse": right.to_sparse(),
+        "bf16": right.to(torch.bfloat16),
+        "all": right.to(torch.bfloat16).to_sparse().requires_grad_(),
+    }
+    tried: dict[str, list[str | None]] = {name: [] for name in given}
+    for name, x in given.items():
+        made = None
+        while made is None and len(tried[name]) < 3:
+            try:
+                made = exe(x=x, y=right).y
+            except BackendError as error:
+                tried[name].append(error.hint)
+                assert error.within == f"x: {dtype}[2, 2]"
+                x = eval(str(error.hint), {"x": x, "torch": torch})
+        np.testing.assert_array_equal(made, [[2, 0], [0, 2]])
+    full = {"f32": "float32", "f16": "float16"}[dtype]
+    if backend == "torch":
+        narrower = [f"x.to(torch.{full})"] if dtype == "f16" else []
+        assert tried == {"trained": [], "sparse": ["x.to_dense()"], "bf16": narrower, "all": ["x.to_dense()", *narrower]}
+        return
+    assert tried == {
+        "trained": ["x.detach().cpu()"],
+        "sparse": ["x.to_dense().detach().cpu()"],
+        "bf16": [f"x.to(torch.{full}).detach().cpu()"],
+        "all": [f"x.to_dense().to(torch.{full}).detach().cpu()"],
+    }
+
+
+@each_backend
 def test_a_failing_node_names_its_line(backend: str) -> None:
     def build(b: Builder) -> Expr:
         with b.scoped("wte"):

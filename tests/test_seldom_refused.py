@@ -16,6 +16,8 @@ import pytest
 
 import treadle as t
 from tests.stepped_models import MODELS
+from treadle.backends.fitted_pipeline import Budget
+from treadle.backends.numpy.backend import NumpyBackend
 from treadle.backends.staged import StagedBackend, build
 from treadle.cli.generate import _refuse
 from treadle.fetch import _only_file
@@ -48,6 +50,15 @@ from treadle.wheels.pinned_models import PINNED
 
 SMALL: dict[str, Any] = {"vocab": 11, "dim": 12, "heads": 3, "layers": 1}
 X = "graph g {{\n  symbols B\n  main(x: f32[B, 4], i: i64[B]) -> (y: f32{}) {{\n    y = {}\n    return y = y\n  }}\n}}"
+STATE = """graph g {
+  symbols B
+  states { c: f32[3, 9, 4] }
+  prefill(x: f32[B, 2, 4], i: i64[B]) -> (y: f32[B, 2, 4]) {
+    %c = append(%c, x, i, i, axis=1)
+    y = relu(x)
+    return y = y
+  }
+}"""
 
 
 def traced(body: Callable[[Any], Any]) -> Graph:
@@ -73,6 +84,16 @@ class Plain(StagedBackend):
 
     def emit(self, *given: Any) -> Any:
         raise NotImplementedError
+
+
+class Whole:
+    """A backend that does all in one go."""
+
+    name = "whole"
+    available = supports = StagedBackend.available
+
+    def compile(self, *given: Any) -> Any:
+        return object()
 
 
 def built(**options: Any) -> Any:
@@ -135,6 +156,9 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "no reference": (lambda _: Nameless().reference(), GraphError, "op nameless has no reference"),
     "twice": (lambda _: op("relu", axes="... -> ...", dtypes="f -> f")(Nameless), GraphError, "op 'relu' is"),
     "a layout": (lambda _: parse_layout("panels(8, wide)"), GraphError, "panels has no 'wide'"),
+    "no encoding": (lambda _: parse_encoding("4bit!"), GraphError, "this is no encoding"),
+    "a part of a row": (lambda _: parse_encoding("int8_rows(4)"), GraphError, "a block of int8_rows is a whole row"),
+    "a part of a row of steps": (lambda _: parse_encoding("uint8_rows(4)"), GraphError, "a block of uint8_rows is a"),
     "an encoding": (lambda _: parse_encoding("int4_groups(32, axis=x)"), GraphError, "int4_groups has no 'axis=x'"),
     "a sample": (lambda _: Sample("f32[B, 2]").operands[0].draw(np.random.default_rng(0)), GraphError, ""),  # type: ignore[union-attr]
     "wrong sizes": (lambda _: interpret(read("relu(x)"), {"x": np.ones((2, 5)), "i": np.ones(2)}), GraphError, ""),
@@ -147,6 +171,30 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "no pattern": (lambda _: PassManager((Idle(),)).run(read("relu(x)")), PassError, ""),
     "no sites": (lambda _: PassManager((Sought(),)).run(read("relu(x)")), PassError, ""),
     "no memory": (lambda _: built(budget=None, donate=("x",)), BackendError, "backend plain plans no storage"),
+    "no budget": (lambda _: built(budget=Budget(64, {"B": 2})), BackendError, "backend plain plans no memory"),
+    "a budget of states": (
+        lambda _: build(NumpyBackend(), parse_graph(STATE), Target("cpu"), {}, budget=Budget(64, {"B": 2})),
+        BackendError,
+        "a budget is for a graph with one entry",
+    ),
+    "no plan": (
+        lambda _: NumpyBackend().emit(read("relu(x)"), Target("cpu"), {}, read("relu(x)"), None),
+        BackendError,
+        "the numpy backend spells a storage plan",
+    ),
+    "a budget of one that only compiles": (
+        lambda _: build(Whole(), read("relu(x)"), Target("cpu"), {}, budget=Budget(64, {"B": 2})),
+        BackendError,
+        "backend whole plans no memory",
+    ),
+    "what one that only compiles is given": (
+        lambda _: build(Whole(), read("relu(x)"), Target("cpu"), {}, donate=("x",)),
+        BackendError,
+        "backend whole plans no storage",
+    ),
+    "states of one that knows none": (
+        lambda _: build(Whole(), parse_graph(STATE), Target("cpu"), {}), BackendError, "the whole backend runs no states"
+    ),
     "no batch": (
         lambda _: shard_model(t.model(_rowless), "pp=2,micro=2", recipe="gpipe"), UsageError, "_rowless has no batch"
     ),

@@ -203,6 +203,14 @@ class _TorchArrays:
             if port.dtype.name == "bf16":
                 return self._rounded(port, value)
             return self.lifted(as_numpy(port, value))
+        if value.layout is not self.torch.strided:
+            layout = str(value.layout).removeprefix("torch.")
+            raise BackendError(
+                f"input {port.name} is not a dense tensor",
+                received=f"layout {layout}",
+                within=str(port),
+                hint=f"{port.name}.to_dense()",
+            )
         wanted = self._dtype(port.dtype)
         if value.dtype != wanted:
             held = self._dtypes.get(value.dtype)
