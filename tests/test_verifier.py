@@ -13,6 +13,7 @@ from treadle.ir.errors import VerifyError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.initial_values import Init
 from treadle.ir.literals import Literal
+from treadle.ir.op_registry import OPS
 from treadle.ir.ops.call import Call
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.source_lines import SourceLine
@@ -116,6 +117,10 @@ BROKEN: dict[str, tuple[Callable[[Graph], object], str]] = {
     "operand of a removed node": (lambda g: g.main.nodes.pop(0), "operand 0 of exp is not defined"),
     "operand missing": (lambda g: operand(g, 1, 0, None), "operand x is missing"),
     "operands left out": (lambda g: setattr(node(g, 0), "operands", node(g, 0).operands[:1]), "operand y is missing"),
+    "an absent operand left out": (
+        lambda g: setattr(node(g, 4), "op", OPS["linear"]()),
+        "linear: absent operands must be None, not left out",
+    ),
     "too many operands": (lambda g: setattr(node(g, 1), "operands", node(g, 0).operands), "takes 1 operand, rec"),
     "operands that do not fit": (lambda g: operand(g, 7, 1, g.main.nodes[6].results[0]), "sizes disagree"),
     "result's dtype": (lambda g: setattr(node(g, 1).result, "type", parse_type("f64[B, 8]")), "rules infer"),
