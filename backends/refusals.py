@@ -21,8 +21,20 @@ def refuse_misfit(name: str, wanted: Type, value: Any) -> None:
     array = value if hasattr(value, "detach") else np.asarray(value)
     found = str(array.dtype).removeprefix("torch.")
     known = ("bfloat16", "float32") if dtype is None else (dtype.name,)
-    if found not in known or not shape_fits(wanted.held, tuple(array.shape)):
-        raise misfit(name, wanted, f"{found}{list(array.shape)}")
+    if found not in known or not shape_fits(wanted.held, tuple(array.shape)) or layout_of(array) != "strided":
+        raise misfit(name, wanted, shown(array))
+
+
+def layout_of(value: Any) -> str:
+    """Of a tensor of PyTorch's how its elements lie, `strided` where it is dense, as all arrays are."""
+    return str(getattr(value, "layout", "strided")).removeprefix("torch.")
+
+
+def shown(array: Any) -> str:
+    """`float32[8, 8]`, and of a tensor that is not dense its layout."""
+    layout = layout_of(array)
+    dense = "" if layout == "strided" else f", {layout}"
+    return f"{str(array.dtype).removeprefix('torch.')}{list(array.shape)}{dense}"
 
 
 def refuse_missing(graph: Graph, weights: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from treadle.backends.protocol import Port
+from treadle.backends.refusals import layout_of
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError, Hint
 from treadle.ir.graph import Function, Graph, Node
@@ -229,7 +230,7 @@ def numpy_taken(port: Port, value: Any) -> Array:
 
 def _readable(port: Port, value: Any) -> str:
     """What makes a tensor of PyTorch's one that NumPy reads: dense, of a dtype that NumPy has, in its memory."""
-    dense = "" if str(getattr(value, "layout", "torch.strided")) == "torch.strided" else ".to_dense()"
+    dense = "" if layout_of(value) == "strided" else ".to_dense()"
     lacking = str(getattr(value, "dtype", "")).startswith(("torch.bfloat16", "torch.float8"))
     return dense + (f".to(torch.{port.dtype.numpy})" if lacking else "") + ".detach().cpu()"
 

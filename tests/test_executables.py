@@ -33,7 +33,7 @@ from treadle.ir.graph import Function, Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.source_lines import SourceLine
 from treadle.ir.target import Target
-from treadle.ir.types import DTYPES, bf16
+from treadle.ir.types import DTYPES, bf16, f32
 from treadle.passes.lowering.legalize import legalized
 
 
@@ -485,7 +485,12 @@ def test_of_a_tensor_that_cannot_be_read_it_is_told_what_can(dtype: str, backend
     full = {"f32": "float32", "f16": "float16"}[dtype]
     if backend == "torch":
         narrower = [f"x.to(torch.{full})"] if dtype == "f16" else []
-        assert tried == {"trained": [], "sparse": ["x.to_dense()"], "bf16": narrower, "all": ["x.to_dense()", *narrower]}
+        assert tried == {
+            "trained": [],
+            "sparse": ["x.to_dense()"],
+            "bf16": narrower,
+            "all": ["x.to_dense()", *narrower],
+        }
         return
     assert tried == {
         "trained": ["x.detach().cpu()"],
@@ -527,6 +532,16 @@ def test_missing_and_misshapen_weights(backend: str) -> None:
         assert f"weight {name} must be f32[8, 8]" in message(
             lambda w=wrong: compiled(backend, graph, weights | {name: w})
         )
+
+
+@each_backend
+def test_a_sparse_weight_is_refused(backend: str) -> None:
+    torch = pytest.importorskip("torch")
+    graph = graph_of(lambda b: b.input("x", f32[2, 2]) @ b.parameter("w", f32[2, 2]))
+    weight = torch.eye(2)
+    np.testing.assert_array_equal(compiled(backend, graph, {"w": weight})(x=np.eye(2, dtype=np.float32)).y, weight)
+    text = message(lambda: compiled(backend, graph, {"w": weight.to_sparse()}))
+    assert text == "weight w must be f32[2, 2]\n  received  w: float32[2, 2], sparse_coo"
 
 
 @each_backend

@@ -321,6 +321,7 @@ def test_sizes_are_expressions(opset: int, tmp_path: Path) -> None:
             "padded": b.pad(z, axis=0, before="S", after="T-1", value=-2.0),
             "spread": b.expand(b.slice(z, axis=0, stop=1), shape=("S*T", None)),
             "counted": b.iota(size="(B+T)//2-S*0", dtype=DTYPES["f32"]) * b.size(value="B*S-T", dtype=DTYPES["f32"]),
+            "down": b.iota(size="9+(0-S)//4", dtype=DTYPES["f32"]),
         }
 
     graph = graph_of(build)

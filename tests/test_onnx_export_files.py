@@ -121,6 +121,27 @@ def test_weights_in_any_layout(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_weights_may_be_tensors_that_are_trained(dtype: str, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    graph = graph_of(lambda b: b.input("x", "f32[2]") + b.parameter("w", f"{dtype}[2]").cast(DTYPES["f32"]))
+    weight = torch.tensor([1 + 2.0**-7, -3.0], dtype={"f32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    for given in (weight, torch.nn.Parameter(weight)):
+        made = in_runtime(graph, tmp_path, {"x": np.zeros(2, np.float32)}, {"w": given})["y"]
+        np.testing.assert_array_equal(made, [1 + 2.0**-7, -3.0])
+    text = message(lambda: export_onnx(graph, {"w": weight.to_sparse()}, tmp_path / "m.onnx"))
+    assert f"received  w: {str(weight.dtype)[6:]}[2], sparse_coo" in text
+
+
+def test_a_size_past_what_onnx_counts_in_is_refused(tmp_path: Path) -> None:
+    def text(value: str) -> str:
+        graph = graph_of(lambda b: b.input("x", "f32[S]") * b.size(value=value, dtype=DTYPES["f32"]))
+        return message(lambda: export_onnx(graph, {}, tmp_path / "m.onnx"))
+
+    assert f"{10**20} is past what ONNX counts in" in text("S*100000000000000000*1000")
+    assert f"{10**20} is past what ONNX counts in" in text("S+100000000000000000*1000")
+
+
 def test_outputs_that_no_node_makes(tmp_path: Path) -> None:
     """An input, a weight, a constant, and one value twice."""
 

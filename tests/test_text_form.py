@@ -551,7 +551,13 @@ def test_hostile_text_is_refused(name: str) -> None:
 
 
 HELD = {"characters": len(BASE), "functions": 2, "nodes": 5, "operands": 9, "parameters": 3, "rank": 2, "symbols": 2}
-HELD |= {"arguments": 7, "items": 2, "nesting": 1, "type_characters": len("f32[B, 8]"), "name_characters": len("reduce_sum")}
+HELD |= {
+    "arguments": 7,
+    "items": 2,
+    "nesting": 1,
+    "type_characters": len("f32[B, 8]"),
+    "name_characters": len("reduce_sum"),
+}
 
 
 @pytest.mark.parametrize("limit", HELD)

@@ -21,7 +21,8 @@ from treadle.backends.onnx.schemas import CODES
 from treadle.backends.onnx.spelled_line import OnnxNode, Tensor, plain
 from treadle.backends.onnx.spelling import keeps, spell
 from treadle.backends.onnx.writer import OnnxWriter
-from treadle.backends.refusals import misfit, refuse_misfit, shape_fits
+from treadle.backends.made_weights import as_numpy_weight
+from treadle.backends.refusals import refuse_misfit
 from treadle.files.whole_files import replacing
 from treadle.ir.errors import BackendError, UsageError
 from treadle.ir.graph import Graph, Value
@@ -82,7 +83,7 @@ def export_onnx(
 
     graph           as a pass left it: a fused op is an operator where the opset has one that means the same, else its
                     body's operators
-    weights         arrays; bf16 ones as float32, since NumPy has no bf16
+    weights         arrays or tensors; arrays of bf16 ones as float32, since NumPy has no bf16
     path            FILE.onnx; weights of more than `external_above` bytes go to FILE.onnx.data beside it
     opset           13 to 28
     external_above  bytes
@@ -200,12 +201,8 @@ class _Held:
 
 def _weight(name: str, wanted: Type, value: Any) -> Array | bytes:
     """The elements of a weight. Raises BackendError where it is not of its type."""
-    try:
-        array = np.asarray(value)
-    except TypeError as error:  # a tensor of PyTorch's in bf16
-        raise misfit(name, wanted, str(error)) from None
-    if not shape_fits(wanted, array.shape) or array.dtype != (wanted.dtype.numpy or np.float32):
-        raise misfit(name, wanted, f"{array.dtype}{list(array.shape)}")
+    refuse_misfit(name, wanted, value)
+    array = as_numpy_weight(value)
     return Literal.of(array, bf16).data if wanted.dtype is bf16 else array
 
 

@@ -19,7 +19,7 @@ from treadle.backends.protocol import Executable, Port
 from treadle.backends.python.arena import PythonArena
 from treadle.backends.python.emission import emit
 from treadle.backends.python.executable import PythonExecutable, collect_weights
-from treadle.backends.refusals import misfit, refuse_nodes, shape_fits, unavailable
+from treadle.backends.refusals import layout_of, misfit, refuse_nodes, shape_fits, shown, unavailable
 from treadle.backends.signature import as_numpy, refuse_dtype
 from treadle.backends.staged import StagedBackend, needed_plan
 from treadle.backends.torch.destinations import is_placed, written_over
@@ -203,11 +203,10 @@ class _TorchArrays:
             if port.dtype.name == "bf16":
                 return self._rounded(port, value)
             return self.lifted(as_numpy(port, value))
-        if value.layout is not self.torch.strided:
-            layout = str(value.layout).removeprefix("torch.")
+        if layout_of(value) != "strided":
             raise BackendError(
                 f"input {port.name} is not a dense tensor",
-                received=f"layout {layout}",
+                received=f"layout {layout_of(value)}",
                 within=str(port),
                 hint=f"{port.name}.to_dense()",
             )
@@ -302,13 +301,14 @@ class _TorchArrays:
                 wanted.dtype,
             )
             if not shape_fits(wanted, array.shape) or array.dtype != (wanted.dtype.numpy or np.float32):
-                raise misfit(name, told, f"{array.dtype}{list(array.shape)}")
+                raise misfit(name, told, shown(array))
             if key not in self._weights:
                 # A bf16 weight comes from a checkpoint as float32.
                 self._weights[key] = self.lifted(array).to(self._dtype(wanted.dtype))
             return self._weights[key]
-        if not shape_fits(wanted, value.shape) or value.dtype != self._dtype(wanted.dtype):
-            raise misfit(name, told, f"{value.dtype}{list(value.shape)}")
+        dense = layout_of(value) == "strided"
+        if not dense or not shape_fits(wanted, value.shape) or value.dtype != self._dtype(wanted.dtype):
+            raise misfit(name, told, shown(value))
         return value.detach().to(self.device)
 
 
