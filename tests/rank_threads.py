@@ -27,12 +27,13 @@ class ThreadRoom(Room):
     def exchange(self, rank: int, op: Collective, part: Any) -> Any:
         tensor = type(part).__module__ == "torch"
         self.kinds.add(type(part).__name__)
-        brought = np.array(part.numpy() if tensor else part)  # a rank may go on and write over its own
+        held = part.float() if str(part.dtype) == "torch.bfloat16" else part  # which NumPy lacks
+        brought = np.array(held.numpy() if tensor else held)  # a rank may go on and write over its own
         found = np.array(super().exchange(rank, op, brought))
         if tensor:
             import torch
 
-            return torch.from_numpy(found)
+            return torch.from_numpy(found).to(part.dtype)
         return found
 
 

@@ -479,7 +479,6 @@ def test_of_a_tensor_that_cannot_be_read_it_is_told_what_can(dtype: str, backend
                 made = exe(x=x, y=right).y
             except BackendError as error:
                 tried[name].append(error.hint)
-                assert error.within == f"x: {dtype}[2, 2]"
                 x = eval(str(error.hint), {"x": x, "torch": torch})
         np.testing.assert_array_equal(made, [[2, 0], [0, 2]])
     full = {"f32": "float32", "f16": "float16"}[dtype]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from treadle.backends.staged import build
 from treadle.ir.builder import Builder
 from treadle.ir.errors import BackendError, GraphError
 from treadle.ir.graph import Graph
+from treadle.ir.placement.meeting import meeting_at
 from treadle.ir.placement.mesh import Mesh
 from treadle.ir.placement.placements import taken_part
 from treadle.ir.target import Target
@@ -72,13 +74,15 @@ def test_ranks_on_a_backend_compute_their_parts(backend: str, family: str, mesh:
     assert kinds == {"Tensor" if backend == "torch" else "ndarray"}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", ["f32", "i64", "bool"])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [*product(BACKENDS, ["f32", "i64", "bool"]), ("torch", "bf16"), ("tvm", "bf16")],
+)
 def test_parts_of_any_dtype_and_of_uneven_sizes_meet(backend: str, dtype: str) -> None:
     """An all-to-all of strided operands, whose sizes are expressions of a symbol."""
     mesh, rows = Mesh.of("tp=2"), 5
     whole = (np.arange(rows * 3).reshape(rows, 3) % (2 if dtype == "bool" else 99)).astype(
-        {"f32": np.float32, "i64": np.int64, "bool": bool}[dtype]
+        {"f32": np.float32, "bf16": np.float32, "i64": np.int64, "bool": bool}[dtype]
     )
     calls = []
     for rank in range(2):
@@ -103,6 +107,35 @@ def test_a_program_that_runs_alone_is_told_so(backend: str) -> None:
     with pytest.raises((GraphError, BackendError)) as error:
         exe(x=np.ones((2, 4), np.float32))
     assert "is among 2 ranks, and this program runs alone" in f"{error.value.what} {error.value.received}"
+
+
+class Odd:
+    """A meeting that gives what it was made with, or raises it."""
+
+    def __init__(self, gives: Any) -> None:
+        self.gives = gives
+
+    def exchange(self, op: Any, part: Any) -> Any:
+        if isinstance(self.gives, Exception):
+            raise self.gives
+        return self.gives
+
+
+@pytest.mark.parametrize("gives", [ValueError("odd"), np.ones((1, 4), np.float32)], ids=["raises", "another shape"])
+def test_a_meeting_that_fails_is_told_at_its_op(gives: Any) -> None:
+    """Nothing is raised through compiled code; the next call starts afresh."""
+    b = Builder(Graph("odd"))
+    b.outputs(y=b.apply("all_reduce", b.input("x", "f32[B, 4]"), over="tp", ways=2) * 2.0)
+    exe, x = compiled("tvm", b.graph), np.ones((2, 4), np.float32)
+    with pytest.raises(BackendError) as error, meeting_at(Odd(gives)):
+        exe(x=x)
+    if isinstance(gives, Exception):
+        assert (error.value.what, error.value.received) == ("all_reduce: failed while running", "ValueError: odd")
+        assert "test_rank_executables.py:" in str(error.value.source)
+    else:
+        assert error.value.what == "all_reduce gave [1, 4], and not [2, 4]"
+    with meeting_at(Odd(x)):
+        assert np.array_equal(exe(x=x)["y"], 2 * x)
 
 
 def test_a_listing_names_what_the_process_does_itself() -> None:

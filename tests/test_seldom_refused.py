@@ -193,7 +193,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
         "backend whole plans no storage",
     ),
     "states of one that knows none": (
-        lambda _: build(Whole(), parse_graph(STATE), Target("cpu"), {}), BackendError, "the whole backend runs no states"
+        lambda _: build(Whole(), parse_graph(STATE), Target("cpu"), {}), BackendError, "the whole backend runs no"
     ),
     "no batch": (
         lambda _: shard_model(t.model(_rowless), "pp=2,micro=2", recipe="gpipe"), UsageError, "_rowless has no batch"

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from treadle.backends.made_weights import as_numpy_weight
 from treadle.backends.onnx.schemas import CODES
 from treadle.backends.onnx.spelled_line import OnnxNode, Tensor, plain
 from treadle.backends.onnx.spelling import keeps, spell
 from treadle.backends.onnx.writer import OnnxWriter
-from treadle.backends.made_weights import as_numpy_weight
 from treadle.backends.refusals import refuse_misfit
 from treadle.files.whole_files import replacing
 from treadle.ir.errors import BackendError, UsageError
