@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from treadle.ir.builder import Builder
+from treadle.ir.encodings import encoding
 from treadle.ir.encodings.encoding import FORMS, MOST_IN_LINE, Encoding, parse_encoding
 from treadle.ir.encodings.rounded_forms import SMALLEST_ROW
 from treadle.ir.errors import GraphError, ParseError, RuleError, TreadleError, VerifyError
@@ -178,6 +179,31 @@ def test_a_form_is_whole(name: str) -> None:
     held = drawn(encoding, (4, 512))
     assert np.isfinite(encoding.decode(held)).all()
     np.testing.assert_array_equal(drawn(encoding, (4, 512)), held)
+
+
+@pytest.mark.parametrize("text", [*GGUF, *OURS])
+def test_what_is_done_in_parts_is_done_to_all(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding, encoding and the search for a scale that is no number; the last part is shorter, or a block is more."""
+    form = parse_encoding(text)
+    held = drawn(form, (7, 512))
+    whole = form.decode(held)
+    values = np.random.default_rng(2).standard_normal((7, 512)).astype(np.float32)
+    made = form.encode(values) if form.block.encodes else None
+    monkeypatch.setattr(encoding, "_AT_ONCE", 100)
+    np.testing.assert_array_equal(form.decode(held), whole)
+    if made is not None:
+        np.testing.assert_array_equal(form.encode(values), made)
+    assert form.first_not_finite(held) is None
+    monkeypatch.setattr(encoding, "_AT_ONCE", 2)
+    blocks = held.reshape(-1).view(form.block.record(form.elements(512)))
+    for name in [n for n in blocks.dtype.names or () if blocks.dtype[n].base.kind == "f"]:
+        for at, number in ((len(blocks) - 1, np.nan), (len(blocks) - 2, -np.inf)):  # the first of all is told
+            blocks[name][at] = number
+            found = form.first_not_finite(held)
+            assert found is not None
+            assert found[0] == at
+            assert found[1].startswith(f"{name} = ")
+        blocks[name][-2:] = 0
 
 
 # -- types -----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tests.backend_checks import (
     python_backends,
 )
 from tests.golden import Golden
+from treadle.backends import bfloat16, signature
 from treadle.backends.registry import find_backend
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import BackendError, GraphError
@@ -271,6 +273,44 @@ def test_bf16_holds_what_is_no_number(backend: str, given: str) -> None:
     np.testing.assert_array_equal(np.asarray(turned.float() if given == "tensors" else turned), 2 * x)
     with pytest.raises(BackendError, match="a float32 that bf16 does not hold"):
         exe(x=np.full((2, 3), 0.1, np.float32))
+
+
+@needs_torch
+def test_bf16_is_rounded_in_blocks_as_torch_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the nearest, ties to even, in blocks of which the last is shorter; a NaN stays one wherever it is."""
+    import torch
+
+    bits = np.random.default_rng(0).integers(0, 2**32, 45, dtype=np.uint32)
+    bits[:4] = 0x3F808000, 0x3F818000, 0x7F7FFFFF, 0x80000001  # two ties, the largest number, the smallest
+    bits[[17, 44]] = 0x7F800001, 0xFFFFFFFF
+    monkeypatch.setattr(bfloat16, "_BLOCK", 8)
+    numbers = bits.view(np.float32)
+    made = bfloat16.rounded(numbers.reshape(9, 5))
+    assert made.shape == (9, 5)
+    wanted = torch.from_numpy(numbers).bfloat16().float().numpy()
+    np.testing.assert_array_equal(bfloat16.widened(made).ravel(), wanted)
+    np.testing.assert_array_equal(np.signbit(bfloat16.widened(made).ravel())[:4], np.signbit(wanted)[:4])
+
+
+@each_backend
+def test_of_many_sizes_the_last_are_remembered(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a call's values lie, and which shapes fit; what was forgotten is found out again."""
+    module = "treadle.backends.tvm.executable" if backend == "tvm" else "treadle.backends.python.arena"
+    monkeypatch.setattr(import_module(module), "PLANS", 2)
+    monkeypatch.setattr(signature, "_REMEMBERED", 2)
+    graph = graph_of(lambda b: b.softmax(b.exp(b.input("x", f32["B", 4])) @ np.eye(4, dtype=np.float32)))
+    exe: Any = compiled(backend, graph)
+
+    def kept() -> list[int]:
+        plans = exe.machine.plans if backend == "tvm" else exe.arena._memories
+        return [dict(sizes)["B"] for _, sizes in plans]
+
+    for rows in (1, 2, 1, 3, 4, 3):
+        y = exe(x=np.zeros((rows, 4), np.float32)).y
+        np.testing.assert_array_equal(y, np.full((rows, 4), 0.25))
+        if rows == 3:
+            assert kept()[-1] == 3
+            assert kept() in ([1, 3], [4, 3])
 
 
 @each_backend

@@ -76,6 +76,33 @@ def test_kernels_lay_a_computed_matrix_out_as_a_weight_is() -> None:
                 np.testing.assert_array_equal(made, wanted)
 
 
+@pytest.mark.parametrize("rows", [80, 83, 96])
+def test_blocks_that_are_laid_out_in_parts_lie_as_all_at_once(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = blocks(16, 34, 2, ((4, 8), (0, 4)), tail=True)
+    held = np.random.default_rng(0).integers(0, 256, (rows, 3 * 34)).astype(np.uint8)
+    whole = pack(held, layout)
+    monkeypatch.setattr(weight_packing, "_PANELS_AT_ONCE", 2)
+    np.testing.assert_array_equal(pack(held, layout), whole)
+
+
+def test_a_file_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it becomes shorter while it is read, the panels are packed again."""
+    graph, weights = linear_graph(), mapped_weights(tmp_path)
+    right = packed(graph, weights, tmp_path / "cache").copy()
+    monkeypatch.setattr(panel_memory, "_PART", 200_000)
+    np.testing.assert_array_equal(packed(graph, weights, tmp_path / "cache"), right)
+    (file,) = (tmp_path / "cache").iterdir()
+    read = panel_memory._read_part
+
+    def shorter(path: Path, at: int, part: Any) -> bool:
+        os.truncate(path, 300_000)
+        return read(path, at, part)
+
+    monkeypatch.setattr(panel_memory, "_read_part", shorter)
+    np.testing.assert_array_equal(packed(graph, weights, tmp_path / "cache"), right)
+    assert file.stat().st_size == right.nbytes
+
+
 def test_weights_of_a_file_are_packed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graph = linear_graph()
     weights = mapped_weights(tmp_path)
