@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from treadle.ir.builder import Builder
-from treadle.ir.encodings import encoding
+from treadle.ir.encodings import encoding as encodings
 from treadle.ir.encodings.encoding import FORMS, MOST_IN_LINE, Encoding, parse_encoding
 from treadle.ir.encodings.rounded_forms import SMALLEST_ROW
 from treadle.ir.errors import GraphError, ParseError, RuleError, TreadleError, VerifyError
@@ -189,21 +189,24 @@ def test_what_is_done_in_parts_is_done_to_all(text: str, monkeypatch: pytest.Mon
     whole = form.decode(held)
     values = np.random.default_rng(2).standard_normal((7, 512)).astype(np.float32)
     made = form.encode(values) if form.block.encodes else None
-    monkeypatch.setattr(encoding, "_AT_ONCE", 100)
+    monkeypatch.setattr(encodings, "_AT_ONCE", 100)
     np.testing.assert_array_equal(form.decode(held), whole)
     if made is not None:
         np.testing.assert_array_equal(form.encode(values), made)
     assert form.first_not_finite(held) is None
-    monkeypatch.setattr(encoding, "_AT_ONCE", 2)
+    monkeypatch.setattr(encodings, "_AT_ONCE", 2)
     blocks = held.reshape(-1).view(form.block.record(form.elements(512)))
-    for name in [n for n in blocks.dtype.names or () if blocks.dtype[n].base.kind == "f"]:
-        for at, number in ((len(blocks) - 1, np.nan), (len(blocks) - 2, -np.inf)):  # the first of all is told
-            blocks[name][at] = number
+    scales = [name for name in blocks.dtype.names or () if blocks.dtype[name].base.kind == "f"]
+    for name in scales:
+        blocks[name] = np.finfo(blocks.dtype[name].base).max
+    assert form.first_not_finite(held) is None
+    for names in (scales, scales[::-1]):
+        for back, (name, number) in enumerate(zip(names, (np.nan, -np.inf), strict=False), 1):
+            blocks[name][-back] = number
             found = form.first_not_finite(held)
-            assert found is not None
-            assert found[0] == at
-            assert found[1].startswith(f"{name} = ")
-        blocks[name][-2:] = 0
+            assert found == (len(blocks) - back, f"{name} = {number}")
+        for name in names:
+            blocks[name] = 0
 
 
 # -- types -----------------------------------------------------------------------------------------------------------
@@ -243,6 +246,30 @@ def test_a_type_that_does_not_fit_its_encoding_is_refused(text: str, what: str) 
     with pytest.raises(TreadleError) as error:
         parse_type(text)
     assert what in str(error.value)
+
+
+def test_how_many_bits_an_element_takes() -> None:
+    texts = ("q4_0", "q8_0", "q4_k", "int8_rows", "uint8_rows", "int4_groups(64)")
+    assert [parse_encoding(text).bits(256) for text in texts] == [4.5, 8.5, 4.5, 8.125, 8.15625, 4.25]
+
+
+def test_a_number_in_a_text_has_six_digits_at_most() -> None:
+    assert parse_encoding("int8_rows(axis=-999999)").axis == -999999
+    with pytest.raises(GraphError, match="int8_rows has no 'axis=1000000'"):
+        parse_encoding("int8_rows(axis=1000000)")
+
+
+def test_what_float32_does_not_hold_is_not_encoded() -> None:
+    with pytest.raises(GraphError, match="int8_rows holds finite values") as error:
+        parse_encoding("int8_rows").encode(np.array([[1.0, 1e300]]))
+    assert error.value.received == "inf at [0, 1]"
+
+
+def test_a_line_that_is_one_block_has_at_most_so_many_elements() -> None:
+    rows = Encoding("int8_rows")
+    assert rows.bytes(MOST_IN_LINE) == MOST_IN_LINE + 4
+    with pytest.raises(GraphError, match="a line of int8_rows has from 1"):
+        rows.bytes(MOST_IN_LINE + 1)
 
 
 def test_a_wider_dtype_is_not_encoded() -> None:
