@@ -13,7 +13,7 @@ from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import GraphError, PassError, RuleError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.interpreter import interpret
-from treadle.ir.layouts import Layout, blocks, pairs, panels, parse_layout, quads
+from treadle.ir.layouts import _MOST_RUNS, Layout, blocks, pairs, panels, parse_layout, quads
 from treadle.ir.literals import Literal
 from treadle.ir.op_registry import OPS
 from treadle.ir.ops.layout import Relayout
@@ -32,6 +32,7 @@ from treadle.passes.lowering.hoist_weights import HoistWeights
 
 # -- layouts ---------------------------------------------------------------------------------------------------
 
+MOST_RUNS = f"blocks(16, {4 * _MOST_RUNS + 2}, 2, {', '.join(f'{n}:{n + 1}' for n in range(_MOST_RUNS))})"
 LAYOUTS = {
     "panels(16)": panels(16),
     "panels(1)": panels(1),
@@ -47,6 +48,8 @@ LAYOUTS = {
     "blocks(48, 18, 2)": blocks(48, 18, 2),
     "blocks(16, 110, 2, tail)": blocks(16, 110, 2, tail=True),
     "blocks(16, 22, 2, tail, 4:5, 0:4)": blocks(16, 22, 2, ((4, 5), (0, 4)), tail=True),
+    "blocks(65536, 65536, 4)": blocks(65536, 65536, 4),
+    MOST_RUNS: blocks(16, 4 * _MOST_RUNS + 2, 2, tuple((n, n + 1) for n in range(_MOST_RUNS))),
     "onednn": Layout("onednn"),
     "onednn(transposed)": Layout("onednn", transposed=True),
 }
@@ -86,6 +89,9 @@ def test_the_text_of_a_layout_reads_back(text: str) -> None:
         ("blocks(16, 22, 4)", "this is no layout of blocks"),
         ("blocks(16, 4, 4)", "this is no layout of blocks"),
         ("blocks(0, 20, 4)", "this is no layout of blocks"),
+        ("blocks(65537, 20, 4)", "this is no layout of blocks"),
+        ("blocks(16, 65540, 4)", "this is no layout of blocks"),
+        (MOST_RUNS.replace(")", f", {_MOST_RUNS}:{_MOST_RUNS + 1})"), f"blocks has no '{_MOST_RUNS}:"),
         ("blocks(16, 20, 4, 4)", "blocks has no '4'"),
         ("blocks(16, 20, 4, transposed)", "blocks are of rows"),
         ("blocks(16, 20, 4, 0:3)", "words are not all there once"),
