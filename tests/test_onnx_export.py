@@ -328,6 +328,17 @@ def test_sizes_are_expressions(opset: int, tmp_path: Path) -> None:
     same_at(graph, tmp_path, opset, {"B": 3, "S": 4, "T": 2}, {"B": 1, "S": 2, "T": 1}, {"B": 2, "S": 5, "T": 6})
 
 
+@pytest.mark.parametrize("dtype", ["f32", "f64"])
+@pytest.mark.parametrize("saturate", [True, False])
+def test_what_is_past_bf16_becomes_its_largest_number_or_infinite(saturate: bool, dtype: str, tmp_path: Path) -> None:
+    graph = graph_of(lambda b: b.round_to(b.input("x", f"{dtype}[8]"), format="bf16", saturate=saturate))
+    x = np.array([1 + 2.0**-8, 3.4e38, -3.4e38, np.inf, -np.inf, np.nan, 1e-45, -0.0], DTYPES[dtype].numpy)
+    made, wanted = in_runtime(graph, tmp_path, {"x": x})["y"], interpret(graph, {"x": x})["y"]
+    assert np.isfinite(wanted[1:5]).all() == saturate
+    np.testing.assert_array_equal(made, wanted)
+    np.testing.assert_array_equal(np.signbit(made[6:]), np.signbit(wanted[6:]))
+
+
 @pytest.mark.parametrize("opset", [14, 23])
 def test_an_axis_that_may_be_empty(opset: int, tmp_path: Path) -> None:
     def build(b: Builder) -> dict[str, Expr]:
