@@ -30,6 +30,7 @@ from tests.golden import Golden
 from treadle.backends import bfloat16, signature
 from treadle.backends.registry import find_backend
 from treadle.ir.builder import Builder, Expr
+from treadle.ir.encodings.encoding import parse_encoding
 from treadle.ir.errors import BackendError, GraphError
 from treadle.ir.graph import Function, Graph
 from treadle.ir.interpreter import interpret
@@ -334,6 +335,48 @@ def test_any_name_is_harmless(name: str, backend: str) -> None:
     found = exe(**{name: array})[name]
     np.testing.assert_allclose(found, np.exp(array) / np.exp(array).sum(1, keepdims=True), rtol=1e-6)
     assert "\0" not in exe.source
+
+
+@needs_torch
+def test_pytorch_has_the_targets_threads_while_a_call_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its own after it, also where the call fails; without a number in the target nothing is set."""
+    import torch
+
+    graph = graph_of(lambda b: b.gather(b.input("x", "f32[4]"), b.input("i", "i64[2]"), axis=0))
+    before, told = torch.get_num_threads(), list[int]()
+    number, x = before + 1, np.arange(4, dtype=np.float32)
+    with_threads, without = (find_backend("torch").compile(graph, Target("cpu", threads=n), {}) for n in (number, None))
+    real = torch.set_num_threads
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: (told.append(n), real(n)))
+    without(x=x, i=[1, 2])
+    assert told == []
+    with_threads(x=x, i=[1, 2])
+    with pytest.raises(BackendError, match="index 7 is outside"):
+        with_threads(x=x, i=[1, 7])
+    assert told == [number, before] * 2
+    assert torch.get_num_threads() == before
+
+
+@needs_torch
+def test_rows_of_bytes_are_multiplied_to_the_same_bits_without_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from treadle.backends.torch import encoded_rows
+
+    rows, steps = parse_encoding("int8_rows"), parse_encoding("uint8_rows")
+    values = np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32)
+    weight = rows.encode(np.random.default_rng(1).standard_normal((3, 64)).astype(np.float32))
+    bias = np.arange(3, dtype=np.float32)
+    for encoding in (rows, steps):
+        x = encoding.encode(values)
+        made = []
+        for vnni in (True, False) if torch.cpu._is_vnni_supported() else (False,):
+            monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda vnni=vnni: vnni)
+            made.append(encoded_rows.encoded_linear(*map(torch.from_numpy, (x, weight, bias))).numpy())
+            monkeypatch.undo()
+        exact = encoding.decode(x).astype(np.float64) @ rows.decode(weight).T + bias
+        np.testing.assert_allclose(made[0], exact, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(made[0], made[-1])
 
 
 @needs_torch
