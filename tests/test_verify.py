@@ -318,6 +318,7 @@ def test_indices_are_found_through_what_moves_them() -> None:
     joined, padded = b.input("joined", "i64[B, S]"), b.input("padded", "i64[B, S]")
     wrapped, ended = b.input("wrapped", "i64[B, S]"), b.input("ended", "i64[B, S]")
     narrow = b.input("narrow", "i32[B, S]")
+    added, taken = b.input("added", "i64[B, S]"), b.input("taken", "i64[B, S]")
     outputs = {
         "a": b.embedding(table, direct),
         "b": b.embedding(table, shifted + 2),
@@ -327,6 +328,8 @@ def test_indices_are_found_through_what_moves_them() -> None:
         "f": b.embedding(short, b.cast(narrow, to=i64)),
         "g": b.embedding(short, b.concat(joined, b.pad(padded, axis=1, before=1, value=2), axis=1)),
         "h": b.gather(table, b.where(b.less(wrapped, 0), wrapped + 10, wrapped), axis=0),
+        "j": b.embedding(table, b.add(2, added)),
+        "k": b.embedding(table, taken - 3),
         "i": b.gather(table, b.where(b.greater_equal(ended, 0), ended, ended + b.size(value=10)), axis=0),
     }
     b.outputs(**outputs)
@@ -334,6 +337,8 @@ def test_indices_are_found_through_what_moves_them() -> None:
     assert ranges == {
         "direct": Range(0, 9),
         "shifted": Range(-2, 7),
+        "added": Range(-2, 7),
+        "taken": Range(3, 12),
         "both": Range(0, 2),
         "moved": Range(0, 9),
         "narrow": Range(0, 2),
