@@ -295,10 +295,9 @@ def test_bf16_is_rounded_in_blocks_as_torch_rounds(monkeypatch: pytest.MonkeyPat
 
 @each_backend
 def test_of_many_sizes_the_last_are_remembered(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a call's values lie, and which shapes fit; what was forgotten is found out again."""
+    """Where a call's values lie; what was forgotten is found out again."""
     module = "treadle.backends.tvm.executable" if backend == "tvm" else "treadle.backends.python.arena"
     monkeypatch.setattr(import_module(module), "PLANS", 2)
-    monkeypatch.setattr(signature, "_REMEMBERED", 2)
     graph = graph_of(lambda b: b.softmax(b.exp(b.input("x", f32["B", 4])) @ np.eye(4, dtype=np.float32)))
     exe: Any = compiled(backend, graph)
 
@@ -614,6 +613,26 @@ def test_missing_and_misshapen_weights(backend: str) -> None:
         assert f"weight {name} must be f32[8, 8]" in message(
             lambda w=wrong: compiled(backend, graph, weights | {name: w})
         )
+
+
+@pytest.mark.parametrize(("count", "ends"), [(20, "w19: f32[2]"), (22, "w19: f32[2]\nand 2 more")])
+def test_of_missing_weights_twenty_are_listed(count: int, ends: str) -> None:
+    b = Builder(Graph("many"))
+    b.outputs(**{f"y{n}": b.parameter(f"w{n}", "f32[2]") * b.input(f"x{n}", "f32[2]") for n in range(count)})
+    with pytest.raises(BackendError, match="many needs weights that are not given") as error:
+        compiled("numpy", b.graph)
+    assert str(error.value.within).startswith("w0: f32[2]\nw1: f32[2]\n")
+    assert str(error.value.within).endswith(f"w18: f32[2]\n{ends}")
+
+
+def test_shapes_that_fit_are_remembered_up_to_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signature, "_REMEMBERED", 2)
+    takes = signature.Signature(graph_of(lambda b: b.input("x", "f32[B]") * 2.0))
+    held = []
+    for size in (1, 1, 2, 3, 1):
+        assert takes.sizes([(size,)]) == {"B": size}
+        held.append(len(takes._fitting))
+    assert held == [1, 1, 2, 1, 2]
 
 
 @each_backend

@@ -288,6 +288,20 @@ def test_one_function_prints_alone() -> None:
     assert print_function(graph, graph.functions["h"]).startswith("block h(x: f32[B, S, 8], lengths: i64[B]) -> ")
 
 
+def test_a_constant_stands_in_place_up_to_16_elements_or_bytes() -> None:
+    odd = b"\x01\x00\xc0\x7f"  # a NaN with a payload, which numbers do not say
+    for literal, inside in (
+        (Literal.of(np.arange(16), f32), "f32[16]{0.0, 1.0,"),
+        (Literal.of(np.arange(17), f32), "f32[17]{@0}"),
+        (Literal(f32, (4,), odd * 4), 'f32[4]{base64 "'),
+        (Literal(f32, (5,), odd * 5), "f32[5]{@0}"),
+    ):
+        graph = Graph("g")
+        graph.main.outputs = {"y": Value.constant(literal)}
+        assert inside in print_graph(graph)
+        assert parse_graph(print_graph(graph)) == graph
+
+
 # -- equality and hashes -------------------------------------------------------------------------------------------
 
 
