@@ -1,0 +1,276 @@
+"""The checker of sharding plans: graphs of an op or two, placed by hand, and each thing that it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.sharded_models import recognized
+from treadle.ir.builder import Builder
+from treadle.ir.errors import PassError
+from treadle.ir.expressions import Expr
+from treadle.ir.graph import Graph
+from treadle.ir.placement.machines import find_machine
+from treadle.ir.placement.mesh import Mesh
+from treadle.ir.placement.placements import MeshPlacement, parse_placement
+from treadle.ir.transforms.clone import clone_graph
+from treadle.passes.sharding.checking import check_sharding
+from treadle.passes.sharding.conversions import PlacementStep, StepKind
+from treadle.passes.sharding.factors import Share
+from treadle.passes.sharding.plan import Move, PlannedFunction, PlannedNode, ShardingPlan
+from treadle.passes.sharding.recipes import shard
+
+MESH = Mesh.of("tp=4,dp=2")
+LARGER = Mesh.of("tp=4,dp=2,ep=2")
+"""With an axis that the mesh of plans has not."""
+
+
+def placed(text: str) -> MeshPlacement:
+    return parse_placement(text, LARGER if "ep" in text else MESH)
+
+
+def all_placed(texts: str) -> tuple[MeshPlacement, ...]:
+    return tuple([placed(text) for text in texts.split("; ")])
+
+
+def laid(model: Callable[[Builder], Expr], takes: str, *nodes: str, gives: str | None = None) -> ShardingPlan:
+    """The plan of a small graph, in which values lie as these texts say.
+
+    takes  each input
+    nodes  operands -> result | factors that are split
+    gives  the output; None: as the last node gives it
+    """
+    b = Builder(Graph("small"))
+    b.outputs(y=model(b))
+    planned = []
+    for node, text in zip(b.graph.main.nodes, nodes, strict=True):
+        places, _, factors = text.partition(" | ")
+        reads, _, made = places.partition(" -> ")
+        split = dict(each.split(": ") for each in factors.split(", ") if each)
+        shares = {name: Share(MESH.parts_of(over)) for name, over in split.items()}
+        lie = (*all_placed(reads), *[None for each in node.operands if each is None])
+        planned.append(PlannedNode(node, shares, (), lie, (placed(made),)))
+    outputs = planned[-1].gives if gives is None else (placed(gives),)
+    main = PlannedFunction("main", b.graph.main, all_placed(takes), tuple(planned), (), outputs)
+    return ShardingPlan(b.graph, MESH, "", {}, "", {}, (main,), (), {}, find_machine("h100"))
+
+
+def product(b: Builder) -> Expr:
+    return b.linear(b.input("x", "f32[8, 16]"), b.input("w", "f32[8, 16]"))
+
+
+def product_and_bias(b: Builder) -> Expr:
+    return b.linear(b.input("x", "f32[8, 16]"), b.input("w", "f32[8, 16]"), b.input("bias", "f32[8]"))
+
+
+def summed(b: Builder) -> Expr:
+    return b.reduce_sum(b.input("x", "f32[8, 16]"), axes=(1,))
+
+
+def largest(b: Builder) -> Expr:
+    return b.reduce_max(b.input("x", "f32[8, 16]"), axes=(1,))
+
+
+def looked_up_at_a_sum(b: Builder) -> Expr:
+    return b.gather(b.input("table", "f32[8, 4]"), b.reduce_sum(b.input("at", "i64[3, 8]"), axes=(1,)), axis=0)
+
+
+def added(b: Builder) -> Expr:
+    return b.input("x", "f32[8, 16]") + b.input("y", "f32[8, 16]")
+
+
+def folded(b: Builder) -> Expr:
+    return b.rearrange(b.input("x", "f32[6]"), pattern="(a=3 b=2) -> a b")
+
+
+SOUND = {
+    "rows": laid(product_and_bias, "[tp, -]; [-, -]; [-]", "[tp, -]; [-, -]; [-] -> [tp, -] | ...1: tp"),
+    "columns": laid(product_and_bias, "[-, -]; [tp, -]; [tp]", "[-, -]; [tp, -]; [tp] -> [-, tp] | n: tp"),
+    "both": laid(product, "[dp, -]; [tp, -]", "[dp, -]; [tp, -] -> [dp, tp] | ...1: dp, n: tp"),
+    "pairs": laid(folded, "[dp*2]", "[dp*2] -> [dp, -] | a: dp"),
+}
+WRONG: dict[str, tuple[ShardingPlan, str]] = {
+    "an argument that is terms": (
+        laid(product, "[-, -] sum(tp); [-, -]", "[-, -] sum(tp); [-, -] -> [-, -] sum(tp)"),
+        "x comes as terms",
+    ),
+    "a result that is terms": (
+        laid(product, "[-, tp]; [-, tp]", "[-, tp]; [-, tp] -> [-, -] sum(tp) | k: tp"),
+        "linear leaves as terms",
+    ),
+    "a result that is not had": (
+        laid(product, "[-, -]; [-, -]", "[-, -]; [-, -] -> [-, -]", gives="[tp, -]"),
+        r"is not had in \[tp, -\]",
+    ),
+    "an axis that there is not": (
+        laid(product, "[ep, -]; [-, -]", "[ep, -]; [-, -] -> [ep, -] | ...1: tp"),
+        "x lies along an axis that the mesh has not",
+    ),
+    "a grain that does not divide": (
+        laid(product, "[dp*3, -]; [-, -]", "[dp*3, -]; [-, -] -> [dp*3, -] | ...1: dp"),
+        "8 is no multiple of 3",
+    ),
+    "fewer units than ranks": (
+        laid(product, "[tp*4, -]; [-, -]", "[tp*4, -]; [-, -] -> [tp*4, -] | ...1: tp"),
+        "x: a rank has no part of 8",
+    ),
+    "one operand in parts": (
+        laid(added, "[tp, -]; [-, -]", "[tp, -]; [-, -] -> [tp, -] | ...2: tp"),
+        r"rank 0 has other parts of \S+ in y",
+    ),
+    "a part between pairs": (laid(folded, "[dp]", "[dp] -> [dp, -]"), "a part cuts through factor a"),
+    "a sum that is said to be whole": (
+        laid(product, "[-, tp]; [-, tp]", "[-, tp]; [-, tp] -> [-, -] | k: tp"),
+        "terms along tp are given as a whole",
+    ),
+    "a bias that every rank adds": (
+        laid(product_and_bias, "[-, tp]; [-, tp]; [-]", "[-, tp]; [-, tp]; [-] -> [-, -] sum(tp) | k: tp"),
+        "what is added to the sum over k is added other than once",
+    ),
+    "a maximum that is said to be a sum": (
+        laid(largest, "[-, tp]", "[-, tp] -> [-] sum(tp) | a1: tp"),
+        "terms by max are given as terms by sum",
+    ),
+    "a curve of terms": (
+        laid(lambda b: b.tanh(summed(b)), "[-, tp]", "[-, tp] -> [-] sum(tp) | a1: tp", "[-] sum(tp) -> [-] sum(tp)"),
+        "terms along tp pass an op that is not linear in just them",
+    ),
+    "a product of terms and terms": (
+        laid(
+            lambda b: (lambda y: y * y)(summed(b)),
+            "[-, tp]",
+            "[-, tp] -> [-] sum(tp) | a1: tp",
+            "[-] sum(tp); [-] sum(tp) -> [-] sum(tp)",
+        ),
+        "terms along tp pass an op that is not linear in just them",
+    ),
+    "a sign of a maximum": (
+        laid(lambda b: -largest(b), "[-, tp]", "[-, tp] -> [-] max(tp) | a1: tp", "[-] max(tp) -> [-] max(tp)"),
+        "an op reads terms that are no sum's",
+    ),
+    "a look-up at terms": (
+        laid(
+            looked_up_at_a_sum,
+            "[tp, -]; [-, tp]",
+            "[-, tp] -> [-] sum(tp) | a1: tp",
+            "[tp, -]; [-] sum(tp) -> [-, -] sum(tp) | a: tp",
+        ),
+        "terms are read where a is combined",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_what_lies_as_the_rules_say_is_taken(name: str) -> None:
+    check_sharding(SOUND[name])
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_lies_otherwise_is_refused(name: str) -> None:
+    plan, told = WRONG[name]
+    with pytest.raises(PassError, match=told):
+        check_sharding(plan)
+
+
+# -- moves ---------------------------------------------------------------------------------------------------------
+
+
+def moved(plan: ShardingPlan, kind: StepKind, over: str, after: str, dim: int | None = None) -> ShardingPlan:
+    """The plan in which the last result is moved by one step before it is given."""
+    last = plan.main.nodes[-1]
+    step = PlacementStep(kind, MESH.parts_of(over), last.gives[0], placed(after), dim)
+    because = ("said",) if step.sends else ()
+    move = Move(last.node.results[0], step.before, step.after, (step,), because, last.node)
+    return replace(plan, functions=(replace(plan.main, moves=(move,), gives=(step.after,)),))
+
+
+SUM = laid(summed, "[-, tp]", "[-, tp] -> [-] sum(tp) | a1: tp")
+MAXIMUM = laid(largest, "[-, tp]", "[-, tp] -> [-] max(tp) | a1: tp")
+ROWS = laid(product, "[tp, -]; [-, -]", "[tp, -]; [-, -] -> [tp, -] | ...1: tp")
+WHOLE = laid(product, "[-, -]; [-, -]", "[-, -]; [-, -] -> [-, -]")
+STEPS: dict[str, tuple[ShardingPlan, str | None]] = {
+    "a sum, combined": (moved(SUM, StepKind.ALL_REDUCE, "tp", "[-]"), None),
+    "a sum, combined and split": (moved(SUM, StepKind.REDUCE_SCATTER, "tp", "[tp]", 0), None),
+    "a maximum, combined": (moved(MAXIMUM, StepKind.ALL_REDUCE, "tp", "[-]"), None),
+    "a maximum, combined and split": (
+        moved(MAXIMUM, StepKind.REDUCE_SCATTER, "tp", "[tp]", 0),
+        "reduce_scatter of terms by max",
+    ),
+    "terms of a maximum as those of a sum": (
+        moved(MAXIMUM, StepKind.TAKE, "dp", "[dp] sum(tp)", 0),
+        "terms by max become terms by sum",
+    ),
+    "a part as a term": (
+        moved(ROWS, StepKind.KEEP_FIRST, "tp", "[-, -] sum(tp)"),
+        "is split along what it becomes terms of",
+    ),
+    "over nothing": (moved(WHOLE, StepKind.TAKE, "", "[-, -]"), "take a part of .* makes other terms of terms"),
+    "parts, gathered": (moved(ROWS, StepKind.ALL_GATHER, "tp", "[-, -]", 0), None),
+    "parts, gathered along what is whole": (
+        moved(ROWS, StepKind.ALL_GATHER, "tp", "[-, -]", 1),
+        "all_gather does not give each of ranks 0 to 3 its part",
+    ),
+    "parts, gathered over other ranks": (
+        moved(ROWS, StepKind.ALL_GATHER, "dp", "[-, -]", 0),
+        "all_gather does not give each of ranks 0 to 4 its part",
+    ),
+    "a part, taken": (moved(WHOLE, StepKind.TAKE, "tp", "[tp, -]", 0), None),
+    "a part of another dimension": (
+        moved(WHOLE, StepKind.TAKE, "tp", "[-, tp]", 0),
+        "take a part does not give each of ranks 0 to 3 its part",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_gives_ranks_what_it_says(name: str) -> None:
+    plan, told = STEPS[name]
+    if told is None:
+        check_sharding(plan)
+        return
+    with pytest.raises(PassError, match=told):
+        check_sharding(plan)
+
+
+def test_a_move_begins_where_the_value_lies() -> None:
+    plan = moved(ROWS, StepKind.ALL_GATHER, "tp", "[-, -]", 0)
+    (move,) = plan.main.moves
+    (step,) = move.steps
+    for wrong, told in (
+        (replace(move, source=placed("[dp, -]")), r"is not had in \[dp, -\]"),
+        (replace(move, steps=(replace(step, before=placed("[dp, -]")),)), "a step of .* begins elsewhere"),
+        (replace(move, target=placed("[dp, -]")), "steps of .* end elsewhere"),
+    ):
+        with pytest.raises(PassError, match=told):
+            check_sharding(replace(plan, functions=(replace(plan.main, moves=(wrong,)),)))
+
+
+# -- functions -----------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_holds_the_functions_of_its_graph() -> None:
+    plan = shard(recognized("gpt2"), "tp=2", recipe="megatron")
+    block, main = plan.functions
+    called = next(i for i, node in enumerate(main.nodes) if node.callee is not None)
+    opened = next(i for i, node in enumerate(main.nodes) if node.body is not None)
+
+    def with_node(at: int, **changes: Any) -> ShardingPlan:
+        nodes = [*main.nodes[:at], replace(main.nodes[at], **changes), *main.nodes[at + 1 :]]
+        return replace(plan, functions=(block, replace(main, nodes=tuple(nodes))))
+
+    lies = main.nodes[called].gives[0].text(plan.mesh)
+    otherwise = parse_placement("[tp, -, -]" if lies == "[-, -, -]" else "[-, -, -]", plan.mesh)
+    for wrong, told in (
+        (replace(plan, functions=(block,)), "the plan is of another graph"),
+        (replace(plan, graph=clone_graph(plan.graph)), "a function that the graph has not"),
+        (replace(plan, functions=(block, replace(main, nodes=main.nodes[:-1]))), "nodes are not those of the function"),
+        (with_node(called, callee=replace(block)), "it calls another function"),
+        (with_node(called, callee=main), "it calls another function"),
+        (with_node(called, gives=(otherwise,)), "do not lie as the function takes and gives them"),
+        (with_node(opened, body=block), "what stands for it is not its body"),
+    ):
+        with pytest.raises(PassError, match=told):
+            check_sharding(wrong)
