@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated
 
@@ -12,16 +13,22 @@ import treadle as t
 from tests.random_programs import random_program
 from treadle.ir.builder import Builder
 from treadle.ir.errors import PassError
-from treadle.ir.graph import Graph, Node
+from treadle.ir.graph import Function, Graph
 from treadle.ir.interpreter import interpret
+from treadle.ir.ops.arithmetic import Add
 from treadle.ir.ops.attention import Attention
-from treadle.ir.ops.parts import Slice
+from treadle.ir.ops.call import Call
+from treadle.ir.ops.parts import Concat
 from treadle.ir.transforms.clone import clone_graph
+from treadle.ir.types import Type
 from treadle.ir.verifier import verify
 from treadle.passes.budget.computing_again import compute_again
+from treadle.passes.budget.fit_memory import FitMemory
+from treadle.passes.budget.memory_fit import Chunk, MemoryFit
 from treadle.passes.budget.part_checking import check_parts
 from treadle.passes.budget.parts import NoPart, Parted, compute_in_parts
 from treadle.passes.budget.regions import CutRegion, find_region
+from treadle.passes.framework.pass_log import PassRecord
 
 
 def inputs_of(graph: Graph, sizes: dict[str, int]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:  # type: ignore[type-arg]
@@ -120,6 +127,16 @@ def test_an_axis_that_an_op_needs_whole_or_scans_is_not_cut(op: str) -> None:
     assert region_of(graph, (op, op), 1) is not None
 
 
+def test_a_plan_of_another_graph_has_no_form_on_parts() -> None:
+    graph = traced(sums)
+    at = next(i for i, n in enumerate(graph.main.nodes) if n.op.name == "cumsum")
+    chunk = Chunk("main", at, at, 0, 2, "cumsum", "S")
+    fit = FitMemory(MemoryFit(1000, {"S": 8}, before=2000, peak=900, ratio=1.5, chunks=(chunk,)))
+    with pytest.raises(PassError, match="what the plan has in parts has no form on a part") as error:
+        fit.run_graph(graph, PassRecord("fit-memory", "", 0))
+    assert "main: cumsum in 2 parts of S" in str(error.value)
+
+
 # -- the checker -----------------------------------------------------------------------------------------------------
 
 
@@ -142,29 +159,150 @@ def test_a_part_at_the_wrong_position_is_found() -> None:
         check_parts(graph, parted)
 
 
-def test_a_gap_between_parts_is_found() -> None:
-    graph, parted = parted_attention()
-    for node in parted.parts[1].slices.values():
-        assert isinstance(node.op, Slice)
-        node.op = replace(node.op, start=node.op.start + 1)
-    with pytest.raises(PassError, match="do not lie end to end"):
-        check_parts(graph, parted)
+def first_part(graph: Graph, parted: Parted) -> Function:
+    callee = graph.callee(parted.parts[0].call)
+    assert callee is not None
+    return callee
 
 
-def test_parts_in_another_order_are_found() -> None:
-    graph, parted = parted_attention()
-    (joined,) = parted.joined.values()
-    joined.operands = joined.operands[::-1]
-    with pytest.raises(PassError, match="not joined in order"):
-        check_parts(graph, parted)
+def change_slices(parted: Parted, part: int, **changes: int) -> None:
+    """Each slice of a part with so much more of what is named."""
+    for node in parted.parts[part].slices.values():
+        node.op = replace(node.op, **{name: getattr(node.op, name) + more for name, more in changes.items()})  # type: ignore[type-var]
 
 
-def test_a_part_that_reads_another_value_is_found() -> None:
-    graph, parted = parted_attention()
+def a_part_that_is_no_call(graph: Graph, parted: Parted) -> None:
+    parted.parts[1].call.op = Add()
+
+
+def one_operand_for_another(graph: Graph, parted: Parted) -> None:
+    call = parted.parts[0].call
+    _, k, v = call.operands
+    call.operands = (k, k, v)
+
+
+def operands_in_another_order(graph: Graph, parted: Parted) -> None:
     call = parted.parts[0].call
     q, k, v = call.operands
     call.operands = (q, v, k)
-    with pytest.raises(PassError, match="reads something else"):
+
+
+def a_node_less(graph: Graph, parted: Parted) -> None:
+    first_part(graph, parted).nodes.pop()
+
+
+def another_result(graph: Graph, parted: Parted) -> None:
+    callee = first_part(graph, parted)
+    callee.replace_results(lambda value: callee.nodes[0].result)
+
+
+def a_gap(graph: Graph, parted: Parted) -> None:
+    change_slices(parted, 1, start=1)
+
+
+def a_shorter_last_part(graph: Graph, parted: Parted) -> None:
+    change_slices(parted, 2, stop=-1)
+
+
+def each_second_element(graph: Graph, parted: Parted) -> None:
+    change_slices(parted, 1, stride=1)
+
+
+def another_order(graph: Graph, parted: Parted) -> None:
+    (joined,) = parted.joined.values()
+    joined.operands = joined.operands[::-1]
+
+
+def another_axis(graph: Graph, parted: Parted) -> None:
+    (joined,) = parted.joined.values()
+    joined.op = Concat(axis=1)
+
+
+def a_part_of_another_size(graph: Graph, parted: Parted) -> None:
+    result = parted.parts[0].call.results[0]
+    result.type = Type(result.type.dtype, (result.type.dims[0], result.type.dims[0]))
+
+
+WRONG = [
+    (a_part_that_is_no_call, "a part is no call"),
+    (one_operand_for_another, "a part is not passed"),
+    (operands_in_another_order, "a node of a part reads something else"),
+    (a_node_less, "a part has other nodes than the region"),
+    (another_result, "a part gives something else than the region"),
+    (a_gap, "parts do not lie end to end"),
+    (a_shorter_last_part, "parts do not cover the axis"),
+    (each_second_element, "is not cut by a slice"),
+    (another_order, "are not joined in order"),
+    (another_axis, "are joined along another axis"),
+    (a_part_of_another_size, "is no part of"),
+]
+
+
+@pytest.mark.parametrize(("change", "told"), WRONG, ids=[change.__name__ for change, _ in WRONG])
+def test_what_is_wrong_of_parts_is_found(change: Callable[[Graph, Parted], None], told: str) -> None:
+    graph, parted = parted_attention()
+    change(graph, parted)
+    with pytest.raises(PassError, match=told):
+        check_parts(graph, parted)
+
+
+def test_two_inputs_that_are_cut_apart_are_found() -> None:
+    graph = traced(sums)
+    region = region_of(graph, ("add", "add"), 1)
+    assert region is not None
+    parted = compute_in_parts(graph, region, 2)
+    check_parts(graph, parted)
+    node = next(iter(parted.parts[1].slices.values()))
+    node.op = replace(node.op, start=node.op.start + 1)  # type: ignore[type-var, attr-defined]
+    with pytest.raises(PassError, match="a part has slices that begin or end apart"):
+        check_parts(graph, parted)
+
+
+@t.model
+def layers(x: Annotated[t.Tensor, t.f32["S 8"]]) -> t.Tensor:
+    for _ in t.stack("h", 2):
+        x += t.tanh(t.linear(x, 8, name="up"))
+    return x
+
+
+def parted_layers() -> tuple[Graph, Parted]:
+    graph = traced(layers)
+    region = region_of(graph, ("call", "call"), 0)
+    assert region is not None
+    parted = compute_in_parts(graph, region, 2)
+    check_parts(graph, parted)
+    return graph, parted
+
+
+def the_whole_function(graph: Graph, parted: Parted) -> None:
+    (call,) = first_part(graph, parted).nodes
+    call.op = Call.of(graph.functions["h"])
+
+
+def another_result_of_the_function(graph: Graph, parted: Parted) -> None:
+    (call,) = first_part(graph, parted).nodes
+    inner = graph.callee(call)
+    assert inner is not None
+    inner.replace_results(lambda value: inner.nodes[0].result)
+
+
+def an_op_for_the_call(graph: Graph, parted: Parted) -> None:
+    (call,) = first_part(graph, parted).nodes
+    call.op = Add()
+
+
+CALLS = [
+    (the_whole_function, "a call takes a part for the whole"),
+    (another_result_of_the_function, "a part gives something else than the function"),
+    (an_op_for_the_call, "a call stands for an op"),
+]
+
+
+@pytest.mark.parametrize(("change", "told"), CALLS, ids=[change.__name__ for change, _ in CALLS])
+def test_what_is_wrong_of_calls_in_parts_is_found(change: Callable[[Graph, Parted], None], told: str) -> None:
+    graph, parted = parted_layers()
+    change(graph, parted)
+    with pytest.raises(PassError, match=told):
         check_parts(graph, parted)
 
 
@@ -175,9 +313,6 @@ def test_another_op_in_a_part_is_found() -> None:
     parted = compute_in_parts(graph, region, 2)
     callee = graph.callee(parted.parts[0].call)
     assert callee is not None
-    old: Node = callee.nodes[0]
-    from treadle.ir.ops.arithmetic import Add
-
-    old.op = Add()
+    callee.nodes[0].op = Add()
     with pytest.raises(PassError, match="is not what the part gives"):
         check_parts(graph, parted)
