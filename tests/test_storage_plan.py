@@ -20,6 +20,7 @@ from treadle.backends.tvm.lowering.chains import PLAN
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import PassError
 from treadle.ir.graph import Function, Graph, Value
+from treadle.ir.layouts import parse_layout
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.storage.views import Storage, View
 from treadle.ir.text.parser import parse_graph
@@ -357,7 +358,96 @@ def a_step_left_out(p: Plant) -> None:
     p.function("main", steps=main_of(p.plan).steps[:-1])
 
 
+def what_is_given_and_told_to_be_made(p: Plant) -> None:
+    p.place("given", how=How.OWN)
+
+
+def what_is_given_and_written(p: Plant) -> None:
+    p.function("main", donated=(p.value("given"),))
+    p.place("given", written=True)
+
+
+def a_value_made_at_another_step(p: Plant) -> None:
+    p.place("y", first=0)
+
+
+def an_output_that_dies_too_soon(p: Plant) -> None:
+    p.place("out", last=5)
+
+
+def steps_as_one(p: Plant, first: int) -> None:
+    steps = main_of(p.plan).steps
+    one = Step((*steps[first].nodes, *steps[first + 1].nodes))
+    p.function("main", steps=(*steps[:first], one, *steps[first + 2 :]))
+
+
+def in_registers_and_read_by_a_later_step(p: Plant) -> None:
+    steps_as_one(p, 0)
+
+
+def in_registers_and_in_a_storage(p: Plant) -> None:
+    steps_as_one(p, 4)
+    p.place("out", first=4)
+    p.live_long("out_out")
+
+
+def a_result_over_an_input_that_is_kept(p: Plant) -> None:
+    p.function("main", reuses=(p.value("given"),))
+
+
+def a_place_without_a_view(p: Plant) -> None:
+    p.place("y", view=None)
+
+
+def a_view_of_another_shape(p: Plant) -> None:
+    p.lies("y", shape=p.value("turned").type.shape)
+
+
+def a_view_of_another_storage(p: Plant) -> None:
+    p.place("y", storage=main_of(p.plan).places[p.value("z")].storage)
+    p.live_long("z")
+
+
+def in_an_order_that_is_not_its_own(p: Plant) -> None:
+    storage = main_of(p.plan).places[p.value("y")].storage
+    assert storage is not None
+    panels = replace(storage, layout=parse_layout("panels(16)"))
+    p.function("main", lives=(*main_of(p.plan).lives, Life(panels, 0, 6)))
+    p.lies("y", storage=panels)
+
+
+def an_output_without_a_storage(p: Plant) -> None:
+    p.function("main", results={})
+
+
+def an_output_in_what_is_kept(p: Plant) -> None:
+    p.function("main", given_back={"out": p.value("given")})
+
+
+def an_output_beside_what_is_given_away(p: Plant) -> None:
+    p.function("main", donated=(p.value("given"),), given_back={"out": p.value("given")})
+
+
+def a_part_of_what_is_not_made_of_it(p: Plant) -> None:
+    p.place("y", how=How.INTO, of=p.value("out"))
+
+
 FAULTS: dict[Callable[[Plant], None], str] = {
+    what_is_given_and_told_to_be_made: "what is given is not told so",
+    what_is_given_and_written: "no step makes what is given",
+    a_value_made_at_another_step: "it is made at step 1, and not told so",
+    an_output_that_dies_too_soon: "output out is dead when it is handed out",
+    in_registers_and_read_by_a_later_step: "reads what no earlier step makes",
+    in_registers_and_in_a_storage: "what is in registers has a storage",
+    a_result_over_an_input_that_is_kept: "its result lies over an input that is not donated",
+    a_place_without_a_view: "nothing says how it lies in its storage",
+    a_view_of_another_shape: "a view has another shape, dtype or storage than its value",
+    a_view_of_another_storage: "a view has another shape, dtype or storage than its value",
+    in_an_order_that_is_not_its_own: "it lies in panels(16), not row-major",
+    an_output_without_a_storage: "each output needs a storage of the caller's",
+    an_output_in_what_is_kept: "output out lies in what is not donated",
+    an_output_beside_what_is_given_away: "output out does not lie where given does",
+    a_part_of_what_is_not_made_of_it: "out is not made of it",
     over_a_value_read_later: "reads what another step has written over",
     over_what_it_reads_elsewhere: "its step writes over y, which it reads",
     one_storage_for_two: "reads what another step has written over",
@@ -440,7 +530,17 @@ def an_argument_that_dies_before_its_call(p: Plant) -> None:
     p.life("block", last=0)
 
 
+def a_callee_that_is_given_away_what_it_takes(p: Plant) -> None:
+    p.function("block", donated=(p.value("x", "block"),))
+
+
+def in_registers_and_handed_out(p: Plant) -> None:
+    steps_as_one(p, 1)
+
+
 ACROSS: dict[Callable[[Plant], None], str] = {
+    in_registers_and_handed_out: "what is handed out is in registers alone",
+    a_callee_that_is_given_away_what_it_takes: "only the caller of an entry gives away what it passes",
     parts_on_one_another: "it does not lie where both has it",
     a_part_where_it_does_not_belong: "it does not lie where both has it",
     a_result_too_small_for_its_caller: "a destination is too small",

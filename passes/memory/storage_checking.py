@@ -102,7 +102,6 @@ class _Order:
         plan, there = self.plan, {*self.function.arguments}
         if plan.function is not self.function:
             raise wrong_plan("it is one of another graph", plan)
-        outside: set[Value] = {*self.function.outputs.values()}
         gone: set[Value | None] = set()
         for step in plan.steps:
             inside: set[Value] = set()
@@ -114,16 +113,14 @@ class _Order:
                 for value in node.inputs:
                     if value.literal is None and value not in there and value not in inside:
                         raise wrong_plan("a step reads what no earlier step makes", plan, value)
-                    if value not in inside:
-                        outside.add(value)
                 inside.update(node.results)
             there.update(step.root.results)
         nodes = [node for step in plan.steps for node in step.nodes]
         if len(nodes) != len(self.function.nodes) or {*nodes} != {*self.function.nodes}:
             raise wrong_plan("its steps do not hold each node once", plan)
-        for value in outside:
+        for value in self.function.outputs.values():
             if value.literal is None and value not in there:
-                raise wrong_plan("what is read outside a step, or handed out, is in registers alone", plan, value)
+                raise wrong_plan("what is handed out is in registers alone", plan, value)
 
 
 # -- lives ---------------------------------------------------------------------------------------------------------

@@ -114,7 +114,8 @@ class StridesCheck:
         if view.shape != wanted.shape or view.storage is not place.storage or view.dtype is not wanted.dtype:
             raise wrong_plan("a view has another shape, dtype or storage than its value", self.plan, value, str(view))
         if layout != view.storage.layout:
-            raise wrong_plan(f"it lies in {view.storage.layout}, not in {layout}", self.plan, value)
+            lies, wanted_so = (f"in {each}" if each else "row-major" for each in (view.storage.layout, layout))
+            raise wrong_plan(f"it lies {lies}, not {wanted_so}", self.plan, value)
         if value.node is None and view.offset == ZERO and (layout is not None or view.is_contiguous):
             taken = wanted.elements if layout is None else layout.elements(wanted.shape)
             if view.storage.elements == taken:
