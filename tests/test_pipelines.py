@@ -192,9 +192,39 @@ def along_stages(made: PlannedPipeline) -> PlannedPipeline:
     return replace(made, turns=made.over)
 
 
+def steps_in_another_order(made: PlannedPipeline) -> PlannedPipeline:
+    first, *others = made.stages
+    return replace(made, stages=(replace(first, steps=first.steps[::-1]), *others))
+
+
+def a_step_twice(made: PlannedPipeline) -> PlannedPipeline:
+    first, *others = made.stages
+    return replace(made, stages=(replace(first, steps=(*first.steps, first.steps[-1])), *others))
+
+
+def handed_on_twice(made: PlannedPipeline) -> PlannedPipeline:
+    first, second, *others = made.stages
+    return replace(made, stages=(first, replace(second, receives=second.receives * 2), *others))
+
+
+def a_step_past_the_last(made: PlannedPipeline) -> PlannedPipeline:
+    *others, last = made.stages
+    return replace(made, stages=(*others, replace(last, steps=(*last.steps, last.steps[-1] + 1))))
+
+
+def a_step_before_the_first(made: PlannedPipeline) -> PlannedPipeline:
+    first, *others = made.stages
+    return replace(made, stages=(replace(first, steps=(-1, *first.steps)), *others))
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
+        (steps_in_another_order, "stage 0 does or takes something twice, or in another order"),
+        (a_step_twice, "stage 0 does or takes something twice, or in another order"),
+        (handed_on_twice, "stage 1 does or takes something twice, or in another order"),
+        (a_step_past_the_last, "stage 3 has steps that there are not"),
+        (a_step_before_the_first, "stage 0 has steps that there are not"),
         (without_a_step, "stage 1 is handed x|holds other weights"),
         (without_what_is_handed_on, "stage 1 has no x"),
         (handed_on_too_early, "stage 1 is handed .*, which the one before has not so"),
@@ -218,7 +248,8 @@ def test_ranks_do_not_meet_over_stages_or_micro_batches() -> None:
     made = pipeline_of(shard(recognized("gpt2"), "pp=2,micro=2", recipe="gpipe"))
     for axes, told in (
         ({"heads": "pp"}, "lie over pp"),
-        ({"heads": "micro"}, "meet over stages or micro|are terms over"),
+        ({"heads": "micro"}, "are terms over micro"),
+        ({"wte.weight[1]": "micro"}, "ranks of layer_norm meet over stages or micro-batches"),
     ):
         plan = shard(recognized("gpt2"), "pp=2,micro=2", axes=axes)
         with pytest.raises(PassError, match=told):

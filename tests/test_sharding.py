@@ -15,11 +15,12 @@ import treadle
 from tests import wrong_shardings as wrong
 from tests.random_shardings import difference, random_case
 from tests.sharded_models import FAMILIES, numbers, recognized
+from tests.stateful_graphs import blocks
 from tests.test_encoded_weights import MODELS, drawn_inputs, drawn_weights, matrices
 from treadle.cli.application import app
 from treadle.ir.builder import Builder
 from treadle.ir.encodings.encoding import parse_encoding
-from treadle.ir.errors import GraphError, PassError, TreadleError, UsageError
+from treadle.ir.errors import GraphError, PassError, SizeError, TreadleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.placement.machines import MACHINES, find_machine
@@ -31,8 +32,11 @@ from treadle.passes.pipelines import RECOGNITION
 from treadle.passes.sharding.checking import check_sharding
 from treadle.passes.sharding.plan import ShardingPlan, Share
 from treadle.passes.sharding.plan_printing import plan_hash, plan_json
+from treadle.passes.sharding.planning import plan_sharding
 from treadle.passes.sharding.rank_programs import rank_program, rank_weights
 from treadle.passes.sharding.recipes import RECIPES, shard
+from treadle.passes.sharding.wanted import Wanted
+from treadle.passes.sharding.whole_outputs import with_whole_outputs
 from treadle.runtime.sharding_lab import run_lab
 from treadle.sharding import device_needs, rank_graph, shard_model, try_in_lab
 
@@ -240,6 +244,29 @@ def test_a_machine_of_ones_own_is_planned_for(monkeypatch: pytest.MonkeyPatch) -
     plans = [shard(graph, "tp=2", recipe="megatron", device=device) for device in ("h100", slow, "mine")]
     seconds = [sum(c.seconds for c in plan.collectives()) for plan in plans]
     assert seconds[0] * 10 < seconds[1] == seconds[2]
+
+
+def test_outputs_are_whole_on_every_rank_where_all_go_on_from_them() -> None:
+    plan = shard(recognized("gpt2"), "tp=2,dp=2", recipe="megatron")
+    whole = with_whole_outputs(plan)
+    check_sharding(whole)
+    assert [placed.text(plan.mesh) for placed in (*plan.main.gives, *whole.main.gives)] == ["[dp, -, tp]", "[-, -, -]"]
+    more = whole.collectives()[len(plan.collectives()) :]
+    assert [(c.op, c.because) for c in more] == [("all_gather", "output logits is whole")] * 2
+    assert with_whole_outputs(whole) == whole
+    logits = whole.main.function.outputs["logits"].type
+    assert [rank_program(whole, rank).main.outputs["logits"].type for rank in range(4)] == [logits] * 4
+    assert apart("gpt2", whole) < NEAR
+
+
+def test_what_is_planned_has_one_entry_and_a_size_for_each_symbol() -> None:
+    mesh = Mesh.of("tp=2")
+    stepped = blocks()
+    with pytest.raises(PassError, match="what is sharded is a graph with one entry and no states"):
+        plan_sharding(stepped, mesh, Wanted(), find_machine("h100"), {"B": 1, "S": 1})
+    with pytest.raises(SizeError, match="costs need a size for B, S") as error:
+        plan_sharding(recognized("gpt2"), mesh, Wanted(), find_machine("h100"), {})
+    assert error.value.hint == "B=128"
 
 
 def test_two_readers_of_a_weight_gather_it_once() -> None:
