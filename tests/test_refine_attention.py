@@ -25,6 +25,7 @@ from treadle.ir.attention.attention_terms import (
 )
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph, Node
+from treadle.ir.interpreter import interpret
 from treadle.ir.text.parser import parse_graph
 from treadle.passes.framework.manager import Optimized, PassManager
 from treadle.passes.fusion.attention.refine_attention import RefineAttention
@@ -110,6 +111,24 @@ def reach(b: Builder) -> Expr:
     return b.iota(size="S") < lengths
 
 
+def shifted(b: Builder, on_keys: int, on_queries: int) -> Expr:
+    """Causal, with a number of each row added so many times to either position"""
+    n = b.rearrange(b.input("n", "i64[B]"), pattern="b -> b 1 1")
+    i, j = places(b)
+    for _ in range(on_keys):
+        j = j + n
+    for _ in range(on_queries):
+        i = i + n
+    return j <= i
+
+
+def by_ids(b: Builder) -> Expr:
+    """Causal, with a number of each token added to its position"""
+    ids = b.input("ids", "i64[B, S]")
+    i, j = places(b)
+    return j + b.rearrange(ids, pattern="b t -> b 1 t") <= i + b.rearrange(ids, pattern="b s -> b s 1")
+
+
 def fill(b: Builder, keep: Expr, number: float) -> Expr:
     return b.where(keep, 0.0, b.constant(number))
 
@@ -186,6 +205,9 @@ FORMS = [
     Form("padding", attended(mask("b t", reach)), "padding"),
     Form("rows repeated", attended(mask("b s t", lambda b: _whole(b, rows(b)))), "mask(b t)"),
     Form("all positions", attended(mask("t", lambda b: b.iota(size="S") >= 0)), ""),
+    Form("up to the last key", attended(mask("t", lambda b: b.iota(size="S") < b.size(value="S"))), ""),
+    Form("negated", attended(mask("s t", lambda b: -places(b)[0] <= -places(b)[1])), "causal"),
+    Form("moved alike", attended(mask("b s t", lambda b: shifted(b, 1, 1))), "causal"),
     Form("cross", attended(mask("b s t", lambda b: triangle(b, "T") & rows(b, "T")), keys="T"), "causal, mask(b t)"),
     Form("not triu(ones, 1)", attended(mask("s t", lambda b: b.logical_not(b.cast(upper(b), to="bool")))), "causal"),
     Form("tril(ones) not 0", attended(mask("s t", lambda b: b.not_equal(lower(b), 0.0))), "causal"),
@@ -407,6 +429,18 @@ NEAR_MISSES = [
         "bias(s t)",
     ),
     NearMiss(
+        "a number of each row, once more for queries",
+        attended(mask("b s t", lambda b: shifted(b, 1, 2))),
+        "less_equal gives none of causal, window, padding and segments",
+        "mask(b s t)",
+    ),
+    NearMiss(
+        "a number of each token",
+        attended(mask("b s t", by_ids)),
+        "less_equal gives none of causal, window, padding and segments",
+        "mask(b s t)",
+    ),
+    NearMiss(
         "queries behind those of the past",
         attended(mask("s t", lambda b: triangle(b) & (places(b)[1] <= places(b)[0] + b.size(value="B")))),
         "positions are B apart, and causal counts both from 0",
@@ -425,6 +459,23 @@ def test_each_near_miss_says_why(miss: NearMiss) -> None:
     assert told[0].source.startswith("tests/")
     assert terms_of(attention_of(optimized.graph)) == miss.terms
     assert_equal_everywhere(before, optimized.graph, ROUNDING)
+
+
+def test_a_cast_that_changes_lengths_is_kept() -> None:
+    """Of 200 in eight bits with a sign."""
+
+    def reached(b: Builder) -> Expr:
+        lengths = b.cast(b.cast(b.input("lengths", "u8[B]"), to="i8"), to="i64")
+        return b.iota(size="S") < b.rearrange(lengths, pattern="b -> b 1")
+
+    before = graph_of(attended(mask("b t", reached)))
+    after = refined(before, certify=False).graph
+    assert terms_of(attention_of(after)) == "padding"
+    inputs, weights = draw(before, {"B": 3, "S": 5}, 0)
+    inputs["lengths"] = np.array([200, 3, 0], np.uint8)
+    wanted, found = (interpret(graph, inputs, weights, float64=True)["y"] for graph in (before, after))
+    assert not wanted[0].any() and wanted[1].any()
+    np.testing.assert_allclose(found, wanted, rtol=1e-12)
 
 
 def test_the_hint_of_a_mask_that_stays_an_addend_works() -> None:

@@ -17,6 +17,7 @@ from treadle.ir.ops.parts import Slice
 from treadle.ir.ops.reductions import SizeOf
 from treadle.ir.ops.shapes import Expand, Rearrange
 from treadle.ir.sizing.sizes import ONE, ZERO, Size
+from treadle.passes.cleanup.canonicalize import is_lossless
 from treadle.passes.fusion.attention.core import Placed, number_of
 from treadle.passes.fusion.attention.roles import Roles
 from treadle.passes.fusion.axis_tracking import Axes, Layout, narrowed
@@ -38,10 +39,16 @@ class Affine:
         return dataclasses.replace(self, constant=self.constant + by)
 
     def plus(self, other: Affine, sign: int = 1) -> Affine:
-        tensors = (*self.tensors, *((sign * n, x) for n, x in other.tensors))
-        cancelled = tuple((n, x) for n, x in tensors if not any(m == -n and y.value is x.value for m, y in tensors))
+        """A tensor by the queries' positions does not cancel itself by the keys'."""
+        left = [*self.tensors]
+        for n, x in other.tensors:
+            opposite = (-sign * n, x)
+            if opposite in left:
+                left.remove(opposite)
+            else:
+                left.append((sign * n, x))
         constant = self.constant + (other.constant if sign > 0 else -other.constant)
-        return Affine(self.s + sign * other.s, self.t + sign * other.t, constant, cancelled)
+        return Affine(self.s + sign * other.s, self.t + sign * other.t, constant, tuple(left))
 
 
 def affine_difference(roles: Roles, x: Placed, y: Placed) -> Affine | None:
@@ -85,8 +92,8 @@ def _affine_op(roles: Roles, node: Node, layout: Layout, depth: int) -> Affine |
             return None if above is None else affine(roles, Placed(node.inputs[0], above), depth)
         case Cast():
             x = node.inputs[0]
-            wider = x.type.dtype.is_int and x.type.dtype.bytes <= node.results[0].type.dtype.bytes
-            return of(x) if wider else None
+            keeps = x.type.dtype.is_int and is_lossless(x.type.dtype, node.results[0].type.dtype)
+            return of(x) if keeps else None
         case Add() | Sub():
             left, right = map(of, node.inputs)
             sign = 1 if isinstance(node.op, Add) else -1
