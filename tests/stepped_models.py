@@ -87,11 +87,11 @@ def summed(tokens: Tokens, *, vocab: int = 11, dim: int = 12, heads: int = 3) ->
 
 
 @t.model
-def captioned(tokens: Tokens, picture: Picture, *, vocab: int = 11, dim: int = 12) -> t.Tensor:
+def captioned(tokens: Tokens, picture: Picture, *, vocab: int = 11, dim: int = 12, blocks: str = "h") -> t.Tensor:
     """A vector that a row brings once, read by every block, and positions that do not begin at 0."""
     seen = t.linear(picture, dim, name="seen")
     x = t.embed(tokens, vocab, dim, name="wte") + t.embed(t.positions(tokens) + 2, 40, dim, name="wpe")
-    for _ in t.stack("h", 2):
+    for _ in t.stack(blocks, 2):
         x = x * t.rearrange(t.sigmoid(seen), pattern="b d -> b 1 d")
         x = x + t.self_attention(t.layer_norm(x, name="norm"), 3, mask=t.causal, name="attn")
     return t.linear(x, vocab, name="head")

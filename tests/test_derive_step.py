@@ -17,6 +17,7 @@ from tests.stepped_models import (
     REFUSED,
     Graph,
     Model,
+    captioned,
     count_of_rows,
     mean_of_rows,
     optimized,
@@ -25,6 +26,7 @@ from tests.stepped_models import (
     shifted,
     two_texts,
 )
+from treadle.ir.entry_order import ENTRIES
 from treadle.ir.errors import PassError
 from treadle.ir.interpreter import interpret, interpret_entry
 from treadle.ir.text.parser import parse_graph
@@ -138,6 +140,14 @@ class Schedule:
 @pytest.mark.parametrize("name", MODELS)
 def test_steps_give_what_the_whole_gives(name: str) -> None:
     hold_to_the_whole(optimized(MODELS[name]), np.random.default_rng(3), runs=4)
+
+
+@pytest.mark.parametrize("name", [name for name in ENTRIES if name != "main"])
+def test_blocks_may_be_called_as_entries_are(name: str) -> None:
+    graph = optimized(captioned.configure(blocks=name))
+    assert name in graph.functions
+    assert derive_step(graph).graph.entry_names == ("prologue", "prefill", "step", "verify")
+    hold_to_the_whole(graph, np.random.default_rng(0), runs=1)
 
 
 @pytest.mark.parametrize("seed", range(16))

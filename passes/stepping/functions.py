@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from treadle.ir.analysis.axis_tracing import joined_scope
 from treadle.ir.analysis.encounters import Scanned
 from treadle.ir.builder import Builder, Expr
+from treadle.ir.entry_order import ENTRIES
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.operation import Op
 from treadle.ir.sizing.sizes import ONE, Size
@@ -80,7 +81,7 @@ class StepFunctions:
         key = (id(context), extents, told, single)
         if key not in self._known:
             suffix = "_step" if single else "_last" if LAST in extents else ""
-            name = free_name(f"{context.function.name}{suffix}", self.graph.functions)
+            name = free_name(f"{context.function.name}{suffix}", {*ENTRIES, *self.graph.functions})
             function = Function(name)
             body = _Body(self, context, self.demanding.of(context, extents), function, single, arguments)
             body.build()

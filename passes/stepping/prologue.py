@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from treadle.ir.analysis.axis_tracing import joined_scope
 from treadle.ir.builder import Builder, Expr
+from treadle.ir.entry_order import ENTRIES
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.ops.call import Call
 from treadle.ir.sizing.sizes import ONE, Size
@@ -54,7 +55,7 @@ class Prologue:
         """What a block leaves, with these of its outputs."""
         key = (id(context), outputs)
         if key not in self._known:
-            function = Function(free_name(f"{context.function.name}_prologue", self.graph.functions))
+            function = Function(free_name(f"{context.function.name}_prologue", {*ENTRIES, *self.graph.functions}))
             body = _Body(self, context, function, is_entry=False)
             named = list(context.function.outputs.items())
             body.build({named[n][1]: named[n][0] for n in sorted(outputs)})
@@ -66,7 +67,7 @@ class Prologue:
         """A function of the model as it is."""
         if name not in self.copies:
             source = self.survey.graph.functions[name]
-            copy = clone_function(source, free_name(name, self.graph.functions))
+            copy = clone_function(source, free_name(name, {*ENTRIES, *self.graph.functions}))
             for node in copy.nodes:
                 if node.op.callee is not None:
                     node.op = Call.of(self.copied(node.op.callee))
