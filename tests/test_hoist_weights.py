@@ -237,6 +237,25 @@ def test_blocks_within_blocks(backend: str) -> None:
     runs_like_its_meaning(nested(3), backend, {"x": np.ones((2, 4), np.float32)})
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_block_may_be_called_bind(backend: str) -> None:
+    graph = Graph("g")
+    block = Function("bind")
+    b = Builder(graph, block)
+    b.outputs(y=b.input("x", f32["B", 4]) * b.exp(b.parameter("w", f32[4])))
+    graph.add_function(block)
+    main = Builder(graph)
+    x = main.input("x", f32["B", 4])
+    for name in ("one", "two"):
+        (x,) = main.call(block, [x, main.parameter(name, f32[4])])
+    main.outputs(y=x)
+    lowered = hoisted(graph)
+    verify(lowered)
+    assert lowered.entry_names == ("bind", "main")
+    assert [node.op.callee for node in lowered.main.nodes] == ["bind_block"] * 2
+    runs_like_its_meaning(graph, backend, {"x": np.ones((2, 4), np.float32)})
+
+
 def test_calls_that_multiply_do_not_fill_the_memory() -> None:
     lowered = PassManager((HoistWeights(),)).run(nested(30))  # all that is computed from weights would be 2^31 nodes
     assert sum(len(function.nodes) for function in lowered.graph.functions.values()) < 30_000
