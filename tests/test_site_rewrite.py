@@ -16,7 +16,9 @@ from treadle.ir.source_lines import SourceLine
 from treadle.ir.text.parser import parse_graph
 from treadle.passes.cleanup.canonicalize import Canonicalize
 from treadle.passes.cleanup.decompose import Decompose
-from treadle.passes.framework.manager import PassManager
+from treadle.passes.framework.manager import Pass, PassManager
+from treadle.passes.framework.pattern import Vocabulary
+from treadle.passes.framework.rewrite import Match, Rewrite
 from treadle.passes.framework.rewriting import NEAR_MISSES_KEPT, Refusal, Rewriting, Site, SiteRewrite
 
 
@@ -150,3 +152,59 @@ def test_what_had_a_name_keeps_it_when_it_is_decomposed() -> None:
 def test_a_name_outlives_its_op_where_the_replacement_is_arithmetic() -> None:
     text = program("x: f32[S]", "y: f32[S]", "square = pow(x, 2.0)", "y = exp(square)", "return y = y")
     assert lines(optimize(text, Canonicalize()).graph) == ["mul -> square", "exp -> y"]
+
+
+# -- what is not written -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Nothing(Rewrite):
+    """Neither a pattern nor a replacement."""
+
+
+@dataclass(frozen=True)
+class Half(Rewrite):
+    """A pattern alone."""
+
+    def pattern(self, p: Vocabulary, x: Any) -> Any:
+        return p.neg(x)
+
+
+@dataclass(frozen=True)
+class Misspelt(Half):
+    """A replacement of what the pattern does not capture."""
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return m.y
+
+
+@dataclass(frozen=True)
+class Siteless(SiteRewrite[Site]):
+    """No sites."""
+
+
+@dataclass(frozen=True)
+class Unbuilt(Siteless):
+    """Sites alone."""
+
+    def sites(self, work: Rewriting) -> Iterator[Site]:
+        yield from (Site(node) for node in work.walk())
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        (Nothing(), "rewrite nothing has no pattern"),
+        (Half(), "rewrite half has no replacement"),
+        (Misspelt(), "the pattern captures no 'y'"),
+        (Siteless(), "pass siteless finds no sites"),
+        (Unbuilt(), "pass unbuilt has no replacement"),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_a_pass_that_is_half_written_says_what_is_missing(made: Pass, told: str) -> None:
+    b = Builder(Graph("g"))
+    b.outputs(y=-b.input("x", "f32[4]"))
+    with pytest.raises(PassError, match=told) as error:
+        PassManager([made]).run(b.graph)
+    assert (error.value.received == "captures x") == isinstance(made, Misspelt)

@@ -63,7 +63,7 @@ class Match:
         if name.startswith("_"):
             raise AttributeError(name)
         if name not in self._names:
-            raise PassError(f"the pattern captures no {name!r}", hint="one of " + ", ".join(sorted(self._names)))
+            raise PassError(f"the pattern captures no {name!r}", received="captures " + ", ".join(sorted(self._names)))
         return self._captures.get(name)
 
 
