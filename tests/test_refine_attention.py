@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.attention_numbers import assert_equal_everywhere, draw
-from tests.attention_programs import HEADS, LOW, SIZE, Build, bias, graph_of, places, q_k_v, triangle
+from tests.attention_programs import HEADS, LOW, SIZE, Array, Build, bias, graph_of, places, q_k_v, triangle
 from tests.backend_checks import assert_near, compiled, each_backend
 from tests.pass_programs import optimize, program
 from treadle.ir.attention.attention_terms import (
@@ -154,6 +154,36 @@ def stored(b: Builder) -> Expr:
     return b.slice(b.slice(table, axis=0, stop="S"), axis=1, stop="S")
 
 
+def later(b: Builder) -> Expr:
+    i, j = places(b)
+    return j > i
+
+
+def table(b: Builder, kept: Array) -> Expr:
+    """What is added to scores, as a constant cut to the sequence: 0 where a key is kept, or the numbers themselves"""
+    made = b.constant((np.where(kept, 0.0, -math.inf) if kept.dtype == np.bool_ else kept).astype(np.float32))
+    for axis in range(kept.ndim):
+        made = b.slice(made, axis=axis, stop="S")
+    return made
+
+
+def half(b: Builder) -> Expr:
+    """Causal, of numbers that float16 holds"""
+    return b.cast(fill(b, triangle(b), -math.inf), to="f16")
+
+
+DISTANCES = np.arange(24) - np.arange(24)[:, None]
+BAND = abs(DISTANCES) < 3
+PATTERN = (DISTANCES % 3 == 0) | (DISTANCES == -1)
+"""A query sees itself, the key before it, and each third one."""
+STORED = {
+    "a pattern": ("s t", PATTERN),
+    "two numbers": ("s t", np.where(BAND, 0.0, np.where(DISTANCES < 0, -math.inf, LOW))),
+    "keys": ("t", PATTERN[2]),
+    "a corner": ("s t", DISTANCES > -2),
+}
+
+
 def repeated(b: Builder, x: Expr, heads: int) -> Expr:
     """[b, g, t, d] with each head several times, one beside the other"""
     apart = b.expand(b.rearrange(x, pattern="b g t d -> b g 1 t d"), shape=(*x.shape[:2], HEADS // heads, *x.shape[2:]))
@@ -214,6 +244,19 @@ FORMS = [
     Form("tril(ones) == 1", attended(mask("s t", lambda b: b.equal(lower(b), 1.0))), "causal"),
     Form("1 - triu(ones, 1)", attended(mask("s t", lambda b: b.cast(1.0 - upper(b), to="bool"))), "causal"),
     Form("a stored triangle", attended(mask("s t", lambda b: b.greater(stored(b), 0.5))), "causal"),
+    Form(
+        "neither later nor left out",
+        attended(mask("b s t", lambda b: b.logical_not(b.logical_or(later(b), b.logical_not(rows(b)))))),
+        "causal, mask(b t)",
+    ),
+    Form(
+        "a product of truths",
+        attended(mask("b s t", lambda b: b.cast(b.cast(triangle(b), to="f32") * b.cast(rows(b), to="f32"), to="bool"))),
+        "causal, mask(b t)",
+    ),
+    Form("a stored addend", attended(added("s t", lambda b: table(b, np.tri(24, dtype=np.bool_)))), "causal"),
+    Form("a stored addend in f16", attended(added("s t", lambda b: b.cast(half(b), to="f32"))), "causal"),
+    Form("a stored band", attended(added("s t", lambda b: table(b, BAND))), "window(3)"),
     Form("added -inf", attended(added("s t", lambda b: fill(b, triangle(b), -math.inf))), "causal"),
     Form("added lowest", attended(added("s t", lambda b: fill(b, triangle(b), LOW))), "causal"),
     Form("triu(ones, 1) * -1e9", attended(added("s t", lambda b: upper(b) * -1e9)), "causal"),
@@ -332,6 +375,15 @@ def test_what_says_nothing_by_position_stays_as_it_is() -> None:
     optimized = optimize(text, *DEFAULT)
     assert optimized.graph == parse_graph(text)
     assert not any(r.refusals or r.near_misses for r in optimized.log if r.name == "refine-attention")
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_a_stored_addend_that_is_no_band_stays(name: str) -> None:
+    axes, numbers = STORED[name]
+    before = graph_of(attended(added(axes, lambda b: table(b, numbers))))
+    optimized = refined(before)
+    assert terms_of(attention_of(optimized.graph)) == f"bias({axes})", optimized.log.explain()
+    assert_equal_everywhere(before, optimized.graph, ROUNDING)
 
 
 def test_probabilities_that_are_asked_for_stay_a_result() -> None:
