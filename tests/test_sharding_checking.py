@@ -86,7 +86,12 @@ def folded(b: Builder) -> Expr:
     return b.rearrange(b.input("x", "f32[6]"), pattern="(a=3 b=2) -> a b")
 
 
+def folded_in_fours(b: Builder) -> Expr:
+    return b.rearrange(b.input("x", "f32[8]"), pattern="(a=2 b=4) -> a b")
+
+
 SOUND = {
+    "parts within a unit": laid(folded_in_fours, "[tp]", "[tp] -> [tp:(1)2, tp:(2)2] | a: tp:(1)2, b: tp:(2)2"),
     "rows": laid(product_and_bias, "[tp, -]; [-, -]; [-]", "[tp, -]; [-, -]; [-] -> [tp, -] | ...1: tp"),
     "columns": laid(product_and_bias, "[-, -]; [tp, -]; [tp]", "[-, -]; [tp, -]; [tp] -> [-, tp] | n: tp"),
     "both": laid(product, "[dp, -]; [tp, -]", "[dp, -]; [tp, -] -> [dp, tp] | ...1: dp, n: tp"),
