@@ -5,13 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 import treadle
-from tests.torch_modules import assert_equal, drawn
+from tests.torch_modules import Applied, assert_equal, drawn
+from treadle.frontends.torch_export.lines import scope_of, source_in
 
 torch = pytest.importorskip("torch")
 nn: Any = pytest.importorskip("torch.nn")
@@ -264,3 +266,61 @@ def test_a_module_is_no_model_before_it_is_imported() -> None:
 def test_an_imported_module_shows_as_one_line() -> None:
     model = treadle.from_torch(nn.Linear(3, 4), (torch.ones(2, 3),))
     assert repr(model) == "<imported Linear: (input: f32[2, 3]) -> (output: f32[2, 4]), 2 weights>"
+
+
+NAMES: dict[str, tuple[Any, list[str]]] = {
+    "a tensor": (lambda x: x, ["output"]),
+    "a tuple of one": (lambda x: (x,), ["output"]),
+    "a tuple": (lambda x: (x, [x * 2, x * 3]), ["output_0", "output_1_0", "output_1_1"]),
+    "no tensors between": (lambda x: {"a": None, "n": 3, "b": x}, ["b"]),
+    "odd keys": (lambda x: {"": x, "a b": x * 2, 3: x * 3}, ["output", "a_b", "output_3"]),
+    "equal ones": (
+        lambda x: {"a": {"b": x}, "a_b": x * 2, "a_b_2": x * 3, "a.b": x * 4},
+        ["a_b", "a_b_2", "a_b_2_2", "a_b_3"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_every_result_has_a_name_of_its_own(kind: str) -> None:
+    rule, names = NAMES[kind]
+    module, x = Applied(rule), torch.randn(2)
+    model = treadle.from_torch(module, (x,))
+    assert list(model.graph.main.outputs) == names
+    assert_equal(model, module, (x,))
+
+
+class Pair:
+    """A container whose parts have no names for torch."""
+
+    def __init__(self, first: Any, second: Any) -> None:
+        self.first, self.second = first, second
+
+
+def test_containers_that_tell_torch_no_names() -> None:
+    pytree = pytest.importorskip("torch.utils._pytree")
+    pytree.register_pytree_node(
+        Pair, lambda p: ([p.first, p.second], None), lambda parts, _: Pair(*parts), serialized_type_name="tests.Pair"
+    )
+    module, x = Applied(lambda x: Pair(x, x + 1)), torch.randn(2)
+    model = treadle.from_torch(module, (x,))
+    assert list(model.graph.main.outputs) == ["output_0", "output_1"]
+    assert_equal(model, module, (x,))
+
+
+def test_a_dtype_that_numpy_lacks_is_no_argument() -> None:
+    model = treadle.from_torch(Applied(lambda x: x * 2), (torch.randn(2),))
+    with pytest.raises(treadle.FrontendError, match="x is no array of NumPy's") as caught:
+        model.arguments({"x": torch.zeros(2).to(torch.float8_e4m3fn)})
+    assert "Float8_e4m3fn" in str(caught.value.received)
+
+
+def test_lines_of_generated_code_are_no_lines_of_the_users() -> None:
+    made, own, torchs = (
+        f'File "{name}", line 3' for name in ("<eval_with_key>.7", "model.py", "/site-packages/torch/a.py")
+    )
+    assert str(source_in("\n".join([own, torchs, made]))) == "model.py:3"
+    assert str(source_in("\n".join([torchs, made]))) == "torch/a.py:3"
+    assert source_in(made) is None
+    assert source_in(None) is None
+    assert scope_of(SimpleNamespace(meta={})) == ""

@@ -117,10 +117,48 @@ OPERATORS: dict[str, Any] = {
         *x.round().sort(dim=1, stable=True),
         *x.round().sort(dim=2, descending=True, stable=True),
     ),
+    "counted": lambda x: (
+        *(torch.arange(0, 10, 3)[:, None] + x[0, 0], torch.arange(9, 0, -2), torch.arange(2, 8, 2.0), x + 1),
+        *(torch.linspace(0, 1, 5), torch.linspace(-3, 7, 1), torch.linspace(3, -2, 4, dtype=torch.float64)),
+        *(torch.scalar_tensor(2.5), torch.eye(3, 5), F.one_hot(x[0].int().abs().long(), 5), F.one_hot(x.argmax(), 24)),
+    ),
+    "statistics": lambda x: (
+        *(*torch.var_mean(x, 1), *torch.var_mean(x, (0, 2), correction=0, keepdim=True), *torch.std_mean(x)),
+        *(x.var(0, correction=2), x.var(0, correction=5), x.std(1, correction=3), x.norm(1, 1)),
+        torch._safe_softmax(torch.where(x > x[:, :1], x, -torch.inf), -1),
+    ),
+    "wholes": lambda x: (
+        *(x.argmax(), x.argmin(), x.sum().argmax(0), *x.sum().max(0), *(x > 0).max(1), x.sum().amax(), x.sum().sum()),
+        *((x > 0).any().all(), x.sum().cumsum(0), x.sum().transpose(0, -1), x[0].T, x[0, 0].t(), x.sum(())),
+    ),
+    "parts": lambda x: (
+        *(x.narrow(1, 1, 2), x.narrow(2, -3, 2), torch.zeros(2, 3, 4).copy_(x[:, :1]), x[:, :1].repeat(1, 3, 1)),
+        *(x[:, :1].repeat_interleave(3, dim=1), x.movedim((0, 1), (2, 0)), x.roll((1, -6), (2, 1)), x[:, :1].squeeze()),
+        torch.native_dropout(x, 0.5, False)[0],
+    ),
+    "chosen truths": lambda x: (torch.where(x > 0, True, x > 1), (x > 0).masked_fill(x > 1, True)),
+    "fewer places": lambda x: (
+        *(rule(2, x[:1, :, :2].argsort(-1)) for rule in (x.gather, lambda *at: x.scatter(*at, x * 2))),
+        *(x.scatter_add(1, x[:, :2, :3].argsort(1), x), x.scatter(2, x.argmax(2, keepdim=True), x)),
+        *(x.scatter(1, x[:, :0].long(), x), x[:, torch.arange(2) + 1], x[:, torch.arange(2) * 2]),
+    ),
+    "sums at places": lambda x: (
+        x.index_put((x[:, 0, 0].long() * 0, x[:, 0].argmax(1) % 3), x[0, 0], accumulate=True),
+        x.index_put((x[:, :, 0] > 0,), x[:1, 0], accumulate=True),
+    ),
+    "unsaid axes": lambda x: (
+        *(torch.einsum("bij,bkj", x, x), torch.einsum("...ij,kj", x, x[0]), torch.einsum("Bij,bij", x, x)),
+        *(
+            F.conv1d(x, x[:, :, :3], padding="valid"),
+            F.conv1d(x, x[0, :, None, :2], padding="same", dilation=3, groups=3),
+        ),
+        F.conv3d(x[None, None], x[None, None, :1, :2, :2], stride=(1, 1, 2)),
+    ),
     "writes": lambda x: (torch.slice_scatter(x, x[:, :1] * 2, 1, 1, 2), x.select_scatter(x[:, 0], 1, -1)),
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom")
 @pytest.mark.parametrize("group", OPERATORS)
 def test_operators(group: str) -> None:
     """Values apart from each other by more than rounding, so that orders are told."""
@@ -128,6 +166,24 @@ def test_operators(group: str) -> None:
     x = (values - 11.3) / 5
     module = Applied(OPERATORS[group])
     assert_equal(treadle.from_torch(module, (x,)), module, (x,))
+
+
+@pytest.mark.parametrize("rank", [2, 3, 4])
+def test_batch_norm_goes_by_its_running_statistics(rank: int) -> None:
+    norm = (nn.BatchNorm2d if rank == 4 else nn.BatchNorm1d)(3).eval()
+    for weight in (norm.running_mean, norm.running_var, *norm.parameters()):
+        weight.data.uniform_(0.5, 2.0)
+    x = torch.randn(2, 3, *[4] * (rank - 2))
+    assert_equal(treadle.from_torch(norm, (x,), dynamic={"input": {0: "B"}}), norm, (x,), (x[:1],))
+
+
+def test_places_that_wrap_in_few_bits_count_from_the_end() -> None:
+    """200 is -56 in 8 signed bits, and 200 in 8 unsigned ones."""
+    module = Applied(lambda x: tuple(x[torch.arange(200).to(d).long()] for d in (torch.int8, torch.uint8)))
+    x = torch.randn(256)
+    model = treadle.from_torch(module, (x,))
+    assert_equal(model, module, (x,))
+    assert [n.op.name for _, n in model.graph.walk()].count("where") == 1
 
 
 ACTIVATIONS: dict[str, Any] = {

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any
 
 import pytest
 
 import treadle
 from tests.torch_modules import Applied, Rule, assert_equal
+from treadle.frontends.torch_export.operators import OPERATORS
 
 torch = pytest.importorskip("torch")
 nn: Any = pytest.importorskip("torch.nn")
@@ -66,10 +68,13 @@ def test_what_is_not_taken_is_refused(module: Any, words: str) -> None:
         ((torch.ones(2, 3),), {"x": {5: "B"}}, "no dimension 5"),
         ((torch.ones(2, 3),), {"x": {0: "B", 1: "B"}}, "2 and 3 in the example"),
         ((torch.ones(2, 3),), {"x": {0: "2B"}}, "identifier"),
+        ((torch.ones(2, 3),), {"x": "B 7"}, "dimension 1 of x is 3, dynamic= says 7"),
+        ((torch.ones(2, 3),), {"x": ["B", "S"]}, "gives x ['B', 'S']"),
+        ((torch.ones(2, 3),), {"x": {-3: "B"}}, "no dimension -3"),
     ],
 )
 def test_examples_and_names_that_do_not_fit(example: Any, dynamic: Any, words: str) -> None:
-    with pytest.raises(treadle.TreadleError, match=words):
+    with pytest.raises(treadle.TreadleError, match=re.escape(words)):
         treadle.from_torch(Applied(lambda x: x), example, dynamic=dynamic)
 
 
@@ -236,6 +241,29 @@ FORMS: dict[str, tuple[Any, tuple[Any, ...], str]] = {
     "index_add": (lambda x: x.index_add(0, PLACES, x[:2]), (TRUE,), "of truth values"),
     "alpha": (lambda x: x.index_add(0, PLACES, x[:2], alpha=2.5), (X,), "with alpha"),
     "put": (lambda x: x.index_put((PLACES,), x[0], accumulate=True), (TRUE,), "a sum of truth values"),
+    "native_dropout": (lambda x: torch.native_dropout(x, 0.5, True)[0], (X,), "dropout in training mode"),
+    "fifth power": (lambda x: x**5, (WHOLE,), "an integer to the power of 5"),
+    "bits": (lambda x: x & 3, (WHOLE,), "of integers"),
+    "bits turned": (lambda x: ~x, (WHOLE,), "of integers"),
+    "linear": (lambda x: F.linear(x, x[0]), (X,), "a weight of rank 1"),
+    "addmm": (lambda x: torch.addmm(x, x[:, :3], x, alpha=2), (WHOLE,), "of integers with alpha or beta"),
+    "diagonal": (lambda x: torch.einsum("ii->i", x[:, :3]), (X,), "axis i stands twice in one operand"),
+    "transposed": (lambda x: F.conv_transpose1d(x[None], x[:, None]), (X,), "transposed"),
+    "mask": (
+        lambda x: F.scaled_dot_product_attention(*[x[None, None]] * 3, x[:, :3][None, None, None]),
+        (X,),
+        "a mask",
+    ),
+    "scalar": (lambda x: x.sum().softmax(0), (X,), "of a scalar"),
+    "windows of a scalar": (lambda x: x.sum().unfold(0, 1, 1), (X,), "of a scalar"),
+    "sort": (lambda x: x[:, :0].sort(1)[0], (X,), "of no elements"),
+    "nonzero": (lambda x: x.nonzero(), (X,), "depends on data in its shape"),
+    "truths and places": (lambda x: x.index_put((x[:, 0] > 0, PLACES[0]), X[0, 0]), (X,), "and another index"),
+    "training": (lambda x: F.batch_norm(x, None, None, training=True), (X,), "in training mode"),
+    "batch_norm": (nn.BatchNorm1d(4), (X,), "in training mode"),
+    "instance_norm": (nn.InstanceNorm1d(3, track_running_stats=True), (X[None],), "in training mode"),
+    "dtype": (lambda x: x.to(torch.complex64).real, (X,), "dtype complex64 is not supported"),
+    "subgraph": (lambda x: torch.cond(x.sum() > 2, torch.sin, torch.cos, (x,)), (X,), "a node of get_attr"),
 }
 """What operators are refused with, where they are taken otherwise."""
 
@@ -243,6 +271,85 @@ FORMS: dict[str, tuple[Any, tuple[Any, ...], str]] = {
 @pytest.mark.parametrize("form", FORMS)
 def test_a_form_of_an_operator_is_refused_by_name(form: str) -> None:
     rule, example, words = FORMS[form]
+    module = rule if isinstance(rule, nn.Module) else Applied(rule)
     with pytest.raises(treadle.TreadleError, match=words) as caught:
-        treadle.from_torch(Applied(rule), example)
+        treadle.from_torch(module, example)
+    assert re.search(r"from +torch/" if rule is module else LINE, str(caught.value))
+    assert "node " in str(caught.value)
+
+
+OPEN: dict[str, tuple[Any, str]] = {
+    # of x [B, S, T], where B, S and T are open
+    "sort": (lambda x: x.sort(1)[0], "of a symbolic axis"),
+    "roll": (lambda x: x.roll(1, 1), "of a symbolic axis"),
+    "topk": (lambda x: x.topk(x.shape[1], 1)[0], "k must be a number, is S"),
+    "strides": (lambda x: F.conv1d(x, x, stride=x.shape[0]), "stride must be numbers"),
+    "alpha": (lambda x: torch.add(x, x, alpha=x.shape[1]), "alpha must be a number"),
+    "squeeze": (lambda x: x[:, 1:].squeeze(1), "a dimension of S-1, which may be 1"),
+    "past the end": (lambda x: x[:, :, : x.shape[1]], "a place of S on an axis of T, which may be past its end"),
+    "before the start": (lambda x: x[:, x.shape[0] - x.shape[2] :], "a place of B-T, which may be negative"),
+    "backwards": (lambda x: x[:, x.shape[2] : x.shape[0]], "from T to B, which may be before it"),
+}
+
+
+@pytest.mark.parametrize("form", OPEN)
+def test_what_open_sizes_leave_untold_is_refused(form: str) -> None:
+    rule, words = OPEN[form]
+    with pytest.raises(treadle.TreadleError, match=words) as caught:
+        treadle.from_torch(Applied(rule), (torch.randn(2, 8, 3),), dynamic={"x": "B S T"})
     assert re.search(LINE, str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        (lambda x, y: X[x.long()[:, 0, 0, 0], y.long()[:, 0, 0, 0]], "indices of N and M elements"),
+        (lambda x, y: F.scaled_dot_product_attention(x, y, y), "of N, M and M batches"),
+    ],
+)
+def test_an_open_size_of_one_that_may_broadcast_is_refused(rule: Any, words: str) -> None:
+    example = torch.zeros(2, 1, 3, 4), torch.zeros(1, 1, 3, 4)
+    with pytest.raises(treadle.TreadleError, match=words) as caught:
+        treadle.from_torch(Rule(rule), example, dynamic={"args_0": {0: "N"}, "args_1": {0: "M"}})
+    assert re.search(LINE, str(caught.value))
+
+
+def test_a_handler_that_makes_something_else_than_torch_found_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake of ours in an operator is told with the operator and the line, and gives no wrong number."""
+
+    def crashes(site: Any) -> Any:
+        raise KeyError("none")
+
+    wrong: dict[str, tuple[Any, str]] = {
+        "aten.relu.default: its result is bool here, f32 in torch": (lambda s: s.x("self") > 0, ""),
+        "its result is [B] here, [B, S] in torch": (lambda s: s.b.reduce_sum(s.x("self"), axes=(1,)), ""),
+        "its result is [B, S-1] here, [B, S] in torch": (lambda s: s.b.slice(s.x("self"), axis=1, start=1), ""),
+        "aten.relu.default: cannot be read": (crashes, "KeyError: 'none'"),
+        "aten.relu.default: matmul: ": (lambda s: s.b.matmul(s.x("self"), s.x("self")), "f32[B, S]"),
+    }
+    for what, (handler, received) in wrong.items():
+        monkeypatch.setitem(OPERATORS, "relu.default", handler)
+        with pytest.raises(treadle.FrontendError) as caught:
+            treadle.from_torch(Applied(lambda x: x.relu()), (torch.randn(2, 8),), dynamic={"x": "B S"})
+        assert what in str(caught.value)
+        assert received in str(caught.value)
+        assert re.search(LINE, str(caught.value))
+
+
+@pytest.mark.parametrize("result", [None, 3])
+def test_a_module_that_gives_no_tensor(result: Any) -> None:
+    with pytest.raises(treadle.FrontendError, match="the module gives no tensor"):
+        treadle.from_torch(Applied(lambda x: result), (torch.ones(2),))
+
+
+def test_a_module_that_calls_itself_for_ever() -> None:
+    module = Applied(lambda x: module(x))
+    with pytest.raises(treadle.FrontendError, match="nests too deep"):
+        treadle.from_torch(module, (torch.ones(2),))
+
+
+def test_without_torch_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(treadle.UsageError, match="from_torch needs PyTorch") as caught:
+        treadle.from_torch(None, ())
+    assert caught.value.hint == "pip install torch"

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 import treadle
-from tests.torch_modules import Applied, assert_equal
+from tests.torch_modules import Applied, Rule, assert_equal
+from treadle.frontends.torch_export.sizes import Symbols, _always
+from treadle.ir.sizing.size_bounds import Bounds
 
 torch = pytest.importorskip("torch")
 nn: Any = pytest.importorskip("torch.nn")
@@ -62,6 +64,109 @@ def test_a_branch_that_bounds_cannot_say_is_refused() -> None:
     with pytest.raises(treadle.TreadleError, match="branches on a size"):
         treadle.from_torch(Ordered(), pair, dynamic={"x": {0: "N"}, "y": {0: "M"}})
     assert_equal(treadle.from_torch(Ordered(), pair), Ordered(), pair)
+
+
+BRANCHES: dict[str, tuple[Any, bool]] = {
+    # a condition on sizes N and M, which are 3 and 4 in the example, and whether it is the same for all of them
+    "sum": (lambda n, m: n + m > 1, True),
+    "sum, at the edge": (lambda n, m: n + m >= 2, True),
+    "sum, past it": (lambda n, m: n + m > 2, False),
+    "product": (lambda n, m: n * m > 0, True),
+    "less": (lambda n, m: n < m, False),
+    "at most": (lambda n, m: n <= m + 2, False),
+    "apart": (lambda n, m: n != n + m, True),
+    "either": (lambda n, m: n * m > 0 or n > m, True),
+    "quotient": (lambda n, m: n / m < 9, False),
+}
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_a_branch_on_two_sizes_is_taken_where_all_sizes_go_one_way(name: str) -> None:
+    condition, holds = BRANCHES[name]
+    rule = Rule(lambda x, y: x * 2 if condition(x.shape[0], y.shape[0]) else x * 3)
+    pair, dynamic = (torch.randn(3, 2), torch.randn(4, 2)), {"args_0": {0: "N"}, "args_1": {0: "M"}}
+    if holds:
+        model = treadle.from_torch(rule, pair, dynamic=dynamic)
+        assert_equal(model, rule, pair, (pair[0][:1], pair[1][:1]))
+        return
+    with pytest.raises(treadle.TreadleError, match="branches on a size, and what it does then holds for some sizes"):
+        treadle.from_torch(rule, pair, dynamic=dynamic)
+
+
+ALONE: dict[str, tuple[Any, tuple[int, int | None] | None]] = {
+    # a condition on a size that is 4 in the example, and the bounds that it gives; None where these cannot say it
+    "below": (lambda n: n < 6, (1, 5)),
+    "square": (lambda n: n * n > 8, (3, None)),
+    "cube": (lambda n: n**3 > 8, (3, None)),
+    "always": (lambda n: n % 2 < 2, (1, None)),
+    "ranges": (lambda n: (n - 1) // 3 == 1, (4, 6)),
+    "hole": (lambda n: n != 3, (4, None)),
+    "half": (lambda n: n / 2 > 1, None),
+    "far": (lambda n: n < 600_000, None),
+    "not so far": (lambda n: n < 500_000, (1, 499_999)),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_the_bounds_that_a_branch_on_one_size_gives(name: str) -> None:
+    condition, bounds = ALONE[name]
+    rule = Applied(lambda x: x * 2 if condition(x.shape[0]) else x)
+    if bounds is None:
+        with pytest.raises(treadle.TreadleError, match="branches on a size") as caught:
+            treadle.from_torch(rule, (torch.ones(4),), dynamic={"x": "N"})
+        assert "N" in str(caught.value.received)
+        return
+    held = treadle.from_torch(rule, (torch.ones(4),), dynamic={"x": "N"}).graph.symbols["N"]
+    assert (held.lower, held.upper) == bounds
+
+
+@pytest.mark.parametrize(
+    ("left", "kind", "right", "holds"),
+    [
+        ("s0 + s1", "Gt", 1, True),
+        ("s0 + s1", "Gt", 2, False),
+        ("s0 + s1", "Ge", 2, True),
+        ("s0 + s1", "Ge", 3, False),
+        ("-s0 - s1", "Lt", -1, True),
+        ("-s0 - s1", "Lt", -2, False),
+        ("-s0 - s1", "Le", -2, True),
+        ("-s0 - s1", "Le", -3, False),
+        ("s0 + s1", "Ne", 1, True),
+        ("-s0 - s1", "Ne", 0, True),
+        ("s0 + s1", "Ne", 2, False),
+        ("s0 + s1", "Eq", 2, False),
+        ("s0**(1/2)", "Gt", 0, False),
+        ("s0 + s1", "Xor", 2, False),
+    ],
+)
+def test_a_comparison_that_holds_for_all_sizes(left: str, kind: str, right: int, holds: bool) -> None:
+    """Of sizes that are 1 and more."""
+    sympy: Any = pytest.importorskip("sympy")
+    symbols = Symbols()
+    symbols.names = {"s0": "N", "s1": "M"}
+    if kind == "Xor":
+        assert not _always(sympy.Xor(sympy.Symbol("a"), sympy.Symbol("b")), {}, symbols)
+        return
+    expr = getattr(sympy, kind)(sympy.sympify(left), right, evaluate=False)
+    assert _always(expr, {"N": Bounds(1), "M": Bounds(1)}, symbols) is holds
+    other = sympy.Gt(sympy.Symbol("s0"), 5)
+    assert _always(sympy.And(expr, other), {}, symbols) is False
+    assert _always(sympy.Or(other, expr, evaluate=False), {}, symbols) is holds
+
+
+def test_a_dimension_that_is_dropped_where_it_is_one_is_two_or_more() -> None:
+    rule = Applied(lambda x: x.squeeze(1))
+    model = treadle.from_torch(rule, (torch.randn(2, 8),), dynamic={"x": "B S"})
+    assert (model.graph.symbols["B"].lower, model.graph.symbols["S"].lower) == (1, 2)
+    assert_equal(model, rule, (torch.randn(1, 2),))
+
+
+def test_a_variance_of_fewer_than_its_correction_is_infinite() -> None:
+    rule = Applied(lambda x: x.var(0, correction=3))
+    model = treadle.from_torch(rule, (torch.randn(5, 2),), dynamic={"x": "N _"})
+    assert_equal(model, rule, (torch.randn(5, 2),))
+    got = treadle.compile(model)(x=np.array([[1.0, 0.0], [3.0, 2.0]], np.float32))["output"]
+    assert np.isposinf(got).all()
 
 
 # -- slices ------------------------------------------------------------------------------------------------------------

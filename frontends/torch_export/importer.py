@@ -54,7 +54,6 @@ _NO_EFFECT = {
     "sym_constrain_range_for_size.default",
 }
 """Checks. Those of sizes are guards as well, which the graph's bounds hold."""
-_WRITES_NOTHING = {"detach_.default"}
 
 
 def from_torch(
@@ -115,8 +114,6 @@ def _is_plain(program: torch.export.ExportedProgram) -> bool:
             continue
         name = _name(node)
         if name is None or (name not in OPERATORS and name not in _NO_EFFECT):
-            return False
-        if node.target._schema.is_mutable and name not in _WRITES_NOTHING:
             return False
     return True
 
@@ -210,8 +207,6 @@ class TorchImporter:
         """A tensor of the module; one that several names share enters the graph once."""
         state = self.program.state_dict
         tensor: Any = state[name] if name in state else self.program.constants[name]
-        if not hasattr(tensor, "detach"):
-            raise FrontendError(f"{name} is no tensor", received=type(tensor).__name__)
         expect_dense(name, tensor)
         dtype = _dtype_of(name, tensor)
         key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride())) if tensor.numel() else name
@@ -235,16 +230,12 @@ class TorchImporter:
     def _plain(self, argument: Any) -> Any:
         """An argument of a node as handlers see it."""
         if hasattr(argument, "op") and hasattr(argument, "meta"):
-            if argument not in self.values:
-                raise unsupported(argument, "its result is not available")
             made = self.values[argument]
             if isinstance(made, UnknownSize):
                 raise made
             return made
         if isinstance(argument, list | tuple):
             return [self._plain(x) for x in argument]
-        if hasattr(argument, "node") and hasattr(argument.node, "expr"):
-            return self.symbols.size(argument)
         return argument
 
     def _node(self, node: Any) -> None:
@@ -353,20 +344,21 @@ class TorchImporter:
         spec = self.program.call_spec.out_spec
         assert spec is not None
         count = spec.num_leaves
-        paths = pytree.tree_flatten_with_path(pytree.tree_unflatten([0] * count, spec))[0] if count else []
+        paths: list[tuple[Any, Any]]
+        try:
+            paths = pytree.tree_flatten_with_path(pytree.tree_unflatten([0] * count, spec))[0] if count else []
+        except ValueError:  # of a container that tells torch no names of its parts
+            paths = [((i,), 0) for i in range(count)]
         names: list[str] = []
         for path, _ in paths:
             words = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
             text = "_".join(words) or "output"
             text = "".join(c if c.isalnum() or c == "_" else "_" for c in text)
             names.append(f"output_{text}" if text[0].isdigit() else text)
-        if len(names) != count:
-            names = [f"output_{i}" for i in range(count)]
         if count == 1 and names[0] == "output_0":
             names = ["output"]
-        seen: Counter[str] = Counter()
-        for i, name in enumerate(names):
-            seen[name] += 1
-            if seen[name] > 1:
-                names[i] = f"{name}_{seen[name]}"
-        return names
+        taken: dict[str, None] = {}
+        for name in names:
+            free = (n for k in range(1, count + 1) if (n := name if k == 1 else f"{name}_{k}") not in taken)
+            taken[next(free)] = None
+        return list(taken)

@@ -18,7 +18,7 @@ from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Value
 from treadle.ir.ops.axis_names import axis_letters
 from treadle.ir.sizing.sizes import ONE, ZERO, Size, product
-from treadle.ir.types import i64
+from treadle.ir.types import i64, u8
 
 # -- what an index is known to be ----------------------------------------------------------------------------------
 
@@ -29,7 +29,9 @@ def is_count(value: Value, depth: int = 12) -> bool:
     """Whether the elements of a value are known not to be negative."""
     if value.literal is not None:
         return bool(np.all(value.literal.array >= 0))
-    node = value.node
+    dtype, node = value.type.dtype, value.node
+    if dtype.bytes < 4 and dtype.is_int and dtype is not u8:
+        return False  # which may have become negative in so few bits
     if node is None or depth == 0:
         return False
     if node.op.name in ("iota", "positions", "size", "argmax"):
@@ -49,19 +51,14 @@ def counted_axis(x: Expr, size: Size) -> int | None:
         return None
     if len(axes) != 1 or x.shape[axes[0]] != size:
         return None
-    for _ in range(12):
-        node = value.node
-        if node is None:
-            return None
+    while (node := value.node) is not None:
         if node.op.name == "iota":
             return axes[0]
-        if node.op.name == "rearrange" or (node.op.name == "reshape" and value.type.elements == size):
+        if node.op.name in ("rearrange", "reshape"):
             value = node.operands[0]  # type: ignore[assignment]
         elif node.op.name == "add" and any(v is not None and _is_zero(v) for v in node.operands):
             value = next(v for v in node.operands if v is not None and not _is_zero(v))
         else:
-            return None
-        if value.type.elements != size:
             return None
     return None
 
@@ -123,8 +120,6 @@ def _index(site: TorchSite) -> Made:
         site.refuse("by truth values: how many elements it gives depends on data")
     axes = [k for k, i in enumerate(indices) if i is not None]
     given = [i for i in indices if i is not None]
-    if not axes:
-        return x
     together = axes == list(range(axes[0], axes[-1] + 1))
     # The indexed axes first; then the result's go back to where they belong.
     rest = [k for k in range(x.rank) if k not in axes]
@@ -133,7 +128,7 @@ def _index(site: TorchSite) -> Made:
     front = permuted(b, x, [*axes, *rest])
     known = [c + len(points) - i.rank if c is not None else None for c, i in zip(counted, given, strict=True)]
     if None not in known and len(set(known)) == len(known):
-        picked = _laid(b, front, known, points)  # type: ignore[arg-type]
+        picked = _laid(b, front, known, len(points))  # type: ignore[arg-type]
     elif len(given) == 1:
         picked = b.gather(front, from_start(b, given[0], front.shape[0]), axis=0)
     else:
@@ -157,22 +152,11 @@ def broadcast(site: TorchSite, shapes: Sequence[tuple[Size, ...]]) -> list[Size]
     return made
 
 
-def _laid(b: Builder, x: Expr, places: Sequence[int], points: Sequence[Size]) -> Expr:
+def _laid(b: Builder, x: Expr, places: Sequence[int], points: int) -> Expr:
     """x, whose first axes are read from end to end, each along the axis of the points that it has a place in."""
     names = axis_letters(x.rank)
-    count = len(places)
-    spread = [names[places.index(i)] if i in places else "1" for i in range(len(points))]
-    if any(i not in places and n != ONE for i, n in enumerate(points)):  # an index repeats along another's axis
-        return _at_points_of(b, x, places, points, names, spread)
-    return b.rearrange(x, pattern=f"{' '.join(names)} -> {' '.join([*spread, *names[count:]])}")
-
-
-def _at_points_of(
-    b: Builder, x: Expr, places: Sequence[int], points: Sequence[Size], names: list[str], spread: list[str]
-) -> Expr:
-    count = len(places)
-    laid = b.rearrange(x, pattern=f"{' '.join(names)} -> {' '.join([*spread, *names[count:]])}")
-    return expanded(b, laid, [*points, *x.shape[count:]])
+    spread = [names[places.index(i)] if i in places else "1" for i in range(points)]
+    return b.rearrange(x, pattern=f"{' '.join(names)} -> {' '.join([*spread, *names[len(places) :]])}")
 
 
 def rows_at(b: Builder, sizes: Sequence[Size], indices: Sequence[Expr]) -> Expr:
@@ -198,9 +182,7 @@ def _at_points(b: Builder, x: Expr, indices: Sequence[Expr], points: Sequence[Si
 
 @operator("one_hot.default")
 def _one_hot(site: TorchSite) -> Made:
-    b, x, count = site.b, site.x("self"), site.integer("num_classes", -1)
-    if count < 1:
-        site.refuse("without num_classes")
+    b, x, count = site.b, site.x("self"), site.integer("num_classes")
     names = axis_letters(x.rank)
     wide = b.rearrange(x, pattern=f"{' '.join(names)} -> {' '.join([*names, '1'])}") if names else x
     return b.equal(wide, b.iota(size=count, dtype=x.dtype)).cast(site.dtype())

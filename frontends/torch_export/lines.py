@@ -31,7 +31,7 @@ def shown(path: str) -> str:
 
 def source_in(text: str | None) -> SourceLine | None:
     """The innermost line in a printed stack that is not torch's own; where all are, the innermost."""
-    frames = _FRAME.findall(text or "")
+    frames = [f for f in _FRAME.findall(text or "") if not f[0].startswith("<")]
     if not frames:
         return None
     users = [f for f in frames if not _TORCH.search(f[0])] or frames

@@ -93,8 +93,6 @@ def _rounded_div(site: TorchSite) -> Made:
         return x / y
     if mode == "floor":
         return x // y
-    if mode != "trunc":
-        site.refuse(f"rounding_mode {mode!r}")
     return _truncated(site, x / y) if dtype.is_float else truncated_quotient(site.b, x, y)
 
 
@@ -344,10 +342,8 @@ def _square(site: TorchSite) -> Made:
 
 @operator("gelu.default")
 def _gelu(site: TorchSite) -> Made:
-    x, kind = site.x("self"), site.text("approximate")
-    if kind not in ("none", "tanh"):
-        site.refuse(f"approximate={kind!r}")
-    return site.b.gelu_tanh(x) if kind == "tanh" else site.b.gelu(x)
+    x = site.x("self")
+    return site.b.gelu_tanh(x) if site.text("approximate") == "tanh" else site.b.gelu(x)
 
 
 @operator("relu6.default")

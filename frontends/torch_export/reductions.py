@@ -62,7 +62,10 @@ def _variance(site: TorchSite, x: Expr, axes: tuple[int, ...], keep: bool) -> Ex
     total = b.reduce_sum(centered * centered, axes=axes, keep=keep)
     if correction != int(correction):
         site.refuse(f"with a correction of {correction}")
-    count = site.as_operand(product(x.shape[a] for a in axes) - int(correction), x.dtype)
+    size = product(x.shape[a] for a in axes)
+    count = site.as_operand(size - int(correction), x.dtype)
+    if site.bounds(size).lower < correction:
+        count = b.relu(count)
     return total / count
 
 
@@ -158,6 +161,7 @@ def _rms_norm(site: TorchSite) -> Made:
 
 
 @operator("batch_norm.default", "_native_batch_norm_legit_no_training.default")
+@operator("_native_batch_norm_legit_functional.default")
 def _batch_norm(site: TorchSite) -> Made:
     """At inference: by the running statistics."""
     if site.flag("training") or site.maybe("running_mean") is None or site.maybe("running_var") is None:
@@ -182,8 +186,8 @@ def _scaled(site: TorchSite, y: Expr) -> Expr:
 def _normalized(site: TorchSite) -> Expr:
     """The input by its running statistics."""
     mean, variance = (_along_channels(site, n) for n in ("running_mean", "running_var"))
-    if mean is None or variance is None:
-        site.refuse("without running statistics")
+    assert mean is not None
+    assert variance is not None
     return _scaled(site, (site.x("input") - mean) * site.b.rsqrt(variance + site.real("eps")))
 
 
@@ -203,9 +207,7 @@ def _instance_norm(site: TorchSite) -> Made:
 def _group_norm(site: TorchSite) -> Made:
     """[b, (g c), ...], normalized over c and what follows it."""
     b, x, groups = site.b, site.x("input"), site.integer("num_groups")
-    rest = product(x.shape[1:]).divide(groups)
-    if rest is None:
-        site.refuse(f"of {x.shape[1]} channels in {groups} groups")
+    rest = product(x.shape[1:]) // groups
     rows, _ = reshaped(b, x, [x.shape[0], Size.of(groups), rest])
     return _scaled(site, reshaped(b, b.layer_norm(rows, None, None, eps=site.real("eps", 1e-5)), x.shape)[0])
 

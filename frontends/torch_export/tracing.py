@@ -152,8 +152,6 @@ def exported(module: Any, example: Any, opened: Mapping[str, dict[int, str]]) ->
     with _quietly(), torch.no_grad(), _any_size(), plain:
         try:
             return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
-        except FrontendError:
-            raise
         except RecursionError:
             raise FrontendError("the module nests too deep for torch.export") from None
         except Exception as error:

@@ -91,7 +91,7 @@ def is_distinct(value: Value, axis: int) -> bool:
     if value.type.shape[axis] == ONE:
         return True
     narrowed = False
-    for _ in range(12):
+    while True:
         if value.literal is not None:
             if narrowed:
                 return False
@@ -110,7 +110,6 @@ def is_distinct(value: Value, axis: int) -> bool:
         return node.op.name == "iota" or (
             node.op.name == "top_k" and node.op.attributes["axis"] % value.type.rank == axis
         )
-    return False
 
 
 @operator("scatter.src")
@@ -203,9 +202,6 @@ def _index_put(site: TorchSite) -> Made:
         return _at_truths(site, x, indices, values, more)
     axes = [k for k, i in enumerate(indices) if i is not None]
     given = [i for i in indices if i is not None]
-    if not axes:
-        whole = expanded(b, values, x.shape)
-        return x + whole if more else whole
     rest = [k for k in range(x.rank) if k not in axes]
     points = broadcast(site, [i.shape for i in given])
     # Values as x[i, :, j] gives them: the points where the indexed axes are if these lie together, else first.
