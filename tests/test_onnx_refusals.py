@@ -79,8 +79,64 @@ MALFORMED: list[tuple[str, str, str]] = [  # inputs, body, what breaks the speci
     ),
     (X, "y = com.microsoft.MultiHeadAttention<num_heads = 2>(x, x)", "neither a value nor keys and values packed"),
     (X, "y = com.microsoft.MultiHeadAttention<num_heads = 3>(x, x, x)", "a width of 4 for 3 heads"),
+    (X, "y = Constant<value_int = 1, value_float = 1.0>()", "has 2 attributes, not one"),
+    (X, "s = Constant<value_ints = [2]>() y = ConstantOfShape<value = int64[2] {1, 2}>(s)", "the value must be one element"),
+    (
+        X,
+        "a = Constant<value_float = 1.0>() c = Constant<value_float = 0.0>() y = Range(a, a, c)",
+        "start, limit and delta must be finite, and delta not zero",
+    ),
+    ("float[2,3] x, int64[2,3] i", "y = GatherND(x, i)", "indices of 3 axes for rank 2"),
+    (
+        "float[1,1,4,4] x, float[1,1,3,3] w",
+        "y = Conv<kernel_shape = [2, 3]>(x, w)",
+        "kernel_shape is not the weight's",
+    ),
+    (
+        "float[1,1,4,4] x, float[1,1,3,3] w",
+        "y = ConvTranspose<output_padding = [1]>(x, w)",
+        "output_padding or output_shape is not for 2 axes",
+    ),
+    (
+        "float[2,3,8] x, int64[2,3] i, float[9,0] c",
+        "y = com.microsoft.RotaryEmbedding(x, i, c, c)",
+        "neither num_heads nor rotary_embedding_dim tells the heads",
+    ),
+    (
+        "float[2,3,8] x, int32[2] r",
+        "n = Constant<value_int = 4>() m = Cast<to = 6>(n) "
+        "y = com.microsoft.GroupQueryAttention<num_heads = 2, kv_num_heads = 2>(x, x, x, , , r, m)",
+        "a past length without a past",
+    ),
+    (
+        "float[2,3,8] x, int32[2] r, int32 n",
+        "y = com.microsoft.GroupQueryAttention<num_heads = 2, kv_num_heads = 2, causal = 2>(x, x, x, , , r, n)",
+        "causal=2 with a window of -1",
+    ),
+    (
+        "float[2,3,0] x, int32[2] r, int32 n",
+        "y = com.microsoft.GroupQueryAttention<num_heads = 2, kv_num_heads = 2>(x, , , , , r, n)",
+        "a packed width that is no heads",
+    ),
 ]
 NOT_TAKEN: list[tuple[str, str, str]] = [  # inputs, body, which case
+    ("int64 x", "z = Constant<value_int = 0>() n = Constant<value_int = 9>() y = Range(z, n, z)", "with a step of 0"),
+    (
+        "float[0,3] x",
+        's = Constant<value_ints = [2, 3]>() y = Resize<keep_aspect_ratio_policy = "not_larger">(x, , , s)',
+        "of an axis of size 0",
+    ),
+    (
+        "float[2,3,8] x",
+        "o, a, b, c = com.microsoft.MultiHeadAttention<num_heads = 2>(x, x, x) y = Neg(c)",
+        "with an index of a cache, or with its scores as an output",
+    ),
+    (
+        "uint8[2,3] x, float[2,1] s, uint8 z, float t, uint8[3,2] w",
+        "y = QLinearMatMul(x, s, z, w, t, z, t, z)",
+        "with scales of more than one axis",
+    ),
+    ("float[2,N] x", "s = Shape(x) y = Pad(x, s, , s)", "s must not depend on a symbolic size"),
     ("int64[2,3] x", "y = ReduceMean<keepdims = 0>(x)", "of integers"),
     ("float[65] x", "y = ReduceProd(x)", "over an axis of more than 64"),
     ("float x", "y = Softmax(x)", "of a scalar"),
