@@ -81,7 +81,8 @@ def build_gguf_tokenizer(file: GGUFFile) -> Any:
         if file.flag("tokenizer.ggml.add_bos_token", False):
             first = tokens[_token_id(file, "tokenizer.ggml.bos_token_id", len(tokens))]
             made.post_processor = tokenizers.processors.TemplateProcessing(
-                single=[(first, 0), ("$A", 0)], special_tokens=[(first, vocabulary[first])]
+                single=["first", "$A"],
+                special_tokens=[{"id": "first", "ids": [vocabulary[first]], "tokens": [first]}],
             )
         return made
 

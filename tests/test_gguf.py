@@ -246,6 +246,7 @@ def test_text_is_cut_as_the_file_names_it(tmp_path: Path, pre: str, pieces: str)
         ("smollm", b"smolll", "tokenizer.ggml.pre is not known"),
         ("gpt2", b"gpt3", "tokenizer.ggml.model is a vocabulary that is not read yet"),
         ("<|end|>", b"<|end|\xff", "a string of tokenizer.ggml.tokens is not UTF-8"),
+        ("h", b"e", "tokenizer.ggml.tokens holds a token twice"),
     ],
 )  # fmt: skip
 def test_damaged_vocabulary(small: Path, old: str, new: bytes, what: str) -> None:
@@ -339,22 +340,85 @@ def test_refusals(tmp_path: Path, data: bytes, what: str, place: str) -> None:
     ],
 )  # fmt: skip
 def test_metadata_that_does_not_fit(tmp_path: Path, key: str, value: Any, what: str) -> None:
-    class Writer(gguf.GGUFWriter):
-        def write_header_to_file(self, path: Path | None = None) -> None:
-            kinds = {str: gguf.GGUFValueType.STRING, int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32}
-            self.kv_data[0].pop(key, None)
-            if value is not None:
-                self.kv_data[0][key] = gguf.gguf_writer.GGUFValue(value=value, type=kinds[type(value)])
-            super().write_header_to_file(path)
-
-    path = tmp_path / "model.gguf"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gguf, "GGUFWriter", Writer)
-        write_model(path, SIZES, tensors(SIZES))
+    path = written(tmp_path, {key: value})
     with pytest.raises(CheckpointError) as caught:
         resolve(path)
     assert what in caught.value.what
     assert str(path) in (caught.value.within or "")
+
+
+def written(folder: Path, keys: Mapping[str, Any]) -> Path:
+    """A whole file with other metadata; None leaves a key out."""
+
+    class Writer(gguf.GGUFWriter):
+        def write_header_to_file(self, path: Path | None = None) -> None:
+            kinds = {str: "STRING", int: "UINT32", float: "FLOAT32", bool: "BOOL", list: "ARRAY"}
+            for key, value in keys.items():
+                self.kv_data[0].pop(key, None)
+                if value is not None:
+                    kind = getattr(gguf.GGUFValueType, kinds[type(value)])
+                    self.kv_data[0][key] = gguf.gguf_writer.GGUFValue(value=value, type=kind)
+            super().write_header_to_file(path)
+
+    path = folder / "model.gguf"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFWriter", Writer)
+        write_model(path, SIZES, tensors(SIZES))
+    return path
+
+
+def test_a_vocabulary_that_begins_texts_with_a_token(tmp_path: Path) -> None:
+    keys = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 3}
+    file = GGUFFile.open(written(tmp_path, keys))
+    known = vocabulary()
+    assert [known[i] for i in build_gguf_tokenizer(file).encode("the").ids] == [known[3], "t", "he"]
+
+
+def test_types_of_tokens_are_as_many_as_they(tmp_path: Path) -> None:
+    kinds = "tokenizer.ggml.token_type"
+    file = GGUFFile.open(written(tmp_path, {kinds: [1, 3]}))
+    with pytest.raises(CheckpointError, match="must say a type for each token") as caught:
+        build_gguf_tokenizer(file)
+    assert caught.value.received == f"2 types, {len(vocabulary())} tokens"
+    plain = build_gguf_tokenizer(GGUFFile.open(written(tmp_path, {kinds: None})))
+    assert len(plain.encode("<|end|>").ids) > 1  # no token is cut out of a text whole
+
+
+def test_values_of_metadata_are_of_the_kind_that_is_asked_for(tmp_path: Path) -> None:
+    keys = {"a.text": "five", "a.number": 5, "a.flag": True, "a.list": [1, 2]}
+    file = GGUFFile.open(written(tmp_path, keys))
+    assert file.keys[-4:] == tuple(keys)
+    assert repr(file) == f"GGUFFile({str(tmp_path / 'model.gguf')!r}, {len(file.keys)} keys, {len(file)} tensors)"
+    assert (file.text("a.text"), file.integer("a.number"), file.flag("a.flag", False)) == ("five", 5, True)
+    assert (file.text("b", "x"), file.integer("b", 3), file.number("b", 0.5), file.flag("b", True)) == (
+        "x",
+        3,
+        0.5,
+        True,
+    )
+    assert (file.integer("a.number", most=5), file.number("a.number", least=5.0)) == (5, 5.0)
+    wrong: dict[str, Any] = {
+        "a.number must be a string": lambda: file.text("a.number"),
+        "a.list must be a single value": lambda: file.text("a.list"),
+        "a.text must be an integer from 1 to": lambda: file.integer("a.text"),
+        "a.flag must be an integer from 1 to": lambda: file.integer("a.flag"),
+        "a.number must be an integer from 6 to": lambda: file.integer("a.number", least=6),
+        "a.number must be an integer from 1 to 4": lambda: file.integer("a.number", most=4),
+        "a.text must be a number": lambda: file.number("a.text"),
+        "a.flag must be a number": lambda: file.number("a.flag"),
+        "a.number must be true or false": lambda: file.flag("a.number", False),
+        "a.number must be an array of strings": lambda: file.texts("a.number"),
+        "a.list must be an array of strings": lambda: file.texts("a.list"),
+        "a.text must be an array of numbers": lambda: file.numbers("a.text"),
+        "tokenizer.ggml.tokens must be an array of numbers": lambda: file.numbers("tokenizer.ggml.tokens"),
+        "b is missing from the metadata": lambda: file.numbers("b"),
+    }
+    for what, asked in wrong.items():
+        with pytest.raises(CheckpointError) as caught:
+            asked()
+        assert caught.value.what.startswith(what)
+        place = f"key {what.split()[0]}"
+        assert caught.value.within == f"{file.path}: {place}" if what[0] == "b" else place in str(caught.value.within)
 
 
 def test_limits(small: Path) -> None:

@@ -80,7 +80,11 @@ MALFORMED: list[tuple[str, str, str]] = [  # inputs, body, what breaks the speci
     (X, "y = com.microsoft.MultiHeadAttention<num_heads = 2>(x, x)", "neither a value nor keys and values packed"),
     (X, "y = com.microsoft.MultiHeadAttention<num_heads = 3>(x, x, x)", "a width of 4 for 3 heads"),
     (X, "y = Constant<value_int = 1, value_float = 1.0>()", "has 2 attributes, not one"),
-    (X, "s = Constant<value_ints = [2]>() y = ConstantOfShape<value = int64[2] {1, 2}>(s)", "the value must be one element"),
+    (
+        X,
+        "s = Constant<value_ints = [2]>() y = ConstantOfShape<value = int64[2] {1, 2}>(s)",
+        "the value must be one element",
+    ),
     (
         X,
         "a = Constant<value_float = 1.0>() c = Constant<value_float = 0.0>() y = Range(a, a, c)",

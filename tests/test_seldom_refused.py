@@ -6,6 +6,7 @@ The whole texts are in tests/golden/errors/, as of all errors.
 from __future__ import annotations
 
 import pickle
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,12 @@ from treadle.backends.staged import StagedBackend, build
 from treadle.cli.generate import _refuse
 from treadle.fetch import _only_file
 from treadle.files.limits import limits_of
-from treadle.frontends.rotary import LongRope
+from treadle.frontends.gguf_blocks import import_gguf
+from treadle.frontends.gguf_tokenizer import build_gguf_tokenizer
+from treadle.frontends.onnx_import.file import OnnxFile
+from treadle.frontends.rotary import Divided, Dynamic, LongRope
 from treadle.frontends.safetensors_file import CheckpointLimits
+from treadle.frontends.text import TextTokenizer
 from treadle.ir.builder import Builder
 from treadle.ir.encodings.encoding import parse_encoding
 from treadle.ir.errors import BackendError, FrontendError, GraphError, PassError, RuleError, TreadleError, UsageError
@@ -151,6 +156,35 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
         FrontendError,
         "",
     ),
+    "repetitions": (
+        lambda _: traced(lambda x: next(x for _ in t.stack("h", -1))), FrontendError, "stack 'h' needs a number"
+    ),
+    "factors": (lambda _: Divided((1.0,)).apply(np.ones(4)), FrontendError, "1 factors for 4 rotary frequencies"),
+    "odd dims": (lambda _: traced(lambda x: t.rotary_frequencies(7)), FrontendError, "rotary positions turn pairs"),
+    "no base": (
+        lambda _: traced(lambda x: t.rotary_frequencies(4, base=0.0)), FrontendError, "rotary positions turn pairs"
+    ),
+    "dynamic": (
+        lambda _: traced(lambda x: t.rotary_frequencies(4, scaling=Dynamic(2.0, 8))), FrontendError, "dynamic scaling"
+    ),
+    "dynamic of two": (
+        lambda _: traced(lambda x: t.rotary_frequencies(2, scaling=Dynamic(2.0, 8), length=4)),
+        FrontendError,
+        "dynamic scaling needs the sequence's length, and more than 2 dims",
+    ),
+    "sizes of text": (
+        lambda _: traced(lambda x: t.convolution(x, 4, ("3",), name="f")), FrontendError, "convolution: kernel must be"
+    ),
+    "a list as a number": (
+        lambda _: traced(lambda x: t.layer_norm(x, eps=[1])), FrontendError, "layer_norm: eps must be"
+    ),
+    "no function": (lambda _: traced(lambda x: t.mlp(x, 8, act=3)), FrontendError, "mlp: act must be a function"),
+    "an option of text": (
+        lambda _: t.compile(t.model(_sized), width="8"), FrontendError, "option width of model _sized must"
+    ),
+    "an option's name": (
+        lambda _: t.compile(t.model(_sized), act="relu"), FrontendError, "option act of model _sized is a"
+    ),
     "a model in a function": (lambda _: pickle.dumps(t.model(lambda x: x)), FrontendError, ""),
     # ops and graphs
     "no reference": (lambda _: Nameless().reference(), GraphError, "op nameless has no reference"),
@@ -221,6 +255,32 @@ def _rowless(x: Annotated[t.Tensor, t.f32["4 8"]]) -> t.Tensor:
     for _ in t.stack("h", 2):
         x = x + t.linear(x, 8, name="l")
     return x
+
+
+def _sized(x: Annotated[t.Tensor, t.f32["B 8"]], *, width: int = 8, act: Any = t.relu) -> t.Tensor:
+    return act(t.linear(x, width, name="l"))  # type: ignore[no-any-return]
+
+
+MISSING: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    # a package, what needs it, and how it is called
+    "texts": ("tokenizers", lambda p: TextTokenizer.open(p), "reading text needs the package tokenizers"),
+    "texts of GGUF": ("tokenizers", build_gguf_tokenizer, "reading text needs the package tokenizers"),  # type: ignore[arg-type]
+    "GGUF": ("gguf", lambda _: import_gguf(), "reading GGUF files needs the package gguf"),
+    "ONNX": ("onnx", lambda p: OnnxFile.open(p), "reading ONNX files needs the package onnx"),
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_a_package_that_is_missing_is_named_with_its_extra(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, provoke, says = MISSING[name]
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(FrontendError) as caught:
+        provoke(tmp_path)
+    assert caught.value.what == says
+    assert str(caught.value.hint) == f"pip install 'treadle[{'text' if package == 'tokenizers' else package}]'"
+    assert package in str(caught.value.received)
 
 
 @pytest.mark.parametrize("name", REFUSED)
