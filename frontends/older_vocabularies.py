@@ -162,7 +162,10 @@ def _clip(
     )
     words = pre.Split(tokenizers.Regex(_CLIP_WORDS), behavior="removed", invert=True)
     made.pre_tokenizer = pre.Sequence([words, pre.ByteLevel(add_prefix_space=False)])
-    made.decoder = tokenizers.decoders.ByteLevel()
+    back = tokenizers.decoders
+    made.decoder = back.Sequence(
+        [back.ByteLevel(), back.Replace(tokenizers.Regex("</w>$"), ""), back.Replace("</w>", " ")]
+    )
     first, last = special["bos_token"], special["eos_token"]
     made.post_processor = tokenizers.processors.RobertaProcessing(
         (last, vocabulary[last]), (first, vocabulary[first]), trim_offsets=False, add_prefix_space=False

@@ -12,6 +12,8 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 pytest.importorskip("torch")
 
+from tokenizers.pre_tokenizers import ByteLevel
+
 from tests.task_models import byte_level, texts, wordpiece
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import CheckpointError
@@ -31,10 +33,20 @@ MASK |= {"single_word": False, "special": True}
 
 def older(place: Path, kind: str, **settings: Any) -> None:
     """The older files of a kind of tokenizer, with its config.json."""
-    if kind == "bert":
+    if kind in ("bert", "mpnet"):
         vocabulary = wordpiece().get_vocab()
         names = sorted(vocabulary, key=vocabulary.__getitem__)
+        if kind == "mpnet":
+            others = {"[CLS]": "<s>", "[SEP]": "</s>", "[PAD]": "<pad>", "[MASK]": "<mask>"}
+            names = [others.get(name, name) for name in names]
         (place / "vocab.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    elif kind == "clip":
+        merged = [("t", "h"), ("th", "e</w>"), ("a", "n"), ("an", "d</w>"), ("i", "n</w>"), ("4", "5</w>")]
+        letters = sorted(ByteLevel.alphabet())
+        names = [*letters, *(f"{c}</w>" for c in letters), *map("".join, merged), "<|startoftext|>", "<|endoftext|>"]
+        vocabulary = {name: number for number, name in enumerate(names)}
+        (place / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+        (place / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merged)) + "\n", encoding="utf-8")
     else:
         model = json.loads(byte_level().backend_tokenizer.to_str())["model"]
         vocabulary = {**model["vocab"], "<|endoftext|>": len(model["vocab"])} if kind == "gpt2" else model["vocab"]
@@ -56,6 +68,8 @@ def older(place: Path, kind: str, **settings: Any) -> None:
         ("roberta", {"add_prefix_space": True}),
         ("bart", {"mask_token": MASK}),
         ("gpt2", {}),
+        ("mpnet", {}),
+        ("clip", {}),
     ],
 )
 def test_ids_are_those_of_hugging_face(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
