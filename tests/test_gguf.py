@@ -331,6 +331,8 @@ def test_refusals(tmp_path: Path, data: bytes, what: str, place: str) -> None:
         ("llama.block_count", 2**31, "llama.block_count must be an integer from 1 to 1000"),
         ("llama.attention.head_count", 5, "llama.attention.head_count_kv must divide"),
         ("llama.attention.head_count_kv", 3, "llama.attention.head_count_kv must divide the number of heads"),
+        ("llama.attention.head_count", 6, "llama.attention.head_count must divide the embedding's length"),
+        ("llama.attention.value_length", 5, "llama.attention.value_length must be key_length"),
         ("llama.rope.dimension_count", 7, "llama.rope.dimension_count must be an even number"),
         ("llama.rope.freq_base", float("nan"), "llama.rope.freq_base must be a number"),
         ("llama.attention.layer_norm_rms_epsilon", None, "is missing from the metadata"),

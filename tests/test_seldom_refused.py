@@ -41,6 +41,7 @@ from treadle.ir.samples import Sample
 from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
 from treadle.loading import load
+from treadle.models.registry import find_family
 from treadle.option_values import read_sentences
 from treadle.passes.cleanup.dead_code import DeadCode
 from treadle.passes.framework.manager import PassManager
@@ -134,6 +135,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     # files and arguments
     "limits": (lambda _: limits_of(CheckpointLimits, 5), UsageError, "limits are a CheckpointLimits"),  # type: ignore[type-var]
     "a download": (lambda p: _only_file(bare(p, ("a", "b")), PINNED["minilm"]), FrontendError, "minilm"),
+    "a family": (lambda _: find_family("bret"), UsageError, "there is no model 'bret' in the zoo"),
+    "no family": (lambda _: find_family("zzz"), UsageError, "there is no model 'zzz' in the zoo"),
     "sentences": (lambda _: read_sentences(["a"], "f"), UsageError, "sentences were given twice"),
     "no Python": (lambda p: resolve(f"{bare(p, ('m.txt',))}/m.txt:f"), UsageError, ""),
     "an import": (lambda p: resolve(f"{bare(p, ('m.py',))}/m.py:f"), FrontendError, "m.py cannot be imported"),
