@@ -673,6 +673,32 @@ UNUSUAL: dict[str, tuple[str, str, dict[str, Any], int]] = {
         {"x": np.float32([1.5, 2, 3]), "e": np.array([0.5, 3, -1])},
         18,
     ),
+    "half a norm": (
+        "(float16[2,3,4] x, float[3] v, float[3] w) => (float16[2,3,4] y)",
+        "y = BatchNormalization(x, v, w, w, v)",
+        {"x": floats(2, 3, 4).astype(np.float16), "v": np.float32([1, 2, 3]), "w": np.float32([0.5, -1, 2])},
+        15,
+    ),
+    "a block that is cut": (
+        "(int8[2,3] x, float[2,2] s) => (float[2,3] y)",
+        "y = DequantizeLinear<axis = 1, block_size = 2>(x, s)",
+        {"x": np.int8([[1, -2, 3], [4, 5, -6]]), "s": np.float32([[0.5, 2], [3, 0.25]])},
+        21,
+    ),
+    "a step down": (
+        "(int64[4] x) => (int64[M] y)",
+        "a = Constant<value_int = 9>() b = Constant<value_int = 0>() c = Constant<value_int = -4>() "
+        "r = Range(a, b, c) z = ReduceMax<keepdims = 0>(x) y = Add(r, z)",
+        {"x": np.arange(4)},
+        18,
+    ),
+    "no steps": (
+        "(float[4] x) => (float[M] y)",
+        "a = Constant<value_float = 2.0>() b = Constant<value_float = 0.5>() r = Range(a, b, b) "
+        "z = ReduceMax<keepdims = 0>(x) y = Add(r, z)",
+        {"x": floats(4)},
+        17,
+    ),
     "writes into none": (
         "(float[2,0] x, int64[0,1] i, float[0,0] u) => (float[2,0] y)",
         "y = ScatterND(x, i, u)",
