@@ -402,11 +402,11 @@ def test_values_of_metadata_are_of_the_kind_that_is_asked_for(tmp_path: Path) ->
     wrong: dict[str, Any] = {
         "a.number must be a string": lambda: file.text("a.number"),
         "a.list must be a single value": lambda: file.text("a.list"),
-        "a.text must be an integer from 1 to": lambda: file.integer("a.text"),
+        "a.text must be an integer from 1 to 2147483647": lambda: file.integer("a.text"),
         "a.flag must be an integer from 1 to": lambda: file.integer("a.flag"),
         "a.number must be an integer from 6 to": lambda: file.integer("a.number", least=6),
         "a.number must be an integer from 1 to 4": lambda: file.integer("a.number", most=4),
-        "a.text must be a number": lambda: file.number("a.text"),
+        "a.text must be a number from 0 to 1e+12": lambda: file.number("a.text"),
         "a.flag must be a number": lambda: file.number("a.flag"),
         "a.number must be true or false": lambda: file.flag("a.number", False),
         "a.number must be an array of strings": lambda: file.texts("a.number"),
