@@ -19,7 +19,10 @@ import treadle as t
 from tests.stepped_models import MODELS
 from treadle.backends.fitted_pipeline import Budget
 from treadle.backends.numpy.backend import NumpyBackend
+from treadle.artifact_file import write_sections
+from treadle.artifacts import ArtifactLimits
 from treadle.backends.staged import StagedBackend, build
+from treadle.cli.application import app
 from treadle.cli.generate import _refuse
 from treadle.fetch import _only_file
 from treadle.files.limits import limits_of
@@ -42,6 +45,7 @@ from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
 from treadle.loading import load
 from treadle.models.registry import find_family
+from treadle.npy_files import write_npy
 from treadle.option_values import read_sentences
 from treadle.passes.cleanup.dead_code import DeadCode
 from treadle.passes.framework.manager import PassManager
@@ -52,6 +56,16 @@ from treadle.runtime.beams import Beams
 from treadle.runtime.speculation import DraftModel, PromptLookup, speculate
 from treadle.sharding import shard_model
 from treadle.stepped import open_stepped
+from treadle.tasks.answering import QuestionAnswerer
+from treadle.tasks.classifying import HEAD, TextClassifier
+from treadle.tasks.filling import MaskFiller
+from treadle.tasks.labelling import ImageLabeller
+from treadle.tasks.matching import ImageMatcher
+from treadle.tasks.opening import checked_folder
+from treadle.tasks.options import ModelOptions
+from treadle.tasks.rewriting import _most_tokens
+from treadle.tasks.tagging import TokenTagger
+from treadle.verifying import verify_model
 from treadle.wheels.pinned_models import PINNED
 
 SMALL: dict[str, Any] = {"vocab": 11, "dim": 12, "heads": 3, "layers": 1}
@@ -125,10 +139,20 @@ def carrying(rows: int = 1) -> Any:
     return t.compile(MODELS["summed"]).session(rows=rows, capacity=16)
 
 
-def bare(folder: Path, names: tuple[str, ...] = ()) -> Path:
+def bare(folder: Path, names: tuple[str, ...] = (), text: str = "1 / 0") -> Path:
     for name in names:
-        (folder / name).write_text("1 / 0\n")
+        (folder / name).write_text(f"{text}\n")
     return folder
+
+
+def begun(session: Any) -> None:
+    row = session.open()
+    session.prefill({row: [1, 2]})
+    session.verify(row, [3, 4])
+
+
+nobody: Any = None
+"""In place of a model that is not asked: what it would be asked for is refused."""
 
 
 REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
@@ -144,6 +168,34 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "an option of artifacts": (lambda p: load(p, memory=5), UsageError, "a model that is loaded for tasks takes no"),
     "an option of models": (lambda p: load(p / "m.treadle", dtype="bf16"), UsageError, "an artifact, which"),
     "generate": (lambda _: _refuse("beams take no", draft="m", seed=0), UsageError, "beams take no --draft"),
+    "arrays and a file": (lambda p: write_npy(bare(p, ("f",)) / "f", {}), UsageError, "the arrays cannot be written"),
+    "no function": (lambda p: resolve(f"{bare(p, ('m.py',))}/m.py"), UsageError, "a model in a file is named"),
+    "syntax": (lambda p: resolve(f"{bare(p, ('m.py',), 'a b')}/m.py:f"), FrontendError, "m.py is not Python: invalid"),
+    "nothing declared": (lambda p: resolve(f"{bare(p, ('m.py',), 'f = 1')}/m.py:f"), UsageError, "m.py declares no"),
+    "a graph's words": (lambda _: resolve(Graph("g"), inputs=["x"], dim=4), UsageError, "a graph takes no"),
+    "limits by class": (
+        lambda p: load(p, limits=ArtifactLimits()), UsageError, "limits of a model are given by name"
+    ),
+    "no Unicode": (
+        lambda p: write_sections(p / "m.treadle", {"\udc80": b""}, {}, {}), UsageError, "a name cannot be written as UTF-8"
+    ),
+    # tasks
+    "nothing to classify": (lambda _: TextClassifier(nobody, ()).classify([]), UsageError, "there is no text to"),
+    "nothing to fill": (lambda _: MaskFiller(nobody, "[MASK]").fill([]), UsageError, "there is no text to fill"),
+    "no token": (lambda _: MaskFiller(nobody, "[MASK]").fill(["a"], top=0), UsageError, "top must be 1 or more"),
+    "nothing to tag": (lambda _: TokenTagger(nobody, ()).tag([]), UsageError, "there is no text to tag"),
+    "a grouping": (lambda _: TokenTagger(nobody, ()).tag(["a"], grouping="all"), UsageError, "there is no grouping"),
+    "no question": (lambda _: QuestionAnswerer(nobody).answer([("", "a")]), UsageError, "an answer takes a question"),
+    "no answer": (lambda _: QuestionAnswerer(nobody).answer([("a", "b")], top=0), UsageError, "top and longest must"),
+    "an answer of nothing": (
+        lambda _: QuestionAnswerer(nobody).answer([("a", "b")], longest=0), UsageError, "top and longest must"
+    ),
+    "no picture": (lambda _: ImageLabeller(nobody, nobody, (), {}).label([]), UsageError, "there is no image to label"),
+    "no match": (lambda _: ImageMatcher(nobody, nobody, nobody).match(["a"], []), UsageError, "matching takes an"),
+    "a short text": (lambda _: _most_tokens(0, nobody, nobody), UsageError, "a text has 1 token or more"),
+    "a file with a head": (
+        lambda p: checked_folder(ModelOptions(str(bare(p, ("m.gguf",)) / "m.gguf")), HEAD), UsageError, "to classify"
+    ),
     # the language
     "heads": (
         lambda _: traced(lambda x: t.self_attention(x, 4, kv_heads=3)), FrontendError, "4 heads do not split among"
@@ -235,7 +287,9 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "no batch": (
         lambda _: shard_model(t.model(_rowless), "pp=2,micro=2", recipe="gpipe"), UsageError, "_rowless has no batch"
     ),
+    "no sizes": (lambda _: verify_model(read("relu(x)"), sizes=[]), UsageError, "there are no sizes to verify at"),
     # generation
+    "no room": (lambda _: begun(t.compile("gpt2", **SMALL).session(rows=1, capacity=3)), UsageError, "row 0 has no room"),
     "no beams": (lambda _: Beams(0), UsageError, "a search has 1 beam or more"),
     "more texts than beams": (lambda _: Beams(2, best=3), UsageError, "of 2 beams, 1 to 2 texts"),
     "a long penalty": (lambda _: Beams(2, length_penalty=100.0), UsageError, "length_penalty must lie between"),
@@ -292,3 +346,45 @@ def test_it_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(kind) as caught:
         provoke(tmp_path)
     assert caught.value.what.startswith(begins)
+
+
+COMMANDS: dict[str, str] = {  # by the words of a command, how its error begins
+    "inspect gpt2 --raw --after fuse-attention": "--raw and --after name two stages",
+    "inspect gpt2 --entry step --raw": "--entry shows a graph that is derived",
+    "inspect gpt2 --follow tokens.S --unfold": "--follow prints no graph and no source",
+    "inspect gpt2 --entry begin": "there is no entry 'begin'",
+    "inspect m.treadle --set layers=1 --dtype bf16": "an artifact is what was compiled, and takes no --set or --dtype",
+    "explain gpt2 speed": "there is nothing to explain of that name",
+    "explain gpt2 fusion --cache bf16": "--cache is about the step",
+    "explain gpt2 layouts --sizes B=1": "--sizes and --svg are about memory and sharding",
+    "explain gpt2 sharding --mesh tp=2 --donate tokens": "--donate and --against are about memory",
+    "explain gpt2 memory --mesh tp=2": "--mesh, --recipe, --axis and --device are about sharding",
+    "explain gpt2 storage --certify": "--expect and --certify are about fusion",
+    "explain gpt2 sharding": "sharding is over a mesh",
+    "compile gpt2 -o m.bin": "an artifact's name must end in .treadle",
+    "export gpt2 -o m.bin": "an ONNX model's name must end in .onnx",
+    "shard gpt2 --mesh tp=2 -o m.bin": "an artifact's name must end in .treadle",
+    "shard gpt2": "a model is split over a mesh",
+    "run gpt2 --recipe megatron": "a model is split over a mesh",
+    "generate gpt2 a --axis heads=tp": "a model is split over a mesh",
+    "launch -n 2 -- run gpt2": "ranks run a model that is split over a mesh",
+    "launch -n 2 -- dance": "there is no command 'dance' to launch",
+    "translate m text --length-penalty 2": "without --beams there is no --length-penalty",
+    "classify m one two --pair three": "1 second texts for 2 texts",
+    "serve gpt2 --key-file empty": "empty holds no key",
+    "serve =gpt2": "a model needs a name to be served under",
+}
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_a_command_is_refused(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").write_text(" \n")
+    with pytest.raises(SystemExit) as ended:
+        app(words.split())
+    assert ended.value.code == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith(COMMANDS[words])

@@ -95,7 +95,8 @@ def write_sections(
     try:
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError as error:
-        raise UsageError("a name cannot be written as UTF-8", received=repr(error.object[error.start :][:40])) from None
+        wrong = next(name for name in (*texts, *weights, *metadata.values()) if error.object[error.start] in name)
+        raise UsageError("a name cannot be written as UTF-8", received=printable(wrong)) from None
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     head = len(text).to_bytes(8, "little") + text
     seal = sha256(head)
