@@ -17,11 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.sharded_models import recognized
-from treadle.ir.errors import BackendError, UsageError
+from treadle.ir.errors import BackendError, GraphError, RankError, UsageError
 from treadle.ir.op_registry import find_op
 from treadle.ir.ops.collectives import Collective, Starting
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.recipes import shard
+from treadle.runtime.distributed import communicator
 from treadle.runtime.distributed.communicator import Communicator
 from treadle.runtime.distributed.ranks import Ranks
 from treadle.runtime.distributed.watching import Watch
@@ -168,3 +169,55 @@ def test_a_received_output_is_an_array(monkeypatch: pytest.MonkeyPatch) -> None:
     met = Communicator(plan_over("tp=2"), 0, cpu, 60.0, lambda told: nullcontext(), lambda error, told: error)
     assert np.array_equal(met.received(np.empty((2, 3), np.float32), 1, "receiving"), wanted)
     assert met.received(np.empty((0, 3), np.float32), 1, "receiving").shape == (0, 3)
+
+
+def told_by_another(monkeypatch: pytest.MonkeyPatch, at: int) -> Communicator:
+    """The first of two ranks on the processor, to which the other says another number in one of four places."""
+
+    def tell(own: list[int], *_: Any, **__: Any) -> list[list[int]]:
+        return [own, [*own[:at], own[at] + 1, *own[at + 1 :]]]
+
+    monkeypatch.setattr(communicator, "tell", tell)
+    cpu = torch.device("cpu")
+    return Communicator(plan_over("tp=2"), 0, cpu, 60.0, lambda told: nullcontext(), lambda error, told: error)
+
+
+@pytest.mark.parametrize(
+    ("name", "attributes", "at", "told"),
+    [
+        ("all_reduce", {}, 0, "ranks 0 and 1 meet in different collectives"),
+        ("all_reduce", {}, 1, "ranks 0 and 1 meet with different dtypes, in all_reduce over tp"),
+        ("hand_on", {"source": 0, "target": 1}, 2, "ranks 0 and 1 hand on 6 and 7 elements over tp"),
+    ],
+)
+def test_ranks_that_do_not_meet_alike_are_told(
+    monkeypatch: pytest.MonkeyPatch, name: str, attributes: dict[str, Any], at: int, told: str
+) -> None:
+    op = find_op(name).make(over="tp", ways=2, **attributes)
+    met = told_by_another(monkeypatch, at)
+    with met.running("once"), pytest.raises(RankError) as error:
+        met.exchange(op, np.ones((2, 3), np.float32))  # type: ignore[arg-type]
+    assert error.value.what == told
+    if not at:
+        assert error.value.received == "rank 0: all_reduce over tp, meeting 1 of its run"
+
+
+@pytest.mark.parametrize(
+    ("name", "attributes", "told"),
+    [
+        ("all_reduce", {"over": "dp", "ways": 2}, "all_reduce over dp among 2 ranks is no meeting of the plan's"),
+        ("all_reduce", {"over": "tp", "ways": 4}, "all_reduce over tp among 4 ranks is no meeting of the plan's"),
+        (
+            "hand_on", {"over": "tp", "ways": 4, "source": 0, "target": 1},
+            "hand_on over tp among 4 ranks is no meeting of the plan's",
+        ),
+        ("pass_on", {"over": "tp", "ways": 2, "axis": 1, "size": 6, "ahead": True}, "pass_on over tp has not begun"),
+    ],
+)  # fmt: skip
+def test_a_meeting_that_is_not_planned_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, attributes: dict[str, Any], told: str
+) -> None:
+    met = told_by_another(monkeypatch, 3)
+    with met.running("once"), pytest.raises(GraphError) as error:
+        met.exchange(find_op(name).make(**attributes), np.ones((2, 3), np.float32))  # type: ignore[arg-type]
+    assert error.value.what == told

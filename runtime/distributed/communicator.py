@@ -258,7 +258,7 @@ class Communicator:
             if row[0] != what:
                 raise RankError(
                     f"ranks {self.rank} and {rank} meet in different collectives",
-                    received=f"rank {self.rank}: {op.name} over {op.over}, its {self._number}th",
+                    received=f"rank {self.rank}: {op.name} over {op.over}, meeting {self._number} of its run",
                 )
             if row[1] != kind:
                 raise RankError(f"ranks {self.rank} and {rank} meet with different dtypes, in {op.name} over {op.over}")
