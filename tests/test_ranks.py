@@ -6,17 +6,22 @@ ranks as often as one likes.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,15 +32,20 @@ pytest.importorskip("torch")
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
+import treadle
 from tests.forked_ranks import ROOT, ForkedRanks, Job
 from tests.fuzz.killed_ranks import JOB, is_left
 from tests.test_part_loading import CONFIG, shapes, written
 from treadle.cli.application import app
+from treadle.cli.rank_runs import opened_on_ranks
 from treadle.ir.errors import RankError, UsageError
 from treadle.runtime.distributed import ranks
+from treadle.runtime.distributed.communicator import Traffic
 from treadle.runtime.distributed.launching import launch_ranks
 from treadle.runtime.distributed.ranks import Ranks, join
 from treadle.runtime.distributed.watching import Watch
+from treadle.sharding import rank_models
+from treadle.sharding.rank_models import RankModel
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forked, and ended by signals")
 
@@ -178,6 +188,76 @@ def test_torchrun_starts_ranks() -> None:
     assert told["outputs"]["logits"]["shape"] == [2, 3, 37]
     # Rank 0 hands on each row's float32 [1, 3, 16].
     assert told["collectives"] == [{"op": "hand_on", "over": "pp", "times": 2, "bytes": 2 * 4 * 3 * 16}]
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is the only rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_rank_tells_what_it_ran_and_what_met(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    called = RankModel.__call__
+
+    def meets(self: RankModel, **arrays: Any) -> Any:
+        self.communicator.traffic = {("all_reduce", "tp"): Traffic(3, 4096), ("all_gather", "dp"): Traffic(1, 8)}
+        return called(self, **arrays)
+
+    monkeypatch.setattr(RankModel, "__call__", meets)
+    words = ["run", "gpt2", "--mesh", "tp=1", "--recipe", "megatron", *SMALL, "--input", "tokens=1", "--set=vocab=2"]
+    told = json.loads(CliRunner().invoke(app, [*words, "--json", "--output", str(tmp_path)]).stdout)
+    assert told.pop("seconds") > 0
+    (facts,) = told.pop("outputs").values()
+    assert told == {
+        "model": "gpt2",
+        "mesh": "tp=1",
+        "ranks": 1,
+        "backend": "numpy",
+        "target": "cpu",
+        "weights": "drawn from seed 0",
+        "loaded": 0,
+        "collectives": [
+            {"op": "all_gather", "over": "dp", "times": 1, "bytes": 8},
+            {"op": "all_reduce", "over": "tp", "times": 3, "bytes": 4096},
+        ],
+        "files": [str(tmp_path / "logits.npy")],
+    }
+    whole = treadle.compile("gpt2", layers=1, dim=16, heads=4, vocab=2)(tokens=[[1]])["logits"]
+    assert np.array_equal(np.load(tmp_path / "logits.npy"), whole)
+    shown = CliRunner().invoke(app, [*words, "--output", str(tmp_path)]).stdout.splitlines()
+    ran = next(i for i, line in enumerate(shown) if "ran in" in line)
+    assert shown[ran - 2] == f"logits = {json.dumps(facts['values'])}"
+    assert re.fullmatch(r"gpt2 ran in \d+\.\d ms in numpy on 1 rank, tp=1", shown[ran])
+    assert shown[ran + 1 :] == [
+        "of rank 0: its weights drawn from seed 0",
+        "  1 x all_gather over dp, 8 B together",
+        "  3 x all_reduce over tp, 4.1 kB together",
+        f"wrote {tmp_path / 'logits.npy'}",
+    ]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_ranks_but_the_first_print_nothing(
+    rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whose step each opens: its own, of what all of them were asked for."""
+    opened: list[Any] = []
+    monkeypatch.setattr(ranks, "join", lambda timeout: nullcontext(SimpleNamespace(rank=rank, timeout=timeout)))
+    monkeypatch.setattr(rank_models, "open_rank_stepped", lambda *given, **options: opened.append((given, options)))
+    with opened_on_ranks("tp=2", "megatron", ["heads=tp"], 7.0, "a text") as step:
+        step("m", cache="bf16")
+        print("a piece of text")
+        print("progress", file=sys.stderr)
+    told = capsys.readouterr()
+    assert (told.out, told.err) == (("", "") if rank else ("a piece of text\n", "progress\n"))
+    asked = {"recipe": "megatron", "axes": {"heads": "tp"}, "agree": {"texts and options": "a text"}}
+    assert opened == [(("m", "tp=2", SimpleNamespace(rank=rank, timeout=7.0)), {**asked, "cache": "bf16"})]
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
@@ -330,6 +410,44 @@ def test_a_process_that_nobody_started_as_a_rank_is_told_how(monkeypatch: pytest
     for name, value in (("RANK", "2"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="RANK is a number below WORLD_SIZE"):
+        join()
+
+
+@pytest.mark.parametrize(
+    ("rank", "met", "told"),
+    [
+        (0, None, "ranks 1, 2 did not come within 0.05 s: None"),
+        (1, RuntimeError(f"no {'route ' * 99}\nat all"), "rank 1 of 3 met no others at localhost within 0.05 s: no route"),
+    ],
+)
+def test_who_does_not_come_to_the_start_is_told(
+    rank: int, met: Exception | None, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.distributed import HashStore
+
+    def meets(url: str, given: int, size: int, timeout: timedelta) -> Iterator[Any]:
+        assert (url, given, size, timeout.total_seconds()) == ("env://", rank, 3, 0.05)
+        if met is not None:
+            raise met
+        yield HashStore(), rank, size
+
+    monkeypatch.setattr(importlib.import_module("torch.distributed.rendezvous"), "rendezvous", meets)
+    monkeypatch.setattr(ranks, "_STARTING", 0.05)
+    place = {"RANK": f"{rank}", "WORLD_SIZE": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RankError) as error:
+        join(0.01)
+    found = error.value
+    assert f"{found.what}: {found.received}".startswith(told)
+    assert len(found.received or "") == (0 if met is None else 300)
+
+
+def test_ranks_need_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="ranks meet through PyTorch, which is not installed"):
         join()
 
 

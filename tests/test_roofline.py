@@ -6,12 +6,16 @@ import json
 import subprocess
 import sys
 import xml.etree.ElementTree
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 import treadle
+from tests.golden import Golden
 from treadle.backends.registry import find_backend
 from treadle.ir.analysis.cost import graph_cost
 from treadle.ir.errors import UsageError
@@ -19,10 +23,14 @@ from treadle.ir.errors import UsageError
 if find_backend("tvm").available():
     pytest.skip("needs TVM", allow_module_level=True)
 
+from typer.testing import CliRunner
+
 from treadle.backends.tvm.profiling import time_calls
-from treadle.benching.roofline import measure_roofline
+from treadle.benching import roofline
+from treadle.benching.roofline import KernelRow, Roofline, _joined, measure_roofline
 from treadle.benching.roofline_drawing import draw_roofline
 from treadle.benching.serving import measured_limits
+from treadle.cli.application import app
 from treadle.ir.target import Target
 
 SMALL = {"layers": 2, "dim": 64, "heads": 2, "hidden": 96, "vocab": 100}
@@ -100,6 +108,45 @@ def test_the_drawing_has_a_dot_for_each_kernel_inside_its_frame() -> None:
         assert "of the run" in str(dot.findtext(f"{kind}title"))
 
 
+MADE = Roofline(
+    "m",
+    "cpu",
+    1,
+    {"B": 2, "S": 9},
+    (
+        KernelRow("product_1", "linear+gelu", 4, 3e-3, 6_000_000_000, 2_000_000, "f32", 2e-3, "m.py:7"),
+        KernelRow("product_2", "linear", 2, 1e-3, 1_000_000_000, 4_000, "int8", 4e-4, ""),
+        KernelRow("moved", "transpose", 1, 1e-5, 0, 120_000, "f32", 6e-6, "m.py:9"),
+    ),
+    {"f32": 3e12, "int8": 9e12},
+    2e10,
+    3_000_000,
+)
+
+
+def test_what_is_told_and_drawn(golden: Golden) -> None:
+    golden("roofline/told.txt", f"{MADE}\n\n{replace(MADE, sizes={}, threads=2)}\n")
+    golden("roofline/drawn.svg", draw_roofline(MADE))
+    first = {"kernel": "product_1", "what": "linear+gelu", "calls": 4, "seconds": 3e-3, "flops": 6_000_000_000}
+    told = MADE.as_dict()
+    assert told.pop("kernels")[0] == {**first, "bytes": 2_000_000, "dtype": "f32", "least": 2e-3, "source": "m.py:7"}
+    rates = {"rates": {"f32": 3e12, "int8": 9e12}, "read": 2e10, "held": 3_000_000}
+    assert told == {"model": "m", "target": "cpu", "threads": 1, "sizes": {"B": 2, "S": 9}, **rates}
+
+
+def test_a_kernel_in_two_places_is_counted_together() -> None:
+    one, other = replace(MADE.rows[0], source=""), replace(MADE.rows[0], calls=1, seconds=8e-3)
+    assert _joined(None, other) is other
+    assert _joined(one, other) == replace(one, calls=5, seconds=4e-3, source="m.py:7")
+
+
+def test_a_model_with_states_has_no_roofline() -> None:
+    made: Any = treadle.compile("bert", backend="tvm", **SMALL)
+    stateful: Any = SimpleNamespace(executable=made.executable, name="m", graph=SimpleNamespace(states={"keys": ()}))
+    with pytest.raises(UsageError, match="m has states, and a roofline runs a model without any"):
+        measure_roofline(stateful, SIZES)
+
+
 def test_the_command(tmp_path: Path) -> None:
     options = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
     words = [sys.executable, "-m", "treadle", "roofline", "bert", *options, "--sizes", "B=2,S=9", "--rounds", "1"]
@@ -108,3 +155,26 @@ def test_the_command(tmp_path: Path) -> None:
         [*words, "--svg", str(tmp_path / "r.svg"), "--json"], capture_output=True, text=True, check=True
     )
     assert json.loads(done.stdout)["kernels"] and (tmp_path / "r.svg").read_text().startswith("<svg")
+
+
+def test_the_command_tells_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    made = treadle.compile("bert", **SMALL)
+
+    def measure(model: Any, sizes: Any, **how: Any) -> Roofline:
+        assert model is made
+        given.update(how, sizes=sizes)
+        return MADE
+
+    monkeypatch.setattr(treadle, "compile", lambda model, **how: given.update(how, model=model) or made)
+    monkeypatch.setattr(roofline, "measure_roofline", measure)
+    words = "roofline bert --sizes B=2,S=9 --rounds 3 --threads 1 --seed 4 --dtype bf16 --quantize int8 --widen f16 --svg"
+    done = CliRunner().invoke(app, [*words.split(), str(tmp_path / "r.svg"), "--inputs", "lengths", "--set", "layers=2"])
+    assert done.stdout == f"{MADE}\nwrote {tmp_path / 'r.svg'}\n"
+    assert (tmp_path / "r.svg").read_text() == draw_roofline(MADE)
+    how = {"backend": "tvm", "target": Target("cpu", 1), "dtype": "bf16", "quantize": "int8", "widen": ("f16",)}
+    asked = {"model": "bert", "inputs": ("lengths",), "layers": 2, "seed": 4, "rounds": 3, "sizes": SIZES}
+    assert given == {**how, **asked}
+    refused = CliRunner().invoke(app, ["roofline", "m.treadle", "--quantize", "int8"])
+    assert refused.exit_code == 2
+    assert "an artifact is what was compiled, and takes no --quantize" in refused.stderr

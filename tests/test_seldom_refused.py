@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import numpy as np
@@ -55,6 +56,7 @@ from treadle.resolving import resolve
 from treadle.runtime.beams import Beams
 from treadle.runtime.speculation import DraftModel, PromptLookup, speculate
 from treadle.sharding import shard_model
+from treadle.sharding.rank_models import RankPart
 from treadle.stepped import open_stepped
 from treadle.tasks.answering import QuestionAnswerer
 from treadle.tasks.classifying import HEAD, TextClassifier
@@ -150,6 +152,9 @@ def begun(session: Any) -> None:
     session.prefill({row: [1, 2]})
     session.verify(row, [3, 4])
 
+
+quiet: Any = SimpleNamespace(doing=lambda told: None)
+"""A rank that tells nobody what it does."""
 
 nobody: Any = None
 """In place of a model that is not asked: what it would be asked for is refused."""
@@ -288,6 +293,9 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
         lambda _: shard_model(t.model(_rowless), "pp=2,micro=2", recipe="gpipe"), UsageError, "_rowless has no batch"
     ),
     "no sizes": (lambda _: verify_model(read("relu(x)"), sizes=[]), UsageError, "there are no sizes to verify at"),
+    "a pipeline that writes": (
+        lambda _: RankPart.of("gpt2", "pp=2", quiet, recipe="gpipe", whole=True), PassError, "a pipeline has no step"
+    ),
     # generation
     "no room": (lambda _: begun(t.compile("gpt2", **SMALL).session(rows=1, capacity=3)), UsageError, "row 0 has no room"),
     "no beams": (lambda _: Beams(0), UsageError, "a search has 1 beam or more"),

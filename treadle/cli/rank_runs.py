@@ -76,7 +76,7 @@ def run_rank(
     from treadle.ir.target import Target
     from treadle.npy_files import write_npy
     from treadle.option_values import input_names, parse_axes, parse_config, parse_inputs
-    from treadle.reports import array_facts, array_table, console, human
+    from treadle.reports import array_facts, array_table, console, counted, human
     from treadle.runtime.distributed.ranks import join
     from treadle.sharding.rank_models import compile_rank
 
@@ -135,7 +135,7 @@ def run_rank(
     for name, shown in facts.items():
         if "values" in shown:
             print(f"\n{name} = {json.dumps(shown['values'])}")
-    print(f"\n{made.name} ran in {seconds * 1e3:.1f} ms in {backend} on {ranks.size} ranks, {made.plan.mesh}")
+    print(f"\n{made.name} ran in {seconds * 1e3:.1f} ms in {backend} on {counted(ranks.size, 'rank')}, {made.plan.mesh}")
     print(f"of rank 0: its weights {weights}")
     for (op, over), each in moved:
         print(f"  {each.times} x {op} over {over}, {human(each.bytes, 'B')} together")
