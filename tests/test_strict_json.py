@@ -65,6 +65,13 @@ def test_what_is_refused_is_told_with_its_byte(text: bytes, what: str, byte: int
     assert (error.value.what, error.value.within) == (what, f"a text, byte {byte}")
 
 
+@pytest.mark.parametrize(("text", "byte"), [(b'{"a": "\xff"}', "0xff"), (b'{"a": "\t"}', "0x09")])
+def test_a_byte_that_is_no_character_is_shown(text: bytes, byte: str) -> None:
+    with pytest.raises(CheckpointError) as error:
+        read_json_object(text, "a text", nesting=1, values=1)
+    assert error.value.received == f"byte {byte}"
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [(b" 0", 0), (b"9223372036854775807]", 2**63 - 1), (b"9223372036854775808", None), (b"1" * 20, None), (b"-1", None)]
