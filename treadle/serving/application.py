@@ -99,7 +99,7 @@ class Server:
         return await self._answered(request, served, prompts, wanted.how, chat=False)
 
     async def chat(self, request: Request) -> Response:
-        """AnswerForm messages."""
+        """Answer messages."""
         wanted = requests.read_chat(await self._fields(request))
         served = self._writer(wanted.how.model)
         prompt = await asyncio.to_thread(served.chat_ids, wanted.messages)

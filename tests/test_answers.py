@@ -1,0 +1,267 @@
+"""What the server answers, in one process: the bodies of answers, and what is told of requests that end in other ways."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Callable, Sequence
+from pprint import pformat
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("starlette")
+pytest.importorskip("prometheus_client")
+
+from tests.golden import Golden
+from treadle.embedding import Embedded
+from treadle.ir.errors import UsageError
+from treadle.runtime.generation import Token
+from treadle.runtime.scheduler import Closed, Cut, Ended, Load, QueueFull, TextOrder
+from treadle.serving.answers import AnswerForm, GrowingChoice, PromptTokens, embeddings, text_of
+from treadle.serving.application import Limits, Server
+from treadle.serving.models import ServedEmbedder, ServedWriter
+
+WORDS = ["the ", "cat ", "é", "sat"]
+TOKENS = [
+    Token(0, 0, None, -0.5, ((0, -0.5), (1, -1.25))),
+    Token(0, 2, None, -math.inf, ((2, -math.inf), (3, -2.0))),
+    Token(0, 3, "count", -3.0, ((3, -3.0), (0, -4.0))),
+]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_bodies_are_as_the_reference_says(chat: bool, golden: Golden) -> None:
+    """Whole, and piece by piece; a logarithm of no probability is one that JSON can say."""
+    lines: list[str] = []
+    for likely in (None, 2):
+        form = AnswerForm("m", chat, likely, lambda id: WORDS[id], made=5, name="n")
+        choices = [GrowingChoice(0), GrowingChoice(1, "", [], "stop"), GrowingChoice(2)]
+        read = PromptTokens(7, 4)
+        pieces = [form.begin(0)]
+        for token in TOKENS:
+            choices[0].text += WORDS[token.id]
+            choices[0].tokens.append(token)
+            choices[0].ending = token.ending
+            pieces.append(form.piece(choices[0], "" if token.id else WORDS[token.id], token))
+        bodies = [*pieces, form.counts(choices, read), form.whole(choices, read)]
+        assert all(json.loads(text_of(body)) == body for body in bodies)
+        lines += [f"# likely={likely}", *(pformat(body, width=118, sort_dicts=False) for body in bodies)]
+    golden(f"serving/{'chat' if chat else 'completions'}.txt", "\n".join(lines))
+
+
+@pytest.mark.parametrize(("ending", "told"), [("end", "stop"), ("stop", "stop"), ("context", "length"), (None, "length")])
+def test_why_a_text_ends(ending: Any, told: str) -> None:
+    form = AnswerForm("m", False, None, str)
+    whole = form.whole([GrowingChoice(0, "a", [Token(0, 1, ending)], ending)], PromptTokens(1, 0))
+    assert whole["choices"][0]["finish_reason"] == told
+    assert form.piece(GrowingChoice(0), "", Token(0, 1, ending))["choices"][0]["finish_reason"] == (ending and told)
+
+
+def test_vectors_as_numbers_and_as_bytes() -> None:
+    vectors = np.array([[1.0, -0.5], [0.25, 2.0]], np.float32)
+    head = {"object": "list", "model": "m", "usage": {"prompt_tokens": 9, "total_tokens": 9}}
+    for as_bytes, told in ((False, [[1.0, -0.5], [0.25, 2.0]]), (True, ["AACAPwAAAL8=", "AACAPgAAAEA="])):
+        found = embeddings("m", vectors, 9, as_bytes)
+        data = [{"object": "embedding", "index": i, "embedding": each} for i, each in enumerate(told)]
+        assert found == {**head, "data": data}
+
+
+# -- in one process ------------------------------------------------------------------------------------------------
+
+
+class Writer(ServedWriter):
+    """A model whose scheduler does as it is told, given the requests' orders."""
+
+    def __init__(self, submit: Callable[[Sequence[tuple[TextOrder, Any]]], None]) -> None:
+        def submitted(orders: Sequence[tuple[TextOrder, Any]]) -> list[Any]:
+            submit(orders)
+            return [SimpleNamespace(cancel=lambda: self.cancelled.append(1), reused=reused) for _, reused in zip(orders, (5, 3, 4, 2), strict=False)]
+
+        self.cancelled: list[int] = []
+        self.name = "tiny"
+        tokenizer = SimpleNamespace(text=lambda ids, **_: "".join(WORDS[id] for id in ids))
+        self.writer = SimpleNamespace(tokenizer=tokenizer, end=(), tokens=lambda texts: [[0, 1, 2, 3] for _ in texts])  # type: ignore[assignment]
+        session = SimpleNamespace(capacity=9)
+        self.scheduler = SimpleNamespace(  # type: ignore[assignment]
+            submit=submitted, session=session, check=lambda ids: None, load=lambda: Load()
+        )
+
+
+class Asked:
+    """An application that is asked without a socket: status, headers and body of each answer."""
+
+    def __init__(self, *served: Any, limits: Limits | None = None, key: str | None = None) -> None:
+        self.server = Server(served, limits=limits, key=key)
+        self.application = self.server.application()
+        self.headers: dict[str, str] = {}
+
+    def __call__(self, method: str, path: str, *messages: Any, **headers: str) -> tuple[int, Any]:
+        kinds = {"content-type": "application/json", **headers}
+        scope = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "query_string": b"",
+            "path": path, "headers": [(name.encode(), value.encode()) for name, value in kinds.items()],
+        }  # fmt: skip
+        parts, sent = list(messages), list[Any]()
+
+        async def receive() -> Any:
+            return parts.pop(0) if parts else await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        asyncio.run(self.application(scope, receive, send))
+        self.headers = {name.decode(): value.decode() for name, value in sent[0].get("headers", ())}
+        return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:]).decode()
+
+    def post(self, path: str, body: Any, *more: Any, **headers: str) -> tuple[int, Any]:
+        return self("POST", path, {"type": "http.request", "body": json.dumps(body).encode()}, *more, **headers)
+
+
+PROMPT = {"model": "tiny", "prompt": "a", "max_tokens": 4}
+
+
+def error(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("ends", "status", "told"),
+    [
+        (QueueFull("5 texts wait already"), 429, ("5 texts wait already; ask again later", "rate_limit_error", "queue_full")),
+        (Closed("closed"), 503, ("the server is being shut down", "server_error", "shutting_down")),
+        (UsageError("no room", received="9"), 400, ("no room; received 9", "invalid_request_error")),
+        (Cut.LATE, 408, ("the answer took longer than a request may", "invalid_request_error", "timeout")),
+        (Cut.CLOSED, 503, ("the server is being shut down", "server_error", "shutting_down")),
+        (UsageError("a step\nfailed", hint="less"), 500, ("a step failed; less", "server_error")),
+    ],
+)  # fmt: skip
+def test_texts_that_are_given_up(stream: bool, ends: Any, status: int, told: tuple[str, ...]) -> None:
+    """At once, with a status of their own; in a stream that has begun, as its last event."""
+
+    def submit(orders: Sequence[tuple[TextOrder, Any]]) -> None:
+        if isinstance(ends, Exception) and status != 500:
+            raise ends
+        for _, tell in orders:
+            tell(Ended(ends))
+
+    writer = Writer(submit)
+    asked = Asked(writer)
+    found, body = asked.post("/v1/completions", {**PROMPT, "stream": stream})
+    assert (found, json.loads(body)) == (status, error(*told))
+    assert bool(writer.cancelled) == isinstance(ends, Cut) or status == 500
+    assert asked.headers.get("retry-after") == ("1" if status == 429 else None)
+    assert f'treadle_requests_total{{route="/v1/completions",status="{status}"}} 1.0' in asked("GET", "/metrics")[1]
+
+
+def test_a_stream_that_is_given_up_ends_with_the_error() -> None:
+    def submit(orders: Sequence[tuple[TextOrder, Any]]) -> None:
+        (_, tell), (_, other) = orders
+        tell(Token(0, 0))
+        other(Ended(Cut.LATE))
+
+    writer = Writer(submit)
+    asked = Asked(writer)
+    status, body = asked.post("/v1/completions", {**PROMPT, "n": 2, "stream": True})
+    assert asked.headers["cache-control"] == "no-store"
+    first, last, rest = body.split("\n\n")
+    assert (status, rest) == (200, "")
+    assert json.loads(first.removeprefix("data: "))["object"] == "text_completion"
+    late = error("the answer took longer than a request may", "invalid_request_error", "timeout")
+    assert json.loads(last.removeprefix("data: ")) == late
+    assert len(writer.cancelled) >= 2
+
+
+def test_prompts_that_several_texts_follow_count_once() -> None:
+    """What slots held of a prompt is the least that one of its texts was begun with."""
+
+    def submit(orders: Sequence[tuple[TextOrder, Any]]) -> None:
+        assert [order.number for order, _ in orders] == [0, 1, 0, 1]
+        assert {order.choosing.most for order, _ in orders} == {6}
+        for _, tell in orders:
+            tell(Token(0, 0, "stop"))
+            tell(Ended())
+
+    asked = Asked(Writer(submit))
+    status, body = asked.post("/v1/completions", {"model": "tiny", "prompt": ["a", "b"], "max_tokens": 6, "n": 2})
+    assert status == 200
+    used = {"prompt_tokens": 8, "completion_tokens": 4, "total_tokens": 12}
+    assert json.loads(body)["usage"] == {**used, "prompt_tokens_details": {"cached_tokens": 3 + 2}}
+    assert 'treadle_first_token_seconds_count{model="tiny"} 1.0' in asked("GET", "/metrics")[1]
+
+
+def test_a_text_of_no_length_may_be_as_long_as_there_is_room() -> None:
+    def submit(orders: Sequence[tuple[TextOrder, Any]]) -> None:
+        assert [order.choosing.most for order, _ in orders] == [9 - 4 + 1]
+        raise Closed("closed")
+
+    writer = Writer(submit)
+    writer.chat_ids = lambda messages: (0, 1, 2, 3)  # type: ignore[method-assign]
+    messages = [{"role": "user", "content": "a"}]
+    assert Asked(writer).post("/v1/chat/completions", {"model": "tiny", "messages": messages})[0] == 503
+
+
+def test_what_a_request_may_take() -> None:
+    assert Limits() == Limits(body=2**20, arrival=30.0, seconds=600.0)
+
+
+def test_a_caller_who_goes_is_counted_and_given_up() -> None:
+    writer = Writer(lambda orders: None)
+    asked = Asked(writer)
+    asked.post("/v1/completions", PROMPT, {"type": "http.disconnect"})
+    assert len(writer.cancelled) == 1
+    assert 'treadle_requests_total{route="/v1/completions",status="499"} 1.0' in asked("GET", "/metrics")[1]
+
+
+def test_a_failure_of_the_server_is_told_to_both(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(texts: Any) -> Embedded:
+        raise ZeroDivisionError("by nothing")
+
+    asked = Asked(ServedEmbedder("vectors", SimpleNamespace(embed_reporting=fail, width=2), queue=1))  # type: ignore[arg-type]
+    status, body = asked.post("/v1/embeddings", {"model": "vectors", "input": "a"})
+    assert (status, json.loads(body)) == (500, error("the server failed to answer this", "server_error", "internal"))
+    assert capsys.readouterr().err == "POST /v1/embeddings: ZeroDivisionError: by nothing\n"
+
+
+def test_a_body_that_is_late_or_too_long_is_refused() -> None:
+    asked = Asked(Writer(lambda orders: None), limits=Limits(body=4, arrival=0.01))
+    part = {"type": "http.request", "body": b"{", "more_body": True}
+    late = error("the body did not come in time", "invalid_request_error", "timeout")
+    long = error("the body has more than 4 bytes", "invalid_request_error", "body_too_large")
+    for parts, status, told in ((1, 408, late), (4, 408, late), (5, 413, long)):
+        found, body = asked("POST", "/v1/completions", *[part] * parts)
+        assert (found, json.loads(body)) == (status, told)
+
+
+@pytest.mark.parametrize(
+    ("given", "status"),
+    [(None, 401), ("Bearer a-key", 200), ("bearer  a-key", 200), ("Basic a-key", 401), ("Bearer a-key2", 401)],
+)
+def test_who_shows_the_key_may_ask(given: str | None, status: int) -> None:
+    """Whether the server is there may be asked by anyone."""
+    asked = Asked(Writer(lambda orders: None), key="a-key")
+    headers = {} if given is None else {"authorization": given}
+    found, body = asked("GET", "/v1/models", **headers)
+    assert found == status
+    if status == 401:
+        assert json.loads(body) == error("this server wants a key", "authentication_error", "invalid_api_key")
+        assert asked.headers["www-authenticate"] == "Bearer"
+    assert asked("GET", "/health") == (200, '{"status":"ok"}')
+    assert asked("GET", "/metrics", **headers)[0] == status
+
+
+def test_what_is_served_is_listed() -> None:
+    asked = Asked(Writer(lambda orders: None))
+    asked.server.started = 7
+    told = {"id": "tiny", "object": "model", "created": 7, "owned_by": "treadle"}
+    assert json.loads(asked("GET", "/v1/models")[1]) == {"object": "list", "data": [told]}
+    assert json.loads(asked("GET", "/v1/models/tiny")[1]) == told
+    status, body = asked("GET", f"/v1/models/{'x' * 99}")
+    missing = error(f"no model '{'x' * 80}' is served; tiny", "not_found_error", "model_not_found", "model")
+    assert (status, json.loads(body)) == (404, missing)
+    assert json.loads(asked("GET", "/v1/nothing")[1]) == error("there is nothing at this address", "not_found_error")
+    assert asked("GET", "/health/")[0] == 404
