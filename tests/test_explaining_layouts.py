@@ -17,6 +17,10 @@ from treadle.artifacts import load
 from treadle.backends.registry import find_backend
 from treadle.cli.application import app
 from treadle.explaining.layouts import explain_layouts
+from treadle.explaining.memory import explain_memory
+from treadle.explaining.step import explain_step
+from treadle.explaining.storage import explain_storage
+from treadle.ir.errors import CheckpointError
 from treadle.ir.graph import Graph
 from treadle.ir.hashing import canonical_form
 from treadle.ir.text.parser import parse_graph
@@ -174,6 +178,18 @@ def test_an_artifact_holds_no_stage_of_a_backend(tmp_path: Path) -> None:
     tokens = np.array([[3, 1, 4, 1, 5]])
     # Two layers in float32: 64 roundings of logits, which are about one.
     np.testing.assert_allclose(again(tokens=tokens)["logits"], made(tokens=tokens)["logits"], rtol=0, atol=64 * 2**-23)
+
+
+@pytest.mark.parametrize("explain", [explain_layouts, explain_storage, explain_memory, explain_step])
+def test_an_artifact_is_explained_as_the_model_that_it_was_made_of(explain: Any, tmp_path: Path) -> None:
+    """But for folders of lines, and numbers of values of one name, which the text of a graph counts anew."""
+    file = tmp_path / "model.treadle"
+    treadle.compile("gpt2", **SMALL).save(file)
+    told = explain("gpt2", **SMALL), explain(file)
+    wanted, found = (re.sub(r"\S+\.py:\d+|_\d+\b| +", "", str(each)) for each in told)
+    assert found == wanted
+    with pytest.raises(CheckpointError, match="more tensors than the limit"):
+        explain(file, limits={"tensors": 3})
 
 
 # -- what has not changed --------------------------------------------------------------------------------------

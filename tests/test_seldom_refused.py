@@ -5,6 +5,7 @@ The whole texts are in tests/golden/errors/, as of all errors.
 
 from __future__ import annotations
 
+import json
 import pickle
 import sys
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from treadle.artifacts import ArtifactLimits
 from treadle.backends.staged import StagedBackend, build
 from treadle.cli.application import app
 from treadle.cli.generate import _refuse
+from treadle.explaining.layouts import explain_layouts
+from treadle.explaining.memory import compare_memory
 from treadle.fetch import _only_file
 from treadle.files.limits import limits_of
 from treadle.frontends.gguf_blocks import import_gguf
@@ -90,6 +93,10 @@ def traced(body: Callable[[Any], Any]) -> Graph:
         return made
 
     return model.graph()
+
+
+def alike(before: Any) -> str:
+    return compare_memory({"peak": 4, "storages": before}, {"peak": 4, "storages": {"a": 4}})
 
 
 def read(line: str, shape: str = "[B, 4]") -> Graph:
@@ -296,6 +303,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "a pipeline that writes": (
         lambda _: RankPart.of("gpt2", "pp=2", quiet, recipe="gpipe", whole=True), PassError, "a pipeline has no step"
     ),
+    "memory as a text": (lambda _: alike({"a": "4"}), UsageError, "this is not what explain memory --json writes"),
+    "no memory of storages": (lambda _: alike([4]), UsageError, "this is not what explain memory --json writes"),
+    "an artifact's options": (
+        lambda p: explain_layouts(p / "m.treadle", bias=False), UsageError, "an artifact is what was compiled, and"
+    ),
     # generation
     "no room": (lambda _: begun(t.compile("gpt2", **SMALL).session(rows=1, capacity=3)), UsageError, "row 0 has no room"),
     "no beams": (lambda _: Beams(0), UsageError, "a search has 1 beam or more"),
@@ -369,6 +381,9 @@ COMMANDS: dict[str, str] = {  # by the words of a command, how its error begins
     "explain gpt2 memory --mesh tp=2": "--mesh, --recipe, --axis and --device are about sharding",
     "explain gpt2 storage --certify": "--expect and --certify are about fusion",
     "explain gpt2 sharding": "sharding is over a mesh",
+    "explain gpt2 memory --against old.json --json": "--against compares in words, and --json prints one object",
+    "explain m.treadle memory --dtype bf16 --inputs x": "an artifact is what was compiled, and takes no inputs or dtype",
+    "explain m.treadle step --set dim=4 --quantize int8": "an artifact is what was compiled, and takes no quantize or dim",
     "compile gpt2 -o m.bin": "an artifact's name must end in .treadle",
     "export gpt2 -o m.bin": "an ONNX model's name must end in .onnx",
     "shard gpt2 --mesh tp=2 -o m.bin": "an artifact's name must end in .treadle",
@@ -397,5 +412,7 @@ def test_a_command_is_refused(
         app(words.split())
     assert ended.value.code == 2
     told = capsys.readouterr()
+    if "--json" in words:
+        told = SimpleNamespace(out=told.err, err=json.loads(told.out)["error"]["what"])
     assert told.out == ""
     assert told.err.startswith(COMMANDS[words])

@@ -115,6 +115,8 @@ def explain_sites(
         raise UsageError("--sizes and --svg are about memory and sharding", received=f"explain {model} {subject}")
     if subject != "memory" and (donate or against is not None):
         raise UsageError("--donate and --against are about memory", received=f"explain {model} {subject}")
+    if against is not None and as_json:
+        raise UsageError("--against compares in words, and --json prints one object", hint="one of them")
     split = {"mesh": mesh, "recipe": recipe, "axes": parse_axes(axis or ()) or None, "device": device}
     if subject != "sharding" and any(value is not None for value in split.values()):
         told = "--mesh, --recipe, --axis and --device are about sharding"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from treadle.artifacts import is_artifact, open_artifact
+from treadle.artifacts import ArtifactLimits, is_artifact, open_artifact
 from treadle.backends.made_weights import Recipe, recipes_of
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import StagedBackend
@@ -141,8 +141,7 @@ def lowered_for(
     if not isinstance(chosen, StagedBackend):
         raise UsageError(f"backend {backend} has no passes of its own to tell of", hint="numpy, torch or tvm")
     if is_artifact(model):
-        held = open_artifact(str(model))
-        name, optimized = held.name, held.optimized.graph
+        name, optimized = compiled_before(model, inputs=inputs, **config)
     else:
         others = {name: value for name, value in config.items() if name not in ("dtype", "widen", "quantize")}
         asked = config.get("dtype"), checked_passes(passes), config.get("widen", ()), config.get("quantize")
@@ -151,6 +150,25 @@ def lowered_for(
         name, optimized = resolved.name, PassManager(pipeline).run(resolved.graph).graph
     where = target if isinstance(target, Target) else Target(target)
     return name, chosen.lower(optimized, where, donate=donate)
+
+
+def compiled_before(
+    model: object, *, limits: ArtifactLimits | Mapping[str, int] | None = None, **options: Any
+) -> tuple[str, Graph]:
+    """The name and the optimized graph of an artifact, which is configured, and whose passes have run.
+
+    Raises UsageError for options that would change that.
+    """
+    known = ("inputs", "dtype", "quantize", "widen")
+    given = [name for name, value in options.items() if name not in known or value]
+    if given:
+        raise UsageError(
+            "an artifact is what was compiled, and takes no " + " or ".join(given),
+            received=str(model),
+            hint="the model that it was made of",
+        )
+    held = open_artifact(str(model), limits=limits)
+    return held.name, held.optimized.graph
 
 
 def layouts_of(name: str, backend: str, graph: Graph) -> Layouts:

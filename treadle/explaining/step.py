@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from treadle.artifacts import is_artifact, open_artifact
+from treadle.artifacts import is_artifact
 from treadle.compiling import checked_passes
 from treadle.computing import Widen, computing_in
+from treadle.explaining.layouts import compiled_before
 from treadle.frontends.declarations import Model
 from treadle.ir.analysis.following import follow
 from treadle.ir.graph import Graph, Value
@@ -144,8 +145,7 @@ def explain_step(
     cache   the dtype of its caches: "f32", "bf16" or "f16"; None: the model's own
     """
     if is_artifact(model):
-        held = open_artifact(str(model))
-        name, graph = held.name, held.optimized.graph
+        name, graph = compiled_before(model, inputs=inputs, dtype=dtype, quantize=quantize, widen=widen, **config)
     else:
         pipeline, widen = computing_in(dtype, checked_passes(passes), widen, quantize)
         resolved = resolve(model, inputs=inputs, widen=widen, **config)
