@@ -1,4 +1,4 @@
-"""What the server answers, in one process: the bodies of answers, and what is told of requests that end in other ways."""
+"""What the server answers, in one process: bodies of answers, and what is told of requests that end in other ways."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ def test_bodies_are_as_the_reference_says(chat: bool, golden: Golden) -> None:
     golden(f"serving/{'chat' if chat else 'completions'}.txt", "\n".join(lines))
 
 
-@pytest.mark.parametrize(("ending", "told"), [("end", "stop"), ("stop", "stop"), ("context", "length"), (None, "length")])
+@pytest.mark.parametrize(
+    ("ending", "told"), [("end", "stop"), ("stop", "stop"), ("context", "length"), (None, "length")]
+)
 def test_why_a_text_ends(ending: Any, told: str) -> None:
     form = AnswerForm("m", False, None, str)
     whole = form.whole([GrowingChoice(0, "a", [Token(0, 1, ending)], ending)], PromptTokens(1, 0))
@@ -79,7 +81,10 @@ class Writer(ServedWriter):
     def __init__(self, submit: Callable[[Sequence[tuple[TextOrder, Any]]], None]) -> None:
         def submitted(orders: Sequence[tuple[TextOrder, Any]]) -> list[Any]:
             submit(orders)
-            return [SimpleNamespace(cancel=lambda: self.cancelled.append(1), reused=reused) for _, reused in zip(orders, (5, 3, 4, 2), strict=False)]
+            return [
+                SimpleNamespace(cancel=lambda: self.cancelled.append(1), reused=reused)
+                for _, reused in zip(orders, (5, 3, 4, 2), strict=False)
+            ]
 
         self.cancelled: list[int] = []
         self.name = "tiny"
@@ -132,7 +137,7 @@ def error(message: str, kind: str, code: str | None = None, param: str | None = 
 @pytest.mark.parametrize(
     ("ends", "status", "told"),
     [
-        (QueueFull("5 texts wait already"), 429, ("5 texts wait already; ask again later", "rate_limit_error", "queue_full")),
+        (QueueFull("5 texts wait"), 429, ("5 texts wait; ask again later", "rate_limit_error", "queue_full")),
         (Closed("closed"), 503, ("the server is being shut down", "server_error", "shutting_down")),
         (UsageError("no room", received="9"), 400, ("no room; received 9", "invalid_request_error")),
         (Cut.LATE, 408, ("the answer took longer than a request may", "invalid_request_error", "timeout")),

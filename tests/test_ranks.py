@@ -417,7 +417,11 @@ def test_a_process_that_nobody_started_as_a_rank_is_told_how(monkeypatch: pytest
     ("rank", "met", "told"),
     [
         (0, None, "ranks 1, 2 did not come within 0.05 s: None"),
-        (1, RuntimeError(f"no {'route ' * 99}\nat all"), "rank 1 of 3 met no others at localhost within 0.05 s: no route"),
+        (
+            1,
+            RuntimeError(f"no {'route ' * 99}\nat all"),
+            "rank 1 of 3 met no others at localhost within 0.05 s: no route",
+        ),
     ],
 )
 def test_who_does_not_come_to_the_start_is_told(

@@ -168,8 +168,12 @@ def test_the_command_tells_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(treadle, "compile", lambda model, **how: given.update(how, model=model) or made)
     monkeypatch.setattr(roofline, "measure_roofline", measure)
-    words = "roofline bert --sizes B=2,S=9 --rounds 3 --threads 1 --seed 4 --dtype bf16 --quantize int8 --widen f16 --svg"
-    done = CliRunner().invoke(app, [*words.split(), str(tmp_path / "r.svg"), "--inputs", "lengths", "--set", "layers=2"])
+    words = (
+        "roofline bert --sizes B=2,S=9 --rounds 3 --threads 1 --seed 4 --dtype bf16 --quantize int8 --widen f16 --svg"
+    )
+    done = CliRunner().invoke(
+        app, [*words.split(), str(tmp_path / "r.svg"), "--inputs", "lengths", "--set", "layers=2"]
+    )
     assert done.stdout == f"{MADE}\nwrote {tmp_path / 'r.svg'}\n"
     assert (tmp_path / "r.svg").read_text() == draw_roofline(MADE)
     how = {"backend": "tvm", "target": Target("cpu", 1), "dtype": "bf16", "quantize": "int8", "widen": ("f16",)}

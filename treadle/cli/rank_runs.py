@@ -135,7 +135,9 @@ def run_rank(
     for name, shown in facts.items():
         if "values" in shown:
             print(f"\n{name} = {json.dumps(shown['values'])}")
-    print(f"\n{made.name} ran in {seconds * 1e3:.1f} ms in {backend} on {counted(ranks.size, 'rank')}, {made.plan.mesh}")
+    print(
+        f"\n{made.name} ran in {seconds * 1e3:.1f} ms in {backend} on {counted(ranks.size, 'rank')}, {made.plan.mesh}"
+    )
     print(f"of rank 0: its weights {weights}")
     for (op, over), each in moved:
         print(f"  {each.times} x {op} over {over}, {human(each.bytes, 'B')} together")

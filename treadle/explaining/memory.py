@@ -320,7 +320,9 @@ def compare_memory(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     Raises UsageError where one is not such, or they are at other sizes.
     """
     for each in (before, after):
-        counts = [each.get("peak"), *storages.values()] if isinstance(storages := each.get("storages"), dict) else [None]
+        counts = (
+            [each.get("peak"), *storages.values()] if isinstance(storages := each.get("storages"), dict) else [None]
+        )
         if not all(isinstance(count, int) for count in counts):
             raise UsageError("this is not what explain memory --json writes", received=", ".join(map(str, each))[:80])
     if before.get("sizes") != after.get("sizes"):
