@@ -26,8 +26,10 @@ from treadle.artifacts import ArtifactLimits
 from treadle.backends.staged import StagedBackend, build
 from treadle.cli.application import app
 from treadle.cli.generate import _refuse
+from treadle.explaining import layouts, memory
 from treadle.explaining.layouts import explain_layouts
-from treadle.explaining.memory import compare_memory
+from treadle.explaining.memory import compare_memory, explain_memory
+from treadle.explaining.storage import explain_storage
 from treadle.fetch import _only_file
 from treadle.files.limits import limits_of
 from treadle.frontends.gguf_blocks import import_gguf
@@ -64,6 +66,7 @@ from treadle.stepped import open_stepped
 from treadle.tasks.answering import QuestionAnswerer
 from treadle.tasks.classifying import HEAD, TextClassifier
 from treadle.tasks.filling import MaskFiller
+from treadle.tasks.images import ImageReader
 from treadle.tasks.labelling import ImageLabeller
 from treadle.tasks.matching import ImageMatcher
 from treadle.tasks.opening import checked_folder
@@ -310,6 +313,9 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     ),
     # generation
     "no room": (lambda _: begun(t.compile("gpt2", **SMALL).session(rows=1, capacity=3)), UsageError, "row 0 has no"),
+    "two inputs of tokens": (lambda _: t.compile(MODELS["packed"]).session(rows=1), UsageError, "a session feeds one"),
+    "no logits": (lambda _: t.compile(t.model(_headless)).session(rows=1), UsageError, "a session needs a model with"),
+    "what rows bring": (lambda _: t.compile(MODELS["t5"]).session(rows=1, capacity=8), UsageError, "each row"),
     "no beams": (lambda _: Beams(0), UsageError, "a search has 1 beam or more"),
     "more texts than beams": (lambda _: Beams(2, best=3), UsageError, "of 2 beams, 1 to 2 texts"),
     "a long penalty": (lambda _: Beams(2, length_penalty=100.0), UsageError, "length_penalty must lie between"),
@@ -326,6 +332,12 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
         lambda _: DraftModel(t.compile("gpt2", **SMALL).session(rows=1), count=0), UsageError, "a draft guesses 1 token"
     ),
 }  # fmt: skip
+
+
+def _headless(tokens: Annotated[t.Tensor, t.i64["B S"]]) -> t.Tensor:
+    x = t.embed(tokens, 11, 12, name="wte")
+    x = t.self_attention(x, 3, mask=t.causal, name="attn")
+    return t.rearrange(x, pattern="b s (h d=4) -> b s h d")
 
 
 def _rowless(x: Annotated[t.Tensor, t.f32["4 8"]]) -> t.Tensor:
@@ -366,6 +378,43 @@ def test_it_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(kind) as caught:
         provoke(tmp_path)
     assert caught.value.what.startswith(begins)
+
+
+@pytest.mark.parametrize(
+    ("backend", "asks", "told"),
+    [
+        (nobody, explain_layouts, "backend odd has no passes of its own to tell of"),
+        (Plain(), explain_storage, "backend odd plans no storage"),
+        (Plain(), explain_memory, "backend odd plans no storage"),
+    ],
+)
+def test_a_backend_that_cannot_is_named(backend: Any, asks: Any, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (layouts, memory):
+        monkeypatch.setattr(module, "find_backend", lambda name: backend)
+    with pytest.raises(TreadleError) as caught:
+        asks("gpt2", backend="odd", **SMALL)
+    assert caught.value.what == told
+    assert caught.value.hint == "numpy, torch or tvm"
+
+
+MISSING: dict[str, tuple[str, Callable[[], Any], str]] = {  # the module, who needs it, and what is told
+    "starlette": ("", lambda: app(["serve", "gpt2"]), "serving needs the package starlette"),
+    "pillow": ("PIL.Image", lambda: ImageReader.open(nobody, "vit"), "reading images needs the package pillow"),
+}
+
+
+@pytest.mark.parametrize("package", MISSING)
+def test_a_package_that_is_not_there_is_named(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, asks, told = MISSING[package]
+    monkeypatch.setattr("treadle.cli.serve.find_spec", lambda name: None if name == package else name)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises((TreadleError, SystemExit)) as caught:
+        asks()
+    error: Any = caught.value
+    while not isinstance(error, TreadleError):
+        error = error.__context__
+    assert error.what == told
+    assert "pip install 'treadle[" in str(error.hint)
 
 
 COMMANDS: dict[str, str] = {  # by the words of a command, how its error begins

@@ -19,7 +19,7 @@ from treadle.backends.staged import build
 from treadle.computing import computing_in
 from treadle.files.shown_names import printable
 from treadle.frontends.rotary import LongRope
-from treadle.ir.errors import BackendError, UsageError
+from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
 from treadle.ir.transforms.encoded_weights import encode_weights, given_parameters
@@ -92,8 +92,7 @@ def step_of(
     """
     derived = derive_step(graph, cache=cache)
     executable, optimized = build(find_backend(backend), derived.graph, target, weights)
-    if not isinstance(executable, StatefulExecutable):
-        raise BackendError(f"backend {backend} runs no graph with states", hint="numpy, torch or tvm")
+    assert isinstance(executable, StatefulExecutable)  # others are refused where they are built
     return SteppedModel(name, derived, optimized, executable, backend)
 
 
