@@ -1,0 +1,143 @@
+"""`t.load(MODEL)`: one input gives a result, a list gives a list, and what is said of a task reaches what does it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from treadle.cli.application import app
+from treadle.ir.errors import UsageError
+from treadle.runtime.beams import Beams
+from treadle.tasks.answering import Answer, QuestionAnswerer
+from treadle.tasks.filling import Filled, Filling
+from treadle.tasks.loaded import LoadedModel
+from treadle.tasks.matching import Matched
+from treadle.tasks.options import ModelOptions
+from treadle.tasks.rewriting import Rewritten, TextRewriter
+from treadle.tasks.scoring import Scored
+
+BEAMS = Beams(2)
+
+
+class Asked:
+    """In place of what is compiled for a task: tells of each input, in turn, what it was asked for beside it."""
+
+    def __init__(self) -> None:
+        self.given: dict[str, Any] = {}
+
+    def __getattr__(self, method: str) -> Any:
+        def ask(inputs: list[Any], *more: Any, **given: Any) -> list[Any]:
+            self.given = given
+            return [(method, each, *more) for each in inputs]
+
+        return ask
+
+
+@pytest.mark.parametrize(
+    ("method", "holder", "one", "given"),
+    [
+        ("classify", "classifier", "a", {}),
+        ("classify", "classifier", ("a", "b"), {}),
+        ("tag", "tagger", "a", {"grouping": "first"}),
+        ("fill", "filler", "a", {"top": 3}),
+        ("label", "labeller", "a.png", {}),
+    ],
+)
+def test_one_gives_one_and_a_list_a_list(method: str, holder: str, one: Any, given: dict[str, Any]) -> None:
+    model, asked = LoadedModel(ModelOptions("m")), Asked()
+    model.__dict__[holder] = asked
+    assert getattr(model, method)(one, **given) == (method, one)
+    assert asked.given == given
+    assert getattr(model, method)([one, one], **given) == [(method, one)] * 2
+    assert getattr(model, method)([one], **given) == [(method, one)]
+
+
+@pytest.mark.parametrize(
+    ("method", "given"), [("translate", {"source": "en", "target": "de"}), ("summarize", {"most": 4})]
+)
+def test_texts_that_become_texts(method: str, given: dict[str, Any]) -> None:
+    model, said = LoadedModel(ModelOptions("m")), list[Any]()
+
+    def rewrite(texts: list[str], **options: Any) -> list[Rewritten]:
+        said.append(options)
+        return [Rewritten(text.upper(), (), "end", False) for text in texts]
+
+    model.__dict__["rewriter"] = SimpleNamespace(translate=rewrite, summarize=rewrite)
+    assert getattr(model, method)("a", **given) == "A"
+    assert getattr(model, method)(["a", "b"], **given) == ["A", "B"]
+    assert said == [given] * 2
+
+
+def test_questions_vectors_images_and_searches() -> None:
+    model = LoadedModel(ModelOptions("m"))
+    answer = Answer("Ada", 0.5, 0, 3)
+    model.__dict__["answerer"] = SimpleNamespace(
+        answer=lambda asked: [[answer, answer] if q == "who" else [] for q, _ in asked]
+    )
+    assert model.answer("who", "Ada") == answer
+    assert model.answer([("who", "Ada"), ("when", "Ada")]) == [answer, None]
+    with pytest.raises(UsageError, match="an answer takes a question and a text"):
+        model.answer("who")  # type: ignore[call-overload]
+    model.__dict__["embedder"] = SimpleNamespace(embed=lambda texts: np.ones((len(texts), 3)))
+    assert model.embed("a").shape == (3,)
+    assert model.embed(["a"]).shape == (1, 3)
+    model.__dict__["matcher"] = SimpleNamespace(match=lambda images, texts: [(image, tuple(texts)) for image in images])
+    assert model.match("a.png", ["x", "y"]) == ("a.png", ("x", "y"))
+    assert model.match(["a.png"], ["x"]) == [("a.png", ("x",))]
+    found = [SimpleNamespace(text="b"), SimpleNamespace(text="c")]
+    searched = {"most": 5, "beams": BEAMS}
+    model.__dict__["writer"] = SimpleNamespace(
+        searched=lambda prompts, **how: [found] * len(prompts) * (how == searched)
+    )
+    assert model.search("a", most=5, beams=BEAMS) == ["b", "c"]
+    assert model.search(["a", "d"], most=5, beams=BEAMS) == [["b", "c"]] * 2
+
+
+def test_pieces_of_several_texts_are_put_together() -> None:
+    model, said = LoadedModel(ModelOptions("m")), list[Any]()
+
+    def continued(prompts: list[str], **how: Any) -> Any:
+        said.append((prompts, how))
+        return iter(
+            [SimpleNamespace(row=row, text=f"{prompts[row]}{n}") for n in range(2) for row in range(len(prompts))]
+        )
+
+    model.__dict__["writer"] = SimpleNamespace(continued=continued)
+    assert model.generate("a") == "a0a1"
+    assert model.generate(["a", "b"], most=3, stop=("c",)) == ["a0a1", "b0b1"]
+    assert [piece.text for piece in model.stream("a", most=2)] == ["a0", "a1"]
+    plain = {"sampling": None, "rules": None}
+    assert [how for _, how in said] == [{**plain, "most": m, "stop": s} for m, s in ((128, ()), (3, ("c",)), (2, ()))]
+    assert repr(model) == "<model m for tasks, on numpy>"
+
+
+def test_the_best_is_the_first() -> None:
+    first, second = Filling("a", 1, 0.7, "a b"), Filling("c", 2, 0.2, "c b")
+    assert Filled(((first, second), (second, first))).best is first
+    fits = Scored("x", 0.9), Scored("y", 0.1)
+    assert Matched(fits, (0.5, 0.2)).best is fits[0]
+
+
+# -- commands ------------------------------------------------------------------------------------------------------
+
+
+def test_summaries_and_answers_are_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def summarize(texts: list[str], **given: Any) -> list[Rewritten]:
+        assert (given["most"], given["beams"]) == (4, Beams(3, 2.0))
+        return [Rewritten(text.upper(), (), "end", False) for text in texts]
+
+    def answer(asked: list[tuple[str, str]], **given: Any) -> list[list[Answer]]:
+        assert (given["top"], given["longest"], asked) == (2, 6, [("who?", "Ada and Bob"), ("who?", "nobody")])
+        return [[Answer("Ada", 0.75, 0, 3), Answer("Bob", 0.125, 8, 11)], []]
+
+    monkeypatch.setattr(TextRewriter, "open", lambda options: SimpleNamespace(summarize=summarize))
+    monkeypatch.setattr(QuestionAnswerer, "open", lambda options: SimpleNamespace(answer=answer))
+    words = ["summarize", "m", "a", "b", "--tokens", "4", "--beams", "3", "--length-penalty", "2"]
+    assert CliRunner().invoke(app, words).stdout == "A\nB\n"
+    words = ["answer", "m", "who?", "Ada and Bob", "nobody", "--top", "2", "--longest", "6"]
+    told = "Ada  (0.7500, characters 0 to 3)\nBob  (0.1250, characters 8 to 11)\nno answer\n"
+    assert CliRunner().invoke(app, words).stdout == told
