@@ -23,6 +23,7 @@ from treadle.backends.fitted_pipeline import Budget
 from treadle.backends.numpy.backend import NumpyBackend
 from treadle.artifact_file import write_sections
 from treadle.artifacts import ArtifactLimits
+from treadle.backends.protocol import Port
 from treadle.backends.staged import StagedBackend, build
 from treadle.cli.application import app
 from treadle.cli.generate import _refuse
@@ -36,11 +37,22 @@ from treadle.frontends.gguf_blocks import import_gguf
 from treadle.frontends.gguf_tokenizer import build_gguf_tokenizer
 from treadle.frontends.onnx_import.file import OnnxFile
 from treadle.frontends.rotary import Divided, Dynamic, LongRope
+from treadle.frontends.huggingface import ModelFolder
+from treadle.frontends.rotary import LongRope
 from treadle.frontends.safetensors_file import CheckpointLimits
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.builder import Builder
 from treadle.ir.encodings.encoding import parse_encoding
-from treadle.ir.errors import BackendError, FrontendError, GraphError, PassError, RuleError, TreadleError, UsageError
+from treadle.ir.errors import (
+    BackendError,
+    CheckpointError,
+    FrontendError,
+    GraphError,
+    PassError,
+    RuleError,
+    TreadleError,
+    UsageError,
+)
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.layouts import parse_layout
@@ -49,6 +61,7 @@ from treadle.ir.operation import Op
 from treadle.ir.samples import Sample
 from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
+from treadle.ir.types import parse_type
 from treadle.loading import load
 from treadle.models.registry import find_family
 from treadle.npy_files import write_npy
@@ -63,16 +76,18 @@ from treadle.runtime.speculation import DraftModel, PromptLookup, speculate
 from treadle.sharding import shard_model
 from treadle.sharding.rank_models import RankPart
 from treadle.stepped import open_stepped
+from treadle.tasks import rewriting
 from treadle.tasks.answering import QuestionAnswerer
 from treadle.tasks.classifying import HEAD, TextClassifier
 from treadle.tasks.filling import MaskFiller
 from treadle.tasks.images import ImageReader
-from treadle.tasks.labelling import ImageLabeller
+from treadle.tasks.labelling import ImageLabeller, image_sides
 from treadle.tasks.matching import ImageMatcher
-from treadle.tasks.opening import checked_folder
+from treadle.tasks.opening import OpenedModel, checked_folder
 from treadle.tasks.options import ModelOptions
-from treadle.tasks.rewriting import _most_tokens
+from treadle.tasks.rewriting import TextRewriter, _most_tokens
 from treadle.tasks.tagging import TokenTagger
+from treadle.tasks.transcribing import _converted_rules
 from treadle.verifying import verify_model
 from treadle.wheels.pinned_models import PINNED
 
@@ -166,6 +181,16 @@ def begun(session: Any) -> None:
 quiet: Any = SimpleNamespace(doing=lambda told: None)
 """A rank that tells nobody what it does."""
 
+opened: Any = SimpleNamespace(tokenizer=SimpleNamespace(mask=None))
+"""A model of a task, whose vocabulary has no mask, whose head has three labels, and whose images are grey."""
+opened.model = SimpleNamespace(
+    outputs=[SimpleNamespace(name="logits", type=parse_type("f32[B, S, 3]"))],
+    inputs=[Port("pixels", parse_type("f32[B, 1, 8, 8]"))],
+)
+
+decoder: Any = SimpleNamespace(stepped=lambda: SimpleNamespace(name="m", derived=SimpleNamespace(prologue=())))
+"""Options of a model whose rows begin with nothing."""
+
 nobody: Any = None
 """In place of a model that is not asked: what it would be asked for is refused."""
 
@@ -207,6 +232,15 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     ),
     "no picture": (lambda _: ImageLabeller(nobody, nobody, (), {}).label([]), UsageError, "there is no image to label"),
     "no match": (lambda _: ImageMatcher(nobody, nobody, nobody).match(["a"], []), UsageError, "matching takes an"),
+    "a vocabulary without a mask": (lambda _: MaskFiller.open(nobody), CheckpointError, "the folder's vocabulary"),
+    "a head of three": (lambda _: QuestionAnswerer.open(nobody), UsageError, "an answer has a start and an end"),
+    "a decoder alone": (lambda _: TextRewriter.open(decoder), UsageError, "m does not rewrite texts"),
+    "grey pictures": (lambda _: image_sides(opened.model), CheckpointError, "image files have three colours"),
+    "ids that are none": (
+        lambda p: _converted_rules(ModelFolder.find(bare(p, ("config.json", "model.bin"), '{"suppress_ids": [-1]}'))),
+        CheckpointError,
+        "suppress_ids must be a list of ids",
+    ),
     "a short text": (lambda _: _most_tokens(0, nobody, nobody), UsageError, "a text has 1 token or more"),
     "a file with a head": (
         lambda p: checked_folder(ModelOptions(str(bare(p, ("m.gguf",)) / "m.gguf")), HEAD), UsageError, "to classify"
@@ -373,7 +407,9 @@ def test_a_package_that_is_missing_is_named_with_its_extra(
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_it_is_refused(name: str, tmp_path: Path) -> None:
+def test_it_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OpenedModel, "open", lambda options, head: opened)
+    monkeypatch.setattr(rewriting, "checked_folder", lambda options, head: (None, {}))
     provoke, kind, begins = REFUSED[name]
     with pytest.raises(kind) as caught:
         provoke(tmp_path)
