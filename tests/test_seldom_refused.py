@@ -19,10 +19,10 @@ import pytest
 
 import treadle as t
 from tests.stepped_models import MODELS
-from treadle.backends.fitted_pipeline import Budget
-from treadle.backends.numpy.backend import NumpyBackend
 from treadle.artifact_file import write_sections
 from treadle.artifacts import ArtifactLimits
+from treadle.backends.fitted_pipeline import Budget
+from treadle.backends.numpy.backend import NumpyBackend
 from treadle.backends.protocol import Port
 from treadle.backends.staged import StagedBackend, build
 from treadle.cli.application import app
