@@ -35,10 +35,9 @@ from treadle.fetch import _only_file
 from treadle.files.limits import limits_of
 from treadle.frontends.gguf_blocks import import_gguf
 from treadle.frontends.gguf_tokenizer import build_gguf_tokenizer
+from treadle.frontends.huggingface import ModelFolder
 from treadle.frontends.onnx_import.file import OnnxFile
 from treadle.frontends.rotary import Divided, Dynamic, LongRope
-from treadle.frontends.huggingface import ModelFolder
-from treadle.frontends.rotary import LongRope
 from treadle.frontends.safetensors_file import CheckpointLimits
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.builder import Builder
@@ -209,7 +208,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "an option of models": (lambda p: load(p / "m.treadle", dtype="bf16"), UsageError, "an artifact, which"),
     "generate": (lambda _: _refuse("beams take no", draft="m", seed=0), UsageError, "beams take no --draft"),
     "arrays and a file": (lambda p: write_npy(bare(p, ("f",)) / "f", {}), UsageError, "the arrays cannot be written"),
-    "no function": (lambda p: resolve(f"{bare(p, ('m.py',))}/m.py"), UsageError, "a model in a file is named"),
+    "a file alone": (lambda p: resolve(f"{bare(p, ('m.py',))}/m.py"), UsageError, "a model in a file is named"),
     "syntax": (lambda p: resolve(f"{bare(p, ('m.py',), 'a b')}/m.py:f"), FrontendError, "m.py is not Python: invalid"),
     "nothing declared": (lambda p: resolve(f"{bare(p, ('m.py',), 'f = 1')}/m.py:f"), UsageError, "m.py declares no"),
     "a graph's words": (lambda _: resolve(Graph("g"), inputs=["x"], dim=4), UsageError, "a graph takes no"),
@@ -433,15 +432,15 @@ def test_a_backend_that_cannot_is_named(backend: Any, asks: Any, told: str, monk
     assert caught.value.hint == "numpy, torch or tvm"
 
 
-MISSING: dict[str, tuple[str, Callable[[], Any], str]] = {  # the module, who needs it, and what is told
+NEEDED: dict[str, tuple[str, Callable[[], Any], str]] = {  # the module, who needs it, and what is told
     "starlette": ("", lambda: app(["serve", "gpt2"]), "serving needs the package starlette"),
     "pillow": ("PIL.Image", lambda: ImageReader.open(nobody, "vit"), "reading images needs the package pillow"),
 }
 
 
-@pytest.mark.parametrize("package", MISSING)
+@pytest.mark.parametrize("package", NEEDED)
 def test_a_package_that_is_not_there_is_named(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, asks, told = MISSING[package]
+    module, asks, told = NEEDED[package]
     monkeypatch.setattr("treadle.cli.serve.find_spec", lambda name: None if name == package else name)
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises((TreadleError, SystemExit)) as caught:
