@@ -199,7 +199,8 @@ class _Machine:
         caller's."""
         with self._lock:
             runner, plan, table, made = self._ready(entry, sizes, given, states, outputs)
-            failed = run_poisoned(plan, table, self._arena, made, runner) if poisons() else runner(table)
+            with tvm_runtime.at_work():
+                failed = run_poisoned(plan, table, self._arena, made, runner) if poisons() else runner(table)
             self._check(plan, failed)
         return made
 

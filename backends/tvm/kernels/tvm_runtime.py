@@ -10,9 +10,12 @@ import ctypes
 import importlib.util
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+from treadle.backends.tvm.kernels.woken_threads import WokenThreads, thread_numbers
 from treadle.ir.errors import BackendError
 
 SPINS = "TVM_THREAD_POOL_SPIN_COUNT"
@@ -53,10 +56,23 @@ def set_threads(count: int) -> None:
     os.environ["TVM_BIND_THREADS"] = "0"  # the system decides where they run: a core of ours may be busy
     most = max(count, os.cpu_count() or 1)
     os.environ["TVM_NUM_THREADS"] = str(most)
+    before = thread_numbers()
     if not hasattr(_configured, "count") and count < most:
         _call("runtime.config_threadpool", 1, most)  # a pool that began smaller never gets its other threads to work
     _call("runtime.config_threadpool", 1, count)
+    if not hasattr(_configured, "count"):
+        _configured.others = WokenThreads(sorted(thread_numbers() - before))
     _configured.count = count
+
+
+@contextmanager
+def at_work() -> Iterator[None]:
+    """While the calling thread runs kernels."""
+    if getattr(_configured, "count", 1) == 1 or pool_is_lost():
+        yield
+        return
+    with _configured.others.apart():
+        yield
 
 
 def pool_is_lost() -> bool:

@@ -1,0 +1,128 @@
+"""The other threads of a run that follows a pause begin apart from the calling one, and are free again after it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import treadle as t
+from tests.backend_checks import needs_tvm
+from treadle.backends.tvm.kernels import woken_threads
+from treadle.backends.tvm.kernels.woken_threads import ASLEEP, WokenThreads, thread_numbers
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux alone is told where threads begin")
+
+
+@pytest.fixture
+def number() -> Iterator[int]:
+    """A thread that waits."""
+    told: list[int] = []
+    end = threading.Event()
+    thread = threading.Thread(target=lambda: (told.append(threading.get_native_id()), end.wait()))
+    thread.start()
+    while not told:
+        time.sleep(0.001)
+    yield told[0]
+    end.set()
+    thread.join()
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, set[int]]]:
+    """What is told to threads, on a machine of three cores of which the calling thread is on the first."""
+    said: list[tuple[int, set[int]]] = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda number: {0, 1, 2})
+    monkeypatch.setattr(os, "sched_setaffinity", lambda number, cores: said.append((number, set(cores))))
+    monkeypatch.setattr(woken_threads, "_core", lambda: 0)
+    return said
+
+
+def test_a_thread_is_known_by_its_number(number: int) -> None:
+    assert {number, threading.get_native_id()} <= thread_numbers()
+
+
+def test_each_begins_on_a_core_of_its_own_and_is_free_again(said: list[Any]) -> None:
+    threads = WokenThreads([7, 8, 9])
+    time.sleep(2 * ASLEEP)
+    with threads.apart():
+        assert said == [(7, {1}), (8, {2})]  # for the last there is no core left
+        said.clear()
+    assert said == [(7, {0, 1, 2}), (8, {0, 1, 2})]
+
+
+def test_those_that_have_not_slept_are_told_nothing(said: list[Any]) -> None:
+    threads = WokenThreads([7])
+    time.sleep(2 * ASLEEP)
+    with threads.apart():
+        pass
+    said.clear()
+    with threads.apart():
+        assert said == []
+    assert said == []
+
+
+def test_a_run_that_fails_leaves_them_free(said: list[Any]) -> None:
+    threads = WokenThreads([7])
+    time.sleep(2 * ASLEEP)
+    with pytest.raises(ZeroDivisionError), threads.apart():
+        raise ZeroDivisionError
+    assert said[-1] == (7, {0, 1, 2})
+
+
+def test_threads_that_ended_and_systems_that_forbid_it_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: Any) -> None:
+        raise PermissionError
+
+    for name in ("sched_getaffinity", "sched_setaffinity"):
+        threads = WokenThreads([7])
+        time.sleep(2 * ASLEEP)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, forbidden)
+            with threads.apart():
+                pass
+
+
+def test_a_real_thread_is_told_and_freed(number: int) -> None:
+    before = os.sched_getaffinity(number)
+    if len(before) < 2:
+        pytest.skip("one core alone")
+    threads = WokenThreads([number])
+    time.sleep(2 * ASLEEP)
+    with threads.apart():
+        assert len(os.sched_getaffinity(number)) == 1
+    assert os.sched_getaffinity(number) == before
+
+
+@needs_tvm
+def test_a_model_on_two_threads_runs_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    spread = WokenThreads._spread
+    monkeypatch.setattr(WokenThreads, "_spread", lambda self: told.append(len(self.numbers)) or spread(self))
+    x = np.ones((64, 256), np.float32)
+    made: list[Any] = []
+
+    def run() -> None:  # in a thread of its own, which has a pool of its own
+        for threads in (1, 2):
+            model = t.compile(doubled, backend="tvm", target=t.Target("cpu", threads=threads))
+            for _ in range(2):
+                time.sleep(2 * ASLEEP)
+                made.append(model(x=x).output)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert len(told) == 2
+    assert told[0] >= 1
+    assert all((each == 2 * x).all() for each in made)
+
+
+@t.model
+def doubled(x: t.f32["S 256"]) -> Any:
+    return x + x
