@@ -34,7 +34,7 @@ from treadle.backends.tvm.kernels.runner import Runner
 from treadle.backends.tvm.lowering.leftovers import find_leftovers
 from treadle.backends.tvm.lowering.listing import list_program, unique_titles
 from treadle.backends.tvm.lowering.program import KernelProgram, kernels_of
-from treadle.backends.tvm.output_memory import OutputMemory, allocated
+from treadle.backends.tvm.output_memory import OutputMemory, allocated, placed
 from treadle.backends.tvm.planning import Plan, Planner
 from treadle.backends.tvm.poisoning import run_poisoned
 from treadle.backends.tvm.spaces import Arena, Input, Output, State
@@ -337,9 +337,7 @@ def _zeros(shape: tuple[int, ...], dtype: DType) -> Array:
     """A new state, from the start of a cache line on: vectors of its rows lie in one line each."""
     kind = stored(dtype)
     size = math.prod(shape) * kind.itemsize
-    data = np.zeros(size + ALIGNMENT, np.uint8)
-    start = -address(data) % ALIGNMENT
-    return data[start : start + size].view(kind).reshape(shape)
+    return placed(np.zeros(size + ALIGNMENT, np.uint8), shape, kind)
 
 
 def stored(dtype: DType) -> np.dtype[Any]:

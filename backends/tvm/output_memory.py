@@ -54,13 +54,13 @@ class OutputMemory:
         if count < LEAST:
             self._given.pop(name, None)
             held = allocated(count + aligned * ALIGNMENT, shape)
-            return _placed(held, shape, dtype) if aligned else held.view(dtype).reshape(shape)
+            return placed(held, shape, dtype) if aligned else held.view(dtype).reshape(shape)
         given = self._given.pop(name, [])
         found = next((each for each in given if each.suits(count + ALIGNMENT)), None)
         memory = allocated(count + ALIGNMENT, shape) if found is None else found.memory
         held = np.frombuffer(memory.data, np.uint8)  # views of views refer to it, and not to what it lies in
         self._given[name] = [_Given(memory, weakref.ref(held)), *(g for g in given if g is not found)][:KEPT]
-        return _placed(held, shape, dtype)
+        return placed(held, shape, dtype)
 
 
 def allocated(count: int, shape: tuple[int, ...]) -> Array:
@@ -73,7 +73,7 @@ def allocated(count: int, shape: tuple[int, ...]) -> Array:
         ) from error
 
 
-def _placed(memory: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+def placed(memory: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """An array in memory that has a line more than it needs, from the start of a line on."""
     begin = -address(memory) % ALIGNMENT
     return memory[begin : begin + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)

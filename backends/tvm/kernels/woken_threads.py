@@ -1,8 +1,9 @@
-"""Where the other threads of a run begin once they have slept: each on a core of its own.
+"""Where the other threads of a run begin once they have slept: on other cores than the calling one.
 
 A virtual machine's Linux takes a core that has slept for one that the host took away, and wakes a thread beside the one
-that wakes it: for some 4 ms both share a core, half of what a small model takes. So a run after a pause tells each
-thread a core, and then again what it was told before: it may move while the run goes on, and rests where it likes.
+that wakes it: for some 4 ms both share a core, half of what a small model takes. So while a run after a pause goes on,
+its other threads may use each core that they might use before but that one. Which of these, the system decides: others
+may be at work there.
 """
 
 from __future__ import annotations
@@ -46,16 +47,14 @@ class WokenThreads:
             self._rested = time.monotonic()
 
     def _spread(self) -> dict[int, set[int]]:
-        """Give each a core that it may use, and the calling thread is not on; which each might use before."""
+        """Keep them from the calling thread's core; which each might use before, where that leaves it any."""
         found: dict[int, set[int]] = {}
-        taken = {_core()}
+        here = _core()
         for number in self.numbers:
             with suppress(OSError):  # it ended, or a sandbox forbids it
                 cores = os.sched_getaffinity(number)
-                free = cores - taken
-                if free:
-                    os.sched_setaffinity(number, {min(free)})
-                    taken.add(min(free))
+                if others := cores - {here}:
+                    os.sched_setaffinity(number, others)
                     found[number] = cores
         return found
 
