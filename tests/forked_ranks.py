@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Self
 
 ROOT = Path(__file__).resolve().parent.parent
+CONTEXT = "TREADLE_LINE_MAP_CONTEXT"
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class ForkedRanks:
     def launch(self, ranks: int, *words: str, **environment: str) -> Job:
         """Start a command, or a Python file, on so many ranks."""
         self.count += 1
+        environment |= {name: os.environ[name] for name in (CONTEXT,) if name in os.environ}
         folder = Path(self.folder.name, str(self.count))
         folder.mkdir()
         for name in ("out", "told", "codes"):
@@ -120,6 +122,7 @@ class _Forked:
             subprocess.Popen = _POPEN  # type: ignore[misc]
             os.environ.clear()
             os.environ.update(env)
+            _told_apart()
             _run(command[1:])
 
     def poll(self) -> int | None:
@@ -169,6 +172,16 @@ def _run(words: Sequence[str]) -> None:
     os._exit(code if isinstance(code, int) else 1)
 
 
+def _told_apart() -> None:
+    """Let coverage, where it runs, know which test this is for: `tests.line_map`."""
+    if "coverage" in sys.modules and CONTEXT in os.environ:
+        from coverage import Coverage
+
+        own = Coverage.current()
+        assert own is not None
+        own.switch_context(os.environ[CONTEXT])
+
+
 def _launched(request: Mapping[str, Any]) -> int:
     """Fork a `treadle launch`; its process."""
     process = os.fork()
@@ -178,6 +191,7 @@ def _launched(request: Mapping[str, Any]) -> int:
     for name, stream in (("out", 1), ("told", 2)):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_APPEND), stream)
     os.environ.update(request["beside"])
+    _told_apart()
     _Forked.folder = folder
     subprocess.Popen = _Forked  # type: ignore[misc, assignment]
     _run(["-m", "treadle", *request["launch"]])

@@ -1,9 +1,10 @@
 """Which tests run which line: a map that `tests.mutations` reads to run a mutation's closest tests alone.
 
 A pytest plugin. Each test is a context of coverage's; what a fixture of a wider scope runs counts for its whole module,
-and what an import runs for none. A kernel is written once, by the first test that needs it: it is a context, too, and
-its lines count for all tests that use it. Of a test with n cases about 3 √n are mapped, since the union of their lines
-hardly grows after that. A line of the log says how long each test took. Sources are kept: lines may move later.
+what an import runs for none, and what a process runs that a test starts for that test. A kernel is written once, by the
+first test that needs it: it is a context, too, and its lines count for all tests that use it. Of a test with n cases
+about 3 √n are mapped, since the union of their lines hardly grows after that. A line of the log says how long each test
+took. Sources are kept: lines may move later. Test modules that have changed since can be mapped again by themselves.
 """
 
 from __future__ import annotations
@@ -31,27 +32,42 @@ ROOT = Path(__file__).parents[1]
 LEAST = 20  # tests that are run however long they take
 FOLDERS = ("backends", "files", "frontends", "ir", "models", "passes", "runtime", "treadle")
 
+CONTEXT = "TREADLE_LINE_MAP_CONTEXT"
+"""The test that runs, for the processes that it starts."""
+
 _place = os.environ.get("TREADLE_LINE_MAP")
-if _place:
-    Path(_place).mkdir(parents=True, exist_ok=True)
-    _coverage = coverage.Coverage(
-        data_file=f"{_place}/coverage", data_suffix=True, source=[*FOLDERS], config_file=False, messages=False
-    )
-    _coverage.start()  # before treadle is imported
+_coverage = coverage.Coverage.current()  # which each process starts that finds `_settings`, before it imports anything
+
+_SETTINGS = """
+[run]
+data_file = {folder}/coverage
+parallel = true
+source = {sources}
+context = ${{{context}-}}
+patch = _exit, fork
+sigterm = true
+disable_warnings = no-data-collected, module-not-measured, module-not-imported, couldnt-parse, trace-changed
+"""
+
+
+def told_apart(context: str) -> None:
+    """From now on this process, a fork, works for that test."""
+    own = coverage.Coverage.current()
+    if own is not None and context:
+        own.switch_context(context)
 
 
 def _switch(context: str) -> None:
+    assert _coverage is not None
     _coverage.switch_context(context)
-    os.environ[_CONTEXT] = context
-
-
-_CONTEXT = "TREADLE_LINE_MAP_CONTEXT"
+    os.environ[CONTEXT] = context
 
 
 def pytest_configure() -> None:
     """Make each kernel a context of its own, and write down which contexts use it."""
     from treadle.backends.tvm.kernels.cache import KernelCache
 
+    os.register_at_fork(after_in_child=lambda: told_apart(os.environ.get(CONTEXT, "")))  # after coverage's own
     entries, compiled = KernelCache.entries, KernelCache._compile
 
     def told(cache: KernelCache, kernels: Iterable[Any]) -> Any:
@@ -61,7 +77,7 @@ def pytest_configure() -> None:
         return entries(cache, kernels)
 
     def one_by_one(cache: KernelCache, kernels: Sequence[Any]) -> None:
-        before = os.environ.get(_CONTEXT, "")
+        before = os.environ.get(CONTEXT, "")
         for kernel in kernels:
             _switch(_kernel(cache, kernel))
             try:
@@ -113,11 +129,6 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
             log.write(f"{report.duration:.4f} {report.outcome} {report.nodeid}\n")
 
 
-def pytest_unconfigure() -> None:
-    _coverage.stop()
-    _coverage.save()
-
-
 def _function(nodeid: str) -> str:
     return nodeid.partition("[")[0]
 
@@ -134,26 +145,78 @@ def _step(cases: int) -> int:
 
 
 class LineMap:
-    """The map that lies in a folder."""
+    """The map that lies in a folder: of all test modules, and then of those that were mapped again, one by one."""
+
+    def __init__(self, folder: Path) -> None:
+        self._layers = [_Layer(each) for each in sorted(folder.glob("layer-*"))]
+        for n, layer in enumerate(self._layers):
+            later = {module for each in self._layers[n + 1 :] for module in each.modules}
+            layer.modules -= later
+
+    @staticmethod
+    def make(folder: Path, jobs: int, modules: Sequence[str] = ()) -> None:
+        """Run the suite, `jobs` tests at a time, without the certificates of rewrites, which are slow.
+
+        modules  those to map again; without, all of them, and what was there before goes
+        """
+        if not modules:
+            shutil.rmtree(folder, ignore_errors=True)
+        layer = folder.absolute() / f"layer-{len(list(folder.glob('layer-*'))):03}"
+        layer.mkdir(parents=True)
+        sources = ", ".join(str(ROOT / each) for each in FOLDERS)
+        settings = layer / "settings.ini"
+        settings.write_text(_SETTINGS.format(folder=layer, sources=sources, context=CONTEXT))
+        environment = os.environ | {"TREADLE_LINE_MAP": str(layer), "TREADLE_CERTIFY": "0"}
+        environment["COVERAGE_PROCESS_START"] = str(settings)
+        environment["TREADLE_CACHE"] = str(layer / "cache")  # in which no kernel is yet
+        words = [sys.executable, "-m", "pytest", "-p", "tests.line_map", "-n", str(jobs), "--dist", "worksteal", "-q"]
+        left_out = [f"--ignore=tests/{name}.py" for name in ("test_fuzz", "test_packaging", "test_type_checkers")]
+        subprocess.run([*words, *left_out, *modules], cwd=ROOT, env=environment, check=False)
+        _Layer.gather(layer)
+
+    def seconds(self, name: str) -> float:
+        known = [layer.seconds[name] for layer in self._layers if layer.knows(name)]
+        return known[-1] if known else 5.0  # where the name stands for many, a guess
+
+    def closest(self, file: str, line: int, most: float) -> list[str]:
+        """Tests that run a line, those first that are quick and run few other lines; not more than take `most` seconds.
+
+        A line that imports alone run has the tests of its function, of its class, or of its file. A file that no test
+        is seen to run has the test modules that name it. At the end stand the beginnings of the names of cases that
+        were not mapped, and the test modules that import the file.
+        """
+        source = (ROOT / file).read_text()
+        by_line = [layer.by_line(file, source) for layer in self._layers]
+        found: dict[str, float] = {}
+        for first, last in _around(source, line):
+            for layer, tests in zip(self._layers, by_line, strict=True):
+                for n in range(first, last + 1):
+                    found |= {name: layer.lines[name] * (0.1 + self.seconds(name)) for name in tests.get(n, ())}
+            if found:
+                break
+        spent = 0.0
+        chosen = []
+        for name in sorted(found, key=lambda name: (found[name], name)):
+            spent += self.seconds(name)
+            if spent > most and len(chosen) >= LEAST:
+                break
+            chosen.append(name)
+        others = [f"{_function(name)}[" for name in chosen if "[" in name]
+        more = [*_cases_of_op(source, line), *others, *_importing(file), *([] if chosen else _named_by(file))]
+        return [*chosen, *dict.fromkeys(more)]
+
+
+class _Layer:
+    """What one run has mapped; `modules` are those of which it is the last."""
 
     def __init__(self, folder: Path) -> None:
         self._data = coverage.CoverageData(str(folder / "coverage"))
         self._data.read()
         told = json.loads((folder / "tests.json").read_text())
-        self._root = Path(told["root"])
-        self._lines, self._seconds, self._kernels = told["lines"], told["seconds"], told["kernels"]
-        self._sources = told["sources"]
-
-    @staticmethod
-    def make(folder: Path, jobs: int) -> None:
-        """Run the suite, `jobs` tests at a time, without the certificates of rewrites, which are slow."""
-        words = [sys.executable, "-m", "pytest", "-p", "tests.line_map", "-n", str(jobs), "--dist", "worksteal", "-q"]
-        left_out = [f"--ignore=tests/{name}.py" for name in ("test_fuzz", "test_packaging", "test_type_checkers")]
-        shutil.rmtree(folder, ignore_errors=True)
-        environment = os.environ | {"TREADLE_LINE_MAP": str(folder), "TREADLE_CERTIFY": "0"}
-        environment["TREADLE_CACHE"] = str(folder / "cache")  # in which no kernel is yet
-        subprocess.run([*words, *left_out], cwd=ROOT, env=environment, check=False)
-        LineMap.gather(folder)
+        self._root, self._kernels, self._sources = Path(told["root"]), told["kernels"], told["sources"]
+        self.lines: dict[str, int] = told["lines"]
+        self.seconds: dict[str, float] = told["seconds"]
+        self.modules = set(map(_module, self.seconds))
 
     @staticmethod
     def gather(folder: Path) -> None:
@@ -170,49 +233,37 @@ class LineMap:
         data = whole.get_data()
         files = data.measured_files()
         lines = Counter(
-            context for file in files for contexts in data.contexts_by_lineno(file).values() for context in contexts
+            _test(context)
+            for file in files
+            for contexts in data.contexts_by_lineno(file).values()
+            for context in contexts
         )
-        root = os.path.commonpath(files)
         kernels: dict[str, list[str]] = {}
         for line in dict.fromkeys("".join(log.read_text() for log in folder.glob("kernels.*")).splitlines()):
             kernel, _, test = line.partition(" ")
             kernels.setdefault(kernel, []).append(test)
-        sources = {os.path.relpath(file, root): Path(file).read_text() for file in sorted(files)}
-        told = {"root": root, "lines": lines, "seconds": seconds, "kernels": kernels, "sources": sources}
+        sources = {os.path.relpath(file, ROOT): Path(file).read_text() for file in sorted(files)}
+        told = {"root": str(ROOT), "lines": lines, "seconds": seconds, "kernels": kernels, "sources": sources}
         (folder / "tests.json").write_text(json.dumps(told))
 
-    def seconds(self, name: str) -> float:
-        return self._seconds.get(name, 5.0)  # where the name stands for many, a guess
+    def knows(self, name: str) -> bool:
+        """Whether a test has passed in it, and no later one has mapped its module."""
+        return name in self.seconds and _module(name) in self.modules
 
-    def closest(self, file: str, line: int, most: float) -> list[str]:
-        """Tests that run a line, those first that are quick and run few other lines; not more than take `most` seconds.
-
-        A line that imports alone run has the tests of its function, of its class, or of its file. A file that no test
-        is seen to run, since another process does, has the test modules that name it. At the end stand the beginnings
-        of the names of cases that were not mapped, and the test modules that import the file.
-        """
-        by_line = self._data.contexts_by_lineno(str(self._root / file))
-        source = (ROOT / file).read_text()
+    def by_line(self, file: str, source: str) -> dict[int, set[str]]:
+        """The tests, and modules, that run each line of a file that may have changed since."""
         before = _lines_before(self._sources.get(file, ""), source)
-        found: list[str] = []
-        for first, last in _around(source, line):
-            contexts = {name for n in range(first, last + 1) for name in by_line.get(before.get(n, 0), ())}
-            used = {test for name in contexts if name in self._kernels for test in self._kernels[name]}
-            found = sorted(name for name in (contexts - self._kernels.keys()) | used if name)
-            if found:
-                break
-        found = [name for name in found if name in self._seconds or "::" not in name]  # those that pass
-        found.sort(key=lambda name: (self._lines[name] * (0.1 + self.seconds(name)), name))
-        spent = 0.0
-        chosen = []
-        for name in found:
-            spent += self.seconds(name)
-            if spent > most and len(chosen) >= LEAST:
-                break
-            chosen.append(name)
-        others = [f"{_function(name)}[" for name in chosen if "[" in name]
-        more = [*_cases_of_op(source, line), *others, *_importing(file), *([] if chosen else _named_by(file))]
-        return [*chosen, *dict.fromkeys(more)]
+        contexts = self._data.contexts_by_lineno(str(self._root / file))
+        return {now: self._tests(contexts.get(then, ())) for now, then in before.items()}
+
+    def _tests(self, contexts: Iterable[str]) -> set[str]:
+        names = {test for each in map(_test, contexts) for test in self._kernels.get(each, (each,))}
+        return {name for name in names if self.knows(name) or name in self.modules}
+
+
+def _test(context: str) -> str:
+    """The test of a process that was told apart from the others that its parent has started."""
+    return re.split(r"\|(?=tests/)", context)[-1]
 
 
 def _lines_before(old: str, new: str) -> dict[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,10 +125,14 @@ class Mutation:
     same: str = ""
 
 
-def draw(count: int, seed: int) -> Iterator[tuple[Mutation, str]]:
-    """Draw mutations, each with the text of its mutated file: a file by its length, a line, a kind, then a place."""
+def draw(count: int, seed: int, under: Sequence[str] = FOLDERS) -> Iterator[tuple[Mutation, str]]:
+    """Draw mutations, each with the text of its mutated file: a file by its length, a line, a kind, then a place.
+
+    under  folders, or files, that they are drawn from
+    """
     rng = random.Random(seed)
-    files = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+    places = [ROOT / each for each in under]
+    files = sorted(path for place in places for path in ([place] if place.is_file() else place.rglob("*.py")))
     lengths = [len(path.read_text().splitlines()) for path in files]
     drawn: set[str] = set()
     while len(drawn) < count:

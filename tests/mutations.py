@@ -2,6 +2,8 @@
 
     python -m tests.mutations map                            which test runs which line: once, longer than the suite
     python -m tests.mutations run --count 200 --seed 1       draw 200 and run what could notice each
+    python -m tests.mutations run --under passes/memory --count 40 tests/test_memory_order.py ...
+                                                             draw from there, and run these tests: no map is needed
     python -m tests.mutations judge 1/17 "why it is the same program"
     python -m tests.mutations control                        run what noticed once more, without any mutation
     python -m tests.mutations show                           the figures, and what nothing noticed
@@ -23,13 +25,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.line_map import LineMap
+from tests.line_map import FOLDERS, LineMap
 from tests.mutation_operators import ROOT, Mutation, draw
 
 PLACE = ROOT / "build" / "mutations"
@@ -80,19 +83,23 @@ class Chosen:
             self.failed = self.failed or report.nodeid
 
 
-def run(mutation: Mutation, text: str, place: Path, most: float) -> Mutation:
-    """Try one mutation in this process's copy of the tree: the closest tests, then as many as take `most` seconds."""
+def run(mutation: Mutation, text: str, place: Path, most: float, modules: Sequence[str] = ()) -> Mutation:
+    """Try one mutation in this process's copy of the tree: the closest tests, then as many as take `most` seconds.
+
+    modules  the tests to run instead of those that are closest
+    """
     tree = _copy_of_tree(place)
     file = tree / mutation.file
-    known = LineMap(place / "map")
-    names = list(known.closest(mutation.file, mutation.line, most))
+    known = None if modules else LineMap(place / "map")
+    names = known.closest(mutation.file, mutation.line, most) if known else list(modules)
     began, ran = time.monotonic(), 0
     outcome, by = ("survived" if names else "unreached"), ""
     source, stamp = file.read_text(), file.stat()
     file.write_text(text)
     try:
         for part in filter(None, (names[:FIRST], names[FIRST:])):
-            limit = 60 + 10 * (most + sum(map(known.seconds, part)))  # so long: the machine may be busy
+            took = sum(map(known.seconds, part)) if known else 0
+            limit = 60 + 10 * (most + took)  # so long: the machine may be busy
             outcome, by, more = _outcome(tree, mutation, part, most, limit)
             ran += more
             if outcome != "survived":
@@ -110,8 +117,8 @@ def _copy_of_tree(place: Path) -> Path:
         for name in filter(None, listed.split("\0")):
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, tree / name)
-        with contextlib.suppress(FileNotFoundError):
-            shutil.copytree(place / "map" / "cache", tree / "cache")  # kernels, compiled once for all
+        for cache in (place / "map").glob("layer-*/cache"):  # kernels, compiled once for all
+            shutil.copytree(cache, tree / "cache", dirs_exist_ok=True)
     return tree
 
 
@@ -173,15 +180,19 @@ def append(results: Path, mutation: Mutation) -> None:
         file.write(json.dumps(asdict(mutation)) + "\n")
 
 
-def run_all(place: Path, count: int, seed: int, jobs: int, most: float) -> None:
+def run_all(
+    place: Path, drawn: Iterable[tuple[Mutation, str]], jobs: int, most: float, modules: Sequence[str] = ()
+) -> None:
+    """Try each that is not known, `jobs` at a time; with `modules` alone, where there are any."""
     results = place / "results.jsonl"
+    place.mkdir(parents=True, exist_ok=True)
     known = read(results)
-    todo = ((mutation, text) for mutation, text in draw(count, seed) if not _is_known(mutation, known))
+    todo = ((mutation, text) for mutation, text in drawn if not _is_known(mutation, known))
     for name in HEAVY:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
-        for mutation in pool.imap_unordered(partial(_run_pair, place=place, most=most), todo):
+        for mutation in pool.imap_unordered(partial(_run_pair, place=place, most=most, modules=modules), todo):
             append(results, mutation)
             print(f"{mutation.name:8}{mutation.outcome:10}{mutation.seconds:6.0f} s  {mutation.file}:{mutation.line}")
     for tree in place.glob("tree-*"):
@@ -201,8 +212,8 @@ def control(place: Path) -> None:
     shutil.rmtree(tree)
 
 
-def _run_pair(pair: tuple[Mutation, str], place: Path, most: float) -> Mutation:
-    return run(*pair, place, most)
+def _run_pair(pair: tuple[Mutation, str], place: Path, most: float, modules: Sequence[str]) -> Mutation:
+    return run(*pair, place, most, modules)
 
 
 def show(place: Path) -> None:
@@ -223,17 +234,25 @@ def show(place: Path) -> None:
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=["map", "run", "judge", "control", "show"])
-    parser.add_argument("rest", nargs="*", help="for judge: the mutation's name, and why it is the same program")
+    parser.add_argument(
+        "rest",
+        nargs="*",
+        help="for judge: the mutation's name, and why it is the same program; for run: test modules, instead of the "
+        "map's tests; for map: test modules that have changed since it was made",
+    )
     parser.add_argument("--place", type=Path, default=PLACE, help="where the map and the results lie")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--under", action="append", help="a folder or file to draw from, instead of all; may be given more than once"
+    )
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--most", type=float, default=60, help="seconds of tests that one mutation may take")
     given = parser.parse_intermixed_args(words)
     if given.command == "map":
-        LineMap.make(given.place / "map", given.jobs)
+        LineMap.make(given.place / "map", given.jobs, given.rest)
     elif given.command == "run":
-        run_all(given.place, given.count, given.seed, given.jobs, given.most)
+        run_all(given.place, draw(given.count, given.seed, given.under or FOLDERS), given.jobs, given.most, given.rest)
     elif given.command == "judge":
         name, why = given.rest
         append(given.place / "results.jsonl", replace(read(given.place / "results.jsonl")[name], same=why))

@@ -126,9 +126,17 @@ def test_processes_of_tests_import_the_copy(tmp_path) -> None:
 
 
 def test_a_copy_begins_with_the_kernels_of_the_map(tmp_path) -> None:
-    kernel = tmp_path / "map" / "cache" / "kernels" / "one"
+    kernel = tmp_path / "map" / "layer-000" / "cache" / "kernels" / "one"
     kernel.parent.mkdir(parents=True)
     kernel.write_bytes(b"object")
     tree = _copy_of_tree(tmp_path)
     assert (tree / "cache" / "kernels" / "one").read_bytes() == b"object"
     assert (tree / "ir" / "axes.py").read_text() == (ROOT / "ir" / "axes.py").read_text()
+
+
+def test_mistakes_are_drawn_from_where_one_asks() -> None:
+    drawn = [mutation.file for mutation, _ in draw(8, seed=3, under=["passes/memory", "ir/axes.py"])]
+    assert {"passes/memory" if file.startswith("passes/memory/") else file for file in drawn} == {
+        "passes/memory",
+        "ir/axes.py",
+    }
