@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("cosmic_ray")
 pytest.importorskip("coverage")
 
 from cosmic_ray.mutating import mutate_code
+from coverage import CoverageData
 
-from tests.line_map import ROOT, _around, _cases_of_op, _importing, _lines_before, _step
+from tests.line_map import (
+    _SETTINGS,
+    CONTEXT,
+    ROOT,
+    LineMap,
+    _around,
+    _cases_of_op,
+    _importing,
+    _Layer,
+    _lines_before,
+    _step,
+)
 from tests.mutation_operators import KINDS, DropKeyword, DropReturned, TurnMembership, _sites, draw
 from tests.mutations import Chosen, Mutation, _copy_of_tree, _outcome, append, main, read
 
@@ -135,8 +153,40 @@ def test_a_copy_begins_with_the_kernels_of_the_map(tmp_path) -> None:
 
 
 def test_mistakes_are_drawn_from_where_one_asks() -> None:
-    drawn = [mutation.file for mutation, _ in draw(8, seed=3, under=["passes/memory", "ir/axes.py"])]
-    assert {"passes/memory" if file.startswith("passes/memory/") else file for file in drawn} == {
-        "passes/memory",
-        "ir/axes.py",
-    }
+    drawn = [mutation.file for mutation, _ in draw(6, seed=3, under=["ir/storage", "ir/axes.py"])]
+    assert {"ir/axes.py"} < set(drawn)
+    assert all(file.startswith("ir/storage/") for file in {*drawn} - {"ir/axes.py"})
+
+
+def _layer(folder: Path, tests: dict[str, int]) -> None:
+    """A run in which each context, of a module's tests, has run one line of ir/axes.py."""
+    folder.mkdir(parents=True)
+    data = CoverageData(str(folder / "coverage.1"))
+    for context, line in tests.items():
+        data.set_context(context)
+        data.add_lines({str(ROOT / "ir" / "axes.py"): [line]})
+    data.write()
+    passed = "".join(f"0.1 passed {context.rpartition('|')[2]}\n" for context in tests if "::" in context)
+    (folder / "durations.1").write_text(passed)
+    (folder / "kernels.1").write_text("")
+    _Layer.gather(folder)
+
+
+def test_a_module_that_was_mapped_again_is_known_as_it_is_now(tmp_path) -> None:
+    last = len((ROOT / "ir" / "axes.py").read_text().splitlines())
+    _layer(tmp_path / "layer-000", {"tests/test_a.py::x": last, "tests/test_b.py::y": last, "tests/test_b.py": last})
+    _layer(tmp_path / "layer-001", {"tests/test_b.py|tests/test_b.py::z": last})
+    assert LineMap(tmp_path).closest("ir/axes.py", last, 10)[:2] == ["tests/test_a.py::x", "tests/test_b.py::z"]
+
+
+def test_what_a_process_runs_that_a_test_starts_counts_for_the_test(tmp_path, monkeypatch) -> None:
+    settings = tmp_path / "settings.ini"
+    settings.write_text(_SETTINGS.format(folder=tmp_path, sources=ROOT / "ir", context=CONTEXT))
+    monkeypatch.setenv("COVERAGE_PROCESS_START", str(settings))
+    monkeypatch.setenv(CONTEXT, "tests/test_a.py::x")
+    code = "import os, treadle.ir.axes; os.fork() or os._exit(0)"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    _Layer.gather(tmp_path)
+    told = json.loads((tmp_path / "tests.json").read_text())
+    assert list(told["lines"]) == ["tests/test_a.py::x"]
+    assert "ir/axes.py" in told["sources"]
