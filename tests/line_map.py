@@ -73,7 +73,7 @@ def pytest_configure() -> None:
     def told(cache: KernelCache, kernels: Iterable[Any]) -> Any:
         kernels = list(kernels)
         with open(f"{_place}/kernels.{os.getpid()}", "a") as log:
-            log.writelines(f"{_kernel(cache, kernel)} {os.environ.get(_CONTEXT, '')}\n" for kernel in kernels)
+            log.writelines(f"{_kernel(cache, kernel)} {os.environ.get(CONTEXT, '')}\n" for kernel in kernels)
         return entries(cache, kernels)
 
     def one_by_one(cache: KernelCache, kernels: Sequence[Any]) -> None:
