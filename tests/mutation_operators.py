@@ -177,6 +177,8 @@ def _is_idle(node: Any) -> bool:
             return True
         if above.type == "if_stmt" and above.children[1].get_code().strip() == "TYPE_CHECKING":
             return True
+        if above.type == "decorated" and above.children[0].get_code().strip() == "@overload":
+            return True
         node = above
     return False
 

@@ -54,6 +54,8 @@ def f(x: int | None, n: Literal[3]) -> int | None:
     y: Literal[3, 4] = 5
     samples = [S("f32[2]", axis=1)]
     _ERRORS = [(S("f32[2]", axis=2), "no axis 2")]
+@overload
+def g(x: int = 3) -> int: ...
 """
     assert {(line, kind) for line, kind, _, _ in _sites(source)} == {(5, "constant")}
 
