@@ -42,6 +42,9 @@ class Literal:
         if array.dtype == np.object_ and all(isinstance(each, Size | int | float) for each in array.flat):
             numbers = [operator.index(each) if isinstance(each, Size) else each for each in array.flat]
             array = np.array(numbers).reshape(array.shape)
+            if array.dtype == np.object_:
+                bits = max(each.bit_length() for each in numbers if isinstance(each, int))
+                raise GraphError(f"a constant cannot hold an integer of {bits} bits", hint="a float")
         if dtype is None and array.dtype == np.float64 and not isinstance(value, np.ndarray | np.generic):
             dtype = f32
         kind = dtype or dtype_of(array)

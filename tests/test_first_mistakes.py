@@ -165,6 +165,9 @@ def test_keywords_stand_behind_a_star() -> None:
         (lambda x: x / x.shape[1] ** 2, lambda a: a / 9),
         (lambda x: x * max(x.shape[-1], 3), lambda a: a * 8),
         (lambda x: x * (2 if x.shape[1] > 0 else 1), lambda a: a * 2),
+        (lambda x: x * (2 if x.shape[1] < 2**63 else 1), lambda a: a * 2),
+        (lambda x: x * (2 if x.shape[1] >= 10**400 else 1), lambda a: a),
+        (lambda x: x * (2 if math.inf > x.shape[0] * x.shape[1] else 1), lambda a: a * 2),
         (lambda x: x * (2 if x.shape[1] + 1 > x.shape[1] else 1), lambda a: a * 2),
         (lambda x: x * len(range(x.shape[-1])), lambda a: a * 8),
         (lambda x: x * len([*t.stack("h", x.shape[-1])]), lambda a: a * 8),
@@ -200,11 +203,26 @@ def test_a_size_that_differs_from_call_to_call_is_no_number(body: Body) -> None:
     follow(f"x / {tensor}")
 
 
-@pytest.mark.parametrize("body", [lambda x: x.shape[1] > 3, lambda x: max(x.shape[1], 3), lambda x: x.shape[1] <= 2.5])
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda x: x.shape[1] > 3,
+        lambda x: max(x.shape[1], 3),
+        lambda x: x.shape[1] <= 2.5,
+        lambda x: x.shape[1] < 2**63 - 1,
+    ],
+)
 def test_an_order_of_sizes_that_depends_on_the_call(body: Body) -> None:
     error = refusal(body)
     assert re.match(r"whether S \S+ [\d.]+ is not known while a model is traced", error.what)
     follow((error.hint or "").partition(", or ")[2])
+
+
+def test_a_size_beside_a_number_that_no_tensor_holds() -> None:
+    """No tensor is told of it then."""
+    error = refusal(lambda x: x.shape[0] * x.shape[1] < 2**63)
+    assert error.what.startswith(f"whether B*S < {2**63} is not known")
+    assert error.hint == "declare the axis with a number"
 
 
 # -- what Python asks of a tensor ----------------------------------------------------------------------------------

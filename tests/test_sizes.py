@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from treadle.ir.errors import SizeError
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.sizing.size_text import MOST_TOKENS, parse_size
-from treadle.ir.sizing.sizes import LARGEST, MOST_DIVIDED, MOST_FACTORS, MOST_TERMS, Size, product
+from treadle.ir.sizing.sizes import Size, product
 
 SYMBOLS = ("B", "S", "n_1")
 S, T = Size.symbol("S"), Size.symbol("T")
@@ -186,20 +186,41 @@ def _sum_of(count: int) -> Size:
 
 
 @pytest.mark.parametrize(
-    ("made", "what", "hint"),
+    ("last", "first", "what", "hint"),
     [
-        (lambda: _sum_of(17) * _sum_of(17), "a size expression has too many terms", f"at most {MOST_TERMS}"),
-        (lambda: _sum_of(MOST_TERMS + 1), "a size expression has too many terms", f"at most {MOST_TERMS}"),
-        (lambda: product([S] * 65), "a term of a size has too many factors", f"at most {MOST_FACTORS}"),
-        (lambda: (S * 2**90) * (T * 2**90), "a size is too large", f"at most {LARGEST}"),
-        (lambda: _sum_of(13).divide(_sum_of(5)), "has too many terms to be divided", f"at most {MOST_DIVIDED}"),
+        (lambda: _sum_of(16) * _sum_of(16), lambda: _sum_of(17) * _sum_of(17), "has too many terms", "at most 256"),
+        (lambda: _sum_of(256), lambda: _sum_of(257), "a size expression has too many terms", "at most 256"),
+        (lambda: product([S] * 64), lambda: product([S] * 65), "a term of a size has too many factors", "at most 64"),
+        (lambda: Size.of(2**127), lambda: Size.of(2**127 + 1), "a size is too large", f"at most {2**127}"),
+        (lambda: S * -(2**127), lambda: S * -(2**127) - S, "a size is too large", f"at most {2**127}"),
+        (lambda: (S * 2**63) * (T * 2**64), lambda: (S * 2**64) * (T * 2**64), "is too large", f"at most {2**127}"),
+        (lambda: _sum_of(32).divide(S + 1), lambda: _sum_of(13).divide(_sum_of(5)), "to be divided", "at most 64"),
+        (lambda: parse_size("-S" + "+S" * 99), lambda: parse_size("S" + "+S" * 100), "too long", "at most 200 tokens"),
+        (lambda: parse_size("9" * 18), lambda: parse_size("1" + "0" * 18), "is too large", "at most 18 digits"),
     ],
-    ids=["product", "sum", "factors", "large", "divided"],
+    ids=["product", "sum", "factors", "number", "coefficient", "large", "divided", "tokens", "digits"],
 )
-def test_a_size_past_a_limit_is_refused_with_the_limit(made: Callable[[], Size], what: str, hint: str) -> None:
+def test_a_size_past_a_limit_is_refused_with_the_limit(
+    last: Callable[[], object], first: Callable[[], object], what: str, hint: str
+) -> None:
+    last()
     with pytest.raises(SizeError, match=what) as caught:
-        made()
+        first()
     assert caught.value.hint == hint
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("$" * 200, repr("$" * 200)),
+        ("$" * 201, repr("$" * 100) + " ... " + repr("$" * 40)),
+        ("a" * 100 + "$" * 100 + "b" * 40, repr("a" * 100) + " ... " + repr("b" * 40)),
+    ],
+)
+def test_long_text_is_shown_by_its_ends(text: str, shown: str) -> None:
+    with pytest.raises(SizeError) as caught:
+        parse_size(text)
+    assert caught.value.what == f"not a size: {shown}"
 
 
 def test_substitution_is_of_all_symbols_at_once() -> None:

@@ -2,7 +2,7 @@
 
 x.shape[-1] ** -0.5       0.125, where the axis has size 64
 range(x.shape[1])         SizeError: each call has its own S
-x.shape[1] > 0            True for any S
+x.shape[1] > 0            True for any S, as x.shape[1] < 2**63 is
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, cast
 
 from treadle.ir.errors import SizeError
+from treadle.ir.sizing.size_bounds import Bounds
 
 if TYPE_CHECKING:
     from treadle.ir.sizing.sizes import Size
@@ -24,6 +25,9 @@ _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     **{"equal": operator.eq, "not_equal": operator.ne},
 }
 """What NumPy calls where a number of its own stands left of an operator."""
+
+_LONGEST = 2**63 - 1
+"""What no axis is longer than, as no array is; and no integer of a tensor is larger."""
 
 
 class SizeNumbers:
@@ -95,19 +99,22 @@ class SizeNumbers:
         return self._is(">=", operator.ge, other)
 
     def _is(self, sign: str, compare: Callable[[float, float], bool], other: Any) -> bool:
-        """Whether the difference is so beside 0, for all values of the symbols; these are 1 at least."""
+        """Whether it is so for all sizes that an axis can have."""
         if not isinstance(other, SizeNumbers | Real):
             return cast("bool", NotImplemented)
         size: Any = self
-        whole = not isinstance(other, Real) or isinstance(other, Integral)
-        low, high = (size - other if whole else size).interval({})
-        beside = 0.0 if whole else float(cast("float", other))
+        beside: float = 0
+        if isinstance(other, SizeNumbers):
+            size = size - other
+        else:
+            beside = int(other) if isinstance(other, Integral) else float(other)
+        low, high = size.interval(dict.fromkeys(size.symbols, Bounds(1, _LONGEST)))
         least, most = compare(low, beside), compare(high, beside)
         if least is not most:
+            chosen = f', or t.where(t.size(value="{self}", dtype=t.f32) {sign} {other}, a, b)'
             raise SizeError(
                 f"whether {self} {sign} {other} is not known while a model is traced: each call has its own sizes",
-                hint="declare the axis with a number, "
-                f'or t.where(t.size(value="{self}", dtype=t.f32) {sign} {other}, a, b)',
+                hint="declare the axis with a number" + (chosen if abs(beside) <= _LONGEST else ""),
             )
         return least
 

@@ -97,6 +97,8 @@ class Size(SizeNumbers):
             if len(terms) > MOST_TERMS:
                 raise SizeError("a size expression has too many terms", hint=f"at most {MOST_TERMS}")
             terms.sort(key=lambda term: (-len(term[0]), [_atom_key(a) for a in term[0]]))
+        for _, coeff in terms:
+            _check_magnitude(coeff)
         return Size(terms)
 
     # -- reading -----------------------------------------------------------------------------------------------
@@ -219,7 +221,7 @@ class Size(SizeNumbers):
         if other.terms == ONE_TERMS:
             return self
         value, factor = self.constant, other.constant
-        if value is not None and factor is not None and abs(value * factor) <= LARGEST:
+        if value is not None and factor is not None:
             return _constant(value * factor)
         if len(self.terms) * len(other.terms) > MOST_TERMS:
             raise SizeError("a size expression has too many terms", hint=f"at most {MOST_TERMS}")
@@ -230,8 +232,6 @@ class Size(SizeNumbers):
             for right, b in other.terms:
                 mono = tuple(sorted(left + right, key=_atom_key))
                 table[mono] = table.get(mono, 0) + a * b
-                if abs(table[mono]) > LARGEST:
-                    raise SizeError("a size is too large", hint=f"at most {LARGEST}")
         return Size._from(table)
 
     def divide(self, other: SizeLike) -> Size | None:
@@ -376,8 +376,14 @@ def _grouped(size: Size) -> str:
     return text if re.fullmatch(r"\w+", text) else f"({text})"
 
 
+def _check_magnitude(number: int) -> None:
+    if abs(number) > LARGEST:
+        raise SizeError("a size is too large", hint=f"at most {LARGEST}")
+
+
 @lru_cache(maxsize=4096)
 def _constant(value: int) -> Size:
+    _check_magnitude(value)
     return Size([((), value)] if value else [])
 
 
