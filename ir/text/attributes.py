@@ -78,7 +78,7 @@ def _read_bool(s: Scanner) -> bool:
 def _read_int(s: Scanner) -> int:
     start = s.skip()
     number = s.integer("an integer")
-    if abs(number) >= 2**63:
+    if not -(2**63) <= number < 2**63:
         raise s.error(f"{number} takes more than 64 bits", start)
     return number
 
