@@ -36,12 +36,12 @@ def inline_calls(graph: Graph, *, most_nodes: int = MOST_NODES) -> Graph:
     return result
 
 
-def inline_function(graph: Graph, function: Function, *, most_nodes: int = MOST_NODES) -> Function:
+def inline_function(graph: Graph, function: Function) -> Function:
     """A copy of one function of a graph without calls. Raises GraphError as `inline_calls` does."""
     part = Graph(graph.name)
     part.functions = {each.name: each for each in graph.needed_by(function)}
     part.entry_names = (function.name,)
-    return inline_calls(part, most_nodes=most_nodes).functions[function.name]
+    return inline_calls(part).functions[function.name]
 
 
 def _unfolded_count(function: Function, flat: dict[str, Function]) -> int:
