@@ -41,7 +41,8 @@ from treadle.frontends.rotary import Divided, Dynamic, LongRope
 from treadle.frontends.safetensors_file import CheckpointLimits
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.builder import Builder
-from treadle.ir.encodings.encoding import parse_encoding
+from treadle.ir.composites import body_of
+from treadle.ir.encodings.encoding import Encoding, parse_encoding
 from treadle.ir.errors import (
     BackendError,
     CheckpointError,
@@ -49,18 +50,26 @@ from treadle.ir.errors import (
     GraphError,
     PassError,
     RuleError,
+    SizeError,
     TreadleError,
     UsageError,
 )
-from treadle.ir.graph import Graph
-from treadle.ir.interpreter import interpret
+from treadle.ir.graph import Function, Graph
+from treadle.ir.interpreter import interpret, interpret_function
 from treadle.ir.layouts import parse_layout
-from treadle.ir.op_registry import op
-from treadle.ir.operation import Op
+from treadle.ir.op_registry import OPS, op
+from treadle.ir.operation import Composite, Op
+from treadle.ir.ops.caches import check_slots
+from treadle.ir.ops.collectives import Collective, Starting
+from treadle.ir.ops.normalization import Softmax
 from treadle.ir.samples import Sample
 from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
-from treadle.ir.types import parse_type
+from treadle.ir.text.scanner import TextLimits
+from treadle.ir.transforms.balances import Balance
+from treadle.ir.transforms.encoded_weights import decode_parameters, encode_parameters
+from treadle.ir.transforms.inline import inline_calls
+from treadle.ir.types import f32, parse_type
 from treadle.loading import load
 from treadle.models.registry import find_family
 from treadle.npy_files import write_npy
@@ -116,8 +125,8 @@ def alike(before: Any) -> str:
     return compare_memory({"peak": 4, "storages": before}, {"peak": 4, "storages": {"a": 4}})
 
 
-def read(line: str, shape: str = "[B, 4]") -> Graph:
-    return parse_graph(X.format(shape, line))
+def read(line: str, shape: str = "[B, 4]", before: str = "") -> Graph:
+    return parse_graph(X.format(shape, line).replace("    y = ", f"{before}    y = "))
 
 
 class Plain(StagedBackend):
@@ -159,6 +168,47 @@ class Idle(Rewrite):
 @dataclass(frozen=True)
 class Sought(SiteRewrite[Any]):
     name = "sought"
+
+
+@dataclass(frozen=True)
+class Hollow(Composite):
+    name = "hollow"
+
+
+hollow: Any = Hollow()
+
+
+class Narrowing(Softmax):
+    def body(self, b: Builder, x: Any) -> Any:
+        return x.cast("f16")
+
+
+def calling(results: int) -> Graph:
+    """A call of a block whose outputs have become another number since."""
+    graph = Graph("g")
+    block = Function("block")
+    graph.add_function(block)
+    b = Builder(graph, block)
+    x = b.input("x", "f32[2]")
+    b.outputs(a=x, b=b.exp(x))
+    main = Builder(graph)
+    main.outputs(y=main.call(block, [main.input("x", "f32[2]")])[1])
+    block.outputs |= {f"more{n}": x.value for n in range(results - 2)}
+    return graph
+
+
+BALANCED = """graph g {
+  parameters { w: f32[8, 16] v: f32[16] g: f32[16] }
+  main(x: f32[2, 16]) -> (y: f32[2, 8]) {
+    r = rms_norm(x, $g)
+    s = mul(r, $v)
+    y = linear(s, $w)
+    return y = y
+  }
+}"""
+ROUNDED = "    e = encode(x, to=int8_rows)\n    z = decode(e, of=int8_rows)\n"
+ROWS = {"w": Encoding("int8_rows")}
+BALANCE = Balance("v", "g", None, ("w",), ("w",))
 
 
 def carrying(rows: int = 1) -> Any:
@@ -291,6 +341,35 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "a model in a function": (lambda _: pickle.dumps(t.model(lambda x: x)), FrontendError, ""),
     # ops and graphs
     "no reference": (lambda _: Nameless().reference(), GraphError, "op nameless has no reference"),
+    "no axis rule": (lambda _: Nameless().axis_rule([]), GraphError, "op nameless has no axis rule"),
+    "no dtype rule": (lambda _: Nameless().dtypes(), GraphError, "op nameless has no dtype rule"),
+    "no body": (lambda _: hollow.body(nobody), GraphError, "composite op hollow has no body"),
+    "another body": (lambda _: body_of(Narrowing(), [f32[2, 3]]), GraphError, "softmax: its body gives other types"),
+    "no meaning": (lambda _: Collective.combined(hollow, [], []), GraphError, "op hollow has no meaning"),
+    "nothing begun": (lambda _: Starting.awaited.fget(hollow), GraphError, "op hollow begins nothing"),
+    "a call": (lambda _: interpret_function(calling(2).main, [np.ones(2)], {}), GraphError, "a call cannot be"),
+    "another signature": (lambda _: inline_calls(calling(3)), GraphError, "main: a call of block does not fit"),
+    "an operand of a sample": (lambda _: Sample("f32[2] > 1"), GraphError, "not a sample operand: 'f32[2] > 1'"),
+    "a slice of symbols": (
+        lambda _: OPS["slice"].make(axis=0, start="S-4").at({"S": 2}), SizeError, "slice: S-4 is negative"
+    ),
+    "a slot": (
+        lambda _: check_slots("append", np.array([0, 3]), 3), GraphError, "append: row 1 is in slot 3 of a state that"
+    ),
+    "no slot": (lambda _: check_slots("append", np.array([-1, 5]), 3), GraphError, "append: row 0 is in slot -1 of a"),
+    "two slots": (
+        lambda _: check_slots("append", np.array([*range(99), 7]), 99), GraphError, "append: two rows are in one slot"
+    ),
+    "a vector's name": (
+        lambda _: encode_parameters(parse_graph(BALANCED), ROWS, [BALANCE]), GraphError, "main has a parameter v"
+    ),
+    "numbers of rows that are rounded": (
+        lambda _: decode_parameters(read("exp(z)", "[B, 4]", ROUNDED)), GraphError, "values that"
+    ),
+    "no method": (lambda _: traced(lambda x: x.sprung), GraphError, "a tensor of a model has no .sprung"),
+    "items": (
+        lambda _: parse_graph(X.format("[]", "reduce_sum(x, axes=[0, 1])"), TextLimits(items=1)), TreadleError, "too"
+    ),
     "twice": (lambda _: op("relu", axes="... -> ...", dtypes="f -> f")(Nameless), GraphError, "op 'relu' is"),
     "a layout": (lambda _: parse_layout("panels(8, wide)"), GraphError, "panels has no 'wide'"),
     "no encoding": (lambda _: parse_encoding("4bit!"), GraphError, "this is no encoding"),
