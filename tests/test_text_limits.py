@@ -208,7 +208,7 @@ STATEMENTS = {
 
 
 def test_what_statements_count_as_work() -> None:
-    """Pieces of text, nodes, ops on types that are new, and what is passed over: a limit that was enough stays enough."""
+    """Pieces of text, nodes, ops on types that are new, what is passed over: a limit that was enough stays enough."""
     text = "graph g {{ main(x: f32[2]) -> (y: f32[2]) {{ {} return y = x }} }}"
     empty = least_work(text.format(""))
     assert {each: least_work(text.format(each)) - empty for each in STATEMENTS} == STATEMENTS
