@@ -14,12 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.golden import Golden
 from tests.op_checks import TESTED, Case
 from tests.test_axis_rules import Case as RuleCase
+from treadle.ir.analysis.cost import node_cost
 from treadle.ir.axes import Role
+from treadle.ir.builder import Builder
 from treadle.ir.composites import holds_contraction
 from treadle.ir.errors import GraphError
-from treadle.ir.graph import Function, Value
+from treadle.ir.graph import Function, Graph, Value
 from treadle.ir.op_registry import OPS
 from treadle.ir.operation import names_operand
 from treadle.ir.ops.call import Call
@@ -319,6 +322,35 @@ def test_a_call_has_no_facts() -> None:
     call = Call.of(Function("f"))
     assert not (call.only_moves or call.is_view or call.commutes or call.reads_positions or call.is_elementwise([1]))
     assert not call.is_contraction([1, 1])
+
+
+def _told(name: str) -> list[str]:
+    """What an op's class says, and for each sample its rule, its cost, and what follows from them."""
+    cls = OPS[name]
+    says = {"linear": cls.linear_text, "flops a point": cls.flops, "sums in": cls.accumulates, "step": cls.step}
+    says |= {"pairs": cls.pairs, "reads slots": sorted(cls.reads_slots), "updates": {**cls.updates}}
+    flags = ("is_word", "commutes", "moves_blocks", "decodes", "meets_ranks")
+    says |= {flag: getattr(cls, flag) for flag in flags}
+    lines = [name, *(f"  {key}: {value}" for key, value in says.items() if value not in ("", None, False, [], {}))]
+    for sample in cls.samples:
+        op, types = cls.make(**sample.attributes), sample.types
+        b = Builder(Graph("g"))
+        names = op.operand_names(len(types))
+        operands = [None if t is None else b.input(n, t).value for n, t in zip(names, types, strict=True)]
+        cost = node_cost(b.emit(op, operands), {})
+        rule = op.axis_rule([None if t is None else t.rank for t in types])
+        found = {"positions": sorted(op.positional), "in place": op.in_place(types), "alike": op.repeats(types)}
+        found |= {"keys": op.keys_in_parts, "multiples": op.multiples(types, op.apply(types))}
+        lines += [f"  {sample.text}", f"    {rule}   {op.dtypes()}   {cost.flops} flops, {cost.bytes} bytes"]
+        lines += [f"    {key}: {value}" for key, value in found.items() if value]
+    return lines
+
+
+def test_what_ops_say(golden: Golden) -> None:
+    """In one table: a number, a flag or a rule that changes is seen there, whoever relies on it."""
+    golden(
+        "text_form/ops.txt", "\n".join(line for name in sorted(OPS) if OPS[name].samples for line in [*_told(name), ""])
+    )
 
 
 # -- names of ops elsewhere ------------------------------------------------------------------------------------
