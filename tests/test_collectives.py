@@ -16,6 +16,7 @@ from treadle.ir.op_registry import find_op
 from treadle.ir.operation import Op
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.transforms.differentiate import backward
+from treadle.ir.types import f64
 
 Array = np.ndarray[Any, Any]
 
@@ -35,6 +36,12 @@ def combined(name: str, each: Sequence[dict[str, Any]], parts: Sequence[Array]) 
 def test_all_reduce(monoid: str, wanted: list[int]) -> None:
     got = combined("all_reduce", [{"monoid": monoid}] * 2, [np.array([1, 3, 5]), np.array([2, -1, 3])])
     assert [list(x) for x in got] == [wanted, wanted]
+
+
+@pytest.mark.parametrize(("monoid", "wanted"), [("and", [True, False, False]), ("or", [True, True, False])])
+def test_all_reduce_of_truth_values(monoid: str, wanted: list[bool]) -> None:
+    parts = [np.array([True, True, False]), np.array([True, False, False])]
+    assert [list(x) for x in combined("all_reduce", [{"monoid": monoid}] * 2, parts)] == [wanted, wanted]
 
 
 def test_all_gather_puts_uneven_parts_side_by_side() -> None:
@@ -134,6 +141,8 @@ def test_it_prints_with_its_reason_and_reads_back(name: str, attributes: dict[st
     ("name", "attributes", "told"),
     [
         ("all_reduce", {"ways": 0}, "among 1 rank or more"),
+        ("all_reduce", {"ways": -1}, "among 1 rank or more, not -1"),
+        ("hand_on", {"ways": 2, "source": -1, "target": 1}, "not from -1 to 1"),
         ("all_reduce", {"ways": 2, "monoid": "mean"}, "no monoid 'mean'"),
         ("all_gather", {"ways": 2, "axis": 2, "size": 3}, "there is no axis 2"),
         ("hand_on", {"ways": 2, "source": 1, "target": 1}, "from one of 2 ranks to another, not from 1 to 1"),
@@ -199,9 +208,43 @@ def gradient_op(op: Op, x: Array, g: Array) -> Op:
     return found.value.node.op
 
 
-def test_what_a_rank_sends_is_that_of_a_ring() -> None:
-    reduce, gather = (
-        find_op(n).make(over="tp", ways=4, **a) for n, a in (("all_reduce", {}), ("all_gather", {"axis": 0, "size": 8}))
+SENDS = {
+    "all_reduce": (6, 6, 40),
+    "all_gather": (3, 3, 40),
+    "reduce_scatter": (3, 3, 40),
+    "all_to_all": (3, 3, 10),
+    "pass_on": (4, 1, 10),
+    "hand_on": (4, 1, 40),
+}
+
+
+@pytest.mark.parametrize(("name", "attributes"), CASES)
+def test_what_a_rank_sends_is_that_of_a_ring(name: str, attributes: dict[str, Any]) -> None:
+    """Shares of the payload, messages that it waits for, and the payload where 10 bytes become 40."""
+    op: Any = find_op(name).make(over="tp", ways=4, **attributes)
+    assert (op.rounds, op.messages, op.payload(10, 40)) == SENDS[name]
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_a_gradient_flows_among_the_same_ranks(name: str) -> None:
+    op = find_op(name).make(over="tp", ways=2, because="why", **GRADIENTS[name][0])
+    x = np.zeros(BRINGS[name][0])
+    back: Any = gradient_op(op, x, np.zeros(op.infer([f64[x.shape]])[0].static_shape or ()))
+    assert (back.over, back.ways, back.because, getattr(back, "ahead", False)) == ("tp", 2, "why", False)
+
+
+def test_what_must_be_alike_is_all_but_the_sizes_of_parts() -> None:
+    one, other = ({"axis": 0, "size": size, "onto": 1, "whole": size + 1} for size in (2, 3))
+    first, second, third = (
+        find_op("all_to_all").make(over=over, ways=2, **each)
+        for over, each in (("tp", one), ("tp", other), ("dp", one))
     )
-    assert (reduce.rounds, gather.rounds) == (6, 3)  # type: ignore[attr-defined]
-    assert gather.payload(10, 40) == 40  # type: ignore[attr-defined]
+    assert first.meeting == second.meeting != third.meeting  # type: ignore[attr-defined]
+
+
+def test_passing_on_goes_one_step_by_default() -> None:
+    assert [len(x) for x in combined("pass_on", [{"axis": 0, "size": 1}] * 3, [np.zeros(n) for n in range(3)])] == [
+        2,
+        0,
+        1,
+    ]

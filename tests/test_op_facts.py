@@ -328,7 +328,7 @@ def _told(name: str) -> list[str]:
     """What an op's class says, and for each sample its rule, its cost, and what follows from them."""
     cls = OPS[name]
     says = {"linear": cls.linear_text, "flops a point": cls.flops, "sums in": cls.accumulates, "step": cls.step}
-    says |= {"pairs": cls.pairs, "reads slots": sorted(cls.reads_slots), "updates": {**cls.updates}}
+    says |= {"pairs": cls.pairs, "reads slots": sorted(cls.reads_slots), "updates": dict(cls.updates)}
     flags = ("is_word", "commutes", "moves_blocks", "decodes", "meets_ranks")
     says |= {flag: getattr(cls, flag) for flag in flags}
     lines = [name, *(f"  {key}: {value}" for key, value in says.items() if value not in ("", None, False, [], {}))]
@@ -349,7 +349,7 @@ def _told(name: str) -> list[str]:
 def test_what_ops_say(golden: Golden) -> None:
     """In one table: a number, a flag or a rule that changes is seen there, whoever relies on it."""
     golden(
-        "text_form/ops.txt", "\n".join(line for name in sorted(OPS) if OPS[name].samples for line in [*_told(name), ""])
+        "text_form/ops.txt", "\n".join(line for name in sorted(OPS) if name != "call" for line in [*_told(name), ""])
     )
 
 
