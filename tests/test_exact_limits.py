@@ -10,19 +10,26 @@ from collections.abc import Callable
 from typing import Any
 from unittest.mock import ANY
 
+import numpy as np
 import pytest
 
 from treadle.ir.attention.attention_terms import T5Relative, Window, parse_term
+from treadle.ir.attention.masking import causal
 from treadle.ir.builder import Builder
 from treadle.ir.encodings.encoding import Encoding, parse_encoding
 from treadle.ir.errors import TreadleError
 from treadle.ir.graph import Function, Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.layouts import parse_layout
+from treadle.ir.literals import Literal
 from treadle.ir.op_registry import OPS
+from treadle.ir.ops.caches import check_slots
 from treadle.ir.placement.mesh import Mesh
+from treadle.ir.placement.placements import parse_placement
+from treadle.ir.rules.axis_rule_text import parse_rule
 from treadle.ir.samples import Sample
 from treadle.ir.sizing.size_bounds import Bounds
+from treadle.ir.sizing.size_text import parse_size
 from treadle.ir.target import Target
 from treadle.ir.transforms.inline import inline_calls
 from treadle.passes.memory.frame_placement import plan_arena
@@ -242,6 +249,60 @@ def test_the_last_that_is_taken_and_the_first_that_is_not(name: str) -> None:
     with pytest.raises(TreadleError) as caught:
         first()
     assert (caught.value.what, caught.value.received, caught.value.hint) == told
+
+
+LONG = "z" * 300
+RULE = " ".join(f"x{n}" for n in range(80))
+MESH = Mesh.of("tp=2")
+
+SHORTENED: dict[str, tuple[Callable[[], object], str]] = {
+    "a constant": (lambda: Literal.of(LONG), f"'{LONG[:79]}"),
+    "no layout": (lambda: parse_layout(f"({LONG}"), f"({LONG[:39]}"),
+    "a word of a layout": (lambda: parse_layout(f"panels({LONG})"), f"panels({LONG[:33]}"),
+    "no encoding": (lambda: parse_encoding(f"({LONG}"), f"({LONG[:39]}"),
+    "a word of an encoding": (lambda: parse_encoding(f"q4_0({LONG})"), f"q4_0({LONG[:35]}"),
+    "no mask": (lambda: causal & LONG, f"'{LONG[:79]}"),
+    "digits of a size": (lambda: parse_size("9" * 50), "9" * 40),
+    "threads": (lambda: Target("cpu", LONG), f"threads='{LONG[:71]}"),  # type: ignore[arg-type]
+    "no mesh": (lambda: Mesh.of(LONG), LONG[:80]),
+    "a mesh's axis": (lambda: Mesh.of(f"z=2,z=2,{LONG}=2"), f"z=2,z=2,{LONG[:72]}"),
+    "a mesh's ranks": (lambda: Mesh.of(f"z=0,{LONG}=2"), f"z=0,{LONG[:76]}"),
+    "terms": (lambda: parse_placement(f"[-, {LONG}] mean(tp)", MESH), f"[-, {LONG[:76]}"),
+    "columns": (lambda: parse_instance(LONG), LONG[:200]),
+    "a number of a buffer": (lambda: parse_instance(SIZES.format(LONG)), repr(LONG[:40])),
+    "slots": (lambda: check_slots("append", np.array([7] * 99), 9), ("rows [" + "7, " * 99)[:200]),
+}
+
+
+@pytest.mark.parametrize("name", SHORTENED)
+def test_so_much_is_shown_of_what_was_given(name: str) -> None:
+    provoke, shown = SHORTENED[name]
+    with pytest.raises(TreadleError) as caught:
+        provoke()
+    assert caught.value.received == shown
+
+
+@pytest.mark.parametrize(
+    ("provoke", "what", "within"),
+    [
+        (lambda: parse_placement(LONG, MESH), f"not a placement: {LONG[:80]!r}", None),
+        (
+            lambda: parse_placement(f"[*2{LONG}]", MESH),
+            f"a dimension is split over nothing: {'[*2' + LONG[:77]!r}",
+            None,
+        ),
+        (lambda: parse_placement(f"[-] {LONG}(tp)", MESH), f"there is no monoid {LONG[:40]!r}", None),
+        (lambda: parse_rule(f"[t<=q] {RULE} -> {RULE}"), "t is limited by q, which is no axis of the rule", RULE),
+        (lambda: parse_rule(f"[t] {RULE} -> {RULE}").apply([]), "takes 1 operands, received 0", RULE),
+    ],
+)
+def test_so_much_is_shown_of_a_rule_or_a_placement(
+    provoke: Callable[[], object], what: str, within: str | None
+) -> None:
+    with pytest.raises(TreadleError) as caught:
+        provoke()
+    assert caught.value.what == what
+    assert within is None or caught.value.within in (f"[t<=q] {RULE}"[:200], f"[t] {RULE}"[:200])
 
 
 def test_bytes_that_64_bits_do_not_hold() -> None:
