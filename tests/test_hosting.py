@@ -106,6 +106,26 @@ def test_what_is_proven_holds_at_every_size() -> None:
     assert 5 < proven < 25
 
 
+def test_what_is_told_of_some_frames() -> None:
+    """As many boxes of sizes are looked at as say so; of more nothing new would be told for most."""
+    told = []
+    for seed in range(8):
+        frames = drawn_frames(seed)
+        (hosting,) = hostings(frames, "main")
+        apart = place_frames(frames | {"main": replace(frames["main"], handed_out=())}, {"B": 6, "S": 50})["main"].size
+        told.append((apart, hosting.most_apart(BOUNDS, 0, apart)))
+    assert told == [
+        (103936, 19200),
+        (91968, 91968),
+        (96128, 96128),
+        (97920, 97920),
+        (83904, 2112),
+        (66304, 29120),
+        (73280, 73280),
+        (104448, 17984),
+    ]
+
+
 def one_early(early: str, result: str, *beside: Life) -> tuple[dict[str, Frame], Hosting]:
     own = (Life(storage("x", early), 0, 0), *beside)
     made = Life(storage("out", result, StorageKind.RESULT), 2, 3)

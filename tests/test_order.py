@@ -19,10 +19,12 @@ from treadle.backends.tvm.lowering.chains import PLAN
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
+from treadle.ir.sizing.size_bounds import Bounds
+from treadle.ir.sizing.sizes import Size
 from treadle.ir.text.parser import parse_graph
 from treadle.passes.framework.manager import Optimized, PassManager
 from treadle.passes.memory.order import Buffer, Order, OrderProblem, _Sets, find_order, lower_bound
-from treadle.passes.memory.ordering import have_one_order, must_precede
+from treadle.passes.memory.ordering import drawn_sizes, have_one_order, must_precede
 from treadle.passes.memory.plan_storage import PlanStorage, each_alone
 
 
@@ -164,6 +166,17 @@ def test_steps_with_one_order_are_told_from_others() -> None:
         told.append(have_one_order(before))
         assert told[-1] == (len(list(islice(every_order(problem), 2))) == 1), seed
     assert True in told and False in told
+
+
+def test_orders_are_looked_for_at_a_few_sizes() -> None:
+    s = Size.symbol("S")
+    free, bounded = {"B": Bounds(), "S": Bounds()}, {"B": Bounds(20), "S": Bounds(1, 100)}
+    assert list(drawn_sizes(free, [s])) == [{"B": 128, "S": 129}, {"B": 16, "S": 17}, {"B": 1009, "S": 1010}]
+    assert list(drawn_sizes(bounded, [])) == [{"B": 128, "S": 100}, {"B": 20, "S": 17}, {"B": 1009, "S": 100}]
+    assert list(drawn_sizes({"S": Bounds(1, 9)}, [])) == [{"S": 9}], "no two alike"
+    assert list(drawn_sizes(free, [s - 17])) == list(drawn_sizes(free, [s]))
+    assert len(list(drawn_sizes(free, [s - 18]))) == 2, "one would be negative"
+    assert not list(drawn_sizes(free, [Size.symbol("T")]))
 
 
 UPDATED_LATE = """graph updated {

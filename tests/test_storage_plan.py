@@ -28,6 +28,7 @@ from treadle.ir.types import f32
 from treadle.passes.framework.manager import Optimized, PassManager
 from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.lowering.legalize import Legalize
+from treadle.passes.memory import write_checking
 from treadle.passes.memory.plan_storage import PlanStorage, every_part, over_nothing
 from treadle.passes.memory.storage_checking import check_storage
 from treadle.passes.memory.storage_plan import BEFORE, FunctionPlan, How, Life, Step, StoragePlan, ValuePlace
@@ -603,6 +604,29 @@ def test_a_plan_of_another_graph_is_refused() -> None:
     assert "it is one of another graph" in ours.refused()
     ours.plan = Plant(joined_block()).plan
     assert "one of other functions" in ours.refused()
+
+
+# -- what cannot be gone through -----------------------------------------------------------------------------------
+
+
+def test_what_is_too_large_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elements that all views have together are one cell: halves of 2 times 3 rows, at the sizes that are drawn."""
+    plant = Plant(joined_block())
+    assert check_storage(plant.made.graph, plant.plan) == []
+    monkeypatch.setattr(write_checking, "MOST_CELLS", 12)
+    assert check_storage(plant.made.graph, plant.plan) == []
+    monkeypatch.setattr(write_checking, "MOST_CELLS", 11)
+    assert check_storage(plant.made.graph, plant.plan) == ["block: both is too large to be gone through"]
+
+
+def test_a_graph_that_is_defined_at_no_size_that_is_drawn() -> None:
+    """Small sizes are 257 at most, and the large one is 1009."""
+
+    def cut(b: Builder) -> Expr:
+        return b.exp(b.slice(b.input("x", "f32[S]"), axis=0, start=2000))
+
+    plant = Plant(graph_of(cut))
+    assert check_storage(plant.made.graph, plant.plan) == ["no sizes were found at which to check views"]
 
 
 # -- states --------------------------------------------------------------------------------------------------------
