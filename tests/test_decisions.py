@@ -21,7 +21,7 @@ from tests.sharded_models import small_options
 from tests.stepped_models import MODELS as STEPPED
 from tests.test_explaining_layouts import without_lines
 from tests.test_models import ZOO
-from treadle.backends.fitted_pipeline import Budget
+from treadle.backends.fitted_pipeline import Budget, search_of
 from treadle.backends.onnx.exporter import export_onnx
 from treadle.backends.tvm.backend import TvmBackend
 from treadle.backends.tvm.kernels.isa import isa_of
@@ -34,6 +34,7 @@ from treadle.computing import computing_in
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
 from treadle.ir.text.printer import print_graph
+from treadle.ir.transforms.fixing import bounded
 from treadle.models.llama import llama
 from treadle.passes.framework.manager import Optimized, PassManager
 from treadle.passes.framework.pass_log import count_ops
@@ -175,6 +176,19 @@ def test_a_budget(golden: Golden) -> None:
     found = TvmBackend().lower(optimized(LLAMA.graph()).graph, Target("x86-64-v4", threads=1), budget=budget)
     text = [found.log.explain(), print_graph(found.after("fit-memory"), sources=False)]
     golden("decisions/budget.txt", without_lines("\n".join(text)))
+
+
+def test_ways_to_keep_to_a_budget(golden: Golden) -> None:
+    """All that are tried, the fastest first: bytes and time as estimated, and what is computed in parts."""
+    pytest.importorskip("tvm")
+    sizes = {"B": 4, "S": 64}
+    search, _ = search_of(TvmBackend(), bounded(optimized(LLAMA.graph()).graph, sizes), Target("x86-64-v4", 1), sizes)
+    whole = search.whole
+    text = [f"whole {whole.bytes} bytes, {whole.here} here; none needs fewer than {search.bound}"]
+    for each in search.candidates:
+        told = [each.variant.apart * "apart", each.variant.again * "again", *map(str, each.chunks)]
+        text.append(f"{each.bytes} bytes, {each.seconds:.6g} s: {'; '.join(filter(None, told))}")
+    golden("decisions/budget_ways.txt", without_lines("\n".join(text)))
 
 
 @pytest.mark.parametrize("opset", [13, 23])
