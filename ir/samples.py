@@ -59,7 +59,7 @@ class Sample:
     def types(self) -> tuple[Type | None, ...]:
         return tuple(None if o is None else o.type for o in self.operands)
 
-    def draw(self, seed: int = 0, dtype: DType | None = f64) -> list[np.ndarray[Any, Any] | None]:
+    def draw(self, seed: int, dtype: DType | None = f64) -> list[np.ndarray[Any, Any] | None]:
         """Values for the operands, floats as `dtype` (None keeps their own)."""
         rng = np.random.default_rng(seed)
         return [None if o is None else o.draw(rng, dtype) for o in self.operands]

@@ -1,4 +1,4 @@
-"""Data of the IR and of passes: nearly all of it never changes and is compared by content; what else there is, by name."""
+"""Data of the IR and of passes: nearly all of it never changes and is compared by content; what else there is."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ MANY = """
 NOT_COMPARED = """
     Chunk.axis Chunk.source Chunk.told Event.given Event.made Factor.label Optimized.left Optimized.lowered
     Optimized.plan PassRecord.certifying PassRecord.lineage PassRecord.rules PassRecord.shown PassRecord.target
-    PassRecord.touched Placement.seconds RearrangeForm.given RearrangeForm.names RearrangeForm.sizes StoragePlan.name
+    PassRecord.touched Placement.seconds RearrangeForm.given RearrangeForm.names RearrangeForm.sizes
 """
 
 NOT_SHOWN = """

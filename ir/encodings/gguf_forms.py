@@ -39,7 +39,7 @@ class _GGUFForm(BlockForm):
     elements: int = SMALL
     fields: ClassVar[tuple[tuple[Any, ...], ...]]
 
-    def __init__(self, group: int = 0) -> None:
+    def __init__(self, group: int) -> None:
         if group:
             raise GraphError(f"{self.name} has blocks of {self.elements}", received=f"{self.name}({group})")
 

@@ -82,7 +82,7 @@ class UInt8Rows(BlockForm):
     spacing = 2 / 255  # of its largest magnitude, where numbers lie as far to both sides
     marks = True
 
-    def __init__(self, group: int = 0) -> None:
+    def __init__(self, group: int) -> None:
         if group:
             raise GraphError("a block of uint8_rows is a whole row", received=f"uint8_rows({group})")
 
@@ -117,7 +117,7 @@ class Int8Rows(_Symmetric):
     name = "int8_rows"
     elements = None
 
-    def __init__(self, group: int = 0) -> None:
+    def __init__(self, group: int) -> None:
         if group:
             raise GraphError("a block of int8_rows is a whole row", received=f"int8_rows({group})")
 
@@ -129,7 +129,7 @@ class Int8Groups(_Symmetric):
     name = "int8_groups"
     grouped = True
 
-    def __init__(self, group: int = 0) -> None:
+    def __init__(self, group: int) -> None:
         self.elements = _group(self.name, group)
 
 
@@ -146,7 +146,7 @@ class Int4Groups(BlockForm):
     grouped = True
     whole = True
 
-    def __init__(self, group: int = 0) -> None:
+    def __init__(self, group: int) -> None:
         self.elements = _group(self.name, group)
 
     def record(self, elements: int) -> np.dtype[Any]:

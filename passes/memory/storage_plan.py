@@ -249,9 +249,8 @@ class StoragePlan:
 
     functions: Mapping[str, FunctionPlan]
     strided: bool
-    in_results: bool = False
-    copies: bool = False
-    name: str = field(default="", compare=False)
+    in_results: bool
+    copies: bool
 
     @property
     def note(self) -> str:
