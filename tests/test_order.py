@@ -114,6 +114,19 @@ def test_the_search_goes_through_as_many_sets_as_it_may(monkeypatch: pytest.Monk
     assert len(tried) == 3 * count - 1
 
 
+@pytest.mark.parametrize(("count", "width"), [(3, 32), (125, 32), (126, 31), (2001, 1), (4001, 1)])
+def test_how_long_is_searched(count: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two thousand sets exactly, and then by a beam of 32 sets, or fewer for many steps."""
+    given: list[int] = []
+    program = tuple(range(count))
+    monkeypatch.setattr(_Sets, "exact", lambda self, bound, peak, most: given.append(most) or (None, bound))
+    monkeypatch.setattr(_Sets, "beam", lambda self, bound, width: given.append(width) or program)
+    buffers = (Buffer(100, (1,)), Buffer(8, (0, 2)))  # step 1 had better come first
+    problem = OrderProblem(((),) * count, buffers, (0,) * count, ((),) * count)
+    assert find_order(problem).order == program
+    assert given == [2000, width]
+
+
 # -- graphs --------------------------------------------------------------------------------------------------------
 
 
