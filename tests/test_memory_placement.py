@@ -18,7 +18,7 @@ from treadle.passes.memory import exact, placement
 from treadle.passes.memory.checking import check_placement
 from treadle.passes.memory.greedy import first_fit, live_bytes
 from treadle.passes.memory.instances import Instance, Lifetime, parse_instance, read_instance
-from treadle.passes.memory.placement import GREEDY, NO_NUMBA, SEARCHED, place
+from treadle.passes.memory.placement import GREEDY, NO_NUMBA, SEARCHED, TOO_LARGE, place
 
 needs_numba = pytest.mark.skipif(not exact.available(), reason="needs numba")
 
@@ -299,6 +299,18 @@ def test_buffers_share_a_section_exactly_if_they_live_together(lives: list[Lifet
     members = [frozenset(np.flatnonzero((begin <= t) & (t < stop))) for t in range(count)]
     assert not any(a < b for a in members for b in members)
     assert max(int(size[list(m)].sum()) for m in members) == peak(lives)
+
+
+def test_a_search_among_too_many_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more than four million pairs of a buffer and a section that it lives in."""
+    steps = np.arange(2000)
+    first = np.concatenate([steps, np.zeros(2000, np.int64)])
+    end = np.concatenate([steps + 1, np.full(1999, 2000), [1]])
+    known = exact.Outcome(np.zeros(4000, np.int64), 9, 4)
+    assert exact.improve(first, end, np.ones(4000, np.int64), known, None, 0.0) is None
+    monkeypatch.setattr(placement.exact, "improve", lambda *_: None)
+    monkeypatch.setattr(placement.exact, "available", lambda: True)
+    assert place(gap(0)).method == TOO_LARGE == "greedy alone: too many buffers live together for the search"
 
 
 # Planted faults
