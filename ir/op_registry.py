@@ -58,7 +58,7 @@ def op(
             cls.dtype_text = dtypes
         cls.linear_text = linear
         cls.flops = flops
-        made = dataclasses.dataclass(frozen=True, kw_only=True, repr=True)(cls)
+        made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
         made.__hash__ = _remembered(made.__hash__)  # type: ignore[assignment, method-assign]
         OPS[name] = made
         return made  # type: ignore[return-value]  # the decorated class is the class

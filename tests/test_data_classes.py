@@ -11,6 +11,7 @@ import pytest
 
 import treadle.ir
 import treadle.passes
+from treadle.ir.op_registry import op
 from treadle.ir.source_lines import SourceLine
 
 
@@ -76,6 +77,11 @@ def test_what_can_change() -> None:
     assert _names(lambda each: not each.__dataclass_params__.frozen) == {*CHANGING.split()}
     with pytest.raises(dataclasses.FrozenInstanceError):
         SourceLine("a.py", 1).line = 2  # type: ignore[misc]
+
+
+def test_type_checkers_are_told_the_same_of_ops() -> None:
+    told = op.__dataclass_transform__  # type: ignore[attr-defined]
+    assert told["kw_only_default"] and told["kwargs"] == {"frozen_default": True}
 
 
 def test_what_is_compared_by_identity() -> None:

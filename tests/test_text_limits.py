@@ -10,12 +10,14 @@ from tests.test_text_form import BASE, least_work
 from treadle.ir.builder import Builder
 from treadle.ir.errors import GraphError, ParseError
 from treadle.ir.graph import Function, Graph, Value
+from treadle.ir.op_registry import find_op
 from treadle.ir.text.attributes import attribute_text
 from treadle.ir.text.operands import nearest_names
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.text.printer import excerpt, print_function, print_graph, value_names
 from treadle.ir.text.scanner import Scanner, TextLimits
 from treadle.ir.types import f32
+from treadle.ir.wording.marked_text import marked, marked_name
 
 # -- widths ----------------------------------------------------------------------------------------------------------
 
@@ -151,6 +153,45 @@ def test_nearest_names_are_looked_for_where_that_is_quick() -> None:
     assert nearest_names("ab", ["ab1", "ab2", "ab3", "ab4"]) == "did you mean ab4 or ab3 or ab2?"
     assert nearest_names("abcde", ["abcxy"]) == "did you mean abcxy?", "three letters of five"
     assert nearest_names("abcdef", ["abcuvw"]) is None
+
+
+def test_at_most_three_ops_are_proposed() -> None:
+    with pytest.raises(GraphError) as caught:
+        find_op("reduce_mx")
+    assert caught.value.hint == "did you mean reduce_max or reduce_sum or reduce_min?"
+    with pytest.raises(GraphError) as caught:
+        find_op("zzz")
+    assert caught.value.hint is None
+
+
+def test_a_mark_stands_among_60_characters_either_side() -> None:
+    text = "".join(chr(ord("a") + n % 26) for n in range(120))
+    assert marked(text, 100) == f"column 101\n{text}\n{' ' * 100}^", "all of 120 characters"
+    text += "z\ty" + "w" * 100
+    for at, first in ((0, 0), (60, 0), (61, 1), (121, 61)):
+        shown = text[first : first + 120].replace("\t", " ")
+        assert marked(text, at) == f"column {at + 1}\n{shown}\n{' ' * (at - first)}^"
+
+
+def test_a_name_is_marked_where_it_stands_by_itself() -> None:
+    text = "ab a (a=2) b -> a"
+    columns = {
+        (of, after): marked_name(text, "a", of=of, after=after).split("\n")[0]
+        for of in (0, 1, 2, 9)
+        for after in (0, 4)
+    }
+    assert columns == {
+        (0, 0): "column 4",
+        (1, 0): "column 7",
+        (2, 0): "column 17",
+        (9, 0): "column 17",
+        (0, 4): "column 7",
+        (1, 4): "column 17",
+        (2, 4): "column 17",
+        (9, 4): "column 17",
+    }
+    assert marked_name(text, "a").startswith("column 4\n")
+    assert marked_name(text, "q").startswith("column 1\n")
 
 
 def test_integers_of_64_bits_are_attributes() -> None:
