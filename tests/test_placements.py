@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treadle.ir.errors import ParseError, PassError, UsageError
+from treadle.ir.placement.machines import MACHINES, Machine, find_machine
 from treadle.ir.placement.mesh import Mesh
 from treadle.ir.placement.placements import (
     MeshPlacement,
     Split,
+    held_placement,
     lies_between_blocks,
     local_type,
     parse_placement,
@@ -185,3 +187,78 @@ def test_without_the_last_axis_a_split_is_the_split_over_the_others(text: str, s
         assert ends[0][0] == start
         assert ends[-1][1] == start + length
         assert all(before[1] == after[0] for before, after in itertools.pairwise(ends))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "over", "is_fast"),
+    [
+        ("tp=8,dp=2", "tp", True),
+        ("tp=8,dp=2", "dp", False),
+        ("tp=4,dp=2", "tp dp", True),
+        ("tp=9", "tp", False),
+        ("tp=16", "tp:(8)2", True),
+        ("tp=16", "tp:(2)8", True),
+        ("tp=16", "tp:(1)2", False),
+        ("tp=2,dp=8", "dp:(4)2", True),
+        ("tp=2,dp=8", "dp:(1)2", False),
+    ],
+)
+def test_a_group_that_reaches_beyond_its_node_has_the_slow_link(mesh: str, over: str, is_fast: bool) -> None:
+    """Of eight devices: what counts is how far apart ranks of the group are."""
+    machine, laid = find_machine("h100"), Mesh.of(mesh)
+    assert machine.link(laid, laid.parts_of(over)) == (machine.fast if is_fast else machine.slow)
+
+
+def test_machines_that_are_planned_for() -> None:
+    assert {
+        "cpu": Machine(60e9, 20e9, 16e9, 1, 5e9, 5e9, 30e-6),
+        "a100": Machine(156e12, 2.0e12, 80e9, 8, 300e9, 25e9, 5e-6),
+        "h100": Machine(495e12, 3.35e12, 80e9, 8, 450e9, 50e9, 5e-6),
+    } == MACHINES
+    assert find_machine("cpu").seconds(60e9, 10e9) == 1.0
+    assert find_machine("cpu").seconds(30e9, 40e9) == 2.0
+    with pytest.raises(UsageError, match="unknown device 'tpu'"):
+        find_machine("tpu")
+
+
+def test_what_holds_a_value_in_blocks_is_split_by_bytes() -> None:
+    mesh = Mesh.of("tp=2,dp=2")
+    blocks = parse_type("f32[8, 128] as int8_groups(32)")  # 36 bytes a block
+    assert blocks.held == parse_type("u8[8, 144]")
+    for text, held in (("[-, tp*32]", "[-, tp*36]"), ("[dp, tp*64]", "[dp, tp*72]"), ("[dp, -]", "[dp, -]")):
+        placed = parse_placement(text, mesh)
+        assert held_placement(blocks, placed).text(mesh) == held
+        assert held_placement(blocks.decoded, placed) == placed
+    even = parse_placement("[-, tp] max(dp)", mesh)
+    assert held_placement(blocks, even) == even, "equal parts of either"
+    assert held_placement(blocks, parse_placement("[-, tp*32] max(dp)", mesh)).text(mesh) == "[-, tp*36] max(dp)"
+    columns = parse_type("f32[128, 8] as int8_groups(32, axis=0)")
+    assert held_placement(columns, parse_placement("[tp*32, dp*2]", mesh)).text(mesh) == "[tp*36, dp*2]"
+
+
+def test_an_axis_in_its_prime_parts() -> None:
+    assert [(part.axis, part.outer, part.size) for part in Mesh.of("tp=12,one=1,ep=7").parts] == [
+        ("tp", 1, 2),
+        ("tp", 2, 2),
+        ("tp", 4, 3),
+        ("ep", 1, 7),
+    ]
+    assert [part.size for part in Mesh.of("tp=2310").parts] == [2, 3, 5, 7, 11]
+    mesh = Mesh.of("tp=4,dp=3")
+    assert [mesh.index(rank, mesh.parts_of("dp tp")) for rank in range(12)] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    assert [mesh.index(rank, mesh.parts_of("tp:(2)2")) for rank in range(4)] == [0, 1, 0, 1]
+    assert str(mesh) == "tp=4,dp=3"
+    with pytest.raises(UsageError) as caught:
+        mesh.parts_of("tp:(1)3")
+    assert (caught.value.what, caught.value.hint) == (
+        "axis tp of tp=4,dp=3 has no part tp:(1)3",
+        "tp:(1)2, if it is even",
+    )
+
+
+def test_terms_lie_in_an_order_of_their_own() -> None:
+    mesh = Mesh.of("tp=4,dp=2")
+    first, second = (MeshPlacement((), mesh.parts_of(text)) for text in ("tp dp", "dp tp"))
+    assert first == second and first.monoid == "sum" and first.text(mesh) == "[] sum(dp tp)"
+    assert MeshPlacement.whole(2) == MeshPlacement((None, None))
+    assert len(parse_placement("[tp:(1)2, -] max(dp)", mesh).used) == 2
