@@ -38,6 +38,26 @@ def test_targets() -> None:
     assert "runs on the CPU only" in message(lambda: find_backend("numpy").compile(graph, Target("cuda"), weights))
 
 
+@pytest.mark.parametrize(
+    ("name", "rate", "bandwidth"),
+    [
+        ("cpu", 60e9, 20e9),
+        ("cuda", 60e12, 2e12),
+        ("x86-64-amx", 150e9, 16e9),
+        ("x86-64-v4-bf16", 100e9, 20e9),
+        ("x86-64-v4", 100e9, 20e9),
+        ("x86-64-v3", 50e9, 20e9),
+        ("x86-64-v2", 15e9, 15e9),
+        ("x86-64", 15e9, 15e9),
+        ("arm64", 30e9, 20e9),
+    ],
+)
+def test_how_long_a_target_takes_at_least(name: str, rate: float, bandwidth: float) -> None:
+    assert (Target(name).seconds(2 * rate, bandwidth), Target(name).seconds(rate, 2 * bandwidth)) == (2.0, 2.0)
+    assert Target(name, 4).seconds(2 * rate, 0) == 0.5
+    assert Target(name).kind == (name if name in ("cpu", "cuda") else "isa")
+
+
 def test_cores_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     allowed = {0: {3, 5}, 1: {0, 1, 2}}  # 0: the calling process
     monkeypatch.setattr(os, "sched_getaffinity", allowed.get, raising=False)
