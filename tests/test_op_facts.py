@@ -24,9 +24,11 @@ from treadle.ir.composites import holds_contraction
 from treadle.ir.errors import GraphError
 from treadle.ir.graph import Function, Graph, Value
 from treadle.ir.op_registry import OPS
-from treadle.ir.operation import names_operand
+from treadle.ir.operation import Op, names_operand
 from treadle.ir.ops.call import Call
+from treadle.ir.sizing.sizes import Size
 from treadle.ir.storage.views import Storage, StorageKind, View
+from treadle.ir.text.attributes import attribute_text
 from treadle.ir.types import DTYPES
 
 Array = np.ndarray[Any, Any]
@@ -342,8 +344,18 @@ def _told(name: str) -> list[str]:
         found = {"positions": sorted(op.positional), "in place": op.in_place(types), "alike": op.repeats(types)}
         found |= {"keys": op.keys_in_parts, "multiples": op.multiples(types, op.apply(types))}
         lines += [f"  {sample.text}", f"    {rule}   {op.dtypes()}   {cost.flops} flops, {cost.bytes} bytes"]
+        for factor in op.apply(types).factors:
+            resized = op.resized({factor: Size.symbol("N")}, types)
+            if resized != op:
+                found[f"with N of {factor}"] = "nothing" if resized is None else _attributes(resized)
+            if factor in op.positional and (shifted := op.on_part(factor, Size.symbol("P"))) is not None:
+                found[f"from P of {factor}"] = _attributes(shifted)
         lines += [f"    {key}: {value}" for key, value in found.items() if value]
     return lines
+
+
+def _attributes(op: Op) -> str:
+    return ", ".join(f"{name}={attribute_text(value)}" for name, value in op.attributes.items())
 
 
 def test_what_ops_say(golden: Golden) -> None:
