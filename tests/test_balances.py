@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 import treadle
+from tests.golden import Golden
 from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.errors import PassError
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.text.parser import parse_graph
+from treadle.ir.text.printer import print_graph
 from treadle.ir.transforms.balances import Balance, balances_of
 from treadle.ir.transforms.clone import clone_graph
 from treadle.ir.transforms.encoded_weights import encode_parameters, encode_weights, given_parameters, quantized_alike
@@ -196,3 +198,24 @@ def test_a_model_takes_its_weights_without_vectors_and_gives_them_all(name: str)
     assert len(first.weights) == 3
     assert [w for w in first.weights if ".v." in w] == list(first.by)  # and not queries and keys
     assert set(made.weights) - set(plain.weights) == {b.vector for b in balances_of(made.graph)}
+
+
+NAMED = """graph g {
+  symbols B
+  parameters { h.w: f32[8, 16] h.m: f32[16, 4] g: f32[16] plain.w: f32[8, 16] }
+  main(x: f32[B, 16]) -> (y: f32[B, 8], z: f32[B, 4], t: f32[B, 8]) {
+    r = rms_norm(x, $g)      # f32[B, 16]  m.py:3  norm
+    y = linear(r, $h.w)      # f32[B, 8]   m.py:4  h
+    z = matmul(r, $h.m)      # f32[B, 4]   m.py:5  h
+    t = linear(x, $plain.w)  # f32[B, 8]   m.py:6  plain
+    return y = y, z = z, t = t
+  }
+}"""
+
+
+def test_what_decodes_weights_says_where_it_is_from(golden: Golden) -> None:
+    """Scopes and lines, too: numbers times a vector are of the weight's scope, and of the line of its first reader."""
+    graph = parse_graph(NAMED)
+    encodings = {name: Encoding("int8_rows", axis=axis) for name, axis in (("h.w", -1), ("h.m", 0), ("plain.w", -1))}
+    balance = Balance("h.balance", "g", None, ("h.w", "h.m"), ("h.w", "h.m"))
+    golden("text_form/balanced.txt", print_graph(encode_parameters(graph, encodings, [balance])))

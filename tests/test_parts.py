@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import treadle as t
+from tests.golden import Golden
 from tests.random_programs import random_program
 from treadle.ir.builder import Builder
 from treadle.ir.errors import PassError
@@ -19,6 +20,8 @@ from treadle.ir.ops.arithmetic import Add
 from treadle.ir.ops.attention import Attention
 from treadle.ir.ops.call import Call
 from treadle.ir.ops.parts import Concat
+from treadle.ir.text.parser import parse_graph
+from treadle.ir.text.printer import print_graph
 from treadle.ir.transforms.clone import clone_graph
 from treadle.ir.types import Type
 from treadle.ir.verifier import verify
@@ -118,6 +121,54 @@ def test_queries_are_cut_and_keys_are_not() -> None:
     starts = [str(graph.callee(p.call).nodes[0].op.start) for p in parted.parts]  # type: ignore[union-attr]
     assert starts == ["0", "S//3", "(2*S)//3"]
     assert find_region(graph, graph.main, graph.main.nodes, 0) is None  # keys and values need all tokens
+
+
+PARTED = """graph g {
+  symbols S
+  parameters { w: f32[8, 8] }
+  block h(x: f32[S, 8]) -> (y: f32[S, 8])
+    weights w: f32[8, 8]
+  {
+    y = linear(x, $w)                  # f32[S, 8]  m.py:3  up
+    return y = y
+  }
+  main(x: f32[S, 8], k: f32[S, 8]) -> (y: f32[S, 8], z: f32[S, 8]) {
+    n = layer_norm(x)                  # f32[S, 8]  m.py:5  norm
+    a = h(n) with {w: $w}              # f32[S, 8]  m.py:6  h.0
+    u = tanh(a)                        # f32[S, 8]  m.py:7  act
+    p = positions(n)                   # i64[S, 8]  m.py:8  pos
+    v = cast(p, to=f32)                # f32[S, 8]  m.py:8  pos
+    z = mul(u, v)                      # f32[S, 8]  m.py:9  out
+    y = add(n, z)                      # f32[S, 8]  m.py:9  out
+    return y = y, z = z
+  }
+}"""
+
+
+AGAIN = """graph g {
+  symbols S
+  parameters { w: f32[8, 8] }
+  main(x: f32[S, 8]) -> (a: f32[S, S], e: f32[S, 8]) {
+    n = layer_norm(x)                         # f32[S, 8]  m.py:5  norm
+    q = linear(n, $w)                         # f32[S, 8]  m.py:6  q
+    k = linear(n, $w)                         # f32[S, 8]  m.py:7  k
+    t = rearrange(k, pattern="s d -> d s")    # f32[8, S]  m.py:8  k
+    a = matmul(q, t)                          # f32[S, S]  m.py:9  out
+    e = exp(x)                                # f32[S, 8]  m.py:9  out
+    return a = a, e = e
+  }
+}"""
+
+
+def test_parts_say_where_they_are_from(golden: Golden) -> None:
+    """As text, with scopes and lines: what is cut, what computes a part, and what joins them."""
+    graph = parse_graph(PARTED)
+    region = find_region(graph, graph.main, graph.main.nodes[1:3], 0)
+    assert region is not None
+    compute_in_parts(graph, region, 3)
+    again = parse_graph(AGAIN)
+    compute_again(again, {"S": 64})
+    golden("text_form/parts.txt", f"{print_graph(graph)}\n{print_graph(again)}")
 
 
 @pytest.mark.parametrize("op", ["softmax", "cumsum"])
