@@ -20,16 +20,17 @@ from tests.test_axis_rules import Case as RuleCase
 from treadle.ir.analysis.cost import node_cost
 from treadle.ir.axes import Role
 from treadle.ir.builder import Builder
-from treadle.ir.composites import holds_contraction
+from treadle.ir.composites import body_of, holds_contraction, lowering_of
 from treadle.ir.errors import GraphError
 from treadle.ir.graph import Function, Graph, Value
 from treadle.ir.op_registry import OPS
-from treadle.ir.operation import Op, names_operand
+from treadle.ir.operation import Composite, Op, names_operand
 from treadle.ir.ops.call import Call
+from treadle.ir.ops.pooling import MaxPool
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.storage.views import Storage, StorageKind, View
 from treadle.ir.text.attributes import attribute_text
-from treadle.ir.types import DTYPES
+from treadle.ir.types import DTYPES, f32
 
 Array = np.ndarray[Any, Any]
 Given = Sequence[Array | None]
@@ -344,6 +345,10 @@ def _told(name: str) -> list[str]:
         found = {"positions": sorted(op.positional), "in place": op.in_place(types), "alike": op.repeats(types)}
         found |= {"keys": op.keys_in_parts, "multiples": op.multiples(types, op.apply(types))}
         lines += [f"  {sample.text}", f"    {rule}   {op.dtypes()}   {cost.flops} flops, {cost.bytes} bytes"]
+        if isinstance(op, Composite):
+            found["body"], found["lowering"] = (_ops_of(make(op, types)) for make in (body_of, lowering_of))
+            if found["lowering"] == found["body"]:
+                del found["lowering"]
         for factor in op.apply(types).factors:
             resized = op.resized({factor: Size.symbol("N")}, types)
             if resized != op:
@@ -352,6 +357,16 @@ def _told(name: str) -> list[str]:
                 found[f"from P of {factor}"] = _attributes(shifted)
         lines += [f"    {key}: {value}" for key, value in found.items() if value]
     return lines
+
+
+def _ops_of(body: Function) -> str:
+    return " ".join(node.op.name for node in body.nodes)
+
+
+def test_windows_of_up_to_16_are_lowered_as_slices() -> None:
+    for size, ops in ((16, "slice " * 16 + "maximum " * 15), (17, "windows reduce_max ")):
+        body = lowering_of(MaxPool(kernel=(size,)), [f32[40]])
+        assert _ops_of(body) + " " == ops
 
 
 def _attributes(op: Op) -> str:
