@@ -9,7 +9,7 @@ import json
 import pickle
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -63,6 +63,7 @@ from treadle.ir.ops.caches import check_slots
 from treadle.ir.ops.collectives import Collective, Starting
 from treadle.ir.ops.normalization import Softmax
 from treadle.ir.samples import Sample
+from treadle.ir.sizing.size_text import parse_size
 from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.text.scanner import TextLimits
@@ -206,9 +207,22 @@ BALANCED = """graph g {
     return y = y
   }
 }"""
+TWICE = """graph g {
+  parameters { w: f32[8, 16] u: f32[8, 16] g: f32[16] }
+  main(x: f32[2, 16]) -> (y: f32[2, 8], z: f32[2, 8]) {
+    r = rms_norm(x, $g)
+    e = encode(r, to=int8_rows)
+    d = decode(e, of=int8_rows)
+    y = linear(d, $w)
+    z = linear(d, $u)
+    return y = y, z = z
+  }
+}"""
 ROUNDED = "    e = encode(x, to=int8_rows)\n    z = decode(e, of=int8_rows)\n"
 ROWS = {"w": Encoding("int8_rows")}
+TWO_ROWS = ROWS | {"u": Encoding("int8_rows")}
 BALANCE = Balance("v", "g", None, ("w",), ("w",))
+OTHER_BALANCE = replace(BALANCE, vector="o", weights=("u",))
 
 
 def carrying(rows: int = 1) -> Any:
@@ -362,6 +376,15 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     ),
     "a vector's name": (
         lambda _: encode_parameters(parse_graph(BALANCED), ROWS, [BALANCE]), GraphError, "main has a parameter v"
+    ),
+    "two vectors": (
+        lambda _: encode_parameters(parse_graph(TWICE), TWO_ROWS, [BALANCE, OTHER_BALANCE]),
+        GraphError,
+        "e is multiplied by two vectors before it is rounded",
+    ),
+    "a size without a value": (lambda _: parse_size("S+1").evaluate({"T": 3}), SizeError, "size S+1 needs a value"),
+    "a state's name": (
+        lambda _: parse_graph(STATE.replace("append(%c", "append(%cc")), TreadleError, "unknown state %cc"
     ),
     "numbers of rows that are rounded": (
         lambda _: decode_parameters(read("exp(z)", "[B, 4]", ROUNDED)), GraphError, "values that"
