@@ -340,3 +340,25 @@ def test_a_place_that_spans_a_part_of_a_factor_is_followed_into_it() -> None:
     rows = b.rearrange(x, pattern="b (h=6 d=4) -> b h d")
     b.outputs(y=columns, z=b.reduce_sum(rows, axes=(1,)))
     assert any(e.node.op.name == "reduce_sum" for e in follow(b.graph, "cols").encounters)
+
+
+def test_an_axis_of_size_one_is_told_from_what_it_is_merged_with() -> None:
+    b = Builder(Graph("g"))
+    x = b.input("x", "f32[B, 1, 8]")
+    merged = b.rearrange(x, pattern="b a c -> b (a c)")
+    b.outputs(y=merged, z=b.rearrange(merged, pattern="b (a=1 c) -> b a c"))
+    found = follow(b.graph, "x[1]")
+    assert found.outputs == {"y": 1, "z": 1}
+    assert [(p.dim, p.inner, p.size) for p in found.places] == [(1, 1, 1), (1, 8, 1), (1, 1, 1)]
+    assert follow(b.graph, "x[2]").outputs == {"y": 1, "z": 2}
+
+
+def test_a_scatter_and_a_count_along_a_divided_axis_need_nothing() -> None:
+    """A scatter writes along it, in each part what lies there; a count begins where its part does."""
+    b = Builder(Graph("g"))
+    x, i, u = b.input("x", "f32[B, S]"), b.input("i", "i64[B, 3]"), b.input("u", "f32[B, 3]")
+    scattered, counted = b.scatter_add(x, i, u, axis=1), b.iota(size="S")
+    b.outputs(y=scattered, n=b.layer_norm(x, None, None), c=counted)
+    split = follow(b.graph, "S").split()
+    assert split and [(c.encounter.op, c.by) for c in split.combine] == [("layer_norm (reduce_sum inside)", "sum")] * 2
+    assert [(c.encounter.op, c.by) for c in follow(b.graph, "u[1]").split().combine] == [("scatter_add", "sum")]
