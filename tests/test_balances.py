@@ -10,13 +10,14 @@ import pytest
 
 import treadle
 from tests.golden import Golden
+from treadle.ir.builder import Builder
 from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.errors import PassError
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.text.printer import print_graph
-from treadle.ir.transforms.balances import Balance, balances_of
+from treadle.ir.transforms.balances import Balance, balanced_name, balances_of, norm_of
 from treadle.ir.transforms.clone import clone_graph
 from treadle.ir.transforms.encoded_weights import encode_parameters, encode_weights, given_parameters, quantized_alike
 from treadle.passes.framework.manager import PassManager
@@ -219,3 +220,46 @@ def test_what_decodes_weights_says_where_it_is_from(golden: Golden) -> None:
     encodings = {name: Encoding("int8_rows", axis=axis) for name, axis in (("h.w", -1), ("h.m", 0), ("plain.w", -1))}
     balance = Balance("h.balance", "g", None, ("h.w", "h.m"), ("h.w", "h.m"))
     golden("text_form/balanced.txt", print_graph(encode_parameters(graph, encodings, [balance])))
+
+
+@pytest.mark.parametrize(
+    ("weights", "taken", "name"),
+    [
+        (("attn.q.weight", "attn.k.weight"), (), "attn.balance"),
+        (("attn.q.weight", "attn.k.weight"), ("attn.balance",), "attn.balance_2"),
+        (("attn.q.weight", "attn.k.weight"), ("attn.balance", "attn.balance_2"), "attn.balance_3"),
+        (("h.0.up.weight",), (), "h.0.up.balance"),
+        (("h.0.up.weight", "h.1.up.weight"), (), "h.balance"),
+        (("a.up.weight", "b.up.weight"), (), "balance"),
+        (("h.up.weight", "h.weight"), (), "h.balance"),
+        (("weight",), (), "balance"),
+    ],
+)
+def test_the_name_of_a_vector(weights: tuple[str, ...], taken: tuple[str, ...], name: str) -> None:
+    assert balanced_name(weights, taken.__contains__) == name
+
+
+def test_what_no_norm_gives_has_no_gain() -> None:
+    b = Builder(Graph("g"))
+    x, gain, shift = b.input("x", "f32[2, 8]"), b.parameter("g", "f32[8]"), b.parameter("s", "f32[8]")
+    y, total = b.add_layer_norm(x, x, gain, shift)
+    both = {"layer_norm": b.layer_norm(x, gain, shift), "add": y}
+    assert {name: norm_of(each.value) for name, each in both.items()} == dict.fromkeys(both, (gain.value, shift.value))
+    assert norm_of(b.rms_norm(x, gain).value) == (gain.value, None)
+    assert norm_of(b.layer_norm(x, None, None).value) == (None, None)
+    assert [norm_of(v) for v in (None, x.value, total.value, b.exp(x).value)] == [None] * 4
+
+
+def test_a_vector_is_the_root_of_what_channels_come_to_over_what_weights_have(declared: Graph) -> None:
+    """s[k] = sqrt((3 |gain[k]| + |shift[k]|) / max |w[n, k]|), of the weights that count; 1 for a channel of zeros."""
+    balance = Balance("v", "n.weight", "n.bias", ("tied.weight", "twice.weight"), ("twice.weight",))
+    weights = {name: np.ones(declared.parameters[name].type.static_shape, np.float32) for name in balance.read}
+    weights["n.weight"][:3], weights["n.bias"][:3] = (-4, 1, 0), (4, -5, 0)
+    weights["twice.weight"][:, :3] = [[1, -2, 1]] * 8
+    weights["tied.weight"] *= 100
+    found = balance.factors(declared, weights)
+    assert found is not None
+    assert found.tolist() == [4.0, 2.0, 1.0, *[2.0] * 13]
+    for wrong in ({"n.weight": None}, {"n.bias": np.ones(15)}, {"tied.weight": np.ones((32, 16), np.int8)}):
+        assert balance.factors(declared, weights | wrong) is None
+    assert balance.read == ("tied.weight", "twice.weight", "n.weight", "n.bias")
