@@ -97,21 +97,6 @@ class Builder(OpMethods):
             )
         return Expr(self, self.function.updated.get(name, known))
 
-    def update(self, name: str, expr: Expr) -> None:
-        """Say what a state is in the end. An op that updates a state does so by itself as it is added.
-
-        Raises GraphError for what is no update of that state.
-        """
-        state = self.function.states.get(name)
-        if state is None or expr.value is state or expr.value.state is not state:
-            raise GraphError(
-                f"{expr.value.name} is no update of state {name}",
-                received=repr(expr.value),
-                source=self.place(),
-                hint="what an op gives that updates the state, such as append(state, ...)",
-            )
-        self.function.updated[name] = expr.value
-
     def outputs(self, /, **outputs: Expr) -> Function:
         """Name the function's outputs, in order."""
         self.function.outputs = {name: expr.value for name, expr in outputs.items()}

@@ -148,8 +148,6 @@ def test_the_builder_takes_updates_as_they_are_added() -> None:
     assert b.state("count", "i64[R, 1]").value is graph.main.updated["count"]
     with pytest.raises(GraphError, match="state count is used with two types"):
         b.state("count", "i64[R, 2]")
-    with pytest.raises(GraphError, match="rows is no update of state count"):
-        b.update("count", b.expr(graph.main.inputs[0]))
     b.parameter("w", "f32[2]")
     with pytest.raises(GraphError, match="has a parameter 'w' already"):
         b.state("w", "f32[2]")
