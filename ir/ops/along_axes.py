@@ -34,13 +34,6 @@ def not_empty(x: Type | None, axes: Sequence[int], what: str) -> list[Demand]:
     return [(x.shape[i] - 1, f"an axis of size 0 has no {what}") for i in places(axes, x.rank)]
 
 
-def refuse_empty(x: Type | None, axes: Sequence[int], what: str) -> None:
-    """Raise RuleError where one of the axes is known to be empty, and so has no `what`."""
-    for size, otherwise in not_empty(x, axes, what):
-        if size.constant == -1:
-            raise RuleError(otherwise)
-
-
 def rule_along(axes: Sequence[int], rank: int, read: str, *given: str) -> str:
     """The axis rule of an op that acts along `axes` of its operand and maps the others; axis i is named `ai`.
 
