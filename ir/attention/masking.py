@@ -201,11 +201,10 @@ def attend_with_probabilities(
     biases: Biases | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-    name: str | None = None,
 ) -> tuple[Expr, Expr]:
     """What `attend` gives, and the probabilities [b, h, s, t]. Raises as it does."""
     terms, operands = _applied(masks, biases)
-    return b.attention_with_probabilities(q, k, v, *operands, terms=terms, scale=scale, softcap=softcap, name=name)
+    return b.attention_with_probabilities(q, k, v, *operands, terms=terms, scale=scale, softcap=softcap)
 
 
 def _applied(masks: Masks | None, biases: Biases | None) -> tuple[tuple[Term, ...], list[ExprLike]]:

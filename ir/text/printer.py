@@ -64,11 +64,11 @@ def print_function(graph: Graph, function: Function, *, sources: bool = True, an
     return "\n".join(FunctionText(graph, function, sources=sources, annotate=annotate).lines()) + "\n"
 
 
-def excerpt(graph: Graph, function: Function, index: int, around: int = 3) -> str:
-    """The lines of a few nodes either side of one, which is marked; works for a graph that does not verify."""
+def excerpt(graph: Graph, function: Function, index: int) -> str:
+    """The lines of three nodes either side of one, which is marked; works for a graph that does not verify."""
     text = FunctionText(graph, function)
-    first = max(0, index - around)
-    rows = text.rows(function.nodes[first : index + around + 1])
+    first = max(0, index - 3)
+    rows = text.rows(function.nodes[first : index + 4])
     numbered = zip(range(first, len(function.nodes)), rows, strict=False)
     return "\n".join(f"{'>' if n == index else ' '} op {n}: {row}"[:160] for n, row in numbered)
 
