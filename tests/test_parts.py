@@ -160,6 +160,41 @@ AGAIN = """graph g {
 }"""
 
 
+@pytest.mark.parametrize(
+    ("line", "again"),
+    [
+        ("n = exp(x)", True),
+        ("n = linear(x, $w)", True),  # of 96 rows: 16 operations a byte
+        ("n = linear(x, $v)", False),  # of 97 columns: more
+        ("n = h(x)", False),
+        ('n = rearrange(x, pattern="s d -> s d")', False),
+        ("n, m = top_k(x, k=96)", False),
+    ],
+)
+def test_what_is_cheap_is_computed_for_each_that_reads_it(line: str, again: bool) -> None:
+    """If what it is computed from lives anyway, here up to the end."""
+    graph = parse_graph(
+        "graph g { parameters { w: f32[96, 96] v: f32[97, 96] }"
+        " block h(x: f32[96, 96]) -> (y: f32[96, 96]) { y = exp(x) return y = y }"
+        f" main(x: f32[96, 96]) -> (a: f32[], b: f32[], c: f32[96, 96]) {{ {line}"
+        " a = reduce_max(n, axes=[0, 1]) b = reduce_min(n, axes=[0, 1]) c = tanh(x) return a = a, b = b, c = c } }"
+    )
+    count = len(graph.main.nodes)
+    compute_again(graph, {})
+    verify(graph)
+    assert len(graph.main.nodes) == count + again
+
+
+def test_what_nobody_reads_later_is_not_kept_to_compute_again() -> None:
+    for line, again in (("c = tanh(x)", True), ("c = tanh(a)", False)):
+        graph = parse_graph(
+            f"graph g {{ main(x: f32[8, 8]) -> (b: f32[], c: f32[8, 8]) {{ n = exp(x) a = softmax(n)"
+            f" b = reduce_min(n, axes=[0, 1]) {line} return b = b, c = c }} }}"
+        )
+        compute_again(graph, {})
+        assert len(graph.main.nodes) == 4 + again, line
+
+
 def test_parts_say_where_they_are_from(golden: Golden) -> None:
     """As text, with scopes and lines: what is cut, what computes a part, and what joins them."""
     graph = parse_graph(PARTED)
