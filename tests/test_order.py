@@ -23,9 +23,10 @@ from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.text.parser import parse_graph
 from treadle.passes.framework.manager import Optimized, PassManager
+from treadle.passes.memory.frames import frame_of
 from treadle.passes.memory.order import Buffer, Order, OrderProblem, _Sets, find_order, lower_bound
-from treadle.passes.memory.ordering import drawn_sizes, have_one_order, must_precede
-from treadle.passes.memory.plan_storage import PlanStorage, each_alone
+from treadle.passes.memory.ordering import _Making, drawn_sizes, have_one_order, must_precede
+from treadle.passes.memory.plan_storage import PlanStorage, each_alone, over_nothing
 
 
 def peak_by_hand(problem: OrderProblem, order: Sequence[int]) -> int:
@@ -216,3 +217,22 @@ def test_who_reads_a_state_comes_before_its_update() -> None:
     before = must_precede(main, each_alone(main))
     assert before[3] == (0, 1)  # exp reads a view of what the state was
     assert before[4] == (3,)
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_what_lies_as_its_reader_wants_it_is_written_over_nothing(merged: bool) -> None:
+    """It has a storage in the reader's order, so an order of steps saves nothing there."""
+
+    def build(b: Builder) -> Expr:
+        y = b.exp(b.tanh(b.input("x", "f32[S, 2, 4]")))
+        return b.softmax(b.rearrange(y, pattern="s h d -> h s d") if merged else y)
+
+    plan = replace(PLAN, ordered=False, over=over_nothing, grouped=each_alone)
+    made = PassManager((plan,)).run(graph_of(build)).plan
+    assert made is not None
+    main = made.functions["main"]
+    frame = frame_of(main, {}, strided=True)
+    before = must_precede(main.function, main.steps)
+    over = _Making(main, frame, before, PLAN.over).over
+    names = [step.root.op.name for step in main.steps]
+    assert over[names.index("exp")] == (() if merged else ((1, 0),))
