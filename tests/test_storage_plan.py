@@ -16,6 +16,8 @@ from tests.golden import Golden
 from tests.random_graphs import random_graphs
 from tests.random_programs import random_program
 from tests.stateful_graphs import blocks
+from treadle.backends.numpy.backend import NumpyBackend
+from treadle.backends.staged import StagedBackend
 from treadle.backends.tvm.lowering.chains import PLAN
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import PassError
@@ -23,6 +25,7 @@ from treadle.ir.graph import Function, Graph, Value
 from treadle.ir.layouts import parse_layout
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.storage.views import Storage, View
+from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.types import f32
 from treadle.passes.framework.manager import Optimized, PassManager
@@ -83,6 +86,24 @@ def joined_block() -> Graph:
 def test_the_text_of_a_plan(name: str, golden: Golden) -> None:
     made = {"strided": STRIDED, "chains": PLAN, "library": PlanStorage()}[name]
     golden(f"storage/{name}.txt", re.sub(r" +tests/test_storage_plan.py:\d+", "", str(planned(joined_block(), made))))
+
+
+def plans_of(backend: StagedBackend) -> PlanStorage:
+    *_, plan = backend.pipeline(Target("cpu"))
+    assert isinstance(plan, PlanStorage)
+    return plan
+
+
+@pytest.mark.parametrize("name", ["strided", "numpy"])
+def test_the_text_of_plans_of_programs(name: str, golden: Golden) -> None:
+    """Of many ops in any order, in program order and not, and with inputs that are given away."""
+    plan, shown = PLAN if name == "strided" else plans_of(NumpyBackend()), []
+    for seed in range(6):
+        graph = random_program(seed, f32)
+        donated = tuple(v.name for v in graph.main.inputs) if seed % 2 else ()
+        planned = PassManager((Legalize(lambda op, types: False), replace(plan, donated=donated))).run(graph)
+        shown += [f"# {seed}: {planned.log[-1].options}", *planned.log[-1].notes, str(planned.plan)]
+    golden(f"storage/programs_{name}.txt", re.sub(r" +tests/\w+\.py:\d+", "", "\n".join(shown)))
 
 
 def test_a_concat_is_written_by_those_who_make_its_parts() -> None:
