@@ -66,6 +66,27 @@ def test_parts_give_what_the_whole_gives(seed: int) -> None:
     assert found
 
 
+def test_which_runs_of_programs_may_be_in_parts(golden: Golden) -> None:
+    """Runs of up to three nodes: along which axis, what holds it where, and whether ops have a form on a part."""
+    shown = []
+    for seed in range(3):
+        program = random_program(seed)
+        count = len(program.main.nodes)
+        for first, last, dim in [(i, j, d) for i in range(count) for j in range(i, min(i + 3, count)) for d in (0, 1)]:
+            graph = clone_graph(program)
+            nodes = graph.main.nodes[first : last + 1]
+            region = find_region(graph, graph.main, nodes, dim)
+            if region is None:
+                continue
+            try:
+                form = f"{len(compute_in_parts(graph, region, 2).parts)} parts"
+            except NoPart:
+                form = "no form on a part"
+            held = ", ".join(f"{value.name}[{at}]" for value, at in region.dims.items())
+            shown.append(f"{seed} {' '.join(n.op.name for n in nodes)} along {dim} of {region.size}: {form}; {held}")
+    golden("text_form/parts_of_programs.txt", "\n".join(shown))
+
+
 def test_where_ranks_meet_is_neither_in_parts_nor_again() -> None:
     """Other ranks come as often as their own programs say."""
     b = Builder(Graph("met"))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 from tests.golden import Golden
-from treadle.ir.analysis.cost import Cost
+from tests.random_programs import random_program
+from treadle.ir.analysis.cost import Cost, graph_cost, node_cost, parameter_bytes, parameter_count
 from treadle.ir.analysis.following import follow
 from treadle.ir.axes import AxisFactor, Role
 from treadle.ir.graph import Graph
@@ -84,6 +87,29 @@ def test_an_axis_that_is_followed(golden: Golden) -> None:
             shown += [repr(each), str(each), ""]
         shown += [*map(str, found.split().combine), ""]
     golden("text_form/followed_axes.txt", "\n".join(shown))
+
+
+def test_axes_that_are_followed_through_programs(golden: Golden) -> None:
+    """Of many ops in any order, blocks among them."""
+    shown = []
+    for seed in range(10):
+        for axis in ("B", "S"):
+            found = follow(random_program(seed), axis)
+            shown += [f"# {seed}", str(found), *map(str, (found.step(), found.pack(), found.split())), ""]
+    golden("text_form/axes_of_programs.txt", re.sub(r"tests/(\w+\.py):\d+", r"\1", "\n".join(shown)))
+
+
+def test_costs_of_programs(golden: Golden) -> None:
+    """Operations and bytes of each node, and of each function."""
+    shown, sizes = [], {"B": 2, "S": 7}
+    for seed in range(10):
+        graph = random_program(seed)
+        for function in graph.functions.values():
+            for node in function.nodes:
+                cost = node_cost(node, sizes)
+                shown.append(f"{seed} {function.name} {node.op.name}: {cost.flops} flops, {cost.bytes} bytes")
+        shown.append(f"{seed}: {graph_cost(graph, sizes)}, {parameter_count(graph)} of {parameter_bytes(graph)} bytes")
+    golden("text_form/costs_of_programs.txt", "\n".join(shown))
 
 
 def test_plans() -> None:
