@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -311,6 +312,47 @@ def test_a_search_among_too_many_is_not_begun(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(placement.exact, "improve", lambda *_: None)
     monkeypatch.setattr(placement.exact, "available", lambda: True)
     assert place(gap(0)).method == TOO_LARGE == "greedy alone: too many buffers live together for the search"
+
+
+@pytest.mark.parametrize(
+    ("proven", "found", "capacity", "asked", "told"),
+    [
+        (0, 1000, None, [60, 80, 90, 95, 97, 98, 60, 80, 90, 95], (100, 60)),
+        (62, 75, None, [60, 61, 62, 81, 62, 71, 76, 62, 69, 72], (76, 62)),
+        (60, 60, None, [60], (60, 60)),
+        (0, 80, 85, [85], (85, 60)),
+        (90, 1000, 85, [85], (100, 86)),
+    ],
+)
+def test_which_sizes_are_asked_for(
+    proven: int,
+    found: int,
+    capacity: int | None,
+    asked: list[int],
+    told: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The bound first, then half the way to the best that is known, and so on, until time is up: 20 looks at a clock.
+
+    Below `proven` there is no placement, from `found` on one is found; between them a run ends without an answer.
+    """
+    clock, was = iter(range(100)), list[int]()
+
+    class Runs:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def decide(self, size: int, deadline: float) -> np.ndarray | None:
+            was.append(size)
+            return None if size < proven else np.array([0, size - 10] if size >= found else [], np.int64)
+
+    monkeypatch.setattr(exact, "_Runs", Runs)
+    monkeypatch.setattr(exact, "warm_up", lambda: None)
+    monkeypatch.setattr(exact, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    known = exact.Outcome(np.array([0, 90]), 100, 60)
+    best = exact.improve(np.array([0, 0]), np.array([1, 1]), np.array([10, 10]), known, capacity, 20.0)
+    assert best is not None
+    assert (was, (best.reached, best.bound)) == (asked, told)
 
 
 # Planted faults
