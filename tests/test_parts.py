@@ -82,7 +82,7 @@ def test_which_runs_of_programs_may_be_in_parts(golden: Golden) -> None:
                 form = f"{len(compute_in_parts(graph, region, 2).parts)} parts"
             except NoPart:
                 form = "no form on a part"
-            held = ", ".join(f"{value.name}[{at}]" for value, at in region.dims.items())
+            held = ", ".join(sorted(f"{value.name}[{at}]" for value, at in region.dims.items()))
             shown.append(f"{seed} {' '.join(n.op.name for n in nodes)} along {dim} of {region.size}: {form}; {held}")
     golden("text_form/parts_of_programs.txt", "\n".join(shown))
 
