@@ -17,6 +17,7 @@ from treadle.passes.memory.storage_checking import check_storage
 from treadle.passes.memory.storage_plan import How
 
 Body = Callable[[Builder, Expr], Expr]
+HALVES = ({"stop": 4}, {"start": 4})
 
 
 def residual(b: Builder, x: Expr) -> Expr:
@@ -76,12 +77,41 @@ def test_what_is_read_after_the_call_is_kept() -> None:
         (lambda b, x: b.add(b.exp(x), b.softmax(x), name="z"), True),  # the last step reads what others made of x
         (lambda b, x: b.add(b.exp(x), x, name="z"), False),  # the last step reads x and writes the result
         (lambda b, x: b.add(b.exp(x), b.rearrange(x, pattern="s d -> s d"), name="z"), False),  # by way of a view
+        (lambda b, x: b.concat(*[b.softmax(b.slice(x, axis=1, **half)) for half in HALVES]), False),  # part by part
     ],
 )
 def test_a_callee_that_reads_late_does_not_write_over(body: Body, reused: bool) -> None:
     made = plan_of(stacked(body))
     assert made.plan is not None
     assert (made.graph.functions["block"].inputs[0] in made.plan.functions["block"].reuses) is reused
+
+
+@pytest.mark.parametrize(
+    ("order", "late", "reused"),
+    [
+        ((0, 1), False, True),  # each call writes over the half that it reads
+        ((1, 0), False, False),  # over the other half, which is read later
+        ((0, 0), False, False),  # the first half is read again
+        ((0, 1), True, False),  # the callee itself reads late
+    ],
+)
+def test_calls_that_write_a_part_each(order: tuple[int, int], late: bool, reused: bool) -> None:
+    graph = Graph("parted")
+    inner, block = Function("inner"), Function("block")
+    for function in (inner, block):
+        graph.add_function(function)
+    b = Builder(graph, inner)
+    x = b.input("x", "f32[4, S]")
+    b.outputs(y=b.add(b.exp(x), x) if late else b.softmax(b.softmax(x)))
+    b = Builder(graph, block)
+    x = b.input("x", "f32[8, S]")
+    halves = [b.slice(x, axis=0, **half) for half in HALVES]
+    b.outputs(y=b.concat(*[b.call(inner, [halves[at]])[0] for at in order], axis=0))
+    main = Builder(graph)
+    main.outputs(y=main.softmax(main.call(block, [main.softmax(main.input("x", "f32[8, S]"))])[0]))
+    plan = plan_of(graph).plan
+    assert plan is not None
+    assert (graph.functions["block"].inputs[0].name in [v.name for v in plan.functions["block"].reuses]) is reused
 
 
 def test_what_is_passed_twice_is_not_written_over() -> None:
