@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.backend_checks import CPU, block_model, compiled, graph_of, message
+from tests.backend_checks import CPU, block_model, compiled, graph_of, message, needs_torch, needs_tvm
 from treadle.backends import registry
 from treadle.backends.registry import backend_names, find_backend
 from treadle.backends.tvm.kernels import tvm_runtime
@@ -36,6 +36,9 @@ def test_targets() -> None:
         assert str(caught.value.received) == f"threads={threads!r}"
     graph, weights = block_model()
     assert "runs on the CPU only" in message(lambda: find_backend("numpy").compile(graph, Target("cuda"), weights))
+    with_threads = Target("cpu", threads=2)
+    text = message(lambda: find_backend("numpy").compile(graph, with_threads, weights))
+    assert "does not choose the number of threads" in text and "received  threads=2" in text
 
 
 @pytest.mark.parametrize(
@@ -74,6 +77,27 @@ def test_a_target_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
     graph, weights = block_model()
     text = message(lambda: find_backend("torch").compile(graph, Target("cuda"), weights))
     assert "PyTorch finds no CUDA device" in text
+    text = message(lambda: find_backend("torch").compile(graph, Target("arm64"), weights))
+    assert text.startswith("the torch backend does not generate code for arm64")
+
+
+@pytest.mark.parametrize(
+    ("backend", "said"),
+    [
+        pytest.param("torch", "the torch backend has no spelling of op 'average_pool'", marks=needs_torch),
+        pytest.param("tvm", "the tvm backend has no kernel for op 'average_pool'", marks=needs_tvm),
+    ],
+)
+def test_an_op_that_is_left_without_a_form_is_named(
+    backend: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where passes left one: these take it apart."""
+    found = find_backend(backend)
+    *_, plan = found.pipeline(CPU)  # type: ignore[attr-defined]
+    monkeypatch.setattr(type(found), "pipeline", lambda *_: (plan,))
+    graph = graph_of(lambda b: b.average_pool(b.input("x", "f32[2, 4, 6]"), kernel=(2,)))
+    with pytest.raises(BackendError, match=said):
+        found.compile(graph, CPU, {})
 
 
 def test_what_a_gpu_does_not_multiply_is_refused_before_anything_moves(monkeypatch: pytest.MonkeyPatch) -> None:

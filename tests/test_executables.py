@@ -563,6 +563,9 @@ def test_of_a_tensor_that_cannot_be_read_it_is_told_what_can(dtype: str, backend
                 tried[name].append(error.hint)
                 x = eval(str(error.hint), {"x": x, "torch": torch})
         np.testing.assert_array_equal(made, [[2, 0], [0, 2]])
+    if backend != "torch":
+        with pytest.raises(BackendError, match="input x is no array that NumPy can read"):
+            exe(x=given["trained"], y=right)
     full = {"f32": "float32", "f16": "float16"}[dtype]
     if backend == "torch":
         narrower = [f"x.to(torch.{full})"] if dtype == "f16" else []

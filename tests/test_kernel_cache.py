@@ -193,6 +193,31 @@ def test_a_machine_without_a_feature_gets_the_next_best(lacking: str, monkeypatc
     assert host_isa.__wrapped__().name == {"avx512f": "x86-64-v3", "avx2": "x86-64-v2"}[lacking]
 
 
+def test_a_machine_of_which_we_know_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instruction_sets.platform, "machine", lambda: "s390x")
+    with pytest.raises(BackendError, match="the tvm backend has no kernels for s390x"):
+        host_isa.__wrapped__()
+
+
+@pytest.mark.usefixtures("fresh")
+def test_what_a_linker_or_the_compiler_says_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tvm
+
+    cache, words = KernelCache(host_isa(), tmp_path), "x" * 2500
+    monkeypatch.setattr(kernel_cache, "_linker", lambda: ("sh", "-c", f"echo {words} >&2; exit 1"))
+    with pytest.raises(BackendError, match="kernel runner does not link") as caught:
+        cache.entries([])
+    assert caught.value.received == words[:500]
+
+    def compile_it(*_: object, **__: object) -> None:
+        raise ValueError(f"begin{words}end")
+
+    monkeypatch.setattr(tvm, "compile", compile_it)
+    with pytest.raises(BackendError, match="does not compile for") as caught:
+        assembly(Scale(4.0), ISAS["x86-64-v3"])
+    assert caught.value.received == words[: 2000 - len("end")] + "end"
+
+
 def test_another_machine_can_be_read_and_not_run() -> None:
     other = ISAS["arm64" if host_isa().machine != "aarch64" else "x86-64-v3"]
     text = assembly(Scale(3.0), other)

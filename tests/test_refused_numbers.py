@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.backend_checks import compiled, each_backend, graph_of, message
+from tests.backend_checks import compiled, each_backend, graph_of, message, needs_torch
 from tests.op_checks import TESTED, Case
 from tests.rounding_bounds import assert_within, bounded
 from treadle.ir.builder import Builder, Expr
@@ -194,6 +194,24 @@ def test_a_result_that_is_too_large_is_refused(backend: str, build: Callable[[Bu
     else:
         assert text.startswith(f"{name}: ")
         assert "model.py:7" in text
+
+
+@each_backend
+def test_sizes_past_64_bits_are_refused(backend: str) -> None:
+    def build(b: Builder) -> Expr:
+        wide = b.exp(b.pad(b.input("x", "f32[N]"), axis=0, before=f"{10**17}*N"))
+        return b.reduce_sum(wide, axes=(0,))
+
+    exe = compiled(backend, graph_of(build))
+    assert "no memory is as large as these sizes take" in message(lambda: exe(x=np.ones(128, np.float32)))
+
+
+@needs_torch
+def test_of_what_a_library_says_the_first_line_is_told() -> None:
+    """PyTorch lists its own calls below."""
+    exe = compiled("torch", graph_of(lambda b: b.pad(b.input("x", "f32[N]"), axis=0, before=f"{10**17}*N")))
+    text = message(lambda: exe(x=np.ones(128, np.float32)))
+    assert [line[:10].strip() for line in text.splitlines()] == ["pad: faile", "received", "in", "from"]
 
 
 def test_the_reference_tells_what_it_could_not_make() -> None:

@@ -23,6 +23,7 @@ from treadle.artifact_file import write_sections
 from treadle.artifacts import ArtifactLimits
 from treadle.backends.fitted_pipeline import Budget
 from treadle.backends.numpy.backend import NumpyBackend
+from treadle.backends.onnx.exporter import export_onnx
 from treadle.backends.protocol import Port
 from treadle.backends.staged import StagedBackend, build
 from treadle.cli.application import app
@@ -491,6 +492,7 @@ MISSING: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "texts of GGUF": ("tokenizers", build_gguf_tokenizer, "reading text needs the package tokenizers"),  # type: ignore[arg-type]
     "GGUF": ("gguf", lambda _: import_gguf(), "reading GGUF files needs the package gguf"),
     "ONNX": ("onnx", lambda p: OnnxFile.open(p), "reading ONNX files needs the package onnx"),
+    "ONNX export": ("onnx", lambda p: export_onnx(Graph("g"), {}, p), "ONNX export needs the package onnx"),
 }
 
 
@@ -500,7 +502,7 @@ def test_a_package_that_is_missing_is_named_with_its_extra(
 ) -> None:
     package, provoke, says = MISSING[name]
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(FrontendError) as caught:
+    with pytest.raises((FrontendError, BackendError)) as caught:
         provoke(tmp_path)
     assert caught.value.what == says
     assert str(caught.value.hint) == f"pip install 'treadle[{'text' if package == 'tokenizers' else package}]'"

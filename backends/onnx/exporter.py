@@ -150,7 +150,7 @@ def _refuse_opset(opset: int) -> None:
         import onnx
     except ImportError as error:
         raise BackendError(
-            "ONNX export needs the package onnx", received=str(error), hint='pip install "treadle[onnx]"'
+            "ONNX export needs the package onnx", received=str(error), hint="pip install 'treadle[onnx]'"
         ) from error
     newest = min(NEWEST_OPSET, onnx.defs.onnx_opset_version())
     if not _is_integer(opset) or not OLDEST_OPSET <= opset <= newest:

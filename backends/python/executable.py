@@ -123,10 +123,9 @@ class _Module:
             return error
         if isinstance(error, (OutsideAxis, NoRoom)):
             return error.located(node, self.name)
-        text = error.what if isinstance(error, TreadleError) else f"{type(error).__name__}: {error}"
         return BackendError(
             f"{node.op.name if node else self.name}: failed while running",
-            received=text,
+            received=error.what if isinstance(error, TreadleError) else _said(error),
             within=self.program.text.splitlines()[line - 1].partition("  # ")[0].strip() if line else None,
             source=describe_source(node.source, node.scope) if node else None,
         )
@@ -176,13 +175,19 @@ class _PythonEntry:
         node = self._makers[name]
         return BackendError(
             f"{node.op.name if node else self._module.name}: output {name} could not be copied",
-            received=f"{type(error).__name__}: {error}",
+            received=_said(error),
             source=describe_source(node.source, node.scope) if node else None,
         )
 
     def __repr__(self) -> str:
         takes, gives = (", ".join(map(str, p)) for p in (self.inputs, self.outputs))
         return f"<entry {self._name}({takes}) -> {gives}>"
+
+
+def _said(error: Exception) -> str:
+    """What a library says, without the C++ calls that PyTorch lists below it."""
+    first, _, _ = str(error).partition("\n")
+    return f"{type(error).__name__}: {first}"
 
 
 _numbers = count()  # so that executables of one text do not share the lines that tracebacks show

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from treadle.ir.errors import BackendError
 from treadle.ir.graph import Node, Value
 from treadle.ir.literals import Literal
 from treadle.ir.sizing.sizes import Size
@@ -28,7 +27,7 @@ class Dialect:
                  expression; for an op with several results, an expression of that many. An op that updates an
                  operand does so in place: of a value that is no state, the operand is a copy
     copied       a template of an array's copy, such as `{}.copy()`
-    otherwise    the spelling of any other primitive op, which leaves its operands as they are; None: there is none
+    otherwise    the spelling of any other primitive op, which leaves its operands as they are
     into         op name -> an expression that writes the result to the array `{out}` and gives it, for ops that the
                  storage plan places; where `{out}` is None, in a new one. `{told}` names both it and the workspace, and
                  stands in `spellings` for what is spelled alike when it is told nothing
@@ -38,7 +37,7 @@ class Dialect:
     imports: tuple[str, ...]
     spellings: Mapping[str, Spelling]
     copied: str
-    otherwise: Callable[[Line], str] | None = None
+    otherwise: Callable[[Line], str]
     into: Mapping[str, Spelling] = field(default_factory=dict)
 
     @property
@@ -58,8 +57,6 @@ class Dialect:
         """The expression of a node. Raises BackendError for an op that the dialect cannot say."""
         told = self.into.get(line.op.name) if line.is_told else None
         spelling = told or self.spellings.get(line.op.name, self.otherwise)
-        if spelling is None:
-            raise BackendError(f"the {self.name} backend has no spelling of op {line.op.name!r}")
         return spelling.format_map(line) if isinstance(spelling, str) else spelling(line)
 
 
