@@ -9,7 +9,7 @@ import numpy as np
 
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError, Hint
-from treadle.ir.graph import Graph, Node
+from treadle.ir.graph import Graph, Node, Value
 from treadle.ir.types import Type
 
 
@@ -37,16 +37,23 @@ def shown(array: Any) -> str:
     return f"{str(array.dtype).removeprefix('torch.')}{list(array.shape)}{dense}"
 
 
-def refuse_missing(graph: Graph, weights: Mapping[str, Any]) -> None:
-    """Raise one BackendError that lists all weights of a graph that are missing."""
-    wanted = graph.parameters
-    missing = [name for name in wanted if name not in weights]
+_LISTED = 20
+"""Lines of an error that lists what is wrong; more are counted."""
+
+
+def _listed(lines: Sequence[str]) -> str:
+    more = len(lines) - _LISTED
+    return "\n".join([*lines[:_LISTED], *([f"and {more} more"] if more > 0 else [])])
+
+
+def refuse_missing(title: str, wanted: Mapping[str, Value], weights: Mapping[str, Any]) -> None:
+    """Raise one BackendError that lists all weights of a graph of this name that are missing."""
+    missing = [f"{name}: {value.type}" for name, value in wanted.items() if name not in weights]
     if missing:
         raise BackendError(
-            f"{graph.name} needs weights that are not given",
+            f"{title} needs weights that are not given",
             received=f"{len(weights)} weight{'s' * (len(weights) != 1)}",
-            within="\n".join(f"{name}: {wanted[name].type}" for name in missing[:20])
-            + (f"\nand {len(missing) - 20} more" if len(missing) > 20 else ""),
+            within=_listed(missing),
         )
 
 
@@ -54,6 +61,11 @@ def misfit(name: str, wanted: Type, received: str) -> BackendError:
     """The error for a weight of another shape or dtype."""
     held = f", held in {wanted.held}" if wanted.encoding is not None else ""
     return BackendError(f"weight {name} must be {wanted}{held}", received=f"{name}: {received}")
+
+
+def out_of_memory(count: int, purpose: str) -> BackendError:
+    """The error that so many bytes are not there."""
+    return BackendError("there is not enough memory", received=f"{count / 2**30:.3g} GiB for {purpose}")
 
 
 def shape_fits(wanted: Type, shape: Sequence[int]) -> bool:
@@ -77,19 +89,17 @@ def refuse_nodes(
     that is held in blocks, which none of ours has."""
     if encoded := [f"%{name}: {v.type}" for name, v in graph.states.items() if v.type.encoding is not None]:
         what = f"the {backend} backend holds no states in blocks"
-        raise BackendError(what, received="\n".join(encoded[:20]), hint="states of numbers")
+        raise BackendError(what, received=_listed(encoded), hint="states of numbers")
     refused = [(node, why) for _, node in graph.walk() if (why := supports(node)) is not None]
     if not refused:
         return
     lines = []
-    for node, why in refused[:20]:
+    for node, why in refused:
         place = describe_source(node.source, node.scope)
         lines.append(f"{node.op.name}: {why}" + (f"    ({place})" if place else ""))
-    if len(refused) > 20:
-        lines.append(f"and {len(refused) - 20} more")
     raise BackendError(
         f"the {backend} backend cannot run {graph.name}",
-        received="\n".join(lines),
+        received=_listed(lines),
         source=describe_source(refused[0][0].source, refused[0][0].scope),
         hint=hint,
     )

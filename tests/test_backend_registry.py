@@ -15,10 +15,13 @@ import pytest
 
 from tests.backend_checks import CPU, block_model, compiled, graph_of, message, needs_torch, needs_tvm
 from treadle.backends import registry
+from treadle.backends.refusals import out_of_memory, refuse_nodes
 from treadle.backends.registry import backend_names, find_backend
 from treadle.backends.tvm.kernels import tvm_runtime
+from treadle.ir.builder import Builder
 from treadle.ir.errors import BackendError, UsageError
 from treadle.ir.graph import Graph
+from treadle.ir.source_lines import SourceLine
 from treadle.ir.target import Target
 
 ROOT = Path(__file__).parent.parent
@@ -88,9 +91,7 @@ def test_a_target_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.param("tvm", "the tvm backend has no kernel for op 'average_pool'", marks=needs_tvm),
     ],
 )
-def test_an_op_that_is_left_without_a_form_is_named(
-    backend: str, said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_op_that_is_left_without_a_form_is_named(backend: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where passes left one: these take it apart."""
     found = find_backend(backend)
     *_, plan = found.pipeline(CPU)  # type: ignore[attr-defined]
@@ -107,6 +108,23 @@ def test_what_a_gpu_does_not_multiply_is_refused_before_anything_moves(monkeypat
     graph = graph_of(lambda b: b.matmul(b.input("x", "i64[2, 3]"), b.input("y", "i64[3, 4]")))
     assert said in message(lambda: find_backend("torch").compile(graph, Target("cuda"), {}))
     find_backend("torch").compile(graph, CPU, {})
+
+
+@pytest.mark.parametrize(("count", "more"), [(20, []), (21, ["and 1 more"])])
+def test_twenty_refused_nodes_are_listed(count: int, more: list[str]) -> None:
+    b = Builder(Graph("many"))
+    x = b.input("x", "f32[2]")
+    b.source = SourceLine("model.py", 3)
+    b.outputs(**{f"y{n}": b.exp(x, name=f"y{n}") for n in range(count)})
+    with pytest.raises(BackendError, match="the odd backend cannot run many") as caught:
+        refuse_nodes(b.graph, "odd", lambda node: f"{node.result.name} is odd", hint="another")
+    lines = [f"exp: y{n} is odd    (model.py:3)" for n in range(20)]
+    assert str(caught.value.received).splitlines() == lines + more
+    assert (caught.value.source, caught.value.hint) == ("model.py:3", "another")
+
+
+def test_memory_that_is_not_there_is_told_in_gib() -> None:
+    assert str(out_of_memory(3 << 29, "a run")) == "there is not enough memory\n  received  1.5 GiB for a run"
 
 
 class Recorded:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 pytest.importorskip("tvm")
 
+from tests.backend_checks import graph_of
 from treadle.backends.tvm.kernels import isa as instruction_sets
 from treadle.backends.tvm.kernels.appending import Append
 from treadle.backends.tvm.kernels.attention.cached_attention import CachedFlashAttention
@@ -39,26 +46,37 @@ from treadle.backends.tvm.kernels.runner import Runner
 from treadle.backends.tvm.kernels.selection import ArgMax, TopK
 from treadle.backends.tvm.kernels.shaping import FoldWindows, Iota
 from treadle.backends.tvm.kernels.softmax import Softmax
+from treadle.backends.tvm.lowering.chains import PLAN
+from treadle.backends.tvm.lowering.routine_writer import lower
+from treadle.backends.tvm.lowering.rules import RULES, keeps
+from treadle.backends.tvm.output_memory import OutputMemory, _Given
+from treadle.backends.tvm.panel_memory import Panels, _room, finish_writing, through_file
+from treadle.ir.builder import Builder, Expr
 from treadle.ir.encodings.encoding import parse_encoding
+from treadle.ir.graph import Graph
+from treadle.ir.ops.attention import Attention
+from treadle.ir.ops.blocks import EncodedLinear
 from treadle.ir.ops.collectives import AllReduce
 from treadle.ir.types import f32
+from treadle.passes.framework.manager import PassManager
+from treadle.passes.lowering.legalize import Legalize
 
 ADDED = Chain(("f32", "f32"), (Instruction("add", (0, 1), "f32"), Instruction("relu", (2,), "f32")))
-ROWS = packed_form(parse_encoding("int8_rows"))
+BYTE_ROWS = packed_form(parse_encoding("int8_rows"))
 WORDS = word_form(parse_encoding("q4_k"))
-assert ROWS is not None and WORDS is not None
+assert BYTE_ROWS is not None and WORDS is not None
 
 SPECS: list[tuple[Kernel, str, str]] = [
     # the kernel, its title, and beside it: what it multiplies where that is not f32, `slow` element by element
     (Matmul(48), "matmul_48", "counted"),
     (Matmul(48, ADDED, ("n",), batch=True), "matmul_batch_48_add_relu", "counted"),
-    (BlockProduct(48, ADDED, ("n",), form=ROWS), "block_product_8_bits_48_add_relu", "counted"),
+    (BlockProduct(48, ADDED, ("n",), form=BYTE_ROWS), "block_product_8_bits_48_add_relu", "counted"),
     (PairProduct(), "pair_product", "bf16 counted"),
     (QuadProduct(ADDED, ("n",)), "quad_product_add_relu", "int8 counted"),
     (TileProduct(), "tile_product", "bf16 counted"),
     (TileProduct(ADDED, ("n",), tiled=True), "tile_product_add_relu_tiled", "bf16 counted"),
     (ByteTileProduct(tiled=True), "byte_tile_product_tiled", "int8 counted"),
-    (TileBlockProduct(ADDED, ("n",), form=ROWS), "tile_product_add_relu_of_8_bits", "bf16 counted"),
+    (TileBlockProduct(ADDED, ("n",), form=BYTE_ROWS), "tile_product_add_relu_of_8_bits", "bf16 counted"),
     (QuadBlockProduct(WORDS), "quad_block_product_q4_k", "int8 counted"),
     (WideBlockProduct(WORDS, ADDED, ("n",)), "wide_block_product_q4_k_add_relu", "counted"),
     (FlashAttention(64, 64, 0.125), "attention_64", ""),
@@ -90,7 +108,7 @@ SPECS: list[tuple[Kernel, str, str]] = [
     (Iota("f32"), "iota", ""),
     (Take(4, "i64", True), "gather_rows", ""),
     (Take(4, "i64", False, 48), "gather_of_panels", ""),
-    (TakeBlocks(ROWS, "i64", 48), "gather_of_blocks_8_bits", ""),
+    (TakeBlocks(BYTE_ROWS, "i64", 48), "gather_of_blocks_8_bits", ""),
     (TakeWords(WORDS, "i64"), "gather_of_blocks_q4_k", ""),
     (Append(4, False, False), "append", ""),
     (Append(4, True, True), "append_rows_ring", ""),
@@ -138,7 +156,7 @@ def test_a_tile_of_sums_fits_into_the_registers() -> None:
     for isa in ISAS.values():
         for vectors in range(1, 5 if isa.registers >= 32 else 3):
             rows = tile_rows(vectors * isa.lanes(), isa)
-            assert 6 <= rows and rows * vectors + vectors + 1 <= isa.registers, (isa, vectors)
+            assert rows >= 6 and rows * vectors + vectors + 1 <= isa.registers, (isa, vectors)
         rows, columns = tile_of(isa)
         assert rows * columns // isa.lanes() + 4 <= isa.registers, isa
         assert narrow_width(isa) % columns == 0
@@ -196,3 +214,80 @@ def test_tiles_are_asked_for_where_linux_has_them(
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18  # as asm/prctl.h and asm/fpu/types.h number them
     assert asked in ([], [(arch_prctl, request_permission, tile_data)])
     assert bool(asked) == (system == "Linux" and machine == "x86_64")
+
+
+# -- limits ------------------------------------------------------------------------------------------------------------
+
+
+def steps(graph: Graph) -> int:
+    """How many kernel calls a graph becomes; nothing is compiled."""
+    lowered = PassManager((Legalize(keeps), PLAN)).run(graph)
+    assert lowered.plan is not None
+    return len(lower(lowered.graph, lowered.plan, ISAS["x86-64-v3"], RULES).main.steps)
+
+
+def test_the_widest_heads_and_the_longest_sums_that_kernels_take() -> None:
+    def attends(d: int, e: int) -> bool:
+        return keeps(Attention(), [f32["B", 2, "S", d], f32["B", 2, "S", d], f32["B", 2, "S", e]])
+
+    assert [attends(512, 1), attends(1, 512), attends(513, 1), attends(1, 513)] == [True, True, False, False]
+
+    def multiplies(size: int) -> bool:
+        row = replace(f32[2, size], encoding=parse_encoding("int8_rows"))
+        return keeps(EncodedLinear(of=parse_encoding("int8_rows")), [row, row, None])
+
+    assert multiplies(1 << 16) and not multiplies((1 << 16) + 1)
+    assert (1 << 16) * 255 * 127 < 2**31  # in which they are summed
+
+
+def test_a_chain_reads_eight_values_and_does_forty_eight_ops() -> None:
+    def summed(count: int) -> Graph:
+        return graph_of(lambda b: sum([b.input(f"x{n}", "f32[S]") for n in range(1, count)], b.input("x0", "f32[S]")))
+
+    def repeated(count: int) -> Graph:
+        def build(b: Builder) -> Expr:
+            x = b.input("x", "f32[S]")
+            for _ in range(count):
+                x = b.exp(x)
+            return x
+
+        return graph_of(build)
+
+    assert [steps(summed(count)) for count in (8, 9)] == [1, 8]  # else each op by itself
+    assert [steps(repeated(count)) for count in (48, 49)] == [1, 2]
+
+
+def test_from_a_megabyte_on_the_memory_of_two_outputs_is_remembered() -> None:
+    outputs = OutputMemory()
+    f4 = np.dtype(np.float32)
+    assert outputs.array("y", (2**18 - 1,), f4).base is not None and outputs._given == {}
+    place = outputs.array("y", (2**18,), f4).ctypes.data
+    assert outputs.array("y", (2**18,), f4).ctypes.data == place  # nobody holds the first
+    held = [outputs.array("y", (2**18,), f4) for _ in range(4)]
+    assert len(outputs._given["y"]) == 2 and len({array.ctypes.data for array in held}) == 4
+    assert all(array.ctypes.data % 64 == 0 for array in held)
+    assert outputs.array("z", (3,), f4, aligned=True).ctypes.data % 64 == 0
+
+
+@pytest.mark.parametrize(("count", "suits"), [(900, True), (901, False), (800, True), (799, False)])
+def test_memory_suits_what_is_as_large_or_an_eighth_smaller(count: int, suits: bool) -> None:
+    held = np.zeros(1)
+    given = _Given(np.empty(900, np.uint8), weakref.ref(held))
+    assert not given.suits(count)
+    del held
+    assert given.suits(count) is suits
+
+
+def test_from_a_megabyte_on_panels_have_a_file(tmp_path: Path) -> None:
+    def fill(name: str, to: np.ndarray) -> None:
+        to[...] = 7
+
+    with ThreadPoolExecutor(1) as pool:
+        for name, count, files in (("small", (1 << 20) - 64, 0), ("large", 1 << 20, 1)):
+            kinds = {name: ((count,), np.dtype(np.uint8))}
+            made = through_file(Panels(kinds, fill), lambda name=name: [name], pool, tmp_path / name)
+            finish_writing()
+            assert (made[name] == 7).all() and made[name].ctypes.data % 64 == 0
+            assert len(list((tmp_path / name).glob("*.panels"))) == files
+    for size, page in (((2 << 20) - 1, 64), (2 << 20, 2 << 20)):
+        assert _room(size).ctypes.data % page == 0 and len(_room(size)) == size

@@ -12,8 +12,9 @@ import pytest
 from tests.stateful_graphs import OLD, SUMS, blocks, counter, product
 from treadle.backends.protocol import StatefulExecutable
 from treadle.backends.registry import find_backend
-from treadle.backends.states import States
+from treadle.backends.states import StateKinds, States
 from treadle.ir.analysis.state_views import deadlines
+from treadle.ir.builder import Builder
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret_entry
@@ -266,6 +267,23 @@ REFUSED: dict[str, tuple[Callable[[Any, States], object], str]] = {
         "append: index 3 is outside an axis of size 3",
     ),
 }
+
+
+def test_what_states_take_and_are_is_told_in_numbers() -> None:
+    exe: Any = compiled(product(), "numpy")
+    sizes = {"R": 2**20, "C": 2**20}
+    with pytest.raises(BackendError, match="not enough memory for its states") as caught:
+        exe.state_kinds.new(sizes, lambda *_: np.zeros(2**60))
+    told = f"{exe.state_bytes(**sizes) / 2**30:.3g} GiB, where R = 1048576, C = 1048576"
+    assert caught.value.received == told
+    many = Graph("many")
+    b = Builder(many)
+    b.outputs(**{f"y{n}": b.exp(b.state(f"a_state_{n}", "f32[2]")) for n in range(50)})
+    kinds, other = StateKinds(many, "numpy"), States(exe.state_kinds, {"R": 1, "C": 1}, {})
+    for given in (None, other):
+        with pytest.raises(BackendError) as caught:
+            kinds.check(given)
+        assert caught.value.within == ", ".join(f"a_state_{n}: f32[2]" for n in range(50))[:400]
 
 
 @each_backend

@@ -19,7 +19,7 @@ from treadle.backends.protocol import Executable, Port
 from treadle.backends.python.arena import PythonArena
 from treadle.backends.python.emission import emit
 from treadle.backends.python.executable import PythonExecutable, collect_weights
-from treadle.backends.refusals import refuse_misfit, refuse_nodes
+from treadle.backends.refusals import out_of_memory, refuse_misfit, refuse_nodes
 from treadle.backends.signature import numpy_taken
 from treadle.backends.staged import StagedBackend, needed_plan
 from treadle.ir.errors import BackendError, Hint
@@ -171,7 +171,7 @@ class _NumpyArrays:
         try:
             held = np.empty(count + ALIGNMENT, np.uint8)
         except MemoryError as error:
-            raise BackendError("there is not enough memory", received=f"{count / 2**30:.3g} GiB for a run") from error
+            raise out_of_memory(count, "a run") from error
         begin = -held.__array_interface__["data"][0] % ALIGNMENT
         return held[begin : begin + count]
 

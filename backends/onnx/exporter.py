@@ -22,7 +22,7 @@ from treadle.backends.onnx.schemas import CODES
 from treadle.backends.onnx.spelled_line import OnnxNode, Tensor, plain
 from treadle.backends.onnx.spelling import keeps, spell
 from treadle.backends.onnx.writer import OnnxWriter
-from treadle.backends.refusals import refuse_misfit
+from treadle.backends.refusals import refuse_misfit, refuse_missing
 from treadle.files.whole_files import replacing
 from treadle.ir.errors import BackendError, UsageError
 from treadle.ir.graph import Graph, Value
@@ -282,13 +282,7 @@ class _Model:
         parameters = {self.tensors[v]: (name, v) for name, v in self.main.parameters.items()}
         constants = {tensor: literal for literal, tensor in self.w.constants.items()}
         read = dict.fromkeys(t for node in self.w.nodes for t in node.inputs if t is not None)
-        missing = [parameters[t][0] for t in read if t in parameters and parameters[t][0] not in weights]
-        if missing:
-            raise BackendError(
-                f"{self.graph.name} needs weights that are not given",
-                received=f"{len(weights)} weights",
-                within="\n".join(missing[:20]) + (f"\nand {len(missing) - 20} more" if len(missing) > 20 else ""),
-            )
+        refuse_missing(self.graph.name, dict(parameters[t] for t in read if t in parameters), weights)
         found = []
         for tensor in read:
             if tensor in parameters:

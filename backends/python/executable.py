@@ -209,7 +209,7 @@ def collect_weights(
 
     Raises one BackendError that lists all that are missing.
     """
-    refuse_missing(graph, weights)
+    refuse_missing(graph.name, graph.parameters, weights)
     given = {}  # until all are taken: a backend may know a weight by its address, which no other may have meanwhile
     found = {}
     for name, value in graph.entry_parameters.items():

@@ -19,7 +19,7 @@ from treadle.backends.protocol import Executable, Port
 from treadle.backends.python.arena import PythonArena
 from treadle.backends.python.emission import emit
 from treadle.backends.python.executable import PythonExecutable, collect_weights
-from treadle.backends.refusals import layout_of, misfit, refuse_nodes, shape_fits, shown, unavailable
+from treadle.backends.refusals import layout_of, misfit, out_of_memory, refuse_nodes, shape_fits, shown, unavailable
 from treadle.backends.signature import as_numpy, refuse_dtype
 from treadle.backends.staged import StagedBackend, needed_plan
 from treadle.backends.torch.destinations import is_placed, written_over
@@ -258,7 +258,7 @@ class _TorchArrays:
         try:
             return self.torch.empty(count, dtype=self.torch.uint8, device=self.device)
         except RuntimeError as error:
-            raise BackendError("there is not enough memory", received=f"{count / 2**30:.3g} GiB for a run") from error
+            raise out_of_memory(count, "a run") from error
 
     def laid(self, arena: torch.Tensor, offset: int, shape: tuple[int, ...], dtype: DType) -> torch.Tensor:
         count = math.prod(shape) * dtype.bytes

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from treadle.backends.refusals import out_of_memory
 from treadle.backends.tvm.kernels.calling import address
-from treadle.ir.errors import BackendError
 from treadle.passes.memory.frame_placement import ALIGNMENT
 
 Array = np.ndarray[Any, Any]
@@ -68,9 +68,7 @@ def allocated(count: int, shape: tuple[int, ...]) -> Array:
     try:
         return np.empty(count, np.uint8)
     except (MemoryError, OverflowError, ValueError) as error:
-        raise BackendError(
-            "there is not enough memory", received=f"{count / 2**30:.3g} GiB for {list(shape)}"
-        ) from error
+        raise out_of_memory(count, str(list(shape))) from error
 
 
 def placed(memory: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:

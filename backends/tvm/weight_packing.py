@@ -150,7 +150,7 @@ class _Weights:
     """The parameters that entries read: those that `bind` makes are made when they are asked for, row-major."""
 
     def __init__(self, graph: Graph, made: Mapping[str, Recipe], weights: Mapping[str, Any]) -> None:
-        refuse_missing(graph, weights)
+        refuse_missing(graph.name, graph.parameters, weights)
         self.made = made
         self.parameters = graph.entry_parameters
         read = {n: v.type for n, v in self.parameters.items() if n not in made}
