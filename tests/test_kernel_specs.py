@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,10 +14,12 @@ import pytest
 pytest.importorskip("tvm")
 
 from tests.backend_checks import graph_of
+from tests.op_checks import TESTED, Case
 from treadle.backends.tvm.kernels import isa as instruction_sets
 from treadle.backends.tvm.kernels.appending import Append
 from treadle.backends.tvm.kernels.attention.cached_attention import CachedFlashAttention
 from treadle.backends.tvm.kernels.attention.flash_attention import FlashAttention
+from treadle.backends.tvm.kernels.cache import tvm_script
 from treadle.backends.tvm.kernels.contraction import Contraction
 from treadle.backends.tvm.kernels.encoded.block_product import BlockProduct
 from treadle.backends.tvm.kernels.encoded.block_words import word_form
@@ -47,13 +50,14 @@ from treadle.backends.tvm.kernels.selection import ArgMax, TopK
 from treadle.backends.tvm.kernels.shaping import FoldWindows, Iota
 from treadle.backends.tvm.kernels.softmax import Softmax
 from treadle.backends.tvm.lowering.chains import PLAN
-from treadle.backends.tvm.lowering.routine_writer import lower
+from treadle.backends.tvm.lowering.routine_writer import lower, steps_of
 from treadle.backends.tvm.lowering.rules import RULES, keeps
 from treadle.backends.tvm.output_memory import OutputMemory, _Given
 from treadle.backends.tvm.panel_memory import Panels, _room, finish_writing, through_file
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.encodings.encoding import parse_encoding
 from treadle.ir.graph import Graph
+from treadle.ir.op_registry import OPS
 from treadle.ir.ops.attention import Attention
 from treadle.ir.ops.blocks import EncodedLinear
 from treadle.ir.ops.collectives import AllReduce
@@ -291,3 +295,29 @@ def test_from_a_megabyte_on_panels_have_a_file(tmp_path: Path) -> None:
             assert len(list((tmp_path / name).glob("*.panels"))) == files
     for size, page in (((2 << 20) - 1, 64), (2 << 20, 2 << 20)):
         assert _room(size).ctypes.data % page == 0 and len(_room(size)) == size
+
+
+# -- what steps say of their kernels -----------------------------------------------------------------------------------
+
+
+def stored_by(kernel: Kernel) -> set[int]:
+    """Which of a kernel's pointers its text stores to; nothing is compiled."""
+    text = tvm_script(kernel, ISAS["x86-64-v3"])
+    stored = set(re.findall(r"^ *(\w+)\[.*\] = ", text, re.MULTILINE))
+    pointers = {pointer for view, pointer in re.findall(r"(\w+) = T\.\w+\(.*data=(\w+)", text) if view in stored}
+    return {at for at, name in enumerate(re.findall(r"(\w+): T\.handle", text)) if name in pointers}
+
+
+def test_a_step_writes_what_its_kernel_stores_to() -> None:
+    """What was made of a value is forgotten where a step writes over it, and a listing tells reads from writes."""
+    looked_at: dict[tuple[type[Kernel], int, int], Kernel] = {}
+    for name in TESTED:
+        for sample in range(len(OPS[name].samples)):
+            lowered = PassManager((Legalize(keeps), PLAN), certify=False).run(Case.of(name, sample).forward_graph())
+            assert lowered.plan is not None
+            for step in steps_of(lower(lowered.graph, lowered.plan, ISAS["x86-64-v3"], RULES)):
+                if not step.kernel.on_host:
+                    looked_at.setdefault((type(step.kernel), len(step.pointers), step.writes), step.kernel)
+    assert len({kind for kind, _, _ in looked_at}) >= 20
+    for (kind, count, writes), kernel in looked_at.items():
+        assert stored_by(kernel) == set(range(count - writes, count)), kind.__name__
