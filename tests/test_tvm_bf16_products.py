@@ -19,8 +19,9 @@ from treadle.backends.tvm.kernels import isa as instruction_sets
 from treadle.backends.tvm.kernels.isa import ISAS, host_isa, refused_here, runs_here
 from treadle.backends.tvm.weight_packing import pack
 from treadle.ir.builder import Builder, Expr
+from treadle.ir.encodings.encoding import parse_encoding
 from treadle.ir.graph import Graph
-from treadle.ir.layouts import pairs
+from treadle.ir.layouts import pairs, panels
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.target import Target
 from treadle.ir.types import bf16, f32
@@ -30,9 +31,18 @@ from treadle.passes.products.narrow_products import NarrowProducts
 
 pytest.importorskip("tvm")
 
-from treadle.backends.tvm.kernels.cache import assembly
+from tests.tiles_in_memory import stand_in
+from treadle.backends.tvm.kernels.cache import KernelCache, assembly
+from treadle.backends.tvm.kernels.calling import bind
+from treadle.backends.tvm.kernels.encoded.tile_block_product import TileBlockProduct
+from treadle.backends.tvm.kernels.encoded.unpacking import packed_form, reads_in_tiles
+from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.narrow.pair_product import PairProduct
+from treadle.backends.tvm.kernels.narrow.round_rows import RoundRows, held_elements
 from treadle.backends.tvm.kernels.narrow.tile_product import TileProduct
+from treadle.backends.tvm.kernels.pointwise import Chain, Instruction
+
+needs_avx512_bf16 = pytest.mark.skipif(not runs_here(ISAS["x86-64-v4-bf16"]), reason="rows are rounded by AVX-512's")
 
 HERE = [
     name for name in ("x86-64-amx", "x86-64-v4-bf16", "x86-64-v4", "x86-64-v3", "x86-64-v2") if runs_here(ISAS[name])
@@ -222,6 +232,62 @@ def test_the_code_has_the_instructions_that_it_is_for() -> None:
     at = [i for i, line in enumerate(lines) if "vdpbf16ps" in line][:24]
     assert not [line for line in lines[at[0] : at[-1] + 1] if "(%rsp)" in line]
     assert "vdpbf16ps" not in assembly(PairProduct(), ISAS["x86-64-v4"])
+
+
+# -- tiles in memory ---------------------------------------------------------------------------------------------------
+
+
+def by_tiles(x: Array, w: Array, kernel: Kernel, cache: KernelCache, held: Any = None) -> Array:
+    """A product as the matrix unit's kernels make it, of rows that are rounded and laid out first."""
+    (m, k), n = x.shape, len(w)
+    a, c = in_tiles(m, k), np.full((m, n), np.nan, np.float32)
+    bind(RoundRows("f32", "tiles"), [x, a], [m, k, k], cache=cache)()
+    bind(kernel, [a, pack(rounded(w), pairs(32)) if held is None else held, c], [m, k, n, n], cache=cache)()
+    return c
+
+
+def in_tiles(m: int, k: int) -> Array:
+    return np.full(held_elements("tiles", Size.of(m), Size.of(k)).evaluate({}), 0x7FC0, np.uint16)
+
+
+@needs_avx512_bf16
+def test_sums_of_tiles_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernel does with tiles: odd sizes, more than one chunk of k, several groups of blocks, nothing at all."""
+    cache = KernelCache(stand_in(monkeypatch), folder=None)
+    for m, k, n in ((1, 1, 1), (33, 31, 40), (150, 330, 70), (3, 0, 5)):
+        x, w = normal(m, k), normal(n, k, seed=1)
+        made = by_tiles(x, w, TileProduct(), cache)
+        assert_sums(made, exact(x, w), k)
+        np.testing.assert_array_equal(by_tiles(x[-1:], w, TileProduct(), cache), made[-1:])
+
+
+@needs_avx512_bf16
+def test_a_product_in_memory_is_stored_as_the_next_one_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded to bf16, in tiles: what rounding the rows of its sums gives."""
+    cache, (m, k, n) = KernelCache(stand_in(monkeypatch), folder=None), (45, 70, 64)
+    x, w = normal(m, k), normal(n, k, seed=1)
+    relu = Chain(("f32",), (Instruction("relu", (0,), "f32"),))
+    a, made, wanted = in_tiles(m, k), in_tiles(m, n), in_tiles(m, n)
+    bind(RoundRows("f32", "tiles"), [x, a], [m, k, k], cache=cache)()
+    bind(TileProduct(relu, (), True, tiled=True), [a, pack(rounded(w), pairs(32)), made], [m, k, n, n], cache=cache)()
+    sums = np.maximum(by_tiles(x, w, TileProduct(), cache), 0)
+    bind(RoundRows("f32", "tiles"), [sums, wanted], [m, n, n], cache=cache)()
+    rows = [each.reshape(2, n // 32, 32, 32).transpose(0, 2, 1, 3).reshape(64, n)[:m] for each in (made, wanted)]
+    np.testing.assert_array_equal(*rows)
+
+
+@needs_avx512_bf16
+@pytest.mark.parametrize("text", ["int8_rows", "q4_1"])
+def test_blocks_are_unpacked_into_tiles_in_memory(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, encoding = KernelCache(stand_in(monkeypatch), folder=None), parse_encoding(text)
+    form = packed_form(encoding)
+    assert form is not None and reads_in_tiles(form)
+    for m, k, n in ((5, 32, 3), (40, 320, 70)):
+        x, held = normal(m, k), encoding.sample(np.random.default_rng(k), (n, k))
+        w = encoding.decode(held)
+        made = by_tiles(x, w, TileBlockProduct(form=form), cache, pack(held, panels(32)))
+        bound = (EPSILON["f32"] * (k + 16) + 2.0**-8 / 8) * (np.abs(x) @ np.abs(w).T)  # a number may round to the next
+        assert (np.abs(made - exact(x, w)) <= bound).all()
 
 
 # -- the permission ----------------------------------------------------------------------------------------------------

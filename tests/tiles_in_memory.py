@@ -1,4 +1,4 @@
-"""A matrix unit in memory: what stands in for AMX's tiles of bytes where a machine has none.
+"""A matrix unit in memory: what stands in for AMX's tiles where a machine has none.
 
 `stand_in(monkeypatch)` gives an instruction set whose kernels keep their eight tiles in an array, and do with them what
 Intel's manual says of each instruction, rows and bytes of a tile as they were configured. It tests what kernels do with
@@ -94,10 +94,58 @@ class _Tiles:
         _call(k, f"multiply_{widens}_{sums}_{left}_{right}", "", "\n  ".join(lines))
 
 
+    def multiply(self, k: Any, sums: int, left: int, right: int) -> None:
+        """Of each sum one pair after the other, in float32."""
+        body = _BF16.replace("SUMS", _at(sums)).replace("LEFT", _at(left)).replace("RIGHT", _at(right))
+        _call(k, f"multiply_bf16_{sums}_{left}_{right}", "", body)
+
+
+_BF16 = f"""br label %rows
+rows:
+  %i = phi i64 [ 0, %0 ], [ %i1, %stored ]
+  %place = mul i64 %i, {tiles.ROW_BYTES}
+  %of_sums = getelementptr i8, ptr SUMS, i64 %place
+  %of_left = getelementptr i8, ptr LEFT, i64 %place
+  %s0 = load <16 x float>, ptr %of_sums, align 1
+  br label %pairs
+pairs:
+  %r = phi i64 [ 0, %rows ], [ %r1, %pairs ]
+  %s = phi <16 x float> [ %s0, %rows ], [ %s2, %pairs ]
+  %at = mul i64 %r, 4
+  %row = mul i64 %r, {tiles.ROW_BYTES}
+  %of_pair = getelementptr i8, ptr %of_left, i64 %at
+  %of_right = getelementptr i8, ptr RIGHT, i64 %row
+  %a = load i32, ptr %of_pair, align 1
+  %i0 = insertelement <16 x i32> poison, i32 %a, i64 0
+  %x = shufflevector <16 x i32> %i0, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y = load <16 x i32>, ptr %of_right, align 1
+  %x0 = shl <16 x i32> %x, splat (i32 16)
+  %y0 = shl <16 x i32> %y, splat (i32 16)
+  %x1 = and <16 x i32> %x, splat (i32 -65536)
+  %y1 = and <16 x i32> %y, splat (i32 -65536)
+  %u0 = bitcast <16 x i32> %x0 to <16 x float>
+  %v0 = bitcast <16 x i32> %y0 to <16 x float>
+  %u1 = bitcast <16 x i32> %x1 to <16 x float>
+  %v1 = bitcast <16 x i32> %y1 to <16 x float>
+  %p0 = fmul <16 x float> %u0, %v0
+  %p1 = fmul <16 x float> %u1, %v1
+  %s1 = fadd <16 x float> %s, %p0
+  %s2 = fadd <16 x float> %s1, %p1
+  %r1 = add i64 %r, 1
+  %more = icmp ult i64 %r1, 16
+  br i1 %more, label %pairs, label %stored
+stored:
+  store <16 x float> %s2, ptr %of_sums, align 1
+  %i1 = add i64 %i, 1
+  %again = icmp ult i64 %i1, {tiles.ROWS}
+  br i1 %again, label %rows, label %done
+done:"""
+
+
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Isa:
     """An instruction set whose tiles are in memory, for one test."""
     base, made = ISAS["x86-64-v4-bf16"], _Tiles()
-    for name in ("configure", "release", "clear", "load", "store", "multiply_bytes"):
+    for name in ("configure", "release", "clear", "load", "store", "multiply", "multiply_bytes"):
         monkeypatch.setattr(tiles, name, getattr(made, name))
     monkeypatch.setattr(isa_module, "may_use_tiles", lambda: True)
     fields = {name: getattr(base, name) for name in base.__dataclass_fields__}
