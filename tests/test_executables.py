@@ -606,6 +606,36 @@ def test_a_failing_node_names_its_line(backend: str) -> None:
 
 
 @each_backend
+def test_an_index_is_followed_to_the_input_that_it_was_made_of(backend: str) -> None:
+    """Through ops of one operand; what two were made of, or weights alone, is told under its own name."""
+
+    def build(b: Builder) -> dict[str, Expr]:
+        ids, table = b.input("ids", "i32[N]"), b.parameter("table", "f32[5, 3]")
+        turned = b.cast(b.reshape(ids, shape=("N", 1)), to="i64", name="turned")
+        both = b.add(ids, b.input("more", "i32[N]"), name="both")
+        return {
+            "one": b.embedding(table, turned),
+            "two": b.gather(table, both, axis=0),
+            "three": b.take_along_axis(table, b.cast(b.input("at", "i32[5, 1]"), to="i64", name="wide"), axis=1),
+            "four": b.gather(b.input("x", "f32[N]"), b.parameter("fixed", "i64[2]"), axis=0),
+        }
+
+    graph, weights = graph_of(build), {"table": np.ones((5, 3), np.float32), "fixed": np.array([1, 2])}
+    exe = compiled(backend, graph, weights)
+    good = {"ids": np.int32([0, 1, 2]), "more": np.int32([2, 2, 2]), "at": np.zeros((5, 1), np.int32)}
+    good["x"] = np.zeros(3, np.float32)
+    exe(**good)
+    for wrong, told in (
+        ({"ids": np.int32([5, 1, 4])}, "5 in turned, made of input ids"),
+        ({"more": np.int32([2, 7, 0])}, "8 in both"),
+        ({"at": np.full((5, 1), 3, np.int32)}, "3 in wide, made of input at"),
+    ):
+        assert f"  received  {told}\n" in message(lambda w=wrong: exe(**good | w))
+    late = compiled(backend, graph, weights | {"fixed": np.array([1, 6])})
+    assert "  received  6 in fixed\n" in message(lambda: late(**good))
+
+
+@each_backend
 def test_missing_and_misshapen_weights(backend: str) -> None:
     graph, weights = block_model()
     text = message(lambda: compiled(backend, graph, {k: v for k, v in weights.items() if "ln" not in k}))

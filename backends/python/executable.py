@@ -126,7 +126,7 @@ class _Module:
         return BackendError(
             f"{node.op.name if node else self.name}: failed while running",
             received=error.what if isinstance(error, TreadleError) else _said(error),
-            within=self.program.text.splitlines()[line - 1].partition("  # ")[0].strip() if line else None,
+            within=self.program.text.splitlines()[line - 1].partition("  # ")[0].strip(),
             source=describe_source(node.source, node.scope) if node else None,
         )
 
