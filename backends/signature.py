@@ -123,14 +123,14 @@ class Signature:
 
     def refuse_untold(self, needed: Iterable[str]) -> None:
         """Raise BackendError where a symbol whose size is needed is told by no input's or state's dimensions."""
-        told: dict[str, int] = dict.fromkeys(self.state_symbols, 1)
+        told = set(self.state_symbols)
         for _ in self.ports:  # a size such as S*T tells T where another input tells S
             for size in (s for port in self.ports for s in port.type.shape):
                 known = {s: 1 for s in size.symbols if s in told}
                 linear = (size.substitute(known) if known else size).as_linear
                 if linear is not None:
-                    told[linear[0]] = 1
-        untold = sorted(set(needed) - told.keys())
+                    told.add(linear[0])
+        untold = sorted(set(needed) - told)
         if untold:
             raise BackendError(
                 f"{self.name} needs the size of {', '.join(untold)}, which no input's dimensions tell",

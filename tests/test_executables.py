@@ -28,6 +28,7 @@ from tests.backend_checks import (
 )
 from tests.golden import Golden
 from treadle.backends import bfloat16, signature
+from treadle.backends.python import emission
 from treadle.backends.registry import find_backend
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.encodings.encoding import parse_encoding
@@ -66,6 +67,14 @@ def test_one_compilation_serves_every_size(backend: str) -> None:
 def test_source_reads_well(backend: str, golden: Golden) -> None:
     graph, weights = block_model()
     golden(f"executables/{backend}_source.txt", compiled(backend, graph, weights).source)
+
+
+def test_comments_line_up_to_column_72() -> None:
+    text = emission._Text()
+    for code, comment in (("a" * 72, "1"), ("b", "2"), ("c" * 73, "3"), ("d" * 90, "")):
+        text.add(code, comment)
+    lines = [code for code, _ in text.rendered()]
+    assert lines == ["a" * 72 + "  # 1", f"{'b':72}  # 2", "c" * 73 + "  # 3", "d" * 90]
 
 
 @needs_tvm

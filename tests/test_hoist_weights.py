@@ -83,6 +83,15 @@ def test_a_line_on_a_prepared_weight_is_one_line_and_not_long() -> None:
     assert plain == "exp = exp(w\\nimport os)"
 
 
+@pytest.mark.parametrize(("longest", "shown"), [(160, True), (161, False)])
+def test_an_operand_of_160_characters_is_written_out(longest: int, shown: bool) -> None:
+    graph, name = Graph("g"), "w" * (longest - len("exp()"))
+    b = Builder(graph)
+    b.outputs(y=b.input("x", f32["B", 4]) * b.sin(b.exp(b.parameter(name, f32[4]))))
+    (line,) = notes_on(recipes_of(hoisted(graph)))
+    assert line == f"sin = sin(exp({name if shown else '...'}))"
+
+
 def test_of_one_making_one_key_of_another_two(merged: Graph) -> None:
     first, second = recipes_of(hoisted(merged)).values()
     assert first.key == second.key

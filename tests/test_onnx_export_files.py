@@ -25,6 +25,7 @@ from treadle.backends.onnx.exporter import (
     NEWEST_OPSET,
     export_onnx,
 )
+from treadle.backends.onnx.schemas import CODES, NARROW
 from treadle.backends.onnx.spelling import SPELLINGS, in_ops
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import UsageError
@@ -190,6 +191,11 @@ def test_other_opsets_are_refused(opset: Any, tmp_path: Path) -> None:
     text = message(lambda: export_onnx(graph, {}, tmp_path / "m.onnx", opset=opset))
     assert f"ONNX export writes opsets 13 to {NEWEST}" in text
     assert f"opset {opset!r}" in text
+
+
+def test_dtypes_have_the_numbers_of_the_onnx_package() -> None:
+    for code, name in (*CODES.values(), *((code, f"float{ours[1:]}") for ours, (code, _) in NARROW.items())):
+        assert code == getattr(onnx.TensorProto, {"float32": "float"}.get(name, name).upper()), name
 
 
 def test_weights_that_are_missing_or_do_not_fit(tmp_path: Path) -> None:

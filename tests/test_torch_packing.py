@@ -89,6 +89,13 @@ def test_rows_that_do_not_lie_side_by_side() -> None:
     close_to_its_meaning(b.graph, np.random.default_rng(0).standard_normal((K, 5), np.float32))
 
 
+@pytest.mark.parametrize(("n", "k", "packed"), [(32, 32, True), (31, 33, False)])
+def test_a_weight_of_1024_elements_is_worth_packing(n: int, k: int, packed: bool) -> None:
+    b = Builder(Graph("g"))
+    b.outputs(y=b.linear(b.input("x", f32["B", k]), b.parameter("w", f32[n, k]), None))
+    assert (names(b.graph) == {"w": "n k"}) is packed
+
+
 def test_a_weight_that_something_else_reads_stays_as_it_is() -> None:
     b = Builder(Graph("tied"))
     table = b.parameter("table", f32[N, K])
