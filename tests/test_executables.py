@@ -28,7 +28,7 @@ from tests.backend_checks import (
 )
 from tests.golden import Golden
 from treadle.backends import bfloat16, signature
-from treadle.backends.python import emission
+from treadle.backends.commented_lines import commented
 from treadle.backends.registry import find_backend
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.encodings.encoding import parse_encoding
@@ -70,10 +70,7 @@ def test_source_reads_well(backend: str, golden: Golden) -> None:
 
 
 def test_comments_line_up_to_column_72() -> None:
-    text = emission._Text()
-    for code, comment in (("a" * 72, "1"), ("b", "2"), ("c" * 73, "3"), ("d" * 90, "")):
-        text.add(code, comment)
-    lines = [code for code, _ in text.rendered()]
+    lines = commented([("a" * 72, "1"), ("b", "2"), ("c" * 73, "3"), ("d" * 90, "")])
     assert lines == ["a" * 72 + "  # 1", f"{'b':72}  # 2", "c" * 73 + "  # 3", "d" * 90]
 
 

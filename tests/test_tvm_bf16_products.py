@@ -252,7 +252,7 @@ def in_tiles(m: int, k: int) -> Array:
 
 @needs_avx512_bf16
 def test_sums_of_tiles_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the kernel does with tiles: odd sizes, more than one chunk of k, several groups of blocks, nothing at all."""
+    """What the kernel does with tiles: odd sizes, several chunks of k and groups of blocks, nothing at all."""
     cache = KernelCache(stand_in(monkeypatch), folder=None)
     for m, k, n in ((1, 1, 1), (33, 31, 40), (150, 330, 70), (3, 0, 5)):
         x, w = normal(m, k), normal(n, k, seed=1)

@@ -93,7 +93,6 @@ class _Tiles:
             lines.append(f"store <16 x i32> %s{i}_{length}, ptr {_at(sums, i)}, align 1")
         _call(k, f"multiply_{widens}_{sums}_{left}_{right}", "", "\n  ".join(lines))
 
-
     def multiply(self, k: Any, sums: int, left: int, right: int) -> None:
         """Of each sum one pair after the other, in float32."""
         body = _BF16.replace("SUMS", _at(sums)).replace("LEFT", _at(left)).replace("RIGHT", _at(right))

@@ -26,6 +26,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from treadle.backends.commented_lines import commented
 from treadle.backends.python.spelled_line import Dialect, Line, symbols_of
 from treadle.files.shown_names import on_one_line
 from treadle.ir.errors import BackendError
@@ -38,7 +39,6 @@ from treadle.ir.storage.views import StorageKind
 from treadle.ir.types import Type
 from treadle.passes.memory.storage_plan import FunctionPlan, How, StoragePlan
 
-_COMMENT_COLUMN = 72  # type comments line up, but no further right than this
 _BUILTINS = frozenset(dir(builtins))
 
 
@@ -113,9 +113,8 @@ class _Text:
         self.lines.append((code, on_one_line(comment), node))
 
     def rendered(self) -> list[tuple[str, Node | None]]:
-        widths = [len(code) for code, comment, _ in self.lines if comment]
-        column = max((w for w in widths if w <= _COMMENT_COLUMN), default=0)
-        return [(f"{code:<{column}}  # {comment}" if comment else code, node) for code, comment, node in self.lines]
+        shown = commented([(code, comment) for code, comment, _ in self.lines])
+        return [(line, node) for line, (_, _, node) in zip(shown, self.lines, strict=True)]
 
 
 class _ProgramWriter:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from treadle.backends.commented_lines import commented
 from treadle.backends.tvm.kernels.cache import tvm_script
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.lowering.program import KernelProgram, KernelStep, Routine, RoutineStep, kernels_of
 from treadle.files.shown_names import on_one_line
 from treadle.ir.storage.views import Storage, StorageKind
-
-_COLUMN = 72  # comments line up, but no further right than this
 
 
 def list_program(name: str, program: KernelProgram, isa: Isa, prepared: Sequence[str] = ()) -> str:
@@ -50,9 +49,8 @@ def _routine(routine: Routine, titles: dict[Kernel, str]) -> str:
     }
     lines += [_step(step, titles, read) for step in routine.steps]
     lines.append((f"    return {', '.join(b.name for b in routine.results)}", ""))
-    width = max((len(code) for code, note in lines if note and len(code) <= _COLUMN), default=0)
-    lines = [(on_one_line(code), on_one_line(note)) for code, note in lines]  # which hold names of the user's
-    return "\n".join(f"{code:<{width}}  # {note}" if note else code for code, note in lines)
+    # which hold names of the user's
+    return "\n".join(commented([(on_one_line(code), on_one_line(note)) for code, note in lines]))
 
 
 def _step(step: KernelStep | RoutineStep, titles: dict[Kernel, str], read: set[Storage]) -> tuple[str, str]:
