@@ -140,11 +140,7 @@ def test_infinite_and_missing_numbers_stay_in_their_row(isa: str) -> None:
 # -- what stands around a product --------------------------------------------------------------------------------
 
 
-@each_isa
-@pytest.mark.parametrize("width", [40, 64])
-def test_bias_activation_residual_and_gate_are_done_as_sums_are_stored(isa: str, width: int) -> None:
-    """Of a width that whole panels make, what is between two products is stored as the second one reads it."""
-
+def gated_block(width: int) -> tuple[Graph, dict[str, Array]]:
     def block(b: Builder) -> Expr:
         x = b.input("x", f32["B", "S", 24])
         gated = b.silu(b.linear(x, b.parameter("g", f32[width, 24]))) * b.linear(x, b.parameter("u", f32[width, 24]))
@@ -152,9 +148,37 @@ def test_bias_activation_residual_and_gate_are_done_as_sums_are_stored(isa: str,
         return x + b.linear(hidden, b.parameter("o", f32[24, width]), b.parameter("bias", f32[24]))
 
     shapes = {"g": (width, 24), "u": (width, 24), "d": (width, width), "o": (24, width), "bias": (24,)}
-    weights = {name: normal(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
-    x = normal(3, 11, 24)
-    exe = compiled(graph_of(block), weights, isa)
+    return graph_of(block), {name: normal(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+
+
+@pytest.mark.parametrize(
+    ("isa", "width", "rows", "product"),
+    [
+        ("x86-64-amx", 64, "tiles", "tile"),
+        ("x86-64-amx", 40, "tiles", "tile"),
+        ("x86-64-v4-bf16", 64, "pairs", "pair"),
+        ("x86-64-v4", 64, "wide", "pair"),
+        ("arm64", 64, "wide", "pair"),
+    ],
+)
+def test_which_kernels_an_instruction_set_has_for_a_block(isa: str, width: int, rows: str, product: str) -> None:
+    """On a matrix unit, where whole panels fit, rows that the next product reads are not rounded by themselves."""
+    graph, weights = gated_block(width)
+    made = [f"{product}_product{end}" for end in ("", "_silu_mul_cast", "_cast", "_add_add")]
+    rounded_rows = [f"round_rows_{rows}"]
+    wanted = [*rounded_rows, *made[:2], *rounded_rows, made[2], *rounded_rows, made[3]]
+    if product == "tile" and width % 32 == 0:
+        wanted = [*rounded_rows, made[0], "tile_product_silu_mul_tiled", "tile_product_copy_tiled", made[3]]
+    assert titles(compiled(graph, weights, isa)) == wanted
+
+
+@each_isa
+@pytest.mark.parametrize("width", [40, 64])
+def test_bias_activation_residual_and_gate_are_done_as_sums_are_stored(isa: str, width: int) -> None:
+    """Of a width that whole panels make, what is between two products is stored as the second one reads it."""
+
+    graph, weights = gated_block(width)
+    x, exe = normal(3, 11, 24), compiled(graph, weights, isa)
     gate, up = (exact(x, weights[name]) for name in "gu")
     hidden = exact((gate / (1 + np.exp(-gate)) * up).astype(np.float32), weights["d"]).astype(np.float32)
     wanted = x + exact(hidden, weights["o"]) + weights["bias"]

@@ -41,6 +41,22 @@ def near(x: Array) -> Array:
     return widened(rounded(x)).astype(np.float64)
 
 
+@pytest.mark.parametrize(
+    ("text", "of"),
+    [
+        ("int8_rows", "8_bits"),
+        ("int4_groups(32)", "4_bits_by_32"),
+        ("q8_0", "8_bits_by_32"),
+        ("q4_0", "4_bits_by_32"),
+        ("q4_1", "4_bits_by_32_with_least"),
+    ],
+)
+def test_which_kernels_a_matrix_unit_has_for_blocks(text: str, of: str) -> None:
+    graph = narrowed(linear_graph(64, 65, text))
+    made = titles(compiled(graph, {"w": blocks_of(graph, "w", 64)}, AMX))
+    assert made == ["round_rows_tiles", f"tile_product_of_{of}"]
+
+
 @needs_tiles
 @pytest.mark.parametrize("text", READ)
 def test_sums_of_every_size(text: str) -> None:
