@@ -268,6 +268,25 @@ def test_what_a_query_that_sees_no_key_gets(tmp_path: Path) -> None:
             assert_near(in_runtime(graph, tmp_path, inputs, opset=opset)["y"], expected)
 
 
+@pytest.mark.parametrize(("queries", "guarded"), [(20, True), (4, False)])
+def test_a_window_that_leaves_queries_without_keys_is_guarded(queries: int, guarded: bool, tmp_path: Path) -> None:
+    """Where there is no operator for attention: as many queries as keys see their own each."""
+
+    def build(b: Builder) -> Expr:
+        q, k = b.input("q", f"f32[1, 1, {queries}, 4]"), b.input("k", "f32[1, 1, 4, 4]")
+        made: Expr = b.attention(q, k, k, terms=(Window(3),))
+        return made
+
+    graph, rng = graph_of(build), np.random.default_rng(0)
+    given = {
+        "q": rng.standard_normal((1, 1, queries, 4), np.float32),
+        "k": rng.standard_normal((1, 1, 4, 4), np.float32),
+    }
+    made, _ = exported(graph, tmp_path, opset=20)
+    assert made.operators["Where"] == 1 + guarded
+    np.testing.assert_allclose(run(session(made.path), given)["y"], interpret(graph, given)["y"], rtol=1e-5, atol=1e-6)
+
+
 def test_one_mask_for_all_layers(tmp_path: Path) -> None:
     """What layers compute alike, from the same lengths, stands in the file once."""
 
