@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate, count
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.backend_checks import graph_of
 from treadle.backends.registry import find_backend
+from treadle.backends.tvm import executable
 from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.kernels.calling import POINTER, address
 from treadle.backends.tvm.kernels.isa import ISAS
@@ -16,6 +20,7 @@ from treadle.backends.tvm.lowering.chains import PLAN
 from treadle.backends.tvm.lowering.routine_writer import lower
 from treadle.backends.tvm.lowering.rules import RULES, keeps
 from treadle.backends.tvm.planning import Plan
+from treadle.backends.tvm.profiling import time_calls
 from treadle.backends.tvm.spaces import Arena, Input, Output
 from treadle.ir.builder import Builder
 from treadle.ir.errors import BackendError
@@ -99,3 +104,15 @@ def test_a_kernel_that_needs_what_the_plan_has_dead_is_found() -> None:
     plan = replace(lowered.plan, functions={"main": replace(main, lives=tuple(lives))})
     with pytest.raises(BackendError, match="a kernel needs a storage that the plan has dead by then"):
         lower(lowered.graph, plan, isa, RULES)
+
+
+def test_a_timed_call_takes_what_the_clock_says_and_the_first_run_counts_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on by 1, 2, 3, ... each time it is read: three runs of two calls."""
+    x = np.ones((2, 4), np.float32)
+    graph = graph_of(lambda b: b.softmax(b.exp(b.input("x", "f32[B, 4]")), axis=-1))
+    exe = find_backend("tvm").compile(graph, Target("cpu", threads=1), {})
+    assert isinstance(exe, KernelExecutable)
+    read = accumulate(count(1))
+    monkeypatch.setattr(executable, "time", SimpleNamespace(perf_counter=lambda: next(read)))
+    first, second = time_calls(exe, {"x": x}, rounds=2)
+    assert (first.seconds, second.seconds, first.sizes) == ((6 + 10) / 2, (8 + 12) / 2, {"B": 2})
