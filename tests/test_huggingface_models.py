@@ -297,36 +297,56 @@ _BASE: dict[str, tuple[str, dict[str, Any]]] = {
         "decoder_layers": 6, "decoder_attention_heads": 12, "decoder_ffn_dim": 3072,
     }),
     "bert-base": ("BertModel", {}),
+    "clip-vit-base-patch32": ("CLIPModel", {"text_config": {"eos_token_id": 2}}),
     "clip-vit-base-patch32's text": ("CLIPTextModel", {"eos_token_id": 2}),
     "clip-vit-base-patch32's images": ("CLIPVisionModel", {}),
-    "dinov2-base": ("Dinov2Model", {"image_size": 518}),
+    "dinov2-base": ("Dinov2Model", {"image_size": 518, "num_labels": 1000}),
     "distilbert-base": ("DistilBertModel", {}),
     "electra-small": ("ElectraModel", {}),
+    "gpt-neox-20b": ("GPTNeoXForCausalLM", {}),
     "gpt2": ("GPT2LMHeadModel", {}),
     "llama-7b": ("LlamaForCausalLM", {}),
     "ModernBERT-base": ("ModernBertModel", {}),
     "mpnet-base": ("MPNetModel", {"max_position_embeddings": 514, "layer_norm_eps": 1e-5}),
+    "opt-125m": ("OPTForCausalLM", {}),
     "opus-mt": ("MarianMTModel", {
         "d_model": 512, "encoder_layers": 6, "encoder_attention_heads": 8, "encoder_ffn_dim": 2048,
         "decoder_layers": 6, "decoder_attention_heads": 8, "decoder_ffn_dim": 2048,
         "activation_function": "swish", "scale_embedding": True,
     }),
     "roberta-base": ("RobertaModel", {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}),
+    "siglip-base-patch16-224": ("SiglipModel", {}),
     "siglip-base-patch16-224's text": ("SiglipTextModel", {}),
     "siglip-base-patch16-224's images": ("SiglipVisionModel", {}),
     "t5-small": ("T5ForConditionalGeneration", {}),
     "t5-small's encoder": ("T5EncoderModel", {}),
-    "vit-base-patch16-224": ("ViTModel", {}),
+    "vit-base-patch16-224": ("ViTModel", {"num_labels": 1000}),
     "whisper-tiny.en": ("WhisperForConditionalGeneration", {"vocab_size": 51864}),
 }  # fmt: skip
+
+# Their heads, beside what they share.
+_HEADS = {
+    "albert-base": ["AlbertForSequenceClassification"],
+    "bert-base": ["BertForSequenceClassification"],
+    "dinov2-base": ["Dinov2ForImageClassification"],
+    "distilbert-base": ["DistilBertForSequenceClassification"],
+    "electra-small": ["ElectraForSequenceClassification"],
+    "gpt2": ["GPT2ForSequenceClassification"],
+    "ModernBERT-base": ["ModernBertForMaskedLM", "ModernBertForSequenceClassification"],
+    "mpnet-base": ["MPNetForSequenceClassification"],
+    "roberta-base": ["RobertaForSequenceClassification"],
+    "vit-base-patch16-224": ["ViTForImageClassification"],
+}
 
 
 @pytest.mark.parametrize("name", _BASE)
 def test_a_family_without_options_is_a_model_that_there_is(name: str) -> None:
     architecture, options = _BASE[name]
-    config = getattr(transformers, architecture).config_class(**options).to_dict() | {"architectures": [architecture]}
-    made = family_of(config).from_config(config)
-    assert made.graph() == Model(made.function, {}, made.given).graph()
+    config = getattr(transformers, architecture).config_class(**options).to_dict()
+    for each in (architecture, *_HEADS.get(name, ())):
+        made = family_of(config).from_config(config | {"architectures": [each]})
+        given = {option: value for option, value in made.config.items() if option == "head"}
+        assert made.graph() == Model(made.function, given, made.given).graph(), each
 
 
 def without_one_key(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
