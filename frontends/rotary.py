@@ -101,10 +101,10 @@ class Yarn:
     temperature: float = 1.0
 
     def apply(self, frequencies: Frequencies) -> Frequencies:
-        """The frequencies, scaled. Raises FrontendError for a single one, which does not tell the base."""
+        """The frequencies, scaled. Raises FrontendError for a single one, which does not tell the base, and a base of 1."""
         half = len(frequencies)
-        if half == 1:
-            raise FrontendError("yarn scaling needs more than one rotary frequency")
+        if half == 1 or frequencies[1] == 1.0:
+            raise FrontendError("yarn scaling needs more than one rotary frequency, and a base that is not 1")
         # frequencies are base ** (-i / half), and a wave of frequency w turns context w / 2 pi times
         step = -math.log(frequencies[1])
         low, high = (math.log(self.context / (turns * 2 * math.pi)) / step for turns in (self.fast, self.slow))

@@ -6,6 +6,7 @@ import copy
 import struct
 import tracemalloc
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from treadle.backends.mapped_files import is_mapped
 from treadle.backends.registry import backend_names
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.gguf_header import GGUFLimits
-from treadle.frontends.rotary import Divided
+from treadle.frontends.rotary import Divided, LinearScaling
 from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.errors import CheckpointError
+from treadle.models.reading.llama_gguf import from_gguf
 from treadle.resolving import resolve
 
 pytest.importorskip("gguf")
@@ -339,6 +341,12 @@ def test_refusals(tmp_path: Path, data: bytes, what: str, place: str) -> None:
         ("llama.embedding_length", 64, "the checkpoint holds"),
         ("llama.expert_count", 8, "llama.expert_count is not supported"),
         ("llama.rope.scaling.type", "yarn", "llama.rope.scaling.type is not supported"),
+        ("llama.rope.scaling.type", "yarn" * 99, "llama.rope.scaling.type is not supported"),
+        ("llama.rope.scale_linear", 9e-4, "llama.rope.scale_linear must be a number from 0.001 to 1e+06"),
+        ("llama.rope.scale_linear", 1.1e6, "llama.rope.scale_linear must be a number from 0.001 to 1e+06"),
+        ("llama.rope.freq_base", 0.5, "llama.rope.freq_base must be a number from 1"),
+        ("llama.rope.dimension_count", 10, "llama.rope.dimension_count must be an integer from 1 to 8"),
+        ("llama.expert_count", -1.0, "llama.expert_count must be an integer from 0"),
     ],
 )  # fmt: skip
 def test_metadata_that_does_not_fit(tmp_path: Path, key: str, value: Any, what: str) -> None:
@@ -349,7 +357,85 @@ def test_metadata_that_does_not_fit(tmp_path: Path, key: str, value: Any, what: 
     assert str(path) in (caught.value.within or "")
 
 
-def written(folder: Path, keys: Mapping[str, Any]) -> Path:
+def config_of(folder: Path, keys: Mapping[str, Any], architecture: str = "llama") -> Mapping[str, Any]:
+    """The configuration that is read of a whole file with other metadata, of one of Gemma or Phi-3 too."""
+    renamed = {f"{architecture}.{key}": value for key, value in keys.items()}
+    return from_gguf(GGUFFile.open(written(folder, renamed, replace(SIZES, architecture=architecture)))).config
+
+
+def test_metadata_that_is_left_out(tmp_path: Path) -> None:
+    """What llama.cpp has where a key is missing."""
+    left_out = dict.fromkeys(("rope.freq_base", "rope.dimension_count", "attention.key_length"))
+    plain = config_of(tmp_path, left_out)
+    assert (plain["base"], plain["rotary_dims"], plain["head_dim"], plain["scaling"]) == (10000.0, 8, 8, None)
+    assert config_of(tmp_path, {"rope.freq_base": 1.0})["base"] == 1.0
+    for key in ("rope.scale_linear", "rope.scaling.factor"):
+        more = {"rope.scaling.type": "linear"} if key == "rope.scaling.factor" else {}
+        for factor in (1e6, 0.002):
+            assert config_of(tmp_path, {key: factor, **more})["scaling"] == LinearScaling(float(np.float32(factor)))
+        assert config_of(tmp_path, {key: 1.0, **more})["scaling"] is None
+
+    second = config_of(tmp_path, {}, "gemma2")
+    assert (second["softcap"], second["logit_softcap"], second["window"]) == (50.0, 30.0, 4096)
+    assert (second["full_layers"], second["embedding_scale"], second["scale"]) == ((1,), 32**0.5, 8**-0.5)
+    assert config_of(tmp_path, {"attn_logit_softcapping": 0.0}, "gemma2")["softcap"] is None
+    third = config_of(tmp_path, {}, "gemma3")
+    assert (third["softcap"], third["logit_softcap"], third["window"]) == (None, None, 4096)
+    assert (third["full_layers"], third["window_base"], third["qk_norm"]) == ((), 10000.0, "heads")
+    assert config_of(tmp_path, {"attention.sliding_window_pattern": 1}, "gemma3")["full_layers"] == (0, 1)
+    assert config_of(tmp_path, {}, "phi3")["window"] is None
+    assert config_of(tmp_path, {"attention.sliding_window": 5}, "phi3")["window"] == 5
+
+
+def test_layers_have_as_many_tensors_as_there_must_be(tmp_path: Path) -> None:
+    """Nine a layer, or six where some are joined: a file of fewer is refused before its layers are traced."""
+    for joined, least in ((False, 9), (True, 6)):
+        names = ["token_embd.weight", "blk.0.attn_qkv.weight" if joined else "blk.0.attn_q.weight"]
+        for count, fits in ((2 * least, True), (2 * least - 1, False)):
+            path = tmp_path / "model.gguf"
+            more = [f"blk.0.{i}" for i in range(count - len(names))]
+            write_model(path, SIZES, {name: np.zeros((4, 32), np.float32) for name in [*names, *more]})
+            if fits:
+                assert from_gguf(GGUFFile.open(path)).config["layers"] == 2
+                continue
+            with pytest.raises(CheckpointError, match="block_count is more than the file has tensors for") as caught:
+                from_gguf(GGUFFile.open(path))
+            assert caught.value.received == f"2, of {count} tensors"
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e6, 9e-4, 1.1e6])
+def test_factors_of_frequencies_have_limits(tmp_path: Path, factor: float) -> None:
+    path = tmp_path / "model.gguf"
+    factors = np.array([1, 1, 1, factor], np.float32)
+    write_model(path, SIZES, {**tensors(SIZES), "rope_freqs.weight": factors})
+    if 1e-3 <= factors[3] <= 1e6:
+        assert from_gguf(GGUFFile.open(path)).config["scaling"] == Divided(tuple(factors.tolist()))
+        return
+    with pytest.raises(CheckpointError, match="from 0.001 to 1000000") as caught:
+        from_gguf(GGUFFile.open(path))
+    assert caught.value.received == "f32[4], for 8 dimensions; linear factor 1"
+
+
+def test_factors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    for factors, keys in ((np.ones(3), {}), (np.ones(4), {"rope.scale_linear": 2.0})):
+        weights = {**tensors(SIZES), "rope_freqs.weight": factors.astype(np.float32)}
+        write_model(path, SIZES, weights, keys=keys)
+        with pytest.raises(CheckpointError, match=r"rope_freqs.weight must be a factor for each pair"):
+            from_gguf(GGUFFile.open(path))
+
+
+def test_frequencies_that_change_with_the_length_are_refused(tmp_path: Path) -> None:
+    path, sizes = tmp_path / "model.gguf", replace(SIZES, architecture="phi3")
+    for name in ("rope_factors_long.weight", "rope_factors_short.weight"):
+        write_model(path, sizes, {**tensors(sizes), name: np.ones(4, np.float32)})
+        with pytest.raises(CheckpointError, match=f"{name} is not supported: rotary frequencies that change") as caught:
+            from_gguf(GGUFFile.open(path))
+        at = GGUFFile.open(path).record(name).begin
+        assert caught.value.within == f"{path}: byte {at}, tensor {name}"
+
+
+def written(folder: Path, keys: Mapping[str, Any], sizes: Sizes = SIZES) -> Path:
     """A whole file with other metadata; None leaves a key out."""
 
     class Writer(gguf.GGUFWriter):
@@ -365,7 +451,7 @@ def written(folder: Path, keys: Mapping[str, Any]) -> Path:
     path = folder / "model.gguf"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gguf, "GGUFWriter", Writer)
-        write_model(path, SIZES, tensors(SIZES))
+        write_model(path, sizes, tensors(sizes))
     return path
 
 

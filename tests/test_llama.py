@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 
 import treadle.frontends.language as t
-from treadle.frontends.rotary import Dynamic, Yarn
+from treadle.frontends.rotary import Divided, Dynamic, LinearScaling, Llama3, LongRope, Scaling, Yarn
 from treadle.ir.errors import CheckpointError, FrontendError
 from treadle.ir.ops.rotary import Rotary
 from treadle.models.llama import llama
+from treadle.models.registry import family_of
 from treadle.resolving import resolve
 
 pytest.importorskip("torch")
@@ -63,6 +65,8 @@ def test_refusals_of_the_declaration() -> None:
         ({"head_dim": 5}, "rotary positions turn pairs"),
         ({"base": 0.0}, "rotary positions turn pairs"),
         ({"head_dim": 2, "scaling": Yarn(2.0, 8)}, "yarn scaling needs more than one rotary frequency"),
+        ({"base": 1.0, "scaling": Yarn(2.0, 8)}, "yarn scaling needs .* a base that is not 1"),
+        ({"scaling": Divided((1.0, 2.0))}, "2 factors for 3 rotary frequencies"),
         ({"norm_place": "around"}, "llama has no norm_place 'around'"),
         ({"qk_norm": "each"}, "llama has no qk_norm 'each'"),
         ({"head_dim": None, "heads": 5}, "a width of 12 does not split into 5 heads"),
@@ -97,6 +101,109 @@ def test_unknown_option(tmp_path: Path, name: str, options: dict[str, Any], what
     with pytest.raises(CheckpointError, match=r"config\.json: ") as caught:
         resolve(tmp_path)
     assert what in caught.value.what
+
+
+BARE = {
+    "model_type": "llama", "vocab_size": 11, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2,
+    "intermediate_size": 20,
+}  # fmt: skip
+
+
+def read(options: dict[str, Any], **config: Any) -> dict[str, Any]:
+    """What is read of a config whose heads of 8 have such rotary positions."""
+    config = {**BARE, **config, "rope_parameters": options}
+    return dict(family_of(config).from_config(config).config)
+
+
+def warmth(weight: float, factor: float) -> float:
+    return 0.1 * weight * math.log(factor) + 1.0
+
+
+LONG = {"rope_type": "longrope", "short_factor": [1.0, 2, 3, 4], "long_factor": [5.0, 6, 7, 8]}
+ORIGINAL = "original_max_position_embeddings"
+
+
+@pytest.mark.parametrize(
+    ("options", "config", "scaling"),
+    [
+        ({"rope_type": "linear", "factor": 3}, {}, LinearScaling(3.0)),
+        ({"rope_type": "dynamic", "factor": 3}, {"max_position_embeddings": 64}, Dynamic(3.0, 64)),
+        ({**LLAMA3, "low_freq_factor": 1}, {}, Llama3(8.0, 1.0, 4.0, 64)),
+        ({"rope_type": "yarn", "factor": 4}, {}, Yarn(4.0, 2048, temperature=warmth(1, 4))),
+        ({"rope_type": "yarn", "factor": 0.5, ORIGINAL: 2}, {}, Yarn(0.5, 2)),
+        ({"rope_type": "yarn", "factor": 4, ORIGINAL: 9}, {ORIGINAL: 8}, Yarn(4.0, 8, temperature=warmth(1, 4))),
+        (
+            {"rope_type": "yarn", "factor": 4, "beta_fast": 0, "beta_slow": 2, "truncate": False, "attention_factor": 3},
+            {"max_position_embeddings": 64},
+            Yarn(4.0, 64, slow=2.0, truncate=False, temperature=3.0),
+        ),
+        (
+            {"rope_type": "yarn", "factor": 4, "beta_fast": 9, "beta_slow": 0, "mscale": 0.7, "mscale_all_dim": 0.5},
+            {},
+            Yarn(4.0, 2048, fast=9.0, temperature=warmth(0.7, 4) / warmth(0.5, 4)),
+        ),
+        ({"rope_type": "yarn", "factor": 4, "mscale": 0.7}, {}, Yarn(4.0, 2048, temperature=warmth(1, 4))),
+        (
+            {**LONG, "factor": 4, ORIGINAL: 64},
+            {},
+            LongRope((1, 2, 3, 4), (5, 6, 7, 8), 64, math.sqrt(1 + math.log(4) / math.log(64))),
+        ),
+        (
+            {**LONG, ORIGINAL: 2},
+            {"max_position_embeddings": 16},
+            LongRope((1, 2, 3, 4), (5, 6, 7, 8), 2, math.sqrt(1 + math.log(8) / math.log(2))),
+        ),
+        ({**LONG, "factor": 0.5, ORIGINAL: 64}, {}, LongRope((1, 2, 3, 4), (5, 6, 7, 8), 64)),
+        ({**LONG, "attention_factor": 1.25, "factor": 4, ORIGINAL: 64}, {}, LongRope((1, 2, 3, 4), (5, 6, 7, 8), 64, 1.25)),
+    ],
+)
+def test_scalings_as_a_config_says_them(options: dict[str, Any], config: dict[str, Any], scaling: Scaling) -> None:
+    assert read(options, **config)["scaling"] == scaling
+
+
+@pytest.mark.parametrize(
+    ("options", "config", "what"),
+    [
+        ({**LONG, "factor": 4, ORIGINAL: 1}, {}, f"{ORIGINAL} must be an integer from 2"),
+        ({**LONG, "factor": 4}, {ORIGINAL: 1}, f"{ORIGINAL} must be an integer from 2"),
+        ({**LONG, "factor": 4}, {"max_position_embeddings": 1}, "max_position_embeddings must be an integer from 2"),
+        ({**LONG, "factor": 4}, {}, "max_position_embeddings must be an integer from 2"),
+        ({**LONG, ORIGINAL: 64}, {}, "max_position_embeddings must be a positive integer"),
+        ({"rope_type": "yarn", "factor": 4, "beta_slow": 32}, {}, "beta_slow must be less than beta_fast"),
+        (LONG["short_factor"] * 20, {}, "rope_parameters must be an object"),
+        ({**LONG, "short_factor": "12345" * 20}, {}, "short_factor must be a list of numbers"),
+        ({}, {"layer_types": ["full_attention"] * 9, "model_type": "qwen3", "use_sliding_window": True}, "layer_types must"),
+        ({"sliding_attention": [1] * 99}, {"model_type": "gemma3_text"}, "sliding_attention must be an object"),
+        ({"full_attention": [1] * 99}, {"model_type": "modernbert"}, "full_attention must be an object"),
+    ],
+)
+def test_positions_that_are_refused(options: Any, config: dict[str, Any], what: str) -> None:
+    """A value that is shown is cut where it is long."""
+    with pytest.raises(CheckpointError, match=f"config.json: {what}") as caught:
+        read(options, **config)
+    assert len(caught.value.received or "") == 80 or len(str(options)) + len(str(config)) < 200
+
+
+def test_how_much_of_a_head_turns() -> None:
+    for part, dims in ((0.25, 2), (0.5, 4), (1, None)):
+        assert read({"partial_rotary_factor": part}, model_type="gpt_neox")["rotary_dims"] == dims
+    for part in (0.2, 0.4, 1.5, 2.0, 1e308):
+        with pytest.raises(CheckpointError, match="must leave an even number of a head's dimensions to be turned"):
+            read({"partial_rotary_factor": part}, model_type="gpt_neox")
+
+
+def test_what_a_kind_has_where_its_config_is_silent() -> None:
+    """As Hugging Face's classes have it, where the graph does not show it at once."""
+    windows = {"use_sliding_window": True, "sliding_window": 5, "num_hidden_layers": 30}
+    assert read({}, model_type="qwen3", **windows)["full_layers"] == tuple(range(28))
+    assert read({}, model_type="qwen3", **windows, max_window_layers=0)["full_layers"] == ()
+    assert read({}, model_type="qwen3", **windows | {"sliding_window": None})["full_layers"] == tuple(range(30))
+    gemma = read({}, model_type="gemma3_text", num_hidden_layers=13)
+    assert (gemma["full_layers"], gemma["window"], gemma["window_base"], gemma["base"]) == ((5, 11), 4096, 1e4, 1e6)
+    assert read({}, model_type="gemma2", num_hidden_layers=5)["full_layers"] == (1, 3)
+    assert read({}, model_type="gemma3_text", sliding_window_pattern=1)["full_layers"] == (0, 1)
+    assert read({}, model_type="falcon", new_decoder_architecture=True, num_ln_in_parallel_attn=1)["mlp_norm"] is False
+    assert read({}, model_type="granite", logits_scaling=4)["logit_scale"] == 0.25
 
 
 def test_options_as_they_were_before_transformers_5(tmp_path: Path) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -20,7 +24,15 @@ from treadle.models.dinov2 import dinov2
 from treadle.models.distilbert import HEADS as DISTILBERT_HEADS
 from treadle.models.distilbert import distilbert
 from treadle.models.electra import electra
-from treadle.models.family import read_float, read_int
+from treadle.models.family import (
+    choose,
+    choose_architecture,
+    count_labels,
+    read_flag,
+    read_float,
+    read_int,
+    read_layers,
+)
 from treadle.models.gpt2 import gpt2
 from treadle.models.gpt_neox import gpt_neox
 from treadle.models.llama import llama
@@ -28,6 +40,8 @@ from treadle.models.marian import marian
 from treadle.models.modernbert import modernbert
 from treadle.models.mpnet import mpnet
 from treadle.models.opt import opt
+from treadle.models.reading.llama_config import read_multiplier
+from treadle.models.reading.rotary_config import read_factor, read_factors
 from treadle.models.registry import family_names, family_of, find_family
 from treadle.models.roberta import roberta
 from treadle.models.siglip import siglip, siglip_text, siglip_vision
@@ -229,6 +243,97 @@ def test_unknown_head_option_and_input() -> None:
 def test_defaults_of_a_config() -> None:
     assert read_int({"n": None}, "n", 3) == 3
     assert read_float({}, "eps", 1e-5) == 1e-5
+    assert read_flag({}, "tied", True) is True
+    assert choose({}, "act", {"relu": 1, "gelu": 2}, "gelu") == 2
+    assert choose_architecture({}, {"First": 1, "Second": 2}) == 1
+    assert count_labels({}) == 2
     for bad in ({}, {"n": 1.0}, {"n": 0}):
         with pytest.raises(CheckpointError, match="n must be a positive integer"):
             read_int(bad, "n")
+
+
+@pytest.mark.parametrize(
+    ("read", "taken", "refused"),
+    [
+        (read_int, [1, 2**31 - 1], [0, 2**31, True, "1", 1.0]),
+        (partial(read_int, least=0), [0], [-1]),
+        (partial(read_int, least=2, most=5), [2, 5], [1, 6]),
+        (read_layers, [1, 10_000], [0, 10_001]),
+        (partial(read_float, default=0.0), [0, 0.0, 1, 1e308], [-1e-9, math.inf, math.nan, True, "1", None]),
+        (partial(read_flag, default=False), [True, False], [1, 0, None, "true"]),
+        (read_multiplier, [1e-9, 1, 1e9], [0, 9e-10, 1.1e9]),
+        (read_factor, [1e-3, 1, 1e6], [0, 9e-4, 1.1e6]),
+        (read_factors, [[1], [0.5] * (1 << 15)], [[], [1.0] * ((1 << 15) + 1), 1.0, [0]]),
+    ],
+)
+def test_what_an_option_of_a_config_may_be(read: Callable[..., Any], taken: list[Any], refused: list[Any]) -> None:
+    for value in taken:
+        found = read({"n": value}, "n")
+        assert found == (tuple(value) if isinstance(value, list) else value)
+    for value in refused:
+        with pytest.raises(CheckpointError, match=r"config\.json: n must be "):
+            read({"n": value}, "n")
+
+
+def test_the_limits_of_an_option_are_said() -> None:
+    for read, said in (
+        (read_int, "n must be a positive integer"),
+        (read_layers, "n must be a positive integer up to 10000"),
+        (partial(read_int, least=0, most=7), "n must be an integer from 0 up to 7"),
+        (partial(read_int, least=2), "n must be an integer from 2"),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            read({"n": -1}, "n")
+        assert caught.value.what == f"config.json: {said}"
+
+
+def test_labels_are_as_many_as_the_class_has() -> None:
+    three = {"id2label": {"0": "a", "1": "b", "2": "c"}}
+    for named, count in ((None, 3), ("BertForMultipleChoice", 1), ("BertForNextSentencePrediction", 2), ("Bert", 3)):
+        assert count_labels({**three, "architectures": named and [named]}) == count
+    for wrong in ({}, [], 3):
+        with pytest.raises(CheckpointError, match="id2label must be an object with a name per label"):
+            count_labels({"id2label": wrong})
+    for wrong in (["A", "A"], [["A"]], "A", ["B"], []):
+        with pytest.raises(CheckpointError, match="architectures is"):
+            choose_architecture({"architectures": wrong}, {"A": 1})
+
+
+@pytest.mark.parametrize("family", ["albert", "dinov2", "distilbert", "electra", "gpt2", "modernbert", "mpnet", "vit"])
+def test_a_head_that_there_is_not_is_refused_with_those_that_there_are(family: str) -> None:
+    with pytest.raises(FrontendError, match=f"{family} has no head 'tail'") as caught:
+        resolve(family, head="tail", layers=1)
+    heads = import_module(f"treadle.models.{family}").HEADS
+    assert caught.value.hint == "one of None, " + ", ".join(heads)
+    for head in heads:
+        resolve(family, head=head, layers=1, **({"distilled": True} if head == "distilled_classifier" else {}))
+
+
+def test_a_model_without_a_file_has_the_labels_of_its_kind() -> None:
+    """Images are told apart as ImageNet's are; texts as one of two."""
+    found = {model.name: model.defaults["labels"] for model, _ in ZOO.values() if "labels" in model.defaults}
+    assert {name: count for name, count in found.items() if count != 2} == {
+        "vit": 1000, "dinov2": 1000, "siglip_vision": None,
+    }  # fmt: skip
+
+
+def test_an_encoder_by_itself_has_the_sizes_that_it_has_in_the_whole() -> None:
+    for part, whole in ((whisper_encoder, whisper), (t5_encoder, t5)):
+        assert part.defaults.items() <= whole.defaults.items()
+
+
+def test_the_transformer_has_the_papers_size() -> None:
+    """Some 65 million parameters (table 3, base): 12 matrices of attention, two networks and five norms in 6 layers."""
+    sizes = [math.prod(value.type.static_shape or ()) for value in transformer.graph().parameters.values()]
+    assert sum(sizes) == 37000 * 512 + 6 * (12 * 512**2 + 2 * (2 * 512 * 2048 + 2048 + 512) + 5 * 2 * 512)
+
+
+def test_a_misspelt_family_comes_with_its_neighbours() -> None:
+    for name, hint in (
+        ("clop", "did you mean clip?"),
+        ("bret", "did you mean bert or bart or albert?"),
+        ("q", "one of " + ", ".join(family_names())),
+    ):
+        with pytest.raises(UsageError) as caught:
+            find_family(name)
+        assert caught.value.hint == hint

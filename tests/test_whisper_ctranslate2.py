@@ -137,6 +137,35 @@ def test_quantized_weights_are_refused(folder: Path) -> None:
         treadle.compile(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "array", "what"),
+    [
+        ("decoder/activation", np.array(0, "i1"), "decoder/activation is not 3, as Whisper's is"),
+        ("decoder/pre_norm", np.array(0, "i1"), "decoder/pre_norm is not 1, as Whisper's is"),
+        ("decoder/scale_embeddings", np.array(1, "i1"), "decoder/scale_embeddings is not 0, as Whisper's is"),
+        ("decoder/alibi", np.array(1, "i1"), "decoder/alibi is not 0, as Whisper's is"),
+        ("decoder/start_from_zero_embedding", np.array(1, "i1"), "decoder/start_from_zero_embedding is not 0"),
+        ("decoder/alibi", np.array([0], "i1"), "decoder/alibi must be one integer"),
+        ("decoder/alibi", np.array(0, "<f4"), "decoder/alibi must be one integer"),
+        ("encoder/num_heads", np.array(0, "<i2"), "encoder/num_heads must be positive"),
+        ("decoder/num_heads", np.array(-1, "i1"), "decoder/num_heads must be positive"),
+        ("decoder/embeddings/weight", np.zeros((13, 12, 1), "<f4"), "decoder/embeddings/weight must have 2 dimensions"),
+        ("encoder/conv1/weight", np.zeros((12, 80), "<f4"), "encoder/conv1/weight must have 3 dimensions"),
+        ("encoder/conv1/weight", np.zeros((12, 128, 3), "<f4"), "the spectrogram has 128 bands, where 80 are supported"),
+        ("encoder/position_encodings/encodings", np.zeros((0, 12), "<f4"), "encodings must have 2 dimensions"),
+        ("decoder/position_encodings/encodings", np.zeros(12, "<f4"), "encodings must have 2 dimensions"),
+        ("encoder/layer_0/ffn/linear_0/weight", np.zeros(12, "<f4"), "linear_0/weight must have 2 dimensions"),
+        ("decoder/layer_0/ffn/linear_0/weight", np.zeros(12, "<f4"), "linear_0/weight must have 2 dimensions"),
+    ],
+)
+def test_a_whisper_of_another_kind_is_refused(folder: Path, name: str, array: Array, what: str) -> None:
+    held = {**dict(converted()), name: array}
+    (folder / "model.bin").write_bytes(model(*(variable(n, each) for n, each in held.items())))
+    with pytest.raises(CheckpointError, match=what) as caught:
+        treadle.compile(folder)
+    assert caught.value.within == str(folder / "model.bin")
+
+
 def test_what_else_may_have_that_name(folder: Path, tmp_path: Path) -> None:
     (folder / "model.bin").write_bytes(b"PK\x03\x04" + bytes(60))
     with pytest.raises(CheckpointError, match="pickles") as caught:

@@ -140,15 +140,16 @@ def read_factors(options: Config, name: str) -> tuple[float, ...]:
 
 
 def read_context(options: Config, config: Config, default: int | None = None) -> int:
-    """How long texts were before positions were scaled.
+    """How long texts were before positions were scaled: 2 tokens or more.
 
     What the whole config says goes before what is said of positions, as in the library; as long as they are now where
     nothing is said.
     """
     name = "original_max_position_embeddings"
-    if config.get(name) is not None:
-        return read_int(config, name, least=2)
-    return read_int(options, name, read_int(config, "max_position_embeddings", default))
+    for given in (config, options):
+        if given.get(name) is not None:
+            return read_int(given, name, least=2)
+    return read_int(config, "max_position_embeddings", default, least=2)
 
 
 def read_factor(options: Config, name: str) -> float:
