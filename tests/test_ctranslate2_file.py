@@ -92,6 +92,7 @@ ONE = np.zeros((2, 3), "<f4")
         (model(variable("", ONE)) + b"\0", "the file goes on after its last record", "byte"),
         (model(b"\0\0" + variable("", ONE)[3:]), "a text must have from 1 to", "name, length"),
         (model(variable("a\0b", ONE)), "a text must end in its one NUL", "name"),
+        (model(variable("a", ONE).replace(b"a\0", b"\xff\0", 1)), "a text must be UTF-8", "name"),
         (model(variable("a", ONE), aliases={"b": "c"}), "an alias must be a new name", "aliased name"),
         (model(variable("a", ONE), aliases={"a": "a"}), "an alias must be a new name", "aliased name"),
         (model()[:-8] + b"\xff\xff\xff\xff", "the file declares more variables than the limit", "count of variables"),

@@ -312,6 +312,16 @@ def test_lines_of_numpy_are_not_the_users() -> None:
         (lambda x: t.convolution(x, 4, 3, name="f"), "convolution: kernel must be a tuple of integers", "kernel=(3,)"),
         (lambda x: t.convolution(x, 4, (3, 3), name="f"), "the kernel has 2 axes, and x has 1 beside", "kernel=(3,)"),
         (lambda x: t.convolution(x, 4, (3,), name="f"), "axis 1 of x holds the channels", None),
+        (
+            lambda x: t.convolution(t.constant(np.ones((2, 8))), 4, (3,), name="f"),
+            "the kernel has 1 axes, and x has 0 beside its rows and channels",
+            "x [B, C, ...], as images are",
+        ),
+        (
+            lambda x: t.convolution(t.constant(np.ones((2, 8, 3, 4))), 4, (3,), name="f"),
+            "the kernel has 1 axes, and x has 2 beside its rows and channels",
+            "such as kernel=(3, 3)",
+        ),
         (lambda x: t.convolution(x, 4, (3,), strides=2, name="f"), "strides must be a tuple", "strides=(2,)"),
         (lambda x: t.convolution(x, 4, (3,), padding="same", name="f"), "padding must be a tuple", None),
         (lambda x: t.convolution(x, 4, (3,), groups=0, name="f"), "groups must be 1 or more", None),
@@ -551,6 +561,14 @@ def test_a_misspelt_table_is_told_as_tied_names_it(tied: str) -> None:
             return use(x)  # noqa: B023  (called at once)
 
         assert refusal(body).hint == "tied='wte'"
+
+
+def test_what_can_be_shared_is_declared_before() -> None:
+    """Where no name is near, the way to one is told."""
+    assert refusal(lambda x: x * t.shared_parameter("w")).hint == "declare it first"
+    error = refusal(lambda x: t.unembed(x, tied="wte"))
+    assert error.what == "unembed: tied= names no embedding that is declared before"
+    assert error.hint == 'the name= of an embedding above: t.embed(tokens, 100, 16, name="wte")'
 
 
 def twice(x: t.Tensor) -> t.Tensor:

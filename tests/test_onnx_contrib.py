@@ -325,6 +325,15 @@ def test_the_length_of_a_cache_is_a_static_argument() -> None:
     assert str(found.graph.main.outputs["k"].type) == "f32[2, 2, 7, 16]"
 
 
+def test_a_past_that_may_be_longer_than_all_is_refused() -> None:
+    proto, _ = grouped(1, 6, [7, 7])
+    for name in ("x3", "x4"):
+        cache = next(v for v in proto.graph.input if v.name == name)
+        cache.type.tensor_type.shape.dim[2].dim_param = "P"
+    with pytest.raises(UnsupportedOnnx, match="a past of P for 7 positions: which is longer"):
+        import_onnx(proto)
+
+
 def test_cases_that_are_not_taken_are_refused() -> None:
     proto, _ = one_node("Attention", [f(B, S, 8), f(8, 3 * W), f(3 * W)], num_heads=N, do_rotary=1)
     with pytest.raises(UnsupportedOnnx, match="rotary positions") as caught:

@@ -63,8 +63,27 @@ def _set(path: str, value: Any) -> Callable[[onnx.ModelProto], None]:
             at = at[int(step)] if step.isdigit() else getattr(at, step)
         if last.isdigit():
             at[int(last)] = value
+        elif isinstance(value, list):
+            del getattr(at, last)[:]
+            getattr(at, last).extend(value)
         else:
             setattr(at, last, value)
+
+    return change
+
+
+def _unversioned(proto: onnx.ModelProto) -> None:
+    """Without opsets, an operator is read by its first version; of one that is not known there is none."""
+    proto.ClearField("opset_import")
+    proto.graph.node[0].op_type = "Nothing"
+
+
+def _more(path: str, *values: str) -> Callable[[onnx.ModelProto], None]:
+    """Further elements of a field of several."""
+
+    def change(proto: onnx.ModelProto) -> None:
+        name, index, field = path.replace("[", ".").replace("]", "").split(".")
+        getattr(getattr(proto.graph, name)[int(index)], field).extend(values)
 
     return change
 
@@ -111,6 +130,12 @@ WRONG: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
     "an attribute of another kind": (_set("node[2].attribute[0].type", 3), "attribute axis is of another type"),
     "an operator that is not there": (_set("node[3].op_type", "Nothing"), "there is no such operator"),
     "a domain that is not there": (_set("node[3].domain", "no.where"), "there is no such operator"),
+    "a node with too many inputs": (_more("node[3].input", "a", "a"), "more inputs or outputs than its operator"),
+    "a node with too many outputs": (_more("node[3].output", "e"), "more inputs or outputs than its operator"),
+    "a node with too few inputs": (_set("node[0].input", ["x"]), "fewer inputs than its operator"),
+    "inputs of two types": (_set("initializer[1].data_type", 6), "Add: two inputs must be of one type"),
+    "no opsets": (_unversioned, "the model imports no opset of ONNX's own"),
+    "a tensor in segments": (_set("initializer[0].segment.begin", 0), "tensors in segments are not supported"),
     "no nodes": (_without("node"), "nothing makes the output y"),
     "no output": (_without("output"), "no graph with an output"),
 }
@@ -202,6 +227,22 @@ def test_a_limit_is_the_most_that_is_read(limit: str, body: str, needs: int) -> 
     import_onnx(proto, limits=OnnxLimits(**{limit: needs}))
     with pytest.raises(FrontendError):
         import_onnx(proto, limits=OnnxLimits(**{limit: needs - 1}))
+
+
+@pytest.mark.parametrize("inlined", [False, True])
+def test_branches_in_branches_are_limited(inlined: bool) -> None:
+    branch = "If(c) <then_branch = t{0} () => (float a{0}) {{ a{0} = {1} }}, else_branch = e{0} () => (float b{0}) {{ b{0} = Neg(x) }}>"
+    body = "Exp(x)"
+    for level in range(3):
+        body = branch.format(level, body)
+    body = f"c = Constant<value = bool {{1}}>() y = {body}"
+    head = '<domain: "here", opset_import: ["here": 1, "": 18]>'
+    more = f"{head} f (x) => (y) {{ {body} }}" if inlined else ""
+    proto = model("(float[2] x) => (float[2] y)", "y = here.f(x)" if inlined else body, more=more)
+    needs = 4 if inlined else 3
+    import_onnx(proto, limits=OnnxLimits(nesting=needs))
+    with pytest.raises(FrontendError, match="nest too deep"):
+        import_onnx(proto, limits=OnnxLimits(nesting=needs - 1))
 
 
 def test_functions_that_double_at_every_level_are_bounded() -> None:

@@ -364,6 +364,24 @@ def test_a_branch_is_chosen_at_import(condition: str, op: str) -> None:
     assert ops(found) == [op]
 
 
+def test_a_branch_must_be_whole() -> None:
+    proto = model("(float[S] x) => (float[S] y)", BRANCHES.format(condition="c = Constant<value = bool {0}>()"))
+    node = proto.graph.node[1]
+    node.attribute[1].g.ClearField("output")
+    with pytest.raises(FrontendError, match="an If without a whole else_branch"):
+        import_onnx(proto)
+    del node.attribute[1]
+    with pytest.raises(FrontendError, match="an If without a whole else_branch"):
+        import_onnx(proto)
+
+
+def test_a_condition_is_one_number() -> None:
+    for condition in ("c = Constant<value = bool[2] {1, 0}>()", "c = Shape(x)"):
+        proto = model("(float[S] x) => (float[S] y)", BRANCHES.format(condition=condition))
+        with pytest.raises(FrontendError, match="If: c must be one number"):
+            import_onnx(proto)
+
+
 def test_a_branch_that_depends_on_data_is_refused() -> None:
     body = BRANCHES.format(condition="i = Constant<value_int = 0>() e = Gather(m, i) c = Gather(e, i)")
     with pytest.raises(FrontendError, match="depend on data"):
@@ -458,7 +476,10 @@ def external(tmp_path: Path, **entries: str) -> Path:
         ({"location": "inner.bin"}, "must not be reached by a link"),
         ({"location": "missing.bin"}, "no such file"),
         ({"location": "."}, "must lie in the model's folder"),
-        ({}, "must lie in the model's folder"),
+        ({}, "must lie in the model's folder(.|\n)*no location"),
+        ({"location": "a:b"}, "must lie in the model's folder"),
+        ({"location": "a\nb"}, "must lie in the model's folder"),
+        ({"location": "w.bin", "offset": "9" * 18}, "past the end of its file"),
         ({"location": "w.bin", "offset": "4"}, "past the end of its file"),
         ({"location": "w.bin", "offset": "-4"}, "no number of bytes"),
         ({"location": "w.bin", "offset": "9" * 30}, "no number of bytes"),

@@ -279,6 +279,24 @@ def test_a_table_of_characters_that_is_whole_is_read() -> None:
     assert read_sentencepieces(SMALL + held(3, held(2, charmap())), "spiece.model").charmap == charmap()
 
 
+@pytest.mark.parametrize(
+    ("added", "what"),
+    [
+        ([], "must hold tokens by their numbers"),
+        ({"a": {"content": "x"}}, "must hold tokens by their numbers"),
+        ({"²": {"content": "x"}}, "must hold tokens by their numbers"),
+        ({"1234567890": {"content": "x"}}, "must hold tokens by their numbers"),
+        ({"400": "x"}, "must hold tokens by their numbers"),
+        ({"400": {"content": 4}}, "must hold tokens by their numbers"),
+        ({"123456789": {"content": "x"}}, "an added token has another number in the vocabulary"),
+    ],
+)
+def test_added_tokens_that_have_no_place(added: object, what: str, tmp_path: Path) -> None:
+    folder(tmp_path, "t5", SMALL, added_tokens_decoder=added)
+    with pytest.raises(CheckpointError, match=f"tokenizer_config.json: .*{what}"):
+        TextTokenizer.open(tmp_path)
+
+
 def test_a_vocabulary_without_what_its_kind_needs(tmp_path: Path) -> None:
     folder(tmp_path, "albert", SMALL, do_lower_case=True)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "albert"}))

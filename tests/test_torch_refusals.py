@@ -257,6 +257,7 @@ FORMS: dict[str, tuple[Any, tuple[Any, ...], str]] = {
     "scalar": (lambda x: x.sum().softmax(0), (X,), "of a scalar"),
     "windows of a scalar": (lambda x: x.sum().unfold(0, 1, 1), (X,), "of a scalar"),
     "sort": (lambda x: x[:, :0].sort(1)[0], (X,), "of no elements"),
+    "truths": (lambda x: x.index_put((x > 0,), x[0]), (X,), "with a value for each: how many these are depends on data"),
     "nonzero": (lambda x: x.nonzero(), (X,), "depends on data in its shape"),
     "truths and places": (lambda x: x.index_put((x[:, 0] > 0, PLACES[0]), X[0, 0]), (X,), "and another index"),
     "training": (lambda x: F.batch_norm(x, None, None, training=True), (X,), "in training mode"),
@@ -287,6 +288,7 @@ OPEN: dict[str, tuple[Any, str]] = {
     "alpha": (lambda x: torch.add(x, x, alpha=x.shape[1]), "alpha must be a number"),
     "squeeze": (lambda x: x[:, 1:].squeeze(1), "a dimension of S-1, which may be 1"),
     "past the end": (lambda x: x[:, :, : x.shape[1]], "a place of S on an axis of T, which may be past its end"),
+    "parts": (lambda x: F.adaptive_avg_pool1d(x, 3), "of T elements in 3 parts"),
     "before the start": (lambda x: x[:, x.shape[0] - x.shape[2] :], "a place of B-T, which may be negative"),
     "backwards": (lambda x: x[:, x.shape[2] : x.shape[0]], "from T to B, which may be before it"),
 }
