@@ -293,25 +293,25 @@ ALIGNMENT = string(b"general.alignment") + struct.pack("<II", 4, 48)
         (header(version=3 << 24), "of a version that is not read", "byte 4, version"),
         (header(keys=2**63), "more keys than the limit", "byte 16, number of keys"),
         (header(count=0, keys=5), "the file ends too early", "byte 24, key 0 of 5"),
-        (header(KEY, KEY), "a key stands twice", "key k"),
+        (header(KEY, KEY), "a key stands twice", "byte 41, key k"),
         (header(string(b"\xff") + KEY[9:]), "a name is not UTF-8", "byte 32, key 0 of 1"),
         (header(string(b"k") + struct.pack("<I", 99)), "there is no such type of a value", "byte 33, key k"),
         (header(string(b"k") + struct.pack("<IB", 7, 2)), "a bool is neither 0 nor 1", "byte 37, key k"),
-        (header(string(b"k") + struct.pack("<IQ", 8, 2**60)), "the file ends too early", "key k"),
-        (header(string(b"k") + struct.pack("<IIQ", 9, 0, 2**60)), "the file ends too early", "key k"),
-        (header(string(b"k") + struct.pack("<IIQ", 9, 8, 2**60)), "the file ends too early", "key k"),
-        (header(string(b"k") + struct.pack("<IIQ", 9, 9, 1)), "an array holds arrays", "key k"),
-        (header(ALIGNMENT), "the alignment must be a power of two", "key general.alignment"),
-        (header(tensor(b"t", ()), count=1), "a tensor has 1 to 4 dimensions", "tensor t"),
-        (header(tensor(b"t", (1, 1, 1, 1, 1)), count=1), "a tensor has 1 to 4 dimensions", "tensor t"),
-        (header(tensor(b"t", (0,)), count=1), "a tensor's sizes must be positive", "tensor t"),
-        (header(tensor(b"t", (2**40, 2**40)), count=1), "their product below 2^60", "tensor t"),
-        (header(tensor(b"t", kind=99), count=1), "there is no such block type", "tensor t"),
-        (header(tensor(b"t", (33,), kind=3), count=1), "rows of 33 are not whole blocks of 32", "tensor t"),
-        (header(tensor(b"t", offset=32), count=1), "does not begin where the one before it ends", "tensor t"),
-        (header(tensor(b"t"), tensor(b"t", offset=32), count=2), "a tensor's name stands twice", "tensor t"),
-        (header(tensor(b"t", (2**50,)), count=1), "the file ends before its tensors do", "tensor t"),
-        (header(tensor(b"t"), count=1), "the file ends before its tensors do", "tensor t"),
+        (header(string(b"k") + struct.pack("<IQ", 8, 2**60)), "the file ends too early", "byte 45, key k"),
+        (header(string(b"k") + struct.pack("<IIQ", 9, 0, 2**60)), "the file ends too early", "byte 49, key k"),
+        (header(string(b"k") + struct.pack("<IIQ", 9, 8, 2**60)), "the file ends too early", "byte 41, key k"),
+        (header(string(b"k") + struct.pack("<IIQ", 9, 9, 1)), "an array holds arrays", "byte 37, key k"),
+        (header(ALIGNMENT), "the alignment must be a power of two", "byte 53, key general.alignment"),
+        (header(tensor(b"t", ()), count=1), "a tensor has 1 to 4 dimensions", "byte 33, tensor t"),
+        (header(tensor(b"t", (1, 1, 1, 1, 1)), count=1), "a tensor has 1 to 4 dimensions", "byte 33, tensor t"),
+        (header(tensor(b"t", (0,)), count=1), "a tensor's sizes must be positive", "byte 37, tensor t"),
+        (header(tensor(b"t", (2**40, 2**40)), count=1), "their product below 2^60", "byte 45, tensor t"),
+        (header(tensor(b"t", kind=99), count=1), "there is no such block type", "byte 45, tensor t"),
+        (header(tensor(b"t", (33,), kind=3), count=1), "rows of 33 are not whole blocks of 32", "byte 45, tensor t"),
+        (header(tensor(b"t", offset=32), count=1), "does not begin where the one before it ends", "byte 49, tensor t"),
+        (header(tensor(b"t"), tensor(b"t", offset=32), count=2), "a tensor's name stands twice", "byte 57, tensor t"),
+        (header(tensor(b"t", (2**50,)), count=1), "the file ends before its tensors do", "byte 49, tensor t"),
+        (header(tensor(b"t"), count=1), "the file ends before its tensors do", "byte 49, tensor t"),
     ],
 )  # fmt: skip
 def test_refusals(tmp_path: Path, data: bytes, what: str, place: str) -> None:
@@ -320,9 +320,7 @@ def test_refusals(tmp_path: Path, data: bytes, what: str, place: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         GGUFFile.open(path)
     assert what in caught.value.what
-    within = caught.value.within or ""
-    assert within.startswith(f"{path}: byte ")
-    assert place in within
+    assert caught.value.within == f"{path}: {place}"
 
 
 @pytest.mark.parametrize(
@@ -510,10 +508,25 @@ def test_values_of_metadata_are_of_the_kind_that_is_asked_for(tmp_path: Path) ->
 
 
 def test_limits(small: Path) -> None:
-    for limits in (GGUFLimits(keys=3), GGUFLimits(tensors=3), GGUFLimits(strings=9), GGUFLimits(header_bytes=99)):
+    assert GGUFLimits() == GGUFLimits(32 * 2**20, 10_000, 20_000, 1_000_000, 2**20)
+    given = {"keys": 3, "tensors": 3, "strings": 9, "header_bytes": 99, "text_bytes": 6}
+    for name, most in given.items():
         with pytest.raises(CheckpointError, match="than the limit") as caught:
-            GGUFFile.open(small, limits)
-        assert "if you trust the file" in str(caught.value)
+            GGUFFile.open(small, {name: most})
+        assert caught.value.received == f"limit {most}"
+        assert caught.value.hint == f"limits={{'{name}': {4 * most}}}, if you trust the file"
+
+
+def test_a_limit_is_the_most_that_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "two.gguf"
+    strings = string(b"s") + struct.pack("<IIQ", 9, 8, 2) + string(b"abc") + string(b"d")
+    head = header(KEY, strings, tensor(b"t", (8,)), tensor(b"u", (8,), offset=32), count=2)
+    path.write_bytes(head + bytes(-len(head) % 32 + 64))
+    needed = {"keys": 2, "tensors": 2, "strings": 2, "text_bytes": 3, "header_bytes": len(head)}
+    GGUFFile.open(path, needed)
+    for name, most in needed.items():
+        with pytest.raises(CheckpointError, match="than the limit"):
+            GGUFFile.open(path, {name: most - 1})
 
 
 def test_work_and_memory_of_a_vocabulary(tmp_path: Path) -> None:

@@ -245,6 +245,15 @@ def test_branches_in_branches_are_limited(inlined: bool) -> None:
         import_onnx(proto, limits=OnnxLimits(nesting=needs - 1))
 
 
+def test_what_a_file_may_ask_for_at_first() -> None:
+    assert OnnxLimits() == OnnxLimits(bytes=2**31 - 1, nodes=200_000, nesting=32, rank=24)
+    proto = model("(float[2] x) => (float[2] y)", "a = Exp(x) b = Exp(a) y = Exp(b)")
+    with pytest.raises(FrontendError, match="more nodes than the limit") as caught:
+        import_onnx(proto, limits={"nodes": 2})
+    assert caught.value.received == "limit 2, functions inlined"
+    assert caught.value.hint == "limits={'nodes': 8}, if you trust the file"
+
+
 def test_functions_that_double_at_every_level_are_bounded() -> None:
     levels = 20
     head = '<domain: "here", opset_import: ["here": 1, "": 18]>'

@@ -231,32 +231,35 @@ def test_the_file_is_read_as_it_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "what"),
+    ("data", "what", "at"),
     [
-        (b"", "has no pieces"),
-        (SMALL[:-3], "reaches past the end"),
-        (SMALL[:9], "reaches past the end"),
-        (SMALL + b"\xff", "ends inside a number"),
-        (SMALL + b"\xff" * 12, "more than 10 bytes"),
-        (SMALL + b"\x0b", "no SentencePiece vocabulary"),
-        (SMALL + b"\x00\x01", "there is no field 0"),
-        (SMALL + held(1, held(1, b"\xff")), "is not UTF-8"),
-        (SMALL + held(1, varint(2 << 3 | 5) + struct.pack("<f", np.inf)), "must be a finite number"),
-        (SMALL + held(1, varint(2 << 3) + b"\x01"), "must be a 32-bit number"),
-        (SMALL + varint(1 << 3) + b"\x01", "must hold fields"),
-        (SMALL + held(2, held(40, b"x")), "must be an integer"),
-        (SMALL + held(2, varint(40 << 3) + varint(9)), "unk_id must be the number of a piece"),
-        (SMALL + held(2, varint(3 << 3) + varint(4)), "of kind 1"),
-        (SMALL + held(2, varint(3 << 3) + varint(BPE)), "another kind than the folder's tokenizer"),
-        (SMALL + held(3, held(2, b"\x07\x00\x00\x00damaged")), "table of characters is damaged"),
-        (SMALL + held(3, held(2, charmap(offset=300))), "table of characters is damaged"),
-        (SMALL + held(3, held(2, charmap(leaf=9))), "table of characters is damaged"),
+        (b"", "has no pieces", 0),
+        (SMALL[:-3], "reaches past the end", 98),
+        (SMALL[:9], "reaches past the end", 0),
+        (SMALL + b"\xff", "ends inside a number", 108),
+        (SMALL + b"\xff" * 12, "more than 10 bytes", 108),
+        (SMALL + b"\x0b", "no SentencePiece vocabulary", 108),
+        (SMALL + b"\x00\x01", "there is no field 0", 108),
+        (SMALL + held(1, held(1, b"\xff")), "is not UTF-8", 110),
+        (SMALL + held(1, varint(2 << 3 | 5) + struct.pack("<f", np.inf)), "must be a finite number", 110),
+        (SMALL + held(1, varint(2 << 3) + b"\x01"), "must be a 32-bit number", 110),
+        (SMALL + varint(1 << 3) + b"\x01", "must hold fields", 108),
+        (SMALL + held(2, held(40, b"x")), "must be an integer", 110),
+        (SMALL + held(2, varint(40 << 3) + varint(9)), "unk_id must be the number of a piece", 0),
+        (SMALL + held(2, varint(3 << 3) + varint(4)), "of kind 1", 0),
+        (SMALL + held(2, varint(3 << 3) + varint(BPE)), "another kind than the folder's tokenizer", None),
+        (SMALL + held(3, held(2, b"\x07\x00\x00\x00damaged")), "table of characters is damaged", 112),
+        (SMALL + held(3, held(2, charmap(offset=300))), "table of characters is damaged", 114),
+        (SMALL + held(3, held(2, charmap(leaf=9))), "table of characters is damaged", 114),
     ],
 )
-def test_damaged_files(data: bytes, what: str, tmp_path: Path) -> None:
+def test_damaged_files(data: bytes, what: str, at: int | None, tmp_path: Path) -> None:
+    """Each is told with the byte where the field begins that is wrong."""
     folder(tmp_path, "t5", data)
-    with pytest.raises(CheckpointError, match=what):
+    with pytest.raises(CheckpointError, match=what) as caught:
         TextTokenizer.open(tmp_path)
+    place = str(tmp_path / "spiece.model")
+    assert caught.value.within == (place if at is None else f"{place}, byte {at}")
 
 
 def test_any_change_of_a_file_is_read_or_refused(tmp_path: Path) -> None:
