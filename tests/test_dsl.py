@@ -413,6 +413,49 @@ def test_a_misspelt_option_of_a_layer(name: str) -> None:
         assert caught.value.hint.startswith(f"did you mean {option}=? t.{name}(")
 
 
+ATTENTION: dict[str, Any] = {
+    # an option of attention, and a value that is not what it has where nothing is said
+    "kv_heads": 2, "head_dim": 6, "mask": t.causal, "bias": t.tensor_bias(np.ones((4, 3, 3), np.float32), "h s t"),
+    "scale": 0.5, "softcap": 3.0, "projection_bias": False, "key_bias": False, "output_bias": False,
+    "normalize": lambda x, name: t.rms_norm(x, name=name), "rotate": lambda x: x * 2.0, "name": "cross",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", ATTENTION)
+def test_each_option_of_attention_reaches_it_by_every_name(option: str) -> None:
+    given = {option: ATTENTION[option]}
+    assert set(ATTENTION) == {
+        p.name for p in inspect.signature(t.multi_head_attention).parameters.values() if p.kind is p.KEYWORD_ONLY
+    }
+
+    def graph(use: Callable[..., t.Tensor], **options: Any) -> Any:
+        @t.model
+        def model(x: t.f32["B 3 8"]):
+            return {"y": use(x, **options)}
+
+        return model.graph()
+
+    def whole(x: t.Tensor, **options: Any) -> t.Tensor:
+        return t.multi_head_attention(x, x, 4, **options)
+
+    wanted = graph(whole, **given)
+    assert wanted != graph(whole)
+    assert graph(lambda x, **options: t.self_attention(x, 4, **options), **given) == wanted
+    assert graph(lambda x, **options: t.cross_attention(x, x, 4, **options), **given) == wanted
+
+
+@pytest.mark.parametrize("option", ["mask", "bias", "scale", "softcap"])
+def test_each_option_of_attention_alone_is_taken(option: str) -> None:
+    def ops(**options: Any) -> list[str]:
+        @t.model
+        def model(x: t.f32["B 4 3 8"]):
+            return {"y": t.attention(x, x, x, **options)}
+
+        return [str(node.op.attributes) + node.op.name for node in model.graph().main.nodes]
+
+    assert ops(**{option: ATTENTION[option]}) != ops()
+
+
 def test_a_mistake_in_the_users_helper_is_told_there() -> None:
     def helper(x: t.Tensor) -> t.Tensor:
         return x + t.parameter("w", 5)
