@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("torch")
 
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from tests.fuzz.onnx_nodes.cases import attributes, cases, drawn
@@ -23,7 +25,8 @@ from tests.onnx_models import Array, answers, assert_as_runtime, model, prepared
 from treadle.frontends.onnx_import.errors import UnsupportedOnnx
 from treadle.frontends.onnx_import.importer import import_onnx
 from treadle.frontends.onnx_import.operators import OPERATORS, Made, OnnxSite
-from treadle.ir.errors import FrontendError, Hint
+from treadle.frontends.onnx_import.specification import schema_of
+from treadle.ir.errors import FrontendError, Hint, TreadleError
 
 RNG = np.random.default_rng(0)
 
@@ -50,6 +53,39 @@ def test_every_operator_and_attribute_is_drawn() -> None:
         if unseen := attributes(name) - seen - NOT_DRAWN.get(name, set()):
             missing[name] = unseen
     assert missing == {}
+
+
+def test_an_attribute_that_is_left_out_is_what_its_schema_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a handler asks for, in the version of the operator that a drawn node has."""
+    asked: dict[tuple[str, int, str], Any] = {}
+
+    def noted(kind: str, otherwise: Any) -> None:
+        asks = getattr(OnnxSite, kind)
+
+        def noting(site: OnnxSite, name: str, default: Any = otherwise) -> Any:
+            if not site.node.domain:
+                asked[site.node.op_type, site.version, name] = default
+            return asks(site, name, default)
+
+        monkeypatch.setattr(OnnxSite, kind, noting)
+
+    for kind, otherwise in (("int", None), ("float", None), ("text", "")):
+        noted(kind, otherwise)
+    for name, seed in itertools.product(DRAWN, range(8)):
+        with contextlib.suppress(TreadleError):
+            import_onnx(drawn(name, seed).proto)
+    wrong = {}
+    for (name, version, attribute), default in asked.items():
+        schema = schema_of(name, version, "")  # None for an operator of ONNX Runtime's
+        known = schema and schema.attributes.get(attribute)
+        if known and known.default_value.name:
+            wanted = helper.get_attribute_value(known.default_value)
+            wanted = wanted.decode() if isinstance(wanted, bytes) else wanted
+            if (np.float32(default) if isinstance(default, float) else default) != wanted:
+                wrong[name, version, attribute] = default, wanted
+    ends = {("Clip", 6, "min"), ("Clip", 6, "max")}  # the schema has float32's; here a bound that is left out is none
+    assert wrong.keys() == ends
+    assert len(asked) > 100
 
 
 @pytest.mark.parametrize(("backend", "count"), [("numpy", 300), ("torch", 120)])
