@@ -77,7 +77,7 @@ def _eye(site: TorchSite) -> Made:
 
 def _triangle(site: TorchSite, upper: bool) -> Expr:
     """The elements on one side of a diagonal; the rest is zero."""
-    b, x, diagonal = site.b, site.x("self"), site.integer("diagonal", 0)
+    b, x, diagonal = site.b, site.x("self"), site.integer("diagonal")
     rows = b.rearrange(b.iota(size=x.shape[-2]), pattern="n -> n 1")
     edge = rows + diagonal if diagonal else rows
     columns = b.iota(size=x.shape[-1])

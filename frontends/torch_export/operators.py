@@ -132,8 +132,8 @@ class TorchSite:
     def size(self, name: str, default: int | None = None) -> Size:
         return Size.of(self.given(name, default))
 
-    def integer(self, name: str, default: int | None = None) -> int:
-        number = self.size(name, default).constant
+    def integer(self, name: str) -> int:
+        number = self.size(name).constant
         if number is None:
             self.refuse(f"{name} must be a number, is {self.size(name)}")
         return number
@@ -157,9 +157,9 @@ class TorchSite:
     def text(self, name: str) -> str:
         return str(self.given(name, ""))
 
-    def axis(self, name: str, rank: int | None = None, default: int | None = None) -> int:
+    def axis(self, name: str, rank: int | None = None) -> int:
         """The position that an argument such as `dim` means."""
-        return self.position(self.integer(name, default), self.x("self").rank if rank is None else rank)
+        return self.position(self.integer(name), self.x("self").rank if rank is None else rank)
 
     def position(self, axis: int, rank: int) -> int:
         return axis % max(rank, 1)

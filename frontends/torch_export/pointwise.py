@@ -48,7 +48,7 @@ def _both(site: TorchSite, dtype: DType) -> tuple[Expr, Expr]:
 
 
 def _scaled(site: TorchSite, y: Expr) -> Expr:
-    alpha = site.real("alpha", 1.0)
+    alpha = site.real("alpha")
     return y if alpha == 1 else y * (alpha if y.dtype.is_float else int(alpha))
 
 
@@ -56,7 +56,7 @@ def _scaled(site: TorchSite, y: Expr) -> Expr:
 def _add(site: TorchSite) -> Made:
     if site.dtype().kind == "bool":
         x, y = _both(site, site.dtype())
-        return x | y if site.real("alpha", 1.0) else expanded(site.b, x, site.shape())
+        return x | y if site.real("alpha") else expanded(site.b, x, site.shape())
     x, y = _both(site, site.dtype())
     return x + _scaled(site, y)
 
@@ -329,7 +329,7 @@ def _exp_less_one(site: TorchSite) -> Made:
 def _elu(site: TorchSite) -> Made:
     """scale x above 0, scale alpha (exp(input_scale x) - 1) below"""
     b, x = site.b, _wide(site.x("self"))
-    alpha, scale, inner = site.real("alpha", 1.0), site.real("scale", 1.0), site.real("input_scale", 1.0)
+    alpha, scale, inner = site.real("alpha"), site.real("scale"), site.real("input_scale")
     below = _expm1(b, x if inner == 1 else x * inner) * (alpha * scale)
     return b.where(x > 0.0, x if scale == 1 else x * scale, below).cast(site.dtype())
 

@@ -32,7 +32,7 @@ def _matmul(site: TorchSite) -> Made:
 def _addmm(site: TorchSite) -> Made:
     """beta c + alpha a b"""
     first, second = [a.name for a in site.node.target._schema.arguments][1:3]
-    c, alpha, beta = site.x("self"), site.real("alpha", 1.0), site.real("beta", 1.0)
+    c, alpha, beta = site.x("self"), site.real("alpha"), site.real("beta")
     z = matmul(site.b, site.x(first), site.x(second))
     if not z.dtype.is_float and (alpha != 1 or beta != 1):
         site.refuse("of integers with alpha or beta")
@@ -88,7 +88,7 @@ def _conv(site: TorchSite) -> Made:
         strides=strides,
         dilations=dilations,
         padding=pads,
-        groups=site.integer("groups", 1),
+        groups=site.integer("groups"),
     )
     return reshaped(b, y, y.shape[1:])[0] if alone else y
 
@@ -109,7 +109,7 @@ def _attention(site: TorchSite) -> Made:
     of keys and values for several of queries needs no copies; nor do heads that the module's code repeats.
     """
     b, q, k, v = site.b, site.x("query"), site.x("key"), site.x("value")
-    if site.real("dropout_p", 0.0) != 0:
+    if site.real("dropout_p") != 0:
         site.refuse("with dropout", "module.eval()")
     rank = max(q.rank, k.rank, v.rank)
     if rank > 4 or min(q.rank, k.rank, v.rank) < 2:

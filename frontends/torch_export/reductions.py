@@ -98,7 +98,7 @@ def _log_sum_exp(site: TorchSite) -> Made:
 @operator("linalg_vector_norm.default")
 def _norm(site: TorchSite) -> Made:
     b, x, axes, keep = site.b, site.operand("self", site.dtype()), _axes(site), site.flag("keepdim")
-    order = site.real("ord", 2.0)
+    order = site.real("ord")
     if order not in (1, 2):
         site.refuse(f"of order {order:g}")
     total = b.reduce_sum(b.abs(x) if order == 1 else x * x, axes=axes, keep=keep)
@@ -147,7 +147,7 @@ def _last_axes(site: TorchSite) -> tuple[Expr, tuple[Size, ...], list[Expr | Non
 @operator("layer_norm.default", "native_layer_norm.default")
 def _layer_norm(site: TorchSite) -> Made:
     x, shape, (weight, bias) = _last_axes(site)
-    y = reshaped(site.b, site.b.layer_norm(x, weight, bias, eps=site.real("eps", 1e-5)), shape)[0]
+    y = reshaped(site.b, site.b.layer_norm(x, weight, bias, eps=site.real("eps")), shape)[0]
     return [y, None, None] if len(site.vals) > 1 else y
 
 
@@ -209,7 +209,7 @@ def _group_norm(site: TorchSite) -> Made:
     b, x, groups = site.b, site.x("input"), site.integer("num_groups")
     rest = product(x.shape[1:]) // groups
     rows, _ = reshaped(b, x, [x.shape[0], Size.of(groups), rest])
-    return _scaled(site, reshaped(b, b.layer_norm(rows, None, None, eps=site.real("eps", 1e-5)), x.shape)[0])
+    return _scaled(site, reshaped(b, b.layer_norm(rows, None, None, eps=site.real("eps")), x.shape)[0])
 
 
 # -- along one axis ------------------------------------------------------------------------------------------------
@@ -263,10 +263,10 @@ def _extremum_and_place(site: TorchSite) -> Made:
 
 @operator("topk.default")
 def _topk(site: TorchSite) -> Made:
-    b, x, k, axis = site.b, site.x("self"), site.integer("k"), site.axis("dim", default=-1)
+    b, x, k, axis = site.b, site.x("self"), site.integer("k"), site.axis("dim")
     if k < 1:
         site.refuse(f"of {k} elements")
-    if site.given("largest", True):
+    if site.flag("largest"):
         return list(b.top_k(x, k=k, axis=axis))
     values, indices = b.top_k(reversed_order(b, x), k=k, axis=axis)
     return [reversed_order(b, values), indices]
@@ -278,7 +278,7 @@ def _sort(site: TorchSite) -> Made:
     b, x = site.b, site.x("self")
     if x.rank == 0:
         return [x, b.constant(0, i64)]
-    axis = site.axis("dim", default=-1)
+    axis = site.axis("dim")
     size = x.shape[axis].constant
     if size is None:
         site.refuse("of a symbolic axis", "leave that axis out of dynamic=")

@@ -192,7 +192,7 @@ def _two_ways(site: TorchSite, what: str) -> NoReturn:
 @operator("slice.Tensor", "slice_copy.Tensor")
 def _slice(site: TorchSite) -> Made:
     b, x = site.b, site.x("self")
-    axis, step = site.axis("dim", default=0), site.integer("step", 1)
+    axis, step = site.axis("dim"), site.integer("step")
     size, symbols = x.shape[axis], site.importer.symbols
     start = edge_of(site, site.size("start", 0), size)
     stop = edge_of(site, site.size("end", _FAR), size)
@@ -232,7 +232,7 @@ def selected(b: Builder, x: Expr, axis: int, at: Size) -> Expr:
 @operator("split.Tensor", "split_with_sizes.default", "split.sizes", "chunk.default", "tensor_split.sections")
 @operator("unsafe_split.Tensor", "unsafe_chunk.default")
 def _split(site: TorchSite) -> Made:
-    x, axis = site.x("self"), site.axis("dim", default=0)
+    x, axis = site.x("self"), site.axis("dim")
     made, start = [], ZERO
     for output in range(len(site.vals)):
         stop = start + site.shape(output)[axis]
@@ -243,7 +243,7 @@ def _split(site: TorchSite) -> Made:
 
 @operator("unbind.int")
 def _unbind(site: TorchSite) -> Made:
-    x, axis = site.x("self"), site.axis("dim", default=0)
+    x, axis = site.x("self"), site.axis("dim")
     return [selected(site.b, x, axis, Size.of(i)) for i in range(len(site.vals))]
 
 
@@ -252,7 +252,7 @@ def _cat(site: TorchSite) -> Made:
     """A part of shape [0] counts for nothing, whatever the others' rank is."""
     rank, dtype = len(site.shape()), site.dtype()
     parts = [x.cast(dtype) for x in site.tensors("tensors") if x.rank == rank]
-    axis = site.axis("dim", rank, default=0)
+    axis = site.axis("dim", rank)
     parts = [x for x in parts if x.shape[axis] != ZERO] or parts
     return parts[0] if len(parts) == 1 else site.b.concat(*parts, axis=axis)
 
@@ -260,7 +260,7 @@ def _cat(site: TorchSite) -> Made:
 @operator("stack.default")
 def _stack(site: TorchSite) -> Made:
     rank, dtype = len(site.shape()), site.dtype()
-    axis = site.axis("dim", rank, default=0)
+    axis = site.axis("dim", rank)
     parts = [reshaped(site.b, x, [*x.shape[:axis], ONE, *x.shape[axis:]])[0] for x in site.tensors("tensors")]
     parts = [x.cast(dtype) for x in parts]
     return parts[0] if len(parts) == 1 else site.b.concat(*parts, axis=axis)
@@ -270,9 +270,9 @@ def _stack(site: TorchSite) -> Made:
 def _slice_scatter(site: TorchSite) -> Made:
     """self with a slice of it replaced."""
     b, x, source = site.b, site.x("self"), site.x("src")
-    axis = site.axis("dim", default=0)
+    axis = site.axis("dim")
     size, count = x.shape[axis], source.shape[axis]
-    if site.integer("step", 1) != 1:
+    if site.integer("step") != 1:
         site.refuse("with a step")
     if count == size:
         return source.cast(x.dtype)
@@ -308,8 +308,8 @@ def _copy(site: TorchSite) -> Made:
 def _diff(site: TorchSite) -> Made:
     """x[i + 1] - x[i], after what is laid before and behind it; of truth values, where they differ."""
     b, x = site.b, site.x("self")
-    axis = site.axis("dim", default=-1)
-    if site.integer("n", 1) != 1:
+    axis = site.axis("dim")
+    if site.integer("n") != 1:
         site.refuse("of a higher order")
     parts = [p for p in (site.maybe("prepend"), x, site.maybe("append")) if p is not None]
     whole = b.concat(*parts, axis=axis) if len(parts) > 1 else x
@@ -382,7 +382,7 @@ def _pad(site: TorchSite) -> Made:
     b, x = site.b, site.x("self")
     if site.given("mode", "constant") != "constant":
         site.refuse(f"mode {site.text('mode')}")
-    pads = [Size.of(n) for n in site.given("pad", [])]
+    pads = [Size.of(n) for n in site.given("pad")]
     value = site.real("value", 0.0)
     for k in range(len(pads) // 2):
         axis, (before, after) = x.rank - 1 - k, pads[2 * k : 2 * k + 2]

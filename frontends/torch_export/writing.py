@@ -174,7 +174,7 @@ def _scatter_reduce(site: TorchSite) -> Made:
 @operator("index_add.default")
 def _index_add(site: TorchSite) -> Made:
     b, x, indices, source = site.b, site.x("self"), site.x("index"), site.x("source")
-    if site.real("alpha", 1.0) != 1:
+    if site.real("alpha") != 1:
         site.refuse("with alpha", "the source times alpha")
     if x.dtype.kind == "bool":
         site.refuse("of truth values")
