@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.fuzz.safetensors_files import header_and_data
+from treadle.files.shown_names import printable
 from treadle.frontends.binding import Source, bind
 from treadle.frontends.huggingface import open_checkpoint
 from treadle.frontends.safetensors_file import SafetensorsFile
@@ -324,6 +325,28 @@ def test_a_wrong_model_is_told_briefly(tmp_path: Path) -> None:
     assert len(lines) == 12
     assert "              h.{i}.ln_1.weight; i = 0..47" in lines
     assert "              decoder.blocks.{0..47}.a" in lines
+
+
+def test_a_long_list_of_unused_names_is_cut(tmp_path: Path) -> None:
+    letters = [f"w{chr(97 + i)}" for i in range(26)] + [f"v{chr(97 + i)}" for i in range(16)]
+    for count, end in ((40, []), (41, ["  and 1 more lines"]), (42, ["  and 2 more lines"])):
+        held = {name: draw(1) for name in letters[:count]}
+        lines = (mismatch({"x": ((1,), "f32")}, {}, store(tmp_path, held)).within or "").splitlines()
+        at = lines.index(f"unused by the model ({count}):")
+        assert lines[at + 1 :] == [f"  {name}" for name in sorted(held)[:40]] + end
+    (line,) = [
+        each
+        for each in (mismatch({"x": ((1,), "f32")}, {}, store(tmp_path, {"y" * 500: draw(1)})).within or "").splitlines()
+        if "yyy" in each and "nearest" not in each
+    ]
+    assert line == f"  {printable('y' * 500, 400)}"
+
+
+def test_a_nearest_name_is_looked_for_a_hundred_times(tmp_path: Path) -> None:
+    held = {f"block{chr(97 + i // 26)}{chr(97 + i % 26)}.weight": draw(1) for i in range(102)}
+    needed = {name.replace("weight", "wieght"): ((1,), "f32") for name in held}
+    lines = (mismatch(needed, {}, store(tmp_path, held)).within or "").splitlines()
+    assert ["nearest" in line for line in lines[2:104]] == [True] * 100 + [False] * 2
 
 
 def test_misfits_of_many_layers_are_folded(tmp_path: Path) -> None:

@@ -563,9 +563,27 @@ def test_a_misspelt_table_is_told_as_tied_names_it(tied: str) -> None:
         assert refusal(body).hint == "tied='wte'"
 
 
+def test_a_long_argument_is_cut() -> None:
+    assert refusal(lambda x: t.mlp(x, 8, act="gelu" * 40)).received == ("'" + "gelu" * 40)[:80]
+
+    def declared(x: t.f32["B"] = "default" * 40):
+        return x
+
+    with pytest.raises(FrontendError, match="has a default, which an input cannot have") as caught:
+        t.model(declared).graph()
+    assert caught.value.received == ("'" + "default" * 40)[:80]
+
+
 def test_what_can_be_shared_is_declared_before() -> None:
     """Where no name is near, the way to one is told."""
     assert refusal(lambda x: x * t.shared_parameter("w")).hint == "declare it first"
+
+    def several(x: t.Tensor) -> t.Tensor:
+        for name in ("scale_a", "scale_b", "scale_c", "scale_d"):
+            x = x * t.parameter(name, 8)
+        return x * t.shared_parameter("scale")
+
+    assert (refusal(several).hint or "").count(" or ") == 2
     error = refusal(lambda x: t.unembed(x, tied="wte"))
     assert error.what == "unembed: tied= names no embedding that is declared before"
     assert error.hint == 'the name= of an embedding above: t.embed(tokens, 100, 16, name="wte")'

@@ -437,6 +437,34 @@ def test_a_ref_that_is_no_revision(tmp_path: Path, revision: str) -> None:
 
 
 @links
+def test_how_long_a_revision_may_be(tmp_path: Path) -> None:
+    source, root = write_model(tmp_path / "src"), tmp_path / "models--org--name"
+    write_cache(root, source, revision="r" * 128)
+    check(open_checkpoint(root))
+    (root / "refs" / "main").write_text("r" * 128 + " " * 128)
+    check(open_checkpoint(root))
+    (root / "refs" / "main").write_text("r" * 128 + " " * 129)
+    assert "longer than the limit" in refusal(root).what
+    (root / "refs" / "main").write_text("r" * 129)
+    assert "not the name of a revision" in refusal(root).what
+
+
+def test_a_long_list_is_cut(tmp_path: Path) -> None:
+    for count, end in ((8, "f7"), (9, "f7 and 1 more"), (30, "f15 and 22 more")):
+        for number in range(count):
+            (tmp_path / f"f{number}").touch()
+        listed = sorted(f"f{number}" for number in range(count))[:8]
+        assert refusal(tmp_path).received == ", ".join(listed) + end.removeprefix(listed[-1])
+    part = "model-00001-of-00002.safetensors"
+    error = refusal(write_sharded(tmp_path / "m", {f"w.{i}": part for i in range(9)}))
+    assert error.received == ", ".join(f"w.{i}" for i in range(8)) + " and 1 more"
+    cache = tmp_path / "models--org--name"
+    for number in range(9):
+        (cache / "snapshots" / f"s{number}").mkdir(parents=True)
+    assert refusal(cache).received == "9 snapshots: " + ", ".join(f"s{i}" for i in range(8))
+
+
+@links
 def test_a_cache_with_several_snapshots_and_no_ref(tmp_path: Path) -> None:
     root = write_cache(tmp_path / "models--org--name", write_model(tmp_path / "src"))
     (root / "snapshots" / "other").mkdir()

@@ -720,6 +720,18 @@ UNUSUAL: dict[str, tuple[str, str, dict[str, Any], int]] = {
         {"x": floats(4)},
         17,
     ),
+    "sizes on two axes": (
+        "(float[S,3] x, int64[2,1] k) => (int64[2,2] y)",
+        "s = Shape(x) z = Constant<value_ints = [0]>() u = Unsqueeze(s, z) y = Mul(u, k)",
+        {"x": floats(5, 3), "k": np.array([[1], [2]])},
+        18,
+    ),
+    "a size by itself": (
+        "(float[S,3] x, int64[2] k) => (int64[2] y)",
+        "n = Size(x) y = Mul(n, k)",
+        {"x": floats(5, 3), "k": np.array([1, 2])},
+        18,
+    ),
     "writes into none": (
         "(float[2,0] x, int64[0,1] i, float[0,0] u) => (float[2,0] y)",
         "y = ScatterND(x, i, u)",
