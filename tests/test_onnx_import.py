@@ -508,6 +508,23 @@ def test_small_constants_stand_in_the_graph_and_larger_ones_are_weights() -> Non
     assert list(import_onnx(proto).weights) == []
     proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(floats(20, 3), "w"))
     assert list(import_onnx(proto).weights) == ["w"]
+    for values, weights in ((floats(16), []), (floats(17), ["w"]), (np.arange(4096), []), (np.arange(4097), ["w"])):
+        assert list(import_onnx(with_weight(numpy_helper.from_array(values, "w"))).weights) == weights
+
+
+def test_so_many_numbers_and_sizes_are_computed_at_import() -> None:
+    counts = "a = Constant<value_int = 0>() o = Constant<value_int = 1>() n = Constant<value_int = {0}>() r = Range(a, n, o) y = Add(x, r)"
+    for count, made in ((4096, ["add"]), (4097, ["iota", "add"])):
+        found = import_onnx(model(f"(int64[{count}] x) => (int64[{count}] y)", counts.format(count)))
+        assert [op for op in ops(found) if op != "cast"] == made
+    sizes = (
+        "s = Shape(x) n = Constant<value_ints = [{0}]>() e = Expand(s, n) i = Constant<value_ints = [7]>() "
+        "g = Gather(e, i) k = Constant<value_ints = [1]>() t = Concat<axis = 0>(g, k) y = Reshape(x, t)"
+    )
+    found = import_onnx(model("(float[S] x) => (float[S,1] y)", sizes.format(255)))
+    assert str(found.graph.main.outputs["y"].type) == "f32[S, 1]"
+    with pytest.raises(FrontendError, match="needs the elements of"):
+        import_onnx(model("(float[S] x) => (float[S,1] y)", sizes.format(256)))
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------
