@@ -336,7 +336,9 @@ def test_a_long_list_of_unused_names_is_cut(tmp_path: Path) -> None:
         assert lines[at + 1 :] == [f"  {name}" for name in sorted(held)[:40]] + end
     (line,) = [
         each
-        for each in (mismatch({"x": ((1,), "f32")}, {}, store(tmp_path, {"y" * 500: draw(1)})).within or "").splitlines()
+        for each in (
+            mismatch({"x": ((1,), "f32")}, {}, store(tmp_path, {"y" * 500: draw(1)})).within or ""
+        ).splitlines()
         if "yyy" in each and "nearest" not in each
     ]
     assert line == f"  {printable('y' * 500, 400)}"

@@ -133,7 +133,14 @@ ORIGINAL = "original_max_position_embeddings"
         ({"rope_type": "yarn", "factor": 0.5, ORIGINAL: 2}, {}, Yarn(0.5, 2)),
         ({"rope_type": "yarn", "factor": 4, ORIGINAL: 9}, {ORIGINAL: 8}, Yarn(4.0, 8, temperature=warmth(1, 4))),
         (
-            {"rope_type": "yarn", "factor": 4, "beta_fast": 0, "beta_slow": 2, "truncate": False, "attention_factor": 3},
+            {
+                "rope_type": "yarn",
+                "factor": 4,
+                "beta_fast": 0,
+                "beta_slow": 2,
+                "truncate": False,
+                "attention_factor": 3,
+            },
             {"max_position_embeddings": 64},
             Yarn(4.0, 64, slow=2.0, truncate=False, temperature=3.0),
         ),
@@ -154,7 +161,11 @@ ORIGINAL = "original_max_position_embeddings"
             LongRope((1, 2, 3, 4), (5, 6, 7, 8), 2, math.sqrt(1 + math.log(8) / math.log(2))),
         ),
         ({**LONG, "factor": 0.5, ORIGINAL: 64}, {}, LongRope((1, 2, 3, 4), (5, 6, 7, 8), 64)),
-        ({**LONG, "attention_factor": 1.25, "factor": 4, ORIGINAL: 64}, {}, LongRope((1, 2, 3, 4), (5, 6, 7, 8), 64, 1.25)),
+        (
+            {**LONG, "attention_factor": 1.25, "factor": 4, ORIGINAL: 64},
+            {},
+            LongRope((1, 2, 3, 4), (5, 6, 7, 8), 64, 1.25),
+        ),
     ],
 )
 def test_scalings_as_a_config_says_them(options: dict[str, Any], config: dict[str, Any], scaling: Scaling) -> None:
@@ -172,7 +183,11 @@ def test_scalings_as_a_config_says_them(options: dict[str, Any], config: dict[st
         ({"rope_type": "yarn", "factor": 4, "beta_slow": 32}, {}, "beta_slow must be less than beta_fast"),
         (LONG["short_factor"] * 20, {}, "rope_parameters must be an object"),
         ({**LONG, "short_factor": "12345" * 20}, {}, "short_factor must be a list of numbers"),
-        ({}, {"layer_types": ["full_attention"] * 9, "model_type": "qwen3", "use_sliding_window": True}, "layer_types must"),
+        (
+            {},
+            {"layer_types": ["full_attention"] * 9, "model_type": "qwen3", "use_sliding_window": True},
+            "layer_types must",
+        ),
         ({"sliding_attention": [1] * 99}, {"model_type": "gemma3_text"}, "sliding_attention must be an object"),
         ({"full_attention": [1] * 99}, {"model_type": "modernbert"}, "full_attention must be an object"),
     ],

@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tests.onnx_cases import LISTED
 from tests.onnx_models import answers, model, runtime, same_as_runtime
+from treadle.files.shown_names import printable
 from treadle.frontends.onnx_import.errors import StaticArgumentNeeded, UnsupportedOnnx
 from treadle.frontends.onnx_import.importer import import_onnx
 from treadle.frontends.onnx_import.operators import OPERATORS
@@ -113,6 +114,16 @@ def test_a_negative_size_is_refused() -> None:
     proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -2
     with pytest.raises(FrontendError, match="a dimension is impossible"):
         import_onnx(proto)
+
+
+def test_long_names_and_long_lists_of_axes_are_cut() -> None:
+    assert list(import_onnx(model(f"(float[{'a' * 70}] x) => (float[B] y)", "y = Exp(x)")).graph.symbols) == ["a" * 64]
+    for count, end in ((8, "a7;"), (9, "a7, ...;")):
+        sizes = ",".join(f"a{i}" for i in range(count))
+        with pytest.raises(FrontendError, match="the file has no axis and no input z") as caught:
+            import_onnx(model(f"(float[{sizes}] x) => (float[B] y)", "y = Exp(x)"), dims={"z": "long" * 30})
+        assert f"its axes are a0, a1, a2, a3, a4, a5, a6, {end} its inputs x" in str(caught.value.hint)
+        assert caught.value.received == f"z={printable(repr('long' * 30), 60)}"
 
 
 def test_dims_make_two_names_one_or_give_a_size() -> None:
@@ -298,6 +309,41 @@ def test_a_static_argument_tells_its_axes() -> None:
     assert caught.value.hint == "a value of INT64[N]"
     with pytest.raises(FrontendError, match="names no input"):
         import_onnx(proto, static={"axis": [0]})
+
+
+@pytest.mark.parametrize(
+    ("declared", "given", "what", "hint"),
+    [
+        ("int32[2]", [2**31 - 1, -(2**31)], None, ""),
+        ("int32[2]", [2**31, 0], "must be of type INT32", "a value of INT32[2]"),
+        ("int32[2]", [0, -(2**31) - 1], "must be of type INT32", "a value of INT32[2]"),
+        ("uint8[2]", [0, 255], None, ""),
+        ("uint8[2]", [0, 256], "must be of type UINT8", "a value of UINT8[2]"),
+        ("uint8[2]", [-1, 0], "must be of type UINT8", "a value of UINT8[2]"),
+        ("int64[2]", [1.0, 2.0], "must be of type INT64", "a value of INT64[2]"),
+        ("int64[2]", [True, False], "must be of type INT64", "a value of INT64[2]"),
+        ("int64[0]", [], None, ""),
+        ("bool[2]", [True, False], None, ""),
+        ("bool[2]", [1, 0], "must be of type BOOL", "a value of BOOL[2]"),
+        ("float[2]", [1, 2.5], None, ""),
+        ("float[2]", ["a", "b"], "is no tensor", "a value of FLOAT[2]"),
+        ("float[1,1]", 3, None, ""),
+        ("float", 3, None, ""),
+        ("float", [3], "must have rank 0, has rank 1", "a value of FLOAT, a number"),
+        ("float[1,2]", 3, "must have rank 2, has rank 0", "a value of FLOAT[1, 2]"),
+        ("float[2]", [1, 2, 3], "is of another shape than declared", "a value of FLOAT[2]"),
+        ("float[N,N]", [[1, 2]], "is of another shape than declared", "a value of FLOAT[N, N]"),
+    ],
+)
+def test_what_a_static_argument_may_be(declared: str, given: Any, what: str | None, hint: str) -> None:
+    proto = model(f"({declared} k, float[3] x) => (float[3] y)", "y = Exp(x)")
+    if what is None:
+        assert [v.name for v in import_onnx(proto, static={"k": given}).graph.main.inputs] == ["x"]
+        return
+    with pytest.raises(FrontendError, match=what) as caught:
+        import_onnx(proto, static={"k": given})
+    assert caught.value.hint == hint
+    assert (caught.value.within or "").startswith("input k, ")
 
 
 def test_the_k_of_top_k_may_be_zero_and_not_negative() -> None:

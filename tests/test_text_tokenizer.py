@@ -61,9 +61,7 @@ def test_how_long_a_text_may_be(
 def test_texts_with_their_places(tmp_path: Path) -> None:
     tokenizer = opened(tmp_path)
     ((one,), (two,)) = tokenizer.encode(["a cat", ("a", "cat dog")])
-    assert one == EncodedText(
-        (A, CAT, END), (0, 0, 0), ((0, 1), (2, 5), (0, 0)), (0, 0, None), (0, 1, None), cut=False
-    )
+    assert one == EncodedText((A, CAT, END), (0, 0, 0), ((0, 1), (2, 5), (0, 0)), (0, 0, None), (0, 1, None), cut=False)
     assert (two.ids, two.parts) == ((A, END, CAT, UNKNOWN, END), (0, None, 1, 1, None))
     assert len(two) == 5
     ((plain,),) = tokenizer.encode(["a cat"], special=False)
@@ -86,7 +84,9 @@ def test_a_pairs_second_text_in_windows(tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_answers_by_name_and_by_number(tmp_path: Path) -> None:
-    tokenizer = opened(tmp_path, {"model_input_names": ["input_ids"], "mask_token": "<extra_id_0>", "unk_token": "<unk>"})
+    tokenizer = opened(
+        tmp_path, {"model_input_names": ["input_ids"], "mask_token": "<extra_id_0>", "unk_token": "<unk>"}
+    )
     assert (tokenizer.id_of("▁cat"), tokenizer.id_of("cat"), tokenizer.name_of(CAT)) == (CAT, None, "▁cat")
     assert (tokenizer.unknown, tokenizer.mask, tokenizer.word_prefix) == (UNKNOWN, "<extra_id_0>", None)
     assert tokenizer.join(["▁a", "▁cat"]) == "a cat"

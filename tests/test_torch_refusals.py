@@ -71,11 +71,30 @@ def test_what_is_not_taken_is_refused(module: Any, words: str) -> None:
         ((torch.ones(2, 3),), {"x": "B 7"}, "dimension 1 of x is 3, dynamic= says 7"),
         ((torch.ones(2, 3),), {"x": ["B", "S"]}, "gives x ['B', 'S']"),
         ((torch.ones(2, 3),), {"x": {-3: "B"}}, "no dimension -3"),
+        ((torch.ones(2, 3),), {"x": {2: "B"}}, "no dimension 2"),
+        ((torch.ones(2, 3),), {"x": {0.5: "B"}}, "no dimension 0.5"),
     ],
 )
 def test_examples_and_names_that_do_not_fit(example: Any, dynamic: Any, words: str) -> None:
     with pytest.raises(treadle.TreadleError, match=re.escape(words)):
         treadle.from_torch(Applied(lambda x: x), example, dynamic=dynamic)
+
+
+def test_dimensions_may_be_counted_from_the_end() -> None:
+    model = treadle.from_torch(Applied(lambda x: x * 2), (torch.ones(2, 3),), dynamic={"x": {-2: "B", -1: "S"}})
+    assert [str(v.type) for v in model.graph.main.inputs] == ["f32[B, S]"]
+
+
+def test_what_is_shown_is_cut() -> None:
+    def fails(x: Any) -> Any:
+        raise ValueError("long" * 99)
+
+    with pytest.raises(treadle.TreadleError, match="torch.export cannot trace the module") as caught:
+        treadle.from_torch(Applied(fails), (torch.ones(2),))
+    assert caught.value.received == ("ValueError: " + "long" * 99)[:300]
+    with pytest.raises(treadle.TreadleError) as named:
+        treadle.from_torch(Applied(lambda x: x), (torch.ones(2),), dynamic={"x": ["long"] * 99})
+    assert named.value.what == f"dynamic= gives x {['long'] * 99!r}"[:120]
 
 
 def test_a_string_that_names_too_few_dimensions_says_how_it_goes_on() -> None:
@@ -257,7 +276,11 @@ FORMS: dict[str, tuple[Any, tuple[Any, ...], str]] = {
     "scalar": (lambda x: x.sum().softmax(0), (X,), "of a scalar"),
     "windows of a scalar": (lambda x: x.sum().unfold(0, 1, 1), (X,), "of a scalar"),
     "sort": (lambda x: x[:, :0].sort(1)[0], (X,), "of no elements"),
-    "truths": (lambda x: x.index_put((x > 0,), x[0]), (X,), "with a value for each: how many these are depends on data"),
+    "truths": (
+        lambda x: x.index_put((x > 0,), x[0]),
+        (X,),
+        "with a value for each: how many these are depends on data",
+    ),
     "nonzero": (lambda x: x.nonzero(), (X,), "depends on data in its shape"),
     "truths and places": (lambda x: x.index_put((x[:, 0] > 0, PLACES[0]), X[0, 0]), (X,), "and another index"),
     "training": (lambda x: F.batch_norm(x, None, None, training=True), (X,), "in training mode"),

@@ -151,7 +151,11 @@ def test_quantized_weights_are_refused(folder: Path) -> None:
         ("decoder/num_heads", np.array(-1, "i1"), "decoder/num_heads must be positive"),
         ("decoder/embeddings/weight", np.zeros((13, 12, 1), "<f4"), "decoder/embeddings/weight must have 2 dimensions"),
         ("encoder/conv1/weight", np.zeros((12, 80), "<f4"), "encoder/conv1/weight must have 3 dimensions"),
-        ("encoder/conv1/weight", np.zeros((12, 128, 3), "<f4"), "the spectrogram has 128 bands, where 80 are supported"),
+        (
+            "encoder/conv1/weight",
+            np.zeros((12, 128, 3), "<f4"),
+            "the spectrogram has 128 bands, where 80 are supported",
+        ),
         ("encoder/position_encodings/encodings", np.zeros((0, 12), "<f4"), "encodings must have 2 dimensions"),
         ("decoder/position_encodings/encodings", np.zeros(12, "<f4"), "encodings must have 2 dimensions"),
         ("encoder/layer_0/ffn/linear_0/weight", np.zeros(12, "<f4"), "linear_0/weight must have 2 dimensions"),

@@ -275,7 +275,9 @@ class OnnxFile:
             )
         parts = re.split(r"[/\\]", location)
         if not location or {"", ".", ".."} & set(parts) or ":" in location or not location.isprintable():
-            raise tensor.error("external data must lie in the model's folder", printable(location) if location else "no location")
+            raise tensor.error(
+                "external data must lie in the model's folder", printable(location) if location else "no location"
+            )
         root = next((p for p in (self.folder, *self.folder.parents) if p.name.startswith("models--")), None)
         if root is None:
             step = self.folder
