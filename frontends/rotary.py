@@ -101,7 +101,7 @@ class Yarn:
     temperature: float = 1.0
 
     def apply(self, frequencies: Frequencies) -> Frequencies:
-        """The frequencies, scaled. Raises FrontendError for a single one, which does not tell the base, and a base of 1."""
+        """The frequencies, scaled. Raises FrontendError for one alone, which tells no base, and a base of 1."""
         half = len(frequencies)
         if half == 1 or frequencies[1] == 1.0:
             raise FrontendError("yarn scaling needs more than one rotary frequency, and a base that is not 1")

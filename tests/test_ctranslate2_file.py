@@ -95,7 +95,7 @@ ONE = np.zeros((2, 3), "<f4")
         (model(variable("a", ONE).replace(b"a\0", b"\xff\0", 1)), "a text must be UTF-8", "byte 28, name"),
         (model(variable("a", ONE), aliases={"b": "c"}), "an alias must be a new name", "byte 78, aliased name"),
         (model(variable("a", ONE), aliases={"a": "a"}), "an alias must be a new name", "byte 78, aliased name"),
-        (model()[:-8] + b"\xff\xff\xff\xff", "the file declares more variables than the limit", "byte 22, count of variables"),
+        (model()[:-8] + b"\xff" * 4, "the file declares more variables than the limit", "byte 22, count of variables"),
         (text("x").ljust(64, b"\xff"), "this version of the format is not read", "byte 0, version"),
     ],
 )  # fmt: skip

@@ -409,7 +409,7 @@ def test_factors_of_frequencies_have_limits(tmp_path: Path, factor: float) -> No
     if 1e-3 <= factors[3] <= 1e6:
         assert from_gguf(GGUFFile.open(path)).config["scaling"] == Divided(tuple(factors.tolist()))
         return
-    with pytest.raises(CheckpointError, match="from 0.001 to 1000000") as caught:
+    with pytest.raises(CheckpointError, match=r"from 0\.001 to 1000000") as caught:
         from_gguf(GGUFFile.open(path))
     assert caught.value.received == "f32[4], for 8 dimensions; linear factor 1"
 

@@ -238,7 +238,10 @@ def test_a_limit_is_the_most_that_is_read(limit: str, body: str, needs: int) -> 
 
 @pytest.mark.parametrize("inlined", [False, True])
 def test_branches_in_branches_are_limited(inlined: bool) -> None:
-    branch = "If(c) <then_branch = t{0} () => (float a{0}) {{ a{0} = {1} }}, else_branch = e{0} () => (float b{0}) {{ b{0} = Neg(x) }}>"
+    branch = (
+        "If(c) <then_branch = t{0} () => (float a{0}) {{ a{0} = {1} }}, "
+        "else_branch = e{0} () => (float b{0}) {{ b{0} = Neg(x) }}>"
+    )
     body = "Exp(x)"
     for level in range(3):
         body = branch.format(level, body)

@@ -559,7 +559,10 @@ def test_small_constants_stand_in_the_graph_and_larger_ones_are_weights() -> Non
 
 
 def test_so_many_numbers_and_sizes_are_computed_at_import() -> None:
-    counts = "a = Constant<value_int = 0>() o = Constant<value_int = 1>() n = Constant<value_int = {0}>() r = Range(a, n, o) y = Add(x, r)"
+    counts = (
+        "a = Constant<value_int = 0>() o = Constant<value_int = 1>() n = Constant<value_int = {0}>() "
+        "r = Range(a, n, o) y = Add(x, r)"
+    )
     for count, made in ((4096, ["add"]), (4097, ["iota", "add"])):
         found = import_onnx(model(f"(int64[{count}] x) => (int64[{count}] y)", counts.format(count)))
         assert [op for op in ops(found) if op != "cast"] == made

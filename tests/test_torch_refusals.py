@@ -89,7 +89,7 @@ def test_what_is_shown_is_cut() -> None:
     def fails(x: Any) -> Any:
         raise ValueError("long" * 99)
 
-    with pytest.raises(treadle.TreadleError, match="torch.export cannot trace the module") as caught:
+    with pytest.raises(treadle.TreadleError, match=r"torch\.export cannot trace the module") as caught:
         treadle.from_torch(Applied(fails), (torch.ones(2),))
     assert caught.value.received == ("ValueError: " + "long" * 99)[:300]
     with pytest.raises(treadle.TreadleError) as named:
