@@ -64,7 +64,10 @@ def older(place: Path, kind: str, **settings: Any) -> None:
         ("bert", {}),
         ("bert", {"do_lower_case": False, "tokenizer_class": "BertTokenizer"}),
         ("bert", {"strip_accents": False}),
+        ("bert", {"strip_accents": True, "do_lower_case": False}),
+        ("bert", {"tokenize_chinese_chars": False}),
         ("roberta", {}),
+        ("roberta", {"trim_offsets": False}),
         ("roberta", {"add_prefix_space": True}),
         ("bart", {"mask_token": MASK}),
         ("gpt2", {}),
@@ -78,7 +81,9 @@ def test_ids_are_those_of_hugging_face(kind: str, settings: dict[str, Any], tmp_
     ours = TextTokenizer.open(tmp_path, cut=False)
     given = [*texts(60), *HARD]
     for text, (found,) in zip(given, ours.encode(given), strict=True):
-        assert list(found.ids) == theirs(text)["input_ids"], text
+        whole = theirs(text, return_offsets_mapping=True)
+        assert list(found.ids) == whole["input_ids"], text
+        assert list(found.offsets) == whole["offset_mapping"], text
         assert ours.text(found.ids) == theirs.decode(
             found.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -107,8 +112,14 @@ def test_a_space_before_a_mask_belongs_to_it(tmp_path: Path) -> None:
         ("vocab.txt", "[PAD]\n\xff", "not UTF-8"),
         ("vocab.json", '{"<s>": 0, "a": 0}', "two tokens of the vocabulary have one number"),
         ("vocab.json", '{"<s>": "first"}', "must give each token a number"),
+        ("vocab.json", '{"<s>": true}', "must give each token a number"),
+        ("vocab.json", '{"<s>": -1}', "must give each token a number"),
+        ("vocab.json", '{"<s>": 2147483648}', "must give each token a number"),
+        ("vocab.json", '{"<s>": {"a": {}}}', "deep"),
         ("merges.txt", "a\n", "a merge must be two tokens"),
-        ("merges.txt", "zz yy\n", "a merge must be two tokens"),
+        ("merges.txt", "zz yy\n", "a merge must be two tokens(.|\n)*merges.txt, line 1"),
+        ("merges.txt", "#version: 0.2\n\nt h e\n", "a merge must be two tokens(.|\n)*merges.txt, line 3"),
+        ("merges.txt", "#version: 0.2\n#version: 0.2\n", "a merge must be two tokens(.|\n)*merges.txt, line 2"),
     ],
 )
 def test_damaged_files(file: str, content: str, what: str, tmp_path: Path) -> None:
