@@ -351,6 +351,14 @@ def test_a_nearest_name_is_looked_for_a_hundred_times(tmp_path: Path) -> None:
     assert ["nearest" in line for line in lines[2:104]] == [True] * 100 + [False] * 2
 
 
+def test_names_with_two_numbers_are_listed_one_by_one(tmp_path: Path) -> None:
+    table = {"moe.{layer}.{expert}.w": "b.{layer}.e.{expert}"}
+    needed = {f"moe.{layer}.{expert}.w": ((1,), "f32") for layer, expert in ((0, 3), (12, 1))}
+    lines = (mismatch(needed, table, store(tmp_path, {"a": draw(1)})).within or "").splitlines()
+    numbers = "layer = 0, expert = 3; layer = 12, expert = 1"
+    assert lines[2] == f"  moe.{{layer}}.{{expert}}.w <- b.{{layer}}.e.{{expert}}; {numbers}"
+
+
 def test_misfits_of_many_layers_are_folded(tmp_path: Path) -> None:
     held = {f"transformer.h.{i}.c_fc.weight": draw(2, 3) for i in range(4)}
     table = {"h.{i}.up": Source("h.{i}.c_fc.weight", transpose=True)}

@@ -64,6 +64,7 @@ def test_reads_what_was_written(tmp_path: Path) -> None:
     np.testing.assert_array_equal(file.array("half"), np.arange(5, dtype="<f2"))
     np.testing.assert_array_equal(file.array("bits"), np.array([1, -2], np.float32))
     assert file.array("option") == -3
+    assert repr(file) == f"CTranslate2File('model.bin', {file.specification}, {len(file)} variables)"
     assert not file.array("a/weight").flags.writeable
     assert all(file.array(name).flags.aligned for name in file)
     with pytest.raises(CheckpointError, match="no variable a/wieght") as caught:

@@ -529,6 +529,21 @@ def test_a_limit_is_the_most_that_is_read(tmp_path: Path) -> None:
             GGUFFile.open(path, {name: most - 1})
 
 
+@pytest.mark.parametrize("alignment", [None, 1, 64])
+def test_tensors_lie_as_far_apart_as_the_file_says(tmp_path: Path, alignment: int | None) -> None:
+    keys = [] if alignment is None else [string(b"general.alignment") + struct.pack("<II", 4, alignment)]
+    step = alignment or 32
+    second = 16 + -16 % step
+    head = header(*keys, tensor(b"t"), tensor(b"u", offset=second), count=2)
+    path = tmp_path / "two.gguf"
+    path.write_bytes(head + bytes(-len(head) % step + second) + np.arange(4, dtype="<f4").tobytes())
+    file = GGUFFile.open(path)
+    assert file.array("t").tolist() == [0, 0, 0, 0]
+    assert file.array("u").tolist() == [0, 1, 2, 3]
+    with pytest.raises(CheckpointError, match="tensor t is in no blocks of an encoding"):
+        file.held("t")
+
+
 def test_work_and_memory_of_a_vocabulary(tmp_path: Path) -> None:
     """A string costs 8 bytes of a file, and 8 more to remember, until it is asked for: 49 and its letters then."""
     count = 100_000

@@ -100,6 +100,7 @@ def test_shards(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_sharded(tmp_path / "m"))
     check(checkpoint)
     assert checkpoint.files == ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    assert repr(checkpoint) == f"Checkpoint({str(tmp_path / 'm')!r})"
 
 
 def test_shards_in_a_subfolder(tmp_path: Path) -> None:

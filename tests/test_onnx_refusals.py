@@ -248,3 +248,82 @@ def test_a_case_that_is_not_taken(inputs: str, body: str, why: str) -> None:
     assert error.op in body
     if " N" in why:
         assert "dims={'N': 8} of import_onnx" in str(error.hint)
+
+
+OPSETS: list[tuple[int, str, str, str]] = [  # opset, inputs, body, what is refused
+    (23, X, "y = Attention<q_num_heads = 2>(x, x, x)", "operands of rank 3 need q_num_heads and kv_num_heads"),
+    (
+        23,
+        "float[1,2,3,4] x, bool[3,2] m",
+        "y = Attention(x, x, x, m)",
+        "a mask of 2 keys for 3",
+    ),
+    (
+        23,
+        "float[2,3,8] x, float[9,1] c, int64[2,3] i",
+        "y = RotaryEmbedding<num_heads = 2>(x, c, c, i)",
+        "caches of 1 and 1 columns for 4 dimensions",
+    ),
+    (20, X, 'y = Gelu<approximate = "erf">(x)', "approximate is 'erf'"),
+    (
+        24,
+        "float[2,3,4] x, float[1,3,4] u",
+        "y = TensorScatter<axis = 0>(x, u)",
+        "the batch axis cannot be written along",
+    ),
+    (
+        21,
+        "float[2,3] x, float s, uint8 z",
+        "y = QuantizeLinear<output_dtype = 3>(x, s, z)",
+        "output_dtype is not the zero",
+    ),
+    (11, X, "y = Unsqueeze(x)", "no axes are given"),
+    (
+        18,
+        "float[1,1,8] x, float[1,1,K] w",
+        "y = Conv<kernel_shape = [3]>(x, w)",
+        "kernel_shape is [3], the weight's is K",
+    ),
+    (18, "float[N,3] x", "y = ReduceProd(x)", "the size of an axis is N, and must be a number"),
+    (
+        18,
+        "float[1,1,N] x, float[1,1,3] w",
+        "y = ConvTranspose<strides = [2], output_shape = [7]>(x, w)",
+        "which is negative for some sizes",
+    ),
+    (
+        18,
+        "float[2,N,8] x, int32[2] r",
+        "n = Constant<value_int = 4>() m = Cast<to = 6>(n) "
+        "y = com.microsoft.GroupQueryAttention<num_heads = 2, kv_num_heads = 2>(x, x, x, , , r, m)",
+        "N queries of 4 positions: a prompt or not",
+    ),
+    (
+        18,
+        "float[2,3,8] x, int32[2] r",
+        "n = Constant<value_ints = [3, 3]>() m = Cast<to = 6>(n) "
+        "y = com.microsoft.GroupQueryAttention<num_heads = 2, kv_num_heads = 2>(x, x, x, , , r, m)",
+        "input 6 must have one element",
+    ),
+]
+
+
+@pytest.mark.parametrize(("opset", "inputs", "body", "why"), OPSETS, ids=[body for _, _, body, _ in OPSETS])
+def test_what_is_refused_in_an_opset(opset: int, inputs: str, body: str, why: str) -> None:
+    proto = model(f"({inputs}) => (float y)", body, opset=opset)
+    with pytest.raises(FrontendError) as caught:
+        import_onnx(proto)
+    assert why in caught.value.what
+
+
+def test_an_attribute_must_come_from_the_function_that_it_refers_to() -> None:
+    proto = model(f"({X}) => (float y)", "y = Softmax<axis = 1>(x)")
+    proto.graph.node[0].attribute[0].ref_attr_name = "axis"
+    with pytest.raises(FrontendError, match="attribute axis refers to one of a function that has none of that name"):
+        import_onnx(proto)
+
+
+def test_a_function_is_called_with_no_more_inputs_than_it_has() -> None:
+    more = '<domain: "here", opset_import: ["": 18]> f (x) => (y) { y = Exp(x) }'
+    with pytest.raises(FrontendError, match="function f takes 1 inputs"):
+        import_onnx(model(f"({X}) => (float y)", "y = here.f(x, x)", more=more))

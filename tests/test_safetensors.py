@@ -358,6 +358,10 @@ def test_every_truncation_is_refused(path: Path) -> None:
         refusal(cut)
 
 
+def test_a_file_shows_as_one_line(path: Path) -> None:
+    assert repr(SafetensorsFile.open(write(path, PAIR, bytes(4)))) == f"SafetensorsFile({str(path)!r}, 2 tensors)"
+
+
 def test_limits(path: Path) -> None:
     assert CheckpointLimits() == CheckpointLimits(32 * 2**20, 250_000, 16, 4 * 2**20, 200_000, 32)
     assert CheckpointLimits(rank=64, nesting=100)

@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("tokenizers")
 
+from treadle.frontends import sentencepiece_file
 from treadle.frontends.sentencepiece_file import BPE, UNIGRAM, read_sentencepieces
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import CheckpointError
@@ -247,6 +248,7 @@ def test_the_file_is_read_as_it_is_written(tmp_path: Path) -> None:
         (SMALL + held(1, varint(2 << 3) + b"\x01"), "must be a 32-bit number", 110),
         (SMALL + varint(1 << 3) + b"\x01", "must hold fields", 108),
         (SMALL + held(2, held(40, b"x")), "must be an integer", 110),
+        (SMALL + held(3, varint(2 << 3) + b"\x01"), "field 2 must hold bytes", 110),
         (SMALL + held(2, varint(40 << 3) + varint(9)), "unk_id must be the number of a piece", 0),
         (SMALL + held(2, varint(3 << 3) + varint(4)), "of kind 1", 0),
         (SMALL + held(2, varint(3 << 3) + varint(BPE)), "another kind than the folder's tokenizer", None),
@@ -262,6 +264,18 @@ def test_damaged_files(data: bytes, what: str, at: int | None, tmp_path: Path) -
         TextTokenizer.open(tmp_path)
     place = str(tmp_path / "spiece.model")
     assert caught.value.within == (place if at is None else f"{place}, byte {at}")
+
+
+def test_a_vocabulary_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sentencepiece_file, "_MOST_PIECES", 5)
+    assert len(read_sentencepieces(SMALL, "spiece.model").pieces) == 5
+    monkeypatch.setattr(sentencepiece_file, "_MOST_PIECES", 4)
+    with pytest.raises(CheckpointError, match="more pieces than the limit") as caught:
+        read_sentencepieces(SMALL, "spiece.model")
+    assert (caught.value.received, caught.value.within) == (
+        "4",
+        f"spiece.model, byte {SMALL.index(piece('▁cat', -2.25))}",
+    )
 
 
 def test_any_change_of_a_file_is_read_or_refused(tmp_path: Path) -> None:

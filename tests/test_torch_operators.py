@@ -83,7 +83,10 @@ OPERATORS: dict[str, Any] = {
     "made": lambda x: (torch.arange(4) + x, torch.arange(1, 3, 0.5) * x, torch.full_like(x, 2), x.new_zeros(2)),
     "differences": lambda x: (x.diff(dim=1), (x > 0).diff(prepend=x[..., :1] > 1)),
     "products": lambda x: (x @ x.mT, torch.einsum("bij,bkj->bik", x, x), x[0] @ x[1, 0]),
-    "sums": lambda x: (torch.baddbmm(x @ x.mT, x, x.mT), torch.addmm(x[0, :, 0], x[0], x[1].mT, alpha=0.5, beta=2)),
+    "sums": lambda x: (
+        *(torch.baddbmm(x @ x.mT, x, x.mT), torch.addmm(x[0, :, 0], x[0], x[1].mT, alpha=0.5, beta=2)),
+        torch.addmm(torch.full((3,), torch.nan), x[0], x[1].mT, beta=0),  # what is not added may be anything
+    ),
     "convolutions": lambda x: (
         F.conv1d(x, x[:, :, :3]),
         F.conv1d(x, x[0, :, None, :2], padding="same", groups=3),
