@@ -118,6 +118,29 @@ def test_tied_weights_enter_once() -> None:
     assert_equal(model, tied, example)
 
 
+def test_a_tensor_of_two_names_enters_once() -> None:
+    """A buffer that is a parameter's own memory; another view of it, and tensors of no elements, are others."""
+
+    class Shared(nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = nn.Parameter(torch.randn(5, 5))
+            self.register_buffer("again", self.own.detach())
+            self.register_buffer("turned", self.own.detach().T)
+            self.none = nn.Parameter(torch.zeros(0, 5))
+            self.nothing = nn.Parameter(torch.zeros(0, 5))
+
+        def forward(self, x: Any) -> Any:
+            whole = torch.cat([self.none, x, self.nothing])
+            return whole @ self.own + whole @ self.again + whole @ self.turned
+
+    module, x = Shared(), torch.randn(3, 5)
+    model = treadle.from_torch(module, (x,))
+    assert set(model.graph.parameters) <= {"own", "turned", "none", "nothing"}
+    assert {"own", "turned"} <= set(model.graph.parameters)
+    assert_equal(model, module, (x,))
+
+
 def test_vision_and_speech_encoders() -> None:
     vit = built("ViTModel", _VIT)
     example = {"pixel_values": torch.randn(2, 2, 12, 12)}
