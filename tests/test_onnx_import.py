@@ -450,6 +450,22 @@ def test_modules_that_an_exporter_names_are_in_the_scope() -> None:
     assert node.scope == "bert.encoder.node_exp"
 
 
+def test_long_names_of_nodes_are_cut() -> None:
+    proto = model("(float[2] x) => (float[2] y)", "y = Exp(x)")
+    proto.producer_name, proto.producer_version = "exporter" * 9, "2.0" * 9
+    proto.graph.node[0].name = "n" * 500
+    found = import_onnx(proto)
+    assert found.notes.producer == ("exporter" * 9 + " " + "2.0" * 9)[:80]
+    assert found.graph.main.nodes[0].scope == printable("n" * 500, 400)
+    proto.graph.node[0].name = "n"
+    told = "['', 'encoder', '{}']"
+    for length, scope in ((9_999, "encoder.n"), (10_000, "n")):
+        del proto.graph.node[0].metadata_props[:]
+        entry = proto.graph.node[0].metadata_props.add()
+        entry.key, entry.value = "pkg.torch.onnx.name_scopes", told.format("m" * (length - len(told) + 2))
+        assert import_onnx(proto).graph.main.nodes[0].scope == scope
+
+
 def test_any_name_is_kept_and_can_be_written_down() -> None:
     x = helper.make_tensor_value_info("x:0", TensorProto.FLOAT, ["a b", 3])
     y = helper.make_tensor_value_info('y/"\u00e9"', TensorProto.FLOAT, None)
