@@ -154,6 +154,18 @@ def test_a_comparison_that_holds_for_all_sizes(left: str, kind: str, right: int,
     assert _always(sympy.Or(other, expr, evaluate=False), {}, symbols) is holds
 
 
+@pytest.mark.parametrize("power", [2, 8, 9])
+def test_a_size_to_a_power_is_a_product(power: int) -> None:
+    rule, x = Applied(lambda x: x.new_zeros(x.shape[0] ** power)), torch.randn(2)
+    if power == 9:
+        with pytest.raises(treadle.TreadleError, match="a size of Pow is not supported") as caught:
+            treadle.from_torch(rule, (x,), dynamic={"x": "B"})
+        assert caught.value.received == "B**9"
+        return
+    (made,) = treadle.from_torch(rule, (x,), dynamic={"x": "B"}).graph.main.outputs.values()
+    assert str(made.type) == f"f32[{'*'.join('B' * power)}]"
+
+
 def test_a_dimension_that_is_dropped_where_it_is_one_is_two_or_more() -> None:
     rule = Applied(lambda x: x.squeeze(1))
     model = treadle.from_torch(rule, (torch.randn(2, 8),), dynamic={"x": "B S"})
