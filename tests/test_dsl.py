@@ -15,6 +15,7 @@ from treadle.compiling import initial_weights
 from treadle.frontends import attention_layers, layers
 from treadle.ir.errors import FrontendError, GraphError, RuleError, TreadleError
 from treadle.ir.initial_values import Init
+from treadle.ir.op_registry import OPS
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.verifier import verify
 
@@ -683,3 +684,23 @@ def test_every_op_is_a_word() -> None:
     assert not hasattr(t, "no_such_word")
     with pytest.raises(FrontendError, match=r"did you mean t\.softmax"):
         _ = t.softmx
+
+
+@pytest.mark.parametrize("module", [t, t.ops])
+def test_what_begins_with_an_underscore_is_no_word(module: Any) -> None:
+    """Python asks modules for such names, and expects its own error."""
+    with pytest.raises(AttributeError) as caught:
+        _ = module._no_such_word
+    assert type(caught.value) is AttributeError
+    assert not [name for name in dir(module) if name.startswith("_")]
+    assert dir(module) == sorted(dir(module))
+
+
+def test_an_op_as_a_word_says_what_it_is() -> None:
+    assert t.ops.softmax.__name__ == t.ops.softmax.__qualname__ == "softmax"
+    assert t.ops.softmax is t.ops.softmax
+    assert inspect.getdoc(t.ops.softmax) == inspect.getdoc(OPS["softmax"])
+    assert list(inspect.signature(t.ops.softmax).parameters) == ["x", "axis", "name"]
+    with pytest.raises(FrontendError, match="the DSL has no 'softmx'") as caught:
+        _ = t.ops.softmx
+    assert caught.value.hint == "did you mean t.softmax or t.log_softmax or t.masked_softmax?"
