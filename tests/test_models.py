@@ -198,6 +198,48 @@ def test_rows_of_a_head_may_be_packed(head: str) -> None:
     assert verdict, str(verdict)
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "parameter"),
+    [
+        ("opt", "last_norm", "norm.weight"),
+        ("opt", "bias", "layer.0.attn.q.bias"),
+        ("opt", "bias", "layer.0.mlp.up.bias"),
+        ("gpt_neox", "mlp_norm", "layer.0.mlp_norm.weight"),
+        ("gpt_neox", "head_bias", "lm_head.bias"),
+        ("gpt_neox", "qk_norm", "layer.0.attn.k_norm.weight"),
+        ("gpt_neox", "attn_bias", "layer.0.attn.out.bias"),
+        ("gpt_neox", "mlp_bias", "layer.0.mlp.down.bias"),
+        ("gpt_neox", "tied", "not lm_head.weight"),
+        ("llama", "qkv_bias", "layer.0.attn.v.bias"),
+        ("llama", "out_bias", "layer.0.attn.out.bias"),
+        ("llama", "mlp_bias", "layer.0.mlp.gate.bias"),
+        ("llama", "layer_norms", "norm.bias"),
+        ("llama", "tied", "not lm_head.weight"),
+        ("modernbert", "attn_bias", "layer.0.attn.q.bias"),
+        ("modernbert", "mlp_bias", "layer.0.mlp.up.bias"),
+        ("modernbert", "norm_bias", "norm.bias"),
+        ("dinov2", "qkv_bias", "layer.0.attn.q.bias"),
+        ("dinov2", "gated", "layer.0.mlp.gate.weight"),
+        ("vit None", "distilled", "embeddings.distillation"),
+        ("siglip_vision", "pooled", "pooler.query"),
+        ("t5", "tied", "not lm_head.weight"),
+        ("t5", "gated", "encoder.block.0.mlp.gate.weight"),
+        ("bart", "logits", "logits_bias"),
+    ],
+)
+def test_a_part_is_there_where_its_option_is_set(name: str, option: str, parameter: str) -> None:
+    for on in (True, False):
+        parameters = ZOO[name][0].configure(**{option: on}).graph().parameters
+        assert (parameter.removeprefix("not ") in parameters) is (on != parameter.startswith("not "))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "llama", "opt", "clip_text"])
+def test_a_token_of_a_decoder_sees_none_after_it(name: str) -> None:
+    found = [node.op.attributes["terms"] for _, node in ZOO[name][0].graph().walk() if node.op.name == "attention"]
+    assert found
+    assert all("causal" in str(terms) for terms in found)
+
+
 def test_positions_bound_the_sequence() -> None:
     assert gpt2.configure(context=40).graph().symbols["S"].upper == 40
     assert bert.graph().symbols["S"].upper == 512
