@@ -529,6 +529,24 @@ def test_a_limit_is_the_most_that_is_read(tmp_path: Path) -> None:
             GGUFFile.open(path, {name: most - 1})
 
 
+@pytest.mark.parametrize(
+    ("kind", "code", "value"),
+    [
+        (0, "B", 200), (1, "b", -7), (2, "H", 60_000), (3, "h", -7), (4, "I", 2**31 - 1), (5, "i", -7), (6, "f", 0.5),
+        (10, "Q", 2**31 - 1), (11, "q", -7), (12, "d", 0.1),
+    ],
+)  # fmt: skip
+def test_numbers_of_metadata_have_the_formats_types(tmp_path: Path, kind: int, code: str, value: float) -> None:
+    one = string(b"one") + struct.pack(f"<I{code}", kind, value)
+    several = string(b"several") + struct.pack(f"<IIQ3{code}", 9, kind, 3, value, 1, value)
+    path = tmp_path / "numbers.gguf"
+    path.write_bytes(header(one, several))
+    file = GGUFFile.open(path)
+    found = file.integer("one", least=-9) if isinstance(value, int) else file.number("one")
+    assert found == value
+    assert file.numbers("several").tolist() == [value, 1, value]
+
+
 @pytest.mark.parametrize("alignment", [None, 1, 64])
 def test_tensors_lie_as_far_apart_as_the_file_says(tmp_path: Path, alignment: int | None) -> None:
     keys = [] if alignment is None else [string(b"general.alignment") + struct.pack("<II", 4, alignment)]
