@@ -5,13 +5,15 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from treadle.ir.errors import RankError
 from treadle.runtime.distributed import watching
-from treadle.runtime.distributed.watching import FAILED, GRACE, PERIOD, Failure, RankStatus, Watch
+from treadle.runtime.distributed.watching import GRACE, LONGEST, PERIOD, Failure, RankStatus, Watch, _Line
 
 STRANGERS = [b"GET / HTTP/1.1\r\n\r\n", b"\xff\n", b"[1]\n", b"{}\n", b'{"rank": 1, "token": "guessed"}\n']
 
@@ -115,7 +117,7 @@ def ending(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], fl
     def run(ends: Callable[[], None]) -> float:
         nonlocal clock
         clock = 0.0
-        with pytest.raises(SystemExit, match=str(FAILED)):
+        with pytest.raises(SystemExit, match=r"^2$"):
             ends()
         return clock
 
@@ -148,3 +150,251 @@ def test_the_watch_tells_once_where_the_main_thread_does_not_end(
     assert ending(closing._end_process) == 2 * GRACE
     assert ending(watch._end_process) == ending(watch._end_process) == GRACE
     assert capsys.readouterr().err == told
+
+
+def test_a_process_whose_launcher_has_ended_ends(ending: Callable[[Callable[[], None]], float]) -> None:
+    Watch(1, 2, 30.0)._leave_orphan()  # nobody launched it
+    assert ending(Watch(1, 2, 30.0, lambda: True)._leave_orphan) == 0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The watch's clock, which stands at `now`; nothing ends this process."""
+    made = SimpleNamespace(now=NOW)
+    monkeypatch.setattr(watching, "time", SimpleNamespace(monotonic=lambda: made.now))
+    monkeypatch.setattr(Watch, "_end_process", lambda self: None)
+    return made
+
+
+def test_a_rank_says_what_it_does_and_whether_it_waits(clock: SimpleNamespace) -> None:
+    watch, said = Watch(1, 2, 30.0), []
+
+    def tick(seconds: float) -> None:
+        clock.now += seconds
+        said.append(tuple(watch._own().message().values()))
+
+    tick(0.5)
+    watch.doing("loading")
+    tick(2)
+    with watch.waiting("all_reduce over tp"):
+        tick(3)
+    tick(4)
+    assert said == [
+        ("starting", 0.5, False),
+        ("loading", 2, False),
+        ("all_reduce over tp", 3, True),
+        ("loading", 4, False),
+    ]
+    assert list(watch._own().message()) == ["doing", "since", "waiting"]
+    assert RankStatus().message() == {"doing": "starting", "since": 0.0, "waiting": False}
+
+
+@pytest.mark.parametrize(("silent", "told"), [(10 * PERIOD, "in a"), (2.5, "in a, not heard of for 2.5 s")])
+def test_only_a_long_silence_is_told(silent: float, told: str, clock: SimpleNamespace) -> None:
+    assert str(waits("a", 0, silent)) == told
+
+
+@pytest.mark.parametrize("received", ["no space left", ""])
+def test_after_a_failure_all_that_a_rank_begins_ends_in_it(received: str, clock: SimpleNamespace) -> None:
+    watch = Watch(1, 2, 30.0)
+    watch.check()
+    watch._fail(Failure("rank 0 has failed: disk", received, 0))
+    watch._fail(Failure("rank 1 has died", "later", 0))
+    for begins in (watch.check, lambda: watch.doing("a"), watch.waiting("b").__enter__):
+        with pytest.raises(RankError, match="rank 0 has failed: disk") as error:
+            begins()
+        assert error.value.received == (received or None)
+    assert watch.explained(RuntimeError("closed"), "meeting").what == "rank 0 has failed: disk"  # type: ignore[attr-defined]
+
+
+def test_an_error_of_torch_that_no_rank_explains_is_told_by_its_first_line() -> None:
+    watch, waited = Watch(1, 2, 30.0), []
+    watch._failed = SimpleNamespace(wait=waited.append)  # type: ignore[assignment]
+    error = watch.explained(RuntimeError("r" * 301 + "\nand\nmore"), "all_reduce over tp")
+    assert isinstance(error, RankError)
+    assert (error.what, error.received) == ("all_reduce over tp: the ranks could not meet", "r" * 300)
+    assert waited == [GRACE], "one may be about to be known"
+
+
+class _Spoken:
+    """In place of a connection to a rank: what comes from it, and what it is sent."""
+
+    def __init__(self, *comes: list[dict[str, Any]] | None, rank: int | None = None) -> None:
+        self.comes, self.rank = list(comes), rank
+        self.sent: list[Any] = []
+        self.closed = False
+
+    def received(self) -> list[dict[str, Any]] | None:
+        return self.comes.pop(0)
+
+    def send(self, message: dict[str, Any]) -> None:
+        self.sent.append(message)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_rank_0_takes_what_ranks_say(clock: SimpleNamespace) -> None:
+    """A death is known by the end of a connection over which nobody has said good-bye, or told a failure."""
+    watch = Watch(0, 5, 30.0)
+    watch._token = "t"
+    says = {"doing": "loading", "since": 2.0, "waiting": True}
+    dies, leaves, fails, again, comes = (
+        _Spoken([{"rank": 1, "token": "t"}, says], None),
+        _Spoken([{"rank": 2, "token": "t"}], [{"bye": True}], None),
+        _Spoken([{"rank": 3, "token": "t"}], [{"failed": "w", "received": "r"}], None),
+        _Spoken([{"rank": 1, "token": "t"}]),
+        _Spoken([{"rank": 4, "token": "t"}]),
+    )
+    hear: Callable[[Any], bool] = watch._hear
+    assert [hear(dies), hear(leaves), hear(fails), hear(again)] == [True, True, True, False]
+    assert again.closed
+    assert watch.absent() == [4]
+    assert (watch._said[1].message(), watch._said[2].doing) == (says, "starting")
+    assert [hear(leaves), hear(leaves)] == [True, False]
+    assert watch.failure is None
+    assert (watch._left, watch._gone) == ({2}, {2})
+    assert not hear(dies)
+    died = {"what": "rank 1 has died", "received": "in loading", "teller": 0}
+    assert [hear(fails), hear(fails), hear(comes)] == [True, False, True]
+    assert (watch._left, watch._gone) == ({1, 2, 3}, {1, 2, 3})
+    for told in (dies, leaves, fails, comes):  # who comes later, too
+        assert told.sent == [died]
+        assert not told.closed
+    stranger = _Spoken(None)
+    assert not hear(stranger)
+    assert stranger.closed
+
+
+def test_who_fails_tells_by_itself(clock: SimpleNamespace) -> None:
+    watch = Watch(0, 3, 30.0)
+    assert watch._hear(_Spoken([{"failed": "w", "received": "r"}], rank=2))  # type: ignore[arg-type]
+    assert watch.failure == Failure("w", "r", teller=2)
+    assert watch._left == {2}
+
+
+def test_rank_0_tells_the_others_what_it_does(clock: SimpleNamespace) -> None:
+    watch, here, left = Watch(0, 3, 4.0), _Spoken(), _Spoken()
+    watch._connections, watch._left = {1: here, 2: left}, {2}  # type: ignore[dict-item]
+    watch.doing("loading")
+    clock.now += 3
+    watch._said[1] = RankStatus("a", 5, waiting=True, heard=clock.now)
+    watch._look()
+    assert here.sent[-1] == {"doing": "loading", "since": 3, "waiting": False}
+    assert left.sent == [
+        {"what": "rank 0 does not come", "received": watch.failure and watch.failure.received, "teller": 0}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("comes", "failure"),
+    [
+        ([{"doing": "loading", "since": 1.0, "waiting": False}], None),
+        ([{"what": "w", "received": "r", "teller": 3}], Failure("w", "r", 3)),
+        (None, Failure("rank 0 has died", "in compiling", 1)),
+    ],
+)
+def test_another_rank_takes_what_rank_0_says(
+    comes: list[dict[str, Any]] | None, failure: Failure | None, clock: SimpleNamespace
+) -> None:
+    watch = Watch(2, 4, 30.0)
+    watch._said[0] = waits("compiling", 0)
+    assert watch._obey(_Spoken(comes)) == (comes is not None)  # type: ignore[arg-type]
+    assert watch.failure == failure
+    if comes and not failure:
+        assert watch._said[0].message() == comes[0]
+
+
+def test_the_end_of_rank_0_after_the_end_of_all_is_no_death(clock: SimpleNamespace) -> None:
+    watch = Watch(2, 4, 30.0)
+    watch._said[0] = waits("compiling", 0)
+    watch._over.set()
+    assert not watch._obey(_Spoken(None))  # type: ignore[arg-type]
+    assert watch.failure is None
+
+
+@pytest.mark.parametrize(
+    ("own", "silent", "received"),
+    [
+        (waits("a", 4.5), 2.5, "not heard of for 2.5 s"),
+        (waits("a", 4), 2.5, None),
+        (waits("a", 4.5), 2, None),
+        (does("a", 4.5), 2.5, None),
+    ],
+)
+def test_rank_0_hangs_where_others_wait_and_hear_nothing(
+    own: RankStatus, silent: float, received: str | None, clock: SimpleNamespace
+) -> None:
+    watch = Watch(1, 2, timeout=4.0)
+    watch._said[0] = does("b", 0, silent)
+    watch._look_for_silence(own)
+    assert watch.failure == (received and Failure("rank 0 does not come", received, 1))
+
+
+def test_rank_0_is_reached_where_it_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(place: tuple[str, int], timeout: float) -> None:
+        raise ConnectionRefusedError(f"{place} within {timeout:g} s")
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    with pytest.raises(RankError, match="rank 0 cannot be reached") as error:
+        Watch(1, 2, 30.0).connect("far", "99 t")
+    assert error.value.received == "far:99: ('far', 99) within 30 s"
+
+
+def test_rank_0_leaves_after_all_others(monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace) -> None:
+    watch, came = Watch(0, 3, 30.0), []
+
+    def sleep(seconds: float) -> None:
+        came.append(watch._own().message()["doing"])
+        watch._left.add(len(came))
+
+    monkeypatch.setattr(watch, "_end", lambda: came.append("end"))
+    watching.time.sleep = sleep  # type: ignore[assignment]
+    watch.leave()
+    assert came == ["waiting for other ranks to end"] * 2 + ["end"]
+
+
+def test_the_end_of_a_process_that_failed_is_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[Any] = []
+    monkeypatch.setattr(watching, "atexit", SimpleNamespace(register=prepared.append))
+    watch = Watch(1, 2, 30.0)
+    for _ in range(2):
+        watch.close()
+    assert prepared == [watch._end_at_once]
+
+
+@pytest.fixture
+def line() -> Iterator[tuple[_Line, socket.socket]]:
+    """A connection, and its other end."""
+    ours, other = socket.socketpair()
+    with ours, other:
+        yield _Line(ours), other
+
+
+def test_a_line_is_as_long_as_what_one_rank_says(line: tuple[_Line, socket.socket]) -> None:
+    """A failure is cut to 2000 characters, of up to 6 bytes, and as many of what was received."""
+    assert LONGEST == 65536 > 2 * 2000 * 6
+    own, other = line
+    assert own.received() == [], "nothing has come yet"
+    own._begun = b" " * (LONGEST - 1)
+    for begun in (LONGEST, LONGEST + 1):
+        other.sendall(b" ")
+        assert own.received() == []
+        assert len(own._begun) == begun
+    other.sendall(b" ")
+    assert own.received() is None
+
+
+def test_a_line_brings_whole_messages(line: tuple[_Line, socket.socket]) -> None:
+    own, other = line
+    other.sendall(b'{"a": 1}\n{"b": 2}\n{"c"')
+    assert own.received() == [{"a": 1}, {"b": 2}]
+    other.sendall(b": 3}\n")
+    assert own.received() == [{"c": 3}]
+    own.send({"d": "e"})
+    assert other.recv(99) == b'{"d": "e"}\n'
+    other.close()
+    assert own.received() is None
+    own.send({"d": "e"})  # nobody hears it, which is no error
+    own.close()
+    assert own.received() is None

@@ -308,12 +308,17 @@ class Watch:
                 if selector.select(PERIOD) and not self._obey(line):
                     break
                 self._leave_orphan()
-                own, silent = self._own(), self._said[0].silent_for()
+                own = self._own()
                 self._say(own.message())
-                if own.waiting and own.since > self.timeout and silent > self.timeout / 2:
-                    self._fail(Failure("rank 0 does not come", f"not heard of for {silent:.1f} s", 1))
+                self._look_for_silence(own)
                 self._over.wait(PERIOD / 4)
         line.close()
+
+    def _look_for_silence(self, own: RankStatus) -> None:
+        """Fail where this rank waits too long, and rank 0, which would tell of whom, says nothing."""
+        silent = self._said[0].silent_for()
+        if own.waiting and own.since > self.timeout and silent > self.timeout / 2:
+            self._fail(Failure("rank 0 does not come", f"not heard of for {silent:.1f} s", 1))
 
     def _obey(self, line: _Line) -> bool:
         """Take what rank 0 says; whether the connection stands."""
