@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 _LONGEST = 200  # characters; difflib's time is quadratic in them
 _POOL = 300  # names compared for one query
+_HOLDERS = 20 * _POOL  # names that share a part, of which more are not looked at
 _PARTS = re.compile(r"[A-Za-z]+|[0-9]+")
 
 
@@ -30,15 +31,15 @@ class NearestNames:
         return difflib.get_close_matches(wanted, self._pool(wanted), count, similarity)
 
     def _pool(self, wanted: str) -> list[str]:
-        if len(self._names) <= _POOL:
+        if not self._holders:
             return self._names
         # Rare parts tell more than common ones: `c_attn` and `7` shared is more than `weight` shared.
         parts = sorted((len(self._holders[p]), p) for p in set(_PARTS.findall(wanted)) if p in self._holders)
         score: dict[int, float] = defaultdict(float)
         for holders, part in parts:
-            if score and holders > 20 * _POOL:
+            if score and holders > _HOLDERS:
                 break
-            for at in self._holders[part][: 20 * _POOL]:
+            for at in self._holders[part][:_HOLDERS]:
                 score[at] += 1 / holders
         best = sorted(score, key=lambda at: (-score[at], at))[:_POOL]
         return [self._names[at] for at in best]

@@ -13,7 +13,15 @@ LAYERS = [f"h.{i}.mlp.{part}.weight" for i in range(100) for part in ("up", "gat
 
 @pytest.mark.parametrize("others", [0, 100, 400])
 @pytest.mark.parametrize(
-    "wanted", ["h.57.mlp.gaet.weight", "decoder.embed_token.weight", "h.3.attn.out.weight", "mlp.norm.weight", "bias"]
+    "wanted",
+    [
+        "h.57.mlp.gaet.weight",
+        "decoder.embed_token.weight",
+        "h.3.attn.out.weight",
+        "mlp.norm.weight",
+        "bias",
+        "decoder.mlp.up.weight",
+    ],
 )
 def test_many_names_are_searched_by_their_parts_as_if_one_by_one(wanted: str, others: int) -> None:
     """Rare parts tell more than those that most names have, wherever in the file a name with them stands."""

@@ -12,6 +12,8 @@ import pytest
 
 from tests.golden import Golden
 from treadle.runtime.scheduler import Load
+from treadle.serving import requests
+from treadle.serving.fields import Fields
 from treadle.serving.refusals import RequestRefusal
 from treadle.serving.requests import read_body, read_chat, read_completions, read_embeddings
 
@@ -38,15 +40,64 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
     ("completions", {"repetition_penalty": 0.001}),
     ("completions", {"stream": True, "stream_options": {"include_usage": True}}),
     ("completions", {"model": "m" * 1001}),
+    ("completions", {"model": "m" * 1000, "max_tokens": 2147483647, "min_p": 0, "stop": ["b"] * 16}),
+    ("completions", {"max_tokens": 2147483648}),
+    ("completions", {"prompt": [0, 1]}),
+    ("completions", {"prompt": [[-1]]}),
+    ("completions", {"prompt": [True]}),
+    ("completions", {"prompt": ["a"] * 129}),
+    ("completions", {"prompt": []}),
+    ("completions", {"top_k": 1, "top_p": 1, "presence_penalty": 0, "repetition_penalty": 1.0, "min_p": None}),
+    ("completions", {"repetition_penalty": 0.01, "temperature": 0, "user": "u"}),
+    ("completions", {"echo": False, "suffix": "", "best_of": 1, "frequency_penalty": 0.0, "logit_bias": {}}),
+    ("completions", {"echo": 0}),
+    ("completions", {"suffix": "b"}),
+    ("completions", {"n": 2, "best_of": 3}),
+    ("completions", {"frequency_penalty": 1}),
+    ("completions", {"logit_bias": {"5": 1}}),
+    ("completions", {"top_p": 1.1}),
+    ("completions", {"min_p": -0.1}),
+    ("completions", {"temperature": True}),
+    ("completions", {"stream": True, "stream_options": {"include_usage": False, "include_obfuscation": True}}),
+    ("completions", {"stream": True, "stream_options": []}),
+    ("completions", {"stream_options": {}}),
+    ("completions", {"stream": True, "stream_options": {"include": True}}),
+    ("completions", {"max_token": 5}),
+    ("completions", {"z" * 81: 5}),
+    ("completions", {"model": ""}),
     ("chat", {}),
     ("chat", {"messages": [{"role": "developer", "content": [{"type": "text", "text": part} for part in "ab"]}]}),
     ("chat", {"logprobs": True, "top_logprobs": 20, "max_tokens": 5, "max_completion_tokens": 6}),
     ("chat", {"logprobs": True, "max_tokens": 5, "response_format": {"type": "text"}, "tools": []}),
     ("chat", {"logprobs": True, "top_logprobs": 21}),
     ("chat", {"messages": [{"role": "user", "content": "a"}] * 1025}),
+    ("chat", {"tool_choice": "auto", "function_call": "none", "functions": [], "modalities": ["text"], "store": True}),
+    ("chat", {"tools": [{"type": "function"}]}),
+    ("chat", {"tool_choice": "required"}),
+    ("chat", {"function_call": "must"}),
+    ("chat", {"response_format": {"type": "json_object"}}),
+    ("chat", {"modalities": ["audio"]}),
+    ("chat", {"top_logprobs": 0}),
+    ("chat", {"parallel_tool_calls": True, "metadata": {}, "service_tier": "auto", "logprobs": False}),
+    ("chat", {"messages": [{"role": "assistant", "content": "", "name": "n", "refusal": "r", "tool_calls": []}]}),
+    ("chat", {"messages": [{"role": "tool", "content": "a"}]}),
+    ("chat", {"messages": [{"role": "user", "content": 5}]}),
+    ("chat", {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}]}),
+    ("chat", {"messages": [{"role": "user", "content": [{"type": "text"}]}]}),
+    ("chat", {"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]}),
+    ("chat", {"messages": [{"role": "user", "content": "a"}, {"role": "user", "contents": "a", "content": "b"}]}),
+    ("chat", {"messages": []}),
+    ("chat", {"messages": ["a"]}),
+    ("chat", {"messages": None, "message": []}),
     ("embeddings", {}),
     ("embeddings", {"input": ["a", "b"], "encoding_format": "base64", "user": "u"}),
     ("embeddings", {"input": ["a"] * 2049}),
+    ("embeddings", {"input": [], "encoding_format": "float"}),
+    ("embeddings", {"input": ["a", ""]}),
+    ("embeddings", {"input": ["a", 1]}),
+    ("embeddings", {"encoding_format": "hex"}),
+    ("embeddings", {"dimensions": 8}),
+    ("embeddings", {"models": "m"}),
 ]
 
 
@@ -59,6 +110,40 @@ def test_what_bodies_mean(golden: Golden) -> None:
         except RequestRefusal as refused:
             lines.append(f"{refused.status} {refused.body}")
     golden("serving/bodies.txt", re.sub(r"(b+|m+)(?=')", lambda m: m[0][:20], "\n".join(lines)))
+
+
+def test_a_body_is_read_to_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_body(b'{"a":' + b"[" * 15 + b"]" * 15 + b"}").take("a")
+    with pytest.raises(
+        RequestRefusal, match=r"the body is no JSON object: .* 16 deep, at the body, byte 20"
+    ) as refused:
+        read_body(b'{"a":' + b"[" * 16 + b"]" * 16 + b"}")
+    assert (refused.value.status, refused.value.code) == (400, "invalid_json")
+    limits: dict[str, int] = {}
+    monkeypatch.setattr(requests, "read_json_object", lambda data, shown, **given: limits.update(given) or {})
+    read_body(b"{}")
+    assert limits == {"nesting": 16, "values": 200_000}
+
+
+def test_without_a_seed_one_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests.secrets, "randbits", lambda bits: (1 << bits) - 1)
+    found = read_completions(read_body(b'{"model": "m", "prompt": "a"}'))
+    assert found.how.sampling.seed == 2**62 - 1, "which what computes with it holds"
+
+
+def test_texts_are_a_megabyte_long_at_most() -> None:
+    """Where no field says another length."""
+    for length in (1 << 20, (1 << 20) + 1):
+        fields = Fields({"text": "a" * length, "texts": ["a" * length], "flag": True})
+        assert fields.truth("flag") and not fields.truth("gone") and fields.truth("gone", True)
+        if length == 1 << 20:
+            assert fields.text("text") and fields.texts("texts", most=1)
+            fields.end()
+            continue
+        with pytest.raises(RequestRefusal, match="text must be a text of at most 1048576 characters"):
+            fields.text("text")
+        with pytest.raises(RequestRefusal, match="texts must be a text, or a list of at most 1; none of them empty"):
+            fields.texts("texts", most=1)
 
 
 def test_what_is_counted() -> None:

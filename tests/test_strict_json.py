@@ -93,6 +93,6 @@ def test_a_size_is_a_whole_number_in_digits_alone(text: bytes, size: int | None)
 
 
 def test_null_is_passed_over() -> None:
-    reader = JsonReader(b" null nul", "a header", nesting=1, values=1)
-    assert [reader.take_null(), reader.take_null()] == [True, False]
+    reader = JsonReader(b" null,nul", "a header", nesting=1, values=1)
+    assert [reader.take_null(), reader.take(b","), reader.take_null()] == [True, True, False]
     assert reader.position == 6
