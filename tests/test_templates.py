@@ -1,0 +1,228 @@
+"""Chat templates without a process: what the sandbox renders, what its limits are, and what a caller is told."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("jinja2")
+
+from treadle.chatting import template_worker as worker
+from treadle.chatting import templates
+from treadle.chatting.conversation import CAPACITY, Conversation
+from treadle.chatting.templates import ChatTemplate
+from treadle.ir.errors import CheckpointError, FrontendError, UsageError
+
+MADE = worker.environment()
+
+
+def rendered(template: str, most: int = 1000, **values: Any) -> dict[str, Any]:
+    return worker.render(MADE, {"template": template, "values": values, "most": most})
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("  {% if 1 %}\n a\n  {% endif %}\nb", " a\nb"),  # lines of statements alone leave nothing
+        ("{% generation %}a{% set b = 1 %}{% endgeneration %}{{ b is defined }}", "aFalse"),
+        ("{% for i in [1, 2, 3] %}{% if i == 2 %}{% continue %}{% endif %}{{ i }}{% endfor %}", "13"),
+        ("{{ {'é': '<'} | tojson }}", '{"é": "<"}'),
+        ("{{ [1] | tojson(indent=1) }}", "[\n 1\n]"),
+        ("{{ 'é' | tojson(ensure_ascii=True) }}", '"\\u00e9"'),
+        ("{{ {'b': 1, 'a': 2} | tojson(sort_keys=True) }}{{ cycler('c').next() }}", '{"a": 2, "b": 1}c'),
+        ("{{ strftime_now('%Y') | length }}", "4"),
+        ("{{ {'items': 1}['items'] }}{{ {'pop': 2}.pop }}{{ [5, 6].index(6) }}{{ (7, 8).count(8) }}", "1211"),
+        ("{% set n = namespace(x=1) %}{{ n.x }}{% for i in [1] %}{{ loop.first }}{% endfor %}", "1True"),
+        ("{{ 'a-b'.split('-')[1].upper() }}{{ {'a': 1}.get('b', 2) }}", "B2"),
+    ],
+)  # fmt: skip
+def test_what_templates_may_do(template: str, text: str) -> None:
+    assert rendered(template) == {"text": text}
+
+
+@pytest.mark.parametrize(
+    ("template", "error"),
+    [
+        ("{{ 'a'.format(1) }}", "it reaches for format of str"),
+        ("{{ {}.pop(1) }}", "it reaches for pop of dict"),
+        ("{{ [1].append(2) }}", "it reaches for append of list"),
+        ("{{ (1,).__class__ }}", "it reaches for __class__ of tuple"),
+        ("{{ cycler('a').__init__ }}", "it reaches for __init__ of Cycler"),
+        ("{{ raise_exception.real }}{{ 5 .real }}", "it reaches for real of int"),
+        ("{{ lipsum() }}", "'lipsum' is undefined"),
+        ("{% if %}", "Expected an expression, got 'end of statement block', line 1"),
+        ("a\n{% for %}", "Expected an expression, got 'end of statement block', line 2"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "it is nested too deeply"),
+    ],
+)
+def test_what_templates_may_not_do(template: str, error: str) -> None:
+    assert rendered(template) == {"error": error}
+
+
+def test_a_template_that_refuses_is_told_apart() -> None:
+    assert rendered("{{ raise_exception('no') }}") == {"error": "no", "refused": True}
+
+
+def test_a_text_is_as_long_as_it_may_be() -> None:
+    assert rendered("{% for i in [1, 2] %}ab{% endfor %}", most=4) == {"text": "abab"}
+    assert rendered("{% for i in [1, 2] %}ab{% endfor %}", most=3) == {"error": "it writes more than 3 characters"}
+
+
+def test_memory_that_is_not_there_is_told() -> None:
+    def from_string(text: str) -> None:
+        raise MemoryError
+
+    request = {"template": "", "values": {}, "most": 1}
+    told = {"error": "it takes more memory than it may"}
+    assert worker.render(SimpleNamespace(from_string=from_string), request) == told
+
+
+def test_a_process_that_renders_has_memory_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: dict[str, Any] = {}
+
+    def setrlimit(name: str, limit: tuple[int, int]) -> None:
+        limits[name] = limit
+        if name == "files":
+            raise ValueError("not allowed")  # the others are set all the same
+
+    names = {"RLIMIT_AS": "memory", "RLIMIT_FSIZE": "files", "RLIMIT_CORE": "core"}
+    monkeypatch.setitem(sys.modules, "resource", SimpleNamespace(setrlimit=setrlimit, **names))
+    worker.confine(99)
+    assert limits == {"memory": (99, 99), "files": (0, 0), "core": (0, 0)}
+    monkeypatch.setitem(sys.modules, "resource", SimpleNamespace(setrlimit=setrlimit, RLIMIT_NPROC="processes"))
+    worker.confine(99)
+    assert limits.pop("processes") == (0, 0)
+    monkeypatch.setitem(sys.modules, "resource", None)
+    worker.confine(5)
+    assert limits["memory"] == (99, 99)
+
+
+def test_requests_are_answered_line_by_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory: list[int] = []
+    asked = [json.dumps({"template": each, "values": {}, "most": 9}) + "\n" for each in ("a", "{{ b")]
+    monkeypatch.setattr(worker, "confine", memory.append)
+    monkeypatch.setattr(sys, "path", ["here"])
+    monkeypatch.setattr(sys, "argv", ["worker", "jinja", "77"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(asked)))
+    worker.main()
+    first, *answers = capsys.readouterr().out.splitlines()
+    assert (first, memory, sys.path) == ("ready", [77], ["here", "jinja"])
+    assert [list(json.loads(each)) for each in answers] == [["text"], ["error"]]
+
+
+# -- who asks ----------------------------------------------------------------------------------------------------------
+
+
+class _Worker:
+    """In place of the process: what it answers, or that it ends or takes too long."""
+
+    said: list[str | None] = []
+    made: list[_Worker] = []
+
+    def __init__(self, folder: str, memory: int) -> None:
+        self.memory, self.asked, self.ended = memory, list[tuple[Any, float]](), False
+        self.made.append(self)
+
+    def answer(self, seconds: float) -> str | None:
+        assert seconds == 60.0, "a machine may be busy"
+        return self.said.pop(0)
+
+    def ask(self, request: str, seconds: float) -> str | None:
+        self.asked.append((json.loads(request), seconds))
+        return self.said.pop(0)
+
+    def end(self) -> None:
+        self.ended = True
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> list[_Worker]:
+    _Worker.made = []
+    monkeypatch.setattr(templates, "_Worker", _Worker)
+    return _Worker.made
+
+
+TALK = [{"role": "user", "content": "a"}]
+
+
+def test_a_template_is_given_what_it_may_name(processes: list[_Worker]) -> None:
+    _Worker.said = ["ready", '{"text": "b"}', '{"text": "c"}']
+    made = ChatTemplate("t", {"bos_token": "<s>"})
+    assert [made.render(TALK), made.render(TALK, reply=False, tools=[1], more=2)] == ["b", "c"]
+    (process,) = processes
+    assert process.memory == 512 << 20
+    values = {"bos_token": "<s>", "documents": None, "messages": TALK}
+    for (request, seconds), more in zip(
+        process.asked,
+        ({"tools": None, "add_generation_prompt": True}, {"tools": [1], "more": 2, "add_generation_prompt": False}),
+        strict=True,
+    ):
+        assert request == {"template": "t", "values": {**values, **more}, "most": 4 << 20}
+        assert seconds == 2.0
+    made.close()
+    assert process.ended
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "received", "lives"),
+    [
+        ('{"error": "e", "refused": true}', UsageError, "e", True),
+        ('{"error": "e"}', CheckpointError, "e", True),
+        (json.dumps({"error": "e" * 401}), CheckpointError, "e" * 400 + "... (401 characters)", True),
+        ("", CheckpointError, "it takes more memory than it may", False),
+        (None, CheckpointError, "it takes longer than 0.25 s", False),
+    ],
+)
+def test_what_is_told_of_a_rendering_that_fails(
+    said: str | None, kind: type[Exception], received: str, lives: bool, processes: list[_Worker]
+) -> None:
+    """After one that has ended, or was ended, another process renders."""
+    _Worker.said = ["ready", said, *(["ready"] if not lives else []), '{"text": "b"}']
+    made = ChatTemplate("t", seconds=0.25, memory=5, characters=6)
+    with pytest.raises(kind, match="the model's chat template") as error:
+        made.render(TALK)
+    assert error.value.received == received  # type: ignore[attr-defined]
+    assert made.render(TALK) == "b"
+    assert [each.ended for each in processes] == ([False] if lives else [True, False])
+    assert processes[-1].memory == 5
+    assert processes[-1].asked[-1][0]["most"] == 6
+
+
+def test_a_process_that_does_not_start_is_ended(processes: list[_Worker]) -> None:
+    _Worker.said = [None, "ready", '{"text": "b"}']
+    made = ChatTemplate("t")
+    with pytest.raises(FrontendError, match="did not start") as error:
+        made.render(TALK)
+    assert error.value.received == "None"
+    assert processes[0].ended
+    assert made.render(TALK) == "b"
+
+
+def test_a_template_is_a_megabyte_long_at_most(processes: list[_Worker]) -> None:
+    ChatTemplate("x" * (1 << 20))
+    with pytest.raises(CheckpointError, match="the chat template is longer than the limit") as error:
+        ChatTemplate("x" * ((1 << 20) + 1))
+    assert error.value.received == "1048577 characters, limit 1048576"
+    assert not processes, "none starts before a conversation"
+
+
+@pytest.mark.parametrize(
+    ("context", "asked", "capacity"), [(None, None, 4096), (4097, None, 4096), (300, None, 300), (9999, 5000, 5000)]
+)
+def test_a_conversation_is_as_long_as_the_model_takes(context: int | None, asked: int | None, capacity: int) -> None:
+    given: dict[str, Any] = {}
+    model = SimpleNamespace(derived=SimpleNamespace(context=context), session=lambda **how: given.update(how))
+    writer: Any = SimpleNamespace(model=model, chat_template=lambda: "t")
+    talk = Conversation.open(writer, system="s", capacity=asked)
+    assert given == {"rows": 1, "capacity": capacity, "resumes": True}
+    assert talk.messages == [{"role": "system", "content": "s"}]
+    assert Conversation.open(writer).messages == []
+    assert CAPACITY == 4096
