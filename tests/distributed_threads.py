@@ -31,12 +31,18 @@ REDUCED: dict[Any, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class World:
-    """So many ranks. called: the names of all calls, each rank's apart"""
+    """So many ranks.
+
+    called  the names of all calls, each rank's apart
+    groups  that were made, and their timeouts
+    sent    for each tensor that was sent whether its end was waited for
+    """
 
     def __init__(self, size: int) -> None:
         self.size, self.own = size, threading.local()
         self.called: dict[int, list[str]] = defaultdict(list)
         self.groups: list[tuple[tuple[int, ...], float]] = []
+        self.sent: list[list[int]] = []
         self._condition = threading.Condition()
         self._brought: dict[Any, dict[int, Any]] = defaultdict(dict)
         self._numbers: dict[Any, int] = defaultdict(int)
@@ -118,7 +124,8 @@ class World:
         assert mine.is_contiguous() and mine.numel()
         self.called[self.own.rank].append("isend")
         self._sent[self.own.rank, to].put(mine.clone())
-        done = []
+        done: list[int] = []
+        self.sent.append(done)
         return SimpleNamespace(wait=lambda: done.append(1), is_completed=lambda: bool(done))
 
     send = isend

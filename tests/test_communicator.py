@@ -125,7 +125,9 @@ def test_parts_stay_on_the_device_of_their_rank(
 def test_outputs_are_sent_from_the_device_and_received_on_it(waits: list[str]) -> None:
     with meeting(1, (6, 5), (2, 3)) as met:
         met.send(torch.empty((6, 4), device=FAR).T, 0, "sending")
-    assert waits == ["send", "synchronize", "synchronize"]
+        with pytest.raises(NotImplementedError, match="meta"):  # it cannot come to the processor
+            met.received(np.empty((2, 3), np.float32), 0, "receiving")
+    assert waits == ["send", "synchronize", "recv", "synchronize"]
 
 
 def test_a_rank_takes_the_gpu_of_its_place_on_its_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,7 +143,8 @@ def test_ranks_meet_in_the_groups_of_their_parts(monkeypatch: pytest.MonkeyPatch
     world = World(4)
     world.install(monkeypatch)
     met = joined(world, ("dp", "dp tp", "tp"), "dp=2,tp=2")
-    assert sorted(set(world.groups)) == [((0, 1), 60.0), ((0, 2), 60.0), ((1, 3), 60.0), ((2, 3), 60.0)]
+    made = [((0, 1), 60.0), ((2, 3), 60.0), ((0, 2), 60.0), ((1, 3), 60.0)]
+    assert world.groups == made * 4, "by every rank in one order"
     assert [[each.groups[over].at for over in each.groups] for each in met] == [
         [0, 0, 0], [1, 2, 0], [0, 1, 1], [1, 3, 1]
     ]  # fmt: skip
@@ -159,6 +160,18 @@ def test_ranks_meet_in_the_groups_of_their_parts(monkeypatch: pytest.MonkeyPatch
     assert [[int(array[0]) for array in own] for own in world.run(runs)] == [
         [11, 101, 1111], [11, 1010, 1111], [1100, 101, 1111], [1100, 1010, 1111]
     ]  # fmt: skip
+
+
+def test_a_run_ends_when_all_that_was_handed_on_has_come(world: World) -> None:
+    op, met = find_op("hand_on").make(over="tp", ways=3, source=0, target=1), joined(world, ("tp",), "tp=3")
+
+    def runs(rank: int) -> Any:
+        with met[rank].running(""):
+            return [met[rank].exchange(op, np.array([n + rank])).tolist() for n in (5, 6) if rank < 2]  # type: ignore[arg-type]
+
+    assert world.run(runs) == [[[0], [0]], [[5], [6]], []]
+    assert len(world.sent) == 2 + 4, "and what the two told each other"
+    assert all(world.sent)
 
 
 def test_outputs_are_sent_and_received(world: World) -> None:

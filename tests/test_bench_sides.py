@@ -1,0 +1,367 @@
+"""A benchmark without processes or peers: what sides are told, how turns are counted, what peers are given.
+
+Packages of the same calls stand for the peers'.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from treadle.benching import benchmark, serving
+from treadle.benching.benchmark import BenchRow, bench_model
+from treadle.benching.sides import PEERS, Side, peers_of
+from treadle.benching.workload import Workload, files_of
+from treadle.ir.errors import UsageError
+from treadle.ir.text.parser import parse_graph
+
+GRAPH = parse_graph("graph g { symbols B main(x: f32[B, 4]) -> (y: f32[B, 4]) { y = relu(x) return y = y } }")
+
+
+class _Side:
+    """In place of a process: it was opened with `spec`, and takes as long as its list says."""
+
+    answers: dict[str, dict[str, Any]] = {}
+    seconds: dict[str, Iterator[float]] = {}
+    made: list[_Side] = []
+
+    def __init__(self, spec: dict[str, Any], python: str = sys.executable) -> None:
+        self.spec, self.python, self.name, self.closed, self.counts = spec, python, spec["side"], False, list[int]()
+        self.answer = self.answers[self.name]
+        if "outputs" in spec and "missing" not in self.answer:
+            serving.save_arrays(spec["outputs"], {"y": [1.0, 4.0 if self.name == "treadle" else 3.0]})
+        self.made.append(self)
+
+    def run(self, count: int = 1) -> list[float]:
+        assert not self.closed
+        self.counts.append(count)
+        return [next(self.seconds[self.name])]
+
+    def peak(self) -> int:
+        return 7
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def sides(monkeypatch: pytest.MonkeyPatch) -> list[_Side]:
+    _Side.made = []
+    _Side.answers = {
+        "limits": {"flops": 3e9, "read": 4e9},
+        **{name: {"opened": 0.5, "note": f"a {name}"} for name in ("treadle", "eager", "onnxruntime")},
+        "openvino": {"missing": "openvino is not installed"},
+    }
+    monkeypatch.setattr(benchmark, "Side", _Side)
+    monkeypatch.setattr(benchmark, "opened", lambda workload: (GRAPH, {}))
+    monkeypatch.setattr(benchmark.shutil, "which", lambda python: python)
+    export = SimpleNamespace(path="m.onnx", inputs={"x": "x_0"})
+    monkeypatch.setattr(benchmark, "export_onnx", lambda graph, weights, path: export)
+    return _Side.made
+
+
+def test_a_ratio_is_the_median_over_turns_of_which_the_first_warms_up(sides: list[_Side]) -> None:
+    ours, theirs = [99.0, 1.0, 2.0, 4.0, 2.0, 1.0], [99.0, 3.0, 2.0, 2.0, 8.0, 1.0]
+    _Side.seconds = {"treadle": iter(ours), "eager": iter(theirs), "onnxruntime": iter(theirs[::-1])}
+    told: list[str] = []
+    names = ["eager", "openvino", "onnxruntime", "eager"]
+    workload = Workload(
+        "m", "numpy", threads=2, config=("a=1",), limit=("b=2",), widen=("f16",), seed=5, quantize="int8"
+    )
+    found = bench_model(workload, names, sizes={"B": 3}, rounds=5, python="other", told=told.append)
+    assert found.rows[:2] == [
+        BenchRow("treadle", "a treadle", 2.0, 1.0, (1.0, 1.0), None, 0.5, 7),
+        BenchRow("eager", "a eager", 2.0, 1.0, (1.0, 3.0), 0.25, 0.5, 7),
+    ]
+    assert (found.missing, found.rounds) == ({"openvino": "openvino is not installed"}, 5)
+    assert (found.flops, found.read, found.cost.flops) == (3e9, 4e9, 12)
+    assert told == [*(f"opening {name}" for name in ("treadle", "eager", "openvino", "onnxruntime")), "running"]
+    assert {each.name: each.python for each in sides} == {
+        "limits": sys.executable, "treadle": sys.executable, "eager": sys.executable,
+        "openvino": "other", "onnxruntime": "other",
+    }  # fmt: skip
+    assert all(each.closed for each in sides)
+    assert {tuple(each.counts) for each in sides} == {(), (1,) * 6}
+    spec = sides[0].spec
+    wanted = {"folder": None, "gguf": None, "model": "m", "backend": "numpy", "threads": 2, "chosen": None}
+    wanted |= {"config": ["a=1"], "limit": ["b=2"], "dtype": None, "quantize": "int8", "widen": ["f16"], "seed": 5}
+    assert wanted.items() <= spec.items()
+    assert (spec["onnx"], spec["renamed"]) == ("m.onnx", {"x": "x_0"})
+
+
+def test_what_a_benchmark_does_when_nothing_is_said(sides: list[_Side]) -> None:
+    _Side.seconds = {"treadle": iter([1.0] * 16)}
+    found = bench_model(Workload("m"), [])
+    assert (found.rounds, len(found.rows), found.missing) == (15, 1, {})
+    assert "onnx" not in sides[0].spec, "nobody reads it"
+    assert Workload("m") == Workload("m", "tvm", 1, None, (), (), None, (), 0, None)
+
+
+@pytest.mark.parametrize("side", ["limits", "treadle"])
+def test_without_limits_or_ours_there_is_no_benchmark(side: str, sides: list[_Side]) -> None:
+    _Side.answers[side] = {"missing": "no memory"}
+    what = "the machine's limits were not measured" if side == "limits" else "g did not run"
+    with pytest.raises(UsageError, match=what) as error:
+        bench_model(Workload("m"), ["eager"])
+    assert error.value.received == "no memory"
+    assert all(each.closed for each in sides)
+
+
+def test_peers_are_named_once() -> None:
+    assert peers_of(["eager", "openvino", "eager"]) == ["eager", "openvino"]
+    assert {name for name, peer in PEERS.items() if peer.reads == "torch"} == {"eager", "compile"}
+
+
+def test_files_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("treadle.benching.workload.fetched_model", lambda name: tmp_path)
+    assert files_of(str(tmp_path)) == (None, None)
+    (tmp_path / "a.gguf").write_bytes(b"")
+    assert files_of(str(tmp_path)) == files_of("minilm") == (None, tmp_path / "a.gguf")
+    assert files_of(str(tmp_path / "a.gguf")) == (None, tmp_path / "a.gguf")
+    (tmp_path / "config.json").write_bytes(b"")
+    assert files_of(str(tmp_path)) == (tmp_path, tmp_path / "a.gguf")
+    assert files_of(str(tmp_path / "config.json")) == (None, None)
+    (tmp_path / "b.gguf").write_bytes(b"")
+    assert files_of(str(tmp_path)) == (tmp_path, None)
+
+
+# -- a side's process --------------------------------------------------------------------------------------------------
+
+
+def test_a_side_is_started_with_its_threads_and_asked_line_by_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: dict[str, Any] = {}
+    answers = io.StringIO('{"note": "n"}\n{"seconds": [1, 2]}\n{"seconds": [3]}\n{"peak": 5}\n')
+    ended: list[str] = []
+
+    def start(command: list[str], **how: Any) -> Any:
+        started.update(how, command=command)
+        ends = {name: lambda name=name: ended.append(name) or 9 for name in ("kill", "wait")}
+        return SimpleNamespace(stdin=io.StringIO(), stdout=answers, **ends)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    side = Side({"side": "eager", "threads": 3}, "python")
+    assert side.answer == {"note": "n"}
+    assert (side.run(2), side.run(), side.peak()) == ([1, 2], [3], 5)
+    process: Any = side._process
+    assert process.stdin.getvalue() == "2\n1\n\n"
+    python, script, spec = started["command"]
+    assert (python, Path(script).name, json.loads(spec)) == ("python", "serving.py", {"side": "eager", "threads": 3})
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    assert [started["env"][name] for name in names] == ["3"] * 3
+    assert (started["text"], started["stderr"]) == (True, subprocess.DEVNULL)
+    with pytest.raises(UsageError, match="a side of the benchmark ended while it ran") as error:
+        side.peak()
+    assert error.value.received == "its process ended with status 9"
+    side.close()
+    assert ended[-2:] == ["kill", "wait"]
+    assert answers.closed
+
+
+@contextmanager
+def process(spec: dict[str, Any], asked: str, patch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+    """What a side's process answers, in this one."""
+    answers = io.StringIO()
+    copies: list[Any] = []
+    system = SimpleNamespace(dup=lambda n: 90 + n, dup2=lambda *n: copies.append(n), fdopen=lambda *n: answers)
+    patch.setattr(serving, "os", system)
+    patch.setattr(sys, "argv", ["serving.py", json.dumps(spec)])
+    patch.setattr(sys, "stdin", io.StringIO(asked))
+    found: list[dict[str, Any]] = []
+    serving.main()
+    found.extend(map(json.loads, answers.getvalue().splitlines()))
+    assert copies == [(2, 1)], "what a package prints is no answer"
+    yield found
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_sides_process_answers(threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one thread by the processor's time."""
+    clocks = {"process_time": iter(range(0, 90, 3)), "perf_counter": iter(range(0, 90, 2))}
+    monkeypatch.setattr(serving, "time", SimpleNamespace(**{n: lambda c=c: next(c) for n, c in clocks.items()}))
+    monkeypatch.setattr(serving, "peak_bytes", lambda: 11)
+    monkeypatch.setattr(serving, "OPENERS", {"eager": lambda spec: (lambda: {"y": np.ones(2)}, "n")})
+    spec = {"side": "eager", "threads": threads, "outputs": str(tmp_path / "y.npz")}
+    with process(spec, "2\n1\n\n", monkeypatch) as (opened, *answers):
+        assert opened == {"opened": 2, "note": "n"}
+        took = 3 if threads == 1 else 2
+        assert answers == [{"seconds": [took] * 2}, {"seconds": [took]}, {"peak": 11}]
+    assert serving.read_arrays(tmp_path / "y.npz")["y"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ImportError("gone", name="nncf"), "nncf is not installed"),
+        (ImportError("gone"), "gone is not installed"),
+        (serving.Unfit("it is none"), "it is none"),
+        (ValueError("a\n  b" + "c" * 400), "ValueError: a b" + "c" * 385),
+    ],
+)
+def test_why_a_side_is_missing_is_told_on_a_line(error: Exception, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def opens(spec: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(serving, "OPENERS", {"eager": opens})
+    with process({"side": "eager", "threads": 1}, "1\n", monkeypatch) as answers:
+        assert answers == [{"missing": told}]
+
+
+def test_the_machines_limits_are_of_the_best_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks: list[Any] = []
+    took = iter([0.2, 0.1, 0.3, 0.25, 0.125, 0.125, *[0.1] * 4, 0.05, 0.1])
+
+    def timed(run: Callable[[], Any], clock: Any) -> float:
+        clocks.append(clock)
+        return next(took)
+
+    monkeypatch.setattr(serving, "timed", timed)
+    assert [serving.best(dict), serving.best(dict), serving.best(dict)] == [0.1, 0.125, 0.05]
+    monkeypatch.setattr(serving, "best", lambda run, clock=serving.time.perf_counter: clocks.append(clock) or 0.5)
+    clocks.clear()
+    assert serving.measured_limits(1 << 20, 2) == {"flops": 2 * 1536**3 * 2 / 0.5, "read": (1 << 20) / 0.5}
+    assert serving.measured_limits(0) == {"flops": 2 * 1536**3 / 0.5, "read": (1 << 20) / 0.5}
+    processor, wall = serving.time.process_time, serving.time.perf_counter
+    assert clocks == [processor, wall, wall, wall]
+    assert serving.measured_limits.__defaults__ == (1 << 28, None)
+
+
+def test_the_most_memory_is_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: SimpleNamespace(ru_maxrss=5))
+    monkeypatch.setitem(sys.modules, "resource", usage)
+    for platform, count in (("linux", 5 * 1024), ("darwin", 5)):
+        monkeypatch.setattr(serving, "sys", SimpleNamespace(platform=platform))
+        assert serving.peak_bytes() == count
+
+
+# -- what peers are given ----------------------------------------------------------------------------------------------
+
+
+class _Called:
+    """Remembers how it was called; gives what it was made with."""
+
+    def __init__(self, gives: Any = None) -> None:
+        self.gives, self.calls = gives, list[Any]()
+
+    def __call__(self, *given: Any, **options: Any) -> Any:
+        self.calls.append((given, options))
+        return self.gives
+
+
+def spec_of(place: Path, side: str, arrays: dict[str, Any], **more: Any) -> dict[str, Any]:
+    serving.save_arrays(place / "inputs.npz", arrays)
+    spec = {"side": side, "threads": 3, "inputs": str(place / "inputs.npz"), "outputs": str(place / "o.npz")}
+    return {**spec, "onnx": "m.onnx", "renamed": {"x": "x_0"}, **more}
+
+
+@pytest.mark.parametrize("form", ["", "-int8"])
+def test_onnx_runtime_is_given_the_file(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = SimpleNamespace(get_outputs=lambda: [SimpleNamespace(name="y")], run=_Called([np.ones(1)]))
+    options, opens, dynamic, folds = SimpleNamespace(), _Called(session), _Called(), _Called()
+    package = SimpleNamespace(SessionOptions=lambda: options, InferenceSession=opens)
+    quantization = SimpleNamespace(
+        QuantType=SimpleNamespace(QInt8="i8"),
+        quantize_dynamic=dynamic,
+        shape_inference=SimpleNamespace(quant_pre_process=folds),
+    )
+    monkeypatch.setitem(sys.modules, "onnxruntime", package)
+    monkeypatch.setitem(sys.modules, "onnxruntime.quantization", quantization)
+    run, note = serving.OPENERS[f"onnxruntime{form}"](spec_of(tmp_path, f"onnxruntime{form}", {"x": [2.0]}))
+    assert run() == {"y": np.ones(1)}
+    (((names, given), _),) = session.run.calls
+    assert (names, given["x_0"].tolist()) == (["y"], [2.0])
+    assert options.intra_op_num_threads == 3
+    path = "m.onnx.int8.onnx" if form else "m.onnx"
+    assert opens.calls == [((path, options), {"providers": ["CPUExecutionProvider"]})]
+    assert note == ("dynamic int8" if form else "float32")
+    if form:
+        assert folds.calls == [
+            (("m.onnx", "m.onnx.folded.onnx"), {"skip_symbolic_shape": True, "save_as_external_data": True})
+        ]
+        settings = {"op_types_to_quantize": ["MatMul", "Gemm"], "weight_type": "i8", "use_external_data_format": True}
+        assert dynamic.calls == [(("m.onnx.folded.onnx", "m.onnx.int8.onnx"), settings)]
+
+
+@pytest.mark.parametrize(
+    ("side", "precision", "note"),
+    [
+        ("openvino", "f32", "f32, sizes fixed"),
+        ("openvino-bf16", "bf16", "bf16, sizes fixed"),
+        ("openvino-int8", "bf16", "int8 by NNCF, static, the rest in bf16, sizes fixed"),
+    ],
+)
+def test_openvino_is_given_the_file_and_its_sizes(
+    side: str, precision: str, note: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = SimpleNamespace(reshape=_Called(), outputs=[SimpleNamespace(get_any_name=lambda: "y")])
+    request = SimpleNamespace(infer=_Called({0: 5}))
+    compiles = _Called(SimpleNamespace(create_infer_request=lambda: request))
+    core, quantizes = SimpleNamespace(read_model=_Called(model)), _Called(model)
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=lambda: core, compile_model=compiles))
+    kinds = SimpleNamespace(TRANSFORMER="t")
+    nncf = SimpleNamespace(Dataset=list, quantize=quantizes, ModelType=kinds)
+    monkeypatch.setitem(sys.modules, "nncf", nncf)
+    run, told = serving.OPENERS[side](spec_of(tmp_path, side, {"x": np.ones((2, 3))}))
+    assert (run(), told) == ({"y": 5}, note)
+    assert core.read_model.calls == [(("m.onnx",), {})]
+    assert model.reshape.calls == [(({"x_0": [2, 3]},), {})]
+    hints = {"INFERENCE_NUM_THREADS": 3, "INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+    assert compiles.calls == [((model, "CPU", hints), {})]
+    assert [options for _, options in quantizes.calls] == (
+        [{"model_type": "t", "subset_size": 1}] if side.endswith("int8") else []
+    )
+
+
+@pytest.mark.parametrize("pooled", [None, [[1.0]]])
+@pytest.mark.parametrize("side", ["ctranslate2", "ctranslate2-int8"])
+def test_ctranslate2_is_given_ids_and_lengths(
+    side: str, pooled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in (("config.json", '{"model_type": "bert"}'), ("vocab.txt", "")):
+        (tmp_path / name).write_text(text)
+    found = SimpleNamespace(pooler_output=pooled, last_hidden_state=[[2.0]])
+    encoder, convert = SimpleNamespace(forward_batch=_Called(found)), _Called()
+    reads, made = _Called(SimpleNamespace(convert=convert)), _Called(encoder)
+    package = SimpleNamespace(
+        Encoder=made,
+        StorageView=SimpleNamespace(from_array=lambda array: array),
+        converters=SimpleNamespace(TransformersConverter=reads),
+    )
+    monkeypatch.setitem(sys.modules, "ctranslate2", package)
+    spec = spec_of(tmp_path, side, {"ids": np.ones((2, 3), np.int64)}, folder=str(tmp_path))
+    run, note = serving.OPENERS[side](spec)
+    assert run() == {"hidden": [[2.0]], **({} if pooled is None else {"pooled": pooled})}
+    form = "int8" if side.endswith("int8") else "float32"
+    assert note == ("dynamic int8, the encoder" if form == "int8" else "float32, the encoder")
+    assert reads.calls == [((str(tmp_path),), {})]
+    assert convert.calls == [((str(tmp_path / f"o.{form}"),), {"quantization": form})]
+    settings = {"device": "cpu", "compute_type": form, "inter_threads": 1, "intra_threads": 3}
+    assert made.calls == [((str(tmp_path / f"o.{form}"),), settings)]
+    (((words, lengths), _),) = encoder.forward_batch.calls
+    assert (words.dtype, words.shape, lengths.tolist(), lengths.dtype) == (np.int32, (2, 3), [3, 3], np.int32)
+
+
+@pytest.mark.parametrize(
+    ("folder", "arrays", "why"),
+    [
+        ("", {"ids": np.ones((1, 3), np.int64)}, "CTranslate2 reads a folder of Hugging Face's, which this model is"),
+        ("t5", {"ids": np.ones((1, 3), np.int64)}, "CTranslate2 runs no part of a t5 by itself"),
+        ("t5", {"x": np.ones(3)}, "CTranslate2 takes tokens alone, and this model 1 inputs"),
+    ],
+)
+def test_what_ctranslate2_is_not_given(
+    folder: str, arrays: dict[str, Any], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ctranslate2", SimpleNamespace())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": folder}))
+    with pytest.raises(serving.Unfit, match=why):
+        serving.OPENERS["ctranslate2"](spec_of(tmp_path, "ctranslate2", arrays, folder=folder and str(tmp_path)))
