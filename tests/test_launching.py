@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from treadle.ir.errors import RankError
+from treadle.ir.errors import RankError, UsageError
 from treadle.runtime.distributed import launching
 from treadle.runtime.distributed.launching import PATIENCE, launch_ranks
 
@@ -84,6 +84,13 @@ def test_each_rank_is_told_its_place(machine: _Machine, monkeypatch: pytest.Monk
     (port,) = {each.env["MASTER_PORT"] for each in machine.started}
     assert int(port) > 1023
     assert machine.told == []
+
+
+def test_there_is_one_rank_or_more(machine: _Machine) -> None:
+    machine.plans = {0: (0.0, 0, None)}
+    assert launch_ranks(["a"], 1) == 0
+    with pytest.raises(UsageError, match="there is 1 rank or more, not 0"):
+        launch_ranks(["a"], 0)
 
 
 @pytest.mark.parametrize(
