@@ -83,7 +83,7 @@ class Writer(ServedWriter):
             submit(orders)
             return [
                 SimpleNamespace(cancel=lambda: self.cancelled.append(1), reused=reused)
-                for _, reused in zip(orders, (5, 3, 4, 2), strict=False)
+                for _, reused in zip(orders, (5, 3, 1, 2), strict=False)
             ]
 
         self.cancelled: list[int] = []
@@ -195,7 +195,7 @@ def test_prompts_that_several_texts_follow_count_once() -> None:
     status, body = asked.post("/v1/completions", {"model": "tiny", "prompt": ["a", "b"], "max_tokens": 6, "n": 2})
     assert status == 200
     used = {"prompt_tokens": 8, "completion_tokens": 4, "total_tokens": 12}
-    assert json.loads(body)["usage"] == {**used, "prompt_tokens_details": {"cached_tokens": 3 + 2}}
+    assert json.loads(body)["usage"] == {**used, "prompt_tokens_details": {"cached_tokens": 3 + 1}}
     assert 'treadle_first_token_seconds_count{model="tiny"} 1.0' in asked("GET", "/metrics")[1]
 
 
@@ -270,3 +270,50 @@ def test_what_is_served_is_listed() -> None:
     assert (status, json.loads(body)) == (404, missing)
     assert json.loads(asked("GET", "/v1/nothing")[1]) == error("there is nothing at this address", "not_found_error")
     assert asked("GET", "/health/")[0] == 404
+    for path in ("/v1/models", "/v1/completions"):
+        status, body = asked("PUT", path)
+        other = error("this address takes another method", "invalid_request_error")
+        assert (status, json.loads(body)) == (405, other)
+    asked("GET", "/metrics")
+    assert asked.headers["content-type"].startswith("text/plain; version=0.0.4")
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [("application/json", 503), (" Application/JSON ; charset=utf-8", 503), ("text/plain", 415), ("", 415)],
+)
+def test_bodies_are_json(kind: str, status: int) -> None:
+    def submit(orders: Any) -> None:
+        raise Closed("closed")
+
+    asked = Asked(Writer(submit))
+    assert asked.post("/v1/completions", PROMPT, **{"content-type": kind})[0] == status
+
+
+def test_bodies_are_as_long_as_they_may_be() -> None:
+    def submit(orders: Any) -> None:
+        raise Closed("closed")
+
+    body = json.dumps(PROMPT).encode()
+    parts = [{"type": "http.request", "body": body[:9], "more_body": True}, {"type": "http.request", "body": body[9:]}]
+    for limit, status in ((len(body), 503), (len(body) - 1, 413)):
+        asked = Asked(Writer(submit), limits=Limits(body=limit))
+        found, told = asked("POST", "/v1/completions", *parts)
+        assert found == status
+    message = f"the body has more than {len(body) - 1} bytes"
+    assert json.loads(told) == error(message, "invalid_request_error", "body_too_large")
+
+
+def test_models_do_what_they_are_for() -> None:
+    writer = Writer(lambda orders: None)
+    found = Embedded(np.array([[0.5, 1.0]], np.float32), (3,), ())
+    embedder: Any = ServedEmbedder("vectors", SimpleNamespace(width=2, embed_reporting=lambda texts: found), queue=1)  # type: ignore[arg-type]
+    asked = Asked(writer, embedder)
+    status, body = asked.post("/v1/embeddings", {"model": "vectors", "input": "a"})
+    assert (status, json.loads(body)) == (200, embeddings("vectors", found.vectors, 3, as_bytes=False))
+    for path, given, what in (
+        ("/v1/completions", {**PROMPT, "model": "vectors"}, "vectors embeds, and writes nothing"),
+        ("/v1/embeddings", {"model": "tiny", "input": "a"}, "tiny writes, and embeds nothing"),
+    ):
+        status, body = asked.post(path, given)
+        assert (status, json.loads(body)) == (400, error(what, "invalid_request_error", param="model"))

