@@ -140,6 +140,82 @@ def test_a_kernel_in_two_places_is_counted_together() -> None:
     assert _joined(one, other) == replace(one, calls=5, seconds=4e-3, source="m.py:7")
 
 
+def test_a_kernel_is_held_to_the_longer_of_its_operations_and_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates are those of our own large product, of the library's, or of a kernel that is quicker than both."""
+
+    class Kernels:
+        nbytes, threads = 1000, 2
+
+    rows = [
+        replace(MADE.rows[0], calls=2, seconds=1.0, flops=100, bytes=10, least=0.0),
+        replace(MADE.rows[0], calls=1, seconds=1.0, flops=1000, bytes=9000, least=0.0),
+        replace(MADE.rows[1], calls=1, seconds=0.5, flops=900, bytes=10, least=0.0),
+    ]
+    asked: list[Any] = []
+    monkeypatch.setattr(roofline, "KernelExecutable", Kernels)
+    monkeypatch.setattr(roofline, "draw_inputs", lambda graph, sizes, seed: asked.append(("drawn", sizes, seed)))
+    monkeypatch.setattr(roofline, "time_calls", lambda exe, inputs, rounds: asked.append(("timed", rounds)))
+    monkeypatch.setattr(roofline, "_rows", lambda model, calls: iter(rows))
+    monkeypatch.setattr(
+        roofline, "measured_limits", lambda *given: asked.append(given) or {"flops": 500.0, "read": 90.0}
+    )
+    monkeypatch.setattr(roofline, "_rate", lambda dtype, target, rounds: {"f32": 400.0, "int8": 1500.0}[dtype])
+    graph = SimpleNamespace(states={})
+    model: Any = SimpleNamespace(executable=Kernels(), graph=graph, name="m", target="cpu", backend="tvm")
+    found = measure_roofline(model, {"B": 1})
+    assert asked == [("drawn", {"B": 1}, [0]), ("timed", 9), (1000, 2)]
+    assert found.rates == {"f32": 1000.0, "int8": 1800.0}
+    assert [row.least for row in found.rows] == [10 / 90, 100.0, 0.5]
+    assert (found.model, found.target, found.threads, found.sizes) == ("m", "cpu", 2, {"B": 1})
+    assert (found.read, found.held) == (90.0, 1000)
+    monkeypatch.setattr(roofline, "measured_limits", lambda *given: {"flops": 2000.0, "read": 90.0})
+    assert measure_roofline(model, {"B": 1}, rounds=3, seed=4).rates == {"f32": 2000.0, "int8": 1800.0}
+    assert asked[3:] == [("drawn", {"B": 1}, [4]), ("timed", 3)]
+
+
+@pytest.mark.parametrize(("dtype", "scheme", "passes"), [("f32", None, 0), ("bf16", None, 1), ("int8", "int8", 0)])
+def test_a_rate_is_that_of_a_large_product_of_ours(
+    dtype: str, scheme: str | None, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Kernels:
+        pass
+
+    asked: dict[str, Any] = {}
+    made = SimpleNamespace(executable=Kernels())
+    monkeypatch.setattr(roofline, "KernelExecutable", Kernels)
+    monkeypatch.setattr(roofline, "compiled", lambda graph, **how: asked.update(how, graph=graph) or made)
+
+    def timed(exe: Any, inputs: Any, rounds: int) -> list[Any]:
+        asked.update(inputs, rounds=rounds)
+        return [SimpleNamespace(seconds=seconds) for seconds in (1e-3, 0.25)]
+
+    monkeypatch.setattr(roofline, "time_calls", timed)
+    assert roofline._rate(dtype, Target("cpu"), 7) == 2 * 1536**3 / 0.25
+    assert (asked["backend"], asked["quantize"], len(asked["passes"]), asked["rounds"]) == ("tvm", scheme, passes, 7)
+    assert asked["x"].shape == asked["weights"]["w"].shape == (1536, 1536)
+    assert asked["x"].dtype == asked["weights"]["w"].dtype == np.float32
+
+
+def test_bytes_are_of_each_storage_once_the_largest_view_of_it() -> None:
+    def elements(count: int) -> Any:
+        return SimpleNamespace(evaluate=lambda sizes: count * sizes["B"])
+
+    def view(storage: Any, shape: list[int] | None) -> Any:
+        panels = None if shape is not None else "panels"
+        return SimpleNamespace(
+            storage=storage, shape=[elements(n) for n in shape or [99]], dtype=SimpleNamespace(bytes=4), panels=panels
+        )
+
+    kinds = roofline.StorageKind
+    arena, status = (SimpleNamespace(kind=kind, elements=elements(6)) for kind in (kinds.LOCAL, kinds.STATUS))
+    weight = SimpleNamespace(kind=kinds.CONSTANT, elements=elements(5))
+    pointers = [view(arena, [2]), view(arena, [1, 1]), view(status, [6]), view(weight, None)]
+    step: Any = SimpleNamespace(pointers=pointers)
+    assert roofline._bytes(step, {"B": 3}) == 4 * 3 * 3 + 4 * 5 * 3
+    pointers[:] = [view(arena, [9])]
+    assert roofline._bytes(step, {"B": 3}) == 4 * 6 * 3, "no more than the storage has"
+
+
 def test_a_model_with_states_has_no_roofline() -> None:
     made: Any = treadle.compile("bert", backend="tvm", **SMALL)
     stateful: Any = SimpleNamespace(executable=made.executable, name="m", graph=SimpleNamespace(states={"keys": ()}))
