@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -13,13 +14,13 @@ import pytest
 from treadle.ir.errors import UsageError
 from treadle.passes.stepping.functions import CAPACITY, SLOTS
 from treadle.runtime import scheduler, session
-from treadle.runtime.beams import Beams
+from treadle.runtime.beams import Beams, beam_search
 from treadle.runtime.generation import Choosing, Token, checked_prompts, count_of, generate, is_full, prompt_ahead
 from treadle.runtime.sampling import Sampling
 from treadle.runtime.scheduler import Cut, Ended, Load, QueueFull, Scheduler, TextOrder, Ticket
 from treadle.runtime.session import Session
 from treadle.runtime.slots import LEAST, Ring, Row, Slots
-from treadle.runtime.speculation import DraftModel, PromptLookup, SpeculationTally, _margin
+from treadle.runtime.speculation import DraftModel, PromptLookup, SpeculationTally, _margin, speculate
 from treadle.runtime.token_rules import TokenRules, log_probabilities
 
 # -- what is chosen ----------------------------------------------------------------------------------------------------
@@ -147,6 +148,24 @@ def test_the_last_token_may_be_a_given_one() -> None:
     choosing = Choosing(2, rules=TokenRules(last=0, fewest=2), stop=frozenset({1}))
     assert choosing.choose(np.array([1.0, 3.0, 2.0]), 0, [], []) == 2
     assert choosing.choose(np.array([1.0, 3.0, 2.0]), 0, [], [2]) == 0
+
+
+@pytest.mark.parametrize("rules", [None, TokenRules(banned=(0,))])
+def test_a_draw_is_told_its_row_and_step(rules: TokenRules | None) -> None:
+    asked: list[Any] = []
+    draws: Any = SimpleNamespace(choose=lambda scores, **how: asked.append((scores.tolist(), how)) or 1)
+    assert Choosing(9, draws, rules).choose(np.zeros(2), 5, [1], [1, 1, 1]) == 1
+    assert asked == [([-np.inf if rules else 0.0, 0.0], {"row": 5, "step": 3})]
+
+
+def test_what_is_asked_of_all_texts_where_nothing_is_said() -> None:
+    def defaults(function: Any) -> dict[str, Any]:
+        return {n: p.default for n, p in inspect.signature(function).parameters.items() if p.default is not p.empty}
+
+    nothing = {"sampling": None, "rules": None, "stop": (), "until": None, "likely": 0, "inputs": None}
+    assert defaults(generate) == nothing
+    assert defaults(speculate) == {**nothing, "tally": None}
+    assert defaults(beam_search) == {"beams": None, "rules": None, "stop": (), "inputs": None}
 
 
 @pytest.mark.parametrize("most", [-1, True, 1.5, "3"])
@@ -533,6 +552,23 @@ def test_a_scheduler_takes_as_many_as_may_wait(opened: Any) -> None:
     for prompt in ((), (0,) * 101, (60,), (-1,)):
         with pytest.raises(UsageError):
             made.check(prompt)
+
+
+def test_a_load_is_what_a_scheduler_does_and_has_done(opened: Any) -> None:
+    """As the second token of each text is told, and once all have ended."""
+    _, own = opened(rows=2, chunk=4)
+    made, loads, ends = Scheduler(own, piece=3), list[Load](), list[Any]()
+
+    def tell(told: Any) -> None:
+        (ends if isinstance(told, Ended) else loads).append(made.load())
+
+    made.submit([(TextOrder((1, 2, 3, 4, number), Choosing(2)), tell) for number in range(3)])
+    assert made.load() == Load(waiting=3)
+    made.start()
+    made.close(drain=60.0)
+    assert len(ends) == 3
+    assert loads[2] == Load(running=2, waiting=1, steps=1, prefilled=10, generated=2)
+    assert made.load() == Load(steps=2, prefilled=15, generated=6)
 
 
 def test_an_order_is_late_after_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
