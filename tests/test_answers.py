@@ -20,7 +20,10 @@ from tests.golden import Golden
 from treadle.embedding import Embedded
 from treadle.ir.errors import UsageError
 from treadle.runtime.generation import Token
+from treadle.runtime.sampling import Sampling
 from treadle.runtime.scheduler import Closed, Cut, Ended, Load, QueueFull, TextOrder
+from treadle.runtime.token_rules import TokenRules
+from treadle.serving import answering
 from treadle.serving.answers import AnswerForm, GrowingChoice, PromptTokens, embeddings, text_of
 from treadle.serving.application import Limits, Server
 from treadle.serving.models import ServedEmbedder, ServedWriter
@@ -276,6 +279,29 @@ def test_what_is_served_is_listed() -> None:
         assert (status, json.loads(body)) == (405, other)
     asked("GET", "/metrics")
     assert asked.headers["content-type"].startswith("text/plain; version=0.0.4")
+
+
+@pytest.mark.parametrize(("logprobs", "likely"), [(None, 0), (0, 0), (3, 3)])
+def test_an_order_is_what_was_asked_for(logprobs: int | None, likely: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its texts end with the model's own tokens, with the caller's strings, and with the request's time."""
+    orders: list[TextOrder] = []
+
+    def submit(given: Sequence[tuple[TextOrder, Any]]) -> None:
+        orders.extend(order for order, _ in given)
+        raise Closed("closed")
+
+    writer = Writer(submit)
+    writer.writer.end = (3, 1)
+    monkeypatch.setattr(answering, "time", SimpleNamespace(monotonic=lambda: 100.0))
+    how = {"logprobs": logprobs, "stop": ["at"], "temperature": 0.5, "seed": 4, "presence_penalty": 1, "n": 2}
+    Asked(writer, limits=Limits(seconds=7.0)).post("/v1/completions", {**PROMPT, **how})
+    assert [(order.prompt, order.number, order.until) for order in orders] == [((0, 1, 2, 3), n, 107.0) for n in (0, 1)]
+    choosing = orders[0].choosing
+    assert (choosing.most, choosing.likely, choosing.stop) == (4, likely, frozenset({1, 3}))
+    assert choosing.sampling == Sampling(temperature=0.5, seed=4)
+    assert choosing.rules == TokenRules(presence_penalty=1.0)
+    assert choosing.until is not None
+    assert [choosing.until(0, token) for token in (0, 3)] == [False, True], "the sat"
 
 
 @pytest.mark.parametrize(
