@@ -13,7 +13,7 @@ import pytest
 
 from treadle.ir.errors import RankError, UsageError
 from treadle.runtime.distributed import launching
-from treadle.runtime.distributed.launching import PATIENCE, launch_ranks
+from treadle.runtime.distributed.launching import launch_ranks
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are ended by signals")
 
@@ -94,22 +94,24 @@ def test_there_is_one_rank_or_more(machine: _Machine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("plans", "code", "told"),
+    ("plans", "code", "ended", "told"),
     [
-        ([(0.5, 3, None), (1.0, 0, None)], 3, []),
-        ([(0.5, 1, None), (1.0, 4, None), (2.0, 0, None)], 4, []),
-        ([(0.0, 1, None), (PATIENCE - 0.1, 0, None)], 1, []),
-        ([(0.0, 1, None), (PATIENCE + 0.1, 5, -signal.SIGTERM)], 1, ["1001 is asked at 2.5"]),
-        ([(9.0, 0, None), (0.0, 2, None)], 2, ["1000 is asked at 2.5", "1000 is killed at 2.7"]),
-        ([(0.0, -signal.SIGKILL, None), (0.5, 2, None)], 2, []),
+        ([(0.5, 3, None), (1.0, 0, None)], 3, 1.0, []),
+        ([(0.5, 1, None), (1.0, 4, None), (2.0, 0, None)], 4, 2.0, []),
+        ([(0.0, 1, None), (2.4, 0, None)], 1, 2.4, []),
+        ([(0.0, 1, None), (2.6, 5, -signal.SIGTERM)], 1, 2.5, ["1001 is asked at 2.5"]),
+        ([(9.0, 0, None), (0.0, 2, None)], 2, 2.7, ["1000 is asked at 2.5", "1000 is killed at 2.7"]),
+        ([(0.0, -signal.SIGKILL, None), (0.5, 2, None)], 2, 0.5, []),
     ],
 )
-def test_who_is_left_after_a_failure_is_ended(plans: list[Plan], code: int, told: list[str], machine: _Machine) -> None:
+def test_who_is_left_after_a_failure_is_ended(
+    plans: list[Plan], code: int, ended: float, told: list[str], machine: _Machine
+) -> None:
     """They have 2.5 s to end by themselves, and another 0.2 s once they are asked."""
-    assert PATIENCE == 2.5
     machine.plans = dict(enumerate(plans))
     assert launch_ranks(["a"], len(plans)) == code
     assert machine.told == told
+    assert machine.now == pytest.approx(ended, abs=0.05)
 
 
 def test_the_first_rank_that_a_signal_ended_is_told(machine: _Machine) -> None:

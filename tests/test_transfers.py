@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from tests.distributed_threads import World
-from treadle.ir.errors import RankError
+from treadle.ir.errors import GraphError, RankError
 from treadle.ir.op_registry import find_op
 from treadle.ir.ops.collectives import Starting
 from treadle.ir.placement.mesh import Mesh
@@ -172,6 +172,29 @@ def test_a_run_ends_when_all_that_was_handed_on_has_come(world: World) -> None:
     assert world.run(runs) == [[[0], [0]], [[5], [6]], []]
     assert len(world.sent) == 2 + 4, "and what the two told each other"
     assert all(world.sent)
+
+
+def test_what_is_waited_for_is_what_was_begun_first(world: World) -> None:
+    """Of one kind, over the same axes."""
+    starts = [
+        find_op("start_gather").make(over="tp", ways=3, axis=axis, size=6, because=f"axis {axis}") for axis in (0, 1)
+    ]
+    first, second = (start.awaited for start in starts)  # type: ignore[attr-defined]
+    met = joined(world, ("tp",), "tp=3")
+
+    def runs(rank: int) -> Any:
+        own, part = met[rank], np.full((2, 2), rank)
+        with own.running(""):
+            for start in starts:
+                own.begin(start, part)  # type: ignore[arg-type]
+            with pytest.raises(GraphError, match="all_gather over tp has not begun") as error:
+                own.exchange(second, part)
+            found = [own.exchange(op, part).shape for op in (first, second)]
+        with own.running(""), pytest.raises(GraphError, match="all_gather over tp has not begun"):
+            own.exchange(first, part)  # what an earlier run began is forgotten
+        return found, error.value.received
+
+    assert world.run(runs) == [([(6, 2), (2, 6)], "axis 1")] * 3
 
 
 def test_outputs_are_sent_and_received(world: World) -> None:

@@ -7,6 +7,7 @@ rank takes, and the one that it brings.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -173,7 +174,7 @@ def _all_to_all(op: AllToAll, given: torch.Tensor, group: RankGroup, told: Seque
         [told[group.at][2] if d == axis else row[3] if d == onto else n for d, n in enumerate(given.shape)]
         for row in told
     ]
-    counts = [int(np.prod(shape, dtype=np.int64)) * given.element_size() for shape in shapes]
+    counts = [math.prod(shape) * given.element_size() for shape in shapes]
     made = torch.empty(sum(counts), dtype=torch.uint8, device=given.device)
     brought = torch.cat([as_bytes(piece) for piece in sent])
     dist.all_to_all_single(made, brought, counts, [held_bytes(piece) for piece in sent], group=group.handle)
