@@ -565,6 +565,8 @@ def test_a_load_is_what_a_scheduler_does_and_has_done(opened: Any) -> None:
     made.submit([(TextOrder((1, 2, 3, 4, number), Choosing(2)), tell) for number in range(3)])
     assert made.load() == Load(waiting=3)
     made.start()
+    assert made._thread is not None
+    assert made._thread.daemon, "it keeps no process"
     made.close(drain=60.0)
     assert len(ends) == 3
     assert loads[2] == Load(running=2, waiting=1, steps=1, prefilled=10, generated=2)

@@ -214,6 +214,49 @@ def test_a_template_is_a_megabyte_long_at_most(processes: list[_Worker]) -> None
     assert not processes, "none starts before a conversation"
 
 
+def test_a_process_is_given_nothing_but_its_folder_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even the variables of this one; what it says is read by a thread that keeps no process."""
+    started: dict[str, Any] = {}
+    threads: list[Any] = []
+    ended: list[str] = []
+
+    class Pipe(io.StringIO):
+        broken = False
+
+        def flush(self) -> None:
+            if self.broken:
+                raise BrokenPipeError
+
+    def start(command: list[str], **how: Any) -> Any:
+        started.update(how, command=command)
+        calls = {name: lambda name=name: ended.append(name) for name in ("kill", "wait")}
+        return SimpleNamespace(stdin=Pipe(), stdout=io.StringIO(" ready\n"), **calls)
+
+    monkeypatch.setattr(templates.subprocess, "Popen", start)
+    thread = templates.threading.Thread
+    monkeypatch.setattr(templates.threading, "Thread", lambda **how: threads.append(how["daemon"]) or thread(**how))
+    monkeypatch.setenv("SECRET", "1")
+    monkeypatch.setenv("SYSTEMROOT", "windows")
+    own = templates._Worker("folder", 5)
+    python, alone, script, *rest = started["command"]
+    assert (python, alone, rest) == (sys.executable, "-I", ["folder", "5"])
+    assert script.endswith("template_worker.py")
+    assert started["env"] == {"SYSTEMROOT": "windows"}
+    assert (started["encoding"], started["stderr"]) == ("utf-8", templates.subprocess.DEVNULL)
+    assert threads == [True]
+    assert [own.answer(20.0), own.answer(20.0), own.answer(0.01)] == ["ready", "", None]
+    pipe: Any = own.process.stdin
+    assert own.ask("a", 0.01) is None
+    assert pipe.getvalue() == "a\n"
+    pipe.broken = True
+    assert own.ask("b", 0.01) == ""
+    pipe.broken = False
+    own.end()
+    own.end()
+    assert ended == ["kill", "wait"]
+    assert pipe.closed
+
+
 @pytest.mark.parametrize(
     ("context", "asked", "capacity"), [(None, None, 4096), (4097, None, 4096), (300, None, 300), (9999, 5000, 5000)]
 )

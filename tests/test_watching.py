@@ -363,6 +363,19 @@ def test_the_end_of_a_process_that_failed_is_prepared_once(monkeypatch: pytest.M
     assert prepared == [watch._end_at_once]
 
 
+def test_threads_of_the_watch_keep_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, Any]] = []
+    thread = SimpleNamespace(start=lambda: None)
+    monkeypatch.setattr(threading, "Thread", lambda **how: made.append(how) or thread)
+    watch = Watch(1, 2, 30.0)
+    watch._start(watch._attend)
+    watch._fail(Failure("w", "r", 1))
+    assert made == [
+        {"target": watch._attend, "name": "treadle watch", "daemon": True},
+        {"target": watch._end_process, "name": "treadle end", "daemon": True},
+    ]
+
+
 @pytest.fixture
 def line() -> Iterator[tuple[_Line, socket.socket]]:
     """A connection, and its other end."""
