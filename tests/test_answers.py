@@ -86,7 +86,7 @@ class Writer(ServedWriter):
             submit(orders)
             return [
                 SimpleNamespace(cancel=lambda: self.cancelled.append(1), reused=reused)
-                for _, reused in zip(orders, (5, 3, 1, 2), strict=False)
+                for _, reused in zip(orders, (5, 3, 1, 2, 9, 4), strict=False)
             ]
 
         self.cancelled: list[int] = []
@@ -188,17 +188,17 @@ def test_prompts_that_several_texts_follow_count_once() -> None:
     """What slots held of a prompt is the least that one of its texts was begun with."""
 
     def submit(orders: Sequence[tuple[TextOrder, Any]]) -> None:
-        assert [order.number for order, _ in orders] == [0, 1, 0, 1]
+        assert [order.number for order, _ in orders] == [0, 1] * 3
         assert {order.choosing.most for order, _ in orders} == {6}
         for _, tell in orders:
             tell(Token(0, 0, "stop"))
             tell(Ended())
 
     asked = Asked(Writer(submit))
-    status, body = asked.post("/v1/completions", {"model": "tiny", "prompt": ["a", "b"], "max_tokens": 6, "n": 2})
+    status, body = asked.post("/v1/completions", {"model": "tiny", "prompt": ["a", "b", "c"], "max_tokens": 6, "n": 2})
     assert status == 200
-    used = {"prompt_tokens": 8, "completion_tokens": 4, "total_tokens": 12}
-    assert json.loads(body)["usage"] == {**used, "prompt_tokens_details": {"cached_tokens": 3 + 1}}
+    used = {"prompt_tokens": 12, "completion_tokens": 6, "total_tokens": 18}
+    assert json.loads(body)["usage"] == {**used, "prompt_tokens_details": {"cached_tokens": 3 + 1 + 4}}
     assert 'treadle_first_token_seconds_count{model="tiny"} 1.0' in asked("GET", "/metrics")[1]
 
 
