@@ -281,6 +281,40 @@ def test_what_is_served_is_listed() -> None:
     assert asked.headers["content-type"].startswith("text/plain; version=0.0.4")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_talk_is_answered_as_a_talk(stream: bool) -> None:
+    """Of tokens that come one after the other the first alone is timed."""
+
+    def submit(orders: Sequence[tuple[TextOrder, Any]]) -> None:
+        ((_, tell),) = orders
+        loop = asyncio.get_running_loop()
+        for n, told in enumerate([Token(0, 0), Token(0, 1), Token(0, 3, "stop"), Ended()]):
+            loop.call_later(n / 200, tell, told)
+
+    writer = Writer(submit)
+    writer.chat_ids = lambda messages: (0, 1)  # type: ignore[method-assign]
+    asked = Asked(writer)
+    messages = [{"role": "user", "content": "a"}]
+    status, body = asked.post("/v1/chat/completions", {"model": "tiny", "messages": messages, "stream": stream})
+    assert status == 200
+    if stream:
+        *events, done, rest = body.split("\n\n")
+        assert (done, rest) == ("data: [DONE]", "")
+        told = [json.loads(each.removeprefix("data: ")) for each in events]
+        assert {each["object"] for each in told} == {"chat.completion.chunk"}
+        assert told[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+        assert [each["choices"][0]["finish_reason"] for each in told] == [None, None, None, "stop"]
+    else:
+        whole = json.loads(body)
+        assert whole["object"] == "chat.completion"
+        assert whole["choices"][0]["message"]["role"] == "assistant"
+        assert whole["usage"]["completion_tokens"] == 3
+    lines = dict(line.rsplit(" ", 1) for line in asked("GET", "/metrics")[1].splitlines() if line[0] != "#")
+    assert lines['treadle_first_token_seconds_count{model="tiny"}'] == "1.0"
+    assert 0 <= float(lines['treadle_first_token_seconds_sum{model="tiny"}']) < 60
+    assert 0 <= float(lines['treadle_request_seconds_sum{route="/v1/chat/completions"}']) < 60
+
+
 @pytest.mark.parametrize(("logprobs", "likely"), [(None, 0), (0, 0), (3, 3)])
 def test_an_order_is_what_was_asked_for(logprobs: int | None, likely: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its texts end with the model's own tokens, with the caller's strings, and with the request's time."""

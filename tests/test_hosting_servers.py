@@ -163,6 +163,16 @@ def test_prompts_and_talks_are_read_as_tokens() -> None:
     assert closed == [1]
 
 
+def test_who_waits_to_embed_is_counted() -> None:
+    waiting: list[int] = []
+    embedder: Any = SimpleNamespace(width=3, embed_reporting=lambda texts: waiting.append(served._waiting))
+    served = ServedEmbedder("m", embedder, queue=1)
+    for _ in range(2):
+        served.embed(["a"])
+    assert [*waiting, served._waiting] == [1, 1, 0]
+    assert served.told == "embeddings of 3 numbers"
+
+
 def test_an_error_is_an_answer_on_a_line() -> None:
     told = refused(TreadleError("a\n b", received="c\nd", hint="e"), field="f", code="g")
     assert (told.message, told.status, told.field, told.code) == ("a b; received c d; e", 400, "f", "g")
