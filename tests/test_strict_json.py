@@ -96,3 +96,8 @@ def test_null_is_passed_over() -> None:
     reader = JsonReader(b" null,nul", "a header", nesting=1, values=1)
     assert [reader.take_null(), reader.take(b","), reader.take_null()] == [True, True, False]
     assert reader.position == 6
+
+
+def test_items_are_counted_from_0() -> None:
+    reader = JsonReader(b"[7, 8, 9]", "a header", nesting=1, values=1)
+    assert [(count, reader.size("a size")) for count in reader.items()] == [(0, 7), (1, 8), (2, 9)]
