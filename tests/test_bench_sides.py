@@ -159,6 +159,7 @@ def test_a_side_is_started_with_its_threads_and_asked_line_by_line(monkeypatch: 
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     assert [started["env"][name] for name in names] == ["3"] * 3
     assert (started["text"], started["stderr"]) == (True, subprocess.DEVNULL)
+    assert (started["stdin"], started["stdout"]) == (subprocess.PIPE, subprocess.PIPE)
     with pytest.raises(UsageError, match="a side of the benchmark ended while it ran") as error:
         side.peak()
     assert error.value.received == "its process ended with status 9"
@@ -167,12 +168,20 @@ def test_a_side_is_started_with_its_threads_and_asked_line_by_line(monkeypatch: 
     assert answers.closed
 
 
+class _Flushed(io.StringIO):
+    count = 0
+
+    def flush(self) -> None:
+        self.count += 1
+
+
 @contextmanager
 def process(spec: dict[str, Any], asked: str, patch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
     """What a side's process answers, in this one."""
-    answers = io.StringIO()
+    answers = _Flushed()
     copies: list[Any] = []
-    system = SimpleNamespace(dup=lambda n: 90 + n, dup2=lambda *n: copies.append(n), fdopen=lambda *n: answers)
+    opened = {(91, "w"): answers}
+    system = SimpleNamespace(dup=lambda n: 90 + n, dup2=lambda *n: copies.append(n), fdopen=lambda *n: opened[n])
     patch.setattr(serving, "os", system)
     patch.setattr(sys, "argv", ["serving.py", json.dumps(spec)])
     patch.setattr(sys, "stdin", io.StringIO(asked))
@@ -180,6 +189,7 @@ def process(spec: dict[str, Any], asked: str, patch: pytest.MonkeyPatch) -> Iter
     serving.main()
     found.extend(map(json.loads, answers.getvalue().splitlines()))
     assert copies == [(2, 1)], "what a package prints is no answer"
+    assert answers.count >= len(found), "who asked waits for each"
     yield found
 
 

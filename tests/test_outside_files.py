@@ -136,6 +136,19 @@ def test_a_file_of_which_nobody_can_tell_whether_it_is_locked_stays(
     assert left.exists() != swept
 
 
+@posix
+def test_what_is_no_file_of_the_users_is_not_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f".a-{n:012x}" for n in range(3)]
+    os.mkfifo(tmp_path / names[0])
+    (tmp_path / names[1]).symlink_to(tmp_path / names[2])
+    (tmp_path / names[2]).write_bytes(b"")
+    user = os.geteuid()
+    for owner, left in ((user + 1, names), (user, names[:2])):
+        monkeypatch.setattr(os, "geteuid", lambda owner=owner: owner)
+        whole_files._sweep_dead(tmp_path / "a")
+        assert sorted(each.name for each in tmp_path.iterdir()) == left
+
+
 def test_only_what_is_staged_and_a_day_old_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     day, now = 86400, 2_000_000_000
     monkeypatch.setattr(whole_files, "time", SimpleNamespace(time=lambda: now))

@@ -103,17 +103,26 @@ def test_a_process_that_renders_has_memory_and_nothing_else(monkeypatch: pytest.
     assert limits["memory"] == (99, 99)
 
 
-def test_requests_are_answered_line_by_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+class _Flushed(io.StringIO):
+    count = 0
+
+    def flush(self) -> None:
+        self.count += 1
+
+
+def test_requests_are_answered_line_by_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once: who asked waits for each answer."""
     memory: list[int] = []
     asked = [json.dumps({"template": each, "values": {}, "most": 9}) + "\n" for each in ("a", "{{ b")]
     monkeypatch.setattr(worker, "confine", memory.append)
     monkeypatch.setattr(sys, "path", ["here"])
     monkeypatch.setattr(sys, "argv", ["worker", "jinja", "77"])
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(asked)))
+    out = _Flushed()
+    monkeypatch.setattr(sys, "stdout", out)
     worker.main()
-    first, *answers = capsys.readouterr().out.splitlines()
+    first, *answers = out.getvalue().splitlines()
+    assert out.count == 3
     assert (first, memory, sys.path) == ("ready", [77], ["here", "jinja"])
     assert [list(json.loads(each)) for each in answers] == [["text"], ["error"]]
 
@@ -226,6 +235,10 @@ def test_a_process_is_given_nothing_but_its_folder_and_memory(monkeypatch: pytes
         def flush(self) -> None:
             if self.broken:
                 raise BrokenPipeError
+
+        def close(self) -> None:
+            self.flush()
+            super().close()
 
     def start(command: list[str], **how: Any) -> Any:
         started.update(how, command=command)

@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ class Benchmark:
     cost: Cost
     flops: float
     read: float
-    rounds: int = field(default=0)
+    rounds: int
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain data."""
