@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import sys
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("jinja2")
@@ -282,3 +284,44 @@ def test_a_conversation_is_as_long_as_the_model_takes(context: int | None, asked
     assert talk.messages == [{"role": "system", "content": "s"}]
     assert Conversation.open(writer).messages == []
     assert CAPACITY == 4096
+
+
+def test_a_turn_is_read_as_the_template_wrote_it() -> None:
+    """With no special tokens beside its own; draws differ from turn to turn."""
+    asked: list[Any] = []
+    chosen = iter([4, 9, 4, 4])
+    session = SimpleNamespace(
+        capacity=3, who_takes="the model", full="error", length=lambda row: 1,
+        resume=lambda ids: asked.append(("resume", ids)) or 0,
+        prefill=lambda tokens: asked.append(("prefill", tokens)) or {0: np.zeros(10)},
+        step=lambda tokens: asked.append(("step", tokens)) or {0: np.zeros(10)},
+        close=lambda row, keep: asked.append(("close", row, keep)),
+    )  # fmt: skip
+    sampling: Any = SimpleNamespace(choose=lambda scores, row, step: asked.append(("draw", row, step)) or next(chosen))
+    tokens = [[1, 2], [1, 2, 3], [1, 2, 3, 4]]
+    writer: Any = SimpleNamespace(
+        end=(9,),
+        tokenizer=SimpleNamespace(text=lambda ids, **_: "x" * len(ids)),
+        tokens=lambda texts, **how: asked.append((texts, how)) or [tokens.pop(0)],
+    )
+    template: Any = SimpleNamespace(render=lambda messages: f"{len(messages)}")
+    talk = Conversation(writer, template, session)  # type: ignore[arg-type]
+    pieces = list(talk.say("a", most=5, sampling=sampling))
+    assert [(piece.id, piece.ending) for piece in pieces] == [(4, None), (9, "end")]
+    assert [message["role"] for message in talk.messages] == ["user", "assistant"]
+    first = [(["1"], {"special": False}), ("resume", [1, 2]), ("prefill", {0: [2]})]
+    assert asked == [*first, ("draw", 1, 0), ("step", {0: 4}), ("draw", 1, 1)]
+    asked.clear()
+    pieces = list(talk.say("b", most=2, sampling=sampling))
+    assert [piece.ending for piece in pieces] == [None, "count"]
+    assert asked[1:4] == [("close", 0, True), ("resume", [1, 2, 3]), ("prefill", {0: [2, 3]})]
+    assert ("draw", 3, 1) in asked
+    before = list(talk.messages)
+    with pytest.raises(UsageError, match="the conversation has 4 tokens, the model takes 3") as error:
+        next(talk.say("c"))
+    assert error.value.hint == "a new conversation"
+    with pytest.raises(UsageError, match="a reply has 1 token or more") as error:
+        next(talk.say("c", most=0))
+    assert error.value.received == "0"
+    assert talk.messages == before
+    assert inspect.signature(Conversation.say).parameters["most"].default == 512
