@@ -24,6 +24,7 @@ from treadle.runtime.sampling import Sampling
 from treadle.runtime.scheduler import Closed, Cut, Ended, Load, QueueFull, TextOrder
 from treadle.runtime.token_rules import TokenRules
 from treadle.serving import answering
+from treadle.serving.answering import Answering
 from treadle.serving.answers import AnswerForm, GrowingChoice, PromptTokens, embeddings, text_of
 from treadle.serving.application import Limits, Server
 from treadle.serving.models import ServedEmbedder, ServedWriter
@@ -200,6 +201,12 @@ def test_prompts_that_several_texts_follow_count_once() -> None:
     used = {"prompt_tokens": 12, "completion_tokens": 6, "total_tokens": 18}
     assert json.loads(body)["usage"] == {**used, "prompt_tokens_details": {"cached_tokens": 3 + 1 + 4}}
     assert 'treadle_first_token_seconds_count{model="tiny"} 1.0' in asked("GET", "/metrics")[1]
+
+
+def test_without_an_event_loop_nothing_is_answered() -> None:
+    how: Any = SimpleNamespace(choices=1)
+    with pytest.raises(RuntimeError, match="no running event loop"):
+        Answering(Writer(lambda orders: pytest.fail("they were submitted")), [(1,)], how, seconds=1.0)
 
 
 def test_a_text_of_no_length_may_be_as_long_as_there_is_room() -> None:

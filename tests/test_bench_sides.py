@@ -20,6 +20,7 @@ import pytest
 
 from treadle.benching import benchmark, serving
 from treadle.benching.benchmark import BenchRow, bench_model
+from treadle.benching.serving import Unfit
 from treadle.benching.sides import PEERS, Side, peers_of
 from treadle.benching.workload import Workload, files_of
 from treadle.ir.errors import UsageError
@@ -213,7 +214,7 @@ def test_a_sides_process_answers(threads: int, tmp_path: Path, monkeypatch: pyte
     [
         (ImportError("gone", name="nncf"), "nncf is not installed"),
         (ImportError("gone"), "gone is not installed"),
-        (serving.Unfit("it is none"), "it is none"),
+        (Unfit("it is none"), "it is none"),
         (ValueError("a\n  b" + "c" * 400), "ValueError: a b" + "c" * 385),
     ],
 )
@@ -373,5 +374,5 @@ def test_what_ctranslate2_is_not_given(
 ) -> None:
     monkeypatch.setitem(sys.modules, "ctranslate2", SimpleNamespace())
     (tmp_path / "config.json").write_text(json.dumps({"model_type": folder}))
-    with pytest.raises(serving.Unfit, match=why):
+    with pytest.raises(Unfit, match=why):
         serving.OPENERS["ctranslate2"](spec_of(tmp_path, "ctranslate2", arrays, folder=folder and str(tmp_path)))

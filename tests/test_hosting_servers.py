@@ -20,6 +20,7 @@ from treadle.serving.application import Limits
 from treadle.serving.models import CAPACITY, QUEUE, ROWS, Opening, ServedEmbedder, ServedWriter
 from treadle.serving.refusals import RequestRefusal, refused
 from treadle.serving.requests import Prompt
+from treadle.serving.running import CONNECTIONS, serve
 
 # -- the process -------------------------------------------------------------------------------------------------------
 
@@ -59,7 +60,7 @@ def test_a_server_listens_before_it_says_so(drain: float | None, seconds: int, u
     said: list[str] = []
     given: dict[str, Any] = {"limits": Limits(), "ready": said.append}
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    running.serve([], host="127.0.0.1", port=0, **given, **({} if drain is None else {"drain": drain}))
+    serve([], host="127.0.0.1", port=0, **given, **({} if drain is None else {"drain": drain}))
     (address,) = said
     assert address.startswith("http://127.0.0.1:") and address.endswith("/v1")
     assert uvicorn.told.pop("application") is not None
@@ -70,6 +71,7 @@ def test_a_server_listens_before_it_says_so(drain: float | None, seconds: int, u
         "limit_concurrency": 1024,
         "timeout_graceful_shutdown": seconds,
     }
+    assert CONNECTIONS == 1024
     assert uvicorn.listening.fileno() == -1, "it is closed"
     assert all(mine is not other for mine, other in zip(uvicorn.handlers, before, strict=True))
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
@@ -78,7 +80,7 @@ def test_a_server_listens_before_it_says_so(drain: float | None, seconds: int, u
 def test_a_server_in_a_thread_leaves_signals_alone(uvicorn: _Uvicorn) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     how: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "limits": Limits()}
-    thread = threading.Thread(target=running.serve, args=([],), kwargs=how)
+    thread = threading.Thread(target=serve, args=([],), kwargs=how)
     thread.start()
     thread.join(20)
     assert uvicorn.handlers == before

@@ -17,10 +17,11 @@ pytest.importorskip("jinja2")
 from treadle.chatting import template_worker as worker
 from treadle.chatting import templates
 from treadle.chatting.conversation import CAPACITY, Conversation
+from treadle.chatting.template_worker import environment
 from treadle.chatting.templates import ChatTemplate
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
 
-MADE = worker.environment()
+MADE = environment()
 
 
 def rendered(template: str, most: int = 1000, **values: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from treadle.ir.ops.collectives import Starting
 from treadle.ir.placement.mesh import Mesh
 from treadle.runtime.distributed import communicator
 from treadle.runtime.distributed.communicator import Communicator, Traffic
+from treadle.runtime.distributed.transfers import RankGroup
 
 Array = np.ndarray[Any, Any]
 
@@ -226,7 +227,7 @@ def test_what_a_rank_waits_for_is_told() -> None:
     plan: Any = SimpleNamespace(devices=Mesh.of("tp=2"), functions=())
     failed = lambda error, what: RankError(what, received=str(error))  # noqa: E731
     met = Communicator(plan, 0, torch.device("cpu"), 60.0, waiting, failed)
-    met.groups["tp"] = communicator.RankGroup((0, 1), 0, None)
+    met.groups["tp"] = RankGroup((0, 1), 0, None)
 
     def breaks(*given: Any, **how: Any) -> None:
         raise RuntimeError("closed")
