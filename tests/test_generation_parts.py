@@ -14,7 +14,7 @@ import pytest
 from treadle.ir.errors import UsageError
 from treadle.passes.stepping.functions import CAPACITY, SLOTS
 from treadle.runtime import scheduler, session
-from treadle.runtime.beams import Beams, beam_search
+from treadle.runtime.beams import Beams, _Search, _Task, beam_search
 from treadle.runtime.generation import Choosing, Token, checked_prompts, count_of, generate, is_full, prompt_ahead
 from treadle.runtime.sampling import Sampling
 from treadle.runtime.scheduler import Cut, Ended, Load, QueueFull, Scheduler, TextOrder, Ticket
@@ -294,6 +294,25 @@ def test_a_draft_guesses_as_much_as_its_row_takes(
     assert own.calls[-1] == ("close", 7)
     assert own.calls.count(("close", 7)) == 1
     assert DraftModel(own).count == 4
+
+
+def test_as_many_beams_go_on_where_each_may_end() -> None:
+    """Each continuation has a row: its beam's own for the first, a fork for another; who goes on no more is closed."""
+    rows, closed = iter(range(1, 99)), list[int]()
+    own: Any = SimpleNamespace(capacity=99, full="error", fork=lambda row: next(rows), close=closed.append)
+    task = _Task(own, Beams(3, early="never"), TokenRules(), frozenset({0}))
+    search = _Search(task, [1], 10, 0)
+    logits = np.log([0.9, 0.04, 0.03, 0.02, 0.01])
+    search.logits = {0: logits}
+    assert search.advance() == {0: 1, 1: 2, 2: 3}
+    search.logits = dict.fromkeys(range(3), logits)
+    assert search.advance() == {0: 1, 3: 2, 1: 1}
+    assert [beam.made for beam in search.going] == [(1, 1), (1, 2), (2, 1)]
+    assert closed == [2]
+    assert [text.tokens for text in search.finished] == [(0,), (1, 0), (2, 0)]
+    assert search.best() == search.finished[:1]
+    search.close()
+    assert closed == [2, 0, 3, 1]
 
 
 # -- slots -------------------------------------------------------------------------------------------------------------

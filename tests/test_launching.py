@@ -115,10 +115,15 @@ def test_who_is_left_after_a_failure_is_ended(
 
 
 def test_the_first_rank_that_a_signal_ended_is_told(machine: _Machine) -> None:
-    machine.plans = {0: (9.0, 0, -signal.SIGTERM), 1: (0.5, -signal.SIGSEGV, None), 2: (1.0, -signal.SIGKILL, None)}
+    machine.plans = {
+        0: (9.0, 0, -signal.SIGTERM),
+        1: (0.5, -signal.SIGSEGV, None),
+        2: (1.0, -signal.SIGKILL, None),
+        3: (0.2, 0, None),
+    }
     with pytest.raises(RankError, match=r"^rank 1 was ended by SIGSEGV\n") as error:
-        launch_ranks(["a"], 3)
-    assert error.value.received == "3 ranks"
+        launch_ranks(["a"], 4)
+    assert error.value.received == "4 ranks"
 
 
 def test_ranks_end_with_a_launcher_that_is_asked_to(machine: _Machine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,6 +87,10 @@ def waits(doing: str, since: float, silent: float = 0.0) -> RankStatus:
             "rank 1 does not come: rank 0 waits in a for 5.0 s; rank 1: in a, not heard of for 2.5 s",
         ),
         ([waits("a", 5), waits("b", 0)], "ranks wait for others that do not come: rank 0: in a; rank 1: in b"),
+        (
+            [waits("a", 5), waits("b", 0, silent=2)],
+            "ranks wait for others that do not come: rank 0: in a; rank 1: in b",
+        ),
     ],
 )
 def test_who_does_not_come_is_told_after_the_timeout(
