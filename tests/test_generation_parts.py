@@ -296,20 +296,22 @@ def test_a_draft_guesses_as_much_as_its_row_takes(
     assert DraftModel(own).count == 4
 
 
-def test_as_many_beams_go_on_where_each_may_end() -> None:
+@pytest.mark.parametrize(("ends", "shares"), [((0,), (0.9, 0.0)), ((0, 5), (0.45, 0.4))])
+def test_as_many_beams_go_on_where_each_may_end(ends: tuple[int, ...], shares: tuple[float, float]) -> None:
     """Each continuation has a row: its beam's own for the first, a fork for another; who goes on no more is closed."""
     rows, closed = iter(range(1, 99)), list[int]()
     own: Any = SimpleNamespace(capacity=99, full="error", fork=lambda row: next(rows), close=closed.append)
-    task = _Task(own, Beams(3, early="never"), TokenRules(), frozenset({0}))
+    task = _Task(own, Beams(3, early="never"), TokenRules(), frozenset(ends))
     search = _Search(task, [1], 10, 0)
-    logits = np.log([0.9, 0.04, 0.03, 0.02, 0.01])
+    logits = np.log([shares[0], 0.04, 0.03, 0.02, 0.01, shares[1] or 1e-9])
     search.logits = {0: logits}
     assert search.advance() == {0: 1, 1: 2, 2: 3}
     search.logits = dict.fromkeys(range(3), logits)
     assert search.advance() == {0: 1, 3: 2, 1: 1}
     assert [beam.made for beam in search.going] == [(1, 1), (1, 2), (2, 1)]
     assert closed == [2]
-    assert [text.tokens for text in search.finished] == [(0,), (1, 0), (2, 0)]
+    if len(ends) == 1:
+        assert [text.tokens for text in search.finished] == [(0,), (1, 0), (2, 0)]
     assert search.best() == search.finished[:1]
     search.close()
     assert closed == [2, 0, 3, 1]
