@@ -310,7 +310,9 @@ def _importing(file: str) -> list[str]:
     module = ".".join(
         ("treadle", *(part for part in Path(file).with_suffix("").parts if part not in ("treadle", "__init__")))
     )
-    return [name for name, text in _texts().items() if f"from {module} import" in text]
+    package, _, own = module.rpartition(".")
+    ways = re.compile(rf"from {module} import|import {module}\b|from {package} import [^\n]*\b{own}\b")
+    return [name for name, text in _texts().items() if ways.search(text)]
 
 
 def _named_by(file: str) -> list[str]:

@@ -104,6 +104,7 @@ def test_an_op_has_the_cases_that_the_suite_makes_of_it() -> None:
 def test_modules_that_import_a_file_may_notice_its_mistakes() -> None:
     assert _importing("treadle/fitting.py") == ["tests/test_terminal.py"]
     assert "tests/test_onnx_export.py" in _importing("backends/onnx/spelling.py")
+    assert "tests/test_backend_ops.py" in _importing("backends/numpy/attention_kernels.py"), "as a name of its package"
 
 
 @pytest.mark.parametrize(("cases", "kept"), [(1, 1), (9, 9), (20, 10), (100, 20), (5344, 185)])
