@@ -259,6 +259,42 @@ def test_outputs_are_whole_on_every_rank_where_all_go_on_from_them() -> None:
     assert apart("gpt2", whole) < NEAR
 
 
+@pytest.mark.parametrize(
+    ("asked", "gathered"),
+    [({"up[0]": "tp"}, ["output y is whole", "output w is whole"]), ({"batch": "tp"}, ["output y is whole"])],
+)
+def test_a_weight_that_is_an_output_is_whole_too(asked: dict[str, str], gathered: list[str]) -> None:
+    b = Builder(Graph("returned"))
+    x, w = b.input("x", "f32[B, 12]"), b.parameter("up", "f32[18, 12]")
+    y = b.linear(x, w)
+    b.outputs(y=y, w=w, again=w, x=x)
+    whole = with_whole_outputs(shard(b.graph, "tp=2", axes=asked))
+    check_sharding(whole)
+    assert [c.because for c in whole.collectives()] == gathered
+    weights, inputs = {"up": np.arange(216.0).reshape(18, 12)}, {"x": np.arange(36.0).reshape(3, 12)}
+    wanted = {"y": inputs["x"] @ weights["up"].T, "w": weights["up"], "again": weights["up"], **inputs}
+    np.testing.assert_equal(run_lab(whole, inputs, weights).outputs, wanted)
+
+
+def test_what_is_gathered_for_use_already_is_gathered_once() -> None:
+    b = Builder(Graph("returned"))
+    w = b.parameter("up", "f32[18, 12]")
+    b.outputs(y=b.linear(b.input("x", "f32[B, 12]"), w), w=w)
+    whole = with_whole_outputs(shard(b.graph, "dp=2", recipe="fsdp"))
+    check_sharding(whole)
+    assert [c.because for c in whole.collectives()] == [
+        "up is stored in parts and gathered for use",
+        "output y is whole",
+    ]
+
+
+def test_without_a_node_no_weight_is_gathered() -> None:
+    b = Builder(Graph("returned"))
+    b.outputs(w=b.parameter("up", "f32[18, 12]"))
+    with pytest.raises(PassError, match="output w is a weight in parts, and no node is there to gather it at"):
+        with_whole_outputs(shard(b.graph, "tp=2", axes={"up[0]": "tp"}))
+
+
 def test_what_is_planned_has_one_entry_and_a_size_for_each_symbol() -> None:
     mesh = Mesh.of("tp=2")
     stepped = blocks()
