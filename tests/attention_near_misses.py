@@ -187,6 +187,42 @@ def _there_and_back(b: Builder) -> Expr:
     return scaled(b, lambda x: b.where(rows(b), x, LOW) * 2.0 * 0.5)
 
 
+def _of_three(b: Builder) -> Expr:
+    """Queries, keys and weights of their features in one product"""
+    q, k, v = q_k_v(b)
+    x = b.einsum(q, k, b.input("w", f"f32[{SIZE}]"), equation="b h s d, b h t d, d -> b h s t")
+    return b.softmax(x) @ v
+
+
+def _one_key(b: Builder) -> Expr:
+    q = b.input("q", f"f32[B, {HEADS}, S, {SIZE}]")
+    k, v = (b.input(n, f"f32[B, {HEADS}, 1, {SIZE}]") for n in "kv")
+    return b.softmax(q @ swapped(b, k)) @ v
+
+
+def many_addends(b: Builder, count: int) -> Expr:
+    """One bias, added so often"""
+
+    def change(x: Expr) -> Expr:
+        each = bias(b, "f32[S, S]")
+        for _ in range(count):
+            x = x + each
+        return x
+
+    return products(b, change)
+
+
+def many_casts(b: Builder, count: int) -> Expr:
+    """Probabilities that are cast so often, by casts of which no two are one"""
+
+    def change(b: Builder, p: Expr) -> Expr:
+        for n in range(count - 1):
+            p = b.cast(p, to=("f16", "bf16")[n % 2])
+        return b.cast(p, to="f32")
+
+    return _after(change)(b)
+
+
 NEAR_MISSES = [
     NearMiss("softmax over queries", _wrong_axis, "does not sum over the axis of the softmax"),
     NearMiss("softmax over heads", _over_heads, "the softmax is over an axis that both factors of the scores have"),
@@ -234,6 +270,18 @@ NEAR_MISSES = [
         lambda b: scaled(b, lambda x: x - b.where(rows(b), 0.0, b.constant(-math.inf))),
         "what is added to the scores may be inf",
     ),
+    NearMiss("three factors", _of_three, "the product is of 3 operands, not of queries and keys"),
+    NearMiss("one key", _one_key, "there is one key, and the softmax of one score is 1"),
+    NearMiss(
+        "whole probabilities",
+        _after(lambda b, p: b.cast(b.cast(p, to="i32"), to="f32")),
+        "the probabilities are cast to i32",
+    ),
+    NearMiss("scores times nothing", lambda b: products(b, lambda x: x * 0.0), "the scores are multiplied by 0"),
+    NearMiss("scores by infinity", lambda b: products(b, lambda x: x / math.inf), "the scores are divided by inf"),
+    NearMiss("two caps", lambda b: scaled(b, lambda x: b.tanh(b.tanh(x / 30.0) * 20.0)), "a second soft-cap"),
+    NearMiss("many addends", lambda b: many_addends(b, 48), "the chain before the softmax is too long"),
+    NearMiss("many casts", lambda b: many_casts(b, 48), "the chain after the softmax is too long"),
     # what is fused, but as another term than it looks like
     NearMiss(
         "triangle one off", lambda b: masked(b, lambda: triangle(b, off=1)), "keeps keys up to 1 after", "mask(s t)"

@@ -15,9 +15,10 @@ os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")  # idle threads of TVM'
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.error_texts import ErrorTexts, comparing
+from tests import error_texts, refusal_texts
 from tests.golden import Golden
 from tests.known_certificates import remember
+from treadle.passes.framework.manager import PassManager
 
 settings.register_profile("treadle", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("treadle")  # a busy machine is no fault of a test
@@ -54,14 +55,18 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _errors_read_as_they_did(
+def _texts_read_as_they_did(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[None]:
-    """Every error of ours that a test meets in `pytest.raises` stands in tests/golden/errors/."""
+    """What a test meets in `pytest.raises` and in logs of passes stands in tests/golden/errors/ and refusals/."""
     config = request.config
-    texts = ErrorTexts(Golden(_updates(config)), str(tmp_path_factory.getbasetemp()))
+    golden = Golden(_updates(config))
+    errors = error_texts.ErrorTexts(golden, str(tmp_path_factory.getbasetemp()))
+    refusals = refusal_texts.refusals(golden)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pytest, "raises", comparing(pytest.raises, texts))
+        patch.setattr(pytest, "raises", error_texts.comparing(pytest.raises, errors))
+        patch.setattr(PassManager, "run", refusal_texts.comparing(PassManager.run, refusals))
         yield
     some = config.getoption("keyword") or config.getoption("markexpr") or any("::" in name for name in config.args)
-    texts.write(whole=not some)
+    for texts in (errors, refusals):
+        texts.write(whole=not some)

@@ -27,7 +27,7 @@ raises_freely = pytest.raises
 
 _ROOT = str(FOLDER.parents[1])
 _HEADING = """\
-Errors that {} provokes, in the order of their texts. `make golden` writes this file.
+{} that {} provokes, in the order of their texts. `make golden` writes this file.
 """
 _BETWEEN = "\n\n"
 
@@ -71,30 +71,32 @@ def _ours(caught: BaseException | None) -> TreadleError | None:
     return caught if isinstance(caught, TreadleError) else None
 
 
-class ErrorTexts:
-    """The golden texts of all modules. Two processes cannot write the files: an update runs in one."""
+class KnownTexts:
+    """The golden texts of all modules. Two processes cannot write the files: an update runs in one.
 
-    def __init__(self, golden: Golden, folder: str) -> None:
-        self.golden, self.folder, self.cache = golden, folder, str(cache_folder())
+    kind   what they are: "errors", also the folder below tests/golden/
+    """
+
+    def __init__(self, golden: Golden, kind: str) -> None:
+        self.golden, self.kind = golden, kind
         self.known: dict[str, set[str]] = {}
         self.met: dict[str, set[str]] = {}
 
-    def compare(self, module: str, error: BaseException) -> None:
-        """Raise what `pytest.fail` does where the error's text is none of the module's."""
-        text = text_of(error, self.folder, self.cache)
+    def compare(self, module: str, text: str) -> None:
+        """Raise what `pytest.fail` does where the text is none of the module's."""
         if self.golden.update:
             self.met.setdefault(module, set()).add(text)
         elif text not in (known := self._read(module)):
             near = "\n\n".join(get_close_matches(text, known, n=1, cutoff=0.0))
             raise pytest.fail.Exception(
-                f"an error reads as no other in tests/golden/errors/{module}.txt:\n\n{text}\n\nthe nearest there:\n\n"
+                f"this is none of tests/golden/{self.kind}/{module}.txt:\n\n{text}\n\nthe nearest there:\n\n"
                 f"{near}\n\npytest --update-golden {module}.py accepts it",
                 pytrace=False,
             )
 
     def _read(self, module: str) -> set[str]:
         if module not in self.known:
-            path = FOLDER / "errors" / f"{module}.txt"
+            path = FOLDER / self.kind / f"{module}.txt"
             _, *texts = path.read_text(encoding="utf-8").split(_BETWEEN) if path.exists() else ("",)
             self.known[module] = {text.removesuffix("\n") for text in texts}
         return self.known[module]
@@ -103,7 +105,26 @@ class ErrorTexts:
         """Write the texts of each module that was run; as a whole, or with what was known before."""
         for module, texts in self.met.items():
             kept = texts if whole else texts | self._read(module)
-            self.golden(f"errors/{module}.txt", _BETWEEN.join([_HEADING.format(module).strip(), *sorted(kept)]))
+            heading = _HEADING.format(self.kind.capitalize(), module).strip()
+            self.golden(f"{self.kind}/{module}.txt", _BETWEEN.join([heading, *sorted(kept)]))
+
+
+class ErrorTexts(KnownTexts):
+    """The texts of errors; `folder` is the one below which the tests' own folders lie."""
+
+    def __init__(self, golden: Golden, folder: str) -> None:
+        super().__init__(golden, "errors")
+        self.folder, self.cache = folder, str(cache_folder())
+
+    def compare_error(self, module: str, error: BaseException) -> None:
+        """Raise what `pytest.fail` does where the error's text is none of the module's."""
+        self.compare(module, text_of(error, self.folder, self.cache))
+
+
+def current_module() -> str:
+    """The module of the test that runs; "" where none does."""
+    found = re.match(r"tests/(\w+)\.py", os.environ.get("PYTEST_CURRENT_TEST", ""))
+    return found[1] if found else ""
 
 
 class _Compared:
@@ -119,10 +140,9 @@ class _Compared:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         caught: bool = self.raises.__exit__(kind, error, trace)
-        module = re.match(r"tests/(\w+)\.py", os.environ.get("PYTEST_CURRENT_TEST", ""))
-        ours = _ours(error)
-        if caught and ours is not None and module is not None and not currently_in_test_context():
-            self.texts.compare(module[1], ours)
+        module, ours = current_module(), _ours(error)
+        if caught and ours is not None and module and not currently_in_test_context():
+            self.texts.compare_error(module, ours)
         return caught
 
 

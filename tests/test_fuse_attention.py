@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
-from tests.attention_near_misses import NEAR_MISSES, NearMiss
+from tests.attention_near_misses import NEAR_MISSES, NearMiss, many_addends, many_casts
 from tests.attention_numbers import assert_equal_everywhere, computed, draw
 from tests.attention_programs import (
     FORMS,
@@ -212,6 +214,19 @@ def test_each_near_miss_says_why(miss: NearMiss) -> None:
     else:
         assert [terms_of(op) for op in attentions(optimized.graph)] == [miss.terms]
     assert_equal_everywhere(before, optimized.graph, ROUNDING)
+
+
+@pytest.mark.parametrize("build", [many_addends, many_casts])
+def test_the_longest_chain_is_looked_through(build: Callable[[Builder, int], Expr]) -> None:
+    """47 steps, and the product; with one more it is a near miss."""
+    graph = graph_of(lambda b: build(b, 47))
+    assert len(attentions(PassManager(PASSES, certify=False).run(graph).graph)) == 1
+
+
+def test_scores_that_are_an_output_too_are_left_alone() -> None:
+    text = BEFORE.replace("-> (y: f32[B, S, 32])", "-> (y: f32[B, S, 32], z: f32[B, 4, S, S])")
+    (event,) = optimize(text.replace("return y = y", "return y = y, z = scaled"), FuseAttention()).log[0].refusals
+    assert event.reason == "the scores are an output as well, after mul"
 
 
 def test_a_refusal_names_the_node_and_what_had_matched() -> None:

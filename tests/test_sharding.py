@@ -33,7 +33,7 @@ from treadle.passes.sharding.checking import check_sharding
 from treadle.passes.sharding.plan import ShardingPlan, Share
 from treadle.passes.sharding.plan_printing import plan_hash, plan_json
 from treadle.passes.sharding.planning import plan_sharding
-from treadle.passes.sharding.rank_programs import rank_program, rank_weights
+from treadle.passes.sharding.rank_programs import rank_program, rank_weights, refuse_small_sizes
 from treadle.passes.sharding.recipes import RECIPES, shard
 from treadle.passes.sharding.wanted import Wanted
 from treadle.passes.sharding.whole_outputs import with_whole_outputs
@@ -563,6 +563,17 @@ def test_the_checker_and_the_lab_each_find_a_wrong_collective(name: str) -> None
                 continue  # ranks that do not meet, or parts that do not fit
             assert far > EXACT
     assert found
+
+
+def test_a_rank_has_at_least_one_unit_of_what_is_split() -> None:
+    b = Builder(Graph("joined"))
+    b.outputs(y=b.tanh(b.rearrange(b.input("x", "f32[S, 4]"), pattern="s d -> (s d)")))
+    plan = shard(b.graph, "tp=3", axes={"S": "tp"})
+    assert plan.main.gives[0].text(plan.mesh) == "[tp*4]"
+    refuse_small_sizes(plan, {"S": 3})
+    refuse_small_sizes(plan, {})
+    with pytest.raises(PassError, match=r"rearrange: 2 along 4\*S do not give each of 3 ranks a part"):
+        refuse_small_sizes(plan, {"S": 2})
 
 
 def changed_node(plan: ShardingPlan, function: int, at: int, **changes: Any) -> ShardingPlan:

@@ -48,7 +48,7 @@ def read_plan(record: Any, graph: Graph, *, most_ranks: int = MOST_RANKS) -> Sha
     try:
         plan = _Reader(record, graph, most_ranks).plan()
     except TreadleError as error:
-        raise PassError("the sharding plan cannot be read", received=str(error.what)) from error
+        raise PassError("the sharding plan cannot be read", received=str(error.what), hint=error.hint) from error
     except (TypeError, KeyError, AttributeError, ValueError, IndexError, AssertionError, RecursionError) as error:
         raise PassError(
             "the sharding plan is not as it is written", received=f"{type(error).__name__}: {error}"[:200]

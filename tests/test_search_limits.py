@@ -1,0 +1,191 @@
+"""How far passes look: what lies just within a limit is found, what lies just past it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+
+import numpy as np
+import pytest
+
+from tests.attention_programs import LOW, products, scaled, triangle
+from tests.pass_programs import optimize, program
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.graph import Function, Graph
+from treadle.ir.types import f32, i64
+from treadle.passes.cleanup.canonicalize import Canonicalize
+from treadle.passes.cleanup.fold_constants import FoldConstants
+from treadle.passes.cleanup.round_trips import round_trip_at, round_trip_from
+from treadle.passes.framework.manager import PassManager
+from treadle.passes.fusion.attention.fuse_attention import FuseAttention
+from treadle.passes.fusion.fuse_embedding_sum import is_of_embeddings
+from treadle.passes.fusion.fuse_rotary import FuseRotary
+from treadle.passes.fusion.truth_values import is_of_truth
+from treadle.passes.lowering.hoist_weights import HoistWeights
+
+Found = Callable[[int], bool]
+
+
+def chain(x: Expr, step: Callable[[Expr], Expr], count: int) -> Expr:
+    return reduce(lambda y, _: step(y), range(count), x)
+
+
+def embeddings_beneath_scales(count: int) -> bool:
+    b = Builder(Graph("g"))
+    looked_up = b.embedding(b.parameter("w", "f32[9, 4]"), b.input("i", "i64[S]"))
+    return is_of_embeddings(chain(looked_up, lambda y: y * 2.0, count).value)
+
+
+def truths_beneath_products(count: int) -> bool:
+    b = Builder(Graph("g"))
+    return is_of_truth(chain(b.cast(b.input("m", "bool[S]"), to="f32"), lambda y: y * y, count - 1).value)
+
+
+def rounded(count: int) -> Expr:
+    """round(x) cast to i8 and back, with so many steps from the cast back to the rounding, both counted"""
+    b = Builder(Graph("g"))
+    kept = chain(b.round(b.input("x", "f32[S]")), lambda y: b.minimum(y, 127.0), count - 2)
+    return b.cast(b.cast(kept, to="i8"), to="f32")
+
+
+def a_round_trip_upwards(count: int) -> bool:
+    node = rounded(count).value.node
+    assert node is not None
+    return round_trip_at(node) is not None
+
+
+def a_round_trip_downwards(count: int) -> bool:
+    """Counted from the rounding down to the cast back, both among the steps."""
+    y = rounded(count - 1)
+    nodes = y.builder.function.nodes
+    readers = {v: [n for n in nodes if v in n.inputs] for n in nodes for v in (*n.inputs, *n.results)}
+    return round_trip_from(y.builder.function.inputs[0], lambda v: readers[v]) is not None
+
+
+def a_table_that_is_cut(count: int) -> bool:
+    """Of so many values, the result among them."""
+    b = Builder(Graph("g"))
+    table = chain(b.iota(size="T", dtype=i64), lambda y: b.abs(y), count - 1)
+    b.outputs(y=b.slice(table, axis=0, stop="S") + b.input("x", "i64[S]"), t=b.input("z", "i64[T]"))
+    record = PassManager([Canonicalize()], certify=False).run(b.graph).log[0]
+    return any(event.rule == "slice-of-positions" for event in record.matches)
+
+
+def an_index(count: int) -> list[str]:
+    """The rules that fit a lookup by an index of so many values, all that it is made of."""
+    b = Builder(Graph("g"))
+    x, i = b.input("x", "i64[S]"), chain(b.iota(size="S", dtype=i64), lambda y: b.expand(y, shape=("S",)), count - 1)
+    b.outputs(y=b.gather(x, i, axis=0), z=b.where(i < 0, x, i))
+    names = {"gather-of-all", "where-negative"}
+    rules = [rule for rule in Canonicalize().rules if rule.name in names]
+    return [
+        event.rule
+        for rule in rules
+        for event in PassManager([rule], certify=False).run(b.graph).log[0].matches
+    ]
+
+
+def a_lookup_of_all(count: int) -> bool:
+    return "gather-of-all" in an_index(count)
+
+
+def an_index_that_is_not_negative(count: int) -> bool:
+    return "where-negative" in an_index(count)
+
+
+def fused(b: Builder, y: Expr) -> list[str]:
+    b.outputs(y=y)
+    graph = PassManager([FuseAttention()], certify=False).run(b.graph).graph
+    return [term.text for node in graph.main.nodes for term in getattr(node.op, "terms", ())]
+
+
+def a_mask_by_positions(count: int) -> bool:
+    """j <= i, where j is made by so many ops"""
+    b = Builder(Graph("g"))
+    i, j = b.rearrange(b.iota(size="S"), pattern="s -> s 1"), b.iota(size="S")
+    moved = chain(j, lambda y: b.expand(y, shape=("S",)), count - 1)
+    return fused(b, scaled(b, lambda x: b.where(moved <= i, x, LOW))) == ["causal"]
+
+
+def a_bias_by_distance(far: int) -> bool:
+    """T5's buckets, up to this distance"""
+    b = Builder(Graph("g"))
+    i, j = b.rearrange(b.iota(size="S"), pattern="s -> s 1"), b.iota(size="S")
+    distance = -b.minimum(j - i, 0)
+    log = b.log(b.cast(distance, to="f32") / 16) / float(np.log(far / 16)) * 16
+    grown = b.minimum(b.cast(log, to="i64") + 16, 31)
+    table = b.embedding(b.parameter("table", "f32[32, 4]"), b.where(distance < 16, distance, grown))
+    bias = b.rearrange(table, pattern="s t h -> 1 h s t")
+    y = products(b, lambda x: b.where(triangle(b), x + bias, LOW))
+    return fused(b, y) == ["causal", f"t5_relative(32, {far})"]
+
+
+def a_turn_of_moved_tables(count: int) -> bool:
+    """From the sum to the angles' halves so many ops: a product, those between, a cosine or a sine, a concat"""
+    b = Builder(Graph("g"))
+    x = b.input("x", "f32[B, 2, S, 4]")
+    half = b.rearrange(b.cast(b.input("p", "i64[S]"), to="f32"), pattern="s -> s 1") * b.parameter("f", "f32[2]")
+    angles = b.concat(half, half, axis=1)
+    cos, sin = (chain(wave(angles), lambda y: b.expand(y, shape=("S", 4)), count - 4) for wave in (b.cos, b.sin))
+    turned = b.concat(-b.slice(x, axis=3, start=2), b.slice(x, axis=3, stop=2), axis=3)
+    b.outputs(y=x * cos + turned * sin)
+    return bool(PassManager([FuseRotary()], certify=False).run(b.graph).log[0].matches)
+
+
+def a_fold_of_many_bytes(count: int) -> bool:
+    b = Builder(Graph("g"))
+    b.outputs(y=b.input("x", f32[count]) + -b.constant(np.ones(count, np.float32)))
+    return bool(PassManager([FoldConstants()], certify=False).run(b.graph).log[0].matches)
+
+
+def a_fold_that_grows(count: int) -> bool:
+    text = program(f"x: i64[{count}]", f"y: i64[{count}]", f"a = iota(size={count})", "y = add(x, a)", "return y = y")
+    return bool(optimize(text, FoldConstants()).log[0].matches)
+
+
+def what_is_made_of_a_weight(count: int) -> bool:
+    """So many numbers, of a weight of two"""
+    b = Builder(Graph("g"))
+    made = b.exp(b.expand(b.parameter("w", "f32[1, 2]"), shape=(count // 2, 2)))
+    b.outputs(y=b.input("x", f32[count // 2, 2]) + made)
+    return bool(PassManager([HoistWeights()]).run(b.graph).graph.made)
+
+
+def what_leaves_a_block(count: int) -> bool:
+    """So many values"""
+    graph, block = Graph("g"), Function("block")
+    b = Builder(graph, block)
+    b.outputs(y=b.input("x", "f32[4]") + chain(b.parameter("w", "f32[4]"), b.exp, count))
+    graph.add_function(block)
+    b = Builder(graph)
+    b.outputs(y=b.call(block, [b.input("x", "f32[4]"), b.parameter("w", "f32[4]")])[0])
+    return len(PassManager([HoistWeights()]).run(graph).graph.functions) > 2
+
+
+LIMITS: dict[Found, int] = {
+    embeddings_beneath_scales: 8,
+    truths_beneath_products: 8,
+    a_round_trip_upwards: 16,
+    a_round_trip_downwards: 16,
+    a_table_that_is_cut: 32,
+    a_lookup_of_all: 255,
+    an_index_that_is_not_negative: 255,
+    a_mask_by_positions: 32,
+    a_bias_by_distance: 159,
+    a_turn_of_moved_tables: 24,
+    a_fold_of_many_bytes: 1 << 18,
+    a_fold_that_grows: 128,
+    what_leaves_a_block: 1024,
+}
+
+
+@pytest.mark.parametrize("found", LIMITS, ids=lambda found: found.__name__)
+def test_the_last_that_is_found(found: Found) -> None:
+    assert found(LIMITS[found])
+    assert not found(LIMITS[found] + 1)
+
+
+def test_bytes_that_are_made_of_weights() -> None:
+    """Eight times their own, and a megabyte."""
+    assert what_is_made_of_a_weight((8 * 8 + (1 << 20)) // 4)
+    assert not what_is_made_of_a_weight((8 * 8 + (1 << 20)) // 4 + 2)
