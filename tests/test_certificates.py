@@ -430,6 +430,22 @@ def test_folding_is_held_against_the_graphs_own_precision() -> None:
     assert (found.rule, found.error, found.note) == ("fold-constants", 0.0, "equal in their own precision")
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_a_constant_that_is_another_is_undone(dtype: str) -> None:
+    text = program(f"x: {dtype}[B]", f"y: {dtype}[B]", f"a = sqrt(2.0:{dtype})", "d = mul(x, a)", "return y = d")
+    for number, wrong in ((1.0, 1), (2**0.5, 0)):
+        rule = Planted(lambda p, x, y: p.sqrt(p.constant("two")), lambda b, m: b.constant(number, m.result.type.dtype))
+        assert len(rolled_back(certified(text, rule))) == wrong
+
+
+def test_constants_that_cannot_be_computed_are_not_called_equal() -> None:
+    b = Builder(Graph("g"))
+    b.outputs(y=b.input("x", "f32[3]") + b.gather(b.constant([1.0, 2.0]), b.constant(5), axis=0))
+    rule = Planted(lambda p, x, y: p.gather(x, y, axis=0), lambda b, m: b.constant(1.0))
+    (found,) = certificates(certified(b.graph, rule))
+    assert found.note.startswith("not evaluated: ") and not found.cases
+
+
 def test_a_wrong_fold_is_undone() -> None:
     @dataclass(frozen=True)
     class FoldsToOne(Pass):
