@@ -27,6 +27,7 @@ from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.types import f32, parse_type
 from treadle.passes.framework.manager import PassManager
+from treadle.passes.lowering.multiply_blocks import MultiplyBlocks
 from treadle.passes.pipelines import DEFAULT
 from treadle.passes.products.narrow_products import NarrowProducts
 from treadle.passes.quantization.plan_checking import check_encoded_products, check_quantization
@@ -176,6 +177,25 @@ def test_the_product_is_one_of_whole_numbers(encoding: Encoding) -> None:
     np.testing.assert_array_equal(op.reference(held, weight, bias), sums * (s[..., None] * t) + bias)
     near = encoding.decode(held) @ ROWS.decode(weight).T + bias
     np.testing.assert_allclose(op.reference(held, weight, bias), near, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("takes", "taken"), [((), [5, 6]), ((lambda weight: True,), [2, 5, 6])])
+def test_products_that_stay_stand_in_nobodys_way(takes: tuple[Any, ...], taken: list[int]) -> None:
+    """Of numbers, of blocks that do not fit each other, or along another axis; of blocks that the backend does not take."""
+    b = Builder(Graph("g"))
+    x = b.input("x", f32["M", 64])
+    rows, groups = (b.decode(b.encode(x, to=to), of=to) for to in ("uint8_rows", "int8_groups(32)"))
+    four, eight, across = (
+        b.decode(b.parameter(f"w{n}", parse_type(f"f32[64, 64] as {of}")), of=of)
+        for n, of in enumerate(("int4_groups(32)", "int8_rows", "int8_rows(axis=0)"))
+    )
+    made = [b.linear(x, eight), b.linear(rows, four), b.linear(groups, four), b.linear(groups, eight)]
+    made += [b.matmul(rows, eight), b.linear(rows, eight), b.matmul(rows, across)]
+    b.outputs(**{f"y{n}": y for n, y in enumerate(made)})
+    results = PassManager([MultiplyBlocks(*takes)]).run(b.graph).graph.main.results
+    ops = [v.node.op.name for v in results if v.node is not None]
+    assert [n for n, op in enumerate(ops) if op == "encoded_linear"] == taken
+    assert len(ops) == len(made)
 
 
 def test_other_encodings_are_refused() -> None:

@@ -565,6 +565,15 @@ def test_the_checker_and_the_lab_each_find_a_wrong_collective(name: str) -> None
     assert found
 
 
+def test_what_is_read_twice_moves_once_and_what_comes_after_it_too() -> None:
+    b = Builder(Graph("alike"))
+    x, v = b.input("x", "f32[2, 4, 8, 6]"), b.input("v", "f32[2, 4, 8, 6]")
+    b.outputs(y=b.attention(x, x, v))
+    plan = shard(b.graph, "tp=2", axes={"x[1]": "tp"})
+    check_sharding(plan)
+    assert [move.value.name for move in plan.main.nodes[0].moves] == ["x", "v"]
+
+
 def test_a_rank_has_at_least_one_unit_of_what_is_split() -> None:
     b = Builder(Graph("joined"))
     b.outputs(y=b.tanh(b.rearrange(b.input("x", "f32[S, 4]"), pattern="s d -> (s d)")))
