@@ -360,9 +360,12 @@ def test_a_norm_over_a_split_axis_has_the_eps_that_was_written(norm: str) -> Non
     """Its body holds eps in float32: 1e-3 is 1.000000047e-3 there, which float64 would tell apart."""
     b = Builder(Graph("norm"))
     y = b.linear(b.input("x", "f32[B, 64]"), b.parameter("w", "f32[256, 64]")) * 1e-2
-    b.outputs(y=getattr(b, norm)(y, b.parameter("g", "f32[256]"), eps=1e-3))
+    with b.scoped("norm"):
+        b.outputs(y=getattr(b, norm)(y, b.parameter("g", "f32[256]"), eps=1e-3))
     plan = shard_model(b.graph, "tp=4", axes={"w[0]": "tp", "g[0]": "tp"}, sizes={"B": 65536})
     assert plan.main.gives[0].text(plan.mesh) == "[-, tp]"
+    line = str(plan.main.nodes[-1].node.source)
+    assert {(c.op, c.scope, c.line) for c in plan.collectives()} == {("all_reduce", "norm", line)}
     assert try_in_lab(plan).passed
 
 

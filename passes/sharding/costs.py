@@ -9,7 +9,7 @@ from treadle.ir.analysis.cost import node_cost
 from treadle.ir.graph import Node
 from treadle.ir.placement.machines import Machine
 from treadle.ir.placement.mesh import Mesh, SubAxes, ways
-from treadle.ir.placement.placements import MeshPlacement, Split
+from treadle.ir.placement.placements import MeshPlacement
 from treadle.ir.types import Type
 from treadle.passes.sharding.conversions import PlacementStep, seconds_of, seconds_to_pass
 from treadle.passes.sharding.plan import Move, PlannedFunction, PlannedNode
@@ -27,15 +27,6 @@ class HeldArgument:
     placement: MeshPlacement
     stored: SubAxes = ()
     is_weight: bool = False
-
-    @property
-    def used(self) -> MeshPlacement:
-        """The placement without what it is gathered along."""
-        dims = []
-        for split in self.placement.dims:
-            over = tuple(p for p in split.over if p not in self.stored) if split is not None else ()
-            dims.append(Split(over, split.grain) if split is not None and over else None)
-        return MeshPlacement(tuple(dims), self.placement.partial, self.placement.monoid)
 
 
 class Costs:

@@ -273,8 +273,8 @@ class _Body(PlacedValues):
             if value.node is not node:
                 held = self.held.get(value)
                 placements = self.versions(value)
-                if held is not None and held.is_weight:
-                    placements = [held.placement if self.is_narrowing(node) else held.used]
+                if held is not None and held.is_weight:  # what it is split in but stored, wishes say
+                    placements = [held.placement] if self.is_narrowing(node) else []
                 splits += [(d, s) for p in placements for d, s in enumerate(p.dims) if s is not None]
             yield from suggested(application, dims, splits)
 
