@@ -85,11 +85,13 @@ def looked_up(b: Builder, name: str) -> Expr:
 
 
 def projected(b: Builder, *, lies: tuple[str, str] = ("n k", "n k"), other: str = "x", finished: bool = False) -> Expr:
-    """Two products, summed by what is no addition, so that nothing else is a site"""
+    """Two products, summed by what is no addition, so that nothing else is a site; `moved`: with a weight transposed"""
     made = []
     x = x_of(b)
     for name, laid, of in (("w", lies[0], x), ("u", lies[1], x if other == "x" else x_of(b, other))):
-        y = b.linear(of, w_of(b, name)) if laid == "n k" else b.matmul(of, w_of(b, name))
+        w = w_of(b, name)
+        w = b.rearrange(w, pattern="a b -> b a") if "moved" in laid else w
+        y = b.linear(of, w) if laid.startswith("n k") else b.matmul(of, w)
         made.append(b.relu(y) if finished and name == "w" else y)
     return b.maximum(*made)
 
@@ -223,6 +225,18 @@ SITES: dict[str, tuple[Build, list[str]]] = {
     "two products of weights that lie alike": (
         lambda b: projected(b, lies=("k n", "k n")),
         ["projection: matmul matmul"],
+    ),
+    "a weight that is transposed first": (
+        lambda b: projected(b, lies=("n k", "k n moved")),
+        ["projection: linear matmul", "linear: matmul rearrange"],
+    ),
+    "a weight that is transposed to lie the other way": (
+        lambda b: projected(b, lies=("k n", "n k moved")),
+        ["projection: matmul linear"],
+    ),
+    "transposed, and not": (
+        lambda b: projected(b, lies=("k n", "k n moved")),
+        ["linear: matmul rearrange"],
     ),
     "weights that lie otherwise": (lambda b: projected(b, lies=("n k", "k n")), []),
     "products of two values": (lambda b: projected(b, other="y"), []),

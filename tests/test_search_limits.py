@@ -22,6 +22,7 @@ from treadle.passes.fusion.fuse_embedding_sum import is_of_embeddings
 from treadle.passes.fusion.fuse_rotary import FuseRotary
 from treadle.passes.fusion.truth_values import is_of_truth
 from treadle.passes.lowering.hoist_weights import HoistWeights
+from treadle.passes.sites.fusion_sites import find_sites
 
 Found = Callable[[int], bool]
 
@@ -132,6 +133,48 @@ def a_turn_of_moved_tables(count: int) -> bool:
     return bool(PassManager([FuseRotary()], certify=False).run(b.graph).log[0].matches)
 
 
+def sites(b: Builder, y: Expr) -> set[str]:
+    b.outputs(y=y)
+    return {site.kind for site in find_sites(b.graph)}
+
+
+def attention_with_steps_between(count: int) -> bool:
+    """So many ops between the product and the softmax, and as many after it"""
+    b = Builder(Graph("g"))
+    q, k, v = (b.input(name, "f32[S, 4]") for name in "qkv")
+    scores = chain(q @ b.rearrange(k, pattern="t d -> d t"), b.abs, count)
+    return "attention" in sites(b, chain(b.softmax(scores), b.abs, count) @ v)
+
+
+def a_norm_with_steps_before_its_root(count: int) -> bool:
+    b = Builder(Graph("g"))
+    x = b.input("x", "f32[B, 8]")
+    mean = b.reduce_mean(x * x, axes=(-1,), keep=True)
+    return "normalization" in sites(b, x * b.rsqrt(chain(mean, lambda y: y + 1.0, count)))
+
+
+def an_activation_of_what_was_scaled(count: int) -> bool:
+    """So many ops between what is gated and what it is gated by"""
+    b = Builder(Graph("g"))
+    x = b.input("x", "f32[B, 8]")
+    return "activation" in sites(b, x * b.sigmoid(chain(x, lambda y: y * 2.0, count)))
+
+
+def an_epilogue_beneath_moves(count: int) -> bool:
+    """An activation of a product that is moved so often"""
+    b = Builder(Graph("g"))
+    y = b.linear(b.input("x", "f32[B, 8]"), b.parameter("w", "f32[8, 8]"))
+    return "epilogue" in sites(b, b.relu(chain(y, lambda y: b.expand(y, shape=("B", 8)), count)))
+
+
+def a_turn_by_tables_of_many_makings(count: int) -> bool:
+    """A cosine beneath so many ops, and a sine"""
+    b = Builder(Graph("g"))
+    angles = b.input("a", "f32[S, 8]")
+    cos, sin = (chain(wave(angles), lambda y: b.expand(y, shape=("S", 8)), count) for wave in (b.cos, b.sin))
+    return "rotary" in sites(b, b.input("x", "f32[S, 8]") * cos + b.input("z", "f32[S, 8]") * sin)
+
+
 def a_fold_of_many_bytes(count: int) -> bool:
     b = Builder(Graph("g"))
     b.outputs(y=b.input("x", f32[count]) + -b.constant(np.ones(count, np.float32)))
@@ -173,6 +216,11 @@ LIMITS: dict[Found, int] = {
     a_mask_by_positions: 32,
     a_bias_by_distance: 159,
     a_turn_of_moved_tables: 24,
+    attention_with_steps_between: 24,
+    a_norm_with_steps_before_its_root: 24,
+    an_activation_of_what_was_scaled: 6,
+    an_epilogue_beneath_moves: 32,
+    a_turn_by_tables_of_many_makings: 31,
     a_fold_of_many_bytes: 1 << 18,
     a_fold_that_grows: 128,
     what_leaves_a_block: 1024,

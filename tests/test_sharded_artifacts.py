@@ -172,6 +172,10 @@ WRONG: dict[str, tuple[Change, str]] = {
     "an argument less": (lambda r: r["functions"][0]["takes"].pop(), "h takes 16 and gives 1 values"),
     "an operand less": (lambda r: block(r, "linear")["reads"].pop(), "linear reads 2 and gives 1 values"),
     "a result more": (lambda r: block(r, "linear")["gives"].append("[-]"), "linear reads 3 and gives 2 values"),
+    "a long op": (
+        set_in("functions", 0, "nodes", 0, "op", "x" * 90),
+        f"ValueError: {'x' * 80} is told of layer_norm",
+    ),
     "a long name": (set_in("functions", 0, "name", "h" * 101), f"a function called '{'h' * 80}'"),
     "a body of what has none": (lambda r: block(r, "linear").update(body={}), "linear has no body"),
     "a factor over nothing": (lambda r: block(r, "linear")["shares"].update(n="-"), "factor n is split over nothing"),
