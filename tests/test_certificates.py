@@ -17,6 +17,8 @@ from tests.pass_programs import GELU, LAYER_NORM, assert_same_numbers, numbers, 
 from treadle.ir.builder import Builder
 from treadle.ir.graph import Function, Graph, Value
 from treadle.ir.literals import Literal
+from treadle.ir.op_registry import find_op
+from treadle.ir.ops.call import Call
 from treadle.ir.ops.elementwise import Neg
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.target import Target
@@ -352,6 +354,28 @@ class NegatesAnOutput(Pass):
         return 1
 
 
+@dataclass(frozen=True)
+class AddsDifferences(Pass):
+    """a - b --> a + b, in place"""
+
+    def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
+        found = [n for n in function.nodes if n.op.name == "sub"]
+        for node in found:
+            node.op = find_op("add")()
+        return len(found)
+
+
+@dataclass(frozen=True)
+class CallsTheOther(Pass):
+    """f(x) --> g(x), in place"""
+
+    def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
+        found = [n for n in function.nodes if n.op.callee == "f"]
+        for node in found:
+            node.op = Call.of(graph.functions["g"])
+        return len(found)
+
+
 MIXED = program(
     "x: f32[B, S, 8], w: f32[8]",
     "y: f32[B, S, 8], z: f32[B, S, 8]",
@@ -365,12 +389,28 @@ MIXED = program(
 )
 
 
-@pytest.mark.parametrize("each", [SwapsDifferences(), NegatesAnOutput()], ids=lambda each: each.name)
+@pytest.mark.parametrize("each", [SwapsDifferences(), AddsDifferences(), NegatesAnOutput()], ids=lambda each: each.name)
 def test_a_wrong_pass_is_undone(each: Pass) -> None:
     optimized = certified(MIXED, each)
     assert optimized.graph == parse_graph(MIXED)
     assert len(rolled_back(optimized)) == 1
     assert PassManager([each], certify=False).run(parse_graph(MIXED)).graph != parse_graph(MIXED)
+
+
+def test_a_call_of_another_function_is_undone() -> None:
+    graph = Graph("g")
+    for name, op in (("f", "exp"), ("g", "abs")):
+        b = Builder(graph, Function(name))
+        b.outputs(y=getattr(b, op)(b.input("x", "f32[B]")))
+        graph.add_function(b.function)
+    b = Builder(graph)
+    x = b.input("x", "f32[B]")
+    (one,), (other,) = (b.call(graph.functions[name], [x]) for name in "fg")
+    b.outputs(y=one, z=other)
+    optimized = certified(graph, CallsTheOther())
+    assert optimized.graph == graph
+    assert len(rolled_back(optimized)) == 1
+    assert PassManager([CallsTheOther()], certify=False).run(graph).graph != graph
 
 
 def test_a_right_pass_is_certified_and_stays() -> None:
