@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -13,10 +14,11 @@ from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Function, Graph
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.text.parser import parse_graph
+from treadle.ir.types import f64
 from treadle.passes.certificates.certificate import Certificate, Counterexample
 from treadle.passes.certificates.certifying import certify
-from treadle.passes.certificates.region_graphs import shrinkings_of
-from treadle.passes.certificates.regions import MOST_NODES, claim_of_match
+from treadle.passes.certificates.region_graphs import has_numbers, shrinkings_of
+from treadle.passes.certificates.regions import MOST_NODES, Region, claim_of_match
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.framework.rewrite import Match, Rewrite
 
@@ -151,3 +153,50 @@ def test_sizes_that_are_refused_excuse_nothing() -> None:
     b.outputs(y=b.softmax(x * 1.5 + b.slice(table, axis=0, start=0, stop="S")))
     found = certified(b.graph, Planted(lambda p, x, y: p.softmax(x), lambda b, m: b.exp(b.log_softmax(m.x * 2.0))))
     assert len(rolled_back(found)) == 1 and not certificates(found)
+
+
+# -- numbers that are tied to sizes, and what is said ------------------------------------------------------------------
+
+
+def region_of(size: int, number: float) -> Region:
+    b = Builder(Graph("g"))
+    y = b.input("x", f"f32[B, {size}]") * b.constant(number, f64).cast("f32")
+    nodes = b.graph.main.nodes
+    return claim_of_match(nodes, [], nodes[-1], [y.value]).cut(0)
+
+
+@pytest.mark.parametrize(("size", "of"), [(64, 64), (65, 64)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_powers_of_quarters_up_to_two_are_tied_to_their_size(size: int, of: int, sign: int) -> None:
+    """Of the size, or of one less, which is what a variance is divided by."""
+    assert not [s for k in range(1, 9) for s in shrinkings_of(region_of(size, of ** (sign * k / 4)))]
+    for number in (of ** (sign * 9 / 4), of ** (sign / 3), of ** (sign / 4) * (1 + 2.0**-19)):
+        assert [size in s for s in shrinkings_of(region_of(size, number))] == [True]
+
+
+@pytest.mark.parametrize("number", [1e-4, 1e-5, 0.5, 1.0, 2.0, 3.0, 0.0, math.inf])
+def test_small_numbers_are_of_no_size(number: float) -> None:
+    assert not has_numbers(region_of(8, number))
+    assert has_numbers(region_of(8, 1.1e-4)) and has_numbers(region_of(8, 4.0)) and has_numbers(region_of(8, 2.5))
+
+
+def test_what_a_certificate_says() -> None:
+    made = Certificate("rule", "0123", 7, 3, ((("B", 2), ("S", 3)), ()), 1e-8, 2e-7)
+    assert str(made) == "rule 0123: 3 cases, largest error 1e-08 (at most 2e-07), at B=2, S=3, seed 7"
+    more = replace(made, sizes=(), refused="too short", undecided=2, note="large axes made small")
+    assert str(more) == (
+        "rule 0123: 3 cases, largest error 1e-08 (at most 2e-07), 2 more not certified: roundings alone may move the "
+        "results as far as they differ, other sizes refused (too short), large axes made small, seed 7"
+    )
+    assert str(Certificate("rule", "0123", 7, 0, (), note="not evaluated")) == "rule 0123: not evaluated"
+    assert (made.is_whole, replace(made, refused="x").is_whole, replace(made, undecided=1).is_whole) == (True, False, False)
+    for each in (made, more):
+        assert Certificate.read(each.as_dict()) == each
+    said = made.as_dict()
+    del said["refused"], said["undecided"]
+    assert Certificate.read(said) == made
+
+
+def test_what_a_counterexample_says() -> None:
+    assert str(Counterexample("plain", (("B", 2), ("S", 3)), 7, "off")) == "off (case plain, at B=2, S=3, seed 7)"
+    assert str(Counterexample("plain", (), 7, "off")) == "off (case plain, seed 7)"
