@@ -55,9 +55,7 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _texts_read_as_they_did(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[None]:
+def _texts_read_as_they_did(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What a test meets in `pytest.raises` and in logs of passes stands in tests/golden/errors/ and refusals/."""
     config = request.config
     golden = Golden(_updates(config))

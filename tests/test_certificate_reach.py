@@ -189,7 +189,11 @@ def test_what_a_certificate_says() -> None:
         "results as far as they differ, other sizes refused (too short), large axes made small, seed 7"
     )
     assert str(Certificate("rule", "0123", 7, 0, (), note="not evaluated")) == "rule 0123: not evaluated"
-    assert (made.is_whole, replace(made, refused="x").is_whole, replace(made, undecided=1).is_whole) == (True, False, False)
+    assert (made.is_whole, replace(made, refused="x").is_whole, replace(made, undecided=1).is_whole) == (
+        True,
+        False,
+        False,
+    )
     for each in (made, more):
         assert Certificate.read(each.as_dict()) == each
     said = made.as_dict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,7 +25,14 @@ from treadle.ir.placement.placements import (
 )
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import f32, parse_type
-from treadle.passes.sharding.conversions import conversion
+from treadle.passes.sharding.conversions import (
+    bytes_of,
+    conversion,
+    payload_of,
+    seconds_of,
+    seconds_to_pass,
+    sent_by,
+)
 
 MESHES = ("tp=2", "tp=8", "tp=2,dp=2", "tp=4,dp=3", "a=6,b=1,c=5")
 
@@ -262,3 +270,40 @@ def test_terms_lie_in_an_order_of_their_own() -> None:
     assert first == second and first.monoid == "sum" and first.text(mesh) == "[] sum(dp tp)"
     assert MeshPlacement.whole(2) == MeshPlacement((None, None))
     assert len(parse_placement("[tp:(1)2, -] max(dp)", mesh).used) == 2
+
+
+# -- what it costs -----------------------------------------------------------------------------------------------------
+
+ROUND = Machine(flops=1.0, bandwidth=128.0, memory=1.0, node=4, fast=64.0, slow=16.0, latency=0.5)
+"""For four ranks with an f32[8, 16], of 512 bytes."""
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "payload", "sent", "seconds", "far"),
+    [
+        ("[tp, -]", "[-, -]", 512, 384, 384 / 64 + 3 * 0.5, 384 / 16 + 3 * 0.5),
+        ("[-, -] sum(tp)", "[-, -]", 512, 768, 768 / 64 + 6 * 0.5, 768 / 16 + 6 * 0.5),
+        ("[-, -] sum(tp)", "[tp, -]", 512, 384, 384 / 64 + 3 * 0.5, 384 / 16 + 3 * 0.5),
+        ("[tp, -]", "[-, tp]", 128, 96, 96 / 64 + 3 * 0.5, 96 / 16 + 3 * 0.5),
+        ("[-, -]", "[tp, -]", 0, 0, 0, 0),
+        ("[-, -]", "[-, -] sum(tp)", 0, 0, 512 / 128, 512 / 128),
+    ],
+    ids=["gather", "reduce", "reduce and scatter", "all to all", "take", "keep on one"],
+)
+def test_a_step_takes_what_its_bytes_and_messages_do(
+    source: str, target: str, payload: float, sent: float, seconds: float, far: float
+) -> None:
+    mesh, type = Mesh.of("tp=4"), f32["B", 16]
+    (step,) = conversion(type.shape, parse_placement(source, mesh), parse_placement(target, mesh))
+    told = type, step, {"B": 8}
+    assert (payload_of(*told), sent_by(*told) if step.sends else 0) == (payload, sent)
+    assert seconds_of(*told, mesh, ROUND) == pytest.approx(seconds)
+    assert seconds_of(*told, mesh, replace(ROUND, node=3)) == pytest.approx(far)
+
+
+def test_a_part_that_is_passed_on_takes_its_bytes_and_a_message() -> None:
+    mesh = Mesh.of("tp=4")
+    told = f32["B", 16], parse_placement("[tp, -]", mesh), {"B": 8}
+    assert bytes_of(*told) == 128
+    assert seconds_to_pass(*told, mesh.parts, mesh, ROUND) == 128 / 64 + 0.5
+    assert seconds_to_pass(*told, mesh.parts, mesh, replace(ROUND, node=3)) == 128 / 16 + 0.5

@@ -22,6 +22,7 @@ from treadle.passes.fusion.fuse_embedding_sum import is_of_embeddings
 from treadle.passes.fusion.fuse_rotary import FuseRotary
 from treadle.passes.fusion.truth_values import is_of_truth
 from treadle.passes.lowering.hoist_weights import HoistWeights
+from treadle.passes.products.fold_scale import FoldScale
 from treadle.passes.sites.fusion_sites import find_sites
 
 Found = Callable[[int], bool]
@@ -79,11 +80,7 @@ def an_index(count: int) -> list[str]:
     b.outputs(y=b.gather(x, i, axis=0), z=b.where(i < 0, x, i))
     names = {"gather-of-all", "where-negative"}
     rules = [rule for rule in Canonicalize().rules if rule.name in names]
-    return [
-        event.rule
-        for rule in rules
-        for event in PassManager([rule], certify=False).run(b.graph).log[0].matches
-    ]
+    return [event.rule for rule in rules for event in PassManager([rule], certify=False).run(b.graph).log[0].matches]
 
 
 def a_lookup_of_all(count: int) -> bool:
@@ -203,6 +200,24 @@ def what_leaves_a_block(count: int) -> bool:
     b = Builder(graph)
     b.outputs(y=b.call(block, [b.input("x", "f32[4]"), b.parameter("w", "f32[4]")])[0])
     return len(PassManager([HoistWeights()]).run(graph).graph.functions) > 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "numbers"),
+    [("f32", (2.0**-10, -(2.0**-10), 2.0**10, -(2.0**10))), ("f16", (2.0**-10, 1.0)), ("bf16", (2.0**-10, -1.0))],
+)
+def test_scales_that_come_first(dtype: str, numbers: tuple[float, ...]) -> None:
+    """Of logits; what is a little further from 1 comes last."""
+
+    def comes_first(number: float) -> bool:
+        b = Builder(Graph("g"))
+        y = b.linear(b.input("x", f"{dtype}[B, 4]"), b.parameter("w", f"{dtype}[96, 4]"))
+        b.outputs(y=y * number)
+        return bool(PassManager([FoldScale()], certify=False).run(b.graph).log[0].matches)
+
+    for number in numbers:
+        further = number * (1 + 2.0**-6) if abs(number) >= 1 else number * (1 - 2.0**-6)
+        assert comes_first(number) and not comes_first(further)
 
 
 LIMITS: dict[Found, int] = {

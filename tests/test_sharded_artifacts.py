@@ -145,19 +145,34 @@ WRONG: dict[str, tuple[Change, str]] = {
     "another op": (set_in("functions", 0, "nodes", 0, "op", "tanh"), "tanh is told of layer_norm"),
     "a placement of another rank": (set_in("functions", 0, "nodes", 0, "gives", ["[-]"]), "cannot lie so"),
     "a placement that is none": (set_in("functions", 0, "nodes", 0, "gives", ["(tp)"]), "not a placement: '(tp)'"),
-    "an axis that the mesh has not": (set_in("functions", 0, "nodes", 0, "gives", ["[ep, -, -]"]), "the mesh tp=2,dp=2 has no axis 'ep'"),
+    "an axis that the mesh has not": (
+        set_in("functions", 0, "nodes", 0, "gives", ["[ep, -, -]"]),
+        "the mesh tp=2,dp=2 has no axis 'ep'",
+    ),
     "an axis twice": (set_in("functions", 0, "nodes", 0, "gives", ["[dp, -, dp]"]), "cannot lie so"),
-    "split over nothing": (set_in("functions", 0, "nodes", 0, "gives", ["[, -, -]"]), "a dimension is split over nothing"),
+    "split over nothing": (
+        set_in("functions", 0, "nodes", 0, "gives", ["[, -, -]"]),
+        "a dimension is split over nothing",
+    ),
     "a callee that there is not": (lambda r: r["functions"][1]["nodes"][-3].update(callee="g"), "KeyError: 'g'"),
     "a factor that there is not": (
         lambda r: block(r, "linear")["shares"].update(zz="tp"),
         "a factor that nothing of it",
     ),
-    "another factor": (lambda r: block(r, "linear")["shares"].update(n="dp"), "works on (16, 32) of n, and has (0, 16)"),
-    "an operand that there is not": (lambda r: block(r, "add")["moves"][0].update(operand=9), "tuple index out of range"),
+    "another factor": (
+        lambda r: block(r, "linear")["shares"].update(n="dp"),
+        "works on (16, 32) of n, and has (0, 16)",
+    ),
+    "an operand that there is not": (
+        lambda r: block(r, "add")["moves"][0].update(operand=9),
+        "tuple index out of range",
+    ),
     "a negative operand": (lambda r: block(r, "add")["moves"][0].update(operand=-1), "a number of 0 or more, not '-1'"),
     "no all-reduce": (lambda r: block(r, "add")["moves"].clear(), "is not had as it is read"),
-    "steps left out": (lambda r: block(r, "add")["moves"][0].update(steps=[]), "other steps lead out from [dp, -, -] sum(tp) to [dp, -, -]"),
+    "steps left out": (
+        lambda r: block(r, "add")["moves"][0].update(steps=[]),
+        "other steps lead out from [dp, -, -] sum(tp) to [dp, -, -]",
+    ),
     "no reason": (lambda r: block(r, "add")["moves"][0].update(because=[]), "has a reason"),
     "a node of no number": (lambda r: block(r, "add")["moves"][0].update(at="x"), "a number of 0 or more, not 'x'"),
     "another place of a weight": (set_in("weights", "wte.weight", "[-, tp]"), "is not stored as it is taken"),
@@ -167,7 +182,10 @@ WRONG: dict[str, tuple[Change, str]] = {
     "a symbol more": (set_in("sizes", "Q", 3), "its sizes are not those of the graph's symbols"),
     "a rate of nothing": (set_in("machine", "flops", 0), "a rate is 0"),
     "a rate without bounds": (set_in("machine", "fast", float("inf")), "fast is no rate"),
-    "a text without end": (set_in("notes", ["x" * 5000]), "a text of at most 1000 characters, not 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx'"),
+    "a text without end": (
+        set_in("notes", ["x" * 5000]),
+        "a text of at most 1000 characters, not 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx'",
+    ),
     "main left out": (lambda r: r["functions"].pop(), "the last function is not main"),
     "an argument less": (lambda r: r["functions"][0]["takes"].pop(), "h takes 16 and gives 1 values"),
     "an operand less": (lambda r: block(r, "linear")["reads"].pop(), "linear reads 2 and gives 1 values"),
@@ -222,7 +240,9 @@ def test_what_is_just_within_the_limits_is_read(change: Change, made: ShardedMod
 
 def test_a_name_may_be_of_a_hundred_characters(made: ShardedModel) -> None:
     text = json.dumps(plan_record(made.plan))
-    record = json.loads(text.replace('"name": "h"', f'"name": "{"h" * 100}"').replace('"callee": "h"', f'"callee": "{"h" * 100}"'))
+    record = json.loads(
+        text.replace('"name": "h"', f'"name": "{"h" * 100}"').replace('"callee": "h"', f'"callee": "{"h" * 100}"')
+    )
     assert read_plan(record, made.plan.graph).functions[0].name == "h" * 100
 
 

@@ -597,6 +597,22 @@ def changed_node(plan: ShardingPlan, function: int, at: int, **changes: Any) -> 
     return replace(plan, functions=tuple(functions))
 
 
+@pytest.mark.parametrize(
+    ("at", "changed", "told"),
+    [
+        (1, "reads", r"the plan has no linear in \[tp, -\]"),
+        (0, "gives", "linear: linear does not lie as planned"),
+    ],
+)
+def test_a_program_is_not_made_by_a_plan_that_does_not_fit(at: int, changed: str, told: str) -> None:
+    b = Builder(Graph("alone"))
+    b.outputs(y=b.tanh(b.linear(b.input("x", "f32[8, 12]"), b.parameter("w", "f32[16, 12]"))))
+    plan = shard(b.graph, "tp=2", axes={"w[0]": "tp"})
+    elsewhere = (parse_placement("[tp, -]", plan.mesh),)
+    with pytest.raises(PassError, match=told):
+        rank_program(changed_node(plan, 0, at, **{changed: elsewhere}), 1)
+
+
 def test_factors_that_are_not_split_as_values_lie_are_refused() -> None:
     """Programs of ranks are made by them: a look-up in a part of a table as if it were whole gives other rows."""
     plan = shard(recognized("gpt2"), "tp=2,dp=2", recipe="megatron")
@@ -736,6 +752,8 @@ def test_a_lab_takes_blocks_that_are_written_and_refuses_others() -> None:
         ("tp=2", "heads=tp", None, "axes are a mapping"),
         ("tp=0", None, None, "a mesh has 1 to 131,072 ranks"),
         ("tp=2,tp=2", None, None, "the mesh has two axes tp"),
+        ("tp=13", {"heads": "tp"}, None, "heads: 12 cannot be split over tp"),
+        ("tp=2", {"rows": "tp"}, None, "gpt2 has no axis 'rows' to split"),
         ("tp=2", None, {"S": 5000}, "S cannot be 5000"),
         ("tp=2", None, {"Q": 5}, "gpt2 has no symbolic axis Q"),
     ],
@@ -744,6 +762,12 @@ def test_a_wrong_argument_has_a_way_out(mesh: Any, axes: Any, sizes: Any, what: 
     with pytest.raises(UsageError, match=what) as error:
         shard_model("gpt2", mesh, recipe="megatron", axes=axes, sizes=sizes, layers=1)
     assert error.value.hint
+
+
+def test_as_many_ranks_as_heads_have_one_each() -> None:
+    plan = shard_model("gpt2", "tp=12", axes={"heads": "tp"}, layers=1)
+    assert plan.weights["h.0.attn.q.weight"].text(plan.mesh) == "[tp, -]"
+    assert plan.notes == ()
 
 
 def test_plans_over_many_ranks_are_checked_without_a_look_at_each_rank() -> None:
