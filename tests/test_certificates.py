@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -474,7 +475,10 @@ def test_folding_is_held_against_the_graphs_own_precision() -> None:
 def test_a_constant_that_is_another_is_undone(dtype: str) -> None:
     text = program(f"x: {dtype}[B]", f"y: {dtype}[B]", f"a = sqrt(2.0:{dtype})", "d = mul(x, a)", "return y = d")
     for number, wrong in ((1.0, 1), (2**0.5, 0)):
-        rule = Planted(lambda p, x, y: p.sqrt(p.constant("two")), lambda b, m: b.constant(number, m.result.type.dtype))
+        made = partial(Builder.constant, value=number)
+        rule = Planted(
+            lambda p, x, y: p.sqrt(p.constant("two")), lambda b, m, made=made: made(b, dtype=m.result.type.dtype)
+        )
         assert len(rolled_back(certified(text, rule))) == wrong
 
 
