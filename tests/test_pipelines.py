@@ -20,6 +20,7 @@ from treadle.explaining.sharding_drawing import draw_sharding
 from treadle.ir.builder import Builder
 from treadle.ir.errors import PassError, UsageError
 from treadle.ir.graph import Graph
+from treadle.ir.interpreter import interpret
 from treadle.passes.sharding.checking import check_sharding
 from treadle.passes.sharding.plan import PlannedPipeline, ShardingPlan
 from treadle.passes.sharding.plan_printing import plan_hash, plan_record
@@ -138,6 +139,22 @@ def test_what_follows_from_inputs_is_not_handed_on() -> None:
     handed = [c for c in plan.collectives() if c.op == "hand_on"]
     assert len(handed) == sum(plan.times_of([item]) for item in pipeline_of(plan).stages[1].receives)
     assert 3 in times
+
+
+def test_outputs_of_inputs_and_weights_alone_are_given_by_the_first_stage() -> None:
+    b = Builder(Graph("beside"))
+    x, w = b.input("x", "f32[B, 8]"), b.parameter("w", "f32[8, 8]")
+    y = b.linear(b.linear(x, w), b.parameter("v", "f32[8, 8]"))
+    b.outputs(y=y, made=b.exp(x), squared=w * w, x=x, w=w)
+    plan = shard(b.graph, "pp=2,micro=2", recipe="gpipe")
+    check_sharding(plan)
+    assert [stage.outputs for stage in pipeline_of(plan).stages] == [("made", "squared", "x", "w"), ("y",)]
+    rng = np.random.default_rng(0)
+    inputs, weights = {"x": rng.standard_normal((6, 8))}, {n: rng.standard_normal((8, 8)) for n in "wv"}
+    wanted = interpret(b.graph, inputs, weights, float64=True)
+    for name, found in run_lab(plan, inputs, weights).outputs.items():
+        np.testing.assert_allclose(found, wanted.pop(name), atol=1e-12)
+    assert not wanted
 
 
 # -- wrong pipelines ---------------------------------------------------------------------------------------------------
