@@ -26,6 +26,7 @@ from tests.stepped_models import (
     shifted,
     two_texts,
 )
+from treadle.ir.builder import Builder
 from treadle.ir.entry_order import ENTRIES
 from treadle.ir.errors import PassError
 from treadle.ir.interpreter import interpret, interpret_entry
@@ -259,3 +260,23 @@ def test_prefill_computes_one_row_of_logits() -> None:
     wide = {n.op.name for n in last.nodes if any("S" in v.type.symbols for v in n.results)}
     assert "activated_linear" not in wide
     assert "cached_attention" not in wide
+
+
+@pytest.mark.parametrize(
+    ("pattern", "prefill", "step"),
+    [
+        ("b s d -> s b d", "f32[1, B, 4]", "f32[1, B, 4]"),
+        ("b s d -> b (d s)", "f32[B, (4 S)]", "f32[B, (4 1)]"),
+        ("b s d -> b (s d)", "f32[B, (S 4)]", "f32[B, (1 4)]"),
+        ("b s d -> (b s) d", "f32[(B S), 4]", "f32[(B 1), 4]"),
+        ("b s d -> (s b) d", "f32[(S B), 4]", "f32[(1 B), 4]"),
+    ],
+)
+def test_the_last_token_is_picked_where_tokens_and_rows_are_a_dimension_each(
+    pattern: str, prefill: str, step: str
+) -> None:
+    b = Builder(Graph("joined"))
+    x = b.embedding(b.parameter("w", "f32[9, 4]"), b.input("tokens", "i64[B, S]"))
+    b.outputs(y=b.rearrange(b.exp(x), pattern=pattern))
+    given = {entry.name: str(entry.outputs["y"].type) for entry in derive_step(b.graph).graph.entries}
+    assert given == {"prefill": prefill, "step": step, "verify": prefill.replace("[1,", "[S,")}
