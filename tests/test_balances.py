@@ -142,6 +142,44 @@ def test_what_shares_a_weight_with_an_earlier_value_that_is_not_balanced_is_not(
     assert told["n"] == "not balanced: other products read twice.weight"
 
 
+def test_what_shares_a_weight_with_what_is_not_balanced_in_another_call_is_not() -> None:
+    """Both blocks multiply one norm with `one.w`; the second one, in another call, multiplies what others do too."""
+    blocks = "".join(
+        f"""
+  block {name}(x: f32[B, 16]) -> (y: f32[B, 16])
+    weights n: f32[16], w: f32[16, 16]
+  {{
+    n = rms_norm(x, $n)
+    {op} = linear(n, $w)
+    y = {op}({op})
+    return y = y
+  }}"""
+        for name, op in (("first", "exp"), ("second", "tanh"))
+    )
+    text = f"""graph g {{
+  symbols B
+  parameters {{
+    one.n: f32[16]
+    one.w: f32[16, 16]
+    two.n: f32[16]
+    two.w: f32[16, 16]
+  }}{blocks}
+  main(x: f32[B, 16], e: f32[B, 16]) -> (y: f32[B, 16], z: f32[B, 16]) {{
+    a = first(x) with one
+    b = second(a) with one
+    y = second(b) with two
+    z = linear(e, $two.w)
+    return y = y, z = z
+  }}
+}}"""
+    told = [(a.function, a.reason.partition("; ")[2]) for a in plan_quantization(parse_graph(text), "int8").activations]
+    assert told == [
+        ("first", "not balanced: other products read one.w"),
+        ("second", "not balanced: other products read two.w"),
+        ("main", "not balanced: no norm with a gain gives it"),
+    ]
+
+
 @pytest.mark.parametrize("balances", [WANTED[1:], (replace(WANTED[0], vector="out.balance"), *WANTED[1:])])
 def test_a_vector_that_meets_other_weights_is_caught(rounded: Graph, balances: tuple[Balance, ...]) -> None:
     check_encoded_products(rounded, WANTED)

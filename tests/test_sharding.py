@@ -30,6 +30,8 @@ from treadle.ir.transforms.encoded_weights import encode_parameters, encode_weig
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import RECOGNITION
 from treadle.passes.sharding.checking import check_sharding
+from treadle.passes.sharding.costs import Costs
+from treadle.passes.sharding.placed_values import PlacedValues
 from treadle.passes.sharding.plan import ShardingPlan, Share
 from treadle.passes.sharding.plan_printing import plan_hash, plan_json
 from treadle.passes.sharding.planning import plan_sharding
@@ -566,6 +568,17 @@ def test_the_checker_and_the_lab_each_find_a_wrong_collective(name: str) -> None
                 continue  # ranks that do not meet, or parts that do not fit
             assert far > EXACT
     assert found
+
+
+def test_what_is_had_in_two_placements_moves_from_the_nearer_one() -> None:
+    """Of blocks from the one that it can move from at all."""
+    mesh, b = Mesh.of("tp=4"), Builder(Graph("g"))
+    rows, columns, whole = (parse_placement(text, mesh) for text in ("[tp, -]", "[-, tp]", "[-, -]"))
+    values = PlacedValues(Costs(mesh, find_machine("h100"), {"B": 8}), Wanted())
+    x, w = b.input("x", "f32[B, 16]").value, b.parameter("w", "f32[64, 64] as q8_0").value
+    values.had |= {x: [rows, whole], w: [columns, rows]}
+    assert values.conversion_to(x, columns)[1] == whole
+    assert values.conversion_to(w, whole)[1] == rows
 
 
 def test_what_is_read_twice_moves_once_and_what_comes_after_it_too() -> None:
