@@ -21,6 +21,7 @@ from treadle.passes.fusion.attention.fuse_attention import FuseAttention
 from treadle.passes.fusion.fuse_embedding_sum import is_of_embeddings
 from treadle.passes.fusion.fuse_rotary import FuseRotary
 from treadle.passes.fusion.truth_values import is_of_truth
+from treadle.passes.lowering.grouping import Chains
 from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.products.fold_scale import FoldScale
 from treadle.passes.sites.fusion_sites import find_sites
@@ -200,6 +201,24 @@ def what_leaves_a_block(count: int) -> bool:
     b = Builder(graph)
     b.outputs(y=b.call(block, [b.input("x", "f32[4]"), b.parameter("w", "f32[4]")])[0])
     return len(PassManager([HoistWeights()]).run(graph).graph.functions) > 2
+
+
+def steps_of(b: Builder) -> list[int]:
+    """The sizes of steps, in chains of three nodes and three inputs at most."""
+    chains = Chains(lambda node: node.is_elementwise, lambda node: False, most_inputs=3, most_nodes=3)
+    return [len(step.nodes) for step in chains(b.function)]
+
+
+def test_nodes_and_inputs_of_a_chain() -> None:
+    for count, sizes in ((2, [2]), (3, [3]), (4, [1, 3]), (6, [3, 3]), (7, [1, 3, 3])):
+        b = Builder(Graph("g"))
+        b.outputs(y=chain(b.input("x", "f32[S]"), b.exp, count))
+        assert steps_of(b) == sizes
+    for count, sizes in ((3, [2]), (4, [1, 1, 1])):
+        b = Builder(Graph("g"))
+        first, *others = [b.input(f"x{n}", "f32[S]") for n in range(count)]
+        b.outputs(y=reduce(lambda y, x: y + x, others, first))
+        assert steps_of(b) == sizes
 
 
 @pytest.mark.parametrize(
