@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,11 @@ from tests.test_explaining_layouts import SMALL, told, without_lines
 from treadle.cli.application import app
 from treadle.explaining.sharding import ShardingTold, explain_sharding
 from treadle.explaining.sharding_drawing import WIDTH, draw_sharding
-from treadle.passes.sharding.timetable import Busy
+from treadle.ir.builder import Builder
+from treadle.ir.graph import Function, Graph
+from treadle.ir.placement.machines import Machine
+from treadle.ir.placement.mesh import Mesh
+from treadle.passes.sharding.timetable import Busy, timetable_of
 from treadle.sharding import device_needs, shard_model, try_in_lab
 
 SIZES = {"B": 8, "S": 16}
@@ -228,3 +233,57 @@ def test_a_mesh_with_more_ranks_than_there_is_room_for_is_drawn_in_part() -> Non
     text = draw_sharding(found)
     assert "40 x 1 of 512 ranks are drawn" in text
     assert text.count("<title>rank ") == 40
+
+
+# -- a timetable by hand -----------------------------------------------------------------------------------------------
+
+ROUND = Machine(flops=16.0, bandwidth=16.0, memory=1.0, node=2, fast=8.0, slow=4.0, latency=0.5)
+
+
+def two_blocks() -> Graph:
+    """h(h(x)) w', of which each h sums over two ranks, and w' is made of a weight once."""
+    graph, block = Graph("g"), Function("h")
+    b = Builder(graph, block)
+    y = b.apply("all_reduce", b.exp(b.input("x", "f32[8]")), over="tp", ways=2, because="summed", monoid="sum")
+    b.outputs(y=b.exp(y))
+    graph.add_function(block)
+    b = Builder(graph)
+    x = b.input("x", "f32[8]")
+    for n in range(2):
+        with b.scoped(f"h.{n}"):
+            (x,) = b.call(block, [x])
+    b.outputs(y=b.exp(b.parameter("w", "f32[8]")) * x)
+    return graph
+
+
+def test_a_timetable_by_hand() -> None:
+    """An exp moves 64 bytes and a product 96; an all-reduce of 32 sends as many in two messages."""
+    times = timetable_of(two_blocks(), Mesh.of("tp=2"), ROUND, {})
+    told = [(each.op, each.over, each.scope, each.start, each.end, each.sent, each.call) for each in times.busy]
+    assert told == [
+        ("exp", "", "h.0", 0, 4, 0, 0),
+        ("all_reduce", "tp", "h.0", 4, 9, 32, 0),
+        ("exp", "", "h.0", 9, 13, 0, 0),
+        ("exp", "", "h.1", 13, 17, 0, 1),
+        ("all_reduce", "tp", "h.1", 17, 22, 32, 1),
+        ("exp", "", "h.1", 22, 26, 0, 1),
+        ("mul", "", "", 26, 32, 0, -1),
+    ]
+    assert (times.calls, times.seconds, times.work, times.collectives) == (("h.0", "h.1"), 32, 22, 10)
+    assert times.by_limit() == {"compute": 0, "memory bandwidth": 22, "links": 10, "latency": 0}
+    (cause,) = times.causes()
+    assert (cause.scope, cause.because, cause.times, cause.sent, cause.seconds) == ("h.*", "summed", 2, 64, 10)
+
+
+@pytest.mark.parametrize(
+    ("changed", "limits"),
+    [
+        ({"flops": 1.0}, {"compute": 40, "memory bandwidth": 0, "links": 10, "latency": 0}),
+        ({"flops": 2.0}, {"compute": 0, "memory bandwidth": 22, "links": 10, "latency": 0}),
+        ({"latency": 2.0}, {"compute": 0, "memory bandwidth": 22, "links": 0, "latency": 16}),
+        ({"node": 1}, {"compute": 0, "memory bandwidth": 22, "links": 18, "latency": 0}),
+    ],
+    ids=str,
+)
+def test_what_a_time_is_limited_by(changed: dict[str, Any], limits: dict[str, float]) -> None:
+    assert timetable_of(two_blocks(), Mesh.of("tp=2"), replace(ROUND, **changed), {}).by_limit() == limits
