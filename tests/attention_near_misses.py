@@ -223,6 +223,13 @@ def many_casts(b: Builder, count: int) -> Expr:
     return _after(change)(b)
 
 
+def _quantized(b: Builder, x: Expr) -> Expr:
+    """As quantizers leave it: steps of an integer dtype, and back"""
+    steps = b.minimum(b.maximum(b.round(x / 0.25) + 3.0, -128.0), 127.0)
+    back: Expr = (b.cast(b.cast(steps, to="i8"), to="f32") - 3.0) * 0.25
+    return back
+
+
 NEAR_MISSES = [
     NearMiss("softmax over queries", _wrong_axis, "does not sum over the axis of the softmax"),
     NearMiss("softmax over heads", _over_heads, "the softmax is over an axis that both factors of the scores have"),
@@ -279,6 +286,8 @@ NEAR_MISSES = [
     ),
     NearMiss("scores times nothing", lambda b: products(b, lambda x: x * 0.0), "the scores are multiplied by 0"),
     NearMiss("scores by infinity", lambda b: products(b, lambda x: x / math.inf), "the scores are divided by inf"),
+    NearMiss("quantized scores", lambda b: scaled(b, lambda x: _quantized(b, x)), "the scores are quantized"),
+    NearMiss("quantized probabilities", _after(_quantized), "the probabilities are quantized"),
     NearMiss("two caps", lambda b: scaled(b, lambda x: b.tanh(b.tanh(x / 30.0) * 20.0)), "a second soft-cap"),
     NearMiss("many addends", lambda b: many_addends(b, 48), "the chain before the softmax is too long"),
     NearMiss("many casts", lambda b: many_casts(b, 48), "the chain after the softmax is too long"),

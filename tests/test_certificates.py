@@ -398,6 +398,23 @@ def test_a_wrong_pass_is_undone(each: Pass) -> None:
     assert PassManager([each], certify=False).run(parse_graph(MIXED)).graph != parse_graph(MIXED)
 
 
+def test_what_gives_several_results_is_undone_as_a_whole() -> None:
+    @dataclass(frozen=True)
+    class SwapsQueriesAndKeys(Pass):
+        def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
+            (node,) = function.nodes
+            q, k, v = node.operands
+            node.operands = k, q, v
+            return 1
+
+    b = Builder(Graph("g"))
+    y, p = b.attention_with_probabilities(*[b.input(name, "f32[2, 2, 3, 4]") for name in "qkv"])
+    b.outputs(y=y, p=p)
+    optimized = certified(b.graph, SwapsQueriesAndKeys())
+    assert optimized.graph == b.graph
+    assert len(rolled_back(optimized)) == 1
+
+
 def test_a_call_of_another_function_is_undone() -> None:
     graph = Graph("g")
     for name, op in (("f", "exp"), ("g", "abs")):

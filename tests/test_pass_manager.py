@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from treadle.passes.cleanup.canonicalize import Canonicalize
 from treadle.passes.cleanup.dead_code import DeadCode
 from treadle.passes.cleanup.fold_constants import FoldConstants
 from treadle.passes.framework.manager import BrokenPassError, Pass, PassManager
-from treadle.passes.framework.pass_log import PassRecord
+from treadle.passes.framework.pass_log import Event, PassLog, PassRecord
 from treadle.passes.framework.pattern import Pattern
 from treadle.passes.framework.rewrite import Match, Refusal, Rewrite
 from treadle.passes.fusion.fuse_gelu import FuseGelu
@@ -272,6 +273,27 @@ def test_the_default_pipeline(golden: Golden) -> None:
         "\n\n".join([str(optimized.graph), optimized.log.table(times=False), optimized.log.explain()]),
     )
     assert_same_numbers(optimized.source, optimized.graph)
+
+
+def test_a_table_tells_times_and_changes_of_ops() -> None:
+    made = [
+        PassRecord("first", "", Counter(exp=2, mul=1), Counter(exp=1, neg=3), seconds=0.01234),
+        PassRecord("second", "", Counter(exp=1, neg=3), Counter(exp=1, neg=3), seconds=1.5),
+    ]
+    made[0].changes = 2
+    made[1].refusals += [Event("rule", "main", "exp", "", "")] * 2
+    made[1].near_misses += [Event("rule", "main", "exp", "", "")] * 3
+    assert PassLog(made).table().splitlines() == [
+        "pass    ops     change                  refused  nearly  ms",
+        "first   3 -> 4  -1 exp, -1 mul, +3 neg                   12.3",
+        "second  4                               2        3       1500.0",
+    ]
+    assert PassLog(made).table(times=False).splitlines()[1] == "first   3 -> 4  -1 exp, -1 mul, +3 neg"
+    assert [each.summary for each in made] == [
+        "after first: 3 -> 4 ops, 12.3 ms",
+        "after second: 4 -> 4 ops, 1500.0 ms",
+    ]
+    assert repr(made[1]) == "<pass second: 4 -> 4 ops, 1500.0 ms, 2 refused, 3 nearly>"
 
 
 def test_the_log_is_the_same_every_time_and_goes_into_json() -> None:

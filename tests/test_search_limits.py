@@ -267,6 +267,14 @@ def test_the_last_that_is_found(found: Found) -> None:
     assert not found(LIMITS[found] + 1)
 
 
+def test_an_index_of_nothing_is_not_negative() -> None:
+    b = Builder(Graph("g"))
+    i = b.iota(size=0, dtype=i64)
+    b.outputs(y=b.where(i < 0, b.input("x", "i64[0]"), i))
+    record = PassManager([Canonicalize()]).run(b.graph).log[0]
+    assert "where-negative" in [event.rule for event in record.matches]
+
+
 def test_bytes_that_are_made_of_weights() -> None:
     """Eight times their own, and a megabyte."""
     assert what_is_made_of_a_weight((8 * 8 + (1 << 20)) // 4)
