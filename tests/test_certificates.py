@@ -442,7 +442,7 @@ def test_only_what_is_wrong_of_a_pass_is_undone() -> None:
     optimized = certified(MIXED, ForgetsOneOp())
     assert sorted(n.op.name for n in optimized.graph.main.nodes) == ["abs", "abs", "add", "neg", "sub"]
     assert_same_numbers(optimized.source, optimized.graph)
-    assert optimized.log[0].changed and len(rolled_back(optimized)) == 1
+    assert optimized.log[0].changes == 1 and len(rolled_back(optimized)) == 1
     wrong = PassManager([ForgetsOneOp()], certify=False).run(parse_graph(MIXED))
     assert not np.allclose(numbers(wrong.graph)["y"], numbers(wrong.source)["y"])
 

@@ -254,6 +254,12 @@ def _partial_of_a_product(b: Builder) -> Expr:
     return b.concat(turned_halves(b, part), b.slice(x, axis=3, start=2 * HALF), axis=3)
 
 
+def _cut_then_moved(b: Builder) -> Expr:
+    """The dimensions that are turned are cut out first"""
+    x = b.slice(b.input("x", f"f32[B, S, 4, {2 * HALF + 2}]"), axis=3, stop=2 * HALF)
+    return turned(b, b.rearrange(x, pattern="b s h d -> b h s d"), doubled(b, angles(b)))
+
+
 @dataclass(frozen=True)
 class Case:
     name: str
@@ -397,6 +403,7 @@ NEAR_MISSES = [
     Case("moved apart", _moved_apart, "are not multiplied with elements of one tensor"),
     Case("turned back, of a product", _turned_back_of_a_product, ORDER),
     Case("pairs of other heads", _other_heads, ORDER),
+    Case("cut, then moved", _cut_then_moved, "are not multiplied with elements of one tensor"),
     Case("one row of x", _one_row_of_x, f"multiplies, f32[1, 4, S, {2 * HALF}], is repeated along the angles"),
     Case("angles by head", _angles_by_head, "the angles vary along 3 axes beside that of pairs"),
 ]

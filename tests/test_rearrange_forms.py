@@ -45,4 +45,7 @@ def test_a_form_keeps_names_and_given_sizes() -> None:
     form = composed("b s (heads=2 d) -> b s heads d", "b s h d -> b h s d", Literal.of(np.zeros((2, 3, 8))).type)
     assert form is not None
     assert form.pattern == "b s (heads=2 d) -> b heads s d"
+    same = form_of("b s (h d=4) -> b s h d", Literal.of(np.zeros((2, 3, 8))).type)
+    other = form_of("x y (g=2 z) -> x y g z", Literal.of(np.zeros((2, 3, 8))).type)
+    assert same == other and same.pattern != other.pattern  # whatever its axes are called, and which sizes are said
     assert form_of("a b -> b a", Literal.of(np.zeros((2, 3))).type).is_transposition

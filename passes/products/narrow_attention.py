@@ -30,7 +30,7 @@ class NarrowAttention(SiteRewrite[Site]):
     def sites(self, work: Rewriting) -> Iterator[Site]:
         for node in work.walk():
             if isinstance(node.op, Attention) and node.op.to is None and node.result.type.dtype is f32:
-                yield Site(node, replaced=(node.result,))
+                yield Site(node)
 
     def build(self, b: Builder, site: Site) -> Sequence[Value]:
         node = site.root

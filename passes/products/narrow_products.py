@@ -43,7 +43,7 @@ class NarrowProducts(SiteRewrite[Site]):
             if reason:
                 work.refuse(self.name, Refusal(reason, node))
             else:
-                yield Site(node, replaced=tuple(node.results))
+                yield Site(node)
 
     def build(self, b: Builder, site: Site) -> Sequence[Value]:
         node = site.root
