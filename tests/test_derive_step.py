@@ -32,6 +32,7 @@ from treadle.ir.errors import PassError
 from treadle.ir.interpreter import interpret, interpret_entry
 from treadle.ir.text.parser import parse_graph
 from treadle.passes.stepping.derivation import DerivedStep, derive_step
+from treadle.passes.stepping.kept_values import free_name
 
 Array = np.ndarray[Any, Any]
 Run = Callable[..., Mapping[str, Array]]
@@ -280,3 +281,10 @@ def test_the_last_token_is_picked_where_tokens_and_rows_are_a_dimension_each(
     b.outputs(y=b.rearrange(b.exp(x), pattern=pattern))
     given = {entry.name: str(entry.outputs["y"].type) for entry in derive_step(b.graph).graph.entries}
     assert given == {"prefill": prefill, "step": step, "verify": prefill.replace("[1,", "[S,")}
+
+
+def test_a_name_that_is_taken_is_numbered_from_two_on() -> None:
+    taken: set[str] = set()
+    for name in ("k", "k_2", "k_3"):
+        assert free_name("k", taken) == name
+        taken.add(name)

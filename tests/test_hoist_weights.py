@@ -151,6 +151,16 @@ def test_calls_with_the_same_weights_have_them_made_once(backend: str) -> None:
     runs_like_its_meaning(graph, backend, {"x": np.random.default_rng(0).standard_normal((3, 4), np.float32)})
 
 
+def test_names_that_are_taken_are_numbered() -> None:
+    graph = Graph("g")
+    b = Builder(graph)
+    x, exp_2 = b.input("x", f32[4]), b.parameter("exp_2", f32[4])
+    for name in "uvw":
+        x = x * b.exp(b.parameter(name, f32[4]))
+    b.outputs(y=x * exp_2)
+    assert list(hoisted(graph).made) == ["exp", "exp_3", "exp_4"]
+
+
 def test_what_reads_an_input_or_constants_alone_stays() -> None:
     graph = Graph("g")
     b = Builder(graph)
