@@ -139,6 +139,20 @@ def test_what_is_no_pattern_says_why(spelled: Any, message: str) -> None:
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("spelled", "size", "roots"),
+    [
+        (lambda p, x: p.exp(x), 1, ("exp",)),
+        (lambda p, x: p.exp(-x) + 1.0, 3, ("add",)),
+        (lambda p, x: p.either(p.exp(p.exp(x)), p.neg(x)), 1, ("exp", "neg")),
+        (lambda p, x: p.exp(p.either(x, p.tanh(x))) * p.either(p.exp(-x), p.tanh(x)), 3, ("mul",)),
+    ],
+)
+def test_a_pattern_counts_the_least_ops_that_it_has(spelled: Any, size: int, roots: tuple[str, ...]) -> None:
+    traced = Pattern.trace(spelled)
+    assert (traced.size, traced.root_ops) == (size, roots)
+
+
 def test_check_sees_captures_and_refuses_with_the_users_line() -> None:
     @dataclass(frozen=True)
     class OnlyVectors(Rewrite):

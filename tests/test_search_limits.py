@@ -106,6 +106,13 @@ def a_mask_by_positions(count: int) -> bool:
     return fused(b, scaled(b, lambda x: b.where(moved <= i, x, LOW))) == ["causal"]
 
 
+def a_mask_beneath_moves(count: int) -> bool:
+    """j <= i, moved so often"""
+    b = Builder(Graph("g"))
+    kept = chain(triangle(b), lambda y: b.expand(y, shape=("S", "S")), count)
+    return fused(b, scaled(b, lambda x: b.where(kept, x, LOW))) == ["causal"]
+
+
 def a_bias_by_distance(far: int) -> bool:
     """T5's buckets, up to this distance"""
     b = Builder(Graph("g"))
@@ -248,6 +255,7 @@ LIMITS: dict[Found, int] = {
     a_lookup_of_all: 255,
     an_index_that_is_not_negative: 255,
     a_mask_by_positions: 32,
+    a_mask_beneath_moves: 32,
     a_bias_by_distance: 159,
     a_turn_of_moved_tables: 24,
     attention_with_steps_between: 24,
