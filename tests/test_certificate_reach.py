@@ -13,11 +13,12 @@ from tests.test_certificates import Planted, certificates, certified, rolled_bac
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Function, Graph
 from treadle.ir.sizing.size_bounds import Bounds
+from treadle.ir.sizing.sizes import Size
 from treadle.ir.text.parser import parse_graph
-from treadle.ir.types import f64
+from treadle.ir.types import f32, f64
 from treadle.passes.certificates.certificate import Certificate, Counterexample
 from treadle.passes.certificates.certifying import certify
-from treadle.passes.certificates.region_graphs import has_numbers, shrinkings_of
+from treadle.passes.certificates.region_graphs import as_graphs, has_numbers, shrinkings_of
 from treadle.passes.certificates.regions import MOST_NODES, Region, claim_of_match
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.framework.rewrite import Match, Rewrite
@@ -172,6 +173,21 @@ def test_powers_of_quarters_up_to_two_are_tied_to_their_size(size: int, of: int,
     assert not [s for k in range(1, 9) for s in shrinkings_of(region_of(size, of ** (sign * k / 4)))]
     for number in (of ** (sign * 9 / 4), of ** (sign / 3), of ** (sign / 4) * (1 + 2.0**-19)):
         assert [size in s for s in shrinkings_of(region_of(size, number))] == [True]
+
+
+def test_sizes_in_attributes_are_made_small_as_those_of_types_are() -> None:
+    b = Builder(Graph("g"))
+    x = b.slice(b.input("x", "f32[B, 768]"), axis=1, start=128, stop=192)
+    y = b.expand(b.rearrange(x, pattern="b d -> b 1 d"), shape=("B", 96, 64))
+    nodes = list(b.graph.main.nodes)
+    claim = claim_of_match(nodes, [], nodes[-1], [y.value])
+    region = claim.cut(0)
+    small = next(shrinkings_of(region))
+    assert small == {64: 4, 96: 6, 128: 8, 192: 12, 768: 48}
+    made, _ = as_graphs(region, (claim.before, claim.after), (b.graph, b.graph), small)
+    cut, _, repeated = [node.op.attributes for node in made.main.nodes]
+    assert (cut["start"], cut["stop"], repeated["shape"]) == (8, 12, (Size.symbol("B"), 6, 4))
+    assert made.main.results[0].type == f32["B", 6, 4]
 
 
 @pytest.mark.parametrize("number", [1e-4, 1e-5, 0.5, 1.0, 2.0, 3.0, 0.0, math.inf])

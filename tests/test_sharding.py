@@ -37,7 +37,7 @@ from treadle.passes.sharding.plan_printing import plan_hash, plan_json
 from treadle.passes.sharding.planning import plan_sharding
 from treadle.passes.sharding.rank_programs import rank_program, rank_weights, refuse_small_sizes
 from treadle.passes.sharding.recipes import RECIPES, shard
-from treadle.passes.sharding.wanted import Wanted
+from treadle.passes.sharding.wanted import Wanted, vocabulary
 from treadle.passes.sharding.whole_outputs import with_whole_outputs
 from treadle.runtime.sharding_lab import run_lab
 from treadle.sharding import device_needs, rank_graph, shard_model, try_in_lab
@@ -775,6 +775,14 @@ def test_a_wrong_argument_has_a_way_out(mesh: Any, axes: Any, sizes: Any, what: 
     with pytest.raises(UsageError, match=what) as error:
         shard_model("gpt2", mesh, recipe="megatron", axes=axes, sizes=sizes, layers=1)
     assert error.value.hint
+
+
+def test_the_vocabulary_is_one_dimension_of_a_weight() -> None:
+    """Also of one that is square."""
+    b = Builder(Graph("square"))
+    x = b.embedding(b.parameter("w", "f32[8, 8]"), b.input("tokens", "i64[B, S]"))
+    b.outputs(y=b.linear(b.exp(x), b.parameter("u", "f32[8, 8]")))
+    assert vocabulary(b.graph) == ["w[0]", "u[0]"]
 
 
 def test_as_many_ranks_as_heads_have_one_each() -> None:
