@@ -412,6 +412,7 @@ MASKS = [
     Form("causal, constant -inf", lambda b: scaled(b, lambda x: x + _constant_triangle(b, -math.inf)), "causal"),
     Form("causal, cast", lambda b: masked(b, lambda: b.cast(b.cast(triangle(b), to="f32"), to="bool")), "causal"),
     Form("causal, scaled after", lambda b: products(b, lambda x: b.where(triangle(b), x, -1e6) * SCALE), "causal"),
+    Form("causal, positions of tokens", lambda b: masked(b, lambda: _by_positions(b)), "causal"),
     Form("window", lambda b: masked(b, lambda: _window(b, 2)), "window(2)"),
     Form("window, cross", lambda b: masked(b, lambda: _window(b, 2, "T"), keys="T"), "window(2)", keeps_nan=True),
     Form("causal window", lambda b: masked(b, lambda: triangle(b) & _window(b, 2), LOW), "causal, window(2)"),
@@ -537,6 +538,11 @@ def _of_heads(b: Builder) -> Expr:
 def _upper(b: Builder) -> Expr:
     i, j = places(b)
     return j > i
+
+
+def _by_positions(b: Builder) -> Expr:
+    at = b.positions(b.input("tokens", "i64[B, S]"))
+    return b.rearrange(at, pattern="b t -> b 1 1 t") <= b.rearrange(at, pattern="b s -> b 1 s 1")
 
 
 def _difference(b: Builder) -> Expr:

@@ -39,6 +39,7 @@ from treadle.passes.cleanup.fold_constants import FoldConstants
 from treadle.passes.framework.manager import Optimized, PassManager
 from treadle.passes.fusion.attention.biases import hazards_of
 from treadle.passes.fusion.attention.fuse_attention import FuseAttention
+from treadle.passes.fusion.attention.positions import band_of
 from treadle.passes.fusion.fuse_softmax import FuseSoftmax
 from treadle.passes.pipelines import DEFAULT
 
@@ -381,3 +382,37 @@ def test_a_site_that_is_refused_leaves_the_next_one_to_be_fused() -> None:
         return over_queries + b.softmax(q @ swapped(b, k) * SCALE) @ v
 
     assert len(attentions(fused(graph_of(both)).graph)) == 1
+
+
+@pytest.mark.parametrize("rows", range(1, 6))
+@pytest.mark.parametrize("columns", range(1, 6))
+def test_a_band_is_said_by_limits_that_keep_the_same(rows: int, columns: int) -> None:
+    offsets = np.arange(columns) - np.arange(rows)[:, None]
+    for low in range(1 - rows, columns):
+        for high in range(low, columns):
+            kept = (offsets >= low) & (offsets <= high)
+            found = band_of(kept)
+            assert found is not None
+            least, most = (-rows if found[0] is None else found[0]), (columns if found[1] is None else found[1])
+            assert np.array_equal((offsets >= least) & (offsets <= most), kept), (low, high, found)
+    assert band_of(np.zeros((rows, columns), np.bool_)) is None
+    holed = np.ones((6, 6), np.bool_)
+    holed[rows, columns] = False
+    assert band_of(holed) is None
+
+
+def test_what_an_addend_may_hold_is_that_of_all_that_it_is_made_of() -> None:
+    b = Builder(Graph("g"))
+    x, w = b.input("x", "f32[S]"), b.parameter("w", "f32[S]")
+    for addend, held in (
+        (x + 1.0, {"large"}),
+        (x + b.tanh(w), {"large"}),
+        (x + b.cast(b.input("i", "i64[S]"), to="f32"), {"large"}),
+        (w + b.softmax(x), set()),
+        (w + 1e9, {"large"}),
+        (w + np.inf, {"large", "infinite", "rising"}),
+        (w - b.constant(-np.inf), {"large", "infinite"}),
+        (b.log(w), {"large", "infinite"}),
+        (w / 3.0, {"large"}),
+    ):
+        assert hazards_of(addend.value) == held
