@@ -95,6 +95,15 @@ def test_heads_that_are_repeated_are_not_computed_for_each_query_head() -> None:
         assert not any(n.op.name == "expand" for n in graph.main.nodes)
 
 
+def test_rows_and_heads_that_were_one_dimension_are_two_again() -> None:
+    b = Builder(Graph("joined"))
+    q, k, v = (b.rearrange(x, pattern="b h s d -> (b h) s d") for x in q_k_v(b))
+    y = b.softmax(q @ swapped(b, k) * SCALE) @ v
+    b.outputs(y=b.rearrange(y, pattern="(b h=4) s d -> b h s d"))
+    (node,) = fused(b.graph).graph.main.nodes
+    assert str(node.inputs[0].type) == "f32[B, 4, S, 6]"
+
+
 def test_the_projections_form_is_left_with_what_it_needs() -> None:
     form = next(f for f in FORMS if f.name == "projections")
     ops = [n.op.name for n in fused(graph_of(form.build)).graph.main.nodes]
