@@ -11,6 +11,7 @@ import treadle
 import treadle.frontends.language as t
 from tests.pass_programs import assert_same_numbers, optimize, program
 from treadle.explaining.fusion import explain_fusion
+from treadle.ir.builder import Builder
 from treadle.ir.graph import Graph
 from treadle.ir.ops.activated_products import ACTIVATIONS
 from treadle.ir.text.parser import parse_graph
@@ -245,3 +246,12 @@ def test_a_gate_of_another_form_is_told_the_forms() -> None:
     verdicts = explain_fusion(parse_graph(gated(*lines, weights=ALONG[:2]))).blocks[-1].verdicts
     (verdict,) = [v for v in verdicts if v.kind == "gate"]
     assert verdict.hint.startswith("act(x g) * (x u), both of one width, with gelu, gelu_tanh,")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_halves_of_one_product_keep_their_activation(activation: str) -> None:
+    b = Builder(Graph("halves"))
+    y = b.linear(b.input("x", "f32[B, 8]"), b.parameter("w", "f32[12, 8]"))
+    b.outputs(y=getattr(b, activation)(b.slice(y, axis=1, stop=6)) * b.slice(y, axis=1, start=6))
+    *_, node = PassManager([FuseGatedLinear()]).run(b.graph).graph.main.nodes
+    assert (node.op.name, node.op.attributes["activation"]) == ("gated_linear", activation)
