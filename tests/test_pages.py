@@ -125,7 +125,7 @@ def test_a_page(
 
 
 def test_commands_and_their_options(golden: Golden) -> None:
-    """What can be said, with the defaults and the help."""
+    """What can be said, with the defaults, the bounds and the help."""
     lines: list[str] = []
     for name, command in sorted(typer.main.get_group(app).commands.items()):
         lines += ["", f"{name}: {' '.join((command.help or '').split())}"]
@@ -133,6 +133,12 @@ def test_commands_and_their_options(golden: Golden) -> None:
             told = getattr(each, "help", None)
             has_default = isinstance(each.default, str | int | float)  # else what the library has in its place
             facts = [f"default {each.default!r}" * has_default, "required" * each.required]
+            kind = getattr(each, "type", each)  # whichever has the bounds, by the version of typer
+            bounds = (getattr(kind, "min", None), getattr(kind, "max", None))
+            facts += [
+                f"{what} {bound}" for what, bound in zip(("from", "to"), bounds, strict=True) if bound is not None
+            ]
+            facts += ["unsaid" * (not each.show_default), "repeatable" * (each.multiple or each.nargs < 0)]
             spelled = ", ".join([*each.opts, *each.secondary_opts]) + (f" {each.metavar}" if each.metavar else "")
             lines.append(f"  {spelled}  {'; '.join(filter(None, [*facts, told]))}")
     golden("pages/options.txt", "\n".join(lines).replace(sys.executable, "PYTHON"))

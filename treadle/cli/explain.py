@@ -216,7 +216,6 @@ def _sharding(
     if split["mesh"] is None:
         raise UsageError("sharding is over a mesh", received=f"explain {model} sharding", hint="--mesh tp=2,dp=2")
     asked = {name: value for name, value in split.items() if value is not None}
-    chosen["widen"] = chosen["widen"] or ()
     with working(f"planning {model}", shown=not as_json):
         found = explain_sharding(model, sizes=parse_sizes(sizes), **asked, **chosen)
     if svg is not None:
