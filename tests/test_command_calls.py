@@ -1,4 +1,4 @@
-"""What commands and methods ask of the library: each option reaches what it is for, and what is left out is its default.
+"""What commands and methods ask of the library: each option reaches what it is for; what is left out is its default.
 
 A command runs up to the call that its case ends with; what is called in between gives whatever is asked of it.
 """
@@ -172,8 +172,8 @@ CASES: list[tuple[str, str, str]] = [  # what is typed, what is replaced, and th
     ),
     (f"bench {M} --json", "treadle.benching.benchmark.bench_model", "bench_model"),
     (
-        f"bench {M} --against eager,openvino --sizes B=2 --backend torch --threads 3 --rounds 4 --python other --inputs "
-        f"y --seed 5 --widen bf16 {HOW}",
+        f"bench {M} --against eager,openvino --sizes B=2 --backend torch --threads 3 --rounds 4 --python other "
+        f"--inputs y --seed 5 --widen bf16 {HOW}",
         "treadle.benching.benchmark.bench_model",
         "bench_model",
     ),
@@ -185,8 +185,8 @@ CASES: list[tuple[str, str, str]] = [  # what is typed, what is replaced, and th
     ("generate some one --json", "treadle.continuation.TextWriter.open", "continued"),
     ("generate some one --tokens 3", "treadle.continuation.TextWriter.open", "continued"),
     (
-        "generate some one two --tokens 3 --temperature 0.5 --top-k 4 --top-p 0.75 --min-p 0.25 --seed 5 --stop . --logprobs "
-        f"2 --repetition-penalty 1.5 --presence-penalty 0.5 --speculate --cache f16 {HOW} {WHERE}",
+        "generate some one two --tokens 3 --temperature 0.5 --top-k 4 --top-p 0.75 --min-p 0.25 --seed 5 --stop . "
+        f"--logprobs 2 --repetition-penalty 1.5 --presence-penalty 0.5 --speculate --cache f16 {HOW} {WHERE}",
         "treadle.continuation.TextWriter.open",
         "continued",
     ),
@@ -204,8 +204,8 @@ CASES: list[tuple[str, str, str]] = [  # what is typed, what is replaced, and th
     ("generate some one --mesh tp=2 --recipe dp --timeout 2", "treadle.runtime.distributed.ranks.join", "join"),
     ("chat some --json", "treadle.chatting.conversation.Conversation.open", "say"),
     (
-        "chat some --system two --tokens 3 --context 50 --temperature 0.5 --top-p 0.75 --min-p 0.25 --repetition-penalty "
-        "1.5 --seed 5",
+        "chat some --system two --tokens 3 --context 50 --temperature 0.5 --top-p 0.75 --min-p 0.25 "
+        "--repetition-penalty 1.5 --seed 5",
         "treadle.chatting.conversation.Conversation.open",
         "say",
     ),

@@ -63,6 +63,7 @@ def test_limits_become_an_argument_where_there_are_any() -> None:
     for value in ("0", "-1", "1.5", "x", "1" * 19):
         error = refusal(lambda: parse_limits([f"nodes={value}"]))  # noqa: B023
         assert (error.what, error.received) == ("the limit nodes must be a positive integer", value)
+    assert parse_limits([f"nodes={'9' * 18}"]) == {"nodes": 10**18 - 1}
 
 
 @pytest.mark.parametrize("name", ["backend", "weights", "widen"])
@@ -96,6 +97,7 @@ def test_sizes_are_positive_integers() -> None:
     for value in ("0", "-3", "x", "1" * 13):
         error = refusal(lambda: parse_sizes(f"S={value}"))  # noqa: B023
         assert (error.what, error.received) == ("the size of S must be a positive integer", value)
+    assert parse_sizes(f"S={'9' * 12}") == {"S": 10**12 - 1}
 
 
 def sized(**bounds: Bounds) -> Graph:
@@ -170,6 +172,12 @@ def test_what_are_no_numbers_is_shown_in_part(text: str) -> None:
     assert len(str(error)) < 500
 
 
+def test_numbers_in_the_command_are_at_most_a_mebibyte() -> None:
+    text = "1," * (2**19 - 2) + "1"
+    assert len(parse_inputs([f"x={text}1"], {"x": 1})["x"]) == 2**19 - 1  # 2**20 characters, brackets included
+    assert str(2**20 + 1) in str(refusal(lambda: parse_inputs([f"x={text}11"], {"x": 1})))
+
+
 # -- sentences -----------------------------------------------------------------------------------------------------
 
 
@@ -228,6 +236,22 @@ def test_a_refused_memory_names_the_unit_that_was_meant(memory: int | str, hint:
     error = refusal(lambda: parse_bytes(memory))
     assert error.hint is not None and error.hint.startswith(f'memory="{hint}"; units are')
     assert parse_bytes(hint)
+
+
+@pytest.mark.parametrize(
+    ("memory", "count"),
+    [
+        ("1", 1), (1, 1), (" 2 kB ", 2000), ("3 KiB", 3072), ("1.123456MB", 1_123_456), ("0.5GiB", 2**29),
+        ("2GB", 2 * 10**9), ("9" * 15, 10**15 - 1), (None, None),
+    ],
+)  # fmt: skip
+def test_memory_in_bytes(memory: int | str | None, count: int | None) -> None:
+    assert parse_bytes(memory) == count
+
+
+@pytest.mark.parametrize("memory", ["0", "9" * 16, "1.1234567MB", "0.1B", -1, True, "-3MB"])
+def test_memory_that_is_none(memory: int | str) -> None:
+    assert refusal(lambda: parse_bytes(memory)).what == "memory is a number of bytes"
 
 
 def test_sizes_of_another_kind_are_refused() -> None:

@@ -1,0 +1,148 @@
+"""How much of a file is read before it is refused: bytes, values in its JSON, and how deep they are nested."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from treadle.artifacts import ArtifactLimits
+from treadle.frontends.huggingface import ModelFolder
+from treadle.frontends.safetensors_file import CheckpointLimits as HeaderLimits
+from treadle.ir.errors import CheckpointError
+from treadle.ir.text.scanner import TextLimits
+from treadle.npy_files import read_npy
+
+MIB = 2**20
+
+
+class Read(BaseException):
+    """What was asked is known."""
+
+
+READERS: list[tuple[str, str, Callable[[Any, Path], object], dict[str, int]]] = [
+    (
+        "embedding",
+        "modules.json",
+        lambda m, p: m.read_pooling(ModelFolder.find(p)),
+        {"bytes": MIB, "nesting": 16, "values": 10_000},
+    ),
+    (
+        "embedding",
+        "sentence_bert_config.json",
+        lambda m, p: m.read_pooling(ModelFolder.find(p)),
+        {"bytes": MIB, "nesting": 16, "values": 10_000},
+    ),
+    (
+        "continuation",
+        "config.json",
+        lambda m, p: m._folder_end_tokens(p),
+        {"bytes": 4 * MIB, "nesting": 32, "values": 200_000},
+    ),
+    (
+        "tasks.generation_settings",
+        "generation_config.json",
+        lambda m, p: m.GenerationSettings.read(ModelFolder.find(p), {}),
+        {"bytes": 4 * MIB, "nesting": 32, "values": 200_000},
+    ),
+    (
+        "tasks.images",
+        "preprocessor_config.json",
+        lambda m, p: m.ImageReader.open(ModelFolder.find(p), "vit"),
+        {"bytes": MIB, "nesting": 8, "values": 1000},
+    ),
+    ("tasks.images", "a.png", lambda m, p: m._read_image(p / "a.png"), {"bytes": 256 * MIB}),
+    ("tasks.sound", "a.wav", lambda m, p: m.read_sound(p / "a.wav", rate=16_000), {"bytes": 1024 * MIB}),
+    (
+        "tasks.transcribing",
+        "generation_config.json",
+        lambda m, p: m._knows_several(ModelFolder.find(p), 1),
+        {"bytes": 4 * MIB, "nesting": 32, "values": 200_000},
+    ),
+    (
+        "tasks.transcribing",
+        "config.json",
+        lambda m, p: m._converted_rules(ModelFolder.find(p)),
+        {"bytes": 4 * MIB, "nesting": 8, "values": 100_000},
+    ),
+    (
+        "explaining.memory",
+        "a.json",
+        lambda m, p: m.read_memory(p / "a.json"),
+        {"bytes": 64 * MIB, "nesting": 16, "values": 1_000_000},
+    ),
+    ("option_values", "a.txt", lambda m, p: m.read_sentences([], str(p / "a.txt")), {"bytes": 256 * MIB}),
+]
+
+
+@pytest.mark.parametrize(("module", "name", "read", "limits"), READERS, ids=[f"{m}-{n}" for m, n, _, _ in READERS])
+def test_what_may_be_read(
+    module: str,
+    name: str,
+    read: Callable[[Any, Path], object],
+    limits: dict[str, int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_text("[]")
+    asked: dict[str, int] = {}
+
+    def regular(path: Any, limit: int, *more: Any) -> bytes:
+        asked["bytes"] = limit
+        if limits.keys() == asked.keys():
+            raise Read
+        return b"{}"
+
+    def parsed(*given: Any, nesting: int, values: int) -> Any:
+        raise Read(asked.update(nesting=nesting, values=values))
+
+    found = import_module(f"treadle.{module}")
+    monkeypatch.setattr(found, "read_regular", regular)
+    for reader in ("read_json_object", "JsonReader"):
+        monkeypatch.setattr(found, reader, parsed, raising=False)
+    with pytest.raises(Read):
+        read(found, tmp_path)
+    assert asked == limits
+
+
+def test_an_artifact_may_ask_for_what_its_page_says() -> None:
+    """docs/artifacts.md has the numbers, too."""
+    header = HeaderLimits(header_bytes=4 * MIB, tensors=10_000, values=10_000, rank=16)
+    graph = TextLimits(
+        characters=8 * MIB, functions=500, nodes=4_000, operands=20_000, parameters=5_000, literal_bytes=8 * MIB,
+        rank=16, items=256, nesting=8, type_characters=300, expression_characters=1_000, symbols=500, arguments=5_000,
+        name_characters=1_000, work=300_000,
+    )  # fmt: skip
+    assert ArtifactLimits() == ArtifactLimits(header, graph, 4 * MIB, 50_000, 4 * MIB, 200_000, 16_384)
+    page = (Path(__file__).parents[1] / "docs" / "artifacts.md").read_text(encoding="utf-8")
+    for told in (
+        "4 MiB",
+        "10,000",
+        "50,000",
+        "200,000",
+        "16,384",
+        "8 Mi,",
+        "4,000 and 20,000",
+        "5,000",
+        "500 each",
+        "300,000",
+    ):
+        assert told in page, told
+
+
+def test_an_array_may_take_four_gigabytes(tmp_path: Path) -> None:
+    """A file with a hole, of which nothing is read."""
+    path = tmp_path / "x.npy"
+    with path.open("wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (4096 * MIB + 1,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        os.truncate(path, file.tell() + 4096 * MIB + 1)
+    with pytest.raises(CheckpointError, match="the array is larger than the limit") as caught:
+        read_npy(path)
+    assert caught.value.received == "4294967297 bytes, limit 4294967296"
