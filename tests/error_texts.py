@@ -1,8 +1,9 @@
 """Errors read as they did: the text of each error of ours that a test provokes stands in tests/golden/errors/.
 
-`pytest.raises` compares it with the file of the test's module, so that a lost `received`, place or hint is noticed by
-whatever test meets the error; a test itself says only which error it wants. `make golden` writes the files. Where a
-text quotes another library, or tells of this machine's folders or of lines, something else stands in its place.
+`pytest.raises` compares it with the file of the test's module, and so it does what a command told that ended with
+SystemExit. So a lost `received`, place or hint is noticed by whatever test meets the error; a test itself says only
+which error it wants. `make golden` writes the files. Where a text quotes another library, or tells of this machine's
+folders or of lines, something else stands in its place.
 """
 
 from __future__ import annotations
@@ -65,9 +66,9 @@ def shortened(text: str) -> str:
 
 
 def _ours(caught: BaseException | None) -> TreadleError | None:
-    """What was caught, or for an exit of the command line the error that it told of."""
-    while isinstance(caught, SystemExit) or type(caught).__name__ == "Exit":
-        caught = caught.__context__
+    """What was caught, or for an exit of a command the error that it told of."""
+    while type(caught).__name__ == "Exit":
+        caught = caught.__context__  # type: ignore[union-attr]
     return caught if isinstance(caught, TreadleError) else None
 
 
@@ -115,6 +116,16 @@ class ErrorTexts(KnownTexts):
     def __init__(self, golden: Golden, folder: str) -> None:
         super().__init__(golden, "errors")
         self.folder, self.cache = folder, str(cache_folder())
+        self.told: list[TreadleError] = []
+
+    def listening(self, telling: Callable[[TreadleError], Any]) -> Callable[[TreadleError], Any]:
+        """What tells an error on the command line, which is known here, too: its exit is no more than a code."""
+
+        def told(error: TreadleError) -> Any:
+            self.told.append(error)
+            return telling(error)
+
+        return told
 
     def compare_error(self, module: str, error: BaseException) -> None:
         """Raise what `pytest.fail` does where the error's text is none of the module's."""
@@ -134,15 +145,18 @@ class _Compared:
         self.raises, self.texts = raises, texts
 
     def __enter__(self) -> Any:
+        self.texts.told.clear()
         return self.raises.__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         caught: bool = self.raises.__exit__(kind, error, trace)
-        module, ours = current_module(), _ours(error)
-        if caught and ours is not None and module and not currently_in_test_context():
-            self.texts.compare_error(module, ours)
+        module = current_module()
+        if caught and module and not currently_in_test_context():
+            for each in self.texts.told if isinstance(error, SystemExit) else [_ours(error)]:
+                if each is not None:
+                    self.texts.compare_error(module, each)
         return caught
 
 

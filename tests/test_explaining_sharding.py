@@ -7,9 +7,12 @@ from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from pprint import pformat
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -17,13 +20,16 @@ from tests.golden import Golden
 from tests.test_explaining_layouts import SMALL, told, without_lines
 from treadle.cli.application import app
 from treadle.explaining.sharding import ShardingTold, explain_sharding
+from treadle.explaining.sharding_changes import Change
 from treadle.explaining.sharding_drawing import WIDTH, draw_sharding
 from treadle.ir.builder import Builder
 from treadle.ir.graph import Function, Graph
 from treadle.ir.placement.machines import Machine
 from treadle.ir.placement.mesh import Mesh
-from treadle.passes.sharding.timetable import Busy, timetable_of
+from treadle.passes.sharding.timetable import Busy, Cause, timetable_of
 from treadle.sharding import device_needs, shard_model, try_in_lab
+from treadle.sharding.lab_trials import LabTrial, _difference
+from treadle.sharding.needs import DeviceNeeds, milliseconds
 
 SIZES = {"B": 8, "S": 16}
 SETTINGS = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
@@ -287,3 +293,82 @@ def test_a_timetable_by_hand() -> None:
 )
 def test_what_a_time_is_limited_by(changed: dict[str, Any], limits: dict[str, float]) -> None:
     assert timetable_of(two_blocks(), Mesh.of("tp=2"), replace(ROUND, **changed), {}).by_limit() == limits
+
+
+# -- known numbers -----------------------------------------------------------------------------------------------------
+
+
+def needing(held: int, memory: float, work: float, meeting: float, seconds: float) -> DeviceNeeds:
+    """What a device needs, of so many bytes of weights, and 3 and 4 beside, and of these times."""
+    limits = {"compute": work * 0.75, "memory bandwidth": work * 0.25, "links": meeting}
+    cause = Cause("all_reduce", "tp", "the split of ffn is summed", "h.0", "m.py:3", 2, 4096, meeting)
+    times: Any = SimpleNamespace(
+        seconds=seconds, work=work, collectives=meeting, by_limit=lambda: limits, causes=lambda: [cause] * (meeting > 0)
+    )
+    return DeviceNeeds(held - 7, 3, 4, memory, times)
+
+
+def test_what_a_device_needs_in_known_numbers(golden: Golden) -> None:
+    """It fits to the last byte; what runs beside others is told from a hundredth of the time on."""
+    assert needing(100, 100, 1.0, 0.0, 1.0).fits and not needing(101, 100, 1.0, 0.0, 1.0).fits
+    assert "beside others" not in needing(100, 100, 1.0, 0.5, 1.486).run_line()
+    assert "beside others" in needing(100, 100, 1.0, 0.5, 1.485).run_line()
+    texts = [
+        needing(2000, 80e9, 0.0123456, 0.0, 0.0123456),
+        needing(2000, 80e9, 0.01, 0.03, 0.039),
+        needing(2000, 1500, 0.01, 0.03, 0.04),
+        needing(2000, 80e9, 4.1704, 1.0, 4.5),
+    ]
+    facts = [pformat(each.facts(), width=118, sort_dicts=False) for each in texts[:3]]
+    golden("pages/needs.txt", "\n\n".join([*map(str, texts), *facts]))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [
+        (8.26e-5, "0.0826 ms"),
+        (0.99949, "999 ms"),
+        (0.9995, "1,000 ms"),
+        (1.0, "1,000 ms"),
+        (4.17, "4,170 ms"),
+        (0.1234, "123 ms"),
+    ],
+)
+def test_a_time_has_three_digits(seconds: float, told: str) -> None:
+    assert milliseconds(seconds) == told
+
+
+def test_what_would_save_the_most_in_known_numbers(golden: Golden) -> None:
+    """None does where it saves less than half a percent; one that fits does where the plan does not."""
+    fits, full = needing(2000, 80e9, 1.0, 0.5, 1.0), needing(2000, 1500, 1.0, 0.5, 1.0)
+
+    def told(needs: DeviceNeeds, *changes: Change) -> ShardingTold:
+        return replace(plain(), needs=needs, changes=changes)
+
+    slow, fast = Change("recipe dp", 0.995, 3000, True), Change("heads whole", 0.99, 1000, True)
+    small, large = Change("mesh tp=4", 3.0, 1400, True), Change("recipe dp", 0.5, 1600, False)
+    assert told(fits, slow).best is None and told(fits, fast, slow).best is fast
+    assert told(full, small).best is small and told(full, large).best is large
+    assert told(fits, large).best is None and told(fits).best is None
+    many = [replace(fast, told=f"change {n}") for n in range(4)]
+    cases = [
+        told(fits),
+        told(fits, slow),
+        told(fits, *many),
+        told(full, small, large),
+        told(full, replace(large, seconds=2)),
+    ]
+    golden("pages/changes.txt", "\n\n".join("\n".join(case._changes()) for case in cases))
+
+
+def test_what_the_lab_says_in_known_numbers() -> None:
+    near, far = LabTrial({"y": 1e-11}, {}, 3, 2), LabTrial({"y": 0.0, "z": 1.01e-11}, {"B": 5, "S": 6}, 3, 2)
+    assert str(near) == "lab: 2 ranks in float64, 3 meetings of groups\n  y: 1.0e-11 from the whole model\n  equal"
+    assert str(far).startswith("lab: 2 ranks in float64 at B=5, S=6, 3 meetings of groups\n  y: 0.0e+00 from")
+    assert str(far).endswith("\n  NOT equal")
+    assert far.facts() == {
+        "passed": False, "ranks": 2, "differences": {"y": 0.0, "z": 1.01e-11}, "sizes": {"B": 5, "S": 6}, "meetings": 3,
+    }  # fmt: skip
+    assert _difference(np.array([1.0, 3.0]), np.array([-1.0, 4.0])) == 0.5
+    assert _difference(np.array([0.25]), np.array([0.5])) == 0.25  # beside 1, where all are smaller
+    assert _difference(np.zeros(0), np.zeros(0)) == 0

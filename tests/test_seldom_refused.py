@@ -5,7 +5,6 @@ The whole texts are in tests/golden/errors/, as of all errors.
 
 from __future__ import annotations
 
-import json
 import pickle
 import sys
 from collections.abc import Callable
@@ -554,53 +553,3 @@ def test_a_package_that_is_not_there_is_named(package: str, monkeypatch: pytest.
         error = error.__context__
     assert error.what == told
     assert "pip install 'treadle[" in str(error.hint)
-
-
-COMMANDS: dict[str, str] = {  # by the words of a command, how its error begins
-    "inspect gpt2 --raw --after fuse-attention": "--raw and --after name two stages",
-    "inspect gpt2 --entry step --raw": "--entry shows a graph that is derived",
-    "inspect gpt2 --follow tokens.S --unfold": "--follow prints no graph and no source",
-    "inspect gpt2 --entry begin": "there is no entry 'begin'",
-    "inspect m.treadle --set layers=1 --dtype bf16": "an artifact is what was compiled, and takes no --set or --dtype",
-    "explain gpt2 speed": "there is nothing to explain of that name",
-    "explain gpt2 fusion --cache bf16": "--cache is about the step",
-    "explain gpt2 layouts --sizes B=1": "--sizes and --svg are about memory and sharding",
-    "explain gpt2 sharding --mesh tp=2 --donate tokens": "--donate and --against are about memory",
-    "explain gpt2 memory --mesh tp=2": "--mesh, --recipe, --axis and --device are about sharding",
-    "explain gpt2 storage --certify": "--expect and --certify are about fusion",
-    "explain gpt2 sharding": "sharding is over a mesh",
-    "explain gpt2 memory --against old.json --json": "--against compares in words, and --json prints one object",
-    "explain m.treadle memory --dtype bf16 --inputs x": "an artifact is what was compiled, and takes no inputs or",
-    "explain m.treadle step --set dim=4 --quantize int8": "an artifact is what was compiled, and takes no quantize",
-    "compile gpt2 -o m.bin": "an artifact's name must end in .treadle",
-    "export gpt2 -o m.bin": "an ONNX model's name must end in .onnx",
-    "shard gpt2 --mesh tp=2 -o m.bin": "an artifact's name must end in .treadle",
-    "shard gpt2": "a model is split over a mesh",
-    "run gpt2 --recipe megatron": "a model is split over a mesh",
-    "generate gpt2 a --axis heads=tp": "a model is split over a mesh",
-    "launch -n 2 -- run gpt2": "ranks run a model that is split over a mesh",
-    "launch -n 2 -- dance": "there is no command 'dance' to launch",
-    "translate m text --length-penalty 2": "without --beams there is no --length-penalty",
-    "classify m one two --pair three": "1 second texts for 2 texts",
-    "serve gpt2 --key-file empty": "empty holds no key",
-    "serve gpt2 --key-file words": "words holds no key",
-    "serve gpt2 --key-file accents": "accents holds no key",
-    "serve =gpt2": "a model needs a name to be served under",
-}
-
-
-@pytest.mark.parametrize("words", COMMANDS)
-def test_a_command_is_refused(
-    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name, text in (("empty", " \n"), ("words", "a key"), ("accents", "clé")):
-        Path(name).write_text(text, encoding="utf-8")
-    with pytest.raises(SystemExit) as ended:
-        app(words.split())
-    assert ended.value.code == 2
-    told = capsys.readouterr()
-    if "--json" in words:
-        told = SimpleNamespace(out=told.err, err=json.loads(told.out)["error"]["what"])
-    assert told.out == ""
-    assert told.err.startswith(COMMANDS[words])

@@ -114,6 +114,14 @@ def test_scopes_and_lines_give_way_before_types() -> None:
     assert fit_code(line, 45) == 'x = add(a, "#  b")   # f32[B, S]  model.py:3'
     assert fit_code(line, 40) == 'x = add(a, "#  b")   # f32[B, S]'
     assert fit_code(line, 25) == 'x = add(a, "#  b")'
+    for width in (53, 44, 32):  # as wide as it is with so many columns; one less, and there is one less
+        assert len(fit_code(line, width)) == width
+        assert len(fit_code(line, width - 1)) < width - 1
+    lines = "a = f(x)   # f32[B]  m.py:1\nbbb = g(y)   # f32[B, S]  m.py:2  h.0\nc(z)   # here"
+    whole = "a = f(x)     # f32[B]     m.py:1\nbbb = g(y)   # f32[B, S]  m.py:2  h.0\nc(z)         # here"
+    assert fit_code(lines, 37) == whole
+    assert fit_code(lines, 36) == whole.replace("  h.0", "")
+    assert fit_code(lines, 21) == "a = f(x)   # f32[B]\nbbb = g(y)\nc(z)   # here"
 
 
 def test_lines_are_broken_between_arguments_and_never_in_a_text_or_a_type() -> None:
@@ -121,6 +129,17 @@ def test_lines_are_broken_between_arguments_and_never_in_a_text_or_a_type() -> N
     text = 'y = f("a long text, with commas in it")'
     assert fit_code(text, 20) == text
     assert fit_graph("a = f(x: f32[B, S, 8], y: i64[B])", 24) == "a = f(x: f32[B, S, 8],\n    y: i64[B])"
+    assert fit_code("x = aaaa + bbbb + cccc", 10) == "x = aaaa + bbbb + cccc"
+    assert fit_code("x = f(aaaa + bbbb + cccc)", 14) == "x = f(aaaa +\n    bbbb +\n    cccc)"
+    deep = "x = f(g(h(k(aaaa, b))))"
+    assert fit_code(deep, 20) == "x = f(g(h(k(aaaa,\n    b))))"
+    assert fit_graph(deep, 20) == deep
+    assert fit_graph("x = f(g(aaaa, b), c)", 17) == "x = f(g(aaaa, b),\n    c)"
+    assert fit_graph("f(aaaa,\n      bbbb)", 13) == "f(aaaa, bbbb)"
+    weights = "  weights a: f32[2, 3], b: f32[4]"
+    assert fit_graph(weights, 24) == "  weights a: f32[2, 3],\n          b: f32[4]"
+    assert fit_graph(weights.replace("weights ", ""), 16) == "  a: f32[2, 3],\n      b: f32[4]"
+    assert fit_code("# a comment of words", 14) == "# a comment of\n#   words"
     assert fit_prose("  one two three", 9) == "  one two\n    three"
     assert fit_prose("one a/path/of/files two", 9) == "one\n  a/path/of/files\n  two"
     assert fit_prose("one averylongword a-long-name", 9) == "one\n  averylongword\n  a-long-name"

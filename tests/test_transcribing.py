@@ -109,6 +109,27 @@ def test_damaged_sound_files(tmp_path: Path) -> None:
     assert "ffmpeg" in str(refused.value.hint)
 
 
+@pytest.mark.parametrize(
+    ("channels", "rate", "good"),
+    [
+        (64, 16_000, True),
+        (65, 16_000, False),
+        (1, 1000, True),
+        (1, 999, False),
+        (1, 400_000, True),
+        (1, 400_001, False),
+    ],
+)
+def test_kinds_of_sound_that_are_read(channels: int, rate: int, good: bool, tmp_path: Path) -> None:
+    write_wav(tmp_path / "a.wav", np.full((3, channels), 0.5), rate=rate, channels=channels)
+    if good:
+        assert len(read_sound(tmp_path / "a.wav", rate=rate)) == 3
+        return
+    with pytest.raises(UsageError, match="of a kind that is not read") as caught:
+        read_sound(tmp_path / "a.wav", rate=16_000)
+    assert caught.value.received == f"{channels} channels, 16 bits, {rate} samples a second"
+
+
 def test_long_recordings_are_cut_where_they_are_quiet() -> None:
     draw = np.random.default_rng(1)
     samples = draw.normal(0, 0.3, 70 * 16_000)

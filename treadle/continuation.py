@@ -59,8 +59,8 @@ class Piece:
     text: str
     id: int
     ending: Ending | None
-    logprob: float = 0.0
-    likely: tuple[tuple[int, float], ...] = ()
+    logprob: float
+    likely: tuple[tuple[int, float], ...]
 
     @property
     def last(self) -> bool:

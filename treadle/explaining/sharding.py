@@ -20,7 +20,7 @@ from treadle.ir.placement.mesh import Mesh
 from treadle.passes.memory.storage_plan import aligned
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.timetable import Cause, PipelineTimes
-from treadle.reports import human, sizes_text
+from treadle.reports import counted, human, sizes_text
 from treadle.sharding.needs import DeviceNeeds, device_needs, milliseconds
 from treadle.sharding.plans import shard_model
 
@@ -148,10 +148,10 @@ class ShardingTold:
             return ["no other recipe, axis or mesh can be planned at these sizes"]
         best = self.best
         if best is None:
-            told = f"none of {len(self.changes)} changes of recipe, axis or mesh saves time"
+            told = f"none of {counted(len(self.changes), 'change')} of recipe, axis or mesh saves time"
             head = told if self.needs.fits else told.replace("saves time", "makes it fit")
         else:
-            head = f"what would save the most, of {len(self.changes)} changes: {best.told}"
+            head = f"what would save the most, of {counted(len(self.changes), 'change')}: {best.told}"
         rows: list[tuple[str, ...]] = [("change", "time", "", "memory", "")]
         rows += [self._row(change) for change in self.changes[:SHOWN]]
         return [head, *_table(rows)]

@@ -125,7 +125,7 @@ class DeviceNeeds:
 def milliseconds(seconds: float) -> str:
     """A time in three digits: `0.0826 ms`, `4,170 ms`."""
     count = seconds * 1e3
-    return f"{count:,.0f} ms" if count >= 1000 else f"{count:.3g} ms"
+    return f"{count:,.0f} ms" if count >= 999.5 else f"{count:.3g} ms"
 
 
 def device_needs(plan: ShardingPlan) -> DeviceNeeds:

@@ -76,11 +76,11 @@ class GenerationSettings:
         early = said.get("early_stopping", False)
         beams = Beams(
             count,
-            length_penalty=read.number("length_penalty", 1.0),
+            length_penalty=read.number("length_penalty", 1.0, above=-100),
             early=early if early in (True, False, "never") else False,
         )
         rules = TokenRules(
-            repetition_penalty=read.number("repetition_penalty", 1.0, least=1e-6),
+            repetition_penalty=read.number("repetition_penalty", 1.0, above=0),
             no_repeat_ngram=read.integer("no_repeat_ngram_size", 0, least=0, most=_MOST),
             banned=tuple(dict.fromkeys((*read.single_words("bad_words_ids"), *read.tokens("suppress_tokens")))),
             fewest=max(
@@ -109,10 +109,10 @@ class _Reader:
             raise self._wrong(name, f"an integer from {least} to {most}")
         return value
 
-    def number(self, name: str, default: float, *, least: float = -100.0) -> float:
+    def number(self, name: str, default: float, *, above: float) -> float:
         value = self.said.get(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value < 100:
-            raise self._wrong(name, "a number below 100")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not above < value < 100:
+            raise self._wrong(name, f"a number above {above} and below 100")
         return float(value)
 
     def token(self, name: str) -> int | None:

@@ -1,0 +1,102 @@
+"""Options that a command refuses, before it reads anything: the whole texts are in tests/golden/errors/."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import treadle.cli
+
+HOW = "--set n=1 --dtype bf16 --quantize int4"
+
+REFUSED = [
+    ("compile m.py:small -o small.onnx", "an artifact's name must end in .treadle"),
+    ("compile m.py:small --memory much", "memory is a number of bytes"),
+    ("compile m.py:small --sizes B=2", "sizes are those up to which a run keeps to a budget"),
+    ("inspect m.py:small --raw --after dead-code", "--raw and --after name two stages"),
+    ("inspect m.py:small --entry step --raw", "--entry shows a graph that is derived"),
+    ("inspect m.py:small --entry step --after dead-code", "--entry shows a graph that is derived"),
+    ("inspect m.py:small --entry step --source", "--entry shows a graph that is derived"),
+    ("inspect m.py:small --entry step --follow B", "--entry shows a graph that is derived"),
+    ("inspect m.py:small --follow B --source", "--follow prints no graph"),
+    ("inspect m.py:small --follow B --unfold", "--follow prints no graph"),
+    ("inspect m.py:small --backend nump", "there is no backend 'nump'"),
+    (f"inspect m.treadle --inputs y --widen bf16 --after dead-code {HOW}", "an artifact is what was compiled"),
+    ("explain m.py:small fushion", "there is nothing to explain of that name"),
+    ("explain m.py:small fusion --cache f16", "--cache is about the step"),
+    ("explain m.py:small fusion --sizes B=2", "--sizes and --svg are about memory and sharding"),
+    ("explain m.py:small storage --svg a.svg", "--sizes and --svg are about memory and sharding"),
+    ("explain m.py:small sharding --donate x", "--donate and --against are about memory"),
+    ("explain m.py:small step --against a.json", "--donate and --against are about memory"),
+    ("explain m.py:small memory --against a.json --json", "--against compares in words"),
+    ("explain m.py:small memory --mesh tp=2", "--mesh, --recipe, --axis and --device are about sharding"),
+    ("explain m.py:small step --recipe dp", "--mesh, --recipe, --axis and --device are about sharding"),
+    ("explain m.py:small fusion --axis ffn=tp", "--mesh, --recipe, --axis and --device are about sharding"),
+    ("explain m.py:small layouts --device h100", "--mesh, --recipe, --axis and --device are about sharding"),
+    ("explain m.py:small layouts --expect linear=1", "--expect and --certify are about fusion"),
+    ("explain m.py:small memory --certify", "--expect and --certify are about fusion"),
+    ("explain m.py:small sharding --recipe dp", "sharding is over a mesh"),
+    ("explain m.py:small fusion --expect linear", "an expected count is OP=NUMBER"),
+    (f"explain m.py:small fusion --expect linear={'1' * 13}", "an expected count is OP=NUMBER"),
+    ("explain m.treadle fusion", "an artifact holds what was compiled, not how"),
+    ("explain m.treadle quantization", "an artifact holds what was compiled, not how"),
+    ("run m.py:small --recipe dp", "a model is split over a mesh"),
+    ("run m.py:small --axis ffn=tp --axis vocab=tp", "a model is split over a mesh"),
+    (f"run m.treadle {HOW}", "an artifact is what was compiled"),
+    ("launch -n 2 -- run gpt2", "ranks run a model that is split over a mesh"),
+    (f"launch -n 3 -- generate gpt2 {'a' * 100}", "ranks run a model that is split over a mesh"),
+    (f"launch -n 2 -- dance {'a' * 100} --mesh tp=2", "there is no command 'dance' to launch"),
+    (f"verify m.treadle --inputs y --widen bf16 {HOW}", "an artifact is what was compiled"),
+    ("shard m.py:small", "a model is split over a mesh"),
+    ("shard m.py:small --mesh tp=2 -o small.onnx", "an artifact's name must end in .treadle"),
+    (
+        f"shard m.treadle --mesh tp=2 --recipe dp --axis ffn=tp --device h100 --sizes B=2 -o b.treadle --inputs y "
+        f"--widen bf16 {HOW}",
+        "an artifact is what was compiled",
+    ),
+    ("export m.py:small -o small", "an ONNX model's name must end in .onnx"),
+    ("export m.treadle -o small.onnx --set n=1 --inputs y --widen bf16", "an artifact is what was compiled"),
+    (f"bench m.treadle --inputs y {HOW}", "an artifact is what was compiled"),
+    (f"roofline m.treadle --inputs y {HOW}", "an artifact is what was compiled"),
+    (
+        "generate m a --beams 2 --temperature 1 --top-k 1 --top-p 0.5 --min-p 0.5 --stop x --logprobs 0 --speculate "
+        "--draft d",
+        "a beam search takes no",
+    ),
+    ("generate m a --best 2 --length-penalty 2", "without --beams there is no"),
+    ("generate m a --system x", "without --chat there is no"),
+    ("generate m a --recipe dp", "a model is split over a mesh"),
+    ("classify m a b --pair c", "1 second texts for 2 texts"),
+    ("summarize m a --length-penalty 2", "without --beams there is no --length-penalty"),
+    ("embed m a --file b", "sentences were given twice"),
+    ("tag m a --file b", "sentences were given twice"),
+    ("fetch minilmm", "there is no model 'minilmm' to fetch"),
+    ("inspect gpt2 --entry begin", "there is no entry 'begin'"),
+    ("explain m.treadle memory --dtype bf16 --inputs x", "an artifact is what was compiled, and takes no inputs or"),
+    (
+        "explain m.treadle step --set dim=4 --quantize int8",
+        "an artifact is what was compiled, and takes no quantize",
+    ),
+    ("generate gpt2 a --axis heads=tp", "a model is split over a mesh"),
+    ("serve gpt2 --key-file empty", "empty holds no key"),
+    ("serve gpt2 --key-file words", "words holds no key"),
+    ("serve gpt2 --key-file accents", "accents holds no key"),
+    ("serve =gpt2", "a model needs a name to be served under"),
+]
+
+
+@pytest.mark.parametrize(("words", "what"), REFUSED, ids=[words for words, _ in REFUSED])
+def test_a_command_refuses(
+    words: str, what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("m.py").write_text("import treadle as t\n\n\n@t.model\ndef small(x: t.f32['B 4']):\n    return t.relu(x)\n")
+    for name, text in (("empty", " \n"), ("words", "a key"), ("accents", "clé")):
+        Path(name).write_text(text, encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["treadle", *words.split()])
+    with pytest.raises(SystemExit) as ended:
+        treadle.cli.main()
+    assert ended.value.code == 2
+    assert what in "".join(capsys.readouterr())

@@ -1,0 +1,165 @@
+"""What the command line tells: numbers with prefixes, plurals, arrays in short, tables as they are printed."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Annotated, Any
+
+import numpy as np
+import pytest
+
+import treadle as t
+from treadle.fitting import fit_prose, fitted
+from treadle.reports import (
+    array_facts,
+    array_table,
+    compiled_facts,
+    compiled_lines,
+    console,
+    counted,
+    human,
+    pass_table,
+    shortest,
+    similarity_table,
+    zoo_tables,
+)
+
+
+@t.model
+def double(x: Annotated[t.Tensor, t.f32["B 2"]]) -> t.Tensor:
+    return x * 2
+
+
+@pytest.mark.parametrize(
+    ("count", "told"),
+    [
+        (0, "0 B"), (999, "999 B"), (999.4, "999 B"), (999.5, "1 kB"), (1000, "1 kB"), (1234, "1.23 kB"),
+        (999_499, "999 kB"), (999_500, "1 MB"), (1e9, "1 GB"), (2.5e12, "2.5 TB"), (9.995e14, "1 PB"),
+        (1e18, "1e+03 PB"),
+    ],
+)  # fmt: skip
+def test_counts_in_three_digits(count: float, told: str) -> None:
+    assert human(count, "B") == told
+    assert human(count) == told.removesuffix("B").strip()
+
+
+@pytest.mark.parametrize(
+    ("count", "what", "told"),
+    [
+        (0, "op", "0 ops"), (1, "op", "1 op"), (2, "op", "2 ops"), (1024, "parameter", "1,024 parameters"),
+        (1, "pass", "1 pass"), (2, "pass", "2 passes"), (2, "match", "2 matches"), (3, "box", "3 boxes"),
+        (2, "wish", "2 wishes"),
+    ],
+)  # fmt: skip
+def test_plurals(count: int, what: str, told: str) -> None:
+    assert counted(count, what) == told
+
+
+def test_a_small_output_is_told_in_full() -> None:
+    assert len(array_facts(np.zeros(64, np.float32))["values"]) == 64
+    assert "values" not in array_facts(np.zeros(65, np.float32))
+    assert array_facts(np.array([np.nan, np.inf], np.float32)) == {
+        "dtype": "float32",
+        "shape": [2],
+        "min": None,
+        "mean": None,
+        "max": None,
+        "not_finite": 2,
+        "values": [None, None],
+    }
+    facts = array_facts(np.array([[1, 2], [4, 4]], np.int64))
+    assert (facts["min"], facts["mean"], facts["max"], facts["not_finite"]) == (1, 2.75, 4, 0)
+    assert array_facts(np.array([True, False]))["mean"] == 0.5
+    assert shortest(np.float32(0.1)) == 0.1
+
+
+def printed(*tables: Any) -> str:
+    out = console()
+    with out.capture() as said:
+        for each in tables:
+            out.print(each)
+    return said.get()
+
+
+def rows_of(table: Any) -> list[list[str]]:
+    """The cells of each row as it is printed, without the line below the head."""
+    return [row.split() for row in printed(table).splitlines() if "\u2500" not in row]
+
+
+def test_passes_as_a_table() -> None:
+    """One that changed something tells of ops before and after, another is dim; what is nothing is empty."""
+    changed = SimpleNamespace(
+        name="fuse", before=Counter(add=3, mul=1), after=Counter(add=2, fused=1), changed=True, seconds=0.00126,
+        op_changes={"add": -1, "fused": 1}, refusals=[1, 2], near_misses=[1],
+    )  # fmt: skip
+    idle = SimpleNamespace(
+        name="tidy", before=Counter(add=9), after=Counter(add=2), changed=False, seconds=2.0, op_changes={},
+        refusals=[], near_misses=[],
+    )  # fmt: skip
+    log: Any = [changed, idle]
+    table = pass_table(log)
+    assert rows_of(table) == [
+        ["pass", "ops", "change", "refused", "nearly", "ms"],
+        ["fuse", "4", "->", "3", "-1", "add,", "+1", "fused", "2", "1", "1.3"],
+        ["tidy", "2", "2000.0"],
+    ]
+    assert [str(row.style) for row in table.rows] == ["", "dim"]
+
+
+def test_outputs_as_a_table() -> None:
+    told = {
+        "y": array_facts(np.array([[1, 2.5, np.inf]], np.float32)),
+        "n": array_facts(np.int64(7)[()].reshape(())),
+        "nothing": array_facts(np.zeros((0, 2), np.float32)),
+    }
+    assert rows_of(array_table(told)) == [
+        ["output", "dtype", "shape", "min", "mean", "max", "not", "finite"],
+        ["y", "float32", "1", "x", "3", "1", "1.75", "2.5", "1"],
+        ["n", "int64", "scalar", "7", "7", "7"],
+        ["nothing", "float32", "0", "x", "2"],
+    ]
+
+
+def test_similarities_as_a_table() -> None:
+    """A long sentence loses its end, and what is near another is marked, a sentence beside itself not."""
+    sentences = ["a" * 48, "b" * 49]
+    table = similarity_table(sentences, np.array([[1, 0.51], [0.5, 1]]))
+    assert rows_of(table) == [["1", "2"], ["1", "a" * 48, "1.00", "0.51"], ["2", "b" * 45 + "...", "0.50", "1.00"]]
+    styles = [[str(cell.style) for cell in column._cells] for column in table.columns[1:]]
+    assert styles == [["", ""], ["bold green", ""]]
+
+
+def test_models_that_are_here_and_that_are_not() -> None:
+    fetched = [
+        {"name": "one", "about": "a model", "download_bytes": 5000, "path": "/cache/one"},
+        {"name": "another", "about": "a model", "download_bytes": 6000, "path": "/cache/two"},
+        {"name": "third", "about": "a model", "download_bytes": 7000, "path": None},
+    ]
+    zoo = [{"name": "tiny", "description": "a model", "parameters": 1234, "defaults": {"layers": 2, "dim": 8}}]
+    text = printed(*zoo_tables({"zoo": zoo, "fetched": fetched}))
+    assert "1.23 k" in text and "layers=2, dim=8" in text
+    assert "one      /cache/one\nanother  /cache/two\n" in text
+    assert text.count("is here") == 2 and text.count("treadle fetch third") == 1
+    assert len(list(zoo_tables({"zoo": zoo, "fetched": fetched[2:]}))) == 2
+
+
+def test_tensors_that_are_not_used() -> None:
+    made = t.compile(double)
+    assert not any("not used" in line for line in compiled_lines(made, 1.0))
+    for count, told in ((1, "1 tensor of the checkpoint not used: t0"), (4, "t0, t1, t2, t3"), (5, "t3, ...")):
+        unused = replace(made, unused=tuple(f"t{i}" for i in range(count)))
+        assert list(compiled_lines(unused, 1.0))[-1].endswith(told)
+        assert compiled_facts(unused, 1.0)["unused"] == [f"t{i}" for i in range(count)]
+
+
+def test_a_pipe_has_a_width_and_lines_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert console().width == console(stderr=True).width == 120
+    assert fitted("word " * 50, fit_prose) == "word " * 50
+    monkeypatch.setenv("COLUMNS", "70")
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(getattr(sys, stream), "isatty", lambda: True)
+    assert console().width == console(stderr=True).width == 70
+    assert max(map(len, fitted("word " * 50, fit_prose).split("\n"))) <= 70
