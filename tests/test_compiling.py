@@ -10,6 +10,7 @@ import pytest
 
 import treadle.frontends.language as t
 from treadle.compiling import compile
+from treadle.held_weights import HeldWeights
 from treadle.ir.errors import TreadleError, UsageError
 from treadle.passes.cleanup.canonicalize import Canonicalize
 
@@ -67,6 +68,8 @@ def test_weights_are_for_looking_at() -> None:
     made = compile(example, weights=given)
     weights: Any = made.weights
     assert dict(weights).keys() == given.keys()
+    assert repr(weights) == "<2 weights, 60 bytes>"
+    assert repr(HeldWeights({"one": np.zeros(300)})) == "<1 weight, 2,400 bytes>"
     assert all(np.shares_memory(weights[name], given[name]) for name in given)
     for change in (lambda: weights.__setitem__("head.bias", 0), lambda: weights.__delitem__("head.bias")):
         with pytest.raises(UsageError, match="cannot be changed") as caught:

@@ -20,7 +20,7 @@ from treadle.passes.pipelines import RECOGNITION
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.resolving import Resolved, resolve
 from treadle.sharding import plan_graph
-from treadle.sharding.rank_models import load_part
+from treadle.sharding.rank_models import _told_weights, load_part
 
 DIM, HIDDEN, VOCAB, HEADS = 256, 512, 1024, 8
 Array = np.ndarray[Any, Any]
@@ -165,3 +165,16 @@ def test_what_does_not_fit_a_narrower_dtype_is_refused_where_it_is_taken(tmp_pat
     assert found[:1] == 1
     with pytest.raises(CheckpointError, match="would become infinite"):
         found[1:]
+
+
+def test_ranks_compare_the_shapes_and_the_ends_of_weights() -> None:
+    """Eight numbers at each end of each dimension, so that nothing large is read."""
+    held = np.arange(40.0)
+    told = _told_weights({"w": held}, 0)
+    for at, differs in ((0, True), (7, True), (8, False), (31, False), (32, True), (39, True)):
+        other = held.copy()
+        other[at] += 1
+        assert (_told_weights({"w": other}, 0) != told) == differs
+    for changed in ({"v": held}, {"w": held.reshape(5, 8)}, {"w": held.view(np.int64)}, {"w": held, "v": held}):
+        assert _told_weights(changed, 0) != told
+    assert _told_weights(None, 5) == "drawn from 5"

@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from treadle.artifacts import ArtifactLimits
+from treadle.artifact_writing import write_artifact
+from treadle.artifacts import ArtifactLimits, open_artifact
+from treadle.compiling import compile
 from treadle.frontends.huggingface import ModelFolder
 from treadle.frontends.safetensors_file import CheckpointLimits as HeaderLimits
 from treadle.ir.errors import CheckpointError
+from treadle.ir.text.parser import parse_graph
 from treadle.ir.text.scanner import TextLimits
 from treadle.npy_files import read_npy
 
@@ -146,3 +149,13 @@ def test_an_array_may_take_four_gigabytes(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="the array is larger than the limit") as caught:
         read_npy(path)
     assert caught.value.received == "4294967297 bytes, limit 4294967296"
+
+
+def test_a_seed_of_an_artifact_has_39_digits_at_most(tmp_path: Path) -> None:
+    made = compile(parse_graph("graph g { main(x: f32[4]) -> (y: f32[4]) { y = relu(x) return y = y } }"))
+    path = tmp_path / "g.treadle"
+    write_artifact(path, "g", "numpy", "cpu", made.optimized, {}, 10**39 - 1)
+    assert open_artifact(path).seed == 10**39 - 1
+    write_artifact(path, "g", "numpy", "cpu", made.optimized, {}, 10**39)
+    with pytest.raises(CheckpointError, match="the seed must be digits or nothing"):
+        open_artifact(path)
