@@ -27,6 +27,7 @@ from treadle.ir.graph import Function, Graph
 from treadle.ir.placement.machines import Machine
 from treadle.ir.placement.mesh import Mesh
 from treadle.passes.sharding.timetable import Busy, Cause, timetable_of
+from treadle.passes.sharding.timetable import Busy, Cause, Timetable
 from treadle.sharding import device_needs, shard_model, try_in_lab
 from treadle.sharding.lab_trials import LabTrial, _difference
 from treadle.sharding.needs import DeviceNeeds, milliseconds
@@ -372,3 +373,29 @@ def test_what_the_lab_says_in_known_numbers() -> None:
     assert _difference(np.array([1.0, 3.0]), np.array([-1.0, 4.0])) == 0.5
     assert _difference(np.array([0.25]), np.array([0.5])) == 0.25  # beside 1, where all are smaller
     assert _difference(np.zeros(0), np.zeros(0)) == 0
+
+
+def test_a_drawing_of_known_times(golden: Golden) -> None:
+    """Narrow bars that are put together and that are not, an op of no known colour, names that fit and do not."""
+    tiny = [(0.4 + n * 4e-4, 3e-4) for n in range(5)] + [(0.41, 3e-4), (0.4108, 3e-4), (0.4115, 2e-3)]
+    rows = [
+        ("linear", "", 0.0, 0.25, "compute", 0), ("gelu", "", 0.25, 0.05, "memory bandwidth", 0),
+        ("all_reduce", "tp", 0.3, 0.1, "links", 0),
+        *(("add", "", start, took, "memory bandwidth", 1) for start, took in tiny),
+        ("linear", "", 0.45, 0.3, "compute", 1), ("all_gather", "dp tp", 0.2, 0.3, "links", 1),
+        ("sum", "tp", 0.6, 0.002, "links", 1), ("softmax", "", 0.8, 0.1, "latency", -1),
+        ("linear", "", 0.9, 0.05, "compute", 2), ("all_reduce", "tp", 0.95, 0.05, "links", 2),
+    ]  # fmt: skip
+    busy = tuple(
+        Busy(op, over, "it is split" * bool(over), f"h.{call}", "m.py:3", start, took, 4096.0 * bool(over), limit, call)
+        for op, over, start, took, limit, call in rows
+    )
+    times = Timetable(busy, ("h.0.mlp", "h.1.mlp", "head"))
+    needs = DeviceNeeds(6000, 3000, 1000, 20_000.0, times)
+    changes = tuple(
+        Change(f"recipe {n}", seconds, 5000 * n, n < 3) for n, seconds in enumerate((0.25, 1.0, 2.0, 3.0, 0.5))
+    )
+    told = replace(plain(), needs=needs, changes=changes, weights={"tp": 4000.0, "": 1990.0, "dp": 10.0})
+    golden("pages/known_times.svg", draw_sharding(told))
+    full = replace(told, needs=replace(needs, memory=8000.0, times=Timetable(busy[:2], ())), changes=())
+    golden("pages/known_times_too_large.svg", draw_sharding(full))
