@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ from tests.golden import Golden
 from tests.pass_programs import GELU, program
 from treadle.cli import app
 from treadle.explaining.fusion import explain_fusion, parse_expected
-from treadle.explaining.fusion_verdicts import FusionVerdict
+from treadle.explaining.fusion_verdicts import FusionVerdict, judge
 from treadle.ir.builder import Builder
 from treadle.ir.errors import TreadleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.source_lines import SourceLine
 from treadle.ir.text.parser import parse_graph
 from treadle.passes.cleanup.round_trips import round_trip_at
+from treadle.passes.framework.pass_log import Event, PassLog
 from treadle.passes.framework.rewrite import Match, Rewrite
 from treadle.passes.products.fuse_linear import FuseLinear
 from treadle.passes.sites.fusion_sites import find_sites
@@ -419,6 +420,22 @@ def test_a_rewrite_that_fails_its_certificate_is_a_refused_site() -> None:
     verdict = only(parse_graph(text), passes=[FuseGelu()], certify=True)
     assert verdict.status == "refused" and "its certificate failed" in verdict.reason
     assert only(parse_graph(text), passes=[FuseGelu()], certify=False).status == "fused"
+
+
+def test_events_that_name_no_nodes_are_of_the_site_at_their_line(toy: str) -> None:
+    """As an artifact's are, and of a pass that does not say what it took."""
+    optimized = explain_fusion(toy).optimized
+
+    def bare(events: list[Event]) -> list[Event]:
+        return [replace(event, given=frozenset()) for event in events]
+
+    log = PassLog(
+        replace(r, matches=bare(r.matches), refusals=bare(r.refusals), near_misses=bare(r.near_misses))
+        for r in optimized.log
+    )
+    whole, told = ({s.anchor: v for s, v in judge(each)} for each in (optimized, replace(optimized, log=log)))
+    assert {v.status for v in told.values()} > {"fused", "refused"}
+    assert [(v.status, v.rules) for v in told.values()] == [(whole[s].status, whole[s].rules) for s in told]
 
 
 @pytest.mark.parametrize(("count", "more"), [(4, ""), (5, " and 1 more"), (6, " and 2 more")])

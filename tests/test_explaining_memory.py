@@ -123,9 +123,10 @@ def test_the_drawing_shows_every_storage_while_it_lives(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="the drawing cannot be written") as error:
         write_drawing(tmp_path / "no" / "gpt2.svg", draw_memory(found))
     assert error.value.received == "No such file or directory" and error.value.hint
+    root = ElementTree.parse(file).getroot()
     boxes = [
         tuple(float(r.attrib[name]) for name in ("x", "y", "width", "height"))
-        for r in ElementTree.parse(file).getroot().iter("{http://www.w3.org/2000/svg}rect")
+        for r in root.iter("{http://www.w3.org/2000/svg}rect")
         if (title := r.find("{*}title")) is not None and "bytes" in (title.text or "")
     ]
     calls = {"main": 1, "h": SMALL["layers"]}
@@ -134,6 +135,9 @@ def test_the_drawing_shows_every_storage_while_it_lives(tmp_path: Path) -> None:
     assert max(x + w for x, _, w, _ in boxes) == pytest.approx(WIDTH - 24, abs=0.02)
     assert max(y + h for _, y, _, h in boxes) == pytest.approx(HEIGHT - 96, abs=0.02), "the arena's first byte"
     assert min(y for _, y, _, _ in boxes) == pytest.approx(64, abs=0.02), "and its last one"
+    line = [tuple(map(float, p.split(","))) for p in root.find("{*}polyline").attrib["points"].split()]  # type: ignore[union-attr]
+    assert (line[0][0], line[-1][0]) == (84, pytest.approx(WIDTH - 24, abs=0.02)), "what lives, from the first step on"
+    assert min(y for _, y in line) == pytest.approx(64, abs=0.02), "is the whole arena at the peak"
     for i, (x, y, w, h) in enumerate(boxes):
         for x2, y2, w2, h2 in boxes[:i]:
             apart = x + w <= x2 + 0.02 or x2 + w2 <= x + 0.02 or y + h <= y2 + 0.02 or y2 + h2 <= y + 0.02

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from pprint import pformat
 from typing import Any
@@ -31,7 +27,6 @@ from treadle.ir.text.parser import parse_graph
 from treadle.reports import console
 from treadle.runtime.verification_report import BackendReport, Difference, NotFinite, OpFault, VerificationReport
 
-ROOT = Path(__file__).parents[1]
 MODEL = """\
 import treadle as t
 
@@ -211,29 +206,3 @@ def test_a_verification_of_known_numbers(golden: Golden) -> None:
         text += [str(report), pformat(report.as_dict(), width=118, sort_dicts=False), ""]
     assert near.worse(far) is far and far.worse(near) is far and loose.worse(near) is loose
     golden("pages/verification.txt", "\n".join(text))
-
-
-def test_what_functions_take(golden: Golden) -> None:
-    """Every public function, class and method of the package's own folder, with its defaults."""
-    lines: list[str] = []
-    for path in sorted((ROOT / "treadle").rglob("*.py")):
-        dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        if "cli" in path.parts or path.name.startswith("__"):
-            continue  # whose options have a page
-        module = import_module(dotted)
-        for name, value in sorted(vars(module).items()):
-            if getattr(value, "__module__", "") == dotted and not name.startswith("_") and callable(value):
-                lines += signatures(f"{dotted}.{name}", value)
-    golden("pages/signatures.txt", "\n".join(lines).replace(sys.executable, "PYTHON"))
-
-
-def signatures(name: str, value: Any) -> Iterator[str]:
-    """What a function takes, or a class and its methods, where something has a default."""
-    with suppress(TypeError, ValueError):
-        plain = [p.replace(annotation=p.empty) for p in inspect.signature(value).parameters.values()]
-        if any(p.default is not p.empty for p in plain):
-            yield re.sub(r" at 0x\w+", "", f"{name}{inspect.Signature(plain)}")
-    for inner, method in sorted(vars(value).items()) if inspect.isclass(value) else ():
-        function = getattr(method, "__func__", method)
-        if inspect.isfunction(function) and not inner.startswith("_"):
-            yield from signatures(f"{name}.{inner}", function)

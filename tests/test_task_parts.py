@@ -14,12 +14,15 @@ import pytest
 from treadle.frontends.huggingface import ModelFolder
 from treadle.frontends.text import EncodedText
 from treadle.ir.errors import CheckpointError, UsageError
+from treadle.ir.sizing.size_bounds import Bounds
+from treadle.ir.types import parse_type
 from treadle.runtime.token_rules import TokenRules
 from treadle.tasks import answering, tagging, transcribing
 from treadle.tasks.answering import Answer, QuestionAnswerer
 from treadle.tasks.classifying import TextClassifier
 from treadle.tasks.filling import MaskFiller
 from treadle.tasks.labelling import ImageLabeller
+from treadle.tasks.opening import OpenedModel, token_positions
 from treadle.tasks.tagging import TaggedSpan, TokenTagger
 
 # -- answers -----------------------------------------------------------------------------------------------------------
@@ -276,3 +279,40 @@ def test_a_recording_is_cut_at_the_middle_of_the_quietest_tenth_of_a_second() ->
     short = np.ones(9)
     short[[2, 6]] = 0
     assert next(transcribing._pieces(short, 8)) == (0, 6)
+
+
+# -- texts -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tokens", "bounds", "positions"),
+    [
+        ("i64[B, S]", {"B": Bounds(1, 9), "S": Bounds(1, 40)}, 40),
+        ("i64[B, S]", {"S": Bounds(1)}, None),
+        ("i64[B, 7]", {}, None),
+    ],
+)
+def test_how_many_tokens_a_model_takes(tokens: str, bounds: dict[str, Bounds], positions: int | None) -> None:
+    ports = [
+        SimpleNamespace(name="lengths", type=parse_type("i64[B]")),
+        SimpleNamespace(name="tokens", type=parse_type(tokens)),
+    ]
+    model: Any = SimpleNamespace(inputs=ports, graph=SimpleNamespace(symbols=bounds))
+    assert token_positions(model) == positions
+
+
+def test_rows_go_through_the_model_in_batches_of_like_lengths() -> None:
+    """A row ends with its text where there is one number for each token; only what the model takes is given."""
+    taken: list[dict[str, Any]] = []
+
+    def run(**given: Any) -> Any:
+        taken.append(given)
+        return {"logits": given["tokens"][:, :, None] * 2.0, "pooled": given["tokens"][:, 0]}
+
+    run.inputs = [SimpleNamespace(name=name) for name in ("tokens", "lengths")]  # type: ignore[attr-defined]
+    model: Any = run
+    opened, asked = OpenedModel("m", {}, model, model), [window("a"), window("a", "b", "c")]
+    found = dict(opened.run(asked))
+    assert {n: row[:, 0].tolist() for n, row in found.items()} == {0: [0, 2, 4, 6, 8], 1: [0, 2, 4, 6, 8, 10, 12]}
+    assert [(list(each), each["lengths"].tolist()) for each in taken] == [(["tokens", "lengths"], [7, 5])]
+    assert dict(opened.run(asked, output="pooled")) == {0: 0, 1: 0}

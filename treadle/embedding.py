@@ -30,6 +30,7 @@ from treadle.ir.errors import CheckpointError, UsageError
 from treadle.ir.target import Target
 from treadle.resolving import find_folder
 from treadle.tasks.batching import batches_by_length
+from treadle.tasks.opening import token_positions
 
 Vectors = npt.NDArray[np.float32]
 
@@ -108,7 +109,7 @@ class SentenceEmbedder:
                 received=f"({', '.join(map(str, made.inputs))}) -> ({', '.join(map(str, made.outputs))})",
                 hint="a model from tokens and lengths to hidden, such as an encoder without a head",
             )
-        tokenizer = TextTokenizer.open(folder, max_tokens=pooling.max_tokens, context=_positions(made))
+        tokenizer = TextTokenizer.open(folder, max_tokens=pooling.max_tokens, context=token_positions(made))
         return cls(made, tokenizer, pooling)
 
     @property
@@ -209,10 +210,3 @@ def _read_object(place: ModelFolder, name: str) -> dict[str, Any]:
     shown = place.show(name)
     data = read_regular(place.file(name), _CONFIG_BYTES, shown)
     return read_json_object(data, shown, nesting=_NESTING, values=_VALUES)
-
-
-def _positions(model: Compiled) -> int | None:
-    """How many tokens of a row the model takes: the bound of its second axis."""
-    (tokens,) = (p for p in model.inputs if p.name == "tokens")
-    symbol = tokens.type.shape[-1].as_symbol
-    return None if symbol is None else model.graph.symbols[symbol].upper

@@ -74,10 +74,10 @@ def draw_memory(told: MemoryTold) -> str:
             f"backend {told.backend} allocates arrays by itself, so there is no arena to draw",
             hint=Hint('backend="tvm"', "--backend tvm"),
         )
-    told = replace(told, frames=parts_of(told.frames)[0])
-    boxes = list(_boxes(told, told.at[0][0], 0, 0))
-    live = live_at(told.frames, told.at[0][0], told.sizes, told.unit)
-    bands = list(_bands(told, told.at[0][0], 0, 0))
+    told, entry = replace(told, frames=parts_of(told.frames)[0]), told.at[0][0]
+    boxes = list(_boxes(told, entry, 0, 0))
+    live = live_at(told.frames, entry, told.sizes, told.unit)
+    bands = list(_bands(told, entry, 0, 0))
     end = max(bands[0].end, 1)
     return "\n".join(_drawn(told, boxes, bands, [count for _, count in live], end)) + "\n"
 

@@ -20,7 +20,7 @@ from treadle.ir.errors import CheckpointError, UsageError
 from treadle.tasks.classifying import Progress
 from treadle.tasks.images import ImageReader
 from treadle.tasks.labelling import image_sides
-from treadle.tasks.opening import Head, checked_folder
+from treadle.tasks.opening import Head, checked_folder, token_positions
 from treadle.tasks.options import ModelOptions
 from treadle.tasks.scoring import Scored, best_first, softmax
 
@@ -74,9 +74,7 @@ class ImageMatcher:
         kind = str(config.get("model_type"))
         made = options.compile(["lengths"])
         reader = ImageReader.open(place, kind, sides=image_sides(made))
-        tokens = next(port for port in made.inputs if port.name == "tokens")
-        symbol = tokens.type.shape[-1].as_symbol
-        context = None if symbol is None else made.graph.symbols[symbol].upper
+        context = token_positions(made)
         if kind != "siglip":
             return cls(made, reader, TextTokenizer.open(place.path, context=context))
         length = min(_SIGLIP_TOKENS, context or _SIGLIP_TOKENS)

@@ -70,7 +70,7 @@ class OpenedModel:
         if "token_types" in optional and config.get("type_vocab_size", 2) != 1:
             inputs.append("token_types")
         made = options.compile(inputs)
-        return cls(made.name, config, made, TextTokenizer.open(folder.path, context=_positions(made)))
+        return cls(made.name, config, made, TextTokenizer.open(folder.path, context=token_positions(made)))
 
     def run(self, texts: Sequence[EncodedText], *, output: str = "logits") -> Iterator[tuple[int, Floats]]:
         """An output's rows, each with its text's number, in no order; of [B, S, ...], a row ends with its text."""
@@ -129,7 +129,7 @@ def _shown(value: object) -> str:
     return printable(repr(value), 200)
 
 
-def _positions(model: Compiled) -> int | None:
+def token_positions(model: Compiled) -> int | None:
     """How many tokens of a row the model takes: the bound of its second axis."""
     tokens = next(port for port in model.inputs if port.name == "tokens")
     symbol = tokens.type.shape[-1].as_symbol

@@ -1,0 +1,75 @@
+"""What functions take, with their defaults, and which classes of data can be changed or compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from tests.golden import Golden
+
+ROOT = Path(__file__).parents[1]
+LAYERS = ("files", "ir", "frontends", "passes", "backends", "models", "runtime", "treadle")
+
+
+def test_what_functions_take(golden: Golden) -> None:
+    """Every public function, class and method of the package's own folder, with its defaults."""
+    lines: list[str] = []
+    for path in sorted((ROOT / "treadle").rglob("*.py")):
+        dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        if "cli" in path.parts or path.name.startswith("__"):
+            continue  # whose options have a page
+        module = import_module(dotted)
+        for name, value in sorted(vars(module).items()):
+            if getattr(value, "__module__", "") == dotted and not name.startswith("_") and callable(value):
+                lines += signatures(f"{dotted}.{name}", value)
+    golden("pages/signatures.txt", "\n".join(lines).replace(sys.executable, "PYTHON"))
+
+
+def signatures(name: str, value: Any) -> Iterator[str]:
+    """What a function takes, or a class and its methods, where something has a default."""
+    with suppress(TypeError, ValueError):
+        plain = [p.replace(annotation=p.empty) for p in inspect.signature(value).parameters.values()]
+        if any(p.default is not p.empty for p in plain):
+            yield re.sub(r" at 0x\w+", "", f"{name}{inspect.Signature(plain)}")
+    for inner, method in sorted(vars(value).items()) if inspect.isclass(value) else ():
+        function = getattr(method, "__func__", method)
+        if inspect.isfunction(function) and not inner.startswith("_"):
+            yield from signatures(f"{name}.{inner}", function)
+
+
+def test_data_that_is_not_plain_and_frozen(golden: Golden) -> None:
+    """Each class of data that can be changed or is compared by identity, and each field that is left out somewhere."""
+    lines: list[str] = []
+    for layer in LAYERS:
+        for path in sorted((ROOT / layer).rglob("*.py")):
+            dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            if path.name.startswith("__"):
+                continue
+            with suppress(ImportError):  # a package of others that is not installed
+                module = import_module(dotted if layer == "treadle" else f"treadle.{dotted}")
+                lines += [
+                    line for name, value in sorted(vars(module).items()) for line in exceptions(name, value, module)
+                ]
+    golden("pages/data.txt", "\n".join(lines))
+
+
+def exceptions(name: str, value: Any, module: Any) -> Iterator[str]:
+    if not (inspect.isclass(value) and "__dataclass_params__" in vars(value) and value.__module__ == module.__name__):
+        return
+    params = vars(value)["__dataclass_params__"]
+    plain = {"frozen": True, "eq": True, "repr": True, "order": False, "unsafe_hash": False}
+    other = [f"{key}={getattr(params, key)}" for key, usual in plain.items() if getattr(params, key) != usual]
+    if other:
+        yield f"{module.__name__}.{name}: {', '.join(other)}"
+    for field in dataclasses.fields(value):
+        if field.name in vars(value).get("__annotations__", {}):
+            other = [key for key in ("init", "repr", "compare") if not getattr(field, key)]
+            if other:
+                yield f"{module.__name__}.{name}.{field.name}: without {', '.join(other)}"
