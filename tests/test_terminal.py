@@ -297,6 +297,13 @@ def test_progress_is_for_terminals_to_which_nothing_else_is_written(
     assert progress._is_watched() == watched
 
 
+def test_what_is_shown_is_taken_away_and_leaves_the_streams_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rich.progress.Progress", lambda *columns, **how: how)
+    how: Any = progress._progress()
+    assert how.pop("console").stderr
+    assert how == {"transient": True, "redirect_stdout": False, "redirect_stderr": False}
+
+
 def test_a_line_that_is_told_is_out_before_the_work_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     class Piped(io.StringIO):
         out = ""

@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from statistics import median
 from typing import Annotated
 
@@ -68,32 +69,37 @@ def main() -> None:
 def demonstrate(out: Console) -> None:
     """Print the demo. Raises TreadleError where the model cannot be fetched, or fails to run."""
     out.print("\n[bold]Treadle[/], a compiler for transformers", markup=True)
+    numbers = count(1)
 
-    _step(out, 1, "Bring a model with real weights")
+    def step(title: str) -> None:
+        out.print()
+        out.print(Rule(f"{next(numbers)}  {title}", align="left", style="dim"))
+
+    step("Bring a model with real weights")
     _bring(out, "minilm")
 
-    _step(out, 2, "Its declaration, to be read beside its paper (models/bert.py)")
+    step("Its declaration, to be read beside its paper (models/bert.py)")
     _show_code(out, _body(bert))
 
-    _step(out, 3, "Compiled for this machine")
+    step("Compiled for this machine")
     embedder, seconds = _open_timed("minilm", "numpy")
     out.print(pass_table(embedder.model.log))
     out.print()
     _say(out, "\n".join(compiled_lines(embedder.model, seconds)))
 
-    _step(out, 4, "The optimized graph: its six layers are one block, called six times")
+    step("The optimized graph: its six layers are one block, called six times")
     graph = embedder.model.graph
     _show_code(out, print_function(graph, graph.functions["layer"], sources=False), fit_graph)
     _say(out, f"Every op has one axis rule, so the compiler knows of the sequence axis S:\n{_verdicts(graph)}")
 
-    _step(out, 5, "What is spelled out by hand is recognised")
+    step("What is spelled out by hand is recognised")
     _show_code(out, _body(feed_forward))
     by_hand = t.compile(feed_forward)
     out.print(pass_table(by_hand.log))
     out.print()
     _show_code(out, print_function(by_hand.graph, by_hand.graph.main, sources=False), fit_graph)
 
-    _step(out, 6, "Sentences as vectors, on every backend")
+    step("Sentences as vectors, on every backend")
     embedders = _embedders(out, embedder)
     embedded = _embed_on_backends(out, embedders)
     vectors = embedded["numpy"]
@@ -107,12 +113,12 @@ def demonstrate(out: Console) -> None:
     out.print()
     out.print(similarity_table(SENTENCES, vectors @ vectors.T))
 
-    _step(out, 7, "A text continued")
+    step("A text continued")
     _bring(out, "smollm2")
     writer = _continue(out, "The sun rises in the east and", most=24)
     _talk(out, writer, ["What is the capital of France?", "And of Italy? Answer in one word."])
 
-    _step(out, 8, "Where to look next")
+    step("Where to look next")
     _say(out, NEXT)
 
 
@@ -133,11 +139,6 @@ docs/architecture.md                  how it works, file by file
 
 (the command is .venv/bin/treadle in a checkout)
 """
-
-
-def _step(out: Console, number: int, title: str) -> None:
-    out.print()
-    out.print(Rule(f"{number}  {title}", align="left", style="dim"))
 
 
 def _bring(out: Console, name: str) -> None:
