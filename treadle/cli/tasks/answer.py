@@ -25,7 +25,8 @@ def answer_questions(
     file: Annotated[str | None, typer.Option(metavar="PATH", help="A text file; - is standard input.")] = None,
     top: Top = 1,
     longest: Annotated[int, typer.Option(metavar="N", help="Tokens of an answer, at most.", min=1)] = 15,
-    as_json: bool = False,
+    *,
+    as_json: bool,
 ) -> None:
     """Answer a question by a span of a text, by a folder whose class ends in ForQuestionAnswering."""
     from treadle.option_values import read_sentences

@@ -44,7 +44,8 @@ def talk_with_model(
     ] = 1.0,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the draws: the same seed gives the same replies.")] = 0,
     cache: CacheName = None,
-    as_json: bool = False,
+    *,
+    as_json: bool,
 ) -> None:
     """Talk with a model: a line is a message, /new begins again, /bye or the end of input ends it."""
     from treadle.chatting.conversation import Conversation

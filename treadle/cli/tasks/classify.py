@@ -28,7 +28,8 @@ def classify_texts(
         typer.Option(metavar="TEXT", help="The second text of each text, in their order. Repeatable."),
     ] = None,
     top: Top = 1,
-    as_json: bool = False,
+    *,
+    as_json: bool,
 ) -> None:
     """Tell the labels of texts, by a folder whose class ends in ForSequenceClassification."""
     from treadle.ir.errors import UsageError

@@ -32,7 +32,8 @@ def fill_masks(
             metavar="TOKEN", help="Look at this token of the vocabulary, and others so named, alone. Repeatable."
         ),
     ] = None,
-    as_json: bool = False,
+    *,
+    as_json: bool,
 ) -> None:
     """Tell the likeliest tokens behind the masks of texts, by a folder whose class ends in ForMaskedLM."""
     from treadle.option_values import read_sentences

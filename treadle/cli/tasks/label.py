@@ -18,7 +18,8 @@ def label_images(
     options: ModelOptions,
     images: Annotated[list[str], typer.Argument(metavar="IMAGES", help="Image files.", show_default=False)],
     top: Top = 5,
-    as_json: bool = False,
+    *,
+    as_json: bool,
 ) -> None:
     """Tell what image files show, by a folder whose class ends in ForImageClassification."""
     from treadle.progress import counting, working

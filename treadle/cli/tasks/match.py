@@ -20,7 +20,8 @@ def match_images(
     texts: Annotated[
         list[str], typer.Option("--text", metavar="TEXT", help="A text that may fit. Repeatable.", show_default=False)
     ],
-    as_json: bool = False,
+    *,
+    as_json: bool,
 ) -> None:
     """Tell which of some texts says best what image files show, by a folder of CLIPModel."""
     from treadle.progress import counting, working

@@ -27,7 +27,8 @@ def summarize_texts(
     most: Most = None,
     beams: BeamCount = None,
     length_penalty: LengthPenalty = 1.0,
-    as_json: bool = False,
+    *,
+    as_json: bool,
 ) -> None:
     """Summarize texts with an encoder-decoder model, such as BART's or T5's."""
     from treadle.option_values import read_sentences

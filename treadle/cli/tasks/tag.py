@@ -26,7 +26,8 @@ def tag_texts(
         str,
         typer.Option(metavar="HOW", help="How tokens become spans: none, simple, first, average or max."),
     ] = "simple",
-    as_json: bool = False,
+    *,
+    as_json: bool,
 ) -> None:
     """Tell the spans of texts that have labels, by a folder whose class ends in ForTokenClassification."""
     from treadle.option_values import read_sentences

@@ -22,7 +22,8 @@ def transcribe_recordings(
         str | None,
         typer.Option(metavar="LANGUAGE", help="Such as en. By default as the model hears it.", show_default=False),
     ] = None,
-    as_json: bool = False,
+    *,
+    as_json: bool,
 ) -> None:
     """Write down what is said in recordings, by Whisper, such as the fetched whisper-tiny."""
     from treadle.progress import counting, working

@@ -39,7 +39,8 @@ def translate_texts(
     most: Most = None,
     beams: BeamCount = None,
     length_penalty: LengthPenalty = 1.0,
-    as_json: bool = False,
+    *,
+    as_json: bool,
 ) -> None:
     """Translate texts with an encoder-decoder model, such as Marian's or T5's."""
     from treadle.option_values import read_sentences
