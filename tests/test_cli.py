@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 
 import treadle.cli
+from treadle.artifacts import open_artifact
 from treadle.ir.errors import TreadleError
 from treadle.ir.text.parser import parse_graph
+from treadle.reports import human
 from treadle.resolving import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -212,6 +214,18 @@ def test_compile_as_json(treadle_command: Treadle) -> None:
     assert told["outputs"] == [{"name": "hidden", "dtype": "f32", "axes": ["B", "S", "8"]}]
     assert "fold-constants" in [p["pass"] for p in told["passes"]]
     assert told["ops"]["attention"] == 2
+
+
+def test_what_is_written_is_told(treadle_command: Treadle) -> None:
+    said = treadle_command("compile", SMALL, "-o", "a.treadle")
+    size, seal = human(Path("a.treadle").stat().st_size, "B"), open_artifact("a.treadle").seal
+    assert said.out.splitlines()[-1] == f"wrote a.treadle, {size}, seal {seal}"
+    told = treadle_command("compile", SMALL, "-o", "a.treadle", "--json").json
+    assert (told["file"], told["seal"]) == ("a.treadle", seal)
+    words = ["shard", SMALL, "--mesh", "tp=2", "--recipe", "megatron", "-o", "b.treadle"]
+    said = treadle_command(*words)
+    assert said.out.splitlines()[-1] == f"wrote b.treadle, {human(Path('b.treadle').stat().st_size, 'B')}"
+    assert treadle_command(*words, "--json").json["mesh"] == "tp=2"
 
 
 @pytest.mark.parametrize("backend", ["torch", "tvm"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -99,4 +100,14 @@ def test_a_command_refuses(
     with pytest.raises(SystemExit) as ended:
         treadle.cli.main()
     assert ended.value.code == 2
-    assert what in "".join(capsys.readouterr())
+    told = capsys.readouterr()
+    if "--json" in words:
+        assert (json.loads(told.out)["error"]["what"].startswith(what), told.err) == (True, "")
+    else:
+        assert (told.err.startswith(what), told.out) == (True, "")
+
+
+def test_a_long_line_of_an_error_is_not_broken(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        treadle.cli.app(["inspect", "gpt3"])
+    assert max(map(len, capsys.readouterr().err.splitlines())) > 200
