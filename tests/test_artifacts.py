@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
+import hashlib
 import json
 import os
 import subprocess
@@ -22,6 +23,7 @@ from tests.fuzz.safetensors_files import header_and_data, split
 from tests.op_checks import BACKENDS
 from tests.test_models import ZOO
 from treadle import artifacts
+from treadle.artifact_file import write_sections
 from treadle.artifacts import ArtifactLimits, load, open_artifact
 from treadle.backends.registry import find_backend
 from treadle.cli import app
@@ -32,6 +34,7 @@ from treadle.ir.graph import Graph
 from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.text.scanner import TextLimits
+from treadle.ir.types import bf16, f32, i64
 from treadle.models.gpt2 import gpt2
 from treadle.passes.framework.pass_log import Event
 
@@ -133,6 +136,19 @@ def test_what_a_rule_matched_and_where_it_ended_comes_back(tmp_path: Path) -> No
     old = load(edited(path, as_before))
     assert not any(event.matched for record in old.log for event in record.refusals)
     assert old.log.explain() == made.log.explain()
+
+
+def test_the_bytes_of_a_file_are_those_of_its_version(tmp_path: Path) -> None:
+    """Whoever writes other bytes writes another version of the format."""
+    texts = {"graph": b"the graph", "declared": b"", "log": b"{}" * 40}
+    weights = {
+        "w": (f32, np.arange(6, dtype=np.float32).reshape(2, 3).T), "b": (bf16, np.array([1.5, -2], np.float32)),
+        "n": (i64, np.array(7)),
+    }  # fmt: skip
+    seal = write_sections(tmp_path / "a.treadle", texts, weights, {"name": "m"})
+    assert seal == "a7d863bb76c894f4949eaccf7ac9bf272a54dd8c2443c985c3d4f8020dc49b29"
+    data = (tmp_path / "a.treadle").read_bytes()
+    assert hashlib.sha256(data).hexdigest() == "22085319e9009ec5b55f1add25de015cd40c39f87838e2c1191d5d6f9ee494ab"
 
 
 def test_another_backend_than_it_was_made_for(tmp_path: Path) -> None:
