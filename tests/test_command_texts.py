@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pkgutil import resolve_name
 from pprint import pformat
@@ -195,6 +196,13 @@ def test_what_a_server_says(words: str, told: str, monkeypatch: pytest.MonkeyPat
         asked.append((len(models), options))
         ready("http://here")
 
+    @contextmanager
+    def working(what: str, *, shown: bool) -> Iterator[None]:
+        seen.append((what, shown))
+        yield
+
+    seen: list[tuple[str, bool]] = []
+    monkeypatch.setattr("treadle.progress.working", working)
     monkeypatch.setattr(Opening, "open", opened)
     for each in ("name", "told"):
         monkeypatch.delattr(ServedWriter, each, raising=False)
@@ -206,11 +214,30 @@ def test_what_a_server_says(words: str, told: str, monkeypatch: pytest.MonkeyPat
     assert (opening.queue, opening.cache, opening.resumes, count) == (256, None, None, 2)
     assert (options["port"], options["key"]) == (8000, "secret" if "key" in words else None)
     assert (options["limits"].body, options["limits"].seconds) == (2**20, 600.0)
+    assert asked[0][1:] == ("a", {"dtype": None, "quantize": None, "widen": ()})
+    assert seen == [("compiling a", True), ("compiling b", True)]
     told_as_json = CliRunner().invoke(app, ["serve", "a", "b", "--json", *words.split()])
+    assert seen[2:] == [("compiling a", False), ("compiling b", False)]
     assert json.loads(told_as_json.stdout) == {
         "address": "http://here",
         "models": [{"name": "one", "writes": True}, {"name": "two", "writes": False}],
     }
     assert told_as_json.stderr == ""
+    how = "--widen bf16,f16 --dtype bf16 --quantize int4 --set n=1 --limit nodes=7 --rows 2 --context 3 --queue 4"
+    how = f"{how} --cache f16 --reuse --port 1 --body 5 --seconds 6"
+    CliRunner().invoke(app, ["serve", "a", *how.split()])
+    opening, _, given = asked[-2]
+    assert given == {"dtype": "bf16", "quantize": "int4", "n": 1, "limits": {"nodes": 7}, "widen": ("bf16", "f16")}
+    assert (opening.rows, opening.capacity, opening.queue, opening.cache, opening.resumes) == (2, 3, 4, "f16", True)
+    assert (asked[-1][1]["port"], asked[-1][1]["limits"].body, asked[-1][1]["limits"].seconds) == (1, 5, 6.0)
     twice = CliRunner().invoke(app, ["serve", "b", "c"])
     assert (twice.exit_code, "two models would be served as two" in twice.stderr) == (2, True)
+
+
+def test_a_table_keeps_to_a_pipe_s_width_and_a_path_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = "/" + "a-long-folder/" * 20
+    fetched = [{"name": "minilm", "about": "a model " * 40, "download_bytes": 5, "path": path}]
+    monkeypatch.setattr("treadle.reports.zoo_facts", lambda: {"zoo": [], "fetched": fetched})
+    lines = CliRunner().invoke(app, ["models"]).stdout.splitlines()
+    assert f"minilm  {path}" in lines
+    assert max(len(line) for line in lines if path not in line) <= 120

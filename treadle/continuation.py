@@ -226,7 +226,7 @@ class TextWriter:
         wrong = [prompt for prompt in given if not isinstance(prompt, str)]
         if wrong:
             raise UsageError("a prompt must be a string", received=f"{wrong[0]!r}"[:200])
-        return [list(windows[0].ids) for windows in self.tokenizer.encode(prompts, special=special)]
+        return [list(whole.ids) for (whole,) in self.tokenizer.encode(prompts, special=special)]
 
     def chat_template(self) -> ChatTemplate:
         """The template in which the model expects a conversation. Raises UsageError where it was not trained for

@@ -11,7 +11,18 @@ import typer
 
 from treadle.cli.application import command, print_json
 from treadle.cli.completing import complete_model
-from treadle.cli.options import BackendName, CacheName, Config, Dtype, Limit, Quantize, TargetName, Threads, Widen
+from treadle.cli.options import (
+    BackendName,
+    CacheName,
+    Config,
+    Dtype,
+    Limit,
+    Quantize,
+    TargetName,
+    Threads,
+    Widen,
+    names_of,
+)
 
 
 @command("serve")
@@ -72,9 +83,8 @@ def serve_models(
 
     key = None if key_file is None else _read_key(key_file)
     opening = Opening(backend, Target(target, threads), rows, context, queue, cache, reuse)
-    options: dict[str, Any] = {"dtype": dtype, "quantize": quantize, **parse_config(config or (), limit or ())}
-    if widen is not None:
-        options["widen"] = widen
+    options: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "widen": names_of(widen) or ()}
+    options |= parse_config(config or (), limit or ())
     served = []
     for model in models:
         with working(f"compiling {model}", shown=not as_json):

@@ -62,7 +62,7 @@ class TextClassifier:
         """Each text's labels, or each pair's. Raises UsageError for no text."""
         if not texts:
             raise UsageError("there is no text to classify")
-        encoded = [windows[0] for windows in self.opened.tokenizer.encode(texts)]
+        encoded = [whole for (whole,) in self.opened.tokenizer.encode(texts)]
         found: dict[int, Classified] = {}
         for number, logits in self.opened.run(encoded):
             scores = best_first(label_scores(logits, self.opened.config), self.labels)

@@ -93,7 +93,7 @@ class MaskFiller:
             raise UsageError("there is no text to fill")
         if top < 1:
             raise UsageError("top must be 1 or more", received=repr(top))
-        encoded = [windows[0] for windows in self.opened.tokenizer.encode(texts)]
+        encoded = [whole for (whole,) in self.opened.tokenizer.encode(texts)]
         number = self.opened.tokenizer.id_of(self.mask)
         for text, each in zip(texts, encoded, strict=True):
             if number not in each.ids:

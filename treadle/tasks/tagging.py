@@ -88,7 +88,7 @@ class TokenTagger:
             raise UsageError(f"there is no grouping {grouping!r}", hint="one of " + ", ".join(GROUPINGS))
         if not texts:
             raise UsageError("there is no text to tag")
-        encoded = [windows[0] for windows in self.opened.tokenizer.encode(texts)]
+        encoded = [whole for (whole,) in self.opened.tokenizer.encode(texts)]
         found: dict[int, list[TaggedSpan]] = {}
         for number, logits in self.opened.run(encoded):
             pieces = list(self._pieces(texts[number], encoded[number], softmax(logits)))
