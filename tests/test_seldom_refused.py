@@ -8,6 +8,7 @@ from __future__ import annotations
 import pickle
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ import pytest
 
 import treadle as t
 from tests.stepped_models import MODELS
+from treadle import resolving
 from treadle.artifact_file import write_sections
 from treadle.artifacts import ArtifactLimits
 from treadle.backends.fitted_pipeline import Budget
@@ -27,6 +29,7 @@ from treadle.backends.protocol import Port
 from treadle.backends.staged import StagedBackend, build
 from treadle.cli.application import app
 from treadle.cli.generate import _refuse
+from treadle.continuation import TextWriter
 from treadle.explaining import layouts, memory
 from treadle.explaining.layouts import explain_layouts
 from treadle.explaining.memory import compare_memory, explain_memory
@@ -49,6 +52,7 @@ from treadle.ir.errors import (
     FrontendError,
     GraphError,
     PassError,
+    RankError,
     RuleError,
     SizeError,
     TreadleError,
@@ -83,9 +87,10 @@ from treadle.resolving import resolve
 from treadle.runtime.beams import Beams
 from treadle.runtime.speculation import DraftModel, PromptLookup, speculate
 from treadle.sharding import shard_model
-from treadle.sharding.rank_models import RankPart
+from treadle.sharding.rank_models import RankPart, _holders
+from treadle.specializing import Specializing
 from treadle.stepped import open_stepped
-from treadle.tasks import rewriting
+from treadle.tasks import matching, rewriting, transcribing
 from treadle.tasks.answering import QuestionAnswerer
 from treadle.tasks.classifying import HEAD, TextClassifier
 from treadle.tasks.filling import MaskFiller
@@ -258,6 +263,16 @@ nobody: Any = None
 """In place of a model that is not asked: what it would be asked for is refused."""
 
 
+HALF, NARROW = "half \ud800", Port("k", parse_type("bf16[1]"))
+TERMS: Any = SimpleNamespace(partial=("tp",), text=lambda mesh: "a sum over tp")
+
+
+def writing(vocabulary: str) -> Any:
+    tokenizer: Any = SimpleNamespace(vocabulary=lambda: vocabulary)
+    model: Any = SimpleNamespace(name=vocabulary)
+    return TextWriter(model, tokenizer, ())
+
+
 REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     # files and arguments
     "limits": (lambda _: limits_of(CheckpointLimits, 5), UsageError, "limits are a CheckpointLimits"),  # type: ignore[type-var]
@@ -275,6 +290,12 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "a file alone": (lambda p: resolve(f"{bare(p, ('m.py',))}/m.py"), UsageError, "a model in a file is named"),
     "syntax": (lambda p: resolve(f"{bare(p, ('m.py',), 'a b')}/m.py:f"), FrontendError, "m.py is not Python: invalid"),
     "nothing declared": (lambda p: resolve(f"{bare(p, ('m.py',), 'f = 1')}/m.py:f"), UsageError, "m.py declares no"),
+    "a text's name": (lambda p: write_sections(p / "a", {HALF: b""}, {}, {}), UsageError, "a name cannot be"),
+    "a value's name": (lambda p: write_sections(p / "a", {}, {}, {"name": HALF}), UsageError, "a name cannot be"),
+    "another file": (lambda p: resolving._load_declaration(bare(p, ("m",)) / "m", "f"), UsageError, ""),
+    "a narrow value": (lambda _: Specializing._chosen(nobody, NARROW, 1), BackendError, "bf16 cannot determine"),
+    "another vocabulary": (lambda _: writing("a").draft_for(writing("b")), UsageError, "a draft model must"),
+    "terms": (lambda _: _holders(SimpleNamespace(devices=nobody), "y", TERMS), RankError, "an output is left as terms"),  # type: ignore[arg-type]
     "a graph's words": (lambda _: resolve(Graph("g"), inputs=["x"], dim=4), UsageError, "a graph takes no"),
     "limits by class": (
         lambda p: load(p, limits=ArtifactLimits()), UsageError, "limits of a model are given by name"
@@ -553,3 +574,70 @@ def test_a_package_that_is_not_there_is_named(package: str, monkeypatch: pytest.
         error = error.__context__
     assert error.what == told
     assert "pip install 'treadle[" in str(error.hint)
+
+
+# -- what others would have to do wrong first --------------------------------------------------------------------------
+
+
+def test_inputs_that_an_onnx_file_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    takes = SimpleNamespace(main=SimpleNamespace(inputs=[SimpleNamespace(name="x"), SimpleNamespace(name="y")]))
+    monkeypatch.setattr(resolving.OpenedOnnx, "open", lambda *_: SimpleNamespace(inputs=lambda: takes))
+    with pytest.raises(UsageError, match="an ONNX file has no optional inputs") as caught:
+        resolving._from_onnx(Path("m.onnx"), ["x", "q", "r"], {}, None)
+    assert (caught.value.received, caught.value.hint) == ("q, r", "its inputs are x, y")
+
+
+def test_a_fetched_file_of_another_format(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(resolving, "fetched_model", lambda name: bare(tmp_path, ("m.bin",)) / "m.bin")
+    with pytest.raises(UsageError, match="minilm is in a format that Treadle does not read yet") as caught:
+        resolving.find_folder("minilm")
+    assert (caught.value.received, caught.value.within) == ("m.bin", str(tmp_path))
+
+
+def test_an_artifact_is_run_by_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("treadle.runtime.distributed.ranks.join", lambda timeout: nullcontext(nobody))
+    with pytest.raises(SystemExit) as ended:
+        app(["run", "m.treadle", "--mesh", "tp=2"])
+    assert ended.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("prologue", "positions", "what"),
+    [
+        (("tokens",), "f32[30, 8]", "m does not transcribe speech"),
+        (("mel",), "f32[S, 8]", "the model does not say how long a recording it hears"),
+    ],
+)
+def test_a_model_that_is_no_whisper(
+    prologue: tuple[str, ...], positions: str, what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    weights = {"encoder.positions.weight": SimpleNamespace(type=parse_type(positions))}
+    derived = SimpleNamespace(prologue=prologue, graph=SimpleNamespace(parameters=weights))
+    options: Any = SimpleNamespace(
+        model=tmp_path, limits=None, stepped=lambda: SimpleNamespace(name="m", derived=derived)
+    )
+    monkeypatch.setattr(transcribing, "checked_folder", lambda options, head: (ModelFolder.find(tmp_path), {}))
+    monkeypatch.setattr(TextTokenizer, "open", lambda *_, **__: nobody)
+    with pytest.raises((UsageError, CheckpointError)) as caught:
+        transcribing.Transcriber.open(options)
+    assert caught.value.what == what
+
+
+def test_a_siglip_without_a_token_that_pads(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def tokenizer(path: object, *, max_tokens: int, context: int | None) -> Any:
+        asked.append(max_tokens)
+        return SimpleNamespace(id_of=lambda name: None, special_names={})
+
+    place, made = SimpleNamespace(path=nobody), SimpleNamespace(compile=lambda inputs: nobody)
+    monkeypatch.setattr(matching, "checked_folder", lambda options, head: (place, {"model_type": "siglip"}))
+    monkeypatch.setattr(matching, "image_sides", lambda made: (8, 8))
+    monkeypatch.setattr(ImageReader, "open", lambda *_, **__: nobody)
+    monkeypatch.setattr(TextTokenizer, "open", tokenizer)
+    for context in (None, 63, 65):
+        monkeypatch.setattr(matching, "token_positions", lambda made: context)  # noqa: B023
+        with pytest.raises(CheckpointError, match="the folder's vocabulary has no token that pads texts"):
+            ImageMatcher.open(made)  # type: ignore[arg-type]
+    assert asked == [64, 63, 64]
