@@ -32,6 +32,13 @@ ROOT = Path(__file__).parents[1]
 LEAST = 20  # tests that are run however long they take
 FOLDERS = ("backends", "files", "frontends", "ir", "models", "passes", "runtime", "treadle")
 
+OF_ALL = (
+    "tests/test_signatures.py::test_what_functions_take",
+    "tests/test_signatures.py::test_data_that_is_not_plain_and_frozen",
+    "tests/test_pages.py::test_commands_and_their_options",
+)
+"""Tests that look at what every module declares, most of which no test runs."""
+
 CONTEXT = "TREADLE_LINE_MAP_CONTEXT"
 """The test that runs, for the processes that it starts."""
 
@@ -182,8 +189,9 @@ class LineMap:
         """Tests that run a line, those first that are quick and run few other lines; not more than take `most` seconds.
 
         A line that imports alone run has the tests of its function, of its class, or of its file. A file that no test
-        is seen to run has the test modules that name it. At the end stand the beginnings of the names of cases that
-        were not mapped, and the test modules that import the file.
+        is seen to run has the test modules that name it. A line outside of every function's body has the tests that
+        look at all modules, too. At the end stand the beginnings of the names of cases that were not mapped, and the
+        test modules that import the file.
         """
         source = (ROOT / file).read_text()
         by_line = [layer.by_line(file, source) for layer in self._layers]
@@ -203,7 +211,7 @@ class LineMap:
             chosen.append(name)
         others = [f"{_function(name)}[" for name in chosen if "[" in name]
         more = [*_cases_of_op(source, line), *others, *_importing(file), *([] if chosen else _named_by(file))]
-        return [*chosen, *dict.fromkeys(more)]
+        return [*chosen, *dict.fromkeys([*(OF_ALL if _is_outside(source, line) else ()), *more])]
 
 
 class _Layer:
@@ -285,6 +293,12 @@ def _around(source: str, line: int) -> Iterator[tuple[int, int]]:
 
 def _end(node: ast.stmt) -> int:
     return node.end_lineno or node.lineno
+
+
+def _is_outside(source: str, line: int) -> bool:
+    """Whether a line is in no function's body: a default, a class's field, a constant."""
+    functions = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return not any(n.body[0].lineno <= line <= _end(n) for n in functions)
 
 
 def _cases_of_op(source: str, line: int) -> list[str]:

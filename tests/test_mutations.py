@@ -19,11 +19,13 @@ from coverage import CoverageData
 from tests.line_map import (
     _SETTINGS,
     CONTEXT,
+    OF_ALL,
     ROOT,
     LineMap,
     _around,
     _cases_of_op,
     _importing,
+    _is_outside,
     _Layer,
     _lines_before,
     _step,
@@ -101,8 +103,17 @@ def test_an_op_has_the_cases_that_the_suite_makes_of_it() -> None:
     ]
 
 
+def test_what_is_declared_is_looked_at_by_tests_of_all_modules() -> None:
+    lines = ["LIMIT = 4", "class A:", "    x: int = 3", "    def f(self, y=2):", "        return y", "async def g("]
+    source = "\n".join([*lines, "    z=1,", "):", "    z += 1", "LAST = 5"])
+    assert [n for n in range(1, 11) if _is_outside(source, n)] == [1, 2, 3, 4, 6, 7, 8, 10]
+    for name in OF_ALL:
+        module, _, function = name.partition("::")
+        assert f"def {function}(" in (ROOT / module).read_text(), name
+
+
 def test_modules_that_import_a_file_may_notice_its_mistakes() -> None:
-    assert _importing("treadle/fitting.py") == ["tests/test_terminal.py"]
+    assert _importing("treadle/fitting.py") == ["tests/test_reports.py", "tests/test_terminal.py"]
     assert "tests/test_onnx_export.py" in _importing("backends/onnx/spelling.py")
     assert "tests/test_backend_ops.py" in _importing("backends/numpy/attention_kernels.py"), "as a name of its package"
 
