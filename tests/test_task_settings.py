@@ -223,6 +223,17 @@ def test_the_middle_of_an_image() -> None:
     assert _middle(row, (2, 8))[0].tolist() == [[0] * 8, [0, 0, 1, 2, 3, 4, 5, 0]]
 
 
+def test_an_image_of_another_format_is_refused(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image").new("RGB", (16, 16))
+    for name, good in (("a.bmp", True), ("a.gif", True), ("a.ico", False), ("a.tga", False)):
+        image.save(tmp_path / name)
+        if good:
+            assert _read_image(tmp_path / name).size == (16, 16)
+            continue
+        with pytest.raises(UsageError, match="the file is no image that can be read"):
+            _read_image(tmp_path / name)
+
+
 def test_how_long_and_how_large_an_image_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = pytest.importorskip("PIL.Image")
     reader = ImageReader(1, 2, None, 1.0, None, None)
