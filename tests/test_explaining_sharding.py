@@ -26,8 +26,7 @@ from treadle.ir.builder import Builder
 from treadle.ir.graph import Function, Graph
 from treadle.ir.placement.machines import Machine
 from treadle.ir.placement.mesh import Mesh
-from treadle.passes.sharding.timetable import Busy, Cause, timetable_of
-from treadle.passes.sharding.timetable import Busy, Cause, Timetable
+from treadle.passes.sharding.timetable import Busy, Cause, Timetable, timetable_of
 from treadle.sharding import device_needs, shard_model, try_in_lab
 from treadle.sharding.lab_trials import LabTrial, _difference
 from treadle.sharding.needs import DeviceNeeds, milliseconds
