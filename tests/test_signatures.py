@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.golden import Golden
+from treadle.ir.op_registry import op
 
 ROOT = Path(__file__).parents[1]
 LAYERS = ("files", "ir", "frontends", "passes", "backends", "models", "runtime", "treadle")
@@ -83,3 +84,8 @@ def exceptions(name: str, value: Any, module: Any) -> Iterator[str]:
             other = [key for key in ("init", "repr", "compare") if not getattr(field, key)]
             if other:
                 yield f"{module.__name__}.{name}.{field.name}: without {', '.join(other)}"
+
+
+def test_type_checkers_are_told_that_ops_are_frozen_and_take_keywords() -> None:
+    told = op.__dataclass_transform__  # type: ignore[attr-defined]
+    assert told["kw_only_default"] and told["kwargs"] == {"frozen_default": True}

@@ -73,9 +73,9 @@ class LoadedModel:
         return found if text is None else found[0]
 
     @overload
-    def tag(self, texts: str, *, grouping: str = ...) -> list[TaggedSpan]: ...
+    def tag(self, texts: str, *, grouping: str = "simple") -> list[TaggedSpan]: ...
     @overload
-    def tag(self, texts: list[str], *, grouping: str = ...) -> list[list[TaggedSpan]]: ...
+    def tag(self, texts: list[str], *, grouping: str = "simple") -> list[list[TaggedSpan]]: ...
     @tells_options
     def tag(self, texts: Any, *, grouping: str = "simple") -> Any:
         """The spans of a text that have a label, such as names; `grouping` as in `treadle.tasks.tagging`."""
@@ -83,9 +83,9 @@ class LoadedModel:
         return found if _many(texts) else found[0]
 
     @overload
-    def fill(self, texts: str, *, top: int = ...) -> Filled: ...
+    def fill(self, texts: str, *, top: int = 5) -> Filled: ...
     @overload
-    def fill(self, texts: list[str], *, top: int = ...) -> list[Filled]: ...
+    def fill(self, texts: list[str], *, top: int = 5) -> list[Filled]: ...
     @tells_options
     def fill(self, texts: Any, *, top: int = 5) -> Any:
         """The `top` likeliest tokens behind each mask of a text."""
@@ -98,9 +98,9 @@ class LoadedModel:
         return found if _many(sentences) else found[0]
 
     @overload
-    def translate(self, texts: str, *, source: str | None = ..., target: str | None = ...) -> str: ...
+    def translate(self, texts: str, *, source: str | None = None, target: str | None = None) -> str: ...
     @overload
-    def translate(self, texts: list[str], *, source: str | None = ..., target: str | None = ...) -> list[str]: ...
+    def translate(self, texts: list[str], *, source: str | None = None, target: str | None = None) -> list[str]: ...
     @tells_options
     def translate(self, texts: Any, *, source: str | None = None, target: str | None = None) -> Any:
         """A text in another language; source and target are said where the model translates between several."""
@@ -108,9 +108,9 @@ class LoadedModel:
         return _texts(found, texts)
 
     @overload
-    def summarize(self, texts: str, *, most: int | None = ...) -> str: ...
+    def summarize(self, texts: str, *, most: int | None = None) -> str: ...
     @overload
-    def summarize(self, texts: list[str], *, most: int | None = ...) -> list[str]: ...
+    def summarize(self, texts: list[str], *, most: int | None = None) -> list[str]: ...
     @tells_options
     def summarize(self, texts: Any, *, most: int | None = None) -> Any:
         """A summary of a text, of up to `most` tokens."""
@@ -121,20 +121,20 @@ class LoadedModel:
         self,
         prompts: str,
         *,
-        most: int = ...,
-        sampling: Sampling | None = ...,
-        rules: TokenRules | None = ...,
-        stop: Sequence[str] = ...,
+        most: int = 128,
+        sampling: Sampling | None = None,
+        rules: TokenRules | None = None,
+        stop: Sequence[str] = (),
     ) -> str: ...
     @overload
     def generate(
         self,
         prompts: list[str],
         *,
-        most: int = ...,
-        sampling: Sampling | None = ...,
-        rules: TokenRules | None = ...,
-        stop: Sequence[str] = ...,
+        most: int = 128,
+        sampling: Sampling | None = None,
+        rules: TokenRules | None = None,
+        stop: Sequence[str] = (),
     ) -> list[str]: ...
     @tells_options
     def generate(
@@ -167,9 +167,9 @@ class LoadedModel:
         return self.writer.continued([prompt], most=most, sampling=sampling, rules=rules, stop=stop)
 
     @overload
-    def search(self, prompts: str, *, most: int = ..., beams: Beams) -> list[str]: ...
+    def search(self, prompts: str, *, most: int = 128, beams: Beams) -> list[str]: ...
     @overload
-    def search(self, prompts: list[str], *, most: int = ..., beams: Beams) -> list[list[str]]: ...
+    def search(self, prompts: list[str], *, most: int = 128, beams: Beams) -> list[list[str]]: ...
     @tells_options
     def search(self, prompts: Any, *, most: int = 128, beams: Beams) -> Any:
         """The continuations of a prompt that a beam search finds, best first."""
