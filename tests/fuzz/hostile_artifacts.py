@@ -191,7 +191,7 @@ SHAPES: Mapping[str, Shape] = {
     "nested quotients": Shape(
         lambda: graph(inputs=inputs(1_000, lambda i: f"f32[{'(' * 40}B+{i}{')//3' * 40}]")), _LONG
     ),
-    "sizes that double": Shape(lambda: chain(4_000, "concat({before}, {before}, axis=0)"), _LONG),
+    "sizes that double": Shape(lambda: chain(4_000, "concat({before}, {before}, axis=0)"), "a size is too large"),
     "sizes that square": Shape(
         lambda: graph(lines(60, lambda i: _SQUARED.format(i=i, j=i + 1)), inputs="x: f32[B, 8], z0: f32[B]"),
         "a term of a size has too many factors",
