@@ -302,7 +302,7 @@ def _is_outside(source: str, line: int) -> bool:
 
 
 def _cases_of_op(source: str, line: int) -> list[str]:
-    """What begins the names of all cases that the op suite has of the op whose class the line is in."""
+    """Cases that the op suite has of the op whose class the line is in, or what begins the names of several."""
     classes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ClassDef) and n.lineno <= line <= _end(n)]
     names = [
         each.args[0].value
@@ -310,7 +310,13 @@ def _cases_of_op(source: str, line: int) -> list[str]:
         for each in node.decorator_list
         if isinstance(each, ast.Call) and each.args and isinstance(each.args[0], ast.Constant)
     ]
-    return [f"tests/test_op_suite.py::{test}[{name}-" for name in names for test in ("test_forward", "test_gradient")]
+    whole = ("test_the_reference_gives_what_the_rules_infer", "test_the_gradient_equals_finite_differences")
+    parts = ("test_forward", "test_gradient")
+    return [
+        f"tests/test_op_suite.py::{case}"
+        for name in names
+        for case in (*(f"{test}[{name}]" for test in whole), *(f"{test}[{name}-" for test in parts))
+    ]
 
 
 @cache

@@ -98,6 +98,8 @@ def test_a_line_is_found_where_it_was_when_the_map_was_made() -> None:
 def test_an_op_has_the_cases_that_the_suite_makes_of_it() -> None:
     source = '@op("tanh", axes="...")\nclass Tanh(Op):\n    x: Operand\n'
     assert _cases_of_op(source, 3) == [
+        "tests/test_op_suite.py::test_the_reference_gives_what_the_rules_infer[tanh]",
+        "tests/test_op_suite.py::test_the_gradient_equals_finite_differences[tanh]",
         "tests/test_op_suite.py::test_forward[tanh-",
         "tests/test_op_suite.py::test_gradient[tanh-",
     ]
