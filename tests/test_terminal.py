@@ -199,6 +199,11 @@ def test_the_demo(wide: bool) -> None:
         assert max(map(len, done.stdout.split("\n"))) > 150
         steps = re.findall(r"^(\d+)  .* ─+$", done.stdout, re.MULTILINE)
         assert steps == [str(n + 1) for n in range(8)]
+        cosines = re.findall(
+            r"agree: max \|difference\| \d\.\de-0[5-9], least cosine ([\d.]+)$", done.stdout, re.MULTILINE
+        )
+        assert len(cosines) == done.stdout.count("least cosine")
+        assert all(abs(float(cosine) - 1) < 1e-6 for cosine in cosines)
         return
     code, said = on_terminal("-m", "treadle.demo")
     rows = [row for row in seen(said) if not row.startswith("/")]  # paths are kept whole
