@@ -379,6 +379,23 @@ def test_the_demo_shows_each_step(minilm: Path, capsys: pytest.CaptureFixture[st
     assert "type: ignore" not in said
 
 
+def test_the_demos_equations_are_a_feed_forward_part() -> None:
+    import treadle as t
+    from treadle.demo import feed_forward
+
+    rng = np.random.default_rng(0)
+    shapes = {"norm.weight": (64,), "norm.bias": (64,), "up.weight": (64, 8), "down.weight": (8, 64)}
+    weights = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    x = rng.standard_normal((2, 3, 64)).astype(np.float32)
+    (got,) = t.compile(feed_forward, weights=weights, hidden=8)(x=x).values()
+    wide = x.astype(np.float64)
+    centred = wide - wide.mean(-1, keepdims=True)
+    y = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+    y = (y * weights["norm.weight"] + weights["norm.bias"]) @ weights["up.weight"]
+    y = y / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
+    np.testing.assert_allclose(got, wide + y @ weights["down.weight"], rtol=1e-5, atol=1e-4)
+
+
 def test_the_demo_tells_the_time_of_a_run_that_is_warm(monkeypatch: pytest.MonkeyPatch) -> None:
     import treadle.demo
 

@@ -107,6 +107,23 @@ def test_a_place_that_does_not_fit_has_a_line_of_its_own() -> None:
     ]
 
 
+def test_the_place_of_an_edge_stands_below_it() -> None:
+    near = FusionVerdict(
+        "gate", "nearly", rules=("merged-gate",), matched=("mul",), edge="operand 1 of mul", at="m.py:9", reason="no",
+        hint="yes", notes=("and",), places=("m.py:7",),
+    )  # fmt: skip
+    assert list(near.lines()) == [
+        "  gate           not fused    m.py:7",
+        "    rule      merged-gate",
+        "    matched   mul",
+        "    edge      operand 1 of mul",
+        "    at        m.py:9",
+        "    why       no",
+        "    try       yes",
+        "    note      and",
+    ]
+
+
 def test_json_says_the_same(toy: str) -> None:
     code, text = told(toy, "fusion", "--json")
     facts = json.loads(text)

@@ -15,6 +15,7 @@ pytest.importorskip("torch")
 from tokenizers.pre_tokenizers import ByteLevel
 
 from tests.task_models import byte_level, texts, wordpiece
+from treadle.frontends.older_vocabularies import _clip
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import CheckpointError
 
@@ -135,3 +136,11 @@ def test_a_kind_that_is_not_built_says_how_to_make_tokenizer_json(tmp_path: Path
     with pytest.raises(CheckpointError, match=r"has no tokenizer\.json") as refused:
         TextTokenizer.open(tmp_path)
     assert "transformers" in str(refused.value.hint)
+
+
+def test_a_byte_that_clips_vocabulary_lacks_is_the_unknown_token() -> None:
+    import tokenizers
+
+    vocabulary = {"<s>": 0, "<e>": 1, "<u>": 2, "a</w>": 3}
+    made = _clip(tokenizers, vocabulary, [], {"bos_token": "<s>", "eos_token": "<e>", "unk_token": "<u>"}, {})
+    assert made.encode("a z zz a").ids == [0, 3, 2, 2, 2, 3, 1]

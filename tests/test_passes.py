@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -527,6 +528,15 @@ FUSED = [
         y="f32[B, S, 4]",
     ),
 ]
+
+
+def test_what_folds_to_no_number_warns_of_nothing() -> None:
+    text = program("x: f32[B]", "y: f32[B]", "a = div(1.0, 0.0)", "b = mul(x, a)", "return y = b")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = optimize(text, FoldConstants())
+    assert [node.op.name for node in made.graph.main.nodes] == ["mul"]
+
 
 SHARED = [
     unary(

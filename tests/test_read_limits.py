@@ -42,6 +42,12 @@ READERS: list[tuple[str, str, Callable[[Any, Path], object], dict[str, int]]] = 
         {"bytes": MIB, "nesting": 16, "values": 10_000},
     ),
     (
+        "frontends.older_vocabularies",
+        "config.json",
+        lambda m, p: m.kind_names(ModelFolder.find(p), {}),
+        {"bytes": 4 * MIB, "nesting": 32, "values": 200_000},
+    ),
+    (
         "continuation",
         "config.json",
         lambda m, p: m._folder_end_tokens(p),

@@ -114,6 +114,23 @@ def test_calls_that_write_a_part_each(order: tuple[int, int], late: bool, reused
     assert (graph.functions["block"].inputs[0].name in [v.name for v in plan.functions["block"].reuses]) is reused
 
 
+def test_a_call_that_takes_all_and_gives_all_is_no_part() -> None:
+    graph = Graph("whole")
+    inner, block = Function("inner"), Function("block")
+    for function in (inner, block):
+        graph.add_function(function)
+    b = Builder(graph, inner)
+    b.outputs(y=b.softmax(b.softmax(b.input("x", "f32[8, S]"))))
+    b = Builder(graph, block)
+    b.outputs(y=b.call(inner, [b.input("x", "f32[8, S]")])[0])
+    main = Builder(graph)
+    main.outputs(y=main.softmax(main.call(block, [main.softmax(main.input("x", "f32[8, S]"))])[0]))
+    plan = plan_of(graph).plan
+    assert plan is not None
+    assert plan.functions["inner"].reuses
+    assert plan.functions["block"].reuses == ()
+
+
 def test_what_is_passed_twice_is_not_written_over() -> None:
     made = plan_of(stacked(residual, twice=True))
     assert made.plan is not None

@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 from treadle.backends.tvm.profiling import time_calls
 from treadle.benching import roofline
 from treadle.benching.roofline import KernelRow, Roofline, _joined, measure_roofline
-from treadle.benching.roofline_drawing import draw_roofline
+from treadle.benching.roofline_drawing import _Drawing, draw_roofline
 from treadle.benching.serving import measured_limits
 from treadle.cli.application import app
 from treadle.ir.target import Target
@@ -132,6 +132,11 @@ def test_what_is_told_and_drawn(golden: Golden) -> None:
     assert told.pop("kernels")[0] == {**first, "bytes": 2_000_000, "dtype": "f32", "least": 2e-3, "source": "m.py:7"}
     rates = {"rates": {"f32": 3e12, "int8": 9e12}, "read": 2e10, "held": 3_000_000}
     assert told == {"model": "m", "target": "cpu", "threads": 1, "sizes": {"B": 2, "S": 9}, **rates}
+
+
+def test_rates_that_lie_together_have_two_decades() -> None:
+    drawing = _Drawing(replace(MADE, rates={"f32": 1.1e10}, rows=()))
+    assert (drawing.low, drawing.high) == (9, 11)
 
 
 def test_a_kernel_in_two_places_is_counted_together() -> None:

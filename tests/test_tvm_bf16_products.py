@@ -101,6 +101,15 @@ def test_odd_sizes_and_a_row_by_itself(isa: str, k: int, n: int) -> None:
         np.testing.assert_array_equal(exe(x=x[-rows:])["y"], every[-rows:], f"{rows} rows")
 
 
+@each_isa
+def test_whole_numbers_give_exact_sums(isa: str) -> None:
+    """Up to 256 they are bf16, and float32 holds their products' sums: no bit of a neighbour may get in."""
+    rng = np.random.default_rng(0)
+    x, w = (rng.integers(-255, 256, (rows, 64)).astype(np.float32) for rows in (17, 33))
+    made = compiled(linear_graph(64, 33), {"w": w}, isa)(x=x)["y"]
+    np.testing.assert_array_equal(made, x.astype(np.float64) @ w.T)
+
+
 def without_the_first_row(k: int, n: int) -> Graph:
     return graph_of(
         lambda b: b.linear(b.slice(b.input("x", f32["M", k]), axis=0, start=1), b.parameter("w", f32[n, k]))

@@ -239,6 +239,9 @@ EXACT: Mapping[str, tuple[Callable[..., Array], float, float, float]] = {
     "sign": (np.sign, -9, 9, 0),
 }
 
+# name: from where on it is exactly 1
+ONE = {"tanh": 9.02, "erf": 3.93}
+
 # name: the function, the exponent of e in it, by how many roundings of itself that is off.
 # quick_gelu: its constant, off by 0.22 of a rounding, and one product.
 # gelu_tanh: two constants, each about half of one, a square and, where it is not fused, a product, a sum, a product.
@@ -286,6 +289,15 @@ def test_float32_is_within_units_in_the_last_place(name: str, isa: Isa) -> None:
     function, _, _, most = EXACT[name]
     x, y = on_singles(isa)[name]
     assert units_off(y, quietly(function, x)) <= most
+
+
+@each_level
+@pytest.mark.parametrize("name", ONE)
+def test_what_tends_to_one_is_one_from_some_number_on(name: str, isa: Isa) -> None:
+    x, y = on_singles(isa)[name]
+    far = np.abs(x) >= ONE[name]
+    assert np.count_nonzero(far) > 1000
+    np.testing.assert_array_equal(y[far], np.sign(x[far]))
 
 
 @each_level
