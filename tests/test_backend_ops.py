@@ -27,6 +27,7 @@ from treadle.ir.op_registry import OPS, op
 from treadle.ir.operation import Composite, Operand, Primitive
 from treadle.ir.ops.attention import Attention
 from treadle.ir.ops.error_function import erf
+from treadle.ir.ops.rounding import FORMATS
 from treadle.ir.types import DTYPES
 
 # -- meanings that libraries leave open ------------------------------------------------------------------------------
@@ -259,6 +260,16 @@ def test_the_sign_of_nan_is_nan(dtype: str, backend: str) -> None:
     graph = graph_of(lambda b: b.sign(b.input("x", f"{dtype}[4]")))
     x = np.array([np.nan, -np.inf, 0.0, 3.0], DTYPES[dtype].numpy)
     np.testing.assert_array_equal(compiled(backend, graph)(x=x).y, np.array([np.nan, -1, 0, 1], x.dtype), strict=True)
+
+
+@each_backend
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_zero_of_a_narrower_format_has_the_sign_that_it_can_have(name: str, backend: str) -> None:
+    graph = graph_of(lambda b: b.round_to(b.input("x", "f32[3]"), format=name))
+    y = compiled(backend, graph)(x=np.array([-0.0, -1e-30, 0.0], np.float32)).y
+    small = 0.0 if name != "bf16" else y[1]  # which bf16 can hold
+    np.testing.assert_array_equal(y, [0.0, small, 0.0])
+    assert np.signbit(y).tolist() == ([False] * 3 if name.endswith("uz") else [True, True, False])
 
 
 @each_backend

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from treadle.ir.target import Target
 from treadle.ir.transforms.fixing import bounded
 from treadle.ir.types import f32
 from treadle.passes.budget.fitting import Fitting
+from treadle.passes.budget.partitions import FunctionTable
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.memory import frame_placement
 from treadle.passes.memory.frame_placement import PlacedFrame, place_frames
@@ -367,3 +369,12 @@ def test_no_candidate_needs_less_than_the_bound(seed: int) -> None:
     assert reached[whole] >= search.whole.here
     fit = search.fit(reached[whole])
     assert fit is not None and fit.ratio == 1.0 and not fit.chunks  # what fits whole is not cut
+
+
+def test_before_a_result_is_written_what_will_lie_in_it_may_be_used() -> None:
+    """Of 100 bytes 30 live already; the host takes 80, and 50 live beside it, so that 130 are there anyhow."""
+    host = SimpleNamespace(first=2, bytes=80)
+    table: Any = SimpleNamespace(host=host, live=[30, 30, 30], _kept=lambda given, first, last: 50)
+    assert [FunctionTable.room(table, at, 100) for at in (0, 1, 2)] == [100, 100, 70]
+    table.host = None
+    assert FunctionTable.room(table, 0, 100) == 70
