@@ -19,7 +19,9 @@ ones, too.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 
 from treadle.ir.analysis.state_views import StateViews
 from treadle.ir.errors import PassError
@@ -204,12 +206,20 @@ class _Shared:
 
     def __init__(self, function: Function, plan: FunctionPlan, whole: StoragePlan) -> None:
         self.function, self.plan, self.whole = function, plan, whole
-        self.held: dict[Storage | None, list[Value]] = {}
+
+    @cached_property
+    def _longest(self) -> dict[Storage | None, tuple[list[int], list[Value]]]:
+        """By storage, when its values come, in order, and of those until each that which is read for the longest."""
+        places, found = self.plan.places, dict[Storage | None, tuple[list[int], list[Value]]]()
+        for value in sorted(places, key=lambda v: places[v].first):
+            firsts, longest = found.setdefault(places[value].storage, ([], []))
+            before = longest[-1] if longest else value
+            firsts.append(places[value].first)
+            longest.append(value if places[value].last > places[before].last else before)
+        return found
 
     def check(self) -> None:
         owners: dict[Storage, Value] = {}
-        for value, place in self.plan.places.items():
-            self.held.setdefault(place.storage, []).append(value)
         for value, place in self.plan.places.items():
             if place.storage is None or place.storage.kind is StorageKind.CONSTANT:
                 continue
@@ -233,11 +243,12 @@ class _Shared:
         mine = lies.storage is place.storage and (ours or x in plan.donated or lies.how is How.OVER)
         if not mine or x.type.shape != value.type.shape or x.type.dtype is not value.type.dtype:
             raise wrong_plan(f"it does not lie where {x.name} does, whole", plan, value)
-        at, operands = plan.places[value].first, node.inputs
-        for other in self.held[place.storage]:
-            held = plan.places[other]
-            if held.first < at and (held.last > at or (other is not x and other in operands)):
-                raise wrong_plan(f"it is written over {other.name}, which is read then or later", plan, value)
+        at = plan.places[value].first
+        firsts, longest = self._longest[place.storage]
+        read = [v for v in node.inputs if v is not x and plan.places[v].storage is place.storage]
+        late = [v for v in longest[: bisect_left(firsts, at)][-1:] if plan.places[v].last > at]
+        for other in (*late, *(v for v in read if plan.places[v].first < at)):
+            raise wrong_plan(f"it is written over {other.name}, which is read then or later", plan, value)
 
     def _shares(self, value: Value) -> Value | None:
         """A value whose storage it must have."""
