@@ -242,3 +242,49 @@ def test_a_plan_that_writes_over_what_is_read_later_is_refused() -> None:
     wrong = replace(plan, functions={"main": replace(main, places={**main.places, named["first"]: over})})
     with pytest.raises(PassError, match="it is written over kept, which is read then or later"):
         check_storage(lowered.graph, wrong)
+
+
+def test_a_plan_that_writes_over_what_is_read_in_another_order_is_refused() -> None:
+    def turned(b: Builder) -> Expr:
+        x = b.exp(b.input("x", "f32[4, 4]"), name="kept")
+        return b.softmax(b.add(x, b.rearrange(x, pattern="s d -> d s", name="turned"), name="both"))
+
+    lowered = TorchBackend().lower(graph_of(turned), Target("cpu"))
+    assert lowered.plan is not None
+    main = lowered.plan.functions["main"]
+    named = {name: v for v, name in main.names.items()}
+    lies = main.places[named["kept"]]
+    over = replace(main.places[named["both"]], storage=lies.storage, how=How.OVER, of=named["kept"])
+    lives = tuple(replace(life, last=main.end) if life.storage is lies.storage else life for life in main.lives)
+    changed = replace(main, places={**main.places, named["both"]: over}, lives=lives)
+    with pytest.raises(PassError, match="it is written over turned, which is read then or later"):
+        check_storage(lowered.graph, replace(lowered.plan, functions={"main": changed}))
+
+
+class _Counted(dict[Any, Any]):
+    """A dictionary that counts what it is asked for."""
+
+    asked = 0
+
+    def __getitem__(self, key: Any) -> Any:
+        self.asked += 1
+        return super().__getitem__(key)
+
+
+def test_a_plan_of_many_steps_in_one_storage_is_checked_in_a_time_that_grows_with_them() -> None:
+    def asked(count: int) -> int:
+        def chain(b: Builder) -> Expr:
+            x = b.softmax(b.input("x", "f32[S, 4]"))
+            for _ in range(count):
+                x = b.exp(x)
+            return b.softmax(x)
+
+        lowered = TorchBackend().lower(graph_of(chain), Target("cpu"))
+        assert lowered.plan is not None
+        main = lowered.plan.functions["main"]
+        assert sum(place.how is How.OVER for place in main.places.values()) >= count - 1
+        places = _Counted(main.places)
+        check_storage(lowered.graph, replace(lowered.plan, functions={"main": replace(main, places=places)}))
+        return places.asked
+
+    assert asked(80) < 2.5 * asked(40)
