@@ -48,6 +48,7 @@ _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _REVISION_BYTES = 256
+_SETTINGS_BYTES, _SETTINGS_NESTING, _SETTINGS_VALUES = 4 << 20, 32, 200_000
 _LISTED = 8  # entries of a folder that an error names
 _ENTRIES = 10_000  # entries of a folder that are looked at for an error
 
@@ -113,6 +114,16 @@ class ModelFolder:
                 within=self.shown,
             )
         return contained(self.path / name, self.root, self.show(name))
+
+    def read_settings(self, name: str) -> dict[str, Any]:
+        """The JSON object that a file of settings holds, such as generation_config.json.
+
+        Raises CheckpointError as `file` does, where it is not one JSON object, and past 4 MiB, 200,000 values or
+        32 levels.
+        """
+        shown = self.show(name)
+        data = read_regular(self.file(name), _SETTINGS_BYTES, shown)
+        return read_json_object(data, shown, nesting=_SETTINGS_NESTING, values=_SETTINGS_VALUES)
 
     def entries(self) -> list[str]:
         """Names in the folder, sorted, for errors."""

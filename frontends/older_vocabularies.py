@@ -20,7 +20,6 @@ from treadle.frontends.huggingface import ModelFolder
 from treadle.ir.errors import CheckpointError
 
 _WORDS, _TOKENS, _MERGES = "vocab.txt", "vocab.json", "merges.txt"
-_CONFIG_BYTES = 4 << 20
 _MOST_TOKENS = 4_000_000
 
 _CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -205,9 +204,7 @@ def kind_names(place: ModelFolder, settings: Mapping[str, Any]) -> list[str]:
     if isinstance(named, str):
         names.append(named.removesuffix("Fast").removesuffix("Tokenizer").lower())
     if place.has("config.json"):
-        shown = place.show("config.json")
-        data = read_regular(place.file("config.json"), _CONFIG_BYTES, shown)
-        names.append(str(read_json_object(data, shown, nesting=32, values=200_000).get("model_type")))
+        names.append(str(place.read_settings("config.json").get("model_type")))
     return names
 
 

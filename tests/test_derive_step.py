@@ -30,9 +30,9 @@ from treadle.ir.builder import Builder
 from treadle.ir.entry_order import ENTRIES
 from treadle.ir.errors import PassError
 from treadle.ir.interpreter import interpret, interpret_entry
+from treadle.ir.naming import free_name
 from treadle.ir.text.parser import parse_graph
 from treadle.passes.stepping.derivation import DerivedStep, derive_step
-from treadle.passes.stepping.kept_values import free_name
 
 Array = np.ndarray[Any, Any]
 Run = Callable[..., Mapping[str, Array]]

@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treadle.extras import need_packages
-from treadle.files.contained_files import read_regular
 from treadle.files.shown_names import printable
-from treadle.files.strict_json import read_json_object
 from treadle.frontends.ctranslate2_file import find_ctranslate2
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.gguf_tokenizer import gguf_chat_template, gguf_end_tokens, gguf_text_tokenizer
@@ -38,7 +36,6 @@ from treadle.stepped import SteppedModel, open_stepped
 if TYPE_CHECKING:
     from treadle.chatting.templates import ChatTemplate
 
-_CONFIG_BYTES = 4 << 20
 MOST_ROWS = 8
 """Texts that are continued at a time; more wait for one to end."""
 
@@ -284,13 +281,13 @@ def _folder_end_tokens(folder: Path) -> tuple[int, ...]:
     for name in ("generation_config.json", "config.json"):
         if not place.has(name):
             continue
-        shown = place.show(name)
-        data = read_regular(place.file(name), _CONFIG_BYTES, shown)
-        found = read_json_object(data, shown, nesting=32, values=200_000).get("eos_token_id")
+        found = place.read_settings(name).get("eos_token_id")
         if found is None:
             continue
         ids = found if isinstance(found, list) else [found]
         if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-            raise CheckpointError("eos_token_id must be a token's id, or several", received=repr(found), within=shown)
+            raise CheckpointError(
+                "eos_token_id must be a token's id, or several", received=repr(found), within=place.show(name)
+            )
         return tuple(ids)
     return ()

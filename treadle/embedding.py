@@ -23,7 +23,7 @@ from treadle.compiled import Compiled
 from treadle.compiling import compile
 from treadle.files.contained_files import read_regular
 from treadle.files.shown_names import printable
-from treadle.files.strict_json import JsonReader, read_json_object
+from treadle.files.strict_json import JsonReader
 from treadle.frontends.huggingface import ModelFolder
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import CheckpointError, UsageError
@@ -157,7 +157,7 @@ def read_pooling(place: ModelFolder) -> Pooling:
             hint="Transformer, Pooling and perhaps Normalize, the first in the folder itself",
         )
     path = f"{modules[1][1]}/config.json"
-    pooling = _read_object(place, path)
+    pooling = place.read_settings(path)
     chosen = _chosen_modes(pooling)
     if len(chosen) != 1 or chosen[0] not in _MODES:
         raise CheckpointError(
@@ -198,15 +198,9 @@ def _max_length(place: ModelFolder) -> int | None:
     name = "sentence_bert_config.json"
     if not place.has(name):
         return None
-    length = _read_object(place, name).get("max_seq_length")
+    length = place.read_settings(name).get("max_seq_length")
     if length is None or (isinstance(length, int) and not isinstance(length, bool) and length > 0):
         return length
     raise CheckpointError(
         "max_seq_length must be a positive integer", received=printable(repr(length)), within=place.show(name)
     )
-
-
-def _read_object(place: ModelFolder, name: str) -> dict[str, Any]:
-    shown = place.show(name)
-    data = read_regular(place.file(name), _CONFIG_BYTES, shown)
-    return read_json_object(data, shown, nesting=_NESTING, values=_VALUES)

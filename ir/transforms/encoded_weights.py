@@ -19,6 +19,7 @@ from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.errors import GraphError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.literals import Literal
+from treadle.ir.naming import free_name
 from treadle.ir.ops.arithmetic import Mul
 from treadle.ir.ops.blocks import Decode, Encode
 from treadle.ir.ops.call import Call
@@ -197,7 +198,7 @@ class _Encoding:
         if key not in self._made:
             taken = {*self.graph.functions, *(made.name for made in self._made.values())}
             first = all(known != name for known, *_ in self._made)
-            made = clone_function(self.graph.functions[name], name if first else _free_name(name, taken))
+            made = clone_function(self.graph.functions[name], name if first else free_name(name, taken))
             self._made[key] = made
             beside: dict[str, Value] = {}
             for names in balanced:
@@ -276,10 +277,3 @@ def _times(decode: Node, vector: Value) -> list[Node]:
     op, operands = Mul(), [decode.result, factor]
     types = op.infer([v.type for v in operands])
     return [*made, Node(op, operands, types, decode.result.name, scope=decode.scope, source=decode.source)]
-
-
-def _free_name(base: str, taken: set[str]) -> str:
-    count = 2
-    while f"{base}_{count}" in taken:
-        count += 1
-    return f"{base}_{count}"

@@ -9,12 +9,13 @@ use: a call passes its own. A region that differs gets a function of its own.
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.hashing import op_key
+from treadle.ir.naming import free_name
 from treadle.ir.ops.call import Call
 from treadle.ir.source_lines import SourceLine
 
@@ -66,7 +67,7 @@ class _Repetition:
             return wanted
         names: list[str] = []
         for name in wanted:
-            names.append(_free_name(name, names))
+            names.append(free_name(name, names))
         return names
 
     def last_versions(self) -> dict[Value, Value]:
@@ -168,24 +169,15 @@ def _read(region: RepeatedRegion) -> _Repetition:
     return rep
 
 
-def _free_name(wanted: str, taken: Container[str]) -> str:
-    """The name, numbered if it is taken."""
-    name, count = wanted, 1
-    while name in taken:
-        count += 1
-        name = f"{wanted}_{count}"
-    return name
-
-
 def _build(graph: Graph, rep: _Repetition, outs: Sequence[tuple[int, int]]) -> Function:
     region = rep.region
     # `encoder_block` for the scopes encoder.block.0, 1, ...; numbered if blocks differ
     scopes = re.sub(r"\.\d+(?=\.|$)", "", region.scope).replace(".", "_")
-    function = Function(_free_name(scopes, graph.functions))
+    function = Function(free_name(scopes, graph.functions))
     formal: dict[Value, Value] = {}
     taken: set[str] = set()
     for value in rep.inputs:
-        label = _free_name(value.name, taken)
+        label = free_name(value.name, taken)
         taken.add(label)
         formal[value] = Value("input", value.type, label)
     for value, local in zip((*rep.weights, *rep.states), rep.local_names(), strict=True):
@@ -206,7 +198,7 @@ def _build(graph: Graph, rep: _Repetition, outs: Sequence[tuple[int, int]]) -> F
         function.nodes.append(inner)
     for at, index in outs:
         value = formal[region.nodes[at].results[index]]
-        function.outputs[_free_name(value.name, function.outputs)] = value
+        function.outputs[free_name(value.name, function.outputs)] = value
     for entering, version in rep.last_versions().items():
         function.updated[formal[entering].name] = formal[version]
     graph.add_function(function)

@@ -9,7 +9,7 @@ Parts whose functions are equal share one.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,6 +17,7 @@ from treadle.ir.analysis.axis_places import Place
 from treadle.ir.errors import RuleError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.hashing import function_key
+from treadle.ir.naming import free_name
 from treadle.ir.operation import Op
 from treadle.ir.ops.call import Call
 from treadle.ir.ops.parts import Concat, Slice
@@ -141,15 +142,15 @@ class _PartBuilder:
         start: Size,
         size: Size,
     ) -> Function:
-        made = Function(self._free_name(f"{of.name}_part"))
+        made = Function(free_name(f"{of.name}_part", self.graph.functions))
         values: dict[Value, Value] = {}
         for value, type in given.items():
             values[value] = copy = clone_value(value)
             copy.type = type
             if value.kind == "parameter":
-                made.parameters[_free(value.name, made.parameters)] = copy
+                made.parameters[free_name(value.name, made.parameters)] = copy
             else:
-                copy.kind, copy.name = "input", _free(value.name, [v.name for v in made.inputs])
+                copy.kind, copy.name = "input", free_name(value.name, [v.name for v in made.inputs])
                 made.inputs.append(copy)
         for name, copy in made.parameters.items():
             copy.name = name
@@ -165,7 +166,7 @@ class _PartBuilder:
                 values[old] = new
             made.nodes.append(copied)
         for value in outputs:
-            made.outputs[_free(value.name, made.outputs)] = values[value]
+            made.outputs[free_name(value.name, made.outputs)] = values[value]
         key = function_key(made)
         if key not in self.known:
             self.known[key] = made
@@ -211,9 +212,6 @@ class _PartBuilder:
                 continue
         raise NoPart
 
-    def _free_name(self, base: str) -> str:
-        return _free(base, self.graph.functions)
-
     def _add(self, made: Function) -> None:
         if self.region.function in self.graph.entries:
             self.graph.add_function(made)
@@ -243,11 +241,3 @@ def part_type(type: Type, dim: int | None, size: Size) -> Type:
     label = type.dims[dim].factors[0].label if type.dims[dim].factors else None
     dims = [Dim([Factor(size, label)]) if i == dim else each for i, each in enumerate(type.dims)]
     return Type(type.dtype, tuple(dims))
-
-
-def _free(base: str, taken: Collection[str]) -> str:
-    name, count = base, 0
-    while name in taken:
-        count += 1
-        name = f"{base}_{count}"
-    return name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -10,6 +10,7 @@ from treadle.ir.analysis.weight_only import weight_only_nodes
 from treadle.ir.builder import describe_source
 from treadle.ir.graph import Function, Graph, Node, Value, needed_nodes
 from treadle.ir.hashing import op_key
+from treadle.ir.naming import free_name
 from treadle.ir.ops.call import Call
 from treadle.ir.ops.layout import Relayout
 from treadle.ir.transforms.clone import clone_node, clone_value
@@ -134,7 +135,7 @@ class _Hoisting:
         left = [node for node in function.nodes if node not in nodes]
         read = {*(v for node in left for v in node.inputs), *function.results}
         kept = {name: v for name, v in function.parameters.items() if v in read}
-        maker = Function(_free_name(f"bind_{function.name}", self.graph.functions))
+        maker = Function(free_name(f"bind_{function.name}", self.graph.functions))
         values: dict[Value | None, Value | None] = {None: None}
         for name, value in function.parameters.items():
             values[value] = maker.parameters[name] = clone_value(value)
@@ -144,7 +145,7 @@ class _Hoisting:
         for node in nodes:
             for value in node.results:
                 if value in read:
-                    name = _free_name(_path(node, value), taken)
+                    name = free_name(_path(node, value), taken)
                     taken.add(name)
                     stands = replaced[value] = kept[name] = Value("parameter", value.type, name)
                     stands.lies_in = value.layout
@@ -281,7 +282,7 @@ class _Bind:
         """The name of what is made; the one wanted, numbered if it is taken, where it has none yet."""
         assert value is not None
         if value not in self.names:
-            self.names[value] = _free_name(wanted, self.taken)
+            self.names[value] = free_name(wanted, self.taken)
             self.taken.add(self.names[value])
         return self.names[value]
 
@@ -315,15 +316,6 @@ def _path(node: Node, value: Value) -> str:
     return ".".join(filter(None, (node.scope, value.name)))
 
 
-def _free_name(base: str, taken: Collection[str]) -> str:
-    """A name that is not taken, numbered where it would be."""
-    name, count = base, 1
-    while name in taken:
-        count += 1
-        name = f"{base}_{count}"
-    return name
-
-
 def _replace(function: Function, values: Mapping[Value, Value]) -> None:
     for node in function.nodes:
         if not values.keys().isdisjoint(node.operands):
@@ -336,7 +328,7 @@ def _rename_bind(graph: Graph) -> None:
     block = graph.functions.get("bind")
     if block is None:
         return
-    block.name = _free_name("bind_block", graph.functions)
+    block.name = free_name("bind_block", graph.functions)
     graph.functions = {f.name: f for f in graph.functions.values()}
     for _, node in graph.walk():
         if node.op.callee == "bind":

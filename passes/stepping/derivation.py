@@ -23,13 +23,14 @@ from treadle.ir.analysis.encounters import Generated
 from treadle.ir.analysis.following import follow
 from treadle.ir.errors import PassError, UsageError
 from treadle.ir.graph import Graph, Value
+from treadle.ir.naming import free_name
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import DTYPES, DType, bf16, f16, f32
 from treadle.ir.verifier import verify
 from treadle.passes.stepping.demands import Extent
 from treadle.passes.stepping.functions import CAPACITY, SLOTS, StepFunctions
-from treadle.passes.stepping.kept_values import StepStates, free_name
+from treadle.passes.stepping.kept_values import StepStates
 from treadle.passes.stepping.prologue import Prologue
 from treadle.passes.stepping.survey import Kind, Survey
 

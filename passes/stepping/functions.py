@@ -14,13 +14,14 @@ from treadle.ir.analysis.encounters import Scanned
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.entry_order import ENTRIES
 from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.naming import free_name
 from treadle.ir.operation import Op
 from treadle.ir.sizing.sizes import ONE, Size
 from treadle.ir.stepping import Kept, Stepping
 from treadle.ir.types import Dim, DType, Type, i64
 from treadle.passes.stepping.demands import ALL, LAST, Demanding, Demands, Extent, Extents, pickable
 from treadle.passes.stepping.errors import refusal
-from treadle.passes.stepping.kept_values import StepStates, free_name
+from treadle.passes.stepping.kept_values import StepStates
 from treadle.passes.stepping.rows import Stepped, apply_by_row
 from treadle.passes.stepping.survey import Context, Kind, Survey
 

@@ -5,11 +5,12 @@ Every entry of a derived graph reads the same states, so their names and types a
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from treadle.ir.errors import PassError
 from treadle.ir.graph import Value
+from treadle.ir.naming import free_name
 from treadle.ir.sizing.sizes import ONE, Size
 from treadle.ir.types import Dim, Type
 from treadle.passes.stepping.survey import Context
@@ -93,15 +94,6 @@ class StepStates:
         name = free_name(size.as_symbol or "memory", self.memories)
         self.memories[name] = size
         return name
-
-
-def free_name(base: str, taken: Mapping[str, object] | set[str]) -> str:
-    """A name that is not taken, numbered where it would be."""
-    name, count = base, 1
-    while name in taken:
-        count += 1
-        name = f"{base}_{count}"
-    return name
 
 
 def _line(value: Value) -> str | None:

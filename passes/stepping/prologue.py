@@ -13,11 +13,12 @@ from treadle.ir.analysis.axis_tracing import joined_scope
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.entry_order import ENTRIES
 from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.naming import free_name
 from treadle.ir.ops.call import Call
 from treadle.ir.sizing.sizes import ONE, Size
 from treadle.ir.transforms.clone import clone_function
 from treadle.ir.types import Dim, Type, i64
-from treadle.passes.stepping.kept_values import StepStates, free_name
+from treadle.passes.stepping.kept_values import StepStates
 from treadle.passes.stepping.survey import Context, Kind, Survey
 
 

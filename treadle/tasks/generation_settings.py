@@ -11,16 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from treadle.files.contained_files import read_regular
 from treadle.files.shown_names import printable
-from treadle.files.strict_json import read_json_object
 from treadle.frontends.huggingface import ModelFolder
 from treadle.ir.errors import CheckpointError
 from treadle.runtime.beams import Beams
 from treadle.runtime.token_rules import TokenRules
 
 _FILE = "generation_config.json"
-_CONFIG_BYTES = 4 << 20
 _SPECIAL = ("bos_token_id", "decoder_start_token_id", "eos_token_id")
 _MOST = 1 << 20
 _MOST_BEAMS = 512
@@ -57,8 +54,7 @@ class GenerationSettings:
         shown = place.show("config.json")
         if place.has(_FILE):  # then config.json says no more than which tokens are special
             shown = place.show(_FILE)
-            data = read_regular(place.file(_FILE), _CONFIG_BYTES, shown)
-            found = read_json_object(data, shown, nesting=32, values=200_000)
+            found = place.read_settings(_FILE)
             said = {name: value for name, value in said.items() if name in _SPECIAL}
             said |= {name: value for name, value in found.items() if value is not None}
         if task and "max_length" in task:

@@ -19,14 +19,12 @@ import numpy.typing as npt
 
 from treadle.files.contained_files import PathLike, read_regular
 from treadle.files.shown_names import printable, shown_path
-from treadle.files.strict_json import read_json_object
 from treadle.frontends.huggingface import ModelFolder
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
 
 Pixels = npt.NDArray[np.float32]
 
 _FILE = "preprocessor_config.json"
-_CONFIG_BYTES = 1 << 20
 _IMAGE_BYTES = 256 << 20
 _IMAGE_PIXELS = 100_000_000
 _MOST_SIDE = 1 << 14
@@ -94,11 +92,7 @@ class ImageReader:
                 "reading images needs the package pillow", received=str(error), hint="pip install 'treadle[images]'"
             ) from error
         shown = place.show(_FILE)
-        given: Mapping[str, Any] = {}
-        if place.has(_FILE):
-            given = read_json_object(
-                read_regular(place.file(_FILE), _CONFIG_BYTES, shown), shown, nesting=8, values=1000
-            )
+        given: Mapping[str, Any] = place.read_settings(_FILE) if place.has(_FILE) else {}
         said = {**DEFAULTS[kind], **{name: value for name, value in given.items() if value is not None}}
         try:
             made = cls(

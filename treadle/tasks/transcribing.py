@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from treadle.files.contained_files import PathLike, read_regular
-from treadle.files.strict_json import read_json_object
+from treadle.files.contained_files import PathLike
 from treadle.frontends.ctranslate2_file import find_ctranslate2
 from treadle.frontends.huggingface import ModelFolder
 from treadle.frontends.text import TextTokenizer
@@ -35,7 +34,6 @@ from treadle.tasks.sound import read_sound
 from treadle.tasks.spectrogram import HOP, RATE, log_mel
 
 HEAD = Head("transcribe speech", ("WhisperForConditionalGeneration",))
-_CONFIG_BYTES = 4 << 20
 _QUIET_SECONDS = 5
 _MULTILINGUAL = 51_865
 """Tokens of OpenAI's models of several languages, at least."""
@@ -178,9 +176,7 @@ def _knows_several(place: ModelFolder, vocabulary: int) -> bool:
     are one shorter. A generation_config.json may say so itself."""
     name = "generation_config.json"
     if place.has(name):
-        shown = place.show(name)
-        data = read_regular(place.file(name), _CONFIG_BYTES, shown)
-        said = read_json_object(data, shown, nesting=32, values=200_000).get("is_multilingual")
+        said = place.read_settings(name).get("is_multilingual")
         if isinstance(said, bool):
             return said
     return vocabulary >= _MULTILINGUAL
@@ -200,13 +196,11 @@ def _languages(tokenizer: TextTokenizer) -> dict[str, int]:
 
 def _converted_rules(place: ModelFolder) -> TokenRules:
     """Which tokens never come, or not first, as the config.json beside a model.bin of CTranslate2 says."""
-    shown = place.show("config.json")
-    data = read_regular(place.file("config.json"), _CONFIG_BYTES, shown)
-    said = read_json_object(data, shown, nesting=8, values=100_000)
+    said = place.read_settings("config.json")
     found: dict[str, Any] = {}
     for name, theirs in (("banned", "suppress_ids"), ("banned_first", "suppress_ids_begin")):
         ids = said.get(theirs, [])
         if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < 2**31 for i in ids):
-            raise CheckpointError(f"{theirs} must be a list of ids", within=shown)
+            raise CheckpointError(f"{theirs} must be a list of ids", within=place.show("config.json"))
         found[name] = tuple(ids)
     return TokenRules(**found)
