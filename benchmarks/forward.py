@@ -5,7 +5,9 @@
 `--dtype` is of ours: float32; products and attention in bf16; or weights and what they multiply rounded to 8 bits, and
 attention in bf16. The peers are those that one would take instead, and for bf16 and int8 theirs of as few bits. Weights
 are drawn, of which times do not depend. Outputs are compared first. On one thread times are the processor's, which a
-neighbour cannot lengthen. What CTranslate2 can run is given to all as a folder of Hugging Face's, which it reads.
+neighbour cannot lengthen. The machine's line is what our kernels would take if each did nothing but multiply at the
+rate of the machine's unit, or read what it needs. What CTranslate2 can run is given to all as a folder of Hugging
+Face's, which it reads.
 `--python` names the Python that has onnxruntime, openvino, nncf and ctranslate2.
 A peer that is missing, or cannot run a row, is named.
 """
@@ -120,6 +122,12 @@ def show(options: argparse.Namespace, name: str, measured: dict[str, Any]) -> No
         ratio = f"{1 / side['times_ours']:6.2f} of it is ours" if side["side"] != "treadle" else ""
         apart = "" if side["difference"] is None else f"   differs by {float(side['difference']):.1e}"
         print(f"  {side['side']:18} {side['seconds'] * 1e3:8.1f} ms  {ratio:20}{apart}".rstrip())
+    machine = measured["machine"]
+    least = machine["least_seconds"]
+    told = ", ".join(f"{rate / 1e9:.0f} G/s in {dtype}" for dtype, rate in machine["flops_per_second"].items())
+    read = machine["bytes_per_second"] / 1e9
+    ratio = f"{measured['rows'][0]['seconds'] / least:6.2f} of it is ours"
+    print(f"  {'the machine':18} {least * 1e3:8.1f} ms  {ratio:20}   at {told}, {read:.0f} GB/s")
     for peer, why in measured["missing"].items():
         print(f"  {peer} is missing: {why[:150]}")
 

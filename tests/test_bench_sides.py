@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from treadle.benching import benchmark, serving
-from treadle.benching.benchmark import BenchRow, bench_model
+from treadle.benching import benchmark, roofline, serving
+from treadle.benching.benchmark import BenchRow, MachineLimits, bench_model
 from treadle.benching.serving import Unfit
 from treadle.benching.sides import PEERS, Side, peers_of
 from treadle.benching.workload import Workload, files_of
@@ -59,7 +59,7 @@ class _Side:
 def sides(monkeypatch: pytest.MonkeyPatch) -> list[_Side]:
     _Side.made = []
     _Side.answers = {
-        "limits": {"flops": 3e9, "read": 4e9},
+        "limits": {"rates": {"f32": 3e9}, "read": 4e9, "least": None},
         **{name: {"opened": 0.5, "note": f"a {name}"} for name in ("treadle", "eager", "onnxruntime")},
         "openvino": {"missing": "openvino is not installed"},
     }
@@ -85,7 +85,7 @@ def test_a_ratio_is_the_median_over_turns_of_which_the_first_warms_up(sides: lis
         BenchRow("eager", "a eager", 2.0, 1.0, (1.0, 3.0), 0.25, 0.5, 7),
     ]
     assert (found.missing, found.rounds) == ({"openvino": "openvino is not installed"}, 5)
-    assert (found.flops, found.read, found.cost.flops) == (3e9, 4e9, 12)
+    assert (found.machine, found.cost.flops) == (MachineLimits({"f32": 3e9}, 4e9, None), 12)
     assert told == [*(f"opening {name}" for name in ("treadle", "eager", "openvino", "onnxruntime")), "running"]
     assert {each.name: each.python for each in sides} == {
         "limits": sys.executable, "treadle": sys.executable, "eager": sys.executable,
@@ -96,6 +96,7 @@ def test_a_ratio_is_the_median_over_turns_of_which_the_first_warms_up(sides: lis
     spec = sides[0].spec
     wanted = {"folder": None, "gguf": None, "model": "m", "backend": "numpy", "threads": 2, "chosen": None}
     wanted |= {"config": ["a=1"], "limit": ["b=2"], "dtype": None, "quantize": "int8", "widen": ["f16"], "seed": 5}
+    wanted |= {"sizes": {"B": 3}}
     assert wanted.items() <= spec.items()
     assert (spec["onnx"], spec["renamed"]) == ("m.onnx", {"x": "x_0"})
 
@@ -239,11 +240,20 @@ def test_the_machines_limits_are_of_the_best_run(monkeypatch: pytest.MonkeyPatch
     assert [serving.best(dict), serving.best(dict), serving.best(dict)] == [0.1, 0.125, 0.05]
     monkeypatch.setattr(serving, "best", lambda run, clock=serving.time.perf_counter: clocks.append(clock) or 0.5)
     clocks.clear()
-    assert serving.measured_limits(1 << 20, 2) == {"flops": 2 * 1536**3 * 2 / 0.5, "read": (1 << 20) / 0.5}
-    assert serving.measured_limits(0) == {"flops": 2 * 1536**3 / 0.5, "read": (1 << 20) / 0.5}
-    processor, wall = serving.time.process_time, serving.time.perf_counter
-    assert clocks == [processor, wall, wall, wall]
-    assert serving.measured_limits.__defaults__ == (1 << 28, None)
+    numpy = {"rates": {"f32": 2 * 1536**3 / 0.5}, "read": (1 << 28) / 0.5, "least": None}
+    assert serving.machine_limits({"backend": "torch"}) == numpy
+    assert serving.measured_read(0) == (1 << 20) / 0.5
+    assert clocks == [serving.time.perf_counter] * 3
+
+
+def test_limits_of_kernels_are_those_of_a_roofline(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    found = SimpleNamespace(rates={"f32": 3e9, "int8": 9e9}, read=4e9, least=0.25)
+    monkeypatch.setattr(serving, "compiled", lambda spec: given.append(spec) or "ours")
+    monkeypatch.setattr(roofline, "measure_roofline", lambda *args, **how: given.append((args, how)) or found)
+    spec = {"backend": "tvm", "sizes": {"B": 2}, "seed": 7}
+    assert serving.machine_limits(spec) == {"rates": {"f32": 3e9, "int8": 9e9}, "read": 4e9, "least": 0.25}
+    assert given == [spec, (("ours", {"B": 2}), {"seed": 7})]
 
 
 def test_the_most_memory_is_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:

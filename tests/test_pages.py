@@ -16,7 +16,7 @@ import typer
 
 import treadle.cli
 from tests.golden import Golden
-from treadle.benching.benchmark import Benchmark, BenchRow
+from treadle.benching.benchmark import Benchmark, BenchRow, MachineLimits
 from treadle.benching.report import report_lines
 from treadle.benching.roofline import KernelRow, Roofline
 from treadle.benching.roofline_drawing import draw_roofline
@@ -171,9 +171,11 @@ def test_a_benchmark_of_known_numbers(golden: Golden, capsys: pytest.CaptureFixt
     missing = {"onnxruntime-int8": "the package is not installed", "openvino-int8": "it ended"}
     work = Workload("small", threads=2, dtype="bf16", quantize="int8-weights")
     cost = graph_cost(graph, {"B": 1000})
-    found = Benchmark(work, graph, {"B": 1000}, rows, missing, cost, 5e10, 1e10, rounds=15)
-    for line in report_lines(found):
-        console().print(line, soft_wrap=isinstance(line, str))
+    kernels = MachineLimits({"bf16": 2e11, "int8": 4e11}, 1e10, 0.0016)
+    found = Benchmark(work, graph, {"B": 1000}, rows, missing, cost, kernels, rounds=15)
+    for made in (found, replace(found, machine=MachineLimits({"f32": 5e10}, 1e10, None))):
+        for line in report_lines(made):
+            console().print(line, soft_wrap=isinstance(line, str))
     golden("pages/bench.txt", f"{capsys.readouterr().out}\n{pformat(found.as_dict(), width=118, sort_dicts=False)}")
 
 

@@ -58,6 +58,11 @@ def human(count: float, unit: str = "") -> str:
     return f"{count:.3g} {unit}".strip()
 
 
+def rate_text(rate: float, dtype: str) -> str:
+    """Operations a second on numbers of a dtype: `118 GFLOP/s in f32`, `471 GOP/s in int8`."""
+    return f"{human(rate, 'OP' if dtype == 'int8' else 'FLOP')}/s in {dtype}"
+
+
 def counted(count: int, what: str) -> str:
     """`1 op`, `2 ops`, `1,024 parameters`: the plural ends in s, and `pass` and its like in es."""
     ending = "" if count == 1 else "es" if what.endswith(("s", "sh", "ch", "x")) else "s"

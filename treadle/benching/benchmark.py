@@ -61,13 +61,32 @@ class BenchRow:
 
 
 @dataclass(frozen=True)
+class MachineLimits:
+    """What the machine allows, on as many threads.
+
+    rates   operations a second of each dtype: of the unit that multiplies it; on backends without kernels of ours those
+            that NumPy reaches in float32
+    read    bytes a second of a plain read
+    kernels the least seconds that our kernels could take at these rates; None where there are none
+    """
+
+    rates: Mapping[str, float]
+    read: float
+    kernels: float | None
+
+    def least(self, cost: Cost) -> float:
+        """The least seconds of a run: of our kernels, or of the graph's operations in float32."""
+        return max(cost.flops / self.rates["f32"], cost.bytes / self.read) if self.kernels is None else self.kernels
+
+
+@dataclass(frozen=True)
 class Benchmark:
     """All sides of one workload.
 
     rows     ours first
     missing  why a peer is not among them
     cost     operations, and bytes read and written at least
-    flops, read  float32 operations and bytes a second that NumPy reaches here on as many threads
+    machine  what the machine allows
     """
 
     workload: Workload
@@ -76,8 +95,7 @@ class Benchmark:
     rows: Sequence[BenchRow]
     missing: Mapping[str, str]
     cost: Cost
-    flops: float
-    read: float
+    machine: MachineLimits
     rounds: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -92,7 +110,11 @@ class Benchmark:
             "rounds": self.rounds,
             "flops": self.cost.flops,
             "bytes": self.cost.bytes,
-            "machine": {"flops_per_second": self.flops, "bytes_per_second": self.read},
+            "machine": {
+                "flops_per_second": dict(self.machine.rates),
+                "bytes_per_second": self.machine.read,
+                "least_seconds": self.machine.least(self.cost),
+            },
             "rows": [
                 {
                     "side": row.side,
@@ -168,9 +190,8 @@ def bench_model(
             for side in sides.values():
                 side.close()
     cost = graph_cost(graph, chosen)
-    return Benchmark(
-        workload, graph, chosen, rows, missing, cost, limits.answer["flops"], limits.answer["read"], rounds
-    )
+    machine = MachineLimits(limits.answer["rates"], limits.answer["read"], limits.answer["least"])
+    return Benchmark(workload, graph, chosen, rows, missing, cost, machine, rounds)
 
 
 def _spec(workload: Workload, graph: Graph, sizes: Mapping[str, int], place: Path) -> dict[str, Any]:
@@ -190,6 +211,7 @@ def _spec(workload: Workload, graph: Graph, sizes: Mapping[str, int], place: Pat
         "quantize": workload.quantize,
         "widen": list(workload.widen),
         "seed": workload.seed,
+        "sizes": dict(sizes),
         "inputs": str(place / "inputs.npz"),
     }
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from treadle.benching.benchmark import Benchmark, BenchRow
 from treadle.benching.sides import PEERS
-from treadle.reports import counted, human, plain_table, sizes_text
+from treadle.reports import counted, human, plain_table, rate_text, sizes_text
 
 ALIKE = 1e-3
 """Float32 outputs that differ by more, as a part of the largest, are said to be other numbers."""
@@ -23,10 +23,7 @@ def report_lines(found: Benchmark) -> Iterator[str | Table]:
     yield ""
     yield _rows(found)
     yield ""
-    floor = max(found.cost.flops / found.flops, found.cost.bytes / found.read)
-    work_done = f"{human(found.cost.flops, 'FLOPs')} and {human(found.cost.bytes, 'B')}"
-    rates = f"{human(found.flops, 'FLOPs')} a second and {human(found.read, 'B')} a second"
-    yield f"{work_done}: in float32 {floor * 1e3:.3g} ms at the {rates} that NumPy reaches here"
+    yield _limits(found)
     ours = " and ".join(filter(None, (work.dtype if work.dtype != "f32" else None, work.quantize)))
     rounded = f" (ours is in {ours})" if ours else ""
     for row in found.rows:
@@ -40,6 +37,20 @@ def report_lines(found: Benchmark) -> Iterator[str | Table]:
     for name, why in found.missing.items():
         hint = f" (pip install {PEERS[name].package})" if name in PEERS and "not installed" in why else ""
         yield f"{name} is missing: {why}{hint}"
+
+
+def _limits(found: Benchmark) -> str:
+    """How long it takes at least, and at which rates."""
+    machine, least = found.machine, found.machine.least(found.cost)
+    work = f"{human(found.cost.flops, 'FLOPs')} and {human(found.cost.bytes, 'B')}"
+    told = ", ".join(rate_text(rate, dtype) for dtype, rate in machine.rates.items())
+    rates = f"{told} and {human(machine.read, 'B')}/s"
+    if machine.kernels is None:
+        return f"{work}: {least * 1e3:.3g} ms at the {rates} that NumPy reaches here"
+    ratio = found.rows[0].seconds / least
+    return (
+        f"{work}: our kernels take {least * 1e3:.3g} ms at least at this machine's {rates}; ours is {ratio:.2f} of it"
+    )
 
 
 def _rows(found: Benchmark) -> Table:

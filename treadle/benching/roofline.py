@@ -4,9 +4,9 @@
     print(found)
 
 A kernel's operations are those of the nodes that it computes, its bytes those of the operands and results that it is
-given, each once. The least time that it could take is the longer of operations over the machine's rate for their dtype,
-and bytes over what a plain read has of as many bytes as the model's weights and arena take. What an earlier kernel has
-left in a near cache may go below.
+given, each once. The least time that it could take is the longer of operations over the rate of the unit that
+multiplies numbers of their dtype, with nothing to load (`measure_unit`), and bytes over what a plain read has of as
+many bytes as the model's weights and arena take. What an earlier kernel has left in a near cache may go below.
 """
 
 from __future__ import annotations
@@ -18,26 +18,23 @@ from typing import Any
 import numpy as np
 
 from treadle.backends.tvm.executable import KernelExecutable
+from treadle.backends.tvm.kernels.isa import isa_of
+from treadle.backends.tvm.kernels.unit_rate import measure_unit
 from treadle.backends.tvm.lowering.listing import unique_titles
 from treadle.backends.tvm.lowering.program import KernelStep
 from treadle.backends.tvm.profiling import TimedCall, time_calls
-from treadle.benching.serving import measured_limits
+from treadle.benching.serving import measured_read
 from treadle.compiled import Compiled
-from treadle.compiling import compile as compiled
 from treadle.ir.analysis.cost import node_cost
 from treadle.ir.analysis.drawn_inputs import draw_inputs
-from treadle.ir.builder import Builder, describe_source
+from treadle.ir.builder import describe_source
 from treadle.ir.errors import Hint, UsageError
-from treadle.ir.graph import Graph, Node
+from treadle.ir.graph import Node
 from treadle.ir.storage.views import StorageKind
-from treadle.ir.target import Target
-from treadle.ir.types import bf16, f32
-from treadle.passes.products.narrow_products import NarrowProducts
-from treadle.reports import human, sizes_text
+from treadle.reports import human, rate_text, sizes_text
 
 DTYPES = ("f32", "bf16", "int8")
 """What products are of, each of which has a rate."""
-_LARGE = 1536  # rows, columns and terms of the product that is measured for a dtype's rate
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ class KernelRow:
 class Roofline:
     """All kernels of a run, the longest first.
 
-    rates  operations a second of each dtype: what the best of a large product and these kernels reaches
+    rates  operations a second of each dtype, on as many threads: what the unit does that multiplies it
     read   bytes a second that a plain read has, of as many as the model holds
     held   bytes of its weights and its arena
     """
@@ -86,6 +83,16 @@ class Roofline:
     rates: Mapping[str, float]
     read: float
     held: int
+
+    @property
+    def seconds(self) -> float:
+        """What all calls take."""
+        return sum(row.total for row in self.rows)
+
+    @property
+    def least(self) -> float:
+        """The seconds that all calls would take at these rates."""
+        return sum(row.calls * row.least for row in self.rows)
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain data."""
@@ -105,13 +112,13 @@ class Roofline:
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
-        total = sum(row.total for row in self.rows)
+        total = self.seconds
         at = f" at {sizes_text(self.sizes)}" if self.sizes else ""
         plural = "s" * (self.threads != 1)
         yield f"{self.model}{at} on {self.target}, {self.threads} thread{plural}: {total * 1e3:.3g} ms in kernels"
-        told = [f"{human(rate, operations(dtype))}/s in {dtype}" for dtype, rate in self.rates.items()]
+        told = [rate_text(rate, dtype) for dtype, rate in self.rates.items()]
         reads = f"a plain read of the {human(self.held, 'B')} that it holds {human(self.read, 'B')}/s"
-        yield f"products reach {' and '.join(told)} here, {reads}"
+        yield f"this machine multiplies {' and '.join(told)}, {reads}"
         yield ""
         head = ("share", "calls", "us", "FLOP", "bytes", "FLOP/s", "B/s", "of least", "kernel")
         cells = [head, *(self._cells(row, total) for row in self.rows)]
@@ -120,9 +127,8 @@ class Roofline:
         for row, source in zip(cells, sources, strict=True):
             numbers = [text.rjust(width) for text, width in zip(row, widths, strict=False)]
             yield "  ".join([*numbers, row[-1], source]).rstrip()
-        least = sum(row.calls * row.least for row in self.rows)
         yield ""
-        yield f"at these rates the same calls would take {least * 1e3:.3g} ms, {least / total:.0%}"
+        yield f"at these rates the same calls would take {self.least * 1e3:.3g} ms, {self.least / total:.0%}"
 
     def _cells(self, row: KernelRow, total: float) -> tuple[str, ...]:
         return (
@@ -136,11 +142,6 @@ class Roofline:
             f"{row.least / row.seconds:.0%}",
             row.kernel,
         )
-
-
-def operations(dtype: str) -> str:
-    """What an operation on numbers of a dtype is called."""
-    return "OP" if dtype == "int8" else "FLOP"
 
 
 def measure_roofline(model: Compiled, sizes: Mapping[str, int], *, rounds: int = 9, seed: int = 0) -> Roofline:
@@ -158,14 +159,10 @@ def measure_roofline(model: Compiled, sizes: Mapping[str, int], *, rounds: int =
         raise UsageError(f"{model.name} has states, and a roofline runs a model without any")
     calls = time_calls(exe, draw_inputs(model.graph, sizes, [seed]), rounds)
     held = exe.nbytes
-    limits = measured_limits(held, exe.threads)
     rows = list(_rows(model, calls))
-    rates = {dtype: _rate(dtype, model.target, rounds) for dtype in DTYPES if any(row.dtype == dtype for row in rows)}
-    if "f32" in rates:
-        rates["f32"] = max(rates["f32"], limits["flops"])
-    for row in rows:
-        rates[row.dtype] = max(rates[row.dtype], row.flops / row.seconds)
-    read = limits["read"]
+    isa = isa_of(model.target)
+    rates = {d: measure_unit(d, isa, exe.threads) for d in DTYPES if any(row.dtype == d for row in rows)}
+    read = measured_read(held)
     told = [replace(row, least=max(row.flops / rates[row.dtype], row.bytes / read)) for row in rows]
     return Roofline(model.name, str(model.target), exe.threads, dict(sizes), tuple(told), rates, read, held)
 
@@ -228,17 +225,3 @@ def _bytes(step: KernelStep, sizes: Mapping[str, int]) -> int:
             taken = shown * view.dtype.bytes
             found[id(view.storage)] = max(found.get(id(view.storage), 0), taken)
     return sum(found.values())
-
-
-def _rate(dtype: str, target: Target, rounds: int) -> float:
-    """The operations a second of a large product, by our own kernels."""
-    b = Builder(Graph("product"))
-    b.outputs(y=b.linear(b.input("x", f32[_LARGE, _LARGE]), b.parameter("w", f32[_LARGE, _LARGE])))
-    rng = np.random.default_rng(0)
-    w, x = (rng.standard_normal((_LARGE, _LARGE), np.float32) for _ in range(2))
-    passes = [NarrowProducts()] if dtype == bf16.name else []
-    scheme = "int8" if dtype == "int8" else None
-    made = compiled(b.graph, backend="tvm", target=target, weights={"w": w}, passes=passes, quantize=scheme)
-    assert isinstance(made.executable, KernelExecutable)
-    times = time_calls(made.executable, {"x": x}, rounds)
-    return 2 * _LARGE**3 / max(call.seconds for call in times)

@@ -3,8 +3,8 @@
     Path("bert.svg").write_text(draw_roofline(measure_roofline(exe, {"B": 1, "S": 128})))
 
 Both axes are logarithmic. A dot's area is the kernel's share of the run; the largest are numbered and listed; times and
-the user's line appear under the pointer. The slanted line is what memory allows, a flat one what products of a dtype
-reach.
+the user's line appear under the pointer. The slanted line is what memory allows, a flat one what the unit does that
+multiplies a dtype.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import math
 from collections.abc import Iterator
 from html import escape
 
-from treadle.benching.roofline import KernelRow, Roofline, operations
-from treadle.reports import human, sizes_text
+from treadle.benching.roofline import KernelRow, Roofline
+from treadle.reports import human, rate_text, sizes_text
 
 WIDTH, HEIGHT = 1000, 620
 _LEFT, _RIGHT, _TOP, _BOTTOM = 84, 30, 64, 64
@@ -81,7 +81,7 @@ class _Drawing:
         for dtype, rate in self.found.rates.items():
             start, colour = max(rate / read, 10.0**self.left), _COLOURS[dtype]
             yield _line(self.x(start), self.y(rate), WIDTH - _RIGHT, self.y(rate), colour, 2)
-            yield _text(WIDTH - _RIGHT, self.y(rate) - 6, f"{dtype}: {human(rate, operations(dtype))}/s", "end", colour)
+            yield _text(WIDTH - _RIGHT, self.y(rate) - 6, rate_text(rate, dtype), "end", colour)
         first = max(10.0**self.left, 10.0**self.low / read)
         last = max(self.found.rates.values()) / read
         yield _line(self.x(first), self.y(first * read), self.x(last), self.y(last * read), "#666", 2)

@@ -31,6 +31,7 @@ class Unfit(Exception):
 
 
 _MARK = "array "
+_LARGE = 1536  # rows, columns and terms of the product that NumPy is measured by
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
     try:
         started = time.perf_counter()
         if spec["side"] == "limits":
-            say(answers, measured_limits())
+            say(answers, machine_limits(spec))
             return
         run, note = OPENERS[spec["side"]](spec)
         outputs = run()
@@ -115,35 +116,39 @@ def inputs_of(spec: Spec) -> dict[str, Array]:
 
 
 def open_treadle(spec: Spec) -> Opened:
+    inputs, exe = inputs_of(spec), compiled(spec)
+    ways = [spec["dtype"], spec["quantize"] and f"weights in {spec['quantize']}"]
+    return lambda: exe(**inputs), ", ".join([f"the {exe.backend} backend", *filter(None, ways)])
+
+
+def compiled(spec: Spec) -> Any:
+    """Ours, as a `treadle.compiled.Compiled`."""
     import treadle
     from treadle.artifacts import is_artifact
     from treadle.ir.target import Target
     from treadle.option_values import parse_config, parse_limits
 
     alone = spec["backend"] == "numpy"  # which takes its threads from the environment
-    inputs, target = inputs_of(spec), Target("cpu", None if alone else spec["threads"])
+    target = Target("cpu", None if alone else spec["threads"])
     if is_artifact(spec["model"]):
-        exe = treadle.load(
+        return treadle.load(
             spec["model"],
             backend=spec["backend"],
             target=target,
             limits=parse_limits(spec["limit"]),
             widen=spec["widen"],
         )
-    else:
-        exe = treadle.compile(
-            spec["model"],
-            backend=spec["backend"],
-            target=target,
-            inputs=spec["chosen"],
-            seed=spec["seed"],
-            dtype=spec["dtype"],
-            quantize=spec["quantize"],
-            widen=spec["widen"],
-            **parse_config(spec["config"], spec["limit"]),
-        )
-    ways = [spec["dtype"], spec["quantize"] and f"weights in {spec['quantize']}"]
-    return lambda: exe(**inputs), ", ".join([f"the {exe.backend} backend", *filter(None, ways)])
+    return treadle.compile(
+        spec["model"],
+        backend=spec["backend"],
+        target=target,
+        inputs=spec["chosen"],
+        seed=spec["seed"],
+        dtype=spec["dtype"],
+        quantize=spec["quantize"],
+        widen=spec["widen"],
+        **parse_config(spec["config"], spec["limit"]),
+    )
 
 
 def open_eager(spec: Spec, around: Callable[[Any], Any] = lambda function: function) -> Opened:
@@ -381,18 +386,24 @@ def best(run: Run, clock: Callable[[], float] = time.perf_counter) -> float:
     return min(times)
 
 
-def measured_limits(held: int = 1 << 28, threads: int | None = None) -> dict[str, float]:
-    """What NumPy reaches here: float32 products, and a plain read of so many bytes.
-
-    Products are those of so many threads, by the processor's time; else those of the threads of the process.
+def machine_limits(spec: Spec) -> dict[str, Any]:
+    """Operations a second of each dtype, bytes a second of a plain read, and where ours is made of kernels the least
+    seconds that they could take; without kernels the operations are those in float32 that NumPy reaches.
     """
+    if spec["backend"] == "tvm":
+        from treadle.benching.roofline import measure_roofline
+
+        found = measure_roofline(compiled(spec), spec["sizes"], seed=spec["seed"])
+        return {"rates": dict(found.rates), "read": found.read, "least": found.least}
     rng = np.random.default_rng(0)
-    a, b = (rng.standard_normal((1536, 1536), np.float32) for _ in range(2))
+    a, b = (rng.standard_normal((_LARGE, _LARGE), np.float32) for _ in range(2))
+    return {"rates": {"f32": 2 * _LARGE**3 / best(lambda: {"": a @ b})}, "read": measured_read(), "least": None}
+
+
+def measured_read(held: int = 1 << 28) -> float:
+    """The bytes a second of a plain read, of so many."""
     numbers = np.ones(max(held // 4, 1 << 18), np.float32)
-    clock = time.process_time if threads else time.perf_counter
-    flops = 2 * 1536**3 * (threads or 1) / best(lambda: {"": a @ b}, clock)
-    read = numbers.nbytes / best(lambda: {"": np.asarray(numbers.max())})
-    return {"flops": flops, "read": read}
+    return numbers.nbytes / best(lambda: {"": np.asarray(numbers.max())})
 
 
 if __name__ == "__main__":
