@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from treadle.benching import benchmark, roofline, serving
+from treadle.benching import benchmark, limits, roofline, serving
 from treadle.benching.benchmark import BenchRow, MachineLimits, bench_model
 from treadle.benching.serving import Unfit
-from treadle.benching.sides import PEERS, Side, peers_of
+from treadle.benching.sides import LIMITS, PEERS, SERVING, Side, peers_of
 from treadle.benching.workload import Workload, files_of
 from treadle.ir.errors import UsageError
 from treadle.ir.text.parser import parse_graph
@@ -36,7 +36,8 @@ class _Side:
     seconds: dict[str, Iterator[float]] = {}
     made: list[_Side] = []
 
-    def __init__(self, spec: dict[str, Any], python: str = sys.executable) -> None:
+    def __init__(self, spec: dict[str, Any], python: str = sys.executable, script: str = SERVING) -> None:
+        assert script == (LIMITS if spec["side"] == "limits" else SERVING)
         self.spec, self.python, self.name, self.closed, self.counts = spec, python, spec["side"], False, list[int]()
         self.answer = self.answers[self.name]
         if "outputs" in spec and "missing" not in self.answer:
@@ -240,8 +241,9 @@ def test_the_machines_limits_are_of_the_best_run(monkeypatch: pytest.MonkeyPatch
     assert [serving.best(dict), serving.best(dict), serving.best(dict)] == [0.1, 0.125, 0.05]
     monkeypatch.setattr(serving, "best", lambda run, clock=serving.time.perf_counter: clocks.append(clock) or 0.5)
     clocks.clear()
+    monkeypatch.setattr(limits, "best", serving.best)
     numpy = {"rates": {"f32": 2 * 1536**3 / 0.5}, "read": (1 << 28) / 0.5, "least": None}
-    assert serving.machine_limits({"backend": "torch"}) == numpy
+    assert limits.machine_limits({"backend": "torch"}) == numpy
     assert serving.measured_read(0) == (1 << 20) / 0.5
     assert clocks == [serving.time.perf_counter] * 3
 
@@ -249,11 +251,24 @@ def test_the_machines_limits_are_of_the_best_run(monkeypatch: pytest.MonkeyPatch
 def test_limits_of_kernels_are_those_of_a_roofline(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
     found = SimpleNamespace(rates={"f32": 3e9, "int8": 9e9}, read=4e9, least=0.25)
-    monkeypatch.setattr(serving, "compiled", lambda spec: given.append(spec) or "ours")
+    monkeypatch.setattr(limits, "compiled", lambda spec: given.append(spec) or "ours")
     monkeypatch.setattr(roofline, "measure_roofline", lambda *args, **how: given.append((args, how)) or found)
     spec = {"backend": "tvm", "sizes": {"B": 2}, "seed": 7}
-    assert serving.machine_limits(spec) == {"rates": {"f32": 3e9, "int8": 9e9}, "read": 4e9, "least": 0.25}
+    assert limits.machine_limits(spec) == {"rates": {"f32": 3e9, "int8": 9e9}, "read": 4e9, "least": 0.25}
     assert given == [spec, (("ours", {"B": 2}), {"seed": 7})]
+
+
+def test_limits_are_a_line_of_a_process_or_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On standard output, where nothing else goes."""
+    for backend, error in (("numpy", ""), ("tvm", "KeyError: 'model'")):
+        spec = {"backend": backend, "threads": 1, "sizes": {}, "seed": 0}
+        done = subprocess.run(
+            [sys.executable, str(Path(limits.__file__)), json.dumps(spec)], capture_output=True, text=True, check=True
+        )
+        told = json.loads(done.stdout)
+        assert (
+            told == {"missing": error} if error else told["rates"]["f32"] > 1e8 < told["read"] and told["least"] is None
+        )
 
 
 def test_the_most_memory_is_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 from treadle.backends.onnx.exporter import export_onnx
 from treadle.backends.registry import find_backend
 from treadle.benching.serving import read_arrays, save_arrays
-from treadle.benching.sides import PEERS, Side, peers_of
+from treadle.benching.sides import LIMITS, PEERS, Side, peers_of
 from treadle.benching.workload import Workload, files_of, opened
 from treadle.computing import computing_in
 from treadle.ir.analysis.cost import Cost, graph_cost
@@ -164,7 +164,7 @@ def bench_model(
         if any(PEERS[name].reads == "onnx" for name in names):
             made = export_onnx(PassManager(DEFAULT).run(graph).graph, weights, Path(place) / "model.onnx")
             spec |= {"onnx": str(made.path), "renamed": dict(made.inputs)}
-        limits = Side({**spec, "side": "limits"})
+        limits = Side({**spec, "side": "limits"}, script=LIMITS)
         limits.close()
         if "missing" in limits.answer:
             raise UsageError("the machine's limits were not measured", received=limits.answer["missing"])

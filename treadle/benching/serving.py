@@ -31,7 +31,6 @@ class Unfit(Exception):
 
 
 _MARK = "array "
-_LARGE = 1536  # rows, columns and terms of the product that NumPy is measured by
 
 
 def main() -> None:
@@ -40,20 +39,11 @@ def main() -> None:
     os.dup2(2, 1)  # what a package prints is no answer
     try:
         started = time.perf_counter()
-        if spec["side"] == "limits":
-            say(answers, machine_limits(spec))
-            return
         run, note = OPENERS[spec["side"]](spec)
         outputs = run()
         opened = time.perf_counter() - started
-    except ImportError as error:
-        say(answers, {"missing": f"{error.name or error} is not installed"})
-        return
-    except Unfit as error:
-        say(answers, {"missing": str(error)})
-        return
     except Exception as error:
-        say(answers, {"missing": " ".join(f"{type(error).__name__}: {error}".split())[:400]})
+        say(answers, {"missing": why_missing(error)})
         return
     save_arrays(spec["outputs"], outputs)
     say(answers, {"opened": opened, "note": note})
@@ -62,6 +52,13 @@ def main() -> None:
         clock = time.process_time if spec["threads"] == 1 else time.perf_counter
         counted = [timed(run, clock) for _ in range(int(line.strip() or 0))]
         say(answers, {"seconds": counted} if line.strip() else {"peak": peak_bytes()})
+
+
+def why_missing(error: Exception) -> str:
+    """What a side says that could not be opened."""
+    if isinstance(error, ImportError):
+        return f"{error.name or error} is not installed"
+    return str(error) if isinstance(error, Unfit) else " ".join(f"{type(error).__name__}: {error}".split())[:400]
 
 
 def say(stream: Any, what: Mapping[str, Any]) -> None:
@@ -384,20 +381,6 @@ def best(run: Run, clock: Callable[[], float] = time.perf_counter) -> float:
     while len(times) < 3 or sum(times) < 0.5:
         times.append(timed(run, clock))
     return min(times)
-
-
-def machine_limits(spec: Spec) -> dict[str, Any]:
-    """Operations a second of each dtype, bytes a second of a plain read, and where ours is made of kernels the least
-    seconds that they could take; without kernels the operations are those in float32 that NumPy reaches.
-    """
-    if spec["backend"] == "tvm":
-        from treadle.benching.roofline import measure_roofline
-
-        found = measure_roofline(compiled(spec), spec["sizes"], seed=spec["seed"])
-        return {"rates": dict(found.rates), "read": found.read, "least": found.least}
-    rng = np.random.default_rng(0)
-    a, b = (rng.standard_normal((_LARGE, _LARGE), np.float32) for _ in range(2))
-    return {"rates": {"f32": 2 * _LARGE**3 / best(lambda: {"": a @ b})}, "read": measured_read(), "least": None}
 
 
 def measured_read(held: int = 1 << 28) -> float:

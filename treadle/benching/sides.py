@@ -13,7 +13,8 @@ from typing import Any
 
 from treadle.ir.errors import Hint, UsageError
 
-SERVING = Path(__file__).with_name("serving.py")
+SERVING, LIMITS = "serving.py", "limits.py"
+"""What a side's process runs, files beside this one."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ def peers_of(names: list[str]) -> list[str]:
 class Side:
     """A process that serves one side."""
 
-    def __init__(self, spec: Mapping[str, Any], python: str = sys.executable) -> None:
-        """Start it, and wait until the model is open, or cannot be: `answer` says which.
+    def __init__(self, spec: Mapping[str, Any], python: str = sys.executable, script: str = SERVING) -> None:
+        """Start it, and wait until the model is open, or cannot be: `answer` says which. `script` is what it runs.
 
         Raises UsageError for a Python that cannot be started.
         """
@@ -65,7 +66,7 @@ class Side:
         names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
         try:
             self._process = subprocess.Popen(
-                [python, str(SERVING), json.dumps(spec)],
+                [python, str(Path(__file__).with_name(script)), json.dumps(spec)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
