@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.sharded_models import recognized
+from treadle.ir import composites
 from treadle.ir.builder import Builder
 from treadle.ir.errors import PassError
 from treadle.ir.expressions import Expr
@@ -254,6 +255,14 @@ def test_a_move_begins_where_the_value_lies() -> None:
 
 
 # -- functions -----------------------------------------------------------------------------------------------------
+
+
+def test_a_body_that_was_forgotten_and_made_anew_is_the_same() -> None:
+    """Bodies are remembered up to a number: a long process forgets those of a plan before it is checked."""
+    plan = shard(recognized("gpt2"), "tp=2", recipe="megatron")
+    assert any(node.body is not None for node in plan.functions[-1].nodes)
+    composites._bodies.clear()
+    check_sharding(plan)
 
 
 def test_a_plan_holds_the_functions_of_its_graph() -> None:

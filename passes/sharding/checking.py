@@ -26,7 +26,8 @@ from math import prod
 from treadle.ir.axes import Application, AxisDim, Role
 from treadle.ir.composites import body_of
 from treadle.ir.errors import PassError
-from treadle.ir.graph import Value
+from treadle.ir.graph import Function, Value
+from treadle.ir.hashing import function_key
 from treadle.ir.operation import Composite, names_operand
 from treadle.ir.placement.mesh import Mesh, SubAxis
 from treadle.ir.placement.placements import MeshPlacement, Split
@@ -233,8 +234,7 @@ class _Check:
             if seen.get(planned.callee.name) is not planned.callee or node.op.callee != planned.callee.function.name:
                 raise self.fail("it calls another function", planned.callee.name)
         elif planned.body is not None:
-            types = [None if v is None else v.type for v in node.operands]
-            if not isinstance(node.op, Composite) or planned.body.function is not body_of(node.op, types):
+            if not isinstance(node.op, Composite) or not _is_body(planned.body.function, node.op, node.operands):
                 raise self.fail("what stands for it is not its body")
             where = self.where
             self.function(planned.body, seen, is_body=True)
@@ -403,3 +403,9 @@ class _Check:
 
 def _told(step: PlacementStep, mesh: Mesh) -> str:
     return f"{step.before.text(mesh)} -> {step.after.text(mesh)} over {mesh.text_of(step.over)}"
+
+
+def _is_body(function: Function, op: Composite, operands: Sequence[Value | None]) -> bool:
+    """Whether a function is the body of a composite on these: the one that is remembered, or one that is made anew."""
+    body = body_of(op, [None if v is None else v.type for v in operands])
+    return function is body or function_key(function) == function_key(body)
