@@ -24,6 +24,7 @@ from treadle.tasks.answering import Answer
 from treadle.tasks.classifying import Classified
 from treadle.tasks.filling import Filled, Filling
 from treadle.tasks.matching import Matched
+from treadle.tasks.perplexity import Beside, Perplexity
 from treadle.tasks.rewriting import Rewritten
 from treadle.tasks.scoring import Scored
 from treadle.tasks.tagging import TaggedSpan
@@ -123,6 +124,12 @@ def cases() -> Iterator[tuple[str, str, Any]]:
         for task in ("translate", "summarize"):
             rewriter = asked(task, Rewritten("A", (1, 2), "end", False))
             yield f"{task} m {words}", "treadle.tasks.rewriting.TextRewriter.open", rewriter
+    beside = Beside(19.5, 0.0125, 0.25, 0.875)
+    for words, found in (("", beside), ("--window 4 --tokens 9 --json", beside), ("--alone", None)):
+        meter = SimpleNamespace(model=OWN, tokens=lambda text, most: [1, 2, 3][:most])
+        error = None if found is None else 0.5
+        meter.measure = lambda ids, found=found, error=error, **_: Perplexity(len(ids) - 1, 1, 20.25, error, found)
+        yield f"perplexity m m.py {words}", "treadle.tasks.perplexity.PerplexityMeter.open", meter
     for words in ("a.png b.png --top 2", "a.png --json --top 1"):
         yield f"label m {words}", "treadle.tasks.labelling.ImageLabeller.open", asked("label", BEST, BEST[::-1])
     for words in ("a.png --text x", "a.png --text x --json"):

@@ -136,15 +136,11 @@ class TextWriter:
         """
         place = find_folder(model)
         need_for_text(model)
-        if place.suffix == GGUF_SUFFIX:
-            file = GGUFFile.open(place, limits)
-            read_gguf(file)
-            tokenizer, end, template = gguf_text_tokenizer(file), gguf_end_tokens(file), gguf_chat_template(file)
+        tokenizer, file = _read_tokenizer(place, limits)
+        if file is not None:
+            end, template = gguf_end_tokens(file), gguf_chat_template(file)
         else:
-            if place.is_dir() and find_ctranslate2(place, limits) is None:
-                family_of(open_checkpoint(place, limits).config)
-            tokenizer, end = TextTokenizer.open(place, cut=False), _folder_end_tokens(place)
-            template = folder_chat_template(place)
+            end, template = _folder_end_tokens(place), folder_chat_template(place)
         try:
             made = stepped(model, backend=backend, target=target, limits=limits, cache=cache, **config)
         except NoStep as error:
@@ -267,6 +263,25 @@ class TextWriter:
         for token in tokens:
             text = growing[token.row].tell(token.last)
             yield Piece(token.row, text, token.id, token.ending, token.logprob, token.likely)
+
+
+def text_tokenizer(model: str | Path, limits: Mapping[str, int] | None = None) -> TextTokenizer:
+    """The tokenizer of a folder, a GGUF file or a fetched model, which cuts no text.
+
+    Raises the errors of reading it; what no family reads is told before what its tokenizer lacks.
+    """
+    return _read_tokenizer(find_folder(model), limits)[0]
+
+
+def _read_tokenizer(place: Path, limits: Mapping[str, int] | None) -> tuple[TextTokenizer, GGUFFile | None]:
+    """The tokenizer, and the GGUF file where it is of one."""
+    if place.suffix == GGUF_SUFFIX:
+        file = GGUFFile.open(place, limits)
+        read_gguf(file)
+        return gguf_text_tokenizer(file), file
+    if place.is_dir() and find_ctranslate2(place, limits) is None:
+        family_of(open_checkpoint(place, limits).config)
+    return TextTokenizer.open(place, cut=False), None
 
 
 def need_for_text(model: str | Path, *, chat: bool = False) -> None:

@@ -246,16 +246,26 @@ def read_sentences(given: Sequence[str], file: str | None, command: str = "embed
         return list(given)
     if file is None and sys.stdin.isatty():
         raise UsageError("there is no sentence", hint=f'treadle {command} "A sentence."')
+    text, shown = _read(file)
+    found = [line for line in map(str.strip, text.splitlines()) if line]
+    if not found:
+        raise UsageError("there is no sentence", received="no line of text", within=shown)
+    return found
+
+
+def read_text(file: str) -> str:
+    """The text of a file; `-` is standard input. Raises UsageError where it is too much or not UTF-8."""
+    return _read(file)[0]
+
+
+def _read(file: str | None) -> tuple[str, str]:
+    """The text of a file, or of standard input for None and `-`, and its name in errors."""
     piped = file in (None, "-")
     shown = "standard input" if piped else str(file)
     data = sys.stdin.buffer.read(_TEXT_BYTES + 1) if piped else read_regular(str(file), _TEXT_BYTES)
     if len(data) > _TEXT_BYTES:
         raise UsageError("the text is longer than the limit", received=f"limit {_TEXT_BYTES} bytes", within=shown)
     try:
-        lines = [line.strip() for line in data.decode("utf-8").splitlines()]
+        return data.decode("utf-8"), shown
     except UnicodeDecodeError as error:
         raise UsageError("the text is not UTF-8", received=f"byte {error.start}", within=shown) from None
-    found = [line for line in lines if line]
-    if not found:
-        raise UsageError("there is no sentence", received="no line of text", within=shown)
-    return found

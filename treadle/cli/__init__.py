@@ -21,7 +21,10 @@ _OWN = (
     *("inspect", "compile", "explain", "run", "launch", "verify", "shard", "export"),
     *("bench", "roofline", "embed", "generate", "serve", "models", "fetch"),
 )
-_TASKS = ("chat", "classify", "answer", "tag", "fill", "label", "match", "translate", "summarize", "transcribe")
+_TASKS = (
+    *("chat", "classify", "answer", "tag", "fill", "label", "match", "translate", "summarize", "transcribe"),
+    "perplexity",
+)
 COMMANDS = (*_OWN, *_TASKS)
 """In the order of `--help`."""
 

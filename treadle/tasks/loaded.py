@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from treadle.tasks.filling import Filled, MaskFiller
     from treadle.tasks.labelling import ImageLabeller
     from treadle.tasks.matching import ImageMatcher, Matched
+    from treadle.tasks.perplexity import Perplexity, PerplexityMeter
     from treadle.tasks.rewriting import Rewritten, TextRewriter
     from treadle.tasks.scoring import Scored
     from treadle.tasks.tagging import TaggedSpan, TokenTagger
@@ -152,6 +153,13 @@ class LoadedModel:
         for piece in self.writer.continued(listed, most=most, sampling=sampling, rules=rules, stop=stop):
             found[piece.row] += piece.text
         return found if _many(prompts) else found[0]
+
+    @tells_options
+    def perplexity(self, text: str, *, window: int = 512, most: int | None = None) -> Perplexity:
+        """How well the model foretells a text, of which it reads `window` tokens at a time and the first `most`; what
+        fewer bits cost of it, where it is compiled to compute in them.
+        """
+        return self.meter.measure(self.meter.tokens(text, most), window=window)
 
     @tells_options
     def stream(
@@ -276,6 +284,13 @@ class LoadedModel:
         from treadle.embedding import SentenceEmbedder
 
         return SentenceEmbedder.open(self.options.model, backend=self.options.backend, **self.options.how())
+
+    @cached_property
+    def meter(self) -> PerplexityMeter:
+        """See `treadle.tasks.perplexity`."""
+        from treadle.tasks.perplexity import PerplexityMeter
+
+        return PerplexityMeter.open(self.options)
 
     @cached_property
     def writer(self) -> TextWriter:

@@ -1,0 +1,72 @@
+"""`treadle perplexity`: how well a language model foretells a text, and what fewer bits cost of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from treadle.cli.application import print_json
+from treadle.cli.tasks.asking import task_command
+
+if TYPE_CHECKING:
+    from treadle.tasks.options import ModelOptions
+    from treadle.tasks.perplexity import Perplexity
+
+
+@task_command("perplexity")
+def measure_text(
+    options: ModelOptions,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The text; - is standard input.", show_default=False)],
+    window: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens that are read at a time.")] = 512,
+    most: Annotated[
+        int | None,
+        typer.Option(
+            "--tokens",
+            metavar="N",
+            min=2,
+            help="The most tokens of the text that are read. By default all.",
+            show_default=False,
+        ),
+    ] = None,
+    alone: Annotated[
+        bool, typer.Option("--alone", help="Do not run the model without --quantize and --dtype beside it.")
+    ] = False,
+    *,
+    as_json: bool,
+) -> None:
+    """Tell how well a causal language model foretells a text, and what fewer bits cost of it."""
+    from treadle.option_values import read_text
+    from treadle.progress import counting, working
+    from treadle.tasks.perplexity import PerplexityMeter, windows
+
+    text = read_text(file)
+    with working(f"compiling {options.model}", shown=not as_json):
+        meter = PerplexityMeter.open(options, alone=alone)
+    ids = meter.tokens(text, most)
+    total = len(list(windows(len(ids), window)))
+    with counting("reading", total, shown=not as_json) as progress:
+        found = meter.measure(ids, window=window, progress=progress)
+    if as_json:
+        print_json({"model": meter.model.name, "backend": options.backend, "window": window, **asdict(found)})
+        return
+    for line in perplexity_lines(found, window):
+        print(line)
+
+
+def perplexity_lines(found: Perplexity, window: int) -> list[str]:
+    """What was measured, for a person."""
+    from treadle.reports import counted
+
+    read = f"{counted(found.tokens, 'token')} foretold in {counted(found.windows, 'window')} of up to {window:,}"
+    apart = "" if found.error is None else f", give or take {found.error:.4f}"
+    lines = [read, f"perplexity {found.perplexity:.4f}{apart}"]
+    if (beside := found.beside) is not None:
+        more = found.perplexity / beside.perplexity - 1
+        lines += [
+            f"without fewer bits {beside.perplexity:.4f}, of which it is {more:+.2%}",
+            f"divergence {beside.divergence:.5f} nats on average, 99 of 100 tokens below {beside.largest:.4f}",
+            f"the same likeliest token {beside.alike:.2%} of the time",
+        ]
+    return lines
