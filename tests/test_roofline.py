@@ -47,8 +47,9 @@ def test_kernels_do_all_of_the_models_work_and_no_more() -> None:
     products = [row for row in found.rows if row.what.startswith("linear")]
     assert products and all(row.calls % 2 == 0 for row in products)  # of two layers
     assert all(row.least > 0 and row.seconds > 0 and row.bytes > 0 for row in found.rows)
-    assert found.least == sum(row.calls * row.least for row in found.rows) < found.seconds
-    assert found.rates["f32"] * 1.1 >= max(row.flops / row.seconds for row in found.rows)
+    assert found.least == sum(row.calls * row.least for row in found.rows)
+    assert found.seconds == sum(row.calls * row.seconds for row in found.rows)
+    assert found.rates["f32"] >= max(row.flops / row.seconds for row in found.rows)
     assert any("bert.py" in row.source for row in products)
     told = str(found)
     assert all(row.kernel in told for row in found.rows)
@@ -145,7 +146,7 @@ def test_a_kernel_in_two_places_is_counted_together() -> None:
 
 
 def test_a_kernel_is_held_to_the_longer_of_its_operations_and_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rates are those of the machine's units, on as many threads."""
+    """Rates are those of the machine's units, on as many threads, or of a kernel that was quicker."""
 
     class Kernels:
         nbytes, threads = 1000, 2
@@ -160,7 +161,7 @@ def test_a_kernel_is_held_to_the_longer_of_its_operations_and_its_bytes(monkeypa
     monkeypatch.setattr(roofline, "draw_inputs", lambda graph, sizes, seed: asked.append(("drawn", sizes, seed)))
     monkeypatch.setattr(roofline, "time_calls", lambda exe, inputs, rounds: asked.append(("timed", rounds)))
     monkeypatch.setattr(roofline, "_rows", lambda model, calls: iter(rows))
-    units = {"f32": 1000.0, "int8": 1800.0}
+    units = {"f32": 800.0, "int8": 2000.0}
     monkeypatch.setattr(roofline, "measured_read", lambda *given: asked.append(given) or 90.0)
     monkeypatch.setattr(roofline, "measure_unit", lambda *given: asked.append(given) or units[given[0]])
     graph = SimpleNamespace(states={})
@@ -168,13 +169,13 @@ def test_a_kernel_is_held_to_the_longer_of_its_operations_and_its_bytes(monkeypa
     found = measure_roofline(model, {"B": 1})
     isa = ISAS["x86-64-v3"]
     assert asked == [("drawn", {"B": 1}, [0]), ("timed", 9), ("f32", isa, 2), ("int8", isa, 2), (1000,)]
-    assert found.rates == {"f32": 1000.0, "int8": 1800.0}
-    assert [row.least for row in found.rows] == [10 / 90, 100.0, 0.5]
-    assert (found.seconds, found.least) == (3.5, 2 * (10 / 90) + 100.0 + 0.5)
+    assert found.rates == {"f32": 1000.0, "int8": 2000.0}
+    assert [row.least for row in found.rows] == [10 / 90, 100.0, 0.45]
+    assert (found.seconds, found.least) == (3.5, 2 * (10 / 90) + 100.0 + 0.45)
     assert (found.model, found.target, found.threads, found.sizes) == ("m", "x86-64-v3", 2, {"B": 1})
     assert (found.read, found.held) == (90.0, 1000)
     asked.clear()
-    assert measure_roofline(model, {"B": 1}, rounds=3, seed=4).rates == units
+    assert measure_roofline(model, {"B": 1}, rounds=3, seed=4).rates == found.rates
     assert asked[:2] == [("drawn", {"B": 1}, [4]), ("timed", 3)]
 
 
