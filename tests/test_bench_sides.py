@@ -251,11 +251,15 @@ def test_the_machines_limits_are_of_the_best_run(monkeypatch: pytest.MonkeyPatch
 def test_limits_of_kernels_are_those_of_a_roofline(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
     found = SimpleNamespace(rates={"f32": 3e9, "int8": 9e9}, read=4e9, least=0.25)
-    monkeypatch.setattr(limits, "compiled", lambda spec: given.append(spec) or "ours")
+    ours = SimpleNamespace(graph=SimpleNamespace(states=()))
+    monkeypatch.setattr(limits, "compiled", lambda spec: given.append(spec) or ours)
     monkeypatch.setattr(roofline, "measure_roofline", lambda *args, **how: given.append((args, how)) or found)
     spec = {"backend": "tvm", "sizes": {"B": 2}, "seed": 7}
     assert limits.machine_limits(spec) == {"rates": {"f32": 3e9, "int8": 9e9}, "read": 4e9, "least": 0.25}
-    assert given == [spec, (("ours", {"B": 2}), {"seed": 7})]
+    assert given == [spec, ((ours, {"B": 2}), {"seed": 7})]
+    ours.graph.states = ("keys",)
+    monkeypatch.setattr(limits, "best", lambda run: 0.5)
+    assert limits.machine_limits(spec)["least"] is None, "a model with states has no roofline"
 
 
 def test_limits_are_a_line_of_a_process_or_why_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,33 +70,64 @@ class _Tiles:
         )
 
     def multiply_bytes(self, k: Any, sums: int, left: int, right: int, *, signed: bool) -> None:
-        widens = "sext" if signed else "zext"
         (rows, length), (fours, _) = self.shapes[left], self.shapes[right]
         assert fours * 4 == length
-        lines = []
-        for i in range(rows):
-            lines.append(f"%s{i}_0 = load <16 x i32>, ptr {_at(sums, i)}, align 1")
-            for r in range(fours):
-                for b in range(4):
-                    name, before = f"{i}_{4 * r + b + 1}", f"{i}_{4 * r + b}"
-                    lines += [
-                        f"%a{name} = load i8, ptr {_at(left, i, 4 * r + b)}, align 1",
-                        f"%w{name} = {widens} i8 %a{name} to i32",
-                        f"%i{name} = insertelement <16 x i32> poison, i32 %w{name}, i64 0",
-                        f"%v{name} = shufflevector <16 x i32> %i{name}, <16 x i32> poison, <16 x i32> zeroinitializer",
-                        f"%q{name} = load <16 x i32>, ptr {_at(right, r)}, align 1",
-                        f"%u{name} = shl <16 x i32> %q{name}, splat (i32 {24 - 8 * b})",
-                        f"%y{name} = ashr <16 x i32> %u{name}, splat (i32 24)",
-                        f"%p{name} = mul <16 x i32> %v{name}, %y{name}",
-                        f"%s{name} = add <16 x i32> %s{before}, %p{name}",
-                    ]
-            lines.append(f"store <16 x i32> %s{i}_{length}, ptr {_at(sums, i)}, align 1")
-        _call(k, f"multiply_{widens}_{sums}_{left}_{right}", "", "\n  ".join(lines))
+        names = {"SUMS": _at(sums), "LEFT": _at(left), "RIGHT": _at(right), "ROWS": str(rows), "FOURS": str(fours)}
+        body = _bytes(signed)
+        for name, value in names.items():
+            body = body.replace(name, value)
+        _call(k, f"multiply_{'signed' if signed else 'unsigned'}_{sums}_{left}_{right}_{rows}", "", body)
 
     def multiply(self, k: Any, sums: int, left: int, right: int) -> None:
         """Of each sum one pair after the other, in float32."""
         body = _BF16.replace("SUMS", _at(sums)).replace("LEFT", _at(left)).replace("RIGHT", _at(right))
         _call(k, f"multiply_bf16_{sums}_{left}_{right}", "", body)
+
+
+def _bytes(signed: bool) -> str:
+    """Of each sum four products after the other, in 32 bits."""
+    steps = []
+    for b in range(4):
+        steps += [
+            f"%l{b} = shl i32 %a, {24 - 8 * b}",
+            f"%w{b} = {'ashr' if signed else 'lshr'} i32 %l{b}, 24",
+            f"%e{b} = insertelement <16 x i32> poison, i32 %w{b}, i64 0",
+            f"%v{b} = shufflevector <16 x i32> %e{b}, <16 x i32> poison, <16 x i32> zeroinitializer",
+            f"%u{b} = shl <16 x i32> %q, splat (i32 {24 - 8 * b})",
+            f"%y{b} = ashr <16 x i32> %u{b}, splat (i32 24)",
+            f"%p{b} = mul <16 x i32> %v{b}, %y{b}",
+            f"%t{b} = add <16 x i32> {f'%t{b - 1}' if b else '%s'}, %p{b}",
+        ]
+    return _BYTES.replace("STEPS", "\n  ".join(steps))
+
+
+_BYTES = f"""br label %rows
+rows:
+  %i = phi i64 [ 0, %0 ], [ %i1, %stored ]
+  %place = mul i64 %i, {tiles.ROW_BYTES}
+  %of_sums = getelementptr i8, ptr SUMS, i64 %place
+  %of_left = getelementptr i8, ptr LEFT, i64 %place
+  %s0 = load <16 x i32>, ptr %of_sums, align 1
+  br label %fours
+fours:
+  %r = phi i64 [ 0, %rows ], [ %r1, %fours ]
+  %s = phi <16 x i32> [ %s0, %rows ], [ %t3, %fours ]
+  %at = mul i64 %r, 4
+  %row = mul i64 %r, {tiles.ROW_BYTES}
+  %of_four = getelementptr i8, ptr %of_left, i64 %at
+  %of_right = getelementptr i8, ptr RIGHT, i64 %row
+  %a = load i32, ptr %of_four, align 1
+  %q = load <16 x i32>, ptr %of_right, align 1
+  STEPS
+  %r1 = add i64 %r, 1
+  %more = icmp ult i64 %r1, FOURS
+  br i1 %more, label %fours, label %stored
+stored:
+  store <16 x i32> %t3, ptr %of_sums, align 1
+  %i1 = add i64 %i, 1
+  %again = icmp ult i64 %i1, ROWS
+  br i1 %again, label %rows, label %done
+done:"""
 
 
 _BF16 = f"""br label %rows
@@ -174,5 +205,5 @@ def _call(k: Any, name: str, taken: str, body: str, *operands: Any) -> None:
     for declared in ("memset.p0.i64(ptr, i8, i64, i1)", "memcpy.p0.p0.i64(ptr, ptr, i64, i1)"):
         k.imported.setdefault(declared, f"declare void @llvm.{declared}")
     name = f"in_memory_{name}"
-    k.imported.setdefault(name, f"define i32 @{name}({taken}) alwaysinline {{\n  {body}\n  ret i32 0\n}}")
+    k.imported.setdefault(name, f"define i32 @{name}({taken}) noinline {{\n  {body}\n  ret i32 0\n}}")
     T.evaluate(tirx.call_extern("int32", name, *operands))

@@ -164,10 +164,6 @@ def bench_model(
         if any(PEERS[name].reads == "onnx" for name in names):
             made = export_onnx(PassManager(DEFAULT).run(graph).graph, weights, Path(place) / "model.onnx")
             spec |= {"onnx": str(made.path), "renamed": dict(made.inputs)}
-        limits = Side({**spec, "side": "limits"}, script=LIMITS)
-        limits.close()
-        if "missing" in limits.answer:
-            raise UsageError("the machine's limits were not measured", received=limits.answer["missing"])
         sides: dict[str, Side] = {}
         missing: dict[str, str] = {}
         try:
@@ -183,6 +179,8 @@ def bench_model(
                         raise UsageError(f"{graph.name} did not run", received=missing[name])
                 else:
                     sides[name] = side
+                if name == "treadle":
+                    machine = _machine(spec)
             told("running")
             times = _in_turns(sides, rounds)
             rows = [_row(name, side, times, Path(place)) for name, side in sides.items()]
@@ -190,8 +188,16 @@ def bench_model(
             for side in sides.values():
                 side.close()
     cost = graph_cost(graph, chosen)
-    machine = MachineLimits(limits.answer["rates"], limits.answer["read"], limits.answer["least"])
     return Benchmark(workload, graph, chosen, rows, missing, cost, machine, rounds)
+
+
+def _machine(spec: Mapping[str, Any]) -> MachineLimits:
+    """What the machine allows. Raises UsageError where it cannot be measured."""
+    side = Side({**spec, "side": "limits"}, script=LIMITS)
+    side.close()
+    if "missing" in side.answer:
+        raise UsageError("the machine's limits were not measured", received=side.answer["missing"])
+    return MachineLimits(side.answer["rates"], side.answer["read"], side.answer["least"])
 
 
 def _spec(workload: Workload, graph: Graph, sizes: Mapping[str, int], place: Path) -> dict[str, Any]:
