@@ -60,7 +60,9 @@ def test_the_text_of_a_large_shape_holds_80_columns_and_says_what_limits() -> No
     assert "links limits, 82% of all times" in lines
     assert "of these beside others" in str(found)
     assert "    embed.weight is stored in parts and gathered for use" in lines
-    full = explain_sharding("llama", mesh="tp=8,dp=16", recipe="megatron", sizes={"B": 16, "S": 4096}, **SHAPE)
+    full = explain_sharding(
+        "llama", mesh="tp=8,dp=16", recipe="megatron", sizes={"B": 16, "S": 4096}, **{**SHAPE, "layers": 64}
+    )
     assert any(line.startswith("memory limits: ") for line in str(full).splitlines())
     assert full.best is not None and full.best.told == "recipe megatron-fsdp" and full.best.fits
 
