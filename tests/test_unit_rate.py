@@ -10,7 +10,7 @@ import pytest
 
 from tests.tiles_in_memory import stand_in
 from treadle.backends.bfloat16 import rounded, widened
-from treadle.backends.tvm.kernels import tvm_runtime, unit_rate
+from treadle.backends.tvm.kernels import unit_rate
 from treadle.backends.tvm.kernels.cache import assembly
 from treadle.backends.tvm.kernels.calling import bind
 from treadle.backends.tvm.kernels.isa import ISAS, Isa, host_isa, runs_here
@@ -95,8 +95,8 @@ def test_a_step_of_a_matrix_unit_has_four_products(dtype: str, monkeypatch: pyte
         ("arm64", "int8", "fmla", 24),
     ],
 )
-def test_nothing_else_stands_in_the_loop(isa: str, dtype: str, instruction: str, count: int) -> None:
-    """Products, one load for three of them, some of the loop's own; and no register that is put away."""
+def test_no_register_is_put_away_in_the_loop(isa: str, dtype: str, instruction: str, count: int) -> None:
+    """All products of a step stand in it, or of some steps, and nothing is kept on the stack."""
     text = assembly(UnitRate(dtype, unit_of(dtype, ISAS[isa])), ISAS[isa])
     loops = [part for part in re.split(r"\n\.L\w+:[^\n]*", text) if len(re.findall(instruction, part)) >= count]
     assert loops
@@ -112,19 +112,21 @@ def test_a_rate_is_of_the_best_call(monkeypatch: pytest.MonkeyPatch) -> None:
     def call() -> None:
         now[0] += next(costs)
 
+    threads: list[int] = []
+    monkeypatch.setattr(unit_rate.tvm_runtime, "set_threads", threads.append)
     monkeypatch.setattr(unit_rate, "bind", lambda *given: calls.append(given) or call)
     clocks: dict[str, Any] = {"process_time": lambda: now[0], "perf_counter": lambda: now[0]}
     monkeypatch.setattr(unit_rate, "time", type("Clocks", (), {n: staticmethod(f) for n, f in clocks.items()}))
     isa = ISAS["x86-64-v3"]
     assert measure_unit("bf16", isa, 3) == 12 * 8 * 2 * 2**20 * 3 / 0.0625
     ((kernel, (factors, sums), sizes, given),) = calls
+    assert threads == [3]
     assert (kernel, sizes, given) == (UnitRate("bf16", "floats"), [3, 2**20], isa)
     assert sums.nbytes == 3 * 4096 and np.isfinite(factors.view(np.float32)).all()
 
 
 def test_rates_of_this_machine() -> None:
     """A pair of bf16 numbers takes what one of float32 does, and four bytes too."""
-    tvm_runtime.set_threads(1)
     f32, bf16, int8 = (measure_unit(dtype, host_isa(), 1) for dtype in DTYPES)
     assert f32 > 1e9
     for rate, unit, times in ((bf16, unit_of("bf16", host_isa()), 2), (int8, unit_of("int8", host_isa()), 4)):

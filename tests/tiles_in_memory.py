@@ -7,7 +7,7 @@ tiles, on one thread, and not the processor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,106 +70,78 @@ class _Tiles:
         )
 
     def multiply_bytes(self, k: Any, sums: int, left: int, right: int, *, signed: bool) -> None:
-        (rows, length), (fours, _) = self.shapes[left], self.shapes[right]
-        assert fours * 4 == length
-        names = {"SUMS": _at(sums), "LEFT": _at(left), "RIGHT": _at(right), "ROWS": str(rows), "FOURS": str(fours)}
-        body = _bytes(signed)
-        for name, value in names.items():
-            body = body.replace(name, value)
-        _call(k, f"multiply_{'signed' if signed else 'unsigned'}_{sums}_{left}_{right}_{rows}", "", body)
+        (rows, length), (words, _) = self.shapes[left], self.shapes[right]
+        assert length == 4 * words
+        body = _added("i32", [*_fours(signed)], "%t3", (sums, left, right), rows, words)
+        _call(k, f"multiply_{'signed' if signed else 'unsigned'}_{sums}_{left}_{right}", "", body)
 
     def multiply(self, k: Any, sums: int, left: int, right: int) -> None:
         """Of each sum one pair after the other, in float32."""
-        body = _BF16.replace("SUMS", _at(sums)).replace("LEFT", _at(left)).replace("RIGHT", _at(right))
+        body = _added("float", [*_pairs()], "%t1", (sums, left, right), tiles.ROWS, tiles.ROWS)
         _call(k, f"multiply_bf16_{sums}_{left}_{right}", "", body)
 
 
-def _bytes(signed: bool) -> str:
-    """Of each sum four products after the other, in 32 bits."""
-    steps = []
-    for b in range(4):
-        steps += [
-            f"%l{b} = shl i32 %a, {24 - 8 * b}",
-            f"%w{b} = {'ashr' if signed else 'lshr'} i32 %l{b}, 24",
-            f"%e{b} = insertelement <16 x i32> poison, i32 %w{b}, i64 0",
-            f"%v{b} = shufflevector <16 x i32> %e{b}, <16 x i32> poison, <16 x i32> zeroinitializer",
-            f"%u{b} = shl <16 x i32> %q, splat (i32 {24 - 8 * b})",
-            f"%y{b} = ashr <16 x i32> %u{b}, splat (i32 24)",
-            f"%p{b} = mul <16 x i32> %v{b}, %y{b}",
-            f"%t{b} = add <16 x i32> {f'%t{b - 1}' if b else '%s'}, %p{b}",
-        ]
-    return _BYTES.replace("STEPS", "\n  ".join(steps))
+def _added(element: str, steps: Sequence[str], total: str, of: tuple[int, int, int], rows: int, words: int) -> str:
+    """sums += left right, of three tiles: each word of a row of `left` times the row of `right` at its place.
 
-
-_BYTES = f"""br label %rows
+    steps  what is done with a word in every lane, %x, a row %y, and the sums so far, %s; `total` is what they make
+    """
+    sums, left, right = of
+    vector = f"<16 x {element}>"
+    return f"""br label %rows
 rows:
   %i = phi i64 [ 0, %0 ], [ %i1, %stored ]
   %place = mul i64 %i, {tiles.ROW_BYTES}
-  %of_sums = getelementptr i8, ptr SUMS, i64 %place
-  %of_left = getelementptr i8, ptr LEFT, i64 %place
-  %s0 = load <16 x i32>, ptr %of_sums, align 1
-  br label %fours
-fours:
-  %r = phi i64 [ 0, %rows ], [ %r1, %fours ]
-  %s = phi <16 x i32> [ %s0, %rows ], [ %t3, %fours ]
+  %of_sums = getelementptr i8, ptr {_at(sums)}, i64 %place
+  %of_left = getelementptr i8, ptr {_at(left)}, i64 %place
+  %s0 = load {vector}, ptr %of_sums, align 1
+  br label %words
+words:
+  %r = phi i64 [ 0, %rows ], [ %r1, %words ]
+  %s = phi {vector} [ %s0, %rows ], [ {total}, %words ]
   %at = mul i64 %r, 4
   %row = mul i64 %r, {tiles.ROW_BYTES}
-  %of_four = getelementptr i8, ptr %of_left, i64 %at
-  %of_right = getelementptr i8, ptr RIGHT, i64 %row
-  %a = load i32, ptr %of_four, align 1
-  %q = load <16 x i32>, ptr %of_right, align 1
-  STEPS
-  %r1 = add i64 %r, 1
-  %more = icmp ult i64 %r1, FOURS
-  br i1 %more, label %fours, label %stored
-stored:
-  store <16 x i32> %t3, ptr %of_sums, align 1
-  %i1 = add i64 %i, 1
-  %again = icmp ult i64 %i1, ROWS
-  br i1 %again, label %rows, label %done
-done:"""
-
-
-_BF16 = f"""br label %rows
-rows:
-  %i = phi i64 [ 0, %0 ], [ %i1, %stored ]
-  %place = mul i64 %i, {tiles.ROW_BYTES}
-  %of_sums = getelementptr i8, ptr SUMS, i64 %place
-  %of_left = getelementptr i8, ptr LEFT, i64 %place
-  %s0 = load <16 x float>, ptr %of_sums, align 1
-  br label %pairs
-pairs:
-  %r = phi i64 [ 0, %rows ], [ %r1, %pairs ]
-  %s = phi <16 x float> [ %s0, %rows ], [ %s2, %pairs ]
-  %at = mul i64 %r, 4
-  %row = mul i64 %r, {tiles.ROW_BYTES}
-  %of_pair = getelementptr i8, ptr %of_left, i64 %at
-  %of_right = getelementptr i8, ptr RIGHT, i64 %row
-  %a = load i32, ptr %of_pair, align 1
-  %i0 = insertelement <16 x i32> poison, i32 %a, i64 0
-  %x = shufflevector <16 x i32> %i0, <16 x i32> poison, <16 x i32> zeroinitializer
+  %of_word = getelementptr i8, ptr %of_left, i64 %at
+  %of_right = getelementptr i8, ptr {_at(right)}, i64 %row
+  %a = load i32, ptr %of_word, align 1
+  %e = insertelement <16 x i32> poison, i32 %a, i64 0
+  %x = shufflevector <16 x i32> %e, <16 x i32> poison, <16 x i32> zeroinitializer
   %y = load <16 x i32>, ptr %of_right, align 1
-  %x0 = shl <16 x i32> %x, splat (i32 16)
-  %y0 = shl <16 x i32> %y, splat (i32 16)
-  %x1 = and <16 x i32> %x, splat (i32 -65536)
-  %y1 = and <16 x i32> %y, splat (i32 -65536)
-  %u0 = bitcast <16 x i32> %x0 to <16 x float>
-  %v0 = bitcast <16 x i32> %y0 to <16 x float>
-  %u1 = bitcast <16 x i32> %x1 to <16 x float>
-  %v1 = bitcast <16 x i32> %y1 to <16 x float>
-  %p0 = fmul <16 x float> %u0, %v0
-  %p1 = fmul <16 x float> %u1, %v1
-  %s1 = fadd <16 x float> %s, %p0
-  %s2 = fadd <16 x float> %s1, %p1
+  {
+        '''
+  '''.join(steps)
+    }
   %r1 = add i64 %r, 1
-  %more = icmp ult i64 %r1, 16
-  br i1 %more, label %pairs, label %stored
+  %more = icmp ult i64 %r1, {words}
+  br i1 %more, label %words, label %stored
 stored:
-  store <16 x float> %s2, ptr %of_sums, align 1
+  store {vector} {total}, ptr %of_sums, align 1
   %i1 = add i64 %i, 1
-  %again = icmp ult i64 %i1, {tiles.ROWS}
+  %again = icmp ult i64 %i1, {rows}
   br i1 %again, label %rows, label %done
 done:"""
+
+
+def _fours(signed: bool) -> Iterator[str]:
+    """Four products of bytes, those of `right` signed, in 32 bits."""
+    for b in range(4):
+        yield f"%u{b} = shl <16 x i32> %x, splat (i32 {24 - 8 * b})"
+        yield f"%v{b} = {'ashr' if signed else 'lshr'} <16 x i32> %u{b}, splat (i32 24)"
+        yield f"%w{b} = shl <16 x i32> %y, splat (i32 {24 - 8 * b})"
+        yield f"%z{b} = ashr <16 x i32> %w{b}, splat (i32 24)"
+        yield f"%p{b} = mul <16 x i32> %v{b}, %z{b}"
+        yield f"%t{b} = add <16 x i32> {f'%t{b - 1}' if b else '%s'}, %p{b}"
+
+
+def _pairs() -> Iterator[str]:
+    """Two products of bf16 numbers, one after the other, in float32."""
+    for b, upper in enumerate(("shl <16 x i32> {}, splat (i32 16)", "and <16 x i32> {}, splat (i32 -65536)")):
+        yield f"%u{b} = {upper.format('%x')}"
+        yield f"%w{b} = {upper.format('%y')}"
+        yield f"%v{b} = bitcast <16 x i32> %u{b} to <16 x float>"
+        yield f"%z{b} = bitcast <16 x i32> %w{b} to <16 x float>"
+        yield f"%p{b} = fmul <16 x float> %v{b}, %z{b}"
+        yield f"%t{b} = fadd <16 x float> {f'%t{b - 1}' if b else '%s'}, %p{b}"
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Isa:

@@ -22,8 +22,8 @@ _OWN = (
     *("bench", "roofline", "embed", "generate", "serve", "models", "fetch"),
 )
 _TASKS = (
-    *("chat", "classify", "answer", "tag", "fill", "label", "match", "translate", "summarize", "transcribe"),
-    "perplexity",
+    *("chat", "classify", "answer", "tag", "fill", "label", "match"),
+    *("translate", "summarize", "transcribe", "perplexity"),
 )
 COMMANDS = (*_OWN, *_TASKS)
 """In the order of `--help`."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from treadle.backends.bfloat16 import rounded
+from treadle.backends.tvm.kernels import tvm_runtime
 from treadle.backends.tvm.kernels.calling import Array, bind
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.kernel import Kernel
@@ -132,6 +133,7 @@ def measure_unit(dtype: str, isa: Isa, threads: int) -> float:
     """
     kernel = UnitRate(dtype, unit_of(dtype, isa))
     factors = _factors(kernel.unit, dtype)
+    tvm_runtime.set_threads(threads)
     run = bind(kernel, [factors, np.zeros((threads, 4 * _SQUARE), np.uint8)], [threads, _TIMES], isa)
     clock = time.process_time if threads == 1 else time.perf_counter
     least, end = float("inf"), time.perf_counter() + _SECONDS
