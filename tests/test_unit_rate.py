@@ -11,7 +11,7 @@ import pytest
 from tests.tiles_in_memory import stand_in
 from treadle.backends.bfloat16 import rounded, widened
 from treadle.backends.tvm.kernels import unit_rate
-from treadle.backends.tvm.kernels.cache import assembly
+from treadle.backends.tvm.kernels.cache import KernelCache, assembly
 from treadle.backends.tvm.kernels.calling import bind
 from treadle.backends.tvm.kernels.isa import ISAS, Isa, host_isa, runs_here
 from treadle.backends.tvm.kernels.unit_rate import UnitRate, measure_unit, unit_of
@@ -25,10 +25,10 @@ UNITS = {
 }
 
 
-def run(isa: Isa, kernel: UnitRate, factors: np.ndarray, tasks: int, steps: int) -> np.ndarray:
+def run(cache: KernelCache, kernel: UnitRate, factors: np.ndarray, tasks: int, steps: int) -> np.ndarray:
     assert factors.dtype == np.uint8 and factors.shape == (4096,)
     sums = np.zeros((tasks, 4096), np.uint8)
-    bind(kernel, [factors, sums], [tasks, steps], isa)()
+    bind(kernel, [factors, sums], [tasks, steps], cache=cache)()
     return sums
 
 
@@ -57,7 +57,7 @@ def test_a_step_multiplies_vectors_with_three(isa: Isa, dtype: str) -> None:
             wanted.append(sum((left[3 + s % 4 * high + i] * right[j]).sum(-1) for s in range(steps)))
     assert kernel.step_flops(isa) == 2 * high * 3 * left[0].size
     kind = np.int32 if kernel.unit == "quads" else np.float32
-    for task in run(isa, kernel, drawn, 2, steps):
+    for task in run(KernelCache(isa), kernel, drawn, 2, steps):
         found = task.reshape(-1)[: len(wanted) * isa.vector].view(kind).reshape(len(wanted), -1)
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
@@ -65,7 +65,7 @@ def test_a_step_multiplies_vectors_with_three(isa: Isa, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
 def test_a_step_of_a_matrix_unit_has_four_products(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles are in memory here."""
-    isa = stand_in(monkeypatch)
+    cache = KernelCache(stand_in(monkeypatch), folder=None)  # which no file outlives
     kernel = UnitRate(dtype, "tiles")
     drawn = unit_rate._factors("tiles", dtype).reshape(4, 16, 64)
     if dtype == "int8":
@@ -75,11 +75,11 @@ def test_a_step_of_a_matrix_unit_has_four_products(dtype: str, monkeypatch: pyte
         numbers = widened(drawn.reshape(4, 1024).view(np.uint16)).astype(np.float64).reshape(4, 16, 32)
         lefts, rights = numbers[:2], numbers[2:]
         wide = [right.reshape(16, 16, 2).transpose(0, 2, 1).reshape(32, 16) for right in rights]
-    (found,) = run(isa, kernel, drawn.reshape(-1), 1, 3)
+    (found,) = run(cache, kernel, drawn.reshape(-1), 1, 3)
     kind = np.int32 if dtype == "int8" else np.float32
     wanted = [3 * (left @ right) for left in lefts for right in wide]
     np.testing.assert_allclose(found.view(kind).reshape(4, 16, 16), wanted, rtol=1e-5, atol=1e-5)
-    assert kernel.step_flops(isa) == 4 * 2 * 16 * 16 * lefts.shape[-1]
+    assert kernel.step_flops(cache.isa) == 4 * 2 * 16 * 16 * lefts.shape[-1]
 
 
 @pytest.mark.parametrize(
