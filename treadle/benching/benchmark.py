@@ -179,8 +179,7 @@ def bench_model(
                         raise UsageError(f"{graph.name} did not run", received=missing[name])
                 else:
                     sides[name] = side
-                if name == "treadle":
-                    machine = _machine(spec)
+            machine = _machine(spec)  # while all others wait
             told("running")
             times = _in_turns(sides, rounds)
             rows = [_row(name, side, times, Path(place)) for name, side in sides.items()]
