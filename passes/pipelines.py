@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from treadle.passes.cleanup.canonicalize import Canonicalize
 from treadle.passes.cleanup.common_subexpressions import CommonSubexpressions
+from treadle.passes.cleanup.cut_sooner import CutSooner
 from treadle.passes.cleanup.dead_code import DeadCode
 from treadle.passes.cleanup.fold_constants import FoldConstants
 from treadle.passes.framework.manager import Pass
@@ -47,6 +48,8 @@ RECOGNITION = Pipeline(
         FuseGelu(),
         FuseLinear(),
         FoldScale(),
+        # nothing is computed that nobody reads
+        CutSooner(),
     )
 )
 """What says in ops what a graph means. Where it is split over a mesh, this comes before (docs/sharding.md)."""

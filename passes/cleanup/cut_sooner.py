@@ -1,0 +1,203 @@
+"""Slices and lookups at constant positions move ahead of what they cut, so that no more is computed than is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from treadle.ir.graph import Function, Graph, Node, Value, needed_nodes
+from treadle.ir.literals import Literal
+from treadle.ir.naming import free_name
+from treadle.ir.operation import Op
+from treadle.ir.ops.call import Call
+from treadle.ir.ops.parts import Slice
+from treadle.ir.transforms.clone import clone_function
+from treadle.ir.types import Type
+from treadle.passes.cleanup.parts_read import CutNode, FoundParts, Part, PartsRead, part_taken
+from treadle.passes.framework.manager import Pass
+from treadle.passes.framework.pass_log import PassRecord
+
+
+@dataclass(frozen=True)
+class CutSooner(Pass):
+    """slice(f(x))   -->   f(slice(x))      for an f that maps the axis
+
+    and likewise for what looks up constant positions. Where a classifier looks at the first token alone, the last layer
+    computes that token's query, output and feed-forward network, and only keys and values of all: what is cut goes into
+    calls, whose function is then another than that of the other layers.
+
+    Leaves alone: parts of more than half of an axis, or of a size that is not fixed; what is read as a whole elsewhere;
+    what multiplies a weight along the axis. Refuses: an op that has no form on a part of an axis that it maps.
+    """
+
+    def run_graph(self, graph: Graph, log: PassRecord) -> int:
+        cutting = _Cutting(self.name, graph, log)
+        for function in list(graph.functions.values()):
+            found = PartsRead(graph).of(function, [None] * len(function.outputs))
+            for place, node, reason in found.refused:
+                log.refuse(self.name, place, node, reason)
+            if found.computes:
+                cutting.apply(function, found)
+        if cutting.changes:
+            _drop_uncalled(graph)
+        return cutting.changes
+
+
+def _drop_uncalled(graph: Graph) -> None:
+    """Remove functions of which all calls are of a part now."""
+    called: set[str | None] = set()
+    for function in reversed(list(graph.functions.values())):
+        if function not in graph.entries and function.name not in called:
+            del graph.functions[function.name]
+        else:
+            called.update(node.op.callee for node in function.nodes)
+
+
+class _Cutting:
+    """Has functions of a graph compute no more than is read of them, and makes those that they then call."""
+
+    def __init__(self, rule: str, graph: Graph, log: PassRecord) -> None:
+        self.rule, self.graph, self.log = rule, graph, log
+        self.changes = 0
+        self._made: dict[object, Function] = {}
+
+    def apply(self, function: Function, found: FoundParts, outputs: Sequence[Part | None] = ()) -> None:
+        """Change a function in place, as `found` says.
+
+        outputs   which parts of its outputs it gives from now on, and takes of its inputs what is in `found.parts`
+        """
+        body = _Body(self, function, found)
+        if outputs:
+            body.parts.update({v: v for v in function.inputs if v in found.parts})
+        for node in list(function.nodes):
+            body.add(node)
+        body.finish(outputs)
+        for cutter in body.cutters:
+            part, x = part_taken(cutter), cutter.inputs[0]
+            assert part is not None
+            whole = x.type.shape[part.dim]
+            reason = f"{part.size} of {whole} positions: no more is computed by {', '.join(body.told)}"
+            self.log.match(self.rule, function, cutter, reason=reason)
+        self.changes += len(body.cutters)
+
+    def callee(self, caller: Function, node: Node, cut: CutNode, types: Sequence[Type | None]) -> Function:
+        """The function that a call calls, on parts of its operands, which have these types."""
+        whole = self.graph.callee(node)
+        assert whole is not None
+        key = (whole.name, cut.operands, cut.results, tuple(types))
+        if key not in self._made:
+            made = clone_function(whole, free_name(f"{whole.name}_cut", self.graph.functions))
+            for old, new in zip(whole.nodes, made.nodes, strict=True):
+                self.log.lineage.stand([new], [old])
+            found = PartsRead(self.graph).of(made, cut.results)
+            for formal, type in zip(made.arguments, types, strict=True):
+                assert type is not None
+                formal.type = type
+            self.apply(made, found, cut.results)
+            self._add(made, caller)
+            self._made[key] = made
+        return self._made[key]
+
+    def _add(self, made: Function, caller: Function) -> None:
+        """Put a function before the one that calls it."""
+        functions = self.graph.functions
+        names = list(functions)
+        at = names.index(caller.name) if caller.name in functions else len(names)
+        self.graph.functions = {
+            **{name: functions[name] for name in names[:at]},
+            made.name: made,
+            **{name: functions[name] for name in names[at:]},
+        }
+
+
+class _Body:
+    """One function while its nodes are replaced.
+
+    parts    what there is of a value of which a part alone is computed
+    whole    what stands for a value now
+    cutters  the slices and lookups that found their part computed
+    told     what computes a part, by name
+    """
+
+    def __init__(self, cutting: _Cutting, function: Function, found: FoundParts) -> None:
+        self.cutting, self.function, self.found = cutting, function, found
+        self.parts: dict[Value, Value] = {}
+        self.whole: dict[Value, Value] = {}
+        self.cutters: list[Node] = []
+        self.told: dict[str, None] = {}
+        self._nodes: list[Node] = []
+        self._slices: dict[tuple[Value, Part], Value] = {}
+
+    def add(self, node: Node) -> None:
+        """What comes in the place of a node: itself, where all of it is read."""
+        cut, taken = self.found.cut.get(node), part_taken(node)
+        if cut is not None:
+            self._add_cut(node, cut)
+        elif taken is not None and node.inputs[0] in self.parts:
+            self._add_cutter(node, taken)
+        else:
+            node.operands = tuple([self._now(v) for v in node.operands])
+            self._nodes.append(node)
+
+    def finish(self, outputs: Sequence[Part | None]) -> None:
+        given = [*outputs, *[None] * (len(self.function.outputs) - len(outputs))]
+        pairs = zip(self.function.outputs.items(), given, strict=True)
+        self.function.outputs = {name: self._part(v, part, v.node) for (name, v), part in pairs}
+        self.function.updated = {name: self.whole.get(v, v) for name, v in self.function.updated.items()}
+        self.function.nodes = needed_nodes(self._nodes, self.function.results)
+
+    def _add_cut(self, node: Node, cut: CutNode) -> None:
+        operands = [
+            None if v is None else self._part(v, part, node)
+            for v, part in zip(node.operands, cut.operands, strict=True)
+        ]
+        op = cut.op
+        if op is None:
+            types = [None if v is None else v.type for v in operands]
+            op = Call.of(self.cutting.callee(self.function, node, cut, types))
+        made = self._append(op, operands, node)
+        for old, new, part in zip(node.results, made.results, cut.results, strict=True):
+            (self.whole if part is None else self.parts)[old] = new
+        if op.callee is not None or not op.only_moves:
+            self.told[op.callee or op.name] = None
+
+    def _add_cutter(self, node: Node, taken: Part) -> None:
+        x = node.inputs[0]
+        if isinstance(node.op, Slice):
+            made = self._part(x, taken, node)
+        else:
+            literal, start = node.inputs[1].literal, self.found.parts[x].start.constant
+            assert literal is not None
+            assert start is not None, "a part that a lookup reads begins at a constant"
+            moved = Value.constant(Literal.of(literal.array - start, literal.dtype))
+            made = self._append(node.op, [self.parts[x], moved], node).result
+        self.whole[node.result] = made
+        self.cutters.append(node)
+
+    def _now(self, value: Value | None) -> Value | None:
+        return None if value is None else self.whole.get(value, value)
+
+    def _part(self, value: Value, part: Part | None, at: Node | None) -> Value:
+        """A part of a value, for the node that reads it; None: all of it."""
+        if part is None:
+            return self.whole.get(value, value)
+        known = self.found.parts[value] if value in self.parts else None
+        if part == known:
+            return self.parts[value]
+        if (value, part) not in self._slices:
+            start = part.start if known is None else part.start - known.start
+            x = self.whole.get(value, value) if known is None else self.parts[value]
+            op = Slice(axis=part.dim, start=start, stop=start + part.size)
+            node = Node(op, [x], op.infer([x.type]), value.name, at.scope if at else "", at.source if at else None)
+            self._nodes.append(node)
+            self._slices[value, part] = node.result
+        return self._slices[value, part]
+
+    def _append(self, op: Op, operands: Sequence[Value | None], node: Node) -> Node:
+        """A node in the place of another."""
+        made = Node(op, operands, op.infer_for(operands), None, node.scope, node.source)
+        for old, new in zip(node.results, made.results, strict=True):
+            new.name = old.name
+        self.cutting.log.lineage.stand([made], [node])
+        self._nodes.append(made)
+        return made

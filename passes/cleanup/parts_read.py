@@ -1,0 +1,218 @@
+"""Which part of each value of a function is read, where that is a run of positions along one axis.
+
+A slice reads a part, and so does a lookup at constant positions. An op that maps the axis needs no more of its operands
+than is read of its results, and so on upwards: into calls, and up to what mixes positions, such as the keys of
+attention, which are all read.
+
+    found = PartsRead(graph).of(function, [None])      # all of its output is read
+    found.parts[value]                                 # the part that is read of a value; one that is not there: all
+    found.cut[node]                                    # what a node is that computes no more than is read of it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from treadle.ir.axes import Application, Role
+from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.operation import Op
+from treadle.ir.ops.axis_names import place
+from treadle.ir.ops.indexing import Gather
+from treadle.ir.ops.parts import Slice
+from treadle.ir.sizing.sizes import Size
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of positions along one axis of a value: `size` of them, from `start` on along dimension `dim`."""
+
+    dim: int
+    start: Size
+    size: Size
+
+
+@dataclass(frozen=True)
+class CutNode:
+    """A node that computes no more than is read of it.
+
+    op        the op on parts; None of a call, whose function is another
+    operands  the part that it takes of each operand; None for all of it
+    results   the part that it gives of each result
+    """
+
+    op: Op | None
+    operands: tuple[Part | None, ...]
+    results: tuple[Part | None, ...]
+
+
+@dataclass(eq=False)
+class FoundParts:
+    """What is read in a function, given what is read of its outputs.
+
+    parts     what is read of a value, where that is a part
+    cut       the nodes that need not compute all
+    refused   those of which a part is read, that map the axis, and have no form on a part all the same: the function,
+              the node, and why
+    computes  whether some of the cut ones compute something: to move fewer elements alone is not worth a change
+    """
+
+    parts: dict[Value, Part] = field(default_factory=dict)
+    cut: dict[Node, CutNode] = field(default_factory=dict)
+    refused: list[tuple[Function, Node, str]] = field(default_factory=list)
+    computes: bool = False
+
+    def of(self, values: Sequence[Value | None]) -> tuple[Part | None, ...]:
+        return tuple([None if v is None else self.parts.get(v) for v in values])
+
+
+def part_taken(node: Node) -> Part | None:
+    """The part of its first operand that a slice or a lookup at constant positions reads, if that is a small one."""
+    op = node.op
+    if isinstance(op, Slice) and op.stride == 1:
+        dim = place(op.axis, node.inputs[0].type.rank)
+        start, stop = op.span(node.inputs[0].type.shape[dim])
+        found = Part(dim, start, stop - start)
+    elif isinstance(op, Gather) and node.inputs[1].literal is not None and node.inputs[1].literal.array.size:
+        at = node.inputs[1].literal.array
+        first, last = int(at.min()), int(at.max())
+        found = Part(place(op.axis, node.inputs[0].type.rank), Size.of(first), Size.of(last - first + 1))
+    else:
+        return None
+    return found if _is_small(found, node.inputs[0]) else None
+
+
+def _is_small(part: Part, value: Value) -> bool:
+    """Whether it is worth to read that alone: a fixed number of positions, at most half of a fixed size."""
+    size, whole = part.size.constant, value.type.shape[part.dim].constant
+    return size is not None and size > 0 and (whole is None or 2 * size <= whole)
+
+
+class PartsRead:
+    """Finds what is read in the functions of a graph, each once for what is read of its outputs."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self._known: dict[tuple[str, tuple[Part | None, ...]], FoundParts] = {}
+
+    def of(self, function: Function, outputs: Sequence[Part | None]) -> FoundParts:
+        """What is read, where these parts of the outputs are (None: all), and all of what states are in the end."""
+        key = (function.name, tuple(outputs))
+        if key not in self._known:
+            self._known[key] = self._found(function, outputs)
+        return self._known[key]
+
+    def _found(self, function: Function, outputs: Sequence[Part | None]) -> FoundParts:
+        found = FoundParts()
+        all_read: set[Value] = set()
+
+        def read(value: Value | None, part: Part | None) -> None:
+            if value is None or value.literal is not None or value in all_read:
+                return
+            known = found.parts.get(value)
+            if part is not None and known is not None and known != part:
+                part = _joined(known, part, value)
+            if part is None or value.kind not in ("input", "result"):
+                all_read.add(value)
+                found.parts.pop(value, None)
+            else:
+                found.parts[value] = part
+
+        for number, value in enumerate(function.results):
+            read(value, outputs[number] if number < len(outputs) else None)
+        for node in reversed(function.nodes):
+            wanted = found.of(node.results)
+            cut = self._cut(function, node, wanted, found) if any(wanted) else None
+            if cut is None:
+                for value in node.results:
+                    found.parts.pop(value, None)
+                taken = (part_taken(node), *[None] * len(node.operands))
+            else:
+                found.cut[node], taken = cut, cut.operands
+            for operand, part in zip(node.operands, taken, strict=False):
+                read(operand, part)
+        return found
+
+    def _cut(
+        self, function: Function, node: Node, wanted: tuple[Part | None, ...], found: FoundParts
+    ) -> CutNode | None:
+        if node.op.updates or node.op.meets_ranks or any(v.kind == "state" for v in node.inputs):
+            return None
+        callee = self.graph.callee(node)
+        if callee is not None:
+            inner = self.of(callee, wanted)
+            found.refused += [event for event in inner.refused if event not in found.refused]
+            made = [v.node for v, part in zip(callee.results, wanted, strict=True) if part is not None]
+            if any(made_by not in inner.cut for made_by in made):
+                return None
+            found.computes |= inner.computes
+            return CutNode(None, inner.of(callee.arguments), wanted)
+        if part_taken(node) is not None or None in wanted:
+            return None
+        application = node.op.apply([None if v is None else v.type for v in node.operands])
+        factors = {_factor(application, n, part.dim) for n, part in enumerate(wanted) if part is not None}
+        spans = {(part.start, part.size) for part in wanted if part is not None}
+        factor = next(iter(factors))
+        if len(factors) > 1 or len(spans) > 1 or factor is None or application.factors[factor].role is not Role.MAPPED:
+            return None
+        ((start, size),) = spans
+        operands = _operand_parts(node, application, factor, start, size)
+        if operands is None:
+            return None
+        op = on_part(node, factor, start, size)
+        if op is None:
+            whole = application.dims[factor].size
+            reason = f"{node.op.name} has no form on {size} of {whole} positions, all that is read of it"
+            found.refused.append((function, node, reason))
+            return None
+        found.computes |= not op.only_moves
+        return CutNode(op, operands, wanted)
+
+
+def _joined(a: Part, b: Part, value: Value) -> Part | None:
+    """A part that holds both, if there is a small one."""
+    edges = [s.constant for s in (a.start, a.start + a.size, b.start, b.start + b.size)]
+    known = [edge for edge in edges if edge is not None]
+    if a.dim != b.dim or len(known) < len(edges):
+        return None
+    both = Part(a.dim, Size.of(min(known)), Size.of(max(known) - min(known)))
+    return both if _is_small(both, value) else None
+
+
+def _factor(application: Application, result: int, dim: int) -> str | None:
+    """The factor that a dimension of a result is, if it is one alone."""
+    held = application.results[result][dim]
+    return held.factors[0] if len(held.factors) == 1 and held.size is None else None
+
+
+def _operand_parts(
+    node: Node, application: Application, factor: str, start: Size, size: Size
+) -> tuple[Part | None, ...] | None:
+    """What a node takes of each operand where its results hold a part of a factor; None where that is no part.
+
+    What multiplies weights does not do so along an axis of theirs: parts of them would be held beside the whole.
+    """
+    parts: list[Part | None] = []
+    for value, dims in zip(node.operands, application.operands, strict=True):
+        held = [i for i, dim in enumerate(dims or ()) if factor in dim.factors]
+        if value is None or not held:
+            parts.append(None)
+            continue
+        if len(held) > 1 or dims is None or dims[held[0]].factors != (factor,):
+            return None
+        if value.weight is not None and (
+            not node.op.is_elementwise([None if v is None else v.type.rank for v in node.operands])
+            or value.type.encoding is not None
+        ):
+            return None
+        parts.append(Part(held[0], start, size))
+    return tuple(parts) if any(parts) else None
+
+
+def on_part(node: Node, factor: str, start: Size, size: Size) -> Op | None:
+    """What a node's op is on a part of a factor that it maps; None where it has no such form."""
+    op: Op | None = node.op
+    assert op is not None
+    if factor in op.positional:
+        op = op.on_part(factor, start)
+    return None if op is None else op.resized({factor: size}, [None if v is None else v.type for v in node.operands])
