@@ -11,6 +11,7 @@ from treadle.ir.naming import free_name
 from treadle.ir.operation import Op
 from treadle.ir.ops.call import Call
 from treadle.ir.ops.parts import Slice
+from treadle.ir.sizing.sizes import Size
 from treadle.ir.transforms.clone import clone_function
 from treadle.ir.types import Type
 from treadle.passes.cleanup.parts_read import CutNode, FoundParts, Part, PartsRead, part_taken
@@ -51,6 +52,13 @@ def _drop_uncalled(graph: Graph) -> None:
             del graph.functions[function.name]
         else:
             called.update(node.op.callee for node in function.nodes)
+
+
+def _slice(dim: int, start: Size, stop: Size, whole: Size) -> Slice:
+    """As a person would write it: the last by its place from the end."""
+    if stop != whole:
+        return Slice(axis=dim, start=start, stop=stop)
+    return Slice(axis=dim, start=start if start.constant is not None else start - whole)
 
 
 class _Cutting:
@@ -152,6 +160,11 @@ class _Body:
             for v, part in zip(node.operands, cut.operands, strict=True)
         ]
         op = cut.op
+        if op is None and node.op.callee is None:
+            (within,) = operands
+            assert within is not None
+            self.parts[node.result] = within
+            return
         if op is None:
             types = [None if v is None else v.type for v in operands]
             op = Call.of(self.cutting.callee(self.function, node, cut, types))
@@ -187,7 +200,7 @@ class _Body:
         if (value, part) not in self._slices:
             start = part.start if known is None else part.start - known.start
             x = self.whole.get(value, value) if known is None else self.parts[value]
-            op = Slice(axis=part.dim, start=start, stop=start + part.size)
+            op = _slice(part.dim, start, start + part.size, x.type.shape[part.dim])
             node = Node(op, [x], op.infer([x.type]), value.name, at.scope if at else "", at.source if at else None)
             self._nodes.append(node)
             self._slices[value, part] = node.result

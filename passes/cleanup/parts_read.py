@@ -36,7 +36,7 @@ class Part:
 class CutNode:
     """A node that computes no more than is read of it.
 
-    op        the op on parts; None of a call, whose function is another
+    op        the op on parts; None of a call, whose function is another, and of a slice that is a part of its operand's
     operands  the part that it takes of each operand; None for all of it
     results   the part that it gives of each result
     """
@@ -147,8 +147,10 @@ class PartsRead:
                 return None
             found.computes |= inner.computes
             return CutNode(None, inner.of(callee.arguments), wanted)
-        if part_taken(node) is not None or None in wanted:
+        if None in wanted:
             return None
+        if (within := _within_slice(node, wanted[0])) is not None:
+            return CutNode(None, (within,), wanted)
         application = node.op.apply([None if v is None else v.type for v in node.operands])
         factors = {_factor(application, n, part.dim) for n, part in enumerate(wanted) if part is not None}
         spans = {(part.start, part.size) for part in wanted if part is not None}
@@ -183,6 +185,15 @@ def _factor(application: Application, result: int, dim: int) -> str | None:
     """The factor that a dimension of a result is, if it is one alone."""
     held = application.results[result][dim]
     return held.factors[0] if len(held.factors) == 1 and held.size is None else None
+
+
+def _within_slice(node: Node, part: Part | None) -> Part | None:
+    """Which part of a slice's operand a part of the slice is, if it is along the same axis."""
+    op = node.op
+    if part is None or not isinstance(op, Slice) or op.stride != 1 or place(op.axis, node.result.type.rank) != part.dim:
+        return None
+    start, _ = op.span(node.inputs[0].type.shape[part.dim])
+    return Part(part.dim, start + part.start, part.size)
 
 
 def _operand_parts(
