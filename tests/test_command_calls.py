@@ -83,11 +83,12 @@ WHERE = "--backend torch --target cuda --threads 3"
 M = "m.py:small"
 
 CASES: list[tuple[str, str, str]] = [  # what is typed, what is replaced, and the call that ends it
-    (f"inspect {M} --inputs y --widen bf16,f16 {HOW}", "treadle.resolving.resolve", "resolve"),
+    (f"inspect {M} --inputs y --outputs y[:,0] --widen bf16,f16 {HOW}", "treadle.resolving.resolve", "resolve"),
     ("inspect m.treadle --limit nodes=7 --json", "treadle.artifacts.open_artifact", "open_artifact"),
     (f"compile {M} --json", "treadle.compile", "compile"),
     (
-        f"compile {M} --inputs y --widen bf16 --seed 5 --memory 3MB --sizes B=2 --certify {HOW} {WHERE}",
+        f"compile {M} --inputs y --outputs y[:,0],x --widen bf16 --seed 5 --memory 3MB --sizes B=2 --certify {HOW} "
+        f"{WHERE}",
         "treadle.compile",
         "compile",
     ),
@@ -122,7 +123,7 @@ CASES: list[tuple[str, str, str]] = [  # what is typed, what is replaced, and th
         "sharding",
     ),
     (f"run {M} --json", "treadle.compile", "compile"),
-    (f"run {M} --input y=1 --widen bf16 --seed 5 {HOW} {WHERE}", "treadle.compile", "compile"),
+    (f"run {M} --input y=1 --outputs y[0] --widen bf16 --seed 5 {HOW} {WHERE}", "treadle.compile", "compile"),
     (f"run {M} --json", "treadle.compile", "compile()"),
     (f"run {M}", "treadle.compile", "compile()"),
     ("run m.treadle --json", "treadle.artifacts.load", "load"),
@@ -162,7 +163,11 @@ CASES: list[tuple[str, str, str]] = [  # what is typed, what is replaced, and th
     ("shard m.treadle --limit nodes=7 --json", "treadle.sharding.sharded_models.load_sharded", "load_sharded"),
     (f"shard {M} --mesh dp=2 --recipe dp --lab --seed 5 --json", "treadle.sharding.try_in_lab", "try_in_lab"),
     (f"shard {M} --mesh dp=2 --recipe dp --lab", "treadle.sharding.try_in_lab", "try_in_lab"),
-    (f"export {M} -o m.onnx --inputs y --widen bf16 --set n=2", "treadle.resolving.resolve", "resolve"),
+    (
+        f"export {M} -o m.onnx --inputs y --outputs y[:,0] --widen bf16 --set n=2",
+        "treadle.resolving.resolve",
+        "resolve",
+    ),
     ("export m.treadle -o m.onnx --limit nodes=7 --json", "treadle.artifacts.open_artifact", "open_artifact"),
     (f"export {M} -o m.onnx --json", "treadle.backends.onnx.exporter.export_onnx", "export_onnx"),
     (

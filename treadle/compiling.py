@@ -41,6 +41,7 @@ def compile(
     weights: Mapping[str, Array] | None = None,
     passes: Sequence[Pass] = DEFAULT,
     inputs: Sequence[str] | None = None,
+    outputs: Sequence[str] | None = None,
     seed: int = 0,
     certify: bool | None = None,
     dtype: str | None = None,
@@ -65,6 +66,8 @@ def compile(
               initial values drawn from `seed`. They are not copied, so the caller must not write into them afterwards
     passes    the pipeline, a flat list; []: the graph as it is declared
     inputs    optional inputs of the declaration to include, such as ("lengths",)
+    outputs   those to give, by name, and nothing that they do not need is computed. "hidden[:, 0]" is a part of one: a
+              position, or `start:stop`, for each of its first axes. None: all
     seed      an integer, 0 or more
     certify   try every rewrite on drawn values before it is kept (docs/passes.md); None: as TREADLE_CERTIFY says
     dtype     "bf16": products with weights are of bf16 numbers and summed in f32, everything else is f32
@@ -118,7 +121,7 @@ def compile(
     if isinstance(model, Model):
         _refuse_misspelt(config, model)
     try:
-        resolved = resolve(model, inputs=inputs, widen=widen, limits=limits, **config)
+        resolved = resolve(model, inputs=inputs, outputs=outputs, widen=widen, limits=limits, **config)
     except StaticInputNeeded as needed:
         return Specializing(needed.opened, needed.argument, make, backend=backend, target=where)
     return make(resolved)

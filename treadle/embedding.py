@@ -28,6 +28,7 @@ from treadle.frontends.huggingface import ModelFolder
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.ir.target import Target
+from treadle.ir.transforms.chosen_outputs import UnknownOutputError
 from treadle.resolving import find_folder
 from treadle.tasks.batching import batches_by_length
 from treadle.tasks.opening import token_positions
@@ -57,9 +58,11 @@ class Pooling:
     max_tokens: int | None = None
 
     def __call__(self, hidden: Vectors, lengths: npt.NDArray[np.int64]) -> Vectors:
-        """hidden [B, S, D], of which row b has lengths[b] real tokens, as vectors [B, D]."""
+        """Hidden states as vectors [B, D]: those of all tokens, [B, S, D], of which row b has lengths[b] real ones, or
+        those of the first tokens, [B, D].
+        """
         if self.mode == "first":
-            pooled = hidden[:, 0]
+            pooled = hidden
         else:
             real = np.arange(hidden.shape[1]) < lengths[:, None]
             pooled = np.where(real[:, :, None], hidden, 0).sum(1) / np.maximum(lengths, 1)[:, None]
@@ -101,9 +104,13 @@ class SentenceEmbedder:
         """
         folder = find_folder(model)
         pooling = read_pooling(ModelFolder.find(folder))
-        made = compile(model, backend=backend, target=target, inputs=("lengths",), **config)
+        wanted = ["hidden[:, 0]" if pooling.mode == "first" else "hidden"]
+        try:
+            made = compile(model, backend=backend, target=target, inputs=("lengths",), outputs=wanted, **config)
+        except UnknownOutputError:
+            made = compile(model, backend=backend, target=target, inputs=("lengths",), **config)
         takes, gives = [p.name for p in made.inputs], [p.name for p in made.outputs]
-        if takes != ["tokens", "lengths"] or "hidden" not in gives:
+        if takes != ["tokens", "lengths"] or gives != ["hidden"]:
             raise UsageError(
                 f"{made.name} does not embed sentences",
                 received=f"({', '.join(map(str, made.inputs))}) -> ({', '.join(map(str, made.outputs))})",

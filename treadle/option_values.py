@@ -37,6 +37,7 @@ _ARGUMENTS = frozenset(
         "limits",
         "memory",
         "model",
+        "outputs",
         "passes",
         "seed",
         "sizes",

@@ -36,6 +36,7 @@ from treadle.frontends.torch_export.model import TorchModel
 from treadle.ir.errors import FrontendError, Hint, TreadleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.source_lines import raising_line
+from treadle.ir.transforms.chosen_outputs import choose_outputs
 from treadle.ir.transforms.encoded_weights import encode_parameters
 from treadle.ir.transforms.widening import narrow_dtypes, widen_graph
 from treadle.ir.types import DType
@@ -78,6 +79,7 @@ class OpenedOnnx:
     static  values of inputs that determine shapes
     dims    sizes, or other names, of axes
     narrow  dtypes that are widened to f32
+    outputs those that are given; None: all
     """
 
     path: Path
@@ -85,6 +87,7 @@ class OpenedOnnx:
     static: Mapping[str, Any]
     dims: Mapping[str, Any]
     narrow: frozenset[DType] = frozenset()
+    outputs: Sequence[str] | None = None
 
     @classmethod
     def open(cls, path: Path, config: Mapping[str, Any], limits: Limits = None) -> OpenedOnnx:
@@ -105,7 +108,8 @@ class OpenedOnnx:
         from treadle.frontends.onnx_import.importer import import_opened
 
         made = import_opened(self.file, static={**self.static, **(static or {})}, dims=self.dims)
-        return _widened(Resolved(made.graph.name, made.graph, None, made.weights, (), self.path), self.narrow)
+        found = _widened(Resolved(made.graph.name, made.graph, None, made.weights, (), self.path), self.narrow)
+        return _giving(found, self.outputs)
 
 
 class StaticInputNeeded(StaticArgumentNeeded):
@@ -124,11 +128,13 @@ def resolve(
     widen: str | Iterable[str] = (),
     limits: Limits = None,
     deferred: bool = False,
+    outputs: Sequence[str] | None = None,
     **config: Any,
 ) -> Resolved:
     """Trace what MODEL names.
 
     inputs   optional inputs of the declaration to include
+    outputs  those to give, whole or in part (`treadle.ir.transforms.chosen_outputs`); None: all
     widen    narrow dtypes, "bf16" or "f16", whose values become f32 (`treadle.ir.transforms.widening`); "blocks":
              weights that a GGUF file holds in blocks are decoded to f32 as they are read
     limits   what a file may ask for before it is refused: {"tensors": 1_000_000}
@@ -141,10 +147,16 @@ def resolve(
     names = [widen] if isinstance(widen, str) else list(widen)
     narrow = narrow_dtypes(name for name in names if name != BLOCKS)
     try:
-        return _widened(_resolve(model, inputs, config, limits, BLOCKS not in names, deferred), narrow)
+        found = _widened(_resolve(model, inputs, config, limits, BLOCKS not in names, deferred), narrow)
     except StaticInputNeeded as needed:
-        needed.opened = replace(needed.opened, narrow=narrow)
+        needed.opened = replace(needed.opened, narrow=narrow, outputs=outputs)
         raise
+    return _giving(found, outputs)
+
+
+def _giving(resolved: Resolved, outputs: Sequence[str] | None) -> Resolved:
+    """With these outputs alone."""
+    return resolved if outputs is None else replace(resolved, graph=choose_outputs(resolved.graph, outputs))
 
 
 def _widened(resolved: Resolved, narrow: frozenset[DType]) -> Resolved:

@@ -201,7 +201,7 @@ class _Body:
             start = part.start if known is None else part.start - known.start
             x = self.whole.get(value, value) if known is None else self.parts[value]
             op = _slice(part.dim, start, start + part.size, x.type.shape[part.dim])
-            node = Node(op, [x], op.infer([x.type]), value.name, at.scope if at else "", at.source if at else None)
+            node = Node(op, [x], op.infer([x.type]), value.name, at.scope if at else "", part.source)
             self._nodes.append(node)
             self._slices[value, part] = node.result
         return self._slices[value, part]

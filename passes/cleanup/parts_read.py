@@ -12,7 +12,7 @@ attention, which are all read.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from treadle.ir.axes import Application, Role
 from treadle.ir.graph import Function, Graph, Node, Value
@@ -21,15 +21,20 @@ from treadle.ir.ops.axis_names import place
 from treadle.ir.ops.indexing import Gather
 from treadle.ir.ops.parts import Slice
 from treadle.ir.sizing.sizes import Size
+from treadle.ir.source_lines import SourceLine
 
 
 @dataclass(frozen=True)
 class Part:
-    """A run of positions along one axis of a value: `size` of them, from `start` on along dimension `dim`."""
+    """A run of positions along one axis of a value: `size` of them, from `start` on along dimension `dim`.
+
+    source   the line that asks for them
+    """
 
     dim: int
     start: Size
     size: Size
+    source: SourceLine | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -72,11 +77,11 @@ def part_taken(node: Node) -> Part | None:
     if isinstance(op, Slice) and op.stride == 1:
         dim = place(op.axis, node.inputs[0].type.rank)
         start, stop = op.span(node.inputs[0].type.shape[dim])
-        found = Part(dim, start, stop - start)
+        found = Part(dim, start, stop - start, node.source)
     elif isinstance(op, Gather) and node.inputs[1].literal is not None and node.inputs[1].literal.array.size:
         at = node.inputs[1].literal.array
         first, last = int(at.min()), int(at.max())
-        found = Part(place(op.axis, node.inputs[0].type.rank), Size.of(first), Size.of(last - first + 1))
+        found = Part(place(op.axis, node.inputs[0].type.rank), Size.of(first), Size.of(last - first + 1), node.source)
     else:
         return None
     return found if _is_small(found, node.inputs[0]) else None
@@ -154,11 +159,11 @@ class PartsRead:
         application = node.op.apply([None if v is None else v.type for v in node.operands])
         factors = {_factor(application, n, part.dim) for n, part in enumerate(wanted) if part is not None}
         spans = {(part.start, part.size) for part in wanted if part is not None}
-        factor = next(iter(factors))
+        factor, source = next(iter(factors)), next(part.source for part in wanted if part is not None)
         if len(factors) > 1 or len(spans) > 1 or factor is None or application.factors[factor].role is not Role.MAPPED:
             return None
         ((start, size),) = spans
-        operands = _operand_parts(node, application, factor, start, size)
+        operands = _operand_parts(node, application, factor, Part(0, start, size, source))
         if operands is None:
             return None
         op = on_part(node, factor, start, size)
@@ -177,7 +182,7 @@ def _joined(a: Part, b: Part, value: Value) -> Part | None:
     known = [edge for edge in edges if edge is not None]
     if a.dim != b.dim or len(known) < len(edges):
         return None
-    both = Part(a.dim, Size.of(min(known)), Size.of(max(known) - min(known)))
+    both = Part(a.dim, Size.of(min(known)), Size.of(max(known) - min(known)), a.source)
     return both if _is_small(both, value) else None
 
 
@@ -193,13 +198,11 @@ def _within_slice(node: Node, part: Part | None) -> Part | None:
     if part is None or not isinstance(op, Slice) or op.stride != 1 or place(op.axis, node.result.type.rank) != part.dim:
         return None
     start, _ = op.span(node.inputs[0].type.shape[part.dim])
-    return Part(part.dim, start + part.start, part.size)
+    return replace(part, start=start + part.start)
 
 
-def _operand_parts(
-    node: Node, application: Application, factor: str, start: Size, size: Size
-) -> tuple[Part | None, ...] | None:
-    """What a node takes of each operand where its results hold a part of a factor; None where that is no part.
+def _operand_parts(node: Node, application: Application, factor: str, part: Part) -> tuple[Part | None, ...] | None:
+    """What a node takes of each operand where its results hold a part, along a factor; None where that is no part.
 
     What multiplies weights does not do so along an axis of theirs: parts of them would be held beside the whole.
     """
@@ -216,7 +219,7 @@ def _operand_parts(
             or value.type.encoding is not None
         ):
             return None
-        parts.append(Part(held[0], start, size))
+        parts.append(replace(part, dim=held[0]))
     return tuple(parts) if any(parts) else None
 
 

@@ -17,6 +17,7 @@ from treadle.cli.options import (
     Certify,
     Config,
     Dtype,
+    GivenOutputs,
     Limit,
     Memory,
     ModelName,
@@ -27,6 +28,7 @@ from treadle.cli.options import (
     Threads,
     Widen,
     names_of,
+    outputs_of,
 )
 from treadle.ir.errors import UsageError
 
@@ -48,6 +50,7 @@ def compile_model(
     quantize: Quantize = None,
     widen: Widen = None,
     inputs: OptionalInputs = None,
+    outputs: GivenOutputs = None,
     backend: BackendName = "numpy",
     target: TargetName = "cpu",
     threads: Threads = None,
@@ -75,7 +78,7 @@ def compile_model(
     chosen |= {"dtype": dtype, "quantize": quantize, "widen": names_of(widen) or ()}
     chosen |= {"memory": memory, "sizes": parse_sizes(sizes) or None}
     with working(f"{'compiling and certifying' if certify else 'compiling'} {model}", shown=not as_json):
-        made = treadle.compile(model, inputs=names_of(inputs), **chosen)
+        made = treadle.compile(model, inputs=names_of(inputs), outputs=outputs_of(outputs), **chosen)
     seconds = time.perf_counter() - started
     if made.static:
         names = ", ".join(made.static)

@@ -11,12 +11,14 @@ from treadle.cli.application import command, print_json
 from treadle.cli.options import (
     AsJson,
     Config,
+    GivenOutputs,
     Limit,
     ModelName,
     OptionalInputs,
     Seed,
     Widen,
     names_of,
+    outputs_of,
     refuse_for_artifact,
 )
 from treadle.ir.errors import UsageError
@@ -34,6 +36,7 @@ def export_to_onnx(
     limit: Limit = None,
     widen: Widen = None,
     inputs: OptionalInputs = None,
+    outputs: GivenOutputs = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -52,12 +55,13 @@ def export_to_onnx(
         raise UsageError("an ONNX model's name must end in .onnx", received=str(output), hint=f"{output}.onnx")
     with working(f"exporting {model}", shown=not as_json):
         if is_artifact(model):
-            refuse_for_artifact(config=config, inputs=inputs, widen=widen)
+            refuse_for_artifact(config=config, inputs=inputs, outputs=outputs, widen=widen)
             held = open_artifact(model, limits=parse_limits(limit or ()))
             graph, weights = held.optimized.graph, held.weights
         else:
             chosen = parse_config(config or (), limit or ())
-            resolved = resolve(model, inputs=names_of(inputs), widen=names_of(widen) or (), **chosen)
+            asked = names_of(inputs), outputs_of(outputs)
+            resolved = resolve(model, inputs=asked[0], outputs=asked[1], widen=names_of(widen) or (), **chosen)
             graph = PassManager(DEFAULT).run(resolved.graph).graph
             weights = initial_weights(graph, seed) if resolved.weights is None else resolved.weights
         made = export_onnx(graph, weights, output, opset=opset, external_above=external_above)

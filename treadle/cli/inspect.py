@@ -14,12 +14,14 @@ from treadle.cli.options import (
     BackendName,
     Config,
     Dtype,
+    GivenOutputs,
     Limit,
     ModelName,
     OptionalInputs,
     Quantize,
     Widen,
     names_of,
+    outputs_of,
     refuse_for_artifact,
 )
 from treadle.ir.errors import UsageError
@@ -60,6 +62,7 @@ def inspect_graph(
     quantize: Quantize = None,
     widen: Widen = None,
     inputs: OptionalInputs = None,
+    outputs: GivenOutputs = None,
     backend: BackendName = "numpy",
     as_json: AsJson = False,
 ) -> None:
@@ -86,13 +89,15 @@ def inspect_graph(
     find_backend(backend)
     with working(f"optimizing {model}", shown=not as_json):
         if is_artifact(model):
-            refuse_for_artifact(config=config, inputs=inputs, dtype=dtype, quantize=quantize, widen=widen, after=after)
+            given = {"inputs": inputs, "outputs": outputs, "dtype": dtype, "quantize": quantize, "widen": widen}
+            refuse_for_artifact(config=config, **given, after=after)
             optimized = open_artifact(model, limits=parse_limits(limit or ())).optimized
             graph = optimized.source if raw else optimized.graph
         else:
             chosen = parse_config(config or (), limit or ())
             passes, narrow = computing_in(dtype, DEFAULT, names_of(widen) or (), quantize)
-            declared = resolve(model, inputs=names_of(inputs), widen=narrow, **chosen).graph
+            asked = names_of(inputs), outputs_of(outputs)
+            declared = resolve(model, inputs=asked[0], outputs=asked[1], widen=narrow, **chosen).graph
             optimized = PassManager(() if raw else passes).run(declared)
             if after is not None:
                 optimized = lowered_for(after, backend, optimized)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 import typer
@@ -29,6 +30,16 @@ OptionalInputs = Annotated[
     str | None,
     typer.Option(
         "--inputs", metavar="NAMES", help="Optional inputs to include, such as lengths or lengths,token_types."
+    ),
+]
+GivenOutputs = Annotated[
+    str | None,
+    typer.Option(
+        "--outputs",
+        metavar="NAMES",
+        help="Give these outputs alone, or parts of them, such as pooled or 'hidden[:, 0]'; what no other needs is not "
+        "computed.",
+        show_default=False,
     ),
 ]
 BackendName = Annotated[
@@ -160,6 +171,11 @@ def refuse_for_artifact(**options: Any) -> None:
             "an artifact is what was compiled, and takes no " + " or ".join(told),
             hint="treadle compile MODEL -o FILE.treadle, with other options",
         )
+
+
+def outputs_of(text: str | None) -> tuple[str, ...] | None:
+    """The outputs of a list with commas, some with a part in brackets."""
+    return None if text is None else tuple(name.strip() for name in re.split(r",(?![^\[]*\])", text) if name.strip())
 
 
 def names_of(text: str | None) -> tuple[str, ...] | None:

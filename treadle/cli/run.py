@@ -17,6 +17,7 @@ from treadle.cli.options import (
     Axis,
     Config,
     Dtype,
+    GivenOutputs,
     Limit,
     Mesh,
     ModelName,
@@ -27,8 +28,10 @@ from treadle.cli.options import (
     Threads,
     Widen,
     names_of,
+    outputs_of,
     refuse_for_artifact,
 )
+from treadle.ir.errors import UsageError
 
 
 @command("run")
@@ -51,6 +54,7 @@ def run_model(
     dtype: Dtype = None,
     quantize: Quantize = None,
     widen: Widen = None,
+    asked: GivenOutputs = None,
     backend: Annotated[
         str | None,
         typer.Option(
@@ -83,6 +87,8 @@ def run_model(
     from treadle.cli.rank_runs import refuse_without_mesh, run_rank
 
     if mesh is not None:
+        if asked is not None:
+            raise UsageError("--outputs is of a model that runs by itself", hint="--mesh without it")
         run_rank(
             model,
             values or [],
@@ -117,7 +123,7 @@ def run_model(
     assigned, chosen = values or [], parse_config(config or (), limit or ())
     with working(f"compiling {model}", shown=not as_json):
         if is_artifact(model):
-            refuse_for_artifact(config=config, dtype=dtype, quantize=quantize)
+            refuse_for_artifact(config=config, outputs=asked, dtype=dtype, quantize=quantize)
             where = (
                 None
                 if target is None and threads is None
@@ -131,11 +137,9 @@ def run_model(
                 widen=narrow,
             )
         else:
-            given = input_names(assigned)
+            chosen |= {"inputs": input_names(assigned), "outputs": outputs_of(asked)}
             chosen |= {"backend": backend or "numpy", "target": Target(target or "cpu", threads)}
-            made = treadle.compile(
-                model, inputs=given, seed=seed, dtype=dtype, quantize=quantize, widen=narrow, **chosen
-            )
+            made = treadle.compile(model, seed=seed, dtype=dtype, quantize=quantize, widen=narrow, **chosen)
     arrays = parse_inputs(assigned, {p.name: p.type.rank for p in made.inputs})
     with working(f"running {made.name}", shown=not as_json):
         started = time.perf_counter()

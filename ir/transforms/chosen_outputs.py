@@ -1,0 +1,111 @@
+"""Some of a graph's outputs, whole or in part, so that passes remove what no other needs.
+
+choose_outputs(graph, ["pooled"])               # that alone
+choose_outputs(graph, ["hidden[:, 0]"])         # f32[B, D] of the first positions, under the output's name
+choose_outputs(graph, ["logits[:, -1:]"])       # f32[B, 1, V] of the last ones
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from treadle.files.nearest_names import NearestNames
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import TreadleError, UsageError
+from treadle.ir.graph import Graph
+from treadle.ir.ops.axis_names import axis_letters
+from treadle.ir.transforms.clone import clone_graph
+
+_ASKED = re.compile(r"\s*(?P<name>[^\[\]]*?)\s*(?:\[(?P<part>[^\[\]]*)\]\s*)?")
+_SPAN = re.compile(r"\s*(?P<start>[+-]?\d{1,18})?\s*(?P<colon>:)?\s*(?P<stop>[+-]?\d{1,18})?\s*")
+
+
+class UnknownOutputError(UsageError):
+    """A graph lacks an output of the name that was asked for."""
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Positions from start to stop of one axis; with `single` the one at start, and the axis is gone."""
+
+    start: int | None
+    stop: int | None
+    single: bool
+
+
+def choose_outputs(graph: Graph, outputs: Sequence[str]) -> Graph:
+    """A copy of a graph that gives these outputs of its `main`, in this order.
+
+    outputs   names; in brackets behind one a part, as in NumPy: for each of its first axes a position, or `start:stop`,
+              of which a negative number counts from the end
+
+    Raises UnknownOutputError for a name that the graph has not, UsageError for a part that is none, or an output
+    that is named twice.
+    """
+    if isinstance(outputs, str) or not outputs or not all(isinstance(asked, str) for asked in outputs):
+        hint = f"outputs=[{outputs!r}]" if isinstance(outputs, str) else None
+        raise UsageError("outputs= is a list of names, of one output or more", received=repr(outputs)[:80], hint=hint)
+    copy = clone_graph(graph)
+    known = copy.main.outputs
+    chosen: dict[str, Expr] = {}
+    b = Builder(copy)
+    for asked in outputs:
+        name, spans = _parsed(asked)
+        if name not in known:
+            raise UnknownOutputError(
+                f"{graph.name} has no output {name[:80]!r}",
+                received=asked[:80],
+                hint=f"did you mean {near[0]}?"
+                if (near := NearestNames(known).of(name))
+                else f"one of {', '.join(known)}",
+            )
+        if name in chosen:
+            raise UsageError(f"output {name} is named twice", received=", ".join(outputs))
+        value = known[name]
+        with b.placed_as(value.node) if value.node is not None else b.scoped(""):
+            try:
+                chosen[name] = _part(b, b.expr(value), spans)
+            except TreadleError as error:
+                raise UsageError(f"output {name}: {value.type} has no part {asked.strip()}: {error.what}") from None
+    b.outputs(**chosen)
+    return copy
+
+
+def _parsed(asked: str) -> tuple[str, list[_Span]]:
+    match = _ASKED.fullmatch(asked)
+    if match is None:
+        raise _unreadable(asked)
+    if match["part"] is None:
+        return match["name"], []
+    return match["name"], [_span(part, asked) for part in match["part"].split(",")]
+
+
+def _span(text: str, asked: str) -> _Span:
+    match = _SPAN.fullmatch(text)
+    if match is None or (match["colon"] is None and (match["start"] is None or match["stop"] is not None)):
+        raise _unreadable(asked)
+    start, stop = (None if edge is None else int(edge) for edge in (match["start"], match["stop"]))
+    return _Span(start, stop, single=match["colon"] is None)
+
+
+def _unreadable(asked: str) -> UsageError:
+    return UsageError(
+        f"{asked[:80]!r} names no output", hint='a name, or one with a part, such as "hidden[:, 0]" or "logits[:, -1:]"'
+    )
+
+
+def _part(b: Builder, x: Expr, spans: Sequence[_Span]) -> Expr:
+    if len(spans) > x.rank:
+        raise UsageError(f"it has {x.rank} axes")
+    for axis in reversed(range(len(spans))):  # an axis that goes leaves the numbers of those before it
+        start, stop = spans[axis].start or 0, spans[axis].stop
+        if not spans[axis].single:
+            x = x if (start, stop) == (0, None) else b.slice(x, axis=axis, start=start, stop=stop)
+            continue
+        x = b.slice(x, axis=axis, start=start, stop=start + 1 or None)
+        names = axis_letters(x.rank)
+        kept = [*names[:axis], *names[axis + 1 :]]
+        x = b.rearrange(x, pattern=f"{' '.join([*names[:axis], '1', *names[axis + 1 :]])} -> {' '.join(kept)}")
+    return x

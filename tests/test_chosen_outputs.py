@@ -1,0 +1,112 @@
+"""Outputs that are chosen, whole or in part: their numbers are NumPy's, what no other needs is not computed, and what
+is no output is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import numpy as np
+import pytest
+
+import treadle
+import treadle.frontends.language as t
+from treadle.cli.options import outputs_of
+from treadle.ir.errors import UsageError
+from treadle.ir.graph import Graph
+from treadle.ir.transforms.chosen_outputs import UnknownOutputError
+
+SMALL: dict[str, Any] = {"dim": 16, "heads": 2, "layers": 2, "hidden": 32, "vocab": 50}
+TOKENS = np.arange(14).reshape(2, 7)
+
+
+@pytest.fixture(scope="module")
+def hidden() -> Any:
+    return treadle.compile("bert", **SMALL)(tokens=TOKENS)["hidden"]
+
+
+@pytest.mark.parametrize(
+    "part", [":", ":, 0", ":,-1", "0", ":, 2:4", "1:, -3:-1, 5", "0,0,0", ": , :-6", "-2:, +1:-1", ":, :, -16:"]
+)
+def test_a_part_is_numpys(hidden: Any, part: str) -> None:
+    exe = treadle.compile("bert", outputs=[f"hidden[{part}]"], **SMALL)
+    wanted = eval(f"hidden[{part}]", {"hidden": hidden})
+    np.testing.assert_allclose(exe(tokens=TOKENS)["hidden"], wanted, rtol=0, atol=1e-6)
+
+
+def called(graph: Graph) -> list[str]:
+    return [node.op.callee for node in graph.main.nodes if node.op.callee is not None]
+
+
+def test_what_no_other_needs_is_not_computed() -> None:
+    both = treadle.compile("bert", head="pooler", **SMALL)
+    assert [p.name for p in both.outputs] == ["hidden", "pooled"]
+    assert called(both.graph) == ["layer", "layer"]
+    one = treadle.compile("bert", head="pooler", outputs=("pooled",), **SMALL)
+    assert [p.name for p in one.outputs] == ["pooled"]
+    assert called(one.graph) == ["layer", "layer_cut"]
+    pooled = one(tokens=TOKENS)["pooled"]
+    np.testing.assert_allclose(pooled, both(tokens=TOKENS)["pooled"], rtol=0, atol=1e-6)
+    other = treadle.compile("bert", head="pooler", outputs=("hidden",), **SMALL)
+    assert "pooler.weight" in both.weights
+    assert "pooler.weight" not in other.weights
+
+
+def test_in_the_order_in_which_they_are_named() -> None:
+    exe = treadle.compile("bert", head="pooler", outputs=["pooled", "hidden[:, :2]"], **SMALL)
+    assert [f"{p.name}: {p.type}" for p in exe.outputs] == ["pooled: f32[B, 16]", "hidden: f32[B, 2, 16]"]
+    assert exe(tokens=TOKENS)["hidden"].shape == (2, 2, 16)
+
+
+@t.model
+def given_on(x: Annotated[t.Tensor, t.f32["B 4"]]) -> dict[str, t.Tensor]:
+    return {"x": x, "y": x * 2.0}
+
+
+def test_an_input_that_is_an_output() -> None:
+    exe = treadle.compile(given_on, outputs=["x[:, 1]"])
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    np.testing.assert_array_equal(exe(x=x)["x"], x[:, 1])
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "unknown": (["hiden"], "bert has no output 'hiden'"),
+    "text": ("hidden", "outputs= is a list of names"),
+    "none": ([], "outputs= is a list of names, of one output or more"),
+    "numbers": ([0], "outputs= is a list of names"),
+    "twice": (["hidden", "hidden[:, 0]"], "output hidden is named twice"),
+    "too-many-axes": (["hidden[:, :, :, 0]"], r"output hidden: f32\[B, S, 16\] has no part .*: it has 3 axes"),
+    "past-the-end": (["hidden[:, :, 16]"], "from 16 to 17 is outside an axis of size 16"),
+    "before-the-start": (["hidden[:, :, -17:]"], "outside an axis of size 16"),
+    "backwards": (["hidden[:, 5:2]"], "from 5 to 2 is outside an axis"),
+    "letters": (["hidden[:, x]"], r"'hidden\[:, x\]' names no output"),
+    "open": (["hidden[0"], r"'hidden\[0' names no output"),
+    "empty": (["hidden[]"], r"'hidden\[\]' names no output"),
+    "steps": (["hidden[::2]"], "names no output"),
+    "two-numbers": (["hidden[1 2]"], "names no output"),
+    "huge": (["hidden[:, 99999999999999999999]"], "names no output"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_output_is_refused(name: str) -> None:
+    outputs, reason = REFUSED[name]
+    with pytest.raises(UsageError, match=reason):
+        treadle.compile("bert", outputs=outputs, **SMALL)
+
+
+def test_an_unknown_output_is_an_error_of_its_own() -> None:
+    with pytest.raises(UnknownOutputError) as caught:
+        treadle.compile("bert", outputs=["logits"], **SMALL)
+    assert caught.value.hint == "one of hidden"
+
+
+def test_a_list_with_commas() -> None:
+    assert outputs_of(None) is None
+    assert outputs_of("pooled, hidden[:, 0] ,logits[1,2],") == ("pooled", "hidden[:, 0]", "logits[1,2]")
+
+
+def test_a_part_that_is_longer_than_the_axis_at_a_call() -> None:
+    exe = treadle.compile("bert", outputs=["hidden[:, 2:4]"], **SMALL)
+    with pytest.raises(treadle.TreadleError, match="outside an axis"):
+        exe(tokens=TOKENS[:, :3])
