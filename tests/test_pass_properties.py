@@ -9,6 +9,7 @@ import pytest
 
 from tests.pass_programs import numbers
 from tests.random_programs import random_program
+from treadle.ir.transforms.chosen_outputs import choose_outputs
 from treadle.ir.verifier import verify
 from treadle.passes.framework.manager import Optimized, PassManager
 from treadle.passes.framework.rewrite import RewriteSet
@@ -19,8 +20,12 @@ PROGRAMS = 150
 TOLERANCE = 1000 * 300 * 2.0**-52
 
 
+ASKED = ("y", "y[:, 0]", "y", "y[:, -1:]", "y[:, 1:3]")
+"""What of a program's output is asked for; some programs give it whole."""
+
+
 def optimized(seed: int) -> Optimized:
-    return PassManager(DEFAULT).run(random_program(seed))
+    return PassManager(DEFAULT).run(choose_outputs(random_program(seed), [ASKED[seed % len(ASKED)]]))
 
 
 @pytest.mark.parametrize("start", range(0, PROGRAMS, 10))
