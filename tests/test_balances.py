@@ -286,6 +286,19 @@ def test_what_no_norm_gives_has_no_gain() -> None:
     assert norm_of(b.rms_norm(x, gain).value) == (gain.value, None)
     assert norm_of(b.layer_norm(x, None, None).value) == (None, None)
     assert [norm_of(v) for v in (None, x.value, total.value, b.exp(x).value)] == [None] * 4
+    rows = b.gather(b.slice(both["add"], axis=0, stop=1), b.constant(0), axis=0)
+    assert norm_of(rows.value) == (gain.value, shift.value)
+    assert norm_of(b.slice(y, axis=1, stop=4).value) is None
+
+
+def test_the_query_of_a_token_that_alone_is_read_is_balanced_by_itself() -> None:
+    small = {"dim": 32, "heads": 2, "layers": 2, "hidden": 64, "vocab": 50, "head": "classifier"}
+    exe, whole = treadle.compile("bert", quantize="int8", **small), treadle.compile("bert", **small)
+    vectors = [name for name in exe.graph.parameters if name.startswith("layer.1.") and name.endswith(".balance")]
+    assert vectors == ["layer.1.attn.q.balance", "layer.1.attn.balance", "layer.1.mlp.up.balance"]
+    tokens = np.arange(20).reshape(2, 10)
+    got, wanted = exe(tokens=tokens)["logits"], whole(tokens=tokens)["logits"]
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=0.05 * np.abs(wanted).max())
 
 
 def test_a_vector_is_the_root_of_what_channels_come_to_over_what_weights_have(declared: Graph) -> None:

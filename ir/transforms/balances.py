@@ -22,8 +22,11 @@ import numpy as np
 
 from treadle.ir.graph import Graph, Node, Value
 from treadle.ir.ops.attending import Attending
+from treadle.ir.ops.axis_names import place
 from treadle.ir.ops.blocks import Encode
+from treadle.ir.ops.indexing import Gather
 from treadle.ir.ops.normalization import LayerNorm, RMSNorm
+from treadle.ir.ops.parts import Slice
 from treadle.ir.ops.products import MixedProduct
 from treadle.ir.ops.residual_norms import AddLayerNorm, AddRMSNorm
 from treadle.ir.transforms.inline import inline_calls
@@ -124,9 +127,19 @@ def _results(node: Node, matrices: Sequence[Value]) -> list[tuple[Value, Value]]
     return [(w, node.results[i if own else 0]) for i, w in enumerate(matrices)]
 
 
+def picked_of(node: Node) -> Value | None:
+    """The value some of whose rows a node picks, as they are; None where it does something else."""
+    if not isinstance(node.op, Slice | Gather):
+        return None
+    x = node.inputs[0]
+    return x if place(node.op.axis, x.type.rank) < x.type.rank - 1 else None
+
+
 def norm_of(value: Value | None) -> tuple[Value | None, Value | None] | None:
-    """The gain and the shift of the norm that gives a value; None where it is no norm."""
+    """The gain and the shift of the norm that gives a value, or some of its rows; None where it is no norm."""
     node = None if value is None else value.node
+    while node is not None and (x := picked_of(node)) is not None:
+        value, node = x, x.node
     if node is None or node.results[0] is not value:
         return None
     match node.op:

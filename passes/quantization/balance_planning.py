@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from treadle.ir.graph import Function, Graph, Value
 from treadle.ir.ops.blocks import STEPS
 from treadle.ir.ops.products import MixedProduct
-from treadle.ir.transforms.balances import Balance, balanced_name, norm_of, scored
+from treadle.ir.transforms.balances import Balance, balanced_name, norm_of, picked_of, scored
 from treadle.ir.types import f32
 from treadle.passes.quantization.quantization_plan import ActivationPlan
 
@@ -127,7 +127,10 @@ class _Finding:
                 results = self.read(callee, inner, {f: norms[v] for f, v in pairs if v in norms})
                 norms |= {v: n for v, n in zip(node.results, results, strict=True) if n is not None}
                 continue
-            if (norm := norm_of(node.results[0])) is not None and (named := _named(norm, held)) is not None:
+            x = picked_of(node)
+            if x is not None and x in norms:
+                norms[node.results[0]] = norms[x]
+            elif (norm := norm_of(node.results[0])) is not None and (named := _named(norm, held)) is not None:
                 norms[node.results[0]] = named
             if isinstance(node.op, MixedProduct):
                 matrices = [node.operands[p] for p in node.op.multiplies(len(node.operands))]

@@ -109,13 +109,24 @@ def _check_balances(plan: QuantizationPlan, flat: Graph) -> None:
 
 
 def _gives(x: Value | None, balance: Balance) -> bool:
-    """Whether a value is what a balance's norm gives."""
+    """Whether a value is what a balance's norm gives, or rows of that."""
+    while x is not None and x.node is not None and _keeps_channels(x.node):
+        x = x.node.operands[0]
     node = None if x is None else x.node
     if node is None or x is not node.results[0] or "norm" not in node.op.name:
         return False
     named = dict(zip(node.op.operands, node.operands, strict=False))
     gain, shift = named.get("weight"), named.get("bias")
     return (gain is not None and gain.name, None if shift is None else shift.name) == (balance.gain, balance.shift)
+
+
+def _keeps_channels(node: Node) -> bool:
+    """Whether a node moves elements of its first operand, and none along that operand's last axis."""
+    if not node.op.only_moves or node.op.callee is not None:
+        return False
+    found = node.op.apply([None if v is None else v.type for v in node.operands])
+    before, after = found.operands[0], found.results[0]
+    return before is not None and before[-1:] == after[-1:] != () and after[-1].size is None
 
 
 def check_encoded_products(graph: Graph, balances: Sequence[Balance] = ()) -> None:
