@@ -42,6 +42,8 @@ ROWS = {
     "gpt2": Row("gpt2", (), {"B": 1, "S": 512}),
     "t5": Row(f"{MODELS / 't5.py'}:t5_encoder", (), {"B": 1, "S": 128}),
     "llama": Row("llama", _LLAMA, {"B": 1, "S": 256}),
+    "vit-classifier": Row("vit", ("head=classifier",), {"B": 1}),
+    "reranker": Row("bert", (*_MINILM, "head=classifier"), {"B": 32, "S": 64}),
 }
 _OF_BERT = {"position_embedding_type": "absolute"}  # which CTranslate2 asks for
 _OF_LLAMA = {"vocab_size": 49152, "hidden_size": 576, "num_hidden_layers": 30, "intermediate_size": 1536}

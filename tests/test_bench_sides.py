@@ -24,6 +24,7 @@ from treadle.benching.serving import Unfit
 from treadle.benching.sides import LIMITS, PEERS, SERVING, Side, peers_of
 from treadle.benching.workload import Workload, files_of
 from treadle.ir.errors import UsageError
+from treadle.ir.graph import Graph
 from treadle.ir.text.parser import parse_graph
 
 GRAPH = parse_graph("graph g { symbols B main(x: f32[B, 4]) -> (y: f32[B, 4]) { y = relu(x) return y = y } }")
@@ -100,6 +101,25 @@ def test_a_ratio_is_the_median_over_turns_of_which_the_first_warms_up(sides: lis
     wanted |= {"sizes": {"B": 3}}
     assert wanted.items() <= spec.items()
     assert (spec["onnx"], spec["renamed"]) == ("m.onnx", {"x": "x_0"})
+
+
+def test_others_are_given_all_that_a_model_declares(sides: list[_Side], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which ours computes what is read: the first row."""
+    graph = parse_graph(
+        "graph m {\n symbols B\n main(x: f32[9, B]) -> (y: f32[B]) {\n"
+        "  h = mul(x, x)\n  g = exp(h)\n  y = gather(g, 0, axis=0)\n  return y = y\n }\n}"
+    )
+    given: list[Graph] = []
+    monkeypatch.setattr(benchmark, "opened", lambda workload: (graph, {}))
+
+    def write(exported: Graph, weights: object, path: Path) -> SimpleNamespace:
+        given.append(exported)
+        return SimpleNamespace(path=path, inputs={})
+
+    monkeypatch.setattr(benchmark, "export_onnx", write)
+    _Side.seconds = {name: iter([1.0] * 16) for name in ("treadle", "onnxruntime")}
+    bench_model(Workload("m"), ["onnxruntime"])
+    assert [str(node.result.type) for node in given[0].main.nodes] == ["f32[9, B]", "f32[9, B]", "f32[B]"]
 
 
 def test_what_a_benchmark_does_when_nothing_is_said(sides: list[_Side]) -> None:

@@ -31,10 +31,14 @@ from treadle.ir.analysis.drawn_inputs import draw_inputs
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
 from treadle.option_values import choose_sizes
+from treadle.passes.cleanup.cut_sooner import CutSooner
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT
 
 Array = np.ndarray[Any, Any]
+
+_FOR_OTHERS = tuple(each for each in DEFAULT if not isinstance(each, CutSooner))
+"""What makes the ONNX file that others read: ops that they know, of all that the model declares."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,7 @@ def bench_model(
     with tempfile.TemporaryDirectory() as place:
         spec = _spec(workload, graph, chosen, Path(place))
         if any(PEERS[name].reads == "onnx" for name in names):
-            made = export_onnx(PassManager(DEFAULT).run(graph).graph, weights, Path(place) / "model.onnx")
+            made = export_onnx(PassManager(_FOR_OTHERS).run(graph).graph, weights, Path(place) / "model.onnx")
             spec |= {"onnx": str(made.path), "renamed": dict(made.inputs)}
         sides: dict[str, Side] = {}
         missing: dict[str, str] = {}
