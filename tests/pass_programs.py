@@ -14,7 +14,7 @@ from treadle.ir.text.parser import parse_graph
 from treadle.ir.types import Type
 from treadle.passes.framework.manager import Optimized, Pass, PassManager
 
-SIZES = {"B": 2, "S": 3}
+SIZES = {"B": 2, "S": 3, "N": 2}
 
 
 def program(takes: str, gives: str, *lines: str, weights: Sequence[str] = ()) -> str:

@@ -79,13 +79,31 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "past-the-end": (["hidden[:, :, 16]"], "from 16 to 17 is outside an axis of size 16"),
     "before-the-start": (["hidden[:, :, -17:]"], "outside an axis of size 16"),
     "backwards": (["hidden[:, 5:2]"], "from 5 to 2 is outside an axis"),
-    "letters": (["hidden[:, x]"], r"'hidden\[:, x\]' names no output"),
+    "letters": (["hidden[:, 1x]"], r"'hidden\[:, 1x\]' names no output"),
+    "a-name-in-front": (["hidden[asked]"], "a name stands for positions along the second axis, behind `:`"),
+    "a-name-behind": (["hidden[:, :, asked]"], "a name stands for positions along the second axis"),
+    "a-name-of-some-rows": (["hidden[1:, asked]"], "a name stands for positions along the second axis"),
+    "an-input's-name": (["hidden[:, tokens]"], "bert has an input tokens already, and positions are another one"),
     "open": (["hidden[0"], r"'hidden\[0' names no output"),
     "empty": (["hidden[]"], r"'hidden\[\]' names no output"),
     "steps": (["hidden[::2]"], "names no output"),
     "two-numbers": (["hidden[1 2]"], "names no output"),
     "huge": (["hidden[:, 99999999999999999999]"], "names no output"),
 }
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch", "tvm"])
+def test_positions_of_each_row(backend: str) -> None:
+    pytest.importorskip({"torch": "torch", "tvm": "tvm"}.get(backend, "numpy"))
+    config = {**SMALL, "head": "masked_lm", "backend": backend}
+    exe, whole = treadle.compile("bert", outputs=["logits[:, asked]"], **config), treadle.compile("bert", **config)
+    assert [f"{p.name}: {p.type}" for p in exe.inputs] == ["tokens: i64[B, S]", "asked: i64[B, ASKED]"]
+    assert called(exe.graph) == ["layer", "layer_cut"]
+    asked = np.array([[0, 6, 3], [2, 2, 5]])
+    wanted = np.take_along_axis(whole(tokens=TOKENS)["logits"], asked[:, :, None], 1)
+    np.testing.assert_allclose(exe(tokens=TOKENS, asked=asked)["logits"], wanted, rtol=0, atol=1e-6)
+    with pytest.raises(treadle.TreadleError):
+        exe(tokens=TOKENS, asked=np.array([[7], [0]]))
 
 
 @pytest.mark.parametrize("name", REFUSED)

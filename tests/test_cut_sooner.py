@@ -100,7 +100,37 @@ def test_what_is_read_alone_is_computed(name: str) -> None:
     assert not again.log[0].matches
 
 
+TAKEN = ['e = rearrange(i, pattern="b n -> b n 1")', "f = expand(e, shape=[B, N, 8])"]
+MOVED = ["t = expand(e, shape=[B, N, 4])", "x_2 = take_along_axis(x, t, axis=1)"]
+
 STAYS = {
+    "as-many-as-it-comes-to": (
+        "x: f32[B, 9, 8], j: i64[B, S]",
+        "y: f32[B, S, 8]",
+        [
+            "h = tanh(x)",
+            "i = mul(j, 2)",
+            'e = rearrange(i, pattern="b n -> b n 1")',
+            "f = expand(e, shape=[B, S, 8])",
+            "y = take_along_axis(h, f, axis=1)",
+        ],
+    ),
+    "elements-of-their-own": (
+        "x: f32[B, 9, 8], i: i64[B, 2, 8]",
+        "y: f32[B, 2, 8]",
+        ["h = tanh(x)", "y = take_along_axis(h, i, axis=1)"],
+    ),
+    "computed-of-what-is-read-there": (
+        "x: f32[B, 9, 8]",
+        "y: f32[B, 1, 8]",
+        [
+            "h = tanh(x)",
+            "m = reduce_max(h, axes=[1, 2], keep=true)",
+            "o = cast(m, to=i64)",
+            "f = expand(o, shape=[B, 1, 8])",
+            "y = take_along_axis(h, f, axis=1)",
+        ],
+    ),
     "more-than-half": ("x: f32[B, 9, 8]", "y: f32[B, 5, 8]", ["h = tanh(x)", "y = slice(h, axis=1, stop=5)"]),
     "as-many-as-there-are": ("x: f32[B, S, 8]", "y: f32[B, S-1, 8]", ["h = tanh(x)", "y = slice(h, axis=1, stop=-1)"]),
     "far-apart": (
@@ -161,6 +191,48 @@ def test_several_positions_that_are_looked_up() -> None:
     tanh = next(node for node in done.graph.main.nodes if node.op.name == "tanh")
     assert str(tanh.result.type) == "f32[B, 4, 4]"
     assert_same_numbers(done.source, done.graph)
+
+
+def picks(*lines: str, takes: str = "x: f32[B, 9, 4]", gives: str = "y: f32[B, N, 8]") -> Graph:
+    text = cut(f"{takes}, i: i64[B, N]", gives, lines)
+    return parse_graph(text.replace("symbols B, S", "symbols B, S, N"))
+
+
+def test_positions_that_each_row_has_of_its_own() -> None:
+    before = picks("h = linear(x, $w, $b)", "g = gelu(h)", *TAKEN, "y = take_along_axis(g, f, axis=1)")
+    done = PassManager([CutSooner()], certify=True).run(before)
+    after = picks(TAKEN[0], *MOVED, "h = linear(x_2, $w, $b)", "y = gelu(h)")
+    assert done.graph == after
+    assert done.log[0].certificates
+    assert_same_numbers(done.source, done.graph)
+
+
+def test_positions_are_turned_to_where_rows_lie() -> None:
+    """And what holds the positions without the rows stays whole: a table that is added."""
+    lines = ["h = tanh(x)", 'r = rearrange(h, pattern="b s (h d) -> b h s d", h=2)', "a = attention(r, r, r)"]
+    lines = [line.replace(", h=2)", ")").replace("(h d)", "(h=2 d)") for line in lines]
+    lines += ['m = rearrange(a, pattern="b h s d -> b s (h d)")', *TAKEN, "y = take_along_axis(m, f, axis=1)"]
+    done = PassManager([CutSooner()]).run(picks(*lines, takes="x: f32[B, 9, 8]"))
+    types = {node.op.name: str(node.result.type) for node in done.graph.main.nodes}
+    assert types["attention"] == "f32[B, 2, N, 4]"
+    assert types["tanh"] == "f32[B, 9, 8]"
+    assert_same_numbers(done.source, done.graph)
+    added = ["h = add(x, $p)", "g = tanh(h)", *TAKEN, "y = take_along_axis(g, f, axis=1)"]
+    done = PassManager([CutSooner()]).run(picks(*added, takes="x: f32[B, 9, 8]"))
+    types = {node.op.name: str(node.result.type) for node in done.graph.main.nodes}
+    assert (types["add"], types["tanh"]) == ("f32[B, 9, 8]", "f32[B, N, 8]")
+
+
+def test_positions_go_into_calls_but_not_to_a_causal_mask() -> None:
+    exe = treadle.compile("gpt2", head="classifier", inputs=["lengths"], dim=8, heads=2, layers=3, vocab=20)
+    assert calls(exe.graph) == [*[("h", "f32[B, S, 8]")] * 2, ("h_cut", "f32[B, 1, 8]")]
+    types = {node.op.name: str(node.results[0].type) for node in exe.graph.functions["h_cut"].nodes}
+    assert types["attention"] == "f32[B, heads=2, S, 4]"
+    assert types["activated_linear"] == "f32[B, 1, ffn=32]"
+    (record,) = [each for each in exe.log if each.name == "cut-sooner"]
+    assert [event.reason for event in record.refusals] == [
+        "attention looks at positions, and each row is read at one of its own"
+    ]
 
 
 def test_a_word_is_said_where_an_op_has_no_part() -> None:

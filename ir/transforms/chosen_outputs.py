@@ -3,6 +3,7 @@
 choose_outputs(graph, ["pooled"])               # that alone
 choose_outputs(graph, ["hidden[:, 0]"])         # f32[B, D] of the first positions, under the output's name
 choose_outputs(graph, ["logits[:, -1:]"])       # f32[B, 1, V] of the last ones
+choose_outputs(graph, ["logits[:, asked]"])     # f32[B, N, V] at the positions asked, a new input i64[B, N]
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ from treadle.files.nearest_names import NearestNames
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import TreadleError, UsageError
 from treadle.ir.graph import Graph
+from treadle.ir.naming import free_name
 from treadle.ir.ops.axis_names import axis_letters
+from treadle.ir.sizing.sizes import Size
 from treadle.ir.transforms.clone import clone_graph
+from treadle.ir.types import Dim, Type, i64
 
 _ASKED = re.compile(r"\s*(?P<name>[^\[\]]*?)\s*(?:\[(?P<part>[^\[\]]*)\]\s*)?")
+_NAME = re.compile(r"\s*([A-Za-z_]\w*)\s*", re.ASCII)
 _SPAN = re.compile(r"\s*(?P<start>[+-]?\d{1,18})?\s*(?P<colon>:)?\s*(?P<stop>[+-]?\d{1,18})?\s*")
 
 
@@ -35,11 +40,19 @@ class _Span:
     single: bool
 
 
+@dataclass(frozen=True)
+class _Given:
+    """Positions of each row, that an input of this name tells."""
+
+    name: str
+
+
 def choose_outputs(graph: Graph, outputs: Sequence[str]) -> Graph:
     """A copy of a graph that gives these outputs of its `main`, in this order.
 
     outputs   names; in brackets behind one a part, as in NumPy: for each of its first axes a position, or `start:stop`,
-              of which a negative number counts from the end
+              of which a negative number counts from the end. In the place of the second axis, behind `:`, also a name:
+              of a new input, which holds positions for each row of the first axis
 
     Raises UnknownOutputError for a name that the graph has not, UsageError for a part that is none, or an output
     that is named twice.
@@ -73,7 +86,7 @@ def choose_outputs(graph: Graph, outputs: Sequence[str]) -> Graph:
     return copy
 
 
-def _parsed(asked: str) -> tuple[str, list[_Span]]:
+def _parsed(asked: str) -> tuple[str, list[_Span | _Given]]:
     match = _ASKED.fullmatch(asked)
     if match is None:
         raise _unreadable(asked)
@@ -82,7 +95,9 @@ def _parsed(asked: str) -> tuple[str, list[_Span]]:
     return match["name"], [_span(part, asked) for part in match["part"].split(",")]
 
 
-def _span(text: str, asked: str) -> _Span:
+def _span(text: str, asked: str) -> _Span | _Given:
+    if (named := _NAME.fullmatch(text)) is not None:
+        return _Given(named[1])
     match = _SPAN.fullmatch(text)
     if match is None or (match["colon"] is None and (match["start"] is None or match["stop"] is not None)):
         raise _unreadable(asked)
@@ -96,12 +111,18 @@ def _unreadable(asked: str) -> UsageError:
     )
 
 
-def _part(b: Builder, x: Expr, spans: Sequence[_Span]) -> Expr:
+def _part(b: Builder, x: Expr, spans: Sequence[_Span | _Given]) -> Expr:
     if len(spans) > x.rank:
         raise UsageError(f"it has {x.rank} axes")
     for axis in reversed(range(len(spans))):  # an axis that goes leaves the numbers of those before it
-        start, stop = spans[axis].start or 0, spans[axis].stop
-        if not spans[axis].single:
+        span = spans[axis]
+        if isinstance(span, _Given):
+            if axis != 1 or spans[0] != _Span(None, None, single=False):
+                raise UsageError("a name stands for positions along the second axis, behind `:`")
+            x = _picked(b, x, span.name)
+            continue
+        start, stop = span.start or 0, span.stop
+        if not span.single:
             x = x if (start, stop) == (0, None) else b.slice(x, axis=axis, start=start, stop=stop)
             continue
         x = b.slice(x, axis=axis, start=start, stop=start + 1 or None)
@@ -109,3 +130,16 @@ def _part(b: Builder, x: Expr, spans: Sequence[_Span]) -> Expr:
         kept = [*names[:axis], *names[axis + 1 :]]
         x = b.rearrange(x, pattern=f"{' '.join([*names[:axis], '1', *names[axis + 1 :]])} -> {' '.join(kept)}")
     return x
+
+
+def _picked(b: Builder, x: Expr, name: str) -> Expr:
+    """Of each row of x those along its second axis that an input tells."""
+    if any(v.name == name for v in b.function.inputs):
+        raise UsageError(f"{b.graph.name} has an input {name} already, and positions are another one")
+    count = free_name(name.upper(), b.graph.symbols)
+    taken = Type(i64, (Dim.of(x.shape[0]), Dim.of(Size.symbol(count))))
+    positions = b.rearrange(b.input(name, taken), pattern=f"r p -> r p{' 1' * (x.rank - 2)}")
+    positions.value.name = name
+    shape = (x.shape[0], Size.symbol(count), *x.shape[2:])
+    made: Expr = b.take_along_axis(x, b.expand(positions, shape=shape), axis=1)
+    return made

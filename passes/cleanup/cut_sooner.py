@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from treadle.ir.graph import Function, Graph, Node, Value, needed_nodes
 from treadle.ir.literals import Literal
 from treadle.ir.naming import free_name
 from treadle.ir.operation import Op
 from treadle.ir.ops.call import Call
+from treadle.ir.ops.indexing import Gather, TakeAlongAxis
 from treadle.ir.ops.parts import Slice
+from treadle.ir.ops.shapes import Expand, Rearrange
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.transforms.clone import clone_function
 from treadle.ir.types import Type
-from treadle.passes.cleanup.parts_read import CutNode, FoundParts, Part, PartsRead, part_taken
+from treadle.passes.cleanup.parts_read import CutNode, FoundParts, Part, PartsRead, Picked, part_taken
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
 
@@ -23,9 +26,10 @@ from treadle.passes.framework.pass_log import PassRecord
 class CutSooner(Pass):
     """slice(f(x))   -->   f(slice(x))      for an f that maps the axis
 
-    and likewise for what looks up constant positions. Where a classifier looks at the first token alone, the last layer
-    computes that token's query, output and feed-forward network, and only keys and values of all: what is cut goes into
-    calls, whose function is then another than that of the other layers.
+    and likewise for what looks up positions: constant ones, or those that each row of a batch has of its own. Where a
+    classifier looks at the first token alone, the last layer computes that token's query, output and feed-forward
+    network, and only keys and values of all: what is cut goes into calls, whose function is then another than that of
+    the other layers.
 
     Leaves alone: parts of more than half of an axis, or of a size that is not fixed; what is read as a whole elsewhere;
     what multiplies a weight along the axis. Refuses: an op that has no form on a part of an axis that it maps.
@@ -69,12 +73,20 @@ class _Cutting:
         self.changes = 0
         self._made: dict[object, Function] = {}
 
-    def apply(self, function: Function, found: FoundParts, outputs: Sequence[Part | None] = ()) -> None:
+    def apply(
+        self,
+        function: Function,
+        found: FoundParts,
+        outputs: Sequence[Part | None] = (),
+        given: Mapping[Value, Value] = MappingProxyType({}),
+    ) -> None:
         """Change a function in place, as `found` says.
 
         outputs   which parts of its outputs it gives from now on, and takes of its inputs what is in `found.parts`
+        given     its inputs that stand for positions of its caller's
         """
         body = _Body(self, function, found)
+        body.whole.update(given)
         if outputs:
             body.parts.update({v: v for v in function.inputs if v in found.parts})
         for node in list(function.nodes):
@@ -101,7 +113,7 @@ class _Cutting:
             for formal, type in zip(made.arguments, types, strict=True):
                 assert type is not None
                 formal.type = type
-            self.apply(made, found, cut.results)
+            self.apply(made, found, cut.results, _add_inputs(made, picked_by(cut)))
             self._add(made, caller)
             self._made[key] = made
         return self._made[key]
@@ -116,6 +128,40 @@ class _Cutting:
             made.name: made,
             **{name: functions[name] for name in names[at:]},
         }
+
+
+def picked_by(cut: CutNode) -> list[Value]:
+    """The positions that rows have of their own, each once, of a call."""
+    parts = (*cut.results, *cut.operands)
+    return list(dict.fromkeys(part.picked.value for part in parts if part is not None and part.picked is not None))
+
+
+def _add_inputs(function: Function, values: Sequence[Value]) -> dict[Value, Value]:
+    """Inputs of a function, behind its others, that stand for values of its caller's."""
+    made: dict[Value, Value] = {}
+    for value in values:
+        name = free_name(value.name, {*(v.name for v in function.inputs), *function.parameters, *function.states})
+        made[value] = Value("input", value.type, name)
+        function.inputs.append(made[value])
+    return made
+
+
+def in_order(nodes: Sequence[Node]) -> list[Node]:
+    """Nodes in their order, but each behind what it reads: positions may be computed after what they pick from."""
+    left, ordered = set(nodes), list[Node]()
+    for first in nodes:
+        pending = [first]
+        while pending:
+            node = pending[-1]
+            above = [v.node for v in node.inputs if v.node is not None and v.node in left] if node in left else []
+            if above:
+                pending += above[::-1]
+                continue
+            pending.pop()
+            if node in left:
+                left.discard(node)
+                ordered.append(node)
+    return ordered
 
 
 class _Body:
@@ -152,7 +198,7 @@ class _Body:
         pairs = zip(self.function.outputs.items(), given, strict=True)
         self.function.outputs = {name: self._part(v, part, v.node) for (name, v), part in pairs}
         self.function.updated = {name: self.whole.get(v, v) for name, v in self.function.updated.items()}
-        self.function.nodes = needed_nodes(self._nodes, self.function.results)
+        self.function.nodes = needed_nodes(in_order(self._nodes), self.function.results)
 
     def _add_cut(self, node: Node, cut: CutNode) -> None:
         operands = [
@@ -167,7 +213,10 @@ class _Body:
             return
         if op is None:
             types = [None if v is None else v.type for v in operands]
-            op = Call.of(self.cutting.callee(self.function, node, cut, types))
+            callee = self.cutting.callee(self.function, node, cut, types)
+            positions = [self.whole.get(v, v) for v in picked_by(cut)]
+            at = len(callee.inputs) - len(positions)
+            op, operands = Call.of(callee), [*operands[:at], *positions, *operands[at:]]
         made = self._append(op, operands, node)
         for old, new, part in zip(node.results, made.results, cut.results, strict=True):
             (self.whole if part is None else self.parts)[old] = new
@@ -176,7 +225,7 @@ class _Body:
 
     def _add_cutter(self, node: Node, taken: Part) -> None:
         x = node.inputs[0]
-        if isinstance(node.op, Slice):
+        if not isinstance(node.op, Gather):
             made = self._part(x, taken, node)
         else:
             literal, start = node.inputs[1].literal, self.found.parts[x].start.constant
@@ -200,11 +249,31 @@ class _Body:
         if (value, part) not in self._slices:
             start = part.start if known is None else part.start - known.start
             x = self.whole.get(value, value) if known is None else self.parts[value]
-            op = _slice(part.dim, start, start + part.size, x.type.shape[part.dim])
-            node = Node(op, [x], op.infer([x.type]), value.name, at.scope if at else "", part.source)
-            self._nodes.append(node)
+            scope = at.scope if at else ""
+            if part.picked is None:
+                op = _slice(part.dim, start, start + part.size, x.type.shape[part.dim])
+                node = Node(op, [x], op.infer([x.type]), value.name, scope, part.source)
+                self._nodes.append(node)
+            else:
+                node = self._taken(x, part, part.picked, scope)
             self._slices[value, part] = node.result
         return self._slices[value, part]
+
+    def _taken(self, x: Value, part: Part, picked: Picked, scope: str) -> Node:
+        """The node that takes what each row has of a value at positions of its own."""
+        value = self.whole.get(picked.value, picked.value)
+        rank = value.type.rank
+        before = ["r" if i == picked.rows else "p" if i == picked.dim else "1" for i in range(rank)]
+        after = ["r" if i == part.rows else "p" if i == part.dim else "1" for i in range(x.type.rank)]
+        shape = [part.size if i == part.dim else size for i, size in enumerate(x.type.shape)]
+        turn = Rearrange(pattern=f"{' '.join(before)} -> {' '.join(after)}")
+        for op in [*([turn] if before != after else []), Expand(shape=tuple(shape))]:
+            node = Node(op, [value], op.infer([value.type]), value.name, scope, part.source)
+            self._nodes.append(node)
+            value = node.result
+        take = TakeAlongAxis(axis=part.dim)
+        self._nodes.append(made := Node(take, [x, value], take.infer([x.type, value.type]), x.name, scope, part.source))
+        return made
 
     def _append(self, op: Op, operands: Sequence[Value | None], node: Node) -> Node:
         """A node in the place of another."""

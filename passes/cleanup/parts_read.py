@@ -1,8 +1,9 @@
-"""Which part of each value of a function is read, where that is a run of positions along one axis.
+"""Which part of each value of a function is read, where that is a run of positions along one axis, or some of each row.
 
-A slice reads a part, and so does a lookup at constant positions. An op that maps the axis needs no more of its operands
-than is read of its results, and so on upwards: into calls, and up to what mixes positions, such as the keys of
-attention, which are all read.
+A slice reads a part, and so does a lookup: at constant positions, or at positions that each row of a batch has of its
+own. An op that maps the axis needs no more of its operands than is read of its results, and so on upwards: into calls,
+and up to what mixes positions, such as the keys of attention, which are all read. (Positions that rows have of their
+own do not go on to what looks at where it stands, such as a causal mask.)
 
     found = PartsRead(graph).of(function, [None])      # all of its output is read
     found.parts[value]                                 # the part that is read of a value; one that is not there: all
@@ -18,10 +19,22 @@ from treadle.ir.axes import Application, Role
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.operation import Op
 from treadle.ir.ops.axis_names import place
-from treadle.ir.ops.indexing import Gather
+from treadle.ir.ops.indexing import Gather, TakeAlongAxis
 from treadle.ir.ops.parts import Slice
-from treadle.ir.sizing.sizes import Size
+from treadle.ir.ops.shapes import Expand
+from treadle.ir.sizing.sizes import ONE, ZERO, Size
 from treadle.ir.source_lines import SourceLine
+
+
+@dataclass(frozen=True)
+class Picked:
+    """Positions that rows have of their own: a value whose dimension `rows` is the rows, and `dim` the positions of
+    each; the others are 1.
+    """
+
+    value: Value
+    rows: int
+    dim: int
 
 
 @dataclass(frozen=True)
@@ -29,12 +42,16 @@ class Part:
     """A run of positions along one axis of a value: `size` of them, from `start` on along dimension `dim`.
 
     source   the line that asks for them
+    picked   positions that are no run, of which each row has `size`; None: those from `start` on
+    rows     the dimension of these rows
     """
 
     dim: int
     start: Size
     size: Size
     source: SourceLine | None = field(default=None, compare=False)
+    picked: Picked | None = None
+    rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,7 +89,7 @@ class FoundParts:
 
 
 def part_taken(node: Node) -> Part | None:
-    """The part of its first operand that a slice or a lookup at constant positions reads, if that is a small one."""
+    """The part of its first operand that a slice or a lookup reads, if that is a small one."""
     op = node.op
     if isinstance(op, Slice) and op.stride == 1:
         dim = place(op.axis, node.inputs[0].type.rank)
@@ -82,15 +99,42 @@ def part_taken(node: Node) -> Part | None:
         at = node.inputs[1].literal.array
         first, last = int(at.min()), int(at.max())
         found = Part(place(op.axis, node.inputs[0].type.rank), Size.of(first), Size.of(last - first + 1), node.source)
+    elif isinstance(op, TakeAlongAxis) and (picked := _picked(node, place(op.axis, node.result.type.rank))) is not None:
+        found = Part(picked.dim, ZERO, node.result.type.shape[picked.dim], node.source, picked, picked.rows)
     else:
         return None
     return found if _is_small(found, node.inputs[0]) else None
 
 
+def _picked(node: Node, dim: int) -> Picked | None:
+    """The positions at which elements are taken, where all elements of a row are taken at the same ones."""
+    x, indices = node.inputs
+    if indices.node is None or not isinstance(indices.node.op, Expand):
+        return None
+    value = indices.node.inputs[0]
+    sizes = value.type.shape
+    rows = [i for i, size in enumerate(sizes) if i != dim and size != ONE]
+    if value.type.rank != x.type.rank or len(rows) != 1 or sizes[rows[0]] != x.type.shape[rows[0]]:
+        return None
+    return Picked(value, rows[0], dim)
+
+
 def _is_small(part: Part, value: Value) -> bool:
-    """Whether it is worth to read that alone: a fixed number of positions, at most half of a fixed size."""
+    """Whether it is worth to read that alone: a fixed number of positions, at most half of a fixed size.
+
+    Of positions that a caller gives, any number: who gives some wants these.
+    """
     size, whole = part.size.constant, value.type.shape[part.dim].constant
+    if size is None and part.picked is not None:
+        return _is_given(part.picked.value)
     return size is not None and size > 0 and (whole is None or 2 * size <= whole)
+
+
+def _is_given(value: Value) -> bool:
+    """Whether it is an input, however that is moved."""
+    while value.node is not None and value.node.op.is_view:
+        value = value.node.inputs[0]
+    return value.kind == "input"
 
 
 class PartsRead:
@@ -157,19 +201,24 @@ class PartsRead:
         if (within := _within_slice(node, wanted[0])) is not None:
             return CutNode(None, (within,), wanted)
         application = node.op.apply([None if v is None else v.type for v in node.operands])
-        factors = {_factor(application, n, part.dim) for n, part in enumerate(wanted) if part is not None}
-        spans = {(part.start, part.size) for part in wanted if part is not None}
-        factor, source = next(iter(factors)), next(part.source for part in wanted if part is not None)
-        if len(factors) > 1 or len(spans) > 1 or factor is None or application.factors[factor].role is not Role.MAPPED:
+        parts = [part for part in wanted if part is not None]
+        part = parts[0]
+        factors = {_mapped(application, n, p.dim) for n, p in enumerate(parts)}
+        rows = {_mapped(application, n, p.rows) if p.picked is not None else None for n, p in enumerate(parts)}
+        if len(factors) > 1 or len(rows) > 1 or any(replace(p, dim=part.dim, rows=part.rows) != part for p in parts):
             return None
-        ((start, size),) = spans
-        operands = _operand_parts(node, application, factor, Part(0, start, size, source))
+        (factor,), (row,) = factors, rows
+        if factor is None or (row is None and part.picked is not None):
+            return None
+        operands = _operand_parts(node, application, factor, row, part)
         if operands is None:
             return None
-        op = on_part(node, factor, start, size)
+        op = on_part(node, factor, part)
         if op is None:
             whole = application.dims[factor].size
-            reason = f"{node.op.name} has no form on {size} of {whole} positions, all that is read of it"
+            reason = f"{node.op.name} has no form on {part.size} of {whole} positions, all that is read of it"
+            if part.picked is not None and factor in node.op.positional:
+                reason = f"{node.op.name} looks at positions, and each row is read at one of its own"
             found.refused.append((function, node, reason))
             return None
         found.computes |= not op.only_moves
@@ -180,29 +229,38 @@ def _joined(a: Part, b: Part, value: Value) -> Part | None:
     """A part that holds both, if there is a small one."""
     edges = [s.constant for s in (a.start, a.start + a.size, b.start, b.start + b.size)]
     known = [edge for edge in edges if edge is not None]
-    if a.dim != b.dim or len(known) < len(edges):
+    if a.dim != b.dim or len(known) < len(edges) or a.picked is not None or b.picked is not None:
         return None
     both = Part(a.dim, Size.of(min(known)), Size.of(max(known) - min(known)), a.source)
     return both if _is_small(both, value) else None
 
 
-def _factor(application: Application, result: int, dim: int) -> str | None:
-    """The factor that a dimension of a result is, if it is one alone."""
+def _mapped(application: Application, result: int, dim: int) -> str | None:
+    """The factor that a dimension of a result is, if it is one alone, and the op maps it."""
     held = application.results[result][dim]
-    return held.factors[0] if len(held.factors) == 1 and held.size is None else None
+    if len(held.factors) != 1 or held.size is not None:
+        return None
+    (factor,) = held.factors
+    return factor if application.factors[factor].role is Role.MAPPED else None
 
 
 def _within_slice(node: Node, part: Part | None) -> Part | None:
     """Which part of a slice's operand a part of the slice is, if it is along the same axis."""
     op = node.op
-    if part is None or not isinstance(op, Slice) or op.stride != 1 or place(op.axis, node.result.type.rank) != part.dim:
+    if part is None or part.picked is not None or not isinstance(op, Slice) or op.stride != 1:
+        return None
+    if place(op.axis, node.result.type.rank) != part.dim:
         return None
     start, _ = op.span(node.inputs[0].type.shape[part.dim])
     return replace(part, start=start + part.start)
 
 
-def _operand_parts(node: Node, application: Application, factor: str, part: Part) -> tuple[Part | None, ...] | None:
+def _operand_parts(
+    node: Node, application: Application, factor: str, row: str | None, part: Part
+) -> tuple[Part | None, ...] | None:
     """What a node takes of each operand where its results hold a part, along a factor; None where that is no part.
+
+    row   the factor of rows that have positions of their own: what holds these must hold it
 
     What multiplies weights does not do so along an axis of theirs: parts of them would be held beside the whole.
     """
@@ -219,14 +277,18 @@ def _operand_parts(node: Node, application: Application, factor: str, part: Part
             or value.type.encoding is not None
         ):
             return None
-        parts.append(replace(part, dim=held[0]))
+        rows = [i for i, dim in enumerate(dims) if dim.factors == (row,)]
+        if row is not None and len(rows) != 1:
+            return None
+        parts.append(replace(part, dim=held[0], rows=rows[0] if rows else 0))
     return tuple(parts) if any(parts) else None
 
 
-def on_part(node: Node, factor: str, start: Size, size: Size) -> Op | None:
+def on_part(node: Node, factor: str, part: Part) -> Op | None:
     """What a node's op is on a part of a factor that it maps; None where it has no such form."""
     op: Op | None = node.op
     assert op is not None
     if factor in op.positional:
-        op = op.on_part(factor, start)
-    return None if op is None else op.resized({factor: size}, [None if v is None else v.type for v in node.operands])
+        op = None if part.picked is not None else op.on_part(factor, part.start)
+    types = [None if v is None else v.type for v in node.operands]
+    return None if op is None else op.resized({factor: part.size}, types)

@@ -65,7 +65,7 @@ class MaskFiller:
     @classmethod
     def open(cls, options: ModelOptions) -> MaskFiller:
         """Raises as `OpenedModel.open` does, and CheckpointError where the vocabulary has no mask."""
-        opened = OpenedModel.open(options, HEAD)
+        opened = OpenedModel.open(options, HEAD, ["logits[:, asked]"])
         mask = opened.tokenizer.mask
         if mask is None:
             raise CheckpointError(
@@ -100,8 +100,9 @@ class MaskFiller:
                 raise UsageError(f"a text has no {self.mask}", received=text[:200], hint=f"The sky is {self.mask}.")
         allowed = None if among is None else self._ids(among)
         found: dict[int, Filled] = {}
-        for row, logits in self.opened.run(encoded):
-            found[row] = self._filled(encoded[row], logits, top, allowed)
+        places = [[i for i, each in enumerate(text.ids) if each == number] for text in encoded]
+        for row, logits in self.opened.run(encoded, asked=places):
+            found[row] = self._filled(encoded[row], places[row], logits, top, allowed)
             if progress is not None:
                 progress(len(found))
         return [found[row] for row in range(len(texts))]
@@ -114,12 +115,14 @@ class MaskFiller:
             raise UsageError("what is looked at must be tokens of the vocabulary", received=received)
         return [number for number in ids.values() if number is not None]
 
-    def _filled(self, encoded: EncodedText, logits: Array, top: int, allowed: list[int] | None) -> Filled:
+    def _filled(
+        self, encoded: EncodedText, places: Sequence[int], logits: Array, top: int, allowed: list[int] | None
+    ) -> Filled:
+        """What may stand at a text's masks, whose places and logits these are."""
         tokenizer = self.opened.tokenizer
-        places = [i for i, number in enumerate(encoded.ids) if number == tokenizer.id_of(self.mask)]
         masks = []
-        for place in places:
-            scores = softmax(logits[place])
+        for place, row in zip(places, logits, strict=True):
+            scores = softmax(row)
             ids = np.arange(len(scores)) if allowed is None else np.array(allowed)
             best = ids[np.argsort(-scores[ids], kind="stable")[:top]]
             fillings = []

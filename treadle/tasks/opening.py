@@ -57,8 +57,10 @@ class OpenedModel:
     tokenizer: TextTokenizer
 
     @classmethod
-    def open(cls, options: ModelOptions, head: Head) -> OpenedModel:
+    def open(cls, options: ModelOptions, head: Head, outputs: Sequence[str] | None = None) -> OpenedModel:
         """Compile the model of a folder, or a fetched one.
+
+        outputs   those that are computed; `logits[:, asked]` at the positions that `run` is told. None: all
 
         Raises UsageError where it has no such head, CheckpointError where a file is missing or damaged, and what
         `compile` raises.
@@ -69,11 +71,16 @@ class OpenedModel:
         inputs = ["lengths"]
         if "token_types" in optional and config.get("type_vocab_size", 2) != 1:
             inputs.append("token_types")
-        made = options.compile(inputs)
+        made = options.compile(inputs, outputs)
         return cls(made.name, config, made, TextTokenizer.open(folder.path, context=token_positions(made)))
 
-    def run(self, texts: Sequence[EncodedText], *, output: str = "logits") -> Iterator[tuple[int, Floats]]:
-        """An output's rows, each with its text's number, in no order; of [B, S, ...], a row ends with its text."""
+    def run(
+        self, texts: Sequence[EncodedText], *, output: str = "logits", asked: Sequence[Sequence[int]] | None = None
+    ) -> Iterator[tuple[int, Floats]]:
+        """An output's rows, each with its text's number, in no order; of [B, S, ...], a row ends with its text.
+
+        asked   of each text the positions that are looked at, one or more, where the model was opened so
+        """
         takes = {port.name for port in self.model.inputs}
         for chosen in batches_by_length([len(text) for text in texts], BATCH):
             lengths = np.array([len(texts[i]) for i in chosen], np.int64)
@@ -82,10 +89,17 @@ class OpenedModel:
             for row, number in enumerate(chosen):
                 tokens[row, : lengths[row]] = texts[number].ids
                 types[row, : lengths[row]] = texts[number].types
+            counts = lengths
             given = {"tokens": tokens, "lengths": lengths, "token_types": types}
+            if asked is not None:
+                counts = np.array([len(asked[i]) for i in chosen], np.int64)
+                most = int(counts.max())
+                given["asked"] = np.array(
+                    [[*asked[i], *[asked[i][0]] * (most - len(asked[i]))] for i in chosen], np.int64
+                )
             out = np.asarray(self.model(**{name: x for name, x in given.items() if name in takes})[output])
             for row, number in enumerate(chosen):
-                yield number, out[row, : lengths[row]] if out.ndim == 3 else out[row]
+                yield number, out[row, : counts[row]] if out.ndim == 3 else out[row]
 
 
 def checked_folder(options: ModelOptions, head: Head) -> tuple[ModelFolder, dict[str, Any]]:

@@ -34,9 +34,11 @@ class ModelOptions:
     cache: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
 
-    def compile(self, inputs: Sequence[str] = ()) -> Compiled:
-        """The model as it is declared, with these optional inputs. Raises what `treadle.compile` does."""
-        return compile(self.model, backend=self.backend, inputs=inputs, **self.how())
+    def compile(self, inputs: Sequence[str] = (), outputs: Sequence[str] | None = None) -> Compiled:
+        """The model as it is declared, with these optional inputs, and all outputs or these. Raises what
+        `treadle.compile` does.
+        """
+        return compile(self.model, backend=self.backend, inputs=inputs, outputs=outputs, **self.how())
 
     def stepped(self) -> SteppedModel:
         """The step of generation. Raises what `treadle.stepped.open_stepped` does."""
