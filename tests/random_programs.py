@@ -163,7 +163,10 @@ def linear(b: Builder, r: Random, x: Expr) -> Expr:
     x = b.rearrange(x, pattern="b s d -> (b s) d") if rows else x
     y = one_of(r, lambda: b.linear(x, w), lambda: b.matmul(x, b.rearrange(w, pattern="o i -> i o")))
     y = y + parameter(b, x.dtype, WIDTH) if r.random() < 0.7 else y
-    return b.tanh(b.rearrange(y, pattern="(b=B s) d -> b s d") if rows else y)
+    heads = rows and r.random() < 0.3
+    y = b.rearrange(y, pattern="(b=B s) (h=2 d) -> b h s d") if heads else y
+    y = b.rearrange(y, pattern="(b=B s) d -> b s d") if rows and not heads else y
+    return b.rearrange(b.tanh(y), pattern="b h s d -> b s (h d)") if heads else b.tanh(y)
 
 
 def feed_forward(b: Builder, r: Random, x: Expr) -> Expr:

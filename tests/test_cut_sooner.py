@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import pytest
@@ -349,3 +349,25 @@ def test_classifiers_of_the_zoo(name: str, backend: str) -> None:
         for p in exe.inputs
     }
     np.testing.assert_allclose(exe(**takes).logits, whole(**takes).logits, rtol=0, atol=1e-6)
+
+
+def test_an_encoder_of_pytorchs() -> None:
+    """Its attention moves rows to [s b] and back, which stay where they are: else the cut would end there."""
+    torch = pytest.importorskip("torch")
+
+    class First(torch.nn.Module):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+            self.layers = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+        def forward(self, x: Any) -> Any:
+            return self.layers(x)[:, 0]
+
+    x = torch.randn(3, 7, 16, generator=torch.Generator().manual_seed(0))
+    model = First().eval()
+    exe = treadle.compile(treadle.from_torch(model, (x,)))
+    sizes = [str(node.result.type.shape[2]) for _, node in exe.graph.walk() if node.op.name == "attention"]
+    assert sizes == ["7", "1"]
+    (got,) = exe(**{exe.inputs[0].name: x.numpy()}).values()
+    np.testing.assert_allclose(got, model(x).detach().numpy(), rtol=0, atol=1e-5)

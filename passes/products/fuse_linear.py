@@ -6,11 +6,13 @@ for nothing: a backend that packs weights packs either, and adds the bias as the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from treadle.ir.builder import Builder
 from treadle.ir.ops.products import Linear
+from treadle.ir.sizing.sizes import Size
+from treadle.ir.types import Type
 from treadle.passes.cleanup.rearrange_forms import RearrangeForm, composed, form_of, reshaping_pattern
 from treadle.passes.framework.pattern import Vocabulary
 from treadle.passes.framework.rewrite import Match, Refusal, Rewrite, RewriteSet
@@ -62,42 +64,97 @@ def _is_linear(m: Match) -> bool:
     return bool(isinstance(m.product.value.node.op, Linear))
 
 
+def _product(p: Vocabulary, rows: Any, w: Any, bias: Any, addend: Any) -> Any:
+    """A product of rows with a weight, and what is added to it."""
+    product = p.named("product", p.either(p.matmul(rows, w), p.linear(rows, w, p.either(bias, None))))
+    return p.either(product, product + addend)
+
+
+def _is_plain(m: Match) -> bool:
+    """Whether the product is of rows and a matrix, and a vector or a number is added to it."""
+    return bool(m.w.rank == 2 and m.product.rank >= 2 and (m.addend is None or m.addend.rank <= 1))
+
+
+def _again(b: Builder, m: Match, x: Any) -> Any:
+    """The product, of other rows."""
+    product = b.linear(x, m.w, m.bias) if _is_linear(m) else b.matmul(x, m.w)
+    return product if m.addend is None else product + m.addend
+
+
+def _with_width(form: RearrangeForm, width: Size) -> RearrangeForm | None:
+    """A form that leaves the last axis as it is, of rows of another width; None where it does more with that axis."""
+    last = form.before[-1] if form.before else ()
+    if len(last) != 1 or not form.after or form.after[-1] != last:
+        return None
+    return replace(form, sizes=tuple([width if atom in last else size for atom, size in enumerate(form.sizes)]))
+
+
 @dataclass(frozen=True)
 class ProductOfRows(Rewrite):
-    """matmul(join(x), w) + bias, with its rows split again   -->   matmul(x, w) + bias        and linear, likewise
+    """rearrange(matmul(rearrange(x), w) + bias)   -->   matmul(rearrange(x), w) + bias        and linear, likewise
 
-    [B, S, k] -> [(B S), k] -> [(B S), n] -> [B, S, n], as an addmm has it: leading axes are rows as they are. What else
-    the first rearrange does to x remains. A vector, [k] -> [1, k] -> [1, n] -> [n], is an operand of `linear` alone: a
-    matmul keeps its one row. Refuses: a product or sum that is used elsewhere with its rows joined.
+    where the second one moves, joins or splits rows: x is laid out at once as the product's rows come to be read.
+    [B, S, k] -> [(B S), k] -> [(B S), n] -> [B, S, n], as an addmm has it, or [B, h, S, d] -> [(S B), k] -> [(S B), n]
+    -> [B, S, n], as PyTorch's attention. What else the first does to x remains. A vector, [k] -> [1, k] -> [1, n] ->
+    [n], is an operand of `linear` alone: a matmul keeps its one row. Refuses: a product or sum that is used elsewhere
+    with its rows as they were.
     """
 
     def pattern(self, p: Vocabulary, x: Any, w: Any, bias: Any, addend: Any, first: Any, second: Any) -> Any:
-        rows = p.shared(p.rearrange(x, pattern=first))
-        product = p.named("product", p.either(p.matmul(rows, w), p.linear(rows, w, p.either(bias, None))))
-        return p.rearrange(p.either(product, product + addend), pattern=second)
+        return p.rearrange(_product(p, p.shared(p.rearrange(x, pattern=first)), w, bias, addend), pattern=second)
 
     def fits(self, m: Match) -> bool:
-        plain = m.w.rank == 2 and m.product.rank == 2 and (m.addend is None or m.addend.rank <= 1)
         if m.result.type.rank == 1 and not _is_linear(m):
             return False
-        return bool(plain and m.product.type.dims[1:] == m.result.type.dims[-1:] and self._on_x(m) is not None)
+        return _is_plain(m) and m.product.type.dims[-1:] == m.result.type.dims[-1:] and self._on_x(m) is not None
 
     def _on_x(self, m: Match) -> RearrangeForm | None:
-        """What the two rearranges do to x, if the second one splits rows, and leaves their order and the last axis."""
+        """What the two rearranges do to x, if the second one leaves the last axis."""
         split = form_of(m.second, m.product.type)
-        rows, last = split.before
-        if sum(split.after[:-1], ()) != rows or split.after[-1] != last:
+        *rows, last = split.before
+        if split.after[-1] != last:
             return None
         joined = m.product.value.node.inputs[0].type
-        pattern = reshaping_pattern(joined, (*m.result.type.shape[:-1], joined.shape[-1]))
+        if sum(split.after[:-1], ()) == sum(rows, ()):
+            pattern = reshaping_pattern(joined, (*m.result.type.shape[:-1], joined.shape[-1]))
+        else:
+            moved = _with_width(split, joined.shape[-1])
+            pattern = None if moved is None else moved.pattern
         return None if pattern is None else composed(m.first, pattern, m.x.type)
 
     def rewrite(self, b: Builder, m: Match) -> Any:
         form = self._on_x(m)
         assert form is not None
         x = m.x if form.is_identity and len(form.before) == len(form.after) else b.rearrange(m.x, pattern=form.pattern)
-        product = b.linear(x, m.w, m.bias) if _is_linear(m) else b.matmul(x, m.w)
-        return product if m.addend is None else product + m.addend
+        return _again(b, m, x)
+
+
+@dataclass(frozen=True)
+class RowsAfterProduct(Rewrite):
+    """rearrange(matmul(rearrange(x), w) + bias)   -->   rearrange(matmul(x, w) + bias)        and linear, likewise
+
+    where the first one moves, joins or splits rows, and the second one takes the last axis apart, as heads are. Refuses
+    a product or sum that is used elsewhere with its rows as they were.
+    """
+
+    def pattern(self, p: Vocabulary, x: Any, w: Any, bias: Any, addend: Any, first: Any, second: Any) -> Any:
+        return p.rearrange(_product(p, p.shared(p.rearrange(x, pattern=first)), w, bias, addend), pattern=second)
+
+    def fits(self, m: Match) -> bool:
+        taken_apart = m.product.type.dims[-1:] != m.result.type.dims[-1:]
+        return _is_plain(m) and taken_apart and m.x.rank >= 2 and self._of_result(m) is not None
+
+    def _of_result(self, m: Match) -> RearrangeForm | None:
+        """What the two rearranges do to the product of x."""
+        width = m.product.type.dims[-1]
+        moved = _with_width(form_of(m.first, m.x.type), width.size)
+        made = Type(m.product.type.dtype, (*m.x.type.dims[:-1], width))
+        return None if moved is None else composed(moved.pattern, m.second, made)
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        form = self._of_result(m)
+        assert form is not None
+        return b.rearrange(_again(b, m, m.x), pattern=form.pattern)
 
 
 @dataclass(frozen=True)
@@ -106,9 +163,10 @@ class FuseLinear(RewriteSet):
 
      1. matmul(x, transpose(w))  -->  linear(x, w)
      2. linear(x, w) + bias  -->  linear(x, w, bias)
-     3. rows joined before a product, and split after it  -->  the product of the rows as they are
+     3. rows moved, joined or split after a product  -->  the product of the rows so
+     4. rows moved, joined or split before a product  -->  the product of the rows as they are
 
-    Refuses: a w that is no weight; a product that is used elsewhere without the bias, or with its rows joined.
+    Refuses: a w that is no weight; a product that is used elsewhere without the bias, or with its rows otherwise.
     """
 
-    rules: ClassVar[tuple[Rewrite, ...]] = (MatmulTransposed(), LinearBias(), ProductOfRows())
+    rules: ClassVar[tuple[Rewrite, ...]] = (MatmulTransposed(), LinearBias(), ProductOfRows(), RowsAfterProduct())
