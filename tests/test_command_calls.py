@@ -191,7 +191,8 @@ CASES: list[tuple[str, str, str]] = [  # what is typed, what is replaced, and th
     ("generate some one --tokens 3", "treadle.continuation.TextWriter.open", "continued"),
     (
         "generate some one two --tokens 3 --temperature 0.5 --top-k 4 --top-p 0.75 --min-p 0.25 --seed 5 --stop . "
-        f"--logprobs 2 --repetition-penalty 1.5 --presence-penalty 0.5 --speculate --cache f16 {HOW} {WHERE}",
+        f"--logprobs 2 --repetition-penalty 1.5 --presence-penalty 0.5 --speculate --cache f16 --widen blocks,f16 "
+        f"{HOW} {WHERE}",
         "treadle.continuation.TextWriter.open",
         "continued",
     ),
@@ -215,7 +216,7 @@ CASES: list[tuple[str, str, str]] = [  # what is typed, what is replaced, and th
         "say",
     ),
     ("chat some", "treadle.continuation.TextWriter.open", "open"),
-    (f"chat some --cache f16 {HOW} {WHERE}", "treadle.continuation.TextWriter.open", "open"),
+    (f"chat some --cache f16 --widen blocks,f16 {HOW} {WHERE}", "treadle.continuation.TextWriter.open", "open"),
     ("classify some one two --json", "treadle.tasks.classifying.TextClassifier.open", "classify"),
     (f"classify some one --pair two {HOW} {WHERE}", "treadle.tasks.classifying.TextClassifier.open", "classify"),
     ("answer some what one two --json", "treadle.tasks.answering.QuestionAnswerer.open", "answer"),
@@ -230,7 +231,7 @@ CASES: list[tuple[str, str, str]] = [  # what is typed, what is replaced, and th
     (f"fill some one --top 3 --among a --among b {HOW} {WHERE}", "treadle.tasks.filling.MaskFiller.open", "fill"),
     ("perplexity some m.py --json", "treadle.tasks.perplexity.PerplexityMeter.open", "tokens"),
     (
-        f"perplexity some m.py --window 8 --tokens 9 --alone {HOW} {WHERE}",
+        f"perplexity some m.py --window 8 --tokens 9 --alone --widen blocks,f16 {HOW} {WHERE}",
         "treadle.tasks.perplexity.PerplexityMeter.open",
         "tokens",
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
 import treadle as t
+import treadle.cli
 from tests.task_models import texts
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.tasks.options import ModelOptions
@@ -115,6 +117,25 @@ def test_fewer_bits_stand_beside_the_model_without_them(folder: Path, ids: list[
     assert found.beside.alike == np.concatenate(alike).mean()
     alone = PerplexityMeter.open(ModelOptions(folder, backend, **how), alone=True)
     assert alone.beside is None and alone.measure(ids[:60], window=32).perplexity == found.perplexity
+
+
+def test_fewer_bits_of_a_files_own_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--widen blocks` makes numbers of a GGUF file's blocks, which --quantize rounds; without it there are none."""
+    pytest.importorskip("gguf")
+    from tests.fuzz.gguf_files import Sizes, tensors, write_model
+
+    place, text = tmp_path / "m.gguf", tmp_path / "text.txt"
+    write_model(place, Sizes(), tensors(Sizes()), "Q4_1")
+    text.write_text(TEXT, encoding="utf-8")
+    with pytest.raises(UsageError, match=r"int4 rounds nothing of .*: its matrices are in blocks already"):
+        PerplexityMeter.open(ModelOptions(place, quantize="int4"))
+    asked = ["perplexity", str(place), str(text), "--tokens", "40", "--window", "32", "--quantize", "int4", "--json"]
+    treadle.cli.app([*asked, "--widen", "blocks"], standalone_mode=False)
+    found = json.loads(capsys.readouterr().out)
+    own = PerplexityMeter.open(ModelOptions(place, widen="blocks"))
+    assert {v.type.encoding for v in own.model.graph.parameters.values()} == {None}
+    whole = own.measure(own.tokens(TEXT, 40), window=32)
+    assert found["beside"]["perplexity"] == whole.perplexity != found["perplexity"]
 
 
 def test_logarithms_are_of_large_numbers_too() -> None:

@@ -71,7 +71,7 @@ def load(
         raise UsageError(
             "limits of a model are given by name", received="ArtifactLimits", hint='{"tensors": 1_000_000}'
         )
-    more = {**config, "widen": widen} if widen else config
+    names = widen if isinstance(widen, str) else tuple(widen)
     chosen = backend if backend is not None else "numpy"
     where = target if target is not None else "cpu"
-    return LoadedModel(ModelOptions(name, chosen, where, dtype, quantize, limits, cache, more))
+    return LoadedModel(ModelOptions(name, chosen, where, dtype, quantize, limits, cache, config, names))

@@ -28,6 +28,8 @@ from treadle.cli.options import (
     Recipe,
     TargetName,
     Threads,
+    Widen,
+    names_of,
 )
 
 if TYPE_CHECKING:
@@ -102,6 +104,7 @@ def continue_texts(
     limit: Limit = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
+    widen: Widen = None,
     backend: BackendName = "numpy",
     target: TargetName = "cpu",
     threads: Threads = None,
@@ -145,6 +148,7 @@ def continue_texts(
                 target=where,
                 dtype=dtype,
                 quantize=quantize,
+                widen=names_of(widen) or (),
                 cache=cache,
                 stepped=stepped,
                 **parse_config(config or (), limit or ()),

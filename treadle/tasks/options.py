@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ class ModelOptions:
     limits            what a file may ask for before it is refused
     cache             the dtype of keys and values, where text is generated
     config            configuration that overrides the folder's
+    widen             as `compile` takes it
     """
 
     model: str | Path
@@ -33,6 +34,7 @@ class ModelOptions:
     limits: Mapping[str, int] | None = None
     cache: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    widen: str | Iterable[str] = ()
 
     def compile(self, inputs: Sequence[str] = (), outputs: Sequence[str] | None = None) -> Compiled:
         """The model as it is declared, with these optional inputs, and all outputs or these. Raises what
@@ -46,5 +48,5 @@ class ModelOptions:
 
     def how(self) -> dict[str, Any]:
         """How it is compiled, as keywords that what opens a model takes, but for the backend."""
-        how = {"target": self.target, "dtype": self.dtype, "quantize": self.quantize, "limits": self.limits}
-        return {**how, **self.config}
+        how = {"target": self.target, "dtype": self.dtype, "quantize": self.quantize, "widen": self.widen}
+        return {**how, "limits": self.limits, **self.config}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from treadle.cli.application import print_json
-from treadle.cli.options import CacheName
+from treadle.cli.options import CacheName, Widen, names_of
 from treadle.cli.tasks.asking import task_command
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def talk_with_model(
     ] = 1.0,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the draws: the same seed gives the same replies.")] = 0,
     cache: CacheName = None,
+    widen: Widen = None,
     *,
     as_json: bool,
 ) -> None:
@@ -59,7 +60,7 @@ def talk_with_model(
     rules = TokenRules(repetition_penalty=repetition_penalty)
     need_for_text(options.model, chat=True)
     with working(f"compiling {options.model}", shown=not as_json):
-        writer = LoadedModel(replace(options, cache=cache)).writer
+        writer = LoadedModel(replace(options, cache=cache, widen=names_of(widen) or ())).writer
         talk = Conversation.open(writer, system=system, capacity=context)
     for line in _lines(shown=not as_json):
         if line == _NEW:

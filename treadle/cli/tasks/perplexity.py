@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from treadle.cli.application import print_json
+from treadle.cli.options import Widen, names_of
 from treadle.cli.tasks.asking import task_command
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def measure_text(
     alone: Annotated[
         bool, typer.Option("--alone", help="Do not run the model without --quantize and --dtype beside it.")
     ] = False,
+    widen: Widen = None,
     *,
     as_json: bool,
 ) -> None:
@@ -43,7 +45,7 @@ def measure_text(
 
     text = read_text(file)
     with working(f"compiling {options.model}", shown=not as_json):
-        meter = PerplexityMeter.open(options, alone=alone)
+        meter = PerplexityMeter.open(replace(options, widen=names_of(widen) or ()), alone=alone)
     ids = meter.tokens(text, most)
     total = len(list(windows(len(ids), window)))
     with counting("reading", total, shown=not as_json) as progress:
