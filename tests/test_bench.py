@@ -20,7 +20,7 @@ from treadle.benching.serving import Unfit, open_eager, open_llama, save_arrays
 from treadle.benching.sides import PEERS, Side
 from treadle.benching.workload import Workload
 from treadle.ir.errors import TreadleError, UsageError
-from treadle.reports import console
+from treadle.reporting.tables import console
 
 SMALL = ("layers=1", "dim=32", "heads=2", "hidden=64", "vocab=100")
 

@@ -18,7 +18,7 @@ import treadle.cli
 from treadle.artifacts import open_artifact
 from treadle.ir.errors import TreadleError
 from treadle.ir.text.parser import parse_graph
-from treadle.reports import human
+from treadle.reporting.counts import human
 from treadle.resolving import resolve
 
 ROOT = Path(__file__).resolve().parent.parent

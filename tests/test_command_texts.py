@@ -247,7 +247,7 @@ def test_what_a_server_says(words: str, told: str, monkeypatch: pytest.MonkeyPat
 def test_a_table_keeps_to_a_pipe_s_width_and_a_path_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     path = "/" + "a-long-folder/" * 20
     fetched = [{"name": "minilm", "about": "a model " * 40, "download_bytes": 5, "path": path}]
-    monkeypatch.setattr("treadle.reports.zoo_facts", lambda: {"zoo": [], "fetched": fetched})
+    monkeypatch.setattr("treadle.reporting.zoo.zoo_facts", lambda: {"zoo": [], "fetched": fetched})
     lines = CliRunner().invoke(app, ["models"]).stdout.splitlines()
     assert f"minilm  {path}" in lines
     assert max(len(line) for line in lines if path not in line) <= 120

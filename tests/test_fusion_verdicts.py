@@ -16,6 +16,7 @@ from tests.test_fuse_rotary import Case
 from tests.test_models import ZOO
 from treadle.explaining.fusion import Explanation, explain_fusion
 from treadle.explaining.fusion_verdicts import judge
+from treadle.ir.analysis.run_counts import count_calls
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph
 from treadle.ir.text.parser import parse_graph
@@ -25,7 +26,6 @@ from treadle.passes.cleanup.decompose import Decompose
 from treadle.passes.framework.manager import Pass, PassManager
 from treadle.passes.framework.pass_log import count_ops
 from treadle.passes.sites.fusion_sites import KINDS, find_sites
-from treadle.reports import count_calls
 
 SPELLED = ("attention", "rotary")
 """Kinds whose rules make one op of one site."""

@@ -24,7 +24,7 @@ from treadle.benching.workload import Workload
 from treadle.cli.application import app
 from treadle.ir.analysis.cost import graph_cost
 from treadle.ir.text.parser import parse_graph
-from treadle.reports import console
+from treadle.reporting.tables import console
 from treadle.runtime.verification_report import BackendReport, Difference, NotFinite, OpFault, VerificationReport
 
 MODEL = """\

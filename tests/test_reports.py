@@ -13,19 +13,11 @@ import pytest
 
 import treadle as t
 from treadle.fitting import fit_prose, fitted
-from treadle.reports import (
-    array_facts,
-    array_table,
-    compiled_facts,
-    compiled_lines,
-    console,
-    counted,
-    human,
-    pass_table,
-    shortest,
-    similarity_table,
-    zoo_tables,
-)
+from treadle.reporting.arrays import array_facts, array_table, shortest, similarity_table
+from treadle.reporting.compilations import compiled_facts, compiled_lines, pass_table
+from treadle.reporting.counts import counted, human
+from treadle.reporting.tables import console
+from treadle.reporting.zoo import zoo_tables
 
 
 @t.model

@@ -27,7 +27,7 @@ from treadle.passes.framework.manager import BrokenPassError, Pass, PassManager
 from treadle.passes.framework.pass_log import PassRecord
 from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.pipelines import DEFAULT
-from treadle.reports import graph_facts, graph_header
+from treadle.reporting.graphs import graph_facts, graph_header
 
 # -- identity ----------------------------------------------------------------------------------------------------
 

@@ -146,7 +146,8 @@ def test_lines_are_broken_between_arguments_and_never_in_a_text_or_a_type() -> N
 
 
 def test_tables_keep_paths_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from treadle.reports import console, zoo_tables
+    from treadle.reporting.tables import console
+    from treadle.reporting.zoo import zoo_tables
 
     path = str(tmp_path / ("a-long-folder-" * 12) / "model")
     facts = {"zoo": [], "fetched": [{"name": "minilm", "about": "a model", "download_bytes": 5, "path": path}]}
@@ -162,7 +163,7 @@ def test_tables_keep_paths_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_row_of_items_goes_on_between_two_of_them() -> None:
     from rich.console import Console
 
-    from treadle.reports import Items
+    from treadle.reporting.tables import Items
 
     def rows(width: int, *items: str) -> list[str]:
         out = Console(width=width)

@@ -31,7 +31,11 @@ from treadle.ir.text.printer import print_function
 from treadle.models.bert import bert
 from treadle.passes.stepping.functions import CAPACITY, SLOTS
 from treadle.progress import downloading, working
-from treadle.reports import compiled_lines, console, error_text, human, pass_table, similarity_table
+from treadle.reporting.arrays import similarity_table
+from treadle.reporting.compilations import compiled_lines, pass_table
+from treadle.reporting.counts import human
+from treadle.reporting.tables import console
+from treadle.reporting.told_errors import error_text
 from treadle.wheels.pinned_models import PINNED
 
 SENTENCES = (

@@ -12,7 +12,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 
-from treadle.reports import console
+from treadle.reporting.tables import console
 
 _HANG = 4
 _CODE_DEPTHS = range(1, 1000)  # how deep inside of brackets a line may be broken

@@ -100,7 +100,7 @@ def _is_watched() -> bool:
 def _progress(*columns: ProgressColumn) -> Progress:
     from rich.progress import Progress
 
-    from treadle.reports import console
+    from treadle.reporting.tables import console
 
     # The streams stay as they are: what is printed meanwhile goes where it is sent.
     return Progress(

@@ -9,7 +9,8 @@ from rich.table import Table
 
 from treadle.benching.benchmark import Benchmark, BenchRow
 from treadle.benching.sides import PEERS
-from treadle.reports import counted, human, plain_table, rate_text, sizes_text
+from treadle.reporting.counts import counted, human, rate_text, sizes_text
+from treadle.reporting.tables import plain_table
 
 ALIKE = 1e-3
 """Float32 outputs that differ by more, as a part of the largest, are said to be other numbers."""

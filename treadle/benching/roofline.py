@@ -31,7 +31,7 @@ from treadle.ir.builder import describe_source
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Node
 from treadle.ir.storage.views import StorageKind
-from treadle.reports import human, rate_text, sizes_text
+from treadle.reporting.counts import human, rate_text, sizes_text
 
 DTYPES = ("f32", "bf16", "int8")
 """What products are of, each of which has a rate."""

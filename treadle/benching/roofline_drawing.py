@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from html import escape
 
 from treadle.benching.roofline import KernelRow, Roofline
-from treadle.reports import human, rate_text, sizes_text
+from treadle.reporting.counts import human, rate_text, sizes_text
 
 WIDTH, HEIGHT = 1000, 620
 _LEFT, _RIGHT, _TOP, _BOTTOM = 84, 30, 64, 64

@@ -99,7 +99,8 @@ def _errors_told(as_json: bool) -> Iterator[None]:
     except TreadleError as error:
         if error.told_elsewhere:
             raise typer.Exit(2) from None
-        from treadle.reports import console, error_facts, error_text
+        from treadle.reporting.tables import console
+        from treadle.reporting.told_errors import error_facts, error_text
 
         error.hint = getattr(error.hint, "command", error.hint)
         with saying():

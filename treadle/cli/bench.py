@@ -73,7 +73,7 @@ def bench_beside(
     from treadle.benching.workload import Workload
     from treadle.option_values import parse_sizes
     from treadle.progress import working
-    from treadle.reports import console
+    from treadle.reporting.tables import console
 
     if is_artifact(model):
         refuse_for_artifact(config=config, inputs=inputs, dtype=dtype, quantize=quantize)

@@ -68,7 +68,9 @@ def compile_model(
     from treadle.ir.target import Target
     from treadle.option_values import parse_config, parse_sizes
     from treadle.progress import working
-    from treadle.reports import compiled_facts, compiled_lines, console, human, pass_table
+    from treadle.reporting.compilations import compiled_facts, compiled_lines, pass_table
+    from treadle.reporting.counts import human
+    from treadle.reporting.tables import console
 
     if output is not None and not is_artifact(output):
         raise UsageError(f"an artifact's name must end in {SUFFIX}", received=str(output), hint=f"{output}{SUFFIX}")

@@ -43,7 +43,9 @@ def embed_sentences(
     from treadle.npy_files import write_npy
     from treadle.option_values import parse_config, read_sentences
     from treadle.progress import working
-    from treadle.reports import console, counted, shortest, similarity_table
+    from treadle.reporting.arrays import shortest, similarity_table
+    from treadle.reporting.counts import counted
+    from treadle.reporting.tables import console
 
     texts = read_sentences(sentences or [], file)
     with working(f"compiling {model}", shown=not as_json):

@@ -48,7 +48,7 @@ def export_to_onnx(
     from treadle.passes.framework.manager import PassManager
     from treadle.passes.pipelines import DEFAULT
     from treadle.progress import working
-    from treadle.reports import counted, human
+    from treadle.reporting.counts import counted, human
     from treadle.resolving import resolve
 
     if output.suffix != ".onnx":

@@ -120,7 +120,7 @@ def continue_texts(
     from treadle.ir.target import Target
     from treadle.option_values import parse_config
     from treadle.progress import working
-    from treadle.reports import counted
+    from treadle.reporting.counts import counted
     from treadle.runtime.beams import Beams
     from treadle.runtime.sampling import Sampling
     from treadle.runtime.speculation import PromptLookup, SpeculationTally
@@ -224,7 +224,7 @@ def continue_texts(
 
 def _tell_searched(prompts: Sequence[str], searched: Sequence[Sequence[FoundText]]) -> None:
     """Print what a beam search found of each prompt; scores go to standard error."""
-    from treadle.reports import counted
+    from treadle.reporting.counts import counted
 
     for prompt, found in zip(prompts, searched, strict=True):
         for text in found:
@@ -332,7 +332,7 @@ class Written:
 
     def reason(self, writer: TextWriter) -> str:
         """Why it stopped, in words."""
-        from treadle.reports import counted
+        from treadle.reporting.counts import counted
 
         tokens = counted(len(self.pieces), "token")
         if self.ending == "context":

@@ -77,7 +77,8 @@ def inspect_graph(
     from treadle.passes.framework.manager import PassManager
     from treadle.passes.pipelines import DEFAULT
     from treadle.progress import working
-    from treadle.reports import backend_source, following_facts, following_text, graph_facts, graph_header
+    from treadle.reporting.followed_axes import following_facts, following_text
+    from treadle.reporting.graphs import backend_source, graph_facts, graph_header
     from treadle.resolving import resolve
 
     if raw and after:

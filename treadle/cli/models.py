@@ -11,7 +11,8 @@ def list_models(as_json: AsJson = False) -> None:
     """List the zoo, and the models with real weights that can be fetched."""
     from rich.text import Text
 
-    from treadle.reports import console, zoo_facts, zoo_tables
+    from treadle.reporting.tables import console
+    from treadle.reporting.zoo import zoo_facts, zoo_tables
 
     facts = zoo_facts()
     if as_json:

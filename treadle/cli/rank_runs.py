@@ -76,7 +76,9 @@ def run_rank(
     from treadle.ir.target import Target
     from treadle.npy_files import write_npy
     from treadle.option_values import input_names, parse_axes, parse_config, parse_inputs
-    from treadle.reports import array_facts, array_table, console, counted, human
+    from treadle.reporting.arrays import array_facts, array_table
+    from treadle.reporting.counts import counted, human
+    from treadle.reporting.tables import console
     from treadle.runtime.distributed.ranks import join
     from treadle.sharding.rank_models import compile_rank
 

@@ -117,7 +117,9 @@ def run_model(
     from treadle.npy_files import write_npy
     from treadle.option_values import input_names, parse_config, parse_inputs, parse_limits
     from treadle.progress import working
-    from treadle.reports import array_facts, array_table, console, weights_text
+    from treadle.reporting.arrays import array_facts, array_table
+    from treadle.reporting.compilations import weights_text
+    from treadle.reporting.tables import console
 
     narrow = names_of(widen) or ()
     assigned, chosen = values or [], parse_config(config or (), limit or ())

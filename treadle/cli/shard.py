@@ -71,7 +71,7 @@ def shard_command(
     from treadle.option_values import parse_axes, parse_config, parse_limits, parse_sizes
     from treadle.passes.sharding.plan_printing import plan_json
     from treadle.progress import working
-    from treadle.reports import human
+    from treadle.reporting.counts import human
     from treadle.sharding import device_needs, rank_graph, shard_model, try_in_lab
     from treadle.sharding.sharded_models import ShardedModel, load_sharded, sharded
 

@@ -20,6 +20,7 @@ from treadle.compiling import checked_passes
 from treadle.computing import Widen, computing_in
 from treadle.explaining.fusion_verdicts import STATUSES, UNFUSED, FusionVerdict, filled, grouped, judge
 from treadle.frontends.declarations import Model
+from treadle.ir.analysis.run_counts import count_calls, count_run_ops
 from treadle.ir.composites import body_of
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
@@ -28,7 +29,6 @@ from treadle.ir.operation import Composite
 from treadle.passes.framework.manager import Optimized, Pass, PassManager
 from treadle.passes.pipelines import DEFAULT
 from treadle.passes.sites.fusion_sites import KINDS
-from treadle.reports import count_calls, count_run_ops
 from treadle.resolving import resolve
 
 

@@ -19,13 +19,14 @@ from treadle.backends.staged import StagedBackend
 from treadle.compiling import checked_passes
 from treadle.computing import computing_in
 from treadle.frontends.declarations import Model
+from treadle.ir.analysis.run_counts import count_calls
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Function, Graph, Value
 from treadle.ir.target import Target
 from treadle.passes.framework.manager import Optimized, Pass, PassManager
 from treadle.passes.pipelines import DEFAULT
-from treadle.reports import count_calls, human
+from treadle.reporting.counts import human
 from treadle.resolving import resolve
 
 

@@ -32,7 +32,7 @@ from treadle.passes.memory.frames import Frame, aligned, live_at, parts_of, peak
 from treadle.passes.memory.storage_plan import FunctionPlan, StoragePlan
 from treadle.passes.memory.storage_plan import aligned as columns
 from treadle.passes.pipelines import DEFAULT
-from treadle.reports import human, sizes_text
+from treadle.reporting.counts import human, sizes_text
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from treadle.files.whole_files import replacing
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import Hint, UsageError
 from treadle.passes.memory.frames import Frame, live_at, parts_of
-from treadle.reports import human, sizes_text
+from treadle.reporting.counts import human, sizes_text
 
 WIDTH, HEIGHT = 1200, 560
 _LEFT, _RIGHT, _TOP, _BOTTOM = 84, 24, 64, 96

@@ -20,7 +20,7 @@ from treadle.ir.placement.mesh import Mesh
 from treadle.passes.memory.storage_plan import aligned
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.timetable import Cause, PipelineTimes
-from treadle.reports import counted, human, sizes_text
+from treadle.reporting.counts import counted, human, sizes_text
 from treadle.sharding.needs import DeviceNeeds, device_needs, milliseconds
 from treadle.sharding.plans import shard_model
 

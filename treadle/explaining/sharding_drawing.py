@@ -19,7 +19,7 @@ from treadle.explaining.sharding import ShardingTold
 from treadle.ir.ops.collectives import PassOn
 from treadle.passes.sharding.conversions import COLLECTIVES
 from treadle.passes.sharding.timetable import LIMITS, Busy, PipelineTimes
-from treadle.reports import human
+from treadle.reporting.counts import human
 from treadle.sharding.needs import milliseconds
 
 WIDTH = 1200

@@ -17,6 +17,7 @@ from treadle.computing import Widen, computing_in
 from treadle.explaining.layouts import compiled_before
 from treadle.frontends.declarations import Model
 from treadle.ir.analysis.following import follow
+from treadle.ir.analysis.run_counts import count_run_ops
 from treadle.ir.graph import Graph, Value
 from treadle.ir.sizing.sizes import product
 from treadle.ir.types import Type
@@ -24,7 +25,7 @@ from treadle.passes.framework.manager import Pass, PassManager
 from treadle.passes.pipelines import DEFAULT
 from treadle.passes.stepping.derivation import DerivedStep, derive_step
 from treadle.passes.stepping.functions import CAPACITY, SLOTS
-from treadle.reports import count_run_ops, counted, human
+from treadle.reporting.counts import counted, human
 from treadle.resolving import resolve
 
 

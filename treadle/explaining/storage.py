@@ -16,6 +16,7 @@ from typing import Any
 from treadle.backends.made_weights import Recipe, recipes_of
 from treadle.explaining.layouts import lowered_for, passed_weights
 from treadle.frontends.declarations import Model
+from treadle.ir.analysis.run_counts import count_calls
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Function, Graph, Value
@@ -23,7 +24,7 @@ from treadle.ir.target import Target
 from treadle.passes.framework.manager import Pass
 from treadle.passes.memory.storage_plan import BEFORE, FunctionPlan, StoragePlan, ValuePlace, aligned
 from treadle.passes.pipelines import DEFAULT
-from treadle.reports import count_calls, counted
+from treadle.reporting.counts import counted
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from treadle.passes.memory.frames import frames_of, live_at
 from treadle.passes.sharding.gather_ahead import bytes_ahead
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.timetable import Cause, PipelineTimes, Timetable, timetable_of
-from treadle.reports import human
+from treadle.reporting.counts import human
 from treadle.sharding.plans import rank_graph
 
 

@@ -59,7 +59,7 @@ def measure_text(
 
 def perplexity_lines(found: Perplexity, window: int) -> list[str]:
     """What was measured, for a person."""
-    from treadle.reports import counted
+    from treadle.reporting.counts import counted
 
     read = f"{counted(found.tokens, 'token')} foretold in {counted(found.windows, 'window')} of up to {window:,}"
     apart = "" if found.error is None else f", give or take {found.error:.4f}"

@@ -1,0 +1,76 @@
+"""Arrays in short: least, mean and greatest, in the fewest digits; similarities as a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from treadle.reporting import Facts
+from treadle.reporting.tables import plain_table
+
+_SHOWN_VALUES = 64  # an output of at most this many elements is told in full
+
+
+def array_facts(array: np.ndarray[Any, Any]) -> Facts:
+    """An output in short: dtype, shape, least, mean and greatest of its finite elements; in full where it is small."""
+    finite = array[np.isfinite(array)] if array.dtype.kind == "f" else array
+    numbers = finite.astype(np.float64) if finite.size else None
+    facts: Facts = {
+        "dtype": str(array.dtype),
+        "shape": list(array.shape),
+        "min": None if numbers is None else shortest(array.dtype.type(numbers.min())),
+        "mean": None if numbers is None else shortest(_mean(numbers, array.dtype)),
+        "max": None if numbers is None else shortest(array.dtype.type(numbers.max())),
+        "not_finite": array.size - finite.size,
+    }
+    if array.size <= _SHOWN_VALUES:
+        facts["values"] = _plain(shortest(array))
+    return facts
+
+
+def _mean(numbers: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> Any:
+    mean = numbers.mean()
+    return dtype.type(mean) if dtype.kind == "f" else mean
+
+
+def shortest(numbers: Any) -> Any:
+    """Numbers and lists of NumPy's as Python's, floats in the fewest digits that tell them apart in their own dtype:
+    0.1 for float32's 0.1, which is 0.10000000149011612 in Python's float64.
+    """
+    if getattr(numbers, "ndim", 0):
+        return [shortest(each) for each in numbers]
+    return float(str(numbers)) if np.asarray(numbers).dtype.kind == "f" else numbers.item()
+
+
+def array_table(outputs: Mapping[str, Facts]) -> Table:
+    numbers = ("min", "mean", "max", "not finite")
+    table = plain_table("output", "dtype", "shape", *numbers, numbers=set(numbers))
+    for name, facts in outputs.items():
+        told = ["" if facts[key] is None else f"{facts[key]:.6g}" for key in ("min", "mean", "max")]
+        shape = " x ".join(map(str, facts["shape"])) or "scalar"
+        table.add_row(name, facts["dtype"], shape, *told, str(facts["not_finite"] or ""))
+    return table
+
+
+def _plain(value: Any) -> Any:
+    """Numbers and lists as JSON has them: what is not finite becomes null."""
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def similarity_table(sentences: Sequence[str], similarity: np.ndarray[Any, Any]) -> Table:
+    """Cosine similarities, near ones marked."""
+    table = plain_table(
+        "", *map(str, range(1, len(sentences) + 1)), numbers=set(map(str, range(1, len(sentences) + 1)))
+    )
+    for i, (sentence, row) in enumerate(zip(sentences, similarity, strict=True)):
+        cells = [Text(f"{x:.2f}", style="bold green" if x > 0.5 and i != j else "") for j, x in enumerate(row)]
+        shown = sentence if len(sentence) <= 48 else f"{sentence[:45]}..."
+        table.add_row(Text(f"{i + 1}  {shown}", no_wrap=True, overflow="ellipsis"), *cells)
+    return table

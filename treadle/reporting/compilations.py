@@ -1,0 +1,69 @@
+"""What was compiled, for where and in what time, and what each pass did: as facts, lines and a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.table import Table
+
+from treadle.compiled import Compiled
+from treadle.ir.analysis.cost import parameter_count
+from treadle.ir.analysis.run_counts import count_run_ops
+from treadle.passes.framework.pass_log import PassLog
+from treadle.reporting import Facts
+from treadle.reporting.counts import counted
+from treadle.reporting.graphs import port_facts
+from treadle.reporting.tables import Items, plain_table
+
+
+def compiled_facts(compiled: Compiled, seconds: float) -> Facts:
+    """What was compiled, for where, in what time, and what each pass did."""
+    ops = count_run_ops(compiled.graph)
+    return {
+        "model": compiled.name,
+        "backend": compiled.backend,
+        "target": str(compiled.target),
+        "cores": compiled.target.cores(),
+        "seconds": seconds,
+        "inputs": [port_facts(p) for p in compiled.inputs],
+        "outputs": [port_facts(p) for p in compiled.outputs],
+        "parameters": parameter_count(compiled.graph),
+        "weights": weights_text(compiled),
+        "unused": list(compiled.unused),
+        "ops": dict(ops.most_common()),
+        **({} if compiled.memory is None else {"memory": compiled.memory.as_dict()}),
+        **compiled.log.as_dict(times=True),
+    }
+
+
+def weights_text(compiled: Compiled) -> str:
+    return "read from the checkpoint" if compiled.seed is None else f"drawn from seed {compiled.seed}"
+
+
+def compiled_lines(compiled: Compiled, seconds: float) -> Iterable[str]:
+    """What `compile` says beside the pass table."""
+    target, ops = compiled.target, count_run_ops(compiled.graph)
+    cores = target.cores()
+    yield f"{compiled.name}({', '.join(map(str, compiled.inputs))})"
+    yield f"  -> ({', '.join(map(str, compiled.outputs))})"
+    passes = sum(record.seconds for record in compiled.log)
+    yield f"compiled in {seconds:.2f} s, {passes * 1e3:.0f} ms of it in passes"
+    yield f"all of it runs in {compiled.backend} on {target}, {target.description}" + (
+        f", {counted(cores, 'core')}" if cores else ""
+    )
+    yield f"a run is {counted(ops.total(), 'op')}: " + ", ".join(f"{n} {name}" for name, n in ops.most_common())
+    yield f"{counted(parameter_count(compiled.graph), 'parameter')}, {weights_text(compiled)}"
+    if compiled.unused:
+        shown = ", ".join(compiled.unused[:4]) + (", ..." if len(compiled.unused) > 4 else "")
+        yield f"{counted(len(compiled.unused), 'tensor')} of the checkpoint not used: {shown}"
+
+
+def pass_table(log: PassLog) -> Table:
+    """A line a pass: ops before and after, what changed, how often it refused or nearly matched."""
+    table = plain_table("pass", "ops", "change", "refused", "nearly", "ms", numbers={"ops", "refused", "nearly", "ms"})
+    for r in log:
+        ops = f"{r.before.total()} -> {r.after.total()}" if r.changed else str(r.after.total())
+        changes = Items([f"{delta:+d} {name}" for name, delta in r.op_changes.items()])
+        refused, nearly = (str(len(events) or "") for events in (r.refusals, r.near_misses))
+        table.add_row(r.name, ops, changes, refused, nearly, f"{r.seconds * 1e3:.1f}", style="" if r.changed else "dim")
+    return table
