@@ -13,7 +13,8 @@ import pytest
 
 from treadle.ir.errors import RankError
 from treadle.runtime.distributed import watching
-from treadle.runtime.distributed.watching import GRACE, LONGEST, PERIOD, Failure, RankStatus, Watch, _Line
+from treadle.runtime.distributed.rank_connections import LONGEST, RankConnection
+from treadle.runtime.distributed.watching import GRACE, PERIOD, Failure, RankStatus, Watch
 
 STRANGERS = [b"GET / HTTP/1.1\r\n\r\n", b"\xff\n", b"[1]\n", b"{}\n", b'{"rank": 1, "token": "guessed"}\n']
 
@@ -381,14 +382,14 @@ def test_threads_of_the_watch_keep_no_process(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture
-def line() -> Iterator[tuple[_Line, socket.socket]]:
+def line() -> Iterator[tuple[RankConnection, socket.socket]]:
     """A connection, and its other end."""
     ours, other = socket.socketpair()
     with ours, other:
-        yield _Line(ours), other
+        yield RankConnection(ours, PERIOD), other
 
 
-def test_a_line_is_as_long_as_what_one_rank_says(line: tuple[_Line, socket.socket]) -> None:
+def test_a_line_is_as_long_as_what_one_rank_says(line: tuple[RankConnection, socket.socket]) -> None:
     """A failure is cut to 2000 characters, of up to 6 bytes, and as many of what was received."""
     assert LONGEST == 65536 > 2 * 2000 * 6
     own, other = line
@@ -402,7 +403,7 @@ def test_a_line_is_as_long_as_what_one_rank_says(line: tuple[_Line, socket.socke
     assert own.received() is None
 
 
-def test_a_line_brings_whole_messages(line: tuple[_Line, socket.socket]) -> None:
+def test_a_line_brings_whole_messages(line: tuple[RankConnection, socket.socket]) -> None:
     own, other = line
     other.sendall(b'{"a": 1}\n{"b": 2}\n{"c"')
     assert own.received() == [{"a": 1}, {"b": 2}]

@@ -17,7 +17,6 @@ One rank tells the user: the one that failed; of a death rank 0, or rank 1 where
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import secrets
 import selectors
@@ -31,15 +30,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from treadle.ir.errors import RankError
+from treadle.runtime.distributed.rank_connections import RankConnection
 
 PERIOD = 0.2
 """Seconds between two looks, and between what a rank says."""
 
 GRACE = 1.5
 """Seconds that a main thread has to end by itself, once a rank has failed."""
-
-LONGEST = 1 << 16
-"""Bytes of what one rank says at once."""
 
 FAILED = 2
 """The exit code of an error."""
@@ -103,7 +100,7 @@ class Watch:
         self._closing = threading.Event()
         self._lock = threading.Lock()
         self._now = ("starting", False, time.monotonic())
-        self._connections: dict[int, _Line] = {}
+        self._connections: dict[int, RankConnection] = {}
         self._said: dict[int, RankStatus] = {}
         self._left: set[int] = set()
         self._gone: set[int] = set()
@@ -212,7 +209,7 @@ class Watch:
             connection = socket.create_connection((host, int(port)), timeout=self.timeout)
         except OSError as error:
             raise RankError("rank 0 cannot be reached", received=f"{host}:{port}: {error}") from error
-        self._connections[0] = _Line(connection)
+        self._connections[0] = RankConnection(connection, PERIOD)
         self._said[0] = RankStatus()
         self._say({"rank": self.rank, "token": token})
         self._start(self._attend)
@@ -234,43 +231,43 @@ class Watch:
             while not self._over.is_set():
                 for key, _ in selector.select(PERIOD):
                     if key.data is None:
-                        line = _Line(self._listener.accept()[0])
-                        selector.register(line.socket, selectors.EVENT_READ, line)
+                        connection = RankConnection(self._listener.accept()[0], PERIOD)
+                        selector.register(connection.socket, selectors.EVENT_READ, connection)
                     elif not self._hear(key.data):
                         selector.unregister(key.data.socket)
                 self._look()
         self._listener.close()
-        for line in self._connections.values():
-            line.close()
+        for connection in self._connections.values():
+            connection.close()
 
-    def _hear(self, line: _Line) -> bool:
+    def _hear(self, connection: RankConnection) -> bool:
         """Take what a rank says; whether its connection stands."""
-        told = line.received()
+        told = connection.received()
         for message in told or ():
-            if line.rank is None:
+            if connection.rank is None:
                 rank = message.get("rank")
                 if message.get("token") != self._token or not isinstance(rank, int) or rank in self._connections:
-                    line.close()  # nobody of ours
+                    connection.close()  # nobody of ours
                     return False
-                line.rank = rank
-                self._connections[rank], self._said[rank] = line, RankStatus()
+                connection.rank = rank
+                self._connections[rank], self._said[rank] = connection, RankStatus()
                 if self.failure is not None:  # of one that had come, and failed, before this one came
                     with self._lock:
-                        line.send(asdict(self.failure))
+                        connection.send(asdict(self.failure))
             elif "doing" in message:
-                self._said[line.rank] = RankStatus(**message)
+                self._said[connection.rank] = RankStatus(**message)
             elif "failed" in message:
-                self._fail(Failure(message["failed"], message["received"], line.rank))
-                self._left.add(line.rank)
+                self._fail(Failure(message["failed"], message["received"], connection.rank))
+                self._left.add(connection.rank)
             elif "bye" in message:
-                self._left.add(line.rank)
-        if told is None and line.rank is None:
-            line.close()
-        if told is None and line.rank is not None:
-            self._gone.add(line.rank)
-            if line.rank not in self._left:
-                self._left.add(line.rank)
-                self._fail(Failure(f"rank {line.rank} has died", f"{self._said[line.rank]}", 0))
+                self._left.add(connection.rank)
+        if told is None and connection.rank is None:
+            connection.close()
+        if told is None and connection.rank is not None:
+            self._gone.add(connection.rank)
+            if connection.rank not in self._left:
+                self._left.add(connection.rank)
+                self._fail(Failure(f"rank {connection.rank} has died", f"{self._said[connection.rank]}", 0))
         return told is not None
 
     def _look(self) -> None:
@@ -301,18 +298,18 @@ class Watch:
     # -- another rank's thread ---------------------------------------------------------------------------------
 
     def _attend(self) -> None:
-        line = self._connections[0]
+        connection = self._connections[0]
         with selectors.DefaultSelector() as selector:
-            selector.register(line.socket, selectors.EVENT_READ)
+            selector.register(connection.socket, selectors.EVENT_READ)
             while not self._over.is_set():
-                if selector.select(PERIOD) and not self._obey(line):
+                if selector.select(PERIOD) and not self._obey(connection):
                     break
                 self._leave_orphan()
                 own = self._own()
                 self._say(own.message())
                 self._look_for_silence(own)
                 self._over.wait(PERIOD / 4)
-        line.close()
+        connection.close()
 
     def _look_for_silence(self, own: RankStatus) -> None:
         """Fail where this rank waits too long, and rank 0, which would tell of whom, says nothing."""
@@ -320,9 +317,9 @@ class Watch:
         if own.waiting and own.since > self.timeout and silent > self.timeout / 2:
             self._fail(Failure("rank 0 does not come", f"not heard of for {silent:.1f} s", 1))
 
-    def _obey(self, line: _Line) -> bool:
+    def _obey(self, connection: RankConnection) -> bool:
         """Take what rank 0 says; whether the connection stands."""
-        told = line.received()
+        told = connection.received()
         for message in told or ():
             if "teller" in message:
                 self._fail(Failure(**message))
@@ -346,9 +343,9 @@ class Watch:
     def _tell(self, message: Mapping[str, Any], besides: Collection[int] = ()) -> None:
         """To all others but some."""
         with self._lock:
-            for rank, line in list(self._connections.items()):
+            for rank, connection in list(self._connections.items()):
                 if rank not in besides:
-                    line.send(message)
+                    connection.send(message)
 
     def _fail(self, failure: Failure) -> None:
         """Know the first failure, tell others, and let the process end."""
@@ -376,38 +373,3 @@ class Watch:
     def _leave_orphan(self) -> None:
         if self.is_orphan():
             os._exit(FAILED)
-
-
-class _Line:
-    """A connection on which both sides say JSON objects, a line each. A send never waits for long."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.socket = connection
-        self.socket.settimeout(PERIOD)
-        self.rank: int | None = None
-        self._begun = b""
-
-    def send(self, message: Mapping[str, Any]) -> None:
-        with suppress(OSError):  # that the other side is gone is known from what is received
-            self.socket.sendall(json.dumps(message).encode() + b"\n")
-
-    def received(self) -> list[dict[str, Any]] | None:
-        """What came; None where the connection has ended, or says what none of ours does."""
-        try:
-            data = self.socket.recv(LONGEST)
-        except TimeoutError:
-            return []
-        except OSError:
-            return None
-        if not data or len(self._begun) > LONGEST:
-            return None
-        *lines, self._begun = (self._begun + data).split(b"\n")
-        try:
-            found = [json.loads(line) for line in lines]
-        except ValueError:
-            return None
-        return found if all(isinstance(each, dict) for each in found) else None
-
-    def close(self) -> None:
-        with suppress(OSError):
-            self.socket.close()
