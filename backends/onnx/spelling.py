@@ -14,6 +14,7 @@ import numpy as np
 
 from treadle.backends.onnx.attention_forms import attention, rotary
 from treadle.backends.onnx.rearrange import rearranged, reshaped
+from treadle.backends.onnx.scatters import append, fold_windows, index_add, scatter_add, windows
 from treadle.backends.onnx.schemas import NARROW
 from treadle.backends.onnx.spelled_line import OnnxLine, Tensor
 from treadle.backends.python.axis_spelling import einsum_letters
@@ -108,6 +109,12 @@ SPELLINGS: dict[str, Spelling] = {
     "embedding": lambda line: line.add("Gather", line.table, line.indices, axis=0),
     "iota": lambda line: line.w.cast(line.w.counted(line.op.size), line.op.dtype),
     "size": lambda line: line.w.scalar(line.op.value, line.op.dtype),
+    # windows, sums at indices, caches
+    "windows": windows,
+    "fold_windows": fold_windows,
+    "index_add": index_add,
+    "scatter_add": scatter_add,
+    "append": append,
     # attention
     "attention": attention,
     "attention_with_probabilities": attention,
@@ -398,96 +405,3 @@ def _pad(line: OnnxLine) -> Tensor:
 def _filling(line: OnnxLine, value: float, dtype: DType) -> Tensor:
     """The constant that fills a tensor of this dtype, which holds the number: the op saw to that."""
     return line.w.constant(value if dtype.is_float else bool(value) if dtype is boolean else int(value), dtype)
-
-
-# -- windows and scatters --------------------------------------------------------------------------------------
-
-
-def _window_positions(line: OnnxLine, count: Size, size: Size) -> Tensor:
-    """i64[count, size]: where on its axis each element of each window lies."""
-    w, stride, dilation = line.w, line.op.stride, line.op.dilation
-    if count.constant is not None and size.constant is not None:
-        grid = np.arange(count.constant)[:, None] * stride + np.arange(size.constant) * dilation
-        return w.constant(grid, i64)
-    first = w.add("Unsqueeze", w.add("Mul", w.counted(count), w.constant(stride, i64)), w.integers(1))
-    return w.add("Add", first, w.add("Mul", w.counted(size), w.constant(dilation, i64)))
-
-
-@_spells("windows")
-def _windows(line: OnnxLine) -> Tensor:
-    rank = line.type("x").rank
-    axis = place(line.op.axis, rank)
-    made = line.add("Gather", line.x, _window_positions(line, line.result.shape[axis], line.op.size), axis=axis)
-    order = [at for at in range(rank + 1) if at != axis + 1] + [axis + 1]
-    return made if axis + 1 == rank else _tensor(line.add("Transpose", made, perm=order))
-
-
-@_spells("fold_windows")
-def _fold_windows(line: OnnxLine) -> Tensor:
-    x, rank = line.type("x"), line.type("x").rank
-    axis = place(line.op.axis, rank - 1)
-    positions = _window_positions(line, x.shape[axis], x.shape[-1])
-    others = [at for at in range(rank - 1) if at != axis]
-    shape = [line.result.shape[at] for at in (axis, *others)]
-    zeros = line.add("Expand", line.w.constant(0, x.dtype), line.w.vector(shape))
-    updates = line.add("Transpose", line.x, perm=[axis, rank - 1, *others])
-    return _moved_back(line, _added(line, zeros, positions, updates), axis, rank - 1)
-
-
-@_spells("index_add")
-def _index_add(line: OnnxLine) -> Tensor:
-    rank, picked = line.type("target").rank, line.type("indices").rank
-    axis = place(line.op.axis, rank)
-    others = [at for at in range(rank) if at != axis]
-    target, updates = line.target, line.added
-    if axis:
-        target = line.add("Transpose", target, perm=[axis, *others])
-        before, after = range(axis), range(axis + picked, rank - 1 + picked)
-        updates = line.add("Transpose", updates, perm=[*range(axis, axis + picked), *before, *after])
-    return _moved_back(line, _added(line, target, line.indices, updates), axis, rank)
-
-
-def _added(line: OnnxLine, target: Tensor, positions: Tensor, updates: Tensor) -> Tensor:
-    """The target with the updates added to its rows at these positions."""
-    _refuse_before_16(line)
-    rows = line.add("Unsqueeze", line.w.cast(positions, i64), line.w.integers(-1))
-    return _tensor(line.add("ScatterND", target, rows, updates, reduction="add"))
-
-
-def _moved_back(line: OnnxLine, made: Tensor, axis: int, rank: int) -> Tensor:
-    """The first dimension back in the place of `axis`."""
-    order = [*range(1, axis + 1), 0, *range(axis + 1, rank)]
-    return _tensor(line.add("Transpose", made, perm=order)) if axis else made
-
-
-@_spells("append")
-def _append(line: OnnxLine) -> Tensor:
-    """Of a value that is no state: a copy, in which other elements stand at pairs of a slot and a position."""
-    w, rank = line.w, line.type("state").rank
-    axis = place(line.op.axis, rank)
-    order = [0, axis, *(at for at in range(1, rank) if at != axis)]
-    count, capacity = line.type("x").shape[axis], line.type("state").shape[axis]
-    places = w.add("Add", w.add("Unsqueeze", line.start, w.integers(1)), w.counted(count))
-    if line.op.ring:
-        places = w.add("Mod", places, w.vector([capacity]))
-    slots = w.add("Expand", w.add("Unsqueeze", line.rows, w.integers(1)), w.vector([line.type("x").shape[0], count]))
-    pairs = w.add("Concat", *(w.add("Unsqueeze", each, w.integers(-1)) for each in (slots, places)), axis=-1)
-    state, x = line.state, line.x
-    if axis != 1:
-        state, x = (line.add("Transpose", each, perm=order) for each in (state, x))
-    made = line.add("ScatterND", state, pairs, x)
-    back = [order.index(at) for at in range(rank)]
-    return _tensor(line.add("Transpose", made, perm=back)) if axis != 1 else _tensor(made)
-
-
-@_spells("scatter_add")
-def _scatter_add(line: OnnxLine) -> Tensor:
-    _refuse_before_16(line)
-    return _tensor(
-        line.add("ScatterElements", line.target, line.indices, line.added, axis=line.op.axis, reduction="add")
-    )
-
-
-def _refuse_before_16(line: OnnxLine) -> None:
-    if line.w.opset < 16:
-        raise line.w.refusal(f"opset {line.w.opset} has no scatter that adds", hint="opset 16 or newer")
