@@ -25,8 +25,6 @@ from treadle.ir.attention.attention_terms import (
     TensorBias,
     Term,
     Window,
-    live_pairs,
-    parse_term,
 )
 from treadle.ir.attention.distance_buckets import t5_buckets
 from treadle.ir.attention.masking import (
@@ -42,6 +40,8 @@ from treadle.ir.attention.masking import (
     tensor_bias,
     window,
 )
+from treadle.ir.attention.seen_keys import live_pairs
+from treadle.ir.attention.term_text import parse_term
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.composites import body_of
 from treadle.ir.errors import GraphError, ParseError

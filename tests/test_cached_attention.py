@@ -20,9 +20,9 @@ from treadle.ir.attention.attention_terms import (
     TensorBias,
     Term,
     Window,
-    live_pairs,
 )
 from treadle.ir.attention.cached_positions import live_positions
+from treadle.ir.attention.seen_keys import live_pairs
 from treadle.ir.builder import Builder
 from treadle.ir.composites import body_of
 from treadle.ir.errors import BackendError, GraphError, RuleError

@@ -13,8 +13,9 @@ from unittest.mock import ANY
 import numpy as np
 import pytest
 
-from treadle.ir.attention.attention_terms import T5Relative, Window, parse_term
+from treadle.ir.attention.attention_terms import T5Relative, Window
 from treadle.ir.attention.masking import causal
+from treadle.ir.attention.term_text import parse_term
 from treadle.ir.builder import Builder
 from treadle.ir.encodings.encoding import Encoding, parse_encoding
 from treadle.ir.errors import TreadleError

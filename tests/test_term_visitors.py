@@ -20,8 +20,8 @@ from treadle.ir.attention.attention_terms import (
     T5Relative,
     Term,
     Window,
-    parse_term,
 )
+from treadle.ir.attention.term_text import parse_term
 from treadle.ir.attention.term_visitor import TermVisitor
 from treadle.ir.builder import Builder
 from treadle.ir.errors import GraphError

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from treadle.backends.python.workspace import NOTHING, Workspace
-from treadle.ir.attention.attention_terms import AXES, T5Relative, parse_term
+from treadle.ir.attention.attention_terms import AXES, T5Relative
+from treadle.ir.attention.term_text import parse_term
 from treadle.ir.ops.along_axes import wide_array
 
 Array = np.ndarray[Any, Any]

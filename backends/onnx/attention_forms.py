@@ -20,16 +20,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from treadle.backends.onnx.spelled_line import OnnxLine, Tensor
-from treadle.ir.attention.attention_terms import (
-    AXES,
-    BiasTerm,
-    BooleanMask,
-    Causal,
-    Grid,
-    TensorBias,
-    Term,
-    leave_a_key,
-)
+from treadle.ir.attention.attention_terms import AXES, BiasTerm, BooleanMask, Causal, Grid, TensorBias, Term
+from treadle.ir.attention.seen_keys import leave_a_key
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph
 from treadle.ir.source_lines import SourceLine

@@ -21,8 +21,9 @@ from treadle.backends.torch.encoded_rows import (  # noqa: F401  emitted source
     encode_uint8_rows,
     encoded_linear,
 )
-from treadle.ir.attention.attention_terms import Padding, T5Relative, Term, parse_term
+from treadle.ir.attention.attention_terms import Padding, T5Relative, Term
 from treadle.ir.attention.cached_positions import live_positions
+from treadle.ir.attention.term_text import parse_term
 from treadle.ir.ops.rounding import FORMATS
 
 # -- element by element --------------------------------------------------------------------------------------

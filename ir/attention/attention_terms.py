@@ -19,20 +19,16 @@ meaning; what the other backends say in its place, they say in a `treadle.ir.att
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from treadle.ir.attention.distance_buckets import t5_buckets
 from treadle.ir.attention.term_visitor import TermVisitor, X, Y
-from treadle.ir.attribute_values import attribute_codec
 from treadle.ir.builder import Builder, Expr
-from treadle.ir.errors import GraphError, ParseError
+from treadle.ir.errors import GraphError
 from treadle.ir.operation import Array
 from treadle.ir.sizing.sizes import ZERO, Size
 from treadle.ir.source_lines import user_line
@@ -101,7 +97,7 @@ class Term:
 
     @property
     def text(self) -> str:
-        """As it is written; `parse_term` reads it back."""
+        """As it is written; `treadle.ir.attention.term_text.parse_term` reads it back."""
         words = []
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
@@ -393,91 +389,6 @@ class Alibi(BiasTerm):
 
     def accept(self, visitor: TermVisitor[X, Y], *operands: X) -> Y:
         return visitor.alibi(self, *operands)
-
-
-# -- what several terms come to ------------------------------------------------------------------------------
-
-
-def reach_of(terms: Iterable[Term]) -> tuple[int | None, int | None]:
-    """The least and the greatest j - i that all masks among the terms can keep; None: no limit."""
-    reaches = [term.reach for term in terms if isinstance(term, MaskTerm)]
-    least = [low for low, _ in reaches if low is not None]
-    greatest = [high for _, high in reaches if high is not None]
-    return max(least, default=None), min(greatest, default=None)
-
-
-def leave_a_key(terms: Iterable[Term], queries: Size, keys: Size, first: Size = ZERO) -> bool:
-    """Whether every query sees a key whatever the operands hold: key 0 if only causal, its own where there is one.
-
-    The first query stands at `first`, which is 0 or more: queries that begin later may have no key of their own.
-    A learned table or a slope is a finite number; a tensor that is added may hold -inf.
-    """
-    kinds = {type(term) for term in terms}
-    masks = {kind for kind in kinds if issubclass(kind, MaskTerm)}
-    if TensorBias in kinds:
-        return False
-    return masks <= {Causal} or (masks <= {Causal, Window} and queries == keys and first == ZERO)
-
-
-def live_pairs(terms: Iterable[Term], queries: int, keys: int, start: int = 0) -> int:
-    """How many of the queries x keys pairs no mask rules out by position alone; the first query stands at `start`.
-
-    What depends on values (padding, segments, a boolean mask) counts as kept: an upper bound.
-    """
-    low, high = reach_of(terms)
-
-    def seen(i: int) -> int:
-        first = 0 if low is None else max(i + low, 0)
-        last = keys - 1 if high is None else min(i + high, keys - 1)
-        return max(last - first + 1, 0)
-
-    turns = {start, start + queries}  # between two of them each query sees as many more, or fewer, than the one before
-    turns |= set() if low is None else {-low, keys - low}
-    turns |= set() if high is None else {-high - 1, keys - 1 - high}
-    inside = sorted(i for i in turns if start <= i <= start + queries)
-    return sum((seen(a) + seen(b - 1)) * (b - a) // 2 for a, b in pairwise(inside))
-
-
-# -- text ----------------------------------------------------------------------------------------------------
-
-_TERMS: dict[str, type[Term]] = {
-    cls.name: cls for cls in (Causal, Window, Padding, Segments, BooleanMask, TensorBias, T5Relative, Alibi)
-}
-
-
-def parse_term(text: str) -> Term:
-    """Read a term as it is written: `causal`, `window(128)`, `bias(h s t)`. Raises ParseError, GraphError."""
-    match = re.fullmatch(r"\s*(\w+)\s*(?:\(([^()]*)\))?\s*", text)
-    if match is None:
-        raise ParseError(f"not a term of attention: {text!r}", hint="such as causal or window(128)")
-    cls = _TERMS.get(match[1])
-    if cls is None:
-        raise ParseError(f"unknown term of attention {match[1]!r}", hint="one of " + ", ".join(_TERMS))
-    words = [word.strip() for word in match[2].split(",")] if match[2] else []
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if field.type == "bool":
-            values[field.name] = field.name in words
-            words = [word for word in words if word != field.name]
-        elif words:
-            word = words.pop(0)
-            if field.type == "int" and not re.fullmatch(r"-?\d{1,18}", word):
-                raise ParseError(f"{cls.name}: {field.name} must be an integer, is {word!r}", received=text)
-            values[field.name] = int(word) if field.type == "int" else word
-        elif field.default is dataclasses.MISSING:
-            raise ParseError(f"{cls.name}: {field.name} is missing", received=text)
-    if words:
-        raise ParseError(f"{cls.name}: cannot read {words[0]!r}", received=text)
-    return cls(**values)
-
-
-def _read_term(value: Term | str) -> Term:
-    if not isinstance(value, Term | str):
-        raise TypeError
-    return parse_term(value) if isinstance(value, str) else value
-
-
-attribute_codec("Term", _read_term, "Term | str")
 
 
 def _require(condition: bool, what: str, term: Term) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from treadle.ir.attention.attention_terms import Term, reach_of
+from treadle.ir.attention.attention_terms import Term
+from treadle.ir.attention.seen_keys import reach_of
 
 
 def live_positions(

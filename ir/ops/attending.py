@@ -10,6 +10,8 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 
 from treadle.ir.attention.attention_terms import BiasTerm, Grid, T5Relative, Term, TermOperand
+from treadle.ir.attention.term_text import read_term
+from treadle.ir.attribute_values import attribute_codec
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
 from treadle.ir.operation import Array, Composite
@@ -18,6 +20,8 @@ from treadle.ir.ops.normalization import MaskedSoftmax
 from treadle.ir.types import Type, f32
 
 T = TypeVar("T")
+
+attribute_codec("Term", read_term, "Term | str")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

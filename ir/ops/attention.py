@@ -20,10 +20,8 @@ from treadle.ir.attention.attention_terms import (
     T5Relative,
     TensorBias,
     Window,
-    leave_a_key,
-    live_pairs,
-    reach_of,
 )
+from treadle.ir.attention.seen_keys import leave_a_key, live_pairs, reach_of
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
 from treadle.ir.graph import Node

@@ -19,8 +19,8 @@ from treadle.ir.attention.attention_terms import (
     T5Relative,
     TensorBias,
     Window,
-    reach_of,
 )
+from treadle.ir.attention.seen_keys import reach_of
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.op_registry import op
 from treadle.ir.operation import Composite, Demand, Operand

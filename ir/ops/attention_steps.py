@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from treadle.ir.attention.attention_terms import Padding, Term, reach_of
+from treadle.ir.attention.attention_terms import Padding, Term
+from treadle.ir.attention.seen_keys import reach_of
 from treadle.ir.builder import Expr
 from treadle.ir.sizing.sizes import ONE
 from treadle.ir.stepping import Held, Kept, Stepping

@@ -18,9 +18,9 @@ from treadle.ir.attention.attention_terms import (
     T5Relative,
     TensorBias,
     Window,
-    reach_of,
 )
 from treadle.ir.attention.cached_positions import live_positions
+from treadle.ir.attention.seen_keys import reach_of
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
 from treadle.ir.op_registry import op

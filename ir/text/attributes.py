@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from treadle.ir.attention.attention_terms import Term, parse_term
+from treadle.ir.attention.attention_terms import Term
+from treadle.ir.attention.term_text import parse_term
 from treadle.ir.encodings.encoding import Encoding, parse_encoding
 from treadle.ir.errors import GraphError
 from treadle.ir.layouts import Layout, parse_layout

@@ -39,8 +39,8 @@ from treadle.ir.attention.attention_terms import (
     T5Relative,
     TensorBias,
     Window,
-    reach_of,
 )
+from treadle.ir.attention.seen_keys import reach_of
 from treadle.ir.attention.term_visitor import TermVisitor
 from treadle.ir.graph import Node
 from treadle.ir.literals import Literal
