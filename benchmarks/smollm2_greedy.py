@@ -26,7 +26,7 @@ from treadle.compiled import Compiled
 from treadle.compiling import compile
 from treadle.fetch import fetched_model
 from treadle.frontends.gguf_file import GGUFFile
-from treadle.frontends.gguf_tokenizer import build_gguf_tokenizer
+from treadle.frontends.vocabularies.gguf_tokenizer import build_gguf_tokenizer
 from treadle.ir.transforms.encoded_weights import decode_weights
 from treadle.runtime.generation import generate
 

@@ -14,7 +14,6 @@ views; rows of several groups are copied.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -22,10 +21,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from treadle.files.nearest_names import NearestNames
 from treadle.files.shown_names import printable
+from treadle.frontends.binding_errors import FoldedLine, MissingTensor, NamedTensors, mismatch
 from treadle.frontends.deferred_arrays import DeferredArray, widened_bits
 from treadle.frontends.mapped_tensors import TensorRecord
+from treadle.frontends.name_patterns import compiled_pattern, filled, has_placeholder
 from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.errors import CheckpointError
 from treadle.ir.types import DTYPES, DType
@@ -33,23 +33,9 @@ from treadle.ir.types import DTYPES, DType
 Shape = tuple[int, ...]
 Array = npt.NDArray[Any]
 
-_PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
-_NUMBER = re.compile(r"(?<![0-9A-Za-z_])(?:0|[1-9][0-9]{0,8})(?![0-9A-Za-z_])")  # a part of a name by itself
-_SEARCHES = 100  # missing names for which the nearest is looked for
-_UNUSED_LINES = 40  # of an error
 
-
-class TensorStore(Protocol):
+class TensorStore(NamedTensors, Protocol):
     """What holds tensors by name: a `Checkpoint`, a `SafetensorsFile`."""
-
-    @property
-    def label(self) -> str:
-        """The file's name in errors."""
-
-    def names(self) -> tuple[str, ...]:
-        """All tensors' names."""
-
-    def __contains__(self, name: object) -> bool: ...
 
     def record(self, name: str, /) -> TensorRecord:
         """dtype and shape of a tensor."""
@@ -183,13 +169,13 @@ def bind(
     """
     lookup = _Lookup(table, prefixes, checkpoint)
     sources: dict[str, Source] = {}
-    missing: list[_Wanted] = []
-    misfits: list[_Line] = []
+    missing: list[MissingTensor] = []
+    misfits: list[FoldedLine] = []
     for name, (shape, dtype) in parameters.items():
         wanted = lookup.wanted(name)
         found = lookup.find(wanted)
         if found is None:
-            missing.append(wanted)
+            missing.append(MissingTensor(wanted.pattern, wanted.numbers, tuple(s.name for s in wanted.alternatives)))
             continue
         sources[name] = wanted.filled(found)
         record = checkpoint.record(sources[name].name)
@@ -197,14 +183,14 @@ def bind(
         if misfit:
             misfits.append((misfit, wanted.numbers))
     used = {source.name for source in sources.values()}
-    ignored = [_pattern(prefix + pattern) for pattern in ignore for prefix in prefixes]
+    ignored = [compiled_pattern(prefix + pattern) for pattern in ignore for prefix in prefixes]
     unused = tuple(
         name
         for name in checkpoint.names()
         if name not in used and not any(pattern.fullmatch(name) for pattern in ignored)
     )
     if missing or misfits:
-        raise _mismatch(missing, misfits, len(parameters), unused, checkpoint)
+        raise mismatch(missing, misfits, len(parameters), unused, checkpoint)
 
     arrays: dict[str, Any] = {}
     converted: dict[str, tuple[str, str]] = {}
@@ -233,10 +219,6 @@ def bind(
     return Binding(arrays, sources, converted, unused, encodings)
 
 
-# A line of an error as a pattern, and its numbers: lines that differ in these alone are folded.
-_Line = tuple[str, Mapping[str, str]]
-
-
 @dataclass(frozen=True)
 class _Wanted:
     """The pattern that matched a parameter and with which numbers, and what the file may call it."""
@@ -246,7 +228,7 @@ class _Wanted:
     alternatives: tuple[Source, ...]  # their names are patterns still
 
     def filled(self, source: Source) -> Source:
-        return replace(source, name=_fill(source.name, self.numbers))
+        return replace(source, name=filled(source.name, self.numbers))
 
 
 class _Lookup:
@@ -254,7 +236,7 @@ class _Lookup:
 
     def __init__(self, table: Table, prefixes: Sequence[str], checkpoint: TensorStore) -> None:
         self._table = {pattern: _alternatives(entry) for pattern, entry in table.items()}
-        self._patterns = {pattern: _pattern(pattern) for pattern in table if _PLACEHOLDER.search(pattern)}
+        self._patterns = {pattern: compiled_pattern(pattern) for pattern in table if has_placeholder(pattern)}
         self._prefixes = prefixes
         self._checkpoint = checkpoint
 
@@ -280,31 +262,6 @@ class _Lookup:
 def _alternatives(entry: Entry) -> tuple[Source, ...]:
     listed = (entry,) if isinstance(entry, str | Source) else tuple(entry)
     return tuple(Source(item) if isinstance(item, str) else item for item in listed)
-
-
-def _pattern(pattern: str) -> re.Pattern[str]:
-    """`h.{i}.x.{i}` as a regular expression: `{i}` is a number, the same wherever it stands again."""
-    parts: list[str] = []
-    seen: set[str] = set()
-    at = 0
-    for match in _PLACEHOLDER.finditer(pattern):
-        name = match.group(1)
-        parts.append(re.escape(pattern[at : match.start()]))
-        parts.append(f"(?P={name})" if name in seen else f"(?P<{name}>[0-9]+)")
-        seen.add(name)
-        at = match.end()
-    return re.compile("".join(parts) + re.escape(pattern[at:]))
-
-
-def _fill(pattern: str, numbers: Mapping[str, str]) -> str:
-    return _PLACEHOLDER.sub(lambda m: numbers.get(m.group(1), m.group(0)), pattern) if numbers else pattern
-
-
-def _unfill(name: str, numbers: Mapping[str, str]) -> str:
-    """A file's name as a pattern: its first parts that equal the numbers become their placeholders."""
-    for placeholder, number in numbers.items():
-        name = re.sub(rf"(?<![0-9]){number}(?![0-9])", f"{{{placeholder}}}", name, count=1)
-    return name
 
 
 def _misfit(name: str, shape: Shape, dtype: str, source: Source, record: TensorRecord) -> str | None:
@@ -368,97 +325,3 @@ def _convert(name: str, array: Array, needed: str, source: Source, checkpoint: T
             )
     result.flags.writeable = False
     return result
-
-
-def _mismatch(
-    missing: list[_Wanted],
-    misfits: list[_Line],
-    needed: int,
-    unused: Sequence[str],
-    checkpoint: TensorStore,
-) -> CheckpointError:
-    counts = []
-    lines = [checkpoint.label]
-    if missing:
-        counts.append(f"lacks {len(missing)} of the {needed} tensors that the model needs")
-        lines += ["missing:", *_fold_lines(_missing_lines(missing, unused, checkpoint))]
-    if misfits:
-        counts.append(f"holds {len(misfits)} that do not fit")
-        lines += ["do not fit:", *_fold_lines(misfits)]
-    if unused:
-        folded = _fold_names(unused)
-        rest = len(folded) - _UNUSED_LINES
-        lines += [f"unused by the model ({len(unused)}):", *folded[:_UNUSED_LINES]]
-        lines += [f"  and {rest} more lines"] if rest > 0 else []
-    return CheckpointError(
-        "the checkpoint " + " and ".join(counts),
-        received=f"{len(checkpoint.names())} tensors",
-        within="\n".join(lines),
-        hint="check that config.json and the table of names belong to these weights",
-    )
-
-
-def _missing_lines(missing: list[_Wanted], unused: Sequence[str], checkpoint: TensorStore) -> list[_Line]:
-    """What the file may call each missing parameter, and the nearest name that it has."""
-    # A tensor that nothing else took is likelier what was meant than one that is in its place.
-    free, held = NearestNames(unused), NearestNames(checkpoint.names())
-    found_for: dict[str, list[str]] = {}  # pattern -> nearest names found so far, as patterns
-    searches = 0
-    lines: list[_Line] = []
-    for item in missing:
-        known = found_for.setdefault(item.pattern, [])
-        near = next((n for n in known if _fill(n, item.numbers) in checkpoint), None)
-        if near is None and searches < _SEARCHES:
-            searches += 1
-            names = [item.filled(source).name for source in item.alternatives]
-            found = [n for name in names for n in free.of(name)] or [n for name in names for n in held.of(name)]
-            if found:
-                near = _unfill(found[0], item.numbers)
-                known.append(near)
-        wanted = " or ".join(printable(source.name) for source in item.alternatives)
-        line = printable(item.pattern) + (f" <- {wanted}" if wanted != item.pattern else "")
-        lines.append((line + (f"; nearest: {printable(near)}" if near else ""), item.numbers))
-    return lines
-
-
-def _fold_lines(lines: list[_Line]) -> list[str]:
-    """Lines; equal ones become one that ends in the numbers for which it holds."""
-    groups: dict[str, list[Mapping[str, str]]] = {}
-    for line, numbers in lines:
-        groups.setdefault(line, []).append(numbers)
-    return [
-        f"  {_fill(line, many[0])}" if len(many) == 1 else f"  {line}; {_ranges(many)}" for line, many in groups.items()
-    ]
-
-
-def _ranges(many: list[Mapping[str, str]]) -> str:
-    """`i = 0..3, 7` for one placeholder; each set of numbers for several."""
-    if len(many[0]) != 1:
-        return "; ".join(", ".join(f"{k} = {v}" for k, v in numbers.items()) for numbers in many)
-    (placeholder,) = many[0]
-    return f"{placeholder} = {_runs(int(numbers[placeholder]) for numbers in many)}"
-
-
-def _runs(values: Iterable[int]) -> str:
-    """Numbers in order, with runs written short: 0..3, 7."""
-    runs: list[list[int]] = []
-    for value in sorted(values):
-        if runs and value == runs[-1][-1] + 1:
-            runs[-1][1:] = [value]
-        else:
-            runs.append([value])
-    return ", ".join("..".join(map(str, run)) for run in runs)
-
-
-def _fold_names(names: Sequence[str]) -> list[str]:
-    """Names; those that differ in their first number alone become one line: `h.{0..11}.attn.bias`."""
-    groups: dict[tuple[str, str], list[int]] = {}
-    for name in names:
-        match = _NUMBER.search(name)
-        around = (name[: match.start()], name[match.end() :]) if match else (name, "")
-        groups.setdefault(around, []).extend([int(match.group())] if match else [])
-    lines = []
-    for (before, after), numbers in groups.items():
-        number = f"{{{_runs(numbers)}}}" if len(numbers) > 1 else _runs(numbers)
-        lines.append(f"  {printable(before + number + after, 400)}")
-    return lines

@@ -23,9 +23,9 @@ import numpy.typing as npt
 from treadle.files.contained_files import PathLike, read_regular
 from treadle.files.shown_names import printable
 from treadle.frontends.huggingface import ModelFolder
-from treadle.frontends.older_vocabularies import build_older_tokenizer, read_special_tokens
-from treadle.frontends.sentencepiece_vocabularies import FILES as _SENTENCEPIECE
-from treadle.frontends.sentencepiece_vocabularies import build_sentencepiece_tokenizer
+from treadle.frontends.vocabularies.older_vocabularies import build_older_tokenizer, read_special_tokens
+from treadle.frontends.vocabularies.sentencepiece_vocabularies import FILES as _SENTENCEPIECE
+from treadle.frontends.vocabularies.sentencepiece_vocabularies import build_sentencepiece_tokenizer
 from treadle.ir.errors import CheckpointError, FrontendError, TreadleError, UsageError
 
 _FILE, _SETTINGS, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"

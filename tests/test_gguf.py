@@ -34,7 +34,7 @@ import transformers
 
 from tests.fuzz.gguf_files import MERGES, Sizes, judge, mutations, tensors, vocabulary, write_model
 from tests.test_huggingface_models import TOLERANCE, prepare
-from treadle.frontends.gguf_tokenizer import build_gguf_tokenizer, gguf_end_tokens, gguf_text_tokenizer
+from treadle.frontends.vocabularies.gguf_tokenizer import build_gguf_tokenizer, gguf_end_tokens, gguf_text_tokenizer
 
 Array = np.ndarray[Any, Any]
 

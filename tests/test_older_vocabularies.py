@@ -15,8 +15,8 @@ pytest.importorskip("torch")
 from tokenizers.pre_tokenizers import ByteLevel
 
 from tests.task_models import byte_level, texts, wordpiece
-from treadle.frontends.older_vocabularies import _clip
 from treadle.frontends.text import TextTokenizer
+from treadle.frontends.vocabularies.older_vocabularies import _clip
 from treadle.ir.errors import CheckpointError
 
 HARD = [

@@ -37,12 +37,12 @@ from treadle.explaining.storage import explain_storage
 from treadle.fetch import _only_file
 from treadle.files.limits import limits_of
 from treadle.frontends.gguf_blocks import import_gguf
-from treadle.frontends.gguf_tokenizer import build_gguf_tokenizer
 from treadle.frontends.huggingface import ModelFolder
 from treadle.frontends.onnx_import.file import OnnxFile
 from treadle.frontends.rotary import Divided, Dynamic, LongRope
 from treadle.frontends.safetensors_file import CheckpointLimits
 from treadle.frontends.text import TextTokenizer
+from treadle.frontends.vocabularies.gguf_tokenizer import build_gguf_tokenizer
 from treadle.ir.builder import Builder
 from treadle.ir.composites import body_of
 from treadle.ir.encodings.encoding import Encoding, parse_encoding

@@ -13,9 +13,9 @@ import pytest
 
 pytest.importorskip("tokenizers")
 
-from treadle.frontends import sentencepiece_file
-from treadle.frontends.sentencepiece_file import BPE, UNIGRAM, read_sentencepieces
 from treadle.frontends.text import TextTokenizer
+from treadle.frontends.vocabularies import sentencepiece_file
+from treadle.frontends.vocabularies.sentencepiece_file import BPE, UNIGRAM, read_sentencepieces
 from treadle.ir.errors import CheckpointError
 
 HARD = [

@@ -16,9 +16,9 @@ from treadle.extras import need_packages
 from treadle.files.shown_names import printable
 from treadle.frontends.ctranslate2_file import find_ctranslate2
 from treadle.frontends.gguf_file import GGUFFile
-from treadle.frontends.gguf_tokenizer import gguf_chat_template, gguf_end_tokens, gguf_text_tokenizer
 from treadle.frontends.huggingface import ModelFolder, open_checkpoint
 from treadle.frontends.text import TextTokenizer, folder_chat_template
+from treadle.frontends.vocabularies.gguf_tokenizer import gguf_chat_template, gguf_end_tokens, gguf_text_tokenizer
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.ir.target import Target
 from treadle.models.registry import family_of, read_gguf

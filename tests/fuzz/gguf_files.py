@@ -29,7 +29,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from tests.fuzz.campaign import Tally, options_of, scrambled
 from treadle.frontends.gguf_file import GGUFFile
-from treadle.frontends.gguf_tokenizer import build_gguf_tokenizer
+from treadle.frontends.vocabularies.gguf_tokenizer import build_gguf_tokenizer
 from treadle.ir.errors import CheckpointError
 from treadle.resolving import resolve
 

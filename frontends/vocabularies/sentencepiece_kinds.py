@@ -1,45 +1,31 @@
-"""Tokenizers of SentencePiece vocabularies, built as the tokenizers library builds them.
+"""How tokenizers of SentencePiece vocabularies are built, kind by kind of model, as Hugging Face builds them.
 
-    spiece.model                   T5, mT5, ALBERT, SigLIP: unigram
-    sentencepiece.bpe.model        XLM-R, CamemBERT: unigram, whose numbers their first training shifted
-    tokenizer.model                Llama, Mistral, Gemma: BPE, with bytes for what the vocabulary lacks; where no class
-                                   is named, as the file itself says
+    t5, albert, siglip             unigram, each with a way of its own before the file's
+    xlm-roberta, camembert         unigram, whose numbers their first training shifted
+    llama, gemma                   BPE, with bytes for what the vocabulary lacks
+    where no class is named        as the file itself says
 
-config.json's model_type, or tokenizer_config.json's tokenizer_class, says whose way of cutting text it is. Sources: the
-classes of these names in Hugging Face transformers 5, which build the same parts; Kudo 2018 for unigram.
+Sources: the classes of these names in Hugging Face transformers 5, which build the same parts; Kudo 2018 for unigram.
 """
 
 from __future__ import annotations
 
 import re
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from treadle.files.contained_files import read_regular
 from treadle.files.shown_names import printable
-from treadle.frontends.huggingface import ModelFolder
-from treadle.frontends.older_vocabularies import kind_names, read_special_tokens
-from treadle.frontends.sentencepiece_file import (
-    BPE,
-    CONTROL,
-    NORMAL,
-    UNIGRAM,
-    USER_DEFINED,
-    SentencePieces,
-    read_sentencepieces,
-)
+from treadle.frontends.vocabularies.sentencepiece_file import BPE, NORMAL, UNIGRAM, USER_DEFINED, SentencePieces
 from treadle.ir.errors import CheckpointError
-
-FILES = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 
 _SPACE = "▁"
 _MOST_EXTRA = 10_000
 
 
 @dataclass(frozen=True)
-class _Vocabulary:
+class PieceVocabulary:
     """What a tokenizer is built of.
 
     library   the module tokenizers
@@ -78,113 +64,27 @@ class _Vocabulary:
 
 
 @dataclass(frozen=True)
-class _Kind:
+class PieceKind:
     """How vocabularies of a kind are built.
 
     build    the tokenizer, but for its special tokens, of which it makes more
     special  the names of special tokens, where the folder does not say others
-    models   what the file may be: UNIGRAM or BPE; None: either
+    model    what the file may be: UNIGRAM or BPE; None: either
     strips   roles of tokens to which the space before them belongs, or around them
     plain    whether the file's control pieces are no special tokens
     """
 
-    build: Callable[[_Vocabulary], tuple[Any, list[str]]]
+    build: Callable[[PieceVocabulary], tuple[Any, list[str]]]
     special: Mapping[str, str]
     model: int | None = UNIGRAM
     strips: Mapping[str, tuple[bool, bool]] = field(default_factory=dict)
     plain: bool = False
 
 
-def build_sentencepiece_tokenizer(place: ModelFolder, settings: Mapping[str, Any], limit_bytes: int) -> Any | None:
-    """The folder's vocabulary as a `tokenizers.Tokenizer`; None where it has none, or of a kind not built here.
-
-    settings  tokenizer_config.json
-
-    Raises CheckpointError where the file is damaged or too long.
-    """
-    import tokenizers
-
-    name = next((name for name in FILES if place.has(name)), None)
-    kind = _kind(kind_names(place, settings), "tokenizer_class" in settings)
-    if name is None or kind is None:
-        return None
-    shown = place.show(name)
-    file = read_sentencepieces(read_regular(place.file(name), limit_bytes, shown, "limit_bytes="), shown)
-    if kind.model not in (None, file.kind):
-        raise CheckpointError(
-            "the vocabulary is of another kind than the folder's tokenizer",
-            received="unigram" if file.kind == UNIGRAM else "bpe",
-            within=shown,
-            hint="config.json's model_type, or tokenizer_config.json's tokenizer_class, says which one it is",
-        )
-    special = {**kind.special, **read_special_tokens(settings)}
-    made, extra = kind.build(_Vocabulary(tokenizers, file, shown, special, settings))
-    user, control = ([p.text for p in file.pieces if p.kind == each] for each in (USER_DEFINED, CONTROL))
-    made.add_tokens([tokenizers.AddedToken(token, normalized=False, special=False) for token in user])
-    listed = _listed(settings)
-    tokens = {token: {"special": True, "normalized": False} for token in extra}
-    for role in sorted(special, key=lambda role: (_ROLES.index(role) if role in _ROLES else len(_ROLES), role)):
-        left, right = _strips(settings, role, kind.strips.get(role))
-        tokens[special[role]] = {"special": True, "normalized": False, "lstrip": left, "rstrip": right}
-    tokens |= {
-        token: {"special": True, "normalized": False} for token in control if not kind.plain and token not in tokens
-    }
-    for number, options in sorted(listed.items()):
-        token = options["content"]
-        tokens.pop(token, None)
-        made.add_tokens([tokenizers.AddedToken(token, **{name: options.get(name) is True for name in _FLAGS})])
-        if made.token_to_id(token) != number:
-            raise CheckpointError(
-                "tokenizer_config.json: an added token has another number in the vocabulary",
-                received=f"{printable(token)}, {number} and {made.token_to_id(token)}",
-                within=shown,
-            )
-    made.add_special_tokens([tokenizers.AddedToken(token, **options) for token, options in tokens.items()])
-    return made
-
-
-_FLAGS = ("lstrip", "rstrip", "normalized", "special", "single_word")
-
-
-def _kind(names: Sequence[str], has_class: bool) -> _Kind | None:
-    """Of the names that a folder gives, a class before a type."""
-    found = [_BY_CLASS.get(name) if has_class and n == 0 else _BY_TYPE.get(name) for n, name in enumerate(names)]
-    return next((kind for kind in found if kind is not None), None)
-
-
-_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""In the order in which tokens that the file lacks get their numbers."""
-
-
-def _listed(settings: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
-    """Tokens that tokenizer_config.json adds, by their numbers."""
-    given = settings.get("added_tokens_decoder")
-    if given is None:
-        return {}
-    if isinstance(given, Mapping) and all(
-        key.isascii()
-        and key.isdigit()
-        and len(key) < 10
-        and isinstance(token, Mapping)
-        and isinstance(token.get("content"), str)
-        for key, token in given.items()
-    ):
-        return {int(key): token for key, token in given.items()}
-    raise CheckpointError("tokenizer_config.json: added_tokens_decoder must hold tokens by their numbers")
-
-
-def _strips(settings: Mapping[str, Any], role: str, default: tuple[bool, bool] | None) -> tuple[bool, bool]:
-    """Whether the space before a special token and the space behind it belong to it."""
-    given = settings.get(role)
-    if isinstance(given, Mapping):
-        return given.get("lstrip") is True, given.get("rstrip") is True
-    return default or (False, False)
-
-
 # -- unigram ---------------------------------------------------------------------------------------------------
 
 
-def _unigram(v: _Vocabulary, scores: list[tuple[str, float]], unknown: int, first: list[Any]) -> Any:
+def _unigram(v: PieceVocabulary, scores: list[tuple[str, float]], unknown: int, first: list[Any]) -> Any:
     """A tokenizer of words, each with a space before it. `first` normalizes before the file's own way does."""
     library = v.library
     made = library.Tokenizer(library.models.Unigram(scores, unk_id=unknown, byte_fallback=False))
@@ -200,7 +100,7 @@ def _unigram(v: _Vocabulary, scores: list[tuple[str, float]], unknown: int, firs
     return made
 
 
-def _ended(v: _Vocabulary, made: Any) -> Any:
+def _ended(v: PieceVocabulary, made: Any) -> Any:
     """With the end token behind each text."""
     end = v.special["eos_token"]
     made.post_processor = v.library.processors.TemplateProcessing(
@@ -209,7 +109,7 @@ def _ended(v: _Vocabulary, made: Any) -> Any:
     return made
 
 
-def _t5(v: _Vocabulary) -> tuple[Any, list[str]]:
+def _t5(v: PieceVocabulary) -> tuple[Any, list[str]]:
     count = v.settings.get("extra_ids", 100)
     if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= _MOST_EXTRA:
         raise CheckpointError(
@@ -219,7 +119,7 @@ def _t5(v: _Vocabulary) -> tuple[Any, list[str]]:
     return _ended(v, _unigram(v, [*v.scores(), *((name, 0.0) for name in extra)], v.file.unknown, [])), extra
 
 
-def _siglip(v: _Vocabulary) -> tuple[Any, list[str]]:
+def _siglip(v: PieceVocabulary) -> tuple[Any, list[str]]:
     n, regex = v.library.normalizers, v.library.Regex
     lower = [n.Lowercase()] if v.flag("do_lower_case", True) else []
     marks = "".join("\\" + mark for mark in string.punctuation)
@@ -227,7 +127,7 @@ def _siglip(v: _Vocabulary) -> tuple[Any, list[str]]:
     return _ended(v, _unigram(v, v.scores(), v.file.unknown, canonical)), []
 
 
-def _albert(v: _Vocabulary) -> tuple[Any, list[str]]:
+def _albert(v: PieceVocabulary) -> tuple[Any, list[str]]:
     n = v.library.normalizers
     first = [n.Replace("``", '"'), n.Replace("''", '"')]
     if not v.flag("keep_accents", False):
@@ -244,7 +144,7 @@ def _albert(v: _Vocabulary) -> tuple[Any, list[str]]:
     return made, []
 
 
-def _enclosed(v: _Vocabulary, made: Any) -> Any:
+def _enclosed(v: PieceVocabulary, made: Any) -> Any:
     """With tokens around each text, and two ends between the texts of a pair."""
     begin, end = v.special["bos_token"], v.special["eos_token"]
     made.post_processor = v.library.processors.TemplateProcessing(
@@ -255,12 +155,12 @@ def _enclosed(v: _Vocabulary, made: Any) -> Any:
     return made
 
 
-def _xlm_roberta(v: _Vocabulary) -> tuple[Any, list[str]]:
+def _xlm_roberta(v: PieceVocabulary) -> tuple[Any, list[str]]:
     first, last = v.control("bos_token", "pad_token", "eos_token", "unk_token"), v.control("mask_token")
     return _enclosed(v, _unigram(v, [*first, *v.scores()[3:], *last], 3, [])), []
 
 
-def _camembert(v: _Vocabulary) -> tuple[Any, list[str]]:
+def _camembert(v: PieceVocabulary) -> tuple[Any, list[str]]:
     (pad, unknown), last = v.control("pad_token", "unk_token"), v.control("mask_token")
     first = [("<s>NOTUSED", 0.0), pad, ("</s>NOTUSED", 0.0), unknown, ("<unk>NOTUSED", -100.0)]
     return _enclosed(v, _unigram(v, [*first, *v.scores()[1:], *last], 3, [])), []
@@ -269,7 +169,7 @@ def _camembert(v: _Vocabulary) -> tuple[Any, list[str]]:
 # -- byte pairs ------------------------------------------------------------------------------------------------
 
 
-def _pairs(v: _Vocabulary) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _pairs(v: PieceVocabulary) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """The vocabulary, and which two pieces make a third, the third's number deciding which come first."""
     vocabulary = {piece.text: number for number, piece in enumerate(v.file.pieces)}
     merges = []
@@ -281,7 +181,7 @@ def _pairs(v: _Vocabulary) -> tuple[dict[str, int], list[tuple[str, str]]]:
     return vocabulary, [(left, right) for *_, left, right in sorted(merges)]
 
 
-def _begun(v: _Vocabulary, made: Any) -> Any:
+def _begun(v: PieceVocabulary, made: Any) -> Any:
     """With a token before each text and one behind it, where the folder asks for them."""
     roles = [role for role in ("bos_token", "eos_token") if v.flag(f"add_{role}", False)]
     begin, end = ([v.special[role] for role in roles if role == each] for each in ("bos_token", "eos_token"))
@@ -293,7 +193,7 @@ def _begun(v: _Vocabulary, made: Any) -> Any:
     return made
 
 
-def _llama(v: _Vocabulary) -> tuple[Any, list[str]]:
+def _llama(v: PieceVocabulary) -> tuple[Any, list[str]]:
     library, (vocabulary, merges) = v.library, _pairs(v)
     made = library.Tokenizer(library.models.BPE(vocab=vocabulary, merges=merges, fuse_unk=True, byte_fallback=True))
     prefix = v.flag("add_prefix_space", True)
@@ -305,7 +205,7 @@ def _llama(v: _Vocabulary) -> tuple[Any, list[str]]:
     return _begun(v, made), []
 
 
-def _gemma(v: _Vocabulary) -> tuple[Any, list[str]]:
+def _gemma(v: PieceVocabulary) -> tuple[Any, list[str]]:
     library, (vocabulary, merges) = v.library, _pairs(v)
     unknown = v.special["unk_token"]
     model = library.models.BPE(vocab=vocabulary, merges=merges, fuse_unk=True, unk_token=unknown, byte_fallback=True)
@@ -316,7 +216,7 @@ def _gemma(v: _Vocabulary) -> tuple[Any, list[str]]:
     return _begun(v, made), []
 
 
-def _own(v: _Vocabulary) -> tuple[Any, list[str]]:
+def _own(v: PieceVocabulary) -> tuple[Any, list[str]]:
     """As the file itself says, and the library that wrote it cuts texts."""
     library, file, n = v.library, v.file, v.library.normalizers
     if file.kind == UNIGRAM:
@@ -375,9 +275,9 @@ _FAIRSEQ = {
     "pad_token": "<pad>",
     "mask_token": "<mask>",
 }
-_T5_KIND = _Kind(_t5, {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"})
-_LLAMA_KIND = _Kind(_llama, {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}, BPE)
-_OWN = _Kind(_own, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}, None)
+_T5_KIND = PieceKind(_t5, {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"})
+_LLAMA_KIND = PieceKind(_llama, {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}, BPE)
+_OWN = PieceKind(_own, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}, None)
 _GEMMA_TOKENS = {
     "unk_token": "<unk>",
     "bos_token": "<bos>",
@@ -385,16 +285,14 @@ _GEMMA_TOKENS = {
     "pad_token": "<pad>",
     "mask_token": "<mask>",
 }
-_XLM_ROBERTA = _Kind(_xlm_roberta, _FAIRSEQ)
-_GEMMA = _Kind(
-    _gemma, _GEMMA_TOKENS, BPE
-)  # fmt: skip
+_XLM_ROBERTA = PieceKind(_xlm_roberta, _FAIRSEQ)
+_GEMMA = PieceKind(_gemma, _GEMMA_TOKENS, BPE)
 
-_KINDS: Mapping[str, _Kind] = {
+_KINDS: Mapping[str, PieceKind] = {
     **dict.fromkeys(("t5", "mt5"), _T5_KIND),
     **dict.fromkeys(("xlmroberta", "xlm-roberta"), _XLM_ROBERTA),
-    "camembert": _Kind(_camembert, _FAIRSEQ, strips={"mask_token": _BEFORE}),
-    "albert": _Kind(
+    "camembert": PieceKind(_camembert, _FAIRSEQ, strips={"mask_token": _BEFORE}),
+    "albert": PieceKind(
         _albert,
         {
             "cls_token": "[CLS]",
@@ -404,7 +302,7 @@ _KINDS: Mapping[str, _Kind] = {
             "mask_token": "[MASK]",
         },
     ),
-    "siglip": _Kind(
+    "siglip": PieceKind(
         _siglip,
         {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"},
         strips=dict.fromkeys(("eos_token", "unk_token", "pad_token"), _AROUND),
@@ -412,7 +310,9 @@ _KINDS: Mapping[str, _Kind] = {
     ),
     **dict.fromkeys(("gemma", "gemma2"), _GEMMA),
 }
-"""By tokenizer_config.json's tokenizer_class, in small letters and without its ending, or config.json's model_type."""
 
-_BY_CLASS = {**_KINDS, "llama": _LLAMA_KIND}
-_BY_TYPE = {**_KINDS, **dict.fromkeys(("llama", "mistral", "phi3"), _OWN)}
+BY_CLASS = {**_KINDS, "llama": _LLAMA_KIND}
+"""By tokenizer_config.json's tokenizer_class, in small letters and without its ending."""
+
+BY_TYPE = {**_KINDS, **dict.fromkeys(("llama", "mistral", "phi3"), _OWN)}
+"""By config.json's model_type."""

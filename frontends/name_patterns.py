@@ -1,0 +1,39 @@
+"""Names of tensors as patterns, in which `{i}` stands for a number: `h.{i}.attn.q.weight`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+_PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
+
+
+def has_placeholder(name: str) -> bool:
+    """Whether a name is a pattern."""
+    return _PLACEHOLDER.search(name) is not None
+
+
+def compiled_pattern(pattern: str) -> re.Pattern[str]:
+    """`h.{i}.x.{i}` as a regular expression: `{i}` is a number, the same wherever it stands again."""
+    parts: list[str] = []
+    seen: set[str] = set()
+    at = 0
+    for match in _PLACEHOLDER.finditer(pattern):
+        name = match.group(1)
+        parts.append(re.escape(pattern[at : match.start()]))
+        parts.append(f"(?P={name})" if name in seen else f"(?P<{name}>[0-9]+)")
+        seen.add(name)
+        at = match.end()
+    return re.compile("".join(parts) + re.escape(pattern[at:]))
+
+
+def filled(pattern: str, numbers: Mapping[str, str]) -> str:
+    """A pattern with numbers in the places of placeholders; those without one stay."""
+    return _PLACEHOLDER.sub(lambda m: numbers.get(m.group(1), m.group(0)), pattern) if numbers else pattern
+
+
+def unfilled(name: str, numbers: Mapping[str, str]) -> str:
+    """A file's name as a pattern: its first parts that equal the numbers become their placeholders."""
+    for placeholder, number in numbers.items():
+        name = re.sub(rf"(?<![0-9]){number}(?![0-9])", f"{{{placeholder}}}", name, count=1)
+    return name
