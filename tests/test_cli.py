@@ -1,13 +1,10 @@
-"""The command line: what each command says, what `--json` prints, and what bad input gets."""
+"""The command line: what each command says, and what `--json` prints."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import numpy as np
 import pytest
 
 import treadle.cli
+from tests.command_line import SMALL, Treadle, commands_in, line_of, refused
 from treadle.artifacts import open_artifact
 from treadle.ir.errors import TreadleError
 from treadle.ir.text.parser import parse_graph
@@ -23,97 +21,10 @@ from treadle.resolving import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 
-MODEL = """\
-import treadle as t
-
-
-@t.model
-def small(tokens: t.i64["B S"], lengths: t.i64["B"] | None, *, dim=8, layers=2, act=t.gelu):
-    \"\"\"A small encoder.\"\"\"
-    x = t.embed(tokens, 10, dim, name="wte")
-    mask = None if lengths is None else t.padding(lengths)
-    for _ in t.stack("h", layers):
-        x += t.self_attention(x, 2, mask=mask, name="attn")
-        x += t.mlp(x, 16, act=act, name="mlp")
-    return {"hidden": x}
-
-
-@t.model
-def wrong_axis(x: t.f32["B S 8"]):
-    for _ in t.stack("h", 2):
-        y = t.linear(x, 6, name="proj")
-        x = x + y
-    return x
-
-
-@t.model
-def unknown_op(x: t.f32["B S 8"]):
-    return t.sofmax(x)
-
-
-@t.model
-def unknown_attribute(x: t.f32["B S 8"]):
-    return t.softmax(x, axs=1)
-
-
-@t.model
-def python_error(x: t.f32["B S 8"]):
-    return t.mlp(x)
-
-
-@t.model
-def branches(x: t.f32["B S 8"]):
-    return x if x > 0 else -x
-
-
-@t.model
-def scale(x: t.f32["B 3"]):
-    return {"y": x * 2, "total": t.reduce_sum(x, axes=(0, 1))}
-"""
-
-
-def line_of(code: str) -> str:
-    """Where a piece of MODEL stands, as errors say it."""
-    return f"model.py:{MODEL[: MODEL.index(code)].count(chr(10)) + 1}"
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one command did."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        """The one object on standard output."""
-        return json.loads(self.out)
-
-
-Treadle = Callable[..., Result]
-
 
 @pytest.fixture
 def treadle_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Treadle:
-    """Run a command in a folder that holds model.py, as the entry point would."""
-    (tmp_path / "model.py").write_text(MODEL, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("TREADLE_DEBUG", raising=False)
-
-    def run(*words: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["treadle", *words])
-        with pytest.raises(SystemExit) as ended:
-            treadle.cli.main()
-        said = capsys.readouterr()
-        code = ended.value.code
-        assert "\x1b[" not in said.out, "colour codes without a terminal"
-        return Result(code if isinstance(code, int) else 0, said.out, said.err)
-
-    return run
-
-
-SMALL = "model.py:small"
+    return commands_in(tmp_path, capsys, monkeypatch)
 
 
 # -- inspect ---------------------------------------------------------------------------------------------------
@@ -365,121 +276,7 @@ def test_shard_refuses_what_it_cannot_do(treadle_command: Treadle, options: tupl
     assert told in said.err
 
 
-# -- what bad input gets ---------------------------------------------------------------------------------------
-
-
-def refused(said: Result, *parts: str) -> None:
-    """Exit code 2, nothing on standard output, the house's form on standard error, no traceback."""
-    assert said.code == 2
-    assert said.out == ""
-    assert "Traceback" not in said.err
-    for part in parts:
-        assert part in said.err
-
-
-@pytest.mark.parametrize(
-    ("function", "parts"),
-    [
-        ("wrong_axis", ["add: sizes disagree: 8 in x, 6 in y", f"from      {line_of('x + y')}, scope h.0\n"]),
-        ("unknown_op", ["the DSL has no 'sofmax'", line_of("t.sofmax"), "did you mean t.softmax"]),
-        ("unknown_attribute", ["softmax", "axs", line_of("axs=1"), "softmax(x, *, axis=-1, name=None)"]),
-        ("python_error", ["python_error cannot be traced", "'hidden'", line_of("t.mlp(x)")]),
-        ("branches", ["no data-dependent branches", line_of("x if x"), "where(condition, a, b)"]),
-        ("smal", ["declares no model 'smal'", "small"]),
-    ],
-)
-def test_a_fault_in_a_model_names_its_line(treadle_command: Treadle, function: str, parts: list[str]) -> None:
-    refused(treadle_command("inspect", f"model.py:{function}"), *parts)
-
-
-@pytest.mark.parametrize(
-    ("words", "parts"),
-    [
-        (["inspect", "gpt3"], ["there is no model 'gpt3'", "gpt2?"]),
-        (["inspect", "model.py"], ["named with its function", "model.py:FUNCTION"]),
-        (["inspect", "none.py:small"], ["there is no file none.py"]),
-        (["inspect", SMALL, "--set", "layer=2"], ["has no option layer", "layers"]),
-        (["inspect", SMALL, "--set", "layers"], ["NAME=VALUE", "--set layers=2"]),
-        (["inspect", SMALL, "--set", "act=t.relo"], ["the DSL has no 'relo'", "t.relu"]),
-        (["inspect", SMALL, "--inputs", "length"], ["has no input length", "lengths"]),
-        (["inspect", SMALL, "--after", "fuse-everything"], ["no pass 'fuse-everything'", "dead-code"]),
-        (["inspect", SMALL, "--after", "gelu-erf"], ["a rule of the pass fuse-gelu", "try       --after fuse-gelu\n"]),
-        (["inspect", SMALL, "--set", "act=relu"], ["is a function", "try       --set act=t.relu\n"]),
-        (["inspect", SMALL, "--limit", "nodes=0"], ["the limit nodes must be a positive integer"]),
-        (["inspect", SMALL, "--limit", "nodes=5"], ["limits are of a file"]),
-        (["inspect", SMALL, "--after", "dead-code", "--raw"], ["two stages"]),
-        (["inspect", SMALL, "--sizes", "Q=3"], ["no symbolic axis Q", "one of B, S"]),
-        (["inspect", SMALL, "--sizes", "S=-3"], ["size of S must be a positive integer"]),
-        (["inspect", "gpt2", "--sizes", "S=2000"], ["S cannot be 2000", "S <= 1024"]),
-        (["inspect", SMALL, "--follow", "Q"], ["there is no axis 'Q'"]),
-        (["compile", SMALL, "--backend", "nump"], ["there is no backend 'nump'", "numpy"]),
-        (["compile", SMALL, "--target", "abacus"], ["unknown target 'abacus'", "cpu"]),
-        (["compile", SMALL, "--target", "cuda"], ["numpy backend runs on the CPU only"]),
-        (["run", SMALL], ["no value for tokens", "try       --input tokens=...\n"]),
-        (["run", SMALL, "--input", "token=1"], ["has no input token", "tokens"]),
-        (["run", SMALL, "--input", "tokens=1,x"], ["neither a .npy file nor numbers", "tokens=1,2,3"]),
-        (["run", SMALL, "--input", "tokens=[[1],[2,3]]"], ["input tokens must be i64"]),
-        (["run", SMALL, "--input", "tokens=1.5"], ["tokens must be i64"]),
-        (["run", SMALL, "--input", 'tokens=["__import__"]'], ["tokens must be i64"]),
-        (
-            ["run", SMALL, "--input", "tokens=1,99"],
-            ["index 99", line_of("t.embed"), "99 in input tokens", "indices from 0 to 9"],
-        ),
-        (["run", SMALL, "--input", "tokens=none.npy"], ["there is no such file", "none.npy"]),
-        (["fetch", "minilmm"], ["there is no model 'minilmm' to fetch", "minilm"]),
-        (["embed", "gpt2", "A sentence."], ["gpt2 is a declaration of the zoo, without weights"]),
-        (["embed", "gpt2", "A sentence.", "--file", "x"], ["given twice"]),
-    ],
-)
-def test_what_does_not_exist_is_refused(treadle_command: Treadle, words: list[str], parts: list[str]) -> None:
-    refused(treadle_command(*words), *parts)
-
-
-def test_an_error_as_json_is_the_one_object(treadle_command: Treadle) -> None:
-    said = treadle_command("inspect", "model.py:wrong_axis", "--json")
-    assert said.code == 2
-    assert said.err == ""
-    assert said.json == {
-        "error": {
-            "kind": "RuleError",
-            "what": "add: sizes disagree: 8 in x, 6 in y",
-            "received": "x: f32[B, S, 8], y: f32[B, S, 6]",
-            "from": f"{line_of('x + y')}, scope h.0",
-        }
-    }
-
-
-@pytest.mark.parametrize(
-    "words", [["nosuch"], ["inspect"], ["run", SMALL, "--nosuch"], ["compile", SMALL, "--seed", "x"]]
-)
-def test_wrong_usage_ends_with_2(treadle_command: Treadle, words: list[str]) -> None:
-    said = treadle_command(*words)
-    assert said.code == 2
-    assert "Usage" in said.err
-
-
-def test_a_file_that_is_no_python_names_the_line(treadle_command: Treadle) -> None:
-    Path("syntax.py").write_text("import treadle as t\n\ndef f(:\n", encoding="utf-8")
-    refused(treadle_command("inspect", "syntax.py:f"), "syntax.py is not Python", "syntax.py:3")
-    Path("failing.py").write_text("import treadle as t\n\n\nt.nothing_of_this_name\n", encoding="utf-8")
-    refused(treadle_command("inspect", "failing.py:f"), "nothing_of_this_name", "failing.py:4")
-
-
-def test_debugging_shows_where_an_error_was_raised(treadle_command: Treadle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TREADLE_DEBUG", "1")
-    said = treadle_command("inspect", "model.py:wrong_axis")
-    assert said.code == 2
-    assert "Traceback" in said.err
-
-
-@pytest.mark.parametrize("level", ["9", "abc", "-1", "2.5", "²"])
-def test_a_level_of_debugging_that_there_is_not_is_refused(
-    treadle_command: Treadle, monkeypatch: pytest.MonkeyPatch, level: str
-) -> None:
-    monkeypatch.setenv("TREADLE_DEBUG", level)
-    refused(
-        treadle_command("inspect", SMALL), "TREADLE_DEBUG must be a number from 0 to 4", "try       TREADLE_DEBUG=4"
-    )
+# -- what all of them keep to ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", ["", *treadle.cli.COMMANDS])
@@ -492,19 +289,6 @@ def test_help_fits_80_columns_and_names_no_python_types(
     assert max(map(len, said.out.splitlines())) <= 80
     for noise in ("<bool>", "<str>", "<int", "<float>", "list["):
         assert noise not in said.out
-
-
-def test_a_limit_that_an_error_names_lets_the_file_be_read(treadle_command: Treadle) -> None:
-    pytest.importorskip("onnx")
-    assert treadle_command("export", "model.py:scale", "-o", "scale.onnx").code == 0
-    said = treadle_command("inspect", "scale.onnx", "--limit", "nodes=1")
-    refused(said, "more nodes than the limit", "try       --limit nodes=4, if you trust the file")
-    assert treadle_command("inspect", "scale.onnx", "--limit", "nodes=4").code == 0
-    with pytest.raises(TreadleError) as caught:
-        treadle.compile("scale.onnx", limits={"nodes": 1})
-    assert caught.value.hint == "limits={'nodes': 4}, if you trust the file"
-    assert treadle.compile("scale.onnx", limits={"nodes": 4}).outputs
-    refused(treadle_command("inspect", "scale.onnx", "--limit", "knots=4"), "no limit 'knots'", "one of bytes, nodes")
 
 
 def test_verify_widens_as_compile_does(treadle_command: Treadle) -> None:
@@ -536,113 +320,15 @@ def test_one_of_a_thing_is_no_plural(treadle_command: Treadle) -> None:
     assert "1 node of opset" in exported
 
 
-def test_a_fault_of_our_own_is_told_as_one(treadle_command: Treadle, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise KeyError("lost")
-
-    monkeypatch.setattr("treadle.resolving.resolve", fail)
-    said = treadle_command("inspect", SMALL)
-    assert said.code == 1
-    assert "its own fault: KeyError: 'lost'" in said.err
-    assert "TREADLE_DEBUG=1" in said.err
-    assert "Traceback" not in said.err
-    told = treadle_command("inspect", SMALL, "--json")
-    assert told.code == 1
-    assert told.json["error"]["kind"] == "InternalError"
-
-
-# -- folders and files of others -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A tiny GPT-2 in Hugging Face's form."""
+def test_a_folder_is_inspected_and_run(treadle_command: Treadle, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     from tests.hf_models import save
 
     save("gpt2", tmp_path / "folder")
-    return tmp_path / "folder"
-
-
-def test_a_folder_is_inspected_and_run(treadle_command: Treadle, folder: Path) -> None:
     said = treadle_command("compile", "folder")
     assert said.code == 0
     assert "read from the checkpoint" in said.out
     assert treadle_command("run", "folder", "--input", "tokens=1,2,3").code == 0
-
-
-def test_tensors_that_are_missing_or_misshapen_are_all_listed(treadle_command: Treadle, folder: Path) -> None:
-    from safetensors.numpy import load_file, save_file
-
-    tensors = load_file(folder / "model.safetensors")
-    prefix = "transformer." if any(name.startswith("transformer.") for name in tensors) else ""
-    tensors[f"{prefix}ln_f.weigth"] = tensors.pop(f"{prefix}ln_f.weight")
-    tensors[f"{prefix}wpe.weight"] = tensors[f"{prefix}wpe.weight"][:-1].copy()
-    save_file(tensors, folder / "model.safetensors")
-    refused(treadle_command("compile", "folder"), "ln_f.weight", "ln_f.weigth", "wpe.weight", "[23, 24]", "[24, 24]")
-
-
-def truncated(data: bytes) -> bytes:
-    return data[:-100]
-
-
-def endless_header(data: bytes) -> bytes:
-    return (2**63 - 1).to_bytes(8, "little") + data[8:]
-
-
-def not_json(data: bytes) -> bytes:
-    return data[:8] + b"[" + data[9:]
-
-
-def empty(data: bytes) -> bytes:
-    return b""
-
-
-@pytest.mark.parametrize("spoil", [truncated, endless_header, not_json, empty])
-def test_a_hostile_safetensors_file_is_refused(
-    treadle_command: Treadle, folder: Path, spoil: Callable[[bytes], bytes]
-) -> None:
-    file = folder / "model.safetensors"
-    file.write_bytes(spoil(file.read_bytes()))
-    refused(treadle_command("run", "folder", "--input", "tokens=1"), "model.safetensors", "  in ")
-
-
-def with_objects() -> None:
-    np.save("x.npy", np.array([{"run": "me"}], dtype=object), allow_pickle=True)
-
-
-def cut_short() -> None:
-    np.save("x.npy", np.ones((2, 3), np.float32))
-    Path("x.npy").write_bytes(Path("x.npy").read_bytes()[:-4])
-
-
-def promising_too_much() -> None:
-    np.save("x.npy", np.ones((2, 3), np.float32))
-    data = Path("x.npy").read_bytes()
-    Path("x.npy").write_bytes(data.replace(b"(2, 3), }" + b" " * 12, b"(99999999, 99999999), }"[:21]))
-
-
-def no_array() -> None:
-    Path("x.npy").write_bytes(b"PK\x03\x04 and so on")
-
-
-def with_fields() -> None:
-    np.save("x.npy", np.zeros(2, dtype=[("a", "f4"), ("b", "f4")]))
-
-
-@pytest.mark.parametrize(
-    ("make", "part"),
-    [
-        (with_objects, "no plain numbers"),
-        (cut_short, "truncated"),
-        (promising_too_much, "x.npy"),
-        (no_array, "not a .npy file"),
-        (with_fields, "no plain numbers"),
-    ],
-)
-def test_a_hostile_npy_file_is_refused(treadle_command: Treadle, make: Callable[[], None], part: str) -> None:
-    make()
-    refused(treadle_command("run", "model.py:scale", "--input", "x=x.npy"), part, "x.npy")
 
 
 # -- as a process ----------------------------------------------------------------------------------------------

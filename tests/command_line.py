@@ -1,0 +1,114 @@
+"""Commands run as the entry point runs them, in a folder that holds model.py."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import treadle.cli
+
+MODEL = """\
+import treadle as t
+
+
+@t.model
+def small(tokens: t.i64["B S"], lengths: t.i64["B"] | None, *, dim=8, layers=2, act=t.gelu):
+    \"\"\"A small encoder.\"\"\"
+    x = t.embed(tokens, 10, dim, name="wte")
+    mask = None if lengths is None else t.padding(lengths)
+    for _ in t.stack("h", layers):
+        x += t.self_attention(x, 2, mask=mask, name="attn")
+        x += t.mlp(x, 16, act=act, name="mlp")
+    return {"hidden": x}
+
+
+@t.model
+def wrong_axis(x: t.f32["B S 8"]):
+    for _ in t.stack("h", 2):
+        y = t.linear(x, 6, name="proj")
+        x = x + y
+    return x
+
+
+@t.model
+def unknown_op(x: t.f32["B S 8"]):
+    return t.sofmax(x)
+
+
+@t.model
+def unknown_attribute(x: t.f32["B S 8"]):
+    return t.softmax(x, axs=1)
+
+
+@t.model
+def python_error(x: t.f32["B S 8"]):
+    return t.mlp(x)
+
+
+@t.model
+def branches(x: t.f32["B S 8"]):
+    return x if x > 0 else -x
+
+
+@t.model
+def scale(x: t.f32["B 3"]):
+    return {"y": x * 2, "total": t.reduce_sum(x, axes=(0, 1))}
+"""
+
+
+SMALL = "model.py:small"
+
+
+def line_of(code: str) -> str:
+    """Where a piece of MODEL stands, as errors say it."""
+    return f"model.py:{MODEL[: MODEL.index(code)].count(chr(10)) + 1}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one command did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """The one object on standard output."""
+        return json.loads(self.out)
+
+
+Treadle = Callable[..., Result]
+
+
+def commands_in(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Treadle:
+    """What runs a command in a folder, into which model.py comes, as the entry point would."""
+    (folder / "model.py").write_text(MODEL, encoding="utf-8")
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("TREADLE_DEBUG", raising=False)
+
+    def run(*words: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["treadle", *words])
+        with pytest.raises(SystemExit) as ended:
+            treadle.cli.main()
+        said = capsys.readouterr()
+        code = ended.value.code
+        assert "\x1b[" not in said.out, "colour codes without a terminal"
+        return Result(code if isinstance(code, int) else 0, said.out, said.err)
+
+    return run
+
+
+def refused(said: Result, *parts: str) -> None:
+    """Exit code 2, nothing on standard output, the house's form on standard error, no traceback."""
+    assert said.code == 2
+    assert said.out == ""
+    assert "Traceback" not in said.err
+    for part in parts:
+        assert part in said.err
