@@ -25,6 +25,11 @@ def model(signature: str, body: str, *, opset: int = 18, more: str = "") -> onnx
     return parser.parse_model(f"<ir_version: 9, opset_import: [{domains}]> test {signature} {{ {body} }} {more}")
 
 
+def ops(found: Imported) -> list[str]:
+    """The names of an imported graph's ops, in order."""
+    return [node.op.name for node in found.graph.main.nodes]
+
+
 def prepared(
     found: Imported, backends: tuple[str, ...] = ("numpy", "torch")
 ) -> Callable[[Mapping[str, Array]], list[dict[str, Array]]]:
