@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.pass_programs import program
-from tests.test_certificates import Planted, certificates, certified, rolled_back
+from tests.planted_rewrites import Planted, certificates, certified, rolled_back
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Function, Graph
 from treadle.ir.sizing.size_bounds import Bounds
