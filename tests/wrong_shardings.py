@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from treadle.ir.placement.mesh import SubAxes
 from treadle.passes.sharding.conversions import PlacementStep, StepKind
@@ -101,3 +102,12 @@ class _Rebuilding:
         self.left -= 1
         self.done = self.left < 0
         return changed if self.done else move
+
+
+def changed_node(plan: ShardingPlan, function: int, at: int, **changes: Any) -> ShardingPlan:
+    """A plan in which one node of a function that nothing calls is another."""
+    functions = list(plan.functions)
+    nodes = list(functions[function].nodes)
+    nodes[at] = replace(nodes[at], **changes)
+    functions[function] = replace(functions[function], nodes=tuple(nodes))
+    return replace(plan, functions=tuple(functions))
