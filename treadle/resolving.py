@@ -145,7 +145,7 @@ def resolve(
     StaticInputNeeded for an ONNX file with an input that determines shapes and whose value config lacks.
     """
     names = [widen] if isinstance(widen, str) else list(widen)
-    narrow = narrow_dtypes(name for name in names if name != BLOCKS)
+    narrow = narrow_dtypes([name for name in names if name != BLOCKS], also=[BLOCKS])
     try:
         found = _widened(_resolve(model, inputs, config, limits, BLOCKS not in names, deferred), narrow)
     except StaticInputNeeded as needed:

@@ -9,7 +9,7 @@ differ from the narrow model's by its own rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph, Value
@@ -22,12 +22,17 @@ WIDENED = {d.name: d for d in (bf16, f16)}
 """The dtypes that can be widened to f32."""
 
 
-def narrow_dtypes(names: str | Iterable[str]) -> frozenset[DType]:
-    """The dtypes of these names: "bf16", "f16", or both. Raises UsageError for another name."""
+def narrow_dtypes(names: str | Iterable[str], also: Sequence[str] = ()) -> frozenset[DType]:
+    """The dtypes of these names: "bf16", "f16", or both. Raises UsageError for another name.
+
+    also  what else the caller would have taken, for the error
+    """
     given = [names] if isinstance(names, str) else list(names)
     unknown = [name for name in given if name not in WIDENED]
     if unknown:
-        raise UsageError(f"{unknown[0]!r} is no dtype that is widened to f32", hint="one of " + ", ".join(WIDENED))
+        raise UsageError(
+            f"{unknown[0]!r} is no dtype that is widened to f32", hint="one of " + ", ".join([*WIDENED, *also])
+        )
     return frozenset(WIDENED[name] for name in given)
 
 
