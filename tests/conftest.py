@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from functools import cache
 
 # Said before NumPy and PyTorch are loaded, which ask once. Tests run side by side, and their arrays are small: further
 # threads only wait for each other, and a test that is about threads asks for so many.
@@ -13,6 +14,8 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")  # idle threads of TVM's pool sleep at once
 
 import pytest
+import typer.main
+import typer.testing
 from hypothesis import HealthCheck, settings
 
 from tests import error_texts, refusal_texts
@@ -23,6 +26,9 @@ from treadle.reporting import told_errors
 
 settings.register_profile("treadle", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("treadle")  # a busy machine is no fault of a test
+
+# Typer makes all commands anew for every command line, which takes longer than most commands that tests run.
+typer.main.get_command = typer.testing._get_command = cache(typer.main.get_command)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

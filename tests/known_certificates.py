@@ -18,9 +18,10 @@ import json
 import os
 import sqlite3
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -59,26 +60,31 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._files: dict[tuple[int, int], sqlite3.Connection] = {}
         with suppress(sqlite3.Error, OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with closing(self._open()) as file:
-                file.execute("create table if not exists found (key text primary key, said text)")
+            self._file.execute("create table if not exists found (key text primary key, said text)")
 
-    def _open(self) -> sqlite3.Connection:
-        file = sqlite3.connect(self.path, timeout=30, isolation_level=None)
-        file.execute("pragma synchronous = off")
-        return file
+    @property
+    def _file(self) -> sqlite3.Connection:
+        """The file as this thread has it open: no other thread, and no forked process, may use the same."""
+        owner = os.getpid(), threading.get_ident()
+        if owner not in self._files:
+            file = sqlite3.connect(self.path, timeout=30, isolation_level=None)
+            file.execute("pragma synchronous = off")
+            self._files[owner] = file
+        return self._files[owner]
 
     def get(self, key: str) -> Found | None:
-        with suppress(sqlite3.Error, ValueError, KeyError, TypeError), closing(self._open()) as file:
-            row = file.execute("select said from found where key = ?", (key,)).fetchone()
+        with suppress(sqlite3.Error, ValueError, KeyError, TypeError):
+            row = self._file.execute("select said from found where key = ?", (key,)).fetchone()
             if row is not None:
                 return read(row[0])
         return None
 
     def keep(self, key: str, found: Found) -> None:
-        with suppress(sqlite3.Error), closing(self._open()) as file:
-            file.execute("insert or replace into found values (?, ?)", (key, written(found)))
+        with suppress(sqlite3.Error):
+            self._file.execute("insert or replace into found values (?, ?)", (key, written(found)))
 
 
 def written(found: Found) -> str:
