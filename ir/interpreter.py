@@ -169,7 +169,7 @@ class _Run:
             raise GraphError(f"{value.kind} {value.name} {wrong}", received=f"{array.dtype}{list(array.shape)}")
 
     def widen(self, array: Array) -> Array:
-        return array.astype(np.float64) if self.float64 and array.dtype.kind == "f" else array
+        return array.astype(np.float64, copy=False) if self.float64 and array.dtype.kind == "f" else array
 
     def entry(
         self, entry: Function, inputs: Mapping[str, Any], weights: Mapping[str, Any], states: Mapping[str, Any]

@@ -32,6 +32,7 @@ class Bounds:
 
 
 INFINITY = float("inf")
+_ANY = Bounds()
 
 
 def times(x: float, y: float) -> float:
@@ -51,7 +52,7 @@ def _over(x: float, y: float) -> float:
 def atom_bounds(atom: Atom, symbols: Mapping[str, Bounds]) -> tuple[float, float]:
     """The least and the greatest value of a symbol or a quotient."""
     if isinstance(atom, str):
-        b = symbols.get(atom, Bounds())
+        b = symbols.get(atom, _ANY)
         return b.lower, INFINITY if b.upper is None else b.upper
     low, high = atom.numerator.interval(symbols)
     small, large = atom.denominator.interval(symbols)

@@ -14,7 +14,6 @@ import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias, overload
 
@@ -25,15 +24,29 @@ from treadle.ir.sizing.size_numbers import SizeNumbers
 SizeLike: TypeAlias = "Size | int | str"
 
 
-@dataclass(frozen=True, slots=True)
 class Quotient:
-    """The atom `numerator // denominator`, rounded down."""
+    """The atom `numerator // denominator`, rounded down. Immutable; its text is its place among atoms."""
 
-    numerator: Size
-    denominator: Size
+    __slots__ = ("_hash", "_text", "denominator", "numerator")
+
+    def __init__(self, numerator: Size, denominator: Size) -> None:
+        self.numerator, self.denominator = numerator, denominator
+        self._hash = hash((numerator, denominator))
+        self._text = f"{_grouped(numerator)}//{_grouped(denominator)}"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Quotient):
+            return NotImplemented
+        return self is other or (self.numerator == other.numerator and self.denominator == other.denominator)
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def __str__(self) -> str:
-        return f"{_grouped(self.numerator)}//{_grouped(self.denominator)}"
+        return self._text
+
+    def __repr__(self) -> str:
+        return f"Quotient({self._text})"
 
 
 # Text that someone else wrote may ask for any product; these bound the work and keep every size printable.
@@ -47,7 +60,7 @@ Monomial = tuple[Atom, ...]
 
 
 def _atom_key(atom: Atom) -> tuple[int, str]:
-    return (0, atom) if isinstance(atom, str) else (1, str(atom))
+    return (0, atom) if isinstance(atom, str) else (1, atom._text)
 
 
 class Size(SizeNumbers):
@@ -175,6 +188,8 @@ class Size(SizeNumbers):
 
     def interval(self, symbols: Mapping[str, Bounds]) -> tuple[float, float]:
         """The same, with infinities."""
+        if self.constant is not None:
+            return self.constant, self.constant
         low: float = 0
         high: float = 0
         for mono, coeff in self.terms:
@@ -182,8 +197,11 @@ class Size(SizeNumbers):
             hi: float = coeff
             for atom in mono:
                 a_lo, a_hi = atom_bounds(atom, symbols)
-                corners = [times(x, y) for x in (lo, hi) for y in (a_lo, a_hi)]
-                lo, hi = min(corners), max(corners)
+                if lo >= 0 and a_lo >= 0:  # as nearly all are
+                    lo, hi = times(lo, a_lo), times(hi, a_hi)
+                else:
+                    corners = [times(x, y) for x in (lo, hi) for y in (a_lo, a_hi)]
+                    lo, hi = min(corners), max(corners)
             low, high = low + lo, high + hi
         return low, high
 
@@ -373,7 +391,7 @@ def _whole_parts(size: Size, divisor: int) -> tuple[Size, Size]:
 
 def _grouped(size: Size) -> str:
     text = str(size)
-    return text if re.fullmatch(r"\w+", text) else f"({text})"
+    return text if size.as_symbol is not None or text.isdecimal() else f"({text})"
 
 
 def _check_magnitude(number: int) -> None:

@@ -47,7 +47,7 @@ _MOST_ALONE = 32
 class Moves:
     """The largest move of each output of either side so far, and where any of its values became another.
 
-    most, others   by the output's name; zero and nowhere before the first `further`
+    most, others   by the output's name, of floats and of all else; zero and nowhere before the first `further`
     float64        whether the sides ran in float64, or else in the graph's own dtypes
     """
 
@@ -71,10 +71,12 @@ class Moves:
 
     def _at_once(self, rounds: range) -> None:
         every = _has_new_constants(*self._sides)
-        for side, original in zip(self._sides, self._made, strict=True):
-            for number in rounds:
-                rng = np.random.default_rng(number)
-                changed = self._changed_inputs(rng)
+        for number in rounds:
+            rng = np.random.default_rng(number)
+            changed = self._changed_inputs(rng)
+            drawn = rng.bit_generator.state  # both sides draw from here on
+            for side, original in zip(self._sides, self._made, strict=True):
+                rng.bit_generator.state = drawn
                 signs = {value: self._signs_of(value, rng, number) for value in constants_of(side, every)}
                 for name, move in self._moved(self._with_changed(side, signs), original, changed).items():
                     self.most[name] = max(self.most[name], move)
@@ -129,16 +131,19 @@ class Moves:
         found = {}
         for name, array in interpret(side, inputs, float64=self._float64).items():
             was = original[name]
+            if array.dtype.kind != "f":
+                found[name] = 0.0
+                self.others[name] |= array != was
+                continue
             with np.errstate(all="ignore"):
-                difference = np.abs(array - was) if array.dtype.kind == "f" else np.zeros(array.shape)
+                difference = np.abs(array - was)
                 usable = np.isfinite(difference) & (np.abs(was) < HUGE)
                 found[name] = float(np.max(difference, initial=0.0, where=usable))
-            self.others[name] |= array != was
         return found
 
 
 def _signs(rng: np.random.Generator, shape: Sequence[int]) -> Array:
-    return np.asarray(rng.choice((-1.0, 1.0), shape))
+    return np.asarray(rng.integers(0, 2, shape) * 2.0 - 1.0)
 
 
 def _bits(array: Array, number: int) -> Array:
