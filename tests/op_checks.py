@@ -172,7 +172,7 @@ class Case:
 
 def seedings(case: Case) -> list[list[int]]:
     """Which results have a gradient given: all that can, and each alone, as the others may be left unused."""
-    together = list(case.seeds)
+    together = [n for n, type in enumerate(case.op.infer(case.types)) if type.dtype.is_float]
     return [together, *([n] for n in together if len(together) > 1)]
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -129,25 +130,25 @@ class _Analysis:
             body = body_of(op, [None if v is None else v.type for v in node.operands])
             return self.function(body, [x for x in operands if x is not None])
         exact = _apply(op, [None if x is None else x.exact for x in operands])
-        moves = self._moves(node, operands, exact)
+        plain = _apply_to_sizes(op, operands, exact) if _is_sum(op) or op.flops == 0 else exact
+        moves = self._moves(op, operands, exact, plain)
         return [
-            Bounded(y, move + self._own(node, number, operands, y)) if y.dtype.kind == "f" else Bounded(y)
+            Bounded(y, move + self._own(node, number, operands, y, plain)) if y.dtype.kind == "f" else Bounded(y)
             for number, (y, move) in enumerate(zip(exact, moves, strict=True))
         ]
 
-    def _moves(self, node: Node, operands: Sequence[Bounded | None], exact: Sequence[Array]) -> list[Array]:
-        """How far the results move where the operands move by their bounds."""
-        op = node.op
+    def _moves(
+        self, op: Op, operands: Sequence[Bounded | None], exact: Sequence[Array], plain: Sequence[Array]
+    ) -> list[Array]:
+        """How far the results move where the operands move by their bounds; plain: those of their sizes, if linear."""
         floats = [x.is_float and bool(np.any(x.moved)) if x is not None else False for x in operands]
         if not any(floats):
             return [np.zeros(y.shape) for y in exact]
         if _is_sum(op) or op.flops == 0:
-            sizes = [None if x is None else np.abs(x.exact) if x.is_float else x.exact for x in operands]
             further = [  # of infinite numbers nothing is said
-                s + x.moved if x is not None and s is not None and x.is_float else s
-                for s, x in zip(sizes, operands, strict=True)
+                None if x is None else np.abs(x.exact) + x.moved if x.is_float else x.exact for x in operands
             ]
-            return [_apart(a, b) for a, b in zip(_apply(op, further), _apply(op, sizes), strict=True)]
+            return [_apart(a, b) for a, b in zip(_apply(op, further), plain, strict=True)]
         found = [np.zeros(y.shape) for y in exact]
         for signs in product(*[(-1.0, 1.0) if moves else (0.0,) for moves in floats]):
             with np.errstate(invalid="ignore"):
@@ -158,7 +159,9 @@ class _Analysis:
             found = [np.maximum(f, _apart(a, y)) for f, a, y in zip(found, _apply(op, moved), exact, strict=True)]
         return found
 
-    def _own(self, node: Node, number: int, operands: Sequence[Bounded | None], y: Array) -> Array | float:
+    def _own(
+        self, node: Node, number: int, operands: Sequence[Bounded | None], y: Array, plain: Sequence[Array]
+    ) -> Array | float:
         """What the op itself errs by: in its sums, and as it rounds its result."""
         op, dtype = node.op, node.results[number].type.dtype
         given = [v.type.dtype for v in node.inputs]
@@ -167,9 +170,7 @@ class _Analysis:
         made = self._rounding(dtype, y)
         if not _is_sum(op):
             return made if op.flops == 0 else made + FUNCTION * 2 * self._half(self._working(dtype)) * np.abs(y)
-        sizes = [None if x is None else np.abs(x.exact) if x.is_float else x.exact for x in operands]
-        ones = [None if x is None else np.ones_like(x.exact) if x.is_float else x.exact for x in operands]
-        (terms,), (count,) = _apply(op, sizes), _apply(op, ones)
+        (terms,), count = plain, _terms_of(op, operands)
         return made + self._half(op.sums_in(dtype)) * (count + 1) * terms
 
     def _working(self, dtype: DType) -> DType:
@@ -195,13 +196,35 @@ def _apart(a: Array, b: Array) -> Array:
         return np.zeros(b.shape)
     with np.errstate(invalid="ignore"):
         apart = np.abs(a - b)
-    return np.where(np.isfinite(apart), apart, 0.0)
+    finite = np.isfinite(apart)
+    return apart if np.all(finite) else np.where(finite, apart, 0.0)
 
 
 def _apply(op: Op, operands: Sequence[Array | None]) -> list[Array]:
     with np.errstate(all="ignore"):
         made = op.in_float64().reference(*operands)
     return [np.asarray(a) for a in (made if isinstance(made, tuple) else (made,))]
+
+
+def _apply_to_sizes(op: Op, operands: Sequence[Bounded | None], exact: Sequence[Array]) -> Sequence[Array]:
+    """The op on magnitudes, which the exact numbers are where none is negative."""
+    if not any(x is not None and x.is_float and np.any(x.exact < 0) for x in operands):
+        return exact
+    return _apply(op, [None if x is None else np.abs(x.exact) if x.is_float else x.exact for x in operands])
+
+
+def _terms_of(op: Op, operands: Sequence[Bounded | None]) -> Array:
+    """How many terms each sum has."""
+    if all(x is None or x.is_float for x in operands):
+        return _terms_of_shapes(op, tuple(None if x is None else x.exact.shape for x in operands))
+    (count,) = _apply(op, [None if x is None else np.ones_like(x.exact) if x.is_float else x.exact for x in operands])
+    return count
+
+
+@lru_cache(maxsize=32)
+def _terms_of_shapes(op: Op, shapes: tuple[tuple[int, ...] | None, ...]) -> Array:
+    (count,) = _apply(op, [None if shape is None else np.ones(shape) for shape in shapes])
+    return count
 
 
 def _wide(x: Array) -> Array:

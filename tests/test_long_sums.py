@@ -153,8 +153,8 @@ def long_gradients(name: str, dtype: str) -> list[Long]:
     for what, case in islice(long_cases(name, dtype, *Role), MOST):
         for seeded in [SMOOTH[name]] if name in SMOOTH else seedings(case)[:1]:
             graph = case.gradient_graph(seeded)
-            inputs = {n: np.abs(x) if n.startswith("seed") else x for n, x in case.seed_inputs(seeded).items()}
             if any(node.op.accumulates for _, node in graph.walk()):
+                inputs = {n: np.abs(x) if n.startswith("seed") else x for n, x in case.seed_inputs(seeded).items()}
                 found.append(Long.of(f"gradient of {what}", graph, inputs))
     return found
 

@@ -309,5 +309,6 @@ def _round_to_bf16(x: Any) -> Any:
     """x rounded to bf16's 8 significant bits, as float32, of which a bf16 is the upper half."""
     single = np.asarray(x, np.float32)
     bits = single.view(np.uint32)
-    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
-    return np.where(np.isnan(single), single, rounded.astype(np.uint32).view(np.float32))
+    rounded = np.asarray((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)
+    unordered = np.isnan(single)
+    return np.where(unordered, single, rounded) if np.any(unordered) else rounded
