@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -372,11 +373,17 @@ def test_the_demo_shows_each_step(minilm: Path, capsys: pytest.CaptureFixture[st
     import treadle.demo
 
     treadle.demo.main()
-    said = capsys.readouterr().out
+    said, errors = capsys.readouterr()
+    assert not errors
     shown = ("def bert(", "block layer(", "fuse-gelu", 'activation="gelu_tanh"', "agree: max", "1.00", "docs/dsl.md")
     for word in shown:
         assert word in said
     assert "type: ignore" not in said
+    assert max(map(len, said.split("\n"))) > 150, "no terminal, so nothing is fitted"
+    cosines = re.findall(r"agree: max \|difference\| \d\.\de-0[5-9], least cosine ([\d.]+)$", said, re.MULTILINE)
+    assert len(cosines) == said.count("least cosine")
+    assert all(abs(float(cosine) - 1) < 1e-6 for cosine in cosines)
+    assert re.findall(r"^(\d+)  .* ─+$", said, re.MULTILINE) == [str(n + 1) for n in range(8)]
 
 
 def test_the_demos_equations_are_a_feed_forward_part() -> None:
