@@ -60,7 +60,7 @@ SMALL = ("--set=layers=1", "--set=dim=16", "--set=heads=4", "--set=vocab=37")
 
 
 def environment(**beside: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **beside}
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TREADLE_CERTIFY": "0", **beside}
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ WIDTH = 80
 
 def environment(**more: str) -> dict[str, str]:
     """What a user has: nothing that says how wide, how coloured, or how soon the output is to be written."""
-    ours = ("COLUMNS", "TREADLE_DEBUG", "NO_COLOR", "FORCE_COLOR", "PYTHONUNBUFFERED")
+    ours = ("COLUMNS", "TREADLE_CERTIFY", "TREADLE_DEBUG", "NO_COLOR", "FORCE_COLOR", "PYTHONUNBUFFERED")
     known = {k: v for k, v in os.environ.items() if k not in ours}
     return {**known, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", **more}
 

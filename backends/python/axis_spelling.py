@@ -40,8 +40,8 @@ def einsum_letters(equation: str) -> str:
 
     def letter(name: str) -> str:
         if name not in letters:
-            free = [c for c in name + string.ascii_letters if c.isalpha() and c not in letters.values()]
-            letters[name] = free[0]
+            taken = letters.values()
+            letters[name] = next(c for c in name + string.ascii_letters if c.isalpha() and c not in taken)
         return letters[name]
 
     left, _, right = equation.partition("->")

@@ -83,6 +83,8 @@ def wanted_splits(graph: Graph, mesh: Mesh, axes: Mapping[str, str], asked: Coll
 
 def has_axis(graph: Graph, name: str) -> bool:
     """Whether a graph has an axis of this name that can be split."""
+    if any(place.size != ONE for axis in _axes_named(graph, name) for place in _starts(graph, axis)):
+        return True  # as nearly all have, and nothing is traced
     return any(place.size != ONE for place in _places(graph, name))
 
 
@@ -202,6 +204,15 @@ def _places(graph: Graph, name: str) -> Iterator[Place]:
         for closure in tracer.memo.values():
             seen.update(dict.fromkeys(sorted(closure.places, key=_place_key)))
     yield from seen
+
+
+def _starts(graph: Graph, axis: str) -> Iterator[Place]:
+    """Places at which an axis starts in `main` and in what it calls."""
+    tracer = Tracer(graph, axis)
+    yield from tracer.seeds()
+    callees = dict.fromkeys(callee for node in graph.main.nodes if (callee := graph.callee(node)) is not None)
+    for function in (graph.main, *callees):
+        yield from tracer.label_seeds(function)
 
 
 def _place_key(place: Place) -> tuple[str, int, str]:
