@@ -531,7 +531,7 @@ def test_a_package_that_is_missing_is_named_with_its_extra(
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_it_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(OpenedModel, "open", lambda options, head: opened)
+    monkeypatch.setattr(OpenedModel, "open", lambda options, head, outputs=None: opened)
     monkeypatch.setattr(rewriting, "checked_folder", lambda options, head: (None, {}))
     provoke, kind, begins = REFUSED[name]
     with pytest.raises(kind) as caught:
