@@ -2,6 +2,7 @@
 
     panels(16)               a matrix [n, k] for the right side of a product: rows in panels of 16
     panels(16, transposed)   the same of a matrix [k, n]
+    panels(48, twos)         the same of bytes, in which two neighbours of a row lie side by side
     pairs(32)                panels of 16-bit numbers, in which two neighbours of a row lie side by side
     pairs(32, transposed)    the same of a matrix [k, n]
     pairs(48, flat)          the same pairs, those of all columns of a panel one after another
@@ -54,10 +55,12 @@ class Layout:
     block       for blocks: the bytes of one
     head        for blocks: how many of these are scales of two bytes each
     tail        for blocks: whether scales are a block's last bytes; else they are its first
+    twos        for panels: whether the numbers of a row lie by twos, side by side
     runs        for blocks: which words come first, from one number up to another, then which; none: all in their order
 
     In panels, element (n, k) of a weight [n, k] lies at ((n // width) * k_size + k) * width + n % width; the last panel
-    is filled up with zeros.
+    is filled up with zeros. By twos they lie as flat pairs do, but k is filled up to a multiple of 2 alone: bytes of
+    blocks are read as one stream, without gaps, which hardware brings in ahead.
 
     In pairs, a panel is cut into steps of 32 elements of k, and a step into squares of 16 rows: 16 times 16 pairs.
     Element (n, k) is number k % 2 of the pair at row (k % 32) // 2 and column n % 16 of its square. So a row of a
@@ -84,6 +87,7 @@ class Layout:
     block: int = 0
     head: int = 0
     tail: bool = False
+    twos: bool = False
     runs: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
@@ -97,6 +101,8 @@ class Layout:
             raise GraphError(f"{self.kind} have a width of 16 times n", received=str(self.width), hint=hint)
         if self.flat and not squares:
             raise GraphError("only pairs and quads are flat", received=str(self))
+        if self.twos and self.kind != "panels":
+            raise GraphError("only panels are by twos", received=str(self))
         if (self.tail or self.runs) and self.kind != "blocks":
             raise GraphError("only blocks have a tail, and words", received=str(self))
         if self.kind in ("quads", "blocks") and self.transposed:
@@ -125,15 +131,16 @@ class Layout:
     def shape(self, shape: Sequence[Size]) -> tuple[Size, ...]:
         """The shape of the array that holds a matrix of this shape.
 
-        For panels [panels, k, width]; for pairs [panels, steps, width // 16, 16, 16, 2], and flat [panels, pairs,
-        width, 2]; for quads and blocks [panels, bytes], of held rows.
+        For panels [panels, k, width], and by twos [panels, k / 2, width, 2]; for pairs [panels, steps, width // 16, 16,
+        16, 2], and flat [panels, pairs, width, 2]; for quads and blocks [panels, bytes], of held rows.
         """
         if self.kind == "onednn":
             return tuple(shape)
         n, k = (shape[1], shape[0]) if self.transposed else (shape[0], shape[1])
         count = (n + self.width - 1) // self.width
         if self.kind == "panels":
-            return count, k, Size.of(self.width)
+            width = Size.of(self.width)
+            return (count, (k + 1) // 2, width, Size.of(2)) if self.twos else (count, k, width)
         if self.kind == "quads":
             steps = (k - ROW_HEAD + QUAD_STEP - 1) // QUAD_STEP
             return count, steps * (self.width * QUAD_STEP) + self.width * QUAD_HEAD
@@ -154,6 +161,7 @@ class Layout:
         inside += ["flat"] if self.flat else []
         inside += ["transposed"] if self.transposed else []
         inside += ["tail"] if self.tail else []
+        inside += ["twos"] if self.twos else []
         inside += [f"{first}:{end}" for first, end in self.runs]
         return f"{self.kind}({', '.join(inside)})" if inside else self.kind
 
@@ -163,9 +171,9 @@ def _elements(layout: Layout, shape: tuple[Size, ...]) -> Size:
     return product(layout.shape(shape))
 
 
-def panels(width: int, transposed: bool = False) -> Layout:
+def panels(width: int, transposed: bool = False, *, twos: bool = False) -> Layout:
     """Panels of so many rows of a matrix [n, k], or of so many columns of a matrix [k, n]."""
-    return Layout("panels", width, transposed)
+    return Layout("panels", width, transposed, twos=twos)
 
 
 def pairs(width: int, transposed: bool = False, *, flat: bool = False) -> Layout:
@@ -189,7 +197,7 @@ def parse_layout(text: str) -> Layout:
     if match is None:
         raise GraphError("this is no layout", received=text[:40], hint="panels(16), pairs(32, transposed), onednn")
     runs = list[tuple[int, int]]()
-    numbers, words = list[int](), dict.fromkeys(("flat", "transposed", "tail"), False)
+    numbers, words = list[int](), dict.fromkeys(("flat", "transposed", "tail", "twos"), False)
     most = 3 if match[1] == "blocks" else 1
     for word in [w.strip() for w in match[2].split(",")] if match[2] else []:
         if word.isascii() and word.isdigit() and len(word) < 10 and len(numbers) < most:
@@ -201,7 +209,7 @@ def parse_layout(text: str) -> Layout:
         else:
             raise GraphError(f"{match[1]} has no {word!r}", received=text[:40])
     width, block, head = (*numbers, 0, 0, 0)[:3]
-    return Layout(match[1], width, words["transposed"], words["flat"], block, head, words["tail"], tuple(runs))
+    return Layout(match[1], width, block=block, head=head, runs=tuple(runs), **words)
 
 
 def _read(value: Layout | str) -> Layout:

@@ -38,6 +38,8 @@ LAYOUTS = {
     "panels(1)": panels(1),
     "panels(65536)": panels(65536),
     "panels(48, transposed)": panels(48, transposed=True),
+    "panels(48, twos)": panels(48, twos=True),
+    "panels(32, transposed, twos)": panels(32, transposed=True, twos=True),
     "pairs(32)": pairs(32),
     "pairs(16, transposed)": pairs(16, transposed=True),
     "pairs(48, flat)": pairs(48, flat=True),
@@ -104,6 +106,7 @@ def test_the_text_of_a_layout_reads_back(text: str) -> None:
         ("pairs", "pairs have a width of 16 times n"),
         ("pairs(24)", "pairs have a width of 16 times n"),
         ("panels(48, flat)", "only pairs and quads are flat"),
+        ("pairs(48, twos)", "only panels are by twos"),
         ("pairs(48, flat, flat)", "pairs has no 'flat'"),
     ],
 )
