@@ -23,6 +23,7 @@ from treadle.backends.tvm.kernels.cache import tvm_script
 from treadle.backends.tvm.kernels.contraction import Contraction
 from treadle.backends.tvm.kernels.encoded.block_product import BlockProduct
 from treadle.backends.tvm.kernels.encoded.block_words import word_form
+from treadle.backends.tvm.kernels.encoded.pair_block_product import PairBlockProduct
 from treadle.backends.tvm.kernels.encoded.quad_block_product import QuadBlockProduct
 from treadle.backends.tvm.kernels.encoded.take_blocks import TakeBlocks, TakeWords
 from treadle.backends.tvm.kernels.encoded.tile_block_product import TileBlockProduct
@@ -81,6 +82,8 @@ SPECS: list[tuple[Kernel, str, str]] = [
     (TileProduct(ADDED, ("n",), tiled=True), "tile_product_add_relu_tiled", "bf16 counted"),
     (ByteTileProduct(tiled=True), "byte_tile_product_tiled", "int8 counted"),
     (TileBlockProduct(ADDED, ("n",), form=BYTE_ROWS), "tile_product_add_relu_of_8_bits", "bf16 counted"),
+    (PairBlockProduct(ADDED, ("n",), form=BYTE_ROWS), "pair_product_add_relu_of_8_bits", "bf16 counted"),
+    (PairBlockProduct(form=WORDS), "pair_product_of_q4_k", "bf16 counted"),
     (QuadBlockProduct(WORDS), "quad_block_product_q4_k", "int8 counted"),
     (WideBlockProduct(WORDS, ADDED, ("n",)), "wide_block_product_q4_k_add_relu", "counted"),
     (FlashAttention(64, 64, 0.125), "attention_64", ""),
@@ -113,6 +116,7 @@ SPECS: list[tuple[Kernel, str, str]] = [
     (Take(4, "i64", True), "gather_rows", ""),
     (Take(4, "i64", False, 48), "gather_of_panels", ""),
     (TakeBlocks(BYTE_ROWS, "i64", 48), "gather_of_blocks_8_bits", ""),
+    (TakeBlocks(BYTE_ROWS, "i64", 48, twos=True), "gather_of_blocks_8_bits", ""),
     (TakeWords(WORDS, "i64"), "gather_of_blocks_q4_k", ""),
     (Append(4, False, False), "append", ""),
     (Append(4, True, True), "append_rows_ring", ""),

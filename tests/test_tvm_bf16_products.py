@@ -316,7 +316,7 @@ def test_blocks_are_unpacked_into_tiles_in_memory(text: str, monkeypatch: pytest
     for m, k, n in ((5, 32, 3), (40, 320, 70)):
         x, held = normal(m, k), encoding.sample(np.random.default_rng(k), (n, k))
         w = encoding.decode(held)
-        made = by_tiles(x, w, TileBlockProduct(form=form), cache, pack(held, panels(32)))
+        made = by_tiles(x, w, TileBlockProduct(form=form), cache, pack(held, panels(32, twos=True)))
         bound = (EPSILON["f32"] * (k + 16) + 2.0**-8 / 8) * (np.abs(x) @ np.abs(w).T)  # a number may round to the next
         assert (np.abs(made - exact(x, w)) <= bound).all()
 

@@ -45,6 +45,19 @@ def test_element_n_k_lies_where_panels_say(columns: int, transposed: bool) -> No
     assert flat.sum() == matrix.sum()  # what fills the last panel up is zero
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("rows", "bytes"), [(1, 2), (48, 20), (50, 36), (100, 7)])
+def test_bytes_by_twos_lie_without_gaps(rows: int, bytes: int, transposed: bool) -> None:
+    held = np.random.default_rng(0).integers(1, 256, (rows, bytes)).astype(np.uint8)
+    layout = panels(48, transposed, twos=True)
+    flat = pack(np.ascontiguousarray(held.T) if transposed else held, layout).ravel()
+    n, k = np.indices(held.shape)
+    twos = (bytes + 1) // 2
+    np.testing.assert_array_equal(flat[(((n // 48) * twos + k // 2) * 48 + n % 48) * 2 + k % 2], held)
+    assert flat.size == layout.elements([*map(_size, held.T.shape if transposed else held.shape)]).constant
+    assert flat.sum() == held.sum()
+
+
 @needs_tvm
 def test_kernels_lay_a_computed_matrix_out_as_a_weight_is() -> None:
     """Of rows and depths that fill no panel and no step; what lies around the matrix comes nowhere."""

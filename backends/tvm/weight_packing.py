@@ -98,10 +98,12 @@ def wants_blocks(isa: Isa) -> WantsBlocks:
         if not product or axis != (1 if isinstance(node.op, Linear) else 0):
             return f"{node.op.name} reads numbers"
         if value.type.dtype is not f32:
-            tiles = isa.multiplies_tiles and value.type.dtype is bf16
-            if not (tiles and packed is not None and reads_in_tiles(packed) and shape[axis] % PAIR_STEP == 0):
-                return f"no kernel reads {encoding} blocks as {value.type.dtype} numbers"
-            return panels(narrow_width(isa), transposed=axis == 0)
+            if value.type.dtype is bf16 and isa.multiplies_pairs and shape[axis] % PAIR_STEP == 0:
+                if packed is not None and (reads_in_tiles(packed) or not isa.multiplies_tiles):
+                    return panels(narrow_width(isa), transposed=axis == 0, twos=True)
+                if words is not None and packed is None and axis == 1 and not isa.multiplies_tiles:
+                    return words.layout
+            return f"no kernel reads {encoding} blocks as {value.type.dtype} numbers"
         if packed is not None:
             return panels(panel_width(shape[1 - axis], isa), transposed=axis == 0)
         assert words is not None
@@ -243,7 +245,7 @@ def pack(array: Array, layout: Layout) -> Array:
 
 def _fill(made: Array, array: Array, layout: Layout) -> None:
     matrix = array.T if layout.transposed else array
-    if layout.kind == "pairs":
+    if layout.kind == "pairs" or layout.twos:
         for panel in range(len(made)):
             _fill_pairs(made[panel], matrix[panel * layout.width : (panel + 1) * layout.width])
         return
@@ -265,18 +267,18 @@ def _fill(made: Array, array: Array, layout: Layout) -> None:
 
 def _fill_pairs(made: Array, rows: Array) -> None:
     """One panel, [steps, groups, 16, 16, 2] or flat [pairs, width, 2], of these rows [at most width, k]."""
-    flat = made.ndim == 3
+    flat, pair = made.ndim == 3, np.dtype(f"u{2 * made.itemsize}")
     padded = (made.shape[1], 2 * made.shape[0]) if flat else (made.shape[1] * PAIR_SQUARE, made.shape[0] * PAIR_STEP)
     if rows.shape != padded:
         whole = np.zeros(padded, made.dtype)
         whole[: rows.shape[0], : rows.shape[1]] = rows
         rows = whole
     if flat:
-        made.view(np.uint32)[..., 0] = np.ascontiguousarray(rows).view(np.uint32).T
+        made.view(pair)[..., 0] = np.ascontiguousarray(rows).view(pair).T
         return
     steps, groups = made.shape[:2]
-    pairs_of = np.ascontiguousarray(rows).view(np.uint32).reshape(groups, PAIR_SQUARE, steps, PAIR_SQUARE)
-    made.view(np.uint32)[..., 0] = pairs_of.transpose(2, 0, 3, 1)
+    pairs_of = np.ascontiguousarray(rows).view(pair).reshape(groups, PAIR_SQUARE, steps, PAIR_SQUARE)
+    made.view(pair)[..., 0] = pairs_of.transpose(2, 0, 3, 1)
 
 
 def _fill_quads(made: Array, held: Array, layout: Layout) -> None:

@@ -28,7 +28,7 @@ from treadle.backends.tvm.kernels.attention.pair_attention_writer import multipl
 from treadle.backends.tvm.kernels.attention.scratch import GROUP, SPAN, Scratch
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.lowering.program import STATUS_WORDS
-from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
+from treadle.backends.tvm.lowering.routine_writer import SLOTS, Keeps, RoutineWriter, Rule
 from treadle.ir.attention.attention_terms import (
     AXES,
     Alibi,
@@ -53,7 +53,6 @@ from treadle.ir.types import DType, Type, bf16, f16, f32, i64
 
 WIDEST = 512  # heads: a block of keys and one of values stay in the second-level cache
 ROWS = 256  # about as many rows, queries of the heads that share keys, are a task
-SLOTS = 32  # shares of tasks, each in memory of its own: one a thread, or as many where threads are not known
 _FAR = 2**40  # a distance that no query and key have
 _SHIFTED = (Causal, Window, Padding, Segments, BooleanMask, TensorBias)
 """Terms that distances and operands tell, wherever the first query stands."""
@@ -117,7 +116,7 @@ def _attention(w: RoutineWriter, node: Node) -> None:
     rows = shared * most
     # One query a row: each span of the keys of a row has memory of its own for its part.
     parts = t // SPAN + (2 if ring else 1)
-    slots = SLOTS if cached or w.threads is None else min(w.threads, SLOTS)
+    slots = SLOTS if cached else w.slots
     held = b * g * parts if at_once else Size.of(slots)
     work = [
         w.scratch(f32, shape, f"attention_{name}")

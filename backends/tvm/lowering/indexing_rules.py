@@ -69,7 +69,7 @@ def _take_blocks(w: RoutineWriter, node: Node, unpacked: Node, indices: Value) -
     else:
         form = packed_form(of)
         assert form is not None
-        kernel = TakeBlocks(form, indices.type.dtype.name, layout.width, layout.kind, layout.flat)
+        kernel = TakeBlocks(form, indices.type.dtype.name, layout.width, layout.kind, layout.flat, layout.twos)
     rows, columns = unpacked.result.type.shape
 
     def emit(to: View) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from treadle.backends.tvm.kernels.encoded.block_product import BlockProduct
 from treadle.backends.tvm.kernels.encoded.block_words import WIDTH as BLOCKS_WIDTH
 from treadle.backends.tvm.kernels.encoded.block_words import WordForm
+from treadle.backends.tvm.kernels.encoded.pair_block_product import PairBlockProduct
 from treadle.backends.tvm.kernels.encoded.quad_block_product import QuadBlockProduct
 from treadle.backends.tvm.kernels.encoded.tile_block_product import TileBlockProduct
 from treadle.backends.tvm.kernels.encoded.unpacking import PackedForm
@@ -258,7 +259,7 @@ class MatrixProduct:
         wide = paired or self.encoded is not None
         if self.packed:
             panels, width = self.y.view, narrow_width(w.isa) if wide else panel_width(n.constant, w.isa)
-            width = BLOCKS_WIDTH if isinstance(self.form, WordForm) else width
+            width = BLOCKS_WIDTH if isinstance(self.form, WordForm) and not paired else width
             w_batch = [ZERO, ZERO]
         else:
             width = panel_width(n.constant, w.isa)
@@ -284,10 +285,15 @@ class MatrixProduct:
             left = rounded_rows(w, self.x.view, m, k, joined(self.x, self.rows), self.node)
             given += [*rows, joined(self.c, self.rows)]
             made, kernel = self.c.view, self._paired(tuple(how), whole)
+            work: list[View] = []
             if made.storage in w.rounded:
                 made = w.scratch(bf16, (held_elements("tiles", m, n),), f"{made.storage.name}_tiles")
                 w.rounded[self.c.view.storage] = made
-            w.step(kernel, [left, panels, *[e.view for e in self.extras], made], given, self.node)
+            if isinstance(kernel, PairBlockProduct):
+                work = [w.scratch(bf16, (Size.of(w.slots), k, Size.of(width)), "unpacked")]
+                given.append(Size.of(w.slots))
+            pointers = [left, panels, *[e.view for e in self.extras], made, *work]
+            w.step(kernel, pointers, given, self.node, writes=1 + len(work))
             return
         given += [joined(self.x, self.rows), *rows, joined(self.c, self.rows)]
         if isinstance(self.form, WordForm):
@@ -306,7 +312,9 @@ class MatrixProduct:
     def _paired(self, how: tuple[str, ...], whole: bool) -> Kernel:
         """The kernel of a product with a weight in pairs, or in blocks that are multiplied as bf16 numbers."""
         if not self.w.isa.multiplies_tiles:
-            return PairProduct(self.chain, how, whole)
+            if self.form is None:
+                return PairProduct(self.chain, how, whole)
+            return PairBlockProduct(self.chain, how, whole, self.form)
         chain, tiled = self.chain, self.c.view.storage in self.w.rounded
         if tiled:
             assert chain is not None

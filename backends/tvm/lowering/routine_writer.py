@@ -39,6 +39,10 @@ Keeps = Callable[[Op, Sequence[Type | None]], bool]
 """Whether a rule covers a composite on operands of these types; else its body is lowered."""
 
 
+SLOTS = 32
+"""Shares of a kernel's tasks, at most, where each works in memory of its own."""
+
+
 def lower(
     graph: Graph, plan: StoragePlan, isa: Isa, rules: Mapping[str, Rule], threads: int | None = None
 ) -> KernelProgram:
@@ -119,6 +123,11 @@ class RoutineWriter:
             name = f"{hint}_{count}"
         self._names.add(name)
         return name
+
+    @property
+    def slots(self) -> int:
+        """Shares of a kernel's tasks, each in memory of its own: one a thread, or as many where these are not known."""
+        return SLOTS if self.threads is None else min(self.threads, SLOTS)
 
     # -- what rules use --------------------------------------------------------------------------------------
 

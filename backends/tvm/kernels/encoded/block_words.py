@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from treadle.backends.tvm.kernels.narrow.encode_groups import GROUP
 from treadle.ir.encodings.encoding import Encoding
@@ -150,6 +150,53 @@ class WordForm(ABC):
     def halves(self) -> int:
         """How many spans 32 elements have."""
         return max(1, GROUP // self.span)
+
+
+@dataclass(frozen=True)
+class HeldScales:
+    """d and c of all spans of a block, of some vectors of columns, made once for all that reads it.
+
+    made  of each vector, of a form with one span
+    held  of other forms, in memory: of each span, d of all vectors and then c
+    """
+
+    form: WordForm
+    vectors: int
+    lanes: int
+    made: Sequence[Scale] | None = None
+    held: Any = None
+
+    @staticmethod
+    def of(k: Emitter, blocks: Sequence[WordBlock]) -> HeldScales:
+        form, lanes = blocks[0].form, blocks[0].lanes
+        found = HeldScales(form, len(blocks), lanes)
+        made = [form.spans(block) for block in blocks]
+        if len(made[0]) == 1:
+            return replace(found, made=[scale for (scale,) in made])
+        held = k.registers(len(made[0]) * 2 * len(blocks) * lanes, f32, "scales")
+        for v, scales in enumerate(made):
+            for span, (d, c) in enumerate(scales):
+                at = (span * 2 * len(made) + v) * lanes
+                k.store(held, [at], d, lanes)
+                if c is not None:
+                    k.store(held, [at + len(made) * lanes], c, lanes)
+        return replace(found, held=held)
+
+    def at(self, k: Emitter, vector: int, chunk: Expr, part: int, half: int) -> Scale:
+        """Those of a vector of columns, of a half of the 32 elements of a part."""
+        if self.made is not None:
+            return self.made[vector]
+        span = (chunk * self.form.parts + part) * self.form.halves + half
+        at = k.let((span * 2 * self.vectors + vector) * self.lanes, "at")
+        d = k.load(self.held, [at], self.lanes)
+        return d, k.load(self.held, [at + self.vectors * self.lanes], self.lanes) if self.form.least else None
+
+    def whole(self, k: Emitter, vector: int, chunk: Expr, part: int, half: int) -> Scale:
+        """The same, but of a form with a zero with a c that takes it away."""
+        d, c = self.at(k, vector, chunk, part, half)
+        if self.form.zero:
+            c = k.let(d * k.number(-float(self.form.zero), f32, self.lanes), "c")
+        return k.let(d, "d"), c if c is None else k.let(c, "c")
 
 
 @dataclass(frozen=True)

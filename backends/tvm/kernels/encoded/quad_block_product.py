@@ -72,7 +72,7 @@ class QuadBlockProduct(WordProduct):
         lanes, vectors = k.isa.lanes(), len(tile.blocks)
         for half in range(self.form.halves):
             sums = self._summed(k, views, tile, chunk, part, group, half)
-            scales = [tile.scale(k, v, chunk, part, half) for v in range(vectors)]
+            scales = [tile.scales.at(k, v, chunk, part, half) for v in range(vectors)]
             for i in range(tile.high):
                 for v, (d, least) in enumerate(scales):
                     at = [(i * vectors + v) * lanes]

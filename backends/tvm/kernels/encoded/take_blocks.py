@@ -62,6 +62,7 @@ class TakeBlocks(TakesRows):
     width    of a panel
     lies     as what: "panels"; or as products of whole numbers read it, "quads", rows of 8 bits by fours
     flat     for quads: whether those of a panel's columns lie one after another
+    twos     for panels: whether bytes lie by twos, as products of bf16 numbers read them
     """
 
     form: PackedForm
@@ -69,6 +70,7 @@ class TakeBlocks(TakesRows):
     width: int
     lies: str = "panels"
     flat: bool = False
+    twos: bool = False
 
     @property
     def title(self) -> str:
@@ -81,6 +83,8 @@ class TakeBlocks(TakesRows):
             return k.view(pointer, [panels, steps * (self.width * QUAD_STEP) + self.width * QUAD_HEAD])
         form = self.form
         bytes = k.floor_divide(d, form.group) * form.bytes if form.group else d + form.header
+        if self.twos:
+            return k.view(pointer, [panels, k.floor_divide(bytes, 2), self.width, 2])
         return k.view(pointer, [panels, bytes, self.width])
 
     def pick(self, k: Emitter, x: Any, y: Any, row: Expr, index: Expr, d: Expr) -> None:
@@ -101,12 +105,17 @@ class TakeBlocks(TakesRows):
                 k.store(y, [row, b], element * scale)
             return
 
+        def load(at: Expr) -> Expr:
+            if self.twos:
+                return k.load(x, [panel, k.floor_divide(at, 2), column, k.floor_mod(at, 2)])
+            return k.load(x, [panel, at, column])
+
         with k.loop(k.floor_divide(d, form.group) if form.group else k.index(1), "group") as group:
             base = k.let(group * form.bytes if form.group else k.index(0), "base")
-            scale, least = form.scales(k, lambda at: k.load(x, [panel, base + at, column]), 0, 1)
+            scale, least = form.scales(k, load, base, 1)
             count = k.index(form.group * form.bits // 8) if form.group else d
             with k.loop(count, "b") as b:
-                byte = k.load(x, [panel, base + form.header + b, column])
+                byte = load(base + form.header + b)
                 for half, element in enumerate(form.elements(k, byte, 1)):
                     value = element * scale if least is None else element * scale + least
                     k.store(y, [row, group * form.group + b + half * (form.group // 2)], value)

@@ -8,12 +8,12 @@ rows: numbers are rounded to bf16 there, and stored nowhere else. A row's bits a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from treadle.backends.tvm.kernels.encoded.pair_unpacking import unpack_pairs
 from treadle.backends.tvm.kernels.encoded.unpacking import INT8_ROWS, PackedForm
-from treadle.backends.tvm.kernels.narrow.round_rows import two_rounded
 from treadle.backends.tvm.kernels.narrow.tile_product import CHUNK, WIDTH, TileAt, TileProduct
 from treadle.backends.tvm.kernels.narrow.tiles import ROWS
 from treadle.ir.layouts import PAIR_STEP
@@ -32,7 +32,7 @@ class TileBlockProduct(TileProduct):
 
     form    of w's blocks, which lie along k: 32 elements a block, or a line as one
 
-    The rest, and what is passed, as for `TileProduct`; w is u8[panels, bytes of a line, 32].
+    The rest, and what is passed, as for `TileProduct`; w's bytes are in panels(32, twos).
     """
 
     form: PackedForm = INT8_ROWS
@@ -58,35 +58,28 @@ class TileBlockProduct(TileProduct):
 
     def right(self, k: Emitter, pointer: Any, panels: Expr, steps: Expr, depth: Expr) -> Any:
         bytes = steps * self.form.bytes if self.form.group else depth + self.form.header
-        return k.view(pointer, [panels, bytes, WIDTH])
+        return k.view(pointer, [panels, k.floor_divide(bytes, 2), 2 * WIDTH])
 
     def tiles_of_chunk(self, k: Emitter, views: Mapping[str, Any], panel: Expr, done: Expr, count: Expr) -> TileAt:
         form, w = self.form, views["w"]
         made = k.registers(CHUNK * 2 * _SQUARE, bf16, "tiles")
         k.store(made, [k.opaque(0)], k.number(0, bf16))  # all of it is used, of which the code generator sees little
-        pairs = PAIR_STEP // 2
-        ahead = k.isa.ahead // WIDTH
+        ahead = k.isa.ahead // (2 * WIDTH)
         with k.loop(count, "s") as s:
-            base = k.let((done + s) * (form.bytes if form.group else PAIR_STEP), "base")
+            base = k.let((done + s) * (form.bytes // 2 if form.group else ROWS), "base")
             for j in range(2):
 
-                def load(at: Expr, j: int = j) -> Expr:
-                    return k.load(w, [panel, at, j * ROWS], ROWS)
+                def load(place: Expr, at: int, bytes: int, j: int = j) -> Expr:
+                    return k.load(w, [panel, place, j * (2 * ROWS) + at], bytes)
 
-                d, c = form.scales(k, load, base if form.group else k.index(0), ROWS)
-                with k.loop(pairs * form.bits // 8, "pair") as pair:
-                    place = k.let(base + (form.header + 2 * pair), "place")
+                def bring(place: Expr, j: int = j) -> None:
                     if ahead and j == 0:
                         k.prefetch(w, [panel, place + ahead, 0])
-                    first, second = (form.elements(k, load(place + n), ROWS) for n in range(2))
-                    for half, both in enumerate(zip(first, second, strict=True)):
-                        low, high = (x * d if c is None else x * d + c for x in both)
-                        row = pair + half * (pairs // 2)
-                        at = s * (2 * _SQUARE) + j * _SQUARE + row * PAIR_STEP
-                        k.store(made, [at], _pairs_rounded(k, k.let(low, "low"), k.let(high, "high")), 2 * ROWS)
+
+                def put(row: Expr, vectors: Sequence[Expr], s: Expr = s, j: int = j) -> None:
+                    at = s * (2 * _SQUARE) + j * _SQUARE + row * PAIR_STEP
+                    k.store(made, [at], vectors[0], 2 * ROWS)
+
+                begin, pairs = base if form.group else k.index(0), k.index(ROWS * form.bits // 8)
+                unpack_pairs(k, form, [load], begin, base + form.header // 2, pairs, put, before=bring)
         return lambda s, j: (made, [s * (2 * _SQUARE) + j * _SQUARE])
-
-
-def _pairs_rounded(k: Emitter, low: Expr, high: Expr) -> Expr:
-    """Two vectors of 16 floats as 16 pairs of bf16 numbers, one of each side by side."""
-    return k.shuffle([two_rounded(k, low, high)], [i + n for i in range(ROWS) for n in (0, ROWS)])

@@ -64,13 +64,33 @@ class PackedForm:
             return d, k.let(_float(k, [load(base + self.scale + i) for i in range(2)], lanes), "c")
         return d, k.let(d * k.number(-float(self.zero), f32, lanes), "c") if self.zero else None
 
-    def elements(self, k: Emitter, byte: Expr, lanes: int) -> list[Expr]:
-        """The elements in a byte, as float32: one, or the one of the block's first half and the one of its second."""
+    def scales_of_pairs(self, k: Emitter, load: Load, lanes: int) -> tuple[Expr, Expr | None]:
+        """As `scales`, of blocks whose bytes lie in pairs: `load` gives two of each line, by the number of the pair."""
+
+        def half(place: int) -> Expr:
+            return k.cast(k.bits(load(k.index(place)), f16, lanes), f32, lanes)
+
+        if self.scale == 4:
+            low, high = (k.cast(k.bits(load(k.index(place)), _i16, lanes), _i32, lanes) for place in range(2))
+            low = low & k.number(0xFFFF, _i32, lanes)
+            d = k.let(k.bits(low | k.shift_left(high, k.number(16, _i32, lanes)), f32, lanes), "d")
+        else:
+            d = k.let(half(0), "d")
+        if self.least:
+            return d, k.let(half(self.scale // 2), "c")
+        return d, k.let(d * k.number(-float(self.zero), f32, lanes), "c") if self.zero else None
+
+    def elements(self, k: Emitter, byte: Expr, lanes: int, *, raised: bool = False) -> list[Expr]:
+        """The elements in a byte, as float32: one, or the one of the block's first half and the one of its second.
+
+        raised  whether the second one is left where it is, 16 times as large
+        """
         if self.bits == 8:
             return [k.cast(k.cast(k.bits(byte, _i8, lanes), _i32, lanes), f32, lanes)]
         wide = k.let(k.cast(byte, _i32, lanes), "byte")
         low = wide & k.number(15, _i32, lanes)
-        return [k.cast(low, f32, lanes), k.cast(wide >> k.number(4, _i32, lanes), f32, lanes)]
+        high = wide & k.number(240, _i32, lanes) if raised else wide >> k.number(4, _i32, lanes)
+        return [k.cast(low, f32, lanes), k.cast(high, f32, lanes)]
 
 
 def _float(k: Emitter, bytes: Sequence[Expr], lanes: int) -> Expr:

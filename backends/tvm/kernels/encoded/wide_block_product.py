@@ -38,7 +38,7 @@ class WideBlockProduct(WordProduct):
         form, blocks = self.form, tile.blocks
         for half in range(2):
             span = half * form.halves // 2
-            scales = [self._whole_scale(k, tile, v, chunk, part, span) for v in range(len(blocks))]
+            scales = [tile.scales.whole(k, v, chunk, part, span) for v in range(len(blocks))]
             with k.loop(k.index(4), "four") as i:
                 first = k.let(group * GROUP + (16 * half + 4 * i), "first")
                 words = self.words(k, tile, chunk, part, half, i)
@@ -59,13 +59,3 @@ class WideBlockProduct(WordProduct):
                     made = k.let(x * y if made is None else made + x * y, "sum")
                 at = [(i * len(numbers) + v) * lanes]
                 k.store(tile.sums, at, k.load(tile.sums, at, lanes) + made, lanes)
-
-    def _whole_scale(
-        self, k: Emitter, tile: WordTile, vector: int, chunk: Expr, part: int, half: int
-    ) -> tuple[Expr, Expr | None]:
-        """d and c, of a form with a zero that which takes it away."""
-        d, c = tile.scale(k, vector, chunk, part, half)
-        zero = self.form.zero
-        if zero:
-            c = k.let(d * k.number(-float(zero), f32, k.isa.lanes()), "c")
-        return k.let(d, "d"), c if c is None else k.let(c, "c")

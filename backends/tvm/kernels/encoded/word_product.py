@@ -9,10 +9,10 @@ taken apart, in registers. Each row is summed over k in one order, however many 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from treadle.backends.tvm.kernels.encoded.block_words import WIDTH, Scale, WordBlock, WordForm
+from treadle.backends.tvm.kernels.encoded.block_words import WIDTH, HeldScales, WordBlock, WordForm
 from treadle.backends.tvm.kernels.finishing import FinishedProduct
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.narrow.register_tiles import Many, over_tiles
@@ -31,26 +31,14 @@ class WordTile:
     high    how many rows it has
     blocks  of each vector of columns
     sums    a vector after the other, row by row
-    scales  of a block with one span, of each vector; None: `held` has those of all spans
+    scales  of the blocks
     """
 
-    form: WordForm
     first: Expr
     high: int
     blocks: Sequence[WordBlock]
     sums: Any
-    scales: Sequence[Scale] | None = None
-    held: Any = None
-
-    def scale(self, k: Emitter, vector: int, chunk: Expr, part: int, half: int) -> Scale:
-        """d and c of a vector of columns, of a half of the 32 elements of a part."""
-        if self.scales is not None:
-            return self.scales[vector]
-        lanes, form = k.isa.lanes(), self.form
-        span = (chunk * form.parts + part) * form.halves + half
-        at = k.let((span * 2 * len(self.blocks) + vector) * lanes, "at")
-        d = k.load(self.held, [at], lanes)
-        return d, k.load(self.held, [at + WIDTH], lanes) if form.least else None
+    scales: HeldScales
 
 
 @dataclass(frozen=True)
@@ -138,8 +126,8 @@ class WordProduct(FinishedProduct):
             if k.isa.ahead:
                 for line in range(0, form.bytes * WIDTH, 64):
                     k.prefetch(views["w"], [panel, base + (line + k.isa.ahead)])
-            tile = WordTile(form, first, high, self.blocks(k, views["w"], panel, base), acc)
-            tile = self._with_scales(k, tile)
+            blocks = self.blocks(k, views["w"], panel, base)
+            tile = WordTile(first, high, blocks, acc, HeldScales.of(k, blocks))
             groups = k.let(block * (form.chunks * form.parts), "groups")
             if form.chunks == 1:
                 for part in range(form.parts):
@@ -165,20 +153,6 @@ class WordProduct(FinishedProduct):
             return k.load(w, [panel, base + at], count)
 
         return [WordBlock(k, self.form, lanes, load, v * lanes) for v in range(WIDTH // lanes)]
-
-    def _with_scales(self, k: Emitter, tile: WordTile) -> WordTile:
-        form, lanes = self.form, k.isa.lanes()
-        made = [form.spans(block) for block in tile.blocks]
-        if len(made[0]) == 1:
-            return replace(tile, scales=[scale for (scale,) in made])
-        held = k.registers(len(made[0]) * 2 * WIDTH, f32, "scales")
-        for v, scales in enumerate(made):
-            for span, (d, c) in enumerate(scales):
-                at = (span * 2 * len(made) + v) * lanes
-                k.store(held, [at], d, lanes)
-                if c is not None:
-                    k.store(held, [at + WIDTH], c, lanes)
-        return replace(tile, held=held)
 
     def words(self, k: Emitter, tile: WordTile, chunk: Expr, part: int, half: int, i: Expr) -> list[Expr]:
         """Four neighbours of each vector of columns: see `WordForm.four`."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from treadle.backends.tvm.kernels.narrow import tiles
 from treadle.backends.tvm.kernels.narrow.encode_rows import form_of_rows, rows_dtype
-from treadle.backends.tvm.kernels.narrow.register_product import RegisterProduct, RegisterTile
+from treadle.backends.tvm.kernels.narrow.register_product import ProductSizes, RegisterProduct, RegisterTile
 from treadle.backends.tvm.kernels.narrow.register_tiles import narrow_width
 from treadle.backends.tvm.kernels.narrow.tile_product import WIDTH, TileProduct
 from treadle.ir.layouts import PAIR_SQUARE, QUAD_HEAD, QUAD_STEP, ROW_HEAD
@@ -113,12 +113,12 @@ class QuadProduct(RegisterProduct):
     def steps(self, k: Emitter, depth: Expr) -> Expr:
         return k.floor_divide(depth + (QUAD_STEP - 1), QUAD_STEP)
 
-    def shapes(self, k: Emitter, m: Expr, steps: Expr, panels: Expr, width: int) -> Mapping[str, list[Expr]]:
-        depth = steps * QUAD_STEP
-        return {"a": [m, depth], "w": [panels, (depth + QUAD_HEAD) * width], "rows": [m, 2]}
+    def shapes(self, k: Emitter, sizes: ProductSizes, width: int) -> Mapping[str, list[Expr]]:
+        m, depth = sizes.m, sizes.steps * QUAD_STEP
+        return {"a": [m, depth], "w": [sizes.panels, (depth + QUAD_HEAD) * width], "rows": [m, 2]}
 
-    def sum(self, k: Emitter, views: Mapping[str, Any], tile: RegisterTile, steps: Expr) -> Any:
-        lanes, count = k.isa.lanes(), tile.high * tile.vectors
+    def sum(self, k: Emitter, views: Mapping[str, Any], tile: RegisterTile, sizes: ProductSizes) -> Any:
+        steps, lanes, count = sizes.steps, k.isa.lanes(), tile.high * tile.vectors
         quads = steps * PAIR_SQUARE
         made = k.registers(count * lanes, _i32, "tile")
         if k.isa.multiplies_quads:

@@ -7,19 +7,22 @@ A pair of w's elements lies in each lane, and a pair of a's is broadcast.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from treadle.backends.tvm.kernels.narrow.register_product import RegisterProduct, RegisterTile
+from treadle.backends.tvm.kernels.narrow.register_product import ProductSizes, RegisterProduct, RegisterTile
 from treadle.backends.tvm.kernels.narrow.round_rows import form_for, held_dtype
 from treadle.ir.layouts import PAIR_SQUARE, PAIR_STEP
-from treadle.ir.types import DTYPES, bf16, f32
+from treadle.ir.types import DTYPES, DType, bf16, f32
 
 if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 _HIGH_HALF = -0x10000
+
+AddPairs = Callable[["Expr", "Sequence[Expr]"], None]
+"""Takes a pair of k by number, and a vector of w's for each vector of columns."""
 
 
 @dataclass(frozen=True)
@@ -33,47 +36,68 @@ class PairProduct(RegisterProduct):
     def multiplies(self) -> str:
         return "bf16"
 
+    @property
+    def held(self) -> DType:
+        """The dtype of what w's panels hold."""
+        return bf16
+
     def ask(self, k: Emitter) -> dict[str, Any]:
         form = "pairs" if k.isa.multiplies_pairs else form_for(k.isa)
-        return {"a": k.pointer("a", held_dtype(form)), "w": k.pointer("w", bf16)}
+        return {"a": k.pointer("a", held_dtype(form)), "w": k.pointer("w", self.held)}
 
     def steps(self, k: Emitter, depth: Expr) -> Expr:
         return k.floor_divide(depth + (PAIR_STEP - 1), PAIR_STEP)
 
-    def shapes(self, k: Emitter, m: Expr, steps: Expr, panels: Expr, width: int) -> Mapping[str, list[Expr]]:
-        return {"a": [m, steps * PAIR_STEP], "w": [panels, steps * PAIR_SQUARE, 2 * width]}
+    def shapes(self, k: Emitter, sizes: ProductSizes, width: int) -> Mapping[str, list[Expr]]:
+        steps = sizes.steps
+        return {"a": [sizes.m, steps * PAIR_STEP], "w": [sizes.panels, steps * PAIR_SQUARE, 2 * width]}
 
-    def sum(self, k: Emitter, views: Mapping[str, Any], tile: RegisterTile, steps: Expr) -> Any:
+    def sum(self, k: Emitter, views: Mapping[str, Any], tile: RegisterTile, sizes: ProductSizes) -> Any:
         lanes = k.isa.lanes()
         count = tile.high * tile.vectors
+        rows = [tile.row(k, i) for i in range(tile.high)]
         acc = k.registers(count * lanes, f32)
         with k.unroll(count, "r") as r:
             k.store(acc, [r * lanes], k.number(0.0, f32, lanes), lanes)
-        with k.loop(steps * PAIR_SQUARE, "pair") as pair:
-            at = k.let(pair * 2, "at")
-            held = []
-            for v in range(tile.vectors):
-                place = [tile.panel, pair, 2 * (tile.start + v * lanes)]
-                held.append(k.let(k.bits(k.load(views["w"], place, 2 * lanes), DTYPES["i32"], lanes), "w"))
-            self._pairs(k, views["a"], tile.first, tile.high, at, held, acc)
+
+        def add(pair: Expr, held: Sequence[Expr]) -> None:
+            self._pairs(k, views["a"], rows, k.let(pair * 2, "at"), held, acc)
+
+        self.over_pairs(k, views, tile, sizes, add)
         made = k.registers(count * lanes, f32, "tile")
         with k.unroll(count, "r") as r:
             k.store(made, [r * lanes], k.load(acc, [r * lanes], lanes), lanes)
         return made
 
-    def _pairs(self, k: Emitter, a: Any, first: Expr, high: int, at: Expr, held: Sequence[Expr], acc: Any) -> None:
+    def over_pairs(
+        self, k: Emitter, views: Mapping[str, Any], tile: RegisterTile, sizes: ProductSizes, add: AddPairs
+    ) -> None:
+        """The pairs of a tile's columns, one after the other."""
+        self.over_held(k, views["w"], tile.panel, tile, sizes.steps, add)
+
+    def over_held(self, k: Emitter, w: Any, at: Expr, tile: RegisterTile, steps: Expr, add: AddPairs) -> None:
+        """Those of a panel that lies in flat pairs."""
+        lanes = k.isa.lanes()
+        with k.loop(steps * PAIR_SQUARE, "pair") as pair:
+            held = []
+            for v in range(tile.vectors):
+                place = [at, pair, 2 * (tile.start + v * lanes)]
+                held.append(k.let(k.bits(k.load(w, place, 2 * lanes), DTYPES["i32"], lanes), "w"))
+            add(pair, held)
+
+    def _pairs(self, k: Emitter, a: Any, rows: Sequence[Expr], at: Expr, held: Sequence[Expr], acc: Any) -> None:
         """Add a pair of each row, times vectors of pairs, to the sums. One pair at a time takes a register."""
         lanes, i32 = k.isa.lanes(), DTYPES["i32"]
         wide = [] if k.isa.multiplies_pairs else [_widened(k, w, lanes) for w in held]
-        for i in range(high):
+        for i, row in enumerate(rows):
             places = [[(i * len(held) + v) * lanes] for v in range(len(held))]
             if k.isa.multiplies_pairs:
-                pair = k.let(k.splat(k.bits(k.load(a, [first + i, at], 2), i32), lanes), "pair")
+                pair = k.let(k.splat(k.bits(k.load(a, [row, at], 2), i32), lanes), "pair")
                 for place, w in zip(places, held, strict=True):
                     k.store(acc, place, pairs_added(k, k.load(acc, place, lanes), pair, w), lanes)
                 continue
             for n in range(2):
-                x = k.let(k.splat(k.load(a, [first + i, at + n]), lanes), "x")
+                x = k.let(k.splat(k.load(a, [row, at + n]), lanes), "x")
                 for place, halves in zip(places, wide, strict=True):
                     k.store(acc, place, k.load(acc, place, lanes) + x * halves[n], lanes)
 

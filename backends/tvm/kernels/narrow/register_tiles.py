@@ -78,14 +78,14 @@ def over_tiles(
                 of_many(panel, first, count)
         with k.when(m < k.index(least)) if many is not None else nullcontext():
             for column in range(0, width, columns):
-                _rows(k, first, count, high, partial(tile, panel, column, columns))
+                over_rows(k, first, count, high, partial(tile, panel, column, columns))
 
 
 def _is_widest(isa: Isa) -> bool:
     return isa.registers >= 32 and isa.lanes() == PAIR_SQUARE and not isa.multiplies_tiles
 
 
-def _rows(k: Emitter, start: Expr, m: Expr, high: int, tile: Callable[[Expr, int], None]) -> None:
+def over_rows(k: Emitter, start: Expr, m: Expr, high: int, tile: Callable[[Expr, int], None]) -> None:
     """m rows: full tiles, then what is left, in halves."""
     blocks = k.let(k.floor_divide(m, high), "blocks")
     rest = k.let(k.floor_mod(m, high), "rest")

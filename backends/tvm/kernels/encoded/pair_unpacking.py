@@ -1,0 +1,113 @@
+"""Blocks unpacked into pairs of bf16 numbers: two neighbours of a line side by side, those of 16 lines in a vector.
+
+Numbers are decoded in float32 and rounded to the nearest bf16, ties to even, as a cast of what is decoded is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from treadle.backends.tvm.kernels.encoded.block_words import HeldScales, WordBlock
+from treadle.backends.tvm.kernels.encoded.unpacking import PackedForm
+from treadle.backends.tvm.kernels.narrow.encode_groups import GROUP
+from treadle.backends.tvm.kernels.narrow.round_rows import two_rounded
+from treadle.ir.layouts import PAIR_SQUARE
+from treadle.ir.types import f32
+
+if TYPE_CHECKING:
+    from treadle.backends.tvm.kernels.emitter import Emitter, Expr
+
+LANES = PAIR_SQUARE
+"""Lines of which a vector holds a pair each."""
+
+LoadPairs = Callable[["Expr", int, int], "Expr"]
+"""Of the pairs of bytes at a place, those of 16 lines side by side: so many bytes from one of them on."""
+Put = Callable[["Expr", "Sequence[Expr]"], None]
+"""Takes pairs as they are made: which pair of the elements, and a vector for each 16 lines."""
+
+
+def unpack_pairs(
+    k: Emitter,
+    form: PackedForm,
+    loads: Sequence[LoadPairs],
+    begin: Expr,
+    first: Expr,
+    count: Expr,
+    put: Put,
+    *,
+    in_order: bool = False,
+    before: Callable[[Expr], None] = lambda place: None,
+) -> None:
+    """The pairs of so many pairs of bytes of a block, or of a line that is one.
+
+    loads     what loads bytes of each 16 lines
+    begin     the pair of bytes with which the block begins
+    first     the one that has its first elements, or the line's first ones that are asked for
+    in_order  whether pairs are put in their order, for which bytes that hold two elements are read twice
+    before    what is done before the bytes at a place are read
+    """
+    found = [_scales(k, form, load, begin) for load in loads]
+    both = tuple(range(8 // form.bits))
+    for halves in [(half,) for half in both] if in_order else [both]:
+        with k.loop(count, "pair") as pair:
+            place = k.let(first + pair, "place")
+            before(place)
+            made: list[list[Expr]] = [[] for _ in halves]
+            for load, scales in zip(loads, found, strict=True):
+                read = [form.elements(k, load(place, at, LANES), LANES, raised=True) for at in (0, LANES)]
+                for to, half in zip(made, halves, strict=True):
+                    numbers = [x[half] * ds[half] for x, (ds, _) in zip(read, scales, strict=True)]
+                    numbers = [x if c is None else x + c for x, (_, c) in zip(numbers, scales, strict=True)]
+                    low, high = (k.let(x, "x") for x in numbers)
+                    to.append(two_rounded(k, low, high))
+            for half, vectors in zip(halves, made, strict=True):
+                put(pair + half * count, vectors)
+
+
+def unpack_words(k: Emitter, blocks: Sequence[WordBlock], put: Put) -> None:
+    """The pairs of a block that is read by words, in order; of each 16 lines one of `blocks`."""
+    form, scales = blocks[0].form, HeldScales.of(k, blocks)
+
+    def of_part(chunk: Expr, part: int) -> None:
+        for half in range(2):
+            found = [scales.whole(k, v, chunk, part, half * form.halves // 2) for v in range(len(blocks))]
+            with k.loop(k.index(GROUP // 8), "four") as i:
+                words = [k.let(form.four(block, chunk, part, half, i), "word") for block in blocks]
+                first = k.let((chunk * form.parts + part) * (GROUP // 2) + half * (GROUP // 4) + 2 * i, "first")
+                for n in range(2):
+                    vectors = []
+                    for block, word, (d, c) in zip(blocks, words, found, strict=True):
+                        numbers = [block.number(word, 2 * n + at) * d for at in range(2)]
+                        low, high = (k.let(x if c is None else x + c, "x") for x in numbers)
+                        vectors.append(pairs_rounded(k, low, high))
+                    put(first + n, vectors)
+
+    if form.chunks == 1:
+        for part in range(form.parts):
+            of_part(k.index(0), part)
+        return
+    with k.loop(k.index(form.chunks), "chunk") as chunk:
+        for part in range(form.parts):
+            of_part(chunk, part)
+
+
+def _scales(k: Emitter, form: PackedForm, load: LoadPairs, at: Expr) -> list[tuple[Sequence[Expr], Expr | None]]:
+    """Of the first 8 lines and the others, each number for both of a pair: d of each element of a byte, the second of
+    which is left 16 times as large; and c."""
+    d, c = form.scales_of_pairs(k, lambda place: load(at + place, 0, 2 * LANES), LANES)
+    found: list[tuple[Sequence[Expr], Expr | None]] = []
+    for first in (0, LANES // 2):
+
+        def twice(x: Expr, first: int = first) -> Expr:
+            return k.let(k.shuffle([x], [first + i // 2 for i in range(LANES)]), "twice")
+
+        one = twice(d)
+        ds = [one] if form.bits == 8 else [one, k.let(one * k.number(1 / 16, f32, LANES), "d16")]
+        found.append((ds, None if c is None else twice(c)))
+    return found
+
+
+def pairs_rounded(k: Emitter, low: Expr, high: Expr) -> Expr:
+    """Two vectors of 16 floats as 16 pairs of bf16 numbers, one of each side by side."""
+    return k.shuffle([two_rounded(k, low, high)], [i + n for i in range(LANES) for n in (0, LANES)])
