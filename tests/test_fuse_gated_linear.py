@@ -255,3 +255,12 @@ def test_halves_of_one_product_keep_their_activation(activation: str) -> None:
     b.outputs(y=getattr(b, activation)(b.slice(y, axis=1, stop=6)) * b.slice(y, axis=1, start=6))
     *_, node = PassManager([FuseGatedLinear()]).run(b.graph).graph.main.nodes
     assert (node.op.name, node.op.attributes["activation"]) == ("gated_linear", activation)
+
+
+def test_parts_of_products_that_are_spelled_in_two_ways() -> None:
+    """Whose parts would be halves of one product; neither spelling is taken for the other."""
+    weights = ["w: f32[16, 4]", "m: f32[4, 16]"]
+    lines = ["a = linear(x, $w)", "b = matmul(x, $m)", "g = slice(a, axis=2, stop=8)", "s = relu(g)"]
+    text = gated(*lines, "u = slice(b, axis=2, start=8)", "y = mul(s, u)", weights=weights)
+    done = optimize(text, FuseGatedLinear())
+    assert done.graph == parse_graph(text)

@@ -41,11 +41,9 @@ class CutSooner(Pass):
     def run_graph(self, graph: Graph, log: PassRecord) -> int:
         cutting = _Cutting(self.name, graph, log)
         for function in list(graph.functions.values()):
-            found = PartsRead(graph).of(function, [None] * len(function.outputs))
-            for place, node, reason in found.refused:
-                log.refuse(self.name, place, node, reason)
-            if found.computes:
-                cutting.apply(function, found)
+            refused = cutting.cut(function)
+            for event in dict.fromkeys(refused):
+                log.refuse(self.name, *event)
         if cutting.changes:
             _drop_uncalled(graph)
         return cutting.changes
@@ -76,22 +74,36 @@ class _Cutting:
         self.changes = 0
         self._made: dict[object, Function] = {}
 
+    def cut(self, function: Function) -> list[tuple[Function, Node, str]]:
+        """Have a function compute no more than is read of it where it gives all; what was refused.
+
+        Along one axis after the other: what is cut along the second may stand where the first one was cut.
+        """
+        refused = list[tuple[Function, Node, str]]()
+        while True:
+            found = PartsRead(self.graph).of(function, [None] * len(function.outputs))
+            refused += found.refused
+            if not found.computes:
+                return refused
+            self.apply(function, found)
+
     def apply(
         self,
         function: Function,
         found: FoundParts,
         outputs: Sequence[Part | None] = (),
+        parts: Mapping[Value, Value] = MappingProxyType({}),
         given: Mapping[Value, Value] = MappingProxyType({}),
     ) -> None:
         """Change a function in place, as `found` says.
 
-        outputs   which parts of its outputs it gives from now on, and takes of its inputs what is in `found.parts`
+        outputs   which parts of its outputs it gives from now on
+        parts     its inputs that stand for parts of what were inputs
         given     its inputs that stand for positions of its caller's
         """
         body = _Body(self, function, found)
         body.whole.update(given)
-        if outputs:
-            body.parts.update({v: v for v in function.inputs if v in found.parts})
+        body.parts.update(parts)
         for node in list(function.nodes):
             body.add(node)
         body.finish(outputs)
@@ -103,7 +115,7 @@ class _Cutting:
             self.log.match(self.rule, function, cutter, reason=reason)
         self.changes += len(body.cutters)
 
-    def callee(self, caller: Function, node: Node, cut: CutNode, types: Sequence[Type | None]) -> Function:
+    def callee(self, node: Node, cut: CutNode, types: Sequence[Type | None]) -> Function:
         """The function that a call calls, on parts of its operands, which have these types."""
         whole = self.graph.callee(node)
         assert whole is not None
@@ -113,24 +125,22 @@ class _Cutting:
             for old, new in zip(whole.nodes, made.nodes, strict=True):
                 self.log.lineage.stand([new], [old])
             found = PartsRead(self.graph).of(made, cut.results)
-            for formal, type in zip(made.arguments, types, strict=True):
-                assert type is not None
-                formal.type = type
-            self.apply(made, found, cut.results, _add_inputs(made, picked_by(cut)))
-            self._add(made, caller)
+            pairs = zip(made.inputs, types, strict=False)
+            parts = {v: Value("input", type, v.name) for v, type in pairs if v in found.parts and type is not None}
+            made.inputs = [parts.get(v, v) for v in made.inputs]
+            self.apply(made, found, cut.results, parts, _add_inputs(made, picked_by(cut)))
+            self.cut(made)
+            self._add(made, whole)
             self._made[key] = made
         return self._made[key]
 
-    def _add(self, made: Function, caller: Function) -> None:
-        """Put a function before the one that calls it."""
+    def _add(self, made: Function, whole: Function) -> None:
+        """Put a function behind the one that it is made of: what it calls is before that, and what calls it is not."""
         functions = self.graph.functions
         names = list(functions)
-        at = names.index(caller.name) if caller.name in functions else len(names)
-        self.graph.functions = {
-            **{name: functions[name] for name in names[:at]},
-            made.name: made,
-            **{name: functions[name] for name in names[at:]},
-        }
+        at = names.index(whole.name) + 1
+        names[at:at] = [made.name]
+        self.graph.functions = {name: functions.get(name, made) for name in names}
 
 
 def picked_by(cut: CutNode) -> list[Value]:
@@ -216,7 +226,7 @@ class _Body:
             return
         if op is None:
             types = [None if v is None else v.type for v in operands]
-            callee = self.cutting.callee(self.function, node, cut, types)
+            callee = self.cutting.callee(node, cut, types)
             positions = [self.whole.get(v, v) for v in picked_by(cut)]
             at = len(callee.inputs) - len(positions)
             op, operands = Call.of(callee), [*operands[:at], *positions, *operands[at:]]

@@ -98,7 +98,11 @@ def part_taken(node: Node) -> Part | None:
     elif isinstance(op, Gather) and node.inputs[1].literal is not None and node.inputs[1].literal.array.size:
         at = node.inputs[1].literal.array
         first, last = int(at.min()), int(at.max())
-        found = Part(place(op.axis, node.inputs[0].type.rank), Size.of(first), Size.of(last - first + 1), node.source)
+        dim = place(op.axis, node.inputs[0].type.rank)
+        size = node.inputs[0].type.shape[dim].constant
+        if first < 0 or (size is not None and last >= size):
+            return None  # which is an error when it runs
+        found = Part(dim, Size.of(first), Size.of(last - first + 1), node.source)
     elif isinstance(op, TakeAlongAxis) and (picked := _picked(node, place(op.axis, node.result.type.rank))) is not None:
         found = Part(picked.dim, ZERO, node.result.type.shape[picked.dim], node.source, picked, picked.rows)
     else:
@@ -143,6 +147,7 @@ class PartsRead:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self._known: dict[tuple[str, tuple[Part | None, ...]], FoundParts] = {}
+        self._computing: dict[Value, set[Node]] = {}
 
     def of(self, function: Function, outputs: Sequence[Part | None]) -> FoundParts:
         """What is read, where these parts of the outputs are (None: all), and all of what states are in the end."""
@@ -180,7 +185,23 @@ class PartsRead:
                 found.cut[node], taken = cut, cut.operands
             for operand, part in zip(node.operands, taken, strict=False):
                 read(operand, part)
+        known = {part.picked for part in outputs if part is not None}
+        for value in function.inputs:  # a caller does not know positions of the function's own
+            if value in found.parts and found.parts[value].picked not in {None, *known}:
+                del found.parts[value]
         return found
+
+    def _above(self, value: Value) -> set[Node]:
+        """The nodes that a value is computed by."""
+        if value not in self._computing:
+            found, pending = set[Node](), [value.node]
+            while pending:
+                node = pending.pop()
+                if node is not None and node not in found:
+                    found.add(node)
+                    pending += [v.node for v in node.inputs]
+            self._computing[value] = found
+        return self._computing[value]
 
     def _cut(
         self, function: Function, node: Node, wanted: tuple[Part | None, ...], found: FoundParts
@@ -193,6 +214,11 @@ class PartsRead:
             found.refused += [event for event in inner.refused if event not in found.refused]
             made = [v.node for v, part in zip(callee.results, wanted, strict=True) if part is not None]
             if any(made_by not in inner.cut for made_by in made):
+                return None
+            picked = {part.picked.value for part in wanted if part is not None and part.picked is not None}
+            if any(node in self._above(value) for value in picked):
+                reason = f"{callee.name} gives the positions at which it is read"
+                found.refused.append((function, node, reason))
                 return None
             found.computes |= inner.computes
             return CutNode(None, inner.of(callee.arguments), wanted)

@@ -141,8 +141,8 @@ class Search:
         """Match an op term against the node that makes a value: its operands and attributes become goals."""
         node = value.node
         assert node is not None
-        if len(node.operands) != len(term.operands):
-            return
+        if len(node.operands) != len(term.operands) or (term.name is not None and term.name in self._bound):
+            return  # a name is bound to another value where an `either` that stands twice fits in two ways
         self._nodes.append(node)
         self._values[term] = value
         attributes: list[_Goal] = [(wanted, Edge(node, name)) for name, wanted in term.attributes]
