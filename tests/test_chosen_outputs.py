@@ -74,6 +74,9 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "text": ("hidden", "outputs= is a list of names"),
     "none": ([], "outputs= is a list of names, of one output or more"),
     "numbers": ([0], "outputs= is a list of names"),
+    "one-number": (5, "outputs= is a list of names"),
+    "an-array": (np.array(["hidden", "pooled"]), "outputs= is a list of names"),
+    "what-is-read-once": (iter(["hidden"]), "outputs= is a list of names"),
     "twice": (["hidden", "hidden[:, 0]"], "output hidden is named twice"),
     "too-many-axes": (["hidden[:, :, :, 0]"], r"output hidden: f32\[B, S, 16\] has no part .*: it has 3 axes"),
     "past-the-end": (["hidden[:, :, 16]"], "from 16 to 17 is outside an axis of size 16"),
@@ -89,6 +92,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "steps": (["hidden[::2]"], "names no output"),
     "two-numbers": (["hidden[1 2]"], "names no output"),
     "huge": (["hidden[:, 99999999999999999999]"], "names no output"),
+    "one-past-what-text-holds": (["hidden[:, 999999999999999999]"], "names no output"),
+    "digits-of-others": (["hidden[:, ९]"], "names no output"),
+    "long": ([f"hidden[{' ' * 100_000}x x]"], "names no output"),
+    "longer": ([f"{' ' * 100_000}]"], "names no output"),
 }
 
 
@@ -102,8 +109,9 @@ def test_positions_of_each_row(backend: str) -> None:
     asked = np.array([[0, 6, 3], [2, 2, 5]])
     wanted = np.take_along_axis(whole(tokens=TOKENS)["logits"], asked[:, :, None], 1)
     np.testing.assert_allclose(exe(tokens=TOKENS, asked=asked)["logits"], wanted, rtol=0, atol=1e-6)
-    with pytest.raises(treadle.TreadleError):
+    with pytest.raises(treadle.TreadleError, match="index 7 is outside an axis of size 7") as caught:
         exe(tokens=TOKENS, asked=np.array([[7], [0]]))
+    assert "asked" in (caught.value.received or "")
 
 
 @pytest.mark.parametrize("name", REFUSED)

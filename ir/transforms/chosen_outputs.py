@@ -22,9 +22,10 @@ from treadle.ir.sizing.sizes import Size
 from treadle.ir.transforms.clone import clone_graph
 from treadle.ir.types import Dim, Type, i64
 
-_ASKED = re.compile(r"\s*(?P<name>[^\[\]]*?)\s*(?:\[(?P<part>[^\[\]]*)\]\s*)?")
-_NAME = re.compile(r"\s*([A-Za-z_]\w*)\s*", re.ASCII)
-_SPAN = re.compile(r"\s*(?P<start>[+-]?\d{1,18})?\s*(?P<colon>:)?\s*(?P<stop>[+-]?\d{1,18})?\s*")
+_ASKED = re.compile(r"(?P<name>[^\[\]]*)(?:\[(?P<part>[^\[\]]*)\])?")
+_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+_SPAN = re.compile(r"(?P<start>[+-]?\d{1,17})?\s*(?:(?P<colon>:)\s*(?P<stop>[+-]?\d{1,17})?)?", re.ASCII)
+"""As a size in text has 18 digits at most, what is one past a position can be written."""
 
 
 class UnknownOutputError(UsageError):
@@ -57,9 +58,11 @@ def choose_outputs(graph: Graph, outputs: Sequence[str]) -> Graph:
     Raises UnknownOutputError for a name that the graph has not, UsageError for a part that is none, or an output
     that is named twice.
     """
-    if isinstance(outputs, str) or not outputs or not all(isinstance(asked, str) for asked in outputs):
+    listed = isinstance(outputs, Sequence) and not isinstance(outputs, str)
+    if not listed or not outputs or not all(isinstance(asked, str) for asked in outputs):
         hint = f"outputs=[{outputs!r}]" if isinstance(outputs, str) else None
-        raise UsageError("outputs= is a list of names, of one output or more", received=repr(outputs)[:80], hint=hint)
+        received = repr(outputs)[:80] if listed or hint is not None else f"a value of type {type(outputs).__name__}"
+        raise UsageError("outputs= is a list of names, of one output or more", received=received, hint=hint)
     copy = clone_graph(graph)
     known = copy.main.outputs
     chosen: dict[str, Expr] = {}
@@ -81,25 +84,24 @@ def choose_outputs(graph: Graph, outputs: Sequence[str]) -> Graph:
             try:
                 chosen[name] = _part(b, b.expr(value), spans)
             except TreadleError as error:
-                raise UsageError(f"output {name}: {value.type} has no part {asked.strip()}: {error.what}") from None
+                raise UsageError(f"output {name}: {value.type} has no part {asked.strip()[:80]}: {error.what}") from None
     b.outputs(**chosen)
     return copy
 
 
 def _parsed(asked: str) -> tuple[str, list[_Span | _Given]]:
-    match = _ASKED.fullmatch(asked)
+    match = _ASKED.fullmatch(asked.strip())
     if match is None:
         raise _unreadable(asked)
-    if match["part"] is None:
-        return match["name"], []
-    return match["name"], [_span(part, asked) for part in match["part"].split(",")]
+    name, part = match["name"].strip(), match["part"]
+    return name, [] if part is None else [_span(span.strip(), asked) for span in part.split(",")]
 
 
 def _span(text: str, asked: str) -> _Span | _Given:
-    if (named := _NAME.fullmatch(text)) is not None:
-        return _Given(named[1])
+    if _NAME.fullmatch(text) is not None:
+        return _Given(text)
     match = _SPAN.fullmatch(text)
-    if match is None or (match["colon"] is None and (match["start"] is None or match["stop"] is not None)):
+    if match is None or not text:
         raise _unreadable(asked)
     start, stop = (None if edge is None else int(edge) for edge in (match["start"], match["stop"]))
     return _Span(start, stop, single=match["colon"] is None)

@@ -21,10 +21,6 @@ from treadle.passes.cleanup.parts_read import CutNode, FoundParts, Part, PartsRe
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
 
-_PICKED = "picked"
-"""How positions are called."""
-
-
 @dataclass(frozen=True)
 class CutSooner(Pass):
     """slice(f(x))   -->   f(slice(x))      for an f that maps the axis
@@ -153,7 +149,7 @@ def _add_inputs(function: Function, values: Sequence[Value]) -> dict[Value, Valu
     """Inputs of a function, behind its others, that stand for values of its caller's."""
     made: dict[Value, Value] = {}
     for value in values:
-        name = free_name(_PICKED, {*(v.name for v in function.inputs), *function.parameters, *function.states})
+        name = free_name(value.name, {*(v.name for v in function.inputs), *function.parameters, *function.states})
         made[value] = Value("input", value.type, name)
         function.inputs.append(made[value])
     return made
@@ -281,7 +277,7 @@ class _Body:
         shape = [part.size if i == part.dim else size for i, size in enumerate(x.type.shape)]
         turn = Rearrange(pattern=f"{' '.join(before)} -> {' '.join(after)}")
         for op in [*([turn] if before != after else []), Expand(shape=tuple(shape))]:
-            node = Node(op, [value], op.infer([value.type]), _PICKED, scope, part.source)
+            node = Node(op, [value], op.infer([value.type]), value.name, scope, part.source)
             self._nodes.append(node)
             value = node.result
         take = TakeAlongAxis(axis=part.dim)
