@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from treadle.ir.text.parser import parse_graph
 from treadle.models.bert import bert
 from treadle.models.gpt2 import gpt2
 from treadle.models.llama import llama
-from treadle.passes.framework.manager import PassManager
+from treadle.passes.framework.manager import Pass, PassManager
 from treadle.passes.pipelines import DEFAULT
 from treadle.passes.quantization.plan_checking import check_quantization
 from treadle.passes.quantization.planning import SCHEMES, plan_quantization
@@ -397,6 +398,14 @@ def test_the_command_line_plans_and_quantizes() -> None:
     assert "decode($attn.q.weight, of=int8_rows)" in shown.stdout
     wrong = runner.invoke(app, ["compile", "gpt2", "--quantize", "int2", *small])
     assert wrong.exit_code != 0
+
+
+@pytest.mark.parametrize("part", ["", "[:, -1:]", "[:, -1]", "[:, asked]", "[0, 2]"])
+@pytest.mark.parametrize("passes", [DEFAULT, []], ids=["cut", "whole"])
+def test_a_product_whose_part_is_an_output_has_eight_bits(part: str, passes: Sequence[Pass]) -> None:
+    small = {"layers": 1, "dim": 64, "heads": 4, "vocab": 96}
+    exe = treadle.compile("gpt2", quantize="int4", outputs=[f"logits{part}"], passes=passes, **small)
+    assert exe.graph.parameters["wte.weight"].type.encoding == EIGHT
 
 
 def test_a_file_that_is_quantized_already_is_told_as_it_is(tmp_path: Path) -> None:

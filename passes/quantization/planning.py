@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from treadle.ir.axes import Role
 from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.errors import GraphError, PassError, RuleError
-from treadle.ir.graph import Graph, Node, Value
+from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.ops.elementwise import Cast
 from treadle.ir.ops.products import MixedProduct
 from treadle.ir.types import Type, f32
@@ -86,7 +86,7 @@ def _read(graph: Graph, name: str, held: Mapping[Value, tuple[str, ...]], found:
     """
     function = graph.functions[name]
     held = dict(held)
-    outputs = set(function.outputs.values()) if function in graph.entries else set()
+    outputs = _given(function) if function in graph.entries else set()
     inside: dict[str, dict[Value, tuple[str, ...]]] = {}
     for node in function.nodes:
         if (callee := graph.callee(node)) is not None:
@@ -103,11 +103,20 @@ def _read(graph: Graph, name: str, held: Mapping[Value, tuple[str, ...]], found:
                 continue
             for each in held[value]:
                 _note(node, position, found[each], not outputs.isdisjoint(node.results))
-    for value in outputs:
+    for value in function.outputs.values() if function in graph.entries else ():
         for each in held.get(value, ()):
             found[each].others["the caller"] = None
     for callee_name, passed in inside.items():
         _read(graph, callee_name, passed, found)
+
+
+def _given(function: Function) -> set[Value]:
+    """The outputs of an entry, and what these are elements of, cut or moved."""
+    found = set(function.outputs.values())
+    for node in reversed(function.nodes):
+        if node.op.callee is None and node.op.only_moves and not found.isdisjoint(node.results):
+            found.update(node.inputs)
+    return found
 
 
 def _note(node: Node, position: int, readers: _Readers, is_output: bool) -> None:
