@@ -31,7 +31,8 @@ class CutSooner(Pass):
     the other layers.
 
     Leaves alone: parts of more than half of an axis, or of a size that is not fixed; what is read as a whole elsewhere;
-    what multiplies a weight along the axis. Refuses: an op that has no form on a part of an axis that it maps.
+    what multiplies a weight along the axis. Refuses: an op that has no form on a part of an axis that it maps; a call
+    that gives the positions at which its other results are read.
     """
 
     def run_graph(self, graph: Graph, log: PassRecord) -> int:

@@ -74,8 +74,8 @@ class FoundParts:
 
     parts     what is read of a value, where that is a part
     cut       the nodes that need not compute all
-    refused   those of which a part is read, that map the axis, and have no form on a part all the same: the function,
-              the node, and why
+    refused   those of which a part is read, that map the axis, and compute all of it all the same: the function, the
+              node, and why
     computes  whether some of the cut ones compute something: to move fewer elements alone is not worth a change
     """
 
@@ -124,9 +124,9 @@ def _picked(node: Node, dim: int) -> Picked | None:
 
 
 def _is_small(part: Part, value: Value) -> bool:
-    """Whether it is worth to read that alone: a fixed number of positions, at most half of a fixed size.
+    """Whether it pays to read that alone: a fixed number of positions, at most half of a fixed size.
 
-    Of positions that a caller gives, any number: who gives some wants these.
+    Of positions that a caller gives, any number: a caller that gives some wants these.
     """
     size, whole = part.size.constant, value.type.shape[part.dim].constant
     if size is None and part.picked is not None:
@@ -185,10 +185,10 @@ class PartsRead:
                 found.cut[node], taken = cut, cut.operands
             for operand, part in zip(node.operands, taken, strict=False):
                 read(operand, part)
-        known = {part.picked for part in outputs if part is not None}
-        for value in function.inputs:  # a caller does not know positions of the function's own
-            if value in found.parts and found.parts[value].picked not in {None, *known}:
-                del found.parts[value]
+        known = {None, *[part.picked for part in outputs if part is not None]}
+        for value in function.inputs:
+            if value in found.parts and found.parts[value].picked not in known:
+                del found.parts[value]  # a caller does not know positions of the function's own
         return found
 
     def _above(self, value: Value) -> set[Node]:
