@@ -58,7 +58,8 @@ def choose_outputs(graph: Graph, outputs: Sequence[str]) -> Graph:
     Raises UnknownOutputError for a name that the graph has not, UsageError for a part that is none, or an output
     that is named twice.
     """
-    listed = isinstance(outputs, Sequence) and not isinstance(outputs, str)
+    given: object = outputs
+    listed = isinstance(given, Sequence) and not isinstance(given, str)
     if not listed or not outputs or not all(isinstance(asked, str) for asked in outputs):
         hint = f"outputs=[{outputs!r}]" if isinstance(outputs, str) else None
         received = repr(outputs)[:80] if listed or hint is not None else f"a value of type {type(outputs).__name__}"
@@ -84,7 +85,9 @@ def choose_outputs(graph: Graph, outputs: Sequence[str]) -> Graph:
             try:
                 chosen[name] = _part(b, b.expr(value), spans)
             except TreadleError as error:
-                raise UsageError(f"output {name}: {value.type} has no part {asked.strip()[:80]}: {error.what}") from None
+                raise UsageError(
+                    f"output {name}: {value.type} has no part {asked.strip()[:80]}: {error.what}"
+                ) from None
     b.outputs(**chosen)
     return copy
 

@@ -21,6 +21,7 @@ from treadle.passes.cleanup.parts_read import CutNode, FoundParts, Part, PartsRe
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
 
+
 @dataclass(frozen=True)
 class CutSooner(Pass):
     """slice(f(x))   -->   f(slice(x))      for an f that maps the axis
