@@ -356,6 +356,7 @@ CHANGING = {
     "ir/transforms/outline.py": {"RepeatedRegion", "_Repetition"},
     "frontends/onnx_import/scopes.py": {"Scope"},
     "passes/certificates/regions.py": {"Recorded"},
+    "passes/cleanup/parts_read.py": {"FoundParts"},
     "passes/cleanup/position_slices.py": {"_Cut"},
     "passes/framework/pass_log.py": {"PassRecord"},
     "passes/fusion/attention/chain.py": {"ChainTerms"},

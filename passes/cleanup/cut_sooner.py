@@ -17,7 +17,7 @@ from treadle.ir.ops.shapes import Expand, Rearrange
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.transforms.clone import clone_function
 from treadle.ir.types import Type
-from treadle.passes.cleanup.parts_read import CutNode, FoundParts, Part, PartsRead, Picked, part_taken
+from treadle.passes.cleanup.parts_read import CutNode, FoundParts, PartRead, PartsRead, Picked, part_taken
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
 
@@ -89,7 +89,7 @@ class _Cutting:
         self,
         function: Function,
         found: FoundParts,
-        outputs: Sequence[Part | None] = (),
+        outputs: Sequence[PartRead | None] = (),
         parts: Mapping[Value, Value] = MappingProxyType({}),
         given: Mapping[Value, Value] = MappingProxyType({}),
     ) -> None:
@@ -191,7 +191,7 @@ class _Body:
         self.cutters: list[Node] = []
         self.told: dict[str, None] = {}
         self._nodes: list[Node] = []
-        self._slices: dict[tuple[Value, Part], Value] = {}
+        self._slices: dict[tuple[Value, PartRead], Value] = {}
 
     def add(self, node: Node) -> None:
         """What comes in the place of a node: itself, where all of it is read."""
@@ -204,7 +204,7 @@ class _Body:
             node.operands = tuple([self._now(v) for v in node.operands])
             self._nodes.append(node)
 
-    def finish(self, outputs: Sequence[Part | None]) -> None:
+    def finish(self, outputs: Sequence[PartRead | None]) -> None:
         given = [*outputs, *[None] * (len(self.function.outputs) - len(outputs))]
         pairs = zip(self.function.outputs.items(), given, strict=True)
         self.function.outputs = {name: self._part(v, part, v.node) for (name, v), part in pairs}
@@ -234,7 +234,7 @@ class _Body:
         if op.callee is not None or not op.only_moves:
             self.told[op.callee or op.name] = None
 
-    def _add_cutter(self, node: Node, taken: Part) -> None:
+    def _add_cutter(self, node: Node, taken: PartRead) -> None:
         x = node.inputs[0]
         if not isinstance(node.op, Gather):
             made = self._part(x, taken, node)
@@ -250,7 +250,7 @@ class _Body:
     def _now(self, value: Value | None) -> Value | None:
         return None if value is None else self.whole.get(value, value)
 
-    def _part(self, value: Value, part: Part | None, at: Node | None) -> Value:
+    def _part(self, value: Value, part: PartRead | None, at: Node | None) -> Value:
         """A part of a value, for the node that reads it; None: all of it."""
         if part is None:
             return self.whole.get(value, value)
@@ -270,7 +270,7 @@ class _Body:
             self._slices[value, part] = node.result
         return self._slices[value, part]
 
-    def _taken(self, x: Value, part: Part, picked: Picked, scope: str) -> Node:
+    def _taken(self, x: Value, part: PartRead, picked: Picked, scope: str) -> Node:
         """The node that takes what each row has of a value at positions of its own."""
         value = self.whole.get(picked.value, picked.value)
         rank = value.type.rank

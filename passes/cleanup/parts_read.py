@@ -38,7 +38,7 @@ class Picked:
 
 
 @dataclass(frozen=True)
-class Part:
+class PartRead:
     """A run of positions along one axis of a value: `size` of them, from `start` on along dimension `dim`.
 
     source   the line that asks for them
@@ -64,11 +64,11 @@ class CutNode:
     """
 
     op: Op | None
-    operands: tuple[Part | None, ...]
-    results: tuple[Part | None, ...]
+    operands: tuple[PartRead | None, ...]
+    results: tuple[PartRead | None, ...]
 
 
-@dataclass(eq=False)
+@dataclass
 class FoundParts:
     """What is read in a function, given what is read of its outputs.
 
@@ -79,22 +79,22 @@ class FoundParts:
     computes  whether some of the cut ones compute something: to move fewer elements alone is not worth a change
     """
 
-    parts: dict[Value, Part] = field(default_factory=dict)
+    parts: dict[Value, PartRead] = field(default_factory=dict)
     cut: dict[Node, CutNode] = field(default_factory=dict)
     refused: list[tuple[Function, Node, str]] = field(default_factory=list)
     computes: bool = False
 
-    def of(self, values: Sequence[Value | None]) -> tuple[Part | None, ...]:
+    def of(self, values: Sequence[Value | None]) -> tuple[PartRead | None, ...]:
         return tuple([None if v is None else self.parts.get(v) for v in values])
 
 
-def part_taken(node: Node) -> Part | None:
+def part_taken(node: Node) -> PartRead | None:
     """The part of its first operand that a slice or a lookup reads, if that is a small one."""
     op = node.op
     if isinstance(op, Slice) and op.stride == 1:
         dim = place(op.axis, node.inputs[0].type.rank)
         start, stop = op.span(node.inputs[0].type.shape[dim])
-        found = Part(dim, start, stop - start, node.source)
+        found = PartRead(dim, start, stop - start, node.source)
     elif isinstance(op, Gather) and node.inputs[1].literal is not None and node.inputs[1].literal.array.size:
         at = node.inputs[1].literal.array
         first, last = int(at.min()), int(at.max())
@@ -102,9 +102,9 @@ def part_taken(node: Node) -> Part | None:
         size = node.inputs[0].type.shape[dim].constant
         if first < 0 or (size is not None and last >= size):
             return None  # which is an error when it runs
-        found = Part(dim, Size.of(first), Size.of(last - first + 1), node.source)
+        found = PartRead(dim, Size.of(first), Size.of(last - first + 1), node.source)
     elif isinstance(op, TakeAlongAxis) and (picked := _picked(node, place(op.axis, node.result.type.rank))) is not None:
-        found = Part(picked.dim, ZERO, node.result.type.shape[picked.dim], node.source, picked, picked.rows)
+        found = PartRead(picked.dim, ZERO, node.result.type.shape[picked.dim], node.source, picked, picked.rows)
     else:
         return None
     return found if _is_small(found, node.inputs[0]) else None
@@ -123,7 +123,7 @@ def _picked(node: Node, dim: int) -> Picked | None:
     return Picked(value, rows[0], dim)
 
 
-def _is_small(part: Part, value: Value) -> bool:
+def _is_small(part: PartRead, value: Value) -> bool:
     """Whether it pays to read that alone: a fixed number of positions, at most half of a fixed size.
 
     Of positions that a caller gives, any number: a caller that gives some wants these.
@@ -146,21 +146,21 @@ class PartsRead:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self._known: dict[tuple[str, tuple[Part | None, ...]], FoundParts] = {}
+        self._known: dict[tuple[str, tuple[PartRead | None, ...]], FoundParts] = {}
         self._computing: dict[Value, set[Node]] = {}
 
-    def of(self, function: Function, outputs: Sequence[Part | None]) -> FoundParts:
+    def of(self, function: Function, outputs: Sequence[PartRead | None]) -> FoundParts:
         """What is read, where these parts of the outputs are (None: all), and all of what states are in the end."""
         key = (function.name, tuple(outputs))
         if key not in self._known:
             self._known[key] = self._found(function, outputs)
         return self._known[key]
 
-    def _found(self, function: Function, outputs: Sequence[Part | None]) -> FoundParts:
+    def _found(self, function: Function, outputs: Sequence[PartRead | None]) -> FoundParts:
         found = FoundParts()
         all_read: set[Value] = set()
 
-        def read(value: Value | None, part: Part | None) -> None:
+        def read(value: Value | None, part: PartRead | None) -> None:
             if value is None or value.literal is not None or value in all_read:
                 return
             known = found.parts.get(value)
@@ -204,7 +204,7 @@ class PartsRead:
         return self._computing[value]
 
     def _cut(
-        self, function: Function, node: Node, wanted: tuple[Part | None, ...], found: FoundParts
+        self, function: Function, node: Node, wanted: tuple[PartRead | None, ...], found: FoundParts
     ) -> CutNode | None:
         if node.op.updates or node.op.meets_ranks or any(v.kind == "state" for v in node.inputs):
             return None
@@ -251,13 +251,13 @@ class PartsRead:
         return CutNode(op, operands, wanted)
 
 
-def _joined(a: Part, b: Part, value: Value) -> Part | None:
+def _joined(a: PartRead, b: PartRead, value: Value) -> PartRead | None:
     """A part that holds both, if there is a small one."""
     edges = [s.constant for s in (a.start, a.start + a.size, b.start, b.start + b.size)]
     known = [edge for edge in edges if edge is not None]
     if a.dim != b.dim or len(known) < len(edges) or a.picked is not None or b.picked is not None:
         return None
-    both = Part(a.dim, Size.of(min(known)), Size.of(max(known) - min(known)), a.source)
+    both = PartRead(a.dim, Size.of(min(known)), Size.of(max(known) - min(known)), a.source)
     return both if _is_small(both, value) else None
 
 
@@ -270,7 +270,7 @@ def _mapped(application: Application, result: int, dim: int) -> str | None:
     return factor if application.factors[factor].role is Role.MAPPED else None
 
 
-def _within_slice(node: Node, part: Part | None) -> Part | None:
+def _within_slice(node: Node, part: PartRead | None) -> PartRead | None:
     """Which part of a slice's operand a part of the slice is, if it is along the same axis."""
     op = node.op
     if part is None or part.picked is not None or not isinstance(op, Slice) or op.stride != 1:
@@ -282,15 +282,15 @@ def _within_slice(node: Node, part: Part | None) -> Part | None:
 
 
 def _operand_parts(
-    node: Node, application: Application, factor: str, row: str | None, part: Part
-) -> tuple[Part | None, ...] | None:
+    node: Node, application: Application, factor: str, row: str | None, part: PartRead
+) -> tuple[PartRead | None, ...] | None:
     """What a node takes of each operand where its results hold a part, along a factor; None where that is no part.
 
     row   the factor of rows that have positions of their own: what holds these must hold it
 
     What multiplies weights does not do so along an axis of theirs: parts of them would be held beside the whole.
     """
-    parts: list[Part | None] = []
+    parts: list[PartRead | None] = []
     for value, dims in zip(node.operands, application.operands, strict=True):
         held = [i for i, dim in enumerate(dims or ()) if factor in dim.factors]
         if value is None or not held:
@@ -310,7 +310,7 @@ def _operand_parts(
     return tuple(parts) if any(parts) else None
 
 
-def on_part(node: Node, factor: str, part: Part) -> Op | None:
+def on_part(node: Node, factor: str, part: PartRead) -> Op | None:
     """What a node's op is on a part of a factor that it maps; None where it has no such form."""
     op: Op | None = node.op
     assert op is not None
