@@ -8,7 +8,7 @@ import pytest
 import treadle
 from tests.op_checks import Array
 from tests.test_tvm_block_products import blocks_of, compiled, linear_graph, matmul_graph, normal, titles
-from tests.test_tvm_tile_blocks import narrowed, near, notes_of, run
+from tests.test_tvm_tile_blocks import assert_near_and_in_blocks, narrowed, near, notes_of
 from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.kernels.isa import ISAS, runs_here
 from treadle.ir.encodings.encoding import Encoding, parse_encoding
@@ -186,14 +186,7 @@ def test_no_row_at_all() -> None:
 @needs_pairs
 @pytest.mark.parametrize("quantize", ["int8-weights", "int4"])
 def test_a_model_is_near_to_that_in_float32_and_holds_blocks_alone(quantize: str) -> None:
-    wide, narrow = run(quantize, PAIRS), run(quantize, PAIRS, dtype="bf16")
-    assert 0 < np.abs(wide - narrow).max() < 0.03 * np.abs(wide).max()
-    model = llama.configure(vocab=96, dim=64, heads=4, kv_heads=2, layers=2, hidden=128, tied=True)
-    exe = treadle.compile(model, backend="tvm", target=PAIRS, quantize=quantize, dtype="bf16", seed=1)
-    assert not [n for n in notes_of(exe) if "is decoded once" in n or "is not read in blocks" in n]
-    matrices = [a for a in exe.executable.machine.weights.values() if a.ndim > 1]
-    assert {a.dtype for a in matrices} == {np.dtype(np.uint8)}
-    assert len(matrices) == 1 + 2 * 5, "the table, with logits, is there once"
+    assert_near_and_in_blocks(quantize, PAIRS)
 
 
 @needs_pairs

@@ -101,17 +101,22 @@ def run(quantize: str, target: str, **options: Any) -> Array:
     return np.asarray(exe(tokens=np.arange(22).reshape(2, 11))["logits"])
 
 
-@needs_tiles
-@pytest.mark.parametrize("quantize", ["int8-weights", "int4"])
-def test_a_model_is_near_to_that_in_float32_and_holds_blocks_alone(quantize: str) -> None:
-    wide, narrow = run(quantize, AMX), run(quantize, AMX, dtype="bf16")
+def assert_near_and_in_blocks(quantize: str, target: str) -> None:
+    """A model in bf16 is near to that in float32, and holds its matrices in blocks alone."""
+    wide, narrow = run(quantize, target), run(quantize, target, dtype="bf16")
     assert 0 < np.abs(wide - narrow).max() < 0.03 * np.abs(wide).max()
     model = llama.configure(vocab=96, dim=64, heads=4, kv_heads=2, layers=2, hidden=128, tied=True)
-    exe = treadle.compile(model, backend="tvm", target=AMX, quantize=quantize, dtype="bf16", seed=1)
+    exe = treadle.compile(model, backend="tvm", target=target, quantize=quantize, dtype="bf16", seed=1)
     assert not [n for n in notes_of(exe) if "is decoded once" in n or "is not read in blocks" in n]
     matrices = [a for a in exe.executable.machine.weights.values() if a.ndim > 1]
     assert {a.dtype for a in matrices} == {np.dtype(np.uint8)}
     assert len(matrices) == 1 + 2 * 5, "the table, with logits, is there once"
+
+
+@needs_tiles
+@pytest.mark.parametrize("quantize", ["int8-weights", "int4"])
+def test_a_model_is_near_to_that_in_float32_and_holds_blocks_alone(quantize: str) -> None:
+    assert_near_and_in_blocks(quantize, AMX)
 
 
 def test_other_instruction_sets_decode_once_and_say_so() -> None:

@@ -1,4 +1,4 @@
-"""Slices and lookups at constant positions move ahead of what they cut, so that no more is computed than is read."""
+"""Slices and lookups move ahead of what they cut, so that no more is computed than is read."""
 
 from __future__ import annotations
 

@@ -64,10 +64,11 @@ def _is_linear(m: Match) -> bool:
     return bool(isinstance(m.product.value.node.op, Linear))
 
 
-def _product(p: Vocabulary, rows: Any, w: Any, bias: Any, addend: Any) -> Any:
-    """A product of rows with a weight, and what is added to it."""
+def _between(p: Vocabulary, x: Any, w: Any, bias: Any, addend: Any, first: Any, second: Any) -> Any:
+    """A product of x with a weight, and what is added to it, between two rearranges."""
+    rows = p.shared(p.rearrange(x, pattern=first))
     product = p.named("product", p.either(p.matmul(rows, w), p.linear(rows, w, p.either(bias, None))))
-    return p.either(product, product + addend)
+    return p.rearrange(p.either(product, product + addend), pattern=second)
 
 
 def _is_plain(m: Match) -> bool:
@@ -101,7 +102,7 @@ class ProductOfRows(Rewrite):
     """
 
     def pattern(self, p: Vocabulary, x: Any, w: Any, bias: Any, addend: Any, first: Any, second: Any) -> Any:
-        return p.rearrange(_product(p, p.shared(p.rearrange(x, pattern=first)), w, bias, addend), pattern=second)
+        return _between(p, x, w, bias, addend, first, second)
 
     def fits(self, m: Match) -> bool:
         if m.result.type.rank == 1 and not _is_linear(m):
@@ -138,7 +139,7 @@ class RowsAfterProduct(Rewrite):
     """
 
     def pattern(self, p: Vocabulary, x: Any, w: Any, bias: Any, addend: Any, first: Any, second: Any) -> Any:
-        return p.rearrange(_product(p, p.shared(p.rearrange(x, pattern=first)), w, bias, addend), pattern=second)
+        return _between(p, x, w, bias, addend, first, second)
 
     def fits(self, m: Match) -> bool:
         taken_apart = m.product.type.dims[-1:] != m.result.type.dims[-1:]

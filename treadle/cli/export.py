@@ -60,8 +60,9 @@ def export_to_onnx(
             graph, weights = held.optimized.graph, held.weights
         else:
             chosen = parse_config(config or (), limit or ())
-            asked = names_of(inputs), outputs_of(outputs)
-            resolved = resolve(model, inputs=asked[0], outputs=asked[1], widen=names_of(widen) or (), **chosen)
+            resolved = resolve(
+                model, inputs=names_of(inputs), outputs=outputs_of(outputs), widen=names_of(widen) or (), **chosen
+            )
             graph = PassManager(DEFAULT).run(resolved.graph).graph
             weights = initial_weights(graph, seed) if resolved.weights is None else resolved.weights
         made = export_onnx(graph, weights, output, opset=opset, external_above=external_above)

@@ -97,8 +97,9 @@ def inspect_graph(
         else:
             chosen = parse_config(config or (), limit or ())
             passes, narrow = computing_in(dtype, DEFAULT, names_of(widen) or (), quantize)
-            asked = names_of(inputs), outputs_of(outputs)
-            declared = resolve(model, inputs=asked[0], outputs=asked[1], widen=narrow, **chosen).graph
+            declared = resolve(
+                model, inputs=names_of(inputs), outputs=outputs_of(outputs), widen=narrow, **chosen
+            ).graph
             optimized = PassManager(() if raw else passes).run(declared)
             if after is not None:
                 optimized = lowered_for(after, backend, optimized)
