@@ -10,6 +10,7 @@ All else is as elsewhere: `treadle launch` is a process, each rank is one of its
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import importlib
 import json
 import os
@@ -199,7 +200,8 @@ def _launched(request: Mapping[str, Any]) -> int:
 
 
 def main() -> None:
-    """Load, then do what is asked, a line each."""
+    """Load, then do what is asked, a line each. A rank that a signal ends tells where it was."""
+    faulthandler.enable()
     sys.path.insert(0, str(ROOT))
     for name in _LOADED:
         with suppress(ImportError):

@@ -101,16 +101,22 @@ def test_there_is_one_rank_or_more(machine: _Machine) -> None:
         ([(0.0, 1, None), (2.4, 0, None)], 1, 2.4, []),
         ([(0.0, 1, None), (2.6, 5, -signal.SIGTERM)], 1, 2.5, ["1001 is asked at 2.5"]),
         ([(9.0, 0, None), (0.0, 2, None)], 2, 2.7, ["1000 is asked at 2.5", "1000 is killed at 2.7"]),
-        ([(0.0, -signal.SIGKILL, None), (0.5, 2, None)], 2, 0.5, []),
+        ([(0.5, 2, None), (0.0, -signal.SIGKILL, None), (0.5, 3, None)], 3, 0.5, ["rank 1 was ended by SIGKILL"]),
     ],
 )
 def test_who_is_left_after_a_failure_is_ended(
-    plans: list[Plan], code: int, ended: float, told: list[str], machine: _Machine
+    plans: list[Plan],
+    code: int,
+    ended: float,
+    told: list[str],
+    machine: _Machine,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """They have 2.5 s to end by themselves, and another 0.2 s once they are asked."""
+    """They have 2.5 s to end by themselves, and another 0.2 s once they are asked. Of a signal that was not ours, too,
+    it is told which one it was."""
     machine.plans = dict(enumerate(plans))
     assert launch_ranks(["a"], len(plans)) == code
-    assert machine.told == told
+    assert machine.told + capsys.readouterr().err.splitlines() == told
     assert machine.now == pytest.approx(ended, abs=0.05)
 
 

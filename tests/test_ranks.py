@@ -78,7 +78,7 @@ def ran(forked: ForkedRanks, tmp_path_factory: pytest.TempPathFactory) -> Callab
         folder = tmp_path_factory.mktemp("ranks")
         ranks, backends = {"tp=2": (2, "numpy,tvm"), "tp=2,dp=2": (4, "torch,numpy")}[mesh]
         job = forked.launch(ranks, str(JOB), "models", mesh, backends, str(folder))
-        assert job.ended() == 0, job.told
+        assert job.ended() == 0, (job.told, job.codes)
         return folder
 
     def found(mesh: str, name: str) -> list[Any]:
@@ -360,6 +360,7 @@ def test_a_rank_that_is_killed_ends_the_others(forked: ForkedRanks) -> None:
     assert job.told.count("rank 1 has died") == 1
     assert re.search("received  (in all_reduce over tp|running|compiling)", job.told)  # what it did last
     assert job.codes == {0: 2, 1: -signal.SIGKILL, 2: 2}
+    assert job.told.splitlines()[-1] == "rank 1 was ended by SIGKILL"
     assert not any(map(is_left, processes.values()))
 
 

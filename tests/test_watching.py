@@ -265,7 +265,7 @@ def test_rank_0_takes_what_ranks_say(clock: SimpleNamespace) -> None:
     assert (watch._left, watch._gone) == ({1, 2, 3}, {1, 2, 3})
     for told in (dies, leaves, fails, comes):  # who comes later, too
         assert told.sent == [died]
-        assert not told.closed
+        assert told.closed == (told is not comes), "who has left waits for that"
     stranger = _Spoken(None)
     assert not hear(stranger)
     assert stranger.closed
@@ -310,10 +310,21 @@ def test_another_rank_takes_what_rank_0_says(
         assert watch._said[0].message() == comes[0]
 
 
-def test_the_end_of_rank_0_after_the_end_of_all_is_no_death(clock: SimpleNamespace) -> None:
+def test_the_end_of_rank_0_after_the_end_of_all_is_no_death(
+    monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace
+) -> None:
     watch = Watch(2, 4, 30.0)
     watch._said[0] = waits("compiling", 0)
-    watch._over.set()
+    said = []
+
+    def say(message: dict[str, Any]) -> None:
+        said.append(message)
+        assert not watch._obey(_Spoken(None)), "rank 0 may end before we go on"  # type: ignore[arg-type]
+
+    monkeypatch.setattr(watch, "_say", say)
+    monkeypatch.setattr(watch, "_end", lambda: said.append("end"))
+    watch.leave()
+    assert said == [{"bye": True}, "end"]
     assert not watch._obey(_Spoken(None))  # type: ignore[arg-type]
     assert watch.failure is None
 
@@ -384,7 +395,9 @@ def test_threads_of_the_watch_keep_no_process(monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture
 def line() -> Iterator[tuple[RankConnection, socket.socket]]:
     """A connection, and its other end."""
-    ours, other = socket.socketpair()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ours = socket.create_connection(server.getsockname(), timeout=10)
+        other, _ = server.accept()
     with ours, other:
         yield RankConnection(ours, PERIOD), other
 
@@ -416,3 +429,41 @@ def test_a_line_brings_whole_messages(line: tuple[RankConnection, socket.socket]
     own.send({"d": "e"})  # nobody hears it, which is no error
     own.close()
     assert own.received() is None
+
+
+def test_what_is_said_last_is_heard_though_something_is_unread(line: tuple[RankConnection, socket.socket]) -> None:
+    """Also where the other side has not acknowledged what was said before, as it does not for tens of milliseconds."""
+    own, socket_of_other = line
+    other = RankConnection(socket_of_other, PERIOD)
+    for teller, hearer in [(own, other), (other, own)] * 5:  # from then on nothing is acknowledged at once
+        teller.send({"doing": "loading"})
+        assert hearer.received() == [{"doing": "loading"}]
+    own.send({"doing": "a"})
+    other.send({"doing": "c"})
+    own.send({"doing": "b"})
+    own.send({"bye": True})
+    own.close()
+    heard: list[Any] = []
+    while (came := other.received()) is not None:
+        heard += came
+    assert heard == [{"doing": "a"}, {"doing": "b"}, {"bye": True}]
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_line_ends_when_the_other_side_has_heard_all_or_in_time(
+    ends: bool, line: tuple[RankConnection, socket.socket]
+) -> None:
+    own, other = line
+    other.sendall(b"unread")
+    own.send({"bye": True})
+    within = 60.0 if ends else 0.1
+    ending = threading.Thread(target=own.end, args=[within], daemon=True)
+    ending.start()
+    assert other.recv(99) == b'{"bye": true}\n'
+    assert other.recv(99) == b"", "nothing more is said"
+    assert own.socket.fileno() >= 0 or not ends, "it waits"
+    if ends:
+        other.close()
+    ending.join(10)
+    assert not ending.is_alive()
+    assert own.socket.fileno() == -1

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -28,6 +29,8 @@ _PAUSE = 0.02
 def launch_ranks(command: Sequence[str], count: int, environment: Mapping[str, str] | None = None) -> int:
     """Run a command so many times at once, as ranks 0 and on; the greatest of their exit codes.
 
+    Where others have told that a rank died, standard error says which signal ended it.
+
     environment  variables beside those of this process
 
     Raises UsageError for a count below 1, RankError where a signal has ended a rank and no other told of it.
@@ -37,6 +40,7 @@ def launch_ranks(command: Sequence[str], count: int, environment: Mapping[str, s
     shared = {
         **os.environ,
         **_alone_on_a_core(count),
+        "PYTHONFAULTHANDLER": os.environ.get("PYTHONFAULTHANDLER", "1"),  # a crash says where
         **(environment or {}),
         **_meeting_point(count),
         LAUNCHER: str(os.getpid()),
@@ -51,14 +55,16 @@ def launch_ranks(command: Sequence[str], count: int, environment: Mapping[str, s
             if all(rank.returncode == 0 for rank in ranks):
                 return 0
             time.sleep(_PAUSE)
-        number, first = next((i, rank) for i, rank in enumerate(ranks) if rank.returncode)
         until = time.monotonic() + PATIENCE
         while any(rank.poll() is None for rank in ranks) and time.monotonic() < until:
             time.sleep(_PAUSE)
-    own_codes = [rank.returncode for rank in ranks if rank.returncode > 0]
-    if own_codes:
-        return max(own_codes)
-    raise RankError(f"rank {number} was ended by {_signal_name(-first.returncode)}", received=f"{count} ranks")
+        codes = [rank.returncode or 0 for rank in ranks]
+    told = [f"rank {i} was ended by {_signal_name(-code)}" for i, code in enumerate(codes) if code < 0]
+    if max(codes) <= 0:
+        raise RankError(told[0], received=f"{count} ranks")
+    if told:
+        print(told[0], file=sys.stderr, flush=True)
+    return max(codes)
 
 
 @contextmanager

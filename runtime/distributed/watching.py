@@ -38,6 +38,9 @@ PERIOD = 0.2
 GRACE = 1.5
 """Seconds that a main thread has to end by itself, once a rank has failed."""
 
+_PARTING = 5 * PERIOD
+"""Seconds that a rank which leaves waits at most for rank 0 to hear it."""
+
 FAILED = 2
 """The exit code of an error."""
 
@@ -162,6 +165,7 @@ class Watch:
     def leave(self) -> None:
         """End the watch. Rank 0 waits for the others: none is left unwatched. Raises RankError where one fails."""
         if self.rank:
+            self._left.add(self.rank)  # before it says so: rank 0 may end as soon as it hears that
             self._say({"bye": True})
         else:
             with self.waiting("waiting for other ranks to end"):
@@ -191,7 +195,7 @@ class Watch:
 
     def _end(self) -> None:
         self._over.set()
-        self._thread.join(5 * PERIOD)
+        self._thread.join(2 * _PARTING)
 
     # -- starting ----------------------------------------------------------------------------------------------
 
@@ -261,14 +265,15 @@ class Watch:
                 self._left.add(connection.rank)
             elif "bye" in message:
                 self._left.add(connection.rank)
-        if told is None and connection.rank is None:
-            connection.close()
-        if told is None and connection.rank is not None:
+        if told is not None:
+            return True
+        connection.close()  # for which a rank that has left waits
+        if connection.rank is not None:
             self._gone.add(connection.rank)
             if connection.rank not in self._left:
                 self._left.add(connection.rank)
                 self._fail(Failure(f"rank {connection.rank} has died", f"{self._said[connection.rank]}", 0))
-        return told is not None
+        return False
 
     def _look(self) -> None:
         """What is to be done from time to time."""
@@ -309,7 +314,7 @@ class Watch:
                 self._say(own.message())
                 self._look_for_silence(own)
                 self._over.wait(PERIOD / 4)
-        connection.close()
+        connection.end(_PARTING)
 
     def _look_for_silence(self, own: RankStatus) -> None:
         """Fail where this rank waits too long, and rank 0, which would tell of whom, says nothing."""
@@ -325,7 +330,7 @@ class Watch:
                 self._fail(Failure(**message))
             else:
                 self._said[0] = RankStatus(**message)
-        if told is None and self.failure is None and not self._over.is_set():
+        if told is None and self.failure is None and self.rank not in self._left:
             self._fail(Failure("rank 0 has died", f"{self._said[0]}", 1))
         return told is not None
 
