@@ -17,6 +17,7 @@ import treadle.ir.ops.elementwise
 import treadle.ir.ops.embedding_sums
 import treadle.ir.ops.indexing
 import treadle.ir.ops.layout
+import treadle.ir.ops.losses
 import treadle.ir.ops.logic
 import treadle.ir.ops.merged_products
 import treadle.ir.ops.normalization

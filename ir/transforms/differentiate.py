@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.composites import as_results
@@ -11,27 +11,48 @@ from treadle.ir.graph import Node, Value
 from treadle.ir.operation import Composite, Grads
 
 
-def backward(b: Builder, nodes: Sequence[Node], grads: Mapping[Value, Expr]) -> dict[Value, Expr]:
+Through = Callable[[Builder, Node, Grads], Grads]
+"""Gives the gradients of a call's operands, given those of its results."""
+
+
+def backward(
+    b: Builder,
+    nodes: Sequence[Node],
+    grads: Mapping[Value, Expr],
+    *,
+    counting: Container[Value] | None = None,
+    through: Through | None = None,
+) -> dict[Value, Expr]:
     """Gradients of every value that the nodes touch, given those of some of their results.
 
+    counting  the values whose gradients are wanted; None: all
+    through   what is done for calls
+
     The nodes' values must be visible in the builder's function, to which gradient nodes are added. Raises GraphError
-    for a call: differentiate its function, or inline it first.
+    for a call where nothing is said of calls: `treadle.ir.transforms.gradients` does, or inline it first.
     """
     found: dict[Value, Expr] = dict(grads)
     for node in reversed(nodes):
         given = [found.get(v) for v in node.results]
         if all(g is None for g in given):
             continue
-        if node.op.callee is not None:
+        if counting is not None and not any(v in counting for v in node.inputs):
+            continue
+        if node.op.callee is not None and through is None:
             raise GraphError(
                 f"cannot differentiate a call of {node.op.callee}",
                 hint="treadle.ir.transforms.inline.inline_calls(graph), whose result has no calls",
             )
         inputs = [None if v is None else b.expr(v) for v in node.operands]
         with b.placed_as(node):
-            made = node.op.gradient(b, given, inputs, [b.expr(v) for v in node.results])
+            if node.op.callee is not None and through is not None:
+                made = through(b, node, given)
+            else:
+                made = node.op.gradient(b, given, inputs, [b.expr(v) for v in node.results])
             for value, grad in zip(node.operands, made, strict=True):
                 if grad is None or value is None or value.literal is not None:
+                    continue
+                if counting is not None and value not in counting:
                     continue
                 if grad.type != value.type:
                     raise GraphError(
