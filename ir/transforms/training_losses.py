@@ -1,0 +1,91 @@
+"""What a model is trained for, as outputs of its graph: `loss`, a sum over places that count, and `counted` of them.
+
+    with_cross_entropy(graph, "logits")                     targets: i64[B, S]
+    with_distillation(graph, "logits", temperature, share)  targets: i64[B, S], teacher: f32[B, S, V]
+    with_own_loss(graph, "loss")                            the model's, which counts as one
+
+A sum, so that a batch may be cut into parts: losses and gradients of parts add up, and are divided by what was counted
+in all of them.
+"""
+
+from __future__ import annotations
+
+from treadle.files.nearest_names import NearestNames
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import UsageError
+from treadle.ir.graph import Graph
+from treadle.ir.ops.losses import IGNORED
+from treadle.ir.transforms.clone import clone_graph
+from treadle.ir.types import Type, f32, i64
+
+LOSS, COUNTED, TARGETS, TEACHER = "loss", "counted", "targets", "teacher"
+
+
+def with_cross_entropy(graph: Graph, output: str) -> Graph:
+    """The cross-entropy of an output's last axis with `targets`, a new input of one class for each place.
+
+    A target of -100 does not count. Raises UsageError for an output that has no classes.
+    """
+    b, scores, targets = _scored(graph, output)
+    return _given(b, _total(b, b.cross_entropy(scores, targets)), targets)
+
+
+def with_distillation(graph: Graph, output: str, temperature: float, share: float) -> Graph:
+    """`share` of how far an output is from a teacher's at a temperature, the rest cross-entropy with `targets`.
+
+    The teacher's scores are a new input, `teacher`. Only places count that have a target (Hinton et al. 2015).
+    Raises UsageError for a share outside 0 to 1, a temperature that is not above 0, and as `with_cross_entropy` does.
+    """
+    if not 0 <= share <= 1:
+        raise UsageError("a teacher's share is from 0 to 1", received=f"share={share!r}")
+    if not 0 < temperature < float("inf"):
+        raise UsageError("a temperature is above 0", received=f"temperature={temperature!r}")
+    b, scores, targets = _scored(graph, output)
+    teacher = b.input(_free(graph, TEACHER), scores.type)
+    apart = b.divergence(scores, teacher, temperature=temperature)
+    apart = b.where(targets != IGNORED, apart, b.constant(0, f32))
+    return _given(b, _total(b, b.cross_entropy(scores, targets) * (1 - share) + apart * share), targets)
+
+
+def with_own_loss(graph: Graph, output: str) -> Graph:
+    """An output of the model that is one number. Raises UsageError for another one."""
+    b = Builder(clone_graph(graph))
+    value = _output(b, output)
+    if value.rank or value.dtype is not f32:
+        raise UsageError(f"output {output} is no loss, which is one number", received=str(value.type))
+    b.outputs(**{LOSS: value, COUNTED: b.constant(1, f32) * 1.0})
+    return b.graph
+
+
+def _scored(graph: Graph, output: str) -> tuple[Builder, Expr, Expr]:
+    b = Builder(clone_graph(graph))
+    scores = _output(b, output)
+    if not scores.rank or scores.dtype is not f32:
+        raise UsageError(f"output {output} has no classes along its last axis", received=str(scores.type))
+    targets = b.input(_free(graph, TARGETS), Type(i64, scores.type.dims[:-1]))
+    return b, scores, targets
+
+
+def _output(b: Builder, name: str) -> Expr:
+    outputs = b.graph.main.outputs
+    if name not in outputs:
+        near = NearestNames(outputs).of(name, 1)
+        hint = f"did you mean {near[0]}?" if near else "one of " + ", ".join(outputs)
+        raise UsageError(f"the model has no output {name}", received=", ".join(outputs), hint=hint)
+    return b.expr(outputs[name])
+
+
+def _free(graph: Graph, name: str) -> str:
+    if any(v.name == name for v in graph.main.inputs) or name in graph.parameters:
+        raise UsageError(f"the model has an input {name} of its own, and training adds one of that name")
+    return name
+
+
+def _total(b: Builder, losses: Expr) -> Expr:
+    return b.reduce_sum(losses, axes=tuple(range(losses.rank))) if losses.rank else losses
+
+
+def _given(b: Builder, loss: Expr, targets: Expr) -> Graph:
+    counted = _total(b, (targets != IGNORED).cast(f32))
+    b.outputs(**{LOSS: loss, COUNTED: counted})
+    return b.graph

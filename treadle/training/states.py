@@ -1,0 +1,73 @@
+"""Files that training goes on from: a safetensors file of trained weights and moments, with the number of updates.
+
+    weight/h.0.mlp.up.weight, mean.h.0.mlp.up.weight, ...     __metadata__: format, optimizer, steps
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from treadle.files.contained_files import PathLike
+from treadle.files.nearest_names import NearestNames
+from treadle.files.shown_names import printable, shown_path
+from treadle.frontends.safetensors_file import SafetensorsFile
+from treadle.frontends.safetensors_writing import write_safetensors
+from treadle.ir.errors import CheckpointError
+from treadle.ir.types import f32
+
+Array = np.ndarray[Any, Any]
+Arrays = dict[str, Array]
+
+_FORMAT = "treadle training state"
+_WEIGHT, _MOMENT = "weight/", "moment/"
+_MOST_STEPS = 10**15
+
+
+def write_state(path: PathLike, weights: Mapping[str, Array], moments: Mapping[str, Array], steps: int, by: str) -> None:
+    """Write them. Raises UsageError where the file cannot be written."""
+    tensors = {_WEIGHT + name: (f32, array) for name, array in weights.items()}
+    tensors |= {_MOMENT + name: (f32, array) for name, array in moments.items()}
+    write_safetensors(path, tensors, {"format": _FORMAT, "optimizer": by, "steps": str(steps)})
+
+
+def read_state(
+    path: PathLike, weights: Mapping[str, Array], moments: Mapping[str, Array], by: str
+) -> tuple[Arrays, Arrays, int]:
+    """Weights and moments like these, and how many updates have made them.
+
+    Raises CheckpointError for a file that is damaged, none of `write_state`'s, or of other weights or another
+    optimizer.
+    """
+    file = SafetensorsFile.open(path)
+    told = file.metadata
+    steps = told.get("steps", "")
+
+    def refuse(what: str, received: str) -> CheckpointError:
+        return CheckpointError(what, received=printable(received)[:300], within=shown_path(path))
+
+    if told.get("format") != _FORMAT or not (steps.isascii() and steps.isdigit() and int(steps[:17]) < _MOST_STEPS):
+        raise refuse("this is no state of a training", told.get("format", "another safetensors file"))
+    if told.get("optimizer") != by:
+        raise refuse(f"the state is of another optimizer than {by}", told.get("optimizer", "none"))
+    wanted = {_WEIGHT + name: array for name, array in weights.items()}
+    wanted |= {_MOMENT + name: array for name, array in moments.items()}
+    names = set(file.names())
+    odd = sorted(names.symmetric_difference(wanted))
+    if odd:
+        near = NearestNames(sorted(names)).of(odd[0], 1) if odd[0] in wanted else []
+        meant = f"; nearest {near[0]}" if near else ""
+        raise refuse(f"the state is of other weights: {len(odd)} are on one side alone", f"{odd[0]}{meant}")
+    read: Arrays = {}
+    for name, array in wanted.items():
+        record = file.record(name)
+        if (record.dtype, tuple(record.shape)) != ("f32", array.shape):
+            raise refuse(f"{printable(name)} must be f32{list(array.shape)}", f"{record.dtype}{list(record.shape)}")
+        read[name] = np.array(file.array(name), np.float32)
+    return (
+        {name: read[_WEIGHT + name] for name in weights},
+        {name: read[_MOMENT + name] for name in moments},
+        int(steps),
+    )

@@ -1,0 +1,312 @@
+"""Training: a model's weights changed step by step, so that its loss falls.
+
+    trainer = t.Trainer("gpt2", rate=3e-4, layers=4, dim=128, vocab=256)
+    for tokens in batches:                                          # i64 [B, S]
+        told = trainer.step(tokens=tokens, targets=next_token_targets(tokens))
+    exe = trainer.compiled(backend="tvm")                           # with the weights as they are now
+
+Two graphs do the work, and can be read: `trainer.gradient`, the loss and its gradients by the weights that are trained,
+and `trainer.update`, the optimizer, which writes the new weights over the old ones. Both are compiled as models are.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from treadle.backends.protocol import Port
+from treadle.compiled import Compiled
+from treadle.compiling import compile as compile_model
+from treadle.compiling import weights_of
+from treadle.files.contained_files import PathLike
+from treadle.frontends.declarations import Model
+from treadle.frontends.torch_export.model import TorchModel
+from treadle.ir.errors import UsageError
+from treadle.ir.graph import Graph
+from treadle.ir.transforms.chosen_outputs import choose_outputs
+from treadle.ir.transforms.gradients import GRADIENT, gradient_graph
+from treadle.ir.transforms.training_losses import (
+    COUNTED,
+    LOSS,
+    TEACHER,
+    with_cross_entropy,
+    with_distillation,
+    with_own_loss,
+)
+from treadle.ir.types import f32
+from treadle.passes.framework.manager import PassManager
+from treadle.passes.pipelines import RECOGNITION
+from treadle.resolving import BLOCKS, Resolved, resolve
+from treadle.runtime.training.optimizers import SGD, AdamW, update_graph
+from treadle.runtime.training.schedules import Schedule, schedule_of
+from treadle.training.states import read_state, write_state
+
+Array = np.ndarray[Any, Any]
+Optimizer = AdamW | SGD
+
+WIDENED = ("bf16", "f16", BLOCKS)
+"""What weights are held in is float32 while they are trained: a step is too small for fewer bits."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a call of `step` came to.
+
+    step      how many updates there have been
+    updated   whether this call was one: every call, or every `accumulate`-th
+    loss      the mean over the places of this call that count
+    norm      of the gradient, over all weights, before it is cut; NaN where this call updated nothing
+    rate      the learning rate of the update
+    seconds   that the call took
+    """
+
+    step: int
+    updated: bool
+    loss: float
+    norm: float
+    rate: float
+    seconds: float
+
+
+class Trainer:
+    """A model in training. See the module's docstring.
+
+    gradient   compiled: inputs, targets and trained weights -> the loss, what was counted, gradients
+    update     compiled: weights, gradients and moments -> new weights and moments, and the gradient's norm
+    trained    the names of the weights that are trained
+    resolved   the model, as it was found
+    steps      how many updates there have been
+    """
+
+    def __init__(
+        self,
+        model: Model | Graph | TorchModel | str | Path,
+        *,
+        loss: str = "cross-entropy",
+        optimizer: Optimizer = AdamW(),  # noqa: B008  # it is frozen
+        rate: float | Schedule = 1e-3,
+        clip: float | None = 1.0,
+        trained: Iterable[str] = ("*",),
+        output: str | None = None,
+        teacher: Compiled | None = None,
+        temperature: float = 2.0,
+        share: float = 0.5,
+        backend: str = "numpy",
+        dtype: str | None = None,
+        recompute: bool = False,
+        accumulate: int = 1,
+        seed: int = 0,
+        inputs: Sequence[str] | None = None,
+        **config: Any,
+    ) -> None:
+        """Compile what a step needs.
+
+        model       as `compile` takes it. Weights of a checkpoint are where training begins, and float32 from then on;
+                    others are drawn from `seed`
+        loss        "cross-entropy" of an output's last axis with `targets`, classes of which -100 does not count; with
+                    a teacher, mixed with how far the output is from the teacher's; or the name of an output of the
+                    model that is one number
+        optimizer   `AdamW(...)` or `SGD(...)`; weights with two axes or more decay
+        rate        the learning rate, or a `Schedule` of it
+        clip        the most that the gradient's norm may be; None: it is not cut
+        trained     patterns of names, such as "h.*.mlp.*"; other weights stay as they are
+        output      the output that `targets` are of; None: "logits", or the only one
+        teacher     a compiled model with an output of the same name, run on the inputs that both have
+        temperature, share  of the teacher: see `treadle.ir.transforms.training_losses`
+        backend     "numpy", "torch" or "tvm"
+        dtype       "bf16": products are of bf16 numbers, summed in f32; weights and everything else are f32. None: f32
+        recompute   repeated blocks are computed again for their gradients, in place of keeping what they computed
+        accumulate  calls of `step` whose gradients make one update
+        inputs, config  as `compile` takes them
+
+        Raises UsageError for an option that fits nothing, and what `compile` raises.
+        """
+        if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+            raise UsageError("gradients of 1 call or more make an update", received=f"accumulate={accumulate!r}")
+        self.resolved: Resolved = resolve(model, inputs=inputs, widen=WIDENED, **config)
+        self.optimizer, self.clip, self.accumulate = optimizer, clip, accumulate
+        self.schedule = schedule_of(rate)
+        self.backend, self.teacher = backend, teacher
+        self._output = self._scored_output(output, loss)
+        graph = self._with_loss(loss, temperature, share)
+        self.trained = self._chosen(trained)
+        recognized = PassManager(RECOGNITION).run(graph).graph
+        made = gradient_graph(recognized, LOSS, self.trained, recompute=recompute)
+        reached = [name for name in self.trained if GRADIENT + name in made.main.outputs]
+        if not reached:
+            raise UsageError("the loss depends on no weight that is trained", received=", ".join(self.trained)[:200])
+        self.trained = tuple(reached)
+        made = choose_outputs(made, [LOSS, COUNTED, *[GRADIENT + name for name in reached]])
+        held, self.seed = weights_of(self.resolved, self.resolved.graph, None, seed)
+        frozen = {name: held[name] for name in made.parameters}
+        options: dict[str, Any] = {"backend": backend, "dtype": dtype}
+        self.gradient = compile_model(made, weights=frozen, **options)
+        self._loss_alone = choose_outputs(made, [LOSS, COUNTED])
+        self._evaluation: Compiled | None = None
+        self._options, self._frozen = options, {n: held[n] for n in held if n not in self.trained}
+        types = {name: self.resolved.graph.parameters[name].type for name in self.trained}
+        decayed = [name for name, type in types.items() if type.rank > 1]
+        updating = update_graph(optimizer, types, clip=clip, decayed=decayed)
+        self._weights = {name: np.array(held[name], np.float32, order="C") for name in self.trained}
+        self._moments = {
+            f"{moment}.{name}": np.zeros_like(self._weights[name])
+            for name in self.trained
+            for moment in optimizer.moments
+        }
+        given_away = [*self._weights, *self._moments]
+        self.update = compile_model(updating, backend=backend, donate=given_away)
+        self.steps = 0
+        self._summed: dict[str, Array] = {}
+        self._counted = self._calls = 0.0
+
+    # -- what it is trained for --------------------------------------------------------------------------------
+
+    def _scored_output(self, output: str | None, loss: str) -> str:
+        outputs = list(self.resolved.graph.main.outputs)
+        if output is not None or loss != "cross-entropy":
+            return output or loss
+        if "logits" in outputs or len(outputs) == 1:
+            return "logits" if "logits" in outputs else outputs[0]
+        raise UsageError(
+            "a model of several outputs is trained for one of them",
+            received=", ".join(outputs),
+            hint=f"output={outputs[0]!r}, or the name of its loss in loss=",
+        )
+
+    def _with_loss(self, loss: str, temperature: float, share: float) -> Graph:
+        graph, output = self.resolved.graph, self._output
+        if loss == "cross-entropy" and self.teacher is not None:
+            if output not in [port.name for port in self.teacher.outputs]:
+                given = ", ".join(port.name for port in self.teacher.outputs)
+                raise UsageError(f"the teacher has no output {output}", received=given)
+            return with_distillation(graph, output, temperature, share)
+        if self.teacher is not None:
+            raise UsageError("a teacher teaches an output, and not a loss of the model's own", received=f"loss={loss!r}")
+        return with_cross_entropy(graph, output) if loss == "cross-entropy" else with_own_loss(graph, loss)
+
+    def _chosen(self, patterns: Iterable[str]) -> tuple[str, ...]:
+        """The names of floating-point weights that one of the patterns matches, in the graph's order."""
+        given = [patterns] if isinstance(patterns, str) else list(patterns)
+        names = [name for name, v in self.resolved.graph.parameters.items() if v.type.dtype is f32]
+        for pattern in given:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                shown = ", ".join(names[:6])
+                raise UsageError(f"no weight is called {pattern!r}", hint=f"a pattern of names such as {shown}")
+        return tuple([name for name in names if any(fnmatchcase(name, pattern) for pattern in given)])
+
+    # -- steps -------------------------------------------------------------------------------------------------
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        """What `step` and `evaluate` take, by name."""
+        beside = {*self.trained} | ({TEACHER} if self.teacher is not None else set())
+        return tuple([port for port in self.gradient.inputs if port.name not in beside])
+
+    def step(self, **arrays: Any) -> Told:
+        """Take one batch: its gradients, and, with the last of `accumulate` calls, an update of the weights.
+
+        Raises UsageError where nothing of the batch counts, and where the loss or a gradient is no number: weights and
+        moments are then as they were before. Raises BackendError for arrays that do not fit.
+        """
+        began = time.perf_counter()
+        found = self.gradient(**self._weights, **self._taught(arrays))
+        counted = self._count(found)
+        loss = float(found[LOSS]) / counted
+        self._add(found, counted)
+        norm, rate, updated = math.nan, self.schedule(self.steps + 1), self._calls == self.accumulate
+        if updated:
+            norm = self._updated(rate)
+        return Told(self.steps, updated, loss, norm, rate, time.perf_counter() - began)
+
+    def evaluate(self, **arrays: Any) -> float:
+        """The mean loss over the places of a batch that count; nothing is changed. Raises as `step` does."""
+        if self._evaluation is None:
+            self._evaluation = compile_model(self._loss_alone, weights=self._needed_by(self._loss_alone), **self._options)
+        taken = {port.name for port in self._evaluation.inputs}
+        weights = {name: array for name, array in self._weights.items() if name in taken}
+        found = self._evaluation(**weights, **self._taught(arrays))
+        return float(found[LOSS]) / self._count(found)
+
+    def _needed_by(self, graph: Graph) -> dict[str, Array]:
+        return {name: self._frozen[name] for name in graph.parameters}
+
+    def _taught(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch, with the teacher's scores of it."""
+        if self.teacher is None:
+            return dict(arrays)
+        taken = {port.name: arrays[port.name] for port in self.teacher.inputs if port.name in arrays}
+        return {**arrays, TEACHER: self.teacher(**taken)[self._output]}
+
+    def _count(self, found: Mapping[str, Any]) -> float:
+        counted = float(found[COUNTED])
+        if not counted:
+            raise UsageError("no place of the batch counts", hint="targets that are not all -100")
+        if not math.isfinite(float(found[LOSS])):
+            raise UsageError(
+                f"the loss is {float(found[LOSS])} after {self.steps} updates",
+                hint="a smaller rate=, a longer warmup of it, or clip=; the weights are those of the last update",
+            )
+        return counted
+
+    def _add(self, found: Mapping[str, Any], counted: float) -> None:
+        """Add up gradients of calls that make one update."""
+        gradients = {name: array for name, array in found.items() if name.startswith(GRADIENT)}
+        if not self._summed:
+            self._summed = gradients
+        else:
+            for name, array in gradients.items():
+                np.add(self._summed[name], array, out=self._summed[name])
+        self._counted += counted
+        self._calls += 1
+
+    def _updated(self, rate: float) -> float:
+        """Update the weights by what was added up; the norm of the gradient."""
+        scalars = {"rate": rate, "share": 1 / self._counted, **self.optimizer.scalars(self.steps + 1)}
+        given = {name: np.float32(value) for name, value in scalars.items()}
+        found = self.update(**self._weights, **self._moments, **self._summed, **given)
+        self._weights = {name: found[name] for name in self._weights}
+        self._moments = {name: found[name] for name in self._moments}
+        self._summed, self._counted, self._calls = {}, 0.0, 0.0
+        self.steps += 1
+        return float(found["norm"])
+
+    # -- what came of it ---------------------------------------------------------------------------------------
+
+    @property
+    def weights(self) -> dict[str, Array]:
+        """All weights of the model by name, as they are now; the next step writes over those that are trained."""
+        return {name: self._weights.get(name, self._frozen.get(name)) for name in self.resolved.graph.parameters}
+
+    def compiled(self, **options: Any) -> Compiled:
+        """The model with the weights as they are now, compiled with options of `compile`."""
+        weights = {name: np.array(array) for name, array in self.weights.items()}
+        return compile_model(self.resolved.graph, weights=weights, **options)
+
+    def save_state(self, path: PathLike) -> None:
+        """Write what training goes on from to one file, whole or not at all: trained weights, moments, steps.
+
+        Raises UsageError where the file cannot be written, and between the calls of one update.
+        """
+        if self._calls:
+            raise UsageError("a state is saved after an update", received=f"{int(self._calls)} of {self.accumulate} calls")
+        write_state(path, self._weights, self._moments, self.steps, repr(self.optimizer))
+
+    def restore(self, path: PathLike) -> None:
+        """Go on from a file of `save_state`. Raises CheckpointError for one of another model or optimizer."""
+        weights, moments, self.steps = read_state(path, self._weights, self._moments, repr(self.optimizer))
+        self._weights, self._moments = weights, moments
+        self._summed, self._counted, self._calls = {}, 0.0, 0.0
+
+    def __repr__(self) -> str:
+        count = sum(array.size for array in self._weights.values())
+        return (
+            f"<trainer of {self.resolved.name}: {count:,} numbers of {len(self.trained)} weights in {self.backend}, "
+            f"{self.steps} updates>"
+        )
