@@ -244,7 +244,7 @@ class _Differentiation:
         forward = self._forward(traced, own, kept)
         if not wanted:
             return _Variant(forward, traced.order, counting)
-        gradient, takes = self._gradient(traced, later, wanted, [] if recompute else kept)
+        gradient, takes = self._gradient(traced, forward.name, later, wanted, [] if recompute else kept)
         return _Variant(forward, traced.order, counting, gradient, takes, tuple(wanted))
 
     def _forward(self, traced: _Traced, own: Sequence[Node], results: Sequence[Value]) -> Function:
@@ -262,12 +262,13 @@ class _Differentiation:
     def _gradient(
         self,
         traced: _Traced,
+        of: str,
         nodes: Sequence[Node],
         wanted: dict[int, Value],
         kept: Sequence[Value],
     ) -> tuple[Function, tuple[_Read, ...]]:
         """The function that gives the gradients, and what it takes."""
-        function = Function(self._free(f"{traced.original.name}_gradient"))
+        function = Function(self._free(f"{of}_gradient"))
         read = {v for node in nodes for v in node.inputs} | set(wanted.values())
         copies: Copies = {None: None}
         names: set[str] = set()
