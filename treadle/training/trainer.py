@@ -25,11 +25,13 @@ from treadle.backends.protocol import Port
 from treadle.compiled import Compiled
 from treadle.compiling import compile as compile_model
 from treadle.compiling import weights_of
+from treadle.explaining.memory import MemoryTold, explain_memory
 from treadle.files.contained_files import PathLike
 from treadle.frontends.declarations import Model
 from treadle.frontends.torch_export.model import TorchModel
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
+from treadle.ir.target import Target
 from treadle.ir.transforms.chosen_outputs import choose_outputs
 from treadle.ir.transforms.gradients import GRADIENT, gradient_graph
 from treadle.ir.transforms.training_losses import (
@@ -99,6 +101,7 @@ class Trainer:
         temperature: float = 2.0,
         share: float = 0.5,
         backend: str = "numpy",
+        target: str | Target = "cpu",
         dtype: str | None = None,
         recompute: bool = False,
         accumulate: int = 1,
@@ -121,6 +124,7 @@ class Trainer:
         teacher     a compiled model with an output of the same name, run on the inputs that both have
         temperature, share  of the teacher: see `treadle.ir.transforms.training_losses`
         backend     "numpy", "torch" or "tvm"
+        target      "cpu", or a `Target` of it that says how many threads may work
         dtype       "bf16": products are of bf16 numbers, summed in f32; weights and everything else are f32. None: f32
         recompute   repeated blocks are computed again for their gradients, in place of keeping what they computed
         accumulate  calls of `step` whose gradients make one update
@@ -130,6 +134,9 @@ class Trainer:
         """
         if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
             raise UsageError("gradients of 1 call or more make an update", received=f"accumulate={accumulate!r}")
+        where = target if isinstance(target, Target) else Target(target)
+        if where.kind != "cpu":
+            raise UsageError(f"training runs on the processor, not on {where.kind}", hint='target="cpu"')
         self.resolved: Resolved = resolve(model, inputs=inputs, widen=WIDENED, **config)
         self.optimizer, self.clip, self.accumulate = optimizer, clip, accumulate
         self.schedule = schedule_of(rate)
@@ -146,7 +153,7 @@ class Trainer:
         made = choose_outputs(made, [LOSS, COUNTED, *[GRADIENT + name for name in reached]])
         held, self.seed = weights_of(self.resolved, self.resolved.graph, None, seed)
         frozen = {name: held[name] for name in made.parameters}
-        options: dict[str, Any] = {"backend": backend, "dtype": dtype}
+        options: dict[str, Any] = {"backend": backend, "target": where, "dtype": dtype}
         self.gradient = compile_model(made, weights=frozen, **options)
         self._loss_alone = choose_outputs(made, [LOSS, COUNTED])
         self._evaluation: Compiled | None = None
@@ -161,7 +168,7 @@ class Trainer:
             for moment in optimizer.moments
         }
         given_away = [*self._weights, *self._moments]
-        self.update = compile_model(updating, backend=backend, donate=given_away)
+        self.update = compile_model(updating, backend=backend, target=where, donate=given_away)
         self.steps = 0
         self._summed: dict[str, Array] = {}
         self._counted = self._calls = 0.0
@@ -276,6 +283,11 @@ class Trainer:
         self._summed, self._counted, self._calls = {}, 0.0, 0.0
         self.steps += 1
         return float(found["norm"])
+
+    def memory(self, **sizes: int) -> MemoryTold:
+        """What a step holds beside weights, moments and gradients, and why: `treadle explain memory` of its gradient."""
+        graph = self.gradient.optimized.source
+        return explain_memory(graph, backend=self.backend, target=self._options["target"], sizes=sizes)
 
     # -- what came of it ---------------------------------------------------------------------------------------
 
