@@ -1,0 +1,1 @@
+"""Training: optimizers as graphs that write over the weights, and schedules of learning rates."""

@@ -1,0 +1,27 @@
+"""Numbers that users choose for a training run, and the ranges in which they mean something."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from treadle.ir.errors import UsageError
+
+
+def check_number(name: str, value: object, *, positive: bool = False, below: float | None = None, hint: str) -> None:
+    """Raise UsageError for what is no finite number of 0 or more, or not within the limits that there are.
+
+    positive  0 is none either
+    below     what it must be below
+    """
+    if isinstance(value, int | float | np.number) and not isinstance(value, bool) and np.isfinite(value):
+        number = float(value)
+        if (number > 0 or (number == 0 and not positive)) and (below is None or number < below):
+            return
+    limits = ["above 0" if positive else "of 0 or more", *([] if below is None else [f"below {below:g}"])]
+    raise UsageError(f"{name} must be a number {' and '.join(limits)}", received=repr(value), hint=hint)
+
+
+def check_count(name: str, value: object, *, least: int = 1, hint: str) -> None:
+    """Raise UsageError for what is no whole number of `least` or more."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UsageError(f"{name} must be a whole number of {least} or more", received=repr(value), hint=hint)

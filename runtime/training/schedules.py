@@ -1,0 +1,82 @@
+"""Schedules: the learning rate of each step, counted from 1.
+
+schedule = Schedule(3e-4, warmup=100, steps=10_000, shape="cosine", end=0.1)
+schedule(1), schedule(100), schedule(10_000)          # 3e-6, 3e-4, 3e-5
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from treadle.ir.errors import UsageError
+from treadle.runtime.training.number_ranges import check_count, check_number
+
+SHAPES = ("constant", "cosine", "linear")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """It rises evenly from peak / warmup at step 1 to the peak at step `warmup`; from there it follows its shape.
+
+    peak    the greatest learning rate
+    warmup  steps until it is reached; 0 begins with it, as 1 does
+    steps   the step at which a falling shape has reached its end, where it stays
+    shape   "constant", "linear", or "cosine" (Loshchilov & Hutter 2017, without restarts)
+    end     where a falling shape ends, as a share of the peak
+
+    Raises UsageError for a value out of range, and for values that do not go together.
+    """
+
+    peak: float
+    warmup: int = 0
+    steps: int | None = None
+    shape: Literal["constant", "cosine", "linear"] = "constant"
+    end: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_number("a learning rate", self.peak, hint="3e-4, or Schedule(3e-4, warmup=100)")
+        check_count("warmup", self.warmup, least=0, hint="0, or a hundredth of all steps")
+        check_number("end", self.end, hint="0.1, a tenth of the peak")
+        if self.steps is not None:
+            check_count("steps", self.steps, hint="the number of steps of the run")
+        if self.shape not in SHAPES:
+            raise UsageError(
+                f"there is no shape {self.shape!r} of a schedule", hint="one of " + ", ".join(map(repr, SHAPES))
+            )
+        if self.end > 1:
+            raise UsageError("a schedule ends at its peak or below", received=f"end={self.end!r}", hint="end=0.1")
+        if self.shape == "constant" and self.end:
+            raise UsageError(
+                "a constant schedule has no other end", received=f"end={self.end!r}", hint='shape="cosine" or "linear"'
+            )
+        if self.shape != "constant" and (self.steps is None or self.steps <= self._first):
+            raise UsageError(
+                f"a {self.shape} schedule falls after its peak at step {self._first}: until which step?",
+                received=f"steps={self.steps}",
+                hint=f"steps={max(1000, 10 * self._first)}",
+            )
+
+    @property
+    def _first(self) -> int:
+        """The step of the peak."""
+        return max(self.warmup, 1)
+
+    def __call__(self, step: int) -> float:
+        """The learning rate of a step. Raises UsageError for a step below 1."""
+        check_count("a step", step, hint="1 for the first one")
+        if step < self._first:
+            return self.peak * step / self.warmup
+        if self.shape == "constant" or self.steps is None:
+            return self.peak
+        if step >= self.steps:
+            return self.peak * self.end
+        gone = (step - self._first) / (self.steps - self._first)
+        fallen = gone if self.shape == "linear" else (1 - math.cos(math.pi * gone)) / 2
+        return self.peak * (1 - (1 - self.end) * fallen)
+
+
+def schedule_of(value: Schedule | float) -> Schedule:
+    """A schedule as it is; of a plain number, that rate at every step. Raises UsageError for anything else."""
+    return value if isinstance(value, Schedule) else Schedule(value)
