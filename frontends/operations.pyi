@@ -26,8 +26,10 @@ __all__ = [
     "concat",
     "conv",
     "cos",
+    "cross_entropy",
     "cumsum",
     "div",
+    "divergence",
     "einsum",
     "embedding",
     "embedding_sum",
@@ -344,6 +346,13 @@ def conv(
 def cos(x: TensorLike, /, *, name: str | None = None) -> Tensor:
     """y = cos x, x in radians"""
 
+def cross_entropy(x: TensorLike, target: TensorLike, /, *, ignored: int = -100, name: str | None = None) -> Tensor:
+    """y = ln(sum of e^x over the last axis) - x[target], and 0 where the target is `ignored`
+
+    The negative logarithm of the probability that softmax(x) gives the target. 16-bit floats are computed with in f32,
+    and the result is rounded.
+    """
+
 def cumsum(
     x: TensorLike,
     /,
@@ -364,6 +373,14 @@ def div(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
     """z = x / y
 
     Floats only; of integers, `floor_divide` or cast first.
+    """
+
+def divergence(x: TensorLike, teacher: TensorLike, /, *, temperature: float = 1.0, name: str | None = None) -> Tensor:
+    """y = T^2 (sum of p (ln p - ln q) over the last axis), where p = softmax(teacher / T), q = softmax(x / T)
+
+    How far a student's distribution is from its teacher's, at a temperature T (Hinton et al. 2015); by T^2 its gradient
+    is as large as that of `cross_entropy`, whatever T is. 16-bit floats are computed with in f32, and the result is
+    rounded.
     """
 
 def einsum(*x: TensorLike, equation: str, name: str | None = None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,13 +31,13 @@ def write_safetensors(
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
     for name, (dtype, array) in tensors.items():
-        size = array.size * dtype.bits // 8
+        size = array.size * dtype.bytes
         header[name] = {"dtype": dtype.name.upper(), "shape": list(array.shape), "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     try:
-        with replacing(path) as file:
+        with replacing(Path(path)) as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for dtype, array in tensors.values():
                 file.write(stored_bytes(dtype, array))

@@ -138,6 +138,15 @@ class OpMethods:
         name: str | None = None,
     ) -> Expr: ...
     def cos(self, x: ExprLike, /, *, name: str | None = None) -> Expr: ...
+    def cross_entropy(
+        self,
+        x: ExprLike,
+        target: ExprLike,
+        /,
+        *,
+        ignored: int = -100,
+        name: str | None = None,
+    ) -> Expr: ...
     def cumsum(
         self,
         x: ExprLike,
@@ -149,6 +158,15 @@ class OpMethods:
         name: str | None = None,
     ) -> Expr: ...
     def div(self, x: ExprLike, y: ExprLike, /, *, name: str | None = None) -> Expr: ...
+    def divergence(
+        self,
+        x: ExprLike,
+        teacher: ExprLike,
+        /,
+        *,
+        temperature: float = 1.0,
+        name: str | None = None,
+    ) -> Expr: ...
     def einsum(self, *x: ExprLike, equation: str, name: str | None = None) -> Expr: ...
     def embedding(self, table: ExprLike, indices: ExprLike, /, *, name: str | None = None) -> Expr: ...
     def embedding_sum(self, *operand: ExprLike, tables: int = 2, name: str | None = None) -> Expr: ...

@@ -112,7 +112,9 @@ def test_weights_that_are_not_trained_stay_weights(recompute: bool) -> None:
     assert set(made.parameters) == set(weights) - set(trained)
     assert list(made.main.outputs) == ["y", "squares", *[GRADIENT + n for n in trained]]
     called = [node.op.callee for node in made.main.nodes if node.op.callee]
-    assert sum("gradient" in name for name in called) == 2, "nothing is asked of blocks before the first that is trained"
+    assert sum("gradient" in name for name in called) == 2, (
+        "nothing is asked of blocks before the first that is trained"
+    )
     wanted = interpret(flat_gradients(graph, "squares"), inputs, weights, float64=True)
     held = {n: weights[n] for n in made.parameters}
     found = interpret(made, {**inputs, **{n: weights[n] for n in trained}}, held, float64=True)

@@ -129,7 +129,7 @@ class _Differentiation:
         b = Builder(self.made, made)
         copies: Copies = {None: None}
         order = self._arguments(original, counts, made, copies)
-        counting = {copies[v] for v, is_one in zip(original.arguments, counts, strict=True) if is_one}
+        counting = {copied_value(v, copies, original) for v, one in zip(original.arguments, counts, strict=True) if one}
         for node in original.nodes:
             self._copy(b, node, original, copies, counting, recompute)
         own = len(made.nodes)
@@ -149,7 +149,7 @@ class _Differentiation:
                 continue
             given[copy] = given[copy] + seeded if copy in given else seeded
         found = backward(b, list(made.nodes[:own]), given, counting=counting, through=self._through)
-        return _Traced(original, made, order, own, copies, counting, seeds, found)  # type: ignore[arg-type]
+        return _Traced(original, made, order, own, copies, counting, seeds, found)
 
     def _arguments(self, original: Function, counts: Sequence[bool], made: Function, copies: Copies) -> tuple[int, ...]:
         """Give the copy its arguments: weights that count are inputs, after the original's."""
@@ -178,7 +178,7 @@ class _Differentiation:
         node: Node,
         original: Function,
         copies: Copies,
-        counting: set[Value | None],
+        counting: set[Value],
         recompute: bool,
     ) -> None:
         """A copy of a node; of a call, one of the variant in which the arguments count that do here."""
@@ -236,11 +236,12 @@ class _Differentiation:
         }
         own, later = traced.function.nodes[: traced.own], traced.function.nodes[traced.own :]
         later = needed_nodes(later, wanted.values())
+        inside: list[Value] = []
         if recompute:
-            later, kept = needed_nodes([*own, *later], wanted.values()), []
+            later = needed_nodes([*own, *later], wanted.values())
         else:
-            later, kept = _split(own, later, wanted.values())
-        kept = [*results, *[v for v in kept if v not in results]]
+            later, inside = _split(own, later, wanted.values())
+        kept = [*results, *[v for v in inside if v not in results]]
         forward = self._forward(traced, own, kept)
         if not wanted:
             return _Variant(forward, traced.order, counting)

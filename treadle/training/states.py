@@ -1,6 +1,6 @@
 """Files that training goes on from: a safetensors file of trained weights and moments, with the number of updates.
 
-    weight/h.0.mlp.up.weight, mean.h.0.mlp.up.weight, ...     __metadata__: format, optimizer, steps
+weight/h.0.mlp.up.weight, mean.h.0.mlp.up.weight, ...     __metadata__: format, optimizer, steps
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ _WEIGHT, _MOMENT = "weight/", "moment/"
 _MOST_STEPS = 10**15
 
 
-def write_state(path: PathLike, weights: Mapping[str, Array], moments: Mapping[str, Array], steps: int, by: str) -> None:
+def write_state(
+    path: PathLike, weights: Mapping[str, Array], moments: Mapping[str, Array], steps: int, by: str
+) -> None:
     """Write them. Raises UsageError where the file cannot be written."""
     tensors = {_WEIGHT + name: (f32, array) for name, array in weights.items()}
     tensors |= {_MOMENT + name: (f32, array) for name, array in moments.items()}

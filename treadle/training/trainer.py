@@ -132,7 +132,7 @@ class Trainer:
 
         Raises UsageError for an option that fits nothing, and what `compile` raises.
         """
-        if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+        if type(accumulate) is not int or accumulate < 1:
             raise UsageError("gradients of 1 call or more make an update", received=f"accumulate={accumulate!r}")
         where = target if isinstance(target, Target) else Target(target)
         if where.kind != "cpu":
@@ -177,8 +177,10 @@ class Trainer:
 
     def _scored_output(self, output: str | None, loss: str) -> str:
         outputs = list(self.resolved.graph.main.outputs)
-        if output is not None or loss != "cross-entropy":
-            return output or loss
+        if loss != "cross-entropy":
+            return loss
+        if output is not None:
+            return output
         if "logits" in outputs or len(outputs) == 1:
             return "logits" if "logits" in outputs else outputs[0]
         raise UsageError(
@@ -195,7 +197,9 @@ class Trainer:
                 raise UsageError(f"the teacher has no output {output}", received=given)
             return with_distillation(graph, output, temperature, share)
         if self.teacher is not None:
-            raise UsageError("a teacher teaches an output, and not a loss of the model's own", received=f"loss={loss!r}")
+            raise UsageError(
+                "a teacher teaches an output, and not a loss of the model's own", received=f"loss={loss!r}"
+            )
         return with_cross_entropy(graph, output) if loss == "cross-entropy" else with_own_loss(graph, loss)
 
     def _chosen(self, patterns: Iterable[str]) -> tuple[str, ...]:
@@ -235,7 +239,9 @@ class Trainer:
     def evaluate(self, **arrays: Any) -> float:
         """The mean loss over the places of a batch that count; nothing is changed. Raises as `step` does."""
         if self._evaluation is None:
-            self._evaluation = compile_model(self._loss_alone, weights=self._needed_by(self._loss_alone), **self._options)
+            self._evaluation = compile_model(
+                self._loss_alone, weights=self._needed_by(self._loss_alone), **self._options
+            )
         taken = {port.name for port in self._evaluation.inputs}
         weights = {name: array for name, array in self._weights.items() if name in taken}
         found = self._evaluation(**weights, **self._taught(arrays))
@@ -294,7 +300,8 @@ class Trainer:
     @property
     def weights(self) -> dict[str, Array]:
         """All weights of the model by name, as they are now; the next step writes over those that are trained."""
-        return {name: self._weights.get(name, self._frozen.get(name)) for name in self.resolved.graph.parameters}
+        held = {**self._frozen, **self._weights}
+        return {name: held[name] for name in self.resolved.graph.parameters}
 
     def compiled(self, **options: Any) -> Compiled:
         """The model with the weights as they are now, compiled with options of `compile`."""
@@ -307,7 +314,9 @@ class Trainer:
         Raises UsageError where the file cannot be written, and between the calls of one update.
         """
         if self._calls:
-            raise UsageError("a state is saved after an update", received=f"{int(self._calls)} of {self.accumulate} calls")
+            raise UsageError(
+                "a state is saved after an update", received=f"{int(self._calls)} of {self.accumulate} calls"
+            )
         write_state(path, self._weights, self._moments, self.steps, repr(self.optimizer))
 
     def restore(self, path: PathLike) -> None:

@@ -1,0 +1,280 @@
+"""Training beside PyTorch: the same losses, norms and weights after each step, on every backend and in every way."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import treadle as t
+from treadle.backends.registry import backend_names, find_backend
+from treadle.ir.errors import CheckpointError, UsageError
+from treadle.resolving import resolve
+from treadle.runtime.training.optimizers import SGD, AdamW
+from treadle.runtime.training.schedules import Schedule
+from treadle.training.trainer import Trainer
+
+Array = np.ndarray[Any, Any]
+
+BACKENDS = [name for name in backend_names() if find_backend(name).available() is None]
+SMALL = {"layers": 2, "dim": 16, "heads": 2, "vocab": 19, "context": 12}
+
+
+def batch_of(trainer: Trainer, seed: int, rows: int = 3, length: int = 7) -> dict[str, Array]:
+    """Drawn arrays for what a trainer of a language model takes; a third of the targets do not count."""
+    rng = np.random.default_rng(seed)
+    made: dict[str, Array] = {}
+    for port in trainer.inputs:
+        shape = port.type.evaluate({"B": rows, "S": length, "T": length})
+        if port.dtype.is_float:
+            made[port.name] = rng.standard_normal(shape).astype(np.float32)
+        else:
+            made[port.name] = rng.integers(3, 19, shape)
+    if "targets" in made and made["targets"].ndim > 1:
+        made["targets"][rng.random(made["targets"].shape) < 0.3] = -100
+    return made
+
+
+# -- beside PyTorch ----------------------------------------------------------------------------------------------------
+
+
+def train_in_torch(
+    model: Any, batches: list[dict[str, Array]], optimizer: AdamW | SGD, rate: float, clip: float | None
+) -> list[tuple[float, float]]:
+    """The losses and norms of a Hugging Face model trained on our batches."""
+    import torch
+
+    from tests.hf_models import _INPUTS
+
+    decaying = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decaying, "weight_decay": optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if isinstance(optimizer, AdamW):
+        chosen: Any = torch.optim.AdamW(groups, lr=rate, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.eps)
+    else:
+        chosen = torch.optim.SGD(groups, lr=rate, momentum=optimizer.momentum)
+    told = []
+    for batch in batches:
+        given = {_INPUTS[name]: torch.from_numpy(array) for name, array in batch.items() if name != "targets"}
+        logits = model(**given).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, -2), torch.from_numpy(batch["targets"]).flatten())
+        chosen.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf") if clip is None else clip)
+        chosen.step()
+        told.append((float(loss), float(norm)))
+    return told
+
+
+MODELS = ["gpt2", "gpt-neox", "bert-masked-lm", "albert-masked-lm", "bert-classifier", "t5", "vit-classifier", "llama"]
+
+
+@pytest.mark.parametrize("optimizer", [AdamW(eps=1e-3, weight_decay=0.1), SGD(momentum=0.9)], ids=["adamw", "sgd"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_of_the_hub_is_trained_as_by_pytorch(name: str, optimizer: AdamW | SGD, tmp_path: Path) -> None:
+    """From its folder on, on one backend after the other. (eps is so large since AdamW makes a step of whatever the
+    rounding of a gradient is that is 0, as those of keys' biases are.)"""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from tests.hf_models import TINY, save
+
+    if name not in TINY:
+        pytest.skip(f"no tiny model {name}")
+    model = save(name, tmp_path / "before")
+    backend = BACKENDS[(MODELS.index(name) + isinstance(optimizer, SGD)) % len(BACKENDS)]
+    trainer = Trainer(tmp_path / "before", optimizer=optimizer, rate=0.01, clip=0.7, backend=backend)
+    batches = [batch_of(trainer, seed, rows=3, length=6) for seed in range(4)]
+    if name.endswith("classifier"):
+        batches = [{**batch, "targets": batch["targets"] % 5} for batch in batches]
+    wanted = train_in_torch(model, batches, optimizer, 0.01, 0.7)
+    for step, (batch, (loss, norm)) in enumerate(zip(batches, wanted, strict=True), 1):
+        told = trainer.step(**batch)
+        assert (told.step, told.updated, told.rate) == (step, True, 0.01)
+        assert told.loss == pytest.approx(loss, rel=1e-4)
+        assert told.norm == pytest.approx(norm, rel=1e-3)
+    model.save_pretrained(tmp_path / "after")
+    after = resolve(tmp_path / "after").weights
+    assert after is not None
+    for weight, array in trainer.weights.items():
+        np.testing.assert_allclose(array, after[weight], rtol=0, atol=2e-5 * max(1, abs(array).max()), err_msg=weight)
+
+
+# -- ways to the same weights ------------------------------------------------------------------------------------------
+
+
+def trained(steps: int = 3, **options: Any) -> tuple[Trainer, list[float]]:
+    trainer = Trainer("gpt2", optimizer=AdamW(eps=1e-3), rate=0.02, **{**SMALL, **options})
+    told = [trainer.step(**batch_of(trainer, seed)) for seed in range(steps)]
+    return trainer, [each.loss for each in told]
+
+
+def near(found: Mapping[str, Array], wanted: Mapping[str, Array], within: float = 1e-5) -> None:
+    assert found.keys() == wanted.keys()
+    for name, array in wanted.items():
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=within, err_msg=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_backends_train_alike_whether_blocks_are_kept_or_computed_again(backend: str, recompute: bool) -> None:
+    plain, losses = trained()
+    other, told = trained(backend=backend, recompute=recompute)
+    assert told == pytest.approx(losses, rel=1e-5)
+    near(other.weights, plain.weights)
+    assert other.evaluate(**batch_of(other, 9)) == pytest.approx(plain.evaluate(**batch_of(plain, 9)), rel=1e-5)
+
+
+def test_a_batch_in_parts_makes_the_update_of_the_whole() -> None:
+    """Parts count as many places as they have, not each as much as another."""
+    whole = Trainer("gpt2", rate=0.02, optimizer=AdamW(eps=1e-3), **SMALL)
+    parts = Trainer("gpt2", rate=0.02, optimizer=AdamW(eps=1e-3), accumulate=2, **SMALL)
+    batch = batch_of(whole, 0, rows=4)
+    batch["targets"][:3, 1:] = -100
+    whole.step(**batch)
+    first = parts.step(**{name: array[:3] for name, array in batch.items()})
+    assert (first.updated, first.step) == (False, 0)
+    assert np.isnan(first.norm)
+    with pytest.raises(UsageError, match="a state is saved after an update"):
+        parts.save_state("nowhere")
+    second = parts.step(**{name: array[3:] for name, array in batch.items()})
+    assert (second.updated, second.step) == (True, 1)
+    near(parts.weights, whole.weights, 1e-6)
+
+
+def test_only_weights_that_match_are_trained() -> None:
+    trainer, losses = trained(trained=["h.1.mlp.*", "ln_f.*"])
+    assert {name.split(".")[0] for name in trainer.trained} == {"h", "ln_f"}
+    before = Trainer("gpt2", **SMALL).weights
+    changed = [name for name, array in trainer.weights.items() if not np.array_equal(array, before[name])]
+    assert changed == list(trainer.trained)
+    assert len(changed) == 6
+    assert losses[-1] != losses[0]
+
+
+def test_training_goes_on_from_its_state_to_the_bit(tmp_path: Path) -> None:
+    straight = Trainer("gpt2", rate=Schedule(0.02, warmup=3), **SMALL)
+    broken = Trainer("gpt2", rate=Schedule(0.02, warmup=3), **SMALL)
+    for seed in range(4):
+        wanted = straight.step(**batch_of(straight, seed))
+        if seed == 2:
+            broken.save_state(tmp_path / "state")
+            broken = Trainer("gpt2", rate=Schedule(0.02, warmup=3), seed=5, **SMALL)
+            broken.restore(tmp_path / "state")
+        found = broken.step(**batch_of(broken, seed))
+        assert (found.step, found.loss, found.norm, found.rate) == (wanted.step, wanted.loss, wanted.norm, wanted.rate)
+    for name, array in straight.weights.items():
+        assert np.array_equal(array, broken.weights[name]), name
+    assert os.listdir(tmp_path) == ["state"]
+
+
+def test_a_state_of_another_training_is_refused(tmp_path: Path) -> None:
+    trainer = Trainer("gpt2", **SMALL)
+    trainer.save_state(tmp_path / "state")
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"optimizer": SGD()}, "the state is of another optimizer"),
+        ({"layers": 1}, "the state is of other weights"),
+        ({"dim": 18, "heads": 3}, "must be f32"),
+        ({"trained": ["h.0.*"]}, "the state is of other weights"),
+    ]
+    for options, told in cases:
+        other = Trainer("gpt2", **{**SMALL, **options})
+        before = {name: array.copy() for name, array in other.weights.items()}
+        with pytest.raises(CheckpointError, match=told):
+            other.restore(tmp_path / "state")
+        near(other.weights, before, 0)
+    header = {"__metadata__": {"format": "treadle training state", "optimizer": repr(AdamW()), "steps": "-1"}}
+    text = json.dumps(header).encode()
+    (tmp_path / "wrong").write_bytes(len(text).to_bytes(8, "little") + text)
+    for damaged in (tmp_path / "wrong", tmp_path / "cut"):
+        (tmp_path / "cut").write_bytes((tmp_path / "state").read_bytes()[:-1])
+        with pytest.raises(CheckpointError):
+            trainer.restore(damaged)
+
+
+def test_a_student_learns_what_its_teacher_says() -> None:
+    teacher = t.compile("gpt2", seed=7, **SMALL)
+    student = Trainer("gpt2", teacher=teacher, share=1.0, rate=0.05, **{**SMALL, "layers": 1})
+    assert [port.name for port in student.inputs] == ["tokens", "targets"]
+    batch = batch_of(student, 0)
+    losses = [student.step(**batch).loss for _ in range(30)]
+    assert losses[-1] < 0.6 * losses[0]
+    alone = Trainer("gpt2", rate=0.05, **{**SMALL, "layers": 1})
+    mixed = Trainer("gpt2", teacher=teacher, share=0.25, rate=0.05, **{**SMALL, "layers": 1})
+    whole = Trainer("gpt2", teacher=teacher, share=1.0, rate=0.05, **{**SMALL, "layers": 1})
+    found = [each.evaluate(**batch) for each in (alone, mixed, whole)]
+    assert found[1] == pytest.approx(0.75 * found[0] + 0.25 * found[2], rel=1e-5)
+
+
+@t.model
+def pulled(x: t.f32["B 4"], *, dim: int = 3):
+    y = t.linear(x, dim, name="w")
+    return {"y": y, "far": t.reduce_mean((y - 1.0) * (y - 1.0), axes=(0, 1))}
+
+
+def test_a_model_may_say_its_own_loss() -> None:
+    trainer = Trainer(pulled, loss="far", optimizer=SGD(), rate=0.5, clip=None)
+    x = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
+    assert [port.name for port in trainer.inputs] == ["x"]
+    losses = [trainer.step(x=x).loss for _ in range(60)]
+    assert losses[-1] < losses[0] / 100
+    exe = trainer.compiled(backend="numpy")
+    np.testing.assert_allclose(exe(x=x)["y"], 1, atol=0.1)
+    again = exe(x=x)["y"].copy()
+    trainer.step(x=-x)
+    assert np.array_equal(exe(x=x)["y"], again), "what is compiled has weights of its own"
+
+
+def test_what_a_step_holds_is_told() -> None:
+    kept, again = (Trainer("gpt2", recompute=r, **{**SMALL, "layers": 3}) for r in (False, True))
+    told = [each.memory(B=2, S=8) for each in (kept, again)]
+    assert told[1].arena < 0.7 * told[0].arena
+    assert "alive at step" in str(told[0])
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"accumulate": 0}, "gradients of 1 call or more make an update"),
+        ({"accumulate": True}, "gradients of 1 call or more make an update"),
+        ({"trained": ["h.9.*"]}, "no weight is called 'h.9.*'"),
+        ({"loss": "perplexity"}, "the model has no output perplexity"),
+        ({"output": "hidden"}, "the model has no output hidden"),
+        ({"target": "cuda"}, "training runs on the processor, not on cuda"),
+        ({"loss": "logits"}, "is no loss, which is one number"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(UsageError, match=told.replace("*", r"\*")):
+        Trainer("gpt2", **{**SMALL, **options})
+
+
+def test_a_teacher_and_what_it_teaches_go_together() -> None:
+    with pytest.raises(UsageError, match="the teacher has no output logits"):
+        Trainer("gpt2", teacher=t.compile(pulled), **SMALL)
+    with pytest.raises(UsageError, match="a teacher teaches an output"):
+        Trainer(pulled, loss="far", teacher=t.compile(pulled))
+    with pytest.raises(UsageError, match="a model of several outputs is trained for one of them"):
+        Trainer(pulled)
+
+
+def test_a_batch_of_which_nothing_counts_or_whose_loss_is_no_number_changes_nothing() -> None:
+    trainer = Trainer("gpt2", rate=1e30, clip=None, optimizer=SGD(), **SMALL)
+    batch = batch_of(trainer, 0)
+    before = {name: array.copy() for name, array in trainer.weights.items()}
+    with pytest.raises(UsageError, match="no place of the batch counts"):
+        trainer.step(**{**batch, "targets": np.full_like(batch["targets"], -100)})
+    near(trainer.weights, before, 0)
+    trainer.step(**batch)
+    spoiled = {name: array.copy() for name, array in trainer.weights.items()}
+    with pytest.raises(UsageError, match=r"the loss is \S+ after 1 updates"):
+        trainer.step(**batch)
+    for name, array in spoiled.items():
+        np.testing.assert_array_equal(trainer.weights[name], array)
