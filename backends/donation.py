@@ -66,7 +66,7 @@ class Donated:
             why = _unfit(value)
             if span is None or why is not None:
                 raise _refused(port, value, why or "it is no array")
-            if array is not value and span_of(array) != span:
+            if array is not value and span[0] < span[1] and span_of(array) != span:
                 raise _refused(port, value, "it would be converted, so that only a copy would be written over")
             if at in shared:
                 alike = [name for name, other in spans.items() if name != port.name and _meet(span, other)]
