@@ -57,20 +57,21 @@ class Donated:
         if not self.names:
             return
         spans = {port.name: span_of(given[port.name]) for port in ports}
-        for port, array in zip(ports, taken, strict=True):
+        others = [span_of(each) for each in held]
+        shared = meeting([*spans.values(), *others])
+        for at, (port, array) in enumerate(zip(ports, taken, strict=True)):
             if port.name not in self.names:
                 continue
             value, span = given[port.name], spans[port.name]
             why = _unfit(value)
             if span is None or why is not None:
                 raise _refused(port, value, why or "it is no array")
-            if span_of(array) != span:
+            if array is not value and span[0] < span[1] and span_of(array) != span:
                 raise _refused(port, value, "it would be converted, so that only a copy would be written over")
-            for name, other in spans.items():
-                if name != port.name and _meet(span, other):
-                    raise _refused(port, value, f"it shares memory with input {name}")
-            if any(_meet(span, span_of(each)) for each in held):
-                raise _refused(port, value, "it shares memory with a weight or a state")
+            if at in shared:
+                alike = [name for name, other in spans.items() if name != port.name and _meet(span, other)]
+                whom = f"input {alike[0]}" if alike else "a weight or a state"
+                raise _refused(port, value, f"it shares memory with {whom}")
 
 
 def _unfit(value: Any) -> str | None:
@@ -90,6 +91,8 @@ def span_of(value: Any) -> Span | None:
     """The memory in which an array or a tensor lies; None for anything else, and for layouts of a library's own."""
     if isinstance(value, np.ndarray):
         begin, strides, item = value.__array_interface__["data"][0], value.strides, value.itemsize
+        if value.flags.c_contiguous:
+            return begin, begin + value.nbytes
     elif hasattr(value, "data_ptr") and not value.is_mkldnn:
         item = value.element_size()
         begin, strides = value.data_ptr(), tuple(s * item for s in value.stride())
@@ -99,6 +102,18 @@ def span_of(value: Any) -> Span | None:
         return begin, begin
     moves = [(n - 1) * s for n, s in zip(value.shape, strides, strict=True)]
     return begin + sum(min(0, m) for m in moves), begin + sum(max(0, m) for m in moves) + item
+
+
+def meeting(spans: Sequence[Span | None]) -> set[int]:
+    """The positions of the spans that share a byte with another one."""
+    order = sorted((*span, at) for at, span in enumerate(spans) if span is not None and span[0] < span[1])
+    found, reached, furthest = set[int](), -1, -1
+    for begin, end, at in order:
+        if begin < reached:
+            found |= {at, furthest}
+        if end > reached:
+            reached, furthest = end, at
+    return found
 
 
 def _meet(one: Span | None, other: Span | None) -> bool:

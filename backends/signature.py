@@ -123,11 +123,12 @@ class Signature:
 
     def refuse_untold(self, needed: Iterable[str]) -> None:
         """Raise BackendError where a symbol whose size is needed is told by no input's or state's dimensions."""
-        told = set(self.state_symbols)
-        for _ in self.ports:  # a size such as S*T tells T where another input tells S
-            for size in (s for port in self.ports for s in port.type.shape):
-                known = {s: 1 for s in size.symbols if s in told}
-                linear = (size.substitute(known) if known else size).as_linear
+        told, sizes = set(self.state_symbols), {s for port in self.ports for s in port.type.shape if s.symbols}
+        known = -1
+        while known < len(told):  # a size such as S*T tells T where another input tells S
+            known = len(told)
+            for size in sizes:
+                linear = size.substitute({s: 1 for s in size.symbols if s in told}).as_linear
                 if linear is not None:
                     told.add(linear[0])
         untold = sorted(set(needed) - told)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import treadle
 from tests.backend_checks import assert_near, each_backend, graph_of, message, needs_torch, needs_tvm
 from tests.test_reused_arguments import residual as block
 from tests.test_reused_arguments import stacked
+from treadle.backends.donation import meeting
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import StagedBackend, build
 from treadle.explaining.memory import explain_memory
@@ -129,6 +133,14 @@ def test_a_donated_weight_is_refused(backend: str) -> None:
     exe = build(find_backend(backend), graph_of(scaled), CPU, {"w": w}, donate=("x",))[0]
     assert "it shares memory with a weight" in message(lambda: exe(x=w))
     assert_near(exe(x=w.copy())["y"], w * w)
+
+
+@given(st.lists(st.none() | st.tuples(st.integers(0, 12), st.integers(0, 5)), max_size=9))
+def test_spans_that_meet_are_found_as_by_asking_each_pair(drawn: list[tuple[int, int] | None]) -> None:
+    spans = [None if each is None else (each[0], each[0] + each[1]) for each in drawn]
+    bytes_of = [set() if span is None else set(range(*span)) for span in spans]
+    pairs = itertools.combinations(range(len(spans)), 2)
+    assert meeting(spans) == {at for pair in pairs if bytes_of[pair[0]] & bytes_of[pair[1]] for at in pair}
 
 
 @each_backend

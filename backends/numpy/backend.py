@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
@@ -179,7 +179,7 @@ class _NumpyArrays:
         assert dtype.numpy is not None
         return arena[offset : offset + math.prod(shape) * dtype.numpy.itemsize].view(dtype.numpy).reshape(shape)
 
-    def give(self, array: Any, given: Sequence[Any], shared: bool) -> Array:
+    def give(self, array: Any, given: Collection[type], shared: bool) -> Array:
         result = np.asarray(array)
         return result.copy() if shared or not result.flags.writeable else result
 

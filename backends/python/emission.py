@@ -91,15 +91,18 @@ class _Names:
 
     def __init__(self, taken: Iterable[str]) -> None:
         self.taken = set(taken)
+        self._counts: dict[str, int] = {}  # those below are taken
 
     def new(self, hint: str) -> str:
         base = re.sub(r"\W+", "_", hint, flags=re.ASCII).strip("_") or "value"
         base = f"v{base}" if base[0].isdigit() else base
-        name, count = base, 0
+        count = self._counts.get(base, 0)
+        name = f"{base}_{count}" if count else base
         while name in self.taken or keyword.iskeyword(name) or name in _BUILTINS:
             count += 1
             name = f"{base}_{count}"
         self.taken.add(name)
+        self._counts[base] = count
         return name
 
 

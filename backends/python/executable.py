@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import linecache
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from typing import Any, Protocol
@@ -47,8 +47,8 @@ class Arrays(Protocol):
         """A new array of zeros, for a state."""
         ...
 
-    def give(self, array: Any, given: Sequence[Any], shared: bool) -> Any:
-        """A result for the caller, of the kind of what was given; a copy where its memory is shared."""
+    def give(self, array: Any, given: Collection[type], shared: bool) -> Any:
+        """A result for the caller, of the kind of what was given, by types; a copy where its memory is shared."""
         ...
 
 
@@ -160,11 +160,11 @@ class _PythonEntry:
             named = zip(self.inputs, arguments, strict=True)
             lent = [array for port, array in named if port.name not in self._donated.names]
             taken = set(module.held.union(map(arrays.storage, (*lent, *held.values()))))
-            outputs = Outputs()
+            types, outputs = set(map(type, given.values())), Outputs()
             for name, array in results.items():
                 memory = arrays.storage(array)
                 try:
-                    outputs[name] = arrays.give(array, list(given.values()), memory in taken)
+                    outputs[name] = arrays.give(array, types, memory in taken)
                 except Exception as error:  # no memory for the copy
                     raise self._not_given(name, error) from error
                 taken.add(memory)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from types import SimpleNamespace
@@ -264,10 +264,10 @@ class _TorchArrays:
         count = math.prod(shape) * dtype.bytes
         return arena[offset : offset + count].view(self._dtype(dtype)).view(shape)
 
-    def give(self, array: torch.Tensor, given: Sequence[Any], shared: bool) -> Any:
+    def give(self, array: torch.Tensor, given: Collection[type], shared: bool) -> Any:
         array = array.clone() if shared else array
         array = array.contiguous() if 0 in array.stride() else array  # an expanded axis: one element that is many
-        if any(isinstance(x, self.torch.Tensor) for x in given):
+        if any(issubclass(each, self.torch.Tensor) for each in given):
             return array
         return (array.float() if array.dtype == self.torch.bfloat16 else array).cpu().numpy()
 

@@ -22,6 +22,9 @@ from typing import NamedTuple
 
 MOST_SETS = 2_000
 """Sets of steps that the exact search goes through: some 0.1 s."""
+MOST_LOOKS = 100_000
+"""Steps that it looks at in these, at most; a search with a beam that would look at twice as many is not begun. What
+many steps may follow, such as updates of hundreds of weights, would take most of the time of a compilation."""
 _BEAM = 32
 _BEAM_WORK = 4_000
 """Steps times sets of the beam search, at most: it is narrower for longer functions."""
@@ -84,7 +87,10 @@ def find_order(problem: OrderProblem, most_sets: int = MOST_SETS) -> Order:
     exact, bound = search.exact(bound, peak, most_sets)
     if exact is not None or bound == peak:
         return Order(program if exact is None else exact, bound, bound)
-    found = search.beam(bound, max(1, min(_BEAM, _BEAM_WORK // len(program))))
+    width = max(1, min(_BEAM, _BEAM_WORK // len(program)))
+    if search.looks * len(program) * width > 2 * MOST_LOOKS * search.sets:
+        return Order(program, peak, bound)
+    found = search.beam(bound, width)
     reached = search.peak(found)
     return Order(found, reached, bound) if reached < peak else Order(program, peak, bound)
 
@@ -112,28 +118,34 @@ def _always_live(
     over: tuple[tuple[tuple[int, int], ...], ...],
 ) -> list[tuple[list[int], list[int]]]:
     """For each step the buffers that live then in every order, and those that it may make in place of another one."""
-    earlier, later = _around(before)
+    order = list(_sorted(before))
+    behind = [0] * len(before)  # the steps that must come after each, as bits
+    touching, ahead, after = [0] * len(before), [0] * len(before), [0] * len(before)  # buffers, as bits
+    for buffer, steps in enumerate(touched):
+        for step in steps:
+            touching[step] |= 1 << buffer
+    for step in order:
+        for other in before[step]:
+            ahead[step] |= ahead[other] | touching[other]
+    for step in reversed(order):
+        for other in before[step]:
+            behind[other] |= behind[step] | 1 << step
+            after[other] |= after[step] | touching[step]
+    always = sum(1 << buffer for buffer, keeps in enumerate(kept) if keeps)
     masks = [sum(1 << step for step in set(steps)) for steps in touched]
     found = []
     for step, pairs in enumerate(over):
-        bit, ahead, behind = 1 << step, earlier[step], later[step]
-        living = [i for i, mask in enumerate(masks) if mask & bit or (mask & ahead and (kept[i] or mask & behind))]
-        found.append((living, [made for made, dying in pairs if not (kept[dying] or masks[dying] & behind)]))
+        living = list(_bits(touching[step] | ahead[step] & (always | after[step])))
+        found.append((living, [made for made, dying in pairs if not (kept[dying] or masks[dying] & behind[step])]))
     return found
 
 
-def _around(edges: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """For each step all that must come before it, and all that must come after it, as bits."""
-    earlier, later = [0] * len(edges), [0] * len(edges)
-    for step in _sorted(edges):
-        for other in edges[step]:
-            earlier[step] |= earlier[other] | 1 << other
-    for step, before in enumerate(earlier):
-        while before:
-            bit = before & -before
-            later[bit.bit_length() - 1] |= 1 << step
-            before ^= bit
-    return tuple(earlier), tuple(later)
+def _bits(number: int) -> Iterator[int]:
+    """The places of the bits that are set, from the lowest on."""
+    while number:
+        bit = number & -number
+        yield bit.bit_length() - 1
+        number ^= bit
 
 
 def _sorted(edges: Sequence[Sequence[int]]) -> Iterator[int]:
@@ -174,7 +186,10 @@ class _DoneSteps(NamedTuple):
 
 
 class _Sets:
-    """Sets of steps that are done, as bits of a number."""
+    """Sets of steps that are done, as bits of a number.
+
+    sets, looks  from how many sets the exact search has gone on, and how many steps it looked at there
+    """
 
     def __init__(self, problem: OrderProblem) -> None:
         count = len(problem.before)
@@ -194,6 +209,7 @@ class _Sets:
             for pairs in problem.over
         ]
         self.extra = problem.extra
+        self.sets = self.looks = 0
 
     def peak(self, order: Sequence[int]) -> int:
         """The most bytes that live at once in an order."""
@@ -248,15 +264,15 @@ class _Sets:
         tie = 0
         waiting = [(bound, 0, tie, self.start(bound))]
         best: dict[int, int] = {}
-        expanded = 0
         while waiting:
             peak, _, _, at = heapq.heappop(waiting)
             if best.get(at.done, peak) < peak:
                 continue
             if at.done == self.whole:
                 return at.order(), peak
-            expanded += 1
-            if expanded > most:
+            self.sets += 1
+            self.looks += at.ready.bit_count()
+            if self.sets > most or self.looks > MOST_LOOKS:
                 return None, peak
             for made in self._next(at):
                 if made.peak < min(known, best.get(made.done, known)):

@@ -67,14 +67,15 @@ class StridedPlanning(Planning):
             return self._repeated(value, alike), How.OWN, ""
         step = self.steps[self.at[node]]
         found = self._wanted(value, step)
-        dying = next((x for x in self.over(step) if self._dies_in(x, step, value)), None)
-        lies = None if dying is None else self.places[dying].view
-        if found is not None and dying is not None and lies is not None and self._is_given_back(value, found[1], lies):
-            return lies, How.OVER, dying
+        dying = [(x, lies) for x in self.over(step) if (lies := self._left_by(x, step, value)) is not None]
         if found is None:
-            if dying is not None and lies is not None:
-                return lies, How.OVER, dying
+            if dying:
+                x, lies = dying[0]
+                return lies, How.OVER, x
             return self._whole(value, StorageKind.LOCAL), How.OWN, ""
+        for x, lies in dying:
+            if self._is_given_back(value, found[1], lies):
+                return lies, How.OVER, x
         view, of = found
         return view, How.OWN if of is value else How.INTO, of
 
@@ -87,14 +88,15 @@ class StridedPlanning(Planning):
             self.given_back[of] = argument
         return argument is not None
 
-    def _dies_in(self, x: Value, step: Step, value: Value) -> bool:
-        """Whether a value may take the storage of x: it fills it, and all that lies there is read for the last time."""
+    def _left_by(self, x: Value, step: Step, value: Value) -> View | None:
+        """How x lies, if a value may take its storage: it fills it, and all that lies there is read for the last time."""
         place = self.places[x]
         if place.storage is None or place.view is None or not self._may_be_written(place.storage):
-            return False
+            return None
         fills = place.view.is_contiguous and place.storage.elements == value.type.held.elements
         alone = all(self.places[v].storage is not place.storage for v in step.inputs if v is not x)
-        return fills and alone and self.last_reads[place.storage] <= self.at[step.root]
+        dies = self.last_reads[place.storage] <= self.at[step.root]
+        return place.view if fills and alone and dies else None
 
     def _wanted(self, value: Value, step: Step, read_by_view: bool = False) -> tuple[View, Value | str] | None:
         """Where the caller or the one reader wants a value, and what it is a part of then: itself, if it is the owner.

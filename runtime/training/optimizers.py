@@ -178,8 +178,7 @@ def update_graph(
     given = {name: [b.input(n, type) for n in _inputs(optimizer, name)] for name, type in weights.items()}
     rate, share, *needs = [b.input(name, f32[()]) for name in ("rate", "share", *optimizer.needs)]
     gradients = [gradient for _, gradient, *_ in given.values()]
-    squares = [b.reduce_sum(g * g, axes=tuple(range(g.rank))) for g in gradients]
-    norm = b.sqrt(reduce(add, squares)) * share
+    norm = b.sqrt(reduce(add, [_sum(b, g * g) for g in gradients])) * share
     scale = share if clip is None else share * b.minimum(clip / (norm + _CLIP_EPS), 1.0)
     by = optimizer.factors(b, scale, rate, *needs)
     made: dict[str, Expr] = {}
@@ -222,6 +221,12 @@ def _check_weights(optimizer: Optimizer, weights: Mapping[str, Type], decayed: C
             received=", ".join(map(repr, unknown)),
             hint=f"decayed=[{next(iter(weights))!r}]",
         )
+
+
+def _sum(b: Builder, x: Expr) -> Expr:
+    """The sum of all elements: of each row, then of these, since one long sum in f32 would lose more."""
+    rows = b.reduce_sum(x, axes=(-1,)) if x.rank else x
+    return b.reduce_sum(rows, axes=tuple(range(rows.rank))) if rows.rank else rows
 
 
 def _between(start: Expr, end: Expr, share: float) -> Expr:
