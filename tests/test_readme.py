@@ -42,6 +42,7 @@ PAGES = (
             "onnx-export",
             "quantization",
             "torch-import",
+            "training",
         )
     ),
     *(f"docs/adding-{name}.md" for name in ("an-op", "a-pass", "a-backend")),

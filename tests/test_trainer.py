@@ -71,7 +71,7 @@ def train_in_torch(
     return told
 
 
-MODELS = ["gpt2", "gpt-neox", "bert-masked-lm", "albert-masked-lm", "bert-classifier", "t5", "vit-classifier", "llama"]
+MODELS = ["gpt2", "bert-masked-lm", "albert-masked-lm", "bert-classifier", "t5", "vit-classifier", "llama", "bart"]
 
 
 @pytest.mark.parametrize("optimizer", [AdamW(eps=1e-3, weight_decay=0.1), SGD(momentum=0.9)], ids=["adamw", "sgd"])

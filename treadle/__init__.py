@@ -8,8 +8,8 @@
     exe = t.compile(tiny, backend="numpy")
     exe(tokens=ids)
 
-The DSL's vocabulary lives here (see `treadle.frontends.language`), and so do `compile`, `fetch_model`, `from_torch`,
-`Graph` and `Target`, which are imported when they are first used, and the errors, all of them `TreadleError`.
+The DSL's vocabulary lives here (see `treadle.frontends.language`), and so do `compile`, `Trainer`, `fetch_model`,
+`from_torch`, `Graph` and `Target`, which are imported when they are first used, and the errors, all of them `TreadleError`.
 """
 
 from importlib import import_module as _import_module
@@ -53,16 +53,24 @@ if TYPE_CHECKING:
     from treadle.runtime.beams import Beams as Beams
     from treadle.runtime.sampling import Sampling as Sampling
     from treadle.runtime.token_rules import TokenRules as TokenRules
+    from treadle.runtime.training.optimizers import SGD as SGD
+    from treadle.runtime.training.optimizers import AdamW as AdamW
+    from treadle.runtime.training.schedules import Schedule as Schedule
     from treadle.specializing import Specializing as Specializing
+    from treadle.training.trainer import Trainer as Trainer
 
 _LAZY = {
+    "AdamW": "treadle.runtime.training.optimizers",
     "Beams": "treadle.runtime.beams",
     "Compiled": "treadle.compiled",
     "Graph": "treadle.ir.graph",
+    "SGD": "treadle.runtime.training.optimizers",
     "Sampling": "treadle.runtime.sampling",
+    "Schedule": "treadle.runtime.training.schedules",
     "Specializing": "treadle.specializing",
     "Target": "treadle.ir.target",
     "TokenRules": "treadle.runtime.token_rules",
+    "Trainer": "treadle.training.trainer",
     "compile": "treadle.compiling",
     "fetch_model": "treadle.fetch",
     "follow": "treadle.ir.analysis.following",
