@@ -1,4 +1,4 @@
-"""Texts as batches: no token is lost or doubled, targets are what follows or was hidden, and a run can go on anywhere."""
+"""Texts as batches: no token is lost or doubled, targets are what follows or was hidden, a run goes on anywhere."""
 
 from __future__ import annotations
 

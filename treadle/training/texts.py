@@ -74,9 +74,9 @@ def mask_tokens(
 ) -> tuple[Tokens, Tokens]:
     """Inputs and targets [B, S] of a masked language model (Devlin et al. 2019, section 3.1).
 
-    Each token that is not special is chosen with the probability `rate`. Of the chosen, 8 of 10 become the mask, 1 of 10
-    a drawn token, and 1 of 10 stays as it is; these alone are targets. A row where none was chosen gets one, if it has
-    any that is not special.
+    Each token that is not special is chosen with the probability `rate`. Of the chosen, 8 of 10 become the mask, 1 of
+    10 a drawn token, and 1 of 10 stays as it is; these alone are targets. A row where none was chosen gets one, if it
+    has any that is not special.
 
     vocab    from how many tokens one is drawn
     special  tokens that are never chosen: those around texts, and padding
