@@ -9,12 +9,12 @@ A table maps parameter names to the checkpoint's, both as patterns in which `{i}
     "lm_head.weight":         ("lm_head.weight", "wte.weight")                tied where it is not stored
 
 A parameter that no pattern matches is looked up under its own name. Slices and transposes are
-views; rows of several groups are copied.
+views; rows of several groups are copied. `Source.write` goes the other way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -87,13 +87,27 @@ class Source:
 
     def view(self, array: Array) -> Array:
         """The part of a stored array that this names, without a copy unless there are groups."""
+        part = self._place(array)
+        return part.reshape(part.shape[0] * part.shape[1], *part.shape[2:]) if self._grouped else part
+
+    def write(self, stored: Array, values: Array) -> None:
+        """Write a parameter's values into the part of a stored array that `view` reads."""
+        part = self._place(stored)
+        part[...] = values.reshape(part.shape)
+
+    @property
+    def _grouped(self) -> bool:
+        return self.rows is not None and self.groups > 1
+
+    def _place(self, array: Array) -> Array:
+        """The part as a view of the array; of groups [groups, rows of each, ...]."""
         array = array.T if self.transpose else array
-        if self.rows is not None and self.groups > 1:
-            rest = array.shape[1:]
-            array = array.reshape(self.groups, -1, *rest)[:, slice(*self.rows)].reshape(-1, *rest)
-        elif self.rows is not None:
-            array = array[slice(*self.rows)]
-        return array if self.cols is None else array[:, slice(*self.cols)]
+        if self._grouped:
+            array = array.reshape(self.groups, array.shape[0] // self.groups, *array.shape[1:])
+        axes = (slice(None),) * self._grouped
+        if self.rows is not None:
+            array = array[(*axes, slice(*self.rows))]
+        return array if self.cols is None else array[(*axes, slice(None), slice(*self.cols))]
 
     @property
     def whole_rows(self) -> bool:
@@ -219,6 +233,14 @@ def bind(
     return Binding(arrays, sources, converted, unused, encodings)
 
 
+def alternatives(
+    parameters: Iterable[str], table: Table, checkpoint: TensorStore, *, prefixes: Sequence[str] = ("",)
+) -> dict[str, tuple[Source, ...]]:
+    """What a file of this table may have each parameter as, in order of preference, whether it has it or not."""
+    lookup = _Lookup(table, prefixes, checkpoint)
+    return {name: tuple(lookup.named(lookup.wanted(name))) for name in parameters}
+
+
 @dataclass(frozen=True)
 class _Wanted:
     """The pattern that matched a parameter and with which numbers, and what the file may call it."""
@@ -251,12 +273,19 @@ class _Lookup:
 
     def find(self, wanted: _Wanted) -> Source | None:
         """The alternative that the file has, with its prefix, its name still a pattern."""
+        for found in self._prefixed(wanted):
+            if wanted.filled(found).name in self._checkpoint:
+                return found
+        return None
+
+    def named(self, wanted: _Wanted) -> Iterator[Source]:
+        """Every alternative with every prefix, with the name as a file has it."""
+        return map(wanted.filled, self._prefixed(wanted))
+
+    def _prefixed(self, wanted: _Wanted) -> Iterator[Source]:
         for source in wanted.alternatives:
             for prefix in self._prefixes:
-                found = replace(source, name=prefix + source.name)
-                if wanted.filled(found).name in self._checkpoint:
-                    return found
-        return None
+                yield replace(source, name=prefix + source.name)
 
 
 def _alternatives(entry: Entry) -> tuple[Source, ...]:

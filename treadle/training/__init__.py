@@ -1,1 +1,1 @@
-"""Training: what a step is compiled from, the texts that it reads, and what is saved of it."""
+"""Training on texts: batches of tokens, what a model is to foretell in them, and saving what was trained."""

@@ -1,0 +1,389 @@
+"""Trained weights in a folder like the one that they came from: read again here and by transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import torch
+
+import treadle as t
+from tests.decoder_models import DECODERS
+from tests.hf_models import TINY, VOCAB, Tiny, answer
+from treadle.frontends.binding import Source
+from treadle.frontends.huggingface import open_checkpoint
+from treadle.frontends.safetensors_file import SafetensorsFile
+from treadle.ir.errors import CheckpointError, UsageError
+from treadle.ir.interpreter import interpret
+from treadle.resolving import resolve
+from treadle.training.saving import FolderSaver, save_folder, saver_for
+from treadle.training.weight_files import read_weights, write_weights
+
+Array = np.ndarray[Any, Any]
+
+ALL = {**{name: tiny for name, tiny in TINY.items() if name != "biogpt"}, **DECODERS}
+
+
+def saved(name: str, folder: Path, dtype: Any = None, shard: str = "50GB") -> Tiny:
+    """A tiny model of Hugging Face's in a folder."""
+    tiny = ALL[name]
+    tiny.build().to(dtype).save_pretrained(folder, max_shard_size=shard)
+    return tiny
+
+
+def changed(weights: Mapping[str, Any]) -> dict[str, Array]:
+    """As if trained: each weight moved a little, each in its own way."""
+    rng = np.random.default_rng(3)
+    moved = {}
+    for name, array in weights.items():
+        moved[name] = np.asarray(array, np.float32) + rng.standard_normal(array.shape).astype(np.float32) / 8
+    return moved
+
+
+def inputs_of(tiny: Tiny, graph: Any) -> dict[str, Array]:
+    rng = np.random.default_rng(1)
+    sizes = {"B": 2, "S": 7, "T": 5, "N": 1}
+    most = {"tokens": VOCAB, "decoder_tokens": VOCAB, "token_types": 3}
+    found: dict[str, Array] = {}
+    for value in graph.main.inputs:
+        shape = value.type.evaluate(sizes)
+        if value.name == "pixels":
+            found[value.name] = rng.standard_normal(shape, np.float32)
+        else:
+            found[value.name] = rng.integers(tiny.first if value.name == "tokens" else 0, most[value.name], shape)
+    return found
+
+
+# -- the inverse of a part -----------------------------------------------------------------------------------------
+
+
+@st.composite
+def parts(draw: st.DrawFn) -> tuple[Source, tuple[int, ...]]:
+    """A part of a stored tensor, and the tensor's shape."""
+    rank = draw(st.integers(1, 3))
+    transpose = rank == 2 and draw(st.booleans())
+    groups = draw(st.integers(1, 3))
+    shape = [draw(st.integers(1, 5)) * groups, *(draw(st.integers(1, 5)) for _ in range(rank - 1))]
+
+    def cut(size: int) -> tuple[int, int] | None:
+        first = draw(st.integers(0, size))
+        return draw(st.sampled_from([None, (first, draw(st.integers(first, size)))]))
+
+    rows = cut(shape[0] // groups)
+    cols = cut(shape[1]) if rank > 1 else None
+    return Source("x", transpose, rows, cols, groups), tuple(shape[::-1] if transpose else shape)
+
+
+@given(parts())
+def test_what_is_written_to_a_part_is_read_from_it_and_the_rest_stays(case: tuple[Source, tuple[int, ...]]) -> None:
+    source, shape = case
+    before = np.arange(np.prod(shape, dtype=int)).reshape(shape)
+    after = before.copy()
+    part = source.view(before)
+    assert part.shape == source.shape(shape)
+    source.write(after, -1 - part)
+    np.testing.assert_array_equal(source.view(after), -1 - part)
+    np.testing.assert_array_equal(after[after >= 0], before[after >= 0])
+    assert (after < 0).sum() == part.size
+
+
+# -- round trips ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_was_saved_is_read_again(name: str, tmp_path: Path) -> None:
+    """Each parameter's new values in their places, no tensor lost, none that no parameter takes changed.
+
+    No two parameters are the same part of a tensor, but where the second has a name of its own.
+    """
+    tiny = saved(name, tmp_path / "from")
+    resolved = resolve(tmp_path / "from", **tiny.given)
+    assert resolved.weights is not None
+    wanted = changed(resolved.weights)
+    made = save_folder(tmp_path / "from", wanted, tmp_path / "to")
+    assert {path.name for path in made.files} == {*os.listdir(tmp_path / "to")}
+    again = resolve(tmp_path / "to", **tiny.given)
+    assert again.weights is not None and again.unused == resolved.unused
+    for parameter, values in wanted.items():
+        np.testing.assert_array_equal(again.weights[parameter], values, parameter)
+    shapes = {parameter: values.shape for parameter, values in wanted.items()}
+    saver = FolderSaver.open(tmp_path / "from", shapes, tmp_path / "more")
+    for of in saver.parts.values():
+        alone = [part for parameter, part in of.items() if parameter not in saver.added]
+        assert len({*alone}) == len(alone)
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("from", "to"))
+    assert before.keys() <= after.keys()
+    for tensor in resolved.unused:
+        np.testing.assert_array_equal(before[tensor], after[tensor])
+
+
+FOR_BOTH = ("gpt2", "gpt2-classifier", "bert-masked-lm", "bert-pretraining", "t5", "t5-gated", "vit-classifier", "bart")
+FOR_BOTH += (
+    "llama",
+    "qwen2",
+    "modernbert-masked-lm",
+    "dinov2-gated",
+    "albert-masked-lm",
+    "gpt-neox",
+    "phi3",
+    "opt",
+    "siglip",
+)
+
+
+@pytest.mark.parametrize("name", FOR_BOTH)
+def test_transformers_reads_the_same_weights(name: str, tmp_path: Path) -> None:
+    tiny = saved(name, tmp_path / "from")
+    resolved = resolve(tmp_path / "from", **tiny.given)
+    assert resolved.weights is not None
+    save_folder(tmp_path / "from", changed(resolved.weights), tmp_path / "to")
+    theirs = getattr(transformers, tiny.architecture).from_pretrained(tmp_path / "to").eval()
+    again = resolve(tmp_path / "to", **tiny.given)
+    assert again.weights is not None
+    inputs = inputs_of(tiny, again.graph)
+    ours, wanted = interpret(again.graph, inputs, again.weights, float64=True), answer(theirs, inputs)
+    for output in ours:
+        assert np.abs(ours[output] - wanted[output]).max() < 2e-5 * np.abs(wanted[output]).max(), output
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_values_are_rounded_to_the_dtype_of_the_checkpoint(dtype: str, tmp_path: Path) -> None:
+    """To the nearest, of two to the even one, as PyTorch rounds; NaN and infinity stay."""
+    kind = {"f16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    saved("gpt2", tmp_path / "from", kind)
+    resolved = resolve(tmp_path / "from", widen=dtype)
+    assert resolved.weights is not None
+    wanted = changed(resolved.weights)
+    wanted["wpe.weight"][0, :4] = np.nan, np.inf, -np.inf, 1 + 2**-9  # the last is halfway between two of bf16's
+    wanted["wpe.weight"][1, :2] = 1 + 3 * 2**-9, 1 + 2**-12
+    save_folder(tmp_path / "from", wanted, tmp_path / "to")
+    again = resolve(tmp_path / "to", widen=dtype)
+    assert again.weights is not None
+    for name, values in wanted.items():
+        rounded = torch.from_numpy(values).to(kind).float().numpy()
+        np.testing.assert_array_equal(again.weights[name], rounded, name)
+    records = SafetensorsFile.open(tmp_path / "to" / "model.safetensors")
+    assert {records[name].dtype for name in records} == {dtype}
+    assert json.loads((tmp_path / "to" / "config.json").read_text())["dtype"] == str(kind).removeprefix("torch.")
+
+
+def test_shards_become_one_file(tmp_path: Path) -> None:
+    saved("gpt2", tmp_path / "from", shard="20KB")
+    assert len(open_checkpoint(tmp_path / "from").files) > 2
+    resolved = resolve(tmp_path / "from")
+    assert resolved.weights is not None
+    wanted = changed(resolved.weights)
+    save_folder(tmp_path / "from", wanted, tmp_path / "to")
+    assert sorted(os.listdir(tmp_path / "to")) == ["config.json", "generation_config.json", "model.safetensors"]
+    again = resolve(tmp_path / "to")
+    assert again.weights is not None
+    assert all(np.array_equal(again.weights[name], values) for name, values in wanted.items())
+
+
+def test_files_beside_the_weights_are_copied_and_code_is_not(tmp_path: Path) -> None:
+    saved("bert", tmp_path / "from")
+    settings = ["tokenizer.json", "vocab.txt", "spiece.model", "chat_template.jinja", "modules.json"]
+    for name in [*settings, "modeling.py", "pytorch_model.bin", "pytorch_model.bin.index.json", "README.md"]:
+        (tmp_path / "from" / name).write_text(f"of {name}")
+    for name in ("1_Pooling", "other"):
+        (tmp_path / "from" / name).mkdir()
+    (tmp_path / "from" / "1_Pooling" / "config.json").write_text("pooling")
+    resolved = resolve(tmp_path / "from")
+    assert resolved.weights is not None
+    made = save_folder(tmp_path / "from", resolved.weights, tmp_path / "to" / "deep")
+    names = [path.relative_to(tmp_path / "to" / "deep").as_posix() for path in made.files]
+    assert names == ["model.safetensors", "1_Pooling/config.json", *sorted(settings), "config.json"]
+    for name in (*settings, "config.json", "1_Pooling/config.json"):
+        assert (made.folder / name).read_bytes() == (tmp_path / "from" / name).read_bytes()
+    with safe_open(made.files[0], "np") as file:
+        assert file.metadata() == {"format": "pt"}, "which transformers asks for"
+    assert made.loading == f"treadle.compile('{made.folder}')"
+
+
+def test_equal_weights_give_equal_bytes(tmp_path: Path) -> None:
+    saved("gpt2", tmp_path / "from")
+    resolved = resolve(tmp_path / "from")
+    assert resolved.weights is not None
+    made = [save_folder(tmp_path / "from", resolved.weights, tmp_path / to).files[0] for to in ("a", "b")]
+    assert made[0].read_bytes() == made[1].read_bytes()
+    before, after = load_file(tmp_path / "from" / "model.safetensors"), load_file(made[0])
+    assert before.keys() == after.keys() and all(np.array_equal(before[name], after[name]) for name in before)
+
+
+# -- tensors that are stored twice, or once for two ----------------------------------------------------------------
+
+
+def test_a_stored_copy_follows_the_tensor_that_it_is_a_copy_of(tmp_path: Path) -> None:
+    """Older files hold the output's matrix beside the embedding; biases that are zero alike are no copies."""
+    saved("bert-masked-lm", tmp_path / "from")
+    path = tmp_path / "from" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"]
+    tensors["cls.predictions.bias"] = np.zeros_like(tensors["cls.predictions.bias"])
+    tensors["cls.predictions.decoder.bias"] = tensors["cls.predictions.bias"]  # which the table names beside the other
+    tensors["bert.pooler.dense.bias"] = np.zeros(24, np.float32)
+    tensors["bert.encoder.layer.0.output.dense.bias"] = np.zeros(24, np.float32)
+    save_file(tensors, path, {"format": "pt"})
+    resolved = resolve(tmp_path / "from")
+    assert resolved.weights is not None
+    save_folder(tmp_path / "from", changed(resolved.weights), tmp_path / "to")
+    after = load_file(tmp_path / "to" / "model.safetensors")
+    assert after.keys() == tensors.keys()
+    for copy, of in (
+        ("decoder.weight", "bert.embeddings.word_embeddings.weight"),
+        ("decoder.bias", "cls.predictions.bias"),
+    ):
+        np.testing.assert_array_equal(after[f"cls.predictions.{copy}"], after[of])
+        assert not np.array_equal(after[of], tensors[of])
+    assert not after["bert.pooler.dense.bias"].any() and after["bert.encoder.layer.0.output.dense.bias"].any()
+
+
+def test_two_parameters_of_one_tensor_get_one_each_where_they_were_trained_apart(tmp_path: Path) -> None:
+    saved("mt5", tmp_path / "from")
+    resolved = resolve(tmp_path / "from")
+    assert resolved.weights is not None
+    held = {name: np.array(array) for name, array in resolved.weights.items()}
+    np.testing.assert_array_equal(held["lm_head.weight"], held["shared.weight"])
+    save_folder(tmp_path / "from", held, tmp_path / "same")
+    assert "lm_head.weight" not in load_file(tmp_path / "same" / "model.safetensors")
+    held["lm_head.weight"] += 1
+    save_folder(tmp_path / "from", held, tmp_path / "apart")
+    after = load_file(tmp_path / "apart" / "model.safetensors")
+    np.testing.assert_array_equal(after["lm_head.weight"], held["lm_head.weight"])
+    np.testing.assert_array_equal(after["shared.weight"], held["shared.weight"])
+
+
+# -- models without a folder ---------------------------------------------------------------------------------------
+
+
+def test_a_model_without_a_folder_gets_its_weights_alone(tmp_path: Path) -> None:
+    sizes = {"vocab": 11, "context": 8, "dim": 8, "heads": 2, "layers": 1}
+    exe = t.compile("gpt2", **sizes)
+    made = saver_for(resolve("gpt2", **sizes), tmp_path / "to").save(exe.weights)
+    assert made.files == (tmp_path / "to" / "weights.safetensors",)
+    path = str(made.files[0])
+    assert made.loading == (
+        f"treadle.compile('gpt2', weights=read_weights({path!r})), of treadle.training.weight_files"
+    )
+    again = t.compile("gpt2", weights=read_weights(path), seed=5, **sizes)
+    tokens = np.arange(6).reshape(2, 3)
+    np.testing.assert_array_equal(exe(tokens=tokens)["logits"], again(tokens=tokens)["logits"])
+
+
+def test_weights_of_every_element_are_written_as_safetensors_reads_them(tmp_path: Path) -> None:
+    held: dict[str, Array] = {
+        "flag": np.array([True, False, True]),
+        "half": np.arange(3, dtype=np.float16),
+        "swapped": np.arange(4, dtype=">f4"),
+        "none": np.zeros((0, 3), np.float32),
+        "one": np.array(2.5),
+        "turned": np.arange(6, dtype=np.int64).reshape(2, 3).T,
+    }
+    held["swapped"] = held["swapped"].astype("<f4")
+    write_weights(tmp_path / "w.safetensors", held)
+    theirs = load_file(tmp_path / "w.safetensors")
+    for found in (theirs, read_weights(tmp_path / "w.safetensors")):
+        assert found.keys() == held.keys()
+        for name, array in held.items():
+            assert found[name].dtype == array.dtype
+            np.testing.assert_array_equal(found[name], array)
+
+
+# -- what is refused -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    saved("gpt2", tmp_path / "from")
+    return tmp_path / "from"
+
+
+def weights_in(folder: Path) -> dict[str, Array]:
+    return dict(resolve(folder).weights or {})
+
+
+def test_a_folder_that_holds_files_is_left_as_it_is_unless_it_is_asked_for(source: Path, tmp_path: Path) -> None:
+    to = tmp_path / "to"
+    to.mkdir()
+    (to / "notes").write_text("mine")
+    (to / "config.json").write_text("old")
+    with pytest.raises(UsageError, match="the folder to save in is not empty") as caught:
+        save_folder(source, weights_in(source), to)
+    assert str(caught.value.hint) == "another folder, or replace=True"
+    assert caught.value.hint.command == "another folder, or --replace"  # type: ignore[union-attr]
+    assert sorted(os.listdir(to)) == ["config.json", "notes"]
+    save_folder(source, weights_in(source), to, replace=True)
+    assert (to / "notes").read_text() == "mine" and (to / "config.json").read_text() != "old"
+
+
+def test_nothing_outside_is_written(source: Path, tmp_path: Path) -> None:
+    """A link to a file is replaced, not followed; a link to a folder is refused."""
+    (tmp_path / "theirs").write_text("theirs")
+    (tmp_path / "to").mkdir()
+    (tmp_path / "to" / "model.safetensors").symlink_to(tmp_path / "theirs")
+    save_folder(source, weights_in(source), tmp_path / "to", replace=True)
+    assert (tmp_path / "theirs").read_text() == "theirs"
+    assert not (tmp_path / "to" / "model.safetensors").is_symlink()
+    (source / "modules.json").write_text("[]")
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text("{}")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "to" / "1_Pooling").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match="a link leads out of the folder that is written"):
+        save_folder(source, weights_in(source), tmp_path / "to", replace=True)
+    assert not os.listdir(tmp_path / "elsewhere")
+
+
+def test_nothing_outside_is_read(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret.json").write_text("{}")
+    weights = weights_in(source)
+    (source / "vocab.json").symlink_to(tmp_path / "secret.json")
+    with pytest.raises(CheckpointError, match="leads out of the model's folder"):
+        save_folder(source, weights, tmp_path / "to")
+    assert not (tmp_path / "to").exists()
+
+
+def test_what_cannot_be_saved_is_told_before_there_is_anything_to_save(source: Path, tmp_path: Path) -> None:
+    resolved = resolve(source)
+    with pytest.raises(UsageError, match="the model's own folder is not written over"):
+        saver_for(resolved, source, replace=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="in a folder, and this is a file"):
+        saver_for(resolved, tmp_path / "file")
+    with pytest.raises(UsageError, match="the folder cannot be written"):
+        saver_for(resolved, tmp_path / "file" / "below")
+    with pytest.raises(CheckpointError, match="lacks 1 of the"):
+        save_folder(source, {"no.such.weight": np.zeros(3, np.float32)}, tmp_path / "to")
+    assert not (tmp_path / "to").exists()
+
+
+def test_other_formats_are_refused(source: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF")
+    with pytest.raises(UsageError, match=r"in the layout of a folder with config\.json") as caught:
+        save_folder(path, {}, tmp_path / "to")
+    assert (caught.value.received, caught.value.within) == ("model.gguf", str(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_a_weight_that_would_become_infinite_is_refused(dtype: str, tmp_path: Path) -> None:
+    saved("gpt2", tmp_path / "from", {"f16": torch.float16, "bf16": torch.bfloat16}[dtype])
+    weights = {"ln_f.bias": np.full(24, {"f16": 65520, "bf16": 3.4e38}[dtype], np.float32)}
+    with pytest.raises(UsageError, match=rf"ln_f\.bias is out of the range of {dtype}"):
+        save_folder(tmp_path / "from", weights, tmp_path / "to")
+    assert not (tmp_path / "to" / "model.safetensors").exists()
+    weights["ln_f.bias"][:] = {"f16": 65519, "bf16": 3.38e38}[dtype]
+    save_folder(tmp_path / "from", weights, tmp_path / "to", replace=True)

@@ -1,0 +1,338 @@
+"""Saving trained weights: a folder like the one that they came from, with the new values in the tensors' own dtypes.
+
+    saver = saver_for(trainer.resolved, Path("trained"))    # refuses at once what could not be saved in the end
+    ...
+    saver.save(trainer.weights)
+
+    trained/model.safetensors       every tensor of the checkpoint: what a parameter is anew, all others as they were
+    trained/config.json, ...        settings, vocabulary and chat template, byte for byte
+
+Shards become one file. What a checkpoint stores twice (an embedding that is also the output's matrix) is written to
+both places. A model without a folder gets `weights.safetensors` alone, under parameter names.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from treadle.files.contained_files import PathLike, read_regular
+from treadle.files.shown_names import printable, shown_path
+from treadle.files.whole_files import replacing
+from treadle.frontends.binding import Source, alternatives, bind
+from treadle.frontends.ctranslate2_file import find_ctranslate2
+from treadle.frontends.huggingface import Checkpoint, ModelFolder, open_checkpoint
+from treadle.frontends.mapped_tensors import TensorRecord
+from treadle.frontends.safetensors_file import SafetensorsFile
+from treadle.ir.errors import GraphError, Hint, UsageError
+from treadle.ir.literals import Literal
+from treadle.ir.types import DTYPES
+from treadle.models.registry import family_of
+from treadle.resolving import Resolved
+from treadle.training.weight_files import WrittenTensor, write_tensors, write_weights
+
+Array = npt.NDArray[Any]
+Shape = tuple[int, ...]
+
+MODEL, WEIGHTS = "model.safetensors", "weights.safetensors"
+
+_SETTINGS = (".json", ".txt", ".model", ".jinja")
+"""What the names of the files end in that say how a model is run: config.json, vocab.txt, tokenizer.model, ..."""
+_WEIGHTS_INDEX = ".index.json"
+_CONFIG, _MODULES = "config.json", "modules.json"
+_FILE_BYTES = 256 << 20
+_ROUNDED = ("f16", "bf16")
+_FIRST = 4096  # bytes by which tensors mostly differ already
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """What was written.
+
+    folder   that which was asked for
+    files    in it, those with the weights first
+    loading  how the weights are loaded again, in Python and on the command line
+    """
+
+    folder: Path
+    files: tuple[Path, ...]
+    loading: str
+
+
+class Saver(Protocol):
+    """What writes trained weights to a folder, as often as it is asked."""
+
+    def save(self, weights: Mapping[str, Array]) -> SavedModel:
+        """Write the model with these weights, by parameter name.
+
+        Raises UsageError where a file cannot be written, or a weight is out of the range of the dtype in which the
+        checkpoint holds it.
+        """
+
+
+def saver_for(resolved: Resolved, target: PathLike, *, replace: bool = False) -> Saver:
+    """What saves a model's trained weights to a folder.
+
+    replace  whether the folder may hold files, which stay, but for those of the same names
+
+    Raises UsageError where the model came from what is not written (a GGUF or an ONNX file, CTranslate2's layout),
+    where the folder is the model's own, is none, cannot be written or is not empty, and CheckpointError as
+    `open_checkpoint` does.
+    """
+    if resolved.folder is None:
+        return WeightsSaver(_checked_target(target, replace), resolved.name)
+    shapes = {name: value.type.static_shape or () for name, value in resolved.graph.parameters.items()}
+    return FolderSaver.open(resolved.folder, shapes, target, replace=replace)
+
+
+def save_folder(
+    source: PathLike, weights: Mapping[str, Array], target: PathLike, *, replace: bool = False
+) -> SavedModel:
+    """Write a folder like `source`, with these weights by parameter name.
+
+    Raises as `saver_for` does, and `Saver.save`.
+    """
+    shapes = {name: np.shape(array) for name, array in weights.items()}
+    return FolderSaver.open(source, shapes, target, replace=replace).save(weights)
+
+
+@dataclass(frozen=True)
+class WeightsSaver:
+    """Writes the weights of a model without a folder, such as a family of the zoo."""
+
+    target: Path
+    model: str
+
+    def save(self, weights: Mapping[str, Array]) -> SavedModel:
+        """See `Saver`."""
+        _make(self.target)
+        path = self.target / WEIGHTS
+        write_weights(path, weights)
+        made = f"treadle.compile({self.model!r}, weights=read_weights({os.fspath(path)!r}))"
+        return SavedModel(self.target, (path,), f"{made}, of treadle.training.weight_files")
+
+
+@dataclass(frozen=True)
+class FolderSaver:
+    """Writes a folder like the one that a model came from.
+
+    parts   of each tensor the parameters that are parts of it, each with which part
+    copies  tensors that hold the same as another, which parameters are, and are to go on doing so
+    added   of parameters whose tensor the checkpoint left out: its name, and the tensor that stands for it. It is
+            written where another parameter of that tensor was trained to other values
+    settings  the files that are copied
+    """
+
+    checkpoint: Checkpoint
+    target: Path
+    parts: Mapping[str, Mapping[str, Source]]
+    copies: Mapping[str, str]
+    added: Mapping[str, tuple[str, str]]
+    settings: tuple[str, ...]
+
+    @classmethod
+    def open(
+        cls, source: PathLike, parameters: Mapping[str, Shape], target: PathLike, *, replace: bool = False
+    ) -> FolderSaver:
+        """Find the tensors of these parameters, which a model of `source` has. Raises as `saver_for` does."""
+        checkpoint = _opened(source)
+        family = family_of(checkpoint.config)
+        table = family.checkpoint(checkpoint.config)
+        wanted = {name: (shape, "f32") for name, shape in parameters.items()}
+        bound = bind(wanted, table, checkpoint, prefixes=family.prefixes, deferred=True)
+        known = alternatives(parameters, table, checkpoint, prefixes=family.prefixes)
+        parts: dict[str, dict[str, Source]] = {}
+        for name, part in bound.sources.items():
+            parts.setdefault(part.name, {})[name] = part
+        names = {
+            name: {each.name for parameter in of for each in known[parameter] if not each.part}
+            for name, of in parts.items()
+        }
+        added = {
+            name: (known[name][0].name, part.name)
+            for name, part in bound.sources.items()
+            if known[name][0].name not in checkpoint and not known[name][0].part and not part.part
+        }
+        checked = _checked_target(target, replace, checkpoint.folder.path)
+        copies = _copies(checkpoint, bound.unused, names)
+        return cls(checkpoint, checked, parts, copies, added, tuple(_settings_of(checkpoint.folder)))
+
+    def save(self, weights: Mapping[str, Array]) -> SavedModel:
+        """See `Saver`."""
+        place = self.checkpoint.folder
+        _make(self.target)
+        for below in sorted({name.rpartition("/")[0] for name in self.settings} - {""}):
+            if (self.target / below).is_symlink():
+                raise UsageError(
+                    "a link leads out of the folder that is written", received=below, within=str(self.target)
+                )
+            _make(self.target / below)
+        written = [self.target / MODEL]
+        write_tensors(written[0], self._tensors(weights), self._metadata())
+        for name in self.settings:  # config.json last: without it the folder is no model
+            written.append(self.target / name)
+            _write(written[-1], read_regular(place.file(name), _FILE_BYTES, place.show(name)))
+        shown = os.fspath(self.target)
+        return SavedModel(self.target, tuple(written), Hint(f"treadle.compile({shown!r})", f"treadle run {shown}"))
+
+    def _tensors(self, weights: Mapping[str, Array]) -> list[WrittenTensor]:
+        """What is written: tensors anew, their copies, and all others."""
+        parts = {name: dict(of) for name, of in self.parts.items()}
+        apart = {}
+        for parameter, (new, shared) in self.added.items():
+            same = [name for name, part in parts[shared].items() if part == parts[shared][parameter]]
+            if any(not np.array_equal(weights[parameter], weights[name], equal_nan=True) for name in same):
+                apart[new] = shared, {parameter: parts[shared].pop(parameter)}
+        tensors = []
+        for name in self.checkpoint.names():
+            record = self.checkpoint.record(name)
+            of = parts.get(self.copies.get(name, name), {})
+            tensors.append(_written(name, record, partial(self._values, name, record, of, weights)))
+        for name, (shared, of) in apart.items():
+            record = self.checkpoint.record(shared)
+            tensors.append(_written(name, record, partial(self._values, shared, record, of, weights)))
+        return tensors
+
+    def _values(
+        self, name: str, record: TensorRecord, parts: Mapping[str, Source], weights: Mapping[str, Array]
+    ) -> Array:
+        """A tensor's elements, with parameters in their places."""
+        raw = self.checkpoint.raw(name)
+        if not parts:
+            return raw
+        stored: Array = raw.copy().view(_element(record.dtype)).reshape(record.shape)
+        for parameter, part in parts.items():
+            part.write(stored, _rounded(parameter, np.asarray(weights[parameter]), record.dtype))
+        return stored
+
+    def _metadata(self) -> dict[str, str]:
+        """That of the checkpoint's first file; others want to be told the format."""
+        first = self.checkpoint.folder
+        file = SafetensorsFile.open(first.file(self.checkpoint.files[0]), self.checkpoint.limits)
+        return {"format": "pt", **file.metadata}
+
+
+def _opened(source: PathLike) -> Checkpoint:
+    """The checkpoint of a folder. Raises UsageError for a model in another form."""
+    path = Path(source)
+    converted = path.is_dir() and find_ctranslate2(path) is not None
+    if converted or path.is_file():
+        raise UsageError(
+            "trained weights are written in the layout of a folder with config.json and model.safetensors alone",
+            received="a folder in CTranslate2's layout" if converted else path.name,
+            within=shown_path(path.parent if path.is_file() else path),
+            hint="the folder from which it was made, in place of it",
+        )
+    return open_checkpoint(path)
+
+
+def _copies(checkpoint: Checkpoint, unused: Iterable[str], names: Mapping[str, Iterable[str]]) -> dict[str, str]:
+    """Which tensors, that no parameter takes, hold the same as one that parameters take, and which one that is.
+
+    names  of each that is taken: what else it may be called. Under another name it is the same by what it holds, if
+           that is not one number alone: biases of zeros are equal by accident
+    """
+    copies = {}
+    for name in unused:
+        record = checkpoint.record(name)
+        for other, called in names.items():
+            their = checkpoint.record(other)
+            if (record.dtype, record.shape) != (their.dtype, their.shape):
+                continue
+            raw, theirs = checkpoint.raw(name), checkpoint.raw(other)
+            if not np.array_equal(raw[:_FIRST], theirs[:_FIRST]) or not np.array_equal(raw, theirs):
+                continue
+            elements = raw.reshape(-1, max(1, record.nbytes // max(1, int(np.prod(record.shape)))))
+            if name in called or (len(record.shape) and (elements != elements[:1]).any()):
+                copies[name] = other
+                break
+    return copies
+
+
+def _written(name: str, record: TensorRecord, values: Any) -> WrittenTensor:
+    return WrittenTensor(name, record.dtype, record.shape, record.nbytes, values)
+
+
+def _element(dtype: str) -> np.dtype[Any]:
+    """NumPy's dtype of an element as it is stored."""
+    held = DTYPES[dtype].numpy
+    return np.dtype("<u2") if held is None else held.newbyteorder("<")
+
+
+def _rounded(name: str, values: Array, dtype: str) -> Array:
+    """Values as elements of a stored dtype, rounded to the nearest, of two to the even one.
+
+    Raises UsageError where a finite one would become infinite.
+    """
+    if dtype not in _ROUNDED:
+        return values
+    try:
+        return np.frombuffer(Literal.of(values, DTYPES[dtype]).data, _element(dtype)).reshape(values.shape)
+    except GraphError:
+        largest = float(np.abs(values[np.isfinite(values)]).max())
+        raise UsageError(
+            f"{printable(name)} is out of the range of {dtype}, in which the checkpoint holds it",
+            received=f"values up to {largest:g}",
+            hint=Hint("a lower rate", "a lower --rate, or --clip"),
+        ) from None
+
+
+def _settings_of(place: ModelFolder) -> list[str]:
+    """The files beside the weights that say how the model is run, relative to its folder; config.json last."""
+    found = []
+    for name in sorted(os.listdir(place.path)):
+        path = place.path / name
+        if path.is_file() and name.endswith(_SETTINGS) and not name.endswith(_WEIGHTS_INDEX):
+            found.append(name)
+        elif path.is_dir() and place.has(_MODULES) and (path / _CONFIG).is_file():  # as sentence-transformers has it
+            found.append(f"{name}/{_CONFIG}")
+    for name in found:
+        place.file(name)  # which refuses what lies elsewhere
+    return sorted(found, key=lambda name: name == _CONFIG)
+
+
+def _checked_target(target: PathLike, replace: bool, source: Path | None = None) -> Path:
+    """The folder to write. Raises UsageError as `saver_for` does."""
+    path = Path(target)
+    shown = shown_path(path)
+    if path.exists() and not path.is_dir():
+        raise UsageError("weights are saved in a folder, and this is a file", received=shown, hint="another name")
+    if source is not None and path.exists() and path.resolve() == source.resolve():
+        raise UsageError(
+            "the model's own folder is not written over", received=shown, hint="another folder for what is trained"
+        )
+    if path.is_dir() and not replace and any(os.scandir(path)):
+        raise UsageError(
+            "the folder to save in is not empty",
+            received=shown,
+            hint=Hint("another folder, or replace=True", "another folder, or --replace"),
+        )
+    above = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not os.access(above, os.W_OK | os.X_OK) or not above.is_dir():
+        raise UsageError(
+            "the folder cannot be written", received=shown, within=shown_path(above), hint="a folder that can"
+        )
+    return path
+
+
+def _make(folder: Path) -> None:
+    """Make a folder, if it is not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError("the folder cannot be made", received=str(error), within=shown_path(folder)) from error
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        with replacing(path) as file:
+            file.write(data)
+    except OSError as error:
+        raise UsageError("the file cannot be written", received=str(error), within=shown_path(path)) from error

@@ -1,0 +1,92 @@
+"""Writing tensors as a safetensors file: whole or not at all, a tensor in memory at a time.
+
+    8 bytes   n, an unsigned little-endian integer
+    n bytes   the header, JSON: `__metadata__` (text to text), then each tensor's dtype, shape and range
+    the rest  the tensors, those of wide elements first, so that each lies at a multiple of its element
+
+Source: the format, https://huggingface.co/docs/safetensors. `treadle.frontends.safetensors_file` reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from treadle.files.shown_names import shown_path
+from treadle.files.whole_files import replacing
+from treadle.frontends.safetensors_file import SafetensorsFile
+from treadle.ir.errors import UsageError
+from treadle.ir.types import dtype_of
+
+Array = np.ndarray[Any, Any]
+
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class WrittenTensor:
+    """A tensor, as it will lie in the file.
+
+    dtype   by its name here: f32, bf16, ...
+    values  gives its elements, little-endian, in NumPy's dtype of the same size: u16 for bf16
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    values: Callable[[], Array]
+
+
+def write_tensors(path: Path, tensors: Sequence[WrittenTensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors as one file, which takes the place of one that is there. The bytes follow from the arguments.
+
+    Raises UsageError where the file cannot be written.
+    """
+    ordered = sorted(tensors, key=lambda tensor: -tensor.nbytes // max(1, math.prod(tensor.shape)))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for tensor in ordered:
+        offsets = [at, at + tensor.nbytes]
+        header[tensor.name] = {"dtype": tensor.dtype.upper(), "shape": list(tensor.shape), "data_offsets": offsets}
+        at += tensor.nbytes
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    try:
+        with replacing(path) as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for tensor in ordered:
+                data = np.ascontiguousarray(tensor.values()).reshape(-1).view(np.uint8).data
+                assert len(data) == tensor.nbytes
+                file.write(data)
+    except OSError as error:
+        raise UsageError("the weights cannot be written", received=str(error), within=shown_path(path)) from error
+
+
+def write_weights(path: Path, weights: Mapping[str, Array]) -> None:
+    """Write weights by parameter name, as `read_weights` reads them. Raises UsageError as `write_tensors` does."""
+    tensors = [
+        WrittenTensor(name, str(dtype_of(array)), array.shape, array.nbytes, partial(_little, array))
+        for name, array in weights.items()
+    ]
+    write_tensors(path, tensors, {"format": "pt"})
+
+
+def read_weights(path: str | Path) -> dict[str, Array]:
+    """The weights of a file that training wrote for a model without a folder, as `treadle.compile` takes them.
+
+    Raises CheckpointError where the file is missing or damaged.
+    """
+    file = SafetensorsFile.open(path)
+    return {name: file.array(name) for name in file}
+
+
+def _little(array: Array) -> Array:
+    return array.astype(array.dtype.newbyteorder("<"), copy=False)
