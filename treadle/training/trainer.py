@@ -46,19 +46,18 @@ from treadle.ir.types import f32
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import RECOGNITION
 from treadle.resolving import BLOCKS, Resolved, resolve
-from treadle.runtime.training.optimizers import SGD, AdamW, update_graph
+from treadle.runtime.training.optimizers import AdamW, Optimizer, update_graph
 from treadle.runtime.training.schedules import Schedule, schedule_of
 from treadle.training.states import read_state, write_state
 
 Array = np.ndarray[Any, Any]
-Optimizer = AdamW | SGD
 
 WIDENED = ("bf16", "f16", BLOCKS)
 """What weights are held in is float32 while they are trained: a step is too small for fewer bits."""
 
 
 @dataclass(frozen=True)
-class Told:
+class StepTold:
     """What a call of `step` came to.
 
     step      how many updates there have been
@@ -220,7 +219,7 @@ class Trainer:
         beside = {*self.trained} | ({TEACHER} if self.teacher is not None else set())
         return tuple([port for port in self.gradient.inputs if port.name not in beside])
 
-    def step(self, **arrays: Any) -> Told:
+    def step(self, **arrays: Any) -> StepTold:
         """Take one batch: its gradients, and, with the last of `accumulate` calls, an update of the weights.
 
         Raises UsageError where nothing of the batch counts, and where the loss or a gradient is no number: weights and
@@ -234,7 +233,7 @@ class Trainer:
         norm, rate, updated = math.nan, self.schedule(self.steps + 1), self._calls == self.accumulate
         if updated:
             norm = self._updated(rate)
-        return Told(self.steps, updated, loss, norm, rate, time.perf_counter() - began)
+        return StepTold(self.steps, updated, loss, norm, rate, time.perf_counter() - began)
 
     def evaluate(self, **arrays: Any) -> float:
         """The mean loss over the places of a batch that count; nothing is changed. Raises as `step` does."""
