@@ -227,6 +227,21 @@ class TextTokenizer:
             return [[EncodedText.of(e)] for e in encoded]
         return [[EncodedText.of(e), *map(EncodedText.of, e.overflowing)] for e in encoded]
 
+    def ids(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+        """The ids of each text, as `encode` has them, without the places, which take far more memory than the ids do.
+
+        Raises UsageError for a text that is not valid Unicode.
+        """
+        for text in texts:
+            if not text.isascii():
+                _refuse_surrogates(text)
+        encoded = _guarded(
+            lambda: self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=special),
+            "the tokenizer failed on a text",
+            _FILE,
+        )
+        return [e.ids for e in encoded]
+
     def id_of(self, name: str) -> int | None:
         """The id of a token by its name in the vocabulary; None where there is none."""
         found = self._tokenizer.token_to_id(name)

@@ -140,7 +140,7 @@ class TextWriter:
         if file is not None:
             end, template = gguf_end_tokens(file), gguf_chat_template(file)
         else:
-            end, template = _folder_end_tokens(place), folder_chat_template(place)
+            end, template = folder_end_tokens(place), folder_chat_template(place)
         try:
             made = stepped(model, backend=backend, target=target, limits=limits, cache=cache, **config)
         except NoStep as error:
@@ -290,7 +290,7 @@ def need_for_text(model: str | Path, *, chat: bool = False) -> None:
     need_packages(f"text from {printable(str(model))}", "tokenizers", *of_file, *(["jinja2"] if chat else []))
 
 
-def _folder_end_tokens(folder: Path) -> tuple[int, ...]:
+def folder_end_tokens(folder: Path) -> tuple[int, ...]:
     """`eos_token_id` of generation_config.json, else of config.json: a number, or several."""
     place = ModelFolder.find(folder)
     for name in ("generation_config.json", "config.json"):

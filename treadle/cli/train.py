@@ -1,0 +1,324 @@
+"""`treadle train`: a language model trained on texts, and saved as it was read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from treadle.cli.application import command, print_json
+from treadle.cli.completing import complete_backend, complete_model
+from treadle.cli.options import AsJson, Config, Dtype, Limit, ModelName, Seed, TargetName, Threads
+from treadle.ir.errors import UsageError
+
+if TYPE_CHECKING:
+    from treadle.training.saving import SavedModel
+    from treadle.training.text_data import TextData
+    from treadle.training.text_runs import Update
+
+INTERRUPTED = 130
+"""The exit code after Ctrl-C, as of any command."""
+
+
+@command("train")
+def train_model(
+    model: ModelName,
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILES",
+            help='Texts in UTF-8; .jsonl has one a line, as {"text": "..."}; - is standard input.',
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="FOLDER", help="Save the trained model, as it was read.", show_default=False
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--replace", help="Save in a folder that holds files, over those of the same names.")
+    ] = False,
+    objective: Annotated[
+        str, typer.Option(metavar="NAME", help="What is foretold: next-token, or masked-token.")
+    ] = "next-token",
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Updates of the weights, in all.")] = 1000,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Blocks of tokens that are read at a time.")] = 8,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=2,
+            help="Tokens of a block. By default 128, if the model takes as many.",
+            show_default=False,
+        ),
+    ] = None,
+    accumulate: Annotated[int, typer.Option(metavar="N", min=1, help="Batches that make one update.")] = 1,
+    rate: Annotated[float, typer.Option(metavar="X", help="The greatest learning rate.")] = 1e-4,
+    warmup: Annotated[int, typer.Option(metavar="N", min=0, help="Updates until it is reached.")] = 0,
+    schedule: Annotated[
+        str, typer.Option(metavar="SHAPE", help="How it goes on: constant, or falling as a cosine or linear to 0.")
+    ] = "constant",
+    optimizer: Annotated[str, typer.Option(metavar="NAME", help="adamw; or sgd, with a momentum of 0.9.")] = "adamw",
+    weight_decay: Annotated[
+        float | None,
+        typer.Option(metavar="X", min=0, help="By default 0.01 with adamw, 0 with sgd.", show_default=False),
+    ] = None,
+    clip: Annotated[
+        float, typer.Option(metavar="X", min=0, help="The most that the gradient's norm may be; 0: it is not cut.")
+    ] = 1.0,
+    trained: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--train",
+            metavar="PATTERN",
+            help="Train weights of these names alone, such as 'h.*.mlp.*'. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Learn from the probabilities of another model, too.",
+            show_default=False,
+            autocompletion=complete_model,
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="With --teacher: what logits are divided by. By default 2.", show_default=False),
+    ] = None,
+    share: Annotated[
+        float | None,
+        typer.Option(
+            "--teacher-share",
+            metavar="X",
+            min=0,
+            max=1,
+            help="With --teacher: its part of the loss. By default 0.5.",
+            show_default=False,
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Whose tokenizer cuts the texts, if not the model's.", show_default=False),
+    ] = None,
+    holdout: Annotated[
+        float,
+        typer.Option(
+            metavar="X", min=0, max=1, help="The part of the blocks whose perplexity is told before and after."
+        ),
+    ] = 0.0,
+    every: Annotated[int, typer.Option(metavar="N", min=1, help="Updates between two lines.")] = 10,
+    state: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write what --resume goes on from, at the end.", show_default=False),
+    ] = None,
+    save_every: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="With --state: after so many updates as well.", show_default=False),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Go on from a state, up to --steps.", show_default=False),
+    ] = None,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Compute layers again for their gradients: less memory, more time.")
+    ] = False,
+    config: Config = None,
+    limit: Limit = None,
+    dtype: Dtype = None,
+    backend: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="torch, numpy, tvm, or another that is installed.", autocompletion=complete_backend
+        ),
+    ] = "torch",
+    target: TargetName = "cpu",
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Train a language model on texts, and save it as it was read.
+
+    Ctrl-C ends training after the step that is being done; what was trained is saved.
+    """
+    from treadle.ir.target import Target
+    from treadle.option_values import parse_config
+    from treadle.progress import counting, working
+    from treadle.resolving import BLOCKS, resolve
+    from treadle.training.interrupts import noting_interrupts
+    from treadle.training.run_report import RunReport, data_text, line_text
+    from treadle.training.saving import saver_for
+    from treadle.training.text_data import TextData
+    from treadle.training.text_runs import Update, held_out_loss, updates
+
+    _check_options(teacher, temperature, share, state, save_every, resume)
+    chosen = parse_config(config or (), limit or ())
+    where = {} if (target, threads) == ("cpu", None) else {"target": Target(target, threads)}
+    with working(f"reading {model}", shown=not as_json):
+        resolved = resolve(model, widen=("bf16", "f16", BLOCKS), deferred=True, **chosen)
+        saver = None if output is None else saver_for(resolved, output, replace=overwrite)
+        made = {"rate": _schedule(rate, warmup, schedule, steps), "optimizer": _optimizer(optimizer, weight_decay)}
+        data = TextData.open(
+            model,
+            files,
+            resolved,
+            objective=objective,
+            length=length,
+            batch=batch,
+            holdout=holdout,
+            seed=seed,
+            tokenizer=tokenizer,
+            teacher=teacher,
+        )
+    if not as_json:
+        print(data_text(data))
+    with working(f"compiling {model}", shown=not as_json):
+        trainer = _trainer(
+            model,
+            loss="cross-entropy",
+            **made,
+            clip=clip or None,
+            trained=tuple(trained or ("*",)),
+            **_taught(teacher, temperature, share, backend, where),
+            backend=backend,
+            dtype=dtype,
+            recompute=recompute,
+            accumulate=accumulate,
+            seed=seed,
+            **where,
+            **chosen,
+        )
+        if resume is not None:
+            trainer.restore(resume)
+    if trainer.steps >= steps:
+        raise UsageError(
+            f"the state has {trainer.steps:,} steps behind it already",
+            received=f"--steps {steps}",
+            hint=f"--steps {2 * trainer.steps}, which counts those, too",
+        )
+    given = {name: value for name, value in chosen.items() if name != "limits"}
+    run = RunReport(
+        model, backend, objective, data, accumulate, trainer.steps, teacher is not None, given, resolved.folder
+    )
+
+    def held_out() -> float | None:
+        count = math.ceil(len(data.heldout) / batch)
+        with counting("reading held out blocks", count, shown=not as_json) as progress:
+            return held_out_loss(trainer, data, progress=progress, ends=interrupted)
+
+    with noting_interrupts() as interrupted:
+        run.before = held_out()
+        since: list[Update] = []
+        with _telling(f"training {model}", as_json) as tell:
+            for update in [] if interrupted() else updates(trainer, data, steps=steps, accumulate=accumulate):
+                since.append(update)
+                ends = interrupted() or update.step == steps
+                if ends or update.step % every == 0:
+                    run.lines.append(Update.joined(since))
+                    since = []
+                    tell(line_text(run.lines[-1], steps))
+                if ends:
+                    break
+                if state is not None and save_every is not None and update.step % save_every == 0:
+                    trainer.save_state(state)
+        run.interrupted = run.steps < steps
+        if state is not None and run.lines:
+            trainer.save_state(state)
+            run.state = state
+        if saver is not None and run.lines:
+            run.saved = saver.save(trainer.weights)
+        run.after = held_out()
+    if as_json:
+        print_json(run.facts())
+    else:
+        for line in run.told():
+            print(line)
+    if run.interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _check_options(
+    teacher: str | None,
+    temperature: float | None,
+    share: float | None,
+    state: Path | None,
+    save_every: int | None,
+    resume: Path | None,
+) -> None:
+    """Raises UsageError for options that need another one, and for files that are not there or cannot be."""
+    if teacher is None and (temperature, share) != (None, None):
+        option = "--temperature" if temperature is not None else "--teacher-share"
+        raise UsageError(f"without --teacher there is no {option}", hint="--teacher MODEL as well")
+    if state is None and save_every is not None:
+        raise UsageError("without --state there is no --save-every", hint="--state FILE as well")
+    if resume is not None and not resume.is_file():
+        raise UsageError(f"there is no file {resume}", hint="a file that --state wrote")
+    if state is not None and (state.is_dir() or not state.absolute().parent.is_dir()):
+        what = "this is a folder" if state.is_dir() else "its folder is not there"
+        raise UsageError(f"the state cannot be written: {what}", received=str(state), hint="a file in a folder")
+
+
+def _optimizer(name: str, weight_decay: float | None) -> Any:
+    from treadle.runtime.training.optimizers import SGD, AdamW
+
+    decay = {} if weight_decay is None else {"weight_decay": weight_decay}
+    if name == "adamw":
+        return AdamW(**decay)
+    if name == "sgd":
+        return SGD(momentum=0.9, **decay)
+    raise UsageError(f"there is no optimizer {name!r}", hint="adamw or sgd")
+
+
+def _schedule(rate: float, warmup: int, shape: str, steps: int) -> Any:
+    from treadle.runtime.training.schedules import Schedule
+
+    if shape not in ("constant", "cosine", "linear"):
+        raise UsageError(f"there is no schedule {shape!r}", hint="constant, cosine or linear")
+    if not (0 < rate < math.inf):
+        raise UsageError("a learning rate is a number above 0", received=f"--rate {rate:g}", hint="--rate 1e-4")
+    if shape != "constant" and max(warmup, 1) >= steps:
+        raise UsageError(
+            f"a {shape} schedule falls after its warmup, for which no steps are left",
+            received=f"--warmup {warmup}, --steps {steps}",
+            hint="a shorter --warmup, or more --steps",
+        )
+    return Schedule(rate, warmup=warmup, steps=None if shape == "constant" else steps, shape=shape)
+
+
+def _taught(
+    teacher: str | None, temperature: float | None, share: float | None, backend: str, where: dict[str, Any]
+) -> dict[str, Any]:
+    """What a trainer is told of its teacher, compiled."""
+    if teacher is None:
+        return {}
+    import treadle
+
+    made = treadle.compile(teacher, backend=backend, widen=("bf16", "f16"), **where)
+    return {
+        "teacher": made,
+        "temperature": 2.0 if temperature is None else temperature,
+        "share": 0.5 if share is None else share,
+    }
+
+
+def _trainer(model: str, **options: Any) -> Any:
+    from treadle.training.trainer import Trainer
+
+    return Trainer(model, **options)
+
+
+def _telling(what: str, as_json: bool) -> AbstractContextManager[Callable[[str], None]]:
+    """What tells lines while the block runs; nothing with --json."""
+    from contextlib import nullcontext
+
+    from treadle.progress import working
+
+    return nullcontext(lambda line: None) if as_json else working(what)

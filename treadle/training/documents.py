@@ -1,0 +1,47 @@
+"""The documents of files: a text file is one, a .jsonl file has one a line, `{"text": "Once upon a time"}`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+
+from treadle.files.shown_names import printable, shown_path
+from treadle.ir.errors import UsageError
+from treadle.option_values import read_text
+
+LINES = ".jsonl"
+
+
+def read_documents(files: Sequence[str]) -> list[str]:
+    """The documents of all files, in their order; `-` is standard input. Those of white space alone are left out.
+
+    Raises UsageError where there is none, where a file is too long or not UTF-8, and for a line of a .jsonl file that
+    is no object with a text; CheckpointError where a file cannot be read.
+    """
+    found: list[str] = []
+    for file in files:
+        text = read_text(file)
+        found += _lines(text, file) if file.endswith(LINES) else [text]
+    found = [text for text in found if text.strip()]
+    if not found:
+        raise UsageError("there is no text", received=", ".join(map(printable, files)), hint="a file with a text in it")
+    return found
+
+
+def _lines(text: str, file: str) -> Iterator[str]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            held = json.loads(line)
+        except (ValueError, RecursionError):
+            held = None
+        document = held.get("text") if isinstance(held, dict) else None
+        if not isinstance(document, str):
+            raise UsageError(
+                f"a line of a {LINES} file is an object with a text",
+                received=printable(line, 80),
+                within=f"{shown_path(file)}, line {number}",
+                hint='{"text": "Once upon a time"}',
+            )
+        yield document

@@ -1,0 +1,134 @@
+"""What a run of training on texts came to, in words and as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from treadle.reporting.counts import counted, human
+from treadle.training.saving import SavedModel
+from treadle.training.text_data import TextData
+from treadle.training.text_runs import Update, perplexity_of
+
+
+@dataclass
+class RunReport:
+    """What came of it.
+
+    model        as it was named
+    accumulate   batches that made an update
+    first        updates that had been made before
+    has_teacher  whether a teacher's part is in the losses, so that they are of no perplexity
+    config       configuration that was given, of a model of `folder`
+    lines        of several updates each, in their order
+    before, after  the mean loss over the blocks that are held out
+    """
+
+    model: str
+    backend: str
+    objective: str
+    data: TextData
+    accumulate: int
+    first: int
+    has_teacher: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+    lines: list[Update] = field(default_factory=list)
+    before: float | None = None
+    after: float | None = None
+    interrupted: bool = False
+    state: Path | None = None
+    saved: SavedModel | None = None
+
+    @property
+    def steps(self) -> int:
+        """How many updates there have been, those before included."""
+        return self.lines[-1].step if self.lines else self.first
+
+    def facts(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+
+        def measured(loss: float | None) -> dict[str, float | None]:
+            return {"loss": loss, "perplexity": None if loss is None or self.has_teacher else perplexity_of(loss)}
+
+        held = len(self.data.heldout)
+        return {
+            "model": self.model,
+            "backend": self.backend,
+            "objective": self.objective,
+            "blocks": len(self.data.batches.blocks),
+            "length": self.data.length,
+            "batch": self.data.batches.rows,
+            "accumulate": self.accumulate,
+            "resumed_at": self.first,
+            "steps": self.steps,
+            "tokens": sum(line.tokens for line in self.lines),
+            "seconds": sum(line.seconds for line in self.lines),
+            "lines": [line_facts(line) for line in self.lines],
+            "held_out": {"blocks": held, "before": measured(self.before), "after": measured(self.after)}
+            if held
+            else None,
+            "interrupted": self.interrupted,
+            "output": None if self.saved is None else str(self.saved.folder),
+            "files": [] if self.saved is None else list(map(str, self.saved.files)),
+            "state": None if self.state is None else str(self.state),
+        }
+
+    def told(self) -> list[str]:
+        """A line for each thing that is to be known."""
+        done = sum(line.tokens for line in self.lines)
+        seconds = sum(line.seconds for line in self.lines)
+        count = self.steps - self.first
+        pace = f", {done / seconds:,.0f} tokens a second" if seconds else ""
+        found = [f"{counted(count, 'step')} of {counted(done, 'token')} in {seconds:.1f} s{pace}"]
+        if self.interrupted:
+            found[0] = f"interrupted after {found[0]}"
+        if self.before is not None:
+            what, of = ("loss", float) if self.has_teacher else ("perplexity", perplexity_of)
+            after = "" if self.after is None else f" before, {of(self.after):.4f} after"
+            found.append(f"{what} of {counted(len(self.data.heldout), 'held out block')} {of(self.before):.4f}{after}")
+        if self.state is not None:
+            found.append(f"wrote {self.state}, {human(self.state.stat().st_size, 'B')}: --resume goes on from it")
+        if self.saved is not None:
+            first, *others = self.saved.files
+            beside = f", and {counted(len(others), 'file')} beside it" if others else ""
+            found.append(f"wrote {first}, {human(first.stat().st_size, 'B')}{beside}")
+            found.append(f"it is loaded by {getattr(self.saved.loading, 'command', self.saved.loading)}")
+            given = [f"--set {name}={value}" for name, value in self.config.items()]
+            if given and self.folder is not None:
+                found.append(f"its config.json is that of {self.folder}, without {' '.join(given)}")
+        if not count:
+            found.append("nothing was trained, so nothing was saved")
+        elif self.state is None and self.saved is None:
+            found.append("nothing was saved: -o FOLDER saves the model, --state FILE what --resume goes on from")
+        return found
+
+
+def data_text(data: TextData) -> str:
+    """What is trained on."""
+    blocks, held = len(data.batches.blocks), len(data.heldout)
+    apart = f", and {counted(held, 'block')} held out" if held else ""
+    epoch = counted(data.batches.epoch, "batch")
+    return f"{counted(blocks, 'block')} of {counted(data.length, 'token')}{apart}; {epoch} an epoch"
+
+
+def line_text(update: Update, steps: int) -> str:
+    """An update, or several, of so many, in a line."""
+    facts = line_facts(update)
+    pace = facts["tokens_per_second"]
+    told = (
+        f"step {update.step:{len(str(steps))}}  loss {update.loss:.4f}  norm {update.norm:.3g}  rate {update.rate:.3g}"
+    )
+    return told + ("" if pace is None else f"  {pace:,.0f} tokens/s")
+
+
+def line_facts(update: Update) -> dict[str, Any]:
+    """The same for JSON; null where a norm is no number, and where no time passed."""
+    pace = update.tokens / update.seconds if update.seconds else None
+    norm = update.norm if math.isfinite(update.norm) else None
+    return {
+        "step": update.step, "loss": update.loss, "norm": norm, "rate": update.rate, "tokens_per_second": pace
+    }  # fmt: skip

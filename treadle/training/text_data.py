@@ -1,0 +1,187 @@
+"""Texts, ready to train a model on: documents, tokenized and cut into blocks, and what is to be foretold in them.
+
+    data = TextData.open("folder", ["novel.txt"], resolved, objective="next-token", length=128, batch=8)
+    for tokens in data.batches.after(0):
+        trainer.step(**data.objective.asked(tokens, 0))
+
+Everything that does not fit is refused here, before a model is compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from treadle.continuation import folder_end_tokens, need_for_text, text_tokenizer
+from treadle.extras import need_packages
+from treadle.files.shown_names import printable
+from treadle.frontends.text import TextTokenizer
+from treadle.ir.analysis.following import follow
+from treadle.ir.errors import CheckpointError, Hint, UsageError
+from treadle.ir.graph import Graph
+from treadle.ir.types import i64
+from treadle.passes.framework.manager import PassManager
+from treadle.passes.pipelines import RECOGNITION
+from treadle.resolving import Resolved, find_folder
+from treadle.training.documents import read_documents
+from treadle.training.objectives import MASKED_TOKEN, NEXT_TOKEN, OBJECTIVES, MaskedToken, NextToken, Objective
+from treadle.training.texts import BlockBatches, Tokens, blocks_of
+
+LENGTH = 128
+"""Tokens of a block, where nothing is said and the model takes as many."""
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Blocks of tokens, and what is asked of them.
+
+    batches   those that are trained on
+    heldout   blocks [N, S] that are not, the last of the texts; N may be 0
+    """
+
+    objective: Objective
+    batches: BlockBatches
+    heldout: Tokens
+
+    @property
+    def length(self) -> int:
+        """Tokens of a block."""
+        return int(self.heldout.shape[1])
+
+    @classmethod
+    def open(
+        cls,
+        model: str,
+        files: Sequence[str],
+        resolved: Resolved,
+        *,
+        objective: str = NEXT_TOKEN,
+        length: int | None = None,
+        batch: int = 8,
+        holdout: float = 0.0,
+        seed: int = 0,
+        tokenizer: str | None = None,
+        teacher: str | None = None,
+    ) -> TextData:
+        """Read, tokenize and cut the texts of files.
+
+        model      whose tokenizer is taken, `resolved` as it is trained
+        length     tokens of a block; None: 128, or what the model takes
+        batch      blocks of a batch
+        holdout    the part of the blocks that is held out: one at least, if it is not 0
+        tokenizer  another model, whose tokenizer is taken: where the model has no folder, or no tokenizer in it
+        teacher    a model whose vocabulary must be the same
+
+        Raises UsageError for what does not fit, and what reading files and the tokenizer raises.
+        """
+        if objective not in OBJECTIVES:
+            raise UsageError(f"there is no objective {objective!r}", hint="one of " + ", ".join(OBJECTIVES))
+        if not 0 <= holdout < 1:
+            raise UsageError("what is held out is a part of the blocks, below 1", received=f"{holdout:g}", hint="0.05")
+        length = _checked_length(resolved.graph, length)
+        _check_model(model, resolved.graph, objective)
+        opened = _tokenizer(model, resolved, tokenizer)
+        if teacher is not None and text_tokenizer(teacher).vocabulary() != opened.vocabulary():
+            raise UsageError(
+                "a teacher must have the same vocabulary as the model that it teaches",
+                received=f"{printable(teacher)} has another one",
+            )
+        asked = _objective(objective, opened, seed)
+        documents = read_documents(files)
+        end = _end_of_text(tokenizer or model, opened) if objective == NEXT_TOKEN else None
+        blocks = blocks_of(opened.ids(documents), length, end=end)
+        _check_vocabulary(
+            resolved, opened, max(int(blocks.max()), asked.vocab - 1 if isinstance(asked, MaskedToken) else 0)
+        )
+        apart = min(max(1, round(len(blocks) * holdout)), len(blocks)) if holdout else 0
+        kept = len(blocks) - apart
+        return cls(asked, BlockBatches(blocks[:kept], batch, seed), blocks[kept:])
+
+
+def _checked_length(graph: Graph, length: int | None) -> int:
+    """Tokens of a block. Raises UsageError for more than the model takes."""
+    tokens = next((v for v in graph.main.inputs if v.name == "tokens"), None)
+    symbol = tokens.type.shape[-1].as_symbol if tokens is not None and tokens.type.rank else None
+    most = None if symbol is None else graph.symbols[symbol].upper
+    if length is None:
+        return LENGTH if most is None else min(LENGTH, most)
+    if length < 2 or (most is not None and length > most):
+        bound = "" if most is None else f" and at most {most:,}, as the model takes"
+        raise UsageError(
+            f"a block has 2 tokens or more{bound}",
+            received=f"{length:,}",
+            hint=f"{LENGTH if most is None else min(LENGTH, most)}",
+        )
+    return length
+
+
+def _check_model(model: str, graph: Graph, objective: str) -> None:
+    """Raises UsageError for a model that is not one of tokens [B, S] alone, or not causal where it must be."""
+    takes = {value.name: value.type for value in graph.main.inputs}
+    tokens = takes.get("tokens")
+    axis = tokens.shape[-1].as_symbol if tokens is not None and tokens.rank == 2 and tokens.dtype is i64 else None
+    shown = printable(model)
+    if axis is None or len(takes) > 1:
+        raise UsageError(
+            f"{shown} is not trained on texts: it is no model of tokens alone",
+            received=", ".join(f"{name}: {type}" for name, type in takes.items()),
+            hint=Hint("t.Trainer, with batches of your own", "in Python: treadle.Trainer, with batches of your own"),
+        )
+    if objective == NEXT_TOKEN and not follow(PassManager(RECOGNITION).run(graph).graph, axis).step():
+        raise UsageError(
+            f"{shown} sees the tokens that it is to foretell: it is no causal language model",
+            received=f"objective {NEXT_TOKEN}",
+            hint=Hint(f"objective={MASKED_TOKEN!r}", f"--objective {MASKED_TOKEN}"),
+        )
+
+
+def _tokenizer(model: str, resolved: Resolved, other: str | None) -> TextTokenizer:
+    """The tokenizer of a model, or of another one. Raises UsageError for a model without a folder alone."""
+    need_packages(f"training {printable(model)} on texts", "tokenizers")
+    if other is None and resolved.folder is None:
+        raise UsageError(
+            f"{printable(model)} has no folder, and so no tokenizer",
+            hint=Hint(
+                "tokenizer=FOLDER, of a model with the vocabulary that it is to have",
+                "--tokenizer FOLDER, of a model with the vocabulary that it is to have",
+            ),
+        )
+    need_for_text(other or model)
+    return text_tokenizer(other or model)
+
+
+def _objective(name: str, tokenizer: TextTokenizer, seed: int) -> Objective:
+    if name == NEXT_TOKEN:
+        return NextToken()
+    mask = None if tokenizer.mask is None else tokenizer.id_of(tokenizer.mask)
+    if mask is None:
+        raise CheckpointError(
+            "the folder's vocabulary has no token for a mask",
+            received=f"objective {name}",
+            hint=Hint(
+                f'"mask_token": "[MASK]" in tokenizer_config.json, or objective={NEXT_TOKEN!r}',
+                f'"mask_token": "[MASK]" in tokenizer_config.json, or --objective {NEXT_TOKEN}',
+            ),
+        )
+    named = [*tokenizer.special_tokens(), *tokenizer.special_names.values()]
+    special = {number for number in map(tokenizer.id_of, named) if number is not None}
+    return MaskedToken(mask, len(tokenizer.vocabulary()), tuple(sorted(special)), seed)
+
+
+def _end_of_text(model: str, tokenizer: TextTokenizer) -> int | None:
+    """The token that ends a text, as the folder says; None where it says none."""
+    named = tokenizer.special_names.get("eos_token")
+    found = None if named is None else tokenizer.id_of(named)
+    place = find_folder(model)
+    return next(iter(folder_end_tokens(place)), None) if found is None and place.is_dir() else found
+
+
+def _check_vocabulary(resolved: Resolved, tokenizer: TextTokenizer, largest: int) -> None:
+    """Raises UsageError where the tokenizer gives tokens that the model does not have."""
+    rows = None if resolved.model is None else resolved.model.config.get("vocab")
+    if isinstance(rows, int) and largest >= rows:
+        raise UsageError(
+            f"the tokenizer gives tokens that {resolved.name} does not have",
+            received=f"token {largest:,}, of a model of {rows:,} tokens",
+            hint=Hint(f"vocab={len(tokenizer.vocabulary())}", f"--set vocab={len(tokenizer.vocabulary())}"),
+        )

@@ -1,0 +1,125 @@
+"""A run of training on texts: updates of `accumulate` batches each, and how well held out blocks are foretold.
+
+for update in updates(trainer, data, steps=1000, accumulate=4):
+    print(update.step, update.loss, update.tokens / update.seconds)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from treadle.training.text_data import TextData
+from treadle.training.texts import NOT_COUNTED
+
+_TRAINED_ON, _HELD_OUT = 0, 1
+"""The first of the numbers by which masks are drawn: held out blocks have their own."""
+_MOST_LOSS = 700.0  # whose exponential a float64 still holds
+
+
+class Told(Protocol):
+    """What a step of `treadle.training.trainer.Trainer` tells."""
+
+    @property
+    def loss(self) -> float: ...
+    @property
+    def norm(self) -> float: ...
+    @property
+    def rate(self) -> float: ...
+    @property
+    def seconds(self) -> float: ...
+
+
+class Steps(Protocol):
+    """A `treadle.training.trainer.Trainer`, as far as a run needs it."""
+
+    @property
+    def steps(self) -> int: ...
+    def step(self, **arrays: Any) -> Told: ...
+    def evaluate(self, **arrays: Any) -> float: ...
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update, or several after each other, came to.
+
+    step     the number of the last of them, from 1 on
+    loss     the mean over all places that counted
+    norm     of the last one's gradient
+    rate     the last one's learning rate
+    tokens   how many went in
+    seconds  how long it took
+    counted  places that had a target
+    """
+
+    step: int
+    loss: float
+    norm: float
+    rate: float
+    tokens: int
+    seconds: float
+    counted: int
+
+    @classmethod
+    def joined(cls, several: Sequence[Update]) -> Update:
+        """Several as one."""
+        counted = sum(each.counted for each in several)
+        return cls(
+            several[-1].step,
+            sum(each.loss * each.counted for each in several) / counted,
+            several[-1].norm,
+            several[-1].rate,
+            sum(each.tokens for each in several),
+            sum(each.seconds for each in several),
+            counted,
+        )
+
+
+def updates(trainer: Steps, data: TextData, *, steps: int, accumulate: int = 1) -> Iterator[Update]:
+    """Train until there have been so many updates, those of an earlier run that the trainer goes on from included.
+
+    Each batch, and what is hidden in it, is a function of its number, so that a run in two parts is the same as a whole
+    one.
+    """
+    number = trainer.steps * accumulate
+    batches = data.batches.after(number)
+    for step in range(trainer.steps + 1, steps + 1):
+        parts = []
+        for _ in range(accumulate):
+            tokens = next(batches)
+            asked = data.objective.asked(tokens, _TRAINED_ON, number)
+            told = trainer.step(**asked)
+            counted = int((asked["targets"] != NOT_COUNTED).sum())
+            parts.append(Update(step, told.loss, told.norm, told.rate, tokens.size, told.seconds, counted))
+            number += 1
+        yield Update.joined(parts)
+
+
+def held_out_loss(
+    trainer: Steps, data: TextData, *, progress: Callable[[int], None] = lambda _: None, ends: Callable[[], bool]
+) -> float | None:
+    """The mean loss over the targets of the blocks that are held out; None where it `ends` before.
+
+    progress  is told how many batches are done
+    """
+    total = counted = 0.0
+    rows = data.batches.rows
+    for number, at in enumerate(range(0, len(data.heldout), rows)):
+        if ends():
+            return None
+        asked = data.objective.asked(data.heldout[at : at + rows], _HELD_OUT, number)
+        count = int(np.count_nonzero(asked["targets"] != NOT_COUNTED))
+        if count:
+            total += trainer.evaluate(**asked) * count
+        counted += count
+        progress(number + 1)
+    return total / counted if counted else None
+
+
+def perplexity_of(loss: float) -> float:
+    """e to a mean of -ln p; as large as a number can be where it is larger."""
+    return math.exp(min(loss, _MOST_LOSS))
