@@ -16,8 +16,6 @@ from treadle.cli.options import AsJson, Config, Dtype, Limit, ModelName, Seed, T
 from treadle.ir.errors import UsageError
 
 if TYPE_CHECKING:
-    from treadle.training.saving import SavedModel
-    from treadle.training.text_data import TextData
     from treadle.training.text_runs import Update
 
 INTERRUPTED = 130
@@ -178,8 +176,6 @@ def train_model(
             tokenizer=tokenizer,
             teacher=teacher,
         )
-    if not as_json:
-        print(data_text(data))
     with working(f"compiling {model}", shown=not as_json):
         trainer = _trainer(
             model,
@@ -204,6 +200,8 @@ def train_model(
             received=f"--steps {steps}",
             hint=f"--steps {2 * trainer.steps}, which counts those, too",
         )
+    if not as_json:
+        print(data_text(data), flush=True)
     given = {name: value for name, value in chosen.items() if name != "limits"}
     run = RunReport(
         model, backend, objective, data, accumulate, trainer.steps, teacher is not None, given, resolved.folder
@@ -217,24 +215,30 @@ def train_model(
     with noting_interrupts() as interrupted:
         run.before = held_out()
         since: list[Update] = []
-        with _telling(f"training {model}", as_json) as tell:
-            for update in [] if interrupted() else updates(trainer, data, steps=steps, accumulate=accumulate):
-                since.append(update)
-                ends = interrupted() or update.step == steps
-                if ends or update.step % every == 0:
-                    run.lines.append(Update.joined(since))
-                    since = []
-                    tell(line_text(run.lines[-1], steps))
-                if ends:
-                    break
-                if state is not None and save_every is not None and update.step % save_every == 0:
-                    trainer.save_state(state)
+        left: BrokenPipeError | None = None
+        try:
+            with _telling(f"training {model}", as_json) as tell:
+                for update in [] if interrupted() else updates(trainer, data, steps=steps, accumulate=accumulate):
+                    since.append(update)
+                    ends = interrupted() or update.step == steps
+                    if ends or update.step % every == 0:
+                        run.lines.append(Update.joined(since))
+                        since = []
+                        tell(line_text(run.lines[-1], steps))
+                    if ends:
+                        break
+                    if state is not None and save_every is not None and update.step % save_every == 0:
+                        trainer.save_state(state)
+        except BrokenPipeError as error:  # what was trained is saved even where nobody reads on
+            left = error
         run.interrupted = run.steps < steps
         if state is not None and run.lines:
             trainer.save_state(state)
             run.state = state
         if saver is not None and run.lines:
             run.saved = saver.save(trainer.weights)
+        if left is not None:
+            raise left
         run.after = held_out()
     if as_json:
         print_json(run.facts())
