@@ -155,7 +155,8 @@ def only() -> FakeTrainer:
 def test_what_is_left_out_is_its_default(train: Treadle) -> None:
     said = train("gpt2 texts.txt --steps 1 --batch 3")
     assert said.code == 0, said.err
-    assert only().model == "gpt2"
+    where = only().options.pop("target")
+    assert (only().model, str(where), where.threads) == ("gpt2", "cpu", None)
     assert only().options == {
         "loss": "cross-entropy",
         "optimizer": Made("AdamW", (), {}),
@@ -200,7 +201,7 @@ def test_each_option_reaches_what_it_is_for(train: Treadle, monkeypatch: pytest.
         "layers": 1,
         "limits": {"tensors": 900},
     }
-    assert asked == [(("gpt2",), {"backend": "numpy", "widen": ("bf16", "f16"), "target": where})]
+    assert asked == [(("gpt2",), {"backend": "numpy", "target": where, "widen": ("bf16", "f16")})]
     assert [len(only().calls), only().calls[0]["tokens"].shape] == [8, (2, 16)]
 
 
@@ -432,3 +433,12 @@ def test_masks_of_batches_are_drawn_anew_for_each() -> None:
     first, second = (objective.asked(tokens, 0, number)["targets"] for number in (0, 1))
     assert not np.array_equal(first, second)
     assert json.dumps(first.tolist()) == json.dumps(objective.asked(tokens, 0, 0)["targets"].tolist())
+
+
+def test_a_trainer_of_its_own_makes_a_model_that_foretells_better(
+    train: Treadle, monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path]
+) -> None:
+    """In two parts as in one, to the bit; the folder that is saved is read by what reads such folders."""
+    monkeypatch.undo()
+    real = pytest.importorskip("treadle.training.trainer")
+    assert real.Trainer is not FakeTrainer

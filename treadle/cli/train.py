@@ -16,6 +16,7 @@ from treadle.cli.options import AsJson, Config, Dtype, Limit, ModelName, Seed, T
 from treadle.ir.errors import UsageError
 
 if TYPE_CHECKING:
+    from treadle.ir.target import Target
     from treadle.training.text_runs import Update
 
 INTERRUPTED = 130
@@ -159,7 +160,7 @@ def train_model(
 
     _check_options(teacher, temperature, share, state, save_every, resume)
     chosen = parse_config(config or (), limit or ())
-    where = {} if (target, threads) == ("cpu", None) else {"target": Target(target, threads)}
+    where = Target(target, threads)
     with working(f"reading {model}", shown=not as_json):
         resolved = resolve(model, widen=("bf16", "f16", BLOCKS), deferred=True, **chosen)
         saver = None if output is None else saver_for(resolved, output, replace=overwrite)
@@ -185,11 +186,11 @@ def train_model(
             trained=tuple(trained or ("*",)),
             **_taught(teacher, temperature, share, backend, where),
             backend=backend,
+            target=where,
             dtype=dtype,
             recompute=recompute,
             accumulate=accumulate,
             seed=seed,
-            **where,
             **chosen,
         )
         if resume is not None:
@@ -298,14 +299,14 @@ def _schedule(rate: float, warmup: int, shape: str, steps: int) -> Any:
 
 
 def _taught(
-    teacher: str | None, temperature: float | None, share: float | None, backend: str, where: dict[str, Any]
+    teacher: str | None, temperature: float | None, share: float | None, backend: str, where: Target
 ) -> dict[str, Any]:
     """What a trainer is told of its teacher, compiled."""
     if teacher is None:
         return {}
     import treadle
 
-    made = treadle.compile(teacher, backend=backend, widen=("bf16", "f16"), **where)
+    made = treadle.compile(teacher, backend=backend, target=where, widen=("bf16", "f16"))
     return {
         "teacher": made,
         "temperature": 2.0 if temperature is None else temperature,
