@@ -433,12 +433,3 @@ def test_masks_of_batches_are_drawn_anew_for_each() -> None:
     first, second = (objective.asked(tokens, 0, number)["targets"] for number in (0, 1))
     assert not np.array_equal(first, second)
     assert json.dumps(first.tolist()) == json.dumps(objective.asked(tokens, 0, 0)["targets"].tolist())
-
-
-def test_a_trainer_of_its_own_makes_a_model_that_foretells_better(
-    train: Treadle, monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path]
-) -> None:
-    """In two parts as in one, to the bit; the folder that is saved is read by what reads such folders."""
-    monkeypatch.undo()
-    real = pytest.importorskip("treadle.training.trainer")
-    assert real.Trainer is not FakeTrainer
