@@ -274,15 +274,14 @@ def _check_options(
 def _optimizer(name: str, weight_decay: float | None) -> Any:
     from treadle.runtime.training.optimizers import SGD, AdamW
 
-    decay = {} if weight_decay is None else {"weight_decay": weight_decay}
     if name == "adamw":
-        return AdamW(**decay)
+        return AdamW() if weight_decay is None else AdamW(weight_decay=weight_decay)
     if name == "sgd":
-        return SGD(momentum=0.9, **decay)
+        return SGD(momentum=0.9, weight_decay=weight_decay or 0.0)
     raise UsageError(f"there is no optimizer {name!r}", hint="adamw or sgd")
 
 
-def _schedule(rate: float, warmup: int, shape: str, steps: int) -> Any:
+def _schedule(rate: float, warmup: int, shape: Any, steps: int) -> Any:
     from treadle.runtime.training.schedules import Schedule
 
     if shape not in ("constant", "cosine", "linear"):
