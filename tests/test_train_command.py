@@ -358,21 +358,27 @@ class Losses:
 
 
 class Counted:
-    """As many targets as each row's first token says."""
+    """As many targets as each row's first token says; writes down by which numbers it would draw."""
+
+    def __init__(self) -> None:
+        self.numbers: list[tuple[int, ...]] = []
 
     def asked(self, tokens: Tokens, *number: int) -> dict[str, Tokens]:
+        self.numbers.append(number)
         places = np.arange(tokens.shape[1]) < tokens[:, :1]
         return {"tokens": tokens, "targets": np.where(places, tokens, NOT_COUNTED)}
 
 
 def test_a_mean_weighs_each_batch_by_its_targets() -> None:
     blocks = np.array([[1, 0, 0], [3, 0, 0], [0, 0, 0]])
-    data = TextData(Counted(), BlockBatches(blocks[:1], 1), blocks)
+    objective = Counted()
+    data = TextData(objective, BlockBatches(blocks[:1], 1), blocks)
     assert held_out_loss(Losses(4.0, 2.0), data, ends=lambda: False) == (4.0 + 3 * 2.0) / 4, "the last is not asked"
     two = Update(1, 4.0, 1.0, 0.1, 3, 0.5, 1), Update(2, 2.0, 3.0, 0.2, 3, 0.25, 3)
     assert Update.joined(two) == Update(2, 2.5, 3.0, 0.2, 6, 0.75, 4)
     (found,) = updates(Losses(4.0, 2.0), data, steps=1, accumulate=2)
     assert (found.step, found.loss, found.tokens, found.counted) == (1, 3.0, 6, 2)
+    assert len({*objective.numbers}) == len(objective.numbers) == 5, "each draws in its own way"
     assert held_out_loss(Losses(), TextData(Counted(), data.batches, blocks[2:]), ends=lambda: False) is None
 
 
