@@ -377,6 +377,7 @@ CHANGING = {
     "treadle/chatting/conversation.py": {"Conversation"},
     "treadle/cli/generate.py": {"Written"},
     "treadle/serving/answers.py": {"GrowingChoice"},
+    "treadle/training/run_report.py": {"RunReport"},
 }
 """Dataclasses that change while something is made of them. All others are values: frozen, and so good as keys."""
 

@@ -16,8 +16,7 @@ from treadle.cli.options import AsJson, Config, Dtype, Limit, ModelName, Seed, T
 from treadle.ir.errors import UsageError
 
 if TYPE_CHECKING:
-    from treadle.training.saving import SavedModel
-    from treadle.training.text_data import TextData
+    from treadle.ir.target import Target
     from treadle.training.text_runs import Update
 
 INTERRUPTED = 130
@@ -161,7 +160,7 @@ def train_model(
 
     _check_options(teacher, temperature, share, state, save_every, resume)
     chosen = parse_config(config or (), limit or ())
-    where = {} if (target, threads) == ("cpu", None) else {"target": Target(target, threads)}
+    where = Target(target, threads)
     with working(f"reading {model}", shown=not as_json):
         resolved = resolve(model, widen=("bf16", "f16", BLOCKS), deferred=True, **chosen)
         saver = None if output is None else saver_for(resolved, output, replace=overwrite)
@@ -178,8 +177,6 @@ def train_model(
             tokenizer=tokenizer,
             teacher=teacher,
         )
-    if not as_json:
-        print(data_text(data))
     with working(f"compiling {model}", shown=not as_json):
         trainer = _trainer(
             model,
@@ -189,11 +186,11 @@ def train_model(
             trained=tuple(trained or ("*",)),
             **_taught(teacher, temperature, share, backend, where),
             backend=backend,
+            target=where,
             dtype=dtype,
             recompute=recompute,
             accumulate=accumulate,
             seed=seed,
-            **where,
             **chosen,
         )
         if resume is not None:
@@ -204,6 +201,8 @@ def train_model(
             received=f"--steps {steps}",
             hint=f"--steps {2 * trainer.steps}, which counts those, too",
         )
+    if not as_json:
+        print(data_text(data), flush=True)
     given = {name: value for name, value in chosen.items() if name != "limits"}
     run = RunReport(
         model, backend, objective, data, accumulate, trainer.steps, teacher is not None, given, resolved.folder
@@ -217,24 +216,30 @@ def train_model(
     with noting_interrupts() as interrupted:
         run.before = held_out()
         since: list[Update] = []
-        with _telling(f"training {model}", as_json) as tell:
-            for update in [] if interrupted() else updates(trainer, data, steps=steps, accumulate=accumulate):
-                since.append(update)
-                ends = interrupted() or update.step == steps
-                if ends or update.step % every == 0:
-                    run.lines.append(Update.joined(since))
-                    since = []
-                    tell(line_text(run.lines[-1], steps))
-                if ends:
-                    break
-                if state is not None and save_every is not None and update.step % save_every == 0:
-                    trainer.save_state(state)
+        left: BrokenPipeError | None = None
+        try:
+            with _telling(f"training {model}", as_json) as tell:
+                for update in [] if interrupted() else updates(trainer, data, steps=steps, accumulate=accumulate):
+                    since.append(update)
+                    ends = interrupted() or update.step == steps
+                    if ends or update.step % every == 0:
+                        run.lines.append(Update.joined(since))
+                        since = []
+                        tell(line_text(run.lines[-1], steps))
+                    if ends:
+                        break
+                    if state is not None and save_every is not None and update.step % save_every == 0:
+                        trainer.save_state(state)
+        except BrokenPipeError as error:  # what was trained is saved even where nobody reads on
+            left = error
         run.interrupted = run.steps < steps
         if state is not None and run.lines:
             trainer.save_state(state)
             run.state = state
         if saver is not None and run.lines:
             run.saved = saver.save(trainer.weights)
+        if left is not None:
+            raise left
         run.after = held_out()
     if as_json:
         print_json(run.facts())
@@ -269,15 +274,14 @@ def _check_options(
 def _optimizer(name: str, weight_decay: float | None) -> Any:
     from treadle.runtime.training.optimizers import SGD, AdamW
 
-    decay = {} if weight_decay is None else {"weight_decay": weight_decay}
     if name == "adamw":
-        return AdamW(**decay)
+        return AdamW() if weight_decay is None else AdamW(weight_decay=weight_decay)
     if name == "sgd":
-        return SGD(momentum=0.9, **decay)
+        return SGD(momentum=0.9, weight_decay=weight_decay or 0.0)
     raise UsageError(f"there is no optimizer {name!r}", hint="adamw or sgd")
 
 
-def _schedule(rate: float, warmup: int, shape: str, steps: int) -> Any:
+def _schedule(rate: float, warmup: int, shape: Any, steps: int) -> Any:
     from treadle.runtime.training.schedules import Schedule
 
     if shape not in ("constant", "cosine", "linear"):
@@ -294,14 +298,14 @@ def _schedule(rate: float, warmup: int, shape: str, steps: int) -> Any:
 
 
 def _taught(
-    teacher: str | None, temperature: float | None, share: float | None, backend: str, where: dict[str, Any]
+    teacher: str | None, temperature: float | None, share: float | None, backend: str, where: Target
 ) -> dict[str, Any]:
     """What a trainer is told of its teacher, compiled."""
     if teacher is None:
         return {}
     import treadle
 
-    made = treadle.compile(teacher, backend=backend, widen=("bf16", "f16"), **where)
+    made = treadle.compile(teacher, backend=backend, target=where, widen=("bf16", "f16"))
     return {
         "teacher": made,
         "temperature": 2.0 if temperature is None else temperature,

@@ -97,9 +97,11 @@ class RunReport:
             beside = f", and {counted(len(others), 'file')} beside it" if others else ""
             found.append(f"wrote {first}, {human(first.stat().st_size, 'B')}{beside}")
             found.append(f"it is loaded by {getattr(self.saved.loading, 'command', self.saved.loading)}")
-            given = [f"--set {name}={value}" for name, value in self.config.items()]
+            given = " ".join(f"--set {name}={value}" for name, value in self.config.items())
             if given and self.folder is not None:
-                found.append(f"its config.json is that of {self.folder}, without {' '.join(given)}")
+                found.append(f"its config.json is that of {self.folder}, without {given}")
+            elif given:
+                found.append(f"its configuration is not saved: {given}")
         if not count:
             found.append("nothing was trained, so nothing was saved")
         elif self.state is None and self.saved is None:

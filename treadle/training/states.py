@@ -6,6 +6,7 @@ weight/h.0.mlp.up.weight, mean.h.0.mlp.up.weight, ...     __metadata__: format, 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,8 @@ from treadle.files.contained_files import PathLike
 from treadle.files.nearest_names import NearestNames
 from treadle.files.shown_names import printable, shown_path
 from treadle.frontends.safetensors_file import SafetensorsFile
-from treadle.frontends.safetensors_writing import write_safetensors
 from treadle.ir.errors import CheckpointError
-from treadle.ir.types import f32
+from treadle.training.weight_files import write_weights
 
 Array = np.ndarray[Any, Any]
 Arrays = dict[str, Array]
@@ -30,9 +30,9 @@ def write_state(
     path: PathLike, weights: Mapping[str, Array], moments: Mapping[str, Array], steps: int, by: str
 ) -> None:
     """Write them. Raises UsageError where the file cannot be written."""
-    tensors = {_WEIGHT + name: (f32, array) for name, array in weights.items()}
-    tensors |= {_MOMENT + name: (f32, array) for name, array in moments.items()}
-    write_safetensors(path, tensors, {"format": _FORMAT, "optimizer": by, "steps": str(steps)})
+    arrays = {_WEIGHT + name: array for name, array in weights.items()}
+    arrays |= {_MOMENT + name: array for name, array in moments.items()}
+    write_weights(Path(path), arrays, {"format": _FORMAT, "optimizer": by, "steps": str(steps)})
 
 
 def read_state(

@@ -21,7 +21,7 @@ _TRAINED_ON, _HELD_OUT = 0, 1
 _MOST_LOSS = 700.0  # whose exponential a float64 still holds
 
 
-class Told(Protocol):
+class StepTold(Protocol):
     """What a step of `treadle.training.trainer.Trainer` tells."""
 
     @property
@@ -39,7 +39,7 @@ class Steps(Protocol):
 
     @property
     def steps(self) -> int: ...
-    def step(self, **arrays: Any) -> Told: ...
+    def step(self, **arrays: Any) -> StepTold: ...
     def evaluate(self, **arrays: Any) -> float: ...
 
 

@@ -70,13 +70,13 @@ def write_tensors(path: Path, tensors: Sequence[WrittenTensor], metadata: Mappin
         raise UsageError("the weights cannot be written", received=str(error), within=shown_path(path)) from error
 
 
-def write_weights(path: Path, weights: Mapping[str, Array]) -> None:
+def write_weights(path: Path, weights: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> None:
     """Write weights by parameter name, as `read_weights` reads them. Raises UsageError as `write_tensors` does."""
     tensors = [
         WrittenTensor(name, str(dtype_of(array)), array.shape, array.nbytes, partial(_little, array))
         for name, array in weights.items()
     ]
-    write_tensors(path, tensors, {"format": "pt"})
+    write_tensors(path, tensors, {"format": "pt"} if metadata is None else metadata)
 
 
 def read_weights(path: str | Path) -> dict[str, Array]:

@@ -1,0 +1,441 @@
+"""`treadle train`: what it asks of a trainer, what it prints, what it saves, and what it refuses before anything runs.
+
+The trainer is a stand-in, which tells the same losses each time; what trains models has tests of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("tokenizers")
+
+from tests.command_line import Result, Treadle, commands_in, refused
+from tests.golden import Golden
+from tests.task_models import save, texts, without_specials, wordpiece
+from treadle.resolving import resolve
+from treadle.training.interrupts import noting_interrupts
+from treadle.training.objectives import MaskedToken
+from treadle.training.text_data import TextData
+from treadle.training.text_runs import Update, held_out_loss, updates
+from treadle.training.texts import NOT_COUNTED, BlockBatches, Tokens
+
+
+@dataclass(frozen=True)
+class Made:
+    """An optimizer or a schedule: what it was made of."""
+
+    kind: str
+    values: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Told:
+    step: int
+    loss: float
+    norm: float
+    rate: float
+    seconds: float
+
+
+class FakeTrainer:
+    """Writes down what it is asked. Losses fall by a tenth with each call, each of which takes half a second."""
+
+    made: list[FakeTrainer] = []
+    interrupt_at = 0
+    """The call of `step` in which Ctrl-C is pressed; 0: in none."""
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self.model, self.options = model, options
+        self.calls: list[dict[str, Tokens]] = []
+        self.evaluated: list[dict[str, Tokens]] = []
+        self.saved: list[int] = []
+        self.steps = 0
+        self.done = 0
+        FakeTrainer.made.append(self)
+
+    def step(self, **arrays: Tokens) -> Told:
+        self.calls.append(arrays)
+        self.done += 1
+        if len(self.calls) == self.interrupt_at:
+            signal.raise_signal(signal.SIGINT)
+        updates = self.done % self.options["accumulate"] == 0
+        self.steps += updates
+        return Told(self.steps, 5 - self.done / 10, 1.25 if updates else math.nan, 0.001, 0.5)
+
+    def evaluate(self, **arrays: Tokens) -> float:
+        self.evaluated.append(arrays)
+        return 4.0 - self.steps / 4
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        config = {name: value for name, value in self.options.items() if name in ("vocab", "layers", "dim", "heads")}
+        held = resolve(self.model, **config)
+        if held.weights is None:
+            return {n: np.ones(v.type.static_shape or (), np.float32) for n, v in held.graph.parameters.items()}
+        return {name: np.asarray(array) + np.float32(1) for name, array in held.weights.items()}
+
+    def save_state(self, path: Path) -> None:
+        self.saved.append(self.steps)
+        Path(path).write_text(str(self.steps))
+
+    def restore(self, path: Path) -> None:
+        self.steps = int(Path(path).read_text())
+        self.done = self.steps * self.options["accumulate"]
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    def module(name: str, **members: Any) -> None:
+        made = ModuleType(name)
+        vars(made).update(members)
+        monkeypatch.setitem(sys.modules, name, made)
+
+    def maker(kind: str) -> Any:
+        return lambda *values, **options: Made(kind, values, options)
+
+    module("treadle.training.trainer", Trainer=FakeTrainer)
+    module("treadle.runtime.training")
+    module("treadle.runtime.training.optimizers", AdamW=maker("AdamW"), SGD=maker("SGD"))
+    module("treadle.runtime.training.schedules", Schedule=maker("Schedule"))
+    monkeypatch.setattr(FakeTrainer, "made", [])
+    monkeypatch.setattr(FakeTrainer, "interrupt_at", 0)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny models: of 48 positions, one that foretells what comes next and one that fills in."""
+    made = {}
+    for name, architecture, tokenizer in (
+        ("gpt2", "GPT2LMHeadModel", without_specials()),
+        ("bert", "BertForMaskedLM", wordpiece()),
+    ):
+        made[name] = tmp_path_factory.mktemp("models") / name
+        save(made[name], architecture, tokenizer)
+    return made
+
+
+@pytest.fixture
+def train(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Treadle:
+    """Runs `treadle train` in a folder with `gpt2`, `bert` and `texts.txt`, of 20 blocks of 16 tokens and more."""
+    for name, place in folders.items():
+        (tmp_path / name).symlink_to(place)
+    (tmp_path / "texts.txt").write_text("\n".join(texts(60, 5)), encoding="utf-8")
+    run = commands_in(tmp_path, capsys, monkeypatch)
+    return lambda *words: run("train", *" ".join(words).split())
+
+
+SMALL = "--length 16 --batch 2 --steps 4"
+
+
+def only() -> FakeTrainer:
+    (made,) = FakeTrainer.made
+    return made
+
+
+# -- what it asks --------------------------------------------------------------------------------------------------
+
+
+def test_what_is_left_out_is_its_default(train: Treadle) -> None:
+    said = train("gpt2 texts.txt --steps 1 --batch 3")
+    assert said.code == 0, said.err
+    where = only().options.pop("target")
+    assert (only().model, str(where), where.threads) == ("gpt2", "cpu", None)
+    assert only().options == {
+        "loss": "cross-entropy",
+        "optimizer": Made("AdamW", (), {}),
+        "rate": Made("Schedule", (1e-4,), {"warmup": 0, "steps": None, "shape": "constant"}),
+        "clip": 1.0,
+        "trained": ("*",),
+        "backend": "torch",
+        "dtype": None,
+        "recompute": False,
+        "accumulate": 1,
+        "seed": 0,
+    }
+    assert [call["tokens"].shape for call in only().calls] == [(3, 48)]
+
+
+def test_each_option_reaches_what_it_is_for(train: Treadle, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("treadle.compile", lambda *given, **options: asked.append((given, options)) or "compiled")
+    said = train(
+        f"gpt2 texts.txt {SMALL} --rate 0.01 --warmup 2 --schedule cosine --weight-decay 0.5 --clip 0 --optimizer sgd",
+        "--train wte.* --train h.* --teacher gpt2 --temperature 3 --teacher-share 0.25 --backend numpy --dtype bf16",
+        "--threads 3 --recompute --accumulate 2 --seed 7 --set layers=1 --limit tensors=900",
+    )
+    assert said.code == 0, said.err
+    options = only().options
+    where = options.pop("target")
+    assert (str(where), where.threads) == ("cpu", 3)
+    assert options == {
+        "loss": "cross-entropy",
+        "optimizer": Made("SGD", (), {"momentum": 0.9, "weight_decay": 0.5}),
+        "rate": Made("Schedule", (0.01,), {"warmup": 2, "steps": 4, "shape": "cosine"}),
+        "clip": None,
+        "trained": ("wte.*", "h.*"),
+        "teacher": "compiled",
+        "temperature": 3.0,
+        "share": 0.25,
+        "backend": "numpy",
+        "dtype": "bf16",
+        "recompute": True,
+        "accumulate": 2,
+        "seed": 7,
+        "layers": 1,
+        "limits": {"tensors": 900},
+    }
+    assert asked == [(("gpt2",), {"backend": "numpy", "target": where, "widen": ("bf16", "f16")})]
+    assert [len(only().calls), only().calls[0]["tokens"].shape] == [8, (2, 16)]
+
+
+def test_batches_are_those_of_the_texts_in_the_order_of_the_seed(train: Treadle, folders: dict[str, Path]) -> None:
+    train(f"gpt2 texts.txt {SMALL} --seed 3")
+    data = TextData.open(str(folders["gpt2"]), ["texts.txt"], resolve(folders["gpt2"]), length=16, batch=2, seed=3)
+    for call, tokens in zip(only().calls, data.batches.after(), strict=False):
+        np.testing.assert_array_equal(call["tokens"], tokens)
+        np.testing.assert_array_equal(call["targets"][:, :-1], tokens[:, 1:])
+        assert (call["targets"][:, -1] == NOT_COUNTED).all()
+
+
+def test_a_masked_model_is_asked_for_what_is_hidden(train: Treadle) -> None:
+    said = train(f"bert texts.txt {SMALL} --objective masked-token --holdout 0.2")
+    assert said.code == 0, said.err
+    for call in (*only().calls, *only().evaluated):
+        assert ((call["targets"] != NOT_COUNTED).sum(axis=1) >= 1).all()
+    half = len(only().evaluated) // 2
+    for before, after in zip(only().evaluated[:half], only().evaluated[half:], strict=True):
+        np.testing.assert_array_equal(before["targets"], after["targets"], "the same is hidden before and after")
+
+
+# -- a run that goes on --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["gpt2 texts.txt", "bert texts.txt --objective masked-token"])
+def test_a_run_that_goes_on_sees_what_it_would_have_seen(train: Treadle, objective: str) -> None:
+    how = f"{objective} --length 16 --batch 2 --accumulate 2 --schedule linear --json"
+    assert train(how, "--steps 7").code == 0
+    assert train(how, "--steps 3 --state half").code == 0
+    said = train(how, "--steps 7 --resume half")
+    assert said.code == 0, said.err
+    whole, first, rest = FakeTrainer.made
+    assert (len(first.calls), len(rest.calls)) == (6, 8)
+    for wanted, found in zip(whole.calls, [*first.calls, *rest.calls], strict=True):
+        for name in wanted:
+            np.testing.assert_array_equal(wanted[name], found[name])
+    assert (said.json["resumed_at"], said.json["steps"], said.json["lines"][-1]["step"]) == (3, 7, 7)
+    assert rest.options["rate"] == whole.options["rate"], "--steps counts all of them"
+
+
+def test_a_state_is_written_at_the_end_and_as_often_as_it_is_said(train: Treadle) -> None:
+    assert train(f"gpt2 texts.txt {SMALL} --state s").code == 0
+    assert train("gpt2 texts.txt --length 16 --batch 2 --steps 7 --state s --save-every 2").code == 0
+    assert [made.saved for made in FakeTrainer.made] == [[4], [2, 4, 6, 7]]
+
+
+def test_a_state_with_all_steps_behind_it_is_refused(train: Treadle) -> None:
+    Path("done").write_text("4")
+    refused(train(f"gpt2 texts.txt {SMALL} --resume done"), "the state has 4 steps behind it already", "--steps 8")
+
+
+# -- Ctrl-C --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", ["", "--json"])
+def test_what_was_trained_until_ctrl_c_is_saved(train: Treadle, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    """The step that is being done is done to its end, and so is the update that it is a part of."""
+    monkeypatch.setattr(FakeTrainer, "interrupt_at", 3)
+    before = signal.getsignal(signal.SIGINT)
+    said = train(f"gpt2 texts.txt {SMALL} --accumulate 2 --holdout 0.2 -o out --state s {words}")
+    assert signal.getsignal(signal.SIGINT) is before
+    assert said.code == 130
+    assert (len(only().calls), only().saved) == (4, [2])
+    assert "model.safetensors" in os.listdir("out")
+    if words:
+        assert said.json["interrupted"] and said.json["steps"] == 2
+        assert said.json["held_out"]["after"] == {"loss": None, "perplexity": None}
+    else:
+        assert "interrupted after 2 steps of 128 tokens" in said.out
+
+
+def test_a_second_ctrl_c_interrupts_at_once() -> None:
+    with noting_interrupts() as interrupted:
+        assert not interrupted()
+        signal.raise_signal(signal.SIGINT)
+        assert interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_before_the_first_step_saves_nothing(train: Treadle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pressed(self: FakeTrainer, **arrays: Tokens) -> float:
+        signal.raise_signal(signal.SIGINT)
+        return 1.0
+
+    monkeypatch.setattr(FakeTrainer, "evaluate", pressed)
+    said = train(f"gpt2 texts.txt {SMALL} --batch 1 --holdout 0.2 -o out --state s")
+    assert said.code == 130 and only().calls == [] and not Path("out").exists() and not Path("s").exists()
+    assert "nothing was trained, so nothing was saved" in said.out
+
+
+def test_what_was_trained_is_saved_where_nobody_reads_on(train: Treadle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leaves(*_: object) -> str:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("treadle.training.run_report.line_text", leaves)
+    monkeypatch.setattr("treadle.cli.application.forget_output", lambda: None)
+    assert train(f"gpt2 texts.txt {SMALL} --every 2 -o out").code == 0
+    assert len(only().calls) == 2 and "model.safetensors" in os.listdir("out")
+
+
+# -- what it says --------------------------------------------------------------------------------------------------
+
+
+PAGES = {
+    "plain": f"gpt2 texts.txt {SMALL}",
+    "saved": f"gpt2 texts.txt {SMALL} --every 3 --holdout 0.1 -o out --state s",
+    "set": f"gpt2 texts.txt {SMALL} --set layers=1 -o out",
+    "teacher": f"gpt2 texts.txt {SMALL} --every 4 --holdout 0.1 --teacher gpt2",
+    "zoo": "gpt2 texts.txt --length 16 --batch 2 --steps 1 -o out --tokenizer ./bert --set vocab=150 --set dim=8 "
+    "--set heads=2 --set layers=1",
+    "json": f"bert texts.txt {SMALL} --objective masked-token --every 3 --holdout 0.1 -o out --state s --json",
+    "teacher.json": f"gpt2 texts.txt {SMALL} --accumulate 2 --holdout 0.1 --teacher gpt2 --json",
+}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_what_it_says(
+    name: str, train: Treadle, golden: Golden, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("treadle.compile", lambda *_, **__: None)
+    if name == "zoo":
+        (tmp_path / "gpt2").unlink()
+    said = train(PAGES[name])
+    assert said.code == 0, said.err
+    golden(f"said/train-{name}.txt", f"$ treadle train {PAGES[name]}\n{said.out}{said.err}")
+
+
+def test_numbers_are_means_over_what_counted(train: Treadle) -> None:
+    said = train(f"gpt2 texts.txt {SMALL} --accumulate 2 --every 3 --holdout 0.1 --json").json
+    first, last = said["lines"]
+    assert first["step"] == 3 and first["loss"] == pytest.approx(5 - np.mean([1, 2, 3, 4, 5, 6]) / 10)
+    assert last["step"] == 4 and last["loss"] == pytest.approx(5 - np.mean([7, 8]) / 10)
+    assert (first["norm"], first["rate"], first["tokens_per_second"]) == (1.25, 0.001, 64.0)
+    assert said["held_out"]["before"] == {"loss": 4.0, "perplexity": pytest.approx(math.exp(4))}
+    assert said["held_out"]["after"] == {"loss": 3.0, "perplexity": pytest.approx(math.exp(3))}
+    assert (said["tokens"], said["seconds"]) == (4 * 2 * 2 * 16, 4.0)
+
+
+class Losses:
+    """A trainer of losses that are given, for batches of one row each."""
+
+    steps = 0
+
+    def __init__(self, *losses: float) -> None:
+        self.losses: Iterator[float] = iter(losses)
+
+    def step(self, **_: Tokens) -> Told:
+        return Told(1, next(self.losses), 1.0, 0.1, 1.0)
+
+    def evaluate(self, **_: Tokens) -> float:
+        return next(self.losses)
+
+
+class Counted:
+    """As many targets as each row's first token says; writes down by which numbers it would draw."""
+
+    def __init__(self) -> None:
+        self.numbers: list[tuple[int, ...]] = []
+
+    def asked(self, tokens: Tokens, *number: int) -> dict[str, Tokens]:
+        self.numbers.append(number)
+        places = np.arange(tokens.shape[1]) < tokens[:, :1]
+        return {"tokens": tokens, "targets": np.where(places, tokens, NOT_COUNTED)}
+
+
+def test_a_mean_weighs_each_batch_by_its_targets() -> None:
+    blocks = np.array([[1, 0, 0], [3, 0, 0], [0, 0, 0]])
+    objective = Counted()
+    data = TextData(objective, BlockBatches(blocks[:1], 1), blocks)
+    assert held_out_loss(Losses(4.0, 2.0), data, ends=lambda: False) == (4.0 + 3 * 2.0) / 4, "the last is not asked"
+    two = Update(1, 4.0, 1.0, 0.1, 3, 0.5, 1), Update(2, 2.0, 3.0, 0.2, 3, 0.25, 3)
+    assert Update.joined(two) == Update(2, 2.5, 3.0, 0.2, 6, 0.75, 4)
+    (found,) = updates(Losses(4.0, 2.0), data, steps=1, accumulate=2)
+    assert (found.step, found.loss, found.tokens, found.counted) == (1, 3.0, 6, 2)
+    assert len({*objective.numbers}) == len(objective.numbers) == 5, "each draws in its own way"
+    assert held_out_loss(Losses(), TextData(Counted(), data.batches, blocks[2:]), ends=lambda: False) is None
+
+
+# -- what it refuses -----------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "--temperature 2": ("without --teacher there is no --temperature", "--teacher MODEL as well"),
+    "--teacher-share 0.5": ("without --teacher there is no --teacher-share", "--teacher MODEL as well"),
+    "--save-every 3": ("without --state there is no --save-every", "--state FILE as well"),
+    "--resume none": ("there is no file none", "a file that --state wrote"),
+    "--state .": ("the state cannot be written: this is a folder", "a file in a folder"),
+    "--state none/s": ("the state cannot be written: its folder is not there", "a file in a folder"),
+    "--optimizer adam": ("there is no optimizer 'adam'", "adamw or sgd"),
+    "--schedule step": ("there is no schedule 'step'", "constant, cosine or linear"),
+    "--rate 0": ("a learning rate is a number above 0", "--rate 1e-4"),
+    "--rate nan": ("a learning rate is a number above 0", "--rate 1e-4"),
+    "--schedule cosine --warmup 4": ("a cosine schedule falls after its warmup, for which no steps are left",),
+    "--schedule linear --steps 1": ("a linear schedule falls after its warmup, for which no steps are left",),
+    "--length 49": ("a block has 2 tokens or more and at most 48", "48"),
+    "--batch 4000": ("a batch of 4,000 rows cannot be made of",),
+    "--objective other": ("there is no objective 'other'", "one of next-token, masked-token"),
+    "-o full": ("the folder to save in is not empty", "another folder, or --replace"),
+    "-o gpt2 --replace": ("the model's own folder is not written over",),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_does_not_fit_is_refused_before_anything_is_compiled(train: Treadle, words: str) -> None:
+    Path("full").mkdir()
+    Path("full", "notes").write_text("mine")
+    refused(train(f"gpt2 texts.txt {SMALL} {words}"), *REFUSED[words])
+    assert FakeTrainer.made == [] and os.listdir("full") == ["notes"]
+
+
+def test_a_model_that_no_text_trains_is_told_what_to_do(train: Treadle) -> None:
+    refused(train("bert texts.txt"), "it is no causal language model", "--objective masked-token")
+    refused(train("model.py:small texts.txt --objective masked-token"), "has no folder", "--tokenizer FOLDER")
+
+
+def test_one_reason_is_one_object(train: Treadle) -> None:
+    said: Result = train("gpt2 texts.txt --length 49 --json")
+    assert (said.code, said.json["error"]["kind"]) == (2, "UsageError")
+
+
+def test_replace_saves_over_files(train: Treadle) -> None:
+    Path("full").mkdir()
+    Path("full", "notes").write_text("mine")
+    assert train(f"gpt2 texts.txt {SMALL} -o full --replace").code == 0
+    assert {"notes", "config.json", "model.safetensors", "tokenizer.json"} <= {*os.listdir("full")}
+    again, before = resolve("full").weights, resolve("gpt2").weights
+    assert again is not None and before is not None
+    assert all(np.array_equal(again[name], np.asarray(before[name]) + np.float32(1)) for name in before)
+
+
+def test_masks_of_batches_are_drawn_anew_for_each() -> None:
+    objective = MaskedToken(3, 20, (3,), 1)
+    tokens = np.full((2, 40), 7)
+    first, second = (objective.asked(tokens, 0, number)["targets"] for number in (0, 1))
+    assert not np.array_equal(first, second)
+    assert json.dumps(first.tolist()) == json.dumps(objective.asked(tokens, 0, 0)["targets"].tolist())

@@ -1,0 +1,79 @@
+"""`treadle train`, with a trainer: models foretell better, in two runs as in one, and transformers reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("tokenizers")
+pytest.importorskip("treadle.training.trainer")
+
+from tests.command_line import Treadle, commands_in
+from tests.task_models import save, texts, without_specials, wordpiece
+
+
+@pytest.fixture
+def treadle_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Treadle:
+    """Runs commands in a folder with `gpt2`, `bert` and `texts.txt`."""
+    save(tmp_path / "gpt2", "GPT2LMHeadModel", without_specials(), scale=1.0)
+    save(tmp_path / "bert", "BertForMaskedLM", wordpiece(), scale=1.0)
+    (tmp_path / "texts.txt").write_text("\n".join(texts(60, 5)), encoding="utf-8")
+    capsys.readouterr()
+    run = commands_in(tmp_path, capsys, monkeypatch)
+    return lambda *words: run(*" ".join(words).split())
+
+
+HOW = "--length 16 --batch 4 --rate 0.01 --holdout 0.1 --json"
+
+
+def held_out(said: Any) -> tuple[float, float]:
+    """The perplexity before and after."""
+    assert said.code == 0, said.out + said.err
+    found = said.json["held_out"]
+    return found["before"]["perplexity"], found["after"]["perplexity"]
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+def test_a_run_in_two_parts_is_the_same_as_a_whole_one_to_the_bit(treadle_command: Treadle, backend: str) -> None:
+    how = f"train gpt2 texts.txt {HOW} --backend {backend} --accumulate 2"
+    before, after = held_out(treadle_command(how, "--steps 8 -o whole"))
+    assert after < 0.8 * before
+    held_out(treadle_command(how, "--steps 3 --state half"))
+    assert held_out(treadle_command(how, "--steps 8 --resume half -o parts"))[1] == after
+    whole, parts = (Path(name, "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts != Path("gpt2", "model.safetensors").read_bytes()
+
+
+def test_transformers_foretells_as_well_with_what_was_saved(treadle_command: Treadle) -> None:
+    """The mean loss over the held out blocks, the last of the texts, is what its own model gives."""
+    before, after = held_out(treadle_command(f"train gpt2 texts.txt {HOW} --steps 8 -o out"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained("out")
+    ids = tokenizer(Path("texts.txt").read_text(encoding="utf-8"))["input_ids"]
+    blocks = torch.tensor(ids[: len(ids) // 16 * 16]).reshape(-1, 16)
+    last = blocks[len(blocks) - round(len(blocks) * 0.1) :]
+    for folder, wanted in (("gpt2", before), ("out", after)):
+        model = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+        with torch.no_grad():
+            assert np.exp(float(model(last, labels=last).loss)) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_masked_model_fills_in_better(treadle_command: Treadle) -> None:
+    how = f"train bert texts.txt {HOW} --objective masked-token --steps 40 --backend numpy -o out"
+    before, after = held_out(treadle_command(how))
+    assert after < 0.9 * before
+    said = treadle_command("fill", "out", "[MASK]", "--json")
+    assert said.code == 0 and said.json["mask"] == "[MASK]"
+
+
+def test_weights_that_are_not_trained_stay_as_they_are(treadle_command: Treadle) -> None:
+    from safetensors.numpy import load_file
+
+    held_out(treadle_command(f"train gpt2 texts.txt {HOW} --steps 2 --train h.*.mlp.* -o out"))
+    before, after = (load_file(Path(name, "model.safetensors")) for name in ("gpt2", "out"))
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed and all(".mlp." in name for name in changed)

@@ -1,0 +1,190 @@
+"""Texts on their way to a model: documents of files, the objective's inputs and targets, and what does not fit."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("tokenizers")
+
+from tests.task_models import byte_level, save, texts, without_specials, wordpiece
+from treadle.frontends.text import TextTokenizer
+from treadle.ir.errors import CheckpointError, TreadleError, UsageError
+from treadle.resolving import resolve
+from treadle.training.documents import read_documents
+from treadle.training.objectives import MaskedToken, NextToken
+from treadle.training.text_data import TextData
+from treadle.training.texts import NOT_COUNTED
+
+TEXTS = texts(60, 5)
+
+
+# -- documents of files --------------------------------------------------------------------------------------------
+
+
+def test_a_text_file_is_one_document_and_jsonl_has_one_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("One\ntwo.\n", encoding="utf-8")
+    lines = ['{"text": "Käse\\u2028here", "id": 3}', "", '  {"text": ""} ', '{"text": "last\u2028line"}']
+    (tmp_path / "b.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"piped")))
+    found = read_documents([str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl"), "-"])
+    assert found == ["One\ntwo.\n", "Käse\u2028here", "last\u2028line", "piped"]
+
+
+@pytest.mark.parametrize(
+    "line", ['{"text": 3}', '{"body": "x"}', '["text"]', "{", '"text"', "[" * 100_000], ids=lambda line: line[:15]
+)
+def test_a_line_that_is_no_object_with_a_text_is_named(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "x"}\n\n' + line, encoding="utf-8")
+    with pytest.raises(UsageError, match=r"a line of a \.jsonl file is an object with a text") as caught:
+        read_documents([str(path)])
+    assert caught.value.within == f"{path}, line 3"
+
+
+def test_files_without_a_text_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(" \n")
+    (tmp_path / "b.txt").write_bytes(b"ok \xff")
+    with pytest.raises(UsageError, match="there is no text"):
+        read_documents([str(tmp_path / "a.txt")])
+    with pytest.raises(UsageError, match="the text is not UTF-8"):
+        read_documents([str(tmp_path / "b.txt")])
+    with pytest.raises(CheckpointError, match="there is no such file"):
+        read_documents([str(tmp_path / "c.txt")])
+
+
+# -- ids and objectives --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("gpt2")
+    save(place, "GPT2LMHeadModel", without_specials())
+    return place
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("bert")
+    save(place, "BertForMaskedLM", wordpiece())
+    return place
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("corpus") / "texts.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("make", [wordpiece, byte_level, without_specials])
+def test_ids_are_those_of_encode(make: Any, special: bool, tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    tokenizer = TextTokenizer.open(tmp_path, cut=False)
+    told = [*TEXTS, "", "Œuvre \U0001f600"]
+    assert tokenizer.ids(told, special=special) == [list(e.ids) for (e,) in tokenizer.encode(told, special=special)]
+    assert [type(ids) for ids in tokenizer.ids(["a cat"])] == [list]
+    with pytest.raises(UsageError, match="not valid Unicode"):
+        tokenizer.ids(["\ud800"])
+
+
+def test_the_next_token_of_documents_with_the_end_of_text_between(gpt2: Path, corpus: str) -> None:
+    resolved = resolve(gpt2)
+    data = TextData.open(str(gpt2), [corpus], resolved, length=16, batch=4, holdout=0.25, seed=3)
+    tokenizer = TextTokenizer.open(gpt2, cut=False)
+    end = tokenizer.id_of("<|endoftext|>")
+    assert end is not None
+    wanted = [number for ids in tokenizer.ids(TEXTS) for number in (*ids, end)][:-1]
+    whole = len(wanted) // 16
+    held = round(whole / 4)
+    assert (len(data.batches.blocks), len(data.heldout), data.length) == (whole - held, held, 16)
+    blocks = np.concatenate([data.batches.blocks, data.heldout])
+    assert blocks.ravel().tolist() == wanted[: whole * 16], "those held out are the last"
+    assert (data.batches.rows, data.batches.seed, data.objective) == (4, 3, NextToken())
+    asked = data.objective.asked(blocks[:2], 7)
+    np.testing.assert_array_equal(asked["tokens"], blocks[:2])
+    np.testing.assert_array_equal(asked["targets"][:, :-1], blocks[:2, 1:])
+
+
+def test_masked_tokens_hide_none_of_those_around_texts(bert: Path, corpus: str) -> None:
+    data = TextData.open(str(bert), [corpus], resolve(bert), objective="masked-token", length=24, batch=2, seed=5)
+    tokenizer = TextTokenizer.open(bert, cut=False)
+    ids = {name: tokenizer.id_of(name) for name in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")}
+    assert isinstance(data.objective, MaskedToken)
+    assert data.objective == MaskedToken(ids["[MASK]"] or 0, len(tokenizer.vocabulary()), data.objective.special, 5)
+    assert set(ids.values()) <= set(data.objective.special)
+    wanted = [number for each in tokenizer.ids(TEXTS) for number in each]
+    assert data.batches.blocks.ravel().tolist() == wanted[: data.batches.blocks.size], "with [CLS] and [SEP] of each"
+    assert len(data.heldout) == 0
+    tokens = data.batches.blocks[:8]
+    first, again, other = (data.objective.asked(tokens, *n) for n in ((0, 1), (0, 1), (0, 2)))
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    assert not np.array_equal(first["targets"], other["targets"])
+    counted = first["targets"] != NOT_COUNTED
+    assert counted.any(axis=1).all() and not np.isin(tokens[counted], data.objective.special).any()
+
+
+def test_a_block_is_as_long_as_the_model_takes_unless_it_is_said(gpt2: Path, corpus: str) -> None:
+    """48 positions, of the 128 tokens that it would be."""
+    assert TextData.open(str(gpt2), [corpus], resolve(gpt2)).length == 48
+    assert TextData.open(str(gpt2), [corpus], resolve(gpt2), length=48, batch=1).length == 48
+
+
+def test_another_tokenizer_serves_a_model_without_a_folder(gpt2: Path, corpus: str) -> None:
+    vocabulary = len(TextTokenizer.open(gpt2).vocabulary())
+    sizes = {"context": 32, "dim": 8, "heads": 2, "layers": 1}
+    made = resolve("gpt2", vocab=vocabulary, **sizes)
+    data = TextData.open("gpt2", [corpus], made, tokenizer=str(gpt2))
+    own = TextData.open(str(gpt2), [corpus], resolve(gpt2), length=32)
+    np.testing.assert_array_equal(data.batches.blocks, own.batches.blocks)
+    with pytest.raises(UsageError, match="the tokenizer gives tokens that gpt2 does not have") as caught:
+        TextData.open("gpt2", [corpus], resolve("gpt2", vocab=50, **sizes), tokenizer=str(gpt2))
+    assert str(caught.value.hint) == f"vocab={vocabulary}"
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("gpt2", {"objective": "both"}, "there is no objective 'both'"),
+    ("gpt2", {"length": 49}, "a block has 2 tokens or more and at most 48, as the model takes"),
+    ("gpt2", {"length": 1}, "a block has 2 tokens or more"),
+    ("gpt2", {"holdout": 1.0}, "what is held out is a part of the blocks, below 1"),
+    ("gpt2", {"holdout": -0.1}, "what is held out is a part of the blocks, below 1"),
+    ("gpt2", {"batch": 500}, "a batch of 500 rows cannot be made of"),
+    ("gpt2", {"batch": 3, "holdout": 0.99}, "a batch of 3 rows cannot be made of 0 blocks"),
+    ("bert", {}, "it is no causal language model"),
+    ("bert", {"objective": "masked-token", "teacher": "gpt2"}, "a teacher must have the same vocabulary"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "told"), REFUSED, ids=[told[:40] for _, _, told in REFUSED])
+def test_what_does_not_fit_is_refused(
+    name: str, options: dict[str, Any], told: str, gpt2: Path, bert: Path, corpus: str
+) -> None:
+    places = {"gpt2": gpt2, "bert": bert}
+    options = {**options, **({"teacher": str(gpt2)} if "teacher" in options else {})}
+    with pytest.raises(TreadleError, match=told):
+        TextData.open(str(places[name]), [corpus], resolve(places[name]), **options)
+
+
+def test_a_vocabulary_without_a_mask_hides_nothing(bert: Path, corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TextTokenizer, "mask", None)
+    with pytest.raises(CheckpointError, match="the folder's vocabulary has no token for a mask"):
+        TextData.open(str(bert), [corpus], resolve(bert), objective="masked-token")
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [("gpt2", "gpt2 has no folder, and so no tokenizer"), ("vit", "it is no model of tokens alone"), ("t5", "alone")],
+)
+def test_models_that_texts_do_not_train(model: str, told: str, corpus: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        TextData.open(model, [corpus], resolve(model, layers=1))
