@@ -67,11 +67,11 @@ def train_in_torch(
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf") if clip is None else clip)
         chosen.step()
-        told.append((float(loss), float(norm)))
+        told.append((loss.item(), norm.item()))
     return told
 
 
-MODELS = ["gpt2", "bert-masked-lm", "albert-masked-lm", "bert-classifier", "t5", "vit-classifier", "llama", "bart"]
+MODELS = ["gpt2", "bert-masked-lm", "albert-masked-lm", "bert-classifier", "t5", "vit-classifier", "llama", "qwen2"]
 
 
 @pytest.mark.parametrize("optimizer", [AdamW(eps=1e-3, weight_decay=0.1), SGD(momentum=0.9)], ids=["adamw", "sgd"])

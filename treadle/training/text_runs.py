@@ -9,29 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from treadle.training.text_data import TextData
 from treadle.training.texts import NOT_COUNTED
 
+if TYPE_CHECKING:  # which loads the compiler
+    from treadle.training.trainer import StepTold
+
 _TRAINED_ON, _HELD_OUT = 0, 1
 """The first of the numbers by which masks are drawn: held out blocks have their own."""
 _MOST_LOSS = 700.0  # whose exponential a float64 still holds
-
-
-class StepTold(Protocol):
-    """What a step of `treadle.training.trainer.Trainer` tells."""
-
-    @property
-    def loss(self) -> float: ...
-    @property
-    def norm(self) -> float: ...
-    @property
-    def rate(self) -> float: ...
-    @property
-    def seconds(self) -> float: ...
 
 
 class Steps(Protocol):
