@@ -24,7 +24,7 @@ from treadle.ir.sizing.sizes import Size
 from treadle.ir.text.parser import parse_graph
 from treadle.passes.framework.manager import Optimized, PassManager
 from treadle.passes.memory.frames import frame_of
-from treadle.passes.memory.order import Buffer, Order, OrderProblem, _Sets, find_order, lower_bound
+from treadle.passes.memory.order import MOST_LOOKS, Buffer, Order, OrderProblem, _Sets, find_order, lower_bound
 from treadle.passes.memory.ordering import _Making, drawn_sizes, have_one_order, must_precede
 from treadle.passes.memory.plan_storage import PlanStorage, each_alone, over_nothing
 
@@ -126,6 +126,23 @@ def test_how_long_is_searched(count: int, width: int, monkeypatch: pytest.Monkey
     problem = OrderProblem(((),) * count, buffers, (0,) * count, ((),) * count)
     assert find_order(problem).order == program
     assert given == [2000, width]
+
+
+@pytest.mark.parametrize(("count", "is_searched"), [(40, True), (400, False)])
+def test_a_search_ends_soon_where_many_steps_may_follow(
+    count: int, is_searched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step keeps a little, and needs more while it runs; so the one that needs least had better come last."""
+    looked: list[int] = []
+    looking = _Sets.run
+    monkeypatch.setattr(
+        _Sets, "run", lambda self, done, live, step: looked.append(step) or looking(self, done, live, step)
+    )
+    buffers = [(Buffer(8, (step,), True), Buffer(1000 + step, (step,))) for step in range(count)]
+    problem = OrderProblem(((),) * count, tuple(b for pair in buffers for b in pair), (0,) * count, ((),) * count)
+    found = find_order(problem)
+    assert (found.peak < problem.peak(range(count))) is is_searched
+    assert len(looked) <= 3 * MOST_LOOKS + 3 * count
 
 
 # -- graphs --------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import linecache
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from typing import Any, Protocol

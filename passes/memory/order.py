@@ -188,7 +188,7 @@ class _DoneSteps(NamedTuple):
 class _Sets:
     """Sets of steps that are done, as bits of a number.
 
-    sets, looks  from how many sets the exact search has gone on, and how many steps it looked at there
+    sets, looks  from how many sets the exact search has gone on, and how many steps have been looked at
     """
 
     def __init__(self, problem: OrderProblem) -> None:
@@ -251,6 +251,7 @@ class _Sets:
                 if not self.before[other] & ~done:
                     ready |= 1 << other
             made = _DoneSteps(done, live, ready, peak, at, step)
+            self.looks += 1
             if peak == at.peak and live <= at.live:
                 return [made]
             found.append(made)
@@ -261,7 +262,7 @@ class _Sets:
 
         Else None and a lower bound: the known one where no order is below it, less where the sets are too many.
         """
-        tie = 0
+        tie = self.sets = self.looks = 0
         waiting = [(bound, 0, tie, self.start(bound))]
         best: dict[int, int] = {}
         while waiting:
@@ -271,7 +272,6 @@ class _Sets:
             if at.done == self.whole:
                 return at.order(), peak
             self.sets += 1
-            self.looks += at.ready.bit_count()
             if self.sets > most or self.looks > MOST_LOOKS:
                 return None, peak
             for made in self._next(at):

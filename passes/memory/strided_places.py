@@ -89,7 +89,7 @@ class StridedPlanning(Planning):
         return argument is not None
 
     def _left_by(self, x: Value, step: Step, value: Value) -> View | None:
-        """How x lies, if a value may take its storage: it fills it, and all that lies there is read for the last time."""
+        """How x lies, if a value may take its storage: fills it, and what lies there is read for the last time."""
         place = self.places[x]
         if place.storage is None or place.view is None or not self._may_be_written(place.storage):
             return None

@@ -129,7 +129,7 @@ class SGD:
         check_number("momentum", self.momentum, below=1, hint="0.9, or 0 for none")
         check_number("weight_decay", self.weight_decay, hint="0.0001, or 0 for none")
         if not isinstance(self.nesterov, bool):
-            raise UsageError("nesterov must be True or False", received=repr(self.nesterov))
+            raise UsageError("nesterov must be True or False", received=repr(self.nesterov), hint="nesterov=True")
         if self.nesterov and not self.momentum:
             raise UsageError("nesterov needs momentum", received=repr(self), hint="SGD(momentum=0.9, nesterov=True)")
 
