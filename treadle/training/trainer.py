@@ -25,6 +25,7 @@ from treadle.backends.protocol import Port
 from treadle.compiled import Compiled
 from treadle.compiling import compile as compile_model
 from treadle.compiling import weights_of
+from treadle.computing import computing_in
 from treadle.files.contained_files import PathLike
 from treadle.frontends.declarations import Model
 from treadle.frontends.torch_export.model import TorchModel
@@ -42,7 +43,7 @@ from treadle.ir.transforms.training_losses import (
 )
 from treadle.ir.types import f32
 from treadle.passes.framework.manager import PassManager
-from treadle.passes.pipelines import RECOGNITION
+from treadle.passes.pipelines import DEFAULT, RECOGNITION
 from treadle.resolving import BLOCKS, Resolved, resolve
 from treadle.runtime.training.optimizers import SGD, AdamW, update_graph
 from treadle.runtime.training.schedules import Schedule, schedule_of
@@ -146,7 +147,8 @@ class Trainer:
         made = choose_outputs(made, [LOSS, COUNTED, *[GRADIENT + name for name in reached]])
         held, self.seed = weights_of(self.resolved, self.resolved.graph, None, seed)
         frozen = {name: held[name] for name in made.parameters}
-        options: dict[str, Any] = {"backend": backend, "dtype": dtype}
+        passes, _ = computing_in(dtype, DEFAULT, (), computed=True)
+        options: dict[str, Any] = {"backend": backend, "passes": passes}
         self.gradient = compile_model(made, weights=frozen, **options)
         self._loss_alone = choose_outputs(made, [LOSS, COUNTED])
         self._evaluation: Compiled | None = None
