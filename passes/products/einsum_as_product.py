@@ -1,10 +1,10 @@
 """An einsum of two factors as the matrix product that it is.
 
-    einsum(g, w, equation="b a n, n k -> b a k")     matmul(g, w)
-    einsum(g, x, equation="b a n, b a k -> n k")     matmul(rearrange(g, "b a n -> n (b a)"), rearrange(x, "b a k -> (b a) k"))
+    "b a n, n k -> b a k"     matmul(g, w)
+    "b a n, b a k -> n k"     matmul(rearrange(g, "b a n -> n (b a)"), rearrange(x, "b a k -> (b a) k"))
 
-So the gradients of `linear` are spelled. Letters that one factor and the result have are rows of the left factor, or the
-columns of the right one; letters that both have, and not the result, are summed.
+So the gradients of `linear` are spelled. Letters that one factor and the result have are the rows of the left factor,
+or the columns of the right one; letters that both have, and not the result, are summed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Node
 from treadle.ir.ops.axis_names import axis_letters
+from treadle.ir.types import DType
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class EinsumProduct:
     matrix: str
     transposed: bool
 
-    def build(self, b: Builder, factors: Sequence[Expr], to: object) -> Expr:
+    def build(self, b: Builder, factors: Sequence[Expr], to: DType) -> Expr:
         """The product of the einsum's two factors, summed in dtype `to`."""
         x, y = factors[self.left], factors[1 - self.left]
         x = b.rearrange(x, pattern=self.pattern) if self.pattern else x

@@ -25,8 +25,8 @@ class NarrowProducts(SiteRewrite[Site]):
     and likewise matmul, activated_linear, gated_linear and projections. The result, the bias and the sum stay float32.
     What a cast makes of a weight is made once, when weights are bound; values that several products read are cast once.
 
-    With `computed`, as weights that change want it, w may be any matrix, and an einsum that is a product with one, as the
-    gradients of `linear` are, is spelled as such:
+    With `computed`, as weights that change want it, w may be any matrix, and an einsum that is a product with one, as
+    the gradients of `linear` are, is spelled as such:
 
     einsum(g, x, equation="b a n, b a k -> n k")   -->   matmul(rearrange(cast(g)), rearrange(cast(x)), to=f32)
 

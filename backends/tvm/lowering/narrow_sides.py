@@ -1,6 +1,6 @@
 """Both sides of a product of two bf16 matrices that are computed, or inputs: weights in training, and gradients.
 
-    y = linear(x, w, to=f32)     x rounded in rows, w in pairs, as a bound weight lies; then the kernel that it would have
+    y = linear(x, w, to=f32)     x rounded in rows, w in pairs as a bound weight is, and the kernel that it would have
 
 Each side is laid out before the product, once for all products that read it so. A cast that makes nothing else is not
 written: its sides are made in its place, of what it rounds.

@@ -188,9 +188,9 @@ def _sum(
             MatrixProduct(w, node, sizes, x, y, to, finish, packed=True, form=form).emit()
             return
         if (sides := narrow_sides(w, w.groups[node].product or node)) is not None:
-            left, right = (side.made(w, node) for side in sides)
+            ready = sides[0].made(w, node), sides[1].made(w, node)
             x, y = (LetteredView.of(w.view(v), letters) for v, letters in zip(values, equation.operands, strict=False))
-            MatrixProduct(w, node, sizes, x, y, to, finish, sides=(left, right)).emit()
+            MatrixProduct(w, node, sizes, x, y, to, finish, sides=ready).emit()
             return
         weight = _in_panels(w, node, values[1], equation)
         if weight is not None:

@@ -11,7 +11,6 @@ NumPy, and a left side that lies along k by `RoundRows`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -92,14 +91,21 @@ class RoundSquares(Kernel):
             held = k.registers(PAIR_SQUARE * PAIR_STEP, x.dtype, "held")
             for at in range(0, PAIR_SQUARE * PAIR_STEP, lanes):
                 k.store(held, [at], k.number(0, x.dtype, lanes), lanes)
-            high, wide, apart = (rows, deep, PAIR_STEP) if self.along else (deep, rows, PAIR_SQUARE)
-            with k.loop(high, "i") as i, k.loop(wide, "e") as e:
-                at = [row + i, first + e] if self.along else [first + i, row + e]
-                k.store(held, [i * apart + e], k.load(x, at))
+            high, wide, full = (rows, deep, PAIR_STEP) if self.along else (deep, rows, PAIR_SQUARE)
+
+            def copied(count: Expr, lanes: int) -> None:
+                with k.loop(high, "i") as i, k.loop(count, "e") as e:
+                    at = [row + i, first + e * lanes] if self.along else [first + i, row + e * lanes]
+                    k.store(held, [i * full + e * lanes], k.load(x, at, lanes), lanes)
+
+            with k.when(wide >= k.index(full)):
+                copied(k.index(full // lanes), lanes)
+            with k.when(wide < k.index(full)):
+                copied(wide, 1)
             self._stored(k, self._pairs(k, held, None), y, group, step, j, row, rows)
 
     def _pairs(self, k: Emitter, x: Any, at: list[Expr] | None) -> list[Expr]:
-        """16 vectors of pairs: of a row each, by k; or of two elements of k each, by row. `at` None: x is one square."""
+        """16 vectors of pairs: of a row each, along k, or of two elements of k each. Without `at`, x is a square."""
         lanes, i32 = k.isa.lanes(), DTYPES["i32"]
         made = []
         for i in range(PAIR_SQUARE):
