@@ -25,7 +25,7 @@ from treadle.backends.tvm.kernels.pointwise import Chain, Instruction
 from treadle.backends.tvm.lowering.chains import chain_of, inputs_of
 from treadle.backends.tvm.lowering.encoded_rules import form_of, laid_out, rows_of
 from treadle.backends.tvm.lowering.matrix_product import Finish, LetteredView, MatrixProduct, rounded_rows
-from treadle.backends.tvm.lowering.narrow_sides import narrow_sides
+from treadle.backends.tvm.lowering.product_sides import narrow_sides
 from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
 from treadle.ir.graph import Node, Value
 from treadle.ir.layouts import panels

@@ -91,7 +91,7 @@ class RoutineWriter:
     groups   for the last node of a step what is computed with it
     uses     who reads a value
     rounded  where the elements of storages are that exist only as narrow products read them; None until they are made
-    sides    what takes the place of such a storage, where that is several: see `narrow_sides`
+    sides    what takes the place of such a storage, where that is several: see `product_sides`
     encoded  of values that products of whole numbers read, and for what of the right side: the rows as kernels do, and
              what is told of them
     threads  how many may work at once; None: any number
