@@ -41,6 +41,7 @@ from treadle.backends.tvm.kernels.narrow.packing import PackBlocks, PackPairs, P
 from treadle.backends.tvm.kernels.narrow.pair_product import PairProduct
 from treadle.backends.tvm.kernels.narrow.register_tiles import narrow_width, pairs_for, quads_for, tile_of
 from treadle.backends.tvm.kernels.narrow.round_rows import RoundRows
+from treadle.backends.tvm.kernels.narrow.round_squares import RoundSquares
 from treadle.backends.tvm.kernels.narrow.tile_product import TileProduct
 from treadle.backends.tvm.kernels.normalization import Normalize
 from treadle.backends.tvm.kernels.pointwise import Chain, Instruction, Pointwise
@@ -121,6 +122,8 @@ SPECS: list[tuple[Kernel, str, str]] = [
     (Append(4, False, False), "append", ""),
     (Append(4, True, True), "append_rows_ring", ""),
     (RoundRows("f32", "tiles"), "round_rows_tiles", ""),
+    (RoundSquares("f32", True, 48, True), "round_right_by_rows", ""),
+    (RoundSquares("bf16", False, 0, False), "round_left_by_columns", ""),
     (EncodeRows("held"), "encode_rows_held", ""),
     (EncodeRows("filled", True, True), "encode_scaled_signed_rows_filled", ""),
     (DecodeRows(), "decode_signed_rows", ""),

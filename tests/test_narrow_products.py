@@ -257,3 +257,124 @@ def test_a_weight_may_be_summed_in_any_float(backend: str, held: str, to: str) -
     spacing = EPSILON["bf16"] if (backend, held, to) == ("torch", "bf16", "f32") else max(EPSILON["f32"], EPSILON[to])
     np.testing.assert_allclose(got, exact, rtol=0, atol=16 * spacing * np.abs(exact).max())
     assert got.dtype == DTYPES[to].numpy
+
+
+# -- any two matrices -------------------------------------------------------------------------------------------------
+
+
+def of_any(build: Callable[[Builder], Expr]) -> Optimized:
+    return PassManager([NarrowProducts(computed=True)], certify=True).run(graph_of(build))
+
+
+def lines(graph: Graph) -> list[str]:
+    """Of all ops but casts."""
+    text = [line.split("#")[0].strip() for line in print_graph(graph).splitlines() if " = " in line and "(" in line]
+    return [line for line in text if "cast(" not in line]
+
+
+EINSUMS: list[tuple[str, tuple[object, ...], tuple[object, ...], list[str]]] = [
+    # the equation, the shapes of g and x, and what is made of them
+    ("b a n, n k -> b a k", ("B", "S", 6), (6, 4), ["matmul = matmul(g_bf16, x_bf16, to=f32)"]),
+    (
+        "b a n, b a k -> n k",
+        ("B", "S", 6),
+        ("B", "S", 4),
+        [
+            'rearrange = rearrange(g_bf16, pattern="b a n -> n (b a)")',
+            'rearrange_2 = rearrange(x_bf16, pattern="b a k -> (b a) k")',
+            "matmul = matmul(rearrange, rearrange_2, to=f32)",
+        ],
+    ),
+    ("b a k, n k -> b a n", ("B", "S", 4), (6, 4), ["linear = linear(g_bf16, x_bf16, to=f32)"]),
+    ("n k, a k -> a n", (6, 4), ("S", 4), ["linear = linear(x_bf16, g_bf16, to=f32)"]),
+    ("k a, k n -> n a", (4, "S"), (4, 6), [
+        'rearrange = rearrange(x_bf16, pattern="k n -> n k")',
+        "matmul = matmul(rearrange, g_bf16, to=f32)",
+    ]),
+    ("a h d, n h d -> a n", ("S", 2, 3), (6, 2, 3), [
+        'rearrange = rearrange(g_bf16, pattern="a h d -> a (h d)")',
+        'rearrange_2 = rearrange(x_bf16, pattern="n h d -> n (h d)")',
+        "linear = linear(rearrange, rearrange_2, to=f32)",
+    ]),
+    ("... n, n k -> ... k", ("B", "S", 6), (6, 4), ["matmul = matmul(g_bf16, x_bf16, to=f32)"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("equation", "g", "x", "wanted"), EINSUMS)
+def test_an_einsum_is_the_product_that_it_is(
+    equation: str, g: tuple[object, ...], x: tuple[object, ...], wanted: list[str]
+) -> None:
+    """With the numbers of the einsum, of factors that are rounded."""
+
+    def build(b: Builder) -> Expr:
+        return b.einsum(b.input("g", f32[g]), b.input("x", f32[x]), equation=equation)
+
+    graph, made = graph_of(build), of_any(build)
+    assert lines(made.graph) == wanted
+    assert parse_graph(print_graph(made.graph)) == made.graph
+    assert made.log[-1].certificates, "the rewrite was tried"
+    sizes, rng = {"B": 3, "S": 5}, np.random.default_rng(0)
+    given = {
+        name: rng.standard_normal([sizes.get(n, n) for n in shape]).astype(np.float32)  # type: ignore[call-overload]
+        for name, shape in (("g", g), ("x", x))
+    }
+    rough = {name: widened(rounded(v)) for name, v in given.items()}
+    np.testing.assert_allclose(
+        interpret(made.graph, given, {})["y"], interpret(graph, rough, {}, float64=True)["y"], rtol=0, atol=1e-5
+    )
+
+
+def test_what_several_products_read_is_rounded_once() -> None:
+    """The gradients of a linear: g times the weight, and g times x."""
+
+    def build(b: Builder) -> Expr:
+        g, x, w = b.input("g", f32["M", 6]), b.input("x", f32["M", 4]), b.input("w", f32[6, 4])
+        by_x = b.einsum(g, w, equation="m n, n k -> m k")
+        return by_x + b.matmul(b.linear(x, w), b.einsum(g, x, equation="m n, m k -> n k"))
+
+    made = of_any(build).graph
+    cast = [node.inputs[0].name for _, node in made.walk() if node.op.name == "cast"]
+    assert len(cast) == len(set(cast)) == 5, "g, w, x, and what the last product reads"
+    assert all(node.op.attributes["to"] is f32 for _, node in made.walk() if node.op.name in ("linear", "matmul"))
+
+
+def test_a_computed_matrix_is_one_that_may_be_narrow() -> None:
+    def scores(b: Builder) -> Expr:
+        x = b.input("x", f32["S", 8])
+        return b.matmul(x, b.rearrange(b.sin(x), pattern="s d -> d s"))
+
+    (product,) = [node for _, node in of_any(scores).graph.walk() if node.op.name == "matmul"]
+    assert [v.type.dtype for v in (*product.inputs, product.result)] == [bf16, bf16, f32]
+
+
+def einsum(equation: str, *shapes: tuple[int, ...]) -> Callable[[Builder], Expr]:
+    return lambda b: b.einsum(*[b.input(f"x{i}", f32[s]) for i, s in enumerate(shapes)], equation=equation)
+
+
+STAY: list[tuple[str, Callable[[Builder], Expr]]] = [
+    ("it is a stack of products, one for each b h", einsum("b h s d, b h t d -> b h s t", (2, 3, 4, 5), (2, 3, 6, 5))),
+    ("it multiplies no two factors", einsum("a b, b c, c d -> a d", (2, 3), (3, 4), (4, 5))),
+    ("it multiplies no two factors", einsum("a b -> b a", (2, 3))),
+    ("an axis of one factor alone is summed", einsum("a b c, b d -> a d", (2, 3, 4), (3, 5))),
+    ("it multiplies no two matrices", einsum("a b, b -> a", (2, 3), (3,))),
+    ("it multiplies no two matrices", einsum("a b, c d -> a b c d", (2, 3), (4, 5))),
+    ("it multiplies no two matrices", einsum("a b, a b ->", (2, 3), (2, 3))),
+    ("its columns are of several axes, c d", einsum("a b, b c d -> a c d", (2, 3), (3, 4, 5))),
+    ("its columns are of several axes, c d", einsum("a b, b c d -> c a d", (2, 3), (3, 4, 5))),
+    ("an axis is repeated", einsum("... a, ... a b -> ... b", (1, 3), (4, 3, 5))),
+    ("the matrix is a constant", lambda b: b.einsum(b.input("x", f32[2, 3]), b.constant(np.ones((3, 4), np.float32)),
+                                                    equation="a b, b c -> a c")),
+    ("the matrices are a stack", lambda b: b.matmul(b.input("x", f32[2, 3, 4]), b.input("y", f32[2, 4, 5]))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("reason", "build"), STAY)
+def test_what_is_no_product_of_two_matrices_stays_as_it_is(reason: str, build: Callable[[Builder], Expr]) -> None:
+    made = of_any(build)
+    assert made.graph == graph_of(build)
+    assert reason in made.log.explain()
+
+
+def test_without_being_asked_it_narrows_products_with_weights_alone() -> None:
+    graph = graph_of(einsum("a b, b c -> a c", (2, 3), (3, 4)))
+    assert PassManager([NarrowProducts()]).run(graph).graph == graph

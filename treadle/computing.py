@@ -24,13 +24,14 @@ Widen = str | Iterable[str]
 
 
 def computing_in(
-    dtype: str | None, passes: Sequence[Pass], widen: Widen, quantize: str | None = None
+    dtype: str | None, passes: Sequence[Pass], widen: Widen, quantize: str | None = None, *, computed: bool = False
 ) -> tuple[tuple[Pass, ...], Widen]:
     """The passes and the dtypes to widen with which a model computes in `dtype`, its weights quantized.
 
     dtype     None: as it is declared. "f32": bf16 and f16 values are f32. "bf16": so as well, and then products with
               weights and attention are of bf16 numbers, summed in f32
     quantize  a scheme of `QUANTIZED`, or None
+    computed  whether "bf16" is for products of any two matrices: weights in training are inputs, and gradients computed
 
     Raises UsageError for another name.
     """
@@ -43,6 +44,7 @@ def computing_in(
         return tuple(passes), widen
     if dtype not in COMPUTED:
         raise UsageError(f"a model does not compute in {str(dtype)[:40]!r}", hint="dtype " + " or ".join(COMPUTED))
-    narrowing = (PatchesAsProducts(), NarrowProducts(bf16), NarrowAttention(bf16)) if dtype == "bf16" else ()
+    products = NarrowProducts(bf16, computed=computed)
+    narrowing = (PatchesAsProducts(), products, NarrowAttention(bf16)) if dtype == "bf16" else ()
     given = [widen] if isinstance(widen, str) else list(widen)
     return (*passes, *narrowing), tuple(dict.fromkeys([*given, *WIDENED]))

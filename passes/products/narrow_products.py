@@ -1,20 +1,21 @@
-"""Products with weights in a narrower dtype: both factors are rounded, and the products are summed as before."""
+"""Matrix products in a narrower dtype: both factors are rounded, and the products are summed as before."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from treadle.ir.analysis.weight_only import values_of_weights
-from treadle.ir.builder import Builder
+from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Node, Value
-from treadle.ir.ops.products import MixedProduct
+from treadle.ir.ops.products import Einsum, MixedProduct
 from treadle.ir.types import DType, bf16, f32
 from treadle.passes.cleanup.common_subexpressions import CommonSubexpressions
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.rewriting import Refusal, Rewriting, Site, SiteRewrite
+from treadle.passes.products.einsum_as_product import as_product
 
 
 @dataclass(frozen=True)
@@ -24,20 +25,33 @@ class NarrowProducts(SiteRewrite[Site]):
     and likewise matmul, activated_linear, gated_linear and projections. The result, the bias and the sum stay float32.
     What a cast makes of a weight is made once, when weights are bound; values that several products read are cast once.
 
-    Refuses: a matrix that is computed or an input, as attention's are; a constant, which would be cast at every call; a
-    stack of matrices; a product of what a quantizing pass rounds at every call.
+    With `computed`, as weights that change want it, w may be any matrix, and an einsum that is a product with one, as
+    the gradients of `linear` are, is spelled as such:
+
+    einsum(g, x, equation="b a n, b a k -> n k")   -->   matmul(rearrange(cast(g)), rearrange(cast(x)), to=f32)
+
+    Refuses: a matrix that is computed or an input, as attention's are, without `computed`; a constant, which would be
+    cast at every call; a stack of matrices, so that attention's products stay as they are where they are spelled, and
+    in gradients; an einsum that is no product with a matrix; a product of what a quantizing pass rounds at every call.
     """
 
     tidying: ClassVar[Pass | None] = CommonSubexpressions()
     dtype: DType = bf16
+    computed: bool = False
 
     def sites(self, work: Rewriting) -> Iterator[Site]:
-        of_weights = values_of_weights(work.graph)
+        of_weights = None if self.computed else values_of_weights(work.graph)
         for node in work.walk():
             op = node.op
-            if not isinstance(op, MixedProduct) or op.to is not None or node.results[0].type.dtype is not f32:
+            if node.results[0].type.dtype is not f32:
                 continue
-            reason = next(filter(None, (_why_not(w, of_weights) for w in _weights(node))), "")
+            if isinstance(op, Einsum) and self.computed:
+                found = as_product(node)
+                reason = found if isinstance(found, str) else _is_fixed(node.inputs)
+            elif isinstance(op, MixedProduct) and op.to is None:
+                reason = next(filter(None, (_why_not(w, of_weights) for w in _weights(node))), "")
+            else:
+                continue
             if _is_rounded(node.operands[0]):
                 reason = "x is rounded to blocks already"
             if reason:
@@ -47,13 +61,19 @@ class NarrowProducts(SiteRewrite[Site]):
 
     def build(self, b: Builder, site: Site) -> Sequence[Value]:
         node = site.root
+        if isinstance(node.op, Einsum):
+            product = as_product(node)
+            assert not isinstance(product, str)
+            return [product.build(b, [self._narrow(b, v) for v in node.inputs], node.result.type.dtype).value]
         narrow = {0, *_places(node)}
         operands: list[Any] = [
-            v if v is None or i not in narrow else b.cast(b.expr(v), to=self.dtype, name=f"{_short(v)}_{self.dtype}")
-            for i, v in enumerate(node.operands)
+            v if v is None or i not in narrow else self._narrow(b, v) for i, v in enumerate(node.operands)
         ]
         op = dataclasses.replace(node.op, to=node.results[0].type.dtype)  # type: ignore[type-var]
         return b.emit(op, [getattr(v, "value", v) for v in operands]).results
+
+    def _narrow(self, b: Builder, value: Value) -> Expr:
+        return b.cast(b.expr(value), to=self.dtype, name=f"{_short(value)}_{self.dtype}")
 
 
 def _is_rounded(x: Value | None) -> bool:
@@ -70,14 +90,19 @@ def _weights(node: Node) -> list[Value]:
     return [v for i in _places(node) if (v := node.operands[i]) is not None]
 
 
-def _why_not(weight: Value, of_weights: set[Value]) -> str:
-    """What stands against rounding the matrix of a product, if anything does."""
-    if weight.kind == "constant":
-        return "the matrix is a constant, and would be cast at every call"
-    if weight not in of_weights:
+def _why_not(weight: Value, of_weights: set[Value] | None) -> str:
+    """What stands against rounding the matrix of a product, if anything does; None for `of_weights`: it may be any."""
+    if fixed := _is_fixed([weight]):
+        return fixed
+    if of_weights is not None and weight not in of_weights:
         made = "an input" if weight.node is None else f"computed by {weight.node.op.name}"
         return f"the matrix is {made}, and no weight"
     return "the matrices are a stack" if weight.type.rank != 2 else ""
+
+
+def _is_fixed(values: Iterable[Value]) -> str:
+    constant = any(value.kind == "constant" for value in values)
+    return "the matrix is a constant, and would be cast at every call" if constant else ""
 
 
 def _short(value: Value) -> str:

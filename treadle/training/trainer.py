@@ -25,6 +25,7 @@ from treadle.backends.protocol import Port
 from treadle.compiled import Compiled
 from treadle.compiling import compile as compile_model
 from treadle.compiling import weights_of
+from treadle.computing import computing_in
 from treadle.explaining.memory import MemoryTold, explain_memory
 from treadle.files.contained_files import PathLike
 from treadle.frontends.declarations import Model
@@ -44,7 +45,7 @@ from treadle.ir.transforms.training_losses import (
 )
 from treadle.ir.types import f32
 from treadle.passes.framework.manager import PassManager
-from treadle.passes.pipelines import RECOGNITION
+from treadle.passes.pipelines import DEFAULT, RECOGNITION
 from treadle.resolving import BLOCKS, Resolved, resolve
 from treadle.runtime.training.optimizers import AdamW, Optimizer, update_graph
 from treadle.runtime.training.schedules import Schedule, schedule_of
@@ -152,7 +153,8 @@ class Trainer:
         made = choose_outputs(made, [LOSS, COUNTED, *[GRADIENT + name for name in reached]])
         held, self.seed = weights_of(self.resolved, self.resolved.graph, None, seed)
         frozen = {name: held[name] for name in made.parameters}
-        options: dict[str, Any] = {"backend": backend, "target": where, "dtype": dtype}
+        passes, _ = computing_in(dtype, DEFAULT, (), computed=True)
+        options: dict[str, Any] = {"backend": backend, "target": where, "passes": passes}
         self.gradient = compile_model(made, weights=frozen, **options)
         self._loss_alone = choose_outputs(made, [LOSS, COUNTED])
         self._evaluation: Compiled | None = None
@@ -292,7 +294,7 @@ class Trainer:
     def memory(self, **sizes: int) -> MemoryTold:
         """What a step holds beside weights, moments and gradients, and why: `treadle explain memory` of its gradient."""
         graph = self.gradient.optimized.source
-        return explain_memory(graph, backend=self.backend, target=self._options["target"], sizes=sizes)
+        return explain_memory(graph, **self._options, sizes=sizes)
 
     # -- what came of it ---------------------------------------------------------------------------------------
 

@@ -98,6 +98,7 @@ class MatrixProduct:
     packed   whether y is a matrix in panels, or in pairs
     form     of the blocks in y's panels, or None
     encoded  for a product of whole numbers, x as its kernel reads it, and what that is told of rows
+    sides    for a product of two bf16 matrices that are computed, both as its kernel reads them
     """
 
     def __init__(
@@ -112,9 +113,10 @@ class MatrixProduct:
         packed: bool = False,
         form: PackedForm | WordForm | None = None,
         encoded: tuple[View, View] | None = None,
+        sides: tuple[View, View] | None = None,
     ) -> None:
-        self.form, self.encoded = form, encoded
-        self.w, self.node, self.sizes, self.packed = w, node, sizes, packed
+        self.form, self.encoded, self.sides = form, encoded, sides
+        self.w, self.node, self.sizes, self.packed = w, node, sizes, packed or sides is not None
         self.chain, self.extras = finish.chain, list(finish.extras)
         self.x, self.y, self.to, self.c = x, y, to, to
         self.column = self._column()
@@ -140,7 +142,8 @@ class MatrixProduct:
         columns = [self.column] if self.column is not None else []
         if columns and self.to.stride(self.column) != ONE and self.sizes[columns[0]] != ONE:
             self._store_elsewhere()
-        self._lay_out_k()
+        if self.sides is None:
+            self._lay_out_k()
         if not self.batch:
             self._join_rows()
             groups: list[list[str]] = []
@@ -188,7 +191,7 @@ class MatrixProduct:
 
     def _join_rows(self) -> None:
         """Have all rows at one distance, in copies of what has them not: y is the same for all of them."""
-        if self.x.joined(self.rows, self.sizes) is None:
+        if self.sides is None and self.x.joined(self.rows, self.sizes) is None:
             self.x = self.x.copied(self.w, [*self.rows, *self.k], self.sizes)
         if self.c.joined(self.rows, self.sizes) is None:
             self._store_elsewhere()
@@ -258,7 +261,8 @@ class MatrixProduct:
         paired = self.packed and self.x.view.dtype is bf16
         wide = paired or self.encoded is not None
         if self.packed:
-            panels, width = self.y.view, narrow_width(w.isa) if wide else panel_width(n.constant, w.isa)
+            panels = self.y.view if self.sides is None else self.sides[1]
+            width = narrow_width(w.isa) if wide else panel_width(n.constant, w.isa)
             width = BLOCKS_WIDTH if isinstance(self.form, WordForm) and not paired else width
             w_batch = [ZERO, ZERO]
         else:
@@ -282,7 +286,10 @@ class MatrixProduct:
             w.step(of_bytes, pointers, [*given, *rows, joined(self.c, self.rows)], self.node)
             return
         if paired:
-            left = rounded_rows(w, self.x.view, m, k, joined(self.x, self.rows), self.node)
+            if self.sides is None:
+                left = rounded_rows(w, self.x.view, m, k, joined(self.x, self.rows), self.node)
+            else:
+                left = self.sides[0]
             given += [*rows, joined(self.c, self.rows)]
             made, kernel = self.c.view, self._paired(tuple(how), whole)
             work: list[View] = []

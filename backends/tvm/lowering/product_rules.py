@@ -25,6 +25,7 @@ from treadle.backends.tvm.kernels.pointwise import Chain, Instruction
 from treadle.backends.tvm.lowering.chains import chain_of, inputs_of
 from treadle.backends.tvm.lowering.encoded_rules import form_of, laid_out, rows_of
 from treadle.backends.tvm.lowering.matrix_product import Finish, LetteredView, MatrixProduct, rounded_rows
+from treadle.backends.tvm.lowering.product_sides import narrow_sides
 from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
 from treadle.ir.graph import Node, Value
 from treadle.ir.layouts import panels
@@ -185,6 +186,11 @@ def _sum(
             of = unpacked.op.attributes["of"]
             form = packed_form(of) or word_form(of)
             MatrixProduct(w, node, sizes, x, y, to, finish, packed=True, form=form).emit()
+            return
+        if (sides := narrow_sides(w, w.groups[node].product or node)) is not None:
+            ready = sides[0].made(w, node), sides[1].made(w, node)
+            x, y = (LetteredView.of(w.view(v), letters) for v, letters in zip(values, equation.operands, strict=False))
+            MatrixProduct(w, node, sizes, x, y, to, finish, sides=ready).emit()
             return
         weight = _in_panels(w, node, values[1], equation)
         if weight is not None:

@@ -91,6 +91,7 @@ class RoutineWriter:
     groups   for the last node of a step what is computed with it
     uses     who reads a value
     rounded  where the elements of storages are that exist only as narrow products read them; None until they are made
+    sides    what takes the place of such a storage, where that is several: see `product_sides`
     encoded  of values that products of whole numbers read, and for what of the right side: the rows as kernels do, and
              what is told of them
     threads  how many may work at once; None: any number
@@ -109,6 +110,7 @@ class RoutineWriter:
         self.groups = {step.root: step for step in plan.steps}
         self.uses = plan.function.uses()
         self.rounded: dict[Storage, View | None] = {}
+        self.sides: dict[Hashable, View] = {}
         self.encoded: dict[tuple[Value, tuple[int, int]], tuple[View, View]] = {}
         self._made: dict[Storage, dict[Hashable, View]] = {}
         self._names = {life.storage.name for life in plan.lives}

@@ -13,6 +13,7 @@ from treadle.backends.tvm.lowering import (
     indexing_rules,
     normalization_rules,
     product_rules,
+    product_sides,
     reduction_rules,
     shape_rules,
 )
@@ -37,7 +38,7 @@ _MODULES = (
 
 def _pointwise(w: RoutineWriter, node: Node) -> None:
     part = w.groups[node]
-    if part.nodes == (node,) and product_rules.rounds_left_side(w, node):
+    if part.nodes == (node,) and (product_rules.rounds_left_side(w, node) or product_sides.rounds_sides(w, node)):
         return
     inputs, over = inputs_of(part), w.over(node)
     place = None if over is None else inputs.index(over)

@@ -1,0 +1,128 @@
+"""Both sides of a product of two bf16 matrices that are computed, or inputs: weights in training, and gradients.
+
+    y = linear(x, w, to=f32)     x rounded in rows, w in pairs as a bound weight is, and the kernel that it would have
+
+Each side is laid out before the product, once for all products that read it so. A cast that makes nothing else is not
+written: its sides are made in its place, of what it rounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from treadle.backends.tvm.kernels.narrow.register_tiles import narrow_width, pairs_for
+from treadle.backends.tvm.kernels.narrow.round_rows import form_for, held_elements
+from treadle.backends.tvm.kernels.narrow.round_squares import RoundSquares
+from treadle.backends.tvm.lowering.matrix_product import rounded_rows
+from treadle.backends.tvm.lowering.routine_writer import RoutineWriter
+from treadle.ir.graph import Node, Value
+from treadle.ir.ops.elementwise import Cast
+from treadle.ir.ops.products import Linear, MatMul
+from treadle.ir.sizing.sizes import ONE
+from treadle.ir.storage.views import View
+from treadle.ir.types import bf16, f32
+from treadle.passes.memory.storage_plan import How
+
+
+@dataclass(frozen=True)
+class NarrowSide:
+    """A side of a product.
+
+    view   of its rows, or for the right side its columns, and what is summed: elements lie side by side along one
+    right  whether it is the right side
+    """
+
+    view: View
+    right: bool
+
+    @staticmethod
+    def of(view: View, right: bool) -> NarrowSide | None:
+        """None where elements lie side by side along neither dimension."""
+        near = any(n == ONE or stride == ONE for n, stride in zip(view.shape, view.strides, strict=True))
+        return NarrowSide(view, right) if near else None
+
+    def made(self, w: RoutineWriter, node: Node) -> View:
+        """The side as kernels read it."""
+        ready = w.sides.get(self)
+        return self.laid_out(w, node) if ready is None else ready
+
+    def laid_out(self, w: RoutineWriter, node: Node) -> View:
+        """Add the step that makes it of where its elements lie, unless that was added before."""
+        (rows, k), (apart, step) = self.view.shape, self.view.strides
+        along = step == ONE or k == ONE
+        if along and not self.right:
+            return rounded_rows(w, self.view, rows, k, apart, node)
+        flat = not w.isa.multiplies_tiles
+        kernel = RoundSquares(self.view.dtype.name, along, narrow_width(w.isa) if self.right else 0, flat)
+
+        def make() -> View:
+            own = pairs_for(w.isa).elements((rows, k)) if self.right else held_elements(form_for(w.isa), rows, k)
+            to = w.scratch(bf16, (own,), f"{self.view.storage.name}_{'pairs' if self.right else 'rows'}")
+            w.step(kernel, [self.view, to], [rows, k, apart if along else step], node)
+            return to
+
+        return w.made_once(self.view, kernel, make)
+
+
+def narrow_sides(w: RoutineWriter, node: Node) -> tuple[NarrowSide, NarrowSide] | None:
+    """The sides of a product of two bf16 matrices, neither of which lies in pairs already; None for any other node."""
+    if not w.isa.multiplies_pairs or not isinstance(node.op, (Linear, MatMul)):
+        return None
+    x, y = node.inputs[:2]
+    if x.type.dtype is not bf16 or x.type.rank < 2 or y.type.rank != 2 or _is_bound(x) or _is_bound(y):
+        return None
+    left, right = (_side(node, at, w.view(v)) for at, v in enumerate((x, y)))
+    return None if left is None or right is None else (left, right)
+
+
+def _is_bound(value: Value) -> bool:
+    """Whether a value lies as its kernels read it, or is what blocks decode to."""
+    return value.layout is not None or (value.node is not None and value.node.op.decodes)
+
+
+def _side(node: Node, at: int, view: View) -> NarrowSide | None:
+    """The side of a product that operand `at` is, if its elements lie as a view says."""
+    if at == 1:
+        return NarrowSide.of(view if isinstance(node.op, Linear) else view.permuted((1, 0)), right=True)
+    rows = view.merged(0, view.rank - 1)
+    return None if rows is None else NarrowSide.of(rows, right=False)
+
+
+def rounds_sides(w: RoutineWriter, node: Node) -> bool:
+    """Add the steps of a cast to bf16 that is read as sides of such products alone: these, made of what it rounds.
+
+    False, and nothing is added, for any other node.
+    """
+    if not isinstance(node.op, Cast) or node.op.to is not bf16 or node.inputs[0].type.dtype is not f32:
+        return False
+    place = w.place(node.result)
+    sides = _sides_of(w, node.result, w.view(node.inputs[0])) if place.how is How.OWN else None
+    if not sides or place.storage is None:
+        return False
+    w.rounded[place.storage] = None  # which is never written
+    for side, of in sides.items():
+        w.sides[side] = of.laid_out(w, node)
+    return True
+
+
+def _sides_of(w: RoutineWriter, value: Value, source: View) -> dict[NarrowSide, NarrowSide] | None:
+    """As which sides a value and views of it are read, each with the same one of `source`, which is cast to the value.
+
+    None where they are read otherwise.
+    """
+    if value in w.plan.function.outputs.values():
+        return None
+    found: dict[NarrowSide, NarrowSide] = {}
+    for reader, at in w.uses.get(value, []):
+        if reader.op.is_view and w.place(reader.result).how is How.VIEW:
+            shown = reader.op.viewed(source, [value.type.held])
+            inner = None if shown is None else _sides_of(w, reader.result, shown)
+            if inner is None:
+                return None
+            found |= inner
+            continue
+        sides, of = narrow_sides(w, reader), _side(reader, at, source) if at < 2 else None
+        if sides is None or of is None:
+            return None
+        found[sides[at]] = of
+    return found
