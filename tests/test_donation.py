@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import treadle
@@ -135,6 +135,7 @@ def test_a_donated_weight_is_refused(backend: str) -> None:
     assert_near(exe(x=w.copy())["y"], w * w)
 
 
+@example([(0, 9), (1, 1), (5, 1)])  # the last one meets the first, past another
 @given(st.lists(st.none() | st.tuples(st.integers(0, 12), st.integers(0, 5)), max_size=9))
 def test_spans_that_meet_are_found_as_by_asking_each_pair(drawn: list[tuple[int, int] | None]) -> None:
     spans = [None if each is None else (each[0], each[0] + each[1]) for each in drawn]

@@ -102,6 +102,11 @@ def test_memory_for_a_callee_is_taken_while_little_lives() -> None:
     assert find_order(problem) == Order((1, 0, 2), 104, 104)
 
 
+def test_what_is_kept_lives_at_all_steps_that_must_come_later() -> None:
+    buffers = (Buffer(100, (0,), True), Buffer(50, (2,)), Buffer(7, (1,), True))
+    assert lower_bound(OrderProblem(((), (), (0,)), buffers, (0, 0, 0), ((),) * 3)) == 150
+
+
 def test_the_search_goes_through_as_many_sets_as_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = next(p for p in map(random_problem, range(100), repeat(12)) if find_order(p).peak < p.peak(range(12)))
     search, following, tried = _Sets(problem), _Sets._next, list[object]()
