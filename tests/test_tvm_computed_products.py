@@ -13,13 +13,13 @@ from tests.op_checks import Array
 from treadle.backends.bfloat16 import rounded, widened
 from treadle.backends.registry import find_backend
 from treadle.backends.tvm.executable import KernelExecutable
-from treadle.backends.tvm.kernels.isa import ISAS, host_isa, runs_here
+from treadle.backends.tvm.kernels.isa import ISAS, runs_here
 from treadle.backends.tvm.weight_packing import pack
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.layouts import pairs
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.target import Target
-from treadle.ir.types import bf16, f32
+from treadle.ir.types import DTYPES, bf16, f32
 
 pytest.importorskip("tvm")
 
@@ -185,6 +185,26 @@ def test_threads_do_not_change_bits() -> None:
     np.testing.assert_array_equal(alone, shared)
 
 
+@needs_pairs
+@pytest.mark.parametrize(("left", "right"), [("plain", "plain"), ("transposed", "transposed"), ("transposed", "wide")])
+def test_tiles_of_both_sides_in_memory(left: str, right: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a matrix unit's kernels read has the bits of a bound weight's product there, too."""
+    isa = stand_in(monkeypatch)
+    monkeypatch.setattr(backend_module, "isa_of", lambda target: isa)
+    for m, k, n in ((1, 1, 1), (33, 31, 40), (50, 70, 65)):
+        x, w = array(m, k, left, 0), array(n, k, right, 1)
+        made = []
+        for bound in (True, False):
+
+            def build(b: Builder, bound: bool = bound, m: int = m, k: int = k, n: int = n) -> Expr:
+                return b.linear(operand(b, "x", m, k, left), operand(b, "w", n, k, right, bound), to=f32)
+
+            exe = compiled(build, Target("cpu", threads=1), **({"w": w} if bound else {}))
+            assert "tile_product" in titles(exe)
+            made.append(exe(x=x)["y"] if bound else exe(x=x, w=w)["y"])
+        np.testing.assert_array_equal(*made)
+
+
 # -- what a cast makes -------------------------------------------------------------------------------------------------
 
 
@@ -263,33 +283,24 @@ def test_what_is_cast_from_may_be_written_over() -> None:
 # -- what stays --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stack", ["a batch of matrices", "a vector"])
-def test_other_products_are_widened_as_before(stack: str) -> None:
-    def batch(b: Builder) -> Expr:
-        return b.matmul(narrow(b, b.input("x", f32[3, 20, 40])), narrow(b, b.input("w", f32[3, 40, 8])), to=f32)
-
-    def vector(b: Builder) -> Expr:
-        return b.linear(narrow(b, b.input("x", f32[40])), narrow(b, b.input("w", f32[8, 40])), to=f32)
-
-    made = titles(compiled(batch if stack.startswith("a batch") else vector, host_isa().name))
-    assert not any("pair_product" in title or "tile_product" in title for title in made)
+OTHERS = {
+    "a batch of matrices": ((3, 20, 40), (3, 40, 8), f32),
+    "a vector": ((40,), (8, 40), f32),
+    "sums in float64": ((9, 40), (8, 40), DTYPES["f64"]),
+}
 
 
-@needs_pairs
-@pytest.mark.parametrize(("left", "right"), [("plain", "plain"), ("transposed", "transposed"), ("transposed", "wide")])
-def test_tiles_of_both_sides_in_memory(left: str, right: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a matrix unit's kernels read has the bits of a bound weight's product there, too."""
-    isa = stand_in(monkeypatch)
-    monkeypatch.setattr(backend_module, "isa_of", lambda target: isa)
-    for m, k, n in ((1, 1, 1), (33, 31, 40), (50, 70, 65)):
-        x, w = array(m, k, left, 0), array(n, k, right, 1)
-        made = []
-        for bound in (True, False):
+@pytest.mark.parametrize("product", OTHERS)
+def test_other_products_are_computed_as_before(product: str) -> None:
+    of_x, of_w, to = OTHERS[product]
 
-            def build(b: Builder, bound: bool = bound, m: int = m, k: int = k, n: int = n) -> Expr:
-                return b.linear(operand(b, "x", m, k, left), operand(b, "w", n, k, right, bound), to=f32)
+    def build(b: Builder) -> Expr:
+        x, w = narrow(b, b.input("x", f32[of_x])), narrow(b, b.input("w", f32[of_w]))
+        return b.matmul(x, w, to=to) if len(of_w) == 3 else b.linear(x, w, to=to)
 
-            exe = compiled(build, Target("cpu", threads=1), **({"w": w} if bound else {}))
-            assert "tile_product" in titles(exe)
-            made.append(exe(x=x)["y"] if bound else exe(x=x, w=w)["y"])
-        np.testing.assert_array_equal(*made)
+    exe = compiled(build)
+    assert not any("pair_product" in title or "tile_product" in title for title in titles(exe))
+    x, w = normal(*of_x), normal(*of_w, seed=1)
+    left, right = (widened(rounded(v)).astype(np.float64) for v in (x, w))
+    wanted = left @ (right if len(of_w) == 3 else right.T)
+    np.testing.assert_allclose(exe(x=x, w=w)["y"], wanted, rtol=0, atol=1e-4)

@@ -7,8 +7,9 @@ become a matrix product,
 
 by giving each letter its part and joining those of one part: in views, and in copies where strides cannot say it. The
 side that holds the result's innermost letter is y; it is packed in panels, or is a parameter that lies in panels.
-A weight in bf16 pairs, or in blocks, is multiplied as it is. Other float16 and bfloat16 operands are widened first;
-float64 and integers are summed element by element.
+A weight in bf16 pairs, or in blocks, is multiplied as it is, and two bf16 matrices that are computed are laid out for
+that at each call where there are instructions for pairs. Other float16 and bfloat16 operands are widened first; float64
+and integers are summed element by element.
 """
 
 from __future__ import annotations

@@ -69,6 +69,8 @@ def narrow_sides(w: RoutineWriter, node: Node) -> tuple[NarrowSide, NarrowSide] 
     if not w.isa.multiplies_pairs or not isinstance(node.op, (Linear, MatMul)):
         return None
     x, y = node.inputs[:2]
+    if node.result.type.dtype not in (f32, bf16):  # float64 is summed as such
+        return None
     if x.type.dtype is not bf16 or x.type.rank < 2 or y.type.rank != 2 or _is_bound(x) or _is_bound(y):
         return None
     left, right = (_side(node, at, w.view(v)) for at, v in enumerate((x, y)))
