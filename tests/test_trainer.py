@@ -278,3 +278,22 @@ def test_a_batch_of_which_nothing_counts_or_whose_loss_is_no_number_changes_noth
         trainer.step(**batch)
     for name, array in spoiled.items():
         np.testing.assert_array_equal(trainer.weights[name], array)
+
+
+@t.model
+def rooted(x: t.f32["B 4"]):
+    return {
+        "loss": t.reduce_sum(t.sqrt(t.reduce_sum(t.linear(x, 3, bias=False, name="w") ** 2.0, axes=(1,))), axes=(0,))
+    }
+
+
+def test_a_gradient_that_is_no_number_changes_nothing() -> None:
+    """Of a loss that is one: a square root has no gradient at 0."""
+    trainer = Trainer(rooted, loss="loss")
+    before = {name: array.copy() for name, array in trainer.weights.items()}
+    with pytest.raises(UsageError, match="gradient.w.weight has a number that is not finite, or too large"):
+        trainer.step(x=np.zeros((2, 4), np.float32))
+    near(trainer.weights, before, 0)
+    told = trainer.step(x=np.ones((2, 4), np.float32))
+    assert told.step == 1
+    assert np.isfinite(told.norm)

@@ -263,10 +263,7 @@ class Trainer:
         if not counted:
             raise UsageError("no place of the batch counts", hint="targets that are not all -100")
         if not math.isfinite(float(found[LOSS])):
-            raise UsageError(
-                f"the loss is {float(found[LOSS])} after {self.steps} updates",
-                hint="a smaller rate=, a longer warmup of it, or clip=; the weights are those of the last update",
-            )
+            raise self._spoiled(f"the loss is {float(found[LOSS])}")
         return counted
 
     def _add(self, found: Mapping[str, Any], counted: float) -> None:
@@ -282,6 +279,10 @@ class Trainer:
 
     def _updated(self, rate: float) -> float:
         """Update the weights by what was added up; the norm of the gradient."""
+        for name, array in self._summed.items():
+            if not math.isfinite(np.vdot(array, array)):
+                self._summed, self._counted, self._calls = {}, 0.0, 0.0
+                raise self._spoiled(f"{name} has a number that is not finite, or too large")
         scalars = {"rate": rate, "share": 1 / self._counted, **self.optimizer.scalars(self.steps + 1)}
         given = {name: np.float32(value) for name, value in scalars.items()}
         found = self.update(**self._weights, **self._moments, **self._summed, **given)
@@ -290,6 +291,12 @@ class Trainer:
         self._summed, self._counted, self._calls = {}, 0.0, 0.0
         self.steps += 1
         return float(found["norm"])
+
+    def _spoiled(self, what: str) -> UsageError:
+        return UsageError(
+            f"{what} after {self.steps} updates",
+            hint="a smaller rate=, a longer warmup of it, or clip=; the weights are those of the last update",
+        )
 
     def memory(self, **sizes: int) -> MemoryTold:
         """What a step holds beside weights, moments and gradients, and why: `treadle explain memory` of its gradient."""
