@@ -106,7 +106,12 @@ def train_model(
     ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Whose tokenizer cuts the texts, if not the model's.", show_default=False),
+        typer.Option(
+            metavar="MODEL",
+            help="Whose tokenizer cuts the texts, if not the model's.",
+            show_default=False,
+            autocompletion=complete_model,
+        ),
     ] = None,
     holdout: Annotated[
         float,
