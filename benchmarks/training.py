@@ -1,6 +1,6 @@
 """Training beside PyTorch: a step of AdamW, its gradient, and what it holds.
 
-    python benchmarks/training.py [--only ROW] [--threads 1] [--dtype f32] [--rounds 5] [--against eager,compile] [--json]
+    python benchmarks/training.py [--only ROW] [--threads 1] [--dtype f32] [--against eager,compile] [--json]
 
 The same model, batch, loss, clipping and optimizer on each side: Hugging Face's model in training mode without dropout,
 with PyTorch's fused AdamW. All run in one process and take turns, so that a busy machine slows each alike; a figure is

@@ -74,19 +74,21 @@ def train_in_torch(
 MODELS = ["gpt2", "bert-masked-lm", "albert-masked-lm", "bert-classifier", "t5", "vit-classifier", "llama", "qwen2"]
 
 
-@pytest.mark.parametrize("optimizer", [AdamW(eps=1e-3, weight_decay=0.1), SGD(momentum=0.9)], ids=["adamw", "sgd"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_of_the_hub_is_trained_as_by_pytorch(name: str, optimizer: AdamW | SGD, tmp_path: Path) -> None:
-    """From its folder on, on one backend after the other. (eps is so large since AdamW makes a step of whatever the
-    rounding of a gradient is that is 0, as those of keys' biases are.)"""
+def test_a_model_of_the_hub_is_trained_as_by_pytorch(name: str, tmp_path: Path) -> None:
+    """From its folder on, on one backend and by one optimizer after the other.
+
+    eps is so large since AdamW makes a step of whatever the rounding of a gradient is that is 0, as those of keys'
+    biases are.
+    """
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    from tests.hf_models import TINY, save
+    from tests.hf_models import save
 
-    if name not in TINY:
-        pytest.skip(f"no tiny model {name}")
     model = save(name, tmp_path / "before")
-    backend = BACKENDS[(MODELS.index(name) + isinstance(optimizer, SGD)) % len(BACKENDS)]
+    number = MODELS.index(name)
+    backend = BACKENDS[number % len(BACKENDS)]
+    optimizer: AdamW | SGD = SGD(momentum=0.9) if number % 2 else AdamW(eps=1e-3, weight_decay=0.1)
     trainer = Trainer(tmp_path / "before", optimizer=optimizer, rate=0.01, clip=0.7, backend=backend)
     batches = [batch_of(trainer, seed, rows=3, length=6) for seed in range(4)]
     if name.endswith("classifier"):
@@ -291,7 +293,7 @@ def test_a_gradient_that_is_no_number_changes_nothing() -> None:
     """Of a loss that is one: a square root has no gradient at 0."""
     trainer = Trainer(rooted, loss="loss")
     before = {name: array.copy() for name, array in trainer.weights.items()}
-    with pytest.raises(UsageError, match="gradient.w.weight has a number that is not finite, or too large"):
+    with pytest.raises(UsageError, match=r"gradient\.w\.weight has a number that is not finite, or too large"):
         trainer.step(x=np.zeros((2, 4), np.float32))
     near(trainer.weights, before, 0)
     told = trainer.step(x=np.ones((2, 4), np.float32))

@@ -9,7 +9,8 @@
     exe(tokens=ids)
 
 The DSL's vocabulary lives here (see `treadle.frontends.language`), and so do `compile`, `Trainer`, `fetch_model`,
-`from_torch`, `Graph` and `Target`, which are imported when they are first used, and the errors, all of them `TreadleError`.
+`from_torch`, `Graph` and `Target`, which are imported when they are first used, and the errors, all of them
+`TreadleError`.
 """
 
 from importlib import import_module as _import_module

@@ -17,8 +17,8 @@ import treadle.ir.ops.elementwise
 import treadle.ir.ops.embedding_sums
 import treadle.ir.ops.indexing
 import treadle.ir.ops.layout
-import treadle.ir.ops.losses
 import treadle.ir.ops.logic
+import treadle.ir.ops.losses
 import treadle.ir.ops.merged_products
 import treadle.ir.ops.normalization
 import treadle.ir.ops.parts

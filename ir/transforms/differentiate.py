@@ -10,7 +10,6 @@ from treadle.ir.errors import GraphError
 from treadle.ir.graph import Node, Value
 from treadle.ir.operation import Composite, Grads
 
-
 Through = Callable[[Builder, Node, Grads], Grads]
 """Gives the gradients of a call's operands, given those of its results."""
 

@@ -299,7 +299,10 @@ class Trainer:
         )
 
     def memory(self, **sizes: int) -> MemoryTold:
-        """What a step holds beside weights, moments and gradients, and why: `treadle explain memory` of its gradient."""
+        """What a step holds beside weights, moments and gradients at some sizes, and why.
+
+        As `treadle explain MODEL memory` tells it, of the gradient.
+        """
         graph = self.gradient.optimized.source
         return explain_memory(graph, **self._options, sizes=sizes)
 
