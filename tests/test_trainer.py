@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 import treadle as t
 from treadle.backends.registry import backend_names, find_backend
-from treadle.ir.errors import CheckpointError, UsageError
+from treadle.ir.errors import BackendError, CheckpointError, UsageError
 from treadle.resolving import resolve
 from treadle.runtime.training.optimizers import SGD, AdamW
 from treadle.runtime.training.schedules import Schedule
@@ -189,13 +190,24 @@ def test_a_state_of_another_training_is_refused(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=told):
             other.restore(tmp_path / "state")
         near(other.weights, before, 0)
-    header = {"__metadata__": {"format": "treadle training state", "optimizer": repr(AdamW()), "steps": "-1"}}
-    text = json.dumps(header).encode()
-    (tmp_path / "wrong").write_bytes(len(text).to_bytes(8, "little") + text)
-    for damaged in (tmp_path / "wrong", tmp_path / "cut"):
-        (tmp_path / "cut").write_bytes((tmp_path / "state").read_bytes()[:-1])
-        with pytest.raises(CheckpointError):
-            trainer.restore(damaged)
+    file = (tmp_path / "state").read_bytes()
+    size = int.from_bytes(file[:8], "little")
+    header, data = json.loads(file[8 : 8 + size]), bytearray(file[8 + size :])
+    begin = header["moment/square.ln_f.bias"]["data_offsets"][0]
+    damages: dict[str, tuple[str, bytes, str]] = {
+        "minus": ("-1", data, "the state says no number of updates"),
+        "many": ("9" * 400, data, "the state says no number of updates"),
+        "long": ("0" * 17 + "9" * 5000, data, "the state says no number of updates"),
+        "cut": ("0", data[:-1], "the file ends before its tensors do"),
+        "negative": ("0", data[: begin + 3] + b"\xbf" + data[begin + 4 :], "holds what no training leaves there"),
+        "no number": ("0", data[: begin + 2] + b"\xc0\x7f" + data[begin + 4 :], "holds what no training leaves there"),
+    }
+    for steps, content, told in damages.values():
+        text = json.dumps({**header, "__metadata__": {**header["__metadata__"], "steps": steps}}).encode()
+        (tmp_path / "wrong").write_bytes(len(text).to_bytes(8, "little") + text + bytes(content))
+        with pytest.raises(CheckpointError, match=told):
+            trainer.restore(tmp_path / "wrong")
+    assert trainer.steps == 0
 
 
 def test_a_student_learns_what_its_teacher_says() -> None:
@@ -251,6 +263,10 @@ def test_what_a_step_holds_is_told() -> None:
         ({"output": "hidden"}, "the model has no output hidden"),
         ({"target": "cuda"}, "training runs on the processor, not on cuda"),
         ({"loss": "logits"}, "is no loss, which is one number"),
+        ({"loss": "far", "output": "logits"}, "a loss of the model's own has none"),
+        ({"optimizer": "adamw"}, "optimizer= is an optimizer"),
+        ({"optimizer": AdamW}, "optimizer= is an optimizer"),
+        ({"teacher": "gpt2"}, "a teacher is a compiled model"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(options: dict[str, Any], told: str) -> None:
@@ -299,3 +315,75 @@ def test_a_gradient_that_is_no_number_changes_nothing() -> None:
     told = trainer.step(x=np.ones((2, 4), np.float32))
     assert told.step == 1
     assert np.isfinite(told.norm)
+
+
+# -- weights without a gradient ----------------------------------------------------------------------------------------
+
+
+@t.model
+def gated(x: t.f32["B S 4"]):
+    """`gate` is read through a comparison alone, `round` through floor, and `unread` by an output that is no loss."""
+    y = t.linear(x, 4, name="w")
+    for _ in t.stack("h", 2):
+        y = y + t.floor(t.linear(x, 4, name="round"))
+    y = t.where(t.linear(x, 4, name="gate") > 0.0, y, y * 0.5)
+    return {"loss": t.reduce_mean(y * y, axes=(0, 1, 2)), "beside": t.linear(y, 2, name="unread")}
+
+
+def test_weights_that_no_gradient_reaches_stay_as_they_are() -> None:
+    trainer = Trainer(gated, loss="loss", rate=0.1)
+    assert trainer.trained == ("w.weight", "w.bias")
+    before = {name: array.copy() for name, array in trainer.weights.items()}
+    x = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
+    losses = [trainer.step(x=x).loss for _ in range(5)]
+    assert losses[-1] < losses[0]
+    changed = {name for name, array in trainer.weights.items() if not np.array_equal(array, before[name])}
+    assert changed == {"w.weight", "w.bias"}
+    with pytest.raises(UsageError, match="the loss depends on no weight that is trained"):
+        Trainer(gated, loss="loss", trained=["gate.*", "h.0.*"])
+
+
+def test_of_a_torch_module_what_requires_a_gradient_is_trained() -> None:
+    torch = pytest.importorskip("torch")
+
+    class Module(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = torch.nn.Linear(40, 40), torch.nn.Linear(40, 3)
+            self.register_buffer("moved", torch.randn(40, 40))
+            self.first.requires_grad_(False)
+
+        def forward(self, x: Any) -> Any:
+            return self.last(torch.tanh(self.first(x) @ self.moved))
+
+    model = t.from_torch(Module(), (torch.randn(2, 40),))
+    assert set(model.weights) > {"moved", "first.weight"}
+    assert set(Trainer(model).trained) == {"last.weight", "last.bias"}
+    assert set(Trainer(model, trained=["first.*", "last.*"]).trained) == {*model.weights} - {"moved"}
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "told"),
+    [
+        ({"targets": None}, BackendError, "no value for targets"),
+        ({"wte.weight": np.zeros((19, 16), np.float32)}, BackendError, "has no input wte.weight"),
+        ({"self": np.zeros(1)}, BackendError, "has no input self"),
+        ({"targets": np.full((3, 7), 19)}, UsageError, "targets are classes from 0 to 18, or -100"),
+        ({"targets": np.full((3, 7), -1)}, UsageError, "targets are classes from 0 to 18, or -100"),
+        ({"targets": np.zeros((3, 6), np.int64)}, BackendError, "targets"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_told_by_what_is_in_it(
+    given: dict[str, Any], error: type[Exception], told: str
+) -> None:
+    trainer = small()
+    batch = {name: array for name, array in {**batch_of(trainer, 0), **given}.items() if array is not None}
+    for call in (trainer.step, trainer.evaluate):
+        with pytest.raises(error, match=told) as caught:
+            call(**batch)
+        assert "ln_1" not in str(caught.value), "no list of weights"
+
+
+@cache
+def small() -> Trainer:
+    return Trainer("gpt2", **SMALL)

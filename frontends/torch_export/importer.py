@@ -158,6 +158,7 @@ class TorchImporter:
         self.bounds: dict[str, Bounds] = bounds_of(symbols)
         self.values: dict[Any, Any] = {}
         self.weights: dict[str, Any] = {}
+        self.learned: list[str] = []
         self.known: dict[Any, Expr] = {}
         self.operators: Counter[str] = Counter()
         self.opaque: list[str] = []
@@ -178,7 +179,16 @@ class TorchImporter:
         for symbol in self.graph.symbols:
             self.graph.symbols[symbol] = self.bounds.get(symbol, Bounds())
         weights = {name: self.weights[name] for name in self.graph.parameters}
-        return TorchModel(self.name, self.graph, weights, inputs, dict(self.told), self.operators, tuple(self.opaque))
+        return TorchModel(
+            self.name,
+            self.graph,
+            weights,
+            inputs,
+            dict(self.told),
+            self.operators,
+            tuple(self.opaque),
+            tuple(name for name in self.learned if name in weights),
+        )
 
     # -- inputs and weights ------------------------------------------------------------------------------------
 
@@ -220,6 +230,8 @@ class TorchImporter:
             else:
                 self.known[key] = self.b.parameter(name, Type(dtype, tuple(map(Dim.of, tensor.shape))))
                 self.weights[name] = array
+                if not is_buffer and tensor.requires_grad:
+                    self.learned.append(name)
         return self.known[key]
 
     def _parameters(self) -> set[str]:

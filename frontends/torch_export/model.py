@@ -30,6 +30,7 @@ class TorchModel:
     symbols    the size that stands for each dimension named in `dynamic`
     operators  how many nodes of each operator were imported
     opaque     the nodes whose reshapes could not be told apart into axes
+    learned    the weights that are parameters which require a gradient
     """
 
     name: str
@@ -39,6 +40,7 @@ class TorchModel:
     symbols: Mapping[str, Size] = field(default_factory=dict)
     operators: Counter[str] = field(default_factory=Counter)
     opaque: tuple[str, ...] = ()
+    learned: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         takes, gives = (

@@ -55,6 +55,8 @@ def gradient_graph(graph: Graph, loss: str, weights: Collection[str], *, recompu
             raise GraphError(f"the graph has no weight {name}")
         if not weight.type.dtype.is_float or weight.type.encoding is not None:
             raise GraphError(f"weight {name} has no gradient", received=str(weight.type))
+        if any(name == value.name for value in graph.main.inputs):
+            raise GraphError(f"an input has the name of weight {name}, and a weight that is trained is one, too")
     return _Differentiation(graph, recompute).of_main(loss, set(weights))
 
 
@@ -202,7 +204,8 @@ class _Differentiation:
     def _through(self, b: Builder, call: Node, grads: Grads) -> Grads:
         """The gradient of a call: a call of the gradient of its function."""
         variant, _ = self.calls[call]
-        assert variant.gradient is not None, "a result that counts has a gradient"
+        if variant.gradient is None:  # it reaches its results through what has no gradient, such as floor
+            return [None] * len(variant.order)
         operands: list[Value] = [v for v in call.operands if v is not None]
         by_original = {at: operands[place] for place, at in enumerate(variant.order)}
         arguments: list[Value] = []

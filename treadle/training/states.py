@@ -23,7 +23,8 @@ Arrays = dict[str, Array]
 
 _FORMAT = "treadle training state"
 _WEIGHT, _MOMENT = "weight/", "moment/"
-_MOST_STEPS = 10**15
+_MOST_DIGITS = 15
+_NOT_NEGATIVE = _MOMENT + "square."
 
 
 def write_state(
@@ -50,8 +51,10 @@ def read_state(
     def refuse(what: str, received: str) -> CheckpointError:
         return CheckpointError(what, received=printable(received)[:300], within=shown_path(path))
 
-    if told.get("format") != _FORMAT or not (steps.isascii() and steps.isdigit() and int(steps[:17]) < _MOST_STEPS):
+    if told.get("format") != _FORMAT:
         raise refuse("this is no state of a training", told.get("format", "another safetensors file"))
+    if not (steps.isascii() and steps.isdigit() and len(steps) <= _MOST_DIGITS):
+        raise refuse("the state says no number of updates", f"steps {steps[:40]!r}")
     if told.get("optimizer") != by:
         raise refuse(f"the state is of another optimizer than {by}", told.get("optimizer", "none"))
     wanted = {_WEIGHT + name: array for name, array in weights.items()}
@@ -68,6 +71,11 @@ def read_state(
         if (record.dtype, tuple(record.shape)) != ("f32", array.shape):
             raise refuse(f"{printable(name)} must be f32{list(array.shape)}", f"{record.dtype}{list(record.shape)}")
         read[name] = np.array(file.array(name), np.float32)
+        if not np.isfinite(read[name]).all() or (name.startswith(_NOT_NEGATIVE) and read[name].min(initial=0) < 0):
+            raise refuse(
+                f"{printable(name)} holds what no training leaves there",
+                "numbers that are not finite, or negative squares",
+            )
     return (
         {name: read[_WEIGHT + name] for name in weights},
         {name: read[_MOMENT + name] for name in moments},

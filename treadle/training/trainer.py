@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from treadle.backends.protocol import Port
+from treadle.backends.signature import Signature, numpy_taken
 from treadle.compiled import Compiled
 from treadle.compiling import compile as compile_model
 from treadle.compiling import weights_of
@@ -30,14 +31,16 @@ from treadle.explaining.memory import MemoryTold, explain_memory
 from treadle.files.contained_files import PathLike
 from treadle.frontends.declarations import Model
 from treadle.frontends.torch_export.model import TorchModel
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph
+from treadle.ir.ops.losses import IGNORED
 from treadle.ir.target import Target
 from treadle.ir.transforms.chosen_outputs import choose_outputs
 from treadle.ir.transforms.gradients import GRADIENT, gradient_graph
 from treadle.ir.transforms.training_losses import (
     COUNTED,
     LOSS,
+    TARGETS,
     TEACHER,
     with_cross_entropy,
     with_distillation,
@@ -95,7 +98,7 @@ class Trainer:
         optimizer: Optimizer = AdamW(),  # noqa: B008  # it is frozen
         rate: float | Schedule = 1e-3,
         clip: float | None = 1.0,
-        trained: Iterable[str] = ("*",),
+        trained: Iterable[str] | None = None,
         output: str | None = None,
         teacher: Compiled | None = None,
         temperature: float = 2.0,
@@ -119,7 +122,8 @@ class Trainer:
         optimizer   `AdamW(...)` or `SGD(...)`; weights with two axes or more decay
         rate        the learning rate, or a `Schedule` of it
         clip        the most that the gradient's norm may be; None: it is not cut
-        trained     patterns of names, such as "h.*.mlp.*"; other weights stay as they are
+        trained     patterns of names, such as "h.*.mlp.*"; other weights stay as they are. None: all; of a module that
+                    `from_torch` imported, its parameters that require a gradient, and no buffers
         output      the output that `targets` are of; None: "logits", or the only one
         teacher     a compiled model with an output of the same name, run on the inputs that both have
         temperature, share  of the teacher: see `treadle.ir.transforms.training_losses`
@@ -132,24 +136,39 @@ class Trainer:
 
         Raises UsageError for an option that fits nothing, and what `compile` raises.
         """
+        if isinstance(optimizer, type) or not hasattr(optimizer, "scalars"):
+            raise UsageError("optimizer= is an optimizer", received=repr(optimizer)[:80], hint="t.AdamW(), or t.SGD()")
+        if teacher is not None and not isinstance(teacher, Compiled):
+            hint = f"t.compile({teacher!r})" if isinstance(teacher, str | Path) else "t.compile(MODEL)"
+            raise UsageError("a teacher is a compiled model", received=repr(teacher)[:80], hint=hint)
+        if output is not None and loss != "cross-entropy":
+            raise UsageError("targets are of an output, and a loss of the model's own has none", received=f"{output=}")
         if type(accumulate) is not int or accumulate < 1:
             raise UsageError("gradients of 1 call or more make an update", received=f"accumulate={accumulate!r}")
         where = target if isinstance(target, Target) else Target(target)
         if where.kind != "cpu":
-            raise UsageError(f"training runs on the processor, not on {where.kind}", hint='target="cpu"')
+            raise UsageError(
+                f"training runs on the processor, not on {where.kind}", hint=Hint('target="cpu"', "--target cpu")
+            )
         self.resolved: Resolved = resolve(model, inputs=inputs, widen=WIDENED, **config)
         self.optimizer, self.clip, self.accumulate = optimizer, clip, accumulate
         self.schedule = schedule_of(rate)
         self.backend, self.teacher = backend, teacher
         self._output = self._scored_output(output, loss)
         graph = self._with_loss(loss, temperature, share)
-        self.trained = self._chosen(trained)
+        self._signature = Signature(graph)
+        scores = self.resolved.graph.main.outputs[self._output].type
+        self._classes = scores.shape[-1].constant if scores.rank else None
+        known = model.learned if isinstance(model, TorchModel) and trained is None else None
+        self.trained = self._chosen(("*",) if trained is None else trained, known)
         recognized = PassManager(RECOGNITION).run(graph).graph
+        self.trained = tuple([name for name in self.trained if name in recognized.parameters])
         made = gradient_graph(recognized, LOSS, self.trained, recompute=recompute)
-        reached = [name for name in self.trained if GRADIENT + name in made.main.outputs]
+        reached = tuple([name for name in self.trained if GRADIENT + name in made.main.outputs])
         if not reached:
             raise UsageError("the loss depends on no weight that is trained", received=", ".join(self.trained)[:200])
-        self.trained = tuple(reached)
+        if reached != self.trained:  # others stay weights: no gradient goes through floor, or a comparison
+            self.trained, made = reached, gradient_graph(recognized, LOSS, reached, recompute=recompute)
         made = choose_outputs(made, [LOSS, COUNTED, *[GRADIENT + name for name in reached]])
         held, self.seed = weights_of(self.resolved, self.resolved.graph, None, seed)
         frozen = {name: held[name] for name in made.parameters}
@@ -203,10 +222,16 @@ class Trainer:
             )
         return with_cross_entropy(graph, output) if loss == "cross-entropy" else with_own_loss(graph, loss)
 
-    def _chosen(self, patterns: Iterable[str]) -> tuple[str, ...]:
-        """The names of floating-point weights that one of the patterns matches, in the graph's order."""
+    def _chosen(self, patterns: Iterable[str], learned: Collection[str] | None) -> tuple[str, ...]:
+        """The names of f32 weights that one of the patterns matches, in the graph's order.
+
+        learned  of which alone; None: of all
+        """
         given = [patterns] if isinstance(patterns, str) else list(patterns)
         names = [name for name, v in self.resolved.graph.parameters.items() if v.type.dtype is f32]
+        names = [name for name in names if learned is None or name in learned]
+        if not names:
+            raise UsageError("the model has no float32 weight to train", received=repr(self.resolved.graph))
         for pattern in given:
             if not any(fnmatchcase(name, pattern) for name in names):
                 shown = ", ".join(names[:6])
@@ -221,14 +246,14 @@ class Trainer:
         beside = {*self.trained} | ({TEACHER} if self.teacher is not None else set())
         return tuple([port for port in self.gradient.inputs if port.name not in beside])
 
-    def step(self, **arrays: Any) -> StepTold:
+    def step(self, /, **arrays: Any) -> StepTold:
         """Take one batch: its gradients, and, with the last of `accumulate` calls, an update of the weights.
 
         Raises UsageError where nothing of the batch counts, and where the loss or a gradient is no number: weights and
         moments are then as they were before. Raises BackendError for arrays that do not fit.
         """
         began = time.perf_counter()
-        found = self.gradient(**self._weights, **self._taught(arrays))
+        found = self.gradient(**self._weights, **self._checked(arrays))
         counted = self._count(found)
         loss = float(found[LOSS]) / counted
         self._add(found, counted)
@@ -237,7 +262,7 @@ class Trainer:
             norm = self._updated(rate)
         return StepTold(self.steps, updated, loss, norm, rate, time.perf_counter() - began)
 
-    def evaluate(self, **arrays: Any) -> float:
+    def evaluate(self, /, **arrays: Any) -> float:
         """The mean loss over the places of a batch that count; nothing is changed. Raises as `step` does."""
         if self._evaluation is None:
             self._evaluation = compile_model(
@@ -245,18 +270,30 @@ class Trainer:
             )
         taken = {port.name for port in self._evaluation.inputs}
         weights = {name: array for name, array in self._weights.items() if name in taken}
-        found = self._evaluation(**weights, **self._taught(arrays))
+        found = self._evaluation(**weights, **self._checked(arrays))
         return float(found[LOSS]) / self._count(found)
 
     def _needed_by(self, graph: Graph) -> dict[str, Array]:
         return {name: self._frozen[name] for name in graph.parameters}
 
-    def _taught(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
-        """The batch, with the teacher's scores of it."""
-        if self.teacher is None:
-            return dict(arrays)
-        taken = {port.name: arrays[port.name] for port in self.teacher.inputs if port.name in arrays}
-        return {**arrays, TEACHER: self.teacher(**taken)[self._output]}
+    def _checked(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch, with the teacher's scores of it. Raises BackendError for arrays that do not fit, UsageError for
+        targets that are no classes."""
+        given = dict(arrays)
+        if self.teacher is not None:
+            taken = {port.name: arrays[port.name] for port in self.teacher.inputs if port.name in arrays}
+            given[TEACHER] = self.teacher(**taken)[self._output]
+        names = [port.name for port in self._signature.ports]
+        held: dict[str, Any] = dict(zip(names, self._signature.bind(given, numpy_taken), strict=True))
+        targets = held.get(TARGETS)
+        if targets is not None and self._classes is not None:
+            wrong = targets[((targets < 0) | (targets >= self._classes)) & (targets != IGNORED)]
+            if wrong.size:
+                raise UsageError(
+                    f"targets are classes from 0 to {self._classes - 1}, or {IGNORED}, which does not count",
+                    received=f"{wrong[0]}",
+                )
+        return held
 
     def _count(self, found: Mapping[str, Any]) -> float:
         counted = float(found[COUNTED])
@@ -295,7 +332,10 @@ class Trainer:
     def _spoiled(self, what: str) -> UsageError:
         return UsageError(
             f"{what} after {self.steps} updates",
-            hint="a smaller rate=, a longer warmup of it, or clip=; the weights are those of the last update",
+            hint=Hint(
+                "a smaller rate=, a longer warmup of it, or clip=; the weights are those of the last update",
+                "a smaller --rate, a longer --warmup, or --clip",
+            ),
         )
 
     def memory(self, **sizes: int) -> MemoryTold:
