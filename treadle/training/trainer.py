@@ -136,11 +136,7 @@ class Trainer:
 
         Raises UsageError for an option that fits nothing, and what `compile` raises.
         """
-        if isinstance(optimizer, type) or not hasattr(optimizer, "scalars"):
-            raise UsageError("optimizer= is an optimizer", received=repr(optimizer)[:80], hint="t.AdamW(), or t.SGD()")
-        if teacher is not None and not isinstance(teacher, Compiled):
-            hint = f"t.compile({teacher!r})" if isinstance(teacher, str | Path) else "t.compile(MODEL)"
-            raise UsageError("a teacher is a compiled model", received=repr(teacher)[:80], hint=hint)
+        _expect(optimizer, teacher)
         if output is not None and loss != "cross-entropy":
             raise UsageError("targets are of an output, and a loss of the model's own has none", received=f"{output=}")
         if type(accumulate) is not int or accumulate < 1:
@@ -382,3 +378,12 @@ class Trainer:
             f"<trainer of {self.resolved.name}: {count:,} numbers of {len(self.trained)} weights in {self.backend}, "
             f"{self.steps} updates>"
         )
+
+
+def _expect(optimizer: object, teacher: object) -> None:
+    """Raises UsageError for what is no optimizer, and no compiled model."""
+    if isinstance(optimizer, type) or not hasattr(optimizer, "scalars"):
+        raise UsageError("optimizer= is an optimizer", received=repr(optimizer)[:80], hint="t.AdamW(), or t.SGD()")
+    if teacher is not None and not isinstance(teacher, Compiled):
+        hint = f"t.compile({teacher!r})" if isinstance(teacher, str | Path) else "t.compile(MODEL)"
+        raise UsageError("a teacher is a compiled model", received=repr(teacher)[:80], hint=hint)
