@@ -276,9 +276,10 @@ def test_a_model_without_a_folder_gets_its_weights_alone(tmp_path: Path) -> None
     assert made.files == (tmp_path / "to" / "weights.safetensors",)
     path = str(made.files[0])
     assert made.loading == (
-        f"treadle.compile('gpt2', weights=read_weights({path!r})), of treadle.training.weight_files"
+        f"treadle.compile('gpt2', weights=read_weights({path!r}), vocab=11, context=8, dim=8, heads=2, layers=1), "
+        "of treadle.training.weight_files"
     )
-    again = t.compile("gpt2", weights=read_weights(path), seed=5, **sizes)
+    again = eval(made.loading.partition(", of ")[0], {"treadle": t, "read_weights": read_weights})
     tokens = np.arange(6).reshape(2, 3)
     np.testing.assert_array_equal(exe(tokens=tokens)["logits"], again(tokens=tokens)["logits"])
 

@@ -26,12 +26,16 @@ pytest.importorskip("tokenizers")
 from tests.command_line import Result, Treadle, commands_in, refused
 from tests.golden import Golden
 from tests.task_models import save, texts, without_specials, wordpiece
+from treadle.cli.train import is_state
+from treadle.frontends.safetensors_file import SafetensorsFile
+from treadle.ir.errors import UsageError
 from treadle.resolving import resolve
 from treadle.training.interrupts import noting_interrupts
 from treadle.training.objectives import MaskedToken
 from treadle.training.text_data import TextData
 from treadle.training.text_runs import Update, held_out_loss, updates
 from treadle.training.texts import NOT_COUNTED, BlockBatches, Tokens
+from treadle.training.weight_files import write_weights
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,9 @@ class Told:
 class FakeTrainer:
     """Writes down what it is asked. Losses fall by a tenth with each call, each of which takes half a second."""
 
+    fail_at = 0
+    """The call of `step` whose loss is no number; 0: of none."""
+
     made: list[FakeTrainer] = []
     interrupt_at = 0
     """The call of `step` in which Ctrl-C is pressed; 0: in none."""
@@ -71,6 +78,8 @@ class FakeTrainer:
     def step(self, **arrays: Tokens) -> Told:
         self.calls.append(arrays)
         self.done += 1
+        if len(self.calls) == self.fail_at:
+            raise UsageError(f"the loss is nan after {self.steps} updates")
         if len(self.calls) == self.interrupt_at:
             signal.raise_signal(signal.SIGINT)
         updates = self.done % self.options["accumulate"] == 0
@@ -91,10 +100,10 @@ class FakeTrainer:
 
     def save_state(self, path: Path) -> None:
         self.saved.append(self.steps)
-        Path(path).write_text(str(self.steps))
+        write_weights(Path(path), {}, {"format": "treadle training state", "steps": str(self.steps)})
 
     def restore(self, path: Path) -> None:
-        self.steps = int(Path(path).read_text())
+        self.steps = int(SafetensorsFile.open(path).metadata["steps"])
         self.done = self.steps * self.options["accumulate"]
 
 
@@ -114,6 +123,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     module("treadle.runtime.training.schedules", Schedule=maker("Schedule"))
     monkeypatch.setattr(FakeTrainer, "made", [])
     monkeypatch.setattr(FakeTrainer, "interrupt_at", 0)
+    monkeypatch.setattr(FakeTrainer, "fail_at", 0)
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +187,7 @@ def test_each_option_reaches_what_it_is_for(train: Treadle, monkeypatch: pytest.
     monkeypatch.setattr("treadle.compile", lambda *given, **options: asked.append((given, options)) or "compiled")
     said = train(
         f"gpt2 texts.txt {SMALL} --rate 0.01 --warmup 2 --schedule cosine --weight-decay 0.5 --clip 0 --optimizer sgd",
-        "--train wte.* --train h.* --teacher gpt2 --temperature 3 --teacher-share 0.25 --backend numpy --dtype bf16",
+        "--train wte.* --train h.* --teacher gpt2 --temperature 3 --teacher-share 0.25 --backend tvm --dtype bf16",
         "--threads 3 --recompute --accumulate 2 --seed 7 --set layers=1 --limit tensors=900",
     )
     assert said.code == 0, said.err
@@ -193,7 +203,7 @@ def test_each_option_reaches_what_it_is_for(train: Treadle, monkeypatch: pytest.
         "teacher": "compiled",
         "temperature": 3.0,
         "share": 0.25,
-        "backend": "numpy",
+        "backend": "tvm",
         "dtype": "bf16",
         "recompute": True,
         "accumulate": 2,
@@ -201,7 +211,7 @@ def test_each_option_reaches_what_it_is_for(train: Treadle, monkeypatch: pytest.
         "layers": 1,
         "limits": {"tensors": 900},
     }
-    assert asked == [(("gpt2",), {"backend": "numpy", "target": where, "widen": ("bf16", "f16")})]
+    assert asked == [(("gpt2",), {"backend": "tvm", "target": where, "widen": ("bf16", "f16")})]
     assert [len(only().calls), only().calls[0]["tokens"].shape] == [8, (2, 16)]
 
 
@@ -250,7 +260,7 @@ def test_a_state_is_written_at_the_end_and_as_often_as_it_is_said(train: Treadle
 
 
 def test_a_state_with_all_steps_behind_it_is_refused(train: Treadle) -> None:
-    Path("done").write_text("4")
+    write_weights(Path("done"), {}, {"format": "treadle training state", "steps": "4"})
     refused(train(f"gpt2 texts.txt {SMALL} --resume done"), "the state has 4 steps behind it already", "--steps 8")
 
 
@@ -274,13 +284,63 @@ def test_what_was_trained_until_ctrl_c_is_saved(train: Treadle, monkeypatch: pyt
         assert "interrupted after 2 steps of 128 tokens" in said.out
 
 
-def test_a_second_ctrl_c_interrupts_at_once() -> None:
-    with noting_interrupts() as interrupted:
+def test_a_second_ctrl_c_interrupts_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    with noting_interrupts("ending soon") as interrupted:
         assert not interrupted()
         signal.raise_signal(signal.SIGINT)
         assert interrupted()
+        assert capfd.readouterr().err == "ending soon\n"
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+    assert capfd.readouterr().err == "", "it is said once"
+
+
+def test_the_first_ctrl_c_says_what_a_second_one_does(train: Treadle, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("treadle.training.interrupts._say", said.append)
+    monkeypatch.setattr(FakeTrainer, "interrupt_at", 3)
+    assert train(f"gpt2 texts.txt {SMALL}").code == 130
+    assert said == ["ending after this step; Ctrl-C again ends at once"]
+
+
+# -- a step that fails ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", ["", "--every 1", "--save-every 1", "--json"])
+def test_what_was_trained_until_a_step_failed_is_saved(
+    train: Treadle, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    monkeypatch.setattr(FakeTrainer, "fail_at", 4)
+    said = train(f"gpt2 texts.txt {SMALL} -o out --state s {words}")
+    assert said.code == 2
+    assert only().saved[-1] == 3 and "config.json" in os.listdir("out")
+    assert "wrote s, " in said.err and f"wrote {Path('out', 'model.safetensors')}, " in said.err
+    if words == "--json":
+        assert said.json["error"]["what"] == "the loss is nan after 3 updates"
+    else:
+        assert said.err.endswith("the loss is nan after 3 updates\n")
+
+
+def test_a_failure_of_the_first_step_saves_nothing(train: Treadle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeTrainer, "fail_at", 1)
+    said = train(f"gpt2 texts.txt {SMALL} -o out --state s")
+    assert (said.code, said.err) == (2, "the loss is nan after 0 updates\n")
+    assert not Path("out").exists() and not Path("s").exists()
+
+
+@pytest.mark.parametrize("fail_at", [0, 4])
+def test_a_state_that_cannot_be_written_does_not_cost_the_model(
+    train: Treadle, monkeypatch: pytest.MonkeyPatch, fail_at: int
+) -> None:
+    def full(self: FakeTrainer, path: Path) -> None:
+        raise UsageError("the disk is full")
+
+    monkeypatch.setattr(FakeTrainer, "fail_at", fail_at)
+    monkeypatch.setattr(FakeTrainer, "save_state", full)
+    said = train(f"gpt2 texts.txt {SMALL} -o out --state s")
+    assert said.code == 2 and "model.safetensors" in os.listdir("out")
+    assert "the disk is full" in said.err and "wrote s" not in said.err
+    assert ("the loss is nan after 3 updates" in said.err) == bool(fail_at)
 
 
 def test_ctrl_c_before_the_first_step_saves_nothing(train: Treadle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,6 +460,11 @@ REFUSED = {
     "--length 49": ("a block has 2 tokens or more and at most 48", "48"),
     "--batch 4000": ("a batch of 4,000 rows cannot be made of",),
     "--objective other": ("there is no objective 'other'", "one of next-token, masked-token"),
+    "--state texts.txt": ("the state would be written over a file that is no state", "another file, or --replace"),
+    "--state gpt2/model.safetensors": ("the state would be written over a file that is no state",),
+    "--dtype bf16 --backend numpy": ("NumPy has no bf16", "--backend tvm, or torch"),
+    "--target cuda": ("training runs on the processor", "--target cpu, or no --target"),
+    "--target x86-64": ("training runs on the processor", "--target cpu, or no --target"),
     "-o full": ("the folder to save in is not empty", "another folder, or --replace"),
     "-o gpt2 --replace": ("the model's own folder is not written over",),
 }
@@ -421,6 +486,14 @@ def test_a_model_that_no_text_trains_is_told_what_to_do(train: Treadle) -> None:
 def test_one_reason_is_one_object(train: Treadle) -> None:
     said: Result = train("gpt2 texts.txt --length 49 --json")
     assert (said.code, said.json["error"]["kind"]) == (2, "UsageError")
+
+
+def test_a_state_is_written_over_a_state_or_with_replace(train: Treadle) -> None:
+    Path("s").write_text("mine")
+    assert not is_state(Path("s")) and not is_state(Path("none"))
+    assert train(f"gpt2 texts.txt {SMALL} --state s --replace").code == 0
+    assert is_state(Path("s"))
+    assert train("gpt2 texts.txt --length 16 --batch 2 --steps 6 --state s --resume s").code == 0
 
 
 def test_replace_saves_over_files(train: Treadle) -> None:

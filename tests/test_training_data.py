@@ -40,6 +40,15 @@ def test_a_text_file_is_one_document_and_jsonl_has_one_a_line(tmp_path: Path, mo
     assert found == ["One\ntwo.\n", "Käse\u2028here", "last\u2028line", "piped"]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "A.JSONL", "a.txt", "a.jsonl.TXT"])
+def test_a_byte_order_mark_is_no_text_and_an_ending_may_be_in_capitals(name: str, tmp_path: Path) -> None:
+    text = '{"text": "one"}\n{"text": "two"}'
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / name).write_text(text, encoding=encoding)
+        wanted = ["one", "two"] if "json" in name.lower()[-5:] else [text]
+        assert read_documents([str(tmp_path / name)]) == wanted
+
+
 @pytest.mark.parametrize(
     "line", ['{"text": 3}', '{"body": "x"}', '["text"]', "{", '"text"', "[" * 100_000], ids=lambda line: line[:15]
 )

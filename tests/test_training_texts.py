@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,6 +51,19 @@ def test_what_is_too_short_says_what_was_received() -> None:
 
 
 # -- what is to be foretold ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [np.array([[7, 1, 65535]], np.uint16), [[7, 1, 65535]]], ids=["uint16", "list"])
+def test_tokens_of_any_integers_are_taken(tokens: Any) -> None:
+    """Token files are mostly of uint16, which holds no -100."""
+    wanted = np.array([[1, 65535, NOT_COUNTED]])
+    found = next_token_targets(tokens)
+    assert found.dtype == np.int64
+    np.testing.assert_array_equal(found, wanted)
+    inputs, targets = mask_tokens(tokens, np.random.default_rng(0), mask=3, vocab=9, special=(7, 65535))
+    assert (inputs.dtype, targets.dtype) == (np.int64, np.int64)
+    np.testing.assert_array_equal(inputs[:, ::2], [[7, 65535]])
+    np.testing.assert_array_equal(targets, [[NOT_COUNTED, 1, NOT_COUNTED]])
 
 
 @given(st.integers(1, 4), st.integers(1, 9), st.data())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -10,13 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from treadle.cli.application import command, print_json
+from treadle.cli.application import command, print_json, saying
 from treadle.cli.completing import complete_backend, complete_model
 from treadle.cli.options import AsJson, Config, Dtype, Limit, ModelName, Seed, TargetName, Threads
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import TreadleError, UsageError
 
 if TYPE_CHECKING:
     from treadle.ir.target import Target
+    from treadle.training.run_report import RunReport
+    from treadle.training.saving import Saver
     from treadle.training.text_runs import Update
 
 INTERRUPTED = 130
@@ -41,7 +44,11 @@ def train_model(
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--replace", help="Save in a folder that holds files, over those of the same names.")
+        bool,
+        typer.Option(
+            "--replace",
+            help="Save in a folder that holds files, over those of the same names; and a state over any file.",
+        ),
     ] = False,
     objective: Annotated[
         str, typer.Option(metavar="NAME", help="What is foretold: next-token, or masked-token.")
@@ -130,7 +137,11 @@ def train_model(
     ] = None,
     resume: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Go on from a state, up to --steps.", show_default=False),
+        typer.Option(
+            metavar="FILE",
+            help="Go on from a state, up to --steps, with the same options and texts.",
+            show_default=False,
+        ),
     ] = None,
     recompute: Annotated[
         bool, typer.Option("--recompute", help="Compute layers again for their gradients: less memory, more time.")
@@ -151,7 +162,7 @@ def train_model(
 ) -> None:
     """Train a language model on texts, and save it as it was read.
 
-    Ctrl-C ends training after the step that is being done; what was trained is saved.
+    Ctrl-C ends training after the step that is being done. What was trained is saved, also where a step fails.
     """
     from treadle.ir.target import Target
     from treadle.option_values import parse_config
@@ -163,9 +174,12 @@ def train_model(
     from treadle.training.text_data import TextData
     from treadle.training.text_runs import Update, held_out_loss, updates
 
-    _check_options(teacher, temperature, share, state, save_every, resume)
+    _check_options(teacher, temperature, share, save_every is not None and state is None, resume)
+    if state is not None:
+        _check_state(state, replace=overwrite)
     chosen = parse_config(config or (), limit or ())
     where = Target(target, threads)
+    _check_computing(backend, where, dtype)
     with working(f"reading {model}", shown=not as_json):
         resolved = resolve(model, widen=("bf16", "f16", BLOCKS), deferred=True, **chosen)
         saver = None if output is None else saver_for(resolved, output, replace=overwrite)
@@ -218,10 +232,10 @@ def train_model(
         with counting("reading held out blocks", count, shown=not as_json) as progress:
             return held_out_loss(trainer, data, progress=progress, ends=interrupted)
 
-    with noting_interrupts() as interrupted:
+    with noting_interrupts("ending after this step; Ctrl-C again ends at once") as interrupted:
         run.before = held_out()
         since: list[Update] = []
-        left: BrokenPipeError | None = None
+        failed: TreadleError | BrokenPipeError | None = None
         try:
             with _telling(f"training {model}", as_json) as tell:
                 for update in [] if interrupted() else updates(trainer, data, steps=steps, accumulate=accumulate):
@@ -235,16 +249,24 @@ def train_model(
                         break
                     if state is not None and save_every is not None and update.step % save_every == 0:
                         trainer.save_state(state)
-        except BrokenPipeError as error:  # what was trained is saved even where nobody reads on
-            left = error
+        except (TreadleError, BrokenPipeError) as error:  # what was trained is saved even so, and where nobody reads on
+            failed = error
+        if since:
+            run.lines.append(Update.joined(since))
         run.interrupted = run.steps < steps
-        if state is not None and run.lines:
-            trainer.save_state(state)
-            run.state = state
-        if saver is not None and run.lines:
-            run.saved = saver.save(trainer.weights)
-        if left is not None:
-            raise left
+        for save in (_save_state, _save_model) if run.lines else ():
+            try:
+                save(run, trainer, state, saver)
+            except TreadleError as error:
+                if isinstance(failed, TreadleError):
+                    _say(f"{error}\n")
+                else:
+                    failed = error
+        if isinstance(failed, TreadleError):
+            for line in run.written():
+                _say(f"{line}\n")
+        if failed is not None:
+            raise failed
         run.after = held_out()
     if as_json:
         print_json(run.facts())
@@ -255,25 +277,53 @@ def train_model(
         raise typer.Exit(INTERRUPTED)
 
 
+def is_state(path: Path) -> bool:
+    """Whether a file is one that --state wrote."""
+    from treadle.frontends.safetensors_file import SafetensorsFile
+    from treadle.training.states import _FORMAT
+
+    try:
+        return SafetensorsFile.open(path).metadata.get("format") == _FORMAT
+    except TreadleError:
+        return False
+
+
 def _check_options(
-    teacher: str | None,
-    temperature: float | None,
-    share: float | None,
-    state: Path | None,
-    save_every: int | None,
-    resume: Path | None,
+    teacher: str | None, temperature: float | None, share: float | None, has_no_state: bool, resume: Path | None
 ) -> None:
-    """Raises UsageError for options that need another one, and for files that are not there or cannot be."""
+    """Raises UsageError for options that need another one, and for a file that is not there."""
     if teacher is None and (temperature, share) != (None, None):
         option = "--temperature" if temperature is not None else "--teacher-share"
         raise UsageError(f"without --teacher there is no {option}", hint="--teacher MODEL as well")
-    if state is None and save_every is not None:
+    if has_no_state:
         raise UsageError("without --state there is no --save-every", hint="--state FILE as well")
     if resume is not None and not resume.is_file():
         raise UsageError(f"there is no file {resume}", hint="a file that --state wrote")
-    if state is not None and (state.is_dir() or not state.absolute().parent.is_dir()):
+
+
+def _check_state(state: Path, *, replace: bool) -> None:
+    """Raises UsageError for a file that cannot be written, and for one that is there and no state."""
+    if state.is_dir() or not state.absolute().parent.is_dir():
         what = "this is a folder" if state.is_dir() else "its folder is not there"
         raise UsageError(f"the state cannot be written: {what}", received=str(state), hint="a file in a folder")
+    if state.exists() and not replace and not is_state(state):
+        raise UsageError(
+            "the state would be written over a file that is no state",
+            received=str(state),
+            hint="another file, or --replace",
+        )
+
+
+def _check_computing(backend: str, where: Target, dtype: str | None) -> None:
+    """Raises UsageError where a backend does not train in this dtype, or nothing does on this target."""
+    if where.kind != "cpu":
+        raise UsageError(
+            "training runs on the processor", received=f"--target {where.name}", hint="--target cpu, or no --target"
+        )
+    if (backend, dtype) == ("numpy", "bf16"):
+        raise UsageError(
+            "NumPy has no bf16", received="--backend numpy, --dtype bf16", hint="--backend tvm, or torch; or no --dtype"
+        )
 
 
 def _optimizer(name: str, weight_decay: float | None) -> Any:
@@ -322,6 +372,23 @@ def _trainer(model: str, **options: Any) -> Any:
     from treadle.training.trainer import Trainer
 
     return Trainer(model, **options)
+
+
+def _save_state(run: RunReport, trainer: Any, state: Path | None, saver: Saver | None) -> None:
+    if state is not None:
+        trainer.save_state(state)
+        run.state = state
+
+
+def _save_model(run: RunReport, trainer: Any, state: Path | None, saver: Saver | None) -> None:
+    if saver is not None:
+        run.saved = saver.save(trainer.weights)
+
+
+def _say(text: str) -> None:
+    """Write to standard error, which perhaps nobody reads."""
+    with saying():
+        sys.stderr.write(text)
 
 
 def _telling(what: str, as_json: bool) -> AbstractContextManager[Callable[[str], None]]:

@@ -10,18 +10,21 @@ from treadle.ir.errors import UsageError
 from treadle.option_values import read_text
 
 LINES = ".jsonl"
+BYTE_ORDER_MARK = "\ufeff"
+"""What some editors begin a file in UTF-8 with."""
 
 
 def read_documents(files: Sequence[str]) -> list[str]:
-    """The documents of all files, in their order; `-` is standard input. Those of white space alone are left out.
+    """The documents of all files, in their order; `-` is standard input. Those of white space alone are left out, and
+    so is a byte order mark at a file's beginning.
 
     Raises UsageError where there is none, where a file is too long or not UTF-8, and for a line of a .jsonl file that
     is no object with a text; CheckpointError where a file cannot be read.
     """
     found: list[str] = []
     for file in files:
-        text = read_text(file)
-        found += _lines(text, file) if file.endswith(LINES) else [text]
+        text = read_text(file).removeprefix(BYTE_ORDER_MARK)
+        found += _lines(text, file) if file.lower().endswith(LINES) else [text]
     found = [text for text in found if text.strip()]
     if not found:
         raise UsageError("there is no text", received=", ".join(map(printable, files)), hint="a file with a text in it")

@@ -90,12 +90,8 @@ class RunReport:
             what, of = ("loss", float) if self.has_teacher else ("perplexity", perplexity_of)
             after = "" if self.after is None else f" before, {of(self.after):.4f} after"
             found.append(f"{what} of {counted(len(self.data.heldout), 'held out block')} {of(self.before):.4f}{after}")
-        if self.state is not None:
-            found.append(f"wrote {self.state}, {human(self.state.stat().st_size, 'B')}: --resume goes on from it")
+        found += self.written()
         if self.saved is not None:
-            first, *others = self.saved.files
-            beside = f", and {counted(len(others), 'file')} beside it" if others else ""
-            found.append(f"wrote {first}, {human(first.stat().st_size, 'B')}{beside}")
             found.append(f"it is loaded by {getattr(self.saved.loading, 'command', self.saved.loading)}")
             given = " ".join(f"--set {name}={value}" for name, value in self.config.items())
             if given and self.folder is not None:
@@ -106,6 +102,17 @@ class RunReport:
             found.append("nothing was trained, so nothing was saved")
         elif self.state is None and self.saved is None:
             found.append("nothing was saved: -o FOLDER saves the model, --state FILE what --resume goes on from")
+        return found
+
+    def written(self) -> list[str]:
+        """A line for each thing that was saved."""
+        found = []
+        if self.state is not None:
+            found.append(f"wrote {self.state}, {human(self.state.stat().st_size, 'B')}: --resume goes on from it")
+        if self.saved is not None:
+            first, *others = self.saved.files
+            beside = f", and {counted(len(others), 'file')} beside it" if others else ""
+            found.append(f"wrote {first}, {human(first.stat().st_size, 'B')}{beside}")
         return found
 
 

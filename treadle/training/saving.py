@@ -87,7 +87,8 @@ def saver_for(resolved: Resolved, target: PathLike, *, replace: bool = False) ->
     `open_checkpoint` does.
     """
     if resolved.folder is None:
-        return WeightsSaver(_checked_target(target, replace), resolved.name)
+        config = {} if resolved.model is None else resolved.model.config
+        return WeightsSaver(_checked_target(target, replace), resolved.name, config)
     shapes = {name: value.type.static_shape or () for name, value in resolved.graph.parameters.items()}
     return FolderSaver.open(resolved.folder, shapes, target, replace=replace)
 
@@ -105,17 +106,22 @@ def save_folder(
 
 @dataclass(frozen=True)
 class WeightsSaver:
-    """Writes the weights of a model without a folder, such as a family of the zoo."""
+    """Writes the weights of a model without a folder, such as a family of the zoo.
+
+    config  what differs from the declaration's
+    """
 
     target: Path
     model: str
+    config: Mapping[str, Any]
 
     def save(self, weights: Mapping[str, Array]) -> SavedModel:
         """See `Saver`."""
         _make(self.target)
         path = self.target / WEIGHTS
         write_weights(path, weights)
-        made = f"treadle.compile({self.model!r}, weights=read_weights({os.fspath(path)!r}))"
+        given = "".join(f", {name}={value!r}" for name, value in self.config.items())
+        made = f"treadle.compile({self.model!r}, weights=read_weights({os.fspath(path)!r}){given})"
         return SavedModel(self.target, (path,), f"{made}, of treadle.training.weight_files")
 
 

@@ -56,21 +56,28 @@ def blocks_of(token_ids: Sequence[Sequence[int]], length: int, *, end: int | Non
     return joined[: whole * length].reshape(whole, length)
 
 
-def next_token_targets(tokens: Tokens, lengths: npt.ArrayLike | None = None) -> Tokens:
+def next_token_targets(tokens: npt.ArrayLike, lengths: npt.ArrayLike | None = None) -> Tokens:
     """What follows each of the tokens [B, S], in the same shape; nothing counted at the last place of a row.
 
     lengths  [B], how many tokens of each row are real
     """
-    targets = np.full_like(tokens, NOT_COUNTED)
-    targets[:, :-1] = tokens[:, 1:]
+    ids = np.asarray(tokens, np.int64)
+    targets = np.full_like(ids, NOT_COUNTED)
+    targets[:, :-1] = ids[:, 1:]
     if lengths is not None:
-        ends = np.asarray(lengths)[:, None] - 1
-        targets[np.arange(tokens.shape[1]) >= ends] = NOT_COUNTED
+        ends = np.asarray(lengths, np.int64)[:, None] - 1
+        targets[np.arange(ids.shape[1]) >= ends] = NOT_COUNTED
     return targets
 
 
 def mask_tokens(
-    tokens: Tokens, rng: np.random.Generator, *, mask: int, vocab: int, special: Collection[int], rate: float = 0.15
+    tokens: npt.ArrayLike,
+    rng: np.random.Generator,
+    *,
+    mask: int,
+    vocab: int,
+    special: Collection[int],
+    rate: float = 0.15,
 ) -> tuple[Tokens, Tokens]:
     """Inputs and targets [B, S] of a masked language model (Devlin et al. 2019, section 3.1).
 
@@ -85,15 +92,16 @@ def mask_tokens(
     """
     if not 0 < rate <= 1:
         raise UsageError("the part of the tokens that is masked lies above 0 and up to 1", received=f"rate={rate}")
-    open_to = ~np.isin(tokens, list(special))
-    drawn = np.where(open_to, rng.random(tokens.shape), 2.0)  # above every rate: never chosen
+    ids = np.asarray(tokens, np.int64)
+    open_to = ~np.isin(ids, list(special))
+    drawn = np.where(open_to, rng.random(ids.shape), 2.0)  # above every rate: never chosen
     chosen = drawn < rate
     least = drawn == drawn.min(axis=1, keepdims=True)
     chosen |= open_to & least & ~chosen.any(axis=1, keepdims=True)
-    kind, others = rng.random(tokens.shape), rng.integers(0, vocab, tokens.shape)
-    inputs = np.where(chosen & (kind < MASKED), mask, tokens)
+    kind, others = rng.random(ids.shape), rng.integers(0, vocab, ids.shape)
+    inputs = np.where(chosen & (kind < MASKED), mask, ids)
     inputs = np.where(chosen & (kind >= MASKED) & (kind < MASKED + REPLACED), others, inputs)
-    return inputs, np.where(chosen, tokens, NOT_COUNTED)
+    return inputs, np.where(chosen, ids, NOT_COUNTED)
 
 
 @dataclass(frozen=True)
