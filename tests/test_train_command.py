@@ -461,6 +461,7 @@ REFUSED = {
     "--batch 4000": ("a batch of 4,000 rows cannot be made of",),
     "--objective other": ("there is no objective 'other'", "one of next-token, masked-token"),
     "--state texts.txt": ("the state would be written over a file that is no state", "another file, or --replace"),
+    "--state run.pt": ("a state is no pickle, as its name says", "run.state"),
     "--state gpt2/model.safetensors": ("the state would be written over a file that is no state",),
     "--dtype bf16 --backend numpy": ("NumPy has no bf16", "--backend tvm, or torch"),
     "--target cuda": ("training runs on the processor", "--target cpu, or no --target"),

@@ -313,7 +313,7 @@ def test_a_gradient_that_is_no_number_changes_nothing() -> None:
         trainer.step(x=np.zeros((2, 4), np.float32))
     near(trainer.weights, before, 0)
     told = trainer.step(x=np.ones((2, 4), np.float32))
-    assert told.step == 1
+    assert told.step == 1, "what was added up before is forgotten"
     assert np.isfinite(told.norm)
 
 

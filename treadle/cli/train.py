@@ -280,10 +280,10 @@ def train_model(
 def is_state(path: Path) -> bool:
     """Whether a file is one that --state wrote."""
     from treadle.frontends.safetensors_file import SafetensorsFile
-    from treadle.training.states import _FORMAT
+    from treadle.training.states import FORMAT
 
     try:
-        return SafetensorsFile.open(path).metadata.get("format") == _FORMAT
+        return SafetensorsFile.open(path).metadata.get("format") == FORMAT
     except TreadleError:
         return False
 
@@ -306,6 +306,10 @@ def _check_state(state: Path, *, replace: bool) -> None:
     if state.is_dir() or not state.absolute().parent.is_dir():
         what = "this is a folder" if state.is_dir() else "its folder is not there"
         raise UsageError(f"the state cannot be written: {what}", received=str(state), hint="a file in a folder")
+    from treadle.frontends.safetensors_file import PICKLE_SUFFIXES
+
+    if state.suffix.lower() in PICKLE_SUFFIXES:
+        raise UsageError("a state is no pickle, as its name says", received=str(state), hint=f"{state.stem}.state")
     if state.exists() and not replace and not is_state(state):
         raise UsageError(
             "the state would be written over a file that is no state",

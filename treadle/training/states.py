@@ -21,7 +21,7 @@ from treadle.training.weight_files import write_weights
 Array = np.ndarray[Any, Any]
 Arrays = dict[str, Array]
 
-_FORMAT = "treadle training state"
+FORMAT = "treadle training state"
 _WEIGHT, _MOMENT = "weight/", "moment/"
 _MOST_DIGITS = 15
 _NOT_NEGATIVE = _MOMENT + "square."
@@ -33,7 +33,7 @@ def write_state(
     """Write them. Raises UsageError where the file cannot be written."""
     arrays = {_WEIGHT + name: array for name, array in weights.items()}
     arrays |= {_MOMENT + name: array for name, array in moments.items()}
-    write_weights(Path(path), arrays, {"format": _FORMAT, "optimizer": by, "steps": str(steps)})
+    write_weights(Path(path), arrays, {"format": FORMAT, "optimizer": by, "steps": str(steps)})
 
 
 def read_state(
@@ -51,7 +51,7 @@ def read_state(
     def refuse(what: str, received: str) -> CheckpointError:
         return CheckpointError(what, received=printable(received)[:300], within=shown_path(path))
 
-    if told.get("format") != _FORMAT:
+    if told.get("format") != FORMAT:
         raise refuse("this is no state of a training", told.get("format", "another safetensors file"))
     if not (steps.isascii() and steps.isdigit() and len(steps) <= _MOST_DIGITS):
         raise refuse("the state says no number of updates", f"steps {steps[:40]!r}")

@@ -17,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from treadle.ir.errors import UsageError
+from treadle.ir.ops.losses import IGNORED
 from treadle.reporting.counts import counted
 
 Tokens = npt.NDArray[np.int64]
 
-NOT_COUNTED = -100
+NOT_COUNTED = IGNORED
 """The target of a place that is not to be foretold."""
 
 MASKED = 0.8

@@ -296,6 +296,7 @@ class Trainer:
         if not counted:
             raise UsageError("no place of the batch counts", hint="targets that are not all -100")
         if not math.isfinite(float(found[LOSS])):
+            self._forget()
             raise self._spoiled(f"the loss is {float(found[LOSS])}")
         return counted
 
@@ -314,16 +315,20 @@ class Trainer:
         """Update the weights by what was added up; the norm of the gradient."""
         for name, array in self._summed.items():
             if not math.isfinite(np.vdot(array, array)):
-                self._summed, self._counted, self._calls = {}, 0.0, 0.0
+                self._forget()
                 raise self._spoiled(f"{name} has a number that is not finite, or too large")
         scalars = {"rate": rate, "share": 1 / self._counted, **self.optimizer.scalars(self.steps + 1)}
         given = {name: np.float32(value) for name, value in scalars.items()}
         found = self.update(**self._weights, **self._moments, **self._summed, **given)
         self._weights = {name: found[name] for name in self._weights}
         self._moments = {name: found[name] for name in self._moments}
-        self._summed, self._counted, self._calls = {}, 0.0, 0.0
+        self._forget()
         self.steps += 1
         return float(found["norm"])
+
+    def _forget(self) -> None:
+        """Begin an update anew."""
+        self._summed, self._counted, self._calls = {}, 0.0, 0.0
 
     def _spoiled(self, what: str) -> UsageError:
         return UsageError(
@@ -370,7 +375,7 @@ class Trainer:
         """Go on from a file of `save_state`. Raises CheckpointError for one of another model or optimizer."""
         weights, moments, self.steps = read_state(path, self._weights, self._moments, repr(self.optimizer))
         self._weights, self._moments = weights, moments
-        self._summed, self._counted, self._calls = {}, 0.0, 0.0
+        self._forget()
 
     def __repr__(self) -> str:
         count = sum(array.size for array in self._weights.values())
