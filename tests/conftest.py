@@ -80,3 +80,12 @@ def _texts_read_as_they_did(request: pytest.FixtureRequest, tmp_path_factory: py
     some = config.getoption("keyword") or config.getoption("markexpr") or any("::" in name for name in config.args)
     for texts in (errors, refusals):
         texts.write(whole=not some)
+
+
+@pytest.fixture
+def quickly_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of a run stay in the order of the program, mostly: to look for a better one is half of what a small trainer
+    takes to be made."""
+    from treadle.passes.memory import order
+
+    monkeypatch.setattr(order, "MOST_LOOKS", 1)

@@ -22,6 +22,9 @@ from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT, RECOGNITION
 from treadle.resolving import resolve
 
+pytestmark = pytest.mark.usefixtures("quickly_planned")
+
+
 SMALL = {"layers": 2, "dim": 64, "heads": 4, "vocab": 80}
 
 

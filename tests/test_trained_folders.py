@@ -16,6 +16,8 @@ pytest.importorskip("treadle.training.trainer")
 from tests.command_line import Treadle, commands_in
 from tests.task_models import save, texts, without_specials, wordpiece
 
+pytestmark = pytest.mark.usefixtures("quickly_planned")
+
 
 @pytest.fixture
 def treadle_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Treadle:

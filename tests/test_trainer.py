@@ -26,6 +26,9 @@ BACKENDS = [name for name in backend_names() if find_backend(name).available() i
 SMALL = {"layers": 2, "dim": 16, "heads": 2, "vocab": 19, "context": 12}
 
 
+pytestmark = pytest.mark.usefixtures("quickly_planned")
+
+
 def batch_of(trainer: Trainer, seed: int, rows: int = 3, length: int = 7) -> dict[str, Array]:
     """Drawn arrays for what a trainer of a language model takes; a third of the targets do not count."""
     rng = np.random.default_rng(seed)
