@@ -107,7 +107,7 @@ class _Differentiation:
         self.made = Graph(graph.name)
         self.made.symbols = dict(graph.symbols)
         self.variants: dict[tuple[str, tuple[bool, ...], bool], _Variant] = {}
-        self.calls: dict[Node, tuple[_Variant, Node]] = {}
+        self.calls: dict[Node, _Variant] = {}
 
     def of_main(self, loss: str, trained: set[str]) -> Graph:
         main = self.graph.main
@@ -199,11 +199,11 @@ class _Differentiation:
             new.name, copies[old] = old.name, new
             if is_one:
                 counting.add(new)
-        self.calls[call] = variant, node
+        self.calls[call] = variant
 
     def _through(self, b: Builder, call: Node, grads: Grads) -> Grads:
         """The gradient of a call: a call of the gradient of its function."""
-        variant, _ = self.calls[call]
+        variant = self.calls[call]
         if variant.gradient is None:  # it reaches its results through what has no gradient, such as floor
             return [None] * len(variant.order)
         operands: list[Value] = [v for v in call.operands if v is not None]
