@@ -29,10 +29,11 @@ demo: .venv/ready-torch,text,chat,gguf,tvm ## see a model declared, compiled, in
 test: .venv/ready-test ## run all tests
 	@PYTHONDONTWRITEBYTECODE= $(VENV_PYTHON) -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
-lint: dev ## check style, format and types
+lint: dev ## check style, format, types and plain English
 	@$(VENV_PYTHON) -m ruff check
 	@$(VENV_PYTHON) -m ruff format --check
 	@$(VENV_PYTHON) -m mypy
+	@$(VENV_PYTHON) -m tests.plain_english
 
 golden: .venv/ready-test ## rewrite the golden files from what is printed now; then read the diff
 	@$(VENV_PYTHON) -m pytest --update-golden $(ARGS)
