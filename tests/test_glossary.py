@@ -1,4 +1,4 @@
-"""docs/glossary.md: one line a term, in alphabetical order, each with a module that exists; and headings that are linked."""
+"""The glossary: one line per term, sorted, with a link to a module that exists; and links to headings of all pages."""
 
 from __future__ import annotations
 
