@@ -1,1 +1,1 @@
-"""What stands between Treadle and the outside: files, folders, text from strangers, and how errors read."""
+"""Access to the outside: files, folders, untrusted text, and the form of errors."""

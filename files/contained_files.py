@@ -1,8 +1,8 @@
-"""Files of a model's folder: opened only if they are regular, read only if they lie inside the folder.
+"""Files of a model's folder: opened only if they are regular, read only if they are inside the folder.
 
-Loading a model reads nothing outside its folder. Every path is made canonical (links followed to the end)
-before it is compared with the canonical folder, so that neither `..` nor a link leads out. A pipe or a
-device in a file's place is refused before a read could block on it.
+Loading a model reads nothing outside its folder. Every path is made canonical (all links resolved) before it is
+compared with the canonical folder, so that neither `..` nor a link leads out. A pipe or a device in place of a file is
+refused before a read can block on it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ PathLike = str | os.PathLike[str]
 
 
 def open_regular(path: PathLike, shown: str | None = None) -> BinaryIO:
-    """Open a regular file to read its bytes.
+    """Open a regular file for reading in binary mode.
 
-    Raises CheckpointError where there is no file, where it may not be read, and where it is a folder, a
-    pipe or a device. `shown` is the file's name in errors.
+    Raises CheckpointError if the file does not exist, cannot be read, or is a folder, a pipe or a device. `shown` is
+    the file's name in errors.
     """
     shown = shown or shown_path(path)
-    # O_NONBLOCK: opening a pipe that nobody writes to would wait forever.
+    # O_NONBLOCK: opening a pipe without a writer would block forever.
     flags = os.O_RDONLY
     for optional in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):
         flags |= getattr(os, optional, 0)
@@ -41,9 +41,9 @@ def open_regular(path: PathLike, shown: str | None = None) -> BinaryIO:
 
 
 def read_regular(path: PathLike, limit: int, shown: str | None = None, setting: str | None = None) -> bytes:
-    """All bytes of a regular file of at most `limit` bytes; `setting` is the limit's name.
+    """Return all bytes of a regular file of at most `limit` bytes; `setting` is the limit's name.
 
-    Raises CheckpointError as `open_regular` does, and where the file is longer than the limit.
+    Raises CheckpointError as `open_regular` does, and if the file is longer than the limit.
     """
     shown = shown or shown_path(path)
     with open_regular(path, shown) as file:
@@ -63,13 +63,13 @@ def read_regular(path: PathLike, limit: int, shown: str | None = None, setting: 
 
 
 def canonical(path: PathLike, shown: str | None = None) -> Path:
-    """The path with every link followed. Raises CheckpointError if it leads nowhere or in a circle."""
+    """Return the path with every link resolved. Raises CheckpointError for a broken or circular link."""
     try:
         return Path(os.path.realpath(path, strict=True))
     except (OSError, ValueError) as error:
         if isinstance(error, FileNotFoundError) and os.path.islink(path):
             raise CheckpointError(
-                "a link leads to a file that is not there",
+                "the target of a link does not exist",
                 within=shown or shown_path(path),
                 hint="fetch the model again: its download is not complete",
             ) from None
@@ -77,25 +77,24 @@ def canonical(path: PathLike, shown: str | None = None) -> Path:
 
 
 def contained(path: PathLike, root: Path, shown: str | None = None) -> Path:
-    """The canonical form of `path`, which must lie inside the canonical folder `root`.
+    """Return the canonical form of `path`, which must be inside the canonical folder `root`.
 
-    Raises CheckpointError where the path, or a link on its way, leads out of the folder, or where there is
-    no file.
+    Raises CheckpointError if the path, or a link on its way, leads out of the folder, or if there is no file.
     """
     shown = shown or shown_path(path)
     real = canonical(path, shown)
     if not real.is_relative_to(root):
         raise CheckpointError(
-            "the path leads out of the model's folder, and nothing outside it is read",
+            "the path leads out of the model's folder, and files outside it are not read",
             received=f"a path that ends at {shown_path(real)}",
             within=shown,
-            hint=f"put the file itself into {shown_path(root)}",
+            hint=f"move the file itself into {shown_path(root)}",
         )
     return real
 
 
 def _unopened(shown: str, error: OSError | ValueError) -> CheckpointError:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return CheckpointError("there is no such file", within=shown, hint="check the path")
+        return CheckpointError("the file does not exist", within=shown, hint="check the path")
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return CheckpointError("the file cannot be opened", received=reason, within=shown)

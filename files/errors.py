@@ -1,6 +1,6 @@
-"""How an error reads, and the errors about what comes from outside. `treadle.ir.errors` has the whole family.
+"""The form of errors, and the errors about input from outside. `treadle.ir.errors` has the whole family.
 
-An error says, in this order: what is wrong, what was received, where in the graph, which line of the user's, what to
+An error states, in this order: what is wrong, what was received, where in the graph, which line of the user's, what to
 do.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 class Hint(str):
-    """What to do, in Python; `command` says the same on the command line, where that spells it in another way."""
+    """A suggestion in Python; `command` is the same suggestion on the command line, if it reads differently there."""
 
     command: str
 

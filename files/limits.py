@@ -1,7 +1,7 @@
-"""What a file may ask for before it is refused: how limits are given, and what an error says of one.
+"""Limits on the resources that a file may request: how they are set, and the hint when one is exceeded.
 
-Each reader has a frozen dataclass of them, whose fields are positive integers. Its `limits=` takes that, or the fields
-that differ by name: `limits={"nodes": 400_000}`. So does `treadle.compile`, for whichever file it reads.
+Each reader has a frozen dataclass of limits, whose fields are positive integers. Its `limits=` takes an instance, or a
+mapping of the fields that differ: `limits={"nodes": 400_000}`. So does `treadle.compile`, for any file that it reads.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from treadle.files.errors import Hint, UsageError
 L = TypeVar("L")
 
 MORE = 4
-"""How many times a limit the one is that an error proposes where it does not know what the file asks for."""
+"""Factor by which an error suggests to raise a limit if the required value is unknown."""
 
 
 def limits_of(kind: type[L], given: L | Mapping[str, int] | None) -> L:
-    """A reader's limits, all of them. Raises UsageError for a name that it does not have, and for what is no limit."""
+    """Return a reader's limits, all of them. Raises UsageError for an unknown name, and for a value that is not a
+    limit.
+    """
     if given is None:
         return kind()
     if isinstance(given, kind):
@@ -27,13 +29,15 @@ def limits_of(kind: type[L], given: L | Mapping[str, int] | None) -> L:
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     if not isinstance(given, Mapping):
         received = f"a {type(given).__name__}"
-        raise UsageError(f"limits are a {kind.__name__}, or numbers by name", received=received, hint=_one_of(known))
+        raise UsageError(
+            f"limits must be a {kind.__name__}, or numbers by name", received=received, hint=_one_of(known)
+        )
     check_limits(given, known)
     return replace(kind(), **given)  # type: ignore[type-var]
 
 
 def check_limits(given: Mapping[str, Any], known: list[str]) -> None:
-    """Raise UsageError for a limit that this kind of file does not have, or that is no positive integer."""
+    """Raise UsageError for a limit that this kind of file does not have, or that is not a positive integer."""
     for name, most in given.items():
         if name not in known:
             raise UsageError(f"this kind of file has no limit {name!r}", hint=_one_of(known))
@@ -46,5 +50,5 @@ def _one_of(known: list[str]) -> str:
 
 
 def limit_hint(name: str, most: int) -> Hint:
-    """How to raise a limit so far that the file is read."""
+    """Return a hint that raises a limit far enough to read the file."""
     return Hint(f"limits={{{name!r}: {most}}}, if you trust the file", f"--limit {name}={most}, if you trust the file")

@@ -1,4 +1,4 @@
-"""The names in a file that lie nearest to one it lacks, in time that a hostile file cannot stretch."""
+"""The names in a file that are most similar to a missing one, in a time that a hostile file cannot increase."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 
-_LONGEST = 200  # characters; difflib's time is quadratic in them
+_LONGEST = 200  # characters; difflib takes quadratic time in them
 _POOL = 300  # names compared for one query
-_HOLDERS = 20 * _POOL  # names that share a part, of which more are not looked at
+_HOLDERS = 20 * _POOL  # maximum number of names with a common part that are considered
 _PARTS = re.compile(r"[A-Za-z]+|[0-9]+")
 
 
 class NearestNames:
-    """Answers queries about one set of names: an index by parts picks a small pool, difflib orders it."""
+    """Answer queries about one set of names: an index by parts selects a small pool, and difflib ranks it."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = [name for name in names if len(name) <= _LONGEST]
@@ -25,7 +25,7 @@ class NearestNames:
                     self._holders[part].append(at)
 
     def of(self, wanted: str, count: int = 1, similarity: float = 0.6) -> list[str]:
-        """At most `count` names whose difflib ratio to `wanted` is at least `similarity`, nearest first."""
+        """Return at most `count` names whose difflib ratio to `wanted` is at least `similarity`, most similar first."""
         if len(wanted) > _LONGEST:
             return []
         return difflib.get_close_matches(wanted, self._pool(wanted), count, similarity)
@@ -33,7 +33,7 @@ class NearestNames:
     def _pool(self, wanted: str) -> list[str]:
         if not self._holders:
             return self._names
-        # Rare parts tell more than common ones: `c_attn` and `7` shared is more than `weight` shared.
+        # Rare parts are more informative than common ones: sharing `c_attn` and `7` counts more than sharing `weight`.
         parts = sorted((len(self._holders[p]), p) for p in set(_PARTS.findall(wanted)) if p in self._holders)
         score: dict[int, float] = defaultdict(float)
         for holders, part in parts:

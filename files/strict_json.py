@@ -1,9 +1,8 @@
-"""Strict JSON: a pull reader that knows the byte offset of what it refuses, and builds no more than asked.
+"""Strict JSON: a pull reader that reports the byte offset of an error, and builds no more than requested.
 
-Source: RFC 8259. Stricter than the standard library where files come from strangers: duplicate keys, lone
-surrogates, and integers past 64 bits are refused; nesting is limited; a caller that knows the grammar to
-expect (a safetensors header) is told at the first byte that departs from it, before anything is built from
-the rest.
+Source: RFC 8259. Stricter than the standard library where files are untrusted: duplicate keys, lone surrogates, and
+integers beyond 64 bits are refused, and nesting is limited. A caller that knows the grammar to expect (a safetensors
+header) gets an error at the first byte that departs from it, before anything is built from the rest.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from treadle.files.shown_names import printable
 _SPACE = re.compile(rb"[ \t\n\r]*")
 _PLAIN = re.compile(rb'[^"\\\x00-\x1f]*')
 _NUMBER = re.compile(rb"(-?(?:0|[1-9][0-9]*))(\.[0-9]+)?([eE][+-]?[0-9]+)?")
-# Infinity and NaN are not JSON, but Python's writer emits them and some config.json files hold them.
+# Infinity and NaN are not JSON, but Python's writer emits them and some config.json files contain them.
 _WORDS: tuple[tuple[bytes, Any], ...] = (
     (b"true", True),
     (b"false", False),
@@ -32,15 +31,15 @@ _INT64 = 2**63
 
 
 class JsonReader:
-    """Reads one JSON text of `data` front to back.
+    """Read one JSON text in `data` from front to back.
 
     shown     the text's name in errors, such as `model.safetensors: header`
-    nesting   how deep objects and arrays may lie in each other
-    values    how many values `value` may build
-    base      the file offset of the text's first byte, added to the offsets in errors
-    place     what is being read; set by the caller, shown in errors after the byte offset
+    nesting   maximum nesting depth of objects and arrays
+    values    maximum number of values that `value` may build
+    base      file offset of the text's first byte, added to the offsets in errors
+    place     the part being read; set by the caller, printed in errors after the byte offset
 
-    Every method raises CheckpointError, with the byte offset in `within`, where the text is not as asked.
+    Every method raises CheckpointError, with the byte offset in `within`, if the text does not match the request.
     """
 
     def __init__(self, data: bytes, shown: str, *, nesting: int, values: int, base: int = 0) -> None:
@@ -61,27 +60,27 @@ class JsonReader:
     def fail(
         self, what: str, *, received: str | None = None, at: int | None = None, hint: str | None = None
     ) -> NoReturn:
-        """Raise CheckpointError about the byte at `at`, or where the reader stands."""
+        """Raise CheckpointError about the byte at `at`, or at the current position."""
         offset = self.base + (self.position if at is None else at)
         within = f"{self.shown}, byte {offset}" + (f", {self.place}" if self.place else "")
         raise CheckpointError(what, received=received, within=within, hint=hint)
 
     def next_byte(self) -> bytes:
-        """The next byte that is not white space, left unread; empty at the end."""
+        """Return the next byte that is not white space without consuming it; empty at the end."""
         data, at = self.data, self.position
         if data[at : at + 1] in (b" ", b"\n", b"\t", b"\r"):
             self.position = at = _SPACE.match(data, at).end()  # type: ignore[union-attr]
         return data[at : at + 1]
 
     def take(self, byte: bytes) -> bool:
-        """Pass over `byte` if it is next."""
+        """Consume `byte` if it is next; return True if it was."""
         if self.next_byte() != byte:
             return False
         self.position += 1
         return True
 
     def take_null(self) -> bool:
-        """Pass over `null` if it is next."""
+        """Consume `null` if it is next; return True if it was."""
         self.next_byte()
         if not self.data.startswith(b"null", self.position):
             return False
@@ -89,17 +88,17 @@ class JsonReader:
         return True
 
     def expect(self, byte: bytes, meaning: str) -> None:
-        """Pass over `byte`, which must be next."""
+        """Consume `byte`, which must be next."""
         if not self.take(byte):
             self._unexpected(f"{byte.decode()!r} {meaning}")
 
     def end(self) -> None:
-        """Only white space may be left."""
+        """Check that only white space is left."""
         if self.next_byte():
             self._unexpected("the end of the text")
 
     def string(self, meaning: str = "a string") -> str:
-        """The string that must be next."""
+        """Return the string that must be next."""
         start = self.position
         if not self.take(b'"'):
             self._unexpected(meaning)
@@ -123,22 +122,22 @@ class JsonReader:
             text: str = json.loads(data[start - 1 : at + 1])
             text.encode("utf-8")
         except ValueError:  # a bad escape, or half of a surrogate pair
-            self.fail("a string holds an escape that stands for no character", at=start - 1)
+            self.fail("a string holds an invalid escape", at=start - 1)
         return text
 
     def size(self, meaning: str) -> int:
-        """The whole number from 0 to 2^63 - 1 that must be next, written in digits alone."""
+        """Return the integer from 0 to 2^63 - 1 that must be next, written in digits only."""
         if not self.next_byte():
             self._unexpected(meaning)
         match = _NUMBER.match(self.data, self.position)
         digits = match.group(0) if match else b""
         if not digits.isdigit() or len(digits) > 19 or int(digits) >= _INT64:
-            self._unexpected(f"{meaning}, a whole number from 0 to 2^63 - 1", len(digits))
+            self._unexpected(f"{meaning}, an integer from 0 to 2^63 - 1", len(digits))
         self.position += len(digits)
         return int(digits)
 
     def members(self, meaning: str = "an object") -> Iterator[str]:
-        """The keys of the object that must be next; the caller reads each value before it asks for a key."""
+        """Yield the keys of the object that must be next; the caller reads each value before the next key."""
         self._enter(b"{", meaning)
         seen: set[str] = set()
         if self.next_byte() != b"}":
@@ -147,7 +146,7 @@ class JsonReader:
                 at = self.position
                 key = self.string("a key in quotes")
                 if key in seen:
-                    self.fail("a key stands twice in one object", received=printable(key), at=at)
+                    self.fail("an object has a duplicate key", received=printable(key), at=at)
                 seen.add(key)
                 self.expect(b":", "after a key")
                 yield key
@@ -156,7 +155,7 @@ class JsonReader:
         self._leave(b"}", "or ',' after a member of an object")
 
     def items(self, meaning: str = "an array") -> Iterator[int]:
-        """Counts the items of the array that must be next; the caller reads each before it asks for one."""
+        """Yield the indices of the array that must be next; the caller reads each item before the next index."""
         self._enter(b"[", meaning)
         if self.next_byte() != b"]":
             count = 0
@@ -168,7 +167,7 @@ class JsonReader:
         self._leave(b"]", "or ',' after an item of an array")
 
     def value(self) -> Any:
-        """Whatever is next, as Python's own dict, list, str, int, float, bool or None."""
+        """Return the next value, of any kind, as Python's own dict, list, str, int, float, bool or None."""
         first = self.next_byte()
         if self._built == self.values:
             self.fail("the text holds more values than the limit", received=f"limit {self.values}")
@@ -199,7 +198,7 @@ class JsonReader:
         if self.next_byte() != opening:
             self._unexpected(meaning)
         if self._depth == self.nesting:
-            self.fail(f"objects and arrays lie in each other more than {self.nesting} deep")
+            self.fail(f"objects and arrays are nested more than {self.nesting} deep")
         self._depth += 1
         self.position += 1
 
@@ -215,9 +214,9 @@ class JsonReader:
 
 
 def read_json_object(data: bytes, shown: str, *, nesting: int, values: int) -> dict[str, Any]:
-    """The JSON object that `data` holds, duplicate keys refused.
+    """Return the JSON object in `data`; duplicate keys are refused.
 
-    Raises CheckpointError with the byte offset where the text is not one JSON object in UTF-8.
+    Raises CheckpointError with the byte offset if the text is not one JSON object in UTF-8.
     """
     reader = JsonReader(data, shown, nesting=nesting, values=values)
     result = {key: reader.value() for key in reader.members("a JSON object")}

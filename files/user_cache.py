@@ -1,4 +1,4 @@
-"""The user's cache folder, where fetched models, packed weights and compiled kernels lie."""
+"""The user's cache folder, which stores fetched models, packed weights and compiled kernels."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from treadle.files.errors import UsageError
 
 
 def cache_folder() -> Path:
-    """Return the user's cache folder for Treadle: `TREADLE_CACHE` if set, else the platform's custom.
+    """Return the user's cache folder for Treadle: `TREADLE_CACHE` if set, else the platform's default.
 
-    Raises UsageError when neither is known.
+    Raises UsageError if neither is known.
     """
     try:
         if chosen := os.environ.get("TREADLE_CACHE"):
@@ -31,18 +31,18 @@ def cache_folder() -> Path:
         return (base if base.is_absolute() else Path.home() / ".cache") / "treadle"
     except RuntimeError as error:  # pathlib found no home folder
         raise UsageError(
-            "the home folder is unknown, and with it the cache folder",
+            "the home folder is unknown, so there is no cache folder",
             received=str(error),
             hint="TREADLE_CACHE set to a folder",
         ) from error
 
 
 def is_private(folder: Path) -> bool:
-    """Whether nobody else can write into a folder, or put another in its place; False where it is not there.
+    """Return True if no other user can write into a folder or replace it; False if it does not exist.
 
-    It and those above it must belong to the user or to root, and be writable by no one else; a group of the user's own
-    is none else, and in a sticky folder, such as /tmp, nobody replaces what is another's. What lies in another folder
-    may be anyone's, and must not be run.
+    The folder and its parents must belong to the user or to root, and must not be writable by anyone else. A group that
+    only the user is in does not count, and in a sticky folder, such as /tmp, users cannot replace each other's files.
+    The contents of any other folder may come from anyone, and must not be executed.
     """
     if os.name != "posix":
         return True
@@ -61,11 +61,11 @@ def is_private(folder: Path) -> bool:
 
 
 UNUSED = 60 * 24 * 3600
-"""Seconds after which what was not used goes."""
+"""Seconds after which unused files are deleted."""
 
 
 def mark_used(path: Path) -> None:
-    """Note that a file or folder of the cache was used now: its time of modification says so."""
+    """Record that a file or folder of the cache was used now, in its modification time."""
     with suppress(OSError):
         os.utime(path)
 

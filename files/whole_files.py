@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: to a temporary name beside the target, synced, renamed."""
+"""Files that are written completely or not at all: to a temporary name in the same folder, synced, renamed."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if sys.platform != "win32":
 
 _TAG = re.compile(r"[0-9a-f]{12}")
 _STAGED = re.compile(r"\..*-[0-9a-f]{12}", re.DOTALL)
-_OLDEST = 24 * 3600.0  # seconds; nothing takes so long to write
+_OLDEST = 24 * 3600.0  # seconds; no write takes this long
 
 
 @contextmanager
 def replacing(target: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which takes the target's place when the block ends, and goes without a trace where it fails.
+    """Open a file that replaces the target when the block ends, and is deleted if the block fails.
 
-    Whoever opens the target at any time finds the old bytes or the new ones. What writers of the target left who were
-    killed goes first. Raises OSError where the folder cannot be written.
+    Every reader of the target sees either the old bytes or the new ones. Files left by killed writers of the target are
+    deleted first. Raises OSError if the folder cannot be written.
     """
     _sweep_dead(target)
     staged, file = _open_staged(target)
@@ -35,7 +35,7 @@ def replacing(target: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            if os.name == "posix":  # while it is locked; elsewhere a file that is open cannot be moved
+            if os.name == "posix":  # while it is locked; elsewhere an open file cannot be moved
                 os.replace(staged, target)
         if os.name != "posix":
             os.replace(staged, target)
@@ -43,7 +43,7 @@ def replacing(target: Path) -> Iterator[IO[bytes]]:
         with suppress(OSError):
             staged.unlink()
         raise
-    if os.name == "posix":  # only there can a folder be synced, which makes the new name last
+    if os.name == "posix":  # only there can a folder be synced, which makes the rename durable
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -52,17 +52,17 @@ def replacing(target: Path) -> Iterator[IO[bytes]]:
 
 
 def _open_staged(target: Path) -> tuple[Path, IO[bytes]]:
-    """A new file beside the target, locked as long as it is open: by that others know that its writer lives."""
+    """Open a new file next to the target, locked while it is open, so that others know that its writer is alive."""
     while True:
         staged = target.with_name(f".{target.name[:64]}-{secrets.token_hex(6)}")
         file = staged.open("xb")
         if _lock(file.fileno(), otherwise=True) and os.fstat(file.fileno()).st_nlink:
             return staged, file
-        file.close()  # another writer took it for one that was left, before it was locked
+        file.close()  # another writer took it for a leftover before it was locked
 
 
 def _sweep_dead(target: Path) -> None:
-    """Delete the staged files of a target that belong to this user and that no living writer has locked."""
+    """Delete the staged files of a target that belong to this user and that no running writer has locked."""
     if sys.platform == "win32":
         return
     lead = f".{target.name[:64]}-"
@@ -82,7 +82,7 @@ def _sweep_dead(target: Path) -> None:
 
 
 def _lock(descriptor: int, *, otherwise: bool) -> bool:
-    """Lock a file if no one else has; `otherwise` where the file system locks nothing."""
+    """Lock a file if it is not locked; return `otherwise` if the file system does not support locks."""
     if sys.platform == "win32":
         return otherwise
     try:
@@ -95,7 +95,7 @@ def _lock(descriptor: int, *, otherwise: bool) -> bool:
 
 
 def sweep(folder: Path) -> None:
-    """Delete what writers that were killed left in a folder, a day ago or earlier."""
+    """Delete files that killed writers left in a folder at least a day ago."""
     with suppress(OSError):
         for entry in os.scandir(folder):
             with suppress(OSError):

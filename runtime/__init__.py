@@ -1,1 +1,1 @@
-"""Runtime: what drives compiled graphs (sessions, generation, training loops, distributed launch)."""
+"""Execution of compiled graphs: sessions, generation, training loops, distributed launch."""

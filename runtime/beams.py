@@ -1,10 +1,11 @@
-"""Beam search: of each prompt the continuations that are likeliest as a whole, over rows of a session.
+"""Beam search: the most likely continuations of each prompt, over rows of a session.
 
     (best,) = beam_search(session, [[0]], most=40, beams=Beams(4), stop=[1], inputs=[{"tokens": source}])[0]
 
-At each step every row's continuations are ranked together and the best `count` go on, each in a row of its own: a row
-that goes on twice is forked, one that does not is closed. A finished text is ranked by its summed logarithms of
-probabilities over a power of its length, as Wu et al. 2016, section 7, and Hugging Face do: the same texts come out.
+At each step the continuations of all rows are ranked together, and the best `count` continue, each in its own row. A
+row that continues twice is forked; a row that does not continue is closed. A finished text is ranked by the sum of its
+log probabilities divided by a power of its length (Wu et al. 2016, section 7), as in Hugging Face transformers, so that
+both return the same texts.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ Early = bool | Literal["never"]
 
 @dataclass(frozen=True)
 class Beams:
-    """How beams are searched.
+    """Options of a beam search.
 
-    count           how many go on at each step, each in a row
-    length_penalty  the power of its length by which a finished text's sum is divided: above 0 favours long texts
-    best            how many of each prompt's texts are given, at most `count`
-    early           True: the search ends with the `count`-th finished text. False: it goes on while a beam, were it to
-                    end now, could come before one of these. "never": while it could at any length
+    count           number of beams that continue at each step, each in a row
+    length_penalty  power of the length by which a finished text's sum is divided; values above 0 favour long texts
+    best            number of texts returned for each prompt, at most `count`
+    early           True: the search ends with the `count`-th finished text. False: it continues while a beam that ended
+                    now could rank above one of these. "never": it continues while a beam could at any length
 
     Raises UsageError for a value out of range.
     """
@@ -45,9 +46,9 @@ class Beams:
 
     def __post_init__(self) -> None:
         if self.count < 1:
-            raise UsageError("a search has 1 beam or more", received=repr(self.count))
+            raise UsageError("count must be 1 or more", received=repr(self.count))
         if not 1 <= self.best <= self.count:
-            raise UsageError(f"of {self.count} beams, 1 to {self.count} texts can be given", received=repr(self.best))
+            raise UsageError(f"best must be from 1 to {self.count}, the number of beams", received=repr(self.best))
         if not -100 < self.length_penalty < 100:
             raise UsageError("length_penalty must lie between -100 and 100", received=repr(self.length_penalty))
         if self.early not in (True, False, "never"):
@@ -58,10 +59,10 @@ class Beams:
 class Hypothesis:
     """A finished text.
 
-    tokens   that were made, the one that ends it included
-    score    by which texts of a prompt are ranked
-    logprob  the sum of its tokens' logarithms of probabilities, after rules
-    ending   why it ends
+    tokens   the generated tokens, including the token that ends the text
+    score    the score by which the texts of a prompt are ranked
+    logprob  sum of the log probabilities of its tokens, after token rules
+    ending   the reason for the end
     """
 
     tokens: tuple[int, ...]
@@ -72,7 +73,7 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class _Beam:
-    """A continuation that goes on: its row, the tokens made in it, and the sum of their logarithms."""
+    """An unfinished continuation: its row, its generated tokens, and the sum of their log probabilities."""
 
     row: int
     made: tuple[int, ...]
@@ -81,7 +82,7 @@ class _Beam:
 
 @dataclass(frozen=True)
 class _Task:
-    """What all searches of a call share."""
+    """The state that all searches of a call share."""
 
     session: Session
     beams: Beams
@@ -99,13 +100,13 @@ def beam_search(
     stop: Sequence[int] = (),
     inputs: Sequence[dict[str, Any]] | None = None,
 ) -> Iterator[list[Hypothesis]]:
-    """The best continuations of each prompt by up to `most` tokens, best first; prompts in their order.
+    """Return the best continuations of each prompt by up to `most` tokens, best first; prompts in their order.
 
-    Prompts for whose beams the session has rows are searched together; the others wait.
+    Prompts are searched together if the session has rows for their beams; the others wait.
 
-    rules    what is asked of the next token; applied to logarithms of probabilities
-    stop     ids that end a text
-    inputs   for each prompt what the model takes beside tokens; see `Session.open`
+    rules    token rules, applied to log probabilities
+    stop     token ids that end a text
+    inputs   for each prompt, the model's inputs in addition to the tokens; see `Session.open`
 
     Raises UsageError at once for a prompt that `generate` refuses, or a session with fewer free rows than beams.
     """
@@ -160,7 +161,7 @@ def _searched(
 
 
 class _Search:
-    """The search of one prompt: its beams, the logits after each, and the texts that are finished, best first."""
+    """The search for one prompt: its beams, the logits after each beam, and the finished texts, best first."""
 
     def __init__(self, task: _Task, prompt: list[int], most: int, row: int) -> None:
         self.task, self.prompt = task, prompt
@@ -172,7 +173,9 @@ class _Search:
         self.finished: list[Hypothesis] = []
 
     def advance(self) -> dict[int, int]:
-        """Take a step: the token that each row goes on with, or none where the search is over and all rows closed."""
+        """Take a step; return the next token of each row. Return no tokens if the search is over and all rows are
+        closed.
+        """
         task, made = self.task, len(self.going[0].made) + 1
         running: list[tuple[_Beam, int, float]] = []
         for rank, (beam, token, total) in enumerate(self._candidates()):
@@ -188,19 +191,19 @@ class _Search:
         return {beam.row: beam.made[-1] for beam in self.going}
 
     def close(self) -> None:
-        """Give all rows back."""
+        """Close all rows."""
         for beam in self.going:
             self.task.session.close(beam.row)
         self.going = []
 
     def best(self) -> list[Hypothesis]:
-        """The best texts, best first."""
+        """Return the best texts, best first."""
         return self.finished[: self.task.beams.best]
 
     def _candidates(self) -> list[tuple[_Beam, int, float]]:
-        """The likeliest continuations of all beams by one token, likeliest first.
+        """Return the most likely continuations of all beams by one token, most likely first.
 
-        There are so many that `count` are left to go on with where every beam has each of the ends among them.
+        The list is long enough that `count` candidates remain even if every beam has each of the end tokens among them.
         """
         end, count = tuple(self.task.stop), max(2, 1 + len(self.task.stop)) * self.task.beams.count
         totals = []
@@ -229,7 +232,7 @@ class _Search:
         del self.finished[self.task.beams.count :]
 
     def _is_over(self, best_total: float, made: int) -> bool:
-        """Whether no beam is to go on, the best of which has this sum."""
+        """Return True if no beam should continue; the best beam has the sum `best_total`."""
         beams = self.task.beams
         if len(self.finished) < beams.count:
             return False
@@ -240,13 +243,13 @@ class _Search:
         return possible <= self.finished[-1].score
 
     def _go_on(self, running: list[tuple[_Beam, int, float]]) -> None:
-        """Give each continuation a row: its beam's own for the first, copies of it for the others."""
+        """Assign each continuation a row: the first one of a beam keeps the beam's row, the others get copies of it."""
         session, kept = self.task.session, {beam.row for beam, _, _ in running}
         for beam in self.going:
             if beam.row not in kept:
                 session.close(beam.row)
         rows = dict.fromkeys(kept)
-        self.going = [_Beam(row, (), 0.0) for row in rows]  # what is open, should a fork fail
+        self.going = [_Beam(row, (), 0.0) for row in rows]  # rows to close if a fork fails
         taken: list[_Beam] = []
         for beam, token, total in running:
             row = beam.row

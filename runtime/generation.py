@@ -1,4 +1,4 @@
-"""Generation: rows of a session continued token by token, others joining as rows finish.
+"""Generation: continue rows of a session token by token; prompts join as rows finish.
 
 for token in generate(session, [[464, 3139], [15496]], most=32):
     print(token.row, token.id)
@@ -21,9 +21,13 @@ from treadle.runtime.token_rules import TokenRules, log_probabilities
 
 Array = np.ndarray[Any, Any]
 Ending = Literal["end", "stop", "context", "count"]
-"""Why a row ends: a token that ends a text, the caller's word, a full context, or as many tokens as were asked for."""
+"""Reason for a row's end: a token that ends a text, a stop of the caller, a full context, or the requested token
+count.
+"""
 Until = Callable[[int, int], bool]
-"""Whether a row ends with a token, by its prompt's number and the token's id; asked once of each token, in order."""
+"""A predicate that is True if a row ends with a token, given the prompt's number and the token's id. It is called once
+for each token, in order.
+"""
 
 _GREEDY = Sampling()
 
@@ -32,11 +36,11 @@ _GREEDY = Sampling()
 class Token:
     """One generated token.
 
-    row      its prompt's number
-    id       of the vocabulary
-    ending   why the row ends with it, None where it goes on
-    logprob  the natural logarithm of the probability that the model gave it, before it was chosen
-    likely   the likeliest tokens in its place, likeliest first, each with its own logarithm; as many as were asked for
+    row      number of its prompt
+    id       token id
+    ending   the reason if the row ends with this token, else None
+    logprob  natural logarithm of the probability that the model assigned to the token, before sampling options
+    likely   the requested number of most likely tokens at this position, in order, each with its log probability
     """
 
     row: int
@@ -47,20 +51,20 @@ class Token:
 
     @property
     def last(self) -> bool:
-        """Whether the row ends with it."""
+        """True if the row ends with this token."""
         return self.ending is not None
 
 
 @dataclass(frozen=True)
 class Choosing:
-    """How the next token of a row is chosen, and when the row ends.
+    """The choice of a row's next token, and the conditions that end the row.
 
-    most      the most tokens that are made
-    sampling  greedy, where it is not said
-    rules     what is asked of tokens before
-    stop      ids that end a text
-    until     what else ends a row
-    likely    how many of the likeliest tokens are told beside each
+    most      maximum number of generated tokens
+    sampling  sampling options; greedy if absent
+    rules     token rules, applied before sampling
+    stop      token ids that end a text
+    until     a further condition that ends a row
+    likely    number of most likely tokens returned with each token
     """
 
     most: int
@@ -71,7 +75,9 @@ class Choosing:
     likely: int = 0
 
     def choose(self, logits: Array, number: int, prompt: Sequence[int], made: Sequence[int]) -> int:
-        """The id that follows, of logits [vocab] after the tokens made. Raises UsageError where none can be chosen."""
+        """Return the next token id from logits [vocab] after the generated tokens. Raises UsageError if no token can be
+        chosen.
+        """
         if self.rules is None:
             return self.sampling.choose(logits, row=number, step=len(made))
         is_last = len(made) + 1 == self.most
@@ -79,7 +85,9 @@ class Choosing:
         return self.sampling.choose(scores, row=number, step=len(made))
 
     def token(self, logits: Array, number: int, made: Sequence[int], is_full: bool) -> Token:
-        """The last of the tokens made as it is told, with why the row ends: is_full where it has room for no more."""
+        """Return the last generated token with the reason for the row's end; `is_full` if the row has no room for
+        another token.
+        """
         chosen = made[-1]
         scores = log_probabilities(logits)
         best = np.argsort(-scores, kind="stable")[: self.likely] if self.likely else ()
@@ -95,7 +103,7 @@ class Choosing:
 
 @dataclass
 class _Running:
-    """A prompt that is being continued: its number, its row, and the logits after its last token."""
+    """A prompt in generation: its number, its row, and the logits after its last token."""
 
     number: int
     row: int
@@ -115,20 +123,20 @@ def generate(
     likely: int = 0,
     inputs: Sequence[dict[str, Any]] | None = None,
 ) -> Iterator[Token]:
-    """Continue each prompt by up to `most` tokens, a step at a time, prompts in order within a step.
+    """Continue each prompt by up to `most` tokens, one step at a time; within a step, prompts are in order.
 
-    A prompt ends after an id in `stop` (which is given, too), where `until` says so, when its row is full, or after
-    `most` tokens. More prompts than the session has free rows wait for one; one that joins depends on nothing of the
-    others. A prompt that is given several times at once is prefilled once, and forked; one that begins as another does
-    goes on from there, where the session resumes.
+    A prompt ends after a token id in `stop` (which is returned too), after a token for which `until` is True, if its
+    row is full, or after `most` tokens. If there are more prompts than free rows, the others wait; a prompt's tokens do
+    not depend on the other prompts. Equal prompts are prefilled once and forked. If the session resumes, a prompt that
+    begins like another one reuses its prefix.
 
-    rules    what is asked of the next token, by those before it
-    until    asked of each token whether its row ends with it
-    likely   how many of the likeliest tokens are told beside each one
-    inputs   for each prompt what the model takes beside tokens; see `Session.open`
+    rules    token rules, applied to the logits given the row's earlier tokens
+    until    called for each token; True if its row ends with it
+    likely   number of most likely tokens returned with each token
+    inputs   for each prompt, the model's inputs in addition to the tokens; see `Session.open`
 
-    Raises UsageError at once, before a token is asked for, for an empty prompt, one that leaves no room, or a session
-    without a free row.
+    Raises UsageError at once, before the first token is requested, for an empty prompt, a prompt that leaves no room,
+    or a session without a free row.
     """
     choosing = Choosing(count_of(most), sampling or Sampling(), rules, frozenset(stop), until, likely)
     rows, given = checked_prompts(session, prompts, inputs)
@@ -140,11 +148,11 @@ def generate(
 def checked_prompts(
     session: Session, prompts: Sequence[Sequence[int]], inputs: Sequence[dict[str, Any]] | None
 ) -> tuple[list[list[int]], Sequence[dict[str, Any]]]:
-    """Prompts, and what each brings beside tokens. Raises UsageError for one without tokens, or with too many."""
+    """Return the prompts and each prompt's further inputs. Raises UsageError for an empty or too long prompt."""
     rows = [list(p) for p in prompts]
     for i, ids in enumerate(rows, 1):
         if not ids:
-            raise UsageError(f"prompt {i} of {len(rows)} has no tokens", hint="a prompt with a word in it")
+            raise UsageError(f"prompt {i} of {len(rows)} has no tokens", hint="a prompt of at least one token")
         if len(ids) > session.capacity:
             raise UsageError(
                 f"prompt {i} of {len(rows)} has {len(ids)} tokens, {session.who_takes} takes {session.capacity}",
@@ -188,9 +196,9 @@ def _generated(
 def _joined(
     session: Session, prompts: list[list[int]], inputs: Sequence[dict[str, Any]], waiting: deque[int]
 ) -> list[_Running]:
-    """As many of those that wait as there are free rows; none stays open where one fails.
+    """Open rows for as many waiting prompts as there are free rows. If one fails, all of them are closed.
 
-    They are prefilled together, but for those that begin as one of them does, which go on from it.
+    Prompts are prefilled together, except those that begin like another one of them and continue from its row.
     """
     left = [waiting.popleft() for _ in range(min(len(waiting), session.free))]
     joined: dict[int, _Running] = {}
@@ -225,10 +233,12 @@ def _joined(
 def prompt_ahead(
     session: Session, prompt: Sequence[int], others: Mapping[int, Sequence[int]]
 ) -> tuple[int, int] | None:
-    """Of the prompts that are about to be prefilled, by number, the one that a prompt should wait for, since it begins
-    alike, and how many of its tokens need not be computed then: all of them where the two are the same.
+    """Return the prompt that `prompt` should wait for, and the number of tokens it then does not compute itself.
 
-    None where none of them has more of it than the session holds already.
+    others  prompts that are about to be prefilled, by number
+
+    All tokens count if both prompts are equal. Returns None if none of the others shares more than the session already
+    holds.
     """
     found, most = None, session.held(prompt)
     for number, other in others.items():
@@ -239,22 +249,22 @@ def prompt_ahead(
 
 
 def _bring_the_same(inputs: dict[str, Any], others: dict[str, Any]) -> bool:
-    """Whether two prompts come with the same beside their tokens: nothing, or one thing."""
+    """Return True if two prompts have the same further inputs: none, or one object."""
     return inputs is others or not (inputs or others)
 
 
 def count_of(most: object) -> int:
-    """A number of tokens. Raises UsageError for what is none."""
+    """Return a token count. Raises UsageError for a value that is not a count."""
     if isinstance(most, bool) or not isinstance(most, SupportsIndex) or (count := operator.index(most)) < 0:
         raise UsageError("most must be a number of tokens, 0 or more", received=repr(most))
     return count
 
 
 def no_free_row() -> UsageError:
-    """What is said where a session has no row to give."""
+    """Return the error for a session without a free row."""
     return UsageError("the session has no free row", hint="close one, or a session with more rows")
 
 
 def is_full(session: Session, row: int) -> bool:
-    """Whether a row has room for no token more, and does not slide."""
+    """Return True if a row has no room for another token and does not slide."""
     return session.full == "error" and session.length(row) + 1 > session.capacity

@@ -1,4 +1,4 @@
-"""What a session feeds and reads of a derived step: the input of tokens, how many ids there are, and the logits."""
+"""Ports of a derived step: the token input, the vocabulary size, and the logits output."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from treadle.passes.stepping.derivation import DerivedStep
 
 @dataclass(frozen=True)
 class TokenPorts:
-    """The ports of a model of text.
+    """The ports of a text model.
 
-    tokens      the input, int [B, S], by name
-    dtype       of the ids
-    vocabulary  how many ids there are, by the least table in which they are looked up; None where no table says
-    logits      the output, float [B, S, vocab], by name
+    tokens      name of the token input, int [B, S]
+    dtype       dtype of the token ids
+    vocabulary  number of token ids, from the smallest table that is indexed by tokens; None if there is no table
+    logits      name of the output, float [B, S, vocab]
     """
 
     tokens: str
@@ -32,13 +32,16 @@ class TokenPorts:
 
 
 def token_ports(derived: DerivedStep) -> TokenPorts:
-    """Find them. Raises UsageError for a model that takes no tokens, or more beside them, or whose logits are not
-    told from other outputs."""
+    """Return the ports of a derived step.
+
+    Raises UsageError for a model without a token input, with further inputs along the sequence, or with logits that
+    cannot be distinguished from other outputs.
+    """
     function = derived.graph.functions["verify"]
     given = [v for v in function.inputs if v.name in derived.tokens]
     if len(given) != 1:
         raise UsageError(
-            "a session feeds one input at a step, the tokens",
+            "a session feeds one input per step, the tokens",
             received=f"{derived.graph.name} takes {', '.join(derived.tokens)} at every step",
             hint="compile it with inputs=() that leave out the others",
         )
@@ -46,23 +49,23 @@ def token_ports(derived: DerivedStep) -> TokenPorts:
     dtype = tokens.type.dtype
     if not dtype.is_int or dtype.numpy is None or tokens.type.rank != 2:
         raise UsageError(
-            f"a session feeds ids of tokens, which {derived.graph.name} does not take",
+            f"a session feeds token ids, and {derived.graph.name} has no input for them",
             received=f"{tokens.name}: {tokens.type}",
-            hint='an input i64["B S"]; derive_step gives the entries of any other model, to be called by themselves',
+            hint='an input i64["B S"]; for any other model, call the entries of derive_step directly',
         )
     vocabulary = min(_looked_up(function, {tokens}), default=None)
     return TokenPorts(tokens.name, dtype.numpy, vocabulary, _logits(derived, function))
 
 
 def _looked_up(function: Function, ids: set[Value]) -> list[int]:
-    """The sizes of the axes along which a function looks ids up, as they are given."""
+    """Return the sizes of the axes along which a function gathers with `ids` as they were passed."""
     same, sizes = set(ids), list[int]()
     for node in function.nodes:
         positions = [i for i, value in enumerate(node.operands) if value in same]
         if not positions or node.op.callee is not None:
             continue
         types = [None if v is None else v.type for v in node.operands]
-        if isinstance(node.op, Composite):  # which may look up several kinds of ids in as many tables
+        if isinstance(node.op, Composite):  # which may index several tables with several kinds of ids
             body = body_of(node.op, types)
             formals = dict(zip((i for i, v in enumerate(node.operands) if v is not None), body.inputs, strict=True))
             sizes += _looked_up(body, {formals[i] for i in positions})
@@ -90,7 +93,7 @@ def _logits(derived: DerivedStep, function: Function) -> str:
         return "logits"
     if found:
         raise UsageError(
-            f"{derived.graph.name} gives {', '.join(found)} for each token: which are its logits?",
+            f"{derived.graph.name} returns {', '.join(found)} for each token, and none is named logits",
             hint="name one of them logits",
         )
     raise UsageError("a session needs a model with logits [B, S, vocab]", received=derived.graph.name)

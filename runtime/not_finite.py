@@ -1,4 +1,4 @@
-"""Where a NaN or an infinity in a model's outputs comes from: an op, a weight, a constant or an input."""
+"""The origin of a NaN or an infinity in a model's outputs: an op, a weight, a constant or an input."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _TESTS = (("NaN", np.isnan), ("infinite", np.isinf))
 
 
 class FiniteWatch:
-    """Sees a run of a graph without calls, and remembers which values held what is no number.
+    """Observe a run of a graph without calls, and record the values that were NaN or infinite.
 
-    `interpret(graph, inputs, weights, float64=True, watch=finite)`, then `finite.found(outputs)`.
+    interpret(graph, inputs, weights, float64=True, watch=finite), then finite.found(outputs)
     """
 
     def __init__(self, graph: Graph, inputs: Mapping[str, Array], weights: Mapping[str, Array]) -> None:
@@ -45,7 +45,7 @@ class FiniteWatch:
         return self.held.get(value, frozenset())
 
     def found(self, outputs: Mapping[str, Array], sizes: Mapping[str, int]) -> list[NotFinite]:
-        """One for each output that is not finite, of NaN first."""
+        """Return a report for each output that is not finite, those with NaN first."""
         told = []
         for name, value in self.graph.main.outputs.items():
             array = outputs[name]
@@ -56,7 +56,7 @@ class FiniteWatch:
         return told
 
     def _told(self, name: str, kind: str, count: int, of: int, value: Value, sizes: Mapping[str, int]) -> NotFinite:
-        """Go up from the output, from each value to the first operand that already held the like."""
+        """Trace back from an output, from each value to its first operand that already held the same kind of value."""
         while value.node is not None:
             above = next((v for v in value.node.inputs if kind in self._kinds(v)), None)
             if above is None:

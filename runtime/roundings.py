@@ -1,9 +1,9 @@
-"""How far a model's outputs move when every op of it rounds: its conditioning, by trying.
+"""The conditioning of a model, measured: the change of its outputs when every op rounds.
 
-Rounding is drawn, not carried out: in float64, every op's operands change by a spacing of its dtypes, up or down by
-chance, and so does its result; constants alone are what they are. What the outputs move by is what no way of
-computing this model in these dtypes can be sure to stay within, however the loss comes about: a mean taken off
-numbers that are nearly equal, a softmax over scores of hundreds, a hundred layers.
+Rounding is simulated in float64: the operands and results of every op change by one spacing of their dtypes, up or down
+at random; only constants stay exact. The resulting change of the outputs is a bound that no implementation of the model
+in these dtypes can be sure to stay within, whatever causes the loss: a mean subtracted from nearly equal numbers, a
+softmax over scores in the hundreds, a hundred layers.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ ROUNDS = 2
 
 @dataclass(frozen=True)
 class Moved:
-    """What the results of a run move by: `by`, the most for each float; `undecided`, where others became another."""
+    """The change of a run's results: `by`, the maximum change of each float; `undecided`, True where other values
+    changed.
+    """
 
     by: Array
     undecided: Array
 
     @staticmethod
     def between(expected: Array, others: Sequence[Array]) -> Moved:
-        """By comparing a result with the same result of changed runs."""
+        """Compare a result with the same result of perturbed runs."""
         by, undecided = np.zeros(expected.shape), np.zeros(expected.shape, np.bool_)
         for other in others:
             if expected.dtype.kind == "f":
@@ -50,10 +52,10 @@ class Moved:
 def moved_by_rounding(
     graph: Graph, inputs: Arrays, weights: Arrays, expected: Arrays, rounds: int = ROUNDS
 ) -> dict[str, Moved]:
-    """The moves of each output of a graph when every op of it rounds, the largest of a few draws.
+    """Return the change of each output of a graph when every op rounds: the largest of a few random draws.
 
     expected  the graph's own outputs in float64
-    rounds    how many draws
+    rounds    number of draws
     """
     draws = [
         interpret(graph, inputs, weights, float64=True, disturb=_rounding(np.random.default_rng(number)))
@@ -63,7 +65,10 @@ def moved_by_rounding(
 
 
 def changed(array: Array, spacing: float, rng: np.random.Generator, least: float = 0.0) -> Array:
-    """An array of floats, each changed by a relative spacing, or the `least` number, up or down; others as they are."""
+    """Return a float array with each element changed up or down by a relative spacing, or by `least` if that is larger.
+
+    Arrays of other dtypes are returned unchanged.
+    """
     if array.dtype.kind != "f" or not spacing:
         return array
     up = np.unpackbits(np.frombuffer(rng.bytes(-(-array.size // 8)), np.uint8), count=array.size).reshape(array.shape)
@@ -73,7 +78,7 @@ def changed(array: Array, spacing: float, rng: np.random.Generator, least: float
 
 
 _NO_NUMBER = 1e-30
-"""Dtypes whose least numbers are smaller than this lose none of them."""
+"""Dtypes whose smallest numbers are below this one lose none of them."""
 
 
 def _rounding(rng: np.random.Generator) -> Callable[[Node, Operands, Callable[[Operands], list[Array]]], list[Array]]:
@@ -84,7 +89,7 @@ def _rounding(rng: np.random.Generator) -> Callable[[Node, Operands, Callable[[O
     def disturb(node: Node, operands: Operands, compute: Callable[[Operands], list[Array]]) -> list[Array]:
         given = [v.type.dtype for v in node.inputs]
         made = [v.type.dtype for v in node.results]
-        if node.op.flops == 0:  # it moves numbers, and rounds them only to a coarser dtype
+        if node.op.flops == 0:  # an op that moves numbers rounds only to a coarser dtype
             finest = max(map(spacing_of, given), default=0.0)
             results = compute(operands)
             return [

@@ -1,10 +1,12 @@
-"""Sampling: which token comes next, given the logits of a row.
+"""Sampling: the choice of the next token from the logits of a row.
 
-Greedy takes the largest logit, the lowest id of equals. Otherwise a token is drawn from softmax(logits / temperature),
-cut to the k likeliest (top-k), to the smallest set whose probability reaches p (top-p, Holtzman et al. 2020), and to
-those that are at least so likely as a share of the likeliest (min-p, Nguyen et al. 2024).
-Everything is computed in float64, and a draw depends on the seed, the row and the step alone, so that a run can be
-repeated and a row's text does not depend on its neighbours.
+Greedy sampling takes the largest logit, and the lowest id among equals. Otherwise a token is drawn from softmax(logits
+/ temperature), restricted to the k most likely tokens (top-k), to the smallest set whose probability reaches p (top-p,
+Holtzman et al. 2020), and to tokens with at least a given fraction of the largest probability (min-p, Nguyen et al.
+2024).
+
+Everything is computed in float64. A draw depends only on the seed, the row and the step, so that a run can be repeated
+and a row's text does not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose the next token.
+    """Options of sampling.
 
-    temperature  0 is greedy; 1 leaves the model's distribution as it is
-    top_k        keep the k likeliest tokens (0: all)
-    top_p        keep the likeliest tokens until their probabilities reach p (1: all)
-    seed         of the draws
-    min_p        keep tokens whose probability is at least this share of the likeliest one's (0: all)
+    temperature  0 is greedy; 1 leaves the model's distribution unchanged
+    top_k        keep the k most likely tokens (0: all)
+    top_p        keep the most likely tokens until their probabilities reach p (1: all)
+    seed         seed of the random draws
+    min_p        keep tokens whose probability is at least this fraction of the largest one (0: all)
 
     Raises UsageError for a value out of range.
     """
@@ -51,7 +53,7 @@ class Sampling:
             raise UsageError("a seed must be 0 or more", received=repr(self.seed))
 
     def choose(self, logits: Array, *, row: int = 0, step: int = 0) -> int:
-        """The next token's id, of logits [vocab]. Raises UsageError where none is finite."""
+        """Return the next token id from logits [vocab]. Raises UsageError if no logit is finite."""
         scores = logits.astype(np.float64)
         if not np.isfinite(scores).any() or np.isnan(scores).any():
             raise UsageError("no token can be chosen: the logits are not finite", hint="treadle verify finds the op")
@@ -63,8 +65,9 @@ class Sampling:
         return int(order[min(at, len(order) - 1)])
 
     def distribution(self, logits: Array) -> tuple[Array, Array]:
-        """The ids that may be drawn from logits [vocab], likeliest first (the lower id of equals), and their
-        probabilities, which add up to 1."""
+        """Return the ids that can be drawn from logits [vocab], most likely first (the lower id among equals), and
+        their probabilities, which sum to 1.
+        """
         order = np.argsort(-logits, kind="stable")
         if self.top_k:
             order = order[: self.top_k]

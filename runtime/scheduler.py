@@ -1,19 +1,19 @@
-"""A scheduler: many callers' texts in one session. Rows join and leave between steps, in a thread of its own.
+"""A scheduler: texts of many callers in one session. Rows join and leave between steps, in a thread of its own.
 
     scheduler = Scheduler(session)
     scheduler.start()
     (ticket,) = scheduler.submit([(TextOrder(prompt=(464, 3139), choosing=Choosing(most=32)), tell)])
-    ...                                   tell(token), for each token, and last tell(ended), on the scheduler's thread
-    ticket.cancel()                       whoever asked has gone: its row is free before the next step
+    ...                                   tell(token) for each token, finally tell(ended), on the scheduler's thread
+    ticket.cancel()                       the caller is gone: its row is free before the next step
     scheduler.close()
 
-Between two steps, rows of those who went away are closed, those that wait take free rows, and a piece of each new
-prompt is prefilled, so that a long prompt holds the others up by one piece at a time. What a row is told depends on
-nothing of the others: a step's bits do not depend on which rows are in it (docs/generation.md).
+Between two steps, the scheduler closes the rows of cancelled requests, assigns free rows to waiting requests, and
+prefills a piece of each new prompt, so that a long prompt delays the others by one piece at a time. The tokens of a
+request do not depend on other requests: a step's bits do not depend on which rows are in it (docs/generation.md).
 
-What a prompt begins with is not computed again where a slot holds it: of a text that is being written, or of one that
-has ended (`Session.resume`). Where it is just being prefilled for another prompt, a prompt waits for that, and goes on
-from there; the same prompt, asked for several texts, is forked.
+A prompt's prefix is not recomputed if a slot holds it, from a running or a finished text (`Session.resume`). If the
+prefix is being prefilled for another prompt, a prompt waits and continues from there. One prompt requested for several
+texts is forked.
 """
 
 from __future__ import annotations
@@ -36,36 +36,37 @@ Array = np.ndarray[Any, Any]
 
 
 class Cut(Enum):
-    """Why an order was given up before its text ended."""
+    """Reason for the cancellation of a request."""
 
     CANCELLED = "it was cancelled"
-    LATE = "its time is over"
+    LATE = "its deadline has passed"
     CLOSED = "the scheduler was closed"
 
 
 @dataclass(frozen=True)
 class Ended:
-    """The last that an order is told, after its tokens.
+    """The end of a request, passed to its receiver after all tokens.
 
-    why   None: its text ended, as the last token says. Else it was cut, or what failed
+    why   None if the text ended, as its last token states; else the cancellation or the error
     """
 
     why: Cut | TreadleError | None = None
 
 
 Tell = Callable[[Token | Ended], None]
-"""What is done with each token of an order, and with its end. It is called on the scheduler's thread, and returns at
-once; where it raises, the order is given up."""
+"""A receiver of a request's tokens and of its end. It is called on the scheduler's thread and returns at once. If it
+raises, the request is cancelled.
+"""
 
 
 @dataclass(frozen=True)
 class TextOrder:
-    """A text to be continued.
+    """A request to continue a text.
 
-    prompt    ids of tokens
-    choosing  how tokens are chosen, and when the text ends
-    number    of the text among its caller's, which draws depend on
-    until     the time.monotonic() by which it must have ended; None: no such time
+    prompt    token ids
+    choosing  the choice of tokens, and the conditions that end the text
+    number    the text's number among the caller's texts; random draws depend on it
+    until     deadline on the clock of time.monotonic(); None: no deadline
     """
 
     prompt: tuple[int, ...]
@@ -76,12 +77,12 @@ class TextOrder:
 
 @dataclass(frozen=True)
 class Load:
-    """What a scheduler does, and has done.
+    """The current load of a scheduler, and its totals.
 
-    running   rows that are open
-    waiting   orders that have no row yet
-    steps     how many were made
-    prefilled, reused, generated   tokens so far: of prompts, those that were computed and those that a slot held
+    running   open rows
+    waiting   requests without a row
+    steps     steps so far
+    prefilled, reused, generated   tokens so far: of prompts, computed ones and ones that a slot held; and new ones
     """
 
     running: int = 0
@@ -93,17 +94,17 @@ class Load:
 
 
 class QueueFull(UsageError):
-    """As many orders wait as may."""
+    """The request queue is full."""
 
 
 class Closed(UsageError):
-    """The scheduler takes no orders any longer."""
+    """The scheduler accepts no more requests."""
 
 
 class Ticket:
-    """What who submitted an order holds of it.
+    """The handle returned to the caller that submitted a request.
 
-    reused  tokens of the prompt that were not computed for it; known with the first token that is told
+    reused  number of prompt tokens that were not computed for it; known with the first token
     """
 
     def __init__(self, order: TextOrder, tell: Tell) -> None:
@@ -113,42 +114,44 @@ class Ticket:
         self._has_ended = False
 
     def cancel(self) -> None:
-        """Give it up. It is told so before long; one that has ended stays as it is. May be called on any thread."""
+        """Cancel the request. Its receiver is called soon after; a finished request stays as it is. Safe on any
+        thread.
+        """
         self._is_cancelled.set()
 
     @property
     def cut(self) -> Cut | None:
-        """Why it is to be given up now, if it is."""
+        """The reason to cancel the request now, or None."""
         if self._is_cancelled.is_set():
             return Cut.CANCELLED
         late = self.order.until is not None and time.monotonic() > self.order.until
         return Cut.LATE if late else None
 
     def tell(self, token: Token) -> None:
-        """Hand a token out. What the receiver raises gives the order up, and nothing else."""
+        """Pass a token to the receiver. An exception that the receiver raises cancels this request only."""
         try:
             self._tell(token)
         except Exception:
             self.cancel()
 
     def end(self, why: Cut | TreadleError | None = None) -> None:
-        """Hand the end out, once."""
+        """Pass the end to the receiver, once."""
         if self._has_ended:
             return
         self._has_ended = True
         try:
             self._tell(Ended(why))
-        except Exception:  # who would be told of it is who raised it
+        except Exception:  # the receiver that would be notified raised the error
             return
 
 
 @dataclass(eq=False)
 class _Row:
-    """An order that has a row.
+    """A request that has a row.
 
-    left    of its prompt, what is not prefilled
-    ahead   whose prompt is prefilled first, as far as this one is the same: `shared` tokens
-    logits  after its last token, where the prompt is whole
+    left    tokens of its prompt that are not prefilled yet
+    ahead   the row whose prompt is prefilled first, as far as both agree: `shared` tokens
+    logits  the logits after its last token, once the prompt is complete
     """
 
     ticket: Ticket
@@ -161,15 +164,15 @@ class _Row:
 
     @property
     def prompt(self) -> tuple[int, ...]:
-        """Ids of tokens."""
+        """Token ids."""
         return self.ticket.order.prompt
 
 
 class Scheduler:
-    """One session's rows, for as many callers as there are.
+    """One session's rows, shared by any number of callers.
 
-    queue   the most orders that wait for a row
-    piece   the most tokens of a prompt that are prefilled between two steps
+    queue   maximum number of requests that wait for a row
+    piece   maximum number of prompt tokens prefilled between two steps
     """
 
     def __init__(self, session: Session, *, queue: int = 256, piece: int | None = None) -> None:
@@ -183,38 +186,38 @@ class Scheduler:
         self._thread: threading.Thread | None = None
         self._load = Load()
 
-    # -- what callers do ---------------------------------------------------------------------------------------
+    # -- the callers' side -------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to work. A scheduler is started once."""
+        """Start the thread. A scheduler is started once."""
         self._thread = threading.Thread(target=self._run, name="treadle scheduler", daemon=True)
         self._thread.start()
 
     def submit(self, orders: Sequence[tuple[TextOrder, Tell]]) -> list[Ticket]:
-        """Have orders done as soon as rows are free, in the order in which they come; all of them are taken, or none.
+        """Submit requests, which run in order of arrival as rows become free; either all or none are accepted.
 
-        Raises UsageError for a prompt without tokens, of an id out of the vocabulary, or longer than a row, and for
-        more orders than may ever wait; QueueFull where too many wait now; Closed.
+        Raises UsageError for an empty prompt, an id outside the vocabulary, a prompt longer than a row, and more
+        requests than the queue can hold; QueueFull if too many wait now; Closed.
         """
         for order, _ in orders:
             self.check(order.prompt)
         if len(orders) > self.queue:
-            raise UsageError(f"{len(orders)} texts at once, where at most {self.queue} may wait")
+            raise UsageError(f"{len(orders)} texts at once, and at most {self.queue} may wait")
         tickets = [Ticket(order, tell) for order, tell in orders]
         with self._changed:
             if self._closing is not None or self._drains:
                 raise Closed("the scheduler is closed")
             if len(self._waiting) + len(orders) > self.queue:
-                raise QueueFull(f"{len(self._waiting)} texts wait already", hint="ask again later")
+                raise QueueFull(f"the request queue is full: {len(self._waiting)} texts wait", hint="try again later")
             self._waiting.extend(tickets)
             self._load = replace(self._load, waiting=len(self._waiting))
             self._changed.notify()
         return tickets
 
     def check(self, prompt: tuple[int, ...]) -> None:
-        """Raises UsageError for a prompt that no row takes."""
+        """Raise UsageError for a prompt that does not fit any row."""
         if not prompt:
-            raise UsageError("the prompt has no tokens", hint="a prompt with a word in it")
+            raise UsageError("the prompt has no tokens", hint="a prompt of at least one token")
         if len(prompt) > self.session.capacity:
             raise UsageError(
                 f"the prompt has {len(prompt)} tokens, {self.session.who_takes} takes {self.session.capacity}",
@@ -227,12 +230,14 @@ class Scheduler:
             raise UsageError(f"token {wrong} is not in the vocabulary", received=f"ids are {known}")
 
     def load(self) -> Load:
-        """What it does now, and has done."""
+        """The current load and the totals."""
         with self._changed:
             return self._load
 
     def close(self, *, drain: float = 0.0) -> None:
-        """Stop: what has a row or waits may end within `drain` seconds, no more is taken; the rest is told CLOSED."""
+        """Stop the scheduler. Running and waiting requests may finish within `drain` seconds; the others end with
+        CLOSED.
+        """
         with self._changed:
             self._drains = True
             self._changed.notify()
@@ -255,21 +260,21 @@ class Scheduler:
                 self._prefill()
                 self._go_on()
                 self._choose_and_step()
-            except Exception as error:  # of one call for several rows: none of them can go on
+            except Exception as error:  # a call for several rows failed: none of them can continue
                 self._fail(error)
             with self._changed:
                 self._load = replace(self._load, running=len(self._rows))
         self._give_up(self._closing or Cut.CLOSED)
 
     def _has_work(self) -> bool:
-        """Wait until there is something to do; False where it should stop."""
+        """Wait until there is work; return False if the thread should stop."""
         with self._changed:
             while not (self._rows or self._waiting or self._closing or self._drains):
                 self._changed.wait()
             return self._closing is None and bool(self._rows or self._waiting)
 
     def _drop(self) -> None:
-        """Close the rows of what was given up, and take it out of the queue."""
+        """Close the rows of cancelled requests, and remove cancelled requests from the queue."""
         for each in list(self._rows):
             if (why := each.ticket.cut) is not None:
                 self._leave(each, why)
@@ -293,8 +298,9 @@ class Scheduler:
             self._rows.append(self._begun(ticket, self._rows))
 
     def _begun(self, ticket: Ticket, before: Sequence[_Row]) -> _Row:
-        """A row for an order: of what is held of its prompt, or, where one of these is being prefilled that begins
-        alike, of nothing yet."""
+        """Return a row for a request. It resumes from a held prefix, or starts empty if one of `before` that begins
+        alike is being prefilled.
+        """
         prompt = ticket.order.prompt
         ahead = prompt_ahead(self.session, prompt, {n: each.prompt for n, each in enumerate(before) if each.left})
         if ahead is not None:
@@ -304,7 +310,7 @@ class Scheduler:
         return _Row(ticket, row, list(prompt[ticket.reused :]))
 
     def _go_on(self) -> None:
-        """Have those that wait for another's prompt go on from it, once it is there or nobody asks for it any more."""
+        """Let rows that wait for another row's prompt continue from it, once it is prefilled or cancelled."""
         for n, each in enumerate(self._rows):
             ahead = each.ahead
             if ahead is None or (ahead in self._rows and self.session.length(ahead.row) < each.shared):
@@ -322,7 +328,7 @@ class Scheduler:
             self._load = replace(self._load, reused=self._load.reused + count)
 
     def _prefill(self) -> None:
-        """A piece of each prompt that is not whole."""
+        """Prefill a piece of each incomplete prompt."""
         pieces = {each.row: each.left[: self.piece] for each in self._rows if each.left and each.ahead is None}
         if not pieces:
             return
@@ -361,7 +367,7 @@ class Scheduler:
             self._load = replace(load, generated=load.generated + chosen, steps=load.steps + bool(going))
 
     def _chosen(self, each: _Row) -> Token | None:
-        """The next token of a row; None where none can be chosen, which ends the row alone."""
+        """Return the next token of a row; None if no token can be chosen, which ends this row only."""
         order, logits = each.ticket.order, each.logits
         assert logits is not None
         try:
@@ -381,7 +387,7 @@ class Scheduler:
     def _fail(self, error: Exception) -> None:
         told = error if isinstance(error, TreadleError) else _unforeseen(error)
         for each in list(self._rows):
-            self._leave(each, told, keep=False)  # nobody knows what the call left of them
+            self._leave(each, told, keep=False)  # their states are undefined after the failed call
 
     def _give_up(self, why: Cut) -> None:
         for each in list(self._rows):

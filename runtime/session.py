@@ -5,11 +5,11 @@
     logits = session.prefill({row: [464, 3139, 286]})[row]       # of its last token
     logits = session.step({row: 4881})[row]
     session.close(row, keep=True)
-    row = session.resume([464, 3139, 286, 4881, 318])            # holds the first of them, as many as a slot does
+    row = session.resume([464, 3139, 286, 4881, 318])            # holds the longest prefix that a slot has
 
-A session has slots, which rows take and leave; rows of one call may have different lengths, and none sees another. It
-holds the states of the step that was derived from the model (`treadle.passes.stepping.derivation`), and shares weights
-and code with every other session of the model.
+A session has slots, which rows take and leave. The rows of one call may have different lengths, and no row sees
+another. A session holds the states of the step that was derived from the model (`treadle.passes.stepping.derivation`),
+and shares weights and code with every other session of the model.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from treadle.runtime.slots import Ring, Row, Slots
 Array = np.ndarray[Any, Any]
 X = TypeVar("X")
 Full = Literal["error", "slide"]
-"""What happens to a row whose cache is full: an error, or the older half of its tokens is forgotten."""
+"""The behavior of a row whose cache is full: raise an error, or forget the older half of its tokens."""
 
 CHUNK = 256
-"""Tokens of a row that are prefilled at a time."""
-_WIDTH = 16  # chunks are as wide as a multiple of this, so that few sizes are planned for
-_RING = 128  # capacities of rings are multiples of this, as kernels read keys in blocks
+"""Number of tokens of a row that are prefilled at a time."""
+_WIDTH = 16  # chunk widths are multiples of this, so that few sizes need a plan
+_RING = 128  # ring capacities are multiples of this, as kernels read keys in blocks
 
 
 class Session:
     """Rows that grow by steps; see the module.
 
-    rows      how many slots there are
-    capacity  the positions of each
-    chunk     the most tokens of a row that one call takes
-    full      what happens to a row whose slot is full
-    resumes   whether `resume` goes on from what slots hold
+    rows      number of slots
+    capacity  number of positions of each slot
+    chunk     maximum number of tokens of a row in one call
+    full      behavior of a row whose slot is full
+    resumes   True if `resume` continues from the contents of slots
     """
 
     def __init__(
@@ -64,12 +64,12 @@ class Session:
     ) -> None:
         """Allocate the states.
 
-        memory   for a model whose prologue keeps something of a size that rows bring, such as a source text: the most
-                 that a row may bring, by the size's name (`{"S": 512}`)
-        resumes  None: where a row then has the bits that it has alone, since the backend's do not depend on how a row's
-                 tokens are cut into calls
+        memory   for a model whose prologue keeps a value of a size that rows bring, such as a source text: the
+                 maximum of this size, by its name (`{"S": 512}`)
+        resumes  None: True if a resumed row has the same bits as a row on its own, because the backend's bits do not
+                 depend on the split of a row's tokens into calls
 
-        Raises UsageError for sizes that the model does not take, BackendError where there is not enough memory.
+        Raises UsageError for sizes that the model does not support, BackendError if there is not enough memory.
         """
         self.derived, self.chunk, self.full = derived, _positive("chunk", chunk), full
         self._ports = token_ports(derived)
@@ -95,7 +95,7 @@ class Session:
         self._rows = self._slots.rows
         if resumes and derived.has_prologue:
             raise UsageError(
-                f"a row of {derived.graph.name} goes on from no other's text",
+                f"a row of {derived.graph.name} cannot continue from another row's text",
                 received=f"it begins with {', '.join(derived.prologue)} of its own",
                 hint="resumes=None",
             )
@@ -107,14 +107,15 @@ class Session:
         unknown = [name for name in memory if name not in wanted]
         if unknown:
             raise UsageError(
-                f"no row of {self.derived.graph.name} keeps anything of a size {unknown[0]}",
+                f"rows of {self.derived.graph.name} keep no value of a size {unknown[0]}",
                 hint="one of " + ", ".join(wanted) if wanted else "memory is not needed",
             )
         for name, symbol in wanted.items():
             most = memory.get(name, self.derived.graph.symbols.get(symbol, Bounds()).upper)
             if most is None:
                 raise UsageError(
-                    f"each row keeps what it brings along {name}: how much at most?", hint=f"memory={{{name!r}: 512}}"
+                    f"each row keeps values along {name}, whose maximum size is missing",
+                    hint=f"memory={{{name!r}: 512}}",
                 )
             sizes[symbol] = _positive(name, most)
 
@@ -122,43 +123,44 @@ class Session:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all states."""
+        """Size of all states in bytes."""
         return self.states.nbytes
 
     @property
     def vocabulary(self) -> int | None:
-        """How many ids there are; None where no table says."""
+        """Number of token ids; None if no table determines it."""
         return self._ports.vocabulary
 
     @property
     def who_takes(self) -> str:
-        """What says how many tokens a row may have: the model, or the session."""
+        """The part that limits a row's number of tokens: the model, or the session."""
         return "the model" if self.capacity == self.derived.context else "a row of the session"
 
     @property
     def rows(self) -> tuple[int, ...]:
-        """The rows that are open, in the order in which they were opened."""
+        """The open rows, in the order in which they were opened."""
         return tuple(self._rows)
 
     @property
     def free(self) -> int:
-        """How many more rows can be opened."""
+        """Number of rows that can still be opened."""
         return self._slots.free
 
     def length(self, row: int) -> int:
-        """How many positions of a row's slot are filled. Raises UsageError for a row that is not open."""
+        """Return the number of filled positions of a row's slot. Raises UsageError for a row that is not open."""
         return self._open(row).length
 
     def tokens(self, row: int) -> tuple[int, ...]:
-        """All tokens that a row was given. Raises UsageError for a row that is not open."""
+        """Return all tokens passed to a row. Raises UsageError for a row that is not open."""
         return tuple(self._open(row).tokens)
 
     def open(self, /, **inputs: Any) -> int:
-        """Take a free slot; returns its row.
+        """Take a free slot; return its row.
 
-        inputs   what the model takes beside tokens, such as a source text, for this row: without the first dimension
+        inputs   the model's inputs for this row in addition to tokens, such as a source text, without the first
+                 dimension
 
-        Raises UsageError where no slot is free, or an input is missing or unknown.
+        Raises UsageError if no slot is free, or an input is missing or unknown.
         """
         row, names = self._slots.take(), self.derived.prologue
         try:
@@ -177,23 +179,25 @@ class Session:
         return row
 
     def close(self, row: int, *, keep: bool = False) -> None:
-        """Give a row's slot back. Raises UsageError for a row that is not open.
+        """Free a row's slot. Raises UsageError for a row that is not open.
 
-        keep  others may go on from its text by `resume`, until the slot is taken: those that were used last come last
+        keep  `resume` may continue from its text until the slot is reused; the least recently used slot is reused first
         """
         self._open(row)
         self._slots.close(row, keep=keep and self.resumes)
 
     def fork(self, row: int) -> int:
-        """A new row that goes on from where a row is: its slot is copied. Raises UsageError as `open` does."""
+        """Open a row that continues from another row's current state, whose slot is copied. Raises UsageError as `open`
+        does.
+        """
         self._whole(row)
         return self._slots.fork(row)
 
     def resume(self, tokens: Sequence[int], /, **inputs: Any) -> int:
-        """Take a slot for a text of these tokens; returns its row, which holds as many of the first as any slot does.
+        """Take a slot for a text of these tokens; return its row, which holds the longest prefix that any slot has.
 
-        The others, one at least, are to be prefilled: tokens[session.length(row):]. None are held where `resumes` is
-        False. Raises UsageError as `open` does, which inputs are for.
+        The remaining tokens, at least one, must be prefilled: tokens[session.length(row):]. If `resumes` is False, no
+        prefix is held. Raises UsageError as `open` does; `inputs` are those of `open`.
         """
         ids = _ids("a row", tokens)
         if not self.resumes or inputs:
@@ -201,11 +205,13 @@ class Session:
         return self._slots.resume(ids)
 
     def held(self, tokens: Sequence[int]) -> int:
-        """How many tokens of a text a row would hold that `resume` gives now."""
+        """Return the number of tokens of a text that a row from `resume` would hold now."""
         return self._slots.held(list(tokens)) if self.resumes else 0
 
     def shared(self, tokens: Sequence[int], other: Sequence[int]) -> int:
-        """How many tokens of a text a row would hold that `resume` gives once another text has been prefilled."""
+        """Return the number of tokens of a text that a row from `resume` would hold after another text has been
+        prefilled.
+        """
         return self._slots.worth(list(tokens), list(other)) if self.resumes else 0
 
     def _open(self, row: int) -> Row:
@@ -216,11 +222,11 @@ class Session:
         return found
 
     def _whole(self, row: int) -> Row:
-        """A row that is open, and whose slot holds what its tokens left there."""
+        """Return an open row whose slot holds the states of its tokens."""
         found = self._open(row)
         if found.is_lost:
             raise UsageError(
-                f"row {row} cannot go on: a call was broken off while it changed what the row holds",
+                f"row {row} cannot continue: a call failed while it changed the row's states",
                 hint="close it, and prefill its tokens in another row",
             )
         return found
@@ -228,9 +234,9 @@ class Session:
     # -- steps -------------------------------------------------------------------------------------------------
 
     def prefill(self, tokens: Mapping[int, Sequence[int]]) -> dict[int, Array]:
-        """Append tokens to rows, each as many as it brings; the logits [vocab] after each row's last one.
+        """Append tokens to rows, any number for each; return the logits [vocab] after each row's last token.
 
-        Raises UsageError, before anything is appended, for a row that is not open, no tokens, an id out of the
+        Raises UsageError, before anything is appended, for a row that is not open, an empty list, an id outside the
         vocabulary, or more tokens than there is room for.
         """
         left = {row: self._checked(row, ids) for row, ids in _by_row(tokens)}
@@ -243,7 +249,9 @@ class Session:
         return made
 
     def step(self, tokens: Mapping[int, int]) -> dict[int, Array]:
-        """Append one token to each of these rows; the logits [vocab] after it. Raises UsageError as `prefill` does."""
+        """Append one token to each of these rows; return the logits [vocab] after it. Raises UsageError as `prefill`
+        does.
+        """
         ids = {row: self._checked(row, [token]) for row, token in _by_row(tokens)}
         if not ids:
             return {}
@@ -252,14 +260,14 @@ class Session:
         return {row: logits[n, 0] for n, row in enumerate(ids)}
 
     def verify(self, row: int, tokens: Sequence[int]) -> Array:
-        """The logits [n, vocab] after each of n tokens that would follow a row; the row stays as it is.
+        """Return the logits [n, vocab] after each of n tokens that would follow a row; the row is unchanged.
 
-        For speculation: the tokens that are accepted are appended by `accept`. Raises UsageError as `prefill` does, and
-        for a model that carries sums along, which cannot be taken back.
+        Used for speculation: `accept` appends the accepted tokens. Raises UsageError as `prefill` does, and for a model
+        with running sums, which cannot be rolled back.
         """
         if self.derived.carries:
             raise UsageError(
-                f"{self.derived.graph.name} carries sums over its tokens, which cannot be taken back",
+                f"{self.derived.graph.name} has running sums over its tokens, which cannot be rolled back",
                 hint="prefill, or step",
             )
         ids = self._checked(row, tokens)
@@ -275,14 +283,14 @@ class Session:
         return found
 
     def accept(self, row: int, tokens: Sequence[int]) -> None:
-        """Append the first of the tokens that `verify` was called with just before, as many as are right; or none.
+        """Append a prefix of the tokens of the preceding `verify` call: the accepted ones, or none.
 
         Raises UsageError for a row that is not open, and for other tokens, whose keys and values the row does not hold.
         """
         state, ids = self._whole(row), _ids(f"row {row}", tokens)
         if ids != state.verified[: len(ids)]:
             raise UsageError(
-                f"row {row} accepts tokens that were verified just before, from the first of them on",
+                f"row {row} accepts only tokens that were just verified, from the first of them on",
                 received=f"{ids}, where {state.verified or 'none'} were verified",
                 hint=f"prefill({{{row}: ...}}) appends any tokens",
             )
@@ -293,7 +301,7 @@ class Session:
         self._whole(row)
         ids, most = _ids(f"row {row}", tokens), self._ports.vocabulary
         if not ids:
-            raise UsageError(f"row {row} is given no tokens")
+            raise UsageError(f"row {row} has no tokens to append")
         wrong = next((i for i in ids if i < 0 or (most is not None and i >= most)), None)
         if wrong is not None:
             known = "0 or more" if most is None else f"0 to {most - 1}"
@@ -301,10 +309,10 @@ class Session:
         return ids
 
     def _run(self, entry: Entry, pieces: Mapping[int, Sequence[int]], ids: Array, **told: Array) -> Array:
-        """Call an entry on ids [b, s], and append each row's piece; all logits.
+        """Call an entry on ids [b, s] and append each row's piece; return all logits.
 
-        Where the call is broken off, rows stay as they were. Caches may be written past a row's end; sums that are
-        carried along may have gone on, and these rows are lost.
+        If the call fails, rows keep their tokens. Caches may be written past a row's end. Running sums may have
+        advanced, and the rows that have them are lost.
         """
         rows = list(pieces)
         told["rows"], told["start"] = np.array(rows, np.int64), np.array([self._rows[r].length for r in rows], np.int64)
@@ -323,12 +331,12 @@ class Session:
         return np.asarray(out[self._ports.logits])
 
     def _make_room(self, wanted: Mapping[int, int]) -> None:
-        """See that rows have room for so many tokens more. Raises UsageError where one has not, and may not slide."""
+        """Make room in rows for the given numbers of tokens. Raises UsageError for a full row that may not slide."""
         for row, count in wanted.items():
             if self._rows[row].length + count > self.capacity and (self.full == "error" or count > self.capacity // 2):
                 raise UsageError(
                     f"the cache of row {row} is full",
-                    received=f"{self._rows[row].length} of {self.capacity} positions are filled, {count} are to follow",
+                    received=f"{self._rows[row].length} of {self.capacity} positions filled, {count} more are needed",
                     hint="a larger capacity=, or full='slide', which forgets the older half",
                 )
         for row, count in wanted.items():
@@ -336,7 +344,7 @@ class Session:
                 self._slide(row)
 
     def _slide(self, row: int) -> None:
-        """Forget the older part of a row: what is left stands at positions from 0 on, and is computed anew."""
+        """Forget the older part of a row; the rest moves to positions from 0 on and is recomputed."""
         state = self._rows[row]
         kept = state.tokens[-(self.capacity // 2) :]
         forgotten = len(state.tokens) - len(kept)
@@ -349,7 +357,7 @@ class Session:
             raise
 
     def _groups(self, pieces: Mapping[int, list[int]]) -> list[dict[int, list[int]]]:
-        """Pieces that are appended together: of one width, where every row has room for it."""
+        """Split pieces into groups that are appended together: of one width for which every row has room."""
         groups: dict[int, dict[int, list[int]]] = {}
         for row, ids in pieces.items():
             width = _WIDTH * -(-len(ids) // _WIDTH)
@@ -385,17 +393,17 @@ def _positive(name: str, value: object) -> int:
 
 
 def _by_row(tokens: Mapping[int, X]) -> Iterable[tuple[int, X]]:
-    """What each row is given. Raises UsageError for anything but a mapping."""
+    """Return the tokens of each row. Raises UsageError for anything but a mapping."""
     if not isinstance(tokens, Mapping):
-        raise UsageError("tokens are given by row", received=type(tokens).__name__, hint="{row: tokens}")
+        raise UsageError("tokens must be a mapping by row", received=type(tokens).__name__, hint="{row: tokens}")
     return tokens.items()
 
 
 def _ids(who: str, tokens: Sequence[int]) -> list[int]:
-    """Ids as plain numbers. Raises UsageError for what is none."""
+    """Return ids as Python integers. Raises UsageError for a value that is not an integer."""
     try:
         return [operator.index(token) for token in tokens]
     except TypeError as error:
         raise UsageError(
-            f"{who} is given what is no id of a token", received=repr(tokens)[:200], hint="whole numbers"
+            f"{who} has a value that is not a token id", received=repr(tokens)[:200], hint="integers"
         ) from error

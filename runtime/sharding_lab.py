@@ -1,8 +1,8 @@
-"""The lab: the programs of all ranks of a sharded model, run in lockstep in one process in NumPy.
+"""The lab: the programs of all ranks of a sharded model, run in lockstep in one process with NumPy.
 
-No device is needed. Every rank runs its own program by the references of its ops; where they meet, what each gets is
-what the collective's meaning makes of what all brought. Ranks that meet in different collectives, and ranks that wait
-for others that will not come, are told by name and place.
+No device is needed. Every rank runs its own program with the reference implementations of its ops. In a collective each
+rank receives the result that the collective's definition derives from all contributions. Ranks in mismatched
+collectives, and ranks that wait for others that never arrive, are reported by name and position.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from treadle.passes.sharding.rank_programs import rank_program, rank_weights, re
 Array = np.ndarray[Any, Any]
 
 MOST_RANKS = 256
-"""How many ranks run here: each is a thread, and has a program of its own."""
+"""Maximum number of ranks: each is a thread and has its own program."""
 
 
 def refuse_many_ranks(mesh: Mesh) -> None:
-    """Raise GraphError for a mesh of more ranks than run in one process."""
+    """Raise GraphError for a mesh with more ranks than can run in one process."""
     if mesh.ranks > MOST_RANKS:
         raise GraphError(
             f"the lab runs up to {MOST_RANKS} ranks, each in a thread",
             received=f"{mesh}: {mesh.ranks} ranks",
-            hint="a smaller mesh with the same axes: the plan is made in the same way",
+            hint="a smaller mesh with the same axes: the planner works in the same way",
         )
 
 
 @dataclass(frozen=True)
 class LabResult:
-    """What the ranks computed together.
+    """The result that the ranks computed together.
 
-    outputs   whole, put together from the parts of all ranks
-    meetings  for each meeting its op and the elements that its group was about, as the first rank of it saw it
+    outputs   whole outputs, assembled from the parts of all ranks
+    meetings  for each collective its op and its group's number of elements, as seen by the group's first rank
     """
 
     outputs: dict[str, Array]
@@ -62,10 +62,10 @@ def run_lab(
 ) -> LabResult:
     """Run a plan on whole inputs and weights.
 
-    programs  of the ranks, if other than `rank_program` makes
+    programs  programs of the ranks, if other than those of `rank_program`
 
-    Raises GraphError where ranks do not meet, or hold different copies of one part of an output, and for too many
-    ranks; what a rank raised.
+    Raises GraphError if the ranks' collectives do not match, if ranks hold different copies of one part of an output,
+    and for too many ranks. Raises the error of a rank that fails.
     """
     mesh = plan.devices
     refuse_many_ranks(mesh)
@@ -93,8 +93,8 @@ def run_lab(
             thread = threading.Thread(target=run, args=(rank,), name=f"rank {rank}")
             thread.start()
             threads.append(thread)
-    except RuntimeError as error:  # no thread is left: those that run would wait for the others
-        room.fail(GraphError("the system starts no more threads", received=f"{mesh.ranks} ranks: {error}"))
+    except RuntimeError as error:  # no threads are left: the running ranks would wait for the others
+        room.fail(GraphError("the system cannot start more threads", received=f"{mesh.ranks} ranks: {error}"))
     for thread in threads:
         thread.join()
     if room.failure is not None:
@@ -103,7 +103,7 @@ def run_lab(
 
 
 def _assembled(plan: ShardingPlan, found: Sequence[Mapping[str, Array]], sizes: Mapping[str, int]) -> dict[str, Array]:
-    """Outputs put together. Raises GraphError where two ranks hold other numbers of one part."""
+    """Assemble outputs. Raises GraphError if two ranks hold different numbers for one part."""
     outputs: dict[str, Array] = {}
     for (name, value), placed in zip(plan.graph.main.outputs.items(), plan.gives, strict=True):
         first = next(own[name] for own in found if name in own)
@@ -111,19 +111,19 @@ def _assembled(plan: ShardingPlan, found: Sequence[Mapping[str, Array]], sizes: 
         known = np.zeros(whole.shape, bool)
         for rank, own in enumerate(found):
             if name not in own:
-                continue  # of another stage
+                continue  # it belongs to another stage
             part, seen = (taken_part(a, value.type.shape, placed, plan.devices, rank, sizes) for a in (whole, known))
             if part.shape != own[name].shape:
-                raise GraphError(f"rank {rank} gives {name} of {list(own[name].shape)}, not {list(part.shape)}")
+                raise GraphError(f"rank {rank} returns {name} of {list(own[name].shape)}, not {list(part.shape)}")
             if not np.array_equal(part[seen], own[name][seen], equal_nan=part.dtype.kind == "f"):
-                raise GraphError(f"rank {rank} holds another {name} than the ranks before it")
+                raise GraphError(f"rank {rank} has another {name} than the ranks before it")
             part[...], seen[...] = own[name], True
         outputs[name] = whole
     return outputs
 
 
 class Room:
-    """Where threads of ranks meet: the last of a group to come computes what each gets."""
+    """The place where threads of ranks exchange data: the last rank of a group computes every rank's result."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
@@ -137,7 +137,7 @@ class Room:
         self.meetings: list[tuple[Collective, int]] = []
 
     def exchange(self, rank: int, op: Collective, part: Any) -> Any:
-        """What a rank gets for its part, when all others of its group have come."""
+        """Return a rank's result, once all other ranks of its group have contributed."""
         group = op.among(self.mesh.group(rank, self.mesh.parts_of(op.over)))
         with self.condition:
             number = self.counts[rank, group] = self.counts.get((rank, group), 0) + 1
@@ -160,7 +160,7 @@ class Room:
             if self.failure is not None:
                 raise GraphError("another rank failed")
             found = self.results[key].pop(rank)
-            if not self.results[key]:  # all have theirs
+            if not self.results[key]:  # all ranks have their results
                 del self.results[key], self.brought[key]
             return found
 
@@ -171,12 +171,12 @@ class Room:
         for rank, op in zip(group, ops, strict=True):
             if op.meeting != first.meeting:
                 raise GraphError(
-                    f"ranks {group[0]} and {rank} meet in different collectives",
+                    f"ranks {group[0]} and {rank} are in different collectives",
                     received=f"{first.meeting} and {op.meeting}",
                 )
         ways = len(self.mesh.group(group[0], self.mesh.parts_of(first.over)))
         if first.ways != ways:
-            raise GraphError(f"{first.name} is among {first.ways} ranks, and {ways} meet over {first.over}")
+            raise GraphError(f"{first.name} is among {first.ways} ranks, and {ways} communicate over {first.over}")
         found = first.combined(ops, parts)
         self.meetings.append((first, first.payload(parts[0].size, found[0].size)))
         return dict(zip(group, found, strict=True))
@@ -184,18 +184,18 @@ class Room:
     def _look_for_deadlock(self) -> None:
         if len(self.waiting) + len(self.left) == self.mesh.ranks:
             told = ", ".join(f"rank {r} in {op.name} over {op.over}" for r, op in sorted(self.waiting.items()))
-            self.failure = GraphError("ranks wait for others that do not come", received=told)
+            self.failure = GraphError("ranks wait for others that do not arrive", received=told)
             self.condition.notify_all()
 
     def leave(self, rank: int) -> None:
-        """A rank comes no more."""
+        """A rank takes part in no further collective."""
         with self.condition:
             self.left.add(rank)
             if self.waiting:
                 self._look_for_deadlock()
 
     def fail(self, error: BaseException) -> None:
-        """A rank has failed: nobody waits for it."""
+        """Record that a rank has failed, so that no other rank waits for it."""
         with self.condition:
             self.failure = self.failure or error
             self.condition.notify_all()
@@ -203,7 +203,7 @@ class Room:
 
 @dataclass(frozen=True)
 class Door:
-    """How one rank gets into the room; see `treadle.ir.placement.meeting.Meeting`."""
+    """One rank's access to the room; see `treadle.ir.placement.meeting.Meeting`."""
 
     room: Room
     rank: int
@@ -213,4 +213,4 @@ class Door:
         return self.room.exchange(self.rank, op, part)
 
     def begin(self, op: Starting, part: Any) -> None:
-        """Ranks in lockstep begin nothing before they meet."""
+        """Do nothing: ranks in lockstep start nothing before the exchange."""

@@ -1,7 +1,7 @@
-"""Slots of a session: which rows live in them, and what texts the free ones still hold.
+"""Slots of a session: the rows that occupy them, and the texts that free slots still hold.
 
-The slot of a row that was closed holds what it held until another row takes it. A new row whose tokens begin as such a
-text does, or as one that still grows, goes on from there.
+The slot of a closed row keeps its contents until another row takes it. A new row whose tokens begin like such a text,
+or like a text that is still growing, continues from there.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from treadle.ir.errors import UsageError
 from treadle.passes.stepping.functions import CAPACITY
 
 LEAST = 16
-"""A beginning of fewer tokens is computed again: calls are as wide as a multiple of this, so it would save none."""
+"""A shorter prefix is recomputed: call widths are multiples of this, so that reusing it would save nothing."""
 
 
 @dataclass
 class Row:
     """A text in a slot.
 
-    tokens     so far
-    forgotten  how many of them, the oldest, are no longer known
-    verified   what `verify` left in the slot after them, not accepted yet
-    is_lost    a call was broken off that may have changed what the slot holds of these tokens
-    written    how many positions of the slot were written, padding and tokens that were taken back included
+    tokens     the tokens so far
+    forgotten  number of the oldest tokens that are no longer held
+    verified   tokens that `verify` wrote after them and that are not accepted yet
+    is_lost    True if a failed call may have changed the states of these tokens
+    written    number of written positions of the slot, including padding and rolled-back tokens
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -36,46 +36,48 @@ class Row:
 
     @property
     def length(self) -> int:
-        """How many positions of its slot are filled."""
+        """Number of filled positions of its slot."""
         return len(self.tokens) - self.forgotten
 
 
 @dataclass(frozen=True)
 class Ring:
-    """A cache of so many positions, of which a token sees those that lie `reach` before it."""
+    """A cache with a fixed number of positions, of which a token sees the `reach` positions before it."""
 
     capacity: int
     reach: int
 
     def holds(self, row: Row, length: int) -> bool:
-        """Whether what a token at this position sees is still there: each write took away what lay a ring before it."""
+        """Return True if everything that a token at this position sees is still held: each write replaces the position
+        one ring length earlier.
+        """
         return row.written <= self.capacity or length - self.reach >= row.written - self.capacity
 
 
 class Slots:
     """The slots of a session.
 
-    rows    that are open, by slot, in the order in which they were opened
-    states  in which every slot has a part
-    rings   those caches among them in which old positions are written over
-    whole   whether a text can only be gone on from as a whole, since states have sums, which are not cut back
+    rows    open rows by slot, in the order in which they were opened
+    states  states in which every slot has a part
+    rings   the caches in which old positions are overwritten
+    whole   True if only a whole text can be continued, since running sums cannot be rolled back
     """
 
     def __init__(self, states: States, count: int, rings: Sequence[Ring], *, whole: bool) -> None:
         self.rows: dict[int, Row] = {}
         self.states, self.rings, self.whole = states, tuple(rings), whole
         self._empty = list(range(count))[::-1]
-        self._kept: dict[int, Row] = {}  # texts of closed rows, the least recently used one first
+        self._kept: dict[int, Row] = {}  # texts of closed rows, least recently used first
 
     @property
     def free(self) -> int:
-        """How many more rows can be opened."""
+        """Number of rows that can still be opened."""
         return len(self._empty) + len(self._kept)
 
     def take(self) -> int:
-        """A free slot: an empty one, else that of the text that was used least recently, which is forgotten.
+        """Return a free slot: an empty one, else the least recently used one, whose text is forgotten.
 
-        Raises UsageError where none is free.
+        Raises UsageError if no slot is free.
         """
         if not self.free:
             raise UsageError(f"all {len(self.rows)} rows are open", hint="close one, or a session with more rows")
@@ -86,11 +88,11 @@ class Slots:
         return slot
 
     def give_back(self, slot: int) -> None:
-        """A slot that was taken holds nothing that anybody may go on from."""
+        """Return a slot that holds nothing to continue from."""
         self._empty.append(slot)
 
     def close(self, slot: int, *, keep: bool) -> None:
-        """Close its row; `keep`: another may go on from its text."""
+        """Close a slot's row; with `keep`, another row may continue from its text."""
         row = self.rows.pop(slot)
         if keep and row.tokens and not row.is_lost:
             self._kept[slot] = row
@@ -98,21 +100,23 @@ class Slots:
             self.give_back(slot)
 
     def held(self, tokens: list[int]) -> int:
-        """How many of the first of these tokens a slot holds: not the last one, whose logits are still to be had."""
+        """Return the length of the longest prefix of these tokens that a slot holds, without the last token, whose
+        logits are still needed.
+        """
         return self._longest(tokens)[1]
 
     def fork(self, source: int) -> int:
-        """Open a row of the text that another row has; returns its slot. Raises UsageError where none is free."""
+        """Open a row with a copy of another row's text; return its slot. Raises UsageError if no slot is free."""
         slot, held = self.take(), self.rows[source]
         self._copy(source, slot, held.length)
         self.rows[slot] = Row(list(held.tokens), held.forgotten, written=held.written)
         return slot
 
     def resume(self, tokens: list[int]) -> int:
-        """Open a row of as many of these tokens as a slot holds; returns its slot.
+        """Open a row with the longest prefix of these tokens that a slot holds; return its slot.
 
-        It takes the slot of a closed row whose whole text it goes on from. Of other texts it copies what is shared, so
-        that they can be gone on from as well. Raises UsageError where no slot is free.
+        It takes over the slot of a closed row whose whole text it continues. Of other texts it copies the shared
+        prefix, so that they can be continued as well. Raises UsageError if no slot is free.
         """
         source, length = self._longest(tokens)
         held = self._kept.pop(source, None) if length else None
@@ -121,7 +125,7 @@ class Slots:
             return source
         slot = self.take()
         if held is not None:
-            self._kept[source] = held  # as the one that was used last
+            self._kept[source] = held  # mark it as the most recently used
         text = held or self.rows.get(source) if length else None
         if text is not None:
             self._copy(source, slot, length)
@@ -129,7 +133,7 @@ class Slots:
         return slot
 
     def _copy(self, source: int, slot: int, length: int) -> None:
-        """Copy what a slot holds into another: of caches that are no rings so many positions alone."""
+        """Copy a slot's contents into another slot; of caches other than rings only the first `length` positions."""
         for port in self.states.kinds.ports:
             sizes = [size.as_symbol for size in port.type.shape]
             part = [slice(None)] * len(sizes[1:])
@@ -139,7 +143,7 @@ class Slots:
             state[(slot, *part)] = state[(source, *part)]
 
     def _longest(self, tokens: list[int]) -> tuple[int, int]:
-        """The slot that holds the most of a text's beginning, and how much: 0 where none holds enough."""
+        """Return the slot with the longest prefix of a text, and its length: 0 if none is long enough."""
         found = slot = 0
         for each, row in (*self._kept.items(), *self.rows.items()):
             length = self.worth(tokens, row.tokens[row.forgotten :])
@@ -148,9 +152,9 @@ class Slots:
         return slot, found
 
     def worth(self, tokens: list[int], other: list[int]) -> int:
-        """How many tokens of a text need not be computed where another one's are held; 0 where these are too few."""
+        """Return the number of tokens of a text that can be reused from another text; 0 if there are too few."""
         low, high = 0, min(len(tokens) - 1, len(other))
-        while low < high:  # the first `low` are the same
+        while low < high:  # the first `low` tokens are equal
             middle = (low + high + 1) // 2
             if tokens[low:middle] == other[low:middle]:
                 low = middle

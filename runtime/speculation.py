@@ -1,14 +1,14 @@
-"""Speculation: tokens that are likely to follow are guessed, and the model checks all of them in one call.
+"""Speculative decoding: guess the next tokens, and let the model check all of them in one call.
 
     tally = SpeculationTally()
     for token in speculate(session, [[464, 3139]], most=64, guess=PromptLookup(), tally=tally):
         print(token.id)
     print(tally.accepted_length)
 
-A guess is kept as far as the model would have chosen the same (Leviathan et al. 2023). Each token is chosen from the
-model's own logits, by the same draw as without guesses, so the text is the one that `generate` gives: greedy or drawn.
-Where a backend computes several tokens at once with other rounding than one by one, a choice between two tokens that
-are nearly alike may fall otherwise; `SpeculationTally.margin` says how near the nearest two were.
+A guessed token is accepted if the model would have chosen the same one (Leviathan et al. 2023). Each token is chosen
+from the model's own logits, by the same random draw as without guesses, so the text is the one that `generate` returns,
+greedy or sampled. If a backend rounds differently for several tokens at once than for one, a choice between two nearly
+equal tokens may differ; `SpeculationTally.margin` reports the smallest such difference.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ Array = np.ndarray[Any, Any]
 
 
 class Guess(Protocol):
-    """What guesses the tokens that follow."""
+    """A source of guesses for the next tokens."""
 
     def begin(self) -> None:
-        """Another text begins."""
+        """Start a new text."""
 
     def follow(self, tokens: Sequence[int], most: int) -> list[int]:
-        """Up to `most` tokens that may follow all the tokens of a text so far; perhaps none."""
+        """Return up to `most` tokens that may follow all the tokens of a text so far; possibly none."""
 
     def end(self) -> None:
-        """The text has ended, or was broken off."""
+        """End the text, whether finished or aborted."""
 
 
 @dataclass(frozen=True)
 class PromptLookup:
-    """What followed where the last tokens stood before (Saxena 2023): for texts that quote, edit or go on as they
-    began.
+    """Guess the tokens that followed an earlier occurrence of the last tokens (Saxena 2023): for texts that quote,
+    edit or repeat.
 
-    longest  how many of the last tokens are looked for, at most; then fewer, down to 1
-    count    how many tokens are guessed
+    longest  maximum number of last tokens to search for; then fewer, down to 1
+    count    number of tokens to guess
     """
 
     longest: int = 3
@@ -55,13 +55,13 @@ class PromptLookup:
 
     def __post_init__(self) -> None:
         if self.longest < 1 or self.count < 1:
-            raise UsageError("a look-up takes 1 token or more, and guesses as many", received=repr(self))
+            raise UsageError("longest and count must be 1 or more", received=repr(self))
 
     def begin(self) -> None:
-        """Nothing is kept of a text."""
+        """Do nothing: no state is kept for a text."""
 
     def follow(self, tokens: Sequence[int], most: int) -> list[int]:
-        """What came after the latest earlier place of the longest run that ends the text."""
+        """Return the tokens after the latest earlier occurrence of the longest suffix of the text."""
         row = np.asarray(tokens)
         for size in range(min(self.longest, len(row) - 1), 0, -1):
             windows = np.lib.stride_tricks.sliding_window_view(row, size)[:-1]
@@ -72,35 +72,37 @@ class PromptLookup:
         return []
 
     def end(self) -> None:
-        """Nothing is kept of a text."""
+        """Do nothing: no state is kept for a text."""
 
 
 class DraftModel:
-    """What a smaller model of the same vocabulary would say: greedily, in a row of its own session."""
+    """Guess the greedy tokens of a smaller model with the same vocabulary, in a row of its own session."""
 
     def __init__(self, session: Session, *, count: int = 4) -> None:
-        """`count` tokens are guessed at a time.
+        """Guess `count` tokens at a time.
 
-        Raises UsageError for a session without a free row, or a model whose rows cannot take tokens back.
+        Raises UsageError for a session without a free row, or a model whose rows cannot be rolled back.
         """
         if count < 1:
-            raise UsageError("a draft guesses 1 token or more", received=repr(count))
+            raise UsageError("count must be 1 or more", received=repr(count))
         if session.derived.carries:
-            raise UsageError(f"{session.derived.graph.name} carries sums over its tokens, which cannot be taken back")
+            raise UsageError(
+                f"{session.derived.graph.name} has running sums over its tokens, which cannot be rolled back"
+            )
         self.session, self.count = session, count
         self._row: int | None = None
 
     def begin(self) -> None:
-        """Take a row."""
+        """Open a row."""
         if not self.session.free:
             raise no_free_row()
         self._row = self.session.open()
 
     def follow(self, tokens: Sequence[int], most: int) -> list[int]:
-        """The tokens that the draft model chooses; fewer where its own row is full."""
+        """Return the tokens that the draft model chooses; fewer if its own row is full."""
         row, session = self._row, self.session
         if row is None:
-            raise UsageError("a draft guesses within a text", hint="begin()")
+            raise UsageError("begin must be called before follow", hint="begin()")
         count = min(self.count, most, session.capacity - len(tokens), session.chunk - 1)
         new = [int(token) for token in tokens[session.length(row) :]]
         if count < 1 or not new:
@@ -116,7 +118,7 @@ class DraftModel:
         return guessed
 
     def end(self) -> None:
-        """Give the row back."""
+        """Close the row."""
         if self._row is not None:
             self.session.close(self._row)
             self._row = None
@@ -124,14 +126,13 @@ class DraftModel:
 
 @dataclass
 class SpeculationTally:
-    """What guessing came to.
+    """Counts of a speculative run.
 
-    calls     of the model, after a text's prompt
-    guessed   tokens that were guessed
-    accepted  those of them that were right, in texts that went on
+    calls     calls of the model after a text's prompt
+    guessed   guessed tokens
+    accepted  guessed tokens that the model accepted, in texts that continued
     made      tokens of all texts
-    margin    the least difference between the best two scores of which the better was chosen; infinite where none was
-              chosen so
+    margin    smallest difference between the two best scores where the best one was chosen; else infinite
     """
 
     calls: int = 0
@@ -142,7 +143,7 @@ class SpeculationTally:
 
     @property
     def accepted_length(self) -> float:
-        """Guessed tokens that were right, a call."""
+        """Mean number of accepted tokens per call."""
         return self.accepted / self.calls if self.calls else 0.0
 
 
@@ -160,17 +161,16 @@ def speculate(
     inputs: Sequence[dict[str, Any]] | None = None,
     tally: SpeculationTally | None = None,
 ) -> Iterator[Token]:
-    """The tokens that `generate` gives of the same arguments, prompt by prompt, with fewer calls of the model.
+    """Yield the tokens that `generate` yields for the same arguments, prompt by prompt, with fewer calls of the model.
 
-    guess  what guesses the tokens that follow
-    tally  counts what it came to
+    guess  source of guesses for the next tokens tally  counts of the run, updated
 
-    Raises UsageError at once as `generate` does, and for a model whose rows cannot take tokens back.
+    Raises UsageError at once as `generate` does, and for a model whose rows cannot be rolled back.
     """
     if session.derived.carries:
         raise UsageError(
-            f"{session.derived.graph.name} carries sums over its tokens, which cannot be taken back",
-            hint="generate, without guesses",
+            f"{session.derived.graph.name} has running sums over its tokens, which cannot be rolled back",
+            hint="generate, without speculation",
         )
     choosing = Choosing(count_of(most), sampling or Sampling(), rules, frozenset(stop), until, likely)
     rows, given = checked_prompts(session, prompts, inputs)
@@ -208,7 +208,7 @@ def _continued(
 ) -> Iterator[Token]:
     made: list[int] = []
     guessed: list[int] = []
-    # Logits [n, vocab]: after what the row holds, and after each guess.
+    # Logits [n, vocab]: after the tokens that the row holds, and after each guess.
     found = session.prefill({row: prompt[session.length(row) :]})[row][None]
     while True:
         head, right = made[-1:], 0
@@ -225,7 +225,7 @@ def _continued(
             if right == len(guessed) or chosen != guessed[right]:
                 break
             right += 1
-        if guessed:  # the row then holds all tokens but the last, as it does after a step
+        if guessed:  # the row then holds all tokens but the last, as after a step
             session.accept(row, [*head, *guessed[:right]])
         tally.accepted += right
         tally.calls += 1
@@ -237,6 +237,6 @@ def _continued(
 
 
 def _margin(logits: Array, chosen: int) -> float:
-    """How far the best score lies above the second, where the best was chosen."""
+    """Return the difference between the best and the second-best score if the best was chosen, else infinity."""
     second, best = np.partition(logits.astype(np.float64), -2)[-2:]
     return float(best - second) if logits[chosen] == best else float("inf")

@@ -1,7 +1,7 @@
-"""Stop strings: a text that grows ends where one of them appears, and what may be the beginning of one is held back.
+"""Stop strings: a growing text ends at the first stop string, and a possible beginning of one is held back.
 
 watch = StopStrings(["\\n\\n", "User:"])
-watch.split("Hello. Us")       # ("Hello. ", False): " Us" may go on as a stop string
+watch.split("Hello. Us")       # ("Hello. ", False): " Us" may be the beginning of a stop string
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from treadle.ir.errors import UsageError
 
 @dataclass(frozen=True)
 class StopStrings:
-    """Strings that end a text, and are no part of it. Raises UsageError for an empty one."""
+    """Strings that end a text and are not part of it. Raises UsageError for an empty string."""
 
     strings: tuple[str, ...] = ()
 
@@ -25,10 +25,10 @@ class StopStrings:
         object.__setattr__(self, "strings", tuple(strings))
 
     def split(self, text: str) -> tuple[str, bool]:
-        """The part of a whole text so far that is certain, and whether a stop string ends it there.
+        """Return the part of the text that is certain, and True if a stop string ends the text there.
 
-        The first that is complete decides, the longest of those that are complete at once, so that it does not matter
-        in which pieces a text comes.
+        The first complete stop string decides, or the longest if several are complete at once, so that the result does
+        not depend on the pieces in which a text arrives.
         """
         places = [(at + len(stop), at) for stop in self.strings if (at := text.find(stop)) >= 0]
         if places:
@@ -38,5 +38,5 @@ class StopStrings:
 
 
 def _begun(text: str, stop: str) -> int:
-    """The length of the longest end of a text with which a string begins, the whole string not among them."""
+    """Return the length of the longest proper prefix of a stop string with which a text ends."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

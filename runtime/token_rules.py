@@ -1,11 +1,10 @@
-"""Rules of which tokens may come next: what changes the logits of a row by the tokens that it has, before one is
-chosen.
+"""Token rules (logits processors): changes to the logits of a row, based on its tokens, before a token is chosen.
 
     rules = TokenRules(repetition_penalty=1.2, no_repeat_ngram=3)
     scores = rules.apply(logits, prompt=[464, 3139], made=[286])
 
-They are applied in the order of the fields, which is the order of Hugging Face's logits processors, so that what a
-folder's generation_config.json asks for means here what it means there.
+Rules are applied in the order of the fields, which is the order of Hugging Face's logits processors, so that the
+settings of a folder's generation_config.json have the same meaning here.
 """
 
 from __future__ import annotations
@@ -24,17 +23,17 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class TokenRules:
-    """What is asked of the next token.
+    """Constraints on the next token.
 
-    repetition_penalty  logits of tokens that the row has, prompt included, are divided by it where they are positive,
-                        and multiplied where they are negative (Keskar et al. 2019); 1 changes nothing
-    presence_penalty    is subtracted from the logits of tokens that were made, the prompt's not among them
-    no_repeat_ngram     no run of so many tokens comes twice, the prompt's included; 0: any may
-    banned              ids that never come
-    fewest              tokens that are made before one that ends a text
-    first               the id that comes first; None: any
-    last                the id that comes last, where as many tokens were made as may be; None: any
-    banned_first        ids that do not come first, or, where `first` is given, second
+    repetition_penalty  logits of tokens that the row has, including the prompt's, are divided by this value if positive
+                        and multiplied if negative (Keskar et al. 2019); 1 changes nothing
+    presence_penalty    is subtracted from the logits of generated tokens; the prompt's tokens do not count
+    no_repeat_ngram     no n-gram of this length occurs twice, the prompt included; 0: no limit
+    banned              token ids that never occur
+    fewest              minimum number of generated tokens before a token that ends a text
+    first               id of the first token; None: any
+    last                id of the last token, if the maximum number of tokens is reached; None: any
+    banned_first        ids that do not occur first or, if `first` is set, second
 
     Raises UsageError for a value out of range.
     """
@@ -66,14 +65,14 @@ class TokenRules:
         end: Sequence[int] = (),
         is_last: bool = False,
     ) -> Array:
-        """Scores f64[vocab] of the next token, from logits [vocab] or logarithms of probabilities.
+        """Return the scores f64[vocab] of the next token, from logits [vocab] or log probabilities.
 
-        prompt   the row's tokens that were given to it
-        made     the tokens that followed
-        end      ids that end a text
-        is_last  whether no token may come after this one
+        prompt   tokens of the row's prompt
+        made     generated tokens
+        end      token ids that end a text
+        is_last  True if no token can follow this one
 
-        Raises UsageError where no token is left, and for an id out of the vocabulary.
+        Raises UsageError if no token is left, and for an id outside the vocabulary.
         """
         scores = logits.astype(np.float64)
         self._check_ids(len(scores))
@@ -90,7 +89,7 @@ class TokenRules:
         if len(made) == (0 if self.first is None else 1):
             scores[list(self.banned_first)] = -np.inf
         if np.isneginf(scores).all() and not np.isneginf(logits).all():
-            raise UsageError("the rules leave no token that may come next", received=repr(self))
+            raise UsageError("the token rules exclude every token", received=repr(self))
         return scores
 
     def _penalize(self, scores: Array, prompt: Sequence[int], made: Sequence[int]) -> None:
@@ -102,7 +101,7 @@ class TokenRules:
             scores[_distinct(made)] -= self.presence_penalty
 
     def _repeating(self, tokens: list[int]) -> list[int]:
-        """The tokens that would end a run which the row has already."""
+        """Return the tokens that would complete an n-gram that the row already has."""
         size = self.no_repeat_ngram
         if not size or len(tokens) < size:
             return []
@@ -116,7 +115,7 @@ class TokenRules:
 
 
 def log_probabilities(logits: Array) -> Array:
-    """The natural logarithms of softmax(logits), in float64: [vocab] of [vocab]."""
+    """Return the natural logarithms of softmax(logits) in float64; shape [vocab] to [vocab]."""
     scores = logits.astype(np.float64)
     scores -= scores.max()
     found: Array = scores - np.log(np.exp(scores).sum())

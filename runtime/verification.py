@@ -1,25 +1,26 @@
-"""Verification: every backend on drawn inputs, held against the float64 meaning of what was declared.
+"""Verification: every backend on random inputs, compared with the float64 reference of the declared model.
 
     report = verify_backends(optimized, weights)
-    print(report)                          # a line a backend, and the first op that is further off than it may be
+    print(report)                          # one line per backend, and the first op whose error exceeds its tolerance
 
-Three comparisons, each with a tolerance that follows from the dtypes and from the model, not from the result:
+There are three comparisons. Each has a tolerance that follows from the dtypes and from the model, not from the result:
 
-    rewrites   the optimized graph against the declared one, both in float64: what the passes did
+    rewrites   the optimized graph against the declared one, both in float64: tests the passes
     whole      a backend's outputs against the declared graph in float64
-    ops        each op alone, on operands of the reference rounded to its dtypes, against its own meaning in float64
+    ops        each op alone, on operands of the reference rounded to its dtypes, against its own reference in float64
 
-Since an op alone is given right operands, its error is its own: what an earlier op did wrong does not count again.
+Since an op alone gets correct operands, its error is its own: errors of earlier ops do not count again.
 
-**Tolerances** are those of `treadle.ir.analysis.tolerances`. For one op alone its reference is evaluated once more with
-every operand changed by a spacing, its sign drawn. In a model every op rounds, and what comes after may make much of
-it: so the whole graph is evaluated with operands and results of every op changed (`treadle.runtime.roundings`).
-Integers and truth values must be equal, except where the changed operands give another one: there the reference itself
-is undecided.
+**Tolerances** are those of `treadle.ir.analysis.tolerances`. For one op alone, its reference is evaluated once more
+with every operand changed by one spacing, with a random sign. In a model every op rounds, and later ops may amplify
+the error. So the whole graph is evaluated with the operands and results of every op changed
+(`treadle.runtime.roundings`).
+Integers and booleans must be equal, except where the changed operands give another value: there the reference itself is
+undecided.
 
-**What shows nothing.** A model that makes half of its result, or more, of a change of last bits cannot be told right
-from wrong as a whole: the report says so. A result that is NaN by the model's own meaning is no agreement: the report
-names the op, or the weight, that it comes from (`treadle.runtime.not_finite`).
+**Inconclusive results.** If a change of the last bits changes half or more of a model's result, correct and incorrect
+outputs cannot be distinguished as a whole, and the report says so. If a result is NaN in the reference itself, equal
+results prove nothing: the report names the op or the weight that the NaN comes from (`treadle.runtime.not_finite`).
 """
 
 from __future__ import annotations
@@ -71,20 +72,20 @@ def verify_backends(
     seed: int = 0,
     told: Callable[[str], None] = lambda line: None,
 ) -> VerificationReport:
-    """Run a graph in every backend, by default all that are registered, and compare.
+    """Run a graph on every backend, by default on all that are registered, and compare the results.
 
     weights  by name, in their dtypes (bf16 as float32)
-    sizes    at which to run, by default a few small ones within the symbols' bounds
-    seed     draws the inputs
-    told     is given each line of the report as soon as it is known
+    sizes    sizes to run at, by default a few small ones within the symbols' bounds
+    seed     seed of the random inputs
+    told     is called with each line of the report as soon as it is known
 
-    Raises UsageError where no input can be drawn, GraphError where the reference itself refuses the sizes.
+    Raises UsageError if no inputs can be drawn, GraphError if the reference itself refuses the sizes.
     """
     declared, graph = optimized.source, optimized.graph
     target = target or Target("cpu")
     chosen = tuple(sizes) if sizes is not None else tuple(small_sizes(declared))
     if not chosen:
-        raise UsageError("there are no sizes to verify at")
+        raise UsageError("no sizes to verify at")
     names = tuple(backend_names() if backends is None else backends)
     layout = ReportLayout(names)
     told(layout.heading(graph.name, str(target), seed, chosen))
@@ -108,10 +109,10 @@ def verify_backends(
 
 @dataclass(frozen=True)
 class _Reference:
-    """One set of inputs, and what the declared graph makes of it in float64.
+    """One set of inputs, and the declared graph's result in float64.
 
-    optimized  what the optimized graph makes of it, in float64
-    moved      how far roundings move that
+    optimized  the optimized graph's result, in float64
+    moved      the change of the result when ops round
     """
 
     sizes: Mapping[str, int]
@@ -176,14 +177,14 @@ def _verify_backend(
 
 
 class _OpChecker:
-    """Runs each node of a graph without calls as a graph of its own. What is alike is compiled once."""
+    """Run each node of a graph without calls as a graph of its own. Equal nodes are compiled once."""
 
     def __init__(self, backend: Backend, flat: Graph, weights: Arrays, target: Target) -> None:
         self.backend, self.flat, self.weights, self.target = backend, flat, weights, target
         self.compiled: dict[str, Executable] = {}
 
     def first_fault(self, run: _Reference) -> OpFault | None:
-        """The first node, in program order, that is further off than it may be on this run's operands."""
+        """Return the first node, in program order, whose error on this run's operands exceeds its tolerance."""
         main = self.flat.main
         values: dict[Value, Array] = {v: run.inputs[v.name] for v in main.inputs}
         values |= {v: self.weights[name] for name, v in main.parameters.items()}
@@ -192,7 +193,9 @@ class _OpChecker:
         def watch(node: Node, results: Sequence[Array]) -> None:
             if not faults:
                 blocks = any(v.type.encoding is not None for v in (*node.inputs, *node.results))
-                found = None if blocks else self._fault(node, values, run.sizes)  # `bind` does that by the reference
+                found = (
+                    None if blocks else self._fault(node, values, run.sizes)
+                )  # `bind` computes it with the reference
                 faults.extend([found] if found is not None else [])
                 values.update((v, held(a, v)) for v, a in zip(node.results, results, strict=True))
 
@@ -221,7 +224,7 @@ class _OpChecker:
 
 
 def _alone(node: Node, values: Mapping[Value, Array], sizes: Mapping[str, int]) -> tuple[Graph, dict[str, Array]]:
-    """A graph of one node at fixed sizes, its operands as inputs, and the operands."""
+    """Return a graph of one node at fixed sizes, with its operands as inputs, and the operands."""
     graph = Graph(node.op.name)
     inputs: dict[Value, Value] = {}
     for value in node.inputs:
@@ -246,7 +249,7 @@ def _fixed(type: Type, sizes: Mapping[str, int]) -> Type:
 
 
 def terms_of(node: Node) -> int:
-    """How many points of the node's iteration space go into one element of its largest result, 1 at least."""
+    """Return the number of points of the node's iteration space per element of its largest result, at least 1."""
     points = node.op.apply([None if v is None else v.type for v in node.operands]).points.constant or 1
     elements = max(v.type.elements.constant or 1 for v in node.results)
     return max(1, points // elements)
@@ -256,10 +259,10 @@ def terms_of(node: Node) -> int:
 
 
 def compare(made: Any, expected: Array, moved: Moved, spacing: float, growth: float, type: Type) -> Difference:
-    """How far a result is from the reference, and how far it may be: see the module's docstring.
+    """Return the distance of a result from the reference, and its tolerance; see the module's docstring.
 
-    moved   how far the reference moves when numbers change by a spacing
-    growth  how much of that a result may be off, in one rounding: sqrt(n) for a sum of n terms
+    moved   the change of the reference when numbers change by one spacing
+    growth  factor by which the error of one rounding may grow: sqrt(n) for a sum of n terms
     """
     got = np.asarray(made)
     if got.shape != expected.shape:
@@ -270,11 +273,13 @@ def compare(made: Any, expected: Array, moved: Moved, spacing: float, growth: fl
     with np.errstate(all="ignore"):
         wide, wanted = got.astype(np.float64), expected.astype(np.float64)
     narrow = np.finfo(np.float32 if type.dtype.numpy is None else type.dtype.numpy)
-    off = Distance.between(wide, wanted, huge=float(narrow.max) / 4)  # masks are the least number of a dtype, or -inf
+    off = Distance.between(
+        wide, wanted, huge=float(narrow.max) / 4
+    )  # masks are the smallest number of a dtype, or -inf
     if off.lost or np.any(np.isnan(wanted) & ~np.isnan(wide)):
         return Difference(math.inf)
     if not off.plain.any() and np.isnan(wanted).any():
-        return Difference(0.0, math.inf)  # there is no number to compare
+        return Difference(0.0, math.inf)  # all numbers are NaN or infinite
     most_moved = float(np.max(moved.by, initial=0.0, where=off.plain))
     tolerance = room(spacing, off.scale, most_moved, growth) + float(narrow.tiny)
     return Difference(off.most / off.scale, tolerance / off.scale)

@@ -1,4 +1,4 @@
-"""What verification found, for people (`str`) and for JSON (`as_dict`)."""
+"""The results of verification, as text (`str`) and as JSON (`as_dict`)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 LOOSEST = 0.5
-"""Where results may differ by more than this part of the largest one, their agreement shows nothing."""
+"""Above this tolerance, relative to the largest element, agreement proves nothing."""
 
 _MARKS = {True: "ok", False: "WRONG", None: "-"}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far results are from the reference: max|a - b| / max|b|, and how far they may be."""
+    """The distance of results from the reference, max|a - b| / max|b|, and its tolerance."""
 
     value: float = 0.0
     tolerance: float = 0.0
@@ -26,11 +26,11 @@ class Difference:
 
     @property
     def shows_nothing(self) -> bool:
-        """Whether the results are within a tolerance that nearly any results would be within."""
+        """True if the tolerance is so large that nearly any result would be within it."""
         return not self.exceeds and self.tolerance > LOOSEST
 
     def worse(self, other: Difference) -> Difference:
-        """The one that is further past its tolerance, or nearer to it."""
+        """Return the difference that exceeds its tolerance by more, or is closer to it."""
         return max(other, self, key=lambda d: (d.exceeds, d.value / d.tolerance if d.tolerance else d.value))
 
     def __str__(self) -> str:
@@ -39,12 +39,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class OpFault:
-    """The first op, in program order, whose own result is further off than it may be.
+    """The first op, in program order, whose own error exceeds its tolerance.
 
-    op          its name; `scope` and `line`, where the model's author put it
-    difference  how far it is off, on right operands; None where it failed
-    failure     the error it failed with
-    sizes       those at which it was seen
+    op          its name; `scope` and `line`: its place in the user's model
+    difference  distance from the reference on correct operands; None if the op failed
+    failure     the error if it failed
+    sizes       the sizes of the run
     """
 
     op: str
@@ -65,14 +65,14 @@ class OpFault:
 
 @dataclass(frozen=True)
 class NotFinite:
-    """An output that holds what is no number, by the model's own meaning, and where that comes from.
+    """An output that is NaN or infinite in the reference itself, and the origin of that.
 
-    output         its name
+    output         name of the output
     kind           "NaN" or "infinite"
-    count, of      how many of its elements
-    origin         the op, the weight, the constant or the input; `scope` and `line`, where the model's author put it
-    sizes          those at which it was seen
-    from_a_weight  whether a weight brought it in
+    count, of      number of such elements, and of all elements
+    origin         the op, the weight, the constant or the input; `scope` and `line`: its place in the user's model
+    sizes          the sizes of the run
+    from_a_weight  True if it comes from a weight
     """
 
     output: str
@@ -91,7 +91,7 @@ class NotFinite:
 
     @property
     def is_fatal(self) -> bool:
-        """Whether the model itself is at fault: there is no number to compare, or a weight is NaN."""
+        """True if the model itself is at fault: it has no finite output, or a weight is NaN."""
         return self.is_all or (self.from_a_weight and self.kind == "NaN")
 
     def __str__(self) -> str:
@@ -110,12 +110,12 @@ def _placed(line: str, scope: str) -> str:
 
 @dataclass(frozen=True)
 class BackendReport:
-    """What one backend did.
+    """The results of one backend.
 
-    refused     why it was not run at all: it is not installed, or does not take the graph; then nothing is known
-    difference  of its outputs, the worst over all sizes
-    failure     the error that a run ended with
-    fault       the first op that is further off than it may be
+    refused     the reason if it was not run: it is not installed, or does not support the graph
+    difference  the largest one of its outputs, over all sizes
+    failure     the error if a run failed
+    fault       the first op whose error exceeds its tolerance
     """
 
     backend: str
@@ -126,7 +126,7 @@ class BackendReport:
 
     @property
     def passed(self) -> bool | None:
-        """Whether all of it is as near as it must be; None where it was not run, or where nearness shows nothing."""
+        """True if all errors are within tolerance; None if the backend was not run, or if agreement proves nothing."""
         if self.refused:
             return None
         if self.difference.exceeds or self.failure or self.fault:
@@ -134,21 +134,21 @@ class BackendReport:
         return None if self.difference.shows_nothing else True
 
     def lines(self, width: int) -> Iterator[str]:
-        """The report as text, names padded to a width."""
+        """Yield the report as lines of text, with names padded to a width."""
         told = str(self.difference)
         if self.refused:
             told = f"not run: {self.refused}"
         elif self.failure:
             told = f"failed: {self.failure}"
         elif self.passed is None and math.isinf(self.difference.tolerance):
-            told = "cannot tell: no output is a number whatever the last bits are; every op alone is right"
+            told = "inconclusive: no output is finite in the reference itself; every op alone is correct"
         elif self.passed is None:
-            told = f"cannot tell: a change of the last bits moves the outputs so far: {told}; every op alone is right"
+            told = f"inconclusive: a change of the last bits changes the outputs by {told}; every op alone is correct"
         yield f"  {self.backend:<{width}}  {_MARKS[self.passed]:<5}  {told}"
         if self.fault is not None:
             yield f"  {'':<{width}}         first op: {self.fault}"
         elif self.passed is False:
-            yield f"  {'':<{width}}         every op alone is right: the fault lies in how they are put together"
+            yield f"  {'':<{width}}         every op alone is correct: the error is in their composition"
 
     def as_dict(self) -> dict[str, Any]:
         facts = {"backend": self.backend, "passed": self.passed, "refused": self.refused, "failure": self.failure}
@@ -158,7 +158,7 @@ class BackendReport:
 
 @dataclass(frozen=True)
 class VerificationReport:
-    """What `treadle.runtime.verification.verify_backends` found."""
+    """The results of `treadle.runtime.verification.verify_backends`."""
 
     model: str
     target: str
@@ -170,7 +170,9 @@ class VerificationReport:
 
     @property
     def passed(self) -> bool:
-        """Whether the rewrites and all backends that ran are near enough, and at least one was shown to be."""
+        """True if the rewrites and all backends that ran are within tolerance, and at least one backend was
+        conclusive.
+        """
         found = [b.passed for b in self.backends]
         right = True in found and False not in found and not self.rewrites.exceeds
         return right and not any(each.is_fatal for each in self.not_finite)
@@ -198,7 +200,7 @@ class VerificationReport:
 
 
 class ReportLayout:
-    """The report's lines, each of which can be told before the next is known."""
+    """The lines of a report, each of which can be printed before the next is known."""
 
     def __init__(self, backends: Sequence[str]) -> None:
         self.width = max(len(name) for name in ("rewrites", *backends))

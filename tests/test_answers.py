@@ -141,7 +141,7 @@ def error(message: str, kind: str, code: str | None = None, param: str | None = 
 @pytest.mark.parametrize(
     ("ends", "status", "told"),
     [
-        (QueueFull("5 texts wait"), 429, ("5 texts wait; ask again later", "rate_limit_error", "queue_full")),
+        (QueueFull("5 texts wait"), 429, ("5 texts wait; try again later", "rate_limit_error", "queue_full")),
         (Closed("closed"), 503, ("the server is being shut down", "server_error", "shutting_down")),
         (UsageError("no room", received="9"), 400, ("no room; received 9", "invalid_request_error")),
         (Cut.LATE, 408, ("the answer took longer than a request may", "invalid_request_error", "timeout")),

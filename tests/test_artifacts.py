@@ -439,7 +439,7 @@ def test_foreign_and_truncated_files(tmp_path: Path) -> None:
     save_file({"x": np.zeros(3, np.float32)}, tmp_path / "plain.treadle")
     with pytest.raises(CheckpointError, match="not an artifact"):
         load(tmp_path / "plain.treadle")
-    with pytest.raises(CheckpointError, match="there is no such file"):
+    with pytest.raises(CheckpointError, match="the file does not exist"):
         load(tmp_path / "nothing.treadle")
 
 

@@ -141,7 +141,7 @@ def test_a_rank_takes_the_gpu_of_its_place_on_its_machine(monkeypatch: pytest.Mo
     met = joined.start(plan_over("tp=4"), "cuda")
     gpu = torch.device("cuda", 1)
     assert met.device == gpu
-    with pytest.raises(UsageError, match="ranks meet on one kind of device"):
+    with pytest.raises(UsageError, match="all runs of ranks must be on one kind of device"):
         joined.start(plan_over("tp=4"), "cpu")
     assert (told["backend"], told["device_id"], told["current"]) == ("nccl", gpu, 1)
     assert (told["rank"], told["world_size"]) == (3, 4)
@@ -187,8 +187,8 @@ def told_by_another(monkeypatch: pytest.MonkeyPatch, at: int) -> Communicator:
 @pytest.mark.parametrize(
     ("name", "attributes", "at", "told"),
     [
-        ("all_reduce", {}, 0, "ranks 0 and 1 meet in different collectives"),
-        ("all_reduce", {}, 1, "ranks 0 and 1 meet with different dtypes, in all_reduce over tp"),
+        ("all_reduce", {}, 0, "ranks 0 and 1 are in different collectives"),
+        ("all_reduce", {}, 1, "ranks 0 and 1 have different dtypes in all_reduce over tp"),
         ("hand_on", {"source": 0, "target": 1}, 2, "ranks 0 and 1 hand on 6 and 7 elements over tp"),
     ],
 )
@@ -201,19 +201,19 @@ def test_ranks_that_do_not_meet_alike_are_told(
         met.exchange(op, np.ones((2, 3), np.float32))  # type: ignore[arg-type]
     assert error.value.what == told
     if not at:
-        assert error.value.received == "rank 0: all_reduce over tp, meeting 1 of its run"
+        assert error.value.received == "rank 0: all_reduce over tp, collective 1 of its run"
 
 
 @pytest.mark.parametrize(
     ("name", "attributes", "told"),
     [
-        ("all_reduce", {"over": "dp", "ways": 2}, "all_reduce over dp among 2 ranks is no meeting of the plan's"),
-        ("all_reduce", {"over": "tp", "ways": 4}, "all_reduce over tp among 4 ranks is no meeting of the plan's"),
+        ("all_reduce", {"over": "dp", "ways": 2}, "all_reduce over dp among 2 ranks is not a collective of the plan"),
+        ("all_reduce", {"over": "tp", "ways": 4}, "all_reduce over tp among 4 ranks is not a collective of the plan"),
         (
             "hand_on", {"over": "tp", "ways": 4, "source": 0, "target": 1},
-            "hand_on over tp among 4 ranks is no meeting of the plan's",
+            "hand_on over tp among 4 ranks is not a collective of the plan",
         ),
-        ("pass_on", {"over": "tp", "ways": 2, "axis": 1, "size": 6, "ahead": True}, "pass_on over tp has not begun"),
+        ("pass_on", {"over": "tp", "ways": 2, "axis": 1, "size": 6, "ahead": True}, "pass_on over tp was not started"),
     ],
 )  # fmt: skip
 def test_a_meeting_that_is_not_planned_is_refused(

@@ -558,10 +558,10 @@ def test_a_scheduler_takes_as_many_as_may_wait(opened: Any) -> None:
     assert [Scheduler(own, piece=piece).piece for piece in (5, 99)] == [5, 9]
     made, told = Scheduler(own, queue=2), list[Any]()
     order = (TextOrder((1,), Choosing(3)), told.append)
-    with pytest.raises(UsageError, match="3 texts at once, where at most 2 may wait"):
+    with pytest.raises(UsageError, match="3 texts at once, and at most 2 may wait"):
         made.submit([order] * 3)
     made.submit([order] * 2)
-    with pytest.raises(QueueFull, match="2 texts wait already"):
+    with pytest.raises(QueueFull, match="queue is full: 2 texts wait"):
         made.submit([order])
     assert made.load() == Load(waiting=2)
     made.close()

@@ -158,7 +158,7 @@ def test_prompts_and_talks_are_read_as_tokens() -> None:
         served.prompt_ids(Prompt(ids=(9,)))
     assert (error.value.status, error.value.field) == (400, "prompt")
     held.tokens = lambda texts, **how: [[]]
-    with pytest.raises(RequestRefusal, match="the prompt has no tokens; a prompt with a word in it") as error:
+    with pytest.raises(RequestRefusal, match="the prompt has no tokens; a prompt of at least one token") as error:
         served.chat_ids(["d"])  # type: ignore[list-item]
     assert (error.value.status, error.value.field) == (400, "messages")
     served.close(drain=0.0)

@@ -239,7 +239,7 @@ def test_an_unknown_tensor_names_the_nearest(tmp_path: Path) -> None:
 def test_an_incomplete_download(tmp_path: Path) -> None:
     root = write_cache(tmp_path / "models--org--name", write_model(tmp_path / "src"))
     (root / "snapshots" / REVISION / "model.safetensors").resolve().unlink()
-    assert "a link leads to a file that is not there" in refusal(root).what
+    assert "the target of a link does not exist" in refusal(root).what
 
 
 # -- what is damaged ---------------------------------------------------------------------------------------

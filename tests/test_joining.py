@@ -157,7 +157,7 @@ def test_a_store_that_ends_is_explained() -> None:
 
     own = made(_Watch())
     own.store.check = ends
-    with pytest.raises(RankError, match="comparing what ranks have") as error:
+    with pytest.raises(RankError, match="comparing facts between ranks") as error:
         own.agree({"plan": "a"})
     assert error.value.received == "closed"
 
@@ -216,7 +216,7 @@ def test_a_rank_is_a_number_below_the_others(
     name: str, value: str, place: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)
-    with pytest.raises(UsageError, match="RANK is a number below WORLD_SIZE, and MASTER_PORT a number") as error:
+    with pytest.raises(UsageError, match="RANK must be a number below WORLD_SIZE, and MASTER_PORT a number") as error:
         join()
     told = {**place, name: value}
     assert error.value.received == ", ".join(f"{each}={text!r}" for each, text in told.items())

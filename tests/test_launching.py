@@ -89,7 +89,7 @@ def test_each_rank_is_told_its_place(machine: _Machine, monkeypatch: pytest.Monk
 def test_there_is_one_rank_or_more(machine: _Machine) -> None:
     machine.plans = {0: (0.0, 0, None)}
     assert launch_ranks(["a"], 1) == 0
-    with pytest.raises(UsageError, match="there is 1 rank or more, not 0"):
+    with pytest.raises(UsageError, match="the number of ranks must be 1 or more, not 0"):
         launch_ranks(["a"], 0)
 
 

@@ -287,37 +287,40 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a momentum that grows": (lambda: SGD(1.5), "momentum must be a number of 0 or more and below 1"),
     "nesterov alone": (lambda: SGD(nesterov=True), "nesterov needs momentum"),
     "nesterov of another kind": (lambda: SGD(0.9, nesterov=1), "nesterov must be True or False"),  # type: ignore[arg-type]
-    "step 0": (lambda: AdamW().scalars(0), "a step must be a whole number of 1 or more"),
-    "half a step": (lambda: SGD().scalars(1.5), "a step must be a whole number of 1 or more"),  # type: ignore[arg-type]
-    "no weights": (lambda: updated(), "there are no weights to update"),
+    "step 0": (lambda: AdamW().scalars(0), "a step must be an integer of 1 or more"),
+    "half a step": (lambda: SGD().scalars(1.5), "a step must be an integer of 1 or more"),  # type: ignore[arg-type]
+    "no weights": (lambda: updated(), "the model has no weights to update"),
     "halves": (lambda: updated(w="f16[2]"), "weight w is not f32"),
     "integers": (lambda: updated(w="i64[2]"), "weight w is not f32"),
     "blocks": (lambda: updated(w="f32[2, 32] as q8_0"), "weight w is not f32"),
-    "a weight called as a scalar is": (lambda: updated(rate="f32[2]"), "the update has two values of the name rate"),
-    "a weight called as an output is": (lambda: updated(norm="f32[2]"), "the update has two values of the name norm"),
+    "a weight called as a scalar is": (lambda: updated(rate="f32[2]"), "two inputs of the update have the name rate"),
+    "a weight called as an output is": (lambda: updated(norm="f32[2]"), "two inputs of the update have the name norm"),
     "a weight called as a moment is": (
         lambda: updated(w="f32[2]", mean_w="f32[2]"),
-        "the update has two values of the name mean.w",
+        "two inputs of the update have the name mean.w",
     ),
     "a clip of 0": (lambda: updated(w="f32[2]", clip=0), "clip must be a number above 0"),
     "no clip": (lambda: updated(w="f32[2]", clip=math.inf), "clip must be a number above 0"),
-    "one that is not there": (lambda: updated(w="f32[2]", decayed=["w", "v"]), "what decays are weights, by name"),
-    "a name alone": (lambda: updated(w="f32[2]", decayed="w"), "what decays are weights, by name"),
+    "one that is not there": (lambda: updated(w="f32[2]", decayed=["w", "v"]), "unknown weights in decayed"),
+    "a name alone": (lambda: updated(w="f32[2]", decayed="w"), "unknown weights in decayed"),
     "a rate below 0": (lambda: Schedule(-1e-3), "a learning rate must be a number of 0 or more"),
     "a rate that is none": (lambda: schedule_of(math.nan), "a learning rate must be a number of 0 or more"),
     "a rate as text": (lambda: schedule_of("3e-4"), "a learning rate must be a number"),  # type: ignore[arg-type]
-    "half a warmup": (lambda: Schedule(1.0, warmup=0.5), "warmup must be a whole number"),  # type: ignore[arg-type]
-    "a negative warmup": (lambda: Schedule(1.0, warmup=-1), "warmup must be a whole number of 0 or more"),
-    "no steps": (lambda: Schedule(1.0, steps=0), "steps must be a whole number of 1 or more"),
-    "another shape": (lambda: Schedule(1.0, steps=9, shape="cosin"), "there is no shape 'cosin'"),  # type: ignore[arg-type]
+    "half a warmup": (lambda: Schedule(1.0, warmup=0.5), "warmup must be an integer"),  # type: ignore[arg-type]
+    "a negative warmup": (lambda: Schedule(1.0, warmup=-1), "warmup must be an integer of 0 or more"),
+    "no steps": (lambda: Schedule(1.0, steps=0), "steps must be an integer of 1 or more"),
+    "another shape": (lambda: Schedule(1.0, steps=9, shape="cosin"), "unknown schedule shape 'cosin'"),  # type: ignore[arg-type]
     "a fall without an end": (
         lambda: Schedule(1.0, shape="cosine"),
-        "a cosine schedule falls after its peak at step 1",
+        "a cosine schedule needs steps: it falls after its peak at step 1",
     ),
-    "all warmup": (lambda: Schedule(1.0, 9, 9, "linear"), "a linear schedule falls after its peak at step 9"),
-    "an end above the peak": (lambda: Schedule(1.0, 0, 9, "linear", 1.5), "a schedule ends at its peak or below"),
-    "an end of what is constant": (lambda: Schedule(1.0, end=0.5), "a constant schedule has no other end"),
-    "before the first step": (lambda: Schedule(1.0)(0), "a step must be a whole number of 1 or more"),
+    "all warmup": (lambda: Schedule(1.0, 9, 9, "linear"), "a linear schedule needs steps: it falls after its peak at"),
+    "an end above the peak": (
+        lambda: Schedule(1.0, 0, 9, "linear", 1.5),
+        "the end of a schedule must be between 0 and 1",
+    ),
+    "an end of what is constant": (lambda: Schedule(1.0, end=0.5), "a constant schedule cannot have another end"),
+    "before the first step": (lambda: Schedule(1.0)(0), "a step must be an integer of 1 or more"),
 }
 
 

@@ -37,7 +37,7 @@ def test_only_a_regular_file_is_opened(tmp_path: Path, monkeypatch: pytest.Monke
             open_regular(name)
         assert (error.value.received, error.value.within) == ("a folder, a pipe or a device", name)
     for name in ("nothing", "pipe/inside"):
-        with pytest.raises(CheckpointError, match="there is no such file"):
+        with pytest.raises(CheckpointError, match="the file does not exist"):
             open_regular(name, "the file")
     with pytest.raises(CheckpointError, match="the file cannot be opened") as error:
         open_regular("a\0b")
@@ -81,17 +81,17 @@ def test_links_lead_nowhere_out_of_a_folder(tmp_path: Path, monkeypatch: pytest.
         Path(name).symlink_to(target)
     assert contained("inside", root) == root
     for name, what in (
-        ("out", "the path leads out of the model's folder, and nothing outside it is read"),
-        ("gone", "a link leads to a file that is not there"),
+        ("out", "the path leads out of the model's folder, and files outside it are not read"),
+        ("gone", "the target of a link does not exist"),
         ("circle", "the file cannot be opened"),
-        ("nothing", "there is no such file"),
+        ("nothing", "the file does not exist"),
     ):
         for shown in (None, "the weights"):
             with pytest.raises(CheckpointError) as error:
                 contained(name, root, shown)
             assert (error.value.what, error.value.within) == (what, shown or name)
             if name == "out":
-                assert error.value.hint == f"put the file itself into {root}"
+                assert error.value.hint == f"move the file itself into {root}"
     with pytest.raises(CheckpointError) as error:
         canonical("gone")
     assert error.value.within == "gone"
@@ -242,7 +242,7 @@ def test_limits_are_given_by_name_or_all() -> None:
 @pytest.mark.parametrize(
     ("given", "what", "received", "hint"),
     [
-        (7, "limits are a _Limits, or numbers by name", "a int", "one of nodes, bytes"),
+        (7, "limits must be a _Limits, or numbers by name", "a int", "one of nodes, bytes"),
         ({"node": 1}, "this kind of file has no limit 'node'", None, "one of nodes, bytes"),
         ({"nodes": 0}, "the limit nodes must be a positive integer", "0", None),
         ({"bytes": True}, "the limit bytes must be a positive integer", "True", None),

@@ -52,9 +52,9 @@ def test_each_group_meets_by_itself_and_is_remembered() -> None:
 @pytest.mark.parametrize(
     ("first", "second", "what", "received"),
     [
-        (op(), op(monoid="max"), "ranks 0 and 1 meet in different collectives", "('all_reduce"),
-        (op(3), op(3), "all_reduce is among 3 ranks, and 2 meet over tp", ""),
-        (op(), None, "ranks wait for others that do not come", "rank 0 in all_reduce over tp"),
+        (op(), op(monoid="max"), "ranks 0 and 1 are in different collectives", "('all_reduce"),
+        (op(3), op(3), "all_reduce is among 3 ranks, and 2 communicate over tp", ""),
+        (op(), None, "ranks wait for others that do not arrive", "rank 0 in all_reduce over tp"),
     ],
 )  # fmt: skip
 def test_ranks_that_do_not_meet_are_told(first: Any, second: Any, what: str, received: str) -> None:
@@ -95,8 +95,8 @@ def test_parts_of_outputs_are_put_together() -> None:
     assert np.array_equal(_assembled(plan, [{name: whole}] * 2, sizes)[name], whole, equal_nan=True)
     assert np.array_equal(_assembled(plan, [{}, {name: whole}], sizes)[name], whole, equal_nan=True)
     for other, what in (
-        (whole + 1, f"rank 1 holds another {name} than the ranks before it"),
-        (whole[:, :1], f"rank 1 gives {name} of {[1, 1, *shape[2:]]}, not {list(shape)}"),
+        (whole + 1, f"rank 1 has another {name} than the ranks before it"),
+        (whole[:, :1], f"rank 1 returns {name} of {[1, 1, *shape[2:]]}, not {list(shape)}"),
     ):
         with pytest.raises(GraphError) as error:
             _assembled(plan, [{name: whole}, {name: other}], sizes)

@@ -370,7 +370,7 @@ def test_a_rank_that_hangs_ends_the_others_at_the_timeout(forked: ForkedRanks, m
     job = forked.launch(2, str(JOB), "turns", mode, TIMEOUT="3")
     processes = processes_of(job, 2)
     assert job.ended(SOON) == 2
-    assert job.told.count("rank 1 does not come") == 1
+    assert job.told.count("rank 1 does not arrive") == 1
     assert told in job.told
     assert not any(map(is_left, processes.values()))
 
@@ -410,18 +410,18 @@ def test_a_process_that_nobody_started_as_a_rank_is_told_how(monkeypatch: pytest
     assert "RANK" in (error.value.received or "")
     for name, value in (("RANK", "2"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(UsageError, match="RANK is a number below WORLD_SIZE"):
+    with pytest.raises(UsageError, match="RANK must be a number below WORLD_SIZE"):
         join()
 
 
 @pytest.mark.parametrize(
     ("rank", "met", "told"),
     [
-        (0, None, "ranks 1, 2 did not come within 0.05 s: None"),
+        (0, None, "ranks 1, 2 did not connect within 0.05 s: None"),
         (
             1,
             RuntimeError(f"no {'route ' * 99}\nat all"),
-            "rank 1 of 3 met no others at localhost within 0.05 s: no route",
+            "rank 1 of 3 found no other ranks at localhost within 0.05 s: no route",
         ),
     ],
 )
@@ -452,7 +452,7 @@ def test_ranks_need_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="ranks meet through PyTorch, which is not installed"):
+    with pytest.raises(UsageError, match="ranks communicate through PyTorch, which is not installed"):
         join()
 
 
@@ -488,7 +488,7 @@ def test_launched_processes_know_their_places_and_the_greatest_exit_code_counts(
         cores = sorted(os.sched_getaffinity(0))
         assert told[0] == f"3 {cores[: max(1, len(cores) // 3)]}"
         assert told[2].endswith(f"{cores[-1]}]")
-    with pytest.raises(UsageError, match="there is 1 rank or more"):
+    with pytest.raises(UsageError, match="the number of ranks must be 1 or more"):
         launch_ranks(["true"], 0)
 
 

@@ -251,7 +251,7 @@ def test_text_field(path: Path) -> None:
         refusal(path),
         path,
         """
-expected a size, a whole number from 0 to 2^63 - 1
+expected a size, an integer from 0 to 2^63 - 1
   received  -3
   in        FILE: header, byte 44, tensor w, shape
 """,
@@ -295,10 +295,10 @@ RULES: list[tuple[str, object, bytes, str, str]] = [
     ("not closed", b'{"a"', b"", "expected ':'", "byte 16"),
     ("not UTF-8", b'{"\xff"', b"", "not UTF-8", "byte 10"),
     ("control character", b'{"a\x1b[2J": 1}', b"", "control character", "byte 11"),
-    ("lone surrogate", b'{"\\ud800": 1}', b"", "stands for no character", "byte 9"),
+    ("lone surrogate", b'{"\\ud800": 1}', b"", "an invalid escape", "byte 9"),
     ("comma last", b'{"__metadata__": {"a": "b",}}', b"", "expected a key", "byte 35, __metadata__"),
-    ("tensor twice", b'{"a": %s, "a": %s}' % (ONE, ONE), bytes(2), "stands twice", "byte 69"),
-    ("field twice", b'{"a": {"dtype": "U8", "dtype": "I8"}}', b"", "stands twice", "byte 30, tensor a, dtype"),
+    ("tensor twice", b'{"a": %s, "a": %s}' % (ONE, ONE), bytes(2), "a duplicate key", "byte 69"),
+    ("field twice", b'{"a": {"dtype": "U8", "dtype": "I8"}}', b"", "a duplicate key", "byte 30, tensor a, dtype"),
     ("metadata not text", {"__metadata__": {"a": 1}}, b"", "expected a text", "byte 31, __metadata__"),
     ("metadata no object", {"__metadata__": "pt"}, b"", "expected an object of texts", "byte 25, __metadata__"),
     ("entry no object", {"a": 1}, b"", "expected an object of dtype", "byte 14, tensor a"),

@@ -198,7 +198,7 @@ def test_a_text_of_which_no_token_can_be_chosen_ends_alone(model: Compiled, sche
     assert banned.wait() == []
     (end,) = banned.ends
     assert isinstance(end.why, UsageError)
-    assert "no token" in end.why.what
+    assert "every token" in end.why.what
 
 
 def test_a_text_whose_choice_fails_ends_alone(model: Compiled, scheduler: Scheduler) -> None:
@@ -260,9 +260,9 @@ def test_no_more_wait_than_may(session: Session) -> None:
     scheduler = Scheduler(session, queue=2)  # not started: nobody leaves the queue
     for _ in range(2):
         scheduler.submit([(TextOrder((1,), Choosing(1)), Heard())])
-    with pytest.raises(UsageError, match="3 texts at once, where at most 2 may wait"):
+    with pytest.raises(UsageError, match="3 texts at once, and at most 2 may wait"):
         scheduler.submit([(TextOrder((1,), Choosing(1)), Heard())] * 3)
-    with pytest.raises(QueueFull, match="2 texts wait already"):
+    with pytest.raises(QueueFull, match="queue is full: 2 texts wait"):
         scheduler.submit([(TextOrder((1,), Choosing(1)), Heard())])
     scheduler.start()
     scheduler.close(drain=SECONDS)

@@ -275,7 +275,7 @@ def writing(vocabulary: str) -> Any:
 
 REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     # files and arguments
-    "limits": (lambda _: limits_of(CheckpointLimits, 5), UsageError, "limits are a CheckpointLimits"),  # type: ignore[type-var]
+    "limits": (lambda _: limits_of(CheckpointLimits, 5), UsageError, "limits must be a CheckpointLimits"),  # type: ignore[type-var]
     "a download": (lambda p: _only_file(bare(p, ("a", "b")), PINNED["minilm"]), FrontendError, "minilm"),
     "a family": (lambda _: find_family("bret"), UsageError, "there is no model 'bret' in the zoo"),
     "no family": (lambda _: find_family("zzz"), UsageError, "there is no model 'zzz' in the zoo"),
@@ -458,7 +458,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "no batch": (
         lambda _: shard_model(t.model(_rowless), "pp=2,micro=2", recipe="gpipe"), UsageError, "_rowless has no batch"
     ),
-    "no sizes": (lambda _: verify_model(read("relu(x)"), sizes=[]), UsageError, "there are no sizes to verify at"),
+    "no sizes": (lambda _: verify_model(read("relu(x)"), sizes=[]), UsageError, "no sizes to verify at"),
     "a pipeline that writes": (
         lambda _: RankPart.of("gpt2", "pp=2", quiet, recipe="gpipe", whole=True), PassError, "a pipeline has no step"
     ),
@@ -472,20 +472,20 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "two inputs of tokens": (lambda _: t.compile(MODELS["packed"]).session(rows=1), UsageError, "a session feeds one"),
     "no logits": (lambda _: t.compile(t.model(_headless)).session(rows=1), UsageError, "a session needs a model with"),
     "what rows bring": (lambda _: t.compile(MODELS["t5"]).session(rows=1, capacity=8), UsageError, "each row"),
-    "no beams": (lambda _: Beams(0), UsageError, "a search has 1 beam or more"),
-    "more texts than beams": (lambda _: Beams(2, best=3), UsageError, "of 2 beams, 1 to 2 texts"),
+    "no beams": (lambda _: Beams(0), UsageError, "count must be 1 or more"),
+    "more texts than beams": (lambda _: Beams(2, best=3), UsageError, "best must be from 1 to 2"),
     "a long penalty": (lambda _: Beams(2, length_penalty=100.0), UsageError, "length_penalty must lie between"),
     "an early end": (lambda _: Beams(2, early="soon"), UsageError, "early must be"),  # type: ignore[arg-type]
-    "sums that are verified": (lambda _: carrying().verify(0, [1]), UsageError, "summed carries sums"),
+    "sums that are verified": (lambda _: carrying().verify(0, [1]), UsageError, "summed has running"),
     "sums and guesses": (
-        lambda _: list(speculate(carrying(), [[1]], guess=PromptLookup(), most=2)), UsageError, "summed carries sums"
+        lambda _: list(speculate(carrying(), [[1]], guess=PromptLookup(), most=2)), UsageError, "summed has running"
     ),
-    "a draft of sums": (lambda _: DraftModel(carrying()), UsageError, "summed carries sums"),
+    "a draft of sums": (lambda _: DraftModel(carrying()), UsageError, "summed has running"),
     "a draft without a text": (
-        lambda _: DraftModel(t.compile("gpt2", **SMALL).session(rows=1)).follow([1], 2), UsageError, "a draft guesses"
+        lambda _: DraftModel(t.compile("gpt2", **SMALL).session(rows=1)).follow([1], 2), UsageError, "begin must be"
     ),
     "a draft of nothing": (
-        lambda _: DraftModel(t.compile("gpt2", **SMALL).session(rows=1), count=0), UsageError, "a draft guesses 1 token"
+        lambda _: DraftModel(t.compile("gpt2", **SMALL).session(rows=1), count=0), UsageError, "count must be 1"
     ),
 }  # fmt: skip
 

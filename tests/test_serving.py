@@ -284,8 +284,8 @@ WRONG: list[tuple[str, Any, int, str | None, str]] = [
     ("/completions", {**COMPLETION, "model": "other"}, 404, "model", "no model 'other'"),
     ("/completions", {**COMPLETION, "model": "vectors"}, 400, "model", "embeds, and writes nothing"),
     ("/completions", {**COMPLETION, "max_token": 3}, 400, "max_token", "did you mean max_tokens"),
-    ("/completions", {**COMPLETION, "max_tokens": -1}, 400, "max_tokens", "max_tokens must be a whole number"),
-    ("/completions", {**COMPLETION, "max_tokens": True}, 400, "max_tokens", "max_tokens must be a whole number"),
+    ("/completions", {**COMPLETION, "max_tokens": -1}, 400, "max_tokens", "max_tokens must be an integer"),
+    ("/completions", {**COMPLETION, "max_tokens": True}, 400, "max_tokens", "max_tokens must be an integer"),
     ("/completions", {**COMPLETION, "temperature": 3}, 400, "temperature", "temperature must be a number from 0 to 2"),
     (
         "/completions",
@@ -300,9 +300,9 @@ WRONG: list[tuple[str, Any, int, str | None, str]] = [
     ("/completions", {**COMPLETION, "prompt": ["a", 1]}, 400, "prompt", "prompt must be a text"),
     ("/completions", {**COMPLETION, "prompt": [99999]}, 400, "prompt", "not in the vocabulary"),
     ("/completions", {**COMPLETION, "prompt": "the cat " * 80}, 400, "prompt", "a row of the session takes 64"),
-    ("/completions", {**COMPLETION, "n": 1000}, 400, "n", "n must be a whole number"),
+    ("/completions", {**COMPLETION, "n": 1000}, 400, "n", "n must be an integer"),
     ("/completions", {**COMPLETION, "prompt": ["a"] * 100, "n": 2}, 400, "n", "asks for 200 texts"),
-    ("/completions", {**COMPLETION, "prompt": ["a"] * 60}, 400, None, "60 texts at once, where at most 40 may wait"),
+    ("/completions", {**COMPLETION, "prompt": ["a"] * 60}, 400, None, "60 texts at once, and at most 40 may wait"),
     ("/completions", {**COMPLETION, "best_of": 3}, 400, "best_of", "best_of chooses among"),
     ("/completions", {**COMPLETION, "echo": True}, 400, "echo", "echo repeats the prompt"),
     ("/completions", {**COMPLETION, "logit_bias": {"5": 1}}, 400, "logit_bias", "logit_bias changes"),
@@ -382,7 +382,7 @@ def test_a_text_that_cannot_be_embedded_is_refused_and_waits_no_longer() -> None
         width = 3
 
         def embed_reporting(self, texts: list[str]) -> Any:
-            with pytest.raises(RequestRefusal, match="1 requests wait already; ask again later") as late:
+            with pytest.raises(RequestRefusal, match="1 requests wait already; try again later") as late:
                 served.embed(texts)
             assert (late.value.status, late.value.code, late.value.headers) == (429, "queue_full", {"Retry-After": "1"})
             raise UsageError("no such text", received="a", hint="another")
@@ -410,7 +410,7 @@ def test_who_comes_when_too_many_wait_is_told_to_come_again(server: Running, wri
     options = {**COMPLETION, "prompt": ["a"] * 40, "max_tokens": 60, "temperature": 1, "seed": seed}
     first = server.client().completions.create(**options, stream=True)
     next(iter(first))  # so that it waits
-    with pytest.raises(openai.RateLimitError, match="texts wait already; ask again later") as caught:
+    with pytest.raises(openai.RateLimitError, match="texts wait; try again later") as caught:
         server.client().completions.create(**options)
     assert caught.value.response.headers["retry-after"] == "1"
     assert len({each.choices[0].index for each in first}) == 40

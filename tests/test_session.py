@@ -80,10 +80,10 @@ def test_other_tokens_than_were_verified_are_not_accepted(exe: Compiled) -> None
     session = exe.session(rows=1, capacity=32)
     row = session.open()
     session.prefill({row: [1, 2, 3]})
-    with pytest.raises(UsageError, match="accepts tokens that were verified just before"):
+    with pytest.raises(UsageError, match="accepts only tokens that were just verified"):
         session.accept(row, [4])
     session.verify(row, [4, 5, 6])
-    with pytest.raises(UsageError, match="accepts tokens that were verified just before"):
+    with pytest.raises(UsageError, match="accepts only tokens that were just verified"):
         session.accept(row, [4, 6])
     session.accept(row, [])
     with pytest.raises(UsageError, match="where none were verified"):
@@ -155,7 +155,7 @@ def test_a_call_that_is_broken_off_changes_no_row_unseen(model: Model) -> None:
     assert session.tokens(row) == (1, 2)
     if model is summing:
         for use in (lambda: session.step({row: 5}), lambda: session.fork(row)):
-            with pytest.raises(UsageError, match=f"row {row} cannot go on"):
+            with pytest.raises(UsageError, match=f"row {row} cannot continue"):
                 use()
         session.close(row)
         row = session.open()
@@ -175,7 +175,7 @@ def test_a_row_that_is_broken_off_while_it_slides_keeps_its_text(exe: Compiled) 
     with pytest.raises(KeyboardInterrupt):
         session.step({row: 9})
     assert session.tokens(row) == (1, 2, 3, 4, 5, 6, 7, 8)
-    with pytest.raises(UsageError, match=f"row {row} cannot go on"):
+    with pytest.raises(UsageError, match=f"row {row} cannot continue"):
         session.step({row: 9})
 
 
@@ -211,9 +211,9 @@ def test_ids_are_those_of_the_table_and_logits_those_of_that_name() -> None:
     near(session.prefill({row: [1, 39]})[row], whole(exe, [1, 39])[-1])
     with pytest.raises(UsageError, match="token 40 is not in the vocabulary"):
         session.step({row: 40})
-    with pytest.raises(UsageError, match="gives hidden, scores for each token: which are its logits"):
+    with pytest.raises(UsageError, match="returns hidden, scores for each token, and none is named logits"):
         t.compile(unnamed, seed=1).session(capacity=8)
-    with pytest.raises(UsageError, match="feeds ids of tokens, which of_vectors does not take"):
+    with pytest.raises(UsageError, match="feeds token ids, and of_vectors has no input for them"):
         t.compile(of_vectors, seed=1).session(capacity=8)
 
 
@@ -235,15 +235,15 @@ def test_what_is_wrong_is_said_before_anything_is_appended(exe: Compiled) -> Non
     for wrong, what in (
         (lambda: session.step({row: 50}), "token 50 is not in the vocabulary"),
         (lambda: session.step({row: -1}), "token -1 is not in the vocabulary"),
-        (lambda: session.prefill({row: []}), f"row {row} is given no tokens"),
+        (lambda: session.prefill({row: []}), f"row {row} has no tokens to append"),
         (lambda: session.step({7: 1}), "row 7 is not open"),
         (lambda: session.close(7), "row 7 is not open"),
         (lambda: session.prefill({row: [1] * 15}), f"the cache of row {row} is full"),
         (lambda: session.open(picture=1), "begins with nothing"),
-        (lambda: session.step({row: 2.5}), "what is no id of a token"),
-        (lambda: session.step({row: None}), "what is no id of a token"),
-        (lambda: session.prefill({row: 3}), "what is no id of a token"),
-        (lambda: session.prefill([[3]]), "tokens are given by row"),
+        (lambda: session.step({row: 2.5}), "a value that is not a token id"),
+        (lambda: session.step({row: None}), "a value that is not a token id"),
+        (lambda: session.prefill({row: 3}), "a value that is not a token id"),
+        (lambda: session.prefill([[3]]), "tokens must be a mapping by row"),
     ):
         with pytest.raises(UsageError, match=what):
             wrong()
@@ -257,7 +257,7 @@ def test_sizes_that_do_not_fit_are_refused(exe: Compiled) -> None:
         ({"rows": 0}, "rows must be 1 or more"),
         ({"chunk": 0}, "chunk must be 1 or more"),
         ({"full": "stop"}, "'error' or 'slide'"),
-        ({"memory": {"S": 5}}, "keeps anything of a size S"),
+        ({"memory": {"S": 5}}, "keep no value of a size S"),
     ):
         with pytest.raises(UsageError, match=what):
             exe.session(**options)  # type: ignore[arg-type]

@@ -379,5 +379,5 @@ def test_what_is_loaded_and_is_not_there_is_told_with_what_is() -> None:
         t.load("nope")
     with pytest.raises(UsageError, match="bert is a declaration of the zoo"):
         t.load("bert")
-    with pytest.raises(CheckpointError, match="there is no such file"):
+    with pytest.raises(CheckpointError, match="the file does not exist"):
         t.load("nope.treadle")

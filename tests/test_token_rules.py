@@ -36,7 +36,7 @@ def test_what_each_rule_does() -> None:
 
 
 def test_rules_that_leave_nothing_and_values_out_of_range() -> None:
-    with pytest.raises(UsageError, match="leave no token"):
+    with pytest.raises(UsageError, match="exclude every token"):
         TokenRules(banned=(0, 1)).apply(np.zeros(2), prompt=[], made=[])
     with pytest.raises(UsageError, match="token 7 is not in the vocabulary"):
         TokenRules(first=7).apply(np.zeros(2), prompt=[], made=[])

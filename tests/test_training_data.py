@@ -67,7 +67,7 @@ def test_files_without_a_text_are_refused(tmp_path: Path) -> None:
         read_documents([str(tmp_path / "a.txt")])
     with pytest.raises(UsageError, match="the text is not UTF-8"):
         read_documents([str(tmp_path / "b.txt")])
-    with pytest.raises(CheckpointError, match="there is no such file"):
+    with pytest.raises(CheckpointError, match="the file does not exist"):
         read_documents([str(tmp_path / "c.txt")])
 
 

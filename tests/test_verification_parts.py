@@ -94,8 +94,8 @@ def test_a_model_is_at_fault_where_nothing_is_left_or_a_weight_is_none(
         (BackendReport("a", refused="no torch", difference=FAR), None, "-      not run: no torch"),
         (BackendReport("a", failure="no memory"), False, "WRONG  failed: no memory"),
         (BackendReport("a", difference=FAR), False, "WRONG  0.1 (at most 1e-05)"),
-        (BackendReport("a", difference=LOOSE), None, "-      cannot tell: a change of the last bits"),
-        (BackendReport("a", difference=Difference(0.0, math.inf)), None, "-      cannot tell: no output is a number"),
+        (BackendReport("a", difference=LOOSE), None, "-      inconclusive: a change of the last bits"),
+        (BackendReport("a", difference=Difference(0.0, math.inf)), None, "-      inconclusive: no output is finite"),
         (
             BackendReport("a", difference=NEAR, fault=OpFault("gelu", "", "", FAR, None, {})),
             False,
@@ -107,7 +107,7 @@ def test_what_is_told_of_a_backend(report: BackendReport, passed: bool | None, t
     first, *rest = ReportLayout(["a"]).backend(report)
     assert report.passed is passed
     assert first.startswith(f"  a         {told}")
-    last = "every op alone is right: the fault lies in how they are put together"
+    last = "every op alone is correct: the error is in their composition"
     if report.fault:
         last = f"first op: {report.fault}"
     assert rest == ([f"{' ' * 19}{last}"] if passed is False else [])

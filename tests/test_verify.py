@@ -137,7 +137,7 @@ def test_right_ops_put_together_wrongly(monkeypatch: pytest.MonkeyPatch) -> None
     report = verify_model(toy, backends=["numpy"])
     assert report.backends[0].passed is False
     assert report.backends[0].fault is None
-    assert "every op alone is right" in str(report)
+    assert "every op alone is correct" in str(report)
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ def test_where_roundings_decide_the_result_nothing_is_claimed() -> None:
     assert report.backends[0].passed is None
     assert report.backends[0].fault is None
     assert not report.passed
-    assert "cannot tell" in str(report)
+    assert "inconclusive" in str(report)
 
 
 def test_what_roundings_make_nan_is_undecided_and_a_constant_exponent_is_exact() -> None:
@@ -273,7 +273,7 @@ def test_results_that_are_nan_throughout_are_no_agreement() -> None:
     (found,) = report.not_finite
     assert (found.origin, found.kind, found.is_all) == ("softmax of infinite numbers", "NaN", True)
     assert Path(__file__).name in found.line
-    assert "no output is a number" in str(report)
+    assert "no output is finite" in str(report)
     assert str(found) in str(report)
     assert json.loads(json.dumps(report.as_dict(), allow_nan=False))["not_finite"][0]["origin"] == found.origin
 

@@ -78,19 +78,19 @@ def waits(doing: str, since: float, silent: float = 0.0) -> RankStatus:
     ("said", "told"),
     [
         ([waits("a", 4), does("b", 9)], None),
-        ([waits("a", 5), does("b", 3), does("c", 2)], "rank 1 does not come: rank 0 waits in a for 5.0 s; rank 1: b"),
+        ([waits("a", 5), does("b", 3), does("c", 2)], "rank 1 does not arrive: rank 0 waits in a for 5.0 s; rank 1: b"),
         (
             [waits("a", 6), waits("a", 5), does("b", 2), does("c", 1)],
-            "rank 2, 3 does not come: rank 0 waits in a for 6.0 s; rank 2: b; rank 3: c",
+            "rank 2, 3 does not arrive: rank 0 waits in a for 6.0 s; rank 2: b; rank 3: c",
         ),
         (
             [waits("a", 5), waits("a", 0, silent=2.5)],
-            "rank 1 does not come: rank 0 waits in a for 5.0 s; rank 1: in a, not heard of for 2.5 s",
+            "rank 1 does not arrive: rank 0 waits in a for 5.0 s; rank 1: in a, silent for 2.5 s",
         ),
-        ([waits("a", 5), waits("b", 0)], "ranks wait for others that do not come: rank 0: in a; rank 1: in b"),
+        ([waits("a", 5), waits("b", 0)], "ranks wait for others that do not arrive: rank 0: in a; rank 1: in b"),
         (
             [waits("a", 5), waits("b", 0, silent=2)],
-            "ranks wait for others that do not come: rank 0: in a; rank 1: in b",
+            "ranks wait for others that do not arrive: rank 0: in a; rank 1: in b",
         ),
     ],
 )
@@ -194,7 +194,7 @@ def test_a_rank_says_what_it_does_and_whether_it_waits(clock: SimpleNamespace) -
     assert RankStatus().message() == {"doing": "starting", "since": 0.0, "waiting": False}
 
 
-@pytest.mark.parametrize(("silent", "told"), [(10 * PERIOD, "in a"), (2.5, "in a, not heard of for 2.5 s")])
+@pytest.mark.parametrize(("silent", "told"), [(10 * PERIOD, "in a"), (2.5, "in a, silent for 2.5 s")])
 def test_only_a_long_silence_is_told(silent: float, told: str, clock: SimpleNamespace) -> None:
     assert str(waits("a", 0, silent)) == told
 
@@ -217,7 +217,7 @@ def test_an_error_of_torch_that_no_rank_explains_is_told_by_its_first_line() -> 
     watch._failed = SimpleNamespace(wait=waited.append)  # type: ignore[assignment]
     error = watch.explained(RuntimeError("r" * 301 + "\nand\nmore"), "all_reduce over tp")
     assert isinstance(error, RankError)
-    assert (error.what, error.received) == ("all_reduce over tp: the ranks could not meet", "r" * 300)
+    assert (error.what, error.received) == ("all_reduce over tp: the ranks could not communicate", "r" * 300)
     assert waited == [GRACE], "one may be about to be known"
 
 
@@ -287,7 +287,7 @@ def test_rank_0_tells_the_others_what_it_does(clock: SimpleNamespace) -> None:
     watch._look()
     assert here.sent[-1] == {"doing": "loading", "since": 3, "waiting": False}
     assert left.sent == [
-        {"what": "rank 0 does not come", "received": watch.failure and watch.failure.received, "teller": 0}
+        {"what": "rank 0 does not arrive", "received": watch.failure and watch.failure.received, "teller": 0}
     ]
 
 
@@ -332,7 +332,7 @@ def test_the_end_of_rank_0_after_the_end_of_all_is_no_death(
 @pytest.mark.parametrize(
     ("own", "silent", "received"),
     [
-        (waits("a", 4.5), 2.5, "not heard of for 2.5 s"),
+        (waits("a", 4.5), 2.5, "silent for 2.5 s"),
         (waits("a", 4), 2.5, None),
         (waits("a", 4.5), 2, None),
         (does("a", 4.5), 2.5, None),
@@ -344,7 +344,7 @@ def test_rank_0_hangs_where_others_wait_and_hear_nothing(
     watch = Watch(1, 2, timeout=4.0)
     watch._said[0] = does("b", 0, silent)
     watch._look_for_silence(own)
-    assert watch.failure == (received and Failure("rank 0 does not come", received, 1))
+    assert watch.failure == (received and Failure("rank 0 does not arrive", received, 1))
 
 
 def test_rank_0_is_reached_where_it_listens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,7 +142,7 @@ def test_the_lab_refuses_more_ranks_than_it_has_threads_for(monkeypatch: pytest.
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", only_one)
-    with pytest.raises(GraphError, match="the system starts no more threads"):
+    with pytest.raises(GraphError, match="the system cannot start more threads"):
         apart("gpt2", shard(recognized("gpt2"), "tp=2", recipe="megatron"))
     assert not started[0].is_alive()
 
@@ -158,9 +158,9 @@ def meeting(rank: int, **attributes: Any) -> Graph:
 @pytest.mark.parametrize(
     ("other", "told"),
     [
-        ({"name": "all_gather", "axis": 1, "size": 8}, "ranks 0 and 1 meet in different collectives"),
-        ({"monoid": "max"}, "ranks 0 and 1 meet in different collectives"),
-        ({"name": ""}, "ranks wait for others that do not come"),
+        ({"name": "all_gather", "axis": 1, "size": 8}, "ranks 0 and 1 are in different collectives"),
+        ({"monoid": "max"}, "ranks 0 and 1 are in different collectives"),
+        ({"name": ""}, "ranks wait for others that do not arrive"),
     ],
 )
 def test_ranks_that_do_not_meet_are_told_and_nobody_waits(other: dict[str, Any], told: str) -> None:

@@ -27,7 +27,7 @@ _READ_BYTES = 4 << 30
 def read_npy(path: str | Path, *, limit_bytes: int = _READ_BYTES) -> Array:
     """The array of a .npy file.
 
-    Raises CheckpointError where there is no such file, where it is damaged or truncated, where it holds Python objects
+    Raises CheckpointError if the file does not exist, is damaged or truncated, or holds Python objects
     (which would be unpickled), or more bytes than the limit.
     """
     shown = shown_path(path)

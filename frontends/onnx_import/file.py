@@ -150,7 +150,7 @@ class OnnxFile:
         """Read a file, or take a model that is in memory; `folder` then holds its external data.
 
         Raises FrontendError without the package onnx or where the bytes are no ModelProto, CheckpointError where
-        there is no such file or it is past the limit.
+        the file does not exist or it is past the limit.
         """
         known = limits_of(OnnxLimits, limits)
         try:

@@ -1,1 +1,1 @@
-"""Ranks of a sharded model as processes: how they start, meet, and end."""
+"""Ranks of a sharded model as processes: start, communication, and end."""

@@ -1,15 +1,15 @@
-"""The communicator: how a rank meets the others through torch.distributed, by gloo on processors and NCCL on CUDA.
+"""The communicator: a rank's collectives through torch.distributed, with gloo on CPUs and NCCL on CUDA.
 
     communicator = Communicator(plan, rank, waiting=watch.waiting)
-    with communicator.running("B=2, S=16"):      # in which collectives of the rank's program meet here
+    with communicator.running("B=2, S=16"):      # the collectives of the rank's program run here
         outputs = executable(**inputs)
 
-Parts need not be equal, and a rank's program knows its own part alone. So when a run of new sizes first comes to a
-collective, the ranks of the group tell each other what they meet in and how large their parts are; later runs of these
-sizes know. Who meets in another collective, or with another dtype, is told so then.
+Parts need not be equal, and a rank's program knows only its own part. When a run with new sizes first reaches a
+collective, the ranks of the group exchange the kind of the collective and the sizes of their parts; later runs with
+these sizes reuse them. A rank in another collective, or with another dtype, is reported at that exchange.
 
-A rank that hands a value on goes on at once; so does one that begins to gather or to pass on (`start_gather`,
-`start_pass`), until it needs what is to come. Tensors stay on the device where they are.
+A rank that hands a value on continues at once; so does a rank that starts an asynchronous gather or pass
+(`start_gather`, `start_pass`), until it needs the result. Tensors stay on their device.
 """
 
 from __future__ import annotations
@@ -50,28 +50,27 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a rank's calls of one collective were about.
+    """The traffic of a rank's calls of one collective.
 
-    times  how often
-    bytes  payloads together: what it brought, or got, if that is more
+    times  number of calls bytes  total payload: the bytes sent or received, whichever is larger
     """
 
     times: int = 0
     bytes: int = 0
 
     def beside(self, bytes: int) -> Traffic:
-        """With one call more."""
+        """Return the traffic with one more call."""
         return Traffic(self.times + 1, self.bytes + bytes)
 
 
 class Communicator:
-    """A rank's meetings; see `treadle.ir.placement.meeting.Meeting`. torch.distributed must have been started.
+    """A rank's collectives; see `treadle.ir.placement.meeting.Meeting`. torch.distributed must be initialized.
 
-    device   where this rank's tensors lie
+    device   device of this rank's tensors
     timeout  seconds after which torch.distributed gives up
-    waiting  a context in which a rank waits for others, given what for
-    failed   what is raised in place of an error of torch.distributed
-    traffic  by collective and the axes that it is over
+    waiting  a context in which a rank waits for others, given a description of the wait
+    failed   returns the exception to raise in place of an error of torch.distributed
+    traffic  by collective and the mesh axes that it spans
     """
 
     def __init__(
@@ -95,11 +94,13 @@ class Communicator:
 
     @property
     def mesh(self) -> Mesh:
-        """The plan's, of its ranks."""
+        """The mesh of the plan."""
         return self.plan.devices
 
     def _group(self, over: str) -> RankGroup:
-        """Its group along parts of axes; every rank makes all groups, in one order, as torch.distributed asks."""
+        """Return the rank's group along parts of axes. Every rank creates all groups in one order, as torch.distributed
+        requires.
+        """
         import torch.distributed as dist
 
         parts = self.mesh.parts_of(over)
@@ -120,7 +121,9 @@ class Communicator:
 
     @contextmanager
     def running(self, what: Hashable) -> Iterator[None]:
-        """One run of the rank's program: of this entry, with these sizes, what else decides how large parts are."""
+        """A run of the rank's program, identified by its entry, its sizes, and everything else that determines part
+        sizes.
+        """
         self._run, self._number = what, 0
         self._begun.clear()
         with meeting_at(self):
@@ -134,24 +137,26 @@ class Communicator:
 
     @contextmanager
     def _waiting(self, told: str) -> Iterator[None]:
-        """Wait for others, given what for. Raises what stands for an error of torch.distributed."""
+        """Wait for other ranks, with a description. Raises the replacement for an error of torch.distributed."""
         with self.waiting(told):
             try:
                 yield
-            except RuntimeError as error:  # all that torch.distributed raises
+            except RuntimeError as error:  # all errors that torch.distributed raises
                 raise self.failed(error, told) from error
 
     def _settle(self) -> None:
-        """Wait for a GPU, which is only told to meet others: the watch then knows for whom this rank waits."""
+        """Synchronize with a GPU, on which collectives are only enqueued, so that the watch knows which rank this one
+        waits for.
+        """
         if self.device.type != "cpu":
             import torch
 
             torch.cuda.current_stream(self.device).synchronize()
 
-    # -- meeting -----------------------------------------------------------------------------------------------
+    # -- collectives -------------------------------------------------------------------------------------------
 
     def exchange(self, op: Collective, part: Any) -> Any:
-        """See `Meeting.exchange`. Raises RankError where others do not come, or come with something else."""
+        """See `Meeting.exchange`. Raises RankError if other ranks do not arrive, or arrive with another collective."""
         group, given = self._group_of(op), as_tensor(part)
         with self._waiting(f"{op.name} over {op.over}" + (f", {op.because}" if op.because else "")):
             if isinstance(op, Awaited) and op.ahead:
@@ -170,12 +175,12 @@ class Communicator:
         """See `Meeting.begin`."""
         group, given, awaited = self._group_of(op), as_tensor(part), op.awaited
         with self._waiting(f"{op.name} over {op.over}"):
-            # A copy: what is no weight may be written over before all of it is sent.
+            # A copy: a value other than a weight may be overwritten before all of it is sent.
             begun = begin(awaited, given.clone(), group, self._told(op, given, group))
         self._begun.setdefault((awaited.name, op.over), deque()).append(begun)
 
     def send(self, part: Any, to: int, told: str) -> None:
-        """Send a part, such as an output, to a rank that receives it; told as what."""
+        """Send a part, such as an output, to a rank that receives it; `told` describes it in errors."""
         import torch.distributed as dist
 
         raw = as_bytes(as_tensor(part).contiguous())
@@ -185,7 +190,7 @@ class Communicator:
             self._settle()
 
     def received(self, like: Array, source: int, told: str) -> Array:
-        """An array of the shape and dtype of another, which a rank sends."""
+        """Return an array that a rank sends, with the shape and dtype of `like`."""
         import torch
         import torch.distributed as dist
 
@@ -197,7 +202,7 @@ class Communicator:
         return found
 
     def _group_of(self, op: Collective) -> RankGroup:
-        """Who meets in an op. Raises GraphError where the plan says no such meeting."""
+        """Return the group of a collective. Raises GraphError if the plan has no such collective."""
         if isinstance(op, HandOn):
             line = self.mesh.group(self.rank, self.mesh.parts_of(op.over))
             pair = op.among(line) if len(line) == op.ways else ()
@@ -207,10 +212,10 @@ class Communicator:
             group = self.groups.get(op.over)
             if group is not None and len(group.ranks) == op.ways:
                 return group
-        raise GraphError(f"{op.name} over {op.over} among {op.ways} ranks is no meeting of the plan's")
+        raise GraphError(f"{op.name} over {op.over} among {op.ways} ranks is not a collective of the plan")
 
     def _hand_on(self, given: torch.Tensor, group: RankGroup) -> torch.Tensor:
-        """Send and go on, or receive; in the order of the program, in which a line of ranks waits for those before."""
+        """Send and continue, or receive; in program order, where the ranks of a line wait for the preceding ones."""
         import torch
         import torch.distributed as dist
 
@@ -226,10 +231,10 @@ class Communicator:
         return made
 
     def _finished(self, op: Awaited) -> torch.Tensor:
-        """What a collective gives that has begun before."""
+        """Return the result of a collective that was started earlier."""
         waiting = self._begun.get((op.name, op.over))
         if not waiting or waiting[0].op.meeting != op.meeting:
-            raise GraphError(f"{op.name} over {op.over} has not begun", received=op.because or None)
+            raise GraphError(f"{op.name} over {op.over} was not started", received=op.because or None)
         begun = waiting.popleft()
         begun.wait()
         return begun.finish()
@@ -241,7 +246,7 @@ class Communicator:
         self.traffic[op.name, op.over] = before.beside(moved)
 
     def _told(self, op: Collective, given: torch.Tensor, group: RankGroup) -> list[list[int]]:
-        """What each rank of the group has told of this meeting, in order."""
+        """Return the description that each rank of the group sent of this collective, in order."""
         key = self._run, self._number
         self._number += 1
         if key not in self._known:
@@ -257,18 +262,18 @@ class Communicator:
         for rank, row in zip(group.ranks, rows, strict=True):
             if row[0] != what:
                 raise RankError(
-                    f"ranks {self.rank} and {rank} meet in different collectives",
-                    received=f"rank {self.rank}: {op.name} over {op.over}, meeting {self._number} of its run",
+                    f"ranks {self.rank} and {rank} are in different collectives",
+                    received=f"rank {self.rank}: {op.name} over {op.over}, collective {self._number} of its run",
                 )
             if row[1] != kind:
-                raise RankError(f"ranks {self.rank} and {rank} meet with different dtypes, in {op.name} over {op.over}")
+                raise RankError(f"ranks {self.rank} and {rank} have different dtypes in {op.name} over {op.over}")
             if isinstance(op, HandOn) and row[2] != own:
                 raise RankError(f"ranks {self.rank} and {rank} hand on {own} and {row[2]} elements over {op.over}")
         return rows
 
 
 def met_over(plan: ShardingPlan) -> tuple[str, ...]:
-    """The parts of mesh axes along which ranks meet, as their collectives say them, in order."""
+    """Return the parts of mesh axes that the plan's collectives span, in order."""
     found: dict[str, None] = {}
 
     def look(planned: PlannedFunction) -> None:

@@ -1,8 +1,8 @@
-"""Launching: so many processes of one machine, each a rank, which end together.
+"""Launching: start several processes on one machine, each a rank, and end them together.
 
-Each process has what torchrun would give it: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT. Ranks notice each
-other's end by themselves (`treadle.runtime.distributed.watching`); whoever has not ended soon after the first that
-failed is ended here. Should this process itself be killed, they notice that, too.
+Each process has the variables that torchrun would set: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT. Ranks
+detect each other's end by themselves (`treadle.runtime.distributed.watching`); a rank that has not ended soon after the
+first failure is killed here. If this process itself is killed, the ranks detect that too.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from treadle.ir.errors import RankError, UsageError
 from treadle.runtime.distributed.ranks import LAUNCHER
 
 PATIENCE = 2.5
-"""Seconds that ranks have to end by themselves, once one has failed: a second more than they need where they hang."""
+"""Seconds that ranks have to end by themselves after a failure: one second more than a hanging rank needs."""
 
 _PAUSE = 0.02
 
 
 def launch_ranks(command: Sequence[str], count: int, environment: Mapping[str, str] | None = None) -> int:
-    """Run a command so many times at once, as ranks 0 and on; the greatest of their exit codes.
+    """Run a command in `count` processes, as ranks 0 to count - 1; return the largest exit code.
 
-    Where others have told that a rank died, standard error says which signal ended it.
+    If other ranks have reported a rank's death, standard error names the signal that ended it.
 
-    environment  variables beside those of this process
+    environment  variables in addition to those of this process
 
-    Raises UsageError for a count below 1, RankError where a signal has ended a rank and no other told of it.
+    Raises UsageError for a count below 1, RankError if a signal has ended a rank and no other rank reported it.
     """
     if count < 1:
-        raise UsageError(f"there is 1 rank or more, not {count}")
+        raise UsageError(f"the number of ranks must be 1 or more, not {count}")
     shared = {
         **os.environ,
         **_alone_on_a_core(count),
-        "PYTHONFAULTHANDLER": os.environ.get("PYTHONFAULTHANDLER", "1"),  # a crash says where
+        "PYTHONFAULTHANDLER": os.environ.get("PYTHONFAULTHANDLER", "1"),  # a crash prints its Python stack
         **(environment or {}),
         **_meeting_point(count),
         LAUNCHER: str(os.getpid()),
@@ -69,7 +69,7 @@ def launch_ranks(command: Sequence[str], count: int, environment: Mapping[str, s
 
 @contextmanager
 def _ended_with_us(ranks: Sequence[subprocess.Popen[Any]]) -> Iterator[None]:
-    """Ranks that are left at the end, by whatever way it comes, are asked to end, then killed; a stopped one, too."""
+    """Terminate, then kill, ranks that are left when the block ends for any reason; stopped processes too."""
 
     def asked(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
@@ -93,28 +93,28 @@ def _ended_with_us(ranks: Sequence[subprocess.Popen[Any]]) -> Iterator[None]:
 
 
 def _meeting_point(count: int) -> dict[str, str]:
-    """Where the ranks meet: a port of this machine that is free now."""
+    """Return the address of the ranks' rendezvous: a free port of this machine."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     return {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def _alone_on_a_core(count: int) -> dict[str, str]:
-    """Where a rank has one core: idle threads of TVM's pool sleep at once."""
+    """Return variables for a rank that has one core: idle threads of TVM's pool sleep at once."""
     name, cores = "TVM_THREAD_POOL_SPIN_COUNT", os.cpu_count() or 1
     return {name: "0"} if name not in os.environ and cores < 2 * count else {}
 
 
 def _bind(process: int, rank: int, count: int) -> None:
-    """Give a rank its share of the cores that this process may use, one at least, where the system does so.
+    """Assign a rank its share of the cores of this process, at least one, where the system supports it.
 
-    Libraries then take as many threads as there are cores in it. More threads than cores would wait for each other.
+    Libraries then start one thread per assigned core. More threads than cores would wait for each other.
     """
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         first = rank * len(cores) // count
         share = cores[first : max(first + 1, (rank + 1) * len(cores) // count)]
-        with suppress(ProcessLookupError):  # it has ended already
+        with suppress(ProcessLookupError):  # it has already ended
             os.sched_setaffinity(process, share)
 
 

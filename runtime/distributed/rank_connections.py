@@ -1,8 +1,8 @@
-"""Connections on which two ranks say JSON objects, a line each. A send never waits for long.
+"""Connections between two ranks that exchange JSON objects, one per line. A send never blocks for long.
 
-What is said is under way at once: TCP would hold a short text back until an earlier one is acknowledged, which may take
-tens of milliseconds. To close a connection with something unread then throws away what was held back, and so does a
-process that ends: `end` lets the other side hear everything first.
+Data is sent immediately: TCP would hold back a short text until an earlier one is acknowledged, which may take tens of
+milliseconds. Closing a connection with unread data then discards the data that was held back, and so does the end of
+the process. `end` lets the other side read everything first.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from contextlib import suppress
 from typing import Any
 
 LONGEST = 1 << 16
-"""Bytes of what one rank says at once."""
+"""Maximum number of bytes of one message."""
 
 
 class RankConnection:
     """A connection between two ranks.
 
-    rank  which one is at the other end, once it has said so
+    rank  the rank at the other end, once it has identified itself
     """
 
     def __init__(self, connection: socket.socket, patience: float) -> None:
-        """patience  seconds that a send, or a look for what came, waits at most"""
+        """patience  maximum seconds that a send, or a poll for data, waits"""
         self.socket = connection
         self.socket.settimeout(patience)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -33,11 +33,11 @@ class RankConnection:
         self._begun = b""
 
     def send(self, message: Mapping[str, Any]) -> None:
-        with suppress(OSError):  # that the other side is gone is known from what is received
+        with suppress(OSError):  # a lost connection is detected on receiving
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def received(self) -> list[dict[str, Any]] | None:
-        """What came; None where the connection has ended, or says what none of ours does."""
+        """Return the received messages; None if the connection has ended or sent an invalid message."""
         try:
             data = self.socket.recv(LONGEST)
         except TimeoutError:
@@ -54,9 +54,9 @@ class RankConnection:
         return found if all(isinstance(each, dict) for each in found) else None
 
     def end(self, within: float) -> None:
-        """Say nothing more, and close it when the other side has: it has heard everything then.
+        """Send nothing more, and close the connection when the other side has closed it, after it has read everything.
 
-        within  seconds after which it is closed anyway
+        within  seconds after which the connection is closed in any case
         """
         until = time.monotonic() + within
         with suppress(OSError):
@@ -68,6 +68,6 @@ class RankConnection:
         self.close()
 
     def close(self) -> None:
-        """Close it at once, whatever is under way."""
+        """Close the connection at once, whatever is in flight."""
         with suppress(OSError):
             self.socket.close()

@@ -1,13 +1,13 @@
-"""Ranks: this process as one of those that run a sharded model together, however it was started.
+"""Ranks: this process as one of the processes that run a sharded model together, whatever started it.
 
-    with join(timeout=60) as ranks:                 # by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT
-        plan = ...                                  # every rank makes it
-        ranks.agree({"plan": plan_hash(plan), ...}) # or all of them end with the same error
+    with join(timeout=60) as ranks:                 # from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT
+        plan = ...                                  # every rank computes it
+        ranks.agree({"plan": plan_hash(plan), ...}) # or all ranks end with the same error
         ranks.start(plan)
         ...
 
-torchrun sets these variables, and so do `treadle launch` and many schedulers. Whoever ends by an error tells the
-others on the way out (`treadle.runtime.distributed.watching`).
+torchrun sets these variables, and so do `treadle launch` and many schedulers. A rank that ends with an error reports it
+to the others on exit (`treadle.runtime.distributed.watching`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import torch
 
 LAUNCHER = "TREADLE_LAUNCHER"
-"""The process that started this one and with which it shall end."""
+"""The process that started this one and whose end ends this one."""
 
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _HINT = Hint(
@@ -42,17 +42,17 @@ _HINT = Hint(
     "treadle launch -n 2 -- run MODEL --mesh tp=2, or torchrun --nproc-per-node 2 -m treadle run MODEL --mesh tp=2",
 )
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_PAUSE = 0.01  # between two looks at what others have said
-_STARTING = 60.0  # seconds within which processes that were started together have come
-_SLACK = 30.0  # by how many seconds torch.distributed waits longer than the watch, which knows for whom
+_PAUSE = 0.01  # between two polls for messages of other ranks
+_STARTING = 60.0  # seconds within which processes that were started together have connected
+_SLACK = 30.0  # extra seconds that torch.distributed waits after the watch, which knows the missing rank
 
 
 class Ranks:
-    """This process among `size`. Made by `join`; used as a context.
+    """This process among `size` ranks. Created by `join`; used as a context manager.
 
     timeout  seconds that a rank waits for others
-    watch    who looks after all of them
-    store    where they leave each other short texts
+    watch    the watch over all ranks
+    store    the key-value store through which ranks exchange short texts
     """
 
     def __init__(self, rank: int, size: int, timeout: float, watch: Watch, store: Any) -> None:
@@ -62,18 +62,18 @@ class Ranks:
         self._agreed = 0
 
     def doing(self, told: str) -> None:
-        """Say what comes now, for others' errors. Raises RankError where another rank has failed."""
+        """Record the current activity, for errors of other ranks. Raises RankError if another rank has failed."""
         self.watch.doing(told)
 
     def agree(self, facts: Mapping[str, str]) -> None:
-        """Compare facts with all ranks. Raises UsageError, the same on every rank, for the first that differs."""
+        """Compare facts with all ranks. Raises UsageError, the same on every rank, for the first fact that differs."""
         self._agreed += 1
         keys = [f"treadle/facts/{self._agreed}/{rank}" for rank in range(self.size)]
         with self.watch.waiting(f"comparing {', '.join(facts)}"):
             self.store.set(keys[self.rank], json.dumps(dict(facts)))
             told = [json.loads(self._read(key)) for key in keys]
             self.store.set(f"{keys[self.rank]}/read", "")
-            for key in keys if self.rank == 0 else ():  # with which the store may end
+            for key in keys if self.rank == 0 else ():  # the store may end together with rank 0
                 self._read(f"{key}/read")
         for name in told[0]:
             for rank in range(1, self.size):
@@ -85,23 +85,23 @@ class Ranks:
                     )
 
     def _read(self, key: str) -> str:
-        """What a rank has left under a key, once it is there. Raises RankError where one fails before."""
+        """Return the value of a key, once a rank has stored it. Raises RankError if a rank fails before that."""
         try:
             while not self.store.check([key]):
                 self.watch.check()
                 time.sleep(_PAUSE)
             found: bytes = self.store.get(key)
-        except RuntimeError as error:  # of torch.distributed
-            raise self.watch.explained(error, "comparing what ranks have") from error
+        except RuntimeError as error:  # from torch.distributed
+            raise self.watch.explained(error, "comparing facts between ranks") from error
         return found.decode()
 
     def start(self, plan: ShardingPlan, device: str = "cpu") -> Communicator:
-        """Start torch.distributed, if it was not yet, and make the groups in which a plan's ranks meet.
+        """Initialize torch.distributed if necessary, and create the groups of a plan's collectives.
 
-        device  "cpu": by gloo; "cuda": by NCCL, each rank on the GPU of its LOCAL_RANK
+        device  "cpu": gloo; "cuda": NCCL, each rank on the GPU of its LOCAL_RANK
 
-        Raises UsageError for a mesh of another number of ranks, or another kind of device than before; BackendError
-        where this rank has no such device; RankError where others do not come.
+        Raises UsageError for a mesh with another number of ranks, or another kind of device than before; BackendError
+        if this rank has no such device; RankError if other ranks do not connect.
         """
         import torch.distributed as dist
 
@@ -109,7 +109,9 @@ class Ranks:
         own = self._own_device(device)
         if self._started and own.type != self._kind:
             raise UsageError(
-                "ranks meet on one kind of device", received=f"{own.type} after {self._kind}", hint="a run for each"
+                "all runs of ranks must be on one kind of device",
+                received=f"{own.type} after {self._kind}",
+                hint="a separate run for each device",
             )
         backend = "nccl" if own.type == "cuda" else "gloo"
         longest = self.timeout + _SLACK
@@ -130,7 +132,7 @@ class Ranks:
                 raise self.watch.explained(error, f"starting {backend}") from error
 
     def _own_device(self, kind: str) -> torch.device:
-        """Where this rank's tensors lie. A GPU becomes the current one, which is what backends take."""
+        """Return the device of this rank's tensors. A GPU becomes the current one, which backends use."""
         import torch
 
         if kind != "cuda":
@@ -148,7 +150,7 @@ class Ranks:
         return torch.device("cuda", local)
 
     def leave(self) -> None:
-        """End well, which rank 0 does when all others have. Raises RankError where one fails before."""
+        """End normally; rank 0 waits until all other ranks have ended. Raises RankError if a rank fails before that."""
         self.watch.leave()
         self._stop()
 
@@ -182,12 +184,12 @@ class Ranks:
 
 
 def is_rank() -> bool:
-    """Whether this process was started as one of several ranks."""
+    """Return True if this process was started as one of several ranks."""
     return all(name in os.environ for name in _NEEDED)
 
 
 def refuse_other_mesh(plan: ShardingPlan, size: int) -> None:
-    """Raise UsageError for a plan of another number of ranks than there are."""
+    """Raise UsageError for a plan with another number of ranks than there are."""
     mesh = plan.devices
     if mesh.ranks != size:
         raise UsageError(
@@ -197,17 +199,19 @@ def refuse_other_mesh(plan: ShardingPlan, size: int) -> None:
 
 
 def join(timeout: float = 60.0) -> Ranks:
-    """Join the other ranks, as environment variables say.
+    """Join the other ranks, as specified by environment variables.
 
-    timeout  seconds that a rank waits for others later; here it waits for a minute at least, while processes start
+    timeout  seconds that a rank waits for others later; `join` itself waits at least a minute while processes start
 
-    Raises UsageError where this process was not started as a rank, or without PyTorch; RankError where others do not
-    come in time.
+    Raises UsageError if this process was not started as a rank, or without PyTorch; RankError if other ranks do not
+    connect in time.
     """
     rank, size, host = _environment()
     if importlib.util.find_spec("torch") is None:
-        raise UsageError("ranks meet through PyTorch, which is not installed", hint="pip install 'treadle[torch]'")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # that a connection ends is told here
+        raise UsageError(
+            "ranks communicate through PyTorch, which is not installed", hint="pip install 'treadle[torch]'"
+        )
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # ended connections are reported by the watch
     from torch.distributed.rendezvous import rendezvous
 
     watch, start = Watch(rank, size, timeout, _orphaned()), max(timeout, _STARTING)
@@ -220,31 +224,33 @@ def join(timeout: float = 60.0) -> Ranks:
             while watch.absent():
                 if time.monotonic() > until:
                     raise RankError(
-                        f"ranks {watch.absent()} did not come within {start:g} s".replace("[", "").replace("]", "")
+                        f"ranks {watch.absent()} did not connect within {start:g} s".replace("[", "").replace("]", "")
                     )
                 time.sleep(_PAUSE)
         else:
             watch.connect(host, store.get("treadle/watch").decode())
-    except RuntimeError as error:  # of torch.distributed
+    except RuntimeError as error:  # from torch.distributed
         what = str(error).splitlines()[0][:300]
-        raise RankError(f"rank {rank} of {size} met no others at {host} within {start:g} s", received=what) from error
+        raise RankError(
+            f"rank {rank} of {size} found no other ranks at {host} within {start:g} s", received=what
+        ) from error
     return ranks
 
 
 def _environment() -> tuple[int, int, str]:
-    """This rank, how many there are, and where rank 0 is. Raises UsageError."""
+    """Return this rank, the number of ranks, and the address of rank 0. Raises UsageError."""
     missing = [name for name in _NEEDED if not os.environ.get(name)]
     if missing:
         raise UsageError("this process was not started as a rank", received=f"no {', '.join(missing)}", hint=_HINT)
     texts = [os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")]
     if not all(text.isdecimal() for text in texts) or int(texts[0]) >= int(texts[1]):
         told = ", ".join(f"{name}={os.environ[name]!r}" for name in _NEEDED)
-        raise UsageError("RANK is a number below WORLD_SIZE, and MASTER_PORT a number", received=told, hint=_HINT)
+        raise UsageError("RANK must be a number below WORLD_SIZE, and MASTER_PORT a number", received=told, hint=_HINT)
     return int(texts[0]), int(texts[1]), os.environ["MASTER_ADDR"]
 
 
 def _orphaned() -> Any:
-    """Whether what started this process, and shall not be survived, has ended: launchers of one machine."""
+    """Return a function that is True if the launcher on this machine, whose end should end this process, has ended."""
     told = os.environ.get(LAUNCHER, "")
     if told.isdecimal():
         _end_with_parent()
@@ -256,9 +262,9 @@ def _orphaned() -> Any:
 
 
 def _end_with_parent() -> None:
-    """Let the system kill this process when its parent ends, where the system does (prctl of Linux).
+    """Ask the system to kill this process when its parent ends, where supported (prctl of Linux).
 
-    It does so even at the process's own end, when no thread of Python runs and a library's threads are waited for.
+    This also works at the end of the process, when no Python thread runs and the process waits for a library's threads.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):

@@ -1,8 +1,8 @@
-"""Transfers: each collective in calls of torch.distributed, on tensors where they lie.
+"""Transfers: each collective as calls of torch.distributed, on tensors where they are stored.
 
-What torch.distributed sends are whole contiguous tensors; parts are laid out for it here, the shorter ones padded. What
-ranks tell each other (`told`) is a row of WORDS numbers each: what they meet in, a dtype, how long the part is that the
-rank takes, and the one that it brings.
+torch.distributed sends whole contiguous tensors. Parts are copied into that form here, and shorter parts are padded.
+The descriptions that ranks exchange (`told`) are rows of WORDS numbers: the kind of the collective, a dtype, the length
+of the part that the rank receives, and the length of the part that it sends.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 WORDS = 4
-"""Numbers, of i64, that ranks tell each other of a meeting."""
+"""Number of i64 words in a rank's description of a collective."""
 
 
 @dataclass(frozen=True)
 class RankGroup:
-    """The ranks that meet along parts of mesh axes.
+    """The ranks that communicate along parts of mesh axes.
 
     ranks   in the order of their parts
-    at      this rank's place among them
-    handle  torch.distributed's; None for all ranks, and for two of a line
+    at      this rank's index among them
+    handle  group of torch.distributed; None for all ranks, and for the two ranks of a line
     """
 
     ranks: tuple[int, ...]
@@ -51,12 +51,12 @@ class RankGroup:
 
 @dataclass(frozen=True)
 class Begun:
-    """A collective that runs.
+    """A collective in progress.
 
-    op      what waits for it
-    wait    until it is done
-    finish  what it gives, once it is
-    sent    what lives until then
+    op      the op that waits for it
+    wait    blocks until it is done
+    finish  returns its result once it is done
+    sent    buffers that must stay alive until then
     """
 
     op: Awaited
@@ -66,7 +66,7 @@ class Begun:
 
 
 def meet(op: Collective, given: torch.Tensor, group: RankGroup, told: Sequence[Sequence[int]]) -> torch.Tensor:
-    """What this rank gets of a collective for its part."""
+    """Return this rank's result of a collective for its part."""
     if isinstance(op, Awaited):
         begun = begin(op, given, group, told)
         begun.wait()
@@ -76,13 +76,15 @@ def meet(op: Collective, given: torch.Tensor, group: RankGroup, told: Sequence[S
 
 
 def begin(op: Awaited, given: torch.Tensor, group: RankGroup, told: Sequence[Sequence[int]]) -> Begun:
-    """Give the part to others, and do not wait for theirs. The part must stay as it is until then."""
+    """Start sending the part without waiting for the others' parts. The part must stay unchanged until the collective
+    ends.
+    """
     begun: Begun = _BEGINNINGS[type(op)](op, given, group, told)
     return begun
 
 
 def tell(own: Sequence[int], group: RankGroup, device: torch.device, *, pair: bool = False) -> list[list[int]]:
-    """What all ranks of a group, or both of a pair, say in WORDS numbers each, in order."""
+    """Exchange WORDS numbers with all ranks of a group, or with the other rank of a pair; return all rows, in order."""
     import torch
 
     mine = torch.tensor(own, dtype=torch.int64, device=device)
@@ -98,7 +100,7 @@ def tell(own: Sequence[int], group: RankGroup, device: torch.device, *, pair: bo
 
 
 def joined(op: Collective) -> int:
-    """The dimension along which parts of ranks are joined."""
+    """Return the dimension along which parts of ranks are concatenated."""
     if isinstance(op, AllToAll):
         return op.onto
     return op.axis if isinstance(op, (Awaited, ReduceScatter, Starting)) else 0
@@ -112,7 +114,7 @@ def _all_reduce(op: AllReduce, given: torch.Tensor, group: RankGroup, told: Sequ
     import torch.distributed as dist
 
     by = {"sum": "SUM", "prod": "PRODUCT", "max": "MAX", "min": "MIN", "and": "MIN", "or": "MAX"}[op.monoid]
-    # A copy, which is reduced in place; neither gloo nor NCCL has 16-bit integers.
+    # A copy, which is reduced in place; neither gloo nor NCCL supports 16-bit integers.
     dtype = torch.int32 if given.dtype == torch.int16 else given.dtype
     made = given.to(dtype, copy=True, memory_format=torch.contiguous_format)
     if made.numel():
@@ -139,7 +141,7 @@ def _begin_gather(op: AllGather, given: torch.Tensor, group: RankGroup, told: Se
 
 
 def _begin_pass(op: PassOn, given: torch.Tensor, group: RankGroup, told: Sequence[Sequence[int]]) -> Begun:
-    """Send to one rank and receive from another at once: nobody waits until another one has sent."""
+    """Send to one rank and receive from another at once, so that no rank waits for another one's send."""
     axis, count = place(op.axis, given.dim()), len(group.ranks)
     to, source = (group.at + op.steps) % count, (group.at - op.steps) % count
     shape = [told[source][3] if d == axis else n for d, n in enumerate(given.shape)]
@@ -159,7 +161,7 @@ def _reduce_scatter(
     cut = torch.split(given.movedim(axis, 0), lengths)
     brought = torch.stack([_padded(piece, longest) for piece in cut])
     made = brought.new_empty(brought.shape[1:])
-    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its former name
     scatter(made.reshape(-1), brought.reshape(-1), group=group.handle)
     return made[: lengths[group.at]].movedim(0, axis).contiguous()
 
@@ -196,12 +198,14 @@ _BEGINNINGS: Mapping[type[Collective], Callable[..., Any]] = {AllGather: _begin_
 def _gather(to: torch.Tensor, mine: torch.Tensor, group: RankGroup, *, begin: bool = False) -> Any:
     import torch.distributed as dist
 
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its former name
     return gather(to, mine, group=group.handle, async_op=begin)
 
 
 def _exchange(made: torch.Tensor, given: torch.Tensor, source: int, to: int, group: RankGroup) -> list[Any]:
-    """Begin to receive from a rank of the group what it sends, while another receives ours; what to wait for."""
+    """Start to receive from one rank of the group while another rank receives our part; return the handles to wait
+    for.
+    """
     import torch.distributed as dist
 
     if to == group.at:
@@ -221,7 +225,7 @@ def _wait(works: Sequence[Any]) -> None:
 
 
 def as_tensor(part: Any) -> torch.Tensor:
-    """A part as a tensor over the same memory, on whatever device that is."""
+    """Return a part as a tensor over the same memory, on any device."""
     import torch
 
     given = part if isinstance(part, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(part))
@@ -229,19 +233,19 @@ def as_tensor(part: Any) -> torch.Tensor:
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory of a contiguous tensor, whatever its dtype: what is not computed with."""
+    """Return the memory of a contiguous tensor of any dtype as bytes, for data that is only moved."""
     import torch
 
     return tensor.reshape(-1).view(torch.uint8)
 
 
 def held_bytes(tensor: torch.Tensor) -> int:
-    """How many bytes a tensor's elements are."""
+    """Return the size of a tensor's elements in bytes."""
     return tensor.numel() * tensor.element_size()
 
 
 def _padded(part: torch.Tensor, length: int) -> torch.Tensor:
-    """A contiguous part with so many rows, of which those past its own are zeros."""
+    """Return a contiguous part padded with rows of zeros to `length` rows."""
     if part.shape[0] == length:
         return part.contiguous()
     made = part.new_zeros((length, *part.shape[1:]))

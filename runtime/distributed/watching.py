@@ -1,17 +1,16 @@
-"""The watch: how ranks notice that another one has died, has failed or hangs, and end with the same error.
+"""The watch: ranks detect that another rank has died, failed or hangs, and all end with the same error.
 
-Every rank has one connection to rank 0. The system closes it when the process at its other end dies, whatever killed it
-and whatever it was doing, so a death is known at once; nothing is guessed from silence. Several times a second a rank
-says what it does and, if it waits for others, for how long. Rank 0 tells everyone what has failed:
+Every rank has one connection to rank 0. The system closes it when the process at the other end dies, whatever killed
+it, so a death is known at once and never inferred from silence. Several times a second a rank reports its activity and,
+if it waits for others, for how long. Rank 0 informs all ranks of a failure:
 
-    a connection ends               its rank has died, in what it said last
-    a rank says that it has failed  with its own error
-    a rank waits too long           the rank that does not come hangs, in what it said last
+    a connection ends             its rank has died, during its last reported activity
+    a rank reports a failure      the rank's own error
+    a rank waits too long         the rank that does not arrive hangs, during its last reported activity
 
-Then the main thread raises `RankError` where it is able to: at its next meeting, or where torch.distributed gives up.
-One that is not able to, since it waits for what never comes, is ended together with its process.
-
-One rank tells the user: the one that failed; of a death rank 0, or rank 1 where that is the dead one.
+Then the main thread raises `RankError` as soon as it can: at its next collective, or when torch.distributed gives up.
+If the main thread is blocked in a collective that never completes, the process is killed. One rank reports to the user:
+the rank that failed; for a death rank 0, or rank 1 if rank 0 died.
 """
 
 from __future__ import annotations
@@ -33,21 +32,21 @@ from treadle.ir.errors import RankError
 from treadle.runtime.distributed.rank_connections import RankConnection
 
 PERIOD = 0.2
-"""Seconds between two looks, and between what a rank says."""
+"""Seconds between two checks, and between two reports of a rank."""
 
 GRACE = 1.5
-"""Seconds that a main thread has to end by itself, once a rank has failed."""
+"""Seconds that a main thread has to end by itself after a rank has failed."""
 
 _PARTING = 5 * PERIOD
-"""Seconds that a rank which leaves waits at most for rank 0 to hear it."""
+"""Maximum seconds that a leaving rank waits for rank 0 to receive its last message."""
 
 FAILED = 2
-"""The exit code of an error."""
+"""Exit code of an error."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What has failed, and who tells the user."""
+    """A failure, and the rank that reports it to the user."""
 
     what: str
     received: str
@@ -56,12 +55,12 @@ class Failure:
 
 @dataclass(frozen=True)
 class RankStatus:
-    """What a rank said last.
+    """The last report of a rank.
 
-    doing    in words
-    since    seconds that it has been doing it
-    waiting  whether it waits for others in it
-    heard    when it said so, by this process's clock
+    doing    its activity, in words
+    since    seconds since the activity began
+    waiting  True if it waits for others
+    heard    time of the report, on this process's clock
     """
 
     doing: str = "starting"
@@ -70,29 +69,29 @@ class RankStatus:
     heard: float = field(default_factory=time.monotonic)
 
     def for_seconds(self) -> float:
-        """How long it has been doing it by now, if nothing has changed since it was heard."""
+        """Duration of the activity so far, if it has not changed since the report."""
         return self.since + time.monotonic() - self.heard
 
     def silent_for(self) -> float:
-        """Seconds since it was heard."""
+        """Seconds since the report."""
         return time.monotonic() - self.heard
 
     def message(self) -> dict[str, Any]:
-        """What is sent of it."""
+        """The report as it is sent."""
         return {"doing": self.doing, "since": self.since, "waiting": self.waiting}
 
     def __str__(self) -> str:
         silent = self.silent_for()
         told = f"{'in ' * self.waiting}{self.doing}"
-        return told + (f", not heard of for {silent:.1f} s" if silent > 10 * PERIOD else "")
+        return told + (f", silent for {silent:.1f} s" if silent > 10 * PERIOD else "")
 
 
 class Watch:
-    """One rank's side of it; rank 0 is the other side of all others'.
+    """One rank's side of the watch; rank 0 is the other side for all other ranks.
 
     rank, size  of this process
     timeout     seconds that a rank may wait for others
-    is_orphan   whether what started this process has ended, so that it shall end, too
+    is_orphan   True if the process that started this one has ended, so that this one should end too
     """
 
     def __init__(self, rank: int, size: int, timeout: float, is_orphan: Callable[[], bool] = lambda: False) -> None:
@@ -111,16 +110,16 @@ class Watch:
         self._token = ""
         self._has_told = False
 
-    # -- what the main thread says and asks --------------------------------------------------------------------
+    # -- called by the main thread -----------------------------------------------------------------------------
 
     def doing(self, told: str) -> None:
-        """Say what comes now. Raises RankError where a rank has failed."""
+        """Report a new activity. Raises RankError if a rank has failed."""
         self.check()
         self._now = told, False, time.monotonic()
 
     @contextmanager
     def waiting(self, told: str) -> Iterator[None]:
-        """Say for what others have to come. Raises RankError where a rank has failed."""
+        """Report a wait for other ranks. Raises RankError if a rank has failed."""
         self.check()
         before = self._now[0]
         self._now = told, True, time.monotonic()
@@ -130,25 +129,27 @@ class Watch:
             self._now = before, False, time.monotonic()
 
     def check(self) -> None:
-        """Raise RankError where a rank has failed."""
+        """Raise RankError if a rank has failed."""
         if self.failure is not None:
             raise self.error()
 
     def error(self) -> RankError:
-        """The error of the rank that has failed."""
+        """Return the error of the rank that has failed."""
         assert self.failure is not None
         return RankError(self.failure.what, received=self.failure.received or None)
 
     def explained(self, error: Exception, told: str) -> Exception:
-        """In place of an error of torch.distributed: that of the rank which is its cause, once it is known."""
+        """Return the exception that replaces an error of torch.distributed: the error of the rank that caused it, once
+        known.
+        """
         if self._failed.wait(GRACE):
             return self.error()
-        return RankError(f"{told}: the ranks could not meet", received=str(error).splitlines()[0][:300])
+        return RankError(f"{told}: the ranks could not communicate", received=str(error).splitlines()[0][:300])
 
     def settle(self, what: str, received: str = "") -> bool:
-        """Tell all ranks that this one has failed; whether it shall tell the user, too."""
+        """Report this rank's failure to all ranks; return True if this rank should also report it to the user."""
         if self.failure is None:
-            what, received = what[:2000], received[:2000]  # no rank hears more than `LONGEST` at once
+            what, received = what[:2000], received[:2000]  # no message may exceed `LONGEST`
             if self.rank == 0:
                 self._fail(Failure(what, received, 0))
             else:
@@ -157,15 +158,15 @@ class Watch:
         return (self.failure is None or self.failure.teller == self.rank) and self._first_to_tell()
 
     def _first_to_tell(self) -> bool:
-        """Whether nobody in this process has told the user yet."""
+        """Return True if no code of this process has reported to the user yet."""
         with self._lock:
             first, self._has_told = not self._has_told, True
         return first
 
     def leave(self) -> None:
-        """End the watch. Rank 0 waits for the others: none is left unwatched. Raises RankError where one fails."""
+        """End the watch. Rank 0 waits for the others, so that all stay watched. Raises RankError if a rank fails."""
         if self.rank:
-            self._left.add(self.rank)  # before it says so: rank 0 may end as soon as it hears that
+            self._left.add(self.rank)  # before it is sent: rank 0 may end as soon as it arrives
             self._say({"bye": True})
         else:
             with self.waiting("waiting for other ranks to end"):
@@ -175,16 +176,16 @@ class Watch:
         self._end()
 
     def close(self) -> None:
-        """Let the process end after a failure, by its main thread, which has told the user or is about to.
+        """Let the main thread end the process after a failure that it has reported or is about to report.
 
-        It then ends without what PyTorch does at its end, which may be to wait for others.
+        The process then skips PyTorch's cleanup, which may wait for other ranks.
         """
         if not self._closing.is_set():
             self._closing.set()
             atexit.register(self._end_at_once)
 
     def _end_at_once(self) -> None:
-        """Rank 0 stays until the others have ended, or a moment: with its end they might lose what it said last."""
+        """Keep rank 0 alive until the others have ended, or for a moment, since their last messages might be lost."""
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
@@ -200,14 +201,14 @@ class Watch:
     # -- starting ----------------------------------------------------------------------------------------------
 
     def listen(self, host: str) -> str:
-        """Rank 0: wait for others' connections from now on. Returns what the others need to `connect`."""
+        """Rank 0: accept connections of other ranks from now on. Returns the text that they need to `connect`."""
         self._listener = socket.create_server((host, 0), backlog=self.size)
         self._token = secrets.token_hex(16)
         self._start(self._serve)
         return f"{self._listener.getsockname()[1]} {self._token}"
 
     def connect(self, host: str, told: str) -> None:
-        """Another rank: connect to rank 0, by what its `listen` gave. Raises RankError where nobody listens."""
+        """Another rank: connect to rank 0, given the text from `listen`. Raises RankError if rank 0 does not listen."""
         port, token = told.split()
         try:
             connection = socket.create_connection((host, int(port)), timeout=self.timeout)
@@ -219,7 +220,7 @@ class Watch:
         self._start(self._attend)
 
     def absent(self) -> list[int]:
-        """Rank 0: the ranks that have not connected yet."""
+        """Rank 0: return the ranks that have not connected yet."""
         return [rank for rank in range(1, self.size) if rank not in self._connections]
 
     def _start(self, run: Callable[[], None]) -> None:
@@ -245,17 +246,17 @@ class Watch:
             connection.close()
 
     def _hear(self, connection: RankConnection) -> bool:
-        """Take what a rank says; whether its connection stands."""
+        """Process a rank's messages; return True if the connection is still open."""
         told = connection.received()
         for message in told or ():
             if connection.rank is None:
                 rank = message.get("rank")
                 if message.get("token") != self._token or not isinstance(rank, int) or rank in self._connections:
-                    connection.close()  # nobody of ours
+                    connection.close()  # not a connection of these ranks
                     return False
                 connection.rank = rank
                 self._connections[rank], self._said[rank] = connection, RankStatus()
-                if self.failure is not None:  # of one that had come, and failed, before this one came
+                if self.failure is not None:  # a connected rank failed before this one connected
                     with self._lock:
                         connection.send(asdict(self.failure))
             elif "doing" in message:
@@ -267,7 +268,7 @@ class Watch:
                 self._left.add(connection.rank)
         if told is not None:
             return True
-        connection.close()  # for which a rank that has left waits
+        connection.close()  # a rank that has left waits for this
         if connection.rank is not None:
             self._gone.add(connection.rank)
             if connection.rank not in self._left:
@@ -276,7 +277,7 @@ class Watch:
         return False
 
     def _look(self) -> None:
-        """What is to be done from time to time."""
+        """Perform the periodic checks."""
         self._leave_orphan()
         self._said[0] = self._own()
         if self.failure is None:
@@ -293,10 +294,10 @@ class Watch:
         behind = {r: said for r, said in here.items() if not said.waiting or said.silent_for() > self.timeout / 2}
         hung = [r for r, said in behind.items() if said.for_seconds() > self.timeout / 2] or list(behind)
         if hung:
-            what = f"rank {', '.join(map(str, hung))} does not come"
+            what = f"rank {', '.join(map(str, hung))} does not arrive"
             told += "".join(f"; rank {r}: {here[r]}" for r in hung)
         else:
-            what = "ranks wait for others that do not come"
+            what = "ranks wait for others that do not arrive"
             told = "; ".join(f"rank {r}: {said}" for r, said in sorted(here.items()))
         self._fail(Failure(what, told, 0))
 
@@ -317,13 +318,13 @@ class Watch:
         connection.end(_PARTING)
 
     def _look_for_silence(self, own: RankStatus) -> None:
-        """Fail where this rank waits too long, and rank 0, which would tell of whom, says nothing."""
+        """Fail if this rank waits too long and rank 0, which would name the missing rank, is silent."""
         silent = self._said[0].silent_for()
         if own.waiting and own.since > self.timeout and silent > self.timeout / 2:
-            self._fail(Failure("rank 0 does not come", f"not heard of for {silent:.1f} s", 1))
+            self._fail(Failure("rank 0 does not arrive", f"silent for {silent:.1f} s", 1))
 
     def _obey(self, connection: RankConnection) -> bool:
-        """Take what rank 0 says; whether the connection stands."""
+        """Process rank 0's messages; return True if the connection is still open."""
         told = connection.received()
         for message in told or ():
             if "teller" in message:
@@ -341,30 +342,30 @@ class Watch:
         return RankStatus(doing, time.monotonic() - began, waiting)
 
     def _say(self, message: Mapping[str, Any]) -> None:
-        """To rank 0; if it does not hear, that is noticed where it is listened to."""
+        """Send to rank 0; a lost connection is detected on receiving."""
         with self._lock:
             self._connections[0].send(message)
 
     def _tell(self, message: Mapping[str, Any], besides: Collection[int] = ()) -> None:
-        """To all others but some."""
+        """Send to all other ranks except `besides`."""
         with self._lock:
             for rank, connection in list(self._connections.items()):
                 if rank not in besides:
                     connection.send(message)
 
     def _fail(self, failure: Failure) -> None:
-        """Know the first failure, tell others, and let the process end."""
+        """Record the first failure, inform other ranks, and let the process end."""
         with self._lock:
             if self.failure is not None:
                 return
             self.failure = failure
-        if self.rank == 0:  # those that have failed, too: one of several knows so that it is the one who tells
+        if self.rank == 0:  # failed ranks too: if several failed, one of them learns that it has to report
             self._tell(asdict(failure))
         self._failed.set()
         threading.Thread(target=self._end_process, name="treadle end", daemon=True).start()
 
     def _end_process(self) -> None:
-        """End a process whose main thread has not ended by itself, or does not come to its end."""
+        """End a process whose main thread does not end by itself."""
         time.sleep(GRACE)
         if self._closing.is_set():
             time.sleep(GRACE)

@@ -1,1 +1,1 @@
-"""Training: optimizers as graphs that write over the weights, and schedules of learning rates."""
+"""Training: optimizers as graphs that overwrite the weights, and learning rate schedules."""

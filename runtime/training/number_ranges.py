@@ -1,4 +1,4 @@
-"""Numbers that users choose for a training run, and the ranges in which they mean something."""
+"""Validation of numbers that users choose for a training run."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from treadle.ir.errors import UsageError
 
 
 def check_number(name: str, value: object, *, positive: bool = False, below: float | None = None, hint: str) -> None:
-    """Raise UsageError for what is no finite number of 0 or more, or not within the limits that there are.
+    """Raise UsageError for anything but a finite number of 0 or more within the given limits.
 
-    positive  0 is none either
-    below     what it must be below
+    positive  True if 0 is refused too
+    below     an upper bound, exclusive
     """
     if isinstance(value, int | float | np.number) and not isinstance(value, bool) and np.isfinite(value):
         number = float(value)
@@ -22,6 +22,6 @@ def check_number(name: str, value: object, *, positive: bool = False, below: flo
 
 
 def check_count(name: str, value: object, *, least: int = 1, hint: str) -> None:
-    """Raise UsageError for what is no whole number of `least` or more."""
+    """Raise UsageError for anything but an integer of `least` or more."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UsageError(f"{name} must be a whole number of {least} or more", received=repr(value), hint=hint)
+        raise UsageError(f"{name} must be an integer of {least} or more", received=repr(value), hint=hint)

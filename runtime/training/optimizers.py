@@ -1,14 +1,15 @@
-"""Optimizers: one graph that takes all weights a step further, and writes the new ones where the old ones lie.
+"""Optimizers: one graph that updates all weights and writes the new weights over the old ones.
 
     graph = update_graph(AdamW(), {"w": parse_type("f32[8, 4]")}, clip=1.0, decayed=["w"])
     exe = treadle.compile(graph, donate=("w", "mean.w", "square.w"))
     new = exe(w=w, **{"gradient.w": g, "mean.w": m, "square.w": s}, rate=1e-3, share=1.0, **AdamW().scalars(step))
 
-For each weight NAME the graph takes `NAME`, `gradient.NAME` and the optimizer's moments, such as `mean.NAME`, and gives
-the new weight and moments by the same names. Gradients are multiplied by `share` first: 1/4 if they are sums over 4
-batches. `norm` is the length of all of them together after that; with `clip` they are then made no longer than it.
+For each weight NAME the graph takes `NAME`, `gradient.NAME` and the optimizer's moments, such as `mean.NAME`, and
+returns the new weight and moments under the same names. Gradients are first multiplied by `share`: 1/4 if they are sums
+over 4 micro-batches. `norm` is the norm of all gradients together after that; with `clip` they are then scaled to at
+most this norm.
 
-What depends on the number of the step alone is computed by the caller: `optimizer.scalars(step)`. So one compiled graph
+The caller computes everything that depends only on the step number: `optimizer.scalars(step)`. So one compiled graph
 serves all steps.
 """
 
@@ -29,14 +30,14 @@ from treadle.ir.types import Type, f32
 from treadle.runtime.training.number_ranges import check_count, check_number
 
 _CLIP_EPS = 1e-6
-"""Added to the norm by which gradients are divided, as torch.nn.utils.clip_grad_norm_ has it."""
+"""Added to the norm in the denominator of clipping, as in torch.nn.utils.clip_grad_norm_."""
 
 
 class Optimizer(Protocol):
-    """How weights follow their gradients.
+    """A rule that updates weights from their gradients.
 
-    moments  what it keeps of each weight, of the weight's type and zeros at first
-    needs    scalars that it takes beside `rate`, the learning rate
+    moments  the moments of each weight: of the weight's type, zeros at first
+    needs    scalar inputs in addition to `rate`, the learning rate
     """
 
     @property
@@ -46,17 +47,17 @@ class Optimizer(Protocol):
     def needs(self) -> tuple[str, ...]: ...
 
     def scalars(self, step: int) -> dict[str, float]:
-        """What it needs at a step, the first of which is 1. Raises UsageError for a step below that."""
+        """Return the scalar inputs of a step; the first step is 1. Raises UsageError for a step below 1."""
         ...
 
     def factors(self, b: Builder, scale: Expr, rate: Expr, *needs: Expr) -> Mapping[str, Expr]:
-        """The scalars that the updates of all weights read; gradients are to be multiplied by `scale`."""
+        """Return the scalars that the updates of all weights share; gradients are to be multiplied by `scale`."""
         ...
 
     def update(
         self, b: Builder, weight: Expr, gradient: Expr, moments: tuple[Expr, ...], by: Mapping[str, Expr], decays: bool
     ) -> tuple[Expr, ...]:
-        """The new weight and moments; `by` is what `factors` gave."""
+        """Return the new weight and moments; `by` is the result of `factors`."""
         ...
 
 
@@ -84,7 +85,7 @@ class AdamW:
         check_number("weight_decay", self.weight_decay, hint="0.01, or 0 for none")
 
     def scalars(self, step: int) -> dict[str, float]:
-        """`mean_correction` = 1 / (1 - beta1^step), and `square_correction` of beta2."""
+        """Return `mean_correction` = 1 / (1 - beta1^step) and the corresponding `square_correction` for beta2."""
         check_count("a step", step, hint="1 for the first one")
         corrections = [1 / (1 - beta**step) for beta in (self.beta1, self.beta2)]
         return dict(zip(self.needs, corrections, strict=True))
@@ -104,7 +105,7 @@ class AdamW:
     ) -> tuple[Expr, ...]:
         mean, square = moments
         mean = _between(mean, gradient * by["scale"], self.beta1)
-        scaled = gradient * by["root_scale"]  # whose square neither overflows nor vanishes before it has to
+        scaled = gradient * by["root_scale"]  # its square neither overflows nor underflows earlier than necessary
         square = square * self.beta2 + scaled * scaled
         kept = weight * by["kept"] if decays and self.weight_decay else weight
         return kept - mean * by["rate"] / (b.sqrt(square) * by["root_correction"] + self.eps), mean, square
@@ -135,11 +136,11 @@ class SGD:
 
     @property
     def moments(self) -> tuple[str, ...]:
-        """`velocity`, where there is momentum."""
+        """`velocity` if there is momentum."""
         return ("velocity",) if self.momentum else ()
 
     def scalars(self, step: int) -> dict[str, float]:
-        """Nothing: all steps are alike."""
+        """Return no scalars: all steps are alike."""
         check_count("a step", step, hint="1 for the first one")
         return {}
 
@@ -161,15 +162,15 @@ class SGD:
 def update_graph(
     optimizer: Optimizer, weights: Mapping[str, Type], *, clip: float | None, decayed: Collection[str]
 ) -> Graph:
-    """One step of all weights as a graph: what it takes and gives is said above.
+    """Return one optimizer step of all weights as a graph; the module's docstring lists its inputs and outputs.
 
     weights  their types by name, all f32
-    clip     the greatest norm of all gradients together; None leaves them as they are
-    decayed  the weights that weight decay draws to zero
+    clip     maximum norm of all gradients together; None disables clipping
+    decayed  names of the weights with weight decay
 
-    It has no calls: through them no backend writes over what is donated. Raises UsageError for weights that are none,
-    not f32, or whose names give two inputs one name, for a clip that is not above 0, and for decayed ones that are not
-    there.
+    The graph has no calls, since backends do not overwrite donated inputs through calls. Raises UsageError for an empty
+    set of weights, weights other than f32, names that give two inputs one name, a clip that is not above 0, and unknown
+    names in `decayed`.
     """
     _check_weights(optimizer, weights, decayed)
     if clip is not None:
@@ -191,7 +192,7 @@ def update_graph(
 
 
 def _kept(optimizer: Optimizer, name: str) -> list[str]:
-    """A weight and its moments, by name."""
+    """Return the names of a weight and its moments."""
     return [name, *(f"{moment}.{name}" for moment in optimizer.moments)]
 
 
@@ -202,33 +203,35 @@ def _inputs(optimizer: Optimizer, name: str) -> list[str]:
 
 def _check_weights(optimizer: Optimizer, weights: Mapping[str, Type], decayed: Collection[str]) -> None:
     if not weights:
-        raise UsageError("there are no weights to update", hint="a model with parameters")
+        raise UsageError("the model has no weights to update", hint="a model with parameters")
     for name, type in weights.items():
         if type.dtype is not f32 or type.encoding is not None:
             raise UsageError(
                 f"weight {name} is not f32, so it cannot be trained",
                 received=f"{name}: {type}",
-                hint="weights in f32, and other types made of them when training is done",
+                hint="weights in f32; convert them to other types after training",
             )
     names = Counter([*(n for name in weights for n in _inputs(optimizer, name)), "rate", "share", *optimizer.needs])
     twice = [name for name, count in {**names, "norm": 1 + names["norm"]}.items() if count > 1]
     if twice:
-        raise UsageError(f"the update has two values of the name {twice[0]}", hint="another name for the weight")
+        raise UsageError(f"two inputs of the update have the name {twice[0]}", hint="another name for the weight")
     unknown = [decayed] if isinstance(decayed, str) else [name for name in decayed if name not in weights]
     if unknown:
         raise UsageError(
-            "what decays are weights, by name",
+            "unknown weights in decayed",
             received=", ".join(map(repr, unknown)),
             hint=f"decayed=[{next(iter(weights))!r}]",
         )
 
 
 def _sum(b: Builder, x: Expr) -> Expr:
-    """The sum of all elements: of each row, then of these, since one long sum in f32 would lose more."""
+    """Return the sum of all elements: first of each row, then of these sums, since one long sum in f32 loses
+    precision.
+    """
     rows = b.reduce_sum(x, axes=(-1,)) if x.rank else x
     return b.reduce_sum(rows, axes=tuple(range(rows.rank))) if rows.rank else rows
 
 
 def _between(start: Expr, end: Expr, share: float) -> Expr:
-    """share * start + (1 - share) * end, as torch.lerp rounds it: exact for a share of 0, and where both are alike."""
+    """Return share * start + (1 - share) * end, rounded as torch.lerp: exact for a share of 0 and for equal ends."""
     return start + (end - start) * (1 - share) if share > 0.5 else end - (end - start) * share

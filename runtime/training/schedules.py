@@ -1,4 +1,4 @@
-"""Schedules: the learning rate of each step, counted from 1.
+"""Learning rate schedules: the learning rate of each step, counted from 1.
 
 schedule = Schedule(3e-4, warmup=100, steps=10_000, shape="cosine", end=0.1)
 schedule(1), schedule(100), schedule(10_000)          # 3e-6, 3e-4, 3e-5
@@ -18,15 +18,15 @@ SHAPES = ("constant", "cosine", "linear")
 
 @dataclass(frozen=True)
 class Schedule:
-    """It rises evenly from peak / warmup at step 1 to the peak at step `warmup`; from there it follows its shape.
+    """A linear warmup from peak / warmup at step 1 to the peak at step `warmup`, followed by a shape.
 
-    peak    the greatest learning rate
-    warmup  steps until it is reached; 0 begins with it, as 1 does
-    steps   the step at which a falling shape has reached its end, where it stays
+    peak    maximum learning rate
+    warmup  number of steps until the peak; 0 starts at the peak, as does 1
+    steps   the step at which a falling shape reaches its end, where it stays
     shape   "constant", "linear", or "cosine" (Loshchilov & Hutter 2017, without restarts)
-    end     where a falling shape ends, as a share of the peak
+    end     final learning rate of a falling shape, as a fraction of the peak
 
-    Raises UsageError for a value out of range, and for values that do not go together.
+    Raises UsageError for a value out of range, and for values that contradict each other.
     """
 
     peak: float
@@ -42,18 +42,20 @@ class Schedule:
         if self.steps is not None:
             check_count("steps", self.steps, hint="the number of steps of the run")
         if self.shape not in SHAPES:
-            raise UsageError(
-                f"there is no shape {self.shape!r} of a schedule", hint="one of " + ", ".join(map(repr, SHAPES))
-            )
+            raise UsageError(f"unknown schedule shape {self.shape!r}", hint="one of " + ", ".join(map(repr, SHAPES)))
         if self.end > 1:
-            raise UsageError("a schedule ends at its peak or below", received=f"end={self.end!r}", hint="end=0.1")
+            raise UsageError(
+                "the end of a schedule must be between 0 and 1", received=f"end={self.end!r}", hint="end=0.1"
+            )
         if self.shape == "constant" and self.end:
             raise UsageError(
-                "a constant schedule has no other end", received=f"end={self.end!r}", hint='shape="cosine" or "linear"'
+                "a constant schedule cannot have another end",
+                received=f"end={self.end!r}",
+                hint='shape="cosine" or "linear"',
             )
         if self.shape != "constant" and (self.steps is None or self.steps <= self._first):
             raise UsageError(
-                f"a {self.shape} schedule falls after its peak at step {self._first}: until which step?",
+                f"a {self.shape} schedule needs steps: it falls after its peak at step {self._first}",
                 received=f"steps={self.steps}",
                 hint=f"steps={max(1000, 10 * self._first)}",
             )
@@ -64,7 +66,7 @@ class Schedule:
         return max(self.warmup, 1)
 
     def __call__(self, step: int) -> float:
-        """The learning rate of a step. Raises UsageError for a step below 1."""
+        """Return the learning rate of a step. Raises UsageError for a step below 1."""
         check_count("a step", step, hint="1 for the first one")
         if step < self._first:
             return self.peak * step / self.warmup
@@ -78,5 +80,5 @@ class Schedule:
 
 
 def schedule_of(value: Schedule | float) -> Schedule:
-    """A schedule as it is; of a plain number, that rate at every step. Raises UsageError for anything else."""
+    """Return a schedule unchanged, or a constant one for a number. Raises UsageError for anything else."""
     return value if isinstance(value, Schedule) else Schedule(value)

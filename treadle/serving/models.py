@@ -109,7 +109,7 @@ Served = ServedWriter | ServedEmbedder
 
 def queue_full(why: str) -> RequestRefusal:
     """What is told whom no more can be taken from just now."""
-    return RequestRefusal(429, f"{why}; ask again later", code="queue_full", headers={"Retry-After": "1"})
+    return RequestRefusal(429, f"{why}; try again later", code="queue_full", headers={"Retry-After": "1"})
 
 
 @dataclass(frozen=True)
