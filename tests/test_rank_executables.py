@@ -102,7 +102,9 @@ def test_blocks_that_ranks_gather_are_decoded_at_every_call(backend: str, quanti
     found, _ = run_ranks(plan.devices, [call(rank) for rank in range(plan.devices.ranks)])
     wanted = interpret(plan.graph, {"tokens": tokens}, weights, float64=True)["logits"]
     for rank, own in enumerate(found):
-        part = taken_part(wanted, plan.graph.main.results[0].type.shape, plan.gives[0], plan.mesh, rank, {"B": 8, "S": 8})
+        part = taken_part(
+            wanted, plan.graph.main.results[0].type.shape, plan.gives[0], plan.mesh, rank, {"B": 8, "S": 8}
+        )
         assert np.max(np.abs(own - part)) < 1e-5  # float32; logits are below 1
 
 

@@ -187,5 +187,5 @@ def taken_part(
             continue
         start, length = (n.evaluate(sizes) for n in span(size, split, mesh, rank))
         where.append(slice(start, start + length))
-    part: Array = array[tuple(where)]
+    part: Array = array[(*where, ...)]  # the dots: of an array of rank 0 a view as well, and no number
     return part
