@@ -378,8 +378,8 @@ def _interval(expr: Any, bounds: Mapping[str, Bounds], symbols: Symbols) -> tupl
         low, high = (_interval(x, bounds, symbols) for x in expr.args)
         return quotient_interval(low, high)
     if expr.is_Symbol:
-        size = symbols.told.get(expr.name) or Size.symbol(symbols.names.get(expr.name, expr.name))
-        return size.interval(bounds) if size.symbols <= bounds.keys() else (-INFINITY, INFINITY)
+        known = expr.name in symbols.told or expr.name in symbols.names
+        return symbols.size(expr).interval(bounds) if known else (-INFINITY, INFINITY)
     if not (expr.is_Integer or kind in ("Add", "Mul", "Pow")):
         return -INFINITY, INFINITY
     parts: dict[Any, tuple[Size, Bounds]] = {}
