@@ -51,14 +51,17 @@ def values_of_weights(graph: Graph) -> set[Value]:
 
 
 def is_made_of_weights(value: Value) -> bool:
-    """Whether a value is a weight, or what ops without attributes of their own sizes make of weights alone."""
+    """Return True if a value is a weight, or made of weights alone by ops that `bind` may run.
+
+    These are neither calls, nor collectives, nor ops whose attributes hold symbols.
+    """
     waiting, seen = [value], {value}
     while waiting:
         each = waiting.pop()
         if each.node is None:
             if each.kind != "parameter" and each.literal is None:
                 return False
-        elif each.node.op.callee is not None or attribute_symbols(each.node.op):
+        elif each.node.op.callee is not None or each.node.op.meets_ranks or attribute_symbols(each.node.op):
             return False
         else:
             waiting += [v for v in each.node.inputs if v not in seen]

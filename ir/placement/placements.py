@@ -180,12 +180,12 @@ def taken_part(
 
     Of a value in blocks the array and the shape count bytes along their axis, and so does `held_placement`.
     """
-    where = []
+    where: list[Any] = []
     for size, split in zip(shape, placement.dims, strict=True):
         if split is None:
             where.append(slice(None))
             continue
         start, length = (n.evaluate(sizes) for n in span(size, split, mesh, rank))
         where.append(slice(start, start + length))
-    part: Array = array[tuple(where)]
+    part: Array = array[(*where, ...)]  # the dots: a view of an array of rank 0, too, and not its number
     return part

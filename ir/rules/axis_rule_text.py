@@ -14,12 +14,11 @@ from treadle.ir.wording.marked_text import marked
 
 # -- parsing ---------------------------------------------------------------------------------------------------
 
-_SIZE = r"(?:[^\s,()]|\((?:[^\s()]|\((?:[^\s()]|\([^\s()]*\))*\))*\))+"  # parentheses nest three deep
 _TOKEN = re.compile(
-    rf"""\s*(?:
+    r"""\s*(?:
       (?P<dots>\.\.\.) | (?P<open>\() | (?P<close>\))
     | (?P<whole>\[[^\[\]]*\])
-    | (?P<mark>[>@^]?)(?P<name>[A-Za-z_]\w*)(?::(?P<monoid>[a-z]+)|=(?P<size>{_SIZE}))?
+    | (?P<mark>[>@^]?)(?P<name>[A-Za-z_]\w*)(?::(?P<monoid>[a-z]+)|(?P<sized>=)(?=[^\s,)]))?
     | (?P<one>1)(?!\w)
     )""",
     re.VERBOSE,
@@ -39,6 +38,15 @@ def parse_rule(text: str) -> Rule:
     reader.start = len(left) + len(arrow)
     results = tuple(reader.pattern(part, True) for part in right.split(","))
     return reader.rule(operands, results)
+
+
+def _size_end(text: str, at: int) -> int:
+    """The position after a size that begins at `at`: of a space, or of a parenthesis that the size did not open."""
+    depth = 0
+    while at < len(text) and not text[at].isspace() and (depth or text[at] != ")"):
+        depth += (text[at] == "(") - (text[at] == ")")
+        at += 1
+    return at
 
 
 class _RuleReader:
@@ -71,6 +79,9 @@ class _RuleReader:
             if match is None:
                 raise self.error(f"cannot read {part[at:].strip()!r}")
             at = match.end()
+            size = None
+            if match["sized"]:
+                size, at = part[at : (end := _size_end(part, at))], end
             if match["dots"]:
                 if any(isinstance(d, LeadingDims) for d in dims) or group is not None:
                     raise self.error("... may stand once in an operand, outside parentheses")
@@ -92,7 +103,7 @@ class _RuleReader:
                     raise self.error("a whole axis stands outside parentheses")
                 dims.append(self.whole(match["whole"][1:-1].replace(" ", ""), is_result))
             else:
-                name = self.factor(match, is_result)
+                name = self.factor(match, size, is_result)
                 if group is None:
                     dims.append(AxisDim((name,)))
                 else:
@@ -116,12 +127,12 @@ class _RuleReader:
         (self.in_results if is_result else self.in_operands).append(factor.name)
         return factor.name
 
-    def factor(self, match: re.Match[str], is_result: bool) -> str:
+    def factor(self, match: re.Match[str], size_text: str | None, is_result: bool) -> str:
         name, monoid = match["name"], match["monoid"]
         if monoid is not None and monoid not in MONOIDS:
             raise self.error(f"unknown reduction {monoid!r}, expected one of {', '.join(MONOIDS)}")
-        if match["size"] is not None:
-            size = self.size(match["size"])
+        if size_text is not None:
+            size = self.size(size_text)
             if self.given.setdefault(name, size) != size:
                 raise self.error(f"{name} has two sizes, {self.given[name]} and {size}")
         return self.mark(AxisFactor(name, Role.REDUCED if monoid else _MARKS[match["mark"]], monoid), is_result)

@@ -54,8 +54,12 @@ def atom_bounds(atom: Atom, symbols: Mapping[str, Bounds]) -> tuple[float, float
     if isinstance(atom, str):
         b = symbols.get(atom, _ANY)
         return b.lower, INFINITY if b.upper is None else b.upper
-    low, high = atom.numerator.interval(symbols)
-    small, large = atom.denominator.interval(symbols)
+    return quotient_interval(atom.numerator.interval(symbols), atom.denominator.interval(symbols))
+
+
+def quotient_interval(numerator: tuple[float, float], denominator: tuple[float, float]) -> tuple[float, float]:
+    """The least and the greatest value of `numerator // denominator`, by those of the two."""
+    (low, high), (small, large) = numerator, denominator
     if small < 1:
         return -INFINITY, INFINITY
     return _over(low, small if low < 0 else large), _over(high, large if high < 0 else small)

@@ -4,8 +4,9 @@
     term   = coefficient * atoms      atoms multiply
     atom   = symbol | size // size    S, (S + 2)//4
 
-Two sizes are equal when their canonical forms are: `2*S` equals `S + S`, while `2*(S//2)` and `S` stay apart, since
-they differ for odd S. A size answers questions about all values that its symbols may take through `bounds`.
+Two sizes are equal when their canonical forms are: `2*S` equals `S + S` and `S//2//3` equals `S//6`, while `2*(S//2)`
+and `S` stay apart, since they differ for odd S. A size answers questions about all values that its symbols may take
+through `bounds`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
+from math import gcd
 from typing import Any, TypeAlias, overload
 
 from treadle.ir.errors import SizeError
@@ -53,6 +55,7 @@ class Quotient:
 MOST_TERMS = 256
 MOST_FACTORS = 64
 MOST_DIVIDED = 64
+MOST_DIVISOR = 2**31
 LARGEST = 2**127
 
 Atom: TypeAlias = str | Quotient
@@ -304,6 +307,12 @@ class Size(SizeNumbers):
             whole, rest = _whole_parts(self, divisor)
             if whole.terms:
                 return whole + rest // other
+            common = gcd(divisor, *[coeff for mono, coeff in self.terms if mono])
+            if common > 1:  # (4*S + 3)//6 is (2*S + 1)//3
+                return Size._from({mono: coeff // common for mono, coeff in self.terms}) // (divisor // common)
+            at_once = _divided_at_once(self, divisor)
+            if at_once is not None:
+                return at_once
         return Size([((Quotient(self, other),), 1)])
 
     __radd__ = __add__
@@ -387,6 +396,18 @@ def _whole_parts(size: Size, divisor: int) -> tuple[Size, Size]:
         out = coeff // divisor if not mono or coeff > 0 else -(-coeff // divisor)
         whole[mono], rest[mono] = out, coeff - out * divisor
     return Size._from(whole), Size._from(rest)
+
+
+def _divided_at_once(size: Size, divisor: int) -> Size | None:
+    """(S//3 + 2)//4 as (S + 6)//12; None for a size that is not a quotient and a sum without quotients."""
+    quotients = [(mono, coeff) for mono, coeff in size.terms if not all(isinstance(atom, str) for atom in mono)]
+    if len(quotients) != 1 or quotients[0][1] != 1 or len(quotients[0][0]) != 1:
+        return None
+    ((quotient,), _) = quotients[0]
+    inner = quotient.denominator.constant if isinstance(quotient, Quotient) else None
+    if not isinstance(quotient, Quotient) or inner is None or not 0 < inner * divisor < MOST_DIVISOR:
+        return None
+    return (quotient.numerator + (size - Size([((quotient,), 1)])) * inner) // (inner * divisor)
 
 
 def _grouped(size: Size) -> str:
