@@ -1,4 +1,4 @@
-"""Reads axis rules: docs/axis-rules.md is the grammar, `treadle.ir.axes` what a rule means."""
+"""Parser of axis rules. docs/axis-rules.md has the grammar, `treadle.ir.axes` the meaning of a rule."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class _RuleReader:
     def __init__(self, text: str) -> None:
         self.text = text
         self.start = 0
-        """Where the pattern that is read next begins."""
+        """The start of the pattern that is parsed next."""
         self.at: int | None = 0
-        """Where the piece under consideration begins; None when it is the rule as a whole."""
+        """The start of the current piece; None for the rule as a whole."""
         self.places: dict[str, int] = {}
-        """Where each name stood last."""
+        """The last location of each name."""
         self.marked: dict[str, AxisFactor] = {}
         self.given: dict[str, Size] = {}
         self.in_operands: list[str] = []
@@ -135,7 +135,7 @@ class _RuleReader:
         return AxisDim((), self.size(inner))
 
     def size(self, text: str) -> Size:
-        if _NAMES.fullmatch(text):  # a join's: as many terms as it has parts, more than an expression may hold
+        if _NAMES.fullmatch(text):  # a concatenation's: one term per part, possibly more than an expression may hold
             return sum_of_symbols(text.split("+"))
         try:
             return parse_size(text)

@@ -1,6 +1,6 @@
-"""What Python and NumPy ask of a value and a graph's cannot answer, each told with what to write instead.
+"""Python and NumPy protocols that a graph's value cannot support; each error says what to write instead.
 
-`len(x)`, `float(x)`, `if x:`, `x[0]`, `x.mean()`, `numpy.tanh(x)`, ...: there are no elements while a graph is made.
+`len(x)`, `float(x)`, `if x:`, `x[0]`, `x.mean()`, `numpy.tanh(x)`, ...: while a graph is built, there are no elements.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class NoSuchMethod(GraphError, AttributeError):
-    """A traced value was asked for a method that arrays of other libraries have."""
+    """A traced value lacks a method that arrays of other libraries have."""
 
 
 _OPERATORS = {
@@ -27,11 +27,11 @@ _OPERATORS = {
     **{"less": "less", "less_equal": "less_equal", "greater": "greater", "greater_equal": "greater_equal"},
     **{"equal": "equal", "not_equal": "not_equal", "bitwise_and": "logical_and", "bitwise_or": "logical_or"},
 }
-"""What NumPy calls where an array or a NumPy number stands left of an operator, and the op that it is."""
+"""NumPy's functions for operators with an array or a NumPy number on the left, and the op for each."""
 
 
 class PythonProtocols:
-    """Base of `Expr`: its operators are answers, these are refusals. Each raises GraphError."""
+    """Base of `Expr` with the unsupported operators. Each raises GraphError."""
 
     __slots__ = ()
     builder: Builder
@@ -49,7 +49,7 @@ class PythonProtocols:
         )
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
-        """NumPy's functions of elements: an operator beside an array is the op, any other is refused."""
+        """Handle NumPy's elementwise functions: an operator with an array becomes the op, any other raises GraphError."""
         op = _OPERATORS.get(ufunc.__name__)
         if op is not None and method == "__call__" and not options:
             return self.builder.apply(op, *inputs, name="x")
@@ -69,7 +69,7 @@ class PythonProtocols:
     def _refusal(self, what: str, hint: str | None) -> GraphError:
         return GraphError(what, received=str(self.type), source=self.builder.place(), hint=hint)
 
-    if not TYPE_CHECKING:  # type checkers say these before it runs
+    if not TYPE_CHECKING:  # type checkers report these before the program runs
 
         def __getitem__(self, index: Any) -> NoReturn:
             raise self._refusal(
@@ -78,7 +78,7 @@ class PythonProtocols:
             )
 
         def __getattr__(self, name: str) -> NoReturn:
-            """Raises NoSuchMethod, which names what is written instead."""
+            """Raise NoSuchMethod, which names the replacement."""
             if name.startswith("__"):
                 raise AttributeError(name)
             spelled = OTHER_METHODS.get(name) or (f"t.{name}(x)" if name in OPS else None)
