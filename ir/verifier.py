@@ -1,19 +1,18 @@
-"""The verifier: everything that must hold in a graph, checked anew from the ops' own rules.
+"""The verifier: all invariants of a graph, checked independently from the ops' own rules.
 
     graph      entries come last; symbols have bounds that some size meets; initial values belong to parameters
-    entries    `bind` takes no inputs and no states, and each of its outputs is a result of its own, under a name that
-               no weight has; what is one parameter, or one state, has one type and one layout in all entries, and
-               nobody calls an entry
+    entries    `bind` has no inputs and no states, and each of its outputs is a result of its own, under a name that
+               no weight has; a parameter or state has one type and one layout in all entries; no node calls an entry
     function   inputs, parameters, states and outputs have names of their own; types use declared symbols only
     node       operands are defined before, in the same function; results and node point at each other
-    types      are what the op's rules infer from the operands; a constant's are those of its content
+    types      are those that the op's rules infer from the operands; a constant's are those of its content
     calls      name a function that comes before (so there is no recursion) and agree with its signature
-    states     nobody reads a version of a state, or a view of one, after it was updated, nor at once with its update;
-               what a function says that a state is in the end is its last version; no output is a version; a call
-               passes states as states
-    layouts    are of matrices; a call passes what lies as its callee wants it; inputs, states, weights of
-               the graph, and what its entries give to users are row-major
-    encodings  are read by ops that take blocks, as their types say; what users give and get is plain
+    states     no node reads a version of a state, or a view of one, after its update or in the same node; the last
+               version of a state is the one that the function declares; no output is a version; a call passes states
+               as states
+    layouts    are of matrices; a call passes values in the layouts of its callee; inputs, states, weights of
+               the graph, and outputs of its entries are row-major
+    encodings  are read by ops that accept blocks, as their types declare; inputs and outputs of entries are plain
 
 It runs after every pass.
 """
@@ -37,9 +36,9 @@ from treadle.ir.types import Type, boolean
 
 
 def verify(graph: Graph, only: Collection[str] | None = None) -> None:
-    """Raises VerifyError for the first invariant that does not hold, with the nodes around and the user's line.
+    """Raise VerifyError for the first violated invariant, with the surrounding nodes and the user's line.
 
-    only  the functions to look into, where the others and the signatures of all are known to be as they were
+    only  the functions to check, if the others and the signatures of all are known to be unchanged
     """
     last = tuple(graph.functions)[-len(graph.entry_names) :]
     if not are_entries(graph.entry_names) or last != graph.entry_names:
@@ -73,7 +72,7 @@ def verify(graph: Graph, only: Collection[str] | None = None) -> None:
 
 
 def _verify_bind(bind: Function) -> None:
-    """What `bind` takes and makes."""
+    """Check the arguments and results of `bind`."""
     if taken := [*bind.inputs, *bind.states.values()]:
         raise VerifyError(f"bind takes no {taken[0].kind}s", received=taken[0].name)
     seen: set[Value] = set()
@@ -87,7 +86,7 @@ def _verify_bind(bind: Function) -> None:
 
 
 def _verify_shared(graph: Graph) -> None:
-    """That entries agree on the parameters and states that they share."""
+    """Check that entries agree on the parameters and states that they share."""
     if len(graph.entry_names) == 1:
         return
     known: dict[str, tuple[str, Value]] = {name: ("bind", value) for name, value in graph.made.items()}
@@ -114,14 +113,14 @@ class _FunctionCheck:
         self.declared = frozenset(graph.symbols)
         self.defined: set[Value | None] = {None}  # an absent operand needs no definition
         self.laid: set[Value | None] = set()
-        """Those of them that are not row-major: few, where any."""
+        """Those of them that are not row-major, usually none."""
         self.checked_types: set[int] = set()
-        """Their identities: a function's values share types, and hashing one takes longer than checking it."""
+        """Identities of types: a function's values share types, and hashing a type takes longer than checking it."""
         self.checked_calls: set[Op] = set()
         self.updated: dict[Value, Value] = {}
-        """For each version of a state that was updated, what came of it."""
+        """The next version of each version of a state that was updated."""
         self.bases: dict[Value, Value] = {}
-        """What views show, in a function with states."""
+        """The bases of views, in a function with states."""
 
     def run(self) -> None:
         names: set[str] = set()
@@ -232,7 +231,7 @@ class _FunctionCheck:
 
     def call(self, node: Node, index: int) -> None:
         wanted = getattr(node.op, "takes_in", ())
-        plain = not wanted and self.laid.isdisjoint(node.operands)  # all row-major, and read so: nearly always
+        plain = not wanted and self.laid.isdisjoint(node.operands)  # nearly always all are row-major, and read so
         for value, layout in zip_longest(() if plain else node.operands, wanted):
             if value is not None and value.layout != layout:
                 raise self.error(
@@ -261,7 +260,7 @@ class _FunctionCheck:
         self.checked_calls.add(node.op)
 
     def versions(self, node: Node, index: int, callee: Function | None) -> None:
-        """What a node reads and updates of states."""
+        """Check the states that a node reads and updates."""
         for value in node.inputs:
             base = self.base(value)
             if base in self.updated:
@@ -289,11 +288,11 @@ class _FunctionCheck:
                     raise self.error(f"a call of {callee.name} passes {name} as {formal.kind} {formal.name}", index)
 
     def base(self, value: Value) -> Value:
-        """The state's version of which a value is a view, or the value itself."""
+        """Return the state's version that a value is a view of, or the value itself."""
         return self.bases.get(value, value)
 
     def last_versions(self) -> None:
-        """What the function says that its states are in the end."""
+        """Check the last versions of states that the function declares."""
         function = self.function
         last: dict[str, Value] = {}
         for name, state in function.states.items():

@@ -19,7 +19,7 @@ class Relayout(Primitive):
 
     to  the layout of the result (`treadle.ir.layouts`)
 
-    Passes put it before a product that reads its weight in a layout. What reads the result must read that layout.
+    Passes insert it before a product that reads its weight in a layout. Consumers of the result must read that layout.
     """
 
     is_word = False

@@ -1,4 +1,4 @@
-"""Several products of one value, done as one."""
+"""Several products of one value, computed as one."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Projections(MixedProduct, Composite):
     """y_i[..., n_i] = sum_k x[..., k] weight_i[n_i, k] + bias_i[n_i], for each i
 
     Query, key and value of an attention (Vaswani et al. 2017, 3.2.2). Operands: x, then the weights, then the bias of
-    each, absent where a product has none. Each weight keeps its name and its axes, so that heads can be split; what
-    runs is one product with all weights joined, which a backend does once, and the result cut.
+    each, absent if a product has none. Each weight keeps its name and its axes, so that heads can be split. At run time
+    there is one product with all weights concatenated, which a backend does once, and its result is split.
 
-    count        how many, 2 to 16
-    weight_axes  "n k", as linear takes a weight, or "k n", as matmul does
+    count        the number of products, 2 to 16
+    weight_axes  "n k", as the weight of linear, or "k n", as the weight of matmul
     to           the dtype of results and biases, in which products are summed; None: that of x and the weights
     """
 
@@ -47,7 +47,7 @@ class Projections(MixedProduct, Composite):
 
     @property
     def linear(self) -> tuple[frozenset[str], ...]:
-        """In x and the biases together, and in the weights and the biases."""
+        """Linear in x and the biases together, and in the weights and the biases."""
         _, *others = self.operand_names(1 + 2 * self.count)
         weights, biases = others[: self.count], others[self.count :]
         return frozenset(("x", *biases)), frozenset((*weights, *biases))
@@ -79,7 +79,7 @@ class Projections(MixedProduct, Composite):
         return tuple([multiplied(b, x, w, bias, self.weight_axes, self.to) for w, bias in pairs if w is not None])
 
     def lowering(self, b: Builder, x: Expr, *operands: Expr | None) -> Any:
-        """slices of one product: x (w_0 | w_1 | ...) + (b_0 | b_1 | ...)"""
+        """Build slices of one product: x (w_0 | w_1 | ...) + (b_0 | b_1 | ...)"""
         weights = [w for w in operands[: self.count] if w is not None]
         biases = operands[self.count :]
         axis = self.weight_axes.split().index("n")

@@ -1,4 +1,4 @@
-"""Ops that give the elements of one tensor other places: rearrange, expand and reshape."""
+"""Ops that rearrange the elements of one tensor: rearrange, expand and reshape."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from treadle.ir.wording.marked_text import marked, marked_name
 
 
 def zeros(b: Builder, type: Type) -> Expr:
-    """Zeros of a type, which no constant holds in full."""
+    """Build zeros of a type, without storing them in a constant."""
     return b.expand(b.constant(0, type.dtype), shape=type.shape)
 
 
@@ -36,9 +36,9 @@ def zeros(b: Builder, type: Type) -> Expr:
 class Rearrange(Primitive):
     """Split, permute and join axes: "b s (heads=12 d) -> b heads s d"        (einops, Rogozhnikov 2022)
 
-    pattern   the axis rule itself. Every name stands once on each side; `(h d)` is one dimension, h
-              outermost; `1` is a dimension of size 1, added or dropped; `...` any leading dimensions. Where a
-              dimension is split, all its factors but one give their size.
+    pattern   the axis rule itself. Every name occurs once on each side; `(h d)` is one dimension, h
+              outermost; `1` is a dimension of size 1, added or dropped; `...` any leading dimensions. If a
+              dimension is split, all its factors but one have a size in the pattern.
     """
 
     moves_blocks = True
@@ -165,7 +165,7 @@ def _number(size: Size) -> int:
 
 
 def _side(dims: Sequence[object], sizes: Mapping[str, Size]) -> str:
-    """One side of a pattern as text, with these sizes in it."""
+    """Return one side of a pattern as text, with these sizes in it."""
     texts = []
     for d in dims:
         if not isinstance(d, AxisDim):
@@ -192,7 +192,7 @@ class Expand(Primitive):
     shape: tuple[Size | None, ...]
 
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
-        """The rule where no size is that of x: see `apply`."""
+        """Return the rule for the case that no size is that of x: see `apply`."""
         rank = ranks[0] or 0
         names = axis_letters(len(self.shape), symbols_in(self.shape))
         results = [n if size is None else f"^{n}={size}" for n, size in zip(names, self.shape, strict=True)]
@@ -218,7 +218,7 @@ class Expand(Primitive):
         return super(Expand, self._keeping(types)).apply(types)
 
     def _keeping(self, types: Sequence[Type | None]) -> Expand:
-        """The same, where the dimensions that x has already are said to be kept."""
+        """Return the same op, with the dimensions that x has already marked as kept."""
         (x,) = types
         assert x is not None
         new = len(self.shape) - x.rank
@@ -226,14 +226,14 @@ class Expand(Primitive):
         return replace(self, shape=(*self.shape[:new], *[None if size == dim.size else size for dim, size in old]))
 
     def resized(self, sizes: Mapping[str, Size], types: Sequence[Type | None]) -> Op | None:
-        """Dimensions that are kept may have any size; those that it makes are no part of a value yet."""
+        """Return the op if only kept dimensions have other sizes; None if a generated one has."""
         made = self._keeping(types)
         names = axis_letters(len(made.shape), symbols_in(made.shape))
         generated = {n for n, size in zip(names, made.shape, strict=True) if size is not None}
         return None if generated & sizes.keys() else made
 
     def stepped(self, step: Stepping, operands: Sequence[Expr | Kept | None], held: Held) -> Any:
-        """The same: as many as there are tokens."""
+        """Build the same op for the tokens of the step."""
         (x,) = operands
         return step.b.expand(x, shape=self.shape) if isinstance(x, Expr) else None
 
@@ -270,10 +270,10 @@ class Expand(Primitive):
 class Reshape(Primitive):
     """The elements of x, in row-major order, under another shape.
 
-    For importers: it does not say which axis becomes which, so every axis ends here. Who knows it uses
+    For importers: it does not relate the axes of x and y, so every axis ends here. If the relation is known, use
     `rearrange`.
 
-    shape   the result's sizes, as many elements as x has for all values of the symbols
+    shape   the result's sizes, with as many elements as x has for all values of the symbols
     """
 
     x = Operand()

@@ -63,7 +63,7 @@ class Balance:
         return (*self.weights, self.gain, *([self.shift] if self.shift is not None else []))
 
     def factors(self, graph: Graph, weights: Mapping[str, Any]) -> Array | None:
-        """Compute s from the numbers of weights; None if one is missing, does not match, or is already held in blocks."""
+        """Compute s from the numbers of weights; None if one is missing, does not match, or is held in blocks."""
         found = {}
         for name in self.read:
             value, array = graph.parameters.get(name), weights.get(name)
@@ -137,7 +137,7 @@ def picked_of(node: Node) -> Value | None:
 
 
 def norm_of(value: Value | None) -> tuple[Value | None, Value | None] | None:
-    """Return the gain and the shift of the norm that computes a value, or some of its rows; None if it is not a norm."""
+    """Return the gain and the shift of the norm that computes a value, or some of its rows; None for other ops."""
     node = None if value is None else value.node
     while node is not None and (x := picked_of(node)) is not None:
         value, node = x, x.node

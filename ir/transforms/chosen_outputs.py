@@ -49,14 +49,14 @@ class _Given:
 
 
 def choose_outputs(graph: Graph, outputs: Sequence[str]) -> Graph:
-    """A copy of a graph that gives these outputs of its `main`, in this order.
+    """Return a copy of a graph with these outputs of its `main`, in this order.
 
     outputs   names; in brackets behind one a part, as in NumPy: for each of its first axes a position, or `start:stop`,
               of which a negative number counts from the end. In the place of the second axis, behind `:`, also a name:
               of a new input, which holds positions for each row of the first axis
 
-    Raises UnknownOutputError for a name that the graph has not, UsageError for a part that is none, or an output
-    that is named twice.
+    Raises UnknownOutputError for a name that the graph lacks, UsageError for a malformed part, or an output that is
+    named twice.
     """
     given: object = outputs
     listed = isinstance(given, Sequence) and not isinstance(given, str)

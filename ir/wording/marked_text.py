@@ -8,7 +8,7 @@ _AROUND = 60  # characters that are shown on either side
 
 
 def marked(text: str, at: int) -> str:
-    """Return `column 5`, the text and a ^ under the character at that position; of a long text, only the surroundings."""
+    """Return `column 5`, the text and a ^ under the character at that position; a long text is shortened."""
     first = max(0, at - _AROUND) if len(text) > 2 * _AROUND else 0
     shown = re.sub(r"\s", " ", text[first : first + 2 * _AROUND])
     return f"column {at + 1}\n{shown}\n{' ' * (at - first)}^"

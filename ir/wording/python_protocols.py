@@ -49,7 +49,7 @@ class PythonProtocols:
         )
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
-        """Handle NumPy's elementwise functions: an operator with an array becomes the op, any other raises GraphError."""
+        """Handle NumPy's elementwise functions: operators with an array become ops, others raise GraphError."""
         op = _OPERATORS.get(ufunc.__name__)
         if op is not None and method == "__call__" and not options:
             return self.builder.apply(op, *inputs, name="x")
