@@ -257,7 +257,7 @@ class _Matching:
                 i, j, axis = left[0]
                 unknown = [n for n in axis.factors if n not in self.dims]
                 raise RuleError(
-                    f"cannot tell the sizes of {' and '.join(unknown)} in dimension {j} of {self.names[i]}",
+                    f"cannot infer the sizes of {' and '.join(unknown)} in dimension {j} of {self.names[i]}",
                     hint=f"give all but one, such as {unknown[0]}=2",
                 )
             waiting = left

@@ -52,7 +52,7 @@ def _build(op: Composite, types: Sequence[Type | None], build: Callable[..., Any
     inferred = op.infer(types)
     if [r.type for r in results] != list(inferred):
         raise GraphError(
-            f"{op.name}: its body gives other types than its rules",
+            f"{op.name}: the types of its body differ from its rules",
             received=f"body: {', '.join(str(r.type) for r in results)}; rules: {', '.join(map(str, inferred))}",
         )
     return b.outputs(**{f"out{i}": r for i, r in enumerate(results)})

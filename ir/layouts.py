@@ -106,16 +106,16 @@ class Layout:
         if (self.tail or self.runs) and self.kind != "blocks":
             raise GraphError("only blocks have a tail, and words", received=str(self))
         if self.kind in ("quads", "blocks") and self.transposed:
-            raise GraphError(f"{self.kind} are of rows, which lie along the last axis", received=str(self))
+            raise GraphError(f"{self.kind} are of rows, along the last axis", received=str(self))
         fours = 0 < self.block - self.head < _MOST_WIDE and (self.block - self.head) % 4 == 0 and self.head % 2 == 0
         if (self.block or self.head or self.kind == "blocks") and not (
             self.kind == "blocks" and fours and 0 < self.width <= _MOST_WIDE
         ):
             hint = "blocks(16, 20, 4): a width, the bytes of a block, and those of its scales"
-            raise GraphError("this is no layout of blocks", received=str(self), hint=hint)
+            raise GraphError("this is not a layout of blocks", received=str(self), hint=hint)
         if self.runs and not self._orders_words():
             raise GraphError(
-                "words are not all there once", received=str(self), hint="runs such as 4:6, 0:4 of 6 words"
+                "runs must contain every word once", received=str(self), hint="runs such as 4:6, 0:4 of 6 words"
             )
         if self.kind == "onednn" and self.width:
             raise GraphError("onednn has no width", received=str(self.width))
@@ -195,7 +195,7 @@ def parse_layout(text: str) -> Layout:
     """Parse a layout. Raises GraphError."""
     match = _TEXT.fullmatch(text.strip())
     if match is None:
-        raise GraphError("this is no layout", received=text[:40], hint="panels(16), pairs(32, transposed), onednn")
+        raise GraphError("this is not a layout", received=text[:40], hint="panels(16), pairs(32, transposed), onednn")
     runs = list[tuple[int, int]]()
     numbers, words = list[int](), dict.fromkeys(("flat", "transposed", "tail", "twos"), False)
     most = 3 if match[1] == "blocks" else 1

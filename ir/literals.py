@@ -37,7 +37,7 @@ class Literal:
         try:
             array = np.asarray(value)
         except ValueError as error:  # lists of different lengths
-            raise GraphError("a constant cannot be made of this", received=str(error)) from None
+            raise GraphError("a constant cannot be built from this", received=str(error)) from None
         if array.dtype == np.object_ and all(isinstance(each, Size | int | float) for each in array.flat):
             numbers = [operator.index(each) if isinstance(each, Size) else each for each in array.flat]
             array = np.array(numbers).reshape(array.shape)
@@ -51,7 +51,7 @@ class Literal:
             raise GraphError(
                 f"a constant cannot hold {array.dtype}",
                 received=f"{value!r}"[:80],
-                hint="numbers and truth values only",
+                hint="numbers and booleans only",
             )
         try:
             with np.errstate(invalid="ignore", over="raise"):
@@ -64,7 +64,7 @@ class Literal:
             ) from None
         if not kind.is_float and array.dtype != stored.dtype and not np.array_equal(stored, array):
             wrong = array[stored != array].flat[0]
-            raise GraphError(f"{wrong} is no {kind}", hint="cast the other operand, or round the number")
+            raise GraphError(f"{wrong} is not of dtype {kind}", hint="cast the other operand, or round the number")
         contiguous = np.ascontiguousarray(stored, dtype=stored.dtype.newbyteorder("<"))
         return Literal(kind, tuple(array.shape), contiguous.tobytes())
 

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from treadle.ir.errors import UsageError
 
 TARGETS = {
-    "cpu": "the processor of this machine",
+    "cpu": "the CPU of this machine",
     "cuda": "an NVIDIA GPU, the current one",
-    "x86-64-amx": "an Intel processor with AVX-512 and AMX",
-    "x86-64-v4-bf16": "a processor with AVX-512 and its products of bf16 pairs",
-    "x86-64-v4": "a processor with AVX-512",
-    "x86-64-v3": "a processor with AVX2 and FMA",
-    "x86-64-v2": "a processor with SSE4.2",
-    "x86-64": "any 64-bit x86 processor",
-    "arm64": "a 64-bit ARM processor, with NEON",
+    "x86-64-amx": "an Intel CPU with AVX-512 and AMX",
+    "x86-64-v4-bf16": "a CPU with AVX-512 and its products of bf16 pairs",
+    "x86-64-v4": "a CPU with AVX-512",
+    "x86-64-v3": "a CPU with AVX2 and FMA",
+    "x86-64-v2": "a CPU with SSE4.2",
+    "x86-64": "any 64-bit x86 CPU",
+    "arm64": "a 64-bit Arm CPU, with NEON",
 }
 """Every known target's name, with a description. Levels of x86-64 are those of its psABI."""
 
@@ -57,7 +57,7 @@ class Target:
             raise UsageError(
                 f"a target's threads are a number from 1 to {MOST_THREADS}",
                 received=f"threads={self.threads!r}"[:80],
-                hint="leave it out for one a core",
+                hint="leave it out for one per core",
             )
 
     @property

@@ -170,7 +170,7 @@ class Type:
             return
         axis, plain = self.encoding.axis, Type(self.dtype, self.dims)
         if self.dtype is not f32:
-            raise GraphError("what is encoded is f32", received=f"{plain} as {self.encoding}")
+            raise GraphError("only f32 can be encoded", received=f"{plain} as {self.encoding}")
         if not -self.rank <= axis < self.rank:
             raise GraphError(f"there is no axis {axis} to encode along", received=f"{plain} as {self.encoding}")
         size = self.dims[axis].size.constant

@@ -54,15 +54,15 @@ def verify(graph: Graph, only: Collection[str] | None = None) -> None:
     parameters = graph.parameters
     for name in graph.initial:
         if name not in parameters:
-            raise VerifyError(f"an initial value is given for {name!r}, which is no parameter")
+            raise VerifyError(f"an initial value is given for {name!r}, which is not a parameter")
     for name, value in parameters.items():
         if value.lies_in is not None:
-            raise VerifyError(f"weight {name} is row-major: bind makes what lies otherwise", received=_lying(value))
+            raise VerifyError(f"weight {name} must be row-major: only bind assigns layouts", received=_lying(value))
     earlier: dict[str, Function] = {}
     views = StateViews(graph)
     for name, function in graph.functions.items():
         if function.name != name:
-            raise VerifyError(f"the graph knows function {function.name!r} as {name!r}")
+            raise VerifyError(f"function {function.name!r} is registered as {name!r}")
         if only is None or name in only:
             _FunctionCheck(graph, function, earlier, views).run()
         earlier[name] = function
@@ -78,11 +78,11 @@ def _verify_bind(bind: Function) -> None:
     seen: set[Value] = set()
     for name, value in bind.outputs.items():
         if value.node is None or value in seen:
-            why = "is the result of a node" if value.node is None else "stands under one name"
-            raise VerifyError(f"what bind makes {why}", received=repr(value), within=f"bind, ${name}")
+            why = "must be the result of a node" if value.node is None else "must have one name"
+            raise VerifyError(f"an output of bind {why}", received=repr(value), within=f"bind, ${name}")
         seen.add(value)
         if name in bind.parameters:
-            raise VerifyError(f"bind makes {name}, and reads a weight of that name", within="bind")
+            raise VerifyError(f"bind assigns {name}, and reads a weight of that name", within="bind")
 
 
 def _verify_shared(graph: Graph) -> None:
@@ -134,7 +134,9 @@ class _FunctionCheck:
                 raise self.error(f"parameter {value.name!r} is held as {name!r}")
             self.argument(value, "parameter")
             if value.lies_in is not None and value.type.rank != 2:
-                raise self.error(f"parameter {name} is no matrix, and lies in {value.layout}", received=str(value.type))
+                raise self.error(
+                    f"parameter {name} is not a matrix, and has layout {value.layout}", received=str(value.type)
+                )
         for name, value in self.function.states.items():
             if value.name != name:
                 raise self.error(f"state {value.name!r} is held as {name!r}")
@@ -150,10 +152,10 @@ class _FunctionCheck:
                 self.constant(value, None)
             if value.layout is not None and self.function in self.graph.later_entries:
                 raise self.error(
-                    f"output {name!r} of {self.function.name} lies in {value.layout}", hint="outputs are row-major"
+                    f"output {name!r} of {self.function.name} has layout {value.layout}", hint="outputs are row-major"
                 )
             if value.state is not None:
-                raise self.error(f"output {name!r} is state {value.state.name}", hint="users have the state itself")
+                raise self.error(f"output {name!r} is state {value.state.name}", hint="the caller has the state itself")
             if value.type.encoding is not None and self.function in self.graph.later_entries:
                 raise self.error(f"output {name!r} of {self.function.name} is encoded", received=str(value.type))
             if self.base(value) in self.updated:
@@ -162,10 +164,10 @@ class _FunctionCheck:
 
     def argument(self, value: Value, kind: str) -> None:
         if value.kind != kind or value.node is not None or value.literal is not None:
-            raise self.error(f"{value.name!r} is among the {kind}s, but is no {kind}", received=repr(value))
+            raise self.error(f"{value.name!r} is among the {kind}s, but is not one of them", received=repr(value))
         if value.lies_in is not None:
             if kind != "parameter":
-                raise self.error(f"{kind} {value.name!r} lies in {value.lies_in}", hint=f"{kind}s are row-major")
+                raise self.error(f"{kind} {value.name!r} has layout {value.lies_in}", hint=f"{kind}s are row-major")
             self.laid.add(value)
         if value.type.encoding is not None and kind == "input" and self.function in self.graph.entries:
             raise self.error(f"input {value.name!r} is encoded", received=str(value.type), hint="weights may be")
@@ -268,7 +270,7 @@ class _FunctionCheck:
                 raise self.error(
                     f"{node.op.name} reads {view}state {_state_name(base)} as it was before it was updated",
                     index,
-                    hint="what reads a state comes before what updates it",
+                    hint="nodes that read a state must precede its update",
                 )
         for result, at in node.op.updates.items():
             before, made = node.operands[at], node.results[result]
@@ -303,19 +305,19 @@ class _FunctionCheck:
                 last[name] = version
         for name, value in function.updated.items():
             if name not in last or value is not last[name]:
-                why = "is no state of it" if name not in function.states else "is not its last version"
+                why = "it has no such state" if name not in function.states else "another version is the last"
                 raise self.error(
-                    f"{function.name} says that state {name} is updated to what {why}", received=repr(value)
+                    f"{function.name} declares a wrong last version of state {name}: {why}", received=repr(value)
                 )
         if left := sorted(last.keys() - function.updated.keys()):
-            raise self.error(f"{function.name} updates state {left[0]}, and does not say so")
+            raise self.error(f"{function.name} updates state {left[0]}, but does not declare it")
 
     def constant(self, value: Value, index: int | None) -> None:
         literal = value.literal
         if literal is None or value.kind != "constant" or value.node is not None:
             raise self.error("a value with a content must be a constant, and a constant must have one", index)
         if literal.dtype is boolean and literal.data.strip(b"\0\1"):
-            raise self.error("a truth value's byte is 0 or 1", index)
+            raise self.error("a boolean's byte is 0 or 1", index)
         if value.type != literal.type or len(literal.data) != literal.type.bytes_at({}):
             raise self.error(
                 "a constant has another type than its content",

@@ -72,7 +72,7 @@ def small_sizes(graph: Graph) -> list[dict[str, int]]:
         raise UsageError(
             "no small sizes fit the model",
             received=", ".join(graph.symbols),
-            hint=Hint(f"sizes=[{{{each}}}], with ones that do", f"--sizes {told}, with ones that do"),
+            hint=Hint(f"sizes=[{{{each}}}], with sizes that fit", f"--sizes {told}, with sizes that fit"),
         )
     return found
 

@@ -85,7 +85,7 @@ class Resized(_Kind):
     """factor   "" if the axis is in none, or in one of which the op takes a part"""
 
     factor: str = ""
-    word = "cut, padded, joined or strided over"
+    word = "sliced, padded, joined or strided"
 
 
 @dataclass(frozen=True)

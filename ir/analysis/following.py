@@ -117,7 +117,7 @@ class Following:
         places, met = len(self.places), len(self.encounters)
         return (
             f"<axis {self.axis} of {self.graph.name}: in {places} value{'s' * (places != 1)}, "
-            f"{met} encounter{'s' * (met != 1)}; .step(), .pack() and .split() say what it may>"
+            f"{met} encounter{'s' * (met != 1)}; .step(), .pack() and .split() give the answers>"
         )
 
     def __str__(self) -> str:

@@ -84,7 +84,7 @@ class Term:
         raise GraphError(
             f"attention: {type(visitor).__name__} has no case for the term {self.name}",
             received=self.text,
-            hint="lower attention's body where `is_standard` of a term is false, which says the term in primitives",
+            hint="lower attention's body if `is_standard` of a term is false: it consists of primitives",
         )
 
     @property

@@ -46,7 +46,7 @@ class _Applied:
             f"{self.noun} have no truth value",
             received=str(self) or None,
             source=str(user_line() or "") or None,
-            hint=f"a {self.sign} b combines them; `mask is None` asks whether there is one",
+            hint=f"a {self.sign} b combines them; `mask is None` is true for a missing one",
         )
 
     def __call__(self, *_: object) -> NoReturn:
@@ -74,7 +74,7 @@ class Masks(_Applied):
 
     def __add__(self, other: object) -> NoReturn:
         """Raise GraphError: masks intersect."""
-        raise _mismatch("masks do not add up", other, "a & b keeps what both keep")
+        raise _mismatch("masks do not add up", other, "a & b keeps the keys that both keep")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _mismatch(what: str, other: object, hint: str | None = None) -> GraphError:
     if hint is None and isinstance(other, _Applied):
         hint = "attention takes both: masks=..., biases=..."
     elif hint is None and isinstance(other, Expr):
-        hint = 't.boolean_mask(x, "b s t") as a mask, t.tensor_bias(x, "h s t") as a bias: which of b, h, s, t x has'
+        hint = 't.boolean_mask(x, "b s t") as a mask, t.tensor_bias(x, "h s t") as a bias, with the axes of x'
     elif hint is None and isinstance(other, str) and other.lower() in ("causal", "alibi", "padding"):
         hint = {"causal": "mask=t.causal", "alibi": "bias=t.alibi(slopes)", "padding": "mask=t.padding(lengths)"}[
             other.lower()

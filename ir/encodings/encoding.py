@@ -64,13 +64,13 @@ class BlockForm(ABC):
 
         Each d and c applies to the same number of neighbours in the block.
         """
-        raise GraphError(f"{self.name} holds no whole numbers with a scale for so many")
+        raise GraphError(f"{self.name} is not a form of integers in groups with scales")
 
     def encode(self, values: Array) -> Array:
         """Encode f32[n, elements], finite unless the form marks, to n records. Raises GraphError for a value out of
         range.
         """
-        raise GraphError(f"{self.name} is read, and not written")
+        raise GraphError(f"{self.name} can be read, but not written")
 
     def sample(self, rng: np.random.Generator, count: int, elements: int) -> Array:
         """Draw `count` records for tests: component arrays of any bits, 16-bit and 32-bit floats of about 0.01."""
@@ -138,7 +138,7 @@ class Encoding:
             raise GraphError(f"a line of {self.form} has from 1 to {MOST_IN_LINE} elements", received=str(size))
         if size % elements:
             raise GraphError(
-                f"an axis of {size} is no whole number of {self.form} blocks", received=f"blocks of {elements}"
+                f"an axis of {size} is not an integer number of {self.form} blocks", received=f"blocks of {elements}"
             )
         return size // elements * self.block.record(elements).itemsize
 
@@ -232,7 +232,7 @@ def parse_encoding(text: str) -> Encoding:
     """Parse an encoding. Raises GraphError."""
     match = _TEXT.fullmatch(text.strip())
     if match is None:
-        raise GraphError("this is no encoding", received=text[:40], hint="q4_0, int8_rows or int4_groups(32)")
+        raise GraphError("this is not an encoding", received=text[:40], hint="q4_0, int8_rows or int4_groups(32)")
     found = {"group": 0, "axis": -1}
     given: set[str] = set()
     for word in [w.strip() for w in match[2].split(",")] if match[2] else []:

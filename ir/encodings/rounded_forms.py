@@ -26,7 +26,7 @@ def _group(form: str, group: int) -> int:
     """Return the number of elements in a group. Raises GraphError for an invalid number."""
     if group not in _GROUPS:
         hint = "one of " + ", ".join(map(str, _GROUPS))
-        raise GraphError(f"{form} takes the elements of a group", received=str(group), hint=hint)
+        raise GraphError(f"{form} takes the number of elements in a group", received=str(group), hint=hint)
     return group
 
 

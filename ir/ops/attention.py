@@ -52,7 +52,7 @@ class _OverSequence(Attending):
     def check(self, types: Sequence[Type | None]) -> None:
         super().check(types)
         if (self.start.constant or 0) < 0:
-            raise RuleError(f"the first query stands at 0 or later, not at {self.start}")
+            raise RuleError(f"the position of the first query must be 0 or more, is {self.start}")
 
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
         """A query that sees no key after its own position reads t only up to s."""
@@ -179,7 +179,7 @@ _ERRORS = [
     (S(*_SELF, "f32[2,3]", terms=(TensorBias("b t"),)), "axis t sizes disagree: 5 in k, 3 in bias"),
     (S(*_SELF, "f32[16,4]", terms=(T5Relative(),)), "must have 32 buckets, has 16"),
     (S(*_SELF, "f32[6]", terms=(Alibi(),)), "dimension 0 of slopes is 6"),
-    (S(*_SELF, terms=(Causal(),), start=-1), "the first query stands at 0 or later, not at -1"),
+    (S(*_SELF, terms=(Causal(),), start=-1), "the position of the first query must be 0 or more, is -1"),
 ]
 
 

@@ -79,7 +79,7 @@ class Decode(Primitive):
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         raise GraphError(
-            f"what is encoded as {self.of} has no gradient: its blocks hold whole numbers",
+            f"a value encoded as {self.of} has no gradient: its blocks hold integers",
             hint="a model whose weights are not quantized",
         )
 
@@ -107,7 +107,7 @@ class Encode(Primitive):
         if x.encoding is not None:
             raise RuleError(f"x is encoded as {x.encoding} already", hint="decode it first")
         if not self.to.block.encodes:
-            raise RuleError(f"{self.to.form} is read, and not written")
+            raise RuleError(f"{self.to.form} can be read, but not written")
         return [self.to]
 
     def reference(self, x: Any, by: Any = None) -> Any:
@@ -152,7 +152,7 @@ class EncodedLinear(Composite):
     over k of the span b, for x = s (q - z) and weight = t p + c
 
     of    the encoding of the weight: integers with scales, one per block, or per 16 or 32 elements of a block
-    rows  the encoding of x: `int8_groups(32)`; for a weight in `int8_rows`, where a row is one block, x is in such rows,
+    rows  the encoding of x: `int8_groups(32)`; for a weight in `int8_rows`, where a row is a block, x is in such rows,
           or in rows with a zero z (`uint8_rows`)
 
     Sums over elements that share all scales are sums of integers, and so exact in any order. They are rounded to
@@ -170,7 +170,7 @@ class EncodedLinear(Composite):
 
     def encodings(self, types: Sequence[Type | None], found: Application) -> Sequence[Encoding | None]:
         if self.rows not in multiplied_with(self.of):
-            raise RuleError(f"{self.rows} and {self.of} are not multiplied as whole numbers")
+            raise RuleError(f"{self.rows} and {self.of} have no product of integers")
         of_x = (STEPS, ROWS) if self.rows == ROWS else (self.rows,)
         for name, taken, type in zip(("x", "weight"), (of_x, (self.of,)), types, strict=False):
             if type is None or type.encoding not in taken:

@@ -95,7 +95,7 @@ class CachedAttention(Attending):
         if not self.is_causal and not any(isinstance(term, Padding) for term in self.terms):
             raise RuleError(
                 "needs causal or padding among the terms: keys that are not written yet must not be seen",
-                hint="terms=(causal, ...), or padding with how many keys of each row are written",
+                hint="terms=(causal, ...), or padding with the number of written keys of each row",
             )
 
     # -- meaning ---------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ class Append(Primitive):
     def check(self, types: Sequence[Type | None]) -> None:
         state = types[0]
         if state is not None and place(self.axis, state.rank) == 0:
-            raise RuleError("axis 0 of a state holds its slots, positions lie along another", hint="axis=1")
+            raise RuleError("axis 0 of a state holds its slots; positions need another axis", hint="axis=1")
 
     def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
         state, x = types[:2]
@@ -67,7 +67,7 @@ class Append(Primitive):
         if x.rank != state.rank:
             return ()
         room = state.shape[self.axis] - x.shape[self.axis]
-        return [(room, f"state holds {state.shape[self.axis]} positions, x brings {x.shape[self.axis]}")]
+        return [(room, f"state holds {state.shape[self.axis]} positions, x has {x.shape[self.axis]}")]
 
     def reference(self, state: Any, x: Any, rows: Any, start: Any) -> Any:
         axis = place(self.axis, state.ndim)
@@ -102,8 +102,8 @@ class Append(Primitive):
     ]
     errors = [
         (S("f32[3,4]", "f32[2,2]", "i64[2]", "i64[2]", axis=0), "axis 0 of a state holds its slots"),
-        (S("f32[3,4]", "f32[2,5]", "i64[2]", "i64[2]", axis=1), "state holds 4 positions, x brings 5"),
-        (S("f32[3,4]", "f32[2,5]", "i64[2]", "i64[2]", axis=1, ring=True), "state holds 4 positions, x brings 5"),
+        (S("f32[3,4]", "f32[2,5]", "i64[2]", "i64[2]", axis=1), "state holds 4 positions, x has 5"),
+        (S("f32[3,4]", "f32[2,5]", "i64[2]", "i64[2]", axis=1, ring=True), "state holds 4 positions, x has 5"),
         (S("f32[3,4]", "f16[2,2]", "i64[2]", "i64[2]", axis=1), "state is f32, x is f16"),
         (S("f32[3,4]", "f32[2,2]", "i64[3]", "i64[2]", axis=1), "sizes disagree"),
         (S("f32[3,4,2]", "f32[2,2,1]", "i64[2]", "i64[2]", axis=1), "sizes disagree"),

@@ -62,7 +62,7 @@ class Collective(Primitive):
 
     def check(self, types: Sequence[Type | None]) -> None:
         if self.ways < 1:
-            raise RuleError(f"among 1 rank or more, not {self.ways}")
+            raise RuleError(f"ways must be 1 or more, is {self.ways}")
 
     def reference(self, x: Any) -> Any:
         return exchanged(self, x)
@@ -71,7 +71,7 @@ class Collective(Primitive):
         """Return the result of each rank, from the op of each rank (they may differ in sizes) and its operand, in
         order.
         """
-        raise GraphError(f"op {self.name} has no meaning")
+        raise GraphError(f"op {self.name} does not define `combined`")
 
     @property
     def group(self) -> dict[str, Any]:
@@ -185,7 +185,7 @@ class Starting(_Along):
     @property
     def awaited(self) -> Awaited:
         """The collective that it starts."""
-        raise GraphError(f"op {self.name} begins nothing")
+        raise GraphError(f"op {self.name} does not define `awaited`")
 
 
 @op("all_gather", dtypes="t -> t", linear="x", flops=0)
@@ -303,7 +303,7 @@ class HandOn(Collective):
     def check(self, types: Sequence[Type | None]) -> None:
         super().check(types)
         if self.source == self.target or not {self.source, self.target} <= set(range(self.ways)):
-            raise RuleError(f"from one of {self.ways} ranks to another, not from {self.source} to {self.target}")
+            raise RuleError(f"source and target must be two of {self.ways} ranks, are {self.source} and {self.target}")
 
     def among(self, ranks: Sequence[int]) -> tuple[int, ...]:
         return ranks[self.source], ranks[self.target]
@@ -353,5 +353,5 @@ def _parted(whole: Any, ops: Sequence[Any], axis: int) -> list[Any]:
     """Split a value along a dimension into the sizes of each rank's op."""
     ends = np.cumsum([each.size.evaluate({}) for each in ops])
     if ends[-1] != whole.shape[axis]:
-        raise GraphError(f"parts of {ends[-1]} elements together, of a dimension of {whole.shape[axis]}")
+        raise GraphError(f"the parts have {ends[-1]} elements in total, the dimension has {whole.shape[axis]}")
     return list(np.split(whole, ends[:-1], axis=axis))

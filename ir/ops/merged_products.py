@@ -67,11 +67,11 @@ class Projections(MixedProduct, Composite):
         refuse_weight_axes(self.weight_axes)
         if len(types) != 1 + 2 * self.count:
             raise RuleError(
-                f"takes x, {self.count} weights and as many biases, received {len(types)} operands",
-                hint="none for a bias that is not there",
+                f"takes x, {self.count} weights and {self.count} biases, received {len(types)} operands",
+                hint="none for an absent bias",
             )
         if None in types[1 : 1 + self.count]:
-            raise RuleError("every weight must be there")
+            raise RuleError("no weight may be absent")
 
     def body(self, b: Builder, x: Expr, *operands: Expr | None) -> Any:
         weights, biases = operands[: self.count], operands[self.count :]
@@ -109,8 +109,8 @@ class Projections(MixedProduct, Composite):
     errors = [
         (S("f32[2,3]", "f32[4,3]", "f32[4,2]", None, None), "axis k sizes disagree"),
         (S("f32[2,3]", "f32[4,3]", "f32[5,3]", "f32[5]", None), "axis n0 sizes disagree"),
-        (S("f32[2,3]", "f32[4,3]", None, None, None), "every weight must be there"),
+        (S("f32[2,3]", "f32[4,3]", None, None, None), "no weight may be absent"),
         (S("f32[2,3]", "f32[4,3]", None, count=1), "makes 2 to 16 products, not 1"),
-        (S("f32[2,3]", "f32[4,3]", "f32[4,3]"), "takes x, 2 weights and as many biases, received 3 operands"),
+        (S("f32[2,3]", "f32[4,3]", "f32[4,3]"), "takes x, 2 weights and 2 biases, received 3 operands"),
         (S("f32[2,3]", "f32[3,4]", "f32[3,4]", None, None, weight_axes="k"), "weight_axes is 'k'"),
     ]

@@ -191,7 +191,7 @@ def _refuse_letters(equation: str, types: Sequence[Type | None]) -> None:
     ranks = [None if type is None else type.rank for type in types]
     if arrow and [len(term) for term in terms] == ranks and max(map(len, terms)) > 1 and "".join(terms).isalpha():
         spaced = f"{', '.join(map(' '.join, terms))} -> {' '.join(right.replace(' ', ''))}".rstrip()
-        raise RuleError("spaces part axes", within=marked(equation, 1), hint=f'equation="{spaced}"')
+        raise RuleError("axes are separated by spaces", within=marked(equation, 1), hint=f'equation="{spaced}"')
 
 
 @op("einsum", dtypes="n* -> n", flops=2)
@@ -226,21 +226,21 @@ class Einsum(Primitive):
             raise RuleError(
                 f"before '->' the equation has {_operands(len(rule.operands))}, and {len(types)} are given",
                 within=marked(text, text.index("->")),
-                hint='commas part operands, and spaces their axes: "b s d, b t d -> b s t"',
+                hint='separate operands by commas, and their axes by spaces: "b s d, b t d -> b s t"',
             )
         plain = all(f.role is Role.MAPPED or f.monoid == "sum" for f in rule.factors.values())
         for pattern in (*rule.operands, *rule.results):
             dims = [d for d in pattern if isinstance(d, AxisDim)]
             if rule.given or not plain or any(len(d.factors) != 1 for d in dims):
                 raise RuleError(
-                    "an equation holds names and `...` only",
+                    "an equation consists of names and `...` only",
                     within=self.equation,
                     hint="rearrange splits and joins axes",
                 )
             names = [d.factors[0] for d in dims]
             repeated = [n for n in names if names.count(n) > 1]
             if repeated:
-                raise RuleError(f"axis {repeated[0]} stands twice in one operand", within=self._repeated(repeated[0]))
+                raise RuleError(f"axis {repeated[0]} occurs twice in one operand", within=self._repeated(repeated[0]))
 
     def _repeated(self, name: str) -> str:
         """Return the location where an operand, or the result, repeats a name."""
@@ -279,7 +279,7 @@ class Einsum(Primitive):
     ]
     errors = [
         (S("f32[2,3]", "f32[4,5]", equation="i j, j k -> i k"), "axis j sizes disagree"),
-        (S("f32[2,2]", equation="i i -> i"), "axis i stands twice in one operand"),
+        (S("f32[2,2]", equation="i i -> i"), "axis i occurs twice in one operand"),
         (S("f32[2,3]", equation="i [j] -> i [j]"), "names and `...` only"),
         (S("f32[2,3]", equation="i j -> i k"), "axis k is after '->', and in no operand"),
     ]

@@ -47,7 +47,7 @@ class Rotary(Composite):
         if d is None or f is None:
             raise RuleError("d and the number of frequencies must be constants")
         if 2 * f > d:
-            raise RuleError(f"{f} frequencies turn {2 * f} dimensions, and x has {d}")
+            raise RuleError(f"{f} frequencies rotate {2 * f} dimensions, and x has {d}")
 
     def reference(self, x: Any, positions: Any, frequencies: Any) -> Any:
         f = frequencies.shape[0]
@@ -107,7 +107,7 @@ class Rotary(Composite):
         S("f32[1,2,3,6]", "i32[1,3] < 9", "f32[2]", layout="interleaved"),
     ]
     errors = [
-        (S("f32[2,3,5,8]", "i64[2,5]", "f32[5]"), "5 frequencies turn 10 dimensions, and x has 8"),
+        (S("f32[2,3,5,8]", "i64[2,5]", "f32[5]"), "5 frequencies rotate 10 dimensions, and x has 8"),
         (S("f32[2,3,5,8]", "i64[2,5]", "f32[4]", layout="pairs"), "layout is 'pairs'"),
         (S("f32[2,3,5,8]", "i64[2,4]", "f32[4]"), "axis s sizes disagree: 5 in x, 4 in positions"),
         (S("f32[2,3,5,8]", "f32[2,5]", "f32[4]"), "positions must be an integer"),

@@ -58,7 +58,7 @@ class Rearrange(Primitive):
             raise RuleError(
                 "a pattern has no commas",
                 within=marked(self.pattern, self.pattern.index(",")),
-                hint='spaces part axes: "b s d -> b d s"',
+                hint='separate axes by spaces: "b s d -> b d s"',
             )
         rule = self.rule(())
         lost = [f.name for f in rule.factors.values() if f.role is Role.REDUCED]
@@ -67,20 +67,20 @@ class Rearrange(Primitive):
         left, right = (_dims(side) for side in (*rule.operands, *rule.results))
         moved = all(f.role is Role.MAPPED for f in rule.factors.values())
         if not moved or any(d.size is not None for d in right):
-            raise RuleError("a pattern holds names, sizes, 1, `...` and parentheses only", within=self.pattern)
+            raise RuleError("a pattern consists of names, sizes, 1, `...` and parentheses only", within=self.pattern)
         arrow = self.pattern.index("->")
         for names, after in ((_factors(left), 0), (_factors(right), arrow)):
             for name in names:
                 if names.count(name) > 1:
                     raise RuleError(
-                        f"axis {name} stands twice on one side",
+                        f"axis {name} occurs twice on one side",
                         within=marked_name(self.pattern, name, of=1, after=after),
                     )
         for dim in left:
             unknown = [n for n in dim.factors if n not in rule.given]
             if len(unknown) > 1:
                 raise RuleError(
-                    f"cannot tell the sizes of {' and '.join(unknown)}",
+                    f"cannot infer the sizes of {' and '.join(unknown)}",
                     within=marked_name(self.pattern, unknown[0]),
                     hint=f"give all but one, such as {unknown[0]}=2",
                 )
@@ -143,10 +143,10 @@ class Rearrange(Primitive):
     ]
     errors = [
         (S("f32[2,9]", pattern="a (b=2 c) -> a b c"), "not a multiple of 2"),
-        (S("f32[2,8]", pattern="a (b c) -> a b c"), "cannot tell the sizes of b and c"),
+        (S("f32[2,8]", pattern="a (b c) -> a b c"), "cannot infer the sizes of b and c"),
         (S("f32[2,3]", pattern="a b -> a"), "axis b is not after '->'"),
         (S("f32[2,3]", pattern="a b -> a b c"), "axis c is after '->', and in no operand"),
-        (S("f32[2,3]", pattern="a b -> a b a"), "axis a stands twice"),
+        (S("f32[2,3]", pattern="a b -> a b a"), "axis a occurs twice"),
         (S("f32[2,3]", pattern="a [b] -> a [b]"), "names, sizes, 1"),
         (S("f32[2,3]", pattern="1 b -> b"), "must be 1"),
     ]

@@ -52,7 +52,7 @@ def exchanged(op: Collective, part: Any) -> Any:
     meeting = _CURRENT.get()
     if meeting is None:
         raise GraphError(
-            f"{op.name} is among {op.ways} ranks, and this program runs alone",
+            f"{op.name} needs {op.ways} ranks, and this program runs alone",
             hint=Hint("run_lab(plan, inputs, weights)", "treadle shard MODEL --mesh tp=2 --recipe megatron --lab"),
         )
     return meeting.exchange(op, part)

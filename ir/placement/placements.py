@@ -111,7 +111,7 @@ def parse_placement(text: str, mesh: Mesh) -> MeshPlacement:
         over, _, grain = part.partition("*")
         parts = mesh.parts_of(over) if over.strip() != "-" else ()
         if not over.strip():
-            raise ParseError(f"a dimension is split over nothing: {text[:80]!r}", hint="-, where it is whole")
+            raise ParseError(f"a dimension is split over nothing: {text[:80]!r}", hint="- for a whole dimension")
         dims.append(Split(parts, parse_size(grain) if grain.strip() else ONE) if parts else None)
     return MeshPlacement(tuple(dims), mesh.parts_of(match[3] or ""), match[2] or "sum")
 
@@ -150,7 +150,7 @@ def span(size: Size, split: Split | None, mesh: Mesh, rank: int) -> tuple[Size, 
 def _piece(size: Size, grain: Size, at: int, count: int) -> tuple[Size, Size]:
     """Return the start and the size of piece `at` of `count` pieces of a dimension, in multiples of a grain."""
     units = size.divide(grain)
-    assert units is not None, f"{size} is no multiple of {grain}"
+    assert units is not None, f"{size} is not a multiple of {grain}"
     first, last = (units * at) // count, (units * (at + 1)) // count
     return first * grain, (last - first) * grain
 

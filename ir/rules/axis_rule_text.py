@@ -73,7 +73,7 @@ class _RuleReader:
             at = match.end()
             if match["dots"]:
                 if any(isinstance(d, LeadingDims) for d in dims) or group is not None:
-                    raise self.error("... may stand once in an operand, outside parentheses")
+                    raise self.error("... may occur once in an operand, outside parentheses")
                 dims.append(LeadingDims())
             elif match["open"]:
                 if group is not None:
@@ -89,7 +89,7 @@ class _RuleReader:
                     dims.append(AxisDim())
             elif match["whole"]:
                 if group is not None:
-                    raise self.error("a whole axis stands outside parentheses")
+                    raise self.error("a whole axis must be outside parentheses")
                 dims.append(self.whole(match["whole"][1:-1].replace(" ", ""), is_result))
             else:
                 name = self.factor(match, is_result)
@@ -161,8 +161,8 @@ class _RuleReader:
         self.at = None
         for factor in factors.values():
             if factor.limit is not None and factor.limit not in factors:
-                raise self.error(f"{factor.name} is limited by {factor.limit}, which is no axis of the rule")
+                raise self.error(f"{factor.name} is limited by {factor.limit}, which is not an axis of the rule")
         dots = [any(isinstance(d, LeadingDims) for d in p) for p in (*operands, *results)]
         if any(dots[: len(operands)]) != any(dots) or (any(dots) and not all(dots[len(operands) :])):
-            raise self.error("'...' stands in an operand and in every result, or nowhere")
+            raise self.error("'...' must be in an operand and in every result, or nowhere")
         return Rule(self.text, operands, results, factors, self.given)

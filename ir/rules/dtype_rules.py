@@ -79,7 +79,7 @@ def infer_dtypes(text: str, dtypes: Sequence[DType | None], names: Sequence[str]
             )
     unknown = [r for r in results if r not in DTYPES and r not in bound]
     if unknown:
-        raise RuleError(f"nothing tells the result's dtype: every operand that could be {unknown[0]} is absent")
+        raise RuleError(f"cannot infer the result's dtype: every operand that could determine {unknown[0]} is absent")
     return tuple(DTYPES[r] if r in DTYPES else bound[r][0] for r in results)
 
 

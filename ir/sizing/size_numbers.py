@@ -39,7 +39,7 @@ class SizeNumbers:
     def __index__(self) -> int:
         if self.constant is None:
             raise SizeError(
-                f"the size {self} is no number while a model is traced: each call has its own",
+                f"the size {self} is not a number while a model is traced: each call has its own",
                 hint=f't.size(value="{self}", dtype=t.f32) is a tensor of it; or declare the axis with a number',
             )
         return self.constant

@@ -162,13 +162,13 @@ class ConstantReader:
             s.expect("{")
             while (mark := s.match(_BLOB)) is not None:
                 if int(mark[1]) in blobs:
-                    raise s.error(f"there are two data of number {mark[1]}", mark.start())
+                    raise s.error(f"two data entries have number {mark[1]}", mark.start())
                 s.expect(":")
                 blobs[int(mark[1])] = self.base64()
             s.expect("}")
         for value, type, number, at in self.waiting:
             if number not in blobs:
-                raise s.error(f"there are no data of number {number}", at)
+                raise s.error(f"no data entry has number {number}", at)
             value.literal = self.from_bytes(type, blobs[number], at)
 
     def base64(self) -> bytes:
@@ -189,7 +189,7 @@ class ConstantReader:
         if len(data) != wanted:
             raise self.scanner.error(f"{type} takes {wanted} bytes, received {len(data)}", at)
         if type.dtype is boolean and data.strip(b"\0\1"):
-            raise self.scanner.error("a truth value's byte is 0 or 1", at)
+            raise self.scanner.error("a boolean's byte is 0 or 1", at)
         return Literal(type.dtype, shape, data, type.encoding)
 
     def claim(self, count: int, at: int) -> None:
@@ -207,7 +207,7 @@ class ConstantReader:
             raise s.error(f"a constant of {prod(shape)} elements, received {len(numbers)}", at)
         for number in numbers:
             if isinstance(number, bool) != (dtype is boolean) or (dtype.is_int and not isinstance(number, int)):
-                raise s.error(f"{str(number).lower()} is no {dtype}", at)
+                raise s.error(f"{str(number).lower()} is not of dtype {dtype}", at)
             if dtype.is_int and not _least(dtype) <= number <= _greatest(dtype):
                 raise s.error(f"{number} is out of the range of {dtype}", at)
         try:

@@ -68,7 +68,7 @@ class OperandReader:
             name = key[1]
             fields = attribute_fields(cls) if cls is not None else {}
             if name not in fields or name in attributes:
-                why = "is given twice" if name in attributes else "is no attribute here"
+                why = "is given twice" if name in attributes else "is not an attribute here"
                 known = ", ".join(fields)
                 raise s.error(f"{name} {why}", key.start(), hint=f"attributes: {known}" if known else None)
             attributes[name] = read_attribute(s, fields[name].annotation)

@@ -251,7 +251,7 @@ class _Parser(StatementReader):
         given = [(name, v.type) for name, v in function.outputs.items()]
         if given != [(name, type) for name, type, _ in promised]:
             raise s.error(
-                f"{function.name} returns other values than its signature says",
+                f"{function.name} returns other values than in its signature",
                 start,
                 received=f"({_signature(given)}), promised ({_signature((n, t) for n, t, _ in promised)})",
             )
@@ -292,7 +292,7 @@ class _Parser(StatementReader):
             with s.located(at):
                 value.lies_in = parse_layout(match[0] if match is not None else "")
             if value.type.rank != 2:
-                raise s.error(f"a layout is one of matrices, {name} has rank {value.type.rank}", at)
+                raise s.error(f"layouts are for matrices, {name} has rank {value.type.rank}", at)
 
     def outputs(self) -> None:
         s = self.s
@@ -310,9 +310,10 @@ class _Parser(StatementReader):
                 raise s.error(f"there are two outputs {name}", start)
             if value.layout is not None and self.current in self.result.entries:
                 entry = self.current.name
-                raise s.error(f"output {name} of {entry} lies in {value.layout}", start, hint="outputs are row-major")
+                what = f"output {name} of {entry} has layout {value.layout}"
+                raise s.error(what, start, hint="outputs are row-major")
             if value.state is not None:
-                raise s.error(f"output {name} is a state", start, hint="users have the state itself")
+                raise s.error(f"output {name} is a state", start, hint="the caller has the state itself")
             self.argument(start)
             outputs[name] = value
 

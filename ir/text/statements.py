@@ -33,7 +33,7 @@ _NOTE = re.compile(
 _NOTE_START = re.compile(r"[ \t]*#[ \t]*([a-z]\w*)\[")
 _ONE_TYPE = re.compile(TYPE)
 
-_PLAIN, _MADE, _ALL_MADE, _UPDATED = "a result", "a made parameter", "all that a block makes", "an updated state"
+_PLAIN, _MADE, _ALL_MADE, _UPDATED = "a result", "a derived weight", "all results of a block", "an updated state"
 
 # The work after parsing is counted too: verification, and the work of a backend.
 _NODE_WORK = 30
@@ -81,7 +81,7 @@ class StatementReader(OperandReader):
                 continue
             if kind is _UPDATED:
                 if value.state is None or value.state.name != name:
-                    raise s.error(f"{node.op.name} is no update of %{name}", start, hint=f"{value.name} = ...")
+                    raise s.error(f"{node.op.name} does not update %{name}", start, hint=f"{value.name} = ...")
                 continue
             if name in self.values:
                 raise s.error(f"{name} is defined twice", start)
@@ -100,7 +100,7 @@ class StatementReader(OperandReader):
         """Make a result of a statement of `bind` the parameter of that name."""
         bind, s = self.current, self.s
         if bind is not self.result.bind:
-            raise s.error(f"${name} is made outside of bind", start, hint="a name without $")
+            raise s.error(f"derived weight ${name} is assigned outside of bind", start, hint="a name without $")
         if name in bind.parameters or name in bind.outputs:
             raise s.error(f"there are two parameters {name}", start)
         self.argument(start)
@@ -131,7 +131,7 @@ class StatementReader(OperandReader):
         """Expand `$h.0.*` to every output of the called block, under that path."""
         callee = self.result.callee(node)
         if callee is None or len(names) > 1:
-            raise self.s.error("$path.* names all that a block makes", at, hint="$h.0.* = bind_h() with h.0")
+            raise self.s.error("$path.* names all results of a block", at, hint="$h.0.* = bind_h() with h.0")
         return [(_MADE, f"{names[0][1]}.{output}") for output in callee.outputs]
 
     def statement_names(self) -> list[tuple[str, str]]:
@@ -154,7 +154,7 @@ class StatementReader(OperandReader):
             return _UPDATED, s.path("a state")
         if not s.accept("$"):
             return _PLAIN, s.name(what)
-        path = s.path("a made parameter")
+        path = s.path("a derived weight")
         return (_ALL_MADE if s.match(_ALL) is not None else _MADE), path
 
     def application(self) -> Node:
@@ -172,7 +172,7 @@ class StatementReader(OperandReader):
             return self.call(callee, start)
         cls = OPS.get(name)
         if cls is None and not is_op and name in self.result.entry_names:
-            raise self.s.error(f"{name} is an entry, which nobody calls", start)
+            raise self.s.error(f"{name} is an entry, which cannot be called", start)
         if cls is None or cls is Call:
             raise self.s.error(
                 f"unknown op or function {name!r}", start, hint=nearest_names(name, [*self.result.functions, *OPS])
@@ -257,7 +257,7 @@ class StatementReader(OperandReader):
                 if name not in formals or name in bound:
                     if name in bound:
                         raise s.error(f"{name} is given twice", at)
-                    raise s.error(f"{name} is no weight of {callee.name}", at, hint=nearest_names(name, formals))
+                    raise s.error(f"{name} is not a weight of {callee.name}", at, hint=nearest_names(name, formals))
                 s.expect(":")
                 bound[name] = self.operand()
         if prefix is not None:

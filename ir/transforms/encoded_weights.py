@@ -84,7 +84,7 @@ def decode_parameters(graph: Graph) -> Graph:
             value.type = value.type.decoded
         for node in function.nodes:
             if isinstance(node.op, Encode):
-                raise GraphError("values that are computed are encoded, and have no numbers but those of their blocks")
+                raise GraphError("the graph encodes computed values, which have no other numbers than their blocks")
             node.operands = tuple([None if v is None else _number(same.get(v, v)) for v in node.operands])
             if isinstance(node.op, Decode):
                 same[node.result] = node.inputs[0]
@@ -215,7 +215,7 @@ class _Encoding:
 def _vector(function: Function, name: str, weights: Sequence[Value], encoding: Encoding) -> Value:
     """Return a new parameter of a function: a vector over the blocked axis of these weights."""
     if name in function.parameters:
-        raise GraphError(f"{function.name} has a parameter {name} already, and no place for a vector of that name")
+        raise GraphError(f"{function.name} already has a parameter {name}, so a vector cannot have that name")
     type = weights[0].type
     made = Value("parameter", Type(type.dtype, (type.dims[encoding.axis],)), name)
     function.parameters[name] = made

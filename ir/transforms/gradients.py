@@ -46,7 +46,7 @@ def gradient_graph(graph: Graph, loss: str, weights: Collection[str], *, recompu
     value = graph.main.outputs.get(loss)
     if value is None or value.type.rank or not value.type.dtype.is_float:
         given = ", ".join(f"{name}: {v.type}" for name, v in graph.main.outputs.items())
-        raise GraphError(f"the loss {loss} must be an output that is one number", received=given)
+        raise GraphError(f"the loss {loss} must be an output that is a scalar", received=given)
     if graph.states or len(graph.entry_names) > 1:
         told = f"entries {', '.join(graph.entry_names)}; {len(graph.states)} states"
         raise GraphError("a graph that is differentiated has one entry, and no states", received=told)
@@ -57,7 +57,7 @@ def gradient_graph(graph: Graph, loss: str, weights: Collection[str], *, recompu
         if not weight.type.dtype.is_float or weight.type.encoding is not None:
             raise GraphError(f"weight {name} has no gradient", received=str(weight.type))
         if any(name == value.name for value in graph.main.inputs):
-            raise GraphError(f"an input has the name of weight {name}, and a weight that is trained is one, too")
+            raise GraphError(f"an input has the name of weight {name}, and trained weights become inputs")
     return _Differentiation(graph, recompute).of_main(loss, set(weights))
 
 

@@ -53,7 +53,7 @@ def with_own_loss(graph: Graph, output: str) -> Graph:
     b = Builder(clone_graph(graph))
     value = _output(b, output)
     if value.rank or value.dtype is not f32:
-        raise UsageError(f"output {output} is no loss, which is one number", received=str(value.type))
+        raise UsageError(f"output {output} is not a loss: a loss is a scalar", received=str(value.type))
     b.outputs(**{LOSS: value, COUNTED: b.constant(1, f32) * 1.0})
     return b.graph
 

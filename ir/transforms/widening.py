@@ -31,7 +31,7 @@ def narrow_dtypes(names: str | Iterable[str], also: Sequence[str] = ()) -> froze
     unknown = [name for name in given if name not in WIDENED]
     if unknown:
         raise UsageError(
-            f"{unknown[0]!r} is no dtype that is widened to f32", hint="one of " + ", ".join([*WIDENED, *also])
+            f"{unknown[0]!r} is not a dtype that can be widened to f32", hint="one of " + ", ".join([*WIDENED, *also])
         )
     return frozenset(WIDENED[name] for name in given)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 _PERMUTED = 't.rearrange(x, pattern="b s d -> b d s")'
 _SPLIT = 't.rearrange(x, pattern="b s (h=2 d) -> b h s d")  # (h d) is one axis: split on the left, joined on the right'
 _LEFT_OUT = "x  # a compiled model only infers: leave it out"
-_NUMBERS = "t.compile(model)(...)  # gives arrays; x has no elements yet"
+_NUMBERS = "t.compile(model)(...)  # returns arrays; x has no elements yet"
 
 _WORDS = {
     "transpose permute swapaxes moveaxis movedim": _PERMUTED,

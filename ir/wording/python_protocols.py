@@ -73,8 +73,8 @@ class PythonProtocols:
 
         def __getitem__(self, index: Any) -> NoReturn:
             raise self._refusal(
-                "a tensor of a model has no [ ]: its axes are cut and looked up by ops",
-                "t.slice(x, axis=1, start=0, stop=4) for a part of an axis, t.gather(x, 0, axis=1) for one place",
+                "a tensor of a model has no [ ]: use ops to slice and index its axes",
+                "t.slice(x, axis=1, start=0, stop=4) for a part of an axis, t.gather(x, 0, axis=1) for one position",
             )
 
         def __getattr__(self, name: str) -> NoReturn:
@@ -83,16 +83,16 @@ class PythonProtocols:
                 raise AttributeError(name)
             spelled = OTHER_METHODS.get(name) or (f"t.{name}(x)" if name in OPS else None)
             raise NoSuchMethod(
-                f"a tensor of a model has no .{name}: what is done to it are ops",
+                f"a tensor of a model has no .{name}: use an op instead",
                 received=str(self.type),
                 source=self.builder.place(),
-                hint=spelled or "dir(treadle) lists them",
+                hint=spelled or "dir(treadle) lists the ops",
             )
 
         def __iter__(self) -> NoReturn:
             raise self._refusal(
                 "a tensor of a model cannot be iterated over",
-                "t.gather(x, i, axis=0) gives place i of an axis, for i in range(...) where its size is a number",
+                "t.gather(x, i, axis=0) returns position i of an axis, for i in range(...) where its size is a number",
             )
 
         def __contains__(self, value: Any) -> NoReturn:
@@ -100,33 +100,33 @@ class PythonProtocols:
 
         def __len__(self) -> NoReturn:
             raise self._refusal(
-                "a tensor of a model has no len()", "x.shape[0] is its first axis's size, x.rank how many"
+                "a tensor of a model has no len()", "x.shape[0] is the size of its first axis, x.rank their number"
             )
 
         def __array__(self, *_: Any, **__: Any) -> NoReturn:
             raise self._refusal(
-                "a tensor of a model is no array: it has elements when the compiled model is called",
-                "t.concat(a, b, axis=1) joins tensors; an op takes arrays and tensors side by side",
+                "a tensor of a model is not an array: it has elements only when the compiled model is called",
+                "t.concat(a, b, axis=1) joins tensors; ops accept arrays and tensors together",
             )
 
         def _no_number(self, *_: Any) -> NoReturn:
             raise self._refusal(
-                "a tensor of a model is no Python number: it has elements when the compiled model is called",
+                "a tensor of a model is not a Python number: it has elements only when the compiled model is called",
                 "x.cast(t.f32) and x.cast(t.i64) for another dtype; x.shape[1] for a size",
             )
 
         __float__ = __int__ = __index__ = __complex__ = _no_number
 
         def __round__(self, *_: Any) -> NoReturn:
-            raise self._refusal("a tensor of a model is no Python number", "t.round(x)")
+            raise self._refusal("a tensor of a model is not a Python number", "t.round(x)")
 
         def __floor__(self) -> NoReturn:
-            raise self._refusal("a tensor of a model is no Python number", "t.floor(x)")
+            raise self._refusal("a tensor of a model is not a Python number", "t.floor(x)")
 
         __trunc__ = __floor__
 
         def __ceil__(self) -> NoReturn:
-            raise self._refusal("a tensor of a model is no Python number", "-t.floor(-x)")
+            raise self._refusal("a tensor of a model is not a Python number", "-t.floor(-x)")
 
         def __divmod__(self, _: Any) -> NoReturn:
             raise self._refusal("a tensor of a model has no divmod()", "x // y and x % y")
