@@ -92,7 +92,7 @@ def test_parts_of_a_block_of_whole_numbers_are_what_it_decodes_to(text: str) -> 
     assert encoding.block.whole == (text in WHOLE)
     blocks = encoding.block.sample(np.random.default_rng(0), 5, 64 if text == "int8_rows" else encoding.elements(256))
     if text not in WHOLE:
-        with pytest.raises(GraphError, match=f"{encoding.form} holds no whole numbers with a scale"):
+        with pytest.raises(GraphError, match=f"{encoding.form} is not a form of integers in groups with scales"):
             encoding.block.parts(blocks)
         return
     q, d, c = encoding.block.parts(blocks)

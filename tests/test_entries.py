@@ -156,7 +156,7 @@ WRONG: dict[str, tuple[str, str, str, str]] = {
     "relayout to no layout": ("to=panels(4)", "to=panels(0)", "panels have a width", "panels(0)"),
     "passed in another layout": ("to=panels(4)", "to=panels(5)", "passes h.0.w_2 in another", "h(x) with h.0"),
     "passed row-major": ("w_2: $first", "w_2: $twice", "passes twice in another", "h(x) with {"),
-    "an output in a layout": ("z = $twice", "z = $h.0.w_2", "output z of main lies in", "z = $h.0.w_2"),
+    "an output in a layout": ("z = $twice", "z = $h.0.w_2", "output z of main has layout", "z = $h.0.w_2"),
 }
 
 
@@ -246,10 +246,13 @@ BROKEN: dict[str, tuple[Callable[[Graph], object], str]] = {
     ),
     "a weight in a layout": (
         lambda g: [lie(e.parameters["h.0.w"], panels(4)) for e in g.entries],
-        "weight h.0.w is row-major",
+        "weight h.0.w must be row-major",
     ),
-    "a weight of main in a layout": (lambda g: lie(g.main.parameters["free"], panels(4)), "weight free is row-major"),
-    "an input in a layout": (lambda g: lie(g.main.inputs[0], panels(4)), "input 'x' lies in panels(4)"),
+    "a weight of main in a layout": (
+        lambda g: lie(g.main.parameters["free"], panels(4)),
+        "weight free must be row-major",
+    ),
+    "an input in a layout": (lambda g: lie(g.main.inputs[0], panels(4)), "input 'x' has layout panels(4)"),
     "a layout of no matrix": (
         lambda g: setattr(g.functions["h"].parameters["w_2"], "type", f32[8]),
         "parameter w_2 is not a matrix, and has layout panels(4)",
@@ -259,7 +262,7 @@ BROKEN: dict[str, tuple[Callable[[Graph], object], str]] = {
         lambda g: lie(g.functions["h"].parameters["w_2"], panels(8)),
         "does not agree with its signature",
     ),
-    "an output in a layout": (give_in_panels, "output 'z' of main lies in panels(4)"),
+    "an output in a layout": (give_in_panels, "output 'z' of main has layout panels(4)"),
     "a call of bind": (call_bind, "main calls 'bind', which is an entry"),
     "main before bind": (
         lambda g: reorder(g, "bind_h", "h", "main", "bind"),
@@ -298,7 +301,7 @@ def test_a_weight_in_a_layout_is_refused_without_bind_too() -> None:
     b = Builder(graph)
     b.outputs(y=b.linear(b.input("x", f32["B", 4]), b.parameter("w", f32[8, 4]), None))
     graph.main.parameters["w"].lies_in = panels(4)
-    with pytest.raises(VerifyError, match="weight w is row-major"):
+    with pytest.raises(VerifyError, match="weight w must be row-major"):
         verify(graph)
 
 

@@ -235,7 +235,7 @@ def test_a_size_beside_a_number_that_no_tensor_holds() -> None:
         (lambda x: np.mean(x, axis=-1), "NumPy's mean takes arrays", "t.reduce_mean(x, axes=(-1,))"),
         (lambda x: np.concatenate([x, x]), "NumPy's concatenate takes arrays", "t.concat(x, x, axis=1)"),
         (lambda x: np.add.reduce(x), "NumPy's reduce takes arrays", None),
-        (lambda x: np.array([x, x]), "a tensor of a model is no array", "t.concat(a, b, axis=1)"),
+        (lambda x: np.array([x, x]), "a tensor of a model is not an array", "t.concat(a, b, axis=1)"),
         (lambda x: t.mlp(x, 8, act=np.tanh), "NumPy's tanh takes arrays", "t.tanh(x)"),
         (lambda x: len(x), "a tensor of a model has no len()", "x.shape[0]"),
         (lambda x: float(x), "a tensor of a model is not a Python number", "x.cast(t.f32)"),

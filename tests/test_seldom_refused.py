@@ -379,7 +379,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "no axis rule": (lambda _: Nameless().axis_rule([]), GraphError, "op nameless has no axis rule"),
     "no dtype rule": (lambda _: Nameless().dtypes(), GraphError, "op nameless has no dtype rule"),
     "no body": (lambda _: hollow.body(nobody), GraphError, "composite op hollow has no body"),
-    "another body": (lambda _: body_of(Narrowing(), [f32[2, 3]]), GraphError, "softmax: its body gives other types"),
+    "another body": (lambda _: body_of(Narrowing(), [f32[2, 3]]), GraphError, "softmax: the types of its body differ"),
     "no meaning": (lambda _: Collective.combined(hollow, [], []), GraphError, "op hollow does not define `combined`"),
     "nothing begun": (lambda _: Starting.awaited.fget(hollow), GraphError, "op hollow does not define `awaited`"),
     "a call": (lambda _: interpret_function(calling(2).main, [np.ones(2)], {}), GraphError, "a call cannot be"),
@@ -396,7 +396,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
         lambda _: check_slots("append", np.array([*range(99), 7]), 99), GraphError, "append: two rows are in one slot"
     ),
     "a vector's name": (
-        lambda _: encode_parameters(parse_graph(BALANCED), ROWS, [BALANCE]), GraphError, "main has a parameter v"
+        lambda _: encode_parameters(parse_graph(BALANCED), ROWS, [BALANCE]), GraphError, "main already has a parameter v"
     ),
     "two vectors": (
         lambda _: encode_parameters(parse_graph(TWICE), TWO_ROWS, [BALANCE, OTHER_BALANCE]),
@@ -408,7 +408,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
         lambda _: parse_graph(STATE.replace("append(%c", "append(%cc")), TreadleError, "unknown state %cc"
     ),
     "numbers of rows that are rounded": (
-        lambda _: decode_parameters(read("exp(z)", "[B, 4]", ROUNDED)), GraphError, "values that"
+        lambda _: decode_parameters(read("exp(z)", "[B, 4]", ROUNDED)), GraphError, "the graph encodes computed"
     ),
     "no method": (lambda _: traced(lambda x: x.sprung), GraphError, "a tensor of a model has no .sprung"),
     "items": (

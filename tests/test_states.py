@@ -209,9 +209,9 @@ FAULTS: dict[str, tuple[Callable[[Graph], object], str]] = {
     ),
     "no update": (
         lambda g: g.functions["step"].updated.update(seen=node(g, "step", "add").result),
-        "state seen is updated to what is not its last version",
+        "wrong last version of state seen: another version is the last",
     ),
-    "dropped": (drop_update, "state seen is updated to what is not its last version"),
+    "dropped": (drop_update, "wrong last version of state seen: another version is the last"),
     "an output": (
         lambda g: g.functions["step"].outputs.update(k=g.functions["step"].states["seen"]),
         "output 'k' is state seen",
