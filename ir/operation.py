@@ -85,7 +85,7 @@ class Op:
     pairs: ClassVar[tuple[str, str] | None] = None
     """For self-attention: the factors of queries and keys, which may be the same axis."""
     reads_slots: ClassVar[frozenset[str]] = frozenset()
-    """The operands that it reads from a state in a step, by the slots of its rows, without copying them."""
+    """The operands that it reads from a state at a step, by the slots of its rows, without a copy of them."""
     commutes: ClassVar[bool] = False
     """Whether its two operands may change places: f(x, y) = f(y, x)."""
     updates: Mapping[int, int] = MappingProxyType({})

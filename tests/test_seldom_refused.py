@@ -396,7 +396,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
         lambda _: check_slots("append", np.array([*range(99), 7]), 99), GraphError, "append: two rows are in one slot"
     ),
     "a vector's name": (
-        lambda _: encode_parameters(parse_graph(BALANCED), ROWS, [BALANCE]), GraphError, "main already has a parameter v"
+        lambda _: encode_parameters(parse_graph(BALANCED), ROWS, [BALANCE]), GraphError, "main already has a parameter"
     ),
     "two vectors": (
         lambda _: encode_parameters(parse_graph(TWICE), TWO_ROWS, [BALANCE, OTHER_BALANCE]),

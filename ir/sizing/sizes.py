@@ -4,8 +4,8 @@
     term   = coefficient * atoms      atoms multiply
     atom   = symbol | size // size    S, (S + 2)//4
 
-Two sizes are equal if their canonical forms are: `2*S` equals `S + S`, while `2*(S//2)` and `S` are different, since
-they differ for odd S. `bounds` holds for all values that the symbols may take.
+Two sizes are equal when their canonical forms are: `2*S` equals `S + S`, while `2*(S//2)` and `S` stay apart, since
+they differ for odd S. A size answers questions about all values that its symbols may take through `bounds`.
 """
 
 from __future__ import annotations
