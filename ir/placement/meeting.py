@@ -32,7 +32,7 @@ class Meeting(Protocol):
         """Start the transfer that the next exchange of `op.awaited` waits for."""
 
 
-_CURRENT: ContextVar[Meeting | None] = ContextVar("meeting", default=None)
+_CURRENT: ContextVar[Meeting | None] = ContextVar("transport", default=None)
 
 
 @contextmanager
