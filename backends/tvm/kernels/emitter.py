@@ -26,6 +26,7 @@ from tvm.tirx.script import builder as T
 from treadle.backends.bfloat16 import rounded
 from treadle.backends.tvm.kernels.arithmetic.conversions import narrow_cast
 from treadle.backends.tvm.kernels.arithmetic.lanewise import compare
+from treadle.backends.tvm.kernels.fused_products import with_fused_products
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.ir.types import DType, bf16, boolean, i64, u8
@@ -125,7 +126,7 @@ class Emitter:
     @contextmanager
     def when(self, condition: Expr) -> Iterator[None]:
         """Only if the condition holds."""
-        with T.If(condition), T.Then():
+        with T.If(with_fused_products(condition)), T.Then():
             yield
 
     def name(self, name: str, value: Expr) -> Expr:
@@ -135,7 +136,7 @@ class Emitter:
 
     def let(self, value: Expr, name: str = "t") -> Expr:
         """A value computed once."""
-        bound = T.Bind(value)
+        bound = T.Bind(with_fused_products(value))
         IRBuilder.name(name, bound)
         return bound
 
@@ -173,6 +174,7 @@ class Emitter:
     def store(self, view: Any, index: Sequence[Expr], value: Expr, lanes: int = 1) -> None:
         """Write an element, or so many side by side along the last index."""
         *outer, last = [_index(i) for i in index] or [_index(0)]
+        value = with_fused_products(value)
         if view.dtype is boolean:
             value = tirx.Cast("uint8" + (f"x{lanes}" if lanes > 1 else ""), value)
         T.buffer_store(view.buffer, value, [*outer, _ramp(last, lanes) if lanes > 1 else last])
