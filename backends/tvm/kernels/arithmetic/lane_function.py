@@ -160,7 +160,8 @@ class LaneFunction:
 
     def result(self, value: LaneValue) -> Expr:
         """Call the function on its operands; it gives this value."""
-        body = "\n".join([*self._lines, f"%r = freeze {{{value.type}}} {value.text}"])
+        last = f"%r = freeze {{{value.type}}} {value.text}"  # which may add a line before it
+        body = "\n".join([*self._lines, last])
         types = " ".join(t for _, t in self._operands) + f" -> {value.type}"
         name = "f" + hashlib.sha256(f"{types} {body}".encode()).hexdigest()[:16]
         return call_lanewise(self.k, name, _TVM[value.type], self.lanes, [x for x, _ in self._operands], types, body)
