@@ -187,8 +187,8 @@ class LaneFunction:
         if sign in "+-" and isinstance(x, _Product):
             return self.intrinsic("fmuladd", *x.factors, -y if sign == "-" else y)
         if sign in "+-" and isinstance(y, _Product):
-            left, right = y.factors
-            return self.intrinsic("fmuladd", -left if sign == "-" else left, right, x)
+            left, right = y.factors  # the second one is the constant, if there is one, whose sign costs nothing
+            return self.intrinsic("fmuladd", left, -right if sign == "-" else right, x)
         return self.line(x.type, f"f{_ARITHMETIC[sign]} {{{x.type}}} {x.text}, {y.text}")
 
     def integer(self, said: str, x: LaneValue, y: LaneValue | Number) -> LaneValue:
