@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("tvm")
 
+import treadle
 from tests.backend_checks import graph_of
 from tests.fuzz.row_bits import ROWS, Case, differing, draw, instruction_sets
 from tests.op_checks import Array
@@ -66,6 +67,20 @@ def test_a_quantized_product_with_bias_and_activation_has_bits_of_its_own_row() 
 
     for isa in SOME:
         assert differing(case_of(graph_of(build), target=isa, quantize="int8-weights"), Random(0))[1] == []
+
+
+def test_products_of_bytes_with_a_bias_have_the_same_bits_on_every_instruction_set() -> None:
+    def build(b: Builder) -> Expr:
+        y = b.linear(b.input("y", f32["M", 64]), b.parameter("w", f32[24, 64]), b.parameter("bias", f32[24]))
+        return b.input("x", f32["M", 24]) - y * 0.3
+
+    case = case_of(graph_of(build))
+    first, *others = (
+        treadle.compile(case.graph, backend="tvm", weights=case.weights, quantize="int8", target=isa)(**case.inputs)
+        for isa in (HERE[0], HERE[-1])
+    )
+    for other in others:
+        np.testing.assert_array_equal(other["y"], first["y"])
 
 
 @pytest.mark.parametrize("seed", [10, 41, 73, 105])
@@ -149,4 +164,4 @@ def test_no_sum_has_a_product_left_to_fuse(kernel: Kernel) -> None:
             readers = [line for line in lines if re.search(re.escape(name) + r"(?![\w.]| =)", line)]
             assert all("@llvm.arithmetic.fence" in line for line in readers), readers
             fenced += len(readers)
-    assert fenced and "@llvm.fmuladd" in text or isinstance(kernel, QuadProduct)
+    assert (fenced and "@llvm.fmuladd" in text) or isinstance(kernel, QuadProduct)
