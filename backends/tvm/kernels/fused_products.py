@@ -26,7 +26,7 @@ FUSED = "llvm.fmuladd"
 ROUNDED = "llvm.arithmetic.fence"
 """LLVM's function of x that is x, a product that stays one."""
 
-_PAIRS = (tirx.Add, tirx.Sub, tirx.Mul, tirx.Div, tirx.FloorDiv, tirx.FloorMod, tirx.Min, tirx.Max)
+_PAIRS: tuple[type, ...] = (tirx.Add, tirx.Sub, tirx.Mul, tirx.Div, tirx.FloorDiv, tirx.FloorMod, tirx.Min, tirx.Max)
 _PAIRS += (tirx.EQ, tirx.NE, tirx.LT, tirx.LE, tirx.GT, tirx.GE, tirx.And, tirx.Or)
 _PAIRS += (tirx.LShift, tirx.RShift, tirx.BitwiseAnd, tirx.BitwiseOr, tirx.BitwiseXor)
 _OPERANDS: Mapping[type, Callable[[Any], Sequence[Expr]]] = {
