@@ -6,7 +6,7 @@
 Left to itself, LLVM fuses a product with a sum if both end up in one block of the code and nothing else reads the
 product. That differs between two tilings of one kernel, or between full vectors and what is left of a row, and with
 it the last bit of an element. So it is given `llvm.fmuladd` for the first form, and for every other product
-`llvm.arithmetic.fence`, across which it does not look; the fence costs no instruction.
+`llvm.arithmetic.fence`, across which it does not look. The fence itself is no instruction.
 """
 
 from __future__ import annotations
