@@ -7,7 +7,8 @@ Every function works for any number of lanes and gives the same bits for all of 
 - integers wrap around; dividing one by zero gives 0 (`integer_arithmetic`)
 
 Arithmetic and comparisons are given to LLVM as they are: TVM would take x * 0 for 0 and x == x for true, and has
-integers that never overflow. An addition of a product may still be fused with it, and is then rounded once.
+integers that never overflow. Each op of a chain rounds by itself (`treadle.backends.tvm.kernels.fused_products`), so
+that an element's bits do not depend on the ops that it is computed with.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def emit(k: Emitter, op: str, operands: Sequence[Typed], dtype: DType, lanes: in
 _FLOAT_BODIES = {
     "add": "%r = fadd TYPE %x0, %x1",
     "sub": "%r = fsub TYPE %x0, %x1",
-    "mul": "%r = fmul TYPE %x0, %x1",
+    "mul": "%p = fmul TYPE %x0, %x1\n%r = call TYPE @llvm.arithmetic.fenceSUFFIX(TYPE %p)",
     "div": "%r = fdiv TYPE %x0, %x1",
     "neg": "%r = fneg TYPE %x0",
     "abs": "%r = call TYPE @llvm.fabsSUFFIX(TYPE %x0)",
