@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 import treadle.frontends.language as t
-from treadle.frontends.binding import Entry, Source, Table
+from treadle.frontends.binding import Entry, Table, consecutive
 from treadle.ir.errors import CheckpointError, FrontendError
 from treadle.models.family import (
     Config,
@@ -23,6 +23,7 @@ from treadle.models.family import (
     read_float,
     read_int,
     read_layers,
+    require,
     weights_and_biases,
 )
 from treadle.models.vit import ACTIVATIONS, embed_patches, prepend, read_image
@@ -117,6 +118,7 @@ def bicubic(size: int, to: int) -> npt.NDArray[np.float32]:
 
 def from_config(config: Config) -> t.Model:
     """Read a Hugging Face Dinov2Config; its `architectures` choose the head."""
+    require(config, is_causal=False)
     height, width, patch = read_image(config, 14)
     if height != width:
         raise CheckpointError(
@@ -160,9 +162,9 @@ def checkpoint(config: Config) -> Table:
     }
     hidden = gated_width(read_int(config, "hidden_size", 768) * read_int(config, "mlp_ratio", 4))
     for part in ("weight", "bias"):
-        joined = f"{block}.mlp.weights_in.{part}"
-        table[f"layer.{{i}}.mlp.gate.{part}"] = Source(joined, rows=(0, hidden))
-        table[f"layer.{{i}}.mlp.up.{part}"] = (f"{block}.mlp.fc1.{part}", Source(joined, rows=(hidden, 2 * hidden)))
+        joined = consecutive(f"{block}.mlp.weights_in.{part}", {"gate": hidden, "up": hidden})
+        table[f"layer.{{i}}.mlp.gate.{part}"] = joined["gate"]
+        table[f"layer.{{i}}.mlp.up.{part}"] = (f"{block}.mlp.fc1.{part}", joined["up"])
     modules = {
         "embeddings.patch": "embeddings.patch_embeddings.projection",
         "layer.{i}.attn_norm": f"{block}.norm1",
@@ -178,4 +180,15 @@ def checkpoint(config: Config) -> Table:
     return table | weights_and_biases(modules)
 
 
-FAMILY = Family("dinov2", dinov2, ("dinov2",), from_config, checkpoint, prefixes=("", "dinov2."))
+FAMILY = Family(
+    "dinov2", dinov2, ("dinov2",), from_config, checkpoint,
+    prefixes=("", "dinov2."),
+    irrelevant={
+        "use_mask_token": "masks patches in training alone",
+        **dict.fromkeys(
+            ("out_features", "_out_features", "out_indices", "_out_indices", "stage_names", "apply_layernorm",
+             "reshape_hidden_states"),
+            "is of the class for a backbone",
+        ),
+    },
+)  # fmt: skip

@@ -120,6 +120,7 @@ def from_config(config: Config) -> t.Model:
     """Read a Hugging Face ViTConfig or DeiTConfig; its `architectures` choose the head."""
     kind = config["model_type"]
     dim = read_int(config, "hidden_size")
+    require(config, is_causal=False)
     require(config, qkv_bias=True, pooler_act="tanh", pooler_output_size=dim)
     height, width, patch = read_image(config)
     return vit.configure(
@@ -185,4 +186,7 @@ def checkpoint(config: Config) -> Table:
     return table | weights_and_biases(modules)
 
 
-FAMILY = Family("vit", vit, ("vit", "deit"), from_config, checkpoint, prefixes=("", "vit.", "deit."))
+FAMILY = Family(
+    "vit", vit, ("vit", "deit"), from_config, checkpoint,
+    prefixes=("", "vit.", "deit."), irrelevant={"encoder_stride": "is of the class that fills in masked patches"},
+)  # fmt: skip
