@@ -7,7 +7,7 @@ A table maps parameter names to the checkpoint's, both as patterns in which `{i}
     "layer.{i}.attn.k.weight": Source("layers.{i}.qkv.weight", rows=(64, 128), groups=12)      of each head's rows
     "h.{i}.ln_1.weight":      ("h.{i}.ln_1.weight", "h.{i}.ln_1.gamma")       the first that the file has
     "lm_head.weight":         ("lm_head.weight", "wte.weight")                tied where it is not stored
-    "embed.weight":           Tied(("embed.weight", "lm_head.weight"))        one tensor, stored under either name or both
+    "embed.weight":           Tied(("embed.weight", "lm_head.weight"))        one tensor, stored under one name or both
 
 A parameter that no pattern matches is looked up under its own name. Slices and transposes are
 views; rows of several groups are copied. `Source.write` goes the other way.
@@ -193,7 +193,7 @@ def bind(
 
     parameters   name -> (shape, dtype): what the model needs
     table        parameter name or pattern -> Source, checkpoint name, or several of them in order of
-                 preference, or `Tied` names; an exact name goes before a pattern, and else the first that matches counts
+                 preference, or `Tied` names; an exact name goes before a pattern, else the first that matches counts
     prefixes     what may stand before the table's names in the file, in order of preference: ("", "bert.")
     ignore       patterns of the file's names (after a prefix) that `unused` leaves out, such as stored masks
     blocks       the checkpoint, if matrices that it holds in blocks of an encoding stay so: they, and rows of them, are

@@ -161,9 +161,9 @@ _OWN_LABELS = {"ForMultipleChoice": 1, "ForNextSentencePrediction": 2}
 
 
 def count_labels(config: Config) -> int:
-    """The number of classes of a classifier: the length of `id2label`, else `num_labels`, else 2."""
+    """The number of classes of a classifier: `num_labels`, else the length of `id2label`, else 2."""
     labels = config.get("id2label")
-    if labels is None:
+    if labels is None or config.get("num_labels") is not None:
         labels = dict.fromkeys(range(read_int(config, "num_labels", 2)))
     if not isinstance(labels, Mapping) or not labels:
         raise CheckpointError("config.json: id2label must be an object with a name per label", received=_shown(labels))

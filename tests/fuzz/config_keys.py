@@ -163,6 +163,8 @@ class Base:
     folder: Path
     config: Json
 
+    graph: Graph
+
     @property
     def tiny(self) -> Tiny:
         return MODELS[self.name.removesuffix(BEFORE)]
@@ -181,7 +183,7 @@ def save(name: str, folder: Path) -> Base:
     if name.endswith(BEFORE):
         config = as_before(config)
         path.write_text(json.dumps(config))
-    return Base(name, folder, config)
+    return Base(name, folder, config, resolve(folder, **MODELS[name.removesuffix(BEFORE)].given).graph)
 
 
 def as_before(config: Json) -> Json:
@@ -209,8 +211,11 @@ def as_before(config: Json) -> Json:
 
 
 def bases(every: bool = False) -> list[str]:
-    """One base for each of transformers' classes, and one as before version 5 for each type with rotary positions."""
-    names = list(MODELS) if every else list({tiny.architecture: name for name, tiny in MODELS.items()}.values())
+    """One base for each `model_type`, and one as before version 5 for each of those with rotary positions."""
+    firsts: dict[type, str] = {}
+    for name, tiny in MODELS.items():
+        firsts.setdefault(getattr(transformers, tiny.architecture).config_class, name)
+    names = list(MODELS) if every else list(firsts.values())
     return [*names, *(name + BEFORE for name in names if has_rope(MODELS[name]))]
 
 
@@ -314,8 +319,8 @@ def part_fields(architecture: str, part: str) -> Mapping[str, Any]:
 # -- both sides ------------------------------------------------------------------------------------------------------
 
 
-def draw(graph: Graph, tiny: Tiny) -> dict[str, Array]:
-    """Inputs for a graph."""
+def draw(graph: Graph, tiny: Tiny, padding: object) -> dict[str, Array]:
+    """Inputs for a graph, without the token of padding: transformers looks for it, and ours are told lengths."""
     rng = np.random.default_rng(0)
     inputs: dict[str, Array] = {}
     for v in graph.main.inputs:
@@ -323,23 +328,16 @@ def draw(graph: Graph, tiny: Tiny) -> dict[str, Array]:
         if v.name in ("pixels", "mel"):
             inputs[v.name] = rng.standard_normal(shape, np.float32)
         else:
-            inputs[v.name] = rng.integers(tiny.first, VOCAB, shape)
+            tokens = rng.integers(tiny.first, VOCAB, shape)
+            inputs[v.name] = np.where(tokens == padding, VOCAB - 1 if padding == VOCAB - 2 else VOCAB - 2, tokens)
     return inputs
 
 
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """outcome: equal, refused, reported, wrong, lenient (theirs refuses, ours answers), unfit (lenient, as
-    weights do not fit), both (refuse), error"""
-
-    outcome: str
-    detail: str = ""
-
-
-def ours_of(folder: Path, tiny: Tiny) -> tuple[Resolved, dict[str, Array], dict[str, Array]]:
+def ours_of(folder: Path, tiny: Tiny, padding: object) -> tuple[Resolved, dict[str, Array], dict[str, Array]]:
+    """Our model of a folder, inputs, and outputs for them."""
     resolved = resolve(folder, **tiny.given)
-    inputs = draw(resolved.graph, tiny)
     assert resolved.weights is not None
+    inputs = draw(resolved.graph, tiny, padding)
     return resolved, inputs, dict(interpret(resolved.graph, inputs, resolved.weights, float64=True))
 
 
@@ -349,29 +347,43 @@ def theirs_of(folder: Path, tiny: Tiny, inputs: Mapping[str, Array]) -> dict[str
     return answer(model.eval(), inputs)
 
 
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """The outcome of a case.
+
+    equal     both give the same outputs
+    refused   ours refuses and theirs does not
+    both      both refuse
+    lenient   theirs refuses, and ours does not
+    unfit     theirs refuses weights that do not fit, and ours does not
+    reported  the outputs differ, and ours reports the key as unread
+    wrong     the outputs differ
+    error     ours raises what is no TreadleError
+    """
+
+    outcome: str
+    detail: str = ""
+
+
 def verdict(base: Base, case: Case, folder: Path) -> Verdict:
     """Both sides' answers to one case; `folder` is written."""
     folder.mkdir(exist_ok=True)
-    weights = folder / "model.safetensors"
-    if not weights.exists() or weights.resolve() != (base.folder / "model.safetensors").resolve():
-        weights.unlink(missing_ok=True)
-        shutil.copyfile(base.folder / "model.safetensors", weights)
-    (folder / "config.json").write_text(json.dumps(case.config(base.config)))
-    tiny = base.tiny
-    refusal = ""
+    shutil.copyfile(base.folder / "model.safetensors", folder / "model.safetensors")
+    config = case.config(base.config)
+    (folder / "config.json").write_text(json.dumps(config))
+    tiny, padding = base.tiny, config.get("pad_token_id")
     try:
-        resolved, inputs, ours = ours_of(folder, tiny)
+        resolved, inputs, ours = ours_of(folder, tiny, padding)
     except TreadleError as error:
         refusal = f"{type(error).__name__}: {error.what} [{error.received}]"
-    except Exception:
-        return Verdict("error", traceback.format_exc(limit=-3))
-    if refusal:
-        resolved, inputs, _ = ours_of(base.folder, tiny)
+        inputs = draw(base.graph, tiny, padding)
         try:
             theirs_of(folder, tiny, inputs)
         except Exception:
             return Verdict("both", refusal)
         return Verdict("refused", refusal)
+    except Exception:
+        return Verdict("error", traceback.format_exc(limit=-3))
     try:
         theirs = theirs_of(folder, tiny, inputs)
     except Exception as error:
@@ -382,8 +394,7 @@ def verdict(base: Base, case: Case, folder: Path) -> Verdict:
             return Verdict("wrong", f"{name}: shape")
         worst = np.abs(ours[name] - theirs[name]).max() / np.abs(theirs[name]).max()
         if not worst < TOLERANCE:
-            unread = getattr(resolved, "unread", ())
-            named = any(".".join(case.place).startswith(key) for key in unread)
+            named = ".".join(case.place) in resolved.unread
             return Verdict("reported" if named else "wrong", f"{name} is {worst:.1g} off")
     return Verdict("equal")
 
@@ -393,7 +404,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=0, help="draw so many cases; 0: all")
     parser.add_argument("--families", default="", help="bases whose names contain one of these")
-    parser.add_argument("--all", action="store_true", help="every small model, not one for each class")
+    parser.add_argument("--all", action="store_true", help="every small model, not one for each model_type")
     parser.add_argument("--show", default="wrong,unfit,error", help="outcomes to list")
     options = parser.parse_args()
     quiet()
@@ -407,6 +418,7 @@ def main() -> int:
             chosen = list(cases(base))
             if options.count:
                 chosen = random.Random(options.seed + number).sample(chosen, min(options.count, len(chosen)))
+            print(f"{name}: {len(chosen)} cases", file=sys.stderr, flush=True)
             for case in chosen:
                 found = verdict(base, case, Path(place) / f"case{number}")
                 tally[found.outcome] += 1
