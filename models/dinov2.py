@@ -24,6 +24,7 @@ from treadle.models.family import (
     read_int,
     read_layers,
     require,
+    require_head_dim,
     weights_and_biases,
 )
 from treadle.models.vit import ACTIVATIONS, embed_patches, prepend, read_image
@@ -126,6 +127,7 @@ def from_config(config: Config) -> t.Model:
             received=f"{height} x {width}",
         )
     dim, gated = read_int(config, "hidden_size", 768), read_flag(config, "use_swiglu_ffn", False)
+    require_head_dim(config, dim // read_int(config, "num_attention_heads", 12))
     hidden = dim * read_int(config, "mlp_ratio", 4)
     return dinov2.configure(
         channels=read_int(config, "num_channels", 3),

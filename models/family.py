@@ -99,6 +99,12 @@ def require(config: Config, **expected: Any) -> None:
             raise _unsupported(name, config[name], [value])
 
 
+def require_head_dim(config: Config, head_dim: int) -> None:
+    """Check `head_dim`, if a file has it, of a class whose heads split the width."""
+    if config.get("head_dim") is not None:
+        require(config, head_dim=head_dim)
+
+
 def choose(config: Config, name: str, options: Mapping[str, Any], default: str | None = None) -> Any:
     """What the named option stands for, such as an activation."""
     key = config.get(name, default)

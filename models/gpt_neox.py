@@ -24,11 +24,12 @@ from treadle.models.family import (
     read_int,
     read_layers,
     require,
+    require_head_dim,
     weights_and_biases,
 )
 from treadle.models.gpt2 import ALIASES as GPT2_ALIASES
 from treadle.models.llama import warmed
-from treadle.models.reading.rotary_config import read_rotary, require_head_dim
+from treadle.models.reading.rotary_config import read_rotary
 
 ACTIVATIONS = {
     "gelu": t.gelu,
@@ -311,6 +312,7 @@ FAMILY = Family(
         **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), _NO_END),
         "rotary": "of GPT-J, whose positions always are rotary",
         "scale_attn_weights": "of GPT-J, whose scores always are scaled",
+        "num_kv_heads": "is of Falcon's new architecture; the others have one pair, or one each",
         "is_decoder": "is of attention to an encoder, which no class has",
         **SUMMARIES,
     },

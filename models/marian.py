@@ -65,8 +65,12 @@ def from_config(config: Config) -> t.Model:
     require(config, is_causal=None)
     choose_architecture(config, {"MarianMTModel": marian})
     shared = read_flag(config, "share_encoder_decoder_embeddings", True)
+    vocab = read_int(config, "vocab_size")
+    decoder_vocab = read_int(config, "decoder_vocab_size", vocab)
+    if shared and decoder_vocab != vocab:
+        require(config, decoder_vocab_size=vocab)
     return marian.configure(
-        decoder_vocab=None if shared else read_int(config, "decoder_vocab_size", read_int(config, "vocab_size")),
+        decoder_vocab=None if shared else decoder_vocab,
         **read_sizes(config),
     )
 

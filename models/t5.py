@@ -197,8 +197,5 @@ ALIASES = {
 FAMILY = Family(
     "t5", t5, ("t5", "mt5"), from_config, checkpoint,
     aliases=dict.fromkeys(("t5", "mt5"), ALIASES),
-    irrelevant={
-        "n_positions": "positions by distance have no end",
-        "is_encoder_decoder": "the class of the encoder alone sets it",
-    },
+    irrelevant={"n_positions": "positions by distance have no end"},
 )  # fmt: skip

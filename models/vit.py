@@ -22,6 +22,7 @@ from treadle.models.family import (
     read_int,
     read_layers,
     require,
+    require_head_dim,
     weights_and_biases,
 )
 
@@ -121,6 +122,7 @@ def from_config(config: Config) -> t.Model:
     kind = config["model_type"]
     dim = read_int(config, "hidden_size")
     require(config, is_causal=False)
+    require_head_dim(config, dim // read_int(config, "num_attention_heads"))
     require(config, qkv_bias=True, pooler_act="tanh", pooler_output_size=dim)
     height, width, patch = read_image(config)
     return vit.configure(

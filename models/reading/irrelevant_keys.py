@@ -10,7 +10,8 @@ _REASONS: Mapping[str, str] = {
         base_model_pp_plan transformers.js_config unsloth_fixed unsloth_version is_llama_config license
         language
     """,
-    "names the model's class, which the family reads": "architectures model_type",
+    "follows from the class, which the family reads": "architectures model_type is_encoder_decoder",
+    "is of an output that reads the embeddings, and there is none": "tie_word_embeddings",
     "the weights' dtype is in their file": "dtype torch_dtype use_bfloat16 fp16 bf16",
     "is of a task, which reads it itself": """
         task_specific_params finetuning_task problem_type label2id num_labels _num_labels id2label

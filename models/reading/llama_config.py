@@ -7,9 +7,18 @@ from typing import Any
 
 import treadle.frontends.language as t
 from treadle.ir.errors import CheckpointError
-from treadle.models.family import Config, choose, read_flag, read_float, read_int, read_layers, require
+from treadle.models.family import (
+    Config,
+    choose,
+    read_flag,
+    read_float,
+    read_int,
+    read_layers,
+    require,
+    require_head_dim,
+)
 from treadle.models.reading.recorded_config import layered
-from treadle.models.reading.rotary_config import read_object, read_rotary, require_head_dim
+from treadle.models.reading.rotary_config import read_object, read_rotary
 
 ACTIVATIONS = {
     "silu": t.silu,
@@ -52,9 +61,13 @@ _DEFAULTS: Mapping[str, Config] = {
 
 
 IRRELEVANT = {
-    "max_position_embeddings": "rotary positions have no end, unless the scaling depends on it",
+    **dict.fromkeys(
+        ("max_position_embeddings", "original_max_position_embeddings"),
+        "rotary positions have no end, unless their scaling depends on it",
+    ),
     "rope_interleaved": "is of the trainer; weights of a folder are in the library's order",
     "use_mrope": "is of models that read images",
+    "attn_logit_softcapping": "Gemma 3's class stores it and does not use it",
     "hidden_act": "Gemma 2 and 3 read hidden_activation",
     **dict.fromkeys(("sliding_window", "max_window_layers"), "windows that are off have no size"),
 }
@@ -167,7 +180,6 @@ def _read_gemma(config: Config, kind: str, layers: int, period: int) -> dict[str
     return {
         "norm_place": "both",
         "scale": read_multiplier(config, "query_pre_attn_scalar") ** -0.5,
-        # Gemma 3's class stores this cap and does not use it.
         "softcap": read_cap(config, "attn_logit_softcapping") if kind == "gemma2" else None,
         "logit_softcap": read_cap(config, "final_logit_softcapping"),
         "window": read_window(config),

@@ -23,6 +23,7 @@ class RecordedConfig(Mapping[str, Any]):
     """The content of a config.json, or of an object inside it. Looking up a key records that it is read.
 
     aliases  other names of keys: {"num_hidden_layers": "n_layer"}. A key is found under each of its names
+    asked    the keys that were looked up, whether the file has them or not
 
     Looking up a key raises CheckpointError if the file has it under two names with different values.
     """
@@ -34,11 +35,11 @@ class RecordedConfig(Mapping[str, Any]):
         for name in content:
             self._names.setdefault(self._aliases.get(name, name), []).append(name)
         self._read: set[str] = set()
-        self._looked_up = False
+        self.asked: set[str] = set()
         self._inside: dict[str, RecordedConfig] = {}
 
     def __getitem__(self, key: str) -> Any:
-        self._looked_up = True
+        self.asked.add(key)
         first, *others = self._names[self._aliases.get(key, key)]
         self._read.update((first, *others))
         value = self._content[first]
@@ -80,6 +81,6 @@ class RecordedConfig(Mapping[str, Any]):
         for name, value in self._content.items():
             if name not in self._read:
                 found += [(name,)] if value is not None else []
-            elif name in self._inside and self._inside[name]._looked_up:
+            elif name in self._inside and self._inside[name].asked:
                 found += [(name, *rest) for rest in self._inside[name].unread()]
         return found

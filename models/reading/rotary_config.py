@@ -71,12 +71,6 @@ def read_object(config: Config, name: str) -> Config:
     return found or {}
 
 
-def require_head_dim(config: Config, head_dim: int) -> None:
-    """Check `head_dim`, if a file has it, of a class whose heads split the width."""
-    if config.get("head_dim") is not None:
-        require(config, head_dim=head_dim)
-
-
 def read_part(options: Config, part: float, head_dim: int) -> int:
     """The number of a head's dimensions that are turned, which must be even; `part` of them unless options say more."""
     named = "partial_rotary_factor"

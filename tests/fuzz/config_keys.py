@@ -371,7 +371,8 @@ def verdict(base: Base, case: Case, folder: Path) -> Verdict:
     shutil.copyfile(base.folder / "model.safetensors", folder / "model.safetensors")
     config = case.config(base.config)
     (folder / "config.json").write_text(json.dumps(config))
-    tiny, padding = base.tiny, config.get("pad_token_id")
+    tiny = base.tiny
+    padding = config.get("pad_token_id", fields_of(tiny.architecture).get("pad_token_id"))
     try:
         resolved, inputs, ours = ours_of(folder, tiny, padding)
     except TreadleError as error:
