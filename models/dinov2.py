@@ -162,11 +162,13 @@ def checkpoint(config: Config) -> Table:
         "layer.{i}.attn_scale": f"{block}.layer_scale1.lambda1",
         "layer.{i}.mlp_scale": f"{block}.layer_scale2.lambda1",
     }
+    gated = read_flag(config, "use_swiglu_ffn", False)
     hidden = gated_width(read_int(config, "hidden_size", 768) * read_int(config, "mlp_ratio", 4))
     for part in ("weight", "bias"):
         joined = consecutive(f"{block}.mlp.weights_in.{part}", {"gate": hidden, "up": hidden})
         table[f"layer.{{i}}.mlp.gate.{part}"] = joined["gate"]
-        table[f"layer.{{i}}.mlp.up.{part}"] = (f"{block}.mlp.fc1.{part}", joined["up"])
+        table[f"layer.{{i}}.mlp.up.{part}"] = joined["up"] if gated else f"{block}.mlp.fc1.{part}"
+        table[f"layer.{{i}}.mlp.down.{part}"] = f"{block}.mlp.{'weights_out' if gated else 'fc2'}.{part}"
     modules = {
         "embeddings.patch": "embeddings.patch_embeddings.projection",
         "layer.{i}.attn_norm": f"{block}.norm1",
@@ -175,7 +177,6 @@ def checkpoint(config: Config) -> Table:
         "layer.{i}.attn.v": f"{block}.attention.attention.value",
         "layer.{i}.attn.out": f"{block}.attention.output.dense",
         "layer.{i}.mlp_norm": f"{block}.norm2",
-        "layer.{i}.mlp.down": (f"{block}.mlp.fc2", f"{block}.mlp.weights_out"),
         "norm": "layernorm",
         "logits": "classifier",
     }

@@ -130,7 +130,6 @@ def from_config(config: Config) -> t.Model:
     layers = read_layers(config, "num_layers")
     model: t.Model = choose_architecture(config, ARCHITECTURES)
     require(config, is_causal=None, is_decoder=False)
-    act, gated = choose(config, "feed_forward_proj", FEED_FORWARD, "gated-gelu" if mt5 else "relu")
     model = model.configure(
         vocab=read_int(config, "vocab_size"),
         dim=read_int(config, "d_model"),
@@ -141,9 +140,7 @@ def from_config(config: Config) -> t.Model:
         buckets=read_int(config, "relative_attention_num_buckets", 32, most=256),
         max_distance=read_int(config, "relative_attention_max_distance", 128, most=4096),
         eps=read_float(config, "layer_norm_epsilon", 1e-6),
-        # Files repeat the two halves of feed_forward_proj, and what they say there counts.
-        act=choose(config, "dense_act_fn", ACTIVATIONS, act),
-        gated=read_flag(config, "is_gated_act", gated),
+        **read_feed_forward(config),
     )
     if model.name == "t5":
         require(config, is_encoder_decoder=True)
@@ -154,12 +151,23 @@ def from_config(config: Config) -> t.Model:
     return model
 
 
+def read_feed_forward(config: Config) -> dict[str, Any]:
+    """The options `act` and `gated`. Files repeat the halves of `feed_forward_proj`, and what they say there counts."""
+    usual = "gated-gelu" if config.get("model_type") == "mt5" else "relu"
+    act, gated = choose(config, "feed_forward_proj", FEED_FORWARD, usual)
+    return {
+        "act": choose(config, "dense_act_fn", ACTIVATIONS, act),
+        "gated": read_flag(config, "is_gated_act", gated),
+    }
+
+
 def checkpoint(config: Config) -> Table:
     """Hugging Face's names. The first block of a stack holds the bias by distance that all of its blocks share."""
     table: dict[str, Entry] = {
         "shared.weight": Tied(("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")),
         "lm_head.weight": ("lm_head.weight", "shared.weight") if _may_lack_output(config) else "lm_head.weight",
     }
+    up = "wi_1" if read_feed_forward(config)["gated"] else "wi"
     for stack, last in (("encoder", 1), ("decoder", 2)):
         block = f"{stack}.block.{{i}}"
         table |= {
@@ -169,7 +177,7 @@ def checkpoint(config: Config) -> Table:
             f"{block}.cross_norm.weight": f"{block}.layer.1.layer_norm.weight",
             f"{block}.mlp_norm.weight": f"{block}.layer.{last}.layer_norm.weight",
             f"{block}.mlp.gate.weight": f"{block}.layer.{last}.DenseReluDense.wi_0.weight",
-            f"{block}.mlp.up.weight": tuple(f"{block}.layer.{last}.DenseReluDense.{n}.weight" for n in ("wi", "wi_1")),
+            f"{block}.mlp.up.weight": f"{block}.layer.{last}.DenseReluDense.{up}.weight",
             f"{block}.mlp.down.weight": f"{block}.layer.{last}.DenseReluDense.wo.weight",
         }
         for ours, theirs in zip(("q", "k", "v", "out"), "qkvo", strict=True):

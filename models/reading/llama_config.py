@@ -69,7 +69,6 @@ IRRELEVANT = {
     "use_mrope": "is of models that read images",
     "attn_logit_softcapping": "Gemma 3's class stores it and does not use it",
     "hidden_act": "Gemma 2 and 3 read hidden_activation",
-    **dict.fromkeys(("sliding_window", "max_window_layers"), "windows that are off have no size"),
 }
 """Keys that change no output of a kind that does not read them, each with the reason."""
 
@@ -144,8 +143,8 @@ def _read_own(kind: str, config: Config, options: Mapping[str, Any]) -> dict[str
         case "mistral" | "phi3":
             return {"window": read_window(config)}
         case "qwen2":
-            require(config, use_sliding_window=False, layer_types=["full_attention"] * options["layers"])
-            return {"qkv_bias": True}
+            require(config, use_sliding_window=False)
+            return {"qkv_bias": True, **_windows_of_qwen(config, options["layers"])}
         case "qwen3":
             return {"qk_norm": "heads", **_windows_of_qwen(config, options["layers"])}
         case "gemma":
@@ -200,12 +199,12 @@ def _require_causal(config: Config) -> None:
 
 
 def _windows_of_qwen(config: Config, layers: int) -> dict[str, Any]:
+    window, first = read_window(config), read_int(config, "max_window_layers", 28, least=0)
     if not read_flag(config, "use_sliding_window", False):
         require(config, layer_types=["full_attention"] * layers)
         return {}
-    first = read_int(config, "max_window_layers", 28, least=0)
-    full = range(layers if config.get("sliding_window") is None else min(first, layers))
-    return {"window": read_window(config), "full_layers": read_layer_types(config, layers, list(full))}
+    full = range(layers if window is None else min(first, layers))
+    return {"window": window, "full_layers": read_layer_types(config, layers, list(full))}
 
 
 def read_local_rotary(config: Config, head_dim: int) -> dict[str, Any]:
