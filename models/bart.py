@@ -136,10 +136,11 @@ ALIASES = {
 """Other names of BART's, Marian's and Whisper's keys."""
 
 UNUSED = {
-    "is_decoder": "the class decides which of its parts is the decoder",
     "add_bias_logits": "the bias is a tensor of the file",
     "extra_pos_embeddings": "the shape of the table of positions tells",
-    **dict.fromkeys(("student_encoder_layers", "student_decoder_layers"), "says how the model was distilled"),
+    **dict.fromkeys(
+        ("student_encoder_layers", "student_decoder_layers", "replacing_rate"), "says how the model was distilled"
+    ),
 }
 """Irrelevant keys of BART and Marian."""
 

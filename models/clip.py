@@ -254,4 +254,5 @@ def _encoder_table(prefix: str, projection: str) -> dict[str, Entry]:
 FAMILY = Family(
     "clip", clip, ("clip", "clip_text_model", "clip_vision_model"), from_config, checkpoint,
     prefixes=("", "text_model.", "vision_model."),
+    irrelevant={"projection_dim": "of a part; the whole model's counts"},
 )  # fmt: skip

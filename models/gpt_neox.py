@@ -313,7 +313,7 @@ FAMILY = Family(
         "rotary": "of GPT-J, whose positions always are rotary",
         "scale_attn_weights": "of GPT-J, whose scores always are scaled",
         "num_kv_heads": "is of Falcon's new architecture; the others have one pair, or one each",
-        "is_decoder": "is of attention to an encoder, which no class has",
+        "apply_residual_connection_post_layernorm": "of Falcon's first code, and no version of the library reads it",
         **SUMMARIES,
     },
 )  # fmt: skip

@@ -223,5 +223,8 @@ def checkpoint(config: Config) -> Table:
 
 FAMILY = Family(
     "modernbert", modernbert, ("modernbert",), from_config, checkpoint,
-    prefixes=("", "model."), irrelevant={"max_position_embeddings": "rotary positions have no end"},
+    prefixes=("", "model."), irrelevant={
+        "max_position_embeddings": "rotary positions have no end",
+        "layer_norm_eps": "the library reads norm_eps",
+    },
 )  # fmt: skip

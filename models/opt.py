@@ -68,6 +68,7 @@ def from_config(config: Config) -> t.Model:
     dim = read_int(config, "hidden_size")
     embedding = read_int(config, "word_embed_proj_dim", dim)
     before = read_flag(config, "do_layer_norm_before", True)
+    no_last = read_flag(config, "_remove_final_layer_norm", False)
     return opt.configure(
         vocab=read_int(config, "vocab_size"),
         context=read_int(config, "max_position_embeddings"),
@@ -79,7 +80,7 @@ def from_config(config: Config) -> t.Model:
         act=choose(config, "activation_function", ACTIVATIONS, "relu"),
         bias=read_flag(config, "enable_bias", True),
         norm_before=before,
-        last_norm=before and not read_flag(config, "_remove_final_layer_norm", False),
+        last_norm=before and not no_last,
     )
 
 

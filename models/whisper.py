@@ -132,7 +132,6 @@ FAMILY = Family(
     prefixes=("", "model."),
     aliases={"whisper": {**ALIASES, "num_key_value_heads": "encoder_attention_heads"}},
     irrelevant={
-        "is_decoder": "the class decides which of its parts is the decoder",
         "median_filter_width": "is of timestamps of words",
         "alignment_heads": "is of timestamps of words",
         **dict.fromkeys(("use_weighted_layer_sum", "classifier_proj_size"), "is of another class, for audio"),

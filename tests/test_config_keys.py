@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.published_configs import PUBLISHED
 from treadle.ir.errors import CheckpointError
 from treadle.models.reading.irrelevant_keys import IRRELEVANT
 from treadle.models.reading.recorded_config import RecordedConfig, layered
@@ -45,6 +46,12 @@ def test_a_layer_below_is_read_where_those_above_lack_a_key() -> None:
     assert config["a"] == 1
     assert config["b"] == 3
     assert below.unread() == [("a",)]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_read_without_a_report(name: str) -> None:
+    config = PUBLISHED[name]
+    assert family_of(config).read(config).unread == ()
 
 
 # -- against transformers ----------------------------------------------------------------------------------------------

@@ -11,6 +11,9 @@ _REASONS: Mapping[str, str] = {
         language
     """,
     "follows from the class, which the family reads": "architectures model_type is_encoder_decoder",
+    "makes a decoder of BERT and its kin, whose families read it": """
+        is_decoder add_cross_attention cross_attention_hidden_size tie_encoder_decoder
+    """,
     "is of an output that reads the embeddings, and there is none": "tie_word_embeddings",
     "the weights' dtype is in their file": "dtype torch_dtype use_bfloat16 fp16 bf16",
     "is of a task, which reads it itself": """

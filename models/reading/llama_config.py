@@ -67,6 +67,7 @@ IRRELEVANT = {
     ),
     "rope_interleaved": "is of the trainer; weights of a folder are in the library's order",
     "use_mrope": "is of models that read images",
+    "attention_bias": "Phi-3's and StableLM's classes do not read it",
     "attn_logit_softcapping": "Gemma 3's class stores it and does not use it",
     "hidden_act": "Gemma 2 and 3 read hidden_activation",
 }
