@@ -255,4 +255,5 @@ def _encoder_table(config: Config, prefix: str) -> dict[str, Entry]:
 FAMILY = Family(
     "siglip", siglip, ("siglip", "siglip_text_model", "siglip_vision_model"), from_config, checkpoint,
     prefixes=("", "text_model.", "vision_model."),
+    irrelevant={"text_config": "SiglipForImageClassification reads images alone"},
 )  # fmt: skip

@@ -205,5 +205,8 @@ ALIASES = {
 FAMILY = Family(
     "t5", t5, ("t5", "mt5"), from_config, checkpoint,
     aliases=dict.fromkeys(("t5", "mt5"), ALIASES),
-    irrelevant={"n_positions": "positions by distance have no end"},
+    irrelevant={
+        "n_positions": "positions by distance have no end",
+        **dict.fromkeys(("num_decoder_layers", "scale_decoder_outputs"), "T5EncoderModel has no decoder, MT5 no scale"),
+    },
 )  # fmt: skip
