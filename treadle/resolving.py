@@ -29,7 +29,7 @@ from treadle.frontends.ctranslate2_file import CTranslate2File, find_ctranslate2
 from treadle.frontends.declarations import Model
 from treadle.frontends.deferred_arrays import DeferredArray
 from treadle.frontends.gguf_file import GGUFFile
-from treadle.frontends.huggingface import Checkpoint, open_checkpoint
+from treadle.frontends.huggingface import open_checkpoint
 from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
 from treadle.frontends.onnx_import.file import OnnxFile
 from treadle.frontends.torch_export.model import TorchModel
@@ -59,6 +59,7 @@ class Resolved:
 
     weights  None where no checkpoint gives any: they start at their initial values
     unused   tensors of the checkpoint that the model does not take
+    unread   keys of config.json that the family does not know (`ReadConfig.unread`)
     folder   the checkpoint's folder, or its GGUF file, if there is one
     blocks   the type in which each weight is stored in a GGUF file: "q4_1", "f32", ...
     """
@@ -70,6 +71,7 @@ class Resolved:
     unused: tuple[str, ...] = ()
     folder: Path | None = None
     blocks: Mapping[str, str] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -291,27 +293,17 @@ def find_folder(model: str | Path) -> Path:
     return folder
 
 
-def load_weights(
-    graph: Graph, checkpoint: Checkpoint, deferred: bool = False
-) -> tuple[dict[str, Array], tuple[str, ...]]:
-    """The graph's weights out of a checkpoint, memory-mapped, and the tensors that it leaves unused."""
-    family = family_of(checkpoint.config)
-    wanted = {name: (v.type.static_shape or (), v.type.dtype) for name, v in graph.parameters.items()}
-    binding = bind(
-        wanted, family.checkpoint(checkpoint.config), checkpoint, prefixes=family.prefixes, deferred=deferred
-    )
-    return binding.arrays, binding.unused
-
-
 def _from_folder(
     folder: Path, inputs: Sequence[str] | None, config: Mapping[str, Any], limits: Limits, deferred: bool
 ) -> Resolved:
     checkpoint = open_checkpoint(folder, limits)
     family = family_of(checkpoint.config)
-    declared = family.from_config(checkpoint.config).configure(inputs=inputs, **config)
+    read = family.read(checkpoint.config)
+    declared = read.model.configure(inputs=inputs, **config)
     graph = declared.graph()
-    weights, unused = load_weights(graph, checkpoint, deferred)
-    return Resolved(family.name, graph, declared, weights, unused, folder)
+    wanted = {name: (v.type.static_shape or (), v.type.dtype) for name, v in graph.parameters.items()}
+    binding = bind(wanted, read.table, checkpoint, prefixes=family.prefixes, deferred=deferred)
+    return Resolved(family.name, graph, declared, binding.arrays, binding.unused, folder, unread=read.unread)
 
 
 def _from_gguf(
