@@ -98,6 +98,9 @@ class Op:
     never dropped, joined with another, or done once for all calls."""
     is_word: ClassVar[bool] = True
     """Whether a model may say it; calls and relayouts are put into graphs by tracing and by passes."""
+    stops_gradient: ClassVar[bool] = False
+    """True for an op through which no gradient flows: its results are constant between steps (floor, a comparison), or
+    depend on no element of its operands (iota). Any other primitive defines `gradient`."""
     samples: ClassVar[Sequence[Sample]] = ()
     errors: ClassVar[Sequence[tuple[Sample, str]]] = ()
 
@@ -197,9 +200,17 @@ class Op:
         """The gradient of a scalar with respect to each operand, given those of the results (None: zero).
 
         inputs and outputs are the op's own. Returns one entry per operand: an Expr of the operand's type, or None where
-        no gradient flows.
+        no gradient flows. Raises GraphError, with the user's line, for an op that has none and does not say
+        `stops_gradient`.
         """
-        return [None] * len(inputs)
+        if self.stops_gradient:
+            return [None] * len(inputs)
+        raise GraphError(
+            f"op {self.name} has no gradient: its class does not define `gradient`",
+            source=b.place(),
+            hint=f"define `gradient` in {type(self).__name__}, or `stops_gradient = True` if its result is constant "
+            "between steps",
+        )
 
     @property
     def positional(self) -> frozenset[str]:

@@ -192,6 +192,7 @@ class FloorDivide(Primitive):
 
     x = Operand()
     y = Operand()
+    stops_gradient = True
 
     def reference(self, x: Any, y: Any) -> Any:
         return np.floor_divide(x, y)

@@ -18,15 +18,14 @@ from treadle.ir.types import DType
 
 
 class _Elementwise(Primitive):
-    """y = f(x). A subclass says dy/dx in terms of x and y; None where it is zero almost everywhere."""
+    """y = f(x). A subclass defines `derivative`, which returns dy/dx in terms of x and y."""
 
     def derivative(self, b: Builder, x: Expr, y: Expr) -> Any:
-        return None
+        raise NotImplementedError
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,), (x,), (y,) = grads, inputs, outputs
-        slope = self.derivative(b, x, y)
-        return [None if slope is None else g * slope]
+        return [g * self.derivative(b, x, y)]
 
 
 @op("neg", axes="... -> ...", dtypes="n -> n", linear="x")
@@ -223,10 +222,11 @@ class Abs(_Elementwise):
 
 
 @op("sign", axes="... -> ...", dtypes="n -> n")
-class Sign(_Elementwise):
+class Sign(Primitive):
     """y = 1, 0 or -1 where x is positive, zero or negative; no gradient flows"""
 
     x = Operand()
+    stops_gradient = True
 
     def reference(self, x: Any) -> Any:
         return np.sign(x)
@@ -236,10 +236,11 @@ class Sign(_Elementwise):
 
 
 @op("floor", axes="... -> ...", dtypes="f -> f")
-class Floor(_Elementwise):
+class Floor(Primitive):
     """y = the greatest whole number that is not above x; no gradient flows"""
 
     x = Operand()
+    stops_gradient = True
 
     def reference(self, x: Any) -> Any:
         return np.floor(x)

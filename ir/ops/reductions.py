@@ -175,6 +175,7 @@ class SizeOf(Primitive):
 
     value: Size
     dtype: DType = i64
+    stops_gradient = True
 
     def dtypes(self) -> str:
         return f"-> {self.dtype}"
@@ -262,6 +263,7 @@ class ArgMax(Primitive):
     """
 
     x = Operand()
+    stops_gradient = True
     axis: int
     keep: bool = False
 
