@@ -82,7 +82,7 @@ class Op:
     """For self-attention: the factors of queries and keys, which one axis may be at once."""
     reads_slots: ClassVar[frozenset[str]] = frozenset()
     """The operands that it reads from a state at a step, by the slots of its rows, without a copy of them."""
-    commutes: ClassVar[bool] = False
+    commutes: bool = False
     """Whether its two operands may change places: f(x, y) = f(y, x)."""
     updates: Mapping[int, int] = MappingProxyType({})
     """Which results are updates, of which operands: {0: 0} of an op whose result is its first operand, changed. Given a

@@ -77,6 +77,38 @@ class Log(_Elementwise):
     errors = [(S("i64[2]"), "x must be a float, is i64")]
 
 
+@op("expm1", axes="... -> ...", dtypes="f -> f")
+class Expm1(_Elementwise):
+    """y = e^x - 1, to all digits near 0, where e^x rounds to 1"""
+
+    x = Operand()
+
+    def reference(self, x: Any) -> Any:
+        return np.expm1(wide_array(x)).astype(x.dtype)
+
+    def derivative(self, b: Builder, x: Expr, y: Expr) -> Any:
+        return b.exp(x)
+
+    samples = [S("f32[2,3]"), S("f32[]")]
+    errors = [(S("i64[2]"), "x must be a float, is i64")]
+
+
+@op("log1p", axes="... -> ...", dtypes="f -> f")
+class Log1p(_Elementwise):
+    """y = ln(1 + x), to all digits near 0, where 1 + x rounds to 1; -inf at -1, NaN below"""
+
+    x = Operand()
+
+    def reference(self, x: Any) -> Any:
+        return np.log1p(wide_array(x)).astype(x.dtype)
+
+    def derivative(self, b: Builder, x: Expr, y: Expr) -> Any:
+        return b.reciprocal(x + 1.0)
+
+    samples = [S("f32[2,3] > 0")]
+    errors = [(S("i64[2]"), "x must be a float, is i64")]
+
+
 @op("sqrt", axes="... -> ...", dtypes="f -> f")
 class Sqrt(_Elementwise):
     """y = x^(1/2); NaN below 0"""
