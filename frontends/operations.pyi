@@ -94,6 +94,7 @@ __all__ = [
     "softmax",
     "softplus",
     "sqrt",
+    "stop_gradient",
     "sub",
     "sum_pool",
     "take_along_axis",
@@ -873,6 +874,12 @@ def softplus(x: TensorLike, /, *, name: str | None = None) -> Tensor:
 
 def sqrt(x: TensorLike, /, *, name: str | None = None) -> Tensor:
     """y = x^(1/2); NaN below 0"""
+
+def stop_gradient(x: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """y = x, and no gradient flows, as through tensor.detach() in PyTorch
+
+    Where a graph is not differentiated, the default passes take it out.
+    """
 
 def sub(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
     """z = x - y"""

@@ -8,7 +8,15 @@ import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Table
 from treadle.ir.errors import FrontendError
 from treadle.models.bert import HEADS, block, embed_tokens, follows, pool, read_encoder, unmask
-from treadle.models.family import Config, Family, choose_architecture, read_int, require, weights_and_biases
+from treadle.models.family import (
+    Config,
+    Family,
+    choose_architecture,
+    padding_rows,
+    read_int,
+    require,
+    weights_and_biases,
+)
 
 ARCHITECTURES = {
     "AlbertModel": None,
@@ -114,4 +122,12 @@ def checkpoint(config: Config) -> Table:
     return table | weights_and_biases(modules)
 
 
-FAMILY = Family("albert", albert, ("albert",), from_config, checkpoint, prefixes=("", "albert."))
+FAMILY = Family(
+    "albert",
+    albert,
+    ("albert",),
+    from_config,
+    checkpoint,
+    prefixes=("", "albert."),
+    padding=padding_rows("embeddings.word.weight", default=0),
+)

@@ -11,6 +11,7 @@ from treadle.models.family import (
     Family,
     choose,
     choose_architecture,
+    padding_rows,
     read_flag,
     read_int,
     read_layers,
@@ -127,4 +128,13 @@ def name_blocks() -> dict[str, Entry]:
     return table
 
 
-FAMILY = Family("bart", bart, ("bart",), from_config, checkpoint, prefixes=("", "model."))
+FAMILY = Family(
+    "bart",
+    bart,
+    ("bart",),
+    from_config,
+    checkpoint,
+    prefixes=("", "model."),
+    padding=padding_rows("shared.weight", default=1),
+    buffers=("logits_bias",),
+)

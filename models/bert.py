@@ -18,6 +18,7 @@ from treadle.models.family import (
     choose,
     choose_architecture,
     count_labels,
+    padding_rows,
     read_float,
     read_int,
     read_layers,
@@ -204,4 +205,12 @@ def checkpoint(config: Config) -> Table:
     return table | weights_and_biases(modules)
 
 
-FAMILY = Family("bert", bert, ("bert",), from_config, checkpoint, prefixes=("", "bert."))
+FAMILY = Family(
+    "bert",
+    bert,
+    ("bert",),
+    from_config,
+    checkpoint,
+    prefixes=("", "bert."),
+    padding=padding_rows("embeddings.word.weight", default=0),
+)

@@ -14,6 +14,7 @@ from treadle.models.family import (
     choose,
     choose_architecture,
     count_labels,
+    padding_rows,
     read_int,
     read_layers,
     require,
@@ -117,4 +118,12 @@ def checkpoint(config: Config) -> Table:
     return table | weights_and_biases(modules)
 
 
-FAMILY = Family("distilbert", distilbert, ("distilbert",), from_config, checkpoint, prefixes=("", "distilbert."))
+FAMILY = Family(
+    "distilbert",
+    distilbert,
+    ("distilbert",),
+    from_config,
+    checkpoint,
+    prefixes=("", "distilbert."),
+    padding=padding_rows("embeddings.word.weight", default=0),
+)

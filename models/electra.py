@@ -11,7 +11,15 @@ import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Table
 from treadle.ir.errors import FrontendError
 from treadle.models.bert import block, embed_tokens, pool, read_encoder, unmask
-from treadle.models.family import Config, Family, choose_architecture, read_int, require, weights_and_biases
+from treadle.models.family import (
+    Config,
+    Family,
+    choose_architecture,
+    padding_rows,
+    read_int,
+    require,
+    weights_and_biases,
+)
 
 HEADS = ("discriminator", "masked_lm", "classifier", "token_classifier")
 
@@ -128,4 +136,12 @@ def checkpoint(config: Config) -> Table:
     return table | weights_and_biases(modules)
 
 
-FAMILY = Family("electra", electra, ("electra",), from_config, checkpoint, prefixes=("", "electra."))
+FAMILY = Family(
+    "electra",
+    electra,
+    ("electra",),
+    from_config,
+    checkpoint,
+    prefixes=("", "electra."),
+    padding=padding_rows("embeddings.word.weight", default=0),
+)

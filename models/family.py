@@ -39,6 +39,9 @@ class Family:
                  not know
     checkpoint   a config.json's content as the table of checkpoint names: our parameter names to the file's
     prefixes     what a checkpoint may put before every name
+    padding      a config.json's content as the rows of embedding tables, by our names of these, that get no gradient
+                 where they are read: `padding_idx` of the module's nn.Embedding
+    buffers      our names of weights that are no parameters of the module, and are not trained
     """
 
     name: str
@@ -47,6 +50,18 @@ class Family:
     from_config: Callable[[Config], Model]
     checkpoint: Callable[[Config], Table]
     prefixes: tuple[str, ...] = ("",)
+    padding: Callable[[Config], Mapping[str, int]] = lambda config: {}
+    buffers: tuple[str, ...] = ()
+
+
+def padding_rows(*tables: str, default: int | None = None) -> Callable[[Config], Mapping[str, int]]:
+    """The `padding` of a family whose nn.Embedding takes `pad_token_id`, with the default that its config class has."""
+
+    def rows(config: Config) -> Mapping[str, int]:
+        row = config.get("pad_token_id", default)
+        return dict.fromkeys(tables, row) if isinstance(row, int) and row >= 0 else {}
+
+    return rows
 
 
 def weights_and_biases(modules: Mapping[str, str | Sequence[str]]) -> dict[str, Entry]:

@@ -18,6 +18,7 @@ from treadle.models.family import (
     Family,
     choose,
     choose_architecture,
+    padding_rows,
     read_flag,
     read_float,
     read_int,
@@ -298,4 +299,9 @@ def joined(options: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, int], i
         yield name, (ends[n], ends[n + 1]), groups
 
 
-FAMILY = Family("gpt_neox", gpt_neox, tuple(KINDS), from_config, checkpoint)
+def padding(config: Config) -> Mapping[str, int]:
+    """Phi's table has a row of padding, if its config names one; the others' have none."""
+    return padding_rows("embed.weight")(config) if read_kind(config) == "phi" else {}
+
+
+FAMILY = Family("gpt_neox", gpt_neox, tuple(KINDS), from_config, checkpoint, padding=padding)

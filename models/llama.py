@@ -9,6 +9,7 @@ another name. What a config.json says of them stands in `treadle.models.reading.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Source, Table
 from treadle.frontends.rotary import Scaling, temperature_of
 from treadle.ir.errors import FrontendError
-from treadle.models.family import Config, Family, choose_architecture, weights_and_biases
+from treadle.models.family import Config, Family, choose_architecture, padding_rows, weights_and_biases
 from treadle.models.reading.llama_config import ARCHITECTURES, read_kind, read_options
 
 NORM_PLACES = ("before", "after", "both")
@@ -222,4 +223,11 @@ def joined(config: Config, layer: str) -> dict[str, Entry]:
     return table
 
 
-FAMILY = Family("llama", llama, tuple(ARCHITECTURES), from_config, checkpoint)
+def padding(config: Config) -> Mapping[str, int]:
+    """The row of padding, for which model types have defaults of their own."""
+    kind = str(config.get("model_type"))
+    default = 32000 if kind == "phi3" else 0 if kind.startswith("gemma") else None
+    return padding_rows("embed.weight", default=default)(config)
+
+
+FAMILY = Family("llama", llama, tuple(ARCHITECTURES), from_config, checkpoint, padding=padding)

@@ -11,7 +11,7 @@ from typing import Annotated
 import treadle.frontends.language as t
 from treadle.frontends.binding import Table
 from treadle.models.bart import SHARED, name_blocks, read_sizes
-from treadle.models.family import Config, Family, choose_architecture, read_flag, read_int, require
+from treadle.models.family import Config, Family, choose_architecture, padding_rows, read_flag, read_int, require
 from treadle.models.transformer import decode, encode
 
 
@@ -80,4 +80,13 @@ def checkpoint(config: Config) -> Table:
     }
 
 
-FAMILY = Family("marian", marian, ("marian",), from_config, checkpoint, prefixes=("", "model."))
+FAMILY = Family(
+    "marian",
+    marian,
+    ("marian",),
+    from_config,
+    checkpoint,
+    prefixes=("", "model."),
+    padding=padding_rows("shared.weight", "encoder.tokens.weight", "decoder.tokens.weight", default=58100),
+    buffers=("logits_bias",),
+)

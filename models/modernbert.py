@@ -16,6 +16,7 @@ from treadle.models.family import (
     choose,
     choose_architecture,
     count_labels,
+    padding_rows,
     read_flag,
     read_float,
     read_int,
@@ -219,4 +220,12 @@ def checkpoint(config: Config) -> Table:
     return table
 
 
-FAMILY = Family("modernbert", modernbert, ("modernbert",), from_config, checkpoint, prefixes=("", "model."))
+FAMILY = Family(
+    "modernbert",
+    modernbert,
+    ("modernbert",),
+    from_config,
+    checkpoint,
+    prefixes=("", "model."),
+    padding=padding_rows("embeddings.word.weight", default=50283),
+)

@@ -19,6 +19,7 @@ from treadle.models.family import (
     Family,
     choose,
     choose_architecture,
+    padding_rows,
     read_int,
     read_layers,
     require,
@@ -126,7 +127,16 @@ def checkpoint(config: Config) -> Table:
     return table
 
 
-FAMILY = Family("whisper", whisper, ("whisper",), from_config, checkpoint, prefixes=("", "model."))
+FAMILY = Family(
+    "whisper",
+    whisper,
+    ("whisper",),
+    from_config,
+    checkpoint,
+    prefixes=("", "model."),
+    padding=padding_rows("decoder.tokens.weight", default=50256),
+    buffers=("encoder.positions.weight",),
+)
 
 
 # -- CTranslate2 -----------------------------------------------------------------------------------------------

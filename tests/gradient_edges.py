@@ -30,7 +30,7 @@ from treadle.ir.interpreter import interpret
 from treadle.ir.transforms.differentiate import backward
 from treadle.ir.transforms.inline import inline_calls
 from treadle.passes.framework.manager import PassManager
-from treadle.passes.pipelines import DEFAULT
+from treadle.passes.pipelines import RECOGNITION
 
 Array = np.ndarray[Any, Any]
 INF = np.inf
@@ -288,18 +288,25 @@ _each(
 
 
 def judged(
-    case: EdgeCase, *, float64: bool, recognized: bool = False, onnx: bool = False, unknown: list[str] | None = None
+    case: EdgeCase,
+    *,
+    float64: bool,
+    recognized: bool = False,
+    onnx: bool = False,
+    certify: bool = False,
+    unknown: list[str] | None = None,
 ) -> list[str]:
     """What is wrong with the gradients of a case: one line for each array that it is differentiated by.
 
-    recognized  after the default passes, without which the graph is as it was imported
-    onnx        through a file of torch's exporter
+    recognized  after the passes that a trainer runs before it differentiates; else the graph is as it was imported
+    onnx        through a file of torch's exporter, whose numbers are float32
+    certify     with certificates of what these passes do
     unknown     gets a line for each array in whose gradient autograd has NaN
     """
     held = [torch.tensor(a if a.dtype == bool or float64 else a.astype(np.float32)) for a in case.at]
     graph, weights, names = _imported(case.rule, held, onnx)
     if recognized:
-        graph = PassManager(DEFAULT).run(graph).graph
+        graph = PassManager(RECOGNITION, certify=certify, differentiated=True).run(graph).graph
     floats = [i for i, a in enumerate(case.at) if a.dtype != bool]
     for i in floats:
         held[i].requires_grad_()
@@ -317,7 +324,7 @@ def judged(
         x = held[i]
         wanted = np.zeros_like(case.at[i]) if x.grad is None else x.grad.numpy()
         got = found.get(names[i] or "", np.zeros_like(wanted))
-        bad = ~near(got, wanted, case.within if float64 else 1e-4)
+        bad = ~near(got, wanted, 1e-4 if not float64 else 1e-7 if onnx else case.within)
         if unknown is not None and np.isnan(wanted).any():
             rest = got[np.isnan(wanted)]
             unknown.append(f"operand {i}: {int(np.isnan(wanted).sum())} NaN, of ours {int(np.isnan(rest).sum())}")

@@ -30,8 +30,9 @@ SAME = 1e-12
 # A central difference errs by about the spacing to the power 2/3, times third derivatives, summed over terms.
 DIFFERENCE = 1000 * EPSILON["f64"] ** (2 / 3)
 OWN = "own"  # a sample's dtypes
-# Casts to formats that NumPy lacks: a cast's gradient passes unchanged, and a difference sees the steps.
-STEPPED = {"round_to"}
+# Whose gradient is not that of their numbers, and the factor of what flows through them: casts to formats that NumPy
+# lacks, of which a difference sees the steps, and what stops it.
+FACTOR = {"round_to": 1.0, "stop_gradient": 0.0}
 
 
 each_op = pytest.mark.parametrize("name", TESTED)
@@ -136,8 +137,8 @@ def test_the_gradient_equals_finite_differences(name: str) -> None:
                 with each(f"{what}-seeds{seeded}"):
                     found = interpret(case.gradient_graph(seeded), case.seed_inputs(seeded))
                     for operand, expected in case.differences(seeded).items():
-                        if name in STEPPED:
-                            expected = case.seeds[0]
+                        if name in FACTOR:
+                            expected = case.seeds[0] * FACTOR[name]
                         got = found.get(operand, np.zeros_like(expected))
                         assert_close(got, expected, DIFFERENCE, f"gradient of {operand}")
 

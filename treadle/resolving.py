@@ -61,6 +61,8 @@ class Resolved:
     unused   tensors of the checkpoint that the model does not take
     folder   the checkpoint's folder, or its GGUF file, if there is one
     blocks   the type in which each weight is stored in a GGUF file: "q4_1", "f32", ...
+    padding  rows of embedding tables that get no gradient where they are read, by the weights' names
+    learned  the weights that training changes if nothing is said; None: all
     """
 
     name: str
@@ -70,6 +72,8 @@ class Resolved:
     unused: tuple[str, ...] = ()
     folder: Path | None = None
     blocks: Mapping[str, str] = field(default_factory=dict)
+    padding: Mapping[str, int] = field(default_factory=dict)
+    learned: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -197,7 +201,7 @@ def _resolve(
         if config or inputs:
             raise UsageError("a graph takes no configuration", received=", ".join([*config, *(inputs or ())]))
         if isinstance(model, TorchModel):
-            return Resolved(model.name, model.graph, None, model.weights)
+            return Resolved(model.name, model.graph, None, model.weights, learned=model.learned)
         return Resolved(model.name, model)
     if isinstance(model, Model):
         configured = model.configure(inputs=inputs, **config)
@@ -311,7 +315,9 @@ def _from_folder(
     declared = family.from_config(checkpoint.config).configure(inputs=inputs, **config)
     graph = declared.graph()
     weights, unused = load_weights(graph, checkpoint, deferred)
-    return Resolved(family.name, graph, declared, weights, unused, folder)
+    learned = tuple([name for name in graph.parameters if name not in family.buffers])
+    padding = family.padding(checkpoint.config)
+    return Resolved(family.name, graph, declared, weights, unused, folder, padding=padding, learned=learned)
 
 
 def _from_gguf(

@@ -16,10 +16,17 @@ from treadle.ir.types import DType, f32
 # -- the value as it is --------------------------------------------------------------------------------------------
 
 
-@operator("alias.default", "clone.default", "contiguous.default", "detach.default", "detach_.default")
+@operator("alias.default", "clone.default", "contiguous.default")
 @operator("lift_fresh_copy.default", "lift_fresh.default", "lift.default", "positive.default")
 def _same(site: TorchSite) -> Made:
     return site.x("self")
+
+
+@operator("detach.default", "detach_.default")
+def _detached(site: TorchSite) -> Made:
+    x = site.x("self")
+    stops = x.dtype.is_float and x.value.literal is None
+    return site.b.stop_gradient(x) if stops else x
 
 
 @operator("dropout.default", "feature_dropout.default", "alpha_dropout.default")

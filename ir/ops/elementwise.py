@@ -10,11 +10,12 @@ import numpy as np
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.op_registry import op
-from treadle.ir.operation import Grads, Operand, Primitive
+from treadle.ir.operation import Composite, Grads, Operand, Primitive
 from treadle.ir.ops.along_axes import wide_array
 from treadle.ir.ops.error_function import erf
 from treadle.ir.samples import S
-from treadle.ir.types import DType
+from treadle.ir.storage.views import View
+from treadle.ir.types import DType, Type
 
 
 class _Elementwise(Primitive):
@@ -296,6 +297,31 @@ class Relu(Primitive):
 
     samples = [S("f32[2,3]")]
     errors = [(S("i64[2]"), "x must be a float, is i64")]
+
+
+@op("stop_gradient", axes="... -> ...", dtypes="t -> t", linear="x", flops=0)
+class StopGradient(Composite):
+    """y = x, and no gradient flows, as through tensor.detach() in PyTorch
+
+    Where a graph is not differentiated, the default passes take it out.
+    """
+
+    x = Operand()
+
+    def body(self, b: Builder, x: Expr) -> Any:
+        return x
+
+    def reference(self, x: Any) -> Any:
+        return np.asarray(x)
+
+    def viewed(self, x: View, types: Sequence[Type | None]) -> View | None:
+        return x
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        return [None]
+
+    samples = [S("f32[2,3]"), S("i64[4]")]
+    errors = [(S("f32[2]", "f32[2]"), "takes 1 operand")]
 
 
 @op("cast", axes="... -> ...", flops=0)

@@ -86,13 +86,13 @@ def _swish(site: OnnxSite) -> Made:
 @operator("LeakyRelu", latest=16, first=6)
 def _leaky_relu(site: OnnxSite) -> Made:
     x = site.x(0)
-    return site.b.where(x < 0.0, x * site.float("alpha", 0.01), x)
+    return site.b.where(x > 0.0, x, x * site.float("alpha", 0.01))
 
 
 @operator("PRelu", latest=16, first=7)
 def _prelu(site: OnnxSite) -> Made:
     x = site.x(0)
-    return site.b.where(x < 0, x * site.x(1), x)
+    return site.b.where(x > 0, x, x * site.x(1))
 
 
 @operator("Elu", latest=22, first=6)
