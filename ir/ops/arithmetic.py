@@ -149,7 +149,7 @@ class _Choice(Primitive):
             raise RuleError(f"ties must be even, x or y, is {self.ties!r}")
 
     @property
-    def commutes(self) -> bool:
+    def commutes(self) -> bool:  # type: ignore[override]  # ops are frozen
         return self.ties == "even"
 
     def shared(self, b: Builder, g: Expr, x: Expr, y: Expr, x_wins: Expr) -> list[Expr | None]:

@@ -96,10 +96,10 @@ class PassRecord:
     fit      how a run fits into a budget, where a pass saw to it
 
     certifying, differentiated, shown, target and lineage are for the pass while it runs: whether each rewrite is tried
-    before it is kept, whether the graph will be differentiated, so that gradients must stay as they are, what stands for
-    what by a rewrite that was tried, what the graph is compiled for, and which nodes of the graph as it was given a node
-    does the work of. touched is for the manager: the functions that a pass says it changed, None where it does not say.
-    rules are the names of the rewrites that it tries, where it has several.
+    before it is kept, whether the graph will be differentiated, so that gradients must stay as they are, what stands
+    for what by a rewrite that was tried, what the graph is compiled for, and which nodes of the graph as it was given
+    a node does the work of. touched is for the manager: the functions that a pass says it changed, None where it does
+    not say. rules are the names of the rewrites that it tries, where it has several.
     """
 
     name: str
