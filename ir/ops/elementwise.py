@@ -299,7 +299,7 @@ class Relu(Primitive):
     errors = [(S("i64[2]"), "x must be a float, is i64")]
 
 
-@op("stop_gradient", axes="... -> ...", dtypes="t -> t", linear="x", flops=0)
+@op("stop_gradient", axes="... -> ...", dtypes="f -> f", linear="x", flops=0)
 class StopGradient(Composite):
     """y = x, and no gradient flows, as through tensor.detach() in PyTorch
 
@@ -320,8 +320,8 @@ class StopGradient(Composite):
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         return [None]
 
-    samples = [S("f32[2,3]"), S("i64[4]")]
-    errors = [(S("f32[2]", "f32[2]"), "takes 1 operand")]
+    samples = [S("f32[2,3]"), S("f32[]")]
+    errors = [(S("i64[2]"), "x must be a float, is i64")]
 
 
 @op("cast", axes="... -> ...", flops=0)
