@@ -118,7 +118,7 @@ _each(
         "detached": lambda x: x * x.detach() + torch.sigmoid(x).detach(),
         "softmin of one": lambda x: F.softmin(x[:, None], -1) + x[:, None],
         "clamp": lambda x: (x.clamp(-0.5, 3), x.clamp(min=0), x.clamp(max=6), x.clamp(-3, 3), x.clamp_min(1)),
-        "clamp, between": lambda x: x.clamp(-0.5, 3),
+        "clamp, between": lambda x: x.clamp(-0.5, 3.0),
         "clamp, tensors": lambda x: (
             x.clamp(-x.abs() / 2, x.abs() / 2),
             torch.clamp(x, x, x),

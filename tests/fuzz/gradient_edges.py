@@ -17,6 +17,7 @@ import sys
 import warnings
 
 import numpy as np
+import torch
 
 from tests.gradient_edges import CASES, judged
 from tests.masked_programs import drawn_program, gradients_of
@@ -47,6 +48,9 @@ def main() -> int:
             try:
                 given = {"float64": float64, "recognized": recognized, "onnx": onnx, "certify": options.certify}
                 found = judged(case, **given, unknown=unknown)
+            except torch.onnx.OnnxExporterError as error:
+                print(f"{told}: no file: {str(error).splitlines()[0]}", flush=True)
+                continue
             except (TreadleError, RuntimeError) as error:
                 found = [f"{type(error).__name__}: {error}"]
             judgements += 1
