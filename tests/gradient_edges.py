@@ -220,8 +220,10 @@ _each(
 )
 _NO_ONNX = (
     *("extremes with places", "softmax by max"),  # ReduceMax stands for amax as well, which shares
+    *("clamp, both", "margin ranking"),  # Max and Min stand for torch.maximum, which shares
     *("clamp", "clamp, tensors"),  # of which the exporter writes files that lack values
-    *("detached", "logsigmoid", "sinc"),  # the exporter drops the first, and writes the others as log(0) and 0/0
+    "detached",  # which the exporter drops
+    *("logsigmoid", "bce with logits", "logaddexp", "sinc"),  # written as formulas that overflow or are 0/0
 )
 for _name in _NO_ONNX:
     CASES[_name] = replace(CASES[_name], to_onnx=False)
