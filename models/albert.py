@@ -8,7 +8,15 @@ import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Table, Tied
 from treadle.ir.errors import FrontendError
 from treadle.models.bert import HEADS, block, embed_tokens, follows, pool, read_encoder, unmask
-from treadle.models.family import Config, Family, choose_architecture, read_int, require, weights_and_biases
+from treadle.models.family import (
+    Config,
+    Family,
+    choose_architecture,
+    padding_rows,
+    read_int,
+    require,
+    weights_and_biases,
+)
 
 ARCHITECTURES = {
     "AlbertModel": None,
@@ -127,4 +135,5 @@ FAMILY = Family(
         ("down_scale_factor", "gap_size", "net_structure_type", "num_memory_blocks", "layers_to_keep"),
         "is of the first implementation, and no class reads it",
     ),
+    padding=padding_rows("embeddings.word.weight", default=0),
 )  # fmt: skip

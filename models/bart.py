@@ -11,6 +11,7 @@ from treadle.models.family import (
     Family,
     choose,
     choose_architecture,
+    padding_rows,
     read_flag,
     read_int,
     read_layers,
@@ -147,4 +148,6 @@ UNUSED = {
 FAMILY = Family(
     "bart", bart, ("bart",), from_config, checkpoint,
     prefixes=("", "model."), aliases={"bart": ALIASES}, irrelevant=UNUSED,
+    padding=padding_rows("shared.weight", default=1),
+    buffers=("logits_bias",),
 )  # fmt: skip

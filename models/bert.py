@@ -18,6 +18,7 @@ from treadle.models.family import (
     choose,
     choose_architecture,
     count_labels,
+    padding_rows,
     read_float,
     read_int,
     read_layers,
@@ -227,4 +228,5 @@ FAMILY = Family(
         "directionality": "says how the model was trained",
         **dict.fromkeys((f"pooler_{part}" for part in _UNUSED_POOLER), "is of another pooler, which no class builds"),
     },
+    padding=padding_rows("embeddings.word.weight", default=0),
 )  # fmt: skip

@@ -14,6 +14,7 @@ from treadle.models.family import (
     choose,
     choose_architecture,
     count_labels,
+    padding_rows,
     read_int,
     read_layers,
     require,
@@ -129,4 +130,5 @@ FAMILY = Family(
         "sinusoidal_pos_embds": "the table of positions is in the file",
         "tie_weights_": "an older name of tie_word_embeddings, which no version reads",
     },
+    padding=padding_rows("embeddings.word.weight", default=0),
 )  # fmt: skip

@@ -16,6 +16,7 @@ from treadle.models.family import (
     Config,
     Family,
     choose_architecture,
+    padding_rows,
     read_int,
     require,
     weights_and_biases,
@@ -138,5 +139,12 @@ def checkpoint(config: Config) -> Table:
 
 
 FAMILY = Family(
-    "electra", electra, ("electra",), from_config, checkpoint, prefixes=("", "electra."), irrelevant=SUMMARIES
+    "electra",
+    electra,
+    ("electra",),
+    from_config,
+    checkpoint,
+    prefixes=("", "electra."),
+    padding=padding_rows("embeddings.word.weight", default=0),
+    irrelevant=SUMMARIES,
 )

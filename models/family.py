@@ -57,6 +57,9 @@ class Family:
     prefixes     what a checkpoint may put before every name
     aliases      by `model_type`, other names of keys that Hugging Face's class takes: {"num_hidden_layers": "n_layer"}
     irrelevant   keys beside `IRRELEVANT` that change no output of this family, each with the reason
+    padding      a config.json's content as the rows of embedding tables, by our names of these, that get no gradient
+                 where they are read: `padding_idx` of the module's nn.Embedding
+    buffers      our names of weights that are no parameters of the module, and are not trained
     """
 
     name: str
@@ -67,6 +70,8 @@ class Family:
     prefixes: tuple[str, ...] = ("",)
     aliases: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     irrelevant: Mapping[str, str] = field(default_factory=dict)
+    padding: Callable[[Config], Mapping[str, int]] = lambda config: {}
+    buffers: tuple[str, ...] = ()
 
     def read(self, config: Config) -> ReadConfig:
         """Read a config.json.
@@ -80,6 +85,16 @@ class Family:
         known = {**IRRELEVANT, **self.irrelevant}
         unread = tuple(".".join(keys) for keys in recorded.unread() if keys[-1] not in known)
         return ReadConfig(model, table, unread)
+
+
+def padding_rows(*tables: str, default: int | None = None) -> Callable[[Config], Mapping[str, int]]:
+    """The `padding` of a family whose nn.Embedding takes `pad_token_id`, with the default that its config class has."""
+
+    def rows(config: Config) -> Mapping[str, int]:
+        row = config.get("pad_token_id", default)
+        return dict.fromkeys(tables, row) if isinstance(row, int) and row >= 0 else {}
+
+    return rows
 
 
 def weights_and_biases(modules: Mapping[str, str | Sequence[str]]) -> dict[str, Entry]:

@@ -19,6 +19,7 @@ from treadle.models.family import (
     Family,
     choose,
     choose_architecture,
+    padding_rows,
     read_flag,
     read_float,
     read_int,
@@ -300,6 +301,11 @@ def joined(options: Mapping[str, Any]) -> tuple[dict[str, int], int]:
     return {"q": options["heads"] // groups * size, "k": size, "v": size}, groups
 
 
+def padding(config: Config) -> Mapping[str, int]:
+    """Phi's table has a row of padding, if its config names one; the others' have none."""
+    return padding_rows("embed.weight")(config) if read_kind(config) == "phi" else {}
+
+
 _NO_END = "rotary positions have no end"
 
 FAMILY = Family(
@@ -317,4 +323,5 @@ FAMILY = Family(
         "apply_residual_connection_post_layernorm": "of Falcon's first code, and no version of the library reads it",
         **SUMMARIES,
     },
+    padding=padding,
 )  # fmt: skip

@@ -17,7 +17,7 @@ import treadle.frontends.language as t
 from treadle.frontends.binding import Source, Table, Tied, consecutive
 from treadle.frontends.rotary import Scaling, temperature_of
 from treadle.ir.errors import FrontendError
-from treadle.models.family import Config, Family, choose_architecture, weights_and_biases
+from treadle.models.family import Config, Family, choose_architecture, padding_rows, weights_and_biases
 from treadle.models.reading.llama_config import ARCHITECTURES, IRRELEVANT, read_kind, read_options
 
 NORM_PLACES = ("before", "after", "both")
@@ -223,4 +223,11 @@ def joined(options: Mapping[str, Any], layer: str) -> dict[str, Source]:
     }
 
 
-FAMILY = Family("llama", llama, tuple(ARCHITECTURES), from_config, checkpoint, irrelevant=IRRELEVANT)
+def padding(config: Config) -> Mapping[str, int]:
+    """The row of padding, for which model types have defaults of their own."""
+    kind = str(config.get("model_type"))
+    default = 32000 if kind == "phi3" else 0 if kind.startswith("gemma") else None
+    return padding_rows("embed.weight", default=default)(config)
+
+
+FAMILY = Family("llama", llama, tuple(ARCHITECTURES), from_config, checkpoint, irrelevant=IRRELEVANT, padding=padding)

@@ -11,7 +11,7 @@ from typing import Annotated
 import treadle.frontends.language as t
 from treadle.frontends.binding import Table, Tied
 from treadle.models.bart import ALIASES, SHARED, UNUSED, name_blocks, read_sizes
-from treadle.models.family import Config, Family, choose_architecture, read_flag, read_int, require
+from treadle.models.family import Config, Family, choose_architecture, padding_rows, read_flag, read_int, require
 from treadle.models.transformer import decode, encode
 
 
@@ -90,4 +90,6 @@ FAMILY = Family(
     prefixes=("", "model."),
     aliases={"marian": ALIASES},
     irrelevant={**UNUSED, "max_position_embeddings": "sinusoids have no end"},
+    padding=padding_rows("shared.weight", "encoder.tokens.weight", "decoder.tokens.weight", default=58100),
+    buffers=("logits_bias",),
 )  # fmt: skip

@@ -15,6 +15,7 @@ from treadle.models.family import (
     choose,
     choose_architecture,
     count_labels,
+    padding_rows,
     read_flag,
     read_float,
     read_int,
@@ -227,4 +228,5 @@ FAMILY = Family(
         "max_position_embeddings": "rotary positions have no end",
         "layer_norm_eps": "the library reads norm_eps",
     },
+    padding=padding_rows("embeddings.word.weight", default=50283),
 )  # fmt: skip

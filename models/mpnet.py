@@ -8,7 +8,15 @@ import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Source, Table, Tied
 from treadle.ir.errors import FrontendError
 from treadle.models.bert import block, embed_tokens, pool, read_encoder, unmask
-from treadle.models.family import Config, Family, choose_architecture, read_int, require, weights_and_biases
+from treadle.models.family import (
+    Config,
+    Family,
+    choose_architecture,
+    padding_rows,
+    read_int,
+    require,
+    weights_and_biases,
+)
 
 HEADS = ("pooler", "masked_lm", "classifier", "token_classifier")
 
@@ -119,4 +127,12 @@ def _positions(config: Config) -> int:
     return read_int(config, "max_position_embeddings", 512, least=_FIRST + 1)
 
 
-FAMILY = Family("mpnet", mpnet, ("mpnet",), from_config, checkpoint, prefixes=("", "mpnet."))
+FAMILY = Family(
+    "mpnet",
+    mpnet,
+    ("mpnet",),
+    from_config,
+    checkpoint,
+    prefixes=("", "mpnet."),
+    padding=padding_rows("embeddings.word.weight", default=1),
+)

@@ -11,6 +11,7 @@ from treadle.models.family import (
     Family,
     choose,
     choose_architecture,
+    padding_rows,
     read_flag,
     read_int,
     read_layers,
@@ -104,4 +105,12 @@ def checkpoint(config: Config) -> Table:
     return table
 
 
-FAMILY = Family("opt", opt, ("opt",), from_config, checkpoint, prefixes=("model.decoder.", "decoder.", ""))
+FAMILY = Family(
+    "opt",
+    opt,
+    ("opt",),
+    from_config,
+    checkpoint,
+    prefixes=("model.decoder.", "decoder.", ""),
+    padding=padding_rows("word.weight", default=1),
+)

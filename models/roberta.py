@@ -10,7 +10,15 @@ from typing import Annotated
 import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Source, Table, Tied
 from treadle.models import bert as base
-from treadle.models.family import Config, Family, choose_architecture, read_int, require, weights_and_biases
+from treadle.models.family import (
+    Config,
+    Family,
+    choose_architecture,
+    padding_rows,
+    read_int,
+    require,
+    weights_and_biases,
+)
 
 ARCHITECTURES = {
     f"{prefix}{name}": head
@@ -98,5 +106,11 @@ def _positions(config: Config) -> tuple[int, int]:
 
 
 FAMILY = Family(
-    "roberta", roberta, ("roberta", "xlm-roberta", "camembert"), from_config, checkpoint, prefixes=("", "roberta.")
+    "roberta",
+    roberta,
+    ("roberta", "xlm-roberta", "camembert"),
+    from_config,
+    checkpoint,
+    prefixes=("", "roberta."),
+    padding=padding_rows("embeddings.word.weight", default=1),
 )

@@ -19,6 +19,7 @@ from treadle.models.family import (
     Family,
     choose,
     choose_architecture,
+    padding_rows,
     read_int,
     read_layers,
     require,
@@ -136,6 +137,8 @@ FAMILY = Family(
         "alignment_heads": "is of timestamps of words",
         **dict.fromkeys(("use_weighted_layer_sum", "classifier_proj_size"), "is of another class, for audio"),
     },
+    padding=padding_rows("decoder.tokens.weight", default=50256),
+    buffers=("encoder.positions.weight",),
 )  # fmt: skip
 
 

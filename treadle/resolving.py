@@ -62,6 +62,8 @@ class Resolved:
     unread   keys of config.json that the family does not know (`ReadConfig.unread`)
     folder   the checkpoint's folder, or its GGUF file, if there is one
     blocks   the type in which each weight is stored in a GGUF file: "q4_1", "f32", ...
+    padding  rows of embedding tables that get no gradient where they are read, by the weights' names
+    learned  the weights that training changes if nothing is said; None: all
     """
 
     name: str
@@ -72,6 +74,8 @@ class Resolved:
     folder: Path | None = None
     blocks: Mapping[str, str] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
+    padding: Mapping[str, int] = field(default_factory=dict)
+    learned: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -199,7 +203,7 @@ def _resolve(
         if config or inputs:
             raise UsageError("a graph takes no configuration", received=", ".join([*config, *(inputs or ())]))
         if isinstance(model, TorchModel):
-            return Resolved(model.name, model.graph, None, model.weights)
+            return Resolved(model.name, model.graph, None, model.weights, learned=model.learned)
         return Resolved(model.name, model)
     if isinstance(model, Model):
         configured = model.configure(inputs=inputs, **config)
@@ -303,7 +307,18 @@ def _from_folder(
     graph = declared.graph()
     wanted = {name: (v.type.static_shape or (), v.type.dtype) for name, v in graph.parameters.items()}
     binding = bind(wanted, read.table, checkpoint, prefixes=family.prefixes, deferred=deferred)
-    return Resolved(family.name, graph, declared, binding.arrays, binding.unused, folder, unread=read.unread)
+    learned = tuple(name for name in graph.parameters if name not in family.buffers)
+    return Resolved(
+        family.name,
+        graph,
+        declared,
+        binding.arrays,
+        binding.unused,
+        folder,
+        unread=read.unread,
+        padding=family.padding(checkpoint.config),
+        learned=learned,
+    )
 
 
 def _from_gguf(
