@@ -168,7 +168,7 @@ class _PythonEntry:
                 except Exception as error:  # no memory for the copy
                     raise self._not_given(name, error) from error
                 taken.add(memory)
-            return outputs
+            return self._donated.returned(given, outputs)
 
     def _not_given(self, name: str, error: Exception) -> BackendError:
         """The error for an output that could not be copied, with the line of the node that made it."""

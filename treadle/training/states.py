@@ -6,6 +6,7 @@ weight/h.0.mlp.up.weight, mean.h.0.mlp.up.weight, ...     __metadata__: format, 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +28,40 @@ _MOST_DIGITS = 15
 _NOT_NEGATIVE = _MOMENT + "square."
 
 
-def write_state(
-    path: PathLike, weights: Mapping[str, Array], moments: Mapping[str, Array], steps: int, by: str
-) -> None:
-    """Write them. Raises UsageError where the file cannot be written."""
-    arrays = {_WEIGHT + name: array for name, array in weights.items()}
-    arrays |= {_MOMENT + name: array for name, array in moments.items()}
-    write_weights(Path(path), arrays, {"format": FORMAT, "optimizer": by, "steps": str(steps)})
+@dataclass(frozen=True)
+class TrainingState:
+    """The state of a training between two calls of `step`, which replaces it as a whole.
+
+    weights    trained weights by name, float32
+    moments    the optimizer's moments, by names such as mean.NAME
+    steps      the number of updates so far
+    gradients  of the calls since the last update, summed; by the names of the gradient graph's outputs
+    counted    the number of positions that these calls counted
+    calls      the number of these calls
+    """
+
+    weights: Arrays
+    moments: Arrays
+    steps: int = 0
+    gradients: Arrays = field(default_factory=dict)
+    counted: float = 0.0
+    calls: int = 0
 
 
-def read_state(
-    path: PathLike, weights: Mapping[str, Array], moments: Mapping[str, Array], by: str
-) -> tuple[Arrays, Arrays, int]:
-    """Weights and moments like these, and how many updates have made them.
+def write_state(path: PathLike, state: TrainingState, by: str) -> None:
+    """Write the weights, moments and steps of a state. Raises UsageError if the file cannot be written.
 
-    Raises CheckpointError for a file that is damaged, none of `write_state`'s, or of other weights or another
+    by  the optimizer's repr
+    """
+    arrays = {_WEIGHT + name: array for name, array in state.weights.items()}
+    arrays |= {_MOMENT + name: array for name, array in state.moments.items()}
+    write_weights(Path(path), arrays, {"format": FORMAT, "optimizer": by, "steps": str(state.steps)})
+
+
+def read_state(path: PathLike, like: TrainingState, by: str) -> TrainingState:
+    """Read a state with the same weights and moments as `like`.
+
+    Raises CheckpointError for a file that is damaged or not written by `write_state`, and for other weights or another
     optimizer.
     """
     file = SafetensorsFile.open(path)
@@ -57,8 +77,8 @@ def read_state(
         raise refuse("the state says no number of updates", f"steps {steps[:40]!r}")
     if told.get("optimizer") != by:
         raise refuse(f"the state is of another optimizer than {by}", told.get("optimizer", "none"))
-    wanted = {_WEIGHT + name: array for name, array in weights.items()}
-    wanted |= {_MOMENT + name: array for name, array in moments.items()}
+    wanted = {_WEIGHT + name: array for name, array in like.weights.items()}
+    wanted |= {_MOMENT + name: array for name, array in like.moments.items()}
     names = set(file.names())
     odd = sorted(names.symmetric_difference(wanted))
     if odd:
@@ -76,8 +96,8 @@ def read_state(
                 f"{printable(name)} holds what no training leaves there",
                 "numbers that are not finite, or negative squares",
             )
-    return (
-        {name: read[_WEIGHT + name] for name in weights},
-        {name: read[_MOMENT + name] for name in moments},
+    return TrainingState(
+        {name: read[_WEIGHT + name] for name in like.weights},
+        {name: read[_MOMENT + name] for name in like.moments},
         int(steps),
     )

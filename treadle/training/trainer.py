@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,8 @@ from treadle.passes.pipelines import DEFAULT, RECOGNITION
 from treadle.resolving import BLOCKS, Resolved, resolve
 from treadle.runtime.training.optimizers import AdamW, Optimizer, update_graph
 from treadle.runtime.training.schedules import Schedule, schedule_of
-from treadle.training.states import read_state, write_state
+from treadle.training.interrupts import deferring_signals
+from treadle.training.states import TrainingState, read_state, write_state
 
 Array = np.ndarray[Any, Any]
 
@@ -87,7 +88,6 @@ class Trainer:
     update     compiled: weights, gradients and moments -> new weights and moments, and the gradient's norm
     trained    the names of the weights that are trained
     resolved   the model, as it was found
-    steps      how many updates there have been
     """
 
     def __init__(
@@ -177,17 +177,12 @@ class Trainer:
         types = {name: self.resolved.graph.parameters[name].type for name in self.trained}
         decayed = [name for name, type in types.items() if type.rank > 1]
         updating = update_graph(optimizer, types, clip=clip, decayed=decayed)
-        self._weights = {name: np.array(held[name], np.float32, order="C") for name in self.trained}
-        self._moments = {
-            f"{moment}.{name}": np.zeros_like(self._weights[name])
-            for name in self.trained
-            for moment in optimizer.moments
+        weights = {name: np.array(held[name], np.float32, order="C") for name in self.trained}
+        moments = {
+            f"{moment}.{name}": np.zeros_like(weights[name]) for name in self.trained for moment in optimizer.moments
         }
-        given_away = [*self._weights, *self._moments]
-        self.update = compile_model(updating, backend=backend, target=where, donate=given_away)
-        self.steps = 0
-        self._summed: dict[str, Array] = {}
-        self._counted = self._calls = 0.0
+        self.update = compile_model(updating, backend=backend, target=where, donate=[*weights, *moments])
+        self._state, self._torn = TrainingState(weights, moments), False
 
     # -- what it is trained for --------------------------------------------------------------------------------
 
@@ -242,21 +237,51 @@ class Trainer:
         beside = {*self.trained} | ({TEACHER} if self.teacher is not None else set())
         return tuple([port for port in self.gradient.inputs if port.name not in beside])
 
-    def step(self, /, **arrays: Any) -> StepTold:
-        """Take one batch: its gradients, and, with the last of `accumulate` calls, an update of the weights.
+    @property
+    def steps(self) -> int:
+        """The number of updates so far."""
+        return self._state.steps
 
-        Raises UsageError where nothing of the batch counts, and where the loss or a gradient is no number: weights and
-        moments are then as they were before. Raises BackendError for arrays that do not fit.
+    @property
+    def state(self) -> TrainingState:
+        """Weights, moments and gradients as they are now. The next update writes over weights and moments in place.
+
+        Raises UsageError if an update failed midway, until `restore`.
+        """
+        if self._torn:
+            raise UsageError(
+                f"update {self.steps + 1} failed midway: some weights are new, others are old",
+                hint="restore(FILE), of a file that save_state wrote",
+            )
+        return self._state
+
+    def step(self, /, **arrays: Any) -> StepTold:
+        """Take one batch: compute its gradients and, in the last of `accumulate` calls, update the weights.
+
+        A step is a transaction: if it raises or is interrupted, weights, moments and the gradients of earlier calls are
+        either as before it or as after it. The update writes in place, so signals wait until it is done. If the update
+        itself fails, `step`, `evaluate` and `save_state` refuse until `restore`.
+
+        Raises UsageError if no position of the batch counts, or the loss or a gradient is NaN or infinite, and
+        BackendError for arrays that do not fit.
         """
         began = time.perf_counter()
-        found = self.gradient(**self._weights, **self._checked(arrays))
+        state, batch = self.state, self._checked(arrays)
+        found = self.gradient(**state.weights, **batch)
         counted = self._count(found)
-        loss = float(found[LOSS]) / counted
-        self._add(found, counted)
-        norm, rate, updated = math.nan, self.schedule(self.steps + 1), self._calls == self.accumulate
+        loss, rate, norm = float(found[LOSS]) / counted, self.schedule(state.steps + 1), math.nan
+        gradients = self._summed(state.gradients, found)
+        state = replace(state, gradients=gradients, counted=state.counted + counted, calls=state.calls + 1)
+        updated = state.calls >= self.accumulate
         if updated:
-            norm = self._updated(rate)
+            norm = self._update_by(state, rate)
+        else:
+            self._state = state
         return StepTold(self.steps, updated, loss, norm, rate, time.perf_counter() - began)
+
+    def zero_grad(self) -> None:
+        """Drop the gradients of the calls since the last update."""
+        self._state = replace(self.state, gradients={}, counted=0.0, calls=0)
 
     def evaluate(self, /, **arrays: Any) -> float:
         """The mean loss over the places of a batch that count; nothing is changed. Raises as `step` does."""
@@ -265,7 +290,7 @@ class Trainer:
                 self._loss_alone, weights=self._needed_by(self._loss_alone), **self._options
             )
         taken = {port.name for port in self._evaluation.inputs}
-        weights = {name: array for name, array in self._weights.items() if name in taken}
+        weights = {name: array for name, array in self.state.weights.items() if name in taken}
         found = self._evaluation(**weights, **self._checked(arrays))
         return float(found[LOSS]) / self._count(found)
 
@@ -296,39 +321,30 @@ class Trainer:
         if not counted:
             raise UsageError("no place of the batch counts", hint="targets that are not all -100")
         if not math.isfinite(float(found[LOSS])):
-            self._forget()
             raise self._spoiled(f"the loss is {float(found[LOSS])}")
         return counted
 
-    def _add(self, found: Mapping[str, Any], counted: float) -> None:
-        """Add up gradients of calls that make one update."""
-        gradients = {name: array for name, array in found.items() if name.startswith(GRADIENT)}
-        if not self._summed:
-            self._summed = gradients
-        else:
-            for name, array in gradients.items():
-                np.add(self._summed[name], array, out=self._summed[name])
-        self._counted += counted
-        self._calls += 1
-
-    def _updated(self, rate: float) -> float:
-        """Update the weights by what was added up; the norm of the gradient."""
-        for name, array in self._summed.items():
+    def _summed(self, earlier: Mapping[str, Array], found: Mapping[str, Any]) -> dict[str, Array]:
+        """The gradients of a call plus those of earlier calls. The sums lie in the new arrays: the earlier ones stay."""
+        gradients: dict[str, Array] = {name: array for name, array in found.items() if name.startswith(GRADIENT)}
+        for name, array in gradients.items():
+            if name in earlier:
+                np.add(earlier[name], array, out=array)
             if not math.isfinite(np.vdot(array, array)):
-                self._forget()
                 raise self._spoiled(f"{name} has a number that is not finite, or too large")
-        scalars = {"rate": rate, "share": 1 / self._counted, **self.optimizer.scalars(self.steps + 1)}
-        given = {name: np.float32(value) for name, value in scalars.items()}
-        found = self.update(**self._weights, **self._moments, **self._summed, **given)
-        self._weights = {name: found[name] for name in self._weights}
-        self._moments = {name: found[name] for name in self._moments}
-        self._forget()
-        self.steps += 1
-        return float(found["norm"])
+        return gradients
 
-    def _forget(self) -> None:
-        """Begin an update anew."""
-        self._summed, self._counted, self._calls = {}, 0.0, 0.0
+    def _update_by(self, state: TrainingState, rate: float) -> float:
+        """Update weights and moments in place by a state's gradients, and replace the state; the gradient's norm."""
+        scalars = {"rate": rate, "share": 1 / state.counted, **self.optimizer.scalars(state.steps + 1)}
+        given = {name: np.float32(value) for name, value in scalars.items()}
+        with deferring_signals():
+            self._torn = True
+            found = self.update(**state.weights, **state.moments, **state.gradients, **given)
+            weights, moments = ({name: found[name] for name in group} for group in (state.weights, state.moments))
+            self._state = TrainingState(weights, moments, state.steps + 1)
+            self._torn = False
+        return float(found["norm"])
 
     def _spoiled(self, what: str) -> UsageError:
         return UsageError(
@@ -352,7 +368,7 @@ class Trainer:
     @property
     def weights(self) -> dict[str, Array]:
         """All weights of the model by name, as they are now; the next step writes over those that are trained."""
-        held = {**self._frozen, **self._weights}
+        held = {**self._frozen, **self.state.weights}
         return {name: held[name] for name in self.resolved.graph.parameters}
 
     def compiled(self, **options: Any) -> Compiled:
@@ -365,20 +381,21 @@ class Trainer:
 
         Raises UsageError where the file cannot be written, and between the calls of one update.
         """
-        if self._calls:
+        state = self.state
+        if state.calls:
             raise UsageError(
-                "a state is saved after an update", received=f"{int(self._calls)} of {self.accumulate} calls"
+                "a state is saved after an update",
+                received=f"{state.calls} of {self.accumulate} calls",
+                hint="the other calls of step, or zero_grad(), which drops these",
             )
-        write_state(path, self._weights, self._moments, self.steps, repr(self.optimizer))
+        write_state(path, state, repr(self.optimizer))
 
     def restore(self, path: PathLike) -> None:
         """Go on from a file of `save_state`. Raises CheckpointError for one of another model or optimizer."""
-        weights, moments, self.steps = read_state(path, self._weights, self._moments, repr(self.optimizer))
-        self._weights, self._moments = weights, moments
-        self._forget()
+        self._state, self._torn = read_state(path, self._state, repr(self.optimizer)), False
 
     def __repr__(self) -> str:
-        count = sum(array.size for array in self._weights.values())
+        count = sum(array.size for array in self._state.weights.values())
         return (
             f"<trainer of {self.resolved.name}: {count:,} numbers of {len(self.trained)} weights in {self.backend}, "
             f"{self.steps} updates>"
