@@ -1,6 +1,6 @@
 """Files that training goes on from: a safetensors file of trained weights and moments, with the number of updates.
 
-weight/h.0.mlp.up.weight, mean.h.0.mlp.up.weight, ...     __metadata__: format, optimizer, steps
+weight/h.0.mlp.up.weight, moment/mean.h.0.mlp.up.weight, ...     __metadata__: format, optimizer, steps, note.NAME, ...
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ import numpy as np
 from treadle.files.contained_files import PathLike
 from treadle.files.nearest_names import NearestNames
 from treadle.files.shown_names import printable, shown_path
-from treadle.frontends.safetensors_file import SafetensorsFile
-from treadle.ir.errors import CheckpointError
+from treadle.frontends.safetensors_file import PICKLE_SUFFIXES, SafetensorsFile
+from treadle.ir.errors import CheckpointError, UsageError
 from treadle.training.weight_files import write_weights
 
 Array = np.ndarray[Any, Any]
 Arrays = dict[str, Array]
 
 FORMAT = "treadle training state"
+NOTE = "note."
 _WEIGHT, _MOMENT = "weight/", "moment/"
 _MOST_DIGITS = 15
 _NOT_NEGATIVE = _MOMENT + "square."
@@ -48,14 +49,32 @@ class TrainingState:
     calls: int = 0
 
 
-def write_state(path: PathLike, state: TrainingState, by: str) -> None:
-    """Write the weights, moments and steps of a state. Raises UsageError if the file cannot be written.
+def check_state_name(path: PathLike) -> None:
+    """Raise UsageError for the name of a pickle, which `read_state` refuses to open."""
+    name = Path(path)
+    if name.suffix.lower() in PICKLE_SUFFIXES:
+        raise UsageError("a state is no pickle, as its name says", received=shown_path(path), hint=f"{name.stem}.state")
 
-    by  the optimizer's repr
+
+def write_state(path: PathLike, state: TrainingState, by: str, notes: Mapping[str, str]) -> None:
+    """Write the weights, moments and steps of a state.
+
+    by     the optimizer's repr
+    notes  texts by name, which `read_notes` returns
+
+    Raises UsageError for the name of a pickle, and if the file cannot be written.
     """
+    check_state_name(path)
     arrays = {_WEIGHT + name: array for name, array in state.weights.items()}
     arrays |= {_MOMENT + name: array for name, array in state.moments.items()}
-    write_weights(Path(path), arrays, {"format": FORMAT, "optimizer": by, "steps": str(state.steps)})
+    about = {"format": FORMAT, "optimizer": by, "steps": str(state.steps)}
+    write_weights(Path(path), arrays, about | {NOTE + name: text for name, text in notes.items()})
+
+
+def read_notes(path: PathLike) -> dict[str, str]:
+    """Read the notes of a state alone. Raises CheckpointError for a file that is damaged or no state."""
+    metadata = _opened(path).metadata
+    return {name.removeprefix(NOTE): text for name, text in metadata.items() if name.startswith(NOTE)}
 
 
 def read_state(path: PathLike, like: TrainingState, by: str) -> TrainingState:
@@ -64,15 +83,13 @@ def read_state(path: PathLike, like: TrainingState, by: str) -> TrainingState:
     Raises CheckpointError for a file that is damaged or not written by `write_state`, and for other weights or another
     optimizer.
     """
-    file = SafetensorsFile.open(path)
+    file = _opened(path)
     told = file.metadata
     steps = told.get("steps", "")
 
     def refuse(what: str, received: str) -> CheckpointError:
         return CheckpointError(what, received=printable(received)[:300], within=shown_path(path))
 
-    if told.get("format") != FORMAT:
-        raise refuse("this is no state of a training", told.get("format", "another safetensors file"))
     if not (steps.isascii() and steps.isdigit() and len(steps) <= _MOST_DIGITS):
         raise refuse("the state says no number of updates", f"steps {steps[:40]!r}")
     if told.get("optimizer") != by:
@@ -101,3 +118,13 @@ def read_state(path: PathLike, like: TrainingState, by: str) -> TrainingState:
         {name: read[_MOMENT + name] for name in like.moments},
         int(steps),
     )
+
+
+def _opened(path: PathLike) -> SafetensorsFile:
+    file = SafetensorsFile.open(path)
+    form = file.metadata.get("format", "another safetensors file")
+    if form != FORMAT:
+        raise CheckpointError(
+            "this is no state of a training", received=printable(form)[:300], within=shown_path(path)
+        )
+    return file

@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -268,9 +269,9 @@ class Trainer:
         began = time.perf_counter()
         state, batch = self.state, self._checked(arrays)
         found = self.gradient(**state.weights, **batch)
-        counted = self._count(found)
+        counted = self._count(found, batch)
         loss, rate, norm = float(found[LOSS]) / counted, self.schedule(state.steps + 1), math.nan
-        gradients = self._summed(state.gradients, found)
+        gradients = self._summed(state.gradients, found, batch)
         state = replace(state, gradients=gradients, counted=state.counted + counted, calls=state.calls + 1)
         updated = state.calls >= self.accumulate
         if updated:
@@ -291,8 +292,9 @@ class Trainer:
             )
         taken = {port.name for port in self._evaluation.inputs}
         weights = {name: array for name, array in self.state.weights.items() if name in taken}
-        found = self._evaluation(**weights, **self._checked(arrays))
-        return float(found[LOSS]) / self._count(found)
+        batch = self._checked(arrays)
+        found = self._evaluation(**weights, **batch)
+        return float(found[LOSS]) / self._count(found, batch)
 
     def _needed_by(self, graph: Graph) -> dict[str, Array]:
         return {name: self._frozen[name] for name in graph.parameters}
@@ -316,22 +318,24 @@ class Trainer:
                 )
         return held
 
-    def _count(self, found: Mapping[str, Any]) -> float:
+    def _count(self, found: Mapping[str, Any], batch: Mapping[str, Array]) -> float:
         counted = float(found[COUNTED])
         if not counted:
             raise UsageError("no place of the batch counts", hint="targets that are not all -100")
         if not math.isfinite(float(found[LOSS])):
-            raise self._spoiled(f"the loss is {float(found[LOSS])}")
+            raise self._not_finite(f"the loss is {float(found[LOSS])}", batch)
         return counted
 
-    def _summed(self, earlier: Mapping[str, Array], found: Mapping[str, Any]) -> dict[str, Array]:
+    def _summed(
+        self, earlier: Mapping[str, Array], found: Mapping[str, Any], batch: Mapping[str, Array]
+    ) -> dict[str, Array]:
         """The gradients of a call plus those of earlier calls. The sums lie in the new arrays: the earlier ones stay."""
         gradients: dict[str, Array] = {name: array for name, array in found.items() if name.startswith(GRADIENT)}
         for name, array in gradients.items():
             if name in earlier:
                 np.add(earlier[name], array, out=array)
             if not math.isfinite(np.vdot(array, array)):
-                raise self._spoiled(f"{name} has a number that is not finite, or too large")
+                raise self._not_finite(f"{name} is NaN or infinite", batch)
         return gradients
 
     def _update_by(self, state: TrainingState, rate: float) -> float:
@@ -346,14 +350,18 @@ class Trainer:
             self._torn = False
         return float(found["norm"])
 
-    def _spoiled(self, what: str) -> UsageError:
-        return UsageError(
-            f"{what} after {self.steps} updates",
-            hint=Hint(
-                "a smaller rate=, a longer warmup of it, or clip=; the weights are those of the last update",
-                "a smaller --rate, a longer --warmup, or --clip",
-            ),
-        )
+    def _not_finite(self, what: str, batch: Mapping[str, Array]) -> UsageError:
+        """The error for a loss or gradient that is NaN or infinite. It names the input or weight that began it."""
+        weights = {**self._frozen, **({} if self.steps else self._state.weights)}
+        named = {f"input {name}": array for name, array in batch.items()}
+        place = _first_not_finite(named | {f"weight {name}": array for name, array in weights.items()})
+        hint: str = _SMALLER_RATE if self.steps else _OWN_OPS
+        if place is not None:
+            hint = "finite inputs and weights"
+            if self.steps and "inf at" in place:  # which may be meant
+                hint = Hint(*[f"{hint}; if it is a mask, {rate}" for rate in (_SMALLER_RATE, _SMALLER_RATE.command)])
+        received = place or "inputs and weights are finite"
+        return UsageError(f"{what} after {self.steps} updates", received=received, hint=hint)
 
     def memory(self, **sizes: int) -> MemoryTold:
         """What a step holds beside weights, moments and gradients at some sizes, and why.
@@ -376,10 +384,13 @@ class Trainer:
         weights = {name: np.array(array) for name, array in self.weights.items()}
         return compile_model(self.resolved.graph, weights=weights, **options)
 
-    def save_state(self, path: PathLike) -> None:
-        """Write what training goes on from to one file, whole or not at all: trained weights, moments, steps.
+    def save_state(self, path: PathLike, notes: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Write trained weights, moments and steps to one file, whole or not at all, to continue from by `restore`.
 
-        Raises UsageError where the file cannot be written, and between the calls of one update.
+        notes  texts by name that `treadle.training.states.read_notes` returns, such as the seed of the batches
+
+        Raises UsageError if the file cannot be written, for the name of a pickle, which `restore` would refuse, and
+        between the calls of one update.
         """
         state = self.state
         if state.calls:
@@ -388,7 +399,7 @@ class Trainer:
                 received=f"{state.calls} of {self.accumulate} calls",
                 hint="the other calls of step, or zero_grad(), which drops these",
             )
-        write_state(path, state, repr(self.optimizer))
+        write_state(path, state, repr(self.optimizer), notes)
 
     def restore(self, path: PathLike) -> None:
         """Go on from a file of `save_state`. Raises CheckpointError for one of another model or optimizer."""
@@ -400,6 +411,17 @@ class Trainer:
             f"<trainer of {self.resolved.name}: {count:,} numbers of {len(self.trained)} weights in {self.backend}, "
             f"{self.steps} updates>"
         )
+
+
+def _first_not_finite(arrays: Mapping[str, Array]) -> str | None:
+    """The first NaN of some arrays, or else the first infinity: "input x has nan at [2, 1]"."""
+    for is_wrong in (np.isnan, np.isinf):
+        for name, array in arrays.items():
+            wrong = np.argwhere(is_wrong(array)) if array.dtype.kind == "f" else ()
+            if len(wrong):
+                at = tuple(wrong[0].tolist())
+                return f"{name} has {array[at]} at {list(at)}"
+    return None
 
 
 def _expect(optimizer: object, teacher: object) -> None:
