@@ -323,14 +323,14 @@ def test_a_gradient_that_is_no_number_changes_nothing() -> None:
 
 
 @t.model
-def scored(x: t.f32["B 4"], y: t.f32["B"]):
-    return {"loss": t.reduce_sum((t.linear(x, 1, name="w") - t.rearrange(y, "b -> b 1")) ** 2.0, axes=(0, 1))}
+def scored(x: t.f32["B 4"], y: t.f32["B 1"]):
+    return {"loss": t.reduce_sum((t.linear(x, 1, name="w") - y) ** 2.0, axes=(0, 1))}
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf, np.inf])
 def test_a_batch_with_nan_is_reported_by_input_and_position(value: float) -> None:
     trainer = Trainer(scored, loss="loss", rate=1e-3)
-    x, y = np.ones((3, 4), np.float32), np.zeros(3, np.float32)
+    x, y = np.ones((3, 4), np.float32), np.zeros((3, 1), np.float32)
     trainer.step(x=x, y=y)
     x[2, 1] = value
     for call in (trainer.step, trainer.evaluate):
@@ -344,7 +344,7 @@ def test_a_batch_with_nan_is_reported_by_input_and_position(value: float) -> Non
 
 def test_a_loss_that_is_nan_before_any_update_is_no_matter_of_the_rate() -> None:
     """Of a weight of the checkpoint, or of what the model computes."""
-    x, y = np.ones((3, 4), np.float32), np.zeros(3, np.float32)
+    x, y = np.ones((3, 4), np.float32), np.zeros((3, 1), np.float32)
     trainer = Trainer(scored, loss="loss")
     trainer.state.weights["w.weight"][0, 2] = np.nan
     with pytest.raises(UsageError, match="the loss is nan after 0 updates") as caught:

@@ -141,6 +141,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backend", choices=available, action="append", help="by default each that is installed")
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
     for backend in options.backend or available:
         started = time.perf_counter()
         outcomes = interrupt_steps(backend, options.count, options.seed)

@@ -61,6 +61,12 @@ Array = np.ndarray[Any, Any]
 WIDENED = ("bf16", "f16", BLOCKS)
 """What weights are held in is float32 while they are trained: a step is too small for fewer bits."""
 
+_OWN_OPS = "the model's own ops: log or sqrt at 0, a division by 0, exp of a large number"
+_SMALLER_RATE = Hint(
+    "a smaller rate=, a longer warmup of it, or clip=; the weights are those of the last update",
+    "a smaller --rate, a longer --warmup, or --clip",
+)
+
 
 @dataclass(frozen=True)
 class StepTold:
@@ -335,7 +341,7 @@ class Trainer:
             if name in earlier:
                 np.add(earlier[name], array, out=array)
             if not math.isfinite(np.vdot(array, array)):
-                raise self._not_finite(f"{name} is NaN or infinite", batch)
+                raise self._not_finite(f"{name} is NaN, infinite or too large", batch)
         return gradients
 
     def _update_by(self, state: TrainingState, rate: float) -> float:
