@@ -51,6 +51,15 @@ def replacing(target: Path) -> Iterator[IO[bytes]]:
             os.close(folder)
 
 
+def check_writable(target: Path) -> None:
+    """Raise OSError if `replacing` cannot write the target: look its name up, make its temporary file, and delete it."""
+    with suppress(FileNotFoundError):
+        os.lstat(target)
+    staged, file = _open_staged(target)
+    file.close()
+    staged.unlink()
+
+
 def _open_staged(target: Path) -> tuple[Path, IO[bytes]]:
     """A new file beside the target, locked as long as it is open: by that others know that its writer lives."""
     while True:

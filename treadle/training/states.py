@@ -15,6 +15,7 @@ import numpy as np
 from treadle.files.contained_files import PathLike
 from treadle.files.nearest_names import NearestNames
 from treadle.files.shown_names import printable, shown_path
+from treadle.files.whole_files import check_writable
 from treadle.frontends.safetensors_file import PICKLE_SUFFIXES, SafetensorsFile
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.training.weight_files import write_weights
@@ -49,11 +50,13 @@ class TrainingState:
     calls: int = 0
 
 
-def check_state_name(path: PathLike) -> None:
-    """Raise UsageError for the name of a pickle, which `read_state` refuses to open."""
-    name = Path(path)
-    if name.suffix.lower() in PICKLE_SUFFIXES:
-        raise UsageError("a state is no pickle, as its name says", received=shown_path(path), hint=f"{name.stem}.state")
+def check_state_file(path: PathLike) -> None:
+    """Raise UsageError if a state cannot be written to this file, as `write_state` does later. Nothing is written."""
+    _refuse_pickle(path)
+    try:
+        check_writable(Path(path))
+    except OSError as error:
+        raise UsageError("the state cannot be written", received=str(error), within=shown_path(path)) from error
 
 
 def write_state(path: PathLike, state: TrainingState, by: str, notes: Mapping[str, str]) -> None:
@@ -64,7 +67,7 @@ def write_state(path: PathLike, state: TrainingState, by: str, notes: Mapping[st
 
     Raises UsageError for the name of a pickle, and if the file cannot be written.
     """
-    check_state_name(path)
+    _refuse_pickle(path)
     arrays = {_WEIGHT + name: array for name, array in state.weights.items()}
     arrays |= {_MOMENT + name: array for name, array in state.moments.items()}
     about = {"format": FORMAT, "optimizer": by, "steps": str(state.steps)}
@@ -120,11 +123,16 @@ def read_state(path: PathLike, like: TrainingState, by: str) -> TrainingState:
     )
 
 
+def _refuse_pickle(path: PathLike) -> None:
+    """Raise UsageError for the name of a pickle, which `read_state` would refuse."""
+    name = Path(path)
+    if name.suffix.lower() in PICKLE_SUFFIXES:
+        raise UsageError("a state is no pickle, as its name says", received=shown_path(path), hint=f"{name.stem}.state")
+
+
 def _opened(path: PathLike) -> SafetensorsFile:
     file = SafetensorsFile.open(path)
     form = file.metadata.get("format", "another safetensors file")
     if form != FORMAT:
-        raise CheckpointError(
-            "this is no state of a training", received=printable(form)[:300], within=shown_path(path)
-        )
+        raise CheckpointError("this is no state of a training", received=printable(form)[:300], within=shown_path(path))
     return file

@@ -9,8 +9,11 @@ Everything that does not fit is refused here, before a model is compiled.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from treadle.continuation import folder_end_tokens, need_for_text, text_tokenizer
 from treadle.extras import need_packages
@@ -37,16 +40,26 @@ class TextData:
 
     batches   those that are trained on
     heldout   blocks [N, S] that are not, the last of the texts; N may be 0
+    digest    SHA-256 of the texts, in hexadecimal
     """
 
     objective: Objective
     batches: BlockBatches
     heldout: Tokens
+    digest: str = ""
 
     @property
     def length(self) -> int:
         """Tokens of a block."""
         return int(self.heldout.shape[1])
+
+    @property
+    def tokens_digest(self) -> str:
+        """SHA-256 of the tokens of all blocks, in hexadecimal."""
+        found = hashlib.sha256()
+        for blocks in (self.batches.blocks, self.heldout):
+            found.update(np.ascontiguousarray(blocks, "<i8").data)
+        return found.hexdigest()
 
     @classmethod
     def open(
@@ -95,7 +108,15 @@ class TextData:
         )
         apart = min(max(1, round(len(blocks) * holdout)), len(blocks)) if holdout else 0
         kept = len(blocks) - apart
-        return cls(asked, BlockBatches(blocks[:kept], batch, seed), blocks[kept:])
+        return cls(asked, BlockBatches(blocks[:kept], batch, seed), blocks[kept:], _digest(documents))
+
+
+def _digest(documents: Sequence[str]) -> str:
+    found = hashlib.sha256()
+    for document in documents:
+        text = document.encode("utf-8", "surrogatepass")
+        found.update(len(text).to_bytes(8, "little") + text)
+    return found.hexdigest()
 
 
 def _checked_length(graph: Graph, length: int | None) -> int:
