@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.fuzz.interrupted_steps import SMALL, interrupt_steps, same, state_of
+import treadle as t
+from tests.fuzz.interrupted_steps import SMALL, Interrupted, interrupt_steps, same, state_of
 from treadle.backends.registry import backend_names, find_backend
 from treadle.ir.errors import UsageError
 from treadle.training.interrupts import deferring_signals
@@ -34,6 +35,27 @@ def test_an_interrupted_step_leaves_the_state_before_or_after_it(backend: str) -
     outcomes = interrupt_steps(backend, 8, seed=1)
     assert outcomes["before"] + outcomes["after"] == 8
     assert outcomes["before"]
+
+
+@t.model
+def stretched(x: t.f32["B 4"]):
+    y = t.softmax(t.exp(x) * 2.0)
+    return t.softmax(y * x + y) + x
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_run_interrupted_anywhere_holds_no_lock(backend: str) -> None:
+    """Though its traceback is kept, as an interactive session does: the next run would wait forever."""
+    exe: Any = t.compile(stretched, backend=backend)
+    x = np.ones((2, 4), np.float32)
+    wanted = next(iter(exe(x=x).values()))
+    lock = exe.executable.machine._lock if backend == "tvm" else exe.executable.arena._lock
+    kept = []
+    for at in range(Interrupted(lambda: exe(x=x)).points):
+        kept.append(Interrupted(lambda: exe(x=x), at).error)
+        assert not lock.locked(), f"point {at}"
+    assert sum(error is not None for error in kept) > 20
+    np.testing.assert_array_equal(next(iter(exe(x=x).values())), wanted)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -4,21 +4,23 @@ An interrupted call must leave weights, moments and accumulated gradients bitwis
 are after it. Training must then continue: a second trainer, which takes the same batches uninterrupted, must have the
 same state after each of them. The exceptions stay referenced with their tracebacks, as an interactive session keeps them.
 
-Half of the signals fall on any bytecode that runs in `step`, half on bytecodes of `treadle/training` and of what enters
-and leaves its blocks, where a step is committed.
+Half of the signals fall on any bytecode of `step` after which CPython calls signal handlers, half on those of
+`treadle/training` and of what enters and leaves its blocks, where a step is committed.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import dis
 import faulthandler
 import random
 import signal
 import sys
 import time
 from collections.abc import Callable
-from types import FrameType
+from functools import cache
+from types import CodeType, FrameType
 from typing import Any
 
 import numpy as np
@@ -36,16 +38,22 @@ _COMMITTING = ("treadle/training/", "contextlib.py")
 
 
 class Interrupted:
-    """Run a call, and raise SIGINT before one of its bytecodes.
+    """Run a call, and raise SIGINT at one of the points at which CPython calls signal handlers.
 
-    bytecodes   how many ran
-    committing  the numbers of those in which a step is committed
+    These are the ends of calls, jumps back and the beginnings of functions. An exception belongs to the block of that
+    bytecode: so handlers run where a profiler sees a C function return, or before the next bytecode, if that is in the
+    same block. Between the end of a `with` block and its exit, no handler ever runs.
+
+    points      the number of such points
+    committing  those of them in which a step is committed
+    error       the KeyboardInterrupt
     """
 
     def __init__(self, call: Callable[[], Any], at: int | None = None) -> None:
-        self.bytecodes, self.committing = 0, list[int]()
+        self.points, self.committing = 0, list[int]()
         self.error: BaseException | None = None
-        self._at = at
+        self._at, self._last = at, dict[FrameType, int]()
+        sys.setprofile(self._profile)
         sys.settrace(self._trace)
         try:
             call()
@@ -53,18 +61,39 @@ class Interrupted:
             self.error = error
         finally:
             sys.settrace(None)
+            sys.setprofile(None)
+            self._last.clear()
+
+    def _profile(self, frame: FrameType, event: str, argument: object) -> None:
+        if event == "c_return" and frame.f_code.co_filename != __file__:
+            self._point(frame)
 
     def _trace(self, frame: FrameType, event: str, argument: object) -> Any:
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         if event == "opcode":
-            if any(each in frame.f_code.co_filename for each in _COMMITTING):
-                self.committing.append(self.bytecodes)
-            if self.bytecodes == self._at:
-                self.bytecodes += 1
-                signal.raise_signal(signal.SIGINT)
-            else:
-                self.bytecodes += 1
+            last = self._last.get(frame)
+            self._last[frame] = frame.f_lasti
+            if last is not None and handles_signals(frame.f_code, last, frame.f_lasti):
+                self._point(frame)
+        elif event == "return":
+            self._last.pop(frame, None)
         return self._trace
+
+    def _point(self, frame: FrameType) -> None:
+        if any(each in frame.f_code.co_filename for each in _COMMITTING):
+            self.committing.append(self.points)
+        self.points += 1
+        if self.points - 1 == self._at:
+            signal.raise_signal(signal.SIGINT)
+
+
+@cache
+def handles_signals(code: CodeType, last: int, now: int) -> bool:
+    """Return True if CPython calls signal handlers after a bytecode of a function, and the next is in the same block."""
+    name = dis.opname[code.co_code[last]]
+    blocks = dis._parse_exception_table(code)  # type: ignore[attr-defined]
+    around = [[(b.target, b.depth) for b in blocks if b.start <= at < b.end] for at in (last, now)]
+    return (name.startswith(("RESUME", "CALL")) or "JUMP_BACKWARD" in name) and around[0] == around[1]
 
 
 def state_of(trainer: Trainer) -> dict[str, Any]:
@@ -111,7 +140,7 @@ def interrupt_steps(backend: str, count: int, seed: int) -> collections.Counter[
     assert same(state_of(trainer), state_of(other)), "two trainers differ without any signal"
     for number in range(count):
         arrays, about = batch(), timing[number % ACCUMULATE]
-        at = draw.choice(about.committing) if number // ACCUMULATE % 2 else draw.randrange(about.bytecodes)
+        at = draw.choice(about.committing) if number // ACCUMULATE % 2 else draw.randrange(about.points)
         before = state_of(other)
         other.step(**arrays)
         after = state_of(other)
@@ -119,9 +148,9 @@ def interrupt_steps(backend: str, count: int, seed: int) -> collections.Counter[
         told = Interrupted(lambda: trainer.step(**arrays), at)
         kept = told.error
         found = state_of(trainer)
-        where = f"{backend}: signal {number} before bytecode {at} of {about.bytecodes}"
+        where = f"{backend}: signal {number} at point {at} of {about.points}"
         if same(found, before):
-            assert kept is not None or told.bytecodes <= at, f"{where}: the step did nothing, and raised nothing"
+            assert kept is not None, f"{where}: the step did nothing, and raised nothing"
             outcomes["before"] += 1
             trainer.step(**arrays)
         else:
