@@ -31,6 +31,8 @@ from treadle.frontends.safetensors_file import SafetensorsFile
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import UsageError
 from treadle.resolving import resolve
+from treadle.runtime.training.optimizers import SGD, AdamW
+from treadle.runtime.training.schedules import Schedule
 from treadle.training.interrupts import noting_interrupts
 from treadle.training.objectives import MaskedToken
 from treadle.training.states import FORMAT, NOTE
@@ -38,15 +40,6 @@ from treadle.training.text_data import TextData
 from treadle.training.text_runs import Update, held_out_loss, updates
 from treadle.training.texts import NOT_COUNTED, BlockBatches, Tokens
 from treadle.training.weight_files import write_weights
-
-
-@dataclass(frozen=True)
-class Made:
-    """An optimizer or a schedule: what it was made of."""
-
-    kind: str
-    values: tuple[Any, ...]
-    options: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -121,13 +114,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
         vars(made).update(members)
         monkeypatch.setitem(sys.modules, name, made)
 
-    def maker(kind: str) -> Any:
-        return lambda *values, **options: Made(kind, values, options)
-
     module("treadle.training.trainer", Trainer=FakeTrainer)
-    module("treadle.runtime.training")
-    module("treadle.runtime.training.optimizers", AdamW=maker("AdamW"), SGD=maker("SGD"))
-    module("treadle.runtime.training.schedules", Schedule=maker("Schedule"))
     monkeypatch.setattr(FakeTrainer, "made", [])
     monkeypatch.setattr(FakeTrainer, "interrupt_at", 0)
     monkeypatch.setattr(FakeTrainer, "fail_at", 0)
@@ -176,8 +163,8 @@ def test_what_is_left_out_is_its_default(train: Treadle) -> None:
     assert (only().model, str(where), where.threads) == ("gpt2", "cpu", None)
     assert only().options == {
         "loss": "cross-entropy",
-        "optimizer": Made("AdamW", (), {}),
-        "rate": Made("Schedule", (1e-4,), {"warmup": 0, "steps": None, "shape": "constant"}),
+        "optimizer": AdamW(),
+        "rate": Schedule(1e-4),
         "clip": 1.0,
         "trained": ("*",),
         "backend": "torch",
@@ -203,8 +190,8 @@ def test_each_option_reaches_what_it_is_for(train: Treadle, monkeypatch: pytest.
     assert (str(where), where.threads) == ("cpu", 3)
     assert options == {
         "loss": "cross-entropy",
-        "optimizer": Made("SGD", (), {"momentum": 0.9, "weight_decay": 0.5}),
-        "rate": Made("Schedule", (0.01,), {"warmup": 2, "steps": 4, "shape": "cosine"}),
+        "optimizer": SGD(momentum=0.9, weight_decay=0.5),
+        "rate": Schedule(0.01, warmup=2, steps=4, shape="cosine"),
         "clip": None,
         "trained": ("wte.*", "h.*"),
         "teacher": "compiled",
@@ -521,11 +508,11 @@ REFUSED = {
     "--state .": ("the state cannot be written: this is a folder", "a file in a folder"),
     "--state none/s": ("the state cannot be written: its folder is not there", "a file in a folder"),
     "--optimizer adam": ("there is no optimizer 'adam'", "adamw or sgd"),
-    "--schedule step": ("there is no schedule 'step'", "constant, cosine or linear"),
+    "--schedule step": ("there is no shape 'step' of a schedule", "one of constant, cosine, linear"),
     "--rate 0": ("a learning rate is a number above 0", "--rate 1e-4"),
     "--rate nan": ("a learning rate is a number above 0", "--rate 1e-4"),
-    "--schedule cosine --warmup 4": ("a cosine schedule falls after its warmup, for which no steps are left",),
-    "--schedule linear --steps 1": ("a linear schedule falls after its warmup, for which no steps are left",),
+    "--schedule cosine --warmup 4": ("a cosine schedule falls after its peak at step 4", "more --steps"),
+    "--schedule linear --steps 1": ("a linear schedule falls after its peak at step 1", "more --steps"),
     "--length 49": ("a block has 2 tokens or more and at most 48", "48"),
     "--batch 4000": ("a batch of 4,000 rows cannot be made of",),
     "--objective other": ("there is no objective 'other'", "one of next-token, masked-token"),

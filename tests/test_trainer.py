@@ -272,6 +272,8 @@ def test_what_a_step_holds_is_told() -> None:
         ({"optimizer": "adamw"}, "optimizer= is an optimizer"),
         ({"optimizer": AdamW}, "optimizer= is an optimizer"),
         ({"teacher": "gpt2"}, "a teacher is a compiled model"),
+        ({"temperature": 2.0}, "temperature= only applies together with teacher="),
+        ({"share": 0.0}, "share= only applies together with teacher="),
     ],
 )
 def test_what_cannot_be_trained_is_refused(options: dict[str, Any], told: str) -> None:
@@ -282,6 +284,13 @@ def test_what_cannot_be_trained_is_refused(options: dict[str, Any], told: str) -
 def test_a_teacher_and_what_it_teaches_go_together() -> None:
     with pytest.raises(UsageError, match="the teacher has no output logits"):
         Trainer("gpt2", teacher=t.compile(pulled), **SMALL)
+    with pytest.raises(UsageError, match="the teacher has other classes than the model") as caught:
+        Trainer("gpt2", teacher=t.compile("gpt2", **{**SMALL, "vocab": 21}), **SMALL)
+    assert caught.value.received == "logits: f32[B, S, 21] of the teacher, f32[B, S, 19] of the model"
+    student = Trainer("gpt2", teacher=t.compile("gpt2", **{**SMALL, "context": 5}), **SMALL)
+    student.step(**batch_of(student, 0, length=5))
+    with pytest.raises(BackendError, match="the teacher does not take this batch: .* must be at most 5, is 7"):
+        student.step(**batch_of(student, 0, length=7))
     with pytest.raises(UsageError, match="a teacher teaches an output"):
         Trainer(pulled, loss="far", teacher=t.compile(pulled))
     with pytest.raises(UsageError, match="a model of several outputs is trained for one of them"):

@@ -1,7 +1,7 @@
 """Schedules: the learning rate of each step, counted from 1.
 
 schedule = Schedule(3e-4, warmup=100, steps=10_000, shape="cosine", end=0.1)
-schedule(1), schedule(100), schedule(10_000)          # 3e-6, 3e-4, 3e-5
+schedule(1), schedule(100), schedule(10_001)          # 3e-6, 3e-4, 3e-5
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import Hint, UsageError
 from treadle.runtime.training.number_ranges import check_count, check_number
 
 SHAPES = ("constant", "cosine", "linear")
@@ -22,7 +22,8 @@ class Schedule:
 
     peak    the greatest learning rate
     warmup  steps until it is reached; 0 begins with it, as 1 does
-    steps   the step at which a falling shape has reached its end, where it stays
+    steps   the steps of the run: a falling shape reaches its end at the step after them, so that each of them trains,
+            as with PyTorch's and transformers' schedules. There it stays
     shape   "constant", "linear", or "cosine" (Loshchilov & Hutter 2017, without restarts)
     end     where a falling shape ends, as a share of the peak
 
@@ -42,9 +43,8 @@ class Schedule:
         if self.steps is not None:
             check_count("steps", self.steps, hint="the number of steps of the run")
         if self.shape not in SHAPES:
-            raise UsageError(
-                f"there is no shape {self.shape!r} of a schedule", hint="one of " + ", ".join(map(repr, SHAPES))
-            )
+            hint = Hint("one of " + ", ".join(map(repr, SHAPES)), "one of " + ", ".join(SHAPES))
+            raise UsageError(f"there is no shape {self.shape!r} of a schedule", hint=hint)
         if self.end > 1:
             raise UsageError("a schedule ends at its peak or below", received=f"end={self.end!r}", hint="end=0.1")
         if self.shape == "constant" and self.end:
@@ -53,9 +53,9 @@ class Schedule:
             )
         if self.shape != "constant" and (self.steps is None or self.steps <= self._first):
             raise UsageError(
-                f"a {self.shape} schedule falls after its peak at step {self._first}: until which step?",
+                f"a {self.shape} schedule falls after its peak at step {self._first}, and no steps are left",
                 received=f"steps={self.steps}",
-                hint=f"steps={max(1000, 10 * self._first)}",
+                hint=Hint(f"steps={max(1000, 10 * self._first)}", "a shorter --warmup, or more --steps"),
             )
 
     @property
@@ -70,9 +70,9 @@ class Schedule:
             return self.peak * step / self.warmup
         if self.shape == "constant" or self.steps is None:
             return self.peak
-        if step >= self.steps:
+        if step > self.steps:
             return self.peak * self.end
-        gone = (step - self._first) / (self.steps - self._first)
+        gone = (step - self._first) / (self.steps + 1 - self._first)
         fallen = gone if self.shape == "linear" else (1 - math.cos(math.pi * gone)) / 2
         return self.peak * (1 - (1 - self.end) * fallen)
 

@@ -371,16 +371,8 @@ def _optimizer(name: str, weight_decay: float | None) -> Any:
 def _schedule(rate: float, warmup: int, shape: Any, steps: int) -> Any:
     from treadle.runtime.training.schedules import Schedule
 
-    if shape not in ("constant", "cosine", "linear"):
-        raise UsageError(f"there is no schedule {shape!r}", hint="constant, cosine or linear")
     if not (0 < rate < math.inf):
         raise UsageError("a learning rate is a number above 0", received=f"--rate {rate:g}", hint="--rate 1e-4")
-    if shape != "constant" and max(warmup, 1) >= steps:
-        raise UsageError(
-            f"a {shape} schedule falls after its warmup, for which no steps are left",
-            received=f"--warmup {warmup}, --steps {steps}",
-            hint="a shorter --warmup, or more --steps",
-        )
     return Schedule(rate, warmup=warmup, steps=None if shape == "constant" else steps, shape=shape)
 
 
@@ -393,11 +385,7 @@ def _taught(
     import treadle
 
     made = treadle.compile(teacher, backend=backend, target=where, widen=("bf16", "f16"))
-    return {
-        "teacher": made,
-        "temperature": 2.0 if temperature is None else temperature,
-        "share": 0.5 if share is None else share,
-    }
+    return {"teacher": made, "temperature": temperature, "share": share}
 
 
 def _trainer(model: str, **options: Any) -> Any:

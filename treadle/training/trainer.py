@@ -32,7 +32,7 @@ from treadle.explaining.memory import MemoryTold, explain_memory
 from treadle.files.contained_files import PathLike
 from treadle.frontends.declarations import Model
 from treadle.frontends.torch_export.model import TorchModel
-from treadle.ir.errors import Hint, UsageError
+from treadle.ir.errors import BackendError, Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.ops.losses import IGNORED
 from treadle.ir.target import Target
@@ -108,8 +108,8 @@ class Trainer:
         trained: Iterable[str] | None = None,
         output: str | None = None,
         teacher: Compiled | None = None,
-        temperature: float = 2.0,
-        share: float = 0.5,
+        temperature: float | None = None,
+        share: float | None = None,
         backend: str = "numpy",
         target: str | Target = "cpu",
         dtype: str | None = None,
@@ -133,7 +133,7 @@ class Trainer:
                     `from_torch` imported, its parameters that require a gradient, and no buffers
         output      the output that `targets` are of; None: "logits", or the only one
         teacher     a compiled model with an output of the same name, run on the inputs that both have
-        temperature, share  of the teacher: see `treadle.ir.transforms.training_losses`
+        temperature, share  of the teacher, by default 2 and 0.5: see `treadle.ir.transforms.training_losses`
         backend     "numpy", "torch" or "tvm"
         target      "cpu", or a `Target` of it that says how many threads may work
         dtype       "bf16": products are of bf16 numbers, summed in f32; weights and everything else are f32. None: f32
@@ -207,13 +207,26 @@ class Trainer:
             hint=f"output={outputs[0]!r}, or the name of its loss in loss=",
         )
 
-    def _with_loss(self, loss: str, temperature: float, share: float) -> Graph:
+    def _with_loss(self, loss: str, temperature: float | None, share: float | None) -> Graph:
         graph, output = self.resolved.graph, self._output
+        if self.teacher is None and (temperature, share) != (None, None):
+            name = "temperature" if temperature is not None else "share"
+            raise UsageError(f"{name}= only applies together with teacher=", hint="teacher=t.compile(MODEL)")
         if loss == "cross-entropy" and self.teacher is not None:
-            if output not in [port.name for port in self.teacher.outputs]:
-                given = ", ".join(port.name for port in self.teacher.outputs)
-                raise UsageError(f"the teacher has no output {output}", received=given)
-            return with_distillation(graph, output, temperature, share)
+            made = with_distillation(
+                graph, output, 2.0 if temperature is None else temperature, 0.5 if share is None else share
+            )
+            types = {port.name: port.type for port in self.teacher.outputs}
+            if output not in types:
+                raise UsageError(f"the teacher has no output {output}", received=", ".join(types))
+            ours, its = graph.main.outputs[output].type, types[output]
+            if its.rank != ours.rank or its.shape[-1].constant != ours.shape[-1].constant:
+                raise UsageError(
+                    "the teacher has other classes than the model",
+                    received=f"{output}: {its} of the teacher, {ours} of the model",
+                    hint="a teacher with the same vocabulary or labels",
+                )
+            return made
         if self.teacher is not None:
             raise UsageError(
                 "a teacher teaches an output, and not a loss of the model's own", received=f"loss={loss!r}"
@@ -311,7 +324,11 @@ class Trainer:
         given = dict(arrays)
         if self.teacher is not None:
             taken = {port.name: arrays[port.name] for port in self.teacher.inputs if port.name in arrays}
-            given[TEACHER] = self.teacher(**taken)[self._output]
+            try:
+                given[TEACHER] = self.teacher(**taken)[self._output]
+            except BackendError as error:
+                error.what = f"the teacher does not take this batch: {error.what}"
+                raise
         names = [port.name for port in self._signature.ports]
         held: dict[str, Any] = dict(zip(names, self._signature.bind(given, numpy_taken), strict=True))
         targets = held.get(TARGETS)
