@@ -52,7 +52,7 @@ def replacing(target: Path) -> Iterator[IO[bytes]]:
 
 
 def check_writable(target: Path) -> None:
-    """Raise OSError if `replacing` cannot write the target: look its name up, make its temporary file, and delete it."""
+    """Raise OSError if `replacing` cannot write the target. Its temporary file is made, and deleted."""
     with suppress(FileNotFoundError):
         os.lstat(target)
     staged, file = _open_staged(target)

@@ -370,7 +370,8 @@ def test_a_fall_is_that_of_transformers(shape: Any, steps: int) -> None:
     schedule = Schedule(0.3, steps=steps, shape=shape)
     for step in range(1, steps + 2):
         assert schedule(step) == pytest.approx(other.get_last_lr()[0], rel=1e-12, abs=1e-15)
-        optimizer.step(), other.step()
+        optimizer.step()
+        other.step()
 
 
 @given(

@@ -1,4 +1,4 @@
-"""A step is a transaction: interrupted or failed, it leaves the trainer as before it or as after it, and it continues."""
+"""Steps that fail or are interrupted: the state is as before or as after them, and training continues."""
 
 from __future__ import annotations
 
@@ -59,12 +59,11 @@ def test_a_run_interrupted_anywhere_holds_no_lock(backend: str) -> None:
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_an_error_between_gradient_and_update_changes_nothing(
-    accumulate: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_between_gradient_and_update_changes_nothing(accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, other = (Trainer("gpt2", accumulate=accumulate, **SMALL) for _ in range(2))
     for seed in range(accumulate - 1):
-        trainer.step(**batch_of(seed)), other.step(**batch_of(seed))
+        trainer.step(**batch_of(seed))
+        other.step(**batch_of(seed))
     before = state_of(trainer)
     with monkeypatch.context() as patched:
         patched.setattr("treadle.training.trainer.np.vdot", lambda *_: 1 / 0)
@@ -109,12 +108,14 @@ def test_an_update_that_fails_midway_is_refused_until_restore(tmp_path: Path, mo
 
 def test_a_call_that_fails_keeps_the_gradients_of_the_calls_before_it() -> None:
     trainer, other = (Trainer("gpt2", accumulate=2, **SMALL) for _ in range(2))
-    trainer.step(**batch_of(0)), other.step(**batch_of(0))
+    trainer.step(**batch_of(0))
+    other.step(**batch_of(0))
     before = state_of(trainer)
     with pytest.raises(UsageError, match="no place of the batch counts"):
         trainer.step(**{**batch_of(1), "targets": np.full((2, 5), -100)})
     assert same(state_of(trainer), before)
-    trainer.step(**batch_of(2)), other.step(**batch_of(2))
+    trainer.step(**batch_of(2))
+    other.step(**batch_of(2))
     assert same(state_of(trainer), state_of(other))
 
 
@@ -127,7 +128,8 @@ def test_zero_grad_drops_the_calls_since_the_last_update(tmp_path: Path) -> None
     trainer.zero_grad()
     trainer.save_state(tmp_path / "state")
     for seed in range(2):
-        trainer.step(**batch_of(seed)), other.step(**batch_of(seed))
+        trainer.step(**batch_of(seed))
+        other.step(**batch_of(seed))
     assert same(state_of(trainer), state_of(other))
 
 
@@ -162,19 +164,28 @@ def raising() -> Any:
 
 def test_signals_are_deferred_to_the_end_of_a_block(raising: Any) -> None:
     seen: list[str] = []
-    with pytest.raises(Late), deferring_signals():
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGINT)
-        seen.append("after both")
+
+    def work() -> None:
+        with deferring_signals():
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+            seen.append("after both")
+
+    with pytest.raises(Late):
+        work()
     assert seen == ["after both"]
     assert signal.getsignal(signal.SIGTERM) is raising
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_signal_is_deferred_past_an_error_of_the_block(raising: Any) -> None:
-    with pytest.raises(Late) as caught, deferring_signals():
-        signal.raise_signal(signal.SIGTERM)
-        raise ValueError("of the block")
+    def work() -> None:
+        with deferring_signals():
+            signal.raise_signal(signal.SIGTERM)
+            raise ValueError("of the block")
+
+    with pytest.raises(Late) as caught:
+        work()
     assert isinstance(caught.value.__context__, ValueError)
     assert signal.getsignal(signal.SIGTERM) is raising
 

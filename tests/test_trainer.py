@@ -289,7 +289,7 @@ def test_a_teacher_and_what_it_teaches_go_together() -> None:
     assert caught.value.received == "logits: f32[B, S, 21] of the teacher, f32[B, S, 19] of the model"
     student = Trainer("gpt2", teacher=t.compile("gpt2", **{**SMALL, "context": 5}), **SMALL)
     student.step(**batch_of(student, 0, length=5))
-    with pytest.raises(BackendError, match="the teacher does not take this batch: .* must be at most 5, is 7"):
+    with pytest.raises(BackendError, match=r"the teacher does not take this batch: .* must be at most 5, is 7"):
         student.step(**batch_of(student, 0, length=7))
     with pytest.raises(UsageError, match="a teacher teaches an output"):
         Trainer(pulled, loss="far", teacher=t.compile(pulled))
@@ -360,7 +360,9 @@ def test_a_loss_that_is_nan_before_any_update_is_no_matter_of_the_rate() -> None
         trainer.step(x=x, y=y)
     assert caught.value.received == "weight w.weight has nan at [0, 2]"
     assert "rate" not in str(caught.value.hint)
-    with pytest.raises(UsageError, match=r"gradient\.w\.weight is NaN, infinite or too large after 0 updates") as caught:
+    with pytest.raises(
+        UsageError, match=r"gradient\.w\.weight is NaN, infinite or too large after 0 updates"
+    ) as caught:
         Trainer(rooted, loss="loss").step(x=np.zeros((2, 4), np.float32))
     assert caught.value.received == "inputs and weights are finite"
     assert "rate" not in str(caught.value.hint)

@@ -61,8 +61,8 @@ class PythonArena:
     def exclusive(self, entry: str) -> AbstractContextManager[object]:
         """The lock under which an entry takes `memory` and runs.
 
-        It is entered in the frame of the call, and by no generator: that one would hold it as long as the traceback of a
-        KeyboardInterrupt, which an interactive session keeps, and the next run would wait forever.
+        It is entered in the frame of the call, not in a generator: that would hold it as long as the traceback of a
+        KeyboardInterrupt is kept, as an interactive session does, and the next run would wait forever.
         """
         return self._lock if self.program.has_memory(entry) else nullcontext()
 

@@ -77,6 +77,7 @@ class _Variant:
     counting  which of the original's results depend on arguments that count
     gradient  None where no result does
     takes     what the gradient is called with; gives: of which of the original's arguments its results are gradients
+    needs     for each of these, the original's results through which that argument reaches it
     """
 
     forward: Function
@@ -85,6 +86,7 @@ class _Variant:
     gradient: Function | None = None
     takes: tuple[_Read, ...] = ()
     gives: tuple[int, ...] = ()
+    needs: tuple[frozenset[int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ class _Differentiation:
         self.made.symbols = dict(graph.symbols)
         self.variants: dict[tuple[str, tuple[bool, ...], bool], _Variant] = {}
         self.calls: dict[Node, _Variant] = {}
+        self.linear: dict[str, tuple[frozenset[int], ...]] = {}
+        """For each result of a gradient function by its name, the positions of the gradients that it is linear in."""
 
     def of_main(self, loss: str, trained: set[str]) -> Graph:
         main = self.graph.main
@@ -204,7 +208,9 @@ class _Differentiation:
     def _through(self, b: Builder, call: Node, grads: Grads) -> Grads:
         """The gradient of a call: a call of the gradient of its function."""
         variant = self.calls[call]
-        if variant.gradient is None:  # it reaches its results through what has no gradient, such as floor
+        read = {at for at, grad in enumerate(grads) if grad is not None}
+        reached = {at for at, needs in zip(variant.gives, variant.needs, strict=True) if needs & read}
+        if variant.gradient is None or not reached:  # through floor alone, or a result that nothing reads
             return [None] * len(variant.order)
         operands: list[Value] = [v for v in call.operands if v is not None]
         by_original = {at: operands[place] for place, at in enumerate(variant.order)}
@@ -218,7 +224,7 @@ class _Differentiation:
                 grad = grads[each.at]
                 arguments.append((zeros(b, call.results[each.at].type) if grad is None else grad).value)
         results = dict(zip(variant.gives, b.call(variant.gradient, arguments), strict=True))
-        return [results.get(at) for at in variant.order]
+        return [results[at] if at in reached else None for at in variant.order]
 
     # -- a function that is called ------------------------------------------------------------------------------
 
@@ -249,7 +255,21 @@ class _Differentiation:
         if not wanted:
             return _Variant(forward, traced.order, counting)
         gradient, takes = self._gradient(traced, forward.name, later, wanted, [] if recompute else kept)
-        return _Variant(forward, traced.order, counting, gradient, takes, tuple(wanted))
+        seeds = self._seeds_of(later, traced.seeds)
+        needs = tuple([seeds.get(value, frozenset()) for value in wanted.values()])
+        places = {each.at: place for place, each in enumerate(takes) if each.kind == "gradient"}
+        self.linear[gradient.name] = tuple([frozenset(places[at] for at in each) for each in needs])
+        return _Variant(forward, traced.order, counting, gradient, takes, tuple(wanted), needs)
+
+    def _seeds_of(self, nodes: Sequence[Node], seeds: dict[int, Value]) -> dict[Value, frozenset[int]]:
+        """The positions of the seeds that each value of a gradient is linear in."""
+        found = {seed: frozenset({at}) for at, seed in seeds.items()}
+        for node in nodes:
+            read = [found.get(v, frozenset[int]()) if v is not None else frozenset[int]() for v in node.operands]
+            among = self.linear.get(node.op.callee or "", (range(len(read)),) * len(node.results))
+            for result, places in zip(node.results, among, strict=True):
+                found[result] = frozenset().union(*[read[place] for place in places])
+        return found
 
     def _forward(self, traced: _Traced, own: Sequence[Node], results: Sequence[Value]) -> Function:
         """The function by itself, which gives the original's results, then what is kept."""

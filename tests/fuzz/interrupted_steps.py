@@ -1,8 +1,8 @@
 """SIGINTs at random bytecodes of `Trainer.step`: `python tests/fuzz/interrupted_steps.py [--count 1000] [--seed 0]`.
 
-An interrupted call must leave weights, moments and accumulated gradients bitwise as they were before the call, or as they
-are after it. Training must then continue: a second trainer, which takes the same batches uninterrupted, must have the
-same state after each of them. The exceptions stay referenced with their tracebacks, as an interactive session keeps them.
+An interrupted call must leave weights, moments and accumulated gradients bitwise as before the call, or as after it.
+Training must then continue: a second trainer, which takes the same batches uninterrupted, must have the same state after
+each of them. The exceptions stay referenced with their tracebacks, as an interactive session keeps them.
 
 Half of the signals fall on any bytecode of `step` after which CPython calls signal handlers, half on those of
 `treadle/training` and of what enters and leaves its blocks, where a step is committed.
@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from types import CodeType, FrameType
 from typing import Any
 
@@ -89,7 +89,7 @@ class Interrupted:
 
 @cache
 def handles_signals(code: CodeType, last: int, now: int) -> bool:
-    """Return True if CPython calls signal handlers after a bytecode of a function, and the next is in the same block."""
+    """Return True if CPython calls signal handlers after a bytecode, and the next one is in the same block."""
     name = dis.opname[code.co_code[last]]
     blocks = dis._parse_exception_table(code)  # type: ignore[attr-defined]
     around = [[(b.target, b.depth) for b in blocks if b.start <= at < b.end] for at in (last, now)]
@@ -131,11 +131,12 @@ def interrupt_steps(backend: str, count: int, seed: int) -> collections.Counter[
 
     for _ in range(ACCUMULATE):  # plans are made for the sizes of a batch
         arrays = batch()
-        trainer.step(**arrays), other.step(**arrays)
+        trainer.step(**arrays)
+        other.step(**arrays)
     timing: list[Interrupted] = []
     for _ in range(ACCUMULATE):
         arrays = batch()
-        timing.append(Interrupted(lambda arrays=arrays: trainer.step(**arrays)))  # type: ignore[misc]
+        timing.append(Interrupted(partial(trainer.step, **arrays)))
         other.step(**arrays)
     assert same(state_of(trainer), state_of(other)), "two trainers differ without any signal"
     for number in range(count):
@@ -145,7 +146,7 @@ def interrupt_steps(backend: str, count: int, seed: int) -> collections.Counter[
         other.step(**arrays)
         after = state_of(other)
         faulthandler.dump_traceback_later(LONGEST, exit=True)
-        told = Interrupted(lambda: trainer.step(**arrays), at)
+        told = Interrupted(partial(trainer.step, **arrays), at)
         kept = told.error
         found = state_of(trainer)
         where = f"{backend}: signal {number} at point {at} of {about.points}"

@@ -17,7 +17,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -352,7 +351,7 @@ class Trainer:
     def _summed(
         self, earlier: Mapping[str, Array], found: Mapping[str, Any], batch: Mapping[str, Array]
     ) -> dict[str, Array]:
-        """The gradients of a call plus those of earlier calls. The sums lie in the new arrays: the earlier ones stay."""
+        """The gradients of a call plus those of earlier calls, in the arrays of this call: the earlier ones stay."""
         gradients: dict[str, Array] = {name: array for name, array in found.items() if name.startswith(GRADIENT)}
         for name, array in gradients.items():
             if name in earlier:
@@ -407,7 +406,7 @@ class Trainer:
         weights = {name: np.array(array) for name, array in self.weights.items()}
         return compile_model(self.resolved.graph, weights=weights, **options)
 
-    def save_state(self, path: PathLike, notes: Mapping[str, str] = MappingProxyType({})) -> None:
+    def save_state(self, path: PathLike, notes: Mapping[str, str] | None = None) -> None:
         """Write trained weights, moments and steps to one file, whole or not at all, to continue from by `restore`.
 
         notes  texts by name that `treadle.training.states.read_notes` returns, such as the seed of the batches
@@ -422,7 +421,7 @@ class Trainer:
                 received=f"{state.calls} of {self.accumulate} calls",
                 hint="the other calls of step, or zero_grad(), which drops these",
             )
-        write_state(path, state, repr(self.optimizer), notes)
+        write_state(path, state, repr(self.optimizer), notes or {})
 
     def restore(self, path: PathLike) -> None:
         """Go on from a file of `save_state`. Raises CheckpointError for one of another model or optimizer."""
