@@ -1,8 +1,8 @@
 """SIGINTs at random bytecodes of `Trainer.step`: `python tests/fuzz/interrupted_steps.py [--count 1000] [--seed 0]`.
 
-An interrupted call must leave weights, moments and accumulated gradients bitwise as before it, or as after it.
-Training must then continue: a second trainer, which takes the same batches uninterrupted, must have the same state after
-each of them. The exceptions stay referenced with their tracebacks, as an interactive session keeps them.
+An interrupted call must leave weights, moments and accumulated gradients bitwise as before it, or as after it. Training
+must then continue: a second trainer, which takes the same batches uninterrupted, must have the same state after each of
+them. The exceptions stay referenced with their tracebacks, as an interactive session keeps them.
 
 Half of the signals fall on any bytecode of `step` after which CPython calls signal handlers, half on those of
 `treadle/training` and of what enters and leaves its blocks, where a step is committed.
