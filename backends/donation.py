@@ -82,7 +82,7 @@ class Donated:
         donated = {span_of(given[name]): given[name] for name in self.names}
         for name, array in outputs.items() if donated else ():
             own = donated.get(span_of(array))
-            if type(own) is type(array) and (own.dtype, own.shape) == (array.dtype, array.shape):
+            if own is not None and type(own) is type(array) and (own.dtype, own.shape) == (array.dtype, array.shape):
                 outputs[name] = own
         return outputs
 

@@ -12,6 +12,7 @@ from typing import Any
 
 _STANDARD_ERROR = 2
 _SIGNALS = tuple(sorted(signal.valid_signals()))
+_Handler = Callable[[int, FrameType | None], Any]
 
 
 @contextmanager
@@ -24,7 +25,9 @@ def deferring_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers = {number: handler for number in _SIGNALS if callable(handler := signal.getsignal(number))}
+    handlers: dict[int, _Handler] = {
+        number: handler for number in _SIGNALS if callable(handler := signal.getsignal(number))
+    }
     arrived: list[tuple[int, FrameType | None]] = []
     try:
         for number in handlers:
@@ -39,7 +42,7 @@ def deferring_signals() -> Iterator[None]:
             handlers[number](number, frame)
 
 
-def _install(handlers: Mapping[int, Callable[[int, FrameType | None], Any]]) -> None:
+def _install(handlers: Mapping[int, _Handler]) -> None:
     for number, handler in handlers.items():
         signal.signal(number, handler)
 

@@ -439,7 +439,7 @@ def _first_not_finite(arrays: Mapping[str, Array]) -> str | None:
     """The first NaN of some arrays, or else the first infinity: "input x has nan at [2, 1]"."""
     for is_wrong in (np.isnan, np.isinf):
         for name, array in arrays.items():
-            wrong = np.argwhere(is_wrong(array)) if array.dtype.kind == "f" else ()
+            wrong: Any = np.argwhere(is_wrong(array)) if array.dtype.kind == "f" else ()
             if len(wrong):
                 at = tuple(wrong[0].tolist())
                 return f"{name} has {array[at]} at {list(at)}"
