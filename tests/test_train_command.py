@@ -508,7 +508,7 @@ REFUSED = {
     "--state .": ("the state cannot be written: this is a folder", "a file in a folder"),
     "--state none/s": ("the state cannot be written: its folder is not there", "a file in a folder"),
     "--optimizer adam": ("there is no optimizer 'adam'", "adamw or sgd"),
-    "--schedule step": ("there is no shape 'step' of a schedule", "one of constant, cosine, linear"),
+    "--schedule step": ("unknown schedule shape 'step'", "one of constant, cosine, linear"),
     "--rate 0": ("a learning rate is a number above 0", "--rate 1e-4"),
     "--rate nan": ("a learning rate is a number above 0", "--rate 1e-4"),
     "--schedule cosine --warmup 4": ("a cosine schedule falls after its peak at step 4", "more --steps"),
