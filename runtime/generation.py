@@ -26,6 +26,7 @@ Until = Callable[[int, int], bool]
 """Whether a row ends with a token, by its prompt's number and the token's id; asked once of each token, in order."""
 
 _GREEDY = Sampling()
+_NO_RULES = TokenRules()
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Choosing:
 
     def choose(self, logits: Array, number: int, prompt: Sequence[int], made: Sequence[int]) -> int:
         """The id that follows, of logits [vocab] after the tokens made. Raises UsageError where none can be chosen."""
-        if self.rules is None:
+        if self.rules is None or self.rules == _NO_RULES:
             return self.sampling.choose(logits, row=number, step=len(made))
         is_last = len(made) + 1 == self.most
         scores = self.rules.apply(logits, prompt=prompt, made=made, end=tuple(self.stop), is_last=is_last)

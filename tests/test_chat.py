@@ -145,6 +145,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(4)
+    model.generation_config.repetition_penalty = 1.3  # replies, too, follow the folder's rules
     model.save_pretrained(place)
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(place)

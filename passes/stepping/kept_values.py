@@ -64,7 +64,7 @@ class StepStates:
         return self.name(context, (call, name), joined_scope(scope, name))
 
     def length_name(self, context: Context, memory: str) -> str:
-        """The name of the state that says how much each row keeps of a size, in an entry; `memory` is the size's name."""
+        """The name, in an entry, of the state with the length that each row keeps of a size named `memory`."""
         return self.name(context, ("length", memory), f"{memory}_length")
 
     def keep(self, context: Context, value: Value) -> KeptState:

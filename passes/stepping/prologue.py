@@ -100,7 +100,8 @@ class _Body:
             rows = self.rows  # which are given also where nothing is left
             for name, size in states.memories.items():
                 length = self.b.expand(self.b.size(value=size), shape=(*rows.shape, ONE))
-                self._leave(states.length_name(self.context, name), Type(i64, (Dim.of(states.slots), Dim.of(ONE))), length, 1)
+                state_name = states.length_name(self.context, name)
+                self._leave(state_name, Type(i64, (Dim.of(states.slots), Dim.of(ONE))), length, 1)
         self.b.outputs(**{name: self.read(value) for value, name in outputs.items()})
 
     def _needed(self, roots: list[Value]) -> list[Node]:
