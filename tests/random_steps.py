@@ -40,11 +40,13 @@ def drawn_model(rng: np.random.Generator, *, context: int = CONTEXT, shared: boo
             for _ in t.stack(f"block{number}", repeats, shared=shared):
                 drawn = np.random.default_rng(seed)
                 for layer in range(int(drawn.integers(1, 5))):
-                    nested = 2 if shared and layer == 0 and number == 0 else 1
-                    one = int(drawn.integers(1 << 30)) if nested == 2 else None
-                    for _ in t.stack(f"layer{layer}", nested, shared=True):
-                        chosen = drawn if one is None else np.random.default_rng(one)
-                        x = _layer(chosen, x, tokens, dim, heads, memory, lengths, seen)
+                    if shared and layer == number == 0:
+                        one = int(drawn.integers(1 << 30))
+                        for _ in t.stack(f"layer{layer}", 2, shared=True):
+                            x = _layer(np.random.default_rng(one), x, tokens, dim, heads, memory, lengths, seen)
+                        continue
+                    with t.scope(f"layer{layer}"):
+                        x = _layer(drawn, x, tokens, dim, heads, memory, lengths, seen)
         return t.linear(x, VOCABULARY, name="head")
 
     return _declared(body, has_source, has_picture)
