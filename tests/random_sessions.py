@@ -70,7 +70,7 @@ class Played:
     sessions    the sizes of each
     events      how often each thing was done
     checked     the logits that were compared
-    overflowed  those that were not, since a value of their whole text is infinite or NaN
+    overflowed  those that were not, since a value of their whole text is infinite or NaN, or more than f16 holds
     sharp       of the compared ones, those where a tenth of the largest would have been too far off
     worst       how far off they were at most, of what is allowed
     """
@@ -294,7 +294,8 @@ class _Game:
         for tokens, logits in seen:
             n = next(n for n, text in enumerate(texts) if text[: len(tokens)] == tokens)
             wanted, at = whole[n, len(tokens) - 1], len(tokens) - 1
-            if not np.isfinite(whole[n]).all():  # a value that overflows reaches tokens before it, as 0 times infinity
+            # A value of the whole that overflows reaches tokens before it, as 0 times infinity; one of f16 sooner.
+            if not np.isfinite(whole[n]).all() or not np.isfinite(moved.by[n, at]).all():
                 self.played.overflowed += 1
                 continue
             apart, size = float(np.abs(logits - wanted).max()), max(float(np.abs(wanted).max()), 1e-30)
@@ -330,13 +331,14 @@ class _Game:
         """
         cache = self.played.chosen.cache
         spacing = spacing_of(DTYPES[cache]) if cache else 0.0
+        most = float(np.finfo(np.float16).max) if cache == "f16" else np.inf
 
         def disturb(node: Node, operands: Sequence[Array | None], compute: Callable[..., list[Array]]) -> list[Array]:
             given = list(operands)
             names = node.op.operand_names(len(operands))
             if node.op.pairs is not None:
                 given = [
-                    changed(x, spacing, rng) if x is not None and n in ("k", "v") else x
+                    np.where(np.abs(x) <= most, changed(x, spacing, rng), np.inf) if x is not None and n in "kv" else x
                     for n, x in zip(names, given, strict=True)
                 ]
             made = compute(given)
