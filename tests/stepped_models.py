@@ -141,6 +141,44 @@ def oddly_named(rows: Tokens, start: Picture, last: Annotated[t.Tensor, t.f32["B
 
 
 @t.model
+def repeated(
+    tokens: Tokens, source: Annotated[t.Tensor, t.i64["B M"]], picture: Picture, *, vocab: int = 11, dim: int = 12
+) -> t.Tensor:
+    """Blocks of one set of weights, within each other: every repetition has caches, rings, sums and keys of its own."""
+    seen = t.linear(picture, dim, name="seen")
+    memory = t.embed(source, vocab, dim, name="source")
+    x = t.embed(tokens, vocab, dim, name="wte")
+    for _ in t.stack("h", 2, shared=True):
+        x = x + t.self_attention(t.rms_norm(x, name="norm"), 3, mask=t.causal, name="attn")
+        for _ in t.stack("inner", 2, shared=True):
+            x = x + t.self_attention(x, 3, mask=t.causal & t.window(3), name="near")
+            x = x * t.rearrange(t.sigmoid(t.linear(seen, dim, name="gate")), pattern="b d -> b 1 d")
+        seen = t.linear(seen, dim, name="again")
+        memory = memory + t.linear(memory, dim, name="memory")
+        x = x + t.cross_attention(x, memory, 3, name="cross") + 0.1 * t.cumsum(x, axis=1)
+    return t.unembed(x, tied="wte")
+
+
+@t.model
+def states_by_other_names(
+    tokens: Tokens, source: Annotated[t.Tensor, t.i64["B M"]], M_length: Lengths, *, vocab: int = 11, dim: int = 12
+) -> t.Tensor:
+    """Weights and an input that are named as a step names its states."""
+    x = t.embed(tokens, vocab, dim, name="wte")
+    x = x * t.rearrange(t.cast(M_length, to="f32"), pattern="b -> b 1 1")
+    for _ in t.stack("h", 2):
+        with t.scope("attn"):
+            x = x + t.parameter("k", dim)
+        x = x + t.self_attention(x, 3, mask=t.causal, name="attn")
+    with t.scope("last.attn"):
+        x = x + t.parameter("v", dim)
+    x = x + t.self_attention(x, 3, mask=t.causal, name="last.attn")
+    memory = t.embed(source, vocab, dim, name="source")
+    x = x + t.cross_attention(x, memory, 3, name="cross")
+    return t.linear(x, vocab, name="head")
+
+
+@t.model
 def by_heads(tokens: Tokens, *, vocab: int = 11, dim: int = 12) -> t.Tensor:
     """Attention spelled by hand, as fusion finds it, with grouped heads."""
     x = t.embed(tokens, vocab, dim, name="wte")
@@ -172,6 +210,7 @@ MODELS: dict[str, Model] = {
     **{name: ZOO[name][0] for name in ("llama, windows beside full layers", "gpt_neox", "opt")},
     "llama, windows": small(llama, head_dim=6, kv_heads=1, tied=True, window=3, rotary_dims=4, norm_offset=1.0),
     **{m.name: m for m in (alibi, windows, packed, counted, summed, captioned, across, spread, oddly_named, by_heads)},
+    **{m.name: m for m in (repeated, states_by_other_names)},
 }
 
 

@@ -145,10 +145,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(4)
+    model.generation_config.repetition_penalty = 1.3  # replies, too, follow the folder's rules
     model.save_pretrained(place)
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(place)
     return place
+
+
+def test_a_template_is_told_tokens_that_special_tokens_map_alone_names(folder: Path, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    chosen = {"tokenizer_class": settings["tokenizer_class"]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(chosen))
+    (tmp_path / "special_tokens_map.json").write_text(
+        json.dumps({"bos_token": {"content": "<s>"}, "eos_token": "</s>"})
+    )
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ eos_token }}")
+    writer = TextWriter.open(tmp_path)
+    wanted = transformers.AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+        [{"role": "user", "content": "a"}], tokenize=False
+    )
+    assert writer.chat_template().render([{"role": "user", "content": "a"}]) == wanted == "<s></s>"
 
 
 def test_a_conversation_goes_on_as_the_whole_would(folder: Path) -> None:

@@ -23,6 +23,7 @@ from treadle.runtime.speculation import SpeculationTally
 from treadle.tasks.answering import Answer
 from treadle.tasks.classifying import Classified
 from treadle.tasks.filling import Filled, Filling
+from treadle.tasks.generation_settings import FolderRules
 from treadle.tasks.matching import Matched
 from treadle.tasks.perplexity import Beside, Perplexity
 from treadle.tasks.rewriting import Rewritten
@@ -48,6 +49,7 @@ class Writer:
     def __init__(self, ending: str = "end", *, text: str = " b", template: str | None = None, marks: Any = ()) -> None:
         self.model, self.ending, self.text, self.template, self.marks = OWN, ending, text, template, list(marks)
         self.tokenizer = SimpleNamespace(token="t{}".format)
+        self.asked = FolderRules(options={"suppress_tokens": [1, 2]})
 
     def continued(self, prompts: list[str], *, tally: SpeculationTally | None, **_: Any) -> Iterator[Piece]:
         for row in range(len(prompts)):

@@ -40,6 +40,13 @@ def test_the_step_of_rings_and_sums(golden: Golden) -> None:
     golden("explain/step_summed.txt", without_lines(str(explain_step(MODELS["summed"]))))
 
 
+def test_repetitions_of_a_shared_block_have_states_each() -> None:
+    facts = explain_step(MODELS["repeated"]).as_dict()["states"]
+    found = {each["name"]: each["count"] for each in facts}
+    assert found["h.{0..1}.attn.k"] == 2
+    assert [found[f"h.{{0..1}}.inner.{n}.near.k"] for n in range(2)] == [2, 2]
+
+
 def test_facts_are_data() -> None:
     facts = json.loads(told("explain", "gpt2", "step", *SMALL, "--json"))
     assert facts["axis"] == "S"

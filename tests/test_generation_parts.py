@@ -28,7 +28,7 @@ from treadle.runtime.token_rules import TokenRules, log_probabilities
 
 def test_what_is_meant_where_nothing_is_said() -> None:
     assert Sampling() == Sampling(temperature=0.0, top_k=0, top_p=1.0, seed=0, min_p=0.0)
-    assert TokenRules() == TokenRules(1.0, 0.0, 0, (), 0, None, None, ())
+    assert TokenRules() == TokenRules(1.0, 0.0, 0, (), (), 0, 0, None, None, ())
     assert Token(1, 2) == Token(1, 2, None, 0.0, ())
     assert Choosing(3) == Choosing(3, Sampling(), None, frozenset(), None, 0)
     assert Beams() == Beams(4, 1.0, 1, early=False)

@@ -233,7 +233,8 @@ class _Body:
         if name == "count":
             return self.data("last") + 1
         if name.endswith("_length"):
-            state = self.state(name, Type(i64, (Dim.of(self.functions.states.slots), Dim.of(ONE))))
+            held = self.functions.states.length_name(self.context, name.removesuffix("_length"))
+            state = self.state(held, Type(i64, (Dim.of(self.functions.states.slots), Dim.of(ONE))))
             found: Expr = b.rearrange(b.gather(state, self.data("rows"), axis=0), pattern="b 1 -> b")
             return found
         taken = {v.name for v in self.context.function.inputs}
@@ -343,7 +344,10 @@ class _Body:
             value = actual[inner.function.parameters[name]]
             assert value is not None
             weights.append(self.read(value, Extent.ALL).expr)
-        states = [self.state(joined_scope(node.scope, name), v.type) for name, v in made.function.states.items()]
+        states = [
+            self.state(self.functions.states.name_of_call(self.context, node, name), v.type)
+            for name, v in made.function.states.items()
+        ]
         outputs = self.b.call(made.function, [*inputs, *weights, *states])
         for (position, extent, by_row), x in zip(made.gives, outputs, strict=True):
             old = node.results[position]

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 
+from treadle.ir.analysis.axis_tracing import joined_scope
 from treadle.ir.errors import PassError
-from treadle.ir.graph import Value
+from treadle.ir.graph import Node, Value
 from treadle.ir.naming import free_name
 from treadle.ir.sizing.sizes import ONE, Size
 from treadle.ir.types import Dim, Type
@@ -47,11 +48,24 @@ class StepStates:
         self._names: dict[int, dict[Hashable, str]] = {}
 
     def name(self, context: Context, key: Hashable, base: str) -> str:
-        """The name of a state within a function: base, numbered where another has it."""
+        """The name of a state within a function: base, numbered where another state or a weight has it."""
         names = self._names.setdefault(id(context), {})
         if key not in names:
-            names[key] = free_name(base, set(names.values()))
+            names[key] = free_name(base, {*names.values(), *context.function.parameters})
         return names[key]
+
+    def name_of_call(self, context: Context, call: Node, name: str) -> str:
+        """The name, within the caller, of a state of the function that it calls.
+
+        Repetitions of a shared block have one scope, and states of their own: the scope gains the repetition's number.
+        """
+        alike = [node for node in context.function.nodes if node.op.callee is not None and node.scope == call.scope]
+        scope = call.scope if len(alike) == 1 else joined_scope(call.scope, str(alike.index(call)))
+        return self.name(context, (call, name), joined_scope(scope, name))
+
+    def length_name(self, context: Context, memory: str) -> str:
+        """The name, in an entry, of the state with the length that each row keeps of a size named `memory`."""
+        return self.name(context, ("length", memory), f"{memory}_length")
 
     def keep(self, context: Context, value: Value) -> KeptState:
         """The state for a value that a step reads. Raises PassError where its rows or sizes leave no slot for it."""

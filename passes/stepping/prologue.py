@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from treadle.ir.analysis.axis_tracing import joined_scope
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.entry_order import ENTRIES
 from treadle.ir.graph import Function, Graph, Node, Value
@@ -101,7 +100,8 @@ class _Body:
             rows = self.rows  # which are given also where nothing is left
             for name, size in states.memories.items():
                 length = self.b.expand(self.b.size(value=size), shape=(*rows.shape, ONE))
-                self._leave(f"{name}_length", Type(i64, (Dim.of(states.slots), Dim.of(ONE))), length, 1)
+                state_name = states.length_name(self.context, name)
+                self._leave(state_name, Type(i64, (Dim.of(states.slots), Dim.of(ONE))), length, 1)
         self.b.outputs(**{name: self.read(value) for value, name in outputs.items()})
 
     def _needed(self, roots: list[Value]) -> list[Node]:
@@ -169,7 +169,10 @@ class _Body:
             value = actual[inner.function.parameters[name]]
             assert value is not None
             values.append(self.read(value))
-        states = [self.b.state(joined_scope(node.scope, name), v.type) for name, v in made.function.states.items()]
+        states = [
+            self.b.state(self.prologue.states.name_of_call(self.context, node, name), v.type)
+            for name, v in made.function.states.items()
+        ]
         results = self.b.call(made.function, [*values, *states])
         for n, x in zip(made.gives, results, strict=True):
             self.values[node.results[n]] = x
