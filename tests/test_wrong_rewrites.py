@@ -346,7 +346,7 @@ def test_a_pass_that_cannot_be_undone_in_part_is_undone_as_a_whole() -> None:
     optimized = certified(graph, DropsAWeight())
     (record,) = optimized.log
     assert optimized.graph == graph
-    assert record.notes == ["all that this pass did was rolled back"]
+    assert record.notes == ["all changes of this pass were rolled back"]
     assert (record.changes, record.after) == (0, record.before)
 
 
