@@ -235,7 +235,7 @@ def test_dead_code_crosses_functions() -> None:
     assert [v.name for v in graph.main.inputs] == ["x", "mask"]
     assert optimized.log[0].notes == [
         "removed unused weights: left",
-        "removed function forgotten, which nobody calls",
+        "removed function forgotten, which is never called",
         "removed unused weights: a.spare, b.spare",
     ]
     # a function, a result of another and the node that made it, two arguments, a node of main, and three weights
