@@ -121,7 +121,7 @@ WRONG = [
         lambda p, x, y: p.less(x, y),
         lambda b, m: m.x <= m.y,
         ["a = less(x, 2)", "return y = a"],
-        said="results differ",
+        said="results are different",
         takes="x: i64[B, S]",
         gives="y: bool[B, S]",
     ),

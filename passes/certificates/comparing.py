@@ -39,7 +39,7 @@ def compared(
             differs = got != wanted
             while np.any(differs & ~moves.others[name]):
                 if not moves.further():
-                    return f"{int(np.sum(differs))} of {wanted.size} results differ"
+                    return f"{int(np.sum(differs))} of {wanted.size} results are different"
             continue
         spacing = f64.spacing if float64 else float(np.finfo(wanted.dtype).eps)
         got, wanted = got.astype(np.float64), wanted.astype(np.float64)
