@@ -1,6 +1,7 @@
-"""The states of a step: their names, and those in which the prologue leaves what does not depend on the tokens.
+"""The states of a step: their names, and the states in which the prologue stores values that do not depend on the
+tokens.
 
-Every entry of a derived graph reads the same states, so their names and types are settled here, once.
+Every entry of a derived graph reads the same states, so their names and types are determined here, once.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from treadle.passes.stepping.survey import Context
 
 @dataclass(frozen=True)
 class KeptState:
-    """The state of one value [b, ...]: a slot a row.
+    """The state of one value [b, ...]: one slot per row.
 
     name      within its function
     type      [R, ...]; [R, 1] for a value [b]
     axis      the dimension along which the prologue appends to it
-    memory    the size of that dimension of the value, where it is known at the call only; else None
+    memory    the size of that dimension of the value, if it is known only at the call; else None
     """
 
     name: str
@@ -33,9 +34,9 @@ class KeptState:
 
 
 class StepStates:
-    """Settles names and types of the states of a step.
+    """The names and types of the states of a step.
 
-    slots   how many slots each has
+    slots   the number of slots of each state
     """
 
     def __init__(self, slots: Size) -> None:
@@ -54,7 +55,9 @@ class StepStates:
         return names[key]
 
     def keep(self, context: Context, value: Value) -> KeptState:
-        """The state for a value that a step reads. Raises PassError where its rows or sizes leave no slot for it."""
+        """Return the state for a value that a step reads. Raises PassError if its rows or sizes do not fit into
+        slots.
+        """
         known = self.kept.setdefault(id(context), {})
         if value not in known:
             known[value] = self._kept(context, value)
@@ -64,7 +67,7 @@ class StepStates:
         where = f"{value.name}: {value.type}"
         if context.row_dim(value) != 0:
             raise PassError(
-                "no step can be derived: what it would keep has no rows as its first dimension",
+                "no step can be derived: a value that it would keep does not have the rows as its first dimension",
                 received=where,
                 source=_line(value),
             )
@@ -72,7 +75,7 @@ class StepStates:
         open_dims = [n for n, size in enumerate(sizes, 1) if size.constant is None]
         if len(open_dims) > 1:
             raise PassError(
-                "no step can be derived: what it would keep has two dimensions that are known at a call only",
+                "no step can be derived: a value that it would keep has two dimensions of sizes known only at a call",
                 received=where,
                 source=_line(value),
             )
@@ -87,7 +90,7 @@ class StepStates:
         return KeptState(name, Type(value.type.dtype, tuple(dims)), axis, memory)
 
     def memory_name(self, size: Size) -> str:
-        """The name of a size that the prologue keeps: its symbol, or a number of its own where it is computed."""
+        """Return the name of a size that the prologue keeps: its symbol, or a new name if it is computed."""
         for name, known in self.memories.items():
             if known == size:
                 return name
