@@ -8,7 +8,7 @@ each at a few small sizes within the bounds of the symbols:
 
     plain     numbers drawn from a normal distribution, three of four truth values true
     masked    whole rows of truth values false and whole rows true, of integers zero, of the operand of a softmax or an
-              exponential -inf, and of what is added to it -1e4, -1e9, -1e30 or its dtype's least number
+              exponential -inf, and of an addend to it -1e4, -1e9, -1e30 or its dtype's least number
     extreme   numbers up to 30 (3 where there are products), rows of equal numbers and of zeros
 
 Cases with masks also run in the graph's own dtypes, in which twice float32's least number is -inf.

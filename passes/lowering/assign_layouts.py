@@ -31,8 +31,9 @@ Wants = Callable[[Node, int], Layout | Reads]
 class AssignLayouts(Pass):
     """linear(x, w)   -->   linear(x, relayout(w, to=panels(16)))     if w depends on weights alone
 
-    wants  returns the way a node of the backend reads an operand alone  change a layout only if all readers of w want
-    the same one and w is no output: otherwise w would be stored twice
+    wants   returns the way a node of the backend reads an operand
+    alone   change a layout only if all readers of w want the same one and w is no output: otherwise w would be stored
+            twice
 
     Two readers that want two layouts get two relayouts; a reader of any layout gets the first. A weight that is an
     argument of a function counts if every call passes a value that depends on weights alone; the kernel changes the

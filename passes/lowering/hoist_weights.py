@@ -191,7 +191,7 @@ class _Hoisting:
         if others:
             what, place = blocks.name, describe_source(node.source, node.scope) or function.name
             told = ", ".join(dict.fromkeys(others))
-            self.log.notes.append(f"{what} is decoded once: {told} reads no {blocks.type.encoding} blocks, {place}")
+            self.log.notes.append(f"{what} is decoded once: {told} cannot read {blocks.type.encoding} blocks, {place}")
         return False
 
     def _affordable(self, nodes: Mapping[Node, None]) -> dict[Node, None]:

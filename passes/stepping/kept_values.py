@@ -42,9 +42,9 @@ class StepStates:
     def __init__(self, slots: Size) -> None:
         self.slots = slots
         self.kept: dict[int, dict[Value, KeptState]] = {}
-        """By the context's id: the values that the prologue keeps for it."""
+        """The values that the prologue keeps for each context, by the context's id."""
         self.memories: dict[str, Size] = {}
-        """By name: the sizes that the prologue keeps for each row."""
+        """The sizes that the prologue keeps for each row, by name."""
         self._names: dict[int, dict[Hashable, str]] = {}
 
     def name(self, context: Context, key: Hashable, base: str) -> str:

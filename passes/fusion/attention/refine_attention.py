@@ -34,7 +34,7 @@ class RefineAttention(SiteRewrite["_Refined"]):
     For ops that frontends import: ONNX's Attention, PyTorch's scaled_dot_product_attention, a layer whose mask is a
     tensor. Tensors are read as FuseAttention reads them. The op keeps its dtype and its other terms.
 
-    Refuses, with a note: a triangle or a band that is no term; a large negative number that is added where a row may be
+    Refuses, with a note: a triangle or a band that is not a term; a large negative number that is added where a row may be
     without keys, which is an average over all of them; an addend that may be inf; queries that do not begin at position
     0. A mask that is computed in another way is a near miss; a mask that is an input stays as it is.
 
