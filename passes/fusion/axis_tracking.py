@@ -59,7 +59,7 @@ class Axes:
         return product(self.sizes[atom] for atom in atoms)
 
     def cut(self, dim: Sequence[int], sizes: Sequence[Size]) -> list[tuple[int, ...]] | None:
-        """Split a dimension into consecutive pieces of these sizes. Return None if its atoms cannot be split that way."""
+        """Split a dimension into consecutive pieces of these sizes. Return None if its atoms do not allow it."""
         atoms = self.flat(dim)
         found = common_pieces([self.sizes[atom] for atom in atoms], sizes)
         if found is None:

@@ -34,9 +34,9 @@ class RefineAttention(SiteRewrite["_Refined"]):
     For ops that frontends import: ONNX's Attention, PyTorch's scaled_dot_product_attention, a layer whose mask is a
     tensor. Tensors are read as FuseAttention reads them. The op keeps its dtype and its other terms.
 
-    Refuses, with a note: a triangle or a band that is not a term; a large negative number that is added where a row may be
-    without keys, which is an average over all of them; an addend that may be inf; queries that do not begin at position
-    0. A mask that is computed in another way is a near miss; a mask that is an input stays as it is.
+    Refuses, with a note: a triangle or a band that is not a term; a large negative number that is added where a row may
+    be without keys, which is an average over all of them; an addend that may be inf; queries that do not begin at
+    position 0. A mask that is computed in another way is a near miss; a mask that is an input stays as it is.
 
     zero_empty_rows   a row without keys may give zeros in any case; then every mask becomes a mask, and none an addend
     """
@@ -71,8 +71,8 @@ class RefineAttention(SiteRewrite["_Refined"]):
         return site.plan.build(b)
 
     def _plan(self, node: Node, graph: Graph, by_offset: dict[Value, np.ndarray[Any, Any] | None]) -> AttentionPlan:
-        """The op as a plan to make it once more. Keys may have been repeated in another order than heads share them
-        in; then they stay as they are."""
+        """Return the plan of the op's replacement. If keys were repeated in another order than the one in which heads
+        share them, they stay repeated."""
         for grouped in (True, False):
             axes = Axes()
             op = _Op.of(axes, node, grouped)
