@@ -64,7 +64,7 @@ _MOST_KNOWN = 1 << 15
 
 
 def certify(rule: str, claim: Claim, graphs: tuple[Graph, Graph], seed: int = 0) -> Certificate | Counterexample | None:
-    """Try a claim, at each depth until it holds; None where both sides are the same text.
+    """Try a claim at each depth until it holds. Return None if both sides are the same text.
 
     graphs   the graph before and after, for the bounds of symbols and for calls
 

@@ -26,7 +26,7 @@ Array = np.ndarray[Any, Any]
 Sizes = Mapping[str, int]
 
 MASKED = {"masked": -1e9, "masked by -1e4": -1e4, "masked by -1e30": -1e30, "masked by the least": -math.inf}
-"""Cases, and what is then added: the least of its dtype where that is less."""
+"""Cases, and the masking number of each; a dtype's least number where this is out of range."""
 
 
 def _nodes(sides: tuple[Graph, Graph]) -> Iterator[Node]:

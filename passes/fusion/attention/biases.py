@@ -133,11 +133,11 @@ def table_terms(roles: Roles, table: Table) -> list[Fused]:
 
 
 def addends_of(axes: Axes, added: Added, exactly: bool) -> Iterator[Added | Chosen]:
-    """An addend, or its parts: of a sum of which each has fewer axes or one is a mask, and of a masked addend.
+    """Yield an addend, or its parts: the terms of a sum if each has fewer axes or one is a mask, or a mask and its addend.
 
     s + where(c, x, -inf)   -->   s + x, masked by c
 
-    exactly   also where every key is masked: not if x may be so large that its sum with the number is another
+    exactly   also if every key is masked: do not split if x may be so large that it changes its sum with the number
     """
     placed = beneath(axes, added.placed)
     node = placed.value.node
@@ -166,7 +166,7 @@ def addends_of(axes: Axes, added: Added, exactly: bool) -> Iterator[Added | Chos
 
 
 def _may_add(x: Value, fill: float, exactly: bool) -> bool:
-    """Whether x may be added to the number that masks it, and is lost in it. Infinity would not be, nor a large x."""
+    """Return True if x may be added to the number that masks it, which absorbs x unless x is infinite or large."""
     if not math.isfinite(fill):
         return True
     hazards = hazards_of(x)

@@ -156,7 +156,7 @@ def terms_of_chain(
 ) -> ChainTerms:
     """Return terms that change the scores as the chain does. Raises Mismatch if there are none.
 
-    guarded   a row that is -inf throughout gives zeros, as attention gives, and not NaN
+    guarded   True if a row that is -inf throughout gives zeros, as in attention, not NaN
     beside    masks that attention has already
     rule      the name of the pass, for hints
     """
@@ -203,9 +203,9 @@ def terms_of_chain(
 
 
 def _read(roles: Roles, scores: Scores, exactly: bool) -> list[ChainStep]:
-    """The steps, in order. A sum that is added is several, and so is where(c, x, -inf): x, and a mask.
+    """Return the steps, in order. A sum is several addends, and where(c, x, -inf) as an addend is x and a mask.
 
-    exactly   not where x may be as large as the number of the mask, to which it would be added
+    exactly   do not split the latter if x may be as large as the mask's number, to which it would be added
     """
     steps: list[ChainStep] = []
     for term in scores.terms:
@@ -250,7 +250,7 @@ def _addend_notes(steps: Sequence[ChainStep], masks_outweigh: bool, rule: str) -
 
 
 def _biases(roles: Roles, steps: Sequence[ChainStep], overflow: _Overflow | None) -> list[Fused]:
-    """The steps that are no masks: up to the last fill as one, and each that comes later for itself.
+    """Return the steps that are not masks as biases: all up to the last fill as one, and each later step as its own.
 
     What comes earlier, but is lost in the rounding of all numbers that are filled in later, may be one for itself.
     """
@@ -325,7 +325,7 @@ def _put(roles: Roles, step: ChainStep) -> Put:
 def _emptied(steps: Sequence[ChainStep], scores: Scores) -> list[Seen]:
     """The masks of rows whose scores must vanish, since they are not lost beside a number that is filled in for them.
 
-    Raises Mismatch where a row in which every key is masked holds scores as well, beside such numbers.
+    Raises Mismatch if a row in which every key is masked also holds scores in addition to such numbers.
     """
     small = [step for step in steps if step.filled and step.is_finite and not _absorbs(step)]
     if not small:
