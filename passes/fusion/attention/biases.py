@@ -133,7 +133,7 @@ def table_terms(roles: Roles, table: Table) -> list[Fused]:
 
 
 def addends_of(axes: Axes, added: Added, exactly: bool) -> Iterator[Added | Chosen]:
-    """Yield an addend, or its parts: the terms of a sum if each has fewer axes or one is a mask, or a mask and its addend.
+    """Yield an addend, or its parts: the terms of a sum if each has fewer axes or one is a mask, or a mask and addend.
 
     s + where(c, x, -inf)   -->   s + x, masked by c
 
