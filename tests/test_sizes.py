@@ -462,7 +462,7 @@ def test_operators_beside_numbers_that_are_no_sizes() -> None:
     assert (np.int64(9) - S, np.int64(9) // S, np.int64(9) % S) == (9 - S, 9 // S, 9 % S)
     assert (S**0, S**1, S**3, seven**0, seven**2, seven**-1) == (1, S, S * S * S, 1, 49, 1 / 7)
     for function in (operator.floordiv, operator.mod):
-        with pytest.raises(SizeError, match="the size S is no number while a model is traced"):
+        with pytest.raises(SizeError, match="the size S is not a number while a model is traced"):
             function(2.5, S)
         with pytest.raises(TypeError):
             function([], seven)

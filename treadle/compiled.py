@@ -40,6 +40,7 @@ class Compiled:
     weights     the weights by name, to look at; memory-mapped where they come from a checkpoint. Neither the mapping
                 nor an array in it can be written (`treadle.held_weights`)
     unused      the checkpoint's tensors that the model does not take
+    unread      the keys of config.json that the model's family does not know
     seed        the seed that drew the weights, or None where a checkpoint or the caller gave them
 
     Where inputs determine shapes it is a `treadle.specializing.Specializing`, with a graph for each of their values.
@@ -53,6 +54,7 @@ class Compiled:
     weights: Mapping[str, Array]
     unused: tuple[str, ...] = ()
     seed: int | None = None
+    unread: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", HeldWeights(self.weights))

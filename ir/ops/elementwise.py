@@ -10,23 +10,23 @@ import numpy as np
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.op_registry import op
-from treadle.ir.operation import Grads, Operand, Primitive
+from treadle.ir.operation import Composite, Grads, Operand, Primitive
 from treadle.ir.ops.along_axes import wide_array
 from treadle.ir.ops.error_function import erf
 from treadle.ir.samples import S
-from treadle.ir.types import DType
+from treadle.ir.storage.views import View
+from treadle.ir.types import DType, Type
 
 
 class _Elementwise(Primitive):
-    """y = f(x). A subclass says dy/dx in terms of x and y; None where it is zero almost everywhere."""
+    """y = f(x). A subclass defines `derivative`, which returns dy/dx in terms of x and y."""
 
     def derivative(self, b: Builder, x: Expr, y: Expr) -> Any:
-        return None
+        raise NotImplementedError
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,), (x,), (y,) = grads, inputs, outputs
-        slope = self.derivative(b, x, y)
-        return [None if slope is None else g * slope]
+        return [g * self.derivative(b, x, y)]
 
 
 @op("neg", axes="... -> ...", dtypes="n -> n", linear="x")
@@ -73,6 +73,38 @@ class Log(_Elementwise):
 
     def derivative(self, b: Builder, x: Expr, y: Expr) -> Any:
         return b.reciprocal(x)
+
+    samples = [S("f32[2,3] > 0")]
+    errors = [(S("i64[2]"), "x must be a float, is i64")]
+
+
+@op("expm1", axes="... -> ...", dtypes="f -> f")
+class Expm1(_Elementwise):
+    """y = e^x - 1, to all digits near 0, where e^x rounds to 1"""
+
+    x = Operand()
+
+    def reference(self, x: Any) -> Any:
+        return np.expm1(wide_array(x)).astype(x.dtype)
+
+    def derivative(self, b: Builder, x: Expr, y: Expr) -> Any:
+        return b.exp(x)
+
+    samples = [S("f32[2,3]"), S("f32[]")]
+    errors = [(S("i64[2]"), "x must be a float, is i64")]
+
+
+@op("log1p", axes="... -> ...", dtypes="f -> f")
+class Log1p(_Elementwise):
+    """y = ln(1 + x), to all digits near 0, where 1 + x rounds to 1; -inf at -1, NaN below"""
+
+    x = Operand()
+
+    def reference(self, x: Any) -> Any:
+        return np.log1p(wide_array(x)).astype(x.dtype)
+
+    def derivative(self, b: Builder, x: Expr, y: Expr) -> Any:
+        return b.reciprocal(x + 1.0)
 
     samples = [S("f32[2,3] > 0")]
     errors = [(S("i64[2]"), "x must be a float, is i64")]
@@ -223,10 +255,11 @@ class Abs(_Elementwise):
 
 
 @op("sign", axes="... -> ...", dtypes="n -> n")
-class Sign(_Elementwise):
+class Sign(Primitive):
     """y = 1, 0 or -1 where x is positive, zero or negative; no gradient flows"""
 
     x = Operand()
+    stops_gradient = True
 
     def reference(self, x: Any) -> Any:
         return np.sign(x)
@@ -236,10 +269,11 @@ class Sign(_Elementwise):
 
 
 @op("floor", axes="... -> ...", dtypes="f -> f")
-class Floor(_Elementwise):
+class Floor(Primitive):
     """y = the greatest whole number that is not above x; no gradient flows"""
 
     x = Operand()
+    stops_gradient = True
 
     def reference(self, x: Any) -> Any:
         return np.floor(x)
@@ -265,14 +299,39 @@ class Relu(Primitive):
     errors = [(S("i64[2]"), "x must be a float, is i64")]
 
 
+@op("stop_gradient", axes="... -> ...", dtypes="f -> f", linear="x", flops=0)
+class StopGradient(Composite):
+    """y = x, and no gradient flows, as through tensor.detach() in PyTorch
+
+    Where a graph is not differentiated, the default passes take it out.
+    """
+
+    x = Operand()
+
+    def body(self, b: Builder, x: Expr) -> Any:
+        return x
+
+    def reference(self, x: Any) -> Any:
+        return np.asarray(x)
+
+    def viewed(self, x: View, types: Sequence[Type | None]) -> View | None:
+        return x
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        return [None]
+
+    samples = [S("f32[2,3]"), S("f32[]")]
+    errors = [(S("i64[2]"), "x must be a float, is i64")]
+
+
 @op("cast", axes="... -> ...", flops=0)
 class Cast(Primitive):
     """y = x in the dtype `to`
 
-    Float to float rounds to nearest, ties to even. Float to integer drops the fraction; what the integer
-    cannot hold is undefined. A bool is 0 or 1, and a number is true unless it is 0. NumPy has no bf16: the
-    reference rounds to bf16 and holds it in float32. Linear into floats, up to rounding, so a partial sum
-    passes through; not into integers.
+    Float to float rounds to nearest, ties to even. Float to integer drops the fraction; the result is undefined if the
+    integer cannot hold it. A bool is 0 or 1, and a number is true unless it is 0. NumPy has no bf16: the reference
+    rounds to bf16 and holds it in float32. Linear into floats, up to rounding, so a partial sum passes through; not
+    into integers.
     """
 
     x = Operand()
@@ -306,7 +365,7 @@ class Cast(Primitive):
 
 
 def _round_to_bf16(x: Any) -> Any:
-    """x rounded to bf16's 8 significant bits, as float32, of which a bf16 is the upper half."""
+    """Round x to bf16's 8 significant bits, as float32, whose upper half is the bf16."""
     single = np.asarray(x, np.float32)
     bits = single.view(np.uint32)
     rounded = np.asarray((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)

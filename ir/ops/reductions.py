@@ -1,4 +1,4 @@
-"""Reductions along axes, and what else looks along an axis: cumsum, argmax and top-k."""
+"""Reductions along axes, and other ops along an axis: cumsum, argmax and top-k."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from treadle.ir.types import DType, Type, f32, i64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Reduction(Op):
-    """Combines the elements along some axes by a monoid; without one, the rule calls them whole.
+    """Combines the elements along some axes by a monoid; without a monoid, the rule declares them whole.
 
     axes   the axes to reduce; a negative one counts from the end
-    keep   leave a dimension of size 1 in the place of each
+    keep   keep each axis as a dimension of size 1
     """
 
     monoid: ClassVar[str | None] = None
@@ -38,13 +38,34 @@ class _Reduction(Op):
         return rule_along(self.axes, ranks[0] or 0, read, "1" if self.keep else "")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Extremum(_Reduction, Primitive):
+    """The greatest or the least element.
+
+    ties   the gradient among equal ones: "even" shares it, as torch.amax does; "first" gives it all to the one that
+           `argmax` names, as torch.max along an axis does
+    """
+
+    ties: str = "even"
+
+    def check(self, types: Sequence[Type | None]) -> None:
+        if self.ties not in ("even", "first"):
+            raise RuleError(f"ties must be even or first, is {self.ties!r}")
+        if self.ties == "first" and len(self.axes) != 1:
+            raise RuleError(f"the first of equal elements is one along one axis, not along {len(self.axes)}")
+
     def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
         return not_empty(types[0], self.axes, str(self.monoid))
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,), (x,), (y,) = grads, inputs, outputs
         g, y = (with_ones(b, v, self.axes, x.rank) for v in (g, y))
+        if self.ties == "first":
+            (axis,) = places(self.axes, x.rank)
+            chosen = b.argmax(x if self.monoid == "max" else -x, axis=axis, keep=True)
+            ones = " ".join("1" * (x.rank - 1 - axis))
+            here = b.rearrange(b.iota(size=x.shape[axis]), pattern=f"n -> n {ones}")
+            return [b.where(b.equal(here, chosen), g, b.constant(0, x.dtype))]
         chosen = widened(b.equal(x, y).cast(x.dtype))
         share = widened(g) / b.reduce_sum(chosen, axes=self.axes, keep=True)
         return [(chosen * share).cast(x.dtype)]
@@ -56,18 +77,22 @@ class _Extremum(_Reduction, Primitive):
         S("f32[2,3] distinct", axes=(0, 1)),
         S("f32[2,3]", axes=()),
         S("i64[4,3]", axes=(0,)),
+        S("f32[2,3,5] distinct", axes=(1,), ties="first"),
+        S("f32[2,3] distinct", axes=(-1,), keep=True, ties="first"),
     ]
     errors = [
         (S("f32[2,3]", axes=(2,)), "there is no axis 2 in a tensor of rank 2"),
         (S("f32[2,3]", axes=(1, -1)), "axis 1 is named twice"),
         (S("f32[2,0]", axes=(1,)), "an axis of size 0 has no"),
+        (S("f32[2,3]", axes=(0, 1), ties="first"), "is one along one axis, not along 2"),
+        (S("f32[2,3]", axes=(0,), ties="last"), "ties must be even or first, is 'last'"),
         (S("bool[2]", axes=(0,)), "x must be a number, is bool"),
     ]
 
 
 @op("reduce_sum", dtypes="n -> n", linear="x")
 class ReduceSum(_Reduction, Primitive):
-    """y = sum of x over `axes`, accumulated in its own dtype, of 16-bit floats in f32"""
+    """y = sum of x over `axes`, accumulated in its own dtype, for 16-bit floats in f32"""
 
     x = Operand()
     monoid = "sum"
@@ -100,7 +125,7 @@ class ReduceSum(_Reduction, Primitive):
 class ReduceMax(_Extremum):
     """y = max of x over `axes`; a NaN gives NaN
 
-    The gradient is shared evenly among equal maxima, as torch.amax has it.
+    The gradient is shared evenly among equal maxima, as torch.amax has it; `ties` gives it to the first.
     """
 
     x = Operand()
@@ -114,7 +139,7 @@ class ReduceMax(_Extremum):
 class ReduceMin(_Extremum):
     """y = min of x over `axes`; a NaN gives NaN
 
-    The gradient is shared evenly among equal minima, as torch.amin has it.
+    The gradient is shared evenly among equal minima, as torch.amin has it; `ties` gives it to the first.
     """
 
     x = Operand()
@@ -128,8 +153,8 @@ class ReduceMin(_Extremum):
 class ReduceMean(_Reduction, Composite):
     """y = (sum of x over `axes`) / (number of its terms)
 
-    The mean of two parts is no function of their means alone, so the axes are whole; the sum is in the body, for 16-bit
-    floats in f32.
+    The mean of two parts does not follow from their means alone, so the axes are whole; the sum is in the body, for
+    16-bit floats in f32.
     """
 
     x = Operand()
@@ -151,7 +176,7 @@ class ReduceMean(_Reduction, Composite):
         return [b.expand(with_ones(b, share, self.axes, x.rank), shape=x.shape)]
 
     def terms(self, b: Builder, x: Expr) -> Expr:
-        """How many elements of x make one of y, as a scalar of x's dtype."""
+        """Return the number of elements of x for one of y, as a scalar of x's dtype."""
         count = product(x.shape[i] for i in places(self.axes, x.rank))
         if count.constant is not None:
             return b.constant(count.constant, x.dtype)
@@ -171,10 +196,11 @@ class ReduceMean(_Reduction, Composite):
 
 @op("size", axes="->", flops=0)
 class SizeOf(Primitive):
-    """y = the value of a size expression, a scalar: the count that a mean over a symbolic axis divides by"""
+    """y = the value of a size expression, a scalar: the divisor of a mean over a symbolic axis"""
 
     value: Size
     dtype: DType = i64
+    stops_gradient = True
 
     def dtypes(self) -> str:
         return f"-> {self.dtype}"
@@ -192,10 +218,10 @@ class SizeOf(Primitive):
 
 @op("cumsum", dtypes="n -> n", linear="x")
 class CumSum(Primitive):
-    """y[i] = sum of x[j] over j <= i, along `axis`, of 16-bit floats carried in f32
+    """y[i] = sum of x[j] over j <= i, along `axis`, for 16-bit floats accumulated in f32
 
     exclusive   j < i instead: starts at 0
-    reverse     j >= i (or j > i): sums from the end. The result at i then reads what comes after i, so the
+    reverse     j >= i (or j > i): sums from the end. The result at i then reads elements after i, so the
                 axis is whole and not scanned.
     """
 
@@ -224,9 +250,9 @@ class CumSum(Primitive):
         return [b.cumsum(g, axis=self.axis, exclusive=self.exclusive, reverse=not self.reverse)]
 
     def stepped(self, step: Stepping, operands: Sequence[Expr | Kept | None], held: Held) -> Any:
-        """The sum so far is the first term: sum over ([carried, x]), without its first element.
+        """Build the step with the sum so far as the first element: sum over ([carried, x]), without its first element.
 
-        What follows a row's last real token counts as 0, and a row at position 0 begins anew.
+        Elements after a row's last real token count as 0, and a row at position 0 starts at 0 again.
         """
         (x,) = operands
         if not isinstance(x, Expr) or self.reverse:
@@ -258,10 +284,11 @@ class CumSum(Primitive):
 class ArgMax(Primitive):
     """y = the position of the greatest element along `axis`; the first of equal ones
 
-    keep   leave a dimension of size 1 in its place
+    keep   keep the axis as a dimension of size 1
     """
 
     x = Operand()
+    stops_gradient = True
     axis: int
     keep: bool = False
 

@@ -1,4 +1,4 @@
-"""Rounding: to whole numbers, and to float formats that are narrower than the dtype which holds the result."""
+"""Rounding: to integers, and to float formats that are narrower than the dtype of the result."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from typing import Any
 
 import numpy as np
 
+from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
 from treadle.ir.op_registry import op
-from treadle.ir.operation import Operand, Primitive
+from treadle.ir.operation import Grads, Operand, Primitive
 from treadle.ir.samples import S
 from treadle.ir.types import Type
 
 
 @op("round", axes="... -> ...", dtypes="f -> f")
 class Round(Primitive):
-    """y = the whole number nearest to x, of two equally near the even one; no gradient flows"""
+    """y = the integer nearest to x, the even one if two are equally near; no gradient flows"""
 
     x = Operand()
+    stops_gradient = True
 
     def reference(self, x: Any) -> Any:
         return np.rint(x)
@@ -30,14 +32,14 @@ class Round(Primitive):
 
 @dataclass(frozen=True)
 class FloatFormat:
-    """A binary float format without its bits' order: which numbers it has.
+    """A binary float format as a set of numbers, without the order of its bits.
 
     fraction   bits after the leading one
-    least      the exponent of its least normal number; below, numbers are spaced as they are there
+    least      the exponent of its least normal number; below it, numbers keep the spacing there
     largest    its largest finite number
-    beyond     what a number past it becomes where it does not saturate: inf, nan, or None (always saturates)
-    signed     whether it has numbers below zero
-    minus_zero whether it has a zero of either sign
+    beyond     the result for a larger number without saturation: inf, nan, or None (always saturates)
+    signed     True if it has numbers below zero
+    minus_zero True if it has both +0 and -0
     """
 
     fraction: int
@@ -56,8 +58,9 @@ FORMATS = {
     "f8e5m2fnuz": FloatFormat(2, -15, 57344.0, np.nan, minus_zero=False),
     "f4e2m1": FloatFormat(1, 0, 6.0, None),
 }
-"""By name: bf16; the 8-bit formats of Micikevicius et al. 2022 (fn: finite, no inf) and of Noune et al. 2022 (fnuz: one
-NaN, one zero); the 4-bit format of the OCP microscaling formats, which has neither inf nor NaN."""
+"""Formats by name: bf16; the 8-bit formats of Micikevicius et al. 2022 (fn: finite, no inf) and of Noune et al. 2022
+(fnuz: one NaN, one zero); the 4-bit format of the OCP microscaling formats, which has neither inf nor NaN.
+"""
 
 
 @op("round_to", axes="... -> ...", dtypes="f -> f")
@@ -67,6 +70,8 @@ class RoundTo(Primitive):
     format     a name of `FORMATS`
     saturate   numbers past the format's largest, infinite ones as well, become the largest; otherwise they become what
                the format has beyond: inf or NaN. A NaN stays one; in a format without any it becomes 0.
+
+    A cast to the format and back: the gradient passes unchanged, as through a cast.
     """
 
     x = Operand()
@@ -91,6 +96,9 @@ class RoundTo(Primitive):
         if not known.minus_zero:
             y = y + 0.0
         return y.astype(np.asarray(x).dtype)
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        return grads
 
     samples = [
         S("f32[2,3]", format="bf16"),

@@ -1,4 +1,4 @@
-"""Reads axis rules: docs/axis-rules.md is the grammar, `treadle.ir.axes` what a rule means."""
+"""Parser of axis rules. docs/axis-rules.md has the grammar, `treadle.ir.axes` the meaning of a rule."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ class _RuleReader:
     def __init__(self, text: str) -> None:
         self.text = text
         self.start = 0
-        """Where the pattern that is read next begins."""
+        """The start of the pattern that is parsed next."""
         self.at: int | None = 0
-        """Where the piece under consideration begins; None when it is the rule as a whole."""
+        """The start of the current piece; None for the rule as a whole."""
         self.places: dict[str, int] = {}
-        """Where each name stood last."""
+        """The last location of each name."""
         self.marked: dict[str, AxisFactor] = {}
         self.given: dict[str, Size] = {}
         self.in_operands: list[str] = []
@@ -84,7 +84,7 @@ class _RuleReader:
                 size, at = part[at : (end := _size_end(part, at))], end
             if match["dots"]:
                 if any(isinstance(d, LeadingDims) for d in dims) or group is not None:
-                    raise self.error("... may stand once in an operand, outside parentheses")
+                    raise self.error("... may occur once in an operand, outside parentheses")
                 dims.append(LeadingDims())
             elif match["open"]:
                 if group is not None:
@@ -100,7 +100,7 @@ class _RuleReader:
                     dims.append(AxisDim())
             elif match["whole"]:
                 if group is not None:
-                    raise self.error("a whole axis stands outside parentheses")
+                    raise self.error("a whole axis must be outside parentheses")
                 dims.append(self.whole(match["whole"][1:-1].replace(" ", ""), is_result))
             else:
                 name = self.factor(match, size, is_result)
@@ -146,7 +146,7 @@ class _RuleReader:
         return AxisDim((), self.size(inner))
 
     def size(self, text: str) -> Size:
-        if _NAMES.fullmatch(text):  # a join's: as many terms as it has parts, more than an expression may hold
+        if _NAMES.fullmatch(text):  # a concatenation's: one term per part, possibly more than an expression may hold
             return sum_of_symbols(text.split("+"))
         try:
             return parse_size(text)
@@ -172,8 +172,8 @@ class _RuleReader:
         self.at = None
         for factor in factors.values():
             if factor.limit is not None and factor.limit not in factors:
-                raise self.error(f"{factor.name} is limited by {factor.limit}, which is no axis of the rule")
+                raise self.error(f"{factor.name} is limited by {factor.limit}, which is not an axis of the rule")
         dots = [any(isinstance(d, LeadingDims) for d in p) for p in (*operands, *results)]
         if any(dots[: len(operands)]) != any(dots) or (any(dots) and not all(dots[len(operands) :])):
-            raise self.error("'...' stands in an operand and in every result, or nowhere")
+            raise self.error("'...' must be in an operand and in every result, or nowhere")
         return Rule(self.text, operands, results, factors, self.given)

@@ -1,4 +1,4 @@
-"""Sizes: polynomials over bounded symbols and floor-divisions, kept in one canonical form.
+"""Sizes: polynomials over bounded symbols and floor-divisions, in one canonical form.
 
     size   = sum of terms             3*B*S + 1
     term   = coefficient * atoms      atoms multiply
@@ -27,7 +27,7 @@ SizeLike: TypeAlias = "Size | int | str"
 
 
 class Quotient:
-    """The atom `numerator // denominator`, rounded down. Immutable; its text is its place among atoms."""
+    """The atom `numerator // denominator`, rounded down. Immutable; its text determines its order among atoms."""
 
     __slots__ = ("_hash", "_text", "denominator", "numerator")
 
@@ -51,7 +51,7 @@ class Quotient:
         return f"Quotient({self._text})"
 
 
-# Text that someone else wrote may ask for any product; these bound the work and keep every size printable.
+# Untrusted text may contain any product; these limits bound the work and keep every size printable.
 MOST_TERMS = 256
 MOST_FACTORS = 64
 MOST_DIVIDED = 64
@@ -67,7 +67,7 @@ def _atom_key(atom: Atom) -> tuple[int, str]:
 
 
 class Size(SizeNumbers):
-    """A canonical size expression. Immutable, hashable; arithmetic gives sizes again."""
+    """A canonical size expression. Immutable and hashable; arithmetic returns sizes."""
 
     __slots__ = ("_hash", "_text", "constant", "terms")
     terms: tuple[tuple[Monomial, int], ...]
@@ -75,25 +75,25 @@ class Size(SizeNumbers):
     """Its value if it holds no symbol, else None."""
 
     def __init__(self, terms: Iterable[tuple[Monomial, int]]) -> None:
-        """Prefer `Size.of`, which reads integers and text, and arithmetic."""
+        """Build a size from terms. Prefer `Size.of`, which accepts integers and text, and arithmetic."""
         self.terms = tuple(terms)
         if not self.terms:
             self.constant = 0
         else:
             mono, coeff = self.terms[0]
             self.constant = coeff if len(self.terms) == 1 and not mono else None
-        self._hash = hash(self.terms if self.constant is None else self.constant)  # as the equal integer's
+        self._hash = hash(self.terms if self.constant is None else self.constant)  # equal integers' hash
         self._text: str | None = None
 
-    # -- making ------------------------------------------------------------------------------------------------
+    # -- construction ------------------------------------------------------------------------------------------
 
     @staticmethod
     def of(value: SizeLike) -> Size:
-        """A size from an integer, from text such as `"2*S + 1"`, or from itself. Raises SizeError."""
+        """Return a size from an integer, from text such as `"2*S + 1"`, or from itself. Raises SizeError."""
         if isinstance(value, Size):
             return value
         if isinstance(value, str):
-            from treadle.ir.sizing.size_text import parse_size  # which makes sizes of what it reads
+            from treadle.ir.sizing.size_text import parse_size  # an import cycle: the parser builds sizes
 
             return parse_size(value)
         try:
@@ -103,7 +103,7 @@ class Size(SizeNumbers):
 
     @staticmethod
     def symbol(name: str) -> Size:
-        """The size that is one symbol."""
+        """Return the size that is one symbol."""
         return _symbol(name)
 
     @staticmethod
@@ -149,7 +149,9 @@ class Size(SizeNumbers):
         return (atom, coeff, offset) if isinstance(atom, str) else None
 
     def evaluate(self, values: Mapping[str, int]) -> int:
-        """Its value where each symbol has one. Raises SizeError for a symbol without a value or a zero divisor."""
+        """Return the value for given values of symbols. Raises SizeError for a symbol without a value or a zero
+        divisor.
+        """
         if self.constant is not None:
             return self.constant
         total = 0
@@ -169,7 +171,7 @@ class Size(SizeNumbers):
         return total
 
     def substitute(self, values: Mapping[str, SizeLike]) -> Size:
-        """The size with some symbols replaced by sizes."""
+        """Return the size with some symbols replaced by sizes."""
         total = ZERO
         for mono, coeff in self.terms:
             product = _constant(coeff)
@@ -182,7 +184,7 @@ class Size(SizeNumbers):
         return total
 
     def bounds(self, symbols: Mapping[str, Bounds]) -> Bounds:
-        """An interval that holds every value it takes (interval arithmetic: sound, not always tight).
+        """Return an interval that holds every value of the size (interval arithmetic: sound, not always tight).
 
         A lower bound of -2**62 stands for none.
         """
@@ -190,7 +192,7 @@ class Size(SizeNumbers):
         return Bounds(-(2**62) if low == -INFINITY else int(low), None if high == INFINITY else int(high))
 
     def interval(self, symbols: Mapping[str, Bounds]) -> tuple[float, float]:
-        """The same, with infinities."""
+        """Return the same interval, with infinite ends."""
         if self.constant is not None:
             return self.constant, self.constant
         low: float = 0
@@ -200,7 +202,7 @@ class Size(SizeNumbers):
             hi: float = coeff
             for atom in mono:
                 a_lo, a_hi = atom_bounds(atom, symbols)
-                if lo >= 0 and a_lo >= 0:  # as nearly all are
+                if lo >= 0 and a_lo >= 0:  # nearly all are
                     lo, hi = times(lo, a_lo), times(hi, a_hi)
                 else:
                     corners = [times(x, y) for x in (lo, hi) for y in (a_lo, a_hi)]
@@ -256,7 +258,7 @@ class Size(SizeNumbers):
         return Size._from(table)
 
     def divide(self, other: SizeLike) -> Size | None:
-        """The quotient if `other` divides it for all values of the symbols, else None."""
+        """Return the quotient if `other` divides the size for all values of the symbols, else None."""
         other = Size.of(other)
         if not other.terms:
             return None
@@ -344,7 +346,7 @@ class Size(SizeNumbers):
         return self._hash
 
     def __str__(self) -> str:
-        """Compact text that `parse_size` reads back: `2*S+1`, `(S+3)//4`."""
+        """Return compact text that `parse_size` parses: `2*S+1`, `(S+3)//4`."""
         if self._text is None:
             self._text = self._spell()
         return self._text
@@ -385,10 +387,11 @@ def _without(mono: Monomial, part: Monomial) -> Monomial | None:
 
 
 def _whole_parts(size: Size, divisor: int) -> tuple[Size, Size]:
-    """A size as `whole * divisor + rest`, so that its quotient is whole + rest // divisor: (S-1)//2+1 is (S+1)//2.
+    """Return a size as `whole * divisor + rest`, so that its quotient is whole + rest // divisor: (S-1)//2+1 is
+    (S+1)//2.
 
-    The number in the rest is from 0 to divisor - 1; its other coefficients are smaller than the divisor, with the sign
-    that they had, so that bounds stay as tight.
+    The number in the rest is from 0 to divisor - 1. Its other coefficients are smaller than the divisor and keep their
+    signs, so that bounds stay as tight.
     """
     whole: dict[Monomial, int] = {}
     rest: dict[Monomial, int] = {}
@@ -439,7 +442,7 @@ ONE = _constant(1)
 
 
 def product(sizes: Iterable[SizeLike]) -> Size:
-    """The product of sizes; of none, 1."""
+    """Return the product of sizes; without any, 1."""
     total = ONE
     for size in sizes:
         total = total * size
@@ -447,5 +450,5 @@ def product(sizes: Iterable[SizeLike]) -> Size:
 
 
 def sum_of_symbols(names: Iterable[str]) -> Size:
-    """The sum of these symbols, however many. Made at once: adding them one by one sorts each sum on the way."""
+    """Return the sum of any number of symbols. Built at once: adding them one by one would sort each partial sum."""
     return Size(sorted(((name,), count) for name, count in Counter(names).items()))

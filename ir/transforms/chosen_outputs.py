@@ -1,4 +1,4 @@
-"""Some of a graph's outputs, whole or in part, so that passes remove what no other needs.
+"""Selection of a graph's outputs, whole or in part, so that passes remove nodes that no selected output needs.
 
 choose_outputs(graph, ["pooled"])               # that alone
 choose_outputs(graph, ["hidden[:, 0]"])         # f32[B, D] of the first positions, under the output's name
@@ -25,16 +25,16 @@ from treadle.ir.types import Dim, Type, i64
 _ASKED = re.compile(r"(?P<name>[^\[\]]*)(?:\[(?P<part>[^\[\]]*)\])?")
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _SPAN = re.compile(r"(?P<start>[+-]?\d{1,17})?\s*(?:(?P<colon>:)\s*(?P<stop>[+-]?\d{1,17})?)?", re.ASCII)
-"""As a size in text has 18 digits at most, what is one past a position can be written."""
+"""A size in text has at most 18 digits, so that one more than any position can be written."""
 
 
 class UnknownOutputError(UsageError):
-    """A graph lacks an output of the name that was asked for."""
+    """The graph has no output of the requested name."""
 
 
 @dataclass(frozen=True)
 class _Span:
-    """Positions from start to stop of one axis; with `single` the one at start, and the axis is gone."""
+    """Positions from start to stop of one axis; with `single` only the one at start, and the axis is removed."""
 
     start: int | None
     stop: int | None
@@ -43,21 +43,21 @@ class _Span:
 
 @dataclass(frozen=True)
 class _Given:
-    """Positions of each row, that an input of this name tells."""
+    """Positions of each row, given by an input of this name."""
 
     name: str
 
 
 def choose_outputs(graph: Graph, outputs: Sequence[str]) -> Graph:
-    """A copy of a graph that gives these outputs of its `main`, in this order.
+    """Return a copy of a graph with these outputs of its `main`, in this order.
 
     outputs   names; in brackets behind one a part, as in NumPy: for each of its first axes a position, or `start:stop`,
               of which a negative number counts from the end. In the place of the second axis, behind `:`, also a name:
               of a new input, which holds positions for each row of the first axis; outputs that name the same input
               are read at the same positions
 
-    Raises UnknownOutputError for a name that the graph has not, UsageError for a part that is none, or an output
-    that is named twice.
+    Raises UnknownOutputError for a name that the graph lacks, UsageError for a malformed part, or an output that is
+    named twice.
     """
     given: object = outputs
     listed = isinstance(given, Sequence) and not isinstance(given, str)

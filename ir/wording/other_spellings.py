@@ -1,4 +1,5 @@
-"""What other libraries call what Treadle spells otherwise: their `mean` is `t.reduce_mean(x, axes=(-1,))`. For errors.
+"""Names in other libraries for what Treadle spells otherwise: their `mean` is `t.reduce_mean(x, axes=(-1,))`. For
+errors.
 
 Code comes first, so that a test can run it; words follow a #.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 _PERMUTED = 't.rearrange(x, pattern="b s d -> b d s")'
 _SPLIT = 't.rearrange(x, pattern="b s (h=2 d) -> b h s d")  # (h d) is one axis: split on the left, joined on the right'
 _LEFT_OUT = "x  # a compiled model only infers: leave it out"
-_NUMBERS = "t.compile(model)(...)  # gives arrays; x has no elements yet"
+_NUMBERS = "t.compile(model)(...)  # returns arrays; x has no elements yet"
 
 _WORDS = {
     "transpose permute swapaxes moveaxis movedim": _PERMUTED,
@@ -25,9 +26,6 @@ _WORDS = {
     "repeat tile broadcast_to expand_as": "t.expand(x, shape=x.shape)  # ops spread axes of size 1 by themselves",
     "clip clamp": "t.minimum(t.maximum(x, 0.0), 1.0)",
     "masked_fill tril triu": 't.where(x > 0, x, float("-inf"))  # for attention, mask=t.causal',
-    "softplus": "t.log(1 + t.exp(x))",
-    "log1p": "t.log(1 + x)",
-    "expm1": "t.exp(x) - 1",
     "log2": "t.log(x) / 0.6931471805599453",
     "leaky_relu": "t.maximum(x, 0.01 * x)",
     "square": "x * x",
@@ -53,7 +51,8 @@ _WORDS = {
     "scaled_dot_product_attention sdpa": "t.attention(q, k, v, mask=t.causal)",
     "rope rotary_embedding rotary_emb": "t.rotary(q, t.positions(tokens), t.rotary_frequencies(8))",
     "swiglu SwiGLU geglu": 't.gated_mlp(x, 32, act=t.silu, name="mlp")',
-    "dropout Dropout detach contiguous clone requires_grad no_grad": _LEFT_OUT,
+    "dropout Dropout contiguous clone requires_grad no_grad": _LEFT_OUT,
+    "detach": "t.stop_gradient(x)",
     "Parameter": 't.parameter("w", 64)',
     "Module": "@t.model  # on a function; layers are functions, too",
     "nn": 't.linear(x, 64, name="f")  # layers are functions',
@@ -93,10 +92,10 @@ _METHODS = {
 }
 
 OTHER_WORDS = {word: spelled for words, spelled in _WORDS.items() for word in words.split()}
-"""By a function or type that Treadle does not have, what to write."""
+"""For each function or type that Treadle lacks, its replacement."""
 
 OTHER_METHODS = OTHER_WORDS | {word: spelled for words, spelled in _METHODS.items() for word in words.split()}
-"""By a method or property that a tensor of a model does not have, what to write."""
+"""For each method or property that a model's tensor lacks, its replacement."""
 
 OTHER_OPTIONS: dict[str, tuple[str, ...]] = {
     "dim": ("axis", "axes"),
@@ -116,4 +115,4 @@ OTHER_OPTIONS: dict[str, tuple[str, ...]] = {
     "out_features": ("out",),
     "dtype": ("to",),
 }
-"""By another library's name of an option, what it may be called here."""
+"""For each name of an option in other libraries, its possible names here."""

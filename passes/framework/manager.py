@@ -151,10 +151,19 @@ class PassManager:
               change that fails is undone and reported as a refusal, and the other passes continue. None: as
               TREADLE_CERTIFY says
     target    the hardware that the graph is compiled for; a rewrite may be refused because it is slower there
+    differentiated  True if the graph will be differentiated: rewrites then keep its gradients, and certificates
+              compare them
     """
 
-    def __init__(self, passes: Sequence[Pass], *, certify: bool | None = None, target: Target | None = None) -> None:
-        self.passes = tuple(passes)
+    def __init__(
+        self,
+        passes: Sequence[Pass],
+        *,
+        certify: bool | None = None,
+        target: Target | None = None,
+        differentiated: bool = False,
+    ) -> None:
+        self.passes, self.differentiated = tuple(passes), differentiated
         self.certify = os.environ.get("TREADLE_CERTIFY", "") not in ("", "0") if certify is None else certify
         self.target = target or Target("cpu")
 
@@ -186,6 +195,7 @@ class PassManager:
             record = PassRecord(
                 *(each.name, each.options, before),
                 certifying=certify,
+                differentiated=self.differentiated,
                 target=self.target,
                 lineage=lineage,
                 rules=each.rule_names,

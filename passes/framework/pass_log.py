@@ -95,10 +95,12 @@ class PassRecord:
     plan     the result of a planning pass, which prints its own text
     fit      how a run fits into a budget, if a pass planned that
 
-    certifying, shown, target and lineage are for the pass while it runs: whether each rewrite is tried before it is
-    kept, what stands for what by a rewrite that was, what the graph is compiled for, and which nodes of the graph as it
-    was given a node does the work of. touched is for the manager: the functions that a pass says it changed, None where
-    it does not say. rules are the names of the rewrites that it tries, where it has several.
+    These are for the pass while it runs: certifying (True if each rewrite is certified before it is kept),
+    differentiated (True if the graph will be differentiated, so that gradients must not change), shown (values and
+    their replacements by certified rewrites), target (the hardware that the graph is compiled for) and lineage (the
+    nodes of the original graph whose work each node does). touched is for the manager: the functions that a pass
+    reports as changed, None if it does not report them. rules are the names of the rewrites that it tries, if it has
+    several.
     """
 
     name: str
@@ -116,6 +118,7 @@ class PassRecord:
     plan: StoragePlan | None = None
     fit: MemoryFit | None = None
     certifying: bool = field(default=False, repr=False, compare=False)
+    differentiated: bool = field(default=False, repr=False, compare=False)
     shown: dict[Value, Value] = field(default_factory=dict, repr=False, compare=False)
     target: Target = field(default=Target("cpu"), repr=False, compare=False)
     lineage: Lineage = field(default_factory=Lineage, repr=False, compare=False)
@@ -158,7 +161,7 @@ class PassRecord:
 
     def certify(self, rule: str, claim: Claim, graphs: tuple[Graph, Graph]) -> Counterexample | None:
         """Check a claim and store its certificate. Return the case in which the claim does not hold, or None."""
-        found = certify(rule, claim, graphs)
+        found = certify(rule, claim, graphs, derivatives=self.differentiated)
         if isinstance(found, Certificate) and found not in self.certificates:
             self.certificates.append(found)
         return found if isinstance(found, Counterexample) else None

@@ -153,9 +153,12 @@ def terms_of_chain(
     guarded: bool,
     beside: Sequence[Fused] = (),
     rule: str = "FuseAttention",
+    *,
+    trained: bool = False,
 ) -> ChainTerms:
     """Return terms that change the scores as the chain does. Raises Mismatch if there are none.
 
+    trained   True if gradients must be the same: no gradient flows to values that a fill replaces
     guarded   True if a row that is -inf throughout gives zeros, as in attention, not NaN
     beside    masks that attention has already
     rule      the name of the pass, for hints
@@ -169,7 +172,7 @@ def terms_of_chain(
         found.notes += step.kept.notes
     if not (keeps_a_key or zero_empty_rows):
         found.notes += _addend_notes(steps, masks_outweigh, rule)
-        steps = _read(roles, scores, exactly=True)
+        steps = _read(roles, scores, exactly=True, trained=trained)
     masks: list[ChainStep] = []
     others: list[ChainStep] = []
     last_fill = max((n for n, step in enumerate(steps) if step.filled and step.is_finite), default=0)
@@ -189,8 +192,8 @@ def terms_of_chain(
         found.biases = _each(roles, others)
         return found
     overflow = _overflow(others, scores)
-    found.emptied = _emptied(steps, scores)
-    found.biases = _biases(roles, others, overflow)
+    found.emptied = _emptied(steps, scores, trained)
+    found.biases = _biases(roles, others, overflow, trained)
     found.overflows_in = overflow.dtype if overflow else None
     if not guarded and _may_lose_rows(roles, steps, overflow):
         found.kept_nan = [step.seen for step in masks]
@@ -202,14 +205,15 @@ def terms_of_chain(
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def _read(roles: Roles, scores: Scores, exactly: bool) -> list[ChainStep]:
+def _read(roles: Roles, scores: Scores, exactly: bool, trained: bool = False) -> list[ChainStep]:
     """Return the steps, in order. A sum is several addends, and where(c, x, -inf) as an addend is x and a mask.
 
     exactly   do not split the latter if x may be as large as the mask's number, to which it would be added
+    trained   nor if that number is finite, so that x gets a gradient in a row in which every key is masked
     """
     steps: list[ChainStep] = []
     for term in scores.terms:
-        parts = [term] if isinstance(term, Chosen) else addends_of(roles.axes, term, exactly)
+        parts = [term] if isinstance(term, Chosen) else addends_of(roles.axes, term, exactly, trained)
         for part in parts:
             step = ChainStep(part, abs(term.factor), term.peak, filled=part is term and isinstance(term, Chosen))
             mask = part if isinstance(part, Chosen) else as_mask(roles.axes, part)
@@ -249,10 +253,10 @@ def _addend_notes(steps: Sequence[ChainStep], masks_outweigh: bool, rule: str) -
 # -- biases ------------------------------------------------------------------------------------------------------------
 
 
-def _biases(roles: Roles, steps: Sequence[ChainStep], overflow: _Overflow | None) -> list[Fused]:
+def _biases(roles: Roles, steps: Sequence[ChainStep], overflow: _Overflow | None, trained: bool) -> list[Fused]:
     """Return the steps that are not masks as biases: all up to the last fill as one, and each later step as its own.
 
-    What comes earlier, but is lost in the rounding of all numbers that are filled in later, may be one for itself.
+    An earlier step that all later fill numbers absorb may also be its own bias, if its gradient does not matter.
     """
     fills = [n for n, step in enumerate(steps) if step.filled]
     end = max(fills, default=-1)
@@ -262,7 +266,7 @@ def _biases(roles: Roles, steps: Sequence[ChainStep], overflow: _Overflow | None
     separate: list[ChainStep] = []
     for n, step in enumerate(steps):
         later = [steps[m] for m in fills if m > n]
-        lost = step.mask is None and not step.hazards and all(_absorbs(each) for each in later)
+        lost = not trained and step.mask is None and not step.hazards and all(_absorbs(each) for each in later)
         (separate if n > end or (lost and later) else joined).append(step)
     if len(joined) <= 1 and not (overflow is not None and overflow.scaled):
         return _each(roles, [*joined, *separate])
@@ -322,12 +326,13 @@ def _put(roles: Roles, step: ChainStep) -> Put:
 # -- rows without keys -------------------------------------------------------------------------------------------------
 
 
-def _emptied(steps: Sequence[ChainStep], scores: Scores) -> list[Seen]:
-    """The masks of rows whose scores must vanish, since they are not lost beside a number that is filled in for them.
+def _emptied(steps: Sequence[ChainStep], scores: Scores, trained: bool) -> list[Seen]:
+    """Return the masks of rows whose scores must be zero, since a fill number does not absorb them, or since they would
+    get a gradient.
 
     Raises Mismatch if a row in which every key is masked also holds scores in addition to such numbers.
     """
-    small = [step for step in steps if step.filled and step.is_finite and not _absorbs(step)]
+    small = [step for step in steps if step.filled and step.is_finite and (trained or not _absorbs(step))]
     if not small:
         return []
     if any(step.hazards or (step.is_finite and not step.filled) for step in steps):
