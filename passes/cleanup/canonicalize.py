@@ -321,7 +321,7 @@ class WhereAlike(Rewrite):
 
 @dataclass(frozen=True)
 class StopGradient(Rewrite):
-    """stop_gradient(x)   -->   x        where the graph is not differentiated"""
+    """stop_gradient(x)   -->   x        if the graph is not differentiated"""
 
     def pattern(self, p: Vocabulary, x: Any) -> Any:
         return p.stop_gradient(x)

@@ -39,14 +39,13 @@ class AttentionPlan:
     3. A fill overrides everything before it, including other masks. If a row may be without keys, all steps up to the
        last fill become one bias, in which they override one another as in the graph.
     4. A sum past the range of the dtype, such as float32's least number twice, is -inf as in the graph; see 1.
-
-    5. What is filled in stops the gradient of what it replaces. Where a row may be without keys, and the graph is
-       differentiated, a number that is filled in is added with the queries of empty rows set to zero, however low.
+    5. A fill stops the gradient of the scores that it replaces. If a row may be without keys and the graph will be
+       differentiated, a fill is added with the queries of empty rows set to zero, however low its number.
 
     With `zero_empty_rows` every mask is a mask.
 
-    said     of an attention that is one op already; of spelled-out attention None
-    trained  whether the graph will be differentiated
+    said     the attributes of an attention that is one op already; None for attention in primitives
+    trained  True if the graph will be differentiated
     """
 
     def __init__(
