@@ -247,11 +247,11 @@ NEAR_MISSES = [
     NearMiss("features against features", _feature_product, "does not sum over the axis of the softmax"),
     NearMiss("outer product", _no_sum, "no sum over an axis of queries and keys"),
     NearMiss("values along queries", _values_transposed, "does not sum over the axis of the softmax"),
-    NearMiss("heads summed", _heads_summed, "sums over another axis than the softmax's as well"),
+    NearMiss("heads summed", _heads_summed, "also sums over an axis other than the softmax's"),
     NearMiss("clipped", _clipped, "the scores are clipped"),
     NearMiss("scores returned", _scores_returned, "the scores are used elsewhere, by concat"),
     NearMiss("a bias of the scores", _depends_on_scores, "the scores are used elsewhere, by "),
-    NearMiss("a fill too high", _high_fill, "puts -100 in place of scores, which does not take keys away"),
+    NearMiss("a fill too high", _high_fill, "replaces scores by -100, which does not mask keys"),
     NearMiss("a fill of zero", _zero_fill, "puts 0 in place of scores"),
     NearMiss("a mask of two tensors", _mask_of_tensors, "the mask chooses between two tensors"),
     NearMiss("cap after mask", _cap_after_mask, "a mask is applied before the soft-cap"),
@@ -266,7 +266,7 @@ NEAR_MISSES = [
         _a_mask_of_two,
         "a row in which every key is masked by -1e+09 depends on more than that mask",
     ),
-    NearMiss("past the range and back", _there_and_back, "masks are multiplied past the range of f32 on the way"),
+    NearMiss("past the range and back", _there_and_back, "the factors of masks exceed the range of f32 on the way"),
     NearMiss(
         "scores as low as the mask",
         lambda b: products(b, lambda x: b.where(triangle(b), x * 1e6, -1e9)),
@@ -275,7 +275,7 @@ NEAR_MISSES = [
     NearMiss(
         "keys raised to inf",
         lambda b: scaled(b, lambda x: x - b.where(rows(b), 0.0, b.constant(-math.inf))),
-        "what is added to the scores may be inf",
+        "an addend of the scores may be inf",
     ),
     NearMiss("three factors", _of_three, "the product is of 3 operands, not of queries and keys"),
     NearMiss("one key", _one_key, "there is one key, and the softmax of one score is 1"),
@@ -307,7 +307,7 @@ NEAR_MISSES = [
     NearMiss(
         "triangle at the last key",
         lambda b: masked(b, lambda: _aligned_at_end(b), LOW, keys="T"),
-        "positions are -S+T apart",
+        "positions differ by -S+T",
         "bias(s t)",
     ),
     NearMiss(
@@ -319,7 +319,7 @@ NEAR_MISSES = [
     NearMiss(
         "constant with a hole",
         lambda b: masked(b, lambda: _holed(b)),
-        "the constant is no band of positions",
+        "the constant is not a band of positions",
         "mask(s t)",
     ),
 ]

@@ -360,8 +360,13 @@ REFUSED: dict[str, tuple[Model, str, str]] = {
 """Models without a step: the op that stands against it, and what the line says that is named."""
 
 AS_IT_IS_BUILT: dict[str, tuple[Model, str, str, str]] = {
-    "a sum of ones": (summed_ones, "cumsum carries along what is the same in all rows", "f32[S]", "t.cumsum("),
-    "a sum of positions": (summed_positions, "cumsum mixes what depends on where tokens stand", "f32[S]", "t.cumsum("),
+    "a sum of ones": (summed_ones, "cumsum carries along values that are the same in all rows", "f32[S]", "t.cumsum("),
+    "a sum of positions": (
+        summed_positions,
+        "cumsum mixes values that depend on the tokens' positions",
+        "f32[S]",
+        "t.cumsum(",
+    ),
     "tokens before rows": (
         tokens_first,
         "cumsum mixes tokens of rows that are not its first dimension",
@@ -370,19 +375,19 @@ AS_IT_IS_BUILT: dict[str, tuple[Model, str, str, str]] = {
     ),
     "a product of positions": (
         projected_positions,
-        "einsum reads where tokens stand, and has no form in which each row counts for itself",
+        "einsum reads the tokens' positions, and has no form in which each row has its own positions",
         "f32[S, 2], f32[2, 12]",
         "t.einsum(",
     ),
     "positions before rows": (
         positions_before_rows,
-        "mul meets where tokens stand in dimensions before those of its rows",
+        "mul combines positions along dimensions that come before its rows",
         "f32[S, B, 12], f32[S, 1, 1]",
         "x * t.rearrange(",
     ),
     "rows last in what is kept": (
         rows_of_pictures_last,
-        "what it would keep has no rows as its first dimension",
+        "a value that it would keep does not have the rows as its first dimension",
         "rearrange: f32[12, B]",
         "t.rearrange(",
     ),
@@ -394,7 +399,7 @@ AS_IT_IS_BUILT: dict[str, tuple[Model, str, str, str]] = {
     ),
     "sources of two lengths": (
         pairs_of_sources,
-        "what it would keep has two dimensions that are known at a call only",
+        "a value that it would keep has two dimensions of sizes known only at a call",
         "einsum: f32[B, M, N]",
         "t.einsum(",
     ),

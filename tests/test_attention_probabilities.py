@@ -311,7 +311,7 @@ USED = {
     "returned alone": (
         "p: f32[B, 4, S, S]",
         ("return y = v, p = p",),
-        "the probabilities are an output, and nothing is weighted by them",
+        "the probabilities are an output, and weight no values",
     ),
     "returned before they are changed": (
         "p: f32[B, 4, S, S]",

@@ -81,7 +81,7 @@ def test_what_may_never_be_is_a_note_and_nothing_is_undone() -> None:
     assert [e.rule for e in found.log[0].matches] == ["rows-first"] and not rolled_back(found)
     (note,) = certificates(found)
     assert note.cases == 0 and note.note.startswith("not certified: the results differ")
-    assert note.note.endswith("but what call gives may never be what it was drawn as")
+    assert note.note.endswith("but the result of call may never have the drawn values")
     assert note.note in found.log.certified()
 
 

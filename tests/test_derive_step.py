@@ -207,7 +207,7 @@ def line_of(error: PassError) -> int:
     ],
 )
 def test_rows_that_read_each_other_are_refused(model: Model, what: str) -> None:
-    with pytest.raises(PassError, match="rows, B, are not each by itself") as caught:
+    with pytest.raises(PassError, match="rows, B, are not independent") as caught:
         derive_step(optimized(model))
     assert what in str(caught.value)
 
@@ -230,7 +230,7 @@ def test_a_model_of_two_texts_needs_to_be_told_the_axis() -> None:
 
 def test_a_derived_graph_has_no_step_of_its_own() -> None:
     derived = derive_step(optimized(MODELS["windows"])).graph
-    with pytest.raises(PassError, match="a graph with one entry, and no states") as caught:
+    with pytest.raises(PassError, match="a graph with one entry and no states") as caught:
         derive_step(derived)
     assert caught.value.received == repr(derived)
 

@@ -281,7 +281,9 @@ def test_hoisting_stops_at_a_decode_before_what_reads_blocks() -> None:
     # the table is gathered from, multiplied with and joined along its blocks: one copy, of numbers
     assert made["t.decoded"] == "f32[64, 64]"
     assert sum(n.op.decodes for n in graph.main.nodes) == 3
-    assert [n for n in notes if "decoded once" in n] == ["t is decoded once: gather, concat reads no q8_0 blocks, main"]
+    assert [n for n in notes if "decoded once" in n] == [
+        "t is decoded once: gather, concat cannot read q8_0 blocks, main"
+    ]
 
 
 def test_what_reads_no_blocks_has_its_weights_decoded_once() -> None:

@@ -77,15 +77,15 @@ def test_a_chain_keeps_its_bits(name: str) -> None:
 REFUSED = {
     "scaled": (
         [A, P, "s = mul(a, 2.0)", "y = add(s, p)", RETURN],
-        "a term is not the embedding itself, but mul of it",
+        "a term is mul of an embedding, not the embedding itself",
     ),
     "another term between them": (
         [A, P, "s = add(a, x)", "y = add(s, p)", RETURN],
-        "a term is x, and no embedding",
+        "a term is x, not an embedding",
     ),
     "computed, between them": (
         [A, P, "n = tanh(x)", "s = add(a, n)", "y = add(s, p)", RETURN],
-        "a term is tanh, and no embedding",
+        "a term is tanh, not an embedding",
     ),
     "used elsewhere": (
         [A, P, "s = add(a, p)", "y = mul(s, a)", RETURN],
@@ -165,9 +165,9 @@ def test_explain_lists_each_site() -> None:
     assert (verdict.status, verdict.op) == ("fused", "embedding_sum")
     between = parse_graph(text(*REFUSED["another term between them"][0]))
     (verdict,) = [v for v in explain_fusion(between).blocks[0].verdicts if v.kind == "embedding"]
-    assert (verdict.status, verdict.reason) == ("refused", "a term is x, and no embedding")
+    assert (verdict.status, verdict.reason) == ("refused", "a term is x, not an embedding")
     (verdict,) = [v for v in explain_fusion(with_a_layer_between).blocks[0].verdicts if v.kind == "embedding"]
-    assert (verdict.status, verdict.reason) == ("refused", "a term is linear, and no embedding")
+    assert (verdict.status, verdict.reason) == ("refused", "a term is linear, not an embedding")
     assert verdict.hint == "add the embeddings to each other first"
     scaled = parse_graph(text(*REFUSED["scaled"][0]))
     assert [v for v in explain_fusion(scaled).blocks[0].verdicts if v.kind == "embedding"] == []

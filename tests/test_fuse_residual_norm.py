@@ -77,15 +77,15 @@ def test_a_sum_that_is_an_output_is_the_second_result() -> None:
 REFUSED = {
     "a bias": (
         ["s = add(x, $b)", "n = layer_norm(s, w)", "return y = n"],
-        "what is added is a weight, f32[8], and no residual",
+        "the addend is a weight, f32[8], not a residual",
     ),
     "a table": (
         ["s = add($p, m)", "n = layer_norm(s, w)", "return y = n"],
-        "what is added is a weight, f32[4, 8], and no residual",
+        "the addend is a weight, f32[4, 8], not a residual",
     ),
     "a number": (
         ["s = add(x, 1.5)", "n = rms_norm(s, w)", "return y = n"],
-        "what is added is a constant, f32[], and no residual",
+        "the addend is a constant, f32[], not a residual",
     ),
     "a row": (
         ["s = add(x, c)", "n = layer_norm(s, w)", "return y = n"],
@@ -116,7 +116,7 @@ def test_each_near_miss_says_why(name: str) -> None:
 
 def test_a_second_norm_of_one_sum_is_told() -> None:
     optimized = optimize(program(TAKES, f"y: {X}", *CASES["two norms of one sum"][0]), FuseResidualNorm())
-    assert [event.reason for event in optimized.log[0].refusals] == ["another layer_norm takes the sum already"]
+    assert [event.reason for event in optimized.log[0].refusals] == ["the sum is already fused with another layer_norm"]
     assert [event.rule for event in optimized.log[0].matches] == ["add-layer-norm"]
 
 
@@ -188,7 +188,7 @@ def test_explain_notes_a_second_norm_of_a_sum() -> None:
     verdicts = explain_fusion(parse_graph(program(TAKES, f"y: {X}", *lines))).blocks[0].verdicts
     (verdict,) = [v for v in verdicts if v.kind == "residual"]
     assert (verdict.status, verdict.op) == ("fused", "add_layer_norm")
-    assert verdict.notes == ("another layer_norm takes the sum already",)
+    assert verdict.notes == ("the sum is already fused with another layer_norm",)
 
 
 @needs_tvm
