@@ -82,7 +82,7 @@ def encoded_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _scale(held: Tensor) -> Tensor:
     """The scales of rows, f32[..., 1].
 
-    A copy, always: PyTorch views bytes as floats only where every stride and the offset are multiples of 4, and calls one
-    row contiguous whatever its stride.
+    Always a copy: PyTorch views bytes as floats if all strides and the offset are multiples of 4. `contiguous` copies
+    no single row.
     """
     return held[..., :_SCALE].clone(memory_format=torch.contiguous_format).view(torch.float32)

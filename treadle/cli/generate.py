@@ -139,6 +139,13 @@ def continue_texts(
         _refuse("without --chat there is no", system=system)
     where = Target(target, threads)
     said = (prompts, most, sampling, rules, stop, search, logprobs, chat, system, speculate, draft, cache)
+    if mesh is None:
+        from treadle.stepped import open_stepped as opener
+    else:
+        from treadle.sharding.rank_models import RankPart
+
+        opener = RankPart.of
+    chosen = parse_config(config or (), limit or (), TextWriter.open, opener)
     with opened_on_ranks(mesh, recipe, axis or [], timeout, f"{said}") as stepped:
         need_for_text(model, chat=chat)
         with working(f"compiling {model}", shown=not as_json):
@@ -151,7 +158,7 @@ def continue_texts(
                 widen=names_of(widen) or (),
                 cache=cache,
                 stepped=stepped,
-                **parse_config(config or (), limit or ()),
+                **chosen,
             )
             guess = None
             if draft is not None:
