@@ -28,12 +28,13 @@ def encode_int8_rows(x: Tensor) -> Tensor:
 
 def encode_groups(x: Tensor, group: int) -> Tensor:
     """u8[..., k / group * (group + 4)] of f32[..., k], as rows of so many."""
-    return encode_int8_rows(x.unflatten(-1, (-1, group))).flatten(-2)
+    return encode_int8_rows(x.reshape(*x.shape[:-1], x.shape[-1] // group, group)).flatten(-2)
 
 
 def decode_groups(held: Tensor, group: int) -> Tensor:
     """The f32[..., k] that groups mean."""
-    return decode_int8_rows(held.unflatten(-1, (-1, group + _SCALE))).flatten(-2)
+    bytes = group + _SCALE
+    return decode_int8_rows(held.reshape(*held.shape[:-1], held.shape[-1] // bytes, bytes)).flatten(-2)
 
 
 def encode_uint8_rows(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -125,6 +125,7 @@ def continue_texts(
     from treadle.runtime.sampling import Sampling
     from treadle.runtime.speculation import PromptLookup, SpeculationTally
     from treadle.runtime.token_rules import TokenRules
+    from treadle.stepped import open_stepped
 
     sampling = Sampling(temperature, top_k, top_p, seed, min_p)
     rules = TokenRules(repetition_penalty=repetition_penalty, presence_penalty=presence_penalty)
@@ -139,13 +140,12 @@ def continue_texts(
         _refuse("without --chat there is no", system=system)
     where = Target(target, threads)
     said = (prompts, most, sampling, rules, stop, search, logprobs, chat, system, speculate, draft, cache)
-    if mesh is None:
-        from treadle.stepped import open_stepped as opener
-    else:
+    opener: Callable[..., Any] = open_stepped
+    if mesh is not None:
         from treadle.sharding.rank_models import RankPart
 
         opener = RankPart.of
-    chosen = parse_config(config or (), limit or (), TextWriter.open, opener)
+    configured = parse_config(config or (), limit or (), TextWriter.open, opener)
     with opened_on_ranks(mesh, recipe, axis or [], timeout, f"{said}") as stepped:
         need_for_text(model, chat=chat)
         with working(f"compiling {model}", shown=not as_json):
@@ -158,7 +158,7 @@ def continue_texts(
                 widen=names_of(widen) or (),
                 cache=cache,
                 stepped=stepped,
-                **chosen,
+                **configured,
             )
             guess = None
             if draft is not None:
