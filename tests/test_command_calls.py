@@ -64,6 +64,8 @@ class Recorder:
         return "<function>" if callable(value) and not isinstance(value, Recorder) else repr(value)
 
     def __getattr__(self, name: str) -> Recorder:
+        if name.startswith("__"):  # such as __signature__
+            raise AttributeError(name)
         return Recorder(f"{self._name}.{name}", self._lines, self._last)
 
     def __iter__(self) -> Iterator[Any]:

@@ -363,25 +363,45 @@ def test_pytorch_has_the_targets_threads_while_a_call_runs(monkeypatch: pytest.M
 
 
 @needs_torch
-def test_rows_of_bytes_are_multiplied_to_the_same_bits_without_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shape", [(5, 64), (1, 64), (1, 1, 7), (2, 1, 9), (0, 64), (64,)], ids=str)
+def test_rows_of_bytes_are_multiplied_to_the_same_bits_without_vnni(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
 
     from treadle.backends.torch import encoded_rows
 
     rows, steps = parse_encoding("int8_rows"), parse_encoding("uint8_rows")
-    values = np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32)
-    weight = rows.encode(np.random.default_rng(1).standard_normal((3, 64)).astype(np.float32))
+    values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     bias = np.arange(3, dtype=np.float32)
-    for encoding in (rows, steps):
+    for encoding, encode in ((rows, encoded_rows.encode_int8_rows), (steps, encoded_rows.encode_uint8_rows)):
         x = encoding.encode(values)
-        made = []
-        for vnni in (True, False) if torch.cpu._is_vnni_supported() else (False,):
-            monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda vnni=vnni: vnni)
-            made.append(encoded_rows.encoded_linear(*map(torch.from_numpy, (x, weight, bias))).numpy())
-            monkeypatch.undo()
-        exact = encoding.decode(x).astype(np.float64) @ rows.decode(weight).T + bias
-        np.testing.assert_allclose(made[0], exact, rtol=1e-5, atol=1e-5)
-        np.testing.assert_array_equal(made[0], made[-1])
+        np.testing.assert_array_equal(encode(torch.from_numpy(values)).numpy(), x)
+        for columns in (3, 1):
+            weight = rows.encode(np.random.default_rng(1).standard_normal((columns, shape[-1])).astype(np.float32))
+            operands = [torch.from_numpy(each) for each in (x, weight, bias[:columns])]
+            made = []
+            for vnni in (True, False) if torch.cpu._is_vnni_supported() else (False,):
+                monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda vnni=vnni: vnni)
+                made.append(encoded_rows.encoded_linear(*operands).numpy())
+                monkeypatch.undo()
+            exact = encoding.decode(x).astype(np.float64) @ rows.decode(weight).T + bias[:columns]
+            np.testing.assert_allclose(made[0], exact, rtol=1e-5, atol=1e-5)
+            np.testing.assert_array_equal(made[0], made[-1])
+
+
+@needs_torch
+@pytest.mark.parametrize("shape", [(3, 64), (1, 64), (0, 64), (64,)], ids=str)
+def test_pytorch_holds_groups_as_their_encoding_does(shape: tuple[int, ...]) -> None:
+    import torch
+
+    from treadle.backends.torch import encoded_rows
+
+    encoding = parse_encoding("int8_groups(32)")
+    values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    held = encoded_rows.encode_groups(torch.from_numpy(values), 32)
+    np.testing.assert_array_equal(held.numpy(), encoding.encode(values))
+    np.testing.assert_array_equal(encoded_rows.decode_groups(held, 32).numpy(), encoding.decode(held.numpy()))
 
 
 @needs_torch

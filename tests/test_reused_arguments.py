@@ -10,6 +10,7 @@ import pytest
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import PassError
 from treadle.ir.graph import Function, Graph
+from treadle.ir.types import f32
 from treadle.passes.framework.manager import Optimized, PassManager
 from treadle.passes.memory.frames import frames_of, peaks_of
 from treadle.passes.memory.plan_storage import PlanStorage
@@ -60,6 +61,29 @@ def test_a_stream_through_blocks_is_one_buffer() -> None:
     assert len(made.plan.functions["main"].results) == 1
     peaks = peaks_of(frames_of(made.plan), made.graph.symbols)
     assert [str(size) for size in peaks["main"]] == ["96*S"]  # the stream, and two values of the block: 32 bytes a row
+
+
+@pytest.mark.parametrize("encoded", ["argument", "result"])
+def test_blocks_do_not_lie_where_their_numbers_did(encoded: str) -> None:
+    """Elements of one count and dtype, which take other bytes: f32[S, 8] in rows of 8 bits."""
+    graph = Graph("rows")
+    block = Function("block")
+    graph.add_function(block)
+    b = Builder(graph, block)
+    if encoded == "argument":
+        b.outputs(x=b.softmax(b.decode(b.input("x", f32["S", 8].as_encoded("uint8_rows")), of="uint8_rows")))
+    else:
+        b.outputs(x=b.encode(b.softmax(b.input("x", f32["S", 8])), to="uint8_rows"))
+    main = Builder(graph)
+    given = main.softmax(main.input("given", f32["S", 8]), name="given")
+    if encoded == "argument":
+        (value,) = main.call(block, [main.encode(given, to="uint8_rows")])
+    else:
+        value = main.decode(*main.call(block, [given]), of="uint8_rows")
+    main.outputs(y=value)
+    made = plan_of(graph)
+    assert made.plan is not None
+    assert made.plan.functions["block"].reuses == ()
 
 
 def test_what_is_read_after_the_call_is_kept() -> None:

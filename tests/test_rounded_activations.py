@@ -248,15 +248,16 @@ def test_the_product_of_groups_is_one_of_whole_numbers_in_each(text: str) -> Non
     np.testing.assert_allclose(op.reference(rows, held, None), near, rtol=0, atol=1e-5 * np.abs(near).max())
 
 
+@pytest.mark.parametrize("rows", [(2, 5), (1, 1)], ids=str)
 @pytest.mark.parametrize("backend", backend_names())
 @pytest.mark.parametrize("name", MODELS)
-def test_backends_multiply_whole_numbers(name: str, backend: str) -> None:
+def test_backends_multiply_whole_numbers(name: str, backend: str, rows: tuple[int, int]) -> None:
     """Near to NumPy's integers: what differs by a bit before it is rounded may be rounded to the next step."""
     if (reason := find_backend(backend).available()) is not None:
         pytest.skip(f"backend {backend}: {reason}")
     made = treadle.compile(MODELS[name], backend=backend, quantize="int8", seed=4)
     exact = treadle.compile(MODELS[name], backend="numpy", quantize="int8", seed=4)
-    inputs = {p.name: np.arange(10).reshape(2, 5) % (2 if "type" in p.name else 16) for p in made.inputs}
+    inputs = {p.name: np.arange(rows[0] * rows[1]).reshape(rows) % (2 if "type" in p.name else 16) for p in made.inputs}
     for output, wanted in exact(**inputs).items():
         np.testing.assert_allclose(made(**inputs)[output], wanted, rtol=0, atol=5e-3 * np.abs(wanted).max())
         meant = interpret(made.graph, inputs, dict(made.weights))[output]

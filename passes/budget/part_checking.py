@@ -161,6 +161,8 @@ class _Check:
         if value.literal is not None:
             return np.asarray(value.literal.array)
         shape, dtype = value.type.evaluate(self.sizes), value.type.dtype
+        if value.type.encoding is not None:
+            return value.type.encoding.sample(rng, shape)
         if dtype.is_float:
             drawn: Array = rng.random(shape, np.float32) - np.float32(0.5)
             return drawn if drawn.size > _LARGE or dtype.numpy is None else drawn.astype(dtype.numpy)
@@ -177,7 +179,11 @@ class _Check:
     def _cut(self, whole: Type, part: Type) -> int | None:
         """The dimension in which a type is a part of another one."""
         dims = [i for i, (a, b) in enumerate(zip(whole.shape, part.shape, strict=True)) if a != b]
-        if len(dims) > 1 or (dims and whole.shape[dims[0]] != self.parted.region.size):
+        if (
+            whole.encoding != part.encoding
+            or len(dims) > 1
+            or (dims and whole.shape[dims[0]] != self.parted.region.size)
+        ):
             raise self._wrong(f"{part} is no part of {whole}", self.parted.region.nodes[0])
         return dims[0] if dims else None
 

@@ -202,11 +202,11 @@ class _PartBuilder:
                 if shifted is None:
                     raise NoPart
                 op = shifted
-        wanted = [part_type(v.type, dims.get(v), size).shape for v in node.results]
+        wanted = [part_type(v.type, dims.get(v), size) for v in node.results]
         forms = [op] if self.symbol is None else [op, op.substitute({self.symbol: size})]
         for form in forms:
             try:
-                if [t.shape for t in form.infer(types)] == wanted:
+                if all(t.is_held_like(w) for t, w in zip(form.infer(types), wanted, strict=True)):
                     return form
             except RuleError:
                 continue
@@ -235,9 +235,11 @@ def _factors(node: Node, dims: Mapping[Value, int]) -> set[str]:
 
 
 def part_type(type: Type, dim: int | None, size: Size) -> Type:
-    """A type with another size in one dimension, or as it is."""
+    """A type with another size in one dimension, or as it is. Raises NoPart for the axis along which blocks lie."""
     if dim is None:
         return type
+    if type.encoding is not None and dim == type.encoding.axis % type.rank:
+        raise NoPart
     label = type.dims[dim].factors[0].label if type.dims[dim].factors else None
     dims = [Dim([Factor(size, label)]) if i == dim else each for i, each in enumerate(type.dims)]
-    return Type(type.dtype, tuple(dims))
+    return Type(type.dtype, tuple(dims), type.encoding)

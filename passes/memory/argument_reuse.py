@@ -28,7 +28,7 @@ def reused_arguments(plan: FunctionPlan, callees: Mapping[str, FunctionPlan]) ->
     found = []
     for argument in plan.function.inputs:
         storage = plan.places[argument].storage
-        alike = argument.type.dtype is output.type.dtype and argument.type.shape == output.type.shape
+        alike = argument.type.is_held_like(output.type)
         if alike and storage is not None and _may_be_one(storage, result, plan, callees):
             found.append(argument)
     return tuple(found)

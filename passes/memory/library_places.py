@@ -102,7 +102,7 @@ class LibraryPlanning(Planning):
             return False
         if value in self.handed_out and place.storage.kind is StorageKind.LOCAL:
             return False  # which the caller shall not have
-        alike = x.type.dtype is value.type.dtype and x.type.shape == value.type.shape
+        alike = x.type.is_held_like(value.type)
         alone = all(self.places[v].storage is not place.storage for v in step.inputs if v is not x)
         return alike and alone and self.last_reads[place.storage] <= self.at[step.root]
 

@@ -241,7 +241,7 @@ class _Shared:
         lies = plan.places[x]
         ours = place.storage is not None and place.storage.kind is StorageKind.LOCAL and lies.written
         mine = lies.storage is place.storage and (ours or x in plan.donated or lies.how is How.OVER)
-        if not mine or x.type.shape != value.type.shape or x.type.dtype is not value.type.dtype:
+        if not mine or not x.type.is_held_like(value.type):
             raise wrong_plan(f"it does not lie where {x.name} does, whole", plan, value)
         at = plan.places[value].first
         firsts, longest = self._longest[place.storage]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -129,6 +129,7 @@ def continue_texts(
     from treadle.runtime.beams import Beams
     from treadle.runtime.sampling import Sampling
     from treadle.runtime.speculation import PromptLookup, SpeculationTally
+    from treadle.stepped import open_stepped
     from treadle.tasks.generation_settings import FolderRules
 
     sampling = Sampling(temperature, top_k, top_p, seed, min_p)
@@ -145,6 +146,12 @@ def continue_texts(
         _refuse("without --chat there is no", system=system)
     where = Target(target, threads)
     said = (prompts, most, sampling, penalties, stop, search, logprobs, chat, system, speculate, draft, cache)
+    opener: Callable[..., Any] = open_stepped
+    if mesh is not None:
+        from treadle.sharding.rank_models import RankPart
+
+        opener = RankPart.of
+    configured = parse_config(config or (), limit or (), TextWriter.open, opener)
     with opened_on_ranks(mesh, recipe, axis or [], timeout, f"{said}") as stepped:
         need_for_text(model, chat=chat)
         with working(f"compiling {model}", shown=not as_json):
@@ -157,7 +164,7 @@ def continue_texts(
                 widen=names_of(widen) or (),
                 cache=cache,
                 stepped=stepped,
-                **parse_config(config or (), limit or ()),
+                **configured,
             )
             guess = None
             if draft is not None:
