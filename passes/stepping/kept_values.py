@@ -48,7 +48,7 @@ class StepStates:
         self._names: dict[int, dict[Hashable, str]] = {}
 
     def name(self, context: Context, key: Hashable, base: str) -> str:
-        """Return the name of a state within a function: base, numbered if another state has it."""
+        """The name of a state within a function: base, numbered where another has it."""
         names = self._names.setdefault(id(context), {})
         if key not in names:
             names[key] = free_name(base, set(names.values()))
