@@ -245,7 +245,7 @@ def test_symbols_of_the_states_are_the_steps_own(symbol: str) -> None:
 def test_a_shift_of_tokens_is_named_though_rows_are_expanded() -> None:
     with pytest.raises(PassError, match="shifted has no axis that may be stepped") as caught:
         derive_step(optimized(shifted))
-    assert "slice: the axis is cut" in str(caught.value)
+    assert "slice: the axis is sliced" in str(caught.value)
 
 
 def test_tokens_without_rows_first_are_refused() -> None:

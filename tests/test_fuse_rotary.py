@@ -396,16 +396,16 @@ NEAR_MISSES = [
     Case("mixed orders", _mixed, ORDER),
     Case("sine for cosine", _sine_for_cosine, ORDER),
     Case("angles reversed", _angles_reversed, ORDER),
-    Case("positions that are no integers", _float_positions, "no product of whole positions and frequencies"),
-    Case("shifted angles", _shifted_angles, "no product of whole positions and frequencies"),
+    Case("positions that are no integers", _float_positions, "not a product of integer positions and frequencies"),
+    Case("shifted angles", _shifted_angles, "not a product of integer positions and frequencies"),
     Case("two tables", _two_tables, "the cosine and the sine are of different angles"),
     Case("two tensors", _two_tensors, "are not multiplied with elements of one tensor"),
     Case("moved apart", _moved_apart, "are not multiplied with elements of one tensor"),
     Case("turned back, of a product", _turned_back_of_a_product, ORDER),
     Case("pairs of other heads", _other_heads, ORDER),
     Case("cut, then moved", _cut_then_moved, "are not multiplied with elements of one tensor"),
-    Case("one row of x", _one_row_of_x, f"multiplies, f32[1, 4, S, {2 * HALF}], is repeated along the angles"),
-    Case("angles by head", _angles_by_head, "the angles vary along 3 axes beside that of pairs"),
+    Case("one row of x", _one_row_of_x, f"the factor of the cos, f32[1, 4, S, {2 * HALF}], is repeated along"),
+    Case("angles by head", _angles_by_head, "the angles vary along 3 axes other than that of pairs"),
 ]
 
 

@@ -31,7 +31,7 @@ class DeadCode(Pass):
 
 
 def _walk(graph: Graph, log: PassRecord) -> int:
-    """Clean every function once, callers first; returns the number of things removed."""
+    """Clean every function once, callers first. Return the number of removed items."""
     removed = 0
     used: set[Value] = set()
     calls: dict[str, list[Node]] = {}

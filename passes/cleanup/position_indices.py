@@ -183,7 +183,7 @@ def _rearranged(x: _Linear, pattern: str, operand: Value) -> _Linear | None:
 
 
 def _bits(value: Value, known: dict[Value, int | None]) -> int | None:
-    """Return the most bits that a nonnegative integer needs, if each axis needs 31; None for any other value."""
+    """Return a bound on the number of bits of a nonnegative integer, at 31 for each axis; None for any other value."""
     if value not in known:
         known[value] = None  # also if there are too many
         if len(known) < _MOST_VALUES and value.type.dtype.is_int:
@@ -209,7 +209,7 @@ def _counted(value: Value, known: dict[Value, int | None]) -> int | None:
 
 
 def _bits_of(size: Size) -> int | None:
-    """Return the most bits that a size needs; each term of a sum after the first adds one bit."""
+    """Return a bound on the number of bits of a size; each term of a sum after the first adds one bit."""
     if any(factor < 0 or any(not isinstance(atom, str) for atom in atoms) for atoms, factor in size.terms):
         return None
     each = [31 * len(atoms) + factor.bit_length() - (factor == 1 and bool(atoms)) for atoms, factor in size.terms]
