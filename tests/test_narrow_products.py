@@ -135,7 +135,7 @@ def test_matrices_that_are_no_weights_are_left_alone() -> None:
 
     assert "the matrix is computed by rearrange, not a weight" in refused(scores)
     assert "the matrix is an input, not a weight" in refused(given)
-    assert "the matrices are a stack" in refused(stack)
+    assert "the matrices are a batch" in refused(stack)
     assert "the matrix is a constant" in refused(fixed)
 
 
@@ -364,7 +364,7 @@ STAY: list[tuple[str, Callable[[Builder], Expr]]] = [
     ("an axis is repeated", einsum("... a, ... a b -> ... b", (1, 3), (4, 3, 5))),
     ("the matrix is a constant", lambda b: b.einsum(b.input("x", f32[2, 3]), b.constant(np.ones((3, 4), np.float32)),
                                                     equation="a b, b c -> a c")),
-    ("the matrices are a stack", lambda b: b.matmul(b.input("x", f32[2, 3, 4]), b.input("y", f32[2, 4, 5]))),
+    ("the matrices are a batch", lambda b: b.matmul(b.input("x", f32[2, 3, 4]), b.input("y", f32[2, 4, 5]))),
 ]  # fmt: skip
 
 

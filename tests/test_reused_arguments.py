@@ -161,7 +161,7 @@ def test_a_false_claim_of_reuse_is_found() -> None:
     block = made.plan.functions["block"]
     claimed = replace(block, reuses=(made.graph.functions["block"].inputs[0],))
     plan = replace(made.plan, functions={**made.plan.functions, "block": claimed})
-    with pytest.raises(PassError, match="writes over x, which it reads"):
+    with pytest.raises(PassError, match="overwrites x, which it reads"):
         check_storage(made.graph, plan)
 
 

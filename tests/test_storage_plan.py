@@ -474,7 +474,7 @@ FAULTS: dict[Callable[[Plant], None], str] = {
     over_what_it_reads_elsewhere: "its step overwrites y, which it reads",
     one_storage_for_two: "reads a value that another step has overwritten",
     a_view_the_wrong_way_round: "does not refer to the elements of x",
-    a_view_of_another: "no view of what it is told to be one of",
+    a_view_of_another: "it is not a view of its operand",
     a_view_that_begins_too_late: "a destination is too small",
     a_destination_too_small: "a destination is too small",
     a_destination_too_small_at_large_sizes: "a destination is too small",

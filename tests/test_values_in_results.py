@@ -69,7 +69,7 @@ def test_a_model_over_a_vocabulary_runs_in_its_logits(monkeypatch: pytest.Monkey
     logits = exe(tokens=TOKENS)["logits"]
     (plan,) = exe.executable.machine.plans.values()
     assert told.arena == plan.arena == plan.least < told.peak
-    assert told.host == plan.host == "logits" and "use the memory of logits" in str(told)
+    assert told.host == plan.host == "logits" and "lies in memory of logits" in str(told)
     assert "</svg>" in draw_memory(told)
     assert address(logits) % 64 == 0
     again = logits.copy()
