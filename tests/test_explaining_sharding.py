@@ -79,11 +79,11 @@ def test_the_command_says_what_the_function_says(tmp_path: Path) -> None:
     ("words", "what"),
     [
         (("sharding",), "sharding is over a mesh"),
-        (("sharding", "--mesh", "tp=2"), "no recipe and no axes to split"),
+        (("sharding", "--mesh", "tp=2"), "nothing says how to split"),
         (("sharding", "--mesh", "tp=2", "--against", "x"), "--donate and --against are about memory"),
         (("memory", "--mesh", "tp=2"), "--mesh, --recipe, --axis and --device are about sharding"),
         (("fusion", "--sizes", "B=2"), "--sizes and --svg are about memory and sharding"),
-        (("sharding", "--mesh", "tp=2", "--recipe", "dp"), "recipe dp splits over mesh axis dp"),
+        (("sharding", "--mesh", "tp=2", "--recipe", "dp"), "recipe dp splits over a mesh axis dp"),
     ],
 )
 def test_what_cannot_be_told_is_refused(words: tuple[str, ...], what: str) -> None:

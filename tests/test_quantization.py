@@ -249,7 +249,11 @@ EIGHT = Encoding("int8_rows")
         ("blocks", {"encoding": EIGHT}, "blocks is f32[8, 64] as q8_0, not a matrix of numbers"),
         ("tied", {"encoding": EIGHT.along(0)}, "gather takes its blocks apart"),
         ("tied", {"reason": ""}, "tied has no reason"),
-        ("tied", {"type": parse_graph(EVERY).parameters["along"].type}, "tied is f32[7, 64], but is planned as f32[8, 64]"),
+        (
+            "tied",
+            {"type": parse_graph(EVERY).parameters["along"].type},
+            "tied is f32[7, 64], but is planned as f32[8, 64]",
+        ),
         ("tied", {"name": "other"}, "other must be planned once"),
         ("tied", {"name": "along"}, "must be planned once"),
     ],

@@ -34,9 +34,9 @@ EXACT = 1e-7
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({}, "no recipe and no axes to split"),
+        ({}, "nothing says how to split"),
         ({"recipe": "zero"}, "unknown recipe 'zero'"),
-        ({"recipe": "dp"}, "recipe dp splits over mesh axis dp, which the mesh does not have"),
+        ({"recipe": "dp"}, "recipe dp splits over a mesh axis dp, which the mesh does not have"),
         ({"axes": {"experts": "tp"}}, "gpt2 has no axis 'experts' to split"),
         ({"axes": {"heads": "ep"}}, "the mesh tp=2 has no axis 'ep'"),
         ({"axes": {"wte.bias[0]": "tp"}}, "no axis 'wte.bias"),

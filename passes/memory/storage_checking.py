@@ -211,8 +211,8 @@ class _Shared:
 
     @cached_property
     def _longest(self) -> dict[Storage | None, tuple[list[int], list[Value]]]:
-        """By storage: the first steps of its values, in order, and for each prefix of them the value with the latest
-        last read.
+        """First steps of each storage's values, in order, and for each prefix of them the value with the latest last
+        read.
         """
         places, found = self.plan.places, dict[Storage | None, tuple[list[int], list[Value]]]()
         for value in sorted(places, key=lambda v: places[v].first):

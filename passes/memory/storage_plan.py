@@ -60,7 +60,7 @@ class Step:
 
 
 class How(Enum):
-    """The reason for a value's storage; `ValuePlace.told` fills in the name of `of`."""
+    """The reason for a value's storage; `{of}` is a placeholder for another value's name."""
 
     GIVEN = "given by the caller"
     CONSTANT = "a constant of the program"

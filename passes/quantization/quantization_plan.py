@@ -131,7 +131,7 @@ class QuantizationPlan:
         if self.activations:
             lines += ["", *_table([("multiplied value", "type", "encoding", "why"), *map(_told, self.activations)])]
         if self.balances:
-            lines += ["", *_table([("vector", "of the norm", "balances"), *_folded_balances(self.balances)])]
+            lines += ["", *_table([("vector", "of the norm", "smoothed weights"), *_folded_balances(self.balances)])]
         return "\n".join(lines)
 
 

@@ -347,7 +347,7 @@ class _Check:
     def combined(
         self, planned: PlannedNode, application: Application, parts: Mapping[str, Mapping[int, Interval]]
     ) -> dict[str, Terms]:
-        """Return the reduced and indexed factors that ranks have different parts of, with the axes of the difference."""
+        """Return the reduced and indexed factors that ranks have different parts of, with the differing mesh axes."""
         op, found = planned.node.op, {}
         for name, own in parts.items():
             full = (0, application.dims[name].size.evaluate(self.sizes))

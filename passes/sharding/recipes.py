@@ -103,7 +103,7 @@ def shard(
         staged = known.staged
     elif not chosen:
         told = " or ".join(RECIPES)
-        raise UsageError("no recipe and no axes to split the model by", hint=Hint(f"recipe={told}", f"--recipe {told}"))
+        raise UsageError("nothing says how to split the model", hint=Hint(f"recipe={told}", f"--recipe {told}"))
     chosen = {axis: over for axis, over in chosen.items() if over != "-"}
     if staged:
         if not has_axis(graph, "batch"):
@@ -148,7 +148,7 @@ def _find(name: str, mesh: Mesh) -> SplitRecipe:
     missing = [axis for axis in found.needs if axis not in dict(mesh.axes)]
     if missing:
         raise UsageError(
-            f"recipe {name} splits over mesh axis {missing[0]}, which the mesh does not have",
+            f"recipe {name} splits over a mesh axis {missing[0]}, which the mesh does not have",
             received=str(mesh),
             hint=f"{missing[0]}={mesh.ranks}",
         )
