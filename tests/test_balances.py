@@ -97,10 +97,10 @@ def test_each_norm_that_feeds_weights_of_its_own_is_balanced(declared: Graph, ro
     assert plan.balances == WANTED
     told = {(a.function, a.name): a.reason.partition("; ")[2] for a in plan.activations}
     assert told == {
-        ("layer", "x"): "balanced",
-        ("main", "g"): "balanced",
-        ("main", "n"): "not balanced: rows of tied.weight are picked",
-        ("main", "e"): "not balanced: no norm with a gain gives it",
+        ("layer", "x"): "smoothed",
+        ("main", "g"): "smoothed",
+        ("main", "n"): "not smoothed: rows of tied.weight are looked up",
+        ("main", "e"): "not smoothed: no norm with a gain produces it",
     }
     assert "layer.0.balance, layer.1.balance" not in str(plan)
     assert balances_of(rounded) == WANTED
@@ -111,12 +111,12 @@ def test_each_norm_that_feeds_weights_of_its_own_is_balanced(declared: Graph, ro
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"gain": "layer.1.n.weight"}, "linear reads it without numbers of layer.1.n.weight"),
-        ({"shift": None}, "linear reads it without numbers of n.weight"),
-        ({"weights": ("tied.weight",)}, "tied.weight is balanced by layer.0.balance, and gather reads it"),
-        ({"weights": ("n.weight",)}, "is not in 8-bit rows, or twice"),
-        ({"vector": "out.balance"}, "out.balance is the name of something else"),
-        ({"vector": "n.bias"}, "n.bias is the name of something else"),
+        ({"gain": "layer.1.n.weight"}, "linear reads it without the result of layer.1.n.weight"),
+        ({"shift": None}, "linear reads it without the result of n.weight"),
+        ({"weights": ("tied.weight",)}, "tied.weight is smoothed by layer.0.balance, and gather reads it"),
+        ({"weights": ("n.weight",)}, "is not in 8-bit rows, or is smoothed twice"),
+        ({"vector": "out.balance"}, "out.balance is already the name of something else"),
+        ({"vector": "n.bias"}, "n.bias is already the name of something else"),
     ],
 )
 def test_a_wrong_balance_is_caught(declared: Graph, change: dict[str, Any], what: str) -> None:
@@ -138,8 +138,8 @@ def test_what_shares_a_weight_with_an_earlier_value_that_is_not_balanced_is_not(
         text = text.replace(f"    {line}\n", "")
     text = text.replace("    h = layer(n)", "".join(f"    {line}\n" for line in lines) + "    h = layer(n)")
     told = {a.name: a.reason.partition("; ")[2] for a in plan_quantization(parse_graph(text), "int8").activations}
-    assert told["e"] == "not balanced: no norm with a gain gives it"
-    assert told["n"] == "not balanced: other products read twice.weight"
+    assert told["e"] == "not smoothed: no norm with a gain produces it"
+    assert told["n"] == "not smoothed: other products read twice.weight"
 
 
 def test_what_shares_a_weight_with_what_is_not_balanced_in_another_call_is_not() -> None:
@@ -174,16 +174,16 @@ def test_what_shares_a_weight_with_what_is_not_balanced_in_another_call_is_not()
 }}"""
     told = [(a.function, a.reason.partition("; ")[2]) for a in plan_quantization(parse_graph(text), "int8").activations]
     assert told == [
-        ("first", "not balanced: other products read one.w"),
-        ("second", "not balanced: other products read two.w"),
-        ("main", "not balanced: no norm with a gain gives it"),
+        ("first", "not smoothed: other products read one.w"),
+        ("second", "not smoothed: other products read two.w"),
+        ("main", "not smoothed: no norm with a gain produces it"),
     ]
 
 
 @pytest.mark.parametrize("balances", [WANTED[1:], (replace(WANTED[0], vector="out.balance"), *WANTED[1:])])
 def test_a_vector_that_meets_other_weights_is_caught(rounded: Graph, balances: tuple[Balance, ...]) -> None:
     check_encoded_products(rounded, WANTED)
-    with pytest.raises(PassError, match=r"layer.0.a.weight, balanced by .*, meets numbers"):
+    with pytest.raises(PassError, match=r"layer.0.a.weight, smoothed by .*, is multiplied with values"):
         check_encoded_products(rounded, balances)
 
 

@@ -262,7 +262,7 @@ def test_shard_as_json(treadle_command: Treadle) -> None:
     [
         (("--mesh", "tp"), "not a mesh: 'tp'"),
         (("--mesh", "tp=2"), "nothing says how to split the model"),
-        (("--mesh", "tp=2", "--recipe", "dp"), "the mesh has not"),
+        (("--mesh", "tp=2", "--recipe", "dp"), "the mesh does not have"),
         (("--mesh", "tp=2", "--axis", "heads"), "--axis heads=tp"),
         (("--mesh", "tp=2", "--axis", "experts=tp"), "has no axis 'experts'"),
         (("--mesh", "tp=2", "--axis", "heads=ep"), "has no axis 'ep'"),

@@ -212,7 +212,7 @@ def test_a_plan_that_writes_over_what_is_not_donated_is_refused(backend: str) ->
     assert lowered.plan is not None
     main = lowered.plan.functions["main"]
     lent = replace(lowered.plan, functions={"main": replace(main, donated=())})
-    with pytest.raises(PassError, match="a step writes into"):
+    with pytest.raises(PassError, match="a step writes to"):
         check_storage(lowered.graph, lent)
 
 

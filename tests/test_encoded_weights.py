@@ -183,7 +183,7 @@ def test_parts_in_other_encodings_stay_apart() -> None:
     made = PassManager(DEFAULT).run(encoded)
     (record,) = [r for r in made.log if r.name == "merge-projections"]
     assert [e.reason for e in record.refusals] == [
-        "its weight is held as int8_rows, the others as q8_0: their blocks are not joined"
+        "its weight is stored as int8_rows, the others as q8_0: their blocks are not joined"
     ]
     counts = {
         name: [n.op.attributes["count"] for n in f.nodes if n.op.name == "projections"]

@@ -212,9 +212,9 @@ LIMITS: dict[str, tuple[Callable[[], object], Callable[[], object], tuple[str, s
         lambda: parse_instance(SIZES.format("9" * 18), "x"),
         lambda: parse_instance(SIZES.format("0" * 19), "x"),
         (
-            "size must be a whole number, not negative, of at most 18 digits",
+            "size must be a non-negative integer of at most 18 digits",
             repr("0" * 19),
-            "digits alone in the column size",
+            "only digits in the column size",
         ),
     ),
     "bytes of buffers": (
@@ -226,7 +226,7 @@ LIMITS: dict[str, tuple[Callable[[], object], Callable[[], object], tuple[str, s
         lambda: place(buffers(8, first=1 - 2**60, end=2**60 - 1)),
         lambda: place(buffers(8, first=0, end=2**60)),
         (
-            "a buffer must end after it begins, and have a size that is not negative",
+            "a buffer must end after it begins, and its size must not be negative",
             f"Lifetime(name='x0', first=0, end={2**60}, size=8)",
             "Lifetime(name, first, end, size) with first < end and size >= 0",
         ),

@@ -120,7 +120,7 @@ REFUSED = {
     "of-two-values": (
         [X, G, "z = neg(x)", "v = linear(z, $u)", "y = mul(s, v)"],
         ALONG[:2],
-        "the gate is a product of input x, and what it gates one of a neg",
+        "the gate is a product of input x, and the gated value is a product of a neg",
     ),
     "product-used-elsewhere": (
         [X, G, V, "m = mul(s, v)", "y = add(m, a)"],
@@ -135,7 +135,7 @@ REFUSED = {
     "weights-that-lie-in-two-ways": (
         [X, G, "v = matmul(x, $u)", "y = mul(s, v)"],
         [ALONG[0], ACROSS[1]],
-        "one weight lies as [in, out], the other, and one as [out, in]",
+        "one weight, the gated product's, has layout [in, out], and the other [out, in]",
     ),
     "halves-of-what-is-computed": (
         [
@@ -143,7 +143,7 @@ REFUSED = {
             *("v = slice(h, axis=2, start=8)", "y = mul(s, v)"),
         ],
         MERGED[:1],
-        "gate and up are halves of one product, and what it is with is no parameter",
+        "gate and up are halves of one product, but its matrix is not a parameter",
     ),
 }
 

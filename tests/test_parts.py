@@ -307,7 +307,7 @@ def test_a_plan_of_another_graph_has_no_form_on_parts() -> None:
     at = next(i for i, n in enumerate(graph.main.nodes) if n.op.name == "cumsum")
     chunk = Chunk("main", at, at, 0, 2, "cumsum", "S")
     fit = FitMemory(MemoryFit(1000, {"S": 8}, before=2000, peak=900, ratio=1.5, chunks=(chunk,)))
-    with pytest.raises(PassError, match="what the plan has in parts has no form on a part") as error:
+    with pytest.raises(PassError, match="an op of a planned run has no form on a part") as error:
         fit.run_graph(graph, PassRecord("fit-memory", "", 0))
     assert "main: cumsum in 2 parts of S" in str(error.value)
 
@@ -330,7 +330,7 @@ def test_a_part_at_the_wrong_position_is_found() -> None:
     assert callee is not None
     node = next(n for n in callee.nodes if isinstance(n.op, Attention))
     node.op = replace(node.op, start=0)  # type: ignore[type-var]
-    with pytest.raises(PassError, match="part 1 of attention is not what the part gives"):
+    with pytest.raises(PassError, match="part 1 of attention is not the result of the part"):
         check_parts(graph, parted)
 
 
@@ -399,14 +399,14 @@ def a_part_of_another_size(graph: Graph, parted: Parted) -> None:
 
 
 WRONG = [
-    (a_part_that_is_no_call, "a part is no call"),
+    (a_part_that_is_no_call, "a part is not a call"),
     (one_operand_for_another, "a part is not passed"),
     (operands_in_another_order, "a node of a part reads something else"),
     (a_node_less, "a part has other nodes than the region"),
-    (another_result, "a part gives something else than the region"),
-    (a_gap, "parts do not lie end to end"),
+    (another_result, "a part returns something else than the region"),
+    (a_gap, "parts are not contiguous"),
     (a_shorter_last_part, "parts do not cover the axis"),
-    (each_second_element, "is not cut by a slice"),
+    (each_second_element, "is not split by a slice"),
     (another_order, "are not joined in order"),
     (another_axis, "are joined along another axis"),
     (a_part_of_another_size, "is no part of"),
@@ -429,7 +429,7 @@ def test_two_inputs_that_are_cut_apart_are_found() -> None:
     check_parts(graph, parted)
     node = next(iter(parted.parts[1].slices.values()))
     node.op = replace(node.op, start=node.op.start + 1)  # type: ignore[type-var, attr-defined]
-    with pytest.raises(PassError, match="a part has slices that begin or end apart"):
+    with pytest.raises(PassError, match="slices of a part differ in their start or end"):
         check_parts(graph, parted)
 
 
@@ -467,9 +467,9 @@ def an_op_for_the_call(graph: Graph, parted: Parted) -> None:
 
 
 CALLS = [
-    (the_whole_function, "a call takes a part for the whole"),
-    (another_result_of_the_function, "a part gives something else than the function"),
-    (an_op_for_the_call, "a call stands for an op"),
+    (the_whole_function, "a call gets a part as the whole"),
+    (another_result_of_the_function, "a part returns something else than the function"),
+    (an_op_for_the_call, "a call replaces an op"),
 ]
 
 
@@ -489,5 +489,5 @@ def test_another_op_in_a_part_is_found() -> None:
     callee = graph.callee(parted.parts[0].call)
     assert callee is not None
     callee.nodes[0].op = Add()
-    with pytest.raises(PassError, match="is not what the part gives"):
+    with pytest.raises(PassError, match="is not the result of the part"):
         check_parts(graph, parted)

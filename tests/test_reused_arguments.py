@@ -54,7 +54,7 @@ def test_a_stream_through_blocks_is_one_buffer() -> None:
     assert made.plan is not None
     block, main = made.plan.functions["block"], made.plan.functions["main"]
     assert block.reuses == tuple(made.graph.functions["block"].inputs)
-    assert "its result may lie over x or other" in str(block)
+    assert "its result may overwrite x or other" in str(block)
     calls = [main.places[step.root.result] for step in main.steps if step.root.op.callee]
     assert [place.how for place in calls] == [How.OVER] * 3
     assert len({place.storage for place in calls}) == 1
@@ -185,7 +185,7 @@ def test_a_false_claim_of_reuse_is_found() -> None:
     block = made.plan.functions["block"]
     claimed = replace(block, reuses=(made.graph.functions["block"].inputs[0],))
     plan = replace(made.plan, functions={**made.plan.functions, "block": claimed})
-    with pytest.raises(PassError, match="writes over x, which it reads"):
+    with pytest.raises(PassError, match="overwrites x, which it reads"):
         check_storage(made.graph, plan)
 
 
@@ -203,5 +203,5 @@ def test_a_result_that_does_not_fit_an_argument_is_found() -> None:
     assert made.plan is not None
     claimed = replace(made.plan.functions["block"], reuses=(made.graph.functions["block"].inputs[0],))
     plan = replace(made.plan, functions={**made.plan.functions, "block": claimed})
-    with pytest.raises(PassError, match="does not fit where an argument lies"):
+    with pytest.raises(PassError, match="does not fit into the storage of an argument"):
         check_storage(made.graph, plan)
