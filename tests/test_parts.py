@@ -409,7 +409,7 @@ WRONG = [
     (each_second_element, "is not split by a slice"),
     (another_order, "are not joined in order"),
     (another_axis, "are joined along another axis"),
-    (a_part_of_another_size, "is no part of"),
+    (a_part_of_another_size, "is not a part of"),
 ]
 
 

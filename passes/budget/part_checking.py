@@ -188,7 +188,7 @@ class _Check:
             or len(dims) > 1
             or (dims and whole.shape[dims[0]] != self.parted.region.size)
         ):
-            raise self._wrong(f"{part} is no part of {whole}", self.parted.region.nodes[0])
+            raise self._wrong(f"{part} is not a part of {whole}", self.parted.region.nodes[0])
         return dims[0] if dims else None
 
     def _wrong(self, what: str, node: Node) -> PassError:

@@ -103,7 +103,7 @@ class LibraryPlanning(Planning):
         if place.storage is None or not self._may_be_written(place.storage) or place.how is How.VIEW:
             return False
         if value in self.handed_out and place.storage.kind is StorageKind.LOCAL:
-            return False  # which the caller shall not have
+            return False  # the caller must not get it
         alike = x.type.is_held_like(value.type)
         alone = all(self.places[v].storage is not place.storage for v in step.inputs if v is not x)
         return alike and alone and self.last_reads[place.storage] <= self.at[step.root]

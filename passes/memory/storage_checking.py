@@ -250,7 +250,7 @@ class _Shared:
         ours = place.storage is not None and place.storage.kind is StorageKind.LOCAL and lies.written
         mine = lies.storage is place.storage and (ours or x in plan.donated or lies.how is How.OVER)
         if not mine or not x.type.is_held_like(value.type):
-            raise wrong_plan(f"it does not lie where {x.name} does, whole", plan, value)
+            raise wrong_plan(f"it does not fill the storage of {x.name}", plan, value)
         at = plan.places[value].first
         firsts, longest = self._longest[place.storage]
         read = [v for v in node.inputs if v is not x and plan.places[v].storage is place.storage]

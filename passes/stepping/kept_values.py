@@ -56,7 +56,7 @@ class StepStates:
         return names[key]
 
     def name_of_call(self, context: Context, call: Node, name: str) -> str:
-        """The name, within the caller, of a state of the function that it calls.
+        """Return the name, within the caller, of a state of the function that it calls.
 
         Repetitions of a shared block have one scope, and states of their own: the scope gains the repetition's number.
         """
