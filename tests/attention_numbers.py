@@ -1,4 +1,4 @@
-"""Numbers that a graph computes on drawn inputs, some of them with rows without keys, and an identity of its outputs."""
+"""Numbers that a graph computes on drawn inputs, some with rows without keys, and an identity of its outputs."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def _step(cases: int) -> int:
 
 
 class LineMap:
-    """The map in a folder: a layer of all test modules, then layers of the modules that were mapped again, one by one."""
+    """The map in a folder: a layer of all test modules, then layers of modules that were mapped again, one by one."""
 
     def __init__(self, folder: Path) -> None:
         self._layers = [_Layer(each) for each in sorted(folder.glob("layer-*"))]
