@@ -42,7 +42,7 @@ def answers(exe: t.Compiled) -> bytes:
 
 
 def everything(name: str) -> Iterator[str]:
-    """Return all texts of the compiler for a model, and the digest of its results."""
+    """Yield all texts of the compiler for a model, and the digest of its results."""
     graph = MODELS[name].graph()
     yield str(graph)
     for axis in ("S", "heads"):

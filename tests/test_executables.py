@@ -551,7 +551,7 @@ def test_which_tensors_are_converted(backend: str) -> None:
 @each_backend
 @pytest.mark.parametrize("dtype", ["f32", "f16"])
 def test_of_a_tensor_that_cannot_be_read_it_is_told_what_can(dtype: str, backend: str) -> None:
-    """What is to be tried works. PyTorch reads more than NumPy."""
+    """The suggestions of the error work. PyTorch accepts more than NumPy."""
     torch = pytest.importorskip("torch")
     exe = compiled(backend, graph_of(lambda b: b.input("x", f"{dtype}[2, 2]") + b.input("y", f"{dtype}[2, 2]")))
     right = torch.eye(2, dtype={"f32": torch.float32, "f16": torch.float16}[dtype])
@@ -615,7 +615,7 @@ def test_a_failing_node_names_its_line(backend: str) -> None:
 
 @each_backend
 def test_an_index_is_followed_to_the_input_that_it_was_made_of(backend: str) -> None:
-    """Through ops of one operand; what two were made of, or weights alone, is told under its own name."""
+    """Through ops of one operand; a value computed from two, or from weights alone, is reported under its own name."""
 
     def build(b: Builder) -> dict[str, Expr]:
         ids, table = b.input("ids", "i32[N]"), b.parameter("table", "f32[5, 3]")

@@ -1,4 +1,4 @@
-"""`treadle explain MODEL memory`: what it says is what a run takes, and the drawing shows it."""
+"""`treadle explain MODEL memory`: the reported memory is the memory of a run, and the drawing shows it."""
 
 from __future__ import annotations
 

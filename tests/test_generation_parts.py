@@ -1,4 +1,4 @@
-"""Parts of generation without a model: what is chosen and why a row ends, slots, and how a session cuts its calls."""
+"""Parts of generation without a model: selection of tokens, reasons for a row's end, slots, and calls of a session."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_an_end_that_the_model_has_no_logit_of_is_no_matter() -> None:
     ],
 )
 def test_why_a_row_ends(chosen: int, made: int, full: bool, ending: str | None) -> None:
-    """The first of the reasons; `until` is asked of each token all the same."""
+    """The first of the reasons counts; `until` is still called for each token."""
     asked: list[tuple[int, int]] = []
 
     def until(number: int, token: int) -> bool:
@@ -177,7 +177,7 @@ def test_a_number_of_tokens_is_whole(most: Any) -> None:
 
 
 def held(full: str = "error", **more: Any) -> Any:
-    """A session that does what a test says."""
+    """A session that follows a test's script."""
     facts = {"capacity": 4, "full": full, "who_takes": "the model", "free": 0, "length": lambda row: row}
     return SimpleNamespace(**{**facts, **more})
 
@@ -281,7 +281,7 @@ class _Draft:
 def test_a_draft_guesses_as_much_as_its_row_takes(
     count: int, given: int, most: int, length: int, guessed: list[int], read: bool
 ) -> None:
-    """What is new is prefilled where it is too much to be read with each guess."""
+    """New tokens are prefilled if there are too many to be read with each guess."""
     own: Any = _Draft(length)
     draft = DraftModel(own, count=count)
     draft.begin()
@@ -298,7 +298,9 @@ def test_a_draft_guesses_as_much_as_its_row_takes(
 
 @pytest.mark.parametrize(("ends", "shares"), [((0,), (0.9, 0.0)), ((0, 5), (0.45, 0.4))])
 def test_as_many_beams_go_on_where_each_may_end(ends: tuple[int, ...], shares: tuple[float, float]) -> None:
-    """Each continuation has a row: its beam's own for the first, a fork for another; who goes on no more is closed."""
+    """Each continuation has a row: its beam's own for the first, a fork for another; a row that is not continued is
+    closed.
+    """
     rows, closed = iter(range(1, 99)), list[int]()
     own: Any = SimpleNamespace(capacity=99, full="error", fork=lambda row: next(rows), close=closed.append)
     task = _Task(own, Beams(3, early="never"), TokenRules(), frozenset(ends))
@@ -330,7 +332,7 @@ def slots(count: int = 2, *, whole: bool = False, rings: Sequence[Ring] = ()) ->
     [
         (range(20), range(16), False, 16),
         (range(20), range(15), False, 0),
-        (range(16), range(16), False, 0),  # of the last one the logits are to be had
+        (range(16), range(16), False, 0),  # the logits of the last token are needed
         (range(17), range(17), False, 16),
         (range(20), [*range(18), 99], False, 18),
         (range(20), [*range(18), 99], True, 0),
@@ -400,7 +402,7 @@ def test_where_no_slot_is_free_but_the_texts_own_it_is_cut_back() -> None:
 
 
 class _Model:
-    """A stepped model whose entries remember the calls: of each token's logits, the id before."""
+    """A stepped model whose entries record the calls; the logits of each token are the id before it."""
 
     def __init__(self, **facts: Any) -> None:
         graph = SimpleNamespace(name="m", states={}, symbols={})
@@ -475,7 +477,7 @@ def test_prompts_are_cut_and_padded(opened: Any) -> None:
     own.prefill({one: range(17), other: range(30)})
     assert model.calls == [("prefill", ((2, 32), [50, 3]))]
     model.calls.clear()
-    own.prefill({one: range(17), other: range(17)})  # which the first has no room for, padded
+    own.prefill({one: range(17), other: range(17)})  # the first has no room for them with padding
     assert model.calls == [("prefill", ((1, 17), [67])), ("prefill", ((1, 32), [33]))]
     model.calls.clear()
     step = own.step({one: 5, other: 6})
@@ -576,7 +578,7 @@ def test_a_scheduler_takes_as_many_as_may_wait(opened: Any) -> None:
 
 
 def test_a_load_is_what_a_scheduler_does_and_has_done(opened: Any) -> None:
-    """As the second token of each text is told, and once all have ended."""
+    """Loads are read as the second token of each text is reported, and once all have ended."""
     _, own = opened(rows=2, chunk=4)
     made, loads, ends = Scheduler(own, piece=3), list[Load](), list[Any]()
 
