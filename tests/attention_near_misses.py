@@ -293,7 +293,7 @@ NEAR_MISSES = [
     NearMiss("two caps", lambda b: scaled(b, lambda x: b.tanh(b.tanh(x / 30.0) * 20.0)), "a second soft-cap"),
     NearMiss("many addends", lambda b: many_addends(b, 48), "the chain before the softmax is too long"),
     NearMiss("many casts", lambda b: many_casts(b, 48), "the chain after the softmax is too long"),
-    # what is fused, but as another term than it looks like
+    # fused, but with another term than it looks like
     NearMiss(
         "triangle one off", lambda b: masked(b, lambda: triangle(b, off=1)), "keeps keys up to 1 after", "mask(s t)"
     ),

@@ -104,7 +104,7 @@ class ForkedRanks:
         return Job(process, folder, self)
 
 
-# -- the process that forks --------------------------------------------------------------------------------------------
+# -- the forking process -----------------------------------------------------------------------------------------------
 
 _POPEN = subprocess.Popen
 _LOADED = ("torch.distributed", "tvm", "tests.rank_jobs", "treadle.cli.launch", "treadle.cli.rank_runs")
@@ -175,7 +175,7 @@ def _run(words: Sequence[str]) -> None:
 
 
 def _told_apart() -> None:
-    """If coverage runs, tell it the test that this process belongs to: `tests.line_map`."""
+    """If coverage runs, set its context to the test of this process: `tests.line_map`."""
     if "coverage" in sys.modules and CONTEXT in os.environ:
         from coverage import Coverage
 

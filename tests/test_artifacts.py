@@ -52,7 +52,7 @@ def same_bits(a: Any, b: Any) -> bool:
     return list(a) == list(b) and all(a[n].dtype == b[n].dtype and a[n].tobytes() == b[n].tobytes() for n in a)
 
 
-# -- there and back --------------------------------------------------------------------------------------------------
+# -- round trips -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -80,7 +80,7 @@ def test_weights_are_mapped_and_aligned(tmp_path: Path) -> None:
     for array in load(path).weights.values():
         assert not array.flags.owndata
         assert not array.flags.writeable
-    assert "weights" not in repr(open_artifact(path)), "which would be all of their numbers"
+    assert "weights" not in repr(open_artifact(path)), "it would print all of their numbers"
     parts = Parts.of(path.read_bytes())
     length = int.from_bytes(path.read_bytes()[:8], "little")
     header = json.loads(path.read_bytes()[8 : 8 + length])
@@ -200,7 +200,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
     assert list(tmp_path.iterdir()) == [path]
 
 
-# -- what is not trusted ---------------------------------------------------------------------------------------------
+# -- untrusted files -------------------------------------------------------------------------------------------------
 
 
 def test_a_flipped_bit_of_a_weight_is_noticed(tmp_path: Path) -> None:
@@ -527,7 +527,7 @@ def test_compile_run_and_inspect(tmp_path: Path) -> None:
     assert runner.invoke(app, ["compile", "gpt2", *sets, "-o", str(tmp_path / "small.bin")]).exit_code == 2
 
 
-# -- what a killed save leaves ---------------------------------------------------------------------------------
+# -- files of a killed save ------------------------------------------------------------------------------------
 
 KILLED = """
 import os, signal, sys
@@ -569,7 +569,7 @@ def test_what_a_killed_save_left_goes_with_the_next(tmp_path: Path) -> None:
     found = os.listdir(tmp_path)
     assert sorted(found) == sorted([*others, ".m.treadle-0123456789ab", "m.treadle", *staged])
     living.stdin.close()
-    assert living.wait() == 0, "a save that lives is left alone"
+    assert living.wait() == 0, "files of a running save are kept"
     assert target.read_bytes() == b"half of it"
 
 

@@ -216,7 +216,7 @@ def test_the_body_of_symbolic_sizes() -> None:
         assert np.allclose(found["out0"], op.reference(*operands), rtol=0, atol=EXACT)
 
 
-# -- rows that see nothing -----------------------------------------------------------------------------------
+# -- fully masked rows ---------------------------------------------------------------------------------------
 
 
 def masked_rows() -> tuple[Attention, list[Array]]:

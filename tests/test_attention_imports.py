@@ -139,7 +139,7 @@ def test_a_triangle_one_off_says_so() -> None:
     assert event.source.startswith("tests/test_attention_imports.py:")
 
 
-# -- Hugging Face's ----------------------------------------------------------------------------------------------------
+# -- Hugging Face's models ---------------------------------------------------------------------------------------------
 
 _SDPA = {
     "bert": ["mask(b t)"],
@@ -180,7 +180,7 @@ def test_a_decoder_with_what_it_listens_to() -> None:
     assert terms(exe.graph) == ["causal, mask(b t)", ""]
 
 
-# -- windows that are shifted ------------------------------------------------------------------------------------------
+# -- shifted windows ---------------------------------------------------------------------------------------------------
 
 
 def swin(attention: str) -> Any:

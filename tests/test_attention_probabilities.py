@@ -127,7 +127,7 @@ def test_softmax_stays_whole_where_no_row_can_be_empty() -> None:
     assert "softmax" not in [n.op.name for n in body_of(masked, [*types, i64["B"]]).nodes]
 
 
-# -- what becomes it -------------------------------------------------------------------------------------------
+# -- programs that become the op -------------------------------------------------------------------------------
 
 SCORES = (
     'kt = rearrange(k, pattern="b h t d -> b h d t")',
@@ -408,7 +408,7 @@ def test_onnx_gives_both_results(number: int, opset: int, tmp_path: Path) -> Non
                 np.testing.assert_allclose(answer[f"y{n}"], wanted, rtol=0, atol=ROOM)
 
 
-# -- models of Hugging Face's ----------------------------------------------------------------------------------
+# -- Hugging Face models ---------------------------------------------------------------------------------------
 
 
 def bert() -> Any:

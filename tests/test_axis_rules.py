@@ -242,7 +242,7 @@ def test_linear_in_the_operands_it_names(case: Case) -> None:
         same(case.run(mixed), wanted, f"linear in {sorted(group)}")
 
 
-# -- what follows from a rule -----------------------------------------------------------------------------------------
+# -- consequences of a rule -------------------------------------------------------------------------------------------
 
 
 def ops_of_samples(says: Callable[[Op, Sequence[int | None]], bool]) -> set[str]:

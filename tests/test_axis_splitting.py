@@ -71,7 +71,7 @@ def holds(pieces: Pieces, before: Sequence[Size], after: Sequence[Size]) -> bool
 
 
 def grouped(atoms: Sequence[str], cuts: Sequence[int]) -> list[Size]:
-    """A shape whose axes are products of neighbouring atoms."""
+    """A shape whose axes are products of neighboring atoms."""
     bounds = [0, *sorted(cut % (len(atoms) + 1) for cut in cuts), len(atoms)]
     return [product(sizes(atoms[a:b])) for a, b in pairwise(bounds)]
 
@@ -134,7 +134,7 @@ def test_a_sum_is_a_whole_axis() -> None:
     assert [str(size) for size in found.sizes] == ["B", "S+1", "T+1", "2", "3"]
 
 
-# -- where there is no answer ----------------------------------------------------------------------------------
+# -- no answer -------------------------------------------------------------------------------------------------
 
 
 def test_shapes_without_elements_are_told_apart_only_where_they_are_alike() -> None:

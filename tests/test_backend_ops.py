@@ -343,7 +343,7 @@ def test_float32_erf() -> None:
     assert np.max(np.abs(made - erf(x.astype(np.float64)))) < 3.2e-7  # less than three float32 roundings at 1
 
 
-# -- what has no form --------------------------------------------------------------------------------------------------
+# -- ops without a form ------------------------------------------------------------------------------------------------
 
 
 @needs_torch

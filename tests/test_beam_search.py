@@ -177,4 +177,4 @@ def test_token_for_token_as_hugging_face(name: str, backend: str, kept: Callable
                 assert set(made[len(text.tokens) :]) <= {1}
                 assert text.score == pytest.approx(score, rel=1e-5)
                 lengths.add((len(text.tokens), text.ending))
-    assert len(lengths) > 5, "texts of many lengths, or the rules of ending are not compared"
+    assert len(lengths) > 5, "texts need many lengths to compare the rules of ending"

@@ -126,7 +126,7 @@ def test_what_a_benchmark_does_when_nothing_is_said(sides: list[_Side]) -> None:
     _Side.seconds = {"treadle": iter([1.0] * 16)}
     found = bench_model(Workload("m"), [])
     assert (found.rounds, len(found.rows), found.missing) == (15, 1, {})
-    assert "onnx" not in sides[0].spec, "nobody reads it"
+    assert "onnx" not in sides[0].spec, "the specification is unused"
     assert Workload("m") == Workload("m", "tvm", 1, None, (), (), None, (), 0, None)
 
 
@@ -211,8 +211,8 @@ def process(spec: dict[str, Any], asked: str, patch: pytest.MonkeyPatch) -> Iter
     found: list[dict[str, Any]] = []
     serving.main()
     found.extend(map(json.loads, answers.getvalue().splitlines()))
-    assert copies == [(2, 1)], "what a package prints is no answer"
-    assert answers.count >= len(found), "who asked waits for each"
+    assert copies == [(2, 1)], "output of a package is not an answer"
+    assert answers.count >= len(found), "the caller waits for each answer"
     yield found
 
 
@@ -303,7 +303,7 @@ def test_the_most_memory_is_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert serving.peak_bytes() == count
 
 
-# -- what peers are given ----------------------------------------------------------------------------------------------
+# -- inputs of peers ---------------------------------------------------------------------------------------------------
 
 
 class _Called:

@@ -67,7 +67,7 @@ def mismatch(*arguments: Any, **options: Any) -> CheckpointError:
     return caught.value
 
 
-# -- what binds --------------------------------------------------------------------------------------------
+# -- bindings ----------------------------------------------------------------------------------------------
 
 
 def test_parts_are_views_of_the_file(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_a_folder_binds_as_a_file_does(tmp_path: Path) -> None:
     assert one.unused == two.unused
 
 
-# -- what does not -----------------------------------------------------------------------------------------
+# -- mismatches --------------------------------------------------------------------------------------------
 
 
 def test_text_mismatch(tmp_path: Path) -> None:

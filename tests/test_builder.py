@@ -226,7 +226,7 @@ def test_a_failed_op_adds_nothing() -> None:
 def test_every_op_is_a_method() -> None:
     b, x, _, _ = start()
     assert b.gelu(x).type == x.type
-    assert type(b).gelu is not None, "found once, it is one of the class"
+    assert type(b).gelu is not None, "after the first use it is an attribute of the class"
     with pytest.raises(AttributeError):
         _ = b._private
 

@@ -203,7 +203,7 @@ def test_a_ring_keeps_the_last_positions() -> None:
     ]
     assert [float(x[0, 0, 0, 0]) for x in alone] == [0, 1, 2, 3]  # positions 4, 5, 6 and 3: each is seen
     (mean,) = op.reference(q, k, v, rows, start, np.array([100.0]), np.zeros(4)).ravel()
-    assert mean == pytest.approx(2.0), "the nearest key, at position 6, is that of slot 2"
+    assert mean == pytest.approx(2.0), "the nearest key, at position 6, is in slot 2"
 
 
 def test_live_positions_hold_every_pair_that_is_kept_and_end_with_one() -> None:

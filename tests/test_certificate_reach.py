@@ -23,7 +23,7 @@ from treadle.passes.certificates.regions import MOST_NODES, Region, claim_of_mat
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.framework.rewrite import Match, Rewrite
 
-# -- what is free, and what is tied to something else ----------------------------------------------------------------
+# -- free and dependent inputs ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def test_sizes_that_are_refused_excuse_nothing() -> None:
     assert len(rolled_back(found)) == 1 and not certificates(found)
 
 
-# -- numbers that are tied to sizes, and what is said ------------------------------------------------------------------
+# -- numbers that depend on sizes, and notes ---------------------------------------------------------------------------
 
 
 def region_of(size: int, number: float) -> Region:

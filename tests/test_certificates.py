@@ -34,7 +34,7 @@ from treadle.passes.fusion.fuse_gelu import FuseGelu
 from treadle.passes.fusion.fuse_normalization import FuseNormalization
 from treadle.passes.pipelines import DEFAULT
 
-# -- what a certificate says ------------------------------------------------------------------------------------------
+# -- contents of a certificate ----------------------------------------------------------------------------------------
 
 
 def test_a_certificate_names_the_rule_the_cases_and_the_error() -> None:
@@ -89,7 +89,7 @@ def test_compile_takes_certify() -> None:
     assert treadle.compile(graph, certify=False).log.certified() == ""
 
 
-# -- passes of the pipeline that are no patterns ----------------------------------------------------------------------
+# -- passes of the pipeline without patterns --------------------------------------------------------------------------
 
 
 def test_folding_is_held_against_the_graphs_own_precision() -> None:

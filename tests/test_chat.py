@@ -197,8 +197,8 @@ def test_what_the_row_holds_is_not_computed_again(folder: Path, monkeypatch: pyt
     (held, first), (second_held, second), (third_held, third), (again_held, again) = fed
     assert held == 0
     assert second_held >= first - 1
-    assert third_held >= second_held + second - 1, "what was said otherwise is read again, and what comes after it"
-    assert (again_held, again) == (third_held + third - 1, 1), "the row went beyond: it is cut back"
+    assert third_held >= second_held + second - 1, "the changed text is read again, with everything after it"
+    assert (again_held, again) == (third_held + third - 1, 1), "the row was longer: it is truncated"
 
 
 def test_the_commands(folder: Path) -> None:

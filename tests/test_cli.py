@@ -276,7 +276,7 @@ def test_shard_refuses_what_it_cannot_do(treadle_command: Treadle, options: tupl
     assert told in said.err
 
 
-# -- what all of them keep to ----------------------------------------------------------------------------------
+# -- common rules ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", ["", *treadle.cli.COMMANDS])

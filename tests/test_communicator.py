@@ -109,7 +109,7 @@ def test_parts_stay_on_the_device_of_their_rank(
         part = torch.empty(shape[::-1], dtype=dtype, device=FAR).T
         if isinstance(op, Starting):
             met.begin(op, part)
-            assert "synchronize" not in waits, "it goes on"
+            assert "synchronize" not in waits, "the collective runs in the background"
             op = op.awaited
         made = met.exchange(op, part)
         assert made.device == FAR
@@ -118,7 +118,7 @@ def test_parts_stay_on_the_device_of_their_rank(
         assert made is not part
         goes_on = name == "hand_on" and attributes["source"] == 0
         assert ("synchronize" in waits) != goes_on, "the watch knows that the rank waits"
-    assert waits[-1] == "synchronize", "a run has ended when its device has"
+    assert waits[-1] == "synchronize", "a run ends only after its device has finished"
     assert [each for each in waits if each not in ("wait", "synchronize")]
 
 

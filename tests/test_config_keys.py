@@ -15,7 +15,7 @@ from treadle.models.reading.irrelevant_keys import IRRELEVANT
 from treadle.models.reading.recorded_config import RecordedConfig, layered
 from treadle.models.registry import family_of
 
-# -- what was read -----------------------------------------------------------------------------------------------------
+# -- keys that are read ------------------------------------------------------------------------------------------------
 
 
 def test_keys_that_are_not_looked_up_are_told() -> None:

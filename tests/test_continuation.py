@@ -328,7 +328,7 @@ def test_speculation_gives_the_same_text_and_says_what_was_right(folder: Path) -
         assert told["speculation"]["accepted"] <= told["speculation"]["guessed"]
         assert told["speculation"]["made"] == len(told["texts"][0]["tokens"])
         assert "of the model" in generated(str(folder), prompt, "--tokens", "20", *words).stderr
-    assert told["speculation"]["accepted_length"] > 1, "a model that drafts for itself is right"
+    assert told["speculation"]["accepted_length"] > 1, "guesses of a model for itself are right"
 
 
 def test_a_draft_of_another_vocabulary_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_bytes_are_what_is_read_and_written_once() -> None:
     assert cost(lambda b, x: b.softmax(x), "f32[2, 3]").bytes == 4 * (6 + 6), "a composite is one op here"
     assert cost(lambda b, x: x > 0.0, "f32[8]").bytes == 4 * 8 + 4 + 8
     plain = cost(lambda b, x, r, bias: b.add_layer_norm(x, r, None, bias), "f32[6, 4]", "f32[6, 4]", "f32[4]")
-    assert plain.bytes == 4 * (2 * 24 + 4 + 2 * 24), "without a weight, which stands before the bias"
+    assert plain.bytes == 4 * (2 * 24 + 4 + 2 * 24), "without a weight, which comes before the bias"
 
 
 def test_a_table_is_read_as_often_as_it_is_looked_up() -> None:
@@ -143,7 +143,7 @@ def test_a_table_is_read_as_often_as_it_is_looked_up() -> None:
         return cost(lambda b, table, i: b.embedding(table, i), f"f32[{rows}, 768]", f"i64[{count}]").bytes
 
     assert looked_up(30522, 128) == 128 * 768 * 4 * 2 + 128 * 8
-    assert looked_up(2, 128) == 2 * 768 * 4 + 128 * 768 * 4 + 128 * 8, "no more than all of it"
+    assert looked_up(2, 128) == 2 * 768 * 4 + 128 * 768 * 4 + 128 * 8, "at most the whole"
 
 
 def test_costs_add() -> None:
@@ -197,7 +197,7 @@ def test_bytes_of_a_forward_pass_hold_the_weights_once() -> None:
     graph = bert.graph()
     read = sum(v.type.bytes_at({}) for name, v in graph.parameters.items() if not name.startswith("embeddings."))
     small = graph_cost(graph, {"B": 1, "S": 1}).bytes
-    assert read < small < 1.01 * read, "at one token, activations are next to nothing"
+    assert read < small < 1.01 * read, "at one token, activations are negligible"
 
 
 PARAMETERS = {

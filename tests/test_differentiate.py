@@ -179,7 +179,7 @@ def test_a_block_against_torch() -> None:
         np.testing.assert_allclose(found[f"d.{name}"], wanted, rtol=0, atol=within, err_msg=name)
 
 
-# -- how gradients meet --------------------------------------------------------------------------------------------
+# -- sums of gradients ---------------------------------------------------------------------------------------------
 
 
 def gradient_of(make: Any, **arrays: Array) -> dict[str, Array]:

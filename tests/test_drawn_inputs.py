@@ -59,7 +59,7 @@ def test_what_is_drawn() -> None:
     assert (drawn["x3"].min(), drawn["x3"].max()) == (1, 127)
     small = draw_inputs(graph, {"B": 5}, [0])["x1"]
     wide = np.concatenate([draw_inputs(graph, {"B": 5}, [n])["x1"] for n in range(40)])
-    assert small.shape == (5,) and (wide.min(), wide.max()) == (1, 5), "as lengths are"
+    assert small.shape == (5,) and (wide.min(), wide.max()) == (1, 5), "drawn like lengths"
     assert np.array_equal(drawn["x4"], held(drawn["x4"], Value("input", parse_type("bf16[B]"), "x")))
 
 

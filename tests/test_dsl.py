@@ -59,7 +59,7 @@ def test_configuring_changes_a_copy() -> None:
     changed = sample.configure(scale=3.0).configure(bias=False, inputs=("y",))
     assert changed.config == {"scale": 3.0, "bias": False}
     assert changed.given == ("y",)
-    assert changed.configure(scale=1.0).given == ("y",), "what is not said stays"
+    assert changed.configure(scale=1.0).given == ("y",), "omitted settings are unchanged"
     assert changed.configure(inputs=("x",)).given == (), "a required input may be named"
     assert (sample.config, sample.given) == ({}, ())
 
@@ -192,7 +192,7 @@ def test_an_option_without_a_default() -> None:
     assert len(model.configure(factor=2.0).graph().main.nodes) == 1
 
 
-# -- what a model returns ------------------------------------------------------------------------------------------
+# -- results of a model --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

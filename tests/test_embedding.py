@@ -379,7 +379,7 @@ def test_the_demo_shows_each_step(minilm: Path, capsys: pytest.CaptureFixture[st
     for word in shown:
         assert word in said
     assert "type: ignore" not in said
-    assert max(map(len, said.split("\n"))) > 150, "no terminal, so nothing is fitted"
+    assert max(map(len, said.split("\n"))) > 150, "no terminal, so no line is fitted to its width"
     cosines = re.findall(r"agree: max \|difference\| \d\.\de-0[5-9], least cosine ([\d.]+)$", said, re.MULTILINE)
     assert len(cosines) == said.count("least cosine")
     assert all(abs(float(cosine) - 1) < 1e-6 for cosine in cosines)
@@ -412,7 +412,7 @@ def test_the_demo_tells_the_time_of_a_run_that_is_warm(monkeypatch: pytest.Monke
         now[0] += lasts.pop(0)
 
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    assert treadle.demo._warm_seconds(run) == 3.0, "the median of what the last five took"
+    assert treadle.demo._warm_seconds(run) == 3.0, "the median of the last five times"
     assert not lasts
 
 

@@ -384,7 +384,7 @@ def test_a_step_reads_encoded_weights(backend: str) -> None:
     np.testing.assert_allclose(logits[0], logits[1], rtol=0, atol=2e-5 * np.abs(logits[0]).max())
 
 
-# -- the way back --------------------------------------------------------------------------------------------------
+# -- the inverse transform -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MODELS)

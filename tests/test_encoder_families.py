@@ -135,7 +135,7 @@ def test_old_configurations_of_clip() -> None:
     assert again.config["height"] == 64
 
 
-# -- what came later --------------------------------------------------------------------------------------------
+# -- later models -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

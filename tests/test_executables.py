@@ -422,7 +422,7 @@ def test_an_array_may_be_laid_out_backwards(backend: str) -> None:
         np.testing.assert_array_equal(exe(x=x).y, x * 2)
 
 
-# -- what is refused -------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------------------------
 
 
 @each_backend

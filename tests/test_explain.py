@@ -273,7 +273,7 @@ def test_a_value_is_followed_through_a_round_trip_and_not_through_half_of_one() 
     ]
 
 
-# -- what is wrong with the question ----------------------------------------------------------------------------------
+# -- invalid questions ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_how_a_backend_reads_each_weight(backend: str, golden: Golden) -> None:
 
 @pytest.mark.parametrize("backend", ["numpy", *TARGETS])
 def test_the_command_says_what_the_function_says(backend: str) -> None:
-    """For this machine's CPU."""
+    """The function is called for this machine's CPU."""
     usable(backend)
     found = explain_layouts("bert", backend=backend, layers=2)
     words = ("explain", "bert", "layouts", "--backend", backend, "--set", "layers=2")
@@ -192,7 +192,7 @@ def test_an_artifact_is_explained_as_the_model_that_it_was_made_of(explain: Any,
         explain(file, limits={"tensors": 3})
 
 
-# -- what has not changed --------------------------------------------------------------------------------------
+# -- unchanged texts -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["constants", "odd_names", "sizes", "transformer", "transformer_types_only"])

@@ -211,7 +211,7 @@ def test_the_legend_has_the_colours_of_the_bars() -> None:
     for square, word in legend:
         at, text = (numbers(each, "x", "y") for each in (square, word))
         assert at[0] > end and text[0] > at[0] + 12
-        assert at[1] + 6 == text[1] - 4, "the square's middle is that of letters 8 high"
+        assert at[1] + 6 == text[1] - 4, "the square is centered on letters 8 high"
         end = text[0] + 6 * len(word.text or "")
 
 

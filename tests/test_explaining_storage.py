@@ -29,7 +29,7 @@ def test_where_each_value_of_a_backend_lies(backend: str, golden: Golden) -> Non
 
 @pytest.mark.parametrize("backend", SHOWN)
 def test_the_command_says_what_the_function_says(backend: str) -> None:
-    """For this machine's CPU."""
+    """The function is called for this machine's CPU."""
     usable(backend)
     found = explain_storage("bert", backend=backend, layers=2)
     words = ("explain", "bert", "storage", "--backend", backend, "--set", "layers=2")

@@ -225,7 +225,7 @@ def test_a_size_beside_a_number_that_no_tensor_holds() -> None:
     assert error.hint == "declare the axis with a number"
 
 
-# -- what Python asks of a tensor ----------------------------------------------------------------------------------
+# -- Python's operations on a tensor -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ F: Any = torch.nn.functional
 VOCAB = 37
 
 
-# -- models of Hugging Face's --------------------------------------------------------------------------------------
+# -- Hugging Face models -------------------------------------------------------------------------------------------
 
 _ENCODER = {
     "vocab_size": VOCAB,
@@ -156,7 +156,7 @@ def test_vision_and_speech_encoders() -> None:
     assert_equal(model, whisper, speech, {"input_features": torch.randn(3, 8, 20)})
 
 
-# -- a module of one's own -----------------------------------------------------------------------------------------
+# -- a user's module -----------------------------------------------------------------------------------------------
 
 
 class Block(nn.Module):  # type: ignore[misc]

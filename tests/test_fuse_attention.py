@@ -69,7 +69,7 @@ def terms_of(op: Attention) -> str:
     return ", ".join(term.text for term in op.terms)
 
 
-# -- what is recognised ----------------------------------------------------------------------------------------
+# -- recognised forms ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
@@ -290,7 +290,7 @@ def test_a_mask_that_stays_an_addend_says_why() -> None:
     assert alone.log[0].refusals == []
 
 
-# -- back and forth --------------------------------------------------------------------------------------------
+# -- round trips -----------------------------------------------------------------------------------------------
 
 
 def applied(sample: Sample) -> Graph:
@@ -339,7 +339,7 @@ def test_what_has_no_body_is_not_decomposed() -> None:
     assert optimize(text, Decompose()).graph == parse_graph(text)
 
 
-# -- what others leave -----------------------------------------------------------------------------------------
+# -- masks and products of other passes ------------------------------------------------------------------------
 
 
 def test_an_input_mask_is_taken_for_no_more_than_it_is() -> None:

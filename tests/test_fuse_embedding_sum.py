@@ -141,7 +141,7 @@ def test_more_tables_than_it_takes() -> None:
     assert refusal.reason == "9 embeddings are added, and embedding_sum takes at most 8"
 
 
-# -- what knows the op -------------------------------------------------------------------------------------------------
+# -- passes and costs of the op ----------------------------------------------------------------------------------------
 
 
 def test_bert_has_one_and_gpt2_too() -> None:

@@ -111,7 +111,7 @@ def test_halves_of_a_product_are_products_with_halves_of_its_weight(
     assert node.op.name == "gated_linear" and node.op.attributes["weight_axes"] == axes
     assert [cut.op.name for cut in cuts] == ["slice"] * len(cuts)
     assert [cut.op.attributes["axis"] for cut in cuts] == [axis, axis, *[0] * (len(cuts) - 2)]
-    assert all(cut.inputs[0].kind == "parameter" for cut in cuts), "what is cut is a weight, which is done once"
+    assert all(cut.inputs[0].kind == "parameter" for cut in cuts), "the sliced value is a weight, sliced only once"
     assert_same_numbers(made.source, made.graph)
 
 

@@ -420,7 +420,7 @@ def test_each_near_miss_says_why(case: Case) -> None:
     assert_equal_everywhere(before, optimized.graph, 64 * 2.0**-52)
 
 
-# -- text, and back and forth ----------------------------------------------------------------------------------
+# -- text, and round trips -------------------------------------------------------------------------------------
 
 
 def test_before_and_after_as_text() -> None:

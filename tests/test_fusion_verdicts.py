@@ -102,7 +102,7 @@ def test_models_of_the_zoo_add_up(name: str) -> None:
         assert statuses(again, kind) == {"fused": n} if (n := ops[kind]) else not statuses(again, kind), str(again)
 
 
-# -- sites that other sites hold ---------------------------------------------------------------------------------------
+# -- sites inside other sites ------------------------------------------------------------------------------------------
 
 
 def merged_gate(b: Builder) -> Expr:

@@ -23,7 +23,7 @@ from treadle.runtime.slots import LEAST, Ring, Row, Slots
 from treadle.runtime.speculation import DraftModel, PromptLookup, SpeculationTally, _margin, speculate
 from treadle.runtime.token_rules import TokenRules, log_probabilities
 
-# -- what is chosen ----------------------------------------------------------------------------------------------------
+# -- selected tokens ---------------------------------------------------------------------------------------------------
 
 
 def test_what_is_meant_where_nothing_is_said() -> None:
@@ -112,7 +112,7 @@ def test_an_end_that_the_model_has_no_logit_of_is_no_matter() -> None:
     found = TokenRules(fewest=1).apply(np.zeros(3), prompt=[], made=[], end=[2, 3])
     assert found.tolist() == [0, 0, -np.inf]
     none = np.full(2, -np.inf)
-    assert np.isneginf(TokenRules(banned=(0,)).apply(none, prompt=[], made=[])).all(), "it is the model that left none"
+    assert np.isneginf(TokenRules(banned=(0,)).apply(none, prompt=[], made=[])).all(), "the model allows no token"
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_a_prompt_waits_for_the_one_that_shares_most() -> None:
     shared = {(5,): 3, (6,): 7, (7,): 7}
     made = held(held=lambda prompt: 3, shared=lambda prompt, other: shared[tuple(other)])
     prompt = [1] * 9
-    assert prompt_ahead(made, prompt, {1: [5]}) is None, "no more than is held already"
+    assert prompt_ahead(made, prompt, {1: [5]}) is None, "at most the stored tokens"
     assert prompt_ahead(made, prompt, {1: [5], 2: [6], 3: [7]}) == (2, 7)
     assert prompt_ahead(made, prompt, {2: [6], 4: [1] * 9}) == (4, 9)
 
@@ -375,7 +375,7 @@ def test_a_text_goes_on_in_its_own_slot_or_in_a_copy() -> None:
     made.rows[made.take()] = Row(text, written=40)
     made.close(0, keep=True)
     assert made.held([*text, 7]) == 30
-    assert made.resume([*text[:20], 7, 8]) == 1, "a copy: the whole text may be gone on from as well"
+    assert made.resume([*text[:20], 7, 8]) == 1, "a copy: the whole text may be continued as well"
     assert made.rows[1] == Row(text[:20], written=40)
     assert made.resume([*text, 7]) == 0
     assert made.rows[0] == Row(text, written=40)
@@ -589,7 +589,7 @@ def test_a_load_is_what_a_scheduler_does_and_has_done(opened: Any) -> None:
     assert made.load() == Load(waiting=3)
     made.start()
     assert made._thread is not None
-    assert made._thread.daemon, "it keeps no process"
+    assert made._thread.daemon, "it does not keep the process alive"
     made.close(drain=60.0)
     assert len(ends) == 3
     assert loads[2] == Load(running=2, waiting=1, steps=1, prefilled=10, generated=2)

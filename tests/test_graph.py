@@ -76,7 +76,7 @@ def test_counts_and_order_of_models(name: str) -> None:
     assert kinds.count("constant") == len(constants)
     assert g.number_of_edges() == sum(len(n.inputs) for n in main.nodes) + len(main.outputs)
     assert nx.is_directed_acyclic_graph(g)
-    assert all(u < v for u, v in g.edges()), "a value is made before it is used"
+    assert all(u < v for u, v in g.edges()), "a value is defined before it is used"
     uses = main.uses()
     ids = {d["label"]: v for v, d in g.nodes(data=True) if d.get("kind") == "parameter"}
     for parameter, value in main.parameters.items():

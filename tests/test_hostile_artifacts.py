@@ -83,7 +83,7 @@ def test_a_text_of_types_can_be_read_where_it_is_trusted() -> None:
     assert len(parse_graph(text, replace(GRAPH_LIMITS, work=2_000_000)).main.inputs) == 801
 
 
-# -- what models need ----------------------------------------------------------------------------------------------
+# -- needs of models -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", family_names())

@@ -374,7 +374,7 @@ def test_no_candidate_needs_less_than_the_bound(seed: int) -> None:
 
 
 def test_before_a_result_is_written_what_will_lie_in_it_may_be_used() -> None:
-    """Of 100 bytes 30 are in use; the host takes 80, and 50 are in use next to it, so at least 130 exist anyway."""
+    """If 30 of 100 bytes are in use, and the host takes 80 with 50 in use next to it, at least 130 exist anyway."""
     host = SimpleNamespace(first=2, bytes=80)
     table: Any = SimpleNamespace(host=host, live=[30, 30, 30], _kept=lambda given, first, last: 50)
     assert [FunctionTable.room(table, at, 100) for at in (0, 1, 2)] == [100, 100, 70]

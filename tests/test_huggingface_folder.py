@@ -196,7 +196,7 @@ def test_a_model_that_transformers_saves(tmp_path: Path) -> None:
         assert set(state) - set(checkpoint) == {"lm_head.weight"}  # tied, and so not stored
 
 
-# -- what is not there -------------------------------------------------------------------------------------
+# -- missing files -----------------------------------------------------------------------------------------
 
 
 def test_only_pickles(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_an_incomplete_download(tmp_path: Path) -> None:
     assert "the target of a link does not exist" in refusal(root).what
 
 
-# -- what is damaged ---------------------------------------------------------------------------------------
+# -- damaged files -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ def test_index_limits(tmp_path: Path) -> None:
     assert "more values" in refusal(folder, CheckpointLimits(values=1)).what
 
 
-# -- what leads out of the folder --------------------------------------------------------------------------
+# -- paths out of the folder -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

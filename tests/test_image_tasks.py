@@ -220,7 +220,7 @@ def test_the_commands(clip: Path, images: list[str], tmp_path: Path) -> None:
     assert "a cat" in run.invoke(app, words).stdout
 
 
-# -- what is no image --------------------------------------------------------------------------------------------------
+# -- files that are not images -----------------------------------------------------------------------------------------
 
 
 def png(width: int, height: int) -> bytes:

@@ -113,7 +113,7 @@ def test_torch_is_started_once_and_waits_longer_than_the_watch(calls: list[Any])
     own.start(plan)
     own.close()
     own.leave()
-    assert "destroy" not in calls[2:], "it would wait for the others"
+    assert "destroy" not in calls[2:], "it would block on the others"
 
 
 def test_a_start_that_fails_is_explained(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,7 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_cache, "_loaded", {})
 
 
-# -- what is equal ---------------------------------------------------------------------------------------------
+# -- equal kernels ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("one", "other"), [(0.0, -0.0), (1.0, 1), (1, True)])

@@ -304,7 +304,7 @@ def test_from_a_megabyte_on_panels_have_a_file(tmp_path: Path) -> None:
         assert _room(size).ctypes.data % page == 0 and len(_room(size)) == size
 
 
-# -- what steps say of their kernels -----------------------------------------------------------------------------------
+# -- steps and their kernels -------------------------------------------------------------------------------------------
 
 
 def stored_by(kernel: Kernel) -> set[int]:

@@ -57,7 +57,7 @@ class _Process:
         self.returncode = -signal.SIGKILL
 
     def wait(self) -> None:
-        assert self.returncode is not None, "nobody is waited for who goes on"
+        assert self.returncode is not None, "a running process is never waited for"
 
 
 @pytest.fixture

@@ -163,7 +163,7 @@ def long_gradients(name: str, dtype: str) -> list[Long]:
     return found
 
 
-# -- what an op says ---------------------------------------------------------------------------------------------
+# -- the declared dtype of sums ----------------------------------------------------------------------------------
 
 
 def adds_up(op: Op, types: tuple[Type | None, ...]) -> bool:
@@ -209,7 +209,7 @@ def test_an_op_that_adds_up_says_in_which_dtype(name: str) -> None:
     assert told is None or told.bytes >= 4
 
 
-# -- what it does ------------------------------------------------------------------------------------------------
+# -- the dtype of sums in runs -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("run", RUNNERS)

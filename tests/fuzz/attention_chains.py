@@ -202,7 +202,7 @@ class _Drawing:
         return keep, kind
 
     def bias(self, dtype: DType) -> Expr:
-        """By head, by distance with a slope for each head, or by row."""
+        """A bias by head, by distance with a slope for each head, or by row."""
         b, kind = self.b, self.one("heads", "alibi", "rows")
         if kind == "alibi":
             i, j = b.rearrange(b.iota(size="S"), pattern="s -> s 1"), b.iota(size=self.t)

@@ -1,4 +1,4 @@
-"""Changes one key of a config.json at a time, and compares the outputs with `from_pretrained` of the same folder.
+"""Change one key of a config.json at a time, and compare the outputs with `from_pretrained` of the same folder.
 
     python -m tests.fuzz.config_keys [--families gpt2,llama] [--all] [--count N] [--seed 0]
 
@@ -405,7 +405,7 @@ def verdict(base: Base, case: Case, folder: Path) -> Verdict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=0, help="draw so many cases of each model; 0: all")
+    parser.add_argument("--count", type=int, default=0, help="draw this number of cases for each model; 0: all")
     parser.add_argument("--families", default="", help="bases whose names contain one of these")
     parser.add_argument("--all", action="store_true", help="every small model, not one for each model_type")
     parser.add_argument("--show", default="wrong,unfit,error", help="outcomes to list")

@@ -1,4 +1,4 @@
-"""Compares gradients with autograd's at zeros, ties, large numbers and fully masked rows; and gradients of random
+"""Compare gradients with autograd's at zeros, ties, large numbers and fully masked rows; and gradients of random
 masked programs after recognition with those before.
 
     python -m tests.fuzz.gradient_edges [--only NAME] [--programs 200] [--no-onnx] [--certify]

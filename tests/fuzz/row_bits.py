@@ -1,4 +1,4 @@
-"""Draws programs with independent rows, and compares the bits of a row alone, or among some, with its bits among all.
+"""Draw programs with independent rows, and compare the bits of a row alone, or among some, with its bits among all.
 
     python -m tests.fuzz.row_bits [--count 400] [--seed 0]
 
@@ -65,7 +65,7 @@ class Case:
     options: dict[str, Any]
 
 
-# -- what programs are made of ---------------------------------------------------------------------------------------
+# -- parts of programs -----------------------------------------------------------------------------------------------
 
 
 class Drawn:
@@ -292,7 +292,7 @@ def _reached(values: Sequence[Value], nodes: Sequence[Node]) -> set[Value]:
     return found
 
 
-# -- what they give --------------------------------------------------------------------------------------------------
+# -- results of programs ---------------------------------------------------------------------------------------------
 
 
 def differing(case: Case, r: Random, calls: int = 8) -> tuple[int, list[str]]:

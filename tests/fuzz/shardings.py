@@ -1,4 +1,4 @@
-"""Draws graphs, meshes and axes to split, and compares the combined results of all ranks with the whole graph.
+"""Draw graphs, meshes and axes to split, and compare the combined results of all ranks with the whole graph.
 
     python -m tests.fuzz.shardings [--seed N] [--count 2000] [--planted N] [--pipelines]
 

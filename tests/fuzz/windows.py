@@ -1,4 +1,4 @@
-"""Draws chains of convolutions and poolings, and compares the imported graphs with ONNX Runtime and PyTorch.
+"""Draw chains of convolutions and poolings, and compare the imported graphs with ONNX Runtime and PyTorch.
 
     python -m tests.fuzz.windows [--seed N] [--count 200]
 
