@@ -133,7 +133,7 @@ def test_whose_a_folder_is(tmp_path: Path) -> None:
     (inside := open_to_all / "inside").mkdir(mode=0o700)
     assert not is_private(inside)  # anyone may replace it
     open_to_all.chmod(0o1777)
-    assert is_private(inside)  # not in a sticky one
+    assert is_private(inside)  # in a sticky folder no one may
     assert not is_private(open_to_all)
 
 

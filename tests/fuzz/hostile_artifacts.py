@@ -132,7 +132,7 @@ _SQUARED = 'e{i} = einsum(z{i}, z{i}, equation="a,b -> a b")\nz{j} = rearrange(e
 
 SHAPES: Mapping[str, Shape] = {
     # Nodes.
-    "as many nodes as may be": Shape(lambda: chain(4_000, "add({before}, x)"), None),
+    "the most nodes allowed": Shape(lambda: chain(4_000, "add({before}, x)"), None),
     "with notes": Shape(lambda: chain(4_000, "add({before}, x)", "  # f32[B, 8]  a.py:{i}  a.b.{i}"), None),
     "too many nodes": Shape(lambda: chain(8_000, "add({before}, x)"), "too many nodes"),
     "nodes with long notes": Shape(lambda: chain(2_500, "add(x, x)", f" # f32[B, 8]  a.py:1  {'a.' * 1400}b"), _LONG),
@@ -150,7 +150,7 @@ SHAPES: Mapping[str, Shape] = {
         ),
         _LONG,
     ),
-    "as many operands as may be": Shape(
+    "the most operands allowed": Shape(
         lambda: graph(lines(390, lambda i: f"v{i} = concat({listed(50, lambda _: 'x')}, axis=0)")), None
     ),
     "too many results": Shape(lambda: graph(f"{listed(600_000, lambda i: f'a{i}')} = exp(x)"), _LONG),
@@ -217,7 +217,7 @@ SHAPES: Mapping[str, Shape] = {
         None,
         _FEW,
     ),
-    "as many weights as may be": Shape(lambda: graph(parameters=_declared(_MANY)), None, _MANY),
+    "the most weights allowed": Shape(lambda: graph(parameters=_declared(_MANY)), None, _MANY),
     "too many parameters": Shape(lambda: graph(parameters="p.{0..900000000}.w: f32[0]"), "too many parameters"),
     "runs of nothing": Shape(lambda: graph(parameters=lines(90_000, lambda i: f"p{i}.{{9..0}}.w: f32[0]")), _LONG),
     # The header and the log.
