@@ -122,7 +122,7 @@ def test_inspect_shows_the_graph_as_hoisting_left_it(compiled: treadle.Compiled,
     golden("explain/gpt2_hoisted.txt", without_lines(print_graph(compiled.optimized.after("hoist-weights"))))
     settings = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
     words = ("inspect", "gpt2", "--backend", "tvm", *settings, "--after")
-    for name in LOWERING:  # for this machine's CPU, whose panels may have another width
+    for name in LOWERING:  # for the processor at hand, whose panels may have another width
         printed = told(*words, name).partition("\ngraph ")[2].partition("\n# where each value lies")[0]
         shown = parse_graph(f"graph {printed}")
         wanted = treadle.compile("gpt2", backend="tvm", **SMALL).optimized.after(name)
