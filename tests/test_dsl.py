@@ -136,7 +136,7 @@ def test_types_that_checkers_read() -> None:
 
 def test_a_model_has_its_functions_signature() -> None:
     assert str(inspect.signature(annotated)).endswith("*, factor: 'float' = 2.0) -> 't.Tensor'")
-    assert inspect.getdoc(annotated) == "Types as checkers read them."
+    assert inspect.getdoc(annotated) == "Types in the form in which type checkers read them."
     assert (annotated.__name__, annotated.__module__) == ("annotated", __name__)
     assert repr(annotated.configure(factor=t.gelu)) == "<model annotated(factor=gelu)>"
 
