@@ -1,4 +1,4 @@
-"""Programs that look like attention: why each is none, or is not with the term that one might take it for."""
+"""Programs that look like attention but are not, or are attention with another term than one might expect."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ from treadle.ir.builder import Builder, Expr
 
 @dataclass(frozen=True)
 class NearMiss:
-    """A program that looks like attention, why it is none, and where something else is fused, the terms of that."""
+    """A program that looks like attention, the reason that it is not, and if something else is fused, the terms of
+    that.
+    """
 
     name: str
     build: Build
@@ -78,7 +80,7 @@ def _data_divisor(b: Builder) -> Expr:
 
 
 def _roles_swapped(b: Builder) -> Expr:
-    """q and k in each other's place: the softmax is over the queries of the product with values."""
+    """q and k swapped: the softmax is over the queries of the product with values."""
     q, k, v = q_k_v(b)
     return b.einsum(b.softmax(k @ swapped(b, q) * SCALE), v, equation="b h t s, b h t e -> b h s e")
 
@@ -166,7 +168,7 @@ def _additive_attention(b: Builder) -> Expr:
 
 
 def _regrouped(b: Builder) -> Expr:
-    """Rows of probabilities are cut across"""
+    """Rows of probabilities are split by a reshape"""
     q, k, v = (b.input(n, f"f32[6, {SIZE}]") for n in "qkv")
     p = b.reshape(b.softmax(q @ swapped(b, k) * SCALE), shape=(4, 9))
     return p @ b.concat(v, b.slice(v, axis=0, stop=3), axis=0)
@@ -178,7 +180,7 @@ def _narrowed_scores(b: Builder) -> Expr:
 
 
 def _a_mask_of_two(b: Builder) -> Expr:
-    """-1e9 filled in, and added: a row without keys holds scores beside that number"""
+    """-1e9 filled in, and added: a row without keys also holds scores next to that number"""
     return scaled(b, lambda x: b.where(rows(b), x + addend(b, lengths_reach(b), -1e9), -1e9))
 
 
@@ -201,7 +203,7 @@ def _one_key(b: Builder) -> Expr:
 
 
 def many_addends(b: Builder, count: int) -> Expr:
-    """One bias, added so often"""
+    """One bias, added `count` times"""
 
     def change(x: Expr) -> Expr:
         each = bias(b, "f32[S, S]")
@@ -213,7 +215,7 @@ def many_addends(b: Builder, count: int) -> Expr:
 
 
 def many_casts(b: Builder, count: int) -> Expr:
-    """Probabilities that are cast so often, by casts of which no two are one"""
+    """Probabilities that are cast `count` times, by casts that cannot be combined"""
 
     def change(b: Builder, p: Expr) -> Expr:
         for n in range(count - 1):
@@ -224,7 +226,7 @@ def many_casts(b: Builder, count: int) -> Expr:
 
 
 def _quantized(b: Builder, x: Expr) -> Expr:
-    """As quantizers leave it: steps of an integer dtype, and back"""
+    """The form that quantizers emit: steps of an integer dtype, and back"""
     steps = b.minimum(b.maximum(b.round(x / 0.25) + 3.0, -128.0), 127.0)
     back: Expr = (b.cast(b.cast(steps, to="i8"), to="f32") - 3.0) * 0.25
     return back
@@ -291,7 +293,7 @@ NEAR_MISSES = [
     NearMiss("two caps", lambda b: scaled(b, lambda x: b.tanh(b.tanh(x / 30.0) * 20.0)), "a second soft-cap"),
     NearMiss("many addends", lambda b: many_addends(b, 48), "the chain before the softmax is too long"),
     NearMiss("many casts", lambda b: many_casts(b, 48), "the chain after the softmax is too long"),
-    # what is fused, but as another term than it looks like
+    # fused, but with another term than it looks like
     NearMiss(
         "triangle one off", lambda b: masked(b, lambda: triangle(b, off=1)), "keeps keys up to 1 after", "mask(s t)"
     ),

@@ -1,4 +1,4 @@
-"""Chat: templates as Hugging Face renders them, what hostile ones may not do, and conversations that go on."""
+"""Chat: templates rendered as in Hugging Face, limits on hostile templates, and conversations that continue."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("template", HOSTILE, ids=range(len(HOSTILE)))
 def test_what_hostile_templates_come_to(template: str) -> None:
-    """An error that says what is wrong, within the time that it may take, and the next conversation is rendered."""
+    """The error says what is wrong, it comes within the time limit, and the next conversation is rendered."""
     made = ChatTemplate(template, seconds=1.5, memory=400 << 20, characters=100_000)
     made._ask(json.dumps({"template": "", "values": {}, "most": 1}))  # the process has started
     started = time.monotonic()
@@ -198,7 +198,7 @@ def test_a_conversation_goes_on_as_the_whole_would(folder: Path) -> None:
 
 def test_what_the_row_holds_is_not_computed_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     talk = Conversation.open(TextWriter.open(folder))
-    fed: list[tuple[int, int]] = []  # tokens that the row held, and that were read
+    fed: list[tuple[int, int]] = []  # tokens that the row held, and tokens that were read
     prefill = type(talk.session).prefill
 
     def counted(self: Any, tokens: Any) -> Any:
@@ -215,8 +215,8 @@ def test_what_the_row_holds_is_not_computed_again(folder: Path, monkeypatch: pyt
     (held, first), (second_held, second), (third_held, third), (again_held, again) = fed
     assert held == 0
     assert second_held >= first - 1
-    assert third_held >= second_held + second - 1, "what was said otherwise is read again, and what comes after it"
-    assert (again_held, again) == (third_held + third - 1, 1), "the row went beyond: it is cut back"
+    assert third_held >= second_held + second - 1, "the changed text is read again, with everything after it"
+    assert (again_held, again) == (third_held + third - 1, 1), "the row was longer: it is truncated"
 
 
 def test_the_commands(folder: Path) -> None:

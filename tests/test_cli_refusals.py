@@ -1,4 +1,4 @@
-"""The command line: what bad input gets, and files that others spoiled."""
+"""The command line: responses to bad input, and to damaged files."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def test_a_fault_of_our_own_is_told_as_one(treadle_command: Treadle, monkeypatch
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A tiny GPT-2 in Hugging Face's form."""
+    """A tiny GPT-2 in Hugging Face's format."""
     pytest.importorskip("transformers")
     from tests.hf_models import save
 

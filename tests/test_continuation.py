@@ -1,4 +1,4 @@
-"""Text continued by a model and its tokenizer, as Hugging Face continues it; and the command line over it."""
+"""Text continued by a model and its tokenizer, as in Hugging Face; and the command line for it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = transformers.GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         for weight in model.parameters():
-            weight.mul_(4)  # far from uniform logits, so that a continuation says something
+            weight.mul_(4)  # far from uniform logits, so that a continuation is not arbitrary
     model.save_pretrained(place)
     return place
 
@@ -313,7 +313,7 @@ def test_what_no_family_reads_is_told_before_its_tokenizer(folder: Path, tmp_pat
 def test_a_folder_with_an_older_vocabulary_says_how_to_make_tokenizer_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("treadle.frontends.text.build_older_tokenizer", lambda *_: None)  # as of a kind not known here
+    monkeypatch.setattr("treadle.frontends.text.build_older_tokenizer", lambda *_: None)  # as if its kind were unknown
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "sat"]
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
     transformers.BertConfig(vocab_size=len(words)).save_pretrained(tmp_path)
@@ -402,7 +402,7 @@ def test_speculation_gives_the_same_text_and_says_what_was_right(folder: Path) -
         assert told["speculation"]["accepted"] <= told["speculation"]["guessed"]
         assert told["speculation"]["made"] == len(told["texts"][0]["tokens"])
         assert "of the model" in generated(str(folder), prompt, "--tokens", "20", *words).stderr
-    assert told["speculation"]["accepted_length"] > 1, "a model that drafts for itself is right"
+    assert told["speculation"]["accepted_length"] > 1, "guesses of a model for itself are right"
 
 
 def test_a_draft_of_another_vocabulary_is_refused(folder: Path, tmp_path: Path) -> None:

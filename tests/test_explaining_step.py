@@ -1,4 +1,4 @@
-"""`treadle explain MODEL step` and `treadle inspect MODEL --entry NAME`: the derived step, told and printed."""
+"""`treadle explain MODEL step` and `treadle inspect MODEL --entry NAME`: the derived step, explained and printed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def told(*arguments: str, exit_code: int = 0) -> str:
 
 
 def without_lines(text: str) -> str:
-    """Without the lines of the models' own declarations, which change for other reasons."""
+    """Remove the lines of the models' own declarations, which change for other reasons."""
     return re.sub(r"((?:models|tests)/\w+\.py):\d+", r"\1", text)
 
 
