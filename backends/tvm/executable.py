@@ -265,7 +265,7 @@ class _Machine:
             plan = Planner(self.program.entries[entry], sizes, self.threads, self._entries, self._held).plan()
         except OverflowError as error:  # a size exceeds 64 bits
             told = ", ".join(f"{name} = {size}" for name, size in sizes.items())
-            raise BackendError(f"{self.name}: values of these sizes do not fit into memory", received=told) from error
+            raise BackendError(f"{self.name}: no memory is as large as these sizes take", received=told) from error
         self.plans[key] = plan
         if len(self.plans) > PLANS:
             self.plans.popitem(last=False)
@@ -355,7 +355,7 @@ def stored(dtype: DType) -> np.dtype[Any]:
 
 
 def take(port: Port, value: Any) -> Array:
-    """Return a caller's value as a row-major array of the port's dtype, without a copy if it is already such an array."""
+    """Return a caller's value as a row-major array of the port's dtype; an array that already is one is not copied."""
     array = numpy_taken(port, value) if port.dtype.numpy is not None else bf16_taken(port, value)
     return np.ascontiguousarray(array).reshape(array.shape)
 

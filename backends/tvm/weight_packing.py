@@ -98,7 +98,7 @@ def wants_blocks(isa: Isa) -> WantsBlocks:
             return beside or (words.layout if packed is None and words else panels(panel_width(shape[0], isa)))
         product = isinstance(node.op, (Linear, MatMul)) and position == 1 and node.results[0].type.dtype is f32
         if not product or axis != (1 if isinstance(node.op, Linear) else 0):
-            return f"{node.op.name} reads unpacked numbers"
+            return f"{node.op.name} reads numbers"
         if value.type.dtype is not f32:
             if value.type.dtype is bf16 and isa.multiplies_pairs and shape[axis] % PAIR_STEP == 0:
                 if packed is not None and (reads_in_tiles(packed) or not isa.multiplies_tiles):
