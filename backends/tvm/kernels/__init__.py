@@ -1,1 +1,3 @@
-"""Our own kernels for the TVM backend: generators, each a frozen spec that writes loops. See docs/kernels.md."""
+"""Kernels of the TVM backend, written by generators. Each generator is a frozen spec that emits loops. See
+docs/kernels.md.
+"""

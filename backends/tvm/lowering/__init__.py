@@ -1,1 +1,1 @@
-"""Lowering to kernels: a graph as a flat list of kernel calls over buffers. The entry point is `routine_writer.lower`."""
+"""Lowering to kernels: a graph as a flat list of kernel calls over buffers. Entry point: `routine_writer.lower`."""
