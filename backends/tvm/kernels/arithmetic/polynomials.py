@@ -35,7 +35,7 @@ PIECES = 16
 
 
 def has_tables(f: LaneFunction) -> bool:
-    """Return True if these lanes have AVX-512, where one instruction looks up 16 of them in a vector, or scales them."""
+    """Return True if these lanes have AVX-512: one instruction looks up 16 of them in a vector, or scales them."""
     return "avx512f" in f.k.isa.needs and f.lanes == PIECES
 
 
@@ -49,14 +49,14 @@ def pieces(of: Callable[[float], float], step: float, degree: int) -> tuple[tupl
 
 
 def _interpolated(of: Callable[[float], float], center: float, half: float, degree: int) -> list[float]:
-    """Return coefficients, highest power first, of the polynomial that interpolates a function at Chebyshev's points."""
+    """Return coefficients, highest power first, of the polynomial that interpolates a function at Chebyshev points."""
     points = [half * math.cos(math.pi * (i + 0.5) / (degree + 1)) for i in range(degree + 1)]
     powers = np.vander(np.array(points), degree + 1)
     return list(np.linalg.solve(powers, np.array([of(center + x) for x in points])))
 
 
 def piecewise(f: LaneFunction, x: LaneValue, table: Sequence[Sequence[float]], step: float) -> LaneValue:
-    """Evaluate in each lane the polynomial of its piece, for x of 0 to 15 steps. Requires `has_tables`. See `pieces`."""
+    """Evaluate in each lane the polynomial of its piece, for x of 0 to 15 steps. Needs `has_tables`. See `pieces`."""
     raised, whole = rounded_product(x, 1.0 / step)
     index = raised.bits("i32")
     rest = x - whole * step

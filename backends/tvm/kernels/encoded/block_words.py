@@ -277,8 +277,8 @@ class Q2K(KWords):
 
 @dataclass(frozen=True)
 class Q3K(KWords):
-    """Words: third bits of numbers, 8; two bits of the numbers, 16; four bits of scales, 2; the upper two bits of
-    scales, 1.
+    """Words: third bits of numbers, 8; two low bits of numbers, 16; four bits of scales, 2; two more bits of scales,
+    1.
     """
 
     bytes, scales, tail, span, zero, title = 110, 1, True, 16, 4, "q3_k"
@@ -297,9 +297,7 @@ class Q3K(KWords):
 
 
 def _two_bits(block: WordBlock, first: int, chunk: Expr, half: int, i: Expr) -> Expr:
-    """Return four elements of two bits each: eight words hold a chunk in their lowest bits, and three more chunks above
-    it.
-    """
+    """Return four elements of two bits each: eight words hold a chunk in their lowest bits, then three more chunks."""
     k = block.k
     word = block.word(first + 8 * k.floor_divide(chunk, 4) + 4 * half + i)
     return block.masked(word, 2 * k.floor_mod(chunk, 4), 2)
