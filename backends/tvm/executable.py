@@ -109,9 +109,7 @@ class KernelExecutable(EntryExecutable):
         return self.machine.nbytes
 
     def assembly(self, title: str) -> str:
-        """Return the assembly of the kernel with this title in `source`. Raises BackendError if no kernel has this
-        title.
-        """
+        """Return the assembly of the kernel with this title in `source`. Raises BackendError if there is none."""
         titles = {name: kernel for kernel, name in unique_titles(self.kernels).items() if not kernel.on_host}
         if title not in titles:
             raise BackendError(f"there is no kernel {title!r}", hint="one of " + ", ".join(titles))
@@ -199,9 +197,7 @@ class _Machine:
         states: States,
         outputs: Mapping[str, np.dtype[Any]],
     ) -> dict[str, Array]:
-        """Run an entry on its inputs and states; states are updated in place. Return new arrays of these dtypes, which
-        the caller owns.
-        """
+        """Run an entry on its inputs and states, which are updated in place. Return newly allocated arrays."""
         with self._lock:
             runner, plan, table, made = self._ready(entry, sizes, given, states, outputs)
             with tvm_runtime.at_work():
@@ -240,9 +236,7 @@ class _Machine:
         states: States,
         outputs: Mapping[str, np.dtype[Any]],
     ) -> tuple[_TableRunner, Plan, Array, dict[str, Array]]:
-        """Return the table runner, the plan of an entry, its table with all addresses filled in, and arrays for the
-        outputs.
-        """
+        """Return the table runner, an entry's plan, its table with all addresses filled in, and output arrays."""
         if self._runner is None:
             self.cache.refuse_other_machine()
         assert self._runner is not None
@@ -314,9 +308,7 @@ class _Machine:
 
 
 def _outside(plan: Plan) -> BackendError:
-    """Return the error reported by the first kernel that found an index or a position out of range. Clears the status
-    words.
-    """
+    """Return the error of the first kernel that reported a value out of range. Clears the status words."""
     first = int(np.flatnonzero(plan.status[:, 0])[0])
     what, index, size, row = plan.status[first].tolist()
     plan.status[:] = 0

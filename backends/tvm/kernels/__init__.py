@@ -1,3 +1,1 @@
-"""Kernels of the TVM backend, written by generators. Each generator is a frozen spec that emits loops. See
-docs/kernels.md.
-"""
+"""Kernels of the TVM backend: generators, frozen specs that emit loops. See docs/kernels.md."""

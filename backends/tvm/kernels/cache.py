@@ -127,9 +127,7 @@ class KernelCache:
         return self._load(kernel, path)
 
     def _load(self, kernel: Kernel, path: Path) -> bool:
-        """Load a shared object. Return False if it cannot be loaded, for example from a disk mounted without execution
-        rights.
-        """
+        """Load a shared object. Return False on failure, for example from a disk mounted noexec."""
         try:
             library = ctypes.CDLL(str(path))
             entry = getattr(library, f"__tvm_ffi_{_SYMBOL}")

@@ -39,9 +39,7 @@ _NAMES |= {"i16": "int16", "i8": "int8", "u8": "uint8", "bool": "bool"}
 
 
 def tvm_dtype(dtype: DType, lanes: int = 1) -> str:
-    """Return TVM's name of a dtype. A bool is stored as uint8, see `Emitter.load`; a bf16 as its bits, see
-    `conversions`.
-    """
+    """Return TVM's name of a dtype. A bool is stored as uint8 (`Emitter.load`), a bf16 as bits (`conversions`)."""
     return _NAMES[dtype.name] + (f"x{lanes}" if lanes > 1 else "")
 
 
@@ -130,9 +128,7 @@ class Emitter:
         return bound
 
     def opaque(self, value: Expr, name: str = "t") -> Expr:
-        """Bind an index to a variable whose expression the code generator does not analyze; nested divisions take it
-        minutes.
-        """
+        """Bind an index that the code generator does not analyze; nested divisions would take it minutes."""
         return self.kept(_index(value), i64, 1, name)
 
     def kept(self, value: Expr, dtype: DType, lanes: int = 1, name: str = "t") -> Expr:

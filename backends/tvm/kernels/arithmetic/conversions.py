@@ -132,9 +132,7 @@ def _f32_to_bf16(k: Emitter, value: Expr, lanes: int) -> Expr:
 
 
 def _half_to_f32(k: Emitter, value: Expr, lanes: int) -> Expr:
-    """Move the bits to float32's fields, which gives the number times 2^-112, also for subnormals; inf and NaN
-    separately.
-    """
+    """Move the bits to float32's fields, which scales by 2^-112 (also subnormals); inf and NaN separately."""
     return call_lanewise(
         k,
         "f16_to_f32",
@@ -197,9 +195,7 @@ def _f32_to_half(k: Emitter, value: Expr, lanes: int) -> Expr:
 
 
 def _f64_to_odd_f32(k: Emitter, value: Expr, lanes: int) -> Expr:
-    """Round towards zero and set the last bit if the result is inexact: rounding that to f16 rounds only once in
-    total.
-    """
+    """Round towards zero and set the last bit if inexact: rounding the result to f16 rounds only once."""
     return call_lanewise(
         k,
         "f64_to_odd_f32",

@@ -25,9 +25,7 @@ _TYPES |= {"f64": "double"}
 def call_lanewise(
     k: Emitter, name: str, result: str, lanes: int, operands: Sequence[Expr], types: str, body: str
 ) -> Expr:
-    """Call a function that the body defines. `result` is TVM's name of an element's dtype, `types` LLVM's names of
-    all.
-    """
+    """Call a function that the body defines. `result` is a dtype in TVM, `types` are LLVM's names of all."""
     taken, _, given = types.partition("->")
     full = f"treadle_{name}_{lanes}"
 

@@ -1,6 +1,4 @@
-"""Building blocks of vector functions: polynomials, a single one or one for each interval, integer parts, powers of
-two.
-"""
+"""Building blocks of vector functions: polynomials (also piecewise), integer parts, powers of two."""
 
 from __future__ import annotations
 
@@ -74,9 +72,7 @@ def _looked_up(f: LaneFunction, index: LaneValue, entries: Sequence[float]) -> L
 
 
 def rounded_product(x: LaneValue, factor: float) -> tuple[LaneValue, LaneValue]:
-    """Return the integer nearest to x * factor, below 2^21, in two forms: plus MAGIC (its low bits hold it), and
-    itself.
-    """
+    """Return the integer nearest to x * factor, below 2^21: plus MAGIC, whose low bits hold it, and itself."""
     raised = x * factor + MAGIC[x.type]
     return raised, raised - MAGIC[x.type]
 

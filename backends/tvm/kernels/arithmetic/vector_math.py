@@ -166,9 +166,7 @@ def formula(make: Callable[..., LaneValue]) -> Callable[..., Expr]:
 
 
 def _function(single: Callable[..., Expr], double: str | Callable[..., Expr]) -> Callable[..., Expr]:
-    """Create a function of a float: vector code for f32; for f64 C's library, by name, or code composed of its
-    functions.
-    """
+    """Create a function of a float: vector code for f32; for f64 C's library, by name, or code that calls it."""
 
     def function(k: Emitter, dtype: DType, lanes: int, x: Expr) -> Expr:
         if dtype is f32:
