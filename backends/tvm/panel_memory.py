@@ -43,9 +43,7 @@ _FILES = re.compile(r"[0-9a-f]{32}\.panels")
 
 @dataclass(frozen=True)
 class Panels:
-    """Weights to pack: the shape and dtype of each in its layout, and a function that writes a weight into such an
-    array.
-    """
+    """Weights to pack: the shape and dtype of each in its layout, and the function that packs a weight."""
 
     kinds: Mapping[str, Kind]
     fill: Callable[[str, Array], None]
@@ -111,9 +109,7 @@ _held: WeakValueDictionary[Path, Array] = WeakValueDictionary()  # arrays read f
 
 
 def _room(size: int) -> Array:
-    """Return an array of `size` bytes that starts at a large page, or at a cache line if it is smaller than a large
-    page.
-    """
+    """Return an array of `size` bytes that starts at a large page, or if it is smaller at a cache line."""
     owner = np.empty(size + (LARGE_PAGE if size >= LARGE_PAGE else ALIGNMENT), np.uint8)
     return owner[_start(owner) :][:size]
 

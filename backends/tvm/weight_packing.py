@@ -202,9 +202,7 @@ class _Weights:
         return (*self._sources(name), self._key(name), self.layout(name))
 
     def contents(self, names: Iterable[str], pool: ThreadPoolExecutor) -> list[str]:
-        """Return for each name a line that identifies its elements and layout: hashes of its sources, its recipe and
-        its layout.
-        """
+        """Return for each name a line that identifies its elements and layout, by hashes of its sources."""
         sources = list(dict.fromkeys(source for name in names for source in self._sources(name)))
         hashes = dict(zip(sources, pool.map(_hashed, [self.given[n] for n in sources]), strict=True))
 

@@ -1,6 +1,4 @@
-"""Epilogue of a product: a chain of elementwise ops applied to its sums before they are stored, and the chain's
-inputs.
-"""
+"""Epilogue of a product: a chain of elementwise ops applied to its sums before they are stored."""
 
 from __future__ import annotations
 
@@ -57,9 +55,7 @@ class Finishing:
         return made | {"c": k.size("c_stride")}
 
     def shapes(self, m: Expr, columns: Expr, rows: Mapping[str, Expr]) -> dict[str, Shape]:
-        """Return the views of x0, x1, ... and c of a matrix of this size, by the pointer's name. `rows`: the result of
-        `strides`.
-        """
+        """Return the views of x0, x1, ... and c of a matrix, by pointer name. `rows`: the result of `strides`."""
         made: dict[str, Shape] = {"c": ([m, columns], [rows["c"], 1])}
         for i, how in enumerate(self.extras):
             shape: list[Expr] = {"n": [columns], "m": [m], "mn": [m, columns], "1": [1]}[how]

@@ -47,9 +47,7 @@ class Isa:
 
     @property
     def multiplies_tiles(self) -> bool:
-        """True if there is a matrix unit, AMX, for bf16 and bytes: tiles of 16 rows of 64 bytes
-        (`kernels.narrow.tiles`).
-        """
+        """True if there is a matrix unit, AMX, for bf16 and bytes: tiles of 16 rows of 64 bytes (`narrow.tiles`)."""
         return "amx_bf16" in self.needs
 
     @property

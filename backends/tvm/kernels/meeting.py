@@ -1,6 +1,4 @@
-"""Kernels of collectives: not code but a call of this process, which communicates with other ranks between two
-kernels.
-"""
+"""Kernels of collectives: a host call between two kernels, which communicates with other ranks."""
 
 from __future__ import annotations
 

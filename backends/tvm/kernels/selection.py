@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 
 
 def _greater(k: Emitter, x: Expr, y: Expr, dtype: DType, lanes: int = 1) -> Expr:
-    """Return an expression that is true in each lane where x is greater than y; NaN counts as greater than every
-    number.
-    """
+    """Return true in each lane where x is greater than y; NaN counts as greater than every number."""
     if not dtype.is_float:
         return x > y
     number = y <= k.number(float("inf"), dtype, lanes)  # y is not NaN

@@ -10,9 +10,7 @@ if TYPE_CHECKING:
 
 
 def transposed(k: Emitter, rows: Sequence[Expr]) -> list[Expr]:
-    """Transpose a square of `len(rows)` vectors with as many lanes: its halves are swapped, then the halves of these,
-    ...
-    """
+    """Transpose a square of as many vectors as lanes: its halves are swapped, then the halves of these, ..."""
     lanes = len(rows)
     held = [k.let(row, "row") for row in rows]
     size = lanes // 2

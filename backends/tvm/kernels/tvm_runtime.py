@@ -19,8 +19,8 @@ from treadle.backends.tvm.kernels.woken_threads import WokenThreads, thread_numb
 from treadle.ir.errors import BackendError
 
 SPINS = "TVM_THREAD_POOL_SPIN_COUNT"
-"""How often an idle thread of TVM's pool yields its core before it sleeps. The default is 300,000 times, which takes
-minutes on a busy machine, and the end of the process waits for it.
+"""Number of times that an idle thread of TVM's pool yields its core before it sleeps. The default is 300,000, which
+takes minutes on a busy machine, and the end of the process waits for it.
 """
 
 _INT = 1  # the type index of an integer in an argument of the interface

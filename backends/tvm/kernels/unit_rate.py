@@ -145,16 +145,12 @@ def measure_unit(dtype: str, isa: Isa, threads: int) -> float:
 
 
 def _sums(isa: Isa) -> int:
-    """Return the number of sums: enough to hide an addition's latency, leaving registers for factors and unfused
-    products.
-    """
+    """Return the number of sums: enough to hide an addition's latency, few enough to leave registers for factors."""
     return _RIGHTS * (isa.registers // 4 if isa.fused else 2)
 
 
 def _factors(unit: str, dtype: str) -> Array:
-    """Return random numbers, because a matrix unit is faster on zeros. Floats are small, so that their sums stay
-    finite.
-    """
+    """Return random numbers (a matrix unit is faster on zeros). Floats are small, so that sums stay finite."""
     drawn = np.random.default_rng(0).uniform(-1, 1, 4 * _SQUARE)
     if dtype == "int8" and unit != "floats":
         return (drawn * 127).astype(np.int8).view(np.uint8)

@@ -47,9 +47,7 @@ class WokenThreads:
             self._rested = time.monotonic()
 
     def _spread(self) -> dict[int, set[int]]:
-        """Exclude the calling thread's core from the threads' cores if others remain; return the previous cores of each
-        thread.
-        """
+        """Exclude the calling thread's core for threads that have others; return their previous cores."""
         found: dict[int, set[int]] = {}
         here = _core()
         for number in self.numbers:

@@ -31,9 +31,7 @@ def _append(w: RoutineWriter, node: Node) -> None:
 
 
 def _quarters(view: View, axis: int) -> View | None:
-    """Merge a view into four dimensions: the first, those before `axis`, `axis`, and the rest. None if strides forbid
-    it.
-    """
+    """Merge a view into four dimensions: the first, those before `axis`, `axis`, the rest; None if impossible."""
     after = view.merged(axis + 1, view.rank - axis - 1)
     return after.merged(1, axis - 1) if after is not None else None
 

@@ -33,17 +33,13 @@ CHAINS = Chains(
 
 
 def writes_part(step: Step, view: View) -> bool:
-    """Return True if a step can write a part of another value in place. Rows of a product must be equally spaced for
-    that.
-    """
+    """Return True if a step can write a part of another value in place. A product needs equally spaced rows."""
     product = isinstance(step.root.op, _PRODUCTS) or step.product is not None
     return not product or view.merged(0, view.rank - 1) is not None
 
 
 def written_over(step: Step) -> list[Value]:
-    """Return the operands that a chain may overwrite: those of the result's type. A chain that ends a product has
-    none.
-    """
+    """Return the operands that a chain may overwrite: those of the result's type; none if it ends a product."""
     is_chain = step.product is None and is_pointwise(step.root.op.name)
     return [v for v in inputs_of(step) if is_chain and v.type == step.root.result.type]
 

@@ -84,9 +84,7 @@ def rows_of(w: RoutineWriter, node: Node, value: Value, form: WordForm | None) -
 
 
 def laid_out(w: RoutineWriter, value: Value, form: WordForm | None) -> View:
-    """Return the right side of an integer product as kernels read it. A value that is not a weight is packed at each
-    call.
-    """
+    """Return the right side of an integer product as kernels read it. Only weights are packed beforehand."""
     view, layout = w.view(value), quads_for(w.isa) if form is None else form.layout
     if value.layout == layout:
         return view

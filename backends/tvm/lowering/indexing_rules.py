@@ -116,9 +116,7 @@ def _scatter_add(w: RoutineWriter, node: Node) -> None:
 
 
 def _add(w: RoutineWriter, node: Node, axis: int, picked: View, added: View, shared: bool = False) -> None:
-    """Copy the target to the result and add the updates to it. Sums of 16-bit values are in float32, rounded once at
-    the end.
-    """
+    """Copy the target and add the updates to it. Sums of 16-bit values are in float32, rounded once at the end."""
     target = node.inputs[0]
     dtype = target.type.dtype
     held = working(dtype)
@@ -178,9 +176,7 @@ def _axis(node: Node) -> int:
 
 
 def thirds(view: View, axis: int, count: int = 1) -> View | None:
-    """Merge a view into three dimensions: those before `axis`, `count` from `axis` on, the rest. None if strides forbid
-    it.
-    """
+    """Merge a view into three dimensions: before `axis`, `count` from `axis` on, the rest; None if impossible."""
     after = view.merged(axis + count, view.rank - axis - count)
     middle = after.merged(axis, count) if after is not None else None
     return middle.merged(0, axis) if middle is not None else None

@@ -1,6 +1,4 @@
-"""Leftovers: the steps that run element by element because no fast kernel covers them, with their cost and source
-line.
-"""
+"""Leftovers: steps that run element by element because no fast kernel covers them, with cost and source line."""
 
 from __future__ import annotations
 
@@ -15,9 +13,7 @@ SIZE = 128  # size of every symbol in a reported cost
 
 
 def find_leftovers(program: KernelProgram, symbols: Mapping[str, Bounds]) -> tuple[str, ...]:
-    """Return one line per step, most expensive first: `cumsum runs element by element, 1.2 MFLOPs at S=128
-    model.py:41`.
-    """
+    """Return one line a step, most expensive first: `cumsum runs element by element, 1.2 MFLOPs    model.py:41`."""
     found = []
     for routine in program.routines:
         for step in routine.walk():

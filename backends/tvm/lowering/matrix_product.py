@@ -70,9 +70,7 @@ class LetteredView:
 
 
 def rounded_rows(w: RoutineWriter, x: View, m: Size, k: Size, stride: Size, node: Node) -> View:
-    """Round m rows of k elements to bf16, as the instruction set's product reads them. Their consumers share the
-    result.
-    """
+    """Round m rows of k elements to bf16, as the instruction set's product reads them. Consumers share the result."""
     found = w.rounded.get(x.storage)
     if found is not None:
         return found
@@ -130,9 +128,7 @@ class MatrixProduct:
         self.batch = [n for n in letters if n in other and n != self.column]
 
     def _column(self) -> str | None:
-        """Return the letter of the columns: a letter of one operand alone, if possible one that is contiguous in the
-        result.
-        """
+        """Return the letter of the columns: it is in one operand alone, and if possible contiguous in the result."""
         if self.packed:
             return next(n for n in reversed(self.to.letters) if n in self.y.letters)
         alone = [n for n in self.to.letters if (n in self.x.letters) != (n in self.y.letters)]
@@ -338,9 +334,7 @@ class MatrixProduct:
     def _pack(
         self, width: int, n: Size, k: Size, counts: list[Size], strides: list[Size], k_stride: Size
     ) -> tuple[View, list[Size]]:
-        """Pack y into panels, once for each batch index on which it depends. Return the panels and their batch
-        strides.
-        """
+        """Pack y into panels, once for each batch index it depends on. Return the panels and their batch strides."""
         layout = panels_of(width)
         one = layout.elements((n, k))
         own = [count if stride != ZERO else ONE for count, stride in zip(counts, strides, strict=True)]

@@ -122,9 +122,7 @@ def _with_bias(chain: Chain | None) -> Chain:
 
 @dataclass(frozen=True)
 class Equation:
-    """The letters of an op's sum: one for each dimension of its operands and its result, None for a dimension of size
-    1.
-    """
+    """The letters of an op's sum, for each dimension of its operands and its result; None for a size of 1."""
 
     operands: tuple[tuple[str | None, ...], ...]
     result: tuple[str | None, ...]
@@ -271,9 +269,7 @@ def _rounds(node: Node) -> bool:
 
 
 def _is_next_left_side(w: RoutineWriter, node: Node, made: Node) -> bool:
-    """Return True if `node` casts a product with a weight in pairs and only such products read it: `made` writes their
-    tiles.
-    """
+    """Return True if only products with weights in pairs read `node`, a cast of such a product `made`."""
     columns = made.result.type.shape[-1].constant if made.result.type.rank else None
     fits = columns is not None and columns % TILE_WIDTH == 0 and w.isa.multiplies_tiles
     return fits and _rounds(node) and _in_pairs(made) and _is_left_side_alone(w, node.result)

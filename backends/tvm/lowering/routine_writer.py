@@ -127,9 +127,7 @@ class RoutineWriter:
 
     @property
     def slots(self) -> int:
-        """The number of shares of a kernel's tasks, each with its own workspace: `threads`, or `SLOTS` if that is
-        None.
-        """
+        """The number of shares of a kernel's tasks, each with its own workspace: `threads`, or `SLOTS` for None."""
         return SLOTS if self.threads is None else min(self.threads, SLOTS)
 
     # -- what rules use --------------------------------------------------------------------------------------
@@ -280,9 +278,7 @@ class RoutineWriter:
         return [Life(storage, first, last) for storage, (first, last) in found.items()]
 
     def _narrowed(self, life: Life, touched: Sequence[int]) -> tuple[int, int]:
-        """Return a lifetime by the routine's steps. Of the plan's first and last step, only kernels that access it
-        count.
-        """
+        """Return a lifetime by the routine's steps; of the plan's first and last step only kernels that use it."""
         begin, end = self._begins[life.first], self._begins[life.last + 1]
         if touched and not begin <= touched[0] <= touched[-1] < end:
             raise BackendError(
@@ -303,9 +299,7 @@ class RoutineWriter:
         self._forget(results)
 
     def pack(self, view: View, to: View, layout: Layout | None = None) -> None:
-        """Add a step that packs a matrix into panels or pairs: in `layout`, or by default the layout of the storage of
-        `to`.
-        """
+        """Add a step that packs a matrix: into `layout`, or by default into the layout of the storage of `to`."""
         from treadle.backends.tvm.kernels.matmul import Pack
         from treadle.backends.tvm.kernels.narrow.packing import PackBlocks, PackPairs, PackQuads
 

@@ -190,7 +190,7 @@ class AttentionWriter(PartKeeper):
             self._finish(count)
 
     def _spans(self, begin: Expr, end: Expr) -> tuple[Expr, Expr]:
-        """Return the span of the first of these keys, and the number of spans that contain them; 1 if there is no key."""
+        """Return the span of the first of these keys, and the number of their spans; 1 if there is no key."""
         k = self.k
         first = self._index(k.floor_divide(begin, SPAN), "first_span")
         return first, self._index(k.greatest(self._ceil(end, SPAN) - first, k.index(1)), "spans")
@@ -198,8 +198,8 @@ class AttentionWriter(PartKeeper):
     def _span(self, begin: Expr, end: Expr, span: Expr, groups: Expr, at: Expr, spans: Expr) -> None:
         """Emit the task's queries for those of these keys that are in the span, block by block.
 
-        at, spans   the number of the span within the task, and the number of the task's spans. If there are several, each
-                    group merges after its last block, while its sums are in the cache
+        at, spans   the number of the span within the task, and the number of the task's spans. If there are several,
+                    each group merges after its last block, while its sums are in the cache
         """
         k = self.k
         begin, end = self._within(begin, end, span)
@@ -360,7 +360,7 @@ class AttentionWriter(PartKeeper):
                 sums(panels, rest)
 
     def _scale(self, r: Expr, first: Expr, count: Expr, rows: Expr) -> None:
-        """Store the group's queries times scale contiguously, padded with zeros to `rows` rows. Prefetch rows of out."""
+        """Store the group's queries times scale, padded with zeros to `rows` rows. Prefetch rows of out."""
         k, lanes, d = self.k, self.lanes, self._depth
         head = self._head(r)
         step = lanes if d >= lanes else 1

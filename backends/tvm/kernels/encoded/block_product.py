@@ -109,9 +109,7 @@ class BlockProduct(Matmul):
         held: Sequence[tuple[Expr, Expr | None]] | None,
         step: Expr,
     ) -> None:
-        """Add the products of one byte of each line to the sums of a tile: elements `step` and, with two in a byte,
-        half a group later.
-        """
+        """Add the products of a byte of each line to a tile's sums: elements `step` and, if 4-bit, half a group on."""
         lanes, form = k.isa.lanes(), self.form
         vectors = self.width // lanes
         found = []

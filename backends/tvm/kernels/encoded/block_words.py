@@ -255,9 +255,7 @@ class KWords(WordForm):
 
     @abstractmethod
     def small(self, block: WordBlock) -> Iterator[tuple[Expr, Expr]]:
-        """Yield the integers of each span as float32: the factor of d and the factor of the least value, or None
-        without it.
-        """
+        """Yield the integers of each span as float32: the factors of d and of the least value, or None for that."""
 
 
 @dataclass(frozen=True)
@@ -277,9 +275,7 @@ class Q2K(KWords):
 
 @dataclass(frozen=True)
 class Q3K(KWords):
-    """Words: third bits of numbers, 8; two low bits of numbers, 16; four bits of scales, 2; two more bits of scales,
-    1.
-    """
+    """Words: third bits of numbers, 8; their two low bits, 16; four bits of scales, 2; two more bits of scales, 1."""
 
     bytes, scales, tail, span, zero, title = 110, 1, True, 16, 4, "q3_k"
 

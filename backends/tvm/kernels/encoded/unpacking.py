@@ -108,9 +108,7 @@ INT8_ROWS = PackedForm(8, 0, scale=4)
 
 
 def reads_in_tiles(form: PackedForm) -> bool:
-    """Return True if a matrix unit's kernel reads a form: a block has as many elements as a row of a tile, or is a
-    line.
-    """
+    """Return True if a matrix unit's kernel reads a form: a block is as long as a row of a tile, or is a line."""
     return form.group in (0, PAIR_STEP)
 
 

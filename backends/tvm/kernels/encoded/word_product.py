@@ -80,9 +80,7 @@ class WordProduct(FinishedProduct):
         raise NotImplementedError
 
     def group(self, k: Emitter, views: dict[str, Any], tile: WordTile, chunk: Expr, part: int, group: Expr) -> None:
-        """Add the products of 32 elements to a tile's sums: part `part` of a chunk of a block, and group `group` of a
-        row.
-        """
+        """Add the products of 32 elements to a tile's sums: part `part` of a chunk, group `group` of a row."""
         raise NotImplementedError
 
     def many(self, k: Emitter, views: dict[str, Any], columns: Expr, depth: Expr) -> tuple[int, Many] | None:

@@ -25,9 +25,7 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 MOST_SUMMED = 1 << 16
-"""Elements of k whose products of bytes fit into 32 bits: 255 127 2^16 < 2^31. Sums minus z times w's sums fit as
-well.
-"""
+"""Elements of k whose byte products fit into 32 bits: 255 127 2^16 < 2^31. Sums minus z times w's sums fit too."""
 _HEAD = QUAD_HEAD * WIDTH
 _SQUARE = PAIR_SQUARE * QUAD_STEP
 _EXACT = 8  # steps whose products of bytes float32 sums exactly: 255 127 512 < 2^24
@@ -184,9 +182,7 @@ def _byte(k: Emitter, quads: Expr, number: int, lanes: int) -> Expr:
 
 
 def quads_added(k: Emitter, sums: Expr, left: Expr, right: Expr) -> Expr:
-    """Return sums + left[0] right[0] + ... + left[3] right[3], of four bytes in each lane; the bytes of `left` are
-    unsigned.
-    """
+    """Return sums + left[0] right[0] + ... + left[3] right[3], of four bytes in each lane; `left` is unsigned."""
 
     def text() -> str:
         return """

@@ -1,4 +1,4 @@
-"""Rows quantized to 8 bits, bitwise as `uint8_rows` or `int8_rows`: for products' kernels, or in the encoding's form."""
+"""Rows quantized to 8 bits, bitwise as `uint8_rows` or `int8_rows`: for products' kernels, or as encoded values."""
 
 from __future__ import annotations
 
@@ -182,9 +182,7 @@ class EncodeRows(Kernel):
         zero: Expr,
         count: Expr,
     ) -> None:
-        """Store 64 elements of a row, or `count` elements at the end of a "held" row; `number` returns a vector of
-        them.
-        """
+        """Store 64 elements of a row, or the last `count` of a "held" row; `number` returns a vector of them."""
         lanes = k.isa.lanes()
         part = k.registers(QUAD_STEP, u8, "part") if count is not QUAD_STEP else None
         up = k.let(k.splat(k.cast(zero, f32), lanes), "up")

@@ -138,7 +138,7 @@ class PackBlocks(Kernel):
                     to += end - start
 
     def _pieces(self) -> list[tuple[int, int, int]]:
-        """Return the order of a block's bytes, and the number of contiguous bytes of a row: two for scales, else four."""
+        """Return the order of a block's bytes, and the number of contiguous bytes of a row: 2 for scales, else 4."""
         words = self.block - self.head
         scales, first = (words, 0) if self.tail else (0, self.head)
         runs = self.runs or ((0, words // 4),)

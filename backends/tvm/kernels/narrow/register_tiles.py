@@ -30,12 +30,12 @@ def narrow_width(isa: Isa) -> int:
 
 
 def pairs_for(isa: Isa, transposed: bool = False) -> Layout:
-    """Return the layout in which products read a bf16 weight: in squares if these are tiles of a matrix unit."""
+    """Return the layout in which products read a bf16 weight: in squares for a matrix unit."""
     return pairs(narrow_width(isa), transposed, flat=not isa.multiplies_tiles)
 
 
 def quads_for(isa: Isa) -> Layout:
-    """Return the layout in which products read 8-bit rows of a weight: in squares if these are tiles of a matrix unit."""
+    """Return the layout in which products read 8-bit rows of a weight: in squares for a matrix unit."""
     return quads(narrow_width(isa), flat=not isa.multiplies_tiles)
 
 
@@ -62,7 +62,8 @@ def over_tiles(
     """Emit every tile of m rows and `panels` panels, divided into tasks.
 
     shape  rows and columns of a tile, as wide as a panel; None: the shape of `tile_of`, with panels of `narrow_width`
-    many   smallest number of rows and the function that replaces tiles from there on; tasks then begin at multiples of 16
+    many   smallest number of rows and the function that replaces tiles from there on; tasks then begin at multiples of
+           16 rows
     """
     high, columns = shape or tile_of(k.isa)
     width = columns if shape is not None else narrow_width(k.isa)

@@ -50,7 +50,7 @@ class TileProduct(FinishedProduct):
     epilogue a chain whose first input is the sum; None: the sum is stored unchanged
     extras   form of the chain's other inputs: see `Finishing`
     whole    True if n is a multiple of a panel's width at every call
-    tiled    True if c is rounded to bf16 and stored in tiles, as the next product's a; n is then a multiple of the width
+    tiled    True if c is rounded to bf16 and stored in tiles, as the next product's a; requires `whole`
 
     Arguments: a, as `RoundRows` lays out tiles; w, in pairs(32); the extras, c; m, k, n; the strides of rows of `m` and
     `mn` extras and of c (unused for tiles).
