@@ -41,7 +41,7 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """address   of the array's first byte"""
+    """An array that the executable holds, with the address of its first byte."""
 
     address: int
 

@@ -43,8 +43,7 @@ _PANELS_AT_ONCE = 64
 
 
 def wants(isa: Isa) -> Wants:
-    """Return how kernels of an instruction set read operands that depend on weights alone: products want panels or bf16
-    pairs.
+    """Return how kernels read operands that depend on weights alone: products want panels, or pairs for bf16.
 
     A float32 table of an embedding is read in panels as well if a product wants it so.
     """

@@ -148,8 +148,7 @@ def _heads_a_step(w: RoutineWriter, s: Size, shared: Size, d: int, e: int) -> in
 
 
 def _queries_a_task(shared: int | None) -> int:
-    """Return the number of queries of each head in a task, so that packing the keys is cheap compared with the
-    products.
+    """Return the queries of each head in a task, enough that packing the keys is cheap compared with the products.
 
     shared: the number of heads that share keys, if it is known.
     """

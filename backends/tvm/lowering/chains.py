@@ -39,7 +39,7 @@ def writes_part(step: Step, view: View) -> bool:
 
 
 def written_over(step: Step) -> list[Value]:
-    """Return the operands that a chain may overwrite: those of the result's type; none if it ends a product."""
+    """Return the operands of the result's type, which a chain may overwrite; none if the chain ends a product."""
     is_chain = step.product is None and is_pointwise(step.root.op.name)
     return [v for v in inputs_of(step) if is_chain and v.type == step.root.result.type]
 

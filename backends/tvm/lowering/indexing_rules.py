@@ -48,7 +48,7 @@ def _gather_along(w: RoutineWriter, node: Node, axis: int) -> None:
         if panels is not None:
             (_, count, columns), (p, i, _) = (ONE, *x.type.shape), to.shape
             kernel = Take(x.type.dtype.bytes, indices.type.dtype.name, True, panels.width, panels.transposed)
-            # no strides of x: the kernel knows those of its panels
+            # x's strides are omitted: the kernel knows the layout of panels
             sizes = [p, count, columns, i, ZERO, ZERO, picked.strides[0], *to.strides[:2]]
             w.step(kernel, [source, picked, to, STATUS_WORDS], sizes, node, writes=2)
             return

@@ -269,7 +269,10 @@ def _rounds(node: Node) -> bool:
 
 
 def _is_next_left_side(w: RoutineWriter, node: Node, made: Node) -> bool:
-    """Return True if only products with weights in pairs read `node`, a cast of such a product `made`."""
+    """Return True if only products with weights in pairs read `node`, a cast of such a product `made`.
+
+    The product `made` then writes the tiles that they read.
+    """
     columns = made.result.type.shape[-1].constant if made.result.type.rank else None
     fits = columns is not None and columns % TILE_WIDTH == 0 and w.isa.multiplies_tiles
     return fits and _rounds(node) and _in_pairs(made) and _is_left_side_alone(w, node.result)

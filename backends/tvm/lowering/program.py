@@ -95,7 +95,7 @@ class Routine:
         return Frame(self.name, tuple([step.node for step in self.steps]), tuple(self.lives), calls, handed_out)
 
     def walk(self) -> Iterator[KernelStep]:
-        """Yield the kernel steps of this routine, without those of the routines it calls."""
+        """Yield the kernel steps of this routine, without the steps of the routines it calls."""
         return (s for s in self.steps if isinstance(s, KernelStep))
 
 

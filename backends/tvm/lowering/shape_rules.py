@@ -80,7 +80,7 @@ def fill(w: RoutineWriter, to: View, value: float, node: Node) -> None:
 
 
 def _held(value: float, dtype: DType) -> float | int | bool:
-    """Return a number as an array of the dtype holds it."""
+    """Return a number as it is stored in an array of the dtype."""
     if dtype.is_float:
         return float(value)
     if dtype is boolean:

@@ -147,7 +147,7 @@ def silu(k: Emitter, x: Expr, lanes: int) -> Expr:
 
 
 def quick_gelu(k: Emitter, x: Expr, lanes: int) -> Expr:
-    """x / (1 + e^(-1.702 x)), within 5 + 2.2 |x| roundings: those of the exponent, times its size."""
+    """x / (1 + e^(-1.702 x)), within 5 + 2.2 |x| roundings: the exponent's size multiplies its own roundings."""
     f = LaneFunction(k, lanes)
     held = f.operand(x, "f32")
     return f.result(held / (_exp(f, held * -1.702) + 1.0))
@@ -156,8 +156,8 @@ def quick_gelu(k: Emitter, x: Expr, lanes: int) -> Expr:
 def gelu_tanh(k: Emitter, x: Expr, lanes: int) -> Expr:
     """x/2 (1 + tanh u) = x / (1 + e^(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3): this form has no cancellation.
 
-    Within 5 + 9.2 |u| roundings: those of the exponent, times its size. The usual form has no correct digits from x =
-    -6 down.
+    Within 5 + 9.2 |u| roundings: the exponent's size multiplies its own roundings. The usual form has no correct digits
+    for x below -6.
     """
     f = LaneFunction(k, lanes)
     held = f.operand(x, "f32")
@@ -180,7 +180,7 @@ def erf(k: Emitter, x: Expr, lanes: int) -> Expr:
 def gelu(k: Emitter, x: Expr, lanes: int) -> Expr:
     """x Phi(x), within 4e-7 |x|: below 0, digits cancel, as in its formula. 0 below -5.56, NaN at -inf."""
     f = LaneFunction(k, lanes)
-    if lanes < PIECES and "avx512f" in k.isa.needs:  # fewer lanes get the same bits as many
+    if lanes < PIECES and "avx512f" in k.isa.needs:  # fewer lanes must get the same bits as 16
         wide = k.splat(x, PIECES) if lanes == 1 else k.shuffle([x] * (PIECES // lanes), range(PIECES))
         return k.shuffle([k.let(gelu(k, k.let(wide), PIECES))], range(lanes))
     held = f.operand(x, "f32")

@@ -196,7 +196,7 @@ class AttentionWriter(PartKeeper):
         return first, self._index(k.greatest(self._ceil(end, SPAN) - first, k.index(1)), "spans")
 
     def _span(self, begin: Expr, end: Expr, span: Expr, groups: Expr, at: Expr, spans: Expr) -> None:
-        """Emit the task's queries for those of these keys that are in the span, block by block.
+        """Emit the task's queries for the keys from `begin` to below `end` that are in the span, block by block.
 
         at, spans   the number of the span within the task, and the number of the task's spans. If there are several,
                     each group merges after its last block, while its sums are in the cache

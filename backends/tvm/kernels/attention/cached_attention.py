@@ -3,7 +3,7 @@
     out[b, h, i] = sum_j p_j v[rows[b], h // r, j]
     p = softmax over j of softcap(scale q[b, h, i] · k[rows[b], h // r, j]) + biases
 
-A row's queries have positions from start[b] on; the positions of its keys are those of its slot. Blocks of keys begin
+A row's queries have positions from start[b] on; its slot determines the positions of its keys. Blocks of keys begin
 at positions that are multiples of `BLOCK`, as in `treadle.backends.tvm.kernels.attention.flash_attention`. So every
 product, sum and maximum of a query is the same in both kernels, independent of other queries and rows in the call.
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class PartKeeper:
-    """Writes that part of a kernel. A task is some queries of all r heads that share keys.
+    """Writes the code of a kernel that keeps these results. A task is some queries of all r heads that share keys.
 
     at_b, at_g   the task's row, and the head of its keys
     first        its first query

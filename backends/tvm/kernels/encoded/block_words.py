@@ -192,7 +192,7 @@ class HeldScales:
         return d, k.load(self.held, [at + self.vectors * self.lanes], self.lanes) if self.form.least else None
 
     def whole(self, k: Emitter, vector: int, chunk: Expr, part: int, half: int) -> Scale:
-        """Return the same, but for a form with a zero with a c that subtracts it."""
+        """Return d and c as `at` does; for a form with a zero, c includes its subtraction."""
         d, c = self.at(k, vector, chunk, part, half)
         if self.form.zero:
             c = k.let(d * k.number(-float(self.form.zero), f32, self.lanes), "c")

@@ -63,7 +63,7 @@ class TileBlockProduct(TileProduct):
     def tiles_of_chunk(self, k: Emitter, views: Mapping[str, Any], panel: Expr, done: Expr, count: Expr) -> TileAt:
         form, w = self.form, views["w"]
         made = k.registers(CHUNK * 2 * _SQUARE, bf16, "tiles")
-        k.store(made, [k.opaque(0)], k.number(0, bf16))  # a visible use: intrinsics use the rest by address
+        k.store(made, [k.opaque(0)], k.number(0, bf16))  # visible to the code generator: tiles access it by address
         ahead = k.isa.ahead // (2 * WIDTH)
         with k.loop(count, "s") as s:
             base = k.let((done + s) * (form.bytes // 2 if form.group else ROWS), "base")

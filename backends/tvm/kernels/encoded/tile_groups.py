@@ -61,7 +61,7 @@ class PanelOnTiles:
 
     def _room(self, count: int, dtype: Any, name: str) -> Any:
         made = self.k.registers(count, dtype, name)
-        # A visible use of the memory: tile instructions use the rest by address.
+        # Makes the allocation visible to the code generator: tile instructions access it by address.
         self.k.store(made, [self.k.opaque(0)], self.k.number(0, dtype))
         return made
 
@@ -132,5 +132,5 @@ class PanelOnTiles:
 
 
 def _as_i8(zero: int) -> int:
-    """Return the signed byte whose subtraction has the same effect as that of `zero`."""
+    """Return `zero` modulo 256 as a signed byte, which has the same effect when it is subtracted."""
     return (zero + 128) % 256 - 128

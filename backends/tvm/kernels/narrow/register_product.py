@@ -65,9 +65,7 @@ class ProductSizes:
 
 
 Write = Callable[..., None]
-"""Writes one tile, given its panel, first column in the panel, number of columns, first row and number of rows; see
-`RegisterTile`.
-"""
+"""Writes one tile from its panel, first column, number of columns, first row and number of rows (`RegisterTile`)."""
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,7 @@ class TileProduct(FinishedProduct):
             held = k.registers(self.group * BLOCK * WIDTH, self.summed, "held")
             k.store(
                 held, [k.opaque(0)], k.number(0, self.summed)
-            )  # a visible use of the memory: tile instructions use the rest by address
+            )  # visible to the code generator: tiles access it by address
             number = k.opaque(k.floor_divide(task, runs), "number")
             first = k.opaque(number * part, "first")
             last = k.opaque(k.least(first + part, blocks), "last")
