@@ -1,5 +1,4 @@
-"""Executables of kernels: packed weights, offsets chosen once for each set of sizes, and one table of calls for each
-run.
+"""Executables of kernels: packed weights, offsets for each set of sizes, and one table of calls a run.
 
 The first call with new sizes makes a plan (`treadle.backends.tvm.planning`). Later calls write the addresses of inputs
 and outputs into its table and run it.

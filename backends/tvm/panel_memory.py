@@ -84,8 +84,7 @@ def in_memory(panels: Panels, pool: ThreadPoolExecutor) -> dict[str, Array]:
 def through_file(
     panels: Panels, content: Callable[[], Sequence[str]], pool: ThreadPoolExecutor, folder: Path | None
 ) -> dict[str, Array]:
-    """Return panels read from their cache file. If there is none, pack them and write it. Small panels are never
-    cached.
+    """Return panels read from their cache file, or pack them and write the file. Small panels are never cached.
 
     content  returns lines that identify the elements and layout of each weight
     folder   where files of panels are stored, by default in the user's cache

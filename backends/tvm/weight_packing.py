@@ -75,8 +75,7 @@ def wants(isa: Isa) -> Wants:
 
 
 def wants_blocks(isa: Isa) -> WantsBlocks:
-    """Return the panels in which kernels of an instruction set read blocks: in products, and in lookups of a table's
-    rows.
+    """Return the panels in which kernels of an instruction set read blocks: in products, and in row lookups.
 
     If a product reads the table's rows as well, the lookup reads them in the layout of the product.
     """

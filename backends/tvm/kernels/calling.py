@@ -27,8 +27,7 @@ def address(array: Array) -> int:
 
 
 def function_of(entry: Entry) -> Callable[[int, int, int], int]:
-    """Return compiled code as a function of the arguments' address, their number, and the result's address. 0 means
-    success.
+    """Return compiled code as a function of the arguments' address, their number, and the result's address; 0: success.
 
     Arguments are not checked.
     """

@@ -49,8 +49,7 @@ _AGAIN: Mapping[type, Callable[[Any, Sequence[Expr]], Expr]] = {
 
 
 def with_fused_products(value: Expr) -> Expr:
-    """Return the expression with every product of floats either fused with the sum that reads it, or rounded
-    separately.
+    """Return the expression with every product of floats either fused with its sum or rounded separately.
 
     In a sum of two products the first one is fused.
     """

@@ -137,8 +137,7 @@ _ARCH_PRCTL, _REQUEST, _TILE_DATA = 158, 0x1023, 18  # Linux: arch_prctl(ARCH_RE
 
 @cache
 def may_use_tiles() -> bool:
-    """Request the AMX registers from the system, once a process. Without this the first tile instruction ends the
-    process.
+    """Request the AMX registers from the system, once a process; a tile instruction before that ends it.
 
     The permission covers all threads, including existing ones, and forked children. Linux refuses it if a thread of the
     process has its own signal stack that is too small for these registers.

@@ -248,8 +248,7 @@ def _widened(w: RoutineWriter, view: View) -> View:
 
 
 def rounds_left_side(w: RoutineWriter, node: Node) -> bool:
-    """Add the step of a cast to bf16 that only products with weights in pairs read: it rounds rows into the form they
-    read.
+    """Add the step of a cast to bf16 that only products with weights in pairs read, in the form that they read.
 
     Returns False and adds nothing for any other node, and for rows that are not equally spaced.
     """

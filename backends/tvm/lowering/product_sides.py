@@ -109,8 +109,7 @@ def rounds_sides(w: RoutineWriter, node: Node) -> bool:
 
 
 def _sides_of(w: RoutineWriter, value: Value, source: View) -> dict[NarrowSide, NarrowSide] | None:
-    """Return the sides that products read of a cast value and its views, each with the same side of the cast's
-    `source`.
+    """Return the sides that products read of a cast value and its views, each with its side of the cast's `source`.
 
     Returns None if the value has other consumers.
     """

@@ -30,8 +30,7 @@ Form = Callable[[View, Sequence[View]], "list[View] | None"]
 def fitted(
     w: RoutineWriter, node: Node, x: View, results: Sequence[View], form: Form
 ) -> tuple[list[View], Callable[[], None]]:
-    """Return the operand and the results in a form, with as few copies as possible, and a function that copies results
-    back.
+    """Return the operand and the results in a form, with few copies, and a function that copies results back.
 
     Call that function after the kernel's step.
     """
@@ -54,8 +53,7 @@ def fitted(
 
 
 def looped(views: Sequence[View], first: int, count: int, most: int) -> list[View] | None:
-    """Merge `count` dimensions from `first` on into exactly `most`, the same way in all views; None if they do not
-    merge.
+    """Merge `count` dimensions from `first` on into exactly `most`, alike in all views; None if impossible.
 
     These dimensions have the same sizes in all views.
     """

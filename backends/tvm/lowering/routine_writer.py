@@ -191,8 +191,7 @@ class RoutineWriter:
         return View.contiguous(storage, shape)
 
     def made_once(self, of: View, what: Hashable, make: Callable[[], View]) -> View:
-        """Return the result of `make`, which adds steps at the first request. `of` and `what` must determine the
-        result.
+        """Return the result of `make`, which adds steps at the first request. `of` and `what` must determine it.
 
         If another step later writes into the storage of `of`, which then holds another value, the next request calls
         `make` again.
@@ -259,8 +258,7 @@ class RoutineWriter:
         rule(self, node)
 
     def _lives(self) -> list[Life]:
-        """Return the lifetimes of local storages by the routine's own steps: those of the plan, then workspace of
-        single steps.
+        """Return the lifetimes of local storages by the routine's own steps: of the plan, then workspace of steps.
 
         If a step of the plan becomes several kernels, a storage may live from a later kernel or until an earlier kernel
         of it.

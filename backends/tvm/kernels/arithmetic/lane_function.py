@@ -1,5 +1,4 @@
-"""A function of lanes, written in Python and passed to LLVM as text. The vector code of exp and similar functions is
-written with it.
+"""A function of lanes, written in Python and passed to LLVM as text, for vector code such as exp.
 
     f = LaneFunction(k, lanes)
     x = f.operand(value, "f32")

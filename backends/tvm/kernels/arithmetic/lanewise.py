@@ -39,8 +39,7 @@ def call_lanewise(
 
 
 def compare(k: Emitter, how: str, x: Expr, y: Expr, dtype: DType, lanes: int) -> Expr:
-    """Compare by lane; returns bools. `how`: eq, ne, lt, le, gt or ge. A float NaN differs from every value, itself
-    included.
+    """Compare by lane; returns bools. `how`: eq, ne, lt, le, gt or ge. A float NaN differs from every value.
 
     TVM would fold x == x to true, and evaluates == only at its use.
     """

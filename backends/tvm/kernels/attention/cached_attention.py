@@ -117,8 +117,7 @@ class _CacheWriter(AttentionWriter):
                 checked(k, self.status, row, self.key_rows, lambda: self._tasks(b, row, cost, low, high, chunks))
 
     def _tasks(self, b: Expr, row: Expr, cost: Expr, low: Expr, high: Expr, chunks: Expr) -> None:
-        """Emit the tasks of a row that begin at costs from `low` to below `high` of the row's; its keys are in slot
-        `row`.
+        """Emit the tasks of a row that begin at `low` to below `high` of its costs; its keys are in slot `row`.
 
         In a step, emit the tasks whose middle is in that range.
         """
@@ -180,8 +179,7 @@ class _StepWriter(_CacheWriter):
     """Writes a kernel for one query in each row. Row i of a task's scores belongs to its i-th head."""
 
     def write(self) -> None:
-        """Emit the tasks, spans of the keys of a row that some heads share, each with its own part; then merge the
-        parts.
+        """Emit the tasks, spans of a row's keys that some heads share, each with its own part; then merge them.
 
         Every slot has a share even if there are fewer tasks: threads take equally many shares, which have equal costs.
         """

@@ -1,13 +1,12 @@
-"""Merging of attention's partial results, one for each span of keys, in order of positions (Dao et al. 2023,
-Flash-Decoding).
+"""Merging of attention's parts, one for each span of keys, in order of positions (Flash-Decoding).
 
     (m, l, sums) of both:   m = max(m_old, m_new)
                             l = l_old exp(m_old - m) + l_new exp(m_new - m),   sums likewise
 
-A part is the result of attention of a query to the keys of one span alone: the maximum m of its scores, the sum l of
-exp(score - m), and the sum of the weighted values. One of the two factors is 1, so only the other part is scaled: one
-product and one sum, which every kernel rounds in the same way. A part whose factor is 0 changes nothing, not even the
-sign of a zero. So it makes no difference if a span without a visible key is visited.
+A part is the result of attention of a query to the keys of one span alone (Dao et al. 2023): the maximum m of its
+scores, the sum l of exp(score - m), and the sum of the weighted values. One of the two factors is 1, so only the other
+part is scaled: one product and one sum, which every kernel rounds in the same way. A part whose factor is 0 changes
+nothing, not even the sign of a zero. So it makes no difference if a span without a visible key is visited.
 """
 
 from __future__ import annotations

@@ -63,8 +63,7 @@ class PartKeeper:
             self._write(at, lambda c, n: k.load(self.sums, [self.part, row, c], n) * k.splat(share, n))
 
     def _merge(self, r: Expr, first: Expr, count: Expr, at: Expr, spans: Expr, *, again: bool) -> None:
-        """Merge the sums of the current part, number `at`, into out, for some queries of a head. The last part divides
-        by l.
+        """Merge the sums of the current part, number `at`, into out, for some queries of a head; the last divides by l.
 
         again: True if the part's memory is initialized again for the next part
         """

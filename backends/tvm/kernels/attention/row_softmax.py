@@ -54,8 +54,7 @@ class ScoreRow:
 
 
 class RowSoftmax:
-    """Writes the softmax for scores [slots, GROUP, BLOCK] and rows [parts, n, 5] of m, l and the factor of the old
-    sums.
+    """Writes the softmax of scores [slots, GROUP, BLOCK] and rows [parts, n, 5]: m, l, the old sums' factor.
 
     exp   emits e^x for x <= 0
     keep  stores a panel of weights of a row, from a column on

@@ -201,7 +201,7 @@ class HeldScales:
 
 @dataclass(frozen=True)
 class PlainWords(WordForm):
-    """A form of a scale, in some forms a least value, then numbers of 4, 5 or 8 bits; the fifth bits come first.
+    """A block with a scale, in some forms a least value, then numbers of 4, 5 or 8 bits; the fifth bits come first.
 
     Numbers of 4 or 5 bits share a byte with the number half a block later.
     """

@@ -1,5 +1,4 @@
-"""Base of products with weights in blocks that are read by words: tiles of 16 columns and the rows that fit in
-registers.
+"""Base of products with weights in blocks read by words: tiles of 16 columns by rows that fit in registers.
 
     c[m, n] = epilogue(sum_k a[m, k] (d q[n, k] + c))
 

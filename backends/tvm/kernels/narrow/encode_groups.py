@@ -33,12 +33,11 @@ def rows_of_groups(form: str, rows: Size) -> Size:
 
 @dataclass(frozen=True)
 class EncodeGroups(Kernel):
-    """y = x[m, k] as groups of 8-bit numbers; scales[m, k // 32, 1 + parts] = a scale's bits, and a correction for each
-    part
+    """y = x[m, k] as groups of 8-bit numbers; scales[m, k // 32, 1 + parts] = a scale's bits, then corrections
 
     form   layout of y: "quads", row-major bytes; "wide", row-major in f32; "filled", bytes of a multiple of 16 rows, of
            which those past m are undefined and have 0 in `scales`
-    zero   offset of the right side's integers: the correction is minus zero times the sum of a part, an i32. 0: each
+    zero   offset of the right side's integers: the correction of a part is minus zero times its sum, an i32. 0: each
            number of the right side has an added constant, and the correction is the scale times the sum, as the bits of
            a float32
     parts  number of parts of a group with different scales in the right side: 1 or 2

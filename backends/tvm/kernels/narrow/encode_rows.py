@@ -123,8 +123,7 @@ class EncodeRows(Kernel):
         return [row, step * QUAD_STEP + self.head]
 
     def _ends(self, k: Emitter, number: Callable[[Expr, int], Expr], depth: Expr) -> tuple[Expr, Expr]:
-        """Return the bits of a row's largest number, and of its smallest without its sign; 0 if no number has that
-        sign.
+        """Return the bits of a row's largest number, and of minus its smallest; 0 if no number has that sign.
 
         For a signed row, both are the bits of its largest magnitude. The bits of infinity and NaN are larger than all
         others.

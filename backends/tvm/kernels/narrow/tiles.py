@@ -1,5 +1,4 @@
-"""AMX instructions in a kernel: eight tiles by number, each of 16 rows and 64 bytes (Intel's manual, volume 1, chapter
-18).
+"""AMX instructions in a kernel: eight tiles by number, each of 16 rows and 64 bytes.
 
     with k.parallel(n):
         configure(k)             # in the thread that uses tiles: all eight are full ones
@@ -13,7 +12,7 @@ Each sum adds one pair after the other, in order, so a row's sums depend on that
 count as zero.
 
 LLVM takes the tiles of these instructions by number, and neither moves nor merges them. A process may use them after
-the system allows it: `treadle.backends.tvm.kernels.isa.may_use_tiles`.
+the system allows it: `treadle.backends.tvm.kernels.isa.may_use_tiles`. Source: Intel's manual, volume 1, chapter 18.
 """
 
 from __future__ import annotations
