@@ -1,4 +1,4 @@
-"""Time of each kernel call of a run: runs the table call by call.
+"""Times of the kernel calls of a run, measured by running its table call by call.
 
     for each in time_calls(exe, {"tokens": ids}, rounds=9):
         print(each.step.kernel.title, each.seconds)

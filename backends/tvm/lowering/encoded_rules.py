@@ -70,7 +70,7 @@ def _owed(form: WordForm | None) -> tuple[int, int]:
 
 
 def rows_of(w: RoutineWriter, node: Node, value: Value, form: WordForm | None) -> tuple[View, View]:
-    """Return a product's left side and its scales as kernels read them, recomputed from an encoded value.
+    """Return a product's left side and its scales as kernels read them; an encoded value is encoded again for it.
 
     This reproduces the encoded integers; a scale may differ in its last bit.
     """
