@@ -1,4 +1,4 @@
-"""The emitter: the interface with which kernel generators write loops. Besides the cache the only importer of TVM.
+"""The emitter, with which kernel generators write loops. Only this module, `cache` and `fused_products` import TVM.
 
 It is a thin layer over TVM's IRBuilder. Expressions are TVM's own, so `+ - * < &` and the like work on them. The layer
 adds methods for operations that TVM expresses verbosely, or not as kernels need them. Index arithmetic is in int64.

@@ -13,7 +13,10 @@ SIZE = 128  # size of every symbol in a reported cost
 
 
 def find_leftovers(program: KernelProgram, symbols: Mapping[str, Bounds]) -> tuple[str, ...]:
-    """Return one line a step, most expensive first: `cumsum runs element by element, 1.2 MFLOPs    model.py:41`."""
+    """Return one line for each such step, the most expensive first.
+
+    An example is `cumsum runs element by element, 1.2 MFLOPs at S=128    model.py:41`.
+    """
     found = []
     for routine in program.routines:
         for step in routine.walk():
