@@ -196,7 +196,7 @@ class _Machine:
         states: States,
         outputs: Mapping[str, np.dtype[Any]],
     ) -> dict[str, Array]:
-        """Run an entry on its inputs and states, which are updated in place. Return newly allocated arrays."""
+        """Run an entry on inputs and states (updated in place). Return new arrays of these dtypes for the caller."""
         with self._lock:
             runner, plan, table, made = self._ready(entry, sizes, given, states, outputs)
             with tvm_runtime.at_work():
