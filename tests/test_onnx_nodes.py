@@ -183,7 +183,7 @@ def test_automatic_padding_that_sizes_do_not_tell_is_refused_with_what_to_say() 
     )
     with pytest.raises(UnsupportedOnnx) as caught:
         import_onnx(proto)
-    assert "auto_pad of windows that span K, a stride of 2 apart, over an axis of size S" in caught.value.what
+    assert "auto_pad of windows with span K and stride 2, over an axis of size S" in caught.value.what
     assert "node 0 making y (Conv)" in str(caught.value)
     assert str(caught.value.hint).startswith("numbers: treadle.compile(..., K=8, S=8), or dims=")
     import_onnx(proto, dims={"K": 8, "S": 8})

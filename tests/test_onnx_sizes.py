@@ -151,10 +151,10 @@ def test_a_size_may_be_given_to_an_expression_its_parts_and_an_axis_without_a_na
     [
         ({"batch": 2}, "the file has no axis and no input batch", "its axes are A, B; its inputs x, y"),
         ({"A": "C", "D": 2}, "the file has no axis and no input D", "its axes are A, B; its inputs x, y"),
-        ({"A": 2.5}, "the size of axis A is a whole number, 0 or more", "leave A out for every size"),
-        ({"A": -1}, "the size of axis A is a whole number, 0 or more", "leave A out for every size"),
-        ({"A": "B", "B": 1.5}, "the size of axis B is a whole number, 0 or more", "leave B out for every size"),
-        ({"A": True}, "the size of axis A is a whole number, 0 or more", "leave A out for every size"),
+        ({"A": 2.5}, "the size of axis A must be an integer, 0 or more", "leave A out for every size"),
+        ({"A": -1}, "the size of axis A must be an integer, 0 or more", "leave A out for every size"),
+        ({"A": "B", "B": 1.5}, "the size of axis B must be an integer, 0 or more", "leave B out for every size"),
+        ({"A": True}, "the size of axis A must be an integer, 0 or more", "leave A out for every size"),
     ],
 )
 def test_dims_that_are_none_are_refused(dims: dict[str, Any], what: str, hint: str) -> None:
@@ -353,7 +353,7 @@ def test_what_a_static_argument_may_be(declared: str, given: Any, what: str | No
 def test_the_k_of_top_k_may_be_zero_and_not_negative() -> None:
     proto = model("(float[2,6] x, int64[1] k) => (float v, int64 i)", "v, i = TopK(x, k)")
     assert str(import_onnx(proto, static={"k": [0]}).graph.main.outputs["v"].type) == "f32[2, 0]"
-    with pytest.raises(FrontendError, match="TopK: k must be 0 or more, is -1"):
+    with pytest.raises(FrontendError, match="TopK: k must be 0 or more, not -1"):
         import_onnx(proto, static={"k": [-1]})
 
 

@@ -206,7 +206,7 @@ def test_weights_and_file_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_damaged_weight_is_refused_as_ever(tmp_path: Path) -> None:
     proto = weighted()
     proto.graph.initializer[0].raw_data = proto.graph.initializer[0].raw_data[:-4]
-    with pytest.raises(FrontendError, match="bytes are not as many as its shape asks for"):
+    with pytest.raises(FrontendError, match="number of bytes does not match its shape"):
         opened(tmp_path, proto)(x=np.ones((2, 128), np.float32), k=2)
 
 

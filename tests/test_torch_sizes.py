@@ -128,7 +128,7 @@ def test_conditions_that_hold_for_all_sizes_after_strides(name: str) -> None:
 
 def test_a_condition_that_fails_somewhere_is_said_to_fail() -> None:
     module = Applied(lambda x: x * 2 if 2 * (x.shape[0] // 2) * x.shape[1] < x.shape[0] * x.shape[1] else x)
-    with pytest.raises(treadle.TreadleError, match="what it does then holds for some sizes alone"):
+    with pytest.raises(treadle.TreadleError, match="that branch is valid only for some sizes"):
         treadle.from_torch(module, (torch.randn(3, 4),), dynamic={"x": "N M"})
 
 

@@ -1,10 +1,10 @@
-"""Vocabularies in the files that were there before tokenizer.json, built as the tokenizers library builds them.
+"""Vocabularies in the files that preceded tokenizer.json, built as the tokenizers library builds them.
 
     vocab.txt                     WordPiece, a token a line: BERT, DistilBERT, ELECTRA, MPNet
     vocab.json and merges.txt     byte-level BPE: GPT-2, RoBERTa, BART; CLIP, whose words end in </w>
 
-config.json's model_type, or tokenizer_config.json's tokenizer_class, says whose way of cutting text it is. Sources: the
-classes of these names in Hugging Face transformers, which build the same parts.
+config.json's model_type, or tokenizer_config.json's tokenizer_class, selects the tokenization. Sources: the classes of
+these names in Hugging Face transformers, which build the same parts.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ _BYTE_LEVEL = {"gpt2": _GPT2, "roberta": _ROBERTA, "bart": _ROBERTA, "clip": _CL
 
 
 def kind_names(place: ModelFolder, settings: Mapping[str, Any]) -> list[str]:
-    """What the folder says its tokenizer is: the class of tokenizer_config.json first, then config.json's
+    """Return the folder's names for its tokenizer: the class of tokenizer_config.json first, then config.json's
     model_type.
     """
     names = []
@@ -226,7 +226,9 @@ def _read_words(place: ModelFolder, limit_bytes: int) -> dict[str, int]:
     vocabulary = {line.rstrip("\r"): number for number, line in enumerate(lines)}
     if len(vocabulary) != len(lines):
         raise CheckpointError(
-            "the vocabulary holds a token twice", received=f"{len(lines)} lines, {len(vocabulary)} tokens", within=shown
+            "the vocabulary contains a token twice",
+            received=f"{len(lines)} lines, {len(vocabulary)} tokens",
+            within=shown,
         )
     return vocabulary
 
@@ -247,7 +249,7 @@ def _read_tokens(place: ModelFolder, limit_bytes: int) -> tuple[dict[str, int], 
         left, _, right = line.rstrip("\r").partition(" ")
         if not left or not right or " " in right or not {left, right, left + right} <= vocabulary.keys():
             raise CheckpointError(
-                "a merge must be two tokens, parted by a space, that make a third",
+                "a merge must be two tokens, separated by a space, that make a third",
                 received=printable(line, 80),
                 within=f"{place.show(_MERGES)}, line {number + 1}",
             )
