@@ -289,7 +289,7 @@ def _name_outputs(declared: Model, returned: Any) -> dict[str, Expr]:
         named = {"output": returned}
     if not named or not all(isinstance(name, str) for name in named):
         raise FrontendError(
-            f"model {declared.name} returns {'outputs whose names are no text' if named else 'no outputs'}",
+            f"model {declared.name} returns {'outputs whose names are not strings' if named else 'no outputs'}",
             received=", ".join(map(repr, named)) or None,
             source=_definition(declared.function),
             hint='return a tensor, or a dict of them such as {"hidden": x}',
@@ -302,9 +302,9 @@ def _name_outputs(declared: Model, returned: Any) -> dict[str, Expr]:
         )
     for name, value in named.items():
         if not isinstance(value, Expr):
-            which = "what model" if value is returned else f"output {name} of model"
+            which = "the output of model" if value is returned else f"output {name} of model"
             raise FrontendError(
-                f"{which} {declared.name}{' returns' if value is returned else ''} is not a tensor of it",
+                f"{which} {declared.name} is not one of its tensors",
                 received=type(value).__name__,
                 source=_definition(declared.function),
                 hint="return a tensor, a dict of them by name, or a tuple of them",

@@ -108,7 +108,7 @@ class HeaderReader:
         number = self.u64()
         if number > getattr(self.limits, limit):
             self.at -= 8
-            self.past(limit, f"the file says that it has more {limit}")
+            self.past(limit, f"the file declares more {limit}")
         return number
 
     def skip_string(self) -> None:

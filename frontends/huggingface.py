@@ -236,7 +236,7 @@ class Checkpoint:
                 f"the index places {len(absent)} tensors in a shard that does not hold them",
                 received=", ".join(map(printable, absent[:_LISTED])) + more,
                 within=self.folder.show(shard),
-                hint="fetch the index and the shards again: they are not of one checkpoint",
+                hint="fetch the index and the shards again: they belong to different checkpoints",
             )
 
     def _read_index(self) -> dict[str, str]:
@@ -337,7 +337,7 @@ def _no_config(place: ModelFolder) -> CheckpointError:
     models = [name for name in entries if name.startswith(_CACHED)]
     if models:
         return CheckpointError(
-            f"a cache of several models has no {_CONFIG} of its own",
+            f"a cache of several models has no {_CONFIG}",
             received=_list(models),
             within=place.shown,
             hint=f"name one of them: {place.show(models[0])}",

@@ -4,7 +4,7 @@
     tokens: t.i64["B S"]                                           the short form
     lengths: Annotated[t.Tensor, t.i64["B"]] | None = None         optional
 
-docs/decisions/0009-types-that-checkers-read.md gives the reason for the first form.
+docs/decisions/0009-types-that-checkers-read.md explains the first form.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     frequencies = t.rotary_frequencies(64, scaling=Dynamic(2.0, 2048), length=t.size_of(tokens, 1))
     q = t.rotary(q, t.positions(tokens), frequencies)
 
-docs/decisions/0003-rotary-frequencies.md gives the reason why they are an operand of the op.
+docs/decisions/0003-rotary-frequencies.md explains why they are an operand of the op.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     (b"version https://git-lfs", "a Git LFS pointer", "fetch the file that it stands for: git lfs pull"),
     (b"PK\x03\x04", "a zip archive, as PyTorch's pickle files are", _WHERE_TRUSTED),
     (b"\x80\x02", "a pickle", _WHERE_TRUSTED),
-    (b"GGUF", "a GGUF file", "give it its own suffix, .gguf"),
+    (b"GGUF", "a GGUF file", "rename it with the suffix .gguf"),
     (b"<!", "a web page", "fetch the file again: the download returned a page in its place"),
     (b"<htm", "a web page", "fetch the file again: the download returned a page in its place"),
 )

@@ -622,7 +622,10 @@ def twice_in_a_stack(x: t.Tensor) -> t.Tensor:
             same_line,
             'for i in t.stack("layers", 2): around a block that repeats, or a separate name each time, name=f"f_{i}"; ',
         ),
-        (twice, 'for i in t.stack("layers", 2): around a block that repeats, or a separate name each time, name=f"f_{i}"; '),
+        (
+            twice,
+            'for i in t.stack("layers", 2): around a block that repeats, or a separate name each time, name=f"f_{i}"; ',
+        ),
         (two_stacks, 't.stack("h_2", ...): another name for one of the two stacks; '),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

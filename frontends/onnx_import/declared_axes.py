@@ -20,7 +20,7 @@ from treadle.ir.sizing.size_text import parse_size
 from treadle.ir.sizing.sizes import Size
 
 _UNKNOWN = -1
-"""The size that stands for any size."""
+"""The value of `dim_value` for an unknown size."""
 _LARGEST = 2**40
 
 

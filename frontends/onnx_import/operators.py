@@ -65,7 +65,7 @@ class Operator:
 
 
 OPERATORS: dict[tuple[str, str], Operator] = {}
-"""By domain and name."""
+"""Operators by domain and name."""
 
 
 def operator(

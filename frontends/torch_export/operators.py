@@ -30,7 +30,7 @@ Made: TypeAlias = Any
 Handler = Callable[["TorchSite"], Made]
 
 OPERATORS: dict[str, Handler] = {}
-"""By name and overload: "add.Tensor"."""
+"""Handlers by name and overload: "add.Tensor"."""
 
 _DTYPES = {
     "float64": "f64",

@@ -130,7 +130,7 @@ _softmax("log_softmax", "log_softmax.int", "_log_softmax.default")
 
 @operator("_safe_softmax.default")
 def _safe_softmax(site: TorchSite) -> Made:
-    """Softmax that gives zeros for a row of only -inf."""
+    """Softmax that returns zeros for a row of only -inf."""
     b, x, axis = site.b, site.x("self").cast(site.dtype()), site.axis("dim")
     if axis == x.rank - 1:
         return b.masked_softmax(x)

@@ -27,9 +27,9 @@ _CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}
 
 @dataclass(frozen=True)
 class _Kind:
-    """How vocabularies of a kind are built.
+    """The construction of one kind of vocabulary.
 
-    build    the tokenizer of a vocabulary, merges, the names of special tokens and tokenizer_config.json
+    build    builds the tokenizer from a vocabulary, merges, special tokens' names and tokenizer_config.json
     special  the names of special tokens, where the folder does not say others
     strips   whether the space before a mask belongs to it, as the model was trained
     """
@@ -40,12 +40,11 @@ class _Kind:
 
 
 def build_older_tokenizer(place: ModelFolder, settings: Mapping[str, Any], limit_bytes: int) -> Any | None:
-    """The folder's vocabulary as a `tokenizers.Tokenizer`; None where it has no such files, or of a kind not built
-    here.
+    """Build the folder's vocabulary as a `tokenizers.Tokenizer`; None if it has no such files, or an unsupported kind.
 
     settings  tokenizer_config.json
 
-    Raises CheckpointError where a file is damaged or too long.
+    Raises CheckpointError if a file is damaged or too long.
     """
     import tokenizers
 

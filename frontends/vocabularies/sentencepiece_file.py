@@ -160,7 +160,7 @@ def _piece(data: bytes, field: _Field, shown: str) -> VocabularyPiece:
 
 def _inside(data: bytes, field: _Field, shown: str) -> Iterator[_Field]:
     if field.wire != _BYTES:
-        raise _damaged(f"field {field.number} must hold fields", field.at, shown)
+        raise _damaged(f"field {field.number} must be a message", field.at, shown)
     return _fields(data, field.start, field.end, shown)
 
 

@@ -310,7 +310,7 @@ _KINDS: Mapping[str, PieceKind] = {
 }
 
 BY_CLASS = {**_KINDS, "llama": _LLAMA_KIND}
-"""By tokenizer_config.json's tokenizer_class, in lower case and without its ending."""
+"""Kinds by tokenizer_config.json's tokenizer_class, in lower case and without its ending."""
 
 BY_TYPE = {**_KINDS, **dict.fromkeys(("llama", "mistral", "phi3"), _OWN)}
-"""By config.json's model_type."""
+"""Kinds by config.json's model_type."""
