@@ -40,20 +40,20 @@ class TensorStore(NamedTensors, Protocol):
     """A store of tensors by name: a `Checkpoint`, a `SafetensorsFile`."""
 
     def record(self, name: str, /) -> TensorRecord:
-        """dtype and shape of a tensor."""
+        """Return the dtype and shape of a tensor."""
 
     def array(self, name: str, /) -> Array:
-        """A tensor, read-only."""
+        """Return a tensor, read-only."""
 
     def bits(self, name: str, /) -> npt.NDArray[np.uint16]:
-        """The bits of a bf16 tensor, read-only."""
+        """Return the bits of a bf16 tensor, read-only."""
 
 
 class BlockStore(TensorStore, Protocol):
     """A store that holds some tensors in blocks: a `GGUFFile`."""
 
     def held(self, name: str, /) -> npt.NDArray[np.uint8]:
-        """A tensor's blocks, read-only."""
+        """Return a tensor's blocks, read-only."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class NamedTensors(Protocol):
         """The file's name in errors."""
 
     def names(self) -> tuple[str, ...]:
-        """All tensors' names."""
+        """Return all tensors' names."""
 
     def __contains__(self, name: object) -> bool: ...
 
@@ -58,7 +58,8 @@ def mismatch(
 ) -> CheckpointError:
     """Return the error for a checkpoint that lacks tensors, or holds tensors that do not fit.
 
-    needed  number of tensors that the model needs unused  the file's tensors that no parameter took
+    needed   number of tensors that the model needs
+    unused   the file's tensors that no parameter took
     """
     counts = []
     lines = [checkpoint.label]

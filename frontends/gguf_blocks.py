@@ -21,14 +21,14 @@ _DEQUANTISED_AT_ONCE = 1 << 20  # bytes of blocks; the library's temporaries tak
 PLAIN: Mapping[str, str] = {
     "f32": "<f4", "f16": "<f2", "f64": "<f8", "i8": "i1", "i16": "<i2", "i32": "<i4", "i64": "<i8"
 }  # fmt: skip
-"""Block types that are plain arrays; all others are dequantised to float32."""
+"""Block types that are plain arrays; all others are dequantized to float32."""
 
 
 @dataclass(frozen=True, slots=True)
 class GGUFTensor(TensorRecord):
     """One tensor's entry in the file.
 
-    dtype         dtype of `array`: f32 for every block type that is dequantised
+    dtype         dtype of `array`: f32 for every block type that is dequantized
     blocks        the type in the file: "q4_1", "q8_0", "f16", ...
     begin, end    byte range of its blocks, counted from the file's start
     """
@@ -65,7 +65,7 @@ def dequantised(record: GGUFTensor, raw: npt.NDArray[np.uint8], shown: str) -> n
                 found[start : start + step] = gguf.dequantize(part, kind).reshape(-1, elements)
     except NotImplementedError:
         raise CheckpointError(
-            f"blocks of type {record.blocks} cannot be dequantised",
+            f"blocks of type {record.blocks} cannot be dequantized",
             within=f"{shown}: byte {record.begin}, tensor {printable(record.name)}",
         ) from None
     return found

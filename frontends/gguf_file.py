@@ -167,9 +167,9 @@ class GGUFFile(MappedTensors[GGUFTensor]):
 
     def array(self, name: str) -> npt.NDArray[Any]:
         """Return a tensor as a read-only array of its shape: a view of the file if it holds plain numbers, else
-        dequantised to float32.
+        dequantized to float32.
 
-        Raises CheckpointError if there is no such tensor, or its blocks are of a type that cannot be dequantised.
+        Raises CheckpointError if there is no such tensor, or its blocks are of a type that cannot be dequantized.
         """
         record, raw = self.record(name), self.raw(name)
         if record.blocks in PLAIN:

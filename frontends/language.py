@@ -1,5 +1,6 @@
-"""The DSL's whole vocabulary under one name: `import treadle as t`, or inside the project `import
-treadle.frontends.language as t`.
+"""The DSL's whole vocabulary under one name: `import treadle as t`.
+
+Code of the project itself uses `import treadle.frontends.language as t`.
 
 Models, stacks, scopes and parameters; the layers; attention's masks and biases; dtypes. Every op of the IR is here too
 under its own name (`t.einsum`, `t.rearrange`, `t.softmax`, ...), so that anything can be written by hand. If a layer

@@ -87,8 +87,7 @@ class Dynamic:
 
 @dataclass(frozen=True)
 class Yarn:
-    """frequency / factor for pairs that turn rarely within the context; pairs that turn often are kept (Peng et al.
-    2023)
+    """frequency / factor for pairs that turn rarely within the context; others are kept   (Peng et al. 2023)
 
     Pair i of dims / 2 is kept below the i that turns `fast` times in the context, divided past the i that turns `slow`
     times, and interpolated linearly in between. `truncate` rounds both i outwards. Scores are multiplied by temperature

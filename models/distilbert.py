@@ -127,7 +127,7 @@ FAMILY = Family(
         "distilbert": {"hidden_size": "dim", "num_attention_heads": "n_heads", "num_hidden_layers": "n_layers"}
     },
     irrelevant={
-        "sinusoidal_pos_embds": "the table of positions is in the file",
+        "sinusoidal_pos_embds": "the file holds the position table",
         "tie_weights_": "is an older name of tie_word_embeddings, which no version reads",
     },
     padding=padding_rows("embeddings.word.weight", default=0),

@@ -165,7 +165,7 @@ def from_ctranslate2(file: CTranslate2File) -> t.Model:
     expected = {"activation": _GELU, "pre_norm": 1, "scale_embeddings": 0, "alibi": 0, "start_from_zero_embedding": 0}
     for option, value in expected.items():
         if _read_scalar(file, f"decoder/{option}") != value:
-            raise CheckpointError(f"decoder/{option} is not {value}, as in Whisper", within=file.label)
+            raise CheckpointError(f"decoder/{option} must be {value}, as in Whisper", within=file.label)
     for stack in ("encoder", "decoder"):
         if _read_scalar(file, f"{stack}/num_heads") < 1:
             raise CheckpointError(f"{stack}/num_heads must be positive", within=file.label)

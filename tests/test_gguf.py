@@ -584,7 +584,7 @@ def test_blocks_that_the_library_does_not_decode_are_named(tmp_path: Path, kind:
     path = tmp_path / "blocks.gguf"
     head = header(tensor(b"t", (elements,), kind=int(number)), count=1)
     path.write_bytes(head + bytes(-len(head) % 32 + length))
-    with pytest.raises(CheckpointError, match=f"blocks of type {kind.lower()} cannot be dequantised") as caught:
+    with pytest.raises(CheckpointError, match=f"blocks of type {kind.lower()} cannot be dequantized") as caught:
         GGUFFile.open(path).array("t")
     assert caught.value.within == f"{path}: byte {len(head) + -len(head) % 32}, tensor t"
 

@@ -140,11 +140,11 @@ def test_quantized_weights_are_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "array", "what"),
     [
-        ("decoder/activation", np.array(0, "i1"), "decoder/activation is not 3, as in Whisper"),
-        ("decoder/pre_norm", np.array(0, "i1"), "decoder/pre_norm is not 1, as in Whisper"),
-        ("decoder/scale_embeddings", np.array(1, "i1"), "decoder/scale_embeddings is not 0, as in Whisper"),
-        ("decoder/alibi", np.array(1, "i1"), "decoder/alibi is not 0, as in Whisper"),
-        ("decoder/start_from_zero_embedding", np.array(1, "i1"), "decoder/start_from_zero_embedding is not 0"),
+        ("decoder/activation", np.array(0, "i1"), "decoder/activation must be 3, as in Whisper"),
+        ("decoder/pre_norm", np.array(0, "i1"), "decoder/pre_norm must be 1, as in Whisper"),
+        ("decoder/scale_embeddings", np.array(1, "i1"), "decoder/scale_embeddings must be 0, as in Whisper"),
+        ("decoder/alibi", np.array(1, "i1"), "decoder/alibi must be 0, as in Whisper"),
+        ("decoder/start_from_zero_embedding", np.array(1, "i1"), "decoder/start_from_zero_embedding must be 0"),
         ("decoder/alibi", np.array([0], "i1"), "decoder/alibi must be one integer"),
         ("decoder/alibi", np.array(0, "<f4"), "decoder/alibi must be one integer"),
         ("encoder/num_heads", np.array(0, "<i2"), "encoder/num_heads must be positive"),

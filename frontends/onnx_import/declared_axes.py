@@ -43,7 +43,7 @@ def _placed(declared: Any, position: int) -> str:
 
 
 def _names(declared: Any) -> list[str]:
-    """Return the caller's names for an input's axes: names, the names in an expression, or positions."""
+    """Return the names that a caller may use for an input's axes: names, the names in an expression, or positions."""
     found = []
     for position, dim in enumerate(declared.type.tensor_type.shape.dim):
         if (name := name_of(dim)) is not None:

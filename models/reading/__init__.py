@@ -1,1 +1,1 @@
-"""Long readers of model files: rotary positions, and configs and GGUF metadata of the Llama family."""
+"""Readers of rotary positions, and of configs and GGUF metadata of the Llama family."""

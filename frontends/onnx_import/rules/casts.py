@@ -60,7 +60,7 @@ def _wrapped(b: Builder, x: Expr, held: Element, to: Element) -> Expr:
 
 
 def _integer_of_float(b: Builder, x: Expr, to: Element) -> Expr:
-    """Round toward zero; for integers of less than a byte, to the nearest, and values out of their range wrap."""
+    """Round toward zero. For integers of less than a byte, round to the nearest, and wrap values out of range."""
     if to.name == "UINT64":
         wide = x.cast(f64)
         half = b.constant(2.0**63, f64)
