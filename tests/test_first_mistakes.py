@@ -310,7 +310,7 @@ def test_lines_of_numpy_are_not_the_users() -> None:
         (lambda x: t.cross_attention(x, 2, 2), "cross_attention: context must be a tensor", None),
         (lambda x: t.embed(x, 8, 8, dtype="f16", name="f"), "embed: dtype must be a dtype", None),
         (lambda x: t.convolution(x, 4, 3, name="f"), "convolution: kernel must be a tuple of integers", "kernel=(3,)"),
-        (lambda x: t.convolution(x, 4, (3, 3), name="f"), "the kernel has 2 axes, and x has 1 beside", "kernel=(3,)"),
+        (lambda x: t.convolution(x, 4, (3, 3), name="f"), "the kernel has 2 axes, and x has 1 after", "kernel=(3,)"),
         (lambda x: t.convolution(x, 4, (3,), name="f"), "axis 1 of x holds the channels", None),
         (
             lambda x: t.convolution(t.constant(np.ones((2, 8))), 4, (3,), name="f"),

@@ -308,7 +308,7 @@ ALIGNMENT = string(b"general.alignment") + struct.pack("<II", 4, 48)
         (header(tensor(b"t", (2**40, 2**40)), count=1), "their product below 2^60", "byte 45, tensor t"),
         (header(tensor(b"t", kind=99), count=1), "there is no such block type", "byte 45, tensor t"),
         (header(tensor(b"t", (33,), kind=3), count=1), "rows of 33 are not whole blocks of 32", "byte 45, tensor t"),
-        (header(tensor(b"t", offset=32), count=1), "does not begin where the one before it ends", "byte 49, tensor t"),
+        (header(tensor(b"t", offset=32), count=1), "not begin where the previous tensor ends", "byte 49, tensor t"),
         (header(tensor(b"t"), tensor(b"t", offset=32), count=2), "a tensor's name appears twice", "byte 57, tensor t"),
         (header(tensor(b"t", (2**50,)), count=1), "the file ends before its tensors do", "byte 49, tensor t"),
         (header(tensor(b"t"), count=1), "the file ends before its tensors do", "byte 49, tensor t"),

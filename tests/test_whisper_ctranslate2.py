@@ -154,7 +154,7 @@ def test_quantized_weights_are_refused(folder: Path) -> None:
         (
             "encoder/conv1/weight",
             np.zeros((12, 128, 3), "<f4"),
-            "the spectrogram has 128 bands, where 80 are supported",
+            "the spectrogram has 128 bands, but 80 are supported",
         ),
         ("encoder/position_encodings/encodings", np.zeros((0, 12), "<f4"), "encodings must have 2 dimensions"),
         ("decoder/position_encodings/encodings", np.zeros(12, "<f4"), "encodings must have 2 dimensions"),
