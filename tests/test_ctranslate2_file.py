@@ -81,7 +81,7 @@ ONE = np.zeros((2, 3), "<f4")
         (b"", "the file is empty", "byte 0"),
         (b"\x06\0", "the file ends within a record", "byte 0, version"),
         (model(version=5), "this version of the format is not read", "byte 0, version"),
-        (model(variable("a", ONE), variable("a", ONE)), "a variable stands twice", "byte 86, a, data"),
+        (model(variable("a", ONE), variable("a", ONE)), "a variable appears twice", "byte 86, a, data"),
         (model(variable("a", ONE, number=6)), "the dtype is not known", "byte 39, a, dtype"),
         (model(variable("a", ONE, number=4)), "a variable's bytes do not equal dtype x shape", "byte 40, a, bytes"),
         (model(variable("a", ONE.reshape((1,) * 17 + (6,)))), "more dimensions than the limit", "byte 30, a, rank"),
@@ -90,7 +90,7 @@ ONE = np.zeros((2, 3), "<f4")
             "a variable's shape is larger than any array",
             "byte 39, a, dimension 2",
         ),
-        (model(variable("", ONE)) + b"\0", "the file goes on after its last record", "byte 67, count of aliases"),
+        (model(variable("", ONE)) + b"\0", "the file continues after its last record", "byte 67, count of aliases"),
         (model(b"\0\0" + variable("", ONE)[3:]), "a text must have from 1 to", "byte 26, name, length"),
         (model(variable("a\0b", ONE)), "a text must end in its one NUL", "byte 28, name"),
         (model(variable("a", ONE).replace(b"a\0", b"\xff\0", 1)), "a text must be UTF-8", "byte 28, name"),
@@ -151,7 +151,7 @@ def test_mutations(tmp_path: Path) -> None:
 
 
 def test_another_kind_of_model(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="the file holds no Whisper"):
+    with pytest.raises(CheckpointError, match="the file does not hold Whisper"):
         from_ctranslate2(open_bytes(tmp_path, model(specification="TransformerSpec")))
     with pytest.raises(CheckpointError, match="no variable decoder/activation"):
         from_ctranslate2(open_bytes(tmp_path, WHOLE))

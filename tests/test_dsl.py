@@ -225,12 +225,12 @@ def test_outputs_have_names(returned: Callable[..., Any], names: list[str]) -> N
     ("returned", "said"),
     [
         (lambda x: None, "model model returns nothing"),
-        (lambda x: 3, "what model model returns is not a tensor of it\n  received  int"),
-        (lambda x: {"a": x, "b": None}, "output b of model model is not a tensor of it\n  received  NoneType"),
-        (lambda x: (x, [x]), "output output1 of model model is not a tensor of it\n  received  list"),
+        (lambda x: 3, "the output of model model is not one of its tensors\n  received  int"),
+        (lambda x: {"a": x, "b": None}, "output b of model model is not one of its tensors\n  received  NoneType"),
+        (lambda x: (x, [x]), "output output1 of model model is not one of its tensors\n  received  list"),
         (lambda x: {}, "model model returns no outputs"),
         (lambda x: (), "model model returns no outputs"),
-        (lambda x: {1: x}, "model model returns outputs whose names are no text\n  received  1"),
+        (lambda x: {1: x}, "model model returns outputs whose names are not strings\n  received  1"),
     ],
     ids=lambda value: value.split("\n")[0] if isinstance(value, str) else "",
 )
@@ -271,7 +271,7 @@ def test_outside_a_model(use: str) -> None:
 def test_a_model_is_no_function_outside_another() -> None:
     with pytest.raises(FrontendError, match="model sample is declared, not compiled") as caught:
         sample(1.0)
-    assert caught.value.hint == "treadle.compile(sample) gives something that runs"
+    assert caught.value.hint == "treadle.compile(sample) returns an executable that runs"
 
 
 def wrong_sizes(x: t.f32["B 4"]):

@@ -310,16 +310,16 @@ def test_lines_of_numpy_are_not_the_users() -> None:
         (lambda x: t.cross_attention(x, 2, 2), "cross_attention: context must be a tensor", None),
         (lambda x: t.embed(x, 8, 8, dtype="f16", name="f"), "embed: dtype must be a dtype", None),
         (lambda x: t.convolution(x, 4, 3, name="f"), "convolution: kernel must be a tuple of integers", "kernel=(3,)"),
-        (lambda x: t.convolution(x, 4, (3, 3), name="f"), "the kernel has 2 axes, and x has 1 beside", "kernel=(3,)"),
+        (lambda x: t.convolution(x, 4, (3, 3), name="f"), "the kernel has 2 axes, and x has 1 after", "kernel=(3,)"),
         (lambda x: t.convolution(x, 4, (3,), name="f"), "axis 1 of x holds the channels", None),
         (
             lambda x: t.convolution(t.constant(np.ones((2, 8))), 4, (3,), name="f"),
-            "the kernel has 1 axes, and x has 0 beside its rows and channels",
+            "the kernel has 1 axes, and x has 0 after its batch and channels",
             "x [B, C, ...], as images are",
         ),
         (
             lambda x: t.convolution(t.constant(np.ones((2, 8, 3, 4))), 4, (3,), name="f"),
-            "the kernel has 1 axes, and x has 2 beside its rows and channels",
+            "the kernel has 1 axes, and x has 2 after its batch and channels",
             "such as kernel=(3, 3)",
         ),
         (lambda x: t.convolution(x, 4, (3,), strides=2, name="f"), "strides must be a tuple", "strides=(2,)"),
@@ -585,7 +585,7 @@ def test_what_can_be_shared_is_declared_before() -> None:
 
     assert (refusal(several).hint or "").count(" or ") == 2
     error = refusal(lambda x: t.unembed(x, tied="wte"))
-    assert error.what == "unembed: tied= names no embedding that is declared before"
+    assert error.what == "unembed: tied= does not name an embedding that is declared before"
     assert error.hint == 'the name= of an embedding above: t.embed(tokens, 100, 16, name="wte")'
 
 
@@ -620,10 +620,13 @@ def twice_in_a_stack(x: t.Tensor) -> t.Tensor:
         (twice_in_a_stack, 'name="f_2" for one of the two, or with t.scope("second"): around it; '),
         (
             same_line,
-            'for i in t.stack("layers", 2): around a block that repeats, or a name for each time, name=f"f_{i}"; ',
+            'for i in t.stack("layers", 2): around a block that repeats, or a separate name each time, name=f"f_{i}"; ',
         ),
-        (twice, 'for i in t.stack("layers", 2): around a block that repeats, or a name for each time, name=f"f_{i}"; '),
-        (two_stacks, 't.stack("h_2", ...): a name of its own for one of the two stacks; '),
+        (
+            twice,
+            'for i in t.stack("layers", 2): around a block that repeats, or a separate name each time, name=f"f_{i}"; ',
+        ),
+        (two_stacks, 't.stack("h_2", ...): another name for one of the two stacks; '),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -176,7 +176,7 @@ def test_a_block_whose_scale_is_no_number_is_named(tmp_path: Path, form: str, fi
     write_model(path, sizes, blocks, held={n: form for n, b in blocks.items() if b.dtype == np.uint8})
     at = GGUFFile.open(path).record(name).begin + 7 * record.itemsize
     with pytest.raises(
-        CheckpointError, match=f"scale is no finite number(.|\n)*byte {at}, block 7 of {form}, tensor {name}"
+        CheckpointError, match=f"scale is NaN or infinite(.|\n)*byte {at}, block 7 of {form}, tensor {name}"
     ):
         resolve(path)
 
@@ -293,9 +293,9 @@ ALIGNMENT = string(b"general.alignment") + struct.pack("<II", 4, 48)
         (header(version=3 << 24), "of a version that is not read", "byte 4, version"),
         (header(keys=2**63), "more keys than the limit", "byte 16, number of keys"),
         (header(count=0, keys=5), "the file ends too early", "byte 24, key 0 of 5"),
-        (header(KEY, KEY), "a key stands twice", "byte 41, key k"),
+        (header(KEY, KEY), "a key appears twice", "byte 41, key k"),
         (header(string(b"\xff") + KEY[9:]), "a name is not UTF-8", "byte 32, key 0 of 1"),
-        (header(string(b"k") + struct.pack("<I", 99)), "there is no such type of a value", "byte 33, key k"),
+        (header(string(b"k") + struct.pack("<I", 99)), "there is no such value type", "byte 33, key k"),
         (header(string(b"k") + struct.pack("<IB", 7, 2)), "a bool is neither 0 nor 1", "byte 37, key k"),
         (header(string(b"k") + struct.pack("<IQ", 8, 2**60)), "the file ends too early", "byte 45, key k"),
         (header(string(b"k") + struct.pack("<IIQ", 9, 0, 2**60)), "the file ends too early", "byte 49, key k"),
@@ -308,8 +308,8 @@ ALIGNMENT = string(b"general.alignment") + struct.pack("<II", 4, 48)
         (header(tensor(b"t", (2**40, 2**40)), count=1), "their product below 2^60", "byte 45, tensor t"),
         (header(tensor(b"t", kind=99), count=1), "there is no such block type", "byte 45, tensor t"),
         (header(tensor(b"t", (33,), kind=3), count=1), "rows of 33 are not whole blocks of 32", "byte 45, tensor t"),
-        (header(tensor(b"t", offset=32), count=1), "does not begin where the one before it ends", "byte 49, tensor t"),
-        (header(tensor(b"t"), tensor(b"t", offset=32), count=2), "a tensor's name stands twice", "byte 57, tensor t"),
+        (header(tensor(b"t", offset=32), count=1), "not begin where the previous tensor ends", "byte 49, tensor t"),
+        (header(tensor(b"t"), tensor(b"t", offset=32), count=2), "a tensor's name appears twice", "byte 57, tensor t"),
         (header(tensor(b"t", (2**50,)), count=1), "the file ends before its tensors do", "byte 49, tensor t"),
         (header(tensor(b"t"), count=1), "the file ends before its tensors do", "byte 49, tensor t"),
     ],
@@ -327,12 +327,12 @@ def test_refusals(tmp_path: Path, data: bytes, what: str, place: str) -> None:
     ("key", "value", "what"),
     [
         ("general.architecture", "mamba", "general.architecture is not supported"),
-        ("llama.block_count", 3, "llama.block_count is more than the file has tensors for"),
+        ("llama.block_count", 3, "llama.block_count is larger than the file's number of tensors allows"),
         ("llama.block_count", 2**31, "llama.block_count must be an integer from 1 to 1000"),
         ("llama.attention.head_count", 5, "llama.attention.head_count_kv must divide"),
         ("llama.attention.head_count_kv", 3, "llama.attention.head_count_kv must divide the number of heads"),
         ("llama.attention.head_count", 6, "llama.attention.head_count must divide the embedding's length"),
-        ("llama.attention.value_length", 5, "llama.attention.value_length must be key_length"),
+        ("llama.attention.value_length", 5, "llama.attention.value_length must equal key_length"),
         ("llama.rope.dimension_count", 7, "llama.rope.dimension_count must be an even number"),
         ("llama.rope.freq_base", float("nan"), "llama.rope.freq_base must be a number"),
         ("llama.attention.layer_norm_rms_epsilon", None, "is missing from the metadata"),
@@ -396,7 +396,9 @@ def test_layers_have_as_many_tensors_as_there_must_be(tmp_path: Path) -> None:
             if fits:
                 assert from_gguf(GGUFFile.open(path)).config["layers"] == 2
                 continue
-            with pytest.raises(CheckpointError, match="block_count is more than the file has tensors for") as caught:
+            with pytest.raises(
+                CheckpointError, match="block_count is larger than the file's number of tensors allows"
+            ) as caught:
                 from_gguf(GGUFFile.open(path))
             assert caught.value.received == f"2, of {count} tensors"
 
@@ -463,7 +465,7 @@ def test_a_vocabulary_that_begins_texts_with_a_token(tmp_path: Path) -> None:
 def test_types_of_tokens_are_as_many_as_they(tmp_path: Path) -> None:
     kinds = "tokenizer.ggml.token_type"
     file = GGUFFile.open(written(tmp_path, {kinds: [1, 3]}))
-    with pytest.raises(CheckpointError, match="must say a type for each token") as caught:
+    with pytest.raises(CheckpointError, match="must have a type for each token") as caught:
         build_gguf_tokenizer(file)
     assert caught.value.received == f"2 types, {len(vocabulary())} tokens"
     plain = build_gguf_tokenizer(GGUFFile.open(written(tmp_path, {kinds: None})))
@@ -558,7 +560,7 @@ def test_tensors_lie_as_far_apart_as_the_file_says(tmp_path: Path, alignment: in
     file = GGUFFile.open(path)
     assert file.array("t").tolist() == [0, 0, 0, 0]
     assert file.array("u").tolist() == [0, 1, 2, 3]
-    with pytest.raises(CheckpointError, match="tensor t is in no blocks of an encoding"):
+    with pytest.raises(CheckpointError, match="tensor t is not stored in blocks of an encoding"):
         file.held("t")
 
 
@@ -584,7 +586,7 @@ def test_blocks_that_the_library_does_not_decode_are_named(tmp_path: Path, kind:
     path = tmp_path / "blocks.gguf"
     head = header(tensor(b"t", (elements,), kind=int(number)), count=1)
     path.write_bytes(head + bytes(-len(head) % 32 + length))
-    with pytest.raises(CheckpointError, match=f"blocks of type {kind.lower()} cannot be dequantised") as caught:
+    with pytest.raises(CheckpointError, match=f"blocks of type {kind.lower()} cannot be dequantized") as caught:
         GGUFFile.open(path).array("t")
     assert caught.value.within == f"{path}: byte {len(head) + -len(head) % 32}, tensor t"
 

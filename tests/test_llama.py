@@ -203,7 +203,7 @@ def test_how_much_of_a_head_turns() -> None:
     for part, dims in ((0.25, 2), (0.5, 4), (1, None)):
         assert read({"partial_rotary_factor": part}, model_type="gpt_neox")["rotary_dims"] == dims
     for part in (0.2, 0.4, 1.5, 2.0, 1e308):
-        with pytest.raises(CheckpointError, match="must leave an even number of a head's dimensions to be turned"):
+        with pytest.raises(CheckpointError, match="must give an even number of rotated dimensions of a head"):
             read({"partial_rotary_factor": part}, model_type="gpt_neox")
 
 

@@ -1,10 +1,10 @@
-"""Vocabularies in the files that were there before tokenizer.json, built as the tokenizers library builds them.
+"""Vocabularies in the files that preceded tokenizer.json, built as the tokenizers library builds them.
 
     vocab.txt                     WordPiece, a token a line: BERT, DistilBERT, ELECTRA, MPNet
     vocab.json and merges.txt     byte-level BPE: GPT-2, OPT, RoBERTa, BART; CLIP, whose words end in </w>
 
-config.json's model_type, or tokenizer_config.json's tokenizer_class, says whose way of cutting text it is. Sources: the
-classes of these names in Hugging Face transformers, which build the same parts.
+config.json's model_type, or tokenizer_config.json's tokenizer_class, selects the tokenization. Sources: the classes of
+these names in Hugging Face transformers, which build the same parts.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}
 
 @dataclass(frozen=True)
 class _Kind:
-    """How vocabularies of a kind are built.
+    """The construction of one kind of vocabulary.
 
-    build    the tokenizer of a vocabulary, merges, the names of special tokens and tokenizer_config.json
-    special  the names of special tokens that the vocabulary has, where the folder does not say others
-    strips   of roles, True where the space before the token belongs to it, as the model was trained, and the same of
-             the space behind it
-    around   True where `add_bos_token` and `add_eos_token` put tokens around a text
+    build    builds the tokenizer from a vocabulary, merges, special tokens' names and tokenizer_config.json
+    special  the names of special tokens in the vocabulary, unless the folder defines others
+    strips   by role, True if the space before the token belongs to it, as the model was trained, and the same for the
+             space after it
+    around   True if `add_bos_token` and `add_eos_token` put tokens around a text
     """
 
     build: Callable[[Any, dict[str, int], list[tuple[str, str]], Mapping[str, str], Mapping[str, Any]], Any]
@@ -50,12 +50,11 @@ class _Kind:
 
 
 def build_older_tokenizer(place: ModelFolder, settings: Mapping[str, Any], limit_bytes: int) -> Any | None:
-    """The folder's vocabulary as a `tokenizers.Tokenizer`; None where it has no such files, or of a kind not built
-    here.
+    """Build the folder's vocabulary as a `tokenizers.Tokenizer`; None if it has no such files, or an unsupported kind.
 
     settings  tokenizer_config.json
 
-    Raises CheckpointError where a file is damaged or too long.
+    Raises CheckpointError if a file is damaged or too long.
     """
     import tokenizers
 
@@ -220,7 +219,7 @@ _BYTE_LEVEL = {
 
 
 def kind_names(place: ModelFolder, settings: Mapping[str, Any]) -> list[str]:
-    """What the folder says its tokenizer is: the class of tokenizer_config.json first, then config.json's
+    """Return the folder's names for its tokenizer: the class of tokenizer_config.json first, then config.json's
     model_type.
     """
     names = []
@@ -240,7 +239,9 @@ def _read_words(place: ModelFolder, limit_bytes: int) -> dict[str, int]:
     vocabulary = {line.rstrip("\r"): number for number, line in enumerate(lines)}
     if len(vocabulary) != len(lines):
         raise CheckpointError(
-            "the vocabulary holds a token twice", received=f"{len(lines)} lines, {len(vocabulary)} tokens", within=shown
+            "the vocabulary contains a token twice",
+            received=f"{len(lines)} lines, {len(vocabulary)} tokens",
+            within=shown,
         )
     return vocabulary
 
@@ -261,7 +262,7 @@ def _read_tokens(place: ModelFolder, limit_bytes: int) -> tuple[dict[str, int], 
         left, _, right = line.rstrip("\r").partition(" ")
         if not left or not right or " " in right or not {left, right, left + right} <= vocabulary.keys():
             raise CheckpointError(
-                "a merge must be two tokens, parted by a space, that make a third",
+                "a merge must be two tokens, separated by a space, that make a third",
                 received=printable(line, 80),
                 within=f"{place.show(_MERGES)}, line {number + 1}",
             )

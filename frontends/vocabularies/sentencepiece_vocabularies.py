@@ -1,12 +1,11 @@
-"""A folder's SentencePiece vocabulary as a tokenizer, with its special tokens and the tokens that were added.
+"""A folder's SentencePiece vocabulary as a tokenizer, with its special tokens and its added tokens.
 
     spiece.model                   T5, mT5, ALBERT, SigLIP: unigram
     sentencepiece.bpe.model        XLM-R, CamemBERT: unigram, whose numbers their first training shifted
-    tokenizer.model                Llama, Mistral, Gemma: BPE, with bytes for what the vocabulary lacks; where no class
-                                   is named, as the file itself says
+    tokenizer.model                Llama, Mistral, Gemma: BPE, with bytes for unknown characters; if no class is named,
+                                   as the file itself declares
 
-config.json's model_type, or tokenizer_config.json's tokenizer_class, says whose way of cutting text it is
-(`sentencepiece_kinds`).
+config.json's model_type, or tokenizer_config.json's tokenizer_class, selects the tokenization (`sentencepiece_kinds`).
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ FILES = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 
 
 def build_sentencepiece_tokenizer(place: ModelFolder, settings: Mapping[str, Any], limit_bytes: int) -> Any | None:
-    """The folder's vocabulary as a `tokenizers.Tokenizer`; None where it has none, or of a kind not built here.
+    """Build the folder's vocabulary as a `tokenizers.Tokenizer`; None if it has none, or a kind that is not built here.
 
     settings  tokenizer_config.json
 
-    Raises CheckpointError where the file is damaged or too long.
+    Raises CheckpointError if the file is damaged or too long.
     """
     import tokenizers
 
@@ -42,10 +41,10 @@ def build_sentencepiece_tokenizer(place: ModelFolder, settings: Mapping[str, Any
     file = read_sentencepieces(read_regular(place.file(name), limit_bytes, shown, "limit_bytes="), shown)
     if kind.model not in (None, file.kind):
         raise CheckpointError(
-            "the vocabulary is of another kind than the folder's tokenizer",
+            "the vocabulary does not match the folder's tokenizer class or model type",
             received="unigram" if file.kind == UNIGRAM else "bpe",
             within=shown,
-            hint="config.json's model_type, or tokenizer_config.json's tokenizer_class, says which one it is",
+            hint="config.json's model_type, or tokenizer_config.json's tokenizer_class, selects it",
         )
     special = {**kind.special, **read_special_tokens(settings)}
     made, extra = kind.build(PieceVocabulary(tokenizers, file, shown, special, settings))
@@ -57,6 +56,6 @@ def build_sentencepiece_tokenizer(place: ModelFolder, settings: Mapping[str, Any
 
 
 def _kind(names: Sequence[str], has_class: bool) -> PieceKind | None:
-    """Of the names that a folder gives, a class before a type."""
+    """Return the kind for the names that a folder gives; a class takes precedence over a type."""
     found = [BY_CLASS.get(name) if has_class and n == 0 else BY_TYPE.get(name) for n, name in enumerate(names)]
     return next((kind for kind in found if kind is not None), None)
