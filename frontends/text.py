@@ -329,7 +329,7 @@ def _refuse_surrogates(text: str) -> None:
 
 def _longest_input(place: ModelFolder, limit_bytes: int) -> int | None:
     """Return `model_max_length` of tokenizer_config.json: the maximum number of tokens of the model."""
-    length = read_tokenizerread_tokenizer_settings(place, limit_bytes).get("model_max_length")
+    length = read_tokenizer_settings(place, limit_bytes).get("model_max_length")
     return int(length) if isinstance(length, int | float) and 0 < length < _UNLIMITED else None
 
 

@@ -26,7 +26,7 @@ _FURTHER = ("extra_special_tokens", "additional_special_tokens")
 
 
 def read_tokenizer_settings(place: ModelFolder, limit_bytes: int) -> dict[str, Any]:
-    """What tokenizer_config.json holds, with what the older files say; nothing where there is no such file.
+    """Return the settings of tokenizer_config.json and of the older files; an empty mapping if there is no such file.
 
     Raises CheckpointError for a file that is too long or not JSON, and for an added token without a number.
     """
