@@ -359,7 +359,7 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
         with pytest.raises(FrontendError, match=r"not an ONNX model|no graph with an output") as caught:
             import_onnx(path)
         assert caught.value.hint is not None
-    with pytest.raises(CheckpointError, match="no such file"):
+    with pytest.raises(CheckpointError, match="the file does not exist"):
         import_onnx(tmp_path / "nothing.onnx")
     with pytest.raises(CheckpointError, match=r"not a regular file|cannot be opened"):
         import_onnx(tmp_path)
