@@ -89,7 +89,7 @@ class HeaderReader:
             self.fail("the file ends too early", f"{count} bytes are needed, and {self.end - at} are left")
         self.at = at + count
         if self.at > self.limits.header_bytes:
-            self.past("header_bytes", "all before the tensors' blocks is longer")
+            self.past("header_bytes", "the header is longer")
         return at
 
     def past(self, limit: str, what: str) -> NoReturn:

@@ -323,7 +323,7 @@ def _refuse_surrogates(text: str) -> None:
         raise UsageError(
             "a text is not valid Unicode",
             received=f"{printable(text, 60)}, character {error.start}",
-            hint="text in UTF-8",
+            hint="use text in UTF-8",
         ) from None
 
 

@@ -152,7 +152,7 @@ def rope(kind: str, **options: Any) -> dict[str, Any]:
         ("phi3", rope("yarn", short_factor=[1.0] * 3), "long_factor must be a list of numbers"),
         ("phi3", rope("su", short_factor=[1.0] * 3, long_factor=[2.0] * 2), "long_factor must have a factor for each"),
         ("phi3", rope("longrope", short_factor=[1.0, 0, 1], long_factor=[2.0] * 3), "short_factor must be a number"),
-        ("phi3-part", rope("default", partial_rotary_factor=0.4), "partial_rotary_factor must leave an even number"),
+        ("phi3-part", rope("default", partial_rotary_factor=0.4), "partial_rotary_factor must give an even number"),
         ("stablelm", {"qk_layernorm": True}, "qk_layernorm is True"),
         ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual is True"),
         ("granite", {"logits_scaling": 0}, "logits_scaling must be a number from 1e-9"),

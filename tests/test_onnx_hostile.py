@@ -193,7 +193,7 @@ ABSURD = {  # body -> the output's type where its size can be said, why it is re
     "y = OneHot(i0, n, v)": ("f32[1, {value}]", "size"),
     'z = Constant<value_ints = [0]>() p = Concat<axis = 0>(n, z) y = Pad<mode = "reflect">(x, p)': (None, "reflect"),
     "y, i = TopK(x, n)": (None, "k is {value}, but axis 0 has 1 elements"),
-    "y = Split<num_outputs = {value}>(x)": (None, "{value} parts for 1 outputs"),
+    "y = Split<num_outputs = {value}>(x)": (None, "{value} parts do not fit 1 outputs"),
 }
 MOST_BYTES = 1 << 20  # of Python and NumPy at the import's peak: the models are some dozens of nodes
 
@@ -359,7 +359,7 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
         with pytest.raises(FrontendError, match=r"not an ONNX model|no graph with an output") as caught:
             import_onnx(path)
         assert caught.value.hint is not None
-    with pytest.raises(CheckpointError, match="no such file"):
+    with pytest.raises(CheckpointError, match="the file does not exist"):
         import_onnx(tmp_path / "nothing.onnx")
     with pytest.raises(CheckpointError, match=r"not a regular file|cannot be opened"):
         import_onnx(tmp_path)

@@ -200,7 +200,7 @@ def test_automatic_padding_that_sizes_do_not_tell_is_refused_with_what_to_say() 
         ("kernel_shape = [2, 2]", "a kernel of 2 axes"),
         ("kernel_shape = [2], strides = [0]", "strides [0]"),
         ("kernel_shape = [2], pads = [0, 0, 0]", "pads [0, 0, 0]"),
-        ('kernel_shape = [2], auto_pad = "BOTH"', "auto_pad is 'BOTH'"),
+        ('kernel_shape = [2], auto_pad = "BOTH"', "unknown auto_pad 'BOTH'"),
     ],
 )
 def test_windows_that_do_not_fit_are_refused_by_name(form: str, why: str | None) -> None:

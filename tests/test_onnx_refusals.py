@@ -14,18 +14,22 @@ from treadle.ir.errors import FrontendError
 X = "float[2,3,4] x"
 MALFORMED: list[tuple[str, str, str]] = [  # inputs, body, what breaks the specification
     (X, "s = Constant<value_ints = [-1, -1]>() y = Reshape(x, s)", "more than one -1 in the shape"),
-    (X, "s = Constant<value_ints = [2, 3, 4, 0]>() y = Reshape(x, s)", "0 at 3, where the operand has rank 3"),
+    (
+        X,
+        "s = Constant<value_ints = [2, 3, 4, 0]>() y = Reshape(x, s)",
+        "the shape has 0 at 3, but the operand has rank 3",
+    ),
     (X, "s = Constant<value_ints = [-2, 12]>() y = Reshape(x, s)", "a size of -2"),
     (X, "y = Flatten<axis = 4>(x)", "there is no axis 4 in a tensor of rank 3"),
     (X, "s = Constant<value_ints = [1]>() y = Squeeze(x, s)", "dimension 1 is 3, not 1"),
     (X, "s = Constant<value_ints = [3]>() y = Squeeze(x, s)", "there is no axis 3 in a tensor of rank 3"),
     (X, "s = Constant<value_ints = [1, -4]>() y = Unsqueeze(x, s)", "an axis is named twice in (1, -4)"),
     (X, "y = Transpose<perm = [0, 1, 1]>(x)", "perm [0, 1, 1] is not a permutation of 3 axes"),
-    (X, "s = Constant<value_ints = [2, 2]>() y = Tile(x, s)", "2 repeats for rank 3"),
-    (X, "y, z = Split<num_outputs = 3>(x)", "3 parts for 2 outputs"),
-    (X, "s = Constant<value_ints = [1, 1]>() y = Split(x, s)", "2 parts for 1 outputs"),
-    (X, "s = Constant<value_ints = [1, 2]>() y, z = Split(x, s)", "parts of 3 in all, of an axis of size 2"),
-    (X, "s = Constant<value_ints = [1, 0]>() y, z = Split(x, s)", "parts of 1 in all, of an axis of size 2"),
+    (X, "s = Constant<value_ints = [2, 2]>() y = Tile(x, s)", "2 repeats do not fit rank 3"),
+    (X, "y, z = Split<num_outputs = 3>(x)", "3 parts do not fit 2 outputs"),
+    (X, "s = Constant<value_ints = [1, 1]>() y = Split(x, s)", "2 parts do not fit 1 outputs"),
+    (X, "s = Constant<value_ints = [1, 2]>() y, z = Split(x, s)", "parts with a sum of 3 do not fit an axis of size 2"),
+    (X, "s = Constant<value_ints = [1, 0]>() y, z = Split(x, s)", "parts with a sum of 1 do not fit an axis of size 2"),
     (
         X,
         "s = Constant<value_ints = [0, 0]>() e = Constant<value_ints = [1]>() y = Slice(x, s, e)",
@@ -36,8 +40,8 @@ MALFORMED: list[tuple[str, str, str]] = [  # inputs, body, what breaks the speci
         "s = Constant<value_ints = [0]>() e = Constant<value_ints = [1]>() y = Slice(x, s, e, s, s)",
         "a step must not be 0",
     ),
-    (X, "p = Constant<value_ints = [1, 1]>() y = Pad(x, p)", "2 pads for 3 axes"),
-    (X, 'p = Constant<value_ints = [0, 0, 1, 0, 0, 1]>() y = Pad<mode = "mirror">(x, p)', "mode is 'mirror'"),
+    (X, "p = Constant<value_ints = [1, 1]>() y = Pad(x, p)", "2 pads do not fit 3 axes"),
+    (X, 'p = Constant<value_ints = [0, 0, 1, 0, 0, 1]>() y = Pad<mode = "mirror">(x, p)', "unknown mode 'mirror'"),
     (X, "y = Gemm(x, x)", "the operands must have rank 2"),
     (X, 'y = Einsum<equation = "abc,abc->a">(x)', "the equation 'abc,abc->a' does not fit 1 operands"),
     ("float[2,3] x", 'y = Einsum<equation = "aa->a">(x)', "the axes of a diagonal differ in size"),
@@ -51,38 +55,46 @@ MALFORMED: list[tuple[str, str, str]] = [  # inputs, body, what breaks the speci
     (
         "float[2,3] x, uint8[3] z",
         "s = Constant<value_floats = [1.0, 2.0]>() y = QuantizeLinear(x, s)",
-        "2 scales along an axis of 3",
+        "2 scales do not fit an axis of 3",
     ),
     (
         "float[2,4] x, float[2,1] s",
         "y = QuantizeLinear(x, s)",
         "scales of shape [2, 1], with blocks of 0",
     ),
-    (X, "s = Constant<value_ints = [2, 3]>() y = Resize(x, , , s)", "2 sizes for 3 axes"),
-    (X, "s = Constant<value_floats = [1.0, 2.0]>() y = Resize(x, , s)", "scales [1.0, 2.0] for 3 axes"),
-    (X, "s = Constant<value_floats = [1.0, 1.0, -2.0]>() y = Resize(x, , s)", "scales [1.0, 1.0, -2.0] for 3 axes"),
+    (X, "s = Constant<value_ints = [2, 3]>() y = Resize(x, , , s)", "2 sizes do not fit 3 axes"),
+    (X, "s = Constant<value_floats = [1.0, 2.0]>() y = Resize(x, , s)", "scales [1.0, 2.0] do not fit 3 axes"),
+    (
+        X,
+        "s = Constant<value_floats = [1.0, 1.0, -2.0]>() y = Resize(x, , s)",
+        "scales [1.0, 1.0, -2.0] do not fit 3 axes",
+    ),
     (
         X,
         's = Constant<value_ints = [2, 3, 8]>() y = Resize<coordinate_transformation_mode = "whole">(x, , , s)',
-        "coordinate_transformation_mode is 'whole'",
+        "unknown coordinate_transformation_mode 'whole'",
     ),
-    (X, 's = Constant<value_ints = [2, 3, 8]>() y = Resize<nearest_mode = "far">(x, , , s)', "nearest_mode is 'far'"),
+    (
+        X,
+        's = Constant<value_ints = [2, 3, 8]>() y = Resize<nearest_mode = "far">(x, , , s)',
+        "unknown nearest_mode 'far'",
+    ),
     (
         "float[2,N] x",
         's = Constant<value_floats = [1.0, 2.0]>() y = Resize<nearest_mode = "far">(x, , s)',
-        "nearest_mode is 'far'",
+        "unknown nearest_mode 'far'",
     ),
     (
         "float[2,3,8] x, float[8,23] w",
         "y = com.microsoft.Attention<num_heads = 2>(x, w)",
-        "widths [7, 7, 7] for a weight of 23 columns",
+        "widths [7, 7, 7] do not fit a weight of 23 columns",
     ),
     (
         X,
         "y = com.microsoft.MultiHeadAttention<num_heads = 2>(x, x)",
         "there is neither a value nor packed keys and values",
     ),
-    (X, "y = com.microsoft.MultiHeadAttention<num_heads = 3>(x, x, x)", "a width of 4 for 3 heads"),
+    (X, "y = com.microsoft.MultiHeadAttention<num_heads = 3>(x, x, x)", "a width of 4 does not split into 3 heads"),
     (X, "y = Constant<value_int = 1, value_float = 1.0>()", "has 2 attributes, not one"),
     (
         X,
@@ -94,7 +106,7 @@ MALFORMED: list[tuple[str, str, str]] = [  # inputs, body, what breaks the speci
         "a = Constant<value_float = 1.0>() c = Constant<value_float = 0.0>() y = Range(a, a, c)",
         "start, limit and delta must be finite, and delta not zero",
     ),
-    ("float[2,3] x, int64[2,3] i", "y = GatherND(x, i)", "indices of 3 axes for rank 2"),
+    ("float[2,3] x, int64[2,3] i", "y = GatherND(x, i)", "indices of 3 axes do not fit rank 2"),
     (
         "float[1,1,4,4] x, float[1,1,3,3] w",
         "y = Conv<kernel_shape = [2, 3]>(x, w)",
@@ -114,7 +126,7 @@ MALFORMED: list[tuple[str, str, str]] = [  # inputs, body, what breaks the speci
         "float[2,3,8] x, int32[2] r",
         "n = Constant<value_int = 4>() m = Cast<to = 6>(n) "
         "y = com.microsoft.GroupQueryAttention<num_heads = 2, kv_num_heads = 2>(x, x, x, , , r, m)",
-        "a past length without a past",
+        "a past length needs a past",
     ),
     (
         "float[2,3,8] x, int32[2] r, int32 n",
@@ -124,7 +136,7 @@ MALFORMED: list[tuple[str, str, str]] = [  # inputs, body, what breaks the speci
     (
         "float[2,3,0] x, int32[2] r, int32 n",
         "y = com.microsoft.GroupQueryAttention<num_heads = 2, kv_num_heads = 2>(x, , , , , r, n)",
-        "a packed width that does not split into heads",
+        "the packed width does not split into heads",
     ),
 ]
 NOT_TAKEN: list[tuple[str, str, str]] = [  # inputs, body, which case
@@ -272,15 +284,15 @@ OPSETS: list[tuple[int, str, str, str]] = [  # opset, inputs, body, what is refu
         23,
         "float[1,2,3,4] x, bool[3,2] m",
         "y = Attention(x, x, x, m)",
-        "a mask of 2 keys for 3",
+        "a mask of 2 keys does not fit 3 keys",
     ),
     (
         23,
         "float[2,3,8] x, float[9,1] c, int64[2,3] i",
         "y = RotaryEmbedding<num_heads = 2>(x, c, c, i)",
-        "caches of 1 and 1 columns for 4 dimensions",
+        "caches of 1 and 1 columns do not fit 4 dimensions",
     ),
-    (20, X, 'y = Gelu<approximate = "erf">(x)', "approximate is 'erf'"),
+    (20, X, 'y = Gelu<approximate = "erf">(x)', "unknown approximate 'erf'"),
     (
         24,
         "float[2,3,4] x, float[1,3,4] u",
@@ -305,7 +317,7 @@ OPSETS: list[tuple[int, str, str, str]] = [  # opset, inputs, body, what is refu
         18,
         "float[1,1,N] x, float[1,1,3] w",
         "y = ConvTranspose<strides = [2], output_shape = [7]>(x, w)",
-        "which is negative for some sizes",
+        "is negative for some sizes",
     ),
     (
         18,

@@ -329,7 +329,7 @@ OPEN: dict[str, tuple[Any, str]] = {
     "topk": (lambda x: x.topk(x.shape[1], 1)[0], "k must be a number, not S"),
     "strides": (lambda x: F.conv1d(x, x, stride=x.shape[0]), "stride must be numbers"),
     "alpha": (lambda x: torch.add(x, x, alpha=x.shape[1]), "alpha must be a number"),
-    "squeeze": (lambda x: x[:, 1:].squeeze(1), "a dimension of S-1, which may be 1"),
+    "squeeze": (lambda x: x[:, 1:].squeeze(1), "a dimension of S-1 may be 1"),
     "past the end": (lambda x: x[:, :, : x.shape[1]], "a position of S on an axis of T, which may be past its end"),
     "parts": (lambda x: F.adaptive_avg_pool1d(x, 3), "T elements cannot be split into 3 parts"),
     "before the start": (lambda x: x[:, x.shape[0] - x.shape[2] :], "a position of B-T, which may be negative"),
@@ -348,7 +348,7 @@ def test_what_open_sizes_leave_untold_is_refused(form: str) -> None:
 @pytest.mark.parametrize(
     ("rule", "words"),
     [
-        (lambda x, y: X[x.long()[:, 0, 0, 0], y.long()[:, 0, 0, 0]], "indices of N and M elements"),
+        (lambda x, y: X[x.long()[:, 0, 0, 0], y.long()[:, 0, 0, 0]], "indices of N and M elements do not broadcast"),
         (lambda x, y: F.scaled_dot_product_attention(x, y, y), "N, M and M batches do not broadcast"),
     ],
 )

@@ -151,7 +151,7 @@ def broadcast(site: TorchSite, shapes: Sequence[tuple[Size, ...]]) -> list[Size]
         for i, size in enumerate(shape, start=rank - len(shape)):
             if size != ONE:
                 if made[i] not in (ONE, size):
-                    site.refuse(f"indices of {made[i]} and {size} elements")
+                    site.refuse(f"indices of {made[i]} and {size} elements do not broadcast")
                 made[i] = size
     return made
 

@@ -188,7 +188,7 @@ def _masked_by(site: TorchSite, mask: Expr, full: tuple[Size, ...]) -> tuple[Mas
     """
     b = site.b
     if mask.rank > 4:
-        site.refuse(f"a mask of rank {mask.rank}")
+        site.refuse(f"a mask of rank {mask.rank} is not supported")
     mask = _unexpanded(b, mask)
     own = full[4 - mask.rank :]
     held = [i for i, (size, whole) in enumerate(zip(mask.shape, own, strict=True)) if size != ONE or whole == ONE]

@@ -88,7 +88,7 @@ def _squeeze(site: TorchSite) -> Made:
         size = x.shape[axis]
         if size.constant is None and site.bounds(size).lower <= 1:
             if size.as_symbol is None:
-                site.refuse(f"a dimension of {size}, which may be 1")
+                site.refuse(f"a dimension of {size} may be 1")
             site.importer.at_least(size.as_symbol, 2)
     return reshaped(site.b, x, site.shape())[0]
 

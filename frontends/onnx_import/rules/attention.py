@@ -26,7 +26,7 @@ _AFTER_SOFTMAX = 3  # the mode in which the operator's fourth output is the prob
 def heads_apart(site: OnnxSite, x: Expr, heads: int) -> Expr:
     """Return [b, s, h d] as [b, h, s, d]."""
     if x.rank != 3 or heads < 1 or site.number(x.shape[-1], "the total width of the heads") % heads:
-        site.malformed(f"a width of {x.shape[-1]} for {heads} heads")
+        site.malformed(f"a width of {x.shape[-1]} does not split into {heads} heads")
     return site.b.rearrange(x, pattern=f"b s (h={heads} d) -> b h s d")
 
 
@@ -139,7 +139,7 @@ def _to_length(site: OnnxSite, mask: Expr, keys: Size) -> Expr:
     if held in (keys, ONE):
         return mask
     if site.version < 24:
-        site.malformed(f"a mask of {held} keys for {keys}")
+        site.malformed(f"a mask of {held} keys does not fit {keys} keys")
     value = 0.0 if mask.dtype.kind == "bool" else float("-inf")
     return site.b.pad(mask, axis=mask.rank - 1, after=keys - held, value=value)
 
@@ -194,6 +194,6 @@ def _rotary(site: OnnxSite) -> Made:
     wanted = width or size
     if not wanted or wanted > size or cos.shape[-1] != wanted // 2 or cos.shape != sin.shape:
         columns = cos.shape[-1], sin.shape[-1]
-        site.mismatched(f"caches of {columns[0]} and {columns[1]} columns for {wanted} dimensions", *columns)
+        site.mismatched(f"caches of {columns[0]} and {columns[1]} columns do not fit {wanted} dimensions", *columns)
     y = turned(b, x, cos, sin, interleaved=interleaved)
     return heads_together(b, y) if merged else y

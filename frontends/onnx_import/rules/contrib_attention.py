@@ -72,7 +72,7 @@ def _attention(site: OnnxSite) -> Made:
     whole = site.number(weight.shape[1], "the number of the weight's columns")
     widths = site.ints("qkv_hidden_sizes") or (whole // 3,) * 3
     if len(widths) != 3 or sum(widths) != whole:
-        site.malformed(f"widths {list(widths)} for a weight of {whole} columns")
+        site.malformed(f"widths {list(widths)} do not fit a weight of {whole} columns")
     made = b.matmul(site.x(0), weight)
     if site.has(2):
         made = made + site.x(2)
@@ -185,7 +185,7 @@ def _grouped(site: OnnxSite) -> Made:
         every = heads_apart(site, site.x(0), heads + 2 * groups)
         ends = [0, heads, heads + groups, heads + 2 * groups]
         if width < 1:
-            site.malformed("a packed width that does not split into heads")
+            site.malformed("the packed width does not split into heads")
         parts = [b.slice(every, axis=1, start=ends[i], stop=ends[i + 1]) for i in range(3)]
     q, k, v = parts
     queries, real = q.shape[2], site.x(5).cast(i64) + 1
@@ -206,7 +206,7 @@ def _grouped(site: OnnxSite) -> Made:
     if site.has(3) and site.shape(3)[2] != ZERO:
         k, v = (_appended(site, site.x(i), x, past, total) for i, x in ((3, k), (4, v)))
     elif not prompt:
-        site.malformed("a past length without a past")
+        site.malformed("a past length needs a past")
     keys = k.shape[2]
     j = b.iota(size=keys)
     masks = boolean_mask(j < b.rearrange(real, pattern="b -> b 1"), "b t")

@@ -70,7 +70,7 @@ def _is_inf(site: OnnxSite) -> Made:
 def _gelu(site: OnnxSite) -> Made:
     kind = site.text("approximate", "none")
     if kind not in ("none", "tanh"):
-        site.malformed(f"approximate is {kind!r}")
+        site.malformed(f"unknown approximate {kind!r}")
     return site.b.gelu_tanh(site.x(0)) if kind == "tanh" else site.b.gelu(site.x(0))
 
 

@@ -77,7 +77,7 @@ def _targets(site: OnnxSite, x: Expr, axes: Sequence[int], policy: str) -> tuple
     if site.has(3) and site.shape(3) != (Size.of(0),):
         new = site.sizes(3)
         if len(new) != len(axes):
-            site.malformed(f"{len(new)} sizes for {len(axes)} axes")
+            site.malformed(f"{len(new)} sizes do not fit {len(axes)} axes")
         if policy == "stretch":
             return new, [None] * len(axes)
         told = [
@@ -90,7 +90,7 @@ def _targets(site: OnnxSite, x: Expr, axes: Sequence[int], policy: str) -> tuple
         return [Size.of(math.floor(ratio * o + 0.5)) for _, o in told], [ratio] * len(axes)
     scales = [float(s) for s in site.content(2).flat]
     if len(scales) != len(axes) or any(not (0 < s < math.inf) for s in scales):
-        site.malformed(f"scales {scales[:8]} for {len(axes)} axes")
+        site.malformed(f"scales {scales[:8]} do not fit {len(axes)} axes")
     return [_scaled(site, o, s) for o, s in zip(old, scales, strict=True)], list(scales)
 
 
@@ -131,7 +131,7 @@ def _coordinates(
             return i * (old - 1) / where(new > 1, whole - 1, whole * 0.0 + 1.0)
         case "asymmetric":
             return back(i)
-    site.malformed(f"coordinate_transformation_mode is {places!r}")
+    site.malformed(f"unknown coordinate_transformation_mode {places!r}")
 
 
 def _taken_nearest(site: OnnxSite, x: Expr, axis: int, at: Expr, mode: str) -> Expr:
@@ -147,7 +147,7 @@ def _taken_nearest(site: OnnxSite, x: Expr, axis: int, at: Expr, mode: str) -> E
         case "ceil":
             index = -b.floor(-at)
         case _:
-            site.malformed(f"nearest_mode is {mode!r}")
+            site.malformed(f"unknown nearest_mode {mode!r}")
     return b.gather(x, _within(b, index, x.shape[axis]), axis=axis)
 
 
@@ -189,7 +189,7 @@ def _nearest(site: OnnxSite, mode: str, at: Floats, old: int) -> npt.NDArray[np.
         case "ceil":
             index = np.ceil(at)
         case _:
-            site.malformed(f"nearest_mode is {mode!r}")
+            site.malformed(f"unknown nearest_mode {mode!r}")
     return np.clip(index, 0, old - 1).astype(np.int64)
 
 
@@ -287,7 +287,7 @@ def _cut(site: OnnxSite, y: Expr, axis: int, before: Size, after: Size) -> Expr:
         elif is_at_least(ZERO, size, symbols):
             missing[side] = -size
         else:
-            site.refuse_symbolic(f"a padding of {size}, which is negative for some sizes", size)
+            site.refuse_symbolic(f"a padding of {size} is negative for some sizes", size)
     if any(size != ZERO for size in missing):
         y = b.pad(y, axis=axis, before=missing[0], after=missing[1])
     if any(size != ZERO for size in cut):

@@ -83,7 +83,7 @@ def _places(site: OnnxSite, x: Expr, position: int, batch: int) -> tuple[Expr, l
     b, indices, shape = site.b, site.x(position).cast(i64), site.shape(position)
     depth = site.number(shape[-1], "the number of axes in an index")
     if not 1 <= depth <= x.rank - batch:
-        site.malformed(f"indices of {shape[-1]} axes for rank {x.rank}")
+        site.malformed(f"indices of {shape[-1]} axes do not fit rank {x.rank}")
     places: Expr | None = None
     for k in range(depth):
         size = x.shape[batch + k]

@@ -42,7 +42,7 @@ def _split(site: OnnxSite) -> Made:
         parts = given
     else:
         if asked is not None and asked != count:
-            site.malformed(f"{asked} parts for {count} outputs")
+            site.malformed(f"{asked} parts do not fit {count} outputs")
         each = size.divide(count)
         if each is None:
             if size.constant is None:
@@ -52,10 +52,10 @@ def _split(site: OnnxSite) -> Made:
         else:
             parts = [each] * count
     if len(parts) != len(site.node.output):
-        site.malformed(f"{len(parts)} parts for {len(site.node.output)} outputs")
+        site.malformed(f"{len(parts)} parts do not fit {len(site.node.output)} outputs")
     whole = sum(parts, ZERO)
     if whole != size:
-        site.mismatched(f"parts of {whole} in all, of an axis of size {size}", whole, size)
+        site.mismatched(f"parts with a sum of {whole} do not fit an axis of size {size}", whole, size)
     made, start = [], ZERO
     for part in parts:
         made.append(b.slice(x, axis=axis, start=start, stop=start + part))
@@ -144,7 +144,7 @@ def _pad(site: OnnxSite) -> Made:
     if site.version >= 18 and site.has(3):
         axes = [site.axis(n, x.rank) for n in site.numbers(3)]  # type: ignore[assignment]
     if len(pads) != 2 * len(axes):
-        site.malformed(f"{len(pads)} pads for {len(axes)} axes")
+        site.malformed(f"{len(pads)} pads do not fit {len(axes)} axes")
     for axis, before, after in zip(axes, pads[: len(axes)], pads[len(axes) :], strict=True):
         cut = [-n.constant if n.constant is not None and n.constant < 0 else 0 for n in (before, after)]
         if any(cut):
@@ -157,7 +157,7 @@ def _pad(site: OnnxSite) -> Made:
         elif mode in ("edge", "reflect", "wrap"):
             x = b.gather(x, _border(site, x.shape[axis], before, after, mode), axis=axis)
         else:
-            site.malformed(f"mode is {mode!r}")
+            site.malformed(f"unknown mode {mode!r}")
     return x
 
 

@@ -35,7 +35,7 @@ def spread(site: OnnxSite, x: Expr, like: Sequence[Size], axis: int, block: int)
     axis = site.axis(axis, rank)
     if x.rank == 1 and not block:
         if x.shape[0] != like[axis]:
-            site.mismatched(f"{x.shape[0]} scales along an axis of {like[axis]}", x.shape[0], like[axis])
+            site.mismatched(f"{x.shape[0]} scales do not fit an axis of {like[axis]}", x.shape[0], like[axis])
         return reshaped(b, x, [x.shape[0] if i == axis else ONE for i in range(rank)])[0]
     if x.rank != rank or not block:
         site.malformed(f"scales of shape [{', '.join(map(str, x.shape))}], with blocks of {block}")

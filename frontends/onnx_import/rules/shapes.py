@@ -24,7 +24,7 @@ def _reshape(site: OnnxSite) -> Made:
             free = i
         elif size.constant == 0 and not keep_zero:
             if i >= x.rank:
-                site.malformed(f"0 at {i}, where the operand has rank {x.rank}")
+                site.malformed(f"the shape has 0 at {i}, but the operand has rank {x.rank}")
             size = x.shape[i]
         elif size.constant is not None and size.constant < 0:
             site.malformed(f"the shape has a size of {size}")
@@ -126,7 +126,7 @@ def _expand(site: OnnxSite) -> Made:
 def _tile(site: OnnxSite) -> Made:
     b, x, repeats = site.b, site.x(0), site.sizes(1)
     if len(repeats) != x.rank:
-        site.malformed(f"{len(repeats)} repeats for rank {x.rank}")
+        site.malformed(f"{len(repeats)} repeats do not fit rank {x.rank}")
     for axis, times in enumerate(repeats):
         if times == ONE:
             continue

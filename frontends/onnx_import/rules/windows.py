@@ -73,13 +73,13 @@ def windows_of(site: OnnxSite, x: Expr, kernel: Sequence[Size]) -> WindowGeometr
     """Return the windows of a node's attributes. Refuses an automatic padding that the sizes do not determine."""
     spatial = x.rank - 2
     if spatial < 1 or len(kernel) != spatial:
-        site.malformed(f"a kernel of {len(kernel)} axes for an x of rank {x.rank}")
+        site.malformed(f"a kernel of {len(kernel)} axes does not fit an x of rank {x.rank}")
     strides, dilations = steps(site, spatial)
     automatic, pads = site.text("auto_pad", "NOTSET"), site.ints("pads") or (0,) * (2 * spatial)
     if len(pads) != 2 * spatial or min(pads) < 0:
         site.malformed(f"pads {list(pads)} do not fit {spatial} axes")
     if automatic not in ("NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER"):
-        site.malformed(f"auto_pad is {automatic!r}")
+        site.malformed(f"unknown auto_pad {automatic!r}")
     if automatic == "VALID":
         pads = (0,) * (2 * spatial)
     if automatic in ("NOTSET", "VALID"):
