@@ -1,4 +1,4 @@
-"""Causal models drawn at random: what a step can be derived from, in every mixture."""
+"""Random causal models from which a step can be derived, with mixtures of all layers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VOCABULARY, CONTEXT = 11, 24
 
 
 def drawn_model(rng: np.random.Generator) -> Model:
-    """A model of tokens [B, S]: one to four blocks, repeated or not, of one to four layers each."""
+    """Return a model of tokens [B, S]: one to four blocks, repeated or not, of one to four layers each."""
     heads = int(rng.choice([1, 2, 4]))
     dim = heads * int(rng.choice([2, 4]))
     seeds = [int(rng.integers(1 << 30)) for _ in range(int(rng.integers(1, 5)))]
@@ -43,7 +43,7 @@ def drawn_model(rng: np.random.Generator) -> Model:
 
 
 def _declared(body: Callable[..., t.Tensor], has_source: bool, has_picture: bool) -> Model:
-    """A model of as many inputs as its body reads."""
+    """Return a model with the inputs that its body reads."""
     if has_source and has_picture:
 
         @t.model
@@ -74,7 +74,7 @@ def _declared(body: Callable[..., t.Tensor], has_source: bool, has_picture: bool
 
 
 def _begun(rng: np.random.Generator, tokens: t.Tensor, dim: int) -> t.Tensor:
-    """Embedded tokens, and some way to say where they stand."""
+    """Return embedded tokens, with some encoding of their positions."""
     x = t.embed(tokens, VOCABULARY, dim, name="wte")
     match rng.integers(5):
         case 0:
@@ -90,7 +90,7 @@ def _begun(rng: np.random.Generator, tokens: t.Tensor, dim: int) -> t.Tensor:
 
 
 def _encoded(source: t.Tensor, dim: int) -> t.Tensor:
-    """A source text that everything after may read."""
+    """Return a source text that all later layers may read."""
     x = t.embed(source, VOCABULARY, dim, name="source")
     for _ in t.stack("encoder", 2):
         x = x + t.self_attention(t.rms_norm(x, name="norm"), 1, name="attn")
