@@ -245,7 +245,7 @@ def random_pipeline(seed: int, most: int = 9) -> Case:
 
 
 def random_graph(r: Random, most: int) -> Graph:
-    """Return a graph of a few layers, some of whose inputs, weights, constants and outputs are scalars."""
+    """Return a graph of at most `most` layers, some of whose inputs, weights, constants and outputs are scalars."""
     graph = Graph("random")
     b = Builder(graph)
     width = r.choice(WIDTHS)

@@ -1,4 +1,4 @@
-"""Vocabularies in vocab.txt, and in vocab.json with merges.txt: the ids that Hugging Face's tokenizers give."""
+"""Vocabularies in vocab.txt, and in vocab.json with merges.txt: the ids of Hugging Face's tokenizers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MASK |= {"single_word": False, "special": True}
 
 
 def older(place: Path, kind: str, **settings: Any) -> None:
-    """The older files of a kind of tokenizer, with its config.json."""
+    """Write the older files of a kind of tokenizer, with its config.json."""
     if kind in ("bert", "mpnet"):
         vocabulary = wordpiece().get_vocab()
         names = sorted(vocabulary, key=vocabulary.__getitem__)
