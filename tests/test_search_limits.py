@@ -66,7 +66,7 @@ def a_round_trip_downwards(count: int) -> bool:
 
 
 def a_table_that_is_cut(count: int) -> bool:
-    """Use a table of `count` values, the result included."""
+    """Slice a table of positions that takes `count` values to compute, the result included."""
     b = Builder(Graph("g"))
     table = chain(b.iota(size="T", dtype=i64), lambda y: b.abs(y), count - 1)
     b.outputs(y=b.slice(table, axis=0, stop="S") + b.input("x", "i64[S]"), t=b.input("z", "i64[T]"))

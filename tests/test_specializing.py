@@ -185,7 +185,7 @@ def weighted() -> onnx.ModelProto:
 
 @pytest.mark.parametrize("damaged", [False, True])
 def test_weights_and_file_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool) -> None:
-    """Also those after an unreadable entry that is not needed."""
+    """Also weights that follow an unreadable one that is not needed."""
     proto = weighted()
     whole = onnx.ModelProto.FromString(proto.SerializeToString())
     if damaged:

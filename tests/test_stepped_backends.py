@@ -1,4 +1,6 @@
-"""The entries of a derived step on every backend: the logits of the whole, over drawn chunkings, joins and mixes."""
+"""The entries of a derived step on every backend: the logits of the whole sequence, over drawn chunkings, joins and
+mixes.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ BACKENDS = ("numpy", "torch", "tvm")
 
 
 class OnBackend:
-    """A derived graph as a backend runs it. States hold what other rows left there."""
+    """A derived graph as a backend runs it. States keep the contents of earlier rows."""
 
     def __init__(self, derived: DerivedStep, backend: str, weights: Mapping[str, Array]) -> None:
         made = find_backend(backend).compile(derived.graph, Target("cpu"), weights)
@@ -46,7 +48,7 @@ class OnBackend:
 
 @dataclass(frozen=True)
 class Whole:
-    """A graph over all tokens: drawn weights and inputs, its outputs in float64, and how far roundings move them."""
+    """A graph over all tokens: drawn weights and inputs, its outputs in float64, and the effect of roundings on them."""
 
     graph: Graph
     derived: DerivedStep
@@ -72,7 +74,9 @@ class Whole:
         }
 
         def check(output: str, found: Array, row: int, first: int, end: int) -> None:
-            """As near as the whole model is, here or wherever its ops round: some models amplify roundings."""
+            """Check that results are as near as the whole model's, here or wherever its ops round: some models amplify
+            roundings.
+            """
             whole = self.outputs[output]
             wanted, scale = whole[row, first:end], max(1.0, float(np.abs(whole).max()))
             np.testing.assert_allclose(found, wanted, rtol=0, atol=max(3e-6 * scale, 4 * off[output]))
@@ -84,7 +88,7 @@ class Whole:
 
 @lru_cache(maxsize=2)
 def whole(name: str) -> tuple[Whole, np.random.Generator]:
-    """A model's, for all backends, and the generator as it then is."""
+    """Return a model's whole graph, for all backends, and the generator's state after it."""
     rng = np.random.default_rng(5)
     return Whole.of(optimized(MODELS[name]), rng), rng
 
@@ -99,8 +103,9 @@ def test_steps_give_what_the_whole_gives(name: str, backend: str) -> None:
 
 
 SAME_BITS = [name for name in MODELS if name not in ("summed", "counted", "spread", "oddly_named")]
-"""On the TVM backend with the bits of the whole: all but sums, which go on from a sum that was rounded, and arithmetic
-on positions, which are a row's own at a step, and are computed in other chains."""
+"""Models whose steps on the TVM backend have the bits of the whole: all but sums, which continue from a rounded sum,
+and arithmetic on positions, which are per row at a step and are computed in other chains.
+"""
 
 
 @pytest.mark.parametrize("name", SAME_BITS)

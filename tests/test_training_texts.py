@@ -1,4 +1,4 @@
-"""Texts as batches: no token is lost or doubled, targets are what follows or was hidden, a run goes on anywhere."""
+"""Texts as batches: no token is lost or doubled, targets are the next or the masked tokens, a run resumes anywhere."""
 
 from __future__ import annotations
 

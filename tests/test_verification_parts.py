@@ -1,4 +1,4 @@
-"""Parts of verification: how far is too far, what a report says of it, where numbers that are none come from."""
+"""Parts of verification: the tolerance, the report of a difference, the origin of NaN and infinite values."""
 
 from __future__ import annotations
 

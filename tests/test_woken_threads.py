@@ -1,4 +1,6 @@
-"""The other threads of a run that follows a pause begin apart from the calling one, and are free again after it."""
+"""The other threads of a run that follows a pause start on other cores than the calling one, and are unrestricted
+afterwards.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux alone is 
 
 @pytest.fixture
 def number() -> Iterator[int]:
-    """A thread that waits."""
+    """Start a waiting thread and return its number."""
     told: list[int] = []
     end = threading.Event()
     thread = threading.Thread(target=lambda: (told.append(threading.get_native_id()), end.wait()))
@@ -36,7 +38,7 @@ def number() -> Iterator[int]:
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, set[int]]]:
-    """What is told to threads, on a machine of three cores of which the calling thread is on the first."""
+    """Record the cores set for threads, on a machine of three cores with the calling thread on the first."""
     said: list[tuple[int, set[int]]] = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda number: {0, 1, 2})
     monkeypatch.setattr(os, "sched_setaffinity", lambda number, cores: said.append((number, set(cores))))
@@ -119,7 +121,7 @@ def test_a_model_on_two_threads_runs_so(monkeypatch: pytest.MonkeyPatch) -> None
     x = np.ones((64, 256), np.float32)
     made: list[Any] = []
 
-    def run() -> None:  # in a thread of its own, which has a pool of its own
+    def run() -> None:  # in a thread with a pool of its own
         for threads in (1, 2):
             model = t.compile(doubled, backend="tvm", target=t.Target("cpu", threads=threads))
             for _ in range(2):
