@@ -126,8 +126,7 @@ class Mutation:
 
 
 def draw(count: int, seed: int, under: Sequence[str] = FOLDERS) -> Iterator[tuple[Mutation, str]]:
-    """Draw mutations, each with the text of its mutated file: a file weighted by its length, a line, a kind, then an
-    occurrence.
+    """Draw mutations with the texts of their mutated files: a file weighted by length, a line, a kind, an occurrence.
 
     under  folders or files to draw from
     """
@@ -153,9 +152,7 @@ def draw(count: int, seed: int, under: Sequence[str] = FOLDERS) -> Iterator[tupl
 
 
 def _sites(source: str) -> Iterator[tuple[int, str, Operator, int]]:
-    """Yield line, kind, operator and occurrence of every possible mutation, except in annotations and in data for
-    tests.
-    """
+    """Yield line, kind, operator and occurrence of every mutation outside of annotations and of data for tests."""
     nodes = list(ast_nodes(get_ast(source)))
     for kind, operators in KINDS.items():
         for operator in operators:

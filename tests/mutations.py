@@ -85,8 +85,7 @@ class Chosen:
 
 
 def run(mutation: Mutation, text: str, place: Path, most: float, modules: Sequence[str] = ()) -> Mutation:
-    """Run one mutation in this process's copy of the tree: the closest tests, then as many others as fit into `most`
-    seconds.
+    """Run one mutation in this process's copy of the tree: the closest tests, then others for up to `most` seconds.
 
     modules  the tests to run instead of the closest ones
     """

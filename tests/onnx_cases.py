@@ -141,8 +141,9 @@ _SPACING = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
 def difference(found: Array, expected: Any, rtol: float, atol: float) -> str | None:
-    """Describe the difference between a result and the expected value, or return None. Types that NumPy lacks are
-    compared with exact float32.
+    """Describe the difference between a result and the expected value, or return None.
+
+    Types that NumPy lacks are compared with exact float32.
 
     Expected values in 16 bits were rounded after each step of ONNX's own computation. A result that was rounded at
     other steps, or once, may differ by two units of that type.

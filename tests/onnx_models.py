@@ -66,8 +66,9 @@ def runtime(proto: onnx.ModelProto | str, inputs: Mapping[str, Array]) -> dict[s
 def same_as_runtime(
     proto: onnx.ModelProto, *inputs: Mapping[str, Array], tolerance: float = 2e-6, **options: Any
 ) -> Imported:
-    """Import a model, run it on both backends, and compare every output with ONNX Runtime's, relative to its largest
-    number.
+    """Import a model, run it on both backends, and compare every output with ONNX Runtime's.
+
+    The difference is relative to the output's largest number.
 
     One import and one compilation serve all the inputs.
     """

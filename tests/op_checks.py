@@ -67,8 +67,10 @@ class Case:
 
     @staticmethod
     def of(name: str, number: int, dtype: str | None = None) -> Case:
-        """Return a registered op on its sample of this number: in the sample's own dtypes, or with another dtype for
-        its floats (or its integers, if it is an integer dtype).
+        """Return a registered op on its sample of this number.
+
+        The operands have the sample's own dtypes, or another dtype for its floats (or its integers, if it is an integer
+        dtype).
         """
         sample: Sample = OPS[name].samples[number]
         types = tuple(_retyped(t, dtype) for t in sample.types)
@@ -116,9 +118,7 @@ class Case:
 
     @cached_property
     def seeds(self) -> dict[int, Array]:
-        """Return a random gradient for each float result, by the result's position; every float dtype represents it
-        exactly.
-        """
+        """Return a random gradient for each float result, by the result's position; it is exact in every float dtype."""
         rng = np.random.default_rng(len(self.types))
         drawn = [(n, t, rng.standard_normal(t.evaluate({}))) for n, t in enumerate(self.op.infer(self.types))]
         return {n: held(held(seed, bf16), t.dtype) for n, t, seed in drawn if t.dtype.is_float}
@@ -131,8 +131,9 @@ class Case:
         return b.graph
 
     def gradient_graph(self, seeded: Sequence[int]) -> Graph:
-        """Return the gradient's graph: operands and `seed0`, ... as inputs; the gradient of each operand, under its
-        name, as outputs.
+        """Return the gradient's graph.
+
+        Inputs are the operands and `seed0`, ...; outputs are the gradients of the operands, under their names.
         """
         b = Builder(Graph("gradient"))
         made = self._emit(b)
@@ -161,8 +162,9 @@ class Case:
         return found
 
     def _slope(self, position: int, index: tuple[int, ...], seeded: Sequence[int]) -> float:
-        """Return the slope along one element. A step of the spacing's cube root balances the difference's rounding
-        against the curvature.
+        """Return the slope along one element.
+
+        A step of the spacing's cube root balances the difference's rounding against the curvature.
         """
         values = self.operands[position]
         assert values is not None
@@ -178,8 +180,9 @@ class Case:
 
 
 def seedings(case: Case) -> list[list[int]]:
-    """Yield the sets of results to seed with a gradient: all that can have one, and each alone, because the others may
-    be unused.
+    """Return the sets of results to seed with a gradient: all that can have one, and each alone.
+
+    The last case matters because the others may be unused.
     """
     together = [n for n, type in enumerate(case.op.infer(case.types)) if type.dtype.is_float]
     return [together, *([n] for n in together if len(together) > 1)]
@@ -206,8 +209,7 @@ def held(x: Array, dtype: DType) -> Array:
 
 
 def assert_close(got: Array, expected: Array, tolerance: float, what: str) -> None:
-    """Assert equal shapes, and elements that are equal up to a tolerance relative to the largest magnitude (at least
-    1).
+    """Assert equal shapes, and equality up to a tolerance relative to the largest magnitude (at least 1).
 
     For comparisons of float64 with float64: two orders of the same sums, or a difference quotient.
     `tests.rounding_bounds` computes the bounds of other precisions.

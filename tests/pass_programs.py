@@ -52,9 +52,10 @@ def numbers(graph: Graph) -> dict[str, Any]:
 
 
 def assert_same_numbers(before: Graph, after: Graph) -> None:
-    """Assert that results are equal within float32's rounding. The arithmetic is in float64, but a constant such as
-    sqrt(1/2) was written into the graph in float32, while the op that replaces it computes it exactly. Such constants
-    are few, and nothing cancels.
+    """Assert that results are equal within float32's rounding.
+
+    The arithmetic is in float64, but a constant such as sqrt(1/2) was written into the graph in float32, while the op
+    that replaces it computes it exactly. Such constants are few, and nothing cancels.
     """
     wanted, got = numbers(before), numbers(after)
     assert got.keys() == wanted.keys()

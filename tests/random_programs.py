@@ -24,9 +24,7 @@ Step = Callable[[Builder, Random, Expr], Expr]
 
 
 def random_program(seed: int, dtype: DType = f64) -> Graph:
-    """Return a chain of steps; in every third program a block that is called twice comes first. A seed gives one
-    program.
-    """
+    """Return a chain of steps, in every third program after a block that is called twice. A seed gives one program."""
     r = Random(seed)
     graph = Graph("random")
     main = Builder(graph)
@@ -111,8 +109,7 @@ def softmax(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def attention(b: Builder, r: Random, x: Expr) -> Expr:
-    """Add attention with two heads of three elements; sometimes with rotary positions, and sometimes a near miss that
-    is not attention.
+    """Add attention with two heads of three elements, with or without rotary positions, or a near miss of attention.
 
     If the query's own key is masked, the first row has no key.
     """
@@ -136,7 +133,7 @@ def attention(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def attended(b: Builder, r: Random, x: Expr) -> Expr:
-    """Add the same as one op, with a causal mask, with a table of the longest context that is sliced, or with neither."""
+    """Add the same as one op, with a causal mask, with a sliced table of the longest context, or with neither."""
     heads = b.rearrange(x, pattern="b s (h=2 d) -> b h s d")
     longest = r.choice((64, "S"))
     j = b.iota(size=longest)
@@ -147,9 +144,7 @@ def attended(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def turned(b: Builder, r: Random, x: Expr) -> Expr:
-    """Rotate the first two dimensions of each head by an angle that grows with the position, or by an angle that rotary
-    embeddings do not have.
-    """
+    """Rotate the first two dimensions of each head by an angle proportional to the position, or by another angle."""
     angle = b.cast(b.rearrange(b.iota(size="S"), pattern="s -> 1 1 s 1"), to=x.dtype) * b.constant([0.3], x.dtype)
     first, second = b.slice(x, axis=3, stop=1), b.slice(x, axis=3, start=1, stop=2)
     cos, sin = b.cos(angle), b.sin(angle)
@@ -176,9 +171,7 @@ def linear(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def feed_forward(b: Builder, r: Random, x: Expr) -> Expr:
-    """Add a product that is activated, or gated by another one: of the same value, of another, or by its own other
-    half.
-    """
+    """Add a product that is activated or gated: by a product of the same value, of another, or by its own half."""
     activate = r.choice((b.gelu, b.relu, b.silu, b.sigmoid, b.tanh))
 
     def product(x: Expr, width: int = WIDTH) -> Expr:
@@ -211,7 +204,7 @@ def embedded(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def projected(b: Builder, r: Random, x: Expr) -> Expr:
-    """Add products of one value by two or three weights, with or without biases; some weights are read elsewhere too."""
+    """Add products of one value by two or three weights, with or without biases; some are read elsewhere too."""
     parts = []
     for _ in range(r.choice((2, 3))):
         w = parameter(b, x.dtype, WIDTH, WIDTH)
@@ -246,9 +239,7 @@ def unchanged(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def picked(b: Builder, r: Random, x: Expr) -> Expr:
-    """Gather all rows by their indices, which exporters guard against negative ones; or reverse the rows of each
-    sequence.
-    """
+    """Gather all rows by indices, guarded as exporters do against negative ones; or reverse each sequence."""
     s = one_of(r, lambda: b.iota(size="S"), lambda: b.iota(size="S"), lambda: b.size(value="S - 1") - b.iota(size="S"))
     i = b.rearrange(b.iota(size="B"), pattern="b -> b 1") * b.size(value="S") + s
     i = one_of(r, lambda: i, lambda: b.where(i < 0, i + b.size(value="B * S"), i))

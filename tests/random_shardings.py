@@ -45,8 +45,9 @@ class Case:
     weights: dict[str, Array]
 
     def plan(self) -> ShardingPlan:
-        """Return the plan after its checker has accepted it. An axis that is too short for any part of a mesh axis
-        stays whole.
+        """Return the plan after its checker has accepted it.
+
+        An axis that is too short for any part of a mesh axis stays whole.
         """
         axes = dict(self.axes)
         while True:

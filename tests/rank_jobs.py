@@ -91,7 +91,7 @@ def models(ranks: Ranks, mesh: str, backends: str, folder: str) -> None:
 
 
 def cases(mesh: str, backends: list[str]) -> Iterator[tuple[str, str, str, str, str]]:
-    """Yield backend, kind, recipe, form and mesh of each model to run; the first backend runs every model that it can."""
+    """Yield backend, kind, recipe, form and mesh of each model to run; the first backend runs all that it can."""
     first, *others = backends
     stored = "megatron-fsdp" if "dp" in mesh else "sequence"
     for kind in KINDS:
@@ -115,9 +115,7 @@ def able(backend: str, form: str) -> str:
 
 
 def runs_ahead(ranks: Ranks, kind: str, recipe: str, mesh: str, backend: str) -> dict[str, Any]:
-    """Run a model that starts collectives before it needs them and report their order; then run it again with each
-    collective started where it is awaited.
-    """
+    """Run a model that starts collectives early, and report their order; then run it without early starts."""
     chosen = {**small_options(kind), "layers": 3 if recipe == "fsdp" else 1}
     made = compile_rank(kind, mesh, ranks, recipe=recipe, backend=backend, **chosen)
     given = inputs_of(made, uneven=True)

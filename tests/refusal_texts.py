@@ -25,13 +25,14 @@ MODULES = {f"test_{name}" for name in (*_FUSION, *(f"fuse_{each}" for each in _F
 
 
 def refusals(golden: Golden) -> KnownTexts:
-    """Yield the texts of all modules."""
+    """Return the texts of all modules."""
     return KnownTexts(golden, "refusals")
 
 
 def text_of(event: Event) -> str:
-    """Return `rule at op: reason; matched: ...` with the hint below it; for failed certificates, the text without
-    numbers.
+    """Return `rule at op: reason; matched: ...` with the hint below it.
+
+    The texts of failed certificates are returned without numbers.
     """
     hint = f"\n  try  {event.hint}" if event.hint else ""
     text = f"{event.rule} at {event.op}: {event.told}{hint}"

@@ -56,8 +56,9 @@ class Bounded:
 def bounded(
     graph: Graph, inputs: Mapping[str, Array], weights: Mapping[str, Array] | None = None, *, narrow: bool = False
 ) -> dict[str, Bounded]:
-    """Return the outputs of a graph without calls, whose attributes hold no symbols, on arrays that its dtypes
-    represent exactly.
+    """Return the outputs of a graph with their bounds.
+
+    The graph has no calls and no symbols in attributes. Its dtypes represent the input arrays exactly.
 
     narrow  allow for computing bf16 in bf16, with every step and every sum rounded, as the reference of onnx does
     """
@@ -78,8 +79,9 @@ def _unless_too_large(found: Bounded, dtype: DType) -> Bounded:
 
 
 def assert_within(got: Any, wanted: Bounded, what: str) -> None:
-    """Assert equal shapes, integers and bools, floats within their bounds, and inf and NaN exactly where the exact
-    numbers have them.
+    """Assert equal shapes, integers and bools, and floats within their bounds.
+
+    Results are infinite or NaN exactly where the exact numbers are.
     """
     made = np.asarray(got)
     if not wanted.is_float:
@@ -143,8 +145,9 @@ class _Analysis:
     def _moves(
         self, op: Op, operands: Sequence[Bounded | None], exact: Sequence[Array], plain: Sequence[Array]
     ) -> list[Array]:
-        """Return how far the results move if the operands move by their bounds; plain: the results of the magnitudes,
-        if the op is linear.
+        """Return how far the results move if the operands move by their bounds.
+
+        plain: the results of the magnitudes, if the op is linear.
         """
         floats = [x.is_float and bool(np.any(x.moved)) if x is not None else False for x in operands]
         if not any(floats):

@@ -60,7 +60,7 @@ def digests(real: Mapping[str, str] | None, graphs: Path | None = None) -> dict[
 
 
 def _graphs(backend: str, folder: Path) -> Iterator[tuple[str, Iterator[Mapping[str, Any]]]]:
-    """Return the same for the graphs in a folder; a refusal counts as an output."""
+    """Yield the same for the graphs in a folder; a refusal counts as an output."""
     import treadle
     from treadle.ir.text.parser import parse_graph
 

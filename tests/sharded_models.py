@@ -20,7 +20,7 @@ FAMILIES = family_names()
 Array = np.ndarray[Any, Any]
 
 _SMALL = {"layers": 2, "dim": 32, "heads": 8, "vocab": 37, "hidden": 40, "context": 16, "kv_heads": 4, "head_dim": 4}
-"""Options by the end of their name. No mesh divides 37, and some meshes have more ranks than the model has key heads."""
+"""Options by the end of their name. No mesh divides 37, and some meshes have more ranks than there are key heads."""
 
 
 def small_options(family: str) -> dict[str, Any]:

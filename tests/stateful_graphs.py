@@ -153,7 +153,7 @@ def counter() -> Graph:
     return b.graph
 
 
-# -- functions that tests use on them --------------------------------------------------------------------------------------
+# -- functions that tests use on them ---------------------------------------------------------------------------------
 
 
 def node(graph: Graph, function: str, op: str, number: int = 0) -> Node:

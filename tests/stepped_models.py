@@ -100,9 +100,7 @@ def captioned(tokens: Tokens, picture: Picture, *, vocab: int = 11, dim: int = 1
 
 @t.model
 def across(tokens: Tokens, source: Annotated[t.Tensor, t.i64["B M"]], *, vocab: int = 11, dim: int = 12) -> t.Tensor:
-    """Cross attention that depends on the query's position, and whose keys are not tokens: a source text's, or
-    weights.
-    """
+    """Cross attention that depends on the query's position, with keys of a source text or of weights."""
     x = t.embed(tokens, vocab, dim, name="wte")
     x = x + t.self_attention(x, 3, mask=t.causal, name="attn")
     memory, table = t.embed(source, vocab, dim, name="source"), t.parameter("distance", 8, 3)
@@ -178,7 +176,7 @@ MODELS: dict[str, Model] = {
 }
 
 
-# -- models without a step ------------------------------------------------------------------------------------------------
+# -- models without a step --------------------------------------------------------------------------------------------
 
 
 @t.model

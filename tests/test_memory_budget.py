@@ -67,9 +67,7 @@ def test_a_run_that_needs_nothing_fits_at_once() -> None:
 
 
 def test_what_was_made_is_held_against_the_budget() -> None:
-    """The executable is checked against the budget, not the prediction, because passes that run again may change the
-    graph.
-    """
+    """The executable is checked against the budget, because passes that run again may change the predicted graph."""
     exe, backend = within("bert", peak_of("bert")), find_backend("tvm")
     assert isinstance(backend, StagedBackend) and exe.optimized.lowered is not None
     peak = arena(exe, **CASES["bert"])

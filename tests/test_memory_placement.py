@@ -43,8 +43,9 @@ def lives_with(x: Lifetime, y: Lifetime) -> bool:
 
 
 def fits(lives: Sequence[Lifetime], capacity: int) -> bool:
-    """Return True if buffers that fill most of the capacity fit, by brute force: lowest first, each on the buffers
-    below it.
+    """Return True if buffers that fill most of the capacity fit, by brute force.
+
+    The lowest buffer is placed first, and each buffer on the ones below it.
     """
 
     def rest(placed: list[tuple[int, Lifetime]], left: list[Lifetime], lowest: int) -> bool:

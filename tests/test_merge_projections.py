@@ -30,9 +30,7 @@ BACKENDS = ("numpy", "torch", "tvm")
 
 
 def projections(*, transposed: bool = False, biases: str = "qkv", widths: tuple[int, int, int] = (6, 4, 4)) -> Graph:
-    """Return a program with q, k and v of one x, each used further, as in an attention; `biases` names the ones with a
-    bias.
-    """
+    """Return a program with q, k and v of one x, each used further, as in an attention; `biases` selects biases."""
     graph = Graph("projections")
     b = Builder(graph)
     x = b.input("x", f32["B", "S", 8])

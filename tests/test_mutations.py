@@ -175,7 +175,7 @@ def test_mistakes_are_drawn_from_where_one_asks() -> None:
 
 
 def _layer(folder: Path, tests: dict[str, int]) -> None:
-    """Return a run in which each context, one for the tests of a module, has run one line of ir/axes.py."""
+    """Write the coverage of a run in which each context, a module's tests, has run one line of ir/axes.py."""
     folder.mkdir(parents=True)
     data = CoverageData(str(folder / "coverage.1"))
     for context, line in tests.items():

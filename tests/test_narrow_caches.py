@@ -42,8 +42,9 @@ def logits(session: Session, texts: list[list[int]], first: list[int]) -> Array:
 
 @pytest.mark.parametrize(("backend", "cache"), CASES)
 def test_logits_are_within_the_rounding_of_keys_and_values(backend: str, cache: str) -> None:
-    """Two layers round keys and values. The effect of a rounding on a logit is proportional to the logit, and several
-    effects add up.
+    """Two layers round keys and values.
+
+    The effect of a rounding on a logit is proportional to the logit, and several effects add up.
     """
     exe, rng = compiled(backend), np.random.default_rng(0)
     texts = [rng.integers(0, 50, n + 8).tolist() for n in (3, 40, 1)]
@@ -73,9 +74,7 @@ def test_bits_do_not_depend_on_chunks(cache: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_keys_and_values_alone_are_narrow(name: str) -> None:
-    """Caches of other values (segments, lengths, sums) keep their dtypes, and so do the values that the prologue
-    stores.
-    """
+    """Caches of other values (segments, lengths, sums) keep their dtypes, and so do values stored by the prologue."""
     wide, narrow = (derive_step(optimized(MODELS[name]), cache=cache).graph for cache in (None, "bf16"))
     assert wide.states.keys() == narrow.states.keys()
     changed = {n for n, value in narrow.states.items() if value.type != wide.states[n].type}

@@ -51,8 +51,9 @@ def wanted(family: str) -> dict[str, Array]:
 
 
 def assert_within_rounding(got: dict[str, Array], family: str) -> None:
-    """Assert that each gradient as a whole is within rounding: some ten products in a row round their factors by half
-    of bf16's spacing at most.
+    """Assert that each gradient as a whole is within rounding.
+
+    Some ten products in a row round their factors by half of bf16's spacing at most.
 
     A gradient that is 0 except for cancelling terms, for example of a bias that softmax ignores, is measured relative
     to the others.

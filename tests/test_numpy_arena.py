@@ -56,9 +56,7 @@ def planned_bytes(plan: StoragePlan, sizes: dict[str, int]) -> int:
 
 
 def beside_outputs(exe: Any, given: dict[str, Any]) -> list[tuple[int, str]]:
-    """Return the bytes that a run allocates for arrays in addition to its outputs and scalars, and the places of the
-    allocations.
-    """
+    """Return the bytes and places of a run's array allocations, except for outputs and scalars."""
     with array_allocations() as made:
         outputs = exe(**given)
     left = Counter(array.nbytes for array in outputs.values())
@@ -73,8 +71,9 @@ def beside_outputs(exe: Any, given: dict[str, Any]) -> list[tuple[int, str]]:
 
 @pytest.mark.parametrize("name", ZOO)
 def test_a_run_lies_in_the_arena_as_planned(name: str) -> None:
-    """No array is allocated in addition to outputs. Bytes that differ from the earlier contents, for two fill patterns,
-    end where the plan does: a written byte differs from at least one of the two.
+    """No array is allocated in addition to outputs, and writes end where the plan does.
+
+    The arena is filled with two patterns: a written byte differs from at least one of them.
     """
     exe = treadle.compile(ZOO[name][0].graph(), backend="numpy", seed=1)
     plan = exe.optimized.lowered.plan

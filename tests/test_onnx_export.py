@@ -107,9 +107,7 @@ def test_an_op_said_in_ops_of_ours_rounds_once(opset: int, tmp_path: Path, monke
 
 
 def answers(case: Case, graph: Graph, path: Path) -> dict[str, tuple[Array, Bounded]]:
-    """Return a file's results in ONNX Runtime, or in onnx's reference if ONNX Runtime lacks a kernel, and their
-    bounds.
-    """
+    """Return a file's results and bounds, in ONNX Runtime, or in onnx's reference if a kernel is missing."""
     wanted = bounded(graph, case.inputs, narrow=computes_in_bf16(graph))
     floats = {v.type.dtype.name for v in graph.main.inputs}
     names = (case.op.name, case.op.attributes.get("activation"))
@@ -274,9 +272,7 @@ def test_what_a_query_that_sees_no_key_gets(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("queries", "guarded"), [(20, True), (4, False)])
 def test_a_window_that_leaves_queries_without_keys_is_guarded(queries: int, guarded: bool, tmp_path: Path) -> None:
-    """For opsets without an operator for attention: the same number of queries as keys, each query with keys of its
-    own.
-    """
+    """For opsets without an operator for attention: one query for each key, each with keys of its own."""
 
     def build(b: Builder) -> Expr:
         q, k = b.input("q", f"f32[1, 1, {queries}, 4]"), b.input("k", "f32[1, 1, 4, 4]")

@@ -209,8 +209,9 @@ def test_weights_that_are_missing_or_do_not_fit(tmp_path: Path) -> None:
 
 
 def test_a_message_past_what_protobuf_takes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refused by the size of its weights before they are gathered, and then by its total size; weights in a separate
-    file do not count.
+    """Refused by the size of its weights before they are gathered, and then by its total size.
+
+    Weights in a separate file do not count.
     """
     graph = graph_of(lambda b: b.input("x", "f32[2000]") * b.parameter("w", "f32[2000]"))
     target, weights = tmp_path / "m.onnx", {"w": np.zeros(2000, np.float32)}

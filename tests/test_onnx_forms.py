@@ -76,9 +76,7 @@ def test_integers_without_sign_are_exact_to_their_ends(name: str) -> None:
 
 
 def test_operators_are_read_in_their_newest_form() -> None:
-    """Each handler names the last version of its schema that it was written for, because a later one may have another
-    meaning.
-    """
+    """Each handler names the last version of its schema that it supports; a later one may have another meaning."""
     if not onnx.__version__.startswith(LISTED + "."):
         pytest.skip(f"the versions are those of onnx {LISTED}, this is {onnx.__version__}")
     newest: dict[str, int] = {}

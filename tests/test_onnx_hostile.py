@@ -201,8 +201,9 @@ MOST_BYTES = 1 << 20  # Python's and NumPy's peak during import: the models have
 @pytest.mark.parametrize("value", [2**40, 2**62, 2**63 - 1])
 @pytest.mark.parametrize("body", ABSURD)
 def test_absurd_sizes_cost_nothing(body: str, value: int) -> None:
-    """A tensor of that size may be described, but one that import would have to compute is refused. Neither takes
-    memory.
+    """A large tensor may be described, but one that import would have to compute is refused.
+
+    Neither takes memory.
     """
     described, why = ABSURD[body]
     text = f"n = Constant<value_ints = [{value}]>() " + body.replace("{value}", str(value))

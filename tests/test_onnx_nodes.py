@@ -300,8 +300,7 @@ def test_elements_are_gathered_from_the_beginning_of_longer_axes(axis: int) -> N
     "operator", ["Softmax", "LogSoftmax", "Hardmax", "ArgMax", "ArgMin", "Flatten", "LpNormalization"]
 )
 def test_an_axis_that_a_node_leaves_out(operator: str, opset: int) -> None:
-    """The default of the operator's version: from opset 13 on, the last axis for Softmax and its kin, before it the
-    second.
+    """The default of the operator's version: the last axis for Softmax and its kin from opset 13 on, else the second.
 
     No two of the sizes are equal, so that each axis gives a different result.
     """

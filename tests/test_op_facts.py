@@ -200,9 +200,7 @@ def addresses(view: View) -> Array:
 
 
 def counted(case: Case, position: int) -> Array:
-    """Return a result for which the elements of one operand are numbered from one million on, and all others are
-    smaller.
-    """
+    """Return a result in which one operand's elements are numbered from one million on, and all others are smaller."""
     shapes = [None if x is None else x.shape for x in case.operands]
     given = [None if s is None else np.zeros(s) for s in shapes]
     x = given[position]

@@ -173,7 +173,7 @@ def test_float64_interpretation_does_not_round_at_casts() -> None:
 
 
 def pool_forms(ceil: bool) -> list[tuple[int, int, int, int, int]]:
-    """Yield axis size, kernel, stride, padding and dilation of every small pool that torch takes."""
+    """Return axis size, kernel, stride, padding and dilation of every small pool that torch takes."""
     forms = [
         (n, k, stride, padding, dilation)
         for n in range(1, 9)

@@ -40,9 +40,7 @@ each_runner = pytest.mark.parametrize("run", RUNNERS)
 
 
 def dtypes_of(name: str, number: int) -> list[str | None]:
-    """Yield None for the sample's own dtypes, and every other dtype that the op takes in place of its floats, or its
-    integers.
-    """
+    """Return None for the sample's own dtypes, and every other dtype for its floats, or its integers."""
     own = {t.dtype for t in OPS[name].samples[number].types if t is not None}
     other = [d.name for d in DTYPES.values() if d not in own and d.kind in {o.kind for o in own}]
     return [None, *(dtype for dtype in other if Case.of(name, number, dtype).takes_its_operands)]

@@ -138,8 +138,10 @@ def theirs(
 def assert_alike(
     found: Sequence[Mapping[str, Array]], wanted: Sequence[Mapping[str, Array]], weights: Mapping[str, Array]
 ) -> None:
-    """Assert equality within rounding. Both round each operation to float32, in different orders: some 8 roundings of
-    2^-24 in a step until a gradient is clipped, which count twice in its square.
+    """Assert equality within rounding.
+
+    Both sides round each operation to float32, in different orders: some 8 roundings of 2^-24 in a step until a
+    gradient is clipped, which count twice in its square.
 
     A moment is a sum of gradients, so its error is relative to its largest magnitude so far. A weight's error is
     relative to its largest magnitude so far, and to the largest change in a step.

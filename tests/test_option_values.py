@@ -109,7 +109,7 @@ def sized(**bounds: Bounds) -> Graph:
 
 
 def test_a_size_that_is_not_asked_for_lies_within_bounds() -> None:
-    """A leading axis gets 1, another 128; both symbols lead an input of `sized`, and only B leads in the second graph."""
+    """A leading axis gets 1, another 128; both symbols lead an input of `sized`, but only B leads below."""
     assert choose_sizes(sized(), {}) == {"B": 1, "S": 1}
     assert choose_sizes(sized(), {"S": 5}) == {"B": 1, "S": 5}
     assert choose_sizes(sized(B=Bounds(3, 8)), {}) == {"B": 3, "S": 1}

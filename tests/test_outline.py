@@ -44,9 +44,7 @@ def values_of(graph: Graph) -> dict[str, Any]:
 
 
 def check(model: t.Model, expected: dict[str, int]) -> Graph:
-    """Check that the graph verifies, calls these functions that often, prints and parses, and keeps the traced
-    results.
-    """
+    """Check that the graph verifies, has these numbers of calls, prints and parses, and keeps the traced results."""
     plain = values_of(spelled_out(model))
     graph = model.graph()
     verify(graph)
@@ -193,9 +191,7 @@ def test_a_weight_used_twice_is_not_two_weights() -> None:
 
 
 def test_a_weight_of_the_layer_before() -> None:
-    """If repetition i reads i - 1's weight, the weight has another name inside the block: the repetition gets its own
-    function.
-    """
+    """If repetition i reads i - 1's weight, that weight's name differs in the block, so it gets its own function."""
 
     @t.model
     def model(x: t.f32["B 4"]):

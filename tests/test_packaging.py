@@ -51,7 +51,7 @@ def tree_of(path: Path) -> ast.Module:
 
 @cache
 def imports_of(path: Path) -> list[tuple[int, str]]:
-    """Yield the line and the full dotted name of every import in a file, including imports inside functions."""
+    """Return the line and the full dotted name of every import in a file, including imports inside functions."""
     found: list[tuple[int, str]] = []
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
@@ -256,9 +256,7 @@ def test_importers_share_recipes_and_nothing_else() -> None:
 
 
 def test_the_front_door_imports_in_one_order() -> None:
-    """No module of `treadle/` needs itself by way of others, inside functions either; imports for types alone are
-    exempt.
-    """
+    """No module of `treadle/` imports itself indirectly, inside functions either; imports for types are exempt."""
     needs: dict[str, set[str]] = {}
     for path in python_files("treadle"):
         if path.name != "__init__.py":
@@ -294,9 +292,7 @@ def test_imports_are_absolute_and_by_the_full_name() -> None:
 
 
 def test_no_file_is_named_after_a_library() -> None:
-    """A folder may have such a name: `treadle.backends.torch` is named after its target, but no file in it is
-    torch.py.
-    """
+    """A folder may have such a name: `treadle.backends.torch` is named after its target, but no file is torch.py."""
     libraries = {
         name.partition(".")[0]
         for path in python_files(*LAYERS, *BESIDE)

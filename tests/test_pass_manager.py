@@ -238,7 +238,7 @@ def test_dead_code_crosses_functions() -> None:
         "removed function forgotten, which nobody calls",
         "removed unused weights: a.spare, b.spare",
     ]
-    # a function, a result of another one with its node, two arguments, a node of main, and three weights
+    # a function, a result of another with its node, two arguments, a node of main, and three weights
     assert optimized.log[0].changes == 9
     assert_same_numbers(optimized.source, graph)
 
@@ -409,7 +409,7 @@ def test_any_graph_verifies_after_every_pass_and_keeps_its_signature(graph: Grap
 @given(random_graphs())
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_any_graph_that_can_be_run_keeps_its_numbers(graph: Graph) -> None:
-    """Without constant folding, which rounds to the graph's own dtypes and therefore differs from float64 on purpose."""
+    """Without constant folding, which rounds to the graph's own dtypes and so differs from float64 on purpose."""
     optimized = PassManager([each for each in DEFAULT if not isinstance(each, FoldConstants)]).run(graph)
     try:
         wanted = numbers(graph)

@@ -229,7 +229,7 @@ CANONICALIZED = [
             f"slice-of-positions-{name}",
             Canonicalize(),
             ["n = iota(size=64)", *(line.format("n", "m") for line in lines), f"c = slice(m, axis=0, {span})", *READ],
-            ["n = iota(size=64)", *(line.format("n", "m") for line in lines), *after, *READ],  # dead-code removes the rest
+            ["n = iota(size=64)", *(line.format("n", "m") for line in lines), *after, *READ],  # dead-code has the rest
             x="f32[S]",
         )
         for name, span, lines, after in (

@@ -217,8 +217,9 @@ def test_a_heavy_end_has_a_stage_of_its_own() -> None:
 
 
 def test_what_follows_from_inputs_is_not_handed_on() -> None:
-    """BERT's mask, which all layers read, depends on inputs; T5's biases depend on weights and positions, and are the
-    same for all micro-batches: they are sent once.
+    """BERT's mask, which all layers read, depends on inputs.
+
+    T5's biases depend on weights and positions, and are the same for all micro-batches: they are sent once.
     """
     plan = shard(recognized("bert"), "pp=2,micro=3", recipe="gpipe")
     assert [value.name for value, _ in pipeline_of(plan).stages[1].receives] == ["mlp_norm"]
@@ -365,8 +366,9 @@ def test_ranks_do_not_meet_over_stages_or_micro_batches() -> None:
 
 
 def test_predicted_seconds_hold_the_bubble() -> None:
-    """If stages take equally long, ranks wait for (stages - 1) / (micro-batches + stages - 1) of the time; otherwise
-    longer.
+    """If stages take equally long, ranks wait for (stages - 1) / (micro-batches + stages - 1) of the time.
+
+    Otherwise they wait longer.
     """
     shape: dict[str, Any] = {"layers": 6, "dim": 1024, "heads": 16, "vocab": 1000, "context": 1024}
     sizes = {"B": 16, "S": 1024}

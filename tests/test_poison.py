@@ -134,9 +134,7 @@ def test_what_the_caller_gave_stays_as_it_is(backend: str, monkeypatch: pytest.M
 @needs_tvm
 @pytest.mark.parametrize("name", ["gpt2", "t5", "whisper", "clip"])
 def test_a_run_touches_the_arena_up_to_what_was_planned(name: str) -> None:
-    """Bytes that differ from the earlier contents, for two fill patterns: a written byte differs from at least one of
-    them.
-    """
+    """Memory is filled with two patterns: a written byte differs from at least one of them."""
     graph = ZOO[name][0].graph()
     executable = treadle.compile(graph, backend="tvm", seed=1)
     machine = executable.executable.machine

@@ -1,4 +1,4 @@
-"""Limits of passes at collectives: each rank relies on all others to communicate equally often and in the same order."""
+"""Limits of passes at collectives: each rank relies on the others to communicate equally often, in order."""
 
 from __future__ import annotations
 

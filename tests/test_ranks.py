@@ -111,8 +111,10 @@ def test_ranks_compute_what_the_model_does_and_move_what_is_planned(
 def test_weights_of_a_layer_are_gathered_while_the_layer_before_computes(
     ran: Callable[[str, str], list[Any]],
 ) -> None:
-    """With three layers: the gathers of the first two start before the first awaits its own, and the third's before the
-    second awaits. The gathered weights are bitwise identical.
+    """The gathers of the next layer start before a layer awaits its own.
+
+    With three layers, the gathers of the first two start before the first awaits, and the third's before the second
+    awaits. The gathered weights are bitwise identical.
     """
     for told in ran("tp=2", "ahead-"):
         gather = told["gather"]
@@ -379,9 +381,7 @@ def test_a_rank_that_hangs_ends_the_others_at_the_timeout(forked: ForkedRanks, m
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
 def test_ranks_that_do_nothing_more_end_with_what_launched_them(forked: ForkedRanks) -> None:
-    """Ranks that have left the others and wait for threads of a library at their end: none of our threads runs any
-    more.
-    """
+    """Ranks that have left the others and wait for threads of a library at their end, without threads of ours."""
     job = forked.launch(2, str(JOB), "turns", "lingers")
     processes = processes_of(job, 2)
     os.kill(job.process, signal.SIGKILL)

@@ -52,7 +52,7 @@ _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 def blocks(page: str, language: str) -> Iterator[tuple[str, str | None]]:
-    """Return the blocks in a language, each with the `text` block that directly follows it."""
+    """Yield the blocks in a language, each with the `text` block that directly follows it."""
     text = (ROOT / page).read_text(encoding="utf-8")
     for match in _BLOCK.finditer(text):
         if match[1] == language:
@@ -98,7 +98,7 @@ def test_python_blocks_run_and_print_what_is_shown(page: str, tmp_path: Path, mo
 
 
 def commands(page: str) -> Iterator[list[str]]:
-    """Return the `treadle` commands in a page's shell blocks."""
+    """Yield the `treadle` commands in a page's shell blocks."""
     for text, _ in blocks(page, "sh"):
         for line in text.splitlines():
             words = shlex.split(line, comments=True)

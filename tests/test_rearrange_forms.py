@@ -47,5 +47,5 @@ def test_a_form_keeps_names_and_given_sizes() -> None:
     assert form.pattern == "b s (heads=2 d) -> b heads s d"
     same = form_of("b s (h d=4) -> b s h d", Literal.of(np.zeros((2, 3, 8))).type)
     other = form_of("x y (g=2 z) -> x y g z", Literal.of(np.zeros((2, 3, 8))).type)
-    assert same == other and same.pattern != other.pattern  # independently of the names of axes and of the written sizes
+    assert same == other and same.pattern != other.pattern  # for any names of axes and any written sizes
     assert form_of("a b -> b a", Literal.of(np.zeros((2, 3))).type).is_transposition

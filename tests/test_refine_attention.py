@@ -1,4 +1,4 @@
-"""Attention imported as one op: its mask and bias tensors become terms, near misses stay with a reason, results stay."""
+"""Attention imported as one op: masks and biases become terms, near misses stay with a reason, results stay."""
 
 from __future__ import annotations
 
@@ -160,9 +160,7 @@ def later(b: Builder) -> Expr:
 
 
 def table(b: Builder, kept: Array) -> Expr:
-    """A term added to scores, as a constant sliced to the sequence: 0 where a key is visible, or the numbers
-    themselves
-    """
+    """A term added to scores, as a constant sliced to the sequence: 0 where a key is visible, or drawn numbers"""
     made = b.constant((np.where(kept, 0.0, -math.inf) if kept.dtype == np.bool_ else kept).astype(np.float32))
     for axis in range(kept.ndim):
         made = b.slice(made, axis=axis, stop="S")

@@ -1,4 +1,4 @@
-"""Texts with a common prefix: a slot's contents are continued, with the logits of each text alone; prompts are forked."""
+"""Texts with a common prefix: a slot is continued, with the logits of each text alone; prompts are forked."""
 
 from __future__ import annotations
 

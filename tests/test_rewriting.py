@@ -63,7 +63,7 @@ def saved(place: Path, name: str, **config: Any) -> tuple[Any, Any]:
     model = cls(cls.config_class(vocab_size=len(tokenizer), **sizes, **special, **config)).eval()
     with torch.no_grad():
         for key, weight in model.named_parameters():
-            if "norm" not in key.lower() and weight.requires_grad:  # Marian's sinusoids are not weights and stay unchanged
+            if "norm" not in key.lower() and weight.requires_grad:  # Marian's sinusoids stay unchanged
                 weight.mul_(2.0 if name == "t5" else 6.0)
     model.generation_config = transformers.GenerationConfig(**special, **generation)
     model.save_pretrained(place)

@@ -1,4 +1,4 @@
-"""`treadle roofline`: every kernel of a run, timed, with its operations and bytes, compared with the machine's limits."""
+"""`treadle roofline`: every kernel of a run, timed, its operations and bytes compared with the machine's limits."""
 
 from __future__ import annotations
 

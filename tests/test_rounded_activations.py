@@ -181,9 +181,7 @@ def test_the_product_is_one_of_whole_numbers(encoding: Encoding) -> None:
 
 @pytest.mark.parametrize(("takes", "taken"), [((), [5, 6]), ((lambda weight: True,), [2, 5, 6])])
 def test_products_that_stay_stand_in_nobodys_way(takes: tuple[Any, ...], taken: list[int]) -> None:
-    """Products of numbers, of blocks that do not fit, along another axis, or of blocks that the backend does not
-    support.
-    """
+    """Products of numbers, of blocks that do not fit, along another axis, or of unsupported blocks."""
     b = Builder(Graph("g"))
     x = b.input("x", f32["M", 64])
     rows, groups = (b.decode(b.encode(x, to=to), of=to) for to in ("uint8_rows", "int8_groups(32)"))

@@ -97,8 +97,9 @@ NUMBERS = np.random.default_rng(0).uniform(1, 2, (3, 64)).astype(np.float32)
 
 
 def once(x: Array, y: Array, z: Array) -> Array:
-    """Return x * y + z, rounded once: a product of float32 numbers is exact in float64, and the double rounding of the
-    sum is negligible.
+    """Return x * y + z, rounded once.
+
+    A product of float32 numbers is exact in float64, and the double rounding of the sum is negligible.
     """
     return (x.astype(np.float64) * y + z).astype(np.float32)
 

@@ -227,7 +227,7 @@ def test_equal_weights_give_equal_bytes(tmp_path: Path) -> None:
 
 
 def test_a_stored_copy_follows_the_tensor_that_it_is_a_copy_of(tmp_path: Path) -> None:
-    """Older files hold the output's matrix in addition to the embedding; two biases that are both zero are not copies."""
+    """Older files hold the output's matrix in addition to the embedding; biases that are all zero are not copies."""
     saved("bert-masked-lm", tmp_path / "from")
     path = tmp_path / "from" / "model.safetensors"
     tensors = load_file(path)

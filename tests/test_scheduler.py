@@ -93,9 +93,7 @@ def test_each_text_is_the_one_alone(model: Compiled, scheduler: Scheduler) -> No
 
 
 def test_texts_that_begin_alike_read_it_once(model: Compiled) -> None:
-    """Several texts of a prompt, prompts with a common prefix, the next turn of a chat; each text is the same as
-    alone.
-    """
+    """Several texts of a prompt, prompts with a common prefix, the next turn of a chat: each is the same as alone."""
     session = model.session(rows=6, capacity=CAPACITY, chunk=8, resumes=True)
     scheduler = Scheduler(session)
     system = tuple(range(20))

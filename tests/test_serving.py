@@ -1,4 +1,4 @@
-"""The server over HTTP: requests of OpenAI's client and their responses, and the error responses for invalid requests."""
+"""The server over HTTP: requests of OpenAI's client, their responses, and error responses for invalid requests."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class OnBackend:
 
 @dataclass(frozen=True)
 class Whole:
-    """A graph over all tokens: drawn weights and inputs, its outputs in float64, and the effect of roundings on them."""
+    """A graph over all tokens: drawn weights and inputs, float64 outputs, and the effect of roundings on them."""
 
     graph: Graph
     derived: DerivedStep
@@ -74,8 +74,9 @@ class Whole:
         }
 
         def check(output: str, found: Array, row: int, first: int, end: int) -> None:
-            """Check that results are as near as the whole model's, here or wherever its ops round: some models amplify
-            roundings.
+            """Check that results are as near as the whole model's, here or wherever its ops round.
+
+            Some models amplify roundings.
             """
             whole = self.outputs[output]
             wanted, scale = whole[row, first:end], max(1.0, float(np.abs(whole).max()))

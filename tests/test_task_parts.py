@@ -82,7 +82,7 @@ def window(*words: str, question: int = 1) -> EncodedText:
 
 
 def test_spans_of_a_window_are_the_likeliest_pairs() -> None:
-    """Ends are not before starts, nor further than the maximal length; the first token has a score, and is not a span."""
+    """Ends are not before starts, nor beyond the maximal length; the first token has a score, and is not a span."""
     asked, logits = window("a", "b", "c"), np.full((7, 2), -1e9)
     logits[[0, 3, 5], 0] = np.log([0.5, 0.25, 0.25])
     logits[[3, 4, 5], 1] = np.log([0.25, 0.25, 0.5])
@@ -154,9 +154,7 @@ def tagger(**tokenizer: Any) -> TokenTagger:
 
 
 def scored(*best: int) -> Any:
-    """Return scores whose maximum in each row is the given label, 0.9 in the first row and 0.1 less in each further
-    one.
-    """
+    """Return scores whose maximum in each row is the given label, 0.9 in the first row and 0.1 less in each next one."""
     rows = np.zeros((len(best), 4))
     for n, label in enumerate(best):
         rows[n, label] = 0.9 - n / 10

@@ -124,7 +124,7 @@ def constants() -> Graph:
 
 
 def odd_names() -> Graph:
-    """Return a graph with names that need quotes, functions named like ops, and calls whose weights follow no prefix."""
+    """Return a graph with quoted names, functions named like ops, and calls whose weights follow no prefix."""
     graph = Graph("x y")
     graph.bound("S", Bounds(1, 7))
     block = Function("add")
@@ -631,9 +631,7 @@ def test_doubling_functions_do_not_unfold_without_end() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_mutated_text_is_refused_or_verifies(seed: int) -> None:
-    """If the parser accepts a text after random edits, the graph verifies and reads back; only typed errors are
-    raised.
-    """
+    """If the parser accepts a randomly edited text, the graph verifies and reads back; all errors are typed."""
     rng = random.Random(seed)
     texts = [print_graph(random_graph(s)) for s in range(seed * 20, seed * 20 + 20)]
     pieces = [re.findall(r"\w+|\s+|[^\w\s]", text) for text in texts]

@@ -93,7 +93,7 @@ def test_sampling_matches_the_distribution_by_chi_square() -> None:
         ids, expected = sampling.distribution(logits)
         drawn = np.bincount([sampling.choose(logits, step=i) for i in range(10_000)], minlength=50)
         assert drawn[ids].sum() == 10_000
-        rare = expected * 10_000 < 5  # too few for the statistic, which merges them
+        rare = expected * 10_000 < 5  # too few, so they are merged
         counts, wanted = drawn[ids], expected * 10_000
         counts = np.append(counts[~rare], counts[rare].sum())
         wanted = np.append(wanted[~rare], wanted[rare].sum())
@@ -133,7 +133,7 @@ def test_stop_strings_hold_back_what_may_be_one(strings: list[str], text: str, c
 
 
 def test_what_was_told_is_never_taken_back() -> None:
-    """For drawn texts, character by character: the emitted text only grows, and ends where a stop string is complete."""
+    """For drawn texts, by character: the emitted text only grows, and ends where a stop string is complete."""
     draw = np.random.default_rng(1)
     for _ in range(300):
         text = "".join(draw.choice(list("ab"), 12))

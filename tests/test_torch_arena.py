@@ -51,9 +51,7 @@ def allocations(run: Any) -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize("name", ["gpt2", "t5", "whisper", "clip"])
 def test_the_arena_is_allocated_once_and_is_as_large_as_planned(name: str) -> None:
-    """According to PyTorch's own profiler: the first run allocates the plan's bytes, in one piece; a later one none of
-    them.
-    """
+    """According to PyTorch's own profiler, the first run allocates the plan's bytes in one piece, and later ones none."""
     exe, executable = made(name)
     sizes = small_sizes(exe.graph)[-1]
     given = draw_inputs(exe.graph, sizes, [0])
@@ -70,9 +68,7 @@ def test_the_arena_is_allocated_once_and_is_as_large_as_planned(name: str) -> No
 
 @pytest.mark.parametrize("name", ["gpt2", "t5", "whisper", "clip"])
 def test_a_run_touches_the_arena_up_to_what_was_planned(name: str) -> None:
-    """Bytes that differ from the earlier contents, for two fill patterns: a written byte differs from at least one of
-    them.
-    """
+    """Memory is filled with two patterns: a written byte differs from at least one of them."""
     exe, executable = made(name)
     arena = executable.arena
     assert arena is not None
@@ -91,8 +87,9 @@ def test_a_run_touches_the_arena_up_to_what_was_planned(name: str) -> None:
 
 
 def test_what_is_foreign_is_what_the_plan_says() -> None:
-    """In one block, a run allocates as many arrays of foreign values' sizes as there are such values. Calls also need
-    memory inside: a norm's means, attention's intermediate values, checks of indices.
+    """A run of one block allocates as many arrays of foreign values' sizes as there are such values.
+
+    Calls also need memory inside: a norm's means, attention's intermediate values, checks of indices.
     """
     graph, weights = block_model(layers=1)
     lowered = TorchBackend().lower(graph, Target("cpu"))

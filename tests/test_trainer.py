@@ -436,7 +436,7 @@ def test_a_state_gives_back_the_notes_that_were_saved(tmp_path: Path) -> None:
 
 @t.model
 def gated(x: t.f32["B S 4"]):
-    """`gate` is read through a comparison alone, `round` through floor, and `unread` by an output that is not a loss."""
+    """`gate` is read by a comparison alone, `round` by floor, and `unread` by an output that is not a loss."""
     y = t.linear(x, 4, name="w")
     for _ in t.stack("h", 2):
         y = y + t.floor(t.linear(x, 4, name="round"))

@@ -253,9 +253,7 @@ def test_not_a_number_is_not_lost(name: str) -> None:
 
 
 def test_large_scores_and_the_lowest_number_as_a_mask() -> None:
-    """Differences of scores of 10^4, and a bias of float32's lowest number, which is not -inf: if all keys have it, all
-    count.
-    """
+    """Differences of scores of 10^4, and a finite bias of float32's lowest number: if all keys have it, all count."""
     graph = attention_graph(TensorBias("b t"))
     given = drawn(graph, B=2, S=4, T=30)
     given["q"] *= np.float32(1e4)
@@ -393,7 +391,7 @@ def test_what_the_kernel_does_not_cover_runs_by_its_body() -> None:
 
 
 def with_probabilities(*terms: Term, groups: int = 2, dtype: str = "f32") -> Graph:
-    """Return attention of 4 heads over `groups` heads of keys, and its probabilities, on rows of which heads are views."""
+    """Return attention of 4 heads over `groups` key heads, and its probabilities, on rows whose heads are views."""
 
     def build(b: Builder) -> Mapping[str, Expr]:
         q = b.rearrange(b.input("q", f"{dtype}[B,S,32]"), pattern="b s (h=4 d) -> b h s d")
@@ -427,8 +425,9 @@ EMPTYING: dict[str, Term] = {
 
 @pytest.mark.parametrize("case", EMPTYING)
 def test_probabilities_of_rows_that_may_be_empty_are_one_kernel(case: str) -> None:
-    """The same number of steps as if no row may be empty, after those that compute a mask; the product scales, masks
-    and adds biases.
+    """The same number of steps as if no row may be empty, after those that compute a mask.
+
+    The product scales, masks and adds biases.
     """
     assert titles(with_probabilities(groups=4)) == ["pack", "matmul", "softmax_f32", "pack", "matmul"]
     made = titles(with_probabilities(EMPTYING[case], groups=4))

@@ -103,7 +103,7 @@ def test_odd_sizes_and_a_row_by_itself(isa: str, k: int, n: int) -> None:
 
 @each_isa
 def test_whole_numbers_give_exact_sums(isa: str) -> None:
-    """Integers up to 256 are exact in bf16, and float32 holds their products' sums: no bit of a neighbour may get in."""
+    """Integers up to 256 are exact in bf16, and float32 holds their products' sums: no bit of a neighbour may leak."""
     rng = np.random.default_rng(0)
     x, w = (rng.integers(-255, 256, (rows, 64)).astype(np.float32) for rows in (17, 33))
     made = compiled(linear_graph(64, 33), {"w": w}, isa)(x=x)["y"]

@@ -141,9 +141,7 @@ class Texts:
         self.y = call(whole, [self.q, self.k, self.v, *self.given])
 
     def step(self, rng: np.random.Generator, past: list[int], s: int, capacity: int) -> tuple[list[Array], Array]:
-        """Return operands of a step of rows at these positions, in slots of a cache full of NaN; and the expected
-        result.
-        """
+        """Return operands of a step of rows at these positions, in slots full of NaN, and the expected result."""
         texts = rng.permutation(len(self.q))[: len(past)]
         slots = rng.permutation(SLOTS)[: len(past)]
         k, v = (np.full((SLOTS, x.shape[1], capacity, x.shape[3]), np.nan, np.float32) for x in (self.k, self.v))

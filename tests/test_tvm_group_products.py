@@ -80,9 +80,7 @@ def drawn(text: str, n: int, k: int, *, whole: bool = False) -> Array:
 
 
 def whole_rows(m: int, k: int) -> Array:
-    """Draw rows that are integers in units of their scale: the largest of each group is 127, or a power of two times
-    that.
-    """
+    """Draw rows that are integers in units of their scale: the largest of each group is 127 times a power of two."""
     rng = np.random.default_rng([m, k])
     x = rng.integers(-127, 128, (m, k // 32, 32)).astype(np.float32)
     x[..., 7] = 127

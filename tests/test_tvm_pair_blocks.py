@@ -1,4 +1,4 @@
-"""Weights in blocks that products in bf16 unpack into pairs, without a matrix unit: forms, rows, bits, printed notes."""
+"""Weights in blocks that products in bf16 unpack into pairs, without a matrix unit: forms, rows, bits, notes."""
 
 from __future__ import annotations
 
@@ -57,9 +57,7 @@ def finished_graph(k: int, n: int, text: str | None = None) -> Graph:
 
 
 def assert_bits(exe: KernelExecutable, like: KernelExecutable, **given: Array) -> None:
-    """Compare the last rows for every number of rows: unpacked in registers and in memory, whole panels and parts of
-    rows.
-    """
+    """Compare the last rows for every number of rows: unpacked in registers and in memory, also for partial rows."""
     assert "_of_" in titles(exe)[-1] and "_of_" not in titles(like)[-1]
     wanted = np.asarray(like(**given)["y"])
     assert np.isfinite(wanted).all()

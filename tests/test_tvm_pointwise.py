@@ -406,7 +406,7 @@ def test_every_op_is_as_numpy_has_it(dtype: str, isa: Isa) -> None:
 
 
 def distances(got: Array, expected: Array) -> Array:
-    """Return the distances of numbers: 0 where both are the same, NaN and infinities too, inf where only one is such."""
+    """Return distances: 0 where both are the same, including NaN and infinities, inf where only one is."""
     with np.errstate(invalid="ignore"):
         off = np.abs(got.astype(np.float64) - expected.astype(np.float64))
     same = (got == expected) | (np.isnan(got) & np.isnan(expected))
@@ -615,7 +615,7 @@ def test_narrow_integers_take_all_lanes() -> None:
 
 
 def calls(text: str) -> Iterable[str]:
-    """Return the calls in code, except for the functions of TVM, those for an error's message, and the loop's body."""
+    """Yield the calls in code, except for the functions of TVM, those for an error's message, and the loop's body."""
     for line in text.splitlines():
         if line.split()[:1] in (["callq"], ["bl"], ["call"]) and not any(
             w in line for w in ("TVM", "tvm", "*", "kernel")

@@ -39,9 +39,7 @@ def normal(*shape: int, seed: int = 0) -> Array:
 
 
 def assert_sums(got: Any, expected: Array, terms: int) -> None:
-    """Assert equality up to the rounding of a sum of `terms` numbers of magnitude 1, in any order, and a chain's few
-    roundings.
-    """
+    """Assert equality up to the rounding of a sum of `terms` numbers of magnitude 1 and of a short chain."""
     bound = (terms + 16) * EPSILON["f32"] * max(1.0, float(np.max(np.abs(expected), initial=0)))
     assert got.shape == expected.shape
     np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=0, atol=bound)

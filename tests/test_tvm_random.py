@@ -36,9 +36,7 @@ TOLERANCE = 1000 * 2.0**-23
 
 
 def random_program(seed: int, dtype: DType = f32) -> Graph:
-    """Return a graph of views and products of one dtype; every second one calls blocks, with weights of the caller's or
-    values.
-    """
+    """Return a graph of views and products of one dtype; every second one calls blocks, with weights or values."""
     r = Random(seed)
     graph = Graph("random")
     graph.symbols["S"] = Bounds(0)

@@ -247,9 +247,7 @@ def test_a_gather_of_strided_rows_and_into_strided_places() -> None:
     ],
 )
 def test_rows_that_lie_side_by_side_are_moved_as_rows(op: str, read: str, written: str, rows: bool) -> None:
-    """Whole rows if the last axes of both are contiguous; otherwise element by element, even if the rows' axis is
-    contiguous.
-    """
+    """Whole rows if the last axes of both are contiguous; otherwise element by element, even if the rows' axis is."""
 
     def build(b: Builder) -> Expr:
         x, ids = b.rearrange(b.input("x", "f32[5, 5]"), pattern=read), b.input("ids", "i64[5]")

@@ -60,8 +60,9 @@ def test_which_kernels_a_matrix_unit_has_for_blocks(text: str, of: str) -> None:
 @needs_tiles
 @pytest.mark.parametrize("text", READ)
 def test_sums_of_every_size(text: str) -> None:
-    """Sums of bf16 numbers; where our d q + c, rounded once, is between two of them, it may be rounded to the other
-    one.
+    """Sums of bf16 numbers.
+
+    If our d q + c, rounded once, is between two of them, it may be rounded to the other one.
     """
     for k, n in SIZES:
         for graph in (linear_graph(k, n, text), matmul_graph(k, n, text)):

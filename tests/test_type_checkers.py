@@ -62,7 +62,7 @@ Softmax(axs=0)  # wrong
 
 @pytest.fixture
 def workplace(tmp_path: Path) -> Path:
-    """Write a folder with the models of two pages, one with mistakes, and the package as type checkers can follow it."""
+    """Write a folder with the models of two pages, one with mistakes, and the package in a form for type checkers."""
     for page, name in (("README.md", "readme.py"), ("docs/dsl.md", "language.py")):
         blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.M)
         (tmp_path / name).write_text("\n\n".join(blocks), encoding="utf-8")

@@ -99,9 +99,7 @@ def waits(doing: str, since: float, silent: float = 0.0) -> RankStatus:
 def test_who_does_not_come_is_told_after_the_timeout(
     said: list[RankStatus], told: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the ranks that are behind, those that have been for half the timeout of 4 s, or else all; never a rank that
-    has left.
-    """
+    """The ranks that have been behind for half the timeout of 4 s, or else all behind; never one that has left."""
     monkeypatch.setattr(Watch, "_end_process", lambda self: None)
     monkeypatch.setattr(watching, "time", SimpleNamespace(monotonic=lambda: NOW))
     watch = Watch(0, len(said) + 1, timeout=4.0)

@@ -33,7 +33,7 @@ WEIGHTS = initial_weights(whisper.configure(**SMALL).graph())
 
 
 def attention(place: str, ours: str, first: str, second: str) -> Iterator[tuple[str, Array]]:
-    """Return an attention's two or three matrices: our keys have no bias, so theirs is zero."""
+    """Yield an attention's two or three matrices: our keys have no bias, so theirs is zero."""
     bias = {f"{ours}.{n}.bias": WEIGHTS.get(f"{ours}.{n}.bias", np.zeros(SMALL["dim"], np.float32)) for n in "qkv"}
     for name, parts in (("linear_0", first), ("linear_1", second)):
         if parts:
@@ -54,7 +54,7 @@ def norm(place: str, ours: str) -> Iterator[tuple[str, Array]]:
 
 
 def converted() -> Iterator[tuple[str, Array]]:
-    """Return the weights and options as CTranslate2's converter writes them."""
+    """Yield the weights and options as CTranslate2's converter writes them."""
     yield "encoder/num_heads", np.array(SMALL["heads"], "<i2")
     for name, value in OPTIONS.items():
         yield f"decoder/{name}", np.array(value, "i1")

@@ -193,9 +193,7 @@ class BlindlyCausal(Rewrite):
 
 
 def test_what_stands_above_a_match_counts_where_a_side_no_longer_reads_it() -> None:
-    """The mask is a free value at first, and not a triangle; followed up to its positions, it is one, or is off by
-    one.
-    """
+    """The mask is a free value at first; followed up to its positions, it is a triangle, or is off by one."""
     right = certified(attention(lambda b: triangle(b)), BlindlyCausal())
     assert [e.rule for e in right.log[0].matches] == ["blindly-causal"]
     assert certificates(right)[0].cases >= 6

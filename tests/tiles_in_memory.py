@@ -171,7 +171,7 @@ def _copies(tile: int, rows: int, length: int, way: str) -> str:
 
 
 def _call(k: Any, name: str, taken: str, body: str, *operands: Any) -> None:
-    """Return a statement that calls a function of LLVM's text."""
+    """Emit a statement that calls a function of LLVM's text."""
     held = f"@tiles_in_memory = internal thread_local global [{8 * _TILE} x i8] zeroinitializer, align 64"
     k.imported.setdefault("tiles", held)
     for declared in ("memset.p0.i64(ptr, i8, i64, i1)", "memcpy.p0.p0.i64(ptr, ptr, i64, i1)"):

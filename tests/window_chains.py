@@ -30,7 +30,7 @@ def drawn_sizes(r: Random, rank: int) -> Iterator[tuple[int, ...]]:
 
 
 def onnx_chain(seed: int) -> Any:
-    """Return a model of up to four convolutions and poolings, and a Resize or an op that reads the length of an axis."""
+    """Return a model of up to four convolutions and poolings, and a Resize or an op that reads an axis's length."""
     from onnx import TensorProto, helper
 
     r, rng = Random(seed), np.random.default_rng(seed)
@@ -65,9 +65,7 @@ def onnx_chain(seed: int) -> Any:
 
 
 def torch_chain(seed: int) -> tuple[Any, int]:
-    """Return a module of up to four convolutions and poolings and one of several ends, and the number of axes they
-    slide over.
-    """
+    """Return a module of up to four convolutions and poolings and an end, and the number of axes they slide over."""
     import torch
     from torch import nn
 
