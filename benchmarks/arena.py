@@ -107,10 +107,10 @@ def line(row: Mapping[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", metavar="FAMILY", help="of the zoo (all)")
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help="families of the zoo (all)")
     parser.add_argument("--backend", choices=BACKENDS, default="tvm")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of every family")
-    parser.add_argument("--runs", type=int, default=5, help="of which planning's median is told (5)")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="an option of every family")
+    parser.add_argument("--runs", type=int, default=5, help="runs; the median of planning is printed (5)")
     parser.add_argument("--json", action="store_true", help="print a list of rows")
     given = parser.parse_args()
     backend = find_backend(given.backend)

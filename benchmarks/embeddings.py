@@ -39,7 +39,7 @@ MOST_APART = 0.005
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("wheel", help="gensim's wheel")
-    parser.add_argument("--count", type=int, default=500, help="sentences")
+    parser.add_argument("--count", type=int, default=500, help="number of sentences")
     parser.add_argument("--ways", default="int8,bf16", help="of " + ", ".join(WAYS))
     parser.add_argument("--backend", default="tvm")
     parser.add_argument("--json", action="store_true")

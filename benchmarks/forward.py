@@ -67,10 +67,10 @@ WAYS: dict[str, dict[str, str]] = {"f32": {}, "bf16": {"dtype": "bf16"}, "int8":
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", default=",".join(ROWS), help="rows, with commas")
+    parser.add_argument("--only", default=",".join(ROWS), help="rows, separated by commas")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=tuple(PEERS), default="f32")
-    parser.add_argument("--against", help="peers in place of those of the dtype, with commas")
+    parser.add_argument("--against", help="peers in place of the dtype's, separated by commas")
     parser.add_argument("--backend", default="tvm")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--python", default=sys.executable)

@@ -122,8 +122,8 @@ class Row:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", default="", help="the cases whose name holds one of these words, comma between")
-    parser.add_argument("--folder", type=Path, help="where exports are kept; a temporary folder where left out")
+    parser.add_argument("--only", default="", help="cases whose name contains one of these words, separated by commas")
+    parser.add_argument("--folder", type=Path, help="folder of kept exports (a temporary folder)")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--scale", action="store_true")
     parser.add_argument("--profile", action="store_true", help="with --scale: where the time goes")

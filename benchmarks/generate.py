@@ -236,7 +236,7 @@ GGUF = "model.gguf"
 
 
 def token_bytes(model: str, folder: Path) -> int:
-    """Return the least bytes that a token reads: all weights, and the float32 keys and values of previous tokens, once."""
+    """Return the least bytes that a token reads: all weights, and the float32 keys and values of earlier tokens."""
     if model == "smollm2":
         return (folder / GGUF).stat().st_size + TOKENS * 30 * 2 * 192 * 4
     return 124_439_808 * 4 + TOKENS * 12 * 2 * 768 * 4
@@ -250,7 +250,7 @@ def weights_of(model: str, folder: Path) -> str:
     return str(folder / GGUF) if model == "smollm2" else str(folder / "hf")
 
 
-# -- what they read --------------------------------------------------------------------------------------------
+# -- the files of each side ------------------------------------------------------------------------------------
 
 
 def prepare(model: str, form: str, folder: Path, python: str) -> None:
@@ -344,7 +344,7 @@ def convert_ctranslate2(python: str, folder: Path) -> None:
     subprocess.run(words, check=False, capture_output=True)
 
 
-# -- turns -----------------------------------------------------------------------------------------------------
+# -- the rounds ------------------------------------------------------------------------------------------------
 
 
 def compare(options: argparse.Namespace, folder: Path) -> tuple[Found, dict[str, str]]:
@@ -399,7 +399,7 @@ def ask(process: subprocess.Popen[str], kind: str) -> dict[str, float]:
     return answer
 
 
-# -- what is told ----------------------------------------------------------------------------------------------
+# -- the output ------------------------------------------------------------------------------------------------
 
 
 def rows_of(options: argparse.Namespace, found: Found) -> Iterator[dict[str, Any]]:

@@ -58,7 +58,7 @@ _SMALL = 1024
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", metavar="FAMILY", help="of the zoo (all)")
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help="families of the zoo (all)")
     parser.add_argument("--json", action="store_true", help="print a list of rows")
     parser.add_argument("--side", choices=OTHERS, help=argparse.SUPPRESS)
     given = parser.parse_args()

@@ -58,11 +58,11 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--flight", type=int, default=16)
     parser.add_argument("--alone", type=int, default=200)
-    parser.add_argument("--tokens", type=int, default=200, help="the most of a request; the fewest are 20")
+    parser.add_argument("--tokens", type=int, default=200, help="most tokens of a request; the fewest are 20")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--backend", default="tvm")
-    parser.add_argument("--quantize", help="as of `treadle serve`: int8 rounds what a file's blocks multiply")
-    parser.add_argument("--widen", help="as of `treadle serve`: blocks holds the weights in float32")
+    parser.add_argument("--quantize", help="as in `treadle serve`: int8 rounds the activations of weights in blocks")
+    parser.add_argument("--widen", help="as in `treadle serve`: blocks stores the weights in float32")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     command = [sys.executable, "-m", "treadle", "serve", options.model, "--port", "0", "--json"]
@@ -171,7 +171,7 @@ def report(found: dict[str, Any], as_json: bool) -> None:
     if found["times_alone"] is not None:
         met = "met" if found["times_alone"] >= TARGET else "missed"
         print(f"  {found['times_alone']:.2f} times {found['tokens_per_second_alone']:.0f}, one at a time: {met}")
-    print(f"  {found['compared']} answers compared with those alone, {len(found['wrong'])} differ")
+    print(f"  {found['compared']} responses compared with the same requests alone, {len(found['wrong'])} differ")
     print(f"  {len(found['failed'])} failed{': ' + found['failed'][0] if found['failed'] else ''}")
     memory = found["resident_mb"]
     print(f"  memory {memory[0]:.0f} MB after 100, {max(memory):.0f} at most, {memory[-1]:.0f} in the end")

@@ -169,7 +169,7 @@ def main() -> int:
         verdict = "equal" if split is None else f"differs at token {split[0]}, gap {split[1]:.2g}"
         wrong += split is not None and split[1] >= NEAR
         print(f"  {verdict:34} least gap {min(theirs.gaps):.2g}  {text!r} ... {tokenizer.decode(found)!r}")
-    print(f"{wrong} continuations differ where no near tie explains it")
+    print(f"{wrong} continuations differ without a near tie")
     return 1 if wrong else 0
 
 

@@ -118,7 +118,7 @@ class Case:
 
     @cached_property
     def seeds(self) -> dict[int, Array]:
-        """Return a random gradient for each float result, by the result's position; it is exact in every float dtype."""
+        """Return a random gradient for each float result, by the result's position; it is exact in all float dtypes."""
         rng = np.random.default_rng(len(self.types))
         drawn = [(n, t, rng.standard_normal(t.evaluate({}))) for n, t in enumerate(self.op.infer(self.types))]
         return {n: held(held(seed, bf16), t.dtype) for n, t, seed in drawn if t.dtype.is_float}

@@ -179,7 +179,7 @@ def main() -> int:
     parser.add_argument("--real", action="store_true", help="the fetched models, not the zoo's")
     parser.add_argument("--digests", action="store_true", help="print the hashes of the tree that is imported")
     parser.add_argument("--paths", type=json.loads, help="with --digests: real models, as JSON of paths by name")
-    parser.add_argument("--graphs", type=int, default=0, help="so many random graphs, not the zoo")
+    parser.add_argument("--graphs", type=int, default=0, help="number of random graphs, in place of the zoo")
     parser.add_argument("--seed", type=int, default=0, help="of the first random graph")
     parser.add_argument("--folder", type=Path, help="with --digests: where graphs and their arrays are")
     given = parser.parse_args()

@@ -26,7 +26,7 @@ def of_files() -> int:
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssFile"))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the system tells it elsewhere otherwise")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, which only Linux has")
 def test_pages_of_a_view_are_given_back_and_read_again(file: Path) -> None:
     mapped = np.memmap(file, np.uint8, "r")
     view = mapped[128:].reshape(4, -1)

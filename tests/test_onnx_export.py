@@ -422,7 +422,7 @@ def test_reshapes_to_and_from_rank_0(type: str, shape: tuple[int, ...], opset: i
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "f64", "i64", "i8", "u8"])
 def test_division_rounds_down(dtype: str, tmp_path: Path) -> None:
-    """Where C truncates, and for floats as in NumPy: 1 // 0.1 is 9, because 0.1 is slightly more than a tenth."""
+    """Also where C truncates; floats as in NumPy: 1 // 0.1 is 9, because 0.1 is slightly more than a tenth."""
     numpy = DTYPES[dtype].numpy
     pairs = [(7, 2), (-7, 2), (7, -2), (-7, -2), (6, 3), (-6, 3), (0, 5), (5, 7), (-5, 7)]
     if dtype.startswith("f"):

@@ -105,7 +105,7 @@ def test_what_a_border_repeats(mode: str, pads: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("stored", ["y", "x", "neither", "rows of y"])
 def test_integers_of_64_bits_to_a_power(stored: str) -> None:
-    """By products if the file bounds an exponent from 0 to 8, exact up to 2^63; otherwise in f64, exact up to 2^53.
+    """Products if the file bounds an exponent from 0 to 8, exact up to 2^63; otherwise f64, exact up to 2^53.
 
     f64 cannot represent 3^34, nor the cube of 2^20 + 1. A value that is not an exponent, stored or not, is not read as
     one.

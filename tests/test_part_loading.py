@@ -80,7 +80,7 @@ def touched(path: Path) -> int:
     try:
         lines = Path("/proc/self/smaps").read_text().splitlines()
     except OSError:
-        pytest.skip("the system does not tell which pages a process has")
+        pytest.skip("the system does not report the pages of a process")
     total, inside = 0, False
     for line in lines:
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):

@@ -33,7 +33,7 @@ from treadle.passes.framework.rewrite import Match, Refusal, Rewrite
 from treadle.passes.fusion.fuse_gelu import FuseGelu
 from treadle.passes.pipelines import DEFAULT
 
-# -- what patterns say and refuse to say --------------------------------------------------------------------------
+# -- patterns -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ def test_an_output_has_its_micro_batches_in_order() -> None:
     assert "output y has its micro-batches in order" in str(plan)
 
 
-# -- cuts --------------------------------------------------------------------------------------------------------------
+# -- splits into stages ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -272,7 +272,7 @@ def test_terms_lie_in_an_order_of_their_own() -> None:
     assert len(parse_placement("[tp:(1)2, -] max(dp)", mesh).used) == 2
 
 
-# -- what it costs -----------------------------------------------------------------------------------------------------
+# -- costs -------------------------------------------------------------------------------------------------------------
 
 ROUND = Machine(flops=1.0, bandwidth=128.0, memory=1.0, node=4, fast=64.0, slow=16.0, latency=0.5)
 """For four ranks with an f32[8, 16], of 512 bytes."""

@@ -25,7 +25,7 @@ def weight(b: Builder, *shape: int) -> Expr:
     return b.parameter(f"w{len(b.function.parameters)}", f32[shape])
 
 
-# -- spellings of x w, from [..., 4] to [..., 4] -------------------------------------------------------------------
+# -- forms of x w, from [..., 4] to [..., 4] -----------------------------------------------------------------------
 
 
 def by_matmul(b: Builder, x: Expr) -> Expr:
@@ -91,7 +91,7 @@ SPELLINGS = (
     by_stack,
 )
 
-# -- what stands around a product ----------------------------------------------------------------------------------
+# -- ops around a product ------------------------------------------------------------------------------------------
 
 Spelling = Callable[[Builder, Expr], Expr]
 

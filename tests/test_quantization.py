@@ -370,7 +370,7 @@ def test_verify_takes_an_artifact_with_blocks(tmp_path: Path) -> None:
     assert report.passed and report.rewrites.exceeds is False
 
 
-# -- told ----------------------------------------------------------------------------------------------------------
+# -- the report ----------------------------------------------------------------------------------------------------
 
 
 def test_a_plan_prints_with_layers_folded() -> None:

@@ -62,7 +62,7 @@ def test_queries_that_begin_later_are_left_alone(start: int) -> None:
     assert_equal_everywhere(b.graph, done.graph, ROUNDING)
 
 
-# -- what is read ------------------------------------------------------------------------------------------------------
+# -- recognized tensors ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

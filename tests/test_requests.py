@@ -149,7 +149,7 @@ def test_texts_are_a_megabyte_long_at_most() -> None:
 
 
 def test_what_is_counted() -> None:
-    """By name, route, model and kind; the library's own lines, such as when a counter was created, are left out."""
+    """Metrics by name, route, model and kind; the library's own lines, such as a counter's creation, are left out."""
     pytest.importorskip("prometheus_client")
     from treadle.serving.metrics import Metrics
 

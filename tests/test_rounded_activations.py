@@ -161,7 +161,7 @@ def test_products_of_rounded_rows_are_left_in_float32() -> None:
     assert {r.reason for r in record.refusals} == {"x is rounded to blocks already"}
 
 
-# -- what it means -------------------------------------------------------------------------------------------------
+# -- meaning -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("encoding", [ROWS, STEPS])

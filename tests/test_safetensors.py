@@ -403,7 +403,7 @@ def test_what_is_not_a_regular_file_is_refused(tmp_path: Path) -> None:
         assert "not a regular file" in refusal(pipe).what
 
 
-@pytest.mark.skipif(os.name == "nt", reason="a mapped file cannot be cut on Windows")
+@pytest.mark.skipif(os.name == "nt", reason="a mapped file cannot be truncated on Windows")
 def test_a_file_that_is_cut_after_opening_is_noticed(path: Path) -> None:
     save_file({"a": np.zeros(5000)}, path)
     file = SafetensorsFile.open(path)

@@ -303,7 +303,7 @@ def test_weights_of_every_element_are_written_as_safetensors_reads_them(tmp_path
             np.testing.assert_array_equal(found[name], array)
 
 
-# -- what is refused -----------------------------------------------------------------------------------------------
+# -- refusals ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -576,7 +576,7 @@ def test_a_package_that_is_not_there_is_named(package: str, monkeypatch: pytest.
     assert "pip install 'treadle[" in str(error.hint)
 
 
-# -- what others would have to do wrong first --------------------------------------------------------------------------
+# -- refusals that need another bug first ------------------------------------------------------------------------------
 
 
 def test_inputs_that_an_onnx_file_has_not(monkeypatch: pytest.MonkeyPatch) -> None:

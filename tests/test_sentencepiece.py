@@ -91,7 +91,7 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
 }
-"""By config.json's model_type: the file, and its training options."""
+"""Files by config.json's model_type: the file name, and its training options."""
 
 ADDED = {
     "content": "<|end|>",

@@ -108,7 +108,7 @@ def test_the_command_writes_and_reads_a_file(tmp_path: Path) -> None:
         assert refused.exit_code == 2 and what in " ".join(refused.output.split())
 
 
-# -- what strangers wrote ----------------------------------------------------------------------------------------------
+# -- untrusted files ---------------------------------------------------------------------------------------------------
 
 Change = Callable[[dict[str, Any]], object]
 

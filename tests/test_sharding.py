@@ -197,7 +197,7 @@ def test_any_graph_split_in_any_way_computes_the_same(seed: int) -> None:
     assert difference(case, case.plan(), merged=seed % 8 < 4) < 1e-10
 
 
-# -- the command and the front door ------------------------------------------------------------------------------------
+# -- the command and the public API ------------------------------------------------------------------------------------
 
 
 def test_the_command_takes_dtypes_and_quantization() -> None:

@@ -155,7 +155,7 @@ def test_a_name_outlives_its_op_where_the_replacement_is_arithmetic() -> None:
     assert lines(optimize(text, Canonicalize()).graph) == ["mul -> square", "exp -> y"]
 
 
-# -- what is not written -----------------------------------------------------------------------------------------------
+# -- incomplete rewrites -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

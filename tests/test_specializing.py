@@ -173,7 +173,7 @@ def test_options_reach_every_specialization(tmp_path: Path) -> None:
     assert found, exe.at(k=3).log
 
 
-# -- what is shared, and how much is kept --------------------------------------------------------------------------
+# -- sharing, and limits of kept executables -----------------------------------------------------------------------
 
 
 def weighted() -> onnx.ModelProto:

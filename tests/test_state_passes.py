@@ -292,7 +292,7 @@ def test_a_certified_pipeline_runs_on_stateful_graphs() -> None:
     assert not [r for record in result.log for r in record.refusals if "rolled back" in r.reason]
 
 
-# -- what it means -----------------------------------------------------------------------------------------------
+# -- meaning -----------------------------------------------------------------------------------------------------
 
 
 def test_the_interpreter_takes_and_returns_states() -> None:

@@ -79,7 +79,7 @@ def joined_block() -> Graph:
     return graph
 
 
-# -- what is planned -----------------------------------------------------------------------------------------------
+# -- planning ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["strided", "chains", "library"])
@@ -627,7 +627,7 @@ def test_a_plan_of_another_graph_is_refused() -> None:
     assert "one of other functions" in ours.refused()
 
 
-# -- what cannot be gone through -----------------------------------------------------------------------------------
+# -- plans too large to enumerate ----------------------------------------------------------------------------------
 
 
 def test_what_is_too_large_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

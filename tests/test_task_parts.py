@@ -154,7 +154,7 @@ def tagger(**tokenizer: Any) -> TokenTagger:
 
 
 def scored(*best: int) -> Any:
-    """Return scores whose maximum in each row is the given label, 0.9 in the first row and 0.1 less in each next one."""
+    """Return scores whose maximum in each row is the given label, 0.9 in the first row, and 0.1 less in each next."""
     rows = np.zeros((len(best), 4))
     for n, label in enumerate(best):
         rows[n, label] = 0.9 - n / 10

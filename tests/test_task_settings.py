@@ -21,7 +21,7 @@ from treadle.tasks.images import ImageReader, _middle, _read_image
 from treadle.tasks.labelling import ImageLabeller, image_kind
 from treadle.tasks.opening import read_labels
 
-# -- how text is generated ---------------------------------------------------------------------------------------------
+# -- settings of generation --------------------------------------------------------------------------------------------
 
 
 def settings(

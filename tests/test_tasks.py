@@ -268,7 +268,7 @@ def test_a_question_that_leaves_no_room(tmp_path: Path) -> None:
         model.answer("where?")  # type: ignore[call-overload]
 
 
-# -- what is refused -------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------------------
 
 
 def test_a_head_that_the_task_has_no_use_for(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_requests_are_answered_line_by_line(monkeypatch: pytest.MonkeyPatch) -> 
     assert [list(json.loads(each)) for each in answers] == [["text"], ["error"]]
 
 
-# -- who asks ----------------------------------------------------------------------------------------------------------
+# -- the caller --------------------------------------------------------------------------------------------------------
 
 
 class _Worker:

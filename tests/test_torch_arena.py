@@ -51,7 +51,7 @@ def allocations(run: Any) -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize("name", ["gpt2", "t5", "whisper", "clip"])
 def test_the_arena_is_allocated_once_and_is_as_large_as_planned(name: str) -> None:
-    """According to PyTorch's own profiler, the first run allocates the plan's bytes in one piece, and later ones none."""
+    """According to PyTorch's own profiler, the first run allocates the plan's bytes in one piece, later ones none."""
     exe, executable = made(name)
     sizes = small_sizes(exe.graph)[-1]
     given = draw_inputs(exe.graph, sizes, [0])

@@ -23,7 +23,7 @@ torch = pytest.importorskip("torch")
 from treadle.backends.torch import backend as torch_backend
 from treadle.backends.torch.packing import ACTIVATIONS, can_pack
 
-pytestmark = pytest.mark.skipif(not can_pack(), reason="PyTorch has no oneDNN for this processor")
+pytestmark = pytest.mark.skipif(not can_pack(), reason="PyTorch has no oneDNN for this CPU")
 
 K, N = 32, 48
 

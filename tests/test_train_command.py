@@ -153,7 +153,7 @@ def only() -> FakeTrainer:
     return made
 
 
-# -- what it asks --------------------------------------------------------------------------------------------------
+# -- calls of the trainer ------------------------------------------------------------------------------------------
 
 
 def test_what_is_left_out_is_its_default(train: Treadle) -> None:
@@ -228,7 +228,7 @@ def test_a_masked_model_is_asked_for_what_is_hidden(train: Treadle) -> None:
         np.testing.assert_array_equal(before["targets"], after["targets"], "the same is hidden before and after")
 
 
-# -- a run that goes on --------------------------------------------------------------------------------------------
+# -- resumed runs --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("objective", ["gpt2 texts.txt", "bert texts.txt --objective masked-token"])
@@ -420,7 +420,7 @@ def test_what_was_trained_is_saved_where_nobody_reads_on(train: Treadle, monkeyp
     assert len(only().calls) == 2 and "model.safetensors" in os.listdir("out")
 
 
-# -- what it says --------------------------------------------------------------------------------------------------
+# -- output --------------------------------------------------------------------------------------------------------
 
 
 PAGES = {
@@ -498,7 +498,7 @@ def test_a_mean_weighs_each_batch_by_its_targets() -> None:
     assert held_out_loss(Losses(), TextData(Counted(), data.batches, blocks[2:]), ends=lambda: False) is None
 
 
-# -- what it refuses -----------------------------------------------------------------------------------------------
+# -- refusals ------------------------------------------------------------------------------------------------------
 
 REFUSED = {
     "--temperature 2": ("without --teacher there is no --temperature", "--teacher MODEL as well"),

@@ -48,7 +48,7 @@ def batch_of(trainer: Trainer, seed: int, rows: int = 3, length: int = 7) -> dic
     return made
 
 
-# -- beside PyTorch ----------------------------------------------------------------------------------------------------
+# -- compared with PyTorch ---------------------------------------------------------------------------------------------
 
 
 def train_in_torch(
@@ -155,7 +155,7 @@ def test_the_row_of_padding_of_a_torch_module_gets_no_gradient() -> None:
     assert changed.tolist() == [False, True, False, True, False, True, False]
 
 
-# -- ways to the same weights ------------------------------------------------------------------------------------------
+# -- several ways to the same weights ----------------------------------------------------------------------------------
 
 
 def trained(steps: int = 3, **options: Any) -> tuple[Trainer, list[float]]:

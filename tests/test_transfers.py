@@ -171,12 +171,12 @@ def test_a_run_ends_when_all_that_was_handed_on_has_come(world: World) -> None:
             return [met[rank].exchange(op, np.array([n + rank])).tolist() for n in (5, 6) if rank < 2]  # type: ignore[arg-type]
 
     assert world.run(runs) == [[[0], [0]], [[5], [6]], []]
-    assert len(world.sent) == 2 + 4, "and what the two told each other"
+    assert len(world.sent) == 2 + 4, "the parts, and the exchange of their shapes"
     assert all(world.sent)
 
 
 def test_what_is_waited_for_is_what_was_begun_first(world: World) -> None:
-    """Of one kind, over the same axes."""
+    """Collectives of one kind, over the same axes."""
     starts = [
         find_op("start_gather").make(over="tp", ways=3, axis=axis, size=6, because=f"axis {axis}") for axis in (0, 1)
     ]

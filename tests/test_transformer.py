@@ -152,7 +152,7 @@ def test_follow() -> None:
     assert pack, str(pack)
 
 
-# -- a folder of one's own -------------------------------------------------------------------------------------
+# -- a model in a folder ---------------------------------------------------------------------------------------
 
 
 def test_a_folder_under_our_names(tmp_path: Path) -> None:

@@ -348,7 +348,7 @@ def test_a_group_is_made_of_tiles() -> None:
         assert BLOCK % (2 * isa.lanes()) == 0
 
 
-# -- what is left to the body --------------------------------------------------------------------------------
+# -- attention computed by its body --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, repr=False)

@@ -42,7 +42,7 @@ from treadle.backends.tvm.kernels.narrow.round_rows import RoundRows, held_eleme
 from treadle.backends.tvm.kernels.narrow.tile_product import TileProduct
 from treadle.backends.tvm.kernels.pointwise import Chain, Instruction
 
-needs_avx512_bf16 = pytest.mark.skipif(not runs_here(ISAS["x86-64-v4-bf16"]), reason="rows are rounded by AVX-512's")
+needs_avx512_bf16 = pytest.mark.skipif(not runs_here(ISAS["x86-64-v4-bf16"]), reason="AVX-512 rounds the rows")
 
 HERE = [
     name for name in ("x86-64-amx", "x86-64-v4-bf16", "x86-64-v4", "x86-64-v3", "x86-64-v2") if runs_here(ISAS[name])
@@ -146,7 +146,7 @@ def test_infinite_and_missing_numbers_stay_in_their_row(isa: str) -> None:
     assert_sums(got[plain], exact(x[plain], w), 50)
 
 
-# -- what stands around a product --------------------------------------------------------------------------------
+# -- ops around a product ----------------------------------------------------------------------------------------
 
 
 def gated_block(width: int) -> tuple[Graph, dict[str, Array]]:
@@ -321,7 +321,7 @@ def test_blocks_are_unpacked_into_tiles_in_memory(text: str, monkeypatch: pytest
         assert (np.abs(made - exact(x, w)) <= bound).all()
 
 
-# -- the permission ----------------------------------------------------------------------------------------------------
+# -- permission to use the matrix unit ---------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not runs_here(ISAS["x86-64-amx"]), reason="no matrix unit")

@@ -190,7 +190,7 @@ def test_what_no_kernel_reads_is_decoded_once_and_told() -> None:
 
 @pytest.mark.parametrize("rounds", [False, True])
 def test_the_mix_of_forms_that_files_hold_stays_in_blocks(rounds: bool) -> None:
-    """As llama.cpp mixes them: nothing is widened, a table of q6_k is stored once, with or without rounded activations."""
+    """As llama.cpp mixes them: nothing is widened, a table of q6_k is stored once, activations rounded or not."""
     model = llama.configure(vocab=300, dim=256, heads=4, kv_heads=2, layers=2, hidden=512, tied=True).graph()
     forms = {n: Encoding("q4_k") for n, v in model.parameters.items() if v.type.rank == 2}
     forms |= {"embed.weight": Encoding("q6_k"), "layer.1.attn.v.weight": Encoding("q5_0")}

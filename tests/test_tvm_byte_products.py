@@ -157,7 +157,7 @@ def test_nothing_at_all(isa: str) -> None:
             np.testing.assert_array_equal(exe(x=x[:rows])["y"], exact(x[1:rows], w))
 
 
-# -- what stands around a product ----------------------------------------------------------------------------------
+# -- ops around a product ------------------------------------------------------------------------------------------
 
 
 @each_isa
@@ -256,7 +256,7 @@ def test_each_instruction_set_has_its_instructions(isa: str, word: str) -> None:
     assert word in assembly(kernel, ISAS[isa])
 
 
-@pytest.mark.skipif(not runs_here(ISAS["x86-64-v4-bf16"]), reason="no VNNI here, which the same bits come from")
+@pytest.mark.skipif(not runs_here(ISAS["x86-64-v4-bf16"]), reason="no VNNI here, whose bits are compared")
 def test_tiles_have_the_bits_of_instructions_that_multiply_fours(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles are in memory here: the kernel's use of them, zeros of rows included."""
     caches = (KernelCache(stand_in(monkeypatch), folder=None), KernelCache(ISAS["x86-64-v4-bf16"]))
@@ -286,7 +286,7 @@ def test_forms_of_rows() -> None:
     assert {forms[n] for n in ISAS if n not in ("x86-64-amx", "x86-64-v4-bf16")} == {"wide"}
 
 
-# -- what is no weight, or comes from elsewhere --------------------------------------------------------------------
+# -- operands other than weights -----------------------------------------------------------------------------------
 
 
 @each_isa
@@ -353,7 +353,7 @@ def test_rows_are_multiplied_with_a_vector_before_they_are_rounded(isa: str, row
 
 
 def test_what_a_tile_meets_is_fetched_while_its_sums_are_made() -> None:
-    """Of a residual and of the result that takes its place, three lines of each of a tile's rows; otherwise nothing."""
+    """Three lines of each of a tile's rows, of a residual and of the result that replaces it; otherwise nothing."""
     added = Chain(("f32", "f32"), (Instruction("add", (1, 0), "f32"),))
     isa = ISAS["x86-64-v4-bf16"]
     of_rows, of_vectors = (assembly(QuadProduct(added, (how,), whole=True), isa) for how in ("mn", "n"))

@@ -207,7 +207,7 @@ def test_tiles_of_both_sides_in_memory(left: str, right: str, monkeypatch: pytes
         np.testing.assert_array_equal(*made)
 
 
-# -- what a cast makes -------------------------------------------------------------------------------------------------
+# -- results of casts --------------------------------------------------------------------------------------------------
 
 
 def gradients(b: Builder) -> dict[str, Expr]:
@@ -282,7 +282,7 @@ def test_what_is_cast_from_may_be_written_over() -> None:
     np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-3 * np.abs(wanted).max())
 
 
-# -- what stays --------------------------------------------------------------------------------------------------------
+# -- casts that remain -------------------------------------------------------------------------------------------------
 
 
 OTHERS = {

@@ -184,7 +184,7 @@ def test_a_scale_of_a_weight_that_is_not_finite_spoils_its_own_columns_alone() -
     assert np.isfinite(np.delete(y, [7, 9], axis=1)).all()
 
 
-# -- what stands around a product ------------------------------------------------------------------------------------
+# -- ops around a product --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("isa", "text"), [(isa, "q8_0") for isa in HERE] + [(HERE[0], text) for text in READ])
@@ -309,7 +309,7 @@ def test_each_instruction_set_has_its_instructions_and_keeps_sums_in_registers(i
         assert text.count("vpdpbusd") == 8 * (12 + 8 + 4 + 2 + 1)
 
 
-@pytest.mark.skipif("x86-64-v4-bf16" not in HERE, reason="no VNNI here, which the same bits come from")
+@pytest.mark.skipif("x86-64-v4-bf16" not in HERE, reason="no VNNI here, whose bits are compared")
 def test_tiles_have_the_bits_of_instructions_that_multiply_fours() -> None:
     """Tiles are in memory here: the kernel's use of them, in more than one chunk of k.
 

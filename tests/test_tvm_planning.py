@@ -107,7 +107,7 @@ def test_a_kernel_that_needs_what_the_plan_has_dead_is_found() -> None:
 
 
 def test_a_timed_call_takes_what_the_clock_says_and_the_first_run_counts_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that advances by 1, 2, 3, ... at each reading: three runs of two calls."""
+    """The clock advances by 1, 2, 3, ... at each reading: three runs of two calls."""
     x = np.ones((2, 4), np.float32)
     graph = graph_of(lambda b: b.softmax(b.exp(b.input("x", "f32[B, 4]")), axis=-1))
     exe = find_backend("tvm").compile(graph, Target("cpu", threads=1), {})

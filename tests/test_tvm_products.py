@@ -50,7 +50,7 @@ def titles(exe: KernelExecutable) -> list[str]:
     return [s.routine.name if isinstance(s, RoutineStep) else s.kernel.title for s in exe.program.main.steps]
 
 
-# -- however operands lie ------------------------------------------------------------------------------------
+# -- layouts of operands -------------------------------------------------------------------------------------
 
 EQUATIONS = [
     ("b h s d, b h t d -> b h s t", {"b": 2, "h": 3, "s": 5, "t": 7, "d": 16}),

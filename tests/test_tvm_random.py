@@ -201,7 +201,7 @@ def check(seed: int, dtype: DType = f32, tolerance: float = TOLERANCE) -> None:
         np.testing.assert_array_equal(array, before[name], err_msg=f"seed {seed} writes to weight {name}")
 
 
-# -- what random programs found, or nearly -----------------------------------------------------------------------
+# -- cases found by random programs ------------------------------------------------------------------------------
 
 
 def test_a_weight_that_is_an_output_is_given_as_it_is() -> None:

@@ -369,7 +369,7 @@ def test_padding_holds_what_the_dtype_holds() -> None:
         assert made.tolist() == [value, 0, 0, value, value], dtype
 
 
-# -- where results are written ---------------------------------------------------------------------------------
+# -- places of results -----------------------------------------------------------------------------------------
 
 
 def _sums(b: Builder, x: Expr) -> Expr:

@@ -46,7 +46,7 @@ def line_of(text: str) -> str:
     return f"{Path(__file__).name}:{at}"
 
 
-# -- what is right ---------------------------------------------------------------------------------------------------
+# -- right backends --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert masked_lm", "t5", "whisper_encoder"])
@@ -75,7 +75,7 @@ def test_an_artifact_is_verified(tmp_path: Path) -> None:
         verify_model(tmp_path / "toy.treadle", layers=3)
 
 
-# -- what is wrong ---------------------------------------------------------------------------------------------------
+# -- wrong backends --------------------------------------------------------------------------------------------------
 
 
 def test_a_wrong_kernel_is_found_with_the_users_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +220,7 @@ def test_a_result_may_be_off_by_what_goes_into_one_number_of_it() -> None:
     assert [terms_of(y.value.node) for y in made] == [7, 7, 1, 1, 5]
 
 
-# -- what cannot be told ---------------------------------------------------------------------------------------------
+# -- limits of verification --------------------------------------------------------------------------------------------
 
 
 def test_a_badly_conditioned_model_is_not_called_wrong() -> None:

@@ -48,7 +48,7 @@ def test_of_a_long_failure_the_beginning_is_told(failing: int, monkeypatch: pyte
     second.connect("127.0.0.1", first.listen("127.0.0.1"))
     try:
         wait_for_all(first)
-        assert ranks[failing].settle("w" * 99_999, "r" * 99_999), "who has failed tells the user"
+        assert ranks[failing].settle("w" * 99_999, "r" * 99_999), "the failing rank reports to the user"
         for rank in ranks:
             assert rank._failed.wait(10)
             assert rank.failure == Failure("w" * 2000, "r" * 2000, teller=failing)

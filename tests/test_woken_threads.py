@@ -19,7 +19,7 @@ from tests.backend_checks import needs_tvm
 from treadle.backends.tvm.kernels import woken_threads
 from treadle.backends.tvm.kernels.woken_threads import ASLEEP, WokenThreads, thread_numbers
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux alone is told where threads begin")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux can set the cores of a thread")
 
 
 @pytest.fixture
