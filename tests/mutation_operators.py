@@ -47,7 +47,7 @@ class DropKeyword(DropReturned):
 
     def mutate(self, node: Any, index: int) -> Any:
         at = node.children.index(self._keywords(node)[index])
-        first = 0 if node.children[at - 1] == "," else 1  # the comma before it goes too, else the one after it
+        first = 0 if node.children[at - 1] == "," else 1  # also removes the comma before it, else the one after it
         after = first and node.children[at + 1] == ","
         del node.children[at - (not first) : at + 1 + after]
         return node

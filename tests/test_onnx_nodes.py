@@ -40,7 +40,7 @@ def floats(*shape: int) -> Array:
 NOT_DRAWN = {
     "Attention": {"qk_matmul_output_mode", "softmax_precision"},  # tests/test_attention_probabilities.py
     "BatchNormalization": {"spatial"},  # 0 is another operator, and refused
-    "Constant": {"sparse_value", "value_string", "value_strings"},  # of types that are refused
+    "Constant": {"sparse_value", "value_string", "value_strings"},  # of refused types
 }
 
 

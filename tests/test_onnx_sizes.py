@@ -70,7 +70,7 @@ def test_an_axis_of_which_the_file_says_nothing_is_called_by_its_place(unknown: 
         import_onnx(proto, dims={"n": 4})
     listed = "x_0, x_1" if not isinstance(unknown, str) or not unknown else f"x_0, {unknown}, x_1"
     assert caught.value.hint == f"its axes are {listed}; its inputs x"
-    if unknown in ("?", "*"):  # which the file does say, of both
+    if unknown in ("?", "*"):  # the file names both of them
         assert str(import_onnx(proto, dims={unknown: 4, "x_1": 5}).graph.main.inputs[0].type) == "f32[4, 5]"
 
 

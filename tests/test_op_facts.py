@@ -48,7 +48,7 @@ def evaluated(case: Case, operands: Given) -> tuple[Array, ...] | None:
     on_these = Case(case.op, tuple(types), tuple(operands))
     try:
         return on_these.evaluate(operands) if on_these.takes_its_operands else None
-    except GraphError:  # an index that points outside
+    except GraphError:  # an index out of range
         return None
 
 

@@ -409,7 +409,7 @@ def test_any_graph_verifies_after_every_pass_and_keeps_its_signature(graph: Grap
 @given(random_graphs())
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_any_graph_that_can_be_run_keeps_its_numbers(graph: Graph) -> None:
-    """Without constant folding, which rounds to the graph's own dtypes and so differs from float64 on purpose."""
+    """Without constant folding, which rounds to the graph's own dtypes and so differs from float64 by design."""
     optimized = PassManager([each for each in DEFAULT if not isinstance(each, FoldConstants)]).run(graph)
     try:
         wanted = numbers(graph)

@@ -399,7 +399,7 @@ def test_what_is_not_a_regular_file_is_refused(tmp_path: Path) -> None:
     refusal(tmp_path / "absent.safetensors")
     if hasattr(os, "mkfifo"):
         pipe = tmp_path / "pipe.safetensors"
-        os.mkfifo(pipe)  # opened plainly, it would wait for a writer forever
+        os.mkfifo(pipe)  # an ordinary open would wait for a writer forever
         assert "not a regular file" in refusal(pipe).what
 
 

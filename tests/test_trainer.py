@@ -115,7 +115,7 @@ def test_a_model_of_the_hub_is_trained_as_by_pytorch(name: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["bert-masked-lm", "bart", "albert-masked-lm", "llama"])
 def test_rows_of_padding_and_buffers_are_trained_as_by_pytorch(name: str, tmp_path: Path) -> None:
-    """Padding among the tokens gives its row of the table no gradient; logits that are tied to the table do."""
+    """Padding tokens give their row of the embedding table no gradient; logits tied to the table give it one."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     from tests.hf_models import save

@@ -353,7 +353,7 @@ def test_a_group_is_made_of_tiles() -> None:
 
 @dataclass(frozen=True, repr=False)
 class EveryOther(MaskTerm):
-    """A term that no backend knows: keys at even positions."""
+    """A term that no backend supports: keys at even positions."""
 
     name = "every_other"
 

@@ -171,7 +171,7 @@ def test_groups_of_any_scale_are_rounded_as_the_reference_rounds_them(isa: str) 
     lost = [7, 9, 19]
     assert np.isnan(got[lost]).all()
     kept = [row for row in range(20) if row not in lost]
-    most = np.maximum(np.abs(meant[kept]).max(axis=-1, keepdims=True), 1e-30)  # scales below are of subnormal numbers
+    most = np.maximum(np.abs(meant[kept]).max(axis=-1, keepdims=True), 1e-30)  # smaller scales are subnormal
     np.testing.assert_allclose(got[kept] / most, meant[kept] / most, rtol=0, atol=1e-6)
 
 
@@ -371,7 +371,7 @@ def test_a_model_in_blocks_multiplies_whole_numbers() -> None:
     assert exe.source.count(" = quad_block_product") >= 3
     plain = treadle.compile(graph, backend="numpy", weights=weights, quantize="int8")
     a, b = (np.asarray(each(tokens=tokens)["logits"], np.float64) for each in (exe, plain))
-    np.testing.assert_allclose(a, b, rtol=0, atol=2e-2 * np.abs(b).max())  # a rounding may fall to the next step
+    np.testing.assert_allclose(a, b, rtol=0, atol=2e-2 * np.abs(b).max())  # a value may round to the next step
     session = exe.session(rows=1, capacity=8)
     row = session.open()
     np.testing.assert_array_equal(session.prefill({row: [0, 1, 2]})[row], exe(tokens=[[0, 1, 2]])["logits"][0, -1])

@@ -579,7 +579,7 @@ def unstored(x: Array, dtype: str) -> Array:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_constants_are_what_they_are(dtype: str) -> None:
-    """x * 0 is not 0 where x is inf, x + 0 is not x where x is -0, and x == x is not true where x is NaN."""
+    """x * 0 is not 0 if x is inf, x + 0 is not x if x is -0, and x == x is false if x is NaN."""
     x = np.array([1.0, -1.0, 0.0, -0.0, np.inf, -np.inf, np.nan])
     chains, expected = [], []
     for value in (0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45):

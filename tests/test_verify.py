@@ -152,7 +152,7 @@ class ForgetTheResidual(Pass):
 
 
 def test_a_wrong_rewrite_is_told_from_a_wrong_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TREADLE_CERTIFY", "0")  # a certificate would roll it back
+    monkeypatch.setenv("TREADLE_CERTIFY", "0")  # a certificate would undo it
     report = verify_model(toy, backends=["numpy"], passes=[ForgetTheResidual()])
     assert report.rewrites.exceeds
     assert not report.passed
@@ -165,7 +165,7 @@ def test_a_refusal_is_not_a_fault() -> None:
     report = verify_model(b.graph, backends=["numpy"])
     assert report.backends[0].passed is None
     assert "NumPy has no bf16" in (report.backends[0].refused or "")
-    assert not report.passed  # nothing ran, so nothing was shown
+    assert not report.passed  # no backend ran, so nothing was verified
 
 
 def test_a_refusal_of_many_ops_is_one_line() -> None:

@@ -30,7 +30,7 @@ from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.memory.frame_placement import ALIGNMENT
 
 ISA = ISAS["x86-64-v4"]
-SHAPE = (530, 500)  # a megabyte, and the last panel not full
+SHAPE = (530, 500)  # a megabyte, and the last panel is not full
 
 
 @pytest.mark.parametrize("transposed", [False, True])

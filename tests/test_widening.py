@@ -1,4 +1,4 @@
-"""Widening bf16 and f16 to f32: the same numbers to the narrow dtype's rounding, on backends that lack the dtype."""
+"""Widening bf16 and f16 to f32: the same numbers up to the narrow dtype's rounding, on backends without the dtype."""
 
 from __future__ import annotations
 

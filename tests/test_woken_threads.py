@@ -75,7 +75,7 @@ def test_those_that_have_not_slept_are_told_nothing(said: list[Any], monkeypatch
         pass
     assert said
     said.clear()
-    monkeypatch.setattr(woken_threads, "ASLEEP", 60.0)  # this machine may be busy
+    monkeypatch.setattr(woken_threads, "ASLEEP", 60.0)  # the machine may be busy
     with threads.apart():
         assert said == []
     assert said == []
