@@ -1,4 +1,4 @@
-"""8-bit rows on the TVM backend: rounded to the bits of the reference, multiplied exactly, alone and with other rows."""
+"""8-bit rows on the TVM backend: rounded to the bits of the reference, multiplied exactly, alone and with others."""
 
 from __future__ import annotations
 
