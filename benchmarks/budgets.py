@@ -52,7 +52,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=7, help="pairs of runs that are timed")
     parser.add_argument("--json", action="store_true", help="print a list of rows")
     given = parser.parse_args()
-    config, rows = parse_config(given.set, ()), []
+    config, rows = parse_config(given.set, (), t.compile), []
     for name in given.models:
         sizes = MODELS[name]
         free = t.compile(name, backend="tvm", target=ONE, **config)

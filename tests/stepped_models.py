@@ -142,6 +142,44 @@ def oddly_named(rows: Tokens, start: Picture, last: Annotated[t.Tensor, t.f32["B
 
 
 @t.model
+def repeated(
+    tokens: Tokens, source: Annotated[t.Tensor, t.i64["B M"]], picture: Picture, *, vocab: int = 11, dim: int = 12
+) -> t.Tensor:
+    """Blocks of one set of weights, within each other: every repetition has caches, rings, sums and keys of its own."""
+    seen = t.linear(picture, dim, name="seen")
+    memory = t.embed(source, vocab, dim, name="source")
+    x = t.embed(tokens, vocab, dim, name="wte")
+    for _ in t.stack("h", 2, shared=True):
+        x = x + t.self_attention(t.rms_norm(x, name="norm"), 3, mask=t.causal, name="attn")
+        for _ in t.stack("inner", 2, shared=True):
+            x = x + t.self_attention(x, 3, mask=t.causal & t.window(3), name="near")
+            x = x * t.rearrange(t.sigmoid(t.linear(seen, dim, name="gate")), pattern="b d -> b 1 d")
+        seen = t.linear(seen, dim, name="again")
+        memory = memory + t.linear(memory, dim, name="memory")
+        x = x + t.cross_attention(x, memory, 3, name="cross") + 0.1 * t.cumsum(x, axis=1)
+    return t.unembed(x, tied="wte")
+
+
+@t.model
+def states_by_other_names(
+    tokens: Tokens, source: Annotated[t.Tensor, t.i64["B M"]], M_length: Lengths, *, vocab: int = 11, dim: int = 12
+) -> t.Tensor:
+    """Weights and an input that are named as a step names its states."""
+    x = t.embed(tokens, vocab, dim, name="wte")
+    x = x * t.rearrange(t.cast(M_length, to="f32"), pattern="b -> b 1 1")
+    for _ in t.stack("h", 2):
+        with t.scope("attn"):
+            x = x + t.parameter("k", dim)
+        x = x + t.self_attention(x, 3, mask=t.causal, name="attn")
+    with t.scope("last.attn"):
+        x = x + t.parameter("v", dim)
+    x = x + t.self_attention(x, 3, mask=t.causal, name="last.attn")
+    memory = t.embed(source, vocab, dim, name="source")
+    x = x + t.cross_attention(x, memory, 3, name="cross")
+    return t.linear(x, vocab, name="head")
+
+
+@t.model
 def by_heads(tokens: Tokens, *, vocab: int = 11, dim: int = 12) -> t.Tensor:
     """Decomposed attention, as fusion recognizes it, with grouped heads."""
     x = t.embed(tokens, vocab, dim, name="wte")
@@ -173,6 +211,7 @@ MODELS: dict[str, Model] = {
     **{name: ZOO[name][0] for name in ("llama, windows beside full layers", "gpt_neox", "opt")},
     "llama, windows": small(llama, head_dim=6, kv_heads=1, tied=True, window=3, rotary_dims=4, norm_offset=1.0),
     **{m.name: m for m in (alibi, windows, packed, counted, summed, captioned, across, spread, oddly_named, by_heads)},
+    **{m.name: m for m in (repeated, states_by_other_names)},
 }
 
 
@@ -322,8 +361,13 @@ REFUSED: dict[str, tuple[Model, str, str]] = {
 """Models without a step: the op that prevents it, and the fragment of the message that is checked."""
 
 AS_IT_IS_BUILT: dict[str, tuple[Model, str, str, str]] = {
-    "a sum of ones": (summed_ones, "cumsum carries along what is the same in all rows", "f32[S]", "t.cumsum("),
-    "a sum of positions": (summed_positions, "cumsum mixes what depends on where tokens stand", "f32[S]", "t.cumsum("),
+    "a sum of ones": (summed_ones, "cumsum carries along values that are the same in all rows", "f32[S]", "t.cumsum("),
+    "a sum of positions": (
+        summed_positions,
+        "cumsum mixes values that depend on the tokens' positions",
+        "f32[S]",
+        "t.cumsum(",
+    ),
     "tokens before rows": (
         tokens_first,
         "cumsum mixes tokens of rows that are not its first dimension",
@@ -332,19 +376,19 @@ AS_IT_IS_BUILT: dict[str, tuple[Model, str, str, str]] = {
     ),
     "a product of positions": (
         projected_positions,
-        "einsum reads where tokens stand, and has no form in which each row counts for itself",
+        "einsum reads the tokens' positions, and has no form in which each row has its own positions",
         "f32[S, 2], f32[2, 12]",
         "t.einsum(",
     ),
     "positions before rows": (
         positions_before_rows,
-        "mul meets where tokens stand in dimensions before those of its rows",
+        "mul combines positions along dimensions that come before its rows",
         "f32[S, B, 12], f32[S, 1, 1]",
         "x * t.rearrange(",
     ),
     "rows last in what is kept": (
         rows_of_pictures_last,
-        "what it would keep has no rows as its first dimension",
+        "a value that it would keep does not have the rows as its first dimension",
         "rearrange: f32[12, B]",
         "t.rearrange(",
     ),
@@ -356,7 +400,7 @@ AS_IT_IS_BUILT: dict[str, tuple[Model, str, str, str]] = {
     ),
     "sources of two lengths": (
         pairs_of_sources,
-        "what it would keep has two dimensions that are known at a call only",
+        "a value that it would keep has two dimensions of sizes known only at a call",
         "einsum: f32[B, M, N]",
         "t.einsum(",
     ),

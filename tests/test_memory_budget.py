@@ -146,7 +146,7 @@ def test_the_plan_says_what_is_computed_in_parts_and_its_price() -> None:
     kept = within("gpt2", int(peak_of("gpt2") * 0.6))
     assert kept.memory is not None
     text = str(kept.memory)
-    assert "B=1, S=256 and below" in text and "parts of S  models/gpt2.py" in text and "times as long" in text
+    assert "B=1, S=256 and below" in text and "parts of S  models/gpt2.py" in text and "predicted time" in text
     record = next(r for r in kept.log if r.name == "fit-memory")
     assert record.notes == text.splitlines()
     assert kept.memory.as_dict()["chunks"][0]["parts"] >= 2

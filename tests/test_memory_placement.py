@@ -219,7 +219,7 @@ def test_equal_lifetimes_lie_side_by_side() -> None:
 def test_alignment_rounds_sizes_up() -> None:
     found = place([Lifetime("x", 0, 2, 1), Lifetime("y", 1, 3, 65)], alignment=64)
     assert (found.size, found.bound) == (192, 192)
-    assert str(found).startswith("2 buffers in 192 bytes, the least (bound 192); greedy, ")
+    assert str(found).startswith("2 buffers in 192 bytes, the minimum (bound 192); greedy, ")
 
 
 def test_a_capacity_that_cannot_hold_names_the_bound() -> None:
@@ -315,7 +315,7 @@ def test_a_search_among_too_many_is_not_begun(monkeypatch: pytest.MonkeyPatch) -
     assert exact.improve(first, end, np.ones(4000, np.int64), known, None, 0.0) is None
     monkeypatch.setattr(placement.exact, "improve", lambda *_: None)
     monkeypatch.setattr(placement.exact, "available", lambda: True)
-    assert place(gap(0)).method == TOO_LARGE == "greedy alone: too many buffers live together for the search"
+    assert place(gap(0)).method == TOO_LARGE == "greedy only: too many buffers live together for the search"
 
 
 @pytest.mark.parametrize(
@@ -366,8 +366,8 @@ def test_the_checker_finds_planted_faults() -> None:
     lives = [Lifetime("x", 0, 3, 100), Lifetime("y", 2, 4, 100), Lifetime("z", 3, 5, 50), Lifetime("none", 0, 9, 0)]
     assert check_placement(lives, [0, 128, 0, 30], alignment=2) == 228
     for offsets, message in (
-        ([0, 99, 0, 0], "two buffers that live at once overlap"),
-        ([0, 128, 126, 0], "two buffers that live at once overlap"),
+        ([0, 99, 0, 0], "two buffers that live at the same time overlap"),
+        ([0, 128, 126, 0], "two buffers that live at the same time overlap"),
         ([0, 127, 0, 0], "must be a multiple of 2"),
         ([0, -128, 0, 0], "not negative"),
         ([0, 130, 0, 0], "a buffer ends beyond the capacity"),
@@ -386,7 +386,7 @@ def test_the_checker_agrees_with_all_pairs(lives: list[Lifetime], data: st.DataO
         for (a, x), (b, y) in itertools.combinations(zip(offsets, lives, strict=True), 2)
     )
     if overlap:
-        with pytest.raises(PassError, match="two buffers that live at once overlap"):
+        with pytest.raises(PassError, match="two buffers that live at the same time overlap"):
             check_placement(lives, offsets)
     else:
         check_placement(lives, offsets)
@@ -413,14 +413,14 @@ def test_an_instance_prints_as_it_is_read(tmp_path: Path) -> None:
         ("id,lower,upper\n", "the first line must name the columns", 1),
         ("id,lower,upper,size,gaps\n", "the first line must name the columns", 1),
         ("id,lower,upper,size,size\n", "the first line must name the columns", 1),
-        ("id,lower,upper,size\na,0,1,8\nb,0,1\n", "another number of fields", 3),
-        ("id,lower,upper,size\na,0,1,8,9\n", "another number of fields", 2),
-        ("id,lower,upper,size\na,0,1,-8\n", "size must be a whole number", 2),
-        ("id,lower,upper,size\na,0,1.5,8\n", "upper must be a whole number", 2),
-        ("id,lower,upper,size\na,0,1,9999999999999999999\n", "size must be a whole number", 2),
-        ("id,lower,upper,size\na,٣,5,8\n", "lower must be a whole number", 2),
+        ("id,lower,upper,size\na,0,1,8\nb,0,1\n", "different numbers of fields", 3),
+        ("id,lower,upper,size\na,0,1,8,9\n", "different numbers of fields", 2),
+        ("id,lower,upper,size\na,0,1,-8\n", "size must be a non-negative integer", 2),
+        ("id,lower,upper,size\na,0,1.5,8\n", "upper must be a non-negative integer", 2),
+        ("id,lower,upper,size\na,0,1,9999999999999999999\n", "size must be a non-negative integer", 2),
+        ("id,lower,upper,size\na,٣,5,8\n", "lower must be a non-negative integer", 2),
         ("id,lower,upper,size\na,3,3,8\n", "must end after it begins", 2),
-        ("id,lower,upper,size\na,0,1,8\na,0,1,8\n", "two buffers have one id", 3),
+        ("id,lower,upper,size\na,0,1,8\na,0,1,8\n", "two buffers have the same id", 3),
         ('id,lower,upper,size\n"a,0,1,8\n', "the file is not CSV", 2),
     ],
 )

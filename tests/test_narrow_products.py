@@ -102,7 +102,7 @@ def test_other_convolutions_stay_as_they_are(size: int, stride: int) -> None:
     graph = graph_of(patches(size, stride))
     made = PassManager([PatchesAsProducts(), NarrowProducts()]).run(graph)
     assert made.graph == graph
-    assert "its windows are no patches: they overlap, or are of one element" in made.log.explain()
+    assert "its windows are not patches: they overlap, or have one element" in made.log.explain()
 
 
 @with_bf16
@@ -133,9 +133,9 @@ def test_matrices_that_are_no_weights_are_left_alone() -> None:
     def fixed(b: Builder) -> Expr:
         return b.linear(b.input("x", f32["B", 2]), b.constant(np.ones((4, 2), np.float32)))
 
-    assert "the matrix is computed by rearrange, and no weight" in refused(scores)
-    assert "the matrix is an input, and no weight" in refused(given)
-    assert "the matrices are a stack" in refused(stack)
+    assert "the matrix is computed by rearrange, not a weight" in refused(scores)
+    assert "the matrix is an input, not a weight" in refused(given)
+    assert "the matrices are a batch" in refused(stack)
     assert "the matrix is a constant" in refused(fixed)
 
 
@@ -352,19 +352,19 @@ def einsum(equation: str, *shapes: tuple[int, ...]) -> Callable[[Builder], Expr]
 
 
 STAY: list[tuple[str, Callable[[Builder], Expr]]] = [
-    ("it is a stack of products, one for each b h", einsum("b h s d, b h t d -> b h s t", (2, 3, 4, 5), (2, 3, 6, 5))),
-    ("it multiplies no two factors", einsum("a b, b c, c d -> a d", (2, 3), (3, 4), (4, 5))),
-    ("it multiplies no two factors", einsum("a b -> b a", (2, 3))),
-    ("an axis of one factor alone is summed", einsum("a b c, b d -> a d", (2, 3, 4), (3, 5))),
-    ("it multiplies no two matrices", einsum("a b, b -> a", (2, 3), (3,))),
-    ("it multiplies no two matrices", einsum("a b, c d -> a b c d", (2, 3), (4, 5))),
-    ("it multiplies no two matrices", einsum("a b, a b ->", (2, 3), (2, 3))),
-    ("its columns are of several axes, c d", einsum("a b, b c d -> a c d", (2, 3), (3, 4, 5))),
-    ("its columns are of several axes, c d", einsum("a b, b c d -> c a d", (2, 3), (3, 4, 5))),
+    ("it is a batch of products, over b h", einsum("b h s d, b h t d -> b h s t", (2, 3, 4, 5), (2, 3, 6, 5))),
+    ("it does not multiply two factors", einsum("a b, b c, c d -> a d", (2, 3), (3, 4), (4, 5))),
+    ("it does not multiply two factors", einsum("a b -> b a", (2, 3))),
+    ("an axis of only one factor is summed", einsum("a b c, b d -> a d", (2, 3, 4), (3, 5))),
+    ("it does not multiply two matrices", einsum("a b, b -> a", (2, 3), (3,))),
+    ("it does not multiply two matrices", einsum("a b, c d -> a b c d", (2, 3), (4, 5))),
+    ("it does not multiply two matrices", einsum("a b, a b ->", (2, 3), (2, 3))),
+    ("its columns have several axes, c d", einsum("a b, b c d -> a c d", (2, 3), (3, 4, 5))),
+    ("its columns have several axes, c d", einsum("a b, b c d -> c a d", (2, 3), (3, 4, 5))),
     ("an axis is repeated", einsum("... a, ... a b -> ... b", (1, 3), (4, 3, 5))),
     ("the matrix is a constant", lambda b: b.einsum(b.input("x", f32[2, 3]), b.constant(np.ones((3, 4), np.float32)),
                                                     equation="a b, b c -> a c")),
-    ("the matrices are a stack", lambda b: b.matmul(b.input("x", f32[2, 3, 4]), b.input("y", f32[2, 4, 5]))),
+    ("the matrices are a batch", lambda b: b.matmul(b.input("x", f32[2, 3, 4]), b.input("y", f32[2, 4, 5]))),
 ]  # fmt: skip
 
 

@@ -273,7 +273,7 @@ def test_a_workspace_that_is_not_of_its_step_alone_is_refused(fault: Callable[[F
     plan = lowered.plan
     assert plan is not None
     check_storage(lowered.graph, plan)
-    with pytest.raises(PassError, match="a workspace is not that of step"):
+    with pytest.raises(PassError, match="a workspace does not belong to step"):
         check_storage(lowered.graph, replace(plan, functions={"main": fault(plan.functions["main"])}))
 
 

@@ -109,16 +109,16 @@ def _without(kind: str) -> Callable[[onnx.ModelProto], None]:
 
 
 WRONG: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
-    "a missing input": (_set("node[0].input[1]", "nowhere"), "nothing makes the value nowhere"),
-    "a missing output": (_set("output[0].name", "nowhere"), "nothing makes the output nowhere"),
-    "a cycle": (_set("node[0].input[0]", "d"), "the value d is used before it is made"),
-    "a node that reads itself": (_set("node[1].input[0]", "b"), "the value b is used before it is made"),
-    "two nodes that make one value": (_set("node[1].output[0]", "a"), "two nodes make the value a"),
-    "a tensor twice": (_again("initializer"), "two tensors are called w"),
-    "an input twice": (_again("input"), "two inputs are called x"),
-    "an output twice": (_again("output"), "two outputs are called y"),
-    "too few bytes": (_set("initializer[0].raw_data", b"\0" * 7), "bytes are not as many as its shape asks for"),
-    "too many elements": (_reshaped(2**30, 2**20), "bytes are not as many as its shape asks for|disagree"),
+    "a missing input": (_set("node[0].input[1]", "nowhere"), "no node computes the value nowhere"),
+    "a missing output": (_set("output[0].name", "nowhere"), "no node computes the output nowhere"),
+    "a cycle": (_set("node[0].input[0]", "d"), "the value d is used before it is computed"),
+    "a node that reads itself": (_set("node[1].input[0]", "b"), "the value b is used before it is computed"),
+    "two nodes that make one value": (_set("node[1].output[0]", "a"), "two nodes compute the value a"),
+    "a tensor twice": (_again("initializer"), "two tensors are named w"),
+    "an input twice": (_again("input"), "two inputs are named x"),
+    "an output twice": (_again("output"), "two outputs are named y"),
+    "too few bytes": (_set("initializer[0].raw_data", b"\0" * 7), "number of bytes does not match its shape"),
+    "too many elements": (_reshaped(2**30, 2**20), "number of bytes does not match its shape|disagree"),
     "an absurd shape": (_reshaped(2**62, 2**62), "a tensor's shape is impossible"),
     "a shape at its limit": (_reshaped(2**28, 2**28), "a tensor's shape is impossible"),
     "a shape below its limit": (_reshaped(2**28, 2**28 - 1), "sizes disagree"),
@@ -132,18 +132,18 @@ WRONG: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
     ),
     "a dimension below it": (_set("input[0].type.tensor_type.shape.dim[1].dim_value", 2**40 - 1), "disagree"),
     "a negative dimension": (_set("input[0].type.tensor_type.shape.dim[1].dim_value", -3), "a dimension is impossible"),
-    "an output of another type": (_set("output[0].type.tensor_type.elem_type", 7), "another type than declared"),
+    "an output of another type": (_set("output[0].type.tensor_type.elem_type", 7), "differs from its declaration"),
     "an axis that is not there": (_set("node[9].attribute[0].i", 7), "there is no axis 7"),
-    "an attribute of another kind": (_set("node[2].attribute[0].type", 3), "attribute axis is of another type"),
+    "an attribute of another kind": (_set("node[2].attribute[0].type", 3), "attribute axis has another type"),
     "an operator that is not there": (_set("node[3].op_type", "Nothing"), "there is no such operator"),
     "a domain that is not there": (_set("node[3].domain", "no.where"), "there is no such operator"),
     "a node with too many inputs": (_more("node[3].input", "a", "a"), "more inputs or outputs than its operator"),
     "a node with too many outputs": (_more("node[3].output", "e"), "more inputs or outputs than its operator"),
     "a node with too few inputs": (_set("node[0].input", ["x"]), "fewer inputs than its operator"),
-    "inputs of two types": (_set("initializer[1].data_type", 6), "Add: two inputs must be of one type"),
+    "inputs of two types": (_set("initializer[1].data_type", 6), "Add: two inputs must have the same type"),
     "no opsets": (_unversioned, "the model imports no opset of ONNX's own"),
     "a tensor in segments": (_set("initializer[0].segment.begin", 0), "tensors in segments are not supported"),
-    "no nodes": (_without("node"), "nothing makes the output y"),
+    "no nodes": (_without("node"), "no node computes the output y"),
     "no output": (_without("output"), "no graph with an output"),
 }
 
@@ -161,7 +161,7 @@ def test_what_is_wrong_is_named(what: str) -> None:
 def test_a_node_that_makes_a_weight_is_refused() -> None:
     proto = model("(float[4] x) => (float[4] w)", "w = Exp(x)")
     proto.graph.initializer.append(numpy_helper.from_array(np.ones(4, np.float32), "w"))
-    with pytest.raises(FrontendError, match="two things are called w"):
+    with pytest.raises(FrontendError, match="two values are named w"):
         import_onnx(proto)
 
 
@@ -359,7 +359,7 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     for data in (b"", b"\xff" * 50, b"PK\x03\x04" + bytes(30)):
         path.write_bytes(data)
-        with pytest.raises(FrontendError, match=r"no ONNX model|no graph with an output") as caught:
+        with pytest.raises(FrontendError, match=r"not an ONNX model|no graph with an output") as caught:
             import_onnx(path)
         assert caught.value.hint is not None
     with pytest.raises(CheckpointError, match="no such file"):
@@ -374,7 +374,7 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
 def test_names_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(small().SerializeToString().replace(b"MatMul", b"Mat\xff\xfel"))
-    with pytest.raises(FrontendError, match=r"not UTF-8|no ONNX model"):
+    with pytest.raises(FrontendError, match=r"not UTF-8|not an ONNX model"):
         import_onnx(path)
 
 

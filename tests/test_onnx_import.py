@@ -85,10 +85,10 @@ def test_a_branch_must_be_whole() -> None:
     proto = model("(float[S] x) => (float[S] y)", BRANCHES.format(condition="c = Constant<value = bool {0}>()"))
     node = proto.graph.node[1]
     node.attribute[1].g.ClearField("output")
-    with pytest.raises(FrontendError, match="an If without a whole else_branch"):
+    with pytest.raises(FrontendError, match="an If has an incomplete else_branch"):
         import_onnx(proto)
     del node.attribute[1]
-    with pytest.raises(FrontendError, match="an If without a whole else_branch"):
+    with pytest.raises(FrontendError, match="an If has an incomplete else_branch"):
         import_onnx(proto)
 
 
@@ -202,21 +202,21 @@ def external(tmp_path: Path, **entries: str) -> Path:
 @pytest.mark.parametrize(
     ("entries", "why"),
     [
-        ({"location": "../outside.bin"}, "must lie in the model's folder"),
-        ({"location": "/etc/passwd"}, "must lie in the model's folder"),
-        ({"location": "a\\..\\..\\outside.bin"}, "must lie in the model's folder"),
+        ({"location": "../outside.bin"}, "must be in the model's folder"),
+        ({"location": "/etc/passwd"}, "must be in the model's folder"),
+        ({"location": "a\\..\\..\\outside.bin"}, "must be in the model's folder"),
         ({"location": "link.bin"}, "must not be reached by a link"),
         ({"location": "inner.bin"}, "must not be reached by a link"),
-        ({"location": "missing.bin"}, "no such file"),
-        ({"location": "."}, "must lie in the model's folder"),
-        ({}, "must lie in the model's folder(.|\n)*no location"),
-        ({"location": "a:b"}, "must lie in the model's folder"),
-        ({"location": "a\nb"}, "must lie in the model's folder"),
+        ({"location": "missing.bin"}, "the file does not exist"),
+        ({"location": "."}, "must be in the model's folder"),
+        ({}, "must be in the model's folder(.|\n)*no location"),
+        ({"location": "a:b"}, "must be in the model's folder"),
+        ({"location": "a\nb"}, "must be in the model's folder"),
         ({"location": "w.bin", "offset": "9" * 18}, "past the end of its file"),
         ({"location": "w.bin", "offset": "4"}, "past the end of its file"),
-        ({"location": "w.bin", "offset": "-4"}, "no number of bytes"),
-        ({"location": "w.bin", "offset": "9" * 30}, "no number of bytes"),
-        ({"location": "w.bin", "length": "12"}, "not as long as the tensor's shape"),
+        ({"location": "w.bin", "offset": "-4"}, "not a number of bytes"),
+        ({"location": "w.bin", "offset": "9" * 30}, "not a number of bytes"),
+        ({"location": "w.bin", "length": "12"}, "does not match the tensor's shape"),
     ],
 )
 def test_external_data_stays_in_its_folder_and_its_bounds(tmp_path: Path, entries: dict[str, str], why: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import sys
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from treadle.option_values import (
     parse_sizes,
     read_sentences,
 )
+from treadle.resolving import resolve
 
 
 def refusal(call: Callable[[], Any]) -> UsageError:
@@ -66,11 +68,17 @@ def test_limits_become_an_argument_where_there_are_any() -> None:
     assert parse_limits([f"nodes={'9' * 18}"]) == {"nodes": 10**18 - 1}
 
 
-@pytest.mark.parametrize("name", ["backend", "weights", "widen"])
-def test_an_option_of_the_command_is_none_of_the_model(name: str) -> None:
-    error = refusal(lambda: parse_config([f"{name}=x"]))
-    assert error.what == f"--set {name}= is no option of a model"
-    assert "--backend" in (error.hint or "")
+def test_an_argument_of_what_gets_the_configuration_is_no_option_of_a_model() -> None:
+    """Every parameter of `resolve`, and of the functions before it."""
+
+    def shard(model: str, *, recipe: str, **config: object) -> None: ...
+
+    for name in inspect.signature(resolve).parameters:
+        if name != "config":
+            error = refusal(lambda: parse_config([f"{name}=x"]))  # noqa: B023
+            assert (error.what, error.option) == (f"--set {name}= is no option of a model", name)
+    assert parse_config(["recipe=dp"]) == {"recipe": "dp"}
+    assert refusal(lambda: parse_config(["recipe=dp"], (), shard)).option == "recipe"
 
 
 def test_an_unknown_word_names_no_line_of_a_file() -> None:

@@ -701,7 +701,7 @@ REFUSED = [
             *swapped(LAYER_NORM, "axes=[-1]", "axes=[0]"),
             *["r = rsqrt(e)", "y = mul(c, r)", "return y = y"],
         ),
-        "layer-norm at mul: the mean is over axes (0,), layer_norm needs the last alone",
+        "layer-norm at mul: the mean is over axes (0,), layer_norm needs the last axis only",
     ),
     Case(
         "layer-norm-keeps-no-dimension",
@@ -750,13 +750,13 @@ REFUSED = [
         "iota-too-large",
         FoldConstants(small_bytes=16),
         program("x: i64[B, 3]", "y: i64[B, 3]", "a = iota(size=3)", "b = add(x, a)", "return y = b"),
-        "fold-constants at iota: would make 24 bytes from 0, over the limit of 16",
+        "fold-constants at iota: would produce 24 bytes from 0, over the limit of 16",
     ),
     Case(
         "fold-over-the-limit",
         FoldConstants(limit_bytes=3),
         program("x: f32[B]", "y: f32[B]", "a = neg(2.0)", "b = mul(x, a)", "return y = b"),
-        "fold-constants at neg: would make 4 bytes, over the limit of 3",
+        "fold-constants at neg: would produce 4 bytes, over the limit of 3",
     ),
 ]
 

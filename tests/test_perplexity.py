@@ -129,7 +129,7 @@ def test_fewer_bits_of_a_files_own_numbers(tmp_path: Path, capsys: pytest.Captur
     place, text = tmp_path / "m.gguf", tmp_path / "text.txt"
     write_model(place, Sizes(), tensors(Sizes()), "Q4_1")
     text.write_text(TEXT, encoding="utf-8")
-    with pytest.raises(UsageError, match=r"int4 rounds nothing of .*: its matrices are in blocks already"):
+    with pytest.raises(UsageError, match=r"int4 quantizes nothing of .*: its matrices are in blocks already"):
         PerplexityMeter.open(ModelOptions(place, quantize="int4"))
     asked = ["perplexity", str(place), str(text), "--tokens", "40", "--window", "32", "--quantize", "int4", "--json"]
     treadle.cli.app([*asked, "--widen", "blocks"], standalone_mode=False)

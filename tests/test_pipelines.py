@@ -71,7 +71,7 @@ def test_stages_together_compute_what_the_model_does(family: str, mesh: str) -> 
 
 @pytest.mark.parametrize("family", MEETING)
 def test_rows_that_meet_are_no_micro_batches(family: str) -> None:
-    with pytest.raises(PassError, match=r"micro-batches would have to meet: .* needs all of") as error:
+    with pytest.raises(PassError, match=r"micro-batches cannot be computed separately: .* needs all of") as error:
         shard(recognized(family), "pp=2,micro=2", recipe="gpipe")
     assert error.value.hint
 
@@ -129,7 +129,7 @@ def test_each_stage_takes_its_part_of_a_constant() -> None:
     for number, stage in enumerate(pipeline.stages):
         without = replace(stage, steps=tuple(at for at in stage.steps if at not in taken))
         stages = (*pipeline.stages[:number], without, *pipeline.stages[number + 1 :])
-        with pytest.raises(PassError, match=rf"stage {number} has no \w+ in \[tp\]"):
+        with pytest.raises(PassError, match=rf"stage {number} has no copy of \w+ with placement \[tp\]"):
             check_sharding(replace(plan, pipeline=replace(pipeline, stages=stages)))
 
 
@@ -326,18 +326,18 @@ def a_step_before_the_first(made: PlannedPipeline) -> PlannedPipeline:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (steps_in_another_order, "stage 0 does or takes something twice, or in another order"),
-        (a_step_twice, "stage 0 does or takes something twice, or in another order"),
-        (handed_on_twice, "stage 1 does or takes something twice, or in another order"),
-        (a_step_past_the_last, "stage 3 has steps that there are not"),
-        (a_step_before_the_first, "stage 0 has steps that there are not"),
+        (steps_in_another_order, "stage 0 runs or receives something twice, or in another order"),
+        (a_step_twice, "stage 0 runs or receives something twice, or in another order"),
+        (handed_on_twice, "stage 1 runs or receives something twice, or in another order"),
+        (a_step_past_the_last, "stage 3 has steps that do not exist"),
+        (a_step_before_the_first, "stage 0 has steps that do not exist"),
         (without_a_step, "stage 1 is handed x|holds other weights"),
-        (without_what_is_handed_on, "stage 1 has no x"),
-        (handed_on_too_early, "stage 1 is handed .*, which the one before has not so"),
+        (without_what_is_handed_on, "stage 1 has no copy of x"),
+        (handed_on_too_early, "stage 1 receives .*, which the stage before does not have in this placement"),
         (without_a_weight, "stage 3 holds other weights than it reads"),
         (with_all_weights, "stage 0 holds other weights than it reads"),
-        (without_an_output, "outputs are not each of one stage"),
-        (with_an_output_twice, "outputs are not each of one stage"),
+        (without_an_output, "outputs do not each belong to one stage"),
+        (with_an_output_twice, "outputs do not each belong to one stage"),
         (of_one_stage_less, "3 stages, over pp of"),
         (over_the_batch, "which is not the last axis"),
         (along_stages, "which is not the last axis"),
@@ -353,9 +353,9 @@ def test_ranks_do_not_meet_over_stages_or_micro_batches() -> None:
     """Plans of other recipes that are declared to be pipelines."""
     made = pipeline_of(shard(recognized("gpt2"), "pp=2,micro=2", recipe="gpipe"))
     for axes, told in (
-        ({"heads": "pp"}, "lie over pp"),
-        ({"heads": "micro"}, "are terms over micro"),
-        ({"wte.weight[1]": "micro"}, "ranks of layer_norm meet over stages or micro-batches"),
+        ({"heads": "pp"}, "are split over pp"),
+        ({"heads": "micro"}, "are partial over micro"),
+        ({"wte.weight[1]": "micro"}, "a collective of layer_norm runs over stages or micro-batches"),
     ):
         plan = shard(recognized("gpt2"), "pp=2,micro=2", axes=axes)
         with pytest.raises(PassError, match=told):
@@ -400,7 +400,7 @@ def test_micro_batches_are_four_for_each_stage_or_as_many_as_rows() -> None:
         plan = shard_model("gpt2", mesh, recipe="gpipe", sizes=sizes, **SMALL)
         assert str(plan.mesh) == wanted
         assert plan.axes["batch"] == ("dp micro" if "dp" in mesh else "micro")
-    with pytest.raises(UsageError, match="recipe gpipe splits over a mesh axis pp, which the mesh has not"):
+    with pytest.raises(UsageError, match="recipe gpipe splits over a mesh axis pp, which the mesh does not have"):
         shard_model("gpt2", "tp=2", recipe="gpipe", **SMALL)
     with pytest.raises(PassError, match="do not give each of 8 micro-batches or ranks a part"):
         run_lab(shard(recognized("gpt2"), "pp=2", recipe="gpipe"), {"tokens": np.ones((7, 3), int)}, numbers("gpt2")[0])
@@ -409,15 +409,15 @@ def test_micro_batches_are_four_for_each_stage_or_as_many_as_rows() -> None:
 def test_the_plan_and_its_explanation_show_the_timetable() -> None:
     plan = shard_model("gpt2", "pp=2,micro=3", recipe="gpipe", **SMALL)
     text = str(plan)
-    assert "stages over pp, through which 3 micro-batches go one after another" in text
+    assert "stages over pp; 3 micro-batches pass through them in order" in text
     assert "    stage 0    0 1 2 .\n    stage 1    . 0 1 2\n" in text
-    assert "3 x hand_on over pp: stage 1 goes on from what stage 0 made" in text
+    assert "3 x hand_on over pp: stage 1 reads results of stage 0" in text
     told = explain_sharding(
         "gpt2", mesh="pp=2,tp=2,micro=3", recipe="gpipe", sizes={"B": 6, "S": 16}, **{**SMALL, "layers": 2}
     )
     assert max(map(len, str(told).splitlines())) <= 80
     assert "ranks wait" in str(told)
-    assert "stage 1 goes on from what stage 0 made" in str(told)
+    assert "stage 1 reads results of stage 0" in str(told)
     assert "2 stages, 3 micro-batches" in str(told)
     drawn = draw_sharding(told)
     assert drawn.count("<title>micro-batch ") == 6

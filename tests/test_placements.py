@@ -149,7 +149,7 @@ def test_equal_parts_need_no_grain() -> None:
 def test_a_grain_that_could_be_less_has_no_way_to_it() -> None:
     mesh = Mesh.of("tp=2")
     now, target = (MeshPlacement((Split(mesh.parts, Size.of(grain)),)) for grain in (1, 2))
-    with pytest.raises(PassError, match="no step leads to a placement whose grain could be less"):
+    with pytest.raises(PassError, match="no step leads to a placement whose grain could be smaller"):
         conversion([Size.of(8)], now, target)
     assert conversion([Size.of(6)], now, target)  # 2 and 4 elements, not 3 and 3
 

@@ -169,7 +169,7 @@ def test_a_meeting_that_fails_is_told_at_its_op(gives: Any) -> None:
         assert (error.value.what, error.value.received) == ("all_reduce: failed while running", "ValueError: odd")
         assert "test_rank_executables.py:" in str(error.value.source)
     else:
-        assert error.value.what == "all_reduce gave [1, 4], and not [2, 4]"
+        assert error.value.what == "all_reduce returned shape [1, 4], expected [2, 4]"
     with meeting_at(Odd(x)):
         assert np.array_equal(exe(x=x)["y"], 2 * x)
 

@@ -58,7 +58,7 @@ def test_queries_that_begin_later_are_left_alone(start: int) -> None:
     done = PassManager([RefineAttention()], certify=False).run(b.graph)
     assert terms_of(attention_of(done.graph)) == ("mask(s t), window(2)" if start else "window(2), causal")
     reasons = [refusal.reason for refusal in done.log[0].refusals]
-    assert reasons == ["its queries are a part of others, and begin later"] * (start != 0)
+    assert reasons == ["its queries do not begin at position 0"] * (start != 0)
     assert_equal_everywhere(b.graph, done.graph, ROUNDING)
 
 
@@ -360,7 +360,7 @@ def test_before_and_after_as_text() -> None:
     assert (match.rule, match.op) == ("refine-attention", "attention")
     assert match.reason == (
         "mask(b s t) read as causal, mask(b t); 2 heads of keys and values, not 4; "
-        "scale 0.176777, with what queries and keys are multiplied by"
+        "scale 0.176777, which includes the factors of queries and keys"
     )
     assert optimized.log[0].refusals == [] == optimized.log[0].near_misses
 
@@ -465,7 +465,7 @@ NEAR_MISSES = [
     NearMiss(
         "the past or what a row allows",
         attended(mask("b s t", lambda b: b.logical_or(triangle(b), rows(b)))),
-        "logical_or gives none of causal, window, padding and segments",
+        "logical_or is not causal, a window, padding or segments",
         "mask(b s t)",
     ),
     NearMiss(
@@ -477,25 +477,25 @@ NEAR_MISSES = [
     NearMiss(
         "what may rise to inf",
         attended(added("s t", lambda b: fill(b, triangle(b), -math.inf) - fill(b, places(b)[1] > 3, -math.inf))),
-        "what is added to the scores may be inf",
+        "an addend of the scores may be inf",
         "bias(s t)",
     ),
     NearMiss(
         "a number of each row, once more for queries",
         attended(mask("b s t", lambda b: shifted(b, 1, 2))),
-        "less_equal gives none of causal, window, padding and segments",
+        "less_equal is not causal, a window, padding or segments",
         "mask(b s t)",
     ),
     NearMiss(
         "a number of each token",
         attended(mask("b s t", by_ids)),
-        "less_equal gives none of causal, window, padding and segments",
+        "less_equal is not causal, a window, padding or segments",
         "mask(b s t)",
     ),
     NearMiss(
         "queries behind those of the past",
         attended(mask("s t", lambda b: triangle(b) & (places(b)[1] <= places(b)[0] + b.size(value="B")))),
-        "positions are B apart, and causal counts both from 0",
+        "positions differ by B, and causal counts both from 0",
         "causal, mask(s t)",
     ),
 ]

@@ -225,7 +225,7 @@ def test_text_header_length_too_large(path: Path) -> None:
 the header is longer than the file
   received  a header length of 1099511627776 bytes, in a file of 110
   in        FILE: byte 0, header length
-  try       fetch the file again: it is damaged, or of another format than its name says
+  try       fetch the file again: it is damaged, or of another format than its name indicates
 """,
     )
 
@@ -238,7 +238,7 @@ def test_text_truncated(path: Path) -> None:
         path,
         """
 the file ends before its tensors do
-  received  196 bytes, of the 208 that the header declares
+  received  196 bytes, and the header declares 208
   in        FILE: tensor h.1.ln.weight, data_offsets [32, 64]
   try       fetch the file again: its end is missing
 """,
@@ -317,8 +317,8 @@ RULES: list[tuple[str, object, bytes, str, str]] = [
     ("product wraps again", {"a": entry("U8", [2**62, 2, 2], 0, 4)}, b"", "past 2^63", "byte 59, tensor a, shape"),
     ("huge but empty", {"a": entry("U8", [0, 2**62, 2**62], 0, 0)}, b"", "past 2^63", "byte 62, tensor a, shape"),
     ("rank", {"a": entry("U8", [1] * 17, 0, 1)}, bytes(1), "more dimensions", "byte 87, tensor a, shape"),
-    ("size too small", {"a": entry("F32", [2], 0, 7)}, bytes(7), "not those of its dtype", "byte 68, tensor a"),
-    ("size too large", {"a": entry("F32", [2], 0, 9)}, bytes(9), "not those of its dtype", "byte 68, tensor a"),
+    ("size too small", {"a": entry("F32", [2], 0, 7)}, bytes(7), "do not match its dtype", "byte 68, tensor a"),
+    ("size too large", {"a": entry("F32", [2], 0, 9)}, bytes(9), "do not match its dtype", "byte 68, tensor a"),
     ("half a byte", {"a": entry("F4", [3], 0, 2)}, bytes(2), "whole byte", "byte 67, tensor a"),
     ("end before begin", {"a": entry("U8", [2], 2, 0)}, bytes(2), "ends before it", "byte 66, tensor a, data_offsets"),
     ("negative begin", {"a": entry("U8", [2], -2, 0)}, bytes(2), "expected begin", "byte 61, tensor a, data_offsets"),
@@ -328,8 +328,8 @@ RULES: list[tuple[str, object, bytes, str, str]] = [
     ("shared", {**PAIR, "c": entry("U8", [2], 1, 3)}, bytes(4), "share bytes", "data_offsets [1, 3]"),
     ("same range", {**PAIR, "c": entry("U8", [2], 0, 2)}, bytes(4), "share bytes", "data_offsets [0, 2]"),
     ("empty inside another", {**PAIR, "c": entry("U8", [0], 1, 1)}, bytes(4), "share bytes", "data_offsets [1, 1]"),
-    ("hole first", {"a": entry("U8", [2], 1, 3)}, bytes(3), "belong to none", "data_offsets [1, 3]"),
-    ("hole between", {**PAIR, "b": entry("U8", [2], 3, 5)}, bytes(5), "belong to none", "data_offsets [3, 5]"),
+    ("hole first", {"a": entry("U8", [2], 1, 3)}, bytes(3), "belong to no tensor", "data_offsets [1, 3]"),
+    ("hole between", {**PAIR, "b": entry("U8", [2], 3, 5)}, bytes(5), "belong to no tensor", "data_offsets [3, 5]"),
     ("bytes after", PAIR, bytes(5), "after the last tensor", "byte 132"),
     ("bytes and no tensors", {}, bytes(1), "after the last tensor", "byte 16"),
     ("bool of 2", {"a": entry("BOOL", [3], 0, 3)}, b"\x01\x02\x00", "neither 0 nor 1", "byte 73, tensor a"),

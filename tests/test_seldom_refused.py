@@ -94,6 +94,7 @@ from treadle.tasks import matching, rewriting, transcribing
 from treadle.tasks.answering import QuestionAnswerer
 from treadle.tasks.classifying import HEAD, TextClassifier
 from treadle.tasks.filling import MaskFiller
+from treadle.tasks.generation_settings import FolderRules
 from treadle.tasks.images import ImageReader
 from treadle.tasks.labelling import ImageLabeller, image_sides
 from treadle.tasks.matching import ImageMatcher
@@ -270,7 +271,7 @@ TERMS: Any = SimpleNamespace(partial=("tp",), text=lambda mesh: "a sum over tp")
 def writing(vocabulary: str) -> Any:
     tokenizer: Any = SimpleNamespace(vocabulary=lambda: vocabulary)
     model: Any = SimpleNamespace(name=vocabulary)
-    return TextWriter(model, tokenizer, ())
+    return TextWriter(model, tokenizer, FolderRules())
 
 
 REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {

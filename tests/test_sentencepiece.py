@@ -246,7 +246,7 @@ def test_the_file_is_read_as_it_is_written(tmp_path: Path) -> None:
         (SMALL + held(1, held(1, b"\xff")), "is not UTF-8", 110),
         (SMALL + held(1, varint(2 << 3 | 5) + struct.pack("<f", np.inf)), "must be a finite number", 110),
         (SMALL + held(1, varint(2 << 3) + b"\x01"), "must be a 32-bit number", 110),
-        (SMALL + varint(1 << 3) + b"\x01", "must hold fields", 108),
+        (SMALL + varint(1 << 3) + b"\x01", "must be a message", 108),
         (SMALL + held(2, held(40, b"x")), "must be an integer", 110),
         (SMALL + held(3, varint(2 << 3) + b"\x01"), "field 2 must hold bytes", 110),
         (SMALL + held(2, varint(40 << 3) + varint(9)), "unk_id must be the number of a piece", 0),

@@ -58,6 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(4)  # far from uniform logits, so that continuations differ
+    model.generation_config.repetition_penalty = 1.3  # replies follow the folder's rules, too
     model.save_pretrained(place)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(place)

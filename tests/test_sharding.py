@@ -237,8 +237,8 @@ def test_a_lab_takes_blocks_that_are_written_and_refuses_others() -> None:
     plan = shard_model(declared, "tp=2", recipe="megatron")  # a block is a whole row
     assert try_in_lab(plan).passed
     assert [note for note in plan.notes if "in blocks" in note] == [
-        "heads: h.*.attn.out.weight is held in blocks along dimension 1, and whole there",
-        "ffn: h.*.mlp.down.weight is held in blocks along dimension 1, and whole there",
+        "heads: h.*.attn.out.weight is stored in blocks along dimension 1, which is replicated",
+        "ffn: h.*.mlp.down.weight is stored in blocks along dimension 1, which is replicated",
     ]
     graph = recognized("llama")
     read = encode_parameters(graph, {"embed.weight": parse_encoding("q8_0")})

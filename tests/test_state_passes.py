@@ -257,7 +257,7 @@ EXPRESSIONS: dict[str, tuple[Callable[[Graph], object], str]] = {
         lambda g: give(node(g, "prefill", "call", 1), 3, g.functions["prefill"].parameters["h.0.w"]),
         "prefill, output y is no longer",
     ),
-    "an entry's output": (lambda g: g.functions["prefill"].outputs.clear(), "the outputs are not those"),
+    "an entry's output": (lambda g: g.functions["prefill"].outputs.clear(), "the outputs have other names"),
 }
 
 

@@ -67,16 +67,16 @@ def test_a_task_goes_before(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "fewest"),
+    ("said", "rules"),
     [
-        ({"min_length": 5}, 4),
-        ({"min_length": 5, "min_new_tokens": 6}, 6),
-        ({"min_length": 1}, 0),
-        ({"min_length": 0}, 0),
+        ({"min_length": 5}, TokenRules(shortest=5)),
+        ({"min_length": 5, "min_new_tokens": 6}, TokenRules(shortest=5, fewest=6)),
+        ({"min_length": 0}, TokenRules()),
     ],
 )
-def test_how_many_tokens_at_least(said: dict[str, Any], fewest: int, tmp_path: Path) -> None:
-    assert settings(tmp_path, said).rules.fewest == fewest
+def test_how_many_tokens_at_least(said: dict[str, Any], rules: TokenRules, tmp_path: Path) -> None:
+    """A text has min_length tokens with those that are given to the decoder, min_new_tokens without them."""
+    assert settings(tmp_path, said).rules == rules
 
 
 @pytest.mark.parametrize(
@@ -89,12 +89,13 @@ def test_when_a_search_ends(said: object, early: object, tmp_path: Path) -> None
 
 def test_what_is_asked_of_each_token(tmp_path: Path) -> None:
     said = {
-        "repetition_penalty": 1e-6, "no_repeat_ngram_size": 2**20, "bad_words_ids": [[5], [6]],
+        "repetition_penalty": 1e-6, "no_repeat_ngram_size": 2**20, "bad_words_ids": [[5], [6], [3], [3, 4]],
+        "eos_token_id": 3,
         "suppress_tokens": [6, 7], "forced_bos_token_id": 0, "forced_eos_token_id": [2**31 - 1],
         "begin_suppress_tokens": 9,
     }  # fmt: skip
     found = settings(tmp_path, said).rules
-    assert found == TokenRules(1e-6, 0.0, 2**20, (5, 6, 7), 0, 0, 2**31 - 1, (9,))
+    assert found == TokenRules(1e-6, 0.0, 2**20, (5, 6, 7), ((3, 4),), 0, 0, 0, 2**31 - 1, (9,))
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_a_pairs_second_text_in_windows(tmp_path: Path) -> None:
     free = opened(tmp_path)
     free.encode([("a", "cat a cat a")], windows=(5, 1))
     assert len(free.encode(["a " * 9])[0][0]) == 10
-    with pytest.raises(CheckpointError, match="texts cannot be cut to 3 tokens"):
+    with pytest.raises(CheckpointError, match="texts cannot be truncated to 3 tokens"):
         tokenizer.encode([("a", "cat")], windows=(3, 7))
 
 

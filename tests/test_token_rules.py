@@ -46,6 +46,8 @@ def test_rules_that_leave_nothing_and_values_out_of_range() -> None:
         {"presence_penalty": float("inf")},
         {"no_repeat_ngram": -1},
         {"fewest": -1},
+        {"shortest": -1},
+        {"banned_runs": ((),)},
     ]
     for options in wrong:
         with pytest.raises(UsageError):
@@ -58,14 +60,23 @@ def test_rules_are_those_of_hugging_face() -> None:
     made_by = pytest.importorskip("transformers.generation.logits_process")
     draw = np.random.default_rng(0)
     rules = TokenRules(
-        repetition_penalty=1.3, no_repeat_ngram=2, banned=(5,), fewest=3, first=2, last=1, banned_first=(4,)
+        repetition_penalty=1.3,
+        no_repeat_ngram=2,
+        banned=(5,),
+        banned_runs=((2, 6), (0, 2, 3)),
+        fewest=3,
+        shortest=5,
+        first=2,
+        last=1,
+        banned_first=(4,),
     )
     most, start = 7, [0]
     theirs = made_by.LogitsProcessorList(
         [
             made_by.RepetitionPenaltyLogitsProcessor(1.3),
             made_by.NoRepeatNGramLogitsProcessor(2),
-            made_by.NoBadWordsLogitsProcessor([[5]], eos_token_id=None),
+            made_by.NoBadWordsLogitsProcessor([[5], [2, 6], [0, 2, 3]], eos_token_id=None),
+            made_by.MinLengthLogitsProcessor(5, torch.tensor([1]), device="cpu"),
             made_by.MinNewTokensLengthLogitsProcessor(len(start), 3, torch.tensor([1]), device="cpu"),
             made_by.ForcedBOSTokenLogitsProcessor(2),
             made_by.ForcedEOSTokenLogitsProcessor(len(start) + most, 1, device="cpu"),
@@ -75,6 +86,7 @@ def test_rules_are_those_of_hugging_face() -> None:
     for count in range(most):
         for _ in range(20):
             made = [int(i) for i in draw.integers(0, VOCAB, count)]
+            made[-1:] = [2] * bool(made)  # the banned runs are met
             logits = draw.normal(size=VOCAB).astype(np.float32)
             ours = rules.apply(logits, prompt=start, made=made, end=[1], is_last=count + 1 == most)
             wanted = theirs(torch.tensor([[*start, *made]]), torch.from_numpy(logits.copy())[None])[0].numpy()

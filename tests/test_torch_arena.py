@@ -206,8 +206,8 @@ def streamed(b: Builder) -> Expr:
 @pytest.mark.parametrize(
     ("value", "other", "said"),
     [
-        ("first", "kept", "a step writes over what it does not read element by element"),
-        ("second", "softmax", "a step writes over what it does not read element by element"),
+        ("first", "kept", "a step overwrites a value that it does not read element by element"),
+        ("second", "softmax", "a step overwrites a value that it does not read element by element"),
         ("first", "softmax", None),
         ("second", "kept", None),
     ],
@@ -244,7 +244,7 @@ def test_a_plan_that_writes_over_what_is_read_later_is_refused() -> None:
     lies = main.places[named["kept"]]
     over = replace(main.places[named["first"]], storage=lies.storage, how=How.OVER, of=named["kept"])
     wrong = replace(plan, functions={"main": replace(main, places={**main.places, named["first"]: over})})
-    with pytest.raises(PassError, match="it is written over kept, which is read then or later"):
+    with pytest.raises(PassError, match="it overwrites kept, which is read then or later"):
         check_storage(lowered.graph, wrong)
 
 
@@ -261,7 +261,7 @@ def test_a_plan_that_writes_over_what_is_read_in_another_order_is_refused() -> N
     over = replace(main.places[named["both"]], storage=lies.storage, how=How.OVER, of=named["kept"])
     lives = tuple(replace(life, last=main.end) if life.storage is lies.storage else life for life in main.lives)
     changed = replace(main, places={**main.places, named["both"]: over}, lives=lives)
-    with pytest.raises(PassError, match="it is written over turned, which is read then or later"):
+    with pytest.raises(PassError, match="it overwrites turned, which is read then or later"):
         check_storage(lowered.graph, replace(lowered.plan, functions={"main": changed}))
 
 

@@ -89,8 +89,8 @@ def test_a_branch_on_two_sizes_is_taken_where_all_sizes_go_one_way(name: str) ->
         model = treadle.from_torch(rule, pair, dynamic=dynamic)
         assert_equal(model, rule, pair, (pair[0][:1], pair[1][:1]))
         return
-    known = "may not hold for all sizes" if name == "quotient" else "holds for some sizes alone"
-    with pytest.raises(treadle.TreadleError, match=f"branches on a size, and what it does then {known}"):
+    known = "may not be valid for all sizes" if name == "quotient" else "is valid only for some sizes"
+    with pytest.raises(treadle.TreadleError, match=f"branches on a size, and that branch {known}"):
         treadle.from_torch(rule, pair, dynamic=dynamic)
 
 
@@ -128,7 +128,7 @@ def test_conditions_that_hold_for_all_sizes_after_strides(name: str) -> None:
 
 def test_a_condition_that_fails_somewhere_is_said_to_fail() -> None:
     module = Applied(lambda x: x * 2 if 2 * (x.shape[0] // 2) * x.shape[1] < x.shape[0] * x.shape[1] else x)
-    with pytest.raises(treadle.TreadleError, match="what it does then holds for some sizes alone"):
+    with pytest.raises(treadle.TreadleError, match="that branch is valid only for some sizes"):
         treadle.from_torch(module, (torch.randn(3, 4),), dynamic={"x": "N M"})
 
 
@@ -277,7 +277,7 @@ def test_a_slice_up_to_another_size_is_held_at_the_call() -> None:
 
 def test_a_size_that_is_not_told_says_node_line_and_way_out() -> None:
     rule = Applied(lambda x: x[: min(*x.shape)])
-    with pytest.raises(treadle.TreadleError, match="which of the sizes is the least") as caught:
+    with pytest.raises(treadle.TreadleError, match="which of the sizes is the smallest") as caught:
         treadle.from_torch(rule, (torch.randn(2, 8),), dynamic={"x": "B S"})
     assert "node sym_min" in str(caught.value) or "node slice" in str(caught.value)
     assert re.search(LINE, str(caught.value))

@@ -184,7 +184,7 @@ def test_what_no_kernel_reads_is_decoded_once_and_told() -> None:
     (read,) = [n for n in notes["read-blocks"] if " is read in q8_0 blocks, panels(" in n]
     assert read.startswith("mlp.down.weight")
     (once,) = [n for n in notes["hoist-weights"] if "is decoded once" in n]
-    assert once.startswith("attn.out.weight is decoded once: linear reads no int8_groups(32) blocks")
+    assert once.startswith("attn.out.weight is decoded once: linear cannot read int8_groups(32) blocks")
     assert exe.source.count(" = block_product_8_bits_by_32") == 1
 
 

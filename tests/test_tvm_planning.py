@@ -102,7 +102,7 @@ def test_a_kernel_that_needs_what_the_plan_has_dead_is_found() -> None:
     main = lowered.plan.functions["main"]
     lives = [replace(life, last=1) if life.storage.name == "kept" else life for life in main.lives]
     plan = replace(lowered.plan, functions={"main": replace(main, lives=tuple(lives))})
-    with pytest.raises(BackendError, match="a kernel needs a storage that the plan has dead by then"):
+    with pytest.raises(BackendError, match="a kernel needs a storage that the plan has already freed"):
         lower(lowered.graph, plan, isa, RULES)
 
 

@@ -84,7 +84,7 @@ WRONG = [
         lambda p, x, y: p.where(y, x, -math.inf),
         lambda b, m: b.where(m.y, m.x, math.inf),
         ["a = where(k, x, -inf)", "return y = a"],
-        "a number past 1e30 has become another",
+        "a number past 1e30 has changed",
         "x: f32[B, S, 768], k: bool[B, S, 768]",
     ),
     Wrong(
@@ -92,7 +92,7 @@ WRONG = [
         lambda p, x, y: p.where(y, x, -math.inf),
         lambda b, m: b.where(m.y, m.x, -1e9),
         ["a = where(k, x, -inf)", "return y = a"],
-        "a number past 1e30 has become another",
+        "a number past 1e30 has changed",
         "x: f32[B, S, 768], k: bool[B, S, 768]",
     ),
     Wrong(
@@ -121,7 +121,7 @@ WRONG = [
         lambda p, x, y: p.less(x, y),
         lambda b, m: m.x <= m.y,
         ["a = less(x, 2)", "return y = a"],
-        said="results are others",
+        said="results are different",
         takes="x: i64[B, S]",
         gives="y: bool[B, S]",
     ),
@@ -346,7 +346,7 @@ def test_a_pass_that_cannot_be_undone_in_part_is_undone_as_a_whole() -> None:
     optimized = certified(graph, DropsAWeight())
     (record,) = optimized.log
     assert optimized.graph == graph
-    assert record.notes == ["all that this pass did was rolled back"]
+    assert record.notes == ["all changes of this pass were rolled back"]
     assert (record.changes, record.after) == (0, record.before)
 
 
