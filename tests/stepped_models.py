@@ -145,7 +145,7 @@ def oddly_named(rows: Tokens, start: Picture, last: Annotated[t.Tensor, t.f32["B
 def repeated(
     tokens: Tokens, source: Annotated[t.Tensor, t.i64["B M"]], picture: Picture, *, vocab: int = 11, dim: int = 12
 ) -> t.Tensor:
-    """Blocks of one set of weights, within each other: every repetition has caches, rings, sums and keys of its own."""
+    """Nested blocks with one set of weights: every repetition has its own caches, rings, sums and keys."""
     seen = t.linear(picture, dim, name="seen")
     memory = t.embed(source, vocab, dim, name="source")
     x = t.embed(tokens, vocab, dim, name="wte")
@@ -164,7 +164,7 @@ def repeated(
 def states_by_other_names(
     tokens: Tokens, source: Annotated[t.Tensor, t.i64["B M"]], M_length: Lengths, *, vocab: int = 11, dim: int = 12
 ) -> t.Tensor:
-    """Weights and an input that are named as a step names its states."""
+    """Weights and an input with the names that a step uses for its states."""
     x = t.embed(tokens, vocab, dim, name="wte")
     x = x * t.rearrange(t.cast(M_length, to="f32"), pattern="b -> b 1 1")
     for _ in t.stack("h", 2):

@@ -79,7 +79,7 @@ BLOCKS = [("int8_rows", "uint8_rows"), ("int8_rows", "int8_rows"), ("int4_groups
 @pytest.mark.parametrize(("first", "last"), [(1, 1), (1, 2), (2, 2), (0, 3)])
 @pytest.mark.parametrize(("weight", "rows"), BLOCKS)
 def test_rows_in_blocks_are_cut_and_joined_as_others(weight: str, rows: str, first: int, last: int) -> None:
-    """A region that makes them, one that reads them, and one that does both."""
+    """A region that produces them, one that reads them, and one that does both."""
     graph = Graph("blocks")
     b = Builder(graph)
     x = b.tanh(b.input("x", "f32[S, 64]"))
@@ -93,13 +93,13 @@ def test_rows_in_blocks_are_cut_and_joined_as_others(weight: str, rows: str, fir
     assert region is not None
     check_parts(graph, compute_in_parts(graph, region, 3))
     verify(graph)
-    for given, y in zip(few, wanted, strict=True):  # of one row two of the parts are empty
+    for given, y in zip(few, wanted, strict=True):  # for one row two of the parts are empty
         np.testing.assert_array_equal(interpret(graph, given, weights)["y"], y)
 
 
 @pytest.mark.parametrize("backend", ["numpy", "torch"])
 def test_a_part_may_be_empty(backend: str) -> None:
-    """As one of a symbolic axis is at small sizes: ops on their samples, in one part more than there are elements."""
+    """A symbolic axis may have this at small sizes: ops on their samples, in one part more than there are elements."""
     if (reason := find_backend(backend).available()) is not None:
         pytest.skip(f"backend {backend}: {reason}")
     tried, failed = 0, []

@@ -67,7 +67,7 @@ def test_a_stream_through_blocks_is_one_buffer() -> None:
 
 @pytest.mark.parametrize("encoded", ["argument", "result"])
 def test_blocks_do_not_lie_where_their_numbers_did(encoded: str) -> None:
-    """Elements of one count and dtype, which take other bytes: f32[S, 8] in rows of 8 bits."""
+    """Elements of equal number and dtype, but of other bytes: f32[S, 8] in 8-bit rows."""
     graph = Graph("rows")
     block = Function("block")
     graph.add_function(block)

@@ -135,13 +135,16 @@ def test_on_tvm_a_step_has_the_bits_of_the_whole(name: str) -> None:
 
 
 IN_BF16 = ["gpt2", "llama, windows", "windows", "captioned"]
-"""Models whose attention is to their own tokens alone. What a row brings once (a source text) is kept in bf16."""
+"""Models with attention to their own tokens alone. Inputs that are passed once for a row (a source text) are stored in
+bf16.
+"""
 
 
 @pytest.mark.parametrize("name", IN_BF16)
 def test_on_tvm_a_step_of_a_model_in_bf16_has_the_bits_of_the_whole_with_products_in_bf16(name: str) -> None:
-    """Its attention takes queries, keys and values before they are rounded, which the whole model's does after: its own
-    whole is as near as roundings are.
+    """A step's attention takes queries, keys and values before rounding, the whole model's after it.
+
+    The step has the bits of the whole model without attention in bf16. The model with it agrees within rounding.
     """
     if reason := find_backend("tvm").available():
         pytest.skip(reason)

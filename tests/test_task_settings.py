@@ -75,7 +75,7 @@ def test_a_task_goes_before(tmp_path: Path) -> None:
     ],
 )
 def test_how_many_tokens_at_least(said: dict[str, Any], rules: TokenRules, tmp_path: Path) -> None:
-    """A text has min_length tokens with those that are given to the decoder, min_new_tokens without them."""
+    """min_length counts the tokens given to the decoder, min_new_tokens does not."""
     assert settings(tmp_path, said).rules == rules
 
 

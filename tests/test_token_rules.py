@@ -86,7 +86,7 @@ def test_rules_are_those_of_hugging_face() -> None:
     for count in range(most):
         for _ in range(20):
             made = [int(i) for i in draw.integers(0, VOCAB, count)]
-            made[-1:] = [2] * bool(made)  # the banned runs are met
+            made[-1:] = [2] * bool(made)  # so that banned runs occur
             logits = draw.normal(size=VOCAB).astype(np.float32)
             ours = rules.apply(logits, prompt=start, made=made, end=[1], is_last=count + 1 == most)
             wanted = theirs(torch.tensor([[*start, *made]]), torch.from_numpy(logits.copy())[None])[0].numpy()
