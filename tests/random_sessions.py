@@ -1,10 +1,10 @@
-"""Sessions drawn at random: rows that open, grow, fork, resume, slide and close, over drawn models and caches.
+"""Random sessions: rows that open, grow, fork, resume, slide and close, over drawn models and caches.
 
-    played = play(seed, "numpy", sessions=4)      # raises AssertionError where logits are not those of the whole text
+    played = play(seed, "numpy", sessions=4)      # raises AssertionError if logits differ from the whole text's
 
-A session's logits are held to those of one run over the whole text, of the same compiled model. They may be apart by
-what roundings move this model's logits at that token (`treadle.runtime.roundings`), and no more: roundings of every
-op, of keys and values where caches are narrow, and of what weights in blocks multiply where that is rounded.
+A session's logits are compared with those of one run over the whole text, of the same compiled model. They may differ
+by the effect of roundings on this model's logits at that token (`treadle.runtime.roundings`), and no more: roundings of
+every op, of keys and values if caches are in 16 bits, and of rounded activations of weights in blocks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Array = np.ndarray[Any, Any]
 CONTEXT = 320
 MEMORY = 9
 RINGS = (1, 4, 16, 128)
-"""Of which the capacities of rings are multiples; 128 outside of tests, so that few rows are long enough to wrap."""
+"""Divisors of the capacities of rings; 128 outside of tests, so that few rows are long enough to wrap."""
 DRAWS, THOROUGH = 2, 24
 ROUNDING = ("int8", "int4-int8")
 SCHEMES = ("int8-weights", "int4", *ROUNDING)
@@ -42,7 +42,7 @@ SCHEMES = ("int8-weights", "int4", *ROUNDING)
 
 @dataclass(frozen=True)
 class Chosen:
-    """What is drawn of a model: whether its blocks are shared, how it is compiled, and the dtype of its caches."""
+    """The drawn options of a model: shared blocks, compile options, and the dtype of its caches."""
 
     shared: bool
     compiled: Mapping[str, Any]
@@ -55,7 +55,7 @@ class Chosen:
 
 @dataclass
 class Text:
-    """A row that is open: its slot, its tokens as far as they are known, and what it brought beside them."""
+    """An open row: its slot, its known tokens, and the index of its other inputs."""
 
     row: int
     tokens: list[int]
@@ -64,15 +64,15 @@ class Text:
 
 @dataclass
 class Played:
-    """What the sessions of a model did.
+    """The record of a model's sessions.
 
-    chosen      how it was made
+    chosen      the model's options
     sessions    the sizes of each
-    events      how often each thing was done
-    checked     the logits that were compared
-    overflowed  those that were not, since a value of their whole text is infinite or NaN, or more than f16 holds
-    sharp       of the compared ones, those where a tenth of the largest would have been too far off
-    worst       how far off they were at most, of what is allowed
+    events      the number of moves of each kind
+    checked     the number of compared logits
+    overflowed  those not compared, because a value of their whole text is infinite or NaN, or overflows in f16
+    sharp       the compared ones for which a tenth of the largest logit would have exceeded the tolerance
+    worst       the largest difference, as a fraction of the tolerance
     """
 
     chosen: Chosen
@@ -85,7 +85,9 @@ class Played:
 
 
 def drawn_choice(rng: np.random.Generator, backend: str, seed: int) -> Chosen:
-    """Of ten models one has shared blocks and quantization, two shared blocks alone, and two quantization alone."""
+    """Draw options: of ten models one has shared blocks and quantization, two only shared blocks, and two only
+    quantization.
+    """
     shared, quantized = seed % 10 in (0, 1, 2), seed % 10 in (0, 3, 4)
     compiled: dict[str, Any] = {"quantize": str(rng.choice(SCHEMES))} if quantized else {}
     if not quantized and backend != "numpy" and rng.random() < 0.15:
@@ -95,7 +97,7 @@ def drawn_choice(rng: np.random.Generator, backend: str, seed: int) -> Chosen:
 
 
 def drawn_sizes(rng: np.random.Generator) -> dict[str, Any]:
-    """Of a session."""
+    """Draw a session's sizes."""
     return {
         "rows": int(rng.integers(1, 6)),
         "capacity": int(rng.choice([24, 40, 100, 200])),
@@ -105,10 +107,10 @@ def drawn_sizes(rng: np.random.Generator) -> dict[str, Any]:
 
 
 def play(seed: int, backend: str, *, sessions: int = 1, moves: int = 24) -> Played:
-    """Draw a model and sessions over it, make this many moves in each, and compare all logits.
+    """Draw a model and sessions over it, make `moves` moves in each, and compare all logits.
 
-    Raises AssertionError where logits are further off than roundings explain, or are not finite where the whole
-    text's are.
+    Raises AssertionError if logits differ by more than roundings explain, or are not finite although the whole text's
+    are.
     """
     rng = np.random.default_rng(seed)
     chosen = drawn_choice(rng, backend, seed)
@@ -129,7 +131,7 @@ def play(seed: int, backend: str, *, sessions: int = 1, moves: int = 24) -> Play
 
 
 class _Game:
-    """Sessions that are played, one after the other."""
+    """The sessions of a model, played one after the other."""
 
     session: Session
     rows: list[Text]
@@ -152,7 +154,7 @@ class _Game:
         self.played.sessions.append(sizes)
 
     def _drawn_inputs(self) -> dict[str, Array]:
-        """What a row brings beside tokens."""
+        """Draw a row's inputs other than tokens."""
         made: dict[str, Array] = {}
         length = int(self.rng.integers(2, MEMORY + 1))
         for value in self.exe.graph.main.inputs:
@@ -167,7 +169,7 @@ class _Game:
     # -- moves ---------------------------------------------------------------------------------------------------
 
     def move(self) -> None:
-        """Do one thing of those that can be done now."""
+        """Make one of the possible moves."""
         possible: list[tuple[Callable[[], None], float]] = []
         if self.session.free:
             possible += [(self._open, 2 if self.rows else 9), (self._resume, 6 if self.closed else 0)]
@@ -186,23 +188,25 @@ class _Game:
         return [int(token) for token in self.rng.integers(0, VOCABULARY, count)]
 
     def _room(self, text: Text, most: int) -> int:
-        """How many tokens a row may be given, up to `most`; a row that slides takes half of its capacity at once."""
+        """Return the number of tokens that a row can take, up to `most`; a row that slides takes half of its capacity
+        at once.
+        """
         if self.session.full == "slide":
             return min(most, self.session.capacity // 2)
         return min(most, self.session.capacity - self.session.length(text.row))
 
     def _some(self, least: int) -> list[Text]:
-        """Some of the rows that have room for this many tokens."""
+        """Return some of the rows that have room for `least` tokens."""
         open_rows = [text for text in self.rows if self._room(text, least) >= least]
         count = int(self.rng.integers(1, len(open_rows) + 1)) if open_rows else 0
         return [open_rows[i] for i in self.rng.permutation(len(open_rows))[:count]]
 
     def _grown(self, text: Text, new: Sequence[int], logits: Array) -> None:
-        """Note what a row was given, and the logits after it."""
+        """Record a row's new tokens, and the logits after them."""
         text.tokens += new
         known = self.session.length(text.row)
         assert self.session.tokens(text.row)[-known:] == tuple(text.tokens[-known:])
-        text.tokens = text.tokens[-known:]  # a row that slid has forgotten the others
+        text.tokens = text.tokens[-known:]  # a row that slid has dropped the others
         self.seen.append((text.inputs, tuple(text.tokens), np.array(logits)))
 
     def _open(self) -> None:
@@ -213,7 +217,7 @@ class _Game:
         self._grown(text, new, self.session.prefill({text.row: new})[text.row])
 
     def _resume(self) -> None:
-        """Go on from a text that was closed: the whole of it, or its beginning, with other tokens behind."""
+        """Resume a closed text: the whole of it, or its beginning, with other tokens after it."""
         enough = [tokens for tokens in self.closed if len(tokens) > LEAST] or self.closed
         before = enough[int(self.rng.integers(len(enough)))]
         kept = before if self.rng.random() < 0.5 else before[: int(self.rng.integers(1, len(before) + 1))]
@@ -270,7 +274,7 @@ class _Game:
     # -- the whole texts -----------------------------------------------------------------------------------------
 
     def compare(self) -> None:
-        """Hold all logits to those of the whole texts."""
+        """Compare all logits with those of the whole texts."""
         for number, brought in enumerate(self.brought):
             seen = [(tokens, logits) for inputs, tokens, logits in self.seen if inputs == number]
             if seen:
@@ -278,7 +282,7 @@ class _Game:
 
     def _compare(self, brought: Mapping[str, Array], seen: Sequence[tuple[tuple[int, ...], Array]]) -> None:
         texts: list[tuple[int, ...]] = []
-        for tokens in sorted({tokens for tokens, _ in seen}):  # each text that another one goes on from is within it
+        for tokens in sorted({tokens for tokens, _ in seen}):  # a text that another one continues is a part of it
             if texts and tokens[: len(texts[-1])] == texts[-1]:
                 texts.pop()
             texts.append(tokens)
@@ -294,13 +298,14 @@ class _Game:
         for tokens, logits in seen:
             n = next(n for n, text in enumerate(texts) if text[: len(tokens)] == tokens)
             wanted, at = whole[n, len(tokens) - 1], len(tokens) - 1
-            # A value of the whole that overflows reaches tokens before it, as 0 times infinity; one of f16 sooner.
+            # A value of the whole text that overflows affects earlier tokens, as 0 times infinity; a value of f16 does
+            # so sooner.
             if not np.isfinite(whole[n]).all() or not np.isfinite(moved.by[n, at]).all():
                 self.played.overflowed += 1
                 continue
             apart, size = float(np.abs(logits - wanted).max()), max(float(np.abs(wanted).max()), 1e-30)
             allowed = room(spacing_of(f32), size, float(moved.by[n, at].max()))
-            if not apart <= allowed and not thorough:  # a quotient of nearly 0 moves far in few of the draws
+            if not apart <= allowed and not thorough:  # a quotient of nearly 0 changes much in few of the draws
                 moved, thorough = self._moved(given, name, THOROUGH), True
                 allowed = room(spacing_of(f32), size, float(moved.by[n, at].max()))
             off = apart / allowed
@@ -310,7 +315,7 @@ class _Game:
             assert off <= 1, f"{self.played}\nafter {len(tokens)} tokens, {off:.3g} times too far off"
 
     def _moved(self, inputs: Mapping[str, Array], name: str, draws: int) -> Moved:
-        """What roundings move the logits by, at most in so many draws of them."""
+        """Return the largest effect of roundings on the logits, over this number of draws."""
         exe = self.exe
         exact = interpret(exe.graph, inputs, exe.weights, float64=True)
         plain = moved_by_rounding(exe.graph, inputs, exe.weights, exact, draws)[name]
@@ -324,10 +329,10 @@ class _Game:
         return Moved(np.maximum(plain.by, more.by), more.undecided)
 
     def _coarsely(self, rng: np.random.Generator) -> Callable[..., list[Array]]:
-        """Round keys and values as the cache does, and a fiftieth of what is rounded to blocks to a neighbour.
+        """Round keys and values as the cache does, and move a fiftieth of the numbers rounded to blocks to a neighbour.
 
-        What is rounded to blocks is the same number in both runs but for roundings of f32, by which few of the numbers
-        come to lie on the other side of a middle between two neighbours.
+        Numbers rounded to blocks are equal in both runs except for roundings of f32, by which a few of them fall on the
+        other side of the middle between two neighbours.
         """
         cache = self.played.chosen.cache
         spacing = spacing_of(DTYPES[cache]) if cache else 0.0
@@ -358,5 +363,5 @@ class _Game:
 
 
 def backends() -> list[str]:
-    """Those of ours that are installed."""
+    """Return our installed backends."""
     return [name for name in ("numpy", "torch", "tvm") if find_backend(name).available() is None]

@@ -1,4 +1,4 @@
-"""Causal models drawn at random: what a step can be derived from, in every mixture."""
+"""Random causal models from which a step can be derived, with mixtures of all layers."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ VOCABULARY, CONTEXT = 11, 24
 
 
 def drawn_model(rng: np.random.Generator, *, context: int = CONTEXT, shared: bool = False, wide: bool = False) -> Model:
-    """A model of tokens [B, S]: one to four blocks, repeated or not, of one to four layers each.
+    """Return a model of tokens [B, S]: one to four blocks, repeated or not, of one to four layers each.
 
-    context  positions that a table of positions has
-    shared   repetitions have one set of weights, and blocks may repeat within each other
-    wide     widths are multiples of 32, so that all weights may be held in blocks of 4 bits
+    context  number of positions of a position table
+    shared   repetitions share their weights, and blocks may be nested
+    wide     widths are multiples of 32, so that all weights fit into blocks of 4 bits
     """
     heads = int(rng.choice([1, 2, 4]))
     dim = heads * int(rng.choice([2, 4])) if not wide else int(rng.choice([32, 64]))
@@ -53,7 +53,7 @@ def drawn_model(rng: np.random.Generator, *, context: int = CONTEXT, shared: boo
 
 
 def _declared(body: Callable[..., t.Tensor], has_source: bool, has_picture: bool) -> Model:
-    """A model of as many inputs as its body reads."""
+    """Return a model with the inputs that its body reads."""
     if has_source and has_picture:
 
         @t.model
@@ -84,7 +84,7 @@ def _declared(body: Callable[..., t.Tensor], has_source: bool, has_picture: bool
 
 
 def _begun(rng: np.random.Generator, tokens: t.Tensor, dim: int, context: int) -> t.Tensor:
-    """Embedded tokens, and some way to say where they stand."""
+    """Return embedded tokens, with some encoding of their positions."""
     x = t.embed(tokens, VOCABULARY, dim, name="wte")
     match rng.integers(5):
         case 0:
@@ -100,7 +100,7 @@ def _begun(rng: np.random.Generator, tokens: t.Tensor, dim: int, context: int) -
 
 
 def _encoded(source: t.Tensor, dim: int) -> t.Tensor:
-    """A source text that everything after may read."""
+    """Return a source text that all later layers may read."""
     x = t.embed(source, VOCABULARY, dim, name="source")
     for _ in t.stack("encoder", 2):
         x = x + t.self_attention(t.rms_norm(x, name="norm"), 1, name="attn")

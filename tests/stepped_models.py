@@ -1,6 +1,7 @@
-"""Models that step: causal and encoder-decoder families of the zoo, and models that use what else a step knows.
+"""Models that step: causal and encoder-decoder families of the zoo, and models with the other features that steps
+support.
 
-And models that have no step, each with what is said of it.
+Also models without a step, each with the expected reason.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Picture = Annotated[t.Tensor, t.f32["B 6"]]
 
 @t.model
 def alibi(tokens: Tokens, *, vocab: int = 11, dim: int = 12, heads: int = 3) -> t.Tensor:
-    """Biases by distance, and a soft-cap."""
+    """ALiBi: biases by distance, and a soft-cap."""
     x = t.embed(tokens, vocab, dim, name="wte")
     for _ in t.stack("h", 2):
         y = t.self_attention(
@@ -36,7 +37,7 @@ def alibi(tokens: Tokens, *, vocab: int = 11, dim: int = 12, heads: int = 3) -> 
 
 @t.model
 def windows(tokens: Tokens, *, vocab: int = 11, dim: int = 12, heads: int = 3) -> t.Tensor:
-    """A window beside full attention, as in Gemma 2 and 3; T5's distances in one of them."""
+    """Window attention next to full attention, as in Gemma 2 and 3; one of them has T5's distances."""
     x = t.embed(tokens, vocab, dim, name="wte")
     table = t.parameter("distance", 8, heads)
     for _ in t.stack("h", 2):
@@ -49,7 +50,7 @@ def windows(tokens: Tokens, *, vocab: int = 11, dim: int = 12, heads: int = 3) -
 
 @t.model
 def packed(tokens: Tokens, segments: Segments, lengths: Lengths, *, vocab: int = 11, dim: int = 12) -> t.Tensor:
-    """Several texts in a row, and padding that a row brings once."""
+    """Several texts in a row, and padding that is passed once for a row."""
     x = t.embed(tokens, vocab, dim, name="wte") + t.embed(segments, 4, dim, name="segment")
     x = x + t.self_attention(x, 3, mask=t.causal & t.segments(segments) & t.padding(lengths), name="attn")
     return t.linear(x, vocab, name="head")
@@ -57,7 +58,7 @@ def packed(tokens: Tokens, segments: Segments, lengths: Lengths, *, vocab: int =
 
 @t.model
 def counted(tokens: Tokens, *, vocab: int = 11, dim: int = 12, context: int = 24) -> t.Tensor:
-    """Positions spelled by hand: a count that a table is read at, one that turns into sines, one that decays."""
+    """Positions computed by ops: a count that indexes a table, one that turns into sines, one that decays."""
     count = t.iota(size=tokens.shape[1])
     angles = t.rearrange(t.cast(count, to="f32"), pattern="s -> s 1") * t.constant([1.0, 0.5, 0.1])
     waves = t.concat(t.sin(angles), t.cos(angles), axis=-1)
@@ -70,7 +71,7 @@ def counted(tokens: Tokens, *, vocab: int = 11, dim: int = 12, context: int = 24
 
 @t.model
 def summed(tokens: Tokens, *, vocab: int = 11, dim: int = 12, heads: int = 3) -> t.Tensor:
-    """Linear attention as two cumulative sums (Katharopoulos et al. 2020), beside a window."""
+    """Linear attention as two cumulative sums (Katharopoulos et al. 2020), next to a window."""
     x = t.embed(tokens, vocab, dim, name="wte")
     for _ in t.stack("h", 2):
         q, k, v = (t.split_heads(t.linear(x, dim, bias=False, name=n), heads) for n in "qkv")
@@ -88,7 +89,7 @@ def summed(tokens: Tokens, *, vocab: int = 11, dim: int = 12, heads: int = 3) ->
 
 @t.model
 def captioned(tokens: Tokens, picture: Picture, *, vocab: int = 11, dim: int = 12, blocks: str = "h") -> t.Tensor:
-    """A vector that a row brings once, read by every block, and positions that do not begin at 0."""
+    """A vector that is passed once for a row and read by every block, and positions that do not begin at 0."""
     seen = t.linear(picture, dim, name="seen")
     x = t.embed(tokens, vocab, dim, name="wte") + t.embed(t.positions(tokens) + 2, 40, dim, name="wpe")
     for _ in t.stack(blocks, 2):
@@ -99,7 +100,7 @@ def captioned(tokens: Tokens, picture: Picture, *, vocab: int = 11, dim: int = 1
 
 @t.model
 def across(tokens: Tokens, source: Annotated[t.Tensor, t.i64["B M"]], *, vocab: int = 11, dim: int = 12) -> t.Tensor:
-    """Where a query stands counts, and its keys are no tokens: a source text's, or weights."""
+    """Cross attention that depends on the query's position, with keys of a source text or of weights."""
     x = t.embed(tokens, vocab, dim, name="wte")
     x = x + t.self_attention(x, 3, mask=t.causal, name="attn")
     memory, table = t.embed(source, vocab, dim, name="source"), t.parameter("distance", 8, 3)
@@ -132,7 +133,7 @@ def spread(tokens: Tokens) -> t.Tensor:
 
 @t.model
 def oddly_named(rows: Tokens, start: Picture, last: Annotated[t.Tensor, t.f32["B S 12"]]) -> t.Tensor:
-    """Inputs that are named as a step names what it is told of rows."""
+    """Inputs with the names that a step uses for its own inputs about rows."""
     x = t.embed(rows, 11, 12, name="wte") + last
     for _ in t.stack("h", 2):
         x = x * t.rearrange(t.sigmoid(t.linear(start, 12, name="seen")), pattern="b d -> b 1 d")
@@ -144,7 +145,7 @@ def oddly_named(rows: Tokens, start: Picture, last: Annotated[t.Tensor, t.f32["B
 def repeated(
     tokens: Tokens, source: Annotated[t.Tensor, t.i64["B M"]], picture: Picture, *, vocab: int = 11, dim: int = 12
 ) -> t.Tensor:
-    """Blocks of one set of weights, within each other: every repetition has caches, rings, sums and keys of its own."""
+    """Nested blocks with one set of weights: every repetition has its own caches, rings, sums and keys."""
     seen = t.linear(picture, dim, name="seen")
     memory = t.embed(source, vocab, dim, name="source")
     x = t.embed(tokens, vocab, dim, name="wte")
@@ -163,7 +164,7 @@ def repeated(
 def states_by_other_names(
     tokens: Tokens, source: Annotated[t.Tensor, t.i64["B M"]], M_length: Lengths, *, vocab: int = 11, dim: int = 12
 ) -> t.Tensor:
-    """Weights and an input that are named as a step names its states."""
+    """Weights and an input with the names that a step uses for its states."""
     x = t.embed(tokens, vocab, dim, name="wte")
     x = x * t.rearrange(t.cast(M_length, to="f32"), pattern="b -> b 1 1")
     for _ in t.stack("h", 2):
@@ -180,7 +181,7 @@ def states_by_other_names(
 
 @t.model
 def by_heads(tokens: Tokens, *, vocab: int = 11, dim: int = 12) -> t.Tensor:
-    """Attention spelled by hand, as fusion finds it, with grouped heads."""
+    """Decomposed attention, as fusion recognizes it, with grouped heads."""
     x = t.embed(tokens, vocab, dim, name="wte")
     q = t.split_heads(t.linear(x, 24, name="q"), 4)
     k, v = (t.split_heads(t.linear(x, 12, name=n), 2) for n in "kv")
@@ -200,7 +201,7 @@ def by_heads(tokens: Tokens, *, vocab: int = 11, dim: int = 12) -> t.Tensor:
 
 
 def optimized(model: Model) -> Graph:
-    """A model's graph as the portable passes leave it."""
+    """Return a model's graph after the portable passes."""
     return PassManager(DEFAULT).run(model.graph()).graph
 
 
@@ -214,7 +215,7 @@ MODELS: dict[str, Model] = {
 }
 
 
-# -- what has no step ------------------------------------------------------------------------------------------------
+# -- models without a step --------------------------------------------------------------------------------------------
 
 
 @t.model
@@ -357,7 +358,7 @@ REFUSED: dict[str, tuple[Model, str, str]] = {
     "a sum from the end": (turned_round, "cumsum", "t.cumsum("),
     "a number that is the length": (by_length, "size", "t.size("),
 }
-"""Models without a step: the op that stands against it, and what the line says that is named."""
+"""Models without a step: the op that prevents it, and the fragment of the message that is checked."""
 
 AS_IT_IS_BUILT: dict[str, tuple[Model, str, str, str]] = {
     "a sum of ones": (summed_ones, "cumsum carries along values that are the same in all rows", "f32[S]", "t.cumsum("),
@@ -404,4 +405,6 @@ AS_IT_IS_BUILT: dict[str, tuple[Model, str, str, str]] = {
         "t.einsum(",
     ),
 }
-"""Models that may be stepped by how their ops mix, and yet have no step: why, of what, and what the line says."""
+"""Models whose ops could be stepped but which still have no step: why, because of which op, and the fragment of the
+message.
+"""

@@ -1,4 +1,4 @@
-"""Merged projections, scales folded into weights, and the way back."""
+"""Merged projections, scales folded into weights, and the inverse."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BACKENDS = ("numpy", "torch", "tvm")
 
 
 def projections(*, transposed: bool = False, biases: str = "qkv", widths: tuple[int, int, int] = (6, 4, 4)) -> Graph:
-    """q, k and v of one x, each taken further, as in an attention; `biases` names those that have one."""
+    """Return a program with q, k and v of one x, each used further, as in an attention; `biases` selects biases."""
     graph = Graph("projections")
     b = Builder(graph)
     x = b.input("x", f32["B", "S", 8])

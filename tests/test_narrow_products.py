@@ -1,4 +1,4 @@
-"""Products with weights in bf16: the ops, the pass, and whole models of every backend that has bf16."""
+"""Products with weights in bf16: the ops, the pass, and whole models on every backend that supports bf16."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_a_model_is_near_its_float32_self_and_has_float32_results(backend: str, 
 
 @with_bf16
 def test_a_model_is_near_the_meaning_of_its_own_graph(backend: str) -> None:
-    """TVM sums as the reference does; PyTorch rounds what packed products give once more."""
+    """TVM sums as the reference does; PyTorch rounds the results of packed products once more."""
     exe = treadle.compile("bert", backend=backend, dtype="bf16", **SMALL)
     wanted = interpret(exe.graph, {"tokens": TOKENS}, exe.weights)["hidden"]
     off = np.abs(exe(tokens=TOKENS)["hidden"] - wanted).max() / np.abs(wanted).max()
@@ -218,7 +218,7 @@ def test_another_dtype_is_refused() -> None:
 
 @needs_torch
 def test_a_bf16_model_computes_the_rest_in_float32() -> None:
-    """Its own weights, widened and rounded again, are the same bits."""
+    """Its own weights, widened and rounded again, are bitwise identical."""
     exe = treadle.compile(llama, backend="torch", dtype="bf16", **{**SMALL, "heads": 4})
     dtypes = {v.type.dtype for _, node in exe.graph.walk() for v in node.results}
     assert dtypes <= {DTYPES["f32"], DTYPES["bf16"], DTYPES["i64"], DTYPES["bool"]}
@@ -267,13 +267,13 @@ def of_any(build: Callable[[Builder], Expr]) -> Optimized:
 
 
 def lines(graph: Graph) -> list[str]:
-    """Of all ops but casts."""
+    """Return the lines of all ops except casts."""
     text = [line.split("#")[0].strip() for line in print_graph(graph).splitlines() if " = " in line and "(" in line]
     return [line for line in text if "cast(" not in line]
 
 
 EINSUMS: list[tuple[str, tuple[object, ...], tuple[object, ...], list[str]]] = [
-    # the equation, the shapes of g and x, and what is made of them
+    # the equation, the shapes of g and x, and the resulting ops
     ("b a n, n k -> b a k", ("B", "S", 6), (6, 4), ["matmul = matmul(g_bf16, x_bf16, to=f32)"]),
     (
         "b a n, b a k -> n k",
@@ -304,7 +304,7 @@ EINSUMS: list[tuple[str, tuple[object, ...], tuple[object, ...], list[str]]] = [
 def test_an_einsum_is_the_product_that_it_is(
     equation: str, g: tuple[object, ...], x: tuple[object, ...], wanted: list[str]
 ) -> None:
-    """With the numbers of the einsum, of factors that are rounded."""
+    """With the einsum's numbers on rounded factors."""
 
     def build(b: Builder) -> Expr:
         return b.einsum(b.input("g", f32[g]), b.input("x", f32[x]), equation=equation)

@@ -1,4 +1,4 @@
-"""Vocabularies in vocab.txt, and in vocab.json with merges.txt: the ids that Hugging Face's tokenizers give."""
+"""Vocabularies in vocab.txt, and in vocab.json with merges.txt: the ids of Hugging Face's tokenizers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MASK |= {"single_word": False, "special": True}
 
 
 def older(place: Path, kind: str, **settings: Any) -> None:
-    """The older files of a kind of tokenizer, with its config.json."""
+    """Write the older files of a kind of tokenizer, with its config.json."""
     if kind in ("bert", "mpnet"):
         vocabulary = wordpiece().get_vocab()
         names = sorted(vocabulary, key=vocabulary.__getitem__)
@@ -143,7 +143,7 @@ def test_tokens_that_a_folder_names_and_adds(
         "a <extra_id_0>b<extra_id_2>",
         "<image>",
     ]
-    for text, other in zip(given, [*given[1:], "a"], strict=True):  # theirs takes an empty second text for none
+    for text, other in zip(given, [*given[1:], "a"], strict=True):  # theirs ignores an empty second text
         assert list(ours.encode([text])[0][0].ids) == theirs(text)["input_ids"], text
         assert list(ours.encode([(text, other)])[0][0].ids) == theirs(text, other)["input_ids"], text
     for role in {**({} if "added_tokens_decoder" in settings else names), **settings}:

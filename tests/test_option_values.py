@@ -117,7 +117,7 @@ def sized(**bounds: Bounds) -> Graph:
 
 
 def test_a_size_that_is_not_asked_for_lies_within_bounds() -> None:
-    """A leading axis counts 1, another 128; both lead here in some input, and B alone in no other place."""
+    """A leading axis gets 1, another 128; both symbols lead an input of `sized`, but only B leads below."""
     assert choose_sizes(sized(), {}) == {"B": 1, "S": 1}
     assert choose_sizes(sized(), {"S": 5}) == {"B": 1, "S": 5}
     assert choose_sizes(sized(B=Bounds(3, 8)), {}) == {"B": 3, "S": 1}
@@ -190,7 +190,7 @@ def test_numbers_in_the_command_are_at_most_a_mebibyte() -> None:
 
 
 class Input(io.StringIO):
-    """Standard input: a terminal, or bytes that are piped."""
+    """A stand-in for standard input: a terminal, or piped bytes."""
 
     def __init__(self, data: bytes | None) -> None:
         super().__init__()

@@ -1,4 +1,6 @@
-"""Runs of nodes computed in parts: which may be, that numbers stay, and that a wrong part is found."""
+"""Runs of nodes computed in parts: the runs for which this is possible, unchanged results, and detection of wrong
+parts.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,7 @@ BLOCKS = [("int8_rows", "uint8_rows"), ("int8_rows", "int8_rows"), ("int4_groups
 @pytest.mark.parametrize(("first", "last"), [(1, 1), (1, 2), (2, 2), (0, 3)])
 @pytest.mark.parametrize(("weight", "rows"), BLOCKS)
 def test_rows_in_blocks_are_cut_and_joined_as_others(weight: str, rows: str, first: int, last: int) -> None:
-    """A region that makes them, one that reads them, and one that does both."""
+    """A region that produces them, one that reads them, and one that does both."""
     graph = Graph("blocks")
     b = Builder(graph)
     x = b.tanh(b.input("x", "f32[S, 64]"))
@@ -91,13 +93,13 @@ def test_rows_in_blocks_are_cut_and_joined_as_others(weight: str, rows: str, fir
     assert region is not None
     check_parts(graph, compute_in_parts(graph, region, 3))
     verify(graph)
-    for given, y in zip(few, wanted, strict=True):  # of one row two of the parts are empty
+    for given, y in zip(few, wanted, strict=True):  # for one row two of the parts are empty
         np.testing.assert_array_equal(interpret(graph, given, weights)["y"], y)
 
 
 @pytest.mark.parametrize("backend", ["numpy", "torch"])
 def test_a_part_may_be_empty(backend: str) -> None:
-    """As one of a symbolic axis is at small sizes: ops on their samples, in one part more than there are elements."""
+    """A symbolic axis may have this at small sizes: ops on their samples, in one part more than there are elements."""
     if (reason := find_backend(backend).available()) is not None:
         pytest.skip(f"backend {backend}: {reason}")
     tried, failed = 0, []
@@ -135,7 +137,7 @@ def test_the_axis_along_which_blocks_lie_is_not_cut() -> None:
 
 
 def test_which_runs_of_programs_may_be_in_parts(golden: Golden) -> None:
-    """Runs of up to three nodes: along which axis, what holds it where, and whether ops have a form on a part."""
+    """Runs of up to three nodes: the axis, its dimension in each value, and whether ops have a form on a part."""
     shown = []
     for seed in range(3):
         program = random_program(seed)
@@ -156,7 +158,7 @@ def test_which_runs_of_programs_may_be_in_parts(golden: Golden) -> None:
 
 
 def test_where_ranks_meet_is_neither_in_parts_nor_again() -> None:
-    """Other ranks come as often as their own programs say."""
+    """Other ranks communicate exactly as often as their own programs say."""
     b = Builder(Graph("met"))
     x = b.apply("all_reduce", b.input("x", "f32[B, 8]"), over="tp", ways=2)
     b.outputs(y=b.relu(x) + b.tanh(x))
@@ -261,7 +263,7 @@ AGAIN = """graph g {
     ],
 )
 def test_what_is_cheap_is_computed_for_each_that_reads_it(line: str, again: bool) -> None:
-    """If what it is computed from lives anyway, here up to the end."""
+    """If its operands live anyway, here up to the end."""
     graph = parse_graph(
         "graph g { parameters { w: f32[96, 96] v: f32[97, 96] }"
         " block h(x: f32[96, 96]) -> (y: f32[96, 96]) { y = exp(x) return y = y }"
@@ -285,7 +287,7 @@ def test_what_nobody_reads_later_is_not_kept_to_compute_again() -> None:
 
 
 def test_parts_say_where_they_are_from(golden: Golden) -> None:
-    """As text, with scopes and lines: what is cut, what computes a part, and what joins them."""
+    """As text, with scopes and lines: the slices, the nodes that compute a part, and the nodes that join the parts."""
     graph = parse_graph(PARTED)
     region = find_region(graph, graph.main, graph.main.nodes[1:3], 0)
     assert region is not None
@@ -341,7 +343,7 @@ def first_part(graph: Graph, parted: Parted) -> Function:
 
 
 def change_slices(parted: Parted, part: int, **changes: int) -> None:
-    """Each slice of a part with so much more of what is named."""
+    """Increase the named attributes of each slice of a part."""
     for node in parted.parts[part].slices.values():
         node.op = replace(node.op, **{name: getattr(node.op, name) + more for name, more in changes.items()})  # type: ignore[type-var]
 

@@ -1,4 +1,6 @@
-"""Pipelines: how layers are cut into stages, what ranks of each do, and when. And weights that are gathered ahead."""
+"""Pipelines: the division of layers into stages, the work of each stage's ranks, and its schedule. Also weights that
+are gathered ahead.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ NEAR = 1e-11
 """Sums of some hundred float64 numbers near 1, in another order."""
 
 MEETING = ("clip", "siglip")
-"""Families whose rows meet: of images with texts."""
+"""Families whose rows communicate: images with texts."""
 
 SMALL: dict[str, Any] = {"layers": 8, "dim": 64, "heads": 4, "vocab": 96, "context": 32}
 
@@ -91,7 +93,7 @@ def test_ranks_hold_the_weights_of_their_stage_alone() -> None:
 
 
 def sloped_blocks(count: int) -> Graph:
-    """Blocks that are written out, whose heads read one constant, as ALiBi's do."""
+    """Return inlined blocks whose heads read one constant, as ALiBi's do."""
     b = Builder(Graph("sloped"))
     x, slopes = b.input("x", "f64[B, S, 8]"), b.constant(np.arange(1.0, 9.0))
     for n in range(count):
@@ -105,7 +107,7 @@ def sloped_blocks(count: int) -> Graph:
 
 
 def in_lab(graph: Graph, plan: ShardingPlan) -> float:
-    """The greatest difference between the lab and the whole graph, relative to the greatest element."""
+    """Return the greatest difference between the lab and the whole graph, relative to the greatest element."""
     rng = np.random.default_rng(0)
     inputs = {v.name: np.asarray(rng.normal(size=v.type.evaluate({"B": 9, "S": 3}))) for v in graph.main.inputs}
     weights = {n: np.asarray(rng.normal(size=v.type.evaluate({}))) for n, v in graph.parameters.items()}
@@ -157,7 +159,7 @@ def test_values_of_rank_0_are_inputs_weights_constants_and_outputs(mesh: str, re
 
 
 def test_an_output_has_its_micro_batches_in_order() -> None:
-    """What splits the positions of a micro-batch is gathered before they are put together."""
+    """Splits of a micro-batch's positions are gathered before the micro-batches are concatenated."""
     b = Builder(Graph("split"))
     x = b.input("x", "f64[B, 8]")
     y = b.softmax(b.rms_norm(b.abs(x) + b.parameter("v", "f64[8]"), b.parameter("w", "f64[8]")), axis=1)
@@ -175,12 +177,12 @@ def test_an_output_has_its_micro_batches_in_order() -> None:
     assert "output y has its micro-batches in order" in str(plan)
 
 
-# -- cuts --------------------------------------------------------------------------------------------------------------
+# -- splits into stages ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_a_cut_is_the_best_of_all_cuts(seed: int) -> None:
-    """The least slowest stage, and then the least that is handed on."""
+    """The smallest slowest stage, and then the fewest transferred bytes."""
     r = Random(seed)
     count = r.randint(1, 5)
     seconds = [r.choice([0.0, 1.0, 2.0, 5.0, r.random()]) for _ in range(r.randint(count, 9))]
@@ -215,8 +217,10 @@ def test_a_heavy_end_has_a_stage_of_its_own() -> None:
 
 
 def test_what_follows_from_inputs_is_not_handed_on() -> None:
-    """A mask of BERT's, which all layers read, is of the inputs; T5's biases are of weights and positions, and the same
-    for all micro-batches: they are handed on once."""
+    """BERT's mask, which all layers read, depends on inputs.
+
+    T5's biases depend on weights and positions, and are the same for all micro-batches: they are sent once.
+    """
     plan = shard(recognized("bert"), "pp=2,micro=3", recipe="gpipe")
     assert [value.name for value, _ in pipeline_of(plan).stages[1].receives] == ["mlp_norm"]
     plan = shard(recognized("t5"), "pp=2,micro=3", recipe="gpipe")
@@ -346,7 +350,7 @@ def test_a_wrong_pipeline_is_refused(change: Callable[[PlannedPipeline], Planned
 
 
 def test_ranks_do_not_meet_over_stages_or_micro_batches() -> None:
-    """Plans of other recipes, which are said to be pipelines."""
+    """Plans of other recipes that are declared to be pipelines."""
     made = pipeline_of(shard(recognized("gpt2"), "pp=2,micro=2", recipe="gpipe"))
     for axes, told in (
         ({"heads": "pp"}, "are split over pp"),
@@ -362,8 +366,10 @@ def test_ranks_do_not_meet_over_stages_or_micro_batches() -> None:
 
 
 def test_predicted_seconds_hold_the_bubble() -> None:
-    """Of stages that take equally long, ranks wait (stages - 1) / (micro-batches + stages - 1) of the time; of others
-    longer."""
+    """If stages take equally long, ranks wait for (stages - 1) / (micro-batches + stages - 1) of the time.
+
+    Otherwise they wait longer.
+    """
     shape: dict[str, Any] = {"layers": 6, "dim": 1024, "heads": 16, "vocab": 1000, "context": 1024}
     sizes = {"B": 16, "S": 1024}
     found = {

@@ -1,4 +1,4 @@
-"""What a graph's parts, an axis that is followed, and plans print: whole texts, in tests/golden/text_form/."""
+"""The printed forms of a graph's parts, of a followed axis, and of plans: whole texts, in tests/golden/text_form/."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_an_axis_that_is_followed(golden: Golden) -> None:
 
 
 def test_axes_that_are_followed_through_programs(golden: Golden) -> None:
-    """Of many ops in any order, blocks among them."""
+    """Programs of many ops in any order, with blocks."""
     shown = []
     for seed in range(10):
         for axis in ("B", "S"):
@@ -100,7 +100,7 @@ def test_axes_that_are_followed_through_programs(golden: Golden) -> None:
 
 
 def test_costs_of_programs(golden: Golden) -> None:
-    """Operations and bytes of each node, and of each function."""
+    """Operations and bytes of each node and of each function."""
     shown, sizes = [], {"B": 2, "S": 7}
     for seed in range(10):
         graph = random_program(seed)

@@ -1,4 +1,4 @@
-"""Quantizing a model's weights: the plan, its checker, applying it, what it costs, and what is told of it."""
+"""Quantization of a model's weights: the plan, its checker, its application, its costs, and its report."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_every_matrix_of_a_model_is_planned(name: str, scheme: str) -> None:
 
 
 def test_a_scheme_that_would_round_nothing_of_a_model_in_blocks_is_refused() -> None:
-    """What is in blocks stays, and only what it multiplies is left to round."""
+    """Weights in blocks stay, and only the activations that they multiply are left to round."""
     graph = parse_graph("""graph g {
       symbols M
       parameters { w: f32[8, 64] as q4_1 }
@@ -208,7 +208,7 @@ def test_a_scheme_that_would_round_nothing_of_a_model_in_blocks_is_refused() -> 
 
 
 def test_four_bits_beside_rounded_activations() -> None:
-    """Groups beside groups, and rows beside the 8-bit rows of logits."""
+    """Groups with groups, and rows with the 8-bit rows of logits."""
     plan = plan_quantization(optimized("llama"), "int4-int8")
     check_quantization(plan, optimized("llama"))
     assert plan.encodings == plan_quantization(optimized("llama"), "int4").encodings
@@ -266,7 +266,7 @@ def test_a_wrong_plan_is_caught(every: Graph, name: str, fields: dict[str, Any],
 
 
 def test_a_plan_that_the_planner_would_not_make_may_be_right(every: Graph) -> None:
-    """The checker judges what a plan does, not whether the planner would do it."""
+    """The checker judges the effect of a plan, not whether the planner would choose it."""
     table = changed(plan_quantization(every, "int8-weights"), "table", encoding=EIGHT, reason="it is large")
     check_quantization(table, every)
     check_quantization(changed(table, "tied", encoding=None, reason="precious"), every)
@@ -374,7 +374,7 @@ def test_verify_takes_an_artifact_with_blocks(tmp_path: Path) -> None:
     assert report.passed and report.rewrites.exceeds is False
 
 
-# -- told ----------------------------------------------------------------------------------------------------------
+# -- the report ----------------------------------------------------------------------------------------------------
 
 
 def test_a_plan_prints_with_layers_folded() -> None:

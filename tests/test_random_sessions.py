@@ -1,4 +1,4 @@
-"""Drawn sessions give the logits of whole texts: a few of those that `tests/fuzz/steps.py --sessions` plays."""
+"""Random sessions give the logits of whole texts: a few of the sessions of `tests/fuzz/steps.py --sessions`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Arguments that die at a call: the callee writes over them where it may, and the checker finds where it may not."""
+"""Arguments that die at a call: the callee overwrites them if it may, and the checker finds the cases where it may
+not.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ def residual(b: Builder, x: Expr) -> Expr:
 
 
 def stacked(body: Body, calls: int = 3, *, kept: bool = False, twice: bool = False) -> Graph:
-    """A block that is called on what it gave before."""
+    """A block that is called on its own previous result."""
     graph = Graph("stacked")
     block = Function("block")
     graph.add_function(block)
@@ -65,7 +67,7 @@ def test_a_stream_through_blocks_is_one_buffer() -> None:
 
 @pytest.mark.parametrize("encoded", ["argument", "result"])
 def test_blocks_do_not_lie_where_their_numbers_did(encoded: str) -> None:
-    """Elements of one count and dtype, which take other bytes: f32[S, 8] in rows of 8 bits."""
+    """Elements of equal number and dtype, but of other bytes: f32[S, 8] in 8-bit rows."""
     graph = Graph("rows")
     block = Function("block")
     graph.add_function(block)
@@ -98,7 +100,7 @@ def test_what_is_read_after_the_call_is_kept() -> None:
     ("body", "reused"),
     [
         (lambda b, x: b.softmax(b.exp(x) + x, name="z"), True),  # exp and add come before softmax
-        (lambda b, x: b.add(b.exp(x), b.softmax(x), name="z"), True),  # the last step reads what others made of x
+        (lambda b, x: b.add(b.exp(x), b.softmax(x), name="z"), True),  # the last step reads values derived from x
         (lambda b, x: b.add(b.exp(x), x, name="z"), False),  # the last step reads x and writes the result
         (lambda b, x: b.add(b.exp(x), b.rearrange(x, pattern="s d -> s d"), name="z"), False),  # by way of a view
         (lambda b, x: b.concat(*[b.softmax(b.slice(x, axis=1, **half)) for half in HALVES]), False),  # part by part

@@ -1,4 +1,4 @@
-"""Values that are rounded to 8-bit rows at every call: the plan, its checker, exact products, and who reads what."""
+"""Values that are rounded to 8-bit rows at every call: the plan, its checker, exact products, and their consumers."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_products_of_rounded_rows_are_left_in_float32() -> None:
     assert {r.reason for r in record.refusals} == {"x is rounded to blocks already"}
 
 
-# -- what it means -------------------------------------------------------------------------------------------------
+# -- meaning -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("encoding", [ROWS, STEPS])
@@ -181,7 +181,7 @@ def test_the_product_is_one_of_whole_numbers(encoding: Encoding) -> None:
 
 @pytest.mark.parametrize(("takes", "taken"), [((), [5, 6]), ((lambda weight: True,), [2, 5, 6])])
 def test_products_that_stay_stand_in_nobodys_way(takes: tuple[Any, ...], taken: list[int]) -> None:
-    """Of numbers, of blocks that do not fit, or along another axis; of blocks that the backend does not take."""
+    """Products of numbers, of blocks that do not fit, along another axis, or of unsupported blocks."""
     b = Builder(Graph("g"))
     x = b.input("x", f32["M", 64])
     rows, groups = (b.decode(b.encode(x, to=to), of=to) for to in ("uint8_rows", "int8_groups(32)"))
@@ -252,7 +252,7 @@ def test_the_product_of_groups_is_one_of_whole_numbers_in_each(text: str) -> Non
 @pytest.mark.parametrize("backend", backend_names())
 @pytest.mark.parametrize("name", MODELS)
 def test_backends_multiply_whole_numbers(name: str, backend: str, rows: tuple[int, int]) -> None:
-    """Near to NumPy's integers: what differs by a bit before it is rounded may be rounded to the next step."""
+    """Close to NumPy's integers: a value that differs by a bit before rounding may be rounded to the next step."""
     if (reason := find_backend(backend).available()) is not None:
         pytest.skip(f"backend {backend}: {reason}")
     made = treadle.compile(MODELS[name], backend=backend, quantize="int8", seed=4)
@@ -314,7 +314,7 @@ def test_a_session_goes_on_as_the_whole_text_says() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_verify_allows_for_a_step_of_a_row_and_no_more(name: str) -> None:
-    """Rounding to 255 steps is counted as a dtype of such a spacing is."""
+    """Rounding to 255 steps counts like a dtype with that spacing."""
     report = verify_model(MODELS[name], quantize="int8", backends=["numpy"])
     assert report.passed
     graph = treadle.compile(MODELS[name], quantize="int8", seed=4).graph

@@ -1,6 +1,6 @@
-"""Refusals that no other test provokes, a line each: the kind of error and how it begins.
+"""Refusals that no other test provokes, one per line: the kind of error and its beginning.
 
-The whole texts are in tests/golden/errors/, as of all errors.
+The whole texts are in tests/golden/errors/, like those of all errors.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class Plain(StagedBackend):
 
 
 class Whole:
-    """A backend that does all in one go."""
+    """A backend that compiles in one step."""
 
     name = "whole"
     available = supports = StagedBackend.available
@@ -191,7 +191,7 @@ class Narrowing(Softmax):
 
 
 def calling(results: int) -> Graph:
-    """A call of a block whose outputs have become another number since."""
+    """Return a call of a block whose number of outputs has changed since."""
     graph = Graph("g")
     block = Function("block")
     graph.add_function(block)
@@ -248,7 +248,7 @@ def begun(session: Any) -> None:
 
 
 quiet: Any = SimpleNamespace(doing=lambda told: None)
-"""A rank that tells nobody what it does."""
+"""A rank that reports its activity to no other."""
 
 opened: Any = SimpleNamespace(tokenizer=SimpleNamespace(mask=None))
 """A model of a task, whose vocabulary has no mask, whose head has three labels, and whose images are grey."""
@@ -258,10 +258,10 @@ opened.model = SimpleNamespace(
 )
 
 decoder: Any = SimpleNamespace(stepped=lambda: SimpleNamespace(name="m", derived=SimpleNamespace(prologue=())))
-"""Options of a model whose rows begin with nothing."""
+"""Options of a model whose rows begin empty."""
 
 nobody: Any = None
-"""In place of a model that is not asked: what it would be asked for is refused."""
+"""A placeholder for a model that is unused, because the call is refused first."""
 
 
 HALF, NARROW = "half \ud800", Port("k", parse_type("bf16[1]"))
@@ -508,7 +508,7 @@ def _sized(x: Annotated[t.Tensor, t.f32["B 8"]], *, width: int = 8, act: Any = t
 
 
 MISSING: dict[str, tuple[str, Callable[[Path], Any], str]] = {
-    # a package, what needs it, and how it is called
+    # a package, the code that needs it, and its name in messages
     "texts": ("tokenizers", lambda p: TextTokenizer.open(p), "reading text needs the package tokenizers"),
     "texts of GGUF": ("tokenizers", build_gguf_tokenizer, "reading text needs the package tokenizers"),  # type: ignore[arg-type]
     "GGUF": ("gguf", lambda _: import_gguf(), "reading GGUF files needs the package gguf"),
@@ -557,7 +557,7 @@ def test_a_backend_that_cannot_is_named(backend: Any, asks: Any, told: str, monk
     assert caught.value.hint == "numpy, torch or tvm"
 
 
-NEEDED: dict[str, tuple[str, Callable[[], Any], str]] = {  # the module, who needs it, and what is told
+NEEDED: dict[str, tuple[str, Callable[[], Any], str]] = {  # the module, the code that needs it, and the message
     "starlette": ("", lambda: app(["serve", "gpt2"]), "serving needs the package starlette"),
     "pillow": ("PIL.Image", lambda: ImageReader.open(nobody, "vit"), "reading images needs the package pillow"),
 }
@@ -577,7 +577,7 @@ def test_a_package_that_is_not_there_is_named(package: str, monkeypatch: pytest.
     assert "pip install 'treadle[" in str(error.hint)
 
 
-# -- what others would have to do wrong first --------------------------------------------------------------------------
+# -- refusals that need another bug first ------------------------------------------------------------------------------
 
 
 def test_inputs_that_an_onnx_file_has_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""A sharding plan in an artifact: it comes back as it was, ranks run from it, and a wrong one is refused."""
+"""A sharding plan in an artifact: it is read back unchanged, ranks run from it, and a wrong one is refused."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def again(record: Any) -> Any:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_plan_reads_back(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(composites, "_MOST_BODIES", 1 << 30)  # of a plan that is equal, bodies are the same functions
+    monkeypatch.setattr(composites, "_MOST_BODIES", 1 << 30)  # if plans are equal, bodies are the same functions
     graph = recognized(family)
-    for recipe in [name for name, known in RECIPES.items() if not known.staged]:  # of these tests/test_pipelines.py
+    for recipe in [name for name, known in RECIPES.items() if not known.staged]:  # of those in tests/test_pipelines.py
         plan = shard(graph, "tp=2,cp=2,dp=2", recipe=recipe)
         read = read_plan(again(plan_record(plan)), graph)
         assert read.functions == plan.functions
@@ -108,19 +108,19 @@ def test_the_command_writes_and_reads_a_file(tmp_path: Path) -> None:
         assert refused.exit_code == 2 and what in " ".join(refused.output.split())
 
 
-# -- what strangers wrote ----------------------------------------------------------------------------------------------
+# -- untrusted files ---------------------------------------------------------------------------------------------------
 
 Change = Callable[[dict[str, Any]], object]
 
 
 def block(record: dict[str, Any], op: str, nth: int = 0) -> dict[str, Any]:
-    """The nth node of an op in the block."""
+    """Return the nth node of an op in the block."""
     found: dict[str, Any] = [n for n in record["functions"][0]["nodes"] if n["op"] == op][nth]
     return found
 
 
 def set_in(*path: Any) -> Change:
-    """Puts the last of `path` at the place that the others lead to."""
+    """Set the last part of `path` in the object that the other parts lead to."""
     *way, key, value = path
 
     def change(record: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Storage plans: what lies where, and that the checker, which did not make them, finds whatever is wrong with one."""
+"""Storage plans: the layout of values, and the independent checker, which finds every fault in a plan."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def places_of(plan: FunctionPlan) -> dict[str, ValuePlace]:
 
 
 def joined_block() -> Graph:
-    """A block with heads, a concat and a residual, called twice; main hands out what it makes, and a slice of it."""
+    """Return a block with heads, a concat and a residual, called twice; main outputs its result, and a slice of it."""
     graph = Graph("joined")
     block = Function("block")
     graph.add_function(block)
@@ -79,7 +79,7 @@ def joined_block() -> Graph:
     return graph
 
 
-# -- what is planned -----------------------------------------------------------------------------------------------
+# -- planning ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["strided", "chains", "library"])
@@ -96,7 +96,7 @@ def plans_of(backend: StagedBackend) -> PlanStorage:
 
 @pytest.mark.parametrize("name", ["strided", "numpy"])
 def test_the_text_of_plans_of_programs(name: str, golden: Golden) -> None:
-    """Of many ops in any order, in program order and not, and with inputs that are given away."""
+    """Programs of many ops, in program order and in other orders, with donated inputs."""
     plan, shown = PLAN if name == "strided" else plans_of(NumpyBackend()), []
     for seed in range(6):
         graph = random_program(seed, f32)
@@ -120,7 +120,7 @@ def test_a_concat_is_written_by_those_who_make_its_parts() -> None:
 
 
 def test_the_reader_says_in_which_order_a_value_is_written() -> None:
-    """What is merged lies row-major, so heads are written apart; no strides could merge those of q."""
+    """Merged values are row-major, so heads are written separately; no strides could merge q's heads."""
     places = places_of(planned(joined_block()).functions["block"])
     assert (places["soft"].form, places["merged"].form) == ("strides [8*S, 4, 8, 1]", "row-major")
     assert (places["soft"].how, places["merged"].how) == (How.OWN, How.VIEW)
@@ -132,7 +132,7 @@ def test_outputs_are_written_where_the_caller_has_them() -> None:
     main = main_of(planned(joined_block()))
     places = places_of(main)
     assert list(main.results) == ["y", "first", "again"] and main.copied == ("again",)
-    assert places["first"].how is How.INTO and places["first"].written  # what it shows, y, is an output itself
+    assert places["first"].how is How.INTO and places["first"].written  # the value it views, y, is an output itself
     assert {place.how for name, place in places.items() if place.storage is main.results["y"]} == {How.INTO}
 
 
@@ -209,7 +209,7 @@ def test_any_program_has_a_plan(plan: PlanStorage, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", [1, 6])
 def test_what_orders_share_changes_no_plan(seed: int) -> None:
-    """A function's second plan is the one that it would have had as its first."""
+    """A function's second plan equals the plan that it would have had as its first."""
 
     def planned_as(of: PlacedFunction, over: Over) -> str:
         return str(StridedPlanning(of, PLAN.grouped(function), every_part, over).plan())
@@ -224,7 +224,7 @@ def test_what_orders_share_changes_no_plan(seed: int) -> None:
 
 
 class Plant:
-    """A plan in which something is changed; functions and values by name."""
+    """A changed plan; functions and values are found by name."""
 
     def __init__(self, graph: Graph, plan: PlanStorage = STRIDED) -> None:
         self.made: Optimized = PassManager((plan,)).run(graph)
@@ -244,14 +244,14 @@ class Plant:
         self.function(function, places={**plan.places, at: replace(plan.places[at], **changes)})
 
     def lies(self, value: str, function: str = "main", **changes: Any) -> None:
-        """Change the view through which a value lies."""
+        """Change the view of a value."""
         view = self.plan.functions[function].places[self.value(value, function)].view
         assert view is not None
         changed = replace(view, **changes)
         self.place(value, function, view=changed, storage=changed.storage)
 
     def over(self, value: str, other: str, function: str = "main", **changes: Any) -> None:
-        """Have a value written where another one of its shape lies."""
+        """Write a value where another one of its shape is stored."""
         view = self.plan.functions[function].places[self.value(other, function)].view
         assert view is not None
         self.place(value, function, view=view, storage=view.storage, **changes)
@@ -292,7 +292,7 @@ class Plant:
 
 
 def chained(b: Builder, width: int = 4) -> Values:
-    """x is read at once and at the end."""
+    """Return a graph that reads x at the beginning and at the end."""
     x = b.tanh(b.input("given", f"f32[S, {width}]"), name="x")
     y = b.exp(x, name="y")
     z = b.softmax(y, name="z")
@@ -504,7 +504,7 @@ WIDE = [over_a_value_read_later, over_what_it_reads_elsewhere, one_storage_for_t
 
 @pytest.mark.parametrize("fault", WIDE, ids=lambda fault: fault.__name__)
 def test_a_planted_fault_is_found_among_very_many_elements(fault: Callable[[Plant], None]) -> None:
-    """Of which only some are looked at, and rows are cells."""
+    """Only a sample of them is checked, and rows are cells."""
     plant = Plant(graph_of(lambda b: chained(b, 4096)))
     check_storage(plant.made.graph, plant.plan)
     fault(plant)
@@ -627,11 +627,11 @@ def test_a_plan_of_another_graph_is_refused() -> None:
     assert "covers other functions" in ours.refused()
 
 
-# -- what cannot be gone through -----------------------------------------------------------------------------------
+# -- plans too large to enumerate ----------------------------------------------------------------------------------
 
 
 def test_what_is_too_large_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Elements that all views have together are one cell: halves of 2 times 3 rows, at the sizes that are drawn."""
+    """Elements that are together in all views are one cell: halves of 2 times 3 rows, at the drawn sizes."""
     plant = Plant(joined_block())
     assert check_storage(plant.made.graph, plant.plan) == []
     monkeypatch.setattr(write_checking, "MOST_CELLS", 12)

@@ -1,4 +1,4 @@
-"""Plans that cannot be and plans that are wrong: refused where they are made, found by the checker and by the lab."""
+"""Impossible plans and wrong plans: refused when they are built, found by the checker and by the lab."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from treadle.runtime.sharding_lab import run_lab
 from treadle.sharding import shard_model, try_in_lab
 
 EXACT = 1e-7
-"""What a wrong plan is off by at least; numbers of weights are near 0.05."""
+"""The least error of a wrong plan; numbers of weights are near 0.05."""
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def test_the_checker_and_the_lab_each_find_a_wrong_collective(name: str) -> None
             try:
                 far = apart("gpt2", bad)
             except TreadleError:
-                continue  # ranks that do not meet, or parts that do not fit
+                continue  # ranks that do not communicate, or parts that do not fit
             assert far > EXACT
     assert found
 
@@ -101,7 +101,7 @@ def test_a_program_is_not_made_by_a_plan_that_does_not_fit(at: int, changed: str
 
 
 def test_factors_that_are_not_split_as_values_lie_are_refused() -> None:
-    """Programs of ranks are made by them: a look-up in a part of a table as if it were whole gives other rows."""
+    """Programs of ranks are built from them: a look-up in a part of a table as if it were whole gives other rows."""
     plan = shard(recognized("gpt2"), "tp=2,dp=2", recipe="megatron")
     main = len(plan.functions) - 1
     split = [i for i, node in enumerate(plan.main.nodes) if node.shares]
