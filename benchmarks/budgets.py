@@ -149,7 +149,8 @@ def told(row: dict[str, Any]) -> str:
     verdict = "ok" if row["holds"] else "WRONG"
     return (
         f"{head}  peak {row['peak']:>11,}  measured {row['measured']:>11,}  {bits}  "
-        f"time {row['predicted']:.3f} predicted, {row['ratio']:.3f} measured  {verdict}  (compiled in {row['compile_s']:.1f} s: {'; '.join(row['chunks'])})"
+        f"time {row['predicted']:.3f} predicted, {row['ratio']:.3f} measured  "
+        f"{verdict}  (compiled in {row['compile_s']:.1f} s: {'; '.join(row['chunks'])})"
     )
 
 
