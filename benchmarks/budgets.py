@@ -148,8 +148,9 @@ def told(row: dict[str, Any]) -> str:
     bits = "same bits" if row["equal"] else "OTHER BITS"
     verdict = "ok" if row["holds"] else "WRONG"
     return (
-        f"{head}  peak {row['peak']:>11,}  measured {row['measured']:>11,}  {bits}  time {row['predicted']:.3f} told, "
-        f"{row['ratio']:.3f} measured  {verdict}  (compiled in {row['compile_s']:.1f} s: {'; '.join(row['chunks'])})"
+        f"{head}  peak {row['peak']:>11,}  measured {row['measured']:>11,}  {bits}  "
+        f"time {row['predicted']:.3f} predicted, {row['ratio']:.3f} measured  "
+        f"{verdict}  (compiled in {row['compile_s']:.1f} s: {'; '.join(row['chunks'])})"
     )
 
 

@@ -57,7 +57,7 @@ def rank(model: str, mesh: str, recipe: str, runs: int, backend: str) -> None:
         facts = {"seconds": min(times), "median": float(np.median(times)), "link": link}
         told = device_needs(planned).times
         sent = sum(c.sent for c in meetings)
-        facts |= {"work": told.work, "sent": sent, "meetings": len(meetings)}
+        facts |= {"work": told.work, "sent": sent, "collectives": len(meetings)}
         if ranks.rank == 0:
             print(json.dumps(facts), flush=True)
 
@@ -96,7 +96,7 @@ def main() -> None:
             work = facts["work"] * one["seconds"] / one["work"]
             waiting = facts["sent"] / facts["link"] if facts["link"] else 0.0
             told += f"; predicted {(work + waiting) * 1e3:.0f} ms: {work * 1e3:.0f} of work, {waiting * 1e3:.0f} of"
-            told += f" {facts['meetings']:.0f} meetings at {facts['link'] / 1e9:.2f} GB/s"
+            told += f" {facts['collectives']:.0f} collectives at {facts['link'] / 1e9:.2f} GB/s"
         print(told)
 
 

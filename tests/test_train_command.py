@@ -271,7 +271,7 @@ OTHER_BATCHES = {
 
 @pytest.mark.parametrize("words", OTHER_BATCHES)
 def test_a_run_with_other_batches_is_not_resumed(train: Treadle, words: str) -> None:
-    """Its batches would repeat some blocks and leave others out, and the model would train on held out blocks."""
+    """Its batches would repeat some blocks and leave others out, and held-out blocks would be trained on."""
     Path("others.txt").write_text("one more text", encoding="utf-8")
     assert train(f"gpt2 texts.txt {SMALL} --holdout 0.2 --state half").code == 0
     said = train(f"gpt2 texts.txt {SMALL} --holdout 0.2 --resume half --steps 6 {words}")
