@@ -141,6 +141,7 @@ class Model(Generic[P, R]):
             f"model {self.name} has no {kind} {', '.join(unknown)}",
             source=_definition(self.function),
             hint=f"did you mean {near[0]}? {one_of}" if near else one_of,
+            option=unknown[0] if kind == "option" else None,
         )
 
     def graph(self) -> Graph:

@@ -11,7 +11,6 @@ project's own padding replaces the file's.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -23,12 +22,13 @@ import numpy.typing as npt
 from treadle.files.contained_files import PathLike, read_regular
 from treadle.files.shown_names import printable
 from treadle.frontends.huggingface import ModelFolder
-from treadle.frontends.vocabularies.older_vocabularies import build_older_tokenizer, read_special_tokens
+from treadle.frontends.vocabularies.older_vocabularies import build_older_tokenizer
 from treadle.frontends.vocabularies.sentencepiece_vocabularies import FILES as _SENTENCEPIECE
 from treadle.frontends.vocabularies.sentencepiece_vocabularies import build_sentencepiece_tokenizer
+from treadle.frontends.vocabularies.special_tokens import read_special_tokens, read_tokenizer_settings
 from treadle.ir.errors import CheckpointError, FrontendError, TreadleError, UsageError
 
-_FILE, _SETTINGS, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+_FILE, _TEMPLATE = "tokenizer.json", "chat_template.jinja"
 _OLDER = ("vocab.txt", "vocab.json", *_SENTENCEPIECE)
 """Vocabularies in the forms older than tokenizer.json, which transformers converts to it."""
 _INPUT_NAMES = ("input_ids", "attention_mask")
@@ -140,7 +140,7 @@ class TextTokenizer:
         shown = place.show(_FILE)
         older = [name for name in _OLDER if place.has(name)]
         if older and not place.has(_FILE):
-            settings = _settings(place, limit_bytes)
+            settings = read_tokenizer_settings(place, limit_bytes)
             made = _guarded(
                 lambda: (
                     build_older_tokenizer(place, settings, limit_bytes)
@@ -170,7 +170,7 @@ class TextTokenizer:
             made.no_truncation()
         else:
             _guarded(lambda: made.enable_truncation(most), f"texts cannot be truncated to {most} tokens", shown)
-        settings = _settings(place, limit_bytes)
+        settings = read_tokenizer_settings(place, limit_bytes)
         named = settings.get("model_input_names")
         names = [str(name) for name in named] if isinstance(named, list) else _INPUT_NAMES
         return cls(made, most, read_special_tokens(settings), names)
@@ -310,7 +310,7 @@ def folder_chat_template(folder: PathLike) -> str | None:
     if place.has(_TEMPLATE):
         data = read_regular(place.file(_TEMPLATE), _FILE_BYTES, place.show(_TEMPLATE), "limit_bytes=")
         return data.decode("utf-8", "replace")
-    template = _settings(place, _FILE_BYTES).get("chat_template")
+    template = read_tokenizer_settings(place, _FILE_BYTES).get("chat_template")
     if isinstance(template, list):  # several, by name
         template = next((t.get("template") for t in template if isinstance(t, dict)), None)
     return template if isinstance(template, str) else None
@@ -329,21 +329,8 @@ def _refuse_surrogates(text: str) -> None:
 
 def _longest_input(place: ModelFolder, limit_bytes: int) -> int | None:
     """Return `model_max_length` of tokenizer_config.json: the maximum number of tokens of the model."""
-    length = _settings(place, limit_bytes).get("model_max_length")
+    length = read_tokenizer_settings(place, limit_bytes).get("model_max_length")
     return int(length) if isinstance(length, int | float) and 0 < length < _UNLIMITED else None
-
-
-def _settings(place: ModelFolder, limit_bytes: int) -> dict[str, Any]:
-    """What tokenizer_config.json holds; nothing where it is not there or no object."""
-    if not place.has(_SETTINGS):
-        return {}
-    shown = place.show(_SETTINGS)
-    data = read_regular(place.file(_SETTINGS), limit_bytes, shown, "limit_bytes=")
-    try:
-        settings = json.loads(data)  # the strict reader refuses integers as long as these files hold
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError("the file is not JSON", received=str(error), within=shown) from None
-    return settings if isinstance(settings, dict) else {}
 
 
 def _guarded(action: Callable[[], T], what: str, shown: str) -> T:

@@ -1,4 +1,4 @@
-"""What a declaration may say of its inputs, its parameters and its stacks."""
+"""Inputs, parameters and stacks in a model declaration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damaged and hostile ONNX files are refused with our error that names the node or tensor: no crash, no hang."""
+"""Damaged and hostile ONNX files are refused with a typed error that names the node or tensor: no crash, no hang."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ BODY = """
 
 
 def small() -> onnx.ModelProto:
-    """A few nodes with weights and shape arithmetic, which import."""
+    """Return a model of a few nodes with weights and shape arithmetic, which is imported without error."""
     proto = model("(float[S,6] x) => (float y)", BODY, opset=20)
     rng = np.random.default_rng(0)
     for name, shape in (("w", (6, 8)), ("c", (8,)), ("s", (8,)), ("t", (8,))):
@@ -73,13 +73,13 @@ def _set(path: str, value: Any) -> Callable[[onnx.ModelProto], None]:
 
 
 def _unversioned(proto: onnx.ModelProto) -> None:
-    """Without opsets, an operator is read by its first version; of one that is not known there is none."""
+    """Remove the opsets: an operator is then read by its first version, and an unknown operator has none."""
     proto.ClearField("opset_import")
     proto.graph.node[0].op_type = "Nothing"
 
 
 def _more(path: str, *values: str) -> Callable[[onnx.ModelProto], None]:
-    """Further elements of a field of several."""
+    """Append elements to a repeated field."""
 
     def change(proto: onnx.ModelProto) -> None:
         name, index, field = path.replace("[", ".").replace("]", "").split(".")
@@ -185,7 +185,7 @@ zero_and_one () => (a, o) { a = Constant<value_int: int = 0>() o = Constant<valu
 """
 
 
-ABSURD = {  # body -> the output's type where its size can be said, why it is refused where it cannot
+ABSURD = {  # body -> the output's type if its size can be computed, otherwise the reason for the refusal
     "z = ConstantOfShape(n) y = ReduceSum(z)": ("f32[1]", "size"),
     "y = Expand(x, n)": ("f32[{value}]", "size"),
     "y = Tile(x, n)": ("f32[{value}]", "size"),
@@ -195,13 +195,16 @@ ABSURD = {  # body -> the output's type where its size can be said, why it is re
     "y, i = TopK(x, n)": (None, "k is {value}, but axis 0 has 1 elements"),
     "y = Split<num_outputs = {value}>(x)": (None, "{value} parts do not fit 1 outputs"),
 }
-MOST_BYTES = 1 << 20  # of Python and NumPy at the import's peak: the models are some dozens of nodes
+MOST_BYTES = 1 << 20  # Python's and NumPy's peak during import: the models have some dozens of nodes
 
 
 @pytest.mark.parametrize("value", [2**40, 2**62, 2**63 - 1])
 @pytest.mark.parametrize("body", ABSURD)
 def test_absurd_sizes_cost_nothing(body: str, value: int) -> None:
-    """A tensor of that size may be described; what would have to be made at import is refused. Neither takes memory."""
+    """A large tensor may be described, but one that import would have to compute is refused.
+
+    Neither takes memory.
+    """
     described, why = ABSURD[body]
     text = f"n = Constant<value_ints = [{value}]>() " + body.replace("{value}", str(value))
     proto = model("(float[1] x, int64[1] i0, float[2] v) => (y)", text, more=ZERO_AND_ONE)
@@ -278,7 +281,7 @@ def test_functions_that_double_at_every_level_are_bounded() -> None:
 
 
 def _attempt(path: Path | onnx.ModelProto) -> bool:
-    """Whether it imports; any error but ours fails the test."""
+    """Return True if the model is imported; any error other than ours fails the test."""
     try:
         import_onnx(path)
     except TreadleError:
@@ -309,7 +312,7 @@ def test_files_with_flipped_bits_do_not_crash(tmp_path: Path) -> None:
 
 
 def _spots(message: Any) -> Iterator[tuple[Any, Any, int | None]]:
-    """Every scalar field of a message and of those in it, with its place where it is one of several."""
+    """Yield every scalar field of a message and of its submessages, with its index in a repeated field."""
     for field, value in message.ListFields():
         inner = field.message_type is not None
         if hasattr(value, "append") or hasattr(value, "add"):
@@ -347,7 +350,7 @@ def test_fields_with_other_values_do_not_crash() -> None:
                 setattr(message, field.name, value)
             else:
                 old[place] = value
-        except (ValueError, TypeError):  # which protobuf does not hold
+        except (ValueError, TypeError):  # which protobuf cannot represent
             continue
         _attempt(proto)
 

@@ -1,4 +1,4 @@
-"""ONNX import: functions, branches, names, weights, and what is refused whatever it computes."""
+"""ONNX import: functions, branches, names, weights, and models that are refused independently of their operators."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_nodes_that_no_output_needs_are_left_out() -> None:
 
 
 def with_weight(tensor: onnx.TensorProto) -> onnx.ModelProto:
-    """x + w, for a weight of that name."""
+    """Return x + w, for a weight of that name."""
     shape = list(tensor.dims)
     x = helper.make_tensor_value_info("x", tensor.data_type, shape)
     y = helper.make_tensor_value_info("y", tensor.data_type, shape)
@@ -181,7 +181,7 @@ def test_weights_in_another_file_are_mapped(tmp_path: Path) -> None:
 
 
 def external(tmp_path: Path, **entries: str) -> Path:
-    """A model whose weight f32[20] lies in another file, as these entries say."""
+    """Return a model whose weight f32[20] is in another file, as these entries describe."""
     proto = with_weight(numpy_helper.from_array(floats(20), "w"))
     tensor = proto.graph.initializer[0]
     tensor.ClearField("raw_data")
@@ -290,7 +290,7 @@ def test_an_opset_that_is_too_new_is_refused() -> None:
 
 
 def test_small_weights_that_a_file_moves_stay_weights(tmp_path: Path) -> None:
-    """A weight of 24 elements, turned round by the file and joined to another: both keep their names."""
+    """A weight of 24 elements that the file reverses and concatenates with another: both keep their names."""
     first, second = (np.arange(24, dtype=np.float32).reshape(6, 4) * scale for scale in (1, 0.5))
     proto = model(
         "(float[B,4] x) => (float[B,12] y)",

@@ -1,4 +1,4 @@
-"""Nodes that break their operator's specification, or are a case of it that is not taken, are refused by name."""
+"""Nodes that violate their operator's specification, or are an unsupported case of it, are refused by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from treadle.frontends.onnx_import.importer import UnsupportedOnnx, import_onnx
 from treadle.ir.errors import FrontendError
 
 X = "float[2,3,4] x"
-MALFORMED: list[tuple[str, str, str]] = [  # inputs, body, what breaks the specification
+MALFORMED: list[tuple[str, str, str]] = [  # inputs, body, the violation
     (X, "s = Constant<value_ints = [-1, -1]>() y = Reshape(x, s)", "more than one -1 in the shape"),
     (
         X,
@@ -139,7 +139,7 @@ MALFORMED: list[tuple[str, str, str]] = [  # inputs, body, what breaks the speci
         "the packed width does not split into heads",
     ),
 ]
-NOT_TAKEN: list[tuple[str, str, str]] = [  # inputs, body, which case
+NOT_TAKEN: list[tuple[str, str, str]] = [  # inputs, body, the case
     (
         "int64 x",
         "z = Constant<value_int = 0>() n = Constant<value_int = 9>() y = Range(z, n, z)",
@@ -278,7 +278,7 @@ def test_a_case_that_is_not_taken(inputs: str, body: str, why: str) -> None:
         assert "dims={'N': 8} of import_onnx" in str(error.hint)
 
 
-OPSETS: list[tuple[int, str, str, str]] = [  # opset, inputs, body, what is refused
+OPSETS: list[tuple[int, str, str, str]] = [  # opset, inputs, body, the refusal
     (23, X, "y = Attention<q_num_heads = 2>(x, x, x)", "operands of rank 3 need q_num_heads and kv_num_heads"),
     (
         23,

@@ -1,4 +1,4 @@
-"""ONNX import: axes become symbols, shape arithmetic leaves nothing, and inputs that determine shapes are asked for."""
+"""ONNX import: axes become symbols, shape arithmetic leaves no ops, and inputs that determine shapes must be static."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_an_axis_of_which_the_file_says_nothing_is_called_by_its_place(unknown: 
         import_onnx(proto, dims={"n": 4})
     listed = "x_0, x_1" if not isinstance(unknown, str) or not unknown else f"x_0, {unknown}, x_1"
     assert caught.value.hint == f"its axes are {listed}; its inputs x"
-    if unknown in ("?", "*"):  # which the file does say, of both
+    if unknown in ("?", "*"):  # the file names both of them
         assert str(import_onnx(proto, dims={unknown: 4, "x_1": 5}).graph.main.inputs[0].type) == "f32[4, 5]"
 
 
@@ -99,7 +99,7 @@ def test_an_axis_may_be_called_as_its_symbol_is() -> None:
 
 
 def test_an_axis_is_resized_after_several_strides() -> None:
-    """Its length is a quotient of a quotient, which ops hold in their rules."""
+    """Its length is a quotient of a quotient, which the ops have in their rules."""
     attributes = "kernel_shape=[3], strides=[2], pads=[1, 1]"
     body = f"""a = MaxPool<{attributes}>(x)  b = AveragePool<{attributes}>(a)
         c = Resize<mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor">(b, , scales)
@@ -209,7 +209,7 @@ def test_shape_arithmetic_leaves_nothing_in_the_graph() -> None:
     ],
 )
 def test_integers_are_evaluated_over_symbols(expression: str, size: str) -> None:
-    """`t` is the size of a tensor that is made, so a wrong one shows in its type."""
+    """`t` is the size of a tensor, so a wrong value shows in its type."""
     body = f"""
         s = Shape(x)
         two = Constant<value_ints = [2]>()

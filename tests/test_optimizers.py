@@ -1,4 +1,6 @@
-"""Optimizers beside torch.optim, step by step; new weights lie where the old ones did; schedules at their edges."""
+"""Optimizers compared with torch.optim, step by step; new weights are stored where the old ones were; schedules at
+their edges.
+"""
 
 from __future__ import annotations
 
@@ -51,12 +53,12 @@ def types_of(shapes: Shapes) -> dict[str, Type]:
 
 
 def kept_by(graph: Graph) -> list[str]:
-    """What the graph gives back: weights and moments."""
+    """Return the graph's state outputs: weights and moments."""
     return [name for name in graph.main.outputs if name != "norm"]
 
 
 def drawn(shapes: Shapes, steps: int, seed: int = 0, size: float = 1.0) -> tuple[dict[str, Array], Steps]:
-    """Weights, and gradients of a size for each step."""
+    """Draw weights, and gradients of a given magnitude for each step."""
     rng = np.random.default_rng(seed)
 
     def draw() -> dict[str, Array]:
@@ -76,7 +78,7 @@ def ours(
     decayed: Sequence[str] = DECAYED,
     share: float = 1.0,
 ) -> list[dict[str, Array]]:
-    """What each step gives, where each writes over what the one before gave."""
+    """Return the results of each step, where each step overwrites the previous results."""
     types = types_of({name: array.shape for name, array in weights.items()})
     graph = update_graph(optimizer, types, clip=clip, decayed=decayed)
     exe = treadle.compile(graph, backend=backend, donate=kept_by(graph))
@@ -136,11 +138,13 @@ def theirs(
 def assert_alike(
     found: Sequence[Mapping[str, Array]], wanted: Sequence[Mapping[str, Array]], weights: Mapping[str, Array]
 ) -> None:
-    """Both round each operation to float32, in different orders: in a step some 8 roundings of 2^-24 until a gradient
-    is clipped, which count twice in its square.
+    """Assert equality within rounding.
 
-    A moment is a sum of gradients, so it is off by a share of the greatest one that it has been. A weight is off by a
-    share of the greatest that it has been, and of the furthest that it went in a step.
+    Both sides round each operation to float32, in different orders: some 8 roundings of 2^-24 in a step until a
+    gradient is clipped, which count twice in its square.
+
+    A moment is a sum of gradients, so its error is relative to its largest magnitude so far. A weight's error is
+    relative to its largest magnitude so far, and to the largest change in a step.
     """
     before: Mapping[str, Array] = weights
     sizes: dict[str, float] = {}
@@ -158,14 +162,15 @@ def assert_alike(
 @each_optimizer
 @pytest.mark.parametrize("clip", [None, 2.0, 1e4])
 def test_it_steps_as_torch_does(optimizer: Optimizer, clip: float | None, backend: str) -> None:
-    """The norm of these gradients is about 13: a clip of 2 makes them shorter, one of 10,000 leaves them."""
+    """The norm of these gradients is about 13: a clip of 2 makes them shorter, one of 10,000 leaves them unchanged."""
     weights, steps = drawn(SHAPES, 5)
     options: dict[str, Any] = {"rate": 0.01, "clip": clip, "share": 0.5}
     found = ours(optimizer, weights, steps, backend, **options)
     assert_alike(found, theirs(optimizer, weights, steps, **options), weights)
 
 
-# Backends compile what is drawn anew, so few are drawn; shapes are small, since one compiled loop serves all sizes.
+# Backends compile each drawn case again, so few are drawn; shapes are small, because one compiled loop serves all
+# sizes.
 sizes = st.lists(st.integers(0, 9), max_size=3).map(tuple)
 
 
@@ -218,7 +223,7 @@ ODD = {"none": 0.0, "an infinity": math.inf, "its negative": -math.inf, "no numb
 def test_what_is_not_finite_goes_where_it_does_in_torch(
     optimizer: Optimizer, kind: str, clip: float | None, backend: str
 ) -> None:
-    """One such element, and all zeros at the first step; then finite ones, which meet what it left behind."""
+    """One such element, and all zeros at the first step; then finite ones, which meet the state it left."""
     weights, steps = drawn({"a": (2, 3), "b": (4,)}, 4)
     for array in steps[0].values():
         array[...] = 0.0
@@ -248,7 +253,7 @@ def test_its_text_is_read_back_whatever_weights_are_called(optimizer: Optimizer)
 @each_backend
 @each_optimizer
 def test_new_values_lie_where_the_old_ones_did(optimizer: Optimizer, backend: str) -> None:
-    """All of them, and a run needs memory for temporary values of one weight at a time, however many there are."""
+    """All of them. A run needs memory for temporary values of one weight at a time, for any number of weights."""
     peaks: list[int] = []
     for count in (2, 12):
         shapes = {f"h.{n}.w": (31 + n % 2, 64) for n in range(count)}
@@ -312,9 +317,9 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "another shape": (lambda: Schedule(1.0, steps=9, shape="cosin"), "unknown schedule shape 'cosin'"),  # type: ignore[arg-type]
     "a fall without an end": (
         lambda: Schedule(1.0, shape="cosine"),
-        "a cosine schedule needs steps: it falls after its peak at step 1",
+        "a cosine schedule falls after its peak at step 1",
     ),
-    "all warmup": (lambda: Schedule(1.0, 9, 9, "linear"), "a linear schedule needs steps: it falls after its peak at"),
+    "all warmup": (lambda: Schedule(1.0, 9, 9, "linear"), "a linear schedule falls after its peak at"),
     "an end above the peak": (
         lambda: Schedule(1.0, 0, 9, "linear", 1.5),
         "the end of a schedule must be between 0 and 1",
@@ -339,18 +344,18 @@ RATES: dict[str, tuple[Schedule, dict[int, float]]] = {
     "a number": (schedule_of(0.5), {1: 0.5, 2: 0.5, 10**9: 0.5}),
     "none at all": (schedule_of(0), {1: 0.0, 7: 0.0}),
     "warmup": (Schedule(0.8, warmup=4), {1: 0.2, 2: 0.4, 3: 0.6, 4: 0.8, 5: 0.8, 1000: 0.8}),
-    "linear": (Schedule(1.0, steps=5, shape="linear"), {1: 1.0, 2: 0.75, 3: 0.5, 4: 0.25, 5: 0.0, 6: 0.0}),
+    "linear": (Schedule(1.0, steps=5, shape="linear"), {1: 1.0, 2: 0.8, 3: 0.6, 4: 0.4, 5: 0.2, 6: 0.0, 7: 0.0}),
     "linear to a quarter": (
-        Schedule(1.0, warmup=2, steps=6, shape="linear", end=0.25),
+        Schedule(1.0, warmup=2, steps=5, shape="linear", end=0.25),
         {1: 0.5, 2: 1.0, 3: 0.8125, 4: 0.625, 5: 0.4375, 6: 0.25, 99: 0.25},
     ),
-    "cosine": (Schedule(1.0, steps=5, shape="cosine"), {1: 1.0, 3: 0.5, 5: 0.0, 6: 0.0}),
+    "cosine": (Schedule(1.0, steps=4, shape="cosine"), {1: 1.0, 3: 0.5, 5: 0.0, 6: 0.0}),
     "cosine to a tenth": (
-        Schedule(3e-4, warmup=100, steps=10_100, shape="cosine", end=0.1),
+        Schedule(3e-4, warmup=100, steps=10_099, shape="cosine", end=0.1),
         {1: 3e-6, 100: 3e-4, 5_100: 3e-4 * 0.55, 10_100: 3e-4 * 0.1, 10_101: 3e-4 * 0.1},
     ),
-    "a warmup of one step": (Schedule(1.0, warmup=1, steps=3, shape="linear"), {1: 1.0, 2: 0.5, 3: 0.0}),
-    "the shortest fall": (Schedule(1.0, steps=2, shape="cosine", end=0.5), {1: 1.0, 2: 0.5, 3: 0.5}),
+    "a warmup of one step": (Schedule(1.0, warmup=1, steps=3, shape="linear"), {1: 1.0, 2: 2 / 3, 3: 1 / 3, 4: 0.0}),
+    "the shortest fall": (Schedule(1.0, steps=2, shape="cosine", end=0.5), {1: 1.0, 2: 0.75, 3: 0.5}),
 }
 
 
@@ -358,8 +363,23 @@ RATES: dict[str, tuple[Schedule, dict[int, float]]] = {
 def test_rates_at_the_edges(kind: str) -> None:
     schedule, rates = RATES[kind]
     assert {step: schedule(step) for step in rates} == pytest.approx(rates, rel=1e-15, abs=1e-17)
-    exact = {max(schedule.warmup, 1): schedule.peak, schedule.steps or 10**6: rates[max(rates)]}
+    exact = {max(schedule.warmup, 1): schedule.peak, (schedule.steps or 10**6) + 1: rates[max(rates)]}
     assert {step: schedule(step) for step in exact} == exact
+
+
+@pytest.mark.parametrize("steps", [2, 7])
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_a_fall_is_that_of_transformers(shape: Any, steps: int) -> None:
+    """Without a warmup: in transformers the first step has a rate of 0."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    other = getattr(transformers, f"get_{shape}_schedule_with_warmup")(optimizer, 0, steps)
+    schedule = Schedule(0.3, steps=steps, shape=shape)
+    for step in range(1, steps + 2):
+        assert schedule(step) == pytest.approx(other.get_last_lr()[0], rel=1e-12, abs=1e-15)
+        optimizer.step()
+        other.step()
 
 
 @given(
@@ -375,7 +395,8 @@ def test_a_rate_rises_then_falls(warmup: int, more: int, shape: Any, end: float)
     top = max(warmup, 1) - 1
     assert rates[:top] == sorted(rates[:top]) and rates[top] == 2.0 == max(rates)
     assert rates[top:] == sorted(rates[top:], reverse=True)
-    assert set(rates[steps - 1 :]) == {2.0 if shape == "constant" else 2.0 * end}
+    assert set(rates[steps:]) == {2.0 if shape == "constant" else 2.0 * end}
+    assert rates[steps - 1] > 0, "no step of the run is for nothing"
 
 
 def test_a_schedule_is_taken_as_it_is() -> None:

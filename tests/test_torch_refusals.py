@@ -1,4 +1,4 @@
-"""What `from_torch` does not take is refused by name, with the module's own line and a way out that works."""
+"""Modules that `from_torch` does not support are refused by name, with the module's own line and a hint that works."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ nn: Any = pytest.importorskip("torch.nn")
 F: Any = torch.nn.functional
 
 LINE = r"from +\S*torch_\w+\.py:\d+"
-"""A line of the module's code. Of a function that a forward calls, torch keeps the line of the call."""
+"""A line of the module's code. For a function that a forward calls, torch keeps the line of the call."""
 
 
 class DataBranch(nn.Module):  # type: ignore[misc]
@@ -309,7 +309,7 @@ FORMS: dict[str, tuple[Any, tuple[Any, ...], str]] = {
     "dtype": (lambda x: x.to(torch.complex64).real, (X,), "dtype complex64 is not supported"),
     "subgraph": (lambda x: torch.cond(x.sum() > 2, torch.sin, torch.cos, (x,)), (X,), "a node of get_attr"),
 }
-"""What operators are refused with, where they are taken otherwise."""
+"""Refusals of operators that are supported in other forms."""
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -360,7 +360,7 @@ def test_an_open_size_of_one_that_may_broadcast_is_refused(rule: Any, words: str
 
 
 def test_a_handler_that_makes_something_else_than_torch_found_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mistake of ours in an operator is told with the operator and the line, and gives no wrong number."""
+    """A mistake of ours in an operator is reported with the operator and the line, and gives no wrong number."""
 
     def crashes(site: Any) -> Any:
         raise KeyError("none")

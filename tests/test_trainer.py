@@ -1,4 +1,6 @@
-"""Training beside PyTorch: the same losses, norms and weights after each step, on every backend and in every way."""
+"""Training compared with PyTorch: the same losses, norms and weights after each step, on every backend and in every
+mode.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from treadle.ir.errors import BackendError, CheckpointError, UsageError
 from treadle.resolving import resolve
 from treadle.runtime.training.optimizers import SGD, AdamW
 from treadle.runtime.training.schedules import Schedule
+from treadle.training.states import read_notes
 from treadle.training.trainer import Trainer
+from treadle.training.weight_files import write_weights
 
 Array = np.ndarray[Any, Any]
 
@@ -30,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("quickly_planned")
 
 
 def batch_of(trainer: Trainer, seed: int, rows: int = 3, length: int = 7) -> dict[str, Array]:
-    """Drawn arrays for what a trainer of a language model takes; a third of the targets do not count."""
+    """Draw arrays for the inputs of a language model's trainer; a third of the targets do not count."""
     rng = np.random.default_rng(seed)
     made: dict[str, Array] = {}
     for port in trainer.inputs:
@@ -44,13 +48,13 @@ def batch_of(trainer: Trainer, seed: int, rows: int = 3, length: int = 7) -> dic
     return made
 
 
-# -- beside PyTorch ----------------------------------------------------------------------------------------------------
+# -- compared with PyTorch ---------------------------------------------------------------------------------------------
 
 
 def train_in_torch(
     model: Any, batches: list[dict[str, Array]], optimizer: AdamW | SGD, rate: float, clip: float | None
 ) -> list[tuple[float, float]]:
-    """The losses and norms of a Hugging Face model trained on our batches."""
+    """Return the losses and norms of a Hugging Face model trained on our batches."""
     import torch
 
     from tests.hf_models import _INPUTS
@@ -80,10 +84,9 @@ MODELS = ["gpt2", "bert-masked-lm", "albert-masked-lm", "bert-classifier", "t5",
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_of_the_hub_is_trained_as_by_pytorch(name: str, tmp_path: Path) -> None:
-    """From its folder on, on one backend and by one optimizer after the other.
+    """From its folder, on one backend and by one optimizer after the other.
 
-    eps is so large since AdamW makes a step of whatever the rounding of a gradient is that is 0, as those of keys'
-    biases are.
+    eps is large because AdamW turns the rounding of a zero gradient into a full step, as in the biases of keys.
     """
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
@@ -112,13 +115,13 @@ def test_a_model_of_the_hub_is_trained_as_by_pytorch(name: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["bert-masked-lm", "bart", "albert-masked-lm", "llama"])
 def test_rows_of_padding_and_buffers_are_trained_as_by_pytorch(name: str, tmp_path: Path) -> None:
-    """Padding among the tokens gives its row of the table no gradient; logits that are tied to the table do."""
+    """Padding tokens give their row of the embedding table no gradient; logits tied to the table give it one."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     from tests.hf_models import save
 
     model = save(name, tmp_path / "before")
-    if name == "llama":  # which has no such row by default
+    if name == "llama":  # which by default has no such row
         model.config.pad_token_id = model.model.embed_tokens.padding_idx = 5
         model.save_pretrained(tmp_path / "before")
     pad = model.get_input_embeddings().padding_idx
@@ -152,7 +155,7 @@ def test_the_row_of_padding_of_a_torch_module_gets_no_gradient() -> None:
     assert changed.tolist() == [False, True, False, True, False, True, False]
 
 
-# -- ways to the same weights ------------------------------------------------------------------------------------------
+# -- several ways to the same weights ----------------------------------------------------------------------------------
 
 
 def trained(steps: int = 3, **options: Any) -> tuple[Trainer, list[float]]:
@@ -178,7 +181,7 @@ def test_backends_train_alike_whether_blocks_are_kept_or_computed_again(backend:
 
 
 def test_a_batch_in_parts_makes_the_update_of_the_whole() -> None:
-    """Parts count as many places as they have, not each as much as another."""
+    """Micro-batches count by the number of their positions, not equally."""
     whole = Trainer("gpt2", rate=0.02, optimizer=AdamW(eps=1e-3), **SMALL)
     parts = Trainer("gpt2", rate=0.02, optimizer=AdamW(eps=1e-3), accumulate=2, **SMALL)
     batch = batch_of(whole, 0, rows=4)
@@ -312,6 +315,8 @@ def test_what_a_step_holds_is_told() -> None:
         ({"optimizer": "adamw"}, "optimizer= is an optimizer"),
         ({"optimizer": AdamW}, "optimizer= is an optimizer"),
         ({"teacher": "gpt2"}, "a teacher is a compiled model"),
+        ({"temperature": 2.0}, "temperature= only applies together with teacher="),
+        ({"share": 0.0}, "share= only applies together with teacher="),
     ],
 )
 def test_what_cannot_be_trained_is_refused(options: dict[str, Any], told: str) -> None:
@@ -322,6 +327,13 @@ def test_what_cannot_be_trained_is_refused(options: dict[str, Any], told: str) -
 def test_a_teacher_and_what_it_teaches_go_together() -> None:
     with pytest.raises(UsageError, match="the teacher has no output logits"):
         Trainer("gpt2", teacher=t.compile(pulled), **SMALL)
+    with pytest.raises(UsageError, match="the teacher has other classes than the model") as caught:
+        Trainer("gpt2", teacher=t.compile("gpt2", **{**SMALL, "vocab": 21}), **SMALL)
+    assert caught.value.received == "logits: f32[B, S, 21] of the teacher, f32[B, S, 19] of the model"
+    student = Trainer("gpt2", teacher=t.compile("gpt2", **{**SMALL, "context": 5}), **SMALL)
+    student.step(**batch_of(student, 0, length=5))
+    with pytest.raises(BackendError, match=r"the teacher does not take this batch: .* must be at most 5, is 7"):
+        student.step(**batch_of(student, 0, length=7))
     with pytest.raises(UsageError, match="a teacher teaches an output"):
         Trainer(pulled, loss="far", teacher=t.compile(pulled))
     with pytest.raises(UsageError, match="a model of several outputs is trained for one of them"):
@@ -351,10 +363,10 @@ def rooted(x: t.f32["B 4"]):
 
 
 def test_a_gradient_that_is_no_number_changes_nothing() -> None:
-    """Of a loss that is one: a square root has no gradient at 0."""
+    """The loss itself is finite: a square root has no gradient at 0."""
     trainer = Trainer(rooted, loss="loss")
     before = {name: array.copy() for name, array in trainer.weights.items()}
-    with pytest.raises(UsageError, match=r"gradient\.w\.weight has a number that is not finite, or too large"):
+    with pytest.raises(UsageError, match=r"gradient\.w\.weight is NaN, infinite or too large after 0 updates"):
         trainer.step(x=np.zeros((2, 4), np.float32))
     near(trainer.weights, before, 0)
     told = trainer.step(x=np.ones((2, 4), np.float32))
@@ -362,12 +374,69 @@ def test_a_gradient_that_is_no_number_changes_nothing() -> None:
     assert np.isfinite(told.norm)
 
 
+@t.model
+def scored(x: t.f32["B 4"], y: t.f32["B 1"]):
+    return {"loss": t.reduce_sum((t.linear(x, 1, name="w") - y) ** 2.0, axes=(0, 1))}
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf, np.inf])
+def test_a_batch_with_nan_is_reported_by_input_and_position(value: float) -> None:
+    trainer = Trainer(scored, loss="loss", rate=1e-3)
+    x, y = np.ones((3, 4), np.float32), np.zeros((3, 1), np.float32)
+    trainer.step(x=x, y=y)
+    x[2, 1] = value
+    for call in (trainer.step, trainer.evaluate):
+        with pytest.raises(UsageError, match=r"the loss is (nan|inf) after 1 updates") as caught:
+            call(x=x, y=y)
+        assert caught.value.received == f"input x has {value} at [2, 1]"
+        assert str(caught.value.hint).startswith("finite inputs")
+        assert ("rate" in str(caught.value.hint)) == np.isinf(value), "where it is a mask, the rate may be too high"
+    assert trainer.step(x=np.ones((3, 4), np.float32), y=y).step == 2
+
+
+def test_a_loss_that_is_nan_before_any_update_is_no_matter_of_the_rate() -> None:
+    """The cause is a weight of the checkpoint, or a value that the model computes."""
+    x, y = np.ones((3, 4), np.float32), np.zeros((3, 1), np.float32)
+    trainer = Trainer(scored, loss="loss")
+    trainer.state.weights["w.weight"][0, 2] = np.nan
+    with pytest.raises(UsageError, match="the loss is nan after 0 updates") as caught:
+        trainer.step(x=x, y=y)
+    assert caught.value.received == "weight w.weight has nan at [0, 2]"
+    assert "rate" not in str(caught.value.hint)
+    with pytest.raises(
+        UsageError, match=r"gradient\.w\.weight is NaN, infinite or too large after 0 updates"
+    ) as caught:
+        Trainer(rooted, loss="loss").step(x=np.zeros((2, 4), np.float32))
+    assert caught.value.received == "inputs and weights are finite"
+    assert "rate" not in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("name", ["run.bin", "run.pt", "run.PTH", "run.ckpt", "run.pkl", "run.pickle"])
+def test_a_state_is_not_written_under_the_name_of_a_pickle(name: str, tmp_path: Path) -> None:
+    """`restore` would refuse it."""
+    with pytest.raises(UsageError, match="a state is no pickle, as its name says") as caught:
+        small().save_state(tmp_path / name)
+    assert caught.value.hint == "run.state"
+    assert not os.listdir(tmp_path)
+
+
+def test_a_state_gives_back_the_notes_that_were_saved(tmp_path: Path) -> None:
+    small().save_state(tmp_path / "plain")
+    small().save_state(tmp_path / "noted", {"seed": "3", "texts": "a b"})
+    assert read_notes(tmp_path / "plain") == {}
+    assert read_notes(tmp_path / "noted") == {"seed": "3", "texts": "a b"}
+    small().restore(tmp_path / "noted")
+    write_weights(tmp_path / "weights", {})
+    with pytest.raises(CheckpointError, match="this is no state of a training"):
+        read_notes(tmp_path / "weights")
+
+
 # -- weights without a gradient ----------------------------------------------------------------------------------------
 
 
 @t.model
 def gated(x: t.f32["B S 4"]):
-    """`gate` is read through a comparison alone, `round` through floor, and `unread` by an output that is no loss."""
+    """`gate` is read by a comparison alone, `round` by floor, and `unread` by an output that is not a loss."""
     y = t.linear(x, 4, name="w")
     for _ in t.stack("h", 2):
         y = y + t.floor(t.linear(x, 4, name="round"))

@@ -1,4 +1,6 @@
-"""Texts on their way to a model: documents of files, the objective's inputs and targets, and what does not fit."""
+"""Texts prepared for a model: documents of files, the objective's inputs and targets, and errors for texts that do not
+fit.
+"""
 
 from __future__ import annotations
 
@@ -144,7 +146,7 @@ def test_masked_tokens_hide_none_of_those_around_texts(bert: Path, corpus: str) 
 
 
 def test_a_block_is_as_long_as_the_model_takes_unless_it_is_said(gpt2: Path, corpus: str) -> None:
-    """48 positions, of the 128 tokens that it would be."""
+    """48 positions, not the default of 128 tokens."""
     assert TextData.open(str(gpt2), [corpus], resolve(gpt2)).length == 48
     assert TextData.open(str(gpt2), [corpus], resolve(gpt2), length=48, batch=1).length == 48
 
@@ -182,6 +184,15 @@ def test_what_does_not_fit_is_refused(
     options = {**options, **({"teacher": str(gpt2)} if "teacher" in options else {})}
     with pytest.raises(TreadleError, match=told):
         TextData.open(str(places[name]), [corpus], resolve(places[name]), **options)
+
+
+def test_a_block_is_no_longer_than_the_teacher_takes(gpt2: Path, corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = resolve("gpt2", layers=1, dim=8, heads=2, vocab=50, context=24)
+    monkeypatch.setattr("treadle.training.text_data.resolve", lambda *_, **__: short)
+    options: dict[str, Any] = {"teacher": str(gpt2)}
+    assert TextData.open(str(gpt2), [corpus], resolve(gpt2), **options).length == 24
+    with pytest.raises(UsageError, match="a block has 2 tokens or more and at most 24, as the teacher takes"):
+        TextData.open(str(gpt2), [corpus], resolve(gpt2), length=25, **options)
 
 
 def test_a_vocabulary_without_a_mask_hides_nothing(bert: Path, corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,7 @@ class DeclaredAxes:
                         received=f"{printable(name)}={printable(repr(told), 60)}",
                         within=self.shown,
                         hint=f"its axes are {_listed(axes)}; its inputs {_listed(v.name for v in inputs)}",
+                        option=name,
                     )
             if not isinstance(told, str) and (type(told) is not int or told < 0):
                 raise FrontendError(

@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from treadle.files.shown_names import printable
 from treadle.frontends.vocabularies.sentencepiece_file import BPE, NORMAL, UNIGRAM, USER_DEFINED, SentencePieces
+from treadle.frontends.vocabularies.special_tokens import lacks_special_token, put_around
 from treadle.ir.errors import CheckpointError
 
 _SPACE = "▁"
@@ -53,9 +53,7 @@ class PieceVocabulary:
         found = [(self.special[role], made.token_to_id(self.special[role])) for role in roles]
         for token, number in found:
             if number is None:
-                raise CheckpointError(
-                    "the vocabulary lacks a special token", received=printable(token), within=self.shown
-                )
+                raise lacks_special_token(token, self.shown)
         return found
 
     def flag(self, name: str, default: bool) -> bool:
@@ -181,18 +179,6 @@ def _pairs(v: PieceVocabulary) -> tuple[dict[str, int], list[tuple[str, str]]]:
     return vocabulary, [(left, right) for *_, left, right in sorted(merges)]
 
 
-def _begun(v: PieceVocabulary, made: Any) -> Any:
-    """With a token before each text and one behind it, where the folder asks for them."""
-    roles = [role for role in ("bos_token", "eos_token") if v.flag(f"add_{role}", False)]
-    begin, end = ([v.special[role] for role in roles if role == each] for each in ("bos_token", "eos_token"))
-    first = [*(f"{t}:0" for t in begin), "$A:0", *(f"{t}:0" for t in end)]
-    second = [*(f"{t}:1" for t in begin), "$B:1", *(f"{t}:1" for t in end)]
-    made.post_processor = v.library.processors.TemplateProcessing(
-        single=first, pair=[*first, *second], special_tokens=v.numbered(made, *roles)
-    )
-    return made
-
-
 def _llama(v: PieceVocabulary) -> tuple[Any, list[str]]:
     library, (vocabulary, merges) = v.library, _pairs(v)
     made = library.Tokenizer(library.models.BPE(vocab=vocabulary, merges=merges, fuse_unk=True, byte_fallback=True))
@@ -202,7 +188,8 @@ def _llama(v: PieceVocabulary) -> tuple[Any, list[str]]:
     d = library.decoders
     steps = [d.Replace(_SPACE, " "), d.ByteFallback(), d.Fuse(), *([d.Strip(content=" ", left=1)] if prefix else [])]
     made.decoder = d.Sequence(steps)
-    return _begun(v, made), []
+    put_around(v.library, made, v.special, v.settings, v.shown)
+    return made, []
 
 
 def _gemma(v: PieceVocabulary) -> tuple[Any, list[str]]:
@@ -213,7 +200,8 @@ def _gemma(v: PieceVocabulary) -> tuple[Any, list[str]]:
     made.normalizer = library.normalizers.Replace(" ", _SPACE)
     d = library.decoders
     made.decoder = d.Sequence([d.Replace(_SPACE, " "), d.ByteFallback(), d.Fuse()])
-    return _begun(v, made), []
+    put_around(v.library, made, v.special, v.settings, v.shown)
+    return made, []
 
 
 def _own(v: PieceVocabulary) -> tuple[Any, list[str]]:
@@ -259,7 +247,8 @@ def _own(v: PieceVocabulary) -> tuple[Any, list[str]]:
     back = [d.Replace(_SPACE, " "), *([d.ByteFallback()] if file.bytes else [])]
     back += [d.Fuse(), d.Strip(content=" ", left=1)] if file.prefix else [d.Fuse()] if file.bytes else []
     made.decoder = d.Sequence(back)
-    return _begun(v, made), []
+    put_around(v.library, made, v.special, v.settings, v.shown)
+    return made, []
 
 
 _AROUND = (True, True)

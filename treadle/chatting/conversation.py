@@ -67,6 +67,8 @@ class Conversation:
     ) -> Iterator[Piece]:
         """The reply to what the user says, piece by piece; both are part of the conversation once it has ended.
 
+        rules  what is asked of each token; None: what the folder asks
+
         A reply that is not taken to its end leaves the conversation as it was. Raises UsageError where the conversation
         has become too long for the model.
         """
@@ -81,7 +83,11 @@ class Conversation:
             )
         growing = GrowingText(self.writer.tokenizer, StopStrings(stop))
         choosing = Choosing(
-            most, sampling or Sampling(), rules, frozenset(self.writer.end), lambda _, token: growing.add(token)
+            most,
+            sampling or Sampling(),
+            rules or self.writer.asked.rules,
+            frozenset(self.writer.end),
+            lambda _, token: growing.add(token),
         )
         (row, logits), made, reply = self._read(ids), list[int](), ""
         turn = len(asked)  # draws differ from turn to turn

@@ -147,7 +147,10 @@ class LoadedModel:
         rules: TokenRules | None = None,
         stop: Sequence[str] = (),
     ) -> Any:
-        """What follows a prompt, up to `most` tokens, the end of the text, or a string in `stop`."""
+        """What follows a prompt, up to `most` tokens, the end of the text, or a string in `stop`.
+
+        rules   what is asked of each token; None: what generation_config.json says
+        """
         listed = _listed(prompts)
         found = [""] * len(listed)
         for piece in self.writer.continued(listed, most=most, sampling=sampling, rules=rules, stop=stop):
