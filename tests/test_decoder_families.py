@@ -101,7 +101,7 @@ def test_longrope_turns_by_a_texts_length(backend: str, tmp_path: Path) -> None:
         tokens = TOKENS[:, :length]
         wanted = answer(theirs, {"tokens": tokens})["logits"]
         assert np.abs(exe(tokens=tokens)["logits"] - wanted).max() < TOLERANCE * np.abs(wanted).max()
-    with pytest.raises(PassError, match="size: the axis is cut"):
+    with pytest.raises(PassError, match="size: the axis is sliced"):
         exe.session(rows=1)
     session = open_stepped(tmp_path, backend=backend).session(rows=1)
     assert session.capacity == 8
