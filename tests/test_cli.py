@@ -412,7 +412,7 @@ def test_an_input_that_determines_shapes_must_be_set_to_compile(treadle_command:
     onnx.save(onnx.parser.parse_model(text + " { y, i = TopK(x, k) }"), str(tmp_path / "m.onnx"))
     refused(
         treadle_command("compile", "m.onnx"),
-        "what is compiled depends on the value of k",
+        "the compiled graph depends on the value of k",
         "received  <compiled top on numpy, for each k: (x: f32[B, 9], k: i64[1])>",
         "--set k=VALUE",
     )

@@ -178,7 +178,7 @@ def test_a_line_ends_before_an_error(folder: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("prompt", "words", "ending", "reason"),
     [
-        ("the cat", ["--tokens", "3"], "count", "stopped after 3 tokens, as many as --tokens allows"),
+        ("the cat", ["--tokens", "3"], "count", "stopped after 3 tokens: the limit of --tokens"),
         ("a " * 19, ["--tokens", "40"], "context", "the model's context is full"),
         ("the cat", ["--tokens", "40"], "end", "the model ended the text"),
     ],
@@ -195,7 +195,7 @@ def test_it_says_why_it_stopped(
     done = generated(str(folder), prompt, *words)
     assert done.exit_code == 0
     assert reason in done.stderr
-    assert "tokens a second" in done.stderr
+    assert "tokens per second" in done.stderr
     assert "stopped" not in done.stdout
     assert json.loads(generated(str(folder), prompt, *words, "--json").stdout)["texts"][0]["ending"] == ending
     both = generated(str(folder), prompt, prompt, *words)
@@ -314,8 +314,8 @@ def test_beams_of_the_command_are_those_of_hugging_face(folder: Path) -> None:
         assert found["tokens"] == row[: len(found["tokens"])]
         assert set(row[len(found["tokens"]) :]) <= {0}
     assert "score" in generated(str(folder), *words).stderr
-    assert "without --beams there is no --best" in generated(str(folder), "the", "--best", "2").stderr
-    assert "without --chat there is no --system" in generated(str(folder), "the", "--system", "x").stderr
+    assert "only --beams accepts --best" in generated(str(folder), "the", "--best", "2").stderr
+    assert "only --chat accepts --system" in generated(str(folder), "the", "--system", "x").stderr
     assert "takes no --stop" in generated(str(folder), *words, "--stop", "x").stderr
 
 

@@ -280,8 +280,8 @@ def test_a_value_is_followed_through_a_round_trip_and_not_through_half_of_one() 
     ("arguments", "said"),
     [
         (["gpt2", "weather"], "nothing to explain of that name"),
-        (["gpt2", "storage", "--sizes", "B=2"], "--sizes and --svg are about memory and sharding"),
-        (["gpt2", "memory", "--expect", "attention=2"], "--expect and --certify are about fusion"),
+        (["gpt2", "storage", "--sizes", "B=2"], "--sizes and --svg apply to memory and sharding only"),
+        (["gpt2", "memory", "--expect", "attention=2"], "--expect and --certify apply to fusion only"),
         (["gpt2", "fusion", "--expect", "attention"], "an expected count is OP=NUMBER"),
         (["gpt2", "fusion", "--expect", "attention=-1"], "an expected count is OP=NUMBER"),
         (["gpt2", "fusion", "--set", "passes=3"], "--set passes= is no option of a model"),

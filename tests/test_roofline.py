@@ -240,4 +240,4 @@ def test_the_command_tells_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert given == {**how, **asked}
     refused = CliRunner().invoke(app, ["roofline", "m.treadle", "--quantize", "int8"])
     assert refused.exit_code == 2
-    assert "an artifact is what was compiled, and takes no --quantize" in refused.stderr
+    assert "an artifact is already compiled, and does not accept --quantize" in refused.stderr

@@ -101,7 +101,7 @@ def test_the_command_writes_and_reads_a_file(tmp_path: Path) -> None:
     assert "equal" in read.output
     for words, what in (
         ([path, "--mesh", "tp=2"], "takes no --mesh"),
-        (["gpt2"], "a model is split over a mesh"),
+        (["gpt2"], "sharding needs a mesh"),
         (["gpt2", "--mesh", "tp=2", "--recipe", "megatron", "-o", "x.bin"], "must end in .treadle"),
     ):
         refused = run(app, ["shard", *words])

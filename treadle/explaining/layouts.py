@@ -164,7 +164,7 @@ def compiled_before(
     given = [name for name, value in options.items() if name not in known or value]
     if given:
         raise UsageError(
-            "an artifact is what was compiled, and takes no " + " or ".join(given),
+            "an artifact is already compiled, and does not accept " + " or ".join(given),
             received=str(model),
             hint="the model that it was made of",
         )
