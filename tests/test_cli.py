@@ -296,8 +296,8 @@ def test_verify_widens_as_compile_does(treadle_command: Treadle) -> None:
     assert said.code == 0
     refused(treadle_command("verify", SMALL, "--widen", "f8"), "no dtype that is widened")
     assert treadle_command("compile", SMALL, "-o", "small.treadle").code == 0
-    refused(treadle_command("verify", "small.treadle", "--widen", "bf16"), "takes no --widen")
-    refused(treadle_command("bench", "small.treadle", "--dtype", "bf16"), "takes no --dtype")
+    refused(treadle_command("verify", "small.treadle", "--widen", "bf16"), "does not accept --widen")
+    refused(treadle_command("bench", "small.treadle", "--dtype", "bf16"), "does not accept --dtype")
 
 
 def test_numbers_of_float32_are_told_in_its_own_digits(treadle_command: Treadle) -> None:

@@ -143,7 +143,7 @@ def test_a_fault_of_our_own_is_told_as_one(treadle_command: Treadle, monkeypatch
     monkeypatch.setattr("treadle.resolving.resolve", fail)
     said = treadle_command("inspect", SMALL)
     assert said.code == 1
-    assert "its own fault: KeyError: 'lost'" in said.err
+    assert "a fault of Treadle: KeyError: 'lost'" in said.err
     assert "TREADLE_DEBUG=1" in said.err
     assert "Traceback" not in said.err
     told = treadle_command("inspect", SMALL, "--json")

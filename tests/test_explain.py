@@ -279,7 +279,7 @@ def test_a_value_is_followed_through_a_round_trip_and_not_through_half_of_one() 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["gpt2", "weather"], "nothing to explain of that name"),
+        (["gpt2", "weather"], "unknown subject to explain"),
         (["gpt2", "storage", "--sizes", "B=2"], "--sizes and --svg apply to memory and sharding only"),
         (["gpt2", "memory", "--expect", "attention=2"], "--expect and --certify apply to fusion only"),
         (["gpt2", "fusion", "--expect", "attention"], "an expected count is OP=NUMBER"),

@@ -535,7 +535,7 @@ def test_a_server_says_what_it_has_and_who_may_ask(
         (["{folder}", "{folder}"], "two models would be served as tiny"),
         (["={folder}"], "a model needs a name"),
         (["{folder}", "--host", "256.1.1.1"], "cannot listen at 256.1.1.1"),
-        (["{folder}", "--key-file", "{empty}"], "holds no key"),
+        (["{folder}", "--key-file", "{empty}"], "has no key"),
         (["nothing-here"], "nothing-here"),
     ],
 )
