@@ -283,8 +283,8 @@ def test_the_command() -> None:
     ("workload", "python", "what"),
     [
         (Workload("bert", "tvmm"), sys.executable, "there is no backend 'tvmm'"),
-        (Workload("bert", dtype="f16"), sys.executable, "a model does not compute in 'f16'"),
-        (Workload("bert", quantize="int5"), sys.executable, "weights are not quantized in 'int5'"),
+        (Workload("bert", dtype="f16"), sys.executable, "unknown computation dtype 'f16'"),
+        (Workload("bert", quantize="int5"), sys.executable, "unknown quantization scheme 'int5'"),
         (Workload("bert"), "/no/python", "there is no such Python"),
     ],
 )

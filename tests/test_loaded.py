@@ -129,7 +129,7 @@ def test_what_is_said_of_a_model_is_how_it_will_be_compiled(monkeypatch: pytest.
     how: dict[str, Any] = {"backend": "torch", "target": "cuda", "dtype": "bf16", "quantize": "int4", "cache": "f16"}
     made = load("minilm", **how, limits={"nodes": 7}, widen="bf16", layers=2)
     assert made.options == ModelOptions("minilm", limits={"nodes": 7}, config={"layers": 2}, widen="bf16", **how)
-    with pytest.raises(UsageError, match="a model that is loaded for tasks takes no check"):
+    with pytest.raises(UsageError, match="a model that is loaded for tasks does not accept check"):
         load("minilm", check=False)
     asked: list[Any] = []
     monkeypatch.setattr("treadle.artifacts.load", lambda model, **given: asked.append((model, given)))

@@ -299,7 +299,7 @@ def test_options_of_the_other_kind(tmp_path: Path) -> None:
     save(tmp_path, "BertForMaskedLM", wordpiece())
     with pytest.raises(UsageError, match="takes no memory"):
         t.load(tmp_path, memory="1MB")
-    with pytest.raises(UsageError, match="an artifact, which is compiled already, takes no quantize"):
+    with pytest.raises(UsageError, match="an artifact, which is already compiled, takes no quantize"):
         t.load("there-is-none.treadle", quantize="int4")
     for wrong, what in ((["--grouping", "some"], "there is no grouping 'some'"),):
         save(tmp_path / "tags", "BertForTokenClassification", wordpiece())
