@@ -115,7 +115,7 @@ def is_decoded_once(node: Node) -> bool:
     Of constants it is not: nothing hoists these.
     """
     encoded = any(v.type.encoding is not None for v in (*node.inputs, *node.results))
-    return encoded and all(map(is_made_of_weights, node.inputs)) and any(v.kind == "parameter" for v in _sources(node))
+    return encoded and all(map(is_made_of_weights, node.results)) and any(v.kind == "parameter" for v in _sources(node))
 
 
 def _sources(node: Node) -> set[Value]:

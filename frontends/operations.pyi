@@ -119,7 +119,7 @@ def activated_linear(
     The first half of a feed-forward network (Vaswani et al. 2017, 3.3), a pooler, the first layer of a head.
 
     activation   act: "gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "tanh" or "sigmoid", as the op of that name
-    weight_axes  "n k", as linear takes a weight, or "k n", as matmul does and files of ONNX mostly hold it
+    weight_axes  "n k", as the weight of linear, or "k n", as the weight of matmul and in most ONNX files
     to           the dtype of the result and the bias, in which products are summed; None: that of x and the weight
     """
 
@@ -170,17 +170,18 @@ def append(
 ) -> Tensor:
     """y = state, then y[rows[b], ..., start[b] + i, ...] = x[b, ..., i, ...] for every row b and position i
 
-    state has slots along its first axis and a capacity C along `axis`; x has rows and s new positions there, and the
-    other sizes of state. rows[b] is the slot of row b, start[b] where it goes on. In a ring, positions count modulo C.
+    state has slots along its first axis and a capacity C along `axis`. x has rows and s new positions there, and the
+    other sizes of state. rows[b] is the slot of row b, start[b] the position of its first new element. In a ring,
+    positions count modulo C.
 
     Two rows of one call never write into one slot. Without a ring start[b] + s <= C, in a ring s <= C. The reference
-    refuses anything else; a backend refuses what lies outside the state.
+    refuses anything else; a backend refuses positions outside the state.
     """
 
 def argmax(x: TensorLike, /, *, axis: int, keep: bool = False, name: str | None = None) -> Tensor:
     """y = the position of the greatest element along `axis`; the first of equal ones
 
-    keep   leave a dimension of size 1 in its place
+    keep   keep the axis as a dimension of size 1
     """
 
 def attention(
@@ -201,14 +202,14 @@ def attention(
 
     q [b, h, s, d], k [b, g, t, d], v [b, g, t, e] -> [b, h, s, e]
 
-    Query heads share key/value heads in order: with h = g r, head n uses head n // r (Ainslie et al. 2023). A
-    query that may see no key gets zeros, and so does its gradient.
+    Query heads share key/value heads in order: with h = g r, head n uses head n // r (Ainslie et al. 2023). A query
+    that may see no key gets zeros, and so does its gradient.
 
     terms    masks and biases, in any order; their operands follow v in the order of the terms
     scale    None: 1/sqrt(d)
     softcap  c: scores become c tanh(scores / c) before biases and masks (Gemma team 2024)
-    start    the position of the first query, to which terms by position look: 0, unless they are a part of others
-    to       the dtype of the result and of biases, in which scores and sums are; None: that of q, k and v. Where it is
+    start    the position of the first query, read by terms with positions: 0, unless the queries are a part of others
+    to       the dtype of the result and of biases, in which scores and sums are; None: that of q, k and v. If it is
              wider than v, weights may be rounded to v's dtype before they multiply v
     """
 
@@ -229,10 +230,10 @@ def attention_parts(
 
     q [b, h, s, d], k [b, g, t, d], v [b, g, t, e], offset i64[b] -> [b, h, s, e], [b, h, s], [b, h, s]
 
-    Query i of a row stands at position i, key j of row b at offset[b] + j, which may be below 0. Terms mean what they
-    mean in `attention`, at these positions; operands with an axis of keys have an element for each of these keys. A
-    query that may see none of them has zeros, -inf and 0. The parts of any split of the keys merge to attention over
-    all of them: `merge_parts`. Attributes are those of `attention`.
+    Query i of a row has position i, key j of row b has position offset[b] + j, which may be below 0. Terms have the
+    same meaning as in `attention`, at these positions; operands with an axis of keys have an element for each of these
+    keys. A query that may see none of them has zeros, -inf and 0. The parts of any split of the keys merge to attention
+    over all of them: `merge_parts`. Attributes are those of `attention`.
     """
 
 def attention_with_probabilities(
@@ -251,8 +252,8 @@ def attention_with_probabilities(
 
     q [b, h, s, d], k [b, g, t, d], v [b, g, t, e] -> [b, h, s, e], [b, h, s, t]
 
-    For who wants to see them: p is held whole, as attention alone never does. The probabilities of a query that may
-    see no key are zeros, as what it gets. Operands and attributes are those of `attention`.
+    For models that return the probabilities: p is stored as a whole, which attention alone never does. For a query that
+    may see no key, the probabilities and the result are zeros. Operands and attributes are those of `attention`.
     """
 
 def average_pool(
@@ -267,8 +268,8 @@ def average_pool(
 ) -> Tensor:
     """y[..., i...] = the mean of the elements of x that the window at i holds
 
-    What lies in the padding is not counted: a window that holds no element gives NaN. To count zeros around x (which
-    frameworks call count_include_pad), pad x with them. 16-bit floats are summed in f32.
+    Padding is not counted: a window without elements gives NaN. To count zeros around x (count_include_pad in
+    frameworks), pad x with them. 16-bit floats are summed in f32.
     """
 
 def cached_attention(
@@ -290,35 +291,35 @@ def cached_attention(
 
     q [b, h, s, d], k [R, g, C, d], v [R, g, C, e], rows i64[b], start i64[b] -> [b, h, s, e]
 
-    Query i of row b stands at position start[b] + i, and key j of a slot at position j. With `ring`, key j stands at
-    the one position x that is congruent to j modulo C and among the last C that were written,
-    start[b] + s - C <= x < start[b] + s, the queries' own included; x < 0 is no key. Terms mean what they mean in
-    `attention`, at these positions: padding keeps key positions below lengths[b]. Operands with an axis of keys (mask,
-    bias, key_segments) have an element for each of a slot's C keys, by j.
+    Query i of row b has position start[b] + i, and key j of a slot has position j. With `ring`, key j has the one
+    position x that is congruent to j modulo C and among the last C that were written, start[b] + s - C <= x < start[b]
+    + s, including the queries' own; x < 0 is not a key. Terms have the same meaning as in `attention`, at these
+    positions: padding keeps key positions below lengths[b]. Operands with an axis of keys (mask, bias, key_segments)
+    have an element for each of a slot's C keys, by j.
 
-    A slot is written up to the queries, or up to lengths[b]. What lies beyond is never seen, whatever it holds, so
+    A slot is written up to the queries, or up to lengths[b]. Later positions are never seen, whatever they hold, so
     causal or padding must be among the terms. A query that may see no key gets zeros. Heads share keys as in
-    `attention`. k and v may be of another float dtype than q: a cache of 16 bits holds twice as much. They are cast as
+    `attention`. k and v may have another float dtype than q, for example 16 bits to halve the cache; they are cast when
     they are read. The gradient is that of the body.
 
     terms    masks and biases, in any order; their operands follow start in the order of the terms
     scale    None: 1/sqrt(d)
     softcap  c: scores become c tanh(scores / c) before biases and masks (Gemma team 2024)
-    ring     whether slots are rings, which needs causal. A chunk of s queries sees all of a window(w) if
-             w + s - 1 <= C; what has been written over is no key of its earlier queries
+    ring     True if slots are rings, which needs causal. A chunk of s queries sees all of a window(w) if
+             w + s - 1 <= C; a position that was overwritten is not a key of its earlier queries
     """
 
 def cast(x: TensorLike, /, *, to: DType | str, name: str | None = None) -> Tensor:
     """y = x in the dtype `to`
 
-    Float to float rounds to nearest, ties to even. Float to integer drops the fraction; what the integer
-    cannot hold is undefined. A bool is 0 or 1, and a number is true unless it is 0. NumPy has no bf16: the
-    reference rounds to bf16 and holds it in float32. Linear into floats, up to rounding, so a partial sum
-    passes through; not into integers.
+    Float to float rounds to nearest, ties to even. Float to integer drops the fraction; the result is undefined if the
+    integer cannot hold it. A bool is 0 or 1, and a number is true unless it is 0. NumPy has no bf16: the reference
+    rounds to bf16 and holds it in float32. Linear into floats, up to rounding, so a partial sum passes through; not
+    into integers.
     """
 
 def concat(*parts: TensorLike, axis: int = -1, name: str | None = None) -> Tensor:
-    """The parts laid end to end along one axis; elsewhere they have the same sizes."""
+    """The parts concatenated along one axis; they have the same sizes along all others."""
 
 def conv(
     x: TensorLike,
@@ -334,12 +335,12 @@ def conv(
 ) -> Tensor:
     """y[b, o, i...] = bias[o] + sum_{c, k...} x[b, c, i stride + k dilation - padding...] weight[o, c, k...]
 
-    Cross-correlation over any number of spatial axes, which goes by the name of convolution in deep learning
-    (Dumoulin & Visin 2016). x is [b, c, *spatial], weight [o, c / groups, *kernel], y [b, o, *spatial].
+    Cross-correlation over any number of spatial axes, which is called convolution in deep learning (Dumoulin & Visin
+    2016). x is [b, c, *spatial], weight [o, c / groups, *kernel], y [b, o, *spatial].
 
-    strides, dilations   a number a spatial axis; empty means 1
-    padding              zeros before each spatial axis, then after each (ONNX's pads); half as many numbers
-                         pad both sides alike; empty means none. Causal: (dilation (k - 1), 0)
+    strides, dilations   one number per spatial axis; empty means 1
+    padding              zeros before each spatial axis, then after each (ONNX's pads); half the number of values
+                         pads both sides equally; empty means none. Causal: (dilation (k - 1), 0)
     groups               output group j reads input group j alone
     """
 
@@ -349,8 +350,8 @@ def cos(x: TensorLike, /, *, name: str | None = None) -> Tensor:
 def cross_entropy(x: TensorLike, target: TensorLike, /, *, ignored: int = -100, name: str | None = None) -> Tensor:
     """y = ln(sum of e^x over the last axis) - x[target], and 0 where the target is `ignored`
 
-    The negative logarithm of the probability that softmax(x) gives the target. 16-bit floats are computed with in f32,
-    and the result is rounded.
+    The negative logarithm of the target's probability in softmax(x). 16-bit floats are computed in f32, and the result
+    is rounded.
     """
 
 def cumsum(
@@ -362,32 +363,32 @@ def cumsum(
     reverse: bool = False,
     name: str | None = None,
 ) -> Tensor:
-    """y[i] = sum of x[j] over j <= i, along `axis`, of 16-bit floats carried in f32
+    """y[i] = sum of x[j] over j <= i, along `axis`, for 16-bit floats accumulated in f32
 
     exclusive   j < i instead: starts at 0
-    reverse     j >= i (or j > i): sums from the end. The result at i then reads what comes after i, so the
+    reverse     j >= i (or j > i): sums from the end. The result at i then reads elements after i, so the
                 axis is whole and not scanned.
     """
 
 def div(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
     """z = x / y
 
-    Floats only; of integers, `floor_divide` or cast first.
+    Floats only; for integers use `floor_divide`, or cast first.
     """
 
 def divergence(x: TensorLike, teacher: TensorLike, /, *, temperature: float = 1.0, name: str | None = None) -> Tensor:
     """y = T^2 (sum of p (ln p - ln q) over the last axis), where p = softmax(teacher / T), q = softmax(x / T)
 
-    How far a student's distribution is from its teacher's, at a temperature T (Hinton et al. 2015); by T^2 its gradient
-    is as large as that of `cross_entropy`, whatever T is. 16-bit floats are computed with in f32, and the result is
-    rounded.
+    The divergence of a student's distribution from its teacher's, at a temperature T (Hinton et al. 2015). With the
+    factor T^2 its gradient has the size of that of `cross_entropy` for any T. 16-bit floats are computed in f32, and
+    the result is rounded.
     """
 
 def einsum(*x: TensorLike, equation: str, name: str | None = None) -> Tensor:
     """z = the sum, over all axes that the result does not name, of the product of the operands
 
-    equation   "b h s d, b h t d -> b h s t": a name an axis, parted by spaces, as in einops (Rogozhnikov
-               2022); `...` stands for leading dimensions that broadcast. A name stands once in an operand: a
+    equation   "b h s d, b h t d -> b h s t": one name per axis, separated by spaces, as in einops (Rogozhnikov
+               2022); `...` stands for leading dimensions that broadcast. A name occurs once in an operand: a
                diagonal is refused.
     """
 
@@ -398,9 +399,9 @@ def embedding_sum(*operand: TensorLike, tables: int = 2, name: str | None = None
     """y[..., d] = sum_n table_n[indices_n[...], d]        (BERT, Devlin et al. 2019: token, position and segment)
 
     Operands: the tables [v_n, d], then the indices of each in the same order. Indices broadcast: those of positions are
-    [s] beside tokens [b, s]. The sum is taken in the order of the tables.
+    [s] next to tokens [b, s]. The sum is taken in the order of the tables.
 
-    tables  how many, 2 to 8
+    tables  the number of tables, 2 to 8
     """
 
 def equal(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
@@ -439,7 +440,7 @@ def fold_windows(
     dilation: int = 1,
     name: str | None = None,
 ) -> Tensor:
-    """y[..., i stride + k dilation, ...] += x[..., i, ..., k]: windows added where they lie
+    """y[..., i stride + k dilation, ...] += x[..., i, ..., k]: windows added at their positions
 
     The transpose of `windows`. Where windows overlap, 16-bit floats are added in f32.
 
@@ -465,7 +466,7 @@ def gated_linear(
     ReGLU, GEGLU, SwiGLU and the bilinear layer (Shazeer 2020).
 
     activation   act: one of activated_linear's, or "none"
-    weight_axes  of both weights: "n k", as linear takes one, or "k n", as matmul does
+    weight_axes  of both weights: "n k", as the weight of linear, or "k n", as the weight of matmul
     to           the dtype of the result and the biases, in which products are summed; None: that of x and the weights
     """
 
@@ -498,7 +499,7 @@ def index_add(
 ) -> Tensor:
     """y = target, then y[..., indices[i...], ...] += added[..., i..., ...] for every i
 
-    The transpose of `gather`. Where indices repeat, all that goes there is added, of 16-bit floats in f32.
+    The transpose of `gather`. If indices repeat, all their elements are added, 16-bit floats in f32.
     """
 
 def iota(*, size: SizeLike, dtype: DType | str = i64, name: str | None = None) -> Tensor:
@@ -515,9 +516,9 @@ def layer_norm(
 ) -> Tensor:
     """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias        (Ba, Kiros & Hinton 2016)
 
-    Mean and variance are over the last axis, the variance divided by its size; 16-bit floats are computed with in f32,
-    and the result is rounded. With n the normalized x, r = 1/sqrt(...) and h = weight * dL/dy:
-    dL/dx = r (h - mean(h) - n mean(h n))
+    Mean and variance are over the last axis, the variance divided by its size; 16-bit floats are computed in f32, and
+    the result is rounded. With n the normalized x, r = 1/sqrt(...) and h = weight * dL/dy: dL/dx = r (h - mean(h) - n
+    mean(h n))
     """
 
 def less(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
@@ -537,7 +538,7 @@ def linear(
 ) -> Tensor:
     """y[..., n] = sum_k x[..., k] weight[n, k] + bias[n]
 
-    The weight is [out, in], as checkpoints of PyTorch hold it (torch.nn.functional.linear).
+    The weight is [out, in], as in PyTorch checkpoints (torch.nn.functional.linear).
 
     to   the dtype of the result and the bias, in which products are summed; None: that of x and the weight
     """
@@ -548,7 +549,7 @@ def log(x: TensorLike, /, *, name: str | None = None) -> Tensor:
 def log_softmax(x: TensorLike, /, *, axis: int = -1, name: str | None = None) -> Tensor:
     """y = x - m - ln(sum of e^(x - m) over `axis`), where m = max of x
 
-    16-bit floats are computed with in f32, and the result is rounded.
+    16-bit floats are computed in f32, and the result is rounded.
     """
 
 def logical_and(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
@@ -563,14 +564,14 @@ def logical_or(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> T
 def masked_softmax(x: TensorLike, /, *, name: str | None = None) -> Tensor:
     """softmax over the last axis, and zeros for a row that is -inf throughout
 
-    The probabilities of attention: those of a query that may see no key. Where attention is lowered by its body it is
-    one op for which a backend may have a kernel. 16-bit floats are computed with in f32, and the result is rounded.
+    The probabilities of attention, where a query may see no key. If attention is lowered by its body, this is one op
+    for which a backend may have a kernel. 16-bit floats are computed in f32, and the result is rounded.
     """
 
 def matmul(x: TensorLike, y: TensorLike, /, *, to: DType | str | None = None, name: str | None = None) -> Tensor:
     """z[..., m, n] = sum_k x[..., m, k] y[..., k, n]
 
-    Leading dimensions broadcast. A vector needs its second axis spelled: rearrange, or einsum.
+    Leading dimensions broadcast. A vector needs an explicit second axis: use rearrange, or einsum.
 
     to   the result's dtype, in which floats are summed; None: that of x and y
     """
@@ -612,7 +613,7 @@ def merge_parts(
     out [p, ..., e], max [p, ...], sum [p, ...] -> [..., e], [...], [...]
 
     Parts of `attention_parts` merge in any grouping: the result is a part again. Where no part has seen a key, it is
-    zeros, -inf and 0. 16-bit floats are computed with in f32, and the results are rounded.
+    zeros, -inf and 0. 16-bit floats are computed in f32, and the results are rounded.
     """
 
 def minimum(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
@@ -624,8 +625,8 @@ def minimum(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tens
 def mod(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
     """z = x - floor(x / y) y
 
-    What `floor_divide` leaves: it has the sign of y, as in NumPy, Python and torch.remainder; in C that of x.
-    An integer modulo zero is undefined.
+    The remainder of `floor_divide`. It has the sign of y, as in NumPy, Python and torch.remainder; in C it has the sign
+    of x. An integer modulo zero is undefined.
     """
 
 def mul(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
@@ -649,18 +650,18 @@ def pad(
 ) -> Tensor:
     """x with `before` elements of `value` before it along one axis, and `after` behind it
 
-    value   a number that x's dtype holds
+    value   a number that x's dtype can hold
     """
 
 def positions(x: TensorLike, /, *, name: str | None = None) -> Tensor:
-    """y[..., i] = i: where each element of x lies along the last axis
+    """y[..., i] = i: the position of each element of x along the last axis
 
-    A count of the elements before each one, so the axis is scanned; in a generation step it goes on from the
-    row's past length. It reads no element.
+    A count of the elements before each one, so the axis is scanned; in a generation step it continues from the row's
+    past length. It reads no element.
     """
 
 def pow(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
-    """z = x^y: NaN for a negative x unless y is a whole number
+    """z = x^y: NaN for a negative x unless y is an integer
 
     dz/dx = y x^(y-1), and 0 where y = 0;   dz/dy = x^y ln x, and 0 where x <= 0, where it has no real value.
     """
@@ -677,11 +678,11 @@ def projections(
     """y_i[..., n_i] = sum_k x[..., k] weight_i[n_i, k] + bias_i[n_i], for each i
 
     Query, key and value of an attention (Vaswani et al. 2017, 3.2.2). Operands: x, then the weights, then the bias of
-    each, absent where a product has none. Each weight keeps its name and its axes, so that heads can be split; what
-    runs is one product with all weights joined, which a backend does once, and the result cut.
+    each, absent if a product has none. Each weight keeps its name and its axes, so that heads can be split. At run time
+    there is one product with all weights concatenated, which a backend does once, and its result is split.
 
-    count        how many, 2 to 16
-    weight_axes  "n k", as linear takes a weight, or "k n", as matmul does
+    count        the number of products, 2 to 16
+    weight_axes  "n k", as the weight of linear, or "k n", as the weight of matmul
     to           the dtype of results and biases, in which products are summed; None: that of x and the weights
     """
 
@@ -691,9 +692,9 @@ def quick_gelu(x: TensorLike, /, *, name: str | None = None) -> Tensor:
 def rearrange(x: TensorLike, /, *, pattern: str, name: str | None = None) -> Tensor:
     """Split, permute and join axes: "b s (heads=12 d) -> b heads s d"        (einops, Rogozhnikov 2022)
 
-    pattern   the axis rule itself. Every name stands once on each side; `(h d)` is one dimension, h
-              outermost; `1` is a dimension of size 1, added or dropped; `...` any leading dimensions. Where a
-              dimension is split, all its factors but one give their size.
+    pattern   the axis rule itself. Every name occurs once on each side; `(h d)` is one dimension, h
+              outermost; `1` is a dimension of size 1, added or dropped; `...` any leading dimensions. If a
+              dimension is split, all its factors but one have a size in the pattern.
     """
 
 def reciprocal(x: TensorLike, /, *, name: str | None = None) -> Tensor:
@@ -708,8 +709,8 @@ def reduce_max(x: TensorLike, /, *, axes: Sequence[int], keep: bool = False, nam
 def reduce_mean(x: TensorLike, /, *, axes: Sequence[int], keep: bool = False, name: str | None = None) -> Tensor:
     """y = (sum of x over `axes`) / (number of its terms)
 
-    The mean of two parts is no function of their means alone, so the axes are whole; the sum is in the body, for 16-bit
-    floats in f32.
+    The mean of two parts does not follow from their means alone, so the axes are whole; the sum is in the body, for
+    16-bit floats in f32.
     """
 
 def reduce_min(x: TensorLike, /, *, axes: Sequence[int], keep: bool = False, name: str | None = None) -> Tensor:
@@ -719,7 +720,7 @@ def reduce_min(x: TensorLike, /, *, axes: Sequence[int], keep: bool = False, nam
     """
 
 def reduce_sum(x: TensorLike, /, *, axes: Sequence[int], keep: bool = False, name: str | None = None) -> Tensor:
-    """y = sum of x over `axes`, accumulated in its own dtype, of 16-bit floats in f32"""
+    """y = sum of x over `axes`, accumulated in its own dtype, for 16-bit floats in f32"""
 
 def relu(x: TensorLike, /, *, name: str | None = None) -> Tensor:
     """y = max(x, 0); the gradient at 0 is 0        (Nair & Hinton 2010)"""
@@ -727,10 +728,10 @@ def relu(x: TensorLike, /, *, name: str | None = None) -> Tensor:
 def reshape(x: TensorLike, /, *, shape: Sequence[SizeLike], name: str | None = None) -> Tensor:
     """The elements of x, in row-major order, under another shape.
 
-    For importers: it does not say which axis becomes which, so every axis ends here. Who knows it uses
+    For importers: it does not relate the axes of x and y, so every axis ends here. If the relation is known, use
     `rearrange`.
 
-    shape   the result's sizes, as many elements as x has for all values of the symbols
+    shape   the result's sizes, with as many elements as x has for all values of the symbols
     """
 
 def rms_norm(
@@ -743,7 +744,7 @@ def rms_norm(
 ) -> Tensor:
     """y = x / sqrt(mean(x^2) + eps) * weight        (Zhang & Sennrich 2019)
 
-    The mean is over the last axis; 16-bit floats are computed with in f32, and the result is rounded. With n the
+    The mean is over the last axis; 16-bit floats are computed in f32, and the result is rounded. With n the
     normalized x, r = 1/sqrt(...) and h = weight * dL/dy:   dL/dx = r (h - n mean(h n))
     """
 
@@ -758,19 +759,19 @@ def rotary(
 ) -> Tensor:
     """y_i = x_i cos a_i - x_j sin a_i,   y_j = x_j cos a_i + x_i sin a_i,   a_i = positions[b, s] frequencies[i]
 
-    RoPE (Su et al. 2021). x [b, h, s, d], positions [b, s], frequencies [f] in radians a position. The first 2f of the
-    d dimensions are turned, in f pairs (i, j); the others stay. Queries and keys turned so have products that depend on
-    the difference of their positions alone. Angles are computed in the frequencies' dtype, which should be f32 or wider
-    whatever x is.
+    RoPE (Su et al. 2021). x [b, h, s, d], positions [b, s], frequencies [f] in radians per position. The first 2f of
+    the d dimensions are rotated, in f pairs (i, j); the others are unchanged. Products of rotated queries and keys
+    depend only on the difference of their positions. Angles are computed in the frequencies' dtype, which should be f32
+    or wider for any dtype of x.
 
-    layout  which dimensions are a pair: "half" (i, i + f), as Hugging Face and GPT-NeoX store heads, or "interleaved"
+    layout  the dimensions of a pair: "half" (i, i + f), as Hugging Face and GPT-NeoX store heads, or "interleaved"
             (2i, 2i + 1), as the paper, Llama's own code and GGUF do
 
-    With g = dL/dy:   dL/dx is g turned back,   dL/da_i = sum over h of g_j y_i - g_i y_j
+    With g = dL/dy:   dL/dx is g rotated back,   dL/da_i = sum over h of g_j y_i - g_i y_j
     """
 
 def round(x: TensorLike, /, *, name: str | None = None) -> Tensor:
-    """y = the whole number nearest to x, of two equally near the even one; no gradient flows"""
+    """y = the integer nearest to x, the even one if two are equally near; no gradient flows"""
 
 def round_to(x: TensorLike, /, *, format: str, saturate: bool = False, name: str | None = None) -> Tensor:
     """y = the number of a narrower float format nearest to x, ties to the even one, in the dtype of x
@@ -794,9 +795,8 @@ def scatter_add(
 ) -> Tensor:
     """y = target, then y[..., indices[..., i, ...], ...] += added[..., i, ...] for every i
 
-    The transpose of `take_along_axis`, PyTorch's scatter_add. indices and added have one shape: the rank of
-    target, and its sizes beside the axis. Where indices repeat, all that goes there is added, of 16-bit floats in
-    f32.
+    The transpose of `take_along_axis`, PyTorch's scatter_add. indices and added have one shape: the rank of target, and
+    its sizes except along the axis. If indices repeat, all their elements are added, 16-bit floats in f32.
     """
 
 def sigmoid(x: TensorLike, /, *, name: str | None = None) -> Tensor:
@@ -812,7 +812,7 @@ def sin(x: TensorLike, /, *, name: str | None = None) -> Tensor:
     """y = sin x, x in radians"""
 
 def size(*, value: SizeLike, dtype: DType | str = i64, name: str | None = None) -> Tensor:
-    """y = the value of a size expression, a scalar: the count that a mean over a symbolic axis divides by"""
+    """y = the value of a size expression, a scalar: the divisor of a mean over a symbolic axis"""
 
 def slice(
     x: TensorLike,
@@ -827,15 +827,15 @@ def slice(
     """y[..., i, ...] = x[..., start + i stride, ...] while start + i stride < stop
 
     start, stop   positions within the axis; a negative constant counts from the end, and a stop of None is
-                  the end. They are not clamped: what lies outside is refused.
+                  the end. They are not clamped: positions outside are refused.
     stride        1 or more
     """
 
 def softmax(x: TensorLike, /, *, axis: int = -1, name: str | None = None) -> Tensor:
     """y = e^(x - m) / sum of e^(x - m) over `axis`, where m = max of x
 
-    Of a row that is -inf throughout it is NaN; attention, which masks, gives zeros there. 16-bit floats are computed
-    with in f32, and the result is rounded.
+    NaN for a row that is -inf throughout; attention, with its masks, gives zeros there. 16-bit floats are computed in
+    f32, and the result is rounded.
     """
 
 def sqrt(x: TensorLike, /, *, name: str | None = None) -> Tensor:
@@ -856,13 +856,13 @@ def sum_pool(
 ) -> Tensor:
     """y[..., i...] = sum_{k...} x[..., i stride + k dilation - padding...]
 
-    What lies in the padding adds nothing. 16-bit floats are summed in f32.
+    Padding adds nothing. 16-bit floats are summed in f32.
     """
 
 def take_along_axis(x: TensorLike, indices: TensorLike, /, *, axis: int = -1, name: str | None = None) -> Tensor:
     """y[..., i, ...] = x[..., indices[..., i, ...], ...]: elements of x along one axis
 
-    NumPy's take_along_axis, PyTorch's gather. indices has the rank of x, and its sizes beside the axis.
+    NumPy's take_along_axis, PyTorch's gather. indices has the rank of x, and its sizes except along the axis.
     """
 
 def tanh(x: TensorLike, /, *, name: str | None = None) -> Tensor:
@@ -877,7 +877,7 @@ def top_k(x: TensorLike, /, *, k: int, axis: int = -1, name: str | None = None) 
 def where(condition: TensorLike, x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
     """z = x where the condition holds, else y
 
-    What is not chosen has gradient zero, whatever it holds: a NaN there does no harm.
+    The operand that is not selected has gradient zero, even if it is NaN.
     """
 
 def windows(
@@ -892,6 +892,6 @@ def windows(
 ) -> Tensor:
     """y[..., i, ..., k] = x[..., i stride + k dilation, ...]: windows of `size` elements along one axis
 
-    The axis becomes that of the windows; the elements of each lie along a new last one. What is left over at
-    the end and fills no window is dropped.
+    The axis becomes the axis of windows; the elements of each window are along a new last axis. Elements at the end
+    that fill no window are dropped.
     """

@@ -1,4 +1,4 @@
-"""Attributes of ops: how what a caller gives for one becomes its value, by the field's annotation.
+"""Attributes of ops: conversion of a caller's values, by the annotation of the field.
 
 axes: tuple[int, ...]      [0, -1]  -->  (0, -1)
 size: Size                 "2*S"    -->  Size
@@ -19,16 +19,16 @@ _ACCEPTED: dict[str, str] = {}
 
 
 def attribute_codec(annotation: str, read: Callable[[Any], Any], accepts: str | None = None) -> None:
-    """Register how a value given for an attribute with this annotation becomes the attribute (in tuples as well).
+    """Register the conversion of a caller's value for attributes with this annotation (also inside tuples).
 
-    accepts  the annotation of what `read` takes, where that is more than the attribute's own
+    accepts  the annotation of the argument of `read`, if it accepts more than the attribute's own type
     """
     _CODECS[annotation] = read
     _ACCEPTED[annotation] = accepts or annotation
 
 
 def accepted_annotation(annotation: str) -> str:
-    """What a caller may give for an attribute with this annotation: `SizeLike | None` for `Size | None`."""
+    """Return the annotation for callers of an attribute with this annotation: `SizeLike | None` for `Size | None`."""
     kinds = []
     for kind in annotation.split(" | ") if not annotation.startswith("tuple[") else [annotation]:
         inside = kind.removeprefix("tuple[").removesuffix(", ...]")
@@ -69,12 +69,12 @@ attribute_codec("str", _read_str)
 
 
 def coerced(annotation: str, value: Any) -> Any:
-    """A value as the attribute with this annotation holds it. Raises TypeError or ValueError for what is none."""
+    """Convert a value for an attribute with this annotation. Raises TypeError or ValueError for an invalid value."""
     if value is None and "None" in annotation:
         return None
     base = annotation.replace(" | None", "")
     if base.startswith("tuple["):
-        if isinstance(value, str):  # whose letters would be its items
+        if isinstance(value, str):  # or its characters would become items
             raise TypeError
         inner = base[6:-1].removesuffix(", ...")
         read = _CODECS.get(inner)
@@ -84,19 +84,19 @@ def coerced(annotation: str, value: Any) -> Any:
 
 
 def has_size(value: Any) -> bool:
-    """Whether an attribute's value is a size, or holds some."""
+    """Return True if an attribute's value is a size, or a tuple with one."""
     return isinstance(value, Size) or (isinstance(value, tuple) and any(isinstance(v, Size) for v in value))
 
 
 def evaluated(value: Any, values: Mapping[str, int]) -> Any:
-    """The value with its sizes at these values of their symbols."""
+    """Return the value with its sizes evaluated at these values of their symbols."""
     if isinstance(value, Size):
         return Size.of(value.evaluate(values))
     return tuple(evaluated(v, values) for v in value) if isinstance(value, tuple) else value
 
 
 def substituted(value: Any, values: Mapping[str, SizeLike]) -> Any:
-    """The value with sizes put in the place of symbols in its sizes."""
+    """Return the value with symbols in its sizes replaced by sizes."""
     if isinstance(value, Size):
         return value.substitute(values)
     return tuple(substituted(v, values) for v in value) if isinstance(value, tuple) else value
@@ -113,7 +113,7 @@ _WORDS = {
 
 
 def in_words(annotation: str) -> str:
-    """`tuple[int, ...]` as `a tuple of integers`."""
+    """Return `a tuple of integers` for `tuple[int, ...]`."""
     base = annotation.removesuffix(" | None")
     inner = base.removeprefix("tuple[").removesuffix(", ...]")
     if inner != base:
@@ -122,7 +122,7 @@ def in_words(annotation: str) -> str:
 
 
 def as_tuple(name: str, annotation: str, value: Any) -> str | None:
-    """What to try where one item stands in place of a tuple of them."""
+    """Return a hint if a single item was given for a tuple of items."""
     read = _CODECS.get(annotation.removeprefix("tuple[").removesuffix(", ...]"))
     if not annotation.startswith("tuple[") or read is None or isinstance(value, str | list | tuple):
         return None

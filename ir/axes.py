@@ -1,4 +1,4 @@
-"""Axis rules: one line that says how an op's axes map, from which the compiler derives the rest.
+"""Axis rules: one line that describes how an op maps axes, and from which the compiler derives the rest.
 
     matmul       "... m k, ... k n -> ... m n"
     softmax      "... [n] -> ... [n]"
@@ -13,11 +13,11 @@ A rule names factors. Each factor has one role in an application:
     >n        scanned    the result at n reads the operand up to n
     @v        indexed    read at positions that another operand holds
     ^n=S      generated  in results only, with its size
-    n=12                 a factor whose size the op's attributes give
+    n=12                 a factor whose size is an attribute of the op
 
 `(h d)` is one dimension that is the product of two factors, `1` a dimension of size one, and `...` stands for any
-leading dimensions, aligned at the right and broadcasting: an operand whose dimension there is the constant 1 does not
-hold that axis. docs/axis-rules.md is the reference page.
+leading dimensions, aligned at the right and broadcast: if an operand's dimension there is the constant 1, the operand
+lacks that axis. docs/axis-rules.md is the reference page.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from treadle.ir.types import Dim, Factor, Type
 
 
 class Role(Enum):
-    """What an op does with a factor of its axes."""
+    """The use of a factor of its axes by an op."""
 
     MAPPED = "mapped"
     REDUCED = "reduced"
@@ -63,8 +63,8 @@ class AxisFactor:
 class AxisDim:
     """One dimension of an operand or result, in terms of the rule's factors.
 
-    Without factors it is a 1 (or a broadcast axis that this operand does not hold), or, with `size`, a result dimension
-    whose size is an expression and that belongs to no single factor.
+    Without factors it is a 1 (or a broadcast axis that this operand lacks). With `size`, it is a result dimension whose
+    size is an expression and that belongs to no single factor.
     """
 
     factors: tuple[str, ...] = ()
@@ -73,7 +73,7 @@ class AxisDim:
 
 @dataclass(frozen=True, slots=True)
 class LeadingDims:
-    """Stands for `...` until the ranks are known."""
+    """A placeholder for `...` until the ranks are known."""
 
 
 DimPattern = tuple[AxisDim | LeadingDims, ...]
@@ -84,8 +84,8 @@ class Application:
     """A rule applied to operands of known types.
 
     factors   every factor by name; those of `...` are named `...1` (the last), `...2`, ...
-    dims      each factor's dimension: its size, and the label or finer factors that it brought along
-    operands  for each operand its dimensions in factors, or None where the operand is absent
+    dims      each factor's dimension: its size, and its label or finer factors in the operand's type
+    operands  for each operand its dimensions in factors, or None if the operand is absent
     results   for each result its dimensions in factors
     shapes    for each result its inferred dimensions
     """
@@ -98,13 +98,13 @@ class Application:
 
     @property
     def points(self) -> Size:
-        """The product of all factors' sizes: how many points of the iteration space the op touches."""
+        """The product of all factors' sizes: the number of points in the op's iteration space."""
         return product(d.size for d in self.dims.values())
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A parsed rule. Make it with `parse_rule`."""
+    """A parsed rule. Use `parse_rule` to build one."""
 
     text: str
     operands: tuple[DimPattern, ...]
@@ -117,13 +117,13 @@ class Rule:
 
     @property
     def is_elementwise(self) -> bool:
-        """Whether each element of a result is made of one element of each operand: `..., ... -> ...`."""
+        """True if each element of a result depends on one element of each operand: `..., ... -> ...`."""
         patterns = (*self.operands, *self.results)
         return bool(self.operands) and all(pattern == (LeadingDims(),) for pattern in patterns)
 
     @property
     def sums_products(self) -> bool:
-        """Whether two operands share a factor that is summed, and the other factors are only carried along."""
+        """True if two operands share a factor that is summed, and all other factors are mapped."""
         roles = {factor.role for factor in self.factors.values()}
         dims = [[dim for dim in pattern if isinstance(dim, AxisDim)] for pattern in self.operands]
         held = [{name for dim in pattern for name in dim.factors} for pattern in dims]
@@ -134,7 +134,7 @@ class Rule:
     def apply(self, types: Sequence[Type | None], names: Sequence[str] | None = None) -> Application:
         """Match operands against the rule and infer the results' dimensions.
 
-        names are the operands' names, for errors. Raises RuleError where a rank or a size disagrees.
+        names are the operands' names, for errors. Raises RuleError if a rank or a size disagrees.
         """
         names = names or [f"operand {i}" for i in range(len(types))]
         if len(types) != len(self.operands):
@@ -143,7 +143,7 @@ class Rule:
 
 
 class _Matching:
-    """The work of one application: bind factors to sizes, then build the results."""
+    """State of one application: bind factors to sizes, then build the results."""
 
     def __init__(self, rule: Rule, types: Sequence[Type | None], names: Sequence[str]) -> None:
         self.rule, self.types, self.names = rule, types, names
@@ -184,7 +184,7 @@ class _Matching:
     # -- ellipsis ----------------------------------------------------------------------------------------------
 
     def _ellipsis_rank(self, i: int) -> int | None:
-        """How many dimensions `...` stands for in operand i; None where it has no `...`. Checks the rank."""
+        """Return the number of dimensions of `...` in operand i, or None if it has no `...`. Checks the rank."""
         t = self.types[i]
         if t is None:
             return None
@@ -257,7 +257,7 @@ class _Matching:
                 i, j, axis = left[0]
                 unknown = [n for n in axis.factors if n not in self.dims]
                 raise RuleError(
-                    f"cannot tell the sizes of {' and '.join(unknown)} in dimension {j} of {self.names[i]}",
+                    f"cannot infer the sizes of {' and '.join(unknown)} in dimension {j} of {self.names[i]}",
                     hint=f"give all but one, such as {unknown[0]}=2",
                 )
             waiting = left
@@ -307,5 +307,5 @@ def _detail(dim: Dim) -> int:
 
 
 def _split_factor(name: str, size: Size) -> Dim:
-    """A factor that a rule splits off carries the rule's name as its label where that is a word, not a letter."""
+    """Return the dimension of a factor that a rule splits off. A name of several letters becomes its label."""
     return Dim([Factor(size, name if len(name) > 1 else None)])

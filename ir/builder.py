@@ -1,4 +1,4 @@
-"""Building graphs: a `Builder` adds nodes to a function; an `Expr` is a value with the operators one expects.
+"""Building graphs: a `Builder` adds nodes to a function; an `Expr` is a value with Python operators.
 
     b = Builder(Graph("example"))
     x = b.input("x", "f32[B, 8]")
@@ -6,8 +6,8 @@
     b.outputs(y=b.rms_norm(x, w, eps=1e-5) * 2.0)
     print(b.graph)
 
-Every op is a method of the builder under its own name: operands by position, attributes by keyword
-(`treadle.ir.op_methods`). The same vocabulary serves op bodies, gradients, patterns and the DSL.
+Every op is a method of the builder under its own name, with positional operands and keyword attributes
+(`treadle.ir.op_methods`). Op bodies, gradients, patterns and the DSL use the same methods.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from treadle.ir.wording.op_signatures import op_signature
 
 
 class Builder(OpMethods):
-    """Adds nodes to one function of a graph, checking every op as it is added.
+    """Adds nodes to one function of a graph, and checks every op.
 
     scope    the path under which nodes are added ("h.3.attn"); see `scoped`
-    source   the line that nodes are said to come from; None asks the stack for the user's line
+    source   the source line of added nodes; None: the user's line, from the stack
     """
 
     def __init__(self, graph: Graph, function: Function | None = None) -> None:
@@ -61,7 +61,7 @@ class Builder(OpMethods):
         return Expr(self, value)
 
     def parameter(self, name: str, type: Type | str, init: Init | None = None) -> Expr:
-        """The parameter of that name, added if new. Raises GraphError if it exists with another type."""
+        """Return the parameter of that name, added if new. Raises GraphError if it exists with another type."""
         wanted = parse_type(type) if isinstance(type, str) else type
         known = self.function.parameters.get(name)
         if known is None:
@@ -77,7 +77,7 @@ class Builder(OpMethods):
         return Expr(self, known)
 
     def state(self, name: str, type: Type | str) -> Expr:
-        """The state of that name as it is by now, added if new. Its symbols become the graph's.
+        """Return the current version of the state of that name, added if new. Its symbols become the graph's.
 
         Raises GraphError if it exists with another type, or if a weight has the name.
         """
@@ -103,7 +103,7 @@ class Builder(OpMethods):
         return self.function
 
     def constant(self, value: Any, dtype: DType | None = None) -> Expr:
-        """A constant from a number, nested list or array. A size of symbols is what it is at each call."""
+        """Add a constant from a number, nested list or array. A symbolic size becomes its value at each call."""
         if isinstance(value, Size):
             return self._size(value, dtype)
         return Expr(self, Value.constant(Literal.of(value, dtype)))
@@ -111,7 +111,7 @@ class Builder(OpMethods):
     # -- nodes -------------------------------------------------------------------------------------------------
 
     def emit(self, op: Op, operands: Sequence[Value | None], name: str | None = None) -> Node:
-        """Append a node. Raises RuleError, with the user's line and scope, where the operands do not fit the op."""
+        """Append a node. Raises RuleError, with the user's line and scope, if the operands do not match the op."""
         return self._append(op, operands, name, self.source or user_line())
 
     def _append(self, op: Op, operands: Sequence[Value | None], name: str | None, source: SourceLine | None) -> Node:
@@ -127,7 +127,7 @@ class Builder(OpMethods):
         return node
 
     def _take_updates(self, node: Node) -> None:
-        """What the node makes of the function's states is what they are from now on."""
+        """Make the states that the node updates the function's current versions."""
         for index in node.op.updates:
             value = node.results[index]
             state = value.state
@@ -137,14 +137,14 @@ class Builder(OpMethods):
     def apply(self, kind: str | type[Op], *operands: Any, name: str | None = None, **attributes: Any) -> Any:
         """Apply an op: operands by position (Exprs, numbers or None), attributes by keyword.
 
-        A number becomes a constant of the dtype that the op needs beside its other operands. Returns an Expr, or a
-        tuple of them for an op with several results. Raises GraphError for an unknown op or attribute, RuleError where
-        operands do not fit.
+        A number becomes a constant of the dtype that the op's rule requires with its other operands. Returns an Expr,
+        or a tuple of Exprs for an op with several results. Raises GraphError for an unknown op or attribute, RuleError
+        if operands do not match.
         """
         return self._add(find_op(kind) if isinstance(kind, str) else kind, operands, name, attributes)
 
     def _add(self, cls: type[Op], operands: Sequence[Any], name: str | None, attributes: dict[str, Any]) -> Any:
-        """What `apply` does, for a caller in this file (whose frame need not be looked at for the user's line)."""
+        """Apply an op for a caller in this file, whose frame can be skipped in the search for the user's line."""
         try:
             op = cls.make(**attributes)
             values: Sequence[Value | None] = [x.value if type(x) is Expr else None for x in operands]
@@ -169,7 +169,9 @@ class Builder(OpMethods):
         return Expr(self, results[0]) if len(results) == 1 else tuple(Expr(self, v) for v in results)
 
     def _values(self, op: Op, given: Sequence[Any]) -> list[Value | None]:
-        """Operands as values. A number takes the dtype that the op's rule ties it to, else its own (f32, i64, bool)."""
+        """Convert operands to values. A number gets the dtype that the op's rule ties it to, else its own (f32, i64,
+        bool).
+        """
         values = [x.value if type(x) is Expr else x if isinstance(x, Value) else None for x in given]
         numbers = [i for i, x in enumerate(given) if values[i] is None and x is not None]
         if numbers:
@@ -190,7 +192,7 @@ class Builder(OpMethods):
         return values
 
     def _size(self, size: Size, dtype: DType | None) -> Expr:
-        """A size as an operand: a constant, or, of symbols, what it is at each call."""
+        """Return a size as an operand: a constant, or, if it is symbolic, its value at each call."""
         if size.constant is not None:
             return self.constant(size.constant, dtype or i64)
         return self.size(value=size, dtype=dtype or i64)
@@ -198,14 +200,17 @@ class Builder(OpMethods):
     def call(self, function: Function, arguments: Sequence[Expr | Value]) -> tuple[Expr, ...]:
         """Call a function of the graph with its inputs, its parameters, then its states. Returns its outputs.
 
-        States that it updates are so from then on: see `state`, and `call_updating`, which returns them.
+        States that it updates have their new versions from then on: see `state`, and `call_updating`, which returns
+        them.
         """
         return self.call_updating(function, arguments)[0]
 
     def call_updating(
         self, function: Function, arguments: Sequence[Expr | Value]
     ) -> tuple[tuple[Expr, ...], dict[str, Expr]]:
-        """Call a function as `call` does. Returns its outputs and, apart, the states that it updates by its names."""
+        """Call a function as `call` does. Returns its outputs and, separately, the updated states by the function's own
+        names.
+        """
         from treadle.ir.ops.call import Call
 
         op = Call.of(function)
@@ -215,15 +220,15 @@ class Builder(OpMethods):
         changed = [name for name in function.states if name in function.updated]
         return tuple(results[:count]), dict(zip(changed, results[count:], strict=True))
 
-    # -- where nodes come from ---------------------------------------------------------------------------------
+    # -- sources of nodes --------------------------------------------------------------------------------------
 
     def scoped(self, name: str, source: SourceLine | None = None) -> _Scoped:
-        """`with b.scoped("attn"):` adds nodes under `scope.attn`; if `source` is given, as coming from that line."""
+        """Add nodes under `scope.attn` in `with b.scoped("attn"):`; if `source` is given, it is their source line."""
         return _Scoped(self, name, source)
 
     @contextmanager
     def placed_as(self, node: Node) -> Iterator[None]:
-        """Add nodes that say they come from where `node` does."""
+        """Add nodes with the scope and the source line of `node`."""
         scope, source = self.scope, self.source
         self.scope, self.source = node.scope, node.source
         try:
@@ -232,16 +237,16 @@ class Builder(OpMethods):
             self.scope, self.source = scope, source
 
     def place(self) -> str | None:
-        """Where the next node comes from, as errors say it: the line and the scope."""
+        """Return the source line and the scope of the next node, as errors print them."""
         return describe_source(self.source or user_line(), self.scope)
 
     def expr(self, value: Value) -> Expr:
-        """An existing value as an Expr of this builder."""
+        """Return an existing value as an Expr of this builder."""
         return Expr(self, value)
 
 
 class _Scoped:
-    """A scope while it is open. (A class: it is entered for every layer, and costs half of a generator.)"""
+    """An open scope. (A class: it is entered for every layer, and costs half as much as a generator.)"""
 
     __slots__ = ("builder", "name", "outer", "source")
 
@@ -259,7 +264,7 @@ class _Scoped:
 
 
 def _call_hint(cls: type[Op], given: Iterable[str]) -> str:
-    """How an op is called, after it was called with other attributes."""
+    """Return a hint with the op's signature, after a call with wrong attributes."""
     signature = op_signature(cls)
     known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
     unknown = next((name for name in given if name not in known), None)
@@ -268,7 +273,7 @@ def _call_hint(cls: type[Op], given: Iterable[str]) -> str:
 
 
 def describe_source(source: SourceLine | None, scope: str) -> str | None:
-    """`gpt2.py:41, scope h.0.ln_1`, or what is known of it."""
+    """Return `gpt2.py:41, scope h.0.ln_1`, or the known part of it."""
     parts = [str(source)] if source else []
     if scope:
         parts.append(f"scope {scope}")

@@ -1,7 +1,7 @@
-"""Pausing the cyclic garbage collector while a graph is made.
+"""Pausing the cyclic garbage collector while a graph is built.
 
-A graph is many small objects that all live on. A collection in the middle finds nothing, and looks at each of them
-again: 7 % of the time that a deep model's trace takes. Reference counting goes on as ever.
+A graph is many small objects, all of which stay alive. A collection meanwhile frees nothing, but scans each of them: 7
+% of the time of tracing a deep model. Reference counting continues as usual.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def collection_paused() -> Iterator[None]:
-    """No cyclic collection inside; afterwards as it was before."""
+    """Disable the cyclic collector in the context; afterwards restore its state."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

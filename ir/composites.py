@@ -14,21 +14,22 @@ from treadle.ir.source_lines import SourceLine
 from treadle.ir.types import Type
 
 _BODY_SOURCE = SourceLine("body", 0)
-_MOST_BODIES = 4096  # each belongs to an op on operands of certain types, of which files may bring any number
+_MOST_BODIES = 4096  # each is for one op and operand types; files may contain any number
 _bodies: dict[tuple[Composite, tuple[str | None, ...], bool], Function] = {}
 
 
 def body_of(op: Composite, types: Sequence[Type | None]) -> Function:
-    """One level of a composite's body for these operand types: inputs are the operands that are present, in order.
+    """Return one level of a composite's body for these operand types. Inputs are the operands that are present, in
+    order.
 
-    Shared and cached; do not change it. Raises GraphError where the body's results do not have the types that the op's
-    rules infer.
+    Shared and cached; do not change it. Raises GraphError if the types of the body's results differ from those that the
+    op's rules infer.
     """
     return _remembered(op, types, lowered=False)
 
 
 def lowering_of(op: Composite, types: Sequence[Type | None]) -> Function:
-    """What a backend lowers in the op's place; else as `body_of`."""
+    """Return the function that a backend lowers in place of the op; otherwise like `body_of`."""
     return _remembered(op, types, lowered=type(op).lowering is not Composite.lowering)
 
 
@@ -51,14 +52,16 @@ def _build(op: Composite, types: Sequence[Type | None], build: Callable[..., Any
     inferred = op.infer(types)
     if [r.type for r in results] != list(inferred):
         raise GraphError(
-            f"{op.name}: its body gives other types than its rules",
+            f"{op.name}: the types of its body differ from its rules",
             received=f"body: {', '.join(str(r.type) for r in results)}; rules: {', '.join(map(str, inferred))}",
         )
     return b.outputs(**{f"out{i}": r for i, r in enumerate(results)})
 
 
 def holds_contraction(op: Op, operands: Sequence[Value | None]) -> bool:
-    """Whether an op on these is a contraction, or is made of some: attention, conv, gated_linear, ..."""
+    """Return True if an op on these operands is a contraction, or its body contains one: attention, conv, gated_linear,
+    ...
+    """
     return _holds_contraction(op, tuple([None if v is None else v.type for v in operands]))
 
 
@@ -72,7 +75,7 @@ def _holds_contraction(op: Op, types: tuple[Type | None, ...]) -> bool:
 
 
 def as_results(results: Any) -> tuple[Expr, ...]:
-    """What a body returns, as a tuple."""
+    """Return the results of a body as a tuple."""
     return (results,) if isinstance(results, Expr) else tuple(results)
 
 

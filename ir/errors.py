@@ -1,7 +1,7 @@
-"""The error family: every failure that a user can cause is one of these, and reads the same way.
+"""The error family: every failure that a user can cause is one of these, in one form.
 
-How they read, and those about files and arguments, are of the lowest room (`treadle.files.errors`); all other rooms
-import every error from here.
+The form, and the errors about files and arguments, are defined in the lowest package (`treadle.files.errors`); all
+other packages import every error from here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class RuleError(TreadleError):
 
 
 class GraphError(TreadleError):
-    """A graph cannot be built as asked: an unknown op, a wrong operand, a value of another function."""
+    """A graph cannot be built as requested: an unknown op, a wrong operand, a value of another function."""
 
 
 class ParseError(TreadleError):
@@ -46,12 +46,12 @@ class VerifyError(TreadleError):
 
 
 class PassError(TreadleError):
-    """A pass was asked for something it cannot do, or left a graph that does not verify."""
+    """A pass cannot do what was requested, or its result does not verify."""
 
 
 class BackendError(TreadleError):
-    """A backend is not available, or refuses a graph, or was called with the wrong inputs."""
+    """A backend is not available, refuses a graph, or was called with wrong inputs."""
 
 
 class RankError(TreadleError):
-    """A rank of a sharded run has failed, has died or does not come; every other rank ends with this."""
+    """A rank of a sharded run failed, died or did not arrive; all other ranks end with this error."""

@@ -1,4 +1,4 @@
-"""Expressions: a value and the builder that may add to it, with the operators that one expects."""
+"""Expressions: a value, its builder, and Python operators that add nodes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from treadle.ir.builder import Builder
 
 ExprLike: TypeAlias = "Expr | Value | Size | float | np.generic | np.ndarray[Any, Any] | list[Any] | tuple[Any, ...]"
-"""What stands for a value where an op takes one: numbers and arrays become constants, a size its value at each call."""
+"""Anything that an op accepts as an operand: numbers and arrays become constants, a size its value at each call."""
 
 
 class Expr(PythonProtocols):
-    """A value and the builder that may add to it. Operators build nodes; numbers take the other side's dtype."""
+    """A value and its builder. Operators build nodes; numbers take the other operand's dtype."""
 
     __slots__ = ("builder", "value")
 
@@ -45,11 +45,11 @@ class Expr(PythonProtocols):
         return self.value.type.rank
 
     def cast(self, to: DType | str) -> Expr:
-        """The value in another dtype; itself if it has that already."""
+        """Return the value in another dtype, or itself if it has that dtype."""
         return self if str(self.dtype) == str(to) else self._apply("cast", self, to=to)
 
     def _apply(self, op: str, *operands: Any, **attributes: Any) -> Expr:
-        """Apply an op that an operator stands for. What it gives is called x, as one would in a formula."""
+        """Apply the op of an operator. In errors the operand is named x, as in a formula."""
         result = self.builder._add(find_op(op), operands, "x", attributes)
         assert isinstance(result, Expr)
         return result

@@ -1,19 +1,19 @@
-"""The graph: functions of nodes in program order, in SSA form, with weights held beside it.
+"""The graph: functions of nodes in program order, in SSA form; weights are stored outside the graph.
 
     Graph      functions by name, callees first, its entries last; bounds of its symbols; initial values of weights
     Function   inputs, parameters, states, nodes, outputs, updated states
-    Node       an op on values, with the scope and the user's line it came from
-    Value      what flows: an input, a parameter (weight), a state, a constant, or a node's result
+    Node       an op applied to values, with its scope and the user's line
+    Value      an input, a parameter (weight), a state, a constant, or a node's result
 
-A repeated block is one function; a node whose op is `Call` applies it with its own weights. Symbols are the graph's:
-`S` means the same size in every function.
+A repeated block is one function; a node whose op is `Call` applies it with its own weights. Symbols belong to the
+graph: `S` means the same size in every function.
 
-What runs by itself is an entry. `main` is what the user declared, and mostly the only one. `bind` runs before it, once,
-when the weights are there: it takes no inputs, and its outputs are made parameters, which later entries read by name as
-they read weights. In place of `main`, a graph that was derived for generation has `prefill`, `step` and `verify`.
+An entry is a function that can be run. `main` is the declared model, and usually the only entry. `bind` runs before it,
+once, when weights are given: it has no inputs, and its outputs are derived weights, which later entries read by name
+like weights. In place of `main`, a graph derived for generation has `prefill`, `step` and `verify`.
 
-A state lives longer than a call. An op that updates one gives a value that is tied to its operand: a version of the
-state. Nobody reads a version after it was updated, so whoever runs the graph may write in place.
+A state outlives a call. The result of an op that updates a state is tied to its operand: it is a new version of the
+state. No node reads a version after its update, so the state may be written in place.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 class Value:
     """One tensor in a function. Compared by identity.
 
-    kind   "input", "parameter", "state" (as it enters), "constant" or "result"
-    name   the own name of an input, a parameter or a state; for a result a hint that the printer makes unique
-    node   the node that makes a result, else None; `index` tells which of its results this is
+    kind   "input", "parameter", "state" (its first version), "constant" or "result"
+    name   the name of an input, a parameter or a state; for a result a hint that the printer makes unique
+    node   the node that computes a result, else None; `index` is the result's position among the node's results
     """
 
     __slots__ = ("index", "kind", "lies_in", "literal", "name", "node", "type")
@@ -62,16 +62,16 @@ class Value:
         self.node = node
         self.index = index
         self.lies_in: Layout | None = None
-        """The layout of a parameter; for others see `layout`."""
+        """The layout of a parameter; for other values see `layout`."""
 
     @property
     def layout(self) -> Layout | None:
-        """The order of its elements in memory; None is row-major. A result has the layout in which its op leaves it."""
+        """The order of its elements in memory; None is row-major. A result's layout is determined by its op."""
         return self.lies_in if self.node is None else self.node.op.result_layout(self.index)
 
     @property
     def weight(self) -> Value | None:
-        """The parameter that this is: itself, or the encoded one whose numbers it is. None: it is no weight."""
+        """The parameter that this is: itself, or the encoded parameter that it decodes. None if it is not a weight."""
         if self.kind == "parameter":
             return self
         node = self.node
@@ -79,7 +79,7 @@ class Value:
 
     @property
     def before(self) -> Value | None:
-        """The value of which this is the update: the operand to which its op ties it; None for any other value."""
+        """The value that this is an update of: the operand to which its op ties it; None for any other value."""
         if self.node is None:
             return None
         at = self.node.op.updates.get(self.index)
@@ -87,7 +87,7 @@ class Value:
 
     @property
     def state(self) -> Value | None:
-        """The state of which this is a version: itself, or where its updates began. None: it is of no state."""
+        """The state of which this is a version: itself, or the start of its updates. None if it is not of a state."""
         value = self
         while (before := value.before) is not None:
             value = before
@@ -95,7 +95,7 @@ class Value:
 
     @staticmethod
     def constant(literal: Literal) -> Value:
-        """A constant; scalars print in place."""
+        """Return a constant; scalars are printed in place."""
         return Value("constant", literal.type, "constant", literal)
 
     def __repr__(self) -> str:
@@ -103,7 +103,7 @@ class Value:
 
 
 class Node:
-    """An op applied to operands (None where an optional one is absent), giving results."""
+    """An op applied to operands (None for an absent optional operand), with its results."""
 
     __slots__ = ("op", "operands", "results", "scope", "source")
 
@@ -122,7 +122,7 @@ class Node:
         self.source = source
         hint = name or op.name
         self.results: tuple[Value, ...]
-        if len(types) == 1:  # nearly always
+        if len(types) == 1:  # nearly all nodes
             self.results = (Value("result", types[0], hint, None, self),)
         else:
             self.results = tuple([Value("result", t, hint, None, self, i) for i, t in enumerate(types)])
@@ -140,22 +140,22 @@ class Node:
 
     @property
     def named_results(self) -> tuple[Value, ...]:
-        """The results that text names: of a call its outputs, as its callee says by itself which states it updates."""
+        """The results that the text names: for a call its outputs, since its callee names the updated states."""
         return self.results if self.op.callee is None else self.results[: len(self.results) - len(self.op.updates)]
 
     @property
     def is_elementwise(self) -> bool:
-        """Whether its op works on each element by itself: see `Op.is_elementwise`."""
+        """True if its op works on each element independently: see `Op.is_elementwise`."""
         return self.op.is_elementwise(self._ranks)
 
     @property
     def is_contraction(self) -> bool:
-        """Whether its op is a product that sums over an axis of two operands: see `Op.is_contraction`."""
+        """True if its op is a product that sums over an axis of two operands: see `Op.is_contraction`."""
         return self.op.is_contraction(self._ranks)
 
     @property
     def is_multilinear(self) -> bool:
-        """Whether its op is linear in each operand: see `Op.is_multilinear`."""
+        """True if its op is linear in each operand: see `Op.is_multilinear`."""
         return self.op.is_multilinear(len(self.operands))
 
     @property
@@ -169,7 +169,7 @@ class Node:
 class Function:
     """A list of nodes in program order between inputs, parameters, states and named outputs.
 
-    updated  the last version of each state that the function changes, by the state's name
+    updated  the last version of each state that the function updates, by the state's name
     """
 
     def __init__(self, name: str) -> None:
@@ -183,23 +183,23 @@ class Function:
 
     @property
     def arguments(self) -> tuple[Value, ...]:
-        """What a call passes: the inputs, the parameters, then the states, in order."""
+        """The operands of a call: the inputs, the parameters, then the states, in order."""
         return (*self.inputs, *self.parameters.values(), *self.states.values())
 
     @property
     def results(self) -> tuple[Value, ...]:
-        """What a call gives, and what its nodes are there for: the outputs, then the updated states in their order."""
+        """The results of a call, for which its nodes run: the outputs, then the updated states in their order."""
         if not self.updated:
             return tuple(self.outputs.values())
         return (*self.outputs.values(), *[self.updated[name] for name in self.states if name in self.updated])
 
     def replace_results(self, by: Callable[[Value], Value]) -> None:
-        """Give other values as outputs and as updated states."""
+        """Replace the outputs and the updated states by other values."""
         self.outputs = {name: by(v) for name, v in self.outputs.items()}
         self.updated = {name: by(v) for name, v in self.updated.items()}
 
     def uses(self) -> dict[Value, list[tuple[Node, int]]]:
-        """For each used value, the nodes and operand positions that read it, in program order."""
+        """Return the nodes and operand positions that read each used value, in program order."""
         found: dict[Value, list[tuple[Node, int]]] = {}
         for node in self.nodes:
             for position, value in enumerate(node.operands):
@@ -216,7 +216,7 @@ def _is_empty(function: Function) -> bool:
 
 
 def needed_nodes(nodes: Sequence[Node], values: Iterable[Value]) -> list[Node]:
-    """Those of the nodes, which are in program order, that values are computed by, or in which ranks meet."""
+    """Return the nodes that the values depend on, and all collectives. `nodes` are in program order."""
     needed = set(values)
     found: list[Node] = []
     for node in reversed(nodes):
@@ -229,8 +229,8 @@ def needed_nodes(nodes: Sequence[Node], values: Iterable[Value]) -> list[Node]:
 class Graph:
     """A whole program: its functions (callees before callers, entries last), symbols and initial values.
 
-    entry_names   which functions are entries, in the order in which they run: `main`, or `prefill`, `step` and
-                  `verify`; before them `bind` and `prologue`, if there are any
+    entry_names   the functions that are entries, in the order in which they run: `main`, or `prefill`, `step` and
+                  `verify`; before them `bind` and `prologue`, if present
     """
 
     def __init__(self, name: str) -> None:
@@ -242,32 +242,32 @@ class Graph:
 
     @property
     def main(self) -> Function:
-        """The last entry: what the user declared, and in a graph that was derived from that, `verify`."""
+        """The last entry: the declared model, or `verify` in a graph derived for generation."""
         return self.functions[self.entry_names[-1]]
 
     @property
     def bind(self) -> Function | None:
-        """What runs once, when the weights are there; None where there is no such entry."""
+        """The entry that runs once, when weights are given; None if there is no such entry."""
         return self.functions["bind"] if "bind" in self.entry_names else None
 
     @property
     def entries(self) -> tuple[Function, ...]:
-        """The functions that run by themselves, in the order in which they run."""
+        """The functions that can be run, in the order in which they run."""
         return tuple([self.functions[name] for name in self.entry_names])
 
     @property
     def later_entries(self) -> tuple[Function, ...]:
-        """The entries that users call, which read what `bind` makes: all but `bind`."""
+        """The entries that users call, which read derived weights: all but `bind`."""
         return tuple([self.functions[name] for name in self.entry_names if name != "bind"])
 
     @property
     def made(self) -> Mapping[str, Value]:
-        """What `bind` makes, by name: results of its nodes."""
+        """The derived weights by name: the outputs of `bind`."""
         return self.bind.outputs if self.bind is not None else {}
 
     @property
     def parameters(self) -> Mapping[str, Value]:
-        """The weights by their full names: the parameters that no earlier entry makes."""
+        """The weights by their full names: the parameters that no earlier entry computes."""
         if len(self.entry_names) == 1:
             return self.main.parameters
         made = self.made
@@ -275,14 +275,14 @@ class Graph:
 
     @property
     def entry_parameters(self) -> Mapping[str, Value]:
-        """What the entries read that users call: weights, and what `bind` makes."""
+        """The parameters of the entries that users call: weights, and derived weights."""
         if len(self.later_entries) == 1:
             return self.main.parameters
         return {name: v for e in self.later_entries for name, v in e.parameters.items()}
 
     @property
     def states(self) -> Mapping[str, Value]:
-        """The states of all entries by their full names, as they enter."""
+        """The states of all entries by their full names, in their first versions."""
         if len(self.entry_names) == 1:
             return self.main.states
         found: dict[str, Value] = {}
@@ -292,7 +292,7 @@ class Graph:
         return found
 
     def add_function(self, function: Function) -> None:
-        """Put a function before the entries. Raises GraphError if the name is taken."""
+        """Add a function before the entries. Raises GraphError if the name is taken."""
         if function.name in self.functions:
             raise GraphError(f"the graph has a function {function.name!r} already")
         entries = [self.functions.pop(name) for name in self.entry_names]
@@ -300,9 +300,10 @@ class Graph:
         self.functions |= {entry.name: entry for entry in entries}
 
     def add_entry(self, name: str) -> Function:
-        """A new entry, in its place in the order of time. `prefill`, `step` or `verify` replaces an empty `main`.
+        """Add an entry, in its place in the order of entries. `prefill`, `step` or `verify` replaces an empty `main`.
 
-        Raises GraphError if the name is taken, or no entry has it, or the graph's other entries go with no such entry.
+        Raises GraphError if the name is taken, is not the name of an entry, or cannot be combined with the graph's
+        entries.
         """
         if name in self.functions:
             raise GraphError(f"the graph has a function {name!r} already")
@@ -321,7 +322,7 @@ class Graph:
         return made
 
     def bound(self, symbol: str, bounds: Bounds) -> None:
-        """Narrow a symbol's bounds. Raises GraphError for a lower bound below 1, or if nothing is left."""
+        """Narrow a symbol's bounds. Raises GraphError for a lower bound below 1, or if no size is left."""
         if bounds.lower < 1:
             raise GraphError(
                 f"{symbol} has no sizes below 1",
@@ -338,7 +339,7 @@ class Graph:
         self.symbols[symbol] = narrowed
 
     def callee(self, node: Node) -> Function | None:
-        """The function that a call applies, or None for any other op. Raises GraphError if it does not exist."""
+        """Return the function that a call applies, or None for any other op. Raises GraphError if it does not exist."""
         name = node.op.callee
         if name is None:
             return None
@@ -347,7 +348,7 @@ class Graph:
         return self.functions[name]
 
     def needed_by(self, *functions: Function) -> list[Function]:
-        """The functions that these call, directly or not, and themselves, callees first."""
+        """Return these functions and those that they call, directly or not, callees first."""
         needed, waiting = set(functions), list(functions)
         while waiting:
             for node in waiting.pop().nodes:
@@ -358,13 +359,15 @@ class Graph:
         return [each for each in self.functions.values() if each in needed]
 
     def walk(self) -> Iterator[tuple[Function, Node]]:
-        """Every node of every distinct function, callees first."""
+        """Yield every node of every distinct function, callees first."""
         for function in self.functions.values():
             for node in function.nodes:
                 yield function, node
 
     def __eq__(self, other: object) -> bool:
-        """Structural equality: ops, attributes, types and wiring; not value names, scopes or source lines."""
+        """Return True if the graphs are structurally equal: ops, attributes, types and wiring; not value names, scopes
+        or source lines.
+        """
         if not isinstance(other, Graph):
             return NotImplemented
         from treadle.ir.hashing import canonical_form
@@ -383,15 +386,15 @@ class Graph:
         return f"<graph {self.name}: {nodes} node{'s' * (nodes != 1)}>"
 
     def _repr_html_(self) -> str:
-        """For notebooks: the graph as text."""
+        """Return the graph's text as HTML, for notebooks."""
         from treadle.ir.text.printer import print_graph
         from treadle.ir.wording.notebook_html import html_code
 
         return html_code(repr(self)[1:-1], print_graph(self), open=True)
 
     def to_networkx(self, function: str = "main") -> networkx.MultiDiGraph:
-        """One function as a networkx graph: a vertex per argument, constant, node, output and updated state; an edge
-        per use of a value.
+        """Return one function as a networkx graph: a vertex per argument, constant, node, output and updated state; an
+        edge per use of a value.
 
         Vertices are integers in program order with `label`, `op` (or `kind`), `type`, `scope` and `source`; edges carry
         `value` (its type as text), `result` and `operand` positions. For dominators, cuts, intervals and layouts.

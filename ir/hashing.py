@@ -1,6 +1,6 @@
-"""Structural identity: one canonical text a graph, in which names of values, scopes and source lines do not appear.
+"""Structural identity: one canonical text per graph, without names of values, scopes and source lines.
 
-Two graphs are equal when their canonical forms are; a structural hash is the SHA-256 of a canonical form, the same in
+Two graphs are equal if their canonical forms are. A structural hash is the SHA-256 of a canonical form, the same in
 every process. It covers ops, attributes, types, wiring, constants' content, the names of inputs, outputs and functions,
 and the order of nodes; for a graph also its parameters and states by name, initial values, and its symbols' bounds.
 """
@@ -23,13 +23,13 @@ _IN_PLACE = 64
 
 
 def canonical_form(graph: Graph) -> str:
-    """Text that two graphs share exactly if they are structurally equal."""
+    """Return text that two graphs share exactly if they are structurally equal."""
     symbols = ",".join(f"{b.lower}<={quote(s)}<={b.upper}" for s, b in sorted(graph.symbols.items()))
     initial = ",".join(
         f"{quote(n)}={quote(i.kind)}({attribute_text(i.scale)})" for n, i in sorted(graph.initial.items())
     )
     entries = graph.entries
-    several = len(entries) > 1  # of which each may hold weights that others read, and these are told once
+    several = len(entries) > 1  # each may hold weights that others read; they are listed once
     functions = (
         line
         for f in graph.functions.values()
@@ -43,9 +43,9 @@ def canonical_form(graph: Graph) -> str:
 
 
 def structural_hash(of: Function | Graph) -> str:
-    """64 hexadecimal digits that agree for structurally equal graphs, or functions.
+    """Return 64 hexadecimal digits that are equal for structurally equal graphs, or functions.
 
-    A function's hash covers its calls by name and signature: functions of different graphs are compared by it only if
+    A function's hash covers its calls by name and signature. So compare functions of different graphs by it only if
     they call nothing, or the same.
     """
     text = canonical_form(of) if isinstance(of, Graph) else "\n".join(_lines(of, in_order=True))
@@ -53,9 +53,9 @@ def structural_hash(of: Function | Graph) -> str:
 
 
 def function_key(function: Function) -> str:
-    """A structural hash in which inputs, parameters and outputs count by position, not by name.
+    """Return a structural hash in which inputs, parameters and outputs count by position, not by name.
 
-    Two functions of one graph with the same key compute the same from their arguments: one may stand for the other.
+    Two functions of one graph with the same key compute the same from their arguments: one may replace the other.
     """
     return sha256("\n".join(_lines(function, in_order=True, names=False)).encode()).hexdigest()
 
@@ -63,11 +63,11 @@ def function_key(function: Function) -> str:
 def _lines(
     function: Function, *, in_order: bool, names: bool = True, only_read: bool = False, made: bool = False
 ) -> Iterator[str]:
-    """A line an argument and a node.
+    """Yield one line per argument and node.
 
-    in_order   whether the order of parameters and states counts, as it does for calls
-    only_read  whether parameters and states count only if they are read
-    made       whether outputs are made parameters, whose order does not count
+    in_order   True if the order of parameters and states counts, as it does for calls
+    only_read  True if parameters and states count only if they are read
+    made       True if outputs are derived weights, whose order does not count
     """
     ids: dict[Value | None, str] = {None: "-"}
     if names:
@@ -94,7 +94,7 @@ def _lines(
         found = ids.get(value)
         if found is None:
             literal = value.literal if value is not None else None
-            found = literal_key(literal) if literal is not None else "?"  # "?": defined nowhere before
+            found = literal_key(literal) if literal is not None else "?"  # "?": not defined before
         return found
 
     for number, node in enumerate(function.nodes):
@@ -119,7 +119,7 @@ def _lines(
 
 
 def op_key(op: Op) -> str:
-    """The op with all its attributes. Kept with the op, which is immutable: equality would take 0.0 for -0.0."""
+    """Return the op with all its attributes. Cached in the op, which is immutable: by equality 0.0 would match -0.0."""
     key: str | None = op.__dict__.get("_structural_key")
     if key is None:
         values = [(field, getattr(op, name)) for name, field in attribute_fields(type(op)).items()]
@@ -131,7 +131,7 @@ def op_key(op: Op) -> str:
 
 
 def attribute_key(value: Any) -> str:
-    """An attribute's value: its text, or for types, whose labels do not count, their sizes."""
+    """Return an attribute's value: its text, or for types, whose labels do not count, their sizes."""
     if isinstance(value, Type):
         return type_key(value)
     if isinstance(value, tuple | list):
@@ -141,13 +141,13 @@ def attribute_key(value: Any) -> str:
 
 @lru_cache(maxsize=16384)
 def type_key(type: Type) -> str:
-    """A type without its factors and labels."""
+    """Return a type without its factors and labels."""
     encoding = "" if type.encoding is None else f" as {type.encoding}"
     return f"{type.dtype.name}[{','.join(map(str, type.shape))}]{encoding}"
 
 
 def literal_key(literal: Literal) -> str:
-    """A constant by its content; long ones by the hash of it."""
+    """Return a constant by its content; long ones by the hash of it."""
     data = literal.data.hex() if len(literal.data) <= _IN_PLACE else sha256(literal.data).hexdigest()
     encoding = "" if literal.encoding is None else f" as {literal.encoding}"
     return f"{literal.dtype.name}{literal.shape}{encoding}{len(literal.data)}:{data}"

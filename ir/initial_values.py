@@ -1,4 +1,4 @@
-"""How a parameter starts when no checkpoint gives it."""
+"""Initial values of parameters that no checkpoint contains."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from treadle.ir.types import DType
 
 @dataclass(frozen=True, slots=True)
 class Init:
-    """How a parameter starts when no checkpoint gives it: `zeros`, `ones`, `constant(2.5)`, `normal(0.02)`,
-    `uniform(0.1)`.
-    """
+    """An initializer: `zeros`, `ones`, `constant(2.5)`, `normal(0.02)`, `uniform(0.1)`."""
 
     kind: str
     scale: float | None = None
@@ -24,7 +22,7 @@ class Init:
         return self.kind if self.scale is None else f"{self.kind}({self.scale!r})"
 
     def draw(self, shape: tuple[int, ...], dtype: DType, rng: np.random.Generator) -> np.ndarray[Any, Any]:
-        """An array of initial values. Raises GraphError for an unknown kind, or a dtype that NumPy does not have."""
+        """Return an array of initial values. Raises GraphError for an unknown kind, or a dtype that NumPy lacks."""
         if dtype.numpy is None:
             raise GraphError(f"initial values cannot be drawn in {dtype}")
         scale = np.float32(1.0 if self.scale is None else self.scale)

@@ -1,6 +1,6 @@
 """The meaning of a graph: every op's NumPy reference, node by node.
 
-Slow, and right by definition: backends and passes are held against it. With `float64=True` weights, inputs and
+Slow, and correct by definition: backends and passes are verified against it. With `float64=True` weights, inputs and
 constants are widened first, so that its own rounding does not count.
 """
 
@@ -35,12 +35,12 @@ def interpret(
 ) -> dict[str, Array]:
     """Run `main` on named inputs and weights; returns its outputs by name.
 
-    watch    sees every node of every call with its results
-    disturb  gives the results of every node in place of its op: of the node, its operands, and what computes results of
-             operands
+    watch    is called for every node of every call with its results
+    disturb  computes the results of every node in place of its op. Its arguments are the node, its operands, and a
+             function that computes the results for given operands
 
-    Raises GraphError for a missing or unknown input or weight, a shape that does not fit, or a graph that has states or
-    several entries to be called: see `interpret_entry`.
+    Raises GraphError for a missing or unknown input or weight, a shape that does not match, or a graph that has states
+    or several entries to call: see `interpret_entry`.
     """
     if graph.states or len(graph.later_entries) > 1:
         entries = ", ".join(e.name for e in graph.later_entries)
@@ -56,7 +56,7 @@ def interpret(
     held = dict(weights)
     for entry in graph.entries:
         outputs, _ = run.entry(entry, inputs, held, {})
-        held |= outputs  # made parameters, which later entries read
+        held |= outputs  # derived weights, which later entries read
     return outputs
 
 
@@ -70,12 +70,12 @@ def interpret_entry(
     made: Mapping[str, Array] | None = None,
     float64: bool = False,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Run one entry on named inputs, the graph's weights, and states as they are before the call.
+    """Run one entry on named inputs, the graph's weights, and the states before the call.
 
-    made     what `bind` makes of the weights; None: it is run for this call
+    made     the derived weights; None: `bind` is run for this call
 
-    Returns the outputs by name, and all of `states` as they are after the call. What was given stays as it is. Raises
-    GraphError for an unknown entry, a missing or unknown input, weight or state, or a shape that does not fit.
+    Returns the outputs by name, and all of `states` after the call. The arguments are not changed. Raises GraphError
+    for an unknown entry, a missing or unknown input, weight or state, or a shape that does not match.
     """
     if entry not in graph.entry_names:
         raise GraphError(f"the graph has no entry {entry!r}", hint="one of " + ", ".join(graph.entry_names))
@@ -94,7 +94,7 @@ def interpret_entry(
 
 
 def _refuse_other_names(*kinds: tuple[str, Collection[str], Collection[str], Collection[str]]) -> None:
-    """Raise GraphError where a name is missing or unknown: of a kind, those that must be given, may be, and are."""
+    """Raise GraphError if a name is missing or unknown. Each kind has its required, its allowed and its given names."""
     missing = [name for _, wanted, _, given in kinds for name in wanted if name not in given]
     if missing:
         raise GraphError(f"no value for {', '.join(missing[:5])}" + (" and more" if len(missing) > 5 else ""))
@@ -105,7 +105,7 @@ def _refuse_other_names(*kinds: tuple[str, Collection[str], Collection[str], Col
 
 
 def interpret_function(function: Function, arguments: Sequence[Array], sizes: Mapping[str, int]) -> list[Array]:
-    """Run one call-free function on its arguments (inputs, parameters, states) where the symbols have these sizes.
+    """Run one call-free function on its arguments (inputs, parameters, states), with these sizes of symbols.
 
     Returns its outputs, then its updated states.
     """
@@ -115,7 +115,7 @@ def interpret_function(function: Function, arguments: Sequence[Array], sizes: Ma
 
 
 def interpret_body(op: Composite, operands: Sequence[Array | None]) -> Any:
-    """A composite's meaning through its body, on arrays."""
+    """Run a composite's body on arrays."""
     from treadle.ir.types import dtype_of
 
     types: list[Type | None] = []
@@ -127,15 +127,15 @@ def interpret_body(op: Composite, operands: Sequence[Array | None]) -> Any:
 
 
 def solve_sizes(type: Type, shape: Sequence[int], sizes: dict[str, int]) -> str | None:
-    """Match an array's shape against a type, adding the sizes of the symbols that it tells: S of S, and of 2*S+1.
+    """Match an array's shape against a type, and add the sizes of symbols that follow: S from S, and from 2*S+1.
 
-    Returns what does not fit, or None.
+    Returns a description of a mismatch, or None.
     """
     if len(shape) != type.rank:
         return f"must have rank {type.rank}, has rank {len(shape)}"
     for position, (wanted, got) in enumerate(zip(type.shape, shape, strict=True)):
         symbol = wanted.as_symbol
-        if got == (wanted.constant if symbol is None else sizes.get(symbol)):  # as most are
+        if got == (wanted.constant if symbol is None else sizes.get(symbol)):  # most are
             continue
         known = {s: sizes[s] for s in sorted(wanted.symbols) if s in sizes}
         left = wanted.substitute(known) if known else wanted
@@ -179,7 +179,7 @@ class _Run:
         named += [(v, weights[name]) for name, v in entry.parameters.items()]
         named += [(v, states[name]) for name, v in entry.states.items()]
         arguments = [self.widen(np.asarray(array)) for _, array in named]
-        for _ in range(2):  # a size such as 2*S may stand before the input that tells S
+        for _ in range(2):  # a size such as 2*S may precede the input that determines S
             for (value, _), array in zip(named, arguments, strict=True):
                 self.bind(value, array)
         results = self.function(entry, arguments)
@@ -228,7 +228,7 @@ class _Run:
                 made = op.reference(*operands)
         except TreadleError:
             raise
-        except Exception as error:  # NumPy's own, such as no memory for a result of this size
+        except Exception as error:  # errors of NumPy, such as a result too large for memory
             raise GraphError(
                 f"{op.name}: its reference failed",
                 received=f"{type(error).__name__}: {error}",
@@ -248,10 +248,10 @@ class _Run:
         if type.encoding is not None:
             return array
         if type.dtype.is_float:
-            array = self.widen(array)  # what blocks mean is float32 even here
+            array = self.widen(array)  # decoded blocks are float32 even here
             return array if self.float64 or array.dtype == type.dtype.numpy else self._narrow(type, array)
         return array.astype(type.dtype.numpy, copy=False)
 
     def _narrow(self, type: Type, array: Array) -> Array:
-        """In a body that runs in another precision than its types say (float64 samples), keep the precision."""
+        """Keep the precision of a body that runs in another precision than its types (float64 samples)."""
         return array if self.graph is None or type.dtype.numpy is None else array.astype(type.dtype.numpy)

@@ -1,20 +1,20 @@
-"""Layouts: in which order the elements of a value lie in memory, where that is not row-major.
+"""Layouts: orders of a value's elements in memory other than row-major.
 
     panels(16)               a matrix [n, k] for the right side of a product: rows in panels of 16
-    panels(16, transposed)   the same of a matrix [k, n]
-    panels(48, twos)         the same of bytes, in which two neighbours of a row lie side by side
-    pairs(32)                panels of 16-bit numbers, in which two neighbours of a row lie side by side
-    pairs(32, transposed)    the same of a matrix [k, n]
+    panels(16, transposed)   the same for a matrix [k, n]
+    panels(48, twos)         the same for bytes, with two neighbours of a row adjacent
+    pairs(32)                panels of 16-bit numbers, with two neighbours of a row adjacent
+    pairs(32, transposed)    the same for a matrix [k, n]
     pairs(48, flat)          the same pairs, those of all columns of a panel one after another
-    quads(32)                panels of 8-bit rows with their scales, in which four neighbours of a row lie side by side
+    quads(32)                panels of 8-bit rows with their scales, with four neighbours of a row adjacent
     quads(48, flat)          the same quads, those of all columns of a panel one after another
     blocks(16, 20, 4)        panels of rows in blocks of 20 bytes, the first 4 of which are scales
-    blocks(16, 22, 2, tail, 4:5, 0:4)    the same of blocks whose last bytes are scales, with words in another order
-    onednn                   a matrix [n, k] as oneDNN orders it, which it tells nobody
-    onednn(transposed)       the same of a matrix [k, n]
+    blocks(16, 22, 2, tail, 4:5, 0:4)    the same for blocks whose last bytes are scales, with words in another order
+    onednn                   a matrix [n, k] in oneDNN's order, which is opaque
+    onednn(transposed)       the same for a matrix [k, n]
 
-A value without a layout lies row-major. A layout changes where elements lie, never what they are: `relayout` is an
-identity. What reads a value in a layout is the backend's business; it says which of its ops do.
+A value without a layout is row-major. A layout changes the locations of elements, not their values: `relayout` is an
+identity. Each backend declares which of its ops read which layouts.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ PAIR_SQUARE = 16
 PAIR_STEP = 2 * PAIR_SQUARE
 """Elements of k in a square of pairs."""
 QUAD_STEP = 4 * PAIR_SQUARE
-"""Elements of k in a square of quads, which has the bytes of one of pairs."""
+"""Elements of k in a square of quads, which has as many bytes as a square of pairs."""
 ROW_HEAD = 4
-"""Bytes of the scale with which a row of 8-bit numbers begins, see `int8_rows`."""
+"""Bytes of the scale at the start of a row of 8-bit numbers, see `int8_rows`."""
 QUAD_HEAD = 8
-"""Bytes of the scale and of the sum of a row, with which a panel of quads begins."""
+"""Bytes of a row's scale and sum, at the start of a panel of quads."""
 
 
 @dataclass(frozen=True)
@@ -49,35 +49,35 @@ class Layout:
     """A layout of matrices.
 
     kind        "panels", "pairs", "quads", "blocks" or "onednn"
-    width       for all but onednn: how many columns of the product a panel has; for pairs and quads a multiple of 16
-    transposed  whether the matrix is [k, n], not [n, k]
-    flat        whether pairs or quads lie as elements of panels do, and not in squares
-    block       for blocks: the bytes of one
-    head        for blocks: how many of these are scales of two bytes each
-    tail        for blocks: whether scales are a block's last bytes; else they are its first
-    twos        for panels: whether the numbers of a row lie by twos, side by side
-    runs        for blocks: which words come first, from one number up to another, then which; none: all in their order
+    width       for all but onednn: the number of the product's columns in a panel; for pairs and quads a multiple of 16
+    transposed  True if the matrix is [k, n], not [n, k]
+    flat        True if pairs or quads are ordered as elements of panels are, and not in squares
+    block       for blocks: the bytes of one block
+    head        for blocks: the number of these that are scales of two bytes each
+    tail        for blocks: True if scales are a block's last bytes; otherwise they are its first
+    twos        for panels: True if the numbers of a row are stored by twos, adjacent
+    runs        for blocks: the order of words, as ranges from one number up to another; none: in their own order
 
-    In panels, element (n, k) of a weight [n, k] lies at ((n // width) * k_size + k) * width + n % width; the last panel
-    is filled up with zeros. By twos they lie as flat pairs do, but k is filled up to a multiple of 2 alone: bytes of
-    blocks are read as one stream, without gaps, which hardware brings in ahead.
+    In panels, element (n, k) of a weight [n, k] is at ((n // width) * k_size + k) * width + n % width; the last panel
+    is padded with zeros. By twos, elements are stored as flat pairs are, but k is padded to a multiple of 2 only: bytes
+    of blocks are read as one stream, without gaps, which hardware prefetches.
 
-    In pairs, a panel is cut into steps of 32 elements of k, and a step into squares of 16 rows: 16 times 16 pairs.
+    In pairs, a panel is divided into steps of 32 elements of k, and a step into squares of 16 rows: 16 times 16 pairs.
     Element (n, k) is number k % 2 of the pair at row (k % 32) // 2 and column n % 16 of its square. So a row of a
-    square is what an instruction that multiplies pairs takes, and a square a tile of a matrix unit. Panels and steps
-    are filled up with zeros.
+    square is the operand of an instruction that multiplies pairs, and a square is a tile of a matrix unit. Panels and
+    steps are padded with zeros.
 
-    Quads are of rows as `int8_rows` holds them, a scale of four bytes and then a byte an element. A panel begins with
-    the scales of its rows, then has the sum of each row's numbers, in 32 bits. What follows are squares as those of
+    Quads are for rows in the form `int8_rows`: a scale of four bytes and then a byte per element. A panel begins with
+    the scales of its rows, followed by the sum of each row's numbers, in 32 bits. Then come squares like those of
     pairs, each of 16 rows and 64 elements of k: 16 times 16 times four bytes.
 
-    Flat pairs and quads are filled up as those in squares are. Number i of row n's is at ((n // width) * count + i) *
-    width + n % width, count being how many a row has: what an instruction that multiplies them reads lies in the order
-    in which registers of a whole panel take it.
+    Flat pairs and quads are padded as those in squares are. Number i of row n is at ((n // width) * count + i) * width
+    + n % width, where count is the number of pairs or quads in a row. So the operands of the instruction that
+    multiplies them are stored in the order in which registers of a whole panel load them.
 
-    Blocks are of rows in a form of so many bytes a block: scales, and a whole number of words of four bytes. A panel is
-    a block of all of its rows after the other: the first scale of all rows, the second, then a word of each row side by
-    side, the next one, and so on.
+    Blocks are for rows in a form with a fixed number of bytes per block: scales, and an integer number of words of four
+    bytes. A panel has one block of all of its rows after the other: the first scale of all rows, the second, then one
+    word of each row, adjacent, the next one, and so on.
     """
 
     kind: str
@@ -106,16 +106,16 @@ class Layout:
         if (self.tail or self.runs) and self.kind != "blocks":
             raise GraphError("only blocks have a tail, and words", received=str(self))
         if self.kind in ("quads", "blocks") and self.transposed:
-            raise GraphError(f"{self.kind} are of rows, which lie along the last axis", received=str(self))
+            raise GraphError(f"{self.kind} are of rows, along the last axis", received=str(self))
         fours = 0 < self.block - self.head < _MOST_WIDE and (self.block - self.head) % 4 == 0 and self.head % 2 == 0
         if (self.block or self.head or self.kind == "blocks") and not (
             self.kind == "blocks" and fours and 0 < self.width <= _MOST_WIDE
         ):
             hint = "blocks(16, 20, 4): a width, the bytes of a block, and those of its scales"
-            raise GraphError("this is no layout of blocks", received=str(self), hint=hint)
+            raise GraphError("this is not a layout of blocks", received=str(self), hint=hint)
         if self.runs and not self._orders_words():
             raise GraphError(
-                "words are not all there once", received=str(self), hint="runs such as 4:6, 0:4 of 6 words"
+                "runs must contain every word once", received=str(self), hint="runs such as 4:6, 0:4 of 6 words"
             )
         if self.kind == "onednn" and self.width:
             raise GraphError("onednn has no width", received=str(self.width))
@@ -129,7 +129,7 @@ class Layout:
         return 4 * at == self.block - self.head
 
     def shape(self, shape: Sequence[Size]) -> tuple[Size, ...]:
-        """The shape of the array that holds a matrix of this shape.
+        """Return the shape of the array that holds a matrix of this shape.
 
         For panels [panels, k, width], and by twos [panels, k / 2, width, 2]; for pairs [panels, steps, width // 16, 16,
         16, 2], and flat [panels, pairs, width, 2]; for quads and blocks [panels, bytes], of held rows.
@@ -152,7 +152,7 @@ class Layout:
         return count, steps, Size.of(self.width // PAIR_SQUARE), square, square, Size.of(2)
 
     def elements(self, shape: Sequence[Size]) -> Size:
-        """How many elements a matrix of this shape takes, the filling included."""
+        """Return the number of elements of a matrix of this shape, including padding."""
         return _elements(self, tuple(shape))
 
     def __str__(self) -> str:
@@ -172,30 +172,30 @@ def _elements(layout: Layout, shape: tuple[Size, ...]) -> Size:
 
 
 def panels(width: int, transposed: bool = False, *, twos: bool = False) -> Layout:
-    """Panels of so many rows of a matrix [n, k], or of so many columns of a matrix [k, n]."""
+    """Return panels of `width` rows of a matrix [n, k], or of `width` columns of a matrix [k, n]."""
     return Layout("panels", width, transposed, twos=twos)
 
 
 def pairs(width: int, transposed: bool = False, *, flat: bool = False) -> Layout:
-    """Panels of pairs of so many rows of a matrix [n, k], or of so many columns of a matrix [k, n]."""
+    """Return panels of pairs, of `width` rows of a matrix [n, k], or of `width` columns of a matrix [k, n]."""
     return Layout("pairs", width, transposed, flat)
 
 
 def quads(width: int, *, flat: bool = False) -> Layout:
-    """Panels of so many rows of 8-bit numbers, by fours, with their scales."""
+    """Return panels of `width` rows of 8-bit numbers, by fours, with their scales."""
     return Layout("quads", width, flat=flat)
 
 
 def blocks(width: int, block: int, head: int, runs: tuple[tuple[int, int], ...] = (), *, tail: bool = False) -> Layout:
-    """Panels of so many rows in blocks of so many bytes, the first of which, or the last, are scales."""
+    """Return panels of `width` rows in blocks of `block` bytes, the first or last `head` of which are scales."""
     return Layout("blocks", width, block=block, head=head, tail=tail, runs=runs)
 
 
 def parse_layout(text: str) -> Layout:
-    """A layout from its text. Raises GraphError."""
+    """Parse a layout. Raises GraphError."""
     match = _TEXT.fullmatch(text.strip())
     if match is None:
-        raise GraphError("this is no layout", received=text[:40], hint="panels(16), pairs(32, transposed), onednn")
+        raise GraphError("this is not a layout", received=text[:40], hint="panels(16), pairs(32, transposed), onednn")
     runs = list[tuple[int, int]]()
     numbers, words = list[int](), dict.fromkeys(("flat", "transposed", "tail", "twos"), False)
     most = 3 if match[1] == "blocks" else 1

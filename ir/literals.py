@@ -1,4 +1,4 @@
-"""Constants of a graph: elements that never change, bf16 among them."""
+"""Constants of a graph: immutable elements of any dtype, including bf16."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from treadle.ir.types import DType, Type, bf16, dtype_of, f32
 class Literal:
     """A constant's elements: immutable, hashed by content. Bytes are little-endian, row-major.
 
-    NumPy has no bf16: such elements are kept in their two bytes, and read and written as float32. The bytes of an
-    encoded constant are its blocks, as they are held.
+    NumPy lacks bf16: such elements are stored in two bytes each, and read and written as float32. The bytes of an
+    encoded constant are its blocks, in their held form.
     """
 
     dtype: DType
@@ -29,16 +29,15 @@ class Literal:
 
     @staticmethod
     def of(value: Any, dtype: DType | None = None) -> Literal:
-        """From a number, nested list or NumPy array.
+        """Build a literal from a number, nested list or NumPy array.
 
-        `dtype` converts: floats round, but not to infinity; integers and truth values must be exact. Without it
-        Python's floats are f32.
-        Raises GraphError.
+        `dtype` converts: floats are rounded, but not to infinity; integers and booleans must be exact. Without it,
+        Python's floats become f32. Raises GraphError.
         """
         try:
             array = np.asarray(value)
         except ValueError as error:  # lists of different lengths
-            raise GraphError("a constant cannot be made of this", received=str(error)) from None
+            raise GraphError("a constant cannot be built from this", received=str(error)) from None
         if array.dtype == np.object_ and all(isinstance(each, Size | int | float) for each in array.flat):
             numbers = [operator.index(each) if isinstance(each, Size) else each for each in array.flat]
             array = np.array(numbers).reshape(array.shape)
@@ -52,7 +51,7 @@ class Literal:
             raise GraphError(
                 f"a constant cannot hold {array.dtype}",
                 received=f"{value!r}"[:80],
-                hint="numbers and truth values only",
+                hint="numbers and booleans only",
             )
         try:
             with np.errstate(invalid="ignore", over="raise"):
@@ -65,13 +64,15 @@ class Literal:
             ) from None
         if not kind.is_float and array.dtype != stored.dtype and not np.array_equal(stored, array):
             wrong = array[stored != array].flat[0]
-            raise GraphError(f"{wrong} is no {kind}", hint="cast the other operand, or round the number")
+            raise GraphError(f"{wrong} is not of dtype {kind}", hint="cast the other operand, or round the number")
         contiguous = np.ascontiguousarray(stored, dtype=stored.dtype.newbyteorder("<"))
         return Literal(kind, tuple(array.shape), contiguous.tobytes())
 
     @staticmethod
     def of_blocks(held: np.ndarray[Any, Any], type: Type) -> Literal:
-        """An encoded constant from the u8 array that holds it. Raises GraphError where the array is another one."""
+        """Return an encoded constant from the u8 array that holds it. Raises GraphError if the array does not match the
+        type.
+        """
         shape = type.static_shape
         if shape is None or held.dtype != np.uint8 or held.shape != type.held.static_shape:
             raise GraphError(f"{type} is held in {type.held}", received=f"{held.dtype}{list(held.shape)}")
@@ -94,10 +95,10 @@ class Literal:
 
     @property
     def wide(self) -> np.ndarray[Any, Any]:
-        """Its elements in float64 where they are floats: of one number in f32 the shortest that rounds to it.
+        """The elements, floats in float64. A scalar in f32 becomes the shortest decimal that rounds to it.
 
-        That is the number as it was written: 1e-05, and not 9.999999747e-06, so that an op's body in float64 means the
-        same as the op, whose attributes are Python's numbers.
+        That is the number as written: 1e-05, and not 9.999999747e-06. So an op's body in float64 agrees with the op,
+        whose attributes are Python's numbers.
         """
         if self.dtype is f32 and self.shape == () and self.encoding is None:
             return np.array(float(str(self.array[()])))
@@ -110,9 +111,9 @@ class Literal:
 
 
 def _to_bfloat16(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The upper halves of float32 words, rounded to nearest even; a NaN stays one.
+    """Return the upper halves of float32 words, rounded to nearest even; a NaN stays a NaN.
 
-    Raises FloatingPointError where a finite number would become infinite.
+    Raises FloatingPointError if a finite number would become infinite.
     """
     values = np.ascontiguousarray(array, dtype=np.float32)
     words = values.view(np.uint32).astype(np.uint64)

@@ -1,4 +1,4 @@
-"""Names that are not taken yet: of functions, of values, of what an entry takes and gives."""
+"""Unused names: of functions, of values, of an entry's inputs and outputs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Container
 
 
 def free_name(base: str, taken: Container[str]) -> str:
-    """`base`, or with the least number from 2 on that makes a name which is not taken: `base_2`."""
+    """Return `base`, or `base_2` with the least number from 2 on that makes an unused name."""
     name, count = base, 1
     while name in taken:
         count += 1

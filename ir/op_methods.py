@@ -1,6 +1,6 @@
-"""Every op as a method: `b.softmax(x, axis=-1)`, looked up when it is first asked for.
+"""Every op as a method: `b.softmax(x, axis=-1)`, looked up on first use.
 
-Type checkers and editors read op_methods.pyi instead, where each method is spelled out; `make golden` writes it.
+Type checkers and editors read op_methods.pyi instead, which lists each method; `make golden` writes it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from treadle.ir.op_registry import find_op
 
 
 class OpMethods:
-    """What a `Builder` has beside its own methods."""
+    """The ops as methods of `Builder`."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        """An op as a method. It becomes one of the class when it is first asked for: looking it up is then cheap."""
+        """Return an op as a method. It is added to the class on first use, so that later lookups are cheap."""
         if name.startswith("_"):
             raise AttributeError(name)
         try:

@@ -1,4 +1,4 @@
-"""The table of ops: a class is in it by its decorator, and is found by its name."""
+"""The table of ops: a decorator registers a class by the op's name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _arity(operands: Mapping[str, Operand]) -> tuple[tuple[tuple[int, str], ...]
 
 
 def _remembered(compute: Callable[[Any], int]) -> Callable[[Any], int]:
-    """A hash that is computed once an object: ops are keys wherever graphs are compared."""
+    """Return a hash function that is computed once per object: ops are dictionary keys wherever graphs are compared."""
 
     def remembered(self: Op) -> int:
         found = self.__dict__.get("_hash")
@@ -42,7 +42,7 @@ def op(
 
     axes    the axis rule, or None if the class defines the method `axis_rule`
     dtypes  the dtype rule, or None if the class defines the method `dtypes`
-    linear  operand groups it is linear in: `"a | b"` is linear in each alone, `"a b"` in both together
+    linear  groups of operands that it is linear in: `"a | b"` is linear in each alone, `"a b"` in both together
     flops   floating-point operations per point of its iteration space (0 for ops that only move data)
     """
 
@@ -67,7 +67,7 @@ def op(
 
 
 def find_op(name: str) -> type[Op]:
-    """The op class of that name. Raises GraphError with the nearest names."""
+    """Return the op class of that name. Raises GraphError with the nearest names."""
     found = OPS.get(name)
     if found is None:
         import treadle.ir.ops  # noqa: F401  (registers them all; here, since the op files import this one)

@@ -1,4 +1,4 @@
-"""Ops: a class that says everything about one operation, in one place.
+"""Ops: one class per op, which defines all of its properties.
 
     @op("rms_norm", axes="... [d], d -> ... [d]", dtypes="f, f -> f", linear="")
     class RMSNorm(Composite):
@@ -14,7 +14,7 @@
         errors = [(S("f32[2,8]", "f32[7]"), "axis d sizes disagree"), ...]
 
 An instance is the op with its attributes, frozen and hashable; a `Node` applies it to values. A **primitive** has one
-axis rule and names the operands it is linear in. A **composite** has a body of primitives as well.
+axis rule and names the operands it is linear in. A **composite** has, in addition, a body of primitives.
 """
 
 from __future__ import annotations
@@ -46,16 +46,17 @@ if TYPE_CHECKING:
     from treadle.ir.storage.views import View
 Array = np.ndarray[Any, Any]
 Grads = Sequence[Any]
-"""One entry an operand or result: an Expr, or None where it is absent or has no gradient."""
+"""One entry per operand or result: an Expr, or None if it is absent or has no gradient."""
 X = TypeVar("X")
 Demand = tuple[Size, str]
-"""A size that must not be negative, and what is wrong where it is."""
+"""A size that must not be negative, and the error message if it is."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Operand:
-    """Declares an operand of an op, in order. A variadic one is last and takes one or more values, or, if it is
-    optional, any number."""
+    """Declares an operand of an op, in order. A variadic operand is last and takes one or more values, or, if it is
+    optional, any number.
+    """
 
     optional: bool = False
     variadic: bool = False
@@ -67,42 +68,51 @@ class Op:
     name: ClassVar[str]
     operands: ClassVar[Mapping[str, Operand]] = {}
     arity: ClassVar[tuple[tuple[tuple[int, str], ...], int | None]] = ((), 0)
-    """The positions and names of the operands that must be there, and the most there may be (None: any number)."""
+    """The positions and names of the required operands, and the largest number of operands (None: any number)."""
     rule_text: ClassVar[str | None] = None
     dtype_text: ClassVar[str | None] = None
     linear_text: ClassVar[str] = ""
     flops: ClassVar[int] = 1
     accumulates: ClassVar[DType | None] = None
-    """For an op that adds elements up: sums are held in this dtype at least, whatever the terms are, and rounded to the
-    result's dtype once. The reference, the body, the gradient and every backend keep to it: f16 and bf16 cannot count
-    past 2048 and 256. None: it adds up no elements."""
+    """For an op that adds elements up: the least dtype of its sums, whatever the dtype of the elements. Sums are
+    rounded to the result's dtype once. The reference, the body, the gradient and every backend do so: f16 and bf16
+    cannot count past 2048 and 256. None: it adds up no elements.
+    """
     step: ClassVar[str | None] = None
-    """How an axis that it scans or generates goes on in a generation step ("carries the running sum"); None: not."""
+    """The continuation of an axis that it scans or generates in a generation step ("carries the running sum"), or
+    None.
+    """
     pairs: ClassVar[tuple[str, str] | None] = None
-    """For self-attention: the factors of queries and keys, which one axis may be at once."""
+    """For self-attention: the factors of queries and keys, which may be the same axis."""
     reads_slots: ClassVar[frozenset[str]] = frozenset()
     """The operands that it reads from a state at a step, by the slots of its rows, without a copy of them."""
     commutes: ClassVar[bool] = False
     """Whether its two operands may change places: f(x, y) = f(y, x)."""
     updates: Mapping[int, int] = MappingProxyType({})
-    """Which results are updates, of which operands: {0: 0} of an op whose result is its first operand, changed. Given a
-    state, it changes the state, and nobody reads what was before; given any other value, it makes a new one."""
+    """Results that are updates, and the updated operands: {0: 0} if the result is the first operand, changed. With a
+    state as operand, it changes the state, and no node reads the old version; with any other value, the result is a
+    new value.
+    """
     moves_blocks: ClassVar[bool] = False
-    """Whether it hands on the blocks of encoded operands, where it leaves the axis along which they lie as it is. Its
-    reference then acts on held arrays as on others. An op that does not refuses what is encoded."""
+    """True if it passes on the blocks of encoded operands, provided that it leaves the blocks' axis unchanged. Its
+    reference then works on held arrays as on others. Any other op refuses encoded operands.
+    """
     decodes: ClassVar[bool] = False
-    """Whether its result is what its encoded operand means: of a weight, it is the weight to every pass."""
+    """True if its result is the decoded operand: a decoded weight is the weight for every pass."""
     callee: str | None = None
     meets_ranks: bool = False
-    """Whether ranks of a mesh meet in it: each counts on all others to come, as often and in the same order. So it is
-    never dropped, joined with another, or done once for all calls."""
+    """True if ranks of a mesh communicate in it: all ranks must run it, equally often and in the same order. So it is
+    never removed, merged with another, or run once for all calls.
+    """
     is_word: ClassVar[bool] = True
     """Whether a model may say it; calls and relayouts are put into graphs by tracing and by passes."""
     samples: ClassVar[Sequence[Sample]] = ()
     errors: ClassVar[Sequence[tuple[Sample, str]]] = ()
 
     def called_in(self, functions: Mapping[str, X]) -> X | None:
-        """What a mapping by name has for the function that it calls; None where it calls none, or one not there."""
+        """Return the entry of a mapping by name for the function that it calls, or None if it calls none, or one not in
+        it.
+        """
         return None if self.callee is None else functions.get(self.callee)
 
     def __post_init__(self) -> None:
@@ -118,41 +128,44 @@ class Op:
             if made is not value:
                 object.__setattr__(self, field.name, made)  # the dataclass is frozen
 
-    # -- what an op may say beyond its class line --------------------------------------------------------------
+    # -- optional definitions beyond the class line ------------------------------------------------------------
 
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
-        """The axis rule as text; a pure function of the attributes and the operands' ranks (None: absent)."""
+        """Return the axis rule as text; a pure function of the attributes and the operands' ranks (None: absent)."""
         if self.rule_text is None:
             raise GraphError(f"op {self.name} has no axis rule")
         return self.rule_text
 
     @property
     def keys_in_parts(self) -> tuple[str, str] | None:
-        """Factors of queries and of keys, of an op that may be computed for parts of the keys one after the other
-        (`on_keys`): ranks then have parts of both, and pass those of the keys around."""
+        """Factors of queries and of keys, for an op that may be computed for one part of the keys after the other
+        (`on_keys`). Ranks may then hold parts of both, and pass the parts of the keys around.
+        """
         return None
 
     def multiples(self, types: Sequence[Type | None], found: Application) -> Mapping[str, int]:
-        """Factors that it needs whole by its rule, and of which it works on parts that lie between blocks: of how many
-        elements a block is."""
+        """Return the factors that are whole by its rule, but that it can process in parts between blocks, with the
+        number of elements in a block.
+        """
         return {}
 
     def dtypes(self) -> str:
-        """The dtype rule, such as `"f, i -> f"`; see `treadle.ir.rules.dtype_rules`."""
+        """Return the dtype rule, such as `"f, i -> f"`; see `treadle.ir.rules.dtype_rules`."""
         if self.dtype_text is None:
             raise GraphError(f"op {self.name} has no dtype rule")
         return self.dtype_text
 
     def check(self, types: Sequence[Type | None]) -> None:
-        """Raise RuleError for what the rules cannot say (an attribute out of range, ...)."""
+        """Raise RuleError for errors beyond the rules (an attribute out of range, ...)."""
 
     def result_layout(self, index: int) -> Layout | None:
-        """The layout in which the op leaves a result; None is row-major."""
+        """Return the layout of a result; None is row-major."""
         return None
 
     def encodings(self, types: Sequence[Type | None], found: Application) -> Sequence[Encoding | None]:
-        """The encodings of its results, whose axes `found` tells. Raises RuleError for an encoded operand that it does
-        not take."""
+        """Return the encodings of its results; `found` has their axes. Raises RuleError for an encoded operand that it
+        does not accept.
+        """
         if all(t is None or t.encoding is None for t in types):
             return (None,) * len(found.shapes)
         names = self.operand_names(len(types))
@@ -163,33 +176,35 @@ class Op:
         return [moved_encoding(self.name, names, types, found, moved, given)]
 
     def viewed(self, x: View, types: Sequence[Type | None]) -> View | None:
-        """Its result as a view of where its one operand lies; None where no strides say it, or the op is no view."""
+        """Return its result as a view of its one operand; None if no strides express it, or if the op is not a view."""
         return None
 
     def part_of(self, y: View, types: Sequence[Type | None], position: int) -> View | None:
-        """Where an operand would lie as a part of the result, which lies in y; None where no strides say it.
+        """Return the view of an operand as a part of the result, which is stored in y; None if no strides express it.
 
-        All of the operand's elements are elements of the result: written there, they need not be moved.
+        All of the operand's elements are elements of the result: if they are written there, they need not be moved.
         """
         return None
 
     def repeats(self, types: Sequence[Type | None]) -> tuple[int, ...]:
-        """The axes of its result along which all elements are alike, whatever the operands hold."""
+        """Return the axes of its result along which all elements are equal, whatever the operands hold."""
         return ()
 
     def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
-        """What sizes must be for the op to be defined: S - 4 not negative, where an axis of size S is cut at 4.
+        """Return the sizes that must not be negative for the op to be defined: S - 4, if an axis of size S is split at
+        4.
 
-        Asked after `check`. `infer` refuses a constant that is negative; one with symbols is looked at when their sizes
-        are known, at each call.
+        Called after `check`. `infer` refuses a negative constant. A symbolic size is checked at each call, when the
+        sizes of its symbols are known.
         """
         return ()
 
     def reference(self, *operands: Any) -> Any:
-        """The meaning, in NumPy: arrays in (None where absent), an array or a tuple of arrays out.
+        """Compute the op in NumPy, which defines its meaning: arrays in (None if absent), an array or a tuple of arrays
+        out.
 
         Works in the operands' precision, float64 included; may allocate and be slow. Attributes that are sizes are
-        constants by then.
+        constants here.
         """
         raise GraphError(f"op {self.name} has no reference")
 
@@ -205,54 +220,54 @@ class Op:
     def positional(self) -> frozenset[str]:
         """The factors along which the op reads the position itself: attention's s and t under a causal mask.
 
-        What a mapped factor promises is then less: restricting it to a prefix commutes with the op, permuting it or
+        For these, a mapped factor guarantees less: restricting it to a prefix commutes with the op, but permuting it or
         taking another part of it need not.
         """
         return frozenset()
 
     @property
     def moved(self) -> frozenset[str]:
-        """The operands of which it hands elements on, as they are: what it is linear in, if it does no arithmetic."""
+        """The operands whose elements it passes on unchanged: those that it is linear in, if it does no arithmetic."""
         return frozenset().union(*self.linear) if self.flops == 0 else frozenset()
 
     def resized(self, sizes: Mapping[str, Size], types: Sequence[Type | None]) -> Op | None:
-        """The op on a part of operands of these types, in which factors of its axis rule have other sizes.
+        """Return the op on a part of operands of these types, in which factors of its axis rule have other sizes.
 
-        None: there is none, as by default where its attributes give one of these sizes.
+        Returns None if there is no such op, by default if one of these sizes is an attribute of the op.
         """
         given = self.rule([None if t is None else t.rank for t in types]).given
         return None if given.keys() & sizes.keys() else self
 
     def stepped(self, step: Stepping, operands: Sequence[Expr | Kept | None], held: Held) -> Any:
-        """What the op is in a generation step, built with `step.b`: an Expr, or a tuple of them, as `body` gives.
+        """Build the op's form in a generation step with `step.b`. Returns an Expr, or a tuple of Exprs, as `body` does.
 
-        Asked of an op that scans or generates the tokens' axis, that reads positions of it other than its own, or that
-        takes an operand in the state in which the prologue left it. A result may have one more dimension than it had,
-        the rows of the step before all others, where it had none and now tells rows apart: positions.
+        Called for an op that scans or generates the tokens' axis, that reads positions of it other than its own, or
+        that has an operand in a state that the prologue computed. A result may have one more dimension than before: the
+        rows of the step, in front of all others. This happens if its values now depend on the row: positions.
 
-        operands   those of the step: of the tokens that are added, or `Kept`
-        held       for each the dimensions of it that are the tokens' axis
+        operands   the operands in the step, which cover the added tokens, or `Kept`
+        held       for each operand, its dimensions that are the tokens' axis
 
-        None: it has no step, as by default.
+        Returns None if the op has no step form, as by default.
         """
         return None
 
     def on_part(self, factor: str, start: Size) -> Op | None:
-        """The op on a part of a mapped factor that begins at `start`, where it reads positions along that factor.
+        """Return the op on a part of a mapped factor that begins at `start`, if it reads positions along that factor.
 
-        None: it has no such form, as by default.
+        Returns None if it has no such form, as by default.
         """
         return None
 
     def flops_at(self, types: Sequence[Type | None], values: Mapping[str, int]) -> int | None:
-        """Floating-point operations on operands of these types where each symbol has a value.
+        """Return floating-point operations on operands of these types, for given values of symbols.
 
-        None: count from the rule or the body. Another answer overrides that count, for an op whose work is not a
+        None: count from the rule or the body. Any other result overrides that count, for an op whose work is not a
         product of its factors.
         """
         return None
 
-    # -- what is derived from it -------------------------------------------------------------------------------
+    # -- derived properties ------------------------------------------------------------------------------------
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -266,12 +281,12 @@ class Op:
 
     @classmethod
     def attribute_defaults(cls) -> dict[str, Any]:
-        """The attributes that have a default, with it."""
+        """Return the attributes that have a default, with it."""
         fields = dataclasses.fields(cls)  # type: ignore[arg-type]
         return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
 
     def operand_names(self, count: int) -> list[str]:
-        """A name for each of `count` operands, no two alike; those of a variadic operand are numbered."""
+        """Return a unique name for each of `count` operands; those of a variadic operand are numbered."""
         names = [n for n, o in self.operands.items() if not o.variadic]
         variadic = [n for n, o in self.operands.items() if o.variadic]
         if variadic:
@@ -297,7 +312,8 @@ class Op:
 
     @classmethod
     def make(cls, **attributes: Any) -> Op:
-        """The op with these attributes: one object for equal attributes, so that what is known of it is found fast.
+        """Return the op with these attributes. Equal attributes give the same object, so that cached properties are
+        found fast.
 
         Raises TypeError for an unknown attribute, GraphError or RuleError for a wrong one.
         """
@@ -310,12 +326,12 @@ class Op:
             return cls(**attributes)
 
     def rule(self, ranks: Sequence[int | None]) -> Rule:
-        """The parsed axis rule for operands of these ranks."""
+        """Return the parsed axis rule for operands of these ranks."""
         return parse_rule(self.axis_rule(ranks))
 
     def apply(self, types: Sequence[Type | None]) -> Application:
-        """The axis rule matched against operand types, which is remembered. Raises RuleError."""
-        key = tuple([None if t is None else t.text for t in types])  # labels tell equal types apart
+        """Match the axis rule against operand types; the result is cached. Raises RuleError."""
+        key = tuple([None if t is None else t.text for t in types])  # labels distinguish equal types
         found = self._applied.get(key)
         if found is None:
             rule = self.rule([None if t is None else t.rank for t in types])
@@ -327,15 +343,17 @@ class Op:
         return {}
 
     def infer(self, types: Sequence[Type | None]) -> tuple[Type, ...]:
-        """The results' types. Raises RuleError, its text led by the op's name, where the operands do not fit."""
-        key = tuple([None if t is None else t.text for t in types])  # labels tell equal types apart
+        """Return the results' types. Raises RuleError, prefixed with the op's name, if the operands do not match."""
+        key = tuple([None if t is None else t.text for t in types])  # labels distinguish equal types
         found = self._inferred.get(key)
         if found is None:
             found = self._inferred[key] = self._infer(types)
         return found
 
     def infer_for(self, operands: Sequence[Value | None]) -> tuple[Type, ...]:
-        """What `infer` says for the operands' types; asked for every node that is built, so it looks there first."""
+        """Return the result of `infer` for the operands' types. It is called for every node, so it looks in the cache
+        first.
+        """
         found = self._inferred.get(tuple([None if v is None else v.type.text for v in operands]))
         return self.infer([None if v is None else v.type for v in operands]) if found is None else found
 
@@ -366,50 +384,51 @@ class Op:
             ) from None
         return tuple(made)
 
-    # -- facts, which follow from the above; tests/test_op_facts.py holds each to what ops compute --------------------
+    # -- facts that follow from the above; tests/test_op_facts.py verifies each against computed results ---------------
 
     @property
     def only_moves(self) -> bool:
-        """Whether every element of its results is an element of an operand, as it is, and none is filled in.
+        """True if every element of its results is an unchanged element of an operand, and none is filled in.
 
-        Which one it is, sizes or other operands say (indices, the condition of `where`), never the element itself.
+        Sizes or other operands select the element (indices, the condition of `where`), never the element itself.
         """
         return bool(self.moved)
 
     @property
     def is_view(self) -> bool:
-        """Whether it only moves the elements of its one operand, and sizes alone say where: rearrange, expand, slice.
+        """True if it only moves the elements of its one operand, to locations that follow from sizes alone: rearrange,
+        expand, slice.
 
-        Its result may then lie where the operand does, if strides can say it.
+        Its result may then share the operand's memory, if strides can express it.
         """
         return self.only_moves and len(self.operands) == 1 and self.arity[1] == 1
 
     @property
     def reads_positions(self) -> bool:
-        """Whether results depend on where elements stand, and not on what they are alone: iota, a causal mask."""
+        """True if results depend on the positions of elements, and not only on their values: iota, a causal mask."""
         return bool(self.positional)
 
     def is_elementwise(self, ranks: Sequence[int | None]) -> bool:
-        """Whether each element of its result is made of one element of each operand, by its axis rule."""
+        """Return True if each element of its result depends on one element of each operand, by its axis rule."""
         return self.callee is None and self.rule(ranks).is_elementwise
 
     def is_contraction(self, ranks: Sequence[int | None]) -> bool:
-        """Whether it is a product that sums over an axis of two operands: matmul, linear, an einsum of two.
+        """Return True if it is a product that sums over an axis of two operands: matmul, linear, an einsum of two.
 
-        By its axis rule, in which a summed factor is in two operands and in no result, and by being linear in each of
-        two operands, the other held fixed. (attention sums so, and is linear in its values alone.)
+        By its axis rule, a summed factor is in two operands and in no result; and it is linear in each of two operands,
+        the other held fixed. (attention has such a sum, but is linear in its values alone.)
         """
         return len(self.linear) > 1 and self.rule(ranks).sums_products
 
     def is_multilinear(self, count: int) -> bool:
-        """Whether it is linear in each of `count` operands, the others held fixed."""
+        """Return True if it is linear in each of `count` operands, the others held fixed."""
         return all(any(names_operand(group, n) for group in self.linear) for n in self.operand_names(count))
 
     def in_place(self, types: Sequence[Type | None]) -> tuple[int, ...]:
-        """The operands over which its result may be written while it is computed, by their positions.
+        """Return the positions of the operands whose memory its result may overwrite while it is computed.
 
-        Of such a one, of the result's type, each element is read for the element at its own place alone: all factors of
-        its dimensions are mapped, and they are the result's.
+        Such an operand has the result's type, and each of its elements is read only for the result's element at the
+        same position: all factors of its dimensions are mapped, and they are the result's.
         """
         (made, *others), found = self.infer(types), self.apply(types)
         if others:
@@ -430,12 +449,12 @@ class Op:
         return _operand_groups(self.linear_text)
 
     def sums_in(self, dtype: DType) -> DType:
-        """What sums that are rounded to a dtype at last are held in: the more precise of it and `accumulates`."""
+        """Return the dtype of sums that are finally rounded to `dtype`: the more precise of it and `accumulates`."""
         least = self.accumulates
         return least if least is not None and dtype.is_float and dtype.bytes < least.bytes else dtype
 
     def at(self, values: Mapping[str, int]) -> Op:
-        """The op with its symbolic sizes evaluated."""
+        """Return the op with its symbolic sizes evaluated."""
         if not self._has_size:
             return self
         changed = {n: evaluated(v, values) for n, v in self.attributes.items() if has_size(v)}
@@ -446,12 +465,14 @@ class Op:
         return any(map(has_size, self.attributes.values()))
 
     def substitute(self, values: Mapping[str, SizeLike]) -> Op:
-        """The op with sizes put in the place of symbols in its attributes."""
+        """Return the op with symbols in its attributes replaced by sizes."""
         changed = {n: substituted(v, values) for n, v in self.attributes.items() if has_size(v)}
         return dataclasses.replace(self, **changed) if changed else self  # type: ignore[type-var]
 
     def in_float64(self) -> Op:
-        """The op with f64 in place of every float dtype among its attributes: a cast to f16 then rounds nothing."""
+        """Return the op with f64 in place of every float dtype among its attributes: a cast to f16 then does not
+        round.
+        """
         widened = self._widened
         return self if widened is None else widened
 
@@ -472,11 +493,13 @@ class Composite(Op):
     """An op with a body of primitives (or simpler composites), from which everything else can be derived."""
 
     def body(self, b: Builder, *operands: Any) -> Any:
-        """Build the op's meaning from simpler ops: Exprs in (None where absent), an Expr or a tuple of them out."""
+        """Build the op from simpler ops: Exprs in (None if absent), an Expr or a tuple of Exprs out."""
         raise GraphError(f"composite op {self.name} has no body")
 
     def lowering(self, b: Builder, *operands: Any) -> Any:
-        """What a backend without a kernel for the op lowers: the body, or what is equal to it and runs faster."""
+        """Build the form that a backend without a kernel for the op lowers: the body, or something equal that runs
+        faster.
+        """
         return self.body(b, *operands)
 
     def reference(self, *operands: Any) -> Any:
@@ -496,7 +519,9 @@ def _operand_groups(text: str) -> tuple[frozenset[str], ...]:
 
 
 def names_operand(group: frozenset[str], name: str) -> bool:
-    """Whether operands of `Op.linear` or `Op.moved` hold the one of this name: a variadic one has a number."""
+    """Return True if a group of `Op.linear` or `Op.moved` contains this operand name; a variadic operand's is
+    numbered.
+    """
     return name in group or name.rstrip("0123456789") in group
 
 

@@ -1,9 +1,9 @@
-"""Samples: operand types and attributes on which an op is tested, with how to draw values for them.
+"""Samples: operand types and attributes on which an op is tested, and how values are drawn for them.
 
 S("f32[2,3,8]", "f32[8]", eps=1e-5)
 S("f32[5,3]", "i64[2,4] < 5")        integers from 0 to 4
 S("f32[3] > 0")                      positive floats, away from zero; positive integers
-S("f32[3] distinct")                 no two elements alike: an op with ties (max, top-k) has a gradient there
+S("f32[3] distinct")                 all elements distinct: an op with ties (max, top-k) has a gradient there
 S("f32[2,8]", None, "f32[8]")        an absent optional operand
 """
 
@@ -29,7 +29,7 @@ class SampleOperand:
     distinct: bool = False
 
     def draw(self, rng: np.random.Generator, dtype: DType | None = None) -> np.ndarray[Any, Any]:
-        """An array of the type; `dtype` replaces a float dtype."""
+        """Draw an array of the type; `dtype` replaces a float dtype."""
         shape = self.type.static_shape
         kind = dtype if dtype is not None and self.type.dtype.is_float else self.type.dtype
         if shape is None or kind.numpy is None:
@@ -60,7 +60,7 @@ class Sample:
         return tuple(None if o is None else o.type for o in self.operands)
 
     def draw(self, seed: int, dtype: DType | None = f64) -> list[np.ndarray[Any, Any] | None]:
-        """Values for the operands, floats as `dtype` (None keeps their own)."""
+        """Draw values for the operands, floats as `dtype` (None keeps their own)."""
         rng = np.random.default_rng(seed)
         return [None if o is None else o.draw(rng, dtype) for o in self.operands]
 

@@ -1,4 +1,4 @@
-"""Lines of the user's, and which of them is running: the innermost frame that is not part of the compiler."""
+"""Source lines of the user: the innermost frame on the stack that is not part of the compiler."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class SourceLine:
-    """A line of the user's: the file as it should be shown (relative where possible) and the line number."""
+    """A source line of the user: the file to print (relative if possible) and the line number."""
 
     file: str
     line: int
@@ -23,19 +23,19 @@ class SourceLine:
 
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-# Not models: those are read as a user's.
+# Without models, which are treated like a user's code.
 _PARTS = ("files", "ir", "frontends", "passes", "backends", "runtime", "treadle")
 _COMPILER = tuple(os.path.join(_ROOT, part) + os.sep for part in _PARTS)
 _FRONT_DOOR = _ROOT if os.path.exists(os.path.join(_ROOT, "__init__.py")) else None
-"""Installed, the files of `treadle/` lie beside the other parts."""
+"""If installed, the files of `treadle/` are next to the other packages."""
 _LIBRARY = os.path.dirname(os.__file__) + os.sep
 _NUMPY = os.path.dirname(np.__file__) + os.sep
 
 
 class _CompilerFiles(dict[str, bool]):
-    """Whether a file is the compiler's own, or Python's or NumPy's, which lie between a user's lines and ours; by name.
+    """True for each file name of the compiler, Python or NumPy; their frames are between the user's line and ours.
 
-    A dictionary that finds out what it is asked: every op's line is looked for, through ten frames of such files.
+    A dictionary that computes missing entries: the line of every op is searched through ten frames of such files.
     """
 
     def __missing__(self, filename: str) -> bool:
@@ -56,8 +56,9 @@ def _is_users(code: CodeType) -> bool:
 
 @lru_cache(maxsize=4096)
 def _source(filename: str, line: int) -> SourceLine:
-    """The path relative to the compiler's own folder or to the working directory, else the bare file name: text made
-    from a graph should not name a machine's folders."""
+    """Return the path relative to the compiler's own folder or to the working directory, else the bare file name: text
+    generated from a graph should not contain a machine's folders.
+    """
     path = os.path.abspath(filename)
     for base in (_ROOT, os.getcwd()):
         if path.startswith(base + os.sep):
@@ -66,7 +67,7 @@ def _source(filename: str, line: int) -> SourceLine:
 
 
 def raising_line(error: BaseException) -> SourceLine | None:
-    """The user's line that an exception passed through last, or None where it passed through none."""
+    """Return the user's last line that an exception passed through, or None if it passed through none."""
     trace, found = error.__traceback__, None
     while trace is not None:
         if _is_users(trace.tb_frame.f_code):
@@ -76,9 +77,9 @@ def raising_line(error: BaseException) -> SourceLine | None:
 
 
 def user_line(*, beyond: int = 0) -> SourceLine | None:
-    """The user's line that led here, or None where no frame of the user's is on the stack.
+    """Return the user's line that called this, or None if no frame of the user is on the stack.
 
-    beyond  how many frames, the caller's first, are known to be the compiler's: each one looked at takes its time
+    beyond  number of frames, from the caller on, known to be the compiler's: checking each takes time
     """
     frame: FrameType | None = sys._getframe(beyond + 1)
     while frame is not None:

@@ -1,9 +1,9 @@
-"""A generation step as an op sees it: what `Op.stepped` builds with, and the values that it is given.
+"""A generation step as an op sees it: the builder for `Op.stepped`, and the values that it receives.
 
-A step adds s tokens to each of b rows. Row n of the call lives in slot rows[n] of every cache, and its first new token
-stands at position start[n]. An op that does more with the tokens' axis than map it says in `Op.stepped` what it does
-at a step: a causal attention appends its keys and values and reads the slot, a cumulative sum goes on from the sum so
-far, a count from the position so far.
+A step adds s tokens to each of b rows. Row n of the call uses slot rows[n] of every cache, and its first new token has
+position start[n]. An op that does more with the tokens' axis than map it defines its step form in `Op.stepped`: a
+causal attention appends its keys and values and reads the slot, a cumulative sum continues from the sum so far, a count
+from the position so far.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from treadle.ir.sizing.sizes import ONE, Size
 from treadle.ir.types import Dim, DType, Type, i64
 
 Held = Sequence[frozenset[int]]
-"""For each operand of an op the dimensions that are the tokens' axis."""
+"""For each operand of an op, its dimensions that are the tokens' axis."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """An operand that does not depend on the tokens: the prologue left it in a state.
+    """An operand that does not depend on the tokens: the prologue stored it in a state.
 
-    state    [R, ...], a slot a row
+    state    [R, ...], one slot per row
     rows     i64[b], the slot of each row of the step
-    length   i64[b]: how much is real of the one dimension of the state that has a capacity; None where all sizes are
+    length   i64[b]: the filled length of the one dimension of the state that has a capacity; None if all sizes are
              those of the operand
     is_flat  the operand is [b], and the state [R, 1]
     """
@@ -36,7 +36,7 @@ class Kept:
     is_flat: bool
 
     def read(self) -> Expr:
-        """The rows of the step, [b, ...]."""
+        """Return the rows of the step, [b, ...]."""
         b = self.state.builder
         found: Expr = b.gather(self.state, self.rows, axis=0)
         return b.rearrange(found, pattern="b 1 -> b") if self.is_flat else found
@@ -46,15 +46,15 @@ class Kept:
 class Stepping:
     """A step under construction.
 
-    b         adds to the function that is built
+    b         the builder of the step function
     rows      i64[b]: the slot of each row
     start     i64[b]: the position of each row's first new token
-    first     i64[b]: the position of each row's first query: start, but where only the last token's result is wanted
-    count     i64[b]: how many tokens of each row are real; asked for where what follows a row's end would count
-    slots     how many slots a state has
-    capacity  how many positions a cache has
+    first     i64[b]: the position of each row's first query: start, unless only the last token's result is wanted
+    count     returns i64[b], the number of real tokens of each row; called if tokens after a row's end would count
+    slots     the number of slots in a state
+    capacity  the number of positions in a cache
     cache     the dtype in which caches hold keys and values; None: their own
-    state     a state of the node that is stepped, as it is by then: by its last name, and its type
+    state     returns the current version of a state of the node, by the last part of its name, and its type
     """
 
     b: Builder
@@ -68,13 +68,15 @@ class Stepping:
     state: Callable[[str, Type], Expr]
 
     def positions(self, size: Size) -> Expr:
-        """i64[b, size]: where each row's tokens stand."""
+        """Return i64[b, size]: the positions of each row's tokens."""
         b = self.b
         first: Expr = b.rearrange(self.start, pattern="b -> b 1")
         return first if size == ONE else first + b.rearrange(b.iota(size=size, dtype=i64), pattern="s -> 1 s")
 
     def beside(self, x: Expr, other: Expr, dims: Sequence[int]) -> Expr:
-        """x, whose dimensions are these of another value, laid out against it: with 1 for the others."""
+        """Lay out x, whose dimensions are `dims` of another value, against that value, with size 1 for its other
+        dimensions.
+        """
         if x.rank == other.rank:
             return x
         names = [f"x{n}" for n in range(x.rank)]
@@ -85,9 +87,9 @@ class Stepping:
         return made
 
     def append(self, name: str, x: Expr, axis: int, *, ring: str = "") -> Expr:
-        """A cache with x [b, ...] appended along an axis; a ring where the symbol of its capacity is given.
+        """Return a cache with x [b, ...] appended along an axis; a ring if `ring` is the symbol of its capacity.
 
-        Its slots are all that was appended: [R, ...].
+        The result has all slots of the cache: [R, ...].
         """
         capacity = Size.symbol(ring) if ring else self.capacity
         state = self.state(name, _slots(x, self.slots, axis, capacity))
@@ -95,24 +97,26 @@ class Stepping:
         return made
 
     def carried(self, name: str, like: Expr, axis: int) -> Expr:
-        """What `carry` left for each row, of size 1 along the axis; like [b, ...] says the other sizes."""
+        """Return the value that `carry` stored for each row, of size 1 along the axis; like [b, ...] has the other
+        sizes.
+        """
         state = self.state(name, _slots(like, self.slots, axis, ONE))
         found: Expr = self.b.gather(state, self.rows, axis=0)
         return found
 
     def carry(self, name: str, x: Expr, axis: int) -> None:
-        """Keep x [b, ...], of size 1 along the axis, for the next step."""
+        """Store x [b, ...], of size 1 along the axis, for the next step."""
         state = self.state(name, _slots(x, self.slots, axis, ONE))
         self.b.append(state, x, self.rows, self.zeros(), axis=axis)
 
     def zeros(self) -> Expr:
-        """i64[b]: position 0 of each row."""
+        """Return i64[b]: position 0 of each row."""
         found: Expr = self.b.expand(self.b.constant(0, i64), shape=self.rows.shape)
         return found
 
 
 def _slots(x: Expr, slots: Size, axis: int, size: Size) -> Type:
-    """The type of a state with a slot for each row of x, and another size along an axis."""
+    """Return the type of a state with one slot per row of x, and another size along an axis."""
     dims = [Dim.of(slots), *x.type.dims[1:]]
     dims[axis] = Dim.of(size)
     return Type(x.dtype, tuple(dims))

@@ -1,4 +1,4 @@
-"""Targets: the hardware that a graph is compiled for. Plans ask the target, never the machine directly."""
+"""Targets: the hardware that a graph is compiled for. Plans use the target, never the machine directly."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dataclasses import dataclass
 from treadle.ir.errors import UsageError
 
 TARGETS = {
-    "cpu": "the processor of this machine",
+    "cpu": "the CPU of this machine",
     "cuda": "an NVIDIA GPU, the current one",
-    "x86-64-amx": "an Intel processor with AVX-512 and AMX",
-    "x86-64-v4-bf16": "a processor with AVX-512 and its products of bf16 pairs",
-    "x86-64-v4": "a processor with AVX-512",
-    "x86-64-v3": "a processor with AVX2 and FMA",
-    "x86-64-v2": "a processor with SSE4.2",
-    "x86-64": "any 64-bit x86 processor",
-    "arm64": "a 64-bit ARM processor, with NEON",
+    "x86-64-amx": "an Intel CPU with AVX-512 and AMX",
+    "x86-64-v4-bf16": "a CPU with AVX-512 and its products of bf16 pairs",
+    "x86-64-v4": "a CPU with AVX-512",
+    "x86-64-v3": "a CPU with AVX2 and FMA",
+    "x86-64-v2": "a CPU with SSE4.2",
+    "x86-64": "any 64-bit x86 CPU",
+    "arm64": "a 64-bit Arm CPU, with NEON",
 }
-"""Every known target's name, with a line on what it is. Levels of x86-64 are those of its psABI."""
+"""Every known target's name, with a description. Levels of x86-64 are those of its psABI."""
 
 MOST_THREADS = 1024
-"""The most threads of a target: an operating system that has no more to give ends a process that asks for a million."""
+"""The largest number of threads of a target: the operating system kills a process that starts a million."""
 
 _RATES = {
     "cpu": (60e9, 20e9),
@@ -34,16 +34,16 @@ _RATES = {
     "x86-64": (15e9, 15e9),
     "arm64": (30e9, 20e9),
 }
-"""Floating-point operations and bytes of memory a second: of one core, or of a whole GPU. Orders of magnitude."""
+"""Floating-point operations and bytes of memory per second: of one core, or of a whole GPU. Orders of magnitude."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Hardware by name: `Target("cpu")`, `Target("cuda")`. Making one touches no device and loads no library.
+    """Hardware by name: `Target("cpu")`, `Target("cuda")`. Creating a target touches no device and loads no library.
 
-    threads   how many threads may work at once on a processor; None: one for each core that the process may use
+    threads   the number of threads on a CPU; None: one for each core that the process may use
 
-    Raises UsageError for a name that is not in `TARGETS`, and for threads that are no whole number from 1 to
+    Raises UsageError for a name that is not in `TARGETS`, and for threads that are not an integer from 1 to
     `MOST_THREADS`.
     """
 
@@ -57,21 +57,21 @@ class Target:
             raise UsageError(
                 f"a target's threads are a number from 1 to {MOST_THREADS}",
                 received=f"threads={self.threads!r}"[:80],
-                hint="leave it out for one a core",
+                hint="leave it out for one per core",
             )
 
     @property
     def kind(self) -> str:
-        """The kind of device: `cpu` for this machine's processor, `cuda`, or `isa` for processors by what they can."""
+        """The kind of device: `cpu` for this machine's CPU, `cuda`, or `isa` for CPUs by their instruction set."""
         return self.name if self.name in ("cpu", "cuda") else "isa"
 
     @property
     def description(self) -> str:
-        """What the target is, in a line."""
+        """A description of the target, in one line."""
         return TARGETS[self.name]
 
     def cores(self) -> int | None:
-        """How many cores to use: `threads`, or all that this process may; None where the target is not this machine."""
+        """Return the number of cores to use: `threads`, or all that this process may use; None for another machine."""
         if self.threads is not None or self.kind != "cpu":
             return self.threads
         if hasattr(os, "sched_getaffinity"):
@@ -79,9 +79,9 @@ class Target:
         return os.cpu_count()
 
     def seconds(self, flops: float, bytes: float) -> float:
-        """How long so many float32 operations on so many bytes take at least (the roofline of Williams et al. 2009).
+        """Return the least seconds for float32 operations on bytes of memory (the roofline of Williams et al. 2009).
 
-        The rates are orders of magnitude, known without touching the machine: to compare with, not to predict by.
+        The rates are orders of magnitude that need no measurement on the machine: for comparisons, not for predictions.
         """
         rate, bandwidth = _RATES[self.name]
         return max(flops / rate, bytes / bandwidth) / (self.threads or 1)

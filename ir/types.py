@@ -2,12 +2,11 @@
 
     f32[B, S, 768]                      plain dimensions
     f32[B, heads=12, S, 64]             a labelled factor
-    f32[B, S, (heads=12 64)]            one dimension of 768 that remembers its two factors
+    f32[B, S, (heads=12 64)]            one dimension of 768 that records its two factors
     f32[576, 1536] as q4_0              held in blocks of 4 bits a number: an encoding, see `treadle.ir.encodings`
 
-Sizes, identities and labels are three things. Two types are equal when dtypes and sizes are; factors and labels are
-notes that travel along. Which axes are *the same* is never read off a type: `treadle.ir.analysis.following` finds that
-out.
+Sizes, identities and labels are three things. Two types are equal if dtypes and sizes are; factors and labels are
+annotations. A type never determines which axes are *the same*: `treadle.ir.analysis.following` does.
 """
 
 from __future__ import annotations
@@ -36,14 +35,14 @@ class DType:
     bytes: int
 
     def __getitem__(self, dims: DimLike | tuple[DimLike, ...]) -> Type:
-        """`f32["B S 768"]`, `i64["B, S"]` or `f32[2, 3]`: the tensor type of these dimensions."""
+        """Return the tensor type of these dimensions: `f32["B S 768"]`, `i64["B, S"]` or `f32[2, 3]`."""
         if isinstance(dims, str):
             return parse_type(f"{self.name}[{dims}]")
         return Type(self, tuple(Dim.of(d) for d in (dims if isinstance(dims, tuple) else (dims,))))
 
     @property
     def numpy(self) -> np.dtype[Any] | None:
-        """The NumPy dtype of the same bits, or None (bf16 has none)."""
+        """The NumPy dtype of the same bits, or None for bf16."""
         return _NUMPY.get(self.name)
 
     @property
@@ -55,8 +54,9 @@ class DType:
         return self.kind == "int"
 
     def holds(self, number: float) -> bool:
-        """Whether a number has a place among its elements: whole and in range for integers, 0 or 1 for bool; floats
-        round it, and are infinite or NaN only where it is."""
+        """Return True if the dtype can hold a number: an integer in range for integers, 0 or 1 for bool. Floats round
+        the number, and only an infinite or NaN number may become infinite or NaN.
+        """
         if self.kind == "bool":
             return number in (0, 1)
         if self.is_int:
@@ -71,7 +71,7 @@ class DType:
 
     @property
     def spacing(self) -> float:
-        """How far the next number after 1 is, in a float dtype."""
+        """The distance from 1 to the next number, in a float dtype."""
         return float(np.finfo(self.numpy).eps) if self.numpy is not None else 2.0**-7
 
     def __str__(self) -> str:
@@ -101,13 +101,13 @@ _FROM_NUMPY = {dtype: DTYPES[name] for name, dtype in _NUMPY.items()}
 
 
 def dtype_of(array: np.ndarray[Any, Any]) -> DType | None:
-    """The dtype that holds an array's elements, or None if there is none."""
+    """Return the dtype that holds an array's elements, or None if there is none."""
     return _FROM_NUMPY.get(array.dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """One factor of a dimension. The label names it to people; it takes no part in equality."""
+    """One factor of a dimension. The label is for readers and does not count in equality."""
 
     size: Size
     label: str | None = field(default=None, compare=False)
@@ -117,7 +117,7 @@ class Factor:
 
 
 class Dim:
-    """One dimension: an ordered product of factors, outermost first. Equal when the sizes are."""
+    """One dimension: an ordered product of factors, outermost first. Two are equal if their sizes are."""
 
     __slots__ = ("factors", "size")
 
@@ -128,7 +128,7 @@ class Dim:
 
     @staticmethod
     def of(value: DimLike, label: str | None = None) -> Dim:
-        """A dimension of one factor from a size, an integer or text such as `S+1`."""
+        """Return a dimension of one factor from a size, an integer or text such as `S+1`."""
         return value if isinstance(value, Dim) else Dim([Factor(Size.of(value), label)])
 
     @property
@@ -155,10 +155,10 @@ DimLike: TypeAlias = "Dim | Size | int | str"
 
 @dataclass(frozen=True)
 class Type:
-    """A tensor's dtype and dimensions; rank 0 is a scalar. With an encoding, these are what its blocks mean.
+    """A tensor's dtype and dimensions; rank 0 is a scalar. With an encoding, these describe the decoded value.
 
-    Raises GraphError for an encoding of another dtype than f32, or along an axis that is not there, has no constant
-    size, or is no whole number of blocks.
+    Raises GraphError for an encoding of another dtype than f32, or along an axis that does not exist, has no constant
+    size, or is not an integer number of blocks.
     """
 
     dtype: DType
@@ -170,7 +170,7 @@ class Type:
             return
         axis, plain = self.encoding.axis, Type(self.dtype, self.dims)
         if self.dtype is not f32:
-            raise GraphError("what is encoded is f32", received=f"{plain} as {self.encoding}")
+            raise GraphError("only f32 can be encoded", received=f"{plain} as {self.encoding}")
         if not -self.rank <= axis < self.rank:
             raise GraphError(f"there is no axis {axis} to encode along", received=f"{plain} as {self.encoding}")
         size = self.dims[axis].size.constant
@@ -205,11 +205,11 @@ class Type:
         return None if None in sizes else sizes  # type: ignore[return-value]
 
     def evaluate(self, values: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape where each symbol has a value."""
+        """Return the shape for given values of symbols."""
         return tuple(s.evaluate(values) for s in self.shape)
 
     def substitute(self, values: Mapping[str, SizeLike]) -> Type:
-        """The type with sizes put in the place of symbols; labels stay."""
+        """Return the type with symbols replaced by sizes; labels stay."""
         if not self.symbols.intersection(values):
             return self
         factors = [[Factor(f.size.substitute(values), f.label) for f in dim.factors] for dim in self.dims]
@@ -217,29 +217,29 @@ class Type:
 
     @cached_property
     def held(self) -> Type:
-        """The type of the array that holds it: itself, or of an encoded one u8, where the blocked axis counts bytes."""
+        """The type of the array that holds it: itself, or if encoded u8, where the blocked axis counts bytes."""
         if self.encoding is None:
             return self
         dims, size = list(self.dims), self.dims[self.encoding.axis].size.constant
-        assert size is not None  # as was checked
+        assert size is not None  # checked on construction
         dims[self.encoding.axis] = Dim.of(self.encoding.bytes(size))
         return Type(u8, tuple(dims))
 
     @property
     def decoded(self) -> Type:
-        """What it means, without an encoding."""
+        """The type without an encoding."""
         return self if self.encoding is None else Type(self.dtype, self.dims)
 
     def as_encoded(self, encoding: Encoding | str) -> Type:
-        """The type in an encoding. Raises GraphError as the class does."""
+        """Return the type with an encoding. Raises GraphError as the class does."""
         return Type(self.dtype, self.dims, parse_encoding(encoding) if isinstance(encoding, str) else encoding)
 
     def bytes_at(self, values: Mapping[str, int]) -> int:
-        """Bytes that a dense tensor of this type takes where each symbol has a value, in its encoding."""
+        """Return the bytes of a dense tensor of this type, in its encoding, for given values of symbols."""
         return self.held.elements.evaluate(values) * self.held.dtype.bytes
 
     def __or__(self, other: None) -> OptionalType:
-        """`i64["B"] | None`: a model's input that may be left out."""
+        """Return the type of a model's optional input: `i64["B"] | None`."""
         return OptionalType(self)
 
     def with_dtype(self, dtype: DType) -> Type:
@@ -247,12 +247,12 @@ class Type:
 
     @cached_property
     def text(self) -> str:
-        """`f32[B, S, 768]`, factors, labels and encoding included: what tells two types apart in every detail."""
+        """The text `f32[B, S, 768]`, with factors, labels and encoding: it distinguishes types in every detail."""
         return f"{self.dtype}[{', '.join(map(str, self.dims))}]{_as(self.encoding)}"
 
     @property
     def plain_text(self) -> str:
-        """Its text without factors and labels: what equal types share."""
+        """The text without factors and labels, which equal types share."""
         return f"{self.dtype}[{', '.join(map(str, self.shape))}]{_as(self.encoding)}"
 
     def __str__(self) -> str:
@@ -278,10 +278,10 @@ _TYPE = re.compile(r"\s*([a-z]\w*)\s*\[(.*)\]\s*(?:as\s+(\w+(?:\([^()]*\))?)\s*)
 
 @lru_cache(maxsize=4096)
 def parse_type(text: str) -> Type:
-    """Read `f32[B, S, (heads=12 64)]`; dimensions are parted by commas, or by spaces where there is no comma.
+    """Parse `f32[B, S, (heads=12 64)]`; dimensions are separated by commas, or by spaces if there is no comma.
 
-    Raises ParseError for an unknown dtype or a malformed dimension, SizeError for a malformed size in one, GraphError
-    for an encoding that is none, or does not fit.
+    Raises ParseError for an unknown dtype or a malformed dimension, SizeError for a malformed size in a dimension,
+    GraphError for an unknown encoding, or one that does not match.
     """
     match = _TYPE.fullmatch(text)
     if match is None:
@@ -331,7 +331,7 @@ def _parse_dim(part: str, text: str) -> Dim:
 
 
 def _is_balanced(text: str) -> bool:
-    """Whether each parenthesis in the text closes one that the text opened."""
+    """Return True if each parenthesis in the text closes one that the text opened."""
     depth = 0
     for char in text:
         depth += (char == "(") - (char == ")")

@@ -1,19 +1,18 @@
-"""The verifier: everything that must hold in a graph, checked anew from the ops' own rules.
+"""The verifier: all invariants of a graph, checked independently from the ops' own rules.
 
     graph      entries come last; symbols have bounds that some size meets; initial values belong to parameters
-    entries    `bind` takes no inputs and no states, and each of its outputs is a result of its own, under a name that
-               no weight has; what is one parameter, or one state, has one type and one layout in all entries, and
-               nobody calls an entry
+    entries    `bind` has no inputs and no states, and each of its outputs is a result of its own, under a name that
+               no weight has; a parameter or state has one type and one layout in all entries; no node calls an entry
     function   inputs, parameters, states and outputs have names of their own; types use declared symbols only
     node       operands are defined before, in the same function; results and node point at each other
-    types      are what the op's rules infer from the operands; a constant's are those of its content
+    types      are those that the op's rules infer from the operands; a constant's are those of its content
     calls      name a function that comes before (so there is no recursion) and agree with its signature
-    states     nobody reads a version of a state, or a view of one, after it was updated, nor at once with its update;
-               what a function says that a state is in the end is its last version; no output is a version; a call
-               passes states as states
-    layouts    are of matrices; a call passes what lies as its callee wants it; inputs, states, weights of
-               the graph, and what its entries give to users are row-major
-    encodings  are read by ops that take blocks, as their types say; what users give and get is plain
+    states     no node reads a version of a state, or a view of one, after its update or in the same node; the last
+               version of a state is the one that the function declares; no output is a version; a call passes states
+               as states
+    layouts    are of matrices; a call passes values in the layouts of its callee; inputs, states, weights of
+               the graph, and outputs of its entries are row-major
+    encodings  are read by ops that accept blocks, as their types declare; inputs and outputs of entries are plain
 
 It runs after every pass.
 """
@@ -37,9 +36,9 @@ from treadle.ir.types import Type, boolean
 
 
 def verify(graph: Graph, only: Collection[str] | None = None) -> None:
-    """Raises VerifyError for the first invariant that does not hold, with the nodes around and the user's line.
+    """Raise VerifyError for the first violated invariant, with the surrounding nodes and the user's line.
 
-    only  the functions to look into, where the others and the signatures of all are known to be as they were
+    only  the functions to check, if the others and the signatures of all are known to be unchanged
     """
     last = tuple(graph.functions)[-len(graph.entry_names) :]
     if not are_entries(graph.entry_names) or last != graph.entry_names:
@@ -55,15 +54,15 @@ def verify(graph: Graph, only: Collection[str] | None = None) -> None:
     parameters = graph.parameters
     for name in graph.initial:
         if name not in parameters:
-            raise VerifyError(f"an initial value is given for {name!r}, which is no parameter")
+            raise VerifyError(f"an initial value is given for {name!r}, which is not a parameter")
     for name, value in parameters.items():
         if value.lies_in is not None:
-            raise VerifyError(f"weight {name} is row-major: bind makes what lies otherwise", received=_lying(value))
+            raise VerifyError(f"weight {name} must be row-major: only bind assigns layouts", received=_lying(value))
     earlier: dict[str, Function] = {}
     views = StateViews(graph)
     for name, function in graph.functions.items():
         if function.name != name:
-            raise VerifyError(f"the graph knows function {function.name!r} as {name!r}")
+            raise VerifyError(f"function {function.name!r} is registered as {name!r}")
         if only is None or name in only:
             _FunctionCheck(graph, function, earlier, views).run()
         earlier[name] = function
@@ -73,21 +72,21 @@ def verify(graph: Graph, only: Collection[str] | None = None) -> None:
 
 
 def _verify_bind(bind: Function) -> None:
-    """What `bind` takes and makes."""
+    """Check the arguments and results of `bind`."""
     if taken := [*bind.inputs, *bind.states.values()]:
         raise VerifyError(f"bind takes no {taken[0].kind}s", received=taken[0].name)
     seen: set[Value] = set()
     for name, value in bind.outputs.items():
         if value.node is None or value in seen:
-            why = "is the result of a node" if value.node is None else "stands under one name"
-            raise VerifyError(f"what bind makes {why}", received=repr(value), within=f"bind, ${name}")
+            why = "must be the result of a node" if value.node is None else "must have one name"
+            raise VerifyError(f"an output of bind {why}", received=repr(value), within=f"bind, ${name}")
         seen.add(value)
         if name in bind.parameters:
-            raise VerifyError(f"bind makes {name}, and reads a weight of that name", within="bind")
+            raise VerifyError(f"bind assigns {name}, and reads a weight of that name", within="bind")
 
 
 def _verify_shared(graph: Graph) -> None:
-    """That entries agree on the parameters and states that they share."""
+    """Check that entries agree on the parameters and states that they share."""
     if len(graph.entry_names) == 1:
         return
     known: dict[str, tuple[str, Value]] = {name: ("bind", value) for name, value in graph.made.items()}
@@ -114,14 +113,14 @@ class _FunctionCheck:
         self.declared = frozenset(graph.symbols)
         self.defined: set[Value | None] = {None}  # an absent operand needs no definition
         self.laid: set[Value | None] = set()
-        """Those of them that are not row-major: few, where any."""
+        """Those of them that are not row-major, usually none."""
         self.checked_types: set[int] = set()
-        """Their identities: a function's values share types, and hashing one takes longer than checking it."""
+        """Identities of types: a function's values share types, and hashing a type takes longer than checking it."""
         self.checked_calls: set[Op] = set()
         self.updated: dict[Value, Value] = {}
-        """For each version of a state that was updated, what came of it."""
+        """The next version of each version of a state that was updated."""
         self.bases: dict[Value, Value] = {}
-        """What views show, in a function with states."""
+        """The bases of views, in a function with states."""
 
     def run(self) -> None:
         names: set[str] = set()
@@ -135,7 +134,9 @@ class _FunctionCheck:
                 raise self.error(f"parameter {value.name!r} is held as {name!r}")
             self.argument(value, "parameter")
             if value.lies_in is not None and value.type.rank != 2:
-                raise self.error(f"parameter {name} is no matrix, and lies in {value.layout}", received=str(value.type))
+                raise self.error(
+                    f"parameter {name} is not a matrix, and has layout {value.layout}", received=str(value.type)
+                )
         for name, value in self.function.states.items():
             if value.name != name:
                 raise self.error(f"state {value.name!r} is held as {name!r}")
@@ -151,10 +152,10 @@ class _FunctionCheck:
                 self.constant(value, None)
             if value.layout is not None and self.function in self.graph.later_entries:
                 raise self.error(
-                    f"output {name!r} of {self.function.name} lies in {value.layout}", hint="outputs are row-major"
+                    f"output {name!r} of {self.function.name} has layout {value.layout}", hint="outputs are row-major"
                 )
             if value.state is not None:
-                raise self.error(f"output {name!r} is state {value.state.name}", hint="users have the state itself")
+                raise self.error(f"output {name!r} is state {value.state.name}", hint="the caller has the state itself")
             if value.type.encoding is not None and self.function in self.graph.later_entries:
                 raise self.error(f"output {name!r} of {self.function.name} is encoded", received=str(value.type))
             if self.base(value) in self.updated:
@@ -163,10 +164,10 @@ class _FunctionCheck:
 
     def argument(self, value: Value, kind: str) -> None:
         if value.kind != kind or value.node is not None or value.literal is not None:
-            raise self.error(f"{value.name!r} is among the {kind}s, but is no {kind}", received=repr(value))
+            raise self.error(f"{value.name!r} is among the {kind}s, but is not one of them", received=repr(value))
         if value.lies_in is not None:
             if kind != "parameter":
-                raise self.error(f"{kind} {value.name!r} lies in {value.lies_in}", hint=f"{kind}s are row-major")
+                raise self.error(f"{kind} {value.name!r} has layout {value.lies_in}", hint=f"{kind}s are row-major")
             self.laid.add(value)
         if value.type.encoding is not None and kind == "input" and self.function in self.graph.entries:
             raise self.error(f"input {value.name!r} is encoded", received=str(value.type), hint="weights may be")
@@ -232,7 +233,7 @@ class _FunctionCheck:
 
     def call(self, node: Node, index: int) -> None:
         wanted = getattr(node.op, "takes_in", ())
-        plain = not wanted and self.laid.isdisjoint(node.operands)  # all row-major, and read so: nearly always
+        plain = not wanted and self.laid.isdisjoint(node.operands)  # nearly always all are row-major, and read so
         for value, layout in zip_longest(() if plain else node.operands, wanted):
             if value is not None and value.layout != layout:
                 raise self.error(
@@ -261,7 +262,7 @@ class _FunctionCheck:
         self.checked_calls.add(node.op)
 
     def versions(self, node: Node, index: int, callee: Function | None) -> None:
-        """What a node reads and updates of states."""
+        """Check the states that a node reads and updates."""
         for value in node.inputs:
             base = self.base(value)
             if base in self.updated:
@@ -269,7 +270,7 @@ class _FunctionCheck:
                 raise self.error(
                     f"{node.op.name} reads {view}state {_state_name(base)} as it was before it was updated",
                     index,
-                    hint="what reads a state comes before what updates it",
+                    hint="nodes that read a state must precede its update",
                 )
         for result, at in node.op.updates.items():
             before, made = node.operands[at], node.results[result]
@@ -289,11 +290,11 @@ class _FunctionCheck:
                     raise self.error(f"a call of {callee.name} passes {name} as {formal.kind} {formal.name}", index)
 
     def base(self, value: Value) -> Value:
-        """The state's version of which a value is a view, or the value itself."""
+        """Return the state's version that a value is a view of, or the value itself."""
         return self.bases.get(value, value)
 
     def last_versions(self) -> None:
-        """What the function says that its states are in the end."""
+        """Check the last versions of states that the function declares."""
         function = self.function
         last: dict[str, Value] = {}
         for name, state in function.states.items():
@@ -304,19 +305,19 @@ class _FunctionCheck:
                 last[name] = version
         for name, value in function.updated.items():
             if name not in last or value is not last[name]:
-                why = "is no state of it" if name not in function.states else "is not its last version"
+                why = "it has no such state" if name not in function.states else "another version is the last"
                 raise self.error(
-                    f"{function.name} says that state {name} is updated to what {why}", received=repr(value)
+                    f"{function.name} declares a wrong last version of state {name}: {why}", received=repr(value)
                 )
         if left := sorted(last.keys() - function.updated.keys()):
-            raise self.error(f"{function.name} updates state {left[0]}, and does not say so")
+            raise self.error(f"{function.name} updates state {left[0]}, but does not declare it")
 
     def constant(self, value: Value, index: int | None) -> None:
         literal = value.literal
         if literal is None or value.kind != "constant" or value.node is not None:
             raise self.error("a value with a content must be a constant, and a constant must have one", index)
         if literal.dtype is boolean and literal.data.strip(b"\0\1"):
-            raise self.error("a truth value's byte is 0 or 1", index)
+            raise self.error("a boolean's byte is 0 or 1", index)
         if value.type != literal.type or len(literal.data) != literal.type.bytes_at({}):
             raise self.error(
                 "a constant has another type than its content",

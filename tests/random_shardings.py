@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from random import Random
 from typing import Any
 
 import numpy as np
 
-from treadle.ir.attention.attention_terms import Causal
+from treadle.ir.attention.attention_terms import Alibi, Causal
 from treadle.ir.builder import Builder, Expr
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import PassError, UsageError
 from treadle.ir.graph import Function, Graph
 from treadle.ir.interpreter import interpret
 from treadle.passes.sharding.checking import check_sharding
@@ -24,6 +25,7 @@ from treadle.runtime.sharding_lab import run_lab
 from treadle.sharding import rank_graph
 
 MESHES = ("tp=2", "tp=4", "tp=8", "tp=2,dp=2", "tp=3", "dp=2,tp=4", "tp=6", "a=2,b=2,c=2")
+PIPELINES = ("pp=2,tp=2,micro=3", "pp=2,tp=4,micro=2", "pp=3,tp=2,micro=2", "pp=2,tp=2,dp=2,micro=2", "pp=2,micro=4")
 SIZES = {"B": 9, "S": 11}
 WIDTHS = (8, 9, 12, 16)
 
@@ -63,6 +65,14 @@ def weight(b: Builder, *sizes: Any) -> Expr:
     return b.parameter(name, f"f64[{', '.join(map(str, sizes))}]")
 
 
+def constant(b: Builder, r: Random, *shape: int) -> Expr:
+    """A constant, often one that other nodes read already."""
+    known = [v for n in b.function.nodes for v in n.inputs if v.literal is not None and v.literal.shape == shape]
+    if known and r.random() < 0.8:
+        return b.expr(known[0])
+    return b.constant(np.array([r.uniform(0.1, 1.0) for _ in range(prod(shape))]).reshape(shape))
+
+
 def linear(b: Builder, r: Random, x: Expr) -> Expr:
     n = r.choice(WIDTHS)
     return b.linear(x, weight(b, n, x.shape[-1]), weight(b, n) if r.random() < 0.6 else None)
@@ -77,7 +87,9 @@ def elementwise(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def scaled(b: Builder, r: Random, x: Expr) -> Expr:
-    return x * weight(b, x.shape[-1]) if r.random() < 0.5 else x * 0.5
+    width, scalars = x.shape[-1], [b.expr(v) for v in b.function.inputs[1:]]
+    factors: list[Any] = [weight(b, width), weight(b), 0.5, *scalars]
+    return x * r.choice(factors if width.constant is None else [*factors, constant(b, r, width.constant)])
 
 
 def shifted(b: Builder, r: Random, x: Expr) -> Expr:
@@ -118,6 +130,17 @@ def split_and_merged(b: Builder, r: Random, x: Expr) -> Expr | None:
     return b.rearrange(y, pattern=f"{' '.join(rest)} h d -> {' '.join(rest)} {order}")
 
 
+def sloped(b: Builder, r: Random, x: Expr) -> Expr | None:
+    """y = a number for each head of four, which other nodes may share, times its part of x"""
+    width = x.shape[-1].constant
+    if width is None or width % 4:
+        return None
+    rest = " ".join(f"a{i}" for i in range(x.rank - 1))
+    y = b.rearrange(b.linear(x, weight(b, 8, width)), pattern=f"{rest} (h=4 d) -> {rest} h d")
+    y = y * b.rearrange(constant(b, r, 4), pattern="h -> h 1")
+    return b.linear(b.rearrange(y, pattern=f"{rest} h d -> {rest} (h d)"), weight(b, width, 8))
+
+
 def attention(b: Builder, r: Random, x: Expr) -> Expr | None:
     if x.rank != 3 or x.shape[1].constant is not None:
         return None
@@ -126,7 +149,11 @@ def attention(b: Builder, r: Random, x: Expr) -> Expr | None:
     for heads in (groups * repeats, groups, groups):
         y = b.linear(x, weight(b, heads * d, x.shape[-1]))
         made.append(b.rearrange(y, pattern=f"b s (heads={heads} d) -> b heads s d"))
-    y = b.attention(*made, terms=(Causal(),) if r.random() < 0.5 else ())
+    masks = (Causal(),) if r.random() < 0.5 else ()
+    if r.random() < 0.4:
+        y = b.attention(*made, constant(b, r, groups * repeats), terms=(*masks, Alibi()))
+    else:
+        y = b.attention(*made, terms=masks)
     return b.linear(b.rearrange(y, pattern="b heads s d -> b s (heads d)"), weight(b, 12, groups * repeats * d))
 
 
@@ -169,6 +196,7 @@ WITH_WEIGHTS: tuple[Write, ...] = (
     norm,
     looked_up,
     twice,
+    sloped,
     attention,
     attention,
 )
@@ -188,10 +216,40 @@ OTHERS: tuple[Write, ...] = (
 def random_case(seed: int, most: int = 7) -> Case:
     """A case for a seed."""
     r = Random(seed)
+    graph = random_graph(r, most)
+    mesh = r.choice(MESHES)
+    axes = random_axes(r, graph, mesh)
+    recipe = "fsdp" if "dp=" in mesh and r.random() < 0.5 else None  # weights in parts, gathered for use
+    return Case(graph, mesh, axes, recipe, *numbers_for(graph, seed))
+
+
+def random_pipeline(seed: int, most: int = 9) -> Case:
+    """A case in stages for a seed: the first one drawn whose micro-batches do not meet."""
+    r = Random(seed)
+    while True:
+        graph = random_graph(r, most)
+        mesh = r.choice(PIPELINES)
+        case = Case(graph, mesh, random_axes(r, graph, mesh), "gpipe", *numbers_for(graph, seed))
+        try:
+            case.plan()
+        except PassError as error:
+            if "would have to meet" not in error.what and "cannot be cut into" not in error.what:
+                raise
+        except UsageError as error:
+            if "no batch to part" not in error.what:
+                raise
+        else:
+            return case
+
+
+def random_graph(r: Random, most: int) -> Graph:
+    """A graph of up to so many layers, some of whose inputs, weights, constants and outputs are scalars."""
     graph = Graph("random")
     b = Builder(graph)
     width = r.choice(WIDTHS)
     x = b.input("x", r.choice([f"f64[B, S, {width}]", f"f64[B, S, {width}]", f"f64[B, {width}]", f"f64[12, {width}]"]))
+    for n in range(r.choice([0, 0, 0, 1, 2])):
+        b.input(f"s{n}", "f64[]")
     if r.random() < 0.3:
         x = in_a_block(b, r, x, width)
     kept = [x]
@@ -202,14 +260,28 @@ def random_case(seed: int, most: int = 7) -> Case:
             same = [z for z in kept[:-1] if z.type == y.type]
             x = y + r.choice(same) if same and r.random() < 0.4 else y
     outputs = {"y": x} | ({"z": r.choice(kept[1:])} if len(kept) > 1 and r.random() < 0.4 else {})
+    if r.random() < 0.3:
+        outputs |= {"total": scalar(b, r, r.choice(kept))}
     b.outputs(**outputs)
+    return graph
+
+
+def scalar(b: Builder, r: Random, x: Expr) -> Expr:
+    """A value of rank 0: of all of x, of a weight, or an input, a weight or a constant as it is."""
+    made = [weight(b), constant(b, r), *[b.expr(v) for v in b.function.inputs[1:]]]
+    if r.random() < 0.3:
+        return r.choice(made)
+    y = x if r.random() < 0.6 else weight(b, 8, 9)
+    kind = r.choice([b.reduce_sum, b.reduce_max, b.reduce_mean])
+    return kind(y, axes=tuple(range(y.rank))) * r.choice(made)
+
+
+def numbers_for(graph: Graph, seed: int) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Inputs and weights, drawn from a seed."""
     rng = np.random.default_rng(seed)
-    inputs = {v.name: rng.normal(size=v.type.evaluate(SIZES)) for v in graph.main.inputs}
-    weights = {n: rng.normal(size=v.type.evaluate({})) * 0.3 for n, v in graph.parameters.items()}
-    mesh = r.choice(MESHES)
-    axes = random_axes(r, graph, mesh)
-    recipe = "fsdp" if "dp=" in mesh and r.random() < 0.5 else None  # weights in parts, gathered for use
-    return Case(graph, mesh, axes, recipe, inputs, weights)
+    inputs = {v.name: np.asarray(rng.normal(size=v.type.evaluate(SIZES))) for v in graph.main.inputs}
+    weights = {n: np.asarray(rng.normal(size=v.type.evaluate({})) * 0.3) for n, v in graph.parameters.items()}
+    return inputs, weights
 
 
 def in_a_block(b: Builder, r: Random, x: Expr, width: int) -> Expr:
@@ -230,10 +302,12 @@ def in_a_block(b: Builder, r: Random, x: Expr, width: int) -> Expr:
 
 
 def random_axes(r: Random, graph: Graph, mesh: str) -> dict[str, str]:
-    """One to four dimensions of inputs and weights, each with one or two parts of the mesh."""
+    """One to four dimensions of inputs and weights, each with one or two parts of the mesh; none over stages."""
     dims = [f"{v.name}[{d}]" for v in graph.main.arguments for d in range(v.type.rank)]
-    names = [axis.partition("=")[0] for axis in mesh.split(",")]
-    names += [f"{n}:(1)2" for n, size in (axis.split("=") for axis in mesh.split(",")) if size in ("4", "8")]
+    sizes = [axis.split("=") for axis in mesh.split(",") if axis.partition("=")[0] not in ("pp", "micro")]
+    names = [name for name, _ in sizes] + [f"{name}:(1)2" for name, size in sizes if size in ("4", "8")]
+    if not names:
+        return {}
     found: dict[str, str] = {}
     for dim in r.sample(dims, min(len(dims), r.randint(1, 4))):
         chosen = [r.choice(names)]
@@ -250,6 +324,6 @@ def difference(case: Case, plan: ShardingPlan, *, merged: bool = False) -> float
     merged  of programs after the rest of the pipeline
     """
     wanted = interpret(case.graph, case.inputs, case.weights, float64=True)
-    programs = [rank_graph(plan, rank) for rank in range(plan.mesh.ranks)] if merged else None
+    programs = [rank_graph(plan, rank) for rank in range(plan.devices.ranks)] if merged else None
     found = run_lab(plan, case.inputs, case.weights, programs=programs).outputs
     return max(float(np.max(np.abs(found[n] - w)) / max(1.0, np.max(np.abs(w)))) for n, w in wanted.items())

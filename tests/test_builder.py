@@ -196,8 +196,8 @@ ERRORS: list[tuple[Callable[..., Any], type[TreadleError], str]] = [
     (text_operand, GraphError, "a constant cannot hold <U1"),
     (list_of_values, GraphError, "concat: an operand is a list of tensors"),
     (list_of_values, GraphError, "try       one by one, as in concat(x, y)"),
-    (half_an_integer, GraphError, "0.5 is no i64"),
-    (half_an_integer_first, GraphError, "0.5 is no i64"),
+    (half_an_integer, GraphError, "0.5 is not of dtype i64"),
+    (half_an_integer_first, GraphError, "0.5 is not of dtype i64"),
     (truth_of_a_value, GraphError, "where(condition, a, b) chooses element by element"),
     (equality_of_values, GraphError, "a tensor of a model has no truth value"),
     (chained_comparison, GraphError, "a tensor of a model has no truth value"),
@@ -261,7 +261,7 @@ def test_numbers_that_no_operand_ties() -> None:
     assert b.where(m, 0.0, x).dtype is f32
     assert b.where(True, x, 0.0).dtype is f32
     assert b.embedding(b.parameter("table", "f32[9, 4]"), 0).type == f32["4"]
-    with pytest.raises(GraphError, match=r"0\.5 is no i64"):
+    with pytest.raises(GraphError, match=r"0\.5 is not of dtype i64"):
         b.where(m, 1, 0.5)
     with pytest.raises(RuleError, match="indices must be an integer"):
         b.embedding(b.parameter("table", "f32[9, 4]"), 0.5)

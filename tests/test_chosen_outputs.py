@@ -114,6 +114,33 @@ def test_positions_of_each_row(backend: str) -> None:
     assert "asked" in (caught.value.received or "")
 
 
+@t.model
+def three(
+    x: Annotated[t.Tensor, t.f32["B S 4"]], z: Annotated[t.Tensor, t.f32["C 5"]], asked: Annotated[t.Tensor, t.i64["B"]]
+) -> dict[str, t.Tensor]:
+    return {"x": x * 2.0, "y": x - 1.0, "z": z * 3.0, "asked": asked}
+
+
+def test_outputs_at_the_same_positions_share_an_input() -> None:
+    exe = treadle.compile(three, outputs=["y[:, at]", "x[:, at, 1]", "z[:, other]"])
+    assert [f"{p.name}: {p.type}" for p in exe.inputs if "asked" not in p.name] == [
+        "x: f32[B, S, 4]",
+        "z: f32[C, 5]",
+        "at: i64[B, AT]",
+        "other: i64[C, OTHER]",
+    ]
+    x, z = (np.arange(np.prod(shape), dtype=np.float32).reshape(shape) for shape in ((2, 3, 4), (3, 5)))
+    at, other = np.array([[0, 2], [1, 1]]), np.array([[4], [0], [2]])
+    found = exe(x=x, z=z, asked=np.array([1, 2]), at=at, other=other)
+    np.testing.assert_array_equal(found["y"], np.take_along_axis(x - 1, at[:, :, None], 1))
+    np.testing.assert_array_equal(found["x"], np.take_along_axis(x * 2, at[:, :, None], 1)[:, :, 1])
+    np.testing.assert_array_equal(found["z"], np.take_along_axis(z * 3, other, 1))
+    with pytest.raises(UsageError, match="at holds positions for B rows, and here are C"):
+        treadle.compile(three, outputs=["y[:, at]", "z[:, at]"])
+    with pytest.raises(UsageError, match="three has an input asked already"):
+        treadle.compile(three, outputs=["y[:, asked]", "x[:, asked]"])
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_no_output_is_refused(name: str) -> None:
     outputs, reason = REFUSED[name]

@@ -44,7 +44,7 @@ def test_sizes_at_which_a_dimension_would_be_negative_are_left_out() -> None:
     with pytest.raises(UsageError) as caught:
         small_sizes(graph)
     assert (caught.value.what, caught.value.received) == ("no small sizes fit the model", "B, S")
-    assert str(caught.value.hint) == "sizes=[{'B': N, 'S': N}], with ones that do"
+    assert str(caught.value.hint) == "sizes=[{'B': N, 'S': N}], with sizes that fit"
 
 
 def test_what_is_drawn() -> None:

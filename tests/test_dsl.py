@@ -363,7 +363,7 @@ MISTAKES: list[tuple[Callable[..., Any], str, type[TreadleError], str]] = [
     (wrong_name, "return", FrontendError, "did you mean t.gelu"),
     (half_a_head, "return", FrontendError, "a width of 8 does not split into 3 heads"),
     (float_width, "return", TreadleError, "mlp: hidden must be an integer\n  received  10.6"),
-    (ragged, "return", GraphError, "a constant cannot be made of this"),
+    (ragged, "return", GraphError, "a constant cannot be built from this"),
     (strange_start, "return", FrontendError, "parameter w: unknown initial value 'xavier'"),
     (declared_twice, "return", FrontendError, "parameter f.weight is declared twice"),
     (misspelt_option, "return", FrontendError, "did you mean causal=? t.self_attention(x, heads, *, causal=False,"),

@@ -111,7 +111,7 @@ def test_each_entry_holds_the_weights_that_it_reads(graph: Graph) -> None:
 
 
 def test_what_a_block_makes_under_other_names_is_named_one_by_one(graph: Graph) -> None:
-    """`$h.0.*` stands for all that a block makes, and for nothing less."""
+    """`$h.0.*` stands for all results of a block, and for nothing less."""
     assert graph.bind is not None
     outputs = graph.bind.outputs
     graph.bind.outputs = {name.replace("odd name", "odder"): value for name, value in outputs.items()}
@@ -132,15 +132,15 @@ def test_a_block_that_makes_nothing_prints(graph: Graph) -> None:
 
 
 WRONG: dict[str, tuple[str, str, str, str]] = {
-    "made in main": ("add = add(y,", "$add = add(y,", "$add is made outside of bind", "$add ="),
-    "made in a block": ("mul = mul($w", "$mul = mul($w", "$mul is made outside of bind", "$mul ="),
-    "all made in main": ("y = h(x)", "$h.9.* = h(x)", "is made outside of bind", "$h.9.*"),
+    "made in main": ("add = add(y,", "$add = add(y,", "derived weight $add is assigned outside of bind", "$add ="),
+    "made in a block": ("mul = mul($w", "$mul = mul($w", "derived weight $mul is assigned outside of bind", "$mul ="),
+    "all made in main": ("y = h(x)", "$h.9.* = h(x)", "is assigned outside of bind", "$h.9.*"),
     "made twice at once": ('$first, $"a b"', "$first, $first", "two parameters first", "$first, $first"),
     "made twice": ("$bias =", "$first =", "two parameters first", "$first = add"),
     "made under a weight's name": ("$bias =", "$free =", "two parameters free", "$free ="),
     "one of two made": ('$first, $"a b"', "$first", "call has 2 results, 1 are named", "bind_h() with h.1"),
-    "all of what is no call": ("$bias =", "$bias.* =", "all that a block makes", "add(plain"),
-    "all and more": ("$h.0.* =", "$h.0.*, $more =", "all that a block makes", "bind_h() with h.0"),
+    "all of what is no call": ("$bias =", "$bias.* =", "all results of a block", "add(plain"),
+    "all and more": ("$h.0.* =", "$h.0.*, $more =", "all results of a block", "bind_h() with h.0"),
     "a block called bind": ("block h(", "block bind(", "a block is called bind", "bind {"),
     "a call of bind": ("y = h(x) with h.0", "y = bind()", "bind is an entry, which", "bind()"),
     "a call of main": ("plain = exp(", "plain = main(", "main is an entry, which", "main("),
@@ -148,7 +148,7 @@ WRONG: dict[str, tuple[str, str, str, str]] = {
     "bind with inputs": ("bind {", "bind() {", "expected '{', found '('", "() {"),
     "bind returns": ("    $bias", "    return $bias", "expected a statement", "return $bias"),
     "two binds": ("  main(", "  bind {\n  }\n  main(", "expected 'main', found 'bind'", "bind {"),
-    "no layout": ("in panels(4)", "in 4", "this is no layout", "4"),
+    "no layout": ("in panels(4)", "in 4", "this is not a layout", "4"),
     "unknown layout": ("in panels(4)", "in rows(4)", "unknown layout 'rows'", "rows(4)"),
     "no width": ("in panels(4)", "in panels", "panels have a width", "panels"),
     "two widths": ("in panels(4)", "in panels(4, 4)", "panels has no '4'", "panels(4, 4)"),
@@ -156,7 +156,7 @@ WRONG: dict[str, tuple[str, str, str, str]] = {
     "relayout to no layout": ("to=panels(4)", "to=panels(0)", "panels have a width", "panels(0)"),
     "passed in another layout": ("to=panels(4)", "to=panels(5)", "passes h.0.w_2 in another", "h(x) with h.0"),
     "passed row-major": ("w_2: $first", "w_2: $twice", "passes twice in another", "h(x) with {"),
-    "an output in a layout": ("z = $twice", "z = $h.0.w_2", "output z of main lies in", "z = $h.0.w_2"),
+    "an output in a layout": ("z = $twice", "z = $h.0.w_2", "output z of main has layout", "z = $h.0.w_2"),
 }
 
 
@@ -233,9 +233,9 @@ BROKEN: dict[str, tuple[Callable[[Graph], object], str]] = {
         lambda g: bind_of(g).inputs.append(Value("input", f32[3], "x")),
         "bind takes no inputs",
     ),
-    "no result of a node": (no_result, "what bind makes is the result of a node"),
-    "two names": (two_names, "what bind makes stands under one name"),
-    "name of a weight": (name_of_a_weight, "bind makes both, and reads a weight of that name"),
+    "no result of a node": (no_result, "an output of bind must be the result of a node"),
+    "two names": (two_names, "an output of bind must have one name"),
+    "name of a weight": (name_of_a_weight, "bind assigns both, and reads a weight of that name"),
     "another type": (
         lambda g: held(g.main, "h.1.v", f32[4, 8]),
         "parameter h.1.v is not the same in bind and in main",
@@ -246,20 +246,23 @@ BROKEN: dict[str, tuple[Callable[[Graph], object], str]] = {
     ),
     "a weight in a layout": (
         lambda g: [lie(e.parameters["h.0.w"], panels(4)) for e in g.entries],
-        "weight h.0.w is row-major",
+        "weight h.0.w must be row-major",
     ),
-    "a weight of main in a layout": (lambda g: lie(g.main.parameters["free"], panels(4)), "weight free is row-major"),
-    "an input in a layout": (lambda g: lie(g.main.inputs[0], panels(4)), "input 'x' lies in panels(4)"),
+    "a weight of main in a layout": (
+        lambda g: lie(g.main.parameters["free"], panels(4)),
+        "weight free must be row-major",
+    ),
+    "an input in a layout": (lambda g: lie(g.main.inputs[0], panels(4)), "input 'x' has layout panels(4)"),
     "a layout of no matrix": (
         lambda g: setattr(g.functions["h"].parameters["w_2"], "type", f32[8]),
-        "parameter w_2 is no matrix, and lies in panels(4)",
+        "parameter w_2 is not a matrix, and has layout panels(4)",
     ),
     "a call passes another layout": (pass_row_major, "passes twice in another layout than it is read in"),
     "a callee reads another layout": (
         lambda g: lie(g.functions["h"].parameters["w_2"], panels(8)),
         "does not agree with its signature",
     ),
-    "an output in a layout": (give_in_panels, "output 'z' of main lies in panels(4)"),
+    "an output in a layout": (give_in_panels, "output 'z' of main has layout panels(4)"),
     "a call of bind": (call_bind, "main calls 'bind', which is an entry"),
     "main before bind": (
         lambda g: reorder(g, "bind_h", "h", "main", "bind"),
@@ -280,7 +283,7 @@ BROKEN: dict[str, tuple[Callable[[Graph], object], str]] = {
     ),
     "an initial value of what is made": (
         lambda g: g.initial.update(twice=Init("ones")),
-        "'twice', which is no parameter",
+        "'twice', which is not a parameter",
     ),
 }
 
@@ -298,7 +301,7 @@ def test_a_weight_in_a_layout_is_refused_without_bind_too() -> None:
     b = Builder(graph)
     b.outputs(y=b.linear(b.input("x", f32["B", 4]), b.parameter("w", f32[8, 4]), None))
     graph.main.parameters["w"].lies_in = panels(4)
-    with pytest.raises(VerifyError, match="weight w is row-major"):
+    with pytest.raises(VerifyError, match="weight w must be row-major"):
         verify(graph)
 
 

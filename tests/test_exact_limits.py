@@ -121,7 +121,7 @@ LIMITS: dict[str, tuple[Callable[[], object], Callable[[], object], tuple[str, s
     "the smallest group": (
         lambda: [Encoding("int4_groups", group) for group in (16, 32, 64, 128, 256)],
         lambda: Encoding("int4_groups", 8),
-        ("int4_groups takes the elements of a group", "8", "one of 16, 32, 64, 128, 256"),
+        ("int4_groups takes the number of elements in a group", "8", "one of 16, 32, 64, 128, 256"),
     ),
     "a window": (
         lambda: Window(2**31 - 1),
@@ -175,12 +175,12 @@ LIMITS: dict[str, tuple[Callable[[], object], Callable[[], object], tuple[str, s
     "threads": (
         lambda: Target("cpu", 1024),
         lambda: Target("cpu", 1025),
-        ("a target's threads are a number from 1 to 1024", "threads=1025", "leave it out for one a core"),
+        ("a target's threads are a number from 1 to 1024", "threads=1025", "leave it out for one per core"),
     ),
     "no threads": (
         lambda: Target("cpu", 1),
         lambda: Target("cpu", 0),
-        ("a target's threads are a number from 1 to 1024", "threads=0", "leave it out for one a core"),
+        ("a target's threads are a number from 1 to 1024", "threads=0", "leave it out for one per core"),
     ),
     "an empty symbol": (
         lambda: Graph("g").bound("S", Bounds(1, 1)),
@@ -293,7 +293,7 @@ def test_so_much_is_shown_of_what_was_given(name: str) -> None:
             None,
         ),
         (lambda: parse_placement(f"[-] {LONG}(tp)", MESH), f"there is no monoid {LONG[:40]!r}", None),
-        (lambda: parse_rule(f"[t<=q] {RULE} -> {RULE}"), "t is limited by q, which is no axis of the rule", RULE),
+        (lambda: parse_rule(f"[t<=q] {RULE} -> {RULE}"), "t is limited by q, which is not an axis of the rule", RULE),
         (lambda: parse_rule(f"[t] {RULE} -> {RULE}").apply([]), "takes 1 operands, received 0", RULE),
     ],
 )

@@ -222,7 +222,7 @@ def test_an_axis_of_another_length_is_named() -> None:
         return t.max_pool(t.rearrange(x, pattern="b s c -> b c s"), kernel=(2,))
 
     for build in (cut, strided, padded, joined, pooled):
-        reason = "the axis is cut, padded, joined or strided over"
+        reason = "the axis is sliced, padded, joined or strided"
         assert refused(build, t.f32["B S 8"], "S", reason), build.__name__
 
 

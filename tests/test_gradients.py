@@ -196,11 +196,11 @@ def test_a_loss_of_the_models_own_counts_as_one() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "told"),
     [
-        (lambda g: gradient_graph(g, "logits", []), GraphError, "must be an output that is one number"),
+        (lambda g: gradient_graph(g, "logits", []), GraphError, "must be an output that is a scalar"),
         (lambda g: gradient_graph(with_squares(g), "squares", ["w"]), GraphError, "the graph has no weight w"),
         (lambda g: with_cross_entropy(g, "logit"), UsageError, "the model has no output logit"),
         (lambda g: with_cross_entropy(with_squares(g), "squares"), UsageError, "has no classes along its last axis"),
-        (lambda g: with_own_loss(g, "logits"), UsageError, "is no loss, which is one number"),
+        (lambda g: with_own_loss(g, "logits"), UsageError, "is not a loss: a loss is a scalar"),
         (lambda g: with_distillation(g, "logits", 1.0, 1.5), UsageError, "a teacher's share is from 0 to 1"),
         (lambda g: with_distillation(g, "logits", 0.0, 0.5), UsageError, "a temperature is above 0"),
         (lambda g: with_cross_entropy(with_cross_entropy(g, "logits"), "loss"), UsageError, "has no classes"),

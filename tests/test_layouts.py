@@ -67,12 +67,12 @@ def test_the_text_of_a_layout_reads_back(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ("", "this is no layout"),
-        ("16", "this is no layout"),
-        ("Panels(16)", "this is no layout"),
-        ("panels(16", "this is no layout"),
-        ("panels(16))", "this is no layout"),
-        ("panels (16)", "this is no layout"),
+        ("", "this is not a layout"),
+        ("16", "this is not a layout"),
+        ("Panels(16)", "this is not a layout"),
+        ("panels(16", "this is not a layout"),
+        ("panels(16))", "this is not a layout"),
+        ("panels (16)", "this is not a layout"),
         ("rows(16)", "unknown layout 'rows'"),
         ("panels", "panels have a width"),
         ("panels()", "panels have a width"),
@@ -86,20 +86,20 @@ def test_the_text_of_a_layout_reads_back(text: str) -> None:
         ("panels(16, transposed, transposed)", "panels has no 'transposed'"),
         ("panels(16,)", "panels has no ''"),
         ("onednn(16)", "onednn has no width"),
-        ("blocks(16)", "this is no layout of blocks"),
-        ("blocks(16, 20, 3)", "this is no layout of blocks"),
-        ("blocks(16, 22, 4)", "this is no layout of blocks"),
-        ("blocks(16, 4, 4)", "this is no layout of blocks"),
-        ("blocks(0, 20, 4)", "this is no layout of blocks"),
-        ("blocks(65537, 20, 4)", "this is no layout of blocks"),
-        ("blocks(16, 65540, 4)", "this is no layout of blocks"),
+        ("blocks(16)", "this is not a layout of blocks"),
+        ("blocks(16, 20, 3)", "this is not a layout of blocks"),
+        ("blocks(16, 22, 4)", "this is not a layout of blocks"),
+        ("blocks(16, 4, 4)", "this is not a layout of blocks"),
+        ("blocks(0, 20, 4)", "this is not a layout of blocks"),
+        ("blocks(65537, 20, 4)", "this is not a layout of blocks"),
+        ("blocks(16, 65540, 4)", "this is not a layout of blocks"),
         (MOST_RUNS.replace(")", f", {_MOST_RUNS}:{_MOST_RUNS + 1})"), f"blocks has no '{_MOST_RUNS}:"),
         ("blocks(16, 20, 4, 4)", "blocks has no '4'"),
         ("blocks(16, 20, 4, transposed)", "blocks are of rows"),
-        ("blocks(16, 20, 4, 0:3)", "words are not all there once"),
-        ("blocks(16, 20, 4, 2:4, 0:3)", "words are not all there once"),
-        ("blocks(16, 20, 4, 0:2, 3:4)", "words are not all there once"),
-        ("blocks(16, 20, 4, 0:4, 4:4)", "words are not all there once"),
+        ("blocks(16, 20, 4, 0:3)", "runs must contain every word once"),
+        ("blocks(16, 20, 4, 2:4, 0:3)", "runs must contain every word once"),
+        ("blocks(16, 20, 4, 0:2, 3:4)", "runs must contain every word once"),
+        ("blocks(16, 20, 4, 0:4, 4:4)", "runs must contain every word once"),
         ("blocks(16, 20, 4, 0:99999)", "blocks has no '0:99999'"),
         ("panels(16, tail)", "only blocks have a tail"),
         ("panels(16, 0:4)", "panels has no '0:4'"),
@@ -157,7 +157,7 @@ def test_relayout_is_the_identity_on_elements() -> None:
 @pytest.mark.parametrize("type", [f32[4], f32[2, 3, 4], f32[()]])
 def test_relayout_takes_matrices_alone(type: Any) -> None:
     b = Builder(Graph("g"))
-    with pytest.raises(RuleError, match=f"a layout is one of matrices, x has rank {type.rank}"):
+    with pytest.raises(RuleError, match=f"layouts are for matrices, x has rank {type.rank}"):
         b.apply(Relayout, b.input("x", type), to=panels(4))
 
 

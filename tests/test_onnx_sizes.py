@@ -98,6 +98,21 @@ def test_an_axis_may_be_called_as_its_symbol_is() -> None:
     assert str(import_onnx(proto, dims={"batch_size": 2}).graph.main.inputs[0].type) == "f32[2, B]"
 
 
+def test_an_axis_is_resized_after_several_strides() -> None:
+    """Its length is a quotient of a quotient, which ops hold in their rules."""
+    attributes = "kernel_shape=[3], strides=[2], pads=[1, 1]"
+    body = f"""a = MaxPool<{attributes}>(x)  b = AveragePool<{attributes}>(a)
+        c = Resize<mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor">(b, , scales)
+        d = MaxPool<kernel_shape=[2], strides=[3]>(c)
+        y = Resize<mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor">(d, , scales)"""
+    scales = helper.make_tensor("scales", TensorProto.FLOAT, [3], [1.0, 1.0, 2.0])
+    made = model("(float[N,2,L] x) => (float[N,2,M] y)", body)
+    made.graph.initializer.append(scales)
+    assert str(import_onnx(made).graph.main.results[0].type) == "f32[N, 2, 2*((2*((L+3)//4)+1)//3)]"
+    for length in (9, 10, 11, 12, 30):
+        same_as_runtime(made, {"x": floats(2, 2, length)})
+
+
 def test_a_negative_size_is_refused() -> None:
     proto = model("(float[2] x) => (float y)", "y = Abs(x)")
     proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -2

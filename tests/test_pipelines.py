@@ -90,6 +90,91 @@ def test_ranks_hold_the_weights_of_their_stage_alone() -> None:
     assert plan.weight_bytes() < whole.weight_bytes() / 2.5
 
 
+def sloped_blocks(count: int) -> Graph:
+    """Blocks that are written out, whose heads read one constant, as ALiBi's do."""
+    b = Builder(Graph("sloped"))
+    x, slopes = b.input("x", "f64[B, S, 8]"), b.constant(np.arange(1.0, 9.0))
+    for n in range(count):
+        heads = b.rearrange(
+            b.linear(x, b.parameter(f"up{n}", "f64[8, 8]")), pattern="b s (heads=8 d) -> b s heads d"
+        ) * b.rearrange(slopes, pattern="h -> h 1")
+        merged = b.rearrange(heads, pattern="b s heads d -> b s (heads d)")
+        x = x + b.linear(merged, b.parameter(f"down{n}", "f64[8, 8]"))
+    b.outputs(y=x)
+    return b.graph
+
+
+def in_lab(graph: Graph, plan: ShardingPlan) -> float:
+    """The greatest difference between the lab and the whole graph, relative to the greatest element."""
+    rng = np.random.default_rng(0)
+    inputs = {v.name: np.asarray(rng.normal(size=v.type.evaluate({"B": 9, "S": 3}))) for v in graph.main.inputs}
+    weights = {n: np.asarray(rng.normal(size=v.type.evaluate({}))) for n, v in graph.parameters.items()}
+    found = run_lab(plan, inputs, weights).outputs
+    wanted = interpret(graph, inputs, weights, float64=True)
+    return max(float(np.max(np.abs(found[n] - w)) / max(1.0, np.max(np.abs(w)))) for n, w in wanted.items())
+
+
+def test_each_stage_takes_its_part_of_a_constant() -> None:
+    graph = sloped_blocks(4)
+    plan = shard(graph, "pp=2,tp=2,micro=2", recipe="gpipe")
+    check_sharding(plan)
+    assert in_lab(graph, plan) < NEAR
+    pipeline, steps = pipeline_of(plan), plan.main.steps
+    taken = [at for at, step in enumerate(steps) if any(value.literal is not None for value, _ in step.makes)]
+    assert taken
+    assert [set(taken) <= set(stage.steps) for stage in pipeline.stages] == [True, True], "no stage hands it on"
+    assert all(value.literal is None for stage in pipeline.stages for value, _ in stage.receives)
+    for number, stage in enumerate(pipeline.stages):
+        without = replace(stage, steps=tuple(at for at in stage.steps if at not in taken))
+        stages = (*pipeline.stages[:number], without, *pipeline.stages[number + 1 :])
+        with pytest.raises(PassError, match=rf"stage {number} has no \w+ in \[tp\]"):
+            check_sharding(replace(plan, pipeline=replace(pipeline, stages=stages)))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "recipe"),
+    [("dp=2", "dp"), ("tp=2,dp=2", "megatron-fsdp"), ("pp=2,tp=2,micro=2", "gpipe"), ("cp=2", "context")],
+)
+def test_values_of_rank_0_are_inputs_weights_constants_and_outputs(mesh: str, recipe: str) -> None:
+    b = Builder(Graph("scalars"))
+    x, s, w = b.input("x", "f64[B, S, 8]"), b.input("s", "f64[]"), b.parameter("w", "f64[8, 8]")
+    p, c = b.parameter("p", "f64[]"), b.constant(np.float64(2.5))
+    y = b.linear(b.linear(x * p, w), b.parameter("v", "f64[8, 8]")) * s + c
+    outputs = {
+        "y": y,
+        "s": s,
+        "p": p,
+        "c": c,
+        "product": s * p,
+        "constant": s * c,
+        "most": b.reduce_max(w, axes=(0, 1)),
+    }
+    b.outputs(**outputs, **({} if recipe == "gpipe" else {"total": b.reduce_sum(y, axes=(0, 1, 2))}))
+    axes = {"w[0]": "tp"} if "tp" in mesh else {}
+    plan = shard(b.graph, mesh, recipe=recipe, axes=axes)
+    check_sharding(plan)
+    assert in_lab(b.graph, plan) < NEAR
+
+
+def test_an_output_has_its_micro_batches_in_order() -> None:
+    """What splits the positions of a micro-batch is gathered before they are put together."""
+    b = Builder(Graph("split"))
+    x = b.input("x", "f64[B, 8]")
+    y = b.softmax(b.rms_norm(b.abs(x) + b.parameter("v", "f64[8]"), b.parameter("w", "f64[8]")), axis=1)
+    b.outputs(y=y + x)
+    plan = shard(
+        b.graph,
+        "pp=2,tp=2,dp=2,micro=2",
+        recipe="gpipe",
+        axes={"w[0]": "dp", "x[0]": "tp", "x[1]": "tp", "v[0]": "tp"},
+        sizes={"B": 9},
+    )
+    check_sharding(plan)
+    assert in_lab(b.graph, plan) < NEAR
+    assert plan.main.gives[0].text(plan.mesh) == "[tp micro, -]"
+    assert "output y has its micro-batches in order" in str(plan)
+
+
 # -- cuts --------------------------------------------------------------------------------------------------------------
 
 

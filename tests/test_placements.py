@@ -106,7 +106,7 @@ def test_text_that_is_no_placement_is_refused() -> None:
         parse_placement("[-] mean(tp)", Mesh.of("tp=2"))
     with pytest.raises(ParseError, match="a dimension is split over nothing") as error:
         parse_placement("[tp, *2]", Mesh.of("tp=2"))
-    assert error.value.hint == "-, where it is whole"
+    assert error.value.hint == "- for a whole dimension"
     with pytest.raises(ParseError, match="not a placement"):  # at once: each digit is read in one way
         parse_placement("[-] sum(" + "(1)" + "1" * 10 + "(1)1111111111" * 40 + "!", Mesh.of("tp=2"))
 

@@ -153,7 +153,7 @@ def test_a_line_that_is_no_whole_number_of_groups_stays() -> None:
     }"""
     plan = plan_quantization(parse_graph(text), "int4")
     assert [w.reason for w in plan.weights] == [
-        "an axis of 40 is no whole number of int4_groups blocks",
+        "an axis of 40 is not an integer number of int4_groups blocks",
         "multiplied by linear, an output",
     ]
 

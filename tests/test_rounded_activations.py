@@ -207,7 +207,7 @@ def test_other_encodings_are_refused() -> None:
     with pytest.raises(RuleError, match="x is not encoded as uint8_rows or int8_rows"):
         b.encoded_linear(x, rows)
     four = b.parameter("v", parse_type("f32[32, 64] as q4_1"))
-    with pytest.raises(RuleError, match=r"int8_rows and q4_1 are not multiplied as whole numbers"):
+    with pytest.raises(RuleError, match=r"int8_rows and q4_1 have no product of integers"):
         b.encoded_linear(rows, four, of="q4_1")
     with pytest.raises(RuleError, match=r"x is not encoded as int8_groups\(32\)"):
         b.encoded_linear(rows, four, of="q4_1", rows="int8_groups(32)")

@@ -379,9 +379,9 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "no axis rule": (lambda _: Nameless().axis_rule([]), GraphError, "op nameless has no axis rule"),
     "no dtype rule": (lambda _: Nameless().dtypes(), GraphError, "op nameless has no dtype rule"),
     "no body": (lambda _: hollow.body(nobody), GraphError, "composite op hollow has no body"),
-    "another body": (lambda _: body_of(Narrowing(), [f32[2, 3]]), GraphError, "softmax: its body gives other types"),
-    "no meaning": (lambda _: Collective.combined(hollow, [], []), GraphError, "op hollow has no meaning"),
-    "nothing begun": (lambda _: Starting.awaited.fget(hollow), GraphError, "op hollow begins nothing"),
+    "another body": (lambda _: body_of(Narrowing(), [f32[2, 3]]), GraphError, "softmax: the types of its body differ"),
+    "no meaning": (lambda _: Collective.combined(hollow, [], []), GraphError, "op hollow does not define `combined`"),
+    "nothing begun": (lambda _: Starting.awaited.fget(hollow), GraphError, "op hollow does not define `awaited`"),
     "a call": (lambda _: interpret_function(calling(2).main, [np.ones(2)], {}), GraphError, "a call cannot be"),
     "another signature": (lambda _: inline_calls(calling(3)), GraphError, "main: a call of block does not fit"),
     "an operand of a sample": (lambda _: Sample("f32[2] > 1"), GraphError, "not a sample operand: 'f32[2] > 1'"),
@@ -396,7 +396,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
         lambda _: check_slots("append", np.array([*range(99), 7]), 99), GraphError, "append: two rows are in one slot"
     ),
     "a vector's name": (
-        lambda _: encode_parameters(parse_graph(BALANCED), ROWS, [BALANCE]), GraphError, "main has a parameter v"
+        lambda _: encode_parameters(parse_graph(BALANCED), ROWS, [BALANCE]), GraphError, "main already has a parameter"
     ),
     "two vectors": (
         lambda _: encode_parameters(parse_graph(TWICE), TWO_ROWS, [BALANCE, OTHER_BALANCE]),
@@ -408,7 +408,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
         lambda _: parse_graph(STATE.replace("append(%c", "append(%cc")), TreadleError, "unknown state %cc"
     ),
     "numbers of rows that are rounded": (
-        lambda _: decode_parameters(read("exp(z)", "[B, 4]", ROUNDED)), GraphError, "values that"
+        lambda _: decode_parameters(read("exp(z)", "[B, 4]", ROUNDED)), GraphError, "the graph encodes computed"
     ),
     "no method": (lambda _: traced(lambda x: x.sprung), GraphError, "a tensor of a model has no .sprung"),
     "items": (
@@ -416,7 +416,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     ),
     "twice": (lambda _: op("relu", axes="... -> ...", dtypes="f -> f")(Nameless), GraphError, "op 'relu' is"),
     "a layout": (lambda _: parse_layout("panels(8, wide)"), GraphError, "panels has no 'wide'"),
-    "no encoding": (lambda _: parse_encoding("4bit!"), GraphError, "this is no encoding"),
+    "no encoding": (lambda _: parse_encoding("4bit!"), GraphError, "this is not an encoding"),
     "a part of a row": (lambda _: parse_encoding("int8_rows(4)"), GraphError, "a block of int8_rows is a whole row"),
     "a part of a row of steps": (lambda _: parse_encoding("uint8_rows(4)"), GraphError, "a block of uint8_rows is a"),
     "an encoding": (lambda _: parse_encoding("int4_groups(32, axis=x)"), GraphError, "int4_groups has no 'axis=x'"),

@@ -11,10 +11,17 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from treadle.ir.builder import Builder
 from treadle.ir.errors import SizeError
+from treadle.ir.graph import Graph
+from treadle.ir.placement.mesh import Mesh
+from treadle.ir.placement.placements import MeshPlacement, Split, parse_placement
+from treadle.ir.rules.axis_rule_text import parse_rule
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.sizing.size_text import MOST_TOKENS, parse_size
 from treadle.ir.sizing.sizes import Size, product
+from treadle.ir.text.parser import parse_graph
+from treadle.ir.types import Dim, Factor, Type, f32
 
 SYMBOLS = ("B", "S", "n_1")
 S, T = Size.symbol("S"), Size.symbol("T")
@@ -69,6 +76,12 @@ Values = Mapping[str, int]
         ("0//S", "0"),
         ("(S-1)//2+1", "(S+1)//2"),
         ("(5*S+7)//4", "S+1+(S+3)//4"),
+        ("((S+1)//2+1)//2", "(S+3)//4"),
+        ("(S//2+S)//3", "S//2"),
+        ("(T-S//3)//2 + (S//3-T)//2", "(T-S//3)//2 + (S-3*T)//6"),
+        ("((S//T)//2)//3", "(S//T)//6"),
+        ("(4*S+3)//6", "(2*S+1)//3"),
+        ("(0-2*S-1)//4", "(0-S-1)//2"),
         ("(2*S+1)//2", "S"),
         ("1*S", "S"),
         ("((S+1)//2)*2", "2*((1+S)//2)"),
@@ -97,8 +110,9 @@ def test_different_sizes_stay_apart(first: str, second: str) -> None:
         ("(S+3)//4 + 1", "((S+3)//4)+1"),
         ("2*(S//2)", "2*(S//2)"),
         ("0 - S//2", "-(S//2)"),
-        ("(S//2)//3", "(S//2)//3"),
+        ("(S//2)//3", "S//6"),
         ("7//S", "7//S"),
+        ("2*((2*(S//2)+1)//3)", "2*((2*(S//2)+1)//3)"),
         ("S//(0-2)", "S//(-2)"),
         ("B*S*3 + S*S", "3*B*S+S*S"),
     ],
@@ -402,13 +416,33 @@ def test_hostile_text_is_refused_in_a_few_lines(text: str) -> None:
     assert len(str(caught.value)) < 1000
 
 
-def test_nested_quotients_read_back() -> None:
-    """As a stack of convolutions makes them: each halves the length, rounding up."""
+@pytest.mark.parametrize("scale", [1, 2], ids=["one quotient", "nested ones"])
+def test_quotients_of_quotients_read_back_wherever_they_stand(scale: int) -> None:
+    """As a stack of convolutions makes them: each halves the length, rounding up. Between them it may be doubled."""
     size, length = S, 2**40 + 1
-    for _ in range(20):
-        size, length = (size + 1) // 2, (length + 1) // 2
-    assert parse_size(str(size)) == size
+    for _ in range(12):
+        size, length = (scale * size + 1) // 3, (scale * length + 1) // 3
+    assert str(size).count("//") == (1 if scale == 1 else 12)
     assert size.evaluate({"S": 2**40 + 1}) == length
+    assert parse_size(str(size)) == size
+    assert parse_rule(f"-> ^a={3 * size + T}").given["a"] == 3 * size + T
+    b = Builder(Graph("nested"))
+    x = b.input("x", Type(f32, (Dim.of(T), Dim.of(2 * size), Dim([Factor(Size.of(4), "heads"), Factor(size)]))))
+    y = b.rearrange(x, pattern=f"t (a={2 * size} b) (heads c={size}) -> (t heads) (a b) c")
+    b.outputs(
+        y=b.slice(y, axis=2, start=size - 1), n=b.iota(size=2 * size), w=b.expand(y, shape=(4 * T, 2 * size, size))
+    )
+    assert str(parse_graph(str(b.graph))) == str(b.graph)
+    mesh = Mesh.of("tp=2")
+    placed = MeshPlacement((Split(mesh.parts, 2 * size), None))
+    assert parse_placement(placed.text(mesh), mesh) == placed
+
+
+def test_a_quotient_of_a_quotient_keeps_what_one_number_cannot_hold() -> None:
+    size, value = S, 2**100
+    for _ in range(4):
+        size, value = size // (2**20), value // 2**20
+    assert size.evaluate({"S": 2**100}) == value
 
 
 @pytest.mark.parametrize("value", [2.0, 2.5, None, [3], b"S"])
@@ -428,7 +462,7 @@ def test_operators_beside_numbers_that_are_no_sizes() -> None:
     assert (np.int64(9) - S, np.int64(9) // S, np.int64(9) % S) == (9 - S, 9 // S, 9 % S)
     assert (S**0, S**1, S**3, seven**0, seven**2, seven**-1) == (1, S, S * S * S, 1, 49, 1 / 7)
     for function in (operator.floordiv, operator.mod):
-        with pytest.raises(SizeError, match="the size S is no number while a model is traced"):
+        with pytest.raises(SizeError, match="the size S is not a number while a model is traced"):
             function(2.5, S)
         with pytest.raises(TypeError):
             function([], seven)

@@ -252,7 +252,7 @@ REFUSED: dict[str, tuple[Callable[[Any, States], object], str]] = {
     "no memory": (lambda e, s: e.new_states(R=2**30, C=2**30), "there is not enough memory for its states"),
     "more than there is room for": (
         lambda e, s: e.entry("main")(s, x=np.zeros((2, 10, 6), np.float32), rows=ROWS, start=START),
-        "state holds C positions, x brings S, where C = 9, S = 10",
+        "state holds C positions, x has S, where C = 9, S = 10",
     ),
     "a full slot": (
         lambda e, s: e.entry("main")(s, x=X, rows=ROWS, start=np.array([0, 9])),

@@ -75,7 +75,7 @@ WRONG: dict[str, tuple[str, str, str]] = {
     "an unknown state": ("gather(%seen, rows)", "gather(%saw, rows)", "unknown state %saw"),
     "an update under a plain name": ("%seen = append", "seen = append", "append updates a state"),
     "an update of another": ("%seen = append", "%h.0.mem.k = append", "append updates a state"),
-    "no update": ("add = add(gather_2, 1)", "%seen = add(gather_2, 1)", "add is no update of %seen"),
+    "no update": ("add = add(gather_2, 1)", "%seen = add(gather_2, 1)", "add does not update %seen"),
     "an output": ("seen = add", "seen = %seen", "output seen is a state"),
     "a weight for a state": ("with h.0 ", "with h.0 {mem.k: $h.0.w}", "passes h.0.w as state mem.k"),
     "a state as an input": ("h(x, rows, start) with h.0", "h(%h.0.mem.k, rows, start) with h.0", "as input x"),
@@ -199,19 +199,19 @@ FAULTS: dict[str, tuple[Callable[[Graph], object], str]] = {
     "old across calls": (call_with_an_old_version, "call reads state h.0.mem.k as it was before it was updated"),
     "not the last version": (
         lambda g: g.functions["step"].updated.update(seen=g.functions["step"].states["seen"]),
-        "says that state seen is updated to what is not its last version",
+        "declares a wrong last version of state seen: another version is the last",
     ),
-    "not said": (lambda g: forget(g, "step", "seen"), "step updates state seen, and does not say so"),
-    "not said by a block": (lambda g: forget(g, "h", "mem.k"), "h updates state mem.k, and does not say so"),
+    "not said": (lambda g: forget(g, "step", "seen"), "step updates state seen, but does not declare it"),
+    "not said by a block": (lambda g: forget(g, "h", "mem.k"), "h updates state mem.k, but does not declare it"),
     "no state of it": (
         lambda g: g.functions["step"].updated.update(saw=g.functions["step"].updated["seen"]),
-        "state saw is updated to what is no state of it",
+        "a wrong last version of state saw: it has no such state",
     ),
     "no update": (
         lambda g: g.functions["step"].updated.update(seen=node(g, "step", "add").result),
-        "state seen is updated to what is not its last version",
+        "wrong last version of state seen: another version is the last",
     ),
-    "dropped": (drop_update, "state seen is updated to what is not its last version"),
+    "dropped": (drop_update, "wrong last version of state seen: another version is the last"),
     "an output": (
         lambda g: g.functions["step"].outputs.update(k=g.functions["step"].states["seen"]),
         "output 'k' is state seen",
@@ -228,7 +228,10 @@ FAULTS: dict[str, tuple[Callable[[Graph], object], str]] = {
         lambda g: g.functions["step"].parameters.update(seen=Value("parameter", g.states["seen"].type, "seen")),
         "seen is a parameter and a state",
     ),
-    "another kind": (lambda g: setattr(g.states["seen"], "kind", "input"), "is among the states, but is no state"),
+    "another kind": (
+        lambda g: setattr(g.states["seen"], "kind", "input"),
+        "is among the states, but is not one of them",
+    ),
 }
 
 

@@ -266,7 +266,7 @@ FORMS: dict[str, tuple[Any, tuple[Any, ...], str]] = {
     "bits turned": (lambda x: ~x, (WHOLE,), "of integers"),
     "linear": (lambda x: F.linear(x, x[0]), (X,), "a weight of rank 1"),
     "addmm": (lambda x: torch.addmm(x, x[:, :3], x, alpha=2), (WHOLE,), "of integers with alpha or beta"),
-    "diagonal": (lambda x: torch.einsum("ii->i", x[:, :3]), (X,), "axis i stands twice in one operand"),
+    "diagonal": (lambda x: torch.einsum("ii->i", x[:, :3]), (X,), "axis i occurs twice in one operand"),
     "transposed": (lambda x: F.conv_transpose1d(x[None], x[:, None]), (X,), "transposed"),
     "mask": (
         lambda x: F.scaled_dot_product_attention(*[x[None, None]] * 3, x[:, :3][None, None, None]),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import treadle
-from tests.torch_modules import Applied, Rule, assert_equal
+from tests.torch_modules import Applied, Rule, assert_equal, drawn
 from treadle.frontends.torch_export.sizes import Symbols, _always
 from treadle.ir.sizing.size_bounds import Bounds
 
@@ -89,8 +89,47 @@ def test_a_branch_on_two_sizes_is_taken_where_all_sizes_go_one_way(name: str) ->
         model = treadle.from_torch(rule, pair, dynamic=dynamic)
         assert_equal(model, rule, pair, (pair[0][:1], pair[1][:1]))
         return
-    with pytest.raises(treadle.TreadleError, match="branches on a size, and what it does then holds for some sizes"):
+    known = "may not hold for all sizes" if name == "quotient" else "holds for some sizes alone"
+    with pytest.raises(treadle.TreadleError, match=f"branches on a size, and what it does then {known}"):
         treadle.from_torch(rule, pair, dynamic=dynamic)
+
+
+STRIDED: dict[str, tuple[list[Any], Any, dict[str, int]]] = {
+    # layers, a function after them, and the least size of each axis
+    "no elements": ([nn.Conv2d(3, 3, 2, stride=3), nn.AvgPool2d(2, 2)], None, {"B": 1, "L": 5, "W": 5}),
+    "turned": (
+        [nn.Conv2d(3, 3, 2, stride=3), nn.AvgPool2d(3, 3)],
+        lambda y: y.transpose(1, 2).reshape(y.shape[0], -1),
+        {},
+    ),
+    "mean": ([nn.MaxPool2d(2, 3), nn.AvgPool2d(2, 2)], lambda y: y.mean(dim=(2, 3)), {}),
+    "product": ([nn.AvgPool2d(3, 2)], lambda y: y * 2 if (y.shape[2] - 1) * (y.shape[3] - 2) != 0 else y, {}),
+    "both": ([nn.Conv2d(3, 3, 2, 3)], lambda y: y if y.shape[2] > 1 and y.shape[3] > 2 else y * 2, {"L": 5, "W": 8}),
+    "maximum": (
+        [nn.MaxPool2d(2, 2)],
+        lambda y: y * 2 if max(1, y.shape[2] - 1) * max(1, y.shape[3]) > 0 else y,
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STRIDED)
+def test_conditions_that_hold_for_all_sizes_after_strides(name: str) -> None:
+    layers, after, least = STRIDED[name]
+    torch.manual_seed(0)
+    chain = drawn(nn.Sequential(*layers))
+    module = Applied((lambda x: after(chain(x))) if after is not None else chain)
+    model = treadle.from_torch(module, (torch.randn(2, 3, 34, 41),), dynamic={"x": "B _ L W"})
+    held = model.graph.symbols
+    assert {symbol: held[symbol].lower for symbol in least} == least
+    assert all(bounds.upper is None for bounds in held.values())
+    assert_equal(model, module, *[(torch.randn(b, 3, n, m),) for b, n, m in ((2, 34, 41), (1, 23, 30), (3, 22, 29))])
+
+
+def test_a_condition_that_fails_somewhere_is_said_to_fail() -> None:
+    module = Applied(lambda x: x * 2 if 2 * (x.shape[0] // 2) * x.shape[1] < x.shape[0] * x.shape[1] else x)
+    with pytest.raises(treadle.TreadleError, match="what it does then holds for some sizes alone"):
+        treadle.from_torch(module, (torch.randn(3, 4),), dynamic={"x": "N M"})
 
 
 ALONE: dict[str, tuple[Any, tuple[int, int | None] | None]] = {
@@ -131,6 +170,15 @@ def test_the_bounds_that_a_branch_on_one_size_gives(name: str) -> None:
         ("-s0 - s1", "Lt", -2, False),
         ("-s0 - s1", "Le", -2, True),
         ("-s0 - s1", "Le", -3, False),
+        ("(3*s0 - 2)*(3*s1 - 2)", "Gt", 0, True),
+        ("(3*s0 - 2)*(3*s1 - 2)", "Gt", 1, False),
+        ("9*s0*s1 - 6*s0 - 6*s1 + 4", "Ge", 1, True),
+        ("9*s0*s1 - 6*s0 - 6*s1 + 2", "Ge", 0, False),
+        ("Max(1, s0 - 5)*Max(2, s1 - 7)", "Ge", 2, True),
+        ("Min(s0, 4) - s1", "Lt", 4, True),
+        ("s0*s1 - s1", "Ge", 0, True),
+        ("(s0 - s1)**2", "Ge", 0, False),
+        ("s0**2*s1", "Ge", 1, True),
         ("s0 + s1", "Ne", 1, True),
         ("-s0 - s1", "Ne", 0, True),
         ("s0 + s1", "Ne", 2, False),

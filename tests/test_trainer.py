@@ -265,7 +265,7 @@ def test_what_a_step_holds_is_told() -> None:
         ({"loss": "perplexity"}, "the model has no output perplexity"),
         ({"output": "hidden"}, "the model has no output hidden"),
         ({"target": "cuda"}, "training runs on the processor, not on cuda"),
-        ({"loss": "logits"}, "is no loss, which is one number"),
+        ({"loss": "logits"}, "is not a loss: a loss is a scalar"),
         ({"loss": "far", "output": "logits"}, "a loss of the model's own has none"),
         ({"optimizer": "adamw"}, "optimizer= is an optimizer"),
         ({"optimizer": AdamW}, "optimizer= is an optimizer"),

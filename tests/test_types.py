@@ -209,15 +209,15 @@ def test_the_dtype_of_a_constant(value: Any, dtype: DType | None, kind: DType) -
 @pytest.mark.parametrize(
     ("value", "dtype", "said"),
     [
-        (0.5, i64, "0.5 is no i64"),
-        ([1, 2.5], i64, "2.5 is no i64"),
-        (300, u8, "300 is no u8"),
-        (-1, u8, "-1 is no u8"),
-        (2**31, i8, "is no i8"),
-        (2**63, i64, "is no i64"),
-        (float("nan"), i64, "nan is no i64"),
-        (float("inf"), i64, "inf is no i64"),
-        (2, boolean, "2 is no bool"),
+        (0.5, i64, "0.5 is not of dtype i64"),
+        ([1, 2.5], i64, "2.5 is not of dtype i64"),
+        (300, u8, "300 is not of dtype u8"),
+        (-1, u8, "-1 is not of dtype u8"),
+        (2**31, i8, "is not of dtype i8"),
+        (2**63, i64, "is not of dtype i64"),
+        (float("nan"), i64, "nan is not of dtype i64"),
+        (float("inf"), i64, "inf is not of dtype i64"),
+        (2, boolean, "2 is not of dtype bool"),
         (1e5, f16, "100000.0 is out of the range of f16"),
         (1e39, f32, "is out of the range of f32"),
         (3.4e38, bf16, "is out of the range of bf16"),
@@ -226,7 +226,7 @@ def test_the_dtype_of_a_constant(value: Any, dtype: DType | None, kind: DType) -
         ("a", None, "cannot hold"),
         (1j, f32, "cannot hold complex128"),
         (None, None, "cannot hold object"),
-        ([[1, 2], [3]], None, "cannot be made of this"),
+        ([[1, 2], [3]], None, "cannot be built from this"),
     ],
 )
 def test_a_constant_changes_no_number_unseen(value: Any, dtype: DType | None, said: str) -> None:

@@ -108,5 +108,5 @@ def test_follow() -> None:
     assert step, str(step)
     for verdict in (follow(graph, "F").step(), follow(graph, "F").pack()):
         assert not verdict
-        assert "conv: the axis is cut, padded, joined or strided over" in str(verdict)
+        assert "conv: the axis is sliced, padded, joined or strided" in str(verdict)
         assert "models/whisper.py:" in str(verdict)

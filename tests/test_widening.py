@@ -85,7 +85,7 @@ def test_an_artifact_is_widened_as_it_is_loaded(tmp_path: Path) -> None:
 
 
 def test_a_dtype_that_is_not_narrow_is_refused() -> None:
-    with pytest.raises(UsageError, match="'f64' is no dtype that is widened to f32") as refused:
+    with pytest.raises(UsageError, match="'f64' is not a dtype that can be widened to f32") as refused:
         treadle.compile("gpt2", widen="f64")
     assert refused.value.hint == "one of bf16, f16, blocks"
 

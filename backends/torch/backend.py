@@ -73,7 +73,7 @@ class TorchBackend(StagedBackend):
             return None
         given = [v.type.encoding for v in (*node.inputs, *node.results)]
         for encoding in [each for each in given if each not in (None, ROWS, STEPS, GROUPS)]:
-            return f"{encoding} blocks of what is no weight have no form in PyTorch"
+            return f"{encoding} blocks have no form in PyTorch but as weights, which are decoded once"
         for op, _ in primitives(node.op, [None if v is None else v.type for v in node.operands], keeps):
             if op.name not in SPELLINGS and not op.meets_ranks:
                 inside = "" if op is node.op else f", which is in the body of {node.op.name}"

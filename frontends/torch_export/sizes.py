@@ -13,14 +13,14 @@ refuses the import: on other sizes the module would compute something else.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
 import numpy as np
 
-from treadle.ir.errors import FrontendError
-from treadle.ir.sizing.size_bounds import Bounds
+from treadle.ir.errors import FrontendError, SizeError
+from treadle.ir.sizing.size_bounds import INFINITY, Bounds, quotient_interval
 from treadle.ir.sizing.sizes import ZERO, Size, product
 
 _MOST_TRIED = 1 << 19
@@ -177,6 +177,8 @@ def _falls(difference: Size) -> bool:
 def bounds_of(symbols: Symbols) -> dict[str, Bounds]:
     """The values that each of our symbols may take, by the guards of an export, as `symbols.bounds` holds them too.
 
+    Conditions on one symbol bound it; then those on several must hold for all values within the bounds.
+
     Raises FrontendError, with the line that asked, for a guard that bounds do not say.
     """
     env = symbols.env
@@ -187,12 +189,8 @@ def bounds_of(symbols: Symbols) -> dict[str, Bounds]:
         name = symbols.names.get(symbol.name)
         if name is not None:
             found[name] = found.get(name, Bounds()).intersect(_of_range(range))
-    asserted = [a for held in env.deferred_runtime_asserts.values() for a in held]
-    for position, guard in enumerate((*env.guards, *asserted)):
-        late = symbols.traced is not None and symbols.traced <= position < len(env.guards)
-        if _is_of_one_op(guard, late):
-            continue
-        expr = env.replace(guard.expr)
+    on_several = []
+    for guard, expr in _conditions(symbols, env):
         free = sorted({s.name for s in expr.free_symbols})
         ours = {symbols.names.get(n) for n in free}
         if None in ours:
@@ -204,12 +202,37 @@ def bounds_of(symbols: Symbols) -> dict[str, Bounds]:
             assert name is not None
             held = _values(expr, free, env, symbols, guard)
             found[name] = found.get(name, Bounds()).intersect(held)
-        elif free and not _always(expr, found, symbols):
-            raise _untold(guard, symbols, expr)
+        elif free:
+            on_several.append((guard, expr))
+    for guard, expr in on_several:
+        if not _always(expr, found, symbols):
+            raise _untold(guard, symbols, expr, known=_fails_somewhere(expr, found, symbols))
     for name, bounds in found.items():
         if bounds.upper is not None and bounds.upper < bounds.lower:
             raise FrontendError(f"no size {name} fits all that the module asks of it", received=bounds.around(name))
     return found
+
+
+def _conditions(symbols: Symbols, env: Any) -> Iterator[tuple[Any, Any]]:
+    """The guards of an export with what each asks, in parts where all of several must hold."""
+    asserted = [a for held in env.deferred_runtime_asserts.values() for a in held]
+    for position, guard in enumerate((*env.guards, *asserted)):
+        late = symbols.traced is not None and symbols.traced <= position < len(env.guards)
+        if not _is_of_one_op(guard, late):
+            yield from ((guard, part) for part in _all_of(env.replace(guard.expr)))
+
+
+def _all_of(expr: Any) -> Iterator[Any]:
+    """The conditions that together are one: of `x*y != 0` they are `x != 0` and `y != 0`."""
+    kind = type(expr).__name__
+    if kind == "And":
+        for part in expr.args:
+            yield from _all_of(part)
+    elif kind == "Unequality" and type(expr.args[0]).__name__ == "Mul" and expr.args[1].is_zero:
+        for part in expr.args[0].args:
+            yield from _all_of(expr.func(part, 0))
+    else:
+        yield expr
 
 
 def _of_range(range: Any) -> Bounds:
@@ -220,7 +243,10 @@ def _of_range(range: Any) -> Bounds:
     return Bounds(max(finite(range.lower) or 1, 1), None if upper is None or upper >= 2**40 else upper)
 
 
-_SHAPE_RULES = re.compile(r"torch/(_ops\.py|_refs/|_prims_common/|_meta_registrations\.py|_subclasses/)")
+_SHAPE_RULES = re.compile(
+    r"torch/(_ops\.py|_refs/|_prims_common/|_meta_registrations\.py|_subclasses/|_export/non_strict_utils\.py)"
+)
+"""Where operators' own rules ask: the last one calls operators, and those in C++ have no lines of their own."""
 
 
 def _is_of_one_op(guard: Any, late: bool) -> bool:
@@ -311,33 +337,98 @@ def _evaluated(expr: Any, values: Mapping[str, Any]) -> Any:
 
 
 def _always(expr: Any, bounds: Mapping[str, Bounds], symbols: Symbols) -> bool:
-    """Whether a comparison holds for all sizes within bounds."""
+    """Return True if a comparison is known to hold for all sizes within bounds."""
     kind = type(expr).__name__
     if kind in ("And", "Or"):
         return (all if kind == "And" else any)(_always(x, bounds, symbols) for x in expr.args)
+    if kind not in _HOLDS:
+        return False
+    left, right = expr.args
+    if _HOLDS[kind](*_interval(left - right, bounds, symbols)):
+        return True
     try:
-        left, right = (symbols.size(x) for x in expr.args)
+        return _HOLDS[kind](*(symbols.size(left) - symbols.size(right)).interval(bounds))
     except (FrontendError, ValueError):
         return False
-    over, under = ((x - y).bounds(bounds).lower for x, y in ((left, right), (right, left)))
-    return {
-        "Equality": left == right,
-        "Unequality": over > 0 or under > 0,
-        "StrictGreaterThan": over > 0,
-        "GreaterThan": over >= 0,
-        "StrictLessThan": under > 0,
-        "LessThan": under >= 0,
-    }.get(kind, False)
 
 
-def _untold(guard: Any, symbols: Symbols, expr: Any) -> FrontendError:
+_HOLDS: Mapping[str, Callable[[float, float], bool]] = {
+    "Equality": lambda low, high: low == high == 0,
+    "Unequality": lambda low, high: low > 0 or high < 0,
+    "StrictGreaterThan": lambda low, high: low > 0,
+    "GreaterThan": lambda low, high: low >= 0,
+    "StrictLessThan": lambda low, high: high < 0,
+    "LessThan": lambda low, high: high <= 0,
+}
+"""True if a comparison holds wherever left - right is from `low` to `high`."""
+
+
+def _interval(expr: Any, bounds: Mapping[str, Bounds], symbols: Symbols) -> tuple[float, float]:
+    """The least and the greatest value of an expression. Sound, and not always tight.
+
+    A sum of products is taken over what each of its parts exceeds its least value by: from W >= 1 and L >= 1 follows
+    that 9*W*L - 6*W - 6*L + 4, which is 9*w*l + 3*w + 3*l + 1 for W = w + 1 and L = l + 1, is 1 or more.
+    """
+    kind = type(expr).__name__
+    if kind in ("Min", "Max"):
+        extreme = min if kind == "Min" else max
+        lows, highs = zip(*(_interval(x, bounds, symbols) for x in expr.args), strict=True)
+        return extreme(lows), extreme(highs)
+    if kind in ("FloorDiv", "CleanDiv"):
+        low, high = (_interval(x, bounds, symbols) for x in expr.args)
+        return quotient_interval(low, high)
+    if expr.is_Symbol:
+        known = expr.name in symbols.told or expr.name in symbols.names
+        return symbols.size(expr).interval(bounds) if known else (-INFINITY, INFINITY)
+    if not (expr.is_Integer or kind in ("Add", "Mul", "Pow")):
+        return -INFINITY, INFINITY
+    parts: dict[Any, tuple[Size, Bounds]] = {}
+
+    def polynomial(x: Any) -> Size:
+        if x.is_Integer:
+            return Size.of(int(x))
+        if x.is_Add or x.is_Mul:
+            terms = [polynomial(each) for each in x.args]
+            return reduce(lambda a, b: a + b, terms) if x.is_Add else product(terms)
+        if x.is_Pow and x.args[1].is_Integer and 0 < int(x.args[1]) <= 8:
+            return product([polynomial(x.args[0])] * int(x.args[1]))
+        if x not in parts:
+            low, high = (-INFINITY, INFINITY) if x.is_Pow else _interval(x, bounds, symbols)
+            if low == -INFINITY:
+                raise SizeError("a part of a size has no least value")
+            more = Size.symbol(f"more{len(parts)}")
+            parts[x] = more + int(low), Bounds(0, None if high == INFINITY else int(high - low))
+        return parts[x][0]
+
+    try:
+        total = polynomial(expr)
+    except SizeError:
+        return -INFINITY, INFINITY
+    return total.interval({f"more{at}": held for at, (_, held) in enumerate(parts.values())})
+
+
+def _fails_somewhere(expr: Any, bounds: Mapping[str, Bounds], symbols: Symbols) -> bool:
+    """Return True if a condition on several symbols is known to fail for small sizes within bounds."""
+    names = sorted(s.name for s in expr.free_symbols)
+    held = [bounds.get(symbols.names[name], Bounds()) for name in names]
+    count = int(_MOST_TRIED ** (1 / len(names)))
+    tried = [range(b.lower, b.lower + count if b.upper is None else min(b.lower + count, b.upper + 1)) for b in held]
+    try:
+        return not np.all(_evaluated(expr, dict(zip(names, np.meshgrid(*tried), strict=True))))
+    except KeyError:
+        return False
+
+
+def _untold(guard: Any, symbols: Symbols, expr: Any, *, known: bool = True) -> FrontendError:
+    """The error for a guard that no bounds express. `known` is False where it may hold for all sizes."""
     place = getattr(guard, "sloc", None)
     frame = getattr(place, "maybe_user_loc", None) or getattr(place, "framework_loc", None)
     where = getattr(frame, "filename", None)
     from treadle.frontends.torch_export.lines import shown
 
     return FrontendError(
-        "the module's code branches on a size, and what it does then holds for some sizes alone",
+        "the module's code branches on a size, and "
+        + ("what it does then holds for some sizes alone" if known else "what it does then may not hold for all sizes"),
         received=symbols.named(expr),
         source=f"{shown(where)}:{frame.lineno}" if where and frame is not None else None,
         hint="leave that dimension out of dynamic=, or trace the module once for each case",

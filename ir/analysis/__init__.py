@@ -1,1 +1,1 @@
-"""What follows from a graph: where an axis goes, what a run costs, which inputs to try, what weights alone decide."""
+"""Analyses of graphs: uses of an axis, the cost of a run, inputs to try, computations on weights alone."""

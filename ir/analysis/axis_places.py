@@ -1,8 +1,8 @@
-"""Where an axis lies in values, and how one op carries it: the transfer function of one node, by its axis rule.
+"""Places of an axis in values, and the transfer function of one node, derived from its axis rule.
 
-An axis lies in a `Place` of a value. `visit(node, places)` takes the places that a node's operands and results hold and
-gives those that its rule maps them to, and what the op does with the axis other than map it. All that follow an axis
-through a graph go by it (`treadle.ir.analysis.axis_tracing`).
+An axis is located in a `Place` of a value. `visit(node, places)` takes the places in a node's operands and results. It
+returns the places that the node's rule maps them to, and every use of the axis other than mapping it. All analyses that
+follow an axis through a graph are based on `visit` (`treadle.ir.analysis.axis_tracing`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from treadle.ir.sizing.sizes import ONE, Size, product
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the axis lies in a value: in dimension `dim`, `size` steps of stride `inner` elements of that dimension.
+    """The location of the axis in a value: dimension `dim`, `size` steps of stride `inner` elements of that dimension.
 
     A whole dimension has inner 1; the heads of a merged [heads * 64] have inner 64.
     """
@@ -85,11 +85,11 @@ def visit(node: Node, here: Sequence[Place]) -> tuple[list[Place], list[Encounte
 def _kind(
     op: Op, application: Application, name: str, names: Set[str], filled: Set[str], pairs_given: bool
 ) -> Kind | None:
-    """What an op does with the axis in one factor of its rule; None where it maps it.
+    """Return the use of the axis in one factor of the op's rule, or None if the op maps it.
 
-    names        the factors in which the axis lies
-    filled       those that it is all of
-    pairs_given  whether an operand has it in two dimensions, so that no position is known to be one's own
+    names        the factors that the axis is located in
+    filled       the factors that consist of the axis alone
+    pairs_given  True if an operand has the axis in two dimensions, so that a query's own position is unknown
     """
     factor = application.factors[name]
     kept = any(name in d.factors for dims in application.results for d in dims)
@@ -103,7 +103,7 @@ def _kind(
         case Role.GENERATED:
             return Generated(name)
         case Role.SCANNED:
-            # Order along a factor is order along the axis only where the axis is all of the factor.
+            # Order along a factor is order along the axis only if the axis is all of the factor.
             return Scanned(name) if name in filled else Whole(name)
         case Role.WHOLE:
             causal = {name, factor.limit} <= filled and not pairs_given
@@ -116,7 +116,9 @@ def _kind(
 
 
 def _side_by_side(names: Sequence[str], slots: Sequence[tuple[Value, Sequence[AxisDim]]]) -> bool:
-    """Whether factors, wherever a value holds one of them, stand together in one dimension in this order."""
+    """Return True if the factors are adjacent and in this order in one dimension of every value that holds one of
+    them.
+    """
     for _, dims in slots:
         for dim in dims:
             if set(names) & set(dim.factors):
@@ -131,14 +133,14 @@ def dims_held(value: Value, places: Sequence[Place]) -> int:
 
 
 def _partners(application: Application, name: str) -> bool:
-    """Whether a factor lies in more than one operand (attention's keys and values)."""
+    """Return True if a factor occurs in more than one operand (attention's keys and values)."""
     return sum(any(name in d.factors for d in dims) for dims in application.operands if dims is not None) > 1
 
 
 def _locate(application: Application, dim: AxisDim, place: Place) -> Iterator[tuple[str, Size, Size]]:
-    """The factors of a dimension in which a place lies, innermost first: (factor, stride within it, size).
+    """Yield the factors of a dimension that a place is in, innermost first: (factor, stride within it, size).
 
-    A place that spans several factors is given piece by piece; one that cuts across them is not given.
+    A place that spans several factors is yielded piece by piece; a place that cuts across factors is not yielded.
     """
     sizes = [application.dims[name].size for name in dim.factors]
     if place.size == ONE:
@@ -157,7 +159,7 @@ def _locate(application: Application, dim: AxisDim, place: Place) -> Iterator[tu
 
 
 def _located_point(dim: AxisDim, sizes: Sequence[Size], place: Place) -> Iterator[tuple[str, Size, Size]]:
-    """The factor of size 1 that a place of size 1 is, which no product tells."""
+    """Yield the factor of size 1 for a place of size 1, which strides cannot determine."""
     inner = ONE
     for name, size in zip(reversed(dim.factors), reversed(sizes), strict=True):
         if size == ONE and inner == place.inner:

@@ -1,6 +1,6 @@
-"""Closes places of an axis under the rules of a function's nodes; calls are entered, each in its own context.
+"""Closure of an axis's places under the rules of a function's nodes; calls are entered, each in its own context.
 
-A context is a function and the places that are given there: the operands and results of a call that hold the axis.
+A context is a function and its initial places: those of the call's operands and results that hold the axis.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Closure:
 
 
 class Tracer:
-    """Closes sets of places under the rules of a function's nodes; calls are closed in their own context."""
+    """Computes closures of sets of places under the rules of a function's nodes; each call has its own context."""
 
     def __init__(self, graph: Graph, axis: str) -> None:
         self.graph = graph
@@ -33,7 +33,7 @@ class Tracer:
         self.memo: dict[tuple[str, frozenset[Place]], Closure] = {}
 
     def seeds(self) -> Iterator[Place]:
-        """The places at which the axis starts in `main`; labels start inside every function, see `label_seeds`."""
+        """Yield places where the axis starts in `main`; labels start inside every function, see `label_seeds`."""
         main = self.graph.main
         match = re.fullmatch(r"(.+)\[(\d+)\]", self.axis)
         if match is not None:
@@ -59,7 +59,7 @@ class Tracer:
                     inner = inner * factor.size
 
     def generated_seeds(self, function: Function) -> Iterator[Place]:
-        """Where a symbol's axis is generated: `iota(size=S)` counts along it."""
+        """Yield the places where a symbol's axis is generated: `iota(size=S)` counts along it."""
         for node in function.nodes if self.symbol is not None else ():
             if node.op.callee is not None or self.symbol not in attribute_symbols(node.op):
                 continue
@@ -95,7 +95,7 @@ class Tracer:
         add(seeds)
         add(self.label_seeds(function))
         add(self.generated_seeds(function))
-        if self.symbol is not None or self.axis.isidentifier():  # it may start anew in a callee
+        if self.symbol is not None or self.axis.isidentifier():  # the axis may start again in a callee
             pending.update(dict.fromkeys(n for n in function.nodes if n.op.callee is not None))
         met: dict[Node, list[Encounter]] = {}
         while pending:
@@ -111,7 +111,7 @@ class Tracer:
         if self.symbol is not None:
             for node in function.nodes:
                 if node not in met and node.op.callee is None and self.symbol in attribute_symbols(node.op):
-                    # It computes with the length, but not along the axis: 2*S numbers, or S itself.
+                    # The node computes with the length, but not along the axis: 2*S numbers, or S itself.
                     met[node] = [Encounter(node, Resized(), node.scope)]
         flat = tuple(e for node in function.nodes for e in met.get(node, ()))
         return Closure(frozenset(p for held in places.values() for p in held), flat)
@@ -135,12 +135,12 @@ class Tracer:
 
 
 def joined_scope(outer: str, inner: str) -> str:
-    """A scope within another."""
+    """Return the path of a scope within another scope."""
     return f"{outer}.{inner}" if outer and inner else outer or inner
 
 
 def ordered_values(function: Function) -> Iterator[Value]:
-    """The arguments of a function, and all results of its nodes."""
+    """Yield the arguments of a function, and all results of its nodes."""
     yield from function.arguments
     for node in function.nodes:
         yield from node.results

@@ -1,9 +1,10 @@
-"""What a graph costs: floating-point operations and bytes, derived from axis rules and bodies.
+"""The cost of a graph: floating-point operations and bytes, derived from axis rules and bodies.
 
-A primitive's operations are its points (the product of its rule's factors) times its `flops` a point; a composite's
-are its body's; attention counts its live pairs. Bytes are what an op reads and writes once, as if nothing stayed in a
-cache: an operand that is looked up is read only as often as the result is written, and an op that updates a state
-writes what it is given. What is computed from weights alone is done once, when they are bound, and not counted.
+The operations of a primitive are its points (the product of its rule's factors) times its `flops` per point. The
+operations of a composite are those of its body. Attention counts its live pairs. Bytes are what an op reads and writes
+once, as if no cache existed. From an operand that is indexed, an op reads only as many bytes as it writes to the
+result, and an op that updates a state writes only the update. Computations on weights alone run once, when weights are
+bound, and are not counted.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Cost:
 
     @property
     def intensity(self) -> float:
-        """Operations a byte."""
+        """Operations per byte."""
         return self.flops / self.bytes if self.bytes else 0.0
 
 
@@ -41,9 +42,9 @@ Sizes = Mapping[str, int]
 
 
 def graph_cost(graph: Graph, sizes: Sizes, entry: str | None = None) -> Cost:
-    """The cost of one run of an entry, by default the last, where each symbol has a size.
+    """Return the cost of one run of an entry, by default the last. `sizes` gives a size to each symbol.
 
-    Raises SizeError for a symbol without one.
+    Raises SizeError for a symbol without a size.
     """
     missing = sorted(set(graph.symbols) - set(sizes))
     if missing:
@@ -55,7 +56,7 @@ def graph_cost(graph: Graph, sizes: Sizes, entry: str | None = None) -> Cost:
 
 
 def node_cost(node: Node, sizes: Sizes, functions: Mapping[str, Cost] | None = None) -> Cost:
-    """The cost of one node; `functions` holds those of the functions that it may call."""
+    """Return the cost of one node. `functions` holds the costs of the functions that it may call."""
     if node.op.callee is not None:
         return (functions or {}).get(node.op.callee, Cost())
     operands = [None if v is None else v.type for v in node.operands]
@@ -69,17 +70,17 @@ def node_cost(node: Node, sizes: Sizes, functions: Mapping[str, Cost] | None = N
 
 
 def parameter_count(graph: Graph) -> int:
-    """The number of elements of all weights, each counted once."""
+    """Return the number of elements of all weights, each counted once."""
     return sum(v.type.elements.evaluate({}) for v in graph.parameters.values())
 
 
 def parameter_bytes(graph: Graph) -> int:
-    """Bytes of all weights in their declared dtypes."""
+    """Return the bytes of all weights in their declared dtypes."""
     return sum(v.type.bytes_at({}) for v in graph.parameters.values())
 
 
 def state_bytes(graph: Graph, sizes: Sizes) -> int:
-    """Bytes of all states where each symbol has a size."""
+    """Return the bytes of all states for the given sizes of symbols."""
     return sum(v.type.bytes_at(sizes) for v in graph.states.values())
 
 

@@ -1,8 +1,8 @@
-"""Inputs to try a graph on: sizes within the bounds of its symbols, and arrays whose indices point inside.
+"""Inputs to try a graph on: sizes within the bounds of its symbols, and arrays with indices in range.
 
-Which integers are indices is read off the graph. A factor that an op's axis rule marks as indexed (`@v`) is read where
-an integer operand points, so that operand's values lie in 0 .. v - 1; and what holds for a value holds for the one that
-it was reshaped, cut, joined, looked up or shifted from, up to the inputs.
+Which integers are indices is derived from the graph. If an op's axis rule marks a factor as indexed (`@v`), the values
+of the integer operand that indexes it are in 0 .. v - 1. A range that is required of a value is also required of the
+value that it was reshaped, sliced, concatenated, gathered or shifted from, back to the inputs.
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ class Range:
 
 
 def small_sizes(graph: Graph) -> list[dict[str, int]]:
-    """A few sizes for every symbol, all within its bounds, no two axes alike where the bounds let them differ.
+    """Return a few sizes for every symbol, within its bounds; no two axes are of equal size where the bounds allow
+    that.
 
-    The first are the least that there can be. Sizes at which a dimension would be negative are left out. Raises
+    The first sizes are the smallest possible. Sizes for which a dimension would be negative are left out. Raises
     UsageError if none are left.
     """
     leading = {v.type.shape[0].as_symbol for v in graph.main.inputs if v.type.rank}
@@ -71,7 +72,7 @@ def small_sizes(graph: Graph) -> list[dict[str, int]]:
         raise UsageError(
             "no small sizes fit the model",
             received=", ".join(graph.symbols),
-            hint=Hint(f"sizes=[{{{each}}}], with ones that do", f"--sizes {told}, with ones that do"),
+            hint=Hint(f"sizes=[{{{each}}}], with sizes that fit", f"--sizes {told}, with sizes that fit"),
         )
     return found
 
@@ -80,14 +81,14 @@ def small_sizes(graph: Graph) -> list[dict[str, int]]:
 
 
 def index_ranges(graph: Graph, sizes: Mapping[str, int]) -> dict[str, Range]:
-    """For each integer input that is used as an index, by name, the values that point inside."""
+    """Return the range of valid values for each integer input that is used as an index, by name."""
     main = inline_calls(graph).main
     ranges = _ranges(main, {}, sizes)
     return {v.name: ranges[v] for v in main.inputs if v in ranges}
 
 
 def _ranges(function: Function, results: dict[Value, Range], sizes: Mapping[str, int]) -> dict[Value, Range]:
-    """Ranges of a function's values, given those that are asked of its results: from each node to its operands."""
+    """Return the ranges required of a function's values, given those of its results: from each node to its operands."""
     found = dict(results)
     for node in reversed(function.nodes):
         for value, asked in _asked_of_operands(node, found, sizes):
@@ -119,9 +120,10 @@ def _asked_of_operands(
 
 
 def _carried_back(node: Node, asked: Range) -> Iterator[tuple[Value, Range]]:
-    """What is asked of a result, asked of the operands that it holds: moved, chosen among, or plus a constant.
+    """Yield the ranges required of the operands whose elements the result holds: moved, selected, or plus a constant.
 
-    Where the choice is between x and x shifted, as where a negative index counts from the end, x alone is asked.
+    If the selection is between x and x shifted, as for negative indices, which count from the end, only x is required
+    to be in the range.
     """
     op, names = node.op, node.op.operand_names(len(node.operands))
     carriers = [
@@ -141,7 +143,7 @@ def _carried_back(node: Node, asked: Range) -> Iterator[tuple[Value, Range]]:
 
 
 def _shifts(value: Value, x: Value) -> bool:
-    """Whether a value is x plus or minus a number."""
+    """Return True if a value is x plus or minus a number."""
     node = value.node
     return node is not None and isinstance(node.op, (Add, Sub)) and x in node.inputs
 
@@ -155,10 +157,10 @@ def _scalar(value: Value) -> int | None:
 
 
 def draw_inputs(graph: Graph, sizes: Mapping[str, int], seed: Sequence[int]) -> dict[str, Array]:
-    """An array for every input, drawn from the seed.
+    """Return an array for every input, drawn from the seed.
 
-    Floats are normal; indices any that point inside; other integers from 1 to the greatest size, as lengths are; of
-    truth values three in four are true. Raises UsageError where no index is left that all uses of an input allow.
+    Floats are normal. Indices are any in range. Other integers are from 1 to the greatest size, as lengths are. Of
+    booleans, three in four are true. Raises UsageError if no index is valid for all uses of an input.
     """
     ranges = index_ranges(graph, sizes)
     inputs = {}
@@ -180,7 +182,9 @@ def draw_inputs(graph: Graph, sizes: Mapping[str, int], seed: Sequence[int]) -> 
 
 
 def held(array: Array, value: Value) -> Array:
-    """Numbers rounded to a value's dtype, in an array that backends take for it: bf16 as float32. Blocks stay."""
+    """Round numbers to a value's dtype, in an array that backends accept for it: bf16 as float32. Blocks stay
+    unchanged.
+    """
     dtype = value.type.dtype
     if value.type.encoding is not None:
         return array

@@ -1,17 +1,17 @@
-"""Encounters: what an op does with an axis other than map it, in one of these kinds.
+"""Encounters: uses of an axis by an op other than mapping it, each of one of these kinds.
 
     Reduced        no result has it: its elements are combined
     Whole          a result may read all of it
-    SelfAttention  attention's keys and queries both lie along it
+    SelfAttention  it is the axis of both keys and queries of attention
     Scanned        a result reads it up to its own position
     Indexed        it is read, or written, at positions that another operand holds
     Generated      a result counts along it
-    Resized        the result has another axis: it was cut, padded, joined or strided over, or only its length is used
-    Reordered      it is divided, and its parts do not stay side by side in their order
-    Paired         a result has it in two dimensions, and so is about pairs of positions
+    Resized        the result has another axis: it was sliced, padded, joined or strided, or only its length is used
+    Reordered      it is divided, and its parts do not stay adjacent in their order
+    Paired         a result has it in two dimensions, and so holds pairs of positions
 
-From the kind follows whether the axis may be stepped and packed there (`Encounter.steps`, `Encounter.packs`), and what
-its parts are combined by where it is divided (`treadle.ir.analysis.following.Following.split`).
+The kind determines whether the axis may be stepped and packed there (`Encounter.steps`, `Encounter.packs`), and how
+partial results are combined if it is split (`treadle.ir.analysis.following.Following.split`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from treadle.ir.graph import Node
 
 @dataclass(frozen=True)
 class _Kind:
-    """factor   of the op's rule, in which the axis lies"""
+    """factor   the factor of the op's rule that the axis is located in"""
 
     factor: str
     word: ClassVar[str]
@@ -35,7 +35,7 @@ class _Kind:
 
 @dataclass(frozen=True)
 class Reduced(_Kind):
-    """monoid   what combines the elements: a sum, say"""
+    """monoid   the combination of the elements, for example a sum"""
 
     monoid: str
     word = "reduced"
@@ -57,7 +57,7 @@ class Whole(_Kind):
 
 @dataclass(frozen=True)
 class SelfAttention(Whole):
-    """aligned   the axis is all of the keys and all of the queries, so that a query's own position is known"""
+    """aligned   True if the axis is all of the keys and all of the queries, so that a query's own position is known"""
 
     aligned: bool = False
 
@@ -69,7 +69,7 @@ class Scanned(_Kind):
 
 @dataclass(frozen=True)
 class Indexed(_Kind):
-    """kept   the result has the axis too: a scatter writes along it, a lookup reads it away"""
+    """kept   True if the result has the axis too: a scatter writes along it, a lookup reads it away"""
 
     kept: bool = False
     word = "indexed"
@@ -82,10 +82,10 @@ class Generated(_Kind):
 
 @dataclass(frozen=True)
 class Resized(_Kind):
-    """factor   "" where the axis is in none, or in one of which the op takes a part"""
+    """factor   "" if the axis is in none, or in one of which the op takes a part"""
 
     factor: str = ""
-    word = "cut, padded, joined or strided over"
+    word = "sliced, padded, joined or strided"
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Reordered:
 
 @dataclass(frozen=True)
 class Paired:
-    """in_output   what holds the pairs is an output of the graph, so that no later op reduces them"""
+    """in_output   True if the value with the pairs is an output of the graph, so that no later op reduces them"""
 
     in_output: bool = False
     word: ClassVar[str] = "paired with itself"
@@ -112,11 +112,11 @@ Kind = Reduced | Whole | SelfAttention | Scanned | Indexed | Generated | Resized
 
 @dataclass(frozen=True)
 class Encounter:
-    """An op that does more with the axis than map it.
+    """A use of the axis by an op other than mapping it.
 
-    kind     what it does
-    scope    the full scope of the first place where this happens; `count` places in all
-    within   the composite whose body was opened to find this, if any
+    kind     one of the kinds above
+    scope    the full scope of the first node where this happens; `count` nodes in all
+    within   the composite whose body contains the op, if any
     """
 
     node: Node
@@ -127,8 +127,9 @@ class Encounter:
 
     @property
     def steps(self) -> bool:
-        """Whether a piece of the axis can be computed here from that piece and a state: causally, or by a scan or a
-        count with a declared step. Of pairs that are no output, what reads them decides."""
+        """True if a piece of the axis can be computed here from that piece and a state: causally, or by a scan or a
+        count with a declared step. For pairs that are not an output, their consumers decide.
+        """
         match self.kind:
             case Whole(causal=causal):  # self-attention, too
                 return causal
@@ -143,7 +144,7 @@ class Encounter:
 
     @property
     def packs(self) -> bool:
-        """Whether the same can be computed where rows of different lengths lie end to end."""
+        """True if the same can be computed where rows of different lengths are stored end to end."""
         match self.kind:
             case Reduced() | Scanned() | Indexed():
                 return True
@@ -156,17 +157,17 @@ class Encounter:
 
     @property
     def line(self) -> str:
-        """The user's line, `gpt2.py:41`, or an empty text."""
+        """The user's line, `gpt2.py:41`, or an empty string."""
         return str((self.within or self.node).source or "")
 
     @property
     def op(self) -> str:
-        """The op's name, and that of the composite in whose body it was found."""
+        """The op's name, and the name of the composite whose body contains it."""
         return self.node.op.name if self.within is None else f"{self.within.op.name} ({self.node.op.name} inside)"
 
     @property
     def place(self) -> str:
-        """`  (gpt2.py:41, scope h.0.attn, 12 times)`, or what is known of it."""
+        """`  (gpt2.py:41, scope h.0.attn, 12 times)`, or the known part of it."""
         scope = f"scope {self.scope}" if self.scope else ""
         times = f"{self.count} times" if self.count > 1 else ""
         known = ", ".join(part for part in (self.line, scope, times) if part)
@@ -181,7 +182,9 @@ class Encounter:
 
 @dataclass(frozen=True)
 class Combination:
-    """Where parts of a divided axis are combined, and by what: a monoid, or the scan of the parts before."""
+    """An encounter at which the parts of a split axis are combined, and how: a monoid, or the scan of the preceding
+    parts.
+    """
 
     encounter: Encounter
     by: str
@@ -193,10 +196,9 @@ class Combination:
 
 @dataclass(frozen=True)
 class Verdict:
-    """An answer: true if nothing stands against it.
+    """The answer to one of the three questions: true if no encounter forbids it.
 
-    against  encounters that forbid it
-    combine  encounters at which partial results must be combined (for `split`)
+    against  encounters that forbid it combine  encounters at which partial results must be combined (for `split`)
     """
 
     question: str

@@ -1,15 +1,15 @@
-"""`follow(graph, axis)`: where one axis goes, and what every op on its way does with it.
+"""`follow(graph, axis)`: all uses of one axis in a graph.
 
 An axis starts at a symbol ("S"), a label ("heads") or a dimension of an input or parameter ("wte.weight[0]"). Through
 each op's axis rule it reaches the dimensions that the rule maps to it, forwards and backwards, into the functions of
-repeated blocks and out again. What an op does with it other than map it is an **encounter**
-(`treadle.ir.analysis.encounters`). From these follow three answers, each with its reasons:
+repeated blocks and out again. A use other than mapping the axis is an **encounter** (`treadle.ir.analysis.encounters`).
+From the encounters follow three answers, each with its reasons:
 
     step    may the axis be computed a piece at a time, as in generation?
     pack    may rows of different lengths be laid end to end along it?
-    split   may devices hold a part of it each, and where must partial results be combined?
+    split   may each device hold a part of it, and where must partial results be combined?
 
-The axis is not its size: two axes of size S stay apart unless some op maps one to the other.
+An axis is not its size: two axes of size S stay separate unless some op maps one to the other.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Following:
     """One axis, followed through a graph.
 
     places      its places in `main`
-    encounters  what ops do with it, callees' included, in program order
+    encounters  uses by ops, including those in callees, in program order
     """
 
     axis: str
@@ -58,25 +58,27 @@ class Following:
 
     @property
     def parameters(self) -> dict[str, int]:
-        """Which weights hold the axis, by full name, in which dimension."""
+        """Full names of the weights that hold the axis, with the dimension."""
         return {p.value.name: p.dim for p in self.places if p.value.kind == "parameter"}
 
     @property
     def outputs(self) -> dict[str, int]:
-        """Which outputs hold the axis, in which dimension."""
+        """Names of the outputs that hold the axis, with the dimension."""
         found = {p.value: p.dim for p in self.places}
         return {name: found[v] for name, v in self.graph.main.outputs.items() if v in found}
 
     def step(self) -> Verdict:
-        """May a piece of the axis be computed from that piece and a state? Every op maps it, is self-attention
-        causal in it, or scans or generates it with a declared step."""
+        """Return a verdict: true if a piece of the axis can be computed from that piece and a state. Every op maps it,
+        is self-attention causal in it, or scans or generates it with a declared step.
+        """
         against = tuple(e for e in self.encounters if not e.steps)
         return Verdict("stepped", self.axis, against)
 
     def pack(self) -> Verdict:
-        """May rows of different lengths lie end to end along the axis? Reductions, scans and indexing then mean a row's
-        own tokens, and self-attention runs row by row. Other pairs of positions, and an op that needs the whole axis in
-        another way than by reducing it, have no such form."""
+        """Return a verdict: true if rows of different lengths may be stored end to end along the axis. Reductions,
+        scans and indexing then cover the tokens of one row, and self-attention runs row by row. Other pairs of
+        positions have no such form, and neither has an op that needs the whole axis other than for a reduction.
+        """
         against = []
         for e in self.encounters:
             if not isinstance(e.kind, SelfAttention) or not e.kind.aligned:
@@ -85,9 +87,11 @@ class Following:
         return Verdict("packed", self.axis, tuple(against))
 
     def split(self) -> Verdict:
-        """May the axis be divided among devices? A reduction leaves partial results to combine by its monoid, a lookup
-        in a divided table a sum, a scan an offset from the parts before. Composites are opened where they need the
-        whole axis; self-attention along it needs every pair, and is against."""
+        """Return a verdict: true if the axis may be split among devices. The partial results of a reduction are
+        combined by its monoid, lookups in a split table by a sum, and a scan by an offset from the preceding parts.
+        Composites that need the whole axis are opened. Self-attention along the axis needs every pair, and forbids
+        the split.
+        """
         against: list[Encounter] = []
         combine: list[Combination] = []
         for e in self.encounters:
@@ -113,7 +117,7 @@ class Following:
         places, met = len(self.places), len(self.encounters)
         return (
             f"<axis {self.axis} of {self.graph.name}: in {places} value{'s' * (places != 1)}, "
-            f"{met} encounter{'s' * (met != 1)}; .step(), .pack() and .split() say what it may>"
+            f"{met} encounter{'s' * (met != 1)}; .step(), .pack() and .split() give the answers>"
         )
 
     def __str__(self) -> str:
@@ -124,9 +128,8 @@ class Following:
 def follow(graph: Graph, axis: str) -> Following:
     """Follow an axis of a graph.
 
-    axis is a symbol (`"S"`), a label (`"heads"`), or a dimension of an input or parameter of `main`
-    (`"tokens[1]"`, `"wte.weight[0]"`). A compiled model stands for its graph. Raises GraphError where there is no such
-    axis.
+    axis is a symbol (`"S"`), a label (`"heads"`), or a dimension of an input or parameter of `main` (`"tokens[1]"`,
+    `"wte.weight[0]"`). A compiled model may be given instead of its graph. Raises GraphError if there is no such axis.
     """
     graph = getattr(graph, "graph", graph)
     tracer = Tracer(graph, axis)
@@ -146,7 +149,7 @@ def follow(graph: Graph, axis: str) -> Following:
 
 
 def _opened(e: Encounter) -> Iterator[Encounter]:
-    """The encounter, or those in the body of a composite that needs the whole axis."""
+    """Yield the encounter, or the encounters in the body of a composite that needs the whole axis."""
     op, kind = e.node.op, e.kind
     if not isinstance(kind, Whole) or not isinstance(op, Composite):
         yield e
@@ -168,7 +171,7 @@ def _opened(e: Encounter) -> Iterator[Encounter]:
 
 
 def _counted(encounters: Sequence[Encounter]) -> tuple[Encounter, ...]:
-    """The same op met in several calls of its function counts as one encounter."""
+    """Merge encounters: the same op met in several calls of its function counts as one encounter."""
     groups: dict[tuple[Node, Kind, Node | None], list[Encounter]] = {}
     for e in encounters:
         groups.setdefault((e.node, e.kind, e.within), []).append(e)

@@ -1,4 +1,4 @@
-"""What one run of a graph enters and computes: calls of each function, ops of each name."""
+"""The number of calls of each function, and of ops of each name, in one run of a graph."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from treadle.ir.graph import Graph
 
 
 def count_calls(graph: Graph) -> dict[str, int]:
-    """How often one run enters each function, in the graph's order."""
+    """Return the number of times that one run calls each function, in the graph's order."""
     calls = dict.fromkeys(graph.functions, 0)
     calls |= dict.fromkeys(graph.entry_names, 1)
     for function in reversed(graph.functions.values()):
@@ -19,7 +19,7 @@ def count_calls(graph: Graph) -> dict[str, int]:
 
 
 def count_run_ops(graph: Graph) -> Counter[str]:
-    """How many ops of each name one run computes, calls of functions opened."""
+    """Return the number of ops of each name that one run computes, including those in called functions."""
     calls = count_calls(graph)
     ops: Counter[str] = Counter()
     for function, node in graph.walk():

@@ -1,6 +1,6 @@
-"""Views of states: values that show what a state holds, and change with it where it is written in place.
+"""Views of states: values that share memory with a state, and change if the state is written in place.
 
-    old = rearrange(%k, ...); %k = append(%k, ...); y = exp(old)          y would read what was appended
+    old = rearrange(%k, ...); %k = append(%k, ...); y = exp(old)          y would read the appended rows
 
 Each such value has a base: the version of a state, or the argument of its function, whose elements it shows.
 """
@@ -12,16 +12,16 @@ from treadle.ir.ops.elementwise import Cast
 
 
 class StateViews:
-    """Asked for functions of one graph; follows what blocks give into their callers."""
+    """The views in the functions of one graph. Views that a function returns are followed into its callers."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self._known: dict[Function, dict[Value, Value]] = {}
 
     def bases(self, function: Function) -> dict[Value, Value]:
-        """The base of each value of a function that shows another's elements."""
+        """Return the base of each value of a function that shows another value's elements."""
         if function not in self._known:
-            for each in self.graph.functions.values():  # callees first, so that nothing goes deep
+            for each in self.graph.functions.values():  # callees first, so that recursion stays shallow
                 if each is not function and each not in self._known:
                     self._known[each] = self._found(each)
                 if each is function:
@@ -36,7 +36,7 @@ class StateViews:
         return found
 
     def add(self, node: Node, found: dict[Value, Value]) -> None:
-        """Add the bases of what a node gives to those of what comes before it."""
+        """Add the bases of a node's results to the bases of the preceding values."""
         callee = self.graph.callee(node)
         if callee is not None:
             self._given(node, callee, found)
@@ -45,7 +45,7 @@ class StateViews:
             found[node.result] = found.get(x, x)
 
     def _given(self, node: Node, callee: Function, found: dict[Value, Value]) -> None:
-        """What a call gives that shows what it was passed, or a state that it updates."""
+        """Add the bases of a call's results that show an operand, or a state that the callee updates."""
         inside = self.bases(callee)
         passed = dict(zip(callee.arguments, node.operands, strict=True))
         after = {node.operands[at]: node.results[index] for index, at in node.op.updates.items()}
@@ -53,22 +53,22 @@ class StateViews:
             base = inside.get(value, value)
             actual = passed.get(base if base.state is None else base.state)
             if actual is not None and actual.literal is None:
-                changed = base.node is not None  # by the callee, whose last version this then is
+                changed = base.node is not None  # updated by the callee: the base is its last version
                 found[result] = after[actual] if changed else found.get(actual, actual)
 
 
 def _is_view(node: Node) -> bool:
-    """Whether a backend may give the memory of the operand itself."""
+    """Return True if a backend may return the memory of the operand itself."""
     if isinstance(node.op, Cast):
         return node.inputs[0].type.dtype is node.result.type.dtype
     return node.op.is_view
 
 
 def deadlines(function: Function) -> dict[Node, int]:
-    """For nodes that read a state which is updated later, or what may show it: the position of the first update.
+    """Return the position of the first later update for each node that reads a state, or a view of a state.
 
-    Whoever computes a node in another place than its own, as a part of a group, must do so before that. What a call
-    gives is taken to show every state that it was passed.
+    A caller that moves a node, for example into a group, must compute it before that position. The results of a call
+    are assumed to show every state that was passed to it.
     """
     if not function.states:
         return {}

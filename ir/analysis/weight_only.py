@@ -1,4 +1,4 @@
-"""What is computed from weights and constants alone: the same at every call, so that it need be done once."""
+"""Computations on weights and constants alone: the same at every call, so that they need to run only once."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from treadle.ir.text.attributes import attribute_symbols
 
 
 def weight_only_nodes(function: Function, calls: Callable[[Node], bool] | None = None) -> dict[Node, None]:
-    """The nodes that read weights and constants and nothing else, in program order.
+    """Return the nodes that read weights and constants and nothing else, in program order.
 
-    What is made of constants alone belongs to them only as far as they read it: folding is there for the rest. Calls
-    do not, but for those that `calls` takes, nor does what depends on a size that is known only at the call, nor what
-    other ranks take part in.
+    Nodes that read constants alone are included only if a node that reads weights needs them; constant folding covers
+    the others. Excluded are calls, except those that `calls` accepts, nodes that depend on a size that is known only at
+    the call, and collectives.
     """
     fixed: set[Value] = set(function.parameters.values())
     weighty = set(fixed)
@@ -29,9 +29,9 @@ def weight_only_nodes(function: Function, calls: Callable[[Node], bool] | None =
 
 
 def values_of_weights(graph: Graph) -> set[Value]:
-    """The weights of all functions, and what is computed from them alone.
+    """Return the weights of all functions, and all values that are computed from weights alone.
 
-    A weight of a function that is called is one of them where every call passes such a value.
+    A weight of a called function is included if every call passes such a value.
     """
     found: set[Value] = set()
     passed: dict[Value, bool] = {}
@@ -51,14 +51,17 @@ def values_of_weights(graph: Graph) -> set[Value]:
 
 
 def is_made_of_weights(value: Value) -> bool:
-    """Whether a value is a weight, or what ops without attributes of their own sizes make of weights alone."""
+    """Return True if a value is a weight, or made of weights alone by ops that `bind` may run.
+
+    These are neither calls, nor collectives, nor ops whose attributes hold symbols.
+    """
     waiting, seen = [value], {value}
     while waiting:
         each = waiting.pop()
         if each.node is None:
             if each.kind != "parameter" and each.literal is None:
                 return False
-        elif each.node.op.callee is not None or attribute_symbols(each.node.op):
+        elif each.node.op.callee is not None or each.node.op.meets_ranks or attribute_symbols(each.node.op):
             return False
         else:
             waiting += [v for v in each.node.inputs if v not in seen]

@@ -1,1 +1,1 @@
-"""Attention's masks and biases: terms, what they mean, how they are read and visited."""
+"""Attention's masks and biases: terms, their meaning, their text form, and visitors."""

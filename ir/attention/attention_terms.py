@@ -1,4 +1,4 @@
-"""Terms of attention: masks that say which keys a query may see, and biases that are added to its scores.
+"""Terms of attention: masks, which select the keys that a query may see, and biases, which are added to its scores.
 
     causal                                keys j <= i
     window(128)                           |i - j| < 128
@@ -9,11 +9,11 @@
     t5_relative(32, 128, bidirectional)   + table[bucket(j - i), h]                 table: float[32, h]
     alibi                                 + slopes[h] * (j - i)                     slopes: float[h]
 
-i is a query's position and j a key's: its index along its own axis, so that query 0 and key 0 stand at one
-place, however many of each there are. Masks intersect and biases add up, in any order. A term says which
-operands it takes, with their axes in attention's (b rows, h query heads, s queries, t keys), its meaning in
-NumPy and in primitives, and how far it lets a query see; its gradient is that of its body. NumPy's kernels call that
-meaning; what the other backends say in its place, they say in a `treadle.ir.attention.term_visitor.TermVisitor`.
+i is a query's position and j a key's: its index along its own axis, so that query 0 and key 0 have the same position,
+whatever their numbers. Masks intersect and biases add up, in any order. A term defines its operands, with their axes in
+attention's (b rows, h query heads, s queries, t keys), its meaning in NumPy and in primitives, and the range of keys
+that it lets a query see. Its gradient is the gradient of its body. NumPy's kernels call that meaning; the other
+backends implement terms in a `treadle.ir.attention.term_visitor.TermVisitor`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ AXES = ("b", "h", "s", "t")
 class TermOperand:
     """An operand of a term: its name, its dtype (as in a dtype rule) and its axes.
 
-    An axis beside b, h, s and t is the term's own, which it reads as a whole.
+    An axis other than b, h, s and t is the term's own; the term reads it as a whole.
     """
 
     name: str
@@ -49,7 +49,7 @@ class TermOperand:
     axes: str
 
     def rule(self, keys: str = "t") -> str:
-        """Its axes in an axis rule, where heads are (g r) and keys have that name."""
+        """Return its axes in an axis rule, where heads are (g r) and the key axis is named `keys`."""
         mapped = {"b": "b", "h": "(g r)", "s": "s", "t": f"[{keys}]"}
         return " ".join(mapped.get(axis, f"[{axis}]") for axis in self.axes.split())
 
@@ -57,9 +57,9 @@ class TermOperand:
 class Term:
     """Base of all terms; derive from `MaskTerm` or `BiasTerm`.
 
-    name        how it is written, its fields following in parentheses
+    name        the term's name in text, before its fields in parentheses
     positional  the axes, of s and t, along which it reads the position itself
-    relative    whether of positions it reads how far they are apart, and of operands no axis of them
+    relative    True if it reads only the differences of positions, and no operand with an axis of positions
     """
 
     name: ClassVar[str]
@@ -68,36 +68,36 @@ class Term:
 
     @property
     def operands(self) -> tuple[TermOperand, ...]:
-        """What it takes beside q, k and v, in order."""
+        """Operands in addition to q, k and v, in order."""
         return ()
 
     def reference(self, i: Array, j: Array, *operands: Array) -> Array:
-        """The meaning in NumPy, with i: [s, 1] and j: [t]; broadcasts against [b, h, s, t]."""
+        """Return the term's value in NumPy, with i: [s, 1] and j: [t]; broadcasts against [b, h, s, t]."""
         raise GraphError(f"term {type(self).__name__} has no reference")
 
     def body(self, grid: Grid, *operands: Expr) -> Expr:
-        """The same in primitives, with `grid.i` and `grid.j`; broadcasts against [b, g, r, s, t]."""
+        """Build the same in primitives, with `grid.i` and `grid.j`; broadcasts against [b, g, r, s, t]."""
         raise GraphError(f"term {type(self).__name__} has no body")
 
     def accept(self, visitor: TermVisitor[X, Y], *operands: X) -> Y:
-        """What a visitor says of this kind of term. Raises GraphError where the kind is none of a visitor's."""
+        """Call the visitor's method for this kind of term. Raises GraphError if the visitor has no method for it."""
         raise GraphError(
             f"attention: {type(visitor).__name__} has no case for the term {self.name}",
             received=self.text,
-            hint="lower attention's body where `is_standard` of a term is false, which says the term in primitives",
+            hint="lower attention's body if `is_standard` of a term is false: it consists of primitives",
         )
 
     @property
     def is_standard(self) -> bool:
-        """Whether visitors have a case for it; a backend lowers attention's body where one of the terms is not.
+        """True if visitors have a method for this kind. A backend lowers attention's body if one of the terms has none.
 
-        What is derived from a standard kind is another kind, whose meaning may be another, and is not.
+        A class derived from a standard kind is another kind, possibly with another meaning, and is not standard.
         """
         return "accept" in vars(type(self)) and type(self) is not Term
 
     @property
     def text(self) -> str:
-        """As it is written; `treadle.ir.attention.term_text.parse_term` reads it back."""
+        """The term in text form; `treadle.ir.attention.term_text.parse_term` parses it."""
         words = []
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
@@ -112,9 +112,9 @@ class Term:
 
 
 class MaskTerm(Term):
-    """A term that says which keys a query may see.
+    """A term that selects the keys that a query may see.
 
-    Its arrays are booleans: true where the query may see the key.
+    Its arrays are booleans: true if the query may see the key.
     """
 
     @property
@@ -128,9 +128,9 @@ class BiasTerm(Term):
 
 
 class Grid:
-    """Where a term's body stands: the positions, and operands laid out against [b, g, r, s, t].
+    """The context of a term's body: the positions, and operands laid out against [b, g, r, s, t].
 
-    i   i64[s, 1], or i64[b, 1, 1, s, 1] where each row has its own
+    i   i64[s, 1], or i64[b, 1, 1, s, 1] if each row has its own
     j   i64[t], or i64[b, 1, 1, 1, t]
     """
 
@@ -149,12 +149,14 @@ class Grid:
         return self.b.iota(size=self.keys, dtype=i64)
 
     def by_head(self, x: Expr) -> Expr:
-        """A value of each head for each i and j: [s, t, h], or [b, 1, 1, s, t, h], as it stands against the rest."""
+        """Lay out a value per head for each i and j: from [s, t, h] or [b, 1, 1, s, t, h] to the layout of the other
+        values.
+        """
         before, after = ("b 1 1 ", "b ") if x.rank == len("bgrsth") else ("", "")
         return self.b.rearrange(x, pattern=f"{before}s t (g={self.groups} r) -> {after}g r s t")
 
     def spread(self, x: Expr, axes: str) -> Expr:
-        """An operand of these axes as [b, g, r, s, t], with 1 for each axis that it lacks."""
+        """Lay out an operand of these axes as [b, g, r, s, t], with size 1 for each missing axis."""
         held = axes.split()
         left = " ".join(f"(g={self.groups} r)" if axis == "h" else axis for axis in held)
         right = " ".join(axis if axis in held else "1 1" if axis == "h" else "1" for axis in AXES)
@@ -162,7 +164,7 @@ class Grid:
 
 
 def _spread(x: Array, axes: str) -> Array:
-    """The same for an array: as [b, h, s, t]."""
+    """Lay out an array of these axes as [b, h, s, t], with size 1 for each missing axis."""
     sizes = dict(zip(axes.split(), x.shape, strict=True))
     return x.reshape([sizes.get(axis, 1) for axis in AXES])
 
@@ -194,7 +196,7 @@ class Causal(MaskTerm):
 
 @dataclass(frozen=True, repr=False)
 class Window(MaskTerm):
-    """|i - j| < size: size - 1 keys to either side of the query's place; with causal, the last `size`."""
+    """|i - j| < size: size - 1 keys on either side of the query's position; with causal, the last `size`."""
 
     size: int
 
@@ -268,7 +270,7 @@ class Segments(MaskTerm):
 
 @dataclass(frozen=True, repr=False)
 class BooleanMask(MaskTerm):
-    """mask: true where a query may see a key; `axes` says which of b, h, s and t it varies along."""
+    """mask: true where a query may see a key; `axes` names those of b, h, s and t along which it varies."""
 
     axes: str = "b h s t"
 
@@ -296,7 +298,7 @@ class BooleanMask(MaskTerm):
 
 @dataclass(frozen=True, repr=False)
 class TensorBias(BiasTerm):
-    """+ bias, where -inf masks a key; `axes` says which of b, h, s and t it varies along."""
+    """+ bias, where -inf masks a key; `axes` names those of b, h, s and t along which it varies."""
 
     axes: str = "b h s t"
 
@@ -340,12 +342,12 @@ class T5Relative(BiasTerm):
 
     @property
     def operands(self) -> tuple[TermOperand, ...]:
-        # Two such terms share the buckets' axis exactly if they have equally many.
+        # Two such terms share the buckets' axis exactly if they have the same number of buckets.
         return (TermOperand("table", "f", f"buckets{self.buckets} h"),)
 
     @cached_property
     def bucket_by_offset(self) -> Array:
-        """The bucket of each j - i from -max_distance to max_distance; beyond, it stays what it is there."""
+        """Return the bucket of each j - i from -max_distance to max_distance; beyond, the bucket stays the same."""
         offsets = np.arange(-self.max_distance, self.max_distance + 1)
         return t5_buckets(offsets, self.buckets, self.max_distance, self.bidirectional)
 

@@ -1,7 +1,7 @@
-"""Where the keys of a cache stand, and which of them a row's queries may see.
+"""Positions of the keys in a cache, and the keys that a row's queries may see.
 
-Without a ring, key j of a slot stands at position j. A ring of C keys holds the last C positions that were written:
-key j stands at the one of them that is congruent to j modulo C.
+Without a ring, slot j holds the key of position j. A ring of C keys holds the last C positions that were written: slot
+j holds the one of them that is congruent to j modulo C.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from treadle.ir.attention.seen_keys import reach_of
 def live_positions(
     terms: Iterable[Term], start: int, queries: int, capacity: int, lengths: Iterable[int], *, ring: bool
 ) -> range:
-    """The positions of all keys that queries at start ... start + queries - 1 may see, by position alone.
+    """Return the positions of all keys that queries at start ... start + queries - 1 may see, by position alone.
 
-    lengths  what each padding among the terms says of the row
+    lengths  the row's length, for each padding among the terms
 
-    At most `capacity` positions, each of a slot of its own: x modulo `capacity`. Keys at others are never read.
+    There are at most `capacity` positions, each with its own slot: x modulo `capacity`. Keys at other positions are
+    never read.
     """
     low, high = reach_of(terms)
     newest = start + queries

@@ -1,4 +1,4 @@
-"""Buckets of distances, as T5 learns a bias for: one a distance while it is small, then growing geometrically."""
+"""Buckets of distances, as in T5's learned bias: one per distance while it is small, then growing geometrically."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from treadle.ir.operation import Array
 
 
 def t5_buckets(offsets: Array, buckets: int, max_distance: int, bidirectional: bool) -> Array:
-    """The buckets of keys at these offsets j - i from their query.
+    """Return the buckets of keys at these offsets j - i from their query.
 
-    The first half of the buckets, `near`, hold one distance each; the others grow geometrically up to
-    max_distance. If bidirectional, keys after the query have the upper half of all buckets to themselves;
-    else they share bucket 0.
+    The first half of the buckets, `near`, hold one distance each; the others grow geometrically up to max_distance. If
+    bidirectional, keys after the query have the upper half of all buckets to themselves; otherwise they share bucket 0.
     """
     count = buckets // 2 if bidirectional else buckets
     near = count // 2
@@ -28,10 +27,10 @@ def t5_buckets(offsets: Array, buckets: int, max_distance: int, bidirectional: b
 
 @lru_cache(maxsize=64)
 def _growing_buckets(near: int, growing: int, max_distance: int) -> tuple[int, ...]:
-    """The distances at which the growing buckets begin, the first of them left out.
+    """Return the distances at which the growing buckets begin, except the first.
 
-    Bucket k begins where (distance/near)^growing >= (max_distance/near)^k: what T5's logarithms come to,
-    compared in integers and so without their rounding.
+    Bucket k begins where (distance/near)^growing >= (max_distance/near)^k. This equals T5's logarithms, but compares
+    integers and so avoids their rounding.
     """
     distances = range(near, max_distance + 1)
 

@@ -3,7 +3,7 @@
     attend(b, q, k, v, masks=causal & window(128) & padding(lengths))
     attend(b, q, k, v, masks=causal, biases=alibi(slopes) + tensor_bias(x, "h s t"))
 
-Masks intersect (`&`), biases add up (`+`); what each means says `treadle.ir.attention.attention_terms`.
+Masks intersect (`&`), biases add up (`+`); `treadle.ir.attention.attention_terms` defines each.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from treadle.ir.source_lines import user_line
 
 @dataclass(frozen=True)
 class _Applied:
-    """Terms, each with its operands: tensors, or arrays, which become constants where they are applied."""
+    """Terms with their operands: tensors, or arrays, which become constants when the terms are applied."""
 
     entries: tuple[tuple[Term, tuple[ExprLike, ...]], ...] = ()
     sign: ClassVar[str]
@@ -41,16 +41,16 @@ class _Applied:
         return f" {self.sign} ".join(term.text for term, _ in self.entries)
 
     def __bool__(self) -> bool:
-        """Raises GraphError: `a and b` would silently be b alone."""
+        """Raise GraphError: `a and b` would silently be b alone."""
         raise GraphError(
             f"{self.noun} have no truth value",
             received=str(self) or None,
             source=str(user_line() or "") or None,
-            hint=f"a {self.sign} b combines them; `mask is None` asks whether there is one",
+            hint=f"a {self.sign} b combines them; `mask is None` is true for a missing one",
         )
 
     def __call__(self, *_: object) -> NoReturn:
-        """Raises GraphError: `causal` is a mask, not a function that makes one."""
+        """Raise GraphError: `causal` is a mask, not a function that returns one."""
         raise GraphError(
             f"{self.noun} are not called",
             received=str(self) or None,
@@ -61,31 +61,31 @@ class _Applied:
 
 @dataclass(frozen=True)
 class Masks(_Applied):
-    """What a query may see: the keys that every one of these masks keeps. Without any, all."""
+    """An intersection of masks: a query sees the keys that every one of them keeps; without any, all keys."""
 
     sign = "&"
     noun = "masks"
 
     def __and__(self, other: object) -> Masks:
-        """Raises GraphError for anything but masks."""
+        """Return the intersection. Raises GraphError if `other` is not masks."""
         if not isinstance(other, Masks):
             raise _mismatch("masks intersect with masks only", other)
         return Masks(self.entries + other.entries)
 
     def __add__(self, other: object) -> NoReturn:
-        """Raises GraphError: masks intersect."""
-        raise _mismatch("masks do not add up", other, "a & b keeps what both keep")
+        """Raise GraphError: masks intersect."""
+        raise _mismatch("masks do not add up", other, "a & b keeps the keys that both keep")
 
 
 @dataclass(frozen=True)
 class Biases(_Applied):
-    """What is added to the scores: the sum of these."""
+    """A sum of biases, which is added to the scores."""
 
     sign = "+"
     noun = "biases"
 
     def __add__(self, other: object) -> Biases:
-        """Raises GraphError for anything but biases."""
+        """Return the sum. Raises GraphError if `other` is not biases."""
         if not isinstance(other, Biases):
             raise _mismatch("biases add to biases only", other)
         return Biases(self.entries + other.entries)
@@ -95,7 +95,7 @@ def _mismatch(what: str, other: object, hint: str | None = None) -> GraphError:
     if hint is None and isinstance(other, _Applied):
         hint = "attention takes both: masks=..., biases=..."
     elif hint is None and isinstance(other, Expr):
-        hint = 't.boolean_mask(x, "b s t") as a mask, t.tensor_bias(x, "h s t") as a bias: which of b, h, s, t x has'
+        hint = 't.boolean_mask(x, "b s t") as a mask, t.tensor_bias(x, "h s t") as a bias, with the axes of x'
     elif hint is None and isinstance(other, str) and other.lower() in ("causal", "alibi", "padding"):
         hint = {"causal": "mask=t.causal", "alibi": "bias=t.alibi(slopes)", "padding": "mask=t.padding(lengths)"}[
             other.lower()
@@ -121,7 +121,7 @@ _INCLUDED = Hint(
 
 
 def _given(x: object, what: str) -> ExprLike:
-    """The tensor or array of a mask or bias. Raises GraphError where an optional input was left out."""
+    """Return the tensor or array of a mask or bias. Raises GraphError if an optional input was left out."""
     if isinstance(x, Expr | np.ndarray | list | tuple):
         return x
     raise GraphError(
@@ -133,7 +133,7 @@ def _given(x: object, what: str) -> ExprLike:
 
 
 def window(size: int) -> Masks:
-    """Keys less than `size` positions away, either side; with causal, the last `size`. Raises GraphError."""
+    """Keys less than `size` positions away, on either side; with causal, the last `size`. Raises GraphError."""
     return Masks(((Window(size), ()),))
 
 
@@ -143,12 +143,12 @@ def padding(lengths: ExprLike) -> Masks:
 
 
 def segments(queries: ExprLike, keys: ExprLike | None = None) -> Masks:
-    """Keys of the query's own segment. queries: i64[b, s]; keys: i64[b, t], the queries' if not given."""
+    """Keys of the query's own segment. queries: i64[b, s]; keys: i64[b, t], by default the queries' segments."""
     return Masks(((Segments(), (_given(queries, "segments"), _given(queries if keys is None else keys, "segments"))),))
 
 
 def boolean_mask(mask: ExprLike, axes: str = "b h s t") -> Masks:
-    """Keys where mask is true. mask: bool, of these axes, some of b, h, s and t. Raises GraphError."""
+    """Keys where mask is true. mask: bool, with some of the axes b, h, s and t. Raises GraphError."""
     return Masks(((BooleanMask(axes), (_given(mask, "a mask"),)),))
 
 
@@ -156,7 +156,7 @@ def boolean_mask(mask: ExprLike, axes: str = "b h s t") -> Masks:
 
 
 def tensor_bias(x: ExprLike, axes: str = "b h s t") -> Biases:
-    """A tensor of these axes, some of b, h, s and t. Raises GraphError."""
+    """A tensor with some of the axes b, h, s and t. Raises GraphError."""
     return Biases(((TensorBias(axes), (_given(x, "a bias"),)),))
 
 
@@ -184,8 +184,8 @@ def attend(
 ) -> Expr:
     """Apply attention: q [b, h, s, d], k [b, g, t, d], v [b, g, t, e] -> [b, h, s, e].
 
-    The op's terms are the masks, then the biases, in their order. Raises RuleError where shapes do not fit,
-    GraphError where biases are given as masks or masks as biases.
+    The op's terms are the masks, then the biases, in their order. Raises RuleError if shapes do not match, GraphError
+    if biases are passed as masks or masks as biases.
     """
     terms, operands = _applied(masks, biases)
     return b.attention(q, k, v, *operands, terms=terms, scale=scale, softcap=softcap, name=name)
@@ -202,14 +202,14 @@ def attend_with_probabilities(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> tuple[Expr, Expr]:
-    """What `attend` gives, and the probabilities [b, h, s, t]. Raises as it does."""
+    """Return the result of `attend`, and the probabilities [b, h, s, t]. Raises the same errors."""
     terms, operands = _applied(masks, biases)
     return b.attention_with_probabilities(q, k, v, *operands, terms=terms, scale=scale, softcap=softcap)
 
 
 def _applied(masks: Masks | None, biases: Biases | None) -> tuple[tuple[Term, ...], list[ExprLike]]:
-    """The terms, and their operands in order."""
-    # By `&` and `+`, which refuse what is not theirs.
+    """Return the terms, and their operands in order."""
+    # `&` and `+` check the types.
     entries = () if masks is None else (Masks() & masks).entries
     entries += () if biases is None else (Biases() + biases).entries
     return tuple(term for term, _ in entries), [x for _, given in entries for x in given]

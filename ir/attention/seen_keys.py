@@ -1,4 +1,4 @@
-"""Which keys queries see under all masks together: how far, whether any at all, and in how many pairs."""
+"""Keys that queries see under all masks together: the range, whether there is any, and the number of pairs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from treadle.ir.sizing.sizes import ZERO, Size
 
 
 def reach_of(terms: Iterable[Term]) -> tuple[int | None, int | None]:
-    """The least and the greatest j - i that all masks among the terms can keep; None: no limit."""
+    """Return the least and the greatest j - i that all masks among the terms can keep; None: no limit."""
     reaches = [term.reach for term in terms if isinstance(term, MaskTerm)]
     least = [low for low, _ in reaches if low is not None]
     greatest = [high for _, high in reaches if high is not None]
@@ -18,10 +18,10 @@ def reach_of(terms: Iterable[Term]) -> tuple[int | None, int | None]:
 
 
 def leave_a_key(terms: Iterable[Term], queries: Size, keys: Size, first: Size = ZERO) -> bool:
-    """Whether every query sees a key whatever the operands hold: key 0 if only causal, its own where there is one.
+    """Return True if every query sees a key whatever the operands hold: key 0 if only causal, else its own key.
 
-    The first query stands at `first`, which is 0 or more: queries that begin later may have no key of their own.
-    A learned table or a slope is a finite number; a tensor that is added may hold -inf.
+    The first query has position `first`, which is 0 or more: later queries may have no key of their own. A learned
+    table or a slope is a finite number; a tensor that is added may hold -inf.
     """
     kinds = {type(term) for term in terms}
     masks = {kind for kind in kinds if issubclass(kind, MaskTerm)}
@@ -31,9 +31,10 @@ def leave_a_key(terms: Iterable[Term], queries: Size, keys: Size, first: Size = 
 
 
 def live_pairs(terms: Iterable[Term], queries: int, keys: int, start: int = 0) -> int:
-    """How many of the queries x keys pairs no mask rules out by position alone; the first query stands at `start`.
+    """Return the number of queries x keys pairs that no mask rules out by position alone; the first query is at
+    `start`.
 
-    What depends on values (padding, segments, a boolean mask) counts as kept: an upper bound.
+    Masks that depend on values (padding, segments, a boolean mask) count as kept: an upper bound.
     """
     low, high = reach_of(terms)
 
@@ -42,7 +43,7 @@ def live_pairs(terms: Iterable[Term], queries: int, keys: int, start: int = 0) -
         last = keys - 1 if high is None else min(i + high, keys - 1)
         return max(last - first + 1, 0)
 
-    turns = {start, start + queries}  # between two of them each query sees as many more, or fewer, than the one before
+    turns = {start, start + queries}  # between two turns the number of keys changes linearly with the query
     turns |= set() if low is None else {-low, keys - low}
     turns |= set() if high is None else {-high - 1, keys - 1 - high}
     inside = sorted(i for i in turns if start <= i <= start + queries)

@@ -1,4 +1,4 @@
-"""Terms of attention read from text: `causal`, `window(128)`, `bias(h s t)`."""
+"""Parsing of attention's terms: `causal`, `window(128)`, `bias(h s t)`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TERMS: dict[str, type[Term]] = {
 
 
 def parse_term(text: str) -> Term:
-    """Read a term as it is written: `causal`, `window(128)`, `bias(h s t)`. Raises ParseError, GraphError."""
+    """Parse a term: `causal`, `window(128)`, `bias(h s t)`. Raises ParseError, GraphError."""
     match = re.fullmatch(r"\s*(\w+)\s*(?:\(([^()]*)\))?\s*", text)
     if match is None:
         raise ParseError(f"not a term of attention: {text!r}", hint="such as causal or window(128)")
@@ -51,7 +51,7 @@ def parse_term(text: str) -> Term:
 
 
 def read_term(value: Term | str) -> Term:
-    """A term that an attribute of an op may be given as text. Raises TypeError for what is neither."""
+    """Return the term of an op's attribute, which may also be given as text. Raises TypeError for any other type."""
     if not isinstance(value, Term | str):
         raise TypeError
     return parse_term(value) if isinstance(value, str) else value

@@ -1,13 +1,13 @@
-"""What a backend says of each kind of attention's terms: a visitor with a method a kind.
+"""Implementations of attention's terms in a backend: a visitor with a method for each kind.
 
-    class Spelled(TermVisitor[str, str]):          # takes operands as text, gives text
+    class Spelled(TermVisitor[str, str]):          # takes operands as text, returns text
         def causal(self, term): return "j <= i"
         def padding(self, term, lengths): return f"j < {lengths}"
         ...
     term.accept(Spelled(), "n")
 
-Every method is abstract, so that a visitor that lacks a kind fails type checking, and cannot be made. A term that
-somebody derives, and that is no kind of these, has `Term.body`: `Term.is_standard` tells.
+Every method is abstract, so a visitor without a method for a kind fails type checking and cannot be instantiated. A
+term of another, derived kind is lowered by `Term.body`; for it `Term.is_standard` is false.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     )
 
 X = TypeVar("X")
-"""What stands for an operand."""
+"""The representation of an operand."""
 Y = TypeVar("Y")
-"""What stands for a term."""
+"""The representation of a term."""
 
 
 class TermVisitor(ABC, Generic[X, Y]):

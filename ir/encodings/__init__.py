@@ -1,4 +1,4 @@
-"""Encodings: block forms in which values take fewer bits than their dtype has. Importing this package registers all."""
+"""Encodings: quantized block forms of values. Importing this package registers all."""
 
 # ruff: noqa: F401
 

@@ -1,13 +1,13 @@
-"""An encoding of a type: a registered block form, laid along one axis.
+"""An encoding of a type: a registered block form, along one axis.
 
     f32[576, 1536] as q4_0                   blocks of 32 along the last axis
-    f32[768, 2304] as int8_rows(axis=0)      a block a column: the axis that a product sums over
+    f32[768, 2304] as int8_rows(axis=0)      a block per column: the axis that a product sums over
     f32[576, 1536] as int4_groups(64)        a form with a parameter
 
-The type's dtype and shape are what the value means; its encoding is how it is held. The array that holds an encoded
-value is u8, of the value's shape, where the blocked axis counts bytes: f32[576, 1536] as q4_0 is held in u8[576, 864].
-Its lines along that axis are blocks, one after the other, and a block is a record of component arrays. So what acts on
-other axes alone (joining, cutting and picking rows) acts on the held array as on any other.
+The dtype and shape of the type are those of the decoded value; the encoding is its storage format. The array that holds
+an encoded value is u8, of the value's shape, where the blocked axis counts bytes: f32[576, 1536] as q4_0 is held in
+u8[576, 864]. A line along that axis is a sequence of blocks, and a block is a record of component arrays. So operations
+on other axes alone (joining, slicing and selecting rows) work on the held array as on any other.
 """
 
 from __future__ import annotations
@@ -27,21 +27,20 @@ Array = np.ndarray[Any, Any]
 
 _TEXT = re.compile(r"([a-z]\w*)(?:\(([^()]*)\))?")
 MOST_IN_LINE = 1 << 24
-"""Elements of the longest line that one block holds whole."""
-_AT_ONCE = 1 << 20  # elements that are decoded in one go: temporaries are some times as large
+"""The number of elements in the longest line that may be a single block."""
+_AT_ONCE = 1 << 20  # elements that are decoded at once: temporaries are several times as large
 
 
 class BlockForm(ABC):
-    """A block form: how so many neighbours along an axis are held together.
+    """A block form: the storage format of a block of neighbours along an axis.
 
-    name       in a type's text
-    elements   of a block; None: a whole line, whatever its length
-    encodes    whether it can be written: all can be read
-    spacing    of a form that is written, how far apart a block's numbers are, as a part of its largest
-    marks      whether a block may be written of numbers of which some are not finite: it then decodes to NaN alone
-    grouped    whether its name takes how many elements a block has: int4_groups(32)
-    whole      whether a block holds whole numbers of 8 bits, so many of which share a scale and one number more: see
-               `parts`
+    name       the form's name in a type's text
+    elements   the number of elements in a block; None: a whole line, whatever its length
+    encodes    True if it can be written; all forms can be read
+    spacing    for a form that can be written, the spacing of a block's numbers relative to its largest
+    marks      True if a block with NaN or infinite numbers may be written: all of it decodes to NaN
+    grouped    True if its name takes the number of elements in a block: int4_groups(32)
+    whole      True if a block holds 8-bit integers in groups, each with a scale and an offset: see `parts`
     """
 
     name: ClassVar[str]
@@ -54,25 +53,27 @@ class BlockForm(ABC):
 
     @abstractmethod
     def record(self, elements: int) -> np.dtype[Any]:
-        """The component arrays of a block of so many elements, as a NumPy record without padding, little-endian."""
+        """Return the component arrays of a block of `elements`, as a NumPy record without padding, little-endian."""
 
     @abstractmethod
     def decode(self, blocks: Array) -> Array:
-        """f32[n, elements] of n records. Never raises: bytes may be anything, scales NaN or infinite."""
+        """Decode n records to f32[n, elements]. Never raises: bytes may be anything, scales NaN or infinite."""
 
     def parts(self, blocks: Array) -> tuple[Array, Array, Array]:
-        """q, i8[n, elements], and d and c, f32[n, spans], of n records of a form that is `whole`: y = d q + c.
+        """Return q, i8[n, elements], and d and c, f32[n, spans], of n records of a form that is `whole`: y = d q + c.
 
-        Each d and c is for as many neighbours in the block.
+        Each d and c applies to the same number of neighbours in the block.
         """
-        raise GraphError(f"{self.name} holds no whole numbers with a scale for so many")
+        raise GraphError(f"{self.name} is not a form of integers in groups with scales")
 
     def encode(self, values: Array) -> Array:
-        """n records of f32[n, elements], finite unless the form marks. Raises GraphError where a value has no place."""
-        raise GraphError(f"{self.name} is read, and not written")
+        """Encode f32[n, elements], finite unless the form marks, to n records. Raises GraphError for a value out of
+        range.
+        """
+        raise GraphError(f"{self.name} can be read, but not written")
 
     def sample(self, rng: np.random.Generator, count: int, elements: int) -> Array:
-        """So many records as tests draw them: component arrays of any bits, 16-bit and 32-bit floats of about 0.01."""
+        """Draw `count` records for tests: component arrays of any bits, 16-bit and 32-bit floats of about 0.01."""
         record = self.record(elements)
         made = np.frombuffer(rng.bytes(count * record.itemsize), record).copy()
         for name in record.names or ():
@@ -84,7 +85,7 @@ class BlockForm(ABC):
 _Form = TypeVar("_Form", bound=type[BlockForm])
 
 FORMS: dict[str, Callable[[int], BlockForm]] = {}
-"""Every registered form by name; those that are grouped take the elements of a block, the others 0."""
+"""Every registered form by name. Grouped forms take the number of elements in a block, the others 0."""
 
 
 def block_form(form: _Form) -> _Form:
@@ -99,9 +100,9 @@ def block_form(form: _Form) -> _Form:
 class Encoding:
     """A block form along one axis of a type.
 
-    form   its name among `FORMS`
-    group  elements of a block, of a form that takes them, else 0
-    axis   which axis of the type is blocked; -1 is the last, and types hold no other negative one
+    form   the form's name in `FORMS`
+    group  the number of elements in a block for grouped forms, else 0
+    axis   the blocked axis of the type; -1 is the last, and types hold no other negative one
     """
 
     form: str
@@ -111,48 +112,50 @@ class Encoding:
     def __post_init__(self) -> None:
         if self.form not in FORMS:
             raise GraphError(f"unknown encoding {self.form!r}", hint="one of " + ", ".join(FORMS))
-        _ = self.block  # which refuses a group that it does not take
+        _ = self.block  # raises for an invalid group
 
     @cached_property
     def block(self) -> BlockForm:
-        """What a block is."""
+        """The block form."""
         return FORMS[self.form](self.group)
 
     def along(self, axis: int) -> Encoding:
-        """The same form along another axis."""
+        """Return the same form along another axis."""
         return self if axis == self.axis else replace(self, axis=axis)
 
     # -- sizes -------------------------------------------------------------------------------------------------
 
     def elements(self, size: int) -> int:
-        """The elements of a block, on an axis of this size."""
+        """Return the number of elements in a block, on an axis of this size."""
         return size if self.block.elements is None else self.block.elements
 
     def bytes(self, size: int) -> int:
-        """The bytes of a line of so many elements. Raises GraphError where it is no whole number of blocks."""
+        """Return the number of bytes in a line of `size` elements. Raises GraphError if that is not an integer number
+        of blocks.
+        """
         elements = self.elements(size)
         if self.block.elements is None and not 0 < size <= MOST_IN_LINE:
             raise GraphError(f"a line of {self.form} has from 1 to {MOST_IN_LINE} elements", received=str(size))
         if size % elements:
             raise GraphError(
-                f"an axis of {size} is no whole number of {self.form} blocks", received=f"blocks of {elements}"
+                f"an axis of {size} is not an integer number of {self.form} blocks", received=f"blocks of {elements}"
             )
         return size // elements * self.block.record(elements).itemsize
 
     def size(self, bytes: int) -> int:
-        """The elements of a line of so many bytes: the inverse of `bytes`."""
+        """Return the number of elements in a line of `bytes`: the inverse of `bytes`."""
         if self.block.elements is None:
             return bytes - self.block.record(0).itemsize
         return bytes // self.block.record(self.block.elements).itemsize * self.block.elements
 
     def bits(self, size: int) -> float:
-        """Bits that an element takes on an axis of this size, its part of scales included."""
+        """Return the number of bits per element on an axis of this size, including its part of scales."""
         return 8 * self.bytes(size) / size
 
     # -- arrays ------------------------------------------------------------------------------------------------
 
     def decode(self, held: Array) -> Array:
-        """The float32 array that a held one means."""
+        """Decode a held array to float32."""
         lines = np.moveaxis(held, self.axis, -1)
         size = self.size(lines.shape[-1])
         elements = self.elements(size)
@@ -165,8 +168,9 @@ class Encoding:
         return np.moveaxis(made.reshape(*lines.shape[:-1], size), -1, self.axis)
 
     def first_not_finite(self, held: Array) -> tuple[int, str] | None:
-        """Which block of an array held along its last axis is the first with a scale that is infinite or NaN, and that
-        scale by name; None where every number is finite."""
+        """Find the first block with a scale that is infinite or NaN, in an array held along its last axis. Returns its
+        index and the scale, by name; None if every number is finite.
+        """
         record = self.block.record(self.elements(self.size(held.shape[-1])))
         blocks = held.reshape(-1).view(record)
         found: list[tuple[int, str]] = []
@@ -185,12 +189,13 @@ class Encoding:
         return min(found, default=None)
 
     def encode(self, values: Array, *, computed: bool = False) -> Array:
-        """The held array whose decoded elements are near to these. Raises GraphError where a value has no place.
+        """Encode values to a held array whose decoded elements are near them. Raises GraphError for a value out of
+        range.
 
-        computed  they are no weight, but what a model computes: of a form that can mark a block, a block with a number
-                  that is not finite is marked, and nothing is raised
+        computed  the values are activations, not weights: if the form can mark a block, a block with a NaN or infinite
+                  number is marked, and nothing is raised
         """
-        with np.errstate(over="ignore"):  # what is too large is told
+        with np.errstate(over="ignore"):  # values that are too large raise below
             wide = np.asarray(values, np.float32)
         if not (computed and self.block.marks) and not np.isfinite(wide).all():
             index = tuple(int(i) for i in np.argwhere(~np.isfinite(wide))[0])
@@ -207,7 +212,7 @@ class Encoding:
         return np.moveaxis(made.view(np.uint8).reshape(*lines.shape[:-1], bytes), -1, self.axis)
 
     def sample(self, rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-        """A held array of values of this shape, drawn as tests do."""
+        """Draw a held array of values of this shape, for tests."""
         size = shape[self.axis]
         before = tuple(np.delete(shape, self.axis % len(shape)))
         bytes, elements = self.bytes(size), self.elements(size)
@@ -224,10 +229,10 @@ class Encoding:
 
 
 def parse_encoding(text: str) -> Encoding:
-    """An encoding from its text. Raises GraphError."""
+    """Parse an encoding. Raises GraphError."""
     match = _TEXT.fullmatch(text.strip())
     if match is None:
-        raise GraphError("this is no encoding", received=text[:40], hint="q4_0, int8_rows or int4_groups(32)")
+        raise GraphError("this is not an encoding", received=text[:40], hint="q4_0, int8_rows or int4_groups(32)")
     found = {"group": 0, "axis": -1}
     given: set[str] = set()
     for word in [w.strip() for w in match[2].split(",")] if match[2] else []:

@@ -1,8 +1,8 @@
 """The block forms of GGUF files: 32 elements with a scale of 16 bits, and 256 with scales of scales (k-quants).
 
-Source: ggml's block structures and their dequantisation, https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h.
-Each decoder gives the bits that the `gguf` library gives, special values included, and so keeps to its order of
-operations.
+Source: ggml's block structures and their dequantisation,
+https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h. Each decoder is bitwise identical to the `gguf` library,
+special values included, and so follows its order of operations.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from treadle.ir.encodings.encoding import Array, BlockForm, block_form
 from treadle.ir.errors import GraphError
 
 SMALL, LARGE = 32, 256
-"""Elements of a block, and of one of the k-quants."""
+"""The number of elements in a block, and in a block of the k-quants."""
 
 _F16 = np.dtype("<f2")
 
 
 def unpacked(packed: Array, run: int, width: int) -> Array:
-    """Numbers of `width` bits out of u8[n, m], as u8[n, 8 / width * m]: of each run of bytes first the lowest bits of
-    all, then the next ones."""
+    """Unpack numbers of `width` bits from u8[n, m] to u8[n, 8 / width * m]: for each run of bytes, first the lowest
+    bits of all, then the next ones.
+    """
     shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
     runs = packed.reshape(len(packed), -1, 1, run)
     found: Array = ((runs >> shifts) & np.uint8((1 << width) - 1)).reshape(len(packed), -1)
@@ -31,9 +32,9 @@ def unpacked(packed: Array, run: int, width: int) -> Array:
 
 
 class _GGUFForm(BlockForm):
-    """A form whose blocks have a length of their own.
+    """A form whose blocks have a fixed length.
 
-    fields  the component arrays of a block: name, dtype, and how many
+    fields  the component arrays of a block: name, dtype, and length
     """
 
     elements: int = SMALL
@@ -48,19 +49,19 @@ class _GGUFForm(BlockForm):
 
 
 def _wide(component: Array) -> Array:
-    """A scale a block, f16[n], as f32[n, 1]."""
+    """Convert one scale per block, f16[n], to f32[n, 1]."""
     made: Array = component.astype(np.float32)[:, None]
     return made
 
 
 class _WholeForm(_GGUFForm):
-    """A form of whole numbers with one scale d a block; and one number m more, if it has that component."""
+    """A form of integers with one scale d per block, and an offset m, if it has that component."""
 
     whole = True
 
     @abstractmethod
     def numbers(self, blocks: Array) -> Array:
-        """The whole numbers of n records, i8[n, 32]."""
+        """Return the integers of n records, i8[n, 32]."""
 
     def parts(self, blocks: Array) -> tuple[Array, Array, Array]:
         d = _wide(blocks["d"])
@@ -68,7 +69,7 @@ class _WholeForm(_GGUFForm):
 
 
 def _above(low: Array, high: Array) -> Array:
-    """Numbers of five bits: four low ones, and the high bits of a block in four bytes."""
+    """Return numbers of five bits: four low ones, and the high bits of a block in four bytes."""
     made: Array = low | (np.unpackbits(high, axis=-1, bitorder="little") << np.uint8(4))
     return made
 
@@ -144,23 +145,24 @@ class Q8_0(_WholeForm):
         return self.numbers(blocks).astype(np.float32) * _wide(blocks["d"])
 
 
-# -- k-quants: blocks of 256 in groups, whose scales are small integers times the block's ------------------------------
+# -- k-quants: blocks of 256 in groups, whose scales are small integers times the block's scale ------------------------
 
 
 class _KForm(_GGUFForm):
-    """A form of whole numbers in groups of 16 or 32: each has the block's scale d times a small integer, and if the
-    block has one more scale dmin, that times another is taken away."""
+    """A form of integers in groups of 16 or 32. The scale of a group is the block's scale d times a small integer. If
+    the block has another scale dmin, a second small integer times dmin is subtracted.
+    """
 
     elements = LARGE
     whole = True
 
     @abstractmethod
     def numbers(self, blocks: Array) -> Array:
-        """The whole numbers of n records, i8[n, 256]."""
+        """Return the integers of n records, i8[n, 256]."""
 
     @abstractmethod
     def small(self, blocks: Array) -> tuple[Array, Array | None]:
-        """The small integers of groups, [n, groups]: what d is multiplied with, and what dmin is."""
+        """Return the small integers of groups, [n, groups]: the factors of d, and those of dmin."""
 
     def parts(self, blocks: Array) -> tuple[Array, Array, Array]:
         d, least = self._scales(blocks)
@@ -178,7 +180,7 @@ class _KForm(_GGUFForm):
 
 
 def _scales_and_least(packed: Array) -> tuple[Array, Array]:
-    """Eight scales and eight least values of 6 bits each out of 12 bytes."""
+    """Unpack eight scales and eight minima of 6 bits each from 12 bytes."""
     first, second, rest = (packed[:, at : at + 4] for at in (0, 4, 8))
     scales = [first & 63, (rest & 15) | ((first >> 2) & 48)]
     least = [second & 63, (rest >> 4) | ((second >> 2) & 48)]
@@ -208,9 +210,7 @@ class Q3_K(_KForm):
 
     def numbers(self, blocks: Array) -> Array:
         low, without = unpacked(blocks["qs"], 32, 2), unpacked(blocks["hmask"], 32, 1) ^ np.uint8(1)
-        made: Array = low.astype(np.int8) - (without << np.uint8(2)).astype(
-            np.int8
-        )  # a bit that is not set takes 4 away
+        made: Array = low.astype(np.int8) - (without << np.uint8(2)).astype(np.int8)  # a clear bit subtracts 4
         return made
 
     def small(self, blocks: Array) -> tuple[Array, Array | None]:

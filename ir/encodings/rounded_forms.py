@@ -1,9 +1,9 @@
 """Block forms that numbers are rounded to.
 
-int8_rows      8 bits, a scale a row: weights
-uint8_rows     8 bits, a scale and a zero point a row: what weights in rows multiply
-int8_groups    8 bits, a scale a group: what weights in other blocks multiply
-int4_groups    4 bits, a scale a group: weights
+int8_rows      8 bits, one scale per row: weights
+uint8_rows     8 bits, one scale and one zero point per row: the other operand of products with weights in rows
+int8_groups    8 bits, one scale per group: the other operand of products with weights in other blocks
+int4_groups    4 bits, one scale per group: weights
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from treadle.ir.errors import GraphError
 _GROUPS = (16, 32, 64, 128, 256)
 
 SMALLEST_ROW = np.float32(2.0**-119)
-"""A row of int8_rows, or a group of int8_groups, whose numbers are all of smaller magnitude is one of zeros."""
+"""A row of int8_rows, or a group of int8_groups, becomes zeros if all its numbers are of smaller magnitude."""
 
 
 def _group(form: str, group: int) -> int:
-    """The elements of a group. Raises GraphError for another number."""
+    """Return the number of elements in a group. Raises GraphError for an invalid number."""
     if group not in _GROUPS:
         hint = "one of " + ", ".join(map(str, _GROUPS))
-        raise GraphError(f"{form} takes the elements of a group", received=str(group), hint=hint)
+        raise GraphError(f"{form} takes the number of elements in a group", received=str(group), hint=hint)
     return group
 
 
 class _Symmetric(BlockForm):
-    """y = scale q: q from -127 to 127, one float32 scale a block; a block's largest magnitude is 127 scales
+    """y = scale q: q from -127 to 127, one float32 scale per block; the largest magnitude in a block is 127 scales
 
-    Symmetric, so that integer products need no correction. A block of zeros has the scale 0, and so has one whose
-    numbers are all below 2^-119: 127 / 2^-119 is the largest such factor that float32 has room for.
+    Symmetric, so that integer products need no correction. The scale is 0 for a block of zeros, and for a block whose
+    numbers are all below 2^-119: 127 / 2^-119 is the largest such factor that float32 can hold.
     """
 
     encodes = True
@@ -64,22 +64,22 @@ class _Symmetric(BlockForm):
 
 
 SMALLEST_STEP = np.float32(2.0**-126)
-"""A row of uint8_rows with a smaller scale is one of zeros: float32's least normal number, whose inverse is finite."""
+"""A row of uint8_rows with a smaller scale becomes zeros: float32's least normal number, whose inverse is finite."""
 
 
 @block_form
 class UInt8Rows(BlockForm):
     """y = scale (q - zero): q and zero from 0 to 255, one float32 scale and one zero for a whole row
 
-    The steps lie between the row's least number and its largest, or 0 where that is outside of them, so that 0 is a
-    step: of numbers to one side, which an activation function gives, none is lost. A row whose scale would be below
+    The steps span the interval from the row's least number to its largest, extended to include 0, so that 0 is a step.
+    A row of numbers of one sign, as from an activation function, still uses all steps. A row whose scale would be below
     2^-126 has the scale 0.
     """
 
     name = "uint8_rows"
     elements = None
     encodes = True
-    spacing = 2 / 255  # of its largest magnitude, where numbers lie as far to both sides
+    spacing = 2 / 255  # relative to the largest magnitude, if numbers reach as far on both sides
     marks = True
 
     def __init__(self, group: int) -> None:
@@ -112,7 +112,7 @@ class UInt8Rows(BlockForm):
 
 @block_form
 class Int8Rows(_Symmetric):
-    """y = scale q, a block being a whole row"""
+    """y = scale q; a block is a whole row"""
 
     name = "int8_rows"
     elements = None
@@ -124,7 +124,7 @@ class Int8Rows(_Symmetric):
 
 @block_form
 class Int8Groups(_Symmetric):
-    """y = scale q, a block being so many neighbours: what products with weights in blocks are rounded to"""
+    """y = scale q; a block is a group of neighbours. Products with weights in blocks round x to it."""
 
     name = "int8_groups"
     grouped = True
@@ -135,7 +135,7 @@ class Int8Groups(_Symmetric):
 
 @block_form
 class Int4Groups(BlockForm):
-    """y = scale (q - 8): q from 0 to 15, one float16 scale for a group; the value of largest magnitude is -8 scales
+    """y = scale (q - 8): q from 0 to 15, one float16 scale per group; the value of largest magnitude is -8 scales
 
     Rounded to nearest. Elements i and i + n / 2 of a group of n share byte i, the first in the low half.
     """

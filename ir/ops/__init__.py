@@ -1,4 +1,4 @@
-"""The ops, a file a family. Importing this package registers them all."""
+"""The ops, one file per family. Importing this package registers them all."""
 
 # ruff: noqa: F401
 

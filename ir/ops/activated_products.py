@@ -1,4 +1,4 @@
-"""Products with a weight and what is done with them at once: an activation, and a gate made by a second product."""
+"""Products with a weight fused with an activation, and with a gate computed by a second product."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from treadle.ir.samples import S
 from treadle.ir.types import DType, Type, f32
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "tanh", "sigmoid")
-"""What a product may be finished with: an op of this name."""
+"""Names of ops that may be fused with a product."""
 
 
 class _ActivatedProduct(MixedProduct, Composite):
-    """What both have in common: weights of either layout, an activation by name."""
+    """Base of both ops: weights of either layout, an activation by name."""
 
     activation: str
     weight_axes: str
@@ -53,7 +53,7 @@ class ActivatedLinear(_ActivatedProduct):
     The first half of a feed-forward network (Vaswani et al. 2017, 3.3), a pooler, the first layer of a head.
 
     activation   act: "gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "tanh" or "sigmoid", as the op of that name
-    weight_axes  "n k", as linear takes a weight, or "k n", as matmul does and files of ONNX mostly hold it
+    weight_axes  "n k", as the weight of linear, or "k n", as the weight of matmul and in most ONNX files
     to           the dtype of the result and the bias, in which products are summed; None: that of x and the weight
     """
 
@@ -100,7 +100,7 @@ class GatedLinear(_ActivatedProduct):
     ReGLU, GEGLU, SwiGLU and the bilinear layer (Shazeer 2020).
 
     activation   act: one of activated_linear's, or "none"
-    weight_axes  of both weights: "n k", as linear takes one, or "k n", as matmul does
+    weight_axes  of both weights: "n k", as the weight of linear, or "k n", as the weight of matmul
     to           the dtype of the result and the biases, in which products are summed; None: that of x and the weights
     """
 

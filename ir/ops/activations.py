@@ -1,4 +1,4 @@
-"""Activations made of simpler functions, element by element."""
+"""Activations composed of simpler functions, element by element."""
 
 from __future__ import annotations
 

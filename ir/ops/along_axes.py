@@ -16,9 +16,9 @@ from treadle.ir.types import Type, bf16, f16, f32
 
 
 def places(axes: Sequence[int], rank: int) -> tuple[int, ...]:
-    """The positions that `axes` mean in a tensor of this rank, in order.
+    """Return the positions of `axes` in a tensor of this rank, in order.
 
-    Raises RuleError where there is no such axis, or one is named twice.
+    Raises RuleError if there is no such axis, or one is named twice.
     """
     found = sorted(place(axis, rank) for axis in axes)
     for before, after in pairwise(found):
@@ -28,17 +28,19 @@ def places(axes: Sequence[int], rank: int) -> tuple[int, ...]:
 
 
 def not_empty(x: Type | None, axes: Sequence[int], what: str) -> list[Demand]:
-    """The demand that each of the axes has an element, since an empty one has no `what`. Raises as `places` does."""
+    """Return the demand that each of the axes has an element, since an empty axis has no `what`. Raises as `places`
+    does.
+    """
     if x is None or not x.rank:
         return []
     return [(x.shape[i] - 1, f"an axis of size 0 has no {what}") for i in places(axes, x.rank)]
 
 
 def rule_along(axes: Sequence[int], rank: int, read: str, *given: str) -> str:
-    """The axis rule of an op that acts along `axes` of its operand and maps the others; axis i is named `ai`.
+    """Return the axis rule of an op that acts along `axes` of its operand and maps the others; axis i is named `ai`.
 
-    read    how such an axis is written in the operand, `{}` standing for its name
-    given   how it is written in each result; empty where the result does not have it
+    read    the text of such an axis in the operand, with `{}` for its name
+    given   its text in each result; empty if the result does not have it
 
         rule_along([-1], 3, "[{}]", "[{}]")      "... [a2] -> ... [a2]"
         rule_along([1], 3, "{}:max", "")         "... a1:max a2 -> ... a2"
@@ -56,17 +58,17 @@ def rule_along(axes: Sequence[int], rank: int, read: str, *given: str) -> str:
 
 
 def widened(x: Expr) -> Expr:
-    """x as it is summed: in f32 if it is of 16 bits, whose squares and sums may be past what those hold."""
+    """Return x in the dtype of sums: f32 for 16-bit floats, whose squares and sums may overflow."""
     return x.cast(f32) if x.dtype in (f16, bf16) else x
 
 
 def wide_array(x: Any) -> Any:
-    """The same of NumPy's arrays, which hold bf16 in float32 already."""
+    """Return a NumPy array in the dtype of sums; bf16 is held in float32 already."""
     return x.astype(np.float32) if x.dtype == np.float16 else x
 
 
 def with_ones(b: Builder, x: Expr, axes: Sequence[int], rank: int) -> Expr:
-    """The result of a reduction that dropped `axes` of a tensor of this rank, with ones in their place."""
+    """Return a reduction of a tensor of this rank, in which the dropped `axes` are replaced by dimensions of size 1."""
     chosen = places(axes, rank)
     if x.rank == rank:
         return x

@@ -87,7 +87,7 @@ class Mul(Primitive):
 class Div(Primitive):
     """z = x / y
 
-    Floats only; of integers, `floor_divide` or cast first.
+    Floats only; for integers use `floor_divide`, or cast first.
     """
 
     x = Operand()
@@ -107,7 +107,7 @@ class Div(Primitive):
 
 @op("pow", axes="..., ... -> ...", dtypes="f, f -> f", linear="")
 class Pow(Primitive):
-    """z = x^y: NaN for a negative x unless y is a whole number
+    """z = x^y: NaN for a negative x unless y is an integer
 
     dz/dx = y x^(y-1), and 0 where y = 0;   dz/dy = x^y ln x, and 0 where x <= 0, where it has no real value.
     """
@@ -204,8 +204,8 @@ class FloorDivide(Primitive):
 class Mod(Primitive):
     """z = x - floor(x / y) y
 
-    What `floor_divide` leaves: it has the sign of y, as in NumPy, Python and torch.remainder; in C that of x.
-    An integer modulo zero is undefined.
+    The remainder of `floor_divide`. It has the sign of y, as in NumPy, Python and torch.remainder; in C it has the sign
+    of x. An integer modulo zero is undefined.
     """
 
     x = Operand()

@@ -1,4 +1,4 @@
-"""What the attention ops share: terms and their operands, scores, and the softmax that weights the values."""
+"""Shared parts of the attention ops: terms and their operands, scores, and the softmax that weights the values."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Attending(Composite):
         return [operand for term in self.terms for operand in term.operands]
 
     def _term_rules(self) -> list[str]:
-        """The axis rules of the terms' operands."""
+        """Return the axis rules of the terms' operands."""
         return [operand.rule(self.keys) for operand in self._taken]
 
     def _term_dtypes(self) -> list[str]:
@@ -63,11 +63,11 @@ class Attending(Composite):
 
     @property
     def has_standard_terms(self) -> bool:
-        """Whether every backend has a case for each term; else it lowers the body."""
+        """True if every backend has a case for each term; otherwise it lowers the body."""
         return all(term.is_standard for term in self.terms)
 
     def operand_names(self, count: int) -> list[str]:
-        """The op's own, and the terms' own names, numbered from the second of a name."""
+        """Return the op's own operand names, and the terms' names, numbered from the second use of a name."""
         names: list[str] = []
         for name in [*self.first, *(o.name for o in self._taken)]:
             again = sum(n.rstrip("0123456789") == name for n in names)
@@ -80,7 +80,7 @@ class Attending(Composite):
             raise RuleError(f"takes {', '.join(names)}, received {len(types)} operands")
         if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise RuleError(f"softcap must be positive, is {self.softcap}")
-        if self.scale is not None and not math.isfinite(self.scale):  # with which every score is infinite or NaN
+        if self.scale is not None and not math.isfinite(self.scale):  # or every score would be infinite or NaN
             raise RuleError(f"scale must be finite, is {self.scale}", hint="a finite number, or none for 1/sqrt(d)")
         q = types[0]
         if self.scale is None and q is not None and q.rank == 4 and not q.shape[-1].constant:
@@ -92,24 +92,25 @@ class Attending(Composite):
                     raise RuleError(f"the table of {term} must have {term.buckets} buckets, has {rows}")
 
     def with_operands(self, given: Sequence[T]) -> Iterator[tuple[Term, tuple[T, ...]]]:
-        """Each term with its own of the terms' operands."""
+        """Yield each term with its own operands among those of the terms."""
         rest = iter(given)
         for term in self.terms:
             yield term, tuple(next(rest) for _ in term.operands)
 
     def scale_for(self, d: int) -> float:
-        """What q k is multiplied by, for heads of size d."""
+        """Return the factor of q k, for heads of size d."""
         return 1 / math.sqrt(d) if self.scale is None else self.scale
 
     def pair_flops(self, d: int, e: int) -> int:
-        """What a live pair costs: 2 (d + e) in the two products, and a few in between: scale, maximum, difference,
-        exponential and sum, 3 for a soft-cap, 1 for each bias."""
+        """Return the operations of a live pair: 2 (d + e) in the two products, and a few in between: scale, maximum,
+        difference, exponential and sum, 3 for a soft-cap, 1 for each bias.
+        """
         between = 5 + 3 * (self.softcap is not None) + sum(isinstance(t, BiasTerm) for t in self.terms)
         return 2 * (d + e) + between
 
     @property
     def begins_later(self) -> bool:
-        """Whether its queries are a part of others, and their positions do not begin at 0."""
+        """True if its queries are a part of others, and their positions do not start at 0."""
         return False
 
     # -- meaning ---------------------------------------------------------------------------------------------
@@ -117,10 +118,10 @@ class Attending(Composite):
     def _attended(
         self, q: Array, k: Array, v: Array, i: Array, j: Array, given: Sequence[Array]
     ) -> tuple[Array, Array]:
-        """What queries at the positions i [s, 1] attend to among keys at j [t], and the probabilities.
+        """Return the attention of queries at positions i [s, 1] to keys at j [t], and the probabilities.
 
-        As in the body scores and probabilities are rounded to the dtype, so that a bias past what it holds is infinite;
-        sums are not.
+        As in the body, scores and probabilities are rounded to the dtype, so that a bias too large for it is infinite;
+        sums are not rounded.
         """
         dtype, scores = q.dtype, self._seen_scores(q, k, i, j, given)
         peak = scores.max(axis=-1, keepdims=True, initial=-np.inf)
@@ -130,7 +131,7 @@ class Attending(Composite):
         return weighted_array(probabilities, v).astype(dtype), probabilities
 
     def _seen_scores(self, q: Array, k: Array, i: Array, j: Array, given: Sequence[Array]) -> Array:
-        """The scores of the same, rounded to the dtype and held wide; -inf of keys that a query may not see."""
+        """Return the scores, rounded to the dtype and held in a wider one; -inf for keys that a query may not see."""
         dtype, (rows, heads, count, d), (_, groups, keys, _) = q.dtype, q.shape, k.shape
         together = (rows, groups, heads // groups * count)  # queries of all heads that share keys
         queries = wide_array(self.scale_for(d) * q).reshape(*together, d)
@@ -148,7 +149,9 @@ class Attending(Composite):
         return seen
 
     def _scored(self, grid: Grid, q: Expr, k: Expr, given: Sequence[Expr], *, scaled_last: bool = False) -> Expr:
-        """[b, g, r, s, t], with biases and without masks. scaled_last: the products are scaled, not the queries."""
+        """Return the scores [b, g, r, s, t], with biases and without masks. scaled_last: scale the products, not the
+        queries.
+        """
         b, scale = grid.b, self.scale_for(q.shape[-1].constant or 1)
         queries = q if scaled_last else q * scale
         scores = b.einsum(grouped(b, queries, k), k, equation="b g r s d, b g t d -> b g r s t")
@@ -162,7 +165,7 @@ class Attending(Composite):
         return scores
 
     def _kept(self, grid: Grid, given: Sequence[Expr]) -> Expr | None:
-        """What all masks keep, against [b, g, r, s, t]; None without a mask."""
+        """Return the intersection of all masks, laid out against [b, g, r, s, t]; None without a mask."""
         keep: Expr | None = None
         for term, operands in self.with_operands(given):
             if not isinstance(term, BiasTerm):
@@ -171,46 +174,46 @@ class Attending(Composite):
         return keep
 
 
-# -- what references are made of -----------------------------------------------------------------------------
+# -- parts of references -----------------------------------------------------------------------------------
 
 
 def weighted_array(weights: Array, v: Array) -> Array:
-    """Values [b, g, t, e], each by its weight [b, (g r), s, t], in at least float32: [b, (g r), s, e]."""
+    """Sum values [b, g, t, e] with weights [b, (g r), s, t], in at least float32: [b, (g r), s, e]."""
     (rows, heads, count, keys), (_, groups, _, e) = weights.shape, v.shape
     out: Array = wide_array(weights).reshape(rows, groups, heads // groups * count, keys) @ wide_array(v)
     return out.reshape(rows, heads, count, e)
 
 
 def of_row(x: Array, axes: str, row: slice, keys: Any) -> Array:
-    """An operand of a term for one row and some keys."""
+    """Return an operand of a term for one row and some keys."""
     parts = {"b": row, "t": keys}
     taken: Array = x[tuple(parts.get(axis, slice(None)) for axis in axes.split())]
     return taken
 
 
-# -- what bodies are made of ---------------------------------------------------------------------------------
+# -- parts of bodies ---------------------------------------------------------------------------------------
 
 
 def masked(b: Builder, scores: Expr, keep: Expr | None) -> Expr:
-    """Scores with -inf where a mask says no."""
+    """Return the scores, with -inf where a mask is false."""
     return scores if keep is None else b.where(keep, scores, b.constant(-math.inf, scores.dtype))
 
 
 def grouped(b: Builder, x: Expr, k: Expr) -> Expr:
-    """[b, (g r), s, d] with its heads grouped by those of k."""
+    """Return [b, (g r), s, d] with its heads grouped by those of k."""
     return b.rearrange(x, pattern=f"b (g={k.shape[1]} r) s d -> b g r s d")
 
 
 def heads_merged(b: Builder, x: Expr) -> Expr:
-    """[b, g, r, s, d] with one axis of heads."""
+    """Return [b, g, r, s, d] with one axis of heads."""
     return b.rearrange(x, pattern="b g r s d -> b (g r) s d")
 
 
 def weighted(b: Builder, weights: Expr, v: Expr) -> Expr:
-    """[b, (g r), s, e]: values, each by its weight."""
+    """Sum values with their weights: [b, (g r), s, e]."""
     return heads_merged(b, b.einsum(weights, v, equation="b g r s t, b g t e -> b g r s e"))
 
 
 def masked_softmax(b: Builder, scores: Expr) -> Any:
-    """The softmax over the last axis, with zeros for a row that is -inf throughout, in primitives."""
+    """Build the softmax over the last axis, with zeros for a row that is -inf throughout, in primitives."""
     return MaskedSoftmax().body(b, scores)

@@ -1,5 +1,6 @@
 """Attention over a sequence, alone and with its probabilities; masks and biases are terms
-(`treadle.ir.attention.attention_terms`)."""
+(`treadle.ir.attention.attention_terms`).
+"""
 
 from __future__ import annotations
 
@@ -40,10 +41,10 @@ from treadle.ir.types import DType, Type, f32, f64, i64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _OverSequence(Attending):
-    """Attention whose queries and keys stand at their indices, with one result and with two."""
+    """Base of attention whose queries and keys have their indices as positions, with one or two results."""
 
     start: Size = ZERO
-    """The position of the first query: the others follow it."""
+    """The position of the first query; the others follow it."""
     pairs = ("s", "t")
 
     # -- rules -----------------------------------------------------------------------------------------------
@@ -51,7 +52,7 @@ class _OverSequence(Attending):
     def check(self, types: Sequence[Type | None]) -> None:
         super().check(types)
         if (self.start.constant or 0) < 0:
-            raise RuleError(f"the first query stands at 0 or later, not at {self.start}")
+            raise RuleError(f"the position of the first query must be 0 or more, is {self.start}")
 
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
         """A query that sees no key after its own position reads t only up to s."""
@@ -77,25 +78,25 @@ class _OverSequence(Attending):
         return self._attended(q, k, v, first + np.arange(q.shape[2])[:, None], np.arange(k.shape[2]), given)
 
     def _scores(self, b: Builder, q: Expr, k: Expr, given: Sequence[Expr], *, scaled_last: bool = False) -> Expr:
-        """[b, g, r, s, t], with -inf where a mask says no."""
+        """Return the scores [b, g, r, s, t], with -inf where a mask is false."""
         grid = Grid(b, k.shape[1], q.shape[2], k.shape[2], self.start)
         scores = self._scored(grid, q, k, given, scaled_last=scaled_last)
         return masked(b, scores, self._kept(grid, given))
 
     def _scores_to_lower(self, b: Builder, q: Expr, k: Expr, given: Sequence[Expr]) -> Expr:
-        """The scores, scaled last, where a backend scales while it stores them.
+        """Return the scores, scaled last if a backend can scale them while it stores them.
 
-        Not in 16 bits, where the product might overflow; nor of heads that share keys: queries that are scaled first
-        lie anew, those of one key head side by side.
+        Not in 16 bits, where the product might overflow; nor for heads that share keys: queries that are scaled first
+        are stored again, with those of one key head adjacent.
         """
         alone = q.shape[1] == k.shape[1]
         return self._scores(b, q, k, given, scaled_last=alone and q.dtype in (f32, f64))
 
     def _gradient(self, b: Builder, g: Any, g_probabilities: Any, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
-        """With probabilities p and what flows to them, dp = dout v' + their own gradient:
+        """Build the gradient. With probabilities p and the gradient dp = dout v' + the gradient of p itself:
 
-        dv = p' dout,  dscores = p (dp - sum_t p dp);  then the scores' body's. Without a gradient of their own, that
-        sum is sum_e dout out.
+        dv = p' dout,  dscores = p (dp - sum_t p dp);  then the gradient of the scores' body. If p has no gradient of
+        its own, that sum is sum_e dout out.
         """
         q, k, v, *given = inputs
         start = len(b.function.nodes)
@@ -120,17 +121,17 @@ class _OverSequence(Attending):
     # -- cost ------------------------------------------------------------------------------------------------
 
     def live_pairs(self, queries: int, keys: int) -> int:
-        """How many pairs of a query and a key have a score, in one head of one row; see `attention_terms`."""
+        """Return the number of query-key pairs with a score, in one head of one row; see `attention_terms`."""
         return live_pairs(self.terms, queries, keys, self.start.evaluate({}))
 
     def flops_at(self, types: Sequence[Type | None], values: Mapping[str, int]) -> int | None:
-        """Of live pairs alone."""
+        """Count the operations of live pairs only."""
         q, k, v = (t.evaluate(values) for t in types[:3] if t is not None)
         pairs = live_pairs(self.terms, q[2], k[2], self.start.evaluate(values))
         return q[0] * q[1] * pairs * self.pair_flops(q[3], v[3])
 
     def on_part(self, factor: str, start: Size) -> Op | None:
-        """On a part of the queries, which stand at their own positions still."""
+        """Return the op on a part of the queries, which keep their positions."""
         return dataclasses.replace(self, start=self.start + start) if factor == "s" else None
 
 
@@ -178,7 +179,7 @@ _ERRORS = [
     (S(*_SELF, "f32[2,3]", terms=(TensorBias("b t"),)), "axis t sizes disagree: 5 in k, 3 in bias"),
     (S(*_SELF, "f32[16,4]", terms=(T5Relative(),)), "must have 32 buckets, has 16"),
     (S(*_SELF, "f32[6]", terms=(Alibi(),)), "dimension 0 of slopes is 6"),
-    (S(*_SELF, terms=(Causal(),), start=-1), "the first query stands at 0 or later, not at -1"),
+    (S(*_SELF, terms=(Causal(),), start=-1), "the position of the first query must be 0 or more, is -1"),
 ]
 
 
@@ -189,14 +190,14 @@ class Attention(_OverSequence):
 
     q [b, h, s, d], k [b, g, t, d], v [b, g, t, e] -> [b, h, s, e]
 
-    Query heads share key/value heads in order: with h = g r, head n uses head n // r (Ainslie et al. 2023). A
-    query that may see no key gets zeros, and so does its gradient.
+    Query heads share key/value heads in order: with h = g r, head n uses head n // r (Ainslie et al. 2023). A query
+    that may see no key gets zeros, and so does its gradient.
 
     terms    masks and biases, in any order; their operands follow v in the order of the terms
     scale    None: 1/sqrt(d)
     softcap  c: scores become c tanh(scores / c) before biases and masks (Gemma team 2024)
-    start    the position of the first query, to which terms by position look: 0, unless they are a part of others
-    to       the dtype of the result and of biases, in which scores and sums are; None: that of q, k and v. Where it is
+    start    the position of the first query, read by terms with positions: 0, unless the queries are a part of others
+    to       the dtype of the result and of biases, in which scores and sums are; None: that of q, k and v. If it is
              wider than v, weights may be rounded to v's dtype before they multiply v
     """
 
@@ -204,13 +205,13 @@ class Attention(_OverSequence):
 
     @property
     def keys_in_parts(self) -> tuple[str, str] | None:
-        """Where terms read how far a query and a key are apart, and nothing else of where they stand."""
+        """Factors of queries and keys if the terms read only the distance of a query and a key, not their positions."""
         return ("s", "t") if all(term.relative for term in self.terms) and self.start == ZERO else None
 
     def on_keys(self, b: Builder, operands: Sequence[Expr], ahead: Size) -> list[Expr]:
-        """out, max, sum for some of the queries and some of the keys: parts, which `merge_parts` merges.
+        """Build out, max, sum for some of the queries and some of the keys: parts, which `merge_parts` merges.
 
-        ahead  where the first of the keys stands, from the first of the queries
+        ahead  the position of the first of the keys, relative to the first of the queries
         """
         q, k, v, *given = self._wide(operands)
         offset = b.expand(b.constant(0, i64), shape=(q.shape[0],)) + ahead
@@ -219,7 +220,7 @@ class Attention(_OverSequence):
 
     @property
     def sees_ahead(self) -> bool:
-        """Whether a query may see keys that stand after it."""
+        """True if a query may see keys after it."""
         furthest = reach_of(self.terms)[1]
         return furthest is None or furthest > 0
 
@@ -237,7 +238,7 @@ class Attention(_OverSequence):
         return f"{', '.join(['f', 'f', 'f', *terms])} -> {self.to}"
 
     def _wide(self, operands: Sequence[Expr]) -> list[Expr]:
-        """Operands with q, k and v in the result's dtype."""
+        """Return the operands, with q, k and v in the result's dtype."""
         if self.to is None:
             return list(operands)
         return [x.cast(self.to) if n < 3 and x.dtype is not self.to else x for n, x in enumerate(operands)]
@@ -256,14 +257,14 @@ class Attention(_OverSequence):
         return weighted(b, weights, v)
 
     def lowering(self, b: Builder, q: Expr, k: Expr, v: Expr, *given: Expr) -> Expr:
-        """The body, with its softmax as one op."""
+        """Build the body with its softmax as one op."""
         q, k, v = self._wide([q, k, v])
         return weighted(b, b.masked_softmax(self._scores_to_lower(b, q, k, given)), v)
 
     def stepped(self, step: Stepping, operands: Sequence[Expr | Kept | None], held: Held) -> Any:
-        """Attention over the slots of a cache; see `treadle.ir.ops.attention_steps`.
+        """Build attention over the slots of a cache; see `treadle.ir.ops.attention_steps`.
 
-        With `to` its queries, and the keys and values that a cache takes, are those before they were rounded.
+        With `to`, queries, and the keys and values that a cache stores, are those before they were rounded.
         """
         if self.begins_later:
             return None
@@ -306,8 +307,8 @@ class AttentionWithProbabilities(_OverSequence):
 
     q [b, h, s, d], k [b, g, t, d], v [b, g, t, e] -> [b, h, s, e], [b, h, s, t]
 
-    For who wants to see them: p is held whole, as attention alone never does. The probabilities of a query that may
-    see no key are zeros, as what it gets. Operands and attributes are those of `attention`.
+    For models that return the probabilities: p is stored as a whole, which attention alone never does. For a query that
+    may see no key, the probabilities and the result are zeros. Operands and attributes are those of `attention`.
     """
 
     q = Operand()
@@ -329,14 +330,15 @@ class AttentionWithProbabilities(_OverSequence):
         return self._whole(q, k, v, given)
 
     def body(self, b: Builder, q: Expr, k: Expr, v: Expr, *given: Expr) -> tuple[Expr, Expr]:
-        """With softmax, for which backends have kernels, wherever no row can be -inf throughout; and such that the last
-        op of each result is a product or a softmax, which then writes it where it is wanted."""
+        """Build the op with softmax, for which backends have kernels, if no row can be -inf throughout. The last op of
+        each result is a product or a softmax, which can write directly to the result's memory.
+        """
         scores = heads_merged(b, self._scores(b, q, k, given))
         p = b.softmax(scores) if self._leaves_a_key(q, k) else masked_softmax(b, scores)
         return self._out(b, p, k, v), p
 
     def lowering(self, b: Builder, q: Expr, k: Expr, v: Expr, *given: Expr) -> tuple[Expr, Expr]:
-        """The body, with its softmax as one op even where a row may be -inf throughout."""
+        """Build the body with its softmax as one op, even if a row may be -inf throughout."""
         scores = heads_merged(b, self._scores_to_lower(b, q, k, given))
         p = b.softmax(scores) if self._leaves_a_key(q, k) else b.masked_softmax(scores)
         return self._out(b, p, k, v), p

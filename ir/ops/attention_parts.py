@@ -1,4 +1,4 @@
-"""Attention in parts: over some of the keys, with what it takes to merge it with attention over the others."""
+"""Attention over some of the keys, with the values needed to merge it with attention over the others."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class AttentionParts(Attending):
 
     q [b, h, s, d], k [b, g, t, d], v [b, g, t, e], offset i64[b] -> [b, h, s, e], [b, h, s], [b, h, s]
 
-    Query i of a row stands at position i, key j of row b at offset[b] + j, which may be below 0. Terms mean what they
-    mean in `attention`, at these positions; operands with an axis of keys have an element for each of these keys. A
-    query that may see none of them has zeros, -inf and 0. The parts of any split of the keys merge to attention over
-    all of them: `merge_parts`. Attributes are those of `attention`.
+    Query i of a row has position i, key j of row b has position offset[b] + j, which may be below 0. Terms have the
+    same meaning as in `attention`, at these positions; operands with an axis of keys have an element for each of these
+    keys. A query that may see none of them has zeros, -inf and 0. The parts of any split of the keys merge to attention
+    over all of them: `merge_parts`. Attributes are those of `attention`.
     """
 
     q = Operand()
@@ -102,7 +102,9 @@ class AttentionParts(Attending):
     # -- cost ------------------------------------------------------------------------------------------------
 
     def flops_at(self, types: Sequence[Type | None], values: Mapping[str, int]) -> int | None:
-        """An upper bound, since where keys stand is data: each query sees all, or as many as its terms let it see."""
+        """Return an upper bound, since the positions of keys are data: each query sees all keys, or as many as its
+        terms allow.
+        """
         q, k, v = (t.evaluate(values) for t in types[:3] if t is not None)
         low, high = reach_of(self.terms)
         pairs = k[2] if low is None or high is None else min(k[2], max(0, high - low + 1))
@@ -128,7 +130,7 @@ class AttentionParts(Attending):
 
 
 class _PartGrid(Grid):
-    """Where queries and keys of a part stand: i i64[s, 1], j i64[b, 1, 1, 1, t]."""
+    """The positions of queries and keys of a part: i i64[s, 1], j i64[b, 1, 1, 1, t]."""
 
     def __init__(self, b: Builder, groups: Size, queries: Size, keys: Size, offset: Expr) -> None:
         super().__init__(b, groups, queries, keys)
@@ -148,7 +150,7 @@ class MergeParts(Composite):
     out [p, ..., e], max [p, ...], sum [p, ...] -> [..., e], [...], [...]
 
     Parts of `attention_parts` merge in any grouping: the result is a part again. Where no part has seen a key, it is
-    zeros, -inf and 0. 16-bit floats are computed with in f32, and the results are rounded.
+    zeros, -inf and 0. 16-bit floats are computed in f32, and the results are rounded.
     """
 
     out = Operand()

@@ -1,13 +1,12 @@
-"""Attention at a generation step: it appends its keys and values to caches, and reads the slots of its rows there.
+"""Attention in a generation step: it appends its keys and values to caches, and reads the slots of its rows there.
 
     attention(q, k, v, terms=[causal])   -->   %k = append(%k, k, rows, start, axis=2)
                                                %v = append(%v, v, rows, start, axis=2)
                                                cached_attention(q, %k, %v, rows, start, terms=[causal])
 
-A cache may hold them in 16 bits: they are cast before they are appended. Where keys and values do not depend on the
-tokens (cross-attention), they lie in states already, or are weights; queries stand at their rows' positions all the
-same. What a term takes along the keys is cached as they are. Keys that a window hides from all later queries are
-written over: a ring.
+A cache may hold them in 16 bits: they are cast before they are appended. If keys and values do not depend on the tokens
+(cross-attention), they are in states already, or are weights; queries still have their rows' positions. Operands of
+terms along the keys are cached like the keys. Keys that a window hides from all later queries are overwritten: a ring.
 """
 
 from __future__ import annotations
@@ -26,20 +25,22 @@ if TYPE_CHECKING:
     from treadle.ir.ops.attention import Attention
 
 KEYS = 2
-"""The dimension of k and v [b, g, t, d] along which keys stand, and that of q [b, h, s, d] along which queries do."""
+"""The axis of keys in k and v [b, g, t, d], and of queries in q [b, h, s, d]."""
 
 
 def stepped_attention(op: Attention, step: Stepping, operands: Sequence[Expr | Kept | None], held: Held) -> Any:
-    """What `Op.stepped` gives for attention. None where keys are kept and values are not, or one of them lies along the
-    tokens and the other does not, or a term takes an operand whose rows cannot be told apart, or that is about pairs of
-    positions."""
+    """Build the result of `Op.stepped` for attention.
+
+    Returns None in these cases: keys are kept and values are not; only one of them extends along the tokens; a term has
+    an operand whose rows cannot be distinguished, or that holds pairs of positions.
+    """
     q, k, v, *given = operands
     if not isinstance(q, Expr):
         return None
     if isinstance(k, Kept) and isinstance(v, Kept):
         return _across(op, step, q, k, v, given, held)
     if isinstance(k, Expr) and isinstance(v, Expr) and not held[1] and not held[2]:
-        rows = step.b.iota(size=k.shape[0], dtype=i64)  # each row reads its own, which are in no slot
+        rows = step.b.iota(size=k.shape[0], dtype=i64)  # each row reads its own, without a slot
         return _across(op, step, q, Kept(k, rows, None, False), Kept(v, rows, None, False), given, held)
     if isinstance(k, Expr) and isinstance(v, Expr) and held[1] == held[2] == {KEYS}:
         return _along(op, step, q, k, v, given, held)
@@ -49,10 +50,10 @@ def stepped_attention(op: Attention, step: Stepping, operands: Sequence[Expr | K
 def _across(
     op: Attention, step: Stepping, q: Expr, k: Kept, v: Kept, given: Sequence[Expr | Kept | None], held: Held
 ) -> Expr | None:
-    """Over keys that do not depend on the tokens: those that are real are told by a padding term."""
+    """Build attention over keys that do not depend on the tokens; a padding term marks the real ones."""
     start = step.first if held[0] == {KEYS} else step.zeros()
     if op.reads_positions and q.shape[KEYS] != ONE and q.shape[KEYS].as_symbol is None:
-        return None  # queries are tokens and something else, so that a query's position is not its token's
+        return None  # queries are not only tokens, so that a query's position is not its token's
     terms, operands = list(op.terms), [x.read() if isinstance(x, Kept) else x for x in given]
     length = k.length if k.length is not None else v.length
     if length is None and not any(isinstance(term, Padding) for term in terms):
@@ -65,11 +66,11 @@ def _across(
 def _along(
     op: Attention, step: Stepping, q: Expr, k: Expr, v: Expr, given: Sequence[Expr | Kept | None], held: Held
 ) -> Expr | None:
-    """Over the tokens so far."""
+    """Build attention over the tokens so far."""
     low, _ = reach_of(op.terms)
     taken = [operand for term in op.terms for operand in term.operands]
     operands: list[Expr | None] = []
-    # A term's operand along the keys is read by the number of the slot's position, which a ring does not keep.
+    # A term's operand along the keys is read by the position in the slot, which a ring does not preserve.
     along_keys = any("t" in o.axes.split() for o in taken)
     ring = f"C_{1 - low}" if low is not None and not along_keys else ""
     for n, (operand, x) in enumerate(zip(taken, given, strict=True)):

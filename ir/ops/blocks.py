@@ -1,10 +1,10 @@
-"""Ops that read and write blocks: from an encoding to the numbers that it means, and back, and products of blocks.
+"""Ops that read and write blocks: decoding, encoding, and products of blocks.
 
-    decode           "... [k] -> ... [k]"      k is the axis along which blocks lie
+    decode           "... [k] -> ... [k]"      k is the axis of the blocks
     encode           "... [k], [k] -> ... [k]"
     encoded_linear   "... [k], n [k], n -> ... n"
 
-Their references take and give held arrays (`treadle.ir.encodings`).
+Their references take and return held arrays (`treadle.ir.encodings`).
 """
 
 from __future__ import annotations
@@ -41,12 +41,11 @@ def _along_blocks(axis: int, ranks: Sequence[int | None]) -> str:
 
 @op("decode")
 class Decode(Primitive):
-    """y = the numbers that the blocks of x mean
+    """y = the decoded numbers of the blocks of x
 
-    of  the encoding of x (`treadle.ir.encodings`)
-    to  the dtype of y, to which the numbers are rounded; None: that of x
+    of  the encoding of x (`treadle.ir.encodings`) to  the dtype of y, to which the numbers are rounded; None: that of x
 
-    A weight that is decoded is a weight to every pass. A backend whose kernel reads the blocks keeps them; others
+    Every pass treats a decoded weight as a weight. A backend with a kernel that reads the blocks keeps them; others
     decode once, when weights are bound.
     """
 
@@ -70,7 +69,7 @@ class Decode(Primitive):
         return [None]
 
     def multiples(self, types: Sequence[Type | None], found: Application) -> Mapping[str, int]:
-        """Blocks are decoded one by one; a form whose block is a whole line has no parts."""
+        """Return the elements of a block, which is decoded by itself; nothing if a block is a whole line."""
         (dims,), elements = found.operands, self.of.block.elements
         return {} if elements is None or dims is None else dict.fromkeys(dims[self.of.axis].factors, elements)
 
@@ -80,17 +79,17 @@ class Decode(Primitive):
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         raise GraphError(
-            f"what is encoded as {self.of} has no gradient: its blocks hold whole numbers",
+            f"a value encoded as {self.of} has no gradient: its blocks hold integers",
             hint="a model whose weights are not quantized",
         )
 
 
 @op("encode", dtypes="f, f -> f")
 class Encode(Primitive):
-    """y = x by in blocks: each number is one near to it that the blocks can hold
+    """y = x by, encoded: each number is rounded to a value that the blocks can hold
 
-    by  a vector over the axis of the blocks; none: of ones
-    to  the encoding of the result (`treadle.ir.encodings`), of a form that can be written
+    by  a vector over the axis of the blocks; none: of ones to  the encoding of the result (`treadle.ir.encodings`), of
+    a form that can be written
     """
 
     is_word = False
@@ -108,12 +107,12 @@ class Encode(Primitive):
         if x.encoding is not None:
             raise RuleError(f"x is encoded as {x.encoding} already", hint="decode it first")
         if not self.to.block.encodes:
-            raise RuleError(f"{self.to.form} is read, and not written")
+            raise RuleError(f"{self.to.form} can be read, but not written")
         return [self.to]
 
     def reference(self, x: Any, by: Any = None) -> Any:
         if by is not None:
-            with np.errstate(all="ignore"):  # what is not finite is marked
+            with np.errstate(all="ignore"):  # blocks with NaN or infinity are marked
                 x = x * np.reshape(by, np.where(np.arange(x.ndim) == self.to.axis % x.ndim, -1, 1))
         return self.to.encode(x, computed=True)
 
@@ -124,13 +123,15 @@ class Encode(Primitive):
 ROWS = Encoding("int8_rows")
 """The encoding of weights in 8-bit rows, which `encoded_linear` multiplies with."""
 STEPS = Encoding("uint8_rows")
-"""The encoding of what they multiply, where that is computed."""
+"""The encoding of their other operand, if it is computed."""
 GROUPS = Encoding("int8_groups", 32)
-"""The encoding of what weights in other blocks multiply."""
+"""The encoding of the other operand of weights in other blocks."""
 
 
 def multiplied_with(weight: Encoding) -> tuple[Encoding, ...]:
-    """The encodings of what a weight in blocks along its last axis multiplies in whole numbers, the best first."""
+    """Return the encodings of the other operand in integer products with a weight in blocks along its last axis, best
+    first.
+    """
     block = weight.block
     if weight == ROWS:
         return STEPS, ROWS
@@ -140,7 +141,7 @@ def multiplied_with(weight: Encoding) -> tuple[Encoding, ...]:
 
 
 def rounded_for(weight: Encoding) -> Encoding | None:
-    """To what a pass rounds what such a weight multiplies; None: nothing."""
+    """Return the encoding to which a pass rounds the other operand of such a weight; None: it does not."""
     return next(iter(multiplied_with(weight)), None)
 
 
@@ -150,14 +151,14 @@ class EncodedLinear(Composite):
 
     over k of the span b, for x = s (q - z) and weight = t p + c
 
-    of    the encoding of the weight, of whole numbers with scales: of a block, or of 16 or 32 elements of one
-    rows  that of x: `int8_groups(32)`; for a weight in `int8_rows`, which are one block, x is in such rows, or in rows
-          that have a zero z as well (`uint8_rows`)
+    of    the encoding of the weight: integers with scales, one per block, or per 16 or 32 elements of a block
+    rows  the encoding of x: `int8_groups(32)`; for a weight in `int8_rows`, where a row is a block, x is in such rows,
+          or in rows with a zero z (`uint8_rows`)
 
-    Sums over what shares all scales are of integers, and so are exact, whatever their order; rounded to float32 once,
-    that of whole rows is multiplied by the product of the scales. Such sums are added here in float64, and rounded at
-    the end; kernels add them one after the other. Backends put it in the place of a linear of what is decoded
-    (`treadle.passes.lowering.multiply_blocks`), which it means.
+    Sums over elements that share all scales are sums of integers, and so exact in any order. They are rounded to
+    float32 once; the sum of a whole row is multiplied by the product of the scales. Sums with different scales are
+    added here in float64, and rounded at the end; kernels add them one after the other. Backends replace a linear of
+    decoded operands by this op (`treadle.passes.lowering.multiply_blocks`), which has the same meaning.
     """
 
     is_word = False
@@ -169,7 +170,7 @@ class EncodedLinear(Composite):
 
     def encodings(self, types: Sequence[Type | None], found: Application) -> Sequence[Encoding | None]:
         if self.rows not in multiplied_with(self.of):
-            raise RuleError(f"{self.rows} and {self.of} are not multiplied as whole numbers")
+            raise RuleError(f"{self.rows} and {self.of} have no product of integers")
         of_x = (STEPS, ROWS) if self.rows == ROWS else (self.rows,)
         for name, taken, type in zip(("x", "weight"), (of_x, (self.of,)), types, strict=False):
             if type is None or type.encoding not in taken:
@@ -192,7 +193,7 @@ class EncodedLinear(Composite):
 
 
 def _of_rows(held: Any, encoding: Encoding) -> tuple[Any, Any]:
-    """The whole numbers of held rows, less their zeros, as float64, and the rows' scales."""
+    """Return the integers of held rows, less their zeros, as float64, and the rows' scales."""
     lines = np.ascontiguousarray(held)
     record = lines.view(encoding.block.record(encoding.size(lines.shape[-1])))[..., 0]
     numbers = record["q"].astype(np.float64)
@@ -200,7 +201,7 @@ def _of_rows(held: Any, encoding: Encoding) -> tuple[Any, Any]:
 
 
 def _summed(q: Any, s: Any, p: Any, t: Any, c: Any) -> Any:
-    """Products of q [..., groups, 32] and p [n, k], with scales s of the groups, and t and c [n, spans] of p's."""
+    """Sum products of q [..., groups, 32] and p [n, k], with scales s of the groups, and t and c [n, spans] of p's."""
     k = p.shape[-1]
     span = k // max(1, t.shape[-1])
     step = max(1, min(span, q.shape[-1]))  # elements that share all scales
@@ -215,8 +216,9 @@ def _summed(q: Any, s: Any, p: Any, t: Any, c: Any) -> Any:
 
 
 def _parts(held: Any, encoding: Encoding) -> tuple[Any, Any, Any]:
-    """Of an array held in blocks along its last axis: numbers, of rows [..., groups, 32] and of weights [n, k]; and d
-    and c, of what shares them."""
+    """Split an array held in blocks along its last axis into numbers, [..., groups, 32] for rows and [n, k] for
+    weights, and their scales d and offsets c.
+    """
     lines = np.ascontiguousarray(held)
     elements = encoding.elements(encoding.size(lines.shape[-1]))
     blocks = lines.view(encoding.block.record(elements))

@@ -1,4 +1,4 @@
-"""Attention over a cache of keys and values: what a generation step attends with."""
+"""Attention over a cache of keys and values, for generation steps."""
 
 from __future__ import annotations
 
@@ -46,22 +46,22 @@ class CachedAttention(Attending):
 
     q [b, h, s, d], k [R, g, C, d], v [R, g, C, e], rows i64[b], start i64[b] -> [b, h, s, e]
 
-    Query i of row b stands at position start[b] + i, and key j of a slot at position j. With `ring`, key j stands at
-    the one position x that is congruent to j modulo C and among the last C that were written,
-    start[b] + s - C <= x < start[b] + s, the queries' own included; x < 0 is no key. Terms mean what they mean in
-    `attention`, at these positions: padding keeps key positions below lengths[b]. Operands with an axis of keys (mask,
-    bias, key_segments) have an element for each of a slot's C keys, by j.
+    Query i of row b has position start[b] + i, and key j of a slot has position j. With `ring`, key j has the one
+    position x that is congruent to j modulo C and among the last C that were written, start[b] + s - C <= x < start[b]
+    + s, including the queries' own; x < 0 is not a key. Terms have the same meaning as in `attention`, at these
+    positions: padding keeps key positions below lengths[b]. Operands with an axis of keys (mask, bias, key_segments)
+    have an element for each of a slot's C keys, by j.
 
-    A slot is written up to the queries, or up to lengths[b]. What lies beyond is never seen, whatever it holds, so
+    A slot is written up to the queries, or up to lengths[b]. Later positions are never seen, whatever they hold, so
     causal or padding must be among the terms. A query that may see no key gets zeros. Heads share keys as in
-    `attention`. k and v may be of another float dtype than q: a cache of 16 bits holds twice as much. They are cast as
+    `attention`. k and v may have another float dtype than q, for example 16 bits to halve the cache; they are cast when
     they are read. The gradient is that of the body.
 
     terms    masks and biases, in any order; their operands follow start in the order of the terms
     scale    None: 1/sqrt(d)
     softcap  c: scores become c tanh(scores / c) before biases and masks (Gemma team 2024)
-    ring     whether slots are rings, which needs causal. A chunk of s queries sees all of a window(w) if
-             w + s - 1 <= C; what has been written over is no key of its earlier queries
+    ring     True if slots are rings, which needs causal. A chunk of s queries sees all of a window(w) if
+             w + s - 1 <= C; a position that was overwritten is not a key of its earlier queries
     """
 
     q = Operand()
@@ -84,7 +84,7 @@ class CachedAttention(Attending):
 
     @property
     def is_causal(self) -> bool:
-        """Whether no query sees a key after its own position."""
+        """True if no query sees a key after its own position."""
         furthest = reach_of(self.terms)[1]
         return furthest is not None and furthest <= 0
 
@@ -95,13 +95,13 @@ class CachedAttention(Attending):
         if not self.is_causal and not any(isinstance(term, Padding) for term in self.terms):
             raise RuleError(
                 "needs causal or padding among the terms: keys that are not written yet must not be seen",
-                hint="terms=(causal, ...), or padding with how many keys of each row are written",
+                hint="terms=(causal, ...), or padding with the number of written keys of each row",
             )
 
     # -- meaning ---------------------------------------------------------------------------------------------
 
     def reference(self, q: Any, k: Any, v: Any, rows: Any, start: Any, *given: Any) -> Any:
-        """Row by row, over the keys alone that the row may see: the work follows start + s, not C."""
+        """Compute row by row, over only the keys that the row may see: the work grows with start + s, not C."""
         (_, heads, queries, _), (slots, _, capacity, _) = q.shape, k.shape
         inside(self.name, rows, slots)
         out = np.zeros((len(q), heads, queries, v.shape[-1]), q.dtype)
@@ -119,11 +119,13 @@ class CachedAttention(Attending):
         return self._body(b, q, k, v, rows, start, given, lambda scores: masked_softmax(b, scores))
 
     def lowering(self, b: Builder, q: Expr, k: Expr, v: Expr, rows: Expr, start: Expr, *given: Expr) -> Expr:
-        """The body, with its softmax as one op."""
+        """Build the body with its softmax as one op."""
         return self._body(b, q, k, v, rows, start, given, b.masked_softmax)
 
     def _body(self, b: Builder, q: Expr, k: Expr, v: Expr, rows: Expr, start: Expr, given: Any, softmax: Any) -> Expr:
-        """Over whole slots. Keys that no query of a row sees are set to 0: they may hold NaN, which 0 times is NaN."""
+        """Build attention over whole slots. Keys that no query of a row sees are set to 0: they may be NaN, and 0 times
+        NaN is NaN.
+        """
         k, v = (b.gather(x, rows, axis=0).cast(q.dtype) for x in (k, v))
         grid = _CacheGrid(b, k.shape[1], q.shape[2], k.shape[2], start, ring=self.ring)
         keep = self._kept(grid, given)
@@ -138,8 +140,9 @@ class CachedAttention(Attending):
     # -- cost ------------------------------------------------------------------------------------------------
 
     def flops_at(self, types: Sequence[Type | None], values: Mapping[str, int]) -> int | None:
-        """An upper bound, since how far rows have come is data: each query sees a whole slot, or as much as its terms
-        let it see of one."""
+        """Return an upper bound, since the lengths of rows are data: each query sees a whole slot, or as much of it as
+        its terms allow.
+        """
         q, k, v = (t.evaluate(values) for t in types[:3] if t is not None)
         low, high = reach_of(self.terms)
         pairs = k[2] if low is None or high is None else min(k[2], max(0, high - low + 1))
@@ -186,10 +189,10 @@ class CachedAttention(Attending):
 
 
 class _CacheGrid(Grid):
-    """Where queries and keys of a cache stand.
+    """The positions of queries and keys of a cache.
 
     i   i64[b, 1, 1, s, 1]
-    j   i64[C], or of a ring i64[b, 1, 1, 1, C], below 0 for what is no key
+    j   i64[C], or for a ring i64[b, 1, 1, 1, C], below 0 for slots without a key
     """
 
     def __init__(self, b: Builder, groups: Size, queries: Size, keys: Size, start: Expr, *, ring: bool) -> None:

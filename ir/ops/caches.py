@@ -2,7 +2,7 @@
 
     append       "@r h @c d, [b] h [s] d, [b], [b] -> @r h @c d"
 
-Slots and positions are indexed, and the result holds both: what nobody writes stays as it is.
+Slots and positions are indexed, and the result holds both: elements that are not written stay unchanged.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from treadle.ir.types import Type
 class Append(Primitive):
     """y = state, then y[rows[b], ..., start[b] + i, ...] = x[b, ..., i, ...] for every row b and position i
 
-    state has slots along its first axis and a capacity C along `axis`; x has rows and s new positions there, and the
-    other sizes of state. rows[b] is the slot of row b, start[b] where it goes on. In a ring, positions count modulo C.
+    state has slots along its first axis and a capacity C along `axis`. x has rows and s new positions there, and the
+    other sizes of state. rows[b] is the slot of row b, start[b] the position of its first new element. In a ring,
+    positions count modulo C.
 
     Two rows of one call never write into one slot. Without a ring start[b] + s <= C, in a ring s <= C. The reference
-    refuses anything else; a backend refuses what lies outside the state.
+    refuses anything else; a backend refuses positions outside the state.
     """
 
     moves_blocks = True
@@ -57,7 +58,7 @@ class Append(Primitive):
     def check(self, types: Sequence[Type | None]) -> None:
         state = types[0]
         if state is not None and place(self.axis, state.rank) == 0:
-            raise RuleError("axis 0 of a state holds its slots, positions lie along another", hint="axis=1")
+            raise RuleError("axis 0 of a state holds its slots; positions need another axis", hint="axis=1")
 
     def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
         state, x = types[:2]
@@ -66,7 +67,7 @@ class Append(Primitive):
         if x.rank != state.rank:
             return ()
         room = state.shape[self.axis] - x.shape[self.axis]
-        return [(room, f"state holds {state.shape[self.axis]} positions, x brings {x.shape[self.axis]}")]
+        return [(room, f"state holds {state.shape[self.axis]} positions, x has {x.shape[self.axis]}")]
 
     def reference(self, state: Any, x: Any, rows: Any, start: Any) -> Any:
         axis = place(self.axis, state.ndim)
@@ -78,7 +79,9 @@ class Append(Primitive):
         return y
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
-        """What was written over has none; x has that of the places where it went."""
+        """Build the gradient: zero for overwritten elements; x gets the gradient of the positions that it was written
+        to.
+        """
         (g,), (state, x, rows, start) = grads, inputs
         axis = place(self.axis, state.rank)
         kept = b.append(g, zeros(b, x.type), rows, start, axis=axis, ring=self.ring)
@@ -99,8 +102,8 @@ class Append(Primitive):
     ]
     errors = [
         (S("f32[3,4]", "f32[2,2]", "i64[2]", "i64[2]", axis=0), "axis 0 of a state holds its slots"),
-        (S("f32[3,4]", "f32[2,5]", "i64[2]", "i64[2]", axis=1), "state holds 4 positions, x brings 5"),
-        (S("f32[3,4]", "f32[2,5]", "i64[2]", "i64[2]", axis=1, ring=True), "state holds 4 positions, x brings 5"),
+        (S("f32[3,4]", "f32[2,5]", "i64[2]", "i64[2]", axis=1), "state holds 4 positions, x has 5"),
+        (S("f32[3,4]", "f32[2,5]", "i64[2]", "i64[2]", axis=1, ring=True), "state holds 4 positions, x has 5"),
         (S("f32[3,4]", "f16[2,2]", "i64[2]", "i64[2]", axis=1), "state is f32, x is f16"),
         (S("f32[3,4]", "f32[2,2]", "i64[3]", "i64[2]", axis=1), "sizes disagree"),
         (S("f32[3,4,2]", "f32[2,2,1]", "i64[2]", "i64[2]", axis=1), "sizes disagree"),
@@ -109,7 +112,7 @@ class Append(Primitive):
 
 
 def check_slots(op: str, rows: Any, slots: int) -> None:
-    """Raise GraphError where a row's slot is outside the state, or two rows have one slot."""
+    """Raise GraphError if a row's slot is outside the state, or two rows have one slot."""
     outside = np.flatnonzero((rows < 0) | (rows >= slots))
     if outside.size:
         row = int(outside[0])
@@ -119,7 +122,7 @@ def check_slots(op: str, rows: Any, slots: int) -> None:
 
 
 def check_room(op: str, start: Any, count: int, capacity: int, *, ring: bool) -> None:
-    """Raise GraphError where a row starts below 0 or, without a ring, ends past the capacity."""
+    """Raise GraphError if a row starts below 0 or, without a ring, ends beyond the capacity."""
     for row, first in enumerate(start.tolist()):
         if first < 0 or (not ring and first + count > capacity):
             raise GraphError(f"{op}: row {row} has no room: it starts at {first}, the capacity is {capacity}")

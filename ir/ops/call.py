@@ -19,8 +19,8 @@ class Call(Primitive):
     """y, ..., updated states = f(x, ..., weights, states)
 
     Operands are the function's inputs, its parameters, then its states; results are its outputs, then the states that
-    it updates. A call holds the function's signature, so that it says its
-    types by itself; the verifier compares it with the function. It has no axis rule: analyses enter the callee.
+    it updates. A call holds the function's signature, so that its types are known without the function; the verifier
+    compares it with the function. It has no axis rule: analyses enter the callee.
     """
 
     is_word = False
@@ -30,15 +30,15 @@ class Call(Primitive):
     gives: tuple[Type, ...]
     takes_in: tuple[Layout | None, ...] = ()
     gives_in: tuple[Layout | None, ...] = ()
-    """The layouts of what it takes and gives; empty where all is row-major."""
+    """The layouts of its operands and results; empty if all are row-major."""
     updated: tuple[int, ...] = ()
     """The positions of the operands that its last results update."""
     meets_ranks: bool = False
-    """Whether ranks meet in the function, or in one that it calls."""
+    """True if ranks communicate in the function, or in one that it calls."""
 
     @staticmethod
     def of(function: Function) -> Call:
-        """A call with this function's signature."""
+        """Return a call with this function's signature."""
         first = len(function.inputs) + len(function.parameters)
         return Call(
             function=function.name,
@@ -63,7 +63,7 @@ class Call(Primitive):
         return self.gives_in[index] if self.gives_in else None
 
     def infer(self, types: Sequence[Type | None]) -> tuple[Type, ...]:
-        if tuple(types) == self.takes:  # as a whole: equal at once where the types are the same objects
+        if tuple(types) == self.takes:  # compared as a whole: fast if the types are the same objects
             return self.gives
         if len(types) != len(self.takes):
             raise RuleError(f"{self.function} takes {len(self.takes)} arguments, received {len(types)}")
@@ -75,6 +75,6 @@ class Call(Primitive):
 
 
 def _layouts(values: Iterable[Value]) -> tuple[Layout | None, ...]:
-    """The layouts of values; empty where none has one."""
+    """Return the layouts of values; empty if none has one."""
     found = tuple([v.layout for v in values])
     return found if any(found) else ()

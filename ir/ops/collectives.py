@@ -1,19 +1,19 @@
-"""Collectives: ops in which the ranks of a mesh axis give each other parts of a value.
+"""Collectives: ops in which the ranks of a mesh axis exchange parts of a value.
 
-Programs of ranks hold them (`treadle.passes.sharding`); models do not say them. Each is among the `ways` ranks that
-differ along `over`, parts of mesh axes, and says in `because` why it is there. Its meaning is a function of what all
-ranks of the group bring (`combined`); among one rank it is the identity.
+Programs of ranks contain them (`treadle.passes.sharding`); models do not use them directly. Each is among the `ways`
+ranks that differ along `over`, parts of mesh axes, and `because` gives the reason for it. Its meaning is a function of
+the operands of all ranks in the group (`combined`); with one rank it is the identity.
 
-    all_reduce        every rank gets the sum (or another monoid) of what all have
-    all_gather        every rank gets all parts side by side along a dimension
+    all_reduce        every rank gets the sum (or another monoid) of the operands
+    all_gather        every rank gets all parts, concatenated along a dimension
     reduce_scatter    every rank gets its part of the sum
     all_to_all        parts along one dimension become parts along another
-    pass_on           every rank sends its part to the next one, and receives the part of the one before
+    pass_on           every rank sends its part to the next one, and receives the part of the preceding one
     hand_on           one rank of a line sends a value to another one
-    start_gather      an all_gather begins, which is waited for where its result is read
-    start_pass        so does a pass_on
+    start_gather      starts an all_gather, which is awaited where its result is read
+    start_pass        starts a pass_on, likewise
 
-Bytes are of a ring, in which each rank sends to the next (Patarasuk & Yuan 2009): what each rank sends.
+Bytes are what each rank sends in a ring, in which each rank sends to the next (Patarasuk & Yuan 2009).
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ _COMBINE = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Collective(Primitive):
-    """What all collectives have.
+    """Base of all collectives.
 
-    over     parts of mesh axes, as `Mesh.parts_of` reads them
-    ways     how many ranks meet
-    because  why: "the split of ffn is summed"
+    over     parts of mesh axes, as `Mesh.parts_of` parses them
+    ways     the number of ranks that communicate
+    because  the reason: "the split of ffn is summed"
     """
 
     is_word = False
@@ -62,42 +62,46 @@ class Collective(Primitive):
 
     def check(self, types: Sequence[Type | None]) -> None:
         if self.ways < 1:
-            raise RuleError(f"among 1 rank or more, not {self.ways}")
+            raise RuleError(f"ways must be 1 or more, is {self.ways}")
 
     def reference(self, x: Any) -> Any:
         return exchanged(self, x)
 
     def combined(self, ops: Sequence[Any], parts: Sequence[Any]) -> list[Any]:
-        """What each rank gets: of the ops, which are this one as each rank has it, and what they bring, in order."""
-        raise GraphError(f"op {self.name} has no meaning")
+        """Return the result of each rank, from the op of each rank (they may differ in sizes) and its operand, in
+        order.
+        """
+        raise GraphError(f"op {self.name} does not define `combined`")
 
     @property
     def group(self) -> dict[str, Any]:
-        """The attributes that say who meets, and why."""
+        """The attributes that define the group of ranks, and the reason."""
         return {"over": self.over, "ways": self.ways, "because": self.because}
 
     def among(self, ranks: Sequence[int]) -> tuple[int, ...]:
-        """Who meets, of the ranks that differ along `over`, in order."""
+        """Return the ranks that communicate, among those that differ along `over`, in order."""
         return tuple(ranks)
 
     @property
     def meeting(self) -> tuple[Any, ...]:
-        """What must be alike on all ranks that meet: all but the sizes of their own parts."""
+        """The properties that must be equal on all ranks of the group: all but the sizes of their own parts."""
         own = {name: value for name, value in self.attributes.items() if name not in ("size", "whole")}
         return self.name, *own.items()
 
     def payload(self, taken: int, given: int) -> int:
-        """How much of the value it is about, of what a rank brings and gets, all in bytes."""
+        """Return the size of the value that is communicated, given the sizes of a rank's operand and result, all in
+        bytes.
+        """
         return max(taken, given)
 
     @property
     def rounds(self) -> float:
-        """How often a rank sends its share of the payload, 1/ways of it: once to each other rank."""
+        """The number of times that a rank sends its share of the payload, 1/ways of it: once to each other rank."""
         return self.ways - 1
 
     @property
     def messages(self) -> float:
-        """How many messages it waits for, one after the other."""
+        """The number of messages that it waits for, one after the other."""
         return self.rounds
 
 
@@ -105,7 +109,7 @@ class Collective(Primitive):
 class AllReduce(Collective):
     """y = x_0 + x_1 + ..., over the ranks of the group, on every rank
 
-    monoid  what combines them, if not a sum
+    monoid  the combination, if not a sum
     """
 
     x = Operand()
@@ -113,7 +117,7 @@ class AllReduce(Collective):
 
     @property
     def linear(self) -> tuple[frozenset[str], ...]:
-        """A sum is linear in what all ranks bring."""
+        """A sum is linear in the operands of all ranks."""
         return (frozenset(["x"]),) if self.monoid == "sum" else ()
 
     def check(self, types: Sequence[Type | None]) -> None:
@@ -130,7 +134,9 @@ class AllReduce(Collective):
         return 2 * (self.ways - 1)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
-        """Of a sum the sum of what flows to all ranks: each rank's gradient is its own term of the loss's."""
+        """Build the gradient of a sum: the sum of all ranks' gradients, since each rank's gradient is its own partial
+        sum.
+        """
         if self.monoid != "sum":
             raise GraphError(f"all_reduce by {self.monoid} has no gradient")
         return [b.apply("all_reduce", grads[0], **self.group)]
@@ -138,10 +144,9 @@ class AllReduce(Collective):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Along(Collective):
-    """One that changes a dimension.
+    """A collective that changes a dimension.
 
-    axis  which
-    size  how long it is in the result
+    axis  the dimension size  its size in the result
     """
 
     axis: int
@@ -155,10 +160,9 @@ class _Along(Collective):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Awaited(_Along):
-    """One that may have begun before.
+    """A collective that may have been started before.
 
-    ahead  whether a `Starting` op has begun it: of those of its kind over the same axes the first that is not waited
-           for yet
+    ahead  True if a `Starting` op has started it: the first one of its kind over the same axes that is not awaited yet
     """
 
     ahead: bool = False
@@ -166,9 +170,9 @@ class Awaited(_Along):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Starting(_Along):
-    """One that begins another, which says `ahead=True`, reads the same x, and waits.
+    """An op that starts a collective, which has `ahead=True`, reads the same x, and waits.
 
-    Who runs ranks in lockstep does nothing here.
+    If ranks run in lockstep, it does nothing.
     """
 
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
@@ -180,8 +184,8 @@ class Starting(_Along):
 
     @property
     def awaited(self) -> Awaited:
-        """What is begun."""
-        raise GraphError(f"op {self.name} begins nothing")
+        """The collective that it starts."""
+        raise GraphError(f"op {self.name} does not define `awaited`")
 
 
 @op("all_gather", dtypes="t -> t", linear="x", flops=0)
@@ -219,8 +223,8 @@ class ReduceScatter(_Along):
 class AllToAll(_Along):
     """y = [the rank's part, along `axis`, of x_0, of x_1, ...] along the dimension `onto`
 
-    onto   the dimension of which x is a part, and y is whole
-    whole  how long that is in y
+    onto   the dimension in which x is a part, and y is whole
+    whole  the size of that dimension in y
     """
 
     x = Operand()
@@ -236,7 +240,9 @@ class AllToAll(_Along):
         return f"{' '.join(left)} -> {' '.join(right)}"
 
     def payload(self, taken: int, given: int) -> int:
-        """What a rank brings: where parts are uneven, no two need bring and get as much, and all together do."""
+        """Return the size of the operand. If parts are uneven, operands and results of a rank may differ, but not in
+        total.
+        """
         return taken
 
     def combined(self, ops: Sequence[Any], parts: Sequence[Any]) -> list[Any]:
@@ -253,7 +259,7 @@ class AllToAll(_Along):
 class PassOn(Awaited):
     """y = x of the rank `steps` before, in a ring: each rank sends to one, and receives from one
 
-    size  how long the dimension is in what it receives, where parts are uneven
+    size  the size of the dimension in the received part, if parts are uneven
     """
 
     x = Operand()
@@ -263,12 +269,12 @@ class PassOn(Awaited):
         return [parts[(n - self.steps) % len(parts)] for n in range(len(parts))]
 
     def payload(self, taken: int, given: int) -> int:
-        """What a rank sends."""
+        """Return the size of the operand, which is sent."""
         return taken
 
     @property
     def rounds(self) -> float:
-        """The whole of its part is sent, which is `ways` shares of it."""
+        """The whole part is sent, which is `ways` shares of it."""
         return self.ways
 
     @property
@@ -277,7 +283,7 @@ class PassOn(Awaited):
         return 1
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
-        """Gradients go the other way around."""
+        """Build the gradient, which is passed in the opposite direction."""
         (g,), (x,) = grads, inputs
         size = x.shape[place(self.axis, x.rank)]
         return [b.apply("pass_on", g, **self.group, axis=self.axis, size=size, steps=-self.steps)]
@@ -287,7 +293,7 @@ class PassOn(Awaited):
 class HandOn(Collective):
     """y = x of the rank at `source`, on the rank at `target`; zeros on the rank at `source`
 
-    These two of the `ways` ranks of a line meet, and no others. What the rank at `target` brings tells the type alone.
+    Only these two of the `ways` ranks of a line communicate. Of the operand at `target`, only the type is used.
     """
 
     x = Operand()
@@ -297,7 +303,7 @@ class HandOn(Collective):
     def check(self, types: Sequence[Type | None]) -> None:
         super().check(types)
         if self.source == self.target or not {self.source, self.target} <= set(range(self.ways)):
-            raise RuleError(f"from one of {self.ways} ranks to another, not from {self.source} to {self.target}")
+            raise RuleError(f"source and target must be two of {self.ways} ranks, are {self.source} and {self.target}")
 
     def among(self, ranks: Sequence[int]) -> tuple[int, ...]:
         return ranks[self.source], ranks[self.target]
@@ -316,13 +322,13 @@ class HandOn(Collective):
         return 1
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
-        """Gradients go back."""
+        """Build the gradient, which is sent back."""
         return [b.apply("hand_on", grads[0], **self.group, source=self.target, target=self.source)]
 
 
 @op("start_gather", dtypes="t -> t", flops=0)
 class StartGather(Starting):
-    """y = 0, and the `all_gather` of x with the same attributes begins"""
+    """y = 0, and the `all_gather` of x with the same attributes starts"""
 
     x = Operand()
 
@@ -333,7 +339,7 @@ class StartGather(Starting):
 
 @op("start_pass", dtypes="t -> t", flops=0)
 class StartPass(Starting):
-    """y = 0, and the `pass_on` of x with the same attributes begins"""
+    """y = 0, and the `pass_on` of x with the same attributes starts"""
 
     x = Operand()
     steps: int = 1
@@ -344,8 +350,8 @@ class StartPass(Starting):
 
 
 def _parted(whole: Any, ops: Sequence[Any], axis: int) -> list[Any]:
-    """A value cut along a dimension into the sizes that each rank's op says."""
+    """Split a value along a dimension into the sizes of each rank's op."""
     ends = np.cumsum([each.size.evaluate({}) for each in ops])
     if ends[-1] != whole.shape[axis]:
-        raise GraphError(f"parts of {ends[-1]} elements together, of a dimension of {whole.shape[axis]}")
+        raise GraphError(f"the parts have {ends[-1]} elements in total, the dimension has {whole.shape[axis]}")
     return list(np.split(whole, ends[:-1], axis=axis))

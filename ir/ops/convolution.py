@@ -1,4 +1,4 @@
-"""Convolution, and the sliding windows that it is made of."""
+"""Convolution, and the sliding windows that its body uses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from treadle.ir.types import Type, f32
 
 
 def window_count(size: Size, window: SizeLike, stride: int, dilation: int) -> Size:
-    """How many windows fit on an axis: floor((size - dilation (window - 1) - 1) / stride) + 1."""
+    """Return the number of windows that fit on an axis: floor((size - dilation (window - 1) - 1) / stride) + 1."""
     return (size - (Size.of(window) - 1) * dilation - 1) // stride + 1
 
 
@@ -36,8 +36,8 @@ def positive(**numbers: int) -> None:
 class Windows(Primitive):
     """y[..., i, ..., k] = x[..., i stride + k dilation, ...]: windows of `size` elements along one axis
 
-    The axis becomes that of the windows; the elements of each lie along a new last one. What is left over at
-    the end and fills no window is dropped.
+    The axis becomes the axis of windows; the elements of each window are along a new last axis. Elements at the end
+    that fill no window are dropped.
     """
 
     x = Operand()
@@ -99,7 +99,7 @@ class Windows(Primitive):
 
 @op("fold_windows", dtypes="n -> n", linear="x")
 class FoldWindows(Primitive):
-    """y[..., i stride + k dilation, ...] += x[..., i, ..., k]: windows added where they lie
+    """y[..., i stride + k dilation, ...] += x[..., i, ..., k]: windows added at their positions
 
     The transpose of `windows`. Where windows overlap, 16-bit floats are added in f32.
 
@@ -163,10 +163,10 @@ class FoldWindows(Primitive):
 def sliding(
     count: int, strides: tuple[int, ...], padding: tuple[int, ...], dilations: tuple[int, ...]
 ) -> list[tuple[int, int, int, int]]:
-    """Padding before, padding after, stride and dilation of windows along each of `count` axes. Raises RuleError.
+    """Return padding before, padding after, stride and dilation of windows for each of `count` axes. Raises RuleError.
 
-    strides, dilations   a number an axis; empty means 1
-    padding              before each axis, then after each; half as many numbers are for both sides alike; empty means 0
+    strides, dilations   one number per axis; empty means 1
+    padding              before each axis, then after each; half the number of values pads both sides equally; empty: 0
     """
     padding = padding * (2 if len(padding) == count else 1) or (0,) * (2 * count)
     strides, dilations = strides or (1,) * count, dilations or (1,) * count
@@ -184,12 +184,12 @@ def sliding(
 class Conv(Composite):
     """y[b, o, i...] = bias[o] + sum_{c, k...} x[b, c, i stride + k dilation - padding...] weight[o, c, k...]
 
-    Cross-correlation over any number of spatial axes, which goes by the name of convolution in deep learning
-    (Dumoulin & Visin 2016). x is [b, c, *spatial], weight [o, c / groups, *kernel], y [b, o, *spatial].
+    Cross-correlation over any number of spatial axes, which is called convolution in deep learning (Dumoulin & Visin
+    2016). x is [b, c, *spatial], weight [o, c / groups, *kernel], y [b, o, *spatial].
 
-    strides, dilations   a number a spatial axis; empty means 1
-    padding              zeros before each spatial axis, then after each (ONNX's pads); half as many numbers
-                         pad both sides alike; empty means none. Causal: (dilation (k - 1), 0)
+    strides, dilations   one number per spatial axis; empty means 1
+    padding              zeros before each spatial axis, then after each (ONNX's pads); half the number of values
+                         pads both sides equally; empty means none. Causal: (dilation (k - 1), 0)
     groups               output group j reads input group j alone
     """
 
@@ -217,14 +217,14 @@ class Conv(Composite):
         return f"b {c} {' '.join(f'[{n}]' for n in sizes)}, {weight}, {o} -> b {o} {' '.join(counts)}"
 
     def resized(self, sizes: Mapping[str, Size], types: Sequence[Type | None]) -> Op | None:
-        """Of groups it may have fewer."""
+        """Return the op on a part, which may have fewer groups."""
         groups = sizes.get("g")
         if groups is None:
             return self
         return None if groups.constant is None else replace(self, groups=groups.constant)
 
     def spatial(self, count: int) -> list[tuple[int, int, int, int]]:
-        """Padding before, padding after, stride and dilation of each spatial axis. Raises RuleError."""
+        """Return padding before, padding after, stride and dilation of each spatial axis. Raises RuleError."""
         return sliding(count, self.strides, self.padding, self.dilations)
 
     def check(self, types: Sequence[Type | None]) -> None:
@@ -247,7 +247,9 @@ class Conv(Composite):
         return found
 
     def takes_patches(self, weight: Sequence[Size]) -> bool:
-        """Whether windows of several elements, of known sizes, do not overlap: each is read once as a row."""
+        """Return True if windows have several elements, of known sizes, and do not overlap: each is read once as a
+        row.
+        """
         kernel = [size.constant for size in weight[2:]]
         each = self.spatial(len(kernel))
         apart = (
@@ -275,8 +277,9 @@ class Conv(Composite):
         return y if bias is None else y + b.rearrange(bias, pattern=f"o -> o {' '.join('1' * spatial)}")
 
     def lowering(self, b: Builder, x: Expr, weight: Expr, bias: Expr | None) -> Any:
-        """Windows that do not overlap as rows of a matrix, so that backends lay the weight out once, as that of linear;
-        others would be copied several times."""
+        """Build windows that do not overlap as rows of a matrix, so that backends lay out the weight once, as for
+        linear. Other windows would be copied several times.
+        """
         if not self.takes_patches(weight.shape):
             return self.body(b, x, weight, bias)
         spatial = x.rank - 2
@@ -288,7 +291,7 @@ class Conv(Composite):
         names = axis_letters(2 * spatial, "bcgo")
         places, within = " ".join(names[:spatial]), " ".join(names[spatial:])
         counts = [x.shape[axis].constant for axis in range(2, 2 + spatial)]
-        if None in counts:  # which of several places a row is, is told by numbers
+        if None in counts:  # a row's place among several is computed from numbers
             rows = b.rearrange(x, pattern=f"b c {places} {within} -> b {places} (c {within})")
             given = places
         else:

@@ -269,10 +269,10 @@ class Relu(Primitive):
 class Cast(Primitive):
     """y = x in the dtype `to`
 
-    Float to float rounds to nearest, ties to even. Float to integer drops the fraction; what the integer
-    cannot hold is undefined. A bool is 0 or 1, and a number is true unless it is 0. NumPy has no bf16: the
-    reference rounds to bf16 and holds it in float32. Linear into floats, up to rounding, so a partial sum
-    passes through; not into integers.
+    Float to float rounds to nearest, ties to even. Float to integer drops the fraction; the result is undefined if the
+    integer cannot hold it. A bool is 0 or 1, and a number is true unless it is 0. NumPy has no bf16: the reference
+    rounds to bf16 and holds it in float32. Linear into floats, up to rounding, so a partial sum passes through; not
+    into integers.
     """
 
     x = Operand()
@@ -306,7 +306,7 @@ class Cast(Primitive):
 
 
 def _round_to_bf16(x: Any) -> Any:
-    """x rounded to bf16's 8 significant bits, as float32, of which a bf16 is the upper half."""
+    """Round x to bf16's 8 significant bits, as float32, whose upper half is the bf16."""
     single = np.asarray(x, np.float32)
     bits = single.view(np.uint32)
     rounded = np.asarray((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)

@@ -1,4 +1,4 @@
-"""Several embeddings added up: what a token is, where it stands, which segment it is of."""
+"""The sum of several embeddings: of token, position and segment."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class EmbeddingSum(Composite):
     """y[..., d] = sum_n table_n[indices_n[...], d]        (BERT, Devlin et al. 2019: token, position and segment)
 
     Operands: the tables [v_n, d], then the indices of each in the same order. Indices broadcast: those of positions are
-    [s] beside tokens [b, s]. The sum is taken in the order of the tables.
+    [s] next to tokens [b, s]. The sum is taken in the order of the tables.
 
-    tables  how many, 2 to 8
+    tables  the number of tables, 2 to 8
     """
 
     operand = Operand(variadic=True)
@@ -43,7 +43,7 @@ class EmbeddingSum(Composite):
 
     @property
     def linear(self) -> tuple[frozenset[str], ...]:
-        """In all tables together."""
+        """Linear in all tables together."""
         return (frozenset(self.operand_names(self.tables)),)
 
     def check(self, types: Sequence[Type | None]) -> None:

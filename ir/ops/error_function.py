@@ -80,7 +80,7 @@ _ONE_FROM = 6.0  # erfc(6) = 2e-17 is less than half a unit in the last place of
 
 
 def erf(x: Array) -> Array:
-    """erf of every element, in the dtype of x (computed in float64; relative error under 1e-15)."""
+    """Return erf of every element, in the dtype of x (computed in float64; relative error under 1e-15)."""
     wide = np.asarray(x, np.float64)
     size = np.minimum(np.abs(wide), _ONE_FROM)
     with np.errstate(all="ignore"):  # each formula is also evaluated outside its interval

@@ -1,12 +1,12 @@
 """Ops that read and write at positions which another operand holds, and the positions themselves.
 
-An indexed axis (`@v`) is read, or in a scatter written, wherever the indices point; a scatter's result holds
-it.
+An indexed axis (`@v`) is read, or in a scatter written, at the positions in the indices; a scatter's result has the
+axis.
 
     gather       "@v d, i -> i d"
     index_add    "@v d, i, i d -> @v d"      i is reduced by sum; target is added once
 
-An index below 0 or past the axis is an error in the reference, as it is undefined in a graph.
+The reference raises for an index below 0 or beyond the axis, which is undefined in a graph.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from treadle.ir.types import DType, Type, f32, i64
 
 
 def inside(op: str, indices: Any, size: int) -> Any:
-    """The indices, checked against the axis that they point into. Raises GraphError."""
+    """Return the indices, checked against the size of the axis that they index. Raises GraphError."""
     outside = (indices < 0) | (indices >= size)
     if np.any(outside):
         raise GraphError(f"{op}: index {indices[outside].flat[0]} is outside an axis of size {size}")
@@ -38,7 +38,7 @@ def inside(op: str, indices: Any, size: int) -> Any:
 
 
 def _elements(indices: Any, axis: int) -> tuple[Any, ...]:
-    """NumPy's index for the elements that `indices` picks along one axis, elsewhere its own positions."""
+    """Return NumPy's index for the elements that `indices` selects along one axis, at their own positions elsewhere."""
     grid = list(np.indices(indices.shape, sparse=True))
     grid[axis] = indices
     return tuple(grid)
@@ -85,7 +85,7 @@ class Gather(Primitive):
 class IndexAdd(Primitive):
     """y = target, then y[..., indices[i...], ...] += added[..., i..., ...] for every i
 
-    The transpose of `gather`. Where indices repeat, all that goes there is added, of 16-bit floats in f32.
+    The transpose of `gather`. If indices repeat, all their elements are added, 16-bit floats in f32.
     """
 
     target = Operand()
@@ -124,7 +124,7 @@ class IndexAdd(Primitive):
 
 
 def _slice_names(axis: int, rank: int, picked: int) -> tuple[str, str, str, str]:
-    """Names before the axis, its own, those after it, and those of the indices."""
+    """Return names before the axis, its own, those after it, and those of the indices."""
     axis = place(axis, rank)
     names = axis_letters(rank + picked)
     return " ".join(names[:axis]), names[axis], " ".join(names[axis + 1 : rank]), " ".join(names[rank:])
@@ -155,7 +155,7 @@ class Embedding(Composite):
 class TakeAlongAxis(Primitive):
     """y[..., i, ...] = x[..., indices[..., i, ...], ...]: elements of x along one axis
 
-    NumPy's take_along_axis, PyTorch's gather. indices has the rank of x, and its sizes beside the axis.
+    NumPy's take_along_axis, PyTorch's gather. indices has the rank of x, and its sizes except along the axis.
     """
 
     x = Operand()
@@ -188,9 +188,8 @@ class TakeAlongAxis(Primitive):
 class ScatterAdd(Primitive):
     """y = target, then y[..., indices[..., i, ...], ...] += added[..., i, ...] for every i
 
-    The transpose of `take_along_axis`, PyTorch's scatter_add. indices and added have one shape: the rank of
-    target, and its sizes beside the axis. Where indices repeat, all that goes there is added, of 16-bit floats in
-    f32.
+    The transpose of `take_along_axis`, PyTorch's scatter_add. indices and added have one shape: the rank of target, and
+    its sizes except along the axis. If indices repeat, all their elements are added, 16-bit floats in f32.
     """
 
     target = Operand()
@@ -224,7 +223,7 @@ class ScatterAdd(Primitive):
 
 
 def _element_names(axis: int, rank: int) -> tuple[str, str]:
-    """The dimensions of the tensor with the indexed axis, and those of the indices."""
+    """Return the dimensions of the tensor with the indexed axis, and those of the indices."""
     axis = place(axis, rank)
     names = axis_letters(rank + 1)
     before, after = names[:axis], names[axis + 1 : rank]
@@ -261,7 +260,7 @@ class Iota(Primitive):
         return np.arange(self.size.evaluate({}), dtype=self.dtype.numpy)
 
     def stepped(self, step: Stepping, operands: Sequence[Expr | Kept | None], held: Held) -> Any:
-        """Each row's own positions, [b, s]."""
+        """Return each row's own positions, [b, s]."""
         return step.positions(self.size).cast(self.dtype)
 
     samples = [S(size=5), S(size=3, dtype="f32")]
@@ -270,10 +269,10 @@ class Iota(Primitive):
 
 @op("positions", axes="... >s -> ... >s", dtypes="t -> i64", flops=0)
 class Positions(Primitive):
-    """y[..., i] = i: where each element of x lies along the last axis
+    """y[..., i] = i: the position of each element of x along the last axis
 
-    A count of the elements before each one, so the axis is scanned; in a generation step it goes on from the
-    row's past length. It reads no element.
+    A count of the elements before each one, so the axis is scanned; in a generation step it continues from the row's
+    past length. It reads no element.
     """
 
     x = Operand()
@@ -287,7 +286,7 @@ class Positions(Primitive):
         return np.broadcast_to(np.arange(x.shape[-1]), x.shape)
 
     def stepped(self, step: Stepping, operands: Sequence[Expr | Kept | None], held: Held) -> Any:
-        """Each row's own positions, [b, s], or [b, ..., s] where x has other dimensions."""
+        """Return each row's own positions, [b, s], or [b, ..., s] if x has other dimensions."""
         (x,) = operands
         if not isinstance(x, Expr):
             return None

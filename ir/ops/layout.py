@@ -19,7 +19,7 @@ class Relayout(Primitive):
 
     to  the layout of the result (`treadle.ir.layouts`)
 
-    Passes put it before a product that reads its weight in a layout. What reads the result must read that layout.
+    Passes insert it before a product that reads its weight in a layout. Consumers of the result must read that layout.
     """
 
     is_word = False
@@ -30,7 +30,7 @@ class Relayout(Primitive):
     def check(self, types: Sequence[Type | None]) -> None:
         (x,) = types
         if x is not None and x.rank != 2:
-            raise RuleError(f"relayout: a layout is one of matrices, x has rank {x.rank}", received=str(x))
+            raise RuleError(f"relayout: layouts are for matrices, x has rank {x.rank}", received=str(x))
 
     def result_layout(self, index: int) -> Layout | None:
         return self.to

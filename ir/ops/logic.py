@@ -136,7 +136,7 @@ class LogicalNot(Primitive):
 class Where(Primitive):
     """z = x where the condition holds, else y
 
-    What is not chosen has gradient zero, whatever it holds: a NaN there does no harm.
+    The operand that is not selected has gradient zero, even if it is NaN.
     """
 
     condition = Operand()

@@ -1,4 +1,4 @@
-"""Losses of predictions, one number for each: what training makes small."""
+"""Losses of predictions, one number for each, which training minimizes."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from treadle.ir.samples import S
 from treadle.ir.types import Type, f32
 
 IGNORED = -100
-"""The target of a place that does not count, as in PyTorch's functions and the files of the Hub."""
+"""The target of a position that does not count, as in PyTorch's functions and the files of the Hub."""
 
 
 @op("cross_entropy", axes="... [n], ... -> ...", dtypes="f, i64 -> f")
 class CrossEntropy(Composite):
     """y = ln(sum of e^x over the last axis) - x[target], and 0 where the target is `ignored`
 
-    The negative logarithm of the probability that softmax(x) gives the target. 16-bit floats are computed with in f32,
-    and the result is rounded.
+    The negative logarithm of the target's probability in softmax(x). 16-bit floats are computed in f32, and the result
+    is rounded.
     """
 
     x = Operand()
@@ -46,7 +46,7 @@ class CrossEntropy(Composite):
         return b.where(counts, total - found, b.constant(0, wide.dtype)).cast(x.dtype)
 
     def _counted(self, b: Builder, target: Expr) -> tuple[Expr, Expr]:
-        """Which targets count, and where each is along the last axis; one that does not, at the first place."""
+        """Return which targets count, and their positions along the last axis; 0 for a target that does not count."""
         counts = target != self.ignored
         return counts, b.rearrange(b.where(counts, target, 0), pattern="... -> ... 1")
 
@@ -59,7 +59,7 @@ class CrossEntropy(Composite):
         return np.asarray(np.where(counts, total - found, 0)).astype(x.dtype)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
-        """softmax(x), less 1 at the target."""
+        """Build the gradient: softmax(x), less 1 at the target."""
         (g,), (x, target) = grads, inputs
         counts, at = self._counted(b, target)
         wide = widened(x)
@@ -85,9 +85,9 @@ class CrossEntropy(Composite):
 class Divergence(Composite):
     """y = T^2 (sum of p (ln p - ln q) over the last axis), where p = softmax(teacher / T), q = softmax(x / T)
 
-    How far a student's distribution is from its teacher's, at a temperature T (Hinton et al. 2015); by T^2 its gradient
-    is as large as that of `cross_entropy`, whatever T is. 16-bit floats are computed with in f32, and the result is
-    rounded.
+    The divergence of a student's distribution from its teacher's, at a temperature T (Hinton et al. 2015). With the
+    factor T^2 its gradient has the size of that of `cross_entropy` for any T. 16-bit floats are computed in f32, and
+    the result is rounded.
     """
 
     x = Operand()

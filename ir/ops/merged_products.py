@@ -1,4 +1,4 @@
-"""Several products of one value, done as one."""
+"""Several products of one value, computed as one."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Projections(MixedProduct, Composite):
     """y_i[..., n_i] = sum_k x[..., k] weight_i[n_i, k] + bias_i[n_i], for each i
 
     Query, key and value of an attention (Vaswani et al. 2017, 3.2.2). Operands: x, then the weights, then the bias of
-    each, absent where a product has none. Each weight keeps its name and its axes, so that heads can be split; what
-    runs is one product with all weights joined, which a backend does once, and the result cut.
+    each, absent if a product has none. Each weight keeps its name and its axes, so that heads can be split. At run time
+    there is one product with all weights concatenated, which a backend does once, and its result is split.
 
-    count        how many, 2 to 16
-    weight_axes  "n k", as linear takes a weight, or "k n", as matmul does
+    count        the number of products, 2 to 16
+    weight_axes  "n k", as the weight of linear, or "k n", as the weight of matmul
     to           the dtype of results and biases, in which products are summed; None: that of x and the weights
     """
 
@@ -47,7 +47,7 @@ class Projections(MixedProduct, Composite):
 
     @property
     def linear(self) -> tuple[frozenset[str], ...]:
-        """In x and the biases together, and in the weights and the biases."""
+        """Linear in x and the biases together, and in the weights and the biases."""
         _, *others = self.operand_names(1 + 2 * self.count)
         weights, biases = others[: self.count], others[self.count :]
         return frozenset(("x", *biases)), frozenset((*weights, *biases))
@@ -67,11 +67,11 @@ class Projections(MixedProduct, Composite):
         refuse_weight_axes(self.weight_axes)
         if len(types) != 1 + 2 * self.count:
             raise RuleError(
-                f"takes x, {self.count} weights and as many biases, received {len(types)} operands",
-                hint="none for a bias that is not there",
+                f"takes x, {self.count} weights and {self.count} biases, received {len(types)} operands",
+                hint="none for an absent bias",
             )
         if None in types[1 : 1 + self.count]:
-            raise RuleError("every weight must be there")
+            raise RuleError("no weight may be absent")
 
     def body(self, b: Builder, x: Expr, *operands: Expr | None) -> Any:
         weights, biases = operands[: self.count], operands[self.count :]
@@ -79,7 +79,7 @@ class Projections(MixedProduct, Composite):
         return tuple([multiplied(b, x, w, bias, self.weight_axes, self.to) for w, bias in pairs if w is not None])
 
     def lowering(self, b: Builder, x: Expr, *operands: Expr | None) -> Any:
-        """slices of one product: x (w_0 | w_1 | ...) + (b_0 | b_1 | ...)"""
+        """Build slices of one product: x (w_0 | w_1 | ...) + (b_0 | b_1 | ...)"""
         weights = [w for w in operands[: self.count] if w is not None]
         biases = operands[self.count :]
         axis = self.weight_axes.split().index("n")
@@ -109,8 +109,8 @@ class Projections(MixedProduct, Composite):
     errors = [
         (S("f32[2,3]", "f32[4,3]", "f32[4,2]", None, None), "axis k sizes disagree"),
         (S("f32[2,3]", "f32[4,3]", "f32[5,3]", "f32[5]", None), "axis n0 sizes disagree"),
-        (S("f32[2,3]", "f32[4,3]", None, None, None), "every weight must be there"),
+        (S("f32[2,3]", "f32[4,3]", None, None, None), "no weight may be absent"),
         (S("f32[2,3]", "f32[4,3]", None, count=1), "makes 2 to 16 products, not 1"),
-        (S("f32[2,3]", "f32[4,3]", "f32[4,3]"), "takes x, 2 weights and as many biases, received 3 operands"),
+        (S("f32[2,3]", "f32[4,3]", "f32[4,3]"), "takes x, 2 weights and 2 biases, received 3 operands"),
         (S("f32[2,3]", "f32[3,4]", "f32[3,4]", None, None, weight_axes="k"), "weight_axes is 'k'"),
     ]

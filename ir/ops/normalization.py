@@ -1,4 +1,4 @@
-"""Softmax and the normalizations: ops that look along a whole axis and keep it."""
+"""Softmax and the normalizations: ops that read a whole axis and keep it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from treadle.ir.types import Type, f32
 class Softmax(Composite):
     """y = e^(x - m) / sum of e^(x - m) over `axis`, where m = max of x
 
-    Of a row that is -inf throughout it is NaN; attention, which masks, gives zeros there. 16-bit floats are computed
-    with in f32, and the result is rounded.
+    NaN for a row that is -inf throughout; attention, with its masks, gives zeros there. 16-bit floats are computed in
+    f32, and the result is rounded.
     """
 
     x = Operand()
@@ -62,7 +62,7 @@ class Softmax(Composite):
 class LogSoftmax(Composite):
     """y = x - m - ln(sum of e^(x - m) over `axis`), where m = max of x
 
-    16-bit floats are computed with in f32, and the result is rounded.
+    16-bit floats are computed in f32, and the result is rounded.
     """
 
     x = Operand()
@@ -103,8 +103,8 @@ class LogSoftmax(Composite):
 class MaskedSoftmax(Composite):
     """softmax over the last axis, and zeros for a row that is -inf throughout
 
-    The probabilities of attention: those of a query that may see no key. Where attention is lowered by its body it is
-    one op for which a backend may have a kernel. 16-bit floats are computed with in f32, and the result is rounded.
+    The probabilities of attention, where a query may see no key. If attention is lowered by its body, this is one op
+    for which a backend may have a kernel. 16-bit floats are computed in f32, and the result is rounded.
     """
 
     x = Operand()
@@ -142,13 +142,13 @@ class MaskedSoftmax(Composite):
 
 
 def refuse_eps(eps: float) -> None:
-    """Raise RuleError for an eps that is no number: every result would be NaN. One that is inf gives zeros."""
+    """Raise RuleError if eps is NaN: every result would be NaN. An infinite eps gives zeros."""
     if math.isnan(eps):
         raise RuleError("eps must be a number, is nan", hint="eps=1e-5")
 
 
 def _through_softmax(b: Builder, g: Expr, y: Expr, axis: int) -> Expr:
-    """dL/dx = y (g - sum of g y along the axis), of a softmax y"""
+    """Build the gradient of a softmax y: dL/dx = y (g - sum of g y along the axis)"""
     g_wide, wide = widened(g), widened(y)
     made: Expr = (wide * (g_wide - b.reduce_sum(g_wide * wide, axes=(axis,), keep=True))).cast(y.dtype)
     return made
@@ -158,9 +158,9 @@ def _through_softmax(b: Builder, g: Expr, y: Expr, axis: int) -> Expr:
 class LayerNorm(Composite):
     """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias        (Ba, Kiros & Hinton 2016)
 
-    Mean and variance are over the last axis, the variance divided by its size; 16-bit floats are computed with in f32,
-    and the result is rounded. With n the normalized x, r = 1/sqrt(...) and h = weight * dL/dy:
-    dL/dx = r (h - mean(h) - n mean(h n))
+    Mean and variance are over the last axis, the variance divided by its size; 16-bit floats are computed in f32, and
+    the result is rounded. With n the normalized x, r = 1/sqrt(...) and h = weight * dL/dy: dL/dx = r (h - mean(h) - n
+    mean(h n))
     """
 
     x = Operand()
@@ -181,7 +181,7 @@ class LayerNorm(Composite):
         return (y if bias is None else y + widened(bias)).cast(x.dtype)
 
     def normalized(self, b: Builder, x: Expr) -> tuple[Expr, Expr]:
-        """(x - mean(x)) / sqrt(var(x) + eps), and the factor 1 / sqrt(var(x) + eps), both `widened`."""
+        """Build (x - mean(x)) / sqrt(var(x) + eps), and the factor 1 / sqrt(var(x) + eps), both `widened`."""
         x = widened(x)
         centered = x - b.reduce_mean(x, axes=(-1,), keep=True)
         factor = b.rsqrt(b.reduce_mean(centered * centered, axes=(-1,), keep=True) + self.eps)
@@ -225,7 +225,7 @@ class LayerNorm(Composite):
 class RMSNorm(Composite):
     """y = x / sqrt(mean(x^2) + eps) * weight        (Zhang & Sennrich 2019)
 
-    The mean is over the last axis; 16-bit floats are computed with in f32, and the result is rounded. With n the
+    The mean is over the last axis; 16-bit floats are computed in f32, and the result is rounded. With n the
     normalized x, r = 1/sqrt(...) and h = weight * dL/dy:   dL/dx = r (h - n mean(h n))
     """
 
@@ -245,7 +245,7 @@ class RMSNorm(Composite):
         return (y if weight is None else y * widened(weight)).cast(x.dtype)
 
     def normalized(self, b: Builder, x: Expr) -> tuple[Expr, Expr]:
-        """x / sqrt(mean(x^2) + eps), and the factor 1 / sqrt(mean(x^2) + eps), both `widened`."""
+        """Build x / sqrt(mean(x^2) + eps), and the factor 1 / sqrt(mean(x^2) + eps), both `widened`."""
         x = widened(x)
         factor = b.rsqrt(b.reduce_mean(x * x, axes=(-1,), keep=True) + self.eps)
         return x * factor, factor

@@ -1,4 +1,4 @@
-"""Ops that put parts of tensors together and take them apart: concat, slice and pad."""
+"""Ops that join and split tensors: concat, slice and pad."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from treadle.ir.types import Type
 
 @op("concat", dtypes="t* -> t", linear="parts", flops=0)
 class Concat(Primitive):
-    """The parts laid end to end along one axis; elsewhere they have the same sizes."""
+    """The parts concatenated along one axis; they have the same sizes along all others."""
 
     moves_blocks = True
     parts = Operand(variadic=True)
@@ -72,7 +72,7 @@ class Slice(Primitive):
     """y[..., i, ...] = x[..., start + i stride, ...] while start + i stride < stop
 
     start, stop   positions within the axis; a negative constant counts from the end, and a stop of None is
-                  the end. They are not clamped: what lies outside is refused.
+                  the end. They are not clamped: positions outside are refused.
     stride        1 or more
     """
 
@@ -91,7 +91,7 @@ class Slice(Primitive):
         return f"{left} -> {right}"
 
     def span(self, size: Size) -> tuple[Size, Size]:
-        """Start and stop on an axis of this size."""
+        """Return start and stop on an axis of this size."""
         start, stop = (
             size + edge if edge.constant is not None and edge.constant < 0 else edge
             for edge in (self.start, size if self.stop is None else self.stop)
@@ -159,7 +159,7 @@ def _along(rank: int, axis: int, part: slice) -> tuple[slice, ...]:
 
 
 def _spread(b: Builder, x: Expr, axis: int, stride: int, size: Size) -> Expr:
-    """The elements of x along an axis, `stride` apart with zeros between, `size` in all."""
+    """Return the elements of x along an axis, `stride` apart with zeros between, `size` in total."""
     names = axis_letters(x.rank + 1)
     gap, before, name, after = names[-1], names[:axis], names[axis], names[axis + 1 : -1]
     single = " ".join([*before, name, *after])
@@ -174,7 +174,7 @@ def _spread(b: Builder, x: Expr, axis: int, stride: int, size: Size) -> Expr:
 class Pad(Primitive):
     """x with `before` elements of `value` before it along one axis, and `after` behind it
 
-    value   a number that x's dtype holds
+    value   a number that x's dtype can hold
     """
 
     x = Operand()
@@ -185,7 +185,7 @@ class Pad(Primitive):
 
     @property
     def linear(self) -> tuple[frozenset[str], ...]:
-        """Linear where it pads with zeros."""
+        """Linear if it pads with zeros."""
         return super().linear if self.value == 0 else ()
 
     @property
@@ -194,7 +194,7 @@ class Pad(Primitive):
 
     @property
     def only_moves(self) -> bool:
-        """Not so: the margins hold a number that is no element of x."""
+        """False: the margins hold a number that is not an element of x."""
         return False
 
     def axis_rule(self, ranks: Sequence[int | None]) -> str:

@@ -1,4 +1,4 @@
-"""Pooling: windows over the last axes, each reduced to its greatest element, its sum or its mean."""
+"""Pooling: windows over the last axes, each reduced to its maximum, its sum or its mean."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ _MOST_SLICES = 16
 
 
 def padding_for_ceil(kernel: int, stride: int, dilation: int, after: int) -> int:
-    """The padding after an axis with which no window that starts before the padding's end is dropped.
+    """Return the padding after an axis that keeps every window which starts before the end of the padding.
 
-    Frameworks call it ceil_mode: the number of windows is rounded up, and a last one may reach past the padding that
-    was asked for (`after`), but must not start in it.
+    Frameworks call it ceil_mode: the number of windows is rounded up, and a last one may extend beyond the requested
+    padding (`after`), but must not start in it.
     """
     return min(after + stride - 1, (kernel - 1) * dilation)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Pool(Composite):
-    """Windows over the last axes of x [..., *spatial], as many as `kernel` has numbers.
+    """Windows over the last axes of x [..., *spatial]; `kernel` has one number per such axis.
 
-    kernel               how many elements a window has along each axis
-    strides, dilations   a number an axis; empty means 1
-    padding              how far windows reach before each axis, then after each; half as many numbers are for both
-                         sides alike; empty means 0. Less than a window spans. No element of a window lies there.
+    kernel               the number of elements in a window along each axis
+    strides, dilations   one number per axis; empty means 1
+    padding              the padding before each axis, then after each; half the number of values pads both sides
+                         equally; empty means 0. Less than the span of a window. Padding holds no elements of a window.
     """
 
     kernel: tuple[int, ...]
@@ -88,7 +88,7 @@ class _Pool(Composite):
         return found
 
     def windows_of(self, x: Any, fill: float) -> tuple[Any, tuple[int, ...]]:
-        """Every window of an array, the elements along the last axes; and which axes those are."""
+        """Return every window of an array, with the elements along the last axes, and the numbers of those axes."""
         first = x.ndim - len(self.kernel)
         widths = [(0, 0)] * first + [(before, after) for _, before, after, _, _ in self.places]
         spans = tuple((size - 1) * dilation + 1 for size, _, _, _, dilation in self.places)
@@ -119,22 +119,22 @@ class _Pool(Composite):
 
 
 class _Separable(_Pool):
-    """A pool whose reduction of a window is that of the reductions of its rows."""
+    """A pool whose reduction of a window is the reduction of its rows' reductions."""
 
     reduces: ClassVar[str]
-    """The reduction of a window, and the op that it is of two elements."""
+    """The reduction of a window, and the op that combines two elements."""
     combines: ClassVar[str]
 
     @staticmethod
     def filling(dtype: DType) -> float:
-        """The number that changes no reduction of a window."""
+        """Return the number that changes no reduction of a window."""
         raise NotImplementedError
 
     def body(self, b: Builder, x: Expr) -> Any:
         return self._along_each(b, x, slices=False)
 
     def lowering(self, b: Builder, x: Expr) -> Any:
-        """Small windows as strided slices of x, combined elementwise: several times as fast on every backend."""
+        """Build small windows as strided slices of x, combined elementwise: several times as fast on every backend."""
         return self._along_each(b, x, slices=True)
 
     def _along_each(self, b: Builder, x: Expr, slices: bool) -> Expr:
@@ -185,7 +185,7 @@ class MaxPool(_Separable):
 class SumPool(_Separable):
     """y[..., i...] = sum_{k...} x[..., i stride + k dilation - padding...]
 
-    What lies in the padding adds nothing. 16-bit floats are summed in f32.
+    Padding adds nothing. 16-bit floats are summed in f32.
     """
 
     x = Operand()
@@ -208,8 +208,8 @@ class SumPool(_Separable):
 class AveragePool(_Pool):
     """y[..., i...] = the mean of the elements of x that the window at i holds
 
-    What lies in the padding is not counted: a window that holds no element gives NaN. To count zeros around x (which
-    frameworks call count_include_pad), pad x with them. 16-bit floats are summed in f32.
+    Padding is not counted: a window without elements gives NaN. To count zeros around x (count_include_pad in
+    frameworks), pad x with them. 16-bit floats are summed in f32.
     """
 
     x = Operand()
@@ -220,7 +220,7 @@ class AveragePool(_Pool):
         return (b.sum_pool(wide, **self.attributes) / self.counts(b, wide)).cast(x.dtype)
 
     def counts(self, b: Builder, x: Expr) -> Expr:
-        """How many elements each window holds: of x's dtype, a scalar or one number a place."""
+        """Return the number of elements in each window, in x's dtype: a scalar or one number per position."""
         spatial = len(self.kernel)
         total = b.constant(math.prod(s for s, before, after, _, _ in self.places if not (before or after)), x.dtype)
         for i, (size, before, after, stride, dilation) in enumerate(self.places):

@@ -22,7 +22,7 @@ from treadle.ir.wording.marked_text import marked, marked_name
 
 
 class MixedProduct(Op):
-    """What products with weights have in common: their result may be of another dtype than what is multiplied.
+    """Base of products with weights: their result may have another dtype than the operands.
 
     to   the result's dtype, in which the products are summed and the bias is; None: that of the operands
     """
@@ -30,34 +30,34 @@ class MixedProduct(Op):
     to: DType | None
 
     def multiplies(self, count: int) -> tuple[int, ...]:
-        """The positions, among `count` operands, of the matrices that x, which is the first, is multiplied with."""
+        """Return the positions, among `count` operands, of the matrices that the first operand is multiplied with."""
         return (1,)
 
     def dtype_rule(self, factors: int, biases: int, results: int = 1) -> str:
-        """The dtype rule for so many operands that are multiplied, biases and results, in this order."""
+        """Return the dtype rule for these numbers of multiplied operands, biases and results, in this order."""
         to = "f" if self.to is None else str(self.to)
         return f"{', '.join(['f'] * factors + [to] * biases)} -> {', '.join([to] * results)}"
 
     def summed(self, x: Any) -> Any:
-        """The dtype of NumPy's that the result has, for a first operand x."""
+        """Return the NumPy dtype of the result, for a first operand x."""
         return x.dtype if self.to is None else self.to.numpy or np.float32
 
     def wide(self, operands: Sequence[Expr]) -> list[Expr]:
-        """Operands in the result's dtype: what a gradient is computed of."""
+        """Return the operands in the result's dtype, for computing gradients."""
         return [x if self.to is None or x.dtype is self.to else x.cast(self.to) for x in operands]
 
     def narrowed(self, grads: Sequence[Expr], operands: Sequence[Expr]) -> list[Expr]:
-        """Gradients in their operands' dtypes."""
+        """Return gradients in their operands' dtypes."""
         return [g if g.dtype is x.dtype else g.cast(x.dtype) for g, x in zip(grads, operands, strict=True)]
 
 
 def contraction_gradient(
     b: Builder, application: Application, grad: Expr, operands: Sequence[Expr | None]
 ) -> list[Expr]:
-    """The gradient of a sum of products by each operand: `grad` times the other operands, summed.
+    """Return the gradient of a sum of products by each operand: `grad` times the other operands, summed.
 
-    application is the op's rule applied to the operands; every dimension in it is one factor. An axis that
-    one operand alone holds, and not the result, is generated again in that operand's gradient.
+    application is the op's rule applied to the operands; every dimension in it is one factor. An axis of only one
+    operand that the result lacks is generated again in that operand's gradient.
     """
     dotted = [name for name in application.factors if name.startswith("...")]
     names = {name: name for name in application.factors}
@@ -86,7 +86,7 @@ def contraction_gradient(
 
 
 def _names(dims: Sequence[AxisDim], names: dict[str, str]) -> list[str]:
-    """The name of each dimension; "1" for one that broadcasts, and so does not hold its axis."""
+    """Return the name of each dimension; "1" for a broadcast dimension, which lacks its axis."""
     return [names[d.factors[0]] if d.factors else "1" for d in dims]
 
 
@@ -100,7 +100,7 @@ def _squeezed(b: Builder, x: Expr, held: list[str]) -> Expr:
 class MatMul(MixedProduct, Primitive):
     """z[..., m, n] = sum_k x[..., m, k] y[..., k, n]
 
-    Leading dimensions broadcast. A vector needs its second axis spelled: rearrange, or einsum.
+    Leading dimensions broadcast. A vector needs an explicit second axis: use rearrange, or einsum.
 
     to   the result's dtype, in which floats are summed; None: that of x and y
     """
@@ -141,7 +141,7 @@ class MatMul(MixedProduct, Primitive):
 class Linear(MixedProduct, Primitive):
     """y[..., n] = sum_k x[..., k] weight[n, k] + bias[n]
 
-    The weight is [out, in], as checkpoints of PyTorch hold it (torch.nn.functional.linear).
+    The weight is [out, in], as in PyTorch checkpoints (torch.nn.functional.linear).
 
     to   the dtype of the result and the bias, in which products are summed; None: that of x and the weight
     """
@@ -185,21 +185,21 @@ def _operands(count: int) -> str:
 
 
 def _refuse_letters(equation: str, types: Sequence[Type | None]) -> None:
-    """Raise RuleError for letters side by side, which NumPy takes for an axis each, and which are one name here."""
+    """Raise RuleError for adjacent letters: for NumPy each is an axis, and here they are one name."""
     left, arrow, right = equation.partition("->")
     terms = [term.strip() for term in left.split(",")]
     ranks = [None if type is None else type.rank for type in types]
     if arrow and [len(term) for term in terms] == ranks and max(map(len, terms)) > 1 and "".join(terms).isalpha():
         spaced = f"{', '.join(map(' '.join, terms))} -> {' '.join(right.replace(' ', ''))}".rstrip()
-        raise RuleError("spaces part axes", within=marked(equation, 1), hint=f'equation="{spaced}"')
+        raise RuleError("axes are separated by spaces", within=marked(equation, 1), hint=f'equation="{spaced}"')
 
 
 @op("einsum", dtypes="n* -> n", flops=2)
 class Einsum(Primitive):
     """z = the sum, over all axes that the result does not name, of the product of the operands
 
-    equation   "b h s d, b h t d -> b h s t": a name an axis, parted by spaces, as in einops (Rogozhnikov
-               2022); `...` stands for leading dimensions that broadcast. A name stands once in an operand: a
+    equation   "b h s d, b h t d -> b h s t": one name per axis, separated by spaces, as in einops (Rogozhnikov
+               2022); `...` stands for leading dimensions that broadcast. A name occurs once in an operand: a
                diagonal is refused.
     """
 
@@ -212,7 +212,7 @@ class Einsum(Primitive):
 
     @property
     def linear(self) -> tuple[frozenset[str], ...]:
-        """In each operand alone."""
+        """Linear in each operand alone."""
         count = len(self.equation.partition("->")[0].split(","))
         return tuple(frozenset([name]) for name in self.operand_names(count))
 
@@ -226,24 +226,24 @@ class Einsum(Primitive):
             raise RuleError(
                 f"before '->' the equation has {_operands(len(rule.operands))}, and {len(types)} are given",
                 within=marked(text, text.index("->")),
-                hint='commas part operands, and spaces their axes: "b s d, b t d -> b s t"',
+                hint='separate operands by commas, and their axes by spaces: "b s d, b t d -> b s t"',
             )
         plain = all(f.role is Role.MAPPED or f.monoid == "sum" for f in rule.factors.values())
         for pattern in (*rule.operands, *rule.results):
             dims = [d for d in pattern if isinstance(d, AxisDim)]
             if rule.given or not plain or any(len(d.factors) != 1 for d in dims):
                 raise RuleError(
-                    "an equation holds names and `...` only",
+                    "an equation consists of names and `...` only",
                     within=self.equation,
                     hint="rearrange splits and joins axes",
                 )
             names = [d.factors[0] for d in dims]
             repeated = [n for n in names if names.count(n) > 1]
             if repeated:
-                raise RuleError(f"axis {repeated[0]} stands twice in one operand", within=self._repeated(repeated[0]))
+                raise RuleError(f"axis {repeated[0]} occurs twice in one operand", within=self._repeated(repeated[0]))
 
     def _repeated(self, name: str) -> str:
-        """Where an operand, or the result, names an axis again."""
+        """Return the location where an operand, or the result, repeats a name."""
         start = 0
         for part in re.split(r",|->", self.equation):
             if len(re.findall(rf"(?<!\w){name}(?!\w)", part)) > 1:
@@ -279,7 +279,7 @@ class Einsum(Primitive):
     ]
     errors = [
         (S("f32[2,3]", "f32[4,5]", equation="i j, j k -> i k"), "axis j sizes disagree"),
-        (S("f32[2,2]", equation="i i -> i"), "axis i stands twice in one operand"),
+        (S("f32[2,2]", equation="i i -> i"), "axis i occurs twice in one operand"),
         (S("f32[2,3]", equation="i [j] -> i [j]"), "names and `...` only"),
         (S("f32[2,3]", equation="i j -> i k"), "axis k is after '->', and in no operand"),
     ]

@@ -1,4 +1,4 @@
-"""Reductions along axes, and what else looks along an axis: cumsum, argmax and top-k."""
+"""Reductions along axes, and other ops along an axis: cumsum, argmax and top-k."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from treadle.ir.types import DType, Type, f32, i64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Reduction(Op):
-    """Combines the elements along some axes by a monoid; without one, the rule calls them whole.
+    """Combines the elements along some axes by a monoid; without a monoid, the rule declares them whole.
 
     axes   the axes to reduce; a negative one counts from the end
-    keep   leave a dimension of size 1 in the place of each
+    keep   keep each axis as a dimension of size 1
     """
 
     monoid: ClassVar[str | None] = None
@@ -67,7 +67,7 @@ class _Extremum(_Reduction, Primitive):
 
 @op("reduce_sum", dtypes="n -> n", linear="x")
 class ReduceSum(_Reduction, Primitive):
-    """y = sum of x over `axes`, accumulated in its own dtype, of 16-bit floats in f32"""
+    """y = sum of x over `axes`, accumulated in its own dtype, for 16-bit floats in f32"""
 
     x = Operand()
     monoid = "sum"
@@ -128,8 +128,8 @@ class ReduceMin(_Extremum):
 class ReduceMean(_Reduction, Composite):
     """y = (sum of x over `axes`) / (number of its terms)
 
-    The mean of two parts is no function of their means alone, so the axes are whole; the sum is in the body, for 16-bit
-    floats in f32.
+    The mean of two parts does not follow from their means alone, so the axes are whole; the sum is in the body, for
+    16-bit floats in f32.
     """
 
     x = Operand()
@@ -151,7 +151,7 @@ class ReduceMean(_Reduction, Composite):
         return [b.expand(with_ones(b, share, self.axes, x.rank), shape=x.shape)]
 
     def terms(self, b: Builder, x: Expr) -> Expr:
-        """How many elements of x make one of y, as a scalar of x's dtype."""
+        """Return the number of elements of x for one of y, as a scalar of x's dtype."""
         count = product(x.shape[i] for i in places(self.axes, x.rank))
         if count.constant is not None:
             return b.constant(count.constant, x.dtype)
@@ -171,7 +171,7 @@ class ReduceMean(_Reduction, Composite):
 
 @op("size", axes="->", flops=0)
 class SizeOf(Primitive):
-    """y = the value of a size expression, a scalar: the count that a mean over a symbolic axis divides by"""
+    """y = the value of a size expression, a scalar: the divisor of a mean over a symbolic axis"""
 
     value: Size
     dtype: DType = i64
@@ -192,10 +192,10 @@ class SizeOf(Primitive):
 
 @op("cumsum", dtypes="n -> n", linear="x")
 class CumSum(Primitive):
-    """y[i] = sum of x[j] over j <= i, along `axis`, of 16-bit floats carried in f32
+    """y[i] = sum of x[j] over j <= i, along `axis`, for 16-bit floats accumulated in f32
 
     exclusive   j < i instead: starts at 0
-    reverse     j >= i (or j > i): sums from the end. The result at i then reads what comes after i, so the
+    reverse     j >= i (or j > i): sums from the end. The result at i then reads elements after i, so the
                 axis is whole and not scanned.
     """
 
@@ -224,9 +224,9 @@ class CumSum(Primitive):
         return [b.cumsum(g, axis=self.axis, exclusive=self.exclusive, reverse=not self.reverse)]
 
     def stepped(self, step: Stepping, operands: Sequence[Expr | Kept | None], held: Held) -> Any:
-        """The sum so far is the first term: sum over ([carried, x]), without its first element.
+        """Build the step with the sum so far as the first element: sum over ([carried, x]), without its first element.
 
-        What follows a row's last real token counts as 0, and a row at position 0 begins anew.
+        Elements after a row's last real token count as 0, and a row at position 0 starts at 0 again.
         """
         (x,) = operands
         if not isinstance(x, Expr) or self.reverse:
@@ -258,7 +258,7 @@ class CumSum(Primitive):
 class ArgMax(Primitive):
     """y = the position of the greatest element along `axis`; the first of equal ones
 
-    keep   leave a dimension of size 1 in its place
+    keep   keep the axis as a dimension of size 1
     """
 
     x = Operand()

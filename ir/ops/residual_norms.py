@@ -1,6 +1,6 @@
-"""A residual and the norm of it in one op: fused add + norm.
+"""A residual addition and its norm in one op: fused add + norm.
 
-Their two results are what a residual stream needs: y, for the next layer, and the sum, which goes on beside it.
+They have two results, as a residual stream needs: y, for the next layer, and the sum, which continues the stream.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from treadle.ir.types import Type, f32
 
 
 class _AddNorm(Composite):
-    """What the two have in common. An op of them names the norm that its sum goes through."""
+    """Base of both ops. A subclass names the norm of its sum."""
 
     accumulates = f32
 
@@ -35,7 +35,7 @@ class _AddNorm(Composite):
 
     @property
     def norm(self) -> LayerNorm | RMSNorm:
-        """The op that makes y of the sum."""
+        """The norm op that computes y from the sum."""
         raise GraphError(f"op {self.name} names no norm")
 
     def body(self, b: Builder, x: Expr, residual: Expr, *vectors: Expr | None) -> tuple[Expr, Expr]:
@@ -47,7 +47,7 @@ class _AddNorm(Composite):
         return self.norm.reference(total, *vectors), total
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
-        """Both addends have that of the sum: through the norm, and past it."""
+        """Build the gradient: both addends get that of the sum, through the norm, and directly."""
         (g_y, g_sum), (_, _, *vectors), (y, total) = grads, inputs, outputs
         if g_y is None:
             return [g_sum, g_sum, *[None] * len(vectors)]

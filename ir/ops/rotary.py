@@ -1,4 +1,4 @@
-"""Rotary positions: pairs of a head's dimensions, turned by an angle that grows with the position."""
+"""Rotary position embeddings: pairs of a head's dimensions, rotated by an angle that grows with the position."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ LAYOUTS = ("half", "interleaved")
 class Rotary(Composite):
     """y_i = x_i cos a_i - x_j sin a_i,   y_j = x_j cos a_i + x_i sin a_i,   a_i = positions[b, s] frequencies[i]
 
-    RoPE (Su et al. 2021). x [b, h, s, d], positions [b, s], frequencies [f] in radians a position. The first 2f of the
-    d dimensions are turned, in f pairs (i, j); the others stay. Queries and keys turned so have products that depend on
-    the difference of their positions alone. Angles are computed in the frequencies' dtype, which should be f32 or wider
-    whatever x is.
+    RoPE (Su et al. 2021). x [b, h, s, d], positions [b, s], frequencies [f] in radians per position. The first 2f of
+    the d dimensions are rotated, in f pairs (i, j); the others are unchanged. Products of rotated queries and keys
+    depend only on the difference of their positions. Angles are computed in the frequencies' dtype, which should be f32
+    or wider for any dtype of x.
 
-    layout  which dimensions are a pair: "half" (i, i + f), as Hugging Face and GPT-NeoX store heads, or "interleaved"
+    layout  the dimensions of a pair: "half" (i, i + f), as Hugging Face and GPT-NeoX store heads, or "interleaved"
             (2i, 2i + 1), as the paper, Llama's own code and GGUF do
 
-    With g = dL/dy:   dL/dx is g turned back,   dL/da_i = sum over h of g_j y_i - g_i y_j
+    With g = dL/dy:   dL/dx is g rotated back,   dL/da_i = sum over h of g_j y_i - g_i y_j
     """
 
     x = Operand()
@@ -42,12 +42,12 @@ class Rotary(Composite):
             raise RuleError(f"layout is {self.layout!r}", hint="one of " + ", ".join(LAYOUTS))
         x, _, frequencies = types
         if x is None or frequencies is None or x.rank != 4 or frequencies.rank != 1:
-            return  # which the axis rule refuses
+            return  # the axis rule refuses it
         d, f = x.shape[3].constant, frequencies.shape[0].constant
         if d is None or f is None:
             raise RuleError("d and the number of frequencies must be constants")
         if 2 * f > d:
-            raise RuleError(f"{f} frequencies turn {2 * f} dimensions, and x has {d}")
+            raise RuleError(f"{f} frequencies rotate {2 * f} dimensions, and x has {d}")
 
     def reference(self, x: Any, positions: Any, frequencies: Any) -> Any:
         f = frequencies.shape[0]
@@ -60,7 +60,7 @@ class Rotary(Composite):
         return y
 
     def _pairs(self, f: int) -> tuple[slice, slice]:
-        """The dimensions that come first in their pairs, and those that come second."""
+        """Return the dimensions that are first in their pairs, and those that are second."""
         if self.layout == "half":
             return slice(0, f), slice(f, 2 * f)
         return slice(0, 2 * f, 2), slice(1, 2 * f, 2)
@@ -75,13 +75,13 @@ class Rotary(Composite):
         return self._joined(b, turned, x, frequencies)
 
     def _split(self, b: Builder, x: Expr, frequencies: Expr) -> tuple[Expr, Expr]:
-        """The first and the second of each pair, [b, h, s, f] each."""
+        """Return the first and the second of each pair, [b, h, s, f] each."""
         first, second = self._pairs(frequencies.shape[0].constant or 0)
         one, other = (b.slice(x, axis=3, start=p.start, stop=p.stop, stride=p.step or 1) for p in (first, second))
         return one, other
 
     def _joined(self, b: Builder, pairs: Sequence[Expr], x: Expr, frequencies: Expr) -> Expr:
-        """The pairs in their layout, and after them what of x is not turned."""
+        """Return the pairs in their layout, followed by the dimensions of x that are not rotated."""
         f, d = frequencies.shape[0].constant or 0, x.shape[3].constant or 0
         if self.layout == "half":
             parts = list(pairs)
@@ -107,7 +107,7 @@ class Rotary(Composite):
         S("f32[1,2,3,6]", "i32[1,3] < 9", "f32[2]", layout="interleaved"),
     ]
     errors = [
-        (S("f32[2,3,5,8]", "i64[2,5]", "f32[5]"), "5 frequencies turn 10 dimensions, and x has 8"),
+        (S("f32[2,3,5,8]", "i64[2,5]", "f32[5]"), "5 frequencies rotate 10 dimensions, and x has 8"),
         (S("f32[2,3,5,8]", "i64[2,5]", "f32[4]", layout="pairs"), "layout is 'pairs'"),
         (S("f32[2,3,5,8]", "i64[2,4]", "f32[4]"), "axis s sizes disagree: 5 in x, 4 in positions"),
         (S("f32[2,3,5,8]", "f32[2,5]", "f32[4]"), "positions must be an integer"),

@@ -1,4 +1,4 @@
-"""Rounding: to whole numbers, and to float formats that are narrower than the dtype which holds the result."""
+"""Rounding: to integers, and to float formats that are narrower than the dtype of the result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from treadle.ir.types import Type
 
 @op("round", axes="... -> ...", dtypes="f -> f")
 class Round(Primitive):
-    """y = the whole number nearest to x, of two equally near the even one; no gradient flows"""
+    """y = the integer nearest to x, the even one if two are equally near; no gradient flows"""
 
     x = Operand()
 
@@ -30,14 +30,14 @@ class Round(Primitive):
 
 @dataclass(frozen=True)
 class FloatFormat:
-    """A binary float format without its bits' order: which numbers it has.
+    """A binary float format as a set of numbers, without the order of its bits.
 
     fraction   bits after the leading one
-    least      the exponent of its least normal number; below, numbers are spaced as they are there
+    least      the exponent of its least normal number; below it, numbers keep the spacing there
     largest    its largest finite number
-    beyond     what a number past it becomes where it does not saturate: inf, nan, or None (always saturates)
-    signed     whether it has numbers below zero
-    minus_zero whether it has a zero of either sign
+    beyond     the result for a larger number without saturation: inf, nan, or None (always saturates)
+    signed     True if it has numbers below zero
+    minus_zero True if it has both +0 and -0
     """
 
     fraction: int
@@ -56,8 +56,9 @@ FORMATS = {
     "f8e5m2fnuz": FloatFormat(2, -15, 57344.0, np.nan, minus_zero=False),
     "f4e2m1": FloatFormat(1, 0, 6.0, None),
 }
-"""By name: bf16; the 8-bit formats of Micikevicius et al. 2022 (fn: finite, no inf) and of Noune et al. 2022 (fnuz: one
-NaN, one zero); the 4-bit format of the OCP microscaling formats, which has neither inf nor NaN."""
+"""Formats by name: bf16; the 8-bit formats of Micikevicius et al. 2022 (fn: finite, no inf) and of Noune et al. 2022
+(fnuz: one NaN, one zero); the 4-bit format of the OCP microscaling formats, which has neither inf nor NaN.
+"""
 
 
 @op("round_to", axes="... -> ...", dtypes="f -> f")

@@ -1,4 +1,4 @@
-"""Ops that give the elements of one tensor other places: rearrange, expand and reshape."""
+"""Ops that rearrange the elements of one tensor: rearrange, expand and reshape."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from treadle.ir.wording.marked_text import marked, marked_name
 
 
 def zeros(b: Builder, type: Type) -> Expr:
-    """Zeros of a type, which no constant holds in full."""
+    """Build zeros of a type, without storing them in a constant."""
     return b.expand(b.constant(0, type.dtype), shape=type.shape)
 
 
@@ -36,9 +36,9 @@ def zeros(b: Builder, type: Type) -> Expr:
 class Rearrange(Primitive):
     """Split, permute and join axes: "b s (heads=12 d) -> b heads s d"        (einops, Rogozhnikov 2022)
 
-    pattern   the axis rule itself. Every name stands once on each side; `(h d)` is one dimension, h
-              outermost; `1` is a dimension of size 1, added or dropped; `...` any leading dimensions. Where a
-              dimension is split, all its factors but one give their size.
+    pattern   the axis rule itself. Every name occurs once on each side; `(h d)` is one dimension, h
+              outermost; `1` is a dimension of size 1, added or dropped; `...` any leading dimensions. If a
+              dimension is split, all its factors but one have a size in the pattern.
     """
 
     moves_blocks = True
@@ -58,7 +58,7 @@ class Rearrange(Primitive):
             raise RuleError(
                 "a pattern has no commas",
                 within=marked(self.pattern, self.pattern.index(",")),
-                hint='spaces part axes: "b s d -> b d s"',
+                hint='separate axes by spaces: "b s d -> b d s"',
             )
         rule = self.rule(())
         lost = [f.name for f in rule.factors.values() if f.role is Role.REDUCED]
@@ -67,20 +67,20 @@ class Rearrange(Primitive):
         left, right = (_dims(side) for side in (*rule.operands, *rule.results))
         moved = all(f.role is Role.MAPPED for f in rule.factors.values())
         if not moved or any(d.size is not None for d in right):
-            raise RuleError("a pattern holds names, sizes, 1, `...` and parentheses only", within=self.pattern)
+            raise RuleError("a pattern consists of names, sizes, 1, `...` and parentheses only", within=self.pattern)
         arrow = self.pattern.index("->")
         for names, after in ((_factors(left), 0), (_factors(right), arrow)):
             for name in names:
                 if names.count(name) > 1:
                     raise RuleError(
-                        f"axis {name} stands twice on one side",
+                        f"axis {name} occurs twice on one side",
                         within=marked_name(self.pattern, name, of=1, after=after),
                     )
         for dim in left:
             unknown = [n for n in dim.factors if n not in rule.given]
             if len(unknown) > 1:
                 raise RuleError(
-                    f"cannot tell the sizes of {' and '.join(unknown)}",
+                    f"cannot infer the sizes of {' and '.join(unknown)}",
                     within=marked_name(self.pattern, unknown[0]),
                     hint=f"give all but one, such as {unknown[0]}=2",
                 )
@@ -143,10 +143,10 @@ class Rearrange(Primitive):
     ]
     errors = [
         (S("f32[2,9]", pattern="a (b=2 c) -> a b c"), "not a multiple of 2"),
-        (S("f32[2,8]", pattern="a (b c) -> a b c"), "cannot tell the sizes of b and c"),
+        (S("f32[2,8]", pattern="a (b c) -> a b c"), "cannot infer the sizes of b and c"),
         (S("f32[2,3]", pattern="a b -> a"), "axis b is not after '->'"),
         (S("f32[2,3]", pattern="a b -> a b c"), "axis c is after '->', and in no operand"),
-        (S("f32[2,3]", pattern="a b -> a b a"), "axis a stands twice"),
+        (S("f32[2,3]", pattern="a b -> a b a"), "axis a occurs twice"),
         (S("f32[2,3]", pattern="a [b] -> a [b]"), "names, sizes, 1"),
         (S("f32[2,3]", pattern="1 b -> b"), "must be 1"),
     ]
@@ -165,7 +165,7 @@ def _number(size: Size) -> int:
 
 
 def _side(dims: Sequence[object], sizes: Mapping[str, Size]) -> str:
-    """One side of a pattern as text, with these sizes in it."""
+    """Return one side of a pattern as text, with these sizes in it."""
     texts = []
     for d in dims:
         if not isinstance(d, AxisDim):
@@ -192,7 +192,7 @@ class Expand(Primitive):
     shape: tuple[Size | None, ...]
 
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
-        """The rule where no size is that of x: see `apply`."""
+        """Return the rule for the case that no size is that of x: see `apply`."""
         rank = ranks[0] or 0
         names = axis_letters(len(self.shape), symbols_in(self.shape))
         results = [n if size is None else f"^{n}={size}" for n, size in zip(names, self.shape, strict=True)]
@@ -218,7 +218,7 @@ class Expand(Primitive):
         return super(Expand, self._keeping(types)).apply(types)
 
     def _keeping(self, types: Sequence[Type | None]) -> Expand:
-        """The same, where the dimensions that x has already are said to be kept."""
+        """Return the same op, with the dimensions that x has already marked as kept."""
         (x,) = types
         assert x is not None
         new = len(self.shape) - x.rank
@@ -226,14 +226,14 @@ class Expand(Primitive):
         return replace(self, shape=(*self.shape[:new], *[None if size == dim.size else size for dim, size in old]))
 
     def resized(self, sizes: Mapping[str, Size], types: Sequence[Type | None]) -> Op | None:
-        """Dimensions that are kept may have any size; those that it makes are no part of a value yet."""
+        """Return the op if only kept dimensions have other sizes; None if a generated one has."""
         made = self._keeping(types)
         names = axis_letters(len(made.shape), symbols_in(made.shape))
         generated = {n for n, size in zip(names, made.shape, strict=True) if size is not None}
         return None if generated & sizes.keys() else made
 
     def stepped(self, step: Stepping, operands: Sequence[Expr | Kept | None], held: Held) -> Any:
-        """The same: as many as there are tokens."""
+        """Build the same op for the tokens of the step."""
         (x,) = operands
         return step.b.expand(x, shape=self.shape) if isinstance(x, Expr) else None
 
@@ -270,10 +270,10 @@ class Expand(Primitive):
 class Reshape(Primitive):
     """The elements of x, in row-major order, under another shape.
 
-    For importers: it does not say which axis becomes which, so every axis ends here. Who knows it uses
+    For importers: it does not relate the axes of x and y, so every axis ends here. If the relation is known, use
     `rearrange`.
 
-    shape   the result's sizes, as many elements as x has for all values of the symbols
+    shape   the result's sizes, with as many elements as x has for all values of the symbols
     """
 
     x = Operand()

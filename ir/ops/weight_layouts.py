@@ -1,4 +1,4 @@
-"""How the weight of a product lies: [out, in], as linear takes it, or [in, out], as matmul does."""
+"""The axis order of a product's weight: [out, in], as in linear, or [in, out], as in matmul."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ WEIGHT_AXES = ("n k", "k n")
 
 
 def refuse_weight_axes(weight_axes: str) -> None:
-    """Raise RuleError where an attribute is none of `WEIGHT_AXES`."""
+    """Raise RuleError if an attribute is not in `WEIGHT_AXES`."""
     if weight_axes not in WEIGHT_AXES:
         raise RuleError(f"weight_axes is {weight_axes!r}", hint="one of " + ", ".join(map(repr, WEIGHT_AXES)))
 
 
 def rows_of(weight_axes: str) -> str:
-    """x without its last axis, in an axis rule: matmul has an axis of rows, linear needs none."""
+    """Return x without its last axis, in an axis rule: matmul has an axis of rows, linear needs none."""
     return "... m" if weight_axes == "k n" else "..."
 
 
 def multiplied(b: Builder, x: Expr, weight: Expr, bias: Expr | None, weight_axes: str, to: DType | None = None) -> Expr:
-    """x weight + bias, in the dtype `to`."""
+    """Build x weight + bias, in the dtype `to`."""
     product: Expr
     if weight_axes == "n k":
         product = b.linear(x, weight, bias, to=to)

@@ -1,1 +1,1 @@
-"""Where values lie on several devices: meshes, placements, where ranks meet, machines that are planned for."""
+"""Values on several devices: meshes, placements, communication between ranks, and machines to plan for."""

@@ -1,6 +1,7 @@
-"""Machines that a plan may be made for: rates, memory and links, by name. Orders of magnitude, to compare plans with.
+"""Machines to plan for: rates, memory and links, by name. The figures are orders of magnitude, for comparing plans.
 
-Figures of GPUs are the vendors' (NVIDIA data sheets of A100 80GB and H100 SXM); a link's is what one device sends.
+Figures of GPUs are the vendors' (NVIDIA data sheets of A100 80GB and H100 SXM). A link's figure is the rate at which
+one device sends.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ from treadle.ir.placement.mesh import Mesh, SubAxes
 
 @dataclass(frozen=True)
 class Machine:
-    """One device of a mesh, and what joins them.
+    """One device of a mesh, and its links.
 
-    flops      floating-point operations a second
-    bandwidth  bytes of its memory a second
+    flops      floating-point operations per second
+    bandwidth  bytes of its memory per second
     memory     bytes of its memory
-    node       how many devices a fast link joins
-    fast       bytes a second that a device sends within its node
-    slow       bytes a second that a device sends out of its node
-    latency    seconds a message takes at least
+    node       number of devices joined by the fast link
+    fast       bytes per second that a device sends within its node
+    slow       bytes per second that a device sends out of its node
+    latency    least seconds per message
     """
 
     flops: float
@@ -33,11 +34,11 @@ class Machine:
     latency: float
 
     def seconds(self, flops: float, bytes: float) -> float:
-        """How long so many operations on so many bytes take at least (the roofline of Williams et al. 2009)."""
+        """Return the least seconds for operations on bytes of memory (the roofline of Williams et al. 2009)."""
         return max(flops / self.flops, bytes / self.bandwidth)
 
     def link(self, mesh: Mesh, over: SubAxes) -> float:
-        """Bytes a second along parts of a mesh: those of the slow link where a group reaches beyond its node."""
+        """Return the bytes per second along parts of a mesh: the slow link's if a group extends beyond its node."""
         reach, stride = 1, 1
         for name, size in mesh.axes:
             for part in over:
@@ -52,11 +53,11 @@ MACHINES: dict[str, Machine] = {
     "a100": Machine(156e12, 2.0e12, 80e9, 8, 300e9, 25e9, 5e-6),
     "h100": Machine(495e12, 3.35e12, 80e9, 8, 450e9, 50e9, 5e-6),
 }
-"""By name. Whoever plans for another adds a row."""
+"""Machines by name. To plan for another machine, add a row."""
 
 
 def find_machine(name: str) -> Machine:
-    """The machine of that name. Raises UsageError for an unknown one."""
+    """Return the machine of that name. Raises UsageError if the name is unknown."""
     found = MACHINES.get(name)
     if found is None:
         raise UsageError(f"unknown device {name!r}", hint="one of " + ", ".join(MACHINES))

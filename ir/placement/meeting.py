@@ -1,7 +1,7 @@
-"""Where the ranks of a mesh meet: what a collective op asks for the result of what all ranks of a group bring.
+"""Communication between the ranks of a mesh: the interface through which a collective op gets its result.
 
-An op has no way to the other ranks by itself. Who runs the programs of several ranks says in each rank's own context
-how they meet (`meeting_at`); outside of such a context only a collective among one rank means anything.
+An op cannot reach the other ranks by itself. The code that runs the programs of several ranks sets the transport in
+each rank's own context (`meeting_at`). Outside of such a context only a collective with one rank is defined.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
 
 
 class Meeting(Protocol):
-    """How one rank meets the others."""
+    """The transport of one rank to the others."""
 
     def exchange(self, op: Collective, part: Any) -> Any:
-        """Give this rank's part; returns what `op.combined` makes of the parts of its group for this rank.
+        """Exchange this rank's part; returns the result of `op.combined` on the parts of its group for this rank.
 
-        part  an array or a tensor, which stays as it is; the result is a new one of the same kind
+        part  an array or a tensor, which is unchanged; the result is a new one of the same kind
         """
 
     def begin(self, op: Starting, part: Any) -> None:
-        """Begin what the next exchange of `op.awaited` waits for."""
+        """Start the transfer that the next exchange of `op.awaited` waits for."""
 
 
-_CURRENT: ContextVar[Meeting | None] = ContextVar("meeting", default=None)
+_CURRENT: ContextVar[Meeting | None] = ContextVar("transport", default=None)
 
 
 @contextmanager
 def meeting_at(meeting: Meeting) -> Iterator[None]:
-    """Collectives of this context meet here."""
+    """Use this transport for the collectives of the context."""
     token = _CURRENT.set(meeting)
     try:
         yield
@@ -46,20 +46,22 @@ def meeting_at(meeting: Meeting) -> Iterator[None]:
 
 
 def exchanged(op: Collective, part: Any) -> Any:
-    """A collective's result for this rank. Raises GraphError where no other ranks are there to meet."""
+    """Return a collective's result for this rank. Raises GraphError if the program runs without other ranks."""
     if op.ways == 1:
         return part
     meeting = _CURRENT.get()
     if meeting is None:
         raise GraphError(
-            f"{op.name} is among {op.ways} ranks, and this program runs alone",
+            f"{op.name} needs {op.ways} ranks, and this program runs alone",
             hint=Hint("run_lab(plan, inputs, weights)", "treadle shard MODEL --mesh tp=2 --recipe megatron --lab"),
         )
     return meeting.exchange(op, part)
 
 
 def begun(op: Starting, part: Any) -> Any:
-    """Begin what is waited for later, where there are ranks to meet; a zero, of as many dimensions as the part."""
+    """Start a transfer that is awaited later, if there are other ranks. Returns a zero with the part's number of
+    dimensions.
+    """
     meeting = _CURRENT.get()
     if op.ways > 1 and meeting is not None:
         meeting.begin(op, part)

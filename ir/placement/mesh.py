@@ -1,10 +1,10 @@
 """Meshes: devices in a grid with named axes, `tp=8,dp=2`, and the parts of an axis that a dimension may be split over.
 
-Ranks count through the first axis fastest: ranks that are neighbours along it are neighbours by number. So the axis
-with the most traffic stands first.
+Ranks are numbered with the first axis fastest: neighbours along it have consecutive numbers. So the axis with the most
+traffic is the first.
 
-An axis of 8 is three axes of 2, outermost first; a dimension may take some of them and leave the rest. `tp:(1)4` is the
-part of tp that lies outermost and has 4 positions, `tp:(4)2` the part below these 4. (The notation is Shardy's.)
+An axis of 8 is three axes of 2, outermost first; a dimension may be split over some of them only. `tp:(1)4` is the
+outermost part of tp, with 4 positions, and `tp:(4)2` is the part below these 4. (The notation is Shardy's.)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from math import prod
 from treadle.ir.errors import UsageError
 
 MOST_RANKS = 1 << 17
-"""How many ranks a mesh may have: what it takes to check a plan grows with the longest of its axes."""
+"""The largest number of ranks in a mesh: the cost of checking a plan grows with the longest axis."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,23 +31,25 @@ class SubAxis:
 
 
 SubAxes = tuple[SubAxis, ...]
-"""Parts of axes that split something in turn, the outermost first."""
+"""Parts of axes that split something in turn, outermost first."""
 
 
 def ways(parts: Iterable[SubAxis]) -> int:
-    """Into how many pieces these split."""
+    """Return the number of pieces that these parts split something into."""
     return prod(part.size for part in parts)
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Axes by name with their sizes, the fastest first. Make it with `Mesh.of`."""
+    """Axes by name with their sizes, the fastest first. Use `Mesh.of` to build one."""
 
     axes: tuple[tuple[str, int], ...]
 
     @staticmethod
     def of(text: str) -> Mesh:
-        """Read `tp=2,dp=2`. Raises UsageError for another text, a name twice, a size below 1, or too many ranks."""
+        """Parse `tp=2,dp=2`. Raises UsageError for malformed text, a duplicate name, a size below 1, or too many
+        ranks.
+        """
         axes: list[tuple[str, int]] = []
         for part in text.split(","):
             match = re.fullmatch(r"\s*([A-Za-z_]\w*)\s*=\s*(\d{1,7})\s*", part)
@@ -66,12 +68,12 @@ class Mesh:
 
     @property
     def ranks(self) -> int:
-        """How many devices it has."""
+        """The number of devices."""
         return prod(size for _, size in self.axes)
 
     @cached_property
     def parts(self) -> SubAxes:
-        """Every axis in its prime parts, the smallest outermost; an axis of 1 has none."""
+        """The prime parts of every axis, the smallest outermost; an axis of 1 has none."""
         found: list[SubAxis] = []
         for name, size in self.axes:
             outer = 1
@@ -81,7 +83,7 @@ class Mesh:
         return tuple(found)
 
     def parts_of(self, text: str) -> SubAxes:
-        """Read axes and parts of axes: `dp tp:(1)4`. Raises UsageError for an axis or a part that there is not."""
+        """Parse axes and parts of axes: `dp tp:(1)4`. Raises UsageError for an axis or a part that does not exist."""
         found: list[SubAxis] = []
         for word in text.split():
             match = re.fullmatch(r"(\w+)(?::\((\d{1,7})\)(\d{1,7}))?", word)
@@ -98,7 +100,7 @@ class Mesh:
         return tuple(found)
 
     def text_of(self, parts: Sequence[SubAxis]) -> str:
-        """Parts as `parts_of` reads them, joined where they lie side by side."""
+        """Return the text of parts, which `parts_of` parses; adjacent parts are joined."""
         sizes = dict(self.axes)
         joined: list[SubAxis] = []
         for part in parts:
@@ -111,7 +113,7 @@ class Mesh:
 
     @cached_property
     def strides(self) -> Mapping[SubAxis, int]:
-        """For each part of an axis how far apart two ranks are that are neighbours along it."""
+        """The distance between the numbers of neighbouring ranks along each part of an axis."""
         found, stride = {}, 1
         for name, size in self.axes:
             own = [part for part in self.parts if part.axis == name]
@@ -120,18 +122,18 @@ class Mesh:
         return found
 
     def coordinate(self, rank: int, part: SubAxis) -> int:
-        """Where a rank stands along a part of an axis, from 0."""
+        """Return the coordinate of a rank along a part of an axis, from 0."""
         return rank // self.strides[part] % part.size
 
     def index(self, rank: int, parts: Sequence[SubAxis]) -> int:
-        """Where a rank stands along parts in turn: which of `ways(parts)` pieces is its own."""
+        """Return the coordinate of a rank along parts in turn: the index of its own among `ways(parts)` pieces."""
         found = 0
         for part in parts:
             found = found * part.size + self.coordinate(rank, part)
         return found
 
     def group(self, rank: int, parts: Sequence[SubAxis]) -> tuple[int, ...]:
-        """The ranks that differ from a rank along these parts alone, in the order of `index`; itself among them."""
+        """Return the ranks that differ from a rank only along these parts, with itself, in the order of `index`."""
         found = [rank - sum(self.coordinate(rank, part) * self.strides[part] for part in parts)]
         for part in parts:
             found = [first + at * self.strides[part] for first in found for at in range(part.size)]
@@ -142,7 +144,7 @@ class Mesh:
 
 
 def _primes(size: int) -> list[int]:
-    """The prime factors, the smallest first."""
+    """Return the prime factors, the smallest first."""
     found, divisor = [], 2
     while size > 1:
         while size % divisor == 0:

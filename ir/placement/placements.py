@@ -1,16 +1,16 @@
-"""Placements: which part of a value each device of a mesh holds.
+"""Placements: the part of a value that each device of a mesh holds.
 
     [dp, -, tp]             dimension 0 is split over dp, dimension 2 over tp; every rank holds all of dimension 1
-    [-, tp*64]              split over tp in multiples of 64: heads of 64 that are not as many as tp divides
-    [dp, -, -] sum(tp)      each rank of a row of tp holds a term; the value is their sum
+    [-, tp*64]              split over tp in multiples of 64: heads of 64 whose number tp does not divide
+    [dp, -, -] sum(tp)      each rank of a row of tp holds a partial sum; the value is their sum
 
-Every element lies on one rank of each axis that splits it, and on all ranks of the other axes. A mesh axis, or a part
-of one, is used once in a placement.
+Every element is on one rank of each axis that splits it, and on all ranks of the other axes. A mesh axis, or a part of
+one, is used once in a placement.
 
-A dimension of n units is split over k positions so that position i holds units i n // k to (i + 1) n // k: parts
-differ by one unit at most, and none is empty if n >= k. Several axes that split one dimension count as one of their
-product, the first outermost; without the last of them the bounds are those of the split over the others, so that parts
-that are gathered along it are parts of that split.
+A dimension of n units is split over k positions so that position i holds units i n // k to (i + 1) n // k. Parts differ
+by one unit at most, and none is empty if n >= k. Several axes that split one dimension count as one axis with the
+product of their sizes, the first outermost. Without the last of them the bounds are those of the split over the others,
+so that gathering along the last axis results in parts of that split.
 """
 
 from __future__ import annotations
@@ -44,23 +44,25 @@ class Split:
     grain: Size = ONE
 
     def normal(self, size: Size) -> Split:
-        """The same with the least grain that says as much: 1 where all parts of a dimension of this size are equal."""
+        """Return the same split with the smallest equivalent grain: 1 if all parts of a dimension of this size are
+        equal.
+        """
         units = size.divide(self.grain)
         even = units is not None and units.constant is not None and units.constant % ways(self.over) == 0
         return Split(self.over) if even else self
 
     def text(self, mesh: Mesh) -> str:
-        """`tp*64`, as it stands in a placement."""
+        """Return the text within a placement, `tp*64`."""
         return mesh.text_of(self.over) + _grain_text(self.grain)
 
 
 @dataclass(frozen=True)
 class MeshPlacement:
-    """Where the parts of a value lie.
+    """The placement of a value's parts.
 
     dims     for each dimension its split, or None
-    partial  the parts of mesh axes along which ranks hold terms of the value
-    monoid   what combines the terms: "sum", "max", ...
+    partial  the parts of mesh axes along which ranks hold partial values
+    monoid   the combination of the partial values: "sum", "max", ...
     """
 
     dims: tuple[Split | None, ...]
@@ -73,7 +75,7 @@ class MeshPlacement:
 
     @staticmethod
     def whole(rank: int) -> MeshPlacement:
-        """Every device holds all of a value of this rank."""
+        """Return the placement in which every device holds all of a value of this rank."""
         return MeshPlacement((None,) * rank)
 
     @property
@@ -82,7 +84,7 @@ class MeshPlacement:
         return (*[part for split in self.dims if split is not None for part in split.over], *self.partial)
 
     def text(self, mesh: Mesh) -> str:
-        """`[dp, -, tp*64] sum(ep)`; `parse_placement` reads it."""
+        """Return the text `[dp, -, tp*64] sum(ep)`, which `parse_placement` parses."""
         dims = ", ".join("-" if d is None else d.text(mesh) for d in self.dims)
         return f"[{dims}]" + (f" {self.monoid}({mesh.text_of(self.partial)})" if self.partial else "")
 
@@ -93,9 +95,9 @@ def _grain_text(grain: Size) -> str:
 
 
 def parse_placement(text: str, mesh: Mesh) -> MeshPlacement:
-    """Read what `MeshPlacement.text` writes.
+    """Parse the text of `MeshPlacement.text`.
 
-    Raises ParseError, also for terms by what combines nothing; UsageError for an axis that the mesh has not.
+    Raises ParseError, also for an unknown monoid; UsageError for an axis that the mesh lacks.
     """
     match = re.fullmatch(r"\s*\[(.*)\]\s*(?:(\w+)\(((?:[^()]|\(\d{1,7}\)\d)*)\))?\s*", text)
     if match is None:
@@ -109,13 +111,13 @@ def parse_placement(text: str, mesh: Mesh) -> MeshPlacement:
         over, _, grain = part.partition("*")
         parts = mesh.parts_of(over) if over.strip() != "-" else ()
         if not over.strip():
-            raise ParseError(f"a dimension is split over nothing: {text[:80]!r}", hint="-, where it is whole")
+            raise ParseError(f"a dimension is split over nothing: {text[:80]!r}", hint="- for a whole dimension")
         dims.append(Split(parts, parse_size(grain) if grain.strip() else ONE) if parts else None)
     return MeshPlacement(tuple(dims), mesh.parts_of(match[3] or ""), match[2] or "sum")
 
 
 def lies_between_blocks(size: Size, split: Split, elements: int) -> bool:
-    """Whether no part of a dimension that is split cuts through one of its blocks of so many elements."""
+    """Return True if all bounds of a split dimension are also bounds of its blocks of `elements`."""
     units, grain = size.divide(split.grain), split.grain.constant
     if units is None or units.constant is None or grain is None:
         return False
@@ -124,7 +126,7 @@ def lies_between_blocks(size: Size, split: Split, elements: int) -> bool:
 
 
 def held_placement(type: Type, placement: MeshPlacement) -> MeshPlacement:
-    """Where parts of what holds a value in blocks lie: of `type.held`, which counts bytes where `type` has elements."""
+    """Return the placement of `type.held`, which counts bytes where `type` counts elements of blocks."""
     if type.encoding is None:
         return placement
     axis = type.encoding.axis % type.rank
@@ -138,7 +140,7 @@ def held_placement(type: Type, placement: MeshPlacement) -> MeshPlacement:
 
 
 def span(size: Size, split: Split | None, mesh: Mesh, rank: int) -> tuple[Size, Size]:
-    """Where the part of a rank starts in a dimension of this size, and how long it is."""
+    """Return the start and the size of a rank's part in a dimension of this size."""
     if split is None:
         return ZERO, size
     return _piece(size, split.grain, mesh.index(rank, split.over), ways(split.over))
@@ -146,15 +148,15 @@ def span(size: Size, split: Split | None, mesh: Mesh, rank: int) -> tuple[Size, 
 
 @lru_cache(maxsize=4096)
 def _piece(size: Size, grain: Size, at: int, count: int) -> tuple[Size, Size]:
-    """Where one of so many pieces of a dimension starts, in multiples of a grain, and how long it is."""
+    """Return the start and the size of piece `at` of `count` pieces of a dimension, in multiples of a grain."""
     units = size.divide(grain)
-    assert units is not None, f"{size} is no multiple of {grain}"
+    assert units is not None, f"{size} is not a multiple of {grain}"
     first, last = (units * at) // count, (units * (at + 1)) // count
     return first * grain, (last - first) * grain
 
 
 def local_type(type: Type, placement: MeshPlacement, mesh: Mesh, rank: int) -> Type:
-    """The type of the part that a rank holds; labels stay."""
+    """Return the type of the part that a rank holds; labels stay."""
     dims = []
     for dim, split in zip(type.dims, placement.dims, strict=True):
         if split is None:
@@ -176,16 +178,16 @@ def local_type(type: Type, placement: MeshPlacement, mesh: Mesh, rank: int) -> T
 def taken_part(
     array: Array, shape: Sequence[Size], placement: MeshPlacement, mesh: Mesh, rank: int, sizes: Mapping[str, int]
 ) -> Array:
-    """The part of an array, which is a whole value of this shape, that a rank holds: a view of it.
+    """Return a view of the part that a rank holds of an array, which is a whole value of this shape.
 
-    Of a value in blocks the array and the shape count bytes along their axis, and so does `held_placement`.
+    For a value in blocks, the array and the shape count bytes along the blocks' axis; so does `held_placement`.
     """
-    where = []
+    where: list[Any] = []
     for size, split in zip(shape, placement.dims, strict=True):
         if split is None:
             where.append(slice(None))
             continue
         start, length = (n.evaluate(sizes) for n in span(size, split, mesh, rank))
         where.append(slice(start, start + length))
-    part: Array = array[tuple(where)]
+    part: Array = array[(*where, ...)]  # the dots: a view of an array of rank 0, too, and not its number
     return part

@@ -1,1 +1,1 @@
-"""What ops are applied by: axis rules as text, dtype rules, and which axes of one shape make which of another."""
+"""Rules of ops: axis rules as text, dtype rules, rules for blocks, and the common factors of the axes of two shapes."""

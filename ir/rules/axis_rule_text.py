@@ -1,4 +1,4 @@
-"""Reads axis rules: docs/axis-rules.md is the grammar, `treadle.ir.axes` what a rule means."""
+"""Parser of axis rules. docs/axis-rules.md has the grammar, `treadle.ir.axes` the meaning of a rule."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from treadle.ir.wording.marked_text import marked
 
 # -- parsing ---------------------------------------------------------------------------------------------------
 
-_SIZE = r"(?:[^\s,()]|\((?:[^\s()]|\((?:[^\s()]|\([^\s()]*\))*\))*\))+"  # parentheses nest three deep
 _TOKEN = re.compile(
-    rf"""\s*(?:
+    r"""\s*(?:
       (?P<dots>\.\.\.) | (?P<open>\() | (?P<close>\))
     | (?P<whole>\[[^\[\]]*\])
-    | (?P<mark>[>@^]?)(?P<name>[A-Za-z_]\w*)(?::(?P<monoid>[a-z]+)|=(?P<size>{_SIZE}))?
+    | (?P<mark>[>@^]?)(?P<name>[A-Za-z_]\w*)(?::(?P<monoid>[a-z]+)|(?P<sized>=)(?=[^\s,)]))?
     | (?P<one>1)(?!\w)
     )""",
     re.VERBOSE,
@@ -41,15 +40,24 @@ def parse_rule(text: str) -> Rule:
     return reader.rule(operands, results)
 
 
+def _size_end(text: str, at: int) -> int:
+    """The position after a size that begins at `at`: of a space, or of a parenthesis that the size did not open."""
+    depth = 0
+    while at < len(text) and not text[at].isspace() and (depth or text[at] != ")"):
+        depth += (text[at] == "(") - (text[at] == ")")
+        at += 1
+    return at
+
+
 class _RuleReader:
     def __init__(self, text: str) -> None:
         self.text = text
         self.start = 0
-        """Where the pattern that is read next begins."""
+        """The start of the pattern that is parsed next."""
         self.at: int | None = 0
-        """Where the piece under consideration begins; None when it is the rule as a whole."""
+        """The start of the current piece; None for the rule as a whole."""
         self.places: dict[str, int] = {}
-        """Where each name stood last."""
+        """The last location of each name."""
         self.marked: dict[str, AxisFactor] = {}
         self.given: dict[str, Size] = {}
         self.in_operands: list[str] = []
@@ -71,9 +79,12 @@ class _RuleReader:
             if match is None:
                 raise self.error(f"cannot read {part[at:].strip()!r}")
             at = match.end()
+            size = None
+            if match["sized"]:
+                size, at = part[at : (end := _size_end(part, at))], end
             if match["dots"]:
                 if any(isinstance(d, LeadingDims) for d in dims) or group is not None:
-                    raise self.error("... may stand once in an operand, outside parentheses")
+                    raise self.error("... may occur once in an operand, outside parentheses")
                 dims.append(LeadingDims())
             elif match["open"]:
                 if group is not None:
@@ -89,10 +100,10 @@ class _RuleReader:
                     dims.append(AxisDim())
             elif match["whole"]:
                 if group is not None:
-                    raise self.error("a whole axis stands outside parentheses")
+                    raise self.error("a whole axis must be outside parentheses")
                 dims.append(self.whole(match["whole"][1:-1].replace(" ", ""), is_result))
             else:
-                name = self.factor(match, is_result)
+                name = self.factor(match, size, is_result)
                 if group is None:
                     dims.append(AxisDim((name,)))
                 else:
@@ -116,12 +127,12 @@ class _RuleReader:
         (self.in_results if is_result else self.in_operands).append(factor.name)
         return factor.name
 
-    def factor(self, match: re.Match[str], is_result: bool) -> str:
+    def factor(self, match: re.Match[str], size_text: str | None, is_result: bool) -> str:
         name, monoid = match["name"], match["monoid"]
         if monoid is not None and monoid not in MONOIDS:
             raise self.error(f"unknown reduction {monoid!r}, expected one of {', '.join(MONOIDS)}")
-        if match["size"] is not None:
-            size = self.size(match["size"])
+        if size_text is not None:
+            size = self.size(size_text)
             if self.given.setdefault(name, size) != size:
                 raise self.error(f"{name} has two sizes, {self.given[name]} and {size}")
         return self.mark(AxisFactor(name, Role.REDUCED if monoid else _MARKS[match["mark"]], monoid), is_result)
@@ -135,7 +146,7 @@ class _RuleReader:
         return AxisDim((), self.size(inner))
 
     def size(self, text: str) -> Size:
-        if _NAMES.fullmatch(text):  # a join's: as many terms as it has parts, more than an expression may hold
+        if _NAMES.fullmatch(text):  # a concatenation's: one term per part, possibly more than an expression may hold
             return sum_of_symbols(text.split("+"))
         try:
             return parse_size(text)
@@ -161,8 +172,8 @@ class _RuleReader:
         self.at = None
         for factor in factors.values():
             if factor.limit is not None and factor.limit not in factors:
-                raise self.error(f"{factor.name} is limited by {factor.limit}, which is no axis of the rule")
+                raise self.error(f"{factor.name} is limited by {factor.limit}, which is not an axis of the rule")
         dots = [any(isinstance(d, LeadingDims) for d in p) for p in (*operands, *results)]
         if any(dots[: len(operands)]) != any(dots) or (any(dots) and not all(dots[len(operands) :])):
-            raise self.error("'...' stands in an operand and in every result, or nowhere")
+            raise self.error("'...' must be in an operand and in every result, or nowhere")
         return Rule(self.text, operands, results, factors, self.given)

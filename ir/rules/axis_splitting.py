@@ -1,11 +1,10 @@
-"""Which whole axes of one shape make which of another, where both hold the same elements in the same order.
+"""Common factors of the axes of two shapes that hold the same elements in the same order.
 
     [B, S, 768] and [B*S, 12, 64]     runs B S | B*S and 768 | 12 64; pieces B, S, 12, 64
     [4, 6] and [8, 3]                 one run; pieces 4, 2, 3: 8 is 4 * 2, and 6 is 2 * 3
     [4, 6] and [3, 8]                 one run; no pieces, since 3 cuts across 4
 
-Sizes may be symbolic: what is answered holds for all values of the symbols. Axes of size 1 are in no run and have no
-pieces.
+Sizes may be symbolic: an answer holds for all values of the symbols. Axes of size 1 are in no run and have no pieces.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from treadle.ir.errors import SizeError
 from treadle.ir.sizing.sizes import ONE, Size
 
 Run = tuple[tuple[int, ...], tuple[int, ...]]
-"""Axes of either shape that make each other: neighbours, but for axes of size 1, with one product."""
+"""Axes of either shape with the same product: adjacent, except for axes of size 1."""
 
 
 def common_runs(before: Sequence[Size], after: Sequence[Size]) -> list[Run] | None:
-    """The finest runs of axes with the same product on both sides, in order.
+    """Return the finest runs of axes with the same product on both sides, in order.
 
-    None where the shapes do not hold as many elements, where they hold none, so that nothing tells which axis is which,
-    and where a product has more terms than a size may have.
+    Returns None in three cases: the shapes differ in their number of elements; they hold none, so that axes cannot be
+    matched; or a product has more terms than a size may have.
     """
     ours = [i for i, size in enumerate(before) if size != ONE]
     theirs = [i for i, size in enumerate(after) if size != ONE]
@@ -48,10 +47,10 @@ def common_runs(before: Sequence[Size], after: Sequence[Size]) -> list[Run] | No
 
 @dataclass(frozen=True)
 class Pieces:
-    """What the axes of two shapes are both made of.
+    """The common factors of the axes of two shapes.
 
     sizes           of the pieces, outermost first
-    before, after   for each axis the pieces that it is the product of, outermost first
+    before, after   for each axis, the pieces whose product it is, outermost first
     """
 
     sizes: tuple[Size, ...]
@@ -60,7 +59,7 @@ class Pieces:
 
 
 def common_pieces(before: Sequence[Size], after: Sequence[Size]) -> Pieces | None:
-    """The fewest pieces that make the axes of both shapes; None where an axis of one cuts across one of the other."""
+    """Return the fewest pieces that both shapes consist of, or None if an axis of one cuts across one of the other."""
     runs = common_runs(before, after)
     if runs is None:
         return None
@@ -82,10 +81,10 @@ def common_pieces(before: Sequence[Size], after: Sequence[Size]) -> Pieces | Non
 
 
 def _first_run(before: Sequence[Size], after: Sequence[Size]) -> tuple[int, int] | None:
-    """How many axes from the first on make each other, on either side; the fewest.
+    """Return the numbers of leading axes on either side with the same product; the smallest such numbers.
 
-    Products of leading axes are looked up among the other side's. In which order they are made does not matter to the
-    answer: the side that is a part of the other goes on, so that no product grows needlessly.
+    Products of leading axes are looked up among the other side's. Their order does not change the answer: the side
+    whose product is a part of the other's is extended, so that no product grows needlessly.
     """
     ours, theirs = [before[0]], [after[0]]
     while True:
@@ -103,7 +102,7 @@ def _first_run(before: Sequence[Size], after: Sequence[Size]) -> tuple[int, int]
 
 
 def _is_part(size: Size, whole: Size) -> bool:
-    """Whether a size is less than another or divides it."""
+    """Return True if a size is less than another or divides it."""
     if size.constant is not None and whole.constant is not None:
         return size.constant < whole.constant
     return _quotient(whole, size) is not None
@@ -112,19 +111,19 @@ def _is_part(size: Size, whole: Size) -> bool:
 def _quotient(size: Size, other: Size) -> Size | None:
     try:
         return size.divide(other)
-    except SizeError:  # too many terms to be divided
+    except SizeError:  # too many terms to divide
         return None
 
 
 def _cut(before: Sequence[Size], after: Sequence[Size]) -> list[tuple[Size, tuple[int, int]]] | None:
-    """The pieces of one run, each with the axis of either side that it belongs to; None where an axis is cut across."""
+    """Return the pieces of one run, each with its axis on either side, or None if an axis is cut across."""
     if len(before) == 1:
         return [(size, (0, j)) for j, size in enumerate(after)]
     if len(after) == 1:
         return [(size, (i, 0)) for i, size in enumerate(before)]
     found: list[tuple[Size, tuple[int, int]]] = []
     i = j = 0
-    ours = theirs = ONE  # what is left of axis i, and of axis j; 1 where that has yet to begin
+    ours = theirs = ONE  # the remainder of axis i, and of axis j; 1 before its start
     while i < len(before) and j < len(after):
         ours, theirs = (before[i] if ours == ONE else ours), (after[j] if theirs == ONE else theirs)
         if (rest := _quotient(ours, theirs)) is not None:

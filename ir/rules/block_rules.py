@@ -1,4 +1,6 @@
-"""Which encoding a result has: that of the blocks that an op moves, if its axis rule leaves their axis as it is."""
+"""Encodings of results: an op that moves blocks keeps their encoding, if its axis rule leaves the blocks' axis
+unchanged.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from treadle.ir.types import Dim, DType, Type
 
 
 def encoded_type(dtype: DType, dims: tuple[Dim, ...], encoding: Encoding | None) -> Type:
-    """A result's type. Raises RuleError where a line is no whole number of blocks."""
+    """Return a result's type. Raises RuleError if a line is not an integer number of blocks."""
     if encoding is None:
         return Type(dtype, dims)
     try:
@@ -21,7 +23,7 @@ def encoded_type(dtype: DType, dims: tuple[Dim, ...], encoding: Encoding | None)
 
 
 def unread_blocks(op: str, names: Sequence[str], types: Sequence[Type | None]) -> RuleError:
-    """The error for an op that reads numbers and is given blocks."""
+    """Return the error for an op that reads numbers and is given blocks."""
     return RuleError(f"{_told(names, types)}, and {op} reads numbers", hint="decode it first")
 
 
@@ -33,11 +35,11 @@ def moved_encoding(
     moved: Sequence[int],
     given: Collection[str],
 ) -> Encoding:
-    """The encoding of the result of an op that moves blocks of the operands `moved`.
+    """Return the encoding of the result of an op that moves blocks of the operands `moved`.
 
-    given  the factors whose sizes the op's attributes say: they would be those of numbers
+    given  factors whose sizes are attributes of the op: these would be sizes in numbers, not in blocks
 
-    Raises RuleError where these operands are not encoded alike, or the axis of the blocks is not one mapped axis of the
+    Raises RuleError if these operands differ in encoding, or if the axis of the blocks is not one mapped axis of the
     result.
     """
     what = _told(names, types)

@@ -1,11 +1,11 @@
-"""Dtype rules: one line beside an op's axis rule that says which dtypes it takes and gives.
+"""Dtype rules: one line next to an op's axis rule that declares the dtypes of its operands and results.
 
     "f, i -> f"      a float and an integer in; the float's dtype out
     "t, t -> bool"   two of any one dtype in; bool out
 
-One entry an operand, in order. `t` is any dtype, `n` any number, `f` any float, `i` any integer; the same letter is the
-same dtype wherever it stands, and a digit makes another variable of the same class (`f1`). Anything else is a dtype's
-name. `t*` stands for a variadic operand. Nothing is promoted: a cast is an op.
+There is one entry per operand, in order. `t` is any dtype, `n` any number, `f` any float, `i` any integer. The same
+letter is the same dtype everywhere in a rule, and a digit makes another variable of the same class (`f1`). Anything
+else is the name of a dtype. `t*` stands for a variadic operand. There is no promotion: a cast is an op.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _parse(text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def operand_entries(text: str, count: int) -> tuple[str, ...]:
-    """The rule's entry for each of `count` operands, a variadic one's repeated."""
+    """Return the rule's entry for each of `count` operands; a variadic operand's entry is repeated."""
     wanted, _ = _parse(text)
     if wanted and wanted[-1].endswith("*"):
         return (*wanted[:-1], *[wanted[-1][:-1]] * (count - len(wanted) + 1))
@@ -52,12 +52,12 @@ def operand_entries(text: str, count: int) -> tuple[str, ...]:
 
 
 def count_results(text: str) -> int:
-    """How many results an op with this rule has."""
+    """Return the number of results of an op with this rule."""
     return len(_parse(text)[1])
 
 
 def infer_dtypes(text: str, dtypes: Sequence[DType | None], names: Sequence[str]) -> tuple[DType, ...]:
-    """The results' dtypes; None stands for an absent operand. Raises RuleError where an operand does not fit."""
+    """Return the results' dtypes; None stands for an absent operand. Raises RuleError if an operand does not match."""
     wanted, results = operand_entries(text, len(dtypes)), _parse(text)[1]
     bound: dict[str, tuple[DType, str]] = {}
     for entry, dtype, name in zip(wanted, dtypes, names, strict=True):
@@ -72,14 +72,14 @@ def infer_dtypes(text: str, dtypes: Sequence[DType | None], names: Sequence[str]
             raise RuleError(f"{name} must be {words}, is {dtype}", hint=_cast(name, i64 if entry[0] == "i" else f32))
         known, first = bound.setdefault(entry, (dtype, name))
         if known is not dtype:
-            widens = _KINDS.index(dtype.kind) > _KINDS.index(known.kind)  # a number in place of a truth value, ...
+            widens = _KINDS.index(dtype.kind) > _KINDS.index(known.kind)  # for example a number in place of a boolean
             raise RuleError(
                 f"dtypes disagree: {first} is {known}, {name} is {dtype}",
                 hint=_cast(first, dtype) if widens else _cast(name, known),
             )
     unknown = [r for r in results if r not in DTYPES and r not in bound]
     if unknown:
-        raise RuleError(f"nothing tells the result's dtype: every operand that could be {unknown[0]} is absent")
+        raise RuleError(f"cannot infer the result's dtype: every operand that could determine {unknown[0]} is absent")
     return tuple(DTYPES[r] if r in DTYPES else bound[r][0] for r in results)
 
 
@@ -88,10 +88,10 @@ def _cast(name: str, dtype: DType) -> str:
 
 
 def number_dtype(entries: Sequence[str], position: int, dtypes: Sequence[DType | None]) -> DType | None:
-    """The dtype for a number at a position, among operands of these dtypes (None: not known yet).
+    """Return the dtype for a Python number at a position, among operands of these dtypes (None: not known yet).
 
-    What its entry names, or shares with another operand; else that of the first operand which could stand in its place
-    and has a choice itself. None if none of these tells.
+    It is the dtype that the entry names or shares with another operand. Otherwise it is the dtype of the first operand
+    with a variable entry whose dtype is allowed at the position. None if there is no such operand.
     """
     entry = entries[position]
     if entry in DTYPES:

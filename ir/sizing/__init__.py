@@ -1,1 +1,1 @@
-"""Sizes: expressions of symbols, their bounds, their text, and what Python's numbers make of them."""
+"""Sizes: expressions of symbols, their bounds, their text, and their behaviour as Python numbers."""

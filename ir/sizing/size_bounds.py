@@ -21,12 +21,12 @@ class Bounds:
         return value >= self.lower and (self.upper is None or value <= self.upper)
 
     def intersect(self, other: Bounds) -> Bounds:
-        """The values that both allow."""
+        """Return the values that both allow."""
         uppers = [b for b in (self.upper, other.upper) if b is not None]
         return Bounds(max(self.lower, other.lower), min(uppers) if uppers else None)
 
     def around(self, name: str) -> str:
-        """Text such as `S`, `S <= 1024` or `2 <= S <= 1024`; the lower bound 1 goes unsaid."""
+        """Return text such as `S`, `S <= 1024` or `2 <= S <= 1024`; a lower bound of 1 is omitted."""
         low = f"{self.lower} <= " if self.lower != 1 else ""
         return f"{low}{name}" + (f" <= {self.upper}" if self.upper is not None else "")
 
@@ -36,12 +36,12 @@ _ANY = Bounds()
 
 
 def times(x: float, y: float) -> float:
-    """x * y, where 0 times infinity is 0."""
+    """Return x * y, where 0 times infinity is 0."""
     return 0 if x == 0 or y == 0 else x * y
 
 
 def _over(x: float, y: float) -> float:
-    """x // y, where y >= 1 and either may be infinite."""
+    """Return x // y, where y >= 1 and either may be infinite."""
     if abs(x) == INFINITY:
         return x
     if y == INFINITY:
@@ -50,12 +50,16 @@ def _over(x: float, y: float) -> float:
 
 
 def atom_bounds(atom: Atom, symbols: Mapping[str, Bounds]) -> tuple[float, float]:
-    """The least and the greatest value of a symbol or a quotient."""
+    """Return the least and the greatest value of a symbol or a quotient."""
     if isinstance(atom, str):
         b = symbols.get(atom, _ANY)
         return b.lower, INFINITY if b.upper is None else b.upper
-    low, high = atom.numerator.interval(symbols)
-    small, large = atom.denominator.interval(symbols)
+    return quotient_interval(atom.numerator.interval(symbols), atom.denominator.interval(symbols))
+
+
+def quotient_interval(numerator: tuple[float, float], denominator: tuple[float, float]) -> tuple[float, float]:
+    """The least and the greatest value of `numerator // denominator`, by those of the two."""
+    (low, high), (small, large) = numerator, denominator
     if small < 1:
         return -INFINITY, INFINITY
     return _over(low, small if low < 0 else large), _over(high, large if high < 0 else small)

@@ -1,6 +1,6 @@
-"""What Python and NumPy ask of a size: a fixed size answers as its integer does, one of symbols says what to do.
+"""Sizes as Python and NumPy numbers: a constant size behaves as its integer, a symbolic one raises with a hint.
 
-x.shape[-1] ** -0.5       0.125, where the axis has size 64
+x.shape[-1] ** -0.5       0.125, if the axis has size 64
 range(x.shape[1])         SizeError: each call has its own S
 x.shape[1] > 0            True for any S, as x.shape[1] < 2**63 is
 """
@@ -24,14 +24,14 @@ _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     **{"less": operator.lt, "less_equal": operator.le, "greater": operator.gt, "greater_equal": operator.ge},
     **{"equal": operator.eq, "not_equal": operator.ne},
 }
-"""What NumPy calls where a number of its own stands left of an operator."""
+"""NumPy's functions for operators with a NumPy number on the left."""
 
 _LONGEST = 2**63 - 1
-"""What no axis is longer than, as no array is; and no integer of a tensor is larger."""
+"""The longest possible axis of an array, and the largest integer in a tensor."""
 
 
 class SizeNumbers:
-    """Base of `Size`, for what is not arithmetic of sizes: SizeError where the answer differs from call to call."""
+    """Base of `Size`, for operations outside its arithmetic: SizeError if the result differs from call to call."""
 
     __slots__ = ()
     constant: int | None
@@ -39,7 +39,7 @@ class SizeNumbers:
     def __index__(self) -> int:
         if self.constant is None:
             raise SizeError(
-                f"the size {self} is no number while a model is traced: each call has its own",
+                f"the size {self} is not a number while a model is traced: each call has its own",
                 hint=f't.size(value="{self}", dtype=t.f32) is a tensor of it; or declare the axis with a number',
             )
         return self.constant
@@ -50,9 +50,9 @@ class SizeNumbers:
         return float(operator.index(self))
 
     def beside(self, function: Callable[[Any, Any], Any], other: Any) -> Size:
-        """An operator's answer beside what is no size; NotImplemented leaves it to the other side.
+        """Apply an operator to a size and a number that is not a size; NotImplemented defers to the other operand.
 
-        It is typed as among sizes. Beside a float it is a number.
+        The return type is declared as for two sizes. With a float the result is a number.
         """
         found: Any = NotImplemented
         if isinstance(other, Integral):
@@ -68,7 +68,9 @@ class SizeNumbers:
         return cast("float", self._of_numbers(operator.truediv, other, self))
 
     def __pow__(self, other: Any) -> Any:
-        """A size for a whole exponent from 0 on, a number for any other: Any, as Python's own `int.__pow__`."""
+        """Return a size for an integer exponent of at least 0, and a number for any other. The type is Any, as of
+        `int.__pow__`.
+        """
         if not isinstance(other, Integral) or other < 0:
             return self._of_numbers(operator.pow, self, other)
         if self.constant is not None:
@@ -99,7 +101,7 @@ class SizeNumbers:
         return self._is(">=", operator.ge, other)
 
     def _is(self, sign: str, compare: Callable[[float, float], bool], other: Any) -> bool:
-        """Whether it is so for all sizes that an axis can have."""
+        """Return True if the comparison holds for all sizes that an axis can have."""
         if not isinstance(other, SizeNumbers | Real):
             return cast("bool", NotImplemented)
         size: Any = self
@@ -122,7 +124,9 @@ class SizeNumbers:
         return format(str(self) if self.constant is None else self.constant, spec)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
-        """NumPy's functions: of its number, or, beside a number of NumPy's, what the operator gives."""
+        """Apply a NumPy function to the size's number, or the corresponding operator if the other operand is a NumPy
+        number.
+        """
         function = _OPERATORS.get(ufunc.__name__)
         if function is not None and method == "__call__" and all(isinstance(x, SizeNumbers | Real) for x in inputs):
             return function(*[x if isinstance(x, SizeNumbers) else getattr(x, "item", lambda x=x: x)() for x in inputs])

@@ -1,4 +1,4 @@
-"""Reads sizes.
+"""Parser of sizes.
 
 sum   = term (("+" | "-") term)*
 term  = power (("*" | "//") power)*
@@ -19,7 +19,7 @@ MOST_TOKENS = 200
 
 @lru_cache(maxsize=4096)
 def parse_size(text: str) -> Size:
-    """Read a size such as `S`, `2*S+1`, `(n + 2*p - k)//s + 1`. Raises SizeError with the column."""
+    """Parse a size such as `S`, `2*S+1`, `(n + 2*p - k)//s + 1`. Raises SizeError with the column."""
     tokens: list[tuple[str, int]] = []
     at = 0
     stripped = text.rstrip()

@@ -1,11 +1,12 @@
-"""Sizes: polynomials over bounded symbols and floor-divisions, kept in one canonical form.
+"""Sizes: polynomials over bounded symbols and floor-divisions, in one canonical form.
 
     size   = sum of terms             3*B*S + 1
     term   = coefficient * atoms      atoms multiply
     atom   = symbol | size // size    S, (S + 2)//4
 
-Two sizes are equal when their canonical forms are: `2*S` equals `S + S`, while `2*(S//2)` and `S` stay apart, since
-they differ for odd S. A size answers questions about all values that its symbols may take through `bounds`.
+Two sizes are equal when their canonical forms are: `2*S` equals `S + S` and `S//2//3` equals `S//6`, while `2*(S//2)`
+and `S` stay apart, since they differ for odd S. A size answers questions about all values that its symbols may take
+through `bounds`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
+from math import gcd
 from typing import Any, TypeAlias, overload
 
 from treadle.ir.errors import SizeError
@@ -25,7 +27,7 @@ SizeLike: TypeAlias = "Size | int | str"
 
 
 class Quotient:
-    """The atom `numerator // denominator`, rounded down. Immutable; its text is its place among atoms."""
+    """The atom `numerator // denominator`, rounded down. Immutable; its text determines its order among atoms."""
 
     __slots__ = ("_hash", "_text", "denominator", "numerator")
 
@@ -49,10 +51,11 @@ class Quotient:
         return f"Quotient({self._text})"
 
 
-# Text that someone else wrote may ask for any product; these bound the work and keep every size printable.
+# Untrusted text may contain any product; these limits bound the work and keep every size printable.
 MOST_TERMS = 256
 MOST_FACTORS = 64
 MOST_DIVIDED = 64
+MOST_DIVISOR = 2**31
 LARGEST = 2**127
 
 Atom: TypeAlias = str | Quotient
@@ -64,7 +67,7 @@ def _atom_key(atom: Atom) -> tuple[int, str]:
 
 
 class Size(SizeNumbers):
-    """A canonical size expression. Immutable, hashable; arithmetic gives sizes again."""
+    """A canonical size expression. Immutable and hashable; arithmetic returns sizes."""
 
     __slots__ = ("_hash", "_text", "constant", "terms")
     terms: tuple[tuple[Monomial, int], ...]
@@ -72,25 +75,25 @@ class Size(SizeNumbers):
     """Its value if it holds no symbol, else None."""
 
     def __init__(self, terms: Iterable[tuple[Monomial, int]]) -> None:
-        """Prefer `Size.of`, which reads integers and text, and arithmetic."""
+        """Build a size from terms. Prefer `Size.of`, which accepts integers and text, and arithmetic."""
         self.terms = tuple(terms)
         if not self.terms:
             self.constant = 0
         else:
             mono, coeff = self.terms[0]
             self.constant = coeff if len(self.terms) == 1 and not mono else None
-        self._hash = hash(self.terms if self.constant is None else self.constant)  # as the equal integer's
+        self._hash = hash(self.terms if self.constant is None else self.constant)  # equal integers' hash
         self._text: str | None = None
 
-    # -- making ------------------------------------------------------------------------------------------------
+    # -- construction ------------------------------------------------------------------------------------------
 
     @staticmethod
     def of(value: SizeLike) -> Size:
-        """A size from an integer, from text such as `"2*S + 1"`, or from itself. Raises SizeError."""
+        """Return a size from an integer, from text such as `"2*S + 1"`, or from itself. Raises SizeError."""
         if isinstance(value, Size):
             return value
         if isinstance(value, str):
-            from treadle.ir.sizing.size_text import parse_size  # which makes sizes of what it reads
+            from treadle.ir.sizing.size_text import parse_size  # an import cycle: the parser builds sizes
 
             return parse_size(value)
         try:
@@ -100,7 +103,7 @@ class Size(SizeNumbers):
 
     @staticmethod
     def symbol(name: str) -> Size:
-        """The size that is one symbol."""
+        """Return the size that is one symbol."""
         return _symbol(name)
 
     @staticmethod
@@ -146,7 +149,9 @@ class Size(SizeNumbers):
         return (atom, coeff, offset) if isinstance(atom, str) else None
 
     def evaluate(self, values: Mapping[str, int]) -> int:
-        """Its value where each symbol has one. Raises SizeError for a symbol without a value or a zero divisor."""
+        """Return the value for given values of symbols. Raises SizeError for a symbol without a value or a zero
+        divisor.
+        """
         if self.constant is not None:
             return self.constant
         total = 0
@@ -166,7 +171,7 @@ class Size(SizeNumbers):
         return total
 
     def substitute(self, values: Mapping[str, SizeLike]) -> Size:
-        """The size with some symbols replaced by sizes."""
+        """Return the size with some symbols replaced by sizes."""
         total = ZERO
         for mono, coeff in self.terms:
             product = _constant(coeff)
@@ -179,7 +184,7 @@ class Size(SizeNumbers):
         return total
 
     def bounds(self, symbols: Mapping[str, Bounds]) -> Bounds:
-        """An interval that holds every value it takes (interval arithmetic: sound, not always tight).
+        """Return an interval that holds every value of the size (interval arithmetic: sound, not always tight).
 
         A lower bound of -2**62 stands for none.
         """
@@ -187,7 +192,7 @@ class Size(SizeNumbers):
         return Bounds(-(2**62) if low == -INFINITY else int(low), None if high == INFINITY else int(high))
 
     def interval(self, symbols: Mapping[str, Bounds]) -> tuple[float, float]:
-        """The same, with infinities."""
+        """Return the same interval, with infinite ends."""
         if self.constant is not None:
             return self.constant, self.constant
         low: float = 0
@@ -197,7 +202,7 @@ class Size(SizeNumbers):
             hi: float = coeff
             for atom in mono:
                 a_lo, a_hi = atom_bounds(atom, symbols)
-                if lo >= 0 and a_lo >= 0:  # as nearly all are
+                if lo >= 0 and a_lo >= 0:  # nearly all are
                     lo, hi = times(lo, a_lo), times(hi, a_hi)
                 else:
                     corners = [times(x, y) for x in (lo, hi) for y in (a_lo, a_hi)]
@@ -253,7 +258,7 @@ class Size(SizeNumbers):
         return Size._from(table)
 
     def divide(self, other: SizeLike) -> Size | None:
-        """The quotient if `other` divides it for all values of the symbols, else None."""
+        """Return the quotient if `other` divides the size for all values of the symbols, else None."""
         other = Size.of(other)
         if not other.terms:
             return None
@@ -304,6 +309,12 @@ class Size(SizeNumbers):
             whole, rest = _whole_parts(self, divisor)
             if whole.terms:
                 return whole + rest // other
+            common = gcd(divisor, *[coeff for mono, coeff in self.terms if mono])
+            if common > 1:  # (4*S + 3)//6 is (2*S + 1)//3
+                return Size._from({mono: coeff // common for mono, coeff in self.terms}) // (divisor // common)
+            at_once = _divided_at_once(self, divisor)
+            if at_once is not None:
+                return at_once
         return Size([((Quotient(self, other),), 1)])
 
     __radd__ = __add__
@@ -335,7 +346,7 @@ class Size(SizeNumbers):
         return self._hash
 
     def __str__(self) -> str:
-        """Compact text that `parse_size` reads back: `2*S+1`, `(S+3)//4`."""
+        """Return compact text that `parse_size` parses: `2*S+1`, `(S+3)//4`."""
         if self._text is None:
             self._text = self._spell()
         return self._text
@@ -376,10 +387,11 @@ def _without(mono: Monomial, part: Monomial) -> Monomial | None:
 
 
 def _whole_parts(size: Size, divisor: int) -> tuple[Size, Size]:
-    """A size as `whole * divisor + rest`, so that its quotient is whole + rest // divisor: (S-1)//2+1 is (S+1)//2.
+    """Return a size as `whole * divisor + rest`, so that its quotient is whole + rest // divisor: (S-1)//2+1 is
+    (S+1)//2.
 
-    The number in the rest is from 0 to divisor - 1; its other coefficients are smaller than the divisor, with the sign
-    that they had, so that bounds stay as tight.
+    The number in the rest is from 0 to divisor - 1. Its other coefficients are smaller than the divisor and keep their
+    signs, so that bounds stay as tight.
     """
     whole: dict[Monomial, int] = {}
     rest: dict[Monomial, int] = {}
@@ -387,6 +399,18 @@ def _whole_parts(size: Size, divisor: int) -> tuple[Size, Size]:
         out = coeff // divisor if not mono or coeff > 0 else -(-coeff // divisor)
         whole[mono], rest[mono] = out, coeff - out * divisor
     return Size._from(whole), Size._from(rest)
+
+
+def _divided_at_once(size: Size, divisor: int) -> Size | None:
+    """(S//3 + 2)//4 as (S + 6)//12; None for a size that is not a quotient and a sum without quotients."""
+    quotients = [(mono, coeff) for mono, coeff in size.terms if not all(isinstance(atom, str) for atom in mono)]
+    if len(quotients) != 1 or quotients[0][1] != 1 or len(quotients[0][0]) != 1:
+        return None
+    ((quotient,), _) = quotients[0]
+    inner = quotient.denominator.constant if isinstance(quotient, Quotient) else None
+    if not isinstance(quotient, Quotient) or inner is None or not 0 < inner * divisor < MOST_DIVISOR:
+        return None
+    return (quotient.numerator + (size - Size([((quotient,), 1)])) * inner) // (inner * divisor)
 
 
 def _grouped(size: Size) -> str:
@@ -418,7 +442,7 @@ ONE = _constant(1)
 
 
 def product(sizes: Iterable[SizeLike]) -> Size:
-    """The product of sizes; of none, 1."""
+    """Return the product of sizes; without any, 1."""
     total = ONE
     for size in sizes:
         total = total * size
@@ -426,5 +450,5 @@ def product(sizes: Iterable[SizeLike]) -> Size:
 
 
 def sum_of_symbols(names: Iterable[str]) -> Size:
-    """The sum of these symbols, however many. Made at once: adding them one by one sorts each sum on the way."""
+    """Return the sum of any number of symbols. Built at once: adding them one by one would sort each partial sum."""
     return Size(sorted(((name,), count) for name, count in Counter(names).items()))

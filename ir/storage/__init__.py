@@ -1,1 +1,1 @@
-"""Where elements lie: storages, views of them by strides, and what ops are in such views."""
+"""Memory of values: storages, views of them by strides, and the effect of ops on views."""

@@ -1,4 +1,4 @@
-"""A rearrange as a change of strides, where they can say it."""
+"""A rearrange as a change of strides, where strides can express it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Rearranged:
     """A rearrange of an operand of known type, as dimensions to split, permute and merge.
 
     operand  for each dimension of the operand its factors; a dimension of 1 has none
-    result   likewise
+    result   the same for the result
     sizes    of the factors
     """
 
@@ -41,11 +41,13 @@ class Rearranged:
         return [f for factors in self.result for f in factors]
 
     def factored(self, view: View) -> View:
-        """The operand with a dimension a factor, in the result's order."""
+        """Return the operand with one dimension per factor, in the result's order."""
         return self.split(view, self.operand).permuted([self.before.index(f) for f in self.after])
 
     def split(self, view: View, dimensions: Sequence[tuple[str, ...]]) -> View:
-        """A view of these dimensions with one a factor; it may be one whose elements lie apart."""
+        """Split a view of these dimensions to one dimension per factor. The elements of the view need not be
+        contiguous.
+        """
         axis = 0
         for factors in dimensions:
             view = view.split(axis, [self.sizes[f] for f in factors])
@@ -53,7 +55,7 @@ class Rearranged:
         return view
 
     def view(self, view: View) -> View | None:
-        """The result as a view of the operand, or None."""
+        """Return the result as a view of the operand, or None."""
         if view.panels is not None:
             return None
         found: View | None = self.factored(view)
@@ -62,7 +64,7 @@ class Rearranged:
         return found
 
     def before_it(self, view: View) -> View | None:
-        """Where the operand must lie so that the result lies in this view, or None."""
+        """Return the view in which the operand must be stored so that the result is stored in `view`, or None."""
         found: View | None = self.split(view, self.result).permuted([self.after.index(f) for f in self.before])
         for axis, factors in enumerate(self.operand):
             found = found.merged(axis, len(factors)) if found is not None else None

@@ -1,10 +1,11 @@
-"""Views: where the elements of a value lie in a storage, by strides.
+"""Views: the locations of a value's elements in a storage, by strides.
 
-    Storage   memory that holds elements of one dtype, as many as a size expression says
+    Storage   memory that holds elements of one dtype; their number is a size expression
     View      a storage under a shape: an offset, and a size and a stride for each dimension, in elements
 
-Sizes, strides and offsets are expressions of the graph's symbols. Reshaping is done in views where strides can say it:
-see `View.split`, `View.merged` and `View.reshaped`. Ops say by `Op.viewed` and `Op.part_of` what they are in views.
+Sizes, strides and offsets are expressions of the graph's symbols. Values are reshaped as views where strides can
+express that: see `View.split`, `View.merged` and `View.reshaped`. `Op.viewed` and `Op.part_of` define ops in terms of
+views.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from treadle.ir.types import DType
 
 
 class StorageKind(Enum):
-    """Whose memory a storage is.
+    """The owner of a storage's memory.
 
-    The caller's are arguments, results and states, which outlive the call and are written in place. The program's are
-    constants, the function's own locals. What is foreign a library allocates for what a call of it gives. A status is
-    words in which kernels tell what went wrong.
+    The caller owns arguments, results and states, which outlive the call and are written in place. The program owns
+    constants, and the function its own locals. Foreign memory is allocated by a library for the results of its calls. A
+    status is words in which kernels report errors.
     """
 
     ARGUMENT = "argument"
@@ -40,16 +41,16 @@ class StorageKind(Enum):
 
     @property
     def is_own(self) -> bool:
-        """Whether a function needs it for itself, and only while it runs."""
+        """True if the memory is needed only by the function itself, while it runs."""
         return self in (StorageKind.LOCAL, StorageKind.FOREIGN)
 
 
 @dataclass(frozen=True, eq=False)
 class Storage:
-    """Memory; elements as a size expression. Compared by identity.
+    """Memory, with the number of elements as a size expression. Compared by identity.
 
-    layout   of a matrix that does not lie row-major
-    literal  what a constant holds
+    layout   the layout of a matrix that is not row-major
+    literal  the value of a constant
     """
 
     name: str
@@ -61,7 +62,7 @@ class Storage:
 
     @cached_property
     def nbytes(self) -> Size:
-        """What it takes, in bytes."""
+        """The size in bytes."""
         return self.elements * self.dtype.bytes
 
     def __repr__(self) -> str:
@@ -70,9 +71,9 @@ class Storage:
 
 @dataclass(frozen=True)
 class View:
-    """A storage under a shape. Element i, j, ... lies at offset + i * strides[0] + j * strides[1] + ...
+    """A storage under a shape. Element i, j, ... is at offset + i * strides[0] + j * strides[1] + ...
 
-    A view of a storage in panels has the matrix's shape and no strides that mean anything: `panels` tells.
+    A view of a storage in panels (`panels` is not None) has the matrix's shape, and its strides have no meaning.
     """
 
     storage: Storage
@@ -82,7 +83,7 @@ class View:
 
     @staticmethod
     def contiguous(storage: Storage, shape: Sequence[Size]) -> View:
-        """The whole storage in row-major order."""
+        """Return the whole storage in row-major order."""
         return View(storage, tuple(shape), row_major(shape))
 
     @property
@@ -99,7 +100,7 @@ class View:
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether the elements lie in row-major order without gaps, at whatever offset."""
+        """True if the elements are in row-major order without gaps, at any offset."""
         if self.panels is not None:
             return False
         expected = row_major(self.shape)
@@ -107,17 +108,19 @@ class View:
         return self.strides == expected or all(n == ONE or s == e for n, s, e in pairs)
 
     def lies_as(self, other: View) -> bool:
-        """Whether every element lies where the other view has it; strides along dimensions of 1 mean nothing."""
+        """Return True if every element is where the other view has it; strides along dimensions of 1 do not count."""
         alike = (self.storage, self.shape, self.offset) == (other.storage, other.shape, other.offset)
         strides = zip(self.shape, self.strides, other.strides, strict=False)
         return alike and all(n == ONE or s == o for n, s, o in strides)
 
     def permuted(self, order: Sequence[int]) -> View:
-        """Dimensions in another order."""
+        """Return a view with the dimensions in another order."""
         return replace(self, shape=tuple(self.shape[i] for i in order), strides=tuple(self.strides[i] for i in order))
 
     def split(self, axis: int, sizes: Sequence[Size]) -> View:
-        """One dimension as several, outermost first; as none where there are none, if it has size 1."""
+        """Split one dimension into several, outermost first. A dimension of size 1 may be split into none, which
+        removes it.
+        """
         strides = [self.strides[axis] * s for s in row_major(sizes)]
         return replace(
             self,
@@ -126,7 +129,7 @@ class View:
         )
 
     def sliced(self, axis: int, start: Size, size: Size, step: Size = ONE) -> View:
-        """`size` of the elements along one dimension: from `start` on, `step` apart."""
+        """Return `size` of the elements along one dimension: from `start` on, `step` apart."""
         return replace(
             self,
             shape=(*self.shape[:axis], size, *self.shape[axis + 1 :]),
@@ -135,7 +138,9 @@ class View:
         )
 
     def merged(self, axis: int, count: int) -> View | None:
-        """`count` dimensions from `axis` on as one; None where no stride says it. With 0 a dimension of 1 is added."""
+        """Merge `count` dimensions from `axis` on, or return None if no stride expresses it. With 0, a dimension of 1
+        is added.
+        """
         shape, strides = self.shape[axis : axis + count], self.strides[axis : axis + count]
         kept = [(n, s) for n, s in zip(shape, strides, strict=True) if n != ONE]
         for (_, outer), (size, inner) in pairwise(kept):
@@ -149,13 +154,13 @@ class View:
         )
 
     def broadcast(self, shape: Sequence[Size]) -> View:
-        """Repeated to a shape, as NumPy broadcasts: leading dimensions and those of size 1 get stride 0."""
+        """Broadcast to a shape, as NumPy does: leading dimensions and those of size 1 get stride 0."""
         new = len(shape) - self.rank
         old = zip(shape[new:], self.shape, self.strides, strict=True)
         return replace(self, shape=tuple(shape), strides=(*[ZERO] * new, *[s if n == m else ZERO for n, m, s in old]))
 
     def reshaped(self, shape: Sequence[Size]) -> View | None:
-        """The elements in row-major order under another shape, or None where no strides say it.
+        """Return the elements in row-major order under another shape, or None if no strides express it.
 
         Runs of dimensions with the same product on both sides are merged, then split.
         """
@@ -183,7 +188,7 @@ class View:
 
 
 def row_major(shape: Sequence[Size]) -> tuple[Size, ...]:
-    """The strides of an array whose elements lie in row-major order without gaps."""
+    """Return the strides of an array whose elements are in row-major order without gaps."""
     return _row_major(tuple(shape))
 
 

@@ -1,1 +1,1 @@
-"""The graph as text: printed, scanned and parsed."""
+"""The text form of graphs: printer, scanner and parser."""

@@ -1,9 +1,9 @@
-"""Attributes as text, and back: each kind of attribute is described here once, by the annotation that declares it.
+"""Attributes as text. Each kind of attribute is described here once, by the annotation that declares it.
 
     eps=1e-05   axis=-1   keep=true   pattern="b s d -> b d s"   to=f16   size=S+1   axes=[0, 1]   fill=none
 
 Values are written by their own type and read by the annotation of the op's field, so that `to=f16` is a dtype and
-`size=S` a size. Tuples stand in brackets, to any depth.
+`size=S` a size. Tuples are written in brackets, to any depth.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _DEFAULTS: dict[type[Op], Mapping[str, str]] = {}
 
 
 def attribute_fields(cls: type[Op]) -> Mapping[str, Attribute]:
-    """The attributes that an op class declares, in order."""
+    """Return the attributes that an op class declares, in order."""
     found = _FIELDS.get(cls)
     if found is None:
         fields = dataclasses.fields(cls)  # type: ignore[arg-type]
@@ -59,7 +59,9 @@ _READERS: dict[str, Callable[[Scanner], Any]] = {}
 
 
 def attribute_kind(annotation: str, kind: type, write: Callable[[Any], str], read: Callable[[Scanner], Any]) -> None:
-    """Describe a kind of attribute: how values of the type `kind` are written, and read where annotated so."""
+    """Register a kind of attribute: the writer for values of type `kind`, and the reader for fields with that
+    annotation.
+    """
     _WRITERS[kind] = write
     _READERS[annotation] = read
 
@@ -116,7 +118,7 @@ attribute_kind("Encoding", Encoding, str, lambda s: parse_encoding(s.expression(
 
 
 def attribute_text(value: Any) -> str:
-    """One attribute's value as text. Raises GraphError for a value of no known kind."""
+    """Return one attribute's value as text. Raises GraphError for a value of unknown kind."""
     if value is None:
         return "none"
     if isinstance(value, tuple | list):
@@ -130,7 +132,7 @@ def attribute_text(value: Any) -> str:
 
 
 def default_texts(cls: type[Op]) -> Mapping[str, str]:
-    """The text of every attribute that has a default: what a printer leaves unsaid."""
+    """Return the text of every attribute that has a default: the printer omits it."""
     found = _DEFAULTS.get(cls)
     if found is None:
         fields = attribute_fields(cls).values()
@@ -141,7 +143,9 @@ def default_texts(cls: type[Op]) -> Mapping[str, str]:
 
 @lru_cache(maxsize=8192)
 def attribute_symbols(op: Op) -> frozenset[str]:
-    """The symbols in an op's attributes. Kept with the op, which is immutable: a call has many types among them."""
+    """Return the symbols in an op's attributes. Cached in the op, which is immutable: a call has many types among
+    them.
+    """
     known: frozenset[str] | None = op.__dict__.get("_attribute_symbols")
     if known is not None:
         return known
@@ -161,7 +165,7 @@ def attribute_symbols(op: Op) -> frozenset[str]:
 
 
 def read_attribute(s: Scanner, annotation: str) -> Any:
-    """Read one attribute's value as its annotation says. Raises ParseError."""
+    """Read one attribute's value by its annotation. Raises ParseError."""
     return _read(s, annotation.replace(" ", ""), 0)
 
 

@@ -1,8 +1,8 @@
-"""Constants as text, exactly: `0.5`, `3:i32`, `f32[3]{1.0, 2.0, nan}`, `f32[768]{@0}` for bytes kept at the end.
+"""Constants as text, exactly: `0.5`, `3:i32`, `f32[3]{1.0, 2.0, nan}`, `f32[768]{@0}` for bytes at the end of the text.
 
-A number that stands alone is f32 if written as a float and i64 if written as an integer; any other dtype follows a
-colon. Elements are in row-major order. A constant that is long, or that numbers cannot say exactly (a NaN with a
-payload), has its bytes, little-endian, in base64: in place, or in the graph's section `data`, equal bytes only once.
+A single number is f32 if written as a float and i64 if written as an integer; any other dtype follows a colon. Elements
+are in row-major order. Constants that are long, or that numbers cannot express exactly (a NaN with a payload), are
+written as their bytes, little-endian, in base64: in place, or in the graph's section `data`, equal bytes only once.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from treadle.ir.text.scanner import Scanner, TextLimits
 from treadle.ir.types import DTYPES, DType, Type, boolean, f32, i64, u8
 
 IN_PLACE = 16
-"""The most elements that are written as numbers."""
+"""The largest number of elements that are written as numbers."""
 
 _LINE = 96
-_CONSTANT_WORK = 25  # of keeping it, beside that of its text
+_CONSTANT_WORK = 25  # of storing it, in addition to its text
 _SUFFIX = re.compile(r":([a-z]\w*)")
 _BOOL = re.compile(r"(true|false)(?!\w)")
 _BLOB = re.compile(r"@(\d{1,9})")
@@ -34,7 +34,7 @@ _BLOB = re.compile(r"@(\d{1,9})")
 
 
 class DataSection:
-    """The bytes of long constants, numbered as they are first met."""
+    """The bytes of long constants, numbered in order of first use."""
 
     def __init__(self) -> None:
         self.numbers: dict[bytes, int] = {}
@@ -43,7 +43,7 @@ class DataSection:
         return self.numbers.setdefault(data, len(self.numbers))
 
     def lines(self) -> list[str]:
-        """The section's text, or nothing if it is empty."""
+        """Return the section's text, or nothing if it is empty."""
         out: list[str] = []
         for data, number in self.numbers.items():
             text = base64.b64encode(data).decode()
@@ -53,7 +53,7 @@ class DataSection:
 
 
 def constant_text(literal: Literal, data: DataSection | None = None) -> str:
-    """A constant as text; long ones go to the data section, or where there is none stand in place."""
+    """Return a constant as text. Long constants go to the data section; without one, they are written in place."""
     numbers = _exact_numbers(literal)
     if literal.shape == () and numbers:
         plain = literal.dtype in (f32, i64, boolean)
@@ -68,7 +68,7 @@ def constant_text(literal: Literal, data: DataSection | None = None) -> str:
 
 
 def _exact_numbers(literal: Literal) -> list[str] | None:
-    """The elements as text that gives the same bits when read, or None where they are too many or cannot be said."""
+    """Return the elements as text that parses to the same bits, or None if they are too many or not expressible."""
     count = prod(literal.shape)
     if literal.encoding is not None or count > IN_PLACE or len(literal.data) != count * literal.dtype.bytes:
         return None
@@ -93,7 +93,7 @@ def _bytes_of(numbers: Sequence[Any], dtype: DType) -> bytes:
 
 
 class ConstantReader:
-    """Reads constants of one text. Those whose bytes come at the end are completed by `read_data`."""
+    """Reads the constants of one text. Constants whose bytes are at the end are completed by `read_data`."""
 
     def __init__(self, scanner: Scanner, limits: TextLimits) -> None:
         self.scanner = scanner
@@ -101,7 +101,7 @@ class ConstantReader:
         self.waiting: list[tuple[Value, Type, int, int]] = []
 
     def accept_scalar(self) -> Value | None:
-        """Read a number or a truth value if one comes next."""
+        """Read a number or a boolean if one comes next."""
         s = self.scanner
         start = s.skip()
         word = s.match(_BOOL)
@@ -155,20 +155,20 @@ class ConstantReader:
         return value
 
     def read_data(self) -> None:
-        """Read the section `data`, if it comes next, and complete the constants that wait for it."""
+        """Read the section `data`, if it comes next, and complete the constants that refer to it."""
         s = self.scanner
         blobs: dict[int, bytes] = {}
         if s.accept_word("data"):
             s.expect("{")
             while (mark := s.match(_BLOB)) is not None:
                 if int(mark[1]) in blobs:
-                    raise s.error(f"there are two data of number {mark[1]}", mark.start())
+                    raise s.error(f"two data entries have number {mark[1]}", mark.start())
                 s.expect(":")
                 blobs[int(mark[1])] = self.base64()
             s.expect("}")
         for value, type, number, at in self.waiting:
             if number not in blobs:
-                raise s.error(f"there are no data of number {number}", at)
+                raise s.error(f"no data entry has number {number}", at)
             value.literal = self.from_bytes(type, blobs[number], at)
 
     def base64(self) -> bytes:
@@ -176,7 +176,7 @@ class ConstantReader:
         start = s.skip()
         pieces: list[str] = []
         while not pieces or s.sees(_QUOTE):
-            run = s.match(_PIECES)  # there may be many lines of them
+            run = s.match(_PIECES)  # there may be many lines of pieces
             pieces.append(run[0].translate(_BETWEEN) if run is not None else s.string())
         try:
             return base64.b64decode("".join(pieces), validate=True)
@@ -189,7 +189,7 @@ class ConstantReader:
         if len(data) != wanted:
             raise self.scanner.error(f"{type} takes {wanted} bytes, received {len(data)}", at)
         if type.dtype is boolean and data.strip(b"\0\1"):
-            raise self.scanner.error("a truth value's byte is 0 or 1", at)
+            raise self.scanner.error("a boolean's byte is 0 or 1", at)
         return Literal(type.dtype, shape, data, type.encoding)
 
     def claim(self, count: int, at: int) -> None:
@@ -207,12 +207,12 @@ class ConstantReader:
             raise s.error(f"a constant of {prod(shape)} elements, received {len(numbers)}", at)
         for number in numbers:
             if isinstance(number, bool) != (dtype is boolean) or (dtype.is_int and not isinstance(number, int)):
-                raise s.error(f"{str(number).lower()} is no {dtype}", at)
+                raise s.error(f"{str(number).lower()} is not of dtype {dtype}", at)
             if dtype.is_int and not _least(dtype) <= number <= _greatest(dtype):
                 raise s.error(f"{number} is out of the range of {dtype}", at)
         try:
             return Literal(dtype, shape, _bytes_of(numbers, dtype))
-        except GraphError as error:  # a float past the greatest
+        except GraphError as error:  # a float above the largest
             raise s.error(error.what, at) from None
 
 

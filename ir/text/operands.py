@@ -1,4 +1,4 @@
-"""Reads what ops and calls are applied to: operands by name, constants, attributes."""
+"""Reader of the arguments of ops and calls: operands by name, constants, attributes."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _ARGUMENT_WORK = 15
 class OperandReader:
     """Reads operands of the function `current` of the graph `result`.
 
-    values     the values of the function that have names, so far
-    versions   the function's states by name, as they are so far
+    values     the named values of the function, so far
+    versions   the current version of each of the function's states, by name
     """
 
     def __init__(self, text: str, limits: TextLimits) -> None:
@@ -47,7 +47,9 @@ class OperandReader:
         self.s.spend(_ARGUMENT_WORK, at)
 
     def arguments(self, cls: type[Op] | None) -> tuple[list[Value | None], dict[str, Any], str]:
-        """Read operands and attributes in parentheses, and the attributes' text; a function (None) has none."""
+        """Read operands and attributes in parentheses, and the attributes' text; a call of a function (None) has no
+        attributes.
+        """
         s = self.s
         s.expect("(")
         operands = self.plain_operands()
@@ -66,7 +68,7 @@ class OperandReader:
             name = key[1]
             fields = attribute_fields(cls) if cls is not None else {}
             if name not in fields or name in attributes:
-                why = "is given twice" if name in attributes else "is no attribute here"
+                why = "is given twice" if name in attributes else "is not an attribute here"
                 known = ", ".join(fields)
                 raise s.error(f"{name} {why}", key.start(), hint=f"attributes: {known}" if known else None)
             attributes[name] = read_attribute(s, fields[name].annotation)
@@ -75,7 +77,7 @@ class OperandReader:
         return operands, attributes, s.text[began : s.at]
 
     def plain_operands(self) -> list[Value | None]:
-        """Read operands that are bare names, all at once. None are read where any of them is something else."""
+        """Read operands that are bare names, all at once. If any operand is not a bare name, none are read."""
         s = self.s
         match = s.match(_PLAIN_OPERANDS)
         found: list[Value | None] = []
@@ -88,7 +90,7 @@ class OperandReader:
                 value = self.versions.get(word[1:])
             else:
                 value = None if word in RESERVED else self.values.get(word)
-            if value is None:  # read one by one, it is found out what this is, or what is wrong with it
+            if value is None:  # reading one by one handles it or finds the error
                 s.at = match.start()
                 return []
             found.append(value)
@@ -131,7 +133,7 @@ class OperandReader:
 
 
 def nearest_names(name: str, known: Collection[str]) -> str | None:
-    """A hint with the names most like this one; none where searching would take long."""
+    """Return a hint with the most similar names; None if the search would take long."""
     if len(name) > 60 or len(known) > 2000:
         return None
     near = difflib.get_close_matches(name, [n for n in known if len(n) <= 60], n=3, cutoff=0.6)

@@ -1,8 +1,8 @@
-"""Reads a graph from text: the inverse of `treadle.ir.text.printer`; docs/ir-grammar.md is the grammar.
+"""Parser of graphs, the inverse of `treadle.ir.text.printer`. docs/ir-grammar.md has the grammar.
 
-The text may come from anywhere. It is read in one pass, without recursion on its contents, under `TextLimits`; every
-way in which it can be wrong is a ParseError with the line, the column and what was expected. Types are inferred again,
-and compared with those that the text says. A graph that was read verifies.
+The text may be untrusted. It is read in one pass, without recursion on its contents, under `TextLimits`. Every error in
+it is a ParseError with the line, the column and what was expected. Types are inferred again and compared with those in
+the text. A graph that was parsed verifies.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _RUN = re.compile(r"((?:\w+\.)*?)\{(\d{1,9})\.\.(\d{1,9})\}((?:\.\w+)*)")
 _LAYOUT = re.compile(r"[a-z]\w*(?:\([^()\n]{0,40}\))?")
 _CLOSE = re.compile(r"\}")
 
-_PARAMETER_WORK = 20  # see `treadle.ir.text.statements`, whose work is counted beside it
+_PARAMETER_WORK = 20  # see `treadle.ir.text.statements`, whose work is added
 
 
 def parse_graph(text: str, limits: TextLimits | Mapping[str, int] | None = None) -> Graph:
-    """Read a graph. Raises ParseError, with the place in the text."""
+    """Parse a graph. Raises ParseError, with the position in the text."""
     return _Parser(text, limits_of(TextLimits, limits)).graph()
 
 
 class _Parser(StatementReader):
-    """Reads what statements stand in: symbols, parameters, states, functions."""
+    """Reads everything outside statements: symbols, parameters, states, functions."""
 
     def __init__(self, text: str, limits: TextLimits) -> None:
         super().__init__(text, limits)
@@ -159,7 +159,7 @@ class _Parser(StatementReader):
     # -- entries ---------------------------------------------------------------------------------------------------
 
     def entries(self) -> None:
-        """Read the functions that run by themselves; each may read all parameters, and what `bind` makes."""
+        """Read the entry functions; each may read all parameters and derived weights."""
         while (name := self.entry_name()) is not None:
             function = self.current = self.result.functions[name] if name == "main" else self.result.add_entry(name)
             made = self.result.made if name != "bind" else {}
@@ -181,7 +181,7 @@ class _Parser(StatementReader):
         is_called = any(name not in ONCE for name in known)
         for name in ENTRIES[ENTRIES.index(known[-1]) + 1 if known else 0 :]:
             start = s.ahead()
-            if is_called and "main" in (*known, name):  # which is called alone
+            if is_called and "main" in (*known, name):  # it is called without other entries
                 continue
             if s.accept_word(name):
                 if name != "main" and name in self.result.functions:
@@ -193,7 +193,7 @@ class _Parser(StatementReader):
         return None
 
     def bind(self) -> None:
-        """Read the body of the entry that runs once, whose statements name what they make."""
+        """Read the body of the entry that runs once, whose statements assign derived weights."""
         s = self.s
         self.values, self.versions = {}, {}
         s.expect("{")
@@ -201,7 +201,7 @@ class _Parser(StatementReader):
             self.statement()
 
     def share(self) -> None:
-        """Leave to each entry the parameters and states that it reads; what nobody reads is the last one's."""
+        """Keep in each entry the parameters and states that it reads. The last entry keeps those that are unused."""
         entries = self.result.entries
         read = {v for f in entries for v in (*f.results, *(v for node in f.nodes for v in node.inputs))}
         named = {n for f in entries for held in (f.parameters, f.states) for n, v in held.items() if v in read}
@@ -251,7 +251,7 @@ class _Parser(StatementReader):
         given = [(name, v.type) for name, v in function.outputs.items()]
         if given != [(name, type) for name, type, _ in promised]:
             raise s.error(
-                f"{function.name} returns other values than its signature says",
+                f"{function.name} returns other values than in its signature",
                 start,
                 received=f"({_signature(given)}), promised ({_signature((n, t) for n, t, _ in promised)})",
             )
@@ -272,7 +272,7 @@ class _Parser(StatementReader):
         return found
 
     def held_value(self, kind: str) -> None:
-        """Read a weight, which may lie in a layout, or a state of a block."""
+        """Read a weight, which may have a layout, or a state of a block."""
         s, function = self.s, self.current
         start = s.skip()
         name = s.path(f"a {kind}'s name")
@@ -292,7 +292,7 @@ class _Parser(StatementReader):
             with s.located(at):
                 value.lies_in = parse_layout(match[0] if match is not None else "")
             if value.type.rank != 2:
-                raise s.error(f"a layout is one of matrices, {name} has rank {value.type.rank}", at)
+                raise s.error(f"layouts are for matrices, {name} has rank {value.type.rank}", at)
 
     def outputs(self) -> None:
         s = self.s
@@ -310,9 +310,10 @@ class _Parser(StatementReader):
                 raise s.error(f"there are two outputs {name}", start)
             if value.layout is not None and self.current in self.result.entries:
                 entry = self.current.name
-                raise s.error(f"output {name} of {entry} lies in {value.layout}", start, hint="outputs are row-major")
+                what = f"output {name} of {entry} has layout {value.layout}"
+                raise s.error(what, start, hint="outputs are row-major")
             if value.state is not None:
-                raise s.error(f"output {name} is a state", start, hint="users have the state itself")
+                raise s.error(f"output {name} is a state", start, hint="the caller has the state itself")
             self.argument(start)
             outputs[name] = value
 

@@ -1,4 +1,4 @@
-"""A graph as text that a person likes to read, blocks folded. `treadle.ir.text.parser` reads it back to an equal graph.
+"""A graph as readable text, with repeated blocks folded. `treadle.ir.text.parser` parses it to an equal graph.
 
     block h(x: f32[B, S, 8]) -> (x: f32[B, S, 8])
       weights ln_1.weight: f32[8]
@@ -7,7 +7,7 @@
       return x = ln_1
     }
 
-docs/ir-grammar.md is the grammar. The text is a function of the graph alone, and printing what was read gives it again.
+docs/ir-grammar.md has the grammar. The text depends on the graph alone, and printing a parsed text reproduces it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from treadle.ir.text.constants import DataSection, constant_text
 from treadle.ir.text.scanner import RESERVED, name_text, path_text, quoted, type_text
 
 Annotate = Callable[[Node], str | None]
-"""Gives a remark on a node, such as its FLOPs, for the end of its line; the parser passes over it."""
+"""Returns a remark on a node, such as its FLOPs, for the end of its line. The parser ignores it."""
 
 _WIDTH = 100
 _CODE_COLUMN = 72
@@ -31,11 +31,11 @@ _TYPE_COLUMN = 28
 
 
 def print_graph(graph: Graph, *, unfold: bool = False, sources: bool = True, annotate: Annotate | None = None) -> str:
-    """The whole graph as text.
+    """Return the whole graph as text.
 
-    unfold    put every block's body in place of its calls (see `treadle.ir.transforms.inline`)
-    sources   say each node's source line and scope, after its types
-    annotate  gives a remark for the end of a node's line
+    unfold    replace calls of blocks by their bodies (see `treadle.ir.transforms.inline`)
+    sources   print each node's source line and scope, after its types
+    annotate  returns a remark for the end of a node's line
     """
     if unfold:
         from treadle.ir.transforms.inline import inline_calls
@@ -60,12 +60,14 @@ def print_graph(graph: Graph, *, unfold: bool = False, sources: bool = True, ann
 
 
 def print_function(graph: Graph, function: Function, *, sources: bool = True, annotate: Annotate | None = None) -> str:
-    """One function of a graph as text, constants complete in place."""
+    """Return one function of a graph as text, with complete constants in place."""
     return "\n".join(FunctionText(graph, function, sources=sources, annotate=annotate).lines()) + "\n"
 
 
 def excerpt(graph: Graph, function: Function, index: int) -> str:
-    """The lines of three nodes either side of one, which is marked; works for a graph that does not verify."""
+    """Return the lines of a node, which is marked, and of three nodes on either side. Works for graphs that do not
+    verify.
+    """
     text = FunctionText(graph, function)
     first = max(0, index - 3)
     rows = text.rows(function.nodes[first : index + 4])
@@ -77,10 +79,10 @@ def excerpt(graph: Graph, function: Function, index: int) -> str:
 
 
 def value_names(graph: Graph, function: Function) -> dict[Value, str]:
-    """A name for each input and result: inputs keep theirs, results get their hint, made unique by a number.
+    """Return a name for each input and result: inputs keep theirs, results get their hint, made unique by a number.
 
-    A call's results that have no hint of their own are named after the function's outputs. An update of a state has
-    the name of the state.
+    A call's results without a hint of their own are named after the function's outputs. An update of a state has the
+    name of the state.
     """
     names: dict[Value, str] = {v: v.name for v in function.inputs}
     taken = set(names.values())
@@ -104,7 +106,7 @@ def value_names(graph: Graph, function: Function) -> dict[Value, str]:
 
 
 def _as_name(hint: str) -> str:
-    """The hint as a bare name, at most 60 characters."""
+    """Return the hint as a bare name of at most 60 characters."""
     word = re.sub(r"\W", "_", hint)[:60]
     if not re.match(r"[A-Za-z_]", word):
         word = f"_{word}"
@@ -115,7 +117,7 @@ def _as_name(hint: str) -> str:
 
 
 class FunctionText:
-    """The text of one function, line by line. Without a data section, constants stand in place whole."""
+    """The text of one function, line by line. Without a data section, constants are written in place."""
 
     def __init__(
         self,
@@ -133,14 +135,14 @@ class FunctionText:
         self.made = {v: f"${path_text(n)}" for n, v in function.outputs.items()} if self.is_bind else {}
 
     def lines(self) -> list[str]:
-        """The function's lines, signature and all."""
+        """Return the function's lines, including the signature."""
         outputs = [f"{path_text(n)} = {self.operand(v)}" for n, v in self.function.outputs.items()]
         returned = [] if self.is_bind else _wrapped(outputs, "return ", "       ")
         body = [*self.rows(self.function.nodes), *returned]
         return [*self.signature(), *(f"  {line}" for line in body), "}"]
 
     def signature(self) -> list[str]:
-        """The lines before the body, the last of which opens it."""
+        """Return the lines before the body, the last of which opens it."""
         function = self.function
         if self.is_bind:
             return ["bind {"]
@@ -160,14 +162,14 @@ class FunctionText:
         return [*lines, "{"]
 
     def rows(self, nodes: Sequence[Node]) -> list[str]:
-        """A line a node, notes aligned in columns that a few long lines do not move."""
+        """Return one line per node, with notes aligned in columns that a few long lines do not shift."""
         rows = [(self.statement(node), *self.note(node)) for node in nodes]
         code = max((len(c) for c, *_ in rows if len(c) <= _CODE_COLUMN), default=0)
         type = max((len(t) for _, t, _ in rows if len(t) <= _TYPE_COLUMN), default=0)
         return [f"{c:<{code}}   # {t:<{type}}  {rest}".rstrip() for c, t, rest in rows]
 
     def note(self, node: Node) -> tuple[str, str]:
-        """What follows a statement: the types of what it names; source line, scope and remark."""
+        """Return the note after a statement: the types of its results; source line, scope and remark."""
         types = ", ".join(type_text(v.type) for v in node.named_results) or "()"
         rest: list[str] = []
         if self.sources:
@@ -178,13 +180,13 @@ class FunctionText:
         return types, "  ".join(rest)
 
     def statement(self, node: Node) -> str:
-        """`a, b = op(x, k=5)`"""
+        """Return `a, b = op(x, k=5)`."""
         results = self.all_made(node) or ", ".join(map(self.operand, node.named_results))
         application = self.call(node) or self.application(node)
         return f"{results} = {application}" if results else application
 
     def all_made(self, node: Node) -> str | None:
-        """`$h.0.*`, where a call makes every output of its block under one path."""
+        """Return `$h.0.*` if a call assigns every output of its block under one path, else None."""
         callee = self.graph.functions.get(node.op.callee) if node.op.callee is not None else None
         if callee is None or not callee.outputs or not self.made:
             return None
@@ -194,7 +196,7 @@ class FunctionText:
         return f"${path_text(prefix)}.*" if prefix and all(n == f"{prefix}.{o}" for n, o in paths) else None
 
     def application(self, node: Node) -> str:
-        """`op(x, 0.5, none, $w, k=5)`"""
+        """Return `op(x, 0.5, none, $w, k=5)`."""
         op = node.op
         fixed = sum(not o.variadic for o in op.operands.values())
         operands = list(node.operands)
@@ -207,7 +209,7 @@ class FunctionText:
         return f"{mark}{name_text(op.name)}({', '.join(inside)})"
 
     def call(self, node: Node) -> str | None:
-        """`h(x) with h.3`, or None where the node is no call of a function of the graph."""
+        """Return `h(x) with h.3`, or None if the node is not a call of a function of the graph."""
         callee = self.graph.functions.get(node.op.callee) if node.op.callee is not None else None
         if callee is None or len(node.operands) != len(callee.arguments):
             return None
@@ -224,7 +226,7 @@ class FunctionText:
         return f"{text} {{{bound}}}" if bound else text
 
     def operand(self, value: Value | None) -> str:
-        """A value where it is used."""
+        """Return a value as an operand."""
         if value is None:
             return "none"
         if value.literal is not None:
@@ -239,7 +241,7 @@ class FunctionText:
 
 
 def _prefix(value: Value | None, formal: str) -> str | None:
-    """The path under which a weight or a state has its formal name: `h.3` for $h.3.attn.weight as attn.weight."""
+    """Return the path that precedes a formal name of a weight or state: `h.3` for $h.3.attn.weight as attn.weight."""
     held = None if value is None else value.state or value
     if held is None or held.kind not in ("parameter", "state") or not held.name.endswith(f".{formal}"):
         return None
@@ -251,13 +253,13 @@ def _in_layout(value: Value) -> str:
 
 
 def source_text(source: SourceLine) -> str:
-    """`gpt2.py:41`, the file in quotes where it holds anything unusual."""
+    """Return `gpt2.py:41`, with the file in quotes if it contains unusual characters."""
     bare = re.fullmatch(r"[\w./<>+-]+", source.file)
     return f"{source.file if bare else quoted(source.file)}:{source.line}"
 
 
 def _wrapped(items: Iterable[str], first: str, rest: str) -> Iterator[str]:
-    """Items parted by commas, in lines of limited width."""
+    """Yield items, separated by commas, in lines of limited width."""
     line, filled = first, False
     for item in items:
         if filled and len(line) + len(item) > _WIDTH:
@@ -272,14 +274,15 @@ def _wrapped(items: Iterable[str], first: str, rest: str) -> Iterator[str]:
 
 
 def _folded_lines(values: Mapping[str, Value], remarks: Mapping[str, str]) -> list[str]:
-    """A line a parameter or state; those that repeat under consecutive integers are folded, `h.{0..11}.ln_1.weight`.
+    """Return one line per parameter or state; names that repeat under consecutive integers are folded,
+    `h.{0..11}.ln_1.weight`.
 
-    Lines of one run follow each other and mean: for each integer, these values in this order. Remarks follow the types.
+    Consecutive lines of one run mean: for each integer, these values in this order. Remarks follow the types.
     """
     names = list(values)
     rights = [f": {type_text(v.type)}{remarks.get(name, '')}" for name, v in values.items()]
     split = [_split_at_integer(name) for name in names]
-    ends = list(range(1, len(names) + 1))  # where the names end that share this one's head and integer
+    ends = list(range(1, len(names) + 1))  # the end of the names with the same head and integer
     for at in range(len(names) - 2, -1, -1):
         here, after = split[at], split[at + 1]
         if here is not None and after is not None and here[:2] == after[:2]:
@@ -311,8 +314,8 @@ def _folded_lines(values: Mapping[str, Value], remarks: Mapping[str, str]) -> li
 
 
 def _split_at_integer(name: str) -> tuple[str, int, str] | None:
-    """`h.3.attn.weight` as ("h.", 3, ".attn.weight"): the first part of the path that is an integer."""
-    if len(name) > 200:  # the pattern takes quadratic time on what it does not match
+    """Split `h.3.attn.weight` into ("h.", 3, ".attn.weight"), at the first part of the path that is an integer."""
+    if len(name) > 200:  # the pattern takes quadratic time if it does not match
         return None
     match = re.fullmatch(r"((?:\w+\.)*?)(0|[1-9][0-9]{0,8})((?:\.\w+)*)", name, re.ASCII)
     return (match[1], int(match[2]), match[3]) if match else None

@@ -1,4 +1,4 @@
-"""Reading text piece by piece: the scanner under the parser knows positions, limits and how names are written."""
+"""Scanner under the parser: positions, limits, and the syntax of names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from treadle.ir.errors import ParseError, TreadleError
 from treadle.ir.types import Type, parse_type
 
 RESERVED = frozenset({"false", "inf", "nan", "none", "return", "true", "with"})
-"""Words that cannot stand for a value; an input of such a name is written in quotes."""
+"""Words that cannot be the name of a value; an input of such a name is written in quotes."""
 
 _BARE_NAME = re.compile(r"[A-Za-z_]\w*")
 _BARE_PATH = re.compile(r"\w+(?:\.\w+)*")
@@ -23,29 +23,29 @@ _SKIP = re.compile(r"(?:\s++|#[^\n]*+)*+")
 _WORD = re.compile(r"\w+")
 _NUMBER = re.compile(r"-?(?:inf|nan|\d{1,40}(?:\.\d{0,40})?(?:[eE][+-]?\d{1,5})?)(?![\w.])")
 TYPE = r"[a-z]\w*\[[^\]\n]*\](?: as [a-z]\w*(?:\([^()\n]{0,40}\))?)?"
-"""A type, as a regular expression: its encoding follows after one space."""
+"""A regular expression for a type; its encoding follows after one space."""
 _TYPE = re.compile(TYPE)
 _EXPRESSION_PIECE = re.compile(r'[^()\[\]{},"#\n]++|"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"')
 
 
 _CHARACTERS_OF_WORK = 64
-"""Characters that are passed over, in names and comments, in the time that one piece takes."""
+"""The number of characters in names and comments that are scanned in the time of one piece."""
 _TYPE_WORK = 15
 
 
 @dataclass(frozen=True)
 class TextLimits:
-    """What text may ask for; a text that asks for more is refused with a ParseError.
+    """Limits of a text; a text beyond them is refused with a ParseError.
 
     operands               of all nodes together
     symbols                of the graph
-    arguments              inputs, outputs and weights of all functions together, beside main's parameters
+    arguments              inputs, outputs and weights of all functions together, in addition to main's parameters
     items                  in one bracket of an attribute, and operands of one op (calls have as many as their function)
     nesting                of brackets in an attribute
     name_characters        of a name, a path, or a text in quotes; not of constants
-    type_characters        of one type, whether it is written or inferred
+    type_characters        of one type, written or inferred
     expression_characters  of a size or a term among the attributes
-    work                   what reading takes, in all: see `Scanner.spend`; about a microsecond each
+    work                   of parsing, in total: see `Scanner.spend`; about a microsecond each
     """
 
     characters: int = 256 * 2**20
@@ -69,19 +69,19 @@ class TextLimits:
 
 
 def quoted(text: str) -> str:
-    """Text in double quotes with JSON's escapes; printable letters of any script stay as they are."""
+    """Return text in double quotes with JSON's escapes; printable letters of any script are not escaped."""
     return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
 @lru_cache(maxsize=16384)
 def name_text(name: str) -> str:
-    """A name: bare where it can be told apart from everything else, else in quotes."""
+    """Return a name: bare if it is unambiguous, else in quotes."""
     return name if _BARE_NAME.fullmatch(name) and name not in RESERVED else quoted(name)
 
 
 @lru_cache(maxsize=16384)
 def path_text(path: str) -> str:
-    """A path such as `h.0.ln_1.weight`; in quotes where it holds anything but words and dots."""
+    """Return a path such as `h.0.ln_1.weight`, in quotes if it contains anything but words and dots."""
     return path if _BARE_PATH.fullmatch(path) else quoted(path)
 
 
@@ -94,12 +94,12 @@ def _read_back(text: str) -> Type | None:
 
 
 def type_text(type: Type) -> str:
-    """A type that `parse_type` reads back: with its factors and labels, or plain where those cannot be written."""
+    """Return a type that `parse_type` reads: with its factors and labels, or plain if those cannot be written."""
     return type.text if _read_back(type.text) == type else type.plain_text
 
 
 def _shortened(text: str) -> str:
-    """Text that may quote what was read, for an error."""
+    """Shorten text that may quote the input, for an error."""
     return text if len(text) <= 400 else f"{text[:300]} ... {text[-60:]}"
 
 
@@ -107,12 +107,12 @@ def _shortened(text: str) -> str:
 
 
 class Scanner:
-    """Text and a position in it, which stands right after the last piece read."""
+    """A text and a position in it, right after the last piece that was read."""
 
     def __init__(self, text: str, limits: TextLimits) -> None:
         self.text, self.limits, self.at = text, limits, 0
         self.left = limits.work - len(text) // _CHARACTERS_OF_WORK
-        self._looked = self._next = -1  # where `ahead` looked last, and what it found
+        self._looked = self._next = -1  # the last position passed to `ahead`, and its result
         self._types: dict[str, Type] = {}
         if len(text) > limits.characters:
             raise ParseError(f"the text is too long: {len(text)} characters", hint=f"at most {limits.characters}")
@@ -122,7 +122,9 @@ class Scanner:
     def error(
         self, what: str, at: int | None = None, *, received: str | None = None, hint: str | None = None
     ) -> ParseError:
-        """A ParseError that shows the line at a position (by default the next piece) with a mark below the column."""
+        """Return a ParseError that shows the line at a position (by default the next piece) with a mark below the
+        column.
+        """
         if at is None:
             at = self.ahead()
         start = self.text.rfind("\n", 0, at) + 1
@@ -136,18 +138,18 @@ class Scanner:
 
     @contextmanager
     def located(self, at: int) -> Iterator[None]:
-        """Errors of the family that arise inside become ParseErrors at this position."""
+        """Convert errors of the TreadleError family that arise inside to ParseErrors at this position."""
         try:
             yield
         except TreadleError as error:
             if isinstance(error, ParseError) and error.within:
                 raise
             raise self.error(error.what, at, received=error.received, hint=_in_text(error.hint)) from None
-        except ValueError as error:  # a number of more digits than Python reads
+        except ValueError as error:  # a number with more digits than Python reads
             raise self.error(f"cannot be read: {error}", at) from None
 
     def found(self) -> str:
-        """The next piece, in words for an error."""
+        """Return the next piece, in words for an error."""
         at = self.ahead()
         if at >= len(self.text):
             return "the end of the text"
@@ -157,7 +159,7 @@ class Scanner:
     # -- pieces ----------------------------------------------------------------------------------------------------
 
     def ahead(self) -> int:
-        """Where the next piece begins: after white space and comments."""
+        """Return the start of the next piece: after white space and comments."""
         if self._looked != self.at:
             match = _SKIP.match(self.text, self.at)
             self._looked = self.at
@@ -168,26 +170,26 @@ class Scanner:
         return self._next
 
     def spend(self, work: int, at: int) -> None:
-        """Count what reading something takes, beside one for each piece of text. Raises ParseError past the limit."""
+        """Count the work of a read, in addition to one for each piece of text. Raises ParseError past the limit."""
         self.left -= work
         if self.left < 0:
-            self.left = 0  # the error itself looks at text
+            self.left = 0  # building the error scans text
             raise self.error("the text takes too long to read", at, hint=limit_hint("work", MORE * self.limits.work))
 
     def skip(self) -> int:
-        """Go to where the next piece begins, and return the place."""
+        """Move to the start of the next piece, and return it."""
         self.at = self._looked = self.ahead()
         return self.at
 
     def match(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
-        """Read a piece if the text goes on with the pattern; if not, stay, before any comment."""
+        """Read a piece if the text continues with the pattern; otherwise stay, before any comment."""
         found = pattern.match(self.text, self.ahead())
         if found is not None:
             self.at = found.end()
         return found
 
     def sees(self, pattern: re.Pattern[str]) -> bool:
-        """Whether the text goes on with the pattern."""
+        """Return True if the text continues with the pattern."""
         return pattern.match(self.text, self.ahead()) is not None
 
     def accept(self, sign: str) -> bool:
@@ -243,7 +245,7 @@ class Scanner:
         raise self.error(f"expected {what}, found {self.found()}")
 
     def string(self) -> str:
-        """Read text in quotes. Raises ParseError where it is malformed."""
+        """Read text in quotes. Raises ParseError if it is malformed."""
         start = self.skip()
         match = self.match(_STRING)
         if match is None:
@@ -254,7 +256,7 @@ class Scanner:
             raise self.error("malformed text in quotes", start, hint="JSON's escapes") from None
 
     def _named(self, match: re.Match[str]) -> str:
-        """What was matched, if it is not too long for a name; the position is after it."""
+        """Return the match, if it is not too long for a name, and move behind it."""
         self.at = match.end()
         text = match[0]
         if len(text) > self.limits.name_characters:
@@ -294,7 +296,7 @@ class Scanner:
         return self.type_of(match[0], start)
 
     def type_of(self, text: str, at: int) -> Type:
-        """The type that this piece of the text, which starts at a position, says."""
+        """Return the type in this part of the text, which starts at a position."""
         found = self._types.get(text)
         if found is None:
             self._claim_type(text, at)
@@ -304,11 +306,11 @@ class Scanner:
                 raise self.error(f"rank {found.rank} is too high", at, hint=f"at most {self.limits.rank}")
             self._types[text] = found
             self._claim_sizes(found, at)
-            self.inferred(found, at)  # which may be longer than it was written
+            self.inferred(found, at)  # which may be longer than the text
         return found
 
     def inferred(self, type: Type, at: int) -> None:
-        """Hold a type to the limits that was not read, but follows from what was."""
+        """Check a type that was inferred, not read, against the limits."""
         if type.text not in self._types:
             self._claim_type(type.text, at)
             self._claim_sizes(type, at)
@@ -319,7 +321,7 @@ class Scanner:
         self.spend(_TYPE_WORK + 2 * len(text), at)
 
     def _claim_sizes(self, type: Type, at: int) -> None:
-        """A product of factors that are sums is longer than its text."""
+        """Count a product of factors that are sums, which is longer than its text."""
         length = sum(len(str(d.size)) for d in type.dims if len(d.factors) > 1)
         self._refuse_long_type(length, at)
         self.spend(length, at)
@@ -355,5 +357,5 @@ class Scanner:
 
 
 def _in_text(hint: str | None) -> str | None:
-    """What to try, as it is written in a graph's text: without the `t.` of Python, and `bool` by its own name."""
+    """Return a hint in the syntax of a graph's text: without the `t.` of Python, and `bool` by its own name."""
     return hint and re.sub(r"\bt\.(?=[a-z])", "", hint.replace("t.boolean", "bool"))

@@ -1,4 +1,4 @@
-"""Reads the statements of a graph's text: results, applications, and the notes beside them."""
+"""Reader of the statements of a graph's text: results, applications, and notes."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ _NOTE = re.compile(
 _NOTE_START = re.compile(r"[ \t]*#[ \t]*([a-z]\w*)\[")
 _ONE_TYPE = re.compile(TYPE)
 
-_PLAIN, _MADE, _ALL_MADE, _UPDATED = "a result", "a made parameter", "all that a block makes", "an updated state"
+_PLAIN, _MADE, _ALL_MADE, _UPDATED = "a result", "a derived weight", "all results of a block", "an updated state"
 
-# What follows the reading costs too, and is counted with it: verifying, and what a backend does.
+# The work after parsing is counted too: verification, and the work of a backend.
 _NODE_WORK = 30
 _APPLICATION_WORK = 60
 _NOTE_CHARACTERS_OF_WORK = 16
@@ -81,7 +81,7 @@ class StatementReader(OperandReader):
                 continue
             if kind is _UPDATED:
                 if value.state is None or value.state.name != name:
-                    raise s.error(f"{node.op.name} is no update of %{name}", start, hint=f"{value.name} = ...")
+                    raise s.error(f"{node.op.name} does not update %{name}", start, hint=f"{value.name} = ...")
                 continue
             if name in self.values:
                 raise s.error(f"{name} is defined twice", start)
@@ -97,10 +97,10 @@ class StatementReader(OperandReader):
             raise s.error("too many nodes", start, hint=limits)
 
     def make(self, name: str, value: Value, start: int) -> None:
-        """Take a result of a statement of `bind` as the parameter of that name."""
+        """Make a result of a statement of `bind` the parameter of that name."""
         bind, s = self.current, self.s
         if bind is not self.result.bind:
-            raise s.error(f"${name} is made outside of bind", start, hint="a name without $")
+            raise s.error(f"derived weight ${name} is assigned outside of bind", start, hint="a name without $")
         if name in bind.parameters or name in bind.outputs:
             raise s.error(f"there are two parameters {name}", start)
         self.argument(start)
@@ -108,7 +108,7 @@ class StatementReader(OperandReader):
         bind.outputs[name] = value
 
     def update(self, node: Node, names: Mapping[Value, tuple[str, str]], start: int) -> None:
-        """Take the states that a node updates as they are from now on."""
+        """Make the states that a node updates the current versions."""
         s = self.s
         for index, at in node.op.updates.items():
             value, before = node.results[index], node.operands[at]
@@ -124,18 +124,18 @@ class StatementReader(OperandReader):
             self.versions[state.name] = self.current.updated[state.name] = value
 
     def is_plain(self, head: re.Match[str]) -> bool:
-        """Whether `name = op` can be taken as it stands."""
+        """Return True if `name = op` can be read without further checks."""
         return head[1] not in RESERVED and head[2] != "op" and len(head[0]) <= self.limits.name_characters
 
     def all_made(self, names: list[tuple[str, str]], node: Node, at: int) -> list[tuple[str, str]]:
-        """What `$h.0.*` stands for: every output of the block that is called, under that path."""
+        """Expand `$h.0.*` to every output of the called block, under that path."""
         callee = self.result.callee(node)
         if callee is None or len(names) > 1:
-            raise self.s.error("$path.* names all that a block makes", at, hint="$h.0.* = bind_h() with h.0")
+            raise self.s.error("$path.* names all results of a block", at, hint="$h.0.* = bind_h() with h.0")
         return [(_MADE, f"{names[0][1]}.{output}") for output in callee.outputs]
 
     def statement_names(self) -> list[tuple[str, str]]:
-        """Read the results' names and what parts them from the application; there need not be any."""
+        """Read the results' names and the sign between them and the application; there may be no names."""
         s = self.s
         start = s.at
         names = [self.result_name("a statement or return")]
@@ -148,13 +148,13 @@ class StatementReader(OperandReader):
         return names
 
     def result_name(self, what: str) -> tuple[str, str]:
-        """Read what a statement names its result: a name, $ and a made parameter's path, % and an updated state's."""
+        """Read the name of a result: a name, $ and the path of a derived weight, % and the name of an updated state."""
         s = self.s
         if s.accept("%"):
             return _UPDATED, s.path("a state")
         if not s.accept("$"):
             return _PLAIN, s.name(what)
-        path = s.path("a made parameter")
+        path = s.path("a derived weight")
         return (_ALL_MADE if s.match(_ALL) is not None else _MADE), path
 
     def application(self) -> Node:
@@ -166,13 +166,13 @@ class StatementReader(OperandReader):
         return self.apply(name, start)
 
     def apply(self, name: str, start: int, *, is_op: bool = False) -> Node:
-        """Read what follows an op's or a function's name."""
+        """Read the operands and attributes after an op's or a function's name."""
         callee = None if is_op or name in self.result.entry_names else self.result.functions.get(name)
         if callee is not None:
             return self.call(callee, start)
         cls = OPS.get(name)
         if cls is None and not is_op and name in self.result.entry_names:
-            raise self.s.error(f"{name} is an entry, which nobody calls", start)
+            raise self.s.error(f"{name} is an entry, which cannot be called", start)
         if cls is None or cls is Call:
             raise self.s.error(
                 f"unknown op or function {name!r}", start, hint=nearest_names(name, [*self.result.functions, *OPS])
@@ -181,7 +181,7 @@ class StatementReader(OperandReader):
 
     def op(self, cls: type[Op], start: int) -> Node:
         operands, attributes, said = self.arguments(cls)
-        # The same op on the same types comes again and again; labels, too, are in a type's text.
+        # The same op is applied to the same types many times. The text of a type contains labels, too.
         types = tuple([None if v is None else v.type.text for v in operands])
         key = (cls, said, types)
         found = self.applied.get(key)
@@ -194,7 +194,7 @@ class StatementReader(OperandReader):
     def infer(
         self, cls: type[Op], operands: list[Value | None], attributes: dict[str, Any], start: int
     ) -> tuple[Op, tuple[Type, ...], int]:
-        """An op, its results' types, and how many operands are left out at the end."""
+        """Return an op, its results' types, and the number of operands left out at the end."""
         s = self.s
         missing = [n for n in attribute_fields(cls).keys() - default_texts(cls).keys() if n not in attributes]
         if missing:
@@ -207,7 +207,7 @@ class StatementReader(OperandReader):
             except TreadleError:
                 raise
             except Exception as error:
-                # An op's own code may take for granted what builders see to; text may say anything.
+                # An op's own code may assume what builders ensure; text may contain anything.
                 raise GraphError(f"{cls.name} cannot have these attributes and operands: {error}") from None
         self.declared(attribute_symbols(op), start)
         for type in types:
@@ -257,7 +257,7 @@ class StatementReader(OperandReader):
                 if name not in formals or name in bound:
                     if name in bound:
                         raise s.error(f"{name} is given twice", at)
-                    raise s.error(f"{name} is no weight of {callee.name}", at, hint=nearest_names(name, formals))
+                    raise s.error(f"{name} is not a weight of {callee.name}", at, hint=nearest_names(name, formals))
                 s.expect(":")
                 bound[name] = self.operand()
         if prefix is not None:
@@ -285,7 +285,7 @@ class StatementReader(OperandReader):
             given = ", ".join(str(v.type) for v in results)
             raise s.error(f"{node.op.name} gives {given}, the note says {match['types']}", match.start("types"))
         for value, type in zip(results, types, strict=True):
-            value.type = type  # the same sizes, with the factors and labels that were written
+            value.type = type  # the same sizes, with the factors and labels in the text
         if match["file"] is not None:
             node.source = SourceLine(_plain(s, match, "file"), int(match["line"]))
         if match["scope"] is not None:
@@ -294,7 +294,7 @@ class StatementReader(OperandReader):
 
 
 def _plain(s: Scanner, match: re.Match[str], group: str) -> str:
-    """A group of a match, without quotes."""
+    """Return a group of a match, without quotes."""
     if not match[group].startswith('"'):
         return match[group]
     s.at = match.start(group)

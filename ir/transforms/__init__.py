@@ -1,1 +1,1 @@
-"""Graphs made of graphs: copies, calls put in place, repetitions folded, gradients, wider dtypes."""
+"""Transforms from graph to graph: copies, inlined calls, folded repetitions, gradients, wider dtypes."""

@@ -1,15 +1,16 @@
-"""Balanced products: channels of what a norm gives, and of the weights that it meets, are made of like size.
+"""Smoothed products: the channels of a norm's output, and of the weights that multiply it, are scaled to similar size.
 
     linear(x, w) = linear(x / s, w s)        s[k] = sqrt((3 |gain[k]| + |shift[k]|) / max_n |w[n, k]|)
 
-A row that is rounded has one scale, so that a few large channels take the steps of all others. s moves a part of their
-size to the weights, whose rows have scales of their own (SmoothQuant, Xiao et al. 2023, equation 4). How large a
-channel is, the norm's own weights tell: three deviations of normalized numbers, times the gain, and the shift. So
-nothing is measured on data. Products that read the same rows share s. Of these, n goes over the weights that count:
-where a value's projection is among them, queries and keys do not, whose errors a softmax evens out.
+A row that is rounded has one scale, so a few large channels use up the steps of all others. s moves a part of their
+size to the weights, whose rows have scales of their own (SmoothQuant, Xiao et al. 2023, equation 4). The size of a
+channel is estimated from the norm's own weights: three deviations of normalized numbers, times the gain, plus the
+shift. So no data is needed. Products that read the same rows share s. The maximum over n covers only the weights that
+count: if the projection of values is among them, those of queries and keys do not count, because the softmax evens out
+their errors.
 
-A graph has 1 / s as a parameter, which `encode` multiplies with; w s is what is held in blocks. Both are computed when
-weights are put into blocks: `treadle.ir.transforms.encoded_weights`.
+A graph has 1 / s as a parameter, which `encode` multiplies with; w s is stored in blocks. Both are computed when
+weights are encoded: `treadle.ir.transforms.encoded_weights`.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ Uses = Mapping[Value, Sequence[tuple[Node, int]]]
 """For each used value, the nodes and operand positions that read it."""
 
 DEVIATIONS = 3.0
-"""How many standard deviations a channel of normalized numbers is counted as."""
+"""The number of standard deviations that a channel of normalized numbers is assumed to span."""
 
 
 @dataclass(frozen=True)
 class Balance:
-    """Products of one norm's numbers with weights, balanced by one vector. All are names of parameters.
+    """Products of one norm's output with weights, smoothed by one vector. All fields are names of parameters.
 
     vector   1 / s, f32[k]
     gain     the norm's weight, f32[k]
@@ -58,11 +59,11 @@ class Balance:
 
     @property
     def read(self) -> tuple[str, ...]:
-        """What s is computed of."""
+        """The parameters that s is computed from."""
         return (*self.weights, self.gain, *([self.shift] if self.shift is not None else []))
 
     def factors(self, graph: Graph, weights: Mapping[str, Any]) -> Array | None:
-        """s, of the numbers of weights; None where one is missing, misfits or is held in blocks already."""
+        """Compute s from the numbers of weights; None if one is missing, does not match, or is held in blocks."""
         found = {}
         for name in self.read:
             value, array = graph.parameters.get(name), weights.get(name)
@@ -78,13 +79,13 @@ class Balance:
         size = np.float32(DEVIATIONS) * np.abs(found[self.gain].astype(np.float32))
         if self.shift is not None:
             size += np.abs(found[self.shift])
-        with np.errstate(all="ignore"):  # a channel that is always 0, or never read, stays as it is
+        with np.errstate(all="ignore"):  # s is 1 for a channel that is always 0, or unused
             s = np.sqrt(size / largest)
         return np.where(np.isfinite(s) & (s > 0), s, 1).astype(np.float32)
 
 
 def balances_of(graph: Graph) -> tuple[Balance, ...]:
-    """The balances of a graph, read off what its `encode`s multiply with, in the order of its nodes."""
+    """Return the balances of a graph, read from the vectors of its `encode` nodes, in the order of its nodes."""
     if not any(isinstance(node.op, Encode) and len(node.inputs) > 1 for _, node in graph.walk()):
         return ()
     found: dict[str, Balance] = {}
@@ -106,7 +107,7 @@ def balances_of(graph: Graph) -> tuple[Balance, ...]:
 
 
 def scored(value: Value, uses: Uses) -> bool:
-    """Whether a value goes to queries and keys of attention alone, however it is moved or turned on its way."""
+    """Return True if a value is used only as queries and keys of attention, possibly moved or rotated before."""
     read = uses.get(value, [])
     for node, at in read:
         if isinstance(node.op, Attending):
@@ -122,13 +123,13 @@ def scored(value: Value, uses: Uses) -> bool:
 
 
 def _results(node: Node, matrices: Sequence[Value]) -> list[tuple[Value, Value]]:
-    """Each matrix of a product with the result that it gives: of a product of several, each with its own."""
+    """Return each matrix of a product with its result. A product of several has a result for each."""
     own = len(node.results) == len(matrices)
     return [(w, node.results[i if own else 0]) for i, w in enumerate(matrices)]
 
 
 def picked_of(node: Node) -> Value | None:
-    """The value some of whose rows a node picks, as they are; None where it does something else."""
+    """Return the value from which a node selects rows, unchanged; None for any other node."""
     if not isinstance(node.op, Slice | Gather):
         return None
     x = node.inputs[0]
@@ -136,7 +137,7 @@ def picked_of(node: Node) -> Value | None:
 
 
 def norm_of(value: Value | None) -> tuple[Value | None, Value | None] | None:
-    """The gain and the shift of the norm that gives a value, or some of its rows; None where it is no norm."""
+    """Return the gain and the shift of the norm that computes a value, or some of its rows; None for other ops."""
     node = None if value is None else value.node
     while node is not None and (x := picked_of(node)) is not None:
         value, node = x, x.node
@@ -152,7 +153,7 @@ def norm_of(value: Value | None) -> tuple[Value | None, Value | None] | None:
 
 
 def balanced_name(weights: Iterable[str], taken: Callable[[str], bool]) -> str:
-    """A name for the vector of these weights: `attn.balance` for attn.q.weight and attn.k.weight."""
+    """Return a name for the vector of these weights: `attn.balance` for attn.q.weight and attn.k.weight."""
     paths = [name.split(".")[:-1] for name in weights]
     path = paths[0]
     for other in paths[1:]:
@@ -166,7 +167,7 @@ def balanced_name(weights: Iterable[str], taken: Callable[[str], bool]) -> str:
 
 
 def _matrices(node: Node) -> list[Value]:
-    """The parameters whose blocks a product multiplies x with."""
+    """Return the parameters whose blocks a product multiplies with x."""
     if not isinstance(node.op, MixedProduct):
         return []
     found = [node.operands[position] for position in node.op.multiplies(len(node.operands))]

@@ -1,4 +1,4 @@
-"""Some of a graph's outputs, whole or in part, so that passes remove what no other needs.
+"""Selection of a graph's outputs, whole or in part, so that passes remove nodes that no selected output needs.
 
 choose_outputs(graph, ["pooled"])               # that alone
 choose_outputs(graph, ["hidden[:, 0]"])         # f32[B, D] of the first positions, under the output's name
@@ -25,16 +25,16 @@ from treadle.ir.types import Dim, Type, i64
 _ASKED = re.compile(r"(?P<name>[^\[\]]*)(?:\[(?P<part>[^\[\]]*)\])?")
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _SPAN = re.compile(r"(?P<start>[+-]?\d{1,17})?\s*(?:(?P<colon>:)\s*(?P<stop>[+-]?\d{1,17})?)?", re.ASCII)
-"""As a size in text has 18 digits at most, what is one past a position can be written."""
+"""A size in text has at most 18 digits, so that one more than any position can be written."""
 
 
 class UnknownOutputError(UsageError):
-    """A graph lacks an output of the name that was asked for."""
+    """The graph has no output of the requested name."""
 
 
 @dataclass(frozen=True)
 class _Span:
-    """Positions from start to stop of one axis; with `single` the one at start, and the axis is gone."""
+    """Positions from start to stop of one axis; with `single` only the one at start, and the axis is removed."""
 
     start: int | None
     stop: int | None
@@ -43,20 +43,21 @@ class _Span:
 
 @dataclass(frozen=True)
 class _Given:
-    """Positions of each row, that an input of this name tells."""
+    """Positions of each row, given by an input of this name."""
 
     name: str
 
 
 def choose_outputs(graph: Graph, outputs: Sequence[str]) -> Graph:
-    """A copy of a graph that gives these outputs of its `main`, in this order.
+    """Return a copy of a graph with these outputs of its `main`, in this order.
 
     outputs   names; in brackets behind one a part, as in NumPy: for each of its first axes a position, or `start:stop`,
               of which a negative number counts from the end. In the place of the second axis, behind `:`, also a name:
-              of a new input, which holds positions for each row of the first axis
+              of a new input, which holds positions for each row of the first axis; outputs that name the same input
+              are read at the same positions
 
-    Raises UnknownOutputError for a name that the graph has not, UsageError for a part that is none, or an output
-    that is named twice.
+    Raises UnknownOutputError for a name that the graph lacks, UsageError for a malformed part, or an output that is
+    named twice.
     """
     given: object = outputs
     listed = isinstance(given, Sequence) and not isinstance(given, str)
@@ -67,6 +68,7 @@ def choose_outputs(graph: Graph, outputs: Sequence[str]) -> Graph:
     copy = clone_graph(graph)
     known = copy.main.outputs
     chosen: dict[str, Expr] = {}
+    positions: dict[str, Expr] = {}
     b = Builder(copy)
     for asked in outputs:
         name, spans = _parsed(asked)
@@ -83,7 +85,7 @@ def choose_outputs(graph: Graph, outputs: Sequence[str]) -> Graph:
         value = known[name]
         with b.placed_as(value.node) if value.node is not None else b.scoped(""):
             try:
-                chosen[name] = _part(b, b.expr(value), spans)
+                chosen[name] = _part(b, b.expr(value), spans, positions)
             except TreadleError as error:
                 raise UsageError(
                     f"output {name}: {value.type} has no part {asked.strip()[:80]}: {error.what}"
@@ -116,7 +118,8 @@ def _unreadable(asked: str) -> UsageError:
     )
 
 
-def _part(b: Builder, x: Expr, spans: Sequence[_Span | _Given]) -> Expr:
+def _part(b: Builder, x: Expr, spans: Sequence[_Span | _Given], positions: dict[str, Expr]) -> Expr:
+    """The part of x that spans mean. `positions` holds the new inputs by name, and gets those of these spans."""
     if len(spans) > x.rank:
         raise UsageError(f"it has {x.rank} axes")
     for axis in reversed(range(len(spans))):  # an axis that goes leaves the numbers of those before it
@@ -124,7 +127,9 @@ def _part(b: Builder, x: Expr, spans: Sequence[_Span | _Given]) -> Expr:
         if isinstance(span, _Given):
             if axis != 1 or spans[0] != _Span(None, None, single=False):
                 raise UsageError("a name stands for positions along the second axis, behind `:`")
-            x = _picked(b, x, span.name)
+            if span.name not in positions:
+                positions[span.name] = _positions(b, x.shape[0], span.name)
+            x = _picked(b, x, positions[span.name])
             continue
         start, stop = span.start or 0, span.stop
         if not span.single:
@@ -137,14 +142,21 @@ def _part(b: Builder, x: Expr, spans: Sequence[_Span | _Given]) -> Expr:
     return x
 
 
-def _picked(b: Builder, x: Expr, name: str) -> Expr:
-    """Of each row of x those along its second axis that an input tells."""
+def _positions(b: Builder, rows: Size, name: str) -> Expr:
+    """A new input i64[rows, NAME] of positions for each row."""
     if any(v.name == name for v in b.function.inputs):
         raise UsageError(f"{b.graph.name} has an input {name} already, and positions are another one")
     count = free_name(name.upper(), b.graph.symbols)
-    taken = Type(i64, (Dim.of(x.shape[0]), Dim.of(Size.symbol(count))))
-    positions = b.rearrange(b.input(name, taken), pattern=f"r p -> r p{' 1' * (x.rank - 2)}")
-    positions.value.name = name
-    shape = (x.shape[0], Size.symbol(count), *x.shape[2:])
-    made: Expr = b.take_along_axis(x, b.expand(positions, shape=shape), axis=1)
+    made: Expr = b.input(name, Type(i64, (Dim.of(rows), Dim.of(Size.symbol(count)))))
+    return made
+
+
+def _picked(b: Builder, x: Expr, positions: Expr) -> Expr:
+    """Of each row of x, those along its second axis at the positions i64[rows, n]."""
+    name, (rows, count) = positions.value.name, positions.shape
+    if rows != x.shape[0]:
+        raise UsageError(f"{name} holds positions for {rows} rows, and here are {x.shape[0]}")
+    taken = b.rearrange(positions, pattern=f"r p -> r p{' 1' * (x.rank - 2)}")
+    taken.value.name = name
+    made: Expr = b.take_along_axis(x, b.expand(taken, shape=(rows, count, *x.shape[2:])), axis=1)
     return made

@@ -1,4 +1,4 @@
-"""Copies of graphs: new values and nodes. What never changes is shared: ops, types, contents of constants, sources."""
+"""Copies of graphs: new values and nodes. Immutable parts are shared: ops, types, contents of constants, sources."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from treadle.ir.graph import Function, Graph, Node, Value
 
 
 def clone_graph(graph: Graph, known: Mapping[str, Function] | None = None) -> Graph:
-    """A graph equal to this one, down to names, scopes and source lines, that shares nothing that can change.
+    """Return a graph equal to this one, including names, scopes and source lines, that shares nothing mutable with it.
 
-    known   copies of some of its functions, by name, which are taken as they are
+    known   copies of some of its functions, by name, which are used unchanged
 
-    Raises GraphError where a function uses a value that it does not define before.
+    Raises GraphError if a function uses a value before its definition.
     """
     copy = Graph(graph.name)
     copy.symbols = dict(graph.symbols)
@@ -24,7 +24,7 @@ def clone_graph(graph: Graph, known: Mapping[str, Function] | None = None) -> Gr
 
 
 def clone_function(function: Function, name: str | None = None) -> Function:
-    """A copy of one function, under another name if one is given. Raises GraphError as `clone_graph` does."""
+    """Return a copy of one function, optionally under another name. Raises GraphError as `clone_graph` does."""
     copy = Function(function.name if name is None else name)
     values: dict[Value | None, Value | None] = {None: None}
     for value in function.inputs:
@@ -43,7 +43,7 @@ def clone_function(function: Function, name: str | None = None) -> Function:
 
 
 def clone_value(value: Value) -> Value:
-    """A value of the same kind, type, name, layout and constant content, that belongs to no node."""
+    """Return a value of the same kind, type, name, layout and constant content that belongs to no node."""
     copy = Value(value.kind, value.type, value.name, value.literal)
     if value.lies_in is not None:
         copy.lies_in = value.lies_in
@@ -51,7 +51,9 @@ def clone_value(value: Value) -> Value:
 
 
 def clone_node(node: Node, values: dict[Value | None, Value | None], function: Function) -> Node:
-    """The node on what `values` gives for its operands; its results, and its constants, are added to `values`."""
+    """Return a copy of the node on the operands' copies in `values`; its results, and its constants, are added to
+    `values`.
+    """
     operands = [v if v is None else values.get(v) or copied_value(v, values, function) for v in node.operands]
     copy = Node(node.op, operands, [v.type for v in node.results], scope=node.scope, source=node.source)
     for old, new in zip(node.results, copy.results, strict=True):
@@ -61,7 +63,7 @@ def clone_node(node: Node, values: dict[Value | None, Value | None], function: F
 
 
 def copied_value(value: Value, values: dict[Value | None, Value | None], function: Function) -> Value:
-    """What `values` gives for a value; a constant is copied when first met. Raises GraphError for an unknown value."""
+    """Return a value's copy in `values`; a constant is copied on first use. Raises GraphError for an unknown value."""
     found = values.get(value)
     if found is None:
         if value.literal is None:

@@ -1,4 +1,4 @@
-"""Reverse-mode differentiation: walk nodes backwards and let each op say its gradient."""
+"""Reverse-mode differentiation: walk nodes backwards and apply each op's gradient rule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from treadle.ir.graph import Node, Value
 from treadle.ir.operation import Composite, Grads
 
 Through = Callable[[Builder, Node, Grads], Grads]
-"""Gives the gradients of a call's operands, given those of its results."""
+"""Returns the gradients of a call's operands, given those of its results."""
 
 
 def backward(
@@ -22,13 +22,13 @@ def backward(
     counting: Container[Value] | None = None,
     through: Through | None = None,
 ) -> dict[Value, Expr]:
-    """Gradients of every value that the nodes touch, given those of some of their results.
+    """Return the gradients of every value of the nodes, given those of some of their results.
 
     counting  the values whose gradients are wanted; None: all
-    through   what is done for calls
+    through   the gradient rule of calls
 
     The nodes' values must be visible in the builder's function, to which gradient nodes are added. Raises GraphError
-    for a call where nothing is said of calls: `treadle.ir.transforms.gradients` does, or inline it first.
+    for a call if `through` is None: use `treadle.ir.transforms.gradients`, or inline it first.
     """
     found: dict[Value, Expr] = dict(grads)
     for node in reversed(nodes):
@@ -64,7 +64,7 @@ def backward(
 
 
 def body_gradient(op: Composite, b: Builder, grads: Grads, inputs: Grads) -> list[Expr | None]:
-    """A composite's gradient through its body, which is computed once more."""
+    """Return a composite's gradient through its body, which is recomputed."""
     start = len(b.function.nodes)
     results = as_results(op.body(b, *inputs))
     nodes = b.function.nodes[start:]
@@ -77,9 +77,9 @@ def body_gradient(op: Composite, b: Builder, grads: Grads, inputs: Grads) -> lis
 
 
 def operand_gradients(found: Mapping[Value, Expr], inputs: Grads) -> list[Expr | None]:
-    """Each operand's gradient among those of all values.
+    """Return each operand's gradient among those of all values.
 
-    A value that is several operands at once has its whole gradient at the first: their sum is what counts.
+    If a value is several operands at once, its whole gradient is at the first: only their sum counts.
     """
     values = [None if x is None else x.value for x in inputs]
     return [

@@ -1,11 +1,11 @@
-"""Weights held in blocks: parameters become encoded ones, and what read them reads their decoded numbers.
+"""Weights stored in blocks: parameters become encoded, and their consumers read decoded numbers.
 
     w: f32[576, 1536]                       -->   w: f32[576, 1536] as q4_0
     y = linear(x, $w)                             y = linear(x, decode($w, of=q4_0))
 
-A block of the model that is called with weights of several encodings becomes several functions, one for each set.
-Where products are balanced (`treadle.ir.transforms.balances`), blocks hold w s, and the vector 1 / s is one more
-parameter beside w: `encode` of what they are multiplied with takes it, and any other reader reads decode(w) / s.
+A block of the model that is called with weights of several encodings becomes several functions, one for each set. If
+products are smoothed (`treadle.ir.transforms.balances`), blocks hold w s, and the vector 1 / s is a parameter next to
+w: the `encode` of the other operand multiplies with it, and any other consumer reads decode(w) / s.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ Encodings = Mapping[str, Encoding]
 
 
 def encode_parameters(graph: Graph, encodings: Encodings, balances: Sequence[Balance] = ()) -> Graph:
-    """A copy of a graph in which these parameters are encoded; what it means changes with their elements alone.
+    """Return a copy of a graph in which these parameters are encoded; its meaning changes only by their rounding.
 
-    balances  of which every weight is among them: their vectors become parameters, read beside the weights
+    balances  smoothed products, all of whose weights are encoded: their vectors become parameters
 
-    Every function that reads one decodes it once, before all else. Raises GraphError for a parameter that is not
-    there, is encoded already, or does not fit its encoding.
+    Every function that reads such a parameter decodes it once, at its start. Raises GraphError for a parameter that
+    does not exist, is already encoded, or does not fit its encoding.
     """
     copy = clone_graph(graph)
     if unknown := [name for name in encodings if name not in copy.parameters]:
@@ -62,7 +62,9 @@ def encode_parameters(graph: Graph, encodings: Encodings, balances: Sequence[Bal
 
 
 def quantized_alike(graph: Graph, encoded: Graph) -> Graph:
-    """A copy of a graph whose parameters are encoded as those of another one of the same names are, and balanced."""
+    """Return a copy of a graph whose parameters are encoded and smoothed like those of the same names in another
+    graph.
+    """
     held = graph.parameters
     found = {name: v.type.encoding for name, v in encoded.parameters.items() if name in held}
     encodings = {name: e for name, e in found.items() if e is not None and held[name].type.encoding is None}
@@ -70,9 +72,10 @@ def quantized_alike(graph: Graph, encoded: Graph) -> Graph:
 
 
 def decode_parameters(graph: Graph) -> Graph:
-    """The way back: a copy of a graph whose parameters, and constants, are the numbers that their blocks mean.
+    """Return a copy of a graph whose encoded parameters and constants are replaced by their decoded numbers: the
+    inverse.
 
-    What moved blocks moves numbers. Raises GraphError for a graph that encodes what it computes.
+    Nodes that moved blocks then move numbers. Raises GraphError for a graph that encodes computed values.
     """
     copy = clone_graph(graph)
     for function in copy.functions.values():  # callees first
@@ -81,7 +84,7 @@ def decode_parameters(graph: Graph) -> Graph:
             value.type = value.type.decoded
         for node in function.nodes:
             if isinstance(node.op, Encode):
-                raise GraphError("values that are computed are encoded, and have no numbers but those of their blocks")
+                raise GraphError("the graph encodes computed values, which have no other numbers than their blocks")
             node.operands = tuple([None if v is None else _number(same.get(v, v)) for v in node.operands])
             if isinstance(node.op, Decode):
                 same[node.result] = node.inputs[0]
@@ -95,7 +98,7 @@ def decode_parameters(graph: Graph) -> Graph:
 
 
 def decode_weights(graph: Graph, weights: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of weights of a graph: those that are held in blocks, decoded; the others as they are."""
+    """Return the numbers of a graph's weights: decoded if they are held in blocks, else unchanged."""
     encodings = {name: value.type.encoding for name, value in graph.parameters.items()}
     return {
         name: array if (encoding := encodings.get(name)) is None else encoding.decode(np.asarray(array))
@@ -106,11 +109,11 @@ def decode_weights(graph: Graph, weights: Mapping[str, Any]) -> dict[str, Any]:
 def encode_weights(
     graph: Graph, weights: Mapping[str, Any], balances: Sequence[Balance] | None = None
 ) -> dict[str, Any]:
-    """Weights as a graph holds them: numbers of a parameter that is encoded, in blocks; all others as they are.
+    """Return weights as a graph stores them: numbers of encoded parameters as blocks, all others unchanged.
 
-    balances  of the graph; None: those that it shows (`balances_of`). Vectors are computed where weights are numbers
+    balances  of the graph; None: those in it (`balances_of`). A vector is computed if the weights are numbers
 
-    Numbers of a form that is not written are left as well. Raises GraphError for a number that has no place in it.
+    Numbers are also unchanged if the form cannot be written. Raises GraphError for a number out of the form's range.
     """
     made, factors = dict(weights), dict[str, Any]()
     for balance in balances_of(graph) if balances is None else balances:
@@ -123,7 +126,7 @@ def encode_weights(
 
 
 def given_parameters(graph: Graph) -> list[str]:
-    """The names of a graph's parameters without the vectors of balances, which `encode_weights` makes."""
+    """Return the names of a graph's parameters without the vectors of balances, which `encode_weights` computes."""
     vectors = {balance.vector for balance in balances_of(graph)}
     return [name for name in graph.parameters if name not in vectors]
 
@@ -132,7 +135,7 @@ def _in_blocks(value: Value | None, array: Any, factors: Any = None) -> Any:
     encoding = None if value is None else value.type.encoding
     held = np.asarray(array) if encoding is not None else None
     if value is None or encoding is None or held is None or held.shape != value.type.static_shape:
-        return array  # a misfit is told by whoever takes it
+        return array  # the consumer of the array reports the mismatch
     if held.dtype.kind != "f" or not encoding.block.encodes:
         return array
     if factors is not None:
@@ -145,7 +148,7 @@ def _in_blocks(value: Value | None, array: Any, factors: Any = None) -> Any:
 
 
 def _number(value: Value) -> Value:
-    """A constant as the numbers of its blocks."""
+    """Return a constant as the decoded numbers of its blocks."""
     literal = value.literal
     if literal is None or literal.encoding is None:
         return value
@@ -153,7 +156,7 @@ def _number(value: Value) -> Value:
 
 
 class _Encoding:
-    """Functions of a graph as they are with some of their parameters encoded, each set of encodings once."""
+    """Functions of a graph with some of their parameters encoded, one for each set of encodings."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
@@ -162,9 +165,9 @@ class _Encoding:
         self._made: dict[tuple[object, ...], Function] = {}
 
     def encode(self, function: Function, encodings: Encodings, beside: Mapping[str, Value]) -> None:
-        """Encode parameters of a function, and of those that it calls with them.
+        """Encode parameters of a function, and of the functions that it calls with them.
 
-        beside  of those that are balanced, the function's parameter that holds their vector
+        beside  for each smoothed parameter, the function's parameter that holds its vector
         """
         for name, encoding in encodings.items():
             value = function.parameters[name]
@@ -193,7 +196,7 @@ class _Encoding:
         self.functions[function.name] = function
 
     def _called(self, name: str, encodings: Encodings, balanced: tuple[tuple[str, ...], ...]) -> Function:
-        """The function of that name with these encodings, and a vector more for each tuple of weights."""
+        """Return the function of that name with these encodings, and one more vector for each tuple of weights."""
         key = (name, tuple(encodings.items()), balanced)
         if key not in self._made:
             taken = {*self.graph.functions, *(made.name for made in self._made.values())}
@@ -210,9 +213,9 @@ class _Encoding:
 
 
 def _vector(function: Function, name: str, weights: Sequence[Value], encoding: Encoding) -> Value:
-    """A new parameter of a function: a vector over the blocked axis of these weights."""
+    """Return a new parameter of a function: a vector over the blocked axis of these weights."""
     if name in function.parameters:
-        raise GraphError(f"{function.name} has a parameter {name} already, and no place for a vector of that name")
+        raise GraphError(f"{function.name} already has a parameter {name}, so a vector cannot have that name")
     type = weights[0].type
     made = Value("parameter", Type(type.dtype, (type.dims[encoding.axis],)), name)
     function.parameters[name] = made
@@ -220,9 +223,9 @@ def _vector(function: Function, name: str, weights: Sequence[Value], encoding: E
 
 
 def _decode_what_is_read(function: Function, encoded: set[Value], vectors: Mapping[Value, Value]) -> None:
-    """Decode the encoded parameters that nodes read by themselves, before all else; calls pass them on as they are.
+    """Decode, at the start, the encoded parameters that nodes read; calls pass them on encoded.
 
-    What is multiplied with a balanced one is multiplied with its vector before it is rounded.
+    The other operand of a product with a smoothed parameter is multiplied with the vector before it is rounded.
     """
     decoded: dict[Value, Node] = {}
     divided: dict[Value, list[Node]] = {}
@@ -252,9 +255,10 @@ def _decode_what_is_read(function: Function, encoded: set[Value], vectors: Mappi
 
 
 def _divides(reader: Node, weight: Value, vector: Value) -> bool:
-    """Whether a node multiplies a weight with what is rounded at every call: it is told to be multiplied with a vector.
+    """Return True if a node multiplies a weight with a value that is rounded at every call. That `encode` then gets the
+    vector as an operand.
 
-    Raises GraphError where it is with another one already.
+    Raises GraphError if it already has another vector.
     """
     x = reader.operands[0] if isinstance(reader.op, MixedProduct) and reader.operands else None
     blocks = x.node.inputs[0] if x is not None and x.node is not None and x.node.op.decodes else None
@@ -268,7 +272,7 @@ def _divides(reader: Node, weight: Value, vector: Value) -> bool:
 
 
 def _times(decode: Node, vector: Value) -> list[Node]:
-    """The nodes of decoded numbers times a vector over their blocked axis."""
+    """Return the nodes that multiply decoded numbers with a vector over their blocked axis."""
     made, factor = [], vector
     if decode.op.attributes["of"].axis == 0:
         turn = Rearrange(pattern="k -> k 1")

@@ -1,4 +1,4 @@
-"""Symbols of which one size alone is left, put into a graph as numbers."""
+"""Replacement of symbols that can have only one size by numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from treadle.ir.transforms.clone import clone_graph
 
 
 def bounded(graph: Graph, most: Mapping[str, int]) -> Graph:
-    """A copy of a graph whose symbols are at most so large. Raises GraphError where no size is left for one."""
+    """Return a copy of a graph whose symbols have these upper bounds. Raises GraphError if no size is left for a
+    symbol.
+    """
     made = clone_graph(graph)
     for symbol, size in most.items():
         made.bound(symbol, Bounds(made.symbols[symbol].lower, size))
@@ -19,12 +21,12 @@ def bounded(graph: Graph, most: Mapping[str, int]) -> Graph:
 
 
 def fix_single_sizes(graph: Graph) -> None:
-    """Put 1 in the place of each symbol that can be nothing else, so that it is no axis which could be cut."""
+    """Replace each symbol that can only be 1 by 1, so that its axis is not split."""
     fix_sizes(graph, {name: b.lower for name, b in graph.symbols.items() if b.lower == b.upper})
 
 
 def fix_sizes(graph: Graph, values: Mapping[str, int]) -> None:
-    """Put numbers in the place of symbols, in every function."""
+    """Replace symbols by numbers in every function."""
     if not values:
         return
 

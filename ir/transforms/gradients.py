@@ -1,4 +1,4 @@
-"""The gradients of a whole graph: of one of its outputs by some of its weights, repeated blocks as functions still.
+"""Gradients of a whole graph: of one output with respect to some weights. Repeated blocks stay functions.
 
     main(tokens) -> loss                         main(tokens, h.0.up.weight, ...) -> loss, gradient.h.0.up.weight, ...
       x1 = h(x) with h.0         -->               x1, a, b = h(x, h.0.up.weight, ...)
@@ -6,10 +6,11 @@
                                                    g1, gradient.h.1.up.weight = h_gradient(x1, ..., a1, b1, g2)
                                                    g, gradient.h.0.up.weight = h_gradient(x, ..., a, b, g1)
 
-Weights that are trained become inputs, since they change: nothing is made of them when weights are bound. The others
-stay as they are. A function gives what its gradient reads of its inside (`a`, `b`) beside its results; with `recompute`
-it gives nothing more, and the gradient computes it once more from what the function was called with (gradient
-checkpointing, Chen et al. 2016). What only moves elements, or is made of nothing, is never kept.
+Trained weights become inputs, since they change: no derived weights are computed from them. The others stay weights. A
+function returns the intermediate values that its gradient reads (`a`, `b`) after its results. With `recompute` it
+returns no more than its results, and the gradient recomputes the intermediate values from the function's arguments
+(gradient checkpointing, Chen et al. 2016). Results of ops that only move elements, or that have no operands, are never
+saved.
 """
 
 from __future__ import annotations
@@ -27,25 +28,25 @@ from treadle.ir.transforms.clone import clone_node, clone_value, copied_value
 from treadle.ir.transforms.differentiate import backward
 
 GRADIENT = "gradient."
-"""What leads the name of a weight in the name of its gradient."""
+"""The prefix of a weight's name in the name of its gradient."""
 
 Copies = dict[Value | None, Value | None]
 
 
 def gradient_graph(graph: Graph, loss: str, weights: Collection[str], *, recompute: bool = False) -> Graph:
-    """A graph with the same outputs, and for each of these weights that the loss depends on, its gradient.
+    """Return a graph with the same outputs, and the gradient of each of these weights that the loss depends on.
 
-    loss       the output, a number, of which the gradients are
+    loss       the output to differentiate, a scalar
     weights    names of weights in plain f32 or f64, which become inputs of those names, in the order of the graph
-    recompute  blocks keep what they were called with alone, and are computed again for their gradients
+    recompute  blocks save their arguments alone, and are recomputed for their gradients
 
-    Raises GraphError for an output that is no number, an unknown or encoded weight, and a graph that has states, made
-    parameters or several entries: differentiate it before a step is derived from it, and before weights are bound.
+    Raises GraphError if the output is not a scalar, if a weight is unknown or encoded, and for a graph that has states,
+    derived weights or several entries: differentiate it before a step is derived from it, and before weights are bound.
     """
     value = graph.main.outputs.get(loss)
     if value is None or value.type.rank or not value.type.dtype.is_float:
         given = ", ".join(f"{name}: {v.type}" for name, v in graph.main.outputs.items())
-        raise GraphError(f"the loss {loss} must be an output that is one number", received=given)
+        raise GraphError(f"the loss {loss} must be an output that is a scalar", received=given)
     if graph.states or len(graph.entry_names) > 1:
         told = f"entries {', '.join(graph.entry_names)}; {len(graph.states)} states"
         raise GraphError("a graph that is differentiated has one entry, and no states", received=told)
@@ -56,13 +57,13 @@ def gradient_graph(graph: Graph, loss: str, weights: Collection[str], *, recompu
         if not weight.type.dtype.is_float or weight.type.encoding is not None:
             raise GraphError(f"weight {name} has no gradient", received=str(weight.type))
         if any(name == value.name for value in graph.main.inputs):
-            raise GraphError(f"an input has the name of weight {name}, and a weight that is trained is one, too")
+            raise GraphError(f"an input has the name of weight {name}, and trained weights become inputs")
     return _Differentiation(graph, recompute).of_main(loss, set(weights))
 
 
 @dataclass(frozen=True)
 class _Read:
-    """What a gradient takes: an "argument" of its function, a "result" of it, or the "gradient" of one."""
+    """An operand of a gradient: an "argument" of its function, a "result" of it, or the "gradient" of one."""
 
     kind: str
     at: int
@@ -70,13 +71,13 @@ class _Read:
 
 @dataclass(frozen=True)
 class _Variant:
-    """A function as it is where some of its arguments count, and its gradient.
+    """A function for the case that some of its arguments count (their gradients are wanted), and its gradient.
 
-    forward   gives the original's results, then what its gradient reads of its inside
-    order     the positions of the original's arguments, as `forward` takes them
-    counting  which of the original's results depend on arguments that count
-    gradient  None where no result does
-    takes     what the gradient is called with; gives: of which of the original's arguments its results are gradients
+    forward   returns the original's results, then the values saved for its gradient
+    order     the positions of the original's arguments, in the order of `forward`
+    counting  for each of the original's results, True if it depends on arguments that count
+    gradient  None if no result does
+    takes     the operands of the gradient; gives: the original's argument for each result of the gradient
     """
 
     forward: Function
@@ -89,7 +90,7 @@ class _Variant:
 
 @dataclass(frozen=True)
 class _Traced:
-    """A copy of a function, with the nodes of its gradient after its own."""
+    """A copy of a function, followed by the nodes of its gradient."""
 
     original: Function
     function: Function
@@ -127,7 +128,7 @@ class _Differentiation:
     def _traced(
         self, original: Function, counts: Sequence[bool], made: Function, *, loss: str | None, recompute: bool
     ) -> _Traced:
-        """A copy of the function, then the nodes of the gradients of what counts among its arguments."""
+        """Return a copy of the function, followed by the nodes of the gradients of its arguments that count."""
         b = Builder(self.made, made)
         copies: Copies = {None: None}
         order = self._arguments(original, counts, made, copies)
@@ -154,7 +155,7 @@ class _Differentiation:
         return _Traced(original, made, order, own, copies, counting, seeds, found)
 
     def _arguments(self, original: Function, counts: Sequence[bool], made: Function, copies: Copies) -> tuple[int, ...]:
-        """Give the copy its arguments: weights that count are inputs, after the original's."""
+        """Give the copy its arguments: weights that count become inputs, after the original's."""
         names = {v.name for v in original.inputs}
         inputs: list[int] = []
         weights: list[int] = []
@@ -183,7 +184,7 @@ class _Differentiation:
         counting: set[Value],
         recompute: bool,
     ) -> None:
-        """A copy of a node; of a call, one of the variant in which the arguments count that do here."""
+        """Copy a node; the copy of a call calls the variant for the arguments that count here."""
         if node.op.callee is None:
             copy = clone_node(node, copies, original)
             b.function.nodes.append(copy)
@@ -202,9 +203,9 @@ class _Differentiation:
         self.calls[call] = variant
 
     def _through(self, b: Builder, call: Node, grads: Grads) -> Grads:
-        """The gradient of a call: a call of the gradient of its function."""
+        """Return the gradient of a call: a call of the gradient of its function."""
         variant = self.calls[call]
-        if variant.gradient is None:  # it reaches its results through what has no gradient, such as floor
+        if variant.gradient is None:  # all paths to its results pass through ops without gradients, such as floor
             return [None] * len(variant.order)
         operands: list[Value] = [v for v in call.operands if v is not None]
         by_original = {at: operands[place] for place, at in enumerate(variant.order)}
@@ -252,7 +253,7 @@ class _Differentiation:
         return _Variant(forward, traced.order, counting, gradient, takes, tuple(wanted))
 
     def _forward(self, traced: _Traced, own: Sequence[Node], results: Sequence[Value]) -> Function:
-        """The function by itself, which gives the original's results, then what is kept."""
+        """Return the function without its gradient: the original's results, then the saved values."""
         forward = Function(self._free(traced.original.name))
         forward.inputs, forward.parameters = list(traced.function.inputs), dict(traced.function.parameters)
         forward.nodes = needed_nodes(own, results)
@@ -271,7 +272,7 @@ class _Differentiation:
         wanted: dict[int, Value],
         kept: Sequence[Value],
     ) -> tuple[Function, tuple[_Read, ...]]:
-        """The function that gives the gradients, and what it takes."""
+        """Return the function that computes the gradients, and its operands."""
         function = Function(self._free(f"{of}_gradient"))
         read = {v for node in nodes for v in node.inputs} | set(wanted.values())
         copies: Copies = {None: None}
@@ -311,16 +312,16 @@ class _Differentiation:
         return function, (*inputs, *weights)
 
     def _free(self, name: str) -> str:
-        """The original's name for its first variant, then a free one."""
+        """Return the original's name for its first variant, then an unused one."""
         if name in self.graph.functions and name not in self.made.functions:
             return name
         return free_name(name, {*self.made.functions, *self.graph.functions})
 
 
 def _split(own: Sequence[Node], later: Sequence[Node], wanted: Iterable[Value]) -> tuple[list[Node], list[Value]]:
-    """What the gradient computes, if the function keeps these values for it: its own nodes, after what is done again.
+    """Return the nodes of the gradient, after those it recomputes, and the values that the function saves for it.
 
-    Done again is what only moves elements, or is made of nothing.
+    Nodes are recomputed if they only move elements, or have no operands.
     """
     read = {v for node in later for v in node.inputs} | set(wanted)
     again: list[Node] = []

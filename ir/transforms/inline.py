@@ -1,8 +1,8 @@
-"""Inlining: the body of a function in place of its calls.
+"""Inlining: replacing calls by the body of the function.
 
     x1 = h(x) with h.0   -->   ln_1 = layer_norm(x, $h.0.ln_1.weight, ...)      # scope h.0.ln_1
 
-A call's weights and states stand for the function's, and its scope leads theirs.
+A call's weights and states replace the function's, and its scope precedes theirs.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ MOST_NODES = 1_000_000
 
 
 def inline_calls(graph: Graph, *, most_nodes: int = MOST_NODES) -> Graph:
-    """A graph without calls that computes the same: its entries alone, weights and states by their own names, scopes
-    joined.
+    """Return a graph without calls that computes the same: its entries alone, weights and states by their own names,
+    scopes joined.
 
-    Raises GraphError if its functions would have more than `most_nodes` nodes together (a few that call each other
-    twice can stand for any number), or for a call that does not fit or precedes its function.
+    Raises GraphError if its functions would have more than `most_nodes` nodes together (a few functions that call each
+    other twice can expand to any number), or for a call that does not match or precedes its function.
     """
     flat: dict[str, Function] = {}
     left = most_nodes
@@ -37,7 +37,7 @@ def inline_calls(graph: Graph, *, most_nodes: int = MOST_NODES) -> Graph:
 
 
 def inline_function(graph: Graph, function: Function) -> Function:
-    """A copy of one function of a graph without calls. Raises GraphError as `inline_calls` does."""
+    """Return a copy of one function of a graph without calls. Raises GraphError as `inline_calls` does."""
     part = Graph(graph.name)
     part.functions = {each.name: each for each in graph.needed_by(function)}
     part.entry_names = (function.name,)
@@ -45,7 +45,9 @@ def inline_function(graph: Graph, function: Function) -> Function:
 
 
 def _unfolded_count(function: Function, flat: dict[str, Function]) -> int:
-    """How many nodes the function has with its calls inlined. Raises GraphError for a call that does not fit."""
+    """Return the number of nodes of the function with its calls inlined. Raises GraphError for a call that does not
+    match.
+    """
     count = 0
     for node in function.nodes:
         name = node.op.callee
@@ -62,7 +64,7 @@ def _unfolded_count(function: Function, flat: dict[str, Function]) -> int:
 
 
 def _inlined(function: Function, flat: dict[str, Function]) -> Function:
-    """A copy of the function in which the bodies of `flat` stand for calls."""
+    """Return a copy of the function in which calls are replaced by the bodies in `flat`."""
     copy = Function(function.name)
     values: dict[Value | None, Value | None] = {None: None}
     for value in function.inputs:

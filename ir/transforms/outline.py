@@ -2,8 +2,8 @@
 
     x1 = ...; x2 = ...; x3 = ...        -->        x1 = h(x); x2 = h(x1); x3 = h(x2)
 
-Regions whose nodes, attributes, constants, types and wiring agree share one function, whatever weights and states they
-use: a call passes its own. A region that differs gets a function of its own.
+Regions that agree in nodes, attributes, constants, types and wiring share one function; their weights and states may
+differ: a call passes its own. A region that differs otherwise gets a function of its own.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def outline_regions(graph: Graph, regions: Sequence[RepeatedRegion]) -> None:
 
 @dataclass
 class _Repetition:
-    """A region read relative to itself: what it takes from outside, and its body in those terms.
+    """A region in relative form: its operands from outside, and its body in terms of these.
 
-    states  versions of states as they enter
-    outs  what is read outside: the positions of nodes, and which of their results
-    call  what stands for the region in the end
+    states  versions of states at the start
+    outs    values read outside: the positions of nodes, and which of their results
+    call    the call that replaces the region
     """
 
     region: RepeatedRegion
@@ -58,8 +58,9 @@ class _Repetition:
     call: Node | None = None
 
     def local_names(self) -> list[str]:
-        """Names of the weights, then the states: those under the region's scope without it; numbered where two would be
-        alike."""
+        """Return names of the weights, then the states: without the region's scope, and numbered if two would be
+        equal.
+        """
         prefix = self.region.scope + "."
         held = [*self.weights, *[state for v in self.states if (state := v.state) is not None]]
         wanted = [value.name.removeprefix(prefix) for value in held]
@@ -71,7 +72,7 @@ class _Repetition:
         return names
 
     def last_versions(self) -> dict[Value, Value]:
-        """For each state that the region updates, by the version that enters, its last version."""
+        """Return the last version of each state that the region updates, by its version at the start."""
         last: dict[Value, Value] = {}
         for node in self.region.nodes:
             for index in node.op.updates:
@@ -83,7 +84,7 @@ class _Repetition:
         return last
 
     def key(self) -> tuple[Any, ...]:
-        types = [v.type.text for v in (*self.inputs, *self.weights, *self.states)]  # labels tell equal types apart
+        types = [v.type.text for v in (*self.inputs, *self.weights, *self.states)]  # labels distinguish equal types
         counts = len(self.inputs), len(self.weights)
         return self.region.name, counts, tuple(types), tuple(self.local_names()), tuple(self.body)
 
@@ -131,15 +132,15 @@ def _outline_level(graph: Graph, regions: Sequence[RepeatedRegion]) -> dict[Node
 
 
 def _with_calls(nodes: Sequence[Node], home: dict[Node, _Repetition]) -> list[Node]:
-    """The nodes, with the one call of each repetition in the place of what it is made of."""
+    """Return the nodes, with the nodes of each repetition replaced by its call."""
     return list(dict.fromkeys([home[node].call or node if node in home else node for node in nodes]))
 
 
 def _read(region: RepeatedRegion) -> _Repetition:
-    """The body is one flat list: for each node its op's key, a text, then what stands for each operand.
+    """Read a region. The body is one flat list: for each node its op's key, a text, then an entry for each operand.
 
-    That is None, a constant's content, or a number: -1, -2, ... for the weights, %1, %2, ... for the states, else
-    0, 1, ... for the inputs and results, all in the order in which the region meets them.
+    The entry is None, a constant's content, or a number: -1, -2, ... for the weights, %1, %2, ... for the states, else
+    0, 1, ... for the inputs and results, all in the order of first use in the region.
     """
     rep = _Repetition(region)
     places: dict[Value | None, Any] = {None: None}

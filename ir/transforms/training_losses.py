@@ -1,11 +1,11 @@
-"""What a model is trained for, as outputs of its graph: `loss`, a sum over places that count, and `counted` of them.
+"""Training losses as outputs of a graph: `loss`, a sum over the positions that count, and `counted`, their number.
 
     with_cross_entropy(graph, "logits")                     targets: i64[B, S]
     with_distillation(graph, "logits", temperature, share)  targets: i64[B, S], teacher: f32[B, S, V]
-    with_own_loss(graph, "loss")                            the model's, which counts as one
+    with_own_loss(graph, "loss")                            the model's own, which counts as one
 
-A sum, so that a batch may be cut into parts: losses and gradients of parts add up, and are divided by what was counted
-in all of them.
+The loss is a sum, so that a batch may be split into micro-batches: their losses and gradients add up, and are divided
+by the total of `counted`.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ LOSS, COUNTED, TARGETS, TEACHER = "loss", "counted", "targets", "teacher"
 
 
 def with_cross_entropy(graph: Graph, output: str) -> Graph:
-    """The cross-entropy of an output's last axis with `targets`, a new input of one class for each place.
+    """Add the cross-entropy of an output's last axis with `targets`, a new input with one class per position.
 
-    A target of -100 does not count. Raises UsageError for an output that has no classes.
+    A target of -100 does not count. Raises UsageError for an output without classes.
     """
     b, scores, targets = _scored(graph, output)
     return _given(b, _total(b, b.cross_entropy(scores, targets)), targets)
 
 
 def with_distillation(graph: Graph, output: str, temperature: float, share: float) -> Graph:
-    """`share` of how far an output is from a teacher's at a temperature, the rest cross-entropy with `targets`.
+    """Add `share` times the divergence of an output from a teacher's, at a temperature, plus 1 - share times
+    cross-entropy.
 
-    The teacher's scores are a new input, `teacher`. Only places count that have a target (Hinton et al. 2015).
-    Raises UsageError for a share outside 0 to 1, a temperature that is not above 0, and as `with_cross_entropy` does.
+    The teacher's scores are a new input, `teacher`. Only positions with a target count (Hinton et al. 2015). Raises
+    UsageError for a share outside 0 to 1, a temperature that is not above 0, and as `with_cross_entropy` does.
     """
     if not 0 <= share <= 1:
         raise UsageError("a teacher's share is from 0 to 1", received=f"share={share!r}")
@@ -48,11 +49,11 @@ def with_distillation(graph: Graph, output: str, temperature: float, share: floa
 
 
 def with_own_loss(graph: Graph, output: str) -> Graph:
-    """An output of the model that is one number. Raises UsageError for another one."""
+    """Use an output of the model that is a scalar as the loss. Raises UsageError if it is not a scalar."""
     b = Builder(clone_graph(graph))
     value = _output(b, output)
     if value.rank or value.dtype is not f32:
-        raise UsageError(f"output {output} is no loss, which is one number", received=str(value.type))
+        raise UsageError(f"output {output} is not a loss: a loss is a scalar", received=str(value.type))
     b.outputs(**{LOSS: value, COUNTED: b.constant(1, f32) * 1.0})
     return b.graph
 

@@ -2,9 +2,9 @@
 
     y = matmul(x, $w)      # bf16[B, 8]   -->   y = matmul(x, $w)      # f32[B, 8]
 
-Inputs, weights, constants and results of the narrow dtypes become f32, and so does what an op is told to cast to. A
-narrow weight's elements are the same numbers in f32. Results are no longer rounded to the narrow dtype, so that they
-differ from the narrow model's by its own rounding.
+Inputs, weights, constants and results of the narrow dtypes become f32, and so do target dtypes of casts. The elements
+of a narrow weight are the same numbers in f32. Results are no longer rounded to the narrow dtype, so they differ from
+the narrow model's by its rounding.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ WIDENED = {d.name: d for d in (bf16, f16)}
 
 
 def narrow_dtypes(names: str | Iterable[str], also: Sequence[str] = ()) -> frozenset[DType]:
-    """The dtypes of these names: "bf16", "f16", or both. Raises UsageError for another name.
+    """Return the dtypes of these names: "bf16", "f16", or both. Raises UsageError for another name.
 
-    also  what else the caller would have taken, for the error
+    also  other names that the caller accepts, for the error
     """
     given = [names] if isinstance(names, str) else list(names)
     unknown = [name for name in given if name not in WIDENED]
     if unknown:
         raise UsageError(
-            f"{unknown[0]!r} is no dtype that is widened to f32", hint="one of " + ", ".join([*WIDENED, *also])
+            f"{unknown[0]!r} is not a dtype that can be widened to f32", hint="one of " + ", ".join([*WIDENED, *also])
         )
     return frozenset(WIDENED[name] for name in given)
 
 
 def widen_graph(graph: Graph, narrow: frozenset[DType]) -> Graph:
-    """A copy of a graph in which values of the dtypes `narrow` are f32."""
+    """Return a copy of a graph in which values of the dtypes `narrow` are f32."""
     copy = clone_graph(graph)
     constants: dict[Value, Value] = {}
 

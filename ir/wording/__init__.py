@@ -1,1 +1,1 @@
-"""How ops and values read to a person: signatures, words of other libraries, what Python asks of a tensor."""
+"""Text for users about ops and values: signatures, names in other libraries, and Python protocols of tensors."""

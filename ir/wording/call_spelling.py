@@ -1,4 +1,4 @@
-"""How a function or an op is called, as text, and which of its options a misspelt one is nearest to: for errors."""
+"""Calls of functions and ops as text, and the option nearest to a misspelt one: for errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from treadle.ir.wording.other_spellings import OTHER_OPTIONS
 
 
 def spelled_call(name: str, signature: Signature) -> str:
-    """`softmax(x, *, axis=-1)`: the parameters with their defaults, without types. What follows * goes by name."""
+    """Return `softmax(x, *, axis=-1)`: the parameters with their defaults, without types. Those after * are
+    keyword-only.
+    """
     parameters = list(signature.parameters.values())
     spelled = [_spelled(p) for p in parameters]
     by_name = [i for i, p in enumerate(parameters) if p.kind is Parameter.KEYWORD_ONLY]
@@ -20,7 +22,7 @@ def spelled_call(name: str, signature: Signature) -> str:
 
 
 def nearest_option(wanted: str, signature: Signature) -> str | None:
-    """The parameter that may be given by name and means this in other libraries, or is spelled most like it."""
+    """Return the keyword parameter that has this name in other libraries, or is spelled most like it."""
     by_name = (Parameter.KEYWORD_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
     options = [p.name for p in signature.parameters.values() if p.kind in by_name]
     here = [name for name in OTHER_OPTIONS.get(wanted, ()) if name in options]

@@ -1,4 +1,4 @@
-"""HTML for notebooks: what `_repr_html_` of graphs, logs and executables is made of. Every text is escaped."""
+"""HTML for notebooks, used by `_repr_html_` of graphs, logs and executables. Every text is escaped."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ _SCROLLED = "max-height: 32em; overflow: auto; text-align: left"
 
 
 def html_title(text: str) -> str:
-    """One line in fixed width."""
+    """Return one line in fixed width."""
     return f"<div><code>{escape(text)}</code></div>"
 
 
 def html_code(summary: str, text: str, *, open: bool = False) -> str:
-    """Text in fixed width under a summary, by a click on which it is shown and hidden."""
+    """Return text in fixed width under a summary; a click on the summary shows and hides it."""
     return (
         f"<details{' open' if open else ''}><summary>{escape(summary)}</summary>"
         f'<pre style="{_SCROLLED}">{escape(text)}</pre></details>'
@@ -22,7 +22,7 @@ def html_code(summary: str, text: str, *, open: bool = False) -> str:
 
 
 def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose cells are text."""
+    """Return a table whose cells are text."""
     lines = [_row("th", head), *(_row("td", row) for row in rows)]
     return f"<table>{''.join(lines)}</table>"
 

@@ -1,8 +1,8 @@
-"""Signatures of ops, from what their classes say: for `help`, and for the stubs that type checkers and editors read.
+"""Signatures of ops, derived from their classes: for `help`, and for the stubs that type checkers and editors read.
 
     softmax(x: TensorLike, /, *, axis: int = -1, name: str | None = None) -> Tensor
 
-Operands go by position, attributes by keyword. How many results an op has follows from its dtype rule.
+Operands are positional, attributes keyword-only. The number of an op's results follows from its dtype rule.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from treadle.ir.sizing.sizes import Size
 
 @dataclass(frozen=True)
 class Spelling:
-    """What operands, results and attributes are called where ops are words: in the builder, the language, patterns.
+    """The annotations of operands, results and attributes where ops are functions: in the builder, the DSL, and
+    patterns.
 
-    attribute  None: what the attribute's own annotation accepts
+    attribute  None: the attribute's own annotation
     """
 
     operand: str
@@ -44,14 +45,14 @@ class Annotation(str):
 
 
 def op_signature(cls: type[Op], spelling: Spelling = LANGUAGE) -> Signature:
-    """How the op is called."""
+    """Return the signature of the op as a function."""
     found = [_operand(name, o.optional, o.variadic, spelling) for name, o in cls.operands.items()]
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         kind = spelling.attribute or accepted_annotation(str(field.type))
         default = field.default.constant if isinstance(field.default, Size) else field.default
         default = Parameter.empty if default is dataclasses.MISSING else default
         found.append(Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotation(kind)))
-    if spelling is not PATTERN:  # which names what it captures by p.named
+    if spelling is not PATTERN:  # patterns name captures with p.named
         found.append(Parameter("name", Parameter.KEYWORD_ONLY, default=None, annotation=Annotation("str | None")))
     return Signature(found, return_annotation=Annotation(_results(cls, spelling.result)))
 
@@ -65,7 +66,7 @@ def _operand(name: str, optional: bool, variadic: bool, spelling: Spelling) -> P
 
 
 def _results(cls: type[Op], result: str) -> str:
-    """One, a tuple of so many, or a tuple of any number where attributes decide."""
+    """Return one result, a tuple of a fixed number, or a tuple of any number if attributes decide."""
     rules = [cls.dtype_text] if cls.dtype_text else [cls.make(**s.attributes).dtypes() for s in cls.samples]
     counts = {count_results(rule) for rule in rules}
     if counts == {1}:

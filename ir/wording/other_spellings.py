@@ -1,4 +1,5 @@
-"""What other libraries call what Treadle spells otherwise: their `mean` is `t.reduce_mean(x, axes=(-1,))`. For errors.
+"""Names in other libraries for what Treadle spells otherwise: their `mean` is `t.reduce_mean(x, axes=(-1,))`. For
+errors.
 
 Code comes first, so that a test can run it; words follow a #.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 _PERMUTED = 't.rearrange(x, pattern="b s d -> b d s")'
 _SPLIT = 't.rearrange(x, pattern="b s (h=2 d) -> b h s d")  # (h d) is one axis: split on the left, joined on the right'
 _LEFT_OUT = "x  # a compiled model only infers: leave it out"
-_NUMBERS = "t.compile(model)(...)  # gives arrays; x has no elements yet"
+_NUMBERS = "t.compile(model)(...)  # returns arrays; x has no elements yet"
 
 _WORDS = {
     "transpose permute swapaxes moveaxis movedim": _PERMUTED,
@@ -93,10 +94,10 @@ _METHODS = {
 }
 
 OTHER_WORDS = {word: spelled for words, spelled in _WORDS.items() for word in words.split()}
-"""By a function or type that Treadle does not have, what to write."""
+"""For each function or type that Treadle lacks, its replacement."""
 
 OTHER_METHODS = OTHER_WORDS | {word: spelled for words, spelled in _METHODS.items() for word in words.split()}
-"""By a method or property that a tensor of a model does not have, what to write."""
+"""For each method or property that a model's tensor lacks, its replacement."""
 
 OTHER_OPTIONS: dict[str, tuple[str, ...]] = {
     "dim": ("axis", "axes"),
@@ -116,4 +117,4 @@ OTHER_OPTIONS: dict[str, tuple[str, ...]] = {
     "out_features": ("out",),
     "dtype": ("to",),
 }
-"""By another library's name of an option, what it may be called here."""
+"""For each name of an option in other libraries, its possible names here."""

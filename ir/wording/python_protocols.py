@@ -1,6 +1,6 @@
-"""What Python and NumPy ask of a value and a graph's cannot answer, each told with what to write instead.
+"""Python and NumPy protocols that a graph's value cannot support; each error says what to write instead.
 
-`len(x)`, `float(x)`, `if x:`, `x[0]`, `x.mean()`, `numpy.tanh(x)`, ...: there are no elements while a graph is made.
+`len(x)`, `float(x)`, `if x:`, `x[0]`, `x.mean()`, `numpy.tanh(x)`, ...: while a graph is built, there are no elements.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class NoSuchMethod(GraphError, AttributeError):
-    """A traced value was asked for a method that arrays of other libraries have."""
+    """A traced value lacks a method that arrays of other libraries have."""
 
 
 _OPERATORS = {
@@ -27,11 +27,11 @@ _OPERATORS = {
     **{"less": "less", "less_equal": "less_equal", "greater": "greater", "greater_equal": "greater_equal"},
     **{"equal": "equal", "not_equal": "not_equal", "bitwise_and": "logical_and", "bitwise_or": "logical_or"},
 }
-"""What NumPy calls where an array or a NumPy number stands left of an operator, and the op that it is."""
+"""NumPy's functions for operators with an array or a NumPy number on the left, and the op for each."""
 
 
 class PythonProtocols:
-    """Base of `Expr`: its operators are answers, these are refusals. Each raises GraphError."""
+    """Base of `Expr` with the unsupported operators. Each raises GraphError."""
 
     __slots__ = ()
     builder: Builder
@@ -49,7 +49,7 @@ class PythonProtocols:
         )
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
-        """NumPy's functions of elements: an operator beside an array is the op, any other is refused."""
+        """Handle NumPy's elementwise functions: operators with an array become ops, others raise GraphError."""
         op = _OPERATORS.get(ufunc.__name__)
         if op is not None and method == "__call__" and not options:
             return self.builder.apply(op, *inputs, name="x")
@@ -69,30 +69,30 @@ class PythonProtocols:
     def _refusal(self, what: str, hint: str | None) -> GraphError:
         return GraphError(what, received=str(self.type), source=self.builder.place(), hint=hint)
 
-    if not TYPE_CHECKING:  # type checkers say these before it runs
+    if not TYPE_CHECKING:  # type checkers report these before the program runs
 
         def __getitem__(self, index: Any) -> NoReturn:
             raise self._refusal(
-                "a tensor of a model has no [ ]: its axes are cut and looked up by ops",
-                "t.slice(x, axis=1, start=0, stop=4) for a part of an axis, t.gather(x, 0, axis=1) for one place",
+                "a tensor of a model has no [ ]: use ops to slice and index its axes",
+                "t.slice(x, axis=1, start=0, stop=4) for a part of an axis, t.gather(x, 0, axis=1) for one position",
             )
 
         def __getattr__(self, name: str) -> NoReturn:
-            """Raises NoSuchMethod, which names what is written instead."""
+            """Raise NoSuchMethod, which names the replacement."""
             if name.startswith("__"):
                 raise AttributeError(name)
             spelled = OTHER_METHODS.get(name) or (f"t.{name}(x)" if name in OPS else None)
             raise NoSuchMethod(
-                f"a tensor of a model has no .{name}: what is done to it are ops",
+                f"a tensor of a model has no .{name}: use an op instead",
                 received=str(self.type),
                 source=self.builder.place(),
-                hint=spelled or "dir(treadle) lists them",
+                hint=spelled or "dir(treadle) lists the ops",
             )
 
         def __iter__(self) -> NoReturn:
             raise self._refusal(
                 "a tensor of a model cannot be iterated over",
-                "t.gather(x, i, axis=0) gives place i of an axis, for i in range(...) where its size is a number",
+                "t.gather(x, i, axis=0) returns position i of an axis, for i in range(...) where its size is a number",
             )
 
         def __contains__(self, value: Any) -> NoReturn:
@@ -100,33 +100,33 @@ class PythonProtocols:
 
         def __len__(self) -> NoReturn:
             raise self._refusal(
-                "a tensor of a model has no len()", "x.shape[0] is its first axis's size, x.rank how many"
+                "a tensor of a model has no len()", "x.shape[0] is the size of its first axis, x.rank their number"
             )
 
         def __array__(self, *_: Any, **__: Any) -> NoReturn:
             raise self._refusal(
-                "a tensor of a model is no array: it has elements when the compiled model is called",
-                "t.concat(a, b, axis=1) joins tensors; an op takes arrays and tensors side by side",
+                "a tensor of a model is not an array: it has elements only when the compiled model is called",
+                "t.concat(a, b, axis=1) joins tensors; ops accept arrays and tensors together",
             )
 
         def _no_number(self, *_: Any) -> NoReturn:
             raise self._refusal(
-                "a tensor of a model is no Python number: it has elements when the compiled model is called",
+                "a tensor of a model is not a Python number: it has elements only when the compiled model is called",
                 "x.cast(t.f32) and x.cast(t.i64) for another dtype; x.shape[1] for a size",
             )
 
         __float__ = __int__ = __index__ = __complex__ = _no_number
 
         def __round__(self, *_: Any) -> NoReturn:
-            raise self._refusal("a tensor of a model is no Python number", "t.round(x)")
+            raise self._refusal("a tensor of a model is not a Python number", "t.round(x)")
 
         def __floor__(self) -> NoReturn:
-            raise self._refusal("a tensor of a model is no Python number", "t.floor(x)")
+            raise self._refusal("a tensor of a model is not a Python number", "t.floor(x)")
 
         __trunc__ = __floor__
 
         def __ceil__(self) -> NoReturn:
-            raise self._refusal("a tensor of a model is no Python number", "-t.floor(-x)")
+            raise self._refusal("a tensor of a model is not a Python number", "-t.floor(-x)")
 
         def __divmod__(self, _: Any) -> NoReturn:
             raise self._refusal("a tensor of a model has no divmod()", "x // y and x % y")

@@ -13,17 +13,13 @@ from dataclasses import dataclass, field
 
 from treadle.ir.analysis.state_views import deadlines
 from treadle.ir.graph import Function, Node, Value
+from treadle.passes.lowering.read_blocks import unpacking
 from treadle.passes.memory.storage_plan import Step
-
-
-def _is_unpacked(node: Node) -> bool:
-    """Whether a node decodes blocks as they are laid out for a kernel, which does that in registers."""
-    return node.op.decodes and node.inputs[0].layout is not None
 
 
 def _unpacking(reader: Node) -> tuple[Node, ...]:
     """What decodes the blocks that a node reads, in whose step it is."""
-    return tuple([v.node for v in reader.inputs if v.node is not None and _is_unpacked(v.node)])
+    return tuple([made for v in reader.inputs if (made := unpacking(v)) is not None])
 
 
 def is_number(value: Value) -> bool:
@@ -70,7 +66,7 @@ class Chains:
         for node in function.nodes:
             part = found.get(node)
             if part is None:
-                if not _is_unpacked(node):
+                if all(unpacking(v) is None for v in node.results):
                     steps.append(Step((*_unpacking(node), node)))
             elif part.root is node:
                 before = () if part.product is None else (*_unpacking(part.product), part.product)

@@ -22,11 +22,18 @@ Multiplies = Callable[[Node, int], Layout | None]
 """In which layout a node reads an operand that is encoded, as it is."""
 
 
-def in_blocks(node: Node, position: int) -> bool:
-    """Whether a node reads an operand in blocks: what decodes it reads blocks that are laid out."""
-    value = node.operands[position]
+def unpacking(value: Value | None) -> Node | None:
+    """The node that decodes a value from blocks with a layout, which the kernel that reads it does in registers.
+
+    None for any other value, such as one decoded from blocks that ranks gather: these are decoded at every call.
+    """
     made = None if value is None else value.node
-    return made is not None and made.op.decodes and made.inputs[0].layout is not None
+    return made if made is not None and made.op.decodes and made.inputs[0].layout is not None else None
+
+
+def in_blocks(node: Node, position: int) -> bool:
+    """Return True if a node reads an operand in blocks."""
+    return unpacking(node.operands[position]) is not None
 
 
 @dataclass(frozen=True)

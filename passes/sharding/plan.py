@@ -35,6 +35,12 @@ Item = tuple[Value, MeshPlacement]
 """A value as it lies."""
 
 
+def is_everywhere(item: Item) -> bool:
+    """Return True for a whole constant, which every rank has; a part of one is taken by a move."""
+    value, placed = item
+    return value.literal is not None and not placed.used
+
+
 @dataclass(frozen=True)
 class Move:
     """A value in another placement than it has.
@@ -52,8 +58,9 @@ class Move:
 
     @property
     def needs(self) -> tuple[Item, ...]:
-        """What it reads; a constant is everywhere."""
-        return ((self.value, self.source),) if self.value.literal is None else ()
+        """What it reads, but for whole constants."""
+        item = self.value, self.source
+        return () if is_everywhere(item) else (item,)
 
     @property
     def makes(self) -> tuple[Item, ...]:
@@ -90,11 +97,11 @@ class PlannedNode:
 
     @property
     def needs(self) -> tuple[Item, ...]:
-        """What it reads, each once; constants are everywhere."""
+        """What it reads, each once, but for whole constants."""
         held = [v for v in self.node.operands if v is not None] if self.callee is not None else self.node.operands
         pairs = zip(held, self.reads, strict=True)
-        found = [(v, p) for v, p in pairs if v is not None and p is not None and v.literal is None]
-        return tuple(dict.fromkeys(found))
+        found = [(v, p) for v, p in pairs if v is not None and p is not None]
+        return tuple(dict.fromkeys(item for item in found if not is_everywhere(item)))
 
     @property
     def makes(self) -> tuple[Item, ...]:

@@ -38,7 +38,7 @@ from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import Type
 from treadle.ir.verifier import verify
 from treadle.passes.sharding.conversions import COLLECTIVES, PlacementStep, StepKind
-from treadle.passes.sharding.plan import Move, PlannedFunction, PlannedNode, ShardingPlan, ring_reason
+from treadle.passes.sharding.plan import Move, PlannedFunction, PlannedNode, ShardingPlan, is_everywhere, ring_reason
 from treadle.passes.sharding.transfer import looked_up_by
 
 Array = np.ndarray[Any, Any]
@@ -147,7 +147,7 @@ class RankProgram:
     def read(self, value: Value, placed: MeshPlacement) -> Expr:
         """A value in a placement in which the plan has it."""
         found = self.exprs.get((value, placed))
-        if found is None and value.literal is not None and placed == MeshPlacement.whole(value.type.rank):
+        if found is None and value.literal is not None and is_everywhere((value, placed)):
             return self.b.expr(Value.constant(value.literal))
         if found is None:
             raise PassError(f"the plan has no {value.name} in {placed.text(self.mesh)}", within=self.b.function.name)

@@ -14,7 +14,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from treadle.ir.errors import PassError
-from treadle.passes.sharding.plan import Item, Move, PlannedFunction, PlannedNode, PlannedPipeline, ShardingPlan, Stage
+from treadle.passes.sharding.plan import (
+    Item,
+    Move,
+    PlannedFunction,
+    PlannedNode,
+    PlannedPipeline,
+    ShardingPlan,
+    Stage,
+    is_everywhere,
+)
 
 
 def check_stages(plan: ShardingPlan, pipeline: PlannedPipeline) -> None:
@@ -77,7 +86,7 @@ def _check_stage(plan: ShardingPlan, stage: Stage, number: int, before: set[Item
         for value, placed in items:
             if arguments.get(value) == placed:
                 read |= set() if value in inputs else {value.name}
-            elif (value, placed) not in has and value.literal is None:
+            elif (value, placed) not in has and not is_everywhere((value, placed)):
                 raise _wrong(f"stage {number} has no {value.name} in {placed.text(plan.mesh)}")
         has.update(makes)
     if set(stage.weights) != read or len(set(stage.weights)) != len(stage.weights):

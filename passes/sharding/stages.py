@@ -14,12 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from math import inf
 
 from treadle.ir.errors import PassError
+from treadle.ir.placement.mesh import SubAxis
+from treadle.ir.placement.placements import MeshPlacement, Split
 from treadle.passes.sharding.conversions import seconds_to_pass
 from treadle.passes.sharding.costs import Costs
 from treadle.passes.sharding.plan import Item, Move, PlannedFunction, PlannedNode, PlannedPipeline, ShardingPlan, Stage
+from treadle.passes.sharding.whole_outputs import with_outputs_in
 
 TURNS = "micro"
 """The mesh axis of micro-batches."""
@@ -31,6 +35,8 @@ def cut_in_stages(plan: ShardingPlan, over: str) -> ShardingPlan:
     Raises PassError where micro-batches would have to meet, and for fewer nodes than stages.
     """
     pipeline = PlannedPipeline(over, TURNS, ())
+    turns_last = partial(_with_turns_last, set(plan.mesh.parts_of(TURNS)))
+    plan = with_outputs_in(plan, turns_last, "has its micro-batches in order")
     staged = replace(plan, pipeline=pipeline)
     _refuse_meetings(staged, pipeline)
     line = _Line(staged)
@@ -44,6 +50,18 @@ def cut_in_stages(plan: ShardingPlan, over: str) -> ShardingPlan:
     ends = balanced_cut(line.seconds, line.handing, count)
     stages = [line.stage(first, last) for first, last in zip((0, *ends[:-1]), ends, strict=True)]
     return replace(plan, pipeline=replace(pipeline, stages=tuple(stages)))
+
+
+def _with_turns_last(turns: set[SubAxis], placed: MeshPlacement) -> MeshPlacement:
+    """The placement without parts of the mesh that split what a micro-batch has of a dimension.
+
+    A rank then has one range of positions of each dimension, in the order of its micro-batches.
+    """
+    dims: list[Split | None] = []
+    for split in placed.dims:
+        last = max((at for at, part in enumerate(split.over) if part in turns), default=None) if split else None
+        dims.append(split if split is None or last is None else Split(split.over[: last + 1], split.grain))
+    return MeshPlacement(tuple(dims), placed.partial, placed.monoid)
 
 
 def _refuse_meetings(plan: ShardingPlan, pipeline: PlannedPipeline) -> None:
@@ -107,15 +125,15 @@ class _Line:
         ]
 
     def _free(self) -> set[int]:
-        """Steps that every stage may do for itself: of inputs alone, or of weights alone; no calls."""
+        """Steps that every stage may do for itself: of inputs alone, or of weights alone, with constants; no calls."""
         kinds: dict[Item, str] = dict.fromkeys(self.weights, "weights")
         found: set[int] = set()
         for at, step in enumerate(self.steps):
             is_call = isinstance(step, PlannedNode) and step.callee is not None
-            of = {"inputs" if v in self.inputs else kinds.get((v, p), "") for v, p in step.needs}
-            if not is_call and (of <= {"inputs"} or of == {"weights"}):
+            of = {"inputs" if v in self.inputs else kinds.get((v, p), "") for v, p in step.needs} - {"constants"}
+            if not is_call and of in (set(), {"inputs"}, {"weights"}):
                 found.add(at)
-                kinds.update(dict.fromkeys(step.makes, next(iter(of), "inputs")))
+                kinds.update(dict.fromkeys(step.makes, next(iter(of), "constants")))
         return found
 
     def _groups(self) -> Iterator[list[int]]:

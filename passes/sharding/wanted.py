@@ -82,7 +82,7 @@ def wanted_splits(graph: Graph, mesh: Mesh, axes: Mapping[str, str], asked: Coll
 
 
 def has_axis(graph: Graph, name: str) -> bool:
-    """Whether a graph has an axis of this name that can be split."""
+    """Return True if a graph has an axis of this name that can be split."""
     if any(place.size != ONE for axis in _axes_named(graph, name) for place in _starts(graph, axis)):
         return True  # as nearly all have, and nothing is traced
     return any(place.size != ONE for place in _places(graph, name))
@@ -243,9 +243,11 @@ def _labels(graph: Graph) -> set[str]:
     return {f.label for v in values for d in v.type.dims for f in d.factors if f.label is not None}
 
 
-def _known_axes(graph: Graph) -> str:
-    named = [n for n in ("batch", "sequence", "heads", "vocab") if _axes_named(graph, n)]
-    return "one of " + ", ".join(dict.fromkeys([*named, *sorted(graph.symbols), *sorted(_labels(graph))]))
+def _known_axes(graph: Graph) -> str | None:
+    """A hint that lists the axes that can be split; None where there are none."""
+    names = dict.fromkeys(["batch", "sequence", "heads", "vocab", *sorted(graph.symbols), *sorted(_labels(graph))])
+    known = [name for name in names if has_axis(graph, name)]
+    return f"one of {', '.join(known)}" if known else None
 
 
 def _weight_behind(value: Value) -> Value | None:

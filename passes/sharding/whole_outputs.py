@@ -1,7 +1,8 @@
-"""A plan whose outputs are whole on every rank: what every rank goes on from, such as the logits of a step."""
+"""Brings the outputs of a plan to other placements, such as whole on every rank: what a step of generation reads."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from treadle.ir.errors import PassError
@@ -11,22 +12,32 @@ from treadle.passes.sharding.plan import Move, ShardingPlan, made_items
 
 
 def with_whole_outputs(plan: ShardingPlan) -> ShardingPlan:
-    """The same plan, with what gathers at the end each output that ranks have in parts.
+    """The same plan, with all-gathers at the end for each output that ranks have in parts.
 
     Raises PassError for a weight in parts that is an output of a graph without nodes.
+    """
+    return with_outputs_in(plan, lambda placed: MeshPlacement.whole(len(placed.dims)), "is whole")
+
+
+def with_outputs_in(plan: ShardingPlan, target: Callable[[MeshPlacement], MeshPlacement], because: str) -> ShardingPlan:
+    """The same plan, with moves at the end that bring each output to the target of its placement.
+
+    because  the reason of moves that send: "is whole" is printed as "output y is whole"
+
+    Raises PassError for a weight to be moved that is an output of a graph without nodes.
     """
     main, moves = plan.main, list(plan.main.moves)
     had = set(made_items(main))
     for (name, value), placed in zip(main.function.outputs.items(), main.gives, strict=True):
-        whole = MeshPlacement.whole(value.type.rank)
-        steps = conversion(value.type.shape, placed, whole)
-        if not steps or (value, whole) in had:
+        wanted = target(placed)
+        steps = conversion(value.type.shape, placed, wanted)
+        if not steps or (value, wanted) in had:
             continue
         at = value.node or next(reversed(main.function.nodes), None)  # a weight that is an output has no node
         if at is None:
             raise PassError(f"output {name} is a weight in parts, and no node is there to gather it at")
-        because = tuple([f"output {name} is whole" for step in steps if step.sends])
-        moves.append(Move(value, placed, whole, steps, because, at))
-        had.add((value, whole))
-    gives = tuple([MeshPlacement.whole(value.type.rank) for value in main.function.outputs.values()])
+        reasons = tuple([f"output {name} {because}" for step in steps if step.sends])
+        moves.append(Move(value, placed, wanted, steps, reasons, at))
+        had.add((value, wanted))
+    gives = tuple(map(target, main.gives))
     return replace(plan, functions=(*plan.functions[:-1], replace(main, moves=tuple(moves), gives=gives)))

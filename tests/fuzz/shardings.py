@@ -1,9 +1,10 @@
 """Draws graphs, meshes and axes to split, and holds what all ranks compute together to the whole graph.
 
-    python -m tests.fuzz.shardings [--seed N] [--count 2000] [--planted N]
+    python -m tests.fuzz.shardings [--seed N] [--count 2000] [--planted N] [--pipelines]
 
-Every plan goes to its checker and to the lab. Of the first N plans, each collective in turn is made wrong in one way:
-the checker must find all of these. Exit status 1 for a difference, or a wrong plan that the checker takes.
+Every plan goes to its checker and to the lab; with --pipelines all are in stages (recipe gpipe). Of the first N plans,
+each collective in turn is made wrong in one way: the checker must find all of these. Exit status 1 for a difference, or
+a wrong plan that the checker takes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 import traceback
 
 from tests import wrong_shardings as wrong
-from tests.random_shardings import difference, random_case
+from tests.random_shardings import difference, random_case, random_pipeline
 from treadle.ir.errors import PassError
 from treadle.passes.sharding.checking import check_sharding
 
@@ -27,12 +28,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--planted", type=int, default=200)
+    parser.add_argument("--pipelines", action="store_true")
     options = parser.parse_args()
+    draw = random_pipeline if options.pipelines else random_case
     failures = planted = 0
     met: collections.Counter[str] = collections.Counter()
     for seed in range(options.seed, options.seed + options.count):
         try:
-            case = random_case(seed)
+            case = draw(seed)
             plan = case.plan()
             far = difference(case, plan, merged=seed % 2 == 0)
             if far > NEAR:

@@ -23,6 +23,7 @@ from treadle.ir.ops.axis_names import place
 from treadle.ir.sizing.sizes import ONE, ZERO, Size
 from treadle.ir.storage.views import View
 from treadle.ir.types import DType
+from treadle.passes.lowering.read_blocks import unpacking
 
 # -- reading -------------------------------------------------------------------------------------------------
 
@@ -37,7 +38,7 @@ def _gather(w: RoutineWriter, node: Node) -> None:
 
 def _gather_along(w: RoutineWriter, node: Node, axis: int) -> None:
     x, indices = node.inputs
-    if (unpacked := x.node) is not None and unpacked.op.decodes:
+    if (unpacked := unpacking(x)) is not None:
         _take_blocks(w, node, unpacked, indices)
         return
     source, picked = w.view(x), _flat(w, w.view(indices))

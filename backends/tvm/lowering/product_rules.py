@@ -36,6 +36,7 @@ from treadle.ir.ops.products import Linear
 from treadle.ir.sizing.sizes import ONE, Size
 from treadle.ir.storage.views import View
 from treadle.ir.types import DType, bf16, f32
+from treadle.passes.lowering.read_blocks import unpacking
 from treadle.passes.memory.storage_plan import How
 
 # -- rules ---------------------------------------------------------------------------------------------------
@@ -179,7 +180,7 @@ def _sum(
             x, y = (LetteredView.of(w.view(v), letters) for v, letters in zip(values, equation.operands, strict=False))
             MatrixProduct(w, node, sizes, x, y, to, finish, packed=True).emit()
             return
-        if (unpacked := values[1].node) is not None and unpacked.op.decodes:
+        if (unpacked := unpacking(values[1])) is not None:
             narrow = unpacked.result.type.dtype is bf16  # which its kernel reads as it is
             held = w.view(values[0]) if narrow else _widened(w, w.view(values[0]))
             x = LetteredView.of(held, equation.operands[0])
@@ -291,7 +292,7 @@ def _in_panels(w: RoutineWriter, node: Node, value: Value, equation: Equation) -
 def _in_pairs(node: Node) -> bool:
     """Whether a product reads its right side in pairs, in which only bf16 weights lie, or unpacks it to such."""
     weight = node.operands[1] if len(node.operands) > 1 else None
-    if weight is not None and weight.node is not None and weight.node.op.decodes:
+    if weight is not None and unpacking(weight) is not None:
         return weight.type.dtype is bf16
     return weight is not None and weight.layout is not None and weight.layout.kind == "pairs"
 

@@ -21,6 +21,7 @@ from treadle.ir.ops.products import Linear, MatMul
 from treadle.ir.sizing.sizes import ONE
 from treadle.ir.storage.views import View
 from treadle.ir.types import bf16, f32
+from treadle.passes.lowering.read_blocks import unpacking
 from treadle.passes.memory.storage_plan import How
 
 
@@ -78,8 +79,8 @@ def narrow_sides(w: RoutineWriter, node: Node) -> tuple[NarrowSide, NarrowSide] 
 
 
 def _is_bound(value: Value) -> bool:
-    """Whether a value lies as its kernels read it, or is what blocks decode to."""
-    return value.layout is not None or (value.node is not None and value.node.op.decodes)
+    """Whether a value lies as its kernels read it, or is what its kernel decodes."""
+    return value.layout is not None or unpacking(value) is not None
 
 
 def _side(node: Node, at: int, view: View) -> NarrowSide | None:

@@ -66,4 +66,5 @@ def supported(op: Op, types: Sequence[Type | None]) -> str | None:
     """None, or why there is no kernel for an op on operands of these types, which is a primitive or kept."""
     if isinstance(op, Composite) or keeps(op, types):
         return None
-    return f"{op.name} has no kernel for " + ", ".join(str(t.dtype) for t in types if t is not None)
+    told = [f"{t.dtype}{'' if t.encoding is None else f' as {t.encoding}'}" for t in types if t is not None]
+    return f"{op.name} has no kernel for {', '.join(told)}"
