@@ -12,7 +12,7 @@ BENCH ?= $(sort $(wildcard benchmarks/*.py))
 
 CANDIDATES := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
 VENV_PYTHON := .venv/bin/python
-FUZZ ?= graphs artifacts gguf_files safetensors_files onnx_nodes shardings
+FUZZ ?= graphs artifacts gguf_files safetensors_files onnx_nodes shardings config_keys
 FOLDERS := backends files frontends ir models passes runtime
 
 .DEFAULT_GOAL := help

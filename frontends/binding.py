@@ -7,6 +7,7 @@ A table maps parameter names to the checkpoint's, both as patterns in which `{i}
     "layer.{i}.attn.k.weight": Source("layers.{i}.qkv.weight", rows=(64, 128), groups=12)      of each head's rows
     "h.{i}.ln_1.weight":      ("h.{i}.ln_1.weight", "h.{i}.ln_1.gamma")       the first that the file has
     "lm_head.weight":         ("lm_head.weight", "wte.weight")                tied where it is not stored
+    "embed.weight":           Tied(("embed.weight", "lm_head.weight"))        one tensor, stored under one name or both
 
 A parameter that no pattern matches is looked up under its own name. Slices and transposes are
 views; rows of several groups are copied. `Source.write` goes the other way.
@@ -14,6 +15,7 @@ views; rows of several groups are copied. `Source.write` goes the other way.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -63,6 +65,7 @@ class Source:
     cols        [start, stop) of the second axis, after the transpose
     groups      into how many equal parts the first axis falls, of each of which `rows` are taken (GPT-NeoX stores the
                 rows of a head's query, key and value after another)
+    of          the length that the first axis, or each of the groups, must have; None: any that holds `rows`
     """
 
     name: str
@@ -70,13 +73,16 @@ class Source:
     rows: tuple[int, int] | None = None
     cols: tuple[int, int] | None = None
     groups: int = 1
+    of: int | None = None
 
     def shape(self, stored: Shape) -> Shape | None:
-        """The shape that a stored one gives; None if it has other axes, or a slice reaches past its end."""
+        """The shape that a stored one gives; None if it has other axes or `of` another length, or a slice leaves it."""
         if self.transpose:
             if len(stored) != 2:
                 return None
             stored = stored[::-1]
+        if self.of is not None and stored[:1] != (self.of * self.groups,):
+            return None
         shape = list(stored)
         for axis, (cut, parts) in enumerate(((self.rows, self.groups), (self.cols, 1))):
             if cut is not None:
@@ -121,6 +127,7 @@ class Source:
         Of groups: `[0:64 of each of 12]`.
         """
         rows, cols = (f"{cut[0]}:{cut[1]}" if cut else ":" for cut in (self.rows, self.cols))
+        rows += f" of {self.of}" if self.of is not None else ""
         rows += f" of each of {self.groups}" if self.groups > 1 else ""
         cut = f"[{rows}, {cols}]" if self.cols else f"[{rows}]" if self.rows else ""
         return (".T" if self.transpose else "") + cut
@@ -129,8 +136,28 @@ class Source:
         return printable(self.name) + self.part
 
 
+class Tied(tuple[str, ...]):
+    """Names of one tensor. A file may have it under several of them, all with the same values."""
+
+    __slots__ = ()
+
+
 Entry = str | Source | Sequence[str | Source]
 Table = Mapping[str, Entry]
+
+
+def consecutive(
+    stored: str, lengths: Mapping[str, int], *, transpose: bool = False, groups: int = 1
+) -> dict[str, Source]:
+    """Entries for parameters whose rows follow each other in one stored tensor, or in each of its groups.
+
+    lengths  the number of rows of each parameter, in the order of the rows; the tensor must have no other rows
+    """
+    ends = list(itertools.accumulate(lengths.values(), initial=0))
+    return {
+        name: Source(stored, transpose=transpose, rows=(ends[n], ends[n + 1]), groups=groups, of=ends[-1])
+        for n, name in enumerate(lengths)
+    }
 
 
 @dataclass(frozen=True)
@@ -166,7 +193,7 @@ def bind(
 
     parameters   name -> (shape, dtype): what the model needs
     table        parameter name or pattern -> Source, checkpoint name, or several of them in order of
-                 preference; an exact name goes before a pattern, and else the first that matches counts
+                 preference, or `Tied` names; an exact name goes before a pattern, else the first that matches counts
     prefixes     what may stand before the table's names in the file, in order of preference: ("", "bert.")
     ignore       patterns of the file's names (after a prefix) that `unused` leaves out, such as stored masks
     blocks       the checkpoint, if matrices that it holds in blocks of an encoding stay so: they, and rows of them, are
@@ -179,7 +206,7 @@ def bind(
 
     Raises one CheckpointError that lists all tensors which are missing (with the nearest names that the file
     has) and all whose shape or dtype does not fit (with both); no tensor is read before all are found right.
-    Raises CheckpointError if a conversion would turn a finite value infinite.
+    Raises CheckpointError if tied tensors differ, and if a conversion would turn a finite value infinite.
     """
     lookup = _Lookup(table, prefixes, checkpoint)
     sources: dict[str, Source] = {}
@@ -205,6 +232,8 @@ def bind(
     )
     if missing or misfits:
         raise mismatch(missing, misfits, len(parameters), unused, checkpoint)
+    for name in parameters:
+        _check_tied(lookup.stored_names(lookup.wanted(name)), checkpoint)
 
     arrays: dict[str, Any] = {}
     converted: dict[str, tuple[str, str]] = {}
@@ -258,6 +287,7 @@ class _Lookup:
 
     def __init__(self, table: Table, prefixes: Sequence[str], checkpoint: TensorStore) -> None:
         self._table = {pattern: _alternatives(entry) for pattern, entry in table.items()}
+        self._tied = {pattern for pattern, entry in table.items() if isinstance(entry, Tied)}
         self._patterns = {pattern: compiled_pattern(pattern) for pattern in table if has_placeholder(pattern)}
         self._prefixes = prefixes
         self._checkpoint = checkpoint
@@ -278,6 +308,12 @@ class _Lookup:
                 return found
         return None
 
+    def stored_names(self, wanted: _Wanted) -> list[str]:
+        """The names under which the file has a tied tensor; none of other tensors."""
+        if wanted.pattern not in self._tied:
+            return []
+        return [source.name for source in self.named(wanted) if source.name in self._checkpoint]
+
     def named(self, wanted: _Wanted) -> Iterator[Source]:
         """Every alternative with every prefix, with the name as a file has it."""
         return map(wanted.filled, self._prefixed(wanted))
@@ -291,6 +327,21 @@ class _Lookup:
 def _alternatives(entry: Entry) -> tuple[Source, ...]:
     listed = (entry,) if isinstance(entry, str | Source) else tuple(entry)
     return tuple(Source(item) if isinstance(item, str) else item for item in listed)
+
+
+def _check_tied(names: Sequence[str], checkpoint: TensorStore) -> None:
+    """Refuse a tied tensor that the file has under several names with different values."""
+    for other in names[1:]:
+        first, second = (checkpoint.record(name) for name in (names[0], other))
+        if first.shape == second.shape and np.array_equal(checkpoint.array(names[0]), checkpoint.array(other)):
+            continue
+        raise CheckpointError(
+            f"{printable(names[0])} and {printable(other)} differ, although config.json ties them",
+            received=f"{first} and {second}",
+            within=checkpoint.label,
+            hint="remove the one that was not trained; or, if the output has weights of its own and the family "
+            'reads such a model, write "tie_word_embeddings": false',
+        )
 
 
 def _misfit(name: str, shape: Shape, dtype: str, source: Source, record: TensorRecord) -> str | None:

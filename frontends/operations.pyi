@@ -37,6 +37,7 @@ __all__ = [
     "erf",
     "exp",
     "expand",
+    "expm1",
     "floor",
     "floor_divide",
     "fold_windows",
@@ -51,6 +52,7 @@ __all__ = [
     "less",
     "less_equal",
     "log",
+    "log1p",
     "log_softmax",
     "logical_and",
     "logical_not",
@@ -90,7 +92,9 @@ __all__ = [
     "size",
     "slice",
     "softmax",
+    "softplus",
     "sqrt",
+    "stop_gradient",
     "sub",
     "sum_pool",
     "take_along_axis",
@@ -420,6 +424,9 @@ def expand(x: TensorLike, /, *, shape: Sequence[SizeLike | None], name: str | No
             another size needs a 1 in x, or no dimension at all, and generates an axis.
     """
 
+def expm1(x: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """y = e^x - 1, to all digits near 0, where e^x rounds to 1"""
+
 def floor(x: TensorLike, /, *, name: str | None = None) -> Tensor:
     """y = the greatest whole number that is not above x; no gradient flows"""
 
@@ -546,6 +553,9 @@ def linear(
 def log(x: TensorLike, /, *, name: str | None = None) -> Tensor:
     """y = ln x; -inf at 0, NaN below"""
 
+def log1p(x: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """y = ln(1 + x), to all digits near 0, where 1 + x rounds to 1; -inf at -1, NaN below"""
+
 def log_softmax(x: TensorLike, /, *, axis: int = -1, name: str | None = None) -> Tensor:
     """y = x - m - ln(sum of e^(x - m) over `axis`), where m = max of x
 
@@ -588,14 +598,14 @@ def max_pool(
 ) -> Tensor:
     """y[..., i...] = max_{k...} x[..., i stride + k dilation - padding...]; a NaN gives NaN
 
-    What lies in the padding is no element: a window that holds none gives -inf, or the least integer. The gradient is
-    shared among equal maxima, axis after axis.
+    What lies in the padding is no element: a window that holds none gives -inf, or the least integer. Of equal maxima
+    the first in the window gets the gradient, as torch.max_pool2d has it.
     """
 
-def maximum(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
+def maximum(x: TensorLike, y: TensorLike, /, *, ties: str = "even", name: str | None = None) -> Tensor:
     """z = max(x, y); a NaN in either gives NaN
 
-    Where x = y, half of the gradient goes to each, as torch.maximum has it.
+    Where x = y, half of the gradient goes to each, as torch.maximum has it; `ties` gives it all to one.
     """
 
 def merge_parts(
@@ -616,10 +626,10 @@ def merge_parts(
     zeros, -inf and 0. 16-bit floats are computed in f32, and the results are rounded.
     """
 
-def minimum(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
+def minimum(x: TensorLike, y: TensorLike, /, *, ties: str = "even", name: str | None = None) -> Tensor:
     """z = min(x, y); a NaN in either gives NaN
 
-    Where x = y, half of the gradient goes to each, as torch.minimum has it.
+    Where x = y, half of the gradient goes to each, as torch.minimum has it; `ties` gives it all to one.
     """
 
 def mod(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
@@ -700,10 +710,18 @@ def rearrange(x: TensorLike, /, *, pattern: str, name: str | None = None) -> Ten
 def reciprocal(x: TensorLike, /, *, name: str | None = None) -> Tensor:
     """y = 1 / x"""
 
-def reduce_max(x: TensorLike, /, *, axes: Sequence[int], keep: bool = False, name: str | None = None) -> Tensor:
+def reduce_max(
+    x: TensorLike,
+    /,
+    *,
+    axes: Sequence[int],
+    keep: bool = False,
+    ties: str = "even",
+    name: str | None = None,
+) -> Tensor:
     """y = max of x over `axes`; a NaN gives NaN
 
-    The gradient is shared evenly among equal maxima, as torch.amax has it.
+    The gradient is shared evenly among equal maxima, as torch.amax has it; `ties` gives it to the first.
     """
 
 def reduce_mean(x: TensorLike, /, *, axes: Sequence[int], keep: bool = False, name: str | None = None) -> Tensor:
@@ -713,10 +731,18 @@ def reduce_mean(x: TensorLike, /, *, axes: Sequence[int], keep: bool = False, na
     16-bit floats in f32.
     """
 
-def reduce_min(x: TensorLike, /, *, axes: Sequence[int], keep: bool = False, name: str | None = None) -> Tensor:
+def reduce_min(
+    x: TensorLike,
+    /,
+    *,
+    axes: Sequence[int],
+    keep: bool = False,
+    ties: str = "even",
+    name: str | None = None,
+) -> Tensor:
     """y = min of x over `axes`; a NaN gives NaN
 
-    The gradient is shared evenly among equal minima, as torch.amin has it.
+    The gradient is shared evenly among equal minima, as torch.amin has it; `ties` gives it to the first.
     """
 
 def reduce_sum(x: TensorLike, /, *, axes: Sequence[int], keep: bool = False, name: str | None = None) -> Tensor:
@@ -779,6 +805,8 @@ def round_to(x: TensorLike, /, *, format: str, saturate: bool = False, name: str
     format     a name of `FORMATS`
     saturate   numbers past the format's largest, infinite ones as well, become the largest; otherwise they become what
                the format has beyond: inf or NaN. A NaN stays one; in a format without any it becomes 0.
+
+    A cast to the format and back: the gradient passes unchanged, as through a cast.
     """
 
 def rsqrt(x: TensorLike, /, *, name: str | None = None) -> Tensor:
@@ -838,8 +866,20 @@ def softmax(x: TensorLike, /, *, axis: int = -1, name: str | None = None) -> Ten
     f32, and the result is rounded.
     """
 
+def softplus(x: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """y = ln(1 + e^x)        (Dugas et al. 2001)
+
+    As max(x, 0) + ln(1 + e^-|x|), which does not overflow. dy/dx = sigmoid(x), at 0 as well.
+    """
+
 def sqrt(x: TensorLike, /, *, name: str | None = None) -> Tensor:
     """y = x^(1/2); NaN below 0"""
+
+def stop_gradient(x: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """y = x, and no gradient flows, as through tensor.detach() in PyTorch
+
+    Where a graph is not differentiated, the default passes take it out.
+    """
 
 def sub(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
     """z = x - y"""

@@ -86,7 +86,7 @@ class Op:
     """For self-attention: the factors of queries and keys, which may be the same axis."""
     reads_slots: ClassVar[frozenset[str]] = frozenset()
     """The operands that it reads from a state at a step, by the slots of its rows, without a copy of them."""
-    commutes: ClassVar[bool] = False
+    commutes: bool = False
     """Whether its two operands may change places: f(x, y) = f(y, x)."""
     updates: Mapping[int, int] = MappingProxyType({})
     """Results that are updates, and the updated operands: {0: 0} if the result is the first operand, changed. With a
@@ -106,6 +106,9 @@ class Op:
     """
     is_word: ClassVar[bool] = True
     """Whether a model may say it; calls and relayouts are put into graphs by tracing and by passes."""
+    stops_gradient: ClassVar[bool] = False
+    """True for an op through which no gradient flows: its results are constant between steps (floor, a comparison), or
+    depend on no element of its operands (iota). Any other primitive defines `gradient`."""
     samples: ClassVar[Sequence[Sample]] = ()
     errors: ClassVar[Sequence[tuple[Sample, str]]] = ()
 
@@ -212,9 +215,17 @@ class Op:
         """The gradient of a scalar with respect to each operand, given those of the results (None: zero).
 
         inputs and outputs are the op's own. Returns one entry per operand: an Expr of the operand's type, or None where
-        no gradient flows.
+        no gradient flows. Raises GraphError, with the user's line, for an op that has none and does not say
+        `stops_gradient`.
         """
-        return [None] * len(inputs)
+        if self.stops_gradient:
+            return [None] * len(inputs)
+        raise GraphError(
+            f"op {self.name} has no gradient: its class does not define `gradient`",
+            source=b.place(),
+            hint=f"define `gradient` in {type(self).__name__}, or `stops_gradient = True` if its result is constant "
+            "between steps",
+        )
 
     @property
     def positional(self) -> frozenset[str]:

@@ -5,10 +5,18 @@ from __future__ import annotations
 from typing import Annotated
 
 import treadle.frontends.language as t
-from treadle.frontends.binding import Entry, Table
+from treadle.frontends.binding import Entry, Table, Tied
 from treadle.ir.errors import FrontendError
 from treadle.models.bert import HEADS, block, embed_tokens, follows, pool, read_encoder, unmask
-from treadle.models.family import Config, Family, choose_architecture, read_int, require, weights_and_biases
+from treadle.models.family import (
+    Config,
+    Family,
+    choose_architecture,
+    padding_rows,
+    read_int,
+    require,
+    weights_and_biases,
+)
 
 ARCHITECTURES = {
     "AlbertModel": None,
@@ -71,11 +79,16 @@ def albert(
             raise FrontendError(f"albert has no head {head!r}", hint="one of None, " + ", ".join(HEADS))
 
 
+ARE_TIED = ("masked_lm", "pretraining")
+"""The heads that read the table of embeddings."""
+
+
 def from_config(config: Config) -> t.Model:
     """Read a Hugging Face AlbertConfig; its `architectures` choose the head."""
+    require(config, is_causal=False)
     require(config, position_embedding_type="absolute", num_hidden_groups=1, inner_group_num=1)
     head = choose_architecture(config, ARCHITECTURES)
-    if head in ("masked_lm", "pretraining"):
+    if head in ARE_TIED:
         require(config, tie_word_embeddings=True)
     return albert.configure(
         **read_encoder(config, "gelu_new"),
@@ -88,12 +101,13 @@ def from_config(config: Config) -> t.Model:
 
 def checkpoint(config: Config) -> Table:
     """Hugging Face's names, in which the one layer is the first of the first group."""
-    layer = "encoder.albert_layer_groups.0.albert_layers.0"
+    layer, word = "encoder.albert_layer_groups.0.albert_layers.0", "embeddings.word_embeddings.weight"
+    head = choose_architecture(config, ARCHITECTURES)
     table: dict[str, Entry] = {
-        "embeddings.word.weight": "embeddings.word_embeddings.weight",
+        "embeddings.word.weight": Tied((word, "predictions.decoder.weight")) if head in ARE_TIED else word,
         "embeddings.position.weight": "embeddings.position_embeddings.weight",
         "embeddings.token_type.weight": "embeddings.token_type_embeddings.weight",
-        "masked_lm.logits.bias": ("predictions.bias", "predictions.decoder.bias"),
+        "masked_lm.logits.bias": Tied(("predictions.bias", "predictions.decoder.bias")),
     }
     modules = {
         "embeddings.norm": "embeddings.LayerNorm",
@@ -114,4 +128,12 @@ def checkpoint(config: Config) -> Table:
     return table | weights_and_biases(modules)
 
 
-FAMILY = Family("albert", albert, ("albert",), from_config, checkpoint, prefixes=("", "albert."))
+FAMILY = Family(
+    "albert", albert, ("albert",), from_config, checkpoint,
+    prefixes=("", "albert."),
+    irrelevant=dict.fromkeys(
+        ("down_scale_factor", "gap_size", "net_structure_type", "num_memory_blocks", "layers_to_keep"),
+        "is of the first implementation, and no class reads it",
+    ),
+    padding=padding_rows("embeddings.word.weight", default=0),
+)  # fmt: skip

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import treadle.frontends.language as t
-from treadle.frontends.binding import Entry, Source, Table
+from treadle.frontends.binding import Entry, Source, Table, Tied
 from treadle.models.family import (
     Config,
     Family,
     choose,
     choose_architecture,
+    padding_rows,
     read_flag,
     read_int,
     read_layers,
@@ -71,6 +72,7 @@ def bart(
 def from_config(config: Config) -> t.Model:
     """Read a Hugging Face BartConfig."""
     require(config, tie_word_embeddings=True, normalize_before=False, add_final_layer_norm=False)
+    require(config, is_causal=None)
     require(config, normalize_embedding=True, static_position_embeddings=False, is_encoder_decoder=True)
     return bart.configure(
         logits=choose_architecture(config, {"BartForConditionalGeneration": True, "BartModel": False}),
@@ -97,16 +99,16 @@ def read_sizes(config: Config) -> dict[str, Any]:
 
 def checkpoint(config: Config) -> Table:
     """Hugging Face's names. Its tables of positions begin with two rows that nothing reads, after fairseq's padding."""
-    context = read_int(config, "max_position_embeddings")
+    end = 2 + read_int(config, "max_position_embeddings")
     table = name_blocks() | {"shared.weight": SHARED, "logits_bias": "final_logits_bias"}
     for stack in ("encoder", "decoder"):
-        table[f"{stack}.positions.weight"] = Source(f"{stack}.embed_positions.weight", rows=(2, 2 + context))
+        table[f"{stack}.positions.weight"] = Source(f"{stack}.embed_positions.weight", rows=(2, end), of=end)
         table |= weights_and_biases({f"{stack}.norm": f"{stack}.layernorm_embedding"})
     return table
 
 
-SHARED = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
-"""A file holds the table that embeds both sequences and makes the logits under one of these names, or all."""
+SHARED = Tied(("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"))
+"""The table that embeds both sequences and makes the logits."""
 
 
 def name_blocks() -> dict[str, Entry]:
@@ -127,4 +129,25 @@ def name_blocks() -> dict[str, Entry]:
     return table
 
 
-FAMILY = Family("bart", bart, ("bart",), from_config, checkpoint, prefixes=("", "model."))
+ALIASES = {
+    "num_attention_heads": "encoder_attention_heads",
+    "hidden_size": "d_model",
+    "num_hidden_layers": "encoder_layers",
+}
+"""Other names of BART's, Marian's and Whisper's keys."""
+
+UNUSED = {
+    "add_bias_logits": "the bias is a tensor of the file",
+    "extra_pos_embeddings": "the shape of the table of positions tells",
+    **dict.fromkeys(
+        ("student_encoder_layers", "student_decoder_layers", "replacing_rate"), "says how the model was distilled"
+    ),
+}
+"""Irrelevant keys of BART and Marian."""
+
+FAMILY = Family(
+    "bart", bart, ("bart",), from_config, checkpoint,
+    prefixes=("", "model."), aliases={"bart": ALIASES}, irrelevant=UNUSED,
+    padding=padding_rows("shared.weight", default=1),
+    buffers=("logits_bias",),
+)  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import treadle.frontends.language as t
-from treadle.frontends.binding import Entry, Table
+from treadle.frontends.binding import Entry, Table, Tied
 from treadle.frontends.layers import Activation
 from treadle.ir.attention.masking import Biases, Masks
 from treadle.ir.errors import FrontendError
@@ -18,6 +18,7 @@ from treadle.models.family import (
     choose,
     choose_architecture,
     count_labels,
+    padding_rows,
     read_float,
     read_int,
     read_layers,
@@ -142,7 +143,7 @@ def unmask(x: t.Tensor, dim: int, *, act: Activation, eps: float) -> t.Tensor:
 
 def from_config(config: Config) -> t.Model:
     """Read a Hugging Face BertConfig; its `architectures` choose the head."""
-    require(config, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
+    require_encoder(config)
     head = choose_architecture(config, ARCHITECTURES)
     if head in ("masked_lm", "pretraining"):
         require(config, tie_word_embeddings=True)
@@ -152,6 +153,12 @@ def from_config(config: Config) -> t.Model:
         types=read_int(config, "type_vocab_size", 2),
         head=head,
     )
+
+
+def require_encoder(config: Config) -> None:
+    """Refuse what makes a decoder of BERT or of its kin, and positions that are not added to the tokens."""
+    require(config, position_embedding_type="absolute")
+    require(config, is_decoder=False, add_cross_attention=False, is_causal=False)
 
 
 def read_encoder(config: Config, act: str | None = None, **missing: int) -> dict[str, Any]:
@@ -173,13 +180,21 @@ def read_encoder(config: Config, act: str | None = None, **missing: int) -> dict
 
 
 def checkpoint(config: Config) -> Table:
+    """Hugging Face's names."""
+    table = name_encoder()
+    if choose_architecture(config, ARCHITECTURES) in ("masked_lm", "pretraining"):
+        table["embeddings.word.weight"] = Tied(("embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"))
+    return table
+
+
+def name_encoder() -> dict[str, Entry]:
     """Hugging Face's names. Checkpoints of before 2019 call a norm's weight gamma and its bias beta."""
     block = "encoder.layer.{i}"
     table: dict[str, Entry] = {
         "embeddings.word.weight": "embeddings.word_embeddings.weight",
         "embeddings.position.weight": "embeddings.position_embeddings.weight",
         "embeddings.token_type.weight": "embeddings.token_type_embeddings.weight",
-        "masked_lm.logits.bias": ("cls.predictions.bias", "cls.predictions.decoder.bias"),
+        "masked_lm.logits.bias": Tied(("cls.predictions.bias", "cls.predictions.decoder.bias")),
     }
     modules = {
         "layer.{i}.attn.q": f"{block}.attention.self.query",
@@ -204,4 +219,14 @@ def checkpoint(config: Config) -> Table:
     return table | weights_and_biases(modules)
 
 
-FAMILY = Family("bert", bert, ("bert",), from_config, checkpoint, prefixes=("", "bert."))
+_UNUSED_POOLER = ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head", "type")
+
+FAMILY = Family(
+    "bert", bert, ("bert",), from_config, checkpoint,
+    prefixes=("", "bert."),
+    irrelevant={
+        "directionality": "says how the model was trained",
+        **dict.fromkeys((f"pooler_{part}" for part in _UNUSED_POOLER), "is of another pooler, which no class builds"),
+    },
+    padding=padding_rows("embeddings.word.weight", default=0),
+)  # fmt: skip

@@ -19,6 +19,7 @@ from treadle.models.family import (
     read_float,
     read_int,
     read_layers,
+    require,
     weights_and_biases,
 )
 from treadle.models.vit import ACTIVATIONS, block, embed_patches, prepend, read_image
@@ -164,6 +165,7 @@ def read_text(config: Config) -> dict[str, Any]:
 
     Configurations of before 2023 say that texts end with token 2, and mean the greatest.
     """
+    require(config, is_causal=True)
     end = read_int(config, "eos_token_id", 49407, least=0)
     return {
         "vocab": read_int(config, "vocab_size", 49408),
@@ -178,6 +180,7 @@ def read_text(config: Config) -> dict[str, Any]:
 
 def read_vision(config: Config) -> dict[str, Any]:
     """The configuration of `clip_vision` in a CLIPVisionConfig."""
+    require(config, is_causal=False)
     height, width, patch = read_image(config, 32)
     return {
         "channels": read_int(config, "num_channels", 3),
@@ -251,4 +254,5 @@ def _encoder_table(prefix: str, projection: str) -> dict[str, Entry]:
 FAMILY = Family(
     "clip", clip, ("clip", "clip_text_model", "clip_vision_model"), from_config, checkpoint,
     prefixes=("", "text_model.", "vision_model."),
+    irrelevant={"projection_dim": "of a part; the whole model's counts"},
 )  # fmt: skip

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 import treadle.frontends.language as t
-from treadle.frontends.binding import Entry, Source, Table
+from treadle.frontends.binding import Entry, Table, consecutive
 from treadle.ir.errors import CheckpointError, FrontendError
 from treadle.models.family import (
     Config,
@@ -23,6 +23,8 @@ from treadle.models.family import (
     read_float,
     read_int,
     read_layers,
+    require,
+    require_head_dim,
     weights_and_biases,
 )
 from treadle.models.vit import ACTIVATIONS, embed_patches, prepend, read_image
@@ -117,6 +119,7 @@ def bicubic(size: int, to: int) -> npt.NDArray[np.float32]:
 
 def from_config(config: Config) -> t.Model:
     """Read a Hugging Face Dinov2Config; its `architectures` choose the head."""
+    require(config, is_causal=False)
     height, width, patch = read_image(config, 14)
     if height != width:
         raise CheckpointError(
@@ -124,6 +127,7 @@ def from_config(config: Config) -> t.Model:
             received=f"{height} x {width}",
         )
     dim, gated = read_int(config, "hidden_size", 768), read_flag(config, "use_swiglu_ffn", False)
+    require_head_dim(config, dim // read_int(config, "num_attention_heads", 12))
     hidden = dim * read_int(config, "mlp_ratio", 4)
     return dinov2.configure(
         channels=read_int(config, "num_channels", 3),
@@ -158,11 +162,13 @@ def checkpoint(config: Config) -> Table:
         "layer.{i}.attn_scale": f"{block}.layer_scale1.lambda1",
         "layer.{i}.mlp_scale": f"{block}.layer_scale2.lambda1",
     }
+    gated = read_flag(config, "use_swiglu_ffn", False)
     hidden = gated_width(read_int(config, "hidden_size", 768) * read_int(config, "mlp_ratio", 4))
     for part in ("weight", "bias"):
-        joined = f"{block}.mlp.weights_in.{part}"
-        table[f"layer.{{i}}.mlp.gate.{part}"] = Source(joined, rows=(0, hidden))
-        table[f"layer.{{i}}.mlp.up.{part}"] = (f"{block}.mlp.fc1.{part}", Source(joined, rows=(hidden, 2 * hidden)))
+        joined = consecutive(f"{block}.mlp.weights_in.{part}", {"gate": hidden, "up": hidden})
+        table[f"layer.{{i}}.mlp.gate.{part}"] = joined["gate"]
+        table[f"layer.{{i}}.mlp.up.{part}"] = joined["up"] if gated else f"{block}.mlp.fc1.{part}"
+        table[f"layer.{{i}}.mlp.down.{part}"] = f"{block}.mlp.{'weights_out' if gated else 'fc2'}.{part}"
     modules = {
         "embeddings.patch": "embeddings.patch_embeddings.projection",
         "layer.{i}.attn_norm": f"{block}.norm1",
@@ -171,11 +177,21 @@ def checkpoint(config: Config) -> Table:
         "layer.{i}.attn.v": f"{block}.attention.attention.value",
         "layer.{i}.attn.out": f"{block}.attention.output.dense",
         "layer.{i}.mlp_norm": f"{block}.norm2",
-        "layer.{i}.mlp.down": (f"{block}.mlp.fc2", f"{block}.mlp.weights_out"),
         "norm": "layernorm",
         "logits": "classifier",
     }
     return table | weights_and_biases(modules)
 
 
-FAMILY = Family("dinov2", dinov2, ("dinov2",), from_config, checkpoint, prefixes=("", "dinov2."))
+FAMILY = Family(
+    "dinov2", dinov2, ("dinov2",), from_config, checkpoint,
+    prefixes=("", "dinov2."),
+    irrelevant={
+        "use_mask_token": "masks patches in training alone",
+        **dict.fromkeys(
+            ("out_features", "_out_features", "out_indices", "_out_indices", "stage_names", "apply_layernorm",
+             "reshape_hidden_states"),
+            "is of the class for a backbone",
+        ),
+    },
+)  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import treadle.frontends.language as t
-from treadle.frontends.binding import Entry, Table
+from treadle.frontends.binding import Entry, Table, Tied
 from treadle.ir.errors import FrontendError
 from treadle.models.bert import ACTIVATIONS, block, embed_tokens, pool, unmask
 from treadle.models.family import (
@@ -14,6 +14,7 @@ from treadle.models.family import (
     choose,
     choose_architecture,
     count_labels,
+    padding_rows,
     read_int,
     read_layers,
     require,
@@ -75,6 +76,7 @@ def distilbert(
 
 def from_config(config: Config) -> t.Model:
     """Read a Hugging Face DistilBertConfig; its `architectures` choose the head."""
+    require(config, is_causal=False)
     head = choose_architecture(config, ARCHITECTURES)
     if head == "masked_lm":
         require(config, tie_word_embeddings=True)
@@ -93,9 +95,10 @@ def from_config(config: Config) -> t.Model:
 
 def checkpoint(config: Config) -> Table:
     """Hugging Face's names. Sinusoidal positions, too, are a table in the file."""
-    block = "transformer.layer.{i}"
+    block, word = "transformer.layer.{i}", "embeddings.word_embeddings.weight"
+    masked_lm = choose_architecture(config, ARCHITECTURES) == "masked_lm"
     table: dict[str, Entry] = {
-        "embeddings.word.weight": "embeddings.word_embeddings.weight",
+        "embeddings.word.weight": Tied((word, "vocab_projector.weight")) if masked_lm else word,
         "embeddings.position.weight": "embeddings.position_embeddings.weight",
         "masked_lm.logits.bias": "vocab_projector.bias",
     }
@@ -117,4 +120,15 @@ def checkpoint(config: Config) -> Table:
     return table | weights_and_biases(modules)
 
 
-FAMILY = Family("distilbert", distilbert, ("distilbert",), from_config, checkpoint, prefixes=("", "distilbert."))
+FAMILY = Family(
+    "distilbert", distilbert, ("distilbert",), from_config, checkpoint,
+    prefixes=("", "distilbert."),
+    aliases={
+        "distilbert": {"hidden_size": "dim", "num_attention_heads": "n_heads", "num_hidden_layers": "n_layers"}
+    },
+    irrelevant={
+        "sinusoidal_pos_embds": "the table of positions is in the file",
+        "tie_weights_": "an older name of tie_word_embeddings, which no version reads",
+    },
+    padding=padding_rows("embeddings.word.weight", default=0),
+)  # fmt: skip

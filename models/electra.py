@@ -8,10 +8,19 @@ from __future__ import annotations
 from typing import Annotated
 
 import treadle.frontends.language as t
-from treadle.frontends.binding import Entry, Table
+from treadle.frontends.binding import Entry, Table, Tied
 from treadle.ir.errors import FrontendError
-from treadle.models.bert import block, embed_tokens, pool, read_encoder, unmask
-from treadle.models.family import Config, Family, choose_architecture, read_int, require, weights_and_biases
+from treadle.models.bert import block, embed_tokens, pool, read_encoder, require_encoder, unmask
+from treadle.models.family import (
+    SUMMARIES,
+    Config,
+    Family,
+    choose_architecture,
+    padding_rows,
+    read_int,
+    require,
+    weights_and_biases,
+)
 
 HEADS = ("discriminator", "masked_lm", "classifier", "token_classifier")
 
@@ -79,7 +88,7 @@ def electra(
 
 def from_config(config: Config) -> t.Model:
     """Read a Hugging Face ElectraConfig; its `architectures` choose the head."""
-    require(config, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
+    require_encoder(config)
     head = choose_architecture(config, ARCHITECTURES)
     if head == "masked_lm":
         require(config, tie_word_embeddings=True)
@@ -96,9 +105,10 @@ def from_config(config: Config) -> t.Model:
 
 def checkpoint(config: Config) -> Table:
     """Hugging Face's names. Of multiple choice, the layer that pools is called a summary."""
-    block = "encoder.layer.{i}"
+    block, word = "encoder.layer.{i}", "embeddings.word_embeddings.weight"
+    masked_lm = choose_architecture(config, ARCHITECTURES) == "masked_lm"
     table: dict[str, Entry] = {
-        "embeddings.word.weight": "embeddings.word_embeddings.weight",
+        "embeddings.word.weight": Tied((word, "generator_lm_head.weight")) if masked_lm else word,
         "embeddings.position.weight": "embeddings.position_embeddings.weight",
         "embeddings.token_type.weight": "embeddings.token_type_embeddings.weight",
         "masked_lm.logits.bias": "generator_lm_head.bias",
@@ -128,4 +138,13 @@ def checkpoint(config: Config) -> Table:
     return table | weights_and_biases(modules)
 
 
-FAMILY = Family("electra", electra, ("electra",), from_config, checkpoint, prefixes=("", "electra."))
+FAMILY = Family(
+    "electra",
+    electra,
+    ("electra",),
+    from_config,
+    checkpoint,
+    prefixes=("", "electra."),
+    padding=padding_rows("embeddings.word.weight", default=0),
+    irrelevant=SUMMARIES,
+)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from treadle.files.shown_names import printable
 from treadle.frontends.binding import Entry, Table
 from treadle.frontends.declarations import Model
 from treadle.ir.errors import CheckpointError
+from treadle.models.reading.irrelevant_keys import IRRELEVANT
+from treadle.models.reading.recorded_config import RecordedConfig
 
 Config = Mapping[str, Any]
 
@@ -29,6 +31,20 @@ _MOST_LAYERS = 10_000  # tracing takes time in proportion to them
 
 
 @dataclass(frozen=True)
+class ReadConfig:
+    """The meaning of a config.json.
+
+    model   the family's declaration, configured
+    table   the table of checkpoint names
+    unread  keys that nothing read and that are not known to be irrelevant, with dots: "rope_parameters.factor"
+    """
+
+    model: Model
+    table: Table
+    unread: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Family:
     """One family of the zoo.
 
@@ -39,6 +55,11 @@ class Family:
                  not know
     checkpoint   a config.json's content as the table of checkpoint names: our parameter names to the file's
     prefixes     what a checkpoint may put before every name
+    aliases      by `model_type`, other names of keys that Hugging Face's class takes: {"num_hidden_layers": "n_layer"}
+    irrelevant   keys beside `IRRELEVANT` that change no output of this family, each with the reason
+    padding      a config.json's content as the rows of embedding tables, by our names of these, that get no gradient
+                 where they are read: `padding_idx` of the module's nn.Embedding
+    buffers      our names of weights that are no parameters of the module, and are not trained
     """
 
     name: str
@@ -47,6 +68,33 @@ class Family:
     from_config: Callable[[Config], Model]
     checkpoint: Callable[[Config], Table]
     prefixes: tuple[str, ...] = ("",)
+    aliases: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    irrelevant: Mapping[str, str] = field(default_factory=dict)
+    padding: Callable[[Config], Mapping[str, int]] = lambda config: {}
+    buffers: tuple[str, ...] = ()
+
+    def read(self, config: Config) -> ReadConfig:
+        """Read a config.json.
+
+        Raises CheckpointError, with the key, for an option that the family does not support, and for a key that stands
+        there under two names with different values.
+        """
+        recorded = RecordedConfig(config, self.aliases.get(str(config.get("model_type"))))
+        require(recorded, quantization_config=None, per_layer_config=None)
+        model, table = self.from_config(recorded), self.checkpoint(recorded)
+        known = {**IRRELEVANT, **self.irrelevant}
+        unread = tuple(".".join(keys) for keys in recorded.unread() if keys[-1] not in known)
+        return ReadConfig(model, table, unread)
+
+
+def padding_rows(*tables: str, default: int | None = None) -> Callable[[Config], Mapping[str, int]]:
+    """The `padding` of a family whose nn.Embedding takes `pad_token_id`, with the default that its config class has."""
+
+    def rows(config: Config) -> Mapping[str, int]:
+        row = config.get("pad_token_id", default)
+        return dict.fromkeys(tables, row) if isinstance(row, int) and row >= 0 else {}
+
+    return rows
 
 
 def weights_and_biases(modules: Mapping[str, str | Sequence[str]]) -> dict[str, Entry]:
@@ -64,6 +112,12 @@ def require(config: Config, **expected: Any) -> None:
     for name, value in expected.items():
         if config.get(name, value) != value:
             raise _unsupported(name, config[name], [value])
+
+
+def require_head_dim(config: Config, head_dim: int) -> None:
+    """Check `head_dim`, if a file has it, of a class whose heads split the width."""
+    if config.get("head_dim") is not None:
+        require(config, head_dim=head_dim)
 
 
 def choose(config: Config, name: str, options: Mapping[str, Any], default: str | None = None) -> Any:
@@ -117,13 +171,21 @@ def read_flag(config: Config, name: str, default: bool) -> bool:
     return value
 
 
+SUMMARIES = dict.fromkeys(
+    ("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels"),
+    "configures the head of a class for multiple choice that the family does not read",
+)
+"""Irrelevant keys of GPT-2, GPT-J and ELECTRA, of which ELECTRA reads some for multiple choice."""
+
 _OWN_LABELS = {"ForMultipleChoice": 1, "ForNextSentencePrediction": 2}
 """Endings of classes whose heads have their own number of labels: a row is a choice; a sentence follows or not."""
 
 
 def count_labels(config: Config) -> int:
-    """How many classes a classifier tells apart: as many as `id2label` has, 2 where it is missing."""
-    labels = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
+    """The number of classes of a classifier: `num_labels`, else the length of `id2label`, else 2."""
+    labels = config.get("id2label")
+    if labels is None or config.get("num_labels") is not None:
+        labels = dict.fromkeys(range(read_int(config, "num_labels", 2)))
     if not isinstance(labels, Mapping) or not labels:
         raise CheckpointError("config.json: id2label must be an object with a name per label", received=_shown(labels))
     (named,) = config.get("architectures") or [""]  # which choose_architecture has looked at

@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Annotated
 
 import treadle.frontends.language as t
-from treadle.frontends.binding import Entry, Source, Table
+from treadle.frontends.binding import Entry, Source, Table, Tied, consecutive
 from treadle.ir.errors import FrontendError
 from treadle.models.family import (
+    SUMMARIES,
     Config,
     Family,
     choose,
@@ -91,6 +92,7 @@ def last(x: t.Tensor, lengths: t.Tensor | None) -> t.Tensor:
 def from_config(config: Config) -> t.Model:
     """Read a Hugging Face GPT2Config; its `architectures` choose the head."""
     head = choose_architecture(config, ARCHITECTURES)
+    require(config, is_causal=True)
     require(config, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     if head is None:
         require(config, tie_word_embeddings=True)
@@ -111,8 +113,9 @@ def from_config(config: Config) -> t.Model:
 def checkpoint(config: Config) -> Table:
     """Hugging Face keeps weights as [in, out], and queries, keys and values in one matrix."""
     dim = read_int(config, "n_embd")
+    head = choose_architecture(config, ARCHITECTURES)
     table: dict[str, Entry] = {
-        "wte.weight": "wte.weight",
+        "wte.weight": Tied(("wte.weight", "lm_head.weight")) if head is None else "wte.weight",
         "wpe.weight": "wpe.weight",
         "h.{i}.ln_{j}.weight": "h.{i}.ln_{j}.weight",
         "h.{i}.ln_{j}.bias": "h.{i}.ln_{j}.bias",
@@ -127,11 +130,22 @@ def checkpoint(config: Config) -> Table:
         "logits.weight": ("score.weight", "classifier.weight", "qa_outputs.weight"),
         "logits.bias": ("classifier.bias", "qa_outputs.bias"),
     }
-    for part, name in enumerate("qkv"):
-        rows = (part * dim, (part + 1) * dim)
-        table[f"h.{{i}}.attn.{name}.weight"] = Source("h.{i}.attn.c_attn.weight", transpose=True, rows=rows)
-        table[f"h.{{i}}.attn.{name}.bias"] = Source("h.{i}.attn.c_attn.bias", rows=rows)
+    for part in ("weight", "bias"):
+        names = [f"h.{{i}}.attn.{name}.{part}" for name in "qkv"]
+        table |= consecutive(f"h.{{i}}.attn.c_attn.{part}", dict.fromkeys(names, dim), transpose=part == "weight")
     return table
 
 
-FAMILY = Family("gpt2", gpt2, ("gpt2",), from_config, checkpoint, prefixes=("", "transformer."))
+ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+
+FAMILY = Family(
+    "gpt2", gpt2, ("gpt2",), from_config, checkpoint,
+    prefixes=("", "transformer."),
+    aliases={"gpt2": ALIASES},
+    irrelevant={"n_ctx": "the older name of n_positions, which no version reads", **SUMMARIES},
+)  # fmt: skip

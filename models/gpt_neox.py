@@ -7,24 +7,28 @@ Falcon's shared keys and values (Almazrouei et al. 2023).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import treadle.frontends.language as t
-from treadle.frontends.binding import Source, Table
+from treadle.frontends.binding import Table, Tied, consecutive
 from treadle.frontends.rotary import Scaling, temperature_of
 from treadle.models.family import (
+    SUMMARIES,
     Config,
     Family,
     choose,
     choose_architecture,
+    padding_rows,
     read_flag,
     read_float,
     read_int,
     read_layers,
     require,
+    require_head_dim,
     weights_and_biases,
 )
+from treadle.models.gpt2 import ALIASES as GPT2_ALIASES
 from treadle.models.llama import warmed
 from treadle.models.reading.rotary_config import read_rotary
 
@@ -109,13 +113,8 @@ def gpt_neox(
 
 def read_gpt_neox(config: Config) -> dict[str, Any]:
     dim, heads = read_int(config, "hidden_size"), read_int(config, "num_attention_heads")
-    rotary = read_rotary(
-        config,
-        dim // heads,
-        base=read_float(config, "rotary_emb_base", 10000.0),
-        part=read_float(config, "rotary_pct", 0.25),
-    )
-    return rotary | {
+    require_head_dim(config, dim // heads)
+    return read_rotary(config, dim // heads, part=0.25, names=("rotary_emb_base", "rotary_pct")) | {
         "dim": dim,
         "heads": heads,
         "layers": read_layers(config, "num_hidden_layers"),
@@ -148,7 +147,7 @@ def read_gptj(config: Config) -> dict[str, Any]:
 
 def read_phi(config: Config) -> dict[str, Any]:
     dim, heads = read_int(config, "hidden_size"), read_int(config, "num_attention_heads")
-    require(config, head_dim=None)
+    require_head_dim(config, dim // heads)
     return read_rotary(config, dim // heads, part=0.5) | {
         "dim": dim,
         "heads": heads,
@@ -216,6 +215,7 @@ def read_options(config: Config) -> dict[str, Any]:
 
     Raises CheckpointError, with the option's name, for what is not supported.
     """
+    require(config, is_causal=True)
     options: dict[str, Any] = KINDS[read_kind(config)][1](config)
     return {"vocab": read_int(config, "vocab_size"), **options}
 
@@ -228,6 +228,7 @@ def from_config(config: Config) -> t.Model:
 
 def checkpoint(config: Config) -> Table:
     """Hugging Face's names."""
+    options = read_options(config)
     modules: dict[str, str | tuple[str, ...]] = {}
     match kind := read_kind(config):
         case "gpt_neox":
@@ -280,22 +281,47 @@ def checkpoint(config: Config) -> Table:
     if kind in ("gpt_neox", "falcon"):
         for part in ("weight", "bias"):
             stored = f"{layer}.{'attention' if kind == 'gpt_neox' else 'self_attention'}.query_key_value.{part}"
-            for name, rows, groups in joined(read_options(config)):
-                table[f"layer.{{i}}.attn.{name}.{part}"] = Source(stored, rows=rows, groups=groups)
+            rows, groups = joined(options)
+            names = {f"layer.{{i}}.attn.{name}.{part}": length for name, length in rows.items()}
+            table |= consecutive(stored, names, groups=groups)
+    if options["tied"]:
+        embed = table["embed.weight"]
+        assert isinstance(embed, tuple)
+        table["embed.weight"] = Tied((*embed, "lm_head.weight", "embed_out.weight"))
     return table
 
 
-def joined(options: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, int], int]]:
-    """Which rows of the one tensor are queries, keys and values, and of how many groups of rows.
+def joined(options: Mapping[str, Any]) -> tuple[dict[str, int], int]:
+    """The rows of queries, keys and values in a group of rows of the one tensor, and the number of groups.
 
     A group has the queries of the heads that share a key and a value, and these after them.
     """
     size = options["dim"] // options["heads"]
     groups = options.get("kv_heads") or options["heads"]
-    queries = options["heads"] // groups * size
-    ends = [0, queries, queries + size, queries + 2 * size]
-    for n, name in enumerate("qkv"):
-        yield name, (ends[n], ends[n + 1]), groups
+    return {"q": options["heads"] // groups * size, "k": size, "v": size}, groups
 
 
-FAMILY = Family("gpt_neox", gpt_neox, tuple(KINDS), from_config, checkpoint)
+def padding(config: Config) -> Mapping[str, int]:
+    """Phi's table has a row of padding, if its config names one; the others' have none."""
+    return padding_rows("embed.weight")(config) if read_kind(config) == "phi" else {}
+
+
+_NO_END = "rotary positions have no end"
+
+FAMILY = Family(
+    "gpt_neox", gpt_neox, tuple(KINDS), from_config, checkpoint,
+    aliases={
+        "gptj": GPT2_ALIASES,
+        "falcon": {"n_embed": "hidden_size"},
+    },
+    irrelevant={
+        **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), _NO_END),
+        "rotary": "of GPT-J, whose positions always are rotary",
+        "scale_attn_weights": "of GPT-J, whose scores always are scaled",
+        "num_kv_heads": "is of Falcon's new architecture; the old one has one pair, or one for each head",
+        "multi_query": "is of Falcon's old architecture",
+        "apply_residual_connection_post_layernorm": "of Falcon's first code, and no version of the library reads it",
+        **SUMMARIES,
+    },
+    padding=padding,
+)  # fmt: skip

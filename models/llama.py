@@ -9,15 +9,16 @@ another name. What a config.json says of them stands in `treadle.models.reading.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any
 
 import treadle.frontends.language as t
-from treadle.frontends.binding import Entry, Source, Table
+from treadle.frontends.binding import Source, Table, Tied, consecutive
 from treadle.frontends.rotary import Scaling, temperature_of
 from treadle.ir.errors import FrontendError
-from treadle.models.family import Config, Family, choose_architecture, weights_and_biases
-from treadle.models.reading.llama_config import ARCHITECTURES, read_kind, read_options
+from treadle.models.family import Config, Family, choose_architecture, padding_rows, weights_and_biases
+from treadle.models.reading.llama_config import ARCHITECTURES, IRRELEVANT, read_kind, read_options
 
 NORM_PLACES = ("before", "after", "both")
 """Where a part of a layer has its norm: before it, after it (and before it is added), or both."""
@@ -200,26 +201,33 @@ def checkpoint(config: Config) -> Table:
     }
     if kind in ("gemma2", "gemma3_text"):
         modules["layer.{i}.mlp_norm"] = f"{layer}.pre_feedforward_layernorm"
-    table = weights_and_biases(modules)
+    table, options = weights_and_biases(modules), read_options(config)
+    if options["tied"]:
+        table["embed.weight"] = Tied(("model.embed_tokens.weight", "lm_head.weight"))
     if kind == "phi3":
-        table |= joined(config, layer)
+        table |= joined(options, layer)
     return table
 
 
-def joined(config: Config, layer: str) -> dict[str, Entry]:
+def joined(options: Mapping[str, Any], layer: str) -> dict[str, Source]:
     """Phi-3's q, k and v in one tensor, and its gate and up in one."""
-    options = read_options(config)
     size = options["head_dim"] or options["dim"] // options["heads"]
     queries, keys, hidden = options["heads"] * size, options["kv_heads"] * size, options["hidden"]
-    ends = [0, queries, queries + keys, queries + 2 * keys]
-    table: dict[str, Entry] = {
-        f"layer.{{i}}.attn.{name}.weight": Source(f"{layer}.self_attn.qkv_proj.weight", rows=(ends[n], ends[n + 1]))
-        for n, name in enumerate("qkv")
+    rows = {
+        f"layer.{{i}}.attn.{name}.weight": length for name, length in zip("qkv", (queries, keys, keys), strict=True)
     }
-    for n, name in enumerate(("gate", "up")):
-        rows = (n * hidden, (n + 1) * hidden)
-        table[f"layer.{{i}}.mlp.{name}.weight"] = Source(f"{layer}.mlp.gate_up_proj.weight", rows=rows)
-    return table
+    both = {f"layer.{{i}}.mlp.{name}.weight": hidden for name in ("gate", "up")}
+    return {
+        **consecutive(f"{layer}.self_attn.qkv_proj.weight", rows),
+        **consecutive(f"{layer}.mlp.gate_up_proj.weight", both),
+    }
 
 
-FAMILY = Family("llama", llama, tuple(ARCHITECTURES), from_config, checkpoint)
+def padding(config: Config) -> Mapping[str, int]:
+    """The row of padding, for which model types have defaults of their own."""
+    kind = str(config.get("model_type"))
+    default = 32000 if kind == "phi3" else 0 if kind.startswith("gemma") else None
+    return padding_rows("embed.weight", default=default)(config)
+
+
+FAMILY = Family("llama", llama, tuple(ARCHITECTURES), from_config, checkpoint, irrelevant=IRRELEVANT, padding=padding)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Annotated
 
 import treadle.frontends.language as t
-from treadle.frontends.binding import Table
-from treadle.models.bart import SHARED, name_blocks, read_sizes
-from treadle.models.family import Config, Family, choose_architecture, read_flag, read_int, require
+from treadle.frontends.binding import Table, Tied
+from treadle.models.bart import ALIASES, SHARED, UNUSED, name_blocks, read_sizes
+from treadle.models.family import Config, Family, choose_architecture, padding_rows, read_flag, read_int, require
 from treadle.models.transformer import decode, encode
 
 
@@ -62,10 +62,15 @@ def from_config(config: Config) -> t.Model:
     """Read a Hugging Face MarianConfig."""
     require(config, tie_word_embeddings=True, normalize_before=False, add_final_layer_norm=False)
     require(config, normalize_embedding=False, static_position_embeddings=True, is_encoder_decoder=True)
+    require(config, is_causal=None)
     choose_architecture(config, {"MarianMTModel": marian})
     shared = read_flag(config, "share_encoder_decoder_embeddings", True)
+    vocab = read_int(config, "vocab_size")
+    decoder_vocab = read_int(config, "decoder_vocab_size", vocab)
+    if shared and decoder_vocab != vocab:
+        require(config, decoder_vocab_size=vocab)
     return marian.configure(
-        decoder_vocab=None if shared else read_int(config, "decoder_vocab_size", read_int(config, "vocab_size")),
+        decoder_vocab=None if shared else decoder_vocab,
         **read_sizes(config),
     )
 
@@ -75,9 +80,16 @@ def checkpoint(config: Config) -> Table:
     return name_blocks() | {
         "shared.weight": SHARED,
         "encoder.tokens.weight": "encoder.embed_tokens.weight",
-        "decoder.tokens.weight": ("decoder.embed_tokens.weight", "lm_head.weight"),
+        "decoder.tokens.weight": Tied(("decoder.embed_tokens.weight", "lm_head.weight")),
         "logits_bias": "final_logits_bias",
     }
 
 
-FAMILY = Family("marian", marian, ("marian",), from_config, checkpoint, prefixes=("", "model."))
+FAMILY = Family(
+    "marian", marian, ("marian",), from_config, checkpoint,
+    prefixes=("", "model."),
+    aliases={"marian": ALIASES},
+    irrelevant={**UNUSED, "max_position_embeddings": "sinusoids have no end"},
+    padding=padding_rows("shared.weight", "encoder.tokens.weight", "decoder.tokens.weight", default=58100),
+    buffers=("logits_bias",),
+)  # fmt: skip

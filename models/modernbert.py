@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Annotated
 
 import treadle.frontends.language as t
-from treadle.frontends.binding import Entry, Source, Table
-from treadle.ir.errors import CheckpointError, FrontendError
+from treadle.frontends.binding import Entry, Table, Tied, consecutive
+from treadle.ir.errors import FrontendError
 from treadle.models.bert import ACTIVATIONS
 from treadle.models.family import (
     Config,
@@ -16,6 +15,7 @@ from treadle.models.family import (
     choose,
     choose_architecture,
     count_labels,
+    padding_rows,
     read_flag,
     read_float,
     read_int,
@@ -24,6 +24,8 @@ from treadle.models.family import (
     weights_and_biases,
 )
 from treadle.models.reading.llama_config import read_layer_types
+from treadle.models.reading.recorded_config import layered
+from treadle.models.reading.rotary_config import read_object
 
 HEADS = ("masked_lm", "classifier", "token_classifier")
 
@@ -134,6 +136,7 @@ def mean(x: t.Tensor, tokens: t.Tensor, lengths: t.Tensor | None) -> t.Tensor:
 
 def from_config(config: Config) -> t.Model:
     """Read a Hugging Face ModernBertConfig; its `architectures` choose the head."""
+    require(config, is_causal=False)
     require(config, position_embedding_type="absolute")  # the library's word, which says nothing of this model
     head = choose_architecture(config, ARCHITECTURES)
     if head == "masked_lm":
@@ -150,7 +153,7 @@ def from_config(config: Config) -> t.Model:
         act=choose(config, "hidden_activation", ACTIVATIONS, "gelu"),
         eps=read_float(config, "norm_eps", 1e-5),
         base=full_base,
-        window=read_int(config, "local_attention", 128),
+        window=read_window(config),
         window_base=window_base,
         full_layers=read_layer_types(config, layers, list(range(0, layers, every))),
         attn_bias=read_flag(config, "attention_bias", False),
@@ -165,35 +168,39 @@ def from_config(config: Config) -> t.Model:
     )
 
 
+def read_window(config: Config) -> int:
+    """The width of a window. `sliding_window` is half of it, and counts where a file has both, as in the library."""
+    if config.get("sliding_window") is not None:
+        return 2 * read_int(config, "sliding_window")
+    return read_int(config, "local_attention", 128)
+
+
 def read_bases(config: Config) -> list[float]:
     """The bases of the rotary frequencies of layers that see all, and of those with a window.
 
-    They stand in `rope_parameters`, or before transformers 5 in `global_rope_theta` and `local_rope_theta`.
+    They stand in `rope_parameters`, or before transformers 5 in `global_rope_theta` and `local_rope_theta`. What
+    `rope_scaling` says counts for both.
     """
-    given = config.get("rope_parameters")
-    given = {} if given is None else given
-    scaling = config.get("rope_scaling")
-    parts = [(name, given.get(name) if isinstance(given, Mapping) else given) for name in KINDS]
-    for name, part in [*parts, ("rope_scaling", scaling)]:
-        if part is not None and not isinstance(part, Mapping):
-            raise CheckpointError(f"config.json: {name} must be an object", received=repr(part)[:80])
-        choose(part or {}, "rope_type" if "type" not in (part or {}) else "type", {"default": None}, "default")
-    defaults = (
-        read_float(config, "global_rope_theta", 160000.0),
-        read_float(config, "local_rope_theta", 10000.0),
-    )
-    return [read_float(part or {}, "rope_theta", base) for (_, part), base in zip(parts, defaults, strict=True)]
-
-
-KINDS = ("full_attention", "sliding_attention")
+    parameters, scaling = (read_object(config, name) for name in ("rope_parameters", "rope_scaling"))
+    bases = []
+    for name, key, base in (
+        ("full_attention", "global_rope_theta", 160000.0),
+        ("sliding_attention", "local_rope_theta", 10000.0),
+    ):
+        part = layered(scaling, read_object(parameters, name))
+        for kind in ("rope_type", "type"):
+            choose(part, kind, {"default": None}, "default")
+        bases.append(read_float(part, "rope_theta", read_float(config, key, base)))
+    return bases
 
 
 def checkpoint(config: Config) -> Table:
     """Hugging Face's names, which keep queries, keys and values in one matrix, and what is gated with its gate."""
     dim, hidden = read_int(config, "hidden_size", 768), read_int(config, "intermediate_size", 1152)
-    layer = "layers.{i}"
+    layer, word = "layers.{i}", "embeddings.tok_embeddings.weight"
+    masked_lm = choose_architecture(config, ARCHITECTURES) == "masked_lm"
     table: dict[str, Entry] = {
-        "embeddings.word.weight": "embeddings.tok_embeddings.weight",
+        "embeddings.word.weight": Tied((word, "decoder.weight")) if masked_lm else word,
         "logits.weight": "classifier.weight",
         "logits.bias": ("classifier.bias", "decoder.bias"),
     }
@@ -208,15 +215,18 @@ def checkpoint(config: Config) -> Table:
         }
     )
     for part in ("weight", "bias"):
-        for n, name in enumerate("qkv"):
-            table[f"layer.{{i}}.attn.{name}.{part}"] = Source(
-                f"{layer}.attn.Wqkv.{part}", rows=(n * dim, (n + 1) * dim)
-            )
-        for n, name in enumerate(("gate", "up")):
-            table[f"layer.{{i}}.mlp.{name}.{part}"] = Source(
-                f"{layer}.mlp.Wi.{part}", rows=(n * hidden, (n + 1) * hidden)
-            )
+        names = [f"layer.{{i}}.attn.{name}.{part}" for name in "qkv"]
+        table |= consecutive(f"{layer}.attn.Wqkv.{part}", dict.fromkeys(names, dim))
+        names = [f"layer.{{i}}.mlp.{name}.{part}" for name in ("gate", "up")]
+        table |= consecutive(f"{layer}.mlp.Wi.{part}", dict.fromkeys(names, hidden))
     return table
 
 
-FAMILY = Family("modernbert", modernbert, ("modernbert",), from_config, checkpoint, prefixes=("", "model."))
+FAMILY = Family(
+    "modernbert", modernbert, ("modernbert",), from_config, checkpoint,
+    prefixes=("", "model."), irrelevant={
+        "max_position_embeddings": "rotary positions have no end",
+        "layer_norm_eps": "the library reads norm_eps",
+    },
+    padding=padding_rows("embeddings.word.weight", default=50283),
+)  # fmt: skip

@@ -5,10 +5,18 @@ from __future__ import annotations
 from typing import Annotated
 
 import treadle.frontends.language as t
-from treadle.frontends.binding import Entry, Source, Table
+from treadle.frontends.binding import Entry, Source, Table, Tied
 from treadle.ir.errors import FrontendError
 from treadle.models.bert import block, embed_tokens, pool, read_encoder, unmask
-from treadle.models.family import Config, Family, choose_architecture, read_int, require, weights_and_biases
+from treadle.models.family import (
+    Config,
+    Family,
+    choose_architecture,
+    padding_rows,
+    read_int,
+    require,
+    weights_and_biases,
+)
 
 HEADS = ("pooler", "masked_lm", "classifier", "token_classifier")
 
@@ -73,6 +81,7 @@ def mpnet(
 
 def from_config(config: Config) -> t.Model:
     """Read a Hugging Face MPNetConfig; its `architectures` choose the head."""
+    require(config, is_causal=False)
     require(config, relative_attention_num_buckets=_BUCKETS)  # their class counts 32 whatever it says
     head = choose_architecture(config, ARCHITECTURES)
     if head == "masked_lm":
@@ -86,14 +95,15 @@ def from_config(config: Config) -> t.Model:
 
 def checkpoint(config: Config) -> Table:
     """Hugging Face's names; the rows of positions that no token has are left out."""
-    block = "encoder.layer.{i}"
+    block, word, positions = "encoder.layer.{i}", "embeddings.word_embeddings.weight", _positions(config)
+    masked_lm = choose_architecture(config, ARCHITECTURES) == "masked_lm"
     table: dict[str, Entry] = {
-        "embeddings.word.weight": "embeddings.word_embeddings.weight",
+        "embeddings.word.weight": Tied((word, "lm_head.decoder.weight")) if masked_lm else word,
         "embeddings.position.weight": Source(
-            "embeddings.position_embeddings.weight", rows=(_FIRST, _positions(config))
+            "embeddings.position_embeddings.weight", rows=(_FIRST, positions), of=positions
         ),
         "distance.weight": "encoder.relative_attention_bias.weight",
-        "masked_lm.logits.bias": ("lm_head.bias", "lm_head.decoder.bias"),
+        "masked_lm.logits.bias": Tied(("lm_head.bias", "lm_head.decoder.bias")),
     }
     modules = {
         "embeddings.norm": "embeddings.LayerNorm",
@@ -117,4 +127,12 @@ def _positions(config: Config) -> int:
     return read_int(config, "max_position_embeddings", 512, least=_FIRST + 1)
 
 
-FAMILY = Family("mpnet", mpnet, ("mpnet",), from_config, checkpoint, prefixes=("", "mpnet."))
+FAMILY = Family(
+    "mpnet",
+    mpnet,
+    ("mpnet",),
+    from_config,
+    checkpoint,
+    prefixes=("", "mpnet."),
+    padding=padding_rows("embeddings.word.weight", default=1),
+)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Annotated
 
 import treadle.frontends.language as t
-from treadle.frontends.binding import Source, Table
+from treadle.frontends.binding import Source, Table, Tied
 from treadle.models.family import (
     Config,
     Family,
     choose,
     choose_architecture,
+    padding_rows,
     read_flag,
     read_int,
     read_layers,
@@ -64,10 +65,11 @@ def opt(
 def from_config(config: Config) -> t.Model:
     """Read a Hugging Face OPTConfig."""
     choose_architecture(config, {"OPTForCausalLM": opt})
-    require(config, layer_norm_elementwise_affine=True, tie_word_embeddings=True)
+    require(config, layer_norm_elementwise_affine=True, tie_word_embeddings=True, is_causal=True)
     dim = read_int(config, "hidden_size")
     embedding = read_int(config, "word_embed_proj_dim", dim)
     before = read_flag(config, "do_layer_norm_before", True)
+    no_last = read_flag(config, "_remove_final_layer_norm", False)
     return opt.configure(
         vocab=read_int(config, "vocab_size"),
         context=read_int(config, "max_position_embeddings"),
@@ -79,7 +81,7 @@ def from_config(config: Config) -> t.Model:
         act=choose(config, "activation_function", ACTIVATIONS, "relu"),
         bias=read_flag(config, "enable_bias", True),
         norm_before=before,
-        last_norm=before and not read_flag(config, "_remove_final_layer_norm", False),
+        last_norm=before and not no_last,
     )
 
 
@@ -97,10 +99,18 @@ def checkpoint(config: Config) -> Table:
         "norm": "final_layer_norm",
     }
     table = weights_and_biases(modules)
-    table["word.weight"] = "embed_tokens.weight"
-    rows = (2, 2 + read_int(config, "max_position_embeddings"))
-    table["position.weight"] = Source("embed_positions.weight", rows=rows)
+    table["word.weight"] = Tied(("embed_tokens.weight", "lm_head.weight"))
+    end = 2 + read_int(config, "max_position_embeddings")
+    table["position.weight"] = Source("embed_positions.weight", rows=(2, end), of=end)
     return table
 
 
-FAMILY = Family("opt", opt, ("opt",), from_config, checkpoint, prefixes=("model.decoder.", "decoder.", ""))
+FAMILY = Family(
+    "opt",
+    opt,
+    ("opt",),
+    from_config,
+    checkpoint,
+    prefixes=("model.decoder.", "decoder.", ""),
+    padding=padding_rows("word.weight", default=1),
+)

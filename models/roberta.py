@@ -8,9 +8,17 @@ from __future__ import annotations
 from typing import Annotated
 
 import treadle.frontends.language as t
-from treadle.frontends.binding import Entry, Source, Table
+from treadle.frontends.binding import Entry, Source, Table, Tied
 from treadle.models import bert as base
-from treadle.models.family import Config, Family, choose_architecture, read_int, require, weights_and_biases
+from treadle.models.family import (
+    Config,
+    Family,
+    choose_architecture,
+    padding_rows,
+    read_int,
+    require,
+    weights_and_biases,
+)
 
 ARCHITECTURES = {
     f"{prefix}{name}": head
@@ -56,7 +64,7 @@ def roberta(
 
 def from_config(config: Config) -> t.Model:
     """Read a Hugging Face RobertaConfig, XLMRobertaConfig or CamembertConfig; its `architectures` choose the head."""
-    require(config, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
+    base.require_encoder(config)
     head = choose_architecture(config, ARCHITECTURES)
     if head == "masked_lm":
         require(config, tie_word_embeddings=True, hidden_act="gelu")  # the head's own is always gelu
@@ -71,10 +79,13 @@ def from_config(config: Config) -> t.Model:
 
 def checkpoint(config: Config) -> Table:
     """BERT's names, but for the heads; the rows of positions that no token has are left out."""
+    word, positions = "embeddings.word_embeddings.weight", _positions(config)
+    masked_lm = choose_architecture(config, ARCHITECTURES) == "masked_lm"
     table: dict[str, Entry] = {
-        **base.checkpoint(config),
-        "embeddings.position.weight": Source("embeddings.position_embeddings.weight", rows=_positions(config)),
-        "masked_lm.logits.bias": ("lm_head.bias", "lm_head.decoder.bias"),
+        **base.name_encoder(),
+        "embeddings.word.weight": Tied((word, "lm_head.decoder.weight")) if masked_lm else word,
+        "embeddings.position.weight": Source("embeddings.position_embeddings.weight", rows=positions, of=positions[1]),
+        "masked_lm.logits.bias": Tied(("lm_head.bias", "lm_head.decoder.bias")),
     }
     modules = {
         "masked_lm.transform": "lm_head.dense",
@@ -95,5 +106,11 @@ def _positions(config: Config) -> tuple[int, int]:
 
 
 FAMILY = Family(
-    "roberta", roberta, ("roberta", "xlm-roberta", "camembert"), from_config, checkpoint, prefixes=("", "roberta.")
+    "roberta",
+    roberta,
+    ("roberta", "xlm-roberta", "camembert"),
+    from_config,
+    checkpoint,
+    prefixes=("", "roberta."),
+    padding=padding_rows("embeddings.word.weight", default=1),
 )

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import treadle.frontends.language as t
-from treadle.frontends.binding import Entry, Source, Table
+from treadle.frontends.binding import Entry, Table, consecutive
 from treadle.ir.errors import CheckpointError
 from treadle.models.clip import read_part, unit
 from treadle.models.family import (
@@ -23,6 +23,7 @@ from treadle.models.family import (
     read_float,
     read_int,
     read_layers,
+    require,
     weights_and_biases,
 )
 from treadle.models.vit import ACTIVATIONS, block, embed_patches, read_image
@@ -194,6 +195,7 @@ def read_vision(config: Config) -> dict[str, Any]:
 
 
 def _read_encoder(config: Config) -> dict[str, Any]:
+    require(config, is_causal=False)
     return {
         "dim": read_int(config, "hidden_size", 768),
         "heads": read_int(config, "num_attention_heads", 12),
@@ -227,10 +229,8 @@ def _encoder_table(config: Config, prefix: str) -> dict[str, Entry]:
         "pooler.query": f"{pooler}.probe",
     }
     for part in ("weight", "bias"):
-        for n, name in enumerate("qkv"):
-            table[f"pooler.attn.{name}.{part}"] = Source(
-                f"{pooler}.attention.in_proj_{part}", rows=(n * dim, (n + 1) * dim)
-            )
+        names = [f"pooler.attn.{name}.{part}" for name in "qkv"]
+        table |= consecutive(f"{pooler}.attention.in_proj_{part}", dict.fromkeys(names, dim))
     modules = {
         "embeddings.patch": f"{prefix}embeddings.patch_embedding",
         "layer.{i}.attn.q": f"{layer}.self_attn.q_proj",
@@ -255,4 +255,5 @@ def _encoder_table(config: Config, prefix: str) -> dict[str, Entry]:
 FAMILY = Family(
     "siglip", siglip, ("siglip", "siglip_text_model", "siglip_vision_model"), from_config, checkpoint,
     prefixes=("", "text_model.", "vision_model."),
+    irrelevant={"text_config": "SiglipForImageClassification reads images alone"},
 )  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import treadle.frontends.language as t
-from treadle.frontends.binding import Entry, Table
+from treadle.frontends.binding import Entry, Table, Tied
 from treadle.models.family import (
     Config,
     Family,
@@ -18,14 +18,18 @@ from treadle.models.family import (
     read_float,
     read_int,
     read_layers,
+    require,
 )
 
+ACTIVATIONS = {"relu": t.relu, "gelu": t.gelu, "gelu_new": t.gelu_tanh, "silu": t.silu}
+
 FEED_FORWARD = {
-    "relu": {"act": t.relu, "gated": False},
-    "gelu": {"act": t.gelu, "gated": False},
-    "gated-gelu": {"act": t.gelu_tanh, "gated": True},
-    "gated-silu": {"act": t.silu, "gated": True},
+    "relu": ("relu", False),
+    "gelu": ("gelu", False),
+    "gated-gelu": ("gelu_new", True),
+    "gated-silu": ("silu", True),
 }
+"""The values of `feed_forward_proj`: the activation, and whether the network is gated."""
 
 
 @t.model
@@ -125,6 +129,7 @@ def from_config(config: Config) -> t.Model:
     mt5 = config.get("model_type") == "mt5"
     layers = read_layers(config, "num_layers")
     model: t.Model = choose_architecture(config, ARCHITECTURES)
+    require(config, is_causal=None, is_decoder=False)
     model = model.configure(
         vocab=read_int(config, "vocab_size"),
         dim=read_int(config, "d_model"),
@@ -135,9 +140,10 @@ def from_config(config: Config) -> t.Model:
         buckets=read_int(config, "relative_attention_num_buckets", 32, most=256),
         max_distance=read_int(config, "relative_attention_max_distance", 128, most=4096),
         eps=read_float(config, "layer_norm_epsilon", 1e-6),
-        **choose(config, "feed_forward_proj", FEED_FORWARD, "gated-gelu" if mt5 else "relu"),
+        **read_feed_forward(config),
     )
     if model.name == "t5":
+        require(config, is_encoder_decoder=True)
         model = model.configure(
             decoder_layers=read_layers(config, "num_decoder_layers", layers),
             tied=not mt5 and read_flag(config, "scale_decoder_outputs", _may_lack_output(config)),
@@ -145,12 +151,23 @@ def from_config(config: Config) -> t.Model:
     return model
 
 
+def read_feed_forward(config: Config) -> dict[str, Any]:
+    """The options `act` and `gated`. Files repeat the halves of `feed_forward_proj`, and what they say there counts."""
+    usual = "gated-gelu" if config.get("model_type") == "mt5" else "relu"
+    act, gated = choose(config, "feed_forward_proj", FEED_FORWARD, usual)
+    return {
+        "act": choose(config, "dense_act_fn", ACTIVATIONS, act),
+        "gated": read_flag(config, "is_gated_act", gated),
+    }
+
+
 def checkpoint(config: Config) -> Table:
     """Hugging Face's names. The first block of a stack holds the bias by distance that all of its blocks share."""
     table: dict[str, Entry] = {
-        "shared.weight": ("shared.weight", "encoder.embed_tokens.weight"),
+        "shared.weight": Tied(("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")),
         "lm_head.weight": ("lm_head.weight", "shared.weight") if _may_lack_output(config) else "lm_head.weight",
     }
+    up = "wi_1" if read_feed_forward(config)["gated"] else "wi"
     for stack, last in (("encoder", 1), ("decoder", 2)):
         block = f"{stack}.block.{{i}}"
         table |= {
@@ -160,7 +177,7 @@ def checkpoint(config: Config) -> Table:
             f"{block}.cross_norm.weight": f"{block}.layer.1.layer_norm.weight",
             f"{block}.mlp_norm.weight": f"{block}.layer.{last}.layer_norm.weight",
             f"{block}.mlp.gate.weight": f"{block}.layer.{last}.DenseReluDense.wi_0.weight",
-            f"{block}.mlp.up.weight": tuple(f"{block}.layer.{last}.DenseReluDense.{n}.weight" for n in ("wi", "wi_1")),
+            f"{block}.mlp.up.weight": f"{block}.layer.{last}.DenseReluDense.{up}.weight",
             f"{block}.mlp.down.weight": f"{block}.layer.{last}.DenseReluDense.wo.weight",
         }
         for ours, theirs in zip(("q", "k", "v", "out"), "qkvo", strict=True):
@@ -178,4 +195,18 @@ def _may_lack_output(config: Config) -> bool:
     return read_flag(config, "tie_word_embeddings", True)
 
 
-FAMILY = Family("t5", t5, ("t5", "mt5"), from_config, checkpoint)
+ALIASES = {
+    "hidden_size": "d_model",
+    "num_attention_heads": "num_heads",
+    "num_hidden_layers": "num_layers",
+    "head_dim": "d_kv",
+}
+
+FAMILY = Family(
+    "t5", t5, ("t5", "mt5"), from_config, checkpoint,
+    aliases=dict.fromkeys(("t5", "mt5"), ALIASES),
+    irrelevant={
+        "n_positions": "positions by distance have no end",
+        **dict.fromkeys(("num_decoder_layers", "scale_decoder_outputs"), "T5EncoderModel has no decoder, MT5 no scale"),
+    },
+)  # fmt: skip

@@ -22,6 +22,7 @@ from treadle.models.family import (
     read_int,
     read_layers,
     require,
+    require_head_dim,
     weights_and_biases,
 )
 
@@ -120,6 +121,8 @@ def from_config(config: Config) -> t.Model:
     """Read a Hugging Face ViTConfig or DeiTConfig; its `architectures` choose the head."""
     kind = config["model_type"]
     dim = read_int(config, "hidden_size")
+    require(config, is_causal=False)
+    require_head_dim(config, dim // read_int(config, "num_attention_heads"))
     require(config, qkv_bias=True, pooler_act="tanh", pooler_output_size=dim)
     height, width, patch = read_image(config)
     return vit.configure(
@@ -185,4 +188,7 @@ def checkpoint(config: Config) -> Table:
     return table | weights_and_biases(modules)
 
 
-FAMILY = Family("vit", vit, ("vit", "deit"), from_config, checkpoint, prefixes=("", "vit.", "deit."))
+FAMILY = Family(
+    "vit", vit, ("vit", "deit"), from_config, checkpoint,
+    prefixes=("", "vit.", "deit."), irrelevant={"encoder_stride": "is of the class that fills in masked patches"},
+)  # fmt: skip

@@ -10,15 +10,16 @@ from typing import Annotated
 
 import treadle.frontends.language as t
 from treadle.files.shown_names import printable
-from treadle.frontends.binding import Entry, Source, Table
+from treadle.frontends.binding import Entry, Table, Tied, consecutive
 from treadle.frontends.ctranslate2_file import CTranslate2File
 from treadle.ir.errors import CheckpointError
-from treadle.models.bart import name_blocks
+from treadle.models.bart import ALIASES, name_blocks
 from treadle.models.family import (
     Config,
     Family,
     choose,
     choose_architecture,
+    padding_rows,
     read_int,
     read_layers,
     require,
@@ -98,6 +99,7 @@ def whisper(
 def from_config(config: Config) -> t.Model:
     """Read a Hugging Face WhisperConfig. Of large-v3, whose spectrogram has 128 bands, it says so."""
     choose_architecture(config, {"WhisperForConditionalGeneration": whisper})
+    require(config, is_causal=None, is_encoder_decoder=True)
     require(config, num_mel_bins=MELS, scale_embedding=False, tie_word_embeddings=True)
     return whisper.configure(
         vocab=read_int(config, "vocab_size"),
@@ -118,7 +120,7 @@ def checkpoint(config: Config) -> Table:
     """Hugging Face's names: BART's for the layers."""
     table: dict[str, Entry] = {
         **name_blocks(),
-        "decoder.tokens.weight": ("decoder.embed_tokens.weight", "proj_out.weight"),
+        "decoder.tokens.weight": Tied(("decoder.embed_tokens.weight", "proj_out.weight")),
     }
     for stack in ("encoder", "decoder"):
         table[f"{stack}.positions.weight"] = f"{stack}.embed_positions.weight"
@@ -126,7 +128,18 @@ def checkpoint(config: Config) -> Table:
     return table
 
 
-FAMILY = Family("whisper", whisper, ("whisper",), from_config, checkpoint, prefixes=("", "model."))
+FAMILY = Family(
+    "whisper", whisper, ("whisper",), from_config, checkpoint,
+    prefixes=("", "model."),
+    aliases={"whisper": {**ALIASES, "num_key_value_heads": "encoder_attention_heads"}},
+    irrelevant={
+        "median_filter_width": "is of timestamps of words",
+        "alignment_heads": "is of timestamps of words",
+        **dict.fromkeys(("use_weighted_layer_sum", "classifier_proj_size"), "is of another class, for audio"),
+    },
+    padding=padding_rows("decoder.tokens.weight", default=50256),
+    buffers=("encoder.positions.weight",),
+)  # fmt: skip
 
 
 # -- CTranslate2 -----------------------------------------------------------------------------------------------
@@ -202,10 +215,9 @@ def ctranslate2_table(dim: int) -> Table:
             table[f"{ours}.weight".format(**places)] = f"{theirs}/{weight}".format(**places)
             table[f"{ours}.bias".format(**places)] = f"{theirs}/{bias}".format(**places)
         for ours, (theirs, parts) in fused.items():
-            for i, name in enumerate(parts):
-                for part in ("weight", "bias"):
-                    source = Source(f"{theirs}/{part}".format(**places), rows=(i * dim, (i + 1) * dim))
-                    table[f"{ours}.{name}.{part}".format(**places)] = source
+            for part in ("weight", "bias"):
+                names = [f"{ours}.{name}.{part}".format(**places) for name in parts]
+                table |= consecutive(f"{theirs}/{part}".format(**places), dict.fromkeys(names, dim))
     return table
 
 

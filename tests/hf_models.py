@@ -373,6 +373,7 @@ _INPUTS = {
     "decoder_tokens": "decoder_input_ids",
     "token_types": "token_type_ids",
     "pixels": "pixel_values",
+    "mel": "input_features",
 }
 _OUTPUTS = [
     ("logits", "logits"),

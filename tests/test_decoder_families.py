@@ -78,7 +78,8 @@ def test_equals_hugging_face_whole_and_stepped(saved: Saved, backend: str) -> No
 
 
 def test_takes_every_tensor(saved: Saved) -> None:
-    assert resolve(saved.folder).unused == ()
+    resolved = resolve(saved.folder)
+    assert resolved.unused == resolved.unread == ()
 
 
 def test_attention_is_found_in_each_layer(saved: Saved) -> None:

@@ -15,8 +15,9 @@ from treadle.ir.errors import GraphError
 from treadle.ir.graph import Graph, Value
 from treadle.ir.interpreter import interpret
 from treadle.ir.op_registry import OPS, op
-from treadle.ir.operation import Composite, Operand
+from treadle.ir.operation import Composite, Operand, Primitive
 from treadle.ir.transforms.differentiate import backward, body_gradient
+from treadle.ir.transforms.gradients import gradient_graph
 from treadle.ir.transforms.inline import inline_calls
 from treadle.ir.types import boolean
 from treadle.ir.verifier import verify
@@ -227,6 +228,51 @@ def test_no_gradient_passes_what_is_constant_between_steps() -> None:
     assert gradient_of(lambda b, x: b.where(x > 0.0, x * 3.0, 0.0), x=X)["x"].tolist() == [3.0, 0.0, 3.0]
     by_index = gradient_of(lambda b, x: b.gather(x, b.argmax(x, axis=0), axis=0), x=X)
     assert by_index["x"].tolist() == [0.0, 0.0, 1.0]
+
+
+def test_an_op_without_a_gradient_is_refused_with_the_users_line() -> None:
+    """Alone and within a body; not where no gradient is wanted of it."""
+    try:
+
+        @op("test_bare", axes="... -> ...", dtypes="f -> f")
+        class Bare(Primitive):
+            """y = 3 x, with no gradient defined"""
+
+            x = Operand()
+
+            def reference(self, x: Any) -> Any:
+                return 3 * x
+
+        @op("test_around", axes="..., i -> ...", dtypes="f, i -> f")
+        class Around(Composite):
+            """y = 3 x + 3 i, of which i is an integer"""
+
+            x = Operand()
+            i = Operand()
+            inside: bool = True
+
+            def body(self, b: Builder, x: Expr, i: Expr) -> Any:
+                shift = b.reduce_sum(b.apply("test_bare", i.cast(x.dtype)), axes=(0,))
+                return (b.apply("test_bare", x) if self.inside else x * 3.0) + shift
+
+        told = r"op test_bare has no gradient: its class does not define `gradient`\n  from      .*test_differentiate"
+        with pytest.raises(GraphError, match=told):
+            gradient_of(lambda b, x: b.apply("test_bare", x), x=X)
+        with pytest.raises(GraphError, match=told):
+            gradient_of(lambda b, x: b.apply("test_around", x, b.iota(size=2)), x=X)
+        found = gradient_of(lambda b, x: b.apply("test_around", x, b.iota(size=2), inside=False), x=X)
+        assert found["x"].tolist() == [3.0, 3.0, 3.0]
+
+        @t.model
+        def model(x: t.f32["B 4"]):
+            return {"loss": t.reduce_sum(t.test_bare(t.linear(x, 2, name="w")), axes=(0, 1))}
+
+        graph = model.graph()
+        with pytest.raises(GraphError, match=told):
+            gradient_graph(graph, "loss", list(graph.parameters))
+    finally:
+        for name in ("test_bare", "test_around"):
+            OPS.pop(name, None)
 
 
 def test_broadcasting_sums() -> None:

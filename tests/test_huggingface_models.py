@@ -137,8 +137,13 @@ def test_equals_hugging_face(saved: Saved, runner: str) -> None:
 
 
 def test_takes_every_tensor(saved: Saved) -> None:
-    """What a folder holds and the model leaves is the pooler, where nothing asks for it, and DINOv2's masked patch."""
-    unused = saved.resolve().unused
+    """What a folder holds and the model leaves is the pooler, where nothing asks for it, and DINOv2's masked patch.
+
+    Every key is known.
+    """
+    resolved = saved.resolve()
+    assert resolved.unread == ()
+    unused = resolved.unused
     masks = [name for name in unused if name.endswith("embeddings.mask_token")]
     assert len(masks) == (1 if saved.name.startswith("dinov2") else 0)
     poolers = [name for name in unused if name not in masks]

@@ -67,7 +67,7 @@ def scaled(cache: KernelCache, kernel: Scale, count: int = 5) -> np.ndarray:
 def test_a_version_is_that_of_every_module_of_the_generators() -> None:
     """Those of folders below, too: code that an older one made must not be found under the same key."""
     kernels = ROOT / "backends" / "tvm" / "kernels"
-    hashed = [path for path in map(str, kernel_cache._sources()) if "/kernels/" in path]
+    hashed = [path for path in map(str, kernel_cache._sources()) if "/tvm/kernels/" in path]
     assert sorted(hashed) == sorted(str(path) for path in kernels.rglob("*.py"))
     assert any("/arithmetic/" in path for path in hashed)
 
@@ -237,7 +237,7 @@ def test_targets_name_instruction_sets() -> None:
 def test_a_kernel_is_read_as_tvm_script() -> None:
     text = tvm_script(Scale(2.0), host_isa())
     assert text.startswith("@T.prim_func")
-    assert "y[i] = x[i] * T.float32(2.0)" in text.replace("p]", "i]").replace("[p", "[i")
+    assert "x[i] * T.float32(2.0))" in text.replace("p]", "i]").replace("[p", "[i")
 
 
 def test_threads_are_the_callers_choice(monkeypatch: pytest.MonkeyPatch) -> None:

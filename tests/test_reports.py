@@ -145,6 +145,10 @@ def test_tensors_that_are_not_used() -> None:
         unused = replace(made, unused=tuple(f"t{i}" for i in range(count)))
         assert list(compiled_lines(unused, 1.0))[-1].endswith(told)
         assert compiled_facts(unused, 1.0)["unused"] == [f"t{i}" for i in range(count)]
+    unread = replace(made, unread=("rope_parameters.mscale",))
+    told = f"1 key of config.json that {made.name} does not know: rope_parameters.mscale"
+    assert list(compiled_lines(unread, 1.0))[-1] == told
+    assert compiled_facts(unread, 1.0)["unread"] == ["rope_parameters.mscale"]
 
 
 def test_a_pipe_has_a_width_and_lines_whole(monkeypatch: pytest.MonkeyPatch) -> None:

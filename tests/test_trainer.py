@@ -110,6 +110,48 @@ def test_a_model_of_the_hub_is_trained_as_by_pytorch(name: str, tmp_path: Path) 
         np.testing.assert_allclose(array, after[weight], rtol=0, atol=2e-5 * max(1, abs(array).max()), err_msg=weight)
 
 
+@pytest.mark.parametrize("name", ["bert-masked-lm", "bart", "albert-masked-lm", "llama"])
+def test_rows_of_padding_and_buffers_are_trained_as_by_pytorch(name: str, tmp_path: Path) -> None:
+    """Padding among the tokens gives its row of the table no gradient; logits that are tied to the table do."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from tests.hf_models import save
+
+    model = save(name, tmp_path / "before")
+    if name == "llama":  # which has no such row by default
+        model.config.pad_token_id = model.model.embed_tokens.padding_idx = 5
+        model.save_pretrained(tmp_path / "before")
+    pad = model.get_input_embeddings().padding_idx
+    trainer = Trainer(tmp_path / "before", optimizer=SGD(), rate=1.0, clip=None)
+    batch = batch_of(trainer, 0, rows=3, length=6)
+    tokens = [key for key in batch if key.endswith("tokens")]
+    for key in tokens:
+        batch[key][:, ::2] = pad
+    before = {weight: array.copy() for weight, array in trainer.weights.items()}
+    train_in_torch(model, [batch], SGD(), 1.0, None)
+    trainer.step(**batch)
+    model.save_pretrained(tmp_path / "after")
+    after = resolve(tmp_path / "after").weights
+    assert after is not None
+    for weight, array in trainer.weights.items():
+        within = 2e-5 * max(1, abs(array).max())
+        np.testing.assert_allclose(array, after[weight], rtol=0, atol=within, err_msg=weight)
+    if name == "bart":
+        np.testing.assert_array_equal(trainer.weights["logits_bias"], before["logits_bias"])
+        assert Trainer(tmp_path / "before", trained="logits_bias").trained == ("logits_bias",)
+
+
+def test_the_row_of_padding_of_a_torch_module_gets_no_gradient() -> None:
+    torch = pytest.importorskip("torch")
+    module = torch.nn.Sequential(torch.nn.Embedding(7, 4, padding_idx=2), torch.nn.Linear(4, 7)).eval()
+    tokens = torch.tensor([[1, 2, 3], [2, 2, 5]])
+    trainer = Trainer(t.from_torch(module, (tokens,)), optimizer=SGD(), rate=1.0, clip=None)
+    before = {weight: array.copy() for weight, array in trainer.weights.items()}
+    trainer.step(input=tokens.numpy(), targets=np.array([[0, 1, 2], [3, 4, 5]]))
+    changed = np.any(trainer.weights["0.weight"] != before["0.weight"], axis=1)
+    assert changed.tolist() == [False, True, False, True, False, True, False]
+
+
 # -- ways to the same weights ------------------------------------------------------------------------------------------
 
 

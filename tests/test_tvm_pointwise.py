@@ -224,6 +224,9 @@ def _sigmoid(x: Array) -> Array:
 EXACT: Mapping[str, tuple[Callable[..., Array], float, float, float]] = {
     "exp": (np.exp, -110, 95, 1.1),
     "log": (np.log, 0.2, 5, 1.1),
+    "expm1": (np.expm1, -20, 95, 4),
+    "log1p": (np.log1p, -1, 9, 4),
+    "softplus": (lambda x: np.logaddexp(x, 0), -110, 110, 6),
     "tanh": (np.tanh, -10, 10, 7),
     "erf": (erf, -5, 5, 7),
     "sin": (np.sin, -100, 100, 0.7),

@@ -39,6 +39,7 @@ class Compiled:
     target      the target that it was compiled for
     weights     the weights by name, read-only (`treadle.held_weights`); memory-mapped if they come from a checkpoint
     unused      tensors of the checkpoint that the model does not use
+    unread      the keys of config.json that the model's family does not know
     seed        the seed of random weights, or None if a checkpoint or the caller provided them
 
     If inputs determine shapes, this is a `treadle.specializing.Specializing`, with a graph for each of their values.
@@ -52,6 +53,7 @@ class Compiled:
     weights: Mapping[str, Array]
     unused: tuple[str, ...] = ()
     seed: int | None = None
+    unread: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", HeldWeights(self.weights))

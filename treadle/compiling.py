@@ -116,7 +116,9 @@ def compile(
         optimized = replace(optimized, lowered=lowered)
         if debug_level() >= 4:
             print(executable.source, file=sys.stderr)
-        return Compiled(resolved.name, optimized, executable, backend, where, bound, resolved.unused, drawn)
+        return Compiled(
+            resolved.name, optimized, executable, backend, where, bound, resolved.unused, drawn, resolved.unread
+        )
 
     if isinstance(model, Model):
         _refuse_misspelt(config, model)

@@ -29,7 +29,7 @@ from treadle.frontends.ctranslate2_file import CTranslate2File, find_ctranslate2
 from treadle.frontends.declarations import Model
 from treadle.frontends.deferred_arrays import DeferredArray
 from treadle.frontends.gguf_file import GGUFFile
-from treadle.frontends.huggingface import Checkpoint, open_checkpoint
+from treadle.frontends.huggingface import open_checkpoint
 from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
 from treadle.frontends.onnx_import.file import OnnxFile
 from treadle.frontends.torch_export.model import TorchModel
@@ -59,8 +59,11 @@ class Resolved:
 
     weights  None where no checkpoint gives any: they start at their initial values
     unused   tensors of the checkpoint that the model does not take
+    unread   keys of config.json that the family does not know (`ReadConfig.unread`)
     folder   the checkpoint's folder, or its GGUF file, if there is one
     blocks   the type in which each weight is stored in a GGUF file: "q4_1", "f32", ...
+    padding  rows of embedding tables that get no gradient where they are read, by the weights' names
+    learned  the weights that training changes if nothing is said; None: all
     """
 
     name: str
@@ -70,6 +73,9 @@ class Resolved:
     unused: tuple[str, ...] = ()
     folder: Path | None = None
     blocks: Mapping[str, str] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+    padding: Mapping[str, int] = field(default_factory=dict)
+    learned: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -197,7 +203,7 @@ def _resolve(
         if config or inputs:
             raise UsageError("a graph takes no configuration", received=", ".join([*config, *(inputs or ())]))
         if isinstance(model, TorchModel):
-            return Resolved(model.name, model.graph, None, model.weights)
+            return Resolved(model.name, model.graph, None, model.weights, learned=model.learned)
         return Resolved(model.name, model)
     if isinstance(model, Model):
         configured = model.configure(inputs=inputs, **config)
@@ -291,27 +297,28 @@ def find_folder(model: str | Path) -> Path:
     return folder
 
 
-def load_weights(
-    graph: Graph, checkpoint: Checkpoint, deferred: bool = False
-) -> tuple[dict[str, Array], tuple[str, ...]]:
-    """The graph's weights out of a checkpoint, memory-mapped, and the tensors that it leaves unused."""
-    family = family_of(checkpoint.config)
-    wanted = {name: (v.type.static_shape or (), v.type.dtype) for name, v in graph.parameters.items()}
-    binding = bind(
-        wanted, family.checkpoint(checkpoint.config), checkpoint, prefixes=family.prefixes, deferred=deferred
-    )
-    return binding.arrays, binding.unused
-
-
 def _from_folder(
     folder: Path, inputs: Sequence[str] | None, config: Mapping[str, Any], limits: Limits, deferred: bool
 ) -> Resolved:
     checkpoint = open_checkpoint(folder, limits)
     family = family_of(checkpoint.config)
-    declared = family.from_config(checkpoint.config).configure(inputs=inputs, **config)
+    read = family.read(checkpoint.config)
+    declared = read.model.configure(inputs=inputs, **config)
     graph = declared.graph()
-    weights, unused = load_weights(graph, checkpoint, deferred)
-    return Resolved(family.name, graph, declared, weights, unused, folder)
+    wanted = {name: (v.type.static_shape or (), v.type.dtype) for name, v in graph.parameters.items()}
+    binding = bind(wanted, read.table, checkpoint, prefixes=family.prefixes, deferred=deferred)
+    learned = tuple(name for name in graph.parameters if name not in family.buffers)
+    return Resolved(
+        family.name,
+        graph,
+        declared,
+        binding.arrays,
+        binding.unused,
+        folder,
+        unread=read.unread,
+        padding=family.padding(checkpoint.config),
+        learned=learned,
+    )
 
 
 def _from_gguf(

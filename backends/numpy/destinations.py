@@ -87,7 +87,7 @@ _WRITTEN: dict[str, Spelling] = {
 
 _KERNELS = (
     *("linear", "einsum", "embedding", "gather", "pad", "softmax", "log_softmax", "layer_norm", "rms_norm"),
-    *("erf", "gelu", "gelu_tanh", "sigmoid", "silu", "quick_gelu", "rsqrt"),
+    *("erf", "gelu", "gelu_tanh", "sigmoid", "silu", "quick_gelu", "rsqrt", "expm1", "log1p", "softplus"),
 )
 """Ops whose one spelling tells a kernel where to write."""
 

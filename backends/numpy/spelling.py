@@ -64,6 +64,8 @@ SPELLINGS: dict[str, Spelling] = {
     # functions
     "exp": "np.exp({x})",
     "log": "np.log({x})",
+    "expm1": _in_f32("np.expm1({x}{told})"),
+    "log1p": _in_f32("np.log1p({x}{told})"),
     "sqrt": "np.sqrt({x})",
     "rsqrt": _in_f32("kernels.rsqrt({x}{told})"),
     "reciprocal": "1.0 / {x}",
@@ -81,6 +83,7 @@ SPELLINGS: dict[str, Spelling] = {
     "gelu_tanh": _in_f32("kernels.gelu_tanh({x}{told})"),
     "silu": _in_f32("kernels.silu({x}{told})"),
     "quick_gelu": _in_f32("kernels.quick_gelu({x}{told})"),
+    "softplus": _in_f32("np.logaddexp({x}, 0.0{told})"),
     # logic
     "equal": "{x} == {y}",
     "not_equal": "{x} != {y}",

@@ -47,6 +47,22 @@ def in_ops(make: Callable[..., Expr]) -> Spelling:
     return spelled
 
 
+def _log1p(b: Builder, x: Expr) -> Expr:
+    """ln(1 + x), near 0 with the digits that 1 + x loses of x: ln(u) x / (u - 1) with u = 1 + x        (Kahan)"""
+    u = x + 1.0
+    kept = u - 1.0
+    near = b.where(b.equal(kept, 0.0), x, b.log(u) * (x / kept))
+    made: Expr = b.where(b.abs(x) < 1.0, near, b.log(u))
+    return made
+
+
+def _expm1(b: Builder, x: Expr) -> Expr:
+    """e^x - 1, near 0 as 2 t / (1 - t) with t = tanh(x / 2), which keeps all digits of x."""
+    half = b.tanh(x * 0.5)
+    made: Expr = b.where(b.abs(x) < 1.0, 2.0 * half / (1.0 - half), b.exp(x) - 1.0)
+    return made
+
+
 SPELLINGS: dict[str, Spelling] = {
     # arithmetic
     "add": "Add",
@@ -60,6 +76,8 @@ SPELLINGS: dict[str, Spelling] = {
     # functions
     "exp": "Exp",
     "log": "Log",
+    "expm1": in_ops(lambda b, x: _expm1(b, x)),
+    "log1p": in_ops(lambda b, x: _log1p(b, x)),
     "sqrt": "Sqrt",
     "rsqrt": lambda line: line.add("Reciprocal", line.add("Sqrt", line.x)),
     "reciprocal": "Reciprocal",
@@ -77,6 +95,7 @@ SPELLINGS: dict[str, Spelling] = {
     # activations
     "gelu": lambda line: line.add("Gelu", line.x),
     "gelu_tanh": lambda line: line.add("Gelu", line.x, approximate="tanh"),
+    "softplus": lambda line: line.add("Softplus", line.x),
     # logic
     "equal": "Equal",
     "not_equal": lambda line: line.add("Not", line.add("Equal", line.x, line.y)),
@@ -158,6 +177,7 @@ FORMS: dict[str, Form] = {
     "layer_norm": Form(17, _of_known_width),
     "gelu": Form(20, _not_f64),
     "gelu_tanh": Form(20, _not_f64),
+    "softplus": Form(fits=_not_f64),
     "rms_norm": Form(23, _of_known_width),
     "rotary": Form(23, _not_f64),
 }

@@ -45,6 +45,7 @@ _BINARY = {
 }
 _UNARY = {
     **{name: name for name in ("neg", "exp", "log", "sqrt", "reciprocal", "tanh", "erf", "sigmoid", "sin", "cos")},
+    **{name: name for name in ("expm1", "log1p")},
     **{"abs": "abs", "floor": "floor", "round": "round", "logical_not": "bitwise_not"},
 }
 _ELEMENTWISE: dict[str, Spelling] = {

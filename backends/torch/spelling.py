@@ -73,6 +73,8 @@ SPELLINGS: dict[str, Spelling] = {
     # functions
     "exp": "torch.exp({x})",
     "log": "torch.log({x})",
+    "expm1": "torch.expm1({x})",
+    "log1p": "torch.log1p({x})",
     "sqrt": "torch.sqrt({x})",
     "rsqrt": rounded_once("torch.rsqrt({x})"),  # which on a processor takes two steps
     "reciprocal": "torch.reciprocal({x})",
@@ -89,6 +91,7 @@ SPELLINGS: dict[str, Spelling] = {
     "gelu_tanh": 'F.gelu({x}, approximate="tanh")',
     "silu": "F.silu({x})",
     "quick_gelu": "{x} * torch.sigmoid(1.702 * {x})",
+    "softplus": "F.softplus({x}, threshold=40)",  # from there on it is x in float64 as well
     # logic
     "equal": "{x} == {y}",
     "not_equal": "{x} != {y}",

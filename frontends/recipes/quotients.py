@@ -1,4 +1,4 @@
-"""Quotients of integers that are rounded toward zero, as in C."""
+"""Quotients that are rounded toward zero, as in C, and what they leave."""
 
 from __future__ import annotations
 
@@ -12,3 +12,10 @@ def truncated_quotient(b: Builder, x: Expr, y: Expr) -> Expr:
     rest = x - quotient * y
     rounded_down = b.not_equal(rest, zero) & b.not_equal(x < zero, y < zero)
     return quotient + b.where(rounded_down, one, zero)
+
+
+def remainder_like_dividend(b: Builder, x: Expr, y: Expr) -> Expr:
+    """What x / y, rounded towards zero, leaves of x: of floats, with the sign of x, as C's fmod."""
+    one = b.constant(1.0, x.dtype)
+    sign = b.where(x < 0.0, -one, one)  # |x| as x times its sign: the gradient is 1 at 0 as well
+    return sign * b.mod(x * sign, b.abs(y))

@@ -18,6 +18,7 @@ from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Value
 from treadle.ir.ops.axis_names import axis_letters
 from treadle.ir.sizing.sizes import ONE, ZERO, Size, product
+from treadle.ir.transforms.padding_rows import without_gradient
 from treadle.ir.types import i64, u8
 
 # -- what an index is known to be ----------------------------------------------------------------------------------
@@ -81,7 +82,8 @@ def from_start(b: Builder, indices: Expr, size: Size) -> Expr:
 @operator("embedding.default")
 def _embedding(site: TorchSite) -> Made:
     table, indices = site.x("weight"), site.x("indices")
-    return site.b.embedding(table, indices)
+    y, row = site.b.embedding(table, indices), site.integer("padding_idx")
+    return y if row < 0 else without_gradient(site.b, y, indices, row)
 
 
 @operator("index_select.default")

@@ -6,19 +6,27 @@ import math
 from collections.abc import Callable
 from functools import reduce
 
-from treadle.frontends.recipes.quotients import truncated_quotient
+from treadle.frontends.recipes.activations import exponential_unit
+from treadle.frontends.recipes.quotients import remainder_like_dividend, truncated_quotient
 from treadle.frontends.torch_export.operators import Made, TorchSite, operator
 from treadle.frontends.torch_export.shapes import expanded
-from treadle.ir.builder import Builder, Expr
+from treadle.ir.builder import Expr
 from treadle.ir.types import DType, f32
 
 # -- the value as it is --------------------------------------------------------------------------------------------
 
 
-@operator("alias.default", "clone.default", "contiguous.default", "detach.default", "detach_.default")
+@operator("alias.default", "clone.default", "contiguous.default")
 @operator("lift_fresh_copy.default", "lift_fresh.default", "lift.default", "positive.default")
 def _same(site: TorchSite) -> Made:
     return site.x("self")
+
+
+@operator("detach.default", "detach_.default")
+def _detached(site: TorchSite) -> Made:
+    x = site.x("self")
+    stops = x.dtype.is_float and x.value.literal is None
+    return site.b.stop_gradient(x) if stops else x
 
 
 @operator("dropout.default", "feature_dropout.default", "alpha_dropout.default")
@@ -118,8 +126,7 @@ def _fmod(site: TorchSite) -> Made:
     x, y = _both(site, site.dtype())
     if not site.dtype().is_float:
         return x - truncated_quotient(site.b, x, y) * y
-    rest = site.b.mod(site.b.abs(x), site.b.abs(y))
-    return site.b.where(x < 0.0, -rest, rest)
+    return remainder_like_dividend(site.b, x, y)
 
 
 @operator("pow.Tensor_Scalar")
@@ -159,11 +166,16 @@ operator("maximum.default", "max.other")(_extremum("maximum"))
 operator("minimum.default", "min.other")(_extremum("minimum"))
 
 
-@operator("clamp.default", "clamp.Tensor", "hardtanh.default", "clip.default")
+@operator("clamp.default", "clamp.Tensor", "clip.default")
 def _clamp(site: TorchSite) -> Made:
-    low = next((n for n in ("min", "min_val") if site.given(n) is not None), None)
-    high = next((n for n in ("max", "max_val") if site.given(n) is not None), None)
+    low, high = (name if site.given(name) is not None else None for name in ("min", "max"))
     return _within(site, low, high)
+
+
+@operator("hardtanh.default")
+def _hardtanh(site: TorchSite) -> Made:
+    """At its bounds the gradient is 0."""
+    return _within(site, "min_val", "max_val", ties="y")
 
 
 @operator("clamp_min.default", "clamp_min.Tensor")
@@ -176,13 +188,13 @@ def _clamp_max(site: TorchSite) -> Made:
     return _within(site, None, "max")
 
 
-def _within(site: TorchSite, low: str | None, high: str | None) -> Expr:
-    """Where bounds cross, the upper one holds."""
+def _within(site: TorchSite, low: str | None, high: str | None, ties: str = "x") -> Expr:
+    """Where bounds cross, the upper one holds. `ties` says where the gradient goes at a bound: to what is clamped."""
     b, dtype = site.b, site.dtype()
     x = site.operand("self", dtype)
     if low is not None:
-        x = b.maximum(x, site.operand(low, dtype))
-    return x if high is None else b.minimum(x, site.operand(high, dtype))
+        x = b.maximum(x, site.operand(low, dtype), ties=ties)
+    return x if high is None else b.minimum(x, site.operand(high, dtype), ties=ties)
 
 
 # -- comparisons, logic, selection ---------------------------------------------------------------------------------
@@ -271,7 +283,7 @@ def _function(name: str, ours: str) -> None:
 
 for _name in ("neg", "abs", "exp", "log", "sqrt", "rsqrt", "reciprocal", "tanh", "erf", "sigmoid", "sin", "cos"):
     _function(_name, _name)
-for _name in ("relu", "silu", "sign"):
+for _name in ("relu", "silu", "sign", "log1p", "expm1"):
     _function(_name, _name)
 
 
@@ -304,34 +316,11 @@ def _wide(x: Expr) -> Expr:
     return x.cast(f32) if x.dtype.bytes == 2 else x
 
 
-@operator("log1p.default")
-def _log1p(site: TorchSite) -> Made:
-    """log(1 + x), near 0 by what 1 + x has lost of x: log(u) x / (u - 1) with u = 1 + x        (Kahan)"""
-    b, x = site.b, _wide(site.operand("self", site.dtype()))
-    u = x + 1.0
-    kept = u - 1.0
-    near = b.where(b.equal(kept, 0.0), x, b.log(u) * (x / kept))
-    return b.where(b.abs(x) < 1.0, near, b.log(u)).cast(site.dtype())
-
-
-def _expm1(b: Builder, x: Expr) -> Expr:
-    """exp(x) - 1, near 0 as 2 t / (1 - t) with t = tanh(x / 2), which loses nothing of x there."""
-    half = b.tanh(x * 0.5)
-    return b.where(b.abs(x) < 1.0, 2.0 * half / (1.0 - half), b.exp(x) - 1.0)
-
-
-@operator("expm1.default")
-def _exp_less_one(site: TorchSite) -> Made:
-    return _expm1(site.b, _wide(site.operand("self", site.dtype()))).cast(site.dtype())
-
-
 @operator("elu.default")
 def _elu(site: TorchSite) -> Made:
-    """scale x above 0, scale alpha (exp(input_scale x) - 1) below"""
-    b, x = site.b, _wide(site.x("self"))
+    x = _wide(site.x("self"))
     alpha, scale, inner = site.real("alpha"), site.real("scale"), site.real("input_scale")
-    below = _expm1(b, x if inner == 1 else x * inner) * (alpha * scale)
-    return b.where(x > 0.0, x if scale == 1 else x * scale, below).cast(site.dtype())
+    return exponential_unit(site.b, x, alpha, scale=scale, inner=inner).cast(site.dtype())
 
 
 @operator("square.default")
@@ -349,7 +338,7 @@ def _gelu(site: TorchSite) -> Made:
 @operator("relu6.default")
 def _relu6(site: TorchSite) -> Made:
     x = site.x("self")
-    return site.b.minimum(site.b.relu(x), site.b.constant(6, x.dtype))
+    return site.b.minimum(site.b.relu(x), site.b.constant(6, x.dtype), ties="y")
 
 
 @operator("leaky_relu.default")
@@ -358,19 +347,39 @@ def _leaky_relu(site: TorchSite) -> Made:
     return site.b.where(x > 0.0, x, x * site.real("negative_slope"))
 
 
+@operator("celu.default")
+def _celu(site: TorchSite) -> Made:
+    alpha = site.real("alpha")
+    return exponential_unit(site.b, _wide(site.x("self")), alpha, inner=1 / alpha).cast(site.dtype())
+
+
+@operator("sinc.default")
+def _sinc(site: TorchSite) -> Made:
+    """sin(pi x) / (pi x), and 1 at 0, where its gradient is 0"""
+    b, x = site.b, _wide(site.operand("self", site.dtype()))
+    middle, one = b.equal(x, 0.0), b.constant(1.0, x.dtype)
+    angle = b.where(middle, one, x * math.pi)
+    return b.where(middle, one, b.sin(angle) / angle).cast(site.dtype())
+
+
 @operator("softplus.default")
 def _softplus(site: TorchSite) -> Made:
-    """log(1 + exp(beta x)) / beta = (max(z, 0) + log(1 + exp(-|z|))) / beta, and x itself past the threshold."""
+    """log(1 + exp(beta x)) / beta, and x itself past the threshold."""
     b, x, beta = site.b, site.x("self"), site.real("beta")
-    z = x.cast(f32) * beta if x.dtype.bytes == 2 else x * beta
-    soft = (b.relu(z) + b.log(1.0 + b.exp(-b.abs(z)))) / beta
+    z = _wide(x) if beta == 1 else _wide(x) * beta
+    soft = b.softplus(z) if beta == 1 else b.softplus(z) / beta
     return b.where(z > site.real("threshold"), x, soft.cast(x.dtype))
+
+
+@operator("log_sigmoid.default")
+def _log_sigmoid(site: TorchSite) -> Made:
+    return -site.b.softplus(-site.x("self"))
 
 
 @operator("hardsigmoid.default")
 def _hardsigmoid(site: TorchSite) -> Made:
     b, x = site.b, site.x("self")
-    return b.minimum(b.relu(x + 3.0), b.constant(6.0, x.dtype)) / 6.0
+    return b.minimum(b.relu(x + 3.0), b.constant(6.0, x.dtype), ties="y") / 6.0
 
 
 @operator("hardswish.default")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from treadle.frontends.recipes.activations import root
 from treadle.frontends.recipes.reshaping import reshaped
 from treadle.frontends.torch_export.operators import Made, TorchSite, operator
 from treadle.ir.builder import Builder, Expr
@@ -76,13 +77,19 @@ _reduction(_extremum("reduce_min"), "amin.default", "min.default")
 _reduction(_truth("reduce_max"), "any.default", "any.dim", "any.dims")
 _reduction(_truth("reduce_min"), "all.default", "all.dim", "all.dims")
 _reduction(_variance, "var.correction", "var.dim", "var.default")
-_reduction(lambda *x: x[0].b.sqrt(_variance(*x)), "std.correction", "std.dim", "std.default")
+_reduction(lambda *x: root(x[0].b, _variance(*x)), "std.correction", "std.dim", "std.default")
 
 
 @operator("var_mean.correction")
 def _var_mean(site: TorchSite) -> Made:
     x, axes, keep = site.x("self"), _axes(site), site.flag("keepdim")
     return [_variance(site, x, axes, keep), site.b.reduce_mean(x, axes=axes, keep=keep)]
+
+
+@operator("std_mean.correction")
+def _std_mean(site: TorchSite) -> Made:
+    x, axes, keep = site.x("self"), _axes(site), site.flag("keepdim")
+    return [root(site.b, _variance(site, x, axes, keep)), site.b.reduce_mean(x, axes=axes, keep=keep)]
 
 
 @operator("logsumexp.default")
@@ -102,7 +109,7 @@ def _norm(site: TorchSite) -> Made:
     if order not in (1, 2):
         site.refuse(f"of order {order:g}")
     total = b.reduce_sum(b.abs(x) if order == 1 else x * x, axes=axes, keep=keep)
-    return total if order == 1 else b.sqrt(total)
+    return total if order == 1 else root(b, total)
 
 
 # -- softmax -------------------------------------------------------------------------------------------------------
@@ -125,8 +132,10 @@ _softmax("log_softmax", "log_softmax.int", "_log_softmax.default")
 def _safe_softmax(site: TorchSite) -> Made:
     """Zeros for a row that is -inf throughout."""
     b, x, axis = site.b, site.x("self").cast(site.dtype()), site.axis("dim")
-    nothing = b.equal(b.reduce_max(x, axes=(axis,), keep=True), -math.inf)
-    return b.where(nothing, b.constant(0.0, x.dtype), b.softmax(x, axis=axis))
+    if axis == x.rank - 1:
+        return b.masked_softmax(x)
+    nothing, zero = b.equal(b.reduce_max(x, axes=(axis,), keep=True), -math.inf), b.constant(0.0, x.dtype)
+    return b.where(nothing, zero, b.softmax(b.where(nothing, zero, x), axis=axis))
 
 
 # -- normalizations ------------------------------------------------------------------------------------------------
@@ -257,7 +266,7 @@ def _argmin(site: TorchSite) -> Made:
 def _extremum_and_place(site: TorchSite) -> Made:
     b, least = site.b, site.node.target._schema.name.endswith("min")
     x, axis, keep = _flat(site)
-    found = b.apply("reduce_min" if least else "reduce_max", x, axes=(axis,), keep=keep)
+    found = b.apply("reduce_min" if least else "reduce_max", x, axes=(axis,), keep=keep, ties="first")
     return [found.cast(site.dtype()), b.argmax(reversed_order(b, x) if least else x, axis=axis, keep=keep)]
 
 

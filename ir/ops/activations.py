@@ -11,6 +11,7 @@ import numpy as np
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.op_registry import op
 from treadle.ir.operation import Composite, Grads, Operand
+from treadle.ir.ops.along_axes import wide_array, widened
 from treadle.ir.ops.error_function import erf
 from treadle.ir.samples import S
 
@@ -106,6 +107,30 @@ class QuickGelu(Composite):
         return [g * s * (1.0 + 1.702 * x * (1.0 - s))]
 
     samples = [S("f32[2,3]")]
+    errors = [(S("i64[2]"), "x must be a float, is i64")]
+
+
+@op("softplus", axes="... -> ...", dtypes="f -> f")
+class Softplus(Composite):
+    """y = ln(1 + e^x)        (Dugas et al. 2001)
+
+    As max(x, 0) + ln(1 + e^-|x|), which does not overflow. dy/dx = sigmoid(x), at 0 as well.
+    """
+
+    x = Operand()
+
+    def body(self, b: Builder, x: Expr) -> Any:
+        wide = widened(x)
+        return (b.maximum(wide, 0.0) + b.log1p(b.exp(-b.abs(wide)))).cast(x.dtype)
+
+    def reference(self, x: Any) -> Any:
+        return np.logaddexp(wide_array(x), 0).astype(x.dtype)
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,), (x,) = grads, inputs
+        return [g * b.sigmoid(x)]
+
+    samples = [S("f32[2,3]"), S("f32[]")]
     errors = [(S("i64[2]"), "x must be a float, is i64")]
 
 

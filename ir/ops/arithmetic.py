@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import RuleError
 from treadle.ir.op_registry import op
 from treadle.ir.operation import Grads, Operand, Primitive
 from treadle.ir.samples import S
@@ -132,54 +134,81 @@ class Pow(Primitive):
     errors = [(S("f32[2,3]", "f32[4]"), "sizes disagree"), (S("i64[2]", "i64[2]"), "x must be a float")]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Choice(Primitive):
+    """One of two numbers.
+
+    ties   the gradient where x = y: "even" gives half to each, as torch.maximum does; "x" or "y" gives all to one of
+           them, as torch.clamp gives it to what is clamped, and hardtanh to its bound
+    """
+
+    ties: str = "even"
+
+    def check(self, types: Sequence[Type | None]) -> None:
+        if self.ties not in ("even", "x", "y"):
+            raise RuleError(f"ties must be even, x or y, is {self.ties!r}")
+
+    @property
+    def commutes(self) -> bool:  # type: ignore[override]  # ops are frozen
+        return self.ties == "even"
+
+    def shared(self, b: Builder, g: Expr, x: Expr, y: Expr, x_wins: Expr) -> list[Expr | None]:
+        """The gradient g to the operand that was chosen: x where `x_wins`, and as `ties` says where they are equal."""
+        zero = b.constant(0.0, g.dtype)
+        if self.ties == "even":
+            to_x = b.where(b.equal(x, y), g * 0.5, b.where(x_wins, g, zero))
+        else:
+            to_x = b.where(x_wins | b.equal(x, y) if self.ties == "x" else x_wins, g, zero)
+        return [unbroadcast(b, to_x, x.type), unbroadcast(b, g - to_x, y.type)]
+
+    samples = [
+        S("f32[2,3]", "f32[2,3]"),
+        S("f32[2,1,4]", "f32[3,1]"),
+        S("i64[4]", "i64[]"),
+        S("f32[2,3]", "f32[]", ties="x"),
+        S("f32[3]", "f32[2,3]", ties="y"),
+    ]
+    errors = [
+        (S("f32[2,3]", "f32[4]"), "sizes disagree"),
+        (S("f32[2]", "i64[2]"), "dtypes disagree"),
+        (S("f32[2]", "f32[2]", ties="z"), "ties must be even, x or y, is 'z'"),
+    ]
+
+
 @op("maximum", axes="..., ... -> ...", dtypes="n, n -> n", linear="")
-class Maximum(Primitive):
+class Maximum(_Choice):
     """z = max(x, y); a NaN in either gives NaN
 
-    Where x = y, half of the gradient goes to each, as torch.maximum has it.
+    Where x = y, half of the gradient goes to each, as torch.maximum has it; `ties` gives it all to one.
     """
 
     x = Operand()
     y = Operand()
-    commutes = True
 
     def reference(self, x: Any, y: Any) -> Any:
         return np.maximum(x, y)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,), (x, y) = grads, inputs
-        return _shared_by_extremum(b, g, x, y, x > y)
-
-    samples = [S("f32[2,3]", "f32[2,3]"), S("f32[2,1,4]", "f32[3,1]"), S("i64[4]", "i64[]")]
-    errors = [(S("f32[2,3]", "f32[4]"), "sizes disagree"), (S("f32[2]", "i64[2]"), "dtypes disagree")]
+        return self.shared(b, g, x, y, x > y)
 
 
 @op("minimum", axes="..., ... -> ...", dtypes="n, n -> n", linear="")
-class Minimum(Primitive):
+class Minimum(_Choice):
     """z = min(x, y); a NaN in either gives NaN
 
-    Where x = y, half of the gradient goes to each, as torch.minimum has it.
+    Where x = y, half of the gradient goes to each, as torch.minimum has it; `ties` gives it all to one.
     """
 
     x = Operand()
     y = Operand()
-    commutes = True
 
     def reference(self, x: Any, y: Any) -> Any:
         return np.minimum(x, y)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,), (x, y) = grads, inputs
-        return _shared_by_extremum(b, g, x, y, x < y)
-
-    samples = [S("f32[2,3]", "f32[2,3]"), S("f32[2,1,4]", "f32[3,1]"), S("i64[4]", "i64[]")]
-    errors = [(S("f32[2,3]", "f32[4]"), "sizes disagree"), (S("f32[2]", "i64[2]"), "dtypes disagree")]
-
-
-def _shared_by_extremum(b: Builder, g: Expr, x: Expr, y: Expr, x_wins: Expr) -> list[Expr | None]:
-    """The gradient g to whichever of x and y was chosen, halves of it where they are equal."""
-    to_x = b.where(b.equal(x, y), g * 0.5, b.where(x_wins, g, b.constant(0.0, g.dtype)))
-    return [unbroadcast(b, to_x, x.type), unbroadcast(b, g - to_x, y.type)]
+        return self.shared(b, g, x, y, x < y)
 
 
 @op("floor_divide", axes="..., ... -> ...", dtypes="n, n -> n", linear="")
@@ -192,6 +221,7 @@ class FloorDivide(Primitive):
 
     x = Operand()
     y = Operand()
+    stops_gradient = True
 
     def reference(self, x: Any, y: Any) -> Any:
         return np.floor_divide(x, y)

@@ -175,6 +175,8 @@ class Starting(_Along):
     If ranks run in lockstep, it does nothing.
     """
 
+    stops_gradient = True
+
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
         names = axis_letters(ranks[0] or 0, symbols_in([self.size]))
         return f"{' '.join(f'[{name}]' for name in names)} -> {' '.join('1' for _ in names)}"

@@ -10,23 +10,23 @@ import numpy as np
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.op_registry import op
-from treadle.ir.operation import Grads, Operand, Primitive
+from treadle.ir.operation import Composite, Grads, Operand, Primitive
 from treadle.ir.ops.along_axes import wide_array
 from treadle.ir.ops.error_function import erf
 from treadle.ir.samples import S
-from treadle.ir.types import DType
+from treadle.ir.storage.views import View
+from treadle.ir.types import DType, Type
 
 
 class _Elementwise(Primitive):
-    """y = f(x). A subclass says dy/dx in terms of x and y; None where it is zero almost everywhere."""
+    """y = f(x). A subclass defines `derivative`, which returns dy/dx in terms of x and y."""
 
     def derivative(self, b: Builder, x: Expr, y: Expr) -> Any:
-        return None
+        raise NotImplementedError
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,), (x,), (y,) = grads, inputs, outputs
-        slope = self.derivative(b, x, y)
-        return [None if slope is None else g * slope]
+        return [g * self.derivative(b, x, y)]
 
 
 @op("neg", axes="... -> ...", dtypes="n -> n", linear="x")
@@ -73,6 +73,38 @@ class Log(_Elementwise):
 
     def derivative(self, b: Builder, x: Expr, y: Expr) -> Any:
         return b.reciprocal(x)
+
+    samples = [S("f32[2,3] > 0")]
+    errors = [(S("i64[2]"), "x must be a float, is i64")]
+
+
+@op("expm1", axes="... -> ...", dtypes="f -> f")
+class Expm1(_Elementwise):
+    """y = e^x - 1, to all digits near 0, where e^x rounds to 1"""
+
+    x = Operand()
+
+    def reference(self, x: Any) -> Any:
+        return np.expm1(wide_array(x)).astype(x.dtype)
+
+    def derivative(self, b: Builder, x: Expr, y: Expr) -> Any:
+        return b.exp(x)
+
+    samples = [S("f32[2,3]"), S("f32[]")]
+    errors = [(S("i64[2]"), "x must be a float, is i64")]
+
+
+@op("log1p", axes="... -> ...", dtypes="f -> f")
+class Log1p(_Elementwise):
+    """y = ln(1 + x), to all digits near 0, where 1 + x rounds to 1; -inf at -1, NaN below"""
+
+    x = Operand()
+
+    def reference(self, x: Any) -> Any:
+        return np.log1p(wide_array(x)).astype(x.dtype)
+
+    def derivative(self, b: Builder, x: Expr, y: Expr) -> Any:
+        return b.reciprocal(x + 1.0)
 
     samples = [S("f32[2,3] > 0")]
     errors = [(S("i64[2]"), "x must be a float, is i64")]
@@ -223,10 +255,11 @@ class Abs(_Elementwise):
 
 
 @op("sign", axes="... -> ...", dtypes="n -> n")
-class Sign(_Elementwise):
+class Sign(Primitive):
     """y = 1, 0 or -1 where x is positive, zero or negative; no gradient flows"""
 
     x = Operand()
+    stops_gradient = True
 
     def reference(self, x: Any) -> Any:
         return np.sign(x)
@@ -236,10 +269,11 @@ class Sign(_Elementwise):
 
 
 @op("floor", axes="... -> ...", dtypes="f -> f")
-class Floor(_Elementwise):
+class Floor(Primitive):
     """y = the greatest whole number that is not above x; no gradient flows"""
 
     x = Operand()
+    stops_gradient = True
 
     def reference(self, x: Any) -> Any:
         return np.floor(x)
@@ -262,6 +296,31 @@ class Relu(Primitive):
         return [b.where(x > 0.0, g, b.constant(0.0, g.dtype))]
 
     samples = [S("f32[2,3]")]
+    errors = [(S("i64[2]"), "x must be a float, is i64")]
+
+
+@op("stop_gradient", axes="... -> ...", dtypes="f -> f", linear="x", flops=0)
+class StopGradient(Composite):
+    """y = x, and no gradient flows, as through tensor.detach() in PyTorch
+
+    Where a graph is not differentiated, the default passes take it out.
+    """
+
+    x = Operand()
+
+    def body(self, b: Builder, x: Expr) -> Any:
+        return x
+
+    def reference(self, x: Any) -> Any:
+        return np.asarray(x)
+
+    def viewed(self, x: View, types: Sequence[Type | None]) -> View | None:
+        return x
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        return [None]
+
+    samples = [S("f32[2,3]"), S("f32[]")]
     errors = [(S("i64[2]"), "x must be a float, is i64")]
 
 

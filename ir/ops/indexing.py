@@ -238,6 +238,7 @@ class Iota(Primitive):
     """y[n] = n: the numbers from 0 to size - 1"""
 
     step = "counts on from the past length"
+    stops_gradient = True
     size: Size
     dtype: DType = i64
 
@@ -277,6 +278,7 @@ class Positions(Primitive):
 
     x = Operand()
     step = "adds the past length of the row"
+    stops_gradient = True
 
     @property
     def positional(self) -> frozenset[str]:

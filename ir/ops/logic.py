@@ -15,8 +15,9 @@ from treadle.ir.samples import S
 
 
 class Comparison(Primitive):
-    """What compares two numbers."""
+    """A comparison of two numbers."""
 
+    stops_gradient = True
     samples = [S("f32[2,3]", "f32[2,3]"), S("i64[2,1,4]", "i64[3,1]"), S("f32[4]", "f32[]")]
     errors = [(S("f32[2,3]", "f32[4]"), "sizes disagree"), (S("f32[2]", "i64[2]"), "dtypes disagree")]
 
@@ -96,6 +97,7 @@ class LogicalAnd(Primitive):
     x = Operand()
     y = Operand()
     commutes = True
+    stops_gradient = True
 
     def reference(self, x: Any, y: Any) -> Any:
         return np.logical_and(x, y)
@@ -111,6 +113,7 @@ class LogicalOr(Primitive):
     x = Operand()
     y = Operand()
     commutes = True
+    stops_gradient = True
 
     def reference(self, x: Any, y: Any) -> Any:
         return np.logical_or(x, y)
@@ -124,6 +127,7 @@ class LogicalNot(Primitive):
     """y = not x"""
 
     x = Operand()
+    stops_gradient = True
 
     def reference(self, x: Any) -> Any:
         return np.logical_not(x)

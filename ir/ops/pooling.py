@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial, reduce
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -124,6 +125,8 @@ class _Separable(_Pool):
     reduces: ClassVar[str]
     """The reduction of a window, and the op that combines two elements."""
     combines: ClassVar[str]
+    reducing: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Attributes of the reduction."""
 
     @staticmethod
     def filling(dtype: DType) -> float:
@@ -138,11 +141,15 @@ class _Separable(_Pool):
         return self._along_each(b, x, slices=True)
 
     def _along_each(self, b: Builder, x: Expr, slices: bool) -> Expr:
-        """One axis after the other, in the dtype that sums are held in, where they are sums."""
+        """One axis after the other, in the dtype that sums are held in, where they are sums.
+
+        Where one of equal elements is chosen, the last axis comes first: it then is the first in a window's order.
+        """
         dtype = x.dtype
         x = x.cast(self.sums_in(dtype))
         fill = self.filling(x.dtype)
-        for axis, (size, before, after, stride, dilation) in enumerate(self.places, start=x.rank - len(self.kernel)):
+        along = list(enumerate(self.places, start=x.rank - len(self.kernel)))
+        for axis, (size, before, after, stride, dilation) in along[::-1] if self.reducing and not slices else along:
             if before or after:
                 x = b.pad(x, axis=axis, before=before, after=after, value=fill)
             if (size, stride) == (1, 1):
@@ -154,7 +161,7 @@ class _Separable(_Pool):
                 x = reduce(partial(b.apply, self.combines), parts)
             else:
                 x = b.windows(x, axis=axis, size=size, stride=stride, dilation=dilation)
-                x = b.apply(self.reduces, x, axes=(-1,))
+                x = b.apply(self.reduces, x, axes=(-1,), **self.reducing)
         return x.cast(dtype)
 
 
@@ -162,12 +169,12 @@ class _Separable(_Pool):
 class MaxPool(_Separable):
     """y[..., i...] = max_{k...} x[..., i stride + k dilation - padding...]; a NaN gives NaN
 
-    What lies in the padding is no element: a window that holds none gives -inf, or the least integer. The gradient is
-    shared among equal maxima, axis after axis.
+    What lies in the padding is no element: a window that holds none gives -inf, or the least integer. Of equal maxima
+    the first in the window gets the gradient, as torch.max_pool2d has it.
     """
 
     x = Operand()
-    reduces, combines = "reduce_max", "maximum"
+    reduces, combines, reducing = "reduce_max", "maximum", MappingProxyType({"ties": "first"})
 
     @staticmethod
     def filling(dtype: DType) -> float:

@@ -38,13 +38,34 @@ class _Reduction(Op):
         return rule_along(self.axes, ranks[0] or 0, read, "1" if self.keep else "")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Extremum(_Reduction, Primitive):
+    """The greatest or the least element.
+
+    ties   the gradient among equal ones: "even" shares it, as torch.amax does; "first" gives it all to the one that
+           `argmax` names, as torch.max along an axis does
+    """
+
+    ties: str = "even"
+
+    def check(self, types: Sequence[Type | None]) -> None:
+        if self.ties not in ("even", "first"):
+            raise RuleError(f"ties must be even or first, is {self.ties!r}")
+        if self.ties == "first" and len(self.axes) != 1:
+            raise RuleError(f"the first of equal elements is one along one axis, not along {len(self.axes)}")
+
     def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
         return not_empty(types[0], self.axes, str(self.monoid))
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,), (x,), (y,) = grads, inputs, outputs
         g, y = (with_ones(b, v, self.axes, x.rank) for v in (g, y))
+        if self.ties == "first":
+            (axis,) = places(self.axes, x.rank)
+            chosen = b.argmax(x if self.monoid == "max" else -x, axis=axis, keep=True)
+            ones = " ".join("1" * (x.rank - 1 - axis))
+            here = b.rearrange(b.iota(size=x.shape[axis]), pattern=f"n -> n {ones}")
+            return [b.where(b.equal(here, chosen), g, b.constant(0, x.dtype))]
         chosen = widened(b.equal(x, y).cast(x.dtype))
         share = widened(g) / b.reduce_sum(chosen, axes=self.axes, keep=True)
         return [(chosen * share).cast(x.dtype)]
@@ -56,11 +77,15 @@ class _Extremum(_Reduction, Primitive):
         S("f32[2,3] distinct", axes=(0, 1)),
         S("f32[2,3]", axes=()),
         S("i64[4,3]", axes=(0,)),
+        S("f32[2,3,5] distinct", axes=(1,), ties="first"),
+        S("f32[2,3] distinct", axes=(-1,), keep=True, ties="first"),
     ]
     errors = [
         (S("f32[2,3]", axes=(2,)), "there is no axis 2 in a tensor of rank 2"),
         (S("f32[2,3]", axes=(1, -1)), "axis 1 is named twice"),
         (S("f32[2,0]", axes=(1,)), "an axis of size 0 has no"),
+        (S("f32[2,3]", axes=(0, 1), ties="first"), "is one along one axis, not along 2"),
+        (S("f32[2,3]", axes=(0,), ties="last"), "ties must be even or first, is 'last'"),
         (S("bool[2]", axes=(0,)), "x must be a number, is bool"),
     ]
 
@@ -100,7 +125,7 @@ class ReduceSum(_Reduction, Primitive):
 class ReduceMax(_Extremum):
     """y = max of x over `axes`; a NaN gives NaN
 
-    The gradient is shared evenly among equal maxima, as torch.amax has it.
+    The gradient is shared evenly among equal maxima, as torch.amax has it; `ties` gives it to the first.
     """
 
     x = Operand()
@@ -114,7 +139,7 @@ class ReduceMax(_Extremum):
 class ReduceMin(_Extremum):
     """y = min of x over `axes`; a NaN gives NaN
 
-    The gradient is shared evenly among equal minima, as torch.amin has it.
+    The gradient is shared evenly among equal minima, as torch.amin has it; `ties` gives it to the first.
     """
 
     x = Operand()
@@ -175,6 +200,7 @@ class SizeOf(Primitive):
 
     value: Size
     dtype: DType = i64
+    stops_gradient = True
 
     def dtypes(self) -> str:
         return f"-> {self.dtype}"
@@ -262,6 +288,7 @@ class ArgMax(Primitive):
     """
 
     x = Operand()
+    stops_gradient = True
     axis: int
     keep: bool = False
 

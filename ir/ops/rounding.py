@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
 from treadle.ir.op_registry import op
-from treadle.ir.operation import Operand, Primitive
+from treadle.ir.operation import Grads, Operand, Primitive
 from treadle.ir.samples import S
 from treadle.ir.types import Type
 
@@ -20,6 +21,7 @@ class Round(Primitive):
     """y = the integer nearest to x, the even one if two are equally near; no gradient flows"""
 
     x = Operand()
+    stops_gradient = True
 
     def reference(self, x: Any) -> Any:
         return np.rint(x)
@@ -68,6 +70,8 @@ class RoundTo(Primitive):
     format     a name of `FORMATS`
     saturate   numbers past the format's largest, infinite ones as well, become the largest; otherwise they become what
                the format has beyond: inf or NaN. A NaN stays one; in a format without any it becomes 0.
+
+    A cast to the format and back: the gradient passes unchanged, as through a cast.
     """
 
     x = Operand()
@@ -92,6 +96,9 @@ class RoundTo(Primitive):
         if not known.minus_zero:
             y = y + 0.0
         return y.astype(np.asarray(x).dtype)
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        return grads
 
     samples = [
         S("f32[2,3]", format="bf16"),

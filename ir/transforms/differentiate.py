@@ -68,11 +68,15 @@ def body_gradient(op: Composite, b: Builder, grads: Grads, inputs: Grads) -> lis
     start = len(b.function.nodes)
     results = as_results(op.body(b, *inputs))
     nodes = b.function.nodes[start:]
+    counting = {x.value for x in inputs if x is not None and x.dtype.is_float}
+    for node in nodes:
+        if not counting.isdisjoint(node.inputs):
+            counting.update(v for v in node.results if v.type.dtype.is_float)
     given: dict[Value, Expr] = {}
     for result, grad in zip(results, grads, strict=True):
         if grad is not None:
             given[result.value] = given[result.value] + grad if result.value in given else grad
-    found = backward(b, nodes, given)
+    found = backward(b, nodes, given, counting=counting)
     return operand_gradients(found, inputs)
 
 

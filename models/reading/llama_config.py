@@ -7,8 +7,18 @@ from typing import Any
 
 import treadle.frontends.language as t
 from treadle.ir.errors import CheckpointError
-from treadle.models.family import Config, choose, read_flag, read_float, read_int, read_layers, require
-from treadle.models.reading.rotary_config import read_rotary
+from treadle.models.family import (
+    Config,
+    choose,
+    read_flag,
+    read_float,
+    read_int,
+    read_layers,
+    require,
+    require_head_dim,
+)
+from treadle.models.reading.recorded_config import layered
+from treadle.models.reading.rotary_config import read_object, read_rotary
 
 ACTIVATIONS = {
     "silu": t.silu,
@@ -50,6 +60,20 @@ _DEFAULTS: Mapping[str, Config] = {
 }
 
 
+IRRELEVANT = {
+    **dict.fromkeys(
+        ("max_position_embeddings", "original_max_position_embeddings"),
+        "rotary positions have no end, unless their scaling depends on it",
+    ),
+    "rope_interleaved": "is of the trainer; weights of a folder are in the library's order",
+    "use_mrope": "is of models that read images",
+    "attention_bias": "Phi-3's and StableLM's classes do not read it",
+    "attn_logit_softcapping": "Gemma 3's class stores it and does not use it",
+    "hidden_act": "Gemma 2 and 3 read hidden_activation",
+}
+"""Keys that change no output of a kind that does not read them, each with the reason."""
+
+
 def read_kind(config: Config) -> str:
     """Its `model_type`, one of `ARCHITECTURES`."""
     kind = choose(config, "model_type", {k: k for k in ARCHITECTURES})
@@ -63,7 +87,8 @@ def read_options(config: Config) -> dict[str, Any]:
     Raises CheckpointError, with the option's name, for what is not supported.
     """
     kind = read_kind(config)
-    config = {**_DEFAULTS.get(kind, {}), **config}
+    require(config, is_causal=True)
+    config = layered(config, _DEFAULTS.get(kind, {}))
     dim, heads = read_int(config, "hidden_size"), read_int(config, "num_attention_heads")
     head_dim = None if config.get("head_dim") is None else read_int(config, "head_dim")
     options: dict[str, Any] = {
@@ -106,8 +131,8 @@ def as_longrope(config: Config) -> Config:
         if isinstance(given, Mapping):
             for key in ("rope_type", "type"):
                 if given.get(key) in ("su", "yarn"):
-                    given = {**given, key: "longrope"}
-            config = {**config, name: given}
+                    given = layered({key: "longrope"}, given)
+            config = layered({name: given}, config)
     return config
 
 
@@ -119,22 +144,23 @@ def _read_own(kind: str, config: Config, options: Mapping[str, Any]) -> dict[str
         case "mistral" | "phi3":
             return {"window": read_window(config)}
         case "qwen2":
-            require(config, use_sliding_window=False, layer_types=["full_attention"] * options["layers"])
-            return {"qkv_bias": True}
+            require(config, use_sliding_window=False)
+            return {"qkv_bias": True, **_windows_of_qwen(config, options["layers"])}
         case "qwen3":
             return {"qk_norm": "heads", **_windows_of_qwen(config, options["layers"])}
         case "gemma":
             _require_causal(config)
             return {}
         case "gemma2":
-            return _read_gemma(config, options["layers"], period=2)
+            return _read_gemma(config, kind, options["layers"], period=2)
         case "gemma3_text":
             period = read_int(config, "sliding_window_pattern", read_int(config, "_sliding_window_pattern", 6))
-            return {"qk_norm": "heads", **_read_gemma(config, options["layers"], period)}
+            return {"qk_norm": "heads", **_read_gemma(config, kind, options["layers"], period)}
         case "olmo2":
             return {"norm_place": "after", "qk_norm": "whole"}
         case "stablelm":
-            require(config, use_parallel_residual=False, qk_layernorm=False, head_dim=None)
+            require(config, use_parallel_residual=False, qk_layernorm=False)
+            require_head_dim(config, options["dim"] // options["heads"])
             return {"layer_norms": True, "qkv_bias": read_flag(config, "use_qkv_bias", False)}
         case "granite":
             return {
@@ -147,14 +173,14 @@ def _read_own(kind: str, config: Config, options: Mapping[str, Any]) -> dict[str
     raise AssertionError(kind)
 
 
-def _read_gemma(config: Config, layers: int, period: int) -> dict[str, Any]:
+def _read_gemma(config: Config, kind: str, layers: int, period: int) -> dict[str, Any]:
     """Gemma 2 and 3: four norms a layer, soft-caps, and all positions seen in every `period`-th layer."""
     _require_causal(config)
     types = read_layer_types(config, layers, [i for i in range(layers) if (i + 1) % period == 0])
     return {
         "norm_place": "both",
         "scale": read_multiplier(config, "query_pre_attn_scalar") ** -0.5,
-        "softcap": read_cap(config, "attn_logit_softcapping"),
+        "softcap": read_cap(config, "attn_logit_softcapping") if kind == "gemma2" else None,
         "logit_softcap": read_cap(config, "final_logit_softcapping"),
         "window": read_window(config),
         "full_layers": types,
@@ -174,28 +200,29 @@ def _require_causal(config: Config) -> None:
 
 
 def _windows_of_qwen(config: Config, layers: int) -> dict[str, Any]:
+    window, first = read_window(config), read_int(config, "max_window_layers", 28, least=0)
     if not read_flag(config, "use_sliding_window", False):
         require(config, layer_types=["full_attention"] * layers)
         return {}
-    first = read_int(config, "max_window_layers", 28, least=0)
-    full = range(layers if config.get("sliding_window") is None else min(first, layers))
-    return {"window": read_window(config), "full_layers": read_layer_types(config, layers, list(full))}
+    full = range(layers if window is None else min(first, layers))
+    return {"window": window, "full_layers": read_layer_types(config, layers, list(full))}
 
 
 def read_local_rotary(config: Config, head_dim: int) -> dict[str, Any]:
     """Rotary positions of which layers with a window have their own, as Gemma 3's; theirs are not scaled."""
-    given = config.get("rope_parameters")
-    names = ("full_attention", "sliding_attention")
-    if isinstance(given, Mapping) and any(name in given for name in names):
-        full, near = (given.get(name) or {} for name in names)
-        if not isinstance(near, Mapping):
-            raise CheckpointError("config.json: sliding_attention must be an object", received=repr(near)[:80])
-        choose(near, "rope_type", {"default": None}, "default")
-        config = {**config, "rope_parameters": full}
-    else:
-        near = {}
+    scaling, given = (read_object(config, name) for name in ("rope_scaling", "rope_parameters"))
+    full, near = (read_object(given, name) for name in ("full_attention", "sliding_attention"))
+    for kind in ("rope_type", "type"):
+        choose(near, kind, {"default": None}, "default")
+    if "type" in scaling and scaling.get("rope_type") != scaling["type"]:
+        raise CheckpointError(
+            "config.json: rope_scaling says type, which Hugging Face's class of Gemma 3 does not read",
+            received=repr(scaling)[:80],
+            hint="call it rope_type to scale the positions, or remove rope_scaling",
+        )
     base = read_float(near, "rope_theta", read_float(config, "rope_local_base_freq", 10000.0))
-    return {**read_rotary(config, head_dim, base=1e6), "window_base": base}
+    full = layered({"rope_parameters": layered(scaling, full), "rope_scaling": None}, config)
+    return {**read_rotary(full, head_dim, base=1e6), "window_base": base}
 
 
 def read_layer_types(config: Config, layers: int, full: list[int]) -> tuple[int, ...]:

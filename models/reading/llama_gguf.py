@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import treadle.frontends.language as t
-from treadle.frontends.binding import Entry, Source, Table
+from treadle.frontends.binding import Entry, Table, consecutive
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.rotary import Divided, LinearScaling, Scaling
 from treadle.ir.errors import CheckpointError
@@ -170,9 +170,6 @@ def table(file: GGUFFile, read: Mapping[str, Any]) -> Table:
             "ffn_up": {"mlp.gate": hidden, "mlp.up": hidden},
         }
         for tensor, within in parts.items():
-            first = 0
-            for ours, rows in within.items():
-                source = Source(f"blk.{{i}}.{tensor}.weight", rows=(first, first + rows))
-                named[f"layer.{{i}}.{ours}.weight"] = source
-                first += rows
+            rows = {f"layer.{{i}}.{ours}.weight": length for ours, length in within.items()}
+            named |= consecutive(f"blk.{{i}}.{tensor}.weight", rows)
     return named

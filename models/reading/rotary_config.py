@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from treadle.files.shown_names import printable
 from treadle.frontends.rotary import Dynamic, LinearScaling, Llama3, LongRope, Scaling, Yarn
 from treadle.ir.errors import CheckpointError
 from treadle.models.family import Config, choose, read_flag, read_float, read_int, require
@@ -23,27 +24,30 @@ def read_rotary(
     base: float = 10000.0,
     part: float | None = None,
     kinds: tuple[str, ...] = SCALINGS,
+    names: tuple[str, str] = ("rope_theta", "partial_rotary_factor"),
 ) -> dict[str, Any]:
     """`base`, `scaling` and `rotary_dims` of a declaration, from what a config says of heads of `head_dim`.
 
     It says so in `rope_parameters`, or before transformers 5 in `rope_theta`, `rope_scaling` and
-    `partial_rotary_factor`. `base` and `part` are what Hugging Face's class has where the config is silent; a part of
-    None means that the class turns whole heads, whatever is said; `kinds` are the values of `rope_type` that it takes.
+    `partial_rotary_factor`, the first and the last of which a class may call by other `names`. Where a file has both
+    objects, `rope_scaling` counts, as in the library. `base` and `part` are what Hugging Face's class has where the
+    config is silent; a part of None means that the class turns whole heads, whatever is said; `kinds` are the values of
+    `rope_type` that it takes.
 
     Raises CheckpointError, with the option's name, for what is not supported.
     """
-    named = next((n for n in ("rope_parameters", "rope_scaling") if config.get(n) is not None), None)
-    options = {} if named is None else config[named]
-    if not isinstance(options, Mapping):
-        raise CheckpointError(f"config.json: {named} must be an object", received=repr(options)[:80])
-    base = read_float(options, "rope_theta", read_float(config, "rope_theta", base))
+    options = read_object(config, "rope_scaling") or read_object(config, "rope_parameters")
+    base = read_float(options, "rope_theta", read_float(config, names[0], base))
     readers = dict(zip(SCALINGS, (None, read_linear, read_dynamic, read_llama3, read_yarn, read_longrope), strict=True))
+    older = options.get("type", "default")  # which counts where rope_type is missing
     key = "rope_type" if "rope_type" in options or "type" not in options else "type"
-    read = choose(options, key, {kind: readers[kind] for kind in kinds}, "default")
+    read = choose(options, key, {kind: readers[kind] for kind in kinds}, older)
     if part is None:
         require(options, partial_rotary_factor=1.0)
         require(config, partial_rotary_factor=1.0)
-    dims = head_dim if part is None else read_part(options, config, head_dim, part)
+        dims = head_dim
+    else:
+        dims = read_part(options, read_float(config, names[1], part), head_dim)
     scaling = None if read is None else read(options, config)
     if isinstance(scaling, LongRope):
         for name, factors in (("short_factor", scaling.short), ("long_factor", scaling.long)):
@@ -59,10 +63,18 @@ def read_rotary(
     }
 
 
-def read_part(options: Config, config: Config, head_dim: int, part: float) -> int:
-    """How many of a head's dimensions are turned: an even number of them."""
+def read_object(config: Config, name: str) -> Config:
+    """An object of options, empty where it is missing or null."""
+    found = config.get(name)
+    if found is not None and not isinstance(found, Mapping):
+        raise CheckpointError(f"config.json: {name} must be an object", received=printable(repr(found))[:80])
+    return found or {}
+
+
+def read_part(options: Config, part: float, head_dim: int) -> int:
+    """The number of a head's dimensions that are turned, which must be even; `part` of them unless options say more."""
     named = "partial_rotary_factor"
-    factor = read_float(options, named, read_float(config, named, part))
+    factor = read_float(options, named, part)
     dims = int(head_dim * min(factor, 2.0))
     if not 2 <= dims <= head_dim or dims % 2:
         raise CheckpointError(

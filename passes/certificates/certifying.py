@@ -13,6 +13,10 @@ each at a few small sizes within the bounds of the symbols:
 
 What masks is tried in the graph's own dtypes as well, where twice float32's least number is -inf.
 
+Where the graph will be differentiated, gradients are held to each other as well (`derivatives`), at one more case:
+
+    ties      halves of whole numbers, many of them equal, with rows of equal numbers, of zeros, and masks as above
+
 **How near they must be** says `treadle.ir.analysis.tolerances`, of how far either side moves when what goes into it
 changes by a spacing of float64 (`treadle.passes.certificates.rounding_moves`). Integers and truth values must be equal,
 except where those changes give another one. A result may be NaN only where it was before. In the graph's own dtypes
@@ -47,7 +51,8 @@ from treadle.ir.interpreter import interpret
 from treadle.ir.types import f64
 from treadle.passes.certificates.certificate import NOTHING_TOLD, Certificate, Counterexample
 from treadle.passes.certificates.comparing import compared
-from treadle.passes.certificates.drawn_cases import MASKED, cases_of, draw_inputs
+from treadle.passes.certificates.derivatives import differentiated
+from treadle.passes.certificates.drawn_cases import MASKED, TIES, cases_of, draw_inputs
 from treadle.passes.certificates.region_graphs import as_graphs, has_numbers, shrinkings_of
 from treadle.passes.certificates.regions import DEPTHS, Claim, Region
 from treadle.passes.certificates.rounding_moves import MASKING
@@ -62,10 +67,13 @@ _known: dict[str, Certificate | Counterexample] = {}
 _MOST_KNOWN = 1 << 15
 
 
-def certify(rule: str, claim: Claim, graphs: tuple[Graph, Graph], seed: int = 0) -> Certificate | Counterexample | None:
+def certify(
+    rule: str, claim: Claim, graphs: tuple[Graph, Graph], seed: int = 0, *, derivatives: bool = False
+) -> Certificate | Counterexample | None:
     """Try a claim, at each depth until it holds; None where both sides are the same text.
 
-    graphs   the graph before and after, for the bounds of symbols and for calls
+    graphs        the graph before and after, for the bounds of symbols and for calls
+    derivatives   the gradients by what goes in must be the same as well, at ties and rows that see nothing too
 
     A case that the function may never give is no counterexample: if there is none but such, the certificate says so.
     Sizes at which one depth's ops cannot run, as a table of positions that is too short, do not excuse what fails at
@@ -88,13 +96,14 @@ def certify(rule: str, claim: Claim, graphs: tuple[Graph, Graph], seed: int = 0)
             return None
         computed = _computed(region)
         finite = computed if depth >= 2 else frozenset()
-        key = sha256("\n".join((rule, str(seed), *sorted(finite), *texts)).encode()).hexdigest()
+        asked = ("derivatives",) if derivatives else ()
+        key = sha256("\n".join((rule, str(seed), *asked, *sorted(finite), *texts)).encode()).hexdigest()
         if key in tried:
             continue
         tried.add(key)
         now = _known.get(key)
         if now is None:
-            now = _tried_shrunk(rule, key, claim, region, sides, graphs, seed, finite)
+            now = _tried_shrunk(rule, key, claim, region, sides, graphs, seed, finite, derivatives)
             if len(_known) < _MOST_KNOWN:
                 _known[key] = now
         if isinstance(now, Certificate):
@@ -131,6 +140,7 @@ def _tried_shrunk(
     graphs: tuple[Graph, Graph],
     seed: int,
     finite: frozenset[str],
+    derivatives: bool,
 ) -> Certificate | Counterexample:
     """Try with large axes made small, and as it is where that cannot be done or fails.
 
@@ -143,14 +153,14 @@ def _tried_shrunk(
             small = as_graphs(region, (claim.before, claim.after), graphs, shrinking)
         except TreadleError:
             continue
-        found = _tried(rule, key, small, seed, "large axes made small", finite)
+        found = _tried(rule, key, small, seed, "large axes made small", finite, derivatives)
         if isinstance(found, Counterexample):
             against = found
         elif found.cases and found.is_whole:
             return found
         elif found.cases:
             partial = partial or found
-    found = _tried(rule, key, sides, seed, "", finite)
+    found = _tried(rule, key, sides, seed, "", finite, derivatives)
     if against is not None and isinstance(found, Certificate) and not found.cases:
         doubt = "its numbers may have to do with the sizes of those axes" if has_numbers(region) else ""
         what = f"{against.what}, with large axes made small, and else is {found.note}"
@@ -162,7 +172,13 @@ def _tried_shrunk(
 
 
 def _tried(
-    rule: str, key: str, sides: tuple[Graph, Graph], seed: int, note: str, finite: frozenset[str]
+    rule: str,
+    key: str,
+    sides: tuple[Graph, Graph],
+    seed: int,
+    note: str,
+    finite: frozenset[str],
+    derivatives: bool,
 ) -> Certificate | Counterexample:
     before, after = sides
     instance = key[:12]
@@ -178,11 +194,13 @@ def _tried(
     kinds = cases_of(sides, finite)
     if _is_constant(before) and _are_same_constants(sides):
         return Certificate(rule, instance, seed, 1, ((),), note="equal in their own precision")
+    gradients = differentiated(sides) if derivatives else None
     worst = (0.0, 0.0)
     cases, undecided, refused = 0, 0, ""
     at: list[tuple[tuple[str, int], ...]] = []
     for number, sizes in enumerate(chosen):
-        for case in kinds if number == len(chosen) // 2 else kinds[:2]:
+        most = kinds if number == len(chosen) // 2 else kinds[:2]
+        for case in (*most, TIES) if gradients is not None else most:
             told = tuple(sizes.items())
             try:
                 inputs = draw_inputs(sides, sizes, case, [seed, number], finite)
@@ -198,6 +216,10 @@ def _tried(
                 if isinstance(own, str):
                     return Counterexample(f"{case}, in its own precision", told, seed, own)
                 undecided += own is None
+            if gradients is not None:
+                against = gradients.compared(inputs, sizes, [seed, number])
+                if against is not None:
+                    return Counterexample(f"{case}, of derivatives", told, seed, against)
             undecided += found is None
             cases += found is not None
             worst = max(worst, found or worst)

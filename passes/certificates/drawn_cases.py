@@ -27,6 +27,8 @@ Sizes = Mapping[str, int]
 
 MASKED = {"masked": -1e9, "masked by -1e4": -1e4, "masked by -1e30": -1e30, "masked by the least": -math.inf}
 """Cases, and what is then added: the least of its dtype where that is less."""
+TIES = "ties"
+"""The case of numbers many of which are equal, for derivatives."""
 
 
 def _nodes(sides: tuple[Graph, Graph]) -> Iterator[Node]:
@@ -77,7 +79,7 @@ def draw_inputs(
             inputs[value.name] = _integers(rng, shape, case, value.type.dtype, ranges.get(value.name), sizes)
         else:
             drawn = rng.random(shape) < 0.75
-            if case in MASKED:
+            if case in MASKED or case == TIES:
                 rows = _rows(rng, shape)
                 drawn = np.where(rows == 0, False, np.where(rows == 1, True, drawn))
             inputs[value.name] = drawn
@@ -102,6 +104,10 @@ def _floats(rng: np.random.Generator, shape: Sequence[int], case: str, mask: flo
     rows = _rows(rng, shape)
     if mask is not None:
         return np.where((rows == 0) | ((rows == 1) & (rng.random(shape) < 0.5)), mask, drawn)
+    if case == TIES:
+        halves = np.round(drawn * 2) / 2
+        level = halves[..., :1] if shape else halves
+        return np.where(rows == 0, 0.0 * halves, np.where(rows == 1, level, halves))
     if case == "extreme":
         wide = np.clip(drawn * most / 2, -most, most)
         level = drawn[..., :1] if shape else drawn

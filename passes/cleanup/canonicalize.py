@@ -20,7 +20,7 @@ from treadle.passes.cleanup.position_slices import SliceOfPositions
 from treadle.passes.cleanup.rearrange_forms import composed, form_of, reshaping_pattern
 from treadle.passes.framework.pass_log import PassRecord
 from treadle.passes.framework.pattern import Vocabulary
-from treadle.passes.framework.rewrite import Match, Rewrite, RewriteSet
+from treadle.passes.framework.rewrite import Match, Rewrite, RewriteSet, sweep
 
 
 @dataclass(frozen=True)
@@ -306,6 +306,31 @@ class TidyLayout(RewriteSet):
 
 
 @dataclass(frozen=True)
+class WhereAlike(Rewrite):
+    """where(condition, x, x)   -->   x"""
+
+    def pattern(self, p: Vocabulary, condition: Any, x: Any) -> Any:
+        return p.where(condition, x, x)
+
+    def fits(self, m: Match) -> bool:
+        return bool(m.x.type == m.result.type)
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return m.x
+
+
+@dataclass(frozen=True)
+class StopGradient(Rewrite):
+    """stop_gradient(x)   -->   x        where the graph is not differentiated"""
+
+    def pattern(self, p: Vocabulary, x: Any) -> Any:
+        return p.stop_gradient(x)
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return m.x
+
+
+@dataclass(frozen=True)
 class Canonicalize(RewriteSet):
     """Many small equations, applied until none fits; the classes of this file are the list:
 
@@ -313,12 +338,13 @@ class Canonicalize(RewriteSet):
      1. x + 0, x - 0, x * 1, x / 1, x^1  -->  x
      2. x / 2^k  -->  x * 2^-k;   x^2  -->  x * x;   1 / x  -->  reciprocal(x)
      3. -(-x), not not x, x and true, x or false  -->  x
-     4. where of a constant condition  -->  the chosen side
+     4. where of a constant condition  -->  the chosen side;  where(c, x, x)  -->  x
      5. cast to the same dtype, cast of a lossless cast
      6. two of rearrange, reshape or expand in a row  -->  one;  reshape of whole axes  -->  rearrange
      7. rearrange, reshape, expand, slice, pad, concat that change nothing  -->  x
      8. slice(concat(x, y)) of one of them; gather of all that there is; where(i < 0, y, i) of positions  -->  x
      9. slice of a table that is made of positions  -->  the smaller table
+    10. stop_gradient(x)  -->  x, where the graph is not differentiated
 
     They keep every bit but one: x + 0 turns -0.0 into 0.0, and x does not. Left alone, since it would change
     numbers: x * 0 (NaN and infinity), (x * a) * b, x / c for other c, x^0.5.
@@ -336,6 +362,7 @@ class Canonicalize(RewriteSet):
         NotNot(),
         AndTrue(),
         WhereConstant(),
+        WhereAlike(),
         CastToItself(),
         CastOfCast(),
         IdentityRearrange(),
@@ -352,7 +379,8 @@ class Canonicalize(RewriteSet):
 
     def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
         moved = constants_to_scalars(function, log) + constants_to_the_right(function, log)
-        return moved + super().run(function, graph, log)
+        rules = self.rules if log.differentiated else (*self.rules, StopGradient())
+        return moved + sweep(rules, function, graph, log)
 
 
 def constants_to_scalars(function: Function, log: PassRecord) -> int:

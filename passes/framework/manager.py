@@ -150,10 +150,18 @@ class PassManager:
     What fails
               is undone and reported as a refusal, and the other passes go on. None: as TREADLE_CERTIFY says
     target    what the graph is compiled for; a rewrite may be refused as slower there
+    differentiated  the graph will be differentiated: rewrites keep its gradients as well, and certificates try them
     """
 
-    def __init__(self, passes: Sequence[Pass], *, certify: bool | None = None, target: Target | None = None) -> None:
-        self.passes = tuple(passes)
+    def __init__(
+        self,
+        passes: Sequence[Pass],
+        *,
+        certify: bool | None = None,
+        target: Target | None = None,
+        differentiated: bool = False,
+    ) -> None:
+        self.passes, self.differentiated = tuple(passes), differentiated
         self.certify = os.environ.get("TREADLE_CERTIFY", "") not in ("", "0") if certify is None else certify
         self.target = target or Target("cpu")
 
@@ -185,6 +193,7 @@ class PassManager:
             record = PassRecord(
                 *(each.name, each.options, before),
                 certifying=certify,
+                differentiated=self.differentiated,
                 target=self.target,
                 lineage=lineage,
                 rules=each.rule_names,

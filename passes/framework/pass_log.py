@@ -95,10 +95,11 @@ class PassRecord:
     plan     what a pass that plans found, which has a text of its own
     fit      how a run fits into a budget, where a pass saw to it
 
-    certifying, shown, target and lineage are for the pass while it runs: whether each rewrite is tried before it is
-    kept, what stands for what by a rewrite that was, what the graph is compiled for, and which nodes of the graph as it
-    was given a node does the work of. touched is for the manager: the functions that a pass says it changed, None where
-    it does not say. rules are the names of the rewrites that it tries, where it has several.
+    certifying, differentiated, shown, target and lineage are for the pass while it runs: whether each rewrite is tried
+    before it is kept, whether the graph will be differentiated, so that gradients must stay as they are, what stands
+    for what by a rewrite that was tried, what the graph is compiled for, and which nodes of the graph as it was given
+    a node does the work of. touched is for the manager: the functions that a pass says it changed, None where it does
+    not say. rules are the names of the rewrites that it tries, where it has several.
     """
 
     name: str
@@ -116,6 +117,7 @@ class PassRecord:
     plan: StoragePlan | None = None
     fit: MemoryFit | None = None
     certifying: bool = field(default=False, repr=False, compare=False)
+    differentiated: bool = field(default=False, repr=False, compare=False)
     shown: dict[Value, Value] = field(default_factory=dict, repr=False, compare=False)
     target: Target = field(default=Target("cpu"), repr=False, compare=False)
     lineage: Lineage = field(default_factory=Lineage, repr=False, compare=False)
@@ -158,7 +160,7 @@ class PassRecord:
 
     def certify(self, rule: str, claim: Claim, graphs: tuple[Graph, Graph]) -> Counterexample | None:
         """Try a claim, and keep its certificate; the case in which it does not hold, if there is one."""
-        found = certify(rule, claim, graphs)
+        found = certify(rule, claim, graphs, derivatives=self.differentiated)
         if isinstance(found, Certificate) and found not in self.certificates:
             self.certificates.append(found)
         return found if isinstance(found, Counterexample) else None

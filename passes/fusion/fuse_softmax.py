@@ -19,8 +19,8 @@ class FuseSoftmax(Rewrite):
     elsewhere.
     """
 
-    def pattern(self, p: Vocabulary, x: Any, max_axes: Any, sum_axes: Any) -> Any:
-        weights = p.exp(x - p.reduce_max(x, axes=max_axes, keep=True))
+    def pattern(self, p: Vocabulary, x: Any, max_axes: Any, sum_axes: Any, ties: Any) -> Any:
+        weights = p.exp(x - p.reduce_max(x, axes=max_axes, keep=True, ties=ties))
         return weights / p.reduce_sum(weights, axes=sum_axes, keep=True)
 
     def check(self, m: Match) -> Refusal | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from rich.table import Table
 
 from treadle.compiled import Compiled
+from treadle.files.shown_names import printable
 from treadle.ir.analysis.cost import parameter_count
 from treadle.ir.analysis.run_counts import count_run_ops
 from treadle.passes.framework.pass_log import PassLog
@@ -30,6 +31,7 @@ def compiled_facts(compiled: Compiled, seconds: float) -> Facts:
         "parameters": parameter_count(compiled.graph),
         "weights": weights_text(compiled),
         "unused": list(compiled.unused),
+        "unread": list(compiled.unread),
         "ops": dict(ops.most_common()),
         **({} if compiled.memory is None else {"memory": compiled.memory.as_dict()}),
         **compiled.log.as_dict(times=True),
@@ -53,9 +55,13 @@ def compiled_lines(compiled: Compiled, seconds: float) -> Iterable[str]:
     )
     yield f"a run is {counted(ops.total(), 'op')}: " + ", ".join(f"{n} {name}" for name, n in ops.most_common())
     yield f"{counted(parameter_count(compiled.graph), 'parameter')}, {weights_text(compiled)}"
-    if compiled.unused:
-        shown = ", ".join(compiled.unused[:4]) + (", ..." if len(compiled.unused) > 4 else "")
-        yield f"{counted(len(compiled.unused), 'tensor')} of the checkpoint not used: {shown}"
+    for names, kind, text in (
+        (compiled.unused, "tensor", "of the checkpoint not used"),
+        (compiled.unread, "key", f"of config.json that {compiled.name} does not know"),
+    ):
+        if names:
+            shown = ", ".join(map(printable, names[:4])) + (", ..." if len(names) > 4 else "")
+            yield f"{counted(len(names), kind)} {text}: {shown}"
 
 
 def pass_table(log: PassLog) -> Table:

@@ -66,7 +66,7 @@ class OpenedModel:
         `compile` raises.
         """
         folder, config = checked_folder(options, head)
-        declared = family_of(config).from_config(config)
+        declared = family_of(config).read(config).model
         optional = {given.name for given in declared.declared_inputs if given.optional}
         inputs = ["lengths"]
         if "token_types" in optional and config.get("type_vocab_size", 2) != 1:

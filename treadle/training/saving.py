@@ -150,7 +150,7 @@ class FolderSaver:
         """Find the tensors of these parameters, which a model of `source` has. Raises as `saver_for` does."""
         checkpoint = _opened(source)
         family = family_of(checkpoint.config)
-        table = family.checkpoint(checkpoint.config)
+        table = family.read(checkpoint.config).table
         wanted = {name: (shape, "f32") for name, shape in parameters.items()}
         bound = bind(wanted, table, checkpoint, prefixes=family.prefixes, deferred=True)
         known = alternatives(parameters, table, checkpoint, prefixes=family.prefixes)

@@ -37,6 +37,7 @@ from treadle.ir.ops.losses import IGNORED
 from treadle.ir.target import Target
 from treadle.ir.transforms.chosen_outputs import choose_outputs
 from treadle.ir.transforms.gradients import GRADIENT, gradient_graph
+from treadle.ir.transforms.padding_rows import with_padding_rows
 from treadle.ir.transforms.training_losses import (
     COUNTED,
     LOSS,
@@ -122,8 +123,8 @@ class Trainer:
         optimizer   `AdamW(...)` or `SGD(...)`; weights with two axes or more decay
         rate        the learning rate, or a `Schedule` of it
         clip        the most that the gradient's norm may be; None: it is not cut
-        trained     patterns of names, such as "h.*.mlp.*"; other weights stay as they are. None: all; of a module that
-                    `from_torch` imported, its parameters that require a gradient, and no buffers
+        trained     patterns of names, such as "h.*.mlp.*"; other weights stay as they are. None: all, but for buffers;
+                    of a module that `from_torch` imported, its parameters that require a gradient
         output      the output that `targets` are of; None: "logits", or the only one
         teacher     a compiled model with an output of the same name, run on the inputs that both have
         temperature, share  of the teacher: see `treadle.ir.transforms.training_losses`
@@ -155,9 +156,9 @@ class Trainer:
         self._signature = Signature(graph)
         scores = self.resolved.graph.main.outputs[self._output].type
         self._classes = scores.shape[-1].constant if scores.rank else None
-        known = model.learned if isinstance(model, TorchModel) and trained is None else None
+        known = self.resolved.learned if trained is None else None
         self.trained = self._chosen(("*",) if trained is None else trained, known)
-        recognized = PassManager(RECOGNITION).run(graph).graph
+        recognized = PassManager(RECOGNITION, differentiated=True).run(graph).graph
         self.trained = tuple([name for name in self.trained if name in recognized.parameters])
         made = gradient_graph(recognized, LOSS, self.trained, recompute=recompute)
         reached = tuple([name for name in self.trained if GRADIENT + name in made.main.outputs])
@@ -206,7 +207,7 @@ class Trainer:
         )
 
     def _with_loss(self, loss: str, temperature: float, share: float) -> Graph:
-        graph, output = self.resolved.graph, self._output
+        graph, output = with_padding_rows(self.resolved.graph, self.resolved.padding), self._output
         if loss == "cross-entropy" and self.teacher is not None:
             if output not in [port.name for port in self.teacher.outputs]:
                 given = ", ".join(port.name for port in self.teacher.outputs)

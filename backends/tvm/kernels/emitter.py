@@ -13,7 +13,7 @@ Facts that the layer knows so that generators need not:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,7 @@ from tvm.tirx.script import builder as T
 from treadle.backends.bfloat16 import rounded
 from treadle.backends.tvm.kernels.arithmetic.conversions import narrow_cast
 from treadle.backends.tvm.kernels.arithmetic.lanewise import compare
+from treadle.backends.tvm.kernels.fused_products import with_fused_products
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.ir.types import DType, bf16, boolean, i64, u8
@@ -44,36 +45,25 @@ def tvm_dtype(dtype: DType, lanes: int = 1) -> str:
 
 def primfunc(kernel: Kernel, isa: Isa, name: str) -> Any:
     """A kernel as TVM's PrimFunc of that name."""
-    emitter = Emitter(isa, {})
-    made = _written(kernel, name, emitter)
-    if emitter.imported:  # which has to stand before the loops that refer to it
-        made = _written(kernel, name, Emitter(isa, emitter.imported))
-    return made
-
-
-def _written(kernel: Kernel, name: str, emitter: Emitter) -> Any:
+    emitter = Emitter(isa)
     with IRBuilder() as ib, T.prim_func(s_tir=True):
         T.func_name(name)
         T.func_attr({"global_symbol": name, "tirx.noalias": True})
         kernel.emit(emitter)
-        emitter.close()
-    return ib.get()
+    made = ib.get()
+    if not emitter.imported:
+        return made
+    text = tvm.ir.StringImm("\n".join(emitter.imported.values()))  # which has to stand before all that refers to it
+    body = tirx.AttrStmt(tirx.IntImm("int32", 0), "pragma_import_llvm", text, made.body)
+    return tirx.PrimFunc(made.params, body, made.ret_type, made.attrs)
 
 
 class Emitter:
     """Writes one kernel for one instruction set."""
 
-    def __init__(self, isa: Isa, imported: Mapping[str, str]) -> None:
-        """`imported`: the LLVM text that the kernel refers to, by function, as an earlier attempt found out."""
+    def __init__(self, isa: Isa) -> None:
         self.isa = isa
-        self.imported: dict[str, str] = dict(imported)
-        self._known = dict(imported)
-        self._frames: list[Any] = []
-
-    def close(self) -> None:
-        """End what the kernel opened for its whole length."""
-        while self._frames:
-            self._frames.pop().__exit__(None, None, None)
+        self.imported: dict[str, str] = {}  # the LLVM text that the kernel refers to, by function
 
     # -- arguments -------------------------------------------------------------------------------------------
 
@@ -105,14 +95,12 @@ class Emitter:
     @contextmanager
     def parallel(self, count: Expr, name: str = "p") -> Iterator[Expr]:
         """A loop whose iterations the threads share; one to a kernel, outermost."""
-        self._import()
         with T.parallel(_index(0), _index(count)) as i:
             yield self.name(name, i)
 
     @contextmanager
     def loop(self, count: Expr, name: str = "i") -> Iterator[Expr]:
         """A loop from 0 to below count."""
-        self._import()
         with T.serial(_index(0), _index(count)) as i:
             yield self.name(name, i)
 
@@ -125,7 +113,7 @@ class Emitter:
     @contextmanager
     def when(self, condition: Expr) -> Iterator[None]:
         """Only if the condition holds."""
-        with T.If(condition), T.Then():
+        with T.If(with_fused_products(condition)), T.Then():
             yield
 
     def name(self, name: str, value: Expr) -> Expr:
@@ -135,7 +123,7 @@ class Emitter:
 
     def let(self, value: Expr, name: str = "t") -> Expr:
         """A value computed once."""
-        bound = T.Bind(value)
+        bound = T.Bind(with_fused_products(value))
         IRBuilder.name(name, bound)
         return bound
 
@@ -173,6 +161,7 @@ class Emitter:
     def store(self, view: Any, index: Sequence[Expr], value: Expr, lanes: int = 1) -> None:
         """Write an element, or so many side by side along the last index."""
         *outer, last = [_index(i) for i in index] or [_index(0)]
+        value = with_fused_products(value)
         if view.dtype is boolean:
             value = tirx.Cast("uint8" + (f"x{lanes}" if lanes > 1 else ""), value)
         T.buffer_store(view.buffer, value, [*outer, _ramp(last, lanes) if lanes > 1 else last])
@@ -312,12 +301,6 @@ class Emitter:
         declared = "void @llvm.prefetch.p0(ptr, i32, i32, i32)"
         called = "void @llvm.prefetch.p0(ptr %x0, i32 0, i32 2, i32 1)"
         self.effect("treadle_prefetch", declared, called, self.address(view, index))
-
-    def _import(self) -> None:
-        if self._known and not self._frames:  # not for what is found out on the way: a frame may be open by then
-            text = "\n".join(self._known.values())
-            self._frames.append(T.attr(tirx.IntImm("int32", 0), "pragma_import_llvm", text))
-            self._frames[-1].__enter__()
 
     def sum_of_lanes(self, x: Expr, lanes: int) -> Expr:
         """The sum of a float32 vector's lanes, halves added to halves."""

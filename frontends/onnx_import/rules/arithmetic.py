@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import reduce
 
 from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
-from treadle.frontends.recipes.quotients import truncated_quotient
+from treadle.frontends.recipes.quotients import remainder_like_dividend, truncated_quotient
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.types import f32, f64, i64
 
@@ -84,10 +84,8 @@ def _mod(site: OnnxSite) -> Made:
         return b.mod(x, y)
     if not x.dtype.is_float:
         return x - truncated_quotient(b, x, y) * y
-    rest = b.mod(b.abs(x), b.abs(y))
     infinite = b.equal(b.abs(y), b.constant(float("inf"), x.dtype)) & (b.abs(x) < b.abs(y))
-    rest = b.where(infinite, b.abs(x), rest)
-    return b.where(x < b.constant(0.0, x.dtype), -rest, rest)
+    return b.where(infinite, x, remainder_like_dividend(b, x, y))
 
 
 @operator("Pow", latest=15, first=7)
@@ -203,7 +201,7 @@ def _clip(site: OnnxSite) -> Made:
         lower, upper = site.maybe(1), site.maybe(2)
     x = in_order(b, x, unsigned)
     if lower is not None:
-        x = b.maximum(x, in_order(b, lower, unsigned))
+        x = b.maximum(x, in_order(b, lower, unsigned), ties="x")
     if upper is not None:
-        x = b.minimum(x, in_order(b, upper, unsigned))
+        x = b.minimum(x, in_order(b, upper, unsigned), ties="x")
     return in_order(b, x, unsigned)

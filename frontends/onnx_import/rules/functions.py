@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
+from treadle.frontends.recipes.activations import exponential_unit
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.types import i64
 
@@ -25,6 +26,7 @@ _function("Erf", 13, lambda b, x: b.erf(x))
 _function("Tanh", 13, lambda b, x: b.tanh(x))
 _function("Sigmoid", 13, lambda b, x: b.sigmoid(x))
 _function("Reciprocal", 13, lambda b, x: b.reciprocal(x))
+_function("Softplus", 22, lambda b, x: b.softplus(x), first=1)
 _function("Sin", 22, lambda b, x: b.sin(x))
 _function("Cos", 22, lambda b, x: b.cos(x))
 _function("Tan", 22, lambda b, x: b.sin(x) / b.cos(x))
@@ -84,39 +86,37 @@ def _swish(site: OnnxSite) -> Made:
 @operator("LeakyRelu", latest=16, first=6)
 def _leaky_relu(site: OnnxSite) -> Made:
     x = site.x(0)
-    return site.b.where(x < 0.0, x * site.float("alpha", 0.01), x)
+    return site.b.where(x > 0.0, x, x * site.float("alpha", 0.01))
 
 
 @operator("PRelu", latest=16, first=7)
 def _prelu(site: OnnxSite) -> Made:
     x = site.x(0)
-    return site.b.where(x < 0, x * site.x(1), x)
+    return site.b.where(x > 0, x, x * site.x(1))
 
 
 @operator("Elu", latest=22, first=6)
 def _elu(site: OnnxSite) -> Made:
-    b, x = site.b, site.x(0)
-    return b.where(x < 0.0, (b.exp(x) - 1.0) * site.float("alpha", 1.0), x)
+    return exponential_unit(site.b, site.x(0), site.float("alpha", 1.0))
+
+
+@operator("Celu", latest=12, first=12)
+def _celu(site: OnnxSite) -> Made:
+    alpha = site.float("alpha", 1.0)
+    return exponential_unit(site.b, site.x(0), alpha, inner=1 / alpha)
 
 
 @operator("Selu", latest=22, first=6)
 def _selu(site: OnnxSite) -> Made:
-    b, x = site.b, site.x(0)
     alpha, gamma = site.float("alpha", 1.6732632), site.float("gamma", 1.050701)
-    return b.where(x > 0.0, x, b.exp(x) * alpha - alpha) * gamma
+    return exponential_unit(site.b, site.x(0), alpha, scale=gamma)
 
 
 @operator("HardSigmoid", latest=22, first=6)
 def _hard_sigmoid(site: OnnxSite) -> Made:
     b, x = site.b, site.x(0)
-    return b.maximum(b.minimum(x * site.float("alpha", 0.2) + site.float("beta", 0.5), 1.0), 0.0)
-
-
-@operator("Softplus", latest=22)
-def _softplus(site: OnnxSite) -> Made:
-    """ln(1 + e^x) as max(x, 0) + ln(1 + e^-|x|), which does not overflow."""
-    b, x = site.b, site.x(0)
-    return b.maximum(x, 0.0) + b.log(b.exp(-b.abs(x)) + 1.0)
+    line = x * site.float("alpha", 0.2) + site.float("beta", 0.5)
+    return b.maximum(b.minimum(line, 1.0, ties="y"), 0.0, ties="y")
 
 
 @operator("Softsign", latest=22)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
 from treadle.frontends.onnx_import.rules.windows import WindowGeometry, windows_of
+from treadle.frontends.recipes.activations import root
 from treadle.ir.builder import Expr
 from treadle.ir.ops.along_axes import widened
 from treadle.ir.ops.pooling import MaxPool, padding_for_ceil
@@ -86,7 +87,7 @@ def _norm(site: OnnxSite, total: Callable[[Expr], Expr]) -> Expr:
         site.malformed(f"p is {p}")
     if p == 1:
         return total(b.abs(x))
-    made: Expr = b.sqrt(total(x * x)) if p == 2 else b.pow(total(b.pow(b.abs(x), float(p))), 1.0 / p)
+    made: Expr = root(b, total(x * x)) if p == 2 else b.pow(total(b.pow(b.abs(x), float(p))), 1.0 / p)
     return made
 
 

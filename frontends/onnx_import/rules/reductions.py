@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
 from treadle.frontends.onnx_import.rules.arithmetic import in_order
+from treadle.frontends.recipes.activations import root
 from treadle.frontends.recipes.positions import flipped
 from treadle.frontends.recipes.reshaping import reshaped
 from treadle.ir.builder import Builder, Expr
@@ -85,7 +86,7 @@ _reduction("ReduceMax", 20, _extremum("reduce_max", -math.inf))
 _reduction("ReduceMin", 20, _extremum("reduce_min", math.inf))
 _reduction("ReduceL1", 18, lambda site, x, axes, keep: _sum(site, site.b.abs(x), axes, keep))
 _reduction("ReduceSumSquare", 18, lambda site, x, axes, keep: _sum(site, x * x, axes, keep))
-_reduction("ReduceL2", 18, lambda site, x, axes, keep: site.b.sqrt(_sum(site, x * x, axes, keep)))
+_reduction("ReduceL2", 18, lambda site, x, axes, keep: root(site.b, _sum(site, x * x, axes, keep)))
 _reduction("ReduceLogSum", 28, lambda site, x, axes, keep: site.b.log(_sum(site, x, axes, keep)))
 _reduction("ReduceLogSumExp", 28, _log_sum_exp)
 
@@ -198,8 +199,9 @@ def _lp_norm(site: OnnxSite) -> Made:
         site.refuse(f"of order {p}")
     powers = b.abs(x) if p == 1 else x * x
     total = b.reduce_sum(powers, axes=(axis,), keep=True)
-    norm = total if p == 1 else b.sqrt(total)
-    return b.where(b.equal(norm, 0), b.constant(0, x.dtype), x / norm)
+    nothing, one = b.equal(total, 0), b.constant(1, x.dtype)
+    norm = b.where(nothing, one, total) if p == 1 else b.sqrt(b.where(nothing, one, total))
+    return b.where(nothing, b.constant(0, x.dtype), x / norm)
 
 
 # -- along one axis ------------------------------------------------------------------------------------------------

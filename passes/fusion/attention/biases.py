@@ -130,12 +130,13 @@ def table_terms(roles: Roles, table: Table) -> list[Fused]:
     return [dataclasses.replace(whole, first=bool(kept[:, 0].all()), diagonal=bool(np.diagonal(kept).all()))]
 
 
-def addends_of(axes: Axes, added: Added, exactly: bool) -> Iterator[Added | Chosen]:
+def addends_of(axes: Axes, added: Added, exactly: bool, trained: bool = False) -> Iterator[Added | Chosen]:
     """An addend, or its parts: of a sum of which each has fewer axes or one is a mask, and of a masked addend.
 
     s + where(c, x, -inf)   -->   s + x, masked by c
 
     exactly   also where every key is masked: not if x may be so large that its sum with the number is another
+    trained   with `exactly`: not if x would have a gradient there, where `where` stops it
     """
     placed = beneath(axes, added.placed)
     node = placed.value.node
@@ -148,27 +149,27 @@ def addends_of(axes: Axes, added: Added, exactly: bool) -> Iterator[Added | Chos
         count = _count(axes, placed)
         if all(_count(axes, p.placed) < count for p in parts) or any(as_mask(axes, p) for p in parts):
             for part in parts:
-                yield from addends_of(axes, part, exactly)
+                yield from addends_of(axes, part, exactly, trained)
             return
     if node is not None and isinstance(node.op, Where) and as_mask(axes, added) is None:
         condition, *sides = node.inputs
         for keep, (x, fill) in ((True, sides), (False, sides[::-1])):
             number = number_of(fill)
-            if number is not None and number * added.factor <= -ABSORBING and _may_add(x, number, exactly):
+            if number is not None and number * added.factor <= -ABSORBING and _may_add(x, number, exactly, trained):
                 inner = Added(Placed(x, narrowed(x, placed.layout)), added.factor, added.node)
-                yield from addends_of(axes, inner, exactly)
+                yield from addends_of(axes, inner, exactly, trained)
                 held = Placed(condition, narrowed(condition, placed.layout))
                 yield Chosen(held, keep, number * added.factor, added.node)
                 return
     yield added
 
 
-def _may_add(x: Value, fill: float, exactly: bool) -> bool:
+def _may_add(x: Value, fill: float, exactly: bool, trained: bool) -> bool:
     """Whether x may be added to the number that masks it, and is lost in it. Infinity would not be, nor a large x."""
     if not math.isfinite(fill):
         return True
     hazards = hazards_of(x)
-    return not hazards if exactly else "infinite" not in hazards
+    return not (hazards or trained) if exactly else "infinite" not in hazards
 
 
 def _count(axes: Axes, placed: Placed) -> int:

@@ -151,9 +151,12 @@ def terms_of_chain(
     guarded: bool,
     beside: Sequence[Fused] = (),
     rule: str = "FuseAttention",
+    *,
+    trained: bool = False,
 ) -> ChainTerms:
     """The terms that do to scores what the chain does. Raises Mismatch where there are none.
 
+    trained   gradients must be the same as well: where a number is filled in, no gradient flows to what it replaces
     guarded   a row that is -inf throughout gives zeros, as attention gives, and not NaN
     beside    masks that attention has already
     rule      the pass that asks
@@ -167,7 +170,7 @@ def terms_of_chain(
         found.notes += step.kept.notes
     if not (keeps_a_key or zero_empty_rows):
         found.notes += _addend_notes(steps, masks_outweigh, rule)
-        steps = _read(roles, scores, exactly=True)
+        steps = _read(roles, scores, exactly=True, trained=trained)
     masks: list[ChainStep] = []
     others: list[ChainStep] = []
     last_fill = max((n for n, step in enumerate(steps) if step.filled and step.is_finite), default=0)
@@ -187,8 +190,8 @@ def terms_of_chain(
         found.biases = _each(roles, others)
         return found
     overflow = _overflow(others, scores)
-    found.emptied = _emptied(steps, scores)
-    found.biases = _biases(roles, others, overflow)
+    found.emptied = _emptied(steps, scores, trained)
+    found.biases = _biases(roles, others, overflow, trained)
     found.overflows_in = overflow.dtype if overflow else None
     if not guarded and _may_lose_rows(roles, steps, overflow):
         found.kept_nan = [step.seen for step in masks]
@@ -200,14 +203,15 @@ def terms_of_chain(
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def _read(roles: Roles, scores: Scores, exactly: bool) -> list[ChainStep]:
+def _read(roles: Roles, scores: Scores, exactly: bool, trained: bool = False) -> list[ChainStep]:
     """The steps, in order. A sum that is added is several, and so is where(c, x, -inf): x, and a mask.
 
     exactly   not where x may be as large as the number of the mask, to which it would be added
+    trained   nor where that number is finite, so that x has a gradient in a row in which every key is masked
     """
     steps: list[ChainStep] = []
     for term in scores.terms:
-        parts = [term] if isinstance(term, Chosen) else addends_of(roles.axes, term, exactly)
+        parts = [term] if isinstance(term, Chosen) else addends_of(roles.axes, term, exactly, trained)
         for part in parts:
             step = ChainStep(part, abs(term.factor), term.peak, filled=part is term and isinstance(term, Chosen))
             mask = part if isinstance(part, Chosen) else as_mask(roles.axes, part)
@@ -247,10 +251,11 @@ def _addend_notes(steps: Sequence[ChainStep], masks_outweigh: bool, rule: str) -
 # -- biases ------------------------------------------------------------------------------------------------------------
 
 
-def _biases(roles: Roles, steps: Sequence[ChainStep], overflow: _Overflow | None) -> list[Fused]:
+def _biases(roles: Roles, steps: Sequence[ChainStep], overflow: _Overflow | None, trained: bool) -> list[Fused]:
     """The steps that are no masks: up to the last fill as one, and each that comes later for itself.
 
-    What comes earlier, but is lost in the rounding of all numbers that are filled in later, may be one for itself.
+    What comes earlier, but is lost in the rounding of all numbers that are filled in later, may be one for itself, if
+    its gradient does not count.
     """
     fills = [n for n, step in enumerate(steps) if step.filled]
     end = max(fills, default=-1)
@@ -260,7 +265,7 @@ def _biases(roles: Roles, steps: Sequence[ChainStep], overflow: _Overflow | None
     separate: list[ChainStep] = []
     for n, step in enumerate(steps):
         later = [steps[m] for m in fills if m > n]
-        lost = step.mask is None and not step.hazards and all(_absorbs(each) for each in later)
+        lost = not trained and step.mask is None and not step.hazards and all(_absorbs(each) for each in later)
         (separate if n > end or (lost and later) else joined).append(step)
     if len(joined) <= 1 and not (overflow is not None and overflow.scaled):
         return _each(roles, [*joined, *separate])
@@ -320,12 +325,13 @@ def _put(roles: Roles, step: ChainStep) -> Put:
 # -- rows without keys -------------------------------------------------------------------------------------------------
 
 
-def _emptied(steps: Sequence[ChainStep], scores: Scores) -> list[Seen]:
-    """The masks of rows whose scores must vanish, since they are not lost beside a number that is filled in for them.
+def _emptied(steps: Sequence[ChainStep], scores: Scores, trained: bool) -> list[Seen]:
+    """The masks of rows whose scores must vanish, since they are not lost beside a number that is filled in for them,
+    or since they would have a gradient.
 
     Raises Mismatch where a row in which every key is masked holds scores as well, beside such numbers.
     """
-    small = [step for step in steps if step.filled and step.is_finite and not _absorbs(step)]
+    small = [step for step in steps if step.filled and step.is_finite and (trained or not _absorbs(step))]
     if not small:
         return []
     if any(step.hazards or (step.is_finite and not step.filled) for step in steps):

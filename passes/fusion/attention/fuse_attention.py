@@ -113,7 +113,8 @@ class _Finder:
             try:
                 scores = find_scores(axes, weighting, layout, self.work.readers)
                 symbols = self.work.graph.symbols
-                plan = AttentionPlan(axes, layout, symbols, weighting, values, scores, zero_empty_rows, self.by_offset)
+                found, trained = (weighting, values, scores), self.work.log.differentiated
+                plan = AttentionPlan(axes, layout, symbols, *found, zero_empty_rows, self.by_offset, trained=trained)
             except Mismatch as mismatch:
                 self.work.refuse(self.rule, mismatch.refusal)
                 continue

@@ -40,9 +40,13 @@ class AttentionPlan:
        keys, all up to the last fill is one bias, in which they win over one another as they did.
     4. What is added up past the range of the dtype, float32's least number twice, is -inf as it was; see 1.
 
+    5. What is filled in stops the gradient of what it replaces. Where a row may be without keys, and the graph is
+       differentiated, a number that is filled in is added with the queries of empty rows set to zero, however low.
+
     With `zero_empty_rows` every mask is a mask.
 
-    said   of an attention that is one op already; of spelled-out attention None
+    said     of an attention that is one op already; of spelled-out attention None
+    trained  whether the graph will be differentiated
     """
 
     def __init__(
@@ -56,6 +60,8 @@ class AttentionPlan:
         zero_empty_rows: bool,
         by_offset: dict[Value, np.ndarray[Any, Any] | None],
         said: Said | None = None,
+        *,
+        trained: bool = False,
     ) -> None:
         self.said = said
         self.axes, self.layout, self.weighting, self.values, self.scores = axes, layout, weighting, values, scores
@@ -65,7 +71,7 @@ class AttentionPlan:
         known = () if said is None else said.terms
         masks = [f for f in known if isinstance(f.term, MaskTerm)]
         guarded, rule = values.guarded or zero_empty_rows, "FuseAttention" if said is None else "RefineAttention"
-        self.chain = terms_of_chain(self.roles, scores, zero_empty_rows, guarded, masks, rule)
+        self.chain = terms_of_chain(self.roles, scores, zero_empty_rows, guarded, masks, rule, trained=trained)
         self.chain.masks[:0] = masks
         self.chain.biases[:0] = [f for f in known if not isinstance(f.term, MaskTerm)]
         self.dtype = self._widest()

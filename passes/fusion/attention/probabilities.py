@@ -31,8 +31,8 @@ from treadle.passes.fusion.axis_tracking import Axes, Layout
 
 @cache
 def _guarded_softmax() -> Pattern:
-    def pattern(p: Vocabulary, x: Any, over_max: Any, over_sum: Any) -> Any:
-        peak = p.reduce_max(x, axes=over_max, keep=True)
+    def pattern(p: Vocabulary, x: Any, over_max: Any, over_sum: Any, ties: Any) -> Any:
+        peak = p.reduce_max(x, axes=over_max, keep=True, ties=ties)
         weights = p.exp(x - p.where(peak > -math.inf, peak, 0))
         total = p.reduce_sum(weights, axes=over_sum, keep=True)
         return weights / p.where(total > 0, total, 1)

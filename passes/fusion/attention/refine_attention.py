@@ -55,7 +55,7 @@ class RefineAttention(SiteRewrite["_Refined"]):
                 work.refuse(self.name, Refusal("its queries are a part of others, and begin later", node))
                 continue
             try:
-                plan = self._plan(node, work.graph, by_offset)
+                plan = self._plan(node, work.graph, by_offset, work.log.differentiated)
             except Mismatch as mismatch:
                 work.refuse(self.name, replace(mismatch.refusal, matched=()))
                 continue
@@ -70,14 +70,16 @@ class RefineAttention(SiteRewrite["_Refined"]):
     def build(self, b: Builder, site: _Refined) -> list[Expr] | Refusal:
         return site.plan.build(b)
 
-    def _plan(self, node: Node, graph: Graph, by_offset: dict[Value, np.ndarray[Any, Any] | None]) -> AttentionPlan:
+    def _plan(
+        self, node: Node, graph: Graph, by_offset: dict[Value, np.ndarray[Any, Any] | None], trained: bool
+    ) -> AttentionPlan:
         """The op as a plan to make it once more. Keys may have been repeated in another order than heads share them
         in; then they stay as they are."""
         for grouped in (True, False):
             axes = Axes()
             op = _Op.of(axes, node, grouped)
             found, zeros = (op.weighting, op.values, op.scores), self.zero_empty_rows
-            plan = AttentionPlan(axes, op.rows, graph.symbols, *found, zeros, by_offset, op.said)
+            plan = AttentionPlan(axes, op.rows, graph.symbols, *found, zeros, by_offset, op.said, trained=trained)
             if plan.roles.atoms("h") == axes.flat(op.rows[1]):
                 return plan
         return plan

@@ -22,7 +22,21 @@ def _numbers(d: Draw) -> None:
 
 
 @draws("Ceil", "Cos", "Cosh", "Erf", "Exp", "Floor", "Log", "Reciprocal", "Sigmoid", "Sin", "Sinh", "Softplus")
-@draws("Softsign", "Sqrt", "Tan", "Tanh", "Round", "IsNaN", "Elu", "HardSigmoid", "LeakyRelu", "Selu", "Gelu", "Swish")
+@draws(
+    "Softsign",
+    "Sqrt",
+    "Tan",
+    "Tanh",
+    "Round",
+    "IsNaN",
+    "Elu",
+    "Celu",
+    "HardSigmoid",
+    "LeakyRelu",
+    "Selu",
+    "Gelu",
+    "Swish",
+)
 @draws("IsInf")
 def _float(d: Draw) -> None:
     x = d.floats(d.shape(0))
@@ -32,6 +46,7 @@ def _float(d: Draw) -> None:
     d.x(x)
     options = {
         "Elu": {"alpha": 0.7},
+        "Celu": {"alpha": 0.7},
         "HardSigmoid": {"alpha": 0.3, "beta": 0.4},
         "LeakyRelu": {"alpha": 0.2},
         "Selu": {"alpha": 1.5, "gamma": 1.2},

@@ -126,6 +126,38 @@ def _exp(f: LaneFunction, x: LaneValue) -> LaneValue:
     return scaled(f, *_reduced_exp(x.at_most(89.0).at_least(-104.0)))
 
 
+def expm1(k: Emitter, x: Expr, lanes: int) -> Expr:
+    """e^x - 1, within 4 ulp: near 0 by the polynomial of e^x without its 1, elsewhere e^x less 1."""
+    f = LaneFunction(k, lanes)
+    held = f.operand(x, "f32")
+    p, raised, whole = _reduced_exp(held.at_most(89.0).at_least(-104.0))
+    # Where the exponent is 0, nothing is taken off: held is what the polynomial is of.
+    near = polynomial(held, _EXP) * (held * held) + held
+    return f.result(f.select(whole == 0.0, near, scaled(f, p, raised, whole) - 1.0))
+
+
+def log1p(k: Emitter, x: Expr, lanes: int) -> Expr:
+    """ln(1 + x), within 4 ulp; -inf at -1, NaN below."""
+    f = LaneFunction(k, lanes)
+    return f.result(_log1p(f, f.operand(x, "f32")))
+
+
+def softplus(k: Emitter, x: Expr, lanes: int) -> Expr:
+    """max(x, 0) + ln(1 + e^-|x|), within 6 ulp."""
+    f = LaneFunction(k, lanes)
+    held = f.operand(x, "f32")
+    return f.result(held.at_least(0.0) + _log1p(f, _exp(f, -held.abs())))
+
+
+def _log1p(f: LaneFunction, x: LaneValue) -> LaneValue:
+    """ln(u) x / (u - 1) with u = 1 + x, which has the digits that u lost of x        (Kahan)"""
+    u = x + 1.0
+    kept = u - 1.0
+    found = _log(f, u)
+    near = f.select(kept == 0.0, x, found * (x / kept))
+    return f.select(x.abs() < 1.0, near, found)
+
+
 def _reduced_exp(x: LaneValue) -> tuple[LaneValue, LaneValue, LaneValue]:
     """e^(x - n ln 2) for the whole number n nearest to x / ln 2, and n, see `rounded_product`."""
     raised, whole = rounded_product(x, LOG2_E)
@@ -200,7 +232,10 @@ def _odd_quotient(x: LaneValue, above: tuple[float, ...], below: tuple[float, ..
 def log(k: Emitter, x: Expr, lanes: int) -> Expr:
     """ln x, within 1 ulp; -inf at 0, NaN below."""
     f = LaneFunction(k, lanes)
-    held = f.operand(x, "f32")
+    return f.result(_log(f, f.operand(x, "f32")))
+
+
+def _log(f: LaneFunction, held: LaneValue) -> LaneValue:
     small = held < 2.0**-126
     m, e = mantissa_and_exponent(f.select(small, held * 2.0**23, held))
     e = f.select(small, e - 23.0, e)
@@ -209,7 +244,7 @@ def log(k: Emitter, x: Expr, lanes: int) -> Expr:
     low = z * square * polynomial(z, _LOG) + e * LN2_LOW - square * 0.5
     found = f.select(held < math.inf, low + z + e * LN2_HIGH, held)
     outside = f.select(held == 0.0, -math.inf, f.number(math.nan, "f32"))
-    return f.result(f.select(held > 0.0, found, outside))
+    return f.select(held > 0.0, found, outside)
 
 
 def power(k: Emitter, x: Expr, y: Expr, lanes: int) -> Expr:

@@ -6,12 +6,14 @@ written with.
     return f.result((x * x + 1.0).sqrt())     # one call in the kernel, which LLVM inlines
 
 TVM sees one call and nothing of what is in it: its simplifier takes seconds for a long expression, and holds
-for floats what is true of numbers only.
+for floats what is true of numbers only. A product that is added to something is fused with it, any other is rounded by
+itself: see `treadle.backends.tvm.kernels.fused_products`.
 """
 
 from __future__ import annotations
 
 import hashlib
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -130,6 +132,19 @@ class LaneValue:
         return self.at_most(size).at_least(-size)
 
 
+class _Product(LaneValue):
+    """x * y, of floats: computed, and rounded, where it is not fused with what it is added to."""
+
+    def __init__(self, x: LaneValue, y: LaneValue) -> None:
+        self.function, self.type, self.factors = x.function, x.type, (x, y)
+
+    @cached_property
+    def text(self) -> str:  # type: ignore[override]
+        t, (x, y) = f"{{{self.type}}}", self.factors
+        product = self.function.line(self.type, f"fmul {t} {x.text}, {y.text}")
+        return self.function.intrinsic("arithmetic.fence", product).text
+
+
 class LaneFunction:
     """The text of one function as it grows."""
 
@@ -145,7 +160,8 @@ class LaneFunction:
 
     def result(self, value: LaneValue) -> Expr:
         """Call the function on its operands; it gives this value."""
-        body = "\n".join([*self._lines, f"%r = freeze {{{value.type}}} {value.text}"])
+        last = f"%r = freeze {{{value.type}}} {value.text}"  # which may add a line before it
+        body = "\n".join([*self._lines, last])
         types = " ".join(t for _, t in self._operands) + f" -> {value.type}"
         name = "f" + hashlib.sha256(f"{types} {body}".encode()).hexdigest()[:16]
         return call_lanewise(self.k, name, _TVM[value.type], self.lanes, [x for x, _ in self._operands], types, body)
@@ -163,8 +179,17 @@ class LaneFunction:
         return LaneValue(self, f"[{type} {hexadecimal(float(np.float32(value)) if type == 'f32' else value)}]", type)
 
     def binary(self, sign: str, x: LaneValue, y: LaneValue | Number) -> LaneValue:
-        said = ("f" if x.type[0] == "f" else "") + _ARITHMETIC[sign]
-        return self.line(x.type, f"{said} {{{x.type}}} {x.text}, {self._of(y, x.type).text}")
+        y = self._of(y, x.type)
+        if x.type[0] != "f":
+            return self.line(x.type, f"{_ARITHMETIC[sign]} {{{x.type}}} {x.text}, {y.text}")
+        if sign == "*":
+            return _Product(x, y)
+        if sign in "+-" and isinstance(x, _Product):
+            return self.intrinsic("fmuladd", *x.factors, -y if sign == "-" else y)
+        if sign in "+-" and isinstance(y, _Product):
+            left, right = y.factors  # the second one is the constant, if there is one, whose sign costs nothing
+            return self.intrinsic("fmuladd", left, -right if sign == "-" else right, x)
+        return self.line(x.type, f"f{_ARITHMETIC[sign]} {{{x.type}}} {x.text}, {y.text}")
 
     def integer(self, said: str, x: LaneValue, y: LaneValue | Number) -> LaneValue:
         return self.line(x.type, f"{said} {{{x.type}}} {x.text}, {self._of(y, x.type).text}")

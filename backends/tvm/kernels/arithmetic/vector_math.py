@@ -7,7 +7,8 @@ Every function works for any number of lanes and gives the same bits for all of 
 - integers wrap around; dividing one by zero gives 0 (`integer_arithmetic`)
 
 Arithmetic and comparisons are given to LLVM as they are: TVM would take x * 0 for 0 and x == x for true, and has
-integers that never overflow. An addition of a product may still be fused with it, and is then rounded once.
+integers that never overflow. Each op of a chain rounds by itself (`treadle.backends.tvm.kernels.fused_products`), so
+that an element's bits do not depend on the ops that it is computed with.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def emit(k: Emitter, op: str, operands: Sequence[Typed], dtype: DType, lanes: in
 _FLOAT_BODIES = {
     "add": "%r = fadd TYPE %x0, %x1",
     "sub": "%r = fsub TYPE %x0, %x1",
-    "mul": "%r = fmul TYPE %x0, %x1",
+    "mul": "%p = fmul TYPE %x0, %x1\n%r = call TYPE @llvm.arithmetic.fenceSUFFIX(TYPE %p)",
     "div": "%r = fdiv TYPE %x0, %x1",
     "neg": "%r = fneg TYPE %x0",
     "abs": "%r = call TYPE @llvm.fabsSUFFIX(TYPE %x0)",
@@ -95,7 +96,8 @@ def _float_function(k: Emitter, name: str, dtype: DType, lanes: int, *operands: 
 
 
 def _arithmetic(name: str) -> Callable[..., Expr]:
-    def function(k: Emitter, dtype: DType, lanes: int, *operands: Expr) -> Expr:
+    def function(k: Emitter, dtype: DType, lanes: int, *operands: Expr, ties: str = "even") -> Expr:
+        """`ties`, of a maximum or minimum, is about its gradient alone."""
         computed = _float_function if dtype.is_float else integer_function
         return computed(k, name, dtype, lanes, *operands)
 
@@ -221,6 +223,12 @@ def _gelu_tanh_f64(k: Emitter, x: Expr, lanes: int) -> Expr:
     return half * x * (one + by_lane(k, "tanh", f64, lanes, scale * (x + cubic * x * x * x)))
 
 
+def _softplus_f64(k: Emitter, x: Expr, lanes: int) -> Expr:
+    zero = k.number(0.0, f64, lanes)
+    size = k.let(k.select(x > zero, -x, x))
+    return k.select(zero > x, zero, x) + by_lane(k, "log1p", f64, lanes, by_lane(k, "exp", f64, lanes, size))
+
+
 def _round_to(k: Emitter, dtype: DType, lanes: int, x: Expr, format: str, saturate: bool = False) -> Expr:
     """In f64, which holds all of the formats' numbers: adding a number so large that its last bit is the spacing."""
     known = FORMATS[format]
@@ -272,6 +280,8 @@ FUNCTIONS: dict[str, Callable[..., Expr]] = {
     "pow": _pow,
     "exp": _function(exp, "exp"),
     "log": _function(exponentials.log, "log"),
+    "expm1": _function(exponentials.expm1, "expm1"),
+    "log1p": _function(exponentials.log1p, "log1p"),
     "sqrt": _sqrt,
     "rsqrt": _rsqrt,
     "reciprocal": formula(lambda x: 1.0 / x),
@@ -288,6 +298,7 @@ FUNCTIONS: dict[str, Callable[..., Expr]] = {
     "gelu_tanh": _function(exponentials.gelu_tanh, _gelu_tanh_f64),
     "silu": _function(exponentials.silu, _silu_f64),
     "quick_gelu": _function(exponentials.quick_gelu, _quick_gelu_f64),
+    "softplus": _function(exponentials.softplus, _softplus_f64),
     "equal": _comparison("eq"),
     "not_equal": _comparison("ne"),
     "less": _comparison("lt"),

@@ -1,0 +1,48 @@
+"""Rows of embedding tables that get no gradient where they are read: `padding_idx` of PyTorch's nn.Embedding.
+
+    y = embedding(table, ids)   -->   y = where(ids == row, stop_gradient(embedding(table, ids)), embedding(table, ids))
+
+What else reads the table, such as logits that are tied to it, gives the row its gradient still, as in PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.graph import Graph, Node
+from treadle.ir.ops.axis_names import axis_letters
+from treadle.ir.ops.indexing import Embedding
+from treadle.ir.transforms.clone import clone_graph
+
+
+def without_gradient(b: Builder, y: Expr, indices: Expr, row: int) -> Expr:
+    """What an embedding gave for these indices, y [..., d], of which those of a row have no gradient."""
+    padded = b.equal(indices, b.constant(row, indices.dtype))
+    names = " ".join(axis_letters(indices.rank))
+    made: Expr = b.where(b.rearrange(padded, pattern=f"{names} -> {names} 1"), b.stop_gradient(y), y)
+    return made
+
+
+def with_padding_rows(graph: Graph, rows: Mapping[str, int]) -> Graph:
+    """A copy in which the embeddings of `main` give no gradient to these rows of weights, by the weights' names."""
+    made = clone_graph(graph)
+    main = made.main
+    for node in [node for node in main.nodes if _row_of(node, rows) is not None]:
+        row, (y,) = _row_of(node, rows), node.results
+        assert row is not None
+        at = main.nodes.index(node) + 1
+        later, main.nodes = main.nodes[at:], main.nodes[:at]
+        b = Builder(made, main)
+        with b.placed_as(node):
+            new = without_gradient(b, b.expr(y), b.expr(node.inputs[1]), row).value
+        for reader in later:
+            reader.operands = tuple([new if v is y else v for v in reader.operands])
+        main.nodes += later
+        main.outputs = {name: new if v is y else v for name, v in main.outputs.items()}
+    return made
+
+
+def _row_of(node: Node, rows: Mapping[str, int]) -> int | None:
+    table = node.operands[0] if isinstance(node.op, Embedding) else None
+    return rows.get(table.name) if table is not None and table.kind == "parameter" else None

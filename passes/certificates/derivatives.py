@@ -1,0 +1,123 @@
+"""Gradients of the two sides of a claim, held to each other.
+
+Both sides get the gradient of a sum of their float results, with drawn factors, by their float inputs. They run in
+float64, and must agree to a part in a million of the largest: constants of gradients are float32. A number may be NaN
+only where it was before. Where they do not agree, and the gradient before moves as far when its inputs move by a part
+in 10^10, they are at the edge of a step, and nothing is said; numbers that were drawn to be equal are not moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from treadle.ir.builder import Builder
+from treadle.ir.errors import TreadleError
+from treadle.ir.graph import Graph, Value
+from treadle.ir.interpreter import interpret
+from treadle.ir.ops.shapes import zeros
+from treadle.ir.transforms.clone import clone_graph
+from treadle.ir.transforms.differentiate import backward
+from treadle.ir.transforms.inline import inline_calls
+
+Array = np.ndarray[Any, Any]
+Arrays = Mapping[str, Array]
+
+_NEAR = 1e-6
+_MOVE = 1e-10
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Both sides with gradients by their inputs as outputs, and inputs `seed 0`, ... for their results."""
+
+    before: Graph
+    after: Graph
+    seeds: tuple[Value, ...]
+
+    def compared(self, inputs: Arrays, sizes: Mapping[str, int], seed: Sequence[int]) -> str | None:
+        """What is wrong with the gradients after, None where nothing is."""
+        rng = np.random.default_rng([*seed, 1])
+        factors = {v.name: rng.standard_normal(v.type.evaluate(sizes)) for v in self.seeds}
+        old = _run(self.before, {**inputs, **factors})
+        if old is None:
+            return None
+        new = _run(self.after, {**inputs, **factors})
+        if new is None:
+            return "the replacement's gradient fails"
+        largest = max((_largest(array) for array in old.values()), default=0.0)
+        for name, wanted in old.items():
+            off = _apart(new[name], wanted, largest)
+            if off is None:
+                return f"the gradient by {name} has a NaN where it had none"
+            if off <= _NEAR:
+                continue
+            moved = _run(self.before, {**_moved(inputs), **factors})
+            edge = None if moved is None else _apart(moved[name], wanted, largest)
+            if edge is not None and edge <= _NEAR:
+                return f"the gradient by {name} differs by {off:.2g} of the largest"
+        return None
+
+
+def differentiated(sides: tuple[Graph, Graph]) -> Gradients | None:
+    """The gradients of both sides; None where the side before has none: it gives no float, or an op refuses."""
+    try:
+        before = _with_gradients(sides[0])
+    except TreadleError:
+        return None
+    seeds = tuple([v for v in before.main.inputs if v.name.startswith("seed ")])
+    return Gradients(before, _with_gradients(sides[1]), seeds) if seeds and before.main.outputs else None
+
+
+def _with_gradients(side: Graph) -> Graph:
+    graph = inline_calls(side) if len(side.functions) > 1 else clone_graph(side)
+    b, main = Builder(graph), graph.main
+    nodes, inputs = list(main.nodes), [v for v in main.inputs if _is_plain_float(v)]
+    given: dict[Value, Any] = {}
+    for number, value in enumerate(main.outputs.values()):
+        if value.type.dtype.is_float:
+            seed = b.input(f"seed {number}", value.type)
+            given[value] = given[value] + seed if value in given else seed
+    counting = set(inputs)
+    for node in nodes:
+        if not counting.isdisjoint(node.inputs):
+            counting.update(v for v in node.results if v.type.dtype.is_float)
+    found = backward(b, nodes, given, counting=counting)
+    main.outputs = {v.name: (found[v] if v in found else zeros(b, v.type)).value for v in inputs}
+    return graph
+
+
+def _is_plain_float(value: Value) -> bool:
+    return value.type.dtype.is_float and value.type.encoding is None and not value.name.startswith("size ")
+
+
+def _run(side: Graph, given: Arrays) -> Arrays | None:
+    """The gradients; None where they cannot be computed."""
+    try:
+        return interpret(side, given, float64=True)
+    except (TreadleError, ArithmeticError, IndexError, TypeError, ValueError):
+        return None
+
+
+def _moved(inputs: Arrays) -> dict[str, Array]:
+    """The inputs, of which every float is a little larger in size: equal numbers stay equal, and zeros zeros."""
+    return {name: array * (1 + _MOVE) if array.dtype.kind == "f" else array for name, array in inputs.items()}
+
+
+def _largest(array: Array) -> float:
+    finite = np.abs(array[np.isfinite(array)])
+    return float(np.max(finite, initial=0.0))
+
+
+def _apart(got: Array, wanted: Array, largest: float) -> float | None:
+    """The largest difference, relative to the largest number; None for a NaN where there was none."""
+    known = ~np.isnan(wanted)
+    if np.any(np.isnan(got) & known):
+        return None
+    with np.errstate(invalid="ignore"):
+        differences = np.where((got == wanted) | ~known, 0.0, np.abs(got - wanted))
+    scale = max(_largest(wanted), 1e-3 * largest) or 1.0
+    return float(np.max(differences, initial=0.0)) / scale
