@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from treadle.backends.protocol import Port
+from treadle.backends.protocol import Outputs, Port
 from treadle.ir.errors import BackendError, Hint
 from treadle.ir.graph import Function, Graph
 from treadle.passes.memory.storage_plan import StoragePlan
@@ -72,6 +72,19 @@ class Donated:
                 alike = [name for name, other in spans.items() if name != port.name and _meet(span, other)]
                 whom = f"input {alike[0]}" if alike else "a weight or a state"
                 raise _refused(port, value, f"it shares memory with {whom}")
+
+    def returned(self, given: Mapping[str, Any], outputs: Outputs) -> Outputs:
+        """The outputs; for one that is stored where a donated array is, the caller's own array.
+
+        A new view of it would refer to the old one, so a loop of calls would hold a chain of views, longer by one each
+        time.
+        """
+        donated = {span_of(given[name]): given[name] for name in self.names}
+        for name, array in outputs.items() if donated else ():
+            own = donated.get(span_of(array))
+            if own is not None and type(own) is type(array) and (own.dtype, own.shape) == (array.dtype, array.shape):
+                outputs[name] = own
+        return outputs
 
 
 def _unfit(value: Any) -> str | None:

@@ -51,6 +51,15 @@ def replacing(target: Path) -> Iterator[IO[bytes]]:
             os.close(folder)
 
 
+def check_writable(target: Path) -> None:
+    """Raise OSError if `replacing` cannot write the target. Its temporary file is made, and deleted."""
+    with suppress(FileNotFoundError):
+        os.lstat(target)
+    staged, file = _open_staged(target)
+    file.close()
+    staged.unlink()
+
+
 def _open_staged(target: Path) -> tuple[Path, IO[bytes]]:
     """Open a new file next to the target, locked while it is open, so that others know that its writer is alive."""
     while True:

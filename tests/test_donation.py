@@ -167,6 +167,27 @@ def test_compile_takes_it_and_a_chain_runs_in_one_array(backend: str) -> None:
     assert "x donated" in str(exe.optimized.lowered.plan)
 
 
+@pytest.mark.parametrize(
+    ("backend", "kind"),
+    [
+        ("numpy", "array"),
+        pytest.param("torch", "array", marks=needs_torch),
+        pytest.param("torch", "tensor", marks=needs_torch),
+        pytest.param("tvm", "array", marks=needs_tvm),
+        pytest.param("tvm", "tensor", marks=[needs_tvm, needs_torch]),
+    ],
+)
+def test_a_loop_of_calls_keeps_no_views_of_earlier_calls(backend: str, kind: str) -> None:
+    """The caller's own array comes back; a view of it would refer to the view of the call before, and so on."""
+    exe = treadle.compile(graph_of(residual), backend=backend, donate=("x",))
+    x, y = drawn(5, 8), drawn(5, 8, seed=1)
+    if kind == "tensor":
+        import torch
+
+        x, y = torch.from_numpy(x), torch.from_numpy(y)
+    assert exe(x=x, y=y)["out"] is x
+
+
 @needs_tvm
 def test_a_stream_through_blocks_lies_in_what_was_donated() -> None:
     """Blocks that write over their argument write over the model's input."""

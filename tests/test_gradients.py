@@ -148,6 +148,43 @@ def test_a_weight_that_the_loss_does_not_depend_on_has_no_gradient() -> None:
     assert {v.name for v in made.main.inputs} == {"x", "a.weight", "a.bias", "b.weight", "b.bias"}
 
 
+@t.model
+def crossed(x: t.f32["B 4"], *, layers: int = 3):
+    """The last block's `side` is read by nothing, and so the loss does not depend on its `b`."""
+    y = side = t.linear(x, 4, name="w")
+    for _ in t.stack("h", layers):
+        y, side = y + t.tanh(t.linear(side, 4, name="a")), t.tanh(t.linear(y, 4, name="b"))
+    return {"loss": t.reduce_sum(y * y, axes=(0, 1)), "side": side}
+
+
+@t.model
+def crossed_within(x: t.f32["B 4"], *, layers: int = 2):
+    """The same of blocks within blocks."""
+    y = side = t.linear(x, 4, name="w")
+    for _ in t.stack("g", 2):
+        for _ in t.stack("h", layers):
+            y, side = y + t.tanh(t.linear(side, 4, name="a")), t.tanh(t.linear(y, 4, name="b"))
+    return {"loss": t.reduce_sum(y * y, axes=(0, 1)), "side": side}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("model", [crossed, crossed_within])
+def test_a_weight_whose_only_way_to_the_loss_is_an_unread_result_has_no_gradient(model: Any, recompute: bool) -> None:
+    """Zeros would be a gradient: weight decay would draw the weight to 0."""
+    graph = model.graph()
+    made = gradient_graph(graph, "loss", list(graph.parameters), recompute=recompute)
+    without = {name for name in graph.parameters if GRADIENT + name not in made.main.outputs}
+    last = "h.2.b" if model is crossed else "g.1.h.1.b"
+    assert without == {f"{last}.weight", f"{last}.bias"}
+    assert model is crossed or made.functions["g"].nodes[0].op.callee == "g_h"
+    inputs, weights = drawn(graph)
+    found = interpret(made, {**inputs, **weights}, {}, float64=True)
+    wanted = interpret(flat_gradients(graph, "loss"), inputs, weights, float64=True)
+    assert found.keys() == wanted.keys()
+    for name, array in wanted.items():
+        np.testing.assert_allclose(found[name], array, rtol=1e-9, atol=1e-12, err_msg=name)
+
+
 def test_passes_leave_gradients_as_they_are() -> None:
     graph = with_cross_entropy(find_family("gpt2").model.configure(**small_options("gpt2")).graph(), "logits")
     inputs, weights = drawn(graph)

@@ -312,9 +312,9 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "another shape": (lambda: Schedule(1.0, steps=9, shape="cosin"), "unknown schedule shape 'cosin'"),  # type: ignore[arg-type]
     "a fall without an end": (
         lambda: Schedule(1.0, shape="cosine"),
-        "a cosine schedule needs steps: it falls after its peak at step 1",
+        "a cosine schedule falls after its peak at step 1",
     ),
-    "all warmup": (lambda: Schedule(1.0, 9, 9, "linear"), "a linear schedule needs steps: it falls after its peak at"),
+    "all warmup": (lambda: Schedule(1.0, 9, 9, "linear"), "a linear schedule falls after its peak at"),
     "an end above the peak": (
         lambda: Schedule(1.0, 0, 9, "linear", 1.5),
         "the end of a schedule must be between 0 and 1",
@@ -339,18 +339,18 @@ RATES: dict[str, tuple[Schedule, dict[int, float]]] = {
     "a number": (schedule_of(0.5), {1: 0.5, 2: 0.5, 10**9: 0.5}),
     "none at all": (schedule_of(0), {1: 0.0, 7: 0.0}),
     "warmup": (Schedule(0.8, warmup=4), {1: 0.2, 2: 0.4, 3: 0.6, 4: 0.8, 5: 0.8, 1000: 0.8}),
-    "linear": (Schedule(1.0, steps=5, shape="linear"), {1: 1.0, 2: 0.75, 3: 0.5, 4: 0.25, 5: 0.0, 6: 0.0}),
+    "linear": (Schedule(1.0, steps=5, shape="linear"), {1: 1.0, 2: 0.8, 3: 0.6, 4: 0.4, 5: 0.2, 6: 0.0, 7: 0.0}),
     "linear to a quarter": (
-        Schedule(1.0, warmup=2, steps=6, shape="linear", end=0.25),
+        Schedule(1.0, warmup=2, steps=5, shape="linear", end=0.25),
         {1: 0.5, 2: 1.0, 3: 0.8125, 4: 0.625, 5: 0.4375, 6: 0.25, 99: 0.25},
     ),
-    "cosine": (Schedule(1.0, steps=5, shape="cosine"), {1: 1.0, 3: 0.5, 5: 0.0, 6: 0.0}),
+    "cosine": (Schedule(1.0, steps=4, shape="cosine"), {1: 1.0, 3: 0.5, 5: 0.0, 6: 0.0}),
     "cosine to a tenth": (
-        Schedule(3e-4, warmup=100, steps=10_100, shape="cosine", end=0.1),
+        Schedule(3e-4, warmup=100, steps=10_099, shape="cosine", end=0.1),
         {1: 3e-6, 100: 3e-4, 5_100: 3e-4 * 0.55, 10_100: 3e-4 * 0.1, 10_101: 3e-4 * 0.1},
     ),
-    "a warmup of one step": (Schedule(1.0, warmup=1, steps=3, shape="linear"), {1: 1.0, 2: 0.5, 3: 0.0}),
-    "the shortest fall": (Schedule(1.0, steps=2, shape="cosine", end=0.5), {1: 1.0, 2: 0.5, 3: 0.5}),
+    "a warmup of one step": (Schedule(1.0, warmup=1, steps=3, shape="linear"), {1: 1.0, 2: 2 / 3, 3: 1 / 3, 4: 0.0}),
+    "the shortest fall": (Schedule(1.0, steps=2, shape="cosine", end=0.5), {1: 1.0, 2: 0.75, 3: 0.5}),
 }
 
 
@@ -358,8 +358,23 @@ RATES: dict[str, tuple[Schedule, dict[int, float]]] = {
 def test_rates_at_the_edges(kind: str) -> None:
     schedule, rates = RATES[kind]
     assert {step: schedule(step) for step in rates} == pytest.approx(rates, rel=1e-15, abs=1e-17)
-    exact = {max(schedule.warmup, 1): schedule.peak, schedule.steps or 10**6: rates[max(rates)]}
+    exact = {max(schedule.warmup, 1): schedule.peak, (schedule.steps or 10**6) + 1: rates[max(rates)]}
     assert {step: schedule(step) for step in exact} == exact
+
+
+@pytest.mark.parametrize("steps", [2, 7])
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_a_fall_is_that_of_transformers(shape: Any, steps: int) -> None:
+    """Without a warmup: in theirs the first step has a rate of 0."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    other = getattr(transformers, f"get_{shape}_schedule_with_warmup")(optimizer, 0, steps)
+    schedule = Schedule(0.3, steps=steps, shape=shape)
+    for step in range(1, steps + 2):
+        assert schedule(step) == pytest.approx(other.get_last_lr()[0], rel=1e-12, abs=1e-15)
+        optimizer.step()
+        other.step()
 
 
 @given(
@@ -375,7 +390,8 @@ def test_a_rate_rises_then_falls(warmup: int, more: int, shape: Any, end: float)
     top = max(warmup, 1) - 1
     assert rates[:top] == sorted(rates[:top]) and rates[top] == 2.0 == max(rates)
     assert rates[top:] == sorted(rates[top:], reverse=True)
-    assert set(rates[steps - 1 :]) == {2.0 if shape == "constant" else 2.0 * end}
+    assert set(rates[steps:]) == {2.0 if shape == "constant" else 2.0 * end}
+    assert rates[steps - 1] > 0, "no step of the run is for nothing"
 
 
 def test_a_schedule_is_taken_as_it_is() -> None:

@@ -184,8 +184,8 @@ def test_what_is_no_view_lies_in_memory_of_its_own(name: str) -> None:
         exe: Any = backend.emit(lowered.graph, Target("cpu"), {}, graph, lowered.plan)
         arrays = exe.called["main"].signature.bind(case.inputs, exe.arena.arrays.take)
         held = {x.untyped_storage().data_ptr() for x in arrays if x.numel()}
-        with torch.inference_mode(), exe.arena.running("main", {}) as memory:
-            results = exe.function(*arrays, exe.weights, *memory)
+        with torch.inference_mode():
+            results = exe.function(*arrays, exe.weights, *exe.arena.memory("main", {}))
         places = lowered.plan.functions["main"].places
         for output, value in lowered.graph.main.outputs.items():
             storage = places[value].storage

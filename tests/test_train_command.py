@@ -10,7 +10,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -28,23 +28,18 @@ from tests.golden import Golden
 from tests.task_models import save, texts, without_specials, wordpiece
 from treadle.cli.train import is_state
 from treadle.frontends.safetensors_file import SafetensorsFile
+from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import UsageError
 from treadle.resolving import resolve
+from treadle.runtime.training.optimizers import SGD, AdamW
+from treadle.runtime.training.schedules import Schedule
 from treadle.training.interrupts import noting_interrupts
 from treadle.training.objectives import MaskedToken
+from treadle.training.states import FORMAT, NOTE
 from treadle.training.text_data import TextData
 from treadle.training.text_runs import Update, held_out_loss, updates
 from treadle.training.texts import NOT_COUNTED, BlockBatches, Tokens
 from treadle.training.weight_files import write_weights
-
-
-@dataclass(frozen=True)
-class Made:
-    """An optimizer or a schedule: what it was made of."""
-
-    kind: str
-    values: tuple[Any, ...]
-    options: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -98,9 +93,14 @@ class FakeTrainer:
             return {n: np.ones(v.type.static_shape or (), np.float32) for n, v in held.graph.parameters.items()}
         return {name: np.asarray(array) + np.float32(1) for name, array in held.weights.items()}
 
-    def save_state(self, path: Path) -> None:
+    def zero_grad(self) -> None:
+        self.done = self.steps * self.options["accumulate"]
+
+    def save_state(self, path: Path, notes: Mapping[str, str]) -> None:
+        assert self.done == self.steps * self.options["accumulate"], "a state is saved after an update"
         self.saved.append(self.steps)
-        write_weights(Path(path), {}, {"format": "treadle training state", "steps": str(self.steps)})
+        noted = {NOTE + name: text for name, text in notes.items()}
+        write_weights(Path(path), {}, {"format": FORMAT, "steps": str(self.steps), **noted})
 
     def restore(self, path: Path) -> None:
         self.steps = int(SafetensorsFile.open(path).metadata["steps"])
@@ -114,13 +114,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
         vars(made).update(members)
         monkeypatch.setitem(sys.modules, name, made)
 
-    def maker(kind: str) -> Any:
-        return lambda *values, **options: Made(kind, values, options)
-
     module("treadle.training.trainer", Trainer=FakeTrainer)
-    module("treadle.runtime.training")
-    module("treadle.runtime.training.optimizers", AdamW=maker("AdamW"), SGD=maker("SGD"))
-    module("treadle.runtime.training.schedules", Schedule=maker("Schedule"))
     monkeypatch.setattr(FakeTrainer, "made", [])
     monkeypatch.setattr(FakeTrainer, "interrupt_at", 0)
     monkeypatch.setattr(FakeTrainer, "fail_at", 0)
@@ -169,8 +163,8 @@ def test_what_is_left_out_is_its_default(train: Treadle) -> None:
     assert (only().model, str(where), where.threads) == ("gpt2", "cpu", None)
     assert only().options == {
         "loss": "cross-entropy",
-        "optimizer": Made("AdamW", (), {}),
-        "rate": Made("Schedule", (1e-4,), {"warmup": 0, "steps": None, "shape": "constant"}),
+        "optimizer": AdamW(),
+        "rate": Schedule(1e-4),
         "clip": 1.0,
         "trained": ("*",),
         "backend": "torch",
@@ -196,8 +190,8 @@ def test_each_option_reaches_what_it_is_for(train: Treadle, monkeypatch: pytest.
     assert (str(where), where.threads) == ("cpu", 3)
     assert options == {
         "loss": "cross-entropy",
-        "optimizer": Made("SGD", (), {"momentum": 0.9, "weight_decay": 0.5}),
-        "rate": Made("Schedule", (0.01,), {"warmup": 2, "steps": 4, "shape": "cosine"}),
+        "optimizer": SGD(momentum=0.9, weight_decay=0.5),
+        "rate": Schedule(0.01, warmup=2, steps=4, shape="cosine"),
         "clip": None,
         "trained": ("wte.*", "h.*"),
         "teacher": "compiled",
@@ -260,8 +254,61 @@ def test_a_state_is_written_at_the_end_and_as_often_as_it_is_said(train: Treadle
 
 
 def test_a_state_with_all_steps_behind_it_is_refused(train: Treadle) -> None:
-    write_weights(Path("done"), {}, {"format": "treadle training state", "steps": "4"})
+    write_weights(Path("done"), {}, {"format": FORMAT, "steps": "4"})
     refused(train(f"gpt2 texts.txt {SMALL} --resume done"), "the state has 4 steps behind it already", "--steps 8")
+
+
+OTHER_BATCHES = {
+    "--seed 1": ("--seed 1, and the state has 0", "--seed 0"),
+    "--batch 3": ("--batch 3, and the state has 2", "--batch 2"),
+    "--accumulate 2": ("--accumulate 2, and the state has 1", "--accumulate 1"),
+    "--length 8": ("--length 8, and the state has 16", "--length 16"),
+    "--holdout 0.3": ("--holdout 0.3, and the state has 0.2", "--holdout 0.2"),
+    "--seed 1 --length 8": ("--seed 1, and the state has 0; --length 8, and the state has 16", "--seed 0 --length 16"),
+    "others.txt": ("other texts", "the same texts and tokenizer"),
+}
+
+
+@pytest.mark.parametrize("words", OTHER_BATCHES)
+def test_a_run_with_other_batches_is_not_resumed(train: Treadle, words: str) -> None:
+    """Its batches would repeat some blocks and leave others out, and held out blocks would be trained on."""
+    Path("others.txt").write_text("one more text", encoding="utf-8")
+    assert train(f"gpt2 texts.txt {SMALL} --holdout 0.2 --state half").code == 0
+    said = train(f"gpt2 texts.txt {SMALL} --holdout 0.2 --resume half --steps 6 {words}")
+    refused(said, "a run is resumed with the batches that it began with", *OTHER_BATCHES[words])
+    assert len(FakeTrainer.made) == 1, "it is refused before anything is compiled"
+
+
+def test_other_tokens_of_the_same_texts_are_refused(train: Treadle, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert train(f"gpt2 texts.txt {SMALL} --state half").code == 0
+    ids = TextTokenizer.ids
+    monkeypatch.setattr(TextTokenizer, "ids", lambda self, texts: [each[::-1] for each in ids(self, texts)])
+    said = train(f"gpt2 texts.txt {SMALL} --resume half --steps 6")
+    refused(said, "other tokens of the same texts", "the same texts and tokenizer")
+
+
+def test_settings_that_leave_the_batches_as_they_were_are_reported(train: Treadle) -> None:
+    assert train(f"gpt2 texts.txt {SMALL} --state half --rate 0.01").code == 0
+    said = train("gpt2 texts.txt --length 16 --batch 2 --steps 6 --resume half --rate 0.02 --backend numpy --clip 2")
+    assert said.code == 0
+    for line in (
+        "resumed with rate 0.02; until now it was 0.01",
+        "resumed with clip 2.0; until now it was 1.0",
+        "resumed with backend numpy; until now it was torch",
+    ):
+        assert line in said.err.splitlines()
+    assert len(said.err.splitlines()) == 3
+    said = train("gpt2 texts.txt --length 16 --batch 2 --steps 6 --resume half --rate 0.02 --json")
+    assert said.json["changed"] == {"rate": ["0.01", "0.02"]}
+    said = train("gpt2 texts.txt --length 16 --batch 2 --steps 6 --resume half --rate 0.01 --schedule linear --json")
+    assert said.json["changed"] == {"schedule": ["constant", "linear"]}
+
+
+def test_a_state_without_settings_is_resumed_and_that_is_reported(train: Treadle) -> None:
+    write_weights(Path("plain"), {}, {"format": FORMAT, "steps": "2"})
+    said = train(f"gpt2 texts.txt {SMALL} --resume plain --json")
+    assert said.code == 0 and said.json["changed"] is None
+    assert "the state does not store the seed, batches and texts that it was trained with" in said.err
 
 
 # -- Ctrl-C --------------------------------------------------------------------------------------------------------
@@ -321,6 +368,15 @@ def test_what_was_trained_until_a_step_failed_is_saved(
         assert said.err.endswith("the loss is nan after 3 updates\n")
 
 
+def test_a_failure_within_an_update_saves_the_state_of_the_last_update(
+    train: Treadle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeTrainer, "fail_at", 6)
+    said = train(f"gpt2 texts.txt {SMALL} --accumulate 2 --state s")
+    assert said.code == 2 and "the loss is nan after 2 updates" in said.err
+    assert only().saved == [2]
+
+
 def test_a_failure_of_the_first_step_saves_nothing(train: Treadle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeTrainer, "fail_at", 1)
     said = train(f"gpt2 texts.txt {SMALL} -o out --state s")
@@ -332,7 +388,7 @@ def test_a_failure_of_the_first_step_saves_nothing(train: Treadle, monkeypatch: 
 def test_a_state_that_cannot_be_written_does_not_cost_the_model(
     train: Treadle, monkeypatch: pytest.MonkeyPatch, fail_at: int
 ) -> None:
-    def full(self: FakeTrainer, path: Path) -> None:
+    def full(self: FakeTrainer, path: Path, notes: Mapping[str, str]) -> None:
         raise UsageError("the disk is full")
 
     monkeypatch.setattr(FakeTrainer, "fail_at", fail_at)
@@ -452,16 +508,20 @@ REFUSED = {
     "--state .": ("the state cannot be written: this is a folder", "a file in a folder"),
     "--state none/s": ("the state cannot be written: its folder is not there", "a file in a folder"),
     "--optimizer adam": ("there is no optimizer 'adam'", "adamw or sgd"),
-    "--schedule step": ("there is no schedule 'step'", "constant, cosine or linear"),
+    "--schedule step": ("unknown schedule shape 'step'", "one of constant, cosine, linear"),
     "--rate 0": ("a learning rate is a number above 0", "--rate 1e-4"),
     "--rate nan": ("a learning rate is a number above 0", "--rate 1e-4"),
-    "--schedule cosine --warmup 4": ("a cosine schedule falls after its warmup, for which no steps are left",),
-    "--schedule linear --steps 1": ("a linear schedule falls after its warmup, for which no steps are left",),
+    "--schedule cosine --warmup 4": ("a cosine schedule falls after its peak at step 4", "more --steps"),
+    "--schedule linear --steps 1": ("a linear schedule falls after its peak at step 1", "more --steps"),
     "--length 49": ("a block has 2 tokens or more and at most 48", "48"),
     "--batch 4000": ("a batch of 4,000 rows cannot be made of",),
     "--objective other": ("there is no objective 'other'", "one of next-token, masked-token"),
     "--state texts.txt": ("the state would be written over a file that is no state", "another file, or --replace"),
     "--state run.pt": ("a state is no pickle, as its name says", "run.state"),
+    f"--state {'n' * 300}": ("the state cannot be written", "too long"),
+    f"-o {'n' * 300}": ("the folder cannot be written", "too long"),
+    f"--resume {'n' * 300}": ("there is no file nnn", "a file that --state wrote"),
+    "--state /dev/null --replace": ("the state would be written over a file that is no state",),
     "--state gpt2/model.safetensors": ("the state would be written over a file that is no state",),
     "--dtype bf16 --backend numpy": ("NumPy has no bf16", "--backend tvm, or torch"),
     "--target cuda": ("training runs on the processor", "--target cpu, or no --target"),

@@ -18,7 +18,9 @@ from treadle.ir.errors import BackendError, CheckpointError, UsageError
 from treadle.resolving import resolve
 from treadle.runtime.training.optimizers import SGD, AdamW
 from treadle.runtime.training.schedules import Schedule
+from treadle.training.states import read_notes
 from treadle.training.trainer import Trainer
+from treadle.training.weight_files import write_weights
 
 Array = np.ndarray[Any, Any]
 
@@ -312,6 +314,8 @@ def test_what_a_step_holds_is_told() -> None:
         ({"optimizer": "adamw"}, "optimizer= is an optimizer"),
         ({"optimizer": AdamW}, "optimizer= is an optimizer"),
         ({"teacher": "gpt2"}, "a teacher is a compiled model"),
+        ({"temperature": 2.0}, "temperature= only applies together with teacher="),
+        ({"share": 0.0}, "share= only applies together with teacher="),
     ],
 )
 def test_what_cannot_be_trained_is_refused(options: dict[str, Any], told: str) -> None:
@@ -322,6 +326,13 @@ def test_what_cannot_be_trained_is_refused(options: dict[str, Any], told: str) -
 def test_a_teacher_and_what_it_teaches_go_together() -> None:
     with pytest.raises(UsageError, match="the teacher has no output logits"):
         Trainer("gpt2", teacher=t.compile(pulled), **SMALL)
+    with pytest.raises(UsageError, match="the teacher has other classes than the model") as caught:
+        Trainer("gpt2", teacher=t.compile("gpt2", **{**SMALL, "vocab": 21}), **SMALL)
+    assert caught.value.received == "logits: f32[B, S, 21] of the teacher, f32[B, S, 19] of the model"
+    student = Trainer("gpt2", teacher=t.compile("gpt2", **{**SMALL, "context": 5}), **SMALL)
+    student.step(**batch_of(student, 0, length=5))
+    with pytest.raises(BackendError, match=r"the teacher does not take this batch: .* must be at most 5, is 7"):
+        student.step(**batch_of(student, 0, length=7))
     with pytest.raises(UsageError, match="a teacher teaches an output"):
         Trainer(pulled, loss="far", teacher=t.compile(pulled))
     with pytest.raises(UsageError, match="a model of several outputs is trained for one of them"):
@@ -354,12 +365,69 @@ def test_a_gradient_that_is_no_number_changes_nothing() -> None:
     """Of a loss that is one: a square root has no gradient at 0."""
     trainer = Trainer(rooted, loss="loss")
     before = {name: array.copy() for name, array in trainer.weights.items()}
-    with pytest.raises(UsageError, match=r"gradient\.w\.weight has a number that is not finite, or too large"):
+    with pytest.raises(UsageError, match=r"gradient\.w\.weight is NaN, infinite or too large after 0 updates"):
         trainer.step(x=np.zeros((2, 4), np.float32))
     near(trainer.weights, before, 0)
     told = trainer.step(x=np.ones((2, 4), np.float32))
     assert told.step == 1, "what was added up before is forgotten"
     assert np.isfinite(told.norm)
+
+
+@t.model
+def scored(x: t.f32["B 4"], y: t.f32["B 1"]):
+    return {"loss": t.reduce_sum((t.linear(x, 1, name="w") - y) ** 2.0, axes=(0, 1))}
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf, np.inf])
+def test_a_batch_with_nan_is_reported_by_input_and_position(value: float) -> None:
+    trainer = Trainer(scored, loss="loss", rate=1e-3)
+    x, y = np.ones((3, 4), np.float32), np.zeros((3, 1), np.float32)
+    trainer.step(x=x, y=y)
+    x[2, 1] = value
+    for call in (trainer.step, trainer.evaluate):
+        with pytest.raises(UsageError, match=r"the loss is (nan|inf) after 1 updates") as caught:
+            call(x=x, y=y)
+        assert caught.value.received == f"input x has {value} at [2, 1]"
+        assert str(caught.value.hint).startswith("finite inputs")
+        assert ("rate" in str(caught.value.hint)) == np.isinf(value), "where it is a mask, the rate may be too high"
+    assert trainer.step(x=np.ones((3, 4), np.float32), y=y).step == 2
+
+
+def test_a_loss_that_is_nan_before_any_update_is_no_matter_of_the_rate() -> None:
+    """Of a weight of the checkpoint, or of what the model computes."""
+    x, y = np.ones((3, 4), np.float32), np.zeros((3, 1), np.float32)
+    trainer = Trainer(scored, loss="loss")
+    trainer.state.weights["w.weight"][0, 2] = np.nan
+    with pytest.raises(UsageError, match="the loss is nan after 0 updates") as caught:
+        trainer.step(x=x, y=y)
+    assert caught.value.received == "weight w.weight has nan at [0, 2]"
+    assert "rate" not in str(caught.value.hint)
+    with pytest.raises(
+        UsageError, match=r"gradient\.w\.weight is NaN, infinite or too large after 0 updates"
+    ) as caught:
+        Trainer(rooted, loss="loss").step(x=np.zeros((2, 4), np.float32))
+    assert caught.value.received == "inputs and weights are finite"
+    assert "rate" not in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("name", ["run.bin", "run.pt", "run.PTH", "run.ckpt", "run.pkl", "run.pickle"])
+def test_a_state_is_not_written_under_the_name_of_a_pickle(name: str, tmp_path: Path) -> None:
+    """`restore` would refuse it."""
+    with pytest.raises(UsageError, match="a state is no pickle, as its name says") as caught:
+        small().save_state(tmp_path / name)
+    assert caught.value.hint == "run.state"
+    assert not os.listdir(tmp_path)
+
+
+def test_a_state_gives_back_the_notes_that_were_saved(tmp_path: Path) -> None:
+    small().save_state(tmp_path / "plain")
+    small().save_state(tmp_path / "noted", {"seed": "3", "texts": "a b"})
+    assert read_notes(tmp_path / "plain") == {}
+    assert read_notes(tmp_path / "noted") == {"seed": "3", "texts": "a b"}
+    small().restore(tmp_path / "noted")
+    write_weights(tmp_path / "weights", {})
+    with pytest.raises(CheckpointError, match="this is no state of a training"):
+        read_notes(tmp_path / "weights")
 
 
 # -- weights without a gradient ----------------------------------------------------------------------------------------

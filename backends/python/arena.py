@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -58,24 +58,29 @@ class PythonArena:
         self._lock = threading.Lock()
         self._memories: OrderedDict[tuple[str, tuple[tuple[str, int], ...]], SimpleNamespace] = OrderedDict()
 
-    @contextmanager
-    def running(self, entry: str, sizes: Mapping[str, int]) -> Iterator[tuple[SimpleNamespace, ...]]:
-        """What an entry's function takes at these sizes as `memory`, if it takes it. One run is on at a time.
+    def exclusive(self, entry: str) -> AbstractContextManager[object]:
+        """The lock under which an entry takes `memory` and runs.
+
+        It is entered in the frame of the call, not in a generator: that would hold it as long as the traceback of a
+        KeyboardInterrupt is kept, as an interactive session does, and the next run would wait forever.
+        """
+        return self._lock if self.program.has_memory(entry) else nullcontext()
+
+    def memory(self, entry: str, sizes: Mapping[str, int]) -> tuple[SimpleNamespace, ...]:
+        """What an entry's function takes at these sizes as `memory`, if it takes it, until the lock is released.
 
         Raises BackendError where there is not so much memory.
         """
         if not self.program.has_memory(entry):
-            yield ()
-            return
-        with self._lock:
-            try:
-                memory = self._memory(entry, sizes)
-            except OverflowError as error:  # of 64 bits
-                told = ", ".join(f"{name} = {size}" for name, size in sizes.items())
-                raise BackendError("no memory is as large as these sizes take", received=told) from error
-            if self.poison is not None:
-                self.poison(self.array)
-            yield (memory,)
+            return ()
+        try:
+            memory = self._memory(entry, sizes)
+        except OverflowError as error:  # of 64 bits
+            told = ", ".join(f"{name} = {size}" for name, size in sizes.items())
+            raise BackendError("no memory is as large as these sizes take", received=told) from error
+        if self.poison is not None:
+            self.poison(self.array)
+        return (memory,)
 
     def _memory(self, entry: str, sizes: Mapping[str, int]) -> SimpleNamespace:
         key = entry, tuple(sorted(sizes.items()))

@@ -107,9 +107,13 @@ class _Module:
         self.file, self.scope = _load(name, program.text, namespace)
         weakref.finalize(self, linecache.cache.pop, self.file, None)
 
-    def memory(self, entry: str, sizes: Mapping[str, int]) -> AbstractContextManager[tuple[Any, ...]]:
+    def exclusive(self, entry: str) -> AbstractContextManager[object]:
+        """The lock under which an entry runs, if it takes `memory`."""
+        return nullcontext() if self.arena is None else self.arena.exclusive(entry)
+
+    def memory(self, entry: str, sizes: Mapping[str, int]) -> tuple[Any, ...]:
         """What an entry takes as `memory`, if it does."""
-        return nullcontext(()) if self.arena is None else self.arena.running(entry, sizes)
+        return () if self.arena is None else self.arena.memory(entry, sizes)
 
     def explained(self, error: Exception) -> TreadleError:
         """The error of a node, with its line of the emitted source and of the user's."""
@@ -152,7 +156,8 @@ class _PythonEntry:
         arguments, sizes = self.signature.bind_sized(given, arrays.take, held.sizes)
         self._donated.check(self.inputs, given, arguments, (*module.arrays_held, *held.values()))
         kept = (held,) if self._has_states else ()
-        with arrays.running(), module.memory(self._name, sizes) as places:
+        with arrays.running(), module.exclusive(self._name):
+            places = module.memory(self._name, sizes)
             try:
                 results = self._run(*arguments, module.weights, *kept, *places)
             except Exception as error:
@@ -168,7 +173,7 @@ class _PythonEntry:
                 except Exception as error:  # no memory for the copy
                     raise self._not_given(name, error) from error
                 taken.add(memory)
-            return outputs
+            return self._donated.returned(given, outputs)
 
     def _not_given(self, name: str, error: Exception) -> BackendError:
         """The error for an output that could not be copied, with the line of the node that made it."""

@@ -137,7 +137,8 @@ class _KernelEntry:
         arrays = dict(zip(self._program.inputs, taken, strict=True))
         made = self._machine.run(self._name, sizes, arrays, held, self._stored)
         tensors = any(_is_tensor(value) for value in given.values())
-        return Outputs({p.name: give(p, made[p.name], tensors) for p in self.outputs})
+        outputs = Outputs({p.name: give(p, made[p.name], tensors) for p in self.outputs})
+        return self._donated.returned(given, outputs)
 
     def timed(self, given: Mapping[str, Any], runs: int) -> tuple[Plan, dict[str, int], list[list[float]]]:
         """Run it so often on arrays by name, call by call: its plan, the symbols' sizes, and each call's seconds.

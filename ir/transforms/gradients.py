@@ -78,6 +78,7 @@ class _Variant:
     counting  for each of the original's results, True if it depends on arguments that count
     gradient  None if no result does
     takes     the operands of the gradient; gives: the original's argument for each result of the gradient
+    needs     for each of these, the original's results through which that argument reaches it
     """
 
     forward: Function
@@ -86,6 +87,7 @@ class _Variant:
     gradient: Function | None = None
     takes: tuple[_Read, ...] = ()
     gives: tuple[int, ...] = ()
+    needs: tuple[frozenset[int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,8 @@ class _Differentiation:
         self.made.symbols = dict(graph.symbols)
         self.variants: dict[tuple[str, tuple[bool, ...], bool], _Variant] = {}
         self.calls: dict[Node, _Variant] = {}
+        self.linear: dict[str, tuple[frozenset[int], ...]] = {}
+        """For each result of a gradient function by its name, the positions of the gradients that it is linear in."""
 
     def of_main(self, loss: str, trained: set[str]) -> Graph:
         main = self.graph.main
@@ -205,7 +209,9 @@ class _Differentiation:
     def _through(self, b: Builder, call: Node, grads: Grads) -> Grads:
         """Return the gradient of a call: a call of the gradient of its function."""
         variant = self.calls[call]
-        if variant.gradient is None:  # all paths to its results pass through ops without gradients, such as floor
+        read = {at for at, grad in enumerate(grads) if grad is not None}
+        reached = {at for at, needs in zip(variant.gives, variant.needs, strict=True) if needs & read}
+        if variant.gradient is None or not reached:  # only through floor, or an unused result
             return [None] * len(variant.order)
         operands: list[Value] = [v for v in call.operands if v is not None]
         by_original = {at: operands[place] for place, at in enumerate(variant.order)}
@@ -219,7 +225,7 @@ class _Differentiation:
                 grad = grads[each.at]
                 arguments.append((zeros(b, call.results[each.at].type) if grad is None else grad).value)
         results = dict(zip(variant.gives, b.call(variant.gradient, arguments), strict=True))
-        return [results.get(at) for at in variant.order]
+        return [results[at] if at in reached else None for at in variant.order]
 
     # -- a function that is called ------------------------------------------------------------------------------
 
@@ -250,7 +256,21 @@ class _Differentiation:
         if not wanted:
             return _Variant(forward, traced.order, counting)
         gradient, takes = self._gradient(traced, forward.name, later, wanted, [] if recompute else kept)
-        return _Variant(forward, traced.order, counting, gradient, takes, tuple(wanted))
+        seeds = self._seeds_of(later, traced.seeds)
+        needs = tuple([seeds.get(value, frozenset()) for value in wanted.values()])
+        places = {each.at: place for place, each in enumerate(takes) if each.kind == "gradient"}
+        self.linear[gradient.name] = tuple([frozenset(places[at] for at in each) for each in needs])
+        return _Variant(forward, traced.order, counting, gradient, takes, tuple(wanted), needs)
+
+    def _seeds_of(self, nodes: Sequence[Node], seeds: dict[int, Value]) -> dict[Value, frozenset[int]]:
+        """The positions of the seeds that each value of a gradient is linear in."""
+        found = {seed: frozenset({at}) for at, seed in seeds.items()}
+        for node in nodes:
+            read = [found.get(v, frozenset[int]()) if v is not None else frozenset[int]() for v in node.operands]
+            among = self.linear.get(node.op.callee or "", (range(len(read)),) * len(node.results))
+            for result, places in zip(node.results, among, strict=True):
+                found[result] = frozenset().union(*[read[place] for place in places])
+        return found
 
     def _forward(self, traced: _Traced, own: Sequence[Node], results: Sequence[Value]) -> Function:
         """Return the function without its gradient: the original's results, then the saved values."""

@@ -1,7 +1,7 @@
 """Learning rate schedules: the learning rate of each step, counted from 1.
 
 schedule = Schedule(3e-4, warmup=100, steps=10_000, shape="cosine", end=0.1)
-schedule(1), schedule(100), schedule(10_000)          # 3e-6, 3e-4, 3e-5
+schedule(1), schedule(100), schedule(10_001)          # 3e-6, 3e-4, 3e-5
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import Hint, UsageError
 from treadle.runtime.training.number_ranges import check_count, check_number
 
 SHAPES = ("constant", "cosine", "linear")
@@ -22,7 +22,8 @@ class Schedule:
 
     peak    maximum learning rate
     warmup  number of steps until the peak; 0 starts at the peak, as does 1
-    steps   the step at which a falling shape reaches its end, where it stays
+    steps   number of steps of the run: a falling shape reaches its end at the step after them, where it stays, so that
+            every step trains, as in PyTorch's and transformers' schedules
     shape   "constant", "linear", or "cosine" (Loshchilov & Hutter 2017, without restarts)
     end     final learning rate of a falling shape, as a fraction of the peak
 
@@ -42,7 +43,8 @@ class Schedule:
         if self.steps is not None:
             check_count("steps", self.steps, hint="the number of steps of the run")
         if self.shape not in SHAPES:
-            raise UsageError(f"unknown schedule shape {self.shape!r}", hint="one of " + ", ".join(map(repr, SHAPES)))
+            hint = Hint("one of " + ", ".join(map(repr, SHAPES)), "one of " + ", ".join(SHAPES))
+            raise UsageError(f"unknown schedule shape {self.shape!r}", hint=hint)
         if self.end > 1:
             raise UsageError(
                 "the end of a schedule must be between 0 and 1", received=f"end={self.end!r}", hint="end=0.1"
@@ -55,9 +57,9 @@ class Schedule:
             )
         if self.shape != "constant" and (self.steps is None or self.steps <= self._first):
             raise UsageError(
-                f"a {self.shape} schedule needs steps: it falls after its peak at step {self._first}",
+                f"a {self.shape} schedule falls after its peak at step {self._first}, and no steps are left",
                 received=f"steps={self.steps}",
-                hint=f"steps={max(1000, 10 * self._first)}",
+                hint=Hint(f"steps={max(1000, 10 * self._first)}", "a shorter --warmup, or more --steps"),
             )
 
     @property
@@ -72,9 +74,9 @@ class Schedule:
             return self.peak * step / self.warmup
         if self.shape == "constant" or self.steps is None:
             return self.peak
-        if step >= self.steps:
+        if step > self.steps:
             return self.peak * self.end
-        gone = (step - self._first) / (self.steps - self._first)
+        gone = (step - self._first) / (self.steps + 1 - self._first)
         fallen = gone if self.shape == "linear" else (1 - math.cos(math.pi * gone)) / 2
         return self.peak * (1 - (1 - self.end) * fallen)
 

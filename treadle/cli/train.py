@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -170,6 +171,7 @@ def train_model(
     from treadle.resolving import BLOCKS, resolve
     from treadle.training.interrupts import noting_interrupts
     from treadle.training.run_report import RunReport, data_text, line_text
+    from treadle.training.run_settings import change_lines, changed_settings, run_settings
     from treadle.training.saving import saver_for
     from treadle.training.text_data import TextData
     from treadle.training.text_runs import Update, held_out_loss, updates
@@ -196,6 +198,24 @@ def train_model(
             tokenizer=tokenizer,
             teacher=teacher,
         )
+        settings = run_settings(
+            data,
+            objective=objective,
+            accumulate=accumulate,
+            holdout=holdout,
+            model=model,
+            rate=rate,
+            warmup=warmup,
+            schedule=schedule,
+            clip=clip,
+            teacher=teacher,
+            temperature=temperature,
+            dtype=dtype,
+            backend=backend,
+            **{"teacher-share": share},
+            **({} if schedule == "constant" else {"steps": steps}),
+        )
+        changed = {} if resume is None else changed_settings(resume, settings)
     with working(f"compiling {model}", shown=not as_json):
         trainer = _trainer(
             model,
@@ -220,11 +240,23 @@ def train_model(
             received=f"--steps {steps}",
             hint=f"--steps {2 * trainer.steps}, which counts those, too",
         )
+    for line in [] if resume is None else change_lines(changed):
+        _say(f"{line}\n")
     if not as_json:
         print(data_text(data), flush=True)
     given = {name: value for name, value in chosen.items() if name != "limits"}
     run = RunReport(
-        model, backend, objective, data, accumulate, trainer.steps, teacher is not None, given, resolved.folder
+        model,
+        backend,
+        objective,
+        data,
+        accumulate,
+        trainer.steps,
+        settings,
+        changed,
+        teacher is not None,
+        given,
+        resolved.folder,
     )
 
     def held_out() -> float | None:
@@ -248,7 +280,7 @@ def train_model(
                     if ends:
                         break
                     if state is not None and save_every is not None and update.step % save_every == 0:
-                        trainer.save_state(state)
+                        trainer.save_state(state, settings)
         except (TreadleError, BrokenPipeError) as error:  # what was trained is saved even so, and where nobody reads on
             failed = error
         if since:
@@ -297,25 +329,21 @@ def _check_options(
         raise UsageError(f"without --teacher there is no {option}", hint="--teacher MODEL as well")
     if has_no_state:
         raise UsageError("without --state there is no --save-every", hint="--state FILE as well")
-    if resume is not None and not resume.is_file():
+    if resume is not None and not os.path.isfile(resume):
         raise UsageError(f"there is no file {resume}", hint="a file that --state wrote")
 
 
 def _check_state(state: Path, *, replace: bool) -> None:
     """Raises UsageError for a file that cannot be written, and for one that is there and no state."""
-    if state.is_dir() or not state.absolute().parent.is_dir():
-        what = "this is a folder" if state.is_dir() else "its folder is not there"
-        raise UsageError(f"the state cannot be written: {what}", received=str(state), hint="a file in a folder")
-    from treadle.frontends.safetensors_file import PICKLE_SUFFIXES
+    from treadle.training.states import check_state_file
 
-    if state.suffix.lower() in PICKLE_SUFFIXES:
-        raise UsageError("a state is no pickle, as its name says", received=str(state), hint=f"{state.stem}.state")
-    if state.exists() and not replace and not is_state(state):
-        raise UsageError(
-            "the state would be written over a file that is no state",
-            received=str(state),
-            hint="another file, or --replace",
-        )
+    if os.path.isdir(state) or not os.path.isdir(state.absolute().parent):
+        what = "this is a folder" if os.path.isdir(state) else "its folder is not there"
+        raise UsageError(f"the state cannot be written: {what}", received=str(state), hint="a file in a folder")
+    check_state_file(state)
+    if os.path.lexists(state) and not (os.path.isfile(state) and (replace or is_state(state))):
+        other = "another file, or --replace" if os.path.isfile(state) else "another file"
+        raise UsageError("the state would be written over a file that is no state", received=str(state), hint=other)
 
 
 def _check_computing(backend: str, where: Target, dtype: str | None) -> None:
@@ -343,16 +371,8 @@ def _optimizer(name: str, weight_decay: float | None) -> Any:
 def _schedule(rate: float, warmup: int, shape: Any, steps: int) -> Any:
     from treadle.runtime.training.schedules import Schedule
 
-    if shape not in ("constant", "cosine", "linear"):
-        raise UsageError(f"there is no schedule {shape!r}", hint="constant, cosine or linear")
     if not (0 < rate < math.inf):
         raise UsageError("a learning rate is a number above 0", received=f"--rate {rate:g}", hint="--rate 1e-4")
-    if shape != "constant" and max(warmup, 1) >= steps:
-        raise UsageError(
-            f"a {shape} schedule falls after its warmup, for which no steps are left",
-            received=f"--warmup {warmup}, --steps {steps}",
-            hint="a shorter --warmup, or more --steps",
-        )
     return Schedule(rate, warmup=warmup, steps=None if shape == "constant" else steps, shape=shape)
 
 
@@ -365,11 +385,7 @@ def _taught(
     import treadle
 
     made = treadle.compile(teacher, backend=backend, target=where, widen=("bf16", "f16"))
-    return {
-        "teacher": made,
-        "temperature": 2.0 if temperature is None else temperature,
-        "share": 0.5 if share is None else share,
-    }
+    return {"teacher": made, "temperature": temperature, "share": share}
 
 
 def _trainer(model: str, **options: Any) -> Any:
@@ -380,7 +396,8 @@ def _trainer(model: str, **options: Any) -> Any:
 
 def _save_state(run: RunReport, trainer: Any, state: Path | None, saver: Saver | None) -> None:
     if state is not None:
-        trainer.save_state(state)
+        trainer.zero_grad()  # of an update whose later batches failed
+        trainer.save_state(state, run.settings)
         run.state = state
 
 

@@ -1,15 +1,50 @@
-"""Ctrl-C where work should end as a whole: the first time it is noted, the second time it interrupts."""
+"""Signals while work must not end midway: handlers that wait, and a Ctrl-C that ends a run after its current step."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 _STANDARD_ERROR = 2
+_SIGNALS = tuple(sorted(signal.valid_signals()))
+_Handler = Callable[[int, FrameType | None], Any]
+
+
+@contextmanager
+def deferring_signals() -> Iterator[None]:
+    """Run the handlers of signals that arrive in the block after it, in the order of arrival.
+
+    So no handler of Python's can raise in the block: KeyboardInterrupt, or a timeout's exception. Handlers run in the
+    main thread alone; in another thread nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers: dict[int, _Handler] = {
+        number: handler for number in _SIGNALS if callable(handler := signal.getsignal(number))
+    }
+    arrived: list[tuple[int, FrameType | None]] = []
+    try:
+        for number in handlers:
+            signal.signal(number, lambda number, frame: arrived.append((number, frame)))
+        yield
+    finally:
+        try:
+            _install(handlers)
+        finally:  # a handler that is back may have raised before the others were
+            _install(handlers)
+        for number, frame in arrived:
+            handlers[number](number, frame)
+
+
+def _install(handlers: Mapping[int, _Handler]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @contextmanager

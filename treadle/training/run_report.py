@@ -21,6 +21,8 @@ class RunReport:
     model        as it was named
     accumulate   batches that made an update
     first        updates that had been made before
+    settings     those of the run, as its state stores them
+    changed      settings that differ from the resumed state's: its value and the one now; None if it stores none
     has_teacher  whether a teacher's part is in the losses, so that they are of no perplexity
     config       configuration that was given, of a model of `folder`
     lines        of several updates each, in their order
@@ -33,6 +35,8 @@ class RunReport:
     data: TextData
     accumulate: int
     first: int
+    settings: Mapping[str, str] = field(default_factory=dict)
+    changed: Mapping[str, tuple[str, str]] | None = field(default_factory=dict)
     has_teacher: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
@@ -64,6 +68,7 @@ class RunReport:
             "batch": self.data.batches.rows,
             "accumulate": self.accumulate,
             "resumed_at": self.first,
+            "changed": self.changed,
             "steps": self.steps,
             "tokens": sum(line.tokens for line in self.lines),
             "seconds": sum(line.seconds for line in self.lines),

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -308,6 +309,11 @@ def _checked_target(target: PathLike, replace: bool, source: Path | None = None)
     """The folder to write. Raises UsageError as `saver_for` does."""
     path = Path(target)
     shown = shown_path(path)
+    try:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(path)
+    except OSError as error:  # a name that is too long
+        raise UsageError("the folder cannot be written", received=str(error), hint="another name") from error
     if path.exists() and not path.is_dir():
         raise UsageError("weights are saved in a folder, and this is a file", received=shown, hint="another name")
     if source is not None and path.exists() and path.resolve() == source.resolve():

@@ -1,11 +1,12 @@
 """Files that training goes on from: a safetensors file of trained weights and moments, with the number of updates.
 
-weight/h.0.mlp.up.weight, mean.h.0.mlp.up.weight, ...     __metadata__: format, optimizer, steps
+weight/h.0.mlp.up.weight, moment/mean.h.0.mlp.up.weight, ...     __metadata__: format, optimizer, steps, note.NAME, ...
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,51 +15,90 @@ import numpy as np
 from treadle.files.contained_files import PathLike
 from treadle.files.nearest_names import NearestNames
 from treadle.files.shown_names import printable, shown_path
-from treadle.frontends.safetensors_file import SafetensorsFile
-from treadle.ir.errors import CheckpointError
+from treadle.files.whole_files import check_writable
+from treadle.frontends.safetensors_file import PICKLE_SUFFIXES, SafetensorsFile
+from treadle.ir.errors import CheckpointError, UsageError
 from treadle.training.weight_files import write_weights
 
 Array = np.ndarray[Any, Any]
 Arrays = dict[str, Array]
 
 FORMAT = "treadle training state"
+NOTE = "note."
 _WEIGHT, _MOMENT = "weight/", "moment/"
 _MOST_DIGITS = 15
 _NOT_NEGATIVE = _MOMENT + "square."
 
 
-def write_state(
-    path: PathLike, weights: Mapping[str, Array], moments: Mapping[str, Array], steps: int, by: str
-) -> None:
-    """Write them. Raises UsageError where the file cannot be written."""
-    arrays = {_WEIGHT + name: array for name, array in weights.items()}
-    arrays |= {_MOMENT + name: array for name, array in moments.items()}
-    write_weights(Path(path), arrays, {"format": FORMAT, "optimizer": by, "steps": str(steps)})
+@dataclass(frozen=True)
+class TrainingState:
+    """The state of a training between two calls of `step`, which replaces it as a whole.
+
+    weights    trained weights by name, float32
+    moments    the optimizer's moments, by names such as mean.NAME
+    steps      the number of updates so far
+    gradients  of the calls since the last update, summed; by the names of the gradient graph's outputs
+    counted    the number of positions that these calls counted
+    calls      the number of these calls
+    """
+
+    weights: Arrays
+    moments: Arrays
+    steps: int = 0
+    gradients: Arrays = field(default_factory=dict)
+    counted: float = 0.0
+    calls: int = 0
 
 
-def read_state(
-    path: PathLike, weights: Mapping[str, Array], moments: Mapping[str, Array], by: str
-) -> tuple[Arrays, Arrays, int]:
-    """Weights and moments like these, and how many updates have made them.
+def check_state_file(path: PathLike) -> None:
+    """Raise UsageError if a state cannot be written to this file, as `write_state` does later. Nothing is written."""
+    _refuse_pickle(path)
+    try:
+        check_writable(Path(path))
+    except OSError as error:
+        raise UsageError("the state cannot be written", received=str(error), within=shown_path(path)) from error
 
-    Raises CheckpointError for a file that is damaged, none of `write_state`'s, or of other weights or another
+
+def write_state(path: PathLike, state: TrainingState, by: str, notes: Mapping[str, str]) -> None:
+    """Write the weights, moments and steps of a state.
+
+    by     the optimizer's repr
+    notes  texts by name, which `read_notes` returns
+
+    Raises UsageError for the name of a pickle, and if the file cannot be written.
+    """
+    _refuse_pickle(path)
+    arrays = {_WEIGHT + name: array for name, array in state.weights.items()}
+    arrays |= {_MOMENT + name: array for name, array in state.moments.items()}
+    about = {"format": FORMAT, "optimizer": by, "steps": str(state.steps)}
+    write_weights(Path(path), arrays, about | {NOTE + name: text for name, text in notes.items()})
+
+
+def read_notes(path: PathLike) -> dict[str, str]:
+    """Read the notes of a state alone. Raises CheckpointError for a file that is damaged or no state."""
+    metadata = _opened(path).metadata
+    return {name.removeprefix(NOTE): text for name, text in metadata.items() if name.startswith(NOTE)}
+
+
+def read_state(path: PathLike, like: TrainingState, by: str) -> TrainingState:
+    """Read a state with the same weights and moments as `like`.
+
+    Raises CheckpointError for a file that is damaged or not written by `write_state`, and for other weights or another
     optimizer.
     """
-    file = SafetensorsFile.open(path)
+    file = _opened(path)
     told = file.metadata
     steps = told.get("steps", "")
 
     def refuse(what: str, received: str) -> CheckpointError:
         return CheckpointError(what, received=printable(received)[:300], within=shown_path(path))
 
-    if told.get("format") != FORMAT:
-        raise refuse("this is no state of a training", told.get("format", "another safetensors file"))
     if not (steps.isascii() and steps.isdigit() and len(steps) <= _MOST_DIGITS):
         raise refuse("the state says no number of updates", f"steps {steps[:40]!r}")
     if told.get("optimizer") != by:
         raise refuse(f"the state is of another optimizer than {by}", told.get("optimizer", "none"))
-    wanted = {_WEIGHT + name: array for name, array in weights.items()}
-    wanted |= {_MOMENT + name: array for name, array in moments.items()}
+    wanted = {_WEIGHT + name: array for name, array in like.weights.items()}
+    wanted |= {_MOMENT + name: array for name, array in like.moments.items()}
     names = set(file.names())
     odd = sorted(names.symmetric_difference(wanted))
     if odd:
@@ -76,8 +116,23 @@ def read_state(
                 f"{printable(name)} holds what no training leaves there",
                 "numbers that are not finite, or negative squares",
             )
-    return (
-        {name: read[_WEIGHT + name] for name in weights},
-        {name: read[_MOMENT + name] for name in moments},
+    return TrainingState(
+        {name: read[_WEIGHT + name] for name in like.weights},
+        {name: read[_MOMENT + name] for name in like.moments},
         int(steps),
     )
+
+
+def _refuse_pickle(path: PathLike) -> None:
+    """Raise UsageError for the name of a pickle, which `read_state` would refuse."""
+    name = Path(path)
+    if name.suffix.lower() in PICKLE_SUFFIXES:
+        raise UsageError("a state is no pickle, as its name says", received=shown_path(path), hint=f"{name.stem}.state")
+
+
+def _opened(path: PathLike) -> SafetensorsFile:
+    file = SafetensorsFile.open(path)
+    form = file.metadata.get("format", "another safetensors file")
+    if form != FORMAT:
+        raise CheckpointError("this is no state of a training", received=printable(form)[:300], within=shown_path(path))
+    return file

@@ -9,8 +9,11 @@ Everything that does not fit is refused here, before a model is compiled.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from treadle.continuation import folder_end_tokens, need_for_text, text_tokenizer
 from treadle.extras import need_packages
@@ -22,7 +25,7 @@ from treadle.ir.graph import Graph
 from treadle.ir.types import i64
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import RECOGNITION
-from treadle.resolving import Resolved, find_folder
+from treadle.resolving import Resolved, find_folder, resolve
 from treadle.training.documents import read_documents
 from treadle.training.objectives import MASKED_TOKEN, NEXT_TOKEN, OBJECTIVES, MaskedToken, NextToken, Objective
 from treadle.training.texts import BlockBatches, Tokens, blocks_of
@@ -37,16 +40,26 @@ class TextData:
 
     batches   those that are trained on
     heldout   blocks [N, S] that are not, the last of the texts; N may be 0
+    digest    SHA-256 of the texts, in hexadecimal
     """
 
     objective: Objective
     batches: BlockBatches
     heldout: Tokens
+    digest: str = ""
 
     @property
     def length(self) -> int:
         """Tokens of a block."""
         return int(self.heldout.shape[1])
+
+    @property
+    def tokens_digest(self) -> str:
+        """SHA-256 of the tokens of all blocks, in hexadecimal."""
+        found = hashlib.sha256()
+        for blocks in (self.batches.blocks, self.heldout):
+            found.update(np.ascontiguousarray(blocks, "<i8").data)
+        return found.hexdigest()
 
     @classmethod
     def open(
@@ -70,7 +83,7 @@ class TextData:
         batch      blocks of a batch
         holdout    the part of the blocks that is held out: one at least, if it is not 0
         tokenizer  another model, whose tokenizer is taken: where the model has no folder, or no tokenizer in it
-        teacher    a model whose vocabulary must be the same
+        teacher    a model whose vocabulary must be the same, and which must take as many tokens
 
         Raises UsageError for what does not fit, and what reading files and the tokenizer raises.
         """
@@ -78,7 +91,10 @@ class TextData:
             raise UsageError(f"there is no objective {objective!r}", hint="one of " + ", ".join(OBJECTIVES))
         if not 0 <= holdout < 1:
             raise UsageError("what is held out is a part of the blocks, below 1", received=f"{holdout:g}", hint="0.05")
-        length = _checked_length(resolved.graph, length)
+        graphs = [resolved.graph]
+        if teacher is not None:
+            graphs.append(resolve(teacher, widen=("bf16", "f16"), deferred=True).graph)
+        length = _checked_length(graphs, length)
         _check_model(model, resolved.graph, objective)
         opened = _tokenizer(model, resolved, tokenizer)
         if teacher is not None and text_tokenizer(teacher).vocabulary() != opened.vocabulary():
@@ -95,24 +111,36 @@ class TextData:
         )
         apart = min(max(1, round(len(blocks) * holdout)), len(blocks)) if holdout else 0
         kept = len(blocks) - apart
-        return cls(asked, BlockBatches(blocks[:kept], batch, seed), blocks[kept:])
+        return cls(asked, BlockBatches(blocks[:kept], batch, seed), blocks[kept:], _digest(documents))
 
 
-def _checked_length(graph: Graph, length: int | None) -> int:
-    """Tokens of a block. Raises UsageError for more than the model takes."""
+def _digest(documents: Sequence[str]) -> str:
+    found = hashlib.sha256()
+    for document in documents:
+        text = document.encode("utf-8", "surrogatepass")
+        found.update(len(text).to_bytes(8, "little") + text)
+    return found.hexdigest()
+
+
+def _checked_length(graphs: Sequence[Graph], length: int | None) -> int:
+    """The tokens of a block. Raises UsageError for more than a model or its teacher takes."""
+    limits = [limit for graph in graphs if (limit := _most_tokens(graph)) is not None]
+    most = min(limits, default=None)
+    usual = LENGTH if most is None else min(LENGTH, most)
+    if length is None:
+        return usual
+    if length < 2 or (most is not None and length > most):
+        taker = "the teacher takes" if len(graphs) > 1 and most != _most_tokens(graphs[0]) else "the model takes"
+        bound = "" if most is None else f" and at most {most:,}, as {taker}"
+        raise UsageError(f"a block has 2 tokens or more{bound}", received=f"{length:,}", hint=f"{usual}")
+    return length
+
+
+def _most_tokens(graph: Graph) -> int | None:
+    """The largest number of tokens that a model takes; None if there is no limit."""
     tokens = next((v for v in graph.main.inputs if v.name == "tokens"), None)
     symbol = tokens.type.shape[-1].as_symbol if tokens is not None and tokens.type.rank else None
-    most = None if symbol is None else graph.symbols[symbol].upper
-    if length is None:
-        return LENGTH if most is None else min(LENGTH, most)
-    if length < 2 or (most is not None and length > most):
-        bound = "" if most is None else f" and at most {most:,}, as the model takes"
-        raise UsageError(
-            f"a block has 2 tokens or more{bound}",
-            received=f"{length:,}",
-            hint=f"{LENGTH if most is None else min(LENGTH, most)}",
-        )
-    return length
+    return None if symbol is None else graph.symbols[symbol].upper
 
 
 def _check_model(model: str, graph: Graph, objective: str) -> None:

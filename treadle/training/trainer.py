@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from treadle.explaining.memory import MemoryTold, explain_memory
 from treadle.files.contained_files import PathLike
 from treadle.frontends.declarations import Model
 from treadle.frontends.torch_export.model import TorchModel
-from treadle.ir.errors import Hint, UsageError
+from treadle.ir.errors import BackendError, Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.ops.losses import IGNORED
 from treadle.ir.target import Target
@@ -53,12 +53,19 @@ from treadle.passes.pipelines import DEFAULT, RECOGNITION
 from treadle.resolving import BLOCKS, Resolved, resolve
 from treadle.runtime.training.optimizers import AdamW, Optimizer, update_graph
 from treadle.runtime.training.schedules import Schedule, schedule_of
-from treadle.training.states import read_state, write_state
+from treadle.training.interrupts import deferring_signals
+from treadle.training.states import TrainingState, read_state, write_state
 
 Array = np.ndarray[Any, Any]
 
 WIDENED = ("bf16", "f16", BLOCKS)
 """What weights are held in is float32 while they are trained: a step is too small for fewer bits."""
+
+_OWN_OPS = "the model's own ops: log or sqrt at 0, a division by 0, exp of a large number"
+_SMALLER_RATE = Hint(
+    "a smaller rate=, a longer warmup of it, or clip=; the weights are those of the last update",
+    "a smaller --rate, a longer --warmup, or --clip",
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,6 @@ class Trainer:
     update     compiled: weights, gradients and moments -> new weights and moments, and the gradient's norm
     trained    the names of the weights that are trained
     resolved   the model, as it was found
-    steps      how many updates there have been
     """
 
     def __init__(
@@ -102,8 +108,8 @@ class Trainer:
         trained: Iterable[str] | None = None,
         output: str | None = None,
         teacher: Compiled | None = None,
-        temperature: float = 2.0,
-        share: float = 0.5,
+        temperature: float | None = None,
+        share: float | None = None,
         backend: str = "numpy",
         target: str | Target = "cpu",
         dtype: str | None = None,
@@ -127,7 +133,7 @@ class Trainer:
                     of a module that `from_torch` imported, its parameters that require a gradient
         output      the output that `targets` are of; None: "logits", or the only one
         teacher     a compiled model with an output of the same name, run on the inputs that both have
-        temperature, share  of the teacher: see `treadle.ir.transforms.training_losses`
+        temperature, share  of the teacher, by default 2 and 0.5: see `treadle.ir.transforms.training_losses`
         backend     "numpy", "torch" or "tvm"
         target      "cpu", or a `Target` of it that says how many threads may work
         dtype       "bf16": products are of bf16 numbers, summed in f32; weights and everything else are f32. None: f32
@@ -178,17 +184,12 @@ class Trainer:
         types = {name: self.resolved.graph.parameters[name].type for name in self.trained}
         decayed = [name for name, type in types.items() if type.rank > 1]
         updating = update_graph(optimizer, types, clip=clip, decayed=decayed)
-        self._weights = {name: np.array(held[name], np.float32, order="C") for name in self.trained}
-        self._moments = {
-            f"{moment}.{name}": np.zeros_like(self._weights[name])
-            for name in self.trained
-            for moment in optimizer.moments
+        weights = {name: np.array(held[name], np.float32, order="C") for name in self.trained}
+        moments = {
+            f"{moment}.{name}": np.zeros_like(weights[name]) for name in self.trained for moment in optimizer.moments
         }
-        given_away = [*self._weights, *self._moments]
-        self.update = compile_model(updating, backend=backend, target=where, donate=given_away)
-        self.steps = 0
-        self._summed: dict[str, Array] = {}
-        self._counted = self._calls = 0.0
+        self.update = compile_model(updating, backend=backend, target=where, donate=[*weights, *moments])
+        self._state, self._torn = TrainingState(weights, moments), False
 
     # -- what it is trained for --------------------------------------------------------------------------------
 
@@ -206,13 +207,26 @@ class Trainer:
             hint=f"output={outputs[0]!r}, or the name of its loss in loss=",
         )
 
-    def _with_loss(self, loss: str, temperature: float, share: float) -> Graph:
+    def _with_loss(self, loss: str, temperature: float | None, share: float | None) -> Graph:
         graph, output = with_padding_rows(self.resolved.graph, self.resolved.padding), self._output
+        if self.teacher is None and (temperature, share) != (None, None):
+            name = "temperature" if temperature is not None else "share"
+            raise UsageError(f"{name}= only applies together with teacher=", hint="teacher=t.compile(MODEL)")
         if loss == "cross-entropy" and self.teacher is not None:
-            if output not in [port.name for port in self.teacher.outputs]:
-                given = ", ".join(port.name for port in self.teacher.outputs)
-                raise UsageError(f"the teacher has no output {output}", received=given)
-            return with_distillation(graph, output, temperature, share)
+            made = with_distillation(
+                graph, output, 2.0 if temperature is None else temperature, 0.5 if share is None else share
+            )
+            types = {port.name: port.type for port in self.teacher.outputs}
+            if output not in types:
+                raise UsageError(f"the teacher has no output {output}", received=", ".join(types))
+            ours, its = graph.main.outputs[output].type, types[output]
+            if its.rank != ours.rank or its.shape[-1].constant != ours.shape[-1].constant:
+                raise UsageError(
+                    "the teacher has other classes than the model",
+                    received=f"{output}: {its} of the teacher, {ours} of the model",
+                    hint="a teacher with the same vocabulary or labels",
+                )
+            return made
         if self.teacher is not None:
             raise UsageError(
                 "a teacher teaches an output, and not a loss of the model's own", received=f"loss={loss!r}"
@@ -243,21 +257,51 @@ class Trainer:
         beside = {*self.trained} | ({TEACHER} if self.teacher is not None else set())
         return tuple([port for port in self.gradient.inputs if port.name not in beside])
 
-    def step(self, /, **arrays: Any) -> StepTold:
-        """Take one batch: its gradients, and, with the last of `accumulate` calls, an update of the weights.
+    @property
+    def steps(self) -> int:
+        """The number of updates so far."""
+        return self._state.steps
 
-        Raises UsageError where nothing of the batch counts, and where the loss or a gradient is no number: weights and
-        moments are then as they were before. Raises BackendError for arrays that do not fit.
+    @property
+    def state(self) -> TrainingState:
+        """Weights, moments and gradients as they are now. The next update writes over weights and moments in place.
+
+        Raises UsageError if an update failed midway, until `restore`.
+        """
+        if self._torn:
+            raise UsageError(
+                f"update {self.steps + 1} failed midway: some weights are new, others are old",
+                hint="restore(FILE), of a file that save_state wrote",
+            )
+        return self._state
+
+    def step(self, /, **arrays: Any) -> StepTold:
+        """Take one batch: compute its gradients and, in the last of `accumulate` calls, update the weights.
+
+        A step is a transaction: if it raises or is interrupted, weights, moments and the gradients of earlier calls are
+        either as before it or as after it. The update writes in place, so signals wait until it is done. If the update
+        itself fails, `step`, `evaluate` and `save_state` refuse until `restore`.
+
+        Raises UsageError if no position of the batch counts, or the loss or a gradient is NaN or infinite, and
+        BackendError for arrays that do not fit.
         """
         began = time.perf_counter()
-        found = self.gradient(**self._weights, **self._checked(arrays))
-        counted = self._count(found)
-        loss = float(found[LOSS]) / counted
-        self._add(found, counted)
-        norm, rate, updated = math.nan, self.schedule(self.steps + 1), self._calls == self.accumulate
+        state, batch = self.state, self._checked(arrays)
+        found = self.gradient(**state.weights, **batch)
+        counted = self._count(found, batch)
+        loss, rate, norm = float(found[LOSS]) / counted, self.schedule(state.steps + 1), math.nan
+        gradients = self._summed(state.gradients, found, batch)
+        state = replace(state, gradients=gradients, counted=state.counted + counted, calls=state.calls + 1)
+        updated = state.calls >= self.accumulate
         if updated:
-            norm = self._updated(rate)
+            norm = self._update_by(state, rate)
+        else:
+            self._state = state
         return StepTold(self.steps, updated, loss, norm, rate, time.perf_counter() - began)
+
+    def zero_grad(self) -> None:
+        """Drop the gradients of the calls since the last update."""
+        self._state = replace(self.state, gradients={}, counted=0.0, calls=0)
 
     def evaluate(self, /, **arrays: Any) -> float:
         """The mean loss over the places of a batch that count; nothing is changed. Raises as `step` does."""
@@ -266,9 +310,10 @@ class Trainer:
                 self._loss_alone, weights=self._needed_by(self._loss_alone), **self._options
             )
         taken = {port.name for port in self._evaluation.inputs}
-        weights = {name: array for name, array in self._weights.items() if name in taken}
-        found = self._evaluation(**weights, **self._checked(arrays))
-        return float(found[LOSS]) / self._count(found)
+        weights = {name: array for name, array in self.state.weights.items() if name in taken}
+        batch = self._checked(arrays)
+        found = self._evaluation(**weights, **batch)
+        return float(found[LOSS]) / self._count(found, batch)
 
     def _needed_by(self, graph: Graph) -> dict[str, Array]:
         return {name: self._frozen[name] for name in graph.parameters}
@@ -279,7 +324,11 @@ class Trainer:
         given = dict(arrays)
         if self.teacher is not None:
             taken = {port.name: arrays[port.name] for port in self.teacher.inputs if port.name in arrays}
-            given[TEACHER] = self.teacher(**taken)[self._output]
+            try:
+                given[TEACHER] = self.teacher(**taken)[self._output]
+            except BackendError as error:
+                error.what = f"the teacher does not take this batch: {error.what}"
+                raise
         names = [port.name for port in self._signature.ports]
         held: dict[str, Any] = dict(zip(names, self._signature.bind(given, numpy_taken), strict=True))
         targets = held.get(TARGETS)
@@ -292,53 +341,50 @@ class Trainer:
                 )
         return held
 
-    def _count(self, found: Mapping[str, Any]) -> float:
+    def _count(self, found: Mapping[str, Any], batch: Mapping[str, Array]) -> float:
         counted = float(found[COUNTED])
         if not counted:
             raise UsageError("no place of the batch counts", hint="targets that are not all -100")
         if not math.isfinite(float(found[LOSS])):
-            self._forget()
-            raise self._spoiled(f"the loss is {float(found[LOSS])}")
+            raise self._not_finite(f"the loss is {float(found[LOSS])}", batch)
         return counted
 
-    def _add(self, found: Mapping[str, Any], counted: float) -> None:
-        """Add up gradients of calls that make one update."""
-        gradients = {name: array for name, array in found.items() if name.startswith(GRADIENT)}
-        if not self._summed:
-            self._summed = gradients
-        else:
-            for name, array in gradients.items():
-                np.add(self._summed[name], array, out=self._summed[name])
-        self._counted += counted
-        self._calls += 1
-
-    def _updated(self, rate: float) -> float:
-        """Update the weights by what was added up; the norm of the gradient."""
-        for name, array in self._summed.items():
+    def _summed(
+        self, earlier: Mapping[str, Array], found: Mapping[str, Any], batch: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """The gradients of a call plus those of earlier calls, in the arrays of this call: the earlier ones stay."""
+        gradients: dict[str, Array] = {name: array for name, array in found.items() if name.startswith(GRADIENT)}
+        for name, array in gradients.items():
+            if name in earlier:
+                np.add(earlier[name], array, out=array)
             if not math.isfinite(np.vdot(array, array)):
-                self._forget()
-                raise self._spoiled(f"{name} has a number that is not finite, or too large")
-        scalars = {"rate": rate, "share": 1 / self._counted, **self.optimizer.scalars(self.steps + 1)}
+                raise self._not_finite(f"{name} is NaN, infinite or too large", batch)
+        return gradients
+
+    def _update_by(self, state: TrainingState, rate: float) -> float:
+        """Update weights and moments in place by a state's gradients, and replace the state; the gradient's norm."""
+        scalars = {"rate": rate, "share": 1 / state.counted, **self.optimizer.scalars(state.steps + 1)}
         given = {name: np.float32(value) for name, value in scalars.items()}
-        found = self.update(**self._weights, **self._moments, **self._summed, **given)
-        self._weights = {name: found[name] for name in self._weights}
-        self._moments = {name: found[name] for name in self._moments}
-        self._forget()
-        self.steps += 1
+        with deferring_signals():
+            self._torn = True
+            found = self.update(**state.weights, **state.moments, **state.gradients, **given)
+            weights, moments = ({name: found[name] for name in group} for group in (state.weights, state.moments))
+            self._state = TrainingState(weights, moments, state.steps + 1)
+            self._torn = False
         return float(found["norm"])
 
-    def _forget(self) -> None:
-        """Begin an update anew."""
-        self._summed, self._counted, self._calls = {}, 0.0, 0.0
-
-    def _spoiled(self, what: str) -> UsageError:
-        return UsageError(
-            f"{what} after {self.steps} updates",
-            hint=Hint(
-                "a smaller rate=, a longer warmup of it, or clip=; the weights are those of the last update",
-                "a smaller --rate, a longer --warmup, or --clip",
-            ),
-        )
+    def _not_finite(self, what: str, batch: Mapping[str, Array]) -> UsageError:
+        """The error for a loss or gradient that is NaN or infinite. It names the input or weight that began it."""
+        weights = {**self._frozen, **({} if self.steps else self._state.weights)}
+        named = {f"input {name}": array for name, array in batch.items()}
+        place = _first_not_finite(named | {f"weight {name}": array for name, array in weights.items()})
+        hint: str = _SMALLER_RATE if self.steps else _OWN_OPS
+        if place is not None:
+            hint = "finite inputs and weights"
+            if self.steps and "inf at" in place:  # which may be meant
+                hint = Hint(*[f"{hint}; if it is a mask, {rate}" for rate in (_SMALLER_RATE, _SMALLER_RATE.command)])
+        received = place or "inputs and weights are finite"
+        return UsageError(f"{what} after {self.steps} updates", received=received, hint=hint)
 
     def memory(self, **sizes: int) -> MemoryTold:
         """What a step holds beside weights, moments and gradients at some sizes, and why.
@@ -353,7 +399,7 @@ class Trainer:
     @property
     def weights(self) -> dict[str, Array]:
         """All weights of the model by name, as they are now; the next step writes over those that are trained."""
-        held = {**self._frozen, **self._weights}
+        held = {**self._frozen, **self.state.weights}
         return {name: held[name] for name in self.resolved.graph.parameters}
 
     def compiled(self, **options: Any) -> Compiled:
@@ -361,29 +407,44 @@ class Trainer:
         weights = {name: np.array(array) for name, array in self.weights.items()}
         return compile_model(self.resolved.graph, weights=weights, **options)
 
-    def save_state(self, path: PathLike) -> None:
-        """Write what training goes on from to one file, whole or not at all: trained weights, moments, steps.
+    def save_state(self, path: PathLike, notes: Mapping[str, str] | None = None) -> None:
+        """Write trained weights, moments and steps to one file, whole or not at all, to continue from by `restore`.
 
-        Raises UsageError where the file cannot be written, and between the calls of one update.
+        notes  texts by name that `treadle.training.states.read_notes` returns, such as the seed of the batches
+
+        Raises UsageError if the file cannot be written, for the name of a pickle, which `restore` would refuse, and
+        between the calls of one update.
         """
-        if self._calls:
+        state = self.state
+        if state.calls:
             raise UsageError(
-                "a state is saved after an update", received=f"{int(self._calls)} of {self.accumulate} calls"
+                "a state is saved after an update",
+                received=f"{state.calls} of {self.accumulate} calls",
+                hint="the other calls of step, or zero_grad(), which drops these",
             )
-        write_state(path, self._weights, self._moments, self.steps, repr(self.optimizer))
+        write_state(path, state, repr(self.optimizer), notes or {})
 
     def restore(self, path: PathLike) -> None:
         """Go on from a file of `save_state`. Raises CheckpointError for one of another model or optimizer."""
-        weights, moments, self.steps = read_state(path, self._weights, self._moments, repr(self.optimizer))
-        self._weights, self._moments = weights, moments
-        self._forget()
+        self._state, self._torn = read_state(path, self._state, repr(self.optimizer)), False
 
     def __repr__(self) -> str:
-        count = sum(array.size for array in self._weights.values())
+        count = sum(array.size for array in self._state.weights.values())
         return (
             f"<trainer of {self.resolved.name}: {count:,} numbers of {len(self.trained)} weights in {self.backend}, "
             f"{self.steps} updates>"
         )
+
+
+def _first_not_finite(arrays: Mapping[str, Array]) -> str | None:
+    """The first NaN of some arrays, or else the first infinity: "input x has nan at [2, 1]"."""
+    for is_wrong in (np.isnan, np.isinf):
+        for name, array in arrays.items():
+            wrong: Any = np.argwhere(is_wrong(array)) if array.dtype.kind == "f" else ()
+            if len(wrong):
+                at = tuple(wrong[0].tolist())
+                return f"{name} has {array[at]} at {list(at)}"
+    return None
 
 
 def _expect(optimizer: object, teacher: object) -> None:

@@ -1,0 +1,71 @@
+"""The settings of a training run. A state stores them, so that a resumed run is compared with the run that wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from treadle.files.contained_files import PathLike
+from treadle.files.shown_names import printable, shown_path
+from treadle.ir.errors import UsageError
+from treadle.training.states import read_notes
+from treadle.training.text_data import TextData
+
+Settings = dict[str, str]
+
+_TEXTS, _TOKENS = "texts", "tokens"
+_OF_BATCHES = ("seed", "objective", "batch", "accumulate", "length", "holdout", _TEXTS, _TOKENS)
+"""The batch of each step follows from these: in a resumed run they must be the same."""
+
+
+def run_settings(data: TextData, **options: Any) -> Settings:
+    """Settings by name, as texts: those of the data, its texts and tokens by SHA-256, and options of the command."""
+    found = {
+        "seed": data.batches.seed,
+        "batch": data.batches.rows,
+        "length": data.length,
+        _TEXTS: data.digest,
+        _TOKENS: data.tokens_digest,
+        **options,
+    }
+    return {name: "none" if value is None else str(value) for name, value in found.items()}
+
+
+def changed_settings(state: PathLike, now: Mapping[str, str]) -> dict[str, tuple[str, str]] | None:
+    """The settings that differ from those of the run that wrote a state: by name, its value and the one now.
+
+    None if the state stores none: it was written by a `Trainer` alone.
+
+    Raises UsageError if the batches would be others, and CheckpointError as `read_notes` does.
+    """
+    before = read_notes(state)
+    if not before:
+        return None
+    changed = {name: (before[name], value) for name, value in now.items() if before.get(name, value) != value}
+    if changed.keys() & {_TEXTS, "length"}:
+        changed.pop(_TOKENS, None)
+    others = [name for name in _OF_BATCHES if name in changed]
+    if others:
+        same = " ".join(f"--{name} {printable(changed[name][0])}" for name in others if name not in (_TEXTS, _TOKENS))
+        raise UsageError(
+            "a run is resumed with the batches that it began with",
+            received="; ".join(_difference(name, *changed[name]) for name in others),
+            within=shown_path(state),
+            hint=f"{same or 'the same texts and tokenizer'}; or train the saved model without --resume",
+        )
+    return changed
+
+
+def _difference(name: str, before: str, now: str) -> str:
+    if name == _TEXTS:
+        return "other texts"
+    if name == _TOKENS:
+        return "other tokens of the same texts"
+    return f"--{name} {printable(now)}, and the state has {printable(before)}"
+
+
+def change_lines(changed: Mapping[str, tuple[str, str]] | None) -> list[str]:
+    """A line for each setting that changes, or one if the state stores none."""
+    if changed is None:
+        return ["the state does not store the seed, batches and texts that it was trained with: they are not compared"]
+    return [f"resumed with {name} {now}; until now it was {before}" for name, (before, now) in changed.items()]
