@@ -160,7 +160,9 @@ def bench_model(
     find_backend(workload.backend)
     computing_in(workload.dtype, (), workload.widen, workload.quantize)  # refuses unknown ones
     if shutil.which(python) is None:
-        raise UsageError("there is no such Python", received=python, hint="the path of a Python that runs, such as python3")
+        raise UsageError(
+            "there is no such Python", received=python, hint="the path of a Python that runs, such as python3"
+        )
     graph, weights = opened(workload)
     chosen = choose_sizes(graph, sizes or {})
     with tempfile.TemporaryDirectory() as place:

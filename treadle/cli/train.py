@@ -41,7 +41,11 @@ def train_model(
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", metavar="FOLDER", help="Save the trained model in its original format.", show_default=False
+            "-o",
+            "--output",
+            metavar="FOLDER",
+            help="Save the trained model in its original format.",
+            show_default=False,
         ),
     ] = None,
     overwrite: Annotated[
@@ -67,14 +71,18 @@ def train_model(
     ] = None,
     accumulate: Annotated[int, typer.Option(metavar="N", min=1, help="Gradient accumulation: batches per update.")] = 1,
     rate: Annotated[float, typer.Option(metavar="X", help="The peak learning rate.")] = 1e-4,
-    warmup: Annotated[int, typer.Option(metavar="N", min=0, help="Updates until the peak learning rate is reached.")] = 0,
+    warmup: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Updates until the peak learning rate is reached.")
+    ] = 0,
     schedule: Annotated[
         str, typer.Option(metavar="SHAPE", help="The schedule after warmup: constant, cosine or linear decay to 0.")
     ] = "constant",
     optimizer: Annotated[str, typer.Option(metavar="NAME", help="adamw; or sgd, with a momentum of 0.9.")] = "adamw",
     weight_decay: Annotated[
         float | None,
-        typer.Option(metavar="X", min=0, help="Weight decay. By default 0.01 with adamw, 0 with sgd.", show_default=False),
+        typer.Option(
+            metavar="X", min=0, help="Weight decay. By default 0.01 with adamw, 0 with sgd.", show_default=False
+        ),
     ] = None,
     clip: Annotated[
         float, typer.Option(metavar="X", min=0, help="Clip the gradient norm to this value; 0 disables clipping.")
@@ -99,7 +107,9 @@ def train_model(
     ] = None,
     temperature: Annotated[
         float | None,
-        typer.Option(metavar="X", help="With --teacher: divide logits by this temperature. By default 2.", show_default=False),
+        typer.Option(
+            metavar="X", help="With --teacher: divide logits by this temperature. By default 2.", show_default=False
+        ),
     ] = None,
     share: Annotated[
         float | None,
@@ -124,7 +134,10 @@ def train_model(
     holdout: Annotated[
         float,
         typer.Option(
-            metavar="X", min=0, max=1, help="Fraction of held-out blocks, whose perplexity is reported before and after."
+            metavar="X",
+            min=0,
+            max=1,
+            help="Fraction of held-out blocks, whose perplexity is reported before and after.",
         ),
     ] = 0.0,
     every: Annotated[int, typer.Option(metavar="N", min=1, help="Updates per line of the report.")] = 10,
@@ -281,7 +294,10 @@ def train_model(
                         break
                     if state is not None and save_every is not None and update.step % save_every == 0:
                         trainer.save_state(state, settings)
-        except (TreadleError, BrokenPipeError) as error:  # trained weights are saved in any case, also if the output's reader has left
+        except (
+            TreadleError,
+            BrokenPipeError,
+        ) as error:  # trained weights are saved in any case, also if the output's reader has left
             failed = error
         if since:
             run.lines.append(Update.joined(since))

@@ -51,9 +51,7 @@ class LabTrial:
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{name}={n}" for name, n in self.sizes.items())
-        head = (
-            f"lab: {self.ranks} ranks in float64{f' at {sizes}' if sizes else ''}, {self.meetings} collectives of groups"
-        )
+        head = f"lab: {self.ranks} ranks in float64{f' at {sizes}' if sizes else ''}, {self.meetings} collectives of groups"
         lines = [f"  {name}: {difference:.1e} from the whole model" for name, difference in self.differences.items()]
         return "\n".join([head, *lines, "  equal" if self.passed else "  NOT equal"])
 
@@ -87,7 +85,9 @@ def try_in_lab(
         for name, value in graph.parameters.items():
             if value.type.encoding is not None and weights[name] is noisy[name]:
                 hint = Hint('weights=, or widen="blocks" when the model is planned', "--widen blocks")
-                raise UsageError(f"the lab cannot draw random weights in {value.type.encoding}", received=name, hint=hint)
+                raise UsageError(
+                    f"the lab cannot draw random weights in {value.type.encoding}", received=name, hint=hint
+                )
     given = draw_inputs(graph, chosen, [seed])
     whole = interpret(graph, given, weights, float64=True)
     programs = [rank_graph(plan, rank) for rank in range(plan.devices.ranks)]

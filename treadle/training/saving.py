@@ -297,7 +297,9 @@ def _settings_of(place: ModelFolder) -> list[str]:
         path = place.path / name
         if path.is_file() and name.endswith(_SETTINGS) and not name.endswith(_WEIGHTS_INDEX):
             found.append(name)
-        elif path.is_dir() and place.has(_MODULES) and (path / _CONFIG).is_file():  # the layout of sentence-transformers
+        elif (
+            path.is_dir() and place.has(_MODULES) and (path / _CONFIG).is_file()
+        ):  # the layout of sentence-transformers
             found.append(f"{name}/{_CONFIG}")
     for name in found:
         place.file(name)  # refuses a link to another folder

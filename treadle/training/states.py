@@ -127,7 +127,9 @@ def _refuse_pickle(path: PathLike) -> None:
     """Raise UsageError for the name of a pickle, which `read_state` would refuse."""
     name = Path(path)
     if name.suffix.lower() in PICKLE_SUFFIXES:
-        raise UsageError("a state is not a pickle, as its name suggests", received=shown_path(path), hint=f"{name.stem}.state")
+        raise UsageError(
+            "a state is not a pickle, as its name suggests", received=shown_path(path), hint=f"{name.stem}.state"
+        )
 
 
 def _opened(path: PathLike) -> SafetensorsFile:

@@ -90,7 +90,9 @@ class TextData:
         if objective not in OBJECTIVES:
             raise UsageError(f"there is no objective {objective!r}", hint="one of " + ", ".join(OBJECTIVES))
         if not 0 <= holdout < 1:
-            raise UsageError("the held-out fraction of blocks must be 0 or more and below 1", received=f"{holdout:g}", hint="0.05")
+            raise UsageError(
+                "the held-out fraction of blocks must be 0 or more and below 1", received=f"{holdout:g}", hint="0.05"
+            )
         graphs = [resolved.graph]
         if teacher is not None:
             graphs.append(resolve(teacher, widen=("bf16", "f16"), deferred=True).graph)

@@ -228,9 +228,7 @@ class Trainer:
                 )
             return made
         if self.teacher is not None:
-            raise UsageError(
-                "a teacher cannot be combined with a custom loss", received=f"loss={loss!r}"
-            )
+            raise UsageError("a teacher cannot be combined with a custom loss", received=f"loss={loss!r}")
         return with_cross_entropy(graph, output) if loss == "cross-entropy" else with_own_loss(graph, loss)
 
     def _chosen(self, patterns: Iterable[str], learned: Collection[str] | None) -> tuple[str, ...]:
