@@ -24,7 +24,7 @@ Span = tuple[int, int]
 
 
 def check_names(graph: Graph, names: Sequence[str]) -> tuple[str, ...]:
-    """Return the names without repetition. Raises BackendError for one that is not an input of the graph's last entry."""
+    """Return the names without repetition. Raises BackendError for a name that is not an input of the last entry."""
     known = [value.name for value in graph.main.inputs]
     unknown = [name for name in names if name not in known]
     if isinstance(names, str) or unknown:

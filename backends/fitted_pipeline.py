@@ -30,7 +30,7 @@ _APART = Decompose((Projections.name,))
 
 @dataclass(frozen=True)
 class Budget:
-    """The memory limit of a run without weights, states, inputs and outputs, and the largest sizes for which it holds."""
+    """A memory limit for a run, without weights, states, inputs and outputs, and the largest sizes it holds for."""
 
     bytes: int
     sizes: Mapping[str, int]

@@ -12,7 +12,7 @@ Array = np.ndarray[Any, Any]
 
 
 def is_mapped(array: Array) -> bool:
-    """Return True if an array is in a file: one that is mapped, or whose bytes were read and never change."""
+    """Return True if an array is backed by a file: a mapped file, or immutable bytes that were read from one."""
     return any(isinstance(base, np.memmap | mmap.mmap | bytes) for base in _bases(array))
 
 

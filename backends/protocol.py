@@ -116,7 +116,7 @@ class StatefulExecutable(Protocol):
         ...
 
     def new_states(self, **sizes: int) -> States:
-        """Return states of zeros, for these sizes of the symbols in their types. Raises BackendError for a wrong size."""
+        """Return states of zeros, for these sizes of the symbols. Raises BackendError for a wrong size."""
         ...
 
     def state_bytes(self, **sizes: int) -> int:

@@ -59,7 +59,7 @@ def refuse_missing(title: str, wanted: Mapping[str, Value], weights: Mapping[str
 
 def misfit(name: str, wanted: Type, received: str) -> BackendError:
     """Return the error for a weight of another shape or dtype."""
-    held = f", held in {wanted.held}" if wanted.encoding is not None else ""
+    held = f", stored as {wanted.held}" if wanted.encoding is not None else ""
     return BackendError(f"weight {name} must be {wanted}{held}", received=f"{name}: {received}")
 
 

@@ -75,8 +75,8 @@ class StagedBackend(ABC):
     ) -> Executable:
         """Generate code for a lowered graph, with its weights by name.
 
-        declared   the graph before the pipeline: its ops are those that the user knows, so that errors about a call use the
-                   user's terms (`treadle.backends.signature`)
+        declared   the graph before the pipeline: its ops are those that the user knows, so that errors about a call
+                   use the user's terms (`treadle.backends.signature`)
         plan       the storage and lifetime of each value; None if no `PlanStorage` ends the pipeline
 
         Raises BackendError for a weight that is missing or does not fit.

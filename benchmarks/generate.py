@@ -1,4 +1,4 @@
-"""Generation, beside llama.cpp, CTranslate2 and Hugging Face: tokens a second, prefill, batches of 8.
+"""Generation, beside llama.cpp, CTranslate2 and Hugging Face: tokens per second, prefill, batches of 8.
 
     treadle fetch smollm2
     python benchmarks/generate.py [--model smollm2|gpt2] [--form f32] [--dtype f32] [--threads 1] [--peers python]

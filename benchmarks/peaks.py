@@ -7,7 +7,7 @@ is what a run allocates beside weights and inputs: outputs, values on the way, a
 
     treadle      the arena that is planned for the TVM backend, one thread, and the outputs, in which lies what dies
                  before they are written; the lower bound is the most bytes that live in the arena at once, and these
-    PyTorch      the graph as it is declared, op by op in PyTorch's own functions, each value freed after its last use:
+    PyTorch      the graph as declared, op by op in PyTorch's own functions, each value freed after its last use:
                  what torch.profiler counts of tensors
     ONNX Runtime on the files that we export, with operators of opset 23, as attention is one, and of 17, where it fuses
                  them itself: the better of both. One thread; its arena and its memory pattern are off, which would only

@@ -47,7 +47,7 @@ def test_a_fault_in_a_model_names_its_line(treadle_command: Treadle, function: s
         (["inspect", SMALL, "--after", "gelu-erf"], ["a rule of the pass fuse-gelu", "try       --after fuse-gelu\n"]),
         (["inspect", SMALL, "--set", "act=relu"], ["is a function", "try       --set act=t.relu\n"]),
         (["inspect", SMALL, "--limit", "nodes=0"], ["the limit nodes must be a positive integer"]),
-        (["inspect", SMALL, "--limit", "nodes=5"], ["limits are of a file"]),
+        (["inspect", SMALL, "--limit", "nodes=5"], ["limits apply to a model"]),
         (["inspect", SMALL, "--after", "dead-code", "--raw"], ["two different stages"]),
         (["inspect", SMALL, "--sizes", "Q=3"], ["no symbolic axis Q", "one of B, S"]),
         (["inspect", SMALL, "--sizes", "S=-3"], ["size of S must be a positive integer"]),

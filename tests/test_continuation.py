@@ -81,7 +81,7 @@ def test_what_is_no_causal_model_is_told_as_what_it_is(tmp_path: Path) -> None:
     )
     transformers.BertModel(config).save_pretrained(tmp_path)
     byte_level().save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="does not continue text: it is no causal language model") as caught:
+    with pytest.raises(UsageError, match="does not continue text: it is not a causal language model") as caught:
         TextWriter.open(tmp_path)
     assert "treadle embed" in str(caught.value.hint)
 
@@ -129,7 +129,7 @@ def test_an_end_token_that_is_no_id(folder: Path, tmp_path: Path) -> None:
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": "zero"}')
-    with pytest.raises(CheckpointError, match="eos_token_id must be a token's id"):
+    with pytest.raises(CheckpointError, match="eos_token_id must be a token id"):
         TextWriter.open(tmp_path)
 
 

@@ -81,7 +81,7 @@ def test_questions_vectors_images_and_searches() -> None:
     )
     assert model.answer("who", "Ada") == answer
     assert model.answer([("who", "Ada"), ("when", "Ada")]) == [answer, None]
-    with pytest.raises(UsageError, match="an answer takes a question and a text"):
+    with pytest.raises(UsageError, match="a question needs a text that may contain the answer"):
         model.answer("who")  # type: ignore[call-overload]
     model.__dict__["embedder"] = SimpleNamespace(embed=lambda texts: np.ones((len(texts), 3)))
     assert model.embed("a").shape == (3,)

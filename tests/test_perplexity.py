@@ -148,10 +148,10 @@ def test_logarithms_are_of_large_numbers_too() -> None:
 @pytest.mark.parametrize(
     ("count", "window", "told", "received"),
     [
-        (30, 1, "a window has at least 2 tokens and at most 40, as the model takes", "1"),
-        (30, 41, "a window has at least 2 tokens and at most 40, as the model takes", "41"),
-        (1, 16, "perplexity takes a text of two tokens or more", "1"),
-        (0, 16, "perplexity takes a text of two tokens or more", "0"),
+        (30, 1, "a window has at least 2 tokens and at most 40, the model's maximum", "1"),
+        (30, 41, "a window has at least 2 tokens and at most 40, the model's maximum", "41"),
+        (1, 16, "perplexity needs a text of two tokens or more", "1"),
+        (0, 16, "perplexity needs a text of two tokens or more", "0"),
     ],
 )
 def test_what_has_no_perplexity(
@@ -200,7 +200,7 @@ def test_a_model_that_is_not_causal_has_none(tmp_path: Path) -> None:
     made = tokenizers.ByteLevelBPETokenizer()
     made.train_from_iterator(texts(100, 7), vocab_size=300)
     made.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UsageError, match="has no perplexity: it is no causal language model of tokens alone"):
+    with pytest.raises(UsageError, match="has no perplexity: it is not a causal language model of tokens alone"):
         PerplexityMeter.open(ModelOptions(tmp_path))
     with pytest.raises((UsageError, CheckpointError)):
         PerplexityMeter.open(ModelOptions(tmp_path / "nothing"))

@@ -275,14 +275,20 @@ COMPLETION: dict[str, Any] = {"model": "tiny", "prompt": "a"}
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "a"}]}
 EMBEDDING: dict[str, Any] = {"model": "vectors", "input": "a"}
 WRONG: list[tuple[str, Any, int, str | None, str]] = [
-    ("/completions", b"", 400, "invalid_json", "no JSON object"),
-    ("/completions", b"[1]", 400, "invalid_json", "no JSON object"),
-    ("/completions", b'{"model": "tiny"', 400, "invalid_json", "no JSON object"),
+    ("/completions", b"", 400, "invalid_json", "not a JSON object"),
+    ("/completions", b"[1]", 400, "invalid_json", "not a JSON object"),
+    ("/completions", b'{"model": "tiny"', 400, "invalid_json", "not a JSON object"),
     ("/completions", b"\xff\xfe", 400, "invalid_json", "UTF-8"),
-    ("/completions", b'{"a":' * 40 + b"1" + b"}" * 40, 400, "invalid_json", "no JSON object"),
+    ("/completions", b'{"a":' * 40 + b"1" + b"}" * 40, 400, "invalid_json", "not a JSON object"),
     ("/completions", {"prompt": "a"}, 400, "model", "model must be the name"),
     ("/completions", {**COMPLETION, "model": "other"}, 404, "model", "no model 'other'"),
-    ("/completions", {**COMPLETION, "model": "vectors"}, 400, "model", "embeds, and writes nothing"),
+    (
+        "/completions",
+        {**COMPLETION, "model": "vectors"},
+        400,
+        "model",
+        "computes embeddings, and does not generate text",
+    ),
     ("/completions", {**COMPLETION, "max_token": 3}, 400, "max_token", "did you mean max_tokens"),
     ("/completions", {**COMPLETION, "max_tokens": -1}, 400, "max_tokens", "max_tokens must be an integer"),
     ("/completions", {**COMPLETION, "max_tokens": True}, 400, "max_tokens", "max_tokens must be an integer"),
@@ -308,7 +314,7 @@ WRONG: list[tuple[str, Any, int, str | None, str]] = [
     ("/completions", {**COMPLETION, "logit_bias": {"5": 1}}, 400, "logit_bias", "logit_bias changes"),
     ("/completions", {**COMPLETION, "stop": ["a", ""]}, 400, "stop", "none of them empty"),
     ("/completions", {**COMPLETION, "stream": 1}, 400, "stream", "stream must be true or false"),
-    ("/completions", {**COMPLETION, "stream_options": {}}, 400, "stream_options", "where stream is true"),
+    ("/completions", {**COMPLETION, "stream_options": {}}, 400, "stream_options", "needs stream to be true"),
     (
         "/completions",
         {**COMPLETION, "stream": True, "stream_options": {"x": 1}},
@@ -357,7 +363,7 @@ WRONG: list[tuple[str, Any, int, str | None, str]] = [
     ("/chat/completions", {**CHAT, "top_logprobs": 2}, 400, "top_logprobs", "needs logprobs"),
     ("/embeddings", {"model": "vectors"}, 400, "input", "input must be a text"),
     ("/embeddings", {**EMBEDDING, "input": [1, 2]}, 400, "input", "input must be a text"),
-    ("/embeddings", {**EMBEDDING, "model": "tiny"}, 400, "model", "writes, and embeds nothing"),
+    ("/embeddings", {**EMBEDDING, "model": "tiny"}, 400, "model", "generates text, and has no embeddings"),
     ("/embeddings", {**EMBEDDING, "dimensions": 8}, 400, "dimensions", "dimensions asks for shorter"),
     ("/embeddings", {**EMBEDDING, "encoding_format": "hex"}, 400, "encoding_format", "float or base64"),
     ("/completions", {**COMPLETION, "prompt": "a" * 30000}, 413, "body_too_large", "more than 20000 bytes"),
@@ -382,7 +388,7 @@ def test_a_text_that_cannot_be_embedded_is_refused_and_waits_no_longer() -> None
         width = 3
 
         def embed_reporting(self, texts: list[str]) -> Any:
-            with pytest.raises(RequestRefusal, match="1 requests wait already; try again later") as late:
+            with pytest.raises(RequestRefusal, match="1 requests are waiting; try again later") as late:
                 served.embed(texts)
             assert (late.value.status, late.value.code, late.value.headers) == (429, "queue_full", {"Retry-After": "1"})
             raise UsageError("no such text", received="a", hint="another")
@@ -397,7 +403,7 @@ def test_a_text_that_cannot_be_embedded_is_refused_and_waits_no_longer() -> None
 def test_addresses_methods_and_types_that_are_not_there(server: Running) -> None:
     assert server.ask("GET", "/nothing")[0] == 404
     status, answer = server.ask("GET", "/completions")
-    assert (status, answer["error"]["message"]) == (405, "this address takes another method")
+    assert (status, answer["error"]["message"]) == (405, "this address needs another method")
     status, answer = server.post("/completions", COMPLETION, **{"content-type": "text/plain"})
     assert (status, answer["error"]["code"]) == (415, "unsupported_media_type")
 
@@ -493,7 +499,7 @@ def test_events_that_are_ready_go_out_at_once_and_the_loop_has_turns(writer: Tex
 def test_a_key_is_asked_for_and_a_late_answer_is_cut(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "key").write_text(f"{KEY}\n")
     server = Running(str(folder), "--key-file", str(tmp_path / "key"), "--seconds", "0.1", "--rows", "1")
-    with pytest.raises(openai.AuthenticationError, match="wants a key"):
+    with pytest.raises(openai.AuthenticationError, match="needs an API key"):
         server.client(api_key="another").models.list()
     assert server.ask("GET", "/models")[0] == 401
     client = server.client(api_key=KEY)

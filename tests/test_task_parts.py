@@ -118,7 +118,7 @@ def test_an_answer_of_two_windows_is_told_once_with_its_better_score() -> None:
             reader.answer([("what", "a b")], top=top, longest=longest)
         assert caught.value.received == f"top={top}, longest={longest}"
     for wrong in ([], [("what", " ")], [(" ", "a")]):
-        with pytest.raises(UsageError, match="an answer takes a question and a text"):
+        with pytest.raises(UsageError, match="a question needs a text that may contain the answer"):
             reader.answer(wrong)
 
 

@@ -262,9 +262,9 @@ def test_a_question_that_leaves_no_room(tmp_path: Path) -> None:
     model = t.load(tmp_path)
     with pytest.raises(UsageError, match="leaves the text no room in the 40 tokens"):
         model.answer("cat " * 60, "the cat sits")
-    with pytest.raises(UsageError, match="takes a question and a text"):
+    with pytest.raises(UsageError, match="a question needs a text"):
         model.answer("", "the cat sits")
-    with pytest.raises(UsageError, match="takes a question and a text"):
+    with pytest.raises(UsageError, match="a question needs a text"):
         model.answer("where?")  # type: ignore[call-overload]
 
 

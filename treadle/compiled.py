@@ -129,7 +129,7 @@ class Compiled:
 
     @cached_property
     def _steps(self) -> dict[str | None, SteppedModel]:
-        """By the dtype of their caches."""
+        """The decoding step for each dtype of caches."""
         return {}
 
     def session(

@@ -62,12 +62,12 @@ def compile(
               ONNX or GGUF file, `file.py:function`, a family of the zoo, a fetched model
     backend   "numpy", "torch" or "tvm", or one that is registered under the entry point group `treadle.backends`
     target    what to compile for: "cpu"
-    weights   arrays by parameter name, each of the parameter's shape, in place of the checkpoint's. If neither is given,
+    weights   arrays by parameter name, each of the parameter's shape, in place of the checkpoint's. If there are none,
               initial values are drawn from `seed`. Arrays are not copied, so the caller must not modify them afterwards
     passes    the pipeline, a flat list; []: the graph as declared
     inputs    optional inputs of the declaration to include, such as ("lengths",)
-    outputs   names of the outputs to return; operations that only other outputs need are not computed. "hidden[:, 0]" is
-              a part of an output: a position, or `start:stop`, for each of its first axes. None: all
+    outputs   names of the outputs to return; operations that only other outputs need are not computed. "hidden[:, 0]"
+              is a part of an output: a position, or `start:stop`, for each of its first axes. None: all
     seed      an integer, 0 or more
     certify   test every rewrite on random values before it is accepted (docs/passes.md); None: follow TREADLE_CERTIFY
     dtype     "bf16": products with weights have bf16 operands and are summed in f32, everything else is f32
@@ -76,8 +76,8 @@ def compile(
               bits, with a scale per 32 neighbors. "int8", "int4-int8": in addition, activations that are multiplied by
               quantized weights (including those of a GGUF file) are rounded to 8 bits at every call
               (docs/quantization.md). None: as stored
-    widen     "bf16", "f16", or both: values of these dtypes become f32, including weights. "blocks": weights that a GGUF
-              file stores in blocks are decoded to f32 when they are read; otherwise they stay in blocks
+    widen     "bf16", "f16", or both: values of these dtypes become f32, including weights. "blocks": weights that a
+              GGUF file stores in blocks are decoded to f32 when they are read; otherwise they stay in blocks
               (docs/quantization.md)
     memory    limit on a run's memory in addition to weights, inputs and outputs: bytes, or text such as "300MB"
               (docs/memory.md)
@@ -86,7 +86,8 @@ def compile(
     donate    names of inputs that the caller donates with each call: a run may overwrite their memory and return it as
               outputs (docs/memory.md). Each must be a contiguous, writable array of the input's dtype
     limits    limits on what a file may contain, by name, such as {"tensors": 1_000_000}; errors name the limit
-    config    configuration of the declaration; for an ONNX file, sizes of axes and values of inputs that determine shapes
+    config    configuration of the declaration; for an ONNX file, sizes of axes, and values of inputs that determine
+              shapes
 
     If an input of an ONNX file determines shapes and config does not give its value, the file is compiled at the first
     call with each new value: `treadle.specializing`.

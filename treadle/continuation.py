@@ -96,7 +96,7 @@ class GrowingText:
         return self.stop.split(self.whole)[1]
 
     def tell(self, is_last: bool) -> str:
-        """Return the text that is new and final. If the row has ended, this is all remaining text up to a stop string."""
+        """Return the text that is new and final. If the row has ended, return all text up to a stop string."""
         certain, ends = self.stop.split(self.whole)
         if is_last and not ends:
             certain = self.whole
@@ -147,7 +147,7 @@ class TextWriter:
             raise UsageError(
                 f"{printable(str(model))} does not continue text: it is not a causal language model",
                 received=error.what,
-                hint="use a model that is, such as smollm2; treadle embed, classify, fill and others run other kinds of models",
+                hint="use a model that is, such as smollm2; treadle embed, classify, fill and others run other kinds",
             ) from error
         if made.derived.prologue or len(made.derived.tokens) != 1:
             raise UsageError(
@@ -176,7 +176,7 @@ class TextWriter:
         stop    strings that end a text; they are not part of it
         likely  number of most likely tokens to report with each token
         guess   the guesser of speculative decoding, used for one prompt after another; `tally` counts accepted guesses
-        special True if the tokenizer adds its special tokens to a prompt; a prompt from a chat template has them already
+        special True if the tokenizer adds its special tokens to a prompt; a chat template has added them already
 
         Raises UsageError at once for an empty prompt, or one that leaves no room.
         """

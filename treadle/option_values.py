@@ -67,7 +67,7 @@ def parse_config(assignments: Iterable[str], limits: Iterable[str] = ()) -> dict
 
 
 def parse_limits(assignments: Iterable[str]) -> dict[str, int] | None:
-    """Parse `nodes=400000`, a limit on what a file may contain. Raises UsageError for anything but positive integers."""
+    """Parse `nodes=400000`, a limit on a file's contents. Raises UsageError for anything but positive integers."""
     limits = {}
     for name, value in (_assignment(each, "--limit nodes=400000") for each in assignments):
         if not re.fullmatch(r"[1-9][0-9]{0,17}", value):

@@ -114,7 +114,7 @@ class OpenedOnnx:
         return widen_graph(declared_inputs(self.file, static=self.static, dims=self.dims), self.narrow)
 
     def resolve(self, static: Mapping[str, Any] | None = None) -> Resolved:
-        """Import the model with these values of inputs in addition to the configuration. Raises as `import_onnx` does."""
+        """Import the model with these values of inputs and the configuration. Raises as `import_onnx` does."""
         from treadle.frontends.onnx_import.importer import import_opened
 
         made = import_opened(self.file, static={**self.static, **(static or {})}, dims=self.dims)
@@ -254,7 +254,7 @@ def _from_place(
 
 
 def _instead_of(model: object) -> str | None:
-    """Return a hint for an object that is not a model: another library's object, or a function that declares a model."""
+    """Return a hint for an object that is not a model: another library's object, or an undecorated function."""
     torch, onnx = (sys.modules.get(name) for name in ("torch", "onnx"))
     if torch is not None and isinstance(model, torch.nn.Module):
         return (

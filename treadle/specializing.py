@@ -112,7 +112,7 @@ class Specializing(Compiled):
         self._lock = threading.Lock()  # guards the cache
         self._making = threading.Lock()
 
-    # -- what it is ------------------------------------------------------------------------------------------------
+    # -- properties ------------------------------------------------------------------------------------------------
 
     @property
     def inputs(self) -> tuple[Port, ...]:
@@ -242,7 +242,7 @@ class Specializing(Compiled):
             raise BackendError(f"input {port.name} {wrong}", received=received, within=str(self._signature), hint=hint)
         return StaticValue(port.name, port.dtype.numpy.str, array.shape, array.tobytes())
 
-    # -- what depends on the value ---------------------------------------------------------------------------------
+    # -- properties that depend on the value -----------------------------------------------------------------------
 
     @property
     def optimized(self) -> Optimized:

@@ -81,7 +81,7 @@ class NumpyBackend(StagedBackend):
         refuse_nodes(graph, self.name, self.supports, hint=_WITHOUT_BF16_CACHES if held else _WITHOUT_BF16)
 
     def pipeline(self, target: Target) -> Sequence[Pass]:
-        """Return the passes: legalize, compute derived weights once, and plan the storage and lifetime of each array."""
+        """Return the passes: legalize, compute derived weights once, and plan storage and lifetime of each array."""
         products = (OpenBlockProducts(), Legalize(keeps), DecodeLast(), MultiplyBlocks())
         plan = PlanStorage(placed=is_placed, over=written_over, workspaces=workspace, copies=True)
         return (*products, HoistWeights(), plan)

@@ -264,7 +264,7 @@ def rms_norm(x: Array, weight: Array | None, eps: float, out: Array | None = Non
 
 
 def take(x: Array, indices: Array, axis: int, out: Array | None = None) -> Array:
-    """Return slices of x along an axis. Raises OutsideAxis for an index out of bounds: NumPy would count from the end."""
+    """Return slices of x along an axis. Raises OutsideAxis for an index out of bounds, also a negative one."""
     return np.take(x, within(indices, x.shape[axis]), axis=axis, out=out, mode="clip")
 
 

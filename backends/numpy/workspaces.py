@@ -1,6 +1,6 @@
 """Workspaces of our NumPy kernels: arrays by name, which the storage plan places.
 
-A size is split into equal chunks with at most a number of elements, so that a size expression gives the chunk size.
+A size is split into equal chunks of bounded length, so that a size expression can state the length of a chunk.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Lies = Callable[[Value], View]
 
 
 def workspace(node: Node, lies: Lies) -> Mapping[str, Type]:
-    """Return the arrays by name; lies: the layout of a value, since all written arrays are row-major."""
+    """Return the arrays by name. `lies` returns a value's layout, given that all written arrays are row-major."""
     needed = _NEEDED.get(node.op.name)
     return {} if needed is None else needed(node, lies)
 

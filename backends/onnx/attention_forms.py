@@ -9,8 +9,8 @@ attention_with_probabilities is the same with a second result: the operator's qk
 Attention has one mask, either bool (true where a key is visible) or a number that is added: masks and biases other than
 `causal` are computed from their bodies and joined into it. Causality is aligned as ours (key j <= query i, without past
 keys), the soft-cap comes before the mask, heads share keys in order, and a query without visible keys gets zeros: the
-standard's text says so since onnx 1.23, and ONNX Runtime does so. Softmax gives NaN there, so its form ends with a
-Where, unless every query surely sees a key.
+standard specifies this since onnx 1.23, and ONNX Runtime implements it. Softmax gives NaN there, so its form ends with
+a Where, unless every query surely sees a key.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _builder(line: OnnxLine) -> Builder:
 
 
 def _laid_out(b: Builder, grid: Grid, term: Term, operands: Sequence[Expr]) -> Expr:
-    """Return a term against [b, h, s, t]. Its body is against [b, g, r, s, t], and may lack some of the leading axes."""
+    """Return a term against [b, h, s, t]. Its body is against [b, g, r, s, t], and may lack some leading axes."""
     if isinstance(term, BooleanMask | TensorBias):
         laid: Expr = b.rearrange(
             operands[0], pattern=f"{term.axes} -> {' '.join(a if a in term.axes else '1' for a in AXES)}"

@@ -81,8 +81,8 @@ def export_onnx(
 ) -> Exported:
     """Write a graph, with its weights by name, as an ONNX model.
 
-    graph           a graph after any pass: a fused op becomes an operator if the opset has one with the same meaning, else
-                    the operators of its body
+    graph           a graph after any pass: a fused op becomes an operator if the opset has one with the same meaning,
+                    else the operators of its body
     weights         arrays or tensors; bf16 arrays as float32, since NumPy has no bf16
     path            FILE.onnx; weights of more than `external_above` bytes are written to FILE.onnx.data next to it
     opset           13 to 28

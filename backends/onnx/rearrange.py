@@ -74,7 +74,7 @@ def _short_target(w: OnnxWriter, have: Sequence[Size], want: Sequence[Size]) -> 
 
 
 def rearranged(line: OnnxLine) -> Tensor:
-    """Emit a rearrange: split the dimensions that the permutation separates, permute, then join and add or drop ones."""
+    """Emit a rearrange: split dimensions that the permutation separates, permute, join, and add or drop ones."""
     application = line.op.apply([line.type("x")])
     (operand,), (result,) = application.operands, application.results
     sizes = {name: dim.size for name, dim in application.dims.items()}

@@ -145,7 +145,7 @@ SPELLINGS: dict[str, Spelling] = {
 
 @dataclass(frozen=True)
 class Form:
-    """The condition for emitting a composite itself: from an opset on, and if `fits` is true for the op and its types."""
+    """The condition for emitting a composite itself: the first opset, and `fits`, a test of the op and its types."""
 
     since: int = 13
     fits: Callable[[Any, Sequence[Type | None]], bool] = lambda op, types: True
@@ -265,7 +265,7 @@ def _tensor(made: Any) -> Tensor:
 
 @_spells("round_to")
 def _round_to(line: OnnxLine) -> Tensor:
-    """Emit a cast to the format and back. A cast to bf16 does not saturate; f16 has no number that would be too large."""
+    """Emit a cast to the format and back. A cast to bf16 does not saturate; no f16 number is too large for it."""
     w, x = line.w, line.x
     if line.op.format == "bf16":
         if line.op.saturate and x.dtype is not f16:
@@ -335,7 +335,7 @@ def _conv(line: OnnxLine) -> Tensor:
 
 
 def _wide(line: OnnxLine, x: Tensor) -> Tensor:
-    """Return x, in f32 if it has 16 bits: the dtype in which ours computes."""
+    """Return x, in f32 if it has 16 bits, as our backends compute it."""
     return line.w.cast(x, f32) if x.dtype in (f16, bf16) else x
 
 

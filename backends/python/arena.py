@@ -32,7 +32,7 @@ class ArenaArrays(Protocol):
     """The operations of a backend's arrays that an arena needs."""
 
     def allocated(self, count: int) -> Any:
-        """Return a new array of `count` bytes, aligned to 64 bytes. Raises BackendError if there is not enough memory."""
+        """Return a new array of `count` bytes, aligned to 64 bytes. Raises BackendError if memory is exhausted."""
         ...
 
     def laid(self, arena: Any, offset: int, shape: tuple[int, ...], dtype: DType) -> Any:

@@ -66,7 +66,7 @@ class Line:
     A scalar constant becomes a number, but only next to an operand of the same dtype, so that it cannot change the
     result's dtype.
 
-    out      the planned destination of the result, as text; None if the expression returns what a library allocates
+    out      the planned destination of the result, as text; None if a library allocates the result
     work     the planned workspace of the call, as text; None: there is none
     is_told  True if the call gets either, or must copy a possible view
     """

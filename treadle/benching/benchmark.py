@@ -38,7 +38,7 @@ from treadle.passes.pipelines import DEFAULT
 Array = np.ndarray[Any, Any]
 
 _FOR_OTHERS = tuple(each for each in DEFAULT if not isinstance(each, CutSooner))
-"""The passes for the ONNX file that other tools read: it computes all outputs of the model, in ops that they support."""
+"""The passes for the ONNX file that other tools read: all outputs of the model, in ops that they support."""
 
 
 @dataclass(frozen=True)

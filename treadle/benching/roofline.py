@@ -3,7 +3,7 @@
     found = measure_roofline(t.compile("bert", backend="tvm"), {"B": 1, "S": 128})
     print(found)
 
-A kernel's operations are those of the nodes that it computes; its bytes are those of its operands and results, each
+A kernel's operations are the operations of its nodes; its bytes are the bytes of its operands and results, each
 counted once. Its least time is the larger of two: operations divided by the rate of the unit that multiplies numbers of
 their dtype, with nothing to load (`measure_unit`), and bytes divided by the rate of a plain read of as many bytes as
 the model's weights and arena have. A kernel whose operands are in a near cache may be faster.
@@ -70,7 +70,7 @@ class KernelRow:
 class Roofline:
     """All kernels of a run, the longest first.
 
-    rates  operations per second of each dtype, on as many threads: of the unit that multiplies it, or of a faster kernel
+    rates  operations per second of each dtype, on as many threads: of its multiply unit, or of a faster kernel
     read   bytes per second of a plain read of as many bytes as the model holds
     held   bytes of its weights and its arena
     """

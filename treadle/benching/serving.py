@@ -119,7 +119,7 @@ def open_treadle(spec: Spec) -> Opened:
 
 
 def compiled(spec: Spec) -> Any:
-    """Return our side, as a `treadle.compiled.Compiled`."""
+    """Return our compiled model, a `treadle.compiled.Compiled`."""
     import treadle
     from treadle.artifacts import is_artifact
     from treadle.ir.target import Target

@@ -73,7 +73,7 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], *, reply: bool = True, **values: Any) -> str:
         """Return the text of a conversation.
 
-        reply   True if the text ends with the begin of a reply
+        reply   True if the text ends with the start of a reply
         values  further variables of the template, such as tools=[...]
 
         Raises UsageError if the template refuses the conversation, and CheckpointError if it fails or exceeds its

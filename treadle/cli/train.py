@@ -52,7 +52,7 @@ def train_model(
         bool,
         typer.Option(
             "--replace",
-            help="Save in a folder that is not empty, and overwrite files of the same names; also let --state overwrite any file.",
+            help="Save in a nonempty folder, and overwrite files of the same names. Let --state overwrite any file.",
         ),
     ] = False,
     objective: Annotated[
@@ -414,7 +414,7 @@ def _trainer(model: str, **options: Any) -> Any:
 
 def _save_state(run: RunReport, trainer: Any, state: Path | None, saver: Saver | None) -> None:
     if state is not None:
-        trainer.zero_grad()  # of an update whose later batches failed
+        trainer.zero_grad()  # drops gradients of an update whose later batches failed
         trainer.save_state(state, run.settings)
         run.state = state
 

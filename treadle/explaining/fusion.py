@@ -4,7 +4,7 @@
     print(explanation)
     explanation.counts["attention"]            # ops of the optimized graph, calls multiplied
 
-The sites are those of the graph as it was declared or imported (`treadle.passes.sites.fusion_sites`); the outcome of
+The sites are found in the graph as declared or imported (`treadle.passes.sites.fusion_sites`); the outcome of
 each is read from the pass log (`treadle.explaining.fusion_verdicts`).
 """
 
@@ -134,7 +134,7 @@ def explain_fusion(
     """Optimize the model that MODEL names, and report the outcome of every candidate site.
 
     model    as in `treadle.compile`
-    expect   number of ops of a name that a run of the optimized graph should have, including ops within a larger fused op
+    expect   number of ops of a name that a run of the optimized graph should have, alone or within a larger fused op
     certify  test every rewrite on random values; a rewrite that fails makes its site refused
 
     Raises as `compile` does for a model that cannot be read, UsageError for an artifact or a negative count, GraphError
@@ -163,7 +163,7 @@ def explain_fusion(
 
 
 def _count_within(graph: Graph) -> dict[str, dict[str, int]]:
-    """Return the number of fused ops that a run computes as parts of larger ones, by their name and the larger one's."""
+    """Return the number of fused ops that are parts of larger ones in a run, by their name and the larger one's."""
     ops, calls = set(_fused_ops()), count_calls(graph)
     found: dict[str, dict[str, int]] = {}
     for function, node in graph.walk():

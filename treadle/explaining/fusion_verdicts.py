@@ -160,7 +160,7 @@ class _Told:
         self.near_misses = self._given([e for r in records for e in r.near_misses], taken=False)
 
     def _given(self, events: Sequence[Event], *, taken: bool) -> dict[FusionSite, list[Event]]:
-        """Assign events to sites: first those that contain its anchor, then those with its other nodes and no anchor.
+        """Assign events to sites: first events that contain a site's anchor, then events with its other nodes only.
 
         taken   a rule replaced the nodes, so an event belongs to a site only if it contains the anchor
         """

@@ -67,7 +67,7 @@ class Layouts:
     model: str
     backend: str
     blocks: Mapping[str, tuple[int, tuple[Lying, ...]]]
-    """By function: the number of times a run calls it, and its weights."""
+    """For each function, the number of times a run calls it, and its weights."""
     as_they_came: int
     """Bytes of the weights that are read as provided."""
     made: int
@@ -95,7 +95,7 @@ class Layouts:
             widths = [max(len(row) for row in column) for column in zip(*map(_cells, weights), strict=True)]
             for weight in weights:
                 cells = [cell.ljust(width) for cell, width in zip(_cells(weight), widths, strict=True)]
-                lines.append(f"  {'  '.join(cells)}  {weight.readers[0] if weight.readers else 'nobody reads it'}")
+                lines.append(f"  {'  '.join(cells)}  {weight.readers[0] if weight.readers else 'unused'}")
                 lines += [f"    = {weight.made}"] if weight.made else []
                 lines += [f"    {reader}" for reader in weight.readers[1:]]
         return "\n".join(line.rstrip() for line in lines)

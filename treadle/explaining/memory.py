@@ -68,7 +68,7 @@ class MemoryTold:
     arena     the size of the arena that holds all or some storages. None if a library allocates everything
     host      the output whose memory holds storages that die before it is written; None: there is none
     foreign   the most bytes alive at once that a library allocates outside the arena
-    at        where the peak is: the functions and steps that lead there
+    at        the place of the peak: the functions and steps that lead to it
     step      the op that runs at the peak, with the user's line
     formula   sizes in bytes, of which the largest is the peak, before they are rounded to units
     alive     the storages that are alive at the peak, the largest first
@@ -133,10 +133,8 @@ class MemoryTold:
             )
             lines.append(f"values that die before share the memory of {self.host}, which a run allocates anyway")
         else:
-            over = (
-                "the least possible" if self.arena == self.peak else f"{self.arena / self.peak - 1:.2%} above the bound"
-            )
-            lines.append(f"one arena of {self.arena:,} bytes, {over} of bytes alive at once")
+            over = "equal to" if self.arena == self.peak else f"{self.arena / self.peak - 1:.2%} above"
+            lines.append(f"one arena of {self.arena:,} bytes, {over} the peak, the lower bound")
         told = [f"{name} {human(count, 'B')}" for name, count in self.apart.items() if count]
         lines.append("not included: " + ", ".join(told))
         several = "the largest of " if len(self.formula) > 1 else ""
@@ -285,7 +283,7 @@ def _step(frame: Frame, at: int) -> str:
 
 
 def _why(storage: Storage, plan: FunctionPlan, frame: Frame) -> tuple[str, Node | None]:
-    """Explain why a storage is alive: the op that produces it and the op that reads it last. Return the producer, too."""
+    """Explain why a storage is alive, by its producer and its last reader. Return the producer, too."""
     held = [value for value, place in plan.places.items() if place.storage is storage and value.node is not None]
     if not held:
         life = next(each for each in frame.lives if each.storage is storage)

@@ -89,7 +89,7 @@ def _lengths(told: MemoryTold, name: str) -> list[int]:
 
 
 def _starts(told: MemoryTold, name: str, begin: int) -> list[int]:
-    """Return the begin of each step of a function, and the end of the last one."""
+    """Return the start of each step of a function, and the end of the last one."""
     found = [begin]
     for length in _lengths(told, name):
         found.append(found[-1] + length)
@@ -115,7 +115,7 @@ def _boxes(told: MemoryTold, name: str, begin: int, base: int) -> Iterator[_Box]
 def _maker(frame: Frame, at: int) -> tuple[str, str]:
     node = frame.steps[at] if at < len(frame.steps) else None
     if node is None:
-        return "beside", ""
+        return "workspace", ""
     return ("a call" if node.op.callee is not None else node.op.name), describe_source(node.source, node.scope) or ""
 
 

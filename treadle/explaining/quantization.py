@@ -29,7 +29,7 @@ def explain_quantization(
     widen: str | Iterable[str] = (),
     **config: Any,
 ) -> QuantizationPlan:
-    """Return the checked plan of `compile(model, quantize=...)`; by default that of "int8-weights".
+    """Return the checked plan of `compile(model, quantize=...)`; by default, quantize is "int8-weights".
 
     Weights that a file stores in blocks are listed as they are. Raises as `compile` does; UsageError for an artifact,
     whose quantization is already decided.

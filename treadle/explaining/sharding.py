@@ -32,7 +32,7 @@ SHOWN = 3
 class ShardingTold:
     """The time and memory of a run of a sharded model.
 
-    needs    those of the last rank
+    needs    the needs of the last rank
     weights  bytes of its parts of the weights, by the mesh axes that they are split over: "tp dp", "" for whole ones
     changes  plans that differ in one thing, the best first
     """
@@ -202,7 +202,7 @@ def explain_sharding(
 
 
 def told_of(plan: ShardingPlan, axes: Mapping[str, str]) -> ShardingTold:
-    """Return the report on a plan; `axes` are those that were given by name, in addition to its recipe."""
+    """Return the report on a plan; `axes` are the axes that were given by name, in addition to its recipe."""
     needs = device_needs(plan)
     return ShardingTold(plan, needs, _weights_by_split(plan, needs.stage), tuple(changes_of(plan, axes)))
 

@@ -38,9 +38,9 @@ class Change:
 
 
 def changes_of(plan: ShardingPlan, axes: Mapping[str, str]) -> list[Change]:
-    """Return all changes that can be planned at the plan's sizes: those that fit first, and of these the fastest.
+    """Return all changes that can be planned at the plan's sizes, sorted: plans that fit first, then by time.
 
-    axes  those that were given by name, in addition to the recipe
+    axes  the axes that were given by name, in addition to the recipe
     """
     found: list[Change] = []
     known = {_identity(plan)}

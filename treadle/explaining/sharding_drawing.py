@@ -103,11 +103,11 @@ def _stack(x: float, y: float, wide: float, total: float, parts: Iterable[tuple[
         x += part
 
 
-# -- the mesh, and what a device holds -------------------------------------------------------------------------------
+# -- the mesh, and a device's memory ---------------------------------------------------------------------------------
 
 
 def _mesh(told: ShardingTold, left: float, top: float) -> Iterator[str]:
-    """Draw ranks in a grid, the first axis along one side, all others along the other; ranks of a node share a color."""
+    """Draw ranks in a grid, the first axis along one side, all others along the other; a node has one color."""
     mesh, machine = told.plan.devices, told.plan.machine
     first, *others = mesh.axes
     rest = prod(size for _, size in others)
@@ -153,7 +153,7 @@ def _sides(told: ShardingTold, left: float, top: float) -> Iterator[str]:
     """Draw the limits of the times, the contents of the memory, and the savings of single changes."""
     needs, wide = told.needs, WIDTH - _RIGHT - left
     limits = needs.times.by_limit()
-    yield _text(left, top + 4, "what limits the times")
+    yield _text(left, top + 4, "times by limit")
     named = [
         (f"{name} {milliseconds(took)}", took, c)
         for (name, took), c in zip(limits.items(), _LIMIT_COLOURS, strict=True)

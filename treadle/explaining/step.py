@@ -70,7 +70,7 @@ class Became:
     """The step of an op that does more than map the tokens one by one.
 
     op      its name
-    why     how it depends on the axis, and where it is
+    why     its dependence on the axis, and its place in the model
     became  its form at a step
     """
 

@@ -66,7 +66,7 @@ class Stored:
         return step, self.name, self.type, self.storage or "-", self.form, self.bytes, str(self.last), self.why
 
 
-_HEAD = ("from", "value", "type", "lies in", "form", "bytes", "to", "why")
+_HEAD = ("from", "value", "type", "storage", "form", "bytes", "to", "why")
 
 
 @dataclass(frozen=True)

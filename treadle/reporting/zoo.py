@@ -48,14 +48,14 @@ def _config_text(value: Any) -> Any:
 
 def zoo_tables(facts: Facts) -> Iterable[Table | Text]:
     """Yield the zoo, the models that can be fetched, and the paths of fetched models, one per line and unbroken."""
-    zoo = plain_table("zoo", "what it is", "parameters", "defaults", numbers={"parameters"})
+    zoo = plain_table("zoo", "description", "parameters", "defaults", numbers={"parameters"})
     for each in facts["zoo"]:
         defaults = Items([f"{key}={value}" for key, value in each["defaults"].items()])
         zoo.add_row(each["name"], each["description"], human(each["parameters"]), defaults)
     yield zoo
-    pinned = plain_table("fetch", "what it is", "download", "", numbers={"download"})
+    pinned = plain_table("fetch", "description", "download", "", numbers={"download"})
     for each in facts["fetched"]:
-        told = Text("is here") if each["path"] else Text(f"treadle fetch {each['name']}", style="dim", no_wrap=True)
+        told = Text("fetched") if each["path"] else Text(f"treadle fetch {each['name']}", style="dim", no_wrap=True)
         pinned.add_row(each["name"], each["about"], human(each["download_bytes"], "B"), told)
     yield pinned
     paths = [(each["name"], each["path"]) for each in facts["fetched"] if each["path"]]

@@ -1,4 +1,4 @@
-"""The texts of a request: submitted to a scheduler, whose thread reports tokens, and read on the server's event loop."""
+"""The texts of a request: submitted to a scheduler, whose thread reports tokens to the server's event loop."""
 
 from __future__ import annotations
 

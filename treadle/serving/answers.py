@@ -121,7 +121,7 @@ class AnswerForm:
 
 
 def _told(logprob: float) -> float:
-    """Return a logarithm that JSON can represent: that of zero is -9999."""
+    """Return a logarithm that JSON can represent: -9999 for the logarithm of zero."""
     return max(logprob, -9999.0)
 
 

@@ -77,7 +77,7 @@ class Fields:
             return []
         fits = isinstance(listed, list) and len(listed) <= most
         if not fits or not all(isinstance(x, str) and 0 < len(x) <= longest for x in listed):
-            raise self.refuse(name, f"must be a string, or a list of at most {most} strings; none of them empty")
+            raise self.refuse(name, f"must be a string, or a list of at most {most}; none of them empty")
         return list(listed)
 
     def objects(self, name: str, *, most: int) -> list[Fields]:
@@ -91,7 +91,7 @@ class Fields:
         return [Fields(each, f"{place}[{i}]") for i, each in enumerate(found)]
 
     def only(self, name: str, values: Sequence[Any], why: str) -> None:
-        """Refuse a field with a value other than those that ask for nothing unsupported."""
+        """Refuse an unsupported value of a field; `values` are the supported ones, and `why` is the reason."""
         found = self.take(name)
         if found is not None and not any(type(found) is type(value) and found == value for value in values):
             raise self.refuse(name, why)

@@ -50,7 +50,7 @@ class ServedWriter:
         return ids
 
     def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        """Return the ids of a conversation, up to the begin of the assistant's answer. Raises RequestRefusal."""
+        """Return the ids of a conversation, up to the start of the assistant's answer. Raises RequestRefusal."""
         try:
             if self._template is None:
                 self._template = self.writer.chat_template()

@@ -51,7 +51,7 @@ class LabTrial:
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{name}={n}" for name, n in self.sizes.items())
-        head = f"lab: {self.ranks} ranks in float64{f' at {sizes}' if sizes else ''}, {self.meetings} collectives of groups"
+        head = f"lab: {self.ranks} ranks in float64{f' at {sizes}' if sizes else ''}, {self.meetings} collectives"
         lines = [f"  {name}: {difference:.1e} from the whole model" for name, difference in self.differences.items()]
         return "\n".join([head, *lines, "  equal" if self.passed else "  NOT equal"])
 

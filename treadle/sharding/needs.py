@@ -1,4 +1,4 @@
-"""`device_needs`: memory of one device of a sharded model, its timetable of work and collectives, and its bottleneck."""
+"""`device_needs`: memory of one device of a sharded model, its timetable of work and collectives, its bottleneck."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class DeviceNeeds:
     memory   bytes that the device has
     times    the timetable of work and collectives
     stages   the timetables of a pipeline's stages. Then `times` belongs to the last stage
-    stage    the pipeline stage that holds the most; bytes are those of this stage
+    stage    the pipeline stage that holds the most; all bytes refer to this stage
     """
 
     weights: int

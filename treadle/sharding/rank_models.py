@@ -47,7 +47,7 @@ from treadle.stepped import SteppedModel, step_of
 
 Array = np.ndarray[Any, Any]
 
-_SAMPLE = 8  # number of elements at each end of a weight whose hash ranks compare
+_SAMPLE = 8  # ranks compare a hash of this number of elements at each end of a weight
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class RankModel:
 def compile_rank(model: Model | Graph | str | Path, mesh: Mesh | str, ranks: Ranks, **options: Any) -> RankModel:
     """Plan a model over a mesh, and compile this rank's part of it. All ranks call it with the same arguments.
 
-    options  those of `RankPart.of`
+    options  the options of `RankPart.of`
 
     Raises as that does, and BackendError if the backend refuses the rank's program.
     """
@@ -195,7 +195,7 @@ class RankPart:
         if whole:
             if plan.pipeline is not None:
                 raise PassError(
-                    "a pipeline has no step of generation: its stages need whole batches, one micro-batch after another",
+                    "a pipeline has no step of generation: its stages run whole batches, split into micro-batches",
                     received=f"recipe {plan.recipe}",
                     hint="a recipe without stages: megatron",
                 )

@@ -51,7 +51,7 @@ class ShardedModel:
     seed: int | None = None
 
     def program(self, rank: int) -> Graph:
-        """Return the program of a rank, after the rest of the pipeline. Raises PassError for a rank outside the mesh."""
+        """Return a rank's program, after the rest of the pipeline. Raises PassError for a rank outside the mesh."""
         return rank_graph(self.plan, rank)
 
     def parts(self, rank: int) -> dict[str, Array]:

@@ -35,7 +35,7 @@ WINDOW, OVERLAP = 384, 128
 class Answer:
     """A span of the text.
 
-    text        the span, from the begin of its first word to the end of its last
+    text        the span, from the start of its first word to the end of its last
     score       its probability
     start, end  its offsets in the text, in characters
     """
@@ -71,10 +71,10 @@ class QuestionAnswerer:
     ) -> list[list[Answer]]:
         """Return the best answers to each (question, text), best first.
 
-        top      number of answers, each at another place
+        top      number of answers, at different positions
         longest  maximum number of tokens of an answer
 
-        Raises UsageError if there is no question, one or its text is empty, or a question leaves its text no room.
+        Raises UsageError if there is no question, if a question or text is empty, or if no room is left for the text.
         """
         if not asked or not all(question.strip() and text.strip() for question, text in asked):
             raise UsageError("a question needs a text that may contain the answer")
@@ -101,7 +101,7 @@ class QuestionAnswerer:
         tokenizer = self.opened.tokenizer
         most = WINDOW if tokenizer.max_tokens is None else min(WINDOW, tokenizer.max_tokens)
         ((question,),) = tokenizer.encode([pair[0]])
-        room = most - len(question) - 2  # for the special tokens of a pair in addition to those of its first text
+        room = most - len(question) - 2  # a pair has two more special tokens than its first text
         if room < 1:
             raise UsageError(
                 f"the question leaves no room for the text in the {most} tokens that the model supports",
@@ -117,7 +117,7 @@ def _best_spans(text: str, window: EncodedText, logits: Array, top: int, longest
     if not of_text.any():
         return []
     known = of_text.copy()
-    known[0] |= window.parts[0] is None  # a special token there stands for no answer, and has its share
+    known[0] |= window.parts[0] is None  # a special token there stands for no answer, and gets a probability
     start, end = (np.where(of_text, softmax(np.where(known, logits[:, i], -np.inf)), 0) for i in (0, 1))
     scores = np.triu(np.outer(start, end))
     scores = np.tril(scores, longest - 1)

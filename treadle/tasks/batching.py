@@ -12,7 +12,7 @@ def batches_by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
     """Return the rows' numbers, from long to short, in batches of at most `size` with the least total cost.
 
     The cost of a batch is its rows times the longest of them, since all are padded to it, and one call. The best
-    partition of the first rows is the minimum over the begin of its last batch (Bellman 1957): len(lengths) times
+    partition of the first rows is the minimum over the start of its last batch (Bellman 1957): len(lengths) times
     `size` steps.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])

@@ -48,7 +48,7 @@ class ImageLabeller:
         return cls(made, reader, read_labels(config), config)
 
     def label(self, paths: Sequence[PathLike], *, progress: Progress | None = None) -> list[tuple[Scored, ...]]:
-        """Return every label of each image, best first. Raises UsageError if there is no file, or one is not an image."""
+        """Return every label of each image, best first. Raises UsageError for no file, or one that is not an image."""
         if not paths:
             raise UsageError("there is no image to label")
         found: list[tuple[Scored, ...]] = []

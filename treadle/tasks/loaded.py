@@ -56,7 +56,7 @@ class LoadedModel:
     @overload
     def classify(self, texts: list[Text] | list[str] | list[tuple[str, str]]) -> list[Classified]: ...
     def classify(self, texts: Any) -> Any:
-        """Return the labels of a text or of a pair (text, text), best first; for a list, those of each."""
+        """Return the labels of a text or of a pair (text, text), best first; for a list, the labels of each."""
         return self.classifier.classify(texts) if _many(texts) else self.classifier.classify([texts])[0]
 
     @overload
@@ -94,7 +94,7 @@ class LoadedModel:
         return found if _many(texts) else found[0]
 
     def embed(self, sentences: str | list[str]) -> Vectors:
-        """Return a sentence's embedding [D], or those of several [N, D]."""
+        """Return a sentence's embedding [D], or several sentences' embeddings [N, D]."""
         found = self.embedder.embed(_listed(sentences))
         return found if _many(sentences) else found[0]
 

@@ -104,7 +104,7 @@ class OpenedModel:
 
 
 def checked_folder(options: ModelOptions, head: Head) -> tuple[ModelFolder, dict[str, Any]]:
-    """Return the folder that MODEL names, and its config.json. Raises UsageError if its class does not have the head."""
+    """Return the folder that MODEL names, and its config.json. Raises UsageError if its class lacks the head."""
     place = find_folder(options.model)
     if not place.is_dir():
         raise UsageError(

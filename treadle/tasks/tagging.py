@@ -80,7 +80,7 @@ class TokenTagger:
         ignore: Sequence[str] = (OUTSIDE,),
         progress: Progress | None = None,
     ) -> list[list[TaggedSpan]]:
-        """Return the spans of each text, in the text's order; those with a label in `ignore` are left out.
+        """Return the spans of each text, in the text's order; spans with a label in `ignore` are left out.
 
         Raises UsageError if there is no text, or for an unknown grouping.
         """

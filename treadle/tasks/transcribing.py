@@ -184,7 +184,7 @@ def _knows_several(place: ModelFolder, vocabulary: int) -> bool:
 
 
 def _languages(tokenizer: TextTokenizer) -> dict[str, int]:
-    """Return the tokens of languages: those between the start token and the translate token."""
+    """Return the tokens of languages: the tokens between the start token and the translate token."""
     first, translate = tokenizer.id_of("<|startoftranscript|>"), tokenizer.id_of("<|translate|>")
     found: dict[str, int] = {}
     for name in tokenizer.special_tokens():

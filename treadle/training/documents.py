@@ -18,7 +18,7 @@ BYTE_ORDER_MARK = "\ufeff"
 
 def read_documents(files: Sequence[str]) -> list[str]:
     """Return the documents of all files, in order; `-` is standard input. Blank documents are left out, and so is a
-    byte order mark at the begin of a file.
+    byte order mark at the start of a file.
 
     Raises UsageError if there is no document, if a file is too long or not UTF-8, or if a line of a .jsonl file is not
     an object with a text; CheckpointError if a file cannot be read.

@@ -25,7 +25,7 @@ class RunReport:
     config       the given configuration of a model of `folder`
     lines        of several updates each, in order
     before, after  the mean loss over the held-out blocks
-    settings     those of the run, as its state stores them
+    settings     the settings of the run, as its state stores them
     changed      settings that differ from the resumed state's: its value and the one now; None if it stores none
     """
 
@@ -94,7 +94,7 @@ class RunReport:
         if self.before is not None:
             what, of = ("loss", float) if self.has_teacher else ("perplexity", perplexity_of)
             after = "" if self.after is None else f" before, {of(self.after):.4f} after"
-            found.append(f"{what} of {counted(len(self.data.heldout), 'held out block')} {of(self.before):.4f}{after}")
+            found.append(f"{what} of {counted(len(self.data.heldout), 'held-out block')} {of(self.before):.4f}{after}")
         found += self.written()
         if self.saved is not None:
             found.append(f"load it by {getattr(self.saved.loading, 'command', self.saved.loading)}")

@@ -19,9 +19,7 @@ _OF_BATCHES = ("seed", "objective", "batch", "accumulate", "length", "holdout", 
 
 
 def run_settings(data: TextData, **options: Any) -> Settings:
-    """Return settings by name, as texts: those of the data, its texts and tokens by SHA-256, and options of the
-    command.
-    """
+    """Return settings by name, as texts: of the data, with its texts and tokens by SHA-256, and of the command."""
     found = {
         "seed": data.batches.seed,
         "batch": data.batches.rows,
@@ -34,7 +32,7 @@ def run_settings(data: TextData, **options: Any) -> Settings:
 
 
 def changed_settings(state: PathLike, now: Mapping[str, str]) -> dict[str, tuple[str, str]] | None:
-    """Return the settings that differ from those of the run that wrote a state: by name, its value and the one now.
+    """Return the settings that changed since the run that wrote a state: by name, the old and the new value.
 
     None if the state stores none: it was written by a `Trainer` alone.
 

@@ -242,8 +242,8 @@ def _opened(source: PathLike) -> Checkpoint:
 def _copies(checkpoint: Checkpoint, unused: Iterable[str], names: Mapping[str, Iterable[str]]) -> dict[str, str]:
     """Map each unused tensor that equals a parameter's tensor to that one.
 
-    names  for each used tensor, its other names. Tensors with unrelated names are copies if their elements are equal, unless
-           all elements are the same number: biases of zeros are equal by accident
+    names  for each used tensor, its other names. Tensors with unrelated names are copies if their elements are equal,
+           unless all elements are the same number: biases of zeros are equal by accident
     """
     copies = {}
     for name in unused:

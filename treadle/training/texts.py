@@ -88,7 +88,7 @@ def mask_tokens(
     chosen, if the row has any that is not special.
 
     vocab    number of tokens from which a random one is drawn
-    special  tokens that are never chosen: those around texts, and padding
+    special  tokens that are never chosen: special tokens around texts, and padding
 
     Raises UsageError for a rate that is not a probability above 0.
     """
@@ -124,7 +124,7 @@ class BlockBatches:
     def __post_init__(self) -> None:
         if not 1 <= self.rows <= len(self.blocks):
             raise UsageError(
-                f"a batch of {counted(self.rows, 'row')} needs more than {counted(len(self.blocks), 'block')}",
+                f"a batch of {counted(self.rows, 'row')} is larger than the data, {counted(len(self.blocks), 'block')}",
                 hint="smaller batches, more text, or shorter blocks",
             )
 

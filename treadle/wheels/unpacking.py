@@ -1,4 +1,4 @@
-"""Unpack an untrusted wheel: one hostile member makes the archive refused."""
+"""Unpack an untrusted wheel: an archive with one hostile member is refused."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def unpack(file: BufferedReader, folder: Path, wheel: PinnedWheel, limits: Unpac
 def _checked_members(
     archive: zipfile.ZipFile, wheel: PinnedWheel, limits: UnpackLimits
 ) -> list[tuple[zipfile.ZipInfo, tuple[str, ...]]]:
-    """Return every member with the parts of its path; one hostile member makes the archive refused."""
+    """Return every member with the parts of its path. Raises an error if one member is hostile."""
     members = archive.infolist()
     if len(members) > limits.members:
         raise _refusal(wheel, f"more than {limits.members} members", str(len(members)))
