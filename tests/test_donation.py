@@ -120,7 +120,7 @@ def test_what_cannot_be_written_over_is_refused_before_anything_is_written(backe
     x, y, why = UNFIT[kind]
     before = np.array(x)
     said = message(lambda: exe(x=x, y=y))
-    assert "input x is donated, and cannot be written over" in said and why in said
+    assert "input x is donated, and cannot be overwritten" in said and why in said
     assert np.array_equal(np.array(x), before)
 
 

@@ -214,7 +214,7 @@ def test_a_message_past_what_protobuf_takes_is_refused(tmp_path: Path, monkeypat
     target, weights = tmp_path / "m.onnx", {"w": np.zeros(2000, np.float32)}
     monkeypatch.setattr(exporter, "_LARGEST_MESSAGE", 4000)
     refused = message(lambda: export_onnx(graph, weights, target))
-    assert "example is 8,000 bytes without the weights beside it" in refused
+    assert "example is 8,000 bytes without external weights" in refused
     assert f"external_above={EXTERNAL_ABOVE}" in refused
     assert "a smaller external_above" in refused
     assert not list(tmp_path.iterdir())

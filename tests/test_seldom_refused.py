@@ -283,7 +283,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "no Python": (lambda p: resolve(f"{bare(p, ('m.txt',))}/m.txt:f"), UsageError, ""),
     "an import": (lambda p: resolve(f"{bare(p, ('m.py',))}/m.py:f"), FrontendError, "m.py cannot be imported"),
     "a step without weights": (lambda _: open_stepped("gpt2"), UsageError, "gpt2 has no weights"),
-    "an option of artifacts": (lambda p: load(p, memory=5), UsageError, "a model that is loaded for tasks takes no"),
+    "an option of artifacts": (lambda p: load(p, memory=5), UsageError, "a model that is loaded for tasks"),
     "an option of models": (lambda p: load(p / "m.treadle", dtype="bf16"), UsageError, "an artifact, which"),
     "generate": (lambda _: _refuse("beams take no", draft="m", seed=0), UsageError, "beams take no --draft"),
     "arrays and a file": (lambda p: write_npy(bare(p, ("f",)) / "f", {}), UsageError, "the arrays cannot be written"),
@@ -440,7 +440,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "no plan": (
         lambda _: NumpyBackend().emit(read("relu(x)"), Target("cpu"), {}, read("relu(x)"), None),
         BackendError,
-        "the numpy backend spells a storage plan",
+        "the numpy backend emits a storage plan",
     ),
     "a budget of one that only compiles": (
         lambda _: build(Whole(), read("relu(x)"), Target("cpu"), {}, budget=Budget(64, {"B": 2})),
@@ -453,7 +453,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
         "backend whole does not plan storage",
     ),
     "states of one that knows none": (
-        lambda _: build(Whole(), parse_graph(STATE), Target("cpu"), {}), BackendError, "the whole backend runs no"
+        lambda _: build(Whole(), parse_graph(STATE), Target("cpu"), {}), BackendError, "the whole backend supports no"
     ),
     "no batch": (
         lambda _: shard_model(t.model(_rowless), "pp=2,micro=2", recipe="gpipe"), UsageError, "_rowless has no batch"

@@ -514,7 +514,7 @@ REFUSED = {
     "--schedule cosine --warmup 4": ("a cosine schedule falls after its peak at step 4", "more --steps"),
     "--schedule linear --steps 1": ("a linear schedule falls after its peak at step 1", "more --steps"),
     "--length 49": ("a block has 2 tokens or more and at most 48", "48"),
-    "--batch 4000": ("a batch of 4,000 rows is larger than the data",),
+    "--batch 4000": ("a batch of 4,000 rows cannot be formed from",),
     "--objective other": ("there is no objective 'other'", "one of next-token, masked-token"),
     "--state texts.txt": ("the state would overwrite a file that is not a state", "another file, or --replace"),
     "--state run.pt": ("a state is not a pickle, as its name suggests", "run.state"),

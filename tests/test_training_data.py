@@ -167,8 +167,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gpt2", {"length": 1}, "a block has 2 tokens or more"),
     ("gpt2", {"holdout": 1.0}, "the held-out fraction of blocks must be 0 or more and below 1"),
     ("gpt2", {"holdout": -0.1}, "the held-out fraction of blocks must be 0 or more and below 1"),
-    ("gpt2", {"batch": 500}, "a batch of 500 rows is larger than the data"),
-    ("gpt2", {"batch": 3, "holdout": 0.99}, "a batch of 3 rows is larger than the data, 0 blocks"),
+    ("gpt2", {"batch": 500}, "a batch of 500 rows cannot be formed from"),
+    ("gpt2", {"batch": 3, "holdout": 0.99}, "a batch of 3 rows cannot be formed from 0 blocks"),
     ("bert", {}, "it is not a causal language model"),
     ("bert", {"objective": "masked-token", "teacher": "gpt2"}, "a teacher must have the same vocabulary"),
 ]

@@ -150,5 +150,5 @@ def test_the_seed_draws_the_order() -> None:
 
 @pytest.mark.parametrize("rows", [0, 4])
 def test_fewer_blocks_than_a_batch_are_refused(rows: int) -> None:
-    with pytest.raises(UsageError, match=f"a batch of {rows} rows is larger than the data, 3 blocks"):
+    with pytest.raises(UsageError, match=f"a batch of {rows} rows cannot be formed from 3 blocks"):
         BlockBatches(np.zeros((3, 2), np.int64), rows)

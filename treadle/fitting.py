@@ -43,7 +43,7 @@ def fit_code(text: str, width: int) -> str:
 
 def _fit_lines(text: str, width: int, *, depths: range) -> str:
     lines: list[str] = []
-    noted: list[tuple[str, list[str]]] = []  # consecutive lines, as code and the columns of the comment
+    noted: list[tuple[str, list[str]]] = []  # consecutive lines: code and the columns of its comment
     for line in text.split("\n"):
         code, note = _split_note(line)
         if note and code.strip():

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from treadle.backends.numpy.attention_kernels import alibi as alibi  # emitted source calls it, as all of these
+from treadle.backends.numpy.attention_kernels import alibi as alibi  # called by emitted source, like all of these
 from treadle.backends.numpy.attention_kernels import attention as attention
 from treadle.backends.numpy.attention_kernels import attention_with_probabilities as attention_with_probabilities
 from treadle.backends.numpy.attention_kernels import causal as causal

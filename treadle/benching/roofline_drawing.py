@@ -19,7 +19,7 @@ from treadle.reporting.counts import human, rate_text, sizes_text
 WIDTH, HEIGHT = 1000, 620
 _LEFT, _RIGHT, _TOP, _BOTTOM = 84, 30, 64, 64
 _COLOURS = {"f32": "#4e79a7", "bf16": "#f28e2b", "int8": "#59a14f"}
-_LISTED = 8  # number of numbered kernels, the longest
+_LISTED = 8  # number of kernels with a number: the slowest
 
 
 def draw_roofline(found: Roofline) -> str:

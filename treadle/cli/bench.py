@@ -33,8 +33,8 @@ def bench_beside(
         typer.Option(
             "--against",
             metavar="NAMES",
-            help="Tools to compare with (commas): eager, compile, llama.cpp, onnxruntime, openvino, ctranslate2, "
-            "each of the last three with -int8 too, openvino-bf16.",
+            help="Tools to compare with, separated by commas: eager, compile, llama.cpp, onnxruntime, openvino, "
+            "ctranslate2; the last three also with -int8; openvino-bf16.",
         ),
     ] = "eager,onnxruntime",
     sizes: Sizes = None,

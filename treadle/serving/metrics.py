@@ -57,9 +57,9 @@ class _Loads(Collector):
         self._writers = writers
 
     def collect(self) -> Iterable[Metric]:
-        rows = GaugeMetricFamily("treadle_rows", "Texts that are being generated", labels=["model"])
-        waiting = GaugeMetricFamily("treadle_waiting", "Texts that wait for a row", labels=["model"])
-        tokens = CounterMetricFamily("treadle_tokens", "Tokens read and written", labels=["model", "kind"])
+        rows = GaugeMetricFamily("treadle_rows", "Texts in generation", labels=["model"])
+        waiting = GaugeMetricFamily("treadle_waiting", "Requests that wait for a row", labels=["model"])
+        tokens = CounterMetricFamily("treadle_tokens", "Tokens processed and generated", labels=["model", "kind"])
         steps = CounterMetricFamily("treadle_steps", "Steps of all rows at once", labels=["model"])
         for each in self._writers:
             load = each.scheduler.load()

@@ -183,11 +183,11 @@ class RankPart:
     ) -> RankPart:
         """Plan, compare with the other ranks, start torch.distributed, and load weights.
 
-        agree  further values that ranks compare, in addition to versions, plans and weights whole  True if every rank
-        gets the whole of each output
+        agree  further values that ranks compare, in addition to versions, plans and weights
+        whole  True if every rank gets the whole of each output
 
-        Other arguments are those of `treadle.sharding.shard_model` and `treadle.compile`. Raises as these do;
-        UsageError, on all ranks, if ranks differ or their number is not the mesh's; RankError if another rank fails.
+        Other arguments are as in `treadle.sharding.shard_model` and `treadle.compile`. Raises as these do; UsageError,
+        on all ranks, if ranks differ or the mesh has another number of ranks; RankError if another rank fails.
         """
         ranks.doing(f"planning {model if isinstance(model, str | Path) else model.name}")
         resolved, optimized = recognized(model, inputs, dtype, quantize, widen, limits, config, deferred=True)

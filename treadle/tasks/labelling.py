@@ -20,8 +20,7 @@ from treadle.tasks.scoring import Scored, best_first, label_scores
 HEAD = Head("label images", ("ForImageClassification", "ForImageClassificationWithTeacher"))
 _BATCH = 8
 _RESIZED = ("dinov2",)
-"""Models that accept images of any size, whatever config.json's image_size; the folder's preprocessing decides the
-size.
+"""Kinds of models that accept images of any size. The folder's preprocessing decides it, not config.json's image_size.
 """
 
 

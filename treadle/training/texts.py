@@ -124,7 +124,7 @@ class BlockBatches:
     def __post_init__(self) -> None:
         if not 1 <= self.rows <= len(self.blocks):
             raise UsageError(
-                f"a batch of {counted(self.rows, 'row')} is larger than the data, {counted(len(self.blocks), 'block')}",
+                f"a batch of {counted(self.rows, 'row')} cannot be formed from {counted(len(self.blocks), 'block')}",
                 hint="smaller batches, more text, or shorter blocks",
             )
 
