@@ -188,8 +188,8 @@ def test_llama_cpp_is_given_the_file_and_one_row(tmp_path: Path, monkeypatch: py
     [
         ({"tokens": np.ones((1, 3), np.int64)}, "", "llama.cpp reads a GGUF file"),
         ({"tokens": np.ones((2, 3), np.int64)}, "model.gguf", "llama.cpp runs with one row here"),
-        ({"x": np.ones((1, 3))}, "model.gguf", "llama.cpp takes tokens alone"),
-        (dict.fromkeys("ab", np.ones((1, 3), np.int64)), "model.gguf", "llama.cpp takes tokens alone"),
+        ({"x": np.ones((1, 3))}, "model.gguf", "llama.cpp supports tokens alone"),
+        (dict.fromkeys("ab", np.ones((1, 3), np.int64)), "model.gguf", "llama.cpp supports tokens alone"),
     ],
 )
 def test_what_llama_cpp_is_not_given(

@@ -69,7 +69,7 @@ def test_a_fault_in_a_model_names_its_line(treadle_command: Treadle, function: s
         (["run", SMALL, "--input", "tokens=none.npy"], ["the file does not exist", "none.npy"]),
         (["fetch", "minilmm"], ["there is no model 'minilmm' to fetch", "minilm"]),
         (["embed", "gpt2", "A sentence."], ["gpt2 is a declaration of the zoo, without weights"]),
-        (["embed", "gpt2", "A sentence.", "--file", "x"], ["given twice"]),
+        (["embed", "gpt2", "A sentence.", "--file", "x"], ["given both as arguments"]),
     ],
 )
 def test_what_does_not_exist_is_refused(treadle_command: Treadle, words: list[str], parts: list[str]) -> None:
@@ -226,11 +226,11 @@ def with_fields() -> None:
 @pytest.mark.parametrize(
     ("make", "part"),
     [
-        (with_objects, "no plain numbers"),
+        (with_objects, "not hold plain numbers"),
         (cut_short, "truncated"),
         (promising_too_much, "x.npy"),
         (no_array, "not a .npy file"),
-        (with_fields, "no plain numbers"),
+        (with_fields, "not hold plain numbers"),
     ],
 )
 def test_a_hostile_npy_file_is_refused(treadle_command: Treadle, make: Callable[[], None], part: str) -> None:

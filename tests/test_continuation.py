@@ -212,7 +212,7 @@ def test_a_chat_model_that_ends_at_once_says_so(
     text = template if place.endswith("jinja") else json.dumps({"chat_template": template})
     (tmp_path / place).write_text(text, encoding="utf-8")
     monkeypatch.setattr(Sampling, "choose", lambda *_, **__: 0)
-    assert "made for chat: --chat puts the prompt as its chat template does, with its marks <end>" in (
+    assert "It is a chat model: --chat puts the prompt into its chat template, with its marks <end>" in (
         generated(str(tmp_path), "the cat").stderr
     )
     assert json.loads(generated(str(tmp_path), "the cat", "--json").stdout)["chat_template"] is True
@@ -316,7 +316,7 @@ def test_beams_of_the_command_are_those_of_hugging_face(folder: Path) -> None:
     assert "score" in generated(str(folder), *words).stderr
     assert "only --beams accepts --best" in generated(str(folder), "the", "--best", "2").stderr
     assert "only --chat accepts --system" in generated(str(folder), "the", "--system", "x").stderr
-    assert "takes no --stop" in generated(str(folder), *words, "--stop", "x").stderr
+    assert "does not accept --stop" in generated(str(folder), *words, "--stop", "x").stderr
 
 
 def test_speculation_gives_the_same_text_and_says_what_was_right(folder: Path) -> None:

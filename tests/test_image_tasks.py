@@ -272,5 +272,5 @@ def test_damaged_and_hostile_files(tmp_path: Path, images: list[str]) -> None:
 )
 def test_a_preprocessor_that_does_not_fit(reading: dict[str, Any], tmp_path: Path, images: list[str]) -> None:
     labelled(tmp_path, "ViT", **reading)
-    with pytest.raises(CheckpointError, match=r"how images are read|images must become 32 x 32"):
+    with pytest.raises(CheckpointError, match=r"the settings for reading images|images must be converted to 32 x 32"):
         t.load(tmp_path).label(images[0])

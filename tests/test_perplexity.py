@@ -188,7 +188,7 @@ def test_one_token_has_no_error_and_sizes_may_be_open(folder: Path, ids: list[in
     assert PerplexityMeter(steep, None, None).measure([0, 1]).perplexity == math.exp(700)  # type: ignore[arg-type]
     for wrong in (math.nan, math.inf):
         made = PerplexityMeter(Model(wrong), None, None)  # type: ignore[arg-type]
-        with pytest.raises(UsageError, match="logits of m are NaN or infinite"):
+        with pytest.raises(UsageError, match="logits of m contain NaN or infinity"):
             made.measure(range(2))
 
 

@@ -252,7 +252,7 @@ REFUSED: dict[str, tuple[Callable[[Any, States], object], str]] = {
         "has states, which must be the first argument",
     ),
     "no size": (lambda e, s: e.new_states(R=3), "the states of product need a size for C"),
-    "another size": (lambda e, s: e.state_bytes(R=3, C=2, S=1), "the states of product have no size S"),
+    "another size": (lambda e, s: e.state_bytes(R=3, C=2, S=1), "the states of product have no symbol S"),
     "a size of nothing": (lambda e, s: e.new_states(R=3, C=0), "C must be a size of at least 1, is 0"),
     "no whole number": (lambda e, s: e.new_states(R=3.0, C=9), "R must be a size of at least 1, is 3.0"),
     "no memory": (lambda e, s: e.new_states(R=2**30, C=2**30), "there is not enough memory for its states"),

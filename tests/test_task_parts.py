@@ -58,7 +58,7 @@ def test_windows_share_a_third_unless_the_question_is_long(
 
 def test_a_question_needs_a_place_for_one_token() -> None:
     opened: Any = SimpleNamespace(tokenizer=Cut(40))
-    with pytest.raises(UsageError, match="leaves the text no room in the 40 tokens") as caught:
+    with pytest.raises(UsageError, match="leaves no room for the text in the 40 tokens") as caught:
         QuestionAnswerer(opened)._windows(("w " * 38, "text"))
     assert (caught.value.received, caught.value.hint) == ("38 tokens", "a shorter question")
 

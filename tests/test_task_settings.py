@@ -188,7 +188,7 @@ def test_how_images_may_be_read(said: dict[str, Any], good: bool, tmp_path: Path
     if good:
         ImageReader.open(ModelFolder.find(tmp_path), "vit")
         return
-    with pytest.raises(CheckpointError, match="the folder has no settings for reading images"):
+    with pytest.raises(CheckpointError, match="the settings for reading images are invalid"):
         ImageReader.open(ModelFolder.find(tmp_path), "vit")
 
 

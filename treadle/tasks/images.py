@@ -105,7 +105,7 @@ class ImageReader:
             )
         except (TypeError, ValueError, KeyError) as error:
             raise CheckpointError(
-                "the folder has no settings for reading images", received=printable(str(error), 200), within=shown
+                "the settings for reading images are invalid", received=printable(str(error), 200), within=shown
             ) from None
         if sides is not None and made.sides != sides:
             raise CheckpointError(

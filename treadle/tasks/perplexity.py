@@ -175,7 +175,7 @@ def _logits(model: Compiled, tokens: Array) -> Array:
     """Return the logits [S, vocabulary] of one row. Raises UsageError if one is not finite."""
     found: Array = np.asarray(model(tokens=tokens)["logits"])[0]
     if not np.isfinite(found).all():
-        raise UsageError(f"logits of {model.name} are NaN or infinite", received=f"tokens [1, {tokens.shape[1]}]")
+        raise UsageError(f"logits of {model.name} contain NaN or infinity", received=f"tokens [1, {tokens.shape[1]}]")
     return found
 
 
