@@ -1,1 +1,1 @@
-"""Backends: each lowers a graph to source that a person can read, and runs it."""
+"""Backends: each lowers a graph to readable source, and runs it."""

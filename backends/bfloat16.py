@@ -1,4 +1,4 @@
-"""bf16 at the border to NumPy, which has none: inside uint16, outside float32 arrays or PyTorch's tensors."""
+"""Conversion of bf16 for NumPy, which lacks it: uint16 inside, float32 arrays or PyTorch tensors outside."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NAN = 0x7FC0
 
 
 def bf16_taken(port: Port, value: Any) -> Array:
-    """The bits of a bf16 tensor, or of float32 numbers that bf16 holds exactly."""
+    """Return the bits of a bf16 tensor, or of float32 numbers that bf16 represents exactly."""
     if str(getattr(value, "dtype", "")) == "torch.bfloat16":
         import torch
 
@@ -26,12 +26,12 @@ def bf16_taken(port: Port, value: Any) -> Array:
     wide = numpy_taken(Port(port.name, port.type.with_dtype(f32)), value)
     bits = rounded(wide)
     if not np.array_equal(widened(bits), wide, equal_nan=True):
-        raise refuse_dtype(port, "a float32 that bf16 does not hold", f"a tensor, {port.name}.to(torch.bfloat16)")
+        raise refuse_dtype(port, "a float32 that bf16 cannot represent", f"a tensor, {port.name}.to(torch.bfloat16)")
     return bits
 
 
 def bf16_given(bits: Array, tensor: bool) -> Any:
-    """Bits as a float32 array, or as a bf16 tensor."""
+    """Return bits as a float32 array, or as a bf16 tensor."""
     if not tensor:
         return widened(bits)
     import torch
@@ -40,7 +40,9 @@ def bf16_given(bits: Array, tensor: bool) -> Any:
 
 
 def rounded(wide: Array) -> Array:
-    """float32 numbers as bits of bf16, to the nearest, ties to even; a NaN stays one. In blocks that a cache holds."""
+    """Round float32 numbers to bits of bf16, to nearest even; a NaN stays NaN. It works in blocks that fit into a
+    cache.
+    """
     values = np.ascontiguousarray(wide, np.float32).reshape(-1)
     words = values.view(np.uint32)
     made = np.empty(words.size, np.uint16)
@@ -61,7 +63,7 @@ def rounded(wide: Array) -> Array:
 
 
 def widened(bits: Array) -> Array:
-    """Bits of bf16 as the float32 numbers that they are."""
+    """Convert bits of bf16 to float32 numbers."""
     words = bits.astype(np.uint32)
     words <<= 16
     return words.view(np.float32)

@@ -1,10 +1,10 @@
-"""Donated inputs: arrays that a caller gives away with a call, so that the run may write over them.
+"""Donated inputs: arrays that a caller donates with a call, so that the run may overwrite them.
 
     exe = treadle.compile(model, donate=("x",))
-    x = exe(x=x)["y"]                 # y may lie where x did; nobody may rely on what the old x holds now
+    x = exe(x=x)["y"]                 # y may be stored in x's memory; the old contents of x are undefined now
 
-What is donated must be memory that the run can take as it is. Otherwise it would write over a copy, or over something
-that was not donated, so it is refused, before anything is written.
+A donated array must be memory that the run can use as it is. Otherwise the run would overwrite a copy, or memory that
+was not donated, so such an array is refused before anything is written.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from treadle.ir.graph import Function, Graph
 from treadle.passes.memory.storage_plan import StoragePlan
 
 Span = tuple[int, int]
-"""The address of the first byte, and of the one after the last."""
+"""The address of the first byte, and the address after the last."""
 
 
 def check_names(graph: Graph, names: Sequence[str]) -> tuple[str, ...]:
-    """The names, each once. Raises BackendError for one that is no input of the graph's last entry."""
+    """Return the names without repetition. Raises BackendError for a name that is not an input of the last entry."""
     known = [value.name for value in graph.main.inputs]
     unknown = [name for name in names if name not in known]
     if isinstance(names, str) or unknown:
         raise BackendError(
-            "what is donated are inputs, by name",
+            "donate= must be names of inputs",
             received=repr(names) if isinstance(names, str) else ", ".join(map(repr, unknown)),
             within=f"{graph.name}({', '.join(known)})",
             hint=Hint(f"donate=({known[0]!r},)", f"--donate {known[0]}") if known else None,
@@ -40,7 +40,7 @@ def check_names(graph: Graph, names: Sequence[str]) -> tuple[str, ...]:
 class Donated:
     """The donated inputs of an entry.
 
-    names  of these inputs
+    names  the names of these inputs
     """
 
     def __init__(self, plan: StoragePlan | None, entry: Function) -> None:
@@ -48,10 +48,10 @@ class Donated:
         self.names = frozenset(value.name for value in planned.donated) if planned is not None else frozenset()
 
     def check(self, ports: Sequence[Port], given: Mapping[str, Any], taken: Sequence[Any], held: Iterable[Any]) -> None:
-        """Raise BackendError where a donated array is not what the run would write over.
+        """Raise BackendError if the run would not overwrite exactly the donated arrays.
 
-        given  what the caller passed, by name
-        taken  what the run reads, in the order of the ports
+        given  the caller's arguments, by name
+        taken  the arrays that the run reads, in the order of the ports
         held   arrays that outlive the call: weights and states
         """
         if not self.names:
@@ -65,19 +65,19 @@ class Donated:
             value, span = given[port.name], spans[port.name]
             why = _unfit(value)
             if span is None or why is not None:
-                raise _refused(port, value, why or "it is no array")
+                raise _refused(port, value, why or "it is not an array")
             if array is not value and span[0] < span[1] and span_of(array) != span:
-                raise _refused(port, value, "it would be converted, so that only a copy would be written over")
+                raise _refused(port, value, "it would be converted, so that only a copy would be overwritten")
             if at in shared:
                 alike = [name for name, other in spans.items() if name != port.name and _meet(span, other)]
                 whom = f"input {alike[0]}" if alike else "a weight or a state"
                 raise _refused(port, value, f"it shares memory with {whom}")
 
     def returned(self, given: Mapping[str, Any], outputs: Outputs) -> Outputs:
-        """The outputs; for one that is stored where a donated array is, the caller's own array.
+        """Return the outputs; an output that is stored in a donated array is the caller's own array.
 
-        A new view of it would refer to the old one, so a loop of calls would hold a chain of views, longer by one each
-        time.
+        A new view of it would refer to the old one, so a loop of calls would build a chain of views, longer by one with
+        each call.
         """
         donated = {span_of(given[name]): given[name] for name in self.names}
         for name, array in outputs.items() if donated else ():
@@ -88,7 +88,7 @@ class Donated:
 
 
 def _unfit(value: Any) -> str | None:
-    """Why nobody may write over an array as it lies."""
+    """Return the reason why an array cannot be overwritten, or None."""
     if isinstance(value, np.ndarray):
         if not value.flags.writeable:
             return "it is read-only"
@@ -101,7 +101,7 @@ def _unfit(value: Any) -> str | None:
 
 
 def span_of(value: Any) -> Span | None:
-    """The memory in which an array or a tensor lies; None for anything else, and for layouts of a library's own."""
+    """Return the memory of an array or a tensor; None for anything else, and for layouts of a library's own."""
     if isinstance(value, np.ndarray):
         begin, strides, item = value.__array_interface__["data"][0], value.strides, value.itemsize
         if value.flags.c_contiguous:
@@ -118,7 +118,7 @@ def span_of(value: Any) -> Span | None:
 
 
 def meeting(spans: Sequence[Span | None]) -> set[int]:
-    """The positions of the spans that share a byte with another one."""
+    """Return the positions of the spans that overlap with another one."""
     order = sorted((*span, at) for at, span in enumerate(spans) if span is not None and span[0] < span[1])
     found, reached, furthest = set[int](), -1, -1
     for begin, end, at in order:
@@ -136,7 +136,7 @@ def _meet(one: Span | None, other: Span | None) -> bool:
 def _refused(port: Port, value: Any, why: str) -> BackendError:
     kind = f"{value.dtype}{list(value.shape)}" if hasattr(value, "shape") else f"a {type(value).__name__}"
     return BackendError(
-        f"input {port.name} is donated, and cannot be written over: {why}",
+        f"input {port.name} is donated, and cannot be overwritten: {why}",
         received=f"{port.name}: {kind}",
         within=str(port),
         hint=Hint(

@@ -1,4 +1,4 @@
-"""What executables of all our backends have in common: entries that are called by name, and states to work on."""
+"""The common part of all our backends' executables: entries that are called by name, and states."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from treadle.ir.graph import Graph
 
 
 class EntryExecutable:
-    """A compiled graph by its entries. See `treadle.backends.protocol.Executable` and `StatefulExecutable`.
+    """A compiled graph with its entries. See `treadle.backends.protocol.Executable` and `StatefulExecutable`.
 
-    A graph whose only entry has no states is called itself, without an entry's name.
+    If the graph has only one entry and no states, the executable itself can be called.
     """
 
     exact_rows = False
 
     def __init__(self, graph: Graph, backend: str, allocate: Allocate) -> None:
-        """graph as it was declared; `called` is to be filled with its entries by name."""
+        """graph is the graph as declared; the subclass fills `called` with its entries by name."""
         self.name = graph.name
         self.state_kinds = StateKinds(graph, backend)
         self.called: dict[str, Entry] = {}
@@ -32,37 +32,37 @@ class EntryExecutable:
 
     @property
     def inputs(self) -> tuple[Port, ...]:
-        """What a call of the last entry takes."""
+        """The inputs of the last entry."""
         return self.called[self.entries[-1]].inputs
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        """What a call of the last entry answers."""
+        """The outputs of the last entry."""
         return self.called[self.entries[-1]].outputs
 
     def entry(self, name: str) -> Entry:
-        """An entry to be called. Raises BackendError where there is none of that name."""
+        """Return an entry. Raises BackendError if there is none of that name."""
         found = self.called.get(name)
         if found is None:
             raise BackendError(f"{self.name} has no entry {name!r}", hint="one of " + ", ".join(self.entries))
         return found
 
     def new_states(self, **sizes: int) -> States:
-        """States of zeros, where the symbols in their types have these sizes.
+        """Return states of zeros, for these sizes of the symbols in their types.
 
-        Raises BackendError for a size that is missing or wrong, or where there is not so much memory.
+        Raises BackendError for a size that is missing or wrong, or if there is not enough memory.
         """
         return self.state_kinds.new(sizes, self._allocate)
 
     def state_bytes(self, **sizes: int) -> int:
-        """The bytes that such states take. Raises BackendError for a size that is missing or wrong."""
+        """Return the bytes of such states. Raises BackendError for a size that is missing or wrong."""
         return self.state_kinds.nbytes(sizes)
 
     def __call__(self, /, **given: Any) -> Outputs:
         """Run the only entry on arrays by name.
 
-        Raises BackendError where they are not what `inputs` says, where a node fails, or where the graph has states or
-        several entries.
+        Raises BackendError if the arrays do not match `inputs`, if a node fails, or if the graph has states or several
+        entries.
         """
         if len(self.called) > 1 or self.state_kinds.ports:
             entry = self.entries[-1]

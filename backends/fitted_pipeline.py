@@ -1,4 +1,4 @@
-"""A backend's pipeline for a run that must fit into so many bytes."""
+"""A backend's pipeline for a run that must fit into a memory budget."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from treadle.passes.lowering.legalize import Legalize
 from treadle.passes.memory.plan_storage import PlanStorage
 
 if TYPE_CHECKING:
-    from treadle.backends.staged import StagedBackend  # whose pipeline it is
+    from treadle.backends.staged import StagedBackend  # only for types: it imports this module
 
 _APART = Decompose((Projections.name,))
-"""Products of one value, one by one."""
+"""Products of one value, computed one by one."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The bytes that a run may take beside weights, states, inputs and outputs, and the sizes up to which it does."""
+    """A memory limit for a run, without weights, states, inputs and outputs, and the largest sizes it holds for."""
 
     bytes: int
     sizes: Mapping[str, int]
@@ -41,37 +41,37 @@ class Budget:
 
 
 def check_budget(backend: StagedBackend, lowered: Optimized, target: Target, budget: Budget) -> None:
-    """Raises BackendError where what was made takes more than the budget, whatever was foretold."""
+    """Raise BackendError if the lowered graph needs more memory than the budget, contrary to the prediction."""
     plan = lowered.plan
     assert plan is not None  # pipeline_within refuses a backend without one
     frames = backend.frames(lowered.graph, target, plan)
     peak = reached(lowered.graph, plan, frames, budget.sizes).bytes
     if peak > budget.bytes:
         raise BackendError(
-            "a run takes more memory than was foretold when it was fitted into its budget",
+            "a run needs more memory than was predicted when it was fitted into its budget",
             received=f"{peak:,} bytes, and the budget is {budget}",
-            hint=Hint("certify=False: passes then leave the graph that was fitted", "leave out --certify"),
+            hint=Hint("certify=False: passes then do not change the graph that was fitted", "leave out --certify"),
         )
 
 
 def pipeline_within(
     backend: StagedBackend, graph: Graph, target: Target, budget: Budget, donated: tuple[str, ...] = ()
 ) -> tuple[Graph, Sequence[Pass]]:
-    """The graph, whose symbols are bounded by the budget's sizes, and the passes after which it fits into the budget.
+    """Return the graph, its symbols bounded by the budget's sizes, and the passes after which it fits into the budget.
 
-    donated  inputs of the last entry that callers give away
+    donated  inputs of the last entry that callers donate
 
-    Raises BackendError where nothing does, with what was reached, and what no plan goes below.
+    Raises BackendError if no plan fits, with the smallest memory that was reached and a lower bound.
     """
     search, sources = search_of(backend, graph, target, budget.sizes, donated)
     try:
         fit = search.fit(budget.bytes)
         if fit is None:
             raise _does_not_fit(search, graph, budget)
-    except OverflowError as error:  # of the 64 bits in which places are found
+    except OverflowError as error:  # of the 64-bit offsets
         where = ", ".join(f"{name}={size}" for name, size in budget.sizes.items())
         raise BackendError(
-            "no memory is as large as these sizes take", received=where, within=graph.name, hint="smaller sizes"
+            "no memory is large enough for these sizes", received=where, within=graph.name, hint="smaller sizes"
         ) from error
     *before, _ = backend.pipeline(target)
     chosen = next(each for each in search.variants if (each.apart, each.again) == (fit.apart, fit.again))
@@ -81,16 +81,16 @@ def pipeline_within(
 def search_of(
     backend: StagedBackend, graph: Graph, target: Target, sizes: Mapping[str, int], donated: tuple[str, ...] = ()
 ) -> tuple[Fitting, dict[Variant, Graph]]:
-    """What looks for how a graph fits into a budget at some sizes; by variant the graph that it is made of.
+    """Return the search for a plan that fits a graph into a budget at some sizes, and the start graph of each variant.
 
-    Raises BackendError for a backend that plans no memory, and a graph with states or several entries.
+    Raises BackendError for a backend that does not plan memory, and a graph with states or several entries.
     """
     *before, plan = backend.pipeline(target)
     if not isinstance(plan, PlanStorage):
-        raise BackendError(f"backend {backend.name} plans no memory", hint="PlanStorage as the last pass")
+        raise BackendError(f"backend {backend.name} does not plan memory", hint="PlanStorage as the last pass")
     plan = replace(plan, donated=donated)
     if graph.states or len(graph.later_entries) > 1:
-        raise BackendError("a budget is for a graph with one entry and no states", received=graph.name)
+        raise BackendError("a budget needs a graph with one entry and no states", received=graph.name)
     after = [each for each in before if isinstance(each, Legalize)]
 
     def lowered(of: Graph) -> Graph:
@@ -111,15 +111,15 @@ def search_of(
 
 def _does_not_fit(search: Fitting, graph: Graph, budget: Budget) -> BackendError:
     whole, (least, left) = search.whole, search.least(SECONDS)
-    cut = f"; {left} other ways to part it were not looked at, since {SECONDS:.0f} s were over" if left else ""
+    cut = f"; {left} other ways to split it were not tried, since {SECONDS:.0f} s had passed" if left else ""
     if search.left_out:
-        cut += f"; {search.left_out} ways were left out, since no more than {len(search.candidates)} are tried"
+        cut += f"; {search.left_out} ways were left out, since at most {len(search.candidates)} are tried"
     bound = min(search.bound, least)
-    # At smaller sizes an output may be too small for what lies in it at these.
+    # At smaller sizes an output may be too small for the values that share its memory at these.
     alone = f", {whole.here:,} at these sizes alone" if whole.here < whole.bytes else ""
     return BackendError(
-        "a run does not fit into the memory that it may take",
-        received=f"{budget}, beside weights, inputs and outputs",
+        "a run does not fit into its memory limit",
+        received=f"{budget}, without weights, inputs and outputs",
         within=f"{graph.name}: {whole.bytes:,} bytes without a budget{alone}; the least that was reached is {least:,}"
         + (f"; no plan of this kind needs less than {bound:,}" if bound else "")
         + cut,

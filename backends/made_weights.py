@@ -1,10 +1,10 @@
-"""Made weights: what the entry `bind` says, done once, when the weights are there.
+"""Derived weights: the results of the entry `bind`, computed once, when the weights are available.
 
-    made = recipes_of(graph)            how each made parameter is made, by name
+    made = recipes_of(graph)            the recipe of each derived parameter, by name
     made["h.0.q_k_v_weight"].make(weights)
 
-`bind` calls blocks, and says nothing of when what is done: here it is taken apart, so that each made parameter can be
-made by itself, in any order, from the weights that it needs, and kept in a file under a key that tells what it is.
+`bind` calls blocks, without an order of parameters. This module takes it apart, so that each derived parameter can be
+computed by itself, in any order, from the weights that it needs, and stored in a file under a key that describes it.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from treadle.ir.types import bf16, f32
 
 Array = np.ndarray[Any, Any]
 
-_LONGEST_OPERAND = 160  # characters of what an op reads, in the line on a made weight
+_LONGEST_OPERAND = 160  # maximum characters of an operand in the line on a derived weight
 
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """How one made parameter is made.
+    """The computation of one derived parameter.
 
-    result   what it is in `bind`, row-major
-    nodes    that make it, in order
+    result   its value in `bind`, row-major
+    nodes    the nodes that compute it, in order
     sources  the weights that these read, by name
-    layout   how it is laid out in the end, None for row-major
+    layout   its final layout, None for row-major
     """
 
     result: Value
@@ -52,9 +52,9 @@ class Recipe:
     layout: Layout | None = None
 
     def make(self, weights: Mapping[str, Any]) -> Array:
-        """The parameter as a row-major NumPy array; one of bf16 as float32 numbers that bf16 holds.
+        """Return the parameter as a row-major NumPy array; bf16 as float32 numbers that bf16 represents.
 
-        Raises BackendError where a node fails on these weights.
+        Raises BackendError if a node fails on these weights.
         """
         values: dict[Value, Any] = {v: _stored(as_numpy_weight(weights[name]), v) for name, v in self.sources.items()}
         for node in self.nodes:
@@ -78,7 +78,9 @@ class Recipe:
 
     @cached_property
     def key(self) -> str:
-        """Text that two recipes share exactly if they make the same of the same weights, in the order of `sources`."""
+        """Text that two recipes share exactly if they compute the same from the same weights, in the order of
+        `sources`.
+        """
         ids: dict[Value, str] = {value: f"w{i}" for i, value in enumerate(self.sources.values())}
         digest = hashlib.sha256("".join(f"{value.type}\n" for value in self.sources.values()).encode())
         for node in self.nodes:
@@ -96,30 +98,32 @@ class Recipe:
         return self.told()
 
     def told(self, within: str = "") -> str:
-        """As an expression of weights: `concat(q.weight, k.weight, axis=0)`, their names as in the scope `within`."""
+        """Return an expression of weights: `concat(q.weight, k.weight, axis=0)`, with names relative to the scope
+        `within`.
+        """
         texts = {value: name.removeprefix(f"{within}.") for name, value in self.sources.items()}
         text = next(iter(texts.values()), "") if not self.nodes else ""
         for node in self.nodes:
             read = [_operand(v, texts) for v in node.operands if v is not None]
             given = [f"{name}={attribute_text(value)}" for name, value in node.op.attributes.items()]
             text = f"{node.op.name}({', '.join(read + given)})"
-            # What is read twice would be written twice, and so on, until it fills the memory.
+            # A value that is read twice would be written twice, and its operands too, until the text fills the memory.
             short = text if len(text) <= _LONGEST_OPERAND else f"{node.op.name}(...)"
             texts |= dict.fromkeys(node.results, short)
         return text
 
 
 def is_decoded_once(node: Node) -> bool:
-    """Whether a node decodes blocks of weights, or joins and cuts such: `bind` does that, which needs no kernel.
+    """Return True if a node decodes quantized weights, or joins or slices them: `bind` does that without a kernel.
 
-    Of constants it is not: nothing hoists these.
+    It is False for constants, which are not hoisted.
     """
     encoded = any(v.type.encoding is not None for v in (*node.inputs, *node.results))
     return encoded and all(map(is_made_of_weights, node.results)) and any(v.kind == "parameter" for v in _sources(node))
 
 
 def _sources(node: Node) -> set[Value]:
-    """What a node is made of in the end: what no node of its function makes."""
+    """Return the values that a node depends on and no node of its function produces."""
     seen: set[Value] = set()
     waiting = list(node.inputs)
     while waiting:
@@ -131,7 +135,9 @@ def _sources(node: Node) -> set[Value]:
 
 
 def recipes_of(graph: Graph) -> dict[str, Recipe]:
-    """How each parameter that `bind` makes for other entries is made, by name, in the order of their parameters."""
+    """Return the recipe of each parameter that `bind` derives for other entries, by name, in the order of their
+    parameters.
+    """
     if graph.bind is None:
         return {}
     bind = inline_function(graph, graph.bind)
@@ -142,7 +148,7 @@ def recipes_of(graph: Graph) -> dict[str, Recipe]:
 
 
 def notes_on(made: Mapping[str, Recipe]) -> Iterator[str]:
-    """A line for each made parameter that is more than a weight laid out anew."""
+    """Yield a line for each derived parameter that is more than a weight in another layout."""
     for name, recipe in made.items():
         if recipe.nodes:
             yield on_one_line(f"{name} = {recipe}")
@@ -167,7 +173,7 @@ def _recipe(value: Value, position: Mapping[Node | Value, int]) -> Recipe:
 
 
 def as_numpy_weight(value: Any) -> Array:
-    """A weight as a NumPy array in the processor's memory; a bf16 tensor as float32."""
+    """Return a weight as a NumPy array in CPU memory; a bf16 tensor as float32."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         value = value.float() if str(value.dtype) == "torch.bfloat16" else value
@@ -180,7 +186,7 @@ def _constant(value: Value) -> Array:
 
 
 def _only_rounds(node: Node) -> bool:
-    """Whether a node is a cast from float32 to bf16, which is done as its result is stored."""
+    """Return True if a node is a cast from float32 to bf16, which is done as its result is stored."""
     return isinstance(node.op, Cast) and node.op.to is bf16 and node.inputs[0].type.dtype is f32
 
 

@@ -1,4 +1,4 @@
-"""Arrays that lie in mapped files: how they are told from others, and how their memory is given back."""
+"""Arrays in mapped files: detect them, and release their memory."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ Array = np.ndarray[Any, Any]
 
 
 def is_mapped(array: Array) -> bool:
-    """Whether an array lies in a file: one that is mapped, or whose bytes were read and never change."""
+    """Return True if an array is backed by a file: a mapped file, or immutable bytes that were read from one."""
     return any(isinstance(base, np.memmap | mmap.mmap | bytes) for base in _bases(array))
 
 
 def give_back(array: Array) -> None:
-    """Let the system take the memory in which pages of a mapped file lie: what is needed again is read again.
+    """Let the system release the memory of a mapped file's pages; pages that are needed again are read again.
 
-    Of an array that lies elsewhere, or in a mapping that can be written, nothing is taken.
+    An array in other memory, or in a writable mapping, is unchanged.
     """
     mapping = next((base for base in _bases(array) if isinstance(base, mmap.mmap)), None)
     if mapping is None or not hasattr(mmap, "MADV_DONTNEED"):
         return
     whole = np.frombuffer(mapping, np.uint8)
-    if whole.flags.writeable:  # what was written to a mapping of its own would be lost
+    if whole.flags.writeable:  # writes to a private mapping would be lost
         return
     first, last = np.lib.array_utils.byte_bounds(array)
     start = -(-(first - whole.ctypes.data) // mmap.PAGESIZE) * mmap.PAGESIZE

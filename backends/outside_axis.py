@@ -1,5 +1,6 @@
-"""Errors for what lies outside, of values that data give: one for all backends, with the input that holds it and the
-bound. A kernel raises them; `located` says in which node."""
+"""Errors for data-dependent indices out of bounds: the same in all backends, with the input that contains the index and
+the bound. A kernel raises them; `located` adds the node.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from treadle.ir.graph import Node, Value
 
 
 class OutsideAxis(BackendError):
-    """An index is outside the axis that it points into."""
+    """An index is outside the axis that it indexes."""
 
     def __init__(self, index: int, size: int) -> None:
         super().__init__(
@@ -19,7 +20,7 @@ class OutsideAxis(BackendError):
         self.index, self.size = index, size
 
     def located(self, node: Node | None, title: str) -> OutsideAxis:
-        """The same error with the node that met the index, and where the index came from."""
+        """Return the same error with the node that read the index, and the origin of the index."""
         found = OutsideAxis(self.index, self.size)
         found.what = f"{node.op.name if node else title}: {self.what}"
         found.args = (found.what,)
@@ -31,7 +32,7 @@ class OutsideAxis(BackendError):
 
 
 class NoRoom(BackendError):
-    """A row goes on where the state that it is appended to has no room for it."""
+    """A row continues beyond the capacity of the state that it is appended to."""
 
     def __init__(self, row: int, start: int, capacity: int) -> None:
         super().__init__(
@@ -41,7 +42,7 @@ class NoRoom(BackendError):
         self.row, self.start, self.capacity = row, start, capacity
 
     def located(self, node: Node | None, title: str) -> NoRoom:
-        """The same error with the node that met the row."""
+        """Return the same error with the node that appended to the row."""
         found = NoRoom(self.row, self.start, self.capacity)
         found.what = f"{node.op.name if node else title}: {self.what}"
         found.args = (found.what,)
@@ -50,7 +51,7 @@ class NoRoom(BackendError):
 
 
 def _indices(node: Node) -> list[Value]:
-    """The operands that hold indices: the one named so, or the rows of a cache, else those of integers."""
+    """Return the operands that hold indices: the one with that name, or the rows of a cache, else those of integers."""
     named = dict(zip(node.op.operand_names(len(node.operands)), node.operands, strict=True))
     for name in ("indices", "rows"):
         if (value := named.get(name)) is not None:
@@ -59,7 +60,7 @@ def _indices(node: Node) -> list[Value]:
 
 
 def _origin(value: Value) -> str:
-    """The name of a value, or of the input that it was made of, step by step, by ops of one operand."""
+    """Return the name of a value and, if it results from ops of one operand, of the input that it is computed from."""
     first = value
     while value.node is not None and value.node.op.callee is None and len(value.node.operands) == 1:
         operand = value.node.operands[0]
@@ -68,4 +69,4 @@ def _origin(value: Value) -> str:
         value = operand
     if value.kind != "input":
         return first.name
-    return f"input {value.name}" if value is first else f"{first.name}, made of input {value.name}"
+    return f"input {value.name}" if value is first else f"{first.name}, computed from input {value.name}"

@@ -1,8 +1,6 @@
-"""The backend protocol: what lowers a graph and runs it, and what it gives back.
+"""The backend protocol: a backend lowers a graph, and returns an executable that runs it.
 
-backend = find_backend("numpy")
-exe = backend.compile(graph, Target("cpu"), weights)
-exe(tokens=ids)["logits"]
+backend = find_backend("numpy") exe = backend.compile(graph, Target("cpu"), weights) exe(tokens=ids)["logits"]
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ class Port:
 
 
 class Outputs(dict[str, Any]):
-    """What a call answers: arrays by name, as `out["logits"]` or `out.logits`."""
+    """The results of a call: arrays by name, as `out["logits"]` or `out.logits`."""
 
     def __getattr__(self, name: str) -> Any:
         if name in self:
@@ -52,11 +50,11 @@ class Outputs(dict[str, Any]):
 class Executable(Protocol):
     """A compiled graph. One executable serves every size of the symbolic axes.
 
-    inputs   what a call takes, by name
-    outputs  what a call answers, by name
-    source   the code that runs, for a person to read
+    inputs   the inputs of a call, by name
+    outputs  the outputs of a call, by name
+    source   the generated code
 
-    It may have `notes` as well, lines on what it runs slowly and why: `compile` puts them into the log.
+    It may also have `notes`, lines on slow parts and the reasons: `compile` adds them to the log.
     """
 
     @property
@@ -69,19 +67,19 @@ class Executable(Protocol):
     def source(self) -> str: ...
 
     def __call__(self, /, **arrays: Any) -> Outputs:
-        """Run on arrays by name. Raises BackendError where they are not what `inputs` says.
+        """Run on arrays by name. Raises BackendError if they do not match `inputs`.
 
-        An array of another dtype of the same kind is converted where no value could change (int32 for i64, float16 for
-        f32), and so are Python numbers and lists, which carry no dtype, where every number fits.
+        An array of another dtype of the same kind is converted if no value can change (int32 for i64, float16 for f32).
+        So are Python numbers and lists, which carry no dtype, if every number fits.
         """
         ...
 
 
 class Entry(Protocol):
-    """An entry of a compiled graph, to be called.
+    """An entry of a compiled graph.
 
-    inputs   what a call takes beside states, by name
-    outputs  what a call answers, by name
+    inputs   the inputs of a call in addition to states, by name
+    outputs  the outputs of a call, by name
     """
 
     @property
@@ -91,20 +89,21 @@ class Entry(Protocol):
     def outputs(self) -> tuple[Port, ...]: ...
 
     def __call__(self, states: States | None = None, /, **arrays: Any) -> Outputs:
-        """Run on states, which it updates in place, and arrays by name. States may be left out where there are none.
+        """Run on states, which it updates in place, and arrays by name. States are optional for a graph without any.
 
-        Raises BackendError where they are not what it takes. What states are after a call that fails is not said: rows
-        that the failing node did not name are as they were.
+        Raises BackendError if the arguments do not match. After a call that fails, the states are undefined, except
+        that rows which the failing node did not name are unchanged.
         """
         ...
 
 
 @runtime_checkable
 class StatefulExecutable(Protocol):
-    """What an executable of a graph with states or several entries offers beside; the others are refused there.
+    """The additional interface of an executable of a graph with states or several entries, which other executables
+    refuse.
 
-    It may have `exact_rows` as well: whether a row's bits depend on that row alone, on no other row of a call, and not
-    on how its tokens are cut into calls.
+    It may also have `exact_rows`: True if a row's results depend bitwise on that row alone, not on the other rows of a
+    call or on the split of its tokens into calls.
     """
 
     @property
@@ -113,42 +112,44 @@ class StatefulExecutable(Protocol):
         ...
 
     def entry(self, name: str) -> Entry:
-        """An entry to be called. Raises BackendError where there is none of that name."""
+        """Return an entry. Raises BackendError if there is none of that name."""
         ...
 
     def new_states(self, **sizes: int) -> States:
-        """States of zeros, where the symbols in their types have these sizes. Raises BackendError for a wrong size."""
+        """Return states of zeros, for these sizes of the symbols. Raises BackendError for a wrong size."""
         ...
 
     def state_bytes(self, **sizes: int) -> int:
-        """The bytes that such states take."""
+        """Return the bytes of such states."""
         ...
 
 
 @runtime_checkable
 class Backend(Protocol):
-    """A way to run graphs. Third parties register theirs under the entry point group `treadle.backends`."""
+    """Runs graphs. Third parties register a backend under the entry point group `treadle.backends`."""
 
     @property
     def name(self) -> str: ...
 
     def available(self) -> str | None:
-        """None if it can be used here, else the reason why not."""
+        """Return None if the backend can be used here, else the reason why not."""
         ...
 
     def supports(self, node: Node) -> str | None:
-        """None if it can run this node, else the reason why not. Says nothing about a called function's nodes."""
+        """Return None if the backend can run this node, else the reason why not. It ignores the nodes of a called
+        function.
+        """
         ...
 
     def compile(self, graph: Graph, target: Target, weights: Mapping[str, Any]) -> Executable:
         """Lower a graph for a target, with its weights by name.
 
-        Raises BackendError where the backend is not available, the target is not one of its own, a node is refused
-        (all refusals listed), or a weight is missing or does not fit.
+        Raises BackendError if the backend is not available, the target is not one of its own, a node is refused (all
+        refusals listed), or a weight is missing or does not fit.
         """
         ...
 
 
 def ports(values: Mapping[str, Value]) -> tuple[Port, ...]:
-    """Named values as ports."""
+    """Return named values as ports."""
     return tuple(Port(name, value.type) for name, value in values.items())

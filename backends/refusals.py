@@ -1,4 +1,4 @@
-"""What a backend refuses before it compiles: nodes that it does not support, weights that are missing or misfits."""
+"""The checks of a backend before it compiles: unsupported nodes, and weights that are missing or do not fit."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from treadle.ir.types import Type
 
 
 def refuse_misfit(name: str, wanted: Type, value: Any) -> None:
-    """Raise BackendError for a weight of another shape or dtype; one of bf16 may be a tensor, or float32 numbers."""
+    """Raise BackendError for a weight of another shape or dtype; a bf16 weight may be a tensor, or float32 numbers."""
     dtype, shape = wanted.held.dtype.numpy, wanted.held.static_shape
     if dtype is not None and isinstance(value, np.ndarray) and value.dtype == dtype and value.shape == shape:
-        return  # as nearly all are; a dtype's name takes its time
+        return  # the usual case, without the slow name of a dtype
     array = value if hasattr(value, "detach") else np.asarray(value)
     found = str(array.dtype).removeprefix("torch.")
     known = ("bfloat16", "float32") if dtype is None else (dtype.name,)
@@ -26,19 +26,19 @@ def refuse_misfit(name: str, wanted: Type, value: Any) -> None:
 
 
 def layout_of(value: Any) -> str:
-    """Of a tensor of PyTorch's how its elements lie, `strided` where it is dense, as all arrays are."""
+    """Return the layout of a PyTorch tensor; `strided` for dense tensors and for arrays."""
     return str(getattr(value, "layout", "strided")).removeprefix("torch.")
 
 
 def shown(array: Any) -> str:
-    """`float32[8, 8]`, and of a tensor that is not dense its layout."""
+    """Return `float32[8, 8]`, and the layout of a tensor that is not dense."""
     layout = layout_of(array)
     dense = "" if layout == "strided" else f", {layout}"
     return f"{str(array.dtype).removeprefix('torch.')}{list(array.shape)}{dense}"
 
 
 _LISTED = 20
-"""Lines of an error that lists what is wrong; more are counted."""
+"""Maximum number of problems that an error lists; further ones are counted."""
 
 
 def _listed(lines: Sequence[str]) -> str:
@@ -47,35 +47,37 @@ def _listed(lines: Sequence[str]) -> str:
 
 
 def refuse_missing(title: str, wanted: Mapping[str, Value], weights: Mapping[str, Any]) -> None:
-    """Raise one BackendError that lists all weights of a graph of this name that are missing."""
+    """Raise one BackendError that lists all missing weights of a graph of this name."""
     missing = [f"{name}: {value.type}" for name, value in wanted.items() if name not in weights]
     if missing:
         raise BackendError(
-            f"{title} needs weights that are not given",
+            f"{title} lacks weights",
             received=f"{len(weights)} weight{'s' * (len(weights) != 1)}",
             within=_listed(missing),
         )
 
 
 def misfit(name: str, wanted: Type, received: str) -> BackendError:
-    """The error for a weight of another shape or dtype."""
-    held = f", held in {wanted.held}" if wanted.encoding is not None else ""
+    """Return the error for a weight of another shape or dtype."""
+    held = f", stored as {wanted.held}" if wanted.encoding is not None else ""
     return BackendError(f"weight {name} must be {wanted}{held}", received=f"{name}: {received}")
 
 
 def out_of_memory(count: int, purpose: str) -> BackendError:
-    """The error that so many bytes are not there."""
+    """Return the error for `count` bytes that could not be allocated."""
     return BackendError("there is not enough memory", received=f"{count / 2**30:.3g} GiB for {purpose}")
 
 
 def shape_fits(wanted: Type, shape: Sequence[int]) -> bool:
-    """Whether a weight has its type's shape, symbols aside."""
+    """Return True if a shape matches a type, with any sizes for symbols."""
     sizes = [size.constant for size in wanted.shape]
     return len(sizes) == len(shape) and all(n is None or n == m for n, m in zip(sizes, shape, strict=True))
 
 
 def unavailable(name: str, missing: str) -> BackendError:
-    """The error that a backend is not there: what `Backend.available` gives, a reason and what would bring it."""
+    """Return the error for an unavailable backend, from the result of `Backend.available`: the reason, and how to
+    install it.
+    """
     reason, _, remedy = missing.partition(": ")
     first = f"{remedy}, or " if remedy else ""
     hint = Hint(f'{first}backend="numpy"', f"{first}--backend numpy")
@@ -85,10 +87,11 @@ def unavailable(name: str, missing: str) -> BackendError:
 def refuse_nodes(
     graph: Graph, backend: str, supports: Callable[[Node], str | None], *, hint: str | None = None
 ) -> None:
-    """Raise one BackendError that lists every node which a backend does not support, with its source; or for a state
-    that is held in blocks, which none of ours has."""
+    """Raise one BackendError that lists every unsupported node with its source; or for a state in a quantized encoding,
+    which no backend of ours supports.
+    """
     if encoded := [f"%{name}: {v.type}" for name, v in graph.states.items() if v.type.encoding is not None]:
-        what = f"the {backend} backend holds no states in blocks"
+        what = f"the {backend} backend does not support quantized states"
         raise BackendError(what, received=_listed(encoded), hint="states of numbers")
     refused = [(node, why) for _, node in graph.walk() if (why := supports(node)) is not None]
     if not refused:

@@ -1,9 +1,9 @@
-"""Finding backends by name: our own, and those that installed packages register as entry points.
+"""Find backends by name: our own, and those that installed packages register as entry points.
 
     [project.entry-points."treadle.backends"]
     mine = "my_package.backend:MyBackend"
 
-An entry point names a class (or function) that is called without arguments and gives a `Backend`.
+An entry point names a class (or function) that is called without arguments and returns a `Backend`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _OURS = {
 
 
 def backend_names() -> list[str]:
-    """The names of all registered backends, available or not: ours, then others' in alphabetical order."""
+    """Return the names of all registered backends, available or not: ours, then others' in alphabetical order."""
     return [*_OURS, *sorted(_theirs())]
 
 
 def find_backend(name: str) -> Backend:
-    """The backend of that name, imported now.
+    """Import and return the backend of that name.
 
-    Raises BackendError where there is none (with the nearest names), or where a third party's cannot be loaded.
+    Raises BackendError if there is none (with the nearest names), or if a third party's cannot be loaded.
     """
     if name in _OURS:
         module, attribute = _OURS[name]
@@ -59,7 +59,7 @@ def _load(point: EntryPoint) -> Backend:
         found = point.load()
         missing = sorted(getattr(found, "__abstractmethods__", ()))
         made = None if missing else found()
-    except Exception as error:  # whatever somebody else's module raises while it is imported
+    except Exception as error:  # a third party's module may raise any exception when imported
         raise BackendError(
             f"backend {point.name!r} cannot be loaded",
             received=f"{type(error).__name__}: {error}",

@@ -1,4 +1,4 @@
-"""Checking a call: names, dtypes and shapes of what was passed, against the types of a graph's inputs."""
+"""Check a call: names, dtypes and shapes of the arguments, against the types of a graph's inputs."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from treadle.ir.sizing.sizes import Size
 
 Array = np.ndarray[Any, Any]
 Convert = Callable[[Port, Any], Any]
-"""Makes an array of the port's dtype of what was passed, without looking at its shape. Raises BackendError."""
+"""Converts an argument to an array of the port's dtype, of any shape. Raises BackendError."""
 
 
-_REMEMBERED = 256  # sets of shapes that were found to fit
+_REMEMBERED = 256  # number of sets of shapes that are remembered as valid
 
 
 class Signature:
-    """What an entry of a graph takes, by default the last. Made once; `bind` checks each call.
+    """The inputs of an entry of a graph, by default the last. It is built once; `bind` checks each call.
 
-    Symbols that states tell are known before a call: `known` holds their sizes.
+    The sizes of symbols that states determine are known before a call: they are passed as `known`.
     """
 
     def __init__(self, graph: Graph, entry: Function | None = None) -> None:
@@ -44,19 +44,19 @@ class Signature:
         return f"{self.name}({', '.join(map(str, self.ports))})"
 
     def bind(self, given: Mapping[str, Any], convert: Convert, known: Mapping[str, int] | None = None) -> list[Any]:
-        """The arrays in the order of the inputs. Raises BackendError where names, dtypes or shapes do not fit."""
+        """Return the arrays in the order of the inputs. Raises BackendError if names, dtypes or shapes do not fit."""
         return self.bind_sized(given, convert, known)[0]
 
     def bind_sized(
         self, given: Mapping[str, Any], convert: Convert, known: Mapping[str, int] | None = None
     ) -> tuple[list[Any], dict[str, int]]:
-        """What `bind` gives, and the sizes of the symbols. Raises BackendError as it does."""
+        """Return the result of `bind`, and the sizes of the symbols. Raises BackendError as it does."""
         self.check_names(given)
         arrays = [convert(port, given[port.name]) for port in self.ports]
         return arrays, self.sizes([tuple(array.shape) for array in arrays], known)
 
     def sizes(self, shapes: Sequence[tuple[int, ...]], known: Mapping[str, int] | None = None) -> dict[str, int]:
-        """The sizes of the symbols where the inputs have these shapes. Raises BackendError where one does not fit."""
+        """Return the sizes of the symbols for these shapes of inputs. Raises BackendError if one does not fit."""
         key = (*shapes, *sorted((known or {}).items()))
         found = self._fitting.get(key)  # looked up once: another thread may clear them
         if found is None:
@@ -68,7 +68,7 @@ class Signature:
         return found
 
     def check_names(self, given: Mapping[str, Any]) -> None:
-        """Raise BackendError where a name is unknown or missing."""
+        """Raise BackendError if a name is unknown or missing."""
         names = [port.name for port in self.ports]
         unknown = [name for name in given if name not in names]
         missing = [name for name in names if name not in given]
@@ -86,7 +86,7 @@ class Signature:
     def _check_shapes(self, shapes: Mapping[str, tuple[int, ...]], known: Mapping[str, int]) -> dict[str, int]:
         sizes: dict[str, int] = dict(known)
         first_in: dict[str, Port] = {}
-        for again in (False, True):  # a size such as 2*S may stand before the input that tells S
+        for again in (False, True):  # a size such as 2*S may precede the input that determines S
             for port in self.ports:
                 shape = shapes[port.name]
                 wrong = solve_sizes(port.type, shape, sizes)
@@ -122,10 +122,10 @@ class Signature:
         return sizes
 
     def refuse_untold(self, needed: Iterable[str]) -> None:
-        """Raise BackendError where a symbol whose size is needed is told by no input's or state's dimensions."""
+        """Raise BackendError if a needed symbol is not determined by the dimensions of an input or a state."""
         told, sizes = set(self.state_symbols), {s for port in self.ports for s in port.type.shape if s.symbols}
         known = -1
-        while known < len(told):  # a size such as S*T tells T where another input tells S
+        while known < len(told):  # a size such as S*T determines T if another input determines S
             known = len(told)
             for size in sizes:
                 linear = size.substitute({s: 1 for s in size.symbols if s in told}).as_linear
@@ -134,7 +134,7 @@ class Signature:
         untold = sorted(set(needed) - told)
         if untold:
             raise BackendError(
-                f"{self.name} needs the size of {', '.join(untold)}, which no input's dimensions tell",
+                f"{self.name} needs the size of {', '.join(untold)}, which no input's dimensions determine",
                 received=", ".join(map(str, self.ports)),
                 hint=f"an input with a dimension {untold[0]}",
             )
@@ -157,11 +157,11 @@ def _shown(shapes: Mapping[str, tuple[int, ...]], ports: tuple[Port, ...]) -> st
 
 
 def _sizes_that_may_be_negative(graph: Graph, entry: Function) -> list[tuple[Size, str, Node]]:
-    """Sizes such as S - 4 that ops demand or results have, each with what to say of it and the first node with it."""
+    """Return sizes such as S - 4 that ops require or results have, each with a message and the first node with it."""
     found: dict[Size, tuple[str, Node]] = {}
     for node in (node for function in graph.needed_by(entry) for node in function.nodes):
         demanded = [*node.op.demands([None if v is None else v.type for v in node.operands])]
-        made = [(s, f"it would make a dimension of size {s}") for v in node.results for s in v.type.shape]
+        made = [(s, f"it would create a dimension of size {s}") for v in node.results for s in v.type.shape]
         for size, otherwise in (*demanded, *made):
             if size.symbols and size not in found and size.bounds(graph.symbols).lower < 0:
                 found[size] = otherwise, node
@@ -172,7 +172,7 @@ def _sizes_that_may_be_negative(graph: Graph, entry: Function) -> list[tuple[Siz
 
 
 def refuse_dtype(port: Port, found: str, hint: str, shape: Sequence[int] | None = None) -> BackendError:
-    """The error for an input of another dtype; shape is that of an array."""
+    """Return the error for an input of another dtype; shape is the shape of an array."""
     received = found if shape is None else f"{found}[{', '.join(map(str, shape))}]"
     return BackendError(
         f"input {port.name} must be {port.dtype}, is {found}",
@@ -183,12 +183,12 @@ def refuse_dtype(port: Port, found: str, hint: str, shape: Sequence[int] | None 
 
 
 def as_numpy(port: Port, value: Any) -> Array:
-    """What was passed, as a NumPy array of the port's dtype, which NumPy has.
+    """Convert an argument to a NumPy array of the port's dtype, which must be one of NumPy's.
 
-    An array of that dtype is taken as it is. Another dtype of the same kind is converted if each of its values has
-    a place (int32 for i64, float16 for f32). Python numbers and lists have no dtype: integers are taken for any
-    integer or float dtype that holds them exactly, floats are rounded to a float dtype. Raises BackendError for
-    anything else.
+    An array of that dtype is used as it is. Another dtype of the same kind is converted if each of its values is
+    representable (int32 for i64, float16 for f32). Python numbers and lists have no dtype: integers are converted to
+    any integer or float dtype that represents them exactly, floats are rounded to a float dtype. Raises BackendError
+    for anything else.
     """
     wanted = port.dtype.numpy
     assert wanted is not None
@@ -212,17 +212,17 @@ def as_numpy(port: Port, value: Any) -> Array:
         converted = array.astype(wanted)
         exact = _kind(array.dtype) != "i" or np.array_equal(converted.astype(array.dtype), array)
     if not exact:
-        raise refuse_dtype(port, f"{given} of numbers that {port.dtype} does not hold exactly", an_array)
+        raise refuse_dtype(port, f"{given} of numbers that {port.dtype} cannot represent exactly", an_array)
     return converted
 
 
 def numpy_taken(port: Port, value: Any) -> Array:
-    """What a caller passed, as `as_numpy` takes it; what NumPy cannot read is refused with what to do."""
+    """Convert a caller's argument by `as_numpy`; if NumPy cannot read it, the error says what to do."""
     try:
         return as_numpy(port, value)
-    except (TypeError, RuntimeError) as error:  # a tensor of PyTorch's on a device, or one that needs a gradient
+    except (TypeError, RuntimeError) as error:  # a PyTorch tensor on a device, or one that needs a gradient
         raise BackendError(
-            f"input {port.name} is no array that NumPy can read",
+            f"input {port.name} is not an array that NumPy can read",
             received=f"{type(value).__name__}: {error}",
             within=str(port),
             hint=port.name + _readable(port, value),
@@ -230,7 +230,7 @@ def numpy_taken(port: Port, value: Any) -> Array:
 
 
 def _readable(port: Port, value: Any) -> str:
-    """What makes a tensor of PyTorch's one that NumPy reads: dense, of a dtype that NumPy has, in its memory."""
+    """Return a hint that makes a PyTorch tensor readable by NumPy: dense, of a NumPy dtype, in CPU memory."""
     dense = "" if layout_of(value) == "strided" else ".to_dense()"
     lacking = str(getattr(value, "dtype", "")).startswith(("torch.bfloat16", "torch.float8"))
     return dense + (f".to(torch.{port.dtype.numpy})" if lacking else "") + ".detach().cpu()"

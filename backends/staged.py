@@ -1,14 +1,14 @@
-"""Backends as pipelines: passes take the optimized graph to what the backend spells, and then it spells it.
+"""Backends as pipelines: passes lower the optimized graph to the ops that the backend supports, then it emits code.
 
     class Mine(StagedBackend):
         name = "mine"
 
         def keeps(self, op, types): return op.name in ("linear", "softmax")
         def pipeline(self, target): return (Legalize(self.keeps), HoistWeights(), PlanStorage())
-        def emit(self, graph, target, weights, declared, plan): ...  # what the passes left, as an `Executable`
+        def emit(self, graph, target, weights, declared, plan): ...  # the lowered graph, as an `Executable`
 
 The passes run under the manager, as the portable ones do: each is recorded, verified, printed by `inspect --after`, and
-told of by `explain`. Nothing is decided in `emit`.
+reported by `explain`. `emit` makes no decisions.
 """
 
 from __future__ import annotations
@@ -34,25 +34,26 @@ from treadle.passes.memory.storage_plan import StoragePlan
 
 
 class StagedBackend(ABC):
-    """A backend that is a pipeline and a speller; see `treadle.backends.protocol.Backend`."""
+    """A backend that consists of a pipeline and a code generator; see `treadle.backends.protocol.Backend`."""
 
     name: ClassVar[str]
 
     def available(self) -> str | None:
-        """None if it can be used here, else the reason why not. By default it can."""
+        """Return None if the backend can be used here, else the reason why not. By default it can."""
         return None
 
     def supports(self, node: Node) -> str | None:
-        """None if it can run this node, else the reason why not. Says nothing about a called function's nodes.
+        """Return None if the backend can run this node, else the reason why not. It ignores the nodes of a called
+        function.
 
         By default it can run every node.
         """
         return None
 
     def refuse(self, graph: Graph, target: Target) -> None:
-        """Raise BackendError where it is not available, the target is not one of its own, or a node is refused.
+        """Raise BackendError if the backend is not available, the target is not one of its own, or a node is refused.
 
-        By default it takes every target.
+        By default it accepts every target.
         """
         reason = self.available()
         if reason is not None:
@@ -61,7 +62,7 @@ class StagedBackend(ABC):
 
     @abstractmethod
     def pipeline(self, target: Target) -> Sequence[Pass]:
-        """The passes that follow the portable ones."""
+        """Return the passes that follow the portable ones."""
 
     @abstractmethod
     def emit(
@@ -72,19 +73,19 @@ class StagedBackend(ABC):
         declared: Graph,
         plan: StoragePlan | None,
     ) -> Executable:
-        """Spell a graph as the pipeline left it, with its weights by name.
+        """Generate code for a lowered graph, with its weights by name.
 
-        declared   the graph as the pipeline was given it: its ops are those that the user knows, so that what is wrong
-                   with a call is said in their words (`treadle.backends.signature`)
-        plan       where each value lies, from when to when; None where no `PlanStorage` ends the pipeline
+        declared   the graph before the pipeline: its ops are those that the user knows, so that errors about a call
+                   use the user's terms (`treadle.backends.signature`)
+        plan       the storage and lifetime of each value; None if no `PlanStorage` ends the pipeline
 
         Raises BackendError for a weight that is missing or does not fit.
         """
 
     def frames(self, graph: Graph, target: Target, plan: StoragePlan) -> dict[str, Frame]:
-        """What each function of a lowered graph holds of its own, callees first.
+        """Return the frame of each function of a lowered graph, callees first.
 
-        By default what the plan says; a backend adds what its kernels need beside.
+        By default these follow from the plan; a backend adds the workspaces of its kernels.
         """
         return frames_of(plan)
 
@@ -98,12 +99,12 @@ class StagedBackend(ABC):
         donate: Sequence[str] = (),
         verified: bool = False,
     ) -> Optimized:
-        """Take an optimized graph through the pipeline, so that it fits into a budget where one is given.
+        """Lower an optimized graph by the pipeline, within a budget if there is one.
 
-        donate    inputs of the last entry that callers give away
-        verified  it is as a pass manager left it
+        donate    inputs of the last entry that callers donate
+        verified  True if a pass manager has verified the graph
 
-        Raises BackendError as `refuse` does, and where nothing fits.
+        Raises BackendError as `refuse` does, and if no plan fits.
         """
         self.refuse(graph, target)
         if budget is not None:
@@ -114,7 +115,7 @@ class StagedBackend(ABC):
             if donate:
                 *before, plan = passes
                 if not isinstance(plan, PlanStorage):
-                    raise BackendError(f"backend {self.name} plans no storage, so no input can be donated")
+                    raise BackendError(f"backend {self.name} does not plan storage, so no input can be donated")
                 passes = (*before, replace(plan, donated=check_names(graph, donate)))
         lowered = PassManager(passes, certify=certify, target=target).run(graph, verified=verified)
         if budget is not None:
@@ -122,7 +123,7 @@ class StagedBackend(ABC):
         return lowered
 
     def compile(self, graph: Graph, target: Target, weights: Mapping[str, Any]) -> Executable:
-        """Lower a graph, and spell it with its weights by name. Raises BackendError as `refuse` and `emit` do."""
+        """Lower a graph, and generate code with its weights by name. Raises BackendError as `refuse` and `emit` do."""
         lowered = self.lower(graph, target)
         made = self.emit(lowered.graph, target, weights, graph, lowered.plan)
         _refuse_without_entries(made, graph, self.name)
@@ -130,21 +131,21 @@ class StagedBackend(ABC):
 
 
 def _refuse_without_entries(made: Executable, graph: Graph, backend: str) -> None:
-    """Refuse a graph with states or several entries, where a backend's executables know nothing of such."""
+    """Refuse a graph with states or several entries, if a backend's executables do not support these."""
     entries = [entry.name for entry in graph.later_entries]
     if (graph.states or len(entries) > 1) and not isinstance(made, StatefulExecutable):
         raise BackendError(
-            f"the {backend} backend runs no states, and one entry alone",
+            f"the {backend} backend supports no states, and only one entry",
             received=f"{graph.name}: entries {', '.join(entries)}; {len(graph.states)} states",
             hint="an executable that is a treadle.backends.protocol.StatefulExecutable",
         )
 
 
 def needed_plan(plan: StoragePlan | None, backend: str) -> StoragePlan:
-    """A storage plan that `emit` needs. Raises BackendError where the pipeline made none."""
+    """Return a storage plan that `emit` needs. Raises BackendError if the pipeline created none."""
     if plan is None:
         raise BackendError(
-            f"the {backend} backend spells a storage plan, and its pipeline made none",
+            f"the {backend} backend emits a storage plan, and its pipeline created none",
             hint="PlanStorage as the last pass of the pipeline",
         )
     return plan
@@ -161,25 +162,25 @@ def build(
     donate: Sequence[str] = (),
     verified: bool = False,
 ) -> tuple[Executable, Optimized]:
-    """An executable of an optimized graph, and what the backend's passes made of the graph on the way.
+    """Return an executable of an optimized graph, and the graph as the backend's passes lowered it.
 
-    verified  it is as a pass manager left it
+    verified  True if a pass manager has verified the graph
 
-    Within a budget it serves the budget's sizes and smaller ones. `donate` names inputs that callers give away.
+    Within a budget it serves the budget's sizes and smaller ones. `donate` names inputs that callers donate.
 
-    What the backend says of the result, lines on what it runs slowly and why, is the last record of the log. One that
-    does all in `compile` has no passes. Raises BackendError as the backend does.
+    The backend's notes on the result, lines on slow parts and the reasons, are the last record of the log. A backend
+    that does everything in `compile` has no passes. Raises BackendError as the backend does.
     """
     if budget is not None:
         if not isinstance(backend, StagedBackend):
-            raise BackendError(f"backend {backend.name} plans no memory", hint="numpy, torch or tvm")
+            raise BackendError(f"backend {backend.name} does not plan memory", hint="numpy, torch or tvm")
         graph, verified = bounded(graph, budget.sizes), False
     if isinstance(backend, StagedBackend):
         lowered = backend.lower(graph, target, certify=certify, budget=budget, donate=donate, verified=verified)
         executable = backend.emit(lowered.graph, target, weights, graph, lowered.plan)
     else:
         if donate:
-            raise BackendError(f"backend {backend.name} plans no storage, so no input can be donated")
+            raise BackendError(f"backend {backend.name} does not plan storage, so no input can be donated")
         lowered = Optimized(graph, graph, PassLog(()))
         executable = backend.compile(graph, target, weights)
     _refuse_without_entries(executable, graph, backend.name)

@@ -1,11 +1,11 @@
 """States of an executable: named arrays that calls of its entries read and write in place.
 
     exe = backend.compile(graph, target, weights)
-    states = exe.new_states(R=8, C=2048)          # zeros; `exe.state_bytes(R=8, C=2048)` says how many bytes before
+    states = exe.new_states(R=8, C=2048)          # zeros; `exe.state_bytes(R=8, C=2048)` returns their bytes in advance
     exe.entry("step")(states, tokens=..., rows=..., start=...)
 
-Symbols that only states tell (slots, capacity) get their sizes here, once. An executable may have any number of states
-at a time; a call works on those that it is given.
+Symbols that only states determine (slots, capacity) get their sizes here, once. An executable may have any number of
+states at a time; a call works on those that are passed to it.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.types import DType
 
 Allocate = Callable[[tuple[int, ...], DType], Any]
-"""Makes an array of zeros in a backend's own memory."""
+"""Allocates an array of zeros in a backend's own memory."""
 
 
 class States(Mapping[str, Any]):
     """The states of one executable at one set of sizes. `states[name]` is the array itself, not a copy.
 
-    A NumPy array; of the torch backend a tensor. The tvm backend holds bf16 as the bits of uint16.
+    A state is a NumPy array, or a tensor in the torch backend. The tvm backend stores bf16 as uint16 bits.
 
-    kinds   what they are states of
-    sizes   of the symbols in their types
-    nbytes  that they take
+    kinds   the kinds of these states
+    sizes   the sizes of the symbols in their types
+    nbytes  their total bytes
     """
 
     def __init__(self, kinds: StateKinds, sizes: Mapping[str, int], arrays: Mapping[str, Any]) -> None:
@@ -52,9 +52,9 @@ class States(Mapping[str, Any]):
 
 
 class StateKinds:
-    """Which states an executable has, of which types.
+    """The names and types of an executable's states.
 
-    backend  whose arrays hold them
+    backend  the backend that stores them
     """
 
     def __init__(self, graph: Graph, backend: str) -> None:
@@ -65,12 +65,16 @@ class StateKinds:
         self._none = None if self.ports else States(self, {}, {})
 
     def nbytes(self, sizes: Mapping[str, int]) -> int:
-        """How many bytes all of them take at these sizes. Raises BackendError for a size that is missing or wrong."""
+        """Return the total bytes of all states at these sizes. Raises BackendError for a size that is missing or
+        wrong.
+        """
         self.check_sizes(sizes)
         return sum(port.type.bytes_at(sizes) for port in self.ports)
 
     def new(self, sizes: Mapping[str, int], allocate: Allocate) -> States:
-        """Zeros. Raises BackendError for a size that is missing or wrong, or where there is not so much memory."""
+        """Return states of zeros. Raises BackendError for a size that is missing or wrong, or if there is not enough
+        memory.
+        """
         nbytes = self.nbytes(sizes)
         try:
             arrays = {port.name: allocate(port.type.evaluate(sizes), port.dtype) for port in self.ports}
@@ -84,11 +88,13 @@ class StateKinds:
         return States(self, sizes, arrays)
 
     def check_sizes(self, sizes: Mapping[str, Any]) -> None:
-        """Raise BackendError where a symbol of the states has no size or one out of bounds, or another is given."""
+        """Raise BackendError if a symbol of the states has no size or a size out of bounds, or if another symbol is
+        given.
+        """
         missing = [s for s in self.symbols if s not in sizes]
         unknown = [s for s in sizes if s not in self.symbols]
         if missing or unknown:
-            what = f"need a size for {', '.join(missing)}" if missing else f"have no size {', '.join(unknown)}"
+            what = f"need a size for {', '.join(missing)}" if missing else f"have no symbol {', '.join(unknown)}"
             raise BackendError(
                 f"the states of {self.name} {what}",
                 received=", ".join(f"{name}={size}" for name, size in sizes.items()) or "no sizes",
@@ -105,12 +111,12 @@ class StateKinds:
                 )
 
     def check(self, states: States | None) -> States:
-        """What a call was given, if it is states of these types. Raises BackendError for anything else."""
+        """Return the argument of a call, if it is states of these types. Raises BackendError for anything else."""
         if states is None and self._none is not None:
             return self._none
         if not isinstance(states, States):
             raise BackendError(
-                f"{self.name} has states, which a call is given first",
+                f"{self.name} has states, which must be the first argument of a call",
                 received=type(states).__name__,
                 within=self._told,
                 hint="new_states(" + ", ".join(f"{s}=..." for s in self.symbols) + ")",
@@ -120,7 +126,7 @@ class StateKinds:
         if states.kinds.backend != self.backend or states.kinds.ports != self.ports:
             given = states.kinds
             raise BackendError(
-                f"these are no states of {self.name} for the {self.backend} backend",
+                f"these are not states of {self.name} for the {self.backend} backend",
                 received=f"states of {given.name} for the {given.backend} backend: "
                 + ", ".join(map(str, given.ports))[:400],
                 within=self._told,

@@ -167,7 +167,7 @@ def report(found: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(found))
         return
     print(f"{found['model']}: {found['requests']} requests, {found['flight']} in flight, {found['left']} left early")
-    print(f"  {found['tokens_per_second']:.0f} tokens a second")
+    print(f"  {found['tokens_per_second']:.0f} tokens per second")
     if found["times_alone"] is not None:
         met = "met" if found["times_alone"] >= TARGET else "missed"
         print(f"  {found['times_alone']:.2f} times {found['tokens_per_second_alone']:.0f}, one at a time: {met}")

@@ -152,7 +152,7 @@ def main() -> int:
     options = parser.parse_args()
     path = fetched_model("smollm2")
     if path is None:
-        print("smollm2 was not fetched yet: treadle fetch smollm2")
+        print("smollm2 has not been fetched yet: treadle fetch smollm2")
         return 0
     started = time.perf_counter()
     model, tokenizer = open_smollm2(path, options.backend)

@@ -245,7 +245,7 @@ def test_a_failure_of_the_server_is_told_to_both(capsys: pytest.CaptureFixture[s
 def test_a_body_that_is_late_or_too_long_is_refused() -> None:
     asked = Asked(Writer(lambda orders: None), limits=Limits(body=4, arrival=0.01))
     part = {"type": "http.request", "body": b"{", "more_body": True}
-    late = error("the body did not come in time", "invalid_request_error", "timeout")
+    late = error("the body did not arrive in time", "invalid_request_error", "timeout")
     long = error("the body has more than 4 bytes", "invalid_request_error", "body_too_large")
     for parts, status, told in ((1, 408, late), (4, 408, late), (5, 413, long)):
         found, body = asked("POST", "/v1/completions", *[part] * parts)
@@ -263,7 +263,7 @@ def test_who_shows_the_key_may_ask(given: str | None, status: int) -> None:
     found, body = asked("GET", "/v1/models", **headers)
     assert found == status
     if status == 401:
-        assert json.loads(body) == error("this server wants a key", "authentication_error", "invalid_api_key")
+        assert json.loads(body) == error("this server needs an API key", "authentication_error", "invalid_api_key")
         assert asked.headers["www-authenticate"] == "Bearer"
     assert asked("GET", "/health") == (200, '{"status":"ok"}')
     assert asked("GET", "/metrics", **headers)[0] == status
@@ -282,7 +282,7 @@ def test_what_is_served_is_listed() -> None:
     assert asked("GET", "/health/")[0] == 404
     for path in ("/v1/models", "/v1/completions"):
         status, body = asked("PUT", path)
-        other = error("this address takes another method", "invalid_request_error")
+        other = error("this address needs another method", "invalid_request_error")
         assert (status, json.loads(body)) == (405, other)
     asked("GET", "/metrics")
     assert asked.headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -379,8 +379,8 @@ def test_models_do_what_they_are_for() -> None:
     status, body = asked.post("/v1/embeddings", {"model": "vectors", "input": "a"})
     assert (status, json.loads(body)) == (200, embeddings("vectors", found.vectors, 3, as_bytes=False))
     for path, given, what in (
-        ("/v1/completions", {**PROMPT, "model": "vectors"}, "vectors embeds, and writes nothing"),
-        ("/v1/embeddings", {"model": "tiny", "input": "a"}, "tiny writes, and embeds nothing"),
+        ("/v1/completions", {**PROMPT, "model": "vectors"}, "vectors computes embeddings, and does not generate text"),
+        ("/v1/embeddings", {"model": "tiny", "input": "a"}, "tiny generates text, and has no embeddings"),
     ):
         status, body = asked.post(path, given)
         assert (status, json.loads(body)) == (400, error(what, "invalid_request_error", param="model"))

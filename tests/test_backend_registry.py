@@ -87,7 +87,7 @@ def test_a_target_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("backend", "said"),
     [
-        pytest.param("torch", "the torch backend has no spelling of op 'average_pool'", marks=needs_torch),
+        pytest.param("torch", "the torch backend has no code for op 'average_pool'", marks=needs_torch),
         pytest.param("tvm", "the tvm backend has no kernel for op 'average_pool'", marks=needs_tvm),
     ],
 )
@@ -104,7 +104,7 @@ def test_an_op_that_is_left_without_a_form_is_named(backend: str, said: str, mon
 def test_what_a_gpu_does_not_multiply_is_refused_before_anything_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    said = "PyTorch multiplies no matrices of integers on a GPU"
+    said = "PyTorch does not multiply matrices of integers on a GPU"
     graph = graph_of(lambda b: b.matmul(b.input("x", "i64[2, 3]"), b.input("y", "i64[3, 4]")))
     assert said in message(lambda: find_backend("torch").compile(graph, Target("cuda"), {}))
     find_backend("torch").compile(graph, CPU, {})

@@ -42,7 +42,7 @@ def test_sides_give_the_same_numbers_and_take_turns(capsys: pytest.CaptureFixtur
     for line in report_lines(found):
         console().print(line)
     told = capsys.readouterr().out
-    assert "bert at B=2, S=9" in told and "that NumPy reaches here" in told
+    assert "bert at B=2, S=9" in told and "ms at NumPy's" in told
     assert json.loads(json.dumps(found.as_dict()))["rows"][1]["side"] == peers[0]
 
 
@@ -111,7 +111,7 @@ def test_what_is_no_number_is_alike_or_endlessly_far(ours: object, theirs: objec
 
 
 def test_a_python_that_is_not_there_is_named() -> None:
-    with pytest.raises(UsageError, match="'/nowhere/python' is no Python that runs: No such file") as error:
+    with pytest.raises(UsageError, match="'/nowhere/python' is not a Python that runs: No such file") as error:
         Side({"side": "openvino", "threads": 1}, "/nowhere/python")
     assert sys.executable in str(error.value.hint)
 
@@ -187,9 +187,9 @@ def test_llama_cpp_is_given_the_file_and_one_row(tmp_path: Path, monkeypatch: py
     ("arrays", "gguf", "why"),
     [
         ({"tokens": np.ones((1, 3), np.int64)}, "", "llama.cpp reads a GGUF file"),
-        ({"tokens": np.ones((2, 3), np.int64)}, "model.gguf", "llama.cpp is given one row here"),
-        ({"x": np.ones((1, 3))}, "model.gguf", "llama.cpp takes tokens alone"),
-        (dict.fromkeys("ab", np.ones((1, 3), np.int64)), "model.gguf", "llama.cpp takes tokens alone"),
+        ({"tokens": np.ones((2, 3), np.int64)}, "model.gguf", "llama.cpp runs with one row here"),
+        ({"x": np.ones((1, 3))}, "model.gguf", "llama.cpp supports tokens alone"),
+        (dict.fromkeys("ab", np.ones((1, 3), np.int64)), "model.gguf", "llama.cpp supports tokens alone"),
     ],
 )
 def test_what_llama_cpp_is_not_given(
@@ -218,10 +218,10 @@ def test_peers_that_read_files_of_the_models_own_are_given_them(
     assert row.note == "dynamic int8" and row.difference is not None and row.difference < 1e-5
     assert capfd.readouterr() == ("", "")
     reason = found.missing["llama.cpp"]
-    assert reason in ("llama_cpp is not installed", "llama.cpp reads a GGUF file, which this model is not")
+    assert reason in ("llama_cpp is not installed", "llama.cpp reads a GGUF file, and this model is not one")
     declared = bench_model(Workload("bert", "numpy", config=SMALL), peers[:1], sizes={"S": 3}, python=str(python))
     assert declared.missing == {
-        "ctranslate2-int8": "CTranslate2 reads a folder of Hugging Face's, which this model is not"
+        "ctranslate2-int8": "CTranslate2 reads a folder of Hugging Face's, and this model is not one"
     }
 
 
@@ -283,8 +283,8 @@ def test_the_command() -> None:
     ("workload", "python", "what"),
     [
         (Workload("bert", "tvmm"), sys.executable, "there is no backend 'tvmm'"),
-        (Workload("bert", dtype="f16"), sys.executable, "a model does not compute in 'f16'"),
-        (Workload("bert", quantize="int5"), sys.executable, "weights are not quantized in 'int5'"),
+        (Workload("bert", dtype="f16"), sys.executable, "unknown computation dtype 'f16'"),
+        (Workload("bert", quantize="int5"), sys.executable, "unknown quantization scheme 'int5'"),
         (Workload("bert"), "/no/python", "there is no such Python"),
     ],
 )

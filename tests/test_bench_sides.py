@@ -413,9 +413,9 @@ def test_ctranslate2_is_given_ids_and_lengths(
 @pytest.mark.parametrize(
     ("folder", "arrays", "why"),
     [
-        ("", {"ids": np.ones((1, 3), np.int64)}, "CTranslate2 reads a folder of Hugging Face's, which this model is"),
+        ("", {"ids": np.ones((1, 3), np.int64)}, "CTranslate2 reads a folder of Hugging Face's, and this model is"),
         ("t5", {"ids": np.ones((1, 3), np.int64)}, "CTranslate2 runs no part of a t5 by itself"),
-        ("t5", {"x": np.ones(3)}, "CTranslate2 takes tokens alone, and this model 1 inputs"),
+        ("t5", {"x": np.ones(3)}, "CTranslate2 supports tokens alone, and this model has 1 inputs"),
     ],
 )
 def test_what_ctranslate2_is_not_given(

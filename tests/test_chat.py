@@ -118,7 +118,7 @@ def test_what_a_template_refuses_and_what_is_no_conversation() -> None:
     with pytest.raises(UsageError, match="refuses the conversation") as refused:
         made.render(TALK)
     assert refused.value.received == "too many"
-    with pytest.raises(UsageError, match="texts, numbers"):
+    with pytest.raises(UsageError, match="strings, numbers"):
         made.render([{"role": "user", "content": object()}])
     with pytest.raises(CheckpointError, match="longer than the limit"):
         ChatTemplate("x" * (2 << 20))

@@ -296,8 +296,8 @@ def test_verify_widens_as_compile_does(treadle_command: Treadle) -> None:
     assert said.code == 0
     refused(treadle_command("verify", SMALL, "--widen", "f8"), "no dtype that is widened")
     assert treadle_command("compile", SMALL, "-o", "small.treadle").code == 0
-    refused(treadle_command("verify", "small.treadle", "--widen", "bf16"), "takes no --widen")
-    refused(treadle_command("bench", "small.treadle", "--dtype", "bf16"), "takes no --dtype")
+    refused(treadle_command("verify", "small.treadle", "--widen", "bf16"), "does not accept --widen")
+    refused(treadle_command("bench", "small.treadle", "--dtype", "bf16"), "does not accept --dtype")
 
 
 def test_numbers_of_float32_are_told_in_its_own_digits(treadle_command: Treadle) -> None:
@@ -412,7 +412,7 @@ def test_an_input_that_determines_shapes_must_be_set_to_compile(treadle_command:
     onnx.save(onnx.parser.parse_model(text + " { y, i = TopK(x, k) }"), str(tmp_path / "m.onnx"))
     refused(
         treadle_command("compile", "m.onnx"),
-        "what is compiled depends on the value of k",
+        "the compiled graph depends on the value of k",
         "received  <compiled top on numpy, for each k: (x: f32[B, 9], k: i64[1])>",
         "--set k=VALUE",
     )

@@ -50,8 +50,8 @@ def test_a_fault_in_a_model_names_its_line(treadle_command: Treadle, function: s
         (["inspect", SMALL, "--after", "gelu-erf"], ["a rule of the pass fuse-gelu", "try       --after fuse-gelu\n"]),
         (["inspect", SMALL, "--set", "act=relu"], ["is a function", "try       --set act=t.relu\n"]),
         (["inspect", SMALL, "--limit", "nodes=0"], ["the limit nodes must be a positive integer"]),
-        (["inspect", SMALL, "--limit", "nodes=5"], ["limits are of a file"]),
-        (["inspect", SMALL, "--after", "dead-code", "--raw"], ["two stages"]),
+        (["inspect", SMALL, "--limit", "nodes=5"], ["limits apply to a model"]),
+        (["inspect", SMALL, "--after", "dead-code", "--raw"], ["two different stages"]),
         (["inspect", SMALL, "--sizes", "Q=3"], ["no symbolic axis Q", "one of B, S"]),
         (["inspect", SMALL, "--sizes", "S=-3"], ["size of S must be a positive integer"]),
         (["inspect", "gpt2", "--sizes", "S=2000"], ["S cannot be 2000", "S <= 1024"]),
@@ -72,7 +72,7 @@ def test_a_fault_in_a_model_names_its_line(treadle_command: Treadle, function: s
         (["run", SMALL, "--input", "tokens=none.npy"], ["the file does not exist", "none.npy"]),
         (["fetch", "minilmm"], ["there is no model 'minilmm' to fetch", "minilm"]),
         (["embed", "gpt2", "A sentence."], ["gpt2 is a declaration of the zoo, without weights"]),
-        (["embed", "gpt2", "A sentence.", "--file", "x"], ["given twice"]),
+        (["embed", "gpt2", "A sentence.", "--file", "x"], ["given both as arguments"]),
     ],
 )
 def test_what_does_not_exist_is_refused(treadle_command: Treadle, words: list[str], parts: list[str]) -> None:
@@ -222,7 +222,7 @@ def test_a_fault_of_our_own_is_told_as_one(treadle_command: Treadle, monkeypatch
     monkeypatch.setattr("treadle.resolving.resolve", fail)
     said = treadle_command("inspect", SMALL)
     assert said.code == 1
-    assert "its own fault: KeyError: 'lost'" in said.err
+    assert "a fault of Treadle: KeyError: 'lost'" in said.err
     assert "TREADLE_DEBUG=1" in said.err
     assert "Traceback" not in said.err
     told = treadle_command("inspect", SMALL, "--json")
@@ -305,11 +305,11 @@ def with_fields() -> None:
 @pytest.mark.parametrize(
     ("make", "part"),
     [
-        (with_objects, "no plain numbers"),
+        (with_objects, "not hold plain numbers"),
         (cut_short, "truncated"),
         (promising_too_much, "x.npy"),
         (no_array, "not a .npy file"),
-        (with_fields, "no plain numbers"),
+        (with_fields, "not hold plain numbers"),
     ],
 )
 def test_a_hostile_npy_file_is_refused(treadle_command: Treadle, make: Callable[[], None], part: str) -> None:

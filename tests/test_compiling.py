@@ -25,14 +25,14 @@ def example(x: t.f32["B 4"], y: t.f32["B 4"] | None, z: t.f32["B 4"] | None):
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "passes by name": (lambda: compile(example, passes="default"), "passes= is a list of passes"),  # type: ignore[arg-type]
-    "no passes": (lambda: compile(example, passes=None), "passes= is a list of passes"),  # type: ignore[arg-type]
-    "a pass's class": (lambda: compile(example, passes=[Canonicalize]), "passes= is a list of passes"),  # type: ignore[list-item]
+    "passes by name": (lambda: compile(example, passes="default"), "passes= must be a list of passes"),  # type: ignore[arg-type]
+    "no passes": (lambda: compile(example, passes=None), "passes= must be a list of passes"),  # type: ignore[arg-type]
+    "a pass's class": (lambda: compile(example, passes=[Canonicalize]), "passes= must be a list of passes"),  # type: ignore[list-item]
     "negative seed": (lambda: compile(example, seed=-1), "a seed is 0 or more, not -1"),
     "letters": (lambda: compile(example, inputs="yz"), "inputs= is a list of names"),
     "function": (lambda: compile(lambda x: x), "decorate the function with @t.model"),  # type: ignore[arg-type]
-    "limits": (lambda: compile(example, limits={"nodes": 3}), "limits are of a file"),
-    "number": (lambda: compile(3), "a model is a declaration, a graph, a name or a path"),  # type: ignore[arg-type]
+    "limits": (lambda: compile(example, limits={"nodes": 3}), "limits apply to a model"),
+    "number": (lambda: compile(3), "a model must be a declaration, a graph, a name or a path"),  # type: ignore[arg-type]
     "weights": (lambda: compile(example, weights={**ONES, "head.wieght": 0}), "head.weight for head.wieght?"),  # type: ignore[dict-item]
     "too few weights": (lambda: compile(example, weights={"head.bias": ONES["head.bias"]}), "weights= lacks 1 of 2"),
 }

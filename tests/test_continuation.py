@@ -155,7 +155,7 @@ def test_what_is_no_causal_model_is_told_as_what_it_is(tmp_path: Path) -> None:
     )
     transformers.BertModel(config).save_pretrained(tmp_path)
     byte_level().save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="does not continue text: it is no causal language model") as caught:
+    with pytest.raises(UsageError, match="does not continue text: it is not a causal language model") as caught:
         TextWriter.open(tmp_path)
     assert "treadle embed" in str(caught.value.hint)
 
@@ -203,7 +203,7 @@ def test_an_end_token_that_is_no_id(folder: Path, tmp_path: Path) -> None:
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": "zero"}')
-    with pytest.raises(CheckpointError, match="eos_token_id must be a token's id"):
+    with pytest.raises(CheckpointError, match="eos_token_id must be a token id"):
         TextWriter.open(tmp_path)
 
 
@@ -252,7 +252,7 @@ def test_a_line_ends_before_an_error(folder: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("prompt", "words", "ending", "reason"),
     [
-        ("the cat", ["--tokens", "3"], "count", "stopped after 3 tokens, as many as --tokens allows"),
+        ("the cat", ["--tokens", "3"], "count", "stopped after 3 tokens: the limit of --tokens"),
         ("a " * 19, ["--tokens", "40"], "context", "the model's context is full"),
         ("the cat", ["--tokens", "40"], "end", "the model ended the text"),
     ],
@@ -269,7 +269,7 @@ def test_it_says_why_it_stopped(
     done = generated(str(folder), prompt, *words)
     assert done.exit_code == 0
     assert reason in done.stderr
-    assert "tokens a second" in done.stderr
+    assert "tokens per second" in done.stderr
     assert "stopped" not in done.stdout
     assert json.loads(generated(str(folder), prompt, *words, "--json").stdout)["texts"][0]["ending"] == ending
     both = generated(str(folder), prompt, prompt, *words)
@@ -286,7 +286,7 @@ def test_a_chat_model_that_ends_at_once_says_so(
     text = template if place.endswith("jinja") else json.dumps({"chat_template": template})
     (tmp_path / place).write_text(text, encoding="utf-8")
     monkeypatch.setattr(Sampling, "choose", lambda *_, **__: 0)
-    assert "made for chat: --chat puts the prompt as its chat template does, with its marks <end>" in (
+    assert "It is a chat model: --chat puts the prompt into its chat template, with its marks <end>" in (
         generated(str(tmp_path), "the cat").stderr
     )
     assert json.loads(generated(str(tmp_path), "the cat", "--json").stdout)["chat_template"] is True
@@ -388,9 +388,9 @@ def test_beams_of_the_command_are_those_of_hugging_face(folder: Path) -> None:
         assert found["tokens"] == row[: len(found["tokens"])]
         assert set(row[len(found["tokens"]) :]) <= {0}
     assert "score" in generated(str(folder), *words).stderr
-    assert "without --beams there is no --best" in generated(str(folder), "the", "--best", "2").stderr
-    assert "without --chat there is no --system" in generated(str(folder), "the", "--system", "x").stderr
-    assert "takes no --stop" in generated(str(folder), *words, "--stop", "x").stderr
+    assert "only --beams accepts --best" in generated(str(folder), "the", "--best", "2").stderr
+    assert "only --chat accepts --system" in generated(str(folder), "the", "--system", "x").stderr
+    assert "does not accept --stop" in generated(str(folder), *words, "--stop", "x").stderr
 
 
 def test_speculation_gives_the_same_text_and_says_what_was_right(folder: Path) -> None:

@@ -107,7 +107,7 @@ UNFIT: dict[str, tuple[Any, Any, str]] = {
     "turned": (drawn(8, 5).T, drawn(5, 8), "it is not contiguous"),
     "every second": (drawn(5, 16)[:, ::2], drawn(5, 8), "it is not contiguous"),
     "another dtype": (drawn(5, 8).astype(np.float16), drawn(5, 8), "it would be converted"),
-    "a list": ([[0.0] * 8] * 5, drawn(5, 8), "it is no array"),
+    "a list": ([[0.0] * 8] * 5, drawn(5, 8), "it is not an array"),
     "the same array": (SHARED[:5], SHARED[:5], "it shares memory with input y"),
     "an overlap": (SHARED[:5], SHARED[1:], "it shares memory with input y"),
 }
@@ -120,7 +120,7 @@ def test_what_cannot_be_written_over_is_refused_before_anything_is_written(backe
     x, y, why = UNFIT[kind]
     before = np.array(x)
     said = message(lambda: exe(x=x, y=y))
-    assert "input x is donated, and cannot be written over" in said and why in said
+    assert "input x is donated, and cannot be overwritten" in said and why in said
     assert np.array_equal(np.array(x), before)
 
 
@@ -146,8 +146,8 @@ def test_spans_that_meet_are_found_as_by_asking_each_pair(drawn: list[tuple[int,
 
 @each_backend
 def test_a_name_that_is_no_input_is_refused(backend: str) -> None:
-    assert "what is donated are inputs, by name" in message(lambda: donating(backend, graph_of(residual), "z"))
-    assert "what is donated are inputs, by name" in message(
+    assert "donate= must be names of inputs" in message(lambda: donating(backend, graph_of(residual), "z"))
+    assert "donate= must be names of inputs" in message(
         lambda: treadle.compile(graph_of(residual), backend=backend, donate="x")  # type: ignore[arg-type]
     )
 
@@ -253,7 +253,7 @@ def test_explain_says_what_is_written_over_it(backend: str) -> None:
     told = explain_memory(graph_of(residual), backend=backend, donate=("x",))
     (line,) = told.donated
     assert line.startswith("input x is donated: ") and "written over it" in line and line in str(told)
-    assert ("it is given back as output out" in line) == (backend == "tvm")
+    assert ("it is returned as output out" in line) == (backend == "tvm")
     (nothing,) = explain_memory(
         graph_of(lambda b: b.softmax(b.input("x", "f32[S]"))), backend=backend, donate=("x",)
     ).donated

@@ -431,7 +431,7 @@ def test_the_demo_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 def test_a_model_that_was_not_fetched_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TREADLE_CACHE", str(tmp_path))
-    with pytest.raises(TreadleError, match="minilm was not fetched yet") as caught:
+    with pytest.raises(TreadleError, match="minilm has not been fetched yet") as caught:
         SentenceEmbedder.open("minilm")
     hint = caught.value.hint
     assert (hint, getattr(hint, "command", "")) == ("t.fetch_model('minilm')", "treadle fetch minilm")

@@ -88,7 +88,7 @@ def test_a_fault_of_our_own_ends_with_1(monkeypatch: pytest.MonkeyPatch, capsys:
     for more in ([], ["--json"]):
         assert code_of(["inspect", "m.py:small", *more], monkeypatch) == 1
     said = capsys.readouterr()
-    assert "Treadle has failed, which is its own fault: KeyError: 'a fault'" in said.err
+    assert "Treadle has failed, which is a fault of Treadle: KeyError: 'a fault'" in said.err
     assert json.loads(said.out)["error"]["kind"] == "InternalError"
     monkeypatch.setattr(sys, "stderr", left())
     assert code_of(["inspect", "m.py:small"], monkeypatch) == 1

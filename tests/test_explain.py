@@ -279,16 +279,16 @@ def test_a_value_is_followed_through_a_round_trip_and_not_through_half_of_one() 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["gpt2", "weather"], "nothing to explain of that name"),
-        (["gpt2", "storage", "--sizes", "B=2"], "--sizes and --svg are about memory and sharding"),
-        (["gpt2", "memory", "--expect", "attention=2"], "--expect and --certify are about fusion"),
-        (["gpt2", "fusion", "--expect", "attention"], "an expected count is OP=NUMBER"),
-        (["gpt2", "fusion", "--expect", "attention=-1"], "an expected count is OP=NUMBER"),
+        (["gpt2", "weather"], "unknown subject to explain"),
+        (["gpt2", "storage", "--sizes", "B=2"], "--sizes and --svg apply to memory and sharding only"),
+        (["gpt2", "memory", "--expect", "attention=2"], "--expect and --certify apply to fusion only"),
+        (["gpt2", "fusion", "--expect", "attention"], "an expected count must be OP=NUMBER"),
+        (["gpt2", "fusion", "--expect", "attention=-1"], "an expected count must be OP=NUMBER"),
         (["gpt2", "fusion", "--set", "passes=3"], "--set passes= is no option of a model"),
-        (["gpt2", "fusion", "--expect", "=3"], "an expected count is OP=NUMBER"),
+        (["gpt2", "fusion", "--expect", "=3"], "an expected count must be OP=NUMBER"),
         (["gpt2", "fusion", "--expect", "atention=3"], "unknown op 'atention'"),
         (["no-such-model", "fusion"], "there is no model"),
-        (["gpt2.treadle", "fusion"], "an artifact holds what was compiled"),
+        (["gpt2.treadle", "fusion"], "an artifact does not record how it was compiled"),
     ],
 )
 def test_what_cannot_be_explained_says_so(arguments: list[str], said: str) -> None:
@@ -419,7 +419,7 @@ def test_what_no_one_reads_is_told() -> None:
     _ = x * 0.5 * (b.erf(x * 0.5**0.5) + 1.0)
     b.source = SourceLine("model.py", 2)
     b.outputs(y=-x)
-    assert only(b.graph).reason == "other passes left nothing of it"
+    assert only(b.graph).reason == "other passes removed it"
 
 
 def test_a_rewrite_that_fails_its_certificate_is_a_refused_site() -> None:

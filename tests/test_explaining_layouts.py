@@ -106,7 +106,7 @@ def test_what_is_about_fusion_is_refused(option: list[str]) -> None:
     result = CliRunner().invoke(app, ["explain", "bert", "layouts", *option])
     assert result.exit_code == 2
     said = result.output + (result.stderr if result.stderr_bytes else "")
-    assert "--expect and --certify are about fusion" in said
+    assert "--expect and --certify apply to fusion only" in said
 
 
 # -- stages ----------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def test_inspect_shows_the_graph_as_hoisting_left_it(compiled: treadle.Compiled,
     settings = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
     words = ("inspect", "gpt2", "--backend", "tvm", *settings, "--after")
     for name in LOWERING:  # for the processor at hand, whose panels may have another width
-        printed = told(*words, name).partition("\ngraph ")[2].partition("\n# where each value lies")[0]
+        printed = told(*words, name).partition("\ngraph ")[2].partition("\n# storage of each value")[0]
         shown = parse_graph(f"graph {printed}")
         wanted = treadle.compile("gpt2", backend="tvm", **SMALL).optimized.after(name)
         assert shown == wanted

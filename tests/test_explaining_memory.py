@@ -54,21 +54,21 @@ def test_the_formula_gives_the_peak_at_every_size() -> None:
 @pytest.mark.parametrize(
     ("facts", "told"),
     [
-        ({"arena": None}, ["numpy allocates each array by itself: as much as lives at once, and what it caches"]),
-        ({"arena": 9_000}, ["one arena of 9,000 bytes, as small as can be: so many live at once"]),
-        ({"arena": 9_090}, ["one arena of 9,090 bytes, 1.00% above the bound: so many live at once"]),
+        ({"arena": None}, ["numpy allocates each array by itself: the memory alive at once, and its cache"]),
+        ({"arena": 9_000}, ["one arena of 9,000 bytes, equal to the peak, the lower bound"]),
+        ({"arena": 9_090}, ["one arena of 9,090 bytes, 1.00% above the peak, the lower bound"]),
         (
             {"arena": 9_000, "host": "logits"},
             [
-                "one arena of 9,000 bytes for what lives when logits is written, or later",
-                "what dies before lies in memory of logits, which a run allocates anyway",
+                "one arena of 9,000 bytes for values that are alive when logits is written, or later",
+                "values that die before share the memory of logits, which a run allocates anyway",
             ],
         ),
         (
             {"arena": 9_000, "foreign": 1_000},
             [
-                "one arena of 9,000 bytes for what is written where it is placed",
-                "foreign to it, since calls of numpy allocate what they give: at most 1,000 bytes at once",
+                "one arena of 9,000 bytes for results that are written at planned offsets",
+                "foreign to it, since calls of numpy allocate their results: at most 1,000 bytes at once",
             ],
         ),
     ],
@@ -76,7 +76,7 @@ def test_the_formula_gives_the_peak_at_every_size() -> None:
 def test_the_text_says_where_values_lie(facts: dict[str, Any], told: list[str]) -> None:
     own = {"peak": 9_000, "arena": None, "foreign": 0, "host": None, "apart": {"weights": 2_000, "states": 0}}
     lines = str(replace(small(), **(own | facts))).splitlines()
-    assert lines[1 : len(told) + 2] == [*told, "apart from it: weights 2 kB"]
+    assert lines[1 : len(told) + 2] == [*told, "not included: weights 2 kB"]
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_two_builds_are_compared(tmp_path: Path) -> None:
     ]
     with pytest.raises(UsageError, match="at the same sizes"):
         compare_memory(before, {**after, "sizes": {}})
-    with pytest.raises(UsageError, match="not what explain memory"):
+    with pytest.raises(UsageError, match="not the output of explain memory"):
         compare_memory({}, after)
     (tmp_path / "no.json").write_text("[1]")
     with pytest.raises(CheckpointError):

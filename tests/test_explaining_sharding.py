@@ -58,7 +58,7 @@ def test_the_text_of_a_large_shape_holds_80_columns_and_says_what_limits() -> No
     lines = str(found).splitlines()
     assert max(map(len, lines)) <= 80
     assert "links limits, 82% of all times" in lines
-    assert "of these beside others" in str(found)
+    assert "of these overlapped" in str(found)
     assert "    embed.weight is stored in parts and gathered for use" in lines
     full = explain_sharding(
         "llama", mesh="tp=8,dp=16", recipe="megatron", sizes={"B": 16, "S": 4096}, **{**SHAPE, "layers": 64}
@@ -78,11 +78,11 @@ def test_the_command_says_what_the_function_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "what"),
     [
-        (("sharding",), "sharding is over a mesh"),
+        (("sharding",), "sharding needs a mesh"),
         (("sharding", "--mesh", "tp=2"), "nothing says how to split"),
-        (("sharding", "--mesh", "tp=2", "--against", "x"), "--donate and --against are about memory"),
-        (("memory", "--mesh", "tp=2"), "--mesh, --recipe, --axis and --device are about sharding"),
-        (("fusion", "--sizes", "B=2"), "--sizes and --svg are about memory and sharding"),
+        (("sharding", "--mesh", "tp=2", "--against", "x"), "--donate and --against apply to memory only"),
+        (("memory", "--mesh", "tp=2"), "--mesh, --recipe, --axis and --device apply to sharding only"),
+        (("fusion", "--sizes", "B=2"), "--sizes and --svg apply to memory and sharding only"),
         (("sharding", "--mesh", "tp=2", "--recipe", "dp"), "recipe dp splits over a mesh axis dp"),
     ],
 )
@@ -313,8 +313,8 @@ def needing(held: int, memory: float, work: float, meeting: float, seconds: floa
 def test_what_a_device_needs_in_known_numbers(golden: Golden) -> None:
     """A plan fits to the last byte; overlapping work is reported from a hundredth of the time on."""
     assert needing(100, 100, 1.0, 0.0, 1.0).fits and not needing(101, 100, 1.0, 0.0, 1.0).fits
-    assert "beside others" not in needing(100, 100, 1.0, 0.5, 1.486).run_line()
-    assert "beside others" in needing(100, 100, 1.0, 0.5, 1.485).run_line()
+    assert "overlapped" not in needing(100, 100, 1.0, 0.5, 1.486).run_line()
+    assert "overlapped" in needing(100, 100, 1.0, 0.5, 1.485).run_line()
     texts = [
         needing(2000, 80e9, 0.0123456, 0.0, 0.0123456),
         needing(2000, 80e9, 0.01, 0.03, 0.039),
@@ -365,8 +365,8 @@ def test_what_would_save_the_most_in_known_numbers(golden: Golden) -> None:
 
 def test_what_the_lab_says_in_known_numbers() -> None:
     near, far = LabTrial({"y": 1e-11}, {}, 3, 2), LabTrial({"y": 0.0, "z": 1.01e-11}, {"B": 5, "S": 6}, 3, 2)
-    assert str(near) == "lab: 2 ranks in float64, 3 meetings of groups\n  y: 1.0e-11 from the whole model\n  equal"
-    assert str(far).startswith("lab: 2 ranks in float64 at B=5, S=6, 3 meetings of groups\n  y: 0.0e+00 from")
+    assert str(near) == "lab: 2 ranks in float64, 3 collectives\n  y: 1.0e-11 from the whole model\n  equal"
+    assert str(far).startswith("lab: 2 ranks in float64 at B=5, S=6, 3 collectives\n  y: 0.0e+00 from")
     assert str(far).endswith("\n  NOT equal")
     assert far.facts() == {
         "passed": False, "ranks": 2, "differences": {"y": 0.0, "z": 1.01e-11}, "sizes": {"B": 5, "S": 6}, "meetings": 3,

@@ -57,9 +57,9 @@ def test_a_weight_is_told_by_how_it_came() -> None:
     usable("tvm")
     found = explain_storage("gpt2", backend="tvm", target="x86-64-v4", **SMALL)
     block = {v.name: v for v in found.functions[0].values}
-    assert block["ln_1.weight"].why == "the weight as it came"
-    assert block["mlp.up.weight.panels"].why == "laid out when weights are bound: mlp.up.weight"
-    assert block["attn.projections.bias"].why.startswith("made when weights are bound: concat(attn.q.bias, ")
+    assert block["ln_1.weight"].why == "the weight as provided"
+    assert block["mlp.up.weight.panels"].why == "laid out by bind: mlp.up.weight"
+    assert block["attn.projections.bias"].why.startswith("derived by bind: concat(attn.q.bias, ")
     assert block["mlp.up.weight.panels"].form == "panels(48)"
     main = str(found).partition("main: ")[2]
     assert "h.0.ln_1.weight" not in main and "weights that it only passes on" in main

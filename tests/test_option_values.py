@@ -259,7 +259,7 @@ def test_memory_in_bytes(memory: int | str | None, count: int | None) -> None:
 
 @pytest.mark.parametrize("memory", ["0", "9" * 16, "1.1234567MB", "0.1B", -1, True, "-3MB"])
 def test_memory_that_is_none(memory: int | str) -> None:
-    assert refusal(lambda: parse_bytes(memory)).what == "memory is a number of bytes"
+    assert refusal(lambda: parse_bytes(memory)).what == "memory must be a number of bytes"
 
 
 def test_sizes_of_another_kind_are_refused() -> None:

@@ -255,7 +255,7 @@ AGAIN = """graph g {
     ("line", "again"),
     [
         ("n = exp(x)", True),
-        ("n = linear(x, $w)", True),  # of 96 rows: 16 operations a byte
+        ("n = linear(x, $w)", True),  # of 96 rows: 16 operations per byte
         ("n = linear(x, $v)", False),  # of 97 columns: more
         ("n = h(x)", False),
         ('n = rearrange(x, pattern="s d -> s d")', False),

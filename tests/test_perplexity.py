@@ -150,10 +150,10 @@ def test_logarithms_are_of_large_numbers_too() -> None:
 @pytest.mark.parametrize(
     ("count", "window", "told", "received"),
     [
-        (30, 1, "a window has at least 2 tokens and at most 40, as the model takes", "1"),
-        (30, 41, "a window has at least 2 tokens and at most 40, as the model takes", "41"),
-        (1, 16, "perplexity takes a text of two tokens or more", "1"),
-        (0, 16, "perplexity takes a text of two tokens or more", "0"),
+        (30, 1, "a window has at least 2 tokens and at most 40, the model's maximum", "1"),
+        (30, 41, "a window has at least 2 tokens and at most 40, the model's maximum", "41"),
+        (1, 16, "perplexity needs a text of two tokens or more", "1"),
+        (0, 16, "perplexity needs a text of two tokens or more", "0"),
     ],
 )
 def test_what_has_no_perplexity(
@@ -190,7 +190,7 @@ def test_one_token_has_no_error_and_sizes_may_be_open(folder: Path, ids: list[in
     assert PerplexityMeter(steep, None, None).measure([0, 1]).perplexity == math.exp(700)  # type: ignore[arg-type]
     for wrong in (math.nan, math.inf):
         made = PerplexityMeter(Model(wrong), None, None)  # type: ignore[arg-type]
-        with pytest.raises(UsageError, match="m gives logits that are not finite"):
+        with pytest.raises(UsageError, match="logits of m contain NaN or infinity"):
             made.measure(range(2))
 
 
@@ -202,7 +202,7 @@ def test_a_model_that_is_not_causal_has_none(tmp_path: Path) -> None:
     made = tokenizers.ByteLevelBPETokenizer()
     made.train_from_iterator(texts(100, 7), vocab_size=300)
     made.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UsageError, match="has no perplexity: it is no causal language model of tokens alone"):
+    with pytest.raises(UsageError, match="has no perplexity: it is not a causal language model of tokens alone"):
         PerplexityMeter.open(ModelOptions(tmp_path))
     with pytest.raises((UsageError, CheckpointError)):
         PerplexityMeter.open(ModelOptions(tmp_path / "nothing"))

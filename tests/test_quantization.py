@@ -223,7 +223,7 @@ def test_an_unknown_scheme_is_refused(every: Graph) -> None:
     with pytest.raises(PassError, match="unknown quantization 'int3'") as error:
         plan_quantization(every, "int3")
     assert error.value.hint == "one of int8-weights, int8, int4, int4-int8"
-    with pytest.raises(UsageError, match="weights are not quantized in 'int3'"):
+    with pytest.raises(UsageError, match="unknown quantization scheme 'int3'"):
         treadle.compile(MODELS["llama"], quantize="int3")
 
 
@@ -423,7 +423,7 @@ def test_a_file_that_is_quantized_already_is_told_as_it_is(tmp_path: Path) -> No
     head = str(plan).splitlines()[0]
     assert head.startswith("llama, int8-weights: 22 of 29 weights in blocks, 22 of them before, 70,528 bytes")
     made.save(tmp_path / "model.treadle")
-    with pytest.raises(UsageError, match="an artifact holds what was compiled"):
+    with pytest.raises(UsageError, match="an artifact does not record how it was compiled"):
         explain_quantization(tmp_path / "model.treadle")
 
 

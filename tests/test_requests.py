@@ -117,7 +117,7 @@ def test_what_bodies_mean(golden: Golden) -> None:
 def test_a_body_is_read_to_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_body(b'{"a":' + b"[" * 15 + b"]" * 15 + b"}").take("a")
     with pytest.raises(
-        RequestRefusal, match=r"the body is no JSON object: .* 16 deep, at the body, byte 20"
+        RequestRefusal, match=r"the body is not a JSON object: .* 16 deep, at the body, byte 20"
     ) as refused:
         read_body(b'{"a":' + b"[" * 16 + b"]" * 16 + b"}")
     assert (refused.value.status, refused.value.code) == (400, "invalid_json")
@@ -142,9 +142,9 @@ def test_texts_are_a_megabyte_long_at_most() -> None:
             assert fields.text("text") and fields.texts("texts", most=1)
             fields.end()
             continue
-        with pytest.raises(RequestRefusal, match="text must be a text of at most 1048576 characters"):
+        with pytest.raises(RequestRefusal, match="text must be a string of at most 1048576 characters"):
             fields.text("text")
-        with pytest.raises(RequestRefusal, match="texts must be a text, or a list of at most 1; none of them empty"):
+        with pytest.raises(RequestRefusal, match="texts must be a string, or a list of at most 1; none of them empty"):
             fields.texts("texts", most=1)
 
 

@@ -359,10 +359,10 @@ def test_nothing_outside_is_read(source: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_be_saved_is_told_before_there_is_anything_to_save(source: Path, tmp_path: Path) -> None:
     resolved = resolve(source)
-    with pytest.raises(UsageError, match="the model's own folder is not written over"):
+    with pytest.raises(UsageError, match="the model's own folder cannot be overwritten"):
         saver_for(resolved, source, replace=True)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="in a folder, and this is a file"):
+    with pytest.raises(UsageError, match="in a folder, but this is a file"):
         saver_for(resolved, tmp_path / "file")
     with pytest.raises(UsageError, match="the folder cannot be written"):
         saver_for(resolved, tmp_path / "file" / "below")

@@ -137,7 +137,7 @@ def read(line: str, shape: str = "[B, 4]", before: str = "") -> Graph:
 
 
 class Plain(StagedBackend):
-    """A backend that plans no storage."""
+    """A backend that does not plan storage."""
 
     name = "plain"
 
@@ -280,15 +280,15 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "a download": (lambda p: _only_file(bare(p, ("a", "b")), PINNED["minilm"]), FrontendError, "minilm"),
     "a family": (lambda _: find_family("bret"), UsageError, "there is no model 'bret' in the zoo"),
     "no family": (lambda _: find_family("zzz"), UsageError, "there is no model 'zzz' in the zoo"),
-    "sentences": (lambda _: read_sentences(["a"], "f"), UsageError, "sentences were given twice"),
+    "sentences": (lambda _: read_sentences(["a"], "f"), UsageError, "sentences were given both"),
     "no Python": (lambda p: resolve(f"{bare(p, ('m.txt',))}/m.txt:f"), UsageError, ""),
     "an import": (lambda p: resolve(f"{bare(p, ('m.py',))}/m.py:f"), FrontendError, "m.py cannot be imported"),
     "a step without weights": (lambda _: open_stepped("gpt2"), UsageError, "gpt2 has no weights"),
-    "an option of artifacts": (lambda p: load(p, memory=5), UsageError, "a model that is loaded for tasks takes no"),
+    "an option of artifacts": (lambda p: load(p, memory=5), UsageError, "a model that is loaded for tasks"),
     "an option of models": (lambda p: load(p / "m.treadle", dtype="bf16"), UsageError, "an artifact, which"),
     "generate": (lambda _: _refuse("beams take no", draft="m", seed=0), UsageError, "beams take no --draft"),
     "arrays and a file": (lambda p: write_npy(bare(p, ("f",)) / "f", {}), UsageError, "the arrays cannot be written"),
-    "a file alone": (lambda p: resolve(f"{bare(p, ('m.py',))}/m.py"), UsageError, "a model in a file is named"),
+    "a file alone": (lambda p: resolve(f"{bare(p, ('m.py',))}/m.py"), UsageError, "a model in a Python file is named"),
     "syntax": (lambda p: resolve(f"{bare(p, ('m.py',), 'a b')}/m.py:f"), FrontendError, "m.py is not Python: invalid"),
     "nothing declared": (lambda p: resolve(f"{bare(p, ('m.py',), 'f = 1')}/m.py:f"), UsageError, "m.py declares no"),
     "a text's name": (lambda p: write_sections(p / "a", {HALF: b""}, {}, {}), UsageError, "a name cannot be"),
@@ -296,10 +296,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "another file": (lambda p: resolving._load_declaration(bare(p, ("m",)) / "m", "f"), UsageError, ""),
     "a narrow value": (lambda _: Specializing._chosen(nobody, NARROW, 1), BackendError, "bf16 cannot determine"),
     "another vocabulary": (lambda _: writing("a").draft_for(writing("b")), UsageError, "a draft model must"),
-    "terms": (lambda _: _holders(SimpleNamespace(devices=nobody), "y", TERMS), RankError, "an output is left as terms"),  # type: ignore[arg-type]
+    "terms": (lambda _: _holders(SimpleNamespace(devices=nobody), "y", TERMS), RankError, "an output is left"),  # type: ignore[arg-type]
     "a graph's words": (lambda _: resolve(Graph("g"), inputs=["x"], dim=4), UsageError, "a graph takes no"),
     "limits by class": (
-        lambda p: load(p, limits=ArtifactLimits()), UsageError, "limits of a model are given by name"
+        lambda p: load(p, limits=ArtifactLimits()), UsageError, "limits of a model must be a mapping by name"
     ),
     "no Unicode": (
         lambda p: write_sections(p / "m.treadle", {"\udc80": b""}, {}, {}), UsageError, "a name cannot be written"
@@ -310,17 +310,17 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "no token": (lambda _: MaskFiller(nobody, "[MASK]").fill(["a"], top=0), UsageError, "top must be 1 or more"),
     "nothing to tag": (lambda _: TokenTagger(nobody, ()).tag([]), UsageError, "there is no text to tag"),
     "a grouping": (lambda _: TokenTagger(nobody, ()).tag(["a"], grouping="all"), UsageError, "there is no grouping"),
-    "no question": (lambda _: QuestionAnswerer(nobody).answer([("", "a")]), UsageError, "an answer takes a question"),
+    "no question": (lambda _: QuestionAnswerer(nobody).answer([("", "a")]), UsageError, "a question needs a text"),
     "no answer": (lambda _: QuestionAnswerer(nobody).answer([("a", "b")], top=0), UsageError, "top and longest must"),
     "an answer of nothing": (
         lambda _: QuestionAnswerer(nobody).answer([("a", "b")], longest=0), UsageError, "top and longest must"
     ),
     "no picture": (lambda _: ImageLabeller(nobody, nobody, (), {}).label([]), UsageError, "there is no image to label"),
-    "no match": (lambda _: ImageMatcher(nobody, nobody, nobody).match(["a"], []), UsageError, "matching takes an"),
+    "no match": (lambda _: ImageMatcher(nobody, nobody, nobody).match(["a"], []), UsageError, "matching needs an"),
     "a vocabulary without a mask": (lambda _: MaskFiller.open(nobody), CheckpointError, "the folder's vocabulary"),
     "a head of three": (lambda _: QuestionAnswerer.open(nobody), UsageError, "an answer has a start and an end"),
     "a decoder alone": (lambda _: TextRewriter.open(decoder), UsageError, "m does not rewrite texts"),
-    "grey pictures": (lambda _: image_sides(opened.model), CheckpointError, "image files have three colours"),
+    "grey pictures": (lambda _: image_sides(opened.model), CheckpointError, "image files have three channels"),
     "ids that are none": (
         lambda p: _converted_rules(ModelFolder.find(bare(p, ("config.json", "model.bin"), '{"suppress_ids": [-1]}'))),
         CheckpointError,
@@ -431,30 +431,30 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "no pass": (lambda _: PassManager((DeadCode(),)).run(read("relu(x)")).after("fuse-gelu"), UsageError, "no pass"),
     "no pattern": (lambda _: PassManager((Idle(),)).run(read("relu(x)")), PassError, ""),
     "no sites": (lambda _: PassManager((Sought(),)).run(read("relu(x)")), PassError, ""),
-    "no memory": (lambda _: built(budget=None, donate=("x",)), BackendError, "backend plain plans no storage"),
-    "no budget": (lambda _: built(budget=Budget(64, {"B": 2})), BackendError, "backend plain plans no memory"),
+    "no memory": (lambda _: built(budget=None, donate=("x",)), BackendError, "backend plain does not plan storage"),
+    "no budget": (lambda _: built(budget=Budget(64, {"B": 2})), BackendError, "backend plain does not plan memory"),
     "a budget of states": (
         lambda _: build(NumpyBackend(), parse_graph(STATE), Target("cpu"), {}, budget=Budget(64, {"B": 2})),
         BackendError,
-        "a budget is for a graph with one entry",
+        "a budget needs a graph with one entry",
     ),
     "no plan": (
         lambda _: NumpyBackend().emit(read("relu(x)"), Target("cpu"), {}, read("relu(x)"), None),
         BackendError,
-        "the numpy backend spells a storage plan",
+        "the numpy backend emits a storage plan",
     ),
     "a budget of one that only compiles": (
         lambda _: build(Whole(), read("relu(x)"), Target("cpu"), {}, budget=Budget(64, {"B": 2})),
         BackendError,
-        "backend whole plans no memory",
+        "backend whole does not plan memory",
     ),
     "what one that only compiles is given": (
         lambda _: build(Whole(), read("relu(x)"), Target("cpu"), {}, donate=("x",)),
         BackendError,
-        "backend whole plans no storage",
+        "backend whole does not plan storage",
     ),
     "states of one that knows none": (
-        lambda _: build(Whole(), parse_graph(STATE), Target("cpu"), {}), BackendError, "the whole backend runs no"
+        lambda _: build(Whole(), parse_graph(STATE), Target("cpu"), {}), BackendError, "the whole backend supports no"
     ),
     "no batch": (
         lambda _: shard_model(t.model(_rowless), "pp=2,micro=2", recipe="gpipe"), UsageError, "_rowless has no batch"
@@ -463,10 +463,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "a pipeline that writes": (
         lambda _: RankPart.of("gpt2", "pp=2", quiet, recipe="gpipe", whole=True), PassError, "a pipeline has no step"
     ),
-    "memory as a text": (lambda _: alike({"a": "4"}), UsageError, "this is not what explain memory --json writes"),
-    "no memory of storages": (lambda _: alike([4]), UsageError, "this is not what explain memory --json writes"),
+    "memory as a text": (lambda _: alike({"a": "4"}), UsageError, "this is not the output of explain memory --json"),
+    "no memory of storages": (lambda _: alike([4]), UsageError, "this is not the output of explain memory --json"),
     "an artifact's options": (
-        lambda p: explain_layouts(p / "m.treadle", bias=False), UsageError, "an artifact is what was compiled, and"
+        lambda p: explain_layouts(p / "m.treadle", bias=False), UsageError, "an artifact is already compiled"
     ),
     # generation
     "no room": (lambda _: begun(t.compile("gpt2", **SMALL).session(rows=1, capacity=3)), UsageError, "row 0 has no"),
@@ -543,9 +543,9 @@ def test_it_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("backend", "asks", "told"),
     [
-        (nobody, explain_layouts, "backend odd has no passes of its own to tell of"),
-        (Plain(), explain_storage, "backend odd plans no storage"),
-        (Plain(), explain_memory, "backend odd plans no storage"),
+        (nobody, explain_layouts, "backend odd has no passes of its own to explain"),
+        (Plain(), explain_storage, "backend odd does not plan storage"),
+        (Plain(), explain_memory, "backend odd does not plan storage"),
     ],
 )
 def test_a_backend_that_cannot_is_named(backend: Any, asks: Any, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -590,7 +590,7 @@ def test_inputs_that_an_onnx_file_has_not(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_fetched_file_of_another_format(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(resolving, "fetched_model", lambda name: bare(tmp_path, ("m.bin",)) / "m.bin")
-    with pytest.raises(UsageError, match="minilm is in a format that Treadle does not read yet") as caught:
+    with pytest.raises(UsageError, match="minilm is in a format that Treadle cannot read") as caught:
         resolving.find_folder("minilm")
     assert (caught.value.received, caught.value.within) == ("m.bin", str(tmp_path))
 
@@ -606,7 +606,7 @@ def test_an_artifact_is_run_by_one_rank(monkeypatch: pytest.MonkeyPatch) -> None
     ("prologue", "positions", "what"),
     [
         (("tokens",), "f32[30, 8]", "m does not transcribe speech"),
-        (("mel",), "f32[S, 8]", "the model does not say how long a recording it hears"),
+        (("mel",), "f32[S, 8]", "the model does not state the length of its recordings"),
     ],
 )
 def test_a_model_that_is_no_whisper(
@@ -639,6 +639,6 @@ def test_a_siglip_without_a_token_that_pads(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(TextTokenizer, "open", tokenizer)
     for context in (None, 63, 65):
         monkeypatch.setattr(matching, "token_positions", lambda made: context)  # noqa: B023
-        with pytest.raises(CheckpointError, match="the folder's vocabulary has no token that pads texts"):
+        with pytest.raises(CheckpointError, match="the folder's vocabulary has no padding token"):
             ImageMatcher.open(made)  # type: ignore[arg-type]
     assert asked == [64, 63, 64]

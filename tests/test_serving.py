@@ -276,14 +276,20 @@ COMPLETION: dict[str, Any] = {"model": "tiny", "prompt": "a"}
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "a"}]}
 EMBEDDING: dict[str, Any] = {"model": "vectors", "input": "a"}
 WRONG: list[tuple[str, Any, int, str | None, str]] = [
-    ("/completions", b"", 400, "invalid_json", "no JSON object"),
-    ("/completions", b"[1]", 400, "invalid_json", "no JSON object"),
-    ("/completions", b'{"model": "tiny"', 400, "invalid_json", "no JSON object"),
+    ("/completions", b"", 400, "invalid_json", "not a JSON object"),
+    ("/completions", b"[1]", 400, "invalid_json", "not a JSON object"),
+    ("/completions", b'{"model": "tiny"', 400, "invalid_json", "not a JSON object"),
     ("/completions", b"\xff\xfe", 400, "invalid_json", "UTF-8"),
-    ("/completions", b'{"a":' * 40 + b"1" + b"}" * 40, 400, "invalid_json", "no JSON object"),
+    ("/completions", b'{"a":' * 40 + b"1" + b"}" * 40, 400, "invalid_json", "not a JSON object"),
     ("/completions", {"prompt": "a"}, 400, "model", "model must be the name"),
     ("/completions", {**COMPLETION, "model": "other"}, 404, "model", "no model 'other'"),
-    ("/completions", {**COMPLETION, "model": "vectors"}, 400, "model", "embeds, and writes nothing"),
+    (
+        "/completions",
+        {**COMPLETION, "model": "vectors"},
+        400,
+        "model",
+        "computes embeddings, and does not generate text",
+    ),
     ("/completions", {**COMPLETION, "max_token": 3}, 400, "max_token", "did you mean max_tokens"),
     ("/completions", {**COMPLETION, "max_tokens": -1}, 400, "max_tokens", "max_tokens must be an integer"),
     ("/completions", {**COMPLETION, "max_tokens": True}, 400, "max_tokens", "max_tokens must be an integer"),
@@ -296,26 +302,26 @@ WRONG: list[tuple[str, Any, int, str | None, str]] = [
         "temperature must be a number",
     ),
     ("/completions", {**COMPLETION, "top_p": "1"}, 400, "top_p", "top_p must be a number"),
-    ("/completions", {**COMPLETION, "prompt": [[]]}, 400, "prompt", "prompt must be a text"),
-    ("/completions", {**COMPLETION, "prompt": []}, 400, "prompt", "prompt must be a text"),
-    ("/completions", {**COMPLETION, "prompt": ["a", 1]}, 400, "prompt", "prompt must be a text"),
+    ("/completions", {**COMPLETION, "prompt": [[]]}, 400, "prompt", "prompt must be a string"),
+    ("/completions", {**COMPLETION, "prompt": []}, 400, "prompt", "prompt must be a string"),
+    ("/completions", {**COMPLETION, "prompt": ["a", 1]}, 400, "prompt", "prompt must be a string"),
     ("/completions", {**COMPLETION, "prompt": [99999]}, 400, "prompt", "not in the vocabulary"),
     ("/completions", {**COMPLETION, "prompt": "the cat " * 80}, 400, "prompt", "a row of the session takes 64"),
     ("/completions", {**COMPLETION, "n": 1000}, 400, "n", "n must be an integer"),
     ("/completions", {**COMPLETION, "prompt": ["a"] * 100, "n": 2}, 400, "n", "asks for 200 texts"),
     ("/completions", {**COMPLETION, "prompt": ["a"] * 60}, 400, None, "60 texts at once, and at most 40 may wait"),
-    ("/completions", {**COMPLETION, "best_of": 3}, 400, "best_of", "best_of chooses among"),
+    ("/completions", {**COMPLETION, "best_of": 3}, 400, "best_of", "best_of selects among"),
     ("/completions", {**COMPLETION, "echo": True}, 400, "echo", "echo repeats the prompt"),
     ("/completions", {**COMPLETION, "logit_bias": {"5": 1}}, 400, "logit_bias", "logit_bias changes"),
     ("/completions", {**COMPLETION, "stop": ["a", ""]}, 400, "stop", "none of them empty"),
     ("/completions", {**COMPLETION, "stream": 1}, 400, "stream", "stream must be true or false"),
-    ("/completions", {**COMPLETION, "stream_options": {}}, 400, "stream_options", "where stream is true"),
+    ("/completions", {**COMPLETION, "stream_options": {}}, 400, "stream_options", "needs stream to be true"),
     (
         "/completions",
         {**COMPLETION, "stream": True, "stream_options": {"x": 1}},
         400,
         "stream_options.x",
-        "stream_options.x is no field",
+        "stream_options.x is not a supported field",
     ),
     ("/chat/completions", {"model": "tiny", "messages": []}, 400, "messages", "messages must be a list"),
     ("/chat/completions", {"model": "tiny", "message": CHAT["messages"]}, 400, "message", "did you mean messages"),
@@ -331,7 +337,7 @@ WRONG: list[tuple[str, Any, int, str | None, str]] = [
         {**CHAT, "messages": [{"role": "user"}]},
         400,
         "messages[0].content",
-        "messages[0].content must be a text",
+        "messages[0].content must be a string",
     ),
     (
         "/chat/completions",
@@ -346,7 +352,7 @@ WRONG: list[tuple[str, Any, int, str | None, str]] = [
         {**CHAT, "tools": [{"type": "function"}]},
         400,
         "tools",
-        "tools has the model call functions",
+        "tools lets the model call functions",
     ),
     (
         "/chat/completions",
@@ -356,9 +362,9 @@ WRONG: list[tuple[str, Any, int, str | None, str]] = [
         "response_format must be text",
     ),
     ("/chat/completions", {**CHAT, "top_logprobs": 2}, 400, "top_logprobs", "needs logprobs"),
-    ("/embeddings", {"model": "vectors"}, 400, "input", "input must be a text"),
-    ("/embeddings", {**EMBEDDING, "input": [1, 2]}, 400, "input", "input must be a text"),
-    ("/embeddings", {**EMBEDDING, "model": "tiny"}, 400, "model", "writes, and embeds nothing"),
+    ("/embeddings", {"model": "vectors"}, 400, "input", "input must be a string"),
+    ("/embeddings", {**EMBEDDING, "input": [1, 2]}, 400, "input", "input must be a string"),
+    ("/embeddings", {**EMBEDDING, "model": "tiny"}, 400, "model", "generates text, and has no embeddings"),
     ("/embeddings", {**EMBEDDING, "dimensions": 8}, 400, "dimensions", "dimensions asks for shorter"),
     ("/embeddings", {**EMBEDDING, "encoding_format": "hex"}, 400, "encoding_format", "float or base64"),
     ("/completions", {**COMPLETION, "prompt": "a" * 30000}, 413, "body_too_large", "more than 20000 bytes"),
@@ -383,7 +389,7 @@ def test_a_text_that_cannot_be_embedded_is_refused_and_waits_no_longer() -> None
         width = 3
 
         def embed_reporting(self, texts: list[str]) -> Any:
-            with pytest.raises(RequestRefusal, match="1 requests wait already; try again later") as late:
+            with pytest.raises(RequestRefusal, match="1 requests are waiting; try again later") as late:
                 served.embed(texts)
             assert (late.value.status, late.value.code, late.value.headers) == (429, "queue_full", {"Retry-After": "1"})
             raise UsageError("no such text", received="a", hint="another")
@@ -398,7 +404,7 @@ def test_a_text_that_cannot_be_embedded_is_refused_and_waits_no_longer() -> None
 def test_addresses_methods_and_types_that_are_not_there(server: Running) -> None:
     assert server.ask("GET", "/nothing")[0] == 404
     status, answer = server.ask("GET", "/completions")
-    assert (status, answer["error"]["message"]) == (405, "this address takes another method")
+    assert (status, answer["error"]["message"]) == (405, "this address needs another method")
     status, answer = server.post("/completions", COMPLETION, **{"content-type": "text/plain"})
     assert (status, answer["error"]["code"]) == (415, "unsupported_media_type")
 
@@ -494,7 +500,7 @@ def test_events_that_are_ready_go_out_at_once_and_the_loop_has_turns(writer: Tex
 def test_a_key_is_asked_for_and_a_late_answer_is_cut(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "key").write_text(f"{KEY}\n")
     server = Running(str(folder), "--key-file", str(tmp_path / "key"), "--seconds", "0.1", "--rows", "1")
-    with pytest.raises(openai.AuthenticationError, match="wants a key"):
+    with pytest.raises(openai.AuthenticationError, match="needs an API key"):
         server.client(api_key="another").models.list()
     assert server.ask("GET", "/models")[0] == 401
     client = server.client(api_key=KEY)
@@ -536,7 +542,7 @@ def test_a_server_says_what_it_has_and_who_may_ask(
         (["{folder}", "{folder}"], "two models would be served as tiny"),
         (["={folder}"], "a model needs a name"),
         (["{folder}", "--host", "256.1.1.1"], "cannot listen at 256.1.1.1"),
-        (["{folder}", "--key-file", "{empty}"], "holds no key"),
+        (["{folder}", "--key-file", "{empty}"], "has no key"),
         (["nothing-here"], "nothing-here"),
     ],
 )

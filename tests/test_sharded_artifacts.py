@@ -80,7 +80,7 @@ def test_blocks_come_back(tmp_path: Path) -> None:
 def test_what_is_not_split_is_told(tmp_path: Path) -> None:
     treadle.compile("gpt2", **SMALL).save(tmp_path / "x.treadle")
     assert open_artifact(tmp_path / "x.treadle").sharding is None
-    with pytest.raises(UsageError, match="a model that is not split"):
+    with pytest.raises(UsageError, match="a model that is not sharded"):
         load_sharded(tmp_path / "x.treadle")
     given = initial_weights(recognized("gpt2")) | {"ln_f.bias": np.zeros(31, np.float32)}
     with pytest.raises(UsageError, match=r"weight ln_f\.bias must be f32\[32\]"):
@@ -101,7 +101,7 @@ def test_the_command_writes_and_reads_a_file(tmp_path: Path) -> None:
     assert "equal" in read.output
     for words, what in (
         ([path, "--mesh", "tp=2"], "takes no --mesh"),
-        (["gpt2"], "a model is split over a mesh"),
+        (["gpt2"], "sharding needs a mesh"),
         (["gpt2", "--mesh", "tp=2", "--recipe", "megatron", "-o", "x.bin"], "must end in .treadle"),
     ):
         refused = run(app, ["shard", *words])

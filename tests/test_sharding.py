@@ -242,6 +242,6 @@ def test_a_lab_takes_blocks_that_are_written_and_refuses_others() -> None:
     ]
     graph = recognized("llama")
     read = encode_parameters(graph, {"embed.weight": parse_encoding("q8_0")})
-    with pytest.raises(UsageError, match="the lab draws no blocks of q8_0") as error:
+    with pytest.raises(UsageError, match="the lab cannot draw random weights in q8_0") as error:
         try_in_lab(shard(read, "dp=2", recipe="dp"))
     assert "widen=" in str(error.value)

@@ -280,7 +280,7 @@ def test_other_inputs_are_checked_as_ever(tmp_path: Path) -> None:
     exe = opened(tmp_path, TOP)
     with pytest.raises(BackendError, match="input x must be f32"):
         exe(x=ROWS.astype(np.int64), k=1)
-    with pytest.raises(BackendError, match="inputs are given by name"):
+    with pytest.raises(BackendError, match="inputs must be passed by name"):
         exe(ROWS, k=1)
 
 

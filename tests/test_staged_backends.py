@@ -211,9 +211,11 @@ def test_what_is_no_backend_is_told_what_to_write() -> None:
 @pytest.mark.parametrize("backend", [Primitive(), Whole()])
 def test_a_backend_without_entries_runs_no_states(backend: Any) -> None:
     graph = counter()
-    with pytest.raises(BackendError, match=f"the {backend.name} backend runs no states, and one entry alone") as caught:
+    with pytest.raises(
+        BackendError, match=f"the {backend.name} backend supports no states, and only one entry"
+    ) as caught:
         build(backend, graph, Target("cpu"), {})
     assert caught.value.received == "counter: entries main; 1 states"
     if isinstance(backend, StagedBackend):
-        with pytest.raises(BackendError, match="runs no states"):
+        with pytest.raises(BackendError, match="supports no states"):
             backend.compile(graph, Target("cpu"), {})

@@ -243,10 +243,16 @@ ROWS, START = np.array([0, 1]), np.array([0, 0])
 REFUSED: dict[str, tuple[Callable[[Any, States], object], str]] = {
     "no entry's name": (lambda e, s: e(x=X, rows=ROWS, start=START), "product is called by its entries"),
     "an unknown entry": (lambda e, s: e.entry("step"), "product has no entry 'step'"),
-    "no states": (lambda e, s: e.entry("main")(x=X, rows=ROWS, start=START), "has states, which a call is given first"),
-    "something else": (lambda e, s: e.entry("main")({"k": X}, x=X, rows=ROWS, start=START), "has states, which a call"),
+    "no states": (
+        lambda e, s: e.entry("main")(x=X, rows=ROWS, start=START),
+        "has states, which must be the first argument of a call",
+    ),
+    "something else": (
+        lambda e, s: e.entry("main")({"k": X}, x=X, rows=ROWS, start=START),
+        "has states, which must be the first argument",
+    ),
     "no size": (lambda e, s: e.new_states(R=3), "the states of product need a size for C"),
-    "another size": (lambda e, s: e.state_bytes(R=3, C=2, S=1), "the states of product have no size S"),
+    "another size": (lambda e, s: e.state_bytes(R=3, C=2, S=1), "the states of product have no symbol S"),
     "a size of nothing": (lambda e, s: e.new_states(R=3, C=0), "C must be a size of at least 1, is 0"),
     "no whole number": (lambda e, s: e.new_states(R=3.0, C=9), "R must be a size of at least 1, is 3.0"),
     "no memory": (lambda e, s: e.new_states(R=2**30, C=2**30), "there is not enough memory for its states"),
@@ -316,9 +322,9 @@ def test_states_of_other_types_and_backends_are_refused() -> None:
     exe, other = compiled(product(), "numpy"), compiled(product("f16"), "numpy")
     call = {"x": X, "rows": ROWS, "start": START}
     exe.entry("main")(compiled(product(ring=True), "numpy").new_states(**SIZES), **call)  # of the same types
-    with pytest.raises(BackendError, match="these are no states of product for the numpy backend"):
+    with pytest.raises(BackendError, match="these are not states of product for the numpy backend"):
         exe.entry("main")(other.new_states(**SIZES), **call)
-    with pytest.raises(BackendError, match="these are no states of product for the numpy backend"):
+    with pytest.raises(BackendError, match="these are not states of product for the numpy backend"):
         exe.entry("main")(compiled(product(), "tvm").new_states(**SIZES), **call)
 
 

@@ -111,7 +111,7 @@ def test_a_call_that_fails_keeps_the_gradients_of_the_calls_before_it() -> None:
     trainer.step(**batch_of(0))
     other.step(**batch_of(0))
     before = state_of(trainer)
-    with pytest.raises(UsageError, match="no place of the batch counts"):
+    with pytest.raises(UsageError, match="no position of the batch is counted"):
         trainer.step(**{**batch_of(1), "targets": np.full((2, 5), -100)})
     assert same(state_of(trainer), before)
     trainer.step(**batch_of(2))
@@ -122,7 +122,7 @@ def test_a_call_that_fails_keeps_the_gradients_of_the_calls_before_it() -> None:
 def test_zero_grad_drops_the_calls_since_the_last_update(tmp_path: Path) -> None:
     trainer, other = (Trainer("gpt2", accumulate=2, **SMALL) for _ in range(2))
     trainer.step(**batch_of(9))
-    with pytest.raises(UsageError, match="a state is saved after an update") as caught:
+    with pytest.raises(UsageError, match="a state can only be saved after an update") as caught:
         trainer.save_state(tmp_path / "state")
     assert "zero_grad" in str(caught.value)
     trainer.zero_grad()

@@ -59,7 +59,7 @@ def test_windows_share_a_third_unless_the_question_is_long(
 
 def test_a_question_needs_a_place_for_one_token() -> None:
     opened: Any = SimpleNamespace(tokenizer=Cut(40))
-    with pytest.raises(UsageError, match="leaves the text no room in the 40 tokens") as caught:
+    with pytest.raises(UsageError, match="leaves no room for the text in the 40 tokens") as caught:
         QuestionAnswerer(opened)._windows(("w " * 38, "text"))
     assert (caught.value.received, caught.value.hint) == ("38 tokens", "a shorter question")
 
@@ -119,7 +119,7 @@ def test_an_answer_of_two_windows_is_told_once_with_its_better_score() -> None:
             reader.answer([("what", "a b")], top=top, longest=longest)
         assert caught.value.received == f"top={top}, longest={longest}"
     for wrong in ([], [("what", " ")], [(" ", "a")]):
-        with pytest.raises(UsageError, match="an answer takes a question and a text"):
+        with pytest.raises(UsageError, match="a question needs a text that may contain the answer"):
             reader.answer(wrong)
 
 

@@ -189,7 +189,7 @@ def test_how_images_may_be_read(said: dict[str, Any], good: bool, tmp_path: Path
     if good:
         ImageReader.open(ModelFolder.find(tmp_path), "vit")
         return
-    with pytest.raises(CheckpointError, match="the file does not say how images are read"):
+    with pytest.raises(CheckpointError, match="the settings for reading images are invalid"):
         ImageReader.open(ModelFolder.find(tmp_path), "vit")
 
 
@@ -231,7 +231,7 @@ def test_an_image_of_another_format_is_refused(tmp_path: Path) -> None:
         if good:
             assert _read_image(tmp_path / name).size == (16, 16)
             continue
-        with pytest.raises(UsageError, match="the file is no image that can be read"):
+        with pytest.raises(UsageError, match="the file is not an image that can be read"):
             _read_image(tmp_path / name)
 
 

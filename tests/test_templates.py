@@ -51,12 +51,12 @@ def test_what_templates_may_do(template: str, text: str) -> None:
 @pytest.mark.parametrize(
     ("template", "error"),
     [
-        ("{{ 'a'.format(1) }}", "it reaches for format of str"),
-        ("{{ {}.pop(1) }}", "it reaches for pop of dict"),
-        ("{{ [1].append(2) }}", "it reaches for append of list"),
-        ("{{ (1,).__class__ }}", "it reaches for __class__ of tuple"),
-        ("{{ cycler('a').__init__ }}", "it reaches for __init__ of Cycler"),
-        ("{{ raise_exception.real }}{{ 5 .real }}", "it reaches for real of int"),
+        ("{{ 'a'.format(1) }}", "it accesses format of str"),
+        ("{{ {}.pop(1) }}", "it accesses pop of dict"),
+        ("{{ [1].append(2) }}", "it accesses append of list"),
+        ("{{ (1,).__class__ }}", "it accesses __class__ of tuple"),
+        ("{{ cycler('a').__init__ }}", "it accesses __init__ of Cycler"),
+        ("{{ raise_exception.real }}{{ 5 .real }}", "it accesses real of int"),
         ("{{ lipsum() }}", "'lipsum' is undefined"),
         ("{% if %}", "Expected an expression, got 'end of statement block', line 1"),
         ("a\n{% for %}", "Expected an expression, got 'end of statement block', line 2"),
@@ -82,7 +82,7 @@ def test_memory_that_is_not_there_is_told() -> None:
         raise MemoryError
 
     request = {"template": "", "values": {}, "most": 1}
-    told = {"error": "it takes more memory than it may"}
+    told = {"error": "it needs more memory than the limit"}
     assert worker.render(SimpleNamespace(from_string=from_string), request) == told
 
 
@@ -189,7 +189,7 @@ def test_a_template_is_given_what_it_may_name(processes: list[_Worker]) -> None:
         ('{"error": "e", "refused": true}', UsageError, "e", True),
         ('{"error": "e"}', CheckpointError, "e", True),
         (json.dumps({"error": "e" * 401}), CheckpointError, "e" * 400 + "... (401 characters)", True),
-        ("", CheckpointError, "it takes more memory than it may", False),
+        ("", CheckpointError, "it needs more memory than the limit", False),
         (None, CheckpointError, "it takes longer than 0.25 s", False),
     ],
 )

@@ -97,7 +97,7 @@ class FakeTrainer:
         self.done = self.steps * self.options["accumulate"]
 
     def save_state(self, path: Path, notes: Mapping[str, str]) -> None:
-        assert self.done == self.steps * self.options["accumulate"], "a state is saved after an update"
+        assert self.done == self.steps * self.options["accumulate"], "a state can only be saved after an update"
         self.saved.append(self.steps)
         noted = {NOTE + name: text for name, text in notes.items()}
         write_weights(Path(path), {}, {"format": FORMAT, "steps": str(self.steps), **noted})
@@ -255,7 +255,7 @@ def test_a_state_is_written_at_the_end_and_as_often_as_it_is_said(train: Treadle
 
 def test_a_state_with_all_steps_behind_it_is_refused(train: Treadle) -> None:
     write_weights(Path("done"), {}, {"format": FORMAT, "steps": "4"})
-    refused(train(f"gpt2 texts.txt {SMALL} --resume done"), "the state has 4 steps behind it already", "--steps 8")
+    refused(train(f"gpt2 texts.txt {SMALL} --resume done"), "the state already has 4 steps", "--steps 8")
 
 
 OTHER_BATCHES = {
@@ -501,33 +501,33 @@ def test_a_mean_weighs_each_batch_by_its_targets() -> None:
 # -- refusals ------------------------------------------------------------------------------------------------------
 
 REFUSED = {
-    "--temperature 2": ("without --teacher there is no --temperature", "--teacher MODEL as well"),
-    "--teacher-share 0.5": ("without --teacher there is no --teacher-share", "--teacher MODEL as well"),
-    "--save-every 3": ("without --state there is no --save-every", "--state FILE as well"),
+    "--temperature 2": ("--temperature only applies together with --teacher", "--teacher MODEL as well"),
+    "--teacher-share 0.5": ("--teacher-share only applies together with --teacher", "--teacher MODEL as well"),
+    "--save-every 3": ("--save-every only applies together with --state", "--state FILE as well"),
     "--resume none": ("there is no file none", "a file that --state wrote"),
     "--state .": ("the state cannot be written: this is a folder", "a file in a folder"),
-    "--state none/s": ("the state cannot be written: its folder is not there", "a file in a folder"),
+    "--state none/s": ("the state cannot be written: its folder does not exist", "a file in a folder"),
     "--optimizer adam": ("there is no optimizer 'adam'", "adamw or sgd"),
     "--schedule step": ("unknown schedule shape 'step'", "one of constant, cosine, linear"),
-    "--rate 0": ("a learning rate is a number above 0", "--rate 1e-4"),
-    "--rate nan": ("a learning rate is a number above 0", "--rate 1e-4"),
+    "--rate 0": ("a learning rate must be a number above 0", "--rate 1e-4"),
+    "--rate nan": ("a learning rate must be a number above 0", "--rate 1e-4"),
     "--schedule cosine --warmup 4": ("a cosine schedule falls after its peak at step 4", "more --steps"),
     "--schedule linear --steps 1": ("a linear schedule falls after its peak at step 1", "more --steps"),
     "--length 49": ("a block has 2 tokens or more and at most 48", "48"),
-    "--batch 4000": ("a batch of 4,000 rows cannot be made of",),
+    "--batch 4000": ("a batch of 4,000 rows cannot be formed from",),
     "--objective other": ("there is no objective 'other'", "one of next-token, masked-token"),
-    "--state texts.txt": ("the state would be written over a file that is no state", "another file, or --replace"),
-    "--state run.pt": ("a state is no pickle, as its name says", "run.state"),
+    "--state texts.txt": ("the state would overwrite a file that is not a state", "another file, or --replace"),
+    "--state run.pt": ("a state is not a pickle, as its name suggests", "run.state"),
     f"--state {'n' * 300}": ("the state cannot be written", "too long"),
     f"-o {'n' * 300}": ("the folder cannot be written", "too long"),
     f"--resume {'n' * 300}": ("there is no file nnn", "a file that --state wrote"),
-    "--state /dev/null --replace": ("the state would be written over a file that is no state",),
-    "--state gpt2/model.safetensors": ("the state would be written over a file that is no state",),
+    "--state /dev/null --replace": ("the state would overwrite a file that is not a state",),
+    "--state gpt2/model.safetensors": ("the state would overwrite a file that is not a state",),
     "--dtype bf16 --backend numpy": ("NumPy has no bf16", "--backend tvm, or torch"),
-    "--target cuda": ("training runs on the processor", "--target cpu, or no --target"),
-    "--target x86-64": ("training runs on the processor", "--target cpu, or no --target"),
+    "--target cuda": ("training runs on the CPU", "--target cpu, or no --target"),
+    "--target x86-64": ("training runs on the CPU", "--target cpu, or no --target"),
     "-o full": ("the folder to save in is not empty", "another folder, or --replace"),
-    "-o gpt2 --replace": ("the model's own folder is not written over",),
+    "-o gpt2 --replace": ("the model's own folder cannot be overwritten",),
 }
 
 
@@ -540,7 +540,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_compiled(train: Treadle
 
 
 def test_a_model_that_no_text_trains_is_told_what_to_do(train: Treadle) -> None:
-    refused(train("bert texts.txt"), "it is no causal language model", "--objective masked-token")
+    refused(train("bert texts.txt"), "it is not a causal language model", "--objective masked-token")
     refused(train("model.py:small texts.txt --objective masked-token"), "has no folder", "--tokenizer FOLDER")
 
 

@@ -190,7 +190,7 @@ def test_a_batch_in_parts_makes_the_update_of_the_whole() -> None:
     first = parts.step(**{name: array[:3] for name, array in batch.items()})
     assert (first.updated, first.step) == (False, 0)
     assert np.isnan(first.norm)
-    with pytest.raises(UsageError, match="a state is saved after an update"):
+    with pytest.raises(UsageError, match="a state can only be saved after an update"):
         parts.save_state("nowhere")
     second = parts.step(**{name: array[3:] for name, array in batch.items()})
     assert (second.updated, second.step) == (True, 1)
@@ -227,10 +227,10 @@ def test_a_state_of_another_training_is_refused(tmp_path: Path) -> None:
     trainer = Trainer("gpt2", **SMALL)
     trainer.save_state(tmp_path / "state")
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"optimizer": SGD()}, "the state is of another optimizer"),
-        ({"layers": 1}, "the state is of other weights"),
+        ({"optimizer": SGD()}, "the state belongs to another optimizer"),
+        ({"layers": 1}, "the state belongs to other weights"),
         ({"dim": 18, "heads": 3}, "must be f32"),
-        ({"trained": ["h.0.*"]}, "the state is of other weights"),
+        ({"trained": ["h.0.*"]}, "the state belongs to other weights"),
     ]
     for options, told in cases:
         other = Trainer("gpt2", **{**SMALL, **options})
@@ -243,12 +243,16 @@ def test_a_state_of_another_training_is_refused(tmp_path: Path) -> None:
     header, data = json.loads(file[8 : 8 + size]), bytearray(file[8 + size :])
     begin = header["moment/square.ln_f.bias"]["data_offsets"][0]
     damages: dict[str, tuple[str, bytes, str]] = {
-        "minus": ("-1", data, "the state says no number of updates"),
-        "many": ("9" * 400, data, "the state says no number of updates"),
-        "long": ("0" * 17 + "9" * 5000, data, "the state says no number of updates"),
+        "minus": ("-1", data, "the state lacks the number of updates"),
+        "many": ("9" * 400, data, "the state lacks the number of updates"),
+        "long": ("0" * 17 + "9" * 5000, data, "the state lacks the number of updates"),
         "cut": ("0", data[:-1], "the file ends before its tensors do"),
-        "negative": ("0", data[: begin + 3] + b"\xbf" + data[begin + 4 :], "holds what no training leaves there"),
-        "no number": ("0", data[: begin + 2] + b"\xc0\x7f" + data[begin + 4 :], "holds what no training leaves there"),
+        "negative": ("0", data[: begin + 3] + b"\xbf" + data[begin + 4 :], "has values that training cannot produce"),
+        "no number": (
+            "0",
+            data[: begin + 2] + b"\xc0\x7f" + data[begin + 4 :],
+            "has values that training cannot produce",
+        ),
     }
     for steps, content, told in damages.values():
         text = json.dumps({**header, "__metadata__": {**header["__metadata__"], "steps": steps}}).encode()
@@ -304,17 +308,17 @@ def test_what_a_step_holds_is_told() -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"accumulate": 0}, "gradients of 1 call or more make an update"),
-        ({"accumulate": True}, "gradients of 1 call or more make an update"),
-        ({"trained": ["h.9.*"]}, "no weight is called 'h.9.*'"),
+        ({"accumulate": 0}, "an update needs the gradients of 1 call or more"),
+        ({"accumulate": True}, "an update needs the gradients of 1 call or more"),
+        ({"trained": ["h.9.*"]}, "no weight matches 'h.9.*'"),
         ({"loss": "perplexity"}, "the model has no output perplexity"),
         ({"output": "hidden"}, "the model has no output hidden"),
-        ({"target": "cuda"}, "training runs on the processor, not on cuda"),
+        ({"target": "cuda"}, "training runs on the CPU, not on cuda"),
         ({"loss": "logits"}, "is not a loss: a loss is a scalar"),
-        ({"loss": "far", "output": "logits"}, "a loss of the model's own has none"),
-        ({"optimizer": "adamw"}, "optimizer= is an optimizer"),
-        ({"optimizer": AdamW}, "optimizer= is an optimizer"),
-        ({"teacher": "gpt2"}, "a teacher is a compiled model"),
+        ({"loss": "far", "output": "logits"}, "`output=` cannot be combined with a custom loss"),
+        ({"optimizer": "adamw"}, "optimizer= must be an optimizer"),
+        ({"optimizer": AdamW}, "optimizer= must be an optimizer"),
+        ({"teacher": "gpt2"}, "a teacher must be a compiled model"),
         ({"temperature": 2.0}, "temperature= only applies together with teacher="),
         ({"share": 0.0}, "share= only applies together with teacher="),
     ],
@@ -332,11 +336,11 @@ def test_a_teacher_and_what_it_teaches_go_together() -> None:
     assert caught.value.received == "logits: f32[B, S, 21] of the teacher, f32[B, S, 19] of the model"
     student = Trainer("gpt2", teacher=t.compile("gpt2", **{**SMALL, "context": 5}), **SMALL)
     student.step(**batch_of(student, 0, length=5))
-    with pytest.raises(BackendError, match=r"the teacher does not take this batch: .* must be at most 5, is 7"):
+    with pytest.raises(BackendError, match=r"the teacher does not accept this batch: .* must be at most 5, is 7"):
         student.step(**batch_of(student, 0, length=7))
-    with pytest.raises(UsageError, match="a teacher teaches an output"):
+    with pytest.raises(UsageError, match="a teacher cannot be combined with a custom loss"):
         Trainer(pulled, loss="far", teacher=t.compile(pulled))
-    with pytest.raises(UsageError, match="a model of several outputs is trained for one of them"):
+    with pytest.raises(UsageError, match="a model with several outputs is trained for one of them"):
         Trainer(pulled)
 
 
@@ -344,7 +348,7 @@ def test_a_batch_of_which_nothing_counts_or_whose_loss_is_no_number_changes_noth
     trainer = Trainer("gpt2", rate=1e30, clip=None, optimizer=SGD(), **SMALL)
     batch = batch_of(trainer, 0)
     before = {name: array.copy() for name, array in trainer.weights.items()}
-    with pytest.raises(UsageError, match="no place of the batch counts"):
+    with pytest.raises(UsageError, match="no position of the batch is counted"):
         trainer.step(**{**batch, "targets": np.full_like(batch["targets"], -100)})
     near(trainer.weights, before, 0)
     trainer.step(**batch)
@@ -414,7 +418,7 @@ def test_a_loss_that_is_nan_before_any_update_is_no_matter_of_the_rate() -> None
 @pytest.mark.parametrize("name", ["run.bin", "run.pt", "run.PTH", "run.ckpt", "run.pkl", "run.pickle"])
 def test_a_state_is_not_written_under_the_name_of_a_pickle(name: str, tmp_path: Path) -> None:
     """`restore` would refuse it."""
-    with pytest.raises(UsageError, match="a state is no pickle, as its name says") as caught:
+    with pytest.raises(UsageError, match="a state is not a pickle, as its name suggests") as caught:
         small().save_state(tmp_path / name)
     assert caught.value.hint == "run.state"
     assert not os.listdir(tmp_path)
@@ -427,7 +431,7 @@ def test_a_state_gives_back_the_notes_that_were_saved(tmp_path: Path) -> None:
     assert read_notes(tmp_path / "noted") == {"seed": "3", "texts": "a b"}
     small().restore(tmp_path / "noted")
     write_weights(tmp_path / "weights", {})
-    with pytest.raises(CheckpointError, match="this is no state of a training"):
+    with pytest.raises(CheckpointError, match="this is not a training state"):
         read_notes(tmp_path / "weights")
 
 
@@ -453,7 +457,7 @@ def test_weights_that_no_gradient_reaches_stay_as_they_are() -> None:
     assert losses[-1] < losses[0]
     changed = {name for name, array in trainer.weights.items() if not np.array_equal(array, before[name])}
     assert changed == {"w.weight", "w.bias"}
-    with pytest.raises(UsageError, match="the loss depends on no weight that is trained"):
+    with pytest.raises(UsageError, match="the loss depends on no trained weight"):
         Trainer(gated, loss="loss", trained=["gate.*", "h.0.*"])
 
 
@@ -482,8 +486,8 @@ def test_of_a_torch_module_what_requires_a_gradient_is_trained() -> None:
         ({"targets": None}, BackendError, "no value for targets"),
         ({"wte.weight": np.zeros((19, 16), np.float32)}, BackendError, "has no input wte.weight"),
         ({"self": np.zeros(1)}, BackendError, "has no input self"),
-        ({"targets": np.full((3, 7), 19)}, UsageError, "targets are classes from 0 to 18, or -100"),
-        ({"targets": np.full((3, 7), -1)}, UsageError, "targets are classes from 0 to 18, or -100"),
+        ({"targets": np.full((3, 7), 19)}, UsageError, "targets must be classes from 0 to 18, or -100"),
+        ({"targets": np.full((3, 7), -1)}, UsageError, "targets must be classes from 0 to 18, or -100"),
         ({"targets": np.zeros((3, 6), np.int64)}, BackendError, "targets"),
     ],
 )

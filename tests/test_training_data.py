@@ -57,7 +57,7 @@ def test_a_byte_order_mark_is_no_text_and_an_ending_may_be_in_capitals(name: str
 def test_a_line_that_is_no_object_with_a_text_is_named(line: str, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "x"}\n\n' + line, encoding="utf-8")
-    with pytest.raises(UsageError, match=r"a line of a \.jsonl file is an object with a text") as caught:
+    with pytest.raises(UsageError, match=r"a line of a \.jsonl file must be an object with a text") as caught:
         read_documents([str(path)])
     assert caught.value.within == f"{path}, line 3"
 
@@ -158,20 +158,20 @@ def test_another_tokenizer_serves_a_model_without_a_folder(gpt2: Path, corpus: s
     data = TextData.open("gpt2", [corpus], made, tokenizer=str(gpt2))
     own = TextData.open(str(gpt2), [corpus], resolve(gpt2), length=32)
     np.testing.assert_array_equal(data.batches.blocks, own.batches.blocks)
-    with pytest.raises(UsageError, match="the tokenizer gives tokens that gpt2 does not have") as caught:
+    with pytest.raises(UsageError, match="the tokenizer has tokens that gpt2 does not have") as caught:
         TextData.open("gpt2", [corpus], resolve("gpt2", vocab=50, **sizes), tokenizer=str(gpt2))
     assert str(caught.value.hint) == f"vocab={vocabulary}"
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gpt2", {"objective": "both"}, "there is no objective 'both'"),
-    ("gpt2", {"length": 49}, "a block has 2 tokens or more and at most 48, as the model takes"),
+    ("gpt2", {"length": 49}, "a block has 2 tokens or more and at most 48, the maximum of the model"),
     ("gpt2", {"length": 1}, "a block has 2 tokens or more"),
-    ("gpt2", {"holdout": 1.0}, "what is held out is a part of the blocks, below 1"),
-    ("gpt2", {"holdout": -0.1}, "what is held out is a part of the blocks, below 1"),
-    ("gpt2", {"batch": 500}, "a batch of 500 rows cannot be made of"),
-    ("gpt2", {"batch": 3, "holdout": 0.99}, "a batch of 3 rows cannot be made of 0 blocks"),
-    ("bert", {}, "it is no causal language model"),
+    ("gpt2", {"holdout": 1.0}, "the held-out fraction of blocks must be 0 or more and below 1"),
+    ("gpt2", {"holdout": -0.1}, "the held-out fraction of blocks must be 0 or more and below 1"),
+    ("gpt2", {"batch": 500}, "a batch of 500 rows cannot be formed from"),
+    ("gpt2", {"batch": 3, "holdout": 0.99}, "a batch of 3 rows cannot be formed from 0 blocks"),
+    ("bert", {}, "it is not a causal language model"),
     ("bert", {"objective": "masked-token", "teacher": "gpt2"}, "a teacher must have the same vocabulary"),
 ]
 
@@ -191,19 +191,23 @@ def test_a_block_is_no_longer_than_the_teacher_takes(gpt2: Path, corpus: str, mo
     monkeypatch.setattr("treadle.training.text_data.resolve", lambda *_, **__: short)
     options: dict[str, Any] = {"teacher": str(gpt2)}
     assert TextData.open(str(gpt2), [corpus], resolve(gpt2), **options).length == 24
-    with pytest.raises(UsageError, match="a block has 2 tokens or more and at most 24, as the teacher takes"):
+    with pytest.raises(UsageError, match="a block has 2 tokens or more and at most 24, the maximum of the teacher"):
         TextData.open(str(gpt2), [corpus], resolve(gpt2), length=25, **options)
 
 
 def test_a_vocabulary_without_a_mask_hides_nothing(bert: Path, corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TextTokenizer, "mask", None)
-    with pytest.raises(CheckpointError, match="the folder's vocabulary has no token for a mask"):
+    with pytest.raises(CheckpointError, match="the folder's vocabulary has no mask token"):
         TextData.open(str(bert), [corpus], resolve(bert), objective="masked-token")
 
 
 @pytest.mark.parametrize(
     ("model", "told"),
-    [("gpt2", "gpt2 has no folder, and so no tokenizer"), ("vit", "it is no model of tokens alone"), ("t5", "alone")],
+    [
+        ("gpt2", "gpt2 has no folder, and so no tokenizer"),
+        ("vit", "it is not a model of tokens alone"),
+        ("t5", "alone"),
+    ],
 )
 def test_models_that_texts_do_not_train(model: str, told: str, corpus: str) -> None:
     with pytest.raises(UsageError, match=told):

@@ -111,7 +111,7 @@ def test_of_the_masked_8_of_10_are_hidden_1_is_another_and_1_is_as_it_was() -> N
 
 @pytest.mark.parametrize("rate", [0.0, -0.1, 1.01])
 def test_what_is_no_part_is_refused(rate: float) -> None:
-    with pytest.raises(UsageError, match="above 0 and up to 1"):
+    with pytest.raises(UsageError, match="above 0 and at most 1"):
         mask_tokens(np.ones((1, 2), np.int64), np.random.default_rng(0), mask=0, vocab=2, special=(), rate=rate)
 
 
@@ -150,5 +150,5 @@ def test_the_seed_draws_the_order() -> None:
 
 @pytest.mark.parametrize("rows", [0, 4])
 def test_fewer_blocks_than_a_batch_are_refused(rows: int) -> None:
-    with pytest.raises(UsageError, match=f"a batch of {rows} rows cannot be made of 3 blocks"):
+    with pytest.raises(UsageError, match=f"a batch of {rows} rows cannot be formed from 3 blocks"):
         BlockBatches(np.zeros((3, 2), np.int64), rows)

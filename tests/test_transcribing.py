@@ -102,7 +102,7 @@ def test_damaged_sound_files(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="the sound is empty"):
         read_sound(bad, rate=16_000)
     bad.write_bytes(b"ID3 an mp3")
-    with pytest.raises(UsageError, match="no sound that can be read") as refused:
+    with pytest.raises(UsageError, match="not a sound that can be read") as refused:
         read_sound(bad, rate=16_000)
     assert "ffmpeg" in str(refused.value.hint)
 
@@ -123,9 +123,9 @@ def test_kinds_of_sound_that_are_read(channels: int, rate: int, good: bool, tmp_
     if good:
         assert len(read_sound(tmp_path / "a.wav", rate=rate)) == 3
         return
-    with pytest.raises(UsageError, match="of a kind that is not read") as caught:
+    with pytest.raises(UsageError, match="sound format is not supported") as caught:
         read_sound(tmp_path / "a.wav", rate=16_000)
-    assert caught.value.received == f"{channels} channels, 16 bits, {rate} samples a second"
+    assert caught.value.received == f"{channels} channels, 16 bits, {rate} samples per second"
 
 
 def test_long_recordings_are_cut_where_they_are_quiet() -> None:

@@ -1,4 +1,4 @@
-"""Treadle, a compiler for transformers: the front door.
+"""Treadle, a compiler for transformers: the public API.
 
     import treadle as t
 
@@ -8,8 +8,8 @@
     exe = t.compile(tiny, backend="numpy")
     exe(tokens=ids)
 
-The DSL's vocabulary lives here (see `treadle.frontends.language`), and so do `compile`, `Trainer`, `fetch_model`,
-`from_torch`, `Graph` and `Target`, which are imported when they are first used, and the errors, all of them
+This module has the functions and types of the DSL (see `treadle.frontends.language`); `compile`, `Trainer`,
+`fetch_model`, `from_torch`, `Graph` and `Target`, which are imported when first used; and the errors, all of them
 `TreadleError`.
 """
 
@@ -20,8 +20,8 @@ from typing import Any as _Any
 
 __version__ = "0.1.0"
 
-# In a checkout, subpackages such as `treadle.ir` are the folders beside this one. Installed, they lie inside
-# it, and there is no pyproject.toml above.
+# In a checkout, subpackages such as `treadle.ir` are the folders next to this one. When installed, they are inside it,
+# and there is no pyproject.toml above.
 _checkout = _Path(__file__).resolve().parent.parent
 if (_checkout / "pyproject.toml").is_file():
     __path__.append(str(_checkout))
@@ -81,7 +81,7 @@ _LAZY = {
 }
 
 
-if not TYPE_CHECKING:  # which knows every word, and that there is no other
+if not TYPE_CHECKING:  # type checkers know every name, and report unknown ones
 
     def __getattr__(name: str) -> _Any:
         if name in _LAZY:

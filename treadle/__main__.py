@@ -1,10 +1,10 @@
-"""The entry point, of `treadle` and of `python -m treadle`."""
+"""Entry point of `treadle` and of `python -m treadle`."""
 
 import sys
 
 
 def main() -> None:
-    """The command line; interrupted while it is still being loaded, it ends as quietly as later on."""
+    """Run the command line; an interrupt during its import ends as quietly as a later one."""
     try:
         from treadle.cli import main as run
     except KeyboardInterrupt:

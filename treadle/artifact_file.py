@@ -5,8 +5,8 @@
     the rest  the sections, each at a multiple of 64 bytes; bytes between two belong to a section `padding/i` of zeros;
               the last section, `seal`, is the SHA-256 of everything before the first
 
-The metadata holds the SHA-256 of every section under `sha256:NAME`, so the seal covers the file. docs/artifacts.md says
-what the sections are; docs/decisions/0004-artifact-format.md, why this layout.
+The metadata holds the SHA-256 of every section under `sha256:NAME`, so the seal covers the file. docs/artifacts.md
+describes the sections; docs/decisions/0004-artifact-format.md gives the reasons for this layout.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _PADDING = "padding/"
 _WEIGHT = "weight/"
 _TEXTS = ("declared", "graph", "log")
 _OPTIONAL = ("sharding",)
-_DAMAGED = "make the file again, or fetch it again: it was changed after it was written"
+_DAMAGED = "write the file again, or fetch it again: it was changed after it was written"
 
 
 # -- writing -------------------------------------------------------------------------------------------------------
@@ -52,7 +52,7 @@ _DAMAGED = "make the file again, or fetch it again: it was changed after it was 
 
 @dataclass(frozen=True)
 class Section:
-    """A named array, as it will lie in the file. `dtype` is the IR's: bf16 is given as float32."""
+    """A named array, as stored in the file. `dtype` is the IR's: bf16 is passed as float32."""
 
     name: str
     dtype: DType
@@ -60,7 +60,7 @@ class Section:
 
     @property
     def bytes(self) -> memoryview:
-        """Its bytes, little-endian and row-major: a view where the array lies so already."""
+        """Its bytes, little-endian and row-major: a view if the array is already stored so."""
         values = self.values
         if self.dtype is bf16:
             return memoryview(Literal.of(values, bf16).data)
@@ -71,9 +71,9 @@ class Section:
 def write_sections(
     path: Path, texts: Mapping[str, bytes], weights: Mapping[str, tuple[DType, Array]], metadata: Mapping[str, str]
 ) -> str:
-    """Write texts and weights as one file, whole or not at all; returns the seal, in hexadecimal digits.
+    """Write texts and weights as one file, completely or not at all; return the seal, in hexadecimal digits.
 
-    The bytes are a function of the arguments. Raises UsageError where the file cannot be written.
+    The bytes are a function of the arguments. Raises UsageError if the file cannot be written.
     """
     sections = [Section(name, _U8, np.frombuffer(text, np.uint8)) for name, text in texts.items()]
     sections += [Section(_WEIGHT + name, dtype, values) for name, (dtype, values) in weights.items()]
@@ -119,10 +119,10 @@ def _entry(dtype: str, shape: list[int], begin: int, size: int) -> dict[str, Any
 
 
 class SectionFile:
-    """An artifact's sections, memory-mapped, their layout and hashes checked.
+    """An artifact's sections, memory-mapped, with checked layout and hashes.
 
-    metadata  what the writer was given
-    seal      the SHA-256 of the head, which names the file's content, in hexadecimal digits
+    metadata  the metadata that the writer stored
+    seal      the SHA-256 of the head, which identifies the file's content, in hexadecimal digits
     """
 
     def __init__(self, path: PathLike, limits: HeaderLimits, *, check: bool = True) -> None:
@@ -130,7 +130,7 @@ class SectionFile:
 
         check  also read every weight and compare its hash
 
-        Raises CheckpointError, with the section or the byte, for a file that is damaged, foreign or past a limit.
+        Raises CheckpointError, with the section or the byte, for a file that is damaged, foreign or beyond a limit.
         """
         self.path = shown_path(path)
         self._file = SafetensorsFile.open(path, limits)
@@ -154,7 +154,9 @@ class SectionFile:
                 self._check_hash(name)
 
     def text(self, name: str, most_bytes: int, setting: str) -> str:
-        """A section's text. Raises CheckpointError past the limit, whose setting is named, or where it is not UTF-8."""
+        """Return a section's text. Raises CheckpointError if it exceeds the limit, whose setting is named, or is not
+        UTF-8.
+        """
         data = self._file.raw(name)
         if len(data) > most_bytes:
             self.fail(
@@ -169,16 +171,16 @@ class SectionFile:
             self.fail("the section is not UTF-8", f"section {name}, byte {error.start} of it", _DAMAGED)
 
     def __contains__(self, name: str) -> bool:
-        """Whether the file has a section of this name."""
+        """Return True if the file has a section of this name."""
         return name in self._file
 
     @property
     def weights(self) -> dict[str, TensorRecord]:
-        """What the file says of each weight, by the weight's name."""
+        """The record of each weight in the file, by the weight's name."""
         return {n.removeprefix(_WEIGHT): self._file[n] for n in self._file if n.startswith(_WEIGHT)}
 
     def weight(self, name: str) -> Array:
-        """A weight, read-only, in the mapped file's memory; bf16 comes widened to float32, a copy."""
+        """Return a weight, read-only, in the mapped file's memory; bf16 is widened to float32, a copy."""
         return self._file.array(_WEIGHT + name)
 
     def fail(self, what: str, place: str, hint: str | None = None, *, received: str | None = None) -> NoReturn:
@@ -196,7 +198,7 @@ class SectionFile:
         return expected.hex()
 
     def _check_layout(self) -> None:
-        """Every section is known and aligned, has a hash if it is not padding, and padding is zeros."""
+        """Check that every section is known and aligned, has a hash unless it is padding, and that padding is zero."""
         for record in self._records():
             if record.name == _SEAL:
                 continue

@@ -1,4 +1,4 @@
-"""Writing a compiled model to one `.treadle` file. docs/artifacts.md has the layout."""
+"""Write a compiled model to one `.treadle` file. docs/artifacts.md describes the layout."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.plan_printing import plan_record
 
 if TYPE_CHECKING:
-    from treadle.compiled import Compiled  # which saves itself
+    from treadle.compiled import Compiled  # which imports this module to save itself
 
 
 def save(compiled: Compiled, path: PathLike) -> str:
-    """Write a compiled model to one file; returns the file's seal, which names its content (64 hexadecimal digits).
+    """Write a compiled model to one file; return the file's seal, which identifies its content (64 hexadecimal digits).
 
-    Equal models, options and weights give equal bytes: no times, no paths of this machine. A file of that name is
-    replaced in one step. Raises UsageError where the file cannot be written.
+    Equal models, options and weights give equal bytes: no times, no paths of this machine. An existing file is replaced
+    in one step. Raises UsageError if the file cannot be written.
     """
     return write_artifact(
         path, compiled.name, compiled.backend, str(compiled.target), compiled.optimized, compiled.weights, compiled.seed
@@ -39,11 +39,11 @@ def write_artifact(
     seed: int | None,
     plan: ShardingPlan | None = None,
 ) -> str:
-    """Write what an artifact holds (`treadle.artifacts.Artifact`); returns the file's seal.
+    """Write the contents of an artifact (`treadle.artifacts.Artifact`); return the file's seal.
 
-    plan  how the optimized graph is split over a mesh
+    plan  the sharding plan of the optimized graph
 
-    Raises UsageError where the file cannot be written.
+    Raises UsageError if the file cannot be written.
     """
     graph, log = optimized.graph, optimized.log
     texts = {"graph": print_graph(graph).encode(), "declared": print_graph(optimized.source).encode()}

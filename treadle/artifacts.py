@@ -1,13 +1,13 @@
-"""Artifacts: a compiled model in one `.treadle` file, and back.
+"""Artifacts: save a compiled model to one `.treadle` file, and load it.
 
     made = treadle.compile("gpt2")
     made.save("gpt2.treadle")
     exe = treadle.load("gpt2.treadle")
-    exe(tokens=ids)                       # the same bits
+    exe(tokens=ids)                       # bitwise identical results
 
-The file holds the graph as declared and as optimized (text), the weights, the pass log, and what was chosen: backend,
-target and passes. No code: loading hands the optimized graph to a backend, without running a pass. docs/artifacts.md
-has the layout and what is checked.
+The file holds the declared and the optimized graph (text), the weights, the pass log, and the choices of backend,
+target and passes. It holds no code: loading passes the optimized graph to a backend, without running a pass.
+docs/artifacts.md describes the layout and the checks.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from treadle.wheels.pinned_models import PINNED
 
 SUFFIX = ".treadle"
 SHARDING = "sharding"
-"""The section that holds a sharding plan, where there is one."""
+"""The section of a sharding plan, if there is one."""
 
 HEADER_LIMITS = HeaderLimits(header_bytes=4 * 2**20, tensors=10_000, values=10_000)
 GRAPH_LIMITS = TextLimits(
@@ -73,22 +73,22 @@ GRAPH_LIMITS = TextLimits(
     name_characters=1_000,
     work=300_000,
 )
-"""What each of an artifact's two graphs may ask for."""
+"""Limits for each of an artifact's two graphs."""
 
 _FIELDS = ("name", "backend", "target", "passes", "seed")
 
 
 @dataclass(frozen=True)
 class ArtifactLimits:
-    """What an artifact may ask for before it is refused; every field may be set higher.
+    """Limits on an artifact; every field may be raised.
 
     header      of the file: its length, the number of sections
     graph       of each of the two graphs: characters, nodes, operands, parameters, ...
     log_bytes   length of the pass log
-    log_values  values in it, and counts of ops that are carried from pass to pass
+    log_values  number of values in it, and of op counts carried from pass to pass
     plan_bytes  length of a sharding plan
-    plan_values values in it
-    plan_ranks  ranks of its mesh
+    plan_values number of values in it
+    plan_ranks  number of ranks of its mesh
     """
 
     header: HeaderLimits = field(default_factory=lambda: HEADER_LIMITS)
@@ -101,7 +101,7 @@ class ArtifactLimits:
 
     @classmethod
     def of(cls, given: ArtifactLimits | Mapping[str, int] | None) -> ArtifactLimits:
-        """Limits by name, those of the header and of the graphs among them. Raises UsageError."""
+        """Return limits by name, including those of the header and of the graphs. Raises UsageError."""
         if not isinstance(given, Mapping):
             return limits_of(cls, given)
         own = cls()
@@ -112,19 +112,19 @@ class ArtifactLimits:
 
 
 def is_artifact(model: object) -> bool:
-    """Whether MODEL names an artifact: a path that ends in .treadle."""
+    """Return True if MODEL names an artifact: a path that ends in .treadle."""
     return isinstance(model, str | Path) and Path(model).suffix == SUFFIX
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """What a file holds, before a backend has it.
+    """The contents of a file, before a backend lowers them.
 
-    name, backend, target, passes, seed  as they were chosen when it was compiled
-    optimized                            the graph as declared and as optimized, and the log, without times
+    name, backend, target, passes, seed  as chosen at compile time
+    optimized                            the declared and the optimized graph, and the log without times
     weights                              by name, memory-mapped
-    seal                                 names the content, 64 hexadecimal digits
-    sharding                             how the optimized graph is split over a mesh, checked; None where it is not
+    seal                                 identifies the content, 64 hexadecimal digits
+    sharding                             the checked sharding plan of the optimized graph, or None
     """
 
     name: str
@@ -144,11 +144,11 @@ def open_artifact(
 ) -> Artifact:
     """Read an artifact without compiling it.
 
-    check  compare every weight with its hash, which reads the whole file once; without it, weights are read when they
-           are used, and the texts alone are compared
+    check  compare every weight with its hash, which reads the whole file once; otherwise weights are read when they
+           are used, and only the texts are compared
 
-    Raises CheckpointError, ParseError or VerifyError, with section and place, where the file is damaged, foreign or
-    past a limit; PassError for a sharding plan that is wrong.
+    Raises CheckpointError, ParseError or VerifyError, with section and place, if the file is damaged, foreign or beyond
+    a limit; PassError for an invalid sharding plan.
     """
     known = ArtifactLimits.of(limits)
     _refuse_model(path)
@@ -190,18 +190,18 @@ def load(
     sizes: Mapping[str, int] | None = None,
     donate: Sequence[str] = (),
 ) -> Compiled:
-    """Load a compiled model from a file that `save` wrote.
+    """Load a compiled model from a file written by `save`.
 
     backend, target  in place of those that it was compiled for
-    widen            "bf16", "f16", or both: values of these dtypes are f32 instead, as in `compile`
-    limits           what the file may ask for: `ArtifactLimits`, or those that differ by name
+    widen            "bf16", "f16", or both: values of these dtypes are computed in f32, as in `compile`
+    limits           limits on the file: `ArtifactLimits`, or a mapping of those that differ
     check            compare every weight with its hash, which reads the whole file once
-    memory, sizes    what a run may take, and up to which sizes, as in `compile`
-    donate           inputs that callers give away, as in `compile`
+    memory, sizes    memory budget of a run, and the maximum sizes it applies to, as in `compile`
+    donate           inputs that callers donate, as in `compile`
 
-    No pass is run and no code of the file's: the backend lowers the optimized graph, whole where a sharding plan is
-    held. Raises CheckpointError, ParseError or VerifyError, with section and place, for a file that is damaged, foreign
-    or past a limit; PassError for a sharding plan that is wrong; BackendError as `compile` does.
+    No pass and no code of the file runs: the backend lowers the optimized graph, unsplit even if there is a sharding
+    plan. Raises CheckpointError, ParseError or VerifyError, with section and place, for a file that is damaged, foreign
+    or beyond a limit; PassError for an invalid sharding plan; BackendError as `compile` does.
     """
     held = _widened(open_artifact(path, limits=limits, check=check), narrow_dtypes(widen))
     where = target if isinstance(target, Target) else Target(held.target if target is None else target)
@@ -212,7 +212,7 @@ def load(
         executable, lowered = build(found, held.optimized.graph, where, held.weights, budget=budget, donate=donate)
     except TreadleError:
         raise
-    except Exception as error:  # a graph that no frontend of ours would make: the backend's own error is no answer
+    except Exception as error:  # no frontend of ours makes such a graph: the backend's own error would not help
         raise CheckpointError(
             f"backend {chosen} cannot lower the graph that the artifact holds",
             received=f"{type(error).__name__}: {printable(str(error))}",
@@ -223,7 +223,9 @@ def load(
 
 
 def _refuse_model(path: PathLike) -> None:
-    """Refuse what `treadle.compile` reads, by its name: a folder, a file of weights, a declaration, a model's name."""
+    """Refuse a model that `treadle.compile` reads, by its name: a folder, a file of weights, a declaration, a model's
+    name.
+    """
     text = os.fspath(path)
     if os.path.isdir(text):
         kind = "a folder"
@@ -244,13 +246,13 @@ def _refuse_model(path: PathLike) -> None:
 
 
 def _widened(held: Artifact, narrow: frozenset[DType]) -> Artifact:
-    """With the values of narrow dtypes in f32, weights among them."""
+    """Return the artifact with the values and weights of narrow dtypes in f32."""
     if not narrow:
         return held
     declared, graph = (widen_graph(g, narrow) for g in (held.optimized.source, held.optimized.graph))
     kept = {name: v.type.dtype for name, v in held.optimized.graph.parameters.items()}
     weights = {n: np.asarray(w, np.float32) if kept[n] in narrow else w for n, w in held.weights.items()}
-    # a sharding plan is of the graph as it is held
+    # a sharding plan refers to the stored graph
     return replace(held, optimized=Optimized(declared, graph, held.optimized.log), weights=weights, sharding=None)
 
 
@@ -277,8 +279,9 @@ def _read_sharding(file: SectionFile, graph: Graph, limits: ArtifactLimits) -> S
 
 
 def _check_pair(file: SectionFile, declared: Graph, graph: Graph) -> None:
-    """What was declared and what runs take and give the same, and the second has no weight of its own, but for vectors
-    that balance products."""
+    """Check that both graphs have the same inputs and outputs, and that the optimized one has no weights of its own
+    except smoothing vectors of products.
+    """
     for what, of in (("inputs", _inputs), ("outputs", _outputs)):
         if of(declared.main) != of(graph.main):
             file.fail(f"the optimized graph has other {what} than the declared one", f"section graph, {what} of main")
@@ -298,7 +301,7 @@ def _outputs(main: Function) -> list[tuple[str, Any]]:
 
 
 def _read_weights(file: SectionFile, graph: Graph) -> dict[str, Any]:
-    """Exactly the graph's weights, of its types."""
+    """Return exactly the graph's weights, with its types."""
     records = file.weights
     for name in [*graph.parameters, *records]:
         if name not in records or name not in graph.parameters:
@@ -315,9 +318,9 @@ def _read_weights(file: SectionFile, graph: Graph) -> dict[str, Any]:
 
 
 def _read_log(file: SectionFile, declared: Graph, graph: Graph, limits: ArtifactLimits) -> PassLog:
-    """The log again: ops are counted in the declared graph, and from there on by what each pass changed.
+    """Return the log, with ops counted in the declared graph and from there on by each pass's changes.
 
-    Times are not kept, nor graphs between passes.
+    Times and intermediate graphs are not stored.
     """
     text = file.text("log", limits.log_bytes, "log_bytes")
     reader = JsonReader(text.encode(), f"{file.path}: section log", nesting=16, values=limits.log_values)
@@ -347,7 +350,9 @@ def _read_log(file: SectionFile, declared: Graph, graph: Graph, limits: Artifact
 
 
 def _read_record(said: Any, before: Counter[str]) -> PassRecord:
-    """One pass, as `PassRecord.as_dict` told it. Raises what Python does, or ValueError, where it is otherwise."""
+    """Return one pass record, as written by `PassRecord.as_dict`. Raises Python's own errors, or ValueError, if it
+    differs.
+    """
     ops, changes = said["ops"], said["changes"]
     after = before.copy()
     for op, delta in ops["changes"].items():
@@ -355,7 +360,7 @@ def _read_record(said: Any, before: Counter[str]) -> PassRecord:
     if (before.total(), after.total()) != (ops["before"], ops["after"]) or not isinstance(changes, int):
         raise ValueError("counts disagree")
     if any(count < 0 for count in after.values()):
-        raise ValueError("fewer than no ops")
+        raise ValueError("a negative number of ops")
     return PassRecord(
         _text(said["pass"]),
         _text(said["options"]),
@@ -371,10 +376,12 @@ def _read_record(said: Any, before: Counter[str]) -> PassRecord:
 
 
 def _read_event(said: Any) -> Event:
-    """An event; one that was written before `matched` and `edge` were has both in the text of its reason."""
+    """Return an event; events written before the fields `matched` and `edge` existed have both in the text of the
+    reason.
+    """
     matched = said.get("matched", [])
     if {"given", "made"}.intersection(said) or not isinstance(matched, list):
-        raise TypeError("no event's field")
+        raise TypeError("not a field of an event")
     fields: dict[str, Any] = {name: _text(value) for name, value in said.items() if name != "matched"}
     return Event(**fields, matched=tuple([_text(op) for op in matched]))
 

@@ -1,4 +1,4 @@
-"""A compiled model: what is called, asked what was done, and saved."""
+"""A compiled model: call it, inspect it, save it."""
 
 from __future__ import annotations
 
@@ -30,20 +30,19 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled model: call it with arrays by name, and ask it what was done.
+    """A compiled model: call it with arrays by name, and inspect what the compiler did.
 
-    name        the model's
-    optimized   the graph as declared, as every pass left it, and the log
-    executable  what the backend made
+    name        the model's name
+    optimized   the graph as declared and after every pass, and the log
+    executable  the backend's executable
     backend     the backend's name
-    target      what it was compiled for
-    weights     the weights by name, to look at; memory-mapped where they come from a checkpoint. Neither the mapping
-                nor an array in it can be written (`treadle.held_weights`)
-    unused      the checkpoint's tensors that the model does not take
+    target      the target that it was compiled for
+    weights     the weights by name, read-only (`treadle.held_weights`); memory-mapped if they come from a checkpoint
+    unused      tensors of the checkpoint that the model does not use
     unread      the keys of config.json that the model's family does not know
-    seed        the seed that drew the weights, or None where a checkpoint or the caller gave them
+    seed        the seed of random weights, or None if a checkpoint or the caller provided them
 
-    Where inputs determine shapes it is a `treadle.specializing.Specializing`, with a graph for each of their values.
+    If inputs determine shapes, this is a `treadle.specializing.Specializing`, with a graph for each of their values.
     """
 
     name: str
@@ -66,57 +65,60 @@ class Compiled:
 
     @property
     def log(self) -> PassLog:
-        """What every pass did, and what it refused and why."""
+        """The log of all passes: their changes, and what they refused and why."""
         return self.optimized.stages
 
     @property
     def inputs(self) -> tuple[Port, ...]:
-        """What a call takes: name, dtype, axes."""
+        """The inputs of a call: name, dtype, axes."""
         return self.executable.inputs
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        """What a call answers: name, dtype, axes."""
+        """The outputs of a call: name, dtype, axes."""
         return self.executable.outputs
 
     @property
     def source(self) -> str:
-        """The code that runs, for a person to read."""
+        """The generated code, readable."""
         return self.executable.source
 
     @property
     def memory(self) -> MemoryFit | None:
-        """How a run fits into the memory that `compile(memory=...)` gave it: what is computed in parts, and at what
-        price; None where it was given none."""
+        """The result of fitting a run into the budget of `compile(memory=...)`: what is computed in parts, and the
+        slowdown; None without a budget.
+        """
         return next((record.fit for record in self.optimized.stages if record.fit is not None), None)
 
     @property
     def static(self) -> tuple[str, ...]:
-        """The inputs whose values determine shapes, so that it is compiled for each; mostly none."""
+        """The inputs whose values determine shapes, so that the model is compiled for each value; usually none."""
         return ()
 
     def at(self, /, **static: Any) -> Compiled:
-        """What is compiled for values of such inputs: itself, for none. Raises UsageError for any other name."""
+        """Return the model compiled for values of these inputs: itself, if there are none. Raises UsageError for any
+        other name.
+        """
         if static:
             names = ", ".join(map(printable, static))
             raise UsageError(f"{self.name} has no input {names} that determines a shape", received=repr(self))
         return self
 
     def __call__(self, /, *unnamed: Any, **arrays: Any) -> Outputs:
-        """Run on arrays by name; answers by name. Raises BackendError where they are not what `inputs` says."""
+        """Run on arrays by name; return outputs by name. Raises BackendError if they do not match `inputs`."""
         self._refuse_unnamed(unnamed)
         return self.executable(**arrays)
 
     def _refuse_unnamed(self, unnamed: Sequence[Any]) -> None:
         if unnamed:
             names = ", ".join(f"{port.name}=..." for port in self.inputs)
-            raise BackendError("inputs are given by name", hint=f"exe({names})")
+            raise BackendError("inputs must be passed by name", hint=f"exe({names})")
 
     @cached_property
     def stepped(self) -> SteppedModel:
-        """The step of generation, derived from the graph and compiled for the same backend when it is first asked for.
+        """The decoding step, derived from the graph and compiled for the same backend on first use.
 
-        Raises PassError where the model has no step, with what stands against it.
+        Raises PassError if the model has no step, with the reason.
         """
         return self._stepped_with(None)
 
@@ -127,7 +129,7 @@ class Compiled:
 
     @cached_property
     def _steps(self) -> dict[str | None, SteppedModel]:
-        """By the dtype of their caches."""
+        """The decoding step for each dtype of caches."""
         return {}
 
     def session(
@@ -141,26 +143,27 @@ class Compiled:
         resumes: bool | None = None,
         cache: str | None = None,
     ) -> Session:
-        """Rows of text that grow token by token, over caches of this many rows and positions.
+        """Return a session: rows of text that grow token by token, over caches with these numbers of rows and
+        positions.
 
-        cache   the dtype in which keys and values are held, "f32", "bf16" or "f16"; by default the model's own
+        cache   dtype of stored keys and values, "f32", "bf16" or "f16"; by default the model's own
 
-        See `treadle.stepped.SteppedModel.session`. Sessions share weights and code, never a cache.
+        See `treadle.stepped.SteppedModel.session`. Sessions share weights and code, but not caches.
         """
         return self._stepped_with(cache).session(
             rows=rows, capacity=capacity, chunk=chunk, full=full, memory=memory, resumes=resumes
         )
 
     def save(self, path: str | Path) -> str:
-        """Write it to one `.treadle` file, which `treadle.load` reads. See `treadle.artifacts.save`.
+        """Write the model to one `.treadle` file, which `treadle.load` reads. See `treadle.artifacts.save`.
 
-        Raises UsageError where it keeps to a budget for memory: that is of a backend, which a file has none of.
+        Raises UsageError if the model has a memory budget: a budget belongs to a backend, and a file has none.
         """
         if self.memory is not None:
             raise UsageError(
-                "a file holds no budget for memory",
+                "a file cannot hold a memory budget",
                 received=f"{self.name} within {self.memory.budget:,} bytes",
-                hint=Hint("compile without memory=, save that, and give memory= to load", "leave out --memory"),
+                hint=Hint("compile without memory=, save that, and pass memory= to load", "leave out --memory"),
             )
         return save(self, path)
 
@@ -170,7 +173,7 @@ class Compiled:
         return f"<compiled {self.name} on {self.backend}: ({takes}) -> ({gives})>"
 
     def _repr_html_(self) -> str:
-        """For notebooks: what it takes and gives, and, to open, the graph, what passes did, and the code that runs."""
+        """Return HTML for notebooks: inputs, outputs and, folded, the graph, the pass log, and the code."""
         log = self.log.table() + "\n\n" + self.log.explain()
         ops, passes = sum(len(f.nodes) for f in self.graph.functions.values()), len(self.log)
         return "".join(
@@ -189,7 +192,7 @@ class Compiled:
             ("", "name", "dtype", "axes"), [(kind, p.name, str(p.dtype), ", ".join(p.axes)) for kind, p in rows]
         )
 
-    # It is not changed once it is made, and holds what cannot be copied: the code that runs, mapped files.
+    # A compiled model is immutable, and holds what cannot be copied: code and mapped files.
 
     def __copy__(self) -> Self:
         return self
@@ -198,7 +201,7 @@ class Compiled:
         return self
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
-        """Raises UsageError: it holds code and mapped files, which pickle does not take."""
+        """Raise UsageError: a compiled model holds code and mapped files, which cannot be pickled."""
         raise UsageError(
             "a compiled model cannot be pickled",
             received=repr(self),

@@ -1,4 +1,4 @@
-"""`compile`: from what a user names to something that runs."""
+"""`compile`: resolve, trace and optimize a model, and build its executable."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def compile(
     donate: Sequence[str] = (),
     **config: Any,
 ) -> Compiled:
-    """Compile a model for a backend and a target; what it gives is called with arrays by name.
+    """Compile a model for a backend and a target. Call the result with arrays by name.
 
         exe = t.compile(tiny_gpt, backend="tvm", layers=6)
         logits = exe(tokens=np.array([[11, 7, 42]]))["logits"]
@@ -62,36 +62,40 @@ def compile(
               ONNX or GGUF file, `file.py:function`, a family of the zoo, a fetched model
     backend   "numpy", "torch" or "tvm", or one that is registered under the entry point group `treadle.backends`
     target    what to compile for: "cpu"
-    weights   arrays by parameter name, each of the parameter's shape, in place of the checkpoint's; without either,
-              initial values drawn from `seed`. They are not copied, so the caller must not write into them afterwards
-    passes    the pipeline, a flat list; []: the graph as it is declared
+    weights   arrays by parameter name, each of the parameter's shape, in place of the checkpoint's. If there are none,
+              initial values are drawn from `seed`. Arrays are not copied, so the caller must not modify them afterwards
+    passes    the pipeline, a flat list; []: the graph as declared
     inputs    optional inputs of the declaration to include, such as ("lengths",)
-    outputs   those to give, by name, and nothing that they do not need is computed. "hidden[:, 0]" is a part of one: a
-              position, or `start:stop`, for each of its first axes. None: all
+    outputs   names of the outputs to return; operations that only other outputs need are not computed. "hidden[:, 0]"
+              is a part of an output: a position, or `start:stop`, for each of its first axes. None: all
     seed      an integer, 0 or more
-    certify   try every rewrite on drawn values before it is kept (docs/passes.md); None: as TREADLE_CERTIFY says
-    dtype     "bf16": products with weights are of bf16 numbers and summed in f32, everything else is f32
-              (docs/decisions/0013-products-in-bf16.md). "f32": everything is. None: as the model is declared
-    quantize  "int8-weights": weights that products multiply are held in 8 bits, with a scale a row; "int4": in 4 bits,
-              with a scale for 32 neighbours. "int8", "int4-int8": and what weights in blocks multiply, those of a GGUF
-              file as well, is rounded to 8 bits at every call (docs/quantization.md). None: as the model has them
-    widen     "bf16", "f16", or both: values of these dtypes are f32 instead, weights too. "blocks": weights that a GGUF
-              file holds in blocks are decoded to f32 as they are read; without it they are kept (docs/quantization.md)
-    memory    bytes, or text such as "300MB", that a run may take beside weights, inputs and outputs (docs/memory.md)
-    sizes     of symbolic axes, up to which it does, and which the result serves; 1 for a batch and 128 for others that
-              are not named
-    donate    inputs by name that a caller gives away with each call: a run may write over them, and give them back as
-              outputs (docs/memory.md). What is passed for one must be a contiguous, writable array of its dtype
-    limits    what a file may ask for before it is refused, by name, such as {"tensors": 1_000_000}; errors say which
-    config    configuration of the declaration; for an ONNX file, sizes of axes, values of inputs that determine shapes
+    certify   test every rewrite on random values before it is accepted (docs/passes.md); None: follow TREADLE_CERTIFY
+    dtype     "bf16": products with weights have bf16 operands and are summed in f32, everything else is f32
+              (docs/decisions/0013-products-in-bf16.md). "f32": everything is f32. None: as the model is declared
+    quantize  "int8-weights": weights that products multiply are stored in 8 bits, with a scale per row; "int4": in 4
+              bits, with a scale per 32 neighbors. "int8", "int4-int8": in addition, activations that are multiplied by
+              quantized weights (including those of a GGUF file) are rounded to 8 bits at every call
+              (docs/quantization.md). None: as stored
+    widen     "bf16", "f16", or both: values of these dtypes become f32, including weights. "blocks": weights that a
+              GGUF file stores in blocks are decoded to f32 when they are read; otherwise they stay in blocks
+              (docs/quantization.md)
+    memory    limit on a run's memory in addition to weights, inputs and outputs: bytes, or text such as "300MB"
+              (docs/memory.md)
+    sizes     the largest sizes of symbolic axes for which the run must stay within `memory`; they become bounds of the
+              result. Default: 1 for a batch and 128 for other axes
+    donate    names of inputs that the caller donates with each call: a run may overwrite their memory and return it as
+              outputs (docs/memory.md). Each must be a contiguous, writable array of the input's dtype
+    limits    limits on what a file may contain, by name, such as {"tensors": 1_000_000}; errors name the limit
+    config    configuration of the declaration; for an ONNX file, sizes of axes, and values of inputs that determine
+              shapes
 
-    An ONNX file with an input that determines shapes, and of which config has no value, is compiled when it is called,
-    for each value: `treadle.specializing`.
+    If an input of an ONNX file determines shapes and config does not give its value, the file is compiled at the first
+    call with each new value: `treadle.specializing`.
 
-    Raises UsageError for an argument that names nothing, FrontendError for a model that cannot be read or traced,
-    CheckpointError for a damaged file or one that does not fit, PassError for a pass that fails, BackendError for a
-    backend that is not available or refuses the graph, and where no plan keeps to `memory`. All are TreadleError, and
-    so are those of a model's own lines (GraphError, RuleError, SizeError).
+    Raises UsageError for an invalid argument, FrontendError for a model that cannot be read or traced, CheckpointError
+    for a damaged file or one that does not fit, PassError if a pass fails, BackendError for a backend that is not
+    available or rejects the graph, or if no plan fits `memory`. All are TreadleError, as are errors in a model's own
+    lines (GraphError, RuleError, SizeError).
     """
     where = target if isinstance(target, Target) else Target(target)
     run, widen = computing_in(dtype, checked_passes(passes), widen, quantize)
@@ -132,7 +136,8 @@ def compile(
 def weights_of(
     resolved: Resolved, graph: Graph, weights: Mapping[str, Array] | None, seed: int
 ) -> tuple[dict[str, Array], int | None]:
-    """What an optimized graph takes, and the seed that drew it: weights that were given, the model's, or drawn ones.
+    """Return the weights of an optimized graph, and the seed if they were drawn: the given, the model's, or random
+    ones.
 
     Raises UsageError for weights that do not fit, as `compile` does.
     """
@@ -144,7 +149,8 @@ def weights_of(
 
 
 def initial_weights(graph: Graph, seed: int = 0) -> dict[str, Array]:
-    """Initial values of every weight, each drawn from the seed and its name, so that adding one changes no other.
+    """Return initial values of every weight. Each is drawn from the seed and its name, so a new weight changes no
+    other.
 
     Raises UsageError for a negative seed, or a weight that cannot be drawn.
     """
@@ -154,7 +160,7 @@ def initial_weights(graph: Graph, seed: int = 0) -> dict[str, Array]:
 
 
 def initial_weight(graph: Graph, name: str, seed: int = 0) -> Array:
-    """The initial value of one weight. Raises UsageError for one that cannot be drawn."""
+    """Return the initial value of one weight. Raises UsageError if it cannot be drawn."""
     value = graph.parameters[name]
     shape = value.type.static_shape
     if shape is None or value.type.dtype.numpy is None:
@@ -168,18 +174,18 @@ def initial_weight(graph: Graph, name: str, seed: int = 0) -> Array:
 
 
 def checked_passes(passes: object) -> tuple[Pass, ...]:
-    """The pipeline, if it is one. Raises UsageError."""
+    """Return the pipeline as a tuple. Raises UsageError if it is not a sequence of passes."""
     if isinstance(passes, Sequence) and all(isinstance(p, Pass) for p in passes):
         return tuple(passes)
     raise UsageError(
-        "passes= is a list of passes",
+        "passes= must be a list of passes",
         received=f"{passes!r}"[:80],
         hint="leave it out for the default pipeline; [] compiles the graph as declared",
     )
 
 
 def _refuse_misspelt(config: Iterable[str], model: Model) -> None:
-    """Raise UsageError where what is no option of the model is nearly one of `compile`."""
+    """Raise UsageError for a name that is not an option of the model and resembles an argument of `compile`."""
     options = [p.name for p in inspect.signature(compile).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for name in config:
         near = [*NearestNames([*options, *model.defaults]).of(name)] if name not in model.defaults else []

@@ -1,4 +1,4 @@
-"""In which dtype a model computes, and in how many bits its weights are: what `dtype=` and `quantize=` mean."""
+"""The meaning of `dtype=` and `quantize=`: the dtype of computation, and the encoding of weights."""
 
 from __future__ import annotations
 
@@ -26,24 +26,25 @@ Widen = str | Iterable[str]
 def computing_in(
     dtype: str | None, passes: Sequence[Pass], widen: Widen, quantize: str | None = None, *, computed: bool = False
 ) -> tuple[tuple[Pass, ...], Widen]:
-    """The passes and the dtypes to widen with which a model computes in `dtype`, its weights quantized.
+    """Return the passes, and the dtypes to widen, that compute a model in `dtype` with quantized weights.
 
-    dtype     None: as it is declared. "f32": bf16 and f16 values are f32. "bf16": so as well, and then products with
-              weights and attention are of bf16 numbers, summed in f32
+    dtype     None: as declared. "f32": bf16 and f16 values become f32. "bf16": the same, and then products with weights
+              and attention have bf16 operands and f32 sums
     quantize  a scheme of `QUANTIZED`, or None
-    computed  whether "bf16" is for products of any two matrices: weights in training are inputs, and gradients computed
+    computed  True if "bf16" applies to products of any two matrices: in training, weights are inputs, and gradients are
+              computed matrices
 
     Raises UsageError for another name.
     """
     if quantize is not None:
         if quantize not in QUANTIZED:
             hint = "quantize " + " or ".join(QUANTIZED)
-            raise UsageError(f"weights are not quantized in {str(quantize)[:40]!r}", hint=hint)
+            raise UsageError(f"unknown quantization scheme {str(quantize)[:40]!r}", hint=hint)
         passes = (*passes, QuantizeWeights(quantize))
     if dtype is None:
         return tuple(passes), widen
     if dtype not in COMPUTED:
-        raise UsageError(f"a model does not compute in {str(dtype)[:40]!r}", hint="dtype " + " or ".join(COMPUTED))
+        raise UsageError(f"unknown computation dtype {str(dtype)[:40]!r}", hint="dtype " + " or ".join(COMPUTED))
     products = NarrowProducts(bf16, computed=computed)
     narrowing = (PatchesAsProducts(), products, NarrowAttention(bf16)) if dtype == "bf16" else ()
     given = [widen] if isinstance(widen, str) else list(widen)

@@ -1,4 +1,4 @@
-"""Continuing text: a language model with its tokenizer, from a folder, a GGUF file or a fetched model.
+"""Text generation: a language model with its tokenizer, from a folder, a GGUF file or a fetched model.
 
 writer = TextWriter.open("smollm2", backend="torch")
 for piece in writer.continued(["The capital of France is"], most=8):
@@ -38,19 +38,19 @@ if TYPE_CHECKING:
     from treadle.chatting.templates import ChatTemplate
 
 MOST_ROWS = 8
-"""Texts that are continued at a time; more wait for one to end."""
+"""Maximum number of texts that are generated at the same time; further prompts wait."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of one row's continuation, as soon as it is known.
+    """One token of a row's continuation, yielded as soon as it is known.
 
     row     the prompt's number
-    text    what is new of the text: none where a character's bytes are not complete, or a stop string may have begun
+    text    new text; empty while a character's bytes are incomplete, or while a stop string may have begun
     id      the token
-    ending  why the row ends with it: "end", "stop" (a stop string), "context" or "count"; None where it goes on
+    ending  why the row ends with this token: "end", "stop" (a stop string), "context" or "count"; None if it continues
     logprob the natural logarithm of the probability that the model gave the token
-    likely  the likeliest tokens in its place with theirs, as many as were asked for
+    likely  the most likely tokens at this position with their logprobs, as many as requested
     """
 
     row: int
@@ -62,7 +62,7 @@ class Piece:
 
     @property
     def last(self) -> bool:
-        """Whether the row ends with it."""
+        """True if the row ends with this token."""
         return self.ending is not None
 
 
@@ -70,10 +70,10 @@ class Piece:
 class FoundText:
     """A continuation that a beam search found.
 
-    text    without the token that ends it
-    tokens  the ids, that one included
-    score   by which a prompt's continuations are ranked
-    ending  why it ends
+    text    the text without the end token
+    tokens  the ids, including the end token
+    score   the score by which a prompt's continuations are ranked
+    ending  why the text ends
     """
 
     text: str
@@ -83,7 +83,7 @@ class FoundText:
 
 
 class GrowingText:
-    """The text of a row, as far as it is certain."""
+    """The text of a row, up to the last character that can no longer change."""
 
     def __init__(self, tokenizer: TextTokenizer, stop: StopStrings) -> None:
         self.tokenizer, self.stop = tokenizer, stop
@@ -91,13 +91,13 @@ class GrowingText:
         self.whole = self.told = ""
 
     def add(self, token: int) -> bool:
-        """Whether a stop string ends the text with this token."""
+        """Add a token. Return True if a stop string ends the text with it."""
         self.ids.append(token)
         self.whole = self.tokenizer.text(self.ids)
         return self.stop.split(self.whole)[1]
 
     def tell(self, is_last: bool) -> str:
-        """What is new and certain; all, up to a stop string, where the row has ended."""
+        """Return the text that is new and final. If the row has ended, return all text up to a stop string."""
         certain, ends = self.stop.split(self.whole)
         if is_last and not ends:
             certain = self.whole
@@ -138,10 +138,10 @@ class TextWriter:
     ) -> TextWriter:
         """Compile a model that has a tokenizer; `cache` is the dtype of its caches, None: the model's own.
 
-        stepped  what opens it, if not `treadle.stepped.open_stepped`, which it is called as
+        stepped  the function that opens the model, called as `treadle.stepped.open_stepped`, the default
 
-        Raises UsageError where MODEL names no weights or no causal language model, and the errors of reading it: what
-        no family reads is told before what its tokenizer lacks.
+        Raises UsageError if MODEL has no weights or is not a causal language model, and the errors of reading it. An
+        unsupported model is reported before anything that its tokenizer lacks.
         """
         place = find_folder(model)
         need_for_text(model)
@@ -154,13 +154,13 @@ class TextWriter:
             made = stepped(model, backend=backend, target=target, limits=limits, cache=cache, **config)
         except NoStep as error:
             raise UsageError(
-                f"{printable(str(model))} does not continue text: it is no causal language model",
+                f"{printable(str(model))} does not continue text: it is not a causal language model",
                 received=error.what,
-                hint="a model that is, such as smollm2; treadle embed, classify, fill and others ask other ones",
+                hint="use a model that is, such as smollm2; treadle embed, classify, fill and others run other kinds",
             ) from error
         if made.derived.prologue or len(made.derived.tokens) != 1:
             raise UsageError(
-                "text is continued by a model of one input, the tokens [B, S]",
+                "a model that continues text has one input, the tokens [B, S]",
                 received=f"{made.name} takes {', '.join((*made.derived.prologue, *made.derived.tokens))}",
                 hint="an encoder-decoder model, or one with optional inputs, runs in a session of `compile`",
             )
@@ -181,11 +181,11 @@ class TextWriter:
     ) -> Iterator[Piece]:
         """Continue each prompt by up to `most` tokens, to the model's end of text, or to a stop string.
 
-        rules   what is asked of the next token, by those before it; None: what the folder asks
-        stop    strings that end a text, and are no part of it
-        likely  how many of the likeliest tokens are told beside each one
-        guess   what guesses tokens that the model then checks, prompt after prompt; `tally` counts what came of it
-        special whether the tokenizer puts its special tokens around a prompt, as it does not around a chat template's
+        rules   token rules (logits processors); None: those of the folder
+        stop    strings that end a text; they are not part of it
+        likely  number of most likely tokens to report with each token
+        guess   the guesser of speculative decoding, used for one prompt after another; `tally` counts accepted guesses
+        special True if the tokenizer adds its special tokens to a prompt; a chat template has added them already
 
         Raises UsageError at once for an empty prompt, or one that leaves no room.
         """
@@ -212,8 +212,8 @@ class TextWriter:
         rules: TokenRules | None = None,
         special: bool = True,
     ) -> list[list[FoundText]]:
-        """The best continuations of each prompt that a beam search finds, best first. Rules and errors are those of
-        `continued`.
+        """Return the best continuations of each prompt that a beam search finds, best first. Rules and errors are those
+        of `continued`.
         """
         rows = self.tokens(prompts, special=special)
         session = self._session(rows, most, beams.count)
@@ -225,7 +225,9 @@ class TextWriter:
         ]
 
     def tokens(self, prompts: Sequence[str], *, special: bool = True) -> list[list[int]]:
-        """The ids of each prompt. Raises UsageError for no prompt, one that is no string, or not valid Unicode."""
+        """Return the ids of each prompt. Raises UsageError if there is no prompt, or one is not a string or not valid
+        Unicode.
+        """
         if not prompts:
             raise UsageError("there is no text")
         given: Sequence[object] = prompts
@@ -235,27 +237,27 @@ class TextWriter:
         return [list(whole.ids) for (whole,) in self.tokenizer.encode(prompts, special=special)]
 
     def chat_template(self) -> ChatTemplate:
-        """The template in which the model expects a conversation. Raises UsageError where it was not trained for
-        one.
+        """The template in which the model expects a conversation. Raises UsageError if the model was not trained for
+        conversations.
         """
         from treadle.chatting.templates import ChatTemplate
 
         if self.template is None:
             raise UsageError(
-                f"{self.model.name} has no chat template: it was not made for conversations",
-                hint="a model that was, or a prompt to continue",
+                f"{self.model.name} has no chat template: it was not trained for conversations",
+                hint="use a model that was, or a prompt to continue",
             )
         return ChatTemplate(self.template, self.tokenizer.special_names)
 
     def draft_for(self, other: TextWriter, *, count: int = 4) -> DraftModel:
-        """This model as the one that guesses `count` tokens at a time for a larger one.
+        """Return this model as a draft model that guesses `count` tokens at a time for a larger one.
 
-        Raises UsageError where the two have other vocabularies, or this one's rows cannot take tokens back.
+        Raises UsageError if the vocabularies differ, or if this model's rows cannot be truncated.
         """
         if self.tokenizer.vocabulary() != other.tokenizer.vocabulary():
             raise UsageError(
                 "a draft model must have the same vocabulary as the model that checks its tokens",
-                received=f"{self.model.name} and {other.model.name} have different ones",
+                received=f"the vocabularies of {self.model.name} and {other.model.name} differ",
             )
         context, most = self.model.derived.context, other.model.derived.context
         return DraftModel(self.model.session(rows=1, capacity=context or most or 4096), count=count)
@@ -268,7 +270,7 @@ class TextWriter:
 
     @property
     def marks(self) -> list[str]:
-        """The special tokens that the chat template writes around what is said, such as <|im_start|>."""
+        """Special tokens that the chat template writes around a message, such as <|im_start|>."""
         return [token for token in self.tokenizer.special_tokens() if self.template and token in self.template]
 
     @staticmethod
@@ -279,15 +281,15 @@ class TextWriter:
 
 
 def text_tokenizer(model: str | Path, limits: Mapping[str, int] | None = None) -> TextTokenizer:
-    """The tokenizer of a folder, a GGUF file or a fetched model, which cuts no text.
+    """Return the tokenizer of a folder, a GGUF file or a fetched model. It does not truncate texts.
 
-    Raises the errors of reading it; what no family reads is told before what its tokenizer lacks.
+    Raises the errors of reading it. An unsupported model is reported before anything that its tokenizer lacks.
     """
     return _read_tokenizer(find_folder(model), limits)[0]
 
 
 def _read_tokenizer(place: Path, limits: Mapping[str, int] | None) -> tuple[TextTokenizer, GGUFFile | None]:
-    """The tokenizer, and the GGUF file where it is of one."""
+    """Return the tokenizer, and the GGUF file if the tokenizer comes from one."""
     if place.suffix == GGUF_SUFFIX:
         file = GGUFFile.open(place, limits)
         read_gguf(file)
@@ -298,6 +300,6 @@ def _read_tokenizer(place: Path, limits: Mapping[str, int] | None) -> tuple[Text
 
 
 def need_for_text(model: str | Path, *, chat: bool = False) -> None:
-    """Raises FrontendError where packages are missing that a text writer, or a conversation, needs of this model."""
+    """Raise FrontendError if a package is missing that text generation, or a conversation, needs with this model."""
     of_file = ["gguf"] if find_folder(model).suffix == GGUF_SUFFIX else []
     need_packages(f"text from {printable(str(model))}", "tokenizers", *of_file, *(["jinja2"] if chat else []))

@@ -50,7 +50,7 @@ SENTENCES = (
 
 @t.model
 def feed_forward(x: Annotated[t.Tensor, t.f32["B S 64"]], *, hidden: int = 256, eps: float = 1e-5) -> t.Tensor:
-    """A transformer's feed-forward part in plain arithmetic, as a paper's equations have it."""
+    """A transformer's feed-forward part in plain arithmetic, as in a paper's equations."""
     centred = x - t.reduce_mean(x, axes=(2,), keep=True)
     variance = t.reduce_mean(centred**2, axes=(2,), keep=True)
     y = centred / t.sqrt(variance + eps) * t.parameter("norm.weight", 64, init="ones")
@@ -61,7 +61,7 @@ def feed_forward(x: Annotated[t.Tensor, t.f32["B S 64"]], *, hidden: int = 256, 
 
 
 def main() -> None:
-    """Show it all. Ends the process with 2 where something cannot be had, the network above all."""
+    """Run the demo. Exit with status 2 if something is not available, usually the network."""
     out = console()
     try:
         demonstrate(out)
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def demonstrate(out: Console) -> None:
-    """Print the demo. Raises TreadleError where the model cannot be fetched, or fails to run."""
+    """Print the demo. Raises TreadleError if the model cannot be fetched, or fails to run."""
     out.print("\n[bold]Treadle[/], a compiler for transformers", markup=True)
     numbers = count(1)
 
@@ -79,10 +79,10 @@ def demonstrate(out: Console) -> None:
         out.print()
         out.print(Rule(f"{next(numbers)}  {title}", align="left", style="dim"))
 
-    step("Bring a model with real weights")
+    step("A model with real weights")
     _bring(out, "minilm")
 
-    step("Its declaration, to be read beside its paper (models/bert.py)")
+    step("Its declaration, to read next to its paper (models/bert.py)")
     _show_code(out, _body(bert))
 
     step("Compiled for this machine")
@@ -94,9 +94,9 @@ def demonstrate(out: Console) -> None:
     step("The optimized graph: its six layers are one block, called six times")
     graph = embedder.model.graph
     _show_code(out, print_function(graph, graph.functions["layer"], sources=False), fit_graph)
-    _say(out, f"Every op has one axis rule, so the compiler knows of the sequence axis S:\n{_verdicts(graph)}")
+    _say(out, f"Every op has one axis rule, so the compiler knows about the sequence axis S:\n{_verdicts(graph)}")
 
-    step("What is spelled out by hand is recognised")
+    step("Handwritten arithmetic is recognized")
     _show_code(out, _body(feed_forward))
     by_hand = t.compile(feed_forward)
     out.print(pass_table(by_hand.log))
@@ -117,7 +117,7 @@ def demonstrate(out: Console) -> None:
     out.print()
     out.print(similarity_table(SENTENCES, vectors @ vectors.T))
 
-    step("A text continued")
+    step("Text generation")
     _bring(out, "smollm2")
     writer = _continue(out, "The sun rises in the east and", most=24)
     _talk(out, writer, ["What is the capital of France?", "And of Italy? Answer in one word."])
@@ -129,16 +129,15 @@ def demonstrate(out: Console) -> None:
 NEXT = """\
 treadle inspect gpt2 --set layers=2   the graph of another model; also --unfold,
                                       --raw, --after PASS, --source
-treadle inspect gpt2 --follow S       may its sequence axis be stepped, packed,
-                                      split, and why not
+treadle inspect gpt2 --follow S       can its sequence axis be stepped, packed,
+                                      split, and if not, why
 treadle explain gpt2 step             the step that was derived for generation
 treadle embed minilm "One." "Two." --similarity
 treadle generate smollm2 "Once upon a time" --temperature 0.8 --backend tvm
-treadle chat smollm2 --backend tvm    a conversation; docs/text.md has what else
-                                      people ask of models
-treadle models                        the zoo, and what else can be fetched
-docs/kernels.md                       our kernels: to read one, to write one
-docs/dsl.md                           to write a model of your own
+treadle chat smollm2 --backend tvm    a conversation; docs/text.md has more tasks
+treadle models                        the zoo, and models that can be fetched
+docs/kernels.md                       our kernels: how to read and write them
+docs/dsl.md                           how to write a model of your own
 docs/architecture.md                  how it works, file by file
 
 (the command is .venv/bin/treadle in a checkout)
@@ -156,13 +155,13 @@ def _bring(out: Console, name: str) -> None:
 
 
 def _continue(out: Console, prompt: str, most: int) -> TextWriter:
-    """Print a continuation as it is made, on the fastest backend that is installed; gives what writes it."""
+    """Print a continuation while it is generated, on the fastest installed backend. Return the writer."""
     backend = next(name for name in ("tvm", "torch", "numpy") if find_backend(name).available() is None)
     with working(f"compiling smollm2 for {backend}"):
         started = time.perf_counter()
         writer = TextWriter.open("smollm2", backend=backend)
         seconds = time.perf_counter() - started
-    out.print(f"\ncompiled for {backend} in {seconds:.1f} s, from a file with blocks of 4 bits\n")
+    out.print(f"\ncompiled for {backend} in {seconds:.1f} s, from a file with 4-bit blocks\n")
     out.print(f"[bold]{prompt}[/]", markup=True, end="")
     pace = Pace()
     for piece in writer.continued([prompt], most=most):
@@ -171,14 +170,14 @@ def _continue(out: Console, prompt: str, most: int) -> TextWriter:
     out.print(f"\n\n{pace.told()}")
     derived = writer.model.derived
     size = sum(v.type.substitute({SLOTS: 1, CAPACITY: 1}).bytes_at({}) for v in derived.graph.states.values())
-    _say(out, f"the step was derived from the model: {human(size, 'B')} of keys and values a token")
+    _say(out, f"the step was derived from the model: {human(size, 'B')} of keys and values per token")
     return writer
 
 
 def _talk(out: Console, writer: TextWriter, questions: Sequence[str]) -> None:
-    """Print a conversation as it goes, written by the model's own chat template."""
+    """Print a conversation while it is generated, formatted by the model's own chat template."""
     talk = Conversation.open(writer, capacity=512)
-    _say(out, "\na conversation, as the model's own chat template writes it:\n")
+    _say(out, "\na conversation, formatted by the model's own chat template:\n")
     for question in questions:
         out.print(f"[bold]> {question}[/]", markup=True)
         for piece in talk.say(question, most=48):
@@ -187,12 +186,12 @@ def _talk(out: Console, writer: TextWriter, questions: Sequence[str]) -> None:
 
 
 def _say(out: Console, text: str) -> None:
-    """Print lines, on a terminal broken between words; a pipe gets them whole."""
+    """Print lines, wrapped between words on a terminal and unwrapped in a pipe."""
     out.print(fit_prose(text, out.width) if out.is_terminal else text, soft_wrap=True)
 
 
 def _show_code(out: Console, text: str, fit: Callable[[str, int], str] = fit_code) -> None:
-    """Print code, on a terminal in colours and fitted to its width; a pipe gets it as it is."""
+    """Print code, in colors and fitted to the width on a terminal, unchanged in a pipe."""
     if not out.is_terminal:
         out.print(text.rstrip(), soft_wrap=True)
         return
@@ -201,7 +200,7 @@ def _show_code(out: Console, text: str, fit: Callable[[str, int], str] = fit_cod
 
 
 def _body(model: Model) -> str:
-    """A declaration's text without its docstring, and without what it says to type checkers."""
+    """Return a declaration's source without its docstring and comments for type checkers."""
     first, quotes, rest = re.sub(r"  # type: ignore.*", "", model.source).partition('    """')
     return first + rest.partition('"""\n')[2] if quotes else first
 
@@ -212,13 +211,13 @@ def _verdicts(graph: Graph) -> str:
 
 
 def _routine(source: str, name: str) -> str:
-    """One routine of a listing of kernels."""
+    """Return one routine of a listing of kernels."""
     start = source.index(f"def {name}(")
     return source[start : source.index("\n\n", start)]
 
 
 def _embedders(out: Console, on_numpy: SentenceEmbedder) -> Mapping[str, SentenceEmbedder]:
-    """MiniLM on each of our backends that is installed."""
+    """Open MiniLM on each of our backends that is installed."""
     found = {"numpy": on_numpy}
     for name in ("torch", "tvm"):
         reason = find_backend(name).available()
@@ -231,9 +230,9 @@ def _embedders(out: Console, on_numpy: SentenceEmbedder) -> Mapping[str, Sentenc
 
 
 def _open_timed(name: str, backend: str) -> tuple[SentenceEmbedder, float]:
-    """A model on a backend, and how long it took to compile, the backend's libraries being loaded."""
+    """Open a model on a backend. Return it with its compile time in seconds, without the load time of the libraries."""
     with working(f"compiling {name} for {backend}"):
-        t.compile(feed_forward, backend=backend)  # which loads them
+        t.compile(feed_forward, backend=backend)  # loads the libraries
         started = time.perf_counter()
         embedder = SentenceEmbedder.open(name, backend=backend)
         return embedder, time.perf_counter() - started
@@ -250,7 +249,7 @@ def _embed_on_backends(out: Console, embedders: Mapping[str, SentenceEmbedder]) 
 
 
 def _warm_seconds(run: Callable[[], object]) -> float:
-    """How long a run takes: the median of five, after two in which threads start and caches fill."""
+    """Return the median time of five runs, after two in which threads start and caches fill."""
     seconds = []
     for _ in range(7):
         started = time.perf_counter()

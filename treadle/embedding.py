@@ -1,12 +1,12 @@
-"""Sentence embeddings: a sentence's meaning as a vector of length one, so that a dot product tells how near two are.
+"""Sentence embeddings: a sentence as a vector of length one; the dot product of two vectors measures their similarity.
 
     embedder = SentenceEmbedder.open("minilm")                        # a fetched model, or a folder
     vectors = embedder.embed(["A cat sits.", "A kitten rests."])      # f32[2, D]
     vectors @ vectors.T                                               # cosine similarities
 
-Hidden states of the folder's model, pooled over a sentence's real tokens (Reimers & Gurevych 2019, section 3). The
-folder's modules.json and its 1_Pooling/config.json say how, in the format of sentence-transformers; where they are
-missing, the mean is taken and scaled to length one.
+The model's hidden states are pooled over a sentence's real tokens (Reimers & Gurevych 2019, section 3). The folder's
+modules.json and its 1_Pooling/config.json specify the pooling in the format of sentence-transformers; without them, the
+mean is taken and scaled to length one.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ Vectors = npt.NDArray[np.float32]
 _CONFIG_BYTES = 1 << 20
 _NESTING, _VALUES = 16, 10_000
 _READ = 4096
-"""Sentences whose tokens are held at a time."""
+"""Number of sentences whose tokens are in memory at a time."""
 
 _MODES = {"mean": "mean", "mean_tokens": "mean", "cls": "first", "cls_token": "first"}
-"""The ways of pooling, as sentence-transformers has named them over time, and as `Pooling` does."""
+"""The names of pooling modes in versions of sentence-transformers, and the mode of `Pooling`."""
 
 
 @dataclass(frozen=True)
 class Pooling:
-    """How hidden states become a vector.
+    """The conversion of hidden states to a vector.
 
     mode       "mean" over real tokens, or the "first" token
-    normalize  whether vectors are scaled to length one
-    max_tokens what sentences are cut to; None: as the tokenizer says
+    normalize  True if vectors are scaled to length one
+    max_tokens maximum number of tokens of a sentence; None: the tokenizer's limit
     """
 
     mode: str = "mean"
@@ -58,8 +58,8 @@ class Pooling:
     max_tokens: int | None = None
 
     def __call__(self, hidden: Vectors, lengths: npt.NDArray[np.int64]) -> Vectors:
-        """Hidden states as vectors [B, D]: those of all tokens, [B, S, D], of which row b has lengths[b] real ones, or
-        those of the first tokens, [B, D].
+        """Pool hidden states to vectors [B, D], either from all tokens, [B, S, D], of which row b has lengths[b] real
+        ones, or from the first tokens, [B, D].
         """
         if self.mode == "first":
             pooled = hidden
@@ -73,11 +73,11 @@ class Pooling:
 
 @dataclass(frozen=True)
 class Embedded:
-    """Sentences as vectors.
+    """Sentence vectors.
 
     vectors  f32[N, D]
-    tokens   how many tokens of each sentence were read, special ones included
-    cut      the indices of sentences that were too long, and lost their end
+    tokens   number of tokens read of each sentence, including special ones
+    cut      indices of the sentences that were truncated
     """
 
     vectors: Vectors
@@ -87,7 +87,7 @@ class Embedded:
 
 @dataclass(frozen=True)
 class SentenceEmbedder:
-    """A model that embeds sentences. Make it with `open`."""
+    """A model that embeds sentences. Created by `open`."""
 
     model: Compiled
     tokenizer: TextTokenizer
@@ -97,10 +97,10 @@ class SentenceEmbedder:
     def open(
         cls, model: str | Path, *, backend: str = "numpy", target: str | Target = "cpu", **config: Any
     ) -> SentenceEmbedder:
-        """Compile the model of a folder, or a fetched one, with its tokenizer and its way of pooling.
+        """Compile the model of a folder, or a fetched one, with its tokenizer and its pooling.
 
-        Raises CheckpointError where a file is missing, damaged or asks for a pooling that is not known here,
-        UsageError where the model takes no token ids or gives no hidden states, and what `compile` raises.
+        Raises CheckpointError if a file is missing or damaged or requests an unknown pooling, UsageError if the model
+        has no input for token ids or returns no hidden states, and the errors of `compile`.
         """
         folder = find_folder(model)
         pooling = read_pooling(ModelFolder.find(folder))
@@ -121,18 +121,18 @@ class SentenceEmbedder:
 
     @property
     def width(self) -> int | None:
-        """How many numbers a vector has."""
+        """Number of elements of a vector."""
         (hidden,) = (p for p in self.model.outputs if p.name == "hidden")
         return hidden.type.shape[-1].constant
 
     def embed(self, sentences: Sequence[str], *, batch_size: int = 32) -> Vectors:
-        """Vectors [len(sentences), D] in the sentences' order. Raises UsageError for no sentence."""
+        """Return vectors [len(sentences), D] in the sentences' order. Raises UsageError for an empty list."""
         return self.embed_reporting(sentences, batch_size=batch_size).vectors
 
     def embed_reporting(self, sentences: Sequence[str], *, batch_size: int = 32) -> Embedded:
-        """The same, with how many tokens each sentence has and which lost their end. Raises UsageError as `embed`."""
+        """Embed sentences, with the token count of each and the truncated ones. Raises UsageError as `embed` does."""
         if not sentences:
-            raise UsageError("there is no sentence to embed")
+            raise UsageError("there are no sentences to embed")
         counts, cut = [0] * len(sentences), []
         vectors = np.zeros((len(sentences), self.width or 0), np.float32)
         by_letters = sorted(range(len(sentences)), key=lambda i: -len(sentences[i]))
@@ -151,14 +151,14 @@ class SentenceEmbedder:
 
 
 def read_pooling(place: ModelFolder) -> Pooling:
-    """How a folder says that sentences are embedded. Raises CheckpointError for a way that is not known here."""
+    """Return a folder's pooling. Raises CheckpointError for an unknown pooling."""
     if not place.has("modules.json"):
         return Pooling(max_tokens=_max_length(place))
     modules = _read_modules(place)
     kinds = [kind.rpartition(".")[2] for kind, _ in modules]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]) or modules[0][1]:
         raise CheckpointError(
-            "the folder embeds sentences in a way that is not known",
+            "the folder's modules.json describes an unsupported pipeline",
             received=", ".join(map(printable, kinds)) or "no module",
             within=place.show("modules.json"),
             hint="Transformer, Pooling and perhaps Normalize, the first in the folder itself",
@@ -168,7 +168,7 @@ def read_pooling(place: ModelFolder) -> Pooling:
     chosen = _chosen_modes(pooling)
     if len(chosen) != 1 or chosen[0] not in _MODES:
         raise CheckpointError(
-            "the folder pools tokens in a way that is not known",
+            "the folder uses an unsupported pooling of tokens",
             received=", ".join(map(printable, chosen)) or "none",
             within=place.show(path),
             hint="one of " + ", ".join(_MODES),
@@ -177,7 +177,7 @@ def read_pooling(place: ModelFolder) -> Pooling:
 
 
 def _chosen_modes(pooling: Mapping[str, Any]) -> list[str]:
-    """The modes that a 1_Pooling/config.json names: `"pooling_mode": "mean"`, or, in older files,
+    """Return the modes in a 1_Pooling/config.json: `"pooling_mode": "mean"` or, in older files,
     `"pooling_mode_mean_tokens": true`.
     """
     named = pooling.get("pooling_mode")
@@ -188,7 +188,7 @@ def _chosen_modes(pooling: Mapping[str, Any]) -> list[str]:
 
 
 def _read_modules(place: ModelFolder) -> list[tuple[str, str]]:
-    """The type and the folder of each module in modules.json."""
+    """Return the type and the folder of each module in modules.json."""
     shown = place.show("modules.json")
     data = read_regular(place.file("modules.json"), _CONFIG_BYTES, shown)
     reader = JsonReader(data, shown, nesting=_NESTING, values=_VALUES)

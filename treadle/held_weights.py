@@ -1,4 +1,4 @@
-"""The weights of a compiled model, for looking at: a mapping that takes nothing, of arrays that cannot be written."""
+"""A read-only mapping of a compiled model's weights, with read-only arrays."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Array = np.ndarray[Any, Any]
 
 
 class HeldWeights(Mapping[str, Array]):
-    """Weights by name, each a view that NumPy refuses to write into. It copies none.
+    """Weights by name, each a read-only view; nothing is copied.
 
-    The code that runs has them laid out in its own way, so a write could reach some of them and not others. Whoever
-    wants other weights compiles with them: `t.compile(model, weights={**exe.weights, "wte.weight": other})`.
+    The executable has its own layouts of the weights, so a write could reach some of them and not others. To use other
+    weights, compile again: `t.compile(model, weights={**exe.weights, "wte.weight": other})`.
     """
 
     def __init__(self, arrays: Mapping[str, Any]) -> None:
@@ -41,11 +41,11 @@ class HeldWeights(Mapping[str, Array]):
         return f"<{len(self)} weight{'s' * (len(self) != 1)}, {held:,} bytes>"
 
     def __setitem__(self, name: str, value: object) -> NoReturn:
-        """Raises UsageError: what was compiled keeps its weights."""
+        """Raise UsageError: the weights of a compiled model are fixed."""
         self._refuse(name)
 
     def __delitem__(self, name: str) -> NoReturn:
-        """Raises UsageError: what was compiled keeps its weights."""
+        """Raise UsageError: the weights of a compiled model are fixed."""
         self._refuse(name)
 
     def _refuse(self, name: str) -> NoReturn:
@@ -58,7 +58,7 @@ class HeldWeights(Mapping[str, Array]):
 
 
 def _unwritable(array: Any) -> Any:
-    """A view that cannot be written; what is no array of NumPy's, such as a tensor, as it is."""
+    """Return a read-only view of a NumPy array; other objects, such as tensors, unchanged."""
     if not isinstance(array, np.ndarray):
         return array
     view = array.view()

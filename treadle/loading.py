@@ -1,4 +1,4 @@
-"""`treadle.load`: an artifact, or a model that is asked for tasks.
+"""`treadle.load`: load an artifact, or a model for tasks.
 
 treadle.load("gpt2.treadle")(tokens=ids)
 treadle.load("folder").classify("I like it.").label
@@ -37,24 +37,24 @@ def load(
     cache: str | None = None,
     **config: Any,
 ) -> Any:
-    """What a `.treadle` file holds, as the `treadle.Compiled` that was saved; else a
-    `treadle.tasks.loaded.LoadedModel`, which classifies, answers, translates, ..., of a folder with a checkpoint and
-    its tokenizer, a GGUF file, or a fetched model's name.
+    """Load a `.treadle` file as the saved `treadle.Compiled`. For a checkpoint folder with its tokenizer, a GGUF file,
+    or a fetched model's name, return a `treadle.tasks.loaded.LoadedModel`, which classifies, answers, translates,
+    ...
 
-    backend, target         what runs it; of an artifact, in place of those that it was compiled for
-    limits                  what the file may ask for before it is refused
+    backend, target         where to run; for an artifact, in place of those that it was compiled for
+    limits                  limits on the file
     widen                   as in `compile`
-    check, memory, sizes, donate    of an artifact; see `treadle.artifacts.load`
-    dtype, quantize, cache  of a model, as `compile` and sessions take them
-    config                  of a model: configuration that overrides the folder's
+    check, memory, sizes, donate    for an artifact; see `treadle.artifacts.load`
+    dtype, quantize, cache  for a model, as in `compile` and sessions
+    config                  for a model: configuration that overrides the folder's
 
-    A model is compiled when it is first asked for something. Raises what `treadle.artifacts.load` does, and
-    UsageError for an option of the other kind.
+    A model is compiled when its first task runs. Raises the errors of `treadle.artifacts.load`, and UsageError for an
+    option of the other kind.
     """
     name = os.fspath(model)
     is_model = os.path.isdir(name) or Path(name).suffix == GGUF_SUFFIX or (name in PINNED and not os.path.exists(name))
     if not is_model and not os.path.exists(name) and Path(name).suffix != ".treadle":
-        find_folder(name)  # which names what there is
+        find_folder(name)  # which raises an error that lists the known names
     artifact: dict[str, Any] = {"memory": memory, "sizes": sizes, "donate": donate}
     of_model: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "cache": cache, **config}
     wrong = artifact if is_model else of_model
@@ -62,14 +62,14 @@ def load(
     if not check and is_model:
         given.append("check")
     if given:
-        kind = "a model that is loaded for tasks" if is_model else "an artifact, which is compiled already,"
-        raise UsageError(f"{kind} takes no {given[0]}", received=name, hint=f"treadle.compile({name!r}, ...)")
+        kind = "a model that is loaded for tasks" if is_model else "an artifact, which is already compiled,"
+        raise UsageError(f"{kind} does not accept {given[0]}", received=name, hint=f"treadle.compile({name!r}, ...)")
     if not is_model:
         planned: dict[str, Any] = {"memory": memory, "sizes": sizes, "donate": donate or ()}
         return artifacts.load(model, backend=backend, target=target, limits=limits, check=check, widen=widen, **planned)
     if isinstance(limits, artifacts.ArtifactLimits):
         raise UsageError(
-            "limits of a model are given by name", received="ArtifactLimits", hint='{"tensors": 1_000_000}'
+            "limits of a model must be a mapping by name", received="ArtifactLimits", hint='{"tensors": 1_000_000}'
         )
     names = widen if isinstance(widen, str) else tuple(widen)
     chosen = backend if backend is not None else "numpy"

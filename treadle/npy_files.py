@@ -1,4 +1,4 @@
-"""Arrays in .npy files: read under limits and without pickle, written whole or not at all.
+"""Arrays in .npy files: read under limits and without pickle, written completely or not at all.
 
 Source: the .npy format, https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
 """
@@ -25,10 +25,10 @@ _READ_BYTES = 4 << 30
 
 
 def read_npy(path: str | Path, *, limit_bytes: int = _READ_BYTES) -> Array:
-    """The array of a .npy file.
+    """Return the array in a .npy file.
 
-    Raises CheckpointError if the file does not exist, is damaged or truncated, or holds Python objects
-    (which would be unpickled), or more bytes than the limit.
+    Raises CheckpointError if the file does not exist, is damaged or truncated, or holds Python objects (which would be
+    unpickled), or more bytes than the limit.
     """
     shown = shown_path(path)
     with open_regular(path, shown) as file:
@@ -40,11 +40,11 @@ def read_npy(path: str | Path, *, limit_bytes: int = _READ_BYTES) -> Array:
             }[version]
             shape, columns_first, dtype = read_header(file)
         except KeyError:
-            raise _refusal("the file is of a version that is not read", ".".join(map(str, version)), shown) from None
+            raise _refusal("the file has an unsupported version", ".".join(map(str, version)), shown) from None
         except (ValueError, EOFError, OverflowError, SyntaxError, TypeError, TokenError) as error:
             raise _refusal("not a .npy file", printable(str(error)), shown) from None
         if dtype.hasobject or dtype.names is not None:
-            raise _refusal("the file holds no plain numbers", f"dtype {printable(str(dtype))}", shown)
+            raise _refusal("the file does not hold plain numbers", f"dtype {printable(str(dtype))}", shown)
         declared, held = math.prod(shape) * dtype.itemsize, os.fstat(file.fileno()).st_size - file.tell()
         if any(n < 0 for n in shape) or declared > held:
             raise _refusal("the file is truncated", f"{held} bytes of shape {list(shape)}, {dtype}", shown)
@@ -55,9 +55,9 @@ def read_npy(path: str | Path, *, limit_bytes: int = _READ_BYTES) -> Array:
 
 
 def write_npy(folder: Path, arrays: Mapping[str, Array]) -> list[Path]:
-    """Write each array to `folder/NAME.npy`, the folder made if new; files that exist are replaced.
+    """Write each array to `folder/NAME.npy`, creating the folder if necessary; existing files are replaced.
 
-    Raises UsageError where that cannot be done.
+    Raises UsageError if this fails.
     """
     written = []
     try:

@@ -1,6 +1,6 @@
-"""The values of command line options: `--set layers=2`, `--sizes B=1,S=128`, `--input tokens=1,2,3`.
+"""Parsers of command line option values: `--set layers=2`, `--sizes B=1,S=128`, `--input tokens=1,2,3`.
 
-Values are JSON, or words taken as they stand; nothing is evaluated as Python.
+Values are JSON, or else plain words; nothing is evaluated as Python.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from treadle.npy_files import read_npy
 from treadle.resolving import resolve
 
 DEFAULT_SIZE = 128
-"""What a symbolic axis counts where no size is said: a row of 128 tokens. A leading axis, the batch, counts 1."""
+"""Default size of a symbolic axis: a row of 128 tokens. A leading axis, the batch, has size 1."""
 
 _INLINE_BYTES = 1 << 20
-_TEXT_BYTES = 256 << 20  # of sentences to embed
+_TEXT_BYTES = 256 << 20  # limit on sentences to embed
 
 
 def parse_config(
     assignments: Iterable[str], limits: Iterable[str] = (), *callees: Callable[..., Any]
 ) -> dict[str, Any]:
-    """`layers=2`, `act=t.relu`, `head=masked_lm`: JSON, a word of the DSL after `t.`, or else a text.
+    """Parse `layers=2`, `act=t.relu`, `head=masked_lm`: JSON, a word of the DSL after `t.`, or else text.
 
     limits   what a file may ask for: where there are any, they become the argument `limits`
     callees  the functions that get the result as `**config` before `resolve` does
@@ -51,7 +51,7 @@ def parse_config(
 
 
 def parse_limits(assignments: Iterable[str]) -> dict[str, int] | None:
-    """`nodes=400000`: what a file may ask for. Raises UsageError for anything but positive integers."""
+    """Parse `nodes=400000`, a limit on a file's contents. Raises UsageError for anything but positive integers."""
     limits = {}
     for name, value in (_assignment(each, "--limit nodes=400000") for each in assignments):
         if not re.fullmatch(r"[1-9][0-9]{0,17}", value):
@@ -61,7 +61,7 @@ def parse_limits(assignments: Iterable[str]) -> dict[str, int] | None:
 
 
 def parse_sizes(text: str | None) -> dict[str, int]:
-    """`B=1,S=128`. Raises UsageError for anything but positive integers."""
+    """Parse `B=1,S=128`. Raises UsageError for anything but positive integers."""
     sizes = {}
     for part in (text or "").split(",") if text else []:
         name, value = _assignment(part, "--sizes B=1,S=128")
@@ -73,7 +73,7 @@ def parse_sizes(text: str | None) -> dict[str, int]:
 
 
 def parse_axes(assignments: Iterable[str]) -> dict[str, str]:
-    """`heads=tp`, `batch=dp tp`: axes of a model, each with the mesh axes that split it."""
+    """Parse `heads=tp`, `batch=dp tp`: axes of a model, each with the mesh axes that split it."""
     return dict(_assignment(each, "--axis heads=tp") for each in assignments)
 
 
@@ -81,7 +81,7 @@ _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2*
 
 
 def parse_bytes(memory: int | str | None) -> int | None:
-    """`300MB`, `1.5 GiB`, or a number of bytes. Raises UsageError for anything else, and for less than one."""
+    """Parse `300MB`, `1.5 GiB`, or a number of bytes. Raises UsageError for anything else, and for less than one."""
     if memory is None:
         return None
     asked = "300MB"
@@ -98,7 +98,7 @@ def parse_bytes(memory: int | str | None) -> int | None:
     if found < 1:
         units = ", ".join(_UNITS)
         raise UsageError(
-            "memory is a number of bytes",
+            "memory must be a number of bytes",
             received=printable(repr(memory))[:80],
             hint=Hint(f'memory="{asked}"; units are {units}', f"--memory {asked}; units are {units}"),
         )
@@ -106,7 +106,7 @@ def parse_bytes(memory: int | str | None) -> int | None:
 
 
 def budget_of(memory: int | str | None, sizes: Mapping[str, int] | None, graph: Graph) -> Budget | None:
-    """What a run of a graph may take, and up to which sizes: as `choose_sizes` has them. None where memory is None.
+    """Return the memory budget of a run and the sizes it holds for, see `choose_sizes`. None if memory is None.
 
     Raises UsageError as `parse_bytes` and `choose_sizes` do, and for sizes without memory.
     """
@@ -114,26 +114,29 @@ def budget_of(memory: int | str | None, sizes: Mapping[str, int] | None, graph: 
     if most is None:
         if sizes:
             raise UsageError(
-                "sizes are those up to which a run keeps to a budget, and there is none",
+                "`sizes=` only applies together with `memory=`",
                 received=", ".join(f"{name}={size}" for name, size in sizes.items()),
-                hint=Hint('memory="300MB", or no sizes', "--memory 300MB, or no --sizes"),
+                hint=Hint('pass memory="300MB", or leave sizes out', "pass --memory 300MB, or leave --sizes out"),
             )
         return None
     return Budget(most, choose_sizes(graph, sizes or {}))
 
 
 def choose_sizes(graph: Graph, asked: Mapping[str, int]) -> dict[str, int]:
-    """A size for every symbol: as asked, else 1 for a leading axis of the inputs and 128 for others, within bounds.
+    """Return a size for every symbol: the given one, else 1 for a leading axis of the inputs and 128 for others, in
+    bounds.
 
     Raises UsageError for a symbol that the graph does not have, and for a size outside its bounds.
     """
     if not isinstance(asked, Mapping):
-        raise UsageError("sizes are a mapping", received=printable(repr(asked))[:80], hint='sizes={"B": 8, "S": 128}')
+        raise UsageError(
+            "sizes must be a mapping", received=printable(repr(asked))[:80], hint='sizes={"B": 8, "S": 128}'
+        )
     given: Mapping[Any, Any] = asked
     for named, size in given.items():
         if not isinstance(named, str) or not isinstance(size, int | np.integer) or isinstance(size, bool):
             told = printable(f"{named!r}: {size!r}")[:80]
-            raise UsageError("a size is an integer", received=told, hint='sizes={"B": 8, "S": 128}')
+            raise UsageError("a size must be an integer", received=told, hint='sizes={"B": 8, "S": 128}')
     unknown = [name for name in asked if name not in graph.symbols]
     if unknown:
         raise UsageError(
@@ -153,12 +156,12 @@ def choose_sizes(graph: Graph, asked: Mapping[str, int]) -> dict[str, int]:
 
 
 def parse_inputs(assignments: Sequence[str], ranks: Mapping[str, int]) -> dict[str, Any]:
-    """`tokens=ids.npy`, `tokens=[[1, 2], [3, 4]]`, or `tokens=1,2,3`: one row, with a leading axis of 1 for each that
-    the input has beside its last.
+    """Parse `tokens=ids.npy`, `tokens=[[1, 2], [3, 4]]`, or `tokens=1,2,3`. The last form is one row: the array gets a
+    leading axis of size 1 for each further axis of the input.
 
-    ranks  the number of axes of each input that is known
+    ranks  the number of axes of each known input
 
-    Raises UsageError for text that is none of these, CheckpointError for a file that cannot be read.
+    Raises UsageError for text in none of these forms, CheckpointError for a file that cannot be read.
     """
     inputs: dict[str, Any] = {}
     for name, text in (_assignment(each, "--input tokens=ids.npy") for each in assignments):
@@ -175,7 +178,7 @@ def parse_inputs(assignments: Sequence[str], ranks: Mapping[str, int]) -> dict[s
 
 
 def input_names(assignments: Iterable[str]) -> tuple[str, ...]:
-    """The names to which values are assigned."""
+    """Return the names to which values are assigned."""
     return tuple(_assignment(each, "--input tokens=ids.npy")[0] for each in assignments)
 
 
@@ -192,7 +195,7 @@ def _word(name: str) -> Any:
     try:
         return getattr(language, name)
     except TreadleError as error:
-        error.source = None  # no line of a file
+        error.source = None  # not a line of a file
         raise
 
 
@@ -204,7 +207,7 @@ def _json_or_text(text: str) -> Any:
 
 
 def _numbers(name: str, text: str) -> Any:
-    """A number, or lists of numbers in lists."""
+    """Parse a number, or nested lists of numbers."""
     try:
         if len(text) > _INLINE_BYTES:
             raise ValueError(f"{len(text)} characters")
@@ -219,14 +222,18 @@ def _numbers(name: str, text: str) -> Any:
 
 
 def read_sentences(given: Sequence[str], file: str | None, command: str = "embed minilm") -> list[str]:
-    """Sentences from the command line, or lines of a file or of standard input, blank ones left out.
+    """Return sentences from the command line, or nonblank lines of a file or of standard input.
 
-    command  what is asked of them, for the hint of an error
+    command  the command that reads them, for the hint of an error
 
-    Raises UsageError where there is none, or it is too much or not UTF-8.
+    Raises UsageError if there is no sentence, or if the text is too long or not UTF-8.
     """
     if given and file is not None:
-        raise UsageError("sentences were given twice", received=f"{len(given)} and --file {file}", hint="one of them")
+        raise UsageError(
+            "sentences were given both as arguments and in a file",
+            received=f"{len(given)} and --file {file}",
+            hint="use one of them",
+        )
     if given:
         return list(given)
     if file is None and sys.stdin.isatty():
@@ -239,12 +246,12 @@ def read_sentences(given: Sequence[str], file: str | None, command: str = "embed
 
 
 def read_text(file: str) -> str:
-    """The text of a file; `-` is standard input. Raises UsageError where it is too much or not UTF-8."""
+    """Return the text of a file; `-` is standard input. Raises UsageError if it is too long or not UTF-8."""
     return _read(file)[0]
 
 
 def _read(file: str | None) -> tuple[str, str]:
-    """The text of a file, or of standard input for None and `-`, and its name in errors."""
+    """Return the text of a file, or of standard input for None and `-`, and its name for errors."""
     piped = file in (None, "-")
     shown = "standard input" if piped else str(file)
     data = sys.stdin.buffer.read(_TEXT_BYTES + 1) if piped else read_regular(str(file), _TEXT_BYTES)

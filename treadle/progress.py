@@ -1,9 +1,9 @@
-"""Progress on standard error while work lasts. Nothing of it where standard error is no terminal.
+"""Progress messages on standard error while work lasts. If standard error is not a terminal, nothing is shown.
 
     with working("compiling gpt2"):
         made = treadle.compile("gpt2")
 
-What is shown is taken away when the work ends, so that a terminal keeps results alone.
+Messages are removed when the work ends, so that only results stay on a terminal.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
 
-_PATIENCE = 0.5  # seconds that work may last unseen: a line that flickers tells nothing
+_PATIENCE = 0.5  # seconds before work is shown, so that short work does not flicker
 
 
 @contextmanager
 def working(what: str, *, shown: bool = True) -> Iterator[Callable[[str], None]]:
-    """Say what is being done, and for how long, while the block runs; quick work is not told.
+    """Show a description of the work and its elapsed time while the block runs; quick work is not shown.
 
-    Gives what prints a line to standard output meanwhile: what is shown makes way for it.
+    Yields a function that prints a line to standard output meanwhile, above the progress line.
     """
     if not shown or not _is_watched():
         yield partial(print, flush=True)
@@ -64,7 +64,7 @@ def working(what: str, *, shown: bool = True) -> Iterator[Callable[[str], None]]
 
 @contextmanager
 def downloading(what: str, size: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """A bar of what was downloaded; gives what to call with the number of bytes that are there."""
+    """Show a bar of downloaded bytes. Yields a function that takes the number of bytes so far."""
     if not shown or not _is_watched():
         yield lambda _: None
         return
@@ -79,7 +79,7 @@ def downloading(what: str, size: int, *, shown: bool = True) -> Iterator[Callabl
 
 @contextmanager
 def counting(what: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """A bar of how many of some things are done; gives what to call with their number. A single one has none."""
+    """Show a bar of finished items. Yields a function that takes their number. A single item gets no bar."""
     if not shown or total < 2 or not _is_watched():
         yield lambda _: None
         return
@@ -93,7 +93,7 @@ def counting(what: str, total: int, *, shown: bool = True) -> Iterator[Callable[
 
 
 def _is_watched() -> bool:
-    """Whether someone sees standard error, and TREADLE_DEBUG writes nothing else to it meanwhile."""
+    """Return True if standard error is a terminal, and TREADLE_DEBUG does not write to it."""
     return sys.stderr.isatty() and os.environ.get("TREADLE_DEBUG", "") in ("", "0")
 
 
@@ -102,7 +102,7 @@ def _progress(*columns: ProgressColumn) -> Progress:
 
     from treadle.reporting.tables import console
 
-    # The streams stay as they are: what is printed meanwhile goes where it is sent.
+    # The streams are not redirected: output printed meanwhile goes to its own stream.
     return Progress(
         *columns, console=console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False
     )

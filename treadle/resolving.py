@@ -1,12 +1,12 @@
-"""MODEL, as the command line and `compile` take it.
+"""Resolve MODEL, the argument of the command line and `compile`.
 
     file.py:function    a declaration in a Python file, which is imported
     path/to/folder      config.json and weights, or model.bin in CTranslate2's layout
     path/to/file.gguf   metadata and weights in one file
-    gpt2                a family of the zoo, with the configuration that its declaration has
+    gpt2                a family of the zoo, with the default configuration of its declaration
     minilm              a fetched model, see `treadle.fetch`
 
-What exists as a path goes before a name of the zoo, and that before the name of a fetched model.
+An existing path takes precedence over a name of the zoo, which takes precedence over the name of a fetched model.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Array = np.ndarray[Any, Any]
 Limits = Mapping[str, int] | None
 
 BLOCKS = "blocks"
-"""What `widen` takes beside narrow dtypes."""
+"""A value of `widen` in addition to narrow dtypes."""
 
 GGUF_SUFFIX = ".gguf"
 ONNX_SUFFIX = ".onnx"
@@ -55,15 +55,15 @@ ONNX_SUFFIX = ".onnx"
 
 @dataclass(frozen=True)
 class Resolved:
-    """A traced model with its weights, and where it came from.
+    """A traced model with its weights and their origin.
 
-    weights  None where no checkpoint gives any: they start at their initial values
-    unused   tensors of the checkpoint that the model does not take
+    weights  None if there is no checkpoint: weights get initial values
+    unused   tensors of the checkpoint that the model does not use
     unread   keys of config.json that the family does not know (`ReadConfig.unread`)
     folder   the checkpoint's folder, or its GGUF file, if there is one
     blocks   the type in which each weight is stored in a GGUF file: "q4_1", "f32", ...
-    padding  rows of embedding tables that get no gradient where they are read, by the weights' names
-    learned  the weights that training changes if nothing is said; None: all
+    padding  rows of embedding tables that get no gradient when they are looked up, by the weights' names
+    learned  the weights that training changes by default; None: all
     """
 
     name: str
@@ -80,12 +80,12 @@ class Resolved:
 
 @dataclass(frozen=True)
 class OpenedOnnx:
-    """An ONNX file, parsed, with what the configuration says of it.
+    """A parsed ONNX file with its configuration.
 
     static  values of inputs that determine shapes
     dims    sizes, or other names, of axes
     narrow  dtypes that are widened to f32
-    outputs those that are given; None: all
+    outputs outputs to return; None: all
     """
 
     path: Path
@@ -97,20 +97,24 @@ class OpenedOnnx:
 
     @classmethod
     def open(cls, path: Path, config: Mapping[str, Any], limits: Limits = None) -> OpenedOnnx:
-        """What config names is an input, whose value it gives, or an axis. Raises as `import_onnx` does."""
+        """Parse a file. A key of config is the name of an input with its value, or of an axis. Raises as `import_onnx`
+        does.
+        """
         file = OnnxFile.open(path, limits)
         known = {value.name for value in file.proto.graph.input}
         static = {name: value for name, value in config.items() if name in known}
         return cls(path, file, static, {name: value for name, value in config.items() if name not in static})
 
     def inputs(self) -> Graph:
-        """A graph of the inputs alone, those among them that determine shapes, but for what is given."""
+        """Return a graph of the inputs alone, including inputs that determine shapes but not inputs with a given
+        value.
+        """
         from treadle.frontends.onnx_import.importer import declared_inputs
 
         return widen_graph(declared_inputs(self.file, static=self.static, dims=self.dims), self.narrow)
 
     def resolve(self, static: Mapping[str, Any] | None = None) -> Resolved:
-        """The model with these values of inputs beside those of the configuration. Raises as `import_onnx` does."""
+        """Import the model with these values of inputs and the configuration. Raises as `import_onnx` does."""
         from treadle.frontends.onnx_import.importer import import_opened
 
         made = import_opened(self.file, static={**self.static, **(static or {})}, dims=self.dims)
@@ -121,7 +125,7 @@ class OpenedOnnx:
 class StaticInputNeeded(StaticArgumentNeeded):
     """The configuration lacks the value of an input that determines shapes.
 
-    opened   the file, of which a graph can be had for each value
+    opened  the file, which can be imported for each value
     """
 
     opened: OpenedOnnx
@@ -137,17 +141,17 @@ def resolve(
     outputs: Sequence[str] | None = None,
     **config: Any,
 ) -> Resolved:
-    """Trace what MODEL names.
+    """Trace the model that MODEL names.
 
     inputs   optional inputs of the declaration to include
-    outputs  those to give, whole or in part (`treadle.ir.transforms.chosen_outputs`); None: all
+    outputs  outputs to return, whole or in part (`treadle.ir.transforms.chosen_outputs`); None: all
     widen    narrow dtypes, "bf16" or "f16", whose values become f32 (`treadle.ir.transforms.widening`); "blocks":
-             weights that a GGUF file holds in blocks are decoded to f32 as they are read
-    limits   what a file may ask for before it is refused: {"tensors": 1_000_000}
-    deferred whether weights of a safetensors or GGUF file are converted only where a part of them is taken
+             weights that a GGUF file stores in blocks are decoded to f32 when they are read
+    limits   limits on what a file may contain: {"tensors": 1_000_000}
+    deferred True if weights of a safetensors or GGUF file are converted only when a part of them is read
     config   configuration that overrides the declaration's or the checkpoint's
 
-    Raises UsageError where there is no such model, FrontendError or CheckpointError where it cannot be read,
+    Raises UsageError if there is no such model, FrontendError or CheckpointError if it cannot be read,
     StaticInputNeeded for an ONNX file with an input that determines shapes and whose value config lacks.
     """
     names = [widen] if isinstance(widen, str) else list(widen)
@@ -161,12 +165,12 @@ def resolve(
 
 
 def _giving(resolved: Resolved, outputs: Sequence[str] | None) -> Resolved:
-    """With these outputs alone."""
+    """Return the model with these outputs only."""
     return resolved if outputs is None else replace(resolved, graph=choose_outputs(resolved.graph, outputs))
 
 
 def _widened(resolved: Resolved, narrow: frozenset[DType]) -> Resolved:
-    """With the values of narrow dtypes in f32, weights among them."""
+    """Return the model with values of narrow dtypes, including weights, in f32."""
     held = {name for name, value in resolved.graph.parameters.items() if value.type.dtype in narrow}
     weights = resolved.weights
     if weights is not None and held:
@@ -175,7 +179,7 @@ def _widened(resolved: Resolved, narrow: frozenset[DType]) -> Resolved:
 
 
 def _as_f32(array: Any) -> Any:
-    """A weight's numbers in float32, as which bf16 ones come already."""
+    """Return a weight in float32; bf16 weights are float32 already."""
     if isinstance(array, DeferredArray):
         return array.then(lambda part: np.asarray(part, np.float32), np.dtype(np.float32))
     return np.asarray(array, np.float32)
@@ -195,7 +199,7 @@ def _resolve(
     in_zoo = text in family_names() and not Path(text).exists()
     if limits is not None and (not text or in_python or in_zoo):
         raise UsageError(
-            "limits are of a file that holds a model, and this is none",
+            "limits apply to a model that is read from a file",
             received=text or f"a {type(model).__name__}",
             hint="leave it out",
         )
@@ -210,7 +214,7 @@ def _resolve(
         return Resolved(model.name, configured.graph(), configured)
     if not isinstance(model, str | Path):
         raise UsageError(
-            "a model is a declaration, a graph, a name or a path",
+            "a model must be a declaration, a graph, a name or a path",
             received=f"{model!r}"[:80],
             hint=_instead_of(model),
         )
@@ -225,7 +229,7 @@ def _resolve(
 
 
 def _called(name: str, resolved: Resolved) -> Resolved:
-    """A model by the name that the user gave, in place of its family's."""
+    """Return a model renamed from its family's name to the name that the user gave."""
     resolved.graph.name = name
     return replace(resolved, name=name)
 
@@ -238,7 +242,7 @@ def _from_place(
     keep_blocks: bool,
     deferred: bool,
 ) -> Resolved:
-    """The model in a folder or a file."""
+    """Read the model in a folder or a file."""
     if place.suffix == GGUF_SUFFIX and not place.is_dir():
         return _from_gguf(place, inputs, config, limits, keep_blocks, deferred)
     if place.suffix == ONNX_SUFFIX and not place.is_dir():
@@ -250,12 +254,12 @@ def _from_place(
 
 
 def _instead_of(model: object) -> str | None:
-    """How to have what is no model for us: another library's object, or a function that declares one."""
+    """Return a hint for an object that is not a model: another library's object, or an undecorated function."""
     torch, onnx = (sys.modules.get(name) for name in ("torch", "onnx"))
     if torch is not None and isinstance(model, torch.nn.Module):
         return (
-            "t.compile(t.from_torch(module, example_inputs)), where example_inputs is a tuple of what its forward "
-            "takes, such as (tokens,)"
+            "t.compile(t.from_torch(module, example_inputs)), where example_inputs is a tuple of the arguments of its "
+            "forward, such as (tokens,)"
         )
     if onnx is not None and isinstance(model, onnx.ModelProto):
         return 'onnx.save(model, "model.onnx"), and t.compile("model.onnx")'
@@ -263,11 +267,13 @@ def _instead_of(model: object) -> str | None:
 
 
 def find_folder(model: str | Path) -> Path:
-    """The folder that MODEL names: itself a path, or a fetched model's name. Raises UsageError where there is none."""
+    """Return the folder that MODEL names: a path, or a fetched model's name. Raises UsageError if there is none."""
     name = str(model)
     if Path(name).exists():
         if name.endswith(".py"):
-            raise UsageError("a model in a file is named with its function", received=name, hint=f"{name}:FUNCTION")
+            raise UsageError(
+                "a model in a Python file is named with its function", received=name, hint=f"{name}:FUNCTION"
+            )
         if name.endswith(".treadle"):
             hint = Hint(f"treadle.load({name!r})", f"treadle run {name}")
             raise UsageError("an artifact is compiled already", received=name, hint=hint)
@@ -289,10 +295,12 @@ def find_folder(model: str | Path) -> Path:
         )
     folder = fetched_model(name)
     if folder is None:
-        raise UsageError(f"{name} was not fetched yet", hint=Hint(f"t.fetch_model({name!r})", f"treadle fetch {name}"))
+        raise UsageError(
+            f"{name} has not been fetched yet", hint=Hint(f"t.fetch_model({name!r})", f"treadle fetch {name}")
+        )
     if not folder.is_dir() and folder.suffix not in (GGUF_SUFFIX, ONNX_SUFFIX):
         raise UsageError(
-            f"{name} is in a format that Treadle does not read yet", received=folder.name, within=str(folder.parent)
+            f"{name} is in a format that Treadle cannot read", received=folder.name, within=str(folder.parent)
         )
     return folder
 
@@ -337,13 +345,13 @@ def _from_gguf(
     binding = bind(wanted, table, file, blocks=file if keep_blocks else None, deferred=deferred)
     graph = encode_parameters(graph, binding.encodings)
     blocks = {name: file.record(source.name).blocks for name, source in binding.sources.items()}
-    unused = tuple(name for name in binding.unused if name != "rope_freqs.weight")  # which is in the configuration
+    unused = tuple(name for name in binding.unused if name != "rope_freqs.weight")  # it is in the configuration
     return Resolved(declared.name, graph, declared, binding.arrays, unused, path, blocks)
 
 
 def _from_onnx(path: Path, inputs: Sequence[str] | None, config: Mapping[str, Any], limits: Limits) -> Resolved:
     opened = OpenedOnnx.open(path, config, limits)
-    if inputs:  # all inputs are there anyway
+    if inputs:  # an ONNX model always has all its inputs
         takes = [value.name for value in opened.inputs().main.inputs]
         unknown = [name for name in inputs if name not in takes]
         if unknown:
@@ -362,19 +370,21 @@ def _from_onnx(path: Path, inputs: Sequence[str] | None, config: Mapping[str, An
 def _from_ctranslate2(
     file: CTranslate2File, folder: Path, inputs: Sequence[str] | None, config: Mapping[str, Any]
 ) -> Resolved:
-    from treadle.models.whisper import ctranslate2_table, from_ctranslate2  # of which alone there is one so far
+    from treadle.models.whisper import ctranslate2_table, from_ctranslate2  # the only family that uses it so far
 
     model = from_ctranslate2(file)
     declared = model.configure(inputs=inputs, **config)
     graph = declared.graph()
     wanted = {name: (v.type.static_shape or (), v.type.dtype) for name, v in graph.parameters.items()}
     binding = bind(wanted, ctranslate2_table(model.config["dim"]), file)
-    unused = tuple(name for name in binding.unused if file.record(name).shape)  # without dimensions it is an option
+    unused = tuple(
+        name for name in binding.unused if file.record(name).shape
+    )  # a tensor without dimensions is an option
     return Resolved(declared.name, graph, declared, binding.arrays, unused, folder)
 
 
 def _load_declaration(path: Path, function: str) -> Model:
-    """Import a user's file and take a model from it."""
+    """Import a user's file and return a model that it declares."""
     if not path.is_file():
         raise UsageError(f"there is no file {path}")
     name = f"treadle_model_{path.stem}"

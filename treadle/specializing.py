@@ -1,17 +1,17 @@
-"""ONNX files of which an input determines shapes: compiled for each value, when a call brings it.
+"""ONNX files in which an input determines shapes: compiled at the first call with each new value.
 
     exe = treadle.compile("best.onnx", backend="torch")      # k, an input, determines a shape
     exe(x=rows, k=3)                                         # compiled for k = 3
     exe(x=rows, k=5)                                         # for k = 5
-    exe(x=rows, k=3)                                         # runs what was compiled first
-    exe.at(k=3).graph                                        # what depends on the value is asked of the one
+    exe(x=rows, k=3)                                         # runs the first compilation
+    exe.at(k=3).graph                                        # properties that depend on the value
 
-Which inputs these are is found as the file is imported: the import stops at the first value that it needs, and goes on
-when it has it, perhaps to the next. An input may be needed for some values of another one only (a branch of an If).
-So the way to a specialization is walked: (), where k is needed; (k = 3), where n is needed; (k = 3, n = 2), which is
-compiled.
+These inputs are found while the file is imported: the import stops at the first value that it needs, and continues once
+it has it, perhaps to the next. An input may be needed for some values of another input only (a branch of an If). So the
+path to a specialization is followed step by step: (), where k is needed; (k = 3), where n is needed; (k = 3, n = 2),
+which is compiled.
 
-The file is parsed once, and its weights are read once. What is kept is bounded, whatever values callers bring.
+The file is parsed once, and its weights are read once. The cache of specializations is bounded for any calls.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ Array = np.ndarray[Any, Any]
 Held = TypeVar("Held")
 
 MOST_KEPT = 16
-"""The most specializations that are kept; one more takes the place of that which was not used for longest."""
+"""Maximum number of cached specializations; the least recently used one is dropped for a new one."""
 MOST_ELEMENTS = 4096
-"""The most elements that an input may have which determines shapes."""
-_STEPS_KEPT = 16 * MOST_KEPT  # on the ways to them: values, and the input that is needed next
+"""Maximum number of elements of an input that determines shapes."""
+_STEPS_KEPT = 16 * MOST_KEPT  # on the paths to them: values, and the input that is needed next
 
 
 class StaticValue(NamedTuple):
-    """The value of an input, so that equal ones are equal: its elements' bytes in the dtype of the input."""
+    """The value of an input, hashable: compared by the bytes of its elements in the dtype of the input."""
 
     name: str
     dtype: str
@@ -70,10 +70,10 @@ Way = tuple[StaticValue, ...]
 
 
 class Specialization(NamedTuple):
-    """What was compiled for values of the inputs that determine shapes.
+    """A compilation for values of the inputs that determine shapes.
 
-    static    the values by name; they are no inputs of what was compiled
-    compiled  for them
+    static    the values by name; they are not inputs of the compiled model
+    compiled  the compiled model
     """
 
     static: Mapping[str, Array]
@@ -81,23 +81,23 @@ class Specialization(NamedTuple):
 
 
 class Specializing(Compiled):
-    """A model of which inputs determine shapes. Call it as any other; `treadle.compile` gives it for such a file.
+    """A model in which inputs determine shapes. Call it as any other; `treadle.compile` returns it for such a file.
 
     static           the inputs known to determine shapes, so far
-    specializations  what is kept
+    specializations  the cached specializations
 
-    A call, or `at`, compiles for values that are new, and keeps up to `MOST_KEPT` specializations, those that were used
-    last. `graph`, `log`, `optimized`, `executable`, `source`, `outputs`, `weights` and `save` are of one value: here
-    they raise UsageError, and `at` gives them. Threads may share it: one compiles at a time, and others run.
-    docs/decisions/0007-static-arguments.md says why it is a `Compiled`.
+    A call, or `at`, compiles for new values, and caches up to `MOST_KEPT` specializations, the most recently used ones.
+    `graph`, `log`, `optimized`, `executable`, `source`, `outputs`, `weights` and `save` depend on a value: here they
+    raise UsageError, and the result of `at` has them. Threads may share it: one compiles at a time, while others run.
+    docs/decisions/0007-static-arguments.md explains why it is a `Compiled`.
     """
 
     def __init__(
         self, opened: OpenedOnnx, needed: str, make: Callable[[Resolved], Compiled], *, backend: str, target: Target
     ) -> None:
-        """needed: the input at which the import of the file stopped. make: compiles what a further import gives.
+        """needed: the input at which the import of the file stopped. make: compiles a further import.
 
-        Raises what the import does for inputs that it does not take.
+        Raises the errors of the import for inputs that are not supported.
         """
         opened.file.hold_weights()
         inputs = opened.inputs()
@@ -109,14 +109,14 @@ class Specializing(Compiled):
         self._needed: OrderedDict[Way, str] = OrderedDict({(): needed})
         self._kept: OrderedDict[Way, Compiled] = OrderedDict()
         self._static = {needed: None}
-        self._lock = threading.Lock()  # of what is kept
+        self._lock = threading.Lock()  # guards the cache
         self._making = threading.Lock()
 
-    # -- what it is ------------------------------------------------------------------------------------------------
+    # -- properties ------------------------------------------------------------------------------------------------
 
     @property
     def inputs(self) -> tuple[Port, ...]:
-        """What a call takes: name, dtype, axes; those that determine shapes among them."""
+        """Inputs of a call: name, dtype, axes; including those that determine shapes."""
         return self._signature.ports
 
     @property
@@ -126,7 +126,7 @@ class Specializing(Compiled):
 
     @property
     def specializations(self) -> tuple[Specialization, ...]:
-        """What is kept, what was used last at the end."""
+        """Cached specializations, the most recently used last."""
         with self._lock:
             kept = list(self._kept.items())
         return tuple(Specialization({c.name: c.array for c in way}, compiled) for way, compiled in kept)
@@ -136,7 +136,7 @@ class Specializing(Compiled):
         return f"<compiled {self.name} on {self.backend}, for each {', '.join(self.static)}: ({takes})>"
 
     def _repr_html_(self) -> str:
-        """For notebooks: what it takes, and what is kept."""
+        """Return HTML for notebooks: the inputs and the cached specializations."""
         rows = [("input", p.name, str(p.dtype), ", ".join(p.axes)) for p in self.inputs]
         kept = "\n".join(
             f"{', '.join(f'{name} = {value.tolist()}' for name, value in each.static.items())}: {each.compiled!r}"
@@ -154,10 +154,10 @@ class Specializing(Compiled):
     # -- running ---------------------------------------------------------------------------------------------------
 
     def __call__(self, /, *unnamed: Any, **arrays: Any) -> Outputs:
-        """Run on arrays by name, compiled for the values of those that determine shapes.
+        """Run on arrays by name, compiled for the values of the inputs that determine shapes.
 
-        Raises BackendError where arrays are not what `inputs` says, and what `compile` raises where the values are none
-        that the model can have; nothing is kept then.
+        Raises BackendError if arrays do not match `inputs`, and the errors of `compile` if the model does not accept
+        the values; nothing is cached then.
         """
         self._refuse_unnamed(unnamed)
         self._signature.check_names(arrays)
@@ -166,9 +166,9 @@ class Specializing(Compiled):
         return compiled(**{name: array for name, array in arrays.items() if name not in chosen})
 
     def at(self, /, **static: Any) -> Compiled:
-        """What is compiled for these values, now or before.
+        """Return the model compiled for these values; it is compiled now unless it is cached.
 
-        Raises UsageError where one is missing, or is given that determines no shape; else as a call does.
+        Raises UsageError if a value is missing, or does not determine a shape; other errors as in a call.
         """
         way, compiled = self._found(static)
         more = [name for name in static if name not in {c.name for c in way}]
@@ -197,7 +197,7 @@ class Specializing(Compiled):
             way = (*way, self._chosen(self._ports[found], given[found]))
 
     def _look(self, way: Way) -> Compiled | str | None:
-        """What is known at the end of a way: what was compiled, or the input that is needed next."""
+        """Return the cache entry at the end of a path: a compiled model, or the input that is needed next."""
         with self._lock:
             for known in (self._kept, self._needed):
                 if way in known:
@@ -207,7 +207,7 @@ class Specializing(Compiled):
 
     def _made(self, way: Way) -> Compiled | str:
         with self._making:
-            known = self._look(way)  # by another thread, meanwhile
+            known = self._look(way)  # another thread may have added it
             if known is not None:
                 return known
             try:
@@ -227,12 +227,12 @@ class Specializing(Compiled):
             return compiled
 
     def _chosen(self, port: Port, given: Any) -> StaticValue:
-        """A value that a caller gave, checked. Raises BackendError."""
+        """Check the value that a caller passed for an input. Raises BackendError."""
         if port.dtype.numpy is None:
             raise BackendError(f"{port.dtype} cannot determine a shape", within=str(port))
         array = numpy_taken(port, given)
         if not array.ndim and all(size.constant == 1 for size in port.type.shape):
-            array = array.reshape([1] * port.type.rank)  # a number for a tensor of one
+            array = array.reshape([1] * port.type.rank)  # a number for a tensor with one element
         wrong = solve_sizes(port.type, array.shape, {})
         hint = f"an array [{', '.join(port.axes)}]" if port.axes else "a number"
         if wrong is None and prod(array.shape) > MOST_ELEMENTS:
@@ -242,7 +242,7 @@ class Specializing(Compiled):
             raise BackendError(f"input {port.name} {wrong}", received=received, within=str(self._signature), hint=hint)
         return StaticValue(port.name, port.dtype.numpy.str, array.shape, array.tobytes())
 
-    # -- what depends on the value ---------------------------------------------------------------------------------
+    # -- properties that depend on the value -----------------------------------------------------------------------
 
     @property
     def optimized(self) -> Optimized:
@@ -250,22 +250,22 @@ class Specializing(Compiled):
 
     @property
     def log(self) -> PassLog:
-        self._refuse("what passes did depends", "log")
+        self._refuse("the log of passes depends", "log")
 
     @property
     def executable(self) -> Executable:
-        self._refuse("the code that runs depends", "source")
+        self._refuse("the generated code depends", "source")
 
     @property
     def weights(self) -> Mapping[str, Array]:
-        self._refuse("which weights are used depends", "weights")
+        self._refuse("the set of used weights depends", "weights")
 
     @property
     def outputs(self) -> tuple[Port, ...]:
         self._refuse("the axes of outputs depend", "outputs")
 
     def save(self, path: str | Path) -> str:
-        self._refuse("what is saved depends", f"save({os.fspath(path)!r})")
+        self._refuse("the saved artifact depends", f"save({os.fspath(path)!r})")
 
     def _refuse(self, what: str, asked: str) -> NoReturn:
         names = self.static

@@ -1,7 +1,6 @@
-"""The step of a model: derived, compiled for a backend and target, over the same weights as the model itself.
+"""The decoding step of a model: derived, compiled for a backend and target, over the same weights as the model itself.
 
-model = open_stepped("smollm2", backend="tvm")
-session = model.session(rows=8, capacity=2048)
+model = open_stepped("smollm2", backend="tvm") session = model.session(rows=8, capacity=2048)
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class SteppedModel:
-    """What sessions of a model share.
+    """The compiled step that sessions of a model share.
 
-    name        the model's
+    name        the model's name
     derived     the graph of entries
-    optimized   what the backend's passes made of it
-    executable  the entries
+    optimized   the graph after the backend's passes
+    executable  the compiled entries
     backend     the backend's name
     """
 
@@ -59,16 +58,16 @@ class SteppedModel:
         memory: Mapping[str, int] | None = None,
         resumes: bool | None = None,
     ) -> Session:
-        """Rows that grow token by token; see `treadle.runtime.session.Session`.
+        """Open a session, whose rows grow token by token; see `treadle.runtime.session.Session`.
 
-        rows      how many may be open at a time
-        capacity  the most tokens of each; None: as many as the model takes
-        chunk     the most tokens of a row that one call takes
-        full      what happens to a row that is full: "error", or "slide", which forgets the older half
-        memory    what rows bring once, such as a source text: its size at most, by name (`{"S": 512}`)
-        resumes   whether rows go on from what slots hold of texts that begin alike; None: where no bits change by it
+        rows      maximum number of open rows
+        capacity  maximum number of tokens of each row; None: as many as the model supports
+        chunk     maximum number of tokens of a row in one call
+        full      what happens to a row that is full: "error", or "slide", which drops the older half
+        memory    largest sizes of inputs that a row passes once, such as a source text, by name (`{"S": 512}`)
+        resumes   True if rows reuse cached prefixes of slots; None: if the results stay bitwise identical
 
-        Raises UsageError for sizes that the model does not take, BackendError where there is not enough memory.
+        Raises UsageError for sizes that the model does not support, BackendError if there is not enough memory.
         """
         return Session(
             self.derived,
@@ -87,12 +86,11 @@ def step_of(
 ) -> SteppedModel:
     """Derive the step of an optimized graph, and compile it; `cache` is the dtype of its caches, see `derive_step`.
 
-    Raises PassError where the model has no step, with what stands against it; BackendError where the backend has no
-    states.
+    Raises PassError with the reasons if the model has no step; BackendError if the backend does not support states.
     """
     derived = derive_step(graph, cache=cache)
     executable, optimized = build(find_backend(backend), derived.graph, target, weights)
-    assert isinstance(executable, StatefulExecutable)  # others are refused where they are built
+    assert isinstance(executable, StatefulExecutable)  # other backends are refused where executables are built
     return SteppedModel(name, derived, optimized, executable, backend)
 
 
@@ -107,12 +105,13 @@ def open_stepped(
     cache: str | None = None,
     **config: Any,
 ) -> SteppedModel:
-    """The step of what MODEL names, which must have weights. Raises what `compile` does; PassError for no step.
+    """Compile the step of the model that MODEL names, which must have weights. Raises as `compile` does; PassError for
+    no step.
 
-    A model that turns by other frequencies where texts are longer (`LongRope`) takes them up to its context, unless
-    `longest` says otherwise.
+    A model whose rotary frequencies change for longer texts (`LongRope`) is compiled up to its full context, unless
+    `longest` is given.
 
-    dtype, quantize   as `compile` takes them
+    dtype, quantize   as in `compile`
     cache             the dtype of its caches: "f32", "bf16" or "f16"; None: the model's own
     """
     passes, widen = computing_in(dtype, DEFAULT, config.pop("widen", ()), quantize)

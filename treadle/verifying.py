@@ -1,6 +1,6 @@
-"""`verify_model`: every available backend held against the float64 meaning of a model.
+"""`verify_model`: compare every available backend with the float64 reference of a model.
 
-`treadle.runtime.verification` says what is compared, and how near it must be.
+`treadle.runtime.verification` describes the comparison and its tolerances.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ def verify_model(
     told: Callable[[str], None] = lambda line: None,
     **config: Any,
 ) -> VerificationReport:
-    """Run a model in every backend over drawn inputs, and compare with the float64 reference, whole and op by op.
+    """Run a model in every backend on random inputs, and compare with the float64 reference, whole and op by op.
 
-    model     as `treadle.compile` takes it, or an artifact, whose own graphs and weights are then verified
-    backends  by name; all that are registered, if not said
-    sizes     at which to run, small ones for the symbols that one leaves out; a few small ones, if not said
-    seed      draws the inputs, and the weights where none are given
-    told      is given each line of the report as soon as it is known
-    the rest  as for `treadle.compile`
+    model     as in `treadle.compile`, or an artifact, whose own graphs and weights are then verified
+    backends  names of backends; default: all that are registered
+    sizes     sizes of symbols; a small size is chosen for a missing symbol, and a few sets of small sizes by default
+    seed      draws the inputs, and the weights if none are given
+    told      called with each line of the report as soon as it is known
+    the rest  as in `treadle.compile`
 
-    The reference computes every op in float64, so a large model takes its time. Raises what `compile` does for a model
-    that cannot be read or traced, and UsageError where no input can be drawn; a backend that fails is in the report.
+    The reference computes every op in float64, so a large model takes long. Raises as `compile` does for a model that
+    cannot be read or traced, and UsageError if no input can be drawn; a backend that fails is in the report.
     """
     where = target if isinstance(target, Target) else Target(target)
     if is_artifact(model):
@@ -67,9 +67,9 @@ def verify_model(
             what = "an artifact takes no configuration, inputs, weights, dtype, quantize or widen"
             raise UsageError(what, received=str(model))
         held = open_artifact(str(model), limits=limits)
-        source = quantized_alike(held.optimized.source, held.optimized.graph)  # the file has the blocks alone
+        source = quantized_alike(held.optimized.source, held.optimized.graph)  # the file has only the blocks
         optimized, given = replace(held.optimized, source=source), dict(held.weights)
-        for name, value in optimized.source.parameters.items():  # those that no output needs are not in the file
+        for name, value in optimized.source.parameters.items():  # parameters that no output needs are not in the file
             given.setdefault(name, np.zeros(value.type.held.evaluate({}), value.type.held.dtype.numpy or np.float32))
     else:
         passes, widen = computing_in(dtype, passes, widen, quantize)
@@ -79,7 +79,7 @@ def verify_model(
         optimized = PassManager(passes).run(resolved.graph)
         found = weights if weights is not None else resolved.weights
         given = initial_weights(optimized.source, seed) if found is None else dict(found)
-        if quantize is not None:  # what is held in blocks is compared with what the blocks mean
+        if quantize is not None:  # quantized weights are compared with their decoded values
             source = quantized_alike(optimized.source, optimized.graph)
             optimized, given = (
                 replace(optimized, source=source),

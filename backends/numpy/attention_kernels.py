@@ -1,6 +1,6 @@
-"""Attention in NumPy, and what its masks and biases are, as arrays that broadcast against its scores [b, h, s, t].
+"""Attention in NumPy, with masks and biases as arrays that broadcast against its scores [b, h, s, t].
 
-Masks called `hidden` are true where a query may not see a key; `masks` are true where it may.
+Masks called `hidden` are true where a query must not see a key; `masks` are true where it may.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from treadle.ir.ops.along_axes import wide_array
 Array = np.ndarray[Any, Any]
 
 SCORES = 1 << 22
-"""Scores that attention holds at a time."""
+"""Maximum number of scores that attention computes at a time."""
 
 
 def attention(
@@ -35,10 +35,11 @@ def attention(
     out: Array | None = None,
     work: Workspace = NOTHING,
 ) -> Array:
-    """q [b, h, s, d], k [b, g, t, d], v [b, g, t, e] -> [b, h, s, e]; see `treadle.ir.ops.attention`.
+    """Compute attention of q [b, h, s, d], k [b, g, t, d], v [b, g, t, e] -> [b, h, s, e]; see
+    `treadle.ir.ops.attention`.
 
-    Works on some rows and queries at a time, so that the scores take bounded memory: on as many as `work.scores` holds.
-    A query that may see no key gets zeros.
+    It works on some rows and queries at a time, so that the scores need bounded memory: as many as fit into
+    `work.scores`. A query without visible keys gets zeros.
     """
     rows, heads, queries, _ = q.shape
     groups, keys = k.shape[1], k.shape[2]
@@ -60,7 +61,7 @@ def attention(
 
 
 def _some(work: Workspace, shape: tuple[int, ...]) -> Workspace:
-    """The parts of a workspace for so many rows and queries."""
+    """Return the parts of a workspace for this number of rows and queries."""
     if work.scores is None:
         return NOTHING
     held = ("scaled", "scores", "row", "blank")
@@ -77,7 +78,7 @@ def attention_with_probabilities(
     biases: Sequence[Array] = (),
     softcap: float | None = None,
 ) -> tuple[Array, Array]:
-    """The same, and the probabilities [b, h, s, t], which are zeros too for a query that may see no key."""
+    """Return the same, and the probabilities [b, h, s, t], which are also zeros for a query without visible keys."""
     groups = k.shape[1]
     p = _probabilities(q, np.swapaxes(k, -1, -2), scale, masks, (), biases, softcap, NOTHING)
     out = _product(_grouped(p, groups), v[:, :, None])
@@ -94,7 +95,7 @@ def _probabilities(
     softcap: float | None,
     work: Workspace,
 ) -> Array:
-    """[b, h, s, t], of keys [b, g, d, t]"""
+    """Return probabilities [b, h, s, t] for keys [b, g, d, t]."""
     heads, groups, keys = q.shape[1], keys_across.shape[1], keys_across.shape[-1]
     scaled = np.multiply(q, scale, out=work.scaled)
     to = None if work.scores is None else _grouped(work.scores, groups)
@@ -114,7 +115,7 @@ def _probabilities(
 
 
 def _product(x: Array, y: Array, out: Array | None = None) -> Array:
-    """x @ y, of float16 summed in float32"""
+    """Return x @ y; float16 is summed in float32."""
     if x.dtype != np.float16:
         return np.matmul(x, y, out=out)
     made: Array = (wide_array(x) @ wide_array(y)).astype(x.dtype, copy=False)
@@ -125,18 +126,18 @@ def _product(x: Array, y: Array, out: Array | None = None) -> Array:
 
 
 def _grouped(x: Array, groups: int) -> Array:
-    """[b, (g r), s, d] -> [b, g, r, s, d]"""
+    """Split heads into groups: [b, (g r), s, d] -> [b, g, r, s, d]."""
     return x.reshape(x.shape[0], groups, x.shape[1] // max(1, groups), *x.shape[2:])
 
 
 def _part(x: Array, rows: slice, queries: slice) -> Array:
-    """Some rows and queries of what broadcasts against [b, h, s, t]."""
+    """Return the part for some rows and queries of an array that broadcasts against [b, h, s, t]."""
     x = x.reshape((1,) * (4 - x.ndim) + x.shape)
     return x[rows if x.shape[0] > 1 else slice(None), :, queries if x.shape[2] > 1 else slice(None)]
 
 
 def _safe_softmax(scores: Array, work: Workspace) -> Array:
-    """In place; zeros for a row that is -inf throughout."""
+    """Compute softmax in place; a row that is -inf throughout becomes zeros."""
     row = np.max(scores, axis=-1, keepdims=True, initial=-np.inf, out=work.row)
     scores -= _or_else(np.greater(row, -np.inf, out=work.blank), row, 0.0)
     np.exp(scores, out=scores)
@@ -146,7 +147,7 @@ def _safe_softmax(scores: Array, work: Workspace) -> Array:
 
 
 def _or_else(holds: Array, row: Array, otherwise: float) -> Array:
-    """The row where a condition holds, else a number: over both."""
+    """Return the row where a condition holds, else a number; the condition is overwritten."""
     np.copyto(row, otherwise, where=np.logical_not(holds, out=holds))
     return row
 
@@ -155,7 +156,7 @@ def _or_else(holds: Array, row: Array, otherwise: float) -> Array:
 
 
 def counted(out: Array) -> Array:
-    """0, 1, ... along the last axis of a row-major array: in place."""
+    """Fill a row-major array with 0, 1, ... along the last axis, in place."""
     size = out.shape[-1]
     if not out.size:
         return out
@@ -171,7 +172,7 @@ def counted(out: Array) -> Array:
 
 
 def term(text: str, queries: int, keys: int, *operands: Array) -> Array:
-    """A mask or bias, written as `window(128)`, by its own meaning; broadcasts against [b, h, s, t]."""
+    """Evaluate a mask or bias, written as `window(128)`, by its definition; it broadcasts against [b, h, s, t]."""
     return _read(text).reference(np.arange(queries)[:, None], np.arange(keys), *operands)
 
 
@@ -179,12 +180,12 @@ _read = lru_cache(maxsize=64)(parse_term)
 
 
 def laid_out(x: Array, axes: str) -> Array:
-    """An operand of some of the axes b, h, s, t as [b, h, s, t], with 1 for each that it lacks."""
+    """Return an operand with some of the axes b, h, s, t as [b, h, s, t], with size 1 for missing axes."""
     sizes = dict(zip(axes.split(), x.shape, strict=True))
     return x.reshape([sizes.get(axis, 1) for axis in AXES])
 
 
-# Each counts positions in the arrays that it is given for queries i and keys j, and writes to `out`.
+# Each reads positions of queries i and keys j from its arguments, and writes to `out`.
 
 
 def causal(queries: Array, keys: Array, out: Array) -> Array:
@@ -193,7 +194,7 @@ def causal(queries: Array, keys: Array, out: Array) -> Array:
 
 
 def window(queries: Array, keys: Array, size: int, later: Array, out: Array) -> Array:
-    """Hidden: j <= i - size or j >= i + size, over i; `later` holds the second."""
+    """Hidden: j <= i - size or j >= i + size, written over i; `later` holds the second condition."""
     bound = np.subtract(counted(queries), size, out=queries)[:, None]
     np.less_equal(counted(keys), bound, out=out)
     bound += 2 * size
@@ -206,17 +207,17 @@ def padding(lengths: Array, keys: Array, out: Array) -> Array:
 
 
 def segments(of_queries: Array, of_keys: Array, out: Array) -> Array:
-    """Hidden: the query is of another segment than the key."""
+    """Hidden: the query and the key have different segments."""
     return np.not_equal(laid_out(of_queries, "b s"), laid_out(of_keys, "b t"), out=out)
 
 
 def hidden_by(mask: Array, axes: str, out: Array) -> Array:
-    """Hidden: where a mask does not hold"""
+    """Hidden: the mask is false"""
     return np.logical_not(laid_out(mask, axes), out=out)
 
 
 def t5_relative(text: str, table: Array, queries: Array, keys: Array, apart: Array, bucket: Array, out: Array) -> Array:
-    """table[bucket(j - i), h]; `apart` and `bucket` [s, t] hold numbers on the way, out is [s, t, h]."""
+    """Return table[bucket(j - i), h]; `apart` and `bucket` [s, t] hold intermediate results, out is [s, t, h]."""
     kind = _read(text)
     assert isinstance(kind, T5Relative)
     far = kind.max_distance
@@ -229,6 +230,6 @@ def t5_relative(text: str, table: Array, queries: Array, keys: Array, apart: Arr
 
 
 def alibi(slopes: Array, queries: Array, keys: Array, apart: Array, out: Array) -> Array:
-    """slopes[h] * (j - i), of positions in the slopes' dtype; `apart` [s, t] holds the distance."""
+    """Return slopes[h] * (j - i), with positions in the slopes' dtype; `apart` [s, t] holds the distance."""
     np.subtract(counted(keys), counted(queries)[:, None], out=apart)
     return np.multiply(laid_out(slopes, "h"), apart, out=out)

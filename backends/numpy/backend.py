@@ -1,4 +1,4 @@
-"""The NumPy backend: readable source on every machine. It claims no speed, and needs nothing but NumPy."""
+"""The NumPy backend: readable source on every machine. It is not optimized for speed, and needs only NumPy."""
 
 from __future__ import annotations
 
@@ -47,24 +47,24 @@ _WITHOUT_BF16_CACHES = Hint('cache="f16", or backend="torch"', "--cache f16, or 
 
 
 class NumpyBackend(StagedBackend):
-    """Runs graphs in NumPy. Every op of the registry; every dtype but bf16, which NumPy does not have.
+    """Runs graphs in NumPy. It supports every op of the registry and every dtype except bf16, which NumPy lacks.
 
-    A call takes NumPy arrays, and PyTorch tensors in the processor's memory, and gives NumPy arrays.
+    A call accepts NumPy arrays, and PyTorch tensors in CPU memory, and returns NumPy arrays.
     """
 
     name = "numpy"
 
     def available(self) -> str | None:
-        """None: NumPy is always there."""
+        """Return None: NumPy is always available."""
         return None
 
     def supports(self, node: Node) -> str | None:
-        """None, or the reason why the node cannot be run."""
+        """Return None, or the reason why the node cannot be run."""
         lacking = {v.type.dtype.name for v in (*node.inputs, *node.results) if v.type.dtype.numpy is None}
         return f"NumPy has no {', '.join(sorted(lacking))}" if lacking else None
 
     def refuse(self, graph: Graph, target: Target) -> None:
-        """Raise BackendError for a target that is no CPU, or a refused node."""
+        """Raise BackendError for a target that is not a CPU, or a refused node."""
         if target.kind != "cpu":
             raise BackendError(
                 "the numpy backend runs on the CPU only",
@@ -81,7 +81,7 @@ class NumpyBackend(StagedBackend):
         refuse_nodes(graph, self.name, self.supports, hint=_WITHOUT_BF16_CACHES if held else _WITHOUT_BF16)
 
     def pipeline(self, target: Target) -> Sequence[Pass]:
-        """What is spelled as it is, what is done once, and where each array lies for how long."""
+        """Return the passes: legalize, compute derived weights once, and plan storage and lifetime of each array."""
         products = (OpenBlockProducts(), Legalize(keeps), DecodeLast(), MultiplyBlocks())
         plan = PlanStorage(placed=is_placed, over=written_over, workspaces=workspace, copies=True)
         return (*products, HoistWeights(), plan)
@@ -129,14 +129,14 @@ class _Reference:
 
 
 def _read_only(array: Array) -> Array:
-    """The same memory, which nobody writes by way of this array or a view of it."""
+    """Return a read-only view of the same memory; views of it are read-only, too."""
     view = array.view()
     view.flags.writeable = False
     return view
 
 
 def _poison(*arrays: Any) -> None:
-    """Fill arrays, and so all that lies in their memory, unless that cannot be written: a scalar, what is broadcast."""
+    """Fill arrays, and so all values in their memory, except read-only ones: scalars and broadcast arrays."""
     for array in arrays:
         if isinstance(array, np.ndarray) and array.flags.writeable:
             array[...] = np.frombuffer(bytes([BYTE]) * array.itemsize, array.dtype)[0]
@@ -145,8 +145,8 @@ def _poison(*arrays: Any) -> None:
 class _NumpyArrays:
     """NumPy arrays; see `treadle.backends.python.executable.Arrays` and `...arena.ArenaArrays`.
 
-    kept     what a caller gave is read-only during the run
-    donated  but for these inputs, which the caller gave away
+    kept     True if the caller's arrays are read-only during the run
+    donated  inputs that are excepted, since the caller donated them
     """
 
     def __init__(self, kept: bool, donated: frozenset[str]) -> None:

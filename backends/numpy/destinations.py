@@ -1,7 +1,7 @@
-"""How ops are spelled in NumPy that write their result where the storage plan has it: by `out=`.
+"""NumPy code for ops that write their result to a planned destination, by `out=`.
 
-Kernels of ours take it in the spelling that they have anyway (`treadle.backends.numpy.spelling`); here is what is an
-operator or a method there. What is run by its reference, of float16, or of several results allocates what it gives.
+Our own kernels have this argument in any case (`treadle.backends.numpy.spelling`); here are operators and methods. Ops
+that run by their reference, or that have float16 or several results, allocate their results.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _FUNCTIONS = {
     **{name: name for name in ("equal", "not_equal", "less", "less_equal", "greater", "greater_equal")},
     **{"logical_and": "bitwise_and", "logical_or": "bitwise_or", "logical_not": "invert"},
 }
-"""Ops by name, and functions of NumPy's that give the same numbers."""
+"""Ops by name, and NumPy functions that give the same numbers."""
 
 _ELEMENTWISE: dict[str, Spelling] = {
     **{ours: _of_operands(theirs) for ours, theirs in _FUNCTIONS.items()},
@@ -56,7 +56,7 @@ def _copied(text: str, line: Line) -> str:
 
 
 def _rearranged(line: Line) -> str:
-    """The axes in their new order, before those that are one dimension are joined: that is a view."""
+    """Permute the axes, before those that form one dimension are joined: joining is a view."""
     return _copied(rearranged(line, "transpose", joined=False), line)
 
 
@@ -89,7 +89,7 @@ _KERNELS = (
     *("linear", "einsum", "embedding", "gather", "pad", "softmax", "log_softmax", "layer_norm", "rms_norm"),
     *("erf", "gelu", "gelu_tanh", "sigmoid", "silu", "quick_gelu", "rsqrt", "expm1", "log1p", "softplus"),
 )
-"""Ops whose one spelling tells a kernel where to write."""
+"""Ops whose only form is a kernel with a destination."""
 
 NUMPY = Dialect(
     name="numpy",
@@ -101,11 +101,11 @@ NUMPY = Dialect(
 )
 
 _MOVES = ("rearrange", "reshape", "concat", "pad", "cast")
-"""Ops that add up nothing, so that they are placed in float16, too."""
+"""Ops without additions, which therefore get a destination in float16, too."""
 
 
 def is_placed(node: Node) -> bool:
-    """Whether a node is spelled so that it writes its result where it is told to."""
+    """Return True if a node's code writes its result to a given destination."""
     op, types = node.op, [v.type for v in (*node.inputs, *node.results)]
     if op.name not in {*_WRITTEN, *_KERNELS} or op.updates or len(node.results) != 1:
         return False
@@ -129,7 +129,7 @@ def is_placed(node: Node) -> bool:
 
 
 def written_over(step: Step) -> Sequence[Value]:
-    """The operands over which a step may write: NumPy's functions of elements take one as `out`."""
+    """Return the operands that a step may overwrite: NumPy's elementwise functions accept one as `out`."""
     node = step.root
     if node.op.name not in _ELEMENTWISE or node.result.type.dtype is f16:
         return ()

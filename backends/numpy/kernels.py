@@ -1,11 +1,10 @@
-"""Kernels in NumPy that emitted source calls: what one expression cannot say, or says wastefully.
+"""NumPy kernels that emitted source calls, where one expression is not enough or would be wasteful.
 
-Each gives results in the dtype of its operands, and sums in it: emitted source passes float16 in float32. Attention
-alone takes it as it is, and rounds scores and probabilities as its body does. Nothing here loops over elements.
+Each returns results in the dtype of its operands, and sums in it: emitted source passes float16 as float32. Only
+attention accepts float16 itself, and rounds scores and probabilities as its body does. No kernel loops over elements.
 
-    out    where the result is written; None: in a new array
-    work   what a call needs beside, as arrays by name (`treadle.backends.numpy.workspaces`); of those that it does not
-           have, it makes new ones
+    out    the destination of the result; None: a new array
+    work   the workspace of a call, arrays by name (`treadle.backends.numpy.workspaces`); missing ones are allocated
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from treadle.backends.numpy.attention_kernels import alibi as alibi  # which emitted source calls, as all of these
+from treadle.backends.numpy.attention_kernels import alibi as alibi  # called by emitted source, like all of these
 from treadle.backends.numpy.attention_kernels import attention as attention
 from treadle.backends.numpy.attention_kernels import attention_with_probabilities as attention_with_probabilities
 from treadle.backends.numpy.attention_kernels import causal as causal
@@ -35,13 +34,13 @@ from treadle.ir.ops.error_function import erf as exact_erf
 Array = np.ndarray[Any, Any]
 
 CHUNK = 1 << 16
-"""Elements that a function of one element works on at a time, so that its temporaries stay in the cache."""
+"""Number of elements per chunk of an elementwise function, so that its temporaries stay in the cache."""
 
 
 # -- functions of an element ---------------------------------------------------------------------------------
 
-# erf(x) = x P(x^2) / Q(x^2) for |x| <= 4, where float32's erf reaches 1. Fitted by iteratively reweighted least
-# squares to a relative error of 2.5e-8; evaluated in float32 it is within 3.2e-7 of erf.
+# erf(x) = x P(x^2) / Q(x^2) for |x| <= 4, where float32's erf reaches 1. Fitted by iteratively reweighted least squares
+# to a relative error of 2.5e-8; evaluated in float32 it is within 3.2e-7 of erf.
 _ERF_P = (1.12837911, 0.193525076, 0.0530990697, 0.00388249033, 0.000284547103, 1.98693124e-06)
 _ERF_Q = (1.0, 0.504839718, 0.115341716, 0.0152055258, 0.00118536584, 3.74207593e-05)
 
@@ -88,8 +87,9 @@ def _gelu_tanh(x: Array, y: Array, work: Workspace) -> None:
 def _chunked(
     function: Callable[[Array, Array, Workspace], None], x: Array, out: Array | None, work: Workspace
 ) -> Array:
-    """A function of x by chunks; x, y, and what it needs beside are as long. `work.kept` holds a chunk of an x with
-    gaps."""
+    """Apply a function to x chunk by chunk; x, y and its workspace have the same length. `work.kept` holds a chunk of
+    an x with gaps.
+    """
     x = np.asarray(x)
     made = np.empty(x.shape, x.dtype) if out is None else out
     parts: dict[str, Array] = vars(work)
@@ -109,7 +109,7 @@ def _chunked(
 
 
 def erf(x: Array, out: Array | None = None, work: Workspace = NOTHING) -> Array:
-    """The error function; in float32 within 3.2e-7."""
+    """Return the error function; in float32 within 3.2e-7."""
     return _chunked(_erf, x, out, work)
 
 
@@ -162,14 +162,14 @@ def _x_over(x: Array, y: Any) -> Array:
 
 
 def copied(x: Array, shape: tuple[int, ...], out: Array | None = None) -> Array:
-    """The elements of x in row-major order under another shape, in memory of their own."""
+    """Copy the elements of x in row-major order to another shape."""
     made = np.empty(shape, x.dtype) if out is None else out
     np.copyto(made.reshape(x.shape), x)
     return made
 
 
 def cast(x: Array, dtype: Any, out: Array | None = None) -> Array:
-    """x in another dtype"""
+    """Return x in another dtype."""
     if out is None:
         return x.astype(dtype)
     np.copyto(out, x, casting="unsafe")
@@ -177,7 +177,7 @@ def cast(x: Array, dtype: Any, out: Array | None = None) -> Array:
 
 
 def where(condition: Array, x: Any, y: Any, out: Array | None = None) -> Array:
-    """x where the condition holds, else y"""
+    """Return x where the condition holds, else y."""
     if out is None:
         made: Array = np.where(condition, x, y)
         return made
@@ -187,7 +187,7 @@ def where(condition: Array, x: Any, y: Any, out: Array | None = None) -> Array:
 
 
 def pad(x: Array, axis: int, before: int, after: int, value: float, out: Array | None = None) -> Array:
-    """x with margins along an axis, which are filled with a number"""
+    """Return x padded along an axis with a number."""
     axis %= x.ndim
     size = x.shape[axis]
     shape = (*x.shape[:axis], before + size + after, *x.shape[axis + 1 :])
@@ -199,12 +199,12 @@ def pad(x: Array, axis: int, before: int, after: int, value: float, out: Array |
 
 
 def iota(size: int, dtype: Any, out: Array | None = None) -> Array:
-    """0, 1, ..., size - 1"""
+    """Return 0, 1, ..., size - 1."""
     return np.arange(size, dtype=dtype) if out is None else counted(out)
 
 
 def positions(x: Array, out: Array | None = None) -> Array:
-    """0, 1, ... along the last axis, in the shape of x"""
+    """Return 0, 1, ... along the last axis, in the shape of x."""
     if out is None:
         return np.broadcast_to(np.arange(x.shape[-1]), x.shape)
     return counted(out)
@@ -230,7 +230,7 @@ def log_softmax(x: Array, axis: int, out: Array | None = None, work: Workspace =
 
 
 def mean(x: Array, axes: tuple[int, ...], keepdims: bool = False, out: Array | None = None) -> Array:
-    """The sum along axes, divided by how many elements they have."""
+    """Return the sum along axes, divided by the number of their elements."""
     total: Any = np.sum(x, axis=axes, keepdims=keepdims, out=out)
     count = math.prod(x.shape[axis] for axis in axes)
     made: Array = np.divide(total, count, out=total if isinstance(total, np.ndarray) else None)
@@ -264,12 +264,12 @@ def rms_norm(x: Array, weight: Array | None, eps: float, out: Array | None = Non
 
 
 def take(x: Array, indices: Array, axis: int, out: Array | None = None) -> Array:
-    """Slices of x along an axis. Raises OutsideAxis for an index that is outside: NumPy would count from the end."""
+    """Return slices of x along an axis. Raises OutsideAxis for an index out of bounds, also a negative one."""
     return np.take(x, within(indices, x.shape[axis]), axis=axis, out=out, mode="clip")
 
 
 def within(indices: Array, size: int) -> Array:
-    """The indices of an axis of this size. Raises OutsideAxis for one that is outside."""
+    """Return the indices of an axis of this size. Raises OutsideAxis for an index out of bounds."""
     if np.size(indices) and (np.min(indices) < 0 or np.max(indices) >= size):
         given = np.asarray(indices)
         raise OutsideAxis(int(given[(given < 0) | (given >= size)].flat[0]), size)
@@ -277,7 +277,7 @@ def within(indices: Array, size: int) -> Array:
 
 
 def take_along_axis(x: Array, indices: Array, axis: int, out: Array | None = None, work: Workspace = NOTHING) -> Array:
-    """x[..., indices[..., i, ...], ...], of x row-major where there is a workspace. Raises OutsideAxis."""
+    """Return x[..., indices[..., i, ...], ...]; with a workspace, x is row-major. Raises OutsideAxis."""
     within(indices, x.shape[axis])
     if work.places is None:
         return np.take_along_axis(x, indices, axis)
@@ -292,7 +292,7 @@ def take_along_axis(x: Array, indices: Array, axis: int, out: Array | None = Non
 
 
 def append(state: Array, x: Array, rows: Array, start: Array, axis: int, *, ring: bool) -> Array:
-    """Write x into a state, from where each row goes on. Raises OutsideAxis or NoRoom, and then writes nothing."""
+    """Write x into a state, from each row's start. Raises OutsideAxis or NoRoom, and then writes nothing."""
     capacity, count = state.shape[axis], x.shape[axis]
     slots = within(rows, state.shape[0])[:, None]
     lost = (start < 0) if ring else (start < 0) | (start > capacity - count)
@@ -307,7 +307,7 @@ def append(state: Array, x: Array, rows: Array, start: Array, axis: int, *, ring
 def rotary(
     x: Array, positions: Array, frequencies: Array, layout: str, out: Array | None = None, work: Workspace = NOTHING
 ) -> Array:
-    """x [b, h, s, d], whose first 2f dimensions are turned in pairs; see `treadle.ir.ops.rotary`."""
+    """Rotate pairs of the first 2f dimensions of x [b, h, s, d]; see `treadle.ir.ops.rotary`."""
     f = frequencies.shape[0]
     at = np.empty(positions.shape, frequencies.dtype) if work.positions is None else work.positions
     np.copyto(at, positions, casting="unsafe")
@@ -330,17 +330,17 @@ def rotary(
 
 
 def linear(x: Array, weight: Array, bias: Array, out: Array | None = None) -> Array:
-    """x weight^T + bias, of weight [n, k]"""
+    """Return x weight^T + bias, with weight [n, k]."""
     y: Array = np.matmul(x, weight.T, out=out)
     y += bias
     return y
 
 
 class EinsumOrder:
-    """A product of two operands as one of matrices, [batch, rows, inner] by [batch, inner, columns]: letters of axes.
+    """A product of two operands as a matrix product, [batch, rows, inner] by [batch, inner, columns]: letters of axes.
 
-    made      the axes of what matmul gives, of which the result is a permutation
-    operands  for each operand the axes in that order, and where they are parted into dimensions
+    made      the axes of matmul's output; the result is a permutation of it
+    operands  for each operand the axes in that order, and the positions that separate its dimensions
     """
 
     def __init__(self, terms: Sequence[str], right: str) -> None:
@@ -353,9 +353,9 @@ class EinsumOrder:
 
 
 def einsum(equation: str, *operands: Array, out: Array | None = None, work: Workspace = NOTHING) -> Array:
-    """NumPy's einsum; a product of two operands goes through matmul, which is BLAS.
+    """NumPy's einsum; a product of two operands is computed by matmul, which is BLAS.
 
-    With a workspace, no operand has an axis that it alone has and the result has not.
+    With a workspace, every axis of an operand must also be in the other operand or in the result.
     """
     left, right = equation.split("->")
     terms = left.split(",")
@@ -387,6 +387,6 @@ def einsum(equation: str, *operands: Array, out: Array | None = None, work: Work
 
 
 def _summed(term: str, x: Array, kept: str) -> tuple[str, Array]:
-    """An operand without the axes that it alone has and the result has not, summed."""
+    """Sum an operand over the axes that are neither in the other operand nor in the result."""
     axes = tuple(i for i, c in enumerate(term) if c not in kept)
     return "".join(c for c in term if c in kept), np.sum(x, axis=axes, dtype=x.dtype) if axes else x

@@ -1,6 +1,6 @@
-"""How ops are spelled in NumPy. What has no entry is run by its reference, or, if a composite, by its body.
+"""NumPy code for ops. An op without an entry is run by its reference, or, if it is a composite, by its body.
 
-float16 is summed in float32, see `Op.accumulates`, and so is computed whatever takes several steps.
+float16 is summed in float32, see `Op.accumulates`, and functions of several steps are computed in float32.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class _WideLine(Line):
 
 
 def _in_f32(spelling: Spelling) -> Callable[[Line], str]:
-    """An op's spelling, of float16 in float32 with one rounding: of sums, and of what takes several steps."""
+    """Return an op's code with float16 computed in float32 and rounded once: for sums, and for functions of several
+    steps.
+    """
 
     def spelled(line: Line) -> str:
         dtypes = {r.type.dtype for r in line.node.results}
@@ -117,13 +119,13 @@ def _spells(name: str) -> Callable[[Callable[[Line], str]], Callable[[Line], str
 
 
 def dtype_text(dtype: DType) -> str:
-    """`np.float32`"""
+    """Return `np.float32`."""
     assert dtype.numpy is not None
     return "np.bool_" if dtype.name == "bool" else f"np.{dtype.numpy.name}"
 
 
 def _accumulating(line: Line) -> str:
-    """NumPy adds small integers up in int64 unless it is told not to."""
+    """Return the dtype argument of a sum: by default NumPy adds small integers in int64."""
     return f", dtype={dtype_text(line.result.dtype)}" if line.result.dtype.is_int else ""
 
 
@@ -133,7 +135,7 @@ def _cast(line: Line) -> str:
 
 
 def _factor(line: Line, name: str) -> str:
-    """An operand of a product, in the dtype in which products are summed, where the op names one."""
+    """Return an operand of a product, in the dtype in which products are summed, if the op names one."""
     x = line.array(name)
     return x if line.op.to in (None, line.type(name).dtype) else f"{x}.astype({dtype_text(line.op.to)})"
 
@@ -245,7 +247,7 @@ def _attention(line: Line) -> str:
 
 
 def attention_told(line: Line) -> str:
-    """The same, with masks and biases written to the workspace."""
+    """Return attention with masks and biases written to the workspace."""
     work, numbers = line.work, count()
     assert work is not None
     return attention(line, lambda term, operands, *_: written_term(term, operands, work, next(numbers)), hidden=True)
@@ -253,12 +255,12 @@ def attention_told(line: Line) -> str:
 
 @_spells("cached_attention")
 def _cached_attention(line: Line) -> str:
-    """By its meaning, which reads of each row what is live."""
+    """Return a call of the reference, which reads only the valid part of each row."""
     return line.by_reference(rows=f"kernels.within({line.array('rows')}, {line.size(line.type('k').shape[0])})")
 
 
 def _term(term: Term, operands: Sequence[str], queries: str, keys: str) -> str:
-    """By its own meaning: `kernels.term("window(128)", S, T)`."""
+    """Return a call of the term's definition: `kernels.term("window(128)", S, T)`."""
     arguments = [f'"{term}"', queries, keys, *operands]
     return f"kernels.term({', '.join(arguments)})"
 
@@ -279,5 +281,5 @@ SPELLINGS |= {name: _in_f32(SPELLINGS[name]) for name in _SUMMING}
 
 
 def keeps(op: Op, types: Sequence[Type | None]) -> bool:
-    """Whether an op is spelled as it is; else a composite's body is."""
+    """Return True if an op has code of its own; otherwise a composite's body is used."""
     return op.name in SPELLINGS and (not isinstance(op, Attending) or (op.has_standard_terms and not op.begins_later))

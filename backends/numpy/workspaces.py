@@ -1,6 +1,6 @@
-"""What a NumPy kernel of ours needs beside its result while it runs: arrays by name, which the storage plan places.
+"""Workspaces of our NumPy kernels: arrays by name, which the storage plan places.
 
-Chunks of a size that is at most so many elements are equal parts of the whole, so that a size says how large they are.
+A size is split into equal chunks of bounded length, so that a size expression can state the length of a chunk.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Lies = Callable[[Value], View]
 
 
 def workspace(node: Node, lies: Lies) -> Mapping[str, Type]:
-    """The arrays by name; lies: how a value lies, where all that is written is row-major."""
+    """Return the arrays by name. `lies` returns a value's layout, given that all written arrays are row-major."""
     needed = _NEEDED.get(node.op.name)
     return {} if needed is None else needed(node, lies)
 
 
 def _chunk(size: Size, most: int) -> Size:
-    """The largest of equal parts of a size, of which none is larger than so much."""
+    """Return the size of the largest of equal parts of a size, none larger than `most`."""
     return _part(size, size // most + 1)
 
 
@@ -35,7 +35,7 @@ def _part(size: Size, count: Size) -> Size:
 
 
 def _row(node: Node, axis: int) -> Type:
-    """One element along an axis of the first operand."""
+    """Return one element along an axis of the first operand."""
     x = node.inputs[0].type
     shape = list(x.shape)
     shape[axis] = ONE
@@ -43,7 +43,7 @@ def _row(node: Node, axis: int) -> Type:
 
 
 def _chunks(*names: str) -> Callable[[Node, Lies], Mapping[str, Type]]:
-    """Of a function of an element: chunks, and one of the operand where that has gaps."""
+    """Return the workspace of an elementwise function: chunks, and one of the operand if that has gaps."""
 
     def needed(node: Node, lies: Lies) -> Mapping[str, Type]:
         x = node.inputs[0]
@@ -112,7 +112,7 @@ def _attention(node: Node, lies: Lies) -> Mapping[str, Type]:
 
 
 def is_product_of_two(node: Node) -> bool:
-    """Whether an einsum is one product of matrices, once axes are permuted and joined."""
+    """Return True if an einsum is one matrix product, once axes are permuted and joined."""
     terms, right = _letters(node)
     if len(terms) != 2 or any("." in term for term in (*terms, right)):
         return False
@@ -128,7 +128,9 @@ def _letters(node: Node) -> tuple[list[str], str]:
 
 
 def _einsum(node: Node, lies: Lies) -> Mapping[str, Type]:
-    """An operand whose axes no strides permute and join, and a product of which the result is a permutation."""
+    """Return copies of operands whose axes cannot be permuted and joined by strides, and of a product that must be
+    permuted.
+    """
     terms, right = _letters(node)
     order = kernels.EinsumOrder(terms, right)
     sizes = {c: n for term, v in zip(terms, node.inputs, strict=True) for c, n in zip(term, v.type.shape, strict=True)}

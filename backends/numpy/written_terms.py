@@ -1,6 +1,6 @@
-"""Attention's masks and biases in NumPy, written to arrays of its workspace, with true where a key is hidden.
+"""NumPy code for attention's masks and biases that writes to workspace arrays, with true where a key is hidden.
 
-Such as `kernels.causal(memory.x_work.queries, memory.x_work.keys, memory.x_work.term_0)`.
+Example: `kernels.causal(memory.x_work.queries, memory.x_work.keys, memory.x_work.term_0)`.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from treadle.ir.types import Type, boolean, i64
 
 
 def written_term(term: Term, operands: Sequence[str], work: str, number: int) -> str:
-    """A term as an expression. Raises GraphError for one that is not standard."""
+    """Return a term as an expression. Raises GraphError for a term that is not standard."""
     return term.accept(_Written(work, number), *operands)
 
 
 def needed_by_term(term: Term, operands: Sequence[Type], queries: Size, keys: Size, number: int) -> Mapping[str, Type]:
-    """The arrays by name that it is written to and made with. Raises GraphError for one that is not standard."""
+    """Return the workspace arrays of a term by name. Raises GraphError for a term that is not standard."""
     return term.accept(_Needed(queries, keys, number), *operands)
 
 
 class _Written(TermVisitor[str, str]):
-    """As text; operands are texts."""
+    """Terms as text; operands are texts."""
 
     def __init__(self, work: str, number: int) -> None:
         self.work, self.out = work, f"{work}.term_{number}"
@@ -70,7 +70,7 @@ class _Written(TermVisitor[str, str]):
 
 
 class _Needed(TermVisitor[Type, Mapping[str, Type]]):
-    """As types by name; operands are types."""
+    """Workspaces as types by name; operands are types."""
 
     def __init__(self, queries: Size, keys: Size, number: int) -> None:
         self.grid, self.out, self.beside = (queries, keys), f"term_{number}", f"beside_{number}"

@@ -6,11 +6,11 @@
 
 attention_with_probabilities is the same with a second result: the operator's qk_matmul_output, or the Softmax's.
 
-Attention takes one mask, true where a key is seen or a number that is added: masks and biases other than `causal` are
-computed from their bodies and joined into it. Causality is aligned as ours (key j <= query i, without past keys), the
-soft-cap comes before the mask, heads share keys in order, and a query that sees no key gets zeros: the standard's text
-says so since onnx 1.23, and ONNX Runtime does so. Softmax gives NaN there, so that its form ends with a Where, unless
-every query surely sees a key.
+Attention has one mask, either bool (true where a key is visible) or a number that is added: masks and biases other than
+`causal` are computed from their bodies and joined into it. Causality is aligned as ours (key j <= query i, without past
+keys), the soft-cap comes before the mask, heads share keys in order, and a query without visible keys gets zeros: the
+standard specifies this since onnx 1.23, and ONNX Runtime implements it. Softmax gives NaN there, so its form ends with
+a Where, unless every query surely sees a key.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from treadle.ir.source_lines import SourceLine
 from treadle.ir.types import Type, boolean, f64, i32
 
 _SOURCE = SourceLine("attention", 0)
-_AFTER_SOFTMAX = 3  # what the operator's fourth result is
+_AFTER_SOFTMAX = 3  # the operator's fourth result is the Softmax's
 
 
 def attention(line: OnnxLine) -> Sequence[Tensor]:
-    """The operator where the opset has it; ONNX Runtime has no kernel of it for f64.
+    """Emit the operator if the opset has it; ONNX Runtime has no kernel for f64.
 
-    The probabilities are its fourth result; the second and third are keys and values, those of the past before them.
+    The probabilities are its fourth result; the second and third are keys and values, after past ones.
     """
     if line.w.opset < 23 or line.q.dtype is f64:
         return _spelled_out(line)
@@ -60,13 +60,13 @@ def _scale(line: OnnxLine) -> float:
 
 
 def _mask(line: OnnxLine, terms: Sequence[Term], *, full: bool) -> tuple[Tensor, Type]:
-    """The terms as one mask: bool, or, where one of them is a bias, a float.
+    """Return the terms as one mask: bool, or float if one of them is a bias.
 
-    It is [s, t], or [b or 1, h or 1, s, t]; only where it is `full` do s and t not broadcast, which ONNX Runtime asks.
+    It is [s, t], or [b or 1, h or 1, s, t]. If it is `full`, s and t do not broadcast, as ONNX Runtime requires.
     """
     b = _builder(line)
     q, k = line.type("q"), line.type("k")
-    grid = Grid(b, q.shape[1], q.shape[2], k.shape[2])  # each head a group of its own
+    grid = Grid(b, q.shape[1], q.shape[2], k.shape[2])  # each head is a group of its own
     given = iter([b.input(n, v.type) for n, v in zip(line.names[3:], line.node.inputs[3:], strict=True)])
     keep: Expr | None = None
     bias: Expr | None = None
@@ -87,7 +87,7 @@ def _mask(line: OnnxLine, terms: Sequence[Term], *, full: bool) -> tuple[Tensor,
 
 
 def _builder(line: OnnxLine) -> Builder:
-    """For a graph that will stand in the line's place."""
+    """Return a builder of a graph that will replace the line."""
     b = Builder(Graph(line.op.name))
     b.graph.symbols = dict(line.w.graph.symbols)
     b.source = _SOURCE
@@ -95,7 +95,7 @@ def _builder(line: OnnxLine) -> Builder:
 
 
 def _laid_out(b: Builder, grid: Grid, term: Term, operands: Sequence[Expr]) -> Expr:
-    """A term against [b, h, s, t]. Its body is against [b, g, r, s, t], and may lack some of the leading axes."""
+    """Return a term against [b, h, s, t]. Its body is against [b, g, r, s, t], and may lack some leading axes."""
     if isinstance(term, BooleanMask | TensorBias):
         laid: Expr = b.rearrange(
             operands[0], pattern=f"{term.axes} -> {' '.join(a if a in term.axes else '1' for a in AXES)}"
@@ -113,7 +113,7 @@ def _laid_out(b: Builder, grid: Grid, term: Term, operands: Sequence[Expr]) -> E
 
 
 def _spelled_out(line: OnnxLine) -> list[Tensor]:
-    """Two products with a softmax between them."""
+    """Emit two products with a softmax between them."""
     terms = line.op.terms
     mask = _mask(line, terms, full=False) if terms else None
     b = _builder(line)
@@ -148,12 +148,12 @@ def _spelled_out(line: OnnxLine) -> list[Tensor]:
 
 
 def _grouping(mask: Expr, k: Expr) -> str:
-    """How a mask's heads are grouped by those of k; one for all heads is one for all groups."""
+    """Return the rearrangement of a mask's heads into the groups of k; a mask for all heads is one for all groups."""
     return "b 1 s t -> b 1 1 s t" if mask.shape[1].constant == 1 else f"b (g={k.shape[1]} r) s t -> b g r s t"
 
 
 def _seen(b: Builder, mask: Expr) -> Expr:
-    """[b or 1, h or 1, s, 1]: whether a query sees a key."""
+    """Return [b or 1, h or 1, s, 1], true if a query sees a key."""
     least = 0 if mask.dtype is boolean else -math.inf
     numbers = mask.cast(i32) if mask.dtype is boolean else mask
     seen: Expr = b.reduce_max(numbers, axes=(-1,), keep=True) > least
@@ -164,7 +164,7 @@ def _seen(b: Builder, mask: Expr) -> Expr:
 
 
 def rotary(line: OnnxLine) -> Tensor:
-    """RotaryEmbedding, with cosines and sines of each row's positions for its caches."""
+    """Emit RotaryEmbedding, with caches of cosines and sines for each row's positions."""
     w, frequencies = line.w, line.frequencies
     positions = w.add("Unsqueeze", w.cast(line.positions, frequencies.dtype), w.integers(2))
     angles = w.add("Mul", positions, frequencies)

@@ -1,10 +1,10 @@
-"""ONNX export: a graph as a model of the standard's operators, which ONNX Runtime and other tools read.
+"""ONNX export: write a graph as a model of standard operators, which ONNX Runtime and other tools read.
 
     made = treadle.compile("gpt2")
     export_onnx(made.graph, made.weights, "gpt2.onnx", opset=17)
 
-Repeated blocks are written out: functions of a model need opset 15, many readers do not take them, ONNX Runtime inlines
-them before it optimizes, and a node of a block could not bear its layer's scope. docs/onnx-export.md has the rest.
+Repeated blocks are inlined: functions of a model need opset 15, many readers do not support them, ONNX Runtime inlines
+them before it optimizes, and a node of a block could not carry its layer's scope. See docs/onnx-export.md for details.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ OLDEST_OPSET, DEFAULT_OPSET, NEWEST_OPSET = 13, 23, 28
 
 EXTERNAL_ABOVE = 2**20
 ALIGNMENT = 4096
-"""Of external weights: a page, so that readers can map them."""
+"""Alignment of external weights: a page, so that readers can map them."""
 
 _LARGEST_MESSAGE = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """The result of an export.
 
     path            the model
-    data            the file beside it that holds the large weights, or None where there are none
+    data            the external file with the large weights, or None if there are none
     opset           the version of the standard's operators
-    operators       how many nodes there are of each operator
-    external_bytes  of the weights in `data`
+    operators       number of nodes of each operator
+    external_bytes  bytes of the weights in `data`
     inputs          the name in the file of each input, and `outputs`, of each output: its own, unless an input and an
-                    output share it, or it is no text
-    log             what the passes did that took the graph to operators
+                    output share it, or it is not valid text
+    log             the log of the passes that lowered the graph to operators
     """
 
     path: Path
@@ -81,18 +81,17 @@ def export_onnx(
 ) -> Exported:
     """Write a graph, with its weights by name, as an ONNX model.
 
-    graph           as a pass left it: a fused op is an operator where the opset has one that means the same, else its
-                    body's operators
-    weights         arrays or tensors; arrays of bf16 ones as float32, since NumPy has no bf16
-    path            FILE.onnx; weights of more than `external_above` bytes go to FILE.onnx.data beside it
+    graph           a graph after any pass: a fused op becomes an operator if the opset has one with the same meaning,
+                    else the operators of its body
+    weights         arrays or tensors; bf16 arrays as float32, since NumPy has no bf16
+    path            FILE.onnx; weights of more than `external_above` bytes are written to FILE.onnx.data next to it
     opset           13 to 28
     external_above  bytes
 
-    Weights that are held in blocks are written as the float32 numbers that these mean. Symbolic axes stay, under their
-    names. Equal arguments give equal bytes. The files appear whole or not at all, and
-    replace ones of their names. Raises BackendError where the package onnx is missing, the opset is not one of these, a
-    weight is missing or does not fit, or an op or a dtype has no form at the opset; UsageError where the file cannot be
-    written; GraphError where the blocks, written out, are too many.
+    Quantized weights are written as their float32 values. Symbolic axes keep their names. Equal arguments give equal
+    bytes. The files are written atomically, and replace files of their names. Raises BackendError if the package onnx
+    is missing, the opset is not one of these, a weight is missing or does not fit, or an op or a dtype has no form at
+    the opset; UsageError if the file cannot be written; GraphError if the inlined blocks are too many.
     """
     _refuse_opset(opset)
     _refuse_states(graph)
@@ -124,7 +123,7 @@ def export_onnx(
 
 
 def _in_numbers(graph: Graph, weights: Mapping[str, Any]) -> tuple[Graph, Mapping[str, Any]]:
-    """A graph and its weights without encodings, of which ONNX has none of ours."""
+    """Return a graph and its weights decoded, since ONNX has none of our encodings."""
     encoded = {name: v.type for name, v in graph.parameters.items() if v.type.encoding is not None}
     if not encoded and not any(node.op.decodes for _, node in graph.walk()):
         return graph, weights
@@ -135,13 +134,13 @@ def _in_numbers(graph: Graph, weights: Mapping[str, Any]) -> tuple[Graph, Mappin
 
 
 def _refuse_states(graph: Graph) -> None:
-    """An ONNX file is one function of its inputs."""
+    """Refuse a graph with states or several entries: an ONNX file is one function of its inputs."""
     entries = [entry.name for entry in graph.later_entries]
     if graph.states or len(entries) > 1:
         raise BackendError(
             f"{graph.name} has {'states' if graph.states else 'several entries'}, which an ONNX file cannot hold",
             received=f"entries {', '.join(entries)}; {len(graph.states)} states",
-            hint="the model as it was declared, over a whole sequence",
+            hint="the model as declared, over a whole sequence",
         )
 
 
@@ -164,7 +163,7 @@ def _refuse_opset(opset: int) -> None:
 def _refuse_size(graph: Graph, size: int, external_above: int) -> None:
     if size > _LARGEST_MESSAGE:
         raise BackendError(
-            f"{graph.name} is {size:,} bytes without the weights beside it, and a protobuf message less than 2 GiB",
+            f"{graph.name} is {size:,} bytes without external weights, but a protobuf message is less than 2 GiB",
             received=f"external_above={external_above}",
             hint="a smaller external_above",
         )
@@ -179,7 +178,7 @@ def _is_integer(opset: object) -> bool:
 
 @dataclass(frozen=True)
 class _Held:
-    """A weight or constant that the model holds: its tensor, its shape, and its elements."""
+    """A weight or constant of the model: its tensor, its shape, and its elements."""
 
     tensor: Tensor
     shape: tuple[int, ...]
@@ -187,12 +186,12 @@ class _Held:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return self.elements.nbytes if isinstance(self.elements, np.ndarray) else len(self.elements)
 
     @property
     def data(self) -> memoryview:
-        """The elements' bytes, little-endian, row-major; a view where the array lies so already."""
+        """The elements' bytes, little-endian, row-major; a view if the array has this layout."""
         if isinstance(self.elements, bytes):
             return memoryview(self.elements)
         array = self.elements.astype(self.elements.dtype.newbyteorder("<"), copy=False)
@@ -200,14 +199,14 @@ class _Held:
 
 
 def _weight(name: str, wanted: Type, value: Any) -> Array | bytes:
-    """The elements of a weight. Raises BackendError where it is not of its type."""
+    """Return the elements of a weight. Raises BackendError if it does not match its type."""
     refuse_misfit(name, wanted, value)
     array = as_numpy_weight(value)
     return Literal.of(array, bf16).data if wanted.dtype is bf16 else array
 
 
 def _places(held: Sequence[_Held]) -> dict[Tensor, int]:
-    """Where each weight begins in the external file."""
+    """Return the offset of each weight in the external file."""
     places, end = {}, 0
     for each in held:
         places[each.tensor] = -(-end // ALIGNMENT) * ALIGNMENT
@@ -216,9 +215,9 @@ def _places(held: Sequence[_Held]) -> dict[Tensor, int]:
 
 
 def _write(target: Path, proto: bytes, data: Path, held: Sequence[_Held], places: Mapping[Tensor, int]) -> None:
-    """Write the model and the file beside it, both or none: each whole before the first takes its name.
+    """Write the model and the external file, both or none: both are complete before the first is renamed to its name.
 
-    The weights take theirs first, so that no model stands there without them. Raises OSError.
+    The weights are renamed first, so that the model never exists without them. Raises OSError.
     """
     for path in (target, data):
         if path.is_dir():
@@ -237,7 +236,7 @@ def _write(target: Path, proto: bytes, data: Path, held: Sequence[_Held], places
 
 
 class _Model:
-    """The graph written as nodes, and these as a message of ONNX's."""
+    """The graph as ONNX nodes, and their protobuf message."""
 
     def __init__(self, graph: Graph, opset: int) -> None:
         self.graph = graph
@@ -248,7 +247,7 @@ class _Model:
         self.outputs = self._write()
 
     def pipeline(self) -> Sequence[Pass]:
-        """The passes that follow the portable ones: what has no operator is spelled by its body."""
+        """Return the passes that follow the portable ones: ops without an operator are replaced by their bodies."""
         return (Legalize(self.w.keeps),)
 
     def _write(self) -> dict[str, Tensor]:
@@ -262,7 +261,9 @@ class _Model:
         return self._named_outputs(wanted)
 
     def _named_outputs(self, wanted: Mapping[str, str]) -> dict[str, Tensor]:
-        """The tensor of each output, under the wanted name; one that has a name already is handed on by an Identity."""
+        """Return the tensor of each output under the wanted name; a tensor that has a name already passes through an
+        Identity.
+        """
         free = {t for node in self.w.nodes for t in node.outputs}
         found = {}
         for name, value in self.main.outputs.items():
@@ -275,10 +276,10 @@ class _Model:
             found[name] = tensor
         return found
 
-    # -- what it holds ---------------------------------------------------------------------------------------
+    # -- weights and constants -------------------------------------------------------------------------------
 
     def held(self, weights: Mapping[str, Any]) -> list[_Held]:
-        """The weights that a node reads, and the constants, in the order in which they are first read."""
+        """Return the weights that a node reads, and the constants, in the order in which they are first read."""
         parameters = {self.tensors[v]: (name, v) for name, v in self.main.parameters.items()}
         constants = {tensor: literal for literal, tensor in self.w.constants.items()}
         read = dict.fromkeys(t for node in self.w.nodes for t in node.inputs if t is not None)
@@ -298,14 +299,14 @@ class _Model:
     # -- as a message ----------------------------------------------------------------------------------------
 
     def proto(self, held: Sequence[_Held], places: Mapping[Tensor, int], data: str) -> Any:
-        """The ModelProto, whose weights that have a place lie there in the file `data`."""
+        """Return the ModelProto; weights with an offset are stored in the file `data`."""
         import onnx
 
         imports = [onnx.helper.make_opsetid("", self.w.opset)]
         model = onnx.ModelProto(ir_version=onnx.helper.find_min_ir_version_for(imports), producer_name="treadle")
         model.opset_import.extend(imports)
         graph = model.graph
-        graph.name = plain(self.graph.name) or "graph"  # which must have one
+        graph.name = plain(self.graph.name) or "graph"  # the standard requires one
         graph.node.extend(map(_node_proto, self.w.nodes))
         graph.initializer.extend(_tensor_proto(each, places.get(each.tensor), data) for each in held)
         graph.input.extend(_value_info(self.tensors[v].name, v.type) for v in self.main.inputs)

@@ -1,11 +1,11 @@
-"""Moving elements in ONNX: reshapes with as little shape arithmetic as they need, and rearranges in as few nodes.
+"""Move elements in ONNX: reshapes with as little shape arithmetic as they need, and rearranges in as few nodes.
 
     b s (h d) -> b h s d      Reshape [0, 0, 12, 64], Transpose
     a b -> 1 a 1 b            Unsqueeze
     b h s d -> b s (h d)      Transpose, Reshape [0, 0, 768]
 
-A Reshape may copy a size from the same place (0) and infer one (-1). What these two do not tell is computed from the
-inputs' shapes.
+A Reshape may copy a size from the same position (0) and infer one (-1). Other sizes are computed from the inputs'
+shapes.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from treadle.ir.sizing.sizes import Size, product
 
 
 def reshaped(w: OnnxWriter, x: Tensor, have: Sequence[Size], want: Sequence[Size]) -> Tensor:
-    """x, of sizes `have`, under the sizes `want`; x itself where these are the same.
+    """Reshape x from the sizes `have` to the sizes `want`; return x itself if they are equal.
 
-    Raises BackendError where a size may be 0 and the opset's Reshape cannot say so.
+    Raises BackendError if a size may be 0 and the opset's Reshape cannot express it.
     """
     if list(have) == list(want):
         return x
@@ -36,12 +36,14 @@ def reshaped(w: OnnxWriter, x: Tensor, have: Sequence[Size], want: Sequence[Size
         return w.add("Reshape", x, w.vector(want))
     if w.opset < 14:
         shape = ", ".join(map(str, want))
-        raise w.refusal(f"Reshape of opset {w.opset} has no sizes that may be 0: [{shape}]", hint="opset 14 or newer")
+        raise w.refusal(
+            f"Reshape of opset {w.opset} does not support sizes that may be 0: [{shape}]", hint="opset 14 or newer"
+        )
     return w.add("Reshape", x, w.vector(want), allowzero=1)
 
 
 def _ones_beside(longer: Sequence[Size], shorter: Sequence[Size]) -> list[int] | None:
-    """The places of `longer` that hold a 1 which `shorter` lacks, if that is all the difference."""
+    """Return the positions of ones in `longer` that `shorter` lacks, if there is no other difference."""
     ones, at = [], 0
     for place, size in enumerate(longer):
         if at < len(shorter) and shorter[at] == size:
@@ -54,7 +56,7 @@ def _ones_beside(longer: Sequence[Size], shorter: Sequence[Size]) -> list[int] |
 
 
 def _short_target(w: OnnxWriter, have: Sequence[Size], want: Sequence[Size]) -> list[int] | None:
-    """The sizes as numbers, with 0 for a copied and -1 for an inferred one; None where these do not suffice."""
+    """Return the sizes as numbers, with 0 for a copied and -1 for an inferred one; None if these do not suffice."""
     target: list[int | None] = []
     for place, size in enumerate(want):
         copied = place < len(have) and have[place] == size
@@ -64,7 +66,7 @@ def _short_target(w: OnnxWriter, have: Sequence[Size], want: Sequence[Size]) -> 
     if len(unknown) > 1:
         return None
     if unknown:
-        # Where another size is 0, one that is inferred could be anything.
+        # If another size is 0, the inferred size could be anything.
         others = [size for place, size in enumerate(want) if place != unknown[0]]
         if any(map(w.may_be_empty, others)) or want[unknown[0]].constant == 0:
             return None
@@ -72,7 +74,7 @@ def _short_target(w: OnnxWriter, have: Sequence[Size], want: Sequence[Size]) -> 
 
 
 def rearranged(line: OnnxLine) -> Tensor:
-    """A rearrange: split what the permutation takes apart, permute, then join and add or drop ones."""
+    """Emit a rearrange: split dimensions that the permutation separates, permute, join, and add or drop ones."""
     application = line.op.apply([line.type("x")])
     (operand,), (result,) = application.operands, application.results
     sizes = {name: dim.size for name, dim in application.dims.items()}
@@ -99,7 +101,7 @@ def rearranged(line: OnnxLine) -> Tensor:
 
 
 def _runs(dim: Sequence[str], place: dict[str, int]) -> list[list[str]]:
-    """A dimension's factors in runs that stay together."""
+    """Return a dimension's factors in runs that stay together."""
     runs: list[list[str]] = []
     for name in dim:
         if runs and place[runs[-1][-1]] + 1 == place[name]:
@@ -110,7 +112,9 @@ def _runs(dim: Sequence[str], place: dict[str, int]) -> list[list[str]]:
 
 
 def _order(split: Sequence[list[str]], after: Sequence[list[str]], place: dict[str, int]) -> list[int]:
-    """Where each dimension goes: factors as in the result, and ones where the result has one, else at the end."""
+    """Return the new position of each dimension: factors as in the result, ones at a one of the result, else at the
+    end.
+    """
     ones = [at for at, run in enumerate(split) if not run]
     held = sorted((at for at, run in enumerate(split) if run), key=lambda at: place[split[at][0]])
     order: list[int] = []

@@ -1,11 +1,11 @@
-"""Elements read and written at positions, in ONNX: windows of an axis, sums at indices, entries of a cache.
+"""Read and write elements at positions, in ONNX: windows of an axis, sums at indices, entries of a cache.
 
     windows                  Gather at the positions of every window
     fold_windows, index_add  ScatterND that adds, the axis in front
     scatter_add              ScatterElements that adds
     append                   ScatterND at pairs of a slot and a position
 
-A scatter that adds is there from opset 16 on.
+A scatter that adds exists from opset 16 on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from treadle.ir.types import i64
 
 
 def _window_positions(line: OnnxLine, count: Size, size: Size) -> Tensor:
-    """i64[count, size]: where on its axis each element of each window lies."""
+    """Return i64[count, size]: the position on its axis of each element of each window."""
     w, stride, dilation = line.w, line.op.stride, line.op.dilation
     if count.constant is not None and size.constant is not None:
         grid = np.arange(count.constant)[:, None] * stride + np.arange(size.constant) * dilation
@@ -29,7 +29,7 @@ def _window_positions(line: OnnxLine, count: Size, size: Size) -> Tensor:
 
 
 def windows(line: OnnxLine) -> Tensor:
-    """The windows of an axis, the elements of each along a new last axis."""
+    """Emit the windows of an axis, the elements of each along a new last axis."""
     rank = line.type("x").rank
     axis = place(line.op.axis, rank)
     made = line.w.add("Gather", line.x, _window_positions(line, line.result.shape[axis], line.op.size), axis=axis)
@@ -38,7 +38,7 @@ def windows(line: OnnxLine) -> Tensor:
 
 
 def fold_windows(line: OnnxLine) -> Tensor:
-    """Windows added up where they came from."""
+    """Emit the sum of windows at their original positions."""
     x, rank = line.type("x"), line.type("x").rank
     axis = place(line.op.axis, rank - 1)
     positions = _window_positions(line, x.shape[axis], x.shape[-1])
@@ -50,7 +50,7 @@ def fold_windows(line: OnnxLine) -> Tensor:
 
 
 def index_add(line: OnnxLine) -> Tensor:
-    """The target with rows added at indices along an axis."""
+    """Emit the target with rows added at indices along an axis."""
     rank, picked = line.type("target").rank, line.type("indices").rank
     axis = place(line.op.axis, rank)
     others = [at for at in range(rank) if at != axis]
@@ -63,20 +63,20 @@ def index_add(line: OnnxLine) -> Tensor:
 
 
 def _added(line: OnnxLine, target: Tensor, positions: Tensor, updates: Tensor) -> Tensor:
-    """The target with the updates added to its rows at these positions."""
+    """Emit the target with the updates added to its rows at these positions."""
     _refuse_before_16(line)
     rows = line.w.add("Unsqueeze", line.w.cast(positions, i64), line.w.integers(-1))
     return line.w.add("ScatterND", target, rows, updates, reduction="add")
 
 
 def _moved_back(line: OnnxLine, made: Tensor, axis: int, rank: int) -> Tensor:
-    """The first dimension back in the place of `axis`."""
+    """Move the first dimension back to the position of `axis`."""
     order = [*range(1, axis + 1), 0, *range(axis + 1, rank)]
     return line.w.add("Transpose", made, perm=order) if axis else made
 
 
 def append(line: OnnxLine) -> Tensor:
-    """Of a value that is no state: a copy, in which other elements stand at pairs of a slot and a position."""
+    """Emit a copy of a value that is not a state, with new elements at pairs of a slot and a position."""
     w, rank = line.w, line.type("state").rank
     axis = place(line.op.axis, rank)
     order = [0, axis, *(at for at in range(1, rank) if at != axis)]
@@ -95,7 +95,7 @@ def append(line: OnnxLine) -> Tensor:
 
 
 def scatter_add(line: OnnxLine) -> Tensor:
-    """The target with each element added at its own index along an axis."""
+    """Emit the target with each element added at its own index along an axis."""
     _refuse_before_16(line)
     return line.w.add("ScatterElements", line.target, line.indices, line.added, axis=line.op.axis, reduction="add")
 

@@ -1,4 +1,4 @@
-"""What ONNX's operators take: element types, their numbers, and the schemas of the onnx package."""
+"""The types of ONNX's operators: element types, their numbers, and the schemas of the onnx package."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NARROW: Mapping[str, tuple[int, DType]] = {
         "float4e2m1": 23,
     }.items()
 }
-"""ONNX's numbers of float formats that are no dtypes of ours; a cast to one and back rounds."""
+"""ONNX's numbers of float formats that are not dtypes of ours; a cast to one and back rounds."""
 
 NAMED = {f"tensor({name})": DTYPES[ours] for ours, (_, name) in CODES.items()}
 
@@ -45,7 +45,7 @@ WIDER: Mapping[DType, tuple[DType, ...]] = {
     f16: (f32,),
     bf16: (f32,),
 }
-"""What an operator is applied in where it does not take a dtype, the first that it takes."""
+"""The dtypes in which an operator is applied if it does not support a dtype; the first supported one is chosen."""
 
 NO_KERNEL: Mapping[str, frozenset[DType]] = {
     "Max": frozenset({i16}),
@@ -58,15 +58,17 @@ NO_KERNEL: Mapping[str, frozenset[DType]] = {
     "ScatterND": frozenset({i8, u8, f16, bf16}),
     "ScatterElements": frozenset({f16, bf16}),
 }
-"""Dtypes that the standard has and ONNX Runtime's processor kernels lack: these are widened, too.
+"""Dtypes that the standard has and ONNX Runtime's CPU kernels lack: these are widened, too.
 
-bf16 is not, but for sums by index: other devices compute in it, and casts around every node would slow these down.
+bf16 is not widened, except for sums by index: other devices compute in it, and casts around every node would be slow.
 """
 
 
 @dataclass(frozen=True)
 class OperatorSchema:
-    """What an operator takes and gives at an opset: type variables or dtypes, in order; the last input may repeat."""
+    """The types of an operator's inputs and outputs at an opset: type variables or dtypes, in order; the last input may
+    repeat.
+    """
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -75,7 +77,7 @@ class OperatorSchema:
 
 @lru_cache(maxsize=1024)
 def schema_of(op_type: str, opset: int) -> OperatorSchema | None:
-    """None where the opset does not have the operator."""
+    """Return an operator's schema, or None if the opset does not have the operator."""
     import onnx
 
     try:

@@ -1,4 +1,4 @@
-"""One node of ours as ONNX spellings see it: its operands are tensors of the file."""
+"""One node of ours for the ONNX code generator: its operands are tensors of the file."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class OnnxNode:
 
 @dataclass(frozen=True)
 class OnnxLine:
-    """A node of ours about to be written, as a spelling sees it: `line.x` is the tensor of its operand x.
+    """A node of ours to be emitted: `line.x` is the tensor of its operand x.
 
     w         the writer; `line.add` is the writer's
     node, op  ours
@@ -53,7 +53,7 @@ class OnnxLine:
         object.__setattr__(self, "names", self.node.op.operand_names(len(self.node.operands)))
 
     def __getattr__(self, name: str) -> Any:
-        """An operand that is present, or one of the writer's methods."""
+        """Return an operand that is present, or one of the writer's methods."""
         if name in self.__dict__.get("names", ()):
             found = self.tensors[self.names.index(name)]
             assert found is not None, name
@@ -65,7 +65,7 @@ class OnnxLine:
         return self.w.add
 
     def expanded(self, graph: Graph, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Write the main function of a graph on these tensors in the node's place; returns its outputs."""
+        """Write the main function of a graph on these tensors in the node's place. Return its outputs."""
         main = legalized(graph, self.w.keeps).main
         held = dict(zip(main.inputs, tensors, strict=True))
         self.w.write(main, held)
@@ -73,15 +73,15 @@ class OnnxLine:
 
     @property
     def present(self) -> list[Tensor]:
-        """The operands that are there, in order."""
+        """The operands that are present, in order."""
         return [t for t in self.tensors if t is not None]
 
     def has(self, name: str) -> bool:
-        """Whether an optional operand is present."""
+        """Return True if an optional operand is present."""
         return self.tensors[self.names.index(name)] is not None
 
     def type(self, name: str) -> Any:
-        """The type of an operand that is present."""
+        """Return the type of an operand that is present."""
         value = self.node.operands[self.names.index(name)]
         assert value is not None
         return value.type
@@ -93,5 +93,5 @@ class OnnxLine:
 
 
 def plain(text: str) -> str:
-    """Text that a file can hold: a name may come from anywhere, and half a surrogate pair is no character."""
+    """Return valid text for a file: a name may have any source, and half a surrogate pair is not a character."""
     return text.encode("utf-8", "replace").decode("utf-8")

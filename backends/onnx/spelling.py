@@ -1,7 +1,7 @@
-"""How ops are spelled in ONNX: the name of an operator, or a function that adds a few.
+"""ONNX code for ops: the name of an operator, or a function that adds a few.
 
-`FORMS` says from which opset on a composite is an operator of the standard, and when that means exactly the same. All
-other composites are replaced by their bodies; a primitive without a spelling has no form in ONNX, and is refused.
+`FORMS` contains composites with an operator in the standard: the first opset, and conditions for the exact meaning. All
+other composites are replaced by their bodies; a primitive without code has no form in ONNX, and is refused.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import DType, Type, bf16, boolean, f16, f32, f64, i64, u8
 
 Spelling = str | Callable[[OnnxLine], Tensor | Sequence[Tensor]]
-"""An operator's name, which is applied to the operands that are present; or what gives the results' tensors."""
+"""An operator's name, which is applied to the operands that are present; or a function that returns the results'
+tensors.
+"""
 
 
 def in_ops(make: Callable[..., Expr]) -> Spelling:
-    """A primitive on floats that simpler ops of ours say: `in_ops(lambda b, x: x / (b.abs(x) + 1.0))`.
+    """Express a primitive on floats by simpler ops of ours: `in_ops(lambda b, x: x / (b.abs(x) + 1.0))`.
 
-    16 bits are computed in f32 and rounded at the end, as our backends do.
+    16 bits are computed in f32 and rounded at the end, as in our backends.
     """
 
     def spelled(line: OnnxLine) -> Tensor:
@@ -48,7 +50,7 @@ def in_ops(make: Callable[..., Expr]) -> Spelling:
 
 
 def _log1p(b: Builder, x: Expr) -> Expr:
-    """ln(1 + x), near 0 with the digits that 1 + x loses of x: ln(u) x / (u - 1) with u = 1 + x        (Kahan)"""
+    """ln(1 + x), near 0 with the digits of x that 1 + x loses: ln(u) x / (u - 1) with u = 1 + x        (Kahan)"""
     u = x + 1.0
     kept = u - 1.0
     near = b.where(b.equal(kept, 0.0), x, b.log(u) * (x / kept))
@@ -109,7 +111,7 @@ SPELLINGS: dict[str, Spelling] = {
     "where": "Where",
     # products
     "matmul": lambda line: line.add("MatMul", _factor(line, "x"), _factor(line, "y")),
-    # looking along axes
+    # reductions and indices
     "softmax": lambda line: line.add("Softmax", line.x, axis=line.op.axis),
     "log_softmax": lambda line: line.add("LogSoftmax", line.x, axis=line.op.axis),
     "reduce_sum": lambda line: _reduced(line, "ReduceSum", line.x),
@@ -143,26 +145,28 @@ SPELLINGS: dict[str, Spelling] = {
 
 @dataclass(frozen=True)
 class Form:
-    """When a composite is spelled as it is: from an opset on, and where `fits` holds for the op and its types."""
+    """The condition for emitting a composite itself: the first opset, and `fits`, a test of the op and its types."""
 
     since: int = 13
     fits: Callable[[Any, Sequence[Type | None]], bool] = lambda op, types: True
 
 
 def _of_known_width(op: Any, types: Sequence[Type | None]) -> bool:
-    """The normalizations compute in f32 (f64 needs its own), and take a weight, made of ones where there is none."""
+    """Return True for normalizations that the operator can compute: in f32 (f64 needs its own), with a weight, ones by
+    default.
+    """
     x = types[0]
     assert x is not None
     return x.dtype is not f64 and (types[1] is not None or x.shape[-1].constant is not None)
 
 
 def _not_f64(op: Any, types: Sequence[Type | None]) -> bool:
-    """For f64 ONNX Runtime has no kernel, or the operator's own function rounds its numbers to f32."""
+    """Return False for f64: ONNX Runtime has no kernel, or the operator's own function rounds its numbers to f32."""
     return types[0] is not None and types[0].dtype is not f64
 
 
 def _from_the_first(op: Any, types: Sequence[Type | None]) -> bool:
-    """The operator counts queries from 0, and has one dtype."""
+    """Return True if queries are counted from 0, and there is one dtype, as the operator requires."""
     return not op.begins_later and getattr(op, "to", None) is None
 
 
@@ -181,11 +185,11 @@ FORMS: dict[str, Form] = {
     "rms_norm": Form(23, _of_known_width),
     "rotary": Form(23, _not_f64),
 }
-"""Not Swish, of opset 24: ONNX Runtime has it there and at no later opset."""
+"""Swish, of opset 24, is missing: ONNX Runtime supports it at that opset, but at no later one."""
 
 
 def keeps(opset: int) -> Callable[[Op, Sequence[Type | None]], bool]:
-    """Whether a composite is spelled as it is at this opset; else its body is."""
+    """Return a function that is True for a composite with an operator at this opset; otherwise its body is emitted."""
 
     def kept(op: Op, types: Sequence[Type | None]) -> bool:
         form = FORMS.get(op.name)
@@ -195,7 +199,7 @@ def keeps(opset: int) -> Callable[[Op, Sequence[Type | None]], bool]:
 
 
 def spell(line: OnnxLine) -> list[Tensor]:
-    """Add a node of ours; returns the tensors of its results. Raises BackendError where it has no form."""
+    """Add a node of ours. Return the tensors of its results. Raises BackendError if it has no form."""
     spelling = SPELLINGS.get(line.op.name)
     if spelling is None:
         raise line.w.refusal("has no form in ONNX")
@@ -216,7 +220,9 @@ def _spells(name: str) -> Callable[[Callable[[OnnxLine], Any]], Callable[[OnnxLi
 
 @_spells("mod")
 def _mod(line: OnnxLine) -> Tensor:
-    """Of integers ONNX's has the sign of y, as ours. Of floats it is C's, with the sign of x: y is added to mend it."""
+    """Emit mod. For integers ONNX's has the sign of y, as ours. For floats it is C's, with the sign of x: y is added
+    then.
+    """
     if not line.x.dtype.is_float:
         return _tensor(line.add("Mod", line.x, line.y))
     rest, mend = _float_rest(line)
@@ -224,7 +230,7 @@ def _mod(line: OnnxLine) -> Tensor:
 
 
 def _float_rest(line: OnnxLine) -> tuple[Tensor, Tensor]:
-    """C's remainder, and whether it is not 0 and its sign is not that of y."""
+    """Return C's remainder, and a condition: it is not 0 and its sign differs from the sign of y."""
     zero = line.w.constant(0.0, line.x.dtype)
     rest = line.add("Mod", line.x, line.y, fmod=1)
     signs_differ = line.add("Xor", line.add("Less", rest, zero), line.add("Less", line.y, zero))
@@ -233,7 +239,9 @@ def _float_rest(line: OnnxLine) -> tuple[Tensor, Tensor]:
 
 @_spells("floor_divide")
 def _floor_divide(line: OnnxLine) -> Tensor:
-    """As NumPy: (x - rest) / y is whole but for its rounding, and one less where the remainder was mended."""
+    """Emit NumPy's floor division: (x - rest) / y is an integer up to rounding, minus one where y was added to the
+    remainder.
+    """
     quotient = line.add("Div", line.x, line.y)
     if line.x.dtype is u8:
         return _tensor(quotient)
@@ -257,7 +265,7 @@ def _tensor(made: Any) -> Tensor:
 
 @_spells("round_to")
 def _round_to(line: OnnxLine) -> Tensor:
-    """A cast to the format and back. A cast to bf16 does not saturate; f16 holds no number that would be too large."""
+    """Emit a cast to the format and back. A cast to bf16 does not saturate; no f16 number is too large for it."""
     w, x = line.w, line.x
     if line.op.format == "bf16":
         if line.op.saturate and x.dtype is not f16:
@@ -273,14 +281,14 @@ def _round_to(line: OnnxLine) -> Tensor:
 
 
 def _factor(line: OnnxLine, name: str) -> Tensor:
-    """An operand of a product, in the dtype in which products are summed, where the op names one."""
+    """Return an operand of a product, in the dtype in which products are summed, if the op names one."""
     x: Tensor = getattr(line, name)
     return x if line.op.to is None else line.w.cast(x, line.op.to)
 
 
 @_spells("linear")
 def _linear(line: OnnxLine) -> Tensor:
-    """Gemm transposes the weight itself, but takes matrices alone."""
+    """Emit Gemm, which transposes the weight itself but accepts only matrices, or else a MatMul."""
     bias = [line.bias] if line.has("bias") else []
     x, weight = _factor(line, "x"), _factor(line, "weight")
     if line.type("x").rank == 2:
@@ -291,7 +299,9 @@ def _linear(line: OnnxLine) -> Tensor:
 
 @_spells("einsum")
 def _einsum(line: OnnxLine) -> Tensor:
-    """Every axis gets a letter, those of `...` too; an operand loses the ones of axes that it does not hold."""
+    """Emit Einsum. Every axis gets a letter, including those of `...`; an operand loses its ones for axes that it
+    lacks.
+    """
     application = line.op.apply([v.type for v in line.node.inputs])
     terms, operands = [], []
     for x, value, dims in zip(line.present, line.node.inputs, application.operands, strict=True):
@@ -321,16 +331,16 @@ def _conv(line: OnnxLine) -> Tensor:
     )
 
 
-# -- looking along axes ----------------------------------------------------------------------------------------
+# -- reductions and indices ------------------------------------------------------------------------------------
 
 
 def _wide(line: OnnxLine, x: Tensor) -> Tensor:
-    """x, in f32 if it is of 16 bits: what ours computes in."""
+    """Return x, in f32 if it has 16 bits, as our backends compute it."""
     return line.w.cast(x, f32) if x.dtype in (f16, bf16) else x
 
 
 def _reduced(line: OnnxLine, op_type: str, x: Tensor) -> Tensor:
-    """Sums take their axes as an input at all our opsets, the others from opset 18."""
+    """Emit a reduction. Sums take their axes as an input at all our opsets, the others from opset 18."""
     axes = [place(axis, line.type("x").rank) for axis in line.op.axes]
     if not axes:
         return x
@@ -376,7 +386,7 @@ def _normalized(line: OnnxLine, op_type: str, bias: Sequence[Tensor]) -> Tensor:
 
 @_spells("expand")
 def _expand(line: OnnxLine) -> Tensor:
-    """A 1 in the shape keeps what x has there."""
+    """Emit Expand. A 1 in the shape keeps the size of x."""
     have, want = line.type("x").shape, line.result.shape
     if have == want:
         return _tensor(line.x)
@@ -408,7 +418,7 @@ def _slice(line: OnnxLine) -> Tensor:
 
 
 def _from_end(edge: Size) -> bool:
-    """Whether an edge counts from the end, as in ONNX, whatever the axis's size."""
+    """Return True if an edge counts from the end, as in ONNX, whatever the axis's size."""
     return edge.constant is not None and edge.constant < 0
 
 
@@ -423,5 +433,5 @@ def _pad(line: OnnxLine) -> Tensor:
 
 
 def _filling(line: OnnxLine, value: float, dtype: DType) -> Tensor:
-    """The constant that fills a tensor of this dtype, which holds the number: the op saw to that."""
+    """Return the constant that fills a tensor of this dtype; the op ensured that the dtype represents it."""
     return line.w.constant(value if dtype.is_float else bool(value) if dtype is boolean else int(value), dtype)

@@ -1,10 +1,10 @@
-"""Writing an ONNX graph: nodes on tensors, dtypes that an operator lacks widened, equal nodes written once.
+"""Write an ONNX graph: nodes on tensors; unsupported dtypes are widened, equal nodes are written once.
 
     w = OnnxWriter(graph, opset=17)
     y = w.add("MatMul", x, w.add("Transpose", weight, perm=[1, 0]))
 
-What an operator takes is read from its schema at the opset. Where it does not take a dtype, it is applied in a wider
-one between two casts, which gives the same numbers: integers wrap around, and 16-bit floats are rounded once.
+An operator's types are read from its schema at the opset. If it does not support a dtype, it is applied in a wider one
+between two casts, which gives the same numbers: integers wrap around, and 16-bit floats are rounded once.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ NAMED |= {f"tensor(float{ours[1:]})": dtype for ours, (_, dtype) in NARROW.items
 
 
 class OnnxWriter:
-    """Gathers the nodes and constants of one ONNX graph.
+    """Collects the nodes and constants of one ONNX graph.
 
     opset      the version of the standard's operators
-    keeps      which composites `spell` can spell as they are
-    spell      adds a node of ours, and gives its results
+    keeps      returns True for composites that `spell` emits themselves
+    spell      adds a node of ours, and returns its results
     nodes      in order
     constants  the tensor of each constant, by its content
     types      our type of each tensor that is the result of a node of ours
@@ -46,19 +46,19 @@ class OnnxWriter:
         self.nodes: list[OnnxNode] = []
         self.constants: dict[Literal, Tensor] = {}
         self.symbols: dict[str, Tensor] = {}
-        """The size of each symbol that was asked for, i64[1]."""
+        """The size of each requested symbol, i64[1]."""
         self.sources: list[tuple[Tensor, tuple[Size, ...]]] = []
-        """The arguments of the graph, whose dimensions tell the symbols."""
+        """The arguments of the graph, whose dimensions determine the symbols."""
         self.types: dict[Tensor, Type] = {}
         self._names: set[str] = set()
         self._written: dict[tuple[Any, ...], OnnxNode] = {}
         self._writing: list[Node] = []
-        """The node of ours being written, and, innermost last, those that its spelling writes."""
+        """The node of ours being written, and, innermost last, those that its code writes."""
 
     # -- names -----------------------------------------------------------------------------------------------
 
     def name(self, wanted: str) -> str:
-        """The name, or one like it that is not taken."""
+        """Return the name, or a similar one that is unused."""
         base = name = plain(wanted) or "value"
         count = 1
         while name in self._names:
@@ -68,7 +68,7 @@ class OnnxWriter:
         return name
 
     def refusal(self, what: str, hint: str | None = None) -> BackendError:
-        """The error that the node being written has no form."""
+        """Return the error that the node being written has no form."""
         if not self._writing:
             return BackendError(what, hint=hint)
         outer, node = self._writing[0], self._writing[-1]
@@ -102,7 +102,7 @@ class OnnxWriter:
             self._writing.pop()
 
     def tensor(self, value: Value, tensors: Mapping[Value, Tensor]) -> Tensor:
-        """What stands for a value of ours."""
+        """Return the tensor of a value of ours."""
         return tensors[value] if value.literal is None else self.literal(value.literal)
 
     @property
@@ -112,17 +112,17 @@ class OnnxWriter:
     # -- nodes -----------------------------------------------------------------------------------------------
 
     def add(self, op_type: str, *inputs: Tensor | None, dtype: DType | None = None, **attributes: Any) -> Tensor:
-        """Apply an operator with one result, or of which the first is wanted. See `add_all`."""
+        """Apply an operator, and return its first result. See `add_all`."""
         return self.add_all(op_type, *inputs, dtype=dtype, results=1, **attributes)[0]
 
     def add_all(
         self, op_type: str, *inputs: Tensor | None, dtype: DType | None = None, results: int, **attributes: Any
     ) -> tuple[Tensor, ...]:
-        """Apply an operator; returns its first `results` results.
+        """Apply an operator, and return its first `results` results.
 
-        dtype  of the results, where the operator's inputs do not tell it (Cast)
+        dtype  the dtype of the results, if it does not follow from the operator's inputs (Cast)
 
-        Raises BackendError where the opset lacks the operator, or it takes no dtype that holds the inputs'.
+        Raises BackendError if the opset lacks the operator, or it supports no dtype that represents the inputs'.
         """
         schema = schema_of(op_type, self.opset)
         if schema is None:
@@ -142,7 +142,7 @@ class OnnxWriter:
         return tuple(self.cast(t, d) for t, d in zip(node.outputs, returned, strict=True))
 
     def cast(self, x: Tensor, to: DType) -> Tensor:
-        """x in another dtype; x itself where it is of that dtype."""
+        """Return x in another dtype; x itself if it has that dtype."""
         return x if x.dtype is to else self.add("Cast", x, dtype=to, to=CODES[to.name][0])
 
     def _taken(self, op_type: str, schema: OperatorSchema, variable: str, dtype: DType) -> DType:
@@ -157,7 +157,7 @@ class OnnxWriter:
     def _placed(
         self, op_type: str, inputs: tuple[Tensor | None, ...], dtypes: Sequence[DType], attributes: Mapping[str, Any]
     ) -> OnnxNode:
-        """The node of this content: all operators are functions, so that an equal one that is there serves as well."""
+        """Return the node of this content. All operators are functions, so an equal existing node is reused."""
         fixed = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(attributes.items()))
         key = (op_type, inputs, fixed, tuple(dtypes))
         found = self._written.get(key)
@@ -170,7 +170,7 @@ class OnnxWriter:
         return found
 
     def handed_on(self, x: Tensor, name: str) -> Tensor:
-        """x under another name, which is taken for it already."""
+        """Return x under another name, which is already reserved for it."""
         made = Tensor(name, x.dtype)
         self.nodes.append(OnnxNode("Identity", self.name(f"{name}.Identity"), (x,), (made,), {}, ""))
         return made
@@ -178,7 +178,7 @@ class OnnxWriter:
     # -- constants -------------------------------------------------------------------------------------------
 
     def literal(self, literal: Literal) -> Tensor:
-        """A constant; equal ones are one."""
+        """Return a constant; equal ones share a tensor."""
         found = self.constants.get(literal)
         if found is None:
             shown = f".{literal.scalar}" if literal.shape == () else ""
@@ -186,19 +186,21 @@ class OnnxWriter:
         return found
 
     def constant(self, value: Any, dtype: DType) -> Tensor:
-        """A number or an array as a constant."""
+        """Return a number or an array as a constant."""
         return self.literal(Literal.of(value, dtype))
 
     def integers(self, *values: int) -> Tensor:
-        """i64[n]: the axes, starts or sizes that an operator takes as an input. Raises BackendError past i64."""
+        """Return i64[n]: the axes, starts or sizes that an operator takes as an input. Raises BackendError for numbers
+        past i64.
+        """
         if any(not -(2**63) <= value < 2**63 for value in values):
-            raise self.refusal(f"{max(values, key=abs)} is past what ONNX counts in")
+            raise self.refusal(f"{max(values, key=abs)} is out of ONNX's range of integers")
         return self.constant(np.array(values, np.int64), i64)
 
     # -- sizes -----------------------------------------------------------------------------------------------
 
     def vector(self, sizes: Sequence[Size | int]) -> Tensor:
-        """i64[n]: the sizes, as a constant where none holds a symbol."""
+        """Return the sizes as i64[n], a constant if none contains a symbol."""
         pieces: list[Tensor] = []
         run: list[int] = []
         for size in map(Size.of, sizes):
@@ -213,21 +215,21 @@ class OnnxWriter:
         return pieces[0] if len(pieces) == 1 else self.add("Concat", *pieces, axis=0)
 
     def scalar(self, size: Size, dtype: DType = i64) -> Tensor:
-        """A size as a tensor of rank 0."""
+        """Return a size as a tensor of rank 0."""
         if size.constant is not None:
             return self.constant(size.constant, dtype)
         return self.cast(self.add("Squeeze", self._size(size), self.integers(0)), dtype)
 
     def counted(self, size: Size) -> Tensor:
-        """i64[size]: the numbers from 0."""
+        """Return i64[size]: the numbers from 0."""
         return self.add("Range", self.constant(0, i64), self.scalar(size), self.constant(1, i64))
 
     def may_be_empty(self, size: Size) -> bool:
-        """Whether some values of the symbols make the size 0."""
+        """Return True if the size is 0 for some values of the symbols."""
         return size.bounds(self.graph.symbols).lower < 1
 
     def _size(self, size: Size) -> Tensor:
-        """i64[1]"""
+        """Return a size as i64[1]."""
         if size.constant is not None:
             return self.integers(size.constant)
         total: Tensor | None = None
@@ -248,7 +250,9 @@ class OnnxWriter:
         return total
 
     def _quotient(self, atom: Quotient) -> Tensor:
-        """ONNX divides towards zero, which is down where both are positive; else the rest is taken away first."""
+        """Emit a floor division. ONNX divides towards zero, which is the floor if both are positive; else the
+        remainder is subtracted first.
+        """
         numerator, denominator = self._size(atom.numerator), self._size(atom.denominator)
         least = [s.bounds(self.graph.symbols).lower for s in (atom.numerator, atom.denominator)]
         if least[0] < 0 or least[1] < 1:
@@ -261,7 +265,7 @@ class OnnxWriter:
         return self.symbols[symbol]
 
     def _solved(self, symbol: str) -> Tensor:
-        """The size of a symbol from a dimension S of an argument, else from one that is c*S + d."""
+        """Return the size of a symbol from a dimension S of an argument, else from one of the form c*S + d."""
         for bare in (True, False):
             for tensor, shape in self.sources:
                 for position, size in enumerate(shape):
@@ -273,7 +277,7 @@ class OnnxWriter:
                     made = self.add("Sub", made, self.integers(offset)) if offset else made
                     return self.add("Div", made, self.integers(coefficient)) if coefficient != 1 else made
         raise BackendError(
-            f"{self.graph.name} needs the size of {symbol}, which no input's dimensions tell",
+            f"{self.graph.name} needs the size of {symbol}, which no input's dimensions determine",
             received=", ".join(f"{v.name}: {v.type}" for v in self.graph.main.inputs),
             hint=f"an input with a dimension {symbol}",
         )
@@ -285,7 +289,7 @@ class OnnxWriter:
 
 
 def _told(source: SourceLine | None) -> str:
-    """`gpt2.py:41`, never an absolute path: a file must not say where it was made."""
+    """Return `gpt2.py:41`, never an absolute path: a file must not contain the place where it was exported."""
     if source is None:
         return ""
     absolute = os.path.isabs(source.file) or re.match(r"[A-Za-z]:[\\/]", source.file)

@@ -1,1 +1,1 @@
-"""What the backends that emit Python share: emission, spelling of axes and attention, the executable."""
+"""The common part of the backends that emit Python: emission, code for axes and attention, the executable."""

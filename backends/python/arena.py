@@ -1,10 +1,10 @@
-"""The arena of an emitted module: where its lines write what the storage plan places, chosen when sizes are first seen.
+"""The arena of an emitted module: the destinations of values in the storage plan, for each set of sizes.
 
-    memory.x_1    the array into which a line writes x_1; None where it makes a new one, since the caller hands it out
-    memory.h_1    the memory of the call that gives h_1
-    memory.x_1_work   what the call that gives x_1 needs beside: `memory.x_1_work.scores`
+    memory.x_1    the array into which a line writes x_1; None if the line allocates it, since the caller returns it
+    memory.h_1    the memory of the call that returns h_1
+    memory.x_1_work   the workspace of the call that returns x_1: `memory.x_1_work.scores`
 
-What a library call gives lies outside: it is allocated when the line runs, and is foreign to the plan.
+Results that a library allocates are outside: they are allocated when the line runs, and foreign to the plan.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from treadle.passes.memory.frame_placement import PlacedFrame, place_frames
 from treadle.passes.memory.frames import frames_of, parts_of
 from treadle.passes.memory.storage_plan import How, StoragePlan
 
-PLANS = 32  # sets of sizes that are kept
+PLANS = 32  # number of cached sets of sizes
 
 
 class ArenaArrays(Protocol):
-    """What an arena needs to know of a backend's arrays."""
+    """The operations of a backend's arrays that an arena needs."""
 
     def allocated(self, count: int) -> Any:
-        """A new array of so many bytes, which begins at a multiple of 64. Raises BackendError without such memory."""
+        """Return a new array of `count` bytes, aligned to 64 bytes. Raises BackendError if memory is exhausted."""
         ...
 
     def laid(self, arena: Any, offset: int, shape: tuple[int, ...], dtype: DType) -> Any:
-        """The array that begins at a byte of another one, row-major."""
+        """Return the row-major array at a byte offset of another one."""
         ...
 
 
 class PythonArena:
-    """One array for all entries of a module, as large as the largest run so far; arrays in it for each set of sizes.
+    """One array for all entries of a module, as large as the largest run so far, and its views for each set of sizes.
 
     array   the memory; None before the first run
-    nbytes  its size: what the run with the largest plan needs
-    poison  fills an array with NaN, which is done to all of it before a run; None: that is left out
+    nbytes  its size: the size of the largest plan so far
+    poison  fills an array with NaN; it is applied to all memory before a run; None: not applied
     """
 
     def __init__(
@@ -59,17 +59,18 @@ class PythonArena:
         self._memories: OrderedDict[tuple[str, tuple[tuple[str, int], ...]], SimpleNamespace] = OrderedDict()
 
     def exclusive(self, entry: str) -> AbstractContextManager[object]:
-        """The lock under which an entry takes `memory` and runs.
+        """Return the lock under which an entry uses `memory` and runs.
 
-        It is entered in the frame of the call, not in a generator: that would hold it as long as the traceback of a
-        KeyboardInterrupt is kept, as an interactive session does, and the next run would wait forever.
+        It is entered in the frame of the call, not in a generator. A generator would hold it as long as the traceback
+        of a KeyboardInterrupt exists, as in an interactive session, and the next run would wait forever.
         """
         return self._lock if self.program.has_memory(entry) else nullcontext()
 
     def memory(self, entry: str, sizes: Mapping[str, int]) -> tuple[SimpleNamespace, ...]:
-        """What an entry's function takes at these sizes as `memory`, if it takes it, until the lock is released.
+        """Return the argument `memory` of an entry's function at these sizes, if it has one, valid until the lock is
+        released.
 
-        Raises BackendError where there is not so much memory.
+        Raises BackendError if there is not enough memory.
         """
         if not self.program.has_memory(entry):
             return ()
@@ -77,7 +78,7 @@ class PythonArena:
             memory = self._memory(entry, sizes)
         except OverflowError as error:  # of 64 bits
             told = ", ".join(f"{name} = {size}" for name, size in sizes.items())
-            raise BackendError("no memory is as large as these sizes take", received=told) from error
+            raise BackendError("no memory is large enough for these sizes", received=told) from error
         if self.poison is not None:
             self.poison(self.array)
         return (memory,)
@@ -90,7 +91,7 @@ class PythonArena:
         needed = self._called_by(entry)
         placed = place_frames({name: frame for name, frame in self.frames.items() if name in needed}, sizes)
         if self.array is None or placed[entry].size > self.nbytes:
-            self._memories.clear()  # which lie in the old one
+            self._memories.clear()  # they are views of the old one
             self.array, self.nbytes = None, 0
             self.array, self.nbytes = self.arrays.allocated(placed[entry].size), placed[entry].size
         made = _Laying(self, placed, sizes).memory(entry, 0, ())
@@ -100,7 +101,9 @@ class PythonArena:
         return made
 
     def _called_by(self, entry: str) -> set[str]:
-        """The functions that an entry runs, itself included. Another entry's may have sizes that it does not know."""
+        """Return the functions that an entry runs, including itself. Another entry's may have sizes that it does not
+        know.
+        """
         found, waiting = {entry}, [entry]
         while waiting:
             new = {call.callee for call in self.frames[waiting.pop()].calls.values()} - found
@@ -110,14 +113,14 @@ class PythonArena:
 
 
 class _Laying:
-    """Makes the arrays of one set of sizes; calls whose frames and results lie alike have them in common."""
+    """Creates the arrays of one set of sizes; calls with equal offsets of frames and results share them."""
 
     def __init__(self, arena: PythonArena, placed: Mapping[str, PlacedFrame], sizes: Mapping[str, int]) -> None:
         self.arena, self.placed, self.sizes = arena, placed, sizes
         self._known: dict[tuple[str, int, tuple[int | None, ...]], SimpleNamespace] = {}
 
     def memory(self, name: str, base: int, given: Sequence[int | None]) -> SimpleNamespace:
-        """The memory of a function whose frame begins there, and whose outputs the caller has at these bytes."""
+        """Return the memory of a function whose frame begins at `base`, with the caller's offsets of its outputs."""
         key = name, base, tuple(given)
         if key not in self._known:
             plan, program = self.arena.plan.functions[name], self.arena.program
@@ -151,7 +154,7 @@ class _Laying:
         return self._laid(view.storage, offsets[view.storage], shape)
 
     def _called(self, name: str, at: int, base: int, offsets: Mapping[Storage, int]) -> SimpleNamespace:
-        """The memory of the function that a step calls."""
+        """Return the memory of the function that a step calls."""
         plan = self.arena.plan.functions[name]
         node = plan.steps[at].root
         given: list[int | None] = []

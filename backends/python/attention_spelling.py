@@ -1,10 +1,10 @@
-"""Attention as both Python backends spell it: one kernel call, with an expression inside for each mask and bias.
+"""Code for attention in both Python backends: one kernel call, with an expression inside for each mask and bias.
 
     kernels.attention(q, k, v, scale=0.125, masks=[kernels.causal(S, T), kernels.padding(lengths, T)])
     out, p = kernels.attention_with_probabilities(q, k, v, scale=0.125)
 
-Every mask and bias is an array that broadcasts against [b, h, s, t]. Both kernel modules define the two functions; how
-a term is spelled is the backend's.
+Every mask and bias is an array that broadcasts against [b, h, s, t]. Both kernel modules define the two functions; the
+backend generates the code of a term.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from treadle.backends.python.spelled_line import Line, float_text
 from treadle.ir.attention.attention_terms import BiasTerm, Term
 
 TermSpelling = Callable[[Term, Sequence[str], str, str], str]
-"""A term as an expression, of the term, its operands, and how many queries and keys there are."""
+"""Returns a term as an expression, from the term, its operands, and the numbers of queries and keys."""
 
 
 def attention(line: Line, spelling: TermSpelling, factors: Sequence[str] = (), *, hidden: bool = False) -> str:
-    """The kernel call.
+    """Return the kernel call.
 
-    factors  queries, keys and values as expressions, where they are not just the operands
-    hidden   masks are true where a query may not see a key
+    factors  queries, keys and values as expressions, if they are not just the operands
+    hidden   masks are true where a query must not see a key
     """
     masks, biases = _terms_of(line, spelling)
     arguments = [*(factors or (line.q, line.k, line.v)), f"scale={float_text(scale_of(line))}"]
@@ -34,7 +34,7 @@ def attention(line: Line, spelling: TermSpelling, factors: Sequence[str] = (), *
 
 
 def scale_of(line: Line) -> float:
-    """What the products are multiplied by."""
+    """Return the factor of the products."""
     if line.op.scale is not None:
         return float(line.op.scale)
     width = line.type("q").shape[-1].constant
@@ -43,7 +43,7 @@ def scale_of(line: Line) -> float:
 
 
 def _terms_of(line: Line, spelling: TermSpelling) -> tuple[list[str], list[str]]:
-    """The masks and the biases as expressions, in the order of the terms."""
+    """Return the masks and the biases as expressions, in the order of the terms."""
     masks: list[str] = []
     biases: list[str] = []
     names = iter(line.op.operand_names(len(line.node.operands))[3:])

@@ -1,4 +1,4 @@
-"""What NumPy and PyTorch spell alike: reshapes and permutations, einsum's letters, slices, axes."""
+"""Code that NumPy and PyTorch share: reshapes and permutations, einsum's letters, slices, axes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from treadle.ir.axes import AxisDim
 
 
 def rearranged(line: Line, permute: str, joined: bool = True) -> str:
-    """`x.reshape(B, S, 12, 64).transpose(0, 2, 1, 3)`: only the steps that are needed. permute is the method.
+    """Return `x.reshape(B, S, 12, 64).transpose(0, 2, 1, 3)`, with only the steps that are needed. permute is the
+    method.
 
-    joined  whether axes that are one dimension of the result are joined
+    joined  True if axes that are one dimension of the result are joined
 
-    Sizes are those of what is held: blocks are moved as bytes.
+    Sizes are those of the stored array: quantized blocks are moved as bytes.
     """
     application = line.op.apply([line.type("x").held])
     (operand,), (result,) = application.operands, application.results
@@ -35,7 +36,7 @@ def _merges(dims: Sequence[AxisDim]) -> bool:
 
 
 def einsum_letters(equation: str) -> str:
-    """`b heads s d, b heads t d -> b heads s t` in letters: `bhsd,bhtd->bhst`."""
+    """Convert `b heads s d, b heads t d -> b heads s t` to letters: `bhsd,bhtd->bhst`."""
     letters: dict[str, str] = {}
 
     def letter(name: str) -> str:
@@ -50,7 +51,7 @@ def einsum_letters(equation: str) -> str:
 
 
 def sliced(line: Line) -> str:
-    """`x[:, 1:4]`"""
+    """Return `x[:, 1:4]`."""
     x = line.type("x")
     axis = line.op.axis % x.rank
     start, stop = line.op.span(x.shape[axis])
@@ -61,10 +62,10 @@ def sliced(line: Line) -> str:
 
 
 def axes_of(line: Line) -> str:
-    """The axes of a reduction as a tuple."""
+    """Return the axes of a reduction as a tuple."""
     return as_tuple([str(axis) for axis in line.op.axes])
 
 
 def keeping(line: Line, word: str) -> str:
-    """`, keepdims=True` where a reduction keeps its axes."""
+    """Return `, keepdims=True` if a reduction keeps its axes."""
     return f", {word}=True" if line.op.keep else ""

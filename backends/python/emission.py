@@ -1,4 +1,4 @@
-"""Emission: a graph as the text of a Python module, one function a graph function and one line a node.
+"""Emission: a graph as the text of a Python module, one Python function per graph function and one line per node.
 
     def h(
         x,  # f32[B, S, 768]
@@ -10,12 +10,12 @@
         ...
         x_1 = torch.add(x, attn, out=memory.x_1)                        # f32[B, S, 768]
 
-What a node looks like is the dialect's business: a table from op names to Python expressions. Everything else
-is done here, once: names, sizes as expressions of symbols that are read from shapes, calls of blocks with their
-weights and states, and `del` of what no later line reads, so that memory falls as the program runs. A state is one
-array under one name, whatever version of it is meant: what updates it writes in place. What the plan places lies in
-`memory.x_1` (`treadle.backends.python.arena`), what a call needs beside its result in `memory.x_1_work`, and a call of
-a block is given the memory of its callee.
+The dialect determines the expression of a node: it is a table from op names to Python expressions. Everything else is
+done here: names, sizes as expressions of symbols that are read from shapes, calls of blocks with their weights and
+states, and `del` of values that no later line reads, so that memory is released as the program runs. A state is one
+array under one name in all its versions: ops that update it write in place. Values in the storage plan are written to
+`memory.x_1` (`treadle.backends.python.arena`), a call's workspace is `memory.x_1_work`, and a call of a block gets the
+memory of its callee.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ _BUILTINS = frozenset(dir(builtins))
 
 @dataclass(frozen=True)
 class Program:
-    """An emitted module and what its text refers to.
+    """An emitted module and the objects that its text refers to.
 
     text        the module; an entry, such as `main`, takes its inputs in order, then `weights`, then `states` by name
                 if it has any
     entries     the entries by name, and the names of their functions in the text
-    constants   what `constants[i]` holds
+    constants   the values of `constants[i]`
     bundles     for each `weights["scope.*"]`, the names of the weights in it, in the callee's order
     references  for each `reference.name(...)`, the node whose NumPy reference it is
-    nodes       the node that a line number of the text is about
-    destinations  by function what its `memory` holds: for each name the value that is written there
-    frames      by function what else: for each name the step whose callee it is the memory of
-    workspaces  and for each name the step for whose call it holds arrays, by their names
+    nodes       by line number of the text, the node of the line
+    destinations  by function, for each name in its `memory` the value that is written there
+    frames      by function, for each other name in its `memory` the step whose callee gets it as memory
+    workspaces  by function, for each other name the step whose call gets these arrays as workspace, by their names
     """
 
     text: str
@@ -69,29 +69,29 @@ class Program:
     workspaces: Mapping[str, Mapping[str, int]]
 
     def has_memory(self, function: str) -> bool:
-        """Whether a function is given arrays to write to."""
+        """Return True if a function has a parameter `memory`."""
         return any(told[function] for told in (self.destinations, self.frames, self.workspaces))
 
 
 def emit(
     graph: Graph, dialect: Dialect, plan: StoragePlan, prepared: Sequence[str] = (), poison: bool = False
 ) -> Program:
-    """Write a graph as a Python module, with lines in its head on how weights were prepared.
+    """Write a graph as a Python module, with lines at its head on prepared weights.
 
-    plan    of the graph's storage, which says where values lie and when nobody reads them any longer
-    poison  call `poison` on what lies in a storage when its life ends (`treadle.backends.poison`)
+    plan    the graph's storage plan, with offsets and lifetimes
+    poison  call `poison` on the memory of a storage when its life ends (`treadle.backends.poison`)
 
-    Raises BackendError where a needed symbol is no input's dimension.
+    Raises BackendError if a needed symbol is not an input's dimension.
     """
     return _ProgramWriter(graph, dialect, plan, prepared, poison).program()
 
 
 class _Names:
-    """Identifiers that are given out once each: `linear`, `linear_1`, ..."""
+    """Unique identifiers: `linear`, `linear_1`, ..."""
 
     def __init__(self, taken: Iterable[str]) -> None:
         self.taken = set(taken)
-        self._counts: dict[str, int] = {}  # those below are taken
+        self._counts: dict[str, int] = {}  # the numbers below are used
 
     def new(self, hint: str) -> str:
         base = re.sub(r"\W+", "_", hint, flags=re.ASCII).strip("_") or "value"
@@ -108,7 +108,7 @@ class _Names:
 
 @dataclass
 class _Text:
-    """A function's lines; each may have a comment, and a node that it is about."""
+    """A function's lines; each may have a comment and a node."""
 
     lines: list[tuple[str, str, Node | None]] = field(default_factory=list)
 
@@ -163,7 +163,7 @@ class _ProgramWriter:
         notes = []
         if self.bundles:
             notes.append(f'weights["{next(iter(self.bundles))}"]: all weights of that block, in its own order')
-        notes += [f"computed once, when weights are bound: {line}" for line in self.prepared]
+        notes += [f"computed once by bind: {line}" for line in self.prepared]
         notes += [f"constants[{i}]: {literal.type}" for literal, i in self.constants.items()]
         notes += [
             f"reference.{name}: the NumPy reference of {_op_text(node.op)}" for name, node in self.references.items()
@@ -171,7 +171,7 @@ class _ProgramWriter:
         return [title, *self.dialect.imports, *([""] if notes else []), *(f"# {on_one_line(n)}" for n in notes)]
 
     def has_memory(self, function: str) -> bool:
-        """Whether a function that is written already is given arrays to write to."""
+        """Return True if a function that is already written has a parameter `memory`."""
         return bool(self.destinations[function] or self.frames[function] or self.workspaces[function])
 
     def constant(self, literal: Literal) -> str:
@@ -218,14 +218,14 @@ class FunctionWriter:
             self.text |= {v: f'weights["{_escaped(name)}"]' for name, v in function.parameters.items()}
             self.text |= {v: f'states["{_escaped(name)}"]' for name, v in function.states.items()}
 
-    # -- what a line asks for --------------------------------------------------------------------------------
+    # -- for expressions ------------------------------------------------------------------------------------
 
     def read(self, value: Value) -> str:
-        """A value as an array."""
+        """Return a value as an array."""
         return self.program.constant(value.literal) if value.literal is not None else self.text[value]
 
     def size(self, size: Size) -> str:
-        """A size as Python text; notes its symbols as needed."""
+        """Return a size as Python text, and record its symbols as needed."""
         self.used |= size.symbols
         renamed = {s: n for s, n in self.program.symbols.items() if s != n and s in size.symbols}
         return str(size.substitute(renamed) if renamed else size)
@@ -240,7 +240,7 @@ class FunctionWriter:
         workspaces = self.program.workspaces[self.function.name] = {}
         poisoned = _owners_dead_after(plan) if self.program.poison else {}
         dead = {at: list(values) for at, values in plan.dead_after().items()}
-        for at, owners in poisoned.items():  # which have their names until their storage dies
+        for at, owners in poisoned.items():  # they keep their names until their storage dies
             dead = {n: [v for v in values if v not in owners] for n, values in dead.items()}
             dead[at] = [*dead.get(at, ()), *owners]
         for at, step in enumerate(plan.steps):
@@ -274,7 +274,7 @@ class FunctionWriter:
         body.add(f"    return {self._returned()}")
 
         head = _Text()
-        bindings = self._bindings()  # says which symbols the caller has to pass
+        bindings = self._bindings()  # records the symbols that the caller has to pass
         head.add(f"def {self.program.function_names[self.function.name]}(")
         for value in self.function.inputs if self.is_entry else self.function.arguments:
             head.add(f"    {self.text[value]},", str(value.type))
@@ -294,7 +294,7 @@ class FunctionWriter:
     def _destination(
         self, plan: FunctionPlan, made: Sequence[Value], names: Sequence[str], destinations: dict[str, Value]
     ) -> str | None:
-        """Where a node writes its result, as text; None where it allocates what it gives, or gives a view."""
+        """Return the destination of a node's result, as text; None if it allocates its result, or returns a view."""
         for value, name in zip(made, names, strict=True):
             place = plan.places[value]
             if isinstance(place.of, Value) and place.how is How.OVER:
@@ -311,7 +311,7 @@ class FunctionWriter:
         text = dialect.spell(line)
         if not line.updates_state or node.op.name in dialect.spellings:
             return text
-        (before,) = [value.before for value in node.results]  # the reference leaves the state as it is
+        (before,) = [value.before for value in node.results]  # the reference does not change the state
         assert before is not None
         return f"{self.read(before)}[...] = {text}"
 
@@ -334,7 +334,7 @@ class FunctionWriter:
         return f"{self.program.function_names[callee.name]}({', '.join(arguments)})"
 
     def _bundle(self, node: Node, callee: Function) -> list[str] | None:
-        """`*weights["h.0.*"]`, if the call passes the weights under its scope, in the callee's order.
+        """Return `*weights["h.0.*"]`, if the call passes the weights under its scope, in the callee's order.
 
         Another callee under the same scope, with other weights, has a bundle of its own.
         """
@@ -349,7 +349,7 @@ class FunctionWriter:
         return [f'*weights["{_escaped(key)}"]']
 
     def _bindings(self) -> list[str]:
-        """Lines that read the needed symbols from the arguments' shapes; the rest the caller passes."""
+        """Return lines that read the needed symbols from the arguments' shapes; the caller passes the others."""
         wanted = sorted(self.used)
         lines = []
         for value in self.function.arguments:
@@ -372,14 +372,14 @@ class FunctionWriter:
         if wanted and self.is_entry:
             names = ", ".join(wanted)
             raise BackendError(
-                f"{self.program.graph.name} needs the size of {names}, which no input's dimensions tell",
+                f"{self.program.graph.name} needs the size of {names}, which no input's dimensions determine",
                 received=", ".join(f"{v.name}: {v.type}" for v in self.function.inputs),
                 hint=f"an input with a dimension {wanted[0]}",
             )
         return lines
 
     def _solved(self, symbol: str) -> str | None:
-        """A symbol read from a dimension c*S + d, or None where there is no such dimension."""
+        """Return a symbol read from a dimension c*S + d, or None if there is no such dimension."""
         for value in self.function.arguments:
             for position, size in enumerate(value.type.shape):
                 if size.as_linear is not None and size.as_linear[0] == symbol:
@@ -390,7 +390,7 @@ class FunctionWriter:
 
 
 def _owners_dead_after(plan: FunctionPlan) -> dict[int, list[Value]]:
-    """By step: the values for which a storage of the function's own was made whose life ends there."""
+    """Return by step the values that own a storage of the function which dies there."""
     last = {life.storage: life.last for life in plan.lives if life.storage.kind.is_own}
     dead: dict[int, list[Value]] = {}
     for value, place in plan.places.items():
@@ -404,7 +404,9 @@ def _aligned(text: _Text) -> list[tuple[str, str, Node | None]]:
 
 
 def _escaped(name: str) -> str:
-    """The inside of a string literal in double quotes. Names may come from a file, and text must not end early."""
+    """Return the inside of a string literal in double quotes. Names may come from a file, and must not end the literal
+    early.
+    """
     plain = name.isprintable()
     text = name.replace("\\", "\\\\") if plain else name.encode("unicode_escape").decode("ascii")
     return text.replace('"', '\\"')

@@ -1,4 +1,4 @@
-"""Executables made of emitted Python: weights in place, the module executed once, each call checked and run."""
+"""Executables of emitted Python: weights loaded, the module executed once, each call checked and run."""
 
 from __future__ import annotations
 
@@ -29,34 +29,36 @@ from treadle.passes.memory.storage_plan import StoragePlan
 
 
 class Arrays(Protocol):
-    """What an executable needs to know of a backend's arrays."""
+    """The operations of a backend's arrays that an executable needs."""
 
     def take(self, port: Port, value: Any) -> Any:
-        """What a caller passed, as an array of the port's dtype. Raises BackendError."""
+        """Convert a caller's argument to an array of the port's dtype. Raises BackendError."""
         ...
 
     def running(self) -> AbstractContextManager[Any]:
-        """The state in which the program runs."""
+        """Return the context in which the program runs."""
         ...
 
     def storage(self, array: Any) -> int:
-        """A number that two arrays share exactly if they lie in the same memory."""
+        """Return a number that two arrays share exactly if they share memory."""
         ...
 
     def zeros(self, shape: tuple[int, ...], dtype: DType) -> Any:
-        """A new array of zeros, for a state."""
+        """Return a new array of zeros, for a state."""
         ...
 
     def give(self, array: Any, given: Collection[type], shared: bool) -> Any:
-        """A result for the caller, of the kind of what was given, by types; a copy where its memory is shared."""
+        """Return a result for the caller, of the kind of the arguments, given by their types; a copy if its memory is
+        shared.
+        """
         ...
 
 
 class PythonExecutable(EntryExecutable):
     """A graph compiled to Python source. See `treadle.backends.protocol.Executable`.
 
-    Results are the caller's own: what lies in the memory of an input, a weight, a state, a constant or another result
-    is copied before it is handed out.
+    Results belong to the caller: a result in the memory of an input, a weight, a state, a constant or another result is
+    copied before it is returned.
     """
 
     def __init__(
@@ -70,23 +72,25 @@ class PythonExecutable(EntryExecutable):
         arena: PythonArena | None = None,
         plan: StoragePlan | None = None,
     ) -> None:
-        """weights are in the backend's own arrays; namespace holds what the text refers to beside its imports.
+        """weights are the backend's own arrays; namespace holds the names that the text uses in addition to its
+        imports.
 
-        arena  where lines write what the plan places; None where it places nothing
-        plan   says which inputs are donated; None: none is
+        arena  the destinations of planned values; None if no value is planned
+        plan   determines the donated inputs; None: there are none
         """
         super().__init__(graph, backend, arrays.zeros)
         self.source = program.text
         module = _Module(graph.name, program, weights, namespace, arrays, arena)
         self.called |= {f.name: _PythonEntry(module, self.state_kinds, graph, f, plan) for f in graph.later_entries}
         self.function: Callable[..., Mapping[str, Any]] = module.scope[program.entries[graph.main.name]]
-        """The last entry as the text has it: it takes the inputs in order, as the backend's arrays, then `weights`, and
-        `memory` where the plan places values."""
+        """The last entry in the text: its arguments are the inputs in order, as the backend's arrays, then `weights`,
+        and `memory` if values are planned.
+        """
         self.weights, self.arena = module.weights, arena
 
 
 class _Module:
-    """An emitted module that was executed, with its weights."""
+    """An emitted module after its execution, with its weights."""
 
     def __init__(
         self,
@@ -108,22 +112,22 @@ class _Module:
         weakref.finalize(self, linecache.cache.pop, self.file, None)
 
     def exclusive(self, entry: str) -> AbstractContextManager[object]:
-        """The lock under which an entry runs, if it takes `memory`."""
+        """Return the lock under which an entry runs, if it has a parameter `memory`."""
         return nullcontext() if self.arena is None else self.arena.exclusive(entry)
 
     def memory(self, entry: str, sizes: Mapping[str, int]) -> tuple[Any, ...]:
-        """What an entry takes as `memory`, if it does."""
+        """Return an entry's argument `memory`, if it has that parameter."""
         return () if self.arena is None else self.arena.memory(entry, sizes)
 
     def explained(self, error: Exception) -> TreadleError:
-        """The error of a node, with its line of the emitted source and of the user's."""
+        """Return the error of a node, with its line of the emitted source and of the user's."""
         line, trace = 0, error.__traceback__
         while trace is not None:
             if trace.tb_frame.f_code.co_filename == self.file:
                 line = trace.tb_lineno
             trace = trace.tb_next
         node = self.program.nodes.get(line)
-        if isinstance(error, RankError):  # which is of all ranks, and of no line
+        if isinstance(error, RankError):  # it concerns all ranks, and no line
             return error
         if isinstance(error, (OutsideAxis, NoRoom)):
             return error.located(node, self.name)
@@ -176,7 +180,7 @@ class _PythonEntry:
             return self._donated.returned(given, outputs)
 
     def _not_given(self, name: str, error: Exception) -> BackendError:
-        """The error for an output that could not be copied, with the line of the node that made it."""
+        """Return the error for an output that could not be copied, with the line of the node that produced it."""
         node = self._makers[name]
         return BackendError(
             f"{node.op.name if node else self._module.name}: output {name} could not be copied",
@@ -190,7 +194,7 @@ class _PythonEntry:
 
 
 def _said(error: Exception) -> str:
-    """What a library says, without the C++ calls that PyTorch lists below it."""
+    """Return a library's message, without the C++ calls that PyTorch appends."""
     first, _, _ = str(error).partition("\n")
     return f"{type(error).__name__}: {first}"
 
@@ -199,7 +203,7 @@ _numbers = count()  # so that executables of one text do not share the lines tha
 
 
 def _load(name: str, text: str, namespace: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """Execute a module's text, known to tracebacks under a file name of its own; returns that name, and its names."""
+    """Execute a module's text under a unique file name for tracebacks. Return that name, and the module's names."""
     file = f"<treadle {on_one_line(name)} {hashlib.sha256(text.encode()).hexdigest()[:8]} {next(_numbers)}>"
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
     scope: dict[str, Any] = dict(namespace)
@@ -210,12 +214,12 @@ def _load(name: str, text: str, namespace: Mapping[str, Any]) -> tuple[str, Mapp
 def collect_weights(
     graph: Graph, made: Mapping[str, Recipe], weights: Mapping[str, Any], take: Callable[[str, Type, Any], Any]
 ) -> dict[str, Any]:
-    """Every parameter that entries read as a backend's array, row-major; those that `bind` makes, made.
+    """Return every parameter that entries read as a backend's array, row-major, including those that `bind` derives.
 
     Raises one BackendError that lists all that are missing.
     """
     refuse_missing(graph.name, graph.parameters, weights)
-    given = {}  # until all are taken: a backend may know a weight by its address, which no other may have meanwhile
+    given = {}  # kept until all are converted: a backend may identify a weight by its address, which must stay unique
     found = {}
     for name, value in graph.entry_parameters.items():
         recipe = made.get(name)

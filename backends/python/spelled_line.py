@@ -1,4 +1,4 @@
-"""One line of a Python module as spellings see it: a node, whose operands are texts."""
+"""One line of a Python module for the code generator: a node, whose operands are texts."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dialect:
-    """How nodes are spelled.
+    """The code of each op in a backend.
 
-    name         of the backend
+    name         the backend's name
     imports      the lines at the head of the module
-    spellings    op name -> a template such as `np.exp({x})`, or a function of the `Line` that gives an
-                 expression; for an op with several results, an expression of that many. An op that updates an
-                 operand does so in place: of a value that is no state, the operand is a copy
+    spellings    op name -> a template such as `np.exp({x})`, or a function of the `Line` that returns an
+                 expression; for an op with several results, a tuple expression. An op that updates an
+                 operand does so in place; if the value is not a state, the operand is a copy
     copied       a template of an array's copy, such as `{}.copy()`
-    otherwise    the spelling of any other primitive op, which leaves its operands as they are
-    into         op name -> an expression that writes the result to the array `{out}` and gives it, for ops that the
-                 storage plan places; where `{out}` is None, in a new one. `{told}` names both it and the workspace, and
-                 stands in `spellings` for what is spelled alike when it is told nothing
+    otherwise    the code of any other primitive op, which does not change its operands
+    into         op name -> an expression that writes the result to the array `{out}` and returns it, for ops in the
+                 storage plan; if `{out}` is None, in a new one. `{told}` is both it and the workspace as arguments; a
+                 template with it is in `spellings` if it is also valid without these arguments
     """
 
     name: str
@@ -42,7 +42,7 @@ class Dialect:
 
     @property
     def names(self) -> frozenset[str]:
-        """The names that emitted text refers to: what the imports bind, and the tables."""
+        """Return the names that emitted text refers to: those of the imports, and the tables."""
         return frozenset(line.split()[-1] for line in self.imports) | {
             "constants",
             "reference",
@@ -54,21 +54,21 @@ class Dialect:
         }
 
     def spell(self, line: Line) -> str:
-        """The expression of a node. Raises BackendError for an op that the dialect cannot say."""
+        """Return the expression of a node. Raises BackendError for an op that the dialect cannot express."""
         told = self.into.get(line.op.name) if line.is_told else None
         spelling = told or self.spellings.get(line.op.name, self.otherwise)
         return spelling.format_map(line) if isinstance(spelling, str) else spelling(line)
 
 
 class Line:
-    """A node about to be written, as a spelling sees it: `line.x` is the text of the op's operand x.
+    """A node to be emitted: `line.x` is the text of the op's operand x.
 
-    A scalar constant stands as a number, but only beside an operand of the same dtype, so that it cannot change
-    the result's dtype.
+    A scalar constant becomes a number, but only next to an operand of the same dtype, so that it cannot change the
+    result's dtype.
 
-    out      where the plan has the result written, as text; None where the expression gives what a library allocates
-    work     the arrays that the plan has for the call beside its result, as text; None: none are
-    is_told  whether the call is told either, or shall copy what might be a view
+    out      the planned destination of the result, as text; None if a library allocates the result
+    work     the planned workspace of the call, as text; None: there is none
+    is_told  True if the call gets either, or must copy a possible view
     """
 
     def __init__(
@@ -100,12 +100,12 @@ class Line:
 
     @property
     def told(self) -> str:
-        """`, out=memory.x, work=memory.x_work`: what the call is told, after its arguments."""
+        """The further arguments of a call: `, out=memory.x, work=memory.x_work`."""
         told = (("out", self.out), ("work", self.work))
         return "".join(f", {name}={text}" for name, text in told if text is not None)
 
     def as_read_by(self, kind: type[Line]) -> Line:
-        """The same node as another kind of line sees it."""
+        """Return the same node as another kind of line."""
         return kind(self._writer, self.node, self.out, self.work)
 
     def _text(self, value: Value) -> str:
@@ -114,31 +114,31 @@ class Line:
         return self._read(value)
 
     def _read(self, value: Value) -> str:
-        """A value as an array; where the node changes it, and it is no state, a copy."""
+        """Return a value as an array; a copy if the node changes it, and it is not a state."""
         text = self._writer.read(value)
         return self._copied[value].format(text) if value in self._copied else text
 
     @property
     def updates_state(self) -> bool:
-        """Whether it changes a state."""
+        """Return True if the node changes a state."""
         return any(value.state is not None for value in self.node.results)
 
     @property
     def arrays(self) -> str:
-        """All operands that are present, as arrays."""
+        """Return all operands that are present, as arrays."""
         return ", ".join(map(self._read, self.node.inputs))
 
     def array(self, name: str) -> str:
-        """An operand as an array, also where it is a scalar constant."""
+        """Return an operand as an array, even if it is a scalar constant."""
         value = self._values[name]
         return "None" if value is None else self._read(value)
 
     def has(self, name: str) -> bool:
-        """Whether an optional operand is present."""
+        """Return True if an optional operand is present."""
         return self._values[name] is not None
 
     def type(self, name: str) -> Type:
-        """The type of an operand that is present."""
+        """Return the type of an operand that is present."""
         value = self._values[name]
         assert value is not None
         return value.type
@@ -149,17 +149,17 @@ class Line:
         return self.node.results[0].type
 
     def size(self, size: Size) -> str:
-        """A size as an expression of the function's symbols."""
+        """Return a size as an expression of the function's symbols."""
         return self._writer.size(size)
 
     def shape(self, sizes: Iterable[Size]) -> str:
-        """Sizes as a tuple."""
+        """Return sizes as a tuple."""
         return as_tuple([self.size(s) for s in sizes])
 
     def by_reference(self, **spelled: str) -> str:
-        """A call of the op's NumPy reference, with the sizes that its attributes need.
+        """Return a call of the op's NumPy reference, with the sizes that its attributes need.
 
-        spelled  operands by name, as other expressions than what they are read as
+        spelled  operands by name, as expressions that replace their usual text
         """
         symbols = sorted({s for v in self.node.op.attributes.values() for s in symbols_of(v)})
         sizes = [f"{s}={self.size(Size.symbol(s))}" for s in symbols]
@@ -172,16 +172,16 @@ Spelling = str | Callable[[Line], str]
 
 
 def number(literal: Literal) -> str:
-    """A scalar constant as a Python number, with no more digits than its dtype needs."""
+    """Return a scalar constant as a Python number, with no more digits than its dtype needs."""
     scalar = literal.array[()]
-    # A float16 may be computed with in float32, where the shortest digits of its own would be another number. Those of
-    # the largest float32 lie above it, which a library may refuse.
+    # float16 may be computed in float32, where its shortest digits would be another number. The shortest digits of the
+    # largest float32 exceed it, which a library may refuse.
     short = literal.dtype.name == "f32" and abs(float(str(scalar))) <= float(np.finfo(np.float32).max)
     return _as_python(str(scalar) if short else repr(scalar.item()))
 
 
 def float_text(value: float) -> str:
-    """An attribute that is a float, as a Python number."""
+    """Return a float attribute as a Python number."""
     return _as_python(repr(value))
 
 
@@ -190,12 +190,12 @@ def _as_python(text: str) -> str:
 
 
 def as_tuple(items: Sequence[str]) -> str:
-    """Python text of a tuple, or of a tuple's pattern."""
+    """Return Python text of a tuple, or of a tuple's pattern."""
     return f"({items[0]},)" if len(items) == 1 else f"({', '.join(items)})"
 
 
 def symbols_of(value: Any) -> frozenset[str]:
-    """The symbols in an attribute that is a size or a tuple of them."""
+    """Return the symbols in an attribute that is a size or a tuple of sizes."""
     if isinstance(value, Size):
         return value.symbols
     if isinstance(value, tuple):

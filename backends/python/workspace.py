@@ -1,4 +1,4 @@
-"""The arrays that a kernel is given beside its operands, by name."""
+"""Workspace arrays of a kernel, by name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 
 class Workspace(SimpleNamespace):
-    """Arrays by name, such as `work.scores`; None under every other name: the kernel makes such an array itself."""
+    """Arrays by name, such as `work.scores`; every other name is None: the kernel allocates such an array itself."""
 
     def __getattr__(self, name: str) -> None:
         return None

@@ -1,4 +1,4 @@
-"""The PyTorch backend: reaches every device that PyTorch reaches. Imports torch only when it is used."""
+"""The PyTorch backend: runs on every device that PyTorch supports. Imports torch only when it is used."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from treadle.passes.memory.storage_plan import StoragePlan
 if TYPE_CHECKING:
     import torch
 
-_INTEGER_PRODUCTS = (MatMul, Einsum)  # which PyTorch has for integers on the CPU only
+_INTEGER_PRODUCTS = (MatMul, Einsum)  # PyTorch has these for integers on the CPU only
 
 
 _REDUCED = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
@@ -54,26 +54,26 @@ _REDUCED = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precis
 class TorchBackend(StagedBackend):
     """Runs graphs in PyTorch, on the CPU or a GPU, under inference mode.
 
-    A call takes NumPy arrays or tensors, which are moved to the target's device. It gives tensors, on that device,
-    if it was given one, else NumPy arrays; a bf16 result becomes a float32 array, since NumPy has no bf16, and a
-    bf16 input may be given as a float32 array whose values bf16 holds.
+    A call accepts NumPy arrays or tensors, which are moved to the target's device. If an argument is a tensor, it
+    returns tensors on that device, else NumPy arrays. A bf16 result becomes a float32 array, since NumPy has no bf16,
+    and a bf16 input may be a float32 array whose values bf16 represents.
     """
 
     name = "torch"
 
     def available(self) -> str | None:
-        """None, or that PyTorch is not installed."""
+        """Return None, or a message that PyTorch is not installed."""
         if importlib.util.find_spec("torch") is None:
             return "PyTorch is not installed: pip install 'treadle[torch]'"
         return None
 
     def supports(self, node: Node) -> str | None:
-        """None, or the reason why the node cannot be run."""
+        """Return None, or the reason why the node cannot be run."""
         if node.op.callee is not None or is_decoded_once(node):
             return None
         given = [v.type.encoding for v in (*node.inputs, *node.results)]
         for encoding in [each for each in given if each not in (None, ROWS, STEPS, GROUPS)]:
-            return f"{encoding} blocks have no form in PyTorch but as weights, which are decoded once"
+            return f"PyTorch supports {encoding} blocks only as weights, which are decoded once"
         for op, _ in primitives(node.op, [None if v is None else v.type for v in node.operands], keeps):
             if op.name not in SPELLINGS and not op.meets_ranks:
                 inside = "" if op is node.op else f", which is in the body of {node.op.name}"
@@ -104,14 +104,15 @@ class TorchBackend(StagedBackend):
 
         def refusal(node: Node) -> str | None:
             integers = isinstance(node.op, _INTEGER_PRODUCTS) and not node.results[0].type.dtype.is_float
-            on_device = "PyTorch multiplies no matrices of integers on a GPU" if integers and on_gpu else None
+            on_device = "PyTorch does not multiply matrices of integers on a GPU" if integers and on_gpu else None
             return self.supports(node) or on_device
 
         refuse_nodes(graph, self.name, refusal)
 
     def pipeline(self, target: Target) -> Sequence[Pass]:
-        """What is spelled as it is, oneDNN's layout for weights that only products read, what is done once, and how
-        long each tensor lives."""
+        """Return the passes: legalize, use oneDNN's layout for weights that only products read, compute derived weights
+        once, and plan the lifetime of each tensor.
+        """
         layouts = (AssignLayouts(wants, alone=True),) if target.kind == "cpu" and can_pack() else ()
         plan = PlanStorage(placed=is_placed, over=written_over)
         products = (OpenBlockProducts(), Legalize(keeps), DecodeLast(), MultiplyBlocks())
@@ -125,8 +126,8 @@ class TorchBackend(StagedBackend):
         declared: Graph,
         plan: StoragePlan | None,
     ) -> Executable:
-        """Write the module. On the CPU weights that are not laid out anew stay the arrays, or the mapped file, that
-        they are. Raises BackendError for a missing weight.
+        """Write the module. On the CPU, weights in their original layout share memory with the arrays or the mapped
+        file. Raises BackendError for a missing weight.
         """
         import torch
 
@@ -147,19 +148,19 @@ class TorchBackend(StagedBackend):
 
 
 class PlainTorch(TorchBackend):
-    """The same without layouts of our choice: what a model costs that is written in PyTorch's own functions."""
+    """The same without packed layouts: the cost of a model that is written with PyTorch's own functions."""
 
     def pipeline(self, target: Target) -> Sequence[Pass]:
         return (Legalize(keeps), HoistWeights(), PlanStorage())
 
 
 def _fill(array: torch.Tensor) -> None:
-    """Fill what lies in a tensor: with NaN, -1, true."""
+    """Fill a tensor: with NaN, -1 or true."""
     array.fill_(math.nan if array.is_floating_point() else -1 if array.dtype.is_signed else BYTE)
 
 
 def _poison(arena: PythonArena, held: frozenset[int], array: torch.Tensor) -> None:
-    """Fill a tensor, and if a library call allocated it all of its memory; weights and constants stay as they are."""
+    """Fill a tensor, and all of its memory if a library call allocated it; weights and constants are unchanged."""
     memory = array.untyped_storage()
     if arena.array is not None and memory.data_ptr() == arena.array.data_ptr():
         _fill(array)
@@ -168,7 +169,7 @@ def _poison(arena: PythonArena, held: frozenset[int], array: torch.Tensor) -> No
 
 
 class _Met:
-    """A collective, which is met with tensors."""
+    """A collective, called with tensors."""
 
     def __init__(self, op: Op) -> None:
         self.op = op
@@ -223,13 +224,16 @@ class _TorchArrays:
         narrow = wide.to(self.torch.bfloat16)
         back = narrow.to(self.torch.float32)
         if not bool(((back == wide) | wide.isnan()).all()):
-            raise refuse_dtype(port, "a float32 that bf16 does not hold", f"a tensor, {port.name}.to(torch.bfloat16)")
+            raise refuse_dtype(
+                port, "a float32 that bf16 cannot represent", f"a tensor, {port.name}.to(torch.bfloat16)"
+            )
         return narrow.to(self.device)
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Inference mode, with as many threads as the target says, and with sums of 16 bits in float32 on a GPU too,
-        where PyTorch lets cuBLAS add parts up in 16. PyTorch's own settings are put back."""
+        """Enter inference mode, with the target's number of threads. On a GPU, 16-bit sums are accumulated in float32,
+        too, where PyTorch would let cuBLAS reduce in 16 bits. PyTorch's own settings are restored.
+        """
         before = self.torch.get_num_threads()
         if self.threads is not None and self.threads != before:
             self.torch.set_num_threads(self.threads)
@@ -247,7 +251,7 @@ class _TorchArrays:
                 setattr(matmul, name, value)
 
     def storage(self, array: torch.Tensor) -> int:
-        if array.is_mkldnn:  # which no result can be
+        if array.is_mkldnn:  # a result is never in this layout
             return id(array)
         return array.untyped_storage().data_ptr() if array.numel() else id(array)
 
@@ -266,7 +270,7 @@ class _TorchArrays:
 
     def give(self, array: torch.Tensor, given: Collection[type], shared: bool) -> Any:
         array = array.clone() if shared else array
-        array = array.contiguous() if 0 in array.stride() else array  # an expanded axis: one element that is many
+        array = array.contiguous() if 0 in array.stride() else array  # an expanded axis: one element repeated
         if any(issubclass(each, self.torch.Tensor) for each in given):
             return array
         return (array.float() if array.dtype == self.torch.bfloat16 else array).cpu().numpy()
@@ -274,7 +278,7 @@ class _TorchArrays:
     # -- weights and constants -------------------------------------------------------------------------------
 
     def lifted(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
-        """An array as a tensor on the device: the same memory on the CPU, wherever PyTorch can address it."""
+        """Return an array as a tensor on the device; on the CPU it shares memory if PyTorch can address it."""
         tileable = all(s >= 0 and s % array.itemsize == 0 for s in array.strides)
         if not (tileable and array.flags.aligned and array.dtype.isnative):
             # ascontiguousarray would leave a negative stride along an axis of one element
@@ -285,11 +289,11 @@ class _TorchArrays:
             return self.torch.from_numpy(array).to(self.device)
 
     def constant(self, literal: Literal) -> torch.Tensor:
-        """A constant as a tensor; NumPy holds those of bf16 in float32, which loses nothing."""
+        """Return a constant as a tensor; NumPy stores bf16 constants in float32, which is exact."""
         return self.lifted(literal.array).to(self._dtype(literal.dtype))
 
     def weight(self, name: str, wanted: Type, value: Any) -> torch.Tensor:
-        """A weight as a tensor; arrays that are one weight under several names stay one."""
+        """Return a weight as a tensor; arrays that are one weight under several names become one tensor."""
         wanted, told = wanted.held, wanted
         if not isinstance(value, self.torch.Tensor):
             array = np.asarray(value)
@@ -313,7 +317,7 @@ class _TorchArrays:
 
 
 def _widens(held: DType, wanted: DType) -> bool:
-    """Whether every value of one dtype has a place in another of its kind."""
+    """Return True if every value of one dtype is representable in another of its kind."""
     if held.kind != wanted.kind:
         return False
     if held.numpy is None or wanted.numpy is None:

@@ -1,7 +1,8 @@
-"""How ops are spelled in PyTorch that write their result where the storage plan has it: by `out=`.
+"""PyTorch code for ops that write their result to a planned destination, by `out=`.
 
-Only what costs no time so. What lacks `out=` (oneDNN's products with packed weights, attention, norms, convolutions),
-or one that computes elsewhere and copies, or one that takes another way (linear adds its bias afterwards), allocates.
+Only ops for which this is free are included. Others allocate: ops without `out=` (oneDNN's products with packed
+weights, attention, norms, convolutions), ops that compute elsewhere and copy, and ops that would take a slower path
+(linear would add its bias afterwards).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from treadle.passes.memory.storage_plan import Step
 
 
 def _binary(function: str) -> Callable[[Line], str]:
-    """PyTorch takes a number in the place of the second operand alone."""
+    """Return code for a binary function. PyTorch accepts a number only as the second operand."""
     return lambda line: f"torch.{function}({line.array('x')}, {line.y}, out={line.out})"
 
 
@@ -73,7 +74,7 @@ DESTINATIONS: dict[str, Spelling] = {
 
 
 def is_placed(node: Node) -> bool:
-    """Whether a node is spelled so that it writes its result where it is told to."""
+    """Return True if a node's code writes its result to a given destination."""
     if node.op.name not in DESTINATIONS or node.op.updates or len(node.results) != 1:
         return False
     op, x = node.op, node.inputs[0].type
@@ -81,11 +82,11 @@ def is_placed(node: Node) -> bool:
         return node.inputs[1].layout is None and op.to in (None, x.dtype)
     if isinstance(op, Softmax):
         return place(op.axis, x.rank) == x.rank - 1 or x.dtype not in (f16, bf16)
-    return op.attributes.get("axes") != ()  # a reduction along none is a copy
+    return op.attributes.get("axes") != ()  # a reduction over no axes is a copy
 
 
 def written_over(step: Step) -> Sequence[Value]:
-    """The operands over which a step may write: PyTorch's elementwise functions may be given one as `out`."""
+    """Return the operands that a step may overwrite: PyTorch's elementwise functions accept one as `out`."""
     node = step.root
     if node.op.name not in _ELEMENTWISE:
         return ()

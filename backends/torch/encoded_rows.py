@@ -1,7 +1,7 @@
-"""8-bit numbers in PyTorch, in rows or groups: made, read, and multiplied, to the bits of
+"""8-bit numbers in PyTorch, in rows or groups: encode, decode and multiply, bitwise identical to
 `treadle.ir.encodings.rounded_forms`.
 
-A row, or a group, is held in bytes: a float32 scale, in `uint8_rows` a zero, then the numbers.
+A row, or a group, is stored in bytes: a float32 scale, in `uint8_rows` a zero point, then the numbers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _SCALE = 4
 
 
 def encode_int8_rows(x: Tensor) -> Tensor:
-    """u8[..., 4 + k] of f32[..., k]. A row that holds a number that is not finite has the scale NaN."""
+    """Encode f32[..., k] as u8[..., 4 + k]. A row with a NaN or infinity gets the scale NaN."""
     largest = x.abs().amax(dim=-1, keepdim=True)
     finite = largest.isfinite()
     used = finite & (largest >= float(SMALLEST_ROW))
@@ -27,18 +27,18 @@ def encode_int8_rows(x: Tensor) -> Tensor:
 
 
 def encode_groups(x: Tensor, group: int) -> Tensor:
-    """u8[..., k / group * (group + 4)] of f32[..., k], as rows of so many."""
+    """Encode f32[..., k] as u8[..., k / group * (group + 4)], as rows of `group` elements."""
     return encode_int8_rows(x.reshape(*x.shape[:-1], x.shape[-1] // group, group)).flatten(-2)
 
 
 def decode_groups(held: Tensor, group: int) -> Tensor:
-    """The f32[..., k] that groups mean."""
+    """Decode groups to f32[..., k]."""
     bytes = group + _SCALE
     return decode_int8_rows(held.reshape(*held.shape[:-1], held.shape[-1] // bytes, bytes)).flatten(-2)
 
 
 def encode_uint8_rows(x: Tensor) -> Tensor:
-    """u8[..., 5 + k] of f32[..., k]. A row that holds a number that is not finite has the scale NaN."""
+    """Encode f32[..., k] as u8[..., 5 + k]. A row with a NaN or infinity gets the scale NaN."""
     least, largest = x.amin(dim=-1, keepdim=True).clamp(max=0), x.amax(dim=-1, keepdim=True).clamp(min=0)
     finite = least.isfinite() & largest.isfinite()
     step = largest / 255 - least / 255
@@ -51,19 +51,19 @@ def encode_uint8_rows(x: Tensor) -> Tensor:
 
 
 def decode_int8_rows(held: Tensor) -> Tensor:
-    """The f32[..., k] that rows mean."""
+    """Decode rows to f32[..., k]."""
     return held[..., _SCALE:].view(torch.int8).float() * _scale(held)
 
 
 def decode_uint8_rows(held: Tensor) -> Tensor:
-    """The f32[..., k] that rows mean."""
+    """Decode rows to f32[..., k]."""
     return (held[..., _SCALE + 1 :].float() - held[..., _SCALE : _SCALE + 1].float()) * _scale(held)
 
 
 def encoded_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Products of rows with rows, summed exactly; see the op.
+    """Multiply rows by rows, summed exactly; see the op.
 
-    PyTorch multiplies signed bytes with each other: from numbers without sign, and from their zeros, 128 is taken.
+    PyTorch multiplies only signed bytes: 128 is subtracted from unsigned numbers and from their zero points.
     """
     p, t = weight[..., _SCALE:].view(torch.int8), _scale(weight)[:, 0]
     signed = x.shape[-1] == weight.shape[-1]

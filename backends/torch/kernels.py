@@ -1,4 +1,4 @@
-"""Kernels in PyTorch that emitted source calls: what one expression cannot say."""
+"""PyTorch kernels that emitted source calls, where one expression is not enough."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from treadle.ir.ops.rounding import FORMATS
 
 
 def round_to(x: Tensor, format: str, *, saturate: bool) -> Tensor:
-    """The nearest numbers of a narrower float format, in the dtype of x; see `treadle.ir.ops.rounding`."""
+    """Round to the nearest numbers of a narrower float format, in the dtype of x; see `treadle.ir.ops.rounding`."""
     known = FORMATS[format]
     wide = x.double()
     finite = torch.where(wide.isfinite(), wide, 0.0)
@@ -48,8 +48,10 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", algorithm: str = "") -> Tensor:
-    """x times a weight that `treadle.backends.torch.packing` packed, transposed, with what oneDNN does at once."""
-    row = None if bias is None else bias.contiguous()  # it is read as such, whatever its strides are
+    """Multiply x by the transpose of a weight that `treadle.backends.torch.packing` packed, with oneDNN's fused
+    activation.
+    """
+    row = None if bias is None else bias.contiguous()  # oneDNN reads it as contiguous, whatever its strides are
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, row, activation, [], algorithm)
     return y
 
@@ -58,7 +60,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "no
 
 
 def cumsum(x: Tensor, axis: int, *, exclusive: bool, reverse: bool) -> Tensor:
-    """Running sums of what stands up to an element (before it, if exclusive), or from it on (after it) if reverse."""
+    """Return running sums of the elements up to each one (before it, if exclusive), or from it on (after it) if
+    reverse.
+    """
     terms = x.flip(axis) if reverse else x
     sums = torch.cumsum(terms, axis, dtype=x.dtype)
     if exclusive:
@@ -67,9 +71,9 @@ def cumsum(x: Tensor, axis: int, *, exclusive: bool, reverse: bool) -> Tensor:
 
 
 def top_k(x: Tensor, k: int, axis: int) -> tuple[Tensor, Tensor]:
-    """The k greatest elements, greatest first, and their positions; of equal ones the first.
+    """Return the k greatest elements, greatest first, and their positions; for equal ones the first position.
 
-    torch.topk leaves open which of equal ones it takes, so all are sorted.
+    torch.topk may choose any of equal ones, so all are sorted.
     """
     values, indices = torch.sort(x, dim=axis, descending=True, stable=True)
     return values.narrow(axis, 0, k), indices.narrow(axis, 0, k)
@@ -77,11 +81,12 @@ def top_k(x: Tensor, k: int, axis: int) -> tuple[Tensor, Tensor]:
 
 # -- indices -------------------------------------------------------------------------------------------------
 #
-# PyTorch says of an index outside neither which nor of what, and on a GPU its assertion ends the use of the device.
+# PyTorch's error for an index out of bounds names neither the index nor the bound, and on a GPU its assertion makes the
+# device unusable.
 
 
 def _within(indices: Tensor, size: int) -> Tensor:
-    """The indices of an axis of this size. Raises OutsideAxis for one that is outside."""
+    """Return the indices of an axis of this size. Raises OutsideAxis for an index out of bounds."""
     outside = (indices < 0) | (indices >= size)
     if bool(outside.any()):
         raise OutsideAxis(int(indices[outside][0]), size)
@@ -89,7 +94,7 @@ def _within(indices: Tensor, size: int) -> Tensor:
 
 
 def embedding(indices: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
-    """Rows of a table."""
+    """Return rows of a table."""
     within = _within(indices, table.shape[0])
     if out is None:
         return F.embedding(within, table)
@@ -98,25 +103,25 @@ def embedding(indices: Tensor, table: Tensor, out: Tensor | None = None) -> Tens
 
 
 def take_along_axis(x: Tensor, indices: Tensor, axis: int) -> Tensor:
-    """Elements of x along an axis, at indices that lie as the result does."""
+    """Return elements of x along an axis, at indices in the result's layout."""
     return x.gather(axis, _within(indices, x.shape[axis]))
 
 
 def scatter_add(target: Tensor, indices: Tensor, updates: Tensor, axis: int) -> Tensor:
-    """The transpose of `take_along_axis`: updates added to target."""
+    """Add updates to target: the transpose of `take_along_axis`."""
     within = _within(indices, target.shape[axis])
     return _wide(target).scatter_add(axis, within, _wide(updates)).to(target.dtype)
 
 
 def take(x: Tensor, indices: Tensor, axis: int) -> Tensor:
-    """Slices of x along an axis, at indices of any rank."""
+    """Return slices of x along an axis, at indices of any rank."""
     axis %= x.dim()
     picked = x.index_select(axis, _within(indices, x.shape[axis]).reshape(-1))
     return picked.reshape(x.shape[:axis] + indices.shape + x.shape[axis + 1 :])
 
 
 def index_add(target: Tensor, indices: Tensor, updates: Tensor, axis: int) -> Tensor:
-    """The transpose of `take`: updates added to target."""
+    """Add updates to target: the transpose of `take`."""
     axis %= target.dim()
     rows = updates.reshape((*target.shape[:axis], indices.numel(), *target.shape[axis + 1 :]))
     within = _within(indices, target.shape[axis]).reshape(-1)
@@ -124,7 +129,7 @@ def index_add(target: Tensor, indices: Tensor, updates: Tensor, axis: int) -> Te
 
 
 def append(state: Tensor, x: Tensor, rows: Tensor, start: Tensor, axis: int, *, ring: bool) -> Tensor:
-    """Write x into a state, from where each row goes on. Raises OutsideAxis or NoRoom, and then writes nothing."""
+    """Write x into a state, from each row's start. Raises OutsideAxis or NoRoom, and then writes nothing."""
     capacity, count = state.shape[axis], x.shape[axis]
     slots = _within(rows, state.shape[0])[:, None]
     lost = (start < 0) if ring else (start < 0) | (start > capacity - count)
@@ -137,12 +142,12 @@ def append(state: Tensor, x: Tensor, rows: Tensor, start: Tensor, axis: int, *, 
 
 
 def _wide(x: Tensor) -> Tensor:
-    """x as it is summed: in float32 if it is of 16 bits. PyTorch rounds after every addition that it does in place."""
+    """Return x in the dtype of sums: float32 for 16 bits. PyTorch rounds after every in-place addition."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def fold_windows(x: Tensor, axis: int, size: int, stride: int, dilation: int) -> Tensor:
-    """Windows, whose elements lie along the last axis, added where they lie."""
+    """Add windows, whose elements are along the last axis, at their original positions."""
     axis %= x.dim() - 1
     shape = [*x.shape[:-1]]
     shape[axis] = size
@@ -159,7 +164,9 @@ def fold_windows(x: Tensor, axis: int, size: int, stride: int, dilation: int) ->
 
 
 def rotary(x: Tensor, positions: Tensor, frequencies: Tensor, layout: str) -> Tensor:
-    """Pairs of dimensions of x [b, h, s, d], turned by positions [b, s] times frequencies [f]; the rest of d stays."""
+    """Rotate pairs of dimensions of x [b, h, s, d] by positions [b, s] times frequencies [f]; the rest of d is
+    unchanged.
+    """
     angles = (positions[:, None, :, None] * frequencies).to(frequencies.dtype)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     turned, rest = x.tensor_split((2 * frequencies.shape[0],), dim=-1)
@@ -182,9 +189,11 @@ def attention(
     biases: Sequence[Tensor] = (),
     softcap: float | None = None,
 ) -> Tensor:
-    """q [b, h, s, d], k [b, g, t, d], v [b, g, t, e] -> [b, h, s, e]; see `treadle.ir.ops.attention`.
+    """Compute attention of q [b, h, s, d], k [b, g, t, d], v [b, g, t, e] -> [b, h, s, e]; see
+    `treadle.ir.ops.attention`.
 
-    Masks and biases broadcast against [b, h, s, t]. A query that may see no key gets zeros: PyTorch leaves it open.
+    Masks and biases broadcast against [b, h, s, t]. A query without visible keys gets zeros, which PyTorch does not
+    guarantee.
     """
     mask = _joined(masks, biases)
     if softcap is not None:
@@ -206,7 +215,7 @@ def attention_with_probabilities(
     biases: Sequence[Tensor] = (),
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same, and the probabilities [b, h, s, t], which are zeros too for a query that may see no key."""
+    """Return the same, and the probabilities [b, h, s, t], which are also zeros for a query without visible keys."""
     p = _probabilities(q, k, scale, softcap, _joined(masks, biases))
     return _weighted(p, v), p
 
@@ -223,12 +232,13 @@ def cached_attention(
     softcap: float | None = None,
     ring: bool = False,
 ) -> Tensor:
-    """q [b, h, s, d], k [R, g, C, d], v [R, g, C, e] -> [b, h, s, e]; see `treadle.ir.ops.cached_attention`.
+    """Compute attention of q [b, h, s, d], k [R, g, C, d], v [R, g, C, e] -> [b, h, s, e]; see
+    `treadle.ir.ops.cached_attention`.
 
-    terms  as they are written; their operands follow start in that order
+    terms  in their text form; their operands follow start in that order
 
-    Reads views of what is live in each slot, cast to q's dtype where it is another. Rows in consecutive slots that have
-    come equally far are computed together. Raises OutsideAxis for a row outside the slots. On a GPU it waits for rows,
+    It reads views of the live part of each slot, cast to q's dtype if it differs. Rows in consecutive slots with the
+    same position are computed together. Raises OutsideAxis for a row outside the slots. On a GPU it waits for rows,
     start and lengths.
     """
     read, rest = _read(tuple(terms)), iter(operands)
@@ -258,7 +268,7 @@ def _read(terms: tuple[str, ...]) -> tuple[Term, ...]:
 
 
 def _joined(masks: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor | None:
-    """Masks and biases as one: a bool, or a float where there is a bias."""
+    """Return masks and biases as one tensor: bool, or float if there is a bias."""
     mask: Tensor | None = None
     for keep in masks:
         mask = keep if mask is None else mask & keep
@@ -271,8 +281,9 @@ def _joined(masks: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor | None:
 
 
 def _empty_rows(mask: Tensor | None) -> Tensor | None:
-    """[..., s, 1]: which queries may see no key; None where there are none. On a GPU, asking would wait for all that
-    was begun, so there it is never None for a mask."""
+    """Return [..., s, 1], true for queries without visible keys; None if there are none. On a GPU the check would wait
+    for all pending work, so there the result is never None for a mask.
+    """
     if mask is None:
         return None
     empty = ~(mask if mask.dtype == torch.bool else mask > -math.inf).any(-1, keepdim=True)
@@ -280,7 +291,9 @@ def _empty_rows(mask: Tensor | None) -> Tensor | None:
 
 
 def _probabilities(q: Tensor, k: Tensor, scale: float, softcap: float | None, mask: Tensor | None) -> Tensor:
-    """[b, h, s, t], zeros for a query that may see no key. PyTorch's own attention gives none, and caps no scores."""
+    """Return probabilities [b, h, s, t], zeros for a query without visible keys. PyTorch's own attention does not
+    return probabilities, and has no soft-cap.
+    """
     scores = (_grouped(q * scale, k.shape[1]) @ k.transpose(-1, -2).unsqueeze(2)).flatten(1, 2)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -292,12 +305,12 @@ def _probabilities(q: Tensor, k: Tensor, scale: float, softcap: float | None, ma
 
 
 def _weighted(p: Tensor, v: Tensor) -> Tensor:
-    """[b, h, s, e]: values, each by its probability."""
+    """Return values weighted by probabilities, [b, h, s, e]."""
     return (_grouped(p, v.shape[1]) @ v.unsqueeze(2)).flatten(1, 2)
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
-    """[b, (g r), s, d] -> [b, g, r, s, d]"""
+    """Split heads into groups: [b, (g r), s, d] -> [b, g, r, s, d]."""
     return x.reshape(x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
 
 
@@ -323,7 +336,7 @@ def segments(of_queries: Tensor, of_keys: Tensor) -> Tensor:
 
 
 def laid_out(x: Tensor, axes: str) -> Tensor:
-    """A tensor of some of the axes b, h, s and t, with 1 for each that it lacks."""
+    """Return a tensor of some of the axes b, h, s and t with all four, with size 1 for missing axes."""
     sizes = dict(zip(axes.split(), x.shape, strict=True))
     return x.reshape([sizes.get(axis, 1) for axis in "bhst"])
 

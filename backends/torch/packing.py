@@ -1,13 +1,13 @@
-"""Weights in the layout of oneDNN, by which PyTorch multiplies on processors that it knows.
+"""Weights in oneDNN's layout, which PyTorch uses for products on supported CPUs.
 
     y = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "gelu", [], "none")
 
-A weight that only products read is packed when it is bound, and its products are spelled by `torch_kernels.linear`,
-which applies an activation before it stores. That is the call which torch.compile makes for a frozen model. Elsewhere,
-and where a weight is read by something else too, `F.linear` reads it as it is.
+A weight that only products read is packed by `bind`, and its products become calls of `torch_kernels.linear`, which
+applies an activation before it stores. torch.compile makes the same call for a frozen model. On other CPUs, and if
+another op reads the weight too, `F.linear` reads it unpacked.
 
-Of bf16 operands oneDNN sums the products in float32 and adds a float32 bias; what it stores is bf16. So a product that
-is to be float32 is rounded once more here than its op says.
+For bf16 operands oneDNN sums the products in float32 and adds a float32 bias, but stores bf16. So a product with a
+float32 result is rounded once more here than its op specifies.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ ACTIVATIONS = {
     "tanh": '"tanh", ""',
     "sigmoid": '"sigmoid", ""',
 }
-"""What oneDNN does to a product as it stores it: its name, and its algorithm. (Its relu makes 0 of NaN.)"""
+"""Activations that oneDNN fuses into a product: its name, and its algorithm. (Its relu turns NaN into 0.)"""
 
 SMALLEST = 1024
-"""Elements of a weight that are worth packing."""
+"""Least number of elements of a weight that is packed."""
 
 
 def can_pack() -> bool:
-    """Whether this PyTorch has oneDNN for this processor."""
+    """Return True if this PyTorch has oneDNN for this CPU."""
     import platform
 
     import torch
@@ -55,7 +55,7 @@ def can_pack() -> bool:
 
 
 def wants(node: Node, position: int) -> Layout | Reads:
-    """How a node reads an operand that weights alone decide."""
+    """Return the layout in which a node reads an operand that depends on weights alone."""
     value = node.operands[position]
     assert value is not None
     summed = node.op.attributes.get("to") in (None, f32)
@@ -69,7 +69,7 @@ def wants(node: Node, position: int) -> Layout | Reads:
 
 
 def pack(weight: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """A weight in oneDNN's layout."""
+    """Return a weight in oneDNN's layout."""
     import torch
 
     rows = weight.t() if layout.transposed else weight
@@ -100,7 +100,7 @@ def _packed_or(otherwise: str | Callable[[Line], str]) -> Callable[[Line], str]:
 
 
 def _relayout(line: Line) -> str:
-    """A weight that is laid out at the call, since not every call of its block decides it by weights alone."""
+    """Pack a weight at the call, if some call of its block passes a value that does not depend on weights alone."""
     x = line.array("x")
     return (
         f"torch.ops.mkldnn._reorder_linear_weight({x}.t().contiguous())"
@@ -112,4 +112,4 @@ def _relayout(line: Line) -> str:
 _SPELLED = {name: _packed_or(SPELLINGS[name]) for name in ("linear", "matmul", "activated_linear")}
 
 PACKED = replace(TORCH, spellings=ChainMap({**_SPELLED, "relayout": _relayout}, SPELLINGS), into=DESTINATIONS)
-"""PyTorch's dialect, in which products with packed weights are spelled by oneDNN's call."""
+"""PyTorch's dialect with oneDNN's call for products with packed weights."""

@@ -1,4 +1,4 @@
-"""How ops are spelled in PyTorch. Without an entry, a composite is run by its body, a primitive is refused."""
+"""PyTorch code for ops. Without an entry, a composite is run by its body, a primitive is refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ DTYPES = {
 
 
 class _WideLine(Line):
-    """A node whose operands of 16 bits are read in float32."""
+    """A node whose 16-bit operands are read in float32."""
 
     def _read(self, value: Value) -> str:
         text = super()._read(value)
@@ -45,7 +45,7 @@ class _WideLine(Line):
 
 
 def rounded_once(template: str) -> Spelling:
-    """A primitive that takes several steps: 16 bits are computed in float32, and rounded at the end."""
+    """Return code for a primitive of several steps: 16 bits are computed in float32, and rounded at the end."""
 
     def spelled(line: Line) -> str:
         dtype = line.result.dtype
@@ -76,7 +76,7 @@ SPELLINGS: dict[str, Spelling] = {
     "expm1": "torch.expm1({x})",
     "log1p": "torch.log1p({x})",
     "sqrt": "torch.sqrt({x})",
-    "rsqrt": rounded_once("torch.rsqrt({x})"),  # which on a processor takes two steps
+    "rsqrt": rounded_once("torch.rsqrt({x})"),  # it takes two steps on a CPU
     "reciprocal": "torch.reciprocal({x})",
     "tanh": "torch.tanh({x})",
     "erf": "torch.erf({x})",
@@ -105,7 +105,7 @@ SPELLINGS: dict[str, Spelling] = {
     "where": lambda line: f"torch.where({line.array('condition')}, {line.x}, {line.y})",
     # products
     "matmul": lambda line: _product(line, "y", " @ "),
-    # 8-bit numbers in rows or groups: other encodings of what is no weight the backend refuses
+    # 8-bit numbers in rows or groups: the backend refuses other encodings of values that are not weights
     "encode": lambda line: _in_blocks(
         "encode", f"{line.x}{f' * {line.by}' * line.has('by')}", line.op.attributes["to"]
     ),
@@ -127,19 +127,19 @@ def _spells(name: str) -> Callable[[Callable[[Line], str]], Callable[[Line], str
 
 
 def dtype_text(dtype: DType) -> str:
-    """`torch.float32`"""
+    """Return `torch.float32`."""
     return f"torch.{DTYPES[dtype.name]}"
 
 
 @_spells("cast")
 def _cast(line: Line) -> str:
-    again = ", copy=True" if line.op.to is line.type("x").dtype else ""  # else it is the same tensor
+    again = ", copy=True" if line.op.to is line.type("x").dtype else ""  # otherwise it is the same tensor
     return f"{line.array('x')}.to({dtype_text(line.op.to)}{again})"
 
 
 @_spells("sign")
 def _sign(line: Line) -> str:
-    """PyTorch gives 0 for NaN."""
+    """Return the sign; PyTorch's own is 0 for NaN."""
     x = line.array("x")
     return f"torch.where({x} == {x}, torch.sign({x}), {x})" if line.result.dtype.is_float else f"torch.sign({x})"
 
@@ -156,7 +156,9 @@ def _in_blocks(does: str, x: str, encoding: Encoding) -> str:
 
 
 def _product(line: Line, weight: str, between: str) -> str:
-    """x and a weight, with `between` between them, in the dtype in which products are summed where the op names one."""
+    """Return x and a weight with `between` between them, in the dtype in which products are summed if the op names
+    one.
+    """
     factors = [line.array(name) for name in ("x", weight)]
     if line.op.to not in (None, line.type("x").dtype):
         factors = [f"{x}.to({dtype_text(line.op.to)})" for x in factors]
@@ -179,7 +181,7 @@ def _activated_linear(line: Line) -> str:
 
 
 def activated(activation: str, x: str) -> str:
-    """An expression, activated by an op of this name."""
+    """Apply the activation of this name to an expression."""
     return f"kernels.quick_gelu({x})" if activation == "quick_gelu" else str(SPELLINGS[activation]).format(x=x)
 
 
@@ -190,12 +192,14 @@ def _einsum(line: Line) -> str:
         operands = ", ".join(f"{line.array(name)}.float()" for name in line.names)
         return f'torch.einsum("{equation}", {operands}).to({dtype_text(dtype)})'
     told = "" if dtype.is_float else f".to({dtype_text(dtype)})"  # sums of small integers are int64 in PyTorch
-    told += ".clone()" if len(line.names) == 1 else ""  # of which PyTorch may give a view, and memory is used again
+    told += ".clone()" if len(line.names) == 1 else ""  # PyTorch may return a view, whose memory would be reused
     return f'torch.einsum("{equation}", {line.arrays}){told}'
 
 
 def _is_summed_once(line: Line) -> bool:
-    """Whether PyTorch makes an einsum in one step, and so rounds once: one operand, or one product of two matrices."""
+    """Return True if PyTorch computes an einsum in one step and rounds once: one operand, or one product of two
+    matrices.
+    """
     applied = line.op.apply([line.type(name) for name in line.names])
     held = [{f for dim in dims for f in dim.factors} for dims in applied.operands if dims is not None]
     summed = [name for name, factor in applied.factors.items() if factor.role is Role.REDUCED]
@@ -290,7 +294,7 @@ def _scatter_add(line: Line) -> str:
 
 
 def index_text(line: Line, name: str, also: str = "i64") -> str:
-    """Indices in a dtype that PyTorch indexes with: i64, and in some functions another."""
+    """Return indices in a dtype that PyTorch accepts for indexing: i64, and in some functions another."""
     text = line.array(name)
     return text if line.type(name).dtype.name in ("i64", also) else f"{text}.long()"
 
@@ -307,9 +311,9 @@ def _size(line: Line) -> str:
 
 def _reduction(function: str) -> Callable[[Line], str]:
     def spelling(line: Line) -> str:
-        if not line.op.axes:  # which PyTorch would take for all of them
+        if not line.op.axes:  # PyTorch would reduce over all axes
             return f"{line.array('x')}.clone()"
-        # PyTorch adds small integers up in int64 unless it is told not to.
+        # By default PyTorch adds small integers in int64.
         dtype = line.result.dtype
         told = f", dtype={dtype_text(dtype)}" if function == "sum" and dtype.is_int else ""
         return f"torch.{function}({line.array('x')}, dim={axes_of(line)}{keeping(line, 'keepdim')}{told})"
@@ -352,7 +356,7 @@ def _log_softmax(line: Line) -> str:
 
 
 def _in_f32(line: Line, call: str) -> str:
-    """A call whose `%s` is told to compute in float32 what is of 16 bits, which PyTorch would round twice."""
+    """Return a call whose `%s` makes it compute 16 bits in float32, where PyTorch would otherwise round twice."""
     dtype = line.result.dtype
     if line.op.sums_in(dtype) is dtype:
         return call % ""
@@ -379,9 +383,9 @@ def _rms_norm(line: Line) -> str:
 
 @_spells("attention")
 def _attention(line: Line) -> str:
-    """PyTorch's own call where it means the same: no term, or causal alone, which leaves every query a key.
+    """Return PyTorch's own call if it means the same: no term, or causal alone with a visible key for every query.
 
-    Under `is_causal` it scales the -inf of its mask as well, which only a positive scale leaves -inf.
+    With `is_causal` PyTorch also scales the -inf of its mask, which stays -inf only for a positive scale.
     """
     scale, to = scale_of(line), line.op.to
     own = line.op.terms == () or (line.op.terms == (Causal(),) and scale > 0)
@@ -397,7 +401,7 @@ def _attention(line: Line) -> str:
 
 @_spells("attention_with_probabilities")
 def _attention_with_probabilities(line: Line) -> str:
-    """PyTorch's own call does not give them."""
+    """Return a call of our kernel, since PyTorch's own call does not return probabilities."""
     return attention(line, spelled_term)
 
 
@@ -411,9 +415,9 @@ def _cached_attention(line: Line) -> str:
 
 
 def _met(line: Line) -> str:
-    """An op in which ranks meet, by its meaning: whoever runs the program meets them, with tensors."""
+    """Return a call of a collective by its reference: the caller of the program runs it with tensors."""
     if not line.op.meets_ranks:
-        raise BackendError(f"the torch backend has no spelling of op {line.op.name!r}")
+        raise BackendError(f"the torch backend has no code for op {line.op.name!r}")
     return line.by_reference()
 
 
@@ -431,7 +435,7 @@ TORCH = Dialect(
 
 
 def keeps(op: Op, types: Sequence[Type | None]) -> bool:
-    """Whether an op is spelled as it is; else a composite's body is."""
+    """Return True if an op has code of its own; otherwise a composite's body is used."""
     if isinstance(op, Attending) and not (op.has_standard_terms and not op.begins_later):
         return False
     if isinstance(op, Conv):

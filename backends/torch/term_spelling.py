@@ -19,12 +19,12 @@ from treadle.ir.attention.term_visitor import TermVisitor
 
 
 def spelled_term(term: Term, operands: Sequence[str], queries: str, keys: str) -> str:
-    """A term as an expression. Raises GraphError for one that is not standard."""
+    """Return a term as an expression. Raises GraphError for a term that is not standard."""
     return term.accept(_Spelled(queries, keys), *operands)
 
 
 class _Spelled(TermVisitor[str, str]):
-    """What is made of nothing but sizes is told the device that it shall lie on."""
+    """Terms as text; a tensor that depends only on sizes gets its device as an argument."""
 
     def __init__(self, queries: str, keys: str) -> None:
         self.keys, self.grid = keys, f"{queries}, {keys}"

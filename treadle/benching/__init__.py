@@ -1,1 +1,1 @@
-"""`treadle bench`: a model beside the tools that its users come from, each in a process of its own, in turns."""
+"""`treadle bench`: compare a model with the tools that its users come from, each in its own process, in turns."""

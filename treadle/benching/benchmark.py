@@ -1,9 +1,9 @@
-"""`bench_model`: a model beside other tools. Outputs are compared first; then all run in turns.
+"""`bench_model`: compare a model with other tools. Outputs are compared first; then all sides run in turns.
 
     found = bench_model("bert", ["eager", "onnxruntime"], sizes={"S": 128}, threads=1)
-    print(found.rows[1].ratio)      # how many times ours it takes
+    print(found.rows[1].ratio)      # its time, divided by ours
 
-A busy machine slows whoever runs, so sides run in turns, and a ratio is the median of the ratios within a turn.
+On a busy machine every run is slower, so sides run in turns, and a ratio is the median of the ratios within a turn.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from treadle.passes.pipelines import DEFAULT
 Array = np.ndarray[Any, Any]
 
 _FOR_OTHERS = tuple(each for each in DEFAULT if not isinstance(each, CutSooner))
-"""What makes the ONNX file that others read: ops that they know, of all that the model declares."""
+"""The passes for the ONNX file that other tools read: all outputs of the model, in ops that they support."""
 
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One side.
+    """The results of one side.
 
     seconds     the median of its runs
-    ratio       how many times ours it takes: the median over turns; 1 for ours
+    ratio       its time, divided by ours: the median over turns; 1 for ours
     between     the quartiles of these ratios
-    difference  of its outputs from ours, the largest, as a part of ours' largest; infinite where one is NaN or infinite
-                and the other is not; None where none has ours' shape
-    opened      seconds until it had run once
-    peak        bytes that its process had resident at most
+    difference  the largest difference of its outputs from ours, relative to our largest element; infinite if one is
+                NaN or infinite and the other is not; None if no output has our shape
+    opened      seconds until its first run had ended
+    peak        peak resident bytes of its process
     """
 
     side: str
@@ -66,12 +66,12 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class MachineLimits:
-    """What the machine allows, on as many threads.
+    """The limits of the machine, on the same number of threads.
 
-    rates   operations a second of each dtype: of the unit that multiplies it; on backends without kernels of ours those
-            that NumPy reaches in float32
-    read    bytes a second of a plain read
-    kernels the least seconds that our kernels could take at these rates; None where there are none
+    rates   operations per second of each dtype, of the unit that multiplies it; for backends without kernels of ours,
+            NumPy's rate in float32
+    read    bytes per second of a plain read
+    kernels the least seconds of our kernels at these rates; None if there are none
     """
 
     rates: Mapping[str, float]
@@ -79,7 +79,7 @@ class MachineLimits:
     kernels: float | None
 
     def least(self, cost: Cost) -> float:
-        """The least seconds of a run: of our kernels, or of the graph's operations in float32."""
+        """Return the least seconds of a run: of our kernels, or of the graph's operations in float32."""
         return max(cost.flops / self.rates["f32"], cost.bytes / self.read) if self.kernels is None else self.kernels
 
 
@@ -88,9 +88,9 @@ class Benchmark:
     """All sides of one workload.
 
     rows     ours first
-    missing  why a peer is not among them
-    cost     operations, and bytes read and written at least
-    machine  what the machine allows
+    missing  by peer, why it did not run
+    cost     operations, and the least bytes read and written
+    machine  the limits of the machine
     """
 
     workload: Workload
@@ -103,7 +103,7 @@ class Benchmark:
     rounds: int
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as plain data."""
+        """Return the same as plain data."""
         return {
             "model": self.graph.name,
             "backend": self.workload.backend,
@@ -145,22 +145,24 @@ def bench_model(
     python: str = sys.executable,
     told: Callable[[str], None] = lambda line: None,
 ) -> Benchmark:
-    """Run a model beside peers.
+    """Compare a model with peers.
 
     against  their names (`PEERS`)
-    sizes    of the symbols; small ones where they are left out
-    rounds   turns that count, after one that warms up
-    python   the Python that has the peers which need no Treadle, where this one has not: all but PyTorch's
-    told     is given a line as each side is opened
+    sizes    sizes of the symbols; small ones by default
+    rounds   number of turns, after one for warmup
+    python   the Python for peers that do not need Treadle (all but PyTorch's), if this one lacks them
+    told     called with a line as each side is opened
 
-    Raises UsageError for a peer, dtype, scheme, Python or size that there is not, or where ours does not run, and what
+    Raises UsageError for an unknown peer, dtype, scheme, Python or size, or if our side does not run, and as
     `treadle.compile` does for the model and the backend.
     """
     names = peers_of(list(against))
     find_backend(workload.backend)
-    computing_in(workload.dtype, (), workload.widen, workload.quantize)  # which refuses unknown ones
+    computing_in(workload.dtype, (), workload.widen, workload.quantize)  # refuses unknown ones
     if shutil.which(python) is None:
-        raise UsageError("there is no such Python", received=python, hint="the path of one that runs, such as python3")
+        raise UsageError(
+            "there is no such Python", received=python, hint="the path of a Python that runs, such as python3"
+        )
     graph, weights = opened(workload)
     chosen = choose_sizes(graph, sizes or {})
     with tempfile.TemporaryDirectory() as place:
@@ -195,7 +197,7 @@ def bench_model(
 
 
 def _machine(spec: Mapping[str, Any]) -> MachineLimits:
-    """What the machine allows. Raises UsageError where it cannot be measured."""
+    """Measure the machine's limits. Raises UsageError if that fails."""
     side = Side({**spec, "side": "limits"}, script=LIMITS)
     side.close()
     if "missing" in side.answer:
@@ -204,7 +206,7 @@ def _machine(spec: Mapping[str, Any]) -> MachineLimits:
 
 
 def _spec(workload: Workload, graph: Graph, sizes: Mapping[str, int], place: Path) -> dict[str, Any]:
-    """What all sides are told."""
+    """Return the specification that all sides get."""
     save_arrays(place / "inputs.npz", draw_inputs(graph, sizes, [workload.seed]))
     folder, gguf = files_of(workload.model)
     return {
@@ -226,7 +228,7 @@ def _spec(workload: Workload, graph: Graph, sizes: Mapping[str, int], place: Pat
 
 
 def _in_turns(sides: Mapping[str, Side], rounds: int) -> dict[str, list[float]]:
-    """The seconds of each side's runs, a run a turn."""
+    """Return the seconds of each side's runs, one run per turn."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds + 1):
         for name, side in sides.items():
@@ -253,9 +255,9 @@ def _row(name: str, side: Side, times: Mapping[str, Sequence[float]], place: Pat
 
 
 def difference(ours: Path, theirs: Path) -> float | None:
-    """The largest difference of outputs, as a part of ours' largest number; None where none is like one of ours.
+    """Return the largest difference of outputs, relative to our largest number; None if no output corresponds to ours.
 
-    An output of theirs is one of ours where it has its name, or where it alone has its shape.
+    An output of theirs corresponds to ours if it has the same name, or if it alone has the same shape.
     """
     if not ours.exists():
         return None
@@ -269,7 +271,9 @@ def difference(ours: Path, theirs: Path) -> float | None:
 
 
 def _apart(ours: Array, theirs: Array) -> float:
-    """The largest difference as a part of ours' largest number. NaN is equal to NaN, and endlessly far from numbers."""
+    """Return the largest difference, relative to our largest number. NaN equals NaN, and is infinitely far from
+    numbers.
+    """
     alike = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
     finite = np.abs(ours[np.isfinite(ours)])
     with np.errstate(invalid="ignore"):

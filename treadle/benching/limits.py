@@ -1,8 +1,8 @@
-"""What the machine allows ours: a process of its own, as each side of a benchmark is.
+"""Measure the machine's limits for our side, in a process of its own like each side of a benchmark.
 
     python limits.py '{"backend": "tvm", "model": "bert", "sizes": {"B": 1, "S": 128}, ...}'
 
-Prints one line of JSON: operations a second by dtype, bytes a second, and the least seconds of our kernels.
+Prints one line of JSON: operations per second by dtype, bytes per second, and the least seconds of our kernels.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import numpy as np
 
 from treadle.benching.serving import Spec, best, compiled, measured_read, say, why_missing
 
-_LARGE = 1536  # rows, columns and terms of the product that NumPy is measured by
+_LARGE = 1536  # size of the square product by which NumPy is measured
 
 
 def main() -> None:
     spec = json.loads(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a package prints is no answer
+    os.dup2(2, 1)  # output of packages must not mix with the answer
     try:
         say(answers, machine_limits(spec))
     except Exception as error:
@@ -30,14 +30,14 @@ def main() -> None:
 
 
 def machine_limits(spec: Spec) -> dict[str, Any]:
-    """Operations a second of each dtype, bytes a second of a plain read, and where ours is made of kernels the least
-    seconds that they could take; without kernels the operations are those in float32 that NumPy reaches.
+    """Return operations per second of each dtype, bytes per second of a plain read, and the least seconds of our
+    kernels, if there are kernels; without kernels the operations are NumPy's in float32.
     """
     if spec["backend"] == "tvm":
         from treadle.benching.roofline import measure_roofline
 
         exe = compiled(spec)
-        if not exe.graph.states:  # of which there is no roofline
+        if not exe.graph.states:  # a graph with states has no roofline
             found = measure_roofline(exe, spec["sizes"], seed=spec["seed"])
             return {"rates": dict(found.rates), "read": found.read, "least": found.least}
     rng = np.random.default_rng(0)

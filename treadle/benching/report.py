@@ -1,4 +1,4 @@
-"""A benchmark as a person reads it."""
+"""A benchmark's report for people."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from treadle.reporting.counts import counted, human, rate_text, sizes_text
 from treadle.reporting.tables import plain_table
 
 ALIKE = 1e-3
-"""Float32 outputs that differ by more, as a part of the largest, are said to be other numbers."""
+"""Float32 outputs with a larger difference, relative to the largest element, are reported as different."""
 
 
 def report_lines(found: Benchmark) -> Iterator[str | Table]:
-    """The table, the machine's limits, what is missing."""
+    """Yield the table, the machine's limits, and the peers that are missing."""
     work = found.workload
     sizes = f" at {sizes_text(found.sizes)}" if found.sizes else ""
     yield f"{found.graph.name}{sizes}, {counted(work.threads, 'thread')}, {counted(found.rounds, 'turn')}"
@@ -30,27 +30,27 @@ def report_lines(found: Benchmark) -> Iterator[str | Table]:
     for row in found.rows:
         yield f"{row.side} is {row.note}"
         if row.difference == math.inf:
-            yield f"{row.side} and ours give other numbers: NaN or infinity on one side alone"
+            yield f"{row.side} and ours differ: NaN or infinity on one side only"
         elif row.difference is not None and row.difference > ALIKE:
-            yield f"{row.side} and ours give other numbers{rounded}: {row.difference:.1%} of the largest apart"
+            yield f"{row.side} and ours differ{rounded}: by {row.difference:.1%} of the largest number"
         if row.difference is None and row.side != "treadle":
-            yield f"{row.side} gives nothing of the shape of our outputs, so nothing was compared"
+            yield f"{row.side} has no output of the shape of ours, so nothing was compared"
     for name, why in found.missing.items():
         hint = f" (pip install {PEERS[name].package})" if name in PEERS and "not installed" in why else ""
         yield f"{name} is missing: {why}{hint}"
 
 
 def _limits(found: Benchmark) -> str:
-    """How long it takes at least, and at which rates."""
+    """Return a line on the least time and the rates from which it follows."""
     machine, least = found.machine, found.machine.least(found.cost)
     work = f"{human(found.cost.flops, 'FLOPs')} and {human(found.cost.bytes, 'B')}"
     told = ", ".join(rate_text(rate, dtype) for dtype, rate in machine.rates.items())
     rates = f"{told} and {human(machine.read, 'B')}/s"
     if machine.kernels is None:
-        return f"{work}: {least * 1e3:.3g} ms at the {rates} that NumPy reaches here"
+        return f"{work}: {least * 1e3:.3g} ms at NumPy's {rates} here"
     ratio = found.rows[0].seconds / least
     return (
-        f"{work}: our kernels take {least * 1e3:.3g} ms at least at this machine's {rates}; ours is {ratio:.2f} of it"
+        f"{work}: our kernels need at least {least * 1e3:.3g} ms at this machine's {rates}; ours is {ratio:.2f} of it"
     )
 
 

@@ -1,12 +1,12 @@
-"""`measure_roofline`: each distinct kernel of a run beside what the machine allows (Williams et al. 2009).
+"""`measure_roofline`: compare each distinct kernel of a run with the machine's limits (Williams et al. 2009).
 
     found = measure_roofline(t.compile("bert", backend="tvm"), {"B": 1, "S": 128})
     print(found)
 
-A kernel's operations are those of the nodes that it computes, its bytes those of the operands and results that it is
-given, each once. The least time that it could take is the longer of operations over the rate of the unit that
-multiplies numbers of their dtype, with nothing to load (`measure_unit`), and bytes over what a plain read has of as
-many bytes as the model's weights and arena take. What an earlier kernel has left in a near cache may go below.
+A kernel's operations are the operations of its nodes; its bytes are the bytes of its operands and results, each
+counted once. Its least time is the larger of two: operations divided by the rate of the unit that multiplies numbers of
+their dtype, with nothing to load (`measure_unit`), and bytes divided by the rate of a plain read of as many bytes as
+the model's weights and arena have. A kernel whose operands are in a near cache may be faster.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from treadle.ir.storage.views import StorageKind
 from treadle.reporting.counts import human, rate_text, sizes_text
 
 DTYPES = ("f32", "bf16", "int8")
-"""What products are of, each of which has a rate."""
+"""The dtypes of products, each of which has a rate."""
 
 
 @dataclass(frozen=True)
 class KernelRow:
     """A kernel at its sizes.
 
-    calls     in a run
+    calls     number of calls in a run
     seconds   of one call, the median
     flops     of one call
     bytes     of one call
-    dtype     of what it multiplies: f32, bf16 or int8
-    least     the seconds that one call could take at the machine's rates
+    dtype     the dtype of its products: f32, bf16 or int8
+    least     the least seconds of one call at the machine's rates
     source    the user's line of the node that it computes last
     """
 
@@ -70,8 +70,8 @@ class KernelRow:
 class Roofline:
     """All kernels of a run, the longest first.
 
-    rates  operations a second of each dtype, on as many threads: of the unit that multiplies it, or of a quicker kernel
-    read   bytes a second that a plain read has, of as many as the model holds
+    rates  operations per second of each dtype, on as many threads: of its multiply unit, or of a faster kernel
+    read   bytes per second of a plain read of as many bytes as the model holds
     held   bytes of its weights and its arena
     """
 
@@ -86,16 +86,16 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        """What all calls take."""
+        """Seconds of all calls."""
         return sum(row.total for row in self.rows)
 
     @property
     def least(self) -> float:
-        """The seconds that all calls would take at these rates."""
+        """The least seconds of all calls at these rates."""
         return sum(row.calls * row.least for row in self.rows)
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as plain data."""
+        """Return the same as plain data."""
         names = ("kernel", "what", "calls", "seconds", "flops", "bytes", "dtype", "least", "source")
         return {
             "model": self.model,
@@ -145,24 +145,24 @@ class Roofline:
 
 
 def measure_roofline(model: Compiled, sizes: Mapping[str, int], *, rounds: int = 9, seed: int = 0) -> Roofline:
-    """Run a model of the TVM backend call by call, at sizes for its symbols, on drawn inputs.
+    """Run a model of the TVM backend call by call, at sizes for its symbols, on random inputs.
 
     Raises UsageError for another backend, and for a model with states.
     """
     exe = model.executable
     if not isinstance(exe, KernelExecutable):
         raise UsageError(
-            f"a roofline is one of kernels, and the {model.backend} backend calls a library's",
+            f"a roofline needs kernels, and the {model.backend} backend calls a library",
             hint=Hint('backend="tvm"', "--backend tvm"),
         )
     if model.graph.states:
-        raise UsageError(f"{model.name} has states, and a roofline runs a model without any")
+        raise UsageError(f"{model.name} has states, and a roofline needs a model without states")
     calls = time_calls(exe, draw_inputs(model.graph, sizes, [seed]), rounds)
     held = exe.nbytes
     rows = list(_rows(model, calls))
     isa = isa_of(model.target)
     rates = {d: measure_unit(d, isa, exe.threads) for d in DTYPES if any(row.dtype == d for row in rows)}
-    for row in rows:  # a busy machine may have kept the unit from what it does
+    for row in rows:  # on a busy machine the measured rate may be too low
         rates[row.dtype] = max(rates[row.dtype], row.flops / row.seconds)
     read = measured_read(held)
     told = [replace(row, least=max(row.flops / rates[row.dtype], row.bytes / read)) for row in rows]
@@ -170,7 +170,7 @@ def measure_roofline(model: Compiled, sizes: Mapping[str, int], *, rounds: int =
 
 
 def _rows(model: Compiled, calls: list[TimedCall]) -> Iterator[KernelRow]:
-    """A row for each kernel at its sizes, without the least time."""
+    """Yield a row for each kernel at its sizes, without the least time."""
     lowered = model.optimized.lowered
     assert lowered is not None
     assert lowered.plan is not None
@@ -193,7 +193,7 @@ def _rows(model: Compiled, calls: list[TimedCall]) -> Iterator[KernelRow]:
         nodes = groups.get(node, ()) if node is not None and seconds == longest[node] else ()
         flops = sum(node_cost(each, at).flops for each in nodes)
         moved, dtype = _bytes(step, at), step.kernel.multiplies
-        if nodes:  # of a table that is gathered from some rows are read
+        if nodes:  # a gather reads only some rows of its table
             moved = min(moved, sum(node_cost(each, at).bytes for each in nodes))
         what = "+".join(dict.fromkeys(n.op.name for n in nodes)) or (node.op.name if node is not None else "")
         source = describe_source(node.source, "") or "" if node is not None else ""
@@ -204,7 +204,7 @@ def _rows(model: Compiled, calls: list[TimedCall]) -> Iterator[KernelRow]:
 
 
 def _joined(other: KernelRow | None, row: KernelRow) -> KernelRow:
-    """The same kernel at the same sizes in another place of the model, counted together."""
+    """Add the same kernel at the same sizes in another place of the model."""
     if other is None:
         return row
     calls = row.calls + other.calls
@@ -216,7 +216,7 @@ def _middle(calls: list[TimedCall]) -> float:
 
 
 def _bytes(step: KernelStep, sizes: Mapping[str, int]) -> int:
-    """Of what its pointers show, each storage once, the largest view of it."""
+    """Return the bytes of a kernel's operands and results; each storage counts once, by its largest view."""
     found: dict[int, int] = {}
     for view in step.pointers:
         if view.storage.kind is not StorageKind.STATUS:

@@ -1,9 +1,9 @@
-"""A drawing of a roofline: operations a byte to the right, operations a second upwards, a dot for each kernel. As SVG.
+"""A roofline plot as SVG: operations per byte to the right, operations per second upwards, a dot for each kernel.
 
     Path("bert.svg").write_text(draw_roofline(measure_roofline(exe, {"B": 1, "S": 128})))
 
-Both axes are logarithmic. A dot's area is the kernel's share of the run; the largest are numbered and listed; times and
-the user's line appear under the pointer. The slanted line is what memory allows, a flat one what the unit does that
+Both axes are logarithmic. A dot's area is the kernel's share of the run; the largest are numbered and listed. Tooltips
+show times and the user's line. The slanted line is the memory limit; a flat line is the rate of the unit that
 multiplies a dtype.
 """
 
@@ -19,11 +19,11 @@ from treadle.reporting.counts import human, rate_text, sizes_text
 WIDTH, HEIGHT = 1000, 620
 _LEFT, _RIGHT, _TOP, _BOTTOM = 84, 30, 64, 64
 _COLOURS = {"f32": "#4e79a7", "bf16": "#f28e2b", "int8": "#59a14f"}
-_LISTED = 8  # kernels that have a number: those that take longest
+_LISTED = 8  # number of kernels with a number: the slowest
 
 
 def draw_roofline(found: Roofline) -> str:
-    """The drawing as the text of an SVG file. Kernels that only move data stand at the left edge."""
+    """Return the drawing as the text of an SVG file. Kernels that only move data are at the left edge."""
     return "\n".join(_Drawing(found).lines()) + "\n"
 
 
@@ -73,8 +73,8 @@ class _Drawing:
             y = self.y(10.0**power)
             yield _line(_LEFT, y, WIDTH - _RIGHT, y, "#eee")
             yield _text(_LEFT - 8, y + 4, human(10.0**power), "end")
-        yield _text((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 22, "operations a byte", "middle")
-        yield _text(_LEFT - 70, _TOP - 14, "operations a second", "start")
+        yield _text((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 22, "operations per byte", "middle")
+        yield _text(_LEFT - 70, _TOP - 14, "operations per second", "start")
 
     def _ceilings(self) -> Iterator[str]:
         read = self.found.read
@@ -94,7 +94,7 @@ class _Drawing:
         told = (
             f"{row.kernel}: {row.what}\n"
             f"{row.calls} x {row.seconds * 1e6:.1f} us, {row.total / self.total:.1%} of the run\n"
-            f"{row.least / row.seconds:.0%} of what the machine allows\n{row.source}"
+            f"{row.least / row.seconds:.0%} of the machine's limit\n{row.source}"
         )
         colour = _COLOURS[row.dtype]
         fill = f'fill="{colour}" fill-opacity="0.45" stroke="{colour}"'

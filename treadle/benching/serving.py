@@ -1,10 +1,10 @@
-"""One side of a benchmark: a process that opens a model, and runs it each time that it is told to.
+"""One side of a benchmark: a process that opens a model, and runs it on request.
 
     python serving.py '{"side": "onnxruntime", "threads": 1, "inputs": "inputs.npz", "outputs": "out.npz", ...}'
 
-Once the model is open it prints a line of JSON, and writes what the model gives. Then it answers each line that it
-reads: to a number, the seconds of so many runs (on one thread the processor's); to an empty one, the most memory that
-it had. Only Treadle's sides and PyTorch's need Treadle: any Python that has one of the others runs this file.
+Once the model is open it prints a line of JSON, and writes the model's outputs. Then it answers each line that it
+reads: a number with the seconds of that number of runs (CPU time on one thread), an empty line with its peak memory.
+Only Treadle's sides and PyTorch's need Treadle: any Python with another tool can run this file.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Array = np.ndarray[Any, Any]
 Spec = Mapping[str, Any]
 Run = Callable[[], Mapping[str, Array]]
 Opened = tuple[Run, str]
-"""What runs the model once, and a line on what it is."""
+"""A function that runs the model once, and a line that describes it."""
 
 
 class Unfit(Exception):
-    """A side cannot run this; the message says why."""
+    """A side cannot run this; the message contains the reason."""
 
 
 _MARK = "array "
@@ -36,7 +36,7 @@ _MARK = "array "
 def main() -> None:
     spec = json.loads(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a package prints is no answer
+    os.dup2(2, 1)  # output of packages must not mix with the answers
     try:
         started = time.perf_counter()
         run, note = OPENERS[spec["side"]](spec)
@@ -48,14 +48,14 @@ def main() -> None:
     save_arrays(spec["outputs"], outputs)
     say(answers, {"opened": opened, "note": note})
     for line in sys.stdin:
-        # On one thread a neighbour cannot lengthen the processor's time, as it does what a clock on the wall shows.
+        # On one thread, CPU time is not lengthened by other processes, unlike wall-clock time.
         clock = time.process_time if spec["threads"] == 1 else time.perf_counter
         counted = [timed(run, clock) for _ in range(int(line.strip() or 0))]
         say(answers, {"seconds": counted} if line.strip() else {"peak": peak_bytes()})
 
 
 def why_missing(error: Exception) -> str:
-    """What a side says that could not be opened."""
+    """Return the message of a side that could not be opened."""
     if isinstance(error, ImportError):
         return f"{error.name or error} is not installed"
     return str(error) if isinstance(error, Unfit) else " ".join(f"{type(error).__name__}: {error}".split())[:400]
@@ -72,7 +72,7 @@ def timed(run: Run, clock: Callable[[], float] = time.perf_counter) -> float:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process ever had resident."""
+    """Return the peak resident memory of this process."""
     import resource
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -80,28 +80,28 @@ def peak_bytes() -> int:
 
 
 def save_arrays(path: str | Path, arrays: Mapping[str, Any]) -> None:
-    """Write arrays under any names; each gets a mark, since NumPy takes some names for options."""
+    """Write arrays under any names; each gets a prefix, since NumPy interprets some names as options."""
     save: Any = np.savez
     save(path, **{f"{_MARK}{name}": np.asarray(array) for name, array in arrays.items()})
 
 
 def read_arrays(path: str | Path) -> dict[str, Array]:
-    """What `save_arrays` wrote."""
+    """Read the arrays that `save_arrays` wrote."""
     with np.load(path) as file:
         return {name.removeprefix(_MARK): file[name] for name in file.files}
 
 
 def config_of(folder: str | Path) -> dict[str, Any]:
-    """What a folder's config.json says."""
+    """Return a folder's config.json."""
     found: dict[str, Any] = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     return found
 
 
 def tokens_of(spec: Spec, side: str) -> Array:
-    """The one input of a side that takes tokens alone. Raises Unfit for others."""
+    """Return the one input of a side that supports tokens alone. Raises Unfit for other models."""
     inputs = list(inputs_of(spec).values())
     if len(inputs) != 1 or inputs[0].dtype != np.int64:
-        raise Unfit(f"{side} takes tokens alone, and this model {len(inputs)} inputs")
+        raise Unfit(f"{side} supports tokens alone, and this model has {len(inputs)} inputs")
     return inputs[0]
 
 
@@ -119,13 +119,13 @@ def open_treadle(spec: Spec) -> Opened:
 
 
 def compiled(spec: Spec) -> Any:
-    """Ours, as a `treadle.compiled.Compiled`."""
+    """Return our compiled model, a `treadle.compiled.Compiled`."""
     import treadle
     from treadle.artifacts import is_artifact
     from treadle.ir.target import Target
     from treadle.option_values import parse_config, parse_limits
 
-    alone = spec["backend"] == "numpy"  # which takes its threads from the environment
+    alone = spec["backend"] == "numpy"  # it takes its threads from the environment
     target = Target("cpu", None if alone else spec["threads"])
     if is_artifact(spec["model"]):
         return treadle.load(
@@ -149,9 +149,9 @@ def compiled(spec: Spec) -> Any:
 
 
 def open_eager(spec: Spec, around: Callable[[Any], Any] = lambda function: function) -> Opened:
-    """PyTorch, call by call: Hugging Face's own module of a folder with one, else the graph as it is declared.
+    """Open PyTorch in eager mode: Hugging Face's own module of a folder with one, else the graph as declared.
 
-    around  what is made of the module or the function, before it is called
+    around  transforms the module or the function before it is called
     """
     import torch
 
@@ -168,7 +168,7 @@ def open_eager(spec: Spec, around: Callable[[Any], Any] = lambda function: funct
 
 
 def open_compiled(spec: Spec) -> Opened:
-    """The same by torch.compile, weights frozen."""
+    """Open the same with torch.compile and frozen weights."""
     import torch
     import torch._inductor.config as inductor
 
@@ -179,11 +179,11 @@ def open_compiled(spec: Spec) -> Opened:
 
 
 Called = tuple[Any, Callable[[Any], Any], str]
-"""A module or a function of PyTorch, how it is called on the inputs, and a line on what it is."""
+"""A module or a function of PyTorch, a function that calls it on the inputs, and a line that describes it."""
 
 
 def _own_module(spec: Spec) -> Called | None:
-    """Hugging Face's module, where the model is a folder of theirs that takes tokens alone."""
+    """Return Hugging Face's module, if the model is a folder of theirs with tokens as the only input."""
     inputs = list(inputs_of(spec).values())
     if not spec["folder"] or len(inputs) != 1 or inputs[0].dtype != np.int64:
         return None
@@ -198,9 +198,9 @@ def _own_module(spec: Spec) -> Called | None:
 
 
 def _declared(spec: Spec) -> Called:
-    """A function of PyTorch calls, one for each op that the model's own text says, on weights as they are.
+    """Return a function of PyTorch calls, one for each op of the model's own text, on unchanged weights.
 
-    It is called itself, not through an executable, whose checks of arguments torch.compile would have to follow.
+    It is called directly, not through an executable, whose argument checks torch.compile would have to trace.
     """
     import torch
 
@@ -217,7 +217,7 @@ def _declared(spec: Spec) -> Called:
     arrays = inputs_of(spec)
     tensors = [torch.from_numpy(arrays[port.name]) for port in exe.inputs]
     held = exe.weights
-    return exe.function, lambda function: function(*tensors, held), "the graph as it is declared, op by op"
+    return exe.function, lambda function: function(*tensors, held), "the graph as declared, op by op"
 
 
 # -- peers that read ONNX ----------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def open_openvino(spec: Spec) -> Opened:
     if spec["side"].endswith("int8"):
         import nncf
 
-        # Calibrated on what is run, which flatters it at most.
+        # Calibrated on the benchmark's own input, which can only flatter it.
         model = nncf.quantize(model, nncf.Dataset([given]), model_type=nncf.ModelType.TRANSFORMER, subset_size=1)
         note = "int8 by NNCF, static, the rest in bf16"
     settings = {
@@ -276,14 +276,14 @@ def open_openvino(spec: Spec) -> Opened:
 
 
 def _renamed(spec: Spec) -> dict[str, Array]:
-    """The inputs under the names that they have in the ONNX file."""
+    """Return the inputs under their names in the ONNX file."""
     return {spec["renamed"][name]: array for name, array in inputs_of(spec).items()}
 
 
 # -- peers that read a folder of Hugging Face's, or a GGUF file -----------------------------------------------------
 
 ENCODERS = ("bert", "camembert", "distilbert", "roberta", "xlm-roberta")
-"""Model types that CTranslate2 runs as encoders; what it converts beside these, and generates, are decoders."""
+"""Model types that CTranslate2 runs as encoders; the other types that it converts are decoders, which generate."""
 _NO_ENCODER = ("bart", "m2m_100", "marian", "mbart", "mt5", "pegasus", "t5", "whisper")
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "sentencepiece.bpe.model", "tokenizer.model")
 
@@ -292,7 +292,7 @@ def open_ctranslate2(spec: Spec) -> Opened:
     import ctranslate2
 
     if not spec["folder"]:
-        raise Unfit("CTranslate2 reads a folder of Hugging Face's, which this model is not")
+        raise Unfit("CTranslate2 reads a folder of Hugging Face's, and this model is not one")
     ids, kind = tokens_of(spec, "CTranslate2"), config_of(spec["folder"]).get("model_type")
     if kind in _NO_ENCODER:
         raise Unfit(f"CTranslate2 runs no part of a {kind} by itself")
@@ -318,7 +318,7 @@ def open_ctranslate2(spec: Spec) -> Opened:
 
 
 def _with_words(folder: Path, place: Path) -> Path:
-    """The folder, or one like it with words of a tokenizer, which CTranslate2 will have."""
+    """Return the folder, or a copy with a tokenizer's vocabulary, which CTranslate2 requires."""
     if any((folder / name).exists() for name in _TOKENIZERS):
         return folder
     import tokenizers
@@ -339,10 +339,10 @@ def open_llama(spec: Spec) -> Opened:
     from llama_cpp import Llama
 
     if not spec["gguf"]:
-        raise Unfit("llama.cpp reads a GGUF file, which this model is not")
+        raise Unfit("llama.cpp reads a GGUF file, and this model is not one")
     ids = tokens_of(spec, "llama.cpp")
     if len(ids) != 1:
-        raise Unfit("llama.cpp is given one row here: B=1")
+        raise Unfit("llama.cpp runs with one row here: B=1")
     count = ids.shape[1]
     sizes = {"n_ctx": count, "n_batch": count, "n_ubatch": count}
     threads = {"n_threads": spec["threads"], "n_threads_batch": spec["threads"]}
@@ -376,7 +376,7 @@ OPENERS: Mapping[str, Callable[[Spec], Opened]] = {
 
 
 def best(run: Run, clock: Callable[[], float] = time.perf_counter) -> float:
-    """The least seconds of a few runs: three, or as many as half a second has."""
+    """Return the least seconds of a few runs: three, or as many as fit into half a second."""
     times: list[float] = []
     while len(times) < 3 or sum(times) < 0.5:
         times.append(timed(run, clock))
@@ -384,7 +384,7 @@ def best(run: Run, clock: Callable[[], float] = time.perf_counter) -> float:
 
 
 def measured_read(held: int = 1 << 28) -> float:
-    """The bytes a second of a plain read, of so many."""
+    """Return the bytes per second of a plain read of `held` bytes."""
     numbers = np.ones(max(held // 4, 1 << 18), np.float32)
     return numbers.nbytes / best(lambda: {"": np.asarray(numbers.max())})
 

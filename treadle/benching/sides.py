@@ -1,4 +1,4 @@
-"""The sides of a benchmark: which there are, what each needs, and a process for one."""
+"""The sides of a benchmark: the peers, their requirements, and a process for each."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from typing import Any
 from treadle.ir.errors import Hint, UsageError
 
 SERVING, LIMITS = "serving.py", "limits.py"
-"""What a side's process runs, files beside this one."""
+"""The scripts that a side's process runs, files next to this one."""
 
 
 @dataclass(frozen=True)
 class Peer:
     """A tool to compare with.
 
-    reads    "onnx", where it reads the model as `treadle export` writes it; "torch", where it is a module of PyTorch;
-             "folder" or "gguf", where it reads such a file of the model's own
-    package  what pip installs for it
-    told     what it is, in a line
+    reads    "onnx" if it reads the output of `treadle export`; "torch" if it runs a module of PyTorch; "folder" or
+             "gguf" if it reads the model's own file of this kind
+    package  the packages to install with pip
+    told     a line that describes it
     """
 
     reads: str
@@ -33,7 +33,7 @@ class Peer:
 
 
 PEERS: Mapping[str, Peer] = {
-    "eager": Peer("torch", "torch", "PyTorch, call by call"),
+    "eager": Peer("torch", "torch", "PyTorch, eager mode"),
     "compile": Peer("torch", "torch", "torch.compile with frozen weights"),
     "onnxruntime": Peer("onnx", "onnxruntime", "ONNX Runtime, float32"),
     "onnxruntime-int8": Peer("onnx", "onnxruntime", "ONNX Runtime, its dynamic quantization to int8"),
@@ -47,7 +47,7 @@ PEERS: Mapping[str, Peer] = {
 
 
 def peers_of(names: list[str]) -> list[str]:
-    """The names, each once. Raises UsageError for one that is no peer."""
+    """Return the names without repetition. Raises UsageError for an unknown peer."""
     unknown = [name for name in names if name not in PEERS]
     if unknown:
         raise UsageError(f"there is no peer {unknown[0]!r}", hint="one of " + ", ".join(PEERS))
@@ -58,7 +58,7 @@ class Side:
     """A process that serves one side."""
 
     def __init__(self, spec: Mapping[str, Any], python: str = sys.executable, script: str = SERVING) -> None:
-        """Start it, and wait until the model is open, or cannot be: `answer` says which. `script` is what it runs.
+        """Start the process, and wait until the model is open or has failed: see `answer`. `script` is the file to run.
 
         Raises UsageError for a Python that cannot be started.
         """
@@ -75,17 +75,17 @@ class Side:
             )
         except OSError as error:
             raise UsageError(
-                f"{python!r} is no Python that runs: {error.strerror or error}",
+                f"{python!r} is not a Python that runs: {error.strerror or error}",
                 hint=Hint(f"python={sys.executable!r}", f"--python {sys.executable}"),
             ) from error
         self.answer = self._read()
 
     def run(self, count: int = 1) -> list[float]:
-        """The seconds of so many runs. Raises UsageError where the process is gone."""
+        """Return the seconds of `count` runs. Raises UsageError if the process has ended."""
         return list(self._ask(str(count))["seconds"])
 
     def peak(self) -> int:
-        """The most bytes that it had resident."""
+        """Return the peak resident memory in bytes."""
         return int(self._ask("")["peak"])
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What a benchmark runs: a model by name, with its options."""
+"""The workload of a benchmark: a model by name, with its options."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Workload:
-    """What is run, and how.
+    """A model and its options.
 
-    model    a name, as the command line takes it
-    backend  of ours
+    model    a name, as on the command line
+    backend  of our side
     chosen   optional inputs to include
     config   NAME=VALUE
     limit    NAME=N
-    dtype, widen, seed, quantize  as for `treadle.compile`
+    dtype, widen, seed, quantize  as in `treadle.compile`
     """
 
     model: str
@@ -46,7 +46,7 @@ class Workload:
 
 
 def files_of(model: str) -> tuple[Path | None, Path | None]:
-    """The folder of Hugging Face's that a model is, and the GGUF file: where it is one."""
+    """Return the model's Hugging Face folder and its GGUF file, None for a file that it does not have."""
     place = Path(model)
     if model in PINNED:
         place = fetched_model(model) or place
@@ -56,7 +56,7 @@ def files_of(model: str) -> tuple[Path | None, Path | None]:
 
 
 def opened(workload: Workload) -> tuple[Graph, Mapping[str, Array]]:
-    """The graph as it is declared, and its weights."""
+    """Return the graph as declared, and its weights."""
     if is_artifact(workload.model):
         held = open_artifact(workload.model, limits=parse_limits(workload.limit))
         return quantized_alike(held.optimized.source, held.optimized.graph), held.weights

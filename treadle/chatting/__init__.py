@@ -1,1 +1,1 @@
-"""Conversations: chat templates, which strangers wrote, rendered within limits, and a model that replies."""
+"""Conversations: untrusted chat templates, rendered within limits, and a model that replies."""

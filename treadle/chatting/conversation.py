@@ -1,11 +1,11 @@
-"""A conversation with a model that was trained for it, its history kept in one row of a session.
+"""A conversation with a chat model, its history kept in one row of a session.
 
     chat = Conversation.open(TextWriter.open("smollm2"), system="You are brief.")
     for piece in chat.say("What is the capital of France?", most=64):
         print(piece.text, end="")
 
-The whole conversation is written anew by the model's chat template at every turn. As far as it begins with the tokens
-that the row holds, they are not computed again.
+The model's chat template renders the whole conversation again at every turn. The tokens that it shares with the row as
+a prefix are not recomputed.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from treadle.runtime.token_rules import TokenRules
 Array = np.ndarray[Any, Any]
 
 CAPACITY = 4096
-"""Tokens of a conversation, where the model has no limit of its own or a larger one."""
+"""Maximum number of tokens of a conversation, unless the model has a smaller limit."""
 
 
 @dataclass
 class Conversation:
-    """What was said, and a model that replies. Make it with `open`."""
+    """The messages of a conversation, and a model that replies. Create it with `open`."""
 
     writer: TextWriter
     template: ChatTemplate
@@ -45,8 +45,8 @@ class Conversation:
     def open(cls, writer: TextWriter, *, system: str | None = None, capacity: int | None = None) -> Conversation:
         """Begin a conversation.
 
-        system    what the model is told before
-        capacity  the most tokens of the whole; None: as many as the model takes, up to CAPACITY
+        system    the system prompt
+        capacity  maximum number of tokens of the whole; None: as many as the model supports, up to CAPACITY
 
         Raises UsageError for a model without a chat template.
         """
@@ -65,12 +65,12 @@ class Conversation:
         rules: TokenRules | None = None,
         stop: Sequence[str] = (),
     ) -> Iterator[Piece]:
-        """The reply to what the user says, piece by piece; both are part of the conversation once it has ended.
+        """Yield the reply to a user's message piece by piece; both join the conversation once the reply has ended.
 
-        rules  what is asked of each token; None: what the folder asks
+        rules  token rules; None: those of the folder
 
-        A reply that is not taken to its end leaves the conversation as it was. Raises UsageError where the conversation
-        has become too long for the model.
+        If the reply is not read to its end, the conversation is unchanged. Raises UsageError if the conversation has
+        become too long for the model.
         """
         if count_of(most) < 1:
             raise UsageError("a reply has 1 token or more", received=repr(most))
@@ -105,11 +105,11 @@ class Conversation:
             logits = self.session.step({row: chosen})[row]
 
     def forget(self) -> None:
-        """Begin again, with what the model was told before."""
+        """Begin again with the same system prompt."""
         self.messages = [message for message in self.messages if message["role"] == "system"]
 
     def _read(self, ids: list[int]) -> tuple[int, Array]:
-        """The row that holds these tokens, of which it may have held the first, and the logits after them."""
+        """Return the row that holds these tokens, reusing a prefix that it holds already, and the logits after them."""
         if self._row is not None:
             self.session.close(self._row, keep=True)
         self._row = self.session.resume(ids)

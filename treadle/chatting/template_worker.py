@@ -1,8 +1,8 @@
-"""The process in which chat templates are rendered: Jinja's sandbox, within limits of memory, files and processes.
+"""The process in which chat templates are rendered: Jinja's sandbox, with limits on memory, files and processes.
 
-It is run by its path, apart from the package: `python -I template_worker.py JINJA'S_FOLDER MEMORY`. It reads requests
-and writes answers, each a line of JSON, until its input ends. `treadle.chatting.templates` is who asks, and who ends
-it where it takes too long.
+It is run by its path, outside the package: `python -I template_worker.py JINJA'S_FOLDER MEMORY`. It reads requests and
+writes answers, each a line of JSON, until its input ends. `treadle.chatting.templates` sends the requests, and kills
+the process on a timeout.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ TEXT |= frozenset(
 TEXT |= {"isalpha", "isdigit", "isspace"}
 MAPPING = frozenset({"get", "items", "keys", "values"})
 SEQUENCE = frozenset({"count", "index"})
-"""The methods that templates may call, of texts, objects and lists."""
+"""The methods that templates may call, of strings, objects and lists."""
 
 
 def environment() -> Any:
-    """The sandbox: what Hugging Face gives to templates, and no attribute beyond what they need."""
+    """Return the sandbox: the functions that Hugging Face provides to templates, and only the attributes that they
+    need.
+    """
     from jinja2 import nodes
     from jinja2.exceptions import SecurityError, TemplateError
     from jinja2.ext import Extension, loopcontrols
@@ -35,7 +37,7 @@ def environment() -> Any:
     from jinja2.utils import Cycler, Joiner, Namespace
 
     class Generation(Extension):
-        """{% generation %} ... {% endgeneration %}: what the assistant says, told apart in training alone."""
+        """{% generation %} ... {% endgeneration %}: marks the assistant's text, which matters only in training."""
 
         tags = {"generation"}
 
@@ -53,12 +55,12 @@ def environment() -> Any:
             return isinstance(obj, kinds) and not attr.startswith("_")
 
         def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
-            if isinstance(obj, dict) and attribute in obj:  # an entry that has the name of a method
+            if isinstance(obj, dict) and attribute in obj:  # an entry with the name of a method
                 return obj[attribute]
-            raise SecurityError(f"it reaches for {attribute} of {type(obj).__name__}")
+            raise SecurityError(f"it accesses {attribute} of {type(obj).__name__}")
 
         def wrap_str_format(self, value: Any) -> None:
-            """Formatting by a text's own method, which takes any width, is no method that templates need."""
+            """Refuse `str.format`, which accepts any width and is not needed by templates."""
 
     def refuse(message: object) -> None:
         raise TemplateError(str(message))
@@ -75,7 +77,7 @@ def environment() -> Any:
 
 
 def render(made: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """The text of a template, or what is wrong with it: where it is the template that says so, `refused`."""
+    """Return the text of a template, or the error. `refused` is an error that the template raises itself."""
     from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
     most = request["most"]
@@ -93,7 +95,7 @@ def render(made: Any, request: dict[str, Any]) -> dict[str, Any]:
         kind = {"refused": True} if type(error) is TemplateError else {}
         return {"error": str(error.message), **kind}
     except MemoryError:
-        return {"error": "it takes more memory than it may"}
+        return {"error": "it needs more memory than the limit"}
     except RecursionError:
         return {"error": "it is nested too deeply"}
     except Exception as error:
@@ -101,7 +103,7 @@ def render(made: Any, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def confine(memory: int) -> None:
-    """Take away what rendering does not need, as far as the system can: memory, files, processes."""
+    """Limit memory, files and processes to what rendering needs, as far as the system supports it."""
     with contextlib.suppress(ImportError):
         import resource
 
@@ -112,7 +114,7 @@ def confine(memory: int) -> None:
 
 
 def main() -> None:
-    """Answer requests until there are no more."""
+    """Answer requests until the input ends."""
     sys.path.append(sys.argv[1])
     made = environment()
     made.from_string("{{ 'a' | trim }}").render()
@@ -122,7 +124,7 @@ def main() -> None:
         try:
             answer = json.dumps(render(made, json.loads(line)))
         except MemoryError:
-            answer = json.dumps({"error": "it takes more memory than it may"})
+            answer = json.dumps({"error": "it needs more memory than the limit"})
         print(answer, flush=True)
 
 

@@ -1,11 +1,10 @@
-"""Chat templates: a conversation as the text that a model was trained to go on with.
+"""Chat templates: render a conversation as the text that a model was trained to continue.
 
     template = ChatTemplate("{% for m in messages %}...{% endfor %}", {"bos_token": "<s>"})
     template.render([{"role": "user", "content": "Hello"}])
 
-A template is a program in Jinja's language that came with a model's file. It runs in Jinja's sandbox, and the sandbox
-in a process of its own, which has so much memory, writes no file, starts no process, and is ended where it takes too
-long.
+A template is a program in Jinja's language from a model's file. It runs in Jinja's sandbox, in a separate process that
+has limited memory, cannot write files or start processes, and is killed on a timeout.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from treadle.files.shown_names import printable
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
 
 Message = Mapping[str, Any]
-"""Who says what: "role" ("system", "user" or "assistant") and "content", and what else a template knows."""
+"""A message: "role" ("system", "user" or "assistant") and "content", and further keys that a template knows."""
 
 _WORKER = Path(__file__).with_name("template_worker.py")
 _START_SECONDS = 60.0
@@ -51,11 +50,11 @@ class ChatTemplate:
         """No process starts before a conversation is rendered.
 
         special     the names of special tokens by their roles, such as bos_token
-        seconds     how long a rendering may take
-        memory      bytes that the process may have, where the system keeps to it
-        characters  the longest text that it may write
+        seconds     time limit of a rendering
+        memory      memory limit of the process in bytes, if the system enforces it
+        characters  maximum length of the rendered text
 
-        Raises CheckpointError for a template that is too long, and FrontendError where jinja2 is not installed.
+        Raises CheckpointError for a template that is too long, and FrontendError if jinja2 is not installed.
         """
         found = importlib.util.find_spec("jinja2")
         if found is None or found.origin is None:
@@ -72,13 +71,13 @@ class ChatTemplate:
         self._turn = threading.Lock()
 
     def render(self, messages: Sequence[Message], *, reply: bool = True, **values: Any) -> str:
-        """The text of a conversation.
+        """Return the text of a conversation.
 
-        reply   whether it ends with what begins a reply
-        values  what else the template knows, such as tools=[...]
+        reply   True if the text ends with the start of a reply
+        values  further variables of the template, such as tools=[...]
 
-        Raises UsageError where the template refuses the conversation, and CheckpointError where it fails, or goes
-        beyond its limits.
+        Raises UsageError if the template refuses the conversation, and CheckpointError if it fails or exceeds its
+        limits.
         """
         try:
             request = json.dumps(
@@ -97,7 +96,7 @@ class ChatTemplate:
             )
         except (TypeError, ValueError) as error:
             raise UsageError(
-                "a conversation is made of texts, numbers and lists of them", received=str(error)
+                "a conversation must consist of strings, numbers and lists of them", received=str(error)
             ) from None
         with self._turn:
             answer = self._ask(request)
@@ -125,7 +124,7 @@ class ChatTemplate:
             return dict(json.loads(line))
         self._end()
         too_long = f"it takes longer than {self.seconds:g} s"
-        return {"error": too_long if line is None else "it takes more memory than it may"}
+        return {"error": too_long if line is None else "it needs more memory than the limit"}
 
     def _end(self) -> None:
         if self._worker is not None:
@@ -134,11 +133,11 @@ class ChatTemplate:
 
 
 class _Worker:
-    """A process that answers a line with a line."""
+    """A process that answers each line with a line."""
 
     def __init__(self, folder: str, memory: int) -> None:
         command = [sys.executable, "-I", str(_WORKER), folder, str(memory)]
-        pipe, needed = subprocess.PIPE, ("SYSTEMROOT",)  # without which Windows starts no Python
+        pipe, needed = subprocess.PIPE, ("SYSTEMROOT",)  # Windows cannot start Python without it
         environment = {name: os.environ[name] for name in needed if name in os.environ}
         self.process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, encoding="utf-8", env=environment
@@ -148,7 +147,7 @@ class _Worker:
         self._end = weakref.finalize(self, _end_process, self.process)
 
     def ask(self, request: str, seconds: float) -> str | None:
-        """The answer's line: empty where the process has ended, None where it takes too long."""
+        """Return the answer's line: empty if the process has ended, None on a timeout."""
         stream = self.process.stdin
         assert stream is not None
         try:
@@ -159,19 +158,19 @@ class _Worker:
         return self.answer(seconds)
 
     def answer(self, seconds: float) -> str | None:
-        """The next line."""
+        """Return the next line."""
         try:
             return self._lines.get(timeout=seconds).strip()
         except queue.Empty:
             return None
 
     def end(self) -> None:
-        """End the process at once."""
+        """Kill the process."""
         self._end()
 
 
 def _pass_on(stream: Any, lines: queue.SimpleQueue[str]) -> None:
-    """Put a process's lines into a queue; an empty one where there are no more."""
+    """Put a process's lines into a queue, and an empty one at the end."""
     for line in stream:
         lines.put(line)
     lines.put("")

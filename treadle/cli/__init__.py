@@ -1,11 +1,11 @@
 """The command line: `treadle inspect | compile | explain | run | launch | verify | shard | export | bench | ...`.
 
-docs/cli.md describes each command; each has a file of its name here, or, if it asks a model for something that people
-ask, in `tasks/`.
+docs/cli.md describes each command. Each command has a file of its name in this folder, or in `tasks/` if it applies a
+model to a task such as classification.
 
-An error that Treadle raises on purpose is printed in the house's form and ends with exit code 2, as do wrong options;
-anything else is a fault of Treadle's, told so, with exit code 1. With `--json` stdout holds one object and nothing
-else. What a command needs is imported when it runs, so that `--help` is quick.
+An error that Treadle raises on purpose is printed in the house's form and ends with exit code 2, and so do wrong
+options. Any other exception is reported as a fault of Treadle, with exit code 1. With `--json`, standard output has one
+object and nothing else. Commands import what they need when they run, so that `--help` is fast.
 """
 
 import itertools
@@ -35,7 +35,7 @@ for _name in _TASKS:
 
 
 def main() -> None:
-    """The entry point. Ends the process with 0, 1 for a fault of Treadle's, or 2 for an error of what was given."""
+    """Run the command line. Exit with 0, 1 for a fault of Treadle, or 2 for an error in the input."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -47,7 +47,7 @@ def main() -> None:
         except SystemExit as ended:
             code = ended.code
             before = list(_chain(ended.__context__))
-            if before and isinstance(before[0], BrokenPipeError):  # rich met it, which prints help and errors of usage
+            if before and isinstance(before[0], BrokenPipeError):  # raised while rich printed help or a usage error
                 forget_output()
                 code = 2 if any(map(_is_of_usage, before)) else 0
         sys.stdout.flush()
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def _run_as_json(words: list[str]) -> int:
-    """Run a command whose one object on standard output may be an error of how it is called."""
+    """Run a command whose one object on standard output may be a usage error."""
     try:
         return int(app(prog_name="treadle", standalone_mode=False) or 0)
     except Exception as raised:
@@ -73,12 +73,12 @@ def _run_as_json(words: list[str]) -> int:
 
 
 def _is_of_usage(error: Any) -> bool:
-    """Whether it is one of typer's own, as all errors of options and arguments are."""
+    """Return True for an error of typer's own, as all errors of options and arguments are."""
     return hasattr(error, "format_message")
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, and those that were being handled when it was raised."""
+    """Yield an error, and the errors that were being handled when it was raised."""
     while error is not None:
         yield error
         error = error.__context__

@@ -1,4 +1,4 @@
-"""What makes functions commands: the application, how errors are told, and how JSON is printed."""
+"""The application, the decorator of commands, the printing of errors, and JSON output."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from treadle.files.nearest_names import NearestNames
 from treadle.ir.errors import TreadleError
 
 LEFT = 128 + 13
-"""The exit code where a reader left before a command that answers by its exit code had its answer: what a shell says of
-a program that SIGPIPE ended."""
+"""The exit code if a reader closed our output before a command that answers by its exit code was finished: the code
+that a shell reports for a program ended by SIGPIPE.
+"""
 
 
 def _without_types(params: list[Any]) -> list[Any]:
-    """Parameters as `--help` shows them: a flag takes no value, and an argument's name says what it is."""
+    """Return parameters as `--help` shows them: without the value of a flag and the type of an argument."""
     for param in params:
         if getattr(param, "is_flag", False):
             param.metavar = ""
@@ -46,7 +47,7 @@ class _Group(TyperGroup):
 app = typer.Typer(
     cls=_Group,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Declare transformers, compile them, look at the optimized graph, run them.",
+    help="Declare transformers, compile them, inspect the optimized graph, run them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -55,9 +56,9 @@ app = typer.Typer(
 def command(
     name: str, *, judges: Callable[[dict[str, Any]], bool] = lambda options: False
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a function the command of this name, whose errors are told.
+    """Make a function the command of this name, with its errors printed.
 
-    judges  whether its exit code is an answer, with these options
+    judges  returns True if the exit code is an answer, given the options
     """
 
     def made(function: Callable[..., None]) -> Callable[..., None]:
@@ -78,7 +79,7 @@ def print_json(facts: Any) -> None:
 
 @contextmanager
 def _reader_may_leave(code: int) -> Iterator[None]:
-    """Exit quietly where the reader of our output has left, as `head` does."""
+    """Exit quietly if the reader of our output has closed it, as `head` does."""
     try:
         yield
     except BrokenPipeError:
@@ -88,7 +89,7 @@ def _reader_may_leave(code: int) -> Iterator[None]:
 
 @contextmanager
 def _errors_told(name: str, as_json: bool) -> Iterator[None]:
-    """Print what goes wrong inside the command of this name, and exit."""
+    """Print an error raised in the block, in the command of this name, and exit."""
     try:
         yield
         sys.stdout.flush()
@@ -114,7 +115,7 @@ def _errors_told(name: str, as_json: bool) -> Iterator[None]:
                 console(stderr=True).print(error_text(error), soft_wrap=True)
         raise typer.Exit(2) from None
     except Exception as error:
-        what = f"Treadle has failed, which is its own fault: {type(error).__name__}: {error}"
+        what = f"Treadle has failed, which is a fault of Treadle: {type(error).__name__}: {error}"
         how = "TREADLE_DEBUG=1 with the same command shows where; please report it with that text"
         with saying():
             _trace_if_asked()
@@ -138,7 +139,7 @@ def _own_option(option: str, name: str, hint: str | None) -> str:
 
 @contextmanager
 def saying() -> Iterator[None]:
-    """Say an error, perhaps to nobody: that its reader has left changes no exit code."""
+    """Print an error; a closed output changes no exit code."""
     try:
         yield
         sys.stdout.flush()
@@ -148,7 +149,7 @@ def saying() -> Iterator[None]:
 
 
 def forget_output() -> None:
-    """Let what is still to be printed go nowhere: its reader has left, as `head` does, and that is no error."""
+    """Discard further output: its reader has closed it, as `head` does, which is not an error."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         try:

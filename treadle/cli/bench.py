@@ -1,4 +1,4 @@
-"""`treadle bench`: a model beside the tools that its users come from."""
+"""`treadle bench`: a model compared with other tools."""
 
 from __future__ import annotations
 
@@ -33,27 +33,25 @@ def bench_beside(
         typer.Option(
             "--against",
             metavar="NAMES",
-            help="eager, compile, llama.cpp, onnxruntime, openvino, ctranslate2, each of the last three with -int8, "
-            "openvino-bf16; with commas.",
+            help="Tools to compare with, separated by commas: eager, compile, llama.cpp, onnxruntime, openvino, "
+            "ctranslate2; the last three also with -int8; openvino-bf16.",
         ),
     ] = "eager,onnxruntime",
     sizes: Sizes = None,
     backend: Annotated[
         str,
         typer.Option(
-            "--backend", metavar="NAME", help="Of ours: tvm, torch or numpy.", autocompletion=complete_backend
+            "--backend", metavar="NAME", help="Treadle's backend: tvm, torch or numpy.", autocompletion=complete_backend
         ),
     ] = "tvm",
-    threads: Annotated[
-        int, typer.Option("--threads", metavar="N", min=1, help="How many threads every side may use.")
-    ] = 1,
-    rounds: Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="Turns that count.")] = 15,
+    threads: Annotated[int, typer.Option("--threads", metavar="N", min=1, help="Threads per tool.")] = 1,
+    rounds: Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="Timed rounds.")] = 15,
     python: Annotated[
         str,
         typer.Option(
             "--python",
             metavar="PATH",
-            help="The Python that has the peers but PyTorch's. By default the one that runs this.",
+            help="Python interpreter with the tools other than PyTorch. By default the current one.",
             show_default=False,
         ),
     ] = sys.executable,
@@ -66,7 +64,7 @@ def bench_beside(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Run a model beside other tools, each in a process of its own, in turns."""
+    """Compare a model with other tools, each in its own process, in turns."""
     from treadle.artifacts import is_artifact
     from treadle.benching.benchmark import bench_model
     from treadle.benching.report import report_lines

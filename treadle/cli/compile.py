@@ -1,4 +1,4 @@
-"""`treadle compile`: a model compiled, and what each pass did."""
+"""`treadle compile`: compile a model and print the changes of each pass."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def compile_model(
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", metavar="FILE.treadle", help="Write an artifact, which `run` takes.", show_default=False
+            "-o", "--output", metavar="FILE.treadle", help="Write an artifact, which `run` loads.", show_default=False
         ),
     ] = None,
-    explain: Annotated[bool, typer.Option("--explain", help="Say what each pass refused, and why.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Print what each pass refused, and why.")] = False,
     certify: Certify = False,
     config: Config = None,
     limit: Limit = None,
@@ -58,11 +58,11 @@ def compile_model(
     memory: Memory = None,
     sizes: Annotated[
         str | None,
-        typer.Option("--sizes", metavar="B=1,S=128", help="With --memory: the largest sizes.", show_default=False),
+        typer.Option("--sizes", metavar="B=1,S=128", help="With --memory: the maximum sizes.", show_default=False),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compile a model and tell what every pass did, how long it took, and what runs where."""
+    """Compile a model; print what each pass changed, the compile time, and which kernels run."""
     from treadle.artifacts import SUFFIX, is_artifact
     from treadle.fitting import fit_prose, fitted
     from treadle.ir.target import Target
@@ -85,7 +85,7 @@ def compile_model(
     if made.static:
         names = ", ".join(made.static)
         raise UsageError(
-            f"what is compiled depends on the value of {names}",
+            f"the compiled graph depends on the value of {names}",
             received=repr(made),
             hint=f"--set {made.static[0]}=VALUE",
         )

@@ -1,4 +1,4 @@
-"""What a shell offers for a value that is typed: models, names to fetch, backends, targets."""
+"""Shell completion of values: models, fetchable names, backends, targets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from os.path import isdir
 
 
 def complete_model(incomplete: str) -> list[str]:
-    """Names of the zoo and of fetched models, and paths."""
+    """Return the names of the zoo and of fetched models, and paths."""
     from treadle.fetch import fetched_model
     from treadle.models.registry import family_names
     from treadle.wheels.pinned_models import PINNED
@@ -18,21 +18,21 @@ def complete_model(incomplete: str) -> list[str]:
 
 
 def complete_fetched(incomplete: str) -> list[str]:
-    """Names of models that can be fetched."""
+    """Return the names of models that can be fetched."""
     from treadle.wheels.pinned_models import PINNED
 
     return _beginning(PINNED, incomplete)
 
 
 def complete_backend(incomplete: str) -> list[str]:
-    """Names of backends, of other packages too."""
+    """Return the names of backends, including those of other packages."""
     from treadle.backends.registry import backend_names
 
     return _beginning(backend_names(), incomplete)
 
 
 def complete_target(incomplete: str) -> list[str]:
-    """Names of targets."""
+    """Return the names of targets."""
     from treadle.ir.target import TARGETS
 
     return _beginning(TARGETS, incomplete)

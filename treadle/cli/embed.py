@@ -1,4 +1,4 @@
-"""`treadle embed`: sentences as vectors."""
+"""`treadle embed`: sentence embeddings."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ def embed_sentences(
     model: ModelName,
     sentences: Annotated[
         list[str] | None,
-        typer.Argument(metavar="SENTENCES", help="Sentences; without any, the lines of --file or of standard input."),
+        typer.Argument(
+            metavar="SENTENCES", help="Sentences to embed. By default the lines of --file or of standard input."
+        ),
     ] = None,
     file: Annotated[
-        str | None, typer.Option(metavar="PATH", help="A text file with a sentence a line; - is standard input.")
+        str | None, typer.Option(metavar="PATH", help="Text file with one sentence per line; - is standard input.")
     ] = None,
     similarity: Annotated[
-        bool, typer.Option("--similarity", help="Print how near each two are, not the vectors.")
+        bool, typer.Option("--similarity", help="Print pairwise similarities instead of vectors.")
     ] = False,
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write DIR/embeddings.npy.", show_default=False)
@@ -38,7 +40,7 @@ def embed_sentences(
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Embed sentences with a sentence encoder, such as the fetched minilm: a vector a line."""
+    """Embed sentences with a sentence encoder, such as the fetched minilm; print one vector per line."""
     from treadle.embedding import SentenceEmbedder
     from treadle.ir.target import Target
     from treadle.npy_files import write_npy
@@ -66,7 +68,8 @@ def embed_sentences(
     if cut and not as_json:
         which = ", ".join(str(i + 1) for i in cut[:10]) + (", ..." if len(cut) > 10 else "")
         print(
-            f"cut to {counted(embedder.tokenizer.max_tokens or 0, 'token')}: sentence{'s' * (len(cut) > 1)} {which}",
+            f"truncated to {counted(embedder.tokenizer.max_tokens or 0, 'token')}: "
+            f"sentence{'s' * (len(cut) > 1)} {which}",
             file=sys.stderr,
         )
     if as_json:

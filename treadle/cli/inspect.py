@@ -1,4 +1,4 @@
-"""`treadle inspect`: a model's graph, or what follows from it, as text."""
+"""`treadle inspect`: print a model's graph, or analyses of it, as text."""
 
 from __future__ import annotations
 
@@ -34,28 +34,32 @@ if TYPE_CHECKING:
 @command("inspect")
 def inspect_graph(
     model: ModelName,
-    raw: Annotated[bool, typer.Option("--raw", help="The graph as it was declared, before any pass.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Print the declared graph, before any pass.")] = False,
     after: Annotated[
         str | None,
-        typer.Option("--after", metavar="PASS", help="The graph as this pass left it, the backend's own among them."),
+        typer.Option(
+            "--after", metavar="PASS", help="Print the graph after this pass, which may be one of the backend's."
+        ),
     ] = None,
     entry: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="An entry of the derived step: prologue, prefill, step or verify."),
+        typer.Option(metavar="NAME", help="Print an entry of the derived step: prologue, prefill, step or verify."),
     ] = None,
-    unfold: Annotated[bool, typer.Option("--unfold", help="Every repetition of a block, written out.")] = False,
+    unfold: Annotated[bool, typer.Option("--unfold", help="Print every repetition of a block.")] = False,
     sizes: Annotated[
         str | None,
         typer.Option(
             metavar="B=1,S=128",
-            help="Sizes at which FLOPs and bytes are told. Else 1 for a leading axis, 128 for others, within bounds.",
+            help="Sizes for FLOPs and bytes. By default 1 for a leading axis, 128 for others, within bounds.",
         ),
     ] = None,
     follow: Annotated[
         str | None,
-        typer.Option(metavar="AXIS", help="Say whether an axis may be stepped, packed and split, and why not."),
+        typer.Option(metavar="AXIS", help="Print whether an axis can be stepped, packed and split, and if not, why."),
     ] = None,
-    source: Annotated[bool, typer.Option("--source", help="The code that the backend makes of the graph.")] = False,
+    source: Annotated[
+        bool, typer.Option("--source", help="Print the code that the backend generates from the graph.")
+    ] = False,
     config: Config = None,
     limit: Limit = None,
     dtype: Dtype = None,
@@ -82,11 +86,11 @@ def inspect_graph(
     from treadle.resolving import resolve
 
     if raw and after:
-        raise UsageError("--raw and --after name two stages of the graph", hint="one of them")
+        raise UsageError("--raw and --after select two different stages of the graph", hint="one of them")
     if entry is not None and (raw or after or source or follow):
-        raise UsageError("--entry shows a graph that is derived from the optimized one", hint="--entry alone")
+        raise UsageError("--entry prints a graph derived from the optimized one", hint="--entry alone")
     if follow is not None and (source or unfold):
-        raise UsageError("--follow prints no graph and no source", hint="one of them")
+        raise UsageError("--follow prints neither the graph nor the source", hint="one of them")
     find_backend(backend)
     with working(f"optimizing {model}", shown=not as_json):
         if is_artifact(model):
@@ -122,7 +126,7 @@ def inspect_graph(
         plan = optimized.plan_of(after) if after else None
         if plan is not None:
             facts["plan"] = plan.as_dict()
-            shown = f"{shown}\n# where each value lies\n{plan}"
+            shown = f"{shown}\n# storage of each value\n{plan}"
     if as_json:
         print_json(facts)
     else:
@@ -131,7 +135,7 @@ def inspect_graph(
 
 
 def lowered_for(name: str, backend: str, optimized: Optimized) -> Optimized:
-    """With what the backend's passes make of the graph, where one of them is meant."""
+    """Return the graph after the backend's passes, if one of them is requested."""
     from treadle.backends.registry import find_backend
     from treadle.backends.staged import StagedBackend
     from treadle.ir.target import Target
@@ -143,11 +147,11 @@ def lowered_for(name: str, backend: str, optimized: Optimized) -> Optimized:
 
 
 def stepped_entry(graph: Graph, entry: str) -> Graph:
-    """One entry of the step that is derived from a graph."""
+    """Return one entry of the step derived from a graph."""
     from treadle.explaining.step import entry_alone
     from treadle.passes.stepping.derivation import derive_step
 
     derived = derive_step(graph).graph
     if entry not in derived.entry_names:
-        raise UsageError(f"there is no entry {entry!r}", hint="one of " + ", ".join(derived.entry_names))
+        raise UsageError(f"unknown entry {entry!r}", hint="one of " + ", ".join(derived.entry_names))
     return entry_alone(derived, entry)

@@ -1,4 +1,4 @@
-"""`treadle launch`: so many processes of this machine as the ranks of one run."""
+"""`treadle launch`: start the ranks of one run as processes of this machine."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from treadle.ir.errors import UsageError
 
 @command("launch")
 def launch_command(
-    count: Annotated[int, typer.Option("-n", "--ranks", metavar="N", min=1, help="How many ranks.")],
+    count: Annotated[int, typer.Option("-n", "--ranks", metavar="N", min=1, help="Number of ranks.")],
     words: Annotated[
         list[str],
         typer.Argument(
             metavar="-- COMMAND...",
-            help="A command of treadle with --mesh, such as run gpt2 --mesh tp=2; or a file.py with its arguments.",
+            help="A treadle command with --mesh, such as run gpt2 --mesh tp=2; or a Python file with its arguments.",
             show_default=False,
         ),
     ],
 ) -> None:
-    """Start a command on so many ranks of this machine, which end together."""
+    """Run a command on N ranks of this machine, which end together."""
     from treadle.cli import COMMANDS
     from treadle.runtime.distributed.launching import launch_ranks
 
@@ -38,9 +38,9 @@ def launch_command(
         started = [sys.executable, "-m", "treadle", *words]
     else:
         raise UsageError(
-            f"there is no command {words[0]!r} to launch",
+            f"unknown command {words[0]!r}",
             received=" ".join(words)[:80],
-            hint="run, generate, or a Python file: a command, what it takes, --mesh among it",
+            hint="run, generate, or a Python file: a command with its options, including --mesh",
         )
     code = launch_ranks(started, count)
     if code:

@@ -1,4 +1,4 @@
-"""`treadle models`: the zoo, and what can be fetched."""
+"""`treadle models`: list the zoo, and the models that can be fetched."""
 
 from __future__ import annotations
 

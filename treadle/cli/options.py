@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, and what is said of them in one place."""
+"""Arguments and options that several commands share."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ ModelName = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="file.py:function, a folder with a checkpoint, a GGUF, ONNX or .treadle file, a name of the zoo, or of a "
-        "fetched model (see `models`).",
+        help="file.py:function, a checkpoint folder, a GGUF, ONNX or .treadle file, a model of the zoo, or a fetched "
+        "model (see `models`).",
         show_default=False,
         autocompletion=complete_model,
     ),
@@ -37,7 +37,7 @@ GivenOutputs = Annotated[
     typer.Option(
         "--outputs",
         metavar="NAMES",
-        help="Give these outputs alone, or parts of them, such as pooled or 'hidden[:, 0]'; what no other needs is not "
+        help="Compute only these outputs, or parts of them, such as pooled or 'hidden[:, 0]'; the rest is not "
         "computed.",
         show_default=False,
     ),
@@ -47,7 +47,7 @@ BackendName = Annotated[
     typer.Option(
         "--backend",
         metavar="NAME",
-        help="numpy, torch, tvm, or another that is installed.",
+        help="numpy, torch, tvm, or another installed backend.",
         autocompletion=complete_backend,
     ),
 ]
@@ -60,26 +60,25 @@ Threads = Annotated[
         "--threads",
         metavar="N",
         min=1,
-        help="How many threads may work at once, with torch and tvm. By default one a core.",
+        help="Maximum number of threads, with torch and tvm. By default one per core.",
         show_default=False,
     ),
 ]
 Certify = Annotated[
-    bool, typer.Option("--certify", help="Try every rewrite on drawn values, undo what fails, and print certificates.")
+    bool,
+    typer.Option("--certify", help="Test every rewrite on random inputs, undo failing ones, and print certificates."),
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option(
-        "--dtype", metavar="bf16", help="Compute products with weights in bf16, or in f32.", show_default=False
-    ),
+    typer.Option("--dtype", metavar="bf16", help="Compute products with weights in bf16 or f32.", show_default=False),
 ]
 Quantize = Annotated[
     str | None,
     typer.Option(
         "--quantize",
         metavar="SCHEME",
-        help="Hold weights that products multiply in blocks: int8-weights, int4. int8, int4-int8: and round what "
-        "weights in blocks multiply, those of a GGUF file too.",
+        help="Quantize the weights of products: int8-weights or int4; with int8 or int4-int8 the activations too. int8 "
+        "also applies to a GGUF file's own blocks.",
         show_default=False,
     ),
 ]
@@ -88,7 +87,7 @@ Widen = Annotated[
     typer.Option(
         "--widen",
         metavar="bf16",
-        help="Compute in f32 what is bf16, or f16; blocks: decode those of a GGUF file at once.",
+        help="Compute bf16 or f16 values in f32; blocks: decode the blocks of a GGUF file when loading.",
         show_default=False,
     ),
 ]
@@ -97,18 +96,18 @@ CacheName = Annotated[
     typer.Option(
         "--cache",
         metavar="DTYPE",
-        help="Hold keys and values in f32, bf16 or f16. By default as the model computes them.",
+        help="Store keys and values in f32, bf16 or f16. By default in the dtype that the model computes.",
         show_default=False,
     ),
 ]
 Sizes = Annotated[
     str | None,
-    typer.Option("--sizes", metavar="B=1,S=128", help="Sizes of symbolic axes; small ones, if not said."),
+    typer.Option("--sizes", metavar="B=1,S=128", help="Sizes of symbolic axes. By default small ones."),
 ]
 Limit = Annotated[
     list[str] | None,
     typer.Option(
-        "--limit", metavar="NAME=N", help="Let a file ask for more than it may, as its error says. Repeatable."
+        "--limit", metavar="NAME=N", help="Raise a limit on an input file, as named in its error. Repeatable."
     ),
 ]
 Memory = Annotated[
@@ -116,7 +115,7 @@ Memory = Annotated[
     typer.Option(
         "--memory",
         metavar="300MB",
-        help="What a run may take beside weights, inputs and outputs, at --sizes and below.",
+        help="Memory budget of a run in addition to weights, inputs and outputs, at --sizes and below.",
         show_default=False,
     ),
 ]
@@ -134,13 +133,13 @@ Axis = Annotated[
     typer.Option(
         "--axis",
         metavar="NAME=AXES",
-        help="Split an axis of the model over the mesh, such as heads=tp; vocab=- leaves it whole. Repeatable.",
+        help="Split an axis of the model over the mesh, such as heads=tp; vocab=- does not split it. Repeatable.",
     ),
 ]
 Device = Annotated[
     str | None,
     typer.Option(
-        "--device", metavar="NAME", help="What each rank is: h100, a100 or cpu. By default h100.", show_default=False
+        "--device", metavar="NAME", help="Device of each rank: h100, a100 or cpu. By default h100.", show_default=False
     ),
 ]
 Mesh = Annotated[
@@ -148,36 +147,34 @@ Mesh = Annotated[
     typer.Option(
         "--mesh",
         metavar="AXES",
-        help="Run as one of several ranks that treadle launch or torchrun started, over this mesh, such as tp=2.",
+        help="Run as one of the ranks started by treadle launch or torchrun, over this mesh, such as tp=2.",
         show_default=False,
     ),
 ]
 Patience = Annotated[
     float,
-    typer.Option("--timeout", metavar="SECONDS", min=1, help="With --mesh: how long a rank waits for the others."),
+    typer.Option("--timeout", metavar="SECONDS", min=1, help="With --mesh: seconds that a rank waits for the others."),
 ]
-Seed = Annotated[
-    int, typer.Option("--seed", metavar="N", min=0, help="Draws the weights where no checkpoint gives them.")
-]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of the weights if there is no checkpoint.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def refuse_for_artifact(**options: Any) -> None:
-    """An artifact is configured, and its passes have run: options that would change that are refused."""
+    """Raise UsageError for options that cannot change an artifact, which is already configured and optimized."""
     given = [name for name, value in options.items() if value]
     if given:
         told = [{"config": "--set"}.get(name, f"--{name}") for name in given]
         raise UsageError(
-            "an artifact is what was compiled, and takes no " + " or ".join(told),
+            "an artifact is already compiled, and does not accept " + " or ".join(told),
             hint="treadle compile MODEL -o FILE.treadle, with other options",
         )
 
 
 def outputs_of(text: str | None) -> tuple[str, ...] | None:
-    """The outputs of a list with commas, some with a part in brackets."""
+    """Return the outputs in a list separated by commas; some may have a part in brackets."""
     return None if text is None else tuple(name.strip() for name in re.split(r",(?![^\[]*\])", text) if name.strip())
 
 
 def names_of(text: str | None) -> tuple[str, ...] | None:
-    """The names of a list with commas."""
+    """Return the names in a list separated by commas."""
     return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())

@@ -1,4 +1,4 @@
-"""`treadle run --mesh` and `generate --mesh`: this process as one of the ranks of a model; rank 0 tells the result."""
+"""`treadle run --mesh` and `generate --mesh`: this process as one of the ranks of a model; rank 0 prints the result."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 
 def refuse_without_mesh(recipe: str | None, axis: Sequence[str]) -> None:
-    """Raise UsageError where a model is to be split in some way, and no mesh is named."""
+    """Raise UsageError for sharding options without a mesh."""
     if recipe is not None or axis:
-        raise UsageError("a model is split over a mesh", received=recipe or ", ".join(axis), hint="--mesh tp=2")
+        raise UsageError("sharding options need a mesh", received=recipe or ", ".join(axis), hint="--mesh tp=2")
 
 
 @contextmanager
 def opened_on_ranks(
     mesh: str | None, recipe: str | None, axis: Sequence[str], timeout: float, asked: str
 ) -> Iterator[Callable[..., SteppedModel]]:
-    """What opens the step of a model: this rank's part of it, where a mesh is named. All but rank 0 print nothing.
+    """A function that opens the step of a model: this rank's part if there is a mesh. Only rank 0 prints.
 
-    asked  what all ranks must be asked for
+    asked  the request, which must be equal on all ranks
     """
     from treadle.stepped import open_stepped
 
@@ -67,7 +67,7 @@ def run_rank(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Run a model as a rank. Raises what `compile_rank` and a run raise, and UsageError for an artifact."""
+    """Run a model as a rank. Raises the errors of `compile_rank` and of a run, and UsageError for an artifact."""
     import hashlib
 
     import numpy as np
@@ -85,7 +85,7 @@ def run_rank(
     with join(timeout) as ranks:
         if is_artifact(model):
             raise UsageError(
-                "an artifact was compiled for one device", received=model, hint="the model that it was made of"
+                "an artifact was compiled for one device", received=model, hint="the model that it was compiled from"
             )
         made = compile_rank(
             model,

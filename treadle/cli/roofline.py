@@ -1,4 +1,4 @@
-"""`treadle roofline`: each kernel of a run beside what the machine allows."""
+"""`treadle roofline`: each kernel of a run compared with the machine's limits."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def show_roofline(
     model: ModelName,
     sizes: Sizes = None,
     svg: Annotated[
-        Path | None, typer.Option("--svg", metavar="FILE", help="Draw it as an SVG file.", show_default=False)
+        Path | None, typer.Option("--svg", metavar="FILE", help="Write an SVG drawing.", show_default=False)
     ] = None,
-    rounds: Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="Runs that are timed.")] = 9,
+    rounds: Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="Timed runs.")] = 9,
     threads: Threads = None,
     config: Config = None,
     limit: Limit = None,
@@ -44,7 +44,7 @@ def show_roofline(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Time each kernel of a run on the TVM backend, and hold it to the machine's limits."""
+    """Time each kernel of a run on the TVM backend, and compare it with the machine's limits."""
     from treadle.artifacts import is_artifact, load
     from treadle.benching.roofline import measure_roofline
     from treadle.benching.roofline_drawing import draw_roofline

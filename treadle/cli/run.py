@@ -1,4 +1,4 @@
-"""`treadle run`: a model run on arrays."""
+"""`treadle run`: run a model on arrays."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def run_model(
         typer.Option(
             "--input",
             metavar="NAME=VALUE",
-            help="A .npy file, numbers 1,2,3 (one row) or lists [[1,2],[3,4]]. Repeatable; an optional input that is "
-            "given is included.",
+            help="A .npy file, numbers 1,2,3 (one row) or lists [[1,2],[3,4]]. Repeatable. A given optional input is "
+            "included.",
         ),
     ] = None,
     output: Annotated[
@@ -60,7 +60,7 @@ def run_model(
         typer.Option(
             "--backend",
             metavar="NAME",
-            help="By default numpy, or what an artifact was made for.",
+            help="By default numpy, or an artifact's own.",
             show_default=False,
             autocompletion=complete_backend,
         ),
@@ -70,7 +70,7 @@ def run_model(
         typer.Option(
             "--target",
             metavar="NAME",
-            help="By default cpu, or what an artifact was made for.",
+            help="By default cpu, or an artifact's own.",
             show_default=False,
             autocompletion=complete_target,
         ),
@@ -83,12 +83,12 @@ def run_model(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Run a model on arrays, by itself or as one of several ranks."""
+    """Run a model on arrays, alone or as one of several ranks."""
     from treadle.cli.rank_runs import refuse_without_mesh, run_rank
 
     if mesh is not None:
         if asked is not None:
-            raise UsageError("--outputs is of a model that runs by itself", hint="--mesh without it")
+            raise UsageError("--outputs cannot be combined with --mesh", hint="--mesh without --outputs")
         run_rank(
             model,
             values or [],

@@ -1,4 +1,4 @@
-"""`treadle serve`: models behind the HTTP interface that OpenAI's clients speak."""
+"""`treadle serve`: models behind an OpenAI-compatible HTTP server."""
 
 from __future__ import annotations
 
@@ -32,29 +32,35 @@ def serve_models(
         list[str],
         typer.Argument(
             metavar="MODEL...",
-            help="Models that write, or embed: each as MODEL, or as NAME=MODEL.",
+            help="Models that generate or embed: each as MODEL, or as NAME=MODEL.",
             show_default=False,
             autocompletion=complete_model,
         ),
     ],
-    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen; 0.0.0.0 is everywhere.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(metavar="N", help="The port; 0 is one that is free.", min=0, max=65535)] = 8000,
-    rows: Annotated[int, typer.Option(metavar="N", help="Texts that are written at a time.", min=1)] = 16,
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Address to listen on; 0.0.0.0 for all interfaces.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(metavar="N", help="Port to listen on; 0 for any free port.", min=0, max=65535)
+    ] = 8000,
+    rows: Annotated[int, typer.Option(metavar="N", help="Maximum number of texts generated at a time.", min=1)] = 16,
     context: Annotated[
-        int, typer.Option(metavar="N", help="The most tokens of a text, prompt included.", min=1)
+        int, typer.Option(metavar="N", help="Maximum number of tokens of a text, including its prompt.", min=1)
     ] = 2048,
-    queue: Annotated[int, typer.Option(metavar="N", help="Texts that may wait; more are told 429.", min=1)] = 256,
-    seconds: Annotated[float, typer.Option(metavar="S", help="How long an answer may take.", min=0.1)] = 600.0,
-    body: Annotated[int, typer.Option(metavar="BYTES", help="How large a request may be.", min=1)] = 1 << 20,
+    queue: Annotated[
+        int, typer.Option(metavar="N", help="Maximum number of waiting texts; further ones get HTTP status 429.", min=1)
+    ] = 256,
+    seconds: Annotated[float, typer.Option(metavar="S", help="Time limit of a request in seconds.", min=0.1)] = 600.0,
+    body: Annotated[int, typer.Option(metavar="BYTES", help="Maximum size of a request in bytes.", min=1)] = 1 << 20,
     key_file: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="A file with the key that callers must show.", show_default=False),
+        typer.Option(metavar="FILE", help="File with the API key that clients must send.", show_default=False),
     ] = None,
     reuse: Annotated[
         bool | None,
         typer.Option(
             "--reuse/--no-reuse",
-            help="Go on from what rows hold of prompts that begin alike. By default where answers keep their bits.",
+            help="Reuse cached prefixes of prompts. By default if this keeps answers bitwise identical.",
             show_default=False,
         ),
     ] = None,
@@ -67,9 +73,9 @@ def serve_models(
     backend: BackendName = "numpy",
     target: TargetName = "cpu",
     threads: Threads = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object once it serves.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when the server is ready.")] = False,
 ) -> None:
-    """Serve completions, chats and embeddings to OpenAI's clients, until it is interrupted."""
+    """Serve completions, chat and embeddings to OpenAI clients until interrupted."""
     from treadle.continuation import TextWriter
     from treadle.embedding import SentenceEmbedder
     from treadle.ir.errors import FrontendError, UsageError
@@ -108,14 +114,14 @@ def serve_models(
         for each in served:
             print(f"{each.name}: {each.told}", file=sys.stderr)
         if key is None and host not in ("127.0.0.1", "::1", "localhost"):
-            print("whoever reaches this address may ask: --key-file names a key", file=sys.stderr)
+            print("anyone who can reach this address can send requests: --key-file sets an API key", file=sys.stderr)
         print(f"serving at {address}", file=sys.stderr, flush=True)
 
     serve(served, host=host, port=port, limits=Limits(body=body, seconds=seconds), key=key, ready=ready)
 
 
 def _read_key(path: Path) -> str:
-    """The key in a file's first line. Raises UsageError where there is none."""
+    """Return the key in a file's first line. Raises UsageError if there is none."""
     from treadle.files.contained_files import read_regular
     from treadle.ir.errors import UsageError
 
@@ -125,5 +131,5 @@ def _read_key(path: Path) -> str:
     except UnicodeDecodeError:
         key = ""
     if not key or len(key.split()) != 1:
-        raise UsageError(f"{path} holds no key", hint="one word, of ASCII characters")
+        raise UsageError(f"{path} has no key", hint="one word of ASCII characters")
     return key

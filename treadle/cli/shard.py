@@ -1,4 +1,4 @@
-"""`treadle shard`: a model split over a mesh of devices, planned, explained, and tried without any."""
+"""`treadle shard`: plan and explain a model split over a mesh of devices, and simulate it without any."""
 
 from __future__ import annotations
 
@@ -39,10 +39,11 @@ def shard_command(
     device: Device = None,
     sizes: Annotated[
         str | None,
-        typer.Option("--sizes", metavar="B=8,S=128", help="Sizes to compare costs at.", show_default=False),
+        typer.Option("--sizes", metavar="B=8,S=128", help="Sizes for the comparison of costs.", show_default=False),
     ] = None,
     lab: Annotated[
-        bool, typer.Option("--lab", help="Run all ranks in this process, and compare with the model that is not split.")
+        bool,
+        typer.Option("--lab", help="Run all ranks in this process, and compare the result with the unsplit model."),
     ] = False,
     rank: Annotated[
         int | None, typer.Option("--rank", metavar="N", min=0, help="Print the program of a rank.", show_default=False)
@@ -50,7 +51,7 @@ def shard_command(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FILE", help="Write plan and weights to a .treadle file.", show_default=False
+            "--output", "-o", metavar="FILE", help="Write the plan and weights to a .treadle file.", show_default=False
         ),
     ] = None,
     config: Config = None,
@@ -62,9 +63,9 @@ def shard_command(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Split a model over a mesh, and tell where everything lies, where ranks meet, and why.
+    """Split a model over a mesh; print the placement of every value, every collective, and the reasons.
 
-    Of a .treadle file that -o wrote it tells the plan that it holds.
+    For a .treadle file written by -o, print the plan in it.
     """
     from treadle.artifacts import SUFFIX, is_artifact
     from treadle.fitting import fit_graph, fit_prose, fitted
@@ -96,7 +97,7 @@ def shard_command(
         plan = made.plan
     else:
         if mesh is None:
-            raise UsageError("a model is split over a mesh", received=f"shard {model}", hint="--mesh tp=2,dp=2")
+            raise UsageError("sharding needs a mesh", received=f"shard {model}", hint="--mesh tp=2,dp=2")
         asked: dict[str, Any] = {
             "recipe": recipe,
             "axes": parse_axes(axis or ()),

@@ -1,4 +1,4 @@
-"""`treadle train`: a language model trained on texts, and saved as it was read."""
+"""`treadle train`: train a language model on texts, and save it in its original format."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from treadle.training.text_runs import Update
 
 INTERRUPTED = 130
-"""The exit code after Ctrl-C, as of any command."""
+"""The exit code after Ctrl-C, as for every command."""
 
 
 @command("train")
@@ -34,57 +34,65 @@ def train_model(
         list[str],
         typer.Argument(
             metavar="FILES",
-            help='Texts in UTF-8; .jsonl has one a line, as {"text": "..."}; - is standard input.',
+            help='Texts in UTF-8; .jsonl has one per line, as {"text": "..."}; - is standard input.',
             show_default=False,
         ),
     ],
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", metavar="FOLDER", help="Save the trained model, as it was read.", show_default=False
+            "-o",
+            "--output",
+            metavar="FOLDER",
+            help="Save the trained model in its original format.",
+            show_default=False,
         ),
     ] = None,
     overwrite: Annotated[
         bool,
         typer.Option(
             "--replace",
-            help="Save in a folder that holds files, over those of the same names; and a state over any file.",
+            help="Save in a nonempty folder, and overwrite files of the same names. Let --state overwrite any file.",
         ),
     ] = False,
     objective: Annotated[
-        str, typer.Option(metavar="NAME", help="What is foretold: next-token, or masked-token.")
+        str, typer.Option(metavar="NAME", help="The training objective: next-token, or masked-token.")
     ] = "next-token",
-    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Updates of the weights, in all.")] = 1000,
-    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Blocks of tokens that are read at a time.")] = 8,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Total number of updates of the weights.")] = 1000,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Blocks of tokens per batch.")] = 8,
     length: Annotated[
         int | None,
         typer.Option(
             metavar="N",
             min=2,
-            help="Tokens of a block. By default 128, if the model takes as many.",
+            help="Tokens per block. By default 128, or the model's maximum.",
             show_default=False,
         ),
     ] = None,
-    accumulate: Annotated[int, typer.Option(metavar="N", min=1, help="Batches that make one update.")] = 1,
-    rate: Annotated[float, typer.Option(metavar="X", help="The greatest learning rate.")] = 1e-4,
-    warmup: Annotated[int, typer.Option(metavar="N", min=0, help="Updates until it is reached.")] = 0,
+    accumulate: Annotated[int, typer.Option(metavar="N", min=1, help="Gradient accumulation: batches per update.")] = 1,
+    rate: Annotated[float, typer.Option(metavar="X", help="The peak learning rate.")] = 1e-4,
+    warmup: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Updates until the peak learning rate is reached.")
+    ] = 0,
     schedule: Annotated[
-        str, typer.Option(metavar="SHAPE", help="How it goes on: constant, or falling as a cosine or linear to 0.")
+        str, typer.Option(metavar="SHAPE", help="The schedule after warmup: constant, cosine or linear decay to 0.")
     ] = "constant",
     optimizer: Annotated[str, typer.Option(metavar="NAME", help="adamw; or sgd, with a momentum of 0.9.")] = "adamw",
     weight_decay: Annotated[
         float | None,
-        typer.Option(metavar="X", min=0, help="By default 0.01 with adamw, 0 with sgd.", show_default=False),
+        typer.Option(
+            metavar="X", min=0, help="Weight decay. By default 0.01 with adamw, 0 with sgd.", show_default=False
+        ),
     ] = None,
     clip: Annotated[
-        float, typer.Option(metavar="X", min=0, help="The most that the gradient's norm may be; 0: it is not cut.")
+        float, typer.Option(metavar="X", min=0, help="Clip the gradient norm to this value; 0 disables clipping.")
     ] = 1.0,
     trained: Annotated[
         list[str] | None,
         typer.Option(
             "--train",
             metavar="PATTERN",
-            help="Train weights of these names alone, such as 'h.*.mlp.*'. Repeatable.",
+            help="Train only weights with these names, such as 'h.*.mlp.*'. Repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -92,14 +100,16 @@ def train_model(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Learn from the probabilities of another model, too.",
+            help="Distill from this teacher model.",
             show_default=False,
             autocompletion=complete_model,
         ),
     ] = None,
     temperature: Annotated[
         float | None,
-        typer.Option(metavar="X", help="With --teacher: what logits are divided by. By default 2.", show_default=False),
+        typer.Option(
+            metavar="X", help="With --teacher: divide logits by this temperature. By default 2.", show_default=False
+        ),
     ] = None,
     share: Annotated[
         float | None,
@@ -108,7 +118,7 @@ def train_model(
             metavar="X",
             min=0,
             max=1,
-            help="With --teacher: its part of the loss. By default 0.5.",
+            help="With --teacher: weight of the teacher's part of the loss. By default 0.5.",
             show_default=False,
         ),
     ] = None,
@@ -116,7 +126,7 @@ def train_model(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Whose tokenizer cuts the texts, if not the model's.",
+            help="Use another model's tokenizer.",
             show_default=False,
             autocompletion=complete_model,
         ),
@@ -124,28 +134,31 @@ def train_model(
     holdout: Annotated[
         float,
         typer.Option(
-            metavar="X", min=0, max=1, help="The part of the blocks whose perplexity is told before and after."
+            metavar="X",
+            min=0,
+            max=1,
+            help="Fraction of held-out blocks, whose perplexity is reported before and after.",
         ),
     ] = 0.0,
-    every: Annotated[int, typer.Option(metavar="N", min=1, help="Updates between two lines.")] = 10,
+    every: Annotated[int, typer.Option(metavar="N", min=1, help="Updates per line of the report.")] = 10,
     state: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write what --resume goes on from, at the end.", show_default=False),
+        typer.Option(metavar="FILE", help="Write a state for --resume at the end.", show_default=False),
     ] = None,
     save_every: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="With --state: after so many updates as well.", show_default=False),
+        typer.Option(metavar="N", min=1, help="With --state: also after every N updates.", show_default=False),
     ] = None,
     resume: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Go on from a state, up to --steps, with the same options and texts.",
+            help="Resume from a state, up to --steps, with the same options and texts.",
             show_default=False,
         ),
     ] = None,
     recompute: Annotated[
-        bool, typer.Option("--recompute", help="Compute layers again for their gradients: less memory, more time.")
+        bool, typer.Option("--recompute", help="Recompute activations for the gradient: less memory, more time.")
     ] = False,
     config: Config = None,
     limit: Limit = None,
@@ -161,9 +174,9 @@ def train_model(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Train a language model on texts, and save it as it was read.
+    """Train a language model on texts, and save it in its original format.
 
-    Ctrl-C ends training after the step that is being done. What was trained is saved, also where a step fails.
+    Ctrl-C ends training after the current step. The trained weights are saved, also if a step fails.
     """
     from treadle.ir.target import Target
     from treadle.option_values import parse_config
@@ -237,9 +250,9 @@ def train_model(
             trainer.restore(resume)
     if trainer.steps >= steps:
         raise UsageError(
-            f"the state has {trainer.steps:,} steps behind it already",
+            f"the state already has {trainer.steps:,} steps",
             received=f"--steps {steps}",
-            hint=f"--steps {2 * trainer.steps}, which counts those, too",
+            hint=f"--steps {2 * trainer.steps}, which includes these",
         )
     for line in [] if resume is None else change_lines(changed):
         _say(f"{line}\n")
@@ -262,7 +275,7 @@ def train_model(
 
     def held_out() -> float | None:
         count = math.ceil(len(data.heldout) / batch)
-        with counting("reading held out blocks", count, shown=not as_json) as progress:
+        with counting("reading held-out blocks", count, shown=not as_json) as progress:
             return held_out_loss(trainer, data, progress=progress, ends=interrupted)
 
     with noting_interrupts("ending after this step; Ctrl-C again ends at once") as interrupted:
@@ -282,7 +295,10 @@ def train_model(
                         break
                     if state is not None and save_every is not None and update.step % save_every == 0:
                         trainer.save_state(state, settings)
-        except (TreadleError, BrokenPipeError) as error:  # what was trained is saved even so, and where nobody reads on
+        except (
+            TreadleError,
+            BrokenPipeError,
+        ) as error:  # trained weights are saved in any case, also if the output's reader has left
             failed = error
         if since:
             run.lines.append(Update.joined(since))
@@ -311,7 +327,7 @@ def train_model(
 
 
 def is_state(path: Path) -> bool:
-    """Whether a file is one that --state wrote."""
+    """Return True if --state wrote the file."""
     from treadle.frontends.safetensors_file import SafetensorsFile
     from treadle.training.states import FORMAT
 
@@ -324,34 +340,36 @@ def is_state(path: Path) -> bool:
 def _check_options(
     teacher: str | None, temperature: float | None, share: float | None, has_no_state: bool, resume: Path | None
 ) -> None:
-    """Raises UsageError for options that need another one, and for a file that is not there."""
+    """Raise UsageError for options that need another one, and for a file that does not exist."""
     if teacher is None and (temperature, share) != (None, None):
         option = "--temperature" if temperature is not None else "--teacher-share"
-        raise UsageError(f"without --teacher there is no {option}", hint="--teacher MODEL as well")
+        raise UsageError(f"{option} only applies together with --teacher", hint="--teacher MODEL as well")
     if has_no_state:
-        raise UsageError("without --state there is no --save-every", hint="--state FILE as well")
+        raise UsageError("--save-every only applies together with --state", hint="--state FILE as well")
     if resume is not None and not os.path.isfile(resume):
         raise UsageError(f"there is no file {resume}", hint="a file that --state wrote")
 
 
 def _check_state(state: Path, *, replace: bool) -> None:
-    """Raises UsageError for a file that cannot be written, and for one that is there and no state."""
+    """Raise UsageError for a file that cannot be written, and for an existing file that is not a state."""
     from treadle.training.states import check_state_file
 
     if os.path.isdir(state) or not os.path.isdir(state.absolute().parent):
-        what = "this is a folder" if os.path.isdir(state) else "its folder is not there"
+        what = "this is a folder" if os.path.isdir(state) else "its folder does not exist"
         raise UsageError(f"the state cannot be written: {what}", received=str(state), hint="a file in a folder")
     check_state_file(state)
     if os.path.lexists(state) and not (os.path.isfile(state) and (replace or is_state(state))):
         other = "another file, or --replace" if os.path.isfile(state) else "another file"
-        raise UsageError("the state would be written over a file that is no state", received=str(state), hint=other)
+        raise UsageError("the state would overwrite a file that is not a state", received=str(state), hint=other)
 
 
 def _check_computing(backend: str, where: Target, dtype: str | None) -> None:
-    """Raises UsageError where a backend does not train in this dtype, or nothing does on this target."""
+    """Raise UsageError if the backend does not support training in this dtype, or the target does not support
+    training.
+    """
     if where.kind != "cpu":
         raise UsageError(
-            "training runs on the processor", received=f"--target {where.name}", hint="--target cpu, or no --target"
+            "training runs on the CPU", received=f"--target {where.name}", hint="--target cpu, or no --target"
         )
     if (backend, dtype) == ("numpy", "bf16"):
         raise UsageError(
@@ -373,14 +391,14 @@ def _schedule(rate: float, warmup: int, shape: Any, steps: int) -> Any:
     from treadle.runtime.training.schedules import Schedule
 
     if not (0 < rate < math.inf):
-        raise UsageError("a learning rate is a number above 0", received=f"--rate {rate:g}", hint="--rate 1e-4")
+        raise UsageError("a learning rate must be a number above 0", received=f"--rate {rate:g}", hint="--rate 1e-4")
     return Schedule(rate, warmup=warmup, steps=None if shape == "constant" else steps, shape=shape)
 
 
 def _taught(
     teacher: str | None, temperature: float | None, share: float | None, backend: str, where: Target
 ) -> dict[str, Any]:
-    """What a trainer is told of its teacher, compiled."""
+    """Return the trainer's arguments for a teacher, compiled."""
     if teacher is None:
         return {}
     import treadle
@@ -391,7 +409,7 @@ def _taught(
 
 def _save_state(run: RunReport, trainer: Any, state: Path | None, saver: Saver | None) -> None:
     if state is not None:
-        trainer.zero_grad()  # of an update whose later batches failed
+        trainer.zero_grad()  # drops gradients of an update whose later batches failed
         trainer.save_state(state, run.settings)
         run.state = state
 
@@ -402,13 +420,13 @@ def _save_model(run: RunReport, trainer: Any, state: Path | None, saver: Saver |
 
 
 def _say(text: str) -> None:
-    """Write to standard error, which perhaps nobody reads."""
+    """Write to standard error, even if its reader has left."""
     with saying():
         sys.stderr.write(text)
 
 
 def _telling(what: str, as_json: bool) -> AbstractContextManager[Callable[[str], None]]:
-    """What tells lines while the block runs; nothing with --json."""
+    """Yield a function that prints lines while the block runs; it prints nothing with --json."""
     from contextlib import nullcontext
 
     from treadle.progress import working

@@ -1,4 +1,4 @@
-"""`treadle verify`: every backend held against the float64 meaning of a model."""
+"""`treadle verify`: every backend compared with the float64 reference of a model."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def verify_backends(
         typer.Option(
             "--backend",
             metavar="NAME",
-            help="A backend to verify; all that are registered, if not said. Repeatable.",
+            help="Backend to verify. By default all registered ones. Repeatable.",
             autocompletion=complete_backend,
         ),
     ] = None,
     sizes: Annotated[
         list[str] | None,
-        typer.Option(metavar="B=1,S=16", help="Sizes to run at. Repeatable; a few small ones, if not said."),
+        typer.Option(metavar="B=1,S=16", help="Sizes to run at. By default a few small ones. Repeatable."),
     ] = None,
     config: Config = None,
     limit: Limit = None,
@@ -47,11 +47,11 @@ def verify_backends(
     inputs: OptionalInputs = None,
     target: TargetName = "cpu",
     seed: Annotated[
-        int, typer.Option("--seed", metavar="N", min=0, help="Draws the inputs, and weights that are not given.")
+        int, typer.Option("--seed", metavar="N", min=0, help="Seed of the inputs, and of missing weights.")
     ] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Hold every backend against the float64 meaning of a model, whole and op by op. Exit code 1 if one is wrong."""
+    """Compare every backend with the float64 reference of a model, whole and op by op. Exit code 1 if one is wrong."""
     from treadle.artifacts import is_artifact
     from treadle.fitting import fit_prose, fitted
     from treadle.option_values import parse_config, parse_sizes

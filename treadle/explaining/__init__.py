@@ -1,1 +1,1 @@
-"""What `treadle explain` tells: fusion, layouts, storage, memory, and the step of generation; a file each."""
+"""Reports of `treadle explain`: fusion, layouts, storage, memory, the decoding step and sharding, one file each."""

@@ -1,11 +1,11 @@
-"""`explain_fusion`: every place where a fused op could stand, and what became of it, and why.
+"""`explain_fusion`: every candidate site of a fused op, its outcome and the reason.
 
     explanation = explain_fusion("model.py:classifier")
     print(explanation)
     explanation.counts["attention"]            # ops of the optimized graph, calls multiplied
 
-The sites are those of the graph as it was declared or imported (`treadle.passes.sites.fusion_sites`); what became of
-each is read off the pass log (`treadle.explaining.fusion_verdicts`).
+The sites are found in the graph as declared or imported (`treadle.passes.sites.fusion_sites`); the outcome of
+each is read from the pass log (`treadle.explaining.fusion_verdicts`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from treadle.resolving import resolve
 
 @dataclass(frozen=True)
 class Block:
-    """The verdicts on one distinct function's sites, and how often a run enters it."""
+    """The verdicts on the sites of one distinct function, and the number of times a run calls it."""
 
     function: str
     calls: int
@@ -46,11 +46,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What became of every site of a model.
+    """The outcome of every site of a model.
 
-    counts    how many ops of each name a run of the optimized graph has, calls multiplied
-    within    and how many that a larger fused op has taken in, by that op: {"gelu": {"activated_linear": 12}}
-    expected  what was asked for with `--expect`: of these, both together
+    counts    number of ops of each name in a run of the optimized graph, calls multiplied
+    within    number of ops that are part of a larger fused op, by that op: {"gelu": {"activated_linear": 12}}
+    expected  the counts of `--expect`, which are compared with the sum of both
     """
 
     model: str
@@ -62,12 +62,12 @@ class Explanation:
 
     @property
     def met(self) -> bool:
-        """Whether every expected count is what there is."""
+        """True if every expected count equals the actual one."""
         return all(self.found(op) == wanted for op, wanted in self.expected.items())
 
     @property
     def sites(self) -> dict[str, int]:
-        """How many sites a run has of each status, calls multiplied; each site is counted once."""
+        """Number of sites of each status in a run, calls multiplied; each site is counted once."""
         found = dict.fromkeys(STATUSES, 0)
         for block in self.blocks:
             for verdict in block.verdicts:
@@ -75,7 +75,7 @@ class Explanation:
         return found
 
     def found(self, op: str) -> int:
-        """How many ops of a name there are, on their own or within a larger fused op."""
+        """Return the number of ops of a name, on their own or within a larger fused op."""
         return self.counts.get(op, 0) + sum(self.within.get(op, {}).values())
 
     def as_dict(self) -> dict[str, Any]:
@@ -94,7 +94,7 @@ class Explanation:
         return self.text()
 
     def text(self, width: int | None = None) -> str:
-        """What the command prints, in lines of a width if one is given; no path and no word is broken."""
+        """Return the report in lines of up to `width` characters; no path and no word is broken. None: no limit."""
         sites = self.sites
         run, open_ = sum(sites.values()), sum(sites[status] for status in UNFUSED)
         lines = [f"{self.model}: {run} candidate site{'s' * (run != 1)} in a run, {open_} not fused"]
@@ -114,7 +114,7 @@ class Explanation:
 
 
 def _fused_ops() -> Iterator[str]:
-    """Each once, with the last kind that has it."""
+    """Yield the name of each fused op once, at the last kind that has it."""
     ops = [op for _, made in KINDS.values() for op in made]
     return reversed(dict.fromkeys(reversed(ops)))
 
@@ -131,14 +131,14 @@ def explain_fusion(
     certify: bool | None = None,
     **config: Any,
 ) -> Explanation:
-    """Optimize what MODEL names, and say of every candidate site what became of it.
+    """Optimize the model that MODEL names, and report the outcome of every candidate site.
 
-    model    as `treadle.compile` takes it
-    expect   how many ops of a name a run of the optimized graph should have, those within a larger fused op included
-    certify  try every rewrite on drawn values; one that fails is a refused site
+    model    as in `treadle.compile`
+    expect   number of ops of a name that a run of the optimized graph should have, alone or within a larger fused op
+    certify  test every rewrite on random values; a rewrite that fails makes its site refused
 
-    Raises what `compile` does for a model that cannot be read, UsageError for an artifact or a negative count,
-    GraphError for an expected op that does not exist.
+    Raises as `compile` does for a model that cannot be read, UsageError for an artifact or a negative count, GraphError
+    for an expected op that does not exist.
     """
     for op, count in (expect or {}).items():
         find_op(op)
@@ -146,7 +146,9 @@ def explain_fusion(
             raise UsageError(f"a count is 0 or more, not {count}", received=f"{op}={count}")
     if is_artifact(model):
         raise UsageError(
-            "an artifact holds what was compiled, not how", received=str(model), hint="explain the model it is made of"
+            "an artifact does not record how it was compiled",
+            received=str(model),
+            hint="explain the model that it was compiled from",
         )
     pipeline, widen = computing_in(dtype, checked_passes(passes), widen, quantize)
     resolved = resolve(model, inputs=inputs, widen=widen, **config)
@@ -161,7 +163,7 @@ def explain_fusion(
 
 
 def _count_within(graph: Graph) -> dict[str, dict[str, int]]:
-    """How many fused ops a run computes as parts of larger ones, by their name and the larger one's."""
+    """Return the number of fused ops that are parts of larger ones in a run, by their name and the larger one's."""
     ops, calls = set(_fused_ops()), count_calls(graph)
     found: dict[str, dict[str, int]] = {}
     for function, node in graph.walk():
@@ -175,11 +177,11 @@ def _count_within(graph: Graph) -> dict[str, dict[str, int]]:
 
 
 def parse_expected(texts: Sequence[str]) -> dict[str, int]:
-    """`attention=12`, ... as counts by op. Raises UsageError."""
+    """Parse `attention=12`, ... into counts by op. Raises UsageError."""
     found = {}
     for text in texts:
         name, _, count = text.partition("=")
         if not name.strip() or not (count.strip().isascii() and count.strip().isdigit()) or len(count) > 12:
-            raise UsageError("an expected count is OP=NUMBER", received=repr(text), hint="--expect attention=12")
+            raise UsageError("an expected count must be OP=NUMBER", received=repr(text), hint="--expect attention=12")
         found[name.strip()] = int(count)
     return found

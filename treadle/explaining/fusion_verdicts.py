@@ -1,8 +1,8 @@
-"""What became of each place where a fused op could stand: a verdict on every site, from the events in the pass log.
+"""Verdicts on candidate sites of fused ops, from the events in the pass log.
 
-An event names the nodes of the graph as it was given that a rule took or looked at
-(`treadle.passes.framework.lineage`), so that a site belongs to the rule that took its anchor, wherever that rule's own
-root was. An event of a pass that does not say what it took is given to a site at its scope and source line.
+An event names the nodes of the original graph that a rule replaced or examined (`treadle.passes.framework.lineage`). A
+site belongs to the rule that replaced its anchor, whatever that rule's own root was. If a pass does not record which
+nodes it replaced, its event is assigned to a site at its scope and source line.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ _FORMS = {
     "epilogue": f"{_ACTIVATIONS} of the product, or of its sum with a bias",
     "scale": "the number times a product without a bias, or times a norm",
 }
-"""What the rules of a kind take, for who wrote something else."""
+"""The form that the rules of a kind accept, as a hint for sites written in another form."""
 
 
 @dataclass(frozen=True)
 class FusionVerdict:
-    """What became of one site, or of several alike in one block.
+    """The outcome of one site, or of several equal ones in one block.
 
     kind      attention, normalization, ...: see `treadle.passes.sites.fusion_sites`
-    status    fused, already, refused (by a rule that recognised it), nearly (a pattern stopped half way) or missed
-    op        what it is in the optimized graph, if it was fused or is one already
-    rules     what fused it, or came nearest
-    matched   the ops that had matched, by name, in the order in which the rule met them; empty for a refused site of
-              which all had
+    status    fused, already, refused (by a rule that recognized it), nearly (a pattern matched in part) or missed
+    op        its op in the optimized graph, if it was fused or is fused already
+    rules     the rules that fused it, or came nearest
+    matched   the ops that matched, by name, in the order in which the rule visited them; empty for a refused site that
+              matched completely
     edge      where the match stopped: the op, or its operand or attribute
-    at        the place of that, where it is not the site's own
+    at        the place of the edge, if it is not the site's own
     reason    why it is not fused
-    hint      the smallest change that would let it be, where the rule can tell
-    notes     what a rule said of a site that it did fuse
+    hint      the smallest change that would allow it, if the rule knows one
+    notes     remarks of a rule on a site that it fused
     places    "gpt2.py:41  h.0.attn", or the ONNX node's name; one for each site
     """
 
@@ -64,10 +64,10 @@ class FusionVerdict:
         return {**told, "sites": len(self.places)}
 
     def lines(self, width: int | None = None) -> Iterator[str]:
-        """A line for the verdict and its place, and one for each thing more that is known, none longer than `width`.
+        """Yield a line for the verdict and its place, and one for each further fact, none longer than `width`.
 
-        What does not fit goes on in the next line, between words and places. A place that does not fit beside its
-        verdict has the next line for itself.
+        Longer lines are wrapped between words and places. A place that does not fit after its verdict gets the next
+        line.
         """
         how = {FUSED: f"fused into {self.op} by {', '.join(self.rules)}", ALREADY: f"{self.op} is one op already"}
         many = f"{len(self.places)} x " if len(self.places) > 1 else ""
@@ -102,7 +102,7 @@ def _label(label: str) -> str:
 
 
 def filled(start: str, parts: Sequence[str], between: str, width: int | None) -> Iterator[str]:
-    """The parts after a start, in as many lines as they take; each further one is indented as far as the first."""
+    """Yield the parts after a start, in as many lines as needed; further lines are indented to the first part."""
     line = start + parts[0]
     for part in parts[1:]:
         if width is not None and len(line) + len(between) + len(part) > width:
@@ -114,7 +114,9 @@ def filled(start: str, parts: Sequence[str], between: str, width: int | None) ->
 
 
 def judge(optimized: Optimized) -> list[tuple[FusionSite, FusionVerdict]]:
-    """A verdict on every site; products of a gate or an epilogue that was not fused may be sites of another kind."""
+    """Return a verdict on every site; products of a gate or an epilogue that was not fused may be sites of another
+    kind.
+    """
     unfused: set[Node] = set()
     while True:
         judged = list(_judged(optimized, unfused))
@@ -140,7 +142,7 @@ _Key = tuple[str, str, str]
 
 
 class _Told:
-    """What the pass of one kind said of each site of that kind."""
+    """The events of the pass of one kind, by site of that kind."""
 
     def __init__(self, kind: str, sites: Sequence[FusionSite], records: Sequence[PassRecord]) -> None:
         self.kind = kind
@@ -158,9 +160,9 @@ class _Told:
         self.near_misses = self._given([e for r in records for e in r.near_misses], taken=False)
 
     def _given(self, events: Sequence[Event], *, taken: bool) -> dict[FusionSite, list[Event]]:
-        """The events of each site: those that hold its anchor, then what was said of its other nodes and of no anchor.
+        """Assign events to sites: first events that contain a site's anchor, then events with its other nodes only.
 
-        taken   a rule took the nodes, so that a site is its own only with the anchor
+        taken   a rule replaced the nodes, so an event belongs to a site only if it contains the anchor
         """
         found: dict[FusionSite, list[Event]] = {}
         beside: list[Event] = []
@@ -176,13 +178,15 @@ class _Told:
         return found
 
     def _at_its_place(self, event: Event, found: Mapping[FusionSite, Sequence[Event]]) -> list[FusionSite]:
-        """The first site at an event's scope and line that has heard nothing of that rule, one with its op if any."""
+        """Return the first site at an event's scope and line without an event of that rule, preferably one with its
+        op.
+        """
         near = self.at.get((event.function, event.scope, event.source), {})
         exact = [site for site, ops in near.items() if event.op in ops]
         return [s for s in exact or near if event.rule not in (e.rule for e in found.get(s, ()))][:1]
 
     def _nearest(self, event: Event) -> list[FusionSite]:
-        """The site of which an event holds the most nodes, the first of several."""
+        """Return the site with the most nodes in an event, the first if several have the same number."""
         held = max(self.sites, key=lambda site: len(event.given.intersection(site.nodes)), default=None)
         return [held] if held is not None and event.given.intersection(held.nodes) else []
 
@@ -211,8 +215,9 @@ def _is_tidying(rule: str) -> bool:
 
 
 def _made(kind: str, fused: Sequence[Event]) -> str:
-    """The op that the last of these put there: one of the kind's, or else what it made last, as a matmul of what is
-    scaled."""
+    """Return the fused op that these events produced last: one of the kind, or else the last op, such as the matmul of
+    a scaled product.
+    """
     ops = KINDS[kind][1]
     of_kind = [op for event in fused for op in event.made if op in ops]
     made = [op for event in fused for op in event.made]
@@ -220,13 +225,13 @@ def _made(kind: str, fused: Sequence[Event]) -> str:
 
 
 def _why_missed(site: FusionSite, optimized: Optimized) -> tuple[str, str]:
-    """Why nothing was said of a site, and what would help."""
+    """Return the reason why a site has no event, and a hint."""
     name = KINDS[site.kind][0]
     if all(record.name != name for record in optimized.log):
         return f"the pipeline has no {name}", ""
     if not optimized.left.intersection(site.anchors):
-        return "other passes left nothing of it", ""
-    around = f"what stands around the {site.anchor.op.name} is none of their forms"
+        return "other passes removed it", ""
+    around = f"the ops around the {site.anchor.op.name} have none of their forms"
     return f"no rule of {name} came near: {around}", _FORMS.get(site.kind, "")
 
 
@@ -236,7 +241,7 @@ def _place(site: FusionSite) -> str:
 
 
 def grouped(verdicts: Sequence[FusionVerdict]) -> tuple[FusionVerdict, ...]:
-    """Verdicts that differ in their places alone, as one; those that are not fused go first."""
+    """Join verdicts that differ only in their places. Sites that are not fused come first."""
     groups: dict[FusionVerdict, list[FusionVerdict]] = {}
     for verdict in verdicts:
         groups.setdefault(replace(verdict, places=(), at=""), []).append(verdict)

@@ -1,8 +1,8 @@
-"""`explain_layouts`: in which form each weight lies for a backend, what is made of it when weights are bound, and why.
+"""`explain_layouts`: the layout of each weight for a backend, the derived weights, and the reasons.
 
     print(explain_layouts("gpt2", backend="tvm"))
 
-It reads the graph as the backend's passes left it: a block's weights are told once, as its first call passes them.
+It reads the graph after the backend's passes. A block's weights are listed once, for its first call.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Lying:
     name     the function's name for it
     type     its type, as text
     layout   "row-major", or its layout
-    bytes    what it takes in that layout; None where its size is known only at a call
-    made     of what `bind` makes it; empty for a weight that lies as it came
-    readers  who reads it: op, line and scope
+    bytes    its bytes in that layout; None if its size is known only at a call
+    made     how `bind` derives it; empty for a weight that is read as provided
+    readers  the readers: op, line and scope
     """
 
     name: str
@@ -67,11 +67,11 @@ class Layouts:
     model: str
     backend: str
     blocks: Mapping[str, tuple[int, tuple[Lying, ...]]]
-    """By function: how often a run enters it, and its weights."""
+    """For each function, the number of times a run calls it, and its weights."""
     as_they_came: int
-    """Bytes of the weights that are read as they came."""
+    """Bytes of the weights that are read as provided."""
     made: int
-    """Bytes of what `bind` makes."""
+    """Bytes of the weights that `bind` derives."""
 
     def as_dict(self) -> dict[str, Any]:
         blocks = [
@@ -87,9 +87,7 @@ class Layouts:
 
     def __str__(self) -> str:
         came, made = human(self.as_they_came, "B"), human(self.made, "B")
-        lines = [
-            f"{self.model} for {self.backend}: {came} of weights are read as they came, {made} are made of weights"
-        ]
+        lines = [f"{self.model} for {self.backend}: {came} of weights are read as provided, {made} are derived by bind"]
         for name, (calls, weights) in self.blocks.items():
             if not weights:
                 continue
@@ -97,7 +95,7 @@ class Layouts:
             widths = [max(len(row) for row in column) for column in zip(*map(_cells, weights), strict=True)]
             for weight in weights:
                 cells = [cell.ljust(width) for cell, width in zip(_cells(weight), widths, strict=True)]
-                lines.append(f"  {'  '.join(cells)}  {weight.readers[0] if weight.readers else 'nobody reads it'}")
+                lines.append(f"  {'  '.join(cells)}  {weight.readers[0] if weight.readers else 'unused'}")
                 lines += [f"    = {weight.made}"] if weight.made else []
                 lines += [f"    {reader}" for reader in weight.readers[1:]]
         return "\n".join(line.rstrip() for line in lines)
@@ -116,10 +114,9 @@ def explain_layouts(
     inputs: Sequence[str] | None = None,
     **config: Any,
 ) -> Layouts:
-    """Say of every weight of what MODEL names how a backend reads it; `dtype` and `quantize` as for
-    `compile`.
+    """Describe how a backend reads every weight of the model that MODEL names; `dtype` and `quantize` as in `compile`.
 
-    Raises what `compile` does; UsageError for a backend that has no passes of its own.
+    Raises as `compile` does; UsageError for a backend without passes of its own.
     """
     name, lowered = lowered_for(model, backend, target, passes, inputs, config)
     return layouts_of(name, backend, lowered.graph)
@@ -134,13 +131,13 @@ def lowered_for(
     config: Mapping[str, Any],
     donate: Sequence[str] = (),
 ) -> tuple[str, Optimized]:
-    """The name of what MODEL names, and what a backend's passes make of its optimized graph; inputs may be donated.
+    """Return the model's name, and its optimized graph after a backend's passes; inputs may be donated.
 
-    Raises what `compile` does; UsageError for a backend that has no passes of its own.
+    Raises as `compile` does; UsageError for a backend without passes of its own.
     """
     chosen = find_backend(backend)
     if not isinstance(chosen, StagedBackend):
-        raise UsageError(f"backend {backend} has no passes of its own to tell of", hint="numpy, torch or tvm")
+        raise UsageError(f"backend {backend} has no passes of its own to explain", hint="numpy, torch or tvm")
     if is_artifact(model):
         name, optimized = compiled_before(model, inputs=inputs, **config)
     else:
@@ -156,24 +153,24 @@ def lowered_for(
 def compiled_before(
     model: object, *, limits: ArtifactLimits | Mapping[str, int] | None = None, **options: Any
 ) -> tuple[str, Graph]:
-    """The name and the optimized graph of an artifact, which is configured, and whose passes have run.
+    """Return the name and the optimized graph of an artifact, which is already configured and optimized.
 
-    Raises UsageError for options that would change that.
+    Raises UsageError for options that would change the graph.
     """
     known = ("inputs", "dtype", "quantize", "widen")
     given = [name for name, value in options.items() if name not in known or value]
     if given:
         raise UsageError(
-            "an artifact is what was compiled, and takes no " + " or ".join(given),
+            "an artifact is already compiled, and does not accept " + " or ".join(given),
             received=str(model),
-            hint="the model that it was made of",
+            hint="use the model that it was compiled from",
         )
     held = open_artifact(str(model), limits=limits)
     return held.name, held.optimized.graph
 
 
 def layouts_of(name: str, backend: str, graph: Graph) -> Layouts:
-    """What a lowered graph says of its weights."""
+    """Describe the weights of a lowered graph."""
     made, calls, passed = recipes_of(graph), count_calls(graph), passed_weights(graph)
     blocks = {
         function.name: (calls[function.name], tuple(_lying(function, v, made, passed) for v in _weights(function)))
@@ -190,7 +187,9 @@ def layouts_of(name: str, backend: str, graph: Graph) -> Layouts:
 
 
 def _weights(function: Function) -> list[Value]:
-    """The weights that a function reads itself: what it passes on is told where it is read."""
+    """Return the weights that a function reads itself; a weight that it passes on is listed in the function that reads
+    it.
+    """
     uses, outputs = function.uses(), set(function.outputs.values())
 
     def is_read(value: Value) -> bool:
@@ -200,7 +199,7 @@ def _weights(function: Function) -> list[Value]:
 
 
 def passed_weights(graph: Graph) -> dict[Value, tuple[str, str]]:
-    """For each weight of a block, the parameter of `main` that its first call passes, and the scope of that call."""
+    """Map each weight of a block to the parameter of `main` that its first call passes, and the scope of that call."""
     found = {v: (name, "") for name, v in graph.main.parameters.items()}
     for function in reversed(graph.needed_by(graph.main)):
         for node in function.nodes:
@@ -226,7 +225,7 @@ def _lying(
     readers = []
     uses = function.uses()
     decoded = [(node, uses.get(node.result, ())) for node, _ in uses.get(value, ()) if node.op.decodes]
-    blocks = {reader for _, readers in decoded for reader, _ in readers}  # which unpack them
+    blocks = {reader for _, readers in decoded for reader, _ in readers}  # they unpack the blocks
     for node, _ in [use for use in uses.get(value, ()) if not use[0].op.decodes] + [u for _, us in decoded for u in us]:
         reader = node.op.name if node.op.callee is None else f"call of {node.op.callee}"
         reader += " in blocks" * (node in blocks)

@@ -1,9 +1,9 @@
-"""`explain_memory`: how much memory a run takes at its peak, what lives then and why, and what would lower it.
+"""`explain_memory`: the peak memory of a run, the storages that are alive at the peak and why, and how to lower it.
 
     print(explain_memory("gpt2", backend="tvm", sizes={"B": 8, "S": 512}))
 
-It tells what follows from the storage plan and, on TVM, from what single kernels need beside. Weights, states, inputs
-and outputs are counted apart: they outlive the run, or are the caller's.
+It follows from the storage plan and, on TVM, from the workspaces of single kernels. Weights, states, inputs and outputs
+are counted separately: they outlive the run, or belong to the caller.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from treadle.reporting.counts import human, sizes_text
 
 @dataclass(frozen=True)
 class Alive:
-    """A storage that lives at the peak.
+    """A storage that is alive at the peak.
 
-    function  whose it is
-    name      of the storage
-    bytes     that it takes
+    function  the function that it belongs to
+    name      the storage's name
+    bytes     its size in bytes
     size      the same, as an expression of the symbols
-    why       what made it, and who reads it last
-    line      the user's line and the scope of what made it
-    saves     by how many bytes the peak would be lower without it
+    why       the op that produces it, and the op that reads it last
+    line      the user's line and the scope of the op that produces it
+    saves     number of bytes by which the peak would be lower without it
     """
 
     function: str
@@ -62,21 +62,21 @@ class Alive:
 
 @dataclass(frozen=True, eq=False)
 class MemoryTold:
-    """What a run of a model takes at some sizes.
+    """The memory that a run of a model needs at some sizes.
 
-    peak      the most bytes that live at once, each storage in units of `unit` bytes
-    arena     how large the arena is in which it lies, all or in part. None where a library allocates everything
-    host      the output in whose memory lies what dies before that is written; None: nothing does
-    foreign   the most bytes that live at once of what a library allocates beside the arena
-    at        where the peak is: functions and steps that lead there
-    step      what runs then, with the user's line
+    peak      the most bytes alive at once, each storage rounded up to units of `unit` bytes
+    arena     the size of the arena that holds all or some storages. None if a library allocates everything
+    host      the output whose memory holds storages that die before it is written; None: there is none
+    foreign   the most bytes alive at once that a library allocates outside the arena
+    at        the place of the peak: the functions and steps that lead to it
+    step      the op that runs at the peak, with the user's line
     formula   sizes in bytes, of which the largest is the peak, before they are rounded to units
-    alive     what lives then, the largest first
+    alive     the storages that are alive at the peak, the largest first
     apart     bytes of weights, states, inputs and outputs
     storages  the bytes of every storage, by function and name
-    donated   what lies in each donated input after it
-    reorders  what other orders than that of the program save
-    frames    what they follow from, with places where there is an arena
+    donated   for each donated input, the storages that reuse its memory
+    reorders  the savings of orders of ops other than the program's
+    frames    the storages and lifetimes of each function, with offsets if there is an arena
     """
 
     model: str
@@ -122,21 +122,21 @@ class MemoryTold:
         where = f" at {sizes_text(self.sizes)}" if self.sizes else ""
         lines = [f"{self.model} for {self.backend}{where}: {human(self.peak, 'B')} at the peak ({self.peak:,} bytes)"]
         if self.arena is None:
-            lines.append(f"{self.backend} allocates each array by itself: as much as lives at once, and what it caches")
+            lines.append(f"{self.backend} allocates each array by itself: the memory alive at once, and its cache")
         elif self.foreign:
-            lines.append(f"one arena of {self.arena:,} bytes for what is written where it is placed")
+            lines.append(f"one arena of {self.arena:,} bytes for results that are written at planned offsets")
             theirs = f"{self.foreign:,} bytes at once"
-            lines.append(f"foreign to it, since calls of {self.backend} allocate what they give: at most {theirs}")
+            lines.append(f"foreign to it, since calls of {self.backend} allocate their results: at most {theirs}")
         elif self.host is not None:
-            lines.append(f"one arena of {self.arena:,} bytes for what lives when {self.host} is written, or later")
-            lines.append(f"what dies before lies in memory of {self.host}, which a run allocates anyway")
-        else:
-            over = (
-                "as small as can be" if self.arena == self.peak else f"{self.arena / self.peak - 1:.2%} above the bound"
+            lines.append(
+                f"one arena of {self.arena:,} bytes for values that are alive when {self.host} is written, or later"
             )
-            lines.append(f"one arena of {self.arena:,} bytes, {over}: so many live at once")
+            lines.append(f"values that die before share the memory of {self.host}, which a run allocates anyway")
+        else:
+            over = "equal to" if self.arena == self.peak else f"{self.arena / self.peak - 1:.2%} above"
+            lines.append(f"one arena of {self.arena:,} bytes, {over} the peak, the lower bound")
         told = [f"{name} {human(count, 'B')}" for name, count in self.apart.items() if count]
-        lines.append("apart from it: " + ", ".join(told))
+        lines.append("not included: " + ", ".join(told))
         several = "the largest of " if len(self.formula) > 1 else ""
         lines.append(f"at any sizes the peak is {several}{', '.join(self.formula)} bytes")
         lines += [*self.donated, *self.reorders]
@@ -170,16 +170,17 @@ def explain_memory(
     donate: Sequence[str] = (),
     **config: Any,
 ) -> MemoryTold:
-    """Say what a run of what MODEL names takes at some sizes: as asked, else 1 for a batch and 128 for other axes.
+    """Describe the memory of a run of the model that MODEL names. Sizes default to 1 for a batch and 128 for other
+    axes.
 
-    donate  inputs that callers give away, as in `compile`
+    donate  inputs that callers donate, as in `compile`
 
-    Raises what `compile` does; UsageError for a backend that plans no storage, and for sizes outside their bounds.
+    Raises as `compile` does; UsageError for a backend that does not plan storage, and for sizes outside their bounds.
     """
     name, lowered = lowered_for(model, backend, target, passes, inputs, config, donate)
     chosen = find_backend(backend)
     if lowered.plan is None or not isinstance(chosen, StagedBackend):
-        raise UsageError(f"backend {backend} plans no storage", hint="numpy, torch or tvm")
+        raise UsageError(f"backend {backend} does not plan storage", hint="numpy, torch or tvm")
     where = target if isinstance(target, Target) else Target(target)
     frames = chosen.frames(lowered.graph, where, lowered.plan)
     return _told(name, backend, lowered.graph, lowered.plan, frames, choose_sizes(lowered.graph, sizes or {}))
@@ -239,7 +240,7 @@ def _largest_first(sizes: Sequence[Any], at: Mapping[str, int]) -> list[Any]:
 
 
 def _apart(graph: Graph, sizes: Mapping[str, int]) -> dict[str, int]:
-    """Bytes of what is not the run's own."""
+    """Return the bytes of weights, states, inputs and outputs."""
 
     def total(values: Sequence[Value]) -> int:
         return sum(value.type.bytes_at(sizes) for value in values)
@@ -258,7 +259,7 @@ def _host(placed: PlacedFrame, plan: FunctionPlan) -> str | None:
 
 
 def _donated(plan: FunctionPlan) -> Iterator[str]:
-    """Of each donated input, what is written over it."""
+    """Yield for each donated input a line on the values that are written over it."""
     for value in plan.donated:
         storage = plan.places[value].storage
         over = [plan.names[v] for v, place in plan.places.items() if place.storage is storage and place.written]
@@ -267,40 +268,40 @@ def _donated(plan: FunctionPlan) -> Iterator[str]:
         told = "; ".join(
             [
                 f"{' and '.join(over)} written over it" if over else "nothing is written over it",
-                *(f"it is given back as output {name}" for name in back),
+                *(f"it is returned as output {name}" for name in back),
             ]
         )
         yield f"input {plan.names[value]} is donated: {told}"
 
 
 def _step(frame: Frame, at: int) -> str:
-    """What runs at a step, with the user's line."""
+    """Describe the op that runs at a step, with the user's line."""
     node = frame.steps[at] if at < len(frame.steps) else None
     if node is None:
-        return "outputs are handed out"
+        return "outputs are returned"
     return f"{_named(node)}  {describe_source(node.source, node.scope) or ''}".rstrip()
 
 
 def _why(storage: Storage, plan: FunctionPlan, frame: Frame) -> tuple[str, Node | None]:
-    """Why a storage lives: who made it, and who reads it last; the node that made it."""
+    """Explain why a storage is alive, by its producer and its last reader. Return the producer, too."""
     held = [value for value, place in plan.places.items() if place.storage is storage and value.node is not None]
     if not held:
         life = next(each for each in frame.lives if each.storage is storage)
         node = frame.steps[life.first]
-        return ("memory that a kernel needs beside" if node is None else f"a kernel of {node.op.name} needs it"), node
+        return ("a kernel's workspace" if node is None else f"a kernel of {node.op.name} needs it"), node
     made = min(held, key=lambda value: plan.places[value].first)
     last = max(held, key=lambda value: plan.places[value].last)
     assert made.node is not None
     end = plan.places[last].last
     if end >= plan.end:
-        return f"made by {_named(made.node)}, handed out", made.node
+        return f"produced by {_named(made.node)}, returned", made.node
     reader = plan.steps[end].root
     through = "" if last is made else f" as {plan.names[last]}"
-    return f"made by {_named(made.node)}, read last{through} by {_named(reader)}", made.node
+    return f"produced by {_named(made.node)}, read last{through} by {_named(reader)}", made.node
 
 
 def _named(node: Node) -> str:
-    """An op's name; of a call, whose it is."""
+    """Return an op's name; for a call, the name of the callee's scope."""
     return node.op.name if node.op.callee is None else f"the call {node.scope or node.op.callee}"
 
 
@@ -310,26 +311,27 @@ _MOST_BYTES = 64 << 20  # of a file to compare with
 
 
 def read_memory(path: Path) -> dict[str, Any]:
-    """What `explain memory --json` wrote into a file. Raises CheckpointError where it is no JSON object."""
+    """Read the output of `explain memory --json` from a file. Raises CheckpointError if it is not a JSON object."""
     return read_json_object(read_regular(path, _MOST_BYTES), shown_path(path), nesting=16, values=1_000_000)
 
 
 def compare_memory(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """What grew and what shrank between two builds, each as `MemoryTold.as_dict` tells it (or `--json` wrote it).
+    """Describe what grew and shrank between two builds, each as returned by `MemoryTold.as_dict` (or written by
+    `--json`).
 
-    Raises UsageError where one is not such, or they are at other sizes.
+    Raises UsageError if one has another form, or if their sizes differ.
     """
     for each in (before, after):
         counts = (
             [each.get("peak"), *storages.values()] if isinstance(storages := each.get("storages"), dict) else [None]
         )
         if not all(isinstance(count, int) for count in counts):
-            raise UsageError("this is not what explain memory --json writes", received=", ".join(map(str, each))[:80])
+            raise UsageError("this is not the output of explain memory --json", received=", ".join(map(str, each))[:80])
     if before.get("sizes") != after.get("sizes"):
         raise UsageError(
-            "two builds are compared at the same sizes",
+            "two builds must be compared at the same sizes",
             received=f"{before.get('sizes')} and {after.get('sizes')}",
-            hint=Hint("sizes as they were", "--sizes as they were"),
+            hint=Hint("the same sizes as before", "the same --sizes as before"),
         )
     was, now = before["storages"], after["storages"]
     lines = [f"peak {before['peak']:,} -> {after['peak']:,} bytes ({after['peak'] - before['peak']:+,})"]

@@ -1,9 +1,9 @@
-"""A drawing of a run's arena: time to the right, bytes upwards, a rectangle for each storage while it lives. As SVG.
+"""A drawing of a run's arena as SVG: time to the right, bytes upwards, a rectangle for the lifetime of each storage.
 
     Path("gpt2.svg").write_text(draw_memory(explain_memory("gpt2", backend="tvm")))
 
-Calls are drawn one after the other, each in its place in the caller's frame. A line says what lives at each step, and
-the step of the peak is marked. Names, bytes and the user's lines appear under the pointer.
+Calls are drawn one after the other, each at its offset in the caller's frame. A line shows the bytes alive at each
+step, and the step of the peak is marked. Tooltips show names, bytes and the user's lines.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ _COLOURS = (
     *("#a0cbe8", "#ffbe7d"),
 )
 _BESIDE = "#bab0ac"
-_LEGEND = 10  # entries; further ops share the last colour
+_LEGEND = 10  # number of entries; further ops share the last color
 
 
 def write_drawing(path: Path, text: str) -> None:
-    """Write an SVG file, whole or not at all. Raises UsageError where that cannot be."""
+    """Write an SVG file atomically. Raises UsageError if that is not possible."""
     try:
         with replacing(path) as file:
             file.write(text.encode())
     except OSError as error:
-        told, hint = error.strerror or str(error), "a file in a folder that exists and may be written"
+        told, hint = error.strerror or str(error), "a file in a folder that exists and is writable"
         raise UsageError("the drawing cannot be written", received=told, within=shown_path(path), hint=hint) from error
 
 
 @dataclass(frozen=True)
 class _Box:
-    """A storage while it lives: steps of the whole run, bytes of the arena."""
+    """The lifetime of a storage: steps of the whole run, bytes of the arena."""
 
     first: int
     end: int
@@ -55,7 +55,7 @@ class _Box:
 
 @dataclass(frozen=True)
 class _Band:
-    """A function while it runs."""
+    """The steps during which a function runs."""
 
     first: int
     end: int
@@ -64,10 +64,10 @@ class _Band:
 
 
 def draw_memory(told: MemoryTold) -> str:
-    """The drawing as the text of an SVG file: of what lies in the arena alone, not of what
-    lies in a result before that is written.
+    """Return the drawing as the text of an SVG file. It shows the arena only, not values that share the memory of an
+    output.
 
-    Raises UsageError for a backend that has none.
+    Raises UsageError for a backend without an arena.
     """
     if told.placed is None or told.arena is None:
         raise UsageError(
@@ -83,13 +83,13 @@ def draw_memory(told: MemoryTold) -> str:
 
 
 def _lengths(told: MemoryTold, name: str) -> list[int]:
-    """How many steps of the whole run each step of a function is."""
+    """Return the number of steps of the whole run that each step of a function takes."""
     frame = told.frames[name]
     return [sum(_lengths(told, frame.calls[at].callee)) if at in frame.calls else 1 for at in range(len(frame.steps))]
 
 
 def _starts(told: MemoryTold, name: str, begin: int) -> list[int]:
-    """Where each step of a function begins, and where the last one ends."""
+    """Return the start of each step of a function, and the end of the last one."""
     found = [begin]
     for length in _lengths(told, name):
         found.append(found[-1] + length)
@@ -115,7 +115,7 @@ def _boxes(told: MemoryTold, name: str, begin: int, base: int) -> Iterator[_Box]
 def _maker(frame: Frame, at: int) -> tuple[str, str]:
     node = frame.steps[at] if at < len(frame.steps) else None
     if node is None:
-        return "beside", ""
+        return "workspace", ""
     return ("a call" if node.op.callee is not None else node.op.name), describe_source(node.source, node.scope) or ""
 
 

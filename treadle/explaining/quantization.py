@@ -1,4 +1,4 @@
-"""`explain_quantization`: of every weight of a model which encoding it has or would get, and why."""
+"""`explain_quantization`: for every weight of a model, its current or planned encoding, and the reason."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def explain_quantization(
     widen: str | Iterable[str] = (),
     **config: Any,
 ) -> QuantizationPlan:
-    """The plan that `compile(model, quantize=...)` would follow, checked; by default that of "int8-weights".
+    """Return the checked plan of `compile(model, quantize=...)`; by default, quantize is "int8-weights".
 
-    Weights that a file holds in blocks are told as they are. Raises what `compile` does; UsageError for an artifact,
-    which is quantized or not already.
+    Weights that a file stores in blocks are listed as they are. Raises as `compile` does; UsageError for an artifact,
+    whose quantization is already decided.
     """
     if is_artifact(model):
-        hint = "explain the model it is made of"
-        raise UsageError("an artifact holds what was compiled, not how", received=str(model), hint=hint)
+        hint = "explain the model that it was compiled from"
+        raise UsageError("an artifact does not record how it was compiled", received=str(model), hint=hint)
     scheme = QUANTIZED[0] if quantize is None else quantize
-    computing_in(None, (), (), scheme)  # which refuses an unknown one
+    computing_in(None, (), (), scheme)  # refuses an unknown scheme
     pipeline, widen = computing_in(dtype, passes, widen)
     resolved = resolve(model, inputs=inputs, widen=widen, **config)
     graph = PassManager(pipeline).run(resolved.graph).graph

@@ -1,4 +1,4 @@
-"""`explain_sharding`: what a model split over a mesh takes, why ranks meet, what limits it, and what would save most.
+"""`explain_sharding`: time and memory of a model split over a mesh, its collectives, its limits, and what to change.
 
     print(explain_sharding("gpt2", mesh="tp=2,dp=2", recipe="megatron", sizes={"B": 8, "S": 512}))
 
@@ -25,16 +25,16 @@ from treadle.sharding.needs import DeviceNeeds, device_needs, milliseconds
 from treadle.sharding.plans import shard_model
 
 SHOWN = 3
-"""How many changes are told."""
+"""Number of changes that are listed."""
 
 
 @dataclass(frozen=True, eq=False)
 class ShardingTold:
-    """What a run of a sharded model takes.
+    """The time and memory of a run of a sharded model.
 
-    needs    of the last rank
-    weights  bytes of its parts of the weights, by the mesh axes that they are split over: "tp dp", "" of whole ones
-    changes  of one thing, the best first
+    needs    the needs of the last rank
+    weights  bytes of its parts of the weights, by the mesh axes that they are split over: "tp dp", "" for whole ones
+    changes  plans that differ in one thing, the best first
     """
 
     plan: ShardingPlan
@@ -44,24 +44,24 @@ class ShardingTold:
 
     @property
     def name(self) -> str:
-        """The model's."""
+        """The model's name."""
         return self.plan.graph.name
 
     @property
     def device(self) -> str:
-        """What each rank is."""
+        """The device of each rank."""
         return next((name for name, machine in MACHINES.items() if machine == self.plan.machine), "device")
 
     @property
     def title(self) -> str:
-        """What is told of, in one line."""
+        """The title of the report, one line."""
         where = f", at {sizes_text(self.plan.sizes)}" if self.plan.sizes else ""
         ranks = f"{self.plan.devices.ranks} ranks of {self.device}"
         return f"{self.name} over {self.plan.mesh}: {self.plan.recipe}, {ranks}{where}"
 
     @property
     def best(self) -> Change | None:
-        """The change that saves the most: one that fits where the plan does not, else the fastest, if it is faster."""
+        """The change that saves the most: one that fits if the plan does not, else the fastest, if it is faster."""
         return next((each for each in self.changes[:1] if self._helps(each)), None)
 
     def _helps(self, change: Change) -> bool:
@@ -106,7 +106,7 @@ class ShardingTold:
         return lines if self.needs.stages is None else [*lines, *self._stages(self.needs.stages)]
 
     def _stages(self, stages: PipelineTimes) -> list[str]:
-        """When each stage of a pipeline works."""
+        """Return lines on when each stage of a pipeline works."""
         assert self.plan.pipeline is not None
         rows: list[tuple[str, ...]] = [("stage", "weights", "a micro-batch", "works from", "to", "waits")]
         for number, stage in enumerate(self.plan.pipeline.stages):
@@ -121,7 +121,7 @@ class ShardingTold:
     def _collectives(self) -> list[str]:
         causes = self.needs.causes()
         if not causes:
-            return ["ranks do not meet"]
+            return ["ranks do not communicate"]
         total = sum(cause.seconds for cause in causes)
         rows = [("collectives", "over", "sent", "time", "share")]
         rows += [
@@ -136,7 +136,7 @@ class ShardingTold:
         room = human(needs.memory, "B")
         lines = [f"a device holds {human(needs.held, 'B')} of {room}{'' if needs.fits else ': it does NOT fit'}"]
         rows = [
-            (human(count, "B"), "weights split over " + over if over else "weights that every rank has whole")
+            (human(count, "B"), "weights split over " + over if over else "weights that every rank stores whole")
             for over, count in sorted(self.weights.items(), key=lambda each: -each[1])
         ]
         rows.append((human(needs.values, "B"), "values at the peak, by the storage plan"))
@@ -151,7 +151,7 @@ class ShardingTold:
             told = f"none of {counted(len(self.changes), 'change')} of recipe, axis or mesh saves time"
             head = told if self.needs.fits else told.replace("saves time", "makes it fit")
         else:
-            head = f"what would save the most, of {counted(len(self.changes), 'change')}: {best.told}"
+            head = f"the change that saves the most, of {counted(len(self.changes), 'change')}: {best.told}"
         rows: list[tuple[str, ...]] = [("change", "time", "", "memory", "")]
         rows += [self._row(change) for change in self.changes[:SHOWN]]
         return [head, *_table(rows)]
@@ -168,7 +168,7 @@ def _percent(change: Change, held: int) -> str:
 
 
 def _because(cause: Cause) -> list[str]:
-    """Why ranks meet, and where, below the row that says how often."""
+    """Return lines on the reason of a collective and its place, below the row with its count."""
     place = ", ".join(part for part in (cause.line, cause.scope) if part)
     return [f"    {cause.because}", *([f"    {place}"] if place else [])]
 
@@ -192,9 +192,9 @@ def explain_sharding(
     limits: Mapping[str, int] | None = None,
     **config: Any,
 ) -> ShardingTold:
-    """Say what a model takes that is split as `shard_model` splits it, and what one change would save.
+    """Describe the time and memory of a model split as by `shard_model`, and the savings of single changes.
 
-    Raises what `shard_model` does.
+    Raises as `shard_model` does.
     """
     asked: dict[str, Any] = {"inputs": inputs, "dtype": dtype, "quantize": quantize, "widen": widen, "limits": limits}
     plan = shard_model(model, mesh, recipe=recipe, axes=axes, sizes=sizes, device=device, **asked, **config)
@@ -202,13 +202,13 @@ def explain_sharding(
 
 
 def told_of(plan: ShardingPlan, axes: Mapping[str, str]) -> ShardingTold:
-    """The same of a plan; `axes` are those that were asked by name, beside its recipe."""
+    """Return the report on a plan; `axes` are the axes that were given by name, in addition to its recipe."""
     needs = device_needs(plan)
     return ShardingTold(plan, needs, _weights_by_split(plan, needs.stage), tuple(changes_of(plan, axes)))
 
 
 def _weights_by_split(plan: ShardingPlan, stage: int) -> dict[str, float]:
-    """Bytes of the parts of weights, on average, by the mesh axes that they are split over; of one stage."""
+    """Return the average bytes of the parts of weights in one stage, by the mesh axes that they are split over."""
     found: dict[str, float] = {}
     for name in plan.weights if plan.pipeline is None else plan.pipeline.stages[stage].weights:
         used = {part.axis for part in plan.weights[name].used}

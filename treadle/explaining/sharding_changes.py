@@ -1,7 +1,7 @@
-"""What would save the most: a sharding plan beside those that one change of it gives.
+"""Sharding plans that differ from a given plan in one thing, with their savings.
 
-A change is another recipe, an axis of the model that stays whole, a mesh of as many ranks in another shape or order.
-None of them changes what is computed.
+A change is another recipe, an axis of the model that is not split, or a mesh of equally many ranks in another shape or
+order. None of them changes the results.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from treadle.sharding.needs import device_needs
 class Change:
     """A plan that differs in one thing.
 
-    told     what: "recipe sequence"
-    seconds  that a run takes at least
+    told     the change: "recipe sequence"
+    seconds  the least time of a run
     held     bytes that a device holds
-    fits     whether it has as many
+    fits     True if the device has enough memory
     """
 
     told: str
@@ -38,9 +38,9 @@ class Change:
 
 
 def changes_of(plan: ShardingPlan, axes: Mapping[str, str]) -> list[Change]:
-    """All changes that can be planned at the plan's sizes: those that fit first, and of these the fastest.
+    """Return all changes that can be planned at the plan's sizes, sorted: plans that fit first, then by time.
 
-    axes  those that were asked by name, beside the recipe
+    axes  the axes that were given by name, in addition to the recipe
     """
     found: list[Change] = []
     known = {_identity(plan)}
@@ -59,7 +59,7 @@ def changes_of(plan: ShardingPlan, axes: Mapping[str, str]) -> list[Change]:
 
 
 def _identity(plan: ShardingPlan) -> tuple[Any, ...]:
-    """What two ways to ask for one plan agree in."""
+    """Return a key that is equal for two requests for the same plan."""
     weights = tuple(placed.text(plan.mesh) for placed in plan.weights.values())
     return str(plan.mesh), weights, tuple(sorted(plan.axes.items())), plan.stored
 
@@ -79,7 +79,7 @@ def _asked(plan: ShardingPlan, axes: Mapping[str, str]) -> Iterator[_Asked]:
 
 
 def _meshes(mesh: Mesh, node: int) -> Iterator[Mesh]:
-    """The mesh with the least factor of an axis moved to another one; with two neighbours in the other order."""
+    """Yield meshes with the least factor of an axis moved to another axis, or with two neighbors in the other order."""
     sizes = dict(mesh.axes)
     for axis in RECIPES["megatron-fsdp"].needs:
         sizes.setdefault(axis, 1)

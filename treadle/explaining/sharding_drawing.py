@@ -1,10 +1,10 @@
-"""A drawing of a sharded run: the mesh, what a device holds, and when it works and meets others. As SVG.
+"""A drawing of a sharded run as SVG: the mesh, the memory of a device, and a timetable of work and collectives.
 
     Path("gpt2.svg").write_text(draw_sharding(explain_sharding("gpt2", mesh="tp=2,dp=2", recipe="megatron")))
 
-The timetable has a lane for work and one for each way of meeting. Below the whole step stands the block that takes the
-longest, larger. Of a pipeline each stage has a lane before these, with its micro-batches. Ops, reasons, times and the
-user's lines appear under the pointer.
+The timetable has a lane for work and one for each kind of link. Below the whole step, the block that takes the longest
+is drawn larger. For a pipeline, each stage has a lane before these, with its micro-batches. Tooltips show ops, reasons,
+times and the user's lines.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _NODES = ("#dbe6f1", "#fbe8d6", "#e2efdd", "#efe3ee")
 _GREY, _DARK, _RED = "#555555", "#222222", "#c0392b"
 _LANE, _GAP = 30, 8
 _COLUMNS, _ROWS = 40, 16
-"""Of how many ranks the mesh is drawn at most."""
+"""Maximum number of ranks of the mesh that are drawn."""
 
 
 def draw_sharding(told: ShardingTold) -> str:
-    """The drawing as the text of an SVG file."""
+    """Return the drawing as the text of an SVG file."""
     lanes = ["", *dict.fromkeys(each.over for each in told.needs.times.busy if each.over)]
     top = 326
     staged = list(_stages(told.needs.stages, top)) if told.needs.stages is not None else []
@@ -92,7 +92,7 @@ def _fits(text: str, wide: float) -> bool:
 
 
 def _stack(x: float, y: float, wide: float, total: float, parts: Iterable[tuple[str, float, str]]) -> Iterator[str]:
-    """A bar of parts side by side: names, amounts, colours."""
+    """Yield a bar of parts side by side: names, amounts, colors."""
     for name, amount, colour in parts:
         part = wide * amount / max(total, 1e-30)
         if part <= 0:
@@ -103,11 +103,11 @@ def _stack(x: float, y: float, wide: float, total: float, parts: Iterable[tuple[
         x += part
 
 
-# -- the mesh, and what a device holds -------------------------------------------------------------------------------
+# -- the mesh, and a device's memory ---------------------------------------------------------------------------------
 
 
 def _mesh(told: ShardingTold, left: float, top: float) -> Iterator[str]:
-    """Ranks in a grid, the first axis along one side, all others along the other; those of a node in one colour."""
+    """Draw ranks in a grid, the first axis along one side, all others along the other; a node has one color."""
     mesh, machine = told.plan.devices, told.plan.machine
     first, *others = mesh.axes
     rest = prod(size for _, size in others)
@@ -150,10 +150,10 @@ def _by_lane(told: ShardingTold) -> dict[str, list[Busy]]:
 
 
 def _sides(told: ShardingTold, left: float, top: float) -> Iterator[str]:
-    """What limits the times, what fills the memory, and what one change would save."""
+    """Draw the limits of the times, the contents of the memory, and the savings of single changes."""
     needs, wide = told.needs, WIDTH - _RIGHT - left
     limits = needs.times.by_limit()
-    yield _text(left, top + 4, "what limits the times")
+    yield _text(left, top + 4, "times by limit")
     named = [
         (f"{name} {milliseconds(took)}", took, c)
         for (name, took), c in zip(limits.items(), _LIMIT_COLOURS, strict=True)
@@ -201,7 +201,7 @@ def _sides(told: ShardingTold, left: float, top: float) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _Window:
-    """A part of the step, drawn from `top` on: x of a time."""
+    """A part of the step, drawn from `top` on; it maps times to x coordinates."""
 
     begin: float
     end: float
@@ -215,7 +215,7 @@ class _Window:
         return self.top + 32 + lane * (_LANE + _GAP)
 
     def frame(self, told: str, lanes: Sequence[str]) -> Iterator[str]:
-        """Its head, its lanes by what they are called, and ticks of time."""
+        """Draw its title, its lanes with their labels, and ticks of time."""
         yield _text(24, self.top + 8, told, weight=600)
         bottom = self.y(len(lanes)) - _GAP
         for part in range(9):
@@ -234,7 +234,7 @@ def _lane_names(lanes: Sequence[str]) -> list[str]:
 
 
 def _stages(times: PipelineTimes, top: float) -> Iterator[str]:
-    """Which micro-batch is in which stage when; neighbours differ in shade."""
+    """Draw when each micro-batch is in each stage; neighbors differ in shade."""
     window = _Window(0.0, times.seconds, top)
     names = [f"stage {number}" for number in range(len(times.stages))]
     yield from window.frame(str(times), names)
@@ -259,7 +259,7 @@ def _words(each: Busy) -> str:
 
 
 def _whole(told: ShardingTold, lanes: Sequence[str], top: float) -> Iterator[str]:
-    """The step; neighbours that are too narrow to be seen are one bar, of the colour that most of it has."""
+    """Draw the step; neighbors that are too narrow to be seen are joined in one bar, in the color of most of it."""
     times = told.needs.times
     window = _Window(0.0, times.seconds, top)
     yield from window.frame(f"the step of the last rank, {milliseconds(times.seconds)}", _lane_names(lanes))
@@ -290,7 +290,7 @@ def _bar(window: _Window, lane: int, gathered: Sequence[Busy], more: str = "") -
 
 
 def _block(told: ShardingTold, lanes: Sequence[str], top: float) -> Iterator[str]:
-    """The call in the middle of those that take the longest together, and what runs beside it, paler."""
+    """Draw the middle one of the calls that take the longest together; ops that overlap with it are drawn paler."""
     times = told.needs.times
     if not times.calls:
         return

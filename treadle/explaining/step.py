@@ -1,4 +1,4 @@
-"""`explain_step`: the step that is derived from a model: its states with their bytes, and what each op became, and why.
+"""`explain_step`: the step that is derived from a model: states with their bytes, and the form of each op at a step.
 
 print(explain_step("gpt2"))
 """
@@ -34,12 +34,12 @@ class StateFacts:
     """States of one kind in repeated blocks: one line of the table.
 
     name    with the block's number as {0..11}
-    type    of each of them
-    count   how many there are
-    role    "cache" and "ring" grow with the tokens; "sum" is carried along; "kept" is what the prologue left, and
-            "length" how much of that is real
-    bytes   of all of them together
-    unit    for which that is: "token", "position" of a ring or of what rows bring once, or "slot"
+    type    the type of each
+    count   the number of states
+    role    "cache" and "ring" grow with the tokens; "sum" is a running sum; "kept" is a result of the prologue, and
+            "length" its valid length
+    bytes   the bytes of all of them together
+    unit    the unit of these bytes: "token", "position" of a ring or of an input that rows pass once, or "slot"
     """
 
     name: str
@@ -51,7 +51,7 @@ class StateFacts:
 
     @property
     def token(self) -> int:
-        """Bytes that one more token of a row takes."""
+        """Bytes per token of a row."""
         return self.bytes if self.unit == "token" else 0
 
     def as_dict(self) -> dict[str, Any]:
@@ -67,11 +67,11 @@ class StateFacts:
 
 @dataclass(frozen=True)
 class Became:
-    """What an op that does more with the tokens than map them is at a step.
+    """The step of an op that does more than map the tokens one by one.
 
     op      its name
-    why     what it does with the axis, and where it stands
-    became  what it does at a step
+    why     its dependence on the axis, and its place in the model
+    became  its form at a step
     """
 
     op: str
@@ -81,14 +81,14 @@ class Became:
 
 @dataclass(frozen=True)
 class StepExplained:
-    """The derived step of a model, told."""
+    """A description of the derived step of a model."""
 
     model: str
     derived: DerivedStep
     states: tuple[StateFacts, ...]
     changed: tuple[Became, ...]
     ops: Mapping[str, int]
-    """How many ops a run of each entry computes, calls opened."""
+    """Number of ops that a run of each entry computes, calls expanded."""
 
     def as_dict(self) -> dict[str, Any]:
         derived = self.derived
@@ -108,20 +108,20 @@ class StepExplained:
         token = sum(s.token for s in self.states)
         entries = ", ".join(f"{name} ({counted(count, 'op')})" for name, count in self.ops.items())
         lines = [
-            f"{self.model} steps along {derived.axis}: {counted(token, 'byte')} a token and row",
+            f"{self.model} steps along {derived.axis}: {counted(token, 'byte')} per token and row",
             f"entries: {entries}",
-            f"at every step it takes {', '.join(derived.tokens)}"
-            + (f"; once a row, {', '.join(derived.prologue)}" if derived.prologue else ""),
+            f"at every step it reads {', '.join(derived.tokens)}"
+            + (f"; once per row, {', '.join(derived.prologue)}" if derived.prologue else ""),
             "",
             "states",
         ]
         table = [(s.name, s.type, s.role, _grows(s)) for s in self.states]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)] if table else []
         lines += ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table]
-        lines += ["", f"what does more with {derived.axis} than map it"]
+        lines += ["", f"ops that do more with {derived.axis} than map it"]
         for change in self.changed:
             lines += [f"  {change.why}", f"    {change.became}"]
-        lines += [f"  every other op of {self.model} is the op that it was, on the new tokens alone"]
+        lines += [f"  every other op of {self.model} is unchanged, and computes only the new tokens"]
         return "\n".join(lines)
 
 
@@ -141,7 +141,7 @@ def explain_step(
     cache: str | None = None,
     **config: Any,
 ) -> StepExplained:
-    """Derive the step of what MODEL names, and say what it is. Raises what `compile` does; PassError for no step.
+    """Derive the step of the model that MODEL names, and describe it. Raises as `compile` does; PassError for no step.
 
     cache   the dtype of its caches: "f32", "bf16" or "f16"; None: the model's own
     """
@@ -160,7 +160,7 @@ def explain_step(
 
 
 def entry_alone(graph: Graph, name: str) -> Graph:
-    """A graph with one of the entries, and the functions that it calls."""
+    """Return a graph with one of the entries, and the functions that it calls."""
     entry = graph.functions[name]
     alone = Graph(graph.name)
     alone.functions = {f.name: f for f in graph.needed_by(entry)}

@@ -1,9 +1,9 @@
-"""`explain_storage`: where each value and each weight lies for a backend, in which form, from when to when, and why.
+"""`explain_storage`: the storage, layout and lifetime of each value and each weight for a backend, and the reasons.
 
     print(explain_storage("gpt2", backend="tvm"))
 
-It tells the storage plan that the backend's passes end with (`treadle.passes.memory.storage_plan`), and what `bind`
-makes.
+It describes the storage plan at the end of the backend's passes (`treadle.passes.memory.storage_plan`), and the weights
+that `bind` derives.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from treadle.reporting.counts import counted
 class Stored:
     """A value or a weight of a function.
 
-    name     a name that no other value of the function has
+    name     a name that is unique in the function
     kind     "input", "weight", "constant" or "value"
     type     its type, as text
-    storage  the name of the storage that it lies in; None: in registers
-    form     "row-major", its layout or its strides; empty where a library chooses them
-    bytes    of the storage, an expression of the symbols; empty where there is none
-    first    the step that makes it; None for what is there before the first one
-    last     the last step that reads it; the number of steps where it is handed out
-    why      why it lies there
+    storage  the name of its storage; None: in registers
+    form     "row-major", its layout or its strides; empty if a library chooses them
+    bytes    the bytes of the storage, an expression of the symbols; empty if there is none
+    first    the step that writes it; None if it exists before the first step
+    last     the last step that reads it; the number of steps if it is returned
+    why      why it has this storage
     line     the user's line, and the scope
-    passed   whether the function only passes it on, so that it is told where it is read
+    passed   True if the function only passes it on, so that it is listed in the function that reads it
     """
 
     name: str
@@ -66,26 +66,26 @@ class Stored:
         return step, self.name, self.type, self.storage or "-", self.form, self.bytes, str(self.last), self.why
 
 
-_HEAD = ("from", "value", "type", "lies in", "form", "bytes", "to", "why")
+_HEAD = ("from", "value", "type", "storage", "form", "bytes", "to", "why")
 
 
 @dataclass(frozen=True)
 class StoredFunction:
-    """A function: how often a run enters it, its steps by what they compute, and its values."""
+    """A function: the number of times a run calls it, the ops of its steps, and its values."""
 
     name: str
     calls: int
     steps: tuple[str, ...]
     values: tuple[Stored, ...]
     own: int
-    """How many storages its values have that are its own."""
+    """Number of storages that belong to the function."""
     workspaces: tuple[str, ...] = ()
-    """Lines on what calls of a library need beside their results."""
+    """Lines on the workspaces of library calls."""
 
 
 @dataclass(frozen=True)
 class StorageTold:
-    """What a backend's storage plan says of a model."""
+    """A backend's storage plan of a model."""
 
     model: str
     backend: str
@@ -115,7 +115,7 @@ class StorageTold:
             copy = (
                 "is a copy with a storage of its own" if self.copies else "may be a copy, which the plan does not count"
             )
-            lines.append(f"{self.backend} chooses strides itself: a view that none can say {copy}")
+            lines.append(f"{self.backend} chooses strides itself: a view that cannot be expressed by strides {copy}")
         for each in self.functions:
             times = "" if each.name == "main" else f", called {each.calls} time{'s' * (each.calls != 1)}"
             steps, own = counted(len(each.steps), "step"), counted(each.own, "storage")
@@ -127,7 +127,7 @@ class StorageTold:
             lines += [f"  {line}" for line in each.workspaces]
             if len(shown) < len(each.values):
                 left = counted(len(each.values) - len(shown), "weight")
-                lines.append(f"  {left} that it only passes on: told where they are read")
+                lines.append(f"  {left} that it only passes on: listed in the functions that read them")
         return "\n".join(lines)
 
 
@@ -140,18 +140,18 @@ def explain_storage(
     inputs: Sequence[str] | None = None,
     **config: Any,
 ) -> StorageTold:
-    """Say of every value and weight of what MODEL names where it lies for a backend.
+    """Describe the storage of every value and weight of the model that MODEL names for a backend.
 
-    Raises what `compile` does; UsageError for a backend that plans no storage.
+    Raises as `compile` does; UsageError for a backend that does not plan storage.
     """
     name, lowered = lowered_for(model, backend, target, passes, inputs, config)
     if lowered.plan is None:
-        raise UsageError(f"backend {backend} plans no storage", hint="numpy, torch or tvm")
+        raise UsageError(f"backend {backend} does not plan storage", hint="numpy, torch or tvm")
     return storage_of(name, backend, lowered.graph, lowered.plan)
 
 
 def storage_of(name: str, backend: str, graph: Graph, plan: StoragePlan) -> StorageTold:
-    """What a lowered graph and its plan say."""
+    """Describe a lowered graph and its plan."""
     made, passed, calls = recipes_of(graph), passed_weights(graph), count_calls(graph)
     functions = []
     for each in plan.functions.values():
@@ -164,7 +164,7 @@ def storage_of(name: str, backend: str, graph: Graph, plan: StoragePlan) -> Stor
 
 
 def _only_passed(function: Function) -> set[Value]:
-    """What a function gives to others, and reads and hands out nowhere."""
+    """Return the values that a function passes to others, and does not read or return itself."""
     uses, outputs = function.uses(), set(function.outputs.values())
     return {v for v, readers in uses.items() if v not in outputs and all(n.op.callee is not None for n, _ in readers)}
 
@@ -196,12 +196,12 @@ def _stored(
 
 
 def _weight(value: Value, made: Mapping[str, Recipe], passed: Mapping[Value, tuple[str, str]]) -> str:
-    """Whether a weight lies as it came, or of what it is made when weights are bound."""
+    """Return the origin of a weight: as provided, or the derivation that `bind` computes."""
     name, scope = passed.get(value, ("", ""))
     recipe = made.get(name)
     if recipe is None:
-        return "the weight as it came" if name else "given by the caller"
+        return "the weight as provided" if name else "given by the caller"
     if not recipe.nodes:
         (source,) = recipe.sources
-        return f"laid out when weights are bound: {source.removeprefix(f'{scope}.')}"
-    return f"made when weights are bound: {recipe.told(within=scope)}"
+        return f"laid out by bind: {source.removeprefix(f'{scope}.')}"
+    return f"derived by bind: {recipe.told(within=scope)}"

@@ -1,6 +1,6 @@
-"""What the command line tells: facts as plain data, which `--json` prints, and the same as text and tables."""
+"""The output of the command line: facts as plain data, which `--json` prints, and the same as text and tables."""
 
 from typing import Any
 
 Facts = dict[str, Any]
-"""What `--json` prints of something."""
+"""The data that `--json` prints."""

@@ -1,4 +1,4 @@
-"""Arrays in short: least, mean and greatest, in the fewest digits; similarities as a table."""
+"""Summaries of arrays: min, mean and max, in the fewest digits; similarities as a table."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from rich.text import Text
 from treadle.reporting import Facts
 from treadle.reporting.tables import plain_table
 
-_SHOWN_VALUES = 64  # an output of at most this many elements is told in full
+_SHOWN_VALUES = 64  # an output of at most this many elements is printed in full
 
 
 def array_facts(array: np.ndarray[Any, Any]) -> Facts:
-    """An output in short: dtype, shape, least, mean and greatest of its finite elements; in full where it is small."""
+    """Return a summary of an output: dtype, shape, min, mean and max of its finite elements; all elements of a small
+    one.
+    """
     finite = array[np.isfinite(array)] if array.dtype.kind == "f" else array
     numbers = finite.astype(np.float64) if finite.size else None
     facts: Facts = {
@@ -39,7 +41,7 @@ def _mean(numbers: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> Any:
 
 
 def shortest(numbers: Any) -> Any:
-    """Numbers and lists of NumPy's as Python's, floats in the fewest digits that tell them apart in their own dtype:
+    """Convert NumPy numbers and lists to Python's. Floats get the fewest digits that identify them in their own dtype:
     0.1 for float32's 0.1, which is 0.10000000149011612 in Python's float64.
     """
     if getattr(numbers, "ndim", 0):
@@ -58,14 +60,14 @@ def array_table(outputs: Mapping[str, Facts]) -> Table:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers and lists as JSON has them: what is not finite becomes null."""
+    """Convert numbers and lists to JSON's: NaN and infinity become null."""
     if isinstance(value, list):
         return [_plain(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def similarity_table(sentences: Sequence[str], similarity: np.ndarray[Any, Any]) -> Table:
-    """Cosine similarities, near ones marked."""
+    """Return a table of cosine similarities, with high ones highlighted."""
     table = plain_table(
         "", *map(str, range(1, len(sentences) + 1)), numbers=set(map(str, range(1, len(sentences) + 1)))
     )

@@ -1,4 +1,4 @@
-"""What was compiled, for where and in what time, and what each pass did: as facts, lines and a table."""
+"""Reports on a compilation: backend, target, times, and the changes of each pass, as facts, lines and a table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from treadle.reporting.tables import Items, plain_table
 
 
 def compiled_facts(compiled: Compiled, seconds: float) -> Facts:
-    """What was compiled, for where, in what time, and what each pass did."""
+    """Return facts of a compilation: model, backend, target, times, and the changes of each pass."""
     ops = count_run_ops(compiled.graph)
     return {
         "model": compiled.name,
@@ -43,13 +43,13 @@ def weights_text(compiled: Compiled) -> str:
 
 
 def compiled_lines(compiled: Compiled, seconds: float) -> Iterable[str]:
-    """What `compile` says beside the pass table."""
+    """Yield the lines that `compile` prints in addition to the pass table."""
     target, ops = compiled.target, count_run_ops(compiled.graph)
     cores = target.cores()
     yield f"{compiled.name}({', '.join(map(str, compiled.inputs))})"
     yield f"  -> ({', '.join(map(str, compiled.outputs))})"
     passes = sum(record.seconds for record in compiled.log)
-    yield f"compiled in {seconds:.2f} s, {passes * 1e3:.0f} ms of it in passes"
+    yield f"compiled in {seconds:.2f} s, of which {passes * 1e3:.0f} ms in passes"
     yield f"all of it runs in {compiled.backend} on {target}, {target.description}" + (
         f", {counted(cores, 'core')}" if cores else ""
     )
@@ -65,7 +65,7 @@ def compiled_lines(compiled: Compiled, seconds: float) -> Iterable[str]:
 
 
 def pass_table(log: PassLog) -> Table:
-    """A line a pass: ops before and after, what changed, how often it refused or nearly matched."""
+    """Return a table with a line per pass: ops before and after, changes, refusals and near misses."""
     table = plain_table("pass", "ops", "change", "refused", "nearly", "ms", numbers={"ops", "refused", "nearly", "ms"})
     for r in log:
         ops = f"{r.before.total()} -> {r.after.total()}" if r.changed else str(r.after.total())

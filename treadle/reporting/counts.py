@@ -1,4 +1,4 @@
-"""Counts in words: `124 M`, `2 ops`, `118 GFLOP/s in f32`, `B=1, S=128`."""
+"""Counts as text: `124 M`, `2 ops`, `118 GFLOP/s in f32`, `B=1, S=128`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 
 def human(count: float, unit: str = "") -> str:
-    """A count in three digits with its prefix: `124 M`, `497 MB`, `1.36 GFLOPs`."""
+    """Return a count in three digits with its prefix: `124 M`, `497 MB`, `1.36 GFLOPs`."""
     for scale, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= scale * 0.9995:
             return f"{count / scale:.3g} {prefix}{unit}"
@@ -14,16 +14,16 @@ def human(count: float, unit: str = "") -> str:
 
 
 def rate_text(rate: float, dtype: str) -> str:
-    """Operations a second on numbers of a dtype: `118 GFLOP/s in f32`, `471 GOP/s in int8`."""
+    """Return operations per second on numbers of a dtype: `118 GFLOP/s in f32`, `471 GOP/s in int8`."""
     return f"{human(rate, 'OP' if dtype == 'int8' else 'FLOP')}/s in {dtype}"
 
 
 def counted(count: int, what: str) -> str:
-    """`1 op`, `2 ops`, `1,024 parameters`: the plural ends in s, and `pass` and its like in es."""
+    """Return `1 op`, `2 ops`, `1,024 parameters`: the plural ends in s, or in es after an s as in `passes`."""
     ending = "" if count == 1 else "es" if what.endswith(("s", "sh", "ch", "x")) else "s"
     return f"{count:,} {what}{ending}"
 
 
 def sizes_text(sizes: Mapping[str, int]) -> str:
-    """`B=1, S=128`"""
+    """Return `B=1, S=128`."""
     return ", ".join(f"{name}={size}" for name, size in sizes.items())

@@ -1,4 +1,4 @@
-"""Where an axis goes, and what stands against it, as facts and as text."""
+"""The result of following an axis, with the obstacles, as facts and as text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from treadle.reporting import Facts
 
 
 def following_facts(following: Following) -> Facts:
-    """Where an axis is held and whether it may be stepped, packed and split, with reasons."""
+    """Return the values that hold an axis, and if it can be stepped, packed and split, with reasons."""
     verdicts = {"step": following.step(), "pack": following.pack(), "split": following.split()}
     return {
         "axis": following.axis,

@@ -1,4 +1,4 @@
-"""Graphs as facts: parameters, costs, ports, functions; and the comment lines that stand before their text."""
+"""Graphs as facts: parameters, costs, ports, functions; and the comment lines before a graph's text."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from treadle.reporting.counts import counted, human, sizes_text
 
 
 def graph_facts(graph: Graph, sizes: Mapping[str, int]) -> Facts:
-    """Parameters; of the last entry the cost of a run at these sizes, inputs and outputs; how often each function is
-    called; of a graph with states or several entries, these too."""
+    """Return the parameters; the inputs, outputs and cost of a run of the last entry at these sizes; the number of
+    calls of each function; and states and entries, if there are any or several.
+    """
     cost = graph_cost(graph, sizes)
     main = graph.main
     facts: Facts = {
@@ -50,7 +51,7 @@ def port_facts(port: Port) -> Facts:
 
 
 def graph_header(facts: Facts, stage: str) -> str:
-    """Facts as comment lines, which may stand before a graph's text."""
+    """Return facts as comment lines, which may precede a graph's text."""
     functions = [f for f in facts["functions"] if f["name"] not in facts.get("entries", ["main"])]
     ops = sum(f["ops"] for f in facts["functions"])
     blocks = ", ".join(f"{f['name']} is called {counted(f['calls'], 'time')}" for f in functions)
@@ -66,7 +67,7 @@ def graph_header(facts: Facts, stage: str) -> str:
 
 
 def backend_source(graph: Graph, backend: str) -> str:
-    """What a backend makes of a graph. The code does not depend on the weights, so these are zeros."""
+    """Return the source that a backend emits for a graph. It does not depend on the weights, so these are zeros."""
     weights = {
         name: np.zeros(value.type.held.evaluate({}), value.type.held.dtype.numpy)
         for name, value in graph.parameters.items()

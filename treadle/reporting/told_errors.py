@@ -1,4 +1,4 @@
-"""Errors, as facts under the labels of their text, and in colours."""
+"""Errors as facts under the labels of their text, and in colors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from treadle.reporting import Facts
 
 
 def error_facts(error: TreadleError) -> Facts:
-    """An error's parts under the labels that its text has."""
+    """Return an error's parts under the labels of its text."""
     parts = {
         "what": error.what,
         "received": error.received,

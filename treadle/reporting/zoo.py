@@ -15,7 +15,7 @@ from treadle.reporting.tables import Items, plain_table
 
 
 def zoo_facts() -> Facts:
-    """The zoo's families with their defaults, and the models that can be fetched or were."""
+    """Return the zoo's families with their defaults, and the models that can be or have been fetched."""
     from treadle.fetch import fetched_model
     from treadle.models.registry import family_names, find_family
     from treadle.wheels.pinned_models import PINNED
@@ -47,15 +47,15 @@ def _config_text(value: Any) -> Any:
 
 
 def zoo_tables(facts: Facts) -> Iterable[Table | Text]:
-    """The zoo; what can be fetched; and where what was fetched lies, a path a line, whole however narrow it is."""
-    zoo = plain_table("zoo", "what it is", "parameters", "defaults", numbers={"parameters"})
+    """Yield the zoo, the models that can be fetched, and the paths of fetched models, one per line and unbroken."""
+    zoo = plain_table("zoo", "description", "parameters", "defaults", numbers={"parameters"})
     for each in facts["zoo"]:
         defaults = Items([f"{key}={value}" for key, value in each["defaults"].items()])
         zoo.add_row(each["name"], each["description"], human(each["parameters"]), defaults)
     yield zoo
-    pinned = plain_table("fetch", "what it is", "download", "", numbers={"download"})
+    pinned = plain_table("fetch", "description", "download", "", numbers={"download"})
     for each in facts["fetched"]:
-        told = Text("is here") if each["path"] else Text(f"treadle fetch {each['name']}", style="dim", no_wrap=True)
+        told = Text("fetched") if each["path"] else Text(f"treadle fetch {each['name']}", style="dim", no_wrap=True)
         pinned.add_row(each["name"], each["about"], human(each["download_bytes"], "B"), told)
     yield pinned
     paths = [(each["name"], each["path"]) for each in facts["fetched"] if each["path"]]

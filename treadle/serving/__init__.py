@@ -1,10 +1,10 @@
-"""`treadle serve`: models behind the HTTP interface that OpenAI's clients speak.
+"""`treadle serve`: an HTTP server for models, with OpenAI's API.
 
-refusals.py      what a caller is told who asked for what cannot be: a status and an error object
-fields.py        one field of a request's body: its form, and where it is not so, an error with its name
-requests.py      the bodies of requests, read
-answers.py       the bodies of answers
-models.py        what is served: a model that writes, on a scheduler; a model that embeds
-answering.py     a request's texts, from the scheduler's thread to the server's
+refusals.py      HTTP error responses in OpenAI's format
+fields.py        fields of a request's body, checked, with errors that name the field
+requests.py      parsing of requests' bodies
+answers.py       bodies of responses
+models.py        served models: a language model on a scheduler, or an embedding model
+answering.py     the texts of a request, passed from the scheduler's thread to the server's
 application.py   routes, limits, keys, metrics
 """

@@ -1,4 +1,4 @@
-"""A request's texts: submitted to a scheduler, whose thread tells of them, and read on the server's event loop."""
+"""The texts of a request: submitted to a scheduler, whose thread reports tokens to the server's event loop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from treadle.serving.requests import WantedTexts
 
 @dataclass(frozen=True)
 class Told:
-    """What is new: a token of a choice, and the text that is certain with it."""
+    """A new token of a choice, and the text that is final with it."""
 
     index: int
     token: Token
@@ -29,17 +29,17 @@ class Told:
 
 
 class Answering:
-    """The texts of one request: as many for each prompt as it asks for, all at once.
+    """The texts of one request: the requested number for each prompt, all at once.
 
     answering = Answering(served, prompts, how, seconds=600)
-    async for burst in answering: ...        each a list of what was there
-    answering.cancel()                       wherever it is left early
+    async for burst in answering: ...        each burst is a list of the events so far
+    answering.cancel()                       if the loop is left early
     """
 
     def __init__(
         self, served: ServedWriter, prompts: Sequence[tuple[int, ...]], how: WantedTexts, *, seconds: float
     ) -> None:
-        """Submit them, all or none. Raises RequestRefusal."""
+        """Submit all texts or none. Raises RequestRefusal."""
         self._loop, self._told = asyncio.get_running_loop(), asyncio.Queue[Told | Ended]()
         self._left, self._choices = len(prompts) * how.choices, how.choices
         self._count = sum(map(len, prompts))
@@ -56,21 +56,23 @@ class Answering:
             raise refused(error) from error
 
     def cancel(self) -> None:
-        """Give all of them up."""
+        """Cancel all texts."""
         for ticket in self._tickets:
             ticket.cancel()
 
     @property
     def read(self) -> PromptTokens:
-        """What was read of prompts, once all is told; a prompt counts once, however many texts follow it."""
+        """Token counts of the prompts, once all events are read; a prompt counts once, whatever the number of its
+        choices.
+        """
         reused = [ticket.reused for ticket in self._tickets]
         held = sum(min(reused[n : n + self._choices]) for n in range(0, len(reused), self._choices))
         return PromptTokens(self._count, held)
 
     async def __aiter__(self) -> AsyncIterator[list[Told]]:
-        """What is told, in order within a choice, as much as is there at a time.
+        """Yield the events so far as lists; events of a choice are in order.
 
-        Raises RequestRefusal where one of them is given up.
+        Raises RequestRefusal if one of the texts is cancelled.
         """
         while self._left:
             burst = list[Told]()
@@ -84,7 +86,7 @@ class Answering:
                 raise _given_up(why)
 
     def _take(self, told: Told | Ended, burst: list[Told]) -> Cut | TreadleError | None:
-        """Put a token into a burst; of an end why it was given up."""
+        """Append a token to a burst; for the end of a text, return the reason if it was cancelled."""
         if isinstance(told, Told):
             burst.append(told)
             return None
@@ -107,7 +109,7 @@ class Answering:
 
         def tell(what: Token | Ended) -> None:
             told = what if isinstance(what, Ended) else Told(index, what, growing.tell(what.last))
-            with contextlib.suppress(RuntimeError):  # the server is gone, and all who asked
+            with contextlib.suppress(RuntimeError):  # the server and all its clients are gone
                 self._loop.call_soon_threadsafe(self._told.put_nowait, told)
 
         return TextOrder(prompt, choosing, number=draw, until=until), tell

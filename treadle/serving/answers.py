@@ -1,4 +1,4 @@
-"""The bodies of answers, as OpenAI's API reference describes them."""
+"""The bodies of responses, as OpenAI's API reference describes them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from treadle.runtime.generation import Ending, Token
 
 Array = np.ndarray[Any, Any]
 Shown = Callable[[int], str]
-"""The text of one token."""
+"""A function that returns the text of one token."""
 
 _REASONS = {"end": "stop", "stop": "stop", "context": "length", "count": "length", None: None}
 
 
 @dataclass
 class GrowingChoice:
-    """One text of an answer as it grows: what was told of it so far."""
+    """One text of a response, as far as it is generated."""
 
     index: int
     text: str = ""
@@ -33,7 +33,7 @@ class GrowingChoice:
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """A request's prompts: how many tokens they have, and how many of these slots held already."""
+    """The number of tokens in a request's prompts, and the number of these that slots had cached."""
 
     count: int
     held: int
@@ -41,11 +41,11 @@ class PromptTokens:
 
 @dataclass(frozen=True)
 class AnswerForm:
-    """What all bodies of one answer share.
+    """Properties that all bodies of one response share.
 
-    chat    whether it answers messages, or continues prompts
-    likely  how many of the likeliest tokens are told; None: no logarithms
-    shown   the text of a token
+    chat    True for a chat completion, False for a completion
+    likely  number of most likely tokens to report; None: no logprobs
+    shown   returns the text of a token
     """
 
     model: str
@@ -56,7 +56,7 @@ class AnswerForm:
     name: str = field(default_factory=lambda: secrets.token_hex(12))
 
     def whole(self, choices: Sequence[GrowingChoice], read: PromptTokens) -> dict[str, Any]:
-        """The answer at once."""
+        """Return the body of a response that is not streamed."""
         kind = "chat.completion" if self.chat else "text_completion"
         return {
             **self._head(kind),
@@ -65,12 +65,12 @@ class AnswerForm:
         }
 
     def begin(self, index: int) -> dict[str, Any]:
-        """The first piece of a chat's choice, which says whose text it is."""
+        """Return the first chunk of a chat's choice, with the role of its message."""
         delta = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
         return {**self._head("chat.completion.chunk"), "choices": [delta]}
 
     def piece(self, choice: GrowingChoice, text: str, token: Token) -> dict[str, Any]:
-        """What a token brings to a choice, which has it already."""
+        """Return the chunk for a token, which is already part of the choice."""
         before = sum(len(self.shown(t.id)) for t in choice.tokens[:-1]) if self.likely is not None else 0
         told = self._logprobs([token], before)
         new: dict[str, Any] = {"index": choice.index, "logprobs": told, "finish_reason": _REASONS[token.ending]}
@@ -81,7 +81,7 @@ class AnswerForm:
         return {**self._head("chat.completion.chunk" if self.chat else "text_completion"), "choices": [new]}
 
     def counts(self, choices: Sequence[GrowingChoice], read: PromptTokens) -> dict[str, Any]:
-        """The last piece of a stream that was asked for it."""
+        """Return the last chunk of a stream with usage."""
         kind = "chat.completion.chunk" if self.chat else "text_completion"
         return {**self._head(kind), "choices": [], "usage": usage(choices, read)}
 
@@ -91,7 +91,7 @@ class AnswerForm:
 
     def _choice(self, choice: GrowingChoice) -> dict[str, Any]:
         told = self._logprobs(choice.tokens, 0)
-        reason = _REASONS[choice.ending or "count"]  # one of no tokens, as it was asked for
+        reason = _REASONS[choice.ending or "count"]  # a choice without tokens, as requested
         made: dict[str, Any] = {"index": choice.index, "logprobs": told, "finish_reason": reason}
         if self.chat:
             return {**made, "message": {"role": "assistant", "content": choice.text, "refusal": None}}
@@ -121,12 +121,12 @@ class AnswerForm:
 
 
 def _told(logprob: float) -> float:
-    """A logarithm that JSON can say: that of nothing is -9999."""
+    """Return a logarithm that JSON can represent: -9999 for the logarithm of zero."""
     return max(logprob, -9999.0)
 
 
 def usage(choices: Sequence[GrowingChoice], read: PromptTokens) -> dict[str, Any]:
-    """How many tokens came and went."""
+    """Return the token counts of prompts and completions."""
     made = sum(len(choice.tokens) for choice in choices)
     return {
         "prompt_tokens": read.count,
@@ -137,7 +137,7 @@ def usage(choices: Sequence[GrowingChoice], read: PromptTokens) -> dict[str, Any
 
 
 def embeddings(model: str, vectors: Array, tokens: int, as_bytes: bool) -> dict[str, Any]:
-    """Vectors f32[N, D] as an answer."""
+    """Return the response with vectors f32[N, D]."""
 
     def told(vector: Array) -> str | list[float]:
         return base64.b64encode(vector.astype("<f4").tobytes()).decode() if as_bytes else vector.astype(float).tolist()
@@ -148,12 +148,12 @@ def embeddings(model: str, vectors: Array, tokens: int, as_bytes: bool) -> dict[
 
 
 def text_of(body: object) -> bytes:
-    """A body as bytes."""
+    """Return a body as bytes."""
     return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def event(body: object) -> bytes:
-    """A body as one of a stream's events (server-sent events, HTML standard, section 9.2)."""
+    """Return a body as an event of a stream (server-sent events, HTML standard, section 9.2)."""
     return b"data: " + text_of(body) + b"\n\n"
 
 

@@ -3,8 +3,8 @@
     POST /v1/completions, /v1/chat/completions, /v1/embeddings
     GET  /v1/models, /v1/models/NAME, /metrics (Prometheus's text form), /health
 
-Every answer that is no answer is an error object with a status of 4xx, or 5xx where the server could not do it. A
-request whose caller has gone is given up.
+Every error response is an error object with a status of 4xx, or 5xx if the server failed. If the client of a request
+disconnects, the request is cancelled.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from treadle.serving.requests import WantedTexts
 
 JSON = "application/json"
 GONE = 499
-"""The status in metrics of a request whose caller has gone, as nginx counts them."""
+"""The status in metrics of a request whose client has disconnected, as in nginx."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for.
+    """Limits of a request.
 
-    body     bytes of it
-    arrival  seconds in which it must have come
-    seconds  in which its answer must have ended
+    body     bytes of its body
+    arrival  seconds until the body must have arrived
+    seconds  seconds until its response must have ended
     """
 
     body: int = 1 << 20
@@ -53,7 +53,7 @@ class Limits:
 
 
 class Server:
-    """The application's state: models by name, limits, and the key that callers must show; None: any may ask."""
+    """The application's state: models by name, limits, and the key that clients must send; None: no key is needed."""
 
     def __init__(self, served: Sequence[Served], *, limits: Limits | None = None, key: str | None = None) -> None:
         self.served = {each.name: each for each in served}
@@ -62,7 +62,7 @@ class Server:
         self.metrics = Metrics([each for each in served if isinstance(each, ServedWriter)])
 
     def application(self, *, drain: float = 0.0) -> Starlette:
-        """An ASGI application. It starts the schedulers, and closes them within `drain` seconds of its end."""
+        """Return an ASGI application. It starts the schedulers, and closes them within `drain` seconds of its end."""
 
         @contextlib.asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -92,45 +92,45 @@ class Server:
     # -- routes ------------------------------------------------------------------------------------------------
 
     async def complete(self, request: Request) -> Response:
-        """Continue prompts."""
+        """Return completions of prompts."""
         wanted = requests.read_completions(await self._fields(request))
         served = self._writer(wanted.how.model)
         prompts = [served.prompt_ids(prompt) for prompt in wanted.prompts]
         return await self._answered(request, served, prompts, wanted.how, chat=False)
 
     async def chat(self, request: Request) -> Response:
-        """Answer messages."""
+        """Return a chat completion of messages."""
         wanted = requests.read_chat(await self._fields(request))
         served = self._writer(wanted.how.model)
         prompt = await asyncio.to_thread(served.chat_ids, wanted.messages)
         return await self._answered(request, served, [prompt], wanted.how, chat=True)
 
     async def embed(self, request: Request) -> Response:
-        """Texts as vectors."""
+        """Return embeddings of texts."""
         wanted = requests.read_embeddings(await self._fields(request))
         served = self._named(wanted.model)
         if not isinstance(served, ServedEmbedder):
-            raise RequestRefusal(400, f"{served.name} writes, and embeds nothing", field="model")
+            raise RequestRefusal(400, f"{served.name} generates text, and has no embeddings", field="model")
         found = await asyncio.to_thread(served.embed, wanted.texts)
         return _json(embeddings(served.name, found.vectors, sum(found.tokens), wanted.as_bytes))
 
     async def models(self, request: Request) -> Response:
-        """What is served."""
+        """Return the list of served models."""
         return _json({"object": "list", "data": [self._told(each) for each in self.served.values()]})
 
     async def model(self, request: Request) -> Response:
-        """One of what is served."""
+        """Return one of the served models."""
         return _json(self._told(self._named(request.path_params["name"])))
 
     async def scrape(self, request: Request) -> Response:
-        """The metrics."""
+        """Return the metrics."""
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def health(self, request: Request) -> Response:
-        """That it is there."""
+        """Return status 200 while the server runs."""
         return _json({"status": "ok"})
 
-    # -- what they share ---------------------------------------------------------------------------------------
+    # -- shared by routes ---------------------------------------------------------------------------------------
 
     def _route(self, path: str, method: str, answer: Callable[[Request], Awaitable[Response]]) -> Route:
         async def answered(request: Request) -> Response:
@@ -142,7 +142,7 @@ class Server:
             except RequestRefusal as refusal:
                 response = _json(refusal.body, refusal.status, refusal.headers)
             except ClientDisconnect:
-                response = Response(status_code=GONE)  # which nobody reads
+                response = Response(status_code=GONE)  # the client has gone and does not read it
             except Exception as error:
                 print(f"{method} {path}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
                 response = _json(RequestRefusal(500, "the server failed to answer this", code="internal").body, 500)
@@ -157,11 +157,11 @@ class Server:
         kind, _, given = request.headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self.key.encode()):
             raise RequestRefusal(
-                401, "this server wants a key", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
+                401, "this server needs an API key", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
             )
 
     async def _fields(self, request: Request) -> Fields:
-        """The body's members, which must be JSON, not too large, and come in time."""
+        """Read the body's members. It must be JSON, not too large, and arrive in time."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != JSON:
             raise RequestRefusal(415, f"the body must be of the type {JSON}", code="unsupported_media_type")
@@ -176,7 +176,7 @@ class Server:
                         )
                     parts.append(part)
         except TimeoutError:
-            raise RequestRefusal(408, "the body did not come in time", code="timeout") from None
+            raise RequestRefusal(408, "the body did not arrive in time", code="timeout") from None
         return requests.read_body(b"".join(parts))
 
     def _named(self, name: str) -> Served:
@@ -191,7 +191,7 @@ class Server:
     def _writer(self, name: str) -> ServedWriter:
         found = self._named(name)
         if not isinstance(found, ServedWriter):
-            raise RequestRefusal(400, f"{found.name} embeds, and writes nothing", field="model")
+            raise RequestRefusal(400, f"{found.name} computes embeddings, and does not generate text", field="model")
         return found
 
     def _told(self, served: Served) -> dict[str, Any]:
@@ -211,7 +211,7 @@ class Server:
         answering = Answering(served, prompts, how, seconds=self.limits.seconds)
         told = self._timed(answering, served)
         if how.streams:
-            first = asyncio.ensure_future(anext(told, None))  # what is wrong at once has a status of its own
+            first = asyncio.ensure_future(anext(told, None))  # an immediate error has a status of its own
             await asyncio.wait([first])
             if (error := first.exception()) is not None:
                 raise error
@@ -231,7 +231,7 @@ class Server:
         return _json(answer.whole(choices, answering.read))
 
     async def _timed(self, answering: Answering, served: ServedWriter) -> AsyncIterator[list[Told]]:
-        """What is told; the metrics learn when the first of it came."""
+        """Yield the events; record the time of the first one in the metrics."""
         started, is_first = time.monotonic(), True
         async for burst in answering:
             if is_first:
@@ -262,10 +262,10 @@ async def _events(
     choices: Sequence[GrowingChoice],
     counts: bool,
 ) -> AsyncIterator[bytes]:
-    """A stream's events. An error after the first token is one of them, since the status has been sent.
+    """Yield a stream's events. An error after the first token is an event, since the status has been sent.
 
-    Those that are ready together are one part of the body. After each part the event loop has a turn, in which it
-    learns whether the caller has gone: asyncio complains of many writes to a connection that is lost.
+    Events that are ready at the same time are one part of the body. After each part the event loop gets a turn, in
+    which it notices a disconnected client: asyncio warns about many writes to a lost connection.
     """
     part = [event(answer.begin(choice.index)) for choice in choices] if answer.chat else []
     burst = first
@@ -287,14 +287,14 @@ async def _events(
 
 
 async def _gone(request: Request) -> None:
-    """Wait until the caller has gone."""
+    """Wait until the client has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 async def _unrouted(request: Request, error: HTTPException) -> Response:
-    """No such route, or not with this method."""
-    what = {404: "there is nothing at this address", 405: "this address takes another method"}
+    """Return the error for an unknown route, or for another method of a known one."""
+    what = {404: "there is nothing at this address", 405: "this address needs another method"}
     said = what.get(error.status_code, str(error.detail))
     return _json(RequestRefusal(error.status_code, said).body, error.status_code, dict(error.headers or {}))
 

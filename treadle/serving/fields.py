@@ -1,7 +1,7 @@
-"""Fields of a request's body: each is taken once, as what it must be; what is left over is refused by name.
+"""Fields of a request's body: each is read once with its type; fields that were not read are refused by name.
 
-fields = Fields({"model": "smollm2", "max_tokens": 16})
-fields.text("model"); fields.whole("max_tokens", least=0); fields.end()
+fields = Fields({"model": "smollm2", "max_tokens": 16}) fields.text("model"); fields.whole("max_tokens", least=0);
+fields.end()
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ X = TypeVar("X")
 
 
 class Fields:
-    """The members of an object, taken one by one. Null is as if it were not there.
+    """The members of an object, read one by one. A null member counts as absent.
 
     within  the object's place in the body, "" for the body itself
     """
@@ -28,40 +28,40 @@ class Fields:
         self._known: set[str] = set()
 
     def refuse(self, name: str, message: str) -> RequestRefusal:
-        """What is told of a field."""
+        """Return an error about a field."""
         place = f"{self.within}.{name}" if self.within else name
         return RequestRefusal(400, f"{place} {message}", field=place)
 
     def take(self, name: str) -> Any:
-        """A member as it is; None where it is not there."""
+        """Return a member unchanged; None if it is absent."""
         self._known.add(name)
         return self._left.pop(name, None)
 
     def text(self, name: str, *, longest: int = 1 << 20) -> str | None:
-        """A string of up to so many characters."""
+        """Return a string of at most `longest` characters."""
 
         def holds(x: Any) -> bool:
             return isinstance(x, str) and len(x) <= longest
 
-        found: str | None = self._checked(name, holds, f"must be a text of at most {longest} characters")
+        found: str | None = self._checked(name, holds, f"must be a string of at most {longest} characters")
         return found
 
     def truth(self, name: str, otherwise: bool = False) -> bool:
-        """True or false."""
+        """Return true or false."""
         found = self._checked(name, lambda x: isinstance(x, bool), "must be true or false")
         return otherwise if found is None else bool(found)
 
     def whole(self, name: str, *, least: int = 0, most: int = 2**31 - 1) -> int | None:
-        """A whole number."""
+        """Return an integer."""
 
         def holds(x: Any) -> bool:
             return isinstance(x, int) and not isinstance(x, bool) and least <= x <= most
 
-        found: int | None = self._checked(name, holds, f"must be a whole number from {least} to {most}")
+        found: int | None = self._checked(name, holds, f"must be an integer from {least} to {most}")
         return found
 
     def number(self, name: str, *, least: float, most: float) -> float | None:
-        """A finite number."""
+        """Return a finite number."""
 
         def holds(x: Any) -> bool:
             return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) and least <= x <= most
@@ -70,43 +70,43 @@ class Fields:
         return None if found is None else float(found)
 
     def texts(self, name: str, *, most: int, longest: int = 1 << 20) -> list[str]:
-        """A string, or a list of up to so many."""
+        """Return a string, or a list of at most `most` strings, as a list."""
         found = self.take(name)
         listed = [found] if isinstance(found, str) else found
         if listed is None:
             return []
         fits = isinstance(listed, list) and len(listed) <= most
         if not fits or not all(isinstance(x, str) and 0 < len(x) <= longest for x in listed):
-            raise self.refuse(name, f"must be a text, or a list of at most {most}; none of them empty")
+            raise self.refuse(name, f"must be a string, or a list of at most {most}; none of them empty")
         return list(listed)
 
     def objects(self, name: str, *, most: int) -> list[Fields]:
-        """A list of objects, one at least."""
+        """Return a nonempty list of objects."""
         found = self.take(name)
         if found is None and (near := NearestNames(self._left).of(name)):
-            raise self.refuse(near[0][:80], f"is no field that is known here; did you mean {name}?")
+            raise self.refuse(near[0][:80], f"is not a supported field; did you mean {name}?")
         if not isinstance(found, list) or not 1 <= len(found) <= most or not all(isinstance(x, dict) for x in found):
             raise self.refuse(name, f"must be a list of 1 to {most} objects")
         place = f"{self.within}.{name}" if self.within else name
         return [Fields(each, f"{place}[{i}]") for i, each in enumerate(found)]
 
     def only(self, name: str, values: Sequence[Any], why: str) -> None:
-        """A field that may be there, if it asks for nothing that is not done here."""
+        """Refuse an unsupported value of a field; `values` are the supported ones, and `why` is the reason."""
         found = self.take(name)
         if found is not None and not any(type(found) is type(value) and found == value for value in values):
             raise self.refuse(name, why)
 
     def ignored(self, *names: str) -> None:
-        """Fields that mean nothing here, and change no answer."""
+        """Skip fields that have no effect here."""
         for name in names:
             self.take(name)
 
     def end(self) -> None:
-        """Refuse what nothing took."""
+        """Refuse fields that were not read."""
         for name in self._left:
             near = NearestNames(self._known).of(name)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise self.refuse(name[:80], f"is no field that is known here{hint}")
+            raise self.refuse(name[:80], f"is not a supported field{hint}")
 
     def _checked(self, name: str, holds: Callable[[Any], bool], wanted: str) -> Any:
         found = self.take(name)

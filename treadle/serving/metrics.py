@@ -1,4 +1,4 @@
-"""What the server counts, in Prometheus's text form."""
+"""The server's metrics, in Prometheus's text form."""
 
 from __future__ import annotations
 
@@ -21,41 +21,45 @@ class Metrics:
         self._requests = Counter("treadle_requests", "Requests", ["route", "status"], registry=self._registry)
         self._seconds = Histogram(
             "treadle_request_seconds",
-            "Until the answer, or the first of a stream",
+            "Seconds until the response, or the first part of a stream",
             ["route"],
             buckets=_SECONDS,
             registry=self._registry,
         )
         self._first = Histogram(
-            "treadle_first_token_seconds", "Until the first token", ["model"], buckets=_SECONDS, registry=self._registry
+            "treadle_first_token_seconds",
+            "Seconds until the first token",
+            ["model"],
+            buckets=_SECONDS,
+            registry=self._registry,
         )
         self._registry.register(_Loads(writers))
 
     def count(self, route: str, status: int, seconds: float) -> None:
-        """A request was answered."""
+        """Record a response."""
         self._requests.labels(route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
     def first(self, model: str, seconds: float) -> None:
-        """A request's first token was there."""
+        """Record the time of a request's first token."""
         self._first.labels(model).observe(seconds)
 
     def text(self) -> bytes:
-        """All of them."""
+        """Return all metrics."""
         found: bytes = generate_latest(self._registry)
         return found
 
 
 class _Loads(Collector):
-    """What the schedulers do, asked when it is wanted."""
+    """The load of the schedulers, read when metrics are collected."""
 
     def __init__(self, writers: Sequence[ServedWriter]) -> None:
         self._writers = writers
 
     def collect(self) -> Iterable[Metric]:
-        rows = GaugeMetricFamily("treadle_rows", "Texts that are being written", labels=["model"])
-        waiting = GaugeMetricFamily("treadle_waiting", "Texts that wait for a row", labels=["model"])
-        tokens = CounterMetricFamily("treadle_tokens", "Tokens read and written", labels=["model", "kind"])
+        rows = GaugeMetricFamily("treadle_rows", "Texts in generation", labels=["model"])
+        waiting = GaugeMetricFamily("treadle_waiting", "Requests that wait for a row", labels=["model"])
+        tokens = CounterMetricFamily("treadle_tokens", "Tokens processed and generated", labels=["model", "kind"])
         steps = CounterMetricFamily("treadle_steps", "Steps of all rows at once", labels=["model"])
         for each in self._writers:
             load = each.scheduler.load()

@@ -1,4 +1,4 @@
-"""What is served: a model that writes, whose rows a scheduler shares out, or one that embeds sentences."""
+"""Served models: a language model, whose rows a scheduler assigns, or an embedding model for sentences."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class ServedWriter:
 
     @property
     def told(self) -> str:
-        """What it has, in a few words."""
+        """A short description of its capacity."""
         session = self.scheduler.session
         rows = len(session.rows) + session.free
         return f"{rows} rows of {session.capacity} tokens, {session.nbytes / 1e6:.0f} MB of caches"
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        """The ids of a prompt. Raises RequestRefusal for one that no row takes."""
+        """Return the ids of a prompt. Raises RequestRefusal for a prompt that does not fit into a row."""
         try:
             ids = prompt.ids if prompt.text is None else tuple(self.writer.tokens([prompt.text])[0])
             self.scheduler.check(ids)
@@ -50,7 +50,7 @@ class ServedWriter:
         return ids
 
     def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        """The ids of a conversation, up to where the assistant's answer begins. Raises RequestRefusal."""
+        """Return the ids of a conversation, up to the start of the assistant's answer. Raises RequestRefusal."""
         try:
             if self._template is None:
                 self._template = self.writer.chat_template()
@@ -61,18 +61,18 @@ class ServedWriter:
         return ids
 
     def close(self, *, drain: float) -> None:
-        """Write no more; see `Scheduler.close`."""
+        """Stop generation; see `Scheduler.close`."""
         self.scheduler.close(drain=drain)
         if self._template is not None:
             self._template.close()
 
     def shown(self, token: int) -> str:
-        """A token's text by itself."""
+        """Return the text of a single token."""
         return self.writer.tokenizer.text([token])
 
 
 class ServedEmbedder:
-    """A sentence encoder under a name. One request is computed at a time; so many wait."""
+    """A sentence encoder under a name. One request is computed at a time; a bounded number waits."""
 
     def __init__(self, name: str, embedder: SentenceEmbedder, *, queue: int) -> None:
         self.name, self.embedder, self.queue = name, embedder, queue
@@ -82,17 +82,17 @@ class ServedEmbedder:
 
     @property
     def told(self) -> str:
-        """What it has, in a few words."""
+        """A short description of its output."""
         return f"embeddings of {self.embedder.width} numbers"
 
     def embed(self, texts: Sequence[str]) -> Embedded:
-        """Vectors of texts; blocks until its turn.
+        """Return vectors of texts; block until it is this request's turn.
 
-        Raises RequestRefusal where too many wait, or a text cannot be embedded.
+        Raises RequestRefusal if too many requests wait, or a text cannot be embedded.
         """
         with self._count:
             if self._waiting >= self.queue:
-                raise queue_full(f"{self._waiting} requests wait already")
+                raise queue_full(f"{self._waiting} requests are waiting")
             self._waiting += 1
         try:
             with self._turn:
@@ -108,13 +108,13 @@ Served = ServedWriter | ServedEmbedder
 
 
 def queue_full(why: str) -> RequestRefusal:
-    """What is told whom no more can be taken from just now."""
+    """Return the response to a request that cannot be accepted at the moment."""
     return RequestRefusal(429, f"{why}; try again later", code="queue_full", headers={"Retry-After": "1"})
 
 
 @dataclass(frozen=True)
 class Opening:
-    """How models are opened: see `treadle serve`."""
+    """Options for opening models: see `treadle serve`."""
 
     backend: str
     target: Target
@@ -125,9 +125,9 @@ class Opening:
     resumes: bool | None = None
 
     def open(self, model: str, **config: Any) -> Served:
-        """Compile a model, given as NAME=MODEL or MODEL, to write or, where it writes nothing, to embed.
+        """Compile a model, given as NAME=MODEL or MODEL, for text generation, or else for embeddings.
 
-        Raises, where it does neither, why it does not write.
+        If the model supports neither, raises the error of text generation.
         """
         name, is_named, place = model.partition("=")
         if not is_named:

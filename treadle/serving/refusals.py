@@ -1,4 +1,4 @@
-"""What a caller is told who asked for what cannot be: a status, and an error object as OpenAI's clients read it."""
+"""HTTP error responses: a status, and an error object in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_
 
 
 class RequestRefusal(Exception):
-    """An answer that is no answer.
+    """An error response.
 
-    status   of HTTP: 4xx where the caller can do something about it
+    status   HTTP status: 4xx if the client can correct the request
     message  one sentence or two
-    field    of the body that is wrong, if one is
-    code     a word for programs
-    headers  beside the body
+    field    the invalid field of the body, if any
+    code     an error code for programs
+    headers  additional headers
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class RequestRefusal(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The error object."""
+        """Return the error object."""
         kind = _KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.field, "code": self.code}}
 
@@ -42,7 +42,7 @@ class RequestRefusal(Exception):
 def refused(
     error: TreadleError, *, status: int = 400, field: str | None = None, code: str | None = None
 ) -> RequestRefusal:
-    """An error of ours as an answer: what is wrong, what was received, what to do."""
+    """Convert one of our errors to an error response: the error, the received value, the hint."""
     said = [error.what]
     if error.received:
         said.append(f"received {error.received}")

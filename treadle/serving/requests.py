@@ -1,7 +1,7 @@
-"""The bodies of requests, read: completions, chat completions and embeddings, as OpenAI's API reference describes them.
+"""Parsing of requests' bodies: completions, chat completions and embeddings, as in OpenAI's API reference.
 
-What changes an answer and is not done here is refused by name, and so is what nobody knows. Beside the fields of the
-reference: top_k, min_p, repetition_penalty.
+Unknown fields, and fields that would change an answer and are not supported, are refused by name. Supported in addition
+to the reference: top_k, min_p, repetition_penalty.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from treadle.serving.fields import Fields
 from treadle.serving.refusals import RequestRefusal
 
 MOST_TEXTS = 128
-"""Continuations that one request may ask for, prompts times choices."""
+"""Maximum number of continuations of one request, prompts times choices."""
 MOST_INPUTS = 2048
-"""Texts that one request may have embedded."""
+"""Maximum number of texts to embed in one request."""
 MOST_MESSAGES = 1024
 MOST_LIKELY = 20
 ROLES = ("system", "developer", "user", "assistant")
@@ -29,7 +29,7 @@ _NESTING, _VALUES = 16, 200_000
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is continued: a text, or ids of tokens."""
+    """A prompt: text or token ids."""
 
     text: str | None = None
     ids: tuple[int, ...] = ()
@@ -37,16 +37,16 @@ class Prompt:
 
 @dataclass(frozen=True)
 class WantedTexts:
-    """Continuations that a request asks for.
+    """Parameters of the continuations in a request.
 
-    model     by name
-    choices   of each prompt
-    most      tokens of each; None: as many as there is room for
+    model     the model's name
+    choices   number of choices per prompt
+    most      maximum number of tokens of each; None: as many as fit
     sampling, stop   see `treadle.runtime`
-    penalties   rules of `TokenRules` by name; None: as the model's folder says
-    likely    the likeliest tokens told beside each one; None: no logarithms of probabilities are told
-    streams   told piece by piece
-    usage     whether a stream ends with the counts of tokens
+    penalties   token rules by name; None: those of the model's folder
+    likely    number of most likely tokens to report with each token; None: no logprobs
+    streams   True if the response is streamed
+    usage     True if a stream ends with token counts
     """
 
     model: str
@@ -62,7 +62,7 @@ class WantedTexts:
 
 @dataclass(frozen=True)
 class WantedCompletions:
-    """A request for completions: prompts, and how they are continued."""
+    """A request for completions: prompts, and parameters of their continuations."""
 
     prompts: tuple[Prompt, ...]
     how: WantedTexts
@@ -70,7 +70,7 @@ class WantedCompletions:
 
 @dataclass(frozen=True)
 class WantedChat:
-    """A request for a chat completion: messages of a role and a content each, and how they are answered."""
+    """A request for a chat completion: messages with role and content, and parameters of the answers."""
 
     messages: tuple[Mapping[str, str], ...]
     how: WantedTexts
@@ -80,7 +80,7 @@ class WantedChat:
 class WantedEmbeddings:
     """A request for embeddings.
 
-    as_bytes   vectors as base64 of their float32 numbers, little-endian, in place of numbers
+    as_bytes   True for vectors as base64 of their float32 numbers, little-endian, instead of numbers
     """
 
     model: str
@@ -89,39 +89,39 @@ class WantedEmbeddings:
 
 
 def read_body(data: bytes) -> Fields:
-    """A body's members. Raises RequestRefusal where it is no JSON object."""
+    """Parse a body. Raises RequestRefusal if it is not a JSON object."""
     try:
         return Fields(read_json_object(data, "the body", nesting=_NESTING, values=_VALUES))
     except CheckpointError as error:
         place = f", at {error.within}" if error.within else ""
-        raise RequestRefusal(400, f"the body is no JSON object: {error.what}{place}", code="invalid_json") from None
+        raise RequestRefusal(400, f"the body is not a JSON object: {error.what}{place}", code="invalid_json") from None
 
 
 def read_completions(fields: Fields) -> WantedCompletions:
-    """Raises RequestRefusal."""
+    """Parse a request for completions. Raises RequestRefusal."""
     prompts = _prompts(fields)
     likely = fields.whole("logprobs", most=MOST_LIKELY)
-    fields.only("echo", (False,), "repeats the prompt, which is not done here")
-    fields.only("suffix", ("",), "asks for a text before it, which is not done here")
+    fields.only("echo", (False,), "repeats the prompt, which is not supported")
+    fields.only("suffix", ("",), "asks for text before a suffix, which is not supported")
     most = fields.whole("max_tokens")
     choices = _choices(fields, len(prompts))
-    fields.only("best_of", (1, choices), "chooses among more texts than n, which is not done here")
+    fields.only("best_of", (1, choices), "selects among more texts than n, which is not supported")
     how = _how(fields, choices, 16 if most is None else most, likely)
     return WantedCompletions(prompts, how)
 
 
 def read_chat(fields: Fields) -> WantedChat:
-    """Raises RequestRefusal."""
+    """Parse a request for a chat completion. Raises RequestRefusal."""
     messages = tuple([_message(each) for each in fields.objects("messages", most=MOST_MESSAGES)])
     told, likely = fields.truth("logprobs"), fields.whole("top_logprobs", most=MOST_LIKELY)
     if likely is not None and not told:
         raise fields.refuse("top_logprobs", "needs logprobs to be true")
     first, second = fields.whole("max_completion_tokens"), fields.whole("max_tokens")
     for name in ("tools", "functions"):
-        fields.only(name, ([],), "has the model call functions, which is not done here")
-    fields.only("tool_choice", ("none", "auto"), "has the model call functions, which is not done here")
-    fields.only("function_call", ("none", "auto"), "has the model call functions, which is not done here")
-    fields.only("response_format", ({"type": "text"},), "must be text: no grammar is kept to here")
+        fields.only(name, ([],), "lets the model call functions, which is not supported")
+    fields.only("tool_choice", ("none", "auto"), "lets the model call functions, which is not supported")
+    fields.only("function_call", ("none", "auto"), "lets the model call functions, which is not supported")
+    fields.only("response_format", ({"type": "text"},), "must be text: grammars are not supported")
     fields.only("modalities", (["text"],), "must be text")
     fields.ignored("parallel_tool_calls", "store", "metadata", "service_tier")
     how = _how(fields, _choices(fields, 1), first if first is not None else second, (likely or 0) if told else None)
@@ -129,38 +129,38 @@ def read_chat(fields: Fields) -> WantedChat:
 
 
 def read_embeddings(fields: Fields) -> WantedEmbeddings:
-    """Raises RequestRefusal."""
+    """Parse a request for embeddings. Raises RequestRefusal."""
     model = _model(fields)
     texts = fields.texts("input", most=MOST_INPUTS)
     if not texts:
-        raise fields.refuse("input", "must be a text, or a list of texts")
+        raise fields.refuse("input", "must be a string, or a list of strings")
     form = fields.text("encoding_format") or "float"
     if form not in ("float", "base64"):
         raise fields.refuse("encoding_format", "must be float or base64")
-    fields.only("dimensions", (), "asks for shorter vectors, which no model here was trained for")
+    fields.only("dimensions", (), "asks for shorter vectors, which the served models do not support")
     fields.ignored("user")
     fields.end()
     return WantedEmbeddings(model, tuple(texts), form == "base64")
 
 
 def _how(fields: Fields, choices: int, most: int | None, likely: int | None) -> WantedTexts:
-    """What completions and chats have alike, and the end of the body."""
+    """Parse the fields that completions and chats share, and refuse unread fields."""
     temperature = fields.number("temperature", least=0, most=2)
     top_p = fields.number("top_p", least=0, most=1)
     seed = fields.whole("seed", most=2**63 - 1)
     sampling = Sampling(
         temperature=1.0 if temperature is None else temperature,
         top_k=fields.whole("top_k") or 0,
-        top_p=1.0 if top_p is None else max(top_p, 1e-9),  # 0 is the likeliest alone
+        top_p=1.0 if top_p is None else max(top_p, 1e-9),  # 0 selects the most likely token only
         min_p=fields.number("min_p", least=0, most=1) or 0.0,
         seed=secrets.randbits(62) if seed is None else seed,
     )
     presence = fields.number("presence_penalty", least=-2, most=2)
     repetition = fields.number("repetition_penalty", least=0.01, most=100)
     fields.only(
-        "frequency_penalty", (0, 0.0), "counts how often tokens came, which is not done here; presence_penalty is"
+        "frequency_penalty", (0, 0.0), "penalizes tokens by their counts, which is not supported; presence_penalty is"
     )
-    fields.only("logit_bias", ({},), "changes single logits, which is not done here")
+    fields.only("logit_bias", ({},), "changes single logits, which is not supported")
     penalties = {"presence_penalty": presence, "repetition_penalty": repetition}
     stop = tuple(fields.texts("stop", most=16, longest=1000))
     streams = fields.truth("stream")
@@ -168,7 +168,7 @@ def _how(fields: Fields, choices: int, most: int | None, likely: int | None) -> 
     usage = False
     if options is not None:
         if not streams or not isinstance(options, dict):
-            raise fields.refuse("stream_options", "must be an object, where stream is true")
+            raise fields.refuse("stream_options", "must be an object, and needs stream to be true")
         inside = Fields(options, "stream_options")
         usage = inside.truth("include_usage")
         inside.ignored("include_obfuscation")
@@ -182,7 +182,7 @@ def _how(fields: Fields, choices: int, most: int | None, likely: int | None) -> 
 def _model(fields: Fields) -> str:
     found = fields.text("model", longest=1000)
     if not found:
-        raise fields.refuse("model", "must be the name of a model that is served")
+        raise fields.refuse("model", "must be the name of a served model")
     return found
 
 
@@ -204,7 +204,7 @@ def _prompts(fields: Fields) -> tuple[Prompt, ...]:
             return tuple([Prompt(text=x) for x in found])
         if all(isinstance(x, list) and x and all(_is_id(i) for i in x) for x in found):
             return tuple([Prompt(ids=tuple(x)) for x in found])
-    raise fields.refuse("prompt", f"must be a text, ids of tokens, or a list of 1 to {MOST_TEXTS} of them")
+    raise fields.refuse("prompt", f"must be a string, token ids, or a list of 1 to {MOST_TEXTS} of them")
 
 
 def _is_id(value: Any) -> bool:
@@ -219,15 +219,15 @@ def _message(fields: Fields) -> Mapping[str, str]:
     if isinstance(content, list):
         content = "".join(_part(fields, i, part) for i, part in enumerate(content))
     if not isinstance(content, str):
-        raise fields.refuse("content", "must be a text, or a list of parts of type text")
+        raise fields.refuse("content", "must be a string, or a list of parts of type text")
     fields.ignored("name", "refusal")
     for name in ("tool_calls", "function_call", "audio"):
-        fields.only(name, ([],), "is not understood here")
+        fields.only(name, ([],), "is not supported")
     fields.end()
     return {"role": "system" if role == "developer" else role, "content": content}
 
 
 def _part(fields: Fields, number: int, part: Any) -> str:
     if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-        raise fields.refuse(f"content[{number}]", "must be of type text: nothing else is understood here")
+        raise fields.refuse(f"content[{number}]", "must be of type text: other types are not supported")
     return str(part["text"])

@@ -1,4 +1,4 @@
-"""The server as a process: an address to listen at, and a clean end."""
+"""The server process: the listening address, and a graceful shutdown."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from treadle.serving.models import Served
 
 _BACKLOG = 2048
 CONNECTIONS = 1024
-"""Connections at a time; more are told 503."""
+"""Maximum number of connections; further ones get status 503."""
 
 
 def serve(
@@ -29,12 +29,12 @@ def serve(
     drain: float = 30.0,
     ready: Callable[[str], None] = lambda address: None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM; then what is being answered may end within `drain` seconds.
+    """Serve until SIGINT or SIGTERM; running requests then have `drain` seconds to finish.
 
-    port    0: one that is free
-    ready   told the address, once it is listened at
+    port    0: any free port
+    ready   called with the address once the server listens
 
-    Raises UsageError for an address that cannot be listened at.
+    Raises UsageError if the server cannot listen at the address.
     """
     server = Server(served, limits=limits, key=key)
     listening = _listen(host, port)
@@ -57,7 +57,7 @@ def serve(
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """The server ends by itself at a signal, and raises it again when it has: that it has ended is no failure."""
+    """Ignore the signal that the server raises again after it shut down: the shutdown is not a failure."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,14 +1,14 @@
-"""A model split over a mesh: planned and checked, tried in the lab without any device, saved, and run by ranks.
+"""Models split over a mesh: planned and checked, simulated without any device, saved, and run by ranks.
 
     plan = shard_model("gpt2", "tp=2,dp=2", recipe="megatron")
-    print(plan)                                     # where everything lies, where ranks meet, and why
+    print(plan)                                     # placements, collectives, and the reasons
     plan = shard_model(model, "tp=4", axes={"heads": "tp", "vocab": "tp"})
 
 plans.py            the plan, and the programs of ranks
-needs.py            what one device holds, and how long it works
-lab_trials.py       all ranks in this process, held against the whole model
+needs.py            memory and time of one device
+lab_trials.py       all ranks simulated in this process, compared with the whole model
 sharded_models.py   plan and weights in one file
-rank_models.py      one rank's part, compiled and loaded by a process of its own
+rank_models.py      one rank's part, compiled and loaded by its own process
 """
 
 from treadle.sharding.lab_trials import LabTrial, try_in_lab

@@ -1,4 +1,4 @@
-"""`try_in_lab`: the programs of all ranks of a plan, run without any device and held against the whole model."""
+"""`try_in_lab`: simulate the programs of all ranks of a plan without any device, and compare with the whole model."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from treadle.sharding.plans import rank_graph
 Array = np.ndarray[Any, Any]
 
 NEAR = 1e-11
-"""How far the lab's outputs may be from the whole model's, beside the greatest: sums of float64 in another order."""
+"""Largest error of the lab's outputs, relative to the largest element: float64 sums in another order."""
 
 
 @dataclass(frozen=True)
 class LabTrial:
-    """How near the ranks together came to the whole model.
+    """The error of the ranks' results, compared with the whole model.
 
-    differences  by output: the greatest difference, beside the greatest element
-    sizes        of the symbols
-    meetings     how many times a group of ranks met
+    differences  by output: the largest difference, relative to the largest element
+    sizes        sizes of the symbols
+    meetings     number of collectives, counted per group of ranks
     """
 
     differences: Mapping[str, float]
@@ -41,19 +41,17 @@ class LabTrial:
 
     @property
     def passed(self) -> bool:
-        """Whether every output is as near as float64 lets it be."""
+        """True if every output is as accurate as float64 allows."""
         return all(difference <= NEAR for difference in self.differences.values())
 
     def facts(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the result for JSON."""
         told = {"differences": dict(self.differences), "sizes": dict(self.sizes), "meetings": self.meetings}
         return {"passed": self.passed, "ranks": self.ranks, **told}
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{name}={n}" for name, n in self.sizes.items())
-        head = (
-            f"lab: {self.ranks} ranks in float64{f' at {sizes}' if sizes else ''}, {self.meetings} meetings of groups"
-        )
+        head = f"lab: {self.ranks} ranks in float64{f' at {sizes}' if sizes else ''}, {self.meetings} collectives"
         lines = [f"  {name}: {difference:.1e} from the whole model" for name, difference in self.differences.items()]
         return "\n".join([head, *lines, "  equal" if self.passed else "  NOT equal"])
 
@@ -65,13 +63,13 @@ def try_in_lab(
     seed: int = 0,
     sizes: Mapping[str, int] | None = None,
 ) -> LabTrial:
-    """Run the programs of all ranks in lockstep, and the whole model, in float64 on drawn inputs.
+    """Run the programs of all ranks in lockstep, and the whole model, in float64 on random inputs.
 
-    weights  by name; without, initial values, and a little of noise in each, so that no bias is zero
-    sizes    of the symbols; by default such that they are uneven over the mesh
+    weights  by name; default: initial values plus a little noise, so that no bias is zero
+    sizes    sizes of the symbols; default: sizes that are not divisible by the mesh
 
-    Raises GraphError where ranks do not meet as they should, and for more ranks than the lab runs; UsageError for
-    weights in blocks that are not written.
+    Raises GraphError if collectives of ranks do not match, and for more ranks than the lab supports; UsageError for
+    quantized weights whose values cannot be drawn.
     """
     refuse_many_ranks(plan.devices)
     graph = plan.graph
@@ -87,7 +85,9 @@ def try_in_lab(
         for name, value in graph.parameters.items():
             if value.type.encoding is not None and weights[name] is noisy[name]:
                 hint = Hint('weights=, or widen="blocks" when the model is planned', "--widen blocks")
-                raise UsageError(f"the lab draws no blocks of {value.type.encoding}", received=name, hint=hint)
+                raise UsageError(
+                    f"the lab cannot draw random weights in {value.type.encoding}", received=name, hint=hint
+                )
     given = draw_inputs(graph, chosen, [seed])
     whole = interpret(graph, given, weights, float64=True)
     programs = [rank_graph(plan, rank) for rank in range(plan.devices.ranks)]
@@ -97,7 +97,7 @@ def try_in_lab(
 
 
 def _difference(found: Array, wanted: Array) -> float:
-    """The greatest difference beside the greatest element, or beside 1."""
+    """Return the largest difference, relative to the largest element or to 1."""
     if not wanted.size:
         return 0.0
     apart = np.abs(np.asarray(found, np.float64) - np.asarray(wanted, np.float64))

@@ -1,4 +1,4 @@
-"""`device_needs`: what one device of a sharded model holds, when it works and meets others, and what limits that."""
+"""`device_needs`: memory of one device of a sharded model, its timetable of work and collectives, its bottleneck."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from treadle.sharding.plans import rank_graph
 
 @dataclass(frozen=True)
 class DeviceNeeds:
-    """What the last rank needs, of which no part is smaller than another rank's, at the plan's sizes.
+    """The needs of the last rank, whose parts are at least as large as any other rank's, at the plan's sizes.
 
     weights  bytes of its parts of the weights
-    values   bytes of values that live at once at the peak, by the storage plan of its program for the NumPy backend,
-             and of the weights that are gathered meanwhile for the next call
-    ports    bytes of the inputs, which come whole, and of its parts of the outputs
+    values   bytes of values alive at the peak, by the storage plan of its program for the NumPy backend, including
+             weights that are gathered at the same time for the next call
+    ports    bytes of the inputs, which are whole, and of its parts of the outputs
     memory   bytes that the device has
-    times    when it works, and when it meets others
-    stages   of a pipeline: when each works. Then `times` are of the last stage
-    stage    of a pipeline the one that holds the most: bytes are of it
+    times    the timetable of work and collectives
+    stages   the timetables of a pipeline's stages. Then `times` belongs to the last stage
+    stage    the pipeline stage that holds the most; all bytes refer to this stage
     """
 
     weights: int
@@ -44,29 +44,29 @@ class DeviceNeeds:
     stage: int = 0
 
     def causes(self) -> list[Cause]:
-        """Why ranks meet, what takes the longest first; of a rank of each stage together."""
+        """The reasons of collectives, the longest first; for a pipeline, over a rank of each stage."""
         if self.stages is None:
             return self.times.causes()
         return Timetable(tuple([each for times in self.stages.stages for each in times.busy]), ()).causes()
 
     @property
     def held(self) -> int:
-        """Bytes of all that it holds."""
+        """Total bytes that it holds."""
         return self.weights + self.values + self.ports
 
     @property
     def fits(self) -> bool:
-        """Whether the device holds it."""
+        """True if the device has enough memory."""
         return self.held <= self.memory
 
     @property
     def limit(self) -> str:
-        """What limits a run: "memory" where it does not fit, else what most of its time is spent on, one of LIMITS."""
+        """The bottleneck of a run: "memory" if it does not fit, else the largest part of its time, one of LIMITS."""
         times = self.times.by_limit()
         return max(times, key=lambda name: times[name]) if self.fits else "memory"
 
     def facts(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the needs for JSON."""
         return {
             "weights": self.weights,
             "values": self.values,
@@ -99,7 +99,7 @@ class DeviceNeeds:
         return "\n".join([*lines, self.limit_line()])
 
     def run_line(self) -> str:
-        """How long a run takes at least, and of what."""
+        """Return a line on the least time of a run and its parts."""
         times = self.times
         if not times.collectives:
             return f"a run takes at least {milliseconds(times.seconds)} of work, and no collectives"
@@ -109,12 +109,12 @@ class DeviceNeeds:
         )
 
     def _hidden(self) -> str:
-        """How much of that runs beside the rest."""
+        """Return a phrase on the collectives that overlap with other work."""
         hidden = self.times.work + self.times.collectives - self.times.seconds
-        return f",\n  {milliseconds(hidden)} of these beside others" if hidden > 0.01 * self.times.seconds else ""
+        return f",\n  {milliseconds(hidden)} of these overlapped" if hidden > 0.01 * self.times.seconds else ""
 
     def limit_line(self) -> str:
-        """What limits it."""
+        """Return a line on the bottleneck."""
         if not self.fits:
             over = human(int(self.held - self.memory), "B")
             return f"memory limits: {over} too much, {self.weights / self.held:.0%} of it weights"
@@ -123,13 +123,13 @@ class DeviceNeeds:
 
 
 def milliseconds(seconds: float) -> str:
-    """A time in three digits: `0.0826 ms`, `4,170 ms`."""
+    """Return a time in three digits: `0.0826 ms`, `4,170 ms`."""
     count = seconds * 1e3
     return f"{count:,.0f} ms" if count >= 999.5 else f"{count:.3g} ms"
 
 
 def device_needs(plan: ShardingPlan) -> DeviceNeeds:
-    """What one device of the mesh needs. No weight is read or drawn."""
+    """Return the needs of one device of the mesh. No weight is read or drawn."""
     if plan.pipeline is None:
         program = rank_graph(plan, plan.mesh.ranks - 1)
         sizes = choose_sizes(program, plan.sizes)
@@ -149,16 +149,16 @@ def device_needs(plan: ShardingPlan) -> DeviceNeeds:
 
 
 def _held(program: Graph, sizes: Mapping[str, int]) -> tuple[int, int, int]:
-    """Bytes of weights, of values at the peak, of inputs and outputs."""
+    """Return the bytes of weights, of values at the peak, and of inputs and outputs."""
     ports = [*program.main.inputs, *program.main.outputs.values()]
     values = _peak(program, sizes) + bytes_ahead(program, sizes)
     return parameter_bytes(program), values, sum(v.type.bytes_at(sizes) for v in ports)
 
 
 def _peak(program: Graph, sizes: Mapping[str, int]) -> int:
-    """Bytes of values that live at once at the peak, by the storage plan that the NumPy backend makes.
+    """Return the bytes of values alive at the peak, by the storage plan of the NumPy backend.
 
-    The backend itself is not asked whether it could run the program: it has no bf16, and plans it all the same.
+    The backend is not asked if it can run the program: it has no bf16, but its storage plan is valid all the same.
     """
     numpy, target = find_backend("numpy"), Target("cpu")
     assert isinstance(numpy, StagedBackend)

@@ -1,7 +1,7 @@
-"""`shard_model`: a model split over a mesh, planned and checked, and the programs of its ranks.
+"""`shard_model`: plan a model over a mesh, check the plan, and derive the programs of its ranks.
 
-What is split is the graph in which everything is recognized and nothing is merged (`treadle.passes.pipelines`); the
-programs of ranks go through the rest.
+The planned graph has all composites recognized and is not yet fused further (`treadle.passes.pipelines`); the programs
+of ranks pass through the rest of the pipeline.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ def shard_model(
 ) -> ShardingPlan:
     """Plan a model over a mesh, and check the plan. No weight is read or drawn.
 
-    model            as `treadle.compile` takes it
+    model            as in `treadle.compile`
     mesh             axes with their sizes, the one with the most traffic first: "tp=8,dp=2"
     recipe           "megatron", "sequence", "context", "dp", "fsdp", "megatron-fsdp" or "gpipe"
     axes             axes of the model by name, with the mesh axes that split them: {"heads": "tp", "batch": "dp"}; "-"
-                     leaves one whole that the recipe splits
-    sizes            of symbols, for which costs are compared
-    device           what each rank is: "h100", "a100", "cpu", or a `Machine`
-    dtype, quantize  in what the model computes, and in how many bits its weights are, as `treadle.compile` takes them
+                     replicates an axis that the recipe splits
+    sizes            sizes of symbols, for which costs are compared
+    device           the device of each rank: "h100", "a100", "cpu", or a `Machine`
+    dtype, quantize  as in `treadle.compile`
     config           of the declaration
 
-    Raises UsageError for a mesh, recipe, axis or device that there is not, and what `resolve` does.
+    Raises UsageError for an unknown mesh, recipe, axis or device, and as `resolve` does.
     """
     _, optimized = recognized(model, inputs, dtype, quantize, widen, limits, config, deferred=True)
     return plan_graph(optimized.graph, mesh, recipe=recipe, axes=axes, sizes=sizes, device=device)
@@ -70,9 +70,9 @@ def recognized(
     *,
     deferred: bool = False,
 ) -> tuple[Resolved, Optimized]:
-    """What MODEL names, and its graph in which everything is recognized, computes in `dtype` and is held in blocks.
+    """Return the model that MODEL names, and its graph with all composites recognized, in `dtype` and quantized.
 
-    deferred   weights of a checkpoint are read when parts of them are taken (`treadle.frontends.deferred_arrays`)
+    deferred   weights of a checkpoint are read when parts of them are used (`treadle.frontends.deferred_arrays`)
     """
     passes, widen = computing_in(dtype, RECOGNITION, widen, quantize)
     resolved = resolve(model, inputs=inputs, widen=widen, limits=limits, deferred=deferred, **config)
@@ -88,17 +88,17 @@ def plan_graph(
     sizes: Mapping[str, int] | None = None,
     device: str | Machine = "h100",
 ) -> ShardingPlan:
-    """Plan a graph in which everything is recognized, and check the plan: see `shard_model`."""
-    choose_sizes(graph, sizes or {})  # which refuses what no size of the graph can be
+    """Plan a graph with all composites recognized, and check the plan: see `shard_model`."""
+    choose_sizes(graph, sizes or {})  # refuses sizes that the graph does not allow
     plan = shard(graph, mesh, recipe=recipe, axes=axes, sizes=sizes, device=device)
     check_sharding(plan)
     return plan
 
 
 def rank_graph(plan: ShardingPlan, rank: int, *, dtype: str | None = None) -> Graph:
-    """The program of a rank after the rest of the pipeline.
+    """Return the program of a rank after the rest of the pipeline.
 
-    dtype  in which products with weights compute, as `treadle.compile` takes it
+    dtype  the dtype of products with weights, as in `treadle.compile`
     """
     passes, _ = computing_in(dtype, MERGING, ())
     return PassManager([*passes, GatherAhead()]).run(rank_program(plan, rank)).graph

@@ -1,11 +1,11 @@
-"""`compile_rank`: the part of a model that this rank runs, compiled by any backend, its part of the weights loaded.
+"""`compile_rank`: compile this rank's part of a model by any backend, and load its part of the weights.
 
     with join() as ranks:
         part = compile_rank("gpt2", "tp=2", ranks, recipe="megatron", backend="torch")
         logits = part(tokens=ids)["logits"]           # this rank's part of it
-        whole = part.gathered(part(tokens=ids))       # on rank 0, put together
+        whole = part.gathered(part(tokens=ids))       # on rank 0, joined
 
-Every rank plans for itself, and they compare versions, plans, weights and inputs before anything runs.
+Every rank plans by itself, and ranks compare versions, plans, weights and inputs before anything runs.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ from treadle.stepped import SteppedModel, step_of
 
 Array = np.ndarray[Any, Any]
 
-_SAMPLE = 8  # elements at each end of a weight of which ranks compare a hash
+_SAMPLE = 8  # ranks compare a hash of this number of elements at each end of a weight
 
 
 @dataclass(frozen=True)
 class RankModel:
     """A rank's part of a sharded model: call it with whole arrays by name, on all ranks.
 
-    executable    of the rank's program
-    communicator  through which its collectives meet; it counts what they moved
-    loaded        bytes of the checkpoint that its parts of the weights take; 0 where they are drawn
-    seed          of weights that are drawn
+    executable    the compiled program of the rank
+    communicator  runs its collectives, and counts the bytes that they moved
+    loaded        bytes of the checkpoint in its parts of the weights; 0 if they are drawn
+    seed          the seed of drawn weights
     """
 
     name: str
@@ -70,27 +70,29 @@ class RankModel:
 
     @property
     def inputs(self) -> tuple[Port, ...]:
-        """What a call takes."""
+        """The inputs of a call."""
         return self.executable.inputs
 
     def sizes(self, **arrays: Any) -> dict[str, int]:
-        """The symbols' sizes at a call. Raises BackendError for what is no such input, PassError for too small ones."""
+        """Return the symbols' sizes in a call. Raises BackendError for an invalid input, PassError for sizes that are
+        too small.
+        """
         signature = Signature(self.plan.graph, self.plan.main.function)
         _, sizes = signature.bind_sized(arrays, lambda port, value: np.asarray(value), {})
         refuse_small_sizes(self.plan, sizes)
         return sizes
 
     def __call__(self, /, **arrays: Any) -> Outputs:
-        """This rank's parts of the outputs. Raises as an executable does, and RankError where other ranks fail."""
+        """Return this rank's parts of the outputs. Raises as an executable does, and RankError if other ranks fail."""
         sizes = self.sizes(**arrays)
         self.ranks.doing("running")
         with self.communicator.running(tuple(sorted(sizes.items()))):
             return self.executable(**arrays)
 
     def gathered(self, parts: Mapping[str, Any], **arrays: Any) -> Outputs | None:
-        """Outputs put together of all ranks' parts: on rank 0, None on the others. All ranks have to call it.
+        """Return outputs joined from all ranks' parts on rank 0, None on the others. All ranks have to call it.
 
-        arrays  the inputs of the call that gave them
+        arrays  the inputs of the call that returned them
         """
         sizes, plan, met = self.sizes(**arrays), self.plan, self.communicator
         made = Outputs()
@@ -104,7 +106,7 @@ class RankModel:
                     part = taken_part(whole, value.type.shape, placed, plan.devices, rank, sizes)
                     own = rank == 0
                     part[...] = (
-                        _array(parts[name]) if own else met.received(part, rank, f"receiving {name} of rank {rank}")
+                        _array(parts[name]) if own else met.received(part, rank, f"receiving {name} from rank {rank}")
                     )
                 elif rank == self.ranks.rank:
                     met.send(parts[name], 0, f"sending {name} to rank 0")
@@ -116,9 +118,9 @@ class RankModel:
 def compile_rank(model: Model | Graph | str | Path, mesh: Mesh | str, ranks: Ranks, **options: Any) -> RankModel:
     """Plan a model over a mesh, and compile this rank's part of it. All ranks call it with the same arguments.
 
-    options  those of `RankPart.of`
+    options  the options of `RankPart.of`
 
-    Raises what that raises, and BackendError where the backend refuses the rank's program.
+    Raises as that does, and BackendError if the backend refuses the rank's program.
     """
     part = RankPart.of(model, mesh, ranks, **options)
     executable, _ = build(find_backend(part.backend), part.program, part.target, part.weights)
@@ -128,10 +130,10 @@ def compile_rank(model: Model | Graph | str | Path, mesh: Mesh | str, ranks: Ran
 def open_rank_stepped(
     model: Model | Graph | str | Path, mesh: Mesh | str, ranks: Ranks, *, cache: str | None = None, **options: Any
 ) -> SteppedModel:
-    """The step of generation of this rank's part: sessions hold caches of this rank's heads, and give whole logits.
+    """Compile the step of generation for this rank: sessions hold caches of this rank's heads, and return whole logits.
 
-    All ranks must do the same with theirs. Raises what `compile_rank` and `treadle.stepped.open_stepped` raise;
-    PassError for a plan that splits tokens, or rows of a batch.
+    All ranks must make the same calls. Raises as `compile_rank` and `treadle.stepped.open_stepped` do; PassError for a
+    plan that splits tokens, or rows of a batch.
     """
     part = RankPart.of(model, mesh, ranks, whole=True, **options)
     made = step_of(part.name, part.program, part.backend, part.target, part.weights, cache)
@@ -140,9 +142,9 @@ def open_rank_stepped(
 
 @dataclass(frozen=True)
 class RankPart:
-    """What a rank compiles: its program, and its parts of the weights.
+    """The program of a rank, and its parts of the weights, for compilation.
 
-    loaded  bytes of the checkpoint that these take; seed: of weights that are drawn
+    loaded  bytes of the checkpoint in these parts; seed: the seed of drawn weights
     """
 
     name: str
@@ -179,13 +181,13 @@ class RankPart:
         whole: bool = False,
         **config: Any,
     ) -> RankPart:
-        """Plan, agree with the other ranks, start torch.distributed, and load.
+        """Plan, compare with the other ranks, start torch.distributed, and load weights.
 
-        agree  what ranks compare beside versions, plans and weights
-        whole  whether every rank gets all of each output
+        agree  further values that ranks compare, in addition to versions, plans and weights
+        whole  True if every rank gets the whole of each output
 
-        Other arguments are those of `treadle.sharding.shard_model` and `treadle.compile`. Raises what these raise;
-        UsageError, on all ranks, where ranks differ or the mesh has other ranks; RankError where another rank fails.
+        Other arguments are as in `treadle.sharding.shard_model` and `treadle.compile`. Raises as these do; UsageError,
+        on all ranks, if ranks differ or the mesh has another number of ranks; RankError if another rank fails.
         """
         ranks.doing(f"planning {model if isinstance(model, str | Path) else model.name}")
         resolved, optimized = recognized(model, inputs, dtype, quantize, widen, limits, config, deferred=True)
@@ -193,7 +195,7 @@ class RankPart:
         if whole:
             if plan.pipeline is not None:
                 raise PassError(
-                    "a pipeline has no step of generation: its stages take whole batches, one part after another",
+                    "a pipeline has no step of generation: its stages run whole batches, split into micro-batches",
                     received=f"recipe {plan.recipe}",
                     hint="a recipe without stages: megatron",
                 )
@@ -216,9 +218,9 @@ class RankPart:
 
 
 class _MetExecutable:
-    """Entries of a rank's program, whose collectives meet; see `treadle.backends.protocol.StatefulExecutable`."""
+    """Entries of a rank's program, with collectives; see `treadle.backends.protocol.StatefulExecutable`."""
 
-    exact_rows = False  # a collective adds up in an order that depends on how much it adds
+    exact_rows = False  # the order in which a collective adds depends on the size
 
     def __init__(self, executable: StatefulExecutable, communicator: Communicator) -> None:
         self._executable, self._communicator = executable, communicator
@@ -251,10 +253,10 @@ class _MetEntry:
 def load_part(
     plan: ShardingPlan, rank: int, held: Mapping[str, Any] | None, seed: int = 0
 ) -> tuple[dict[str, Any], int]:
-    """A rank's parts of the weights, and how many bytes of their files these are.
+    """Return a rank's parts of the weights, and the number of bytes that they have in their files.
 
-    held  by name: arrays, mapped or deferred (`treadle.frontends.deferred_arrays`), of which nothing else is read;
-          None: they are drawn from the seed. Those that the plan holds in blocks, and come as numbers, are read whole
+    held  by name: arrays, mapped or deferred (`treadle.frontends.deferred_arrays`), of which only the parts are read;
+          None: they are drawn from the seed. Weights that the plan quantizes are read whole
     """
     own = rank_weights(plan, rank, _Weights(plan.graph, held, seed))
     if held is None:
@@ -267,7 +269,7 @@ def load_part(
 
 
 class _Weights(Mapping[str, Any]):
-    """Weights of a graph, each made when it is asked for: mapped, drawn, or put into blocks."""
+    """Weights of a graph, each created on access: mapped, drawn, or quantized."""
 
     def __init__(self, graph: Graph, held: Mapping[str, Any] | None, seed: int) -> None:
         self.graph, self.held, self.seed = graph, held, seed
@@ -280,7 +282,7 @@ class _Weights(Mapping[str, Any]):
         return encode_weights(self.graph, {n: self._number(n) for n in balances[0].read}, balances)[name]
 
     def _number(self, name: str) -> Any:
-        """A weight as it is given or drawn."""
+        """Return a weight, given or drawn."""
         if self.held is not None and name not in self.held:
             raise UsageError(f"weights= lacks {name}")
         return initial_weight(self.graph, name, self.seed) if self.held is None else self.held[name]
@@ -293,7 +295,7 @@ class _Weights(Mapping[str, Any]):
 
 
 def _told_weights(held: Mapping[str, Any] | None, seed: int) -> str:
-    """What ranks compare of weights: all shapes and dtypes, and some numbers of each."""
+    """Describe weights for the comparison between ranks: all shapes and dtypes, and some elements of each."""
     if held is None:
         return f"drawn from {seed}"
     digest = hashlib.sha256()
@@ -307,10 +309,10 @@ def _told_weights(held: Mapping[str, Any] | None, seed: int) -> str:
 
 
 def _holders(plan: ShardingPlan, name: str, placed: MeshPlacement) -> list[int]:
-    """The ranks that together hold all parts of an output, each once: of copies the first."""
+    """Return the ranks that together hold all parts of an output, each part once; the first rank of copies."""
     mesh = plan.devices
     if placed.partial:
-        raise RankError("an output is left as terms of a sum", received=placed.text(mesh))
+        raise RankError("an output is left as a partial sum", received=placed.text(mesh))
     used = set(placed.used) | set(() if plan.pipeline is None else mesh.parts_of(plan.pipeline.over))
     unused = [part for part in mesh.parts if part not in used]
     holding = [rank for rank in range(mesh.ranks) if plan.holds_output(rank, name)]
@@ -318,5 +320,5 @@ def _holders(plan: ShardingPlan, name: str, placed: MeshPlacement) -> list[int]:
 
 
 def _array(part: Any) -> Array:
-    """A result as an array of the processor's memory."""
+    """Return a result as an array in CPU memory."""
     return np.ascontiguousarray(part.cpu().numpy() if hasattr(part, "cpu") else part)

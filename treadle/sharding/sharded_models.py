@@ -1,9 +1,9 @@
-"""A model split over a mesh with its weights, in one `.treadle` file: the plan is saved, programs of ranks are derived.
+"""A sharded model with its weights in one `.treadle` file: the plan is saved, programs of ranks are derived from it.
 
 made = sharded("gpt2", "tp=2", recipe="megatron")
 made.save("gpt2.treadle")
 again = load_sharded("gpt2.treadle")
-again.program(1), again.parts(1)        # what rank 1 runs, and its parts of the weights: views of the mapped file
+again.program(1), again.parts(1)        # the program of rank 1, and its parts of the weights: views of the mapped file
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class ShardedModel:
-    """A model and how it is split.
+    """A model and its sharding plan.
 
-    name       the model's
-    plan       of the graph in which everything is recognized
-    optimized  the graph as declared, that graph, and the log between them
+    name       the model's name
+    plan       the plan of the graph with all composites recognized
+    optimized  the graph as declared, the planned graph, and the log between them
     weights    whole, by name
-    seed       that drew them; None where they were given
+    seed       the seed of drawn weights; None if they were given
     """
 
     name: str
@@ -51,17 +51,17 @@ class ShardedModel:
     seed: int | None = None
 
     def program(self, rank: int) -> Graph:
-        """The program of a rank, after the rest of the pipeline. Raises PassError for a rank that there is not."""
+        """Return a rank's program, after the rest of the pipeline. Raises PassError for a rank outside the mesh."""
         return rank_graph(self.plan, rank)
 
     def parts(self, rank: int) -> dict[str, Array]:
-        """The parts of the weights that a rank's program takes: views of the whole."""
+        """Return the parts of the weights that a rank's program uses: views of the whole weights."""
         return rank_weights(self.plan, rank, self.weights)
 
     def save(self, path: PathLike) -> str:
-        """Write plan, graph and weights to one `.treadle` file; returns its seal. Equal models give equal bytes.
+        """Write plan, graph and weights to one `.treadle` file, and return its seal. Equal models give equal bytes.
 
-        `treadle.load` takes such a file for the whole model. Raises UsageError where it cannot be written.
+        `treadle.load` reads such a file as the whole model. Raises UsageError if it cannot be written.
         """
         return write_artifact(path, self.name, "numpy", "cpu", self.optimized, self.weights, self.seed, self.plan)
 
@@ -83,9 +83,9 @@ def sharded(
     limits: Mapping[str, int] | None = None,
     **config: Any,
 ) -> ShardedModel:
-    """Split a model as `treadle.sharding.shard_model` does, with the weights that `treadle.compile` would take.
+    """Split a model as `treadle.sharding.shard_model` does, with the weights that `treadle.compile` would use.
 
-    Raises what both do.
+    Raises as both do.
     """
     resolved, optimized = recognized(model, inputs, dtype, quantize, widen, limits, config)
     plan = plan_graph(optimized.graph, mesh, recipe=recipe, axes=axes, sizes=sizes, device=device)
@@ -99,15 +99,15 @@ def sharded(
 def load_sharded(
     path: PathLike, *, limits: ArtifactLimits | Mapping[str, int] | None = None, check: bool = True
 ) -> ShardedModel:
-    """Load what `ShardedModel.save` wrote; weights are mapped, and read when they are used.
+    """Load a file of `ShardedModel.save`; weights are mapped, and read when they are used.
 
     check  compare every weight with its hash, which reads the whole file once
 
-    The plan is checked, whoever made it. Raises what `treadle.artifacts.open_artifact` does, PassError for a plan that
-    is wrong, and UsageError for a file without one.
+    The plan is checked in any case. Raises as `treadle.artifacts.open_artifact` does, PassError for a plan that is
+    wrong, and UsageError for a file without one.
     """
     held = open_artifact(path, limits=limits, check=check)
     if held.sharding is None:
         hint = Hint('sharded(model, "tp=2", recipe="megatron").save(path)', "treadle shard MODEL --mesh tp=2 -o FILE")
-        raise UsageError("the file holds a model that is not split", received=shown_path(path), hint=hint)
+        raise UsageError("the file contains a model that is not sharded", received=shown_path(path), hint=hint)
     return ShardedModel(held.name, held.sharding, held.optimized, held.weights, held.seed)

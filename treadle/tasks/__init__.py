@@ -1,1 +1,1 @@
-"""What people ask of models with heads: one file a task, over one way to load, batch and read labels."""
+"""Tasks of models with heads: one file per task, with shared loading, batching and labels."""

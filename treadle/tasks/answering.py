@@ -1,12 +1,12 @@
-"""Answering a question by a span of a text (Devlin et al. 2019, section 4.2).
+"""Answer a question by a span of a text (Devlin et al. 2019, section 4.2).
 
     reader = QuestionAnswerer.open(ModelOptions("folder"))
     (best,) = reader.answer([("Where did Ada live?", "Ada lived in London.")])[0]
     best.text, best.start, best.end
 
-A text that is too long for the model is read in windows that overlap; a span's score is the probability of its first
-token times the probability of its last, each among the text's tokens in its window and the first token of all, which
-stands for no answer: as in Hugging Face's pipeline of transformers 4.
+A text that is too long for the model is read in overlapping windows. A span's score is the probability of its first
+token times the probability of its last. Probabilities are over the text's tokens in its window and the first token of
+the window, which stands for no answer: as in Hugging Face's pipeline of transformers 4.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ Array = np.ndarray[Any, Any]
 
 HEAD = Head("answer questions", ("ForQuestionAnswering",))
 WINDOW, OVERLAP = 384, 128
-"""Tokens of a window, question included, and how many of them it shares with the next."""
+"""Tokens of a window, question included, and the number of tokens that it shares with the next window."""
 
 
 @dataclass(frozen=True)
 class Answer:
     """A span of the text.
 
-    text        as it stands in the text, from the beginning of its first word to the end of its last
-    score       how likely it is
-    start, end  where it stands, in characters
+    text        the span, from the start of its first word to the end of its last
+    score       its probability
+    start, end  its offsets in the text, in characters
     """
 
     text: str
@@ -48,13 +48,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class QuestionAnswerer:
-    """A model that finds where an answer starts and ends."""
+    """A model that predicts the start and end of an answer."""
 
     opened: OpenedModel
 
     @classmethod
     def open(cls, options: ModelOptions) -> QuestionAnswerer:
-        """Raises as `OpenedModel.open` does, and UsageError where the head has other outputs than two."""
+        """Open a model. Raises as `OpenedModel.open` does, and UsageError if the head does not have two outputs."""
         opened = OpenedModel.open(options, HEAD)
         (logits,) = (port for port in opened.model.outputs if port.name == "logits")
         if logits.type.shape[-1].constant != 2:
@@ -69,15 +69,15 @@ class QuestionAnswerer:
         longest: int = 15,
         progress: Progress | None = None,
     ) -> list[list[Answer]]:
-        """The best answers to each (question, text), best first.
+        """Return the best answers to each (question, text), best first.
 
-        top      how many are given, no two of one place
-        longest  tokens of an answer, at most
+        top      number of answers, at different positions
+        longest  maximum number of tokens of an answer
 
-        Raises UsageError for no question, an empty one or an empty text, or a question that leaves its text no room.
+        Raises UsageError if there is no question, if a question or text is empty, or if no room is left for the text.
         """
         if not asked or not all(question.strip() and text.strip() for question, text in asked):
-            raise UsageError("an answer takes a question and a text that holds it")
+            raise UsageError("a question needs a text that may contain the answer")
         if top < 1 or longest < 1:
             raise UsageError("top and longest must be 1 or more", received=f"top={top}, longest={longest}")
         windows: list[EncodedText] = []
@@ -101,10 +101,10 @@ class QuestionAnswerer:
         tokenizer = self.opened.tokenizer
         most = WINDOW if tokenizer.max_tokens is None else min(WINDOW, tokenizer.max_tokens)
         ((question,),) = tokenizer.encode([pair[0]])
-        room = most - len(question) - 2  # of the special tokens that a pair has beside those of its first text
+        room = most - len(question) - 2  # a pair has two more special tokens than its first text
         if room < 1:
             raise UsageError(
-                f"the question leaves the text no room in the {most} tokens that the model takes",
+                f"the question leaves no room for the text in the {most} tokens that the model supports",
                 received=f"{len(question)} tokens",
                 hint="a shorter question",
             )
@@ -112,12 +112,12 @@ class QuestionAnswerer:
 
 
 def _best_spans(text: str, window: EncodedText, logits: Array, top: int, longest: int) -> list[Answer]:
-    """The best spans of a window, of logits [S, 2] of where an answer starts and ends."""
+    """Return the best spans of a window from logits [S, 2] of the start and end of an answer."""
     of_text = np.array([part == 1 for part in window.parts])
     if not of_text.any():
         return []
     known = of_text.copy()
-    known[0] |= window.parts[0] is None  # a special token there stands for no answer, and has its share
+    known[0] |= window.parts[0] is None  # a special token there stands for no answer, and gets a probability
     start, end = (np.where(of_text, softmax(np.where(known, logits[:, i], -np.inf)), 0) for i in (0, 1))
     scores = np.triu(np.outer(start, end))
     scores = np.tril(scores, longest - 1)
@@ -135,7 +135,7 @@ def _best_spans(text: str, window: EncodedText, logits: Array, top: int, longest
 
 
 def _word_bounds(window: EncodedText, token: int) -> tuple[int, int]:
-    """Where the word of a token of the text stands."""
+    """Return the offsets of the word that contains a token of the text."""
     same = [
         place
         for place, part, word in zip(window.offsets, window.parts, window.words, strict=True)

@@ -1,18 +1,19 @@
-"""Batches of rows of like lengths: padding costs as much as words."""
+"""Batches of rows of similar lengths: padding costs as much as words."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 _CALL = 32
-"""What a call costs beside its tokens, in tokens; 8 to 128 differ little in a small BERT's time."""
+"""The fixed cost of a call, in tokens; 8 to 128 differ little in a small BERT's time."""
 
 
 def batches_by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """The rows' numbers, from long to short, in runs of at most `size` that cost least.
+    """Return the rows' numbers, from long to short, in batches of at most `size` with the least total cost.
 
-    A run costs its rows times the longest of them, as all are padded to it, and one call. The best cut of the first
-    rows is the best over where its last run begins (Bellman 1957): len(lengths) times `size` steps.
+    The cost of a batch is its rows times the longest of them, since all are padded to it, and one call. The best
+    partition of the first rows is the minimum over the start of its last batch (Bellman 1957): len(lengths) times
+    `size` steps.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     least, begins = [0], [0]

@@ -1,7 +1,7 @@
-"""Classifying texts, or pairs of texts, by a head over the whole: sentiment, topic, entailment.
+"""Classify texts, or pairs of texts, by a head over the whole text: sentiment, topic, entailment.
 
-classifier = TextClassifier.open(ModelOptions("folder"))
-classifier.classify(["I like it.", ("A man sleeps.", "A man is awake.")])
+classifier = TextClassifier.open(ModelOptions("folder")) classifier.classify(["I like it.", ("A man sleeps.", "A man is
+awake.")])
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from treadle.tasks.scoring import Scored, best_first, label_scores
 
 Text = str | tuple[str, str]
 Progress = Callable[[int], None]
-"""Called with how many inputs are done."""
+"""Called with the number of finished inputs."""
 
 HEAD = Head("classify texts", ("ForSequenceClassification",))
 
@@ -26,8 +26,8 @@ class Classified:
     """A text's labels.
 
     scores  every label, best first
-    tokens  how many tokens of the text were read, special ones included
-    cut     whether it was too long, and lost its end
+    tokens  number of tokens of the text that were read, including special ones
+    cut     True if the text was too long and was truncated
     """
 
     scores: tuple[Scored, ...]
@@ -54,12 +54,12 @@ class TextClassifier:
 
     @classmethod
     def open(cls, options: ModelOptions) -> TextClassifier:
-        """Raises as `OpenedModel.open` does."""
+        """Open a model. Raises as `OpenedModel.open` does."""
         opened = OpenedModel.open(options, HEAD)
         return cls(opened, read_labels(opened.config))
 
     def classify(self, texts: Sequence[Text], *, progress: Progress | None = None) -> list[Classified]:
-        """Each text's labels, or each pair's. Raises UsageError for no text."""
+        """Return the labels of each text or pair. Raises UsageError if there is no text."""
         if not texts:
             raise UsageError("there is no text to classify")
         encoded = [whole for (whole,) in self.opened.tokenizer.encode(texts)]

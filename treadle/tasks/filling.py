@@ -1,7 +1,6 @@
-"""Filling: which tokens may stand behind a text's masks.
+"""Fill masks: predict the tokens behind a text's masks.
 
-filler = MaskFiller.open(ModelOptions("folder"))
-filler.fill(["The capital of France is [MASK]."])[0].masks[0][0].token
+filler = MaskFiller.open(ModelOptions("folder")) filler.fill(["The capital of France is [MASK]."])[0].masks[0][0].token
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ HEAD = Head("fill masks", ("ForMaskedLM", "BertForPreTraining", "AlbertForPreTra
 
 @dataclass(frozen=True)
 class Filling:
-    """A token behind a mask.
+    """A prediction for a mask.
 
-    token  as text
-    id     of the vocabulary
+    token  the token as text
+    id     its id in the vocabulary
     score  its probability
-    text   the whole text with it in the mask's place; other masks are left as they are
+    text   the whole text with the token in the mask's place; other masks are unchanged
     """
 
     token: str
@@ -42,13 +41,13 @@ class Filling:
 
 @dataclass(frozen=True)
 class Filled:
-    """A text's masks, in its order; of each the likeliest tokens, best first."""
+    """A text's masks in order, each with its most likely tokens, best first."""
 
     masks: tuple[tuple[Filling, ...], ...]
 
     @property
     def best(self) -> Filling:
-        """The first mask's likeliest token."""
+        """The first mask's most likely token."""
         return self.masks[0][0]
 
 
@@ -56,7 +55,7 @@ class Filled:
 class MaskFiller:
     """A masked language model.
 
-    mask  the token that stands for what is to be filled in
+    mask  the mask token, as text
     """
 
     opened: OpenedModel
@@ -64,12 +63,12 @@ class MaskFiller:
 
     @classmethod
     def open(cls, options: ModelOptions) -> MaskFiller:
-        """Raises as `OpenedModel.open` does, and CheckpointError where the vocabulary has no mask."""
+        """Open a model. Raises as `OpenedModel.open` does, and CheckpointError if the vocabulary has no mask token."""
         opened = OpenedModel.open(options, HEAD, ["logits[:, asked]"])
         mask = opened.tokenizer.mask
         if mask is None:
             raise CheckpointError(
-                "the folder's vocabulary has no token for a mask",
+                "the folder's vocabulary has no mask token",
                 hint='"mask_token": "[MASK]" in tokenizer_config.json',
             )
         return cls(opened, mask)
@@ -82,12 +81,12 @@ class MaskFiller:
         among: Sequence[str] | None = None,
         progress: Progress | None = None,
     ) -> list[Filled]:
-        """The likeliest tokens behind each text's masks.
+        """Return the most likely tokens behind each text's masks.
 
-        top    how many are given
-        among  names of the vocabulary's that alone are looked at, with the probabilities that they have among all
+        top    number of tokens
+        among  consider only these tokens of the vocabulary, with their probabilities over the whole vocabulary
 
-        Raises UsageError for no text, for one without a mask, and for a name that is not in the vocabulary.
+        Raises UsageError if there is no text, a text has no mask, or a name is not in the vocabulary.
         """
         if not texts:
             raise UsageError("there is no text to fill")
@@ -112,13 +111,13 @@ class MaskFiller:
         unknown = [name for name, number in ids.items() if number is None]
         if unknown or not ids:
             received = unknown[0] if unknown else "no name"
-            raise UsageError("what is looked at must be tokens of the vocabulary", received=received)
+            raise UsageError("`among` must be tokens of the vocabulary", received=received)
         return [number for number in ids.values() if number is not None]
 
     def _filled(
         self, encoded: EncodedText, places: Sequence[int], logits: Array, top: int, allowed: list[int] | None
     ) -> Filled:
-        """What may stand at a text's masks, whose places and logits these are."""
+        """Return the predictions for a text's masks from their positions and logits."""
         tokenizer = self.opened.tokenizer
         masks = []
         for place, row in zip(places, logits, strict=True):

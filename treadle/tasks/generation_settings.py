@@ -1,5 +1,4 @@
-"""What a folder says of how its text is generated: generation_config.json, else config.json, as Hugging Face reads
-them.
+"""A folder's settings for text generation: generation_config.json, else config.json, as Hugging Face reads them.
 
 settings = GenerationSettings.read(folder, config)
 settings.start, settings.end, settings.rules, settings.beams, settings.most
@@ -83,13 +82,13 @@ class FolderRules:
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How text is generated where the caller says nothing.
+    """The default settings of text generation.
 
-    start  the token with which a decoder begins; None where the folder has no encoder
+    start  the token with which a decoder begins; None if the folder has no encoder
     end    ids that end a text
-    most   tokens that are made, at most
+    most   maximum number of generated tokens
     beams  None: greedy
-    rules  what is asked of each token
+    rules  logits processors
     """
 
     start: int | None
@@ -102,11 +101,11 @@ class GenerationSettings:
     def read(
         cls, place: ModelFolder, config: Mapping[str, Any], task: Mapping[str, Any] | None = None
     ) -> GenerationSettings:
-        """What a folder's files say.
+        """Read the settings from a folder's files.
 
-        task  what config.json says of one task (task_specific_params), which goes before
+        task  the settings of one task in config.json (task_specific_params), which take precedence
 
-        Raises CheckpointError where an option is not what it must be.
+        Raises CheckpointError if an option is invalid.
         """
         read = _Reader.of(place, config, task)
         count = read.integer("num_beams", 1, least=1, most=_MOST_BEAMS)
@@ -115,7 +114,7 @@ class GenerationSettings:
             start = read.token("bos_token_id")
         most = read.said.get("max_new_tokens")
         if most is None:
-            # what the start takes of max_length is not new
+            # max_length includes the start token
             most = read.integer("max_length", 0, least=0, most=_MOST) - 1
         early = read.said.get("early_stopping", False)
         beams = Beams(
@@ -129,7 +128,7 @@ class GenerationSettings:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Options by name, with the file that says them: its name, and as it is shown."""
+    """Options by name, each with the file that contains it: the file's name, and its name in errors."""
 
     said: Mapping[str, Any]
     file: str
@@ -197,7 +196,7 @@ class _Reader:
         return tuple(self._id(name, each) for each in (value if isinstance(value, list) else [value]))
 
     def words(self, name: str) -> tuple[tuple[int, ...], ...]:
-        """Words that may not come, each of one token or more."""
+        """Return forbidden words, each of one token or more."""
         value = self.said.get(name, [])
         if not isinstance(value, list) or not all(isinstance(word, list) and word for word in value):
             raise self._wrong(name, "a list of words, each a list of ids")
@@ -205,7 +204,7 @@ class _Reader:
 
     def _id(self, name: str, value: object) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
-            raise self._wrong(name, "a token's id, or several")
+            raise self._wrong(name, "a token id or a list of token ids")
         return value
 
     def _wrong(self, name: str, what: str) -> CheckpointError:

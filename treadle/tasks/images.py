@@ -1,4 +1,4 @@
-"""Image files as what a model takes: read by Pillow, resized, cut and normalized as preprocessor_config.json says.
+"""Read image files as inputs of a model: Pillow decodes, then resize, crop and normalize by preprocessor_config.json.
 
     reader = ImageReader.open(folder, "vit", sides=(224, 224))
     pixels = reader.read(["cat.jpg"])            # f32[1, 3, 224, 224]
@@ -30,7 +30,7 @@ _IMAGE_PIXELS = 100_000_000
 _MOST_SIDE = 1 << 14
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _HALF = (0.5, 0.5, 0.5)
-_BILINEAR, _BICUBIC = 2, 3  # of Pillow's filters
+_BILINEAR, _BICUBIC = 2, 3  # numbers of Pillow's filters
 
 _CLIP: Mapping[str, Any] = {
     "size": {"shortest_edge": 224},
@@ -55,18 +55,18 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "dinov2": _CLIP,
     "siglip": {"size": 224, "resample": _BICUBIC, "do_center_crop": False, "image_mean": _HALF, "image_std": _HALF},
 }
-"""What a preprocessor_config.json leaves out, by config.json's model_type."""
+"""Defaults for a preprocessor_config.json, by config.json's model_type."""
 
 
 @dataclass(frozen=True)
 class ImageReader:
-    """How images become pixels.
+    """The conversion of images to pixels.
 
-    size       (height, width), or the length of the shorter side; None: as it is
+    size       (height, width), or the length of the shorter side; None: no resize
     resample   the number of Pillow's filter
-    crop       (height, width) of the middle that is kept; None: all
-    scale      pixels of 0 to 255 are multiplied by it
-    mean, std  of the three channels, subtracted and divided by; None: not
+    crop       (height, width) of the center crop; None: no crop
+    scale      factor for pixels of 0 to 255
+    mean, std  of the three channels: (pixels - mean) / std; None: no normalization
     """
 
     size: tuple[int, int] | int | None
@@ -78,12 +78,12 @@ class ImageReader:
 
     @classmethod
     def open(cls, place: ModelFolder, kind: str, *, sides: tuple[int, int] | None = None) -> ImageReader:
-        """What a folder says, and its kind of model where it says nothing.
+        """Read a folder's settings, with the defaults of its kind of model.
 
-        sides  the (height, width) that the model takes, to which images must come; None: any
+        sides  the (height, width) of the model's input, which images must be converted to; None: any
 
-        Raises CheckpointError where the file is damaged, or says something else than the model takes, and FrontendError
-        where Pillow is not installed.
+        Raises CheckpointError if the file is damaged or contradicts the model, and FrontendError if Pillow is not
+        installed.
         """
         try:
             import PIL.Image  # noqa: F401
@@ -105,11 +105,11 @@ class ImageReader:
             )
         except (TypeError, ValueError, KeyError) as error:
             raise CheckpointError(
-                "the file does not say how images are read", received=printable(str(error), 200), within=shown
+                "the settings for reading images are invalid", received=printable(str(error), 200), within=shown
             ) from None
         if sides is not None and made.sides != sides:
             raise CheckpointError(
-                f"images must become {sides[0]} x {sides[1]} pixels, as the model takes",
+                f"images must be converted to {sides[0]} x {sides[1]} pixels, the model's input size",
                 received=repr(made.crop or made.size),
                 within=shown,
             )
@@ -117,12 +117,14 @@ class ImageReader:
 
     @property
     def sides(self) -> tuple[int, int] | None:
-        """The (height, width) that all images come to; None where these differ from image to image."""
+        """The (height, width) of all images after conversion; None if it differs from image to image."""
         found = self.crop or self.size
         return found if isinstance(found, tuple) else None
 
     def read(self, paths: Sequence[PathLike]) -> Pixels:
-        """Images as pixels [N, 3, height, width]. Raises UsageError for a file that is no image, or too large."""
+        """Return images as pixels [N, 3, height, width]. Raises UsageError for a file that is not an image, or too
+        large.
+        """
         return np.stack([self._pixels(path) for path in paths])
 
     def _pixels(self, path: PathLike) -> Pixels:
@@ -148,7 +150,7 @@ class ImageReader:
 
 
 def _read_image(path: PathLike) -> Any:
-    """A file's image in three colours, turned as its camera was held."""
+    """Return a file's image in RGB, rotated by its EXIF orientation."""
     import PIL.Image
     import PIL.ImageOps
 
@@ -167,9 +169,9 @@ def _read_image(path: PathLike) -> Any:
             return PIL.ImageOps.exif_transpose(image).convert("RGB")
     except UsageError:
         raise
-    except Exception as error:  # Pillow's readers raise what they like
+    except Exception as error:  # Pillow's readers raise any exception
         raise UsageError(
-            "the file is no image that can be read",
+            "the file is not an image that can be read",
             received=type(error).__name__ if "BytesIO" in str(error) else printable(str(error), 200),
             within=shown,
             hint="a file of " + ", ".join(_FORMATS),
@@ -177,7 +179,7 @@ def _read_image(path: PathLike) -> Any:
 
 
 def _middle(pixels: npt.NDArray[Any], crop: tuple[int, int]) -> npt.NDArray[Any]:
-    """The middle of an image [3, H, W]; where it is too small, in the middle of black."""
+    """Return the center crop of an image [3, H, W]; a smaller image is padded with black on all sides."""
     for axis, side in zip((1, 2), crop, strict=True):
         have = pixels.shape[axis]
         if have < side:

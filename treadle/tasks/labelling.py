@@ -1,7 +1,6 @@
-"""Labelling images: which of the labels that a model was trained on an image file shows.
+"""Label images: predict which of the model's labels an image file shows.
 
-labeller = ImageLabeller.open(ModelOptions("folder"))
-labeller.label(["cat.jpg"])[0][0].label
+labeller = ImageLabeller.open(ModelOptions("folder")) labeller.label(["cat.jpg"])[0][0].label
 """
 
 from __future__ import annotations
@@ -21,7 +20,8 @@ from treadle.tasks.scoring import Scored, best_first, label_scores
 HEAD = Head("label images", ("ForImageClassification", "ForImageClassificationWithTeacher"))
 _BATCH = 8
 _RESIZED = ("dinov2",)
-"""Kinds of models that take images of any size, whatever config.json's image_size: the folder's reading decides."""
+"""Kinds of models that accept images of any size. The folder's preprocessing decides it, not config.json's image_size.
+"""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,9 @@ class ImageLabeller:
 
     @classmethod
     def open(cls, options: ModelOptions) -> ImageLabeller:
-        """Raises UsageError where the folder has no such head, CheckpointError for a damaged file, and as `compile`."""
+        """Open a model. Raises UsageError if the folder has no such head, CheckpointError for a damaged file, and as
+        `compile`.
+        """
         place, config = checked_folder(options, HEAD)
         kind = image_kind(config)
         if kind in _RESIZED and (sides := ImageReader.open(place, kind).sides) is not None:
@@ -45,7 +47,7 @@ class ImageLabeller:
         return cls(made, reader, read_labels(config), config)
 
     def label(self, paths: Sequence[PathLike], *, progress: Progress | None = None) -> list[tuple[Scored, ...]]:
-        """Every label of each image, best first. Raises UsageError for no file, or one that is no image."""
+        """Return every label of each image, best first. Raises UsageError for no file, or one that is not an image."""
         if not paths:
             raise UsageError("there is no image to label")
         found: list[tuple[Scored, ...]] = []
@@ -58,17 +60,17 @@ class ImageLabeller:
 
 
 def image_sides(model: Compiled) -> tuple[int, int]:
-    """The (height, width) of the images that a model takes. Raises CheckpointError where they have not three
-    colours.
+    """Return the (height, width) of the images that a model accepts. Raises CheckpointError if they do not have three
+    channels.
     """
     pixels = next(port for port in model.inputs if port.name == "pixels")
     channels, height, width = (size.constant for size in pixels.type.shape[1:])
     if channels != 3 or height is None or width is None:
-        raise CheckpointError("image files have three colours", received=f"the model takes {pixels}")
+        raise CheckpointError("image files have three channels", received=f"the model needs {pixels}")
     return height, width
 
 
 def image_kind(config: dict[str, object]) -> str:
-    """By which defaults a folder's images are read."""
+    """Return the kind of model whose defaults apply to a folder's preprocessing."""
     kind = str(config.get("model_type"))
     return kind if kind in DEFAULTS else "vit"

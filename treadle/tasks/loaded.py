@@ -1,11 +1,11 @@
-"""A model that is asked for tasks: `t.load(MODEL)`, with a method for each thing that people ask.
+"""A model for tasks: `t.load(MODEL)` returns an object with a method per task.
 
     model = t.load("folder", backend="tvm")
     model.classify("I like it.").label
     model.answer("Where did Ada live?", "Ada lived in London.").text
 
-A method takes one input or a list of them, and gives one result or a list. What a task needs is compiled when it is
-first asked for, and kept. Each is a class of its own file in `treadle.tasks`, for those who want it by itself.
+A method takes one input or a list of them, and returns one result or a list. The model of a task is compiled at its
+first use, and cached. Each task is also a class in a file of `treadle.tasks`, for direct use.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What MODEL names, and how it is compiled; see the module.
+    """The model that MODEL names, and its compile options; see the module.
 
-    A method raises UsageError where the model has no such head, with the class that it has; CheckpointError where a
-    file that the task needs is missing or damaged; and what `treadle.compile` raises.
+    A method raises UsageError with the model's class if it lacks the head, CheckpointError if a file that the task
+    needs is missing or damaged, and the errors of `treadle.compile`.
     """
 
     options: ModelOptions
@@ -56,7 +56,7 @@ class LoadedModel:
     @overload
     def classify(self, texts: list[Text] | list[str] | list[tuple[str, str]]) -> list[Classified]: ...
     def classify(self, texts: Any) -> Any:
-        """The labels of a text or of a pair (text, text), best first; of each of a list."""
+        """Return the labels of a text or of a pair (text, text), best first; for a list, the labels of each."""
         return self.classifier.classify(texts) if _many(texts) else self.classifier.classify([texts])[0]
 
     @overload
@@ -64,11 +64,11 @@ class LoadedModel:
     @overload
     def answer(self, question: list[tuple[str, str]]) -> list[Answer | None]: ...
     def answer(self, question: Any, text: Any = None) -> Any:
-        """The span of the text that answers the question best, None where none does; of each (question, text) of a
-        list.
+        """Return the span of the text that answers the question best, None if there is no answer; for a list of
+        (question, text), the span of each.
         """
         if text is None and not _many(question):
-            raise UsageError("an answer takes a question and a text that holds it", hint="answer(question, text)")
+            raise UsageError("a question needs a text that may contain the answer", hint="answer(question, text)")
         asked = question if text is None else [(question, text)]
         found = [spans[0] if spans else None for spans in self.answerer.answer(asked)]
         return found if text is None else found[0]
@@ -79,7 +79,7 @@ class LoadedModel:
     def tag(self, texts: list[str], *, grouping: str = "simple") -> list[list[TaggedSpan]]: ...
     @tells_options
     def tag(self, texts: Any, *, grouping: str = "simple") -> Any:
-        """The spans of a text that have a label, such as names; `grouping` as in `treadle.tasks.tagging`."""
+        """Return the labeled spans of a text, such as names; `grouping` as in `treadle.tasks.tagging`."""
         found = self.tagger.tag(_listed(texts), grouping=grouping)
         return found if _many(texts) else found[0]
 
@@ -89,12 +89,12 @@ class LoadedModel:
     def fill(self, texts: list[str], *, top: int = 5) -> list[Filled]: ...
     @tells_options
     def fill(self, texts: Any, *, top: int = 5) -> Any:
-        """The `top` likeliest tokens behind each mask of a text."""
+        """Return the `top` most likely tokens behind each mask of a text."""
         found = self.filler.fill(_listed(texts), top=top)
         return found if _many(texts) else found[0]
 
     def embed(self, sentences: str | list[str]) -> Vectors:
-        """A sentence as a vector [D]; several as [N, D]."""
+        """Return a sentence's embedding [D], or several sentences' embeddings [N, D]."""
         found = self.embedder.embed(_listed(sentences))
         return found if _many(sentences) else found[0]
 
@@ -104,7 +104,7 @@ class LoadedModel:
     def translate(self, texts: list[str], *, source: str | None = None, target: str | None = None) -> list[str]: ...
     @tells_options
     def translate(self, texts: Any, *, source: str | None = None, target: str | None = None) -> Any:
-        """A text in another language; source and target are said where the model translates between several."""
+        """Translate a text. A model for several languages needs source and target."""
         found = self.rewriter.translate(_listed(texts), source=source, target=target)
         return _texts(found, texts)
 
@@ -114,7 +114,7 @@ class LoadedModel:
     def summarize(self, texts: list[str], *, most: int | None = None) -> list[str]: ...
     @tells_options
     def summarize(self, texts: Any, *, most: int | None = None) -> Any:
-        """A summary of a text, of up to `most` tokens."""
+        """Return a summary of a text, of up to `most` tokens."""
         return _texts(self.rewriter.summarize(_listed(texts), most=most), texts)
 
     @overload
@@ -147,9 +147,9 @@ class LoadedModel:
         rules: TokenRules | None = None,
         stop: Sequence[str] = (),
     ) -> Any:
-        """What follows a prompt, up to `most` tokens, the end of the text, or a string in `stop`.
+        """Continue a prompt by up to `most` tokens, to the end of the text, or to a string in `stop`.
 
-        rules   what is asked of each token; None: what generation_config.json says
+        rules   token rules; None: those of generation_config.json
         """
         listed = _listed(prompts)
         found = [""] * len(listed)
@@ -159,8 +159,8 @@ class LoadedModel:
 
     @tells_options
     def perplexity(self, text: str, *, window: int = 512, most: int | None = None) -> Perplexity:
-        """How well the model foretells a text, of which it reads `window` tokens at a time and the first `most`; what
-        fewer bits cost of it, where it is compiled to compute in them.
+        """Return the perplexity of the model on the first `most` tokens of a text, read `window` tokens at a time. For
+        a model compiled to a lower precision, compare with the original precision.
         """
         return self.meter.measure(self.meter.tokens(text, most), window=window)
 
@@ -174,7 +174,7 @@ class LoadedModel:
         rules: TokenRules | None = None,
         stop: Sequence[str] = (),
     ) -> Iterator[Piece]:
-        """The same of one prompt, piece by piece."""
+        """Continue one prompt, and yield the text piece by piece."""
         return self.writer.continued([prompt], most=most, sampling=sampling, rules=rules, stop=stop)
 
     @overload
@@ -183,13 +183,13 @@ class LoadedModel:
     def search(self, prompts: list[str], *, most: int = 128, beams: Beams) -> list[list[str]]: ...
     @tells_options
     def search(self, prompts: Any, *, most: int = 128, beams: Beams) -> Any:
-        """The continuations of a prompt that a beam search finds, best first."""
+        """Return the continuations of a prompt that a beam search finds, best first."""
         searched = self.writer.searched(_listed(prompts), most=most, beams=beams)
         found = [[each.text for each in of_one] for of_one in searched]
         return found if _many(prompts) else found[0]
 
     def chat(self, *, system: str | None = None) -> Conversation:
-        """A conversation with a model that was trained for it: `chat().say("Hello")` gives the reply piece by piece."""
+        """Begin a conversation with a chat model: `chat().say("Hello")` yields the reply piece by piece."""
         from treadle.chatting.conversation import Conversation
         from treadle.continuation import need_for_text
 
@@ -200,7 +200,7 @@ class LoadedModel:
 
     @tells_options
     def transcribe(self, recording: PathLike, *, language: str | None = None) -> str:
-        """What is said in a WAV file; the language as the model hears it, where it is not said."""
+        """Transcribe the speech in a WAV file; the model detects the language unless it is given."""
         return self.transcriber.transcribe(recording, language=language).text
 
     # -- images ------------------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ class LoadedModel:
     @overload
     def label(self, images: list[PathLike] | list[str]) -> list[tuple[Scored, ...]]: ...
     def label(self, images: Any) -> Any:
-        """The labels of an image file, best first."""
+        """Return the labels of an image file, best first."""
         found = self.labeller.label(_listed(images))
         return found if _many(images) else found[0]
 
@@ -219,85 +219,85 @@ class LoadedModel:
     @overload
     def match(self, images: list[PathLike] | list[str], texts: Sequence[str]) -> list[Matched]: ...
     def match(self, images: Any, texts: Sequence[str]) -> Any:
-        """Which of the texts says best what an image file shows."""
+        """Return how well each of the texts describes an image file."""
         found = self.matcher.match(_listed(images), texts)
         return found if _many(images) else found[0]
 
-    # -- what the methods ask, compiled when first asked for ---------------------------------------------------
+    # -- the models of the methods, compiled at first use ------------------------------------------------------
 
     @cached_property
     def classifier(self) -> TextClassifier:
-        """See `treadle.tasks.classifying`."""
+        """The model of `treadle.tasks.classifying`."""
         from treadle.tasks.classifying import TextClassifier
 
         return TextClassifier.open(self.options)
 
     @cached_property
     def answerer(self) -> QuestionAnswerer:
-        """See `treadle.tasks.answering`."""
+        """The model of `treadle.tasks.answering`."""
         from treadle.tasks.answering import QuestionAnswerer
 
         return QuestionAnswerer.open(self.options)
 
     @cached_property
     def tagger(self) -> TokenTagger:
-        """See `treadle.tasks.tagging`."""
+        """The model of `treadle.tasks.tagging`."""
         from treadle.tasks.tagging import TokenTagger
 
         return TokenTagger.open(self.options)
 
     @cached_property
     def filler(self) -> MaskFiller:
-        """See `treadle.tasks.filling`."""
+        """The model of `treadle.tasks.filling`."""
         from treadle.tasks.filling import MaskFiller
 
         return MaskFiller.open(self.options)
 
     @cached_property
     def labeller(self) -> ImageLabeller:
-        """See `treadle.tasks.labelling`."""
+        """The model of `treadle.tasks.labelling`."""
         from treadle.tasks.labelling import ImageLabeller
 
         return ImageLabeller.open(self.options)
 
     @cached_property
     def matcher(self) -> ImageMatcher:
-        """See `treadle.tasks.matching`."""
+        """The model of `treadle.tasks.matching`."""
         from treadle.tasks.matching import ImageMatcher
 
         return ImageMatcher.open(self.options)
 
     @cached_property
     def transcriber(self) -> Transcriber:
-        """See `treadle.tasks.transcribing`."""
+        """The model of `treadle.tasks.transcribing`."""
         from treadle.tasks.transcribing import Transcriber
 
         return Transcriber.open(self.options)
 
     @cached_property
     def rewriter(self) -> TextRewriter:
-        """See `treadle.tasks.rewriting`."""
+        """The model of `treadle.tasks.rewriting`."""
         from treadle.tasks.rewriting import TextRewriter
 
         return TextRewriter.open(self.options)
 
     @cached_property
     def embedder(self) -> SentenceEmbedder:
-        """See `treadle.embedding`."""
+        """The model of `treadle.embedding`."""
         from treadle.embedding import SentenceEmbedder
 
         return SentenceEmbedder.open(self.options.model, backend=self.options.backend, **self.options.how())
 
     @cached_property
     def meter(self) -> PerplexityMeter:
-        """See `treadle.tasks.perplexity`."""
+        """The model of `treadle.tasks.perplexity`."""
         from treadle.tasks.perplexity import PerplexityMeter
 
         return PerplexityMeter.open(self.options)
 
     @cached_property
     def writer(self) -> TextWriter:
-        """See `treadle.continuation`."""
+        """The model of `treadle.continuation`."""
         from treadle.continuation import TextWriter
 
         chosen = self.options

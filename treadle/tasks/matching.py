@@ -1,8 +1,8 @@
-"""Matching images and texts: which of some texts says best what an image shows (Radford et al. 2021), or how likely
-each by itself does (Zhai et al. 2023).
+"""Match images and texts: the probability of each text given an image, among all texts (Radford et al. 2021) or by
+itself (Zhai et al. 2023).
 
-matcher = ImageMatcher.open(ModelOptions("folder"))
-matcher.match(["photo.jpg"], ["a photo of a cat", "a photo of a dog"])[0].best.label
+matcher = ImageMatcher.open(ModelOptions("folder")) matcher.match(["photo.jpg"], ["a photo of a cat", "a photo of a
+dog"])[0].best.label
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ Array = np.ndarray[Any, Any]
 HEAD = Head("match images and texts", ("CLIPModel", "SiglipModel"))
 _BATCH = 8
 _SIGLIP_TOKENS = 64
-"""To how many tokens SigLIP's texts are padded, which it was trained to read to their ends."""
+"""The length to which SigLIP's texts are padded, as in its training."""
 
 
 @dataclass(frozen=True)
 class Matched:
-    """How well texts fit an image.
+    """The match of texts with an image.
 
     scores        every text with its probability, best first: among all texts (CLIP), or of each by itself (SigLIP)
-    similarities  the cosine between the image and each text, in the order in which texts were given
+    similarities  the cosine similarity between the image and each text, in the order of the texts
     """
 
     scores: tuple[Scored, ...]
@@ -45,17 +45,17 @@ class Matched:
 
     @property
     def best(self) -> Scored:
-        """The text that fits best."""
+        """The text with the highest score."""
         return self.scores[0]
 
 
 @dataclass(frozen=True)
 class ImageMatcher:
-    """A model that places images and texts side by side.
+    """A model that embeds images and texts in one space.
 
-    length   how many tokens every text is padded to; None: as many as the longest has
-    padding  the token that pads it
-    apart    whether texts do not exclude each other
+    length   number of tokens that every text is padded to; None: the length of the longest
+    padding  the padding token
+    apart    True if each text has a probability of its own, independent of the others
     """
 
     model: Compiled
@@ -67,7 +67,7 @@ class ImageMatcher:
 
     @classmethod
     def open(cls, options: ModelOptions) -> ImageMatcher:
-        """Raises UsageError where the folder has no such model, CheckpointError for a damaged file, and as
+        """Open a model. Raises UsageError if the folder has no such model, CheckpointError for a damaged file, and as
         `compile`.
         """
         place, config = checked_folder(options, HEAD)
@@ -82,7 +82,7 @@ class ImageMatcher:
         padding = tokenizer.id_of(tokenizer.special_names.get("pad_token", "</s>"))
         if padding is None:
             raise CheckpointError(
-                "the folder's vocabulary has no token that pads texts",
+                "the folder's vocabulary has no padding token",
                 hint='"pad_token": "</s>" in tokenizer_config.json',
             )
         return cls(made, reader, tokenizer, length, padding, apart=True)
@@ -90,9 +90,11 @@ class ImageMatcher:
     def match(
         self, paths: Sequence[PathLike], texts: Sequence[str], *, progress: Progress | None = None
     ) -> list[Matched]:
-        """How well each text fits each image file. Raises UsageError for no image or no text, or what is no image."""
+        """Score each text for each image file. Raises UsageError if there is no image or no text, or a file is not an
+        image.
+        """
         if not paths or not texts:
-            raise UsageError("matching takes an image and a text", received=f"{len(paths)} images, {len(texts)} texts")
+            raise UsageError("matching needs an image and a text", received=f"{len(paths)} images, {len(texts)} texts")
         given = self._batch(texts)
         found: list[Matched] = []
         for at in range(0, len(paths), _BATCH):
@@ -107,7 +109,7 @@ class ImageMatcher:
         return found
 
     def _batch(self, texts: Sequence[str]) -> dict[str, Array]:
-        """The texts as the model takes them."""
+        """Return the texts as inputs of the model."""
         batch = self.tokenizer.batch(texts)
         if self.length is None:
             return {"tokens": batch.ids, "lengths": batch.lengths}

@@ -1,7 +1,7 @@
-"""How a task opens its model: the folder's class must have the head, and config.json says the labels.
+"""Open a task's model: the folder's class must have the head, and config.json names the labels.
 
-opened = OpenedModel.open("folder", CLASSIFYING, backend="tvm")
-for row, logits in enumerate(opened.run(opened.tokenizer.encode(texts))): ...
+opened = OpenedModel.open("folder", CLASSIFYING, backend="tvm") for row, logits in
+enumerate(opened.run(opened.tokenizer.encode(texts))): ...
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from treadle.tasks.options import ModelOptions
 Floats = npt.NDArray[np.float32]
 
 BATCH = 32
-"""Rows that are computed together, at most."""
+"""Maximum number of rows per batch."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """What a task needs of a model.
+    """The head that a task needs.
 
-    does   what the task does, in a word of an error: "classify texts"
-    ends   how the name of Hugging Face's class ends whose weights have such a head; several, where several do
+    does   the task, for errors: "classify texts"
+    ends   the suffixes of the names of Hugging Face's classes whose weights have such a head
     """
 
     does: str
@@ -45,10 +45,10 @@ class Head:
 class OpenedModel:
     """A compiled encoder with its tokenizer.
 
-    name       the model's
+    name       the model's name
     config     config.json
-    model      takes tokens and lengths, and token_types where the model tells segments apart
-    tokenizer  cuts texts to what the model takes
+    model      its inputs are tokens and lengths, and token_types if the model distinguishes segments
+    tokenizer  truncates texts to the model's length
     """
 
     name: str
@@ -60,10 +60,10 @@ class OpenedModel:
     def open(cls, options: ModelOptions, head: Head, outputs: Sequence[str] | None = None) -> OpenedModel:
         """Compile the model of a folder, or a fetched one.
 
-        outputs   those that are computed; `logits[:, asked]` at the positions that `run` is told. None: all
+        outputs   the outputs to compute; `logits[:, asked]` at the positions that `run` gets. None: all
 
-        Raises UsageError where it has no such head, CheckpointError where a file is missing or damaged, and what
-        `compile` raises.
+        Raises UsageError if the model has no such head, CheckpointError if a file is missing or damaged, and as
+        `compile` does.
         """
         folder, config = checked_folder(options, head)
         declared = family_of(config).read(config).model
@@ -77,9 +77,10 @@ class OpenedModel:
     def run(
         self, texts: Sequence[EncodedText], *, output: str = "logits", asked: Sequence[Sequence[int]] | None = None
     ) -> Iterator[tuple[int, Floats]]:
-        """An output's rows, each with its text's number, in no order; of [B, S, ...], a row ends with its text.
+        """Yield an output's rows, each with its text's number, in any order; for [B, S, ...], a row has its text's
+        length.
 
-        asked   of each text the positions that are looked at, one or more, where the model was opened so
+        asked   for each text the positions to compute, one or more, if the model was opened with such an output
         """
         takes = {port.name for port in self.model.inputs}
         for chosen in batches_by_length([len(text) for text in texts], BATCH):
@@ -103,11 +104,11 @@ class OpenedModel:
 
 
 def checked_folder(options: ModelOptions, head: Head) -> tuple[ModelFolder, dict[str, Any]]:
-    """The folder that MODEL names, and its config.json. Raises UsageError where its class has not the head."""
+    """Return the folder that MODEL names, and its config.json. Raises UsageError if its class lacks the head."""
     place = find_folder(options.model)
     if not place.is_dir():
         raise UsageError(
-            f"to {head.does} takes a folder with config.json", received=place.name, hint=f"a class {_named(head)}"
+            f"to {head.does} needs a folder with config.json", received=place.name, hint=f"a class {_named(head)}"
         )
     checkpoint = open_checkpoint(place, options.limits)
     config = checkpoint.config
@@ -127,9 +128,9 @@ def _named(head: Head) -> str:
 
 
 def read_labels(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of a head's labels, by number: config.json's id2label.
+    """Return the names of a head's labels, by number: config.json's id2label.
 
-    Raises CheckpointError where it is no object of names by the numbers from 0 on.
+    Raises CheckpointError if it is not an object of names by the numbers from 0 on.
     """
     found = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
     if not isinstance(found, Mapping) or not found or not all(isinstance(name, str) for name in found.values()):
@@ -144,7 +145,7 @@ def _shown(value: object) -> str:
 
 
 def token_positions(model: Compiled) -> int | None:
-    """How many tokens of a row the model takes: the bound of its second axis."""
+    """Return the maximum number of tokens of a row: the bound of its second axis."""
     tokens = next(port for port in model.inputs if port.name == "tokens")
     symbol = tokens.type.shape[-1].as_symbol
     return None if symbol is None else model.graph.symbols[symbol].upper

@@ -1,4 +1,4 @@
-"""What every task's `open` takes: MODEL, and how it is compiled."""
+"""The argument of every task's `open`: MODEL, and its compile options."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from treadle.stepped import SteppedModel, open_stepped
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """A model's name and how it is compiled.
+    """A model's name and its compile options.
 
     model             a folder, a GGUF file, or a fetched model's name
-    backend, target   as `compile` takes them
-    dtype, quantize   as `compile` takes them
-    limits            what a file may ask for before it is refused
-    cache             the dtype of keys and values, where text is generated
+    backend, target   as in `compile`
+    dtype, quantize   as in `compile`
+    limits            limits on what a file may contain
+    cache             the dtype of keys and values for text generation
     config            configuration that overrides the folder's
-    widen             as `compile` takes it
+    widen             as in `compile`
     """
 
     model: str | Path
@@ -37,16 +37,16 @@ class ModelOptions:
     widen: str | Iterable[str] = ()
 
     def compile(self, inputs: Sequence[str] = (), outputs: Sequence[str] | None = None) -> Compiled:
-        """The model as it is declared, with these optional inputs, and all outputs or these. Raises what
+        """Compile the model as declared, with these optional inputs, and all outputs or these. Raises as
         `treadle.compile` does.
         """
         return compile(self.model, backend=self.backend, inputs=inputs, outputs=outputs, **self.how())
 
     def stepped(self) -> SteppedModel:
-        """The step of generation. Raises what `treadle.stepped.open_stepped` does."""
+        """Compile the step for generation. Raises as `treadle.stepped.open_stepped` does."""
         return open_stepped(self.model, backend=self.backend, cache=self.cache, **self.how())
 
     def how(self) -> dict[str, Any]:
-        """How it is compiled, as keywords that what opens a model takes, but for the backend."""
+        """Return the options as keyword arguments for functions that open a model, without the backend."""
         how = {"target": self.target, "dtype": self.dtype, "quantize": self.quantize, "widen": self.widen}
         return {**how, "limits": self.limits, **self.config}

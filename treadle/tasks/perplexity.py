@@ -1,16 +1,17 @@
-"""Perplexity: how well a causal language model foretells a text, and what fewer bits cost of it.
+"""Perplexity of a causal language model on a text, with and without quantization.
 
     meter = PerplexityMeter.open(ModelOptions("smollm2", backend="tvm", quantize="int8"))
     found = meter.measure(meter.tokens(text))
     found.perplexity, found.beside.perplexity, found.beside.divergence
 
-Perplexity is e to the mean of -ln p over the tokens of a text, p being the probability that the model gave a token
-after those before it (Jelinek et al. 1977): as many equally likely tokens would be as hard to foretell. A text is read
-in windows, each of which begins half a window after the one before it: every token but the first is counted once, in
-the first window that has it, with half a window or more before it, but for the first window's.
+Perplexity is e to the mean of -ln p over the tokens of a text, where p is the probability that the model gives a token
+after the preceding ones (Jelinek et al. 1977). It is the number of equally likely tokens that would be as hard to
+predict. A text is read in windows, each of which begins half a window after the previous one. Every token but the first
+is counted once, in the first window that contains it, so it has half a window or more of context, except in the first
+window.
 
-Beside a model in fewer bits runs the same model without these, on the same windows. The divergence of a token is
-Kullback and Leibler's, sum p ln(p / q), of the probabilities q in fewer bits from p.
+A quantized model is compared with the same model without quantization on the same windows. The divergence of a token is
+Kullback and Leibler's, sum p ln(p / q), where p is the original probability and q the quantized one.
 """
 
 from __future__ import annotations
@@ -36,18 +37,18 @@ from treadle.tasks.options import ModelOptions
 Array = np.ndarray[Any, Any]
 
 WINDOW = 512
-_MOST_LOSS = 700.0  # whose exponential a float64 still holds
-_ROWS = 64  # positions whose probabilities are in float64 at a time
+_MOST_LOSS = 700.0  # its exponential fits into a float64
+_ROWS = 64  # number of positions whose probabilities are in float64 at the same time
 
 
 @dataclass(frozen=True)
 class Beside:
-    """The same model without fewer bits.
+    """The same model without quantization.
 
-    perplexity  its own
-    divergence  of the probabilities in fewer bits from its own, the mean over tokens, in nats
-    largest     the divergence that 99 of 100 tokens stay below
-    alike       the part of tokens in whose place both have the same likeliest one
+    perplexity  its perplexity
+    divergence  divergence of the quantized probabilities from the original ones, the mean over tokens, in nats
+    largest     the 99th percentile of the divergence
+    alike       fraction of tokens for which both have the same most likely prediction
     """
 
     perplexity: float
@@ -58,13 +59,13 @@ class Beside:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What was measured.
+    """The result of a measurement.
 
-    tokens      how many were foretold
-    windows     in how many windows
+    tokens      number of predicted tokens
+    windows     number of windows
     perplexity  e to the mean of -ln p
-    error       the standard error of that mean, times the perplexity; None of one token
-    beside      the same model without fewer bits; None where it did not run
+    error       the standard error of that mean, times the perplexity; None for one token
+    beside      the same model without quantization; None if it did not run
     """
 
     tokens: int
@@ -76,7 +77,7 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class PerplexityMeter:
-    """A causal language model with its tokenizer, and the same without fewer bits, if it has them."""
+    """A causal language model with its tokenizer, and the same model without quantization, if it is quantized."""
 
     model: Compiled
     tokenizer: TextTokenizer
@@ -84,10 +85,10 @@ class PerplexityMeter:
 
     @classmethod
     def open(cls, options: ModelOptions, *, alone: bool = False) -> PerplexityMeter:
-        """Compile a model; where it is to compute in fewer bits, as it is without these as well, unless it is `alone`.
+        """Compile a model. If it has a lower precision, compile the original precision, too, unless it is `alone`.
 
-        Raises UsageError where it gives no logits of causal tokens, and what `treadle.compile` and reading its
-        tokenizer raise.
+        Raises UsageError if it has no logits of causal tokens, and the errors of `treadle.compile` and of reading its
+        tokenizer.
         """
         need_for_text(options.model)
         tokenizer = text_tokenizer(options.model, options.limits)
@@ -97,24 +98,24 @@ class PerplexityMeter:
         return cls(made, tokenizer, other)
 
     def tokens(self, text: str, most: int | None = None) -> list[int]:
-        """The ids of a text, its first `most`. Raises UsageError for one that is not valid Unicode."""
+        """Return the first `most` ids of a text. Raises UsageError for a text that is not valid Unicode."""
         return [number for part in self.tokenizer.encode([text])[0] for number in part.ids][:most]
 
     def measure(self, ids: Sequence[int], *, window: int = WINDOW, progress: Progress | None = None) -> Perplexity:
-        """The perplexity of a text's tokens.
+        """Measure the perplexity of a text's tokens.
 
         window    tokens that are read at a time
-        progress  is told how many windows are done
+        progress  called with the number of finished windows
 
-        Raises UsageError for fewer than two tokens, for a window that has fewer, or more than the model takes, and
-        where logits are not finite.
+        Raises UsageError for fewer than two tokens, for a window with fewer than two or more than the model supports,
+        and if logits are not finite.
         """
         positions = token_positions(self.model)
         if window < 2 or (positions is not None and window > positions):
-            bound = "" if positions is None else f" and at most {positions:,}, as the model takes"
+            bound = "" if positions is None else f" and at most {positions:,}, the model's maximum"
             raise UsageError(f"a window has at least 2 tokens{bound}", received=f"{window:,}", hint="window=512")
         if len(ids) < 2:
-            raise UsageError("perplexity takes a text of two tokens or more", received=f"{len(ids)}")
+            raise UsageError("perplexity needs a text of two tokens or more", received=f"{len(ids)}")
         counted, apart, alike = [], [], []
         other: list[Array] = []
         cut = list(windows(len(ids), window))
@@ -150,7 +151,7 @@ class PerplexityMeter:
 
 
 def windows(count: int, window: int) -> Iterator[tuple[int, int, int]]:
-    """From which token on and up to which each window goes, and the first that is counted in it, of so many tokens."""
+    """Yield the first token, the end and the first counted token of each window of a text with `count` tokens."""
     yield 0, (done := min(window, count)), 1
     while done < count:
         end = min(done + window // 2, count)
@@ -159,7 +160,7 @@ def windows(count: int, window: int) -> Iterator[tuple[int, int, int]]:
 
 
 def log_probabilities(logits: Array) -> Array:
-    """ln softmax over the last axis, in float64."""
+    """Return ln softmax over the last axis, in float64."""
     wide = logits.astype(np.float64)
     wide -= wide.max(axis=-1, keepdims=True)
     found: Array = wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
@@ -171,22 +172,22 @@ def _perplexity(losses: Array) -> float:
 
 
 def _logits(model: Compiled, tokens: Array) -> Array:
-    """[S, vocabulary] of one row. Raises UsageError where one is not finite."""
+    """Return the logits [S, vocabulary] of one row. Raises UsageError if one is not finite."""
     found: Array = np.asarray(model(tokens=tokens)["logits"])[0]
     if not np.isfinite(found).all():
-        raise UsageError(f"{model.name} gives logits that are not finite", received=f"tokens [1, {tokens.shape[1]}]")
+        raise UsageError(f"logits of {model.name} contain NaN or infinity", received=f"tokens [1, {tokens.shape[1]}]")
     return found
 
 
 def _causal(model: Compiled, named: Any) -> Compiled:
-    """The model. Raises UsageError where it is no causal one from tokens [B, S] alone to logits."""
+    """Return the model. Raises UsageError if it is not causal, from tokens [B, S] alone to logits."""
     takes, gives = [port.name for port in model.inputs], [port.name for port in model.outputs]
     kind = model.inputs[0].type
     axis = kind.shape[-1].as_symbol if takes == ["tokens"] and kind.dtype is i64 and kind.rank == 2 else None
     if axis is None or "logits" not in gives or not follow(model.graph, axis).step():
         raise UsageError(
-            f"{printable(str(named))} has no perplexity: it is no causal language model of tokens alone",
+            f"{printable(str(named))} has no perplexity: it is not a causal language model of tokens alone",
             received=f"({', '.join(map(str, model.inputs))}) -> ({', '.join(map(str, model.outputs))})",
-            hint="a model that is, such as smollm2",
+            hint="use a model that is, such as smollm2",
         )
     return model

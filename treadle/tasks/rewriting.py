@@ -1,10 +1,10 @@
-"""Rewriting texts with an encoder and a decoder: translating and summarizing (T5, BART, Marian).
+"""Rewrite texts with an encoder and a decoder: translate and summarize (T5, BART, Marian).
 
     rewriter = TextRewriter.open(ModelOptions("folder"))
     rewriter.rewrite(["translate English to German: The house is small."])[0].text
 
-How tokens are chosen, the folder says (`treadle.tasks.generation_settings`), and what stands before a text of a task
-(T5's "summarize: ") says config.json's task_specific_params.
+The folder determines how tokens are chosen (`treadle.tasks.generation_settings`), and config.json's
+task_specific_params the prefix of a task (T5's "summarize: ").
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from treadle.tasks.options import ModelOptions
 HEAD = Head("rewrite texts", ("ForConditionalGeneration", "WithLMHeadModel", "MTModel"))
 _ROWS = 8
 _MOST = 128
-"""Tokens of a text, where nothing says how many."""
+"""Default maximum number of tokens of a text."""
 
 
 @dataclass(frozen=True)
 class Rewritten:
-    """What a text became.
+    """A rewritten text.
 
     text    without special tokens
-    tokens  the ids that were made, the one that ends it included
+    tokens  the generated ids, including the end token
     ending  why it ends: "end", "count" or "context"
-    cut     whether the source was too long for the model, and lost its end
+    cut     True if the source was too long for the model and was truncated
     """
 
     text: str
@@ -58,7 +58,7 @@ class TextRewriter:
 
     @classmethod
     def open(cls, options: ModelOptions) -> TextRewriter:
-        """Raises UsageError where the folder has no such model, CheckpointError for a damaged file, and as
+        """Open a model. Raises UsageError if the folder has no such model, CheckpointError for a damaged file, and as
         `compile`.
         """
         place, config = checked_folder(options, HEAD)
@@ -67,7 +67,7 @@ class TextRewriter:
             raise UsageError(
                 f"{made.name} does not rewrite texts",
                 received=f"a row begins with {', '.join(made.derived.prologue) or 'nothing'}",
-                hint="a model of an encoder and a decoder of tokens",
+                hint="use a model with an encoder and a decoder of tokens",
             )
         symbol = made.derived.memories[0] if made.derived.memories else None
         context = None if symbol is None else made.derived.graph.symbols[symbol].upper
@@ -83,11 +83,11 @@ class TextRewriter:
         beams: Beams | None = None,
         progress: Progress | None = None,
     ) -> list[Rewritten]:
-        """Texts in another language.
+        """Translate texts.
 
-        source, target  the languages, such as "en" and "de", of a model that translates between several
+        source, target  the languages, such as "en" and "de", for a model that translates between several
 
-        Raises UsageError where the model must be told the languages, or does not know these.
+        Raises UsageError if the model needs the languages, or does not know these.
         """
         known = [name for name in self._tasks if name.startswith("translation_")]
         name = f"translation_{source}_to_{target}"
@@ -107,7 +107,7 @@ class TextRewriter:
         beams: Beams | None = None,
         progress: Progress | None = None,
     ) -> list[Rewritten]:
-        """Summaries of texts. Raises as `rewrite` does."""
+        """Summarize texts. Raises as `rewrite` does."""
         task = "summarization" if "summarization" in self._tasks else None
         return self.rewrite(texts, task=task, most=most, beams=beams, progress=progress)
 
@@ -120,14 +120,14 @@ class TextRewriter:
         beams: Beams | None = None,
         progress: Progress | None = None,
     ) -> list[Rewritten]:
-        """What the model makes of texts.
+        """Rewrite texts.
 
-        task   what config.json's task_specific_params says of it goes before, and its prefix before each text
-        most   tokens that are made at most; None: as the folder says
-        beams  of a search; None: as the folder says
+        task   apply the settings of this task in config.json's task_specific_params, and its prefix to each text
+        most   maximum number of generated tokens; None: the folder's setting
+        beams  beam search; None: the folder's setting
 
-        Raises UsageError for no text, or an empty one, and CheckpointError where the folder does not say how a text
-        begins.
+        Raises UsageError if there is no text, or one is empty, and CheckpointError if the folder does not name the
+        first token.
         """
         if not texts or not all(text.strip() for text in texts):
             raise UsageError("there is no text to rewrite")
@@ -135,7 +135,7 @@ class TextRewriter:
         settings = GenerationSettings.read(self.place, self.config, said)
         if settings.start is None:
             raise CheckpointError(
-                "the folder does not say with which token a decoder begins",
+                "the folder does not name the token with which a decoder begins",
                 within=self.place.shown,
                 hint="decoder_start_token_id in config.json",
             )
@@ -179,7 +179,7 @@ class TextRewriter:
 
     @property
     def _tasks(self) -> Mapping[str, Mapping[str, Any]]:
-        """What config.json says of tasks."""
+        """The settings of tasks in config.json."""
         found = self.config.get("task_specific_params")
         if not isinstance(found, Mapping):
             return {}

@@ -1,4 +1,4 @@
-"""Logits as scores of labels, best first, as a folder's config.json says."""
+"""Scores of labels from logits, best first, as config.json specifies."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Scored:
-    """A label and its score: a probability, or the head's own number where it was trained for regression."""
+    """A label and its score: a probability, or the head's output for a regression."""
 
     label: str
     score: float
 
 
 def softmax(logits: Array) -> Array:
-    """softmax over the last axis, in float64."""
+    """Return softmax over the last axis, in float64."""
     shifted = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
     found: Array = shifted / shifted.sum(axis=-1, keepdims=True)
     return found
 
 
 def label_scores(logits: Array, config: Mapping[str, Any]) -> Array:
-    """Scores [labels] of logits [labels].
+    """Return scores [labels] from logits [labels].
 
-    config.json's problem_type decides: the logits themselves for a regression, a sigmoid each where labels do not
-    exclude each other or there is one alone, else softmax.
+    config.json's problem_type decides: the logits themselves for a regression, a sigmoid each for multi-label models or
+    a single label, else softmax.
     """
     kind = config.get("problem_type")
     if kind == "regression":
@@ -41,6 +41,6 @@ def label_scores(logits: Array, config: Mapping[str, Any]) -> Array:
 
 
 def best_first(scores: Array, labels: Sequence[str]) -> tuple[Scored, ...]:
-    """All labels with their scores; of equals the lower number first."""
+    """Return all labels with their scores, the highest first; for equal scores the lower number first."""
     order = np.argsort(-scores, kind="stable")
     return tuple(Scored(labels[i], float(scores[i])) for i in order)

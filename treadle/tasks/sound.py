@@ -1,4 +1,4 @@
-"""Sound files as samples: WAV, of any number of channels and bits, brought to the rate that a model hears.
+"""Sound files as samples: WAV, of any number of channels and bits, resampled to the model's rate.
 
 samples = read_sound("talk.wav", rate=16_000)        # f64[N], between -1 and 1
 """
@@ -23,13 +23,13 @@ Floats = npt.NDArray[np.float64]
 _BYTES = 1 << 30
 _RATES = range(1_000, 400_001)
 _MOST_CHANNELS = 64
-_ZEROS = 32  # of the sinc on either side
+_ZEROS = 32  # zeros of the sinc on either side
 _PIECE = 1 << 16
 
 
 def read_sound(path: PathLike, *, rate: int) -> Floats:
-    """The mean of a WAV file's channels, at `rate` samples a second. Raises UsageError for another file, or a
-    damaged.
+    """Return the mean of a WAV file's channels, at `rate` samples per second. Raises UsageError for another or a
+    damaged file.
     """
     shown = shown_path(path)
     data = read_regular(path, _BYTES, shown)
@@ -38,17 +38,17 @@ def read_sound(path: PathLike, *, rate: int) -> Floats:
             channels, width, given = file.getnchannels(), file.getsampwidth(), file.getframerate()
             if given not in _RATES or not 1 <= channels <= _MOST_CHANNELS or width not in (1, 2, 3, 4):
                 raise UsageError(
-                    "the sound is of a kind that is not read",
-                    received=f"{channels} channels, {8 * width} bits, {given} samples a second",
+                    "the sound format is not supported",
+                    received=f"{channels} channels, {8 * width} bits, {given} samples per second",
                     within=shown,
                 )
             held = file.readframes(file.getnframes())
     except (wave.Error, EOFError, struct.error, ValueError, RuntimeError) as error:
         raise UsageError(
-            "the file is no sound that can be read",
+            "the file is not a sound that can be read",
             received=printable(str(error), 200) or type(error).__name__,
             within=shown,
-            hint="a WAV file of whole numbers: ffmpeg -i FILE -ac 1 -ar 16000 -c:a pcm_s16le FILE.wav",
+            hint="a WAV file of integers: ffmpeg -i FILE -ac 1 -ar 16000 -c:a pcm_s16le FILE.wav",
         ) from None
     whole = len(held) // (channels * width) * channels * width
     samples = _numbers(held[:whole], width).reshape(-1, channels).mean(axis=1)
@@ -58,7 +58,7 @@ def read_sound(path: PathLike, *, rate: int) -> Floats:
 
 
 def _numbers(data: bytes, width: int) -> Floats:
-    """Samples between -1 and 1: unsigned where they have 8 bits, signed and little-endian else."""
+    """Return samples between -1 and 1. Samples of 8 bits are unsigned, others are signed and little-endian."""
     if width == 1:
         return (np.frombuffer(data, np.uint8).astype(np.float64) - 128) / 128
     if width == 3:
@@ -70,8 +70,7 @@ def _numbers(data: bytes, width: int) -> Floats:
 
 
 def resample(samples: Floats, given: int, wanted: int) -> Floats:
-    """Samples at another rate: at each new time the sound that they stand for, without what is too high for either
-    rate.
+    """Return samples at another rate, low-pass filtered to half of the lower rate.
 
     A sinc under a Kaiser window, 32 zeros on either side (Smith, "Digital Audio Resampling", 2002).
     """
@@ -89,7 +88,7 @@ def resample(samples: Floats, given: int, wanted: int) -> Floats:
 
 
 def _values(padded: Floats, past: Floats, nearest: npt.NDArray[np.int64], around: Any, cutoff: float) -> Floats:
-    """The sound at times that are `past` the samples `nearest`; rows that are alike share their weights."""
+    """Return the sound at times that are `past` the samples `nearest`; times with equal offsets share their weights."""
     alike, which = np.unique(np.round(past, 9), return_inverse=True)
     found = np.empty(len(past))
     reach = len(around) // 2

@@ -1,11 +1,10 @@
-"""Whisper's view of a sound: how loud each of some bands of frequency is, every 10 ms (Radford et al. 2023, section
-2.2).
+"""Whisper's input: the log-mel spectrogram of a sound, every 10 ms (Radford et al. 2023, section 2.2).
 
     mel = log_mel(samples, frames=3000)          # f32[80, 3000] of 30 s at 16 kHz
 
-Windows of 25 ms, Hann's, 10 ms apart, each centred on its frame, the ends mirrored; the power of their Fourier
+Hann windows of 25 ms, 10 ms apart, each centered on its frame, with mirrored ends; the power of their Fourier
 transform; triangular bands on Slaney's mel scale, each of area 1; the decimal logarithm, at most 8 below the loudest,
-brought to a range about -1 to 1. Sources: OpenAI's `whisper/audio.py`; Slaney 1998, "Auditory Toolbox", for the scale.
+scaled to about -1 to 1. Sources: OpenAI's `whisper/audio.py`; Slaney 1998, "Auditory Toolbox", for the scale.
 """
 
 from __future__ import annotations
@@ -19,14 +18,15 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 
 RATE = 16_000
-"""Samples a second."""
+"""Samples per second."""
 HOP, WINDOW = 160, 400
 """Samples from frame to frame, and of a window."""
 
 
 def log_mel(samples: Floats, *, frames: int, bands: int = 80) -> npt.NDArray[np.float32]:
-    """The spectrogram f32[bands, frames] of samples [N] at RATE, between -1 and 1; silence follows what is too short,
-    and what is too long loses its end."""
+    """Return the spectrogram f32[bands, frames] of samples [N] at RATE, between -1 and 1. A short sound is padded with
+    silence, a long one is truncated.
+    """
     whole = np.zeros(frames * HOP, np.float64)
     kept = samples[: len(whole)]
     whole[: len(kept)] = kept
@@ -42,8 +42,9 @@ def log_mel(samples: Floats, *, frames: int, bands: int = 80) -> npt.NDArray[np.
 
 @cache
 def mel_bands(bands: int) -> Floats:
-    """How much of each frequency of a window a band takes, f64[WINDOW // 2 + 1, bands]: triangles from one band's
-    middle to the next one's, evenly spaced in mel from 0 Hz to half of RATE."""
+    """Return the weight of each frequency of a window in each band, f64[WINDOW // 2 + 1, bands]: triangles from one
+    band's center to the next one's, evenly spaced in mel from 0 Hz to half of RATE.
+    """
     middles = _hertz(np.linspace(_mel(0.0), _mel(RATE / 2), bands + 2))
     frequencies = np.arange(WINDOW // 2 + 1) * RATE / WINDOW
     low, middle, high = middles[:-2], middles[1:-1], middles[2:]
@@ -53,9 +54,9 @@ def mel_bands(bands: int) -> Floats:
     return found
 
 
-_LINEAR = 200 / 3  # hertz a mel, below
-_BREAK = 1000.0  # hertz, from which on mels are logarithmic
-_STEP = math.log(6.4) / 27  # the logarithm of hertz a mel, above
+_LINEAR = 200 / 3  # hertz per mel below _BREAK
+_BREAK = 1000.0  # hertz; mels are logarithmic above
+_STEP = math.log(6.4) / 27  # the logarithm of hertz per mel above _BREAK
 
 
 def _mel(hertz: float) -> float:

@@ -1,11 +1,11 @@
-"""Tagging: a label for each token, such as the kind of name that it is of, and runs of them as spans of the text.
+"""Tag tokens: predict a label for each token, such as the kind of a name, and join runs of them to spans of the text.
 
     tagger = TokenTagger.open(ModelOptions("folder"))
     for span in tagger.tag(["Ada Lovelace lived in London."])[0]:
         print(span.label, span.text, span.start, span.end)
 
-Ways to make spans, as Hugging Face's pipeline names them: "none", every token by itself; "simple", neighbours whose
-labels continue each other (B-, I-); "first", "average" and "max", where the tokens of a word agree before.
+Ways to group tokens, as in Hugging Face's pipeline: "none", every token by itself; "simple", neighbors whose labels
+continue each other (B-, I-); "first", "average" and "max", which first choose one label for the tokens of a word.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ Array = np.ndarray[Any, Any]
 HEAD = Head("tag tokens", ("ForTokenClassification",))
 GROUPINGS = ("none", "simple", "first", "average", "max")
 OUTSIDE = "O"
-"""The label of what is no part of any span."""
+"""The label of tokens outside any span."""
 
 
 @dataclass(frozen=True)
 class TaggedSpan:
     """A part of a text with a label.
 
-    label       without B- or I-, where tokens were grouped
-    score       its probability, the mean over what was grouped
-    text        as its tokens join, which is not always how it stands in the text
-    start, end  where it stands, in characters
+    label       without B- or I-, if tokens were grouped
+    score       its probability, the mean over the group
+    text        its tokens joined, which may differ from the text itself
+    start, end  its offsets in the text, in characters
     """
 
     label: str
@@ -50,7 +50,7 @@ class TaggedSpan:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A token of a text: its name, its label's probabilities, its place, and whether it continues a word."""
+    """A token of a text: its name, label probabilities and offsets, and a flag if it continues a word."""
 
     name: str
     scores: Array
@@ -68,7 +68,7 @@ class TokenTagger:
 
     @classmethod
     def open(cls, options: ModelOptions) -> TokenTagger:
-        """Raises as `OpenedModel.open` does."""
+        """Open a model. Raises as `OpenedModel.open` does."""
         opened = OpenedModel.open(options, HEAD)
         return cls(opened, read_labels(opened.config))
 
@@ -80,9 +80,9 @@ class TokenTagger:
         ignore: Sequence[str] = (OUTSIDE,),
         progress: Progress | None = None,
     ) -> list[list[TaggedSpan]]:
-        """The spans of each text, in the text's order; those with a label in `ignore` are left out.
+        """Return the spans of each text, in the text's order; spans with a label in `ignore` are left out.
 
-        Raises UsageError for no text, and for an unknown grouping.
+        Raises UsageError if there is no text, or for an unknown grouping.
         """
         if grouping not in GROUPINGS:
             raise UsageError(f"there is no grouping {grouping!r}", hint="one of " + ", ".join(GROUPINGS))
@@ -141,7 +141,7 @@ class TokenTagger:
         return TaggedSpan(self.labels[best], float(scores[best]), named, pieces[0].start, pieces[-1].end)
 
     def _joined(self, spans: Sequence[TaggedSpan]) -> Iterator[TaggedSpan]:
-        """Neighbours of one label, of which none but the first begins a span by B-, as one."""
+        """Join neighbors of one label, of which only the first may begin a span by B-."""
         group: list[TaggedSpan] = []
         for span in spans:
             if group and (_kind(span.label) != _kind(group[-1].label) or span.label.startswith("B-")):
@@ -158,5 +158,5 @@ class TokenTagger:
 
 
 def _kind(label: str) -> str:
-    """A label without the prefix that says whether a span begins with it or goes on."""
+    """Return a label without the prefix that marks the begin or the inside of a span."""
     return label[2:] if label.startswith(("B-", "I-")) else label

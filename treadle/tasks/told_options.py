@@ -1,4 +1,4 @@
-"""Methods that say how an option is called here: it has another name elsewhere, or is misspelt."""
+"""Hints for keyword arguments that are misspelled or have another name in other libraries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SAMPLING = "sampling=t.Sampling(temperature=0.7, top_k=50, top_p=0.9, seed=1)"
 _RULES = "rules=t.TokenRules(repetition_penalty=1.2, no_repeat_ngram=3, fewest=5)"
 _ELSEWHERE = {
     **dict.fromkeys(("max_new_tokens", "max_tokens", "num_predict"), "most=64"),
-    "max_length": "most=64, which counts no token of the prompt",
+    "max_length": "most=64, which does not include the prompt's tokens",
     **dict.fromkeys(("do_sample", "temperature", "top_k", "top_p", "min_p", "seed"), _SAMPLING),
     **dict.fromkeys(
         ("num_beams", "length_penalty", "num_return_sequences"), "search(prompts, beams=t.Beams(4, best=2))"
@@ -25,11 +25,11 @@ _ELSEWHERE = {
     **dict.fromkeys(("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "bad_words_ids"), _RULES),
     **dict.fromkeys(("stop_strings", "stop_sequences", "stop_words"), 'stop=["."]'),
 }
-"""What generation has under other names, mostly Hugging Face's."""
+"""Options of generation by their names in other libraries, mostly Hugging Face's."""
 
 
 def tells_options(method: Method) -> Method:
-    """The method, which names an option that it has not, and what to write. A decorator."""
+    """Decorate a method so that an unknown option raises an error with the right name."""
     signature = inspect.signature(method)
 
     @functools.wraps(method)

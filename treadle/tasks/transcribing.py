@@ -1,10 +1,10 @@
-"""Transcribing: what is said in a recording, as text, by Whisper.
+"""Transcribe the speech in a recording by Whisper.
 
     transcriber = Transcriber.open(ModelOptions("whisper-tiny", backend="torch"))
     transcriber.transcribe("talk.wav").text
 
-A recording of more than 30 s is read in pieces; each ends at the quietest moment of its last 5 s, so that no word is
-cut.
+A recording of more than 30 s is read in pieces. Each piece ends at the quietest moment of its last 5 s, so that no word
+is split.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from treadle.tasks.spectrogram import HOP, RATE, log_mel
 HEAD = Head("transcribe speech", ("WhisperForConditionalGeneration",))
 _QUIET_SECONDS = 5
 _MULTILINGUAL = 51_865
-"""Tokens of OpenAI's models of several languages, at least."""
+"""Least vocabulary size of OpenAI's multilingual models."""
 _LANGUAGE = re.compile(r"<\|([a-z]{2,3})\|>")
 
 
@@ -44,10 +44,10 @@ _LANGUAGE = re.compile(r"<\|([a-z]{2,3})\|>")
 class Passage:
     """A piece of a recording.
 
-    text        what is said in it
+    text        its transcript
     start, end  in seconds
-    tokens      the ids that were made, the one that ends them included
-    language    None where the model knows but one
+    tokens      the generated ids, including the end token
+    language    None if the model knows only one
     """
 
     text: str
@@ -59,21 +59,21 @@ class Passage:
 
 @dataclass(frozen=True)
 class Transcript:
-    """What is said in a recording, piece by piece."""
+    """The transcript of a recording, piece by piece."""
 
     passages: tuple[Passage, ...]
 
     @property
     def text(self) -> str:
-        """All of it."""
+        """The whole text."""
         return "".join(passage.text for passage in self.passages).strip()
 
 
 @dataclass(frozen=True)
 class Transcriber:
-    """A model of speech.
+    """A speech model.
 
-    languages  the token of each language by its name; empty where the model knows but one
+    languages  the token of each language by its name; empty if the model knows only one
     """
 
     model: SteppedModel
@@ -84,7 +84,9 @@ class Transcriber:
 
     @classmethod
     def open(cls, options: ModelOptions) -> Transcriber:
-        """Raises UsageError where MODEL is no model of speech, CheckpointError for a damaged file, and as `compile`."""
+        """Open a model. Raises UsageError if MODEL is not a speech model, CheckpointError for a damaged file, and as
+        `compile`.
+        """
         folder = find_folder(options.model)
         if folder.is_dir() and find_ctranslate2(folder, options.limits) is not None:
             place = ModelFolder.find(folder)
@@ -95,11 +97,11 @@ class Transcriber:
             rules = TokenRules(banned=found.banned, banned_first=found.banned_first)
         made = options.stepped()
         if made.derived.prologue != ("mel",):
-            raise UsageError(f"{made.name} does not transcribe speech", hint="a folder of Whisper's")
+            raise UsageError(f"{made.name} does not transcribe speech", hint="a Whisper folder")
         positions = made.derived.graph.parameters["encoder.positions.weight"].type.shape[0].constant
         tokenizer = TextTokenizer.open(place.path, cut=False)
         if positions is None:
-            raise CheckpointError("the model does not say how long a recording it hears", within=place.shown)
+            raise CheckpointError("the model does not state the length of its recordings", within=place.shown)
         vocabulary = made.derived.graph.parameters["decoder.tokens.weight"].type.shape[0].constant or 0
         several = _knows_several(place, vocabulary)
         return cls(made, tokenizer, rules, positions, _languages(tokenizer) if several else {})
@@ -107,15 +109,15 @@ class Transcriber:
     def transcribe(
         self, path: PathLike, *, language: str | None = None, most: int | None = None, progress: Progress | None = None
     ) -> Transcript:
-        """What is said in a WAV file.
+        """Transcribe a WAV file.
 
-        language  such as "en"; None: as the model hears it
-        most      tokens of a piece, at most
+        language  such as "en"; None: detected by the model
+        most      maximum number of tokens of a piece
 
-        Raises UsageError for a file that is no sound, or a language that the model does not know.
+        Raises UsageError for a file that is not a sound, or a language that the model does not know.
         """
         if language is not None and language not in self.languages:
-            known = ", ".join(self.languages) or "its own language alone, which need not be said"
+            known = ", ".join(self.languages) or "its own language, which need not be given"
             raise UsageError(f"the model does not know the language {language!r}", hint=known)
         samples = read_sound(path, rate=RATE)
         passages = []
@@ -143,7 +145,7 @@ class Transcriber:
         return Passage(self.tokenizer.text(tokens), start / RATE, end / RATE, tuple(tokens), language)
 
     def _heard(self, mel: npt.NDArray[np.float32], begin: int) -> str:
-        """The likeliest language."""
+        """Return the most likely language."""
         session = self.model.session(rows=1, memory={"memory": self.context})
         row = session.open(mel=mel)
         logits = session.prefill({row: [begin]})[row]
@@ -157,9 +159,7 @@ class Transcriber:
 
 
 def _pieces(samples: npt.NDArray[np.float64], longest: int) -> Iterator[tuple[int, int]]:
-    """From where to where a recording is read at a time: at most `longest` samples, to the quietest tenth of a
-    second.
-    """
+    """Yield the bounds of a recording's pieces: at most `longest` samples, up to the quietest tenth of a second."""
     start = 0
     while len(samples) - start > longest:
         last = samples[start + longest - min(_QUIET_SECONDS * RATE, longest // 2) : start + longest]
@@ -172,8 +172,9 @@ def _pieces(samples: npt.NDArray[np.float64], longest: int) -> Iterator[tuple[in
 
 
 def _knows_several(place: ModelFolder, vocabulary: int) -> bool:
-    """Whether a model knows several languages: vocabularies of models of English have the others' tokens, too, and
-    are one shorter. A generation_config.json may say so itself."""
+    """Return True if a model is multilingual: vocabularies of English models also have the other languages' tokens, and
+    are one shorter. A generation_config.json may contain it, too.
+    """
     name = "generation_config.json"
     if place.has(name):
         said = place.read_settings(name).get("is_multilingual")
@@ -183,7 +184,7 @@ def _knows_several(place: ModelFolder, vocabulary: int) -> bool:
 
 
 def _languages(tokenizer: TextTokenizer) -> dict[str, int]:
-    """The tokens of languages: between those of the beginning and of translating."""
+    """Return the tokens of languages: the tokens between the start token and the translate token."""
     first, translate = tokenizer.id_of("<|startoftranscript|>"), tokenizer.id_of("<|translate|>")
     found: dict[str, int] = {}
     for name in tokenizer.special_tokens():
@@ -195,7 +196,9 @@ def _languages(tokenizer: TextTokenizer) -> dict[str, int]:
 
 
 def _converted_rules(place: ModelFolder) -> TokenRules:
-    """Which tokens never come, or not first, as the config.json beside a model.bin of CTranslate2 says."""
+    """Return rules for tokens that are forbidden, always or at the begin, from the config.json next to CTranslate2's
+    model.bin.
+    """
     said = place.read_settings("config.json")
     found: dict[str, Any] = {}
     for name, theirs in (("banned", "suppress_ids"), ("banned_first", "suppress_ids_begin")):

@@ -1,1 +1,1 @@
-"""Training on texts: batches of tokens, what a model is to foretell in them, and saving what was trained."""
+"""Training on texts: batches of tokens, training objectives, and saving of trained models."""

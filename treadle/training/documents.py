@@ -1,4 +1,6 @@
-"""The documents of files: a text file is one, a .jsonl file has one a line, `{"text": "Once upon a time"}`."""
+"""Read the documents in files: a text file is one document, a .jsonl file has one per line, `{"text": "Once upon a
+time"}`.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +13,15 @@ from treadle.option_values import read_text
 
 LINES = ".jsonl"
 BYTE_ORDER_MARK = "\ufeff"
-"""What some editors begin a file in UTF-8 with."""
+"""The mark with which some editors begin a file in UTF-8."""
 
 
 def read_documents(files: Sequence[str]) -> list[str]:
-    """The documents of all files, in their order; `-` is standard input. Those of white space alone are left out, and
-    so is a byte order mark at a file's beginning.
+    """Return the documents of all files, in order; `-` is standard input. Blank documents are left out, and so is a
+    byte order mark at the start of a file.
 
-    Raises UsageError where there is none, where a file is too long or not UTF-8, and for a line of a .jsonl file that
-    is no object with a text; CheckpointError where a file cannot be read.
+    Raises UsageError if there is no document, if a file is too long or not UTF-8, or if a line of a .jsonl file is not
+    an object with a text; CheckpointError if a file cannot be read.
     """
     found: list[str] = []
     for file in files:
@@ -42,7 +44,7 @@ def _lines(text: str, file: str) -> Iterator[str]:
         document = held.get("text") if isinstance(held, dict) else None
         if not isinstance(document, str):
             raise UsageError(
-                f"a line of a {LINES} file is an object with a text",
+                f"a line of a {LINES} file must be an object with a text",
                 received=printable(line, 80),
                 within=f"{shown_path(file)}, line {number}",
                 hint='{"text": "Once upon a time"}',

@@ -36,7 +36,7 @@ def deferring_signals() -> Iterator[None]:
     finally:
         try:
             _install(handlers)
-        finally:  # a handler that is back may have raised before the others were
+        finally:  # a handler that returned may have raised before the others ran
             _install(handlers)
         for number, frame in arrived:
             handlers[number](number, frame)
@@ -49,11 +49,12 @@ def _install(handlers: Mapping[int, _Handler]) -> None:
 
 @contextmanager
 def noting_interrupts(told: str = "") -> Iterator[Callable[[], bool]]:
-    """Gives what tells whether Ctrl-C was pressed since the block began.
+    """Record the first Ctrl-C in the block; the second one interrupts. Yields a function that returns True after the
+    first.
 
     told  a line for standard error, the first time
 
-    Only the main thread is sent interrupts; in another one nothing changes.
+    Only the main thread gets interrupts; in another one nothing changes.
     """
     noted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -75,7 +76,9 @@ def noting_interrupts(told: str = "") -> Iterator[Callable[[], bool]]:
 
 
 def _say(line: str) -> None:
-    """Write a line below what a terminal shows. Not by `sys.stderr`, which may be in the middle of a write."""
+    """Write a line below the output on a terminal. It does not use `sys.stderr`, which may be in the middle of a
+    write.
+    """
     with suppress(OSError):
         start = "\n" if os.isatty(_STANDARD_ERROR) else ""
         os.write(_STANDARD_ERROR, f"{start}{line}\n".encode())

@@ -1,4 +1,4 @@
-"""What a language model is trained for: the next token of a text, or those behind masks.
+"""Training objectives of a language model: predict the next token of a text, or the tokens behind masks.
 
 objective = MaskedToken(mask=103, vocab=30_522, special=(0, 101, 102, 103), seed=0)
 objective.asked(tokens, 7)          # {"tokens": with masks, "targets": what they hide}, drawn for batch 7
@@ -18,28 +18,28 @@ OBJECTIVES = (NEXT_TOKEN, MASKED_TOKEN)
 
 
 class Objective(Protocol):
-    """Makes of tokens what a step takes."""
+    """Converts tokens to the inputs of a training step."""
 
     def asked(self, tokens: Tokens, *number: int) -> dict[str, Tokens]:
-        """Inputs and targets of tokens [B, S]; what is drawn depends on these numbers alone."""
+        """Return inputs and targets for tokens [B, S]; random choices depend only on these numbers."""
 
 
 @dataclass(frozen=True)
 class NextToken:
-    """Each token is foretold from those before it."""
+    """Predict each token from the preceding tokens."""
 
     def asked(self, tokens: Tokens, *number: int) -> dict[str, Tokens]:
-        """See `Objective`; nothing is drawn."""
+        """See `Objective`; there are no random choices."""
         return {"tokens": tokens, "targets": next_token_targets(tokens)}
 
 
 @dataclass(frozen=True)
 class MaskedToken:
-    """Some tokens are foretold from those around them: see `mask_tokens`.
+    """Predict masked tokens from the tokens around them: see `mask_tokens`.
 
     mask     the token that hides others
-    vocab    how many tokens there are
-    special  those that are never hidden
+    vocab    number of tokens in the vocabulary
+    special  tokens that are never hidden
     """
 
     mask: int

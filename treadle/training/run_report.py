@@ -1,4 +1,4 @@
-"""What a run of training on texts came to, in words and as JSON."""
+"""The results of a training run, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from treadle.training.text_runs import Update, perplexity_of
 
 @dataclass
 class RunReport:
-    """What came of it.
+    """The results of a training run.
 
-    model        as it was named
-    accumulate   batches that made an update
-    first        updates that had been made before
-    settings     those of the run, as its state stores them
+    model        its name as given by the user
+    accumulate   micro-batches per update
+    first        number of updates before this run
+    has_teacher  True if the losses include a teacher's part, so that they have no perplexity
+    config       the given configuration of a model of `folder`
+    lines        of several updates each, in order
+    before, after  the mean loss over the held-out blocks
+    settings     the settings of the run, as its state stores them
     changed      settings that differ from the resumed state's: its value and the one now; None if it stores none
-    has_teacher  whether a teacher's part is in the losses, so that they are of no perplexity
-    config       configuration that was given, of a model of `folder`
-    lines        of several updates each, in their order
-    before, after  the mean loss over the blocks that are held out
     """
 
     model: str
@@ -49,11 +49,11 @@ class RunReport:
 
     @property
     def steps(self) -> int:
-        """How many updates there have been, those before included."""
+        """Number of updates so far, including those of earlier runs."""
         return self.lines[-1].step if self.lines else self.first
 
     def facts(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """Return all results, for JSON."""
 
         def measured(loss: float | None) -> dict[str, float | None]:
             return {"loss": loss, "perplexity": None if loss is None or self.has_teacher else perplexity_of(loss)}
@@ -83,46 +83,46 @@ class RunReport:
         }
 
     def told(self) -> list[str]:
-        """A line for each thing that is to be known."""
+        """Return the report, in lines."""
         done = sum(line.tokens for line in self.lines)
         seconds = sum(line.seconds for line in self.lines)
         count = self.steps - self.first
-        pace = f", {done / seconds:,.0f} tokens a second" if seconds else ""
+        pace = f", {done / seconds:,.0f} tokens per second" if seconds else ""
         found = [f"{counted(count, 'step')} of {counted(done, 'token')} in {seconds:.1f} s{pace}"]
         if self.interrupted:
             found[0] = f"interrupted after {found[0]}"
         if self.before is not None:
             what, of = ("loss", float) if self.has_teacher else ("perplexity", perplexity_of)
             after = "" if self.after is None else f" before, {of(self.after):.4f} after"
-            found.append(f"{what} of {counted(len(self.data.heldout), 'held out block')} {of(self.before):.4f}{after}")
+            found.append(f"{what} of {counted(len(self.data.heldout), 'held-out block')} {of(self.before):.4f}{after}")
         found += self.written()
         if self.saved is not None:
-            found.append(f"it is loaded by {getattr(self.saved.loading, 'command', self.saved.loading)}")
+            found.append(f"load it by {getattr(self.saved.loading, 'command', self.saved.loading)}")
             given = " ".join(f"--set {name}={value}" for name, value in self.config.items())
             if given and self.folder is not None:
-                found.append(f"its config.json is that of {self.folder}, without {given}")
+                found.append(f"its config.json is a copy of the one in {self.folder}, without {given}")
             elif given:
                 found.append(f"its configuration is not saved: {given}")
         if not count:
             found.append("nothing was trained, so nothing was saved")
         elif self.state is None and self.saved is None:
-            found.append("nothing was saved: -o FOLDER saves the model, --state FILE what --resume goes on from")
+            found.append("nothing was saved: -o FOLDER saves the model, --state FILE a state for --resume")
         return found
 
     def written(self) -> list[str]:
-        """A line for each thing that was saved."""
+        """Return a line for each saved file."""
         found = []
         if self.state is not None:
-            found.append(f"wrote {self.state}, {human(self.state.stat().st_size, 'B')}: --resume goes on from it")
+            found.append(f"wrote {self.state}, {human(self.state.stat().st_size, 'B')}: --resume continues from it")
         if self.saved is not None:
             first, *others = self.saved.files
-            beside = f", and {counted(len(others), 'file')} beside it" if others else ""
+            beside = f", and {counted(len(others), 'file')} next to it" if others else ""
             found.append(f"wrote {first}, {human(first.stat().st_size, 'B')}{beside}")
         return found
 
 
 def data_text(data: TextData) -> str:
-    """What is trained on."""
+    """Describe the training data."""
     blocks, held = len(data.batches.blocks), len(data.heldout)
     apart = f", and {counted(held, 'block')} held out" if held else ""
     epoch = counted(data.batches.epoch, "batch")
@@ -130,7 +130,7 @@ def data_text(data: TextData) -> str:
 
 
 def line_text(update: Update, steps: int) -> str:
-    """An update, or several, of so many, in a line."""
+    """Describe one or several updates out of `steps` in a line."""
     facts = line_facts(update)
     pace = facts["tokens_per_second"]
     told = (
@@ -140,7 +140,7 @@ def line_text(update: Update, steps: int) -> str:
 
 
 def line_facts(update: Update) -> dict[str, Any]:
-    """The same for JSON; null where a norm is no number, and where no time passed."""
+    """Return the same for JSON; null for a norm that is NaN or infinite, and for a rate without elapsed time."""
     pace = update.tokens / update.seconds if update.seconds else None
     norm = update.norm if math.isfinite(update.norm) else None
     return {

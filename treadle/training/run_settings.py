@@ -15,11 +15,11 @@ Settings = dict[str, str]
 
 _TEXTS, _TOKENS = "texts", "tokens"
 _OF_BATCHES = ("seed", "objective", "batch", "accumulate", "length", "holdout", _TEXTS, _TOKENS)
-"""The batch of each step follows from these: in a resumed run they must be the same."""
+"""The batch of each step follows from these settings: in a resumed run they must be the same."""
 
 
 def run_settings(data: TextData, **options: Any) -> Settings:
-    """Settings by name, as texts: those of the data, its texts and tokens by SHA-256, and options of the command."""
+    """Return settings by name, as texts: of the data, with its texts and tokens by SHA-256, and of the command."""
     found = {
         "seed": data.batches.seed,
         "batch": data.batches.rows,
@@ -32,11 +32,11 @@ def run_settings(data: TextData, **options: Any) -> Settings:
 
 
 def changed_settings(state: PathLike, now: Mapping[str, str]) -> dict[str, tuple[str, str]] | None:
-    """The settings that differ from those of the run that wrote a state: by name, its value and the one now.
+    """Return the settings that changed since the run that wrote a state: by name, the old and the new value.
 
     None if the state stores none: it was written by a `Trainer` alone.
 
-    Raises UsageError if the batches would be others, and CheckpointError as `read_notes` does.
+    Raises UsageError if the batches would differ, and CheckpointError as `read_notes` does.
     """
     before = read_notes(state)
     if not before:
@@ -65,7 +65,7 @@ def _difference(name: str, before: str, now: str) -> str:
 
 
 def change_lines(changed: Mapping[str, tuple[str, str]] | None) -> list[str]:
-    """A line for each setting that changes, or one if the state stores none."""
+    """Return a line for each setting that changes, or one if the state stores none."""
     if changed is None:
         return ["the state does not store the seed, batches and texts that it was trained with: they are not compared"]
     return [f"resumed with {name} {now}; until now it was {before}" for name, (before, now) in changed.items()]

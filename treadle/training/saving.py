@@ -1,14 +1,14 @@
-"""Saving trained weights: a folder like the one that they came from, with the new values in the tensors' own dtypes.
+"""Save trained weights in a folder like the original one, with the new values in the tensors' own dtypes.
 
-    saver = saver_for(trainer.resolved, Path("trained"))    # refuses at once what could not be saved in the end
+    saver = saver_for(trainer.resolved, Path("trained"))    # refuses at once if saving is not possible
     ...
     saver.save(trainer.weights)
 
-    trained/model.safetensors       every tensor of the checkpoint: what a parameter is anew, all others as they were
+    trained/model.safetensors       every tensor of the checkpoint: parameters updated, all others unchanged
     trained/config.json, ...        settings, vocabulary and chat template, byte for byte
 
-Shards become one file. What a checkpoint stores twice (an embedding that is also the output's matrix) is written to
-both places. A model without a folder gets `weights.safetensors` alone, under parameter names.
+Shards become one file. A parameter that a checkpoint stores twice (an embedding that is also the output's matrix) is
+written to both tensors. A model without a folder gets `weights.safetensors` alone, under parameter names.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Shape = tuple[int, ...]
 MODEL, WEIGHTS = "model.safetensors", "weights.safetensors"
 
 _SETTINGS = (".json", ".txt", ".model", ".jinja")
-"""What the names of the files end in that say how a model is run: config.json, vocab.txt, tokenizer.model, ..."""
+"""Suffixes of the files that a model needs in addition to weights: config.json, vocab.txt, tokenizer.model, ..."""
 _WEIGHTS_INDEX = ".index.json"
 _CONFIG, _MODULES = "config.json", "modules.json"
 _FILE_BYTES = 256 << 20
@@ -55,11 +55,11 @@ _FIRST = 4096  # bytes by which tensors mostly differ already
 
 @dataclass(frozen=True)
 class SavedModel:
-    """What was written.
+    """The written files.
 
-    folder   that which was asked for
-    files    in it, those with the weights first
-    loading  how the weights are loaded again, in Python and on the command line
+    folder   the requested folder
+    files    the files in it, those with the weights first
+    loading  how to load the weights again, in Python and on the command line
     """
 
     folder: Path
@@ -68,23 +68,22 @@ class SavedModel:
 
 
 class Saver(Protocol):
-    """What writes trained weights to a folder, as often as it is asked."""
+    """Writes trained weights to a folder, once or several times."""
 
     def save(self, weights: Mapping[str, Array]) -> SavedModel:
         """Write the model with these weights, by parameter name.
 
-        Raises UsageError where a file cannot be written, or a weight is out of the range of the dtype in which the
-        checkpoint holds it.
+        Raises UsageError if a file cannot be written, or a weight is out of the range of the checkpoint's dtype.
         """
 
 
 def saver_for(resolved: Resolved, target: PathLike, *, replace: bool = False) -> Saver:
-    """What saves a model's trained weights to a folder.
+    """Return a saver of a model's trained weights for a folder.
 
-    replace  whether the folder may hold files, which stay, but for those of the same names
+    replace  True if the folder may contain files; files of the same names are overwritten, others stay
 
-    Raises UsageError where the model came from what is not written (a GGUF or an ONNX file, CTranslate2's layout),
-    where the folder is the model's own, is none, cannot be written or is not empty, and CheckpointError as
+    Raises UsageError if the model's format cannot be written (a GGUF or an ONNX file, CTranslate2's layout), if the
+    folder is the model's own, is not a folder, cannot be written or is not empty, and CheckpointError as
     `open_checkpoint` does.
     """
     if resolved.folder is None:
@@ -109,7 +108,7 @@ def save_folder(
 class WeightsSaver:
     """Writes the weights of a model without a folder, such as a family of the zoo.
 
-    config  what differs from the declaration's
+    config  configuration that differs from the declaration's
     """
 
     target: Path
@@ -128,12 +127,12 @@ class WeightsSaver:
 
 @dataclass(frozen=True)
 class FolderSaver:
-    """Writes a folder like the one that a model came from.
+    """Writes a folder like the original one of a model.
 
-    parts   of each tensor the parameters that are parts of it, each with which part
-    copies  tensors that hold the same as another, which parameters are, and are to go on doing so
-    added   of parameters whose tensor the checkpoint left out: its name, and the tensor that stands for it. It is
-            written where another parameter of that tensor was trained to other values
+    parts   for each tensor the parameters that are parts of it, each with its part
+    copies  unused tensors that equal a tensor of a parameter; they are written with its new values
+    added   for parameters whose tensor the checkpoint left out: its name, and the tensor that replaces it. It is
+            written if training gave another parameter of that tensor other values
     settings  the files that are copied
     """
 
@@ -148,7 +147,7 @@ class FolderSaver:
     def open(
         cls, source: PathLike, parameters: Mapping[str, Shape], target: PathLike, *, replace: bool = False
     ) -> FolderSaver:
-        """Find the tensors of these parameters, which a model of `source` has. Raises as `saver_for` does."""
+        """Find the tensors of these parameters of a model in `source`. Raises as `saver_for` does."""
         checkpoint = _opened(source)
         family = family_of(checkpoint.config)
         table = family.read(checkpoint.config).table
@@ -183,14 +182,14 @@ class FolderSaver:
             _make(self.target / below)
         written = [self.target / MODEL]
         write_tensors(written[0], self._tensors(weights), self._metadata())
-        for name in self.settings:  # config.json last: without it the folder is no model
+        for name in self.settings:  # config.json last: without it the folder is not a model
             written.append(self.target / name)
             _write(written[-1], read_regular(place.file(name), _FILE_BYTES, place.show(name)))
         shown = os.fspath(self.target)
         return SavedModel(self.target, tuple(written), Hint(f"treadle.compile({shown!r})", f"treadle run {shown}"))
 
     def _tensors(self, weights: Mapping[str, Array]) -> list[WrittenTensor]:
-        """What is written: tensors anew, their copies, and all others."""
+        """Return the tensors to write: updated ones, their copies, and all others."""
         parts = {name: dict(of) for name, of in self.parts.items()}
         apart = {}
         for parameter, (new, shared) in self.added.items():
@@ -210,7 +209,7 @@ class FolderSaver:
     def _values(
         self, name: str, record: TensorRecord, parts: Mapping[str, Source], weights: Mapping[str, Array]
     ) -> Array:
-        """A tensor's elements, with parameters in their places."""
+        """Return a tensor's elements, with parameters in their places."""
         raw = self.checkpoint.raw(name)
         if not parts:
             return raw
@@ -220,31 +219,31 @@ class FolderSaver:
         return stored
 
     def _metadata(self) -> dict[str, str]:
-        """That of the checkpoint's first file; others want to be told the format."""
+        """Return the metadata of the checkpoint's first file; other libraries expect the format in it."""
         first = self.checkpoint.folder
         file = SafetensorsFile.open(first.file(self.checkpoint.files[0]), self.checkpoint.limits)
         return {"format": "pt", **file.metadata}
 
 
 def _opened(source: PathLike) -> Checkpoint:
-    """The checkpoint of a folder. Raises UsageError for a model in another form."""
+    """Open the checkpoint of a folder. Raises UsageError for a model in another form."""
     path = Path(source)
     converted = path.is_dir() and find_ctranslate2(path) is not None
     if converted or path.is_file():
         raise UsageError(
-            "trained weights are written in the layout of a folder with config.json and model.safetensors alone",
+            "trained weights can only be saved in the layout of a folder with config.json and model.safetensors",
             received="a folder in CTranslate2's layout" if converted else path.name,
             within=shown_path(path.parent if path.is_file() else path),
-            hint="the folder from which it was made, in place of it",
+            hint="the folder from which it was converted",
         )
     return open_checkpoint(path)
 
 
 def _copies(checkpoint: Checkpoint, unused: Iterable[str], names: Mapping[str, Iterable[str]]) -> dict[str, str]:
-    """Which tensors, that no parameter takes, hold the same as one that parameters take, and which one that is.
+    """Map each unused tensor that equals a parameter's tensor to that one.
 
-    names  of each that is taken: what else it may be called. Under another name it is the same by what it holds, if
-           that is not one number alone: biases of zeros are equal by accident
+    names  for each used tensor, its other names. Tensors with unrelated names are copies if their elements are equal,
+           unless all elements are the same number: biases of zeros are equal by accident
     """
     copies = {}
     for name in unused:
@@ -268,15 +267,15 @@ def _written(name: str, record: TensorRecord, values: Any) -> WrittenTensor:
 
 
 def _element(dtype: str) -> np.dtype[Any]:
-    """NumPy's dtype of an element as it is stored."""
+    """Return NumPy's dtype of an element as it is stored."""
     held = DTYPES[dtype].numpy
     return np.dtype("<u2") if held is None else held.newbyteorder("<")
 
 
 def _rounded(name: str, values: Array, dtype: str) -> Array:
-    """Values as elements of a stored dtype, rounded to the nearest, of two to the even one.
+    """Return values as elements of a stored dtype, rounded to nearest even.
 
-    Raises UsageError where a finite one would become infinite.
+    Raises UsageError if a finite value would become infinite.
     """
     if dtype not in _ROUNDED:
         return values
@@ -285,28 +284,30 @@ def _rounded(name: str, values: Array, dtype: str) -> Array:
     except GraphError:
         largest = float(np.abs(values[np.isfinite(values)]).max())
         raise UsageError(
-            f"{printable(name)} is out of the range of {dtype}, in which the checkpoint holds it",
+            f"{printable(name)} is out of the range of {dtype}, the checkpoint's dtype",
             received=f"values up to {largest:g}",
             hint=Hint("a lower rate", "a lower --rate, or --clip"),
         ) from None
 
 
 def _settings_of(place: ModelFolder) -> list[str]:
-    """The files beside the weights that say how the model is run, relative to its folder; config.json last."""
+    """Return the files that a model needs in addition to weights, relative to its folder; config.json last."""
     found = []
     for name in sorted(os.listdir(place.path)):
         path = place.path / name
         if path.is_file() and name.endswith(_SETTINGS) and not name.endswith(_WEIGHTS_INDEX):
             found.append(name)
-        elif path.is_dir() and place.has(_MODULES) and (path / _CONFIG).is_file():  # as sentence-transformers has it
+        elif (
+            path.is_dir() and place.has(_MODULES) and (path / _CONFIG).is_file()
+        ):  # the layout of sentence-transformers
             found.append(f"{name}/{_CONFIG}")
     for name in found:
-        place.file(name)  # which refuses what lies elsewhere
+        place.file(name)  # refuses a link to another folder
     return sorted(found, key=lambda name: name == _CONFIG)
 
 
 def _checked_target(target: PathLike, replace: bool, source: Path | None = None) -> Path:
-    """The folder to write. Raises UsageError as `saver_for` does."""
+    """Return the folder to write. Raises UsageError as `saver_for` does."""
     path = Path(target)
     shown = shown_path(path)
     try:
@@ -315,10 +316,10 @@ def _checked_target(target: PathLike, replace: bool, source: Path | None = None)
     except OSError as error:  # a name that is too long
         raise UsageError("the folder cannot be written", received=str(error), hint="another name") from error
     if path.exists() and not path.is_dir():
-        raise UsageError("weights are saved in a folder, and this is a file", received=shown, hint="another name")
+        raise UsageError("weights are saved in a folder, but this is a file", received=shown, hint="another name")
     if source is not None and path.exists() and path.resolve() == source.resolve():
         raise UsageError(
-            "the model's own folder is not written over", received=shown, hint="another folder for what is trained"
+            "the model's own folder cannot be overwritten", received=shown, hint="another folder for the trained model"
         )
     if path.is_dir() and not replace and any(os.scandir(path)):
         raise UsageError(
@@ -335,11 +336,11 @@ def _checked_target(target: PathLike, replace: bool, source: Path | None = None)
 
 
 def _make(folder: Path) -> None:
-    """Make a folder, if it is not there."""
+    """Create a folder, unless it exists."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError("the folder cannot be made", received=str(error), within=shown_path(folder)) from error
+        raise UsageError("the folder cannot be created", received=str(error), within=shown_path(folder)) from error
 
 
 def _write(path: Path, data: bytes) -> None:

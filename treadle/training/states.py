@@ -1,4 +1,4 @@
-"""Files that training goes on from: a safetensors file of trained weights and moments, with the number of updates.
+"""Training states: a safetensors file of trained weights and moments, with the number of updates, to resume training.
 
 weight/h.0.mlp.up.weight, moment/mean.h.0.mlp.up.weight, ...     __metadata__: format, optimizer, steps, note.NAME, ...
 """
@@ -37,7 +37,7 @@ class TrainingState:
     weights    trained weights by name, float32
     moments    the optimizer's moments, by names such as mean.NAME
     steps      the number of updates so far
-    gradients  of the calls since the last update, summed; by the names of the gradient graph's outputs
+    gradients  sums over the calls since the last update, by the names of the gradient graph's outputs
     counted    the number of positions that these calls counted
     calls      the number of these calls
     """
@@ -75,7 +75,7 @@ def write_state(path: PathLike, state: TrainingState, by: str, notes: Mapping[st
 
 
 def read_notes(path: PathLike) -> dict[str, str]:
-    """Read the notes of a state alone. Raises CheckpointError for a file that is damaged or no state."""
+    """Read only the notes of a state. Raises CheckpointError for a file that is damaged or not a state."""
     metadata = _opened(path).metadata
     return {name.removeprefix(NOTE): text for name, text in metadata.items() if name.startswith(NOTE)}
 
@@ -94,9 +94,9 @@ def read_state(path: PathLike, like: TrainingState, by: str) -> TrainingState:
         return CheckpointError(what, received=printable(received)[:300], within=shown_path(path))
 
     if not (steps.isascii() and steps.isdigit() and len(steps) <= _MOST_DIGITS):
-        raise refuse("the state says no number of updates", f"steps {steps[:40]!r}")
+        raise refuse("the state lacks the number of updates", f"steps {steps[:40]!r}")
     if told.get("optimizer") != by:
-        raise refuse(f"the state is of another optimizer than {by}", told.get("optimizer", "none"))
+        raise refuse(f"the state belongs to another optimizer than {by}", told.get("optimizer", "none"))
     wanted = {_WEIGHT + name: array for name, array in like.weights.items()}
     wanted |= {_MOMENT + name: array for name, array in like.moments.items()}
     names = set(file.names())
@@ -104,7 +104,7 @@ def read_state(path: PathLike, like: TrainingState, by: str) -> TrainingState:
     if odd:
         near = NearestNames(sorted(names)).of(odd[0], 1) if odd[0] in wanted else []
         meant = f"; nearest {near[0]}" if near else ""
-        raise refuse(f"the state is of other weights: {len(odd)} are on one side alone", f"{odd[0]}{meant}")
+        raise refuse(f"the state belongs to other weights: {len(odd)} are on one side only", f"{odd[0]}{meant}")
     read: Arrays = {}
     for name, array in wanted.items():
         record = file.record(name)
@@ -113,8 +113,8 @@ def read_state(path: PathLike, like: TrainingState, by: str) -> TrainingState:
         read[name] = np.array(file.array(name), np.float32)
         if not np.isfinite(read[name]).all() or (name.startswith(_NOT_NEGATIVE) and read[name].min(initial=0) < 0):
             raise refuse(
-                f"{printable(name)} holds what no training leaves there",
-                "numbers that are not finite, or negative squares",
+                f"{printable(name)} has values that training cannot produce",
+                "NaN, infinity, or negative squares",
             )
     return TrainingState(
         {name: read[_WEIGHT + name] for name in like.weights},
@@ -127,12 +127,14 @@ def _refuse_pickle(path: PathLike) -> None:
     """Raise UsageError for the name of a pickle, which `read_state` would refuse."""
     name = Path(path)
     if name.suffix.lower() in PICKLE_SUFFIXES:
-        raise UsageError("a state is no pickle, as its name says", received=shown_path(path), hint=f"{name.stem}.state")
+        raise UsageError(
+            "a state is not a pickle, as its name suggests", received=shown_path(path), hint=f"{name.stem}.state"
+        )
 
 
 def _opened(path: PathLike) -> SafetensorsFile:
     file = SafetensorsFile.open(path)
     form = file.metadata.get("format", "another safetensors file")
     if form != FORMAT:
-        raise CheckpointError("this is no state of a training", received=printable(form)[:300], within=shown_path(path))
+        raise CheckpointError("this is not a training state", received=printable(form)[:300], within=shown_path(path))
     return file

@@ -1,10 +1,10 @@
-"""Texts, ready to train a model on: documents, tokenized and cut into blocks, and what is to be foretold in them.
+"""Training data from texts: documents, tokenized and split into blocks, with a training objective.
 
     data = TextData.open("folder", ["novel.txt"], resolved, objective="next-token", length=128, batch=8)
     for tokens in data.batches.after(0):
         trainer.step(**data.objective.asked(tokens, 0))
 
-Everything that does not fit is refused here, before a model is compiled.
+Data that does not fit the model is refused here, before a model is compiled.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from treadle.training.objectives import MASKED_TOKEN, NEXT_TOKEN, OBJECTIVES, Ma
 from treadle.training.texts import BlockBatches, Tokens, blocks_of
 
 LENGTH = 128
-"""Tokens of a block, where nothing is said and the model takes as many."""
+"""Default number of tokens of a block, if the model supports as many."""
 
 
 @dataclass(frozen=True)
 class TextData:
-    """Blocks of tokens, and what is asked of them.
+    """Blocks of tokens and a training objective.
 
-    batches   those that are trained on
-    heldout   blocks [N, S] that are not, the last of the texts; N may be 0
+    batches   the training batches
+    heldout   held-out blocks [N, S], the last of the texts; N may be 0
     digest    SHA-256 of the texts, in hexadecimal
     """
 
@@ -51,7 +51,7 @@ class TextData:
 
     @property
     def length(self) -> int:
-        """Tokens of a block."""
+        """Number of tokens of a block."""
         return int(self.heldout.shape[1])
 
     @property
@@ -77,21 +77,23 @@ class TextData:
         tokenizer: str | None = None,
         teacher: str | None = None,
     ) -> TextData:
-        """Read, tokenize and cut the texts of files.
+        """Read and tokenize the texts of files, and split them into blocks.
 
-        model      whose tokenizer is taken, `resolved` as it is trained
-        length     tokens of a block; None: 128, or what the model takes
-        batch      blocks of a batch
-        holdout    the part of the blocks that is held out: one at least, if it is not 0
-        tokenizer  another model, whose tokenizer is taken: where the model has no folder, or no tokenizer in it
-        teacher    a model whose vocabulary must be the same, and which must take as many tokens
+        model      the model whose tokenizer is used; `resolved` is the same model
+        length     tokens per block; None: 128, or the model's maximum
+        batch      blocks per batch
+        holdout    fraction of held-out blocks: one block at least, if it is not 0
+        tokenizer  use another model's tokenizer, if the model has no folder, or no tokenizer in it
+        teacher    a model whose vocabulary must be the same, and which must support as many tokens
 
-        Raises UsageError for what does not fit, and what reading files and the tokenizer raises.
+        Raises UsageError for data that does not fit, and the errors of reading files and the tokenizer.
         """
         if objective not in OBJECTIVES:
             raise UsageError(f"there is no objective {objective!r}", hint="one of " + ", ".join(OBJECTIVES))
         if not 0 <= holdout < 1:
-            raise UsageError("what is held out is a part of the blocks, below 1", received=f"{holdout:g}", hint="0.05")
+            raise UsageError(
+                "the held-out fraction of blocks must be 0 or more and below 1", received=f"{holdout:g}", hint="0.05"
+            )
         graphs = [resolved.graph]
         if teacher is not None:
             graphs.append(resolve(teacher, widen=("bf16", "f16"), deferred=True).graph)
@@ -101,7 +103,7 @@ class TextData:
         if teacher is not None and text_tokenizer(teacher).vocabulary() != opened.vocabulary():
             raise UsageError(
                 "a teacher must have the same vocabulary as the model that it teaches",
-                received=f"{printable(teacher)} has another one",
+                received=f"the vocabulary of {printable(teacher)} differs",
             )
         asked = _objective(objective, opened, seed)
         documents = read_documents(files)
@@ -124,55 +126,59 @@ def _digest(documents: Sequence[str]) -> str:
 
 
 def _checked_length(graphs: Sequence[Graph], length: int | None) -> int:
-    """The tokens of a block. Raises UsageError for more than a model or its teacher takes."""
+    """Return the tokens per block. Raises UsageError for more than a model or its teacher supports."""
     limits = [limit for graph in graphs if (limit := _most_tokens(graph)) is not None]
     most = min(limits, default=None)
     usual = LENGTH if most is None else min(LENGTH, most)
     if length is None:
         return usual
     if length < 2 or (most is not None and length > most):
-        taker = "the teacher takes" if len(graphs) > 1 and most != _most_tokens(graphs[0]) else "the model takes"
-        bound = "" if most is None else f" and at most {most:,}, as {taker}"
+        taker = "the teacher" if len(graphs) > 1 and most != _most_tokens(graphs[0]) else "the model"
+        bound = "" if most is None else f" and at most {most:,}, the maximum of {taker}"
         raise UsageError(f"a block has 2 tokens or more{bound}", received=f"{length:,}", hint=f"{usual}")
     return length
 
 
 def _most_tokens(graph: Graph) -> int | None:
-    """The largest number of tokens that a model takes; None if there is no limit."""
+    """Return the largest number of tokens that a model supports; None if there is no limit."""
     tokens = next((v for v in graph.main.inputs if v.name == "tokens"), None)
     symbol = tokens.type.shape[-1].as_symbol if tokens is not None and tokens.type.rank else None
     return None if symbol is None else graph.symbols[symbol].upper
 
 
 def _check_model(model: str, graph: Graph, objective: str) -> None:
-    """Raises UsageError for a model that is not one of tokens [B, S] alone, or not causal where it must be."""
+    """Raise UsageError for a model whose inputs are not tokens [B, S] alone, or that is not causal although it must
+    be.
+    """
     takes = {value.name: value.type for value in graph.main.inputs}
     tokens = takes.get("tokens")
     axis = tokens.shape[-1].as_symbol if tokens is not None and tokens.rank == 2 and tokens.dtype is i64 else None
     shown = printable(model)
     if axis is None or len(takes) > 1:
         raise UsageError(
-            f"{shown} is not trained on texts: it is no model of tokens alone",
+            f"{shown} cannot be trained on texts: it is not a model of tokens alone",
             received=", ".join(f"{name}: {type}" for name, type in takes.items()),
             hint=Hint("t.Trainer, with batches of your own", "in Python: treadle.Trainer, with batches of your own"),
         )
     if objective == NEXT_TOKEN and not follow(PassManager(RECOGNITION).run(graph).graph, axis).step():
         raise UsageError(
-            f"{shown} sees the tokens that it is to foretell: it is no causal language model",
+            f"{shown} sees the tokens that it must predict: it is not a causal language model",
             received=f"objective {NEXT_TOKEN}",
             hint=Hint(f"objective={MASKED_TOKEN!r}", f"--objective {MASKED_TOKEN}"),
         )
 
 
 def _tokenizer(model: str, resolved: Resolved, other: str | None) -> TextTokenizer:
-    """The tokenizer of a model, or of another one. Raises UsageError for a model without a folder alone."""
+    """Return the tokenizer of a model, or of another one. Raises UsageError for a model without a folder and no other
+    one.
+    """
     need_packages(f"training {printable(model)} on texts", "tokenizers")
     if other is None and resolved.folder is None:
         raise UsageError(
             f"{printable(model)} has no folder, and so no tokenizer",
             hint=Hint(
-                "tokenizer=FOLDER, of a model with the vocabulary that it is to have",
-                "--tokenizer FOLDER, of a model with the vocabulary that it is to have",
+                "tokenizer=FOLDER, of a model with the intended vocabulary",
+                "--tokenizer FOLDER, of a model with the intended vocabulary",
             ),
         )
     need_for_text(other or model)
@@ -185,7 +191,7 @@ def _objective(name: str, tokenizer: TextTokenizer, seed: int) -> Objective:
     mask = None if tokenizer.mask is None else tokenizer.id_of(tokenizer.mask)
     if mask is None:
         raise CheckpointError(
-            "the folder's vocabulary has no token for a mask",
+            "the folder's vocabulary has no mask token",
             received=f"objective {name}",
             hint=Hint(
                 f'"mask_token": "[MASK]" in tokenizer_config.json, or objective={NEXT_TOKEN!r}',
@@ -198,7 +204,7 @@ def _objective(name: str, tokenizer: TextTokenizer, seed: int) -> Objective:
 
 
 def _end_of_text(model: str, tokenizer: TextTokenizer) -> int | None:
-    """The token that ends a text, as the folder says; None where it says none."""
+    """Return the token that ends a text, from the folder's files; None if they do not name one."""
     named = tokenizer.special_names.get("eos_token")
     found = None if named is None else tokenizer.id_of(named)
     place = find_folder(model)
@@ -206,11 +212,11 @@ def _end_of_text(model: str, tokenizer: TextTokenizer) -> int | None:
 
 
 def _check_vocabulary(resolved: Resolved, tokenizer: TextTokenizer, largest: int) -> None:
-    """Raises UsageError where the tokenizer gives tokens that the model does not have."""
+    """Raise UsageError if the tokenizer's tokens are out of the model's range."""
     rows = None if resolved.model is None else resolved.model.config.get("vocab")
     if isinstance(rows, int) and largest >= rows:
         raise UsageError(
-            f"the tokenizer gives tokens that {resolved.name} does not have",
+            f"the tokenizer has tokens that {resolved.name} does not have",
             received=f"token {largest:,}, of a model of {rows:,} tokens",
             hint=Hint(f"vocab={len(tokenizer.vocabulary())}", f"--set vocab={len(tokenizer.vocabulary())}"),
         )

@@ -1,4 +1,4 @@
-"""A run of training on texts: updates of `accumulate` batches each, and how well held out blocks are foretold.
+"""A training run on texts: updates of `accumulate` micro-batches each, and the loss on held-out blocks.
 
 for update in updates(trainer, data, steps=1000, accumulate=4):
     print(update.step, update.loss, update.tokens / update.seconds)
@@ -16,16 +16,16 @@ import numpy as np
 from treadle.training.text_data import TextData
 from treadle.training.texts import NOT_COUNTED
 
-if TYPE_CHECKING:  # which loads the compiler
+if TYPE_CHECKING:  # loads the compiler
     from treadle.training.trainer import StepTold
 
 _TRAINED_ON, _HELD_OUT = 0, 1
-"""The first of the numbers by which masks are drawn: held out blocks have their own."""
-_MOST_LOSS = 700.0  # whose exponential a float64 still holds
+"""The first of the numbers from which masks are drawn: held-out blocks have their own."""
+_MOST_LOSS = 700.0  # its exponential fits into a float64
 
 
 class Steps(Protocol):
-    """A `treadle.training.trainer.Trainer`, as far as a run needs it."""
+    """The methods of `treadle.training.trainer.Trainer` that a run needs."""
 
     @property
     def steps(self) -> int: ...
@@ -35,15 +35,15 @@ class Steps(Protocol):
 
 @dataclass(frozen=True)
 class Update:
-    """What one update, or several after each other, came to.
+    """The result of one update, or of several consecutive ones.
 
     step     the number of the last of them, from 1 on
-    loss     the mean over all places that counted
-    norm     of the last one's gradient
+    loss     the mean over all counted positions
+    norm     the norm of the last one's gradient
     rate     the last one's learning rate
-    tokens   how many went in
-    seconds  how long it took
-    counted  places that had a target
+    tokens   number of input tokens
+    seconds  elapsed time
+    counted  number of positions with a target
     """
 
     step: int
@@ -56,7 +56,7 @@ class Update:
 
     @classmethod
     def joined(cls, several: Sequence[Update]) -> Update:
-        """Several as one."""
+        """Combine several results in one."""
         counted = sum(each.counted for each in several)
         return cls(
             several[-1].step,
@@ -70,9 +70,9 @@ class Update:
 
 
 def updates(trainer: Steps, data: TextData, *, steps: int, accumulate: int = 1) -> Iterator[Update]:
-    """Train until there have been so many updates, those of an earlier run that the trainer goes on from included.
+    """Train up to `steps` updates in all, including those of an earlier run that the trainer continues.
 
-    Each batch, and what is hidden in it, is a function of its number, so that a run in two parts is the same as a whole
+    Each batch, and the masks in it, are a function of its number, so that a run in two parts equals an uninterrupted
     one.
     """
     number = trainer.steps * accumulate
@@ -92,9 +92,9 @@ def updates(trainer: Steps, data: TextData, *, steps: int, accumulate: int = 1) 
 def held_out_loss(
     trainer: Steps, data: TextData, *, progress: Callable[[int], None] = lambda _: None, ends: Callable[[], bool]
 ) -> float | None:
-    """The mean loss over the targets of the blocks that are held out; None where it `ends` before.
+    """Return the mean loss over the targets of the held-out blocks; None if `ends` returns True before the end.
 
-    progress  is told how many batches are done
+    progress  called with the number of finished batches
     """
     total = counted = 0.0
     rows = data.batches.rows
@@ -111,5 +111,5 @@ def held_out_loss(
 
 
 def perplexity_of(loss: float) -> float:
-    """e to a mean of -ln p; as large as a number can be where it is larger."""
+    """Return e to a mean of -ln p, at most the largest number."""
     return math.exp(min(loss, _MOST_LOSS))

@@ -1,4 +1,4 @@
-"""Texts as batches: blocks of tokens, what is to be foretold in them, and in which order they come.
+"""Batches of texts: blocks of tokens, their targets, and the order of blocks.
 
     blocks = blocks_of(documents, 128, end=tokenizer.id_of("<|endoftext|>"))    # i64[N, 128]
     for tokens in BlockBatches(blocks, 8, seed=0).after(step):                  # i64[8, 128], epoch after epoch
@@ -23,20 +23,20 @@ from treadle.reporting.counts import counted
 Tokens = npt.NDArray[np.int64]
 
 NOT_COUNTED = IGNORED
-"""The target of a place that is not to be foretold."""
+"""The target of a position that is not predicted."""
 
 MASKED = 0.8
-"""The part of the chosen places that get the mask."""
+"""Fraction of the chosen positions that are masked."""
 REPLACED = 0.1
-"""The part of them that get a drawn token; the others keep their own."""
+"""Fraction of them that get a random token; the others are unchanged."""
 
 
 def blocks_of(token_ids: Sequence[Sequence[int]], length: int, *, end: int | None) -> Tokens:
-    """Documents, joined and cut into blocks [N, length].
+    """Join documents and split them into blocks [N, length].
 
-    end  the token that stands between two documents, unless the first ends with it already; None: nothing does
+    end  the token between two documents, unless the first one ends with it already; None: no token
 
-    What is left over at the end is dropped. Raises UsageError where that is all.
+    The incomplete block at the end is dropped. Raises UsageError if there is no other block.
     """
     if length < 1:
         raise UsageError("a block has 1 token or more", received=f"length={length}")
@@ -58,9 +58,10 @@ def blocks_of(token_ids: Sequence[Sequence[int]], length: int, *, end: int | Non
 
 
 def next_token_targets(tokens: npt.ArrayLike, lengths: npt.ArrayLike | None = None) -> Tokens:
-    """What follows each of the tokens [B, S], in the same shape; nothing counted at the last place of a row.
+    """Return the next token for each of the tokens [B, S], in the same shape; the last position of a row is not
+    counted.
 
-    lengths  [B], how many tokens of each row are real
+    lengths  [B], number of tokens of each row without padding
     """
     ids = np.asarray(tokens, np.int64)
     targets = np.full_like(ids, NOT_COUNTED)
@@ -80,19 +81,19 @@ def mask_tokens(
     special: Collection[int],
     rate: float = 0.15,
 ) -> tuple[Tokens, Tokens]:
-    """Inputs and targets [B, S] of a masked language model (Devlin et al. 2019, section 3.1).
+    """Return inputs and targets [B, S] of a masked language model (Devlin et al. 2019, section 3.1).
 
-    Each token that is not special is chosen with the probability `rate`. Of the chosen, 8 of 10 become the mask, 1 of
-    10 a drawn token, and 1 of 10 stays as it is; these alone are targets. A row where none was chosen gets one, if it
-    has any that is not special.
+    Each token that is not special is chosen with the probability `rate`. Of the chosen tokens, 8 of 10 become the mask,
+    1 of 10 a random token, and 1 of 10 is unchanged; only these are targets. If no token of a row was chosen, one is
+    chosen, if the row has any that is not special.
 
-    vocab    from how many tokens one is drawn
-    special  tokens that are never chosen: those around texts, and padding
+    vocab    number of tokens from which a random one is drawn
+    special  tokens that are never chosen: special tokens around texts, and padding
 
-    Raises UsageError for a rate that is no probability above 0.
+    Raises UsageError for a rate that is not a probability above 0.
     """
     if not 0 < rate <= 1:
-        raise UsageError("the part of the tokens that is masked lies above 0 and up to 1", received=f"rate={rate}")
+        raise UsageError("the rate of masked tokens must be above 0 and at most 1", received=f"rate={rate}")
     ids = np.asarray(tokens, np.int64)
     open_to = ~np.isin(ids, list(special))
     drawn = np.where(open_to, rng.random(ids.shape), 2.0)  # above every rate: never chosen
@@ -107,9 +108,9 @@ def mask_tokens(
 
 @dataclass(frozen=True)
 class BlockBatches:
-    """Blocks in batches of `rows`, in another order each epoch; what is left over of an epoch is dropped.
+    """Batches of `rows` blocks, in another order each epoch; the incomplete batch at the end of an epoch is dropped.
 
-    The order is a function of the seed and the epoch, so that a run which goes on at any step sees what it would have.
+    The order is a function of the seed and the epoch, so that a run which resumes at any step gets the same batches.
 
     blocks  [N, S]
 
@@ -123,17 +124,17 @@ class BlockBatches:
     def __post_init__(self) -> None:
         if not 1 <= self.rows <= len(self.blocks):
             raise UsageError(
-                f"a batch of {counted(self.rows, 'row')} cannot be made of {counted(len(self.blocks), 'block')}",
+                f"a batch of {counted(self.rows, 'row')} cannot be formed from {counted(len(self.blocks), 'block')}",
                 hint="smaller batches, more text, or shorter blocks",
             )
 
     @property
     def epoch(self) -> int:
-        """How many batches an epoch has."""
+        """Number of batches in an epoch."""
         return len(self.blocks) // self.rows
 
     def after(self, steps: int = 0) -> Iterator[Tokens]:
-        """The batches [rows, S] that follow the first `steps`, without end."""
+        """Yield the batches [rows, S] that follow the first `steps`, without end."""
         first, done = divmod(steps, self.epoch)
         return chain.from_iterable(self._of(epoch, done if epoch == first else 0) for epoch in count(first))
 

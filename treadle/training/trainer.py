@@ -1,12 +1,12 @@
-"""Training: a model's weights changed step by step, so that its loss falls.
+"""Train a model: change its weights step by step to lower its loss.
 
     trainer = t.Trainer("gpt2", rate=3e-4, layers=4, dim=128, vocab=256)
     for tokens in batches:                                          # i64 [B, S]
         told = trainer.step(tokens=tokens, targets=next_token_targets(tokens))
-    exe = trainer.compiled(backend="tvm")                           # with the weights as they are now
+    exe = trainer.compiled(backend="tvm")                           # with the current weights
 
-Two graphs do the work, and can be read: `trainer.gradient`, the loss and its gradients by the weights that are trained,
-and `trainer.update`, the optimizer, which writes the new weights over the old ones. Both are compiled as models are.
+Training runs two graphs, which can be inspected: `trainer.gradient`, the loss and its gradients by the trained weights,
+and `trainer.update`, the optimizer, which updates the weights in place. Both are compiled like models.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ from treadle.training.states import TrainingState, read_state, write_state
 Array = np.ndarray[Any, Any]
 
 WIDENED = ("bf16", "f16", BLOCKS)
-"""What weights are held in is float32 while they are trained: a step is too small for fewer bits."""
+"""Trained weights of these types become float32: an update is too small for a lower precision."""
 
 _OWN_OPS = "the model's own ops: log or sqrt at 0, a division by 0, exp of a large number"
 _SMALLER_RATE = Hint(
@@ -70,14 +70,14 @@ _SMALLER_RATE = Hint(
 
 @dataclass(frozen=True)
 class StepTold:
-    """What a call of `step` came to.
+    """The result of a call of `step`.
 
-    step      how many updates there have been
-    updated   whether this call was one: every call, or every `accumulate`-th
-    loss      the mean over the places of this call that count
-    norm      of the gradient, over all weights, before it is cut; NaN where this call updated nothing
+    step      number of updates so far
+    updated   True if this call updated the weights: every call, or every `accumulate`-th
+    loss      the mean over the counted positions of this call
+    norm      the gradient's norm over all weights, before clipping; NaN if this call did not update
     rate      the learning rate of the update
-    seconds   that the call took
+    seconds   the time of the call
     """
 
     step: int
@@ -91,10 +91,10 @@ class StepTold:
 class Trainer:
     """A model in training. See the module's docstring.
 
-    gradient   compiled: inputs, targets and trained weights -> the loss, what was counted, gradients
+    gradient   compiled: inputs, targets and trained weights -> the loss, the number of counted positions, gradients
     update     compiled: weights, gradients and moments -> new weights and moments, and the gradient's norm
-    trained    the names of the weights that are trained
-    resolved   the model, as it was found
+    trained    the names of the trained weights
+    resolved   the model as it was resolved
     """
 
     def __init__(
@@ -119,39 +119,39 @@ class Trainer:
         inputs: Sequence[str] | None = None,
         **config: Any,
     ) -> None:
-        """Compile what a step needs.
+        """Compile the graphs of a training step.
 
-        model       as `compile` takes it. Weights of a checkpoint are where training begins, and float32 from then on;
-                    others are drawn from `seed`
-        loss        "cross-entropy" of an output's last axis with `targets`, classes of which -100 does not count; with
-                    a teacher, mixed with how far the output is from the teacher's; or the name of an output of the
-                    model that is one number
+        model       as in `compile`. Training begins with the weights of a checkpoint, converted to float32; other
+                    weights are drawn from `seed`
+        loss        "cross-entropy" of an output's last axis with `targets`, classes of which -100 is not counted; with
+                    a teacher, mixed with the divergence from the teacher's output; or the name of a scalar output of
+                    the model
         optimizer   `AdamW(...)` or `SGD(...)`; weights with two axes or more decay
         rate        the learning rate, or a `Schedule` of it
-        clip        the most that the gradient's norm may be; None: it is not cut
-        trained     patterns of names, such as "h.*.mlp.*"; other weights stay as they are. None: all, but for buffers;
-                    of a module that `from_torch` imported, its parameters that require a gradient
-        output      the output that `targets` are of; None: "logits", or the only one
+        clip        clip the gradient norm to this value; None disables clipping
+        trained     patterns of names, such as "h.*.mlp.*"; other weights are frozen. None: all except buffers;
+                    for a module that `from_torch` imported, its parameters that require a gradient
+        output      the output that `targets` belong to; None: "logits", or the only one
         teacher     a compiled model with an output of the same name, run on the inputs that both have
         temperature, share  of the teacher, by default 2 and 0.5: see `treadle.ir.transforms.training_losses`
         backend     "numpy", "torch" or "tvm"
-        target      "cpu", or a `Target` of it that says how many threads may work
-        dtype       "bf16": products are of bf16 numbers, summed in f32; weights and everything else are f32. None: f32
-        recompute   repeated blocks are computed again for their gradients, in place of keeping what they computed
-        accumulate  calls of `step` whose gradients make one update
-        inputs, config  as `compile` takes them
+        target      "cpu", or a `Target` with a number of threads
+        dtype       "bf16": products have bf16 operands and are summed in f32; everything else is f32. None: f32
+        recompute   gradient checkpointing: recompute the activations of repeated blocks instead of saving them
+        accumulate  calls of `step` whose gradients are accumulated for one update
+        inputs, config  as in `compile`
 
-        Raises UsageError for an option that fits nothing, and what `compile` raises.
+        Raises UsageError for an invalid option, and the errors of `compile`.
         """
         _expect(optimizer, teacher)
         if output is not None and loss != "cross-entropy":
-            raise UsageError("targets are of an output, and a loss of the model's own has none", received=f"{output=}")
+            raise UsageError("`output=` cannot be combined with a custom loss", received=f"{output=}")
         if type(accumulate) is not int or accumulate < 1:
-            raise UsageError("gradients of 1 call or more make an update", received=f"accumulate={accumulate!r}")
+            raise UsageError("an update needs the gradients of 1 call or more", received=f"accumulate={accumulate!r}")
         where = target if isinstance(target, Target) else Target(target)
         if where.kind != "cpu":
             raise UsageError(
-                f"training runs on the processor, not on {where.kind}", hint=Hint('target="cpu"', "--target cpu")
+                f"training runs on the CPU, not on {where.kind}", hint=Hint('target="cpu"', "--target cpu")
             )
         self.resolved: Resolved = resolve(model, inputs=inputs, widen=WIDENED, **config)
         self.optimizer, self.clip, self.accumulate = optimizer, clip, accumulate
@@ -169,8 +169,8 @@ class Trainer:
         made = gradient_graph(recognized, LOSS, self.trained, recompute=recompute)
         reached = tuple([name for name in self.trained if GRADIENT + name in made.main.outputs])
         if not reached:
-            raise UsageError("the loss depends on no weight that is trained", received=", ".join(self.trained)[:200])
-        if reached != self.trained:  # others stay weights: no gradient goes through floor, or a comparison
+            raise UsageError("the loss depends on no trained weight", received=", ".join(self.trained)[:200])
+        if reached != self.trained:  # others stay weights: floor and comparisons have no gradient
             self.trained, made = reached, gradient_graph(recognized, LOSS, reached, recompute=recompute)
         made = choose_outputs(made, [LOSS, COUNTED, *[GRADIENT + name for name in reached]])
         held, self.seed = weights_of(self.resolved, self.resolved.graph, None, seed)
@@ -191,7 +191,7 @@ class Trainer:
         self.update = compile_model(updating, backend=backend, target=where, donate=[*weights, *moments])
         self._state, self._torn = TrainingState(weights, moments), False
 
-    # -- what it is trained for --------------------------------------------------------------------------------
+    # -- the loss ----------------------------------------------------------------------------------------------
 
     def _scored_output(self, output: str | None, loss: str) -> str:
         outputs = list(self.resolved.graph.main.outputs)
@@ -202,7 +202,7 @@ class Trainer:
         if "logits" in outputs or len(outputs) == 1:
             return "logits" if "logits" in outputs else outputs[0]
         raise UsageError(
-            "a model of several outputs is trained for one of them",
+            "a model with several outputs is trained for one of them",
             received=", ".join(outputs),
             hint=f"output={outputs[0]!r}, or the name of its loss in loss=",
         )
@@ -228,15 +228,13 @@ class Trainer:
                 )
             return made
         if self.teacher is not None:
-            raise UsageError(
-                "a teacher teaches an output, and not a loss of the model's own", received=f"loss={loss!r}"
-            )
+            raise UsageError("a teacher cannot be combined with a custom loss", received=f"loss={loss!r}")
         return with_cross_entropy(graph, output) if loss == "cross-entropy" else with_own_loss(graph, loss)
 
     def _chosen(self, patterns: Iterable[str], learned: Collection[str] | None) -> tuple[str, ...]:
-        """The names of f32 weights that one of the patterns matches, in the graph's order.
+        """Return the names of f32 weights that one of the patterns matches, in the graph's order.
 
-        learned  of which alone; None: of all
+        learned  only weights among these; None: among all
         """
         given = [patterns] if isinstance(patterns, str) else list(patterns)
         names = [name for name, v in self.resolved.graph.parameters.items() if v.type.dtype is f32]
@@ -246,14 +244,14 @@ class Trainer:
         for pattern in given:
             if not any(fnmatchcase(name, pattern) for name in names):
                 shown = ", ".join(names[:6])
-                raise UsageError(f"no weight is called {pattern!r}", hint=f"a pattern of names such as {shown}")
+                raise UsageError(f"no weight matches {pattern!r}", hint=f"a pattern of names such as {shown}")
         return tuple([name for name in names if any(fnmatchcase(name, pattern) for pattern in given)])
 
     # -- steps -------------------------------------------------------------------------------------------------
 
     @property
     def inputs(self) -> tuple[Port, ...]:
-        """What `step` and `evaluate` take, by name."""
+        """Inputs of `step` and `evaluate`, by name."""
         beside = {*self.trained} | ({TEACHER} if self.teacher is not None else set())
         return tuple([port for port in self.gradient.inputs if port.name not in beside])
 
@@ -264,7 +262,7 @@ class Trainer:
 
     @property
     def state(self) -> TrainingState:
-        """Weights, moments and gradients as they are now. The next update writes over weights and moments in place.
+        """The current weights, moments and gradients. The next update overwrites weights and moments in place.
 
         Raises UsageError if an update failed midway, until `restore`.
         """
@@ -304,7 +302,7 @@ class Trainer:
         self._state = replace(self.state, gradients={}, counted=0.0, calls=0)
 
     def evaluate(self, /, **arrays: Any) -> float:
-        """The mean loss over the places of a batch that count; nothing is changed. Raises as `step` does."""
+        """Return the mean loss over the counted positions of a batch; nothing is changed. Raises as `step` does."""
         if self._evaluation is None:
             self._evaluation = compile_model(
                 self._loss_alone, weights=self._needed_by(self._loss_alone), **self._options
@@ -319,15 +317,16 @@ class Trainer:
         return {name: self._frozen[name] for name in graph.parameters}
 
     def _checked(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
-        """The batch, with the teacher's scores of it. Raises BackendError for arrays that do not fit, UsageError for
-        targets that are no classes."""
+        """Return the batch, with the teacher's logits for it. Raises BackendError for arrays that do not fit,
+        UsageError for targets that are not classes.
+        """
         given = dict(arrays)
         if self.teacher is not None:
             taken = {port.name: arrays[port.name] for port in self.teacher.inputs if port.name in arrays}
             try:
                 given[TEACHER] = self.teacher(**taken)[self._output]
             except BackendError as error:
-                error.what = f"the teacher does not take this batch: {error.what}"
+                error.what = f"the teacher does not accept this batch: {error.what}"
                 raise
         names = [port.name for port in self._signature.ports]
         held: dict[str, Any] = dict(zip(names, self._signature.bind(given, numpy_taken), strict=True))
@@ -336,7 +335,7 @@ class Trainer:
             wrong = targets[((targets < 0) | (targets >= self._classes)) & (targets != IGNORED)]
             if wrong.size:
                 raise UsageError(
-                    f"targets are classes from 0 to {self._classes - 1}, or {IGNORED}, which does not count",
+                    f"targets must be classes from 0 to {self._classes - 1}, or {IGNORED}, which is not counted",
                     received=f"{wrong[0]}",
                 )
         return held
@@ -344,7 +343,7 @@ class Trainer:
     def _count(self, found: Mapping[str, Any], batch: Mapping[str, Array]) -> float:
         counted = float(found[COUNTED])
         if not counted:
-            raise UsageError("no place of the batch counts", hint="targets that are not all -100")
+            raise UsageError("no position of the batch is counted", hint="targets that are not all -100")
         if not math.isfinite(float(found[LOSS])):
             raise self._not_finite(f"the loss is {float(found[LOSS])}", batch)
         return counted
@@ -352,7 +351,9 @@ class Trainer:
     def _summed(
         self, earlier: Mapping[str, Array], found: Mapping[str, Any], batch: Mapping[str, Array]
     ) -> dict[str, Array]:
-        """The gradients of a call plus those of earlier calls, in the arrays of this call: the earlier ones stay."""
+        """Return the gradients of a call plus those of earlier calls, in the arrays of this call: earlier arrays are
+        unchanged.
+        """
         gradients: dict[str, Array] = {name: array for name, array in found.items() if name.startswith(GRADIENT)}
         for name, array in gradients.items():
             if name in earlier:
@@ -362,7 +363,9 @@ class Trainer:
         return gradients
 
     def _update_by(self, state: TrainingState, rate: float) -> float:
-        """Update weights and moments in place by a state's gradients, and replace the state; the gradient's norm."""
+        """Update weights and moments in place by a state's gradients, and replace the state. Return the gradient's
+        norm.
+        """
         scalars = {"rate": rate, "share": 1 / state.counted, **self.optimizer.scalars(state.steps + 1)}
         given = {name: np.float32(value) for name, value in scalars.items()}
         with deferring_signals():
@@ -374,41 +377,43 @@ class Trainer:
         return float(found["norm"])
 
     def _not_finite(self, what: str, batch: Mapping[str, Array]) -> UsageError:
-        """The error for a loss or gradient that is NaN or infinite. It names the input or weight that began it."""
+        """Return the error for a loss or gradient that is NaN or infinite. It names the input or weight that contained
+        the first.
+        """
         weights = {**self._frozen, **({} if self.steps else self._state.weights)}
         named = {f"input {name}": array for name, array in batch.items()}
         place = _first_not_finite(named | {f"weight {name}": array for name, array in weights.items()})
         hint: str = _SMALLER_RATE if self.steps else _OWN_OPS
         if place is not None:
             hint = "finite inputs and weights"
-            if self.steps and "inf at" in place:  # which may be meant
+            if self.steps and "inf at" in place:  # which may be intended
                 hint = Hint(*[f"{hint}; if it is a mask, {rate}" for rate in (_SMALLER_RATE, _SMALLER_RATE.command)])
         received = place or "inputs and weights are finite"
         return UsageError(f"{what} after {self.steps} updates", received=received, hint=hint)
 
     def memory(self, **sizes: int) -> MemoryTold:
-        """What a step holds beside weights, moments and gradients at some sizes, and why.
+        """Report the memory of a step in addition to weights, moments and gradients at some sizes.
 
-        As `treadle explain MODEL memory` tells it, of the gradient.
+        The report has the form of `treadle explain MODEL memory`, for the gradient graph.
         """
         graph = self.gradient.optimized.source
         return explain_memory(graph, **self._options, sizes=sizes)
 
-    # -- what came of it ---------------------------------------------------------------------------------------
+    # -- results -----------------------------------------------------------------------------------------------
 
     @property
     def weights(self) -> dict[str, Array]:
-        """All weights of the model by name, as they are now; the next step writes over those that are trained."""
+        """All current weights of the model by name; the next step overwrites the trained ones."""
         held = {**self._frozen, **self.state.weights}
         return {name: held[name] for name in self.resolved.graph.parameters}
 
     def compiled(self, **options: Any) -> Compiled:
-        """The model with the weights as they are now, compiled with options of `compile`."""
+        """Compile the model with the current weights and options of `compile`."""
         weights = {name: np.array(array) for name, array in self.weights.items()}
         return compile_model(self.resolved.graph, weights=weights, **options)
 
     def save_state(self, path: PathLike, notes: Mapping[str, str] | None = None) -> None:
-        """Write trained weights, moments and steps to one file, whole or not at all, to continue from by `restore`.
+        """Write trained weights, moments and steps to one file atomically, to resume by `restore`.
 
         notes  texts by name that `treadle.training.states.read_notes` returns, such as the seed of the batches
 
@@ -418,14 +423,14 @@ class Trainer:
         state = self.state
         if state.calls:
             raise UsageError(
-                "a state is saved after an update",
+                "a state can only be saved after an update",
                 received=f"{state.calls} of {self.accumulate} calls",
                 hint="the other calls of step, or zero_grad(), which drops these",
             )
         write_state(path, state, repr(self.optimizer), notes or {})
 
     def restore(self, path: PathLike) -> None:
-        """Go on from a file of `save_state`. Raises CheckpointError for one of another model or optimizer."""
+        """Resume from a file of `save_state`. Raises CheckpointError for a file of another model or optimizer."""
         self._state, self._torn = read_state(path, self._state, repr(self.optimizer)), False
 
     def __repr__(self) -> str:
@@ -437,7 +442,7 @@ class Trainer:
 
 
 def _first_not_finite(arrays: Mapping[str, Array]) -> str | None:
-    """The first NaN of some arrays, or else the first infinity: "input x has nan at [2, 1]"."""
+    """Describe the first NaN in some arrays, or else the first infinity: "input x has nan at [2, 1]"."""
     for is_wrong in (np.isnan, np.isinf):
         for name, array in arrays.items():
             wrong: Any = np.argwhere(is_wrong(array)) if array.dtype.kind == "f" else ()
@@ -448,9 +453,9 @@ def _first_not_finite(arrays: Mapping[str, Array]) -> str | None:
 
 
 def _expect(optimizer: object, teacher: object) -> None:
-    """Raises UsageError for what is no optimizer, and no compiled model."""
+    """Raise UsageError for an object that is not an optimizer, or not a compiled model."""
     if isinstance(optimizer, type) or not hasattr(optimizer, "scalars"):
-        raise UsageError("optimizer= is an optimizer", received=repr(optimizer)[:80], hint="t.AdamW(), or t.SGD()")
+        raise UsageError("optimizer= must be an optimizer", received=repr(optimizer)[:80], hint="t.AdamW(), or t.SGD()")
     if teacher is not None and not isinstance(teacher, Compiled):
         hint = f"t.compile({teacher!r})" if isinstance(teacher, str | Path) else "t.compile(MODEL)"
-        raise UsageError("a teacher is a compiled model", received=repr(teacher)[:80], hint=hint)
+        raise UsageError("a teacher must be a compiled model", received=repr(teacher)[:80], hint=hint)

@@ -1,8 +1,8 @@
-"""Writing tensors as a safetensors file: whole or not at all, a tensor in memory at a time.
+"""Write tensors as a safetensors file, atomically and with one tensor in memory at a time.
 
     8 bytes   n, an unsigned little-endian integer
     n bytes   the header, JSON: `__metadata__` (text to text), then each tensor's dtype, shape and range
-    the rest  the tensors, those of wide elements first, so that each lies at a multiple of its element
+    the rest  the tensors, those of wide elements first, so that each offset is a multiple of the element size
 
 Source: the format, https://huggingface.co/docs/safetensors. `treadle.frontends.safetensors_file` reads it.
 """
@@ -32,10 +32,10 @@ _ALIGNMENT = 8
 
 @dataclass(frozen=True)
 class WrittenTensor:
-    """A tensor, as it will lie in the file.
+    """A tensor of the file.
 
     dtype   by its name here: f32, bf16, ...
-    values  gives its elements, little-endian, in NumPy's dtype of the same size: u16 for bf16
+    values  returns its elements, little-endian, in NumPy's dtype of the same size: u16 for bf16
     """
 
     name: str
@@ -46,9 +46,9 @@ class WrittenTensor:
 
 
 def write_tensors(path: Path, tensors: Sequence[WrittenTensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors as one file, which takes the place of one that is there. The bytes follow from the arguments.
+    """Write tensors as one file; an existing file is replaced. The bytes depend only on the arguments.
 
-    Raises UsageError where the file cannot be written.
+    Raises UsageError if the file cannot be written.
     """
     ordered = sorted(tensors, key=lambda tensor: -tensor.nbytes // max(1, math.prod(tensor.shape)))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -80,9 +80,9 @@ def write_weights(path: Path, weights: Mapping[str, Array], metadata: Mapping[st
 
 
 def read_weights(path: str | Path) -> dict[str, Array]:
-    """The weights of a file that training wrote for a model without a folder, as `treadle.compile` takes them.
+    """Return the weights in a file that training wrote for a model without a folder, for `treadle.compile`.
 
-    Raises CheckpointError where the file is missing or damaged.
+    Raises CheckpointError if the file is missing or damaged.
     """
     file = SafetensorsFile.open(path)
     return {name: file.array(name) for name in file}

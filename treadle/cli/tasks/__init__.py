@@ -1,1 +1,1 @@
-"""Commands that ask a model for something that people ask: labels, answers, translations. A file a command."""
+"""Commands that apply a model to a task: labels, answers, translations. Each command has its own file."""

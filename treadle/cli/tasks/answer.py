@@ -1,4 +1,4 @@
-"""`treadle answer`: questions answered by spans of a text."""
+"""`treadle answer`: answer questions with spans of a text."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 @task_command("answer")
 def answer_questions(
     options: ModelOptions,
-    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What is asked.", show_default=False)],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question.", show_default=False)],
     texts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="TEXTS", help="Texts that may hold the answer; without any, --file or standard input."),
+        typer.Argument(metavar="TEXTS", help="Texts that may contain the answer. By default --file or standard input."),
     ] = None,
-    file: Annotated[str | None, typer.Option(metavar="PATH", help="A text file; - is standard input.")] = None,
+    file: Annotated[str | None, typer.Option(metavar="PATH", help="Text file; - is standard input.")] = None,
     top: Top = 1,
-    longest: Annotated[int, typer.Option(metavar="N", help="Tokens of an answer, at most.", min=1)] = 15,
+    longest: Annotated[int, typer.Option(metavar="N", help="Maximum number of tokens of an answer.", min=1)] = 15,
     *,
     as_json: bool,
 ) -> None:
-    """Answer a question by a span of a text, by a folder whose class ends in ForQuestionAnswering."""
+    """Answer a question with a span of a text; needs a checkpoint folder of a ...ForQuestionAnswering class."""
     from treadle.option_values import read_sentences
     from treadle.progress import counting, working
     from treadle.tasks.answering import QuestionAnswerer

@@ -1,4 +1,4 @@
-"""What the commands of tasks share: their options as a model that is asked, and how scores are told."""
+"""Shared parts of the task commands: their options, and the printing of scores."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ if TYPE_CHECKING:
     from treadle.tasks.options import ModelOptions
     from treadle.tasks.scoring import Scored
 
-File = Annotated[str | None, typer.Option(metavar="PATH", help="A file with a text a line; - is standard input.")]
-Top = Annotated[int, typer.Option(metavar="N", help="How many to tell of each, best first.", min=1)]
+File = Annotated[
+    str | None, typer.Option(metavar="PATH", help="Text file with one text per line; - is standard input.")
+]
+Top = Annotated[int, typer.Option(metavar="N", help="Number of results for each input, best first.", min=1)]
 Most = Annotated[
     int | None,
     typer.Option(
         "--tokens",
         metavar="N",
-        help="The most tokens of each. By default as the folder says.",
+        help="Maximum number of new tokens of each text. By default the folder's setting.",
         min=1,
         show_default=False,
     ),
@@ -37,18 +39,18 @@ BeamCount = Annotated[
         metavar="N",
         min=1,
         max=512,
-        help="Search with so many beams. By default as the folder says.",
+        help="Beam search with N beams. By default the folder's setting.",
         show_default=False,
     ),
 ]
-LengthPenalty = Annotated[float, typer.Option(metavar="X", help="With --beams: above 0 favours long texts.")]
+LengthPenalty = Annotated[float, typer.Option(metavar="X", help="With --beams: values above 0 favour long texts.")]
 
 
 def task_command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a function the command of this name, which asks a model.
+    """Make a function the task command of this name.
 
-    The command takes MODEL and the options that say how it is compiled; the function gets them as one, `options`. What
-    else the function takes stands between MODEL and them, but for `as_json`, which ends all.
+    The command has MODEL and the compile options, which the function gets as one argument, `options`. The function's
+    other parameters come between MODEL and these, except `as_json`, which comes last.
     """
 
     def made(function: Callable[..., None]) -> Callable[..., None]:
@@ -58,7 +60,9 @@ def task_command(name: str) -> Callable[[Callable[..., None]], Callable[..., Non
             function(options=options, **given)
 
         own = [p for p in inspect.signature(function).parameters.values() if p.name not in ("options", "as_json")]
-        own = [p.replace(annotation=eval(p.annotation, function.__globals__)) for p in own]  # typer reads no texts here
+        own = [
+            p.replace(annotation=eval(p.annotation, function.__globals__)) for p in own
+        ]  # typer does not evaluate string annotations here
         model, *compiled = inspect.signature(_taken, eval_str=True).parameters.values()
         keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (model, *own, *compiled)]
         asked.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
@@ -79,7 +83,7 @@ def _taken(
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """What every such command takes, in the order of `--help`."""
+    """The parameters that every task command has, in the order of `--help`."""
 
 
 _SHARED = tuple(name for name in inspect.signature(_taken).parameters if name != "as_json")
@@ -96,7 +100,9 @@ def model_options(
     config: Sequence[str] | None,
     limit: Sequence[str] | None,
 ) -> ModelOptions:
-    """A command's options, as a task opens its model. Raises UsageError for one that is not well formed."""
+    """Return a command's options in the form in which a task opens its model. Raises UsageError for a malformed
+    option.
+    """
     from treadle.continuation import TextWriter
     from treadle.ir.target import Target
     from treadle.option_values import parse_config
@@ -109,22 +115,22 @@ def model_options(
 
 
 def beams_of(count: int | None, length_penalty: float) -> Beams | None:
-    """The search that --beams and --length-penalty ask for; None: as the folder says.
+    """Return the beam search of --beams and --length-penalty; None: the folder's setting.
 
-    Raises UsageError for a penalty alone.
+    Raises UsageError for a length penalty without beams.
     """
     from treadle.runtime.beams import Beams
 
     if count is None and length_penalty != 1:
-        raise UsageError("without --beams there is no --length-penalty", hint="--beams 4 as well")
+        raise UsageError("only --beams accepts --length-penalty", hint="--beams 4 as well")
     return None if count is None else Beams(count, length_penalty)
 
 
 def scored_facts(scores: Sequence[Scored]) -> list[dict[str, Any]]:
-    """Labels and scores for JSON."""
+    """Return labels and scores as JSON."""
     return [{"label": each.label, "score": each.score} for each in scores]
 
 
 def scored_text(scores: Sequence[Scored]) -> str:
-    """Labels and scores in a line."""
+    """Return labels and scores as one line."""
     return ", ".join(f"{each.label} {each.score:.4f}" for each in scores)

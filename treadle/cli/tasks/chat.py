@@ -1,4 +1,4 @@
-"""`treadle chat`: a conversation with a model that was trained for it."""
+"""`treadle chat`: a conversation with a chat model."""
 
 from __future__ import annotations
 
@@ -22,38 +22,41 @@ _NEW, _BYE = "/new", "/bye"
 @task_command("chat")
 def talk_with_model(
     options: ModelOptions,
-    system: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What the model is told before.", show_default=False)
-    ] = None,
-    most: Annotated[int, typer.Option("--tokens", metavar="N", help="The most tokens of a reply.", min=1)] = 512,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.", show_default=False)] = None,
+    most: Annotated[
+        int, typer.Option("--tokens", metavar="N", help="Maximum number of tokens of a reply.", min=1)
+    ] = 512,
     context: Annotated[
         int | None,
-        typer.Option(metavar="N", help="The most tokens of the whole conversation.", min=2, show_default=False),
+        typer.Option(
+            metavar="N", help="Maximum number of tokens of the whole conversation.", min=2, show_default=False
+        ),
     ] = None,
     temperature: Annotated[
-        float, typer.Option(metavar="T", help="0 takes the likeliest token; higher values vary more.")
+        float, typer.Option(metavar="T", help="Sampling temperature; 0 always takes the most likely token.")
     ] = 0.0,
     top_p: Annotated[
-        float, typer.Option(metavar="P", help="Draw from the likeliest tokens that make up this probability.")
+        float, typer.Option(metavar="P", help="Sample from the most likely tokens whose probabilities sum to P.")
     ] = 1.0,
     min_p: Annotated[
-        float, typer.Option(metavar="P", help="Draw from tokens at least this share as likely as the likeliest.")
+        float,
+        typer.Option(metavar="P", help="Sample from tokens whose probability is at least P times the largest one."),
     ] = 0.0,
     repetition_penalty: Annotated[
         float | None,
         typer.Option(
             metavar="X",
-            help="Above 1, tokens that the conversation has already are less likely. By default as its folder says.",
+            help="Values above 1 make tokens that are already in the conversation less likely. By default the folder's.",
             show_default=False,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the draws: the same seed gives the same replies.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Random seed; the same seed gives the same replies.")] = 0,
     cache: CacheName = None,
     widen: Widen = None,
     *,
     as_json: bool,
 ) -> None:
-    """Talk with a model: a line is a message, /new begins again, /bye or the end of input ends it."""
+    """Chat with a model: each line is a message, /new starts a new conversation, /bye or the end of input ends it."""
     from treadle.chatting.conversation import Conversation
     from treadle.continuation import need_for_text
     from treadle.progress import working
@@ -85,7 +88,7 @@ def talk_with_model(
 
 
 def _lines(*, shown: bool) -> Iterator[str]:
-    """What is typed, or piped, a message a line, up to /bye."""
+    """Yield typed or piped messages, one per line, up to /bye."""
     asks = shown and sys.stdin.isatty()
     while True:
         if asks:

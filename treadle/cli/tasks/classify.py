@@ -1,4 +1,4 @@
-"""`treadle classify`: labels of texts, or of pairs of texts."""
+"""`treadle classify`: classify texts, or pairs of texts."""
 
 from __future__ import annotations
 
@@ -18,20 +18,18 @@ def classify_texts(
     options: ModelOptions,
     texts: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="TEXTS", help="Texts to classify; without any, the lines of --file or of standard input."
-        ),
+        typer.Argument(metavar="TEXTS", help="Texts to classify. By default the lines of --file or of standard input."),
     ] = None,
     file: File = None,
     pair: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT", help="The second text of each text, in their order. Repeatable."),
+        typer.Option(metavar="TEXT", help="Second text of a pair, for each text in order. Repeatable."),
     ] = None,
     top: Top = 1,
     *,
     as_json: bool,
 ) -> None:
-    """Tell the labels of texts, by a folder whose class ends in ForSequenceClassification."""
+    """Classify texts; needs a checkpoint folder of a ...ForSequenceClassification class."""
     from treadle.ir.errors import UsageError
     from treadle.option_values import read_sentences
     from treadle.progress import counting, working

@@ -1,4 +1,4 @@
-"""`treadle fill`: what may stand behind masks."""
+"""`treadle fill`: predict masked words."""
 
 from __future__ import annotations
 
@@ -21,21 +21,19 @@ def fill_masks(
         list[str] | None,
         typer.Argument(
             metavar="TEXTS",
-            help="Texts with a mask, such as [MASK]; without any, the lines of --file or of standard input.",
+            help="Texts with a mask, such as [MASK]. By default the lines of --file or of standard input.",
         ),
     ] = None,
     file: File = None,
     top: Top = 5,
     among: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="TOKEN", help="Look at this token of the vocabulary, and others so named, alone. Repeatable."
-        ),
+        typer.Option(metavar="TOKEN", help="Consider only this token of the vocabulary. Repeatable."),
     ] = None,
     *,
     as_json: bool,
 ) -> None:
-    """Tell the likeliest tokens behind the masks of texts, by a folder whose class ends in ForMaskedLM."""
+    """Print the most likely tokens for the masks in texts; needs a checkpoint folder of a ...ForMaskedLM class."""
     from treadle.option_values import read_sentences
     from treadle.progress import counting, working
     from treadle.tasks.filling import MaskFiller

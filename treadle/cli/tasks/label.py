@@ -1,4 +1,4 @@
-"""`treadle label`: labels of image files."""
+"""`treadle label`: classify image files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def label_images(
     *,
     as_json: bool,
 ) -> None:
-    """Tell what image files show, by a folder whose class ends in ForImageClassification."""
+    """Classify image files; needs a checkpoint folder of a ...ForImageClassification class."""
     from treadle.progress import counting, working
     from treadle.tasks.labelling import ImageLabeller
 

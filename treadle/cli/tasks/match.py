@@ -1,4 +1,4 @@
-"""`treadle match`: which of some texts says what an image shows."""
+"""`treadle match`: match images with texts."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def match_images(
     options: ModelOptions,
     images: Annotated[list[str], typer.Argument(metavar="IMAGES", help="Image files.", show_default=False)],
     texts: Annotated[
-        list[str], typer.Option("--text", metavar="TEXT", help="A text that may fit. Repeatable.", show_default=False)
+        list[str], typer.Option("--text", metavar="TEXT", help="Candidate text. Repeatable.", show_default=False)
     ],
     *,
     as_json: bool,
 ) -> None:
-    """Tell which of some texts says best what image files show, by a folder of CLIPModel."""
+    """Score how well each text describes each image; needs a checkpoint folder of CLIPModel."""
     from treadle.progress import counting, working
     from treadle.tasks.matching import ImageMatcher
 

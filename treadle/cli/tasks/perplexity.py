@@ -1,4 +1,4 @@
-"""`treadle perplexity`: how well a language model foretells a text, and what fewer bits cost of it."""
+"""`treadle perplexity`: perplexity of a causal language model on a text, with and without quantization."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ if TYPE_CHECKING:
 @task_command("perplexity")
 def measure_text(
     options: ModelOptions,
-    file: Annotated[str, typer.Argument(metavar="FILE", help="The text; - is standard input.", show_default=False)],
-    window: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens that are read at a time.")] = 512,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Text file; - is standard input.", show_default=False)],
+    window: Annotated[int, typer.Option(metavar="N", min=2, help="Number of tokens in a window.")] = 512,
     most: Annotated[
         int | None,
         typer.Option(
             "--tokens",
             metavar="N",
             min=2,
-            help="The most tokens of the text that are read. By default all.",
+            help="Maximum number of tokens to read. By default all.",
             show_default=False,
         ),
     ] = None,
     alone: Annotated[
-        bool, typer.Option("--alone", help="Do not run the model without --quantize and --dtype beside it.")
+        bool, typer.Option("--alone", help="Do not compare with the model without --quantize and --dtype.")
     ] = False,
     widen: Widen = None,
     *,
     as_json: bool,
 ) -> None:
-    """Tell how well a causal language model foretells a text, and what fewer bits cost of it."""
+    """Print the perplexity of a causal language model on a text, with and without quantization."""
     from treadle.option_values import read_text
     from treadle.progress import counting, working
     from treadle.tasks.perplexity import PerplexityMeter, windows
@@ -58,17 +58,17 @@ def measure_text(
 
 
 def perplexity_lines(found: Perplexity, window: int) -> list[str]:
-    """What was measured, for a person."""
+    """Return the results as lines of text."""
     from treadle.reporting.counts import counted
 
-    read = f"{counted(found.tokens, 'token')} foretold in {counted(found.windows, 'window')} of up to {window:,}"
-    apart = "" if found.error is None else f", give or take {found.error:.4f}"
+    read = f"{counted(found.tokens, 'token')} predicted in {counted(found.windows, 'window')} of up to {window:,}"
+    apart = "" if found.error is None else f", standard error {found.error:.4f}"
     lines = [read, f"perplexity {found.perplexity:.4f}{apart}"]
     if (beside := found.beside) is not None:
         more = found.perplexity / beside.perplexity - 1
         lines += [
-            f"without fewer bits {beside.perplexity:.4f}, of which it is {more:+.2%}",
-            f"divergence {beside.divergence:.5f} nats on average, 99 of 100 tokens below {beside.largest:.4f}",
-            f"the same likeliest token {beside.alike:.2%} of the time",
+            f"full precision: {beside.perplexity:.4f}; change {more:+.2%}",
+            f"mean KL divergence {beside.divergence:.5f} nats, 99th percentile {beside.largest:.4f}",
+            f"same most likely token: {beside.alike:.2%}",
         ]
     return lines

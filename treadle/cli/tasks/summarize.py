@@ -1,4 +1,4 @@
-"""`treadle summarize`: texts in short."""
+"""`treadle summarize`: summarize texts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def summarize_texts(
     texts: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="TEXTS", help="Texts to summarize; without any, the lines of --file or of standard input."
+            metavar="TEXTS", help="Texts to summarize. By default the lines of --file or of standard input."
         ),
     ] = None,
     file: File = None,

@@ -1,4 +1,4 @@
-"""`treadle tag`: spans of texts with their labels, such as names."""
+"""`treadle tag`: label spans of texts, such as names."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def tag_texts(
     options: ModelOptions,
     texts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="TEXTS", help="Texts to tag; without any, the lines of --file or of standard input."),
+        typer.Argument(metavar="TEXTS", help="Texts to tag. By default the lines of --file or of standard input."),
     ] = None,
     file: File = None,
     grouping: Annotated[
         str,
-        typer.Option(metavar="HOW", help="How tokens become spans: none, simple, first, average or max."),
+        typer.Option(metavar="HOW", help="Aggregation of tokens to spans: none, simple, first, average or max."),
     ] = "simple",
     *,
     as_json: bool,
 ) -> None:
-    """Tell the spans of texts that have labels, by a folder whose class ends in ForTokenClassification."""
+    """Label spans of texts; needs a checkpoint folder of a ...ForTokenClassification class."""
     from treadle.option_values import read_sentences
     from treadle.progress import counting, working
     from treadle.tasks.tagging import TokenTagger

@@ -1,4 +1,4 @@
-"""`treadle transcribe`: what is said in recordings."""
+"""`treadle transcribe`: transcribe recordings."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ def transcribe_recordings(
     recordings: Annotated[list[str], typer.Argument(metavar="FILES", help="WAV files.", show_default=False)],
     language: Annotated[
         str | None,
-        typer.Option(metavar="LANGUAGE", help="Such as en. By default as the model hears it.", show_default=False),
+        typer.Option(
+            metavar="LANGUAGE", help="Language code, such as en. By default detected by the model.", show_default=False
+        ),
     ] = None,
     *,
     as_json: bool,
 ) -> None:
-    """Write down what is said in recordings, by Whisper, such as the fetched whisper-tiny."""
+    """Transcribe recordings with Whisper, such as the fetched whisper-tiny."""
     from treadle.progress import counting, working
     from treadle.tasks.transcribing import Transcriber
 

@@ -1,4 +1,4 @@
-"""`treadle translate`: texts in another language."""
+"""`treadle translate`: translate texts."""
 
 from __future__ import annotations
 
@@ -20,20 +20,26 @@ def translate_texts(
     texts: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="TEXTS", help="Texts to translate; without any, the lines of --file or of standard input."
+            metavar="TEXTS", help="Texts to translate. By default the lines of --file or of standard input."
         ),
     ] = None,
     file: File = None,
     source: Annotated[
         str | None,
         typer.Option(
-            "--from", metavar="LANGUAGE", help="Such as en, of a model of several languages.", show_default=False
+            "--from",
+            metavar="LANGUAGE",
+            help="Source language, such as en, for a multilingual model.",
+            show_default=False,
         ),
     ] = None,
     into: Annotated[
         str | None,
         typer.Option(
-            "--to", metavar="LANGUAGE", help="Such as de, of a model of several languages.", show_default=False
+            "--to",
+            metavar="LANGUAGE",
+            help="Target language, such as de, for a multilingual model.",
+            show_default=False,
         ),
     ] = None,
     most: Most = None,
