@@ -193,7 +193,7 @@ def _only_rounds(node: Node) -> bool:
 def _stored(array: Any, value: Value) -> Array:
     if value.type.dtype is bf16:
         return widened(rounded(np.asarray(array, np.float32)))
-    return np.asarray(array, value.type.held.dtype.numpy)
+    return np.asarray(array, value.type.storage_type.dtype.numpy)
 
 
 def _operand(value: Value, texts: Mapping[Value, str]) -> str:

@@ -15,13 +15,13 @@ from treadle.ir.types import Type
 
 def refuse_misfit(name: str, wanted: Type, value: Any) -> None:
     """Raise BackendError for a weight of another shape or dtype; a bf16 weight may be a tensor, or float32 numbers."""
-    dtype, shape = wanted.held.dtype.numpy, wanted.held.static_shape
+    dtype, shape = wanted.storage_type.dtype.numpy, wanted.storage_type.static_shape
     if dtype is not None and isinstance(value, np.ndarray) and value.dtype == dtype and value.shape == shape:
         return  # the usual case, without the slow name of a dtype
     array = value if hasattr(value, "detach") else np.asarray(value)
     found = str(array.dtype).removeprefix("torch.")
     known = ("bfloat16", "float32") if dtype is None else (dtype.name,)
-    if found not in known or not shape_fits(wanted.held, tuple(array.shape)) or layout_of(array) != "strided":
+    if found not in known or not shape_fits(wanted.storage_type, tuple(array.shape)) or layout_of(array) != "strided":
         raise misfit(name, wanted, shown(array))
 
 
@@ -59,7 +59,7 @@ def refuse_missing(title: str, wanted: Mapping[str, Value], weights: Mapping[str
 
 def misfit(name: str, wanted: Type, received: str) -> BackendError:
     """Return the error for a weight of another shape or dtype."""
-    held = f", stored as {wanted.held}" if wanted.encoding is not None else ""
+    held = f", stored as {wanted.storage_type}" if wanted.encoding is not None else ""
     return BackendError(f"weight {name} must be {wanted}{held}", received=f"{name}: {received}")
 
 

@@ -85,7 +85,7 @@ def measure(row: str, given: argparse.Namespace) -> dict[str, Any]:
         began = time.perf_counter()
         trainer = Trainer(
             folder,
-            rate=RATE,
+            learning_rate=RATE,
             optimizer=AdamW(weight_decay=0.0),
             backend="tvm",
             target=Target("cpu", given.threads),

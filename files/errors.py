@@ -31,7 +31,7 @@ class TreadleError(Exception):
     told_elsewhere  whether another process tells the user of it, so that this one says nothing
     """
 
-    told_elsewhere = False
+    is_reported = False
 
     def __init__(
         self,

@@ -48,7 +48,7 @@ class Model(Generic[P, R]):
 
     function: Callable[P, R]
     config: Mapping[str, Any] = field(default_factory=dict)
-    given: tuple[str, ...] = ()
+    optional_inputs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("__module__", "__name__", "__qualname__", "__doc__"):  # for `inspect` and a notebook's `?`
@@ -131,7 +131,7 @@ class Model(Generic[P, R]):
                     hint=Hint(f"{name}=t.{value}", f"--set {name}=t.{value}"),
                 )
         optional = [i.name for i in self.declared_inputs if i.optional]
-        given = self.given if inputs is None else tuple(n for n in optional if n in inputs)
+        given = self.optional_inputs if inputs is None else tuple(n for n in optional if n in inputs)
         return Model(self.function, {**self.config, **config}, given)
 
     def _lacks(self, kind: str, unknown: Sequence[str], known: Sequence[str]) -> FrontendError:
@@ -155,7 +155,7 @@ class Model(Generic[P, R]):
         token = CURRENT.set(tracing)
         try:
             arguments = {
-                i.name: tracing.input(i.name, i.type) if not i.optional or i.name in self.given else None
+                i.name: tracing.input(i.name, i.type) if not i.optional or i.name in self.optional_inputs else None
                 for i in self.declared_inputs
             }
             function: Callable[..., Any] = self.function
@@ -240,7 +240,7 @@ class Model(Generic[P, R]):
                 hint=f'declare it at the top of a file; or t.compile({self.name}).save("model.treadle") and '
                 't.load("model.treadle")',
             )
-        return _pickled, (module, path, dict(self.config), self.given)
+        return _pickled, (module, path, dict(self.config), self.optional_inputs)
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{k}={v.__name__ if inspect.isfunction(v) else repr(v)}" for k, v in self.config.items())

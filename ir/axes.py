@@ -110,7 +110,7 @@ class Rule:
     operands: tuple[DimPattern, ...]
     results: tuple[DimPattern, ...]
     factors: Mapping[str, AxisFactor]
-    given: Mapping[str, Size]
+    known_sizes: Mapping[str, Size]
 
     def __str__(self) -> str:
         return self.text
@@ -147,7 +147,7 @@ class _Matching:
 
     def __init__(self, rule: Rule, types: Sequence[Type | None], names: Sequence[str]) -> None:
         self.rule, self.types, self.names = rule, types, names
-        self.dims: dict[str, Dim] = {n: _split_factor(n, s) for n, s in rule.given.items()}
+        self.dims: dict[str, Dim] = {n: _split_factor(n, s) for n, s in rule.known_sizes.items()}
         self.seen_in: dict[str, str] = {}
         self.factors: dict[str, AxisFactor] = dict(rule.factors)
 

@@ -261,7 +261,7 @@ class Graph:
         return tuple([self.functions[name] for name in self.entry_names if name != "bind"])
 
     @property
-    def made(self) -> Mapping[str, Value]:
+    def derived_weights(self) -> Mapping[str, Value]:
         """The derived weights by name: the outputs of `bind`."""
         return self.bind.outputs if self.bind is not None else {}
 
@@ -270,7 +270,7 @@ class Graph:
         """The weights by their full names: the parameters that no earlier entry computes."""
         if len(self.entry_names) == 1:
             return self.main.parameters
-        made = self.made
+        made = self.derived_weights
         return {name: v for e in self.entries for name, v in e.parameters.items() if name not in made}
 
     @property

@@ -162,9 +162,9 @@ class _Run:
         self.sizes: dict[str, int] = {}
 
     def bind(self, value: Value, array: Array) -> None:
-        wrong = solve_sizes(value.type.held, array.shape, self.sizes)
+        wrong = solve_sizes(value.type.storage_type, array.shape, self.sizes)
         if not wrong and value.type.encoding is not None and array.dtype != np.uint8:
-            wrong = f"is {value.type}, held in {value.type.held}"
+            wrong = f"is {value.type}, held in {value.type.storage_type}"
         if wrong:
             raise GraphError(f"{value.kind} {value.name} {wrong}", received=f"{array.dtype}{list(array.shape)}")
 
@@ -236,7 +236,7 @@ class _Run:
             ) from error
         arrays = [np.asarray(a) for a in (made if isinstance(made, tuple) else (made,))]
         for value, array in zip(node.results, arrays, strict=True):
-            wanted = value.type.held.evaluate(self.sizes) if value.type.symbols <= self.sizes.keys() else None
+            wanted = value.type.storage_type.evaluate(self.sizes) if value.type.symbols <= self.sizes.keys() else None
             if wanted is not None and array.shape != wanted:
                 raise GraphError(
                     f"{node.op.name}: its reference gives shape {list(array.shape)}, its rule {list(wanted)}",

@@ -69,20 +69,20 @@ class Literal:
         return Literal(kind, tuple(array.shape), contiguous.tobytes())
 
     @staticmethod
-    def of_blocks(held: np.ndarray[Any, Any], type: Type) -> Literal:
+    def of_blocks(blocks: np.ndarray[Any, Any], type: Type) -> Literal:
         """Return an encoded constant from the u8 array that holds it. Raises GraphError if the array does not match the
         type.
         """
         shape = type.static_shape
-        if shape is None or held.dtype != np.uint8 or held.shape != type.held.static_shape:
-            raise GraphError(f"{type} is held in {type.held}", received=f"{held.dtype}{list(held.shape)}")
-        return Literal(type.dtype, shape, np.ascontiguousarray(held).tobytes(), type.encoding)
+        if shape is None or blocks.dtype != np.uint8 or blocks.shape != type.storage_type.static_shape:
+            raise GraphError(f"{type} is held in {type.storage_type}", received=f"{blocks.dtype}{list(blocks.shape)}")
+        return Literal(type.dtype, shape, np.ascontiguousarray(blocks).tobytes(), type.encoding)
 
     @property
     def array(self) -> np.ndarray[Any, Any]:
         """A read-only array of the elements, or of an encoded constant's blocks."""
         if self.encoding is not None:
-            return np.frombuffer(self.data, np.uint8).reshape(self.type.held.static_shape or ())
+            return np.frombuffer(self.data, np.uint8).reshape(self.type.storage_type.static_shape or ())
         if self.dtype is bf16:
             words = np.frombuffer(self.data, dtype="<u2").astype(np.uint32) << 16
             return words.view(np.float32).reshape(self.shape)

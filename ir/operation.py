@@ -147,7 +147,7 @@ class Op:
         """
         return None
 
-    def multiples(self, types: Sequence[Type | None], found: Application) -> Mapping[str, int]:
+    def multiples(self, types: Sequence[Type | None], application: Application) -> Mapping[str, int]:
         """Return the factors that are whole by its rule, but that it can process in parts between blocks, with the
         number of elements in a block.
         """
@@ -166,18 +166,18 @@ class Op:
         """Return the layout of a result; None is row-major."""
         return None
 
-    def encodings(self, types: Sequence[Type | None], found: Application) -> Sequence[Encoding | None]:
+    def encodings(self, types: Sequence[Type | None], application: Application) -> Sequence[Encoding | None]:
         """Return the encodings of its results; `found` has their axes. Raises RuleError for an encoded operand that it
         does not accept.
         """
         if all(t is None or t.encoding is None for t in types):
-            return (None,) * len(found.shapes)
+            return (None,) * len(application.shapes)
         names = self.operand_names(len(types))
         if not self.moves_blocks:
             raise unread_blocks(self.name, names, types)
-        moved = [i for i, n in enumerate(names) if types[i] is not None and names_operand(self.moved, n)]
-        given = self.rule([None if t is None else t.rank for t in types]).given
-        return [moved_encoding(self.name, names, types, found, moved, given)]
+        moved = [i for i, n in enumerate(names) if types[i] is not None and names_operand(self.moved_operands, n)]
+        given = self.rule([None if t is None else t.rank for t in types]).known_sizes
+        return [moved_encoding(self.name, names, types, application, moved, given)]
 
     def viewed(self, x: View, types: Sequence[Type | None]) -> View | None:
         """Return its result as a view of its one operand; None if no strides express it, or if the op is not a view."""
@@ -238,7 +238,7 @@ class Op:
         return frozenset()
 
     @property
-    def moved(self) -> frozenset[str]:
+    def moved_operands(self) -> frozenset[str]:
         """The operands whose elements it passes on unchanged: those that it is linear in, if it does no arithmetic."""
         return frozenset().union(*self.linear) if self.flops == 0 else frozenset()
 
@@ -247,10 +247,10 @@ class Op:
 
         Returns None if there is no such op, by default if one of these sizes is an attribute of the op.
         """
-        given = self.rule([None if t is None else t.rank for t in types]).given
+        given = self.rule([None if t is None else t.rank for t in types]).known_sizes
         return None if given.keys() & sizes.keys() else self
 
-    def stepped(self, step: Stepping, operands: Sequence[Expr | Kept | None], held: Held) -> Any:
+    def stepped(self, step: Stepping, operands: Sequence[Expr | Kept | None], states: Held) -> Any:
         """Build the op's form in a generation step with `step.b`. Returns an Expr, or a tuple of Exprs, as `body` does.
 
         Called for an op that scans or generates the tokens' axis, that reads positions of it other than its own, or
@@ -306,9 +306,9 @@ class Op:
         return names
 
     @classmethod
-    def arrange(cls, given: Sequence[Any]) -> list[Any]:
+    def arrange(cls, arguments: Sequence[Any]) -> list[Any]:
         """Pad absent optional operands with None and check the count. Raises GraphError."""
-        operands = list(given)
+        operands = list(arguments)
         required, most = cls.arity
         if len(operands) != most:
             fixed = len(cls.operands) if most is not None else len(cls.operands) - 1
@@ -404,7 +404,7 @@ class Op:
 
         Sizes or other operands select the element (indices, the condition of `where`), never the element itself.
         """
-        return bool(self.moved)
+        return bool(self.moved_operands)
 
     @property
     def is_view(self) -> bool:

@@ -216,7 +216,7 @@ class Type:
         return Type(self.dtype, tuple(map(Dim, factors)), self.encoding)
 
     @cached_property
-    def held(self) -> Type:
+    def storage_type(self) -> Type:
         """The type of the array that holds it: itself, or if encoded u8, where the blocked axis counts bytes."""
         if self.encoding is None:
             return self
@@ -227,7 +227,9 @@ class Type:
 
     def is_held_like(self, other: Type) -> bool:
         """Return True if one array can hold either: the same dtype and shape, in their encodings."""
-        return self.held.dtype is other.held.dtype and self.held.shape == other.held.shape
+        return (
+            self.storage_type.dtype is other.storage_type.dtype and self.storage_type.shape == other.storage_type.shape
+        )
 
     @property
     def decoded(self) -> Type:
@@ -240,7 +242,7 @@ class Type:
 
     def bytes_at(self, values: Mapping[str, int]) -> int:
         """Return the bytes of a dense tensor of this type, in its encoding, for given values of symbols."""
-        return self.held.elements.evaluate(values) * self.held.dtype.bytes
+        return self.storage_type.elements.evaluate(values) * self.storage_type.dtype.bytes
 
     def __or__(self, other: None) -> OptionalType:
         """Return the type of a model's optional input: `i64["B"] | None`."""

@@ -89,7 +89,7 @@ def _verify_shared(graph: Graph) -> None:
     """Check that entries agree on the parameters and states that they share."""
     if len(graph.entry_names) == 1:
         return
-    known: dict[str, tuple[str, Value]] = {name: ("bind", value) for name, value in graph.made.items()}
+    known: dict[str, tuple[str, Value]] = {name: ("bind", value) for name, value in graph.derived_weights.items()}
     for entry in graph.entries:
         for name, value in {**entry.parameters, **entry.states}.items():
             place, there = known.setdefault(name, (entry.name, value))

@@ -211,7 +211,7 @@ class _Search:
             scores = self.task.rules.apply(
                 log_probabilities(self.logits[beam.row]),
                 prompt=self.prompt,
-                made=beam.made,
+                generated=beam.made,
                 end=end,
                 is_last=len(beam.made) + 1 == self.most,
             )

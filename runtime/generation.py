@@ -82,7 +82,7 @@ class Choosing:
         if self.rules is None or self.rules == _NO_RULES:
             return self.sampling.choose(logits, row=number, step=len(made))
         is_last = len(made) + 1 == self.most
-        scores = self.rules.apply(logits, prompt=prompt, made=made, end=tuple(self.stop), is_last=is_last)
+        scores = self.rules.apply(logits, prompt=prompt, generated=made, end=tuple(self.stop), is_last=is_last)
         return self.sampling.choose(scores, row=number, step=len(made))
 
     def token(self, logits: Array, number: int, made: Sequence[int], is_full: bool) -> Token:
@@ -241,7 +241,7 @@ def prompt_ahead(
     All tokens count if both prompts are equal. Returns None if none of the others shares more than the session already
     holds.
     """
-    found, most = None, session.held(prompt)
+    found, most = None, session.prefix_length(prompt)
     for number, other in others.items():
         count = len(prompt) if other == prompt else session.shared(prompt, other)
         if count > most:

@@ -171,7 +171,7 @@ class Session:
                 )
             if self._prologue is not None:
                 given = {name: np.asarray(x)[None] for name, x in inputs.items()}
-                self._prologue(self.states, **{self.derived.told["rows"]: np.array([row])}, **given)
+                self._prologue(self.states, **{self.derived.port_names["rows"]: np.array([row])}, **given)
         except BaseException:
             self._slots.give_back(row)
             raise
@@ -204,7 +204,7 @@ class Session:
             return self.open(**inputs)
         return self._slots.resume(ids)
 
-    def held(self, tokens: Sequence[int]) -> int:
+    def prefix_length(self, tokens: Sequence[int]) -> int:
         """Return the number of tokens of a text that a row from `resume` would hold now."""
         return self._slots.held(list(tokens)) if self.resumes else 0
 
@@ -320,7 +320,7 @@ class Session:
             state = self._rows[row]
             state.verified, state.written = [], max(state.written, state.length + ids.shape[1])
         try:
-            named = {self.derived.told[name]: array for name, array in told.items()}
+            named = {self.derived.port_names[name]: array for name, array in told.items()}
             out = entry(self.states, **{self._ports.tokens: ids}, **named)
         except BaseException:
             for row in rows:

@@ -1,7 +1,7 @@
 """Token rules (logits processors): changes to the logits of a row, based on its tokens, before a token is chosen.
 
     rules = TokenRules(repetition_penalty=1.2, no_repeat_ngram=3)
-    scores = rules.apply(logits, prompt=[464, 3139], made=[286])
+    scores = rules.apply(logits, prompt=[464, 3139], generated=[286])
 
 Rules are applied in the order of the fields, which is the order of Hugging Face's logits processors, so that the
 settings of a folder's generation_config.json have the same meaning here.
@@ -67,7 +67,7 @@ class TokenRules:
         logits: Array,
         *,
         prompt: Sequence[int],
-        made: Sequence[int],
+        generated: Sequence[int],
         end: Sequence[int] = (),
         is_last: bool = False,
     ) -> Array:
@@ -82,20 +82,20 @@ class TokenRules:
         """
         scores = logits.astype(np.float64)
         self._check_ids(len(scores))
-        self._penalize(scores, prompt, made)
-        for token in self._repeating([*prompt, *made]):
+        self._penalize(scores, prompt, generated)
+        for token in self._repeating([*prompt, *generated]):
             scores[token] = -np.inf
         scores[list(self.banned)] = -np.inf
         for *before, token in self.banned_runs:
-            if not before or [*prompt, *made][-len(before) :] == before:
+            if not before or [*prompt, *generated][-len(before) :] == before:
                 scores[token] = -np.inf
-        if len(made) < self.fewest or len(prompt) + len(made) < self.shortest:
+        if len(generated) < self.fewest or len(prompt) + len(generated) < self.shortest:
             scores[[token for token in end if token < len(scores)]] = -np.inf
-        if self.first is not None and not made:
+        if self.first is not None and not generated:
             scores = _only(self.first, len(scores))
         if self.last is not None and is_last:
             scores = _only(self.last, len(scores))
-        if len(made) == (0 if self.first is None else 1):
+        if len(generated) == (0 if self.first is None else 1):
             scores[list(self.banned_first)] = -np.inf
         if np.isneginf(scores).all() and not np.isneginf(logits).all():
             raise UsageError("the token rules exclude every token", received=repr(self))

@@ -60,7 +60,7 @@ def test_a_run_interrupted_anywhere_holds_no_lock(backend: str) -> None:
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_an_error_between_gradient_and_update_changes_nothing(accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer, other = (Trainer("gpt2", accumulate=accumulate, **SMALL) for _ in range(2))
+    trainer, other = (Trainer("gpt2", gradient_accumulation_steps=accumulate, **SMALL) for _ in range(2))
     for seed in range(accumulate - 1):
         trainer.step(**batch_of(seed))
         other.step(**batch_of(seed))
@@ -107,7 +107,7 @@ def test_an_update_that_fails_midway_is_refused_until_restore(tmp_path: Path, mo
 
 
 def test_a_call_that_fails_keeps_the_gradients_of_the_calls_before_it() -> None:
-    trainer, other = (Trainer("gpt2", accumulate=2, **SMALL) for _ in range(2))
+    trainer, other = (Trainer("gpt2", gradient_accumulation_steps=2, **SMALL) for _ in range(2))
     trainer.step(**batch_of(0))
     other.step(**batch_of(0))
     before = state_of(trainer)
@@ -120,7 +120,7 @@ def test_a_call_that_fails_keeps_the_gradients_of_the_calls_before_it() -> None:
 
 
 def test_zero_grad_drops_the_calls_since_the_last_update(tmp_path: Path) -> None:
-    trainer, other = (Trainer("gpt2", accumulate=2, **SMALL) for _ in range(2))
+    trainer, other = (Trainer("gpt2", gradient_accumulation_steps=2, **SMALL) for _ in range(2))
     trainer.step(**batch_of(9))
     with pytest.raises(UsageError, match="a state can only be saved after an update") as caught:
         trainer.save_state(tmp_path / "state")

@@ -164,13 +164,13 @@ def test_what_is_left_out_is_its_default(train: Treadle) -> None:
     assert only().options == {
         "loss": "cross-entropy",
         "optimizer": AdamW(),
-        "rate": Schedule(1e-4),
-        "clip": 1.0,
+        "learning_rate": Schedule(1e-4),
+        "max_grad_norm": 1.0,
         "trained": ("*",),
         "backend": "torch",
         "dtype": None,
-        "recompute": False,
-        "accumulate": 1,
+        "gradient_checkpointing": False,
+        "gradient_accumulation_steps": 1,
         "seed": 0,
     }
     assert [call["tokens"].shape for call in only().calls] == [(3, 48)]
@@ -180,9 +180,9 @@ def test_each_option_reaches_what_it_is_for(train: Treadle, monkeypatch: pytest.
     asked: list[Any] = []
     monkeypatch.setattr("treadle.compile", lambda *given, **options: asked.append((given, options)) or "compiled")
     said = train(
-        f"gpt2 texts.txt {SMALL} --rate 0.01 --warmup 2 --schedule cosine --weight-decay 0.5 --clip 0 --optimizer sgd",
-        "--train wte.* --train h.* --teacher gpt2 --temperature 3 --teacher-share 0.25 --backend tvm --dtype bf16",
-        "--threads 3 --recompute --accumulate 2 --seed 7 --set layers=1 --limit tensors=900",
+        f"gpt2 texts.txt {SMALL} --learning-rate 0.01 --warmup 2 --schedule cosine --weight-decay 0.5 --max-grad-norm 0 --optimizer sgd",
+        "--train wte.* --train h.* --teacher gpt2 --temperature 3 --distillation-weight 0.25 --backend tvm --dtype bf16",
+        "--threads 3 --gradient-checkpointing --gradient-accumulation-steps 2 --seed 7 --set layers=1 --limit tensors=900",
     )
     assert said.code == 0, said.err
     options = only().options
@@ -191,16 +191,16 @@ def test_each_option_reaches_what_it_is_for(train: Treadle, monkeypatch: pytest.
     assert options == {
         "loss": "cross-entropy",
         "optimizer": SGD(momentum=0.9, weight_decay=0.5),
-        "rate": Schedule(0.01, warmup=2, steps=4, shape="cosine"),
-        "clip": None,
+        "learning_rate": Schedule(0.01, warmup=2, steps=4, shape="cosine"),
+        "max_grad_norm": None,
         "trained": ("wte.*", "h.*"),
         "teacher": "compiled",
         "temperature": 3.0,
-        "share": 0.25,
+        "distillation_weight": 0.25,
         "backend": "tvm",
         "dtype": "bf16",
-        "recompute": True,
-        "accumulate": 2,
+        "gradient_checkpointing": True,
+        "gradient_accumulation_steps": 2,
         "seed": 7,
         "layers": 1,
         "limits": {"tensors": 900},
@@ -233,7 +233,7 @@ def test_a_masked_model_is_asked_for_what_is_hidden(train: Treadle) -> None:
 
 @pytest.mark.parametrize("objective", ["gpt2 texts.txt", "bert texts.txt --objective masked-token"])
 def test_a_run_that_goes_on_sees_what_it_would_have_seen(train: Treadle, objective: str) -> None:
-    how = f"{objective} --length 16 --batch 2 --accumulate 2 --schedule linear --json"
+    how = f"{objective} --length 16 --batch 2 --gradient-accumulation-steps 2 --schedule linear --json"
     assert train(how, "--steps 7").code == 0
     assert train(how, "--steps 3 --state half").code == 0
     said = train(how, "--steps 7 --resume half")
@@ -244,7 +244,7 @@ def test_a_run_that_goes_on_sees_what_it_would_have_seen(train: Treadle, objecti
         for name in wanted:
             np.testing.assert_array_equal(wanted[name], found[name])
     assert (said.json["resumed_at"], said.json["steps"], said.json["lines"][-1]["step"]) == (3, 7, 7)
-    assert rest.options["rate"] == whole.options["rate"], "--steps counts all of them"
+    assert rest.options["learning_rate"] == whole.options["learning_rate"], "--steps counts all of them"
 
 
 def test_a_state_is_written_at_the_end_and_as_often_as_it_is_said(train: Treadle) -> None:
@@ -261,7 +261,10 @@ def test_a_state_with_all_steps_behind_it_is_refused(train: Treadle) -> None:
 OTHER_BATCHES = {
     "--seed 1": ("--seed 1, and the state has 0", "--seed 0"),
     "--batch 3": ("--batch 3, and the state has 2", "--batch 2"),
-    "--accumulate 2": ("--accumulate 2, and the state has 1", "--accumulate 1"),
+    "--gradient-accumulation-steps 2": (
+        "--gradient-accumulation-steps 2, and the state has 1",
+        "--gradient-accumulation-steps 1",
+    ),
     "--length 8": ("--length 8, and the state has 16", "--length 16"),
     "--holdout 0.3": ("--holdout 0.3, and the state has 0.2", "--holdout 0.2"),
     "--seed 1 --length 8": ("--seed 1, and the state has 0; --length 8, and the state has 16", "--seed 0 --length 16"),
@@ -288,8 +291,10 @@ def test_other_tokens_of_the_same_texts_are_refused(train: Treadle, monkeypatch:
 
 
 def test_settings_that_leave_the_batches_as_they_were_are_reported(train: Treadle) -> None:
-    assert train(f"gpt2 texts.txt {SMALL} --state half --rate 0.01").code == 0
-    said = train("gpt2 texts.txt --length 16 --batch 2 --steps 6 --resume half --rate 0.02 --backend numpy --clip 2")
+    assert train(f"gpt2 texts.txt {SMALL} --state half --learning-rate 0.01").code == 0
+    said = train(
+        "gpt2 texts.txt --length 16 --batch 2 --steps 6 --resume half --learning-rate 0.02 --backend numpy --max-grad-norm 2"
+    )
     assert said.code == 0
     for line in (
         "resumed with rate 0.02; until now it was 0.01",
@@ -298,9 +303,11 @@ def test_settings_that_leave_the_batches_as_they_were_are_reported(train: Treadl
     ):
         assert line in said.err.splitlines()
     assert len(said.err.splitlines()) == 3
-    said = train("gpt2 texts.txt --length 16 --batch 2 --steps 6 --resume half --rate 0.02 --json")
-    assert said.json["changed"] == {"rate": ["0.01", "0.02"]}
-    said = train("gpt2 texts.txt --length 16 --batch 2 --steps 6 --resume half --rate 0.01 --schedule linear --json")
+    said = train("gpt2 texts.txt --length 16 --batch 2 --steps 6 --resume half --learning-rate 0.02 --json")
+    assert said.json["changed"] == {"learning-rate": ["0.01", "0.02"]}
+    said = train(
+        "gpt2 texts.txt --length 16 --batch 2 --steps 6 --resume half --learning-rate 0.01 --schedule linear --json"
+    )
     assert said.json["changed"] == {"schedule": ["constant", "linear"]}
 
 
@@ -319,7 +326,7 @@ def test_what_was_trained_until_ctrl_c_is_saved(train: Treadle, monkeypatch: pyt
     """The current step is completed, and so is the update that it is a part of."""
     monkeypatch.setattr(FakeTrainer, "interrupt_at", 3)
     before = signal.getsignal(signal.SIGINT)
-    said = train(f"gpt2 texts.txt {SMALL} --accumulate 2 --holdout 0.2 -o out --state s {words}")
+    said = train(f"gpt2 texts.txt {SMALL} --gradient-accumulation-steps 2 --holdout 0.2 -o out --state s {words}")
     assert signal.getsignal(signal.SIGINT) is before
     assert said.code == 130
     assert (len(only().calls), only().saved) == (4, [2])
@@ -372,7 +379,7 @@ def test_a_failure_within_an_update_saves_the_state_of_the_last_update(
     train: Treadle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FakeTrainer, "fail_at", 6)
-    said = train(f"gpt2 texts.txt {SMALL} --accumulate 2 --state s")
+    said = train(f"gpt2 texts.txt {SMALL} --gradient-accumulation-steps 2 --state s")
     assert said.code == 2 and "the loss is nan after 2 updates" in said.err
     assert only().saved == [2]
 
@@ -431,7 +438,7 @@ PAGES = {
     "zoo": "gpt2 texts.txt --length 16 --batch 2 --steps 1 -o out --tokenizer ./bert --set vocab=150 --set dim=8 "
     "--set heads=2 --set layers=1",
     "json": f"bert texts.txt {SMALL} --objective masked-token --every 3 --holdout 0.1 -o out --state s --json",
-    "teacher.json": f"gpt2 texts.txt {SMALL} --accumulate 2 --holdout 0.1 --teacher gpt2 --json",
+    "teacher.json": f"gpt2 texts.txt {SMALL} --gradient-accumulation-steps 2 --holdout 0.1 --teacher gpt2 --json",
 }
 
 
@@ -448,7 +455,7 @@ def test_what_it_says(
 
 
 def test_numbers_are_means_over_what_counted(train: Treadle) -> None:
-    said = train(f"gpt2 texts.txt {SMALL} --accumulate 2 --every 3 --holdout 0.1 --json").json
+    said = train(f"gpt2 texts.txt {SMALL} --gradient-accumulation-steps 2 --every 3 --holdout 0.1 --json").json
     first, last = said["lines"]
     assert first["step"] == 3 and first["loss"] == pytest.approx(5 - np.mean([1, 2, 3, 4, 5, 6]) / 10)
     assert last["step"] == 4 and last["loss"] == pytest.approx(5 - np.mean([7, 8]) / 10)
@@ -502,15 +509,18 @@ def test_a_mean_weighs_each_batch_by_its_targets() -> None:
 
 REFUSED = {
     "--temperature 2": ("--temperature only applies together with --teacher", "--teacher MODEL as well"),
-    "--teacher-share 0.5": ("--teacher-share only applies together with --teacher", "--teacher MODEL as well"),
+    "--distillation-weight 0.5": (
+        "--distillation-weight only applies together with --teacher",
+        "--teacher MODEL as well",
+    ),
     "--save-every 3": ("--save-every only applies together with --state", "--state FILE as well"),
     "--resume none": ("there is no file none", "a file that --state wrote"),
     "--state .": ("the state cannot be written: this is a folder", "a file in a folder"),
     "--state none/s": ("the state cannot be written: its folder does not exist", "a file in a folder"),
     "--optimizer adam": ("there is no optimizer 'adam'", "adamw or sgd"),
     "--schedule step": ("unknown schedule shape 'step'", "one of constant, cosine, linear"),
-    "--rate 0": ("a learning rate must be a number above 0", "--rate 1e-4"),
-    "--rate nan": ("a learning rate must be a number above 0", "--rate 1e-4"),
+    "--learning-rate 0": ("a learning rate must be a number above 0", "--learning-rate 1e-4"),
+    "--learning-rate nan": ("a learning rate must be a number above 0", "--learning-rate 1e-4"),
     "--schedule cosine --warmup 4": ("a cosine schedule falls after its peak at step 4", "more --steps"),
     "--schedule linear --steps 1": ("a linear schedule falls after its peak at step 1", "more --steps"),
     "--length 49": ("a block has 2 tokens or more and at most 48", "48"),

@@ -30,7 +30,7 @@ def treadle_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
     return lambda *words: run(*" ".join(words).split())
 
 
-HOW = "--length 16 --batch 4 --rate 0.01 --holdout 0.1 --json"
+HOW = "--length 16 --batch 4 --learning-rate 0.01 --holdout 0.1 --json"
 
 
 def held_out(said: Any) -> tuple[float, float]:
@@ -42,7 +42,7 @@ def held_out(said: Any) -> tuple[float, float]:
 
 @pytest.mark.parametrize("backend", ["numpy", "torch"])
 def test_a_run_in_two_parts_is_the_same_as_a_whole_one_to_the_bit(treadle_command: Treadle, backend: str) -> None:
-    how = f"train gpt2 texts.txt {HOW} --backend {backend} --accumulate 2"
+    how = f"train gpt2 texts.txt {HOW} --backend {backend} --gradient-accumulation-steps 2"
     before, after = held_out(treadle_command(how, "--steps 8 -o whole"))
     assert after < 0.8 * before
     held_out(treadle_command(how, "--steps 3 --state half"))

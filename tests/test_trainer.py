@@ -96,14 +96,14 @@ def test_a_model_of_the_hub_is_trained_as_by_pytorch(name: str, tmp_path: Path) 
     number = MODELS.index(name)
     backend = BACKENDS[number % len(BACKENDS)]
     optimizer: AdamW | SGD = SGD(momentum=0.9) if number % 2 else AdamW(eps=1e-3, weight_decay=0.1)
-    trainer = Trainer(tmp_path / "before", optimizer=optimizer, rate=0.01, clip=0.7, backend=backend)
+    trainer = Trainer(tmp_path / "before", optimizer=optimizer, learning_rate=0.01, max_grad_norm=0.7, backend=backend)
     batches = [batch_of(trainer, seed, rows=3, length=6) for seed in range(4)]
     if name.endswith("classifier"):
         batches = [{**batch, "targets": batch["targets"] % 5} for batch in batches]
     wanted = train_in_torch(model, batches, optimizer, 0.01, 0.7)
     for step, (batch, (loss, norm)) in enumerate(zip(batches, wanted, strict=True), 1):
         told = trainer.step(**batch)
-        assert (told.step, told.updated, told.rate) == (step, True, 0.01)
+        assert (told.step, told.updated, told.learning_rate) == (step, True, 0.01)
         assert told.loss == pytest.approx(loss, rel=1e-4)
         assert told.norm == pytest.approx(norm, rel=1e-3)
     model.save_pretrained(tmp_path / "after")
@@ -125,7 +125,7 @@ def test_rows_of_padding_and_buffers_are_trained_as_by_pytorch(name: str, tmp_pa
         model.config.pad_token_id = model.model.embed_tokens.padding_idx = 5
         model.save_pretrained(tmp_path / "before")
     pad = model.get_input_embeddings().padding_idx
-    trainer = Trainer(tmp_path / "before", optimizer=SGD(), rate=1.0, clip=None)
+    trainer = Trainer(tmp_path / "before", optimizer=SGD(), learning_rate=1.0, max_grad_norm=None)
     batch = batch_of(trainer, 0, rows=3, length=6)
     tokens = [key for key in batch if key.endswith("tokens")]
     for key in tokens:
@@ -148,7 +148,7 @@ def test_the_row_of_padding_of_a_torch_module_gets_no_gradient() -> None:
     torch = pytest.importorskip("torch")
     module = torch.nn.Sequential(torch.nn.Embedding(7, 4, padding_idx=2), torch.nn.Linear(4, 7)).eval()
     tokens = torch.tensor([[1, 2, 3], [2, 2, 5]])
-    trainer = Trainer(t.from_torch(module, (tokens,)), optimizer=SGD(), rate=1.0, clip=None)
+    trainer = Trainer(t.from_torch(module, (tokens,)), optimizer=SGD(), learning_rate=1.0, max_grad_norm=None)
     before = {weight: array.copy() for weight, array in trainer.weights.items()}
     trainer.step(input=tokens.numpy(), targets=np.array([[0, 1, 2], [3, 4, 5]]))
     changed = np.any(trainer.weights["0.weight"] != before["0.weight"], axis=1)
@@ -159,7 +159,7 @@ def test_the_row_of_padding_of_a_torch_module_gets_no_gradient() -> None:
 
 
 def trained(steps: int = 3, **options: Any) -> tuple[Trainer, list[float]]:
-    trainer = Trainer("gpt2", optimizer=AdamW(eps=1e-3), rate=0.02, **{**SMALL, **options})
+    trainer = Trainer("gpt2", optimizer=AdamW(eps=1e-3), learning_rate=0.02, **{**SMALL, **options})
     told = [trainer.step(**batch_of(trainer, seed)) for seed in range(steps)]
     return trainer, [each.loss for each in told]
 
@@ -174,7 +174,7 @@ def near(found: Mapping[str, Array], wanted: Mapping[str, Array], within: float 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_backends_train_alike_whether_blocks_are_kept_or_computed_again(backend: str, recompute: bool) -> None:
     plain, losses = trained()
-    other, told = trained(backend=backend, recompute=recompute)
+    other, told = trained(backend=backend, gradient_checkpointing=recompute)
     assert told == pytest.approx(losses, rel=1e-5)
     near(other.weights, plain.weights)
     assert other.evaluate(**batch_of(other, 9)) == pytest.approx(plain.evaluate(**batch_of(plain, 9)), rel=1e-5)
@@ -182,8 +182,8 @@ def test_backends_train_alike_whether_blocks_are_kept_or_computed_again(backend:
 
 def test_a_batch_in_parts_makes_the_update_of_the_whole() -> None:
     """Micro-batches count by the number of their positions, not equally."""
-    whole = Trainer("gpt2", rate=0.02, optimizer=AdamW(eps=1e-3), **SMALL)
-    parts = Trainer("gpt2", rate=0.02, optimizer=AdamW(eps=1e-3), accumulate=2, **SMALL)
+    whole = Trainer("gpt2", learning_rate=0.02, optimizer=AdamW(eps=1e-3), **SMALL)
+    parts = Trainer("gpt2", learning_rate=0.02, optimizer=AdamW(eps=1e-3), gradient_accumulation_steps=2, **SMALL)
     batch = batch_of(whole, 0, rows=4)
     batch["targets"][:3, 1:] = -100
     whole.step(**batch)
@@ -208,16 +208,21 @@ def test_only_weights_that_match_are_trained() -> None:
 
 
 def test_training_goes_on_from_its_state_to_the_bit(tmp_path: Path) -> None:
-    straight = Trainer("gpt2", rate=Schedule(0.02, warmup=3), **SMALL)
-    broken = Trainer("gpt2", rate=Schedule(0.02, warmup=3), **SMALL)
+    straight = Trainer("gpt2", learning_rate=Schedule(0.02, warmup=3), **SMALL)
+    broken = Trainer("gpt2", learning_rate=Schedule(0.02, warmup=3), **SMALL)
     for seed in range(4):
         wanted = straight.step(**batch_of(straight, seed))
         if seed == 2:
             broken.save_state(tmp_path / "state")
-            broken = Trainer("gpt2", rate=Schedule(0.02, warmup=3), seed=5, **SMALL)
+            broken = Trainer("gpt2", learning_rate=Schedule(0.02, warmup=3), seed=5, **SMALL)
             broken.restore(tmp_path / "state")
         found = broken.step(**batch_of(broken, seed))
-        assert (found.step, found.loss, found.norm, found.rate) == (wanted.step, wanted.loss, wanted.norm, wanted.rate)
+        assert (found.step, found.loss, found.norm, found.learning_rate) == (
+            wanted.step,
+            wanted.loss,
+            wanted.norm,
+            wanted.learning_rate,
+        )
     for name, array in straight.weights.items():
         assert np.array_equal(array, broken.weights[name]), name
     assert os.listdir(tmp_path) == ["state"]
@@ -264,14 +269,14 @@ def test_a_state_of_another_training_is_refused(tmp_path: Path) -> None:
 
 def test_a_student_learns_what_its_teacher_says() -> None:
     teacher = t.compile("gpt2", seed=7, **SMALL)
-    student = Trainer("gpt2", teacher=teacher, share=1.0, rate=0.05, **{**SMALL, "layers": 1})
+    student = Trainer("gpt2", teacher=teacher, distillation_weight=1.0, learning_rate=0.05, **{**SMALL, "layers": 1})
     assert [port.name for port in student.inputs] == ["tokens", "targets"]
     batch = batch_of(student, 0)
     losses = [student.step(**batch).loss for _ in range(30)]
     assert losses[-1] < 0.6 * losses[0]
-    alone = Trainer("gpt2", rate=0.05, **{**SMALL, "layers": 1})
-    mixed = Trainer("gpt2", teacher=teacher, share=0.25, rate=0.05, **{**SMALL, "layers": 1})
-    whole = Trainer("gpt2", teacher=teacher, share=1.0, rate=0.05, **{**SMALL, "layers": 1})
+    alone = Trainer("gpt2", learning_rate=0.05, **{**SMALL, "layers": 1})
+    mixed = Trainer("gpt2", teacher=teacher, distillation_weight=0.25, learning_rate=0.05, **{**SMALL, "layers": 1})
+    whole = Trainer("gpt2", teacher=teacher, distillation_weight=1.0, learning_rate=0.05, **{**SMALL, "layers": 1})
     found = [each.evaluate(**batch) for each in (alone, mixed, whole)]
     assert found[1] == pytest.approx(0.75 * found[0] + 0.25 * found[2], rel=1e-5)
 
@@ -283,7 +288,7 @@ def pulled(x: t.f32["B 4"], *, dim: int = 3):
 
 
 def test_a_model_may_say_its_own_loss() -> None:
-    trainer = Trainer(pulled, loss="far", optimizer=SGD(), rate=0.5, clip=None)
+    trainer = Trainer(pulled, loss="far", optimizer=SGD(), learning_rate=0.5, max_grad_norm=None)
     x = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
     assert [port.name for port in trainer.inputs] == ["x"]
     losses = [trainer.step(x=x).loss for _ in range(60)]
@@ -296,7 +301,7 @@ def test_a_model_may_say_its_own_loss() -> None:
 
 
 def test_what_a_step_holds_is_told() -> None:
-    kept, again = (Trainer("gpt2", recompute=r, **{**SMALL, "layers": 3}) for r in (False, True))
+    kept, again = (Trainer("gpt2", gradient_checkpointing=r, **{**SMALL, "layers": 3}) for r in (False, True))
     told = [each.memory(B=2, S=8) for each in (kept, again)]
     assert told[1].arena < 0.7 * told[0].arena
     assert "alive at step" in str(told[0])
@@ -308,8 +313,8 @@ def test_what_a_step_holds_is_told() -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"accumulate": 0}, "an update needs the gradients of 1 call or more"),
-        ({"accumulate": True}, "an update needs the gradients of 1 call or more"),
+        ({"gradient_accumulation_steps": 0}, "an update needs the gradients of 1 call or more"),
+        ({"gradient_accumulation_steps": True}, "an update needs the gradients of 1 call or more"),
         ({"trained": ["h.9.*"]}, "no weight matches 'h.9.*'"),
         ({"loss": "perplexity"}, "the model has no output perplexity"),
         ({"output": "hidden"}, "the model has no output hidden"),
@@ -320,7 +325,7 @@ def test_what_a_step_holds_is_told() -> None:
         ({"optimizer": AdamW}, "optimizer= must be an optimizer"),
         ({"teacher": "gpt2"}, "a teacher must be a compiled model"),
         ({"temperature": 2.0}, "temperature= only applies together with teacher="),
-        ({"share": 0.0}, "share= only applies together with teacher="),
+        ({"distillation_weight": 0.0}, "distillation_weight= only applies together with teacher="),
     ],
 )
 def test_what_cannot_be_trained_is_refused(options: dict[str, Any], told: str) -> None:
@@ -345,7 +350,7 @@ def test_a_teacher_and_what_it_teaches_go_together() -> None:
 
 
 def test_a_batch_of_which_nothing_counts_or_whose_loss_is_no_number_changes_nothing() -> None:
-    trainer = Trainer("gpt2", rate=1e30, clip=None, optimizer=SGD(), **SMALL)
+    trainer = Trainer("gpt2", learning_rate=1e30, max_grad_norm=None, optimizer=SGD(), **SMALL)
     batch = batch_of(trainer, 0)
     before = {name: array.copy() for name, array in trainer.weights.items()}
     with pytest.raises(UsageError, match="no position of the batch is counted"):
@@ -385,7 +390,7 @@ def scored(x: t.f32["B 4"], y: t.f32["B 1"]):
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf, np.inf])
 def test_a_batch_with_nan_is_reported_by_input_and_position(value: float) -> None:
-    trainer = Trainer(scored, loss="loss", rate=1e-3)
+    trainer = Trainer(scored, loss="loss", learning_rate=1e-3)
     x, y = np.ones((3, 4), np.float32), np.zeros((3, 1), np.float32)
     trainer.step(x=x, y=y)
     x[2, 1] = value
@@ -449,7 +454,7 @@ def gated(x: t.f32["B S 4"]):
 
 
 def test_weights_that_no_gradient_reaches_stay_as_they_are() -> None:
-    trainer = Trainer(gated, loss="loss", rate=0.1)
+    trainer = Trainer(gated, loss="loss", learning_rate=0.1)
     assert trainer.trained == ("w.weight", "w.bias")
     before = {name: array.copy() for name, array in trainer.weights.items()}
     x = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)

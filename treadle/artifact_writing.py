@@ -50,7 +50,7 @@ def write_artifact(
     texts["log"] = _json(log.as_dict())
     if plan is not None:
         texts["sharding"] = _json(plan_record(plan))
-    sections = {n: (value.type.held.dtype, weights[n]) for n, value in graph.parameters.items()}
+    sections = {n: (value.type.storage_type.dtype, weights[n]) for n, value in graph.parameters.items()}
     metadata = {
         "name": name,
         "backend": backend,

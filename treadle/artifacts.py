@@ -100,14 +100,14 @@ class ArtifactLimits:
     plan_ranks: int = 16_384
 
     @classmethod
-    def of(cls, given: ArtifactLimits | Mapping[str, int] | None) -> ArtifactLimits:
+    def of(cls, limits: ArtifactLimits | Mapping[str, int] | None) -> ArtifactLimits:
         """Return limits by name, including those of the header and of the graphs. Raises UsageError."""
-        if not isinstance(given, Mapping):
-            return limits_of(cls, given)
+        if not isinstance(limits, Mapping):
+            return limits_of(cls, limits)
         own = cls()
         names = {part: {f.name for f in fields(part)} for part in (own.header, own.graph, own)}
-        check_limits(given, sorted(set().union(*names.values()) - {"header", "graph"}))
-        header, graph, rest = ({n: given[n] for n in given if n in known} for known in names.values())
+        check_limits(limits, sorted(set().union(*names.values()) - {"header", "graph"}))
+        header, graph, rest = ({n: limits[n] for n in limits if n in known} for known in names.values())
         return replace(own, header=replace(own.header, **header), graph=replace(own.graph, **graph), **rest)
 
 
@@ -308,7 +308,7 @@ def _read_weights(file: SectionFile, graph: Graph) -> dict[str, Any]:
             what = "a weight that the graph does not take" if name in records else "a weight is missing"
             file.fail(what, f"section weight/{printable(name)}")
     for name, value in graph.parameters.items():
-        record, wanted = records[name], value.type.held
+        record, wanted = records[name], value.type.storage_type
         if record.dtype != wanted.dtype.name or record.shape != wanted.static_shape:
             file.fail(f"the weight must be {wanted}", f"section weight/{printable(name)}", received=str(record))
     return {name: file.weight(name) for name in graph.parameters}

@@ -93,7 +93,7 @@ class Specializing(Compiled):
     """
 
     def __init__(
-        self, opened: OpenedOnnx, needed: str, make: Callable[[Resolved], Compiled], *, backend: str, target: Target
+        self, opened: OpenedOnnx, static: str, make: Callable[[Resolved], Compiled], *, backend: str, target: Target
     ) -> None:
         """needed: the input at which the import of the file stopped. make: compiles a further import.
 
@@ -106,9 +106,9 @@ class Specializing(Compiled):
         self._opened, self._make = opened, make
         self._signature = Signature(inputs)
         self._ports = {port.name: port for port in self._signature.ports}
-        self._needed: OrderedDict[Way, str] = OrderedDict({(): needed})
+        self._needed: OrderedDict[Way, str] = OrderedDict({(): static})
         self._kept: OrderedDict[Way, Compiled] = OrderedDict()
-        self._static = {needed: None}
+        self._static = {static: None}
         self._lock = threading.Lock()  # guards the cache
         self._making = threading.Lock()
 

@@ -70,7 +70,9 @@ def verify_model(
         source = quantized_alike(held.optimized.source, held.optimized.graph)  # the file has only the blocks
         optimized, given = replace(held.optimized, source=source), dict(held.weights)
         for name, value in optimized.source.parameters.items():  # parameters that no output needs are not in the file
-            given.setdefault(name, np.zeros(value.type.held.evaluate({}), value.type.held.dtype.numpy or np.float32))
+            given.setdefault(
+                name, np.zeros(value.type.storage_type.evaluate({}), value.type.storage_type.dtype.numpy or np.float32)
+            )
     else:
         passes, widen = computing_in(dtype, passes, widen, quantize)
         resolved = resolve(

@@ -119,7 +119,7 @@ class _Reference:
 
     def __init__(self, node: Node) -> None:
         self.op = node.op
-        self.dtypes = [v.type.held.dtype.numpy for v in node.results]
+        self.dtypes = [v.type.storage_type.dtype.numpy for v in node.results]
 
     def __call__(self, *operands: Any, **sizes: int) -> Any:
         made = self.op.at(sizes).reference(*[None if x is None else np.asarray(x) for x in operands])

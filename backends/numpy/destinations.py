@@ -52,7 +52,7 @@ def _reduction(function: str) -> Callable[[Line], str]:
 
 
 def _copied(text: str, line: Line) -> str:
-    return f"kernels.copied({text}, {line.shape(line.result.held.shape)}{line.told})"
+    return f"kernels.copied({text}, {line.shape(line.result.storage_type.shape)}{line.told})"
 
 
 def _rearranged(line: Line) -> str:

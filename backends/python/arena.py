@@ -133,7 +133,7 @@ class _Laying:
             for attribute, value in program.destinations[name].items():
                 storage = plan.places[value].storage
                 assert storage is not None
-                shape = tuple(size.evaluate(self.sizes) for size in value.type.held.shape)
+                shape = tuple(size.evaluate(self.sizes) for size in value.type.storage_type.shape)
                 setattr(made, attribute, self._laid(storage, offsets.get(storage), shape))
             for attribute, at in program.frames[name].items():
                 setattr(made, attribute, self._called(name, at, base, offsets))

@@ -17,7 +17,7 @@ def rearranged(line: Line, permute: str, joined: bool = True) -> str:
 
     Sizes are those of the stored array: quantized blocks are moved as bytes.
     """
-    application = line.op.apply([line.type("x").held])
+    application = line.op.apply([line.type("x").storage_type])
     (operand,), (result,) = application.operands, application.results
     before = [name for dim in operand or () for name in dim.factors]
     after = [name for dim in result for name in dim.factors]
@@ -27,7 +27,7 @@ def rearranged(line: Line, permute: str, joined: bool = True) -> str:
     if before != after:
         text += f".{permute}({', '.join(str(before.index(name)) for name in after)})"
     if joined and _merges(result):
-        text += f".reshape({', '.join(line.size(size) for size in line.result.held.shape) or '()'})"
+        text += f".reshape({', '.join(line.size(size) for size in line.result.storage_type.shape) or '()'})"
     return text.replace(".reshape()", ".reshape(())")
 
 

@@ -294,7 +294,7 @@ class _TorchArrays:
 
     def weight(self, name: str, wanted: Type, value: Any) -> torch.Tensor:
         """Return a weight as a tensor; arrays that are one weight under several names become one tensor."""
-        wanted, told = wanted.held, wanted
+        wanted, told = wanted.storage_type, wanted
         if not isinstance(value, self.torch.Tensor):
             array = np.asarray(value)
             key = (

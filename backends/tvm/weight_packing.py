@@ -212,10 +212,10 @@ class _Weights:
         return [told(name) for name in names]
 
     def _packed_shape(self, name: str) -> tuple[int, ...]:
-        return _packed_shape(self.parameters[name].type.held.static_shape or (), self.layout(name))
+        return _packed_shape(self.parameters[name].type.storage_type.static_shape or (), self.layout(name))
 
     def _dtype(self, name: str) -> np.dtype[Any]:
-        return np.dtype(self.parameters[name].type.held.dtype.numpy or np.uint16)
+        return np.dtype(self.parameters[name].type.storage_type.dtype.numpy or np.uint16)
 
     def _key(self, name: str) -> str:
         recipe = self.made.get(name)

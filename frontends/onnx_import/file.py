@@ -72,7 +72,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     _proto: Any
     _file: OnnxFile
-    _held: Array | None = None
+    _array: Array | None = None
 
     @property
     def count(self) -> int:
@@ -83,8 +83,8 @@ class StoredTensor:
 
         Raises FrontendError if the bytes are missing, too few or too many.
         """
-        if self._held is not None:
-            return self._held
+        if self._array is not None:
+            return self._array
         made = decode(self.type, self._bytes(), self.count).reshape(self.shape)
         return made if self.type.carrier is not bf16 or made.dtype == np.float32 else made.astype(np.float32)
 
@@ -137,12 +137,12 @@ class OnnxFile:
     held     initializers that were read once for all imports, see `hold_weights`
     """
 
-    def __init__(self, proto: onnx.ModelProto, shown: str, folder: Path | None, limits: OnnxLimits) -> None:
-        self.proto, self.shown, self.folder, self.limits = proto, shown, folder, limits
+    def __init__(self, proto: onnx.ModelProto, display_name: str, folder: Path | None, limits: OnnxLimits) -> None:
+        self.proto, self.shown, self.folder, self.limits = proto, display_name, folder, limits
         self.held: dict[str, Array] = {}
         self._maps: dict[str, Array] = {}
         if not all(isinstance(text, str) for text in _texts(proto)):
-            raise FrontendError("a name in the file is not UTF-8", within=shown)
+            raise FrontendError("a name in the file is not UTF-8", within=display_name)
         self.opsets = self._read_opsets()
 
     @staticmethod
@@ -206,7 +206,7 @@ class OnnxFile:
         # A parsed message keeps all the bytes that it was parsed from, so the rest of it is parsed again.
         self.proto = type(self.proto).FromString(self.proto.SerializeToString())
 
-    def tensor(self, proto: Any, name: str, *, bf16_in_f32: bool = False, held: Array | None = None) -> StoredTensor:
+    def tensor(self, proto: Any, name: str, *, bf16_in_f32: bool = False, array: Array | None = None) -> StoredTensor:
         """Return a TensorProto with its type and shape checked. Its elements are read later, unless `held` has them."""
         try:
             kind = element(proto.data_type, bf16_in_f32=bf16_in_f32)
@@ -222,7 +222,7 @@ class OnnxFile:
             )
         if proto.HasField("segment"):
             raise FrontendError("tensors in segments are not supported", within=f"tensor {printable(name)}")
-        return StoredTensor(name, kind, shape, proto, self, held)
+        return StoredTensor(name, kind, shape, proto, self, array)
 
     def external(self, tensor: StoredTensor, size: int) -> Array:
         """Map the bytes of a tensor in another file of the model's folder."""

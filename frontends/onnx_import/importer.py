@@ -180,7 +180,7 @@ class Importer:
 
     def tensor(self, proto: Any, name: str, scope: Scope, held: Array | None = None) -> Known:
         """Return a tensor of the file, under a unique weight name; `held` is its array, if it was already read."""
-        stored = self.file.tensor(proto, name, bf16_in_f32=self.bf16_in_f32, held=held)
+        stored = self.file.tensor(proto, name, bf16_in_f32=self.bf16_in_f32, array=held)
         wanted = base = f"{scope.path}.{name}" if scope.path else name
         count = 1
         while wanted in self.stored:

@@ -129,7 +129,7 @@ def _carried_back(node: Node, asked: Range) -> Iterator[tuple[Value, Range]]:
     carriers = [
         value
         for name, value in zip(names, node.operands, strict=True)
-        if value is not None and (isinstance(op, Cast) or names_operand(op.moved, name))
+        if value is not None and (isinstance(op, Cast) or names_operand(op.moved_operands, name))
     ]
     plain = [x for x in carriers if isinstance(op, Where) and any(_shifts(value, x) for value in carriers)]
     for value in plain or carriers:

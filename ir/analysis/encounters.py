@@ -71,7 +71,7 @@ class Scanned(_Kind):
 class Indexed(_Kind):
     """kept   True if the result has the axis too: a scatter writes along it, a lookup reads it away"""
 
-    kept: bool = False
+    is_kept: bool = False
     word = "indexed"
 
 

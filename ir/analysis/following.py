@@ -99,7 +99,7 @@ class Following:
                 match opened.kind:
                     case Reduced(monoid=monoid):
                         combine.append(Combination(opened, monoid))
-                    case Indexed(kept=False):
+                    case Indexed(is_kept=False):
                         combine.append(Combination(opened, "sum"))
                     case Scanned():
                         combine.append(Combination(opened, "scan"))

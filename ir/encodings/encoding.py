@@ -154,9 +154,9 @@ class Encoding:
 
     # -- arrays ------------------------------------------------------------------------------------------------
 
-    def decode(self, held: Array) -> Array:
+    def decode(self, blocks: Array) -> Array:
         """Decode a held array to float32."""
-        lines = np.moveaxis(held, self.axis, -1)
+        lines = np.moveaxis(blocks, self.axis, -1)
         size = self.size(lines.shape[-1])
         elements = self.elements(size)
         blocks = np.ascontiguousarray(lines).reshape(-1).view(self.block.record(elements))
@@ -167,12 +167,12 @@ class Encoding:
                 made[start : start + step] = self.block.decode(blocks[start : start + step])
         return np.moveaxis(made.reshape(*lines.shape[:-1], size), -1, self.axis)
 
-    def first_not_finite(self, held: Array) -> tuple[int, str] | None:
+    def first_not_finite(self, blocks: Array) -> tuple[int, str] | None:
         """Find the first block with a scale that is infinite or NaN, in an array held along its last axis. Returns its
         index and the scale, by name; None if every number is finite.
         """
-        record = self.block.record(self.elements(self.size(held.shape[-1])))
-        blocks = held.reshape(-1).view(record)
+        record = self.block.record(self.elements(self.size(blocks.shape[-1])))
+        blocks = blocks.reshape(-1).view(record)
         found: list[tuple[int, str]] = []
         for name in record.names or ():
             kind = record[name].base

@@ -231,7 +231,7 @@ class Einsum(Primitive):
         plain = all(f.role is Role.MAPPED or f.monoid == "sum" for f in rule.factors.values())
         for pattern in (*rule.operands, *rule.results):
             dims = [d for d in pattern if isinstance(d, AxisDim)]
-            if rule.given or not plain or any(len(d.factors) != 1 for d in dims):
+            if rule.known_sizes or not plain or any(len(d.factors) != 1 for d in dims):
                 raise RuleError(
                     "an equation consists of names and `...` only",
                     within=self.equation,

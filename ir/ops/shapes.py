@@ -77,7 +77,7 @@ class Rearrange(Primitive):
                         within=marked_name(self.pattern, name, of=1, after=after),
                     )
         for dim in left:
-            unknown = [n for n in dim.factors if n not in rule.given]
+            unknown = [n for n in dim.factors if n not in rule.known_sizes]
             if len(unknown) > 1:
                 raise RuleError(
                     f"cannot infer the sizes of {' and '.join(unknown)}",
@@ -87,21 +87,21 @@ class Rearrange(Primitive):
 
     def at(self, values: Mapping[str, int]) -> Op:
         rule = self.rule(())
-        if not any(size.symbols for size in rule.given.values()):
+        if not any(size.symbols for size in rule.known_sizes.values()):
             return self
-        sizes = {name: Size.of(size.evaluate(values)) for name, size in rule.given.items()}
+        sizes = {name: Size.of(size.evaluate(values)) for name, size in rule.known_sizes.items()}
         return replace(self, pattern=f"{_side(rule.operands[0], sizes)} -> {_side(rule.results[0], {})}")
 
     def substitute(self, values: Mapping[str, SizeLike]) -> Op:
         rule = self.rule(())
-        sizes = {name: size.substitute(values) for name, size in rule.given.items()}
-        if all(sizes[name] == size for name, size in rule.given.items()):
+        sizes = {name: size.substitute(values) for name, size in rule.known_sizes.items()}
+        if all(sizes[name] == size for name, size in rule.known_sizes.items()):
             return self
         return replace(self, pattern=f"{_side(rule.operands[0], sizes)} -> {_side(rule.results[0], {})}")
 
     def resized(self, sizes: Mapping[str, Size], types: Sequence[Type | None]) -> Op | None:
         rule = self.rule(())
-        given = {name: sizes.get(name, size) for name, size in rule.given.items()}
+        given = {name: sizes.get(name, size) for name, size in rule.known_sizes.items()}
         return replace(self, pattern=f"{_side(rule.operands[0], given)} -> {_side(rule.results[0], {})}")
 
     def reference(self, x: Any) -> Any:

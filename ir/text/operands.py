@@ -118,7 +118,7 @@ class OperandReader:
 
     def weight_named(self, name: str, at: int) -> Value:
         value = self.current.parameters.get(name)
-        made = self.result.made if self.current is self.result.bind else {}
+        made = self.result.derived_weights if self.current is self.result.bind else {}
         value = value or made.get(name)
         if value is None:
             hint = nearest_names(name, [*self.current.parameters, *made])

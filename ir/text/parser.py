@@ -162,7 +162,7 @@ class _Parser(StatementReader):
         """Read the entry functions; each may read all parameters and derived weights."""
         while (name := self.entry_name()) is not None:
             function = self.current = self.result.functions[name] if name == "main" else self.result.add_entry(name)
-            made = self.result.made if name != "bind" else {}
+            made = self.result.derived_weights if name != "bind" else {}
             held = {**self.held["parameter"], **{n: v.type for n, v in made.items()}}
             function.parameters = {n: Value("parameter", type, n) for n, type in held.items()}
             for n, value in made.items():

@@ -25,12 +25,12 @@ class Chunk:
     last: int
     dim: int
     parts: int
-    told: str = field(default="", compare=False)
+    description: str = field(default="", compare=False)
     axis: str = field(default="", compare=False)
     source: str = field(default="", compare=False)
 
     def __str__(self) -> str:
-        return f"{self.function}: {self.told} in {self.parts} parts of {self.axis}  {self.source}".rstrip()
+        return f"{self.function}: {self.description} in {self.parts} parts of {self.axis}  {self.source}".rstrip()
 
 
 @dataclass(frozen=True)

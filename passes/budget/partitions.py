@@ -190,7 +190,7 @@ class FunctionTable:
         steps = self.plan.steps[first : last + 1]
         if last - first >= _MOST_RUN:
             return None
-        if all(not self.plan.places[v].written for step in steps for v in step.root.results):
+        if all(not self.plan.places[v].is_written for step in steps for v in step.root.results):
             return None
         nodes = sorted((node for step in steps for node in step.nodes), key=self.at.__getitem__)
         if self.at[nodes[-1]] - self.at[nodes[0]] != len(nodes) - 1:

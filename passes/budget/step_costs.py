@@ -45,7 +45,7 @@ class StepCost:
 
 def step_cost(step: Step, plan: FunctionPlan, sizes: Mapping[str, int]) -> StepCost:
     """Return the cost of a step that is not a call; zero for a view, or a result that is in place already."""
-    if not any(plan.places[v].written for v in step.root.results):
+    if not any(plan.places[v].is_written for v in step.root.results):
         return StepCost(0, {})
     total = sum((node_cost(node, sizes) for node in step.nodes), Cost())
     there = {v for v in step.inputs if plan.places[v].how is How.INTO and plan.places[v].of in step.root.results}

@@ -45,20 +45,20 @@ class Certificate:
         return {**vars(self), "sizes": [dict(each) for each in self.sizes]}
 
     @staticmethod
-    def read(said: Mapping[str, Any]) -> Certificate:
+    def read(facts: Mapping[str, Any]) -> Certificate:
         """Build a certificate from the result of `as_dict`. Raises Python's own errors for any other data."""
-        sizes = tuple(tuple((str(k), int(v)) for k, v in each.items()) for each in said["sizes"])
+        sizes = tuple(tuple((str(k), int(v)) for k, v in each.items()) for each in facts["sizes"])
         return Certificate(
-            rule=str(said["rule"]),
-            instance=str(said["instance"]),
-            seed=int(said["seed"]),
-            cases=int(said["cases"]),
+            rule=str(facts["rule"]),
+            instance=str(facts["instance"]),
+            seed=int(facts["seed"]),
+            cases=int(facts["cases"]),
             sizes=sizes,
-            error=float(said["error"]),
-            tolerance=float(said["tolerance"]),
-            note=str(said["note"]),
-            refused=str(said.get("refused", "")),
-            undecided=int(said.get("undecided", 0)),
+            error=float(facts["error"]),
+            tolerance=float(facts["tolerance"]),
+            note=str(facts["note"]),
+            refused=str(facts.get("refused", "")),
+            undecided=int(facts.get("undecided", 0)),
         )
 
     def __str__(self) -> str:

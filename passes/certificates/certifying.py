@@ -244,7 +244,7 @@ def _judged(sides: tuple[Graph, Graph], old: Arrays, inputs: Arrays, float64: bo
 
 
 def _in_own_dtypes(sides: tuple[Graph, Graph], inputs: Arrays) -> tuple[float, float] | str | None:
-    own = {v.name: inputs[v.name].astype(v.type.held.dtype.numpy) for v in sides[0].main.inputs}
+    own = {v.name: inputs[v.name].astype(v.type.storage_type.dtype.numpy) for v in sides[0].main.inputs}
     try:
         old = interpret(sides[0], own)
     except _FAILURES:

@@ -34,7 +34,7 @@ class CommonSubexpressions(Pass):
                 kept.append(node)
             else:
                 merged.update(zip(node.results, first.results, strict=True))
-                log.match(self.name, function, node, made=(first,))
+                log.match(self.name, function, node, created=(first,))
         changes = len(function.nodes) - len(kept)
         function.nodes = kept
         function.replace_results(lambda v: merged.get(v, v))

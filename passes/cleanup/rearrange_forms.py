@@ -132,7 +132,7 @@ def _read(pattern: str, type: Type) -> tuple[list[list[str]], list[list[str]], d
     """Return a pattern's dimensions before and after as factor names, without those of size 1, and the factors."""
     application = Rearrange(pattern=pattern).apply([type])
     sized = {n: d.size for n, d in application.dims.items() if not d.is_one}
-    given = Rearrange(pattern=pattern).rule([type.rank]).given
+    given = Rearrange(pattern=pattern).rule([type.rank]).known_sizes
     atoms = {n: PatternAtom(size, n if n.isidentifier() else None, n in given) for n, size in sized.items()}
 
     def dims(side: Sequence[AxisDim]) -> list[list[str]]:

@@ -16,18 +16,18 @@ class Lineage:
     no pass recorded, nothing is known.
     """
 
-    def __init__(self, given: Graph | None = None, working: Graph | None = None) -> None:
+    def __init__(self, original: Graph | None = None, working: Graph | None = None) -> None:
         self._given: dict[Node, frozenset[Node]] = {}
-        if given is not None and working is not None:
-            pairs = zip(given.walk(), working.walk(), strict=True)  # a clone has the nodes in the same order
+        if original is not None and working is not None:
+            pairs = zip(original.walk(), working.walk(), strict=True)  # a clone has the nodes in the same order
             self._given.update({copy: frozenset((node,)) for (_, node), (_, copy) in pairs})
 
     def of(self, nodes: Iterable[Node]) -> frozenset[Node]:
         """Return the nodes of the original graph whose work these nodes do."""
         return _NONE.union(*[self._given.get(node, _NONE) for node in nodes])
 
-    def stand(self, made: Iterable[Node], nodes: Iterable[Node]) -> None:
+    def stand(self, created: Iterable[Node], nodes: Iterable[Node]) -> None:
         """Record that `made` nodes, new or existing, now do the work of `nodes` in addition to their own."""
         work = self.of(nodes)
-        for node in made:
+        for node in created:
             self._given[node] = work | self._given.get(node, _NONE)

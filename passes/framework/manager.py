@@ -114,7 +114,7 @@ class Optimized:
     source: Graph
     graph: Graph
     log: PassLog = field(repr=False)  # displayed as a table
-    left: frozenset[Node] = field(default=frozenset(), repr=False, compare=False)
+    unsupported: frozenset[Node] = field(default=frozenset(), repr=False, compare=False)
     lowered: Optimized | None = field(default=None, repr=False, compare=False)
     plan: StoragePlan | None = field(default=None, repr=False, compare=False)
 
@@ -223,7 +223,7 @@ class PassManager:
             except Exception as error:
                 raise _broken(each, error, snapshot) from error
             record.seconds = time.perf_counter() - started
-            record.shown.clear()
+            record.display_values.clear()
             record.lineage = Lineage()  # the old one holds removed nodes
             if record.changed:
                 same = {} if certify or snapshot is graph else _untouched(snapshot, record)
@@ -270,7 +270,7 @@ def _undo_what_fails(
             if wrong:
                 failed.append((claim, wrong, against))
         for claim, edges, against in failed:
-            event = Event.at(each.name, known.function, claim.at, given=record.lineage.of((claim.at,)))
+            event = Event.at(each.name, known.function, claim.at, original_nodes=record.lineage.of((claim.at,)))
             others = [m for m in record.matches if dataclasses.replace(m, rule=each.name, reason="") != event]
             record.matches[:] = others
             reason = f"rolled back, since its certificate failed: {against}"
@@ -300,7 +300,7 @@ def _is_shown(claim: Claim, record: PassRecord) -> bool:
         return False
     value: Value | None = claim.before[0]
     while value is not None and value is not claim.after[0]:
-        value = record.shown.get(value)
+        value = record.display_values.get(value)
     return value is not None and claim.before[0] is not claim.after[0]
 
 

@@ -50,8 +50,8 @@ class Event:
     hint: str = ""
     matched: tuple[str, ...] = ()
     edge: str = ""
-    given: frozenset[Node] = field(default=frozenset(), repr=False, compare=False)
-    made: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    original_nodes: frozenset[Node] = field(default=frozenset(), repr=False, compare=False)
+    created_ops: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     @staticmethod
     def at(rule: str, function: Function, node: Node, reason: str = "", hint: str = "", **more: Any) -> Event:
@@ -63,14 +63,14 @@ class Event:
         return "  ".join(part for part in (self.source, self.scope) if part) or self.function
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         """The reason, with the progress of the match: `5 ops matched; operand 1 of div: expected ...`."""
         if self.edge:
             return f"{len(self.matched)} op{'s' * (len(self.matched) != 1)} matched; {self.edge}: {self.reason}"
         return self.reason + (f"; matched: {', '.join(self.matched)}" if self.matched else "")
 
     def __str__(self) -> str:
-        return f"{self.rule} at {self.op}" + (f": {self.told}" if self.told else "") + f"    {self.place}"
+        return f"{self.rule} at {self.op}" + (f": {self.description}" if self.description else "") + f"    {self.place}"
 
     def as_dict(self) -> dict[str, Any]:
         found: dict[str, Any] = {
@@ -119,7 +119,7 @@ class PassRecord:
     fit: MemoryFit | None = None
     certifying: bool = field(default=False, repr=False, compare=False)
     differentiated: bool = field(default=False, repr=False, compare=False)
-    shown: dict[Value, Value] = field(default_factory=dict, repr=False, compare=False)
+    display_values: dict[Value, Value] = field(default_factory=dict, repr=False, compare=False)
     target: Target = field(default=Target("cpu"), repr=False, compare=False)
     lineage: Lineage = field(default_factory=Lineage, repr=False, compare=False)
     touched: set[str] | None = field(default=None, repr=False, compare=False)
@@ -131,14 +131,14 @@ class PassRecord:
         function: Function,
         root: Node,
         nodes: Iterable[Node] = (),
-        made: Sequence[Node] = (),
+        created: Sequence[Node] = (),
         reason: str = "",
     ) -> None:
         """Log that a rule replaced `nodes` (the root, if none are named) by the `made` nodes."""
         taken = (root, *nodes)
-        ops = tuple([node.op.name for node in made])
-        self.matches.append(Event.at(rule, function, root, reason, given=self.lineage.of(taken), made=ops))
-        self.lineage.stand(made, taken)
+        ops = tuple([node.op.name for node in created])
+        self.matches.append(Event.at(rule, function, root, reason, original_nodes=self.lineage.of(taken), created_ops=ops))
+        self.lineage.stand(created, taken)
 
     def refuse(
         self,
@@ -157,7 +157,7 @@ class PassRecord:
         matched = tuple(dict.fromkeys(matched))
         given = self.lineage.of((at, *nodes, *matched))
         names = tuple([node.op.name for node in matched])
-        self.refusals.append(Event.at(rule, function, at, reason, hint, matched=names, given=given))
+        self.refusals.append(Event.at(rule, function, at, reason, hint, matched=names, original_nodes=given))
 
     def certify(self, rule: str, claim: Claim, graphs: tuple[Graph, Graph]) -> Counterexample | None:
         """Check a claim and store its certificate. Return the case in which the claim does not hold, or None."""

@@ -205,7 +205,7 @@ class _Sweep:
             against = self.log.certify(rule.name, claim_of_match(match.nodes, built.made, root, built.results), graphs)
             if against is not None:
                 return Refusal(f"rolled back, since its certificate failed: {against}", root)
-            self.log.shown.update(zip(built.replaced, built.results, strict=True))
+            self.log.display_values.update(zip(built.replaced, built.results, strict=True))
         generation = self.generation.get(root, 0) + 1
         if generation > _GENERATIONS:
             raise PassError(

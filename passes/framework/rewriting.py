@@ -199,7 +199,7 @@ class Rewriting:
         """Log that a rule nearly fitted at a root. It is dropped if the root is replaced after all."""
         given = self.log.lineage.of((at, *matched))
         names = tuple([node.op.name for node in matched])
-        event = Event.at(rule, self.function, at, reason, hint, matched=names, edge=edge, given=given)
+        event = Event.at(rule, self.function, at, reason, hint, matched=names, edge=edge, original_nodes=given)
         self._near_misses.append((root, event))
 
     # -- replacing ---------------------------------------------------------------------------------------------

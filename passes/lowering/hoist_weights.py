@@ -76,7 +76,7 @@ class HoistWeights(Pass):
         if not hoisting.changes:
             return 0
         log.touched = None
-        return len(graph.made) or hoisting.changes
+        return len(graph.derived_weights) or hoisting.changes
 
 
 @dataclass(frozen=True)

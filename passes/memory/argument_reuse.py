@@ -36,13 +36,13 @@ def reused_arguments(plan: FunctionPlan, callees: Mapping[str, FunctionPlan]) ->
 
 def _may_be_one(argument: Storage, result: Storage, plan: FunctionPlan, callees: Mapping[str, FunctionPlan]) -> bool:
     places = plan.places
-    written = [v for v, place in places.items() if place.storage is result and place.written]
+    written = [v for v, place in places.items() if place.storage is result and place.is_written]
     first = min((places[v].first for v in written), default=plan.end)
     late = False
     for at, step in enumerate(plan.steps):
         if at < first or all(places[v].storage is not argument for v in step.inputs):
             continue
-        if all(not places[v].written for v in step.root.results):
+        if all(not places[v].is_written for v in step.root.results):
             continue  # a view reads no elements
         if not _writes_what_it_reads(step.root, argument, result, plan, callees):
             return False

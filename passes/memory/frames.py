@@ -28,7 +28,7 @@ class FrameCall:
     """
 
     callee: str
-    made: tuple[Storage, ...] = ()
+    storages: tuple[Storage, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +50,12 @@ class Frame:
 
     def alive(self, at: int) -> list[Life]:
         """Return the storages that are live at a step, without those that a callee makes then."""
-        made = self.calls[at].made if at in self.calls else ()
+        made = self.calls[at].storages if at in self.calls else ()
         return [x for x in self.lives if x.first <= at <= x.last and x.storage not in made]
 
     def made_at(self, at: int) -> list[Storage]:
         """Return the storages that are live at a step and that a callee makes then."""
-        made = self.calls[at].made if at in self.calls else ()
+        made = self.calls[at].storages if at in self.calls else ()
         return [x.storage for x in self.lives if x.first <= at <= x.last and x.storage in made] if made else []
 
 

@@ -144,14 +144,14 @@ class _Making:
         if place.storage is None or place.storage.kind not in (StorageKind.LOCAL, StorageKind.ARGUMENT):
             return False
         whole = place.how is not How.VIEW if place.view is None else place.view.is_contiguous
-        return whole and place.storage.elements == other.type.held.elements
+        return whole and place.storage.elements == other.type.storage_type.elements
 
     def problem(self, sizes: Mapping[str, int], callees: Mapping[str, Sequence[Size]]) -> OrderProblem:
         """Return the problem at these sizes."""
         extra = [0] * len(self.plan.steps)
         for at, call in self.frame.calls.items():
             inner = max((size.evaluate(sizes) for size in callees[call.callee]), default=0)
-            extra[at] = inner - sum(storage.nbytes.evaluate(sizes) for storage in call.made)
+            extra[at] = inner - sum(storage.nbytes.evaluate(sizes) for storage in call.storages)
         buffers = [
             Buffer(size.evaluate(sizes), steps, kept)
             for size, steps, kept in zip(self.sizes, self.touched, self.kept, strict=True)

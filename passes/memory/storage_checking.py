@@ -162,7 +162,7 @@ class _Lives:
         kept = {*plan.reuses} - {*plan.donated}
         self._expect(not kept or not self.is_entry, "its result overwrites an input that is not donated", None)
         for value, place in plan.places.items():
-            if not place.written:
+            if not place.is_written:
                 continue
             kind = None if place.storage is None else place.storage.kind
             if kind in (StorageKind.ARGUMENT, StorageKind.CONSTANT) and place.storage not in donated:
@@ -247,7 +247,7 @@ class _Shared:
         if not isinstance(x, Value) or node is None or x not in node.inputs or not node.is_elementwise:
             raise wrong_plan("a step overwrites a value that it does not read element by element", plan, value)
         lies = plan.places[x]
-        ours = place.storage is not None and place.storage.kind is StorageKind.LOCAL and lies.written
+        ours = place.storage is not None and place.storage.kind is StorageKind.LOCAL and lies.is_written
         mine = lies.storage is place.storage and (ours or x in plan.donated or lies.how is How.OVER)
         if not mine or not x.type.is_held_like(value.type):
             raise wrong_plan(f"it does not fill the storage of {x.name}", plan, value)
@@ -267,7 +267,7 @@ class _Shared:
             return value.before
         if node.op.callee is None:
             place = self.plan.places[value]
-            copied = place.how is How.OWN and place.written
+            copied = place.how is How.OWN and place.is_written
             return node.inputs[0] if node.op.is_view and not copied else None
         callee = self.whole.functions[node.op.callee]
         outputs = list(callee.function.outputs.values())

@@ -91,9 +91,9 @@ class ValuePlace:
     of: Value | str
     first: int
     last: int
-    written: bool
+    is_written: bool
 
-    def told(self, names: Mapping[Value, str]) -> str:
+    def describe(self, names: Mapping[Value, str]) -> str:
         """Return the reason in words, such as `a view of x`, with the names of a function's values."""
         return self.how.value.format(of=f"output {self.of}" if isinstance(self.of, str) else names[self.of])
 
@@ -208,7 +208,7 @@ class FunctionPlan:
                 "form": place.form or None,
                 "first": place.first,
                 "last": place.last,
-                "why": place.told(names),
+                "why": place.describe(names),
             }
             for value, place in self.rows()
         ]
@@ -216,7 +216,7 @@ class FunctionPlan:
     def __str__(self) -> str:
         names = self.names
         shown = {value: place for value, place in self.rows() if value.kind != "parameter"}
-        cells = [(names[v], str(v.type), *_where(place), place.told(names)) for v, place in shown.items()]
+        cells = [(names[v], str(v.type), *_where(place), place.describe(names)) for v, place in shown.items()]
         lines = [f"{self.function.name}: {len(self.steps)} steps, {_locals(self)}"]
         if self.reordered is not None:
             lines[0] += f"; {self.reordered}"

@@ -113,7 +113,7 @@ class StridesCheck:
     # -- one place -------------------------------------------------------------------------------------------
 
     def _fits(self, value: Value, place: ValuePlace, view: View) -> None:
-        wanted, layout = value.type.held, value.layout
+        wanted, layout = value.type.storage_type, value.layout
         if view.shape != wanted.shape or view.storage is not place.storage or view.dtype is not wanted.dtype:
             raise wrong_plan("a view has another shape, dtype or storage than its value", self.plan, value, str(view))
         if layout != view.storage.layout:
@@ -136,7 +136,7 @@ class StridesCheck:
         if first < 0 or min(strides, default=0) < 0 or last >= held:
             told = f"elements {first} to {last} of {held} at {self.sizes}"
             raise wrong_plan("a destination is too small", self.plan, value, told)
-        if place.written and not self._apart(value, shape, strides):
+        if place.is_written and not self._apart(value, shape, strides):
             raise wrong_plan("two elements are written to one address", self.plan, value, str(strides))
 
     def _apart(self, value: Value, shape: Sequence[int], strides: Sequence[int]) -> bool:
@@ -166,14 +166,17 @@ class StridesCheck:
                 if argument not in self.plan.donated:
                     raise wrong_plan(f"output {name} is stored in an input that is not donated", self.plan, value)
                 storage = view.storage if view is not None else storage
-                if self.plan.places[argument].storage is not storage or storage.elements != value.type.held.elements:
+                if (
+                    self.plan.places[argument].storage is not storage
+                    or storage.elements != value.type.storage_type.elements
+                ):
                     raise wrong_plan(f"output {name} is not in the storage of {argument.name}", self.plan, value)
             whole = view is not None and view.storage is storage and (view.is_contiguous or value.layout is not None)
             if name not in self.plan.copied and not (whole and view is not None and view.offset == 0):
                 raise wrong_plan(f"no step writes output {name}", self.plan, value)
 
     def _elements(self, value: Value) -> int:
-        shape = value.type.held.shape
+        shape = value.type.storage_type.shape
         if value.layout is not None:
             return self.number(value.layout.elements(shape))
         return int(np.prod([self.number(n) for n in shape], dtype=object))
@@ -189,7 +192,7 @@ class StridesCheck:
         elif place.how is How.VIEW:
             x = node.inputs[0] if node.op.is_view else None
             lies = None if x is None else self.plan.places[x].view
-            if x is None or lies is None or place.written or lies.storage is not view.storage:
+            if x is None or lies is None or place.is_written or lies.storage is not view.storage:
                 raise wrong_plan("it is not a view of its operand", self.plan, value)
             if view.storage.layout is None and not self._agrees(view, lies, *self._views(node)):
                 raise wrong_plan(f"it does not refer to the elements of {x.name}", self.plan, value, str(view))
@@ -209,7 +212,7 @@ class StridesCheck:
         Usually the reference returns a view of the array that represents the operand, and its strides have the answer.
         If it returns a copy, some elements are tags.
         """
-        shape = tuple(self._numbers(node.inputs[0].type.held.shape))
+        shape = tuple(self._numbers(node.inputs[0].type.storage_type.shape))
         key = node.op, shape
         if key not in self._moved:  # it is the same for one op on one shape
             op, size = node.op.at(self.sizes), math.prod(shape)
@@ -237,7 +240,7 @@ class StridesCheck:
 
         Some of its elements are tags, the others one number, and elements of other operands are zero.
         """
-        shapes = [None if v is None else self._numbers(v.type.held.shape) for v in node.operands]
+        shapes = [None if v is None else self._numbers(v.type.storage_type.shape) for v in node.operands]
         sizes = [0 if shape is None else math.prod(shape) for shape in shapes]
         margins = sum(sizes) != self._elements(node.result)  # margins may be any number
         some, tags = _tags(sizes[position], margins)

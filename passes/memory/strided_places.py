@@ -28,7 +28,7 @@ class StridedPlanning(Planning):
     def _whole(self, value: Value, kind: StorageKind, name: str = "") -> View:
         storage = super()._whole(value, kind, name)
         assert isinstance(storage, Storage)
-        return View.contiguous(storage, value.type.held.shape)
+        return View.contiguous(storage, value.type.storage_type.shape)
 
     def _add_results(self) -> None:
         copied = []
@@ -58,7 +58,7 @@ class StridedPlanning(Planning):
             return None
         (x,) = node.inputs
         lies = self.places[x].view
-        return None if lies is None or lies.panels is not None else node.op.viewed(lies, [x.type.held])
+        return None if lies is None or lies.panels is not None else node.op.viewed(lies, [x.type.storage_type])
 
     def _destination(self, value: Value, node: Node) -> tuple[View, How, Value | str]:
         """Return the destination of a result."""
@@ -93,7 +93,7 @@ class StridedPlanning(Planning):
         place = self.places[x]
         if place.storage is None or place.view is None or not self._may_be_written(place.storage):
             return None
-        fills = place.view.is_contiguous and place.storage.elements == value.type.held.elements
+        fills = place.view.is_contiguous and place.storage.elements == value.type.storage_type.elements
         alone = all(self.places[v].storage is not place.storage for v in step.inputs if v is not x)
         dies = self.last_reads[place.storage] <= self.at[step.root]
         return place.view if fills and alone and dies else None
@@ -112,8 +112,8 @@ class StridedPlanning(Planning):
         ((reader, position),) = readers
         if reader.op.is_view and read_by_view:
             return None
-        moved, types = reader.result, [None if v is None else v.type.held for v in reader.operands]
-        held = moved.type.held
+        moved, types = reader.result, [None if v is None else v.type.storage_type for v in reader.operands]
+        held = moved.type.storage_type
         fresh = Storage(self.names[moved], held.dtype, held.elements, StorageKind.LOCAL)
         of: Value | str = moved
         whole = View.contiguous(fresh, held.shape)
@@ -138,7 +138,7 @@ class StridedPlanning(Planning):
 
     def _repeated(self, value: Value, alike: Sequence[int]) -> View:
         """Return a view of a new storage with one element along each axis where all elements are equal."""
-        held = value.type.held
+        held = value.type.storage_type
         shape = [ONE if axis in alike else size for axis, size in enumerate(held.shape)]
         storage = Storage(self.names[value], held.dtype, product(shape), StorageKind.LOCAL)
         return View.contiguous(storage, shape).broadcast(held.shape)

@@ -91,7 +91,7 @@ class RowMajor:
         if node.op.callee is not None or not node.op.is_view:
             return None
         (x,) = node.inputs
-        view = node.op.viewed(self.of(x), [x.type.held])
+        view = node.op.viewed(self.of(x), [x.type.storage_type])
         if view is None:
             self.copies.add(value)
         return view
@@ -102,7 +102,7 @@ class RowMajor:
 
 
 def _contiguous(value: Value) -> View:
-    held = value.type.held
+    held = value.type.storage_type
     return View.contiguous(Storage(value.name, held.dtype, held.elements, StorageKind.LOCAL), held.shape)
 
 
@@ -206,7 +206,7 @@ class Planning(ABC):
 
     def _whole(self, value: Value, kind: StorageKind, name: str = "") -> View | Storage:
         """Return a new storage that a value fills."""
-        held, layout = value.type.held, value.layout
+        held, layout = value.type.storage_type, value.layout
         elements = held.elements if layout is None else layout.elements(held.shape)
         return Storage(name or self.names[value], held.dtype, elements, kind, layout, value.literal)
 

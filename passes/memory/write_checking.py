@@ -36,7 +36,7 @@ def lost_writes(at: StridesCheck) -> list[str]:
     plan = at.plan
     writers: dict[Storage, int] = {}
     for place in plan.places.values():
-        if (place.written or place.how in (How.STATE, How.GIVEN)) and place.storage is not None:
+        if (place.is_written or place.how in (How.STATE, How.GIVEN)) and place.storage is not None:
             writers[place.storage] = writers.get(place.storage, 0) + 1
     shared = {s for s, n in writers.items() if n > 1}
     reused = [plan.places[v].storage for v in plan.reuses]
@@ -102,13 +102,13 @@ class _Run:
         for value in filter(self._is_shared, self.at.function.arguments):
             self._write(value)
         for number, step in enumerate(self.plan.steps):
-            reads = any(self.plan.places[v].written for v in step.root.results)  # a view reads no elements
+            reads = any(self.plan.places[v].is_written for v in step.root.results)  # a view reads no elements
             for value in step.inputs if reads else ():
                 self._read(value, f"step {number}, {step.root.op.name}, reads")
             for value in step.root.results:
                 if not self._is_shared(value):
                     continue
-                if self.plan.places[value].written:
+                if self.plan.places[value].is_written:
                     for x in step.inputs:
                         if x is not value.before:
                             self._apart(value, x, step.nodes)

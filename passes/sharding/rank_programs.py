@@ -79,7 +79,7 @@ def rank_weights(plan: ShardingPlan, rank: int, weights: Mapping[str, Array]) ->
     for name in plan.weights_at(rank):
         type = plan.graph.parameters[name].type
         placed = held_placement(type, plan.weights[name])
-        found[name] = taken_part(weights[name], type.held.shape, placed, plan.mesh, rank, {})
+        found[name] = taken_part(weights[name], type.storage_type.shape, placed, plan.mesh, rank, {})
     return found
 
 

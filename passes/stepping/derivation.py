@@ -62,7 +62,7 @@ class DerivedStep:
     axis: str
     tokens: tuple[str, ...]
     prologue: tuple[str, ...]
-    told: Mapping[str, str]
+    port_names: Mapping[str, str]
     context: int | None
     windows: Mapping[str, int]
     memories: tuple[str, ...]

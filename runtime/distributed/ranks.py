@@ -177,7 +177,7 @@ class Ranks:
             return
         if isinstance(error, TreadleError):
             received = error.received or ""
-            error.told_elsewhere = not self.watch.settle(f"rank {self.rank} has failed: {error.what}", received)
+            error.is_reported = not self.watch.settle(f"rank {self.rank} has failed: {error.what}", received)
         else:
             self.watch.settle(f"rank {self.rank} has failed: {type(error).__name__}: {error}")
         self.close()

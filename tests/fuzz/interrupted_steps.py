@@ -121,7 +121,8 @@ def interrupt_steps(backend: str, count: int, seed: int) -> collections.Counter[
     """
     rng, draw = np.random.default_rng(seed), random.Random(seed)
     trainer, other = (
-        Trainer("gpt2", backend=backend, accumulate=ACCUMULATE, rate=0.01, seed=seed, **SMALL) for _ in range(2)
+        Trainer("gpt2", backend=backend, gradient_accumulation_steps=ACCUMULATE, learning_rate=0.01, seed=seed, **SMALL)
+        for _ in range(2)
     )
     outcomes: collections.Counter[str] = collections.Counter()
     kept: BaseException | None = None

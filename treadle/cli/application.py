@@ -99,7 +99,7 @@ def _errors_told(name: str, as_json: bool) -> Iterator[None]:
     except (typer.Abort, typer.BadParameter, BrokenPipeError):
         raise
     except TreadleError as error:
-        if error.told_elsewhere:
+        if error.is_reported:
             raise typer.Exit(2) from None
         from treadle.reporting.tables import console
         from treadle.reporting.told_errors import error_facts, error_text

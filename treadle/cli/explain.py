@@ -169,11 +169,11 @@ def explain_sites(
 def _lowered(model: str, subject: str, backend: str, chosen: dict[str, Any], as_json: bool) -> None:
     """Print a report on a backend's passes: layouts or storage."""
     from treadle.explaining.layouts import Layouts, explain_layouts
-    from treadle.explaining.storage import StorageTold, explain_storage
+    from treadle.explaining.storage import StorageReport, explain_storage
     from treadle.fitting import fit_prose, fitted
     from treadle.progress import working
 
-    found: Layouts | StorageTold
+    found: Layouts | StorageReport
     with working(f"lowering {model} for {backend}", shown=not as_json):
         if subject == "layouts":
             found = explain_layouts(model, backend=backend, **chosen)

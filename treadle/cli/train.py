@@ -69,8 +69,10 @@ def train_model(
             show_default=False,
         ),
     ] = None,
-    accumulate: Annotated[int, typer.Option(metavar="N", min=1, help="Gradient accumulation: batches per update.")] = 1,
-    rate: Annotated[float, typer.Option(metavar="X", help="The peak learning rate.")] = 1e-4,
+    gradient_accumulation_steps: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Gradient accumulation: batches per update.")
+    ] = 1,
+    learning_rate: Annotated[float, typer.Option(metavar="X", help="The peak learning rate.")] = 1e-4,
     warmup: Annotated[
         int, typer.Option(metavar="N", min=0, help="Updates until the peak learning rate is reached.")
     ] = 0,
@@ -84,7 +86,7 @@ def train_model(
             metavar="X", min=0, help="Weight decay. By default 0.01 with adamw, 0 with sgd.", show_default=False
         ),
     ] = None,
-    clip: Annotated[
+    max_grad_norm: Annotated[
         float, typer.Option(metavar="X", min=0, help="Clip the gradient norm to this value; 0 disables clipping.")
     ] = 1.0,
     trained: Annotated[
@@ -111,10 +113,10 @@ def train_model(
             metavar="X", help="With --teacher: divide logits by this temperature. By default 2.", show_default=False
         ),
     ] = None,
-    share: Annotated[
+    distillation_weight: Annotated[
         float | None,
         typer.Option(
-            "--teacher-share",
+            "--distillation-weight",
             metavar="X",
             min=0,
             max=1,
@@ -157,8 +159,11 @@ def train_model(
             show_default=False,
         ),
     ] = None,
-    recompute: Annotated[
-        bool, typer.Option("--recompute", help="Recompute activations for the gradient: less memory, more time.")
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--gradient-checkpointing", help="Recompute activations for the gradient: less memory, more time."
+        ),
     ] = False,
     config: Config = None,
     limit: Limit = None,
@@ -190,7 +195,7 @@ def train_model(
     from treadle.training.text_runs import Update, held_out_loss, updates
     from treadle.training.trainer import Trainer
 
-    _check_options(teacher, temperature, share, save_every is not None and state is None, resume)
+    _check_options(teacher, temperature, distillation_weight, save_every is not None and state is None, resume)
     if state is not None:
         _check_state(state, replace=overwrite)
     chosen = parse_config(config or (), limit or (), Trainer)
@@ -199,7 +204,10 @@ def train_model(
     with working(f"reading {model}", shown=not as_json):
         resolved = resolve(model, widen=("bf16", "f16", BLOCKS), deferred=True, **chosen)
         saver = None if output is None else saver_for(resolved, output, replace=overwrite)
-        made = {"rate": _schedule(rate, warmup, schedule, steps), "optimizer": _optimizer(optimizer, weight_decay)}
+        made = {
+            "learning_rate": _schedule(learning_rate, warmup, schedule, steps),
+            "optimizer": _optimizer(optimizer, weight_decay),
+        }
         data = TextData.open(
             model,
             files,
@@ -215,18 +223,20 @@ def train_model(
         settings = run_settings(
             data,
             objective=objective,
-            accumulate=accumulate,
             holdout=holdout,
             model=model,
-            rate=rate,
             warmup=warmup,
             schedule=schedule,
-            clip=clip,
             teacher=teacher,
             temperature=temperature,
             dtype=dtype,
             backend=backend,
-            **{"teacher-share": share},
+            **{
+                "gradient-accumulation-steps": gradient_accumulation_steps,
+                "learning-rate": learning_rate,
+                "max-grad-norm": max_grad_norm,
+                "distillation-weight": distillation_weight,
+            },
             **({} if schedule == "constant" else {"steps": steps}),
         )
         changed = {} if resume is None else changed_settings(resume, settings)
@@ -235,14 +245,14 @@ def train_model(
             model,
             loss="cross-entropy",
             **made,
-            clip=clip or None,
+            max_grad_norm=max_grad_norm or None,
             trained=tuple(trained or ("*",)),
-            **_taught(teacher, temperature, share, backend, where),
+            **_taught(teacher, temperature, distillation_weight, backend, where),
             backend=backend,
             target=where,
             dtype=dtype,
-            recompute=recompute,
-            accumulate=accumulate,
+            gradient_checkpointing=gradient_checkpointing,
+            gradient_accumulation_steps=gradient_accumulation_steps,
             seed=seed,
             **chosen,
         )
@@ -264,7 +274,7 @@ def train_model(
         backend,
         objective,
         data,
-        accumulate,
+        gradient_accumulation_steps,
         trainer.steps,
         settings,
         changed,
@@ -284,7 +294,9 @@ def train_model(
         failed: TreadleError | BrokenPipeError | None = None
         try:
             with _telling(f"training {model}", as_json) as tell:
-                for update in [] if interrupted() else updates(trainer, data, steps=steps, accumulate=accumulate):
+                for update in (
+                    [] if interrupted() else updates(trainer, data, steps=steps, accumulate=gradient_accumulation_steps)
+                ):
                     since.append(update)
                     ends = interrupted() or update.step == steps
                     if ends or update.step % every == 0:
@@ -338,11 +350,15 @@ def is_state(path: Path) -> bool:
 
 
 def _check_options(
-    teacher: str | None, temperature: float | None, share: float | None, has_no_state: bool, resume: Path | None
+    teacher: str | None,
+    temperature: float | None,
+    distillation_weight: float | None,
+    has_no_state: bool,
+    resume: Path | None,
 ) -> None:
     """Raise UsageError for options that need another one, and for a file that does not exist."""
-    if teacher is None and (temperature, share) != (None, None):
-        option = "--temperature" if temperature is not None else "--teacher-share"
+    if teacher is None and (temperature, distillation_weight) != (None, None):
+        option = "--temperature" if temperature is not None else "--distillation-weight"
         raise UsageError(f"{option} only applies together with --teacher", hint="--teacher MODEL as well")
     if has_no_state:
         raise UsageError("--save-every only applies together with --state", hint="--state FILE as well")
@@ -391,12 +407,16 @@ def _schedule(rate: float, warmup: int, shape: Any, steps: int) -> Any:
     from treadle.runtime.training.schedules import Schedule
 
     if not (0 < rate < math.inf):
-        raise UsageError("a learning rate must be a number above 0", received=f"--rate {rate:g}", hint="--rate 1e-4")
+        raise UsageError(
+            "a learning rate must be a number above 0",
+            received=f"--learning-rate {rate:g}",
+            hint="--learning-rate 1e-4",
+        )
     return Schedule(rate, warmup=warmup, steps=None if shape == "constant" else steps, shape=shape)
 
 
 def _taught(
-    teacher: str | None, temperature: float | None, share: float | None, backend: str, where: Target
+    teacher: str | None, temperature: float | None, distillation_weight: float | None, backend: str, where: Target
 ) -> dict[str, Any]:
     """Return the trainer's arguments for a teacher, compiled."""
     if teacher is None:
@@ -404,7 +424,7 @@ def _taught(
     import treadle
 
     made = treadle.compile(teacher, backend=backend, target=where, widen=("bf16", "f16"))
-    return {"teacher": made, "temperature": temperature, "share": share}
+    return {"teacher": made, "temperature": temperature, "distillation_weight": distillation_weight}
 
 
 def _save_state(run: RunReport, trainer: Any, state: Path | None, saver: Saver | None) -> None:

@@ -167,10 +167,10 @@ class _Told:
         found: dict[FusionSite, list[Event]] = {}
         beside: list[Event] = []
         for event in events:
-            held = dict.fromkeys(site for node in event.given for site in self.anchored.get(node, ()))
-            if event.given and not held and not taken:
+            held = dict.fromkeys(site for node in event.original_nodes for site in self.anchored.get(node, ()))
+            if event.original_nodes and not held and not taken:
                 beside.append(event)
-            for site in held if event.given else self._at_its_place(event, found):
+            for site in held if event.original_nodes else self._at_its_place(event, found):
                 found.setdefault(site, []).append(event)
         for event in beside:
             for site in self._nearest(event):
@@ -187,8 +187,8 @@ class _Told:
 
     def _nearest(self, event: Event) -> list[FusionSite]:
         """Return the site with the most nodes in an event, the first if several have the same number."""
-        held = max(self.sites, key=lambda site: len(event.given.intersection(site.nodes)), default=None)
-        return [held] if held is not None and event.given.intersection(held.nodes) else []
+        held = max(self.sites, key=lambda site: len(event.original_nodes.intersection(site.nodes)), default=None)
+        return [held] if held is not None and event.original_nodes.intersection(held.nodes) else []
 
     def verdict(self, site: FusionSite) -> FusionVerdict:
         places = (_place(site),)
@@ -199,7 +199,7 @@ class _Told:
         fused = [e for e in matches if not _is_tidying(e.rule)]
         if fused:
             rules = tuple(dict.fromkeys(e.rule for e in fused))
-            notes = tuple(e.told for e in refusals if e.rule not in rules or "rolled back" not in e.reason)
+            notes = tuple(e.description for e in refusals if e.rule not in rules or "rolled back" not in e.reason)
             return FusionVerdict(self.kind, FUSED, _made(self.kind, fused), rules, notes=notes, places=places)
         for status, events in ((REFUSED, refusals), (NEARLY, self.near_misses.get(site, []))):
             if events:
@@ -219,8 +219,8 @@ def _made(kind: str, fused: Sequence[Event]) -> str:
     a scaled product.
     """
     ops = KINDS[kind][1]
-    of_kind = [op for event in fused for op in event.made if op in ops]
-    made = [op for event in fused for op in event.made]
+    of_kind = [op for event in fused for op in event.created_ops if op in ops]
+    made = [op for event in fused for op in event.created_ops]
     return (of_kind or made or list(ops))[-1]
 
 
@@ -229,7 +229,7 @@ def _why_missed(site: FusionSite, optimized: Optimized) -> tuple[str, str]:
     name = KINDS[site.kind][0]
     if all(record.name != name for record in optimized.log):
         return f"the pipeline has no {name}", ""
-    if not optimized.left.intersection(site.anchors):
+    if not optimized.unsupported.intersection(site.anchors):
         return "other passes removed it", ""
     around = f"the ops around the {site.anchor.op.name} have none of their forms"
     return f"no rule of {name} came near: {around}", _FORMS.get(site.kind, "")

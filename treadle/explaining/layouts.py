@@ -31,7 +31,7 @@ from treadle.resolving import resolve
 
 
 @dataclass(frozen=True)
-class Lying:
+class WeightLayout:
     """A weight as a function reads it.
 
     name     the function's name for it
@@ -66,7 +66,7 @@ class Layouts:
 
     model: str
     backend: str
-    blocks: Mapping[str, tuple[int, tuple[Lying, ...]]]
+    blocks: Mapping[str, tuple[int, tuple[WeightLayout, ...]]]
     """For each function, the number of times a run calls it, and its weights."""
     as_they_came: int
     """Bytes of the weights that are read as provided."""
@@ -101,7 +101,7 @@ class Layouts:
         return "\n".join(line.rstrip() for line in lines)
 
 
-def _cells(weight: Lying) -> tuple[str, ...]:
+def _cells(weight: WeightLayout) -> tuple[str, ...]:
     return weight.name, weight.type, weight.layout, "" if weight.bytes is None else human(weight.bytes, "B")
 
 
@@ -218,7 +218,7 @@ def _lying(
     value: Value,
     made: Mapping[str, Recipe],
     passed: Mapping[Value, tuple[str, str]],
-) -> Lying:
+) -> WeightLayout:
     name, scope = passed.get(value, ("", ""))
     recipe = made.get(name)
     told = recipe.told(within=scope) if recipe is not None and recipe.nodes else ""
@@ -233,10 +233,10 @@ def _lying(
     if value in function.outputs.values():
         readers.append("an output")
     layout = str(value.layout) if value.layout is not None else "row-major"
-    return Lying(value.name, str(value.type), layout, _bytes(value), told, tuple(dict.fromkeys(readers)))
+    return WeightLayout(value.name, str(value.type), layout, _bytes(value), told, tuple(dict.fromkeys(readers)))
 
 
 def _bytes(value: Value) -> int | None:
-    held = value.type.held
+    held = value.type.storage_type
     elements = held.elements if value.layout is None else value.layout.elements(held.shape)
     return None if elements.symbols else elements.evaluate({}) * held.dtype.bytes

@@ -61,7 +61,7 @@ class Alive:
 
 
 @dataclass(frozen=True, eq=False)
-class MemoryTold:
+class MemoryReport:
     """The memory that a run of a model needs at some sizes.
 
     peak      the most bytes alive at once, each storage rounded up to units of `unit` bytes
@@ -169,7 +169,7 @@ def explain_memory(
     sizes: Mapping[str, int] | None = None,
     donate: Sequence[str] = (),
     **config: Any,
-) -> MemoryTold:
+) -> MemoryReport:
     """Describe the memory of a run of the model that MODEL names. Sizes default to 1 for a batch and 128 for other
     axes.
 
@@ -193,7 +193,7 @@ def _told(
     plan: StoragePlan,
     frames: Mapping[str, Frame],
     sizes: Mapping[str, int],
-) -> MemoryTold:
+) -> MemoryReport:
     unit = ALIGNMENT if plan.strided else 1
     entry = graph.main.name
     live = live_at(frames, entry, sizes, unit)
@@ -209,7 +209,7 @@ def _told(
             alive.append(Alive(name, life.storage.name, count, size, why, line, peak - without))
     inside, beside = parts_of(frames)
     placed = place_frames(inside, sizes) if plan.strided or any(frame.lives for frame in inside.values()) else None
-    return MemoryTold(
+    return MemoryReport(
         model,
         backend,
         sizes,
@@ -262,7 +262,7 @@ def _donated(plan: FunctionPlan) -> Iterator[str]:
     """Yield for each donated input a line on the values that are written over it."""
     for value in plan.donated:
         storage = plan.places[value].storage
-        over = [plan.names[v] for v, place in plan.places.items() if place.storage is storage and place.written]
+        over = [plan.names[v] for v, place in plan.places.items() if place.storage is storage and place.is_written]
         back = [name for name, given in plan.given_back.items() if given is value]
         back += list(plan.results) if value in plan.reuses[:1] else []
         told = "; ".join(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
-from treadle.explaining.memory import MemoryTold
+from treadle.explaining.memory import MemoryReport
 from treadle.files.shown_names import shown_path
 from treadle.files.whole_files import replacing
 from treadle.ir.builder import describe_source
@@ -63,7 +63,7 @@ class _Band:
     name: str
 
 
-def draw_memory(told: MemoryTold) -> str:
+def draw_memory(told: MemoryReport) -> str:
     """Return the drawing as the text of an SVG file. It shows the arena only, not values that share the memory of an
     output.
 
@@ -82,13 +82,13 @@ def draw_memory(told: MemoryTold) -> str:
     return "\n".join(_drawn(told, boxes, bands, [count for _, count in live], end)) + "\n"
 
 
-def _lengths(told: MemoryTold, name: str) -> list[int]:
+def _lengths(told: MemoryReport, name: str) -> list[int]:
     """Return the number of steps of the whole run that each step of a function takes."""
     frame = told.frames[name]
     return [sum(_lengths(told, frame.calls[at].callee)) if at in frame.calls else 1 for at in range(len(frame.steps))]
 
 
-def _starts(told: MemoryTold, name: str, begin: int) -> list[int]:
+def _starts(told: MemoryReport, name: str, begin: int) -> list[int]:
     """Return the start of each step of a function, and the end of the last one."""
     found = [begin]
     for length in _lengths(told, name):
@@ -96,7 +96,7 @@ def _starts(told: MemoryTold, name: str, begin: int) -> list[int]:
     return found
 
 
-def _boxes(told: MemoryTold, name: str, begin: int, base: int) -> Iterator[_Box]:
+def _boxes(told: MemoryReport, name: str, begin: int, base: int) -> Iterator[_Box]:
     assert told.placed is not None
     frame, placed, starts = told.frames[name], told.placed[name], _starts(told, name, begin)
     for life in frame.lives:
@@ -119,14 +119,14 @@ def _maker(frame: Frame, at: int) -> tuple[str, str]:
     return ("a call" if node.op.callee is not None else node.op.name), describe_source(node.source, node.scope) or ""
 
 
-def _bands(told: MemoryTold, name: str, begin: int, depth: int) -> Iterator[_Band]:
+def _bands(told: MemoryReport, name: str, begin: int, depth: int) -> Iterator[_Band]:
     starts = _starts(told, name, begin)
     yield _Band(begin, starts[-1], depth, name)
     for at, call in told.frames[name].calls.items():
         yield from _bands(told, call.callee, starts[at], depth + 1)
 
 
-def _drawn(told: MemoryTold, boxes: list[_Box], bands: list[_Band], live: list[int], end: int) -> Iterator[str]:
+def _drawn(told: MemoryReport, boxes: list[_Box], bands: list[_Band], live: list[int], end: int) -> Iterator[str]:
     assert told.arena is not None
     top = max(told.arena, 1)
     across, up = (WIDTH - _LEFT - _RIGHT) / end, (HEIGHT - _TOP - _BOTTOM) / top

@@ -29,7 +29,7 @@ SHOWN = 3
 
 
 @dataclass(frozen=True, eq=False)
-class ShardingTold:
+class ShardingReport:
     """The time and memory of a run of a sharded model.
 
     needs    the needs of the last rank
@@ -191,7 +191,7 @@ def explain_sharding(
     widen: str | Iterable[str] = (),
     limits: Mapping[str, int] | None = None,
     **config: Any,
-) -> ShardingTold:
+) -> ShardingReport:
     """Describe the time and memory of a model split as by `shard_model`, and the savings of single changes.
 
     Raises as `shard_model` does.
@@ -201,10 +201,10 @@ def explain_sharding(
     return told_of(plan, dict(axes or {}))
 
 
-def told_of(plan: ShardingPlan, axes: Mapping[str, str]) -> ShardingTold:
+def told_of(plan: ShardingPlan, axes: Mapping[str, str]) -> ShardingReport:
     """Return the report on a plan; `axes` are the axes that were given by name, in addition to its recipe."""
     needs = device_needs(plan)
-    return ShardingTold(plan, needs, _weights_by_split(plan, needs.stage), tuple(changes_of(plan, axes)))
+    return ShardingReport(plan, needs, _weights_by_split(plan, needs.stage), tuple(changes_of(plan, axes)))
 
 
 def _weights_by_split(plan: ShardingPlan, stage: int) -> dict[str, float]:

@@ -15,7 +15,7 @@ from html import escape
 from itertools import islice, product
 from math import prod
 
-from treadle.explaining.sharding import ShardingTold
+from treadle.explaining.sharding import ShardingReport
 from treadle.ir.ops.collectives import PassOn
 from treadle.passes.sharding.conversions import COLLECTIVES
 from treadle.passes.sharding.timetable import LIMITS, Busy, PipelineTimes
@@ -37,7 +37,7 @@ _COLUMNS, _ROWS = 40, 16
 """Maximum number of ranks of the mesh that are drawn."""
 
 
-def draw_sharding(told: ShardingTold) -> str:
+def draw_sharding(told: ShardingReport) -> str:
     """Return the drawing as the text of an SVG file."""
     lanes = ["", *dict.fromkeys(each.over for each in told.needs.times.busy if each.over)]
     top = 326
@@ -106,7 +106,7 @@ def _stack(x: float, y: float, wide: float, total: float, parts: Iterable[tuple[
 # -- the mesh, and a device's memory ---------------------------------------------------------------------------------
 
 
-def _mesh(told: ShardingTold, left: float, top: float) -> Iterator[str]:
+def _mesh(told: ShardingReport, left: float, top: float) -> Iterator[str]:
     """Draw ranks in a grid, the first axis along one side, all others along the other; a node has one color."""
     mesh, machine = told.plan.devices, told.plan.machine
     first, *others = mesh.axes
@@ -141,7 +141,7 @@ def _mesh(told: ShardingTold, left: float, top: float) -> Iterator[str]:
         y += 16
 
 
-def _by_lane(told: ShardingTold) -> dict[str, list[Busy]]:
+def _by_lane(told: ShardingReport) -> dict[str, list[Busy]]:
     found: dict[str, list[Busy]] = {}
     for each in told.needs.times.busy:
         if each.over:
@@ -149,7 +149,7 @@ def _by_lane(told: ShardingTold) -> dict[str, list[Busy]]:
     return found
 
 
-def _sides(told: ShardingTold, left: float, top: float) -> Iterator[str]:
+def _sides(told: ShardingReport, left: float, top: float) -> Iterator[str]:
     """Draw the limits of the times, the contents of the memory, and the savings of single changes."""
     needs, wide = told.needs, WIDTH - _RIGHT - left
     limits = needs.times.by_limit()
@@ -258,7 +258,7 @@ def _words(each: Busy) -> str:
     return f"{each.op}{why}, {milliseconds(each.seconds)}{sent}, limited by {each.limit}  {place}".rstrip()
 
 
-def _whole(told: ShardingTold, lanes: Sequence[str], top: float) -> Iterator[str]:
+def _whole(told: ShardingReport, lanes: Sequence[str], top: float) -> Iterator[str]:
     """Draw the step; neighbors that are too narrow to be seen are joined in one bar, in the color of most of it."""
     times = told.needs.times
     window = _Window(0.0, times.seconds, top)
@@ -289,7 +289,7 @@ def _bar(window: _Window, lane: int, gathered: Sequence[Busy], more: str = "") -
     return _rect(begin, window.y(lane), max(end - begin, 0.3), _LANE, colour, told, more)
 
 
-def _block(told: ShardingTold, lanes: Sequence[str], top: float) -> Iterator[str]:
+def _block(told: ShardingReport, lanes: Sequence[str], top: float) -> Iterator[str]:
     """Draw the middle one of the calls that take the longest together; ops that overlap with it are drawn paler."""
     times = told.needs.times
     if not times.calls:
@@ -322,7 +322,7 @@ def _block(told: ShardingTold, lanes: Sequence[str], top: float) -> Iterator[str
             yield _text(middle, window.y(lane) + 19, label.removesuffix(": "), fill="#ffffff", size=11, at="middle")
 
 
-def _legend(told: ShardingTold, y: float) -> Iterator[str]:
+def _legend(told: ShardingReport, y: float) -> Iterator[str]:
     met = {each.op for each in told.needs.times.busy if each.over}
     named = [(f"work limited by {limit}", colour) for limit, colour in _WORK.items()]
     named += [(op, colour) for op, colour in _MEETING.items() if op in met]

@@ -193,11 +193,11 @@ def _facts(derived: DerivedStep, pattern: str, members: Sequence[tuple[str, Valu
         shown = members[0][0] if len(members) == 1 else ", ".join(name for name, _ in members)
     role = _role(derived, members[0][0], type)
     growing = [s for s in type.shape if s.as_symbol in (CAPACITY, *derived.windows, *derived.memories)]
-    elements = product(size for size in type.held.shape if size.as_symbol != SLOTS and size not in growing)
+    elements = product(size for size in type.storage_type.shape if size.as_symbol != SLOTS and size not in growing)
     unit = "slot" if not growing else "token" if role == "cache" else "position"
     assert elements.constant is not None, "states have no sizes but slots, capacities and constants"
     return StateFacts(
-        shown, type.text, len(members), role, elements.constant * type.held.dtype.bytes * len(members), unit
+        shown, type.text, len(members), role, elements.constant * type.storage_type.dtype.bytes * len(members), unit
     )
 
 

@@ -84,7 +84,7 @@ class StoredFunction:
 
 
 @dataclass(frozen=True)
-class StorageTold:
+class StorageReport:
     """A backend's storage plan of a model."""
 
     model: str
@@ -139,7 +139,7 @@ def explain_storage(
     passes: Sequence[Pass] = DEFAULT,
     inputs: Sequence[str] | None = None,
     **config: Any,
-) -> StorageTold:
+) -> StorageReport:
     """Describe the storage of every value and weight of the model that MODEL names for a backend.
 
     Raises as `compile` does; UsageError for a backend that does not plan storage.
@@ -150,7 +150,7 @@ def explain_storage(
     return storage_of(name, backend, lowered.graph, lowered.plan)
 
 
-def storage_of(name: str, backend: str, graph: Graph, plan: StoragePlan) -> StorageTold:
+def storage_of(name: str, backend: str, graph: Graph, plan: StoragePlan) -> StorageReport:
     """Describe a lowered graph and its plan."""
     made, passed, calls = recipes_of(graph), passed_weights(graph), count_calls(graph)
     functions = []
@@ -160,7 +160,7 @@ def storage_of(name: str, backend: str, graph: Graph, plan: StoragePlan) -> Stor
         steps = tuple("+".join(node.op.name for node in step.nodes) for step in each.steps)
         count, beside = calls[each.function.name], tuple(each.beside())
         functions.append(StoredFunction(each.function.name, count, steps, values, each.own, beside))
-    return StorageTold(name, backend, plan.note, plan.strided, tuple(functions), plan.copies)
+    return StorageReport(name, backend, plan.note, plan.strided, tuple(functions), plan.copies)
 
 
 def _only_passed(function: Function) -> set[Value]:
@@ -178,7 +178,7 @@ def _stored(
     passing: set[Value],
 ) -> Stored:
     names = plan.names
-    why = _weight(value, made, passed) if value.kind == "parameter" else place.told(names)
+    why = _weight(value, made, passed) if value.kind == "parameter" else place.describe(names)
     node, storage = value.node, place.storage
     return Stored(
         names[value],

@@ -69,7 +69,7 @@ def graph_header(facts: Facts, stage: str) -> str:
 def backend_source(graph: Graph, backend: str) -> str:
     """Return the source that a backend emits for a graph. It does not depend on the weights, so these are zeros."""
     weights = {
-        name: np.zeros(value.type.held.evaluate({}), value.type.held.dtype.numpy)
+        name: np.zeros(value.type.storage_type.evaluate({}), value.type.storage_type.dtype.numpy)
         for name, value in graph.parameters.items()
     }
     return find_backend(backend).compile(graph, Target("cpu"), weights).source

@@ -91,8 +91,10 @@ def sharded(
     plan = plan_graph(optimized.graph, mesh, recipe=recipe, axes=axes, sizes=sizes, device=device)
     bound, drawn = weights_of(resolved, optimized.graph, weights, seed)
     for name, value in optimized.graph.parameters.items():
-        if np.shape(bound[name]) != value.type.held.static_shape:
-            raise UsageError(f"weight {name} must be {value.type.held}", received=str(list(np.shape(bound[name]))))
+        if np.shape(bound[name]) != value.type.storage_type.static_shape:
+            raise UsageError(
+                f"weight {name} must be {value.type.storage_type}", received=str(list(np.shape(bound[name])))
+            )
     return ShardedModel(resolved.name, plan, optimized, bound, drawn)
 
 

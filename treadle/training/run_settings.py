@@ -14,7 +14,7 @@ from treadle.training.text_data import TextData
 Settings = dict[str, str]
 
 _TEXTS, _TOKENS = "texts", "tokens"
-_OF_BATCHES = ("seed", "objective", "batch", "accumulate", "length", "holdout", _TEXTS, _TOKENS)
+_OF_BATCHES = ("seed", "objective", "batch", "gradient-accumulation-steps", "length", "holdout", _TEXTS, _TOKENS)
 """The batch of each step follows from these settings: in a resumed run they must be the same."""
 
 

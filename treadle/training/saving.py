@@ -286,7 +286,7 @@ def _rounded(name: str, values: Array, dtype: str) -> Array:
         raise UsageError(
             f"{printable(name)} is out of the range of {dtype}, the checkpoint's dtype",
             received=f"values up to {largest:g}",
-            hint=Hint("a lower rate", "a lower --rate, or --clip"),
+            hint=Hint("a lower learning_rate, or max_grad_norm", "a lower --learning-rate, or --max-grad-norm"),
         ) from None
 
 

@@ -17,7 +17,7 @@ from treadle.training.text_data import TextData
 from treadle.training.texts import NOT_COUNTED
 
 if TYPE_CHECKING:  # loads the compiler
-    from treadle.training.trainer import StepTold
+    from treadle.training.trainer import StepResult
 
 _TRAINED_ON, _HELD_OUT = 0, 1
 """The first of the numbers from which masks are drawn: held-out blocks have their own."""
@@ -29,7 +29,7 @@ class Steps(Protocol):
 
     @property
     def steps(self) -> int: ...
-    def step(self, **arrays: Any) -> StepTold: ...
+    def step(self, **arrays: Any) -> StepResult: ...
     def evaluate(self, **arrays: Any) -> float: ...
 
 
@@ -84,7 +84,7 @@ def updates(trainer: Steps, data: TextData, *, steps: int, accumulate: int = 1) 
             asked = data.objective.asked(tokens, _TRAINED_ON, number)
             told = trainer.step(**asked)
             counted = int((asked["targets"] != NOT_COUNTED).sum())
-            parts.append(Update(step, told.loss, told.norm, told.rate, tokens.size, told.seconds, counted))
+            parts.append(Update(step, told.loss, told.norm, told.learning_rate, tokens.size, told.seconds, counted))
             number += 1
         yield Update.joined(parts)
 

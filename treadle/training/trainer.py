@@ -1,6 +1,6 @@
 """Train a model: change its weights step by step to lower its loss.
 
-    trainer = t.Trainer("gpt2", rate=3e-4, layers=4, dim=128, vocab=256)
+    trainer = t.Trainer("gpt2", learning_rate=3e-4, layers=4, dim=128, vocab=256)
     for tokens in batches:                                          # i64 [B, S]
         told = trainer.step(tokens=tokens, targets=next_token_targets(tokens))
     exe = trainer.compiled(backend="tvm")                           # with the current weights
@@ -27,7 +27,7 @@ from treadle.compiled import Compiled
 from treadle.compiling import compile as compile_model
 from treadle.compiling import weights_of
 from treadle.computing import computing_in
-from treadle.explaining.memory import MemoryTold, explain_memory
+from treadle.explaining.memory import MemoryReport, explain_memory
 from treadle.files.contained_files import PathLike
 from treadle.frontends.declarations import Model
 from treadle.frontends.torch_export.model import TorchModel
@@ -63,20 +63,20 @@ WIDENED = ("bf16", "f16", BLOCKS)
 
 _OWN_OPS = "the model's own ops: log or sqrt at 0, a division by 0, exp of a large number"
 _SMALLER_RATE = Hint(
-    "a smaller rate=, a longer warmup of it, or clip=; the weights are those of the last update",
-    "a smaller --rate, a longer --warmup, or --clip",
+    "a smaller learning_rate=, a longer warmup of it, or max_grad_norm=; the weights are those of the last update",
+    "a smaller --learning-rate, a longer --warmup, or --max-grad-norm",
 )
 
 
 @dataclass(frozen=True)
-class StepTold:
+class StepResult:
     """The result of a call of `step`.
 
     step      number of updates so far
-    updated   True if this call updated the weights: every call, or every `accumulate`-th
+    updated   True if this call updated the weights: every call, or every `gradient_accumulation_steps`-th
     loss      the mean over the counted positions of this call
     norm      the gradient's norm over all weights, before clipping; NaN if this call did not update
-    rate      the learning rate of the update
+    learning_rate  the learning rate of the update
     seconds   the time of the call
     """
 
@@ -84,7 +84,7 @@ class StepTold:
     updated: bool
     loss: float
     norm: float
-    rate: float
+    learning_rate: float
     seconds: float
 
 
@@ -103,18 +103,18 @@ class Trainer:
         *,
         loss: str = "cross-entropy",
         optimizer: Optimizer = AdamW(),  # noqa: B008  # it is frozen
-        rate: float | Schedule = 1e-3,
-        clip: float | None = 1.0,
+        learning_rate: float | Schedule = 1e-3,
+        max_grad_norm: float | None = 1.0,
         trained: Iterable[str] | None = None,
         output: str | None = None,
         teacher: Compiled | None = None,
         temperature: float | None = None,
-        share: float | None = None,
+        distillation_weight: float | None = None,
         backend: str = "numpy",
         target: str | Target = "cpu",
         dtype: str | None = None,
-        recompute: bool = False,
-        accumulate: int = 1,
+        gradient_checkpointing: bool = False,
+        gradient_accumulation_steps: int = 1,
         seed: int = 0,
         inputs: Sequence[str] | None = None,
         **config: Any,
@@ -127,18 +127,18 @@ class Trainer:
                     a teacher, mixed with the divergence from the teacher's output; or the name of a scalar output of
                     the model
         optimizer   `AdamW(...)` or `SGD(...)`; weights with two axes or more decay
-        rate        the learning rate, or a `Schedule` of it
-        clip        clip the gradient norm to this value; None disables clipping
+        learning_rate  the learning rate, or a `Schedule` of it
+        max_grad_norm  clip the gradient norm to this value; None disables clipping
         trained     patterns of names, such as "h.*.mlp.*"; other weights are frozen. None: all except buffers;
                     for a module that `from_torch` imported, its parameters that require a gradient
         output      the output that `targets` belong to; None: "logits", or the only one
         teacher     a compiled model with an output of the same name, run on the inputs that both have
-        temperature, share  of the teacher, by default 2 and 0.5: see `treadle.ir.transforms.training_losses`
+        temperature, distillation_weight  of the teacher, by default 2 and 0.5: see `treadle.ir.transforms.training_losses`
         backend     "numpy", "torch" or "tvm"
         target      "cpu", or a `Target` with a number of threads
         dtype       "bf16": products have bf16 operands and are summed in f32; everything else is f32. None: f32
-        recompute   gradient checkpointing: recompute the activations of repeated blocks instead of saving them
-        accumulate  calls of `step` whose gradients are accumulated for one update
+        gradient_checkpointing  recompute the activations of repeated blocks instead of saving them
+        gradient_accumulation_steps  calls of `step` whose gradients are accumulated for one update
         inputs, config  as in `compile`
 
         Raises UsageError for an invalid option, and the errors of `compile`.
@@ -146,19 +146,22 @@ class Trainer:
         _expect(optimizer, teacher)
         if output is not None and loss != "cross-entropy":
             raise UsageError("`output=` cannot be combined with a custom loss", received=f"{output=}")
-        if type(accumulate) is not int or accumulate < 1:
-            raise UsageError("an update needs the gradients of 1 call or more", received=f"accumulate={accumulate!r}")
+        if type(gradient_accumulation_steps) is not int or gradient_accumulation_steps < 1:
+            raise UsageError(
+                "an update needs the gradients of 1 call or more",
+                received=f"gradient_accumulation_steps={gradient_accumulation_steps!r}",
+            )
         where = target if isinstance(target, Target) else Target(target)
         if where.kind != "cpu":
             raise UsageError(
                 f"training runs on the CPU, not on {where.kind}", hint=Hint('target="cpu"', "--target cpu")
             )
         self.resolved: Resolved = resolve(model, inputs=inputs, widen=WIDENED, **config)
-        self.optimizer, self.clip, self.accumulate = optimizer, clip, accumulate
-        self.schedule = schedule_of(rate)
+        self.optimizer, self.clip, self.accumulate = optimizer, max_grad_norm, gradient_accumulation_steps
+        self.schedule = schedule_of(learning_rate)
         self.backend, self.teacher = backend, teacher
         self._output = self._scored_output(output, loss)
-        graph = self._with_loss(loss, temperature, share)
+        graph = self._with_loss(loss, temperature, distillation_weight)
         self._signature = Signature(graph)
         scores = self.resolved.graph.main.outputs[self._output].type
         self._classes = scores.shape[-1].constant if scores.rank else None
@@ -166,12 +169,12 @@ class Trainer:
         self.trained = self._chosen(("*",) if trained is None else trained, known)
         recognized = PassManager(RECOGNITION, differentiated=True).run(graph).graph
         self.trained = tuple([name for name in self.trained if name in recognized.parameters])
-        made = gradient_graph(recognized, LOSS, self.trained, recompute=recompute)
+        made = gradient_graph(recognized, LOSS, self.trained, recompute=gradient_checkpointing)
         reached = tuple([name for name in self.trained if GRADIENT + name in made.main.outputs])
         if not reached:
             raise UsageError("the loss depends on no trained weight", received=", ".join(self.trained)[:200])
         if reached != self.trained:  # others stay weights: floor and comparisons have no gradient
-            self.trained, made = reached, gradient_graph(recognized, LOSS, reached, recompute=recompute)
+            self.trained, made = reached, gradient_graph(recognized, LOSS, reached, recompute=gradient_checkpointing)
         made = choose_outputs(made, [LOSS, COUNTED, *[GRADIENT + name for name in reached]])
         held, self.seed = weights_of(self.resolved, self.resolved.graph, None, seed)
         frozen = {name: held[name] for name in made.parameters}
@@ -183,7 +186,7 @@ class Trainer:
         self._options, self._frozen = options, {n: held[n] for n in held if n not in self.trained}
         types = {name: self.resolved.graph.parameters[name].type for name in self.trained}
         decayed = [name for name, type in types.items() if type.rank > 1]
-        updating = update_graph(optimizer, types, clip=clip, decayed=decayed)
+        updating = update_graph(optimizer, types, clip=max_grad_norm, decayed=decayed)
         weights = {name: np.array(held[name], np.float32, order="C") for name in self.trained}
         moments = {
             f"{moment}.{name}": np.zeros_like(weights[name]) for name in self.trained for moment in optimizer.moments
@@ -210,7 +213,7 @@ class Trainer:
     def _with_loss(self, loss: str, temperature: float | None, share: float | None) -> Graph:
         graph, output = with_padding_rows(self.resolved.graph, self.resolved.padding), self._output
         if self.teacher is None and (temperature, share) != (None, None):
-            name = "temperature" if temperature is not None else "share"
+            name = "temperature" if temperature is not None else "distillation_weight"
             raise UsageError(f"{name}= only applies together with teacher=", hint="teacher=t.compile(MODEL)")
         if loss == "cross-entropy" and self.teacher is not None:
             made = with_distillation(
@@ -273,8 +276,8 @@ class Trainer:
             )
         return self._state
 
-    def step(self, /, **arrays: Any) -> StepTold:
-        """Take one batch: compute its gradients and, in the last of `accumulate` calls, update the weights.
+    def step(self, /, **arrays: Any) -> StepResult:
+        """Take one batch: compute its gradients and, in the last of `gradient_accumulation_steps` calls, update the weights.
 
         A step is a transaction: if it raises or is interrupted, weights, moments and the gradients of earlier calls are
         either as before it or as after it. The update writes in place, so signals wait until it is done. If the update
@@ -295,7 +298,7 @@ class Trainer:
             norm = self._update_by(state, rate)
         else:
             self._state = state
-        return StepTold(self.steps, updated, loss, norm, rate, time.perf_counter() - began)
+        return StepResult(self.steps, updated, loss, norm, rate, time.perf_counter() - began)
 
     def zero_grad(self) -> None:
         """Drop the gradients of the calls since the last update."""
@@ -391,7 +394,7 @@ class Trainer:
         received = place or "inputs and weights are finite"
         return UsageError(f"{what} after {self.steps} updates", received=received, hint=hint)
 
-    def memory(self, **sizes: int) -> MemoryTold:
+    def memory(self, **sizes: int) -> MemoryReport:
         """Report the memory of a step in addition to weights, moments and gradients at some sizes.
 
         The report has the form of `treadle explain MODEL memory`, for the gradient graph.

@@ -118,7 +118,7 @@ def _sides_of(w: RoutineWriter, value: Value, source: View) -> dict[NarrowSide, 
     found: dict[NarrowSide, NarrowSide] = {}
     for reader, at in w.uses.get(value, []):
         if reader.op.is_view and w.place(reader.result).how is How.VIEW:
-            shown = reader.op.viewed(source, [value.type.held])
+            shown = reader.op.viewed(source, [value.type.storage_type])
             inner = None if shown is None else _sides_of(w, reader.result, shown)
             if inner is None:
                 return None

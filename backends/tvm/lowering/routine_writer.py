@@ -59,7 +59,7 @@ def lower(
     for entry in graph.later_entries:
         own = routines[entry.name]
         outputs = {
-            name: View.contiguous(storage, value.type.held.shape)
+            name: View.contiguous(storage, value.type.storage_type.shape)
             for (name, value), storage in zip(entry.outputs.items(), own.routine.results, strict=True)
         }
         over = _given_back(plan.functions[entry.name])
@@ -236,12 +236,12 @@ class RoutineWriter:
         """Write all steps."""
         for step in self.plan.steps:
             self._begins.append(len(self.routine.steps))
-            if any(self.place(value).written for value in step.root.results):
+            if any(self.place(value).is_written for value in step.root.results):
                 self._write(step)
         self._begins.append(len(self.routine.steps))
         for name in self.plan.copied:
             value = self.plan.function.outputs[name]
-            to = View.contiguous(self.plan.results[name], value.type.held.shape)
+            to = View.contiguous(self.plan.results[name], value.type.storage_type.shape)
             self.copy(self.view(value), to, value.node)
         self._begins.append(len(self.routine.steps))
         self.routine.lives = self._lives()
