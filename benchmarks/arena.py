@@ -1,16 +1,15 @@
-"""How large the arena of each model of the zoo is beside the most bytes that live at once, and how long planning takes.
+"""The arena of each model of the zoo, compared with the peak number of live bytes, and the time of planning.
 
     python benchmarks/arena.py [FAMILY ...] [--backend tvm] [--set layers=2 ...] [--runs 5] [--json]
 
-Each family, as it is declared by default, is lowered for this machine, with the memory that single kernels need.
-Nothing is compiled or run. Placement is planned at three sizes. `ratio` is the arena by the most bytes that live in it
-at once over the whole run, calls followed (what a call is passed lives until it returns), each storage in units of 64
-bytes.
+Each family, with its default options, is lowered for this machine, including the workspaces of kernels. Nothing is
+compiled or run. Placement is planned at three sizes. `ratio` is the arena divided by its peak number of live bytes over
+the whole run, calls included (the arguments of a call live until it returns), with each storage in units of 64 bytes.
 
-`plan` is the processor time of the pass that plans storage, order and checks included, the median of several runs, each
-on a graph that was lowered anew; `place` that of the offsets at these sizes, checked too. `buffers` counts each storage
-once, `of a run` as often as its function is called; what a library allocates beside the arena counts, too. The time of
-both together is told by the buffers of either kind.
+`plan` is the CPU time of the pass that plans storage, order and checks included, the median of several runs, each on a
+newly lowered graph; `place` is the CPU time of computing and checking the offsets at these sizes. `buffers` counts each
+storage once, `of a run` as often as its function is called; allocations of libraries in addition to the arena count,
+too. The time of both together is also given per buffer of either kind.
 
 Exit status 1 if a ratio is above 1, or if planning takes more than 1 ms for each buffer of a run.
 """
@@ -45,21 +44,21 @@ from treadle.passes.pipelines import DEFAULT
 from treadle.resolving import resolve
 
 SIZES = ((1, 16), (1, 128), (8, 384))
-"""Of a leading axis and of all others, within their bounds."""
+"""Sizes of a leading axis and of all others, within their bounds."""
 BACKENDS = ("numpy", "torch", "tvm")
 
 
 def of_a_run(frames: Mapping[str, Frame], name: str) -> int:
-    """Storages of a function, with those of what it calls as often as it does."""
+    """Return the number of storages of a function, and of the functions it calls, once for each call."""
     return len(frames[name].lives) + sum(of_a_run(frames, call.callee) for call in frames[name].calls.values())
 
 
 def planning_ms(backend: StagedBackend, graph: Graph, target: Target) -> tuple[Optimized, float]:
-    """A graph lowered, and the processor time of planning its storage and of checking that."""
+    """Return a lowered graph, and the CPU time of planning its storage and of checking the plan."""
     *before, plan = backend.pipeline(target)
     lowered = PassManager(before, target=target).run(graph)
     record = PassRecord(plan.name, plan.options, {})
-    with collection_paused():  # as the manager does
+    with collection_paused():  # as in the manager
         started = time.process_time()
         plan.run_graph(lowered.graph, record)
         assert record.plan is not None
@@ -69,7 +68,7 @@ def planning_ms(backend: StagedBackend, graph: Graph, target: Target) -> tuple[O
 
 
 def rows_of(name: str, config: Mapping[str, Any], backend: StagedBackend, runs: int) -> list[dict[str, Any]]:
-    """A row for each of three sizes."""
+    """Return a row for each of three sizes."""
     target = Target("cpu")
     graph = PassManager(DEFAULT).run(resolve(name, **config).graph).graph
     leading = {v.type.shape[0].as_symbol for v in graph.main.inputs if v.type.rank}
@@ -96,7 +95,7 @@ def rows_of(name: str, config: Mapping[str, Any], backend: StagedBackend, runs: 
 
 
 def line(row: Mapping[str, Any]) -> str:
-    """A row as text."""
+    """Return a row as text."""
     told = ", ".join(f"{symbol}={size}" for symbol, size in row["sizes"].items())
     return (
         f"{row['model']:<12} {told:<20} {row['arena']:>13,} of {row['live']:>13,} bytes: {row['ratio']:.3f}"
@@ -108,10 +107,10 @@ def line(row: Mapping[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", metavar="FAMILY", help="of the zoo (all)")
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help="families of the zoo (all)")
     parser.add_argument("--backend", choices=BACKENDS, default="tvm")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of every family")
-    parser.add_argument("--runs", type=int, default=5, help="of which planning's median is told (5)")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="an option of every family")
+    parser.add_argument("--runs", type=int, default=5, help="runs; the median of planning is printed (5)")
     parser.add_argument("--json", action="store_true", help="print a list of rows")
     given = parser.parse_args()
     backend = find_backend(given.backend)

@@ -1,18 +1,18 @@
-"""Runs within a budget for memory: whether it is kept, whether numbers stay, and how much longer a run takes than told.
+"""Runs within a memory budget: adherence to the budget, unchanged results, and the measured and predicted slowdown.
 
     python benchmarks/budgets.py [MODEL ...] [--shares 0.7,0.5,0.35] [--set layers=2 ...] [--runs 7] [--json]
 
 BERT-base at B=8 S=512, GPT-2 at B=1 S=1024 and ViT-base at B=16 are compiled for TVM, one thread, without a budget and
-with shares of what a run needs while nothing lies in an output: the most bytes of its own that live at once. The arena
-of a run without a budget is printed beside it. It is the same for BERT and ViT. GPT-2's takes a seventh, since all that
-dies before the logits are written lies in them; so it keeps to each of these shares as it is, and shares of its arena
-(`--of arena`) are what it is short of.
+with shares of the memory that a run needs if no value is stored in an output: its peak number of live bytes. The arena
+of a run without a budget is printed next to it. It is the same for BERT and ViT. GPT-2's takes a seventh, because all
+values that die before the logits are written are stored in their memory. So GPT-2 fits into each of these shares
+unchanged, and shares of its arena (`--of arena`) are the budgets that constrain it.
 
-`peak` is what the plan says, `measured` how far a run changes an arena that was filled with a pattern; `ratio` the time
-of a run by that without a budget: as told, and the median over pairs of runs, one after the other, in seconds of the
-process. Where nothing fits, the bound is printed.
+`peak` is the plan's value, `measured` the part of a pattern-filled arena that a run changes; `ratio` is the time of a
+run relative to a run without a budget: as predicted, and as the median over pairs of consecutive runs, in seconds of
+process time. If nothing fits, the bound is printed.
 
-Exit status 1 where a run leaves its budget or its plan, changes a bit, or takes over 15 % more or less than told.
+Exit status 1 if a run exceeds its budget or its plan, changes a bit, or takes over 15 % more or less than predicted.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=7, help="pairs of runs that are timed")
     parser.add_argument("--json", action="store_true", help="print a list of rows")
     given = parser.parse_args()
-    config, rows = parse_config(given.set, ()), []
+    config, rows = parse_config(given.set, (), t.compile), []
     for name in given.models:
         sizes = MODELS[name]
         free = t.compile(name, backend="tvm", target=ONE, **config)
@@ -123,7 +123,7 @@ def drawn(exe: Compiled, sizes: dict[str, int]) -> dict[str, Any]:
 
 
 def measured(exe: Compiled, inputs: dict[str, Any]) -> int:
-    """How many bytes of the arena a run changes, up to the last one."""
+    """Return the number of bytes of the arena up to the last one that a run changes."""
     machine: Any = exe.executable.machine  # type: ignore[attr-defined]
     arena = machine._arena
     begin = -arena.ctypes.data % ALIGNMENT
@@ -148,8 +148,9 @@ def told(row: dict[str, Any]) -> str:
     bits = "same bits" if row["equal"] else "OTHER BITS"
     verdict = "ok" if row["holds"] else "WRONG"
     return (
-        f"{head}  peak {row['peak']:>11,}  measured {row['measured']:>11,}  {bits}  time {row['predicted']:.3f} told, "
-        f"{row['ratio']:.3f} measured  {verdict}  (compiled in {row['compile_s']:.1f} s: {'; '.join(row['chunks'])})"
+        f"{head}  peak {row['peak']:>11,}  measured {row['measured']:>11,}  {bits}  "
+        f"time {row['predicted']:.3f} predicted, {row['ratio']:.3f} measured  "
+        f"{verdict}  (compiled in {row['compile_s']:.1f} s: {'; '.join(row['chunks'])})"
     )
 
 

@@ -1,11 +1,12 @@
-"""Attention of one query a row over a cache: the bytes of keys and values that it reads a second, beside a plain read.
+"""Attention of one query a row over a cache: the bytes of keys and values that it reads a second, compared with a plain
+read.
 
     python benchmarks/cached_attention.py [f32 | bf16 | f16] [--json]
 
-Slots are visited in random order, in caches of 250 MB, so that what is read is in no core's own cache. They hold the
-dtype that is named, by default f32. The plain read sums the same slots. On one thread a number is that of a fast call,
-the fastest eighth's slowest, by the time that the thread had the processor. On two it is that of the fastest call by
-the clock, which other work on the machine slows.
+Slots are visited in random order, in caches of 250 MB, so that no core's own cache holds the data. They hold the named
+dtype, by default f32. The plain read sums the same slots. On one thread a number is that of a fast call (the slowest of
+the fastest eighth), in thread CPU time. On two threads it is that of the fastest call in wall-clock time, which other
+work on the machine increases.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Read(Kernel):
 
 
 def stored(x: np.ndarray, dtype: str) -> np.ndarray:
-    """Numbers as a cache of the dtype holds them."""
+    """Return numbers as a cache of the dtype stores them."""
     return rounded(x).copy() if dtype == "bf16" else x.astype(DTYPES[dtype].numpy)  # in large pages, as NumPy allocates
 
 
@@ -75,7 +76,10 @@ class Cache:
         self.k, self.v = (stored(np.full((self.slots, groups, length, width), x, np.float32), dtype) for x in (0.01, 1))
 
     def attention(self, rows: np.ndarray, at_once: int) -> Callable[[], None]:
-        """A step of these rows, a view that a caller may change; at_once: how many tasks may run at once."""
+        """Return a function for a step of these rows, a view that a caller may change.
+
+        at_once: the largest number of concurrent tasks.
+        """
         count, shared, isa = len(rows), self.heads // self.groups, host_isa()
         q, out = (np.ones((count, self.heads, 1, self.width), np.float32) for _ in range(2))
         start, status = np.full(count, self.length - 1), np.zeros(4, np.int64)
@@ -89,14 +93,14 @@ class Cache:
         return bind(kernel, [q, self.k, self.v, rows, start, out, *work, status], sizes)
 
     def read(self, rows: Sequence[int], parts: int) -> list[Callable[[], None]]:
-        """Sums over the same slots."""
+        """Return a function that sums the same slots."""
         y = np.zeros((parts, 64), np.float32)
         size = self.bytes // 8 // parts
         return [bind(Read(), [x[row].view(np.float32), y], [parts, size]) for row in rows for x in (self.k, self.v)]
 
 
 def fast(calls: Sequence[Callable[[], object]], threads: int) -> float:
-    """The seconds that fast ones of the calls take."""
+    """Return the seconds of the fast calls."""
     clock = time.thread_time if threads == 1 else time.perf_counter
     taken = []
     for call in calls:
@@ -107,12 +111,12 @@ def fast(calls: Sequence[Callable[[], object]], threads: int) -> float:
 
 
 def rates(cache: Cache, count: int, threads: int) -> tuple[float, float]:
-    """Bytes a second of a step of so many rows, and of the plain read."""
+    """Return the bytes a second of a step of `count` rows, and of the plain read."""
     rng = np.random.default_rng(0)
     rows = np.zeros(count, np.int64)
     step = cache.attention(rows, 1 if threads == 1 else 32)
     times = max(3, -(-100 * count // cache.slots))
-    order = np.tile(rng.permutation(cache.slots), times)  # none comes again before all others have come
+    order = np.tile(rng.permutation(cache.slots), times)  # none is visited again before all others
     batches = [order[at : at + count] for at in range(0, len(order) - count + 1, count)]
 
     def stepped(batch: np.ndarray) -> Callable[[], None]:

@@ -1,15 +1,15 @@
-"""How long compiling takes, for BERT-base at 12 and at 48 layers: tracing and passes, or all of the TVM backend.
+"""Compile time of BERT-base at 12 and at 48 layers: tracing and passes, or the whole TVM backend.
 
-    python benchmarks/compile_time.py [--json]          tracing and optimizing, weights apart
+    python benchmarks/compile_time.py [--json]          tracing and optimizing, without weights
     python benchmarks/compile_time.py --tvm [--json]    to an executable of the TVM backend, weights mapped from a file
 
 Tracing and the default pipeline are timed together, cold (the first time in a fresh process, inference caches empty)
-and warm. The target: under 1 s at 12 layers, and 48 layers in at most 1.8 times that, since a repeated block is one
+and warm. The target: under 1 s at 12 layers, and 48 layers in at most 1.8 times that, because a repeated block is one
 function.
 
 With `--tvm`, cold is a fresh process with an empty cache: TVM is imported, every kernel compiled, every weight packed.
 Warm is a fresh process that finds both in the cache. Targets: cold under 6 s, warm under 1 s, 48 layers cold in at most
-1.8 times what 12 take.
+1.8 times the time of 12.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TVM_RUNS = 3
 
 
 def seconds(layers: int, runs: int) -> list[float]:
-    """Times in this process; the first is cold."""
+    """Return times in this process; the first is cold."""
     from treadle.models.bert import FAMILY
     from treadle.passes.framework.manager import PassManager
     from treadle.passes.pipelines import DEFAULT
@@ -47,13 +47,13 @@ def seconds(layers: int, runs: int) -> list[float]:
 
 
 def fresh(layers: int) -> list[float]:
-    """Times in a process of their own, imports apart."""
+    """Return times in a process of their own, without imports."""
     done = subprocess.run([sys.executable, __file__, "--once", str(layers)], check=True, capture_output=True, text=True)
     return [float(x) for x in json.loads(done.stdout)]
 
 
 def tvm_seconds(layers: int, weights: str) -> float:
-    """Compiling for the TVM backend in this process, with weights from a file of random numbers."""
+    """Compile for the TVM backend in this process, with weights from a file of random numbers."""
     import treadle
     from treadle.models.bert import FAMILY
 
@@ -75,7 +75,7 @@ def tvm_main() -> int:
         weights = Path(folder) / "weights.bin"
         rng = np.random.default_rng(0)
         with weights.open("wb") as file:
-            for _ in range(94):  # 376 million numbers: what 48 layers have
+            for _ in range(94):  # 376 million numbers, for 48 layers
                 (rng.standard_normal(4_000_000, np.float32) * np.float32(0.02)).tofile(file)
         for number in range(TVM_RUNS):
             for layers in (12, 48):

@@ -1,12 +1,12 @@
-"""How near MiniLM's sentence vectors in fewer bits are to float32's, and how it ranks pairs of words.
+"""Accuracy of MiniLM's sentence vectors in reduced precision relative to float32, and its ranking of pairs of words.
 
     python benchmarks/embeddings.py WHEEL [--count 500] [--ways int8,bf16] [--backend tvm] [--json]
 
-WHEEL is gensim's (`pip download --no-deps gensim==4.4.0`), in which two sets of texts lie that nobody needs to install:
-sentences of news (Lee, Pincombe & Welsh 2005), of which the cosines between both vectors are told, mean and least; and
-the pairs of words of WordSim-353 and SimLex-999, of which Spearman's correlation of cosines with people's judgements
-is. Ends with 1 where a mean is below 0.999, or a correlation further than 0.5 % from float32's. `minilm` must have been
-fetched (`treadle fetch minilm`).
+WHEEL is gensim's (`pip download --no-deps gensim==4.4.0`), which contains two sets of texts and need not be installed:
+sentences of news (Lee, Pincombe & Welsh 2005), for which the mean and the least cosine between both vectors are
+printed; and the pairs of words of WordSim-353 and SimLex-999, for which Spearman's correlation of cosines with people's
+judgements is printed. Exits with 1 if a mean is below 0.999, or a correlation further than 0.5 % from float32's.
+`minilm` must have been fetched (`treadle fetch minilm`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MOST_APART = 0.005
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("wheel", help="gensim's wheel")
-    parser.add_argument("--count", type=int, default=500, help="sentences")
+    parser.add_argument("--count", type=int, default=500, help="number of sentences")
     parser.add_argument("--ways", default="int8,bf16", help="of " + ", ".join(WAYS))
     parser.add_argument("--backend", default="tvm")
     parser.add_argument("--json", action="store_true")
@@ -72,7 +72,7 @@ def _vectors(backend: str, way: dict[str, str], *texts: Sequence[str]) -> list[A
 
 
 def _pairs(text: str) -> list[tuple[str, str, float]]:
-    """Two words and a number a line; a line without a number is a heading, or says something."""
+    """Return two words and a number from each line; a line without a number is a heading or a comment."""
     rows = [line.split("\t") for line in text.splitlines() if line and not line.startswith("#")]
     return [(x, y, float(z)) for x, y, z in (r[:3] for r in rows if len(r) > 2) if re.fullmatch(r"[\d.]+", z.strip())]
 
@@ -80,7 +80,7 @@ def _pairs(text: str) -> list[tuple[str, str, float]]:
 def _correlations(
     pairs: dict[str, list[tuple[str, str, float]]], words: Sequence[str], vectors: Array
 ) -> dict[str, float]:
-    """Spearman's correlation of cosines with judgements, of each set."""
+    """Return Spearman's correlation of cosines with judgements, for each set."""
     at = {word: i for i, word in enumerate(words)}
     made = {}
     for name, rows in pairs.items():
@@ -90,7 +90,7 @@ def _correlations(
 
 
 def _ranks(numbers: Array) -> Array:
-    """Ranks, of equal numbers the mean of theirs."""
+    """Return ranks; equal numbers get the mean of their ranks."""
     _, inverse, counts = np.unique(numbers, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return np.asarray((last - (counts - 1) / 2)[inverse])

@@ -1,14 +1,13 @@
-"""Forward passes beside other tools, as ratios: each side in a process of its own, in turns (`treadle bench`).
+"""Forward passes compared with other tools, as ratios: each side in a process of its own, in turns (`treadle bench`).
 
     python benchmarks/forward.py [--only bert,minilm] [--threads 1] [--dtype f32|bf16|int8] [--python PATH] [--json]
 
-`--dtype` is of ours: float32; products and attention in bf16; or weights and what they multiply rounded to 8 bits, and
-attention in bf16. The peers are those that one would take instead, and for bf16 and int8 theirs of as few bits. Weights
-are drawn, of which times do not depend. Outputs are compared first. On one thread times are the processor's, which a
-neighbour cannot lengthen. The machine's line is what our kernels would take if each did nothing but multiply at the
-rate of the machine's unit, or read what it needs. What CTranslate2 can run is given to all as a folder of Hugging
-Face's, which it reads.
-`--python` names the Python that has onnxruntime, openvino, nncf and ctranslate2.
+`--dtype` is our precision: float32; products and attention in bf16; or weights and their operands rounded to 8 bits,
+and attention in bf16. The peers are the usual alternatives, for bf16 and int8 in the same precision. Weights are drawn,
+because times do not depend on them. Outputs are compared first. On one thread times are CPU times, which other
+processes do not lengthen. The machine's line is the time of our kernels if each ran at the peak multiplication rate of
+the machine's unit, or at its memory bandwidth. Models that CTranslate2 supports are given to all sides as a Hugging
+Face folder, which CTranslate2 reads. `--python` names the Python that has onnxruntime, openvino, nncf and ctranslate2.
 A peer that is missing, or cannot run a row, is named.
 """
 
@@ -45,7 +44,7 @@ ROWS = {
     "vit-classifier": Row("vit", ("head=classifier",), {"B": 1}),
     "reranker": Row("bert", (*_MINILM, "head=classifier"), {"B": 32, "S": 64}),
 }
-_OF_BERT = {"position_embedding_type": "absolute"}  # which CTranslate2 asks for
+_OF_BERT = {"position_embedding_type": "absolute"}  # required by CTranslate2
 _OF_LLAMA = {"vocab_size": 49152, "hidden_size": 576, "num_hidden_layers": 30, "intermediate_size": 1536}
 FOLDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertModel", _OF_BERT),
@@ -57,7 +56,7 @@ FOLDERS: dict[str, tuple[str, dict[str, Any]]] = {
         {**_OF_LLAMA, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
     ),
 }
-"""The same models as classes of Hugging Face's, with what their configurations say, where CTranslate2 runs them."""
+"""The same models as Hugging Face classes with their configurations, if CTranslate2 supports them."""
 PEERS = {
     "f32": ("eager", "onnxruntime", "openvino", "ctranslate2"),
     "bf16": ("openvino", "openvino-bf16"),
@@ -68,10 +67,10 @@ WAYS: dict[str, dict[str, str]] = {"f32": {}, "bf16": {"dtype": "bf16"}, "int8":
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", default=",".join(ROWS), help="rows, with commas")
+    parser.add_argument("--only", default=",".join(ROWS), help="rows, separated by commas")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=tuple(PEERS), default="f32")
-    parser.add_argument("--against", help="peers in place of those of the dtype, with commas")
+    parser.add_argument("--against", help="peers in place of the dtype's, separated by commas")
     parser.add_argument("--backend", default="tvm")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--python", default=sys.executable)
@@ -92,7 +91,7 @@ def main() -> int:
 
 
 def measure(options: argparse.Namespace, name: str, against: Any) -> dict[str, Any]:
-    """One row, as `treadle bench --json` gives it."""
+    """Return one row, as from `treadle bench --json`."""
     from treadle.benching.benchmark import bench_model
     from treadle.benching.workload import Workload
 
@@ -107,7 +106,7 @@ def measure(options: argparse.Namespace, name: str, against: Any) -> dict[str, A
 
 
 def write_folder(name: str, place: str) -> str:
-    """A folder of Hugging Face's with a row's model, of drawn weights."""
+    """Write a Hugging Face folder with a row's model and drawn weights."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()

@@ -1,12 +1,12 @@
-"""How many attentions of Hugging Face's exports are fused, beside ONNX Runtime's optimizer on the same files.
+"""Fused attentions in Hugging Face's exports, compared with ONNX Runtime's optimizer on the same files.
 
     python benchmarks/fusion.py [--only bert-dynamo,script] [--folder exports] [--json]
     python benchmarks/fusion.py --scale [--profile]
 
 The files are those of benchmarks/hf_exports.py: 18 models, two exporters, two of Hugging Face's attentions, two opsets.
-Each is imported, optimized, run on PyTorch, and held against ONNX Runtime on the file itself: at two sets of sizes, and
-with padding on the right, on the left, and of a whole sequence. What is not fused is listed with the reason that the
-pass gives. --folder keeps the files for the next run.
+Each is imported, optimized, run on PyTorch, and compared with ONNX Runtime on the file itself: at two sets of sizes,
+and with padding on the right, on the left, and of a whole sequence. Attentions that are not fused are listed with the
+pass's reason. --folder keeps the files for the next run.
 
 --scale times import and optimization of deep models: 24 layers of about 3,000 nodes in under 5 s, and 30,000 nodes in
 under 60 s.
@@ -52,38 +52,39 @@ from treadle.passes.pipelines import DEFAULT
 from treadle.passes.sites.fusion_sites import find_sites
 
 TOLERANCE = 2e-5
-"""Of the largest number: float32 sums of some dozens of terms, through a few layers, in another order."""
+"""Relative to the largest number: float32 sums of some dozens of terms, through a few layers, in another order."""
 
 OTHER = {"B": 3, "S": 9, "T": 4}
 DRAWS = ((EXAMPLE, "right"), (OTHER, "right"), (EXAMPLE, "left"), (EXAMPLE, "all"))
-"""The sizes of the axes, and which part of the last sequence is padding; causal rows on the left have no key then."""
+"""The sizes of the axes, and the padded part of the last sequence; with padding on the left causal rows have no key."""
 
 ZEROS = frozenset(("t5-encoder-dynamo-sdpa-23", "t5-decoder-dynamo-sdpa-23"))
-"""Files with scores that are the lowest number all over, which softmax averages, in ONNX's reference and in Hugging
-Face's model; ONNX Runtime's Attention gives zeros there, and is not asked."""
+"""Files in which all scores are the lowest number, which softmax averages, in ONNX's reference and in Hugging Face's
+model; ONNX Runtime's Attention gives zeros there, and is not compared.
+"""
 
 EXPECTED_MISSING: Mapping[str, int] = {}
-"""Cases in which some attentions are not fused today, and how many."""
+"""Cases in which some attentions are not fused today, and their number."""
 
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads")
 HIDDEN = ("hidden_size", "n_embd", "dim", "d_model")
-"""What configurations call the number of heads and the width."""
+"""Names in configurations of the number of heads and the width."""
 
 ORT_FUSED = ("Attention", "MultiHeadAttention", "GroupQueryAttention", "DecoderMaskedMultiHeadAttention")
 
 
 @dataclass
 class Row:
-    """What one case gave.
+    """The results of one case.
 
     fused       attentions that are one op after our pipeline; `given` of these were one in the file already
-    terms       what masks and biases the fused ones have, and how many each
-    reasons     why the others are not fused, and how many times each
-    beside      sites of other kinds that are not fused, and how many of each: rotary, linear, ...
-    runtime     nodes of ONNX Runtime's fused attention operators after its optimizer, or -1 where that fails
-    difference  from ONNX Runtime on the file as it stands, the largest over all sizes, relative to the largest number
-    instead     why ONNX Runtime cannot run the file; the numbers are held against Hugging Face's model then
-    error       what failed, on our side or the exporter's
+    terms       the masks and biases of the fused ones, with their counts
+    reasons     the reasons why the others are not fused, with their counts
+    beside      unfused sites of other kinds, with their counts: rotary, linear, ...
+    runtime     nodes of ONNX Runtime's fused attention operators after its optimizer, or -1 if it fails
+    difference  from ONNX Runtime on the unchanged file, the largest over all sizes, relative to the largest number
+    instead     why ONNX Runtime cannot run the file; the numbers are then compared with Hugging Face's model
+    error       the failure, on our side or the exporter's
     """
 
     case: str
@@ -110,7 +111,7 @@ class Row:
 
     @property
     def bad(self) -> str:
-        """What is worse than expected, in words."""
+        """Descriptions of the results that are worse than expected."""
         if self.error:
             return self.error
         if not self.difference <= TOLERANCE:
@@ -121,8 +122,8 @@ class Row:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", default="", help="the cases whose name holds one of these words, comma between")
-    parser.add_argument("--folder", type=Path, help="where exports are kept; a temporary folder where left out")
+    parser.add_argument("--only", default="", help="cases whose name contains one of these words, separated by commas")
+    parser.add_argument("--folder", type=Path, help="folder of kept exports (a temporary folder)")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--scale", action="store_true")
     parser.add_argument("--profile", action="store_true", help="with --scale: where the time goes")
@@ -140,7 +141,10 @@ def main() -> int:
 
 
 def fingerprint() -> str:
-    """What exports depend on: the models' file and the exporters' versions. A kept file of other ones is not read."""
+    """Return a fingerprint of the exports' inputs: the models' file and the exporters' versions.
+
+    A kept file with another one is not read.
+    """
     import onnxscript
     import torch
     import transformers
@@ -173,7 +177,7 @@ def recall(folder: Path, words: list[str], as_json: bool) -> int:
 
 
 def line(row: Row) -> str:
-    """A row of the table, with a line below it for each reason."""
+    """Return a row of the table, with a line below it for each reason."""
     runtime = "fails" if row.runtime < 0 else str(row.runtime)
     told = f"{row.case:36} {row.nodes:5} {row.expected:3} {row.fused:5} {runtime:>5}  {row.difference:10.1e}"
     told += "  " + "; ".join(f"{count} x {text or 'no terms'}" for text, count in row.terms.items())
@@ -221,7 +225,7 @@ def summary(rows: list[Row]) -> None:
 
 
 def measure(case: Case, folder: Path) -> Row:
-    """Export, import, optimize, run and count one case; whatever fails is in the row."""
+    """Export, import, optimize, run and count one case; a failure is recorded in the row."""
     row = Row(str(case), case.attentions)
     path, marker = folder / f"{case}.onnx", folder / f"{case}.fixed"
     try:
@@ -232,7 +236,7 @@ def measure(case: Case, folder: Path) -> Row:
             if row.fixed:
                 marker.touch()
         row.fixed = marker.exists()
-    except Exception as error:  # of torch's exporter, which raises all kinds
+    except Exception as error:  # from torch's exporter, which raises all kinds
         row.error = f"export: {in_a_line(error)}"
         return row
     try:
@@ -254,14 +258,14 @@ def measure(case: Case, folder: Path) -> Row:
         row.difference = difference(case, path, found, optimized.graph, draws, with_runtime=not row.instead)
     except TreadleError as error:
         row.error = in_a_line(error)
-    except Exception as error:  # a crash of ours: a row of the table, and a failure, but not the end of the others
+    except Exception as error:  # a crash of ours: a row of the table, and a failure, but the others continue
         row.error = f"crash: {in_a_line(error)}"
     row.runtime, row.runtime_error = runtime_fuses(case, path)
     return row
 
 
 def attentions(graph: Graph) -> int:
-    """How many attention ops one run of the graph does."""
+    """Count the attention ops in one run of the graph."""
     counts: dict[str, int] = {}
 
     def count(function: Function) -> int:
@@ -283,7 +287,7 @@ def terms(graph: Graph) -> list[str]:
 
 
 def reasons(optimized: Optimized) -> dict[str, int]:
-    """Why attentions were not fused, in the pass's words. A site that no refusal tells of counts as unexplained."""
+    """Return the pass's reasons why attentions were not fused. A site without a refusal counts as unexplained."""
     told: collections.Counter[str] = collections.Counter()
     for record in optimized.log:
         if record.name == "fuse-attention":
@@ -302,10 +306,11 @@ def difference(
     *,
     with_runtime: bool = True,
 ) -> float:
-    """How far our optimized graph on PyTorch is from ONNX Runtime on the file, or from Hugging Face's model.
+    """Return the difference of our optimized graph on PyTorch from ONNX Runtime on the file.
 
-    The largest over all draws, each relative to the largest number there; infinite where the one has NaN and the
-    other none.
+    If ONNX Runtime cannot run the file, Hugging Face's model takes its place.
+
+    It is the largest over all draws, each relative to the largest number there; infinite if only one side has NaN.
     """
     executable = find_backend("torch").compile(graph, Target("cpu"), found.weights)
     largest = 0.0
@@ -326,7 +331,7 @@ def difference(
 
 
 def runtime_answers(path: Path, inputs: Mapping[str, Array]) -> Array:
-    """What ONNX Runtime computes from the file as it stands, nothing optimized."""
+    """Return ONNX Runtime's results for the unchanged file, without optimizations."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -339,16 +344,16 @@ def runtime_answers(path: Path, inputs: Mapping[str, Array]) -> Array:
 
 
 def runtime_refuses(case: Case, path: Path) -> str:
-    """Why ONNX Runtime cannot run a file at the sizes that it was exported with; empty where it can."""
+    """Return the reason why ONNX Runtime cannot run a file at the sizes of its export; empty if it can."""
     try:
         runtime_answers(path, draw(case, 1, EXAMPLE))
-    except Exception as error:  # of ONNX Runtime, which has a class of its own for each status
+    except Exception as error:  # from ONNX Runtime, which has a class for each status
         return in_a_line(error)
     return ""
 
 
 def runtime_fuses(case: Case, path: Path) -> tuple[int, str]:
-    """The number of fused attention nodes after ONNX Runtime's optimizer, the best over the names it may call it by."""
+    """Return the number of fused attention nodes after ONNX Runtime's optimizer, the best over its model types."""
     from onnxruntime.transformers import optimizer
 
     config = case.small.config
@@ -360,13 +365,13 @@ def runtime_fuses(case: Case, path: Path) -> tuple[int, str]:
             with quiet():
                 model = optimizer.optimize_model(str(path), model_type=kind, num_heads=heads, hidden_size=hidden)
             best = max(best, sum(node.op_type in ORT_FUSED for node in model.nodes()))
-        except Exception as raised:  # of the optimizer, which raises all kinds
+        except Exception as raised:  # from the optimizer, which raises all kinds
             error = in_a_line(raised)
     return best, error if best < 0 else ""
 
 
 def in_a_line(error: Exception) -> str:
-    """An error in one line."""
+    """Return an error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
@@ -375,7 +380,7 @@ def in_a_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Deep:
-    """A deep model: its case, its configuration, how many nodes it has at least, and the seconds it may take."""
+    """A deep model: its case, its configuration, its least number of nodes, and its time limit in seconds."""
 
     case: Case
     config: Mapping[str, Any]

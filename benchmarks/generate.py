@@ -1,17 +1,17 @@
-"""Generation, beside llama.cpp, CTranslate2 and Hugging Face: tokens per second, prefill, batches of 8.
+"""Generation compared with llama.cpp, CTranslate2 and Hugging Face: tokens per second, prefill, batches of 8.
 
     treadle fetch smollm2
     python benchmarks/generate.py [--model smollm2|gpt2] [--form f32] [--dtype f32] [--threads 1] [--peers python]
 
 SmolLM2-135M comes from its GGUF file, with the matrices in float32 or in the blocks that `--form` names: q4_1, as the
-file is shipped, q4_0 or q8_0, or in those that llama.cpp makes of float32: q5_0, q5_1, q6_k and the mixes q2_k, q3_k_m,
-q4_k_m and q5_k_m (Hugging Face has a float32 model of its shape, and is left out with blocks). GPT-2 small
-has drawn weights in float32: times do not depend on them. `--dtype bf16` has ours multiply bf16 numbers, `--quantize
-int8` rounded ones. Each side runs in a process of its own, and all take turns, so that a busy machine slows each alike;
-on one thread processor time is taken, which a neighbour cannot lengthen. A figure is a median over rounds, beside what
-a plain read takes in the same process of as many bytes as a token reads at least: the weights, and the keys and values
-of 256 tokens. `--peers` names the Python that has llama-cpp-python and ctranslate2 (with transformers, which it
-converts from); a package that is missing is told.
+file is shipped, q4_0 or q8_0, or in blocks that llama.cpp makes from float32: q5_0, q5_1, q6_k and the mixes q2_k,
+q3_k_m, q4_k_m and q5_k_m (Hugging Face has a float32 model of its shape, and is left out with blocks). GPT-2 small has
+drawn weights in float32, because times do not depend on them. `--dtype bf16` has ours multiply bf16 numbers,
+`--quantize int8` rounded ones. Each side runs in a process of its own, and all take turns, so that a busy machine slows
+all alike; on one thread CPU time is used, which other processes do not lengthen. A figure is a median over rounds,
+compared with the time in the same process of a plain read of the bytes that a token reads at least: the weights, and
+the keys and values of 256 tokens. `--peers` names the Python that has llama-cpp-python and ctranslate2 (with
+transformers, which it converts from); a missing package is reported.
 
     decode     a token of one row, after 256 others
     batch      a token of each of 8 rows
@@ -38,15 +38,15 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 Answer = dict[str, float]
-"""Seconds that a side took, and that a plain read took."""
+"""Seconds of a side, and of a plain read."""
 Found = Mapping[str, Mapping[str, list[Answer]]]
-"""By side and kind, over rounds."""
+"""Seconds by side and kind, over rounds."""
 
 KINDS = ("decode", "batch", "prefill", "first")
 TOKENS, ROWS, PROMPT, STEPS = 256, 8, 32, 8
 WRITTEN = ("q4_1", "q4_0", "q8_0")
 MADE = ("q5_0", "q5_1", "q2_k", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k")
-"""Forms that llama.cpp makes."""
+"""Forms that llama.cpp produces."""
 SIDES = ("treadle", "llama.cpp", "ctranslate2", "huggingface")
 
 
@@ -77,7 +77,7 @@ def main() -> int:
 
 
 def serve(options: argparse.Namespace) -> int:
-    """Answer each kind that comes in with a line: the seconds that it took, and those of a token's bytes, read."""
+    """Reply to each kind on standard input with a line: its seconds, and the seconds of reading a token's bytes."""
     model, folder, threads = options.model, Path(options.folder), options.threads
     if threads == 1:
         global clock
@@ -88,7 +88,7 @@ def serve(options: argparse.Namespace) -> int:
     except ImportError as error:
         print(json.dumps({"missing": str(error)}), flush=True)
         return 0
-    read = np.full(token_bytes(model, folder) // 4, 0.5, np.float32)  # in memory of its own: zeros are one page
+    read = np.full(token_bytes(model, folder) // 4, 0.5, np.float32)  # zeros would be one page
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         kind = line.strip()
@@ -236,7 +236,7 @@ GGUF = "model.gguf"
 
 
 def token_bytes(model: str, folder: Path) -> int:
-    """What a token reads at least: all weights, and the float32 keys and values of the tokens before it, once."""
+    """Return the least bytes that a token reads: all weights, and the float32 keys and values of earlier tokens."""
     if model == "smollm2":
         return (folder / GGUF).stat().st_size + TOKENS * 30 * 2 * 192 * 4
     return 124_439_808 * 4 + TOKENS * 12 * 2 * 768 * 4
@@ -250,7 +250,7 @@ def weights_of(model: str, folder: Path) -> str:
     return str(folder / GGUF) if model == "smollm2" else str(folder / "hf")
 
 
-# -- what they read --------------------------------------------------------------------------------------------
+# -- the files of each side ------------------------------------------------------------------------------------
 
 
 def prepare(model: str, form: str, folder: Path, python: str) -> None:
@@ -296,7 +296,7 @@ def prepare(model: str, form: str, folder: Path, python: str) -> None:
 
 
 def write_gguf(source: Path, form: str, to: Path) -> None:
-    """A GGUF file with every tensor in float32, or with what was in blocks in blocks of this form."""
+    """Write a GGUF file with every tensor in float32, or with quantized tensors in blocks of this form."""
     import gguf
 
     read = gguf.GGUFReader(str(source))
@@ -323,7 +323,10 @@ def write_gguf(source: Path, form: str, to: Path) -> None:
 
 
 def quantize(python: str, source: Path, form: str, to: Path) -> None:
-    """As llama.cpp does, whose mixes have more bits where they count, and other forms where rows are no 256."""
+    """Quantize as llama.cpp does.
+
+    Its mixes use more bits for important tensors, and other forms if rows are not a multiple of 256.
+    """
     code = (
         "import llama_cpp as l, sys; p = l.llama_model_quantize_default_params(); p.nthread = 1; "
         "p.ftype = getattr(l, 'LLAMA_FTYPE_MOSTLY_' + sys.argv[2]); "
@@ -341,11 +344,11 @@ def convert_ctranslate2(python: str, folder: Path) -> None:
     subprocess.run(words, check=False, capture_output=True)
 
 
-# -- turns -----------------------------------------------------------------------------------------------------
+# -- the rounds ------------------------------------------------------------------------------------------------
 
 
 def compare(options: argparse.Namespace, folder: Path) -> tuple[Found, dict[str, str]]:
-    """Seconds of each kind, by side, a list over rounds; and why a side is missing."""
+    """Return seconds of each kind, by side, as a list over rounds; and the reasons for missing sides."""
     if options.model == "gpt2":
         convert_ctranslate2(options.peers, folder)
     running: dict[str, subprocess.Popen[str]] = {}
@@ -396,7 +399,7 @@ def ask(process: subprocess.Popen[str], kind: str) -> dict[str, float]:
     return answer
 
 
-# -- what is told ----------------------------------------------------------------------------------------------
+# -- the output ------------------------------------------------------------------------------------------------
 
 
 def rows_of(options: argparse.Namespace, found: Found) -> Iterator[dict[str, Any]]:

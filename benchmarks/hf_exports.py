@@ -1,9 +1,10 @@
-"""Small random Hugging Face models as ONNX files, by both of torch's exporters: what benchmarks/fusion.py measures on.
+"""Small random Hugging Face models as ONNX files, by both of torch's exporters: the files that benchmarks/fusion.py
+measures.
 
     export(Case("bert", "dynamo", "sdpa", 18), folder)      -> folder/bert-dynamo-sdpa-18.onnx
 
-Weights are drawn, norms and biases too. Batch and sequence axes are dynamic: B, S, and T for a decoder's; of images and
-sound the batch alone. Where an exporter cannot keep them, the file has the example's sizes: `Exported.fixed`.
+Weights are drawn, norms and biases too. Batch and sequence axes are dynamic: B, S, and T for a decoder's; for images
+and sound the batch alone. If an exporter cannot keep them, the file has the example's sizes: `Exported.fixed`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ EXAMPLE = {"B": 2, "S": 7, "T": 5}
 EXPORTERS = ("dynamo", "script")
 ATTENTIONS = ("eager", "sdpa")
 OPSETS = {"dynamo": (18, 23), "script": (14, 18)}
-"""Of each exporter its oldest opset that has what these models need, and a later one."""
+"""For each exporter, its oldest opset with everything that these models need, and a later one."""
 
 _TOKENS = {"input_ids": "B S", "attention_mask": "B S"}
 _PAIR = {**_TOKENS, "decoder_input_ids": "B T"}
@@ -44,9 +45,9 @@ class Small:
     """A class of Hugging Face's with its configuration.
 
     kinds    attentions in a layer: a decoder with cross attention has two, a pair of encoder and decoder three
-    inputs   their names and dynamic axes, the first of the shape
-    part     the submodule that is exported, where it is not all
-    ort      what ONNX Runtime's optimizer may call the model: its own name, or the nearest that it knows
+    inputs   their names and dynamic axes; the first one determines the shape
+    part     the exported submodule, if it is not the whole model
+    ort      the model type for ONNX Runtime's optimizer: the model's own, or the nearest supported one
     """
 
     architecture: str
@@ -163,7 +164,7 @@ SMALL: Mapping[str, Small] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One export: which model, by which exporter, with which of Hugging Face's attentions, at which opset."""
+    """One export: the model, the exporter, the attention implementation of Hugging Face, and the opset."""
 
     model: str
     exporter: str
@@ -176,7 +177,7 @@ class Case:
 
     @property
     def attentions(self) -> int:
-        """How many attentions the model has."""
+        """Number of attentions in the model."""
         return LAYERS * self.small.kinds
 
     def __str__(self) -> str:
@@ -184,13 +185,13 @@ class Case:
 
     @staticmethod
     def parse(text: str) -> Case:
-        """The case that `str` wrote."""
+        """Return the case that `str` wrote."""
         model, exporter, attention, opset = text.rsplit("-", 3)
         return Case(model, exporter, attention, int(opset))
 
 
 def cases() -> Iterator[Case]:
-    """All of them, model by model."""
+    """Yield all cases, model by model."""
     for model, exporter, attention in itertools.product(SMALL, EXPORTERS, ATTENTIONS):
         for opset in OPSETS[exporter]:
             yield Case(model, exporter, attention, opset)
@@ -198,14 +199,17 @@ def cases() -> Iterator[Case]:
 
 @dataclass(frozen=True)
 class Exported:
-    """A file, and whether its axes are fixed to the example's sizes, since the exporter failed with dynamic ones."""
+    """A file, and a flag that is set if its axes are fixed to the example's sizes.
+
+    They are fixed if the exporter failed with dynamic ones.
+    """
 
     path: Path
     fixed: bool = False
 
 
 def draw(case: Case, seed: int, sizes: Mapping[str, int], padding: str = "right") -> dict[str, Array]:
-    """Inputs where the axes have these sizes; of the last sequence the "right", the "left" or "all" is padding."""
+    """Draw inputs whose axes have these sizes; the "right", the "left" or "all" of the last sequence is padding."""
     rng = np.random.default_rng(seed)
     config = case.small.config
     found: dict[str, Array] = {}
@@ -217,7 +221,7 @@ def draw(case: Case, seed: int, sizes: Mapping[str, int], padding: str = "right"
             mask[-1, {"right": slice(half + 1, None), "left": slice(half), "all": slice(None)}[padding]] = 0
             found[name] = mask
         elif name.endswith("ids"):
-            found[name] = rng.integers(2, VOCABULARY, shape)  # 0 and 1 are padding to some
+            found[name] = rng.integers(2, VOCABULARY, shape)  # 0 and 1 are padding in some models
         elif name == "pixel_values":
             found[name] = rng.standard_normal((*shape, 3, config["image_size"], config["image_size"]), np.float32)
         elif name == "input_features":
@@ -229,7 +233,7 @@ def draw(case: Case, seed: int, sizes: Mapping[str, int], padding: str = "right"
 
 
 def build(small: Small, **config: Any) -> nn.Module:
-    """The model in float32 with drawn weights, in evaluation mode; the same each time."""
+    """Build the model in float32 with drawn weights, in evaluation mode; the same each time."""
     cls = getattr(transformers, small.architecture)
     model: nn.Module = cls(cls.config_class(**{**small.config, **config})).eval()
     generator = torch.Generator().manual_seed(0)
@@ -245,7 +249,7 @@ def build(small: Small, **config: Any) -> nn.Module:
 
 
 class _OneOutput(nn.Module):
-    """A model that takes its tensors in order, keeps no cache, and gives one tensor."""
+    """A model that takes its tensors in order, keeps no cache, and returns one tensor."""
 
     def __init__(self, model: nn.Module, part: str, names: tuple[str, ...]) -> None:
         super().__init__()
@@ -270,14 +274,14 @@ def _wrapped(case: Case, **config: Any) -> nn.Module:
 
 
 def answers(case: Case, inputs: Mapping[str, Array]) -> Array:
-    """What Hugging Face's own model computes."""
+    """Return the results of Hugging Face's own model."""
     with torch.no_grad():
         found: Array = _wrapped(case)(*(torch.from_numpy(inputs[name]) for name in case.small.inputs)).numpy()
     return found
 
 
 def export(case: Case, folder: Path, **config: Any) -> Exported:
-    """Write the case's file; `config` changes its configuration. Whatever the exporter raises goes through."""
+    """Write the case's file; `config` changes its configuration. Errors of the exporter propagate."""
     path = folder / f"{case}.onnx"
     wrapped, names = _wrapped(case, **config), tuple(case.small.inputs)
     example = tuple(torch.from_numpy(x) for x in draw(case, 0, EXAMPLE).values())
@@ -301,7 +305,7 @@ def export(case: Case, folder: Path, **config: Any) -> Exported:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """What exporters and optimizers say of themselves is not printed."""
+    """Silence the output of exporters and optimizers."""
     kept = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -1,9 +1,10 @@
-"""Each of our kernels beside its floor on one core: operations over the peak of the unit, or bytes over the bandwidth.
+"""Each of our kernels compared with its lower bound on one core: operations over the unit's peak, or bytes over the
+bandwidth.
 
     python benchmarks/kernels.py [--json]
 
-The floors are measured here and now: the peak as the best product that fits the first caches, the bandwidth by summing
-an array that fits no cache. Thread CPU time, the least of many calls.
+The bounds are measured in the same run: the peak as the best product that fits the first caches, the bandwidth by
+summing an array that fits no cache. Times are thread CPU time, the least of many calls.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ PRODUCTS = ((128, 768, 768), (128, 768, 3072), (128, 3072, 768), (37, 768, 768),
 
 
 def least(call: Callable[[], object], seconds: float = 0.4) -> float:
-    """The least processor time of a call, in seconds."""
+    """Return the least CPU time of a call, in seconds."""
     call()
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -41,7 +42,7 @@ def least(call: Callable[[], object], seconds: float = 0.4) -> float:
 
 
 def product(m: int, k: int, n: int) -> Callable[[], None]:
-    """One product of random matrices, the right one in panels."""
+    """Measure one product of random matrices, the right one in panels."""
     rng = np.random.default_rng(0)
     width = panel_width(n, host_isa())
     a, w = rng.standard_normal((m, k), np.float32), rng.standard_normal((n, k), np.float32)
@@ -51,7 +52,7 @@ def product(m: int, k: int, n: int) -> Callable[[], None]:
 
 
 def op(build: Callable[[Builder], Expr], **arrays: np.ndarray) -> Callable[[], object]:
-    """One op as a program of its own, with the cost of a call from Python in it."""
+    """Measure one op as a program of its own, including the cost of a call from Python."""
     b = Builder(Graph("one"))
     b.outputs(y=build(b))
     exe = find_backend("tvm").compile(b.graph, Target("cpu", threads=1), {})
@@ -72,7 +73,7 @@ def main() -> int:
         rows.append({"kernel": name, "us": seconds * 1e6, "floor_us": floor * 1e6, "of_the_floor": floor / seconds})
 
     for m, k, n in PRODUCTS:
-        # A weight that stays in a cache from call to call moves no bytes that count.
+        # A weight that stays in a cache from call to call does not count as moved bytes.
         moved = 4 * k * n if 4 * k * n > 32 << 20 else 0
         row(f"product {m} x {k} x {n}", least(product(m, k, n)), 2 * m * k * n, moved)
     for length, causal in ((128, False), (512, False), (512, True)):

@@ -1,9 +1,10 @@
-"""Ten thousand tokens: in a window they take the time and the memory of the first; in a full cache, of what it holds.
+"""Ten thousand tokens: in a window their time and memory stay those of the first token; in a full cache they grow with
+its contents.
 
     python benchmarks/long_generation.py [--tokens 10000] [--backend tvm] [--json]
 
-A small model of Llama's kind with drawn weights, float32, one thread, by the time that the thread had the processor.
-Beside the milliseconds of a token stand the bytes of keys and values that it reads, and the process's memory.
+A small Llama-like model with drawn weights, float32, one thread, in thread CPU time. The milliseconds of a token are
+printed with the bytes of keys and values that it reads, and the process's memory.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from treadle.ir.target import Target
 
 WINDOW = 512
 SIZES = {"vocab": 256, "dim": 512, "heads": 8, "kv_heads": 8, "layers": 4, "hidden": 512}
-"""Little beside attention, so that its time shows."""
+"""Small compared with attention, so that attention's time shows."""
 
 
 def main() -> int:
@@ -47,7 +48,7 @@ def main() -> int:
 
 
 def grow(window: int | None, tokens: int, backend: str) -> list[dict[str, Any]]:
-    """A row that grows to so many tokens; what the last of every tenth took."""
+    """Grow a row to `tokens` tokens; return the measurements of the last token of every tenth."""
     exe = t.compile("llama", backend=backend, target=Target("cpu", 1), window=window, **SIZES)
     session = exe.session(rows=1, capacity=tokens, chunk=64)
     row = session.open()
@@ -74,7 +75,7 @@ def grow(window: int | None, tokens: int, backend: str) -> list[dict[str, Any]]:
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory."""
+    """Return the bytes of this process that are in memory."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096
 

@@ -1,12 +1,13 @@
-"""How small an arena the placement of published instances needs, and how long it takes, on one thread.
+"""Placement of published instances: the size of the arena and the time, on one thread.
 
     python benchmarks/memory.py [FILE.csv ...] [--seconds 60] [--json]
 
-Without files, the instances are those of ../shared/data/memory beside the checkout. A file whose name ends in a number,
-as in A.1048576.csv, has that capacity, and the first placement below it is taken; in the others, the smallest is looked
-for. What the search compiles is compiled before the first instance, which is timed apart.
+Without files, the instances are those of ../shared/data/memory next to the checkout. A file whose name ends in a
+number, as in A.1048576.csv, has that capacity, and the search stops at the first placement below it; for the other
+files, it looks for the smallest one. The search is compiled before the first instance, and its compilation is timed
+separately.
 
-Exit status 1 if a capacity is not held.
+Exit status 1 if a capacity is exceeded.
 """
 
 from __future__ import annotations

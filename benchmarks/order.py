@@ -1,14 +1,15 @@
-"""Whether the order of steps that is found needs as little memory as the optimum of an integer program.
+"""Memory of our order of steps, compared with the optimum of an integer program.
 
     python benchmarks/order.py [--small 200] [--large 50] [--seconds 120] [--budget 3600] [--seed 0] [--json]
     python benchmarks/order.py --results order.jsonl --processes 2 --nice 10 --budget 36000
 
-Random graphs of up to 25 steps, and of 26 to 40, are ordered by `treadle.passes.memory.order`, and once more by HiGHS
-(`scipy.optimize.milp`), with so many seconds for each. Where that does not finish, ours must lie between its bound and
-the best that it found. After `--budget` seconds no further graph is begun; how many were compared is printed.
+Random graphs of up to 25 steps, and of 26 to 40, are ordered by `treadle.passes.memory.order`, and again by HiGHS
+(`scipy.optimize.milp`), with `--seconds` for each. If HiGHS does not finish, ours must be between its bound and the
+best order that it found. After `--budget` seconds no further graph is started; the number of compared graphs is
+printed.
 
-`--results` appends a row to a file as soon as it is known, and goes on where an earlier run stopped: what the file has
-for these seeds and seconds is not compared again.
+`--results` appends each row to a file as soon as it is known, and resumes an earlier run: graphs that the file has for
+these seeds and seconds are not compared again.
 
 Exit status 1 if ours is ever worse.
 """
@@ -38,7 +39,7 @@ MOST_SETS = 1_000_000
 
 
 def random_problem(seed: int, count: int) -> OrderProblem:
-    """A graph of `count` steps, each of which makes a buffer and reads up to three; the last ones are handed out."""
+    """Return a graph of `count` steps, each of which makes a buffer and reads up to three; the last are outputs."""
     r = Random(seed)
     sizes = [r.choice((1, 2, 4, 8, 8, 16, 32)) * r.choice((1, 1, 3)) for _ in range(count)]
     reach = r.choice((4, 8, count))
@@ -58,14 +59,15 @@ def random_problem(seed: int, count: int) -> OrderProblem:
 
 
 def solve(problem: OrderProblem, seconds: float, presolve: bool = True) -> tuple[float, float]:
-    """A lower bound and the best peak by HiGHS, infinite where none was found.
+    """Return a lower bound and the best peak by HiGHS, infinite if none was found.
 
-    ran[s, t] is 1 where step s ran by time t, that included. A buffer lives at t where one of its steps ran by t, and
-    one did not run before t. Of its steps only those count that no other of them must precede, and that must precede no
-    other. A buffer made over another one is not counted at t where that has no step left after t. A step runs after as
-    many others as must precede it, and no peak above that of program order is looked for.
+    ran[s, t] is 1 if step s has run by time t, inclusive. A buffer lives at t if one of its steps has run by t, and one
+    had not run before t. Only those of its steps count that no other of them must precede, and that must precede no
+    other. A buffer that overwrites another one is not counted at t if the other one has no step left after t. A step
+    runs after all steps that must precede it, and no peak above that of program order is searched.
 
-    All variables are whole: with fewer of these HiGHS (of SciPy 1.17) is slower, and its presolve may lose the optimum.
+    All variables are integers: with fewer of these HiGHS (of SciPy 1.17) is slower, and its presolve may lose the
+    optimum.
     """
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
@@ -98,7 +100,7 @@ def solve(problem: OrderProblem, seconds: float, presolve: bool = True) -> tuple
         return [(factor, number("ran", step, time))] if time >= 0 else []
 
     def runs(step: int, time: int, factor: float) -> list[tuple[float, int]]:
-        """At this time and no other."""
+        """Return the expression that is 1 if a step runs at this time and no other."""
         return ran(step, time, factor) + ran(step, time - 1, -factor)
 
     peak = number("peak")
@@ -156,13 +158,13 @@ def solve(problem: OrderProblem, seconds: float, presolve: bool = True) -> tuple
 
 
 def compare(seed: int, least: int, most: int, seconds: float) -> dict[str, Any]:
-    """A row: our order of a random graph beside that of the integer program."""
+    """Return a row: our order of a random graph compared with that of the integer program."""
     problem = random_problem(seed, Random(seed).randint(least, most))
     begun = time.perf_counter()
     ours = find_order(problem, MOST_SETS)
     took = time.perf_counter() - begun
     bound, reached = solve(problem, seconds)
-    if not bound <= ours.peak <= reached:  # a fault of ours, or of the presolve
+    if not bound <= ours.peak <= reached:  # a bug of ours, or of the presolve
         bound, reached = solve(problem, seconds, presolve=False)
     if not bound <= ours.peak <= reached:
         verdict = "wrong" if ours.peak < bound else "worse"
@@ -175,7 +177,7 @@ def compare(seed: int, least: int, most: int, seconds: float) -> dict[str, Any]:
 
 
 def known_rows(path: Path | None) -> list[dict[str, Any]]:
-    """The rows of a file of results; the last line may have been cut off."""
+    """Return the rows of a file of results; the last line may be truncated."""
     rows = []
     for line in path.read_text().splitlines() if path is not None and path.exists() else ():
         try:
@@ -186,7 +188,7 @@ def known_rows(path: Path | None) -> list[dict[str, Any]]:
 
 
 def rows_of(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The rows, as they become known; those of the file first."""
+    """Yield the rows as they become known; those of the file first."""
     started = time.perf_counter()
     ranges = [(5, 25)] * given.small + [(26, 40)] * given.large
     asked = {(given.seed + i, least, most) for i, (least, most) in enumerate(ranges)}
@@ -211,12 +213,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", type=int, default=200, help="graphs of 5 to 25 steps (200)")
     parser.add_argument("--large", type=int, default=50, help="graphs of 26 to 40 steps (50)")
-    parser.add_argument("--seconds", type=float, default=120.0, help="for HiGHS and one graph (120)")
-    parser.add_argument("--budget", type=float, default=3600.0, help="seconds after which no graph is begun (3600)")
+    parser.add_argument("--seconds", type=float, default=120.0, help="time limit of HiGHS for one graph (120)")
+    parser.add_argument("--budget", type=float, default=3600.0, help="seconds after which no graph is started (3600)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, metavar="FILE", help="rows as JSON lines, known ones kept")
-    parser.add_argument("--processes", type=int, default=1, help="how many graphs at once (1)")
-    parser.add_argument("--nice", type=int, default=0, help="by how much these give way to others (0)")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="rows as JSON lines; existing rows are kept")
+    parser.add_argument("--processes", type=int, default=1, help="number of graphs at once (1)")
+    parser.add_argument("--nice", type=int, default=0, help="niceness of these processes (0)")
     parser.add_argument("--json", action="store_true", help="print a list of rows")
     given = parser.parse_args()
     rows = []

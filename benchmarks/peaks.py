@@ -1,24 +1,27 @@
-"""The most memory that a run needs, ours beside PyTorch's, ONNX Runtime's and that of TVM's own planner.
+"""Peak memory of a run, compared with PyTorch's, ONNX Runtime's and that of TVM's own planner.
 
     python benchmarks/peaks.py [FAMILY ...] [--json]
 
 Each family of the zoo at its own widths, with two layers (a stack's peak is that of one block), at three sizes. Counted
-is what a run allocates beside weights and inputs: outputs, values on the way, and what kernels need beside.
+is the memory that a run allocates in addition to weights and inputs: outputs, intermediate values, and workspaces of
+kernels.
 
-    treadle      the arena that is planned for the TVM backend, one thread, and the outputs, in which lies what dies
-                 before they are written; the lower bound is the most bytes that live in the arena at once, and these
-    PyTorch      the graph as declared, op by op in PyTorch's own functions, each value freed after its last use:
-                 what torch.profiler counts of tensors
-    ONNX Runtime on the files that we export, with operators of opset 23, as attention is one, and of 17, where it fuses
-                 them itself: the better of both. One thread; its arena and its memory pattern are off, which would only
-                 add to what lives: what the C library allocates (a library of ours is preloaded; needs a C compiler)
-    TVM          on the file of opset 17, at these sizes, in which ONNX Runtime folds sums of sizes first, since TVM's
-                 importer takes none, and what is done to weights alone; then fusion as in its "zero" pipeline, and
-                 StaticPlanBlockMemory: the storages that it plans, which `relax.analysis.estimate_memory_usage` adds up
+    treadle      the arena that is planned for the TVM backend, one thread, and the outputs, whose memory also stores
+                 values that die before they are written; the lower bound is the arena's peak of live bytes, and the
+                 outputs
+    PyTorch      the declared graph, op by op in PyTorch's own functions, each value freed after its last use: the
+                 tensors' memory according to torch.profiler
+    ONNX Runtime on the files that we export, with operators of opset 23, in which attention is one operator, and of 17,
+                 where it fuses attention itself: the better of both. One thread; its arena and its memory pattern are
+                 off, which would only add to the live bytes: the allocations of the C library (counted by a preloaded
+                 library of ours, which needs a C compiler)
+    TVM          on the file of opset 17, at these sizes, in which ONNX Runtime first folds sums of sizes, which TVM's
+                 importer does not support, and ops on weights alone; then fusion as in its "zero" pipeline, and
+                 StaticPlanBlockMemory: its planned storages, which `relax.analysis.estimate_memory_usage` adds up
                  as well, and the outputs
 
-Each of the others runs in a process of its own. Ratios are ours by theirs: below 1, ours is smaller. A side that cannot
-run a model says why. Exit status 1 where ours is not the smallest; these rows are listed at the end.
+Each of the others runs in a process of its own. Ratios are ours divided by theirs: below 1, ours is smaller. A side
+that cannot run a model reports why. Exit status 1 if ours is not the smallest; these rows are listed at the end.
 """
 
 from __future__ import annotations
@@ -38,24 +41,24 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 SIZES = ((1, 16), (1, 128), (8, 384))
-"""Of a leading axis and of all others, within their bounds."""
+"""Sizes of a leading axis and of all others, within their bounds."""
 SETTINGS = {
     "clip": ['text={"layers": 2}', 'vision={"layers": 2}'],
     "llama": ["layers=2", "dim=2048", "hidden=5632", "heads=32"],
     **{name: ["encoder_layers=2", "decoder_layers=2"] for name in ("bart", "marian")},
     **{name: ["layers=2", "decoder_layers=2"] for name in ("t5", "whisper")},
 }
-"""What is set beside a family's defaults; llama's widths are those of a model of 1.1 billion weights."""
+"""Options in addition to a family's defaults; llama's widths are those of a model of 1.1 billion weights."""
 OTHERS = ("torch", "onnxruntime", "tvm")
 NAMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "tvm": "TVM's planner"}
 _SECONDS = 900
 _SMALL = 1024
-"""Bytes of a constant that the file itself holds: more is a weight."""
+"""Bytes of a constant that the file itself holds: a larger one is a weight."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", metavar="FAMILY", help="of the zoo (all)")
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help="families of the zoo (all)")
     parser.add_argument("--json", action="store_true", help="print a list of rows")
     parser.add_argument("--side", choices=OTHERS, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -85,13 +88,13 @@ def told(sizes: Mapping[str, int]) -> str:
 
 
 def ratio(row: Mapping[str, Any], side: str) -> float | None:
-    """Ours by theirs."""
+    """Return our peak divided by theirs."""
     theirs = row[side]
     return None if isinstance(theirs, str) else row["peak"] / max(theirs, 1)
 
 
 def line(row: Mapping[str, Any]) -> str:
-    """A row as text."""
+    """Return a row as text."""
     cells = [
         f"{row['model']:<11} {told(row['sizes']):<22} {row['peak'] / 1e6:8.1f} MB, at least {row['bound'] / 1e6:.1f}"
     ]
@@ -104,7 +107,7 @@ def line(row: Mapping[str, Any]) -> str:
 
 
 def rows_of(name: str) -> list[dict[str, Any]]:
-    """The rows of a family."""
+    """Return the rows of a family."""
     from treadle.backends.onnx.exporter import export_onnx
     from treadle.backends.tvm.backend import TvmBackend
     from treadle.benching.workload import Workload, opened
@@ -156,7 +159,7 @@ def rows_of(name: str) -> list[dict[str, Any]]:
 
 
 def in_child(side: str, spec: Mapping[str, Any], folder: Path) -> list[int | str]:
-    """The bytes of a side at each size, or why there are none."""
+    """Return the bytes of a side at each size, or the reason why there are none."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if side == "onnxruntime":
         library = folder / "counted_allocations.so"
@@ -181,7 +184,7 @@ def in_child(side: str, spec: Mapping[str, Any], folder: Path) -> list[int | str
 
 
 def drawn(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Arrays for each set of sizes, by the names of our inputs."""
+    """Draw arrays for each set of sizes, by the names of our inputs."""
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -197,7 +200,7 @@ def drawn(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def torch_peaks(spec: Mapping[str, Any]) -> list[int | str]:
-    """PyTorch's, each after a run that is not counted."""
+    """Measure PyTorch's peaks, each after a run that is not counted."""
     import torch
 
     from treadle.backends.python.executable import PythonExecutable
@@ -228,7 +231,7 @@ def torch_peaks(spec: Mapping[str, Any]) -> list[int | str]:
 
 
 def onnxruntime_peaks(spec: Mapping[str, Any]) -> list[int | str]:
-    """ONNX Runtime's, each after a run that is not counted, of the file with which it is less."""
+    """Measure ONNX Runtime's peaks, each after a run that is not counted, on the file with the smaller peak."""
     import onnxruntime
 
     counter = ctypes.CDLL(os.environ["COUNTED"])
@@ -241,7 +244,7 @@ def onnxruntime_peaks(spec: Mapping[str, Any]) -> list[int | str]:
 
 
 def onnxruntime_of(path: str, options: Any, spec: Mapping[str, Any], counter: ctypes.CDLL) -> list[int]:
-    """The same of one file."""
+    """Measure the peaks of one file."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -263,7 +266,7 @@ def onnxruntime_of(path: str, options: Any, spec: Mapping[str, Any], counter: ct
 
 
 def tvm_peaks(spec: Mapping[str, Any]) -> list[int | str]:
-    """What TVM plans for its own graph of the file, without the outputs."""
+    """Return TVM's planned bytes for its own graph of the file, without the outputs."""
     import tvm
     from tvm import relax
     from tvm.relax.frontend.onnx import from_onnx
@@ -283,13 +286,16 @@ def tvm_peaks(spec: Mapping[str, Any]) -> list[int | str]:
             with tvm.target.Target("llvm"):
                 module = tvm.transform.Sequential(passes)(module)
             found.append(planned_storages(relax, module["main"]))
-        except Exception as error:  # what it cannot import or lower is told in the row
+        except Exception as error:  # a failed import or lowering is reported in the row
             found.append(f"cannot: {type(error).__name__}: {str(error).strip().splitlines()[-1][:100]}")
     return found
 
 
 def at_sizes(path: str, sizes: Mapping[str, int]) -> Any:
-    """An ONNX model at numbers, with all folded that follows from these and from weights; weights are inputs."""
+    """Return an ONNX model at numeric sizes, with all values folded that follow from these and from weights.
+
+    Weights are inputs.
+    """
     import onnx
     import onnxruntime
 
@@ -310,7 +316,7 @@ def at_sizes(path: str, sizes: Mapping[str, int]) -> Any:
 
 
 def planned_storages(relax: Any, function: Any) -> int:
-    """The bytes of all storages that a function allocates."""
+    """Return the bytes of all storages that a function allocates."""
     sizes: list[int] = []
 
     def visit(expression: Any) -> None:

@@ -1,13 +1,13 @@
-"""The server under load: OpenAI's client, many texts in flight, each beside the same text alone.
+"""The server under load: OpenAI's client, many texts in flight, each compared with the same text alone.
 
     treadle fetch smollm2
     python benchmarks/serving.py [--requests 200] [--flight 16] [--alone 200] [--widen blocks] [--json]
-    python benchmarks/serving.py --requests 5000 --alone 0 --tokens 20      # whether memory grows
+    python benchmarks/serving.py --requests 5000 --alone 0 --tokens 20      # does memory grow?
 
-A server is started on a free port, in a process of its own. First as many requests as `--alone` says go one after the
-other; then all, so many in flight, of 20 to 200 tokens each, every tenth left in the middle of its stream. Greedy, so
-that every answer which was not left must be the one alone, to the letter. The target: at least 4 times the tokens a
-second of one at a time.
+A server is started on a free port, in a process of its own. First `--alone` requests run one after the other; then all
+requests, with `--flight` of them in flight, of 20 to 200 tokens each. Every tenth is abandoned in the middle of its
+stream. Decoding is greedy, so that every completed response must equal the one alone, character by character. The
+target: at least 4 times the tokens a second of one at a time.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ PROMPTS = (
     "In the year 2050 people",
     "The difference between a list and a tuple is",
 )
-LEAVES = 10  # every so manieth is left
+LEAVES = 10  # one in this many is abandoned
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One request: a prompt, and how many tokens."""
+    """One request: a prompt, and the number of tokens."""
 
     number: int
     prompt: str
@@ -48,7 +48,7 @@ class Asked:
 
     @property
     def is_left(self) -> bool:
-        """Whether its stream is left in the middle."""
+        """True if its stream is abandoned in the middle."""
         return self.number % LEAVES == LEAVES - 1
 
 
@@ -58,11 +58,11 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--flight", type=int, default=16)
     parser.add_argument("--alone", type=int, default=200)
-    parser.add_argument("--tokens", type=int, default=200, help="the most of a request; the fewest are 20")
+    parser.add_argument("--tokens", type=int, default=200, help="most tokens of a request; the fewest are 20")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--backend", default="tvm")
-    parser.add_argument("--quantize", help="as of `treadle serve`: int8 rounds what a file's blocks multiply")
-    parser.add_argument("--widen", help="as of `treadle serve`: blocks holds the weights in float32")
+    parser.add_argument("--quantize", help="as in `treadle serve`: int8 rounds the activations of weights in blocks")
+    parser.add_argument("--widen", help="as in `treadle serve`: blocks stores the weights in float32")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     command = [sys.executable, "-m", "treadle", "serve", options.model, "--port", "0", "--json"]
@@ -155,7 +155,7 @@ async def load(address: str, options: argparse.Namespace, pid: int) -> dict[str,
 
 
 def resident(pid: int) -> float:
-    """Megabytes of memory that a process has (Linux)."""
+    """Return the megabytes of memory of a process (Linux)."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) / 1024
@@ -171,7 +171,7 @@ def report(found: dict[str, Any], as_json: bool) -> None:
     if found["times_alone"] is not None:
         met = "met" if found["times_alone"] >= TARGET else "missed"
         print(f"  {found['times_alone']:.2f} times {found['tokens_per_second_alone']:.0f}, one at a time: {met}")
-    print(f"  {found['compared']} answers compared with those alone, {len(found['wrong'])} differ")
+    print(f"  {found['compared']} responses compared with the same requests alone, {len(found['wrong'])} differ")
     print(f"  {len(found['failed'])} failed{': ' + found['failed'][0] if found['failed'] else ''}")
     memory = found["resident_mb"]
     print(f"  memory {memory[0]:.0f} MB after 100, {max(memory):.0f} at most, {memory[-1]:.0f} in the end")

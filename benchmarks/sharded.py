@@ -1,11 +1,11 @@
-"""A model on several ranks of one core each beside one rank of one core, and the time that is predicted.
+"""A model on several ranks of one core each compared with one rank of one core, and with the predicted time.
 
     python benchmarks/sharded.py [MODEL] [RUNS] [BACKEND]
 
-Takes turns: one rank, two ranks by dp=2, two by tp=2, each time in processes of their own that are bound to a core
-each. A run's time is that of its slowest rank; the least of all runs counts, since others may use the machine, and the
-load is printed. The prediction takes two rates that are measured here: work as fast as one rank does it, and links as
-fast as an all-reduce of the run's mean payload.
+The configurations take turns: one rank, two ranks by dp=2, two by tp=2, each time in processes of their own that are
+bound to a core each. A run's time is that of its slowest rank; the least of all runs counts, because other processes
+may use the machine, and the load is printed. The prediction uses two rates that are measured here: work at the rate of
+one rank, and links at the rate of an all-reduce of the run's mean payload.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TURNS = 2
 
 
 def rank(model: str, mesh: str, recipe: str, runs: int, backend: str) -> None:
-    """One rank's part: rank 0 prints what it measured."""
+    """Run one rank's part: rank 0 prints its measurements."""
     import torch
     import torch.distributed as dist
 
@@ -57,13 +57,13 @@ def rank(model: str, mesh: str, recipe: str, runs: int, backend: str) -> None:
         facts = {"seconds": min(times), "median": float(np.median(times)), "link": link}
         told = device_needs(planned).times
         sent = sum(c.sent for c in meetings)
-        facts |= {"work": told.work, "sent": sent, "meetings": len(meetings)}
+        facts |= {"work": told.work, "sent": sent, "collectives": len(meetings)}
         if ranks.rank == 0:
             print(json.dumps(facts), flush=True)
 
 
 def _timed(run: Any) -> float:
-    """Seconds until the slowest rank is done."""
+    """Return the seconds until the slowest rank is done."""
     import torch
     import torch.distributed as dist
 
@@ -76,7 +76,7 @@ def _timed(run: Any) -> float:
 
 
 def main() -> None:
-    """All ways in turns."""
+    """Run all configurations in turns."""
     model, runs, backend = [*sys.argv[1:], *("bert", "5", "tvm")[len(sys.argv) - 1 :]]
     best: dict[str, dict[str, float]] = {}
     for _ in range(TURNS):
@@ -96,7 +96,7 @@ def main() -> None:
             work = facts["work"] * one["seconds"] / one["work"]
             waiting = facts["sent"] / facts["link"] if facts["link"] else 0.0
             told += f"; predicted {(work + waiting) * 1e3:.0f} ms: {work * 1e3:.0f} of work, {waiting * 1e3:.0f} of"
-            told += f" {facts['meetings']:.0f} meetings at {facts['link'] / 1e9:.2f} GB/s"
+            told += f" {facts['collectives']:.0f} collectives at {facts['link'] / 1e9:.2f} GB/s"
         print(told)
 
 

@@ -1,11 +1,11 @@
-"""SmolLM2 from its GGUF file against Hugging Face: greedy continuations of ten prompts.
+"""SmolLM2 from its GGUF file compared with Hugging Face: greedy continuations of ten prompts.
 
     treadle fetch smollm2
     python benchmarks/smollm2_greedy.py [--backend torch] [--prompts 10] [--tokens 32]
 
-The same dequantised weights go into Hugging Face's LlamaForCausalLM, with the rows of q and k in its own order. A
-continuation may differ from Hugging Face's from a token on only where its two best logits lie within NEAR there; past
-that token the two read different prefixes, and say nothing. Exit status 1 otherwise.
+The same dequantized weights are loaded into Hugging Face's LlamaForCausalLM, with the rows of q and k in its own order.
+A continuation may diverge from Hugging Face's only at a token where its two best logits differ by less than NEAR; past
+that token the two read different prefixes and are not compared. Exit status 1 otherwise.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Continuation:
-    """What a model goes on with.
+    """A model's continuation.
 
     tokens  the ids after the prompt
-    gaps    at each, by how much the best logit leads the second
+    gaps    at each, the difference of the best logit and the second
     """
 
     tokens: list[int]
@@ -62,18 +62,18 @@ class Continuation:
 
 
 def hugging_face(weights: Mapping[str, Array]) -> transformers.LlamaForCausalLM:
-    """Hugging Face's model of these weights, in float32."""
+    """Return Hugging Face's model of these weights, in float32."""
     config = model_config(weights)
     with torch.device("meta"):
         theirs = transformers.LlamaForCausalLM(config)
     theirs.load_state_dict(state(weights, config), assign=True)
-    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config)  # its frequencies are no weights
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config)  # its frequencies are not weights
     theirs.tie_weights()
     return theirs.eval()
 
 
 def model_config(weights: Mapping[str, Array]) -> transformers.LlamaConfig:
-    """SmolLM2-135M's configuration, its sizes from the weights."""
+    """Return SmolLM2-135M's configuration, with sizes from the weights."""
     vocab, dim = weights["embed.weight"].shape
     return transformers.LlamaConfig(
         vocab_size=vocab,
@@ -90,7 +90,10 @@ def model_config(weights: Mapping[str, Array]) -> transformers.LlamaConfig:
 
 
 def state(weights: Mapping[str, Array], config: transformers.LlamaConfig) -> dict[str, torch.Tensor]:
-    """The weights under Hugging Face's names; rows of q and k as halves of a head, where GGUF has them by pairs."""
+    """Return the weights under Hugging Face's names.
+
+    Rows of q and k are halves of a head, where GGUF interleaves them in pairs.
+    """
     parts = {
         "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
         "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj", "attn.v": "self_attn.v_proj",
@@ -110,7 +113,7 @@ def state(weights: Mapping[str, Array], config: transformers.LlamaConfig) -> dic
 
 
 def continue_theirs(model: transformers.LlamaForCausalLM, prompt: Sequence[int], count: int) -> Continuation:
-    """The greedy continuation by Hugging Face's own generation."""
+    """Return the greedy continuation by Hugging Face's own generation."""
     ids = torch.tensor([list(prompt)])
     made = model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=count, max_new_tokens=count,
@@ -121,7 +124,7 @@ def continue_theirs(model: transformers.LlamaForCausalLM, prompt: Sequence[int],
 
 
 def continue_ours(model: Compiled, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-    """Greedy continuations, all prompts side by side in a session."""
+    """Return greedy continuations, with all prompts in one session."""
     found: list[list[int]] = [[] for _ in prompts]
     session = model.session(rows=len(prompts), capacity=max(map(len, prompts)) + count)
     for token in generate(session, prompts, most=count):
@@ -130,14 +133,14 @@ def continue_ours(model: Compiled, prompts: Sequence[Sequence[int]], count: int)
 
 
 def divergence(ours: Sequence[int], theirs: Continuation) -> tuple[int, float] | None:
-    """The first place where they differ, and the gap of Hugging Face's two best logits there; None if nowhere."""
+    """Return the first position where they differ, and the gap of Hugging Face's two best logits there, or None."""
     pairs = zip(ours, theirs.tokens, strict=True)
     at = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
     return None if at is None else (at, theirs.gaps[at])
 
 
 def open_smollm2(path: Path, backend: str) -> tuple[Compiled, Any]:
-    """The compiled model, and the tokenizer that its file holds."""
+    """Return the compiled model, and the tokenizer in its file."""
     return compile(path, backend=backend), build_gguf_tokenizer(GGUFFile.open(path))
 
 
@@ -166,7 +169,7 @@ def main() -> int:
         verdict = "equal" if split is None else f"differs at token {split[0]}, gap {split[1]:.2g}"
         wrong += split is not None and split[1] >= NEAR
         print(f"  {verdict:34} least gap {min(theirs.gaps):.2g}  {text!r} ... {tokenizer.decode(found)!r}")
-    print(f"{wrong} continuations differ where no near tie explains it")
+    print(f"{wrong} continuations differ without a near tie")
     return 1 if wrong else 0
 
 

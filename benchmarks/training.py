@@ -1,12 +1,12 @@
-"""Training beside PyTorch: a step of AdamW, its gradient, and what it holds.
+"""Training compared with PyTorch: a step of AdamW, its gradient, and its memory.
 
     python benchmarks/training.py [--only ROW] [--threads 1] [--dtype f32] [--against eager,compile] [--json]
 
 The same model, batch, loss, clipping and optimizer on each side: Hugging Face's model in training mode without dropout,
-with PyTorch's fused AdamW. All run in one process and take turns, so that a busy machine slows each alike; a figure is
-a median over rounds, after three steps that warm up. `compile` is torch.compile of the model, whose first steps,
-minutes on some machines, are not counted. The losses of those three steps are compared: it ends with 1 where they are
-further apart than 1e-3 in f32, and 1e-2 in bf16.
+with PyTorch's fused AdamW. All run in one process and take turns, so that a busy machine slows all alike; a figure is a
+median over rounds, after three warm-up steps. `compile` is torch.compile of the model, whose first steps, which take
+minutes on some machines, are not counted. The losses of those three steps are compared: the exit status is 1 if they
+differ by more than 1e-3 in f32, and 1e-2 in bf16.
 
     gpt2     12 layers of 768, 50,257 words, 1 text of 128 tokens
     gpt2-b8  the same, 8 texts of 64
@@ -52,7 +52,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], int, int]] = {
     ),
     "bert": ("BertForMaskedLM", {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, 4, 128),
 }
-"""The class, its configuration, how many texts and how long."""
+"""The class, its configuration, the number of texts and their length."""
 
 Step = Callable[[], float]
 
@@ -132,7 +132,7 @@ def measure(row: str, given: argparse.Namespace) -> dict[str, Any]:
 
 
 def torch_step(model: Any, tokens: Array, targets: Array, side: str, dtype: str) -> Step:
-    """A step of PyTorch's; bf16 is its autocast."""
+    """Return a step of PyTorch's; bf16 is its autocast."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0, fused=True)
     called = torch.compile(model) if side == "compile" else model
     given, wanted = torch.from_numpy(tokens), torch.from_numpy(targets).flatten()

@@ -26,6 +26,7 @@ class TreadleError(Exception):
     within    the place in a graph (function, op, neighbours) or in a file (field, byte offset)
     source    the user's own line and scope
     hint      what to do about it
+    option    a name that was given as an option of a model, and is none; the command line names the flag that was meant
 
     told_elsewhere  whether another process tells the user of it, so that this one says nothing
     """
@@ -40,6 +41,7 @@ class TreadleError(Exception):
         within: str | None = None,
         source: str | None = None,
         hint: str | None = None,
+        option: str | None = None,
     ) -> None:
         super().__init__(what)
         self.what = what
@@ -47,6 +49,7 @@ class TreadleError(Exception):
         self.within = within
         self.source = source
         self.hint = hint
+        self.option = option
 
     def __str__(self) -> str:
         lines = [self.what]

@@ -1,1 +1,1 @@
-"""Frontends: what reads or traces a model and gives a graph (the DSL, checkpoints and other formats)."""
+"""Frontends, which read or trace a model and build a graph (the DSL, checkpoints and other formats)."""

@@ -1,6 +1,6 @@
-"""Layers of the DSL that attend: heads, multi-head attention of a sequence to itself and to another.
+"""Attention layers of the DSL: heads, self-attention and cross-attention.
 
-They are as the layers of `treadle.frontends.layers`.
+They follow the conventions of `treadle.frontends.layers`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from treadle.ir.sizing.sizes import Size, SizeLike
 from treadle.ir.source_lines import user_line
 
 Normalize = Callable[[Tensor, str], Tensor]
-"""A norm of queries or keys [B, heads, S, d], with the name for its weight."""
+"""A norm of queries or keys [B, heads, S, d]; the second argument is the name for its weight."""
 
 
 @layer
 def split_heads(x: Tensor, heads: int, *, label: str = "heads", name: str = "heads") -> Tensor:
-    """[B, S, heads * d] -> [B, heads, S, d], the new axis labelled"""
+    """[B, S, heads * d] -> [B, heads, S, d]; the new axis is labelled"""
     positive(heads=heads)
     return trace().rearrange(x, pattern=f"b s ({label}={heads} d) -> b {label} s d", name=name)
 
@@ -47,8 +47,8 @@ def attention(
 ) -> Tensor:
     """softmax(q k^T * scale + bias, masked) v, with q [B, H, S, d], k [B, G, T, d], v [B, G, T, e] -> [B, H, S, e].
 
-    H is a multiple of G (grouped-query heads). `mask` combines terms with &: `t.causal & t.padding(lengths)`;
-    `scale` is 1/sqrt(d) where none is given. A fully masked row gives zeros.
+    H is a multiple of G (grouped-query heads). `mask` combines terms with &: `t.causal & t.padding(lengths)`; the
+    default `scale` is 1/sqrt(d). A fully masked row gives zeros.
     """
     return attend(trace(), q, k, v, masks=mask, biases=bias, scale=scale, softcap=softcap)
 
@@ -74,10 +74,10 @@ def multi_head_attention(
 ) -> Tensor:
     """Project, split into heads, attend, merge, project                                (Vaswani et al. 2017, 3.2.2)
 
-    x [B, S, D] gives queries, context [B, T, C] keys and values. Declares q, k, v and out under `name`, with biases
-    where `projection_bias`, or for k alone `key_bias` and for out alone `output_bias`, says so. `rotate` is applied to
-    the queries and keys [B, heads, S, d], and before it `normalize`, with the names "q_norm" and "k_norm" for a weight
-    of each.
+    x [B, S, D] is projected to queries, context [B, T, C] to keys and values. Declares q, k, v and out under `name`.
+    All four have biases if `projection_bias`; `key_bias` and `output_bias` override it for k and out. `rotate` is
+    applied to the queries and keys [B, heads, S, d]. `normalize` is applied before it, with the names "q_norm" and
+    "k_norm" for the two weights.
     """
     b = trace()
     width = x.shape[-1]
@@ -92,7 +92,7 @@ def multi_head_attention(
     per_head = _head_dim(width, heads) if head_dim is None else Size.of(head_dim)
     label, inner = "heads" if groups == heads else "kv_heads", per_head * groups
     key_bias = projection_bias if key_bias is None else key_bias
-    # All of it comes from one line, unless a function of the user's takes part: asking once is faster.
+    # All nodes get the same source line, unless a user's function takes part: one look-up is faster.
     with b.scoped(name, None if rotate or normalize else user_line()):
         q = split_heads(linear(x, per_head * heads, bias=projection_bias, name="q"), heads, name="q_heads")
         k = split_heads(linear(context, inner, bias=key_bias, name="k"), groups, label=label, name="k_heads")
@@ -125,9 +125,9 @@ def self_attention(
     rotate: Activation | None = None,
     name: str = "attn",
 ) -> Tensor:
-    """Multi-head attention of a sequence x [B, S, D] to itself; `causal` lets position i see positions up to i.
+    """Multi-head self-attention of a sequence x [B, S, D]; if `causal`, position i sees positions up to i.
 
-    The other options are those of `multi_head_attention`.
+    `multi_head_attention` documents the other options.
     """
     if causal:
         mask = causal_mask if mask is None else causal_mask & mask
@@ -171,7 +171,7 @@ def cross_attention(
 ) -> Tensor:
     """Multi-head attention of x [B, S, D] to another sequence, context [B, T, C].
 
-    The options are those of `multi_head_attention`, of which this is another name.
+    An alias of `multi_head_attention`, which documents the options.
     """
     return multi_head_attention(
         x,

@@ -1,4 +1,4 @@
-"""Binding: which checkpoint tensor, or which part of one, each parameter of a model is.
+"""Binding: find the checkpoint tensor, or the part of a tensor, for each parameter of a model.
 
 A table maps parameter names to the checkpoint's, both as patterns in which `{i}` stands for a number:
 
@@ -6,11 +6,11 @@ A table maps parameter names to the checkpoint's, both as patterns in which `{i}
     "h.{i}.attn.q.weight":    Source("h.{i}.attn.c_attn.weight", transpose=True, rows=(0, 768))
     "layer.{i}.attn.k.weight": Source("layers.{i}.qkv.weight", rows=(64, 128), groups=12)      of each head's rows
     "h.{i}.ln_1.weight":      ("h.{i}.ln_1.weight", "h.{i}.ln_1.gamma")       the first that the file has
-    "lm_head.weight":         ("lm_head.weight", "wte.weight")                tied where it is not stored
+    "lm_head.weight":         ("lm_head.weight", "wte.weight")                tied if it is not stored
     "embed.weight":           Tied(("embed.weight", "lm_head.weight"))        one tensor, stored under one name or both
 
-A parameter that no pattern matches is looked up under its own name. Slices and transposes are
-views; rows of several groups are copied. `Source.write` goes the other way.
+A parameter that no pattern matches is looked up under its own name. Slices and transposes are views; rows of several
+groups are copied. `Source.write` is the inverse.
 """
 
 from __future__ import annotations
@@ -37,35 +37,35 @@ Array = npt.NDArray[Any]
 
 
 class TensorStore(NamedTensors, Protocol):
-    """What holds tensors by name: a `Checkpoint`, a `SafetensorsFile`."""
+    """A store of tensors by name: a `Checkpoint`, a `SafetensorsFile`."""
 
     def record(self, name: str, /) -> TensorRecord:
-        """dtype and shape of a tensor."""
+        """Return the dtype and shape of a tensor."""
 
     def array(self, name: str, /) -> Array:
-        """A tensor, read-only."""
+        """Return a tensor, read-only."""
 
     def bits(self, name: str, /) -> npt.NDArray[np.uint16]:
-        """The bits of a bf16 tensor, read-only."""
+        """Return the bits of a bf16 tensor, read-only."""
 
 
 class BlockStore(TensorStore, Protocol):
-    """What holds some tensors in blocks: a `GGUFFile`."""
+    """A store that holds some tensors in blocks: a `GGUFFile`."""
 
     def held(self, name: str, /) -> npt.NDArray[np.uint8]:
-        """A tensor's blocks, read-only."""
+        """Return a tensor's blocks, read-only."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint tensor, or a part of it, as a parameter: first transposed, then cut.
+    """A checkpoint tensor, or a part of it, as a parameter: first transposed, then sliced.
 
     transpose   the stored matrix [m, n] is read as [n, m] (GPT-2 stores its weights input by output)
     rows        [start, stop) of the first axis, after the transpose
     cols        [start, stop) of the second axis, after the transpose
-    groups      into how many equal parts the first axis falls, of each of which `rows` are taken (GPT-NeoX stores the
-                rows of a head's query, key and value after another)
-    of          the length that the first axis, or each of the groups, must have; None: any that holds `rows`
+    groups      number of equal parts of the first axis; `rows` are taken from each of them (GPT-NeoX stores the query,
+                key and value rows of each head consecutively)
+    of          required length of the first axis, or of each group; None: any length that contains `rows`
     """
 
     name: str
@@ -76,7 +76,10 @@ class Source:
     of: int | None = None
 
     def shape(self, stored: Shape) -> Shape | None:
-        """The shape that a stored one gives; None if it has other axes or `of` another length, or a slice leaves it."""
+        """Return the shape that a stored shape gives.
+
+        None if it has a different number of axes, if a length differs from `of`, or if a slice is out of range.
+        """
         if self.transpose:
             if len(stored) != 2:
                 return None
@@ -92,7 +95,7 @@ class Source:
         return tuple(shape)
 
     def view(self, array: Array) -> Array:
-        """The part of a stored array that this names, without a copy unless there are groups."""
+        """Return this part of a stored array, without a copy unless there are groups."""
         part = self._place(array)
         return part.reshape(part.shape[0] * part.shape[1], *part.shape[2:]) if self._grouped else part
 
@@ -106,7 +109,7 @@ class Source:
         return self.rows is not None and self.groups > 1
 
     def _place(self, array: Array) -> Array:
-        """The part as a view of the array; of groups [groups, rows of each, ...]."""
+        """Return the part as a view of the array; with groups, [groups, rows of each, ...]."""
         array = array.T if self.transpose else array
         if self._grouped:
             array = array.reshape(self.groups, array.shape[0] // self.groups, *array.shape[1:])
@@ -117,14 +120,14 @@ class Source:
 
     @property
     def whole_rows(self) -> bool:
-        """Whether it is made of rows as they are stored, such as rows of blocks."""
+        """True if it consists of whole stored rows, such as rows of blocks."""
         return not self.transpose and self.cols is None
 
     @property
     def part(self) -> str:
-        """What is read of the tensor, as NumPy would write it: `.T[0:768]`; empty for all of it.
+        """The part of the tensor that is read, in NumPy's notation: `.T[0:768]`; empty for all of it.
 
-        Of groups: `[0:64 of each of 12]`.
+        With groups: `[0:64 of each of 12]`.
         """
         rows, cols = (f"{cut[0]}:{cut[1]}" if cut else ":" for cut in (self.rows, self.cols))
         rows += f" of {self.of}" if self.of is not None else ""
@@ -137,7 +140,7 @@ class Source:
 
 
 class Tied(tuple[str, ...]):
-    """Names of one tensor. A file may have it under several of them, all with the same values."""
+    """Names of one tensor. A file may store it under several of them, all with the same values."""
 
     __slots__ = ()
 
@@ -149,7 +152,7 @@ Table = Mapping[str, Entry]
 def consecutive(
     stored: str, lengths: Mapping[str, int], *, transpose: bool = False, groups: int = 1
 ) -> dict[str, Source]:
-    """Entries for parameters whose rows follow each other in one stored tensor, or in each of its groups.
+    """Return table entries for parameters whose rows are consecutive in one stored tensor, or in each of its groups.
 
     lengths  the number of rows of each parameter, in the order of the rows; the tensor must have no other rows
     """
@@ -162,11 +165,11 @@ def consecutive(
 
 @dataclass(frozen=True)
 class Binding:
-    """A model's parameters as a checkpoint gives them.
+    """The arrays of a model's parameters, from a checkpoint.
 
-    arrays      each parameter's array, read-only; a view of the file where dtypes agree. Where they were asked to be
-                deferred, those of others are `DeferredArray`
-    sources     where each came from, with the name as the file has it
+    arrays      each parameter's array, read-only; a view of the file if the dtypes agree. With `deferred`, arrays of
+                other dtypes are `DeferredArray`
+    sources     the source of each array, with the file's name for it
     converted   the parameters whose dtype is not the file's: (the file's, theirs)
     unused      the file's tensors that no parameter took, in the file's order
     encodings   the parameters whose arrays hold blocks, as the file does
@@ -191,22 +194,21 @@ def bind(
 ) -> Binding:
     """Find every parameter in a checkpoint.
 
-    parameters   name -> (shape, dtype): what the model needs
-    table        parameter name or pattern -> Source, checkpoint name, or several of them in order of
-                 preference, or `Tied` names; an exact name goes before a pattern, else the first that matches counts
-    prefixes     what may stand before the table's names in the file, in order of preference: ("", "bert.")
+    parameters   name -> (shape, dtype): the model's parameters
+    table        parameter name or pattern -> Source, checkpoint name, several of them in order of preference, or `Tied`
+                 names; an exact name takes precedence over a pattern; among patterns, the first match counts
+    prefixes     prefixes of the table's names in the file, in order of preference: ("", "bert.")
     ignore       patterns of the file's names (after a prefix) that `unused` leaves out, such as stored masks
-    blocks       the checkpoint, if matrices that it holds in blocks of an encoding stay so: they, and rows of them, are
-                 not decoded
+    blocks       the checkpoint, if matrices that it holds in blocks of an encoding stay encoded: they, and rows of
+                 them, are not decoded
+    deferred     True if a tensor is converted only when a part of it is taken, provided that NumPy has the file's dtype
 
-    deferred     whether tensors are converted only where a part of them is taken, if NumPy's elements are the file's
+    A floating-point tensor is converted to the parameter's dtype, an integer tensor if every value of its dtype fits. A
+    bf16 parameter is held as float32, since NumPy has no bf16.
 
-    A floating-point tensor is converted to the parameter's dtype, an integer one where every value of its
-    dtype fits; a bf16 parameter is held as float32, since NumPy has no bf16.
-
-    Raises one CheckpointError that lists all tensors which are missing (with the nearest names that the file
-    has) and all whose shape or dtype does not fit (with both); no tensor is read before all are found right.
-    Raises CheckpointError if tied tensors differ, and if a conversion would turn a finite value infinite.
+    Raises one CheckpointError that lists all missing tensors (with the nearest names in the file) and all tensors whose
+    shape or dtype does not fit (with both); no tensor is read before all are found right. Raises CheckpointError if
+    tied tensors differ, and if a conversion would turn a finite value infinite.
     """
     lookup = _Lookup(table, prefixes, checkpoint)
     sources: dict[str, Source] = {}
@@ -265,25 +267,25 @@ def bind(
 def alternatives(
     parameters: Iterable[str], table: Table, checkpoint: TensorStore, *, prefixes: Sequence[str] = ("",)
 ) -> dict[str, tuple[Source, ...]]:
-    """What a file of this table may have each parameter as, in order of preference, whether it has it or not."""
+    """Return each parameter's possible sources in a file of this table, in order of preference, present or not."""
     lookup = _Lookup(table, prefixes, checkpoint)
     return {name: tuple(lookup.named(lookup.wanted(name))) for name in parameters}
 
 
 @dataclass(frozen=True)
 class _Wanted:
-    """The pattern that matched a parameter and with which numbers, and what the file may call it."""
+    """The pattern that matched a parameter, the matched numbers, and the possible names in the file."""
 
     pattern: str
     numbers: Mapping[str, str]
-    alternatives: tuple[Source, ...]  # their names are patterns still
+    alternatives: tuple[Source, ...]  # their names are still patterns
 
     def filled(self, source: Source) -> Source:
         return replace(source, name=filled(source.name, self.numbers))
 
 
 class _Lookup:
-    """The table, ready to answer which tensor of the file a parameter is."""
+    """The table, prepared for looking up the file's tensor for a parameter."""
 
     def __init__(self, table: Table, prefixes: Sequence[str], checkpoint: TensorStore) -> None:
         self._table = {pattern: _alternatives(entry) for pattern, entry in table.items()}
@@ -302,20 +304,20 @@ class _Lookup:
         return _Wanted(parameter, {}, (Source(parameter),))
 
     def find(self, wanted: _Wanted) -> Source | None:
-        """The alternative that the file has, with its prefix, its name still a pattern."""
+        """Return the alternative that the file has, with its prefix; its name is still a pattern."""
         for found in self._prefixed(wanted):
             if wanted.filled(found).name in self._checkpoint:
                 return found
         return None
 
     def stored_names(self, wanted: _Wanted) -> list[str]:
-        """The names under which the file has a tied tensor; none of other tensors."""
+        """Return the names under which the file has a tied tensor; empty for other tensors."""
         if wanted.pattern not in self._tied:
             return []
         return [source.name for source in self.named(wanted) if source.name in self._checkpoint]
 
     def named(self, wanted: _Wanted) -> Iterator[Source]:
-        """Every alternative with every prefix, with the name as a file has it."""
+        """Yield every alternative with every prefix, under the name that a file has for it."""
         return map(wanted.filled, self._prefixed(wanted))
 
     def _prefixed(self, wanted: _Wanted) -> Iterator[Source]:
@@ -330,7 +332,7 @@ def _alternatives(entry: Entry) -> tuple[Source, ...]:
 
 
 def _check_tied(names: Sequence[str], checkpoint: TensorStore) -> None:
-    """Refuse a tied tensor that the file has under several names with different values."""
+    """Refuse a tied tensor that the file stores under several names with different values."""
     for other in names[1:]:
         first, second = (checkpoint.record(name) for name in (names[0], other))
         if first.shape == second.shape and np.array_equal(checkpoint.array(names[0]), checkpoint.array(other)):
@@ -339,13 +341,13 @@ def _check_tied(names: Sequence[str], checkpoint: TensorStore) -> None:
             f"{printable(names[0])} and {printable(other)} differ, although config.json ties them",
             received=f"{first} and {second}",
             within=checkpoint.label,
-            hint="remove the one that was not trained; or, if the output has weights of its own and the family "
+            hint="remove the untrained tensor; or, if the output has separate weights and the family "
             'reads such a model, write "tie_word_embeddings": false',
         )
 
 
 def _misfit(name: str, shape: Shape, dtype: str, source: Source, record: TensorRecord) -> str | None:
-    """One line about a tensor that cannot be the parameter, its names as patterns; None if it can."""
+    """Return one line about a tensor that does not fit the parameter, its names as patterns; None if it fits."""
     given = source.shape(record.shape)
     told = f"{printable(name)} needs {dtype}{_text(shape)}; {printable(source.name)} is {record}"
     if given is None:
@@ -376,7 +378,7 @@ _INTEGERS = {f"{kind}{8 * size}": np.dtype(f"{kind}{size}") for kind in "iu" for
 
 
 def _deferred(name: str, held: str, needed: str, source: Source, checkpoint: TensorStore) -> DeferredArray:
-    """A tensor that is converted where a part of it is taken; `_convert` says what is refused then."""
+    """Return a tensor that is converted when a part of it is taken; `_convert` documents its refusals."""
     dtype = DTYPES[needed].numpy or np.dtype(np.float32)
     is_bf16 = held == "bf16"
     stored = source.view(checkpoint.bits(source.name) if is_bf16 else checkpoint.array(source.name))

@@ -1,4 +1,4 @@
-"""What binding says of a checkpoint that is none of the model's: lines that differ in numbers alone are one.
+"""Errors of binding for a checkpoint that does not fit the model; lines that differ only in numbers are merged.
 
 layer.{i}.mlp.up.weight <- h.{i}.mlp.up.weight; nearest: h.{i}.mlp.fc.weight; i = 0..11
 """
@@ -15,33 +15,33 @@ from treadle.files.shown_names import printable
 from treadle.frontends.name_patterns import filled, unfilled
 from treadle.ir.errors import CheckpointError
 
-_NUMBER = re.compile(r"(?<![0-9A-Za-z_])(?:0|[1-9][0-9]{0,8})(?![0-9A-Za-z_])")  # a part of a name by itself
-_SEARCHES = 100  # missing names for which the nearest is looked for
-_UNUSED_LINES = 40  # of an error
+_NUMBER = re.compile(r"(?<![0-9A-Za-z_])(?:0|[1-9][0-9]{0,8})(?![0-9A-Za-z_])")  # a separate part of a name
+_SEARCHES = 100  # limit of nearest-name searches for missing names
+_UNUSED_LINES = 40  # lines of an error
 
 FoldedLine = tuple[str, Mapping[str, str]]
-"""A line of an error as a pattern, and its numbers: lines that differ in these alone are folded."""
+"""A line of an error as a pattern, and its numbers: lines that differ only in the numbers are folded."""
 
 
 class NamedTensors(Protocol):
-    """What says which tensors a checkpoint has."""
+    """A checkpoint that lists its tensors."""
 
     @property
     def label(self) -> str:
         """The file's name in errors."""
 
     def names(self) -> tuple[str, ...]:
-        """All tensors' names."""
+        """Return all tensors' names."""
 
     def __contains__(self, name: object) -> bool: ...
 
 
 @dataclass(frozen=True)
 class MissingTensor:
-    """A parameter of which the checkpoint has no tensor.
+    """A parameter that has no tensor in the checkpoint.
 
-    pattern   that it matched, with which numbers
-    names     what the file may call it, patterns as well
+    pattern   the table pattern that it matched, with the numbers
+    names     possible names in the file, also patterns
     """
 
     pattern: str
@@ -56,10 +56,10 @@ def mismatch(
     unused: Sequence[str],
     checkpoint: NamedTensors,
 ) -> CheckpointError:
-    """The error of a checkpoint that lacks tensors, or holds some that do not fit.
+    """Return the error for a checkpoint that lacks tensors, or holds tensors that do not fit.
 
-    needed  how many the model needs
-    unused  the file's tensors that no parameter took
+    needed   number of tensors that the model needs
+    unused   the file's tensors that no parameter took
     """
     counts = []
     lines = [checkpoint.label]
@@ -85,8 +85,8 @@ def mismatch(
 def _missing_lines(
     missing: Sequence[MissingTensor], unused: Sequence[str], checkpoint: NamedTensors
 ) -> list[FoldedLine]:
-    """What the file may call each missing parameter, and the nearest name that it has."""
-    # A tensor that nothing else took is likelier what was meant than one that is in its place.
+    """Return the possible names of each missing parameter in the file, and the nearest name that it has."""
+    # An unused tensor is more likely the intended tensor than a tensor that is bound.
     free, held = NearestNames(unused), NearestNames(checkpoint.names())
     found_for: dict[str, list[str]] = {}  # pattern -> nearest names found so far, as patterns
     searches = 0
@@ -108,7 +108,7 @@ def _missing_lines(
 
 
 def _fold_lines(lines: Sequence[FoldedLine]) -> list[str]:
-    """Lines; equal ones become one that ends in the numbers for which it holds."""
+    """Return lines; equal lines are merged into one that ends in the numbers for which it holds."""
     groups: dict[str, list[Mapping[str, str]]] = {}
     for line, numbers in lines:
         groups.setdefault(line, []).append(numbers)
@@ -119,7 +119,7 @@ def _fold_lines(lines: Sequence[FoldedLine]) -> list[str]:
 
 
 def _ranges(many: list[Mapping[str, str]]) -> str:
-    """`i = 0..3, 7` for one placeholder; each set of numbers for several."""
+    """Return `i = 0..3, 7` for one placeholder; each set of numbers for several."""
     if len(many[0]) != 1:
         return "; ".join(", ".join(f"{k} = {v}" for k, v in numbers.items()) for numbers in many)
     (placeholder,) = many[0]
@@ -127,7 +127,7 @@ def _ranges(many: list[Mapping[str, str]]) -> str:
 
 
 def _runs(values: Iterable[int]) -> str:
-    """Numbers in order, with runs written short: 0..3, 7."""
+    """Return the numbers in order, with runs shortened: 0..3, 7."""
     runs: list[list[int]] = []
     for value in sorted(values):
         if runs and value == runs[-1][-1] + 1:
@@ -138,7 +138,7 @@ def _runs(values: Iterable[int]) -> str:
 
 
 def _fold_names(names: Sequence[str]) -> list[str]:
-    """Names; those that differ in their first number alone become one line: `h.{0..11}.attn.bias`."""
+    """Return names; names that differ only in their first number are merged into one line: `h.{0..11}.attn.bias`."""
     groups: dict[tuple[str, str], list[int]] = {}
     for name in names:
         match = _NUMBER.search(name)

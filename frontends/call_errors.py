@@ -1,4 +1,4 @@
-"""Wrong words and wrong calls of layers, told with the words that there are and with the layer's own options."""
+"""Errors for unknown names and wrong calls of layers, with the DSL's names and the layer's options."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _CALL = re.compile(r"(?:\w+\.)*(\w+)\(\) (missing|got an unexpected keyword argu
 
 
 class UnknownNameError(FrontendError, AttributeError):
-    """The DSL has no layer, op or type of that name. An AttributeError too, so that `hasattr` answers no."""
+    """The DSL has no layer, op or type of that name. Also an AttributeError, so that `hasattr` returns False."""
 
 
 def unknown_word(name: str, known: Iterable[str]) -> UnknownNameError:
-    """What to raise for a word that the DSL lacks: with what other libraries mean by it, or the nearest that it has."""
+    """Return the error for a name that the DSL lacks, with the DSL's name for another library's, or a similar name."""
     near = difflib.get_close_matches(name, known, n=3) or difflib.get_close_matches(name.lower(), known, n=3)
-    guess = "did you mean " + " or ".join(f"t.{n}" for n in near) + "?" if near else "dir(treadle) lists its words"
+    guess = "did you mean " + " or ".join(f"t.{n}" for n in near) + "?" if near else "dir(treadle) lists its names"
     return UnknownNameError(
         f"the DSL has no {name!r}",
         source=str(user_line() or "") or None,
@@ -33,14 +33,14 @@ def unknown_word(name: str, known: Iterable[str]) -> UnknownNameError:
 
 
 def nearest_op(name: str) -> str | None:
-    """The op that is spelled most like this, if one is near."""
+    """Return the op with the most similar name, if one is near."""
     return next(iter(difflib.get_close_matches(name.strip(), OPS, n=1)), None)
 
 
 def call_hint(error: BaseException) -> str | None:
-    """What to try after a TypeError of a word's call: the nearest option, and how the word is called.
+    """Return the hint for a TypeError of a DSL call: the nearest option, and the call's signature.
 
-    None where the error is no such TypeError, or is of a function of the user's own that has a word's name.
+    None for any other error, and if the called function is the user's own function under a DSL name.
     """
     import treadle.frontends.language as language
 
@@ -55,8 +55,9 @@ def call_hint(error: BaseException) -> str | None:
 
 
 def _called(name: str, error: BaseException) -> object:
-    """What a bare name stands for on the line that raised an error; None where it stands for nothing, or is not bare
-    there: `t.mlp(`."""
+    """Return the object that a bare name refers to on the line that raised an error; None if the name is undefined, or
+    is not bare there: `t.mlp(`.
+    """
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -1,4 +1,4 @@
-"""One model.bin of CTranslate2, memory-mapped: its records are checked one by one before any array is handed out.
+"""One model.bin of CTranslate2, memory-mapped; every record is checked before any array is returned.
 
 Source: `Model::load` in CTranslate2's src/models/model.cc, which is the format's only description. All numbers are
 little-endian; a text is u16 n, then n bytes that end in NUL.
@@ -7,11 +7,12 @@ little-endian; a text is u16 n, then n bytes that end in NUL.
     u32 count, of variables:  text name, u8 rank, u32 dimension * rank, u8 dtype, u32 bytes, the bytes themselves
     u32 count, of aliases:    text alias, text name
 
-The reader is our own because the library offers none: it loads a file into its own engine, or not at all, and it trusts
-the file's sizes. Read here is version 6, which its converters write (CURRENT_BINARY_VERSION in specs/model_spec.py).
+This project has its own reader because the library offers none: it loads a file only into its own engine, and it trusts
+the file's sizes. The supported version is 6, which its converters write (CURRENT_BINARY_VERSION in
+specs/model_spec.py).
 
-Refused, with the byte: a version or dtype that is not known, a text that is not one, a name that stands twice, bytes
-that do not equal dtype x shape, an alias of nothing, and anything that reaches past the file's end or stops before it.
+Refused, with the byte: an unknown version or dtype, an invalid text, a name that appears twice, bytes that do not equal
+dtype x shape, an alias of an unknown name, and anything that reaches past the file's end or stops before it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _PICKLES = (b"PK", b"\x80")
 _VERSION = 6
 _DAMAGED = "fetch the file again: it is damaged, or not a model.bin of CTranslate2"
 _DTYPES = (("f32", 4), ("i8", 1), ("i16", 2), ("i32", 4), ("f16", 2), ("bf16", 2))
-"""Names and bytes of the format's dtypes, by their number."""
+"""Names of the format's dtypes and bytes of an element, by the dtype's number."""
 _NUMPY = {"f32": "<f4", "i8": "i1", "i16": "<i2", "i32": "<i4", "f16": "<f2"}
 _LONGEST = 512  # bytes of a text
 _LARGEST = 2**60  # elements
@@ -50,10 +51,10 @@ _LARGEST = 2**60  # elements
 def find_ctranslate2(
     folder: PathLike, limits: CheckpointLimits | Mapping[str, int] | None = None
 ) -> CTranslate2File | None:
-    """The model.bin of a folder in CTranslate2's layout, opened; None where the folder has another layout.
+    """Open the model.bin of a folder in CTranslate2's layout; return None if the folder has another layout.
 
-    Safetensors in the same folder go before it, and PyTorch's pickles, which some give the same name, are none.
-    Raises CheckpointError where it is damaged, or leads out of the folder.
+    Safetensors in the same folder take precedence. A PyTorch pickle named model.bin is not a CTranslate2 file. Raises
+    CheckpointError if it is damaged, or leads out of the folder.
     """
     place = ModelFolder.find(folder)
     if not place.has(_NAME) or any(place.has(f"model{suffix}") for suffix in _WEIGHTS):
@@ -68,9 +69,9 @@ def find_ctranslate2(
 class CTranslate2File(MappedTensors[TensorRecord]):
     """The variables of one file: a mapping from names, in the file's order, to records and arrays.
 
-    specification   what the file says that it is: "WhisperSpec"
-    revision        of that specification
-    aliases         other names of variables, read-only; `record` and `array` know them, `names` leaves them out
+    specification   the model's kind, as the file declares it: "WhisperSpec"
+    revision        revision of that specification
+    aliases         other names of variables, read-only; `record` and `array` accept them, `names` leaves them out
     """
 
     called = "variable"
@@ -88,7 +89,7 @@ class CTranslate2File(MappedTensors[TensorRecord]):
         for _ in range(reader.count("variables", limits.tensors)):
             record = _read_variable(reader, limits)
             if record.name in records:
-                reader.fail("a variable stands twice", printable(record.name))
+                reader.fail("a variable appears twice", printable(record.name))
             records[record.name] = record
         aliases: dict[str, str] = {}
         for _ in range(reader.count("aliases", limits.tensors)):
@@ -97,7 +98,7 @@ class CTranslate2File(MappedTensors[TensorRecord]):
                 reader.fail("an alias must be a new name of a variable", f"{printable(alias)} for {printable(name)}")
             aliases[alias] = name
         if reader.at != len(reader.data):
-            reader.fail("the file goes on after its last record", f"{len(reader.data) - reader.at} bytes")
+            reader.fail("the file continues after its last record", f"{len(reader.data) - reader.at} bytes")
         super().__init__(reader.shown, records, reader.data)
         self.aliases = MappingProxyType(aliases)
 
@@ -107,8 +108,8 @@ class CTranslate2File(MappedTensors[TensorRecord]):
     ) -> CTranslate2File:
         """Map the file and check its records; the variables' bytes are not read.
 
-        `shown` is the file's name in errors, by default the path. Raises CheckpointError for a file that is not
-        there, is not regular, breaks the format, or is past a limit.
+        `shown` is the file's name in errors, by default the path. Raises CheckpointError if the file does not exist, is
+        not regular, breaks the format, or is past a limit.
         """
         shown = shown or shown_path(path)
         with open_regular(path, shown) as file:
@@ -118,14 +119,16 @@ class CTranslate2File(MappedTensors[TensorRecord]):
         return name in self._records or name in self.aliases
 
     def record(self, name: str, /) -> TensorRecord:
-        """dtype, shape and place of a variable. Raises CheckpointError, with the nearest names, if there is none."""
+        """Return the dtype, shape and offset of a variable. Raises CheckpointError, with the nearest names, if there is
+        none.
+        """
         return super().record(self.aliases.get(name, name))
 
     def array(self, name: str, /) -> npt.NDArray[Any]:
-        """A variable as a read-only array. A view of the mapped file, but for two kinds: bf16, which NumPy lacks, comes
-        widened to float32, and data that does not lie on a multiple of its element size, as often here, is moved.
+        """Return a variable as a read-only array, a view of the mapped file. Two kinds are copied: bf16, which NumPy
+        lacks, is widened to float32, and data whose offset is not a multiple of its element size, which is common here.
 
-        Raises CheckpointError if there is no such variable, or the file has been cut since it was opened.
+        Raises CheckpointError if there is no such variable, or if the file has been truncated since it was opened.
         """
         record, raw = self.record(name), self.raw(name)
         dtype = np.dtype(_NUMPY.get(record.dtype, "<u2"))
@@ -141,7 +144,7 @@ class CTranslate2File(MappedTensors[TensorRecord]):
 
 
 class _Reader:
-    """Takes numbers and texts off the file's bytes, and fails with the byte at which the last of them began."""
+    """A cursor that reads numbers and texts from the file's bytes. Errors name the byte where the last value began."""
 
     def __init__(self, data: mmap.mmap, shown: str) -> None:
         self.data = data
@@ -155,7 +158,7 @@ class _Reader:
         raise CheckpointError(what, received=received, within=place, hint=hint)
 
     def take(self, size: int, field: str) -> int:
-        """Pass over so many bytes; returns where they begin."""
+        """Skip `size` bytes; return their offset."""
         self.began, self.field = self.at, field
         if size > len(self.data) - self.at:
             self.fail("the file ends within a record", f"{len(self.data) - self.at} bytes where {size} should be")
@@ -197,7 +200,7 @@ def _read_variable(reader: _Reader, limits: CheckpointLimits) -> TensorRecord:
     if rank > limits.rank:
         reader.fail("a variable has more dimensions than the limit", f"rank {rank}, limit {limits.rank}")
     shape = tuple(reader.number(f"{shown}, dimension {i}", "I") for i in range(rank))
-    if prod(max(size, 1) for size in shape) > _LARGEST:  # NumPy counts so even where one of them is 0
+    if prod(max(size, 1) for size in shape) > _LARGEST:  # NumPy counts this way even if one of the sizes is 0
         reader.fail("a variable's shape is larger than any array", str(shape))
     number = reader.number(f"{shown}, dtype", "B")
     if number >= len(_DTYPES):
@@ -206,7 +209,7 @@ def _read_variable(reader: _Reader, limits: CheckpointLimits) -> TensorRecord:
     size = reader.number(f"{shown}, bytes", "I")
     if size != prod(shape) * width:
         wanted = f"{dtype}[{', '.join(map(str, shape))}] takes {prod(shape) * width}"
-        reader.fail("a variable's bytes do not equal dtype x shape", f"{size} bytes, where {wanted}")
+        reader.fail("a variable's bytes do not equal dtype x shape", f"{size} bytes, and dtype x shape needs {wanted}")
     begin = reader.take(size, f"{shown}, data")
     return TensorRecord(name, dtype, shape, begin, reader.at)
 

@@ -1,4 +1,4 @@
-"""Models: declared as functions, configured, called in other models, and traced when a graph is asked for."""
+"""Models: declared as functions, configured, called in other models, and traced when a graph is requested."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from treadle.ir.source_lines import raising_line, user_line
 from treadle.ir.transforms.outline import outline_regions
 from treadle.ir.wording.call_spelling import spelled_call
 
-if TYPE_CHECKING:  # with defaults, so that `t.Model` may stand without parameters
+if TYPE_CHECKING:  # defaults, so that `t.Model` is valid without parameters
     from typing_extensions import ParamSpec, TypeVar
 
     P = ParamSpec("P", default=...)
@@ -39,7 +39,7 @@ else:
 
 @dataclass(frozen=True)
 class Model(Generic[P, R]):
-    """A model declaration with its configuration; made by `@t.model`.
+    """A model declaration with its configuration; `@t.model` returns it.
 
     function  the traced function, whose signature calls have inside other models
     config    configuration values that differ from the declaration's defaults
@@ -66,14 +66,14 @@ class Model(Generic[P, R]):
 
     @property
     def source(self) -> str:
-        """The text of the declaration."""
+        """The source text of the declaration."""
         return textwrap.dedent(inspect.getsource(self.function))
 
     @cached_property
     def _signature(self) -> inspect.Signature:
         try:
             return inspect.signature(self.function, eval_str=True)
-        except Exception as error:  # whatever an annotation in quotes raises
+        except Exception as error:  # anything that a quoted annotation raises
             raise FrontendError(
                 f"the inputs' types of model {self.name} cannot be read: {type(error).__name__}: {error}",
                 source=_definition(self.function),
@@ -81,9 +81,9 @@ class Model(Generic[P, R]):
 
     @cached_property
     def declared_inputs(self) -> tuple[DeclaredInput, ...]:
-        """All inputs, optional ones included, in the sizes of the configuration.
+        """All inputs, including optional inputs, with the configuration's sizes.
 
-        Raises FrontendError for one without a type, with a default, or with a negative size.
+        Raises FrontendError for an input without a type, with a default, or with a negative size.
         """
         sizes = {n: v for n, v in {**self.defaults, **self.config}.items() if type(v) is int}
         try:
@@ -103,9 +103,9 @@ class Model(Generic[P, R]):
         return {p.name: p.default for p in found if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
     def configure(self, /, *, inputs: Sequence[str] | None = None, **config: Any) -> Model[P, R]:
-        """The model with some configuration changed, or with those optional inputs present that `inputs` names.
+        """Return the model with changed configuration, or with the optional inputs that `inputs` names.
 
-        `inputs` may name required ones too, which are always present. Raises FrontendError for an unknown name.
+        `inputs` may also name required inputs, which are always present. Raises FrontendError for an unknown name.
         """
         if isinstance(inputs, str):
             raise FrontendError("inputs= is a list of names", received=repr(inputs), hint=f"inputs=[{inputs!r}]")
@@ -141,6 +141,7 @@ class Model(Generic[P, R]):
             f"model {self.name} has no {kind} {', '.join(unknown)}",
             source=_definition(self.function),
             hint=f"did you mean {near[0]}? {one_of}" if near else one_of,
+            option=unknown[0] if kind == "option" else None,
         )
 
     def graph(self) -> Graph:
@@ -162,7 +163,7 @@ class Model(Generic[P, R]):
         except TreadleError as error:
             error.source = error.source or self._line_of(error, tracing)
             raise
-        except Exception as error:  # Python's own, from the model's code: a misspelt attribute, a wrong argument
+        except Exception as error:  # errors of the model's own code: a misspelt attribute, a wrong argument
             raise FrontendError(
                 f"model {self.name} cannot be traced: {type(error).__name__}: {error}",
                 source=self._line_of(error, tracing),
@@ -188,14 +189,14 @@ class Model(Generic[P, R]):
         return values
 
     def __call__(self, /, *inputs: P.args, **config: P.kwargs) -> R:
-        """Use the model inside another: its ops and parameters go under the current scope.
+        """Call the model inside another model: its ops and parameters are added under the current scope.
 
-        Inputs go by position or name. Optional ones may be left out at the end.
+        Inputs are passed by position or name. Optional inputs may be left out at the end.
         """
         if CURRENT.get() is None:
             raise FrontendError(
                 f"model {self.name} is declared, not compiled",
-                hint=f"treadle.compile({self.name}) gives something that runs",
+                hint=f"treadle.compile({self.name}) returns an executable that runs",
             )
         names = {i.name: i.optional for i in self.declared_inputs}
         options: dict[str, Any] = {name: value for name, value in config.items() if name not in names}
@@ -216,7 +217,7 @@ class Model(Generic[P, R]):
         function: Callable[..., R] = inner.function
         return function(*inputs, **named, **absent, **inner._configuration())
 
-    # It is not changed once it is made. Pickle names it by its module, as it does a function.
+    # A model is immutable. Pickle stores it by its module and name, as it stores a function.
 
     def __copy__(self) -> Self:
         return self
@@ -225,7 +226,7 @@ class Model(Generic[P, R]):
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Raises FrontendError for a model that its module does not hold under its name."""
+        """Raise FrontendError for a model that its module does not hold under its name."""
         module, path = self.function.__module__, self.function.__qualname__
         try:
             declared = _declared(module, path)
@@ -256,7 +257,7 @@ def model(function: Callable[..., Any] | None = None) -> Any:
 
 
 def _declared(module: str, path: str) -> Any:
-    """What a module holds under a dotted name. Raises KeyError or AttributeError."""
+    """Return a module's attribute of a dotted name. Raises KeyError or AttributeError."""
     found: Any = sys.modules[module]
     for name in path.split("."):
         found = getattr(found, name)
@@ -264,7 +265,7 @@ def _declared(module: str, path: str) -> Any:
 
 
 def _pickled(module: str, path: str, config: Mapping[str, Any], given: tuple[str, ...]) -> Model:
-    """The model that a pickle names."""
+    """Return the model that a pickle names."""
     import_module(module)
     return Model(_declared(module, path).function, config, given)
 
@@ -278,7 +279,9 @@ def _name_outputs(declared: Model, returned: Any) -> dict[str, Expr]:
     named: dict[str, Any]
     if isinstance(returned, Expr):
         node, hint = returned.value.node, returned.value.name
-        named = {"output" if node is None or hint in (node.op.name, "x") else hint: returned}  # x: an operator's
+        named = {
+            "output" if node is None or hint in (node.op.name, "x") else hint: returned
+        }  # x: the operand of an operator
     elif isinstance(returned, Mapping):
         named = dict(returned)
     elif isinstance(returned, tuple | list):
@@ -287,7 +290,7 @@ def _name_outputs(declared: Model, returned: Any) -> dict[str, Expr]:
         named = {"output": returned}
     if not named or not all(isinstance(name, str) for name in named):
         raise FrontendError(
-            f"model {declared.name} returns {'outputs whose names are no text' if named else 'no outputs'}",
+            f"model {declared.name} returns {'outputs whose names are not strings' if named else 'no outputs'}",
             received=", ".join(map(repr, named)) or None,
             source=_definition(declared.function),
             hint='return a tensor, or a dict of them such as {"hidden": x}',
@@ -300,9 +303,9 @@ def _name_outputs(declared: Model, returned: Any) -> dict[str, Expr]:
         )
     for name, value in named.items():
         if not isinstance(value, Expr):
-            which = "what model" if value is returned else f"output {name} of model"
+            which = "the output of model" if value is returned else f"output {name} of model"
             raise FrontendError(
-                f"{which} {declared.name}{' returns' if value is returned else ''} is not a tensor of it",
+                f"{which} {declared.name} is not one of its tensors",
                 received=type(value).__name__,
                 source=_definition(declared.function),
                 hint="return a tensor, a dict of them by name, or a tuple of them",

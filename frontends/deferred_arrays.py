@@ -1,4 +1,4 @@
-"""Arrays of a mapped file that are converted where they are taken, so that a part costs the bytes of a part."""
+"""Arrays of a mapped file that are converted when a part is taken, so that a part costs only its own bytes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class DeferredArray:
-    """What a file stores of a weight, and what makes numbers of any part of it, element by element.
+    """A weight as a file stores it, and the conversion that is applied to any part of it, element by element.
 
     stored   a view of the file, of the weight's shape
-    convert  makes numbers of `dtype` of elements, whatever their shape
+    convert  converts stored elements, of any shape, to `dtype`
     """
 
     stored: Array
@@ -25,12 +25,12 @@ class DeferredArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The weight's."""
+        """The weight's shape."""
         shape: tuple[int, ...] = self.stored.shape
         return shape
 
     def __getitem__(self, where: Any) -> Array:
-        """A part, converted: a new array, read-only."""
+        """Return a converted part: a new, read-only array."""
         made = np.asarray(self.convert(self.stored[where]))
         made.flags.writeable = False
         return made
@@ -39,17 +39,17 @@ class DeferredArray:
         return np.asarray(self[...], dtype)
 
     def then(self, convert: Callable[[Array], Array], dtype: np.dtype[Any]) -> DeferredArray:
-        """The same, converted once more."""
+        """Return the same array with one more conversion."""
         return DeferredArray(self.stored, lambda part: convert(self.convert(part)), dtype)
 
 
 def stored_bytes(array: Any, part: Array) -> int:
-    """How many bytes of its file a part of an array takes."""
+    """Return the number of the file's bytes that a part of an array occupies."""
     return part.size * array.stored.itemsize if isinstance(array, DeferredArray) else part.nbytes
 
 
 def widened_bits(bits: Array) -> Array:
-    """The bits of bf16 numbers as float32, which loses nothing."""
+    """Return the bits of bf16 numbers as float32, which is exact."""
     wide = bits.astype(np.uint32)
     wide <<= np.uint32(16)
     return wide.view(np.float32)

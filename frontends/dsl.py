@@ -7,10 +7,10 @@
             x += t.mlp(t.layer_norm(x, name="ln"), 4 * dim, name="mlp")
         return t.unembed(x, tied="wte")
 
-Positional arguments are inputs and say their types; `t.i64["B S"]` alone does where no type checker reads it
+Positional arguments are inputs and declare their types; `t.i64["B S"]` alone is enough if no type checker reads it
 (docs/decisions/0009-types-that-checkers-read.md). Keyword-only arguments are the configuration. An axis that is named
 as an integer of the configuration has that size: `t.f32["B channels height width"]`. Tracing runs plain Python: there
-is no parser of Python source, and no control flow in a graph beyond calls of repeated blocks.
+is no parser of Python source, and a graph's only control flow is the calls of repeated blocks.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from treadle.ir.transforms.outline import RepeatedRegion
 from treadle.ir.types import Dim, DType, Type, f32, parse_type
 
 Tensor = Expr
-"""A value of the graph: what a model's function receives and returns."""
+"""A value of the graph: the inputs and outputs of a model's function."""
 TensorLike = ExprLike
-"""What an op takes: a tensor, or a number or array, which becomes a constant."""
+"""An operand of an op: a tensor, or a number or array, which becomes a constant."""
 
 
 class Trace(Builder):
-    """A builder that also remembers what the model's text says once.
+    """A builder that also records a declaration's stacks and parameters.
 
     regions   the nodes that the repetitions of each stack added
     declared  the parameters that may not be declared again, each with its line; a repetition of a shared stack may
-              declare the others'
+              declare the parameters of the other repetitions
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -57,7 +57,7 @@ CURRENT: ContextVar[Trace | None] = ContextVar("treadle_trace", default=None)
 
 
 def trace() -> Trace:
-    """The trace under way. Raises FrontendError outside a model."""
+    """Return the active trace. Raises FrontendError outside a model."""
     found = CURRENT.get()
     if found is None:
         raise FrontendError(
@@ -72,10 +72,10 @@ def trace() -> Trace:
 
 
 def stack(name: str, count: int | Size, *, shared: bool = False) -> Iterator[int]:
-    """`for i in t.stack("h", 12):` repeats a block under the scopes h.0, h.1, ...
+    """Repeat a block under the scopes h.0, h.1, ...: `for i in t.stack("h", 12):`
 
-    Repetitions with the same structure become one function of the graph. If `shared`, all of them are under the one
-    scope h, and so have the same parameters.
+    Repetitions with the same structure become one function of the graph. If `shared`, all of them use the one scope h,
+    and so have the same parameters.
     """
     tracing = trace()
     source = user_line()
@@ -118,7 +118,7 @@ def parameter(name: str, *shape: SizeLike | Dim, init: Init | str = "normal", dt
     """Declare the parameter `name` under the current scope.
 
     init is `"zeros"`, `"ones"`, `"normal"` (standard deviation 0.02) or an `Init`. Raises FrontendError for another
-    word, for a name that is declared already, and for a shape that is not known while tracing.
+    init, for a name that is already declared, and for a shape that is not known while tracing.
     """
     return declare(trace(), name, shape, init, dtype, user_line(beyond=1))
 
@@ -131,7 +131,7 @@ def declare(
     dtype: DType,
     line: SourceLine | None,
 ) -> Tensor:
-    """What `parameter` does, for a caller who knows the trace and the user's line."""
+    """Declare a parameter as `parameter` does, for a caller that has the trace and the user's line."""
     full = f"{tracing.scope}.{name}" if tracing.scope else name
     if full in tracing.declared:
         raise FrontendError(
@@ -148,12 +148,13 @@ def declare(
             source=describe_source(line, tracing.scope),
             hint="one of " + ", ".join(_INITS) + ", or an Init",
         )
-    # others by their text: a label takes no part in equality, and what is no size may have no hash
+    # Other values are compared by their text: equality ignores a label, and a value that is not a size may have no
+    # hash.
     wanted = _type_of_a_weight(dtype.name, *[d if type(d) is int or type(d) is Size else str(d) for d in shape])
     if wanted is None:
         text = _weight_text(dtype.name, shape)
         raise FrontendError(
-            f"the shape of parameter {full} must be of numbers from 0 on",
+            f"the shape of parameter {full} must consist of numbers, 0 or more",
             received=text,
             source=describe_source(line, tracing.scope),
             hint="a weight has one size for all calls: give the axis a number" if parse_type(text).symbols else None,
@@ -162,19 +163,19 @@ def declare(
 
 
 def _apart(tracing: Trace, full: str, name: str, line: SourceLine | None) -> str:
-    """How two parameters of one name come apart: two stacks of one name, a loop of Python's, or two layers."""
+    """Return the hint for two parameters with one name: from two stacks of one name, a Python loop, or two layers."""
     stacks = [r for r in tracing.regions if f"{tracing.scope}.".startswith(f"{r.scope}.")]
     again = f"t.shared_parameter({full!r}) uses it again"
     if stacks:
         stack = max(stacks, key=lambda region: len(region.scope))
         return (
-            f't.stack("{stack.name}_2", ...): a name of its own for one of the two stacks; '
-            f't.stack(f"{stack.name}_{{i}}", ...) for one in a loop; {again}'
+            f't.stack("{stack.name}_2", ...): another name for one of the two stacks; '
+            f't.stack(f"{stack.name}_{{i}}", ...) for a stack in a loop; {again}'
         )
     layer = tracing.scope.rpartition(".")[2] or name
     if tracing.declared[full] == line:
         return (
-            f'for i in t.stack("layers", 2): around a block that repeats, or a name for each time, '
+            f'for i in t.stack("layers", 2): around a block that repeats, or a separate name each time, '
             f'name=f"{layer}_{{i}}"; {again}'
         )
     return f'name="{layer}_2" for one of the two, or with t.scope("second"): around it; {again}'
@@ -182,7 +183,7 @@ def _apart(tracing: Trace, full: str, name: str, line: SourceLine | None) -> str
 
 @lru_cache(maxsize=4096)  # layers repeat
 def _type_of_a_weight(dtype: str, *shape: SizeLike) -> Type | None:
-    """The type, or None where its shape holds a symbol or a negative size. Raises as `parse_type` does."""
+    """Return the type, or None if its shape holds a symbol or a negative size. Raises as `parse_type` does."""
     type = parse_type(_weight_text(dtype, shape))
     sizes = type.static_shape
     return None if sizes is None or min(sizes, default=0) < 0 else type
@@ -196,9 +197,10 @@ _INITS = {"normal": Init("normal", 0.02), "zeros": Init("zeros"), "ones": Init("
 
 
 def shared_parameter(path: str) -> Tensor:
-    """A parameter declared earlier, by its path from the current scope or one around it; the innermost counts.
+    """Return a parameter declared earlier, by its path from the current or an enclosing scope; the innermost match
+    counts.
 
-    So a model that ties its weights does so inside another as well. Raises FrontendError with the nearest names.
+    So a model that ties its weights also works inside another model. Raises FrontendError with the nearest names.
     """
     tracing = trace()
     known = tracing.function.parameters
@@ -216,7 +218,9 @@ def shared_parameter(path: str) -> Tensor:
 
 
 def shared_table(layer: str, tied: str) -> Tensor:
-    """The table of the embedding under that scope, for `tied=`. Raises FrontendError with the nearest embedding."""
+    """Return the table of the embedding under that scope, for `tied=`. Raises FrontendError with the nearest
+    embedding.
+    """
     tracing = trace()
     try:
         return shared_parameter(f"{tied}.weight")
@@ -226,7 +230,7 @@ def shared_table(layer: str, tied: str) -> Tensor:
         near = [t for t in tables if t.rpartition(".")[2] == wanted.rpartition(".")[2]]
         near = near or NearestNames(tables).of(wanted, 1, 0.5)
         raise FrontendError(
-            f"{layer}: tied= names no embedding that is declared before",
+            f"{layer}: tied= does not name an embedding that is declared before",
             received=f"tied={tied!r}",
             source=error.source,
             hint=f"tied={near[0]!r}"
@@ -236,14 +240,14 @@ def shared_table(layer: str, tied: str) -> Tensor:
 
 
 def constant(value: Any, dtype: DType | None = None) -> Tensor:
-    """A constant from a number, nested list or NumPy array."""
+    """Return a constant from a number, nested list or NumPy array."""
     return trace().constant(value, dtype)
 
 
 def bound(symbol: str, *, lower: int = 1, upper: int | None = None) -> None:
     """Promise that a symbolic axis stays within bounds; calls outside them are refused.
 
-    Raises FrontendError for a symbol that no input has, GraphError for a lower bound below 1 or where no size is left.
+    Raises FrontendError for a symbol that no input has, GraphError for a lower bound below 1 or if no size is left.
     """
     graph = trace().graph
     if symbol not in graph.symbols:
@@ -252,5 +256,5 @@ def bound(symbol: str, *, lower: int = 1, upper: int | None = None) -> None:
 
 
 def size_of(x: Tensor, axis: int) -> Size:
-    """The size of an axis: an integer, a symbol or an expression."""
+    """Return the size of an axis: an integer, a symbol or an expression."""
     return x.shape[axis]

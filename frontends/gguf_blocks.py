@@ -1,4 +1,4 @@
-"""Tensors of a GGUF file as blocks: what the file says of one, and the numbers that it means.
+"""Tensors of a GGUF file in blocks: their description in the file, and their decoded values.
 
 Block types that are encodings (`treadle.ir.encodings`) are decoded by these; the others by the gguf library.
 """
@@ -17,27 +17,27 @@ from treadle.frontends.mapped_tensors import TensorRecord
 from treadle.ir.encodings.encoding import FORMS, Encoding
 from treadle.ir.errors import CheckpointError, FrontendError
 
-_DEQUANTISED_AT_ONCE = 1 << 20  # bytes of blocks; the library's temporaries are some times that
+_DEQUANTISED_AT_ONCE = 1 << 20  # bytes of blocks; the library's temporaries take a few times as much
 PLAIN: Mapping[str, str] = {
     "f32": "<f4", "f16": "<f2", "f64": "<f8", "i8": "i1", "i16": "<i2", "i32": "<i4", "i64": "<i8"
 }  # fmt: skip
-"""Block types that are arrays as they are; all others are dequantised to float32."""
+"""Block types that are plain arrays; all others are dequantized to float32."""
 
 
 @dataclass(frozen=True, slots=True)
 class GGUFTensor(TensorRecord):
-    """What the file says of one tensor.
+    """One tensor's entry in the file.
 
-    dtype         what `array` gives: f32 for every block type that is dequantised
+    dtype         dtype of `array`: f32 for every block type that is dequantized
     blocks        the type in the file: "q4_1", "q8_0", "f16", ...
-    begin, end    the bytes that its blocks take, counted from the file's start
+    begin, end    byte range of its blocks, counted from the file's start
     """
 
     blocks: str = "f32"
 
     @property
     def encoding(self) -> Encoding | None:
-        """The encoding of its blocks, which lie along the last axis; None for plain numbers and rarer block types."""
+        """The encoding of its blocks, which run along the last axis; None for plain numbers and rarer block types."""
         return Encoding(self.blocks) if self.blocks in FORMS else None
 
     def __str__(self) -> str:
@@ -46,7 +46,9 @@ class GGUFTensor(TensorRecord):
 
 
 def dequantised(record: GGUFTensor, raw: npt.NDArray[np.uint8], shown: str) -> npt.NDArray[np.float32]:
-    """The elements of a tensor's blocks, in float32; `shown` is the file in errors. Raises CheckpointError."""
+    """Return the elements of a tensor's blocks, in float32; `shown` is the file's name in errors. Raises
+    CheckpointError.
+    """
     if record.encoding is not None:
         made: npt.NDArray[np.float32] = record.encoding.decode(raw.reshape(*record.shape[:-1], -1))
         return made
@@ -57,20 +59,20 @@ def dequantised(record: GGUFTensor, raw: npt.NDArray[np.uint8], shown: str) -> n
     found = np.empty((len(blocks), elements), np.float32)
     step = max(1, _DEQUANTISED_AT_ONCE // size)
     try:
-        with np.errstate(all="ignore"):  # a scale may be anything, NaN and infinities included
+        with np.errstate(all="ignore"):  # a scale may have any value, NaN and infinities included
             for start in range(0, len(blocks), step):
-                part = blocks[start : start + step].reshape(1, -1)  # one row: the library takes few at a time
+                part = blocks[start : start + step].reshape(1, -1)  # one row: the library processes few rows at a time
                 found[start : start + step] = gguf.dequantize(part, kind).reshape(-1, elements)
     except NotImplementedError:
         raise CheckpointError(
-            f"blocks of type {record.blocks} cannot be dequantised",
+            f"blocks of type {record.blocks} cannot be dequantized",
             within=f"{shown}: byte {record.begin}, tensor {printable(record.name)}",
         ) from None
     return found
 
 
 def import_gguf() -> Any:
-    """The gguf library. Raises FrontendError where it is not installed."""
+    """Import the gguf library. Raises FrontendError if it is not installed."""
     try:
         import gguf
     except ImportError as error:

@@ -1,19 +1,19 @@
-"""One GGUF file, memory-mapped: metadata and tensor table are checked whole before anything is handed out.
+"""One GGUF file, memory-mapped; metadata and tensor table are checked completely before any value is returned.
 
 Source: the GGUF format, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
 
     "GGUF", version u32, tensors u64, keys u64
     keys      times:   key string, type u32, value
     tensors   times:   name string, rank u32, sizes u64[rank] (innermost first), block type u32, offset u64
-    padding to general.alignment (32 unless said), then the tensors' blocks, each at a multiple of it
+    padding to general.alignment (default 32), then the tensors' blocks, each at a multiple of it
 
     string    length u64, then bytes in UTF-8
     array     type u32, count u64, then the values
 
-The reader is ours, and strict: a count, length or size is held against the bytes that are left before it is believed,
-so that the work is in proportion to the file. The `gguf` library says how large a block of each type is, and decodes
-the rarer ones; its own reader neither checks lengths nor bounds its work. Arrays of arrays are refused, as llama.cpp
-does.
+The project has its own, strict reader: it compares every count, length and size with the number of bytes left before it
+uses them, so that the work is in proportion to the file. The `gguf` library provides the block size of each type, and
+decodes the rarer types; its own reader neither checks lengths nor bounds its work. Arrays of arrays are refused, as in
+llama.cpp.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from treadle.ir.errors import CheckpointError
 
 
 class GGUFFile(MappedTensors[GGUFTensor]):
-    """The metadata and tensors of one file. Needs no closing; the file must not be changed while it is mapped."""
+    """The metadata and tensors of one file. It needs no closing; the file must not be changed while it is mapped."""
 
     def __init__(
         self, path: str, data: mmap.mmap, values: Mapping[str, HeaderValue], tensors: Mapping[str, GGUFTensor]
@@ -47,10 +47,10 @@ class GGUFFile(MappedTensors[GGUFTensor]):
 
     @classmethod
     def open(cls, path: PathLike, limits: GGUFLimits | Mapping[str, int] | None = None) -> GGUFFile:
-        """Map the file and check everything before the tensors' blocks, of which it reads none.
+        """Map the file and check everything before the tensors' blocks; no block is read.
 
-        Raises CheckpointError, with the byte and the field, for a file that is not there, is not regular, breaks the
-        format, or is past a limit; FrontendError where the gguf library is not installed.
+        Raises CheckpointError, with the byte and the field, if the file does not exist, is not regular, breaks the
+        format, or is past a limit; FrontendError if the gguf library is not installed.
         """
         shown = shown_path(path)
         with open_regular(path, shown) as file:
@@ -68,15 +68,17 @@ class GGUFFile(MappedTensors[GGUFTensor]):
 
     @property
     def architecture(self) -> str:
-        """general.architecture: "llama", ... Raises CheckpointError where it is missing."""
+        """general.architecture: "llama", ... Raises CheckpointError if it is missing."""
         return self.text("general.architecture")
 
     def has(self, key: str) -> bool:
-        """Whether the metadata has a key."""
+        """Return True if the metadata has a key."""
         return key in self._values
 
     def text(self, key: str, default: str | None = None) -> str:
-        """A string. Raises CheckpointError where it is missing without a default, or is something else."""
+        """Return a string. Raises CheckpointError if it is missing and has no default, or if the value is not a
+        string.
+        """
         value = self._scalar(key, default is not None)
         if value is None:
             return default or ""
@@ -85,7 +87,7 @@ class GGUFFile(MappedTensors[GGUFTensor]):
         return self._string(key, value.at)
 
     def integer(self, key: str, default: int | None = None, *, least: int = 1, most: int = 2**31 - 1) -> int:
-        """An integer of any width from least to most. Raises CheckpointError."""
+        """Return an integer of any width from least to most. Raises CheckpointError."""
         value = self._scalar(key, default is not None)
         if value is None:
             return default or 0
@@ -95,7 +97,7 @@ class GGUFFile(MappedTensors[GGUFTensor]):
         return found
 
     def number(self, key: str, default: float | None = None, *, least: float = 0.0, most: float = 1e12) -> float:
-        """A finite number from least to most. Raises CheckpointError."""
+        """Return a finite number from least to most. Raises CheckpointError."""
         value = self._scalar(key, default is not None)
         if value is None:
             return default or 0.0
@@ -105,7 +107,7 @@ class GGUFFile(MappedTensors[GGUFTensor]):
         return float(found)
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false. Raises CheckpointError where it is something else."""
+        """Return a bool. Raises CheckpointError if the value is not a bool."""
         value = self._scalar(key, True)
         if value is None:
             return default
@@ -114,14 +116,14 @@ class GGUFFile(MappedTensors[GGUFTensor]):
         return bool(self._number(value))
 
     def texts(self, key: str) -> list[str]:
-        """An array of strings. Raises CheckpointError where it is missing, something else, or not UTF-8."""
+        """Return an array of strings. Raises CheckpointError if it is missing, is something else, or is not UTF-8."""
         value = self._present(key)
         if value.starts is None:
             self.fail(key, "must be an array of strings")
         return [self._string(key, at) for at in value.starts]
 
     def numbers(self, key: str) -> npt.NDArray[Any]:
-        """An array of numbers, a read-only view of the file. Raises CheckpointError."""
+        """Return an array of numbers, a read-only view of the file. Raises CheckpointError."""
         value = self._present(key)
         if value.count is None or value.kind not in SCALARS:
             self.fail(key, "must be an array of numbers")
@@ -129,7 +131,7 @@ class GGUFFile(MappedTensors[GGUFTensor]):
         return np.frombuffer(self._data, np.uint8, value.count * dtype.itemsize, value.at).view(dtype)
 
     def fail(self, key: str, what: str, received: str | None = None, hint: str | None = None) -> NoReturn:
-        """Refuse the value of a key: raises CheckpointError with its byte."""
+        """Raise CheckpointError for the value of a key, with its byte."""
         value = self._values.get(key)
         place = f"byte {value.at}, key {printable(key)}" if value is not None else f"key {printable(key)}"
         raise CheckpointError(f"{printable(key)} {what}", received=received, within=f"{self.path}: {place}", hint=hint)
@@ -164,10 +166,10 @@ class GGUFFile(MappedTensors[GGUFTensor]):
     # -- tensors -----------------------------------------------------------------------------------------------
 
     def array(self, name: str) -> npt.NDArray[Any]:
-        """A tensor as a read-only array of its shape: a view of the file where it holds plain numbers, else dequantised
-        to float32.
+        """Return a tensor as a read-only array of its shape: a view of the file if it holds plain numbers, else
+        dequantized to float32.
 
-        Raises CheckpointError if there is no such tensor, or its blocks are of a type that cannot be dequantised.
+        Raises CheckpointError if there is no such tensor, or its blocks are of a type that cannot be dequantized.
         """
         record, raw = self.record(name), self.raw(name)
         if record.blocks in PLAIN:
@@ -180,15 +182,18 @@ class GGUFFile(MappedTensors[GGUFTensor]):
         return made
 
     def held(self, name: str) -> npt.NDArray[np.uint8]:
-        """A tensor's blocks as a read-only view of the file, u8[..., bytes of a row]; see `treadle.ir.encodings`.
+        """Return a tensor's blocks as a read-only view of the file, u8[..., bytes of a row]; see
+        `treadle.ir.encodings`.
 
-        Raises CheckpointError if there is no such tensor, it is in no blocks of an encoding, or the scale of one is
-        infinite or NaN: a product would give NaN for every text.
+        Raises CheckpointError if there is no such tensor, if its block type is not an encoding, or if the scale of a
+        block is infinite or NaN: a product would give NaN for every text.
         """
         record = self.record(name)
         if record.encoding is None:
             raise CheckpointError(
-                f"tensor {printable(name)} is in no blocks of an encoding", received=str(record), within=self.path
+                f"tensor {printable(name)} is not stored in blocks of an encoding",
+                received=str(record),
+                within=self.path,
             )
         held = self.raw(name).reshape(*record.shape[:-1], -1)
         damaged = record.encoding.first_not_finite(held)
@@ -196,7 +201,7 @@ class GGUFFile(MappedTensors[GGUFTensor]):
             number, scale = damaged
             at = record.begin + number * record.encoding.bytes(record.encoding.elements(record.shape[-1]))
             raise CheckpointError(
-                "a block's scale is no finite number",
+                "a block's scale is NaN or infinite",
                 received=scale,
                 within=f"{self.path}: byte {at}, block {number} of {record.blocks}, tensor {printable(name)}",
                 hint=DAMAGED,

@@ -1,4 +1,4 @@
-"""The header of a GGUF file, read strictly: see `treadle.frontends.gguf_file` for the format."""
+"""A strict reader of the header of a GGUF file: see `treadle.frontends.gguf_file` for the format."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _ALIGNMENT = "general.alignment"
 _DEFAULT_ALIGNMENT = 32
-_MOST_DIMS = 4  # of ggml
+_MOST_DIMS = 4  # limit of ggml
 DAMAGED = "fetch the file again: it is damaged, or not a GGUF file"
 
 SCALARS: Mapping[int, tuple[str, str]] = {
     0: ("u8", "<B"), 1: ("i8", "<b"), 2: ("u16", "<H"), 3: ("i16", "<h"), 4: ("u32", "<I"), 5: ("i32", "<i"),
     6: ("f32", "<f"), 7: ("bool", "<?"), 10: ("u64", "<Q"), 11: ("i64", "<q"), 12: ("f64", "<d"),
 }  # fmt: skip
-"""The format's numbers of scalar types, our names, and how `struct` reads them. 8 is a string, 9 an array."""
+"""The format's numbers of scalar types, our names, and their `struct` formats. 8 is a string, 9 an array."""
 
 STRING, ARRAY, BOOL = 8, 9, 7
 
 
 @dataclass(frozen=True)
 class GGUFLimits:
-    """What a file may ask for before it is refused; every field may be set higher.
+    """Limits of a file's sizes; a file past one is refused. Every field may be set higher.
 
     header_bytes   everything before the tensors' blocks
     keys, tensors  entries of the two tables
@@ -50,11 +50,11 @@ class GGUFLimits:
 
 @dataclass(frozen=True, slots=True)
 class HeaderValue:
-    """A metadata value, read when it is asked for: where it lies, and of an array its items.
+    """A metadata value, decoded on access: its offset and, for an array, its items.
 
-    kind     the format's number of its type, of an array its items' type
+    kind     the format's number of its type; for an array, of its items' type
     count    None for a scalar
-    starts   where each string of an array begins, its length included
+    starts   offset of each string of an array, its length included
     """
 
     kind: int
@@ -64,7 +64,7 @@ class HeaderValue:
 
 
 class HeaderReader:
-    """A cursor over the header. `place` names what is being read, for errors."""
+    """A cursor over the header. `place` names the item that is being read, for errors."""
 
     def __init__(self, data: mmap.mmap, shown: str, limits: GGUFLimits) -> None:
         self.data = data
@@ -78,22 +78,22 @@ class HeaderReader:
     def fail(
         self, what: str, received: str | None = None, hint: str | None = DAMAGED, at: int | None = None
     ) -> NoReturn:
-        """Raise CheckpointError at a byte, the cursor's unless said otherwise."""
+        """Raise CheckpointError at a byte, by default the cursor's."""
         place = f"byte {self.at if at is None else at}, {self.place}"
         raise CheckpointError(what, received=received, within=f"{self.shown}: {place}", hint=hint)
 
     def take(self, count: int) -> int:
-        """Move past `count` bytes; returns where they begin."""
+        """Skip `count` bytes; return their offset."""
         at = self.at
         if count > self.end - at:
             self.fail("the file ends too early", f"{count} bytes are needed, and {self.end - at} are left")
         self.at = at + count
         if self.at > self.limits.header_bytes:
-            self.past("header_bytes", "all before the tensors' blocks is longer")
+            self.past("header_bytes", "the header is longer")
         return at
 
     def past(self, limit: str, what: str) -> NoReturn:
-        """Refuse what is past a limit."""
+        """Raise the error for a value past a limit."""
         most = getattr(self.limits, limit)
         self.fail(f"{what} than the limit", f"limit {most}", limit_hint(limit, MORE * most))
 
@@ -104,15 +104,15 @@ class HeaderReader:
         return int(struct.unpack_from("<Q", self.data, self.take(8))[0])
 
     def count(self, limit: str) -> int:
-        """A number of entries, held against a limit."""
+        """Read a number of entries, and check it against a limit."""
         number = self.u64()
         if number > getattr(self.limits, limit):
             self.at -= 8
-            self.past(limit, f"the file says that it has more {limit}")
+            self.past(limit, f"the file declares more {limit}")
         return number
 
     def skip_string(self) -> None:
-        """Move past a string."""
+        """Skip a string."""
         at = self.at
         self.take(self.u64())
         if self.at - at - 8 > self.limits.text_bytes:
@@ -120,7 +120,7 @@ class HeaderReader:
             self.past("text_bytes", "a string is longer")
 
     def string(self) -> str:
-        """A string that is a name."""
+        """Read a string that is a name."""
         at = self.at
         self.skip_string()
         try:
@@ -129,14 +129,14 @@ class HeaderReader:
             self.fail("a name is not UTF-8", error.reason, at=at + 8 + error.start)
 
     def read(self) -> tuple[dict[str, HeaderValue], dict[str, GGUFTensor]]:
-        """The whole header."""
+        """Read the whole header."""
         version = self.u32()
         if version not in _VERSIONS:
             swapped = version & 0xFFFF == 0 and version
             self.fail(
                 "the file is of a version that is not read",
                 "a big-endian file" if swapped else f"version {version}",
-                "versions 2 and 3, little-endian, are read; convert the file again with a present llama.cpp",
+                "versions 2 and 3, little-endian, are read; convert the file again with a current llama.cpp",
                 at=len(MAGIC),
             )
         self.place = "number of tensors"
@@ -155,16 +155,16 @@ class HeaderReader:
             key = self.string()
             self.place = f"key {printable(key)}"
             if key in values:
-                self.fail("a key stands twice", at=at)
+                self.fail("a key appears twice", at=at)
             values[key] = self.read_value(self.kind())
         return values
 
     def kind(self) -> int:
-        """The number of a value's type."""
+        """Read the number of a value's type."""
         at = self.at
         number = self.u32()
         if number not in SCALARS and number not in (STRING, ARRAY):
-            self.fail("there is no such type of a value", f"type {number}", at=at)
+            self.fail("there is no such value type", f"type {number}", at=at)
         return number
 
     def read_value(self, kind: int) -> HeaderValue:
@@ -199,7 +199,7 @@ class HeaderReader:
         return HeaderValue(kind, start, count, self.string_starts(count))
 
     def string_starts(self, count: int) -> array[int]:
-        """Where each of `count` strings begins; the cursor goes past them."""
+        """Return the offset of each of `count` strings, and move the cursor past them."""
         starts = array("q", bytes(8 * count))
         data, end, longest, length_at = self.data, self.end, self.limits.text_bytes, struct.Struct("<Q").unpack_from
         at = self.at
@@ -215,7 +215,7 @@ class HeaderReader:
             self.take(at - self.at)
             return starts
         self.at = at
-        self.skip_string()  # which says what is wrong with it
+        self.skip_string()  # which reports what is wrong with it
         self.fail("the file ends too early")
 
     # -- tensors -----------------------------------------------------------------------------------------------
@@ -232,7 +232,9 @@ class HeaderReader:
         return int(number)
 
     def read_tensors(self, count: int, alignment: int) -> dict[str, GGUFTensor]:
-        """The table, with each tensor's blocks where the one before it ends, as llama.cpp requires."""
+        """Read the table. Each tensor's blocks must begin where the previous tensor's blocks end, as llama.cpp
+        requires.
+        """
         gguf = import_gguf()
         kinds = {int(k): (k.name.lower(), *gguf.GGML_QUANT_SIZES[k]) for k in gguf.GGML_QUANT_SIZES}
         entries: dict[str, tuple[str, tuple[int, ...], int, int, int]] = {}
@@ -243,7 +245,7 @@ class HeaderReader:
             name = self.string()
             self.place = f"tensor {printable(name)}"
             if name in entries:
-                self.fail("a tensor's name stands twice", at=at)
+                self.fail("a tensor's name appears twice", at=at)
             shape = self.shape()
             at = self.at
             kind = kinds.get(self.u32())
@@ -255,7 +257,7 @@ class HeaderReader:
             at = self.at
             offset = self.u64()
             if offset != reached:
-                self.fail("a tensor does not begin where the one before it ends", f"{offset}, not {reached}", at=at)
+                self.fail("a tensor does not begin where the previous tensor ends", f"{offset}, not {reached}", at=at)
             nbytes = math.prod(shape) // elements * size
             entries[name] = blocks, shape, offset, nbytes, at
             reached = offset + nbytes + -nbytes % alignment
@@ -268,7 +270,7 @@ class HeaderReader:
     def placed(
         self, entries: Mapping[str, tuple[str, tuple[int, ...], int, int, int]], base: int
     ) -> dict[str, GGUFTensor]:
-        """The tensors at their places in the file, whose blocks begin at `base`."""
+        """Return the tensors with their offsets in the file, whose blocks begin at `base`."""
         tensors = {}
         for name, (blocks, shape, offset, nbytes, at) in entries.items():
             begin = base + offset
@@ -280,7 +282,7 @@ class HeaderReader:
         return tensors
 
     def shape(self) -> tuple[int, ...]:
-        """A tensor's sizes, outermost first."""
+        """Read a tensor's sizes, outermost first."""
         at = self.at
         rank = self.u32()
         if not 1 <= rank <= _MOST_DIMS:

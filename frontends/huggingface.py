@@ -8,9 +8,9 @@
     models--org--name/snapshots/<revision>/config.json     -> ../../blobs/<hash>
     models--org--name/blobs/<hash>
 
-Sources: `from_pretrained` of Hugging Face transformers for the names of files; the cache layout of
-huggingface_hub, https://huggingface.co/docs/huggingface_hub/guides/manage-cache. Nothing outside the
-model's folder is read: for a snapshot of the hub's cache the folder is its `models--org--name`.
+Sources: `from_pretrained` of Hugging Face transformers for the names of files; the cache layout of huggingface_hub,
+https://huggingface.co/docs/huggingface_hub/guides/manage-cache. Nothing outside the model's folder is read: for a
+snapshot of the hub's cache the folder is its `models--org--name`.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ _INDEX = "model.safetensors.index.json"
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _REVISION_BYTES = 256
 _SETTINGS_BYTES, _SETTINGS_NESTING, _SETTINGS_VALUES = 4 << 20, 32, 200_000
-_LISTED = 8  # entries of a folder that an error names
-_ENTRIES = 10_000  # entries of a folder that are looked at for an error
+_LISTED = 8  # entries of a folder that an error lists
+_ENTRIES = 10_000  # entries of a folder that are read for an error
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """Where a model's files lie: the folder that holds them, and the folder that bounds what may be read.
+    """The folder with a model's files, and the folder that bounds what may be read.
 
     path    the folder with config.json, links followed
     root    nothing outside is read: `path` itself, or the `models--org--name` around a cached snapshot
-    shown   the folder's name in errors, as the user gave it
+    shown   the folder's name in errors, as the user wrote it
     """
 
     path: Path
@@ -68,7 +68,7 @@ class ModelFolder:
 
     @classmethod
     def find(cls, folder: PathLike) -> ModelFolder:
-        """The model folder that a path means: itself, or the revision of a hub cache's `models--org--name`.
+        """Return the model folder for a path: the path itself, or the revision of a hub cache's `models--org--name`.
 
         Raises CheckpointError if it is not a folder, or if the cache names no revision.
         """
@@ -84,7 +84,7 @@ class ModelFolder:
             revision = _revision(path, shown)
             shown = os.path.join(shown, "snapshots", revision)
             return cls(contained(path / "snapshots" / revision, path, shown), path, shown)
-        # The path as it was named comes first: a snapshot that is itself a link out of its cache is refused.
+        # The path as named comes first: a snapshot that is itself a link out of its cache is refused.
         for lies in (named, path):
             for above in lies.parents:
                 if above.name == "snapshots" and above.parent.name.startswith(_CACHED):
@@ -93,18 +93,17 @@ class ModelFolder:
         return cls(path, path, shown)
 
     def has(self, name: str) -> bool:
-        """Whether there is an entry of this name, a dangling link included."""
+        """Return True if there is an entry of this name, including a dangling link."""
         return os.path.lexists(self.path / name)
 
     def show(self, name: str) -> str:
-        """A file's name in errors."""
+        """Return a file's name for errors."""
         return os.path.join(self.shown, printable(name))
 
     def file(self, name: str) -> Path:
-        """The canonical path of a file that is named relative to the folder.
+        """Return the canonical path of a file that is named relative to the folder.
 
-        Raises CheckpointError for an absolute name, for `..`, for a link out of `root`, and where there is
-        no file.
+        Raises CheckpointError for an absolute name, for `..`, for a link out of `root`, and if the file does not exist.
         """
         parts = re.split(r"[/\\]", name)
         if not name or "" in parts or "." in parts or ".." in parts or ":" in name or not name.isprintable():
@@ -116,24 +115,24 @@ class ModelFolder:
         return contained(self.path / name, self.root, self.show(name))
 
     def read_settings(self, name: str) -> dict[str, Any]:
-        """The JSON object that a file of settings holds, such as generation_config.json.
+        """Return the JSON object of a settings file, such as generation_config.json.
 
-        Raises CheckpointError as `file` does, where it is not one JSON object, and past 4 MiB, 200,000 values or
-        32 levels.
+        Raises CheckpointError as `file` does, if the file is not one JSON object, and past 4 MiB, 200,000 values or 32
+        levels.
         """
         shown = self.show(name)
         data = read_regular(self.file(name), _SETTINGS_BYTES, shown)
         return read_json_object(data, shown, nesting=_SETTINGS_NESTING, values=_SETTINGS_VALUES)
 
     def entries(self) -> list[str]:
-        """Names in the folder, sorted, for errors."""
+        """Return the names in the folder, sorted, for errors."""
         return _entries(self.path)
 
 
 class Checkpoint:
-    """A model's configuration and its tensors by name. A file is mapped when it is first asked for a tensor.
+    """A model's configuration and its tensors by name. A file is mapped when one of its tensors is first requested.
 
-    folder    where the files lie
+    folder    the folder with the files
     config    config.json
     """
 
@@ -149,7 +148,7 @@ class Checkpoint:
 
     @property
     def label(self) -> str:
-        """The file that lists the tensors, by its name in errors."""
+        """The name, in errors, of the file that lists the tensors."""
         return self.folder.show(_INDEX if self.sharded else _SINGLE)
 
     @property
@@ -158,10 +157,9 @@ class Checkpoint:
         return tuple(self._tensors_of)
 
     def names(self) -> tuple[str, ...]:
-        """The tensors' names, in the order of the file or of the index.
+        """Return the tensors' names, in the order of the file or of the index.
 
-        Raises CheckpointError if the file or the index is damaged; shards are checked when they are first
-        read.
+        Raises CheckpointError if the file or the index is damaged; shards are checked when they are first read.
         """
         return tuple(self._file_of)
 
@@ -175,25 +173,25 @@ class Checkpoint:
         return iter(self._file_of)
 
     def record(self, name: str) -> TensorRecord:
-        """dtype, shape and place of a tensor.
+        """Return the dtype, shape and offset of a tensor.
 
-        Raises CheckpointError if there is none of this name (with the nearest names), or its file is damaged.
+        Raises CheckpointError if there is no tensor of this name (with the nearest names), or its file is damaged.
         """
         return self._holder(name)[name]
 
     def array(self, name: str) -> npt.NDArray[Any]:
-        """A tensor as a read-only array, a view of its file where possible: see `SafetensorsFile.array`.
+        """Return a tensor as a read-only array, a view of its file where possible: see `SafetensorsFile.array`.
 
-        Raises CheckpointError as `record` does, and where NumPy cannot hold the dtype.
+        Raises CheckpointError as `record` does, and if NumPy cannot hold the dtype.
         """
         return self._holder(name).array(name)
 
     def bits(self, name: str) -> npt.NDArray[np.uint16]:
-        """The bits of a bf16 tensor: see `SafetensorsFile.bits`. Raises CheckpointError as `record`."""
+        """Return the bits of a bf16 tensor: see `SafetensorsFile.bits`. Raises CheckpointError as `record` does."""
         return self._holder(name).bits(name)
 
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
-        """A tensor's bytes in its file, a view u8[nbytes]. Raises CheckpointError as `record`."""
+        """Return a tensor's bytes in its file, a view u8[nbytes]. Raises CheckpointError as `record` does."""
         return self._holder(name).raw(name)
 
     @cached_property
@@ -238,7 +236,7 @@ class Checkpoint:
                 f"the index places {len(absent)} tensors in a shard that does not hold them",
                 received=", ".join(map(printable, absent[:_LISTED])) + more,
                 within=self.folder.show(shard),
-                hint="fetch the index and the shards again: they are not of one checkpoint",
+                hint="fetch the index and the shards again: they belong to different checkpoints",
             )
 
     def _read_index(self) -> dict[str, str]:
@@ -286,12 +284,11 @@ class Checkpoint:
 def open_checkpoint(folder: PathLike, limits: CheckpointLimits | Mapping[str, int] | None = None) -> Checkpoint:
     """Open the model in a folder, in a hub cache's `models--org--name`, or in one of its snapshots.
 
-    Reads config.json. Weights are `model.safetensors`, else the shards of `model.safetensors.index.json`;
-    they are mapped when first asked for. Nothing outside the folder is read, no code is run, and no pickle
-    is loaded.
+    Reads config.json. Weights are `model.safetensors`, else the shards of `model.safetensors.index.json`; they are
+    mapped when first requested. Nothing outside the folder is read, no code is run, and no pickle is loaded.
 
-    Raises CheckpointError if config.json or the weights are not there or are damaged, if the weights are
-    pickles, if a path or a link leads out of the folder, or past a limit.
+    Raises CheckpointError if config.json or the weights are missing or damaged, if the weights are pickles, if a path
+    or a link leads out of the folder, or past a limit.
     """
     known = limits_of(CheckpointLimits, limits)
     place = ModelFolder.find(folder)
@@ -306,7 +303,7 @@ def open_checkpoint(folder: PathLike, limits: CheckpointLimits | Mapping[str, in
 
 
 def _revision(path: Path, shown: str) -> str:
-    """The revision that a hub cache's `models--org--name` stands at: refs/main, else its only snapshot."""
+    """Return the current revision of a hub cache's `models--org--name`: refs/main, else its only snapshot."""
     ref = path / "refs" / "main"
     if os.path.lexists(ref):
         ref_shown = os.path.join(shown, "refs", "main")
@@ -318,7 +315,7 @@ def _revision(path: Path, shown: str) -> str:
     snapshots = _entries(contained(path / "snapshots", path, os.path.join(shown, "snapshots")))
     if len(snapshots) != 1:
         raise CheckpointError(
-            "the cache has no refs/main, and not one snapshot that could be meant",
+            "the cache has no refs/main, and not exactly one snapshot",
             received=f"{len(snapshots)} snapshots: " + ", ".join(map(printable, snapshots[:_LISTED])),
             within=shown,
             hint="name a snapshot: " + os.path.join(shown, "snapshots", "<revision>"),
@@ -327,7 +324,7 @@ def _revision(path: Path, shown: str) -> str:
 
 
 def _entries(folder: Path) -> list[str]:
-    """Names in a folder, sorted, no more than an error needs; none where it may not be read."""
+    """Return the names in a folder, sorted, up to the number that an error needs; empty if it is not readable."""
     try:
         with os.scandir(folder) as found:
             return sorted(entry.name for entry in itertools.islice(found, _ENTRIES))
@@ -340,7 +337,7 @@ def _no_config(place: ModelFolder) -> CheckpointError:
     models = [name for name in entries if name.startswith(_CACHED)]
     if models:
         return CheckpointError(
-            f"a cache of several models has no {_CONFIG} of its own",
+            f"a cache of several models has no {_CONFIG}",
             received=_list(models),
             within=place.shown,
             hint=f"name one of them: {place.show(models[0])}",
@@ -367,7 +364,7 @@ def _no_weights(place: ModelFolder) -> CheckpointError:
         f"the folder has neither {_SINGLE} nor {_INDEX}",
         received=_list(entries),
         within=place.shown,
-        hint="fetch the weights beside the configuration",
+        hint="fetch the weights into the configuration's folder",
     )
 
 

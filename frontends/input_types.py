@@ -1,10 +1,10 @@
-"""A model's inputs, as the parameters of its function say them.
+"""A model's inputs, as its function's parameters declare them.
 
-    tokens: Annotated[t.Tensor, t.i64["B S"]]                      to type checkers a tensor
-    tokens: t.i64["B S"]                                           the same, in short
-    lengths: Annotated[t.Tensor, t.i64["B"]] | None = None         may be left out
+    tokens: Annotated[t.Tensor, t.i64["B S"]]                      a tensor to type checkers
+    tokens: t.i64["B S"]                                           the short form
+    lengths: Annotated[t.Tensor, t.i64["B"]] | None = None         optional
 
-docs/decisions/0009-types-that-checkers-read.md says why the first is spelled so.
+docs/decisions/0009-types-that-checkers-read.md explains the first form.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from treadle.ir.types import OptionalType, Type
 
 @dataclass(frozen=True)
 class DeclaredInput:
-    """A declared input: its name, type, and whether the model may be traced without it."""
+    """A declared input: its name, its type, and True if the model may be traced without it."""
 
     name: str
     type: Type
@@ -29,9 +29,9 @@ class DeclaredInput:
 
 
 def read_input(parameter: inspect.Parameter, model: str, sizes: Mapping[str, int]) -> DeclaredInput:
-    """An input, with sizes in the place of the symbols of their names.
+    """Return an input; symbols with the names of sizes are replaced by them.
 
-    Raises FrontendError for one without a type, with a default, or with a negative size.
+    Raises FrontendError for an input without a type, with a default, or with a negative size.
     """
     name, what = parameter.name, f"input {parameter.name} of model {model}"
     declared, optional = _read(parameter.annotation)
@@ -53,7 +53,7 @@ def read_input(parameter: inspect.Parameter, model: str, sizes: Mapping[str, int
 
 
 def _read(annotation: object) -> tuple[Type | None, bool]:
-    """The type that an annotation says, if any, and whether the input may be left out."""
+    """Return the type in an annotation, or None, and True if the input may be left out."""
     if isinstance(annotation, OptionalType):
         return annotation.type, True
     if isinstance(annotation, Type):

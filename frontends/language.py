@@ -1,11 +1,12 @@
-"""The DSL's whole vocabulary under one name: `import treadle as t`, or inside the project
-`import treadle.frontends.language as t`.
+"""The DSL's whole vocabulary under one name: `import treadle as t`.
+
+Code of the project itself uses `import treadle.frontends.language as t`.
 
 Models, stacks, scopes and parameters; the layers; attention's masks and biases; dtypes. Every op of the IR is here too
-under its own name (`t.einsum`, `t.rearrange`, `t.softmax`, ...), so that anything can be spelled by hand; where a layer
+under its own name (`t.einsum`, `t.rearrange`, `t.softmax`, ...), so that anything can be written by hand. If a layer
 has an op's name (`t.layer_norm`), the op itself is `t.ops.layer_norm`.
 
-What is imported `as` itself is a word; what begins with _ is not. (An `__all__` could not hold the ops.)
+A name that is imported `as` itself is public; a name that begins with _ is not. (An `__all__` could not hold the ops.)
 """
 
 from typing import TYPE_CHECKING as _TYPE_CHECKING
@@ -72,7 +73,7 @@ ops = _operations
 
 if _TYPE_CHECKING:
     from treadle.frontends.operations import *  # noqa: F403
-else:  # where a type checker looks, a misspelt word is no word
+else:  # so that type checkers report a misspelt name
 
     def __getattr__(name: str) -> _Any:
         if name.startswith("_"):

@@ -1,4 +1,4 @@
-"""What a layer is given, checked against its own annotations before it runs: a wrong argument is told by its name.
+"""Checks of a layer's arguments against its annotations before it runs; an error names the wrong argument.
 
     t.self_attention(x, "6")        self_attention: heads must be an integer
                                       received  '6'
@@ -30,7 +30,7 @@ R = TypeVar("R")
 
 
 class _Wrong(Exception):
-    """An argument that does not fit: what it must be, and what to try."""
+    """An argument that does not fit: the required kind, and what to try."""
 
     def __init__(self, wanted: str, hint: str | None = None) -> None:
         super().__init__(wanted)
@@ -38,7 +38,7 @@ class _Wrong(Exception):
 
 
 def layer(function: Callable[P, R]) -> Callable[P, R]:
-    """The layer, which then raises FrontendError for an argument that is not what its annotation says."""
+    """Return the layer with a check that raises FrontendError for an argument that does not match its annotation."""
     parameters = inspect.signature(function).parameters
     checks = {name: _CHECKS[p.annotation] for name, p in parameters.items() if p.annotation in _CHECKS}
     names = list(parameters)
@@ -47,10 +47,10 @@ def layer(function: Callable[P, R]) -> Callable[P, R]:
         for name, check in checks.items()
     }
     fit: set[tuple[type | str, ...]] = set()
-    """Types of arguments, by position and then by name, that need no look: nearly all calls are of a few such."""
+    """Argument types, by position and then by name, that need no check: nearly all calls use a few combinations."""
 
     def fits(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether all is of types that need no look."""
+        """Return True if all arguments have types that need no check."""
         return all(
             fitting.get(name) is None or type(value) in fitting[name]
             for name, value in (*zip(names, args, strict=False), *kwargs.items())
@@ -66,7 +66,7 @@ def layer(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         tracing = trace()
         if len(args) > len(names) or not kwargs.keys() <= parameters.keys():
-            return function(*args, **kwargs)  # Python says what is wrong
+            return function(*args, **kwargs)  # Python reports what is wrong
         given = dict(zip(names, args, strict=False)) | kwargs
         for name, check in checks.items():
             if name not in given or (given[name] is None and parameters[name].default is None):
@@ -95,7 +95,7 @@ def _tensor(name: str, value: Any) -> Expr:
     if isinstance(value, list | tuple) and any(isinstance(each, Expr) for each in value):
         raise _Wrong("one tensor", "t.concat(a, b, axis=1) joins tensors")
     numbers = isinstance(value, np.ndarray | np.generic | int | float | list | tuple)
-    raise _Wrong("a tensor", "t.constant(...) makes a tensor of numbers" if numbers else None)
+    raise _Wrong("a tensor", "t.constant(...) builds a tensor from numbers" if numbers else None)
 
 
 def _integer(name: str, value: Any) -> int:
@@ -103,7 +103,7 @@ def _integer(name: str, value: Any) -> int:
         return value
     if not isinstance(value, bool):
         try:
-            return operator.index(value)  # of a size with symbols, an error that says so
+            return operator.index(value)  # raises a clear error for a size with symbols
         except TypeError:
             pass
     try:
@@ -112,7 +112,7 @@ def _integer(name: str, value: Any) -> int:
         whole = None
     if whole is not None:
         raise _Wrong("an integer", f"{name}={whole}")
-    raise _Wrong("an integer", "// divides integers, and int(...) cuts" if isinstance(value, float) else None)
+    raise _Wrong("an integer", "// divides integers, and int(...) truncates" if isinstance(value, float) else None)
 
 
 def _size(name: str, value: Any) -> Any:
@@ -180,7 +180,7 @@ _FITTING: dict[Callable[[str, Any], Any], frozenset[type]] = {
     _function: frozenset({FunctionType}),
     _dtype: frozenset({DType}),
 }
-"""The types of what a check passes on as it is."""
+"""The types that a check returns unchanged."""
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "Tensor": _tensor,

@@ -1,7 +1,7 @@
-"""Layers of the DSL: ops with the parameters they declare. Shapes are written in the paper's letters.
+"""Layers of the DSL: ops with the parameters that they declare. Shapes use the paper's letters.
 
 Every layer takes `name`, the scope under which its parameters are declared: `t.linear(x, 64, name="q")` declares
-`q.weight` [64, d] and `q.bias` [64]. They have the dtype of x; `layer` checks what is given.
+`q.weight` [64, d] and `q.bias` [64]. They have the dtype of x; `layer` checks the arguments.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def embed(
     dtype: DType = f32,
     name: str | None = None,
 ) -> Tensor:
-    """Rows of a table [count, dim] at ids [...], giving [..., dim]. `tied` names another embedding whose table it is.
+    """Rows of a table [count, dim] at ids [...] -> [..., dim]. `tied` names another embedding whose table is used.
 
-    The table, and so what is given, is of `dtype`.
+    The table, and so the output, has dtype `dtype`.
 
-    Where ids are `positions` of a symbolic axis, or these and a constant, that axis is bounded by the table:
-    S + constant <= count.
+    If ids are `positions` of a symbolic axis, or these plus a constant, the table bounds that axis: S + constant <=
+    count.
     """
     b = trace()
     if tied is not None:
@@ -76,15 +76,15 @@ def embed(
 def sinusoidal_positions(
     positions: Tensor, dim: int, *, interleaved: bool = True, base: float = 10000.0, dtype: DType = f32
 ) -> Tensor:
-    """sin(p / base^(2i/dim)) and cos(p / base^(2i/dim)) of positions p [...], giving [..., dim]
+    """sin(p / base^(2i/dim)) and cos(p / base^(2i/dim)) of positions p [...] -> [..., dim]
 
-    The two of a frequency i lie side by side (Vaswani et al. 2017, 3.5), or, where not `interleaved`, all sines come
-    before all cosines (Marian).
+    If `interleaved`, the sine and cosine of a frequency i are adjacent (Vaswani et al. 2017, 3.5); otherwise all sines
+    come before all cosines (Marian).
     """
     b = trace()
     j, half = b.iota(size=dim), (dim + 1) // 2
     i, is_cosine = (b.floor_divide(j, 2), b.mod(j, 2)) if interleaved else (b.mod(j, half), b.floor_divide(j, half))
-    # In float64: a float32 angle near 1000 is 3e-5 off. So a cosine may be the sine of a quarter turn more.
+    # In float64: a float32 angle near 1000 is off by 3e-5. So a cosine can be a sine a quarter turn later.
     p, i, is_cosine = (b.cast(x, to=f64) for x in (b.rearrange(positions, pattern="... -> ... 1"), i, is_cosine))
     angles = p * b.exp(i * (-2.0 * math.log(base) / dim)) + is_cosine * (math.pi / 2)
     return b.cast(b.sin(angles), to=dtype, name="sinusoids")
@@ -126,7 +126,7 @@ def rms_norm(x: Tensor, *, eps: float = 1e-6, name: str) -> Tensor:
 
 @layer
 def mlp(x: Tensor, hidden: int, *, act: Activation | None = None, bias: bool = True, name: str = "mlp") -> Tensor:
-    """down(act(up(x))): the position-wise feed-forward network; `act` is gelu where none is given."""
+    """down(act(up(x))): the position-wise feed-forward network; the default `act` is gelu."""
     with trace().scoped(name):
         inner = (act or _gelu)(linear(x, Dim.of(hidden, "ffn"), bias=bias, name="up"))
         return linear(inner, x.shape[-1], bias=bias, name="down")
@@ -136,7 +136,7 @@ def mlp(x: Tensor, hidden: int, *, act: Activation | None = None, bias: bool = T
 def gated_mlp(
     x: Tensor, hidden: int, *, act: Activation | None = None, bias: bool = False, name: str = "mlp"
 ) -> Tensor:
-    """down(act(gate(x)) * up(x)); `act` is silu where none is given                      (Shazeer 2020)"""
+    """down(act(gate(x)) * up(x)); the default `act` is silu                      (Shazeer 2020)"""
     with trace().scoped(name):
         wide = Dim.of(hidden, "ffn")
         gate = (act or _silu)(linear(x, wide, bias=bias, name="gate"))
@@ -156,7 +156,7 @@ def convolution(
     bias: bool = True,
     name: str,
 ) -> Tensor:
-    """A convolution over the trailing axes of x [B, C, *spatial]. `strides`, ... are those of the op `conv`."""
+    """Convolution over the trailing axes of x [B, C, *spatial]. The op `conv` documents `strides`, `padding`, ..."""
     b = trace()
     positive(groups=groups)
     channels_in = _channels(x, len(kernel)) // groups
@@ -169,13 +169,13 @@ def convolution(
 
 
 def _weight(b: Trace, x: Tensor, name: str, *shape: SizeLike | Dim, init: str = "normal") -> Tensor:
-    """A weight of x's dtype, or, beside an x that is no float, of f32."""
+    """Declare a weight of x's dtype, or of f32 if x is not floating-point."""
     dtype = x.value.type.dtype
     return declare(b, name, shape, init, dtype if dtype.kind == "float" else f32, b.source)
 
 
 def _first_position(ids: Value) -> int | None:
-    """The first of ids that are `positions`, to which constants may have been added; None for others."""
+    """Return the first of ids that are `positions`, possibly plus constants; None for others."""
     node = ids.node
     if node is not None and node.op.name == "positions":
         return 0
@@ -189,19 +189,19 @@ def _first_position(ids: Value) -> int | None:
 
 
 def positive(**counts: int) -> None:
-    """Raises FrontendError, which names it, for a count below 1."""
+    """Raise FrontendError, with the name, for a count below 1."""
     for name, count in counts.items():
         if count < 1:
             raise FrontendError(f"{name} must be 1 or more", received=f"{name}={count}", source=trace().place())
 
 
 def _channels(x: Tensor, axes: int) -> Size:
-    """The channels of x [B, C, *spatial], for a kernel over that many axes."""
+    """Return the channels of x [B, C, *spatial], for a kernel over `axes` spatial axes."""
     spatial = x.rank - 2
     if spatial < 1 or axes != spatial:
         fitting = f"kernel=({', '.join(['3'] * spatial)}{',' * (spatial == 1)})" if spatial > 0 else ""
         raise FrontendError(
-            f"convolution: the kernel has {axes} axes, and x has {max(spatial, 0)} beside its rows and channels",
+            f"convolution: the kernel has {axes} axes, and x has {max(spatial, 0)} after its batch and channels",
             received=f"x: {x.type}",
             source=trace().place(),
             hint=f"one number for each of them, such as {fitting}" if fitting else "x [B, C, ...], as images are",

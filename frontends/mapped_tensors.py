@@ -1,4 +1,6 @@
-"""The tensors of one memory-mapped file, whatever its format: names, in the file's order, to records and bytes."""
+"""The tensors of one memory-mapped file of any format: a mapping from names, in the file's order, to records and
+bytes.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,10 @@ from treadle.ir.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True)
 class TensorRecord:
-    """What a file says of one tensor.
+    """One tensor's entry in a file.
 
     dtype         f64 f32 f16 bf16, i64 i32 i16 i8, u64 u32 u16 u8, bool, c64, or a narrow float: f8_e4m3, ...
-    begin, end    the bytes that it takes in the file, counted from the file's start
+    begin, end    byte range of the tensor in the file, counted from the file's start
     """
 
     name: str
@@ -32,12 +34,12 @@ class TensorRecord:
 
     @property
     def encoding(self) -> Encoding | None:
-        """The encoding of its blocks along the last axis; None for plain numbers, and blocks of another kind."""
+        """The encoding of its blocks along the last axis; None for plain numbers and for other kinds of blocks."""
         return None
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the tensor takes in the file."""
+        """Number of bytes of the tensor in the file."""
         return self.end - self.begin
 
     def __str__(self) -> str:
@@ -48,14 +50,14 @@ Record = TypeVar("Record", bound=TensorRecord)
 
 
 class MappedTensors(Generic[Record]):
-    """What the readers of all formats share.
+    """The common base of the readers of all formats.
 
-    Needs no closing: arrays keep the mapping alive, and it goes with the last of them. The file must not be changed
-    while it is mapped. A file that has been cut is noticed before each array is made; the operating system ends a
-    process that reads an array whose file is cut later (this is so for every memory-mapped file).
+    It needs no closing: arrays keep the mapping alive, and the last of them releases it. The file must not be changed
+    while it is mapped. A truncated file is noticed before each array is created; if the file is truncated later, the
+    operating system ends a process that reads the array (as for every memory-mapped file).
 
     path     the file's name in errors
-    called   what the format calls a tensor
+    called   the format's word for a tensor
     """
 
     called = "tensor"
@@ -84,7 +86,7 @@ class MappedTensors(Generic[Record]):
         return iter(self._records)
 
     def record(self, name: str, /) -> Record:
-        """What the file says of a tensor. Raises CheckpointError, with the nearest names, if it has none."""
+        """Return a tensor's entry in the file. Raises CheckpointError, with the nearest names, if there is none."""
         record = self._records.get(name)
         if record is None:
             near = NearestNames(self._records).of(name, 3)
@@ -97,9 +99,9 @@ class MappedTensors(Generic[Record]):
         return record
 
     def raw(self, name: str, /) -> npt.NDArray[np.uint8]:
-        """A tensor's bytes as they lie in the file, u8[nbytes]: a read-only view, whatever they hold.
+        """Return a tensor's bytes as stored in the file, u8[nbytes]: a read-only view for any dtype.
 
-        Raises CheckpointError if there is no such tensor, or the file has been cut since it was opened.
+        Raises CheckpointError if there is no such tensor, or if the file has been truncated since it was opened.
         """
         record = self.record(name)
         if self._data.size() < len(self._data):
@@ -111,7 +113,7 @@ class MappedTensors(Generic[Record]):
         return np.frombuffer(self._data, np.uint8, record.nbytes, record.begin)
 
     def bits(self, name: str, /) -> npt.NDArray[np.uint16]:
-        """The bits of a bf16 tensor, u16 of its shape, read-only: a view of the file, where it lies on an even byte."""
+        """Return the bits of a bf16 tensor, u16 of its shape, read-only: a view of the file if its offset is even."""
         record, raw = self.record(name), self.raw(name)
         bits = (raw if record.begin % 2 == 0 else raw.copy()).view("<u2").reshape(record.shape)
         bits.flags.writeable = False

@@ -1,4 +1,4 @@
-"""Names of tensors as patterns, in which `{i}` stands for a number: `h.{i}.attn.q.weight`."""
+"""Tensor names as patterns, in which `{i}` stands for a number: `h.{i}.attn.q.weight`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 
 
 def has_placeholder(name: str) -> bool:
-    """Whether a name is a pattern."""
+    """Return True if a name is a pattern."""
     return _PLACEHOLDER.search(name) is not None
 
 
 def compiled_pattern(pattern: str) -> re.Pattern[str]:
-    """`h.{i}.x.{i}` as a regular expression: `{i}` is a number, the same wherever it stands again."""
+    """Return `h.{i}.x.{i}` as a regular expression: `{i}` is a number, the same at each occurrence."""
     parts: list[str] = []
     seen: set[str] = set()
     at = 0
@@ -28,12 +28,12 @@ def compiled_pattern(pattern: str) -> re.Pattern[str]:
 
 
 def filled(pattern: str, numbers: Mapping[str, str]) -> str:
-    """A pattern with numbers in the places of placeholders; those without one stay."""
+    """Return a pattern with its placeholders replaced by numbers; placeholders without a number remain."""
     return _PLACEHOLDER.sub(lambda m: numbers.get(m.group(1), m.group(0)), pattern) if numbers else pattern
 
 
 def unfilled(name: str, numbers: Mapping[str, str]) -> str:
-    """A file's name as a pattern: its first parts that equal the numbers become their placeholders."""
+    """Return a file's name as a pattern: its first parts that equal the numbers become their placeholders."""
     for placeholder, number in numbers.items():
         name = re.sub(rf"(?<![0-9]){number}(?![0-9])", f"{{{placeholder}}}", name, count=1)
     return name

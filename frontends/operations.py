@@ -1,7 +1,7 @@
 """Every op of the IR as a function of traced values: `t.softmax(x, axis=-1)`, also `t.ops.softmax`.
 
-A function is made from what the op's class says when it is first asked for. Type checkers and editors read
-operations.pyi instead, where each is spelled out; `make golden` writes it.
+A function is built from the op's class on first access. Type checkers and editors read operations.pyi instead, which
+lists every signature; `make golden` writes it.
 """
 
 from __future__ import annotations

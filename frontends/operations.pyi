@@ -428,7 +428,7 @@ def expm1(x: TensorLike, /, *, name: str | None = None) -> Tensor:
     """y = e^x - 1, to all digits near 0, where e^x rounds to 1"""
 
 def floor(x: TensorLike, /, *, name: str | None = None) -> Tensor:
-    """y = the greatest whole number that is not above x; no gradient flows"""
+    """y = the greatest integer that is not above x; no gradient flows"""
 
 def floor_divide(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
     """z = floor(x / y)

@@ -1,10 +1,10 @@
-"""Frequencies of rotary positions: how fast each pair of a head's dimensions turns, and how longer contexts slow it.
+"""Frequencies of rotary positions: how fast each pair of a head's dimensions turns, and how scaling slows it.
 
     frequencies = t.rotary_frequencies(64, base=10000.0)                       # constants: base ** (-2 i / dims)
     frequencies = t.rotary_frequencies(64, scaling=Dynamic(2.0, 2048), length=t.size_of(tokens, 1))
     q = t.rotary(q, t.positions(tokens), frequencies)
 
-docs/decisions/0003-rotary-frequencies.md says why the op takes them as an operand.
+docs/decisions/0003-rotary-frequencies.md explains why they are an operand of the op.
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ from treadle.ir.types import f32
 
 Frequencies = npt.NDArray[np.float64]
 
-_MOST_DIMS = 1 << 16  # known heads have up to 576; a config.json may say anything
+_MOST_DIMS = 1 << 16  # known heads have up to 576; a config.json may hold any number
 
 
 @dataclass(frozen=True)
 class LinearScaling:
-    """frequency / factor: a context `factor` times as long is pressed into the old one     (Chen et al. 2023)"""
+    """frequency / factor: a context `factor` times as long is compressed into the old range     (Chen et al. 2023)"""
 
     factor: float
 
     def apply(self, frequencies: Frequencies) -> Frequencies:
-        """The frequencies, scaled."""
+        """Return the scaled frequencies."""
         scaled: Frequencies = frequencies / self.factor
         return scaled
 
 
 @dataclass(frozen=True)
 class Llama3:
-    """Llama 3.1's: long waves are slowed by `factor`, short ones not, those between in part (Grattafiori et al. 2024)
+    """Llama 3.1's scaling: long waves are slowed by `factor`, short waves are kept, those between are interpolated
+    (Grattafiori et al. 2024)
 
     A wave is long past context / low_freq_factor positions, and short below context / high_freq_factor.
     """
@@ -51,7 +52,7 @@ class Llama3:
     context: int
 
     def apply(self, frequencies: Frequencies) -> Frequencies:
-        """The frequencies, scaled."""
+        """Return the scaled frequencies."""
         turns = self.context * frequencies / (2 * math.pi)
         kept = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0.0, 1.0)
         scaled: Frequencies = kept * frequencies + (1 - kept) * frequencies / self.factor
@@ -60,12 +61,12 @@ class Llama3:
 
 @dataclass(frozen=True)
 class Divided:
-    """frequency i / factors[i]: what a file lists, such as the tensor rope_freqs of a GGUF file"""
+    """frequency i / factors[i]: factors that a file lists, such as the tensor rope_freqs of a GGUF file"""
 
     factors: tuple[float, ...]
 
     def apply(self, frequencies: Frequencies) -> Frequencies:
-        """The frequencies, scaled. Raises FrontendError for another number of factors."""
+        """Return the scaled frequencies. Raises FrontendError if the number of factors differs."""
         if len(self.factors) != len(frequencies):
             raise FrontendError(f"{len(self.factors)} factors for {len(frequencies)} rotary frequencies")
         scaled: Frequencies = frequencies / np.array(self.factors)
@@ -74,10 +75,10 @@ class Divided:
 
 @dataclass(frozen=True)
 class Dynamic:
-    """A base that grows with the sequence's length once that is past the context: Hugging Face's "dynamic" (NTK)
+    """A base that grows with the sequence's length past the context: Hugging Face's "dynamic" (NTK)
 
-    base' = base (factor length / context - factor + 1) ** (dims / (dims - 2)) for length > context. The frequencies are
-    made in the graph from the length, so that every call has its own; a model with them cannot be run a step at a time.
+    base' = base (factor length / context - factor + 1) ** (dims / (dims - 2)) for length > context. The graph computes
+    the frequencies from the length, so that every call has its own; a model with them cannot be run a step at a time.
     """
 
     factor: float
@@ -86,11 +87,11 @@ class Dynamic:
 
 @dataclass(frozen=True)
 class Yarn:
-    """frequency / factor for what turns seldom within the context, and as it is for what turns often (Peng et al. 2023)
+    """frequency / factor for pairs that turn rarely within the context; others are kept   (Peng et al. 2023)
 
-    Pair i of dims / 2 is kept below the i that turns `fast` times in the context, divided past the one that turns
-    `slow` times, and in between it goes from one to the other linearly. `truncate` rounds both i outwards. Scores are
-    multiplied by temperature ** 2, since what is attended to must be as distinct among more keys.
+    Pair i of dims / 2 is kept below the i that turns `fast` times in the context, divided past the i that turns `slow`
+    times, and interpolated linearly in between. `truncate` rounds both i outwards. Scores are multiplied by temperature
+    ** 2, so that attention stays as sharp among more keys.
     """
 
     factor: float
@@ -101,7 +102,9 @@ class Yarn:
     temperature: float = 1.0
 
     def apply(self, frequencies: Frequencies) -> Frequencies:
-        """The frequencies, scaled. Raises FrontendError for one alone, which tells no base, and a base of 1."""
+        """Return the scaled frequencies. Raises FrontendError for a single frequency, which does not determine the
+        base, and for a base of 1.
+        """
         half = len(frequencies)
         if half == 1 or frequencies[1] == 1.0:
             raise FrontendError("yarn scaling needs more than one rotary frequency, and a base that is not 1")
@@ -118,10 +121,10 @@ class Yarn:
 
 @dataclass(frozen=True)
 class LongRope:
-    """frequency i / short[i], or, where a sequence is longer than the context, frequency i / long[i] (Ding et al. 2024)
+    """frequency i / short[i], or, if a sequence is longer than the context, frequency i / long[i] (Ding et al. 2024)
 
     Scores are multiplied by temperature ** 2, as by `Yarn`. Every call chooses by its length, so such a model cannot be
-    run a step at a time: keys of a text that grows past the context would have to be turned anew. Where the sequence is
+    run a step at a time: keys of a text that grows past the context would have to be rotated again. If the sequence is
     bounded by the context, the frequencies are constants, and the model has a step.
     """
 
@@ -137,10 +140,10 @@ Scaling = LinearScaling | Llama3 | Divided | Dynamic | Yarn | LongRope
 def rotary_frequencies(
     dims: int, *, base: float = 10000.0, scaling: Scaling | None = None, length: SizeLike | None = None
 ) -> Tensor:
-    """Frequencies f32[dims / 2] in radians a position: base ** (-2 i / dims), scaled        (Su et al. 2021, 3.2.2)
+    """Frequencies f32[dims / 2] in radians per position: base ** (-2 i / dims), scaled        (Su et al. 2021, 3.2.2)
 
-    length is the sequence's, which `Dynamic` and `LongRope` need. Raises FrontendError for an odd number of dims, for a
-    base that is not positive, and for these two without a length.
+    length is the sequence's length, which `Dynamic` and `LongRope` need. Raises FrontendError for an odd number of
+    dims, for a base that is not positive, and for these two scalings without a length.
     """
     if not 2 <= dims <= _MOST_DIMS or dims % 2 or not 0 < base < math.inf:
         raise _misfit(
@@ -165,7 +168,7 @@ def rotary_frequencies(
 
 
 def _chosen(frequencies: Frequencies, scaling: LongRope, length: SizeLike | None) -> Tensor:
-    """The frequencies for short sequences or for long ones."""
+    """Return the frequencies for short sequences or for long sequences."""
     b = trace()
     if length is None:
         raise _misfit("longrope scaling needs the sequence's length", f"length {length}")
@@ -185,7 +188,7 @@ def _chosen(frequencies: Frequencies, scaling: LongRope, length: SizeLike | None
 
 
 def temperature_of(scaling: Scaling | None) -> float:
-    """What the dimensions that turn are multiplied by, of queries and of keys: the temperature of a scaling."""
+    """Return the temperature of a scaling, by which the rotated dimensions of queries and keys are multiplied."""
     return scaling.temperature if isinstance(scaling, Yarn | LongRope) else 1.0
 
 

@@ -1,4 +1,4 @@
-"""One safetensors file, memory-mapped: its header is checked whole before any array is handed out.
+"""One safetensors file, memory-mapped; its header is checked completely before any array is returned.
 
 Source: the safetensors format, https://github.com/huggingface/safetensors#format
 
@@ -8,9 +8,8 @@ Source: the safetensors format, https://github.com/huggingface/safetensors#forma
                  "__metadata__": {"text": "text", ...}}
     the rest  the tensors' bytes, little-endian, row-major; begin and end count from here
 
-Refused, with the byte or the field: a key that stands twice, an unknown dtype or field, a size that does
-not equal dtype x shape, ranges that overlap, that leave bytes unclaimed, or that reach past the end of the
-file.
+Refused, with the byte or the field: a key that appears twice, an unknown dtype or field, a size that does not equal
+dtype x shape, ranges that overlap, that leave bytes unclaimed, or that reach past the end of the file.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from treadle.ir.errors import CheckpointError, UsageError
 
 _LENGTH_BYTES = 8
 _LARGEST = 2**63 - 1
-_DAMAGED = "fetch the file again: it is damaged, or of another format than its name says"
+_DAMAGED = "fetch the file again: it is damaged, or of another format than its name indicates"
 
 # Bits of each dtype that the format knows. Our name of a dtype is the format's in lower case.
 _BITS: Mapping[str, int] = {
@@ -57,15 +56,15 @@ _NUMPY: Mapping[str, np.dtype[Any]] = {
     )
 }  # fmt: skip
 
-# What often lies under the name of a safetensors file, by its first bytes.
+# Formats that are often stored under the name of a safetensors file, by their first bytes.
 _WHERE_TRUSTED = "convert it to safetensors where you trust it"
 _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     (b"version https://git-lfs", "a Git LFS pointer", "fetch the file that it stands for: git lfs pull"),
     (b"PK\x03\x04", "a zip archive, as PyTorch's pickle files are", _WHERE_TRUSTED),
     (b"\x80\x02", "a pickle", _WHERE_TRUSTED),
-    (b"GGUF", "a GGUF file", "give it its own suffix, .gguf"),
-    (b"<!", "a web page", "fetch the file again: the download gave a page in its place"),
-    (b"<htm", "a web page", "fetch the file again: the download gave a page in its place"),
+    (b"GGUF", "a GGUF file", "rename it with the suffix .gguf"),
+    (b"<!", "a web page", "fetch the file again: the download returned a page in its place"),
+    (b"<htm", "a web page", "fetch the file again: the download returned a page in its place"),
 )
 PICKLE_SUFFIXES = frozenset((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"))
 CONVERSION = """where you trust the file, convert it:
@@ -75,16 +74,16 @@ safetensors.torch.save_file({k: v.contiguous().clone() for k, v in tensors.items
 
 @dataclass(frozen=True)
 class CheckpointLimits:
-    """What a checkpoint may ask for before it is refused; every field may be set higher.
+    """Limits of a checkpoint's sizes; a checkpoint past one is refused. Every field may be set higher.
 
     header_bytes    length of a safetensors header, and of the index of a sharded checkpoint
     tensors         tensors in one file, and in one index
     rank            dimensions of a tensor (NumPy holds at most 64)
     config_bytes    length of config.json
     values          values in config.json, and in the metadata of a file or of an index
-    nesting         how deep JSON objects and arrays lie in each other (at most 100)
+    nesting         nesting depth of JSON objects and arrays (at most 100)
 
-    Raises UsageError for a limit that is not a positive integer, or is past what can be held.
+    Raises UsageError for a limit that is not a positive integer, or is past the supported maximum.
     """
 
     header_bytes: int = 32 * 2**20
@@ -122,10 +121,10 @@ class SafetensorsFile(MappedTensors[TensorRecord]):
     def open(
         cls, path: PathLike, limits: CheckpointLimits | Mapping[str, int] | None = None, *, shown: str | None = None
     ) -> SafetensorsFile:
-        """Map the file and check its header. Reads the header alone; of the tensors only sizes are looked at.
+        """Map the file and check its header. Reads only the header; for the tensors, only sizes are checked.
 
-        `shown` is the file's name in errors, by default the path. Raises CheckpointError for a file that is
-        not there, is not regular, is a pickle by its name, breaks the format, or is past a limit.
+        `shown` is the file's name in errors, by default the path. Raises CheckpointError if the file does not exist, is
+        not regular, is a pickle by its name, breaks the format, or is past a limit.
         """
         shown = shown or shown_path(path)
         refuse_pickle(PurePath(path).name, shown)
@@ -136,17 +135,17 @@ class SafetensorsFile(MappedTensors[TensorRecord]):
                 raise CheckpointError("the file cannot be read", received=str(error), within=shown) from None
 
     def __getitem__(self, name: str) -> TensorRecord:
-        """What the file says of a tensor. Raises CheckpointError, with the nearest names, if it has none."""
+        """Return a tensor's entry in the file. Raises CheckpointError, with the nearest names, if there is none."""
         return self.record(name)
 
     def array(self, name: str) -> npt.NDArray[Any]:
-        """A tensor as a read-only array of its shape, without a copy: a view of the mapped file.
+        """Return a tensor as a read-only array of its shape, without a copy: a view of the mapped file.
 
-        Two kinds are copies: bf16, which NumPy lacks, comes widened to float32 (exact; `raw` gives its
-        bits), and data that does not lie on a multiple of its element size is moved to where it does.
+        Two kinds are copied: bf16, which NumPy lacks, is widened to float32 (exact; `raw` returns its bits), and data
+        whose offset is not a multiple of its element size.
 
-        Raises CheckpointError if there is no such tensor, if NumPy has nothing that holds its dtype (narrow
-        floats), if a bool is neither 0 nor 1, or if the file has been cut since it was opened.
+        Raises CheckpointError if there is no such tensor, if NumPy has no dtype for it (narrow floats), if a bool is
+        neither 0 nor 1, or if the file has been truncated since it was opened.
         """
         record, raw = self[name], self.raw(name)
         if record.dtype == "bf16":
@@ -179,7 +178,7 @@ class SafetensorsFile(MappedTensors[TensorRecord]):
 
     @property
     def head(self) -> bytes:
-        """What lies before the tensors, as it is in the file: the header's length and the header."""
+        """The bytes before the tensors, as stored in the file: the header's length and the header."""
         return self._data[: min((record.begin for record in self._records.values()), default=len(self._data))]
 
     def __repr__(self) -> str:
@@ -202,10 +201,10 @@ def _open(file: BinaryIO, shown: str, limits: CheckpointLimits) -> SafetensorsFi
     start = file.read(64)
 
     def fail(what: str, received: str, place: str, hint: str) -> NoReturn:
-        if any(start[4:8]):  # as a length past 4 GiB, so these are no length at all
+        if any(start[4:8]):  # as a length, past 4 GiB: so these are not a length
             for magic, nature, remedy in _FOREIGN:
                 if start.startswith(magic):
-                    received, hint = f"{received}; the first bytes are those of {nature}", remedy
+                    received, hint = f"{received}; the first bytes match {nature}", remedy
         raise CheckpointError(what, received=received, within=f"{shown}: {place}", hint=hint)
 
     if len(start) < _LENGTH_BYTES:
@@ -296,7 +295,7 @@ def _read_record(reader: JsonReader, name: str, limits: CheckpointLimits, base: 
         reader.fail("a tensor does not end on a whole byte", received=f"{dtype}{list(shape)}, {bits} bits")
     if end - begin != bits // 8:
         reader.fail(
-            "a tensor's bytes are not those of its dtype and shape",
+            "a tensor's bytes do not match its dtype and shape",
             received=f"data_offsets [{begin}, {end}] are {end - begin} bytes, {dtype}{list(shape)} needs {bits // 8}",
             hint=_DAMAGED,
         )
@@ -312,7 +311,7 @@ def _read_dtype(reader: JsonReader) -> str:
 
 def _read_shape(reader: JsonReader, rank: int) -> tuple[int, ...]:
     dims: list[int] = []
-    # Bytes, at most, with sizes of 0 counted as 1: NumPy can address no array where these are past 2^63.
+    # Upper bound of the bytes, with sizes of 0 counted as 1: NumPy cannot address an array past 2^63.
     span = 8
     for count in reader.items("an array of sizes"):
         if count == rank:
@@ -340,7 +339,7 @@ def _read_offsets(reader: JsonReader) -> tuple[int, int]:
 
 
 def _check_ranges(records: Mapping[str, TensorRecord], shown: str, base: int, size: int) -> None:
-    """The tensors must tile the bytes from `base` to `size`: each begins where the one before it ends."""
+    """Check that the tensors tile the bytes from `base` to `size`: each begins where the previous tensor ends."""
 
     def fail(what: str, received: str, record: TensorRecord, hint: str = _DAMAGED) -> NoReturn:
         place = f"tensor {printable(record.name)}, data_offsets [{record.begin - base}, {record.end - base}]"
@@ -352,7 +351,7 @@ def _check_ranges(records: Mapping[str, TensorRecord], shown: str, base: int, si
         if record.end > size:
             fail(
                 "the file ends before its tensors do",
-                f"{size} bytes, of the {max(r.end for r in ordered)} that the header declares",
+                f"{size} bytes, and the header declares {max(r.end for r in ordered)}",
                 record,
                 "fetch the file again: its end is missing",
             )
@@ -364,14 +363,14 @@ def _check_ranges(records: Mapping[str, TensorRecord], shown: str, base: int, si
             )
         if record.begin > reached:
             fail(
-                "bytes before a tensor belong to none",
+                "bytes before a tensor belong to no tensor",
                 f"bytes {reached} to {record.begin} of the file",
                 record,
             )
         reached, before = record.end, record.name
     if reached != size:
         raise CheckpointError(
-            "bytes after the last tensor belong to none",
+            "bytes after the last tensor belong to no tensor",
             received=f"bytes {reached} to {size} of the file",
             within=f"{shown}: byte {reached}",
             hint=_DAMAGED,

@@ -3,15 +3,14 @@
     tokenizer = TextTokenizer.open(folder)
     batch = tokenizer.batch(["a cat", "a longer sentence"])
     batch.ids        # i64[2, S], padded to the longest
-    batch.lengths    # i64[2], how many of a row's ids are real
+    batch.lengths    # i64[2], number of ids of each row without padding
 
-Source: the format of Hugging Face tokenizers, https://huggingface.co/docs/tokenizers. The file holds data only. Padding
-that it asks for is replaced by ours.
+Source: the format of Hugging Face tokenizers, https://huggingface.co/docs/tokenizers. The file holds data only. The
+project's own padding replaces the file's.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -23,17 +22,18 @@ import numpy.typing as npt
 from treadle.files.contained_files import PathLike, read_regular
 from treadle.files.shown_names import printable
 from treadle.frontends.huggingface import ModelFolder
-from treadle.frontends.vocabularies.older_vocabularies import build_older_tokenizer, read_special_tokens
+from treadle.frontends.vocabularies.older_vocabularies import build_older_tokenizer
 from treadle.frontends.vocabularies.sentencepiece_vocabularies import FILES as _SENTENCEPIECE
 from treadle.frontends.vocabularies.sentencepiece_vocabularies import build_sentencepiece_tokenizer
+from treadle.frontends.vocabularies.special_tokens import read_special_tokens, read_tokenizer_settings
 from treadle.ir.errors import CheckpointError, FrontendError, TreadleError, UsageError
 
-_FILE, _SETTINGS, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+_FILE, _TEMPLATE = "tokenizer.json", "chat_template.jinja"
 _OLDER = ("vocab.txt", "vocab.json", *_SENTENCEPIECE)
-"""Vocabularies in the forms that were there before tokenizer.json, which transformers turns into one."""
+"""Vocabularies in the forms older than tokenizer.json, which transformers converts to it."""
 _INPUT_NAMES = ("input_ids", "attention_mask")
 _FILE_BYTES = 64 << 20  # the largest of known models is 33 MB
-_UNLIMITED = 1 << 31  # files say 10^30 where they mean no limit
+_UNLIMITED = 1 << 31  # files say 10^30 for no limit
 
 T = TypeVar("T")
 
@@ -43,8 +43,8 @@ class TokenBatch:
     """Texts as ids.
 
     ids      i64[B, S], each row padded at its end to the longest
-    lengths  i64[B], how many ids of each row are real, special ones included
-    cut      bool[B], whether a text was longer than the limit and lost its end
+    lengths  i64[B], number of ids of each row without padding, special tokens included
+    cut      bool[B], True if a text was longer than the limit and was truncated
     """
 
     ids: npt.NDArray[np.int64]
@@ -54,14 +54,14 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class EncodedText:
-    """A text, or a pair of texts, as ids; every field has an entry for each.
+    """A text, or a pair of texts, as ids; every field has an entry for each id.
 
     ids      of the vocabulary
-    types    0 for what belongs to the first text, 1 for the second, as the model was trained
-    offsets  where each stands in its text: characters from, up to
-    parts    which text each is of, 0 or 1; None for a special token
+    types    0 for tokens of the first text, 1 for the second, as the model was trained
+    offsets  character range of each token in its text: start, end (exclusive)
+    parts    the text of each token, 0 or 1; None for a special token
     words    the number of its word in its text; None for a special token
-    cut      whether the text lost its end, or, where it was cut into windows, whether more follow
+    cut      True if the text was truncated or, with windows, if more windows follow
     """
 
     ids: tuple[int, ...]
@@ -73,7 +73,7 @@ class EncodedText:
 
     @classmethod
     def of(cls, encoding: Any) -> EncodedText:
-        """Of the library's encoding."""
+        """Build from the library's encoding."""
         return cls(
             tuple(encoding.ids),
             tuple(encoding.type_ids),
@@ -97,10 +97,10 @@ class TextTokenizer:
         special: Mapping[str, str] = MappingProxyType({}),
         input_names: Sequence[str] = _INPUT_NAMES,
     ) -> None:
-        """`tokenizer` is a `tokenizers.Tokenizer` without padding; texts are cut to `max_tokens` ids.
+        """Wrap `tokenizer`, a `tokenizers.Tokenizer` without padding; texts are truncated to `max_tokens` ids.
 
-        special      the names of special tokens by their roles, such as mask_token, as far as the folder says them
-        input_names  what the model takes beside ids, by Hugging Face's names: attention_mask where it hears of padding
+        special      the names of special tokens by their roles, such as mask_token, as far as the folder lists them
+        input_names  the model's inputs besides ids, by Hugging Face's names: attention_mask if it takes padding
         """
         self._tokenizer = tokenizer
         self.special_names = special
@@ -119,14 +119,14 @@ class TextTokenizer:
     ) -> TextTokenizer:
         """Read tokenizer.json of a model's folder, or of its place in a hub cache; else one of the older forms.
 
-        max_tokens   what texts are cut to, special tokens included; without it, what tokenizer_config.json says
-                     (model_max_length), else tokenizer.json (truncation)
-        context      how many positions the model has: texts are cut to these, whatever the files say
+        max_tokens   maximum length of texts, special tokens included; by default the value in tokenizer_config.json
+                     (model_max_length), else in tokenizer.json (truncation)
+        context      number of the model's positions: texts are truncated to it, whatever the files say
         cut          False keeps texts whole, whatever their length
         limit_bytes  the longest file that is read
 
-        Raises CheckpointError where the file is missing, leads out of the folder, is too long or damaged, and
-        FrontendError where the tokenizers library is not installed.
+        Raises CheckpointError if the file is missing, leads out of the folder, is too long or damaged, and
+        FrontendError if the tokenizers library is not installed.
         """
         try:
             import tokenizers
@@ -140,7 +140,7 @@ class TextTokenizer:
         shown = place.show(_FILE)
         older = [name for name in _OLDER if place.has(name)]
         if older and not place.has(_FILE):
-            settings = _settings(place, limit_bytes)
+            settings = read_tokenizer_settings(place, limit_bytes)
             made = _guarded(
                 lambda: (
                     build_older_tokenizer(place, settings, limit_bytes)
@@ -151,10 +151,10 @@ class TextTokenizer:
             )
             if made is None:
                 raise CheckpointError(
-                    f"the folder has no {_FILE}, which holds the vocabulary and how text is cut",
+                    f"the folder has no {_FILE}, which holds the vocabulary and how text is tokenized",
                     received=", ".join(older),
                     within=place.shown,
-                    hint="make it with transformers, in Python:\n"
+                    hint="create it with transformers, in Python:\n"
                     f"from transformers import AutoTokenizer\n"
                     f"AutoTokenizer.from_pretrained({place.shown!r}).save_pretrained({place.shown!r})",
                 )
@@ -169,14 +169,16 @@ class TextTokenizer:
         if most is None:
             made.no_truncation()
         else:
-            _guarded(lambda: made.enable_truncation(most), f"texts cannot be cut to {most} tokens", shown)
-        settings = _settings(place, limit_bytes)
+            _guarded(lambda: made.enable_truncation(most), f"texts cannot be truncated to {most} tokens", shown)
+        settings = read_tokenizer_settings(place, limit_bytes)
         named = settings.get("model_input_names")
         names = [str(name) for name in named] if isinstance(named, list) else _INPUT_NAMES
         return cls(made, most, read_special_tokens(settings), names)
 
     def batch(self, texts: Sequence[str]) -> TokenBatch:
-        """Texts as one padded array. Raises UsageError for no texts, and for one that is not valid Unicode."""
+        """Return texts as one padded array. Raises UsageError if there are none, and for a text that is not valid
+        Unicode.
+        """
         if not texts:
             raise UsageError("there is no text")
         for text in texts:
@@ -192,13 +194,14 @@ class TextTokenizer:
     def encode(
         self, texts: Sequence[str | tuple[str, str]], *, windows: tuple[int, int] | None = None, special: bool = True
     ) -> list[list[EncodedText]]:
-        """Each text, or pair, as ids with their places; one that is too long loses its end, a pair its longer text's.
+        """Return each text, or pair, as ids with offsets. A text that is too long is truncated; of a pair, the longer
+        text.
 
-        windows  (most, step): instead, the second text of a pair is cut into windows, so that each, with the first text
-                 and special tokens, has at most so many ids, and overlaps the next by `step`: all of them are given
-        special  whether special tokens are put around
+        windows  (most, step): instead, the second text of a pair is split into windows, so that each, with the first
+                 text and special tokens, has at most `most` ids, and overlaps the next by `step`; all are returned
+        special  True if special tokens are added
 
-        Raises UsageError for a text that is not valid Unicode, and where windows leave the second text no room.
+        Raises UsageError for a text that is not valid Unicode, and if windows leave no room for the second text.
         """
         for text in texts:
             for part in (text,) if isinstance(text, str) else text:
@@ -211,7 +214,7 @@ class TextTokenizer:
             def cut() -> None:
                 self._tokenizer.enable_truncation(most, stride=step, strategy="only_second")
 
-            _guarded(cut, f"texts cannot be cut to {most} tokens", _FILE)
+            _guarded(cut, f"texts cannot be truncated to {most} tokens", _FILE)
         try:
             encoded = _guarded(
                 lambda: self._tokenizer.encode_batch(list(texts), add_special_tokens=special),
@@ -228,7 +231,8 @@ class TextTokenizer:
         return [[EncodedText.of(e), *map(EncodedText.of, e.overflowing)] for e in encoded]
 
     def ids(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
-        """The ids of each text, as `encode` has them, without the places, which take far more memory than the ids do.
+        """Return the ids of each text, as `encode` does, without the offsets, which take far more memory than the ids
+        do.
 
         Raises UsageError for a text that is not valid Unicode.
         """
@@ -243,67 +247,70 @@ class TextTokenizer:
         return [e.ids for e in encoded]
 
     def id_of(self, name: str) -> int | None:
-        """The id of a token by its name in the vocabulary; None where there is none."""
+        """Return the id of a token by its name in the vocabulary; None if there is none."""
         found = self._tokenizer.token_to_id(name)
         return None if found is None else int(found)
 
     def name_of(self, number: int) -> str:
-        """An id's name in the vocabulary, such as ##ing."""
+        """Return an id's name in the vocabulary, such as ##ing."""
         return str(self._tokenizer.id_to_token(number))
 
     @property
     def unknown(self) -> int | None:
-        """The id that stands for what the vocabulary does not have; None where there is none."""
+        """The id of the unknown token; None if there is none."""
         name = self.special_names.get("unk_token") or getattr(self._tokenizer.model, "unk_token", None)
         return self.id_of(name) if isinstance(name, str) else None
 
     @property
     def mask(self) -> str | None:
-        """The name of the token that stands for what is to be filled in; None where there is none."""
+        """The name of the mask token; None if there is none."""
         named = [self.special_names.get("mask_token"), "[MASK]", "<mask>"]
         return next((name for name in named if name is not None and self.id_of(name) is not None), None)
 
     @property
     def word_prefix(self) -> str | None:
-        """What the names of pieces begin with that continue a word, such as ##; None where nothing says so."""
+        """Prefix in the names of pieces that continue a word, such as ##; None if no file declares it."""
         return getattr(self._tokenizer.model, "continuing_subword_prefix", None) or None
 
     def join(self, names: Sequence[str]) -> str:
-        """Names of tokens as text."""
+        """Return token names as text."""
         decoder = self._tokenizer.decoder
         return str(decoder.decode(list(names))) if decoder is not None else " ".join(names)
 
     def vocabulary(self) -> dict[str, int]:
-        """The ids of all tokens, by name."""
+        """Return the ids of all tokens, by name."""
         return dict(self._tokenizer.get_vocab())
 
     def token(self, number: int) -> str:
-        """What an id stands for, as it is written in a text; a special token's name."""
+        """Return the text of an id; a special token's name."""
         name = self._tokenizer.id_to_token(number)
         added = self._tokenizer.get_added_tokens_decoder()
         return str(name) if name is None or number in added else self._tokenizer.decode([number])
 
     def special_tokens(self) -> list[str]:
-        """The special tokens by name, which a text may hold as they are written."""
+        """Return the names of the special tokens, which a text may contain literally."""
         added = self._tokenizer.get_added_tokens_decoder()
         return [token.content for _, token in sorted(added.items()) if token.special]
 
     def text(self, ids: Sequence[int], *, special: bool = False) -> str:
-        """Ids as text, special ones left out unless asked for; bytes that are no whole character come as U+FFFD."""
+        """Return ids as text, without special tokens unless `special`; bytes that are not a whole character become
+        U+FFFD.
+        """
         decoded = _guarded(
-            lambda: self._tokenizer.decode(list(ids), skip_special_tokens=not special), "ids are no text", _FILE
+            lambda: self._tokenizer.decode(list(ids), skip_special_tokens=not special), "ids cannot be decoded", _FILE
         )
         return str(decoded)
 
 
 def folder_chat_template(folder: PathLike) -> str | None:
-    """The template in which a folder's model expects a conversation, if it was trained for one: chat_template.jinja, or
-    what tokenizer_config.json holds. It is not run. Raises CheckpointError where the file is too long or damaged."""
+    """Return the chat template of a folder's model, if it was trained with one: chat_template.jinja, or the entry in
+    tokenizer_config.json. It is not run. Raises CheckpointError if the file is too long or damaged.
+    """
     place = ModelFolder.find(folder)
     if place.has(_TEMPLATE):
         data = read_regular(place.file(_TEMPLATE), _FILE_BYTES, place.show(_TEMPLATE), "limit_bytes=")
         return data.decode("utf-8", "replace")
-    template = _settings(place, _FILE_BYTES).get("chat_template")
+    template = read_tokenizer_settings(place, _FILE_BYTES).get("chat_template")
     if isinstance(template, list):  # several, by name
         template = next((t.get("template") for t in template if isinstance(t, dict)), None)
     return template if isinstance(template, str) else None
@@ -316,31 +323,18 @@ def _refuse_surrogates(text: str) -> None:
         raise UsageError(
             "a text is not valid Unicode",
             received=f"{printable(text, 60)}, character {error.start}",
-            hint="text in UTF-8",
+            hint="use text in UTF-8",
         ) from None
 
 
 def _longest_input(place: ModelFolder, limit_bytes: int) -> int | None:
-    """`model_max_length` of tokenizer_config.json: the number of tokens that the model was made for."""
-    length = _settings(place, limit_bytes).get("model_max_length")
+    """Return `model_max_length` of tokenizer_config.json: the maximum number of tokens of the model."""
+    length = read_tokenizer_settings(place, limit_bytes).get("model_max_length")
     return int(length) if isinstance(length, int | float) and 0 < length < _UNLIMITED else None
 
 
-def _settings(place: ModelFolder, limit_bytes: int) -> dict[str, Any]:
-    """What tokenizer_config.json holds; nothing where it is not there or no object."""
-    if not place.has(_SETTINGS):
-        return {}
-    shown = place.show(_SETTINGS)
-    data = read_regular(place.file(_SETTINGS), limit_bytes, shown, "limit_bytes=")
-    try:
-        settings = json.loads(data)  # the strict reader refuses integers as long as these files hold
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError("the file is not JSON", received=str(error), within=shown) from None
-    return settings if isinstance(settings, dict) else {}
-
-
 def _guarded(action: Callable[[], T], what: str, shown: str) -> T:
-    """What the library answers; its failures, of which a hostile file can bring about some, as CheckpointError."""
+    """Return the library's result; raise its failures, some of which a hostile file can cause, as CheckpointError."""
     try:
         return action()
     except TreadleError:

@@ -87,7 +87,7 @@ class Op:
     reads_slots: ClassVar[frozenset[str]] = frozenset()
     """The operands that it reads from a state at a step, by the slots of its rows, without a copy of them."""
     commutes: bool = False
-    """Whether its two operands may change places: f(x, y) = f(y, x)."""
+    """True if it is commutative: f(x, y) = f(y, x)."""
     updates: Mapping[int, int] = MappingProxyType({})
     """Results that are updates, and the updated operands: {0: 0} if the result is the first operand, changed. With a
     state as operand, it changes the state, and no node reads the old version; with any other value, the result is a
@@ -105,10 +105,11 @@ class Op:
     never removed, merged with another, or run once for all calls.
     """
     is_word: ClassVar[bool] = True
-    """Whether a model may say it; calls and relayouts are put into graphs by tracing and by passes."""
+    """True if a model may call it; calls and relayouts are added to graphs by tracing and by passes."""
     stops_gradient: ClassVar[bool] = False
     """True for an op through which no gradient flows: its results are constant between steps (floor, a comparison), or
-    depend on no element of its operands (iota). Any other primitive defines `gradient`."""
+    depend on no element of its operands (iota). Any other primitive defines `gradient`.
+    """
     samples: ClassVar[Sequence[Sample]] = ()
     errors: ClassVar[Sequence[tuple[Sample, str]]] = ()
 

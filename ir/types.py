@@ -225,6 +225,10 @@ class Type:
         dims[self.encoding.axis] = Dim.of(self.encoding.bytes(size))
         return Type(u8, tuple(dims))
 
+    def is_held_like(self, other: Type) -> bool:
+        """Return True if one array can hold either: the same dtype and shape, in their encodings."""
+        return self.held.dtype is other.held.dtype and self.held.shape == other.held.shape
+
     @property
     def decoded(self) -> Type:
         """The type without an encoding."""

@@ -1,1 +1,1 @@
-"""The model zoo, declared in the DSL: one file a family, with its table of checkpoint names."""
+"""The model zoo, declared in the DSL: one file for each family, with its table of checkpoint names."""

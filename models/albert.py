@@ -1,4 +1,4 @@
-"""ALBERT: BERT with one layer's weights for all layers, and a narrow table of embeddings (Lan et al. 2020)."""
+"""ALBERT: BERT with one layer's weights for all layers, and a narrow embedding table (Lan et al. 2020)."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def albert(
     head: str | None = None,
     labels: int = 2,
 ) -> dict[str, t.Tensor] | t.Tensor:
-    """ALBERT: hidden states [B, S, dim] of tokens [B, S], or what a head makes of them.
+    """ALBERT: hidden states [B, S, dim] of tokens [B, S], or the output of a head.
 
-    embedding  the width of the tables of embeddings (E in the paper), which a layer of its own widens to dim (H)
+    embedding  width of the embedding tables (E in the paper), which a linear layer widens to dim (H)
 
-    lengths, token_types and head are BERT's.
+    lengths, token_types and head are the same as in BERT.
     """
     with t.scope("embeddings"):
         x = embed_tokens(tokens, token_types, vocab=vocab, context=context, types=types, dim=embedding, eps=eps)
@@ -80,7 +80,7 @@ def albert(
 
 
 ARE_TIED = ("masked_lm", "pretraining")
-"""The heads that read the table of embeddings."""
+"""The heads that read the embedding table."""
 
 
 def from_config(config: Config) -> t.Model:
@@ -100,7 +100,7 @@ def from_config(config: Config) -> t.Model:
 
 
 def checkpoint(config: Config) -> Table:
-    """Hugging Face's names, in which the one layer is the first of the first group."""
+    """Return the table of Hugging Face's names, in which the one layer is the first of the first group."""
     layer, word = "encoder.albert_layer_groups.0.albert_layers.0", "embeddings.word_embeddings.weight"
     head = choose_architecture(config, ARCHITECTURES)
     table: dict[str, Entry] = {
@@ -122,7 +122,7 @@ def checkpoint(config: Config) -> Table:
         "layer.mlp_norm": f"{layer}.full_layer_layer_norm",
         "masked_lm.transform": "predictions.dense",
         "masked_lm.norm": "predictions.LayerNorm",
-        "next_sentence": "sop_classifier.classifier",  # which of two sentences came first
+        "next_sentence": "sop_classifier.classifier",  # predicts which of two sentences came first
         "logits": ("classifier", "qa_outputs"),
     }
     return table | weights_and_biases(modules)
@@ -133,7 +133,7 @@ FAMILY = Family(
     prefixes=("", "albert."),
     irrelevant=dict.fromkeys(
         ("down_scale_factor", "gap_size", "net_structure_type", "num_memory_blocks", "layers_to_keep"),
-        "is of the first implementation, and no class reads it",
+        "belongs to the first implementation, and no class reads it",
     ),
     padding=padding_rows("embeddings.word.weight", default=0),
 )  # fmt: skip

@@ -48,11 +48,11 @@ def bart(
     scaled: bool = False,
     logits: bool = True,
 ) -> dict[str, t.Tensor]:
-    """BART: next-token logits [B, T, vocab] of decoder_tokens [B, T], after tokens [B, S].
+    """BART: next-token logits [B, T, vocab] of decoder_tokens [B, T], conditioned on tokens [B, S].
 
-    lengths  [B], how many of each row's tokens are real; absent: all
-    scaled   embeddings are multiplied by sqrt(dim)
-    logits   else the hidden states [B, T, dim] of the decoder
+    lengths  [B], number of tokens of each row without padding; absent: all
+    scaled   True: embeddings are multiplied by sqrt(dim)
+    logits   False: the output is the hidden states [B, T, dim] of the decoder
     """
     mask = None if lengths is None else t.padding(lengths)
     x, y = t.embed(tokens, vocab, dim, name="shared"), t.embed(decoder_tokens, tied="shared")
@@ -82,7 +82,7 @@ def from_config(config: Config) -> t.Model:
 
 
 def read_sizes(config: Config) -> dict[str, Any]:
-    """The options that BART's and Marian's configurations share."""
+    """Return the options that BART's and Marian's configurations share."""
     return {
         "vocab": read_int(config, "vocab_size"),
         "dim": read_int(config, "d_model"),
@@ -98,7 +98,7 @@ def read_sizes(config: Config) -> dict[str, Any]:
 
 
 def checkpoint(config: Config) -> Table:
-    """Hugging Face's names. Its tables of positions begin with two rows that nothing reads, after fairseq's padding."""
+    """Return the table of Hugging Face's names. Its position tables begin with two unused rows, fairseq's padding."""
     end = 2 + read_int(config, "max_position_embeddings")
     table = name_blocks() | {"shared.weight": SHARED, "logits_bias": "final_logits_bias"}
     for stack in ("encoder", "decoder"):
@@ -108,11 +108,11 @@ def checkpoint(config: Config) -> Table:
 
 
 SHARED = Tied(("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"))
-"""The table that embeds both sequences and makes the logits."""
+"""The table that embeds both sequences and computes the logits."""
 
 
 def name_blocks() -> dict[str, Entry]:
-    """Hugging Face's names of what `encode` and `decode` declare."""
+    """Return Hugging Face's names of the parameters that `encode` and `decode` declare."""
     table: dict[str, Entry] = {}
     for stack in ("encoder", "decoder"):
         layer = f"{stack}.layers.{{i}}"
@@ -138,9 +138,9 @@ ALIASES = {
 
 UNUSED = {
     "add_bias_logits": "the bias is a tensor of the file",
-    "extra_pos_embeddings": "the shape of the table of positions tells",
+    "extra_pos_embeddings": "follows from the shape of the position table",
     **dict.fromkeys(
-        ("student_encoder_layers", "student_decoder_layers", "replacing_rate"), "says how the model was distilled"
+        ("student_encoder_layers", "student_decoder_layers", "replacing_rate"), "records how the model was distilled"
     ),
 }
 """Irrelevant keys of BART and Marian."""

@@ -1,6 +1,6 @@
-"""BERT: an encoder that reads in both directions, with the norm after each part (Devlin et al. 2019).
+"""BERT: a bidirectional encoder with the norm after each part (Devlin et al. 2019).
 
-One declaration with a head to choose: in the paper, too, tasks differ in no more than the last layer (figures 1 and 4).
+One declaration with a choice of heads: in the paper, too, tasks differ only in the last layer (figures 1 and 4).
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ ARCHITECTURES = {
     "BertForNextSentencePrediction": "classifier",
     "BertForPreTraining": "pretraining",
 }
-"""The head of each of Hugging Face's classes. Where an answer starts and where it ends are two labels of a token. Of
-multiple choice each row is a question with one of its choices, and has one label, its score.
+"""The head of each of Hugging Face's classes. The start and the end of an answer are two labels of a token. In multiple
+choice each row is a question with one of its choices, and has one label, its score.
 """
 
 
@@ -63,10 +63,10 @@ def bert(
     head: str | None = None,
     labels: int = 2,
 ) -> dict[str, t.Tensor] | t.Tensor:
-    """BERT: hidden states [B, S, dim] of tokens [B, S], or what a head makes of them.
+    """BERT: hidden states [B, S, dim] of tokens [B, S], or the output of a head.
 
-    lengths      [B], how many tokens of each row are real; absent: all
-    token_types  [B, S], which segment each token is of; absent: the first
+    lengths      [B], number of tokens of each row without padding; absent: all
+    token_types  [B, S], the segment of each token; absent: the first
     head         None, or one of HEADS
     """
     with t.scope("embeddings"):
@@ -96,7 +96,7 @@ def bert(
 def embed_tokens(
     tokens: t.Tensor, token_types: t.Tensor | None, *, vocab: int, context: int, types: int, dim: int, eps: float
 ) -> t.Tensor:
-    """What a token is, where it stands and which of some types it is of, added up and normalized: [B, S, dim].
+    """Return the normalized sum of embeddings of tokens, positions and token types: [B, S, dim].
 
     token_types  None: all of the first type
     types        0: tokens have none
@@ -124,18 +124,18 @@ def block(
 
 
 def pool(x: t.Tensor, *, act: Activation = t.tanh) -> t.Tensor:
-    """A sequence [B, S, D] as one vector [B, D]: its first token's, through a layer of its own."""
+    """Return a sequence [B, S, D] as one vector [B, D]: its first token's state after a linear layer."""
     first = t.gather(x, t.constant(0), axis=1)
     return act(t.linear(first, x.shape[-1], name="pooler"))
 
 
 def follows(x: t.Tensor) -> t.Tensor:
-    """Logits [B, 2] of whether a row's second sentence follows its first, or not."""
+    """Return logits [B, 2] that a row's second sentence follows its first, or does not."""
     return t.linear(pool(x), 2, name="next_sentence")
 
 
 def unmask(x: t.Tensor, dim: int, *, act: Activation, eps: float) -> t.Tensor:
-    """Logits [B, S, vocab] of what stands behind each mask, by the table of embeddings, whose width is dim."""
+    """Return logits [B, S, vocab] of the masked tokens, by the embedding table, whose width is dim."""
     with t.scope("masked_lm"):
         x = t.layer_norm(act(t.linear(x, dim, name="transform")), eps=eps, name="norm")
         return t.unembed(x, tied="embeddings.word", bias=True)
@@ -156,16 +156,16 @@ def from_config(config: Config) -> t.Model:
 
 
 def require_encoder(config: Config) -> None:
-    """Refuse what makes a decoder of BERT or of its kin, and positions that are not added to the tokens."""
+    """Refuse options that make a decoder of BERT or similar models, and positions that are not added to the tokens."""
     require(config, position_embedding_type="absolute")
     require(config, is_decoder=False, add_cross_attention=False, is_causal=False)
 
 
 def read_encoder(config: Config, act: str | None = None, **missing: int) -> dict[str, Any]:
-    """What configs of BERT and its kin tell alike, as options of their declarations.
+    """Return the options that configs of BERT and similar models share.
 
-    act      the activation of a config that tells none
-    missing  the sizes of a config that tells none, by our names: vocab, dim, heads, layers, hidden
+    act      the default activation of a config
+    missing  the default sizes of a config, by our names: vocab, dim, heads, layers, hidden
     """
     return {
         "vocab": read_int(config, "vocab_size", missing.get("vocab")),
@@ -180,7 +180,7 @@ def read_encoder(config: Config, act: str | None = None, **missing: int) -> dict
 
 
 def checkpoint(config: Config) -> Table:
-    """Hugging Face's names."""
+    """Return the table of Hugging Face's names."""
     table = name_encoder()
     if choose_architecture(config, ARCHITECTURES) in ("masked_lm", "pretraining"):
         table["embeddings.word.weight"] = Tied(("embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"))
@@ -188,7 +188,7 @@ def checkpoint(config: Config) -> Table:
 
 
 def name_encoder() -> dict[str, Entry]:
-    """Hugging Face's names. Checkpoints of before 2019 call a norm's weight gamma and its bias beta."""
+    """Return Hugging Face's names. Checkpoints from before 2019 call a norm's weight gamma and its bias beta."""
     block = "encoder.layer.{i}"
     table: dict[str, Entry] = {
         "embeddings.word.weight": "embeddings.word_embeddings.weight",
@@ -225,8 +225,8 @@ FAMILY = Family(
     "bert", bert, ("bert",), from_config, checkpoint,
     prefixes=("", "bert."),
     irrelevant={
-        "directionality": "says how the model was trained",
-        **dict.fromkeys((f"pooler_{part}" for part in _UNUSED_POOLER), "is of another pooler, which no class builds"),
+        "directionality": "records how the model was trained",
+        **dict.fromkeys((f"pooler_{part}" for part in _UNUSED_POOLER), "belongs to another pooler, which no class has"),
     },
     padding=padding_rows("embeddings.word.weight", default=0),
 )  # fmt: skip

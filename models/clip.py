@@ -1,5 +1,5 @@
-"""CLIP: two encoders, of texts and of images, whose answers lie near each other where both say the same
-(Radford et al. 2021, figures 1 and 3).
+"""CLIP: an encoder of texts and an encoder of images, whose vectors are close if text and image match (Radford et al.
+2021, figures 1 and 3).
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def clip_text(
     end: int | None = None,
     projection: int | None = None,
 ) -> dict[str, t.Tensor]:
-    """CLIP's text encoder: hidden states [B, S, dim] of tokens [B, S], and that of each text's end.
+    """CLIP's text encoder: hidden states [B, S, dim] of tokens [B, S], and the state of each text's end token.
 
-    lengths     [B], how many tokens of each row are real; absent: all
-    end         the token that ends a text, at its first place in a row; None: the one with the greatest number
-    projection  the width to which the end's state is projected; None: it is answered as it is
+    lengths     [B], number of tokens of each row without padding; absent: all
+    end         the token that ends a text, at its first position in a row; None: the token with the largest number
+    projection  the width to which the end's state is projected; None: no projection
     """
     with t.scope("embeddings"):
         x = t.embed(tokens, vocab, dim, name="word") + t.embed(t.positions(tokens), context, dim, name="position")
@@ -79,7 +79,7 @@ def clip_vision(
 ) -> dict[str, t.Tensor]:
     """CLIP's image encoder, a ViT: hidden states [N, 1 + patches, dim] of images, and their class token's, normalized.
 
-    projection  the width to which the class token's state is projected; None: it is answered as it is
+    projection  the width to which the class token's state is projected; None: no projection
     """
     with t.scope("embeddings"):
         x = prepend(embed_patches(pixels, dim, patch, bias=False), t.parameter("class", dim))
@@ -93,7 +93,7 @@ def clip_vision(
 
 
 def _project(outputs: dict[str, t.Tensor], name: str, width: int | None) -> dict[str, t.Tensor]:
-    """The outputs with their pooled states projected, if there is a width."""
+    """Return the outputs with their pooled states projected, if there is a width."""
     if width is None:
         return outputs
     return {"hidden": outputs["hidden"], name: t.linear(outputs["pooled"], width, bias=False, name="projection")}
@@ -112,11 +112,11 @@ def clip(
     text: Mapping[str, Any] | None = None,
     vision: Mapping[str, Any] | None = None,
 ) -> dict[str, t.Tensor]:
-    """CLIP: how well each of B texts fits each of N images, [B, N] and [N, B], and the vectors that say so.
+    """CLIP: logits of B texts and N images, [B, N] and [N, B], and the vectors that they are computed from.
 
     projection  the width of the vectors
     text        the configuration of `clip_text`, where it differs from its defaults
-    vision      the same of `clip_vision`
+    vision      the configuration of `clip_vision`, likewise
     """
     with t.scope("text"):
         text_embeds = unit(clip_text(tokens, lengths, projection=projection, **text or {})["text_embeds"])
@@ -133,7 +133,7 @@ def clip(
 
 
 def unit(x: t.Tensor) -> t.Tensor:
-    """Vectors of length 1 in the direction of x [..., D]."""
+    """Return vectors of length 1 in the direction of x [..., D]."""
     return x / t.sqrt(t.reduce_sum(x * x, axes=(-1,), keep=True))
 
 
@@ -142,7 +142,7 @@ ARCHITECTURES = {
     "clip_text_model": {"CLIPTextModel": False, "CLIPTextModelWithProjection": True},
     "clip_vision_model": {"CLIPVisionModel": False, "CLIPVisionModelWithProjection": True},
 }
-"""Hugging Face's classes by the configuration's model_type, and whether an encoder by itself is projected."""
+"""Hugging Face's classes by the configuration's model_type, and True if a separate encoder is projected."""
 
 
 def from_config(config: Config) -> t.Model:
@@ -161,9 +161,9 @@ def from_config(config: Config) -> t.Model:
 
 
 def read_text(config: Config) -> dict[str, Any]:
-    """The configuration of `clip_text` in a CLIPTextConfig.
+    """Return the configuration of `clip_text` from a CLIPTextConfig.
 
-    Configurations of before 2023 say that texts end with token 2, and mean the greatest.
+    Configurations from before 2023 name token 2 as the end of texts, but mean the token with the largest number.
     """
     require(config, is_causal=True)
     end = read_int(config, "eos_token_id", 49407, least=0)
@@ -179,7 +179,7 @@ def read_text(config: Config) -> dict[str, Any]:
 
 
 def read_vision(config: Config) -> dict[str, Any]:
-    """The configuration of `clip_vision` in a CLIPVisionConfig."""
+    """Return the configuration of `clip_vision` from a CLIPVisionConfig."""
     require(config, is_causal=False)
     height, width, patch = read_image(config, 32)
     return {
@@ -203,7 +203,7 @@ def _read_encoder(config: Config) -> dict[str, Any]:
 
 
 def read_part(config: Config, name: str) -> Config:
-    """The configuration of one encoder; what stands under the older of its two names goes before the other."""
+    """Return the configuration of one encoder; values under the older of its two names take precedence."""
     for key in (f"{name}_config_dict", f"{name}_config"):
         found = config.get(key)
         if isinstance(found, Mapping):
@@ -214,7 +214,9 @@ def read_part(config: Config, name: str) -> Config:
 
 
 def checkpoint(config: Config) -> Table:
-    """Hugging Face's names. An encoder by itself has them with or without the prefix that it has in the whole."""
+    """Return the table of Hugging Face's names. A separate encoder has them with or without its prefix in the whole
+    model.
+    """
     if config.get("model_type") == "clip":
         whole: dict[str, Entry] = {"logit_scale": "logit_scale"}
         for ours, theirs, projection in (("text", "text_model", "text"), ("vision", "vision_model", "visual")):
@@ -225,7 +227,7 @@ def checkpoint(config: Config) -> Table:
 
 
 def _encoder_table(prefix: str, projection: str) -> dict[str, Entry]:
-    """The names of one encoder, `text` or `visual` in the name of its projection."""
+    """Return the names of one encoder; `projection` is `text` or `visual`."""
     layer = f"{prefix}encoder.layers.{{i}}"
     positions = f"{prefix}embeddings.position_embedding.weight"
     table: dict[str, Entry] = {
@@ -254,5 +256,5 @@ def _encoder_table(prefix: str, projection: str) -> dict[str, Entry]:
 FAMILY = Family(
     "clip", clip, ("clip", "clip_text_model", "clip_vision_model"), from_config, checkpoint,
     prefixes=("", "text_model.", "vision_model."),
-    irrelevant={"projection_dim": "of a part; the whole model's counts"},
+    irrelevant={"projection_dim": "belongs to an encoder; the whole model's value counts"},
 )  # fmt: skip

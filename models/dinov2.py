@@ -1,6 +1,6 @@
-"""DINOv2: a ViT whose layers scale what they add, trained without labels (Oquab et al. 2023).
+"""DINOv2: a ViT whose layers scale their residual terms, trained without labels (Oquab et al. 2023).
 
-Its table of positions is for one size of images; for another it is resized, as bicubic interpolation resizes an image.
+Its position table fits one image size; for another size it is resized by bicubic interpolation, like an image.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ def dinov2(
     head: str | None = None,
     labels: int = 1000,
 ) -> dict[str, t.Tensor]:
-    """DINOv2: hidden states [B, 1 + patches, dim] of images [B, channels, height, width], and the class token's,
-    [B, dim]; or what a head makes of them.
+    """DINOv2: hidden states [B, 1 + patches, dim] of images [B, channels, height, width], and the class token's, [B,
+    dim]; or the output of a head.
 
-    grid      how many patches an image has to a side for which the table of positions was made
-    gated     whether feed-forward networks are gated by a silu, as in the largest model
-    qkv_bias  whether queries, keys and values have biases
-    head      None, or "classifier", which looks at the class token beside the mean of the patches
+    grid      number of patches per side of the image size that the position table fits
+    gated     True if feed-forward networks are gated by a silu, as in the largest model
+    qkv_bias  True if queries, keys and values have biases
+    head      None, or "classifier", which reads the class token and the mean of the patches
     """
     with t.scope("embeddings"):
         x = embed_patches(pixels, dim, patch)
@@ -90,7 +90,7 @@ def dinov2(
 
 
 def resized(table: t.Tensor, grid: int, rows: int, columns: int) -> t.Tensor:
-    """A table of positions [1, grid * grid, D] for rows * columns patches."""
+    """Return a position table [1, grid * grid, D] resized to rows * columns patches."""
     if (rows, columns) == (grid, grid):
         return table
     x = t.rearrange(table, pattern=f"1 (h={grid} w) d -> h w d")
@@ -100,10 +100,11 @@ def resized(table: t.Tensor, grid: int, rows: int, columns: int) -> t.Tensor:
 
 
 def bicubic(size: int, to: int) -> npt.NDArray[np.float32]:
-    """The matrix [to, size] that resizes a row by cubic convolution with a = -0.75, its ends repeated (Keys 1981).
+    """Return the matrix [to, size] that resizes a row by cubic convolution with a = -0.75, its ends repeated (Keys
+    1981).
 
-    As torch.nn.functional.interpolate(mode="bicubic", align_corners=False): positions are middles, and nothing is
-    smoothed before a row is made smaller.
+    As torch.nn.functional.interpolate(mode="bicubic", align_corners=False): positions are pixel centers, and there is
+    no smoothing before a row is made smaller.
     """
     a = -0.75
     at = (np.arange(to) + 0.5) * (size / to) - 0.5
@@ -123,7 +124,7 @@ def from_config(config: Config) -> t.Model:
     height, width, patch = read_image(config, 14)
     if height != width:
         raise CheckpointError(
-            "config.json: image_size must be one side of a square, for which the table of positions is made",
+            "config.json: image_size must be one side of a square, which the position table fits",
             received=f"{height} x {width}",
         )
     dim, gated = read_int(config, "hidden_size", 768), read_flag(config, "use_swiglu_ffn", False)
@@ -149,12 +150,12 @@ def from_config(config: Config) -> t.Model:
 
 
 def gated_width(hidden: int) -> int:
-    """How wide a gated network is in place of one of `hidden`: two thirds, up to the next multiple of 8."""
+    """Return the width of a gated network that replaces one of `hidden`: two thirds, up to the next multiple of 8."""
     return (int(hidden * 2 / 3) + 7) // 8 * 8
 
 
 def checkpoint(config: Config) -> Table:
-    """Hugging Face's names. A gated network's two first matrices are one."""
+    """Return the table of Hugging Face's names. A gated network's first two matrices are one."""
     block = "encoder.layer.{i}"
     table: dict[str, Entry] = {
         "embeddings.class": "embeddings.cls_token",
@@ -187,11 +188,11 @@ FAMILY = Family(
     "dinov2", dinov2, ("dinov2",), from_config, checkpoint,
     prefixes=("", "dinov2."),
     irrelevant={
-        "use_mask_token": "masks patches in training alone",
+        "use_mask_token": "masks patches only in training",
         **dict.fromkeys(
             ("out_features", "_out_features", "out_indices", "_out_indices", "stage_names", "apply_layernorm",
              "reshape_hidden_states"),
-            "is of the class for a backbone",
+            "belongs to the backbone class",
         ),
     },
 )  # fmt: skip

@@ -49,9 +49,9 @@ def distilbert(
     head: str | None = None,
     labels: int = 2,
 ) -> dict[str, t.Tensor] | t.Tensor:
-    """DistilBERT: hidden states [B, S, dim] of tokens [B, S], or what a head makes of them.
+    """DistilBERT: hidden states [B, S, dim] of tokens [B, S], or the output of a head.
 
-    lengths  [B], how many tokens of each row are real; absent: all
+    lengths  [B], number of tokens of each row without padding; absent: all
     head     None, or one of HEADS
     """
     with t.scope("embeddings"):
@@ -94,7 +94,7 @@ def from_config(config: Config) -> t.Model:
 
 
 def checkpoint(config: Config) -> Table:
-    """Hugging Face's names. Sinusoidal positions, too, are a table in the file."""
+    """Return the table of Hugging Face's names. Sinusoidal positions are a table in the file, too."""
     block, word = "transformer.layer.{i}", "embeddings.word_embeddings.weight"
     masked_lm = choose_architecture(config, ARCHITECTURES) == "masked_lm"
     table: dict[str, Entry] = {
@@ -127,8 +127,8 @@ FAMILY = Family(
         "distilbert": {"hidden_size": "dim", "num_attention_heads": "n_heads", "num_hidden_layers": "n_layers"}
     },
     irrelevant={
-        "sinusoidal_pos_embds": "the table of positions is in the file",
-        "tie_weights_": "an older name of tie_word_embeddings, which no version reads",
+        "sinusoidal_pos_embds": "the file holds the position table",
+        "tie_weights_": "is an older name of tie_word_embeddings, which no version reads",
     },
     padding=padding_rows("embeddings.word.weight", default=0),
 )  # fmt: skip

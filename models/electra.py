@@ -1,6 +1,7 @@
-"""ELECTRA: BERT, trained to find the tokens that a small masked language model has put in (Clark et al. 2020).
+"""ELECTRA: BERT, trained to find the tokens that a small masked language model has replaced (Clark et al. 2020).
 
-Both models of figure 2 are this declaration: the generator with the head "masked_lm", the discriminator with its own.
+Both models of figure 2 are this declaration: the generator with the head "masked_lm", the discriminator with
+"discriminator".
 """
 
 from __future__ import annotations
@@ -54,12 +55,12 @@ def electra(
     head: str | None = None,
     labels: int = 2,
 ) -> dict[str, t.Tensor] | t.Tensor:
-    """ELECTRA: hidden states [B, S, dim] of tokens [B, S], or what a head makes of them.
+    """ELECTRA: hidden states [B, S, dim] of tokens [B, S], or the output of a head.
 
-    embedding  the width of the tables of embeddings, which a layer of its own widens to dim where it is another
-    head       None, or one of HEADS; "discriminator" gives logits [B, S], positive for tokens that were put in
+    embedding  width of the embedding tables; if it differs from dim, a linear layer widens it
+    head       None, or one of HEADS; "discriminator" returns logits [B, S], positive for replaced tokens
 
-    lengths and token_types are BERT's.
+    lengths and token_types are the same as in BERT.
     """
     with t.scope("embeddings"):
         x = embed_tokens(tokens, token_types, vocab=vocab, context=context, types=types, dim=embedding, eps=eps)
@@ -92,7 +93,7 @@ def from_config(config: Config) -> t.Model:
     head = choose_architecture(config, ARCHITECTURES)
     if head == "masked_lm":
         require(config, tie_word_embeddings=True)
-    if config.get("architectures") == ["ElectraForMultipleChoice"]:  # which alone is told how it pools
+    if config.get("architectures") == ["ElectraForMultipleChoice"]:  # the only class whose pooling is configured
         require(config, summary_type="first", summary_use_proj=True, summary_activation="gelu")
     return electra.configure(
         **read_encoder(config, "gelu", vocab=30522, dim=256, heads=4, layers=12, hidden=1024),
@@ -104,7 +105,7 @@ def from_config(config: Config) -> t.Model:
 
 
 def checkpoint(config: Config) -> Table:
-    """Hugging Face's names. Of multiple choice, the layer that pools is called a summary."""
+    """Return the table of Hugging Face's names. In multiple choice, the pooling layer is called a summary."""
     block, word = "encoder.layer.{i}", "embeddings.word_embeddings.weight"
     masked_lm = choose_architecture(config, ARCHITECTURES) == "masked_lm"
     table: dict[str, Entry] = {

@@ -1,7 +1,7 @@
-"""What a model family hands to the front door: its declaration, and how a checkpoint's config and names map to it.
+"""The interface of a model family: its declaration, and how a checkpoint's config and names map to it.
 
-The functions below read a config.json, which a stranger wrote: each raises CheckpointError, with the option's name,
-for a value that it does not take.
+The functions below read a config.json from an untrusted source: each raises CheckpointError, with the option's name,
+for an unsupported value.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ OTHER_WAYS = """\
 or an ONNX file of the model: torch.onnx.export(module, example, "model.onnx", dynamo=True) writes one, and
 treadle.compile("model.onnx"), or `treadle compile model.onnx`, takes it
 or its PyTorch module: treadle.compile(treadle.from_torch(module, example))"""
-"""What else brings in a model that no family of the zoo reads: the end of a hint."""
+"""Other ways to import a model that no family of the zoo reads: the end of a hint."""
 
 _LARGEST = 2**31 - 1
-_MOST_LAYERS = 10_000  # tracing takes time in proportion to them
+_MOST_LAYERS = 10_000  # tracing time is proportional to their number
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,15 @@ class Family:
 
     name         the name on the command line ("gpt2")
     model        the declaration with its defaults
-    model_types  the `model_type` values of a Hugging Face config.json that it reads
-    from_config  a config.json's content as a configured model. Raises CheckpointError for an option that it does
-                 not know
-    checkpoint   a config.json's content as the table of checkpoint names: our parameter names to the file's
-    prefixes     what a checkpoint may put before every name
-    aliases      by `model_type`, other names of keys that Hugging Face's class takes: {"num_hidden_layers": "n_layer"}
-    irrelevant   keys beside `IRRELEVANT` that change no output of this family, each with the reason
-    padding      a config.json's content as the rows of embedding tables, by our names of these, that get no gradient
-                 where they are read: `padding_idx` of the module's nn.Embedding
-    buffers      our names of weights that are no parameters of the module, and are not trained
+    model_types  the supported `model_type` values of a Hugging Face config.json
+    from_config  converts a config.json's content to a configured model. Raises CheckpointError for an unknown option
+    checkpoint   converts a config.json's content to the table of checkpoint names: our parameter names to the file's
+    prefixes     possible prefixes of every name in a checkpoint
+    aliases      by `model_type`, other names of keys in Hugging Face's class: {"num_hidden_layers": "n_layer"}
+    irrelevant   keys in addition to `IRRELEVANT` that change no output of this family, each with the reason
+    padding      converts a config.json's content to the rows of embedding tables, by our names, that get no gradient
+                 when they are read: `padding_idx` of the module's nn.Embedding
+    buffers      our names of weights that are not parameters of the module, and are not trained
     """
 
     name: str
@@ -76,8 +75,8 @@ class Family:
     def read(self, config: Config) -> ReadConfig:
         """Read a config.json.
 
-        Raises CheckpointError, with the key, for an option that the family does not support, and for a key that stands
-        there under two names with different values.
+        Raises CheckpointError, with the key, for an option that the family does not support, and for a key that has two
+        names there with different values.
         """
         recorded = RecordedConfig(config, self.aliases.get(str(config.get("model_type"))))
         require(recorded, quantization_config=None, per_layer_config=None)
@@ -88,7 +87,7 @@ class Family:
 
 
 def padding_rows(*tables: str, default: int | None = None) -> Callable[[Config], Mapping[str, int]]:
-    """The `padding` of a family whose nn.Embedding takes `pad_token_id`, with the default that its config class has."""
+    """Return the `padding` of a family whose nn.Embedding takes `pad_token_id`, with its config class's default."""
 
     def rows(config: Config) -> Mapping[str, int]:
         row = config.get("pad_token_id", default)
@@ -98,7 +97,7 @@ def padding_rows(*tables: str, default: int | None = None) -> Callable[[Config],
 
 
 def weights_and_biases(modules: Mapping[str, str | Sequence[str]]) -> dict[str, Entry]:
-    """A table's entries of the weight and the bias of modules: our names, and the file's, or those it may have."""
+    """Return a table's entries for the weight and the bias of modules: our names, and the file's possible names."""
     table: dict[str, Entry] = {}
     for ours, theirs in modules.items():
         names = (theirs,) if isinstance(theirs, str) else theirs
@@ -108,20 +107,20 @@ def weights_and_biases(modules: Mapping[str, str | Sequence[str]]) -> dict[str, 
 
 
 def require(config: Config, **expected: Any) -> None:
-    """Check options that a declaration takes for granted; a missing one is fine. Names the first that differs."""
+    """Check options that a declaration assumes; a missing option is accepted. Names the first wrong option."""
     for name, value in expected.items():
         if config.get(name, value) != value:
             raise _unsupported(name, config[name], [value])
 
 
 def require_head_dim(config: Config, head_dim: int) -> None:
-    """Check `head_dim`, if a file has it, of a class whose heads split the width."""
+    """Check `head_dim`, if a file has it, for a class whose heads split the width."""
     if config.get("head_dim") is not None:
         require(config, head_dim=head_dim)
 
 
 def choose(config: Config, name: str, options: Mapping[str, Any], default: str | None = None) -> Any:
-    """What the named option stands for, such as an activation."""
+    """Return the value for a named option, such as an activation."""
     key = config.get(name, default)
     if not isinstance(key, str) or key not in options:
         raise _unsupported(name, key, options)
@@ -129,7 +128,7 @@ def choose(config: Config, name: str, options: Mapping[str, Any], default: str |
 
 
 def choose_architecture(config: Config, options: Mapping[str, Any]) -> Any:
-    """What the class that the weights were saved from stands for; the first of the options where none is named."""
+    """Return the value for the class that saved the weights; the first of the options if none is named."""
     named = config.get("architectures")
     if named is None:
         return next(iter(options.values()))
@@ -139,7 +138,7 @@ def choose_architecture(config: Config, options: Mapping[str, Any]) -> Any:
 
 
 def read_int(config: Config, name: str, default: int | None = None, *, least: int = 1, most: int = _LARGEST) -> int:
-    """An integer, positive unless `least` says otherwise, up to `most`; the default where it is missing or null."""
+    """Return an integer from `least` to `most`; the default if it is missing or null."""
     value = default if config.get(name) is None else config[name]
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise CheckpointError(
@@ -151,12 +150,12 @@ def read_int(config: Config, name: str, default: int | None = None, *, least: in
 
 
 def read_layers(config: Config, name: str, default: int | None = None) -> int:
-    """A number of layers: a positive integer, limited since each of them is traced."""
+    """Return a number of layers: a positive integer, limited since each of them is traced."""
     return read_int(config, name, default, most=_MOST_LAYERS)
 
 
 def read_float(config: Config, name: str, default: float) -> float:
-    """A finite number, 0 or more; the default where it is missing."""
+    """Return a finite number, 0 or more; the default if it is missing."""
     value = config.get(name, default)
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
         raise CheckpointError(f"config.json: {name} must be a number, 0 or more", received=_shown(value))
@@ -164,7 +163,7 @@ def read_float(config: Config, name: str, default: float) -> float:
 
 
 def read_flag(config: Config, name: str, default: bool) -> bool:
-    """True or false; the default where it is missing."""
+    """Return a bool; the default if it is missing."""
     value = config.get(name, default)
     if not isinstance(value, bool):
         raise CheckpointError(f"config.json: {name} must be true or false", received=_shown(value))
@@ -175,20 +174,20 @@ SUMMARIES = dict.fromkeys(
     ("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels"),
     "configures the head of a class for multiple choice that the family does not read",
 )
-"""Irrelevant keys of GPT-2, GPT-J and ELECTRA, of which ELECTRA reads some for multiple choice."""
+"""Irrelevant keys of GPT-2, GPT-J and ELECTRA; ELECTRA reads some of them for multiple choice."""
 
 _OWN_LABELS = {"ForMultipleChoice": 1, "ForNextSentencePrediction": 2}
-"""Endings of classes whose heads have their own number of labels: a row is a choice; a sentence follows or not."""
+"""Endings of classes with a fixed number of labels: a row is a choice; a sentence follows or not."""
 
 
 def count_labels(config: Config) -> int:
-    """The number of classes of a classifier: `num_labels`, else the length of `id2label`, else 2."""
+    """Return the number of classes of a classifier: `num_labels`, else the length of `id2label`, else 2."""
     labels = config.get("id2label")
     if labels is None or config.get("num_labels") is not None:
         labels = dict.fromkeys(range(read_int(config, "num_labels", 2)))
     if not isinstance(labels, Mapping) or not labels:
         raise CheckpointError("config.json: id2label must be an object with a name per label", received=_shown(labels))
-    (named,) = config.get("architectures") or [""]  # which choose_architecture has looked at
+    (named,) = config.get("architectures") or [""]  # which choose_architecture has checked
     return next((count for end, count in _OWN_LABELS.items() if named.endswith(end)), len(labels))
 
 

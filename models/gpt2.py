@@ -1,6 +1,6 @@
 """GPT-2: a decoder with learned positions and the norm before each part (Radford et al. 2019).
 
-A head over it reads a text's last token, which alone has seen all others (Radford et al. 2018, figure 1).
+A classifier reads a text's last token, the only token that sees all others (Radford et al. 2018, figure 1).
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ def gpt2(
     head: str | None = None,
     labels: int = 2,
 ) -> dict[str, t.Tensor] | t.Tensor:
-    """GPT-2: next-token logits [B, S, vocab] of tokens [B, S], or what another head makes of them.
+    """GPT-2: next-token logits [B, S, vocab] of tokens [B, S], or the output of another head.
 
-    lengths  [B], how many tokens of each row are real; absent: all
-    head     None, or one of HEADS: "hidden" gives hidden states [B, S, dim], "classifier" logits [B, labels] of the
-             last real token, "token_classifier" logits [B, S, labels]
+    lengths  [B], number of tokens of each row without padding; absent: all
+    head     None, or one of HEADS: "hidden" returns hidden states [B, S, dim], "classifier" logits [B, labels] of the
+             last token before padding, "token_classifier" logits [B, S, labels]
     """
     x = t.embed(tokens, vocab, dim, name="wte") + t.embed(t.positions(tokens), context, dim, name="wpe")
     padding = None if lengths is None else t.padding(lengths)
@@ -80,7 +80,7 @@ def gpt2(
 
 
 def last(x: t.Tensor, lengths: t.Tensor | None) -> t.Tensor:
-    """The last real token [B, D] of each row of x [B, S, D]."""
+    """Return the last token [B, D] before padding of each row of x [B, S, D]."""
     if lengths is None:
         found = t.slice(x, axis=1, start=-1)
     else:
@@ -111,7 +111,7 @@ def from_config(config: Config) -> t.Model:
 
 
 def checkpoint(config: Config) -> Table:
-    """Hugging Face keeps weights as [in, out], and queries, keys and values in one matrix."""
+    """Return the table of names. Hugging Face stores weights as [in, out], and q, k and v in one matrix."""
     dim = read_int(config, "n_embd")
     head = choose_architecture(config, ARCHITECTURES)
     table: dict[str, Entry] = {
@@ -147,5 +147,5 @@ FAMILY = Family(
     "gpt2", gpt2, ("gpt2",), from_config, checkpoint,
     prefixes=("", "transformer."),
     aliases={"gpt2": ALIASES},
-    irrelevant={"n_ctx": "the older name of n_positions, which no version reads", **SUMMARIES},
+    irrelevant={"n_ctx": "is the older name of n_positions, which no version reads", **SUMMARIES},
 )  # fmt: skip

@@ -1,8 +1,8 @@
-"""The GPT-NeoX kind: a decoder whose attention and feed-forward network stand side by side (Black et al. 2022).
+"""The GPT-NeoX family: a decoder with parallel attention and feed-forward networks (Black et al. 2022).
 
-x + attention(norm(x)) + mlp(norm(x)), with rotary positions and layer norms. One declaration for what differs by an
-option: GPT-J's single norm and pairs of neighbours (Wang & Komatsuzaki 2021), Phi-1, 1.5 and 2 (Gunasekar et al. 2023),
-Falcon's shared keys and values (Almazrouei et al. 2023).
+x + attention(norm(x)) + mlp(norm(x)), with rotary positions and layer norms. One declaration covers models that differ
+by an option: GPT-J's single norm and pairs of neighbours (Wang & Komatsuzaki 2021), Phi-1, 1.5 and 2 (Gunasekar et al.
+2023), Falcon's shared keys and values (Almazrouei et al. 2023).
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ def gpt_neox(
 ) -> dict[str, t.Tensor]:
     """GPT-NeoX: next-token logits [B, S, vocab] of tokens [B, S].
 
-    kv_heads       key/value heads that the query heads share; None: one each
+    kv_heads       number of key/value heads that the query heads share; None: one each
     base, scaling  of the rotary frequencies, see `t.rotary_frequencies`
-    rotary_dims    how much of a head is turned, from its start; None: all
-    layout         which dimensions turn together: "half", or "interleaved"
-    parallel       the feed-forward network reads what attention reads; else it comes after it
-    mlp_norm       it has a norm of its own; else it reads what attention's norm gives
-    qk_norm        queries and keys have layer norms, over each head
+    rotary_dims    number of dimensions of a head that are rotated, from its start; None: all
+    layout         pairs of dimensions that are rotated together: "half", or "interleaved"
+    parallel       True: the feed-forward network reads the same input as attention; else it comes after it
+    mlp_norm       True: the feed-forward network has a separate norm; else it reads the output of attention's norm
+    qk_norm        True: queries and keys have layer norms, over each head
     """
     size = dim // heads
     positions = t.positions(tokens)
@@ -138,7 +138,7 @@ def read_gptj(config: Config) -> dict[str, Any]:
         "eps": read_float(config, "layer_norm_epsilon", 1e-5),
         "tied": read_flag(config, "tie_word_embeddings", False),
         "head_bias": True,
-        "rotary_dims": read_int({"rotary_dim": 64, **config}, "rotary_dim"),  # null turns no head that there is
+        "rotary_dims": read_int({"rotary_dim": 64, **config}, "rotary_dim"),  # null rotates no head dimensions
         "layout": "interleaved",
         "mlp_norm": False,
         "attn_bias": False,
@@ -164,7 +164,7 @@ def read_phi(config: Config) -> dict[str, Any]:
 
 
 def read_falcon(config: Config) -> dict[str, Any]:
-    """Falcon-40B's kind shares keys and values among groups of heads, Falcon-7B's one pair among all."""
+    """Falcon-40B's kind shares keys and values among groups of heads, Falcon-7B's shares one pair among all."""
     dim, heads = read_int(config, "hidden_size"), read_int(config, "num_attention_heads")
     grouped = read_flag(config, "new_decoder_architecture", False)
     require(config, alibi=False)  # Hugging Face rounds its biases to bf16
@@ -200,20 +200,20 @@ KINDS: Mapping[str, tuple[str, Any]] = {
     "phi": ("PhiForCausalLM", read_phi),
     "falcon": ("FalconForCausalLM", read_falcon),
 }
-"""The values of `model_type` that are read, each with Hugging Face's class and what reads its config."""
+"""The supported values of `model_type`, each with Hugging Face's class and the reader of its config."""
 
 
 def read_kind(config: Config) -> str:
-    """Its `model_type`, one of `KINDS`."""
+    """Return the config's `model_type`, one of `KINDS`."""
     kind = choose(config, "model_type", {k: k for k in KINDS})
     assert isinstance(kind, str)
     return kind
 
 
 def read_options(config: Config) -> dict[str, Any]:
-    """The options of `gpt_neox` that a config says.
+    """Return the options of `gpt_neox` from a config.
 
-    Raises CheckpointError, with the option's name, for what is not supported.
+    Raises CheckpointError, with the option's name, for an unsupported option.
     """
     require(config, is_causal=True)
     options: dict[str, Any] = KINDS[read_kind(config)][1](config)
@@ -227,7 +227,7 @@ def from_config(config: Config) -> t.Model:
 
 
 def checkpoint(config: Config) -> Table:
-    """Hugging Face's names."""
+    """Return the table of Hugging Face's names."""
     options = read_options(config)
     modules: dict[str, str | tuple[str, ...]] = {}
     match kind := read_kind(config):
@@ -276,7 +276,7 @@ def checkpoint(config: Config) -> Table:
                 "layer.{i}.mlp.up": f"{layer}.mlp.dense_h_to_4h",
                 "layer.{i}.mlp.down": f"{layer}.mlp.dense_4h_to_h",
             }
-    modules["lm_head"] = ("lm_head", "embed_out")  # as GPT-NeoX's older files call it
+    modules["lm_head"] = ("lm_head", "embed_out")  # the name in GPT-NeoX's older files
     table = weights_and_biases(modules)
     if kind in ("gpt_neox", "falcon"):
         for part in ("weight", "bias"):
@@ -292,9 +292,9 @@ def checkpoint(config: Config) -> Table:
 
 
 def joined(options: Mapping[str, Any]) -> tuple[dict[str, int], int]:
-    """The rows of queries, keys and values in a group of rows of the one tensor, and the number of groups.
+    """Return the rows of queries, keys and values in a group of rows of their one tensor, and the number of groups.
 
-    A group has the queries of the heads that share a key and a value, and these after them.
+    A group holds the queries of the heads that share a key and a value, followed by these two.
     """
     size = options["dim"] // options["heads"]
     groups = options.get("kv_heads") or options["heads"]
@@ -302,11 +302,11 @@ def joined(options: Mapping[str, Any]) -> tuple[dict[str, int], int]:
 
 
 def padding(config: Config) -> Mapping[str, int]:
-    """Phi's table has a row of padding, if its config names one; the others' have none."""
+    """Return the padding row of Phi's table, if its config names one; the other models have none."""
     return padding_rows("embed.weight")(config) if read_kind(config) == "phi" else {}
 
 
-_NO_END = "rotary positions have no end"
+_NO_END = "rotary positions have no maximum length"
 
 FAMILY = Family(
     "gpt_neox", gpt_neox, tuple(KINDS), from_config, checkpoint,
@@ -316,11 +316,11 @@ FAMILY = Family(
     },
     irrelevant={
         **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), _NO_END),
-        "rotary": "of GPT-J, whose positions always are rotary",
-        "scale_attn_weights": "of GPT-J, whose scores always are scaled",
-        "num_kv_heads": "is of Falcon's new architecture; the old one has one pair, or one for each head",
-        "multi_query": "is of Falcon's old architecture",
-        "apply_residual_connection_post_layernorm": "of Falcon's first code, and no version of the library reads it",
+        "rotary": "is ignored by GPT-J, whose positions are always rotary",
+        "scale_attn_weights": "is ignored by GPT-J, whose scores are always scaled",
+        "num_kv_heads": "belongs to Falcon's new architecture; the old architecture has one pair, or one for each head",
+        "multi_query": "belongs to Falcon's old architecture",
+        "apply_residual_connection_post_layernorm": "belongs to Falcon's first code; no library version reads it",
         **SUMMARIES,
     },
     padding=padding,

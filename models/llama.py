@@ -1,10 +1,10 @@
-"""The Llama kind: a decoder with rotary positions, norms and gated feed-forward networks (Touvron et al. 2023).
+"""The Llama family: a decoder with rotary positions, norms and gated feed-forward networks (Touvron et al. 2023).
 
-One declaration for what differs by an option: Mistral's window (Jiang et al. 2023), Qwen's biases and norms of queries
-and keys (Yang et al. 2024, 2025), Gemma's scaled embeddings, soft-caps, alternating windows and four norms a layer
-(Gemma team 2024, 2025), Phi-3's parts of heads that turn (Abdin et al. 2024), OLMo 2's norms after each part (OLMo team
-2024), StableLM's layer norms (Bellagente et al. 2024), Granite's multipliers (Granite team 2024). SmolLM is Llama by
-another name. What a config.json says of them stands in `treadle.models.reading.llama_config`.
+One declaration covers models that differ by an option: Mistral's window (Jiang et al. 2023), Qwen's biases and norms of
+queries and keys (Yang et al. 2024, 2025), Gemma's scaled embeddings, soft-caps, alternating windows and four norms a
+layer (Gemma team 2024, 2025), Phi-3's partly rotated heads (Abdin et al. 2024), OLMo 2's norms after each part (OLMo
+team 2024), StableLM's layer norms (Bellagente et al. 2024), Granite's multipliers (Granite team 2024). SmolLM is Llama
+under another name. `treadle.models.reading.llama_config` reads their config.json.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from treadle.models.family import Config, Family, choose_architecture, padding_r
 from treadle.models.reading.llama_config import ARCHITECTURES, IRRELEVANT, read_kind, read_options
 
 NORM_PLACES = ("before", "after", "both")
-"""Where a part of a layer has its norm: before it, after it (and before it is added), or both."""
+"""The position of the norm of a layer's part: before it, after it (before the residual sum), or both."""
 
 QK_NORMS = ("heads", "whole")
-"""What queries and keys are normalized over: each head, or all heads together."""
+"""The normalized axes of queries and keys: each head, or all heads together."""
 
 
 @t.model
@@ -65,23 +65,24 @@ def llama(
 ) -> dict[str, t.Tensor]:
     """Llama: next-token logits [B, S, vocab] of tokens [B, S].
 
-    kv_heads           key/value heads that the query heads share; None: one each
+    kv_heads           number of key/value heads that the query heads share; None: one each
     head_dim           size of a head; None: dim / heads
     base, scaling      of the rotary frequencies, see `t.rotary_frequencies`
-    rotary_dims        how much of a head is turned, from its start; None: all
-    layout             which dimensions turn together: "half", or "interleaved" as in GGUF files
-    window             how many positions a token sees, its own included; None: all before it
-    full_layers        the layers (from 0) in which it sees all before it, although there is a window
+    rotary_dims        number of dimensions of a head that are rotated, from its start; None: all
+    layout             pairs of dimensions that are rotated together: "half", or "interleaved" as in GGUF files
+    window             number of positions that a token sees, its own included; None: all before it
+    full_layers        the layers (from 0) with full causal attention although there is a window
     window_base        base of the rotary frequencies, unscaled, in layers with a window; None: as in the others
-    layer_norms        norms are layer norms with biases, not RMS norms
-    norm_offset        what is added to an RMS norm's weight: Gemma stores it less 1
-    norm_place         where each part of a layer has its norm, see `NORM_PLACES`
-    qk_norm            what an RMS norm of queries and keys is over, see `QK_NORMS`; None: there is none
+    layer_norms        True: norms are layer norms with biases, not RMS norms
+    norm_offset        number that is added to an RMS norm's weight: Gemma stores the weight minus 1
+    norm_place         position of the norm of each part of a layer, see `NORM_PLACES`
+    qk_norm            axes of an RMS norm of queries and keys, see `QK_NORMS`; None: no such norm
     scale              of the scores; None: 1 / sqrt(head_dim)
     softcap            scores become c tanh(scores / c)
-    embedding_scale    what embeddings are multiplied by; residual_scale, what a layer adds; logit_scale, logits
+    embedding_scale    factor of embeddings; residual_scale, of a layer's residual terms; logit_scale, of logits
     logit_softcap      logits become c tanh(logits / c)
-    longest            the most tokens of a text; None: any number. Up to the context of `LongRope` the model has a step
+    longest            maximum number of tokens of a text; None: no limit. Up to the context of `LongRope` the model
+                       has a step
     """
     if head_dim is None and dim % heads:
         raise FrontendError(f"a width of {dim} does not split into {heads} heads", hint="give head_dim=")
@@ -155,7 +156,7 @@ def llama(
 
 
 def warmed(x: t.Tensor, dims: int, temperature: float) -> t.Tensor:
-    """x [B, H, S, d] with its first `dims` dimensions, those that turn, multiplied by the temperature."""
+    """Return x [B, H, S, d] with its first `dims` dimensions, which are rotated, multiplied by the temperature."""
     if temperature == 1.0:
         return x
     return x * t.constant([temperature] * dims + [1.0] * ((x.shape[-1].constant or dims) - dims))
@@ -171,7 +172,7 @@ def rms_norm(x: t.Tensor, name: str, *, eps: float, offset: float) -> t.Tensor:
 
 
 def norm_of_heads(x: t.Tensor, name: str, *, eps: float) -> t.Tensor:
-    """The RMS norm of x [B, H, S, d] over H and d together."""
+    """Return the RMS norm of x [B, H, S, d] over H and d together."""
     normed = t.rms_norm(t.merge_heads(x), eps=eps, name=name)
     return t.rearrange(normed, pattern=f"b s (h={x.shape[1]} d) -> b h s d")
 
@@ -183,7 +184,7 @@ def from_config(config: Config) -> t.Model:
 
 
 def checkpoint(config: Config) -> Table:
-    """Hugging Face's names."""
+    """Return the table of Hugging Face's names."""
     kind, layer = read_kind(config), "model.layers.{i}"
     modules = {
         "embed": "model.embed_tokens",
@@ -195,7 +196,7 @@ def checkpoint(config: Config) -> Table:
         **{f"layer.{{i}}.mlp.{n}": f"{layer}.mlp.{n}_proj" for n in ("gate", "up", "down")},
         "layer.{i}.attn_norm": f"{layer}.input_layernorm",
         "layer.{i}.mlp_norm": f"{layer}.post_attention_layernorm",
-        # Where a part has a norm after it, its name is no longer that of the norm before the next.
+        # If a part has a norm after it, that norm has the name that otherwise belongs to the norm before the next part.
         "layer.{i}.attn_post_norm": f"{layer}.post_attention_layernorm",
         "layer.{i}.mlp_post_norm": f"{layer}.post_feedforward_layernorm",
     }
@@ -210,7 +211,7 @@ def checkpoint(config: Config) -> Table:
 
 
 def joined(options: Mapping[str, Any], layer: str) -> dict[str, Source]:
-    """Phi-3's q, k and v in one tensor, and its gate and up in one."""
+    """Return Phi-3's sources: q, k and v in one tensor, and gate and up in one."""
     size = options["head_dim"] or options["dim"] // options["heads"]
     queries, keys, hidden = options["heads"] * size, options["kv_heads"] * size, options["hidden"]
     rows = {
@@ -224,7 +225,7 @@ def joined(options: Mapping[str, Any], layer: str) -> dict[str, Source]:
 
 
 def padding(config: Config) -> Mapping[str, int]:
-    """The row of padding, for which model types have defaults of their own."""
+    """Return the row of padding, for which model types have their own defaults."""
     kind = str(config.get("model_type"))
     default = 32000 if kind == "phi3" else 0 if kind.startswith("gemma") else None
     return padding_rows("embed.weight", default=default)(config)

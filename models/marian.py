@@ -1,4 +1,4 @@
-"""Marian: the Transformer of 2017 as a translator's toolkit has it, with swish and a bias of logits.
+"""Marian: the Transformer of 2017 for machine translation, with swish and a bias of logits.
 
 Junczys-Dowmunt et al. 2018, "Marian: Fast Neural Machine Translation in C++"; the sines of its positions come before
 the cosines.
@@ -33,11 +33,11 @@ def marian(
     act: t.Activation = t.silu,
     scaled: bool = True,
 ) -> dict[str, t.Tensor]:
-    """Marian: next-token logits [B, T, vocab] of decoder_tokens [B, T], after tokens [B, S].
+    """Marian: next-token logits [B, T, vocab] of decoder_tokens [B, T], conditioned on tokens [B, S].
 
-    lengths        [B], how many of each row's tokens are real; absent: all
-    decoder_vocab  the decoder's tokens where they are not the encoder's; then each has a table of its own
-    scaled         embeddings are multiplied by sqrt(dim)
+    lengths        [B], number of tokens of each row without padding; absent: all
+    decoder_vocab  size of the decoder's vocabulary if it differs from the encoder's; then each has its own table
+    scaled         True: embeddings are multiplied by sqrt(dim)
     """
     mask = None if lengths is None else t.padding(lengths)
     source, target = ("shared", "shared") if decoder_vocab is None else ("encoder.tokens", "decoder.tokens")
@@ -76,7 +76,9 @@ def from_config(config: Config) -> t.Model:
 
 
 def checkpoint(config: Config) -> Table:
-    """Hugging Face's names. Files of before its version 5 hold the sinusoids as weights, too, which stay unused."""
+    """Return the table of Hugging Face's names. Files from before version 5 also store the sinusoids, which stay
+    unused.
+    """
     return name_blocks() | {
         "shared.weight": SHARED,
         "encoder.tokens.weight": "encoder.embed_tokens.weight",
@@ -89,7 +91,7 @@ FAMILY = Family(
     "marian", marian, ("marian",), from_config, checkpoint,
     prefixes=("", "model."),
     aliases={"marian": ALIASES},
-    irrelevant={**UNUSED, "max_position_embeddings": "sinusoids have no end"},
+    irrelevant={**UNUSED, "max_position_embeddings": "sinusoids have no maximum length"},
     padding=padding_rows("shared.weight", "encoder.tokens.weight", "decoder.tokens.weight", default=58100),
     buffers=("logits_bias",),
 )  # fmt: skip

@@ -30,7 +30,7 @@ from treadle.models.reading.rotary_config import read_object
 HEADS = ("masked_lm", "classifier", "token_classifier")
 
 POOLINGS = ("cls", "mean")
-"""What a classifier reads: the first token, or the mean over a row's real ones."""
+"""The input of a classifier: the first token, or the mean over a row's tokens without padding."""
 
 ARCHITECTURES = {
     "ModernBertModel": None,
@@ -68,19 +68,21 @@ def modernbert(
     pooling: str = "cls",
     labels: int = 2,
 ) -> dict[str, t.Tensor] | t.Tensor:
-    """ModernBERT: hidden states [B, S, dim] of tokens [B, S], or what a head makes of them.
+    """ModernBERT: hidden states [B, S, dim] of tokens [B, S], or the output of a head.
 
-    lengths            [B], how many tokens of each row are real; absent: all
-    base, window_base  of the rotary frequencies, in layers that see all and in those with a window
-    window             how many positions wide a window is: half of it to either side, and the token itself
-    full_layers        the layers (from 0) that see all
-    head               None, or one of HEADS; each begins with a layer of its own and a norm
-    head_act           that layer's activation; head_bias, whether it has a bias
-    output_bias        whether masked_lm's logits have a bias
-    pooling            what the classifier reads, see POOLINGS
+    lengths            [B], number of tokens of each row without padding; absent: all
+    base, window_base  of the rotary frequencies, in layers with full attention and in layers with a window
+    window             width of a window in positions: half of it to either side, and the token itself
+    full_layers        the layers (from 0) with full attention
+    head               None, or one of HEADS; each begins with a linear layer and a norm
+    head_act           that layer's activation; head_bias, True if it has a bias
+    output_bias        True if masked_lm's logits have a bias
+    pooling            the classifier's input, see POOLINGS
     """
     if dim % heads:
-        raise FrontendError(f"a width of {dim} does not split into {heads} heads", hint="heads that divide it")
+        raise FrontendError(
+            f"a width of {dim} does not split into {heads} heads", hint="the number of heads must divide the width"
+        )
     if pooling not in POOLINGS:
         raise FrontendError(f"modernbert has no pooling {pooling!r}", hint="one of " + ", ".join(POOLINGS))
     norm = partial(t.layer_norm, eps=eps, bias=norm_bias)
@@ -97,7 +99,7 @@ def modernbert(
         near = i not in full_layers
         masks = [mask for mask in (t.window(window // 2 + 1) if near else None, padding) if mask is not None]
         x += t.self_attention(
-            norm(x, name="attn_norm") if i else x,  # which the embeddings' norm has just left
+            norm(x, name="attn_norm") if i else x,  # the embeddings' norm has already been applied
             heads,
             mask=masks[0] & masks[1] if len(masks) == 2 else masks[0] if masks else None,
             projection_bias=attn_bias,
@@ -126,7 +128,7 @@ def modernbert(
 
 
 def mean(x: t.Tensor, tokens: t.Tensor, lengths: t.Tensor | None) -> t.Tensor:
-    """The mean [B, D] of x [B, S, D] over each row's real tokens."""
+    """Return the mean [B, D] of x [B, S, D] over each row's tokens without padding."""
     if lengths is None:
         return t.reduce_mean(x, axes=(1,))
     count = t.rearrange(lengths, pattern="b -> b 1")
@@ -137,7 +139,7 @@ def mean(x: t.Tensor, tokens: t.Tensor, lengths: t.Tensor | None) -> t.Tensor:
 def from_config(config: Config) -> t.Model:
     """Read a Hugging Face ModernBertConfig; its `architectures` choose the head."""
     require(config, is_causal=False)
-    require(config, position_embedding_type="absolute")  # the library's word, which says nothing of this model
+    require(config, position_embedding_type="absolute")  # the library's value, which has no meaning for this model
     head = choose_architecture(config, ARCHITECTURES)
     if head == "masked_lm":
         require(config, tie_word_embeddings=True)
@@ -169,17 +171,17 @@ def from_config(config: Config) -> t.Model:
 
 
 def read_window(config: Config) -> int:
-    """The width of a window. `sliding_window` is half of it, and counts where a file has both, as in the library."""
+    """Return the width of a window. `sliding_window` is half of it, and takes precedence, as in the library."""
     if config.get("sliding_window") is not None:
         return 2 * read_int(config, "sliding_window")
     return read_int(config, "local_attention", 128)
 
 
 def read_bases(config: Config) -> list[float]:
-    """The bases of the rotary frequencies of layers that see all, and of those with a window.
+    """Return the bases of the rotary frequencies of layers with full attention, and of layers with a window.
 
-    They stand in `rope_parameters`, or before transformers 5 in `global_rope_theta` and `local_rope_theta`. What
-    `rope_scaling` says counts for both.
+    They are in `rope_parameters`, or before transformers 5 in `global_rope_theta` and `local_rope_theta`.
+    `rope_scaling` applies to both.
     """
     parameters, scaling = (read_object(config, name) for name in ("rope_parameters", "rope_scaling"))
     bases = []
@@ -195,7 +197,9 @@ def read_bases(config: Config) -> list[float]:
 
 
 def checkpoint(config: Config) -> Table:
-    """Hugging Face's names, which keep queries, keys and values in one matrix, and what is gated with its gate."""
+    """Return the table of Hugging Face's names, which store q, k and v in one matrix, and the gate with the gated
+    matrix.
+    """
     dim, hidden = read_int(config, "hidden_size", 768), read_int(config, "intermediate_size", 1152)
     layer, word = "layers.{i}", "embeddings.tok_embeddings.weight"
     masked_lm = choose_architecture(config, ARCHITECTURES) == "masked_lm"
@@ -225,7 +229,7 @@ def checkpoint(config: Config) -> Table:
 FAMILY = Family(
     "modernbert", modernbert, ("modernbert",), from_config, checkpoint,
     prefixes=("", "model."), irrelevant={
-        "max_position_embeddings": "rotary positions have no end",
+        "max_position_embeddings": "rotary positions have no maximum length",
         "layer_norm_eps": "the library reads norm_eps",
     },
     padding=padding_rows("embeddings.word.weight", default=50283),

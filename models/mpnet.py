@@ -1,4 +1,4 @@
-"""MPNet: BERT without token types, whose attention is biased by distance as T5's is (Song et al. 2020)."""
+"""MPNet: BERT without token types, with T5's attention bias by distance (Song et al. 2020)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ARCHITECTURES = {
 
 _BUCKETS, _MAX_DISTANCE = 32, 128
 _FIRST = 2
-"""The row of the table of positions that the first token has: what stands before is padding's, as in RoBERTa."""
+"""The row of the position table for the first token: the rows before it are for padding, as in RoBERTa."""
 
 
 @t.model
@@ -50,9 +50,9 @@ def mpnet(
     head: str | None = None,
     labels: int = 2,
 ) -> dict[str, t.Tensor] | t.Tensor:
-    """MPNet: hidden states [B, S, dim] of tokens [B, S], or what a head makes of them.
+    """MPNet: hidden states [B, S, dim] of tokens [B, S], or the output of a head.
 
-    lengths  [B], how many tokens of each row are real; absent: all. Rows are padded at their ends
+    lengths  [B], number of tokens of each row without padding; absent: all. Rows are padded at their ends
     head     None, or one of HEADS
     """
     with t.scope("embeddings"):
@@ -82,7 +82,7 @@ def mpnet(
 def from_config(config: Config) -> t.Model:
     """Read a Hugging Face MPNetConfig; its `architectures` choose the head."""
     require(config, is_causal=False)
-    require(config, relative_attention_num_buckets=_BUCKETS)  # their class counts 32 whatever it says
+    require(config, relative_attention_num_buckets=_BUCKETS)  # the class uses 32 whatever the config says
     head = choose_architecture(config, ARCHITECTURES)
     if head == "masked_lm":
         require(config, tie_word_embeddings=True)
@@ -94,7 +94,7 @@ def from_config(config: Config) -> t.Model:
 
 
 def checkpoint(config: Config) -> Table:
-    """Hugging Face's names; the rows of positions that no token has are left out."""
+    """Return the table of Hugging Face's names; unused position rows are left out."""
     block, word, positions = "encoder.layer.{i}", "embeddings.word_embeddings.weight", _positions(config)
     masked_lm = choose_architecture(config, ARCHITECTURES) == "masked_lm"
     table: dict[str, Entry] = {

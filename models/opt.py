@@ -41,8 +41,8 @@ def opt(
     """OPT: next-token logits [B, S, vocab] of tokens [B, S].
 
     embedding    width of the embeddings, which are projected to dim and back; None: dim
-    norm_before  the norm stands before each part; else after it is added, as in OPT-350m
-    last_norm    whether there is a norm before the logits
+    norm_before  True: the norm comes before each part; else after the residual sum, as in OPT-350m
+    last_norm    True if there is a norm before the logits
     """
     x = t.embed(tokens, vocab, embedding or dim, name="word")
     if embedding is not None:
@@ -86,7 +86,7 @@ def from_config(config: Config) -> t.Model:
 
 
 def checkpoint(config: Config) -> Table:
-    """Hugging Face's names; two rows of its table of positions are no token's."""
+    """Return the table of Hugging Face's names; two rows of its position table are unused."""
     layer = "layers.{i}"
     modules = {
         "project_in": "project_in",

@@ -1,4 +1,4 @@
-"""The zoo: families by name and by a config's `model_type`, each imported when it is asked for."""
+"""The zoo: families by name and by a config's `model_type`, each imported on first use."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "vit": ("vit", "deit"),
     "whisper": ("whisper",),
 }
-"""Each family's module and the `model_type` values that it reads; here too, so that looking one up imports no other."""
+"""Each family's module and its `model_type` values; stored here, so that a look-up imports no other family."""
 
 
 def family_names() -> list[str]:
-    """The names of all families."""
+    """Return the names of all families."""
     return list(_MODULES)
 
 
 def find_family(name: str) -> Family:
-    """The family of that name. Raises UsageError with the nearest names."""
+    """Return the family of that name. Raises UsageError with the nearest names."""
     if name not in _MODULES:
         near = difflib.get_close_matches(name, _MODULES, n=3)
         raise UsageError(
@@ -67,7 +67,7 @@ def find_family(name: str) -> Family:
 
 
 def family_of(config: Config) -> Family:
-    """The family that reads this config.json. Raises CheckpointError where none does."""
+    """Return the family that reads this config.json. Raises CheckpointError if there is none."""
     kind = config.get("model_type")
     for name, kinds in _MODULES.items():
         if kind in kinds:
@@ -80,11 +80,11 @@ def family_of(config: Config) -> Family:
 
 
 def read_gguf(file: GGUFFile) -> tuple[Model, Table]:
-    """The model in a GGUF file, configured, and the table of its tensors' names.
+    """Return the model in a GGUF file, configured, and the table of its tensors' names.
 
-    Raises CheckpointError, with the key, where none of the zoo reads it.
+    Raises CheckpointError, with the key, if no family reads it.
     """
-    from treadle.models.reading import llama_gguf  # of which alone there is one so far
+    from treadle.models.reading import llama_gguf  # the only GGUF reader so far
 
     model = llama_gguf.from_gguf(file)
     return model, llama_gguf.table(file, model.config)

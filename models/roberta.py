@@ -52,9 +52,9 @@ def roberta(
     head: str | None = None,
     labels: int = 2,
 ) -> dict[str, t.Tensor] | t.Tensor:
-    """RoBERTa: hidden states [B, S, dim] of tokens [B, S], or what a head makes of them.
+    """RoBERTa: hidden states [B, S, dim] of tokens [B, S], or the output of a head.
 
-    Rows are padded at their ends. lengths, token_types and head are BERT's.
+    Rows are padded at their ends. lengths, token_types and head are the same as in BERT.
     """
     return base.bert(
         tokens, lengths, token_types, vocab=vocab, context=context, types=types, dim=dim, heads=heads, layers=layers,
@@ -67,7 +67,7 @@ def from_config(config: Config) -> t.Model:
     base.require_encoder(config)
     head = choose_architecture(config, ARCHITECTURES)
     if head == "masked_lm":
-        require(config, tie_word_embeddings=True, hidden_act="gelu")  # the head's own is always gelu
+        require(config, tie_word_embeddings=True, hidden_act="gelu")  # the head's own activation is always gelu
     first, end = _positions(config)
     return roberta.configure(
         **base.read_encoder(config, "gelu"),
@@ -78,7 +78,7 @@ def from_config(config: Config) -> t.Model:
 
 
 def checkpoint(config: Config) -> Table:
-    """BERT's names, but for the heads; the rows of positions that no token has are left out."""
+    """Return the table of BERT's names, except for the heads; unused position rows are left out."""
     word, positions = "embeddings.word_embeddings.weight", _positions(config)
     masked_lm = choose_architecture(config, ARCHITECTURES) == "masked_lm"
     table: dict[str, Entry] = {
@@ -97,9 +97,9 @@ def checkpoint(config: Config) -> Table:
 
 
 def _positions(config: Config) -> tuple[int, int]:
-    """The rows of the table of positions that tokens have.
+    """Return the rows of the position table that tokens use.
 
-    Padding has the row of its own token's number, and the first token the one after it (fairseq's way).
+    Padding uses the row of its own token's number, and the first token the row after it (fairseq's convention).
     """
     first = read_int(config, "pad_token_id", 1, least=0) + 1
     return first, read_int(config, "max_position_embeddings", least=first + 1)

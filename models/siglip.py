@@ -1,6 +1,6 @@
-"""SigLIP: CLIP, trained to say of each pair by itself whether its text fits its image (Zhai et al. 2023).
+"""SigLIP: CLIP, trained to classify each pair of text and image independently (Zhai et al. 2023).
 
-Its texts are read in both directions, and an image is what an attention with one learned query finds in it.
+Its text encoder is bidirectional, and attention with one learned query pools an image.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ def siglip_text(
     eps: float = 1e-6,
     projection: int = 768,
 ) -> dict[str, t.Tensor]:
-    """SigLIP's text encoder: hidden states [B, S, dim] of tokens [B, S], and each row's last, projected.
+    """SigLIP's text encoder: hidden states [B, S, dim] of tokens [B, S], and the projected last state of each row.
 
-    Texts are padded to the whole context, and what is read is the last token, be it padding.
+    Texts are padded to the whole context, and the last token is read even if it is padding.
 
-    lengths  [B], behind how many tokens of a row attention does not look; absent: it sees padding, too
+    lengths  [B], number of tokens of a row that attention sees; absent: all, padding included
     """
     with t.scope("embeddings"):
         x = t.embed(tokens, vocab, dim, name="word") + t.embed(t.positions(tokens), context, dim, name="position")
@@ -77,11 +77,11 @@ def siglip_vision(
     pooled: bool = True,
     labels: int | None = None,
 ) -> dict[str, t.Tensor]:
-    """SigLIP's image encoder: hidden states [N, patches, dim] of images, and what pools them to [N, dim].
+    """SigLIP's image encoder: hidden states [N, patches, dim] of images, and their pooled state [N, dim].
 
-    pooled  whether there is what pools
-    labels  how many classes a classifier tells apart by the mean of the hidden states, of which then logits alone are
-            answered; None: there is none
+    pooled  True if there is a pooling head
+    labels  number of classes of a classifier of the mean hidden state, whose logits are then the only output; None: no
+            classifier
     """
     with t.scope("embeddings"):
         x = embed_patches(pixels, dim, patch)
@@ -112,14 +112,14 @@ def siglip(
     text: Mapping[str, Any] | None = None,
     vision: Mapping[str, Any] | None = None,
 ) -> dict[str, t.Tensor]:
-    """SigLIP: how well each of B texts fits each of N images, [B, N] and [N, B], and the vectors that say so.
+    """SigLIP: logits of B texts and N images, [B, N] and [N, B], and the vectors that they are computed from.
 
-    A logit's sigmoid is how likely it is that the two belong to each other, whatever the others are.
+    A logit's sigmoid is the probability that the two match, independently of the others.
 
-    lengths are those of `siglip_text`.
+    lengths are the same as in `siglip_text`.
 
     text    the configuration of `siglip_text`, where it differs from its defaults
-    vision  the same of `siglip_vision`
+    vision  the configuration of `siglip_vision`, likewise
     """
     with t.scope("text"):
         text_embeds = unit(siglip_text(tokens, lengths, **text or {})["pooled"])
@@ -158,7 +158,7 @@ def from_config(config: Config) -> t.Model:
     text = read_text(read_part(config, "text"))
     if not vision["pooled"] or text["projection"] != vision["dim"]:
         raise CheckpointError(
-            "config.json: texts and images must become vectors of one width",
+            "config.json: the vectors of texts and images must have one width",
             received=f"projection_size {text['projection']}, hidden_size {vision['dim']}, "
             f"vision_use_head {vision['pooled']}",
         )
@@ -207,7 +207,9 @@ def _read_encoder(config: Config) -> dict[str, Any]:
 
 
 def checkpoint(config: Config) -> Table:
-    """Hugging Face's names. An encoder by itself has them with or without the prefix that it has in the whole."""
+    """Return the table of Hugging Face's names. A separate encoder has them with or without its prefix in the whole
+    model.
+    """
     kind = config.get("model_type")
     if kind == "siglip" and choose_architecture(config, ARCHITECTURES["siglip"]) is None:
         whole: dict[str, Entry] = {}
@@ -219,7 +221,7 @@ def checkpoint(config: Config) -> Table:
 
 
 def _encoder_table(config: Config, prefix: str) -> dict[str, Entry]:
-    """The names of one encoder; what pools images keeps queries, keys and values in one matrix, as torch does."""
+    """Return the names of one encoder; the pooling head stores q, k and v in one matrix, as torch does."""
     layer, pooler = f"{prefix}encoder.layers.{{i}}", f"{prefix}head"
     dim, positions = read_int(config, "hidden_size", 768), f"{prefix}embeddings.position_embedding.weight"
     table: dict[str, Entry] = {
@@ -255,5 +257,5 @@ def _encoder_table(config: Config, prefix: str) -> dict[str, Entry]:
 FAMILY = Family(
     "siglip", siglip, ("siglip", "siglip_text_model", "siglip_vision_model"), from_config, checkpoint,
     prefixes=("", "text_model.", "vision_model."),
-    irrelevant={"text_config": "SiglipForImageClassification reads images alone"},
+    irrelevant={"text_config": "SiglipForImageClassification reads only images"},
 )  # fmt: skip

@@ -1,6 +1,6 @@
 """T5: an encoder and a decoder whose only positions are a bias of attention by distance (Raffel et al. 2020).
 
-Also its version 1.1 and mT5 (Xue et al. 2021): a gated feed-forward network, and an output that is not tied.
+Also its version 1.1 and mT5 (Xue et al. 2021): a gated feed-forward network, and an untied output.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FEED_FORWARD = {
     "gated-gelu": ("gelu_new", True),
     "gated-silu": ("silu", True),
 }
-"""The values of `feed_forward_proj`: the activation, and whether the network is gated."""
+"""The values of `feed_forward_proj`: the activation, and True if the network is gated."""
 
 
 @t.model
@@ -51,7 +51,7 @@ def t5_encoder(
 ) -> dict[str, t.Tensor]:
     """T5's encoder: hidden states [B, S, dim] of tokens [B, S].
 
-    lengths  [B], how many tokens of each row are real; absent: all
+    lengths  [B], number of tokens of each row without padding; absent: all
     """
     mask = None if lengths is None else t.padding(lengths)
     attention: dict[str, Any] = {"heads": heads, "head_dim": head_dim, "scale": 1.0, "projection_bias": False}
@@ -88,10 +88,10 @@ def t5(
     eps: float = 1e-6,
     tied: bool = True,
 ) -> dict[str, t.Tensor]:
-    """T5: next-token logits [B, T, vocab] of decoder_tokens [B, T], after tokens [B, S].
+    """T5: next-token logits [B, T, vocab] of decoder_tokens [B, T], conditioned on tokens [B, S].
 
-    lengths  [B], how many of each row's tokens are real; absent: all
-    tied     logits are scaled by dim**-0.5 and multiplied by the table of embeddings, else by a matrix of their own
+    lengths  [B], number of tokens of each row without padding; absent: all
+    tied     True: logits are scaled by dim**-0.5 and multiplied by the embedding table, else by a separate matrix
     """
     memory = t5_encoder(
         tokens, lengths, vocab=vocab, dim=dim, heads=heads, head_dim=head_dim, hidden=hidden, layers=layers,
@@ -152,7 +152,9 @@ def from_config(config: Config) -> t.Model:
 
 
 def read_feed_forward(config: Config) -> dict[str, Any]:
-    """The options `act` and `gated`. Files repeat the halves of `feed_forward_proj`, and what they say there counts."""
+    """Return the options `act` and `gated`. Files repeat the halves of `feed_forward_proj`, and the repeated values
+    count.
+    """
     usual = "gated-gelu" if config.get("model_type") == "mt5" else "relu"
     act, gated = choose(config, "feed_forward_proj", FEED_FORWARD, usual)
     return {
@@ -162,7 +164,9 @@ def read_feed_forward(config: Config) -> dict[str, Any]:
 
 
 def checkpoint(config: Config) -> Table:
-    """Hugging Face's names. The first block of a stack holds the bias by distance that all of its blocks share."""
+    """Return the table of Hugging Face's names. The first block of a stack holds the distance bias that all its blocks
+    share.
+    """
     table: dict[str, Entry] = {
         "shared.weight": Tied(("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")),
         "lm_head.weight": ("lm_head.weight", "shared.weight") if _may_lack_output(config) else "lm_head.weight",
@@ -187,10 +191,10 @@ def checkpoint(config: Config) -> Table:
 
 
 def _may_lack_output(config: Config) -> bool:
-    """Whether the file may do without lm_head, for which the embeddings then stand.
+    """Return True if the file may lack lm_head, which the embeddings then replace.
 
-    Hugging Face 5 says so of every model; where the matrix is one of its own, the file has it nevertheless, and
-    `scale_decoder_outputs` still tells what the model was trained as.
+    Hugging Face 5 declares every model tied; if the matrix is separate, the file has it nevertheless, and
+    `scale_decoder_outputs` still records how the model was trained.
     """
     return read_flag(config, "tie_word_embeddings", True)
 
@@ -206,7 +210,7 @@ FAMILY = Family(
     "t5", t5, ("t5", "mt5"), from_config, checkpoint,
     aliases=dict.fromkeys(("t5", "mt5"), ALIASES),
     irrelevant={
-        "n_positions": "positions by distance have no end",
+        "n_positions": "positions by distance have no maximum length",
         **dict.fromkeys(("num_decoder_layers", "scale_decoder_outputs"), "T5EncoderModel has no decoder, MT5 no scale"),
     },
 )  # fmt: skip

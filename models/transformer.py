@@ -1,7 +1,7 @@
-"""The Transformer: an encoder and a decoder made of attention alone (Vaswani et al. 2017).
+"""The Transformer: an encoder and a decoder that consist of attention (Vaswani et al. 2017).
 
 `encode` and `decode` are the two columns of the paper's figure 1, between the embeddings and the output. BART and
-Marian have them too, and differ in what lies around.
+Marian use them too, and differ in the other layers.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def transformer(
     layers: int = 6,
     hidden: int = 2048,
 ) -> dict[str, t.Tensor]:
-    """The Transformer: next-token logits [B, T, vocab] of decoder_tokens [B, T], after tokens [B, S].
+    """The Transformer: next-token logits [B, T, vocab] of decoder_tokens [B, T], conditioned on tokens [B, S].
 
-    One table embeds both sequences and makes the logits (3.4). The projections of attention have no biases (3.2.2),
-    the feed-forward network has (equation 2).
+    One table embeds both sequences and computes the logits (3.4). The projections of attention have no biases (3.2.2);
+    the feed-forward network has them (equation 2).
 
-    lengths  [B], how many of each row's tokens are real; absent: all
+    lengths  [B], number of tokens of each row without padding; absent: all
     """
     mask = None if lengths is None else t.padding(lengths)
     attention: dict[str, Any] = {"heads": heads, "projection_bias": False}
@@ -70,9 +70,9 @@ def transformer(
 
 
 def from_config(config: Config) -> t.Model:
-    """Read a config.json that says `"model_type": "transformer"` and the declaration's own options.
+    """Read a config.json that has `"model_type": "transformer"` and the declaration's own options.
 
-    Hugging Face has no class of this model: such a folder is one's own, with the weights under our names.
+    Hugging Face has no class of this model: such a folder comes from the user, with the weights under our names.
     """
     require(config, architectures=None)
     base = transformer.defaults
@@ -81,7 +81,7 @@ def from_config(config: Config) -> t.Model:
 
 
 def checkpoint(config: Config) -> Table:
-    """Every weight is stored under its own name."""
+    """Return an empty table: every weight is stored under its own name."""
     return {}
 
 

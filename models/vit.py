@@ -64,11 +64,11 @@ def vit(
     head: str | None = None,
     labels: int = 1000,
 ) -> dict[str, t.Tensor] | t.Tensor:
-    """ViT: hidden states [B, 1 + patches, dim] of images [B, channels, height, width], or what a head makes of them.
+    """ViT: hidden states [B, 1 + patches, dim] of images [B, channels, height, width], or the output of a head.
 
-    distilled  whether a distillation token follows the class token, as in DeiT
-    head       None, or one of HEADS: "classifier" looks at the class token, "distilled_classifier" at the distillation
-               token too, and answers the mean of both
+    distilled  True if a distillation token follows the class token, as in DeiT
+    head       None, or one of HEADS: "classifier" reads the class token; "distilled_classifier" reads the distillation
+               token too, and returns the mean of both
     """
     with t.scope("embeddings"):
         learned = [t.parameter(name, 1, 1, dim) for name in ("class", "distillation")[: 1 + distilled]]
@@ -106,13 +106,13 @@ def embed_patches(pixels: t.Tensor, dim: int, patch: int, *, bias: bool = True) 
 
 
 def prepend(x: t.Tensor, *learned: t.Tensor) -> t.Tensor:
-    """Learned tokens, [D] or [1, 1, D] each, before every sequence [B, N, D]."""
+    """Prepend learned tokens, [D] or [1, 1, D] each, to every sequence [B, N, D]."""
     batch, _, dim = x.shape
     return t.concat(*(t.expand(token, shape=(batch, 1, dim)) for token in learned), x, axis=1)
 
 
 def block(x: t.Tensor, heads: int, hidden: int, *, mask: Masks | None = None, act: Activation, eps: float) -> t.Tensor:
-    """One layer: attention, then a feed-forward network, each of its normalized input and added to it."""
+    """One layer: attention, then a feed-forward network, each with a normalized input and a residual sum."""
     x += t.self_attention(t.layer_norm(x, eps=eps, name="attn_norm"), heads, mask=mask, name="attn")
     return x + t.mlp(t.layer_norm(x, eps=eps, name="mlp_norm"), hidden, act=act, name="mlp")
 
@@ -143,9 +143,9 @@ def from_config(config: Config) -> t.Model:
 
 
 def read_image(config: Config, patch: int = 16) -> tuple[int, int, int]:
-    """An image's height and width and the side of a patch; each size is one number or [height, width].
+    """Return an image's height and width and the side of a patch; each size is one number or [height, width].
 
-    Raises CheckpointError for patches that are not square, or higher or wider than the image.
+    Raises CheckpointError for patches that are not square, or are higher or wider than the image.
     """
     sides = {}
     for name, default in (("image_size", 224), ("patch_size", patch)):
@@ -163,7 +163,9 @@ def read_image(config: Config, patch: int = 16) -> tuple[int, int, int]:
 
 
 def checkpoint(config: Config) -> Table:
-    """Hugging Face's names. DeiT's classifiers are `cls_classifier` and `distillation_classifier` where it has both."""
+    """Return Hugging Face's names. DeiT's classifiers are `cls_classifier` and `distillation_classifier` if it has
+    both.
+    """
     block = "encoder.layer.{i}"
     table: dict[str, Entry] = {
         "embeddings.class": "embeddings.cls_token",
@@ -190,5 +192,5 @@ def checkpoint(config: Config) -> Table:
 
 FAMILY = Family(
     "vit", vit, ("vit", "deit"), from_config, checkpoint,
-    prefixes=("", "vit.", "deit."), irrelevant={"encoder_stride": "is of the class that fills in masked patches"},
+    prefixes=("", "vit.", "deit."), irrelevant={"encoder_stride": "belongs to the class for masked image modeling"},
 )  # fmt: skip

@@ -1,6 +1,6 @@
 """Whisper: speech to text, a Transformer whose encoder reads a log-mel spectrogram (Radford et al. 2023).
 
-Its figure 1: two convolutions, of which the second halves the frames, sinusoidal positions and an encoder; a decoder
+Its figure 1: two convolutions, the second of which halves the frames, sinusoidal positions and an encoder; a decoder
 with learned positions that attends to it. Norms come before each part, and after the last.
 """
 
@@ -47,7 +47,8 @@ def whisper_encoder(
     """
     t.bound("F", upper=2 * context)
     with t.scope("encoder"):
-        # The positions are sinusoids, stored as weights. The paper's own activation, gelu, stands after convolutions.
+        # The positions are sinusoids, stored as weights. Convolutions are always followed by gelu, the paper's
+        # activation.
         x = t.gelu(t.convolution(mel, dim, (3,), padding=(1,), name="conv1"))
         x = t.gelu(t.convolution(x, dim, (3,), padding=(1,), strides=(2,), name="conv2"))
         x = t.rearrange(x, pattern="b d s -> b s d")
@@ -76,7 +77,9 @@ def whisper(
     decoder_hidden: int = 1536,
     act: t.Activation = t.gelu,
 ) -> dict[str, t.Tensor]:
-    """Whisper: next-token logits [B, T, vocab] of decoder_tokens [B, T], after a log-mel spectrogram mel [B, 80, F]."""
+    """Whisper: next-token logits [B, T, vocab] of decoder_tokens [B, T], conditioned on a log-mel spectrogram mel [B,
+    80, F].
+    """
     memory = whisper_encoder(
         mel, context=context, dim=dim, heads=heads, layers=layers, hidden=hidden, act=act
     )["hidden"]  # fmt: skip
@@ -97,7 +100,7 @@ def whisper(
 
 
 def from_config(config: Config) -> t.Model:
-    """Read a Hugging Face WhisperConfig. Of large-v3, whose spectrogram has 128 bands, it says so."""
+    """Read a Hugging Face WhisperConfig. The error for large-v3 explains that its spectrogram has 128 bands."""
     choose_architecture(config, {"WhisperForConditionalGeneration": whisper})
     require(config, is_causal=None, is_encoder_decoder=True)
     require(config, num_mel_bins=MELS, scale_embedding=False, tie_word_embeddings=True)
@@ -117,7 +120,7 @@ def from_config(config: Config) -> t.Model:
 
 
 def checkpoint(config: Config) -> Table:
-    """Hugging Face's names: BART's for the layers."""
+    """Return the table of Hugging Face's names: BART's for the layers."""
     table: dict[str, Entry] = {
         **name_blocks(),
         "decoder.tokens.weight": Tied(("decoder.embed_tokens.weight", "proj_out.weight")),
@@ -133,9 +136,9 @@ FAMILY = Family(
     prefixes=("", "model."),
     aliases={"whisper": {**ALIASES, "num_key_value_heads": "encoder_attention_heads"}},
     irrelevant={
-        "median_filter_width": "is of timestamps of words",
-        "alignment_heads": "is of timestamps of words",
-        **dict.fromkeys(("use_weighted_layer_sum", "classifier_proj_size"), "is of another class, for audio"),
+        "median_filter_width": "belongs to timestamps of words",
+        "alignment_heads": "belongs to timestamps of words",
+        **dict.fromkeys(("use_weighted_layer_sum", "classifier_proj_size"), "belongs to another class, for audio"),
     },
     padding=padding_rows("decoder.tokens.weight", default=50256),
     buffers=("encoder.positions.weight",),
@@ -144,32 +147,32 @@ FAMILY = Family(
 
 # -- CTranslate2 -----------------------------------------------------------------------------------------------
 
-_GELU = 3  # of CTranslate2's activations
+_GELU = 3  # in CTranslate2's list of activations
 
 
 def from_ctranslate2(file: CTranslate2File) -> t.Model:
-    """Configure Whisper by what a model.bin of CTranslate2 holds.
+    """Configure Whisper from a model.bin of CTranslate2.
 
-    Raises CheckpointError for another kind of model, and for one that this declaration does not compute.
+    Raises CheckpointError for another kind of model, and for a model that this declaration does not compute.
     """
     if file.specification != "WhisperSpec":
         raise CheckpointError(
-            "the file holds no Whisper",
+            "the file does not hold Whisper",
             received=printable(file.specification),
             within=file.label,
-            hint="of what CTranslate2 converts, WhisperSpec is read",
+            hint="WhisperSpec is the only supported model of CTranslate2",
         )
     expected = {"activation": _GELU, "pre_norm": 1, "scale_embeddings": 0, "alibi": 0, "start_from_zero_embedding": 0}
     for option, value in expected.items():
         if _read_scalar(file, f"decoder/{option}") != value:
-            raise CheckpointError(f"decoder/{option} is not {value}, as Whisper's is", within=file.label)
+            raise CheckpointError(f"decoder/{option} must be {value}, as in Whisper", within=file.label)
     for stack in ("encoder", "decoder"):
         if _read_scalar(file, f"{stack}/num_heads") < 1:
             raise CheckpointError(f"{stack}/num_heads must be positive", within=file.label)
     vocab, dim = _read_shape(file, "decoder/embeddings/weight", 2)
     _, mels, _ = _read_shape(file, "encoder/conv1/weight", 3)
     if mels != MELS:
-        raise CheckpointError(f"the spectrogram has {mels} bands, where {MELS} are supported", within=file.label)
+        raise CheckpointError(f"the spectrogram has {mels} bands, but {MELS} are supported", within=file.label)
     return whisper.configure(
         vocab=vocab,
         dim=dim,
@@ -185,9 +188,10 @@ def from_ctranslate2(file: CTranslate2File) -> t.Model:
 
 
 def ctranslate2_table(dim: int) -> Table:
-    """CTranslate2's names. It keeps queries, keys and values of a sequence in one matrix, of two in two.
+    """Return the table of CTranslate2's names. It stores q, k and v of self-attention in one matrix, of cross-
+    attention in two.
 
-    Its biases of keys, which are zero, stay unread: what is added to all keys alike leaves attention as it is.
+    Its biases of keys, which are zero, stay unread: a term that is added to all keys alike does not change attention.
     """
     modules = {
         "{stack}.norm": "{stack}/layer_norm",
@@ -229,7 +233,7 @@ def _read_shape(file: CTranslate2File, name: str, rank: int) -> tuple[int, ...]:
 
 
 def _read_scalar(file: CTranslate2File, name: str) -> int:
-    """An option, which the file holds as an integer without dimensions."""
+    """Return an option, which the file stores as an integer without dimensions."""
     record = file.record(name)
     if record.shape or not record.dtype.startswith("i"):
         raise CheckpointError(f"{name} must be one integer", received=str(record), within=file.label)

@@ -1,4 +1,4 @@
-"""Pipelines: flat lists of passes, which read as a table of contents of what happens to a graph."""
+"""Pipelines: flat lists of passes, which read as a table of contents of a compilation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from treadle.passes.products.merge_projections import MergeProjections
 
 
 class Pipeline(tuple[Pass, ...]):
-    """A flat list of passes that shows, as a default in a signature for one, how many there are."""
+    """A flat list of passes. Its repr, as a default in a signature, is the number of passes."""
 
     __slots__ = ()
 
@@ -34,12 +34,12 @@ class Pipeline(tuple[Pass, ...]):
 
 RECOGNITION = Pipeline(
     (
-        # one spelling for everything, no work done twice, and none that nobody reads: it would keep others from fusing
+        # normalize: one form for equal expressions, no duplicate work, and no unused nodes, which would prevent fusion
         FoldConstants(),
         Canonicalize(),
         CommonSubexpressions(),
         DeadCode(),
-        # spelled-out functions as the ops that they are
+        # recognize functions written in primitives
         FuseNormalization(),
         FuseSoftmax(),
         FuseRotary(),
@@ -48,26 +48,28 @@ RECOGNITION = Pipeline(
         FuseGelu(),
         FuseLinear(),
         FoldScale(),
-        # nothing is computed that nobody reads
+        # compute only what is used
         CutSooner(),
     )
 )
-"""What says in ops what a graph means. Where it is split over a mesh, this comes before (docs/sharding.md)."""
+"""Passes that recognize ops in a graph. If the graph is sharded over a mesh, they run before sharding
+(docs/sharding.md).
+"""
 
 MERGING = Pipeline(
     (
-        # several ops as one, which a kernel computes at once
+        # merge several ops into one, which a kernel computes at once
         FuseGatedLinear(),
         FuseActivatedLinear(),
         FuseEmbeddingSum(),
         FuseResidualNorm(),
         MergeProjections(),
-        # what is left over
+        # clean up
         CommonSubexpressions(),
         DeadCode(),
     )
 )
-"""What puts ops together that run as one."""
+"""Passes that merge ops that run as one."""
 
 DEFAULT = Pipeline((*RECOGNITION, *MERGING))
-"""For every graph and every backend."""
+"""The default pipeline, for every graph and every backend."""

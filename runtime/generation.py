@@ -30,6 +30,7 @@ for each token, in order.
 """
 
 _GREEDY = Sampling()
+_NO_RULES = TokenRules()
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Choosing:
         """Return the next token id from logits [vocab] after the generated tokens. Raises UsageError if no token can be
         chosen.
         """
-        if self.rules is None:
+        if self.rules is None or self.rules == _NO_RULES:
             return self.sampling.choose(logits, row=number, step=len(made))
         is_last = len(made) + 1 == self.most
         scores = self.rules.apply(logits, prompt=prompt, made=made, end=tuple(self.stop), is_last=is_last)

@@ -30,7 +30,9 @@ class TokenRules:
     presence_penalty    is subtracted from the logits of generated tokens; the prompt's tokens do not count
     no_repeat_ngram     no n-gram of this length occurs twice, the prompt included; 0: no limit
     banned              token ids that never occur
+    banned_runs         runs of token ids that never occur: the last id of a run is excluded after the others
     fewest              minimum number of generated tokens before a token that ends a text
+    shortest            minimum number of tokens of a row, prompt included, before a token that ends a text
     first               id of the first token; None: any
     last                id of the last token, if the maximum number of tokens is reached; None: any
     banned_first        ids that do not occur first or, if `first` is set, second
@@ -42,7 +44,9 @@ class TokenRules:
     presence_penalty: float = 0.0
     no_repeat_ngram: int = 0
     banned: tuple[int, ...] = ()
+    banned_runs: tuple[tuple[int, ...], ...] = ()
     fewest: int = 0
+    shortest: int = 0
     first: int | None = None
     last: int | None = None
     banned_first: tuple[int, ...] = ()
@@ -52,9 +56,11 @@ class TokenRules:
             raise UsageError("repetition_penalty must be more than 0", received=repr(self.repetition_penalty))
         if not -math.inf < self.presence_penalty < math.inf:
             raise UsageError("presence_penalty must be a finite number", received=repr(self.presence_penalty))
-        for name in ("no_repeat_ngram", "fewest"):
+        for name in ("no_repeat_ngram", "fewest", "shortest"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} must be 0 or more", received=repr(getattr(self, name)))
+        if not all(self.banned_runs):
+            raise UsageError("banned_runs must have one id or more each", received=repr(self.banned_runs))
 
     def apply(
         self,
@@ -80,7 +86,10 @@ class TokenRules:
         for token in self._repeating([*prompt, *made]):
             scores[token] = -np.inf
         scores[list(self.banned)] = -np.inf
-        if len(made) < self.fewest:
+        for *before, token in self.banned_runs:
+            if not before or [*prompt, *made][-len(before) :] == before:
+                scores[token] = -np.inf
+        if len(made) < self.fewest or len(prompt) + len(made) < self.shortest:
             scores[[token for token in end if token < len(scores)]] = -np.inf
         if self.first is not None and not made:
             scores = _only(self.first, len(scores))
@@ -109,7 +118,8 @@ class TokenRules:
         return [tokens[i + size - 1] for i in range(len(tokens) - size + 1) if tokens[i : i + size - 1] == end]
 
     def _check_ids(self, vocabulary: int) -> None:
-        for token in (*self.banned, *self.banned_first, self.first, self.last):
+        ends = [run[-1] for run in self.banned_runs]
+        for token in (*self.banned, *ends, *self.banned_first, self.first, self.last):
             if token is not None and not 0 <= token < vocabulary:
                 raise UsageError(f"token {token} is not in the vocabulary", received=f"ids are 0 to {vocabulary - 1}")
 

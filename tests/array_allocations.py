@@ -1,10 +1,11 @@
-"""What NumPy allocates for arrays' data: each allocation by its bytes, by a handler of NumPy's own (NEP 49).
+"""Record NumPy's allocations of array data: the bytes of each allocation, seen by a handler installed in NumPy (NEP
+49).
 
     with array_allocations() as made:
         run()
     made                                  [(64, "kernels.py:take"), ...]
 
-`tracemalloc` counts the same bytes, and those of Python's objects with them; here no array is too small to be seen.
+`tracemalloc` counts the same bytes together with the bytes of Python objects. Here no array is too small to be seen.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 _SET, _SIZE = 304, ctypes.c_size_t
-"""The number of PyDataMem_SetHandler in NumPy's table of functions."""
+"""The index of PyDataMem_SetHandler in NumPy's table of functions."""
 _POINTER = ctypes.c_void_p
 _LIBC = ctypes.CDLL(None)
 for _name in ("malloc", "calloc", "realloc"):
@@ -66,7 +67,7 @@ def _free(context: Any, pointer: Any, size: int) -> None:
 
 
 _HANDLER = _Handler(b"noting", 1, None, _Allocate(_malloc), _Zeros(_calloc), _Again(_realloc), _Free(_free))
-"""Kept for good: arrays that it made are freed by it."""
+"""Never freed: arrays that it allocated are freed by it."""
 
 
 def _set_handler(capsule: Any) -> Any:
@@ -79,7 +80,7 @@ def _set_handler(capsule: Any) -> Any:
 
 @contextmanager
 def array_allocations() -> Iterator[list[tuple[int, str]]]:
-    """The bytes of each allocation inside the block, and the function of Python's in which it was made."""
+    """Yield a list of the allocations inside the block: the bytes of each, and the Python function that caused it."""
     global _seen
     api = ctypes.pythonapi
     api.PyCapsule_New.restype = ctypes.py_object

@@ -1,4 +1,4 @@
-"""Programs that look like attention: why each is none, or is not with the term that one might take it for."""
+"""Programs that look like attention but are not, or are attention with another term than one might expect."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ from treadle.ir.builder import Builder, Expr
 
 @dataclass(frozen=True)
 class NearMiss:
-    """A program that looks like attention, why it is none, and where something else is fused, the terms of that."""
+    """A program that looks like attention, the reason that it is not, and if something else is fused, the terms of
+    that.
+    """
 
     name: str
     build: Build
@@ -78,7 +80,7 @@ def _data_divisor(b: Builder) -> Expr:
 
 
 def _roles_swapped(b: Builder) -> Expr:
-    """q and k in each other's place: the softmax is over the queries of the product with values."""
+    """q and k swapped: the softmax is over the queries of the product with values."""
     q, k, v = q_k_v(b)
     return b.einsum(b.softmax(k @ swapped(b, q) * SCALE), v, equation="b h t s, b h t e -> b h s e")
 
@@ -166,7 +168,7 @@ def _additive_attention(b: Builder) -> Expr:
 
 
 def _regrouped(b: Builder) -> Expr:
-    """Rows of probabilities are cut across"""
+    """Rows of probabilities are split by a reshape"""
     q, k, v = (b.input(n, f"f32[6, {SIZE}]") for n in "qkv")
     p = b.reshape(b.softmax(q @ swapped(b, k) * SCALE), shape=(4, 9))
     return p @ b.concat(v, b.slice(v, axis=0, stop=3), axis=0)
@@ -178,7 +180,7 @@ def _narrowed_scores(b: Builder) -> Expr:
 
 
 def _a_mask_of_two(b: Builder) -> Expr:
-    """-1e9 filled in, and added: a row without keys holds scores beside that number"""
+    """-1e9 filled in, and added: a row without keys also holds scores next to that number"""
     return scaled(b, lambda x: b.where(rows(b), x + addend(b, lengths_reach(b), -1e9), -1e9))
 
 
@@ -201,7 +203,7 @@ def _one_key(b: Builder) -> Expr:
 
 
 def many_addends(b: Builder, count: int) -> Expr:
-    """One bias, added so often"""
+    """One bias, added `count` times"""
 
     def change(x: Expr) -> Expr:
         each = bias(b, "f32[S, S]")
@@ -213,7 +215,7 @@ def many_addends(b: Builder, count: int) -> Expr:
 
 
 def many_casts(b: Builder, count: int) -> Expr:
-    """Probabilities that are cast so often, by casts of which no two are one"""
+    """Probabilities that are cast `count` times, by casts that cannot be combined"""
 
     def change(b: Builder, p: Expr) -> Expr:
         for n in range(count - 1):
@@ -224,7 +226,7 @@ def many_casts(b: Builder, count: int) -> Expr:
 
 
 def _quantized(b: Builder, x: Expr) -> Expr:
-    """As quantizers leave it: steps of an integer dtype, and back"""
+    """The form that quantizers emit: steps of an integer dtype, and back"""
     steps = b.minimum(b.maximum(b.round(x / 0.25) + 3.0, -128.0), 127.0)
     back: Expr = (b.cast(b.cast(steps, to="i8"), to="f32") - 3.0) * 0.25
     return back
@@ -245,14 +247,14 @@ NEAR_MISSES = [
     NearMiss("temperature", _data_divisor, "the scale is a tensor: it depends on data"),
     NearMiss("roles swapped", _roles_swapped, "does not sum over the axis of the softmax"),
     NearMiss("features against features", _feature_product, "does not sum over the axis of the softmax"),
-    NearMiss("outer product", _no_sum, "no sum over an axis of queries and keys"),
+    NearMiss("outer product", _no_sum, "not a sum over an axis of queries and keys"),
     NearMiss("values along queries", _values_transposed, "does not sum over the axis of the softmax"),
-    NearMiss("heads summed", _heads_summed, "sums over another axis than the softmax's as well"),
+    NearMiss("heads summed", _heads_summed, "also sums over an axis other than the softmax's"),
     NearMiss("clipped", _clipped, "the scores are clipped"),
     NearMiss("scores returned", _scores_returned, "the scores are used elsewhere, by concat"),
     NearMiss("a bias of the scores", _depends_on_scores, "the scores are used elsewhere, by "),
-    NearMiss("a fill too high", _high_fill, "puts -100 in place of scores, which does not take keys away"),
-    NearMiss("a fill of zero", _zero_fill, "puts 0 in place of scores"),
+    NearMiss("a fill too high", _high_fill, "replaces scores by -100, which does not mask keys"),
+    NearMiss("a fill of zero", _zero_fill, "replaces scores by 0"),
     NearMiss("a mask of two tensors", _mask_of_tensors, "the mask chooses between two tensors"),
     NearMiss("cap after mask", _cap_after_mask, "a mask is applied before the soft-cap"),
     NearMiss("cap after bias", _cap_after_bias, "a bias is added before the soft-cap"),
@@ -260,22 +262,22 @@ NEAR_MISSES = [
     NearMiss("weights as keys", _weights_as_keys, "the keys are weights: a layer with a softmax"),
     NearMiss("additive attention", _additive_attention, "the scores go through reduce_sum"),
     NearMiss("regrouped", _regrouped, "the probabilities are reshaped across their axes"),
-    NearMiss("scores rounded", _narrowed_scores, "the scores are cast from f32 to f16, which loses some"),
+    NearMiss("scores rounded", _narrowed_scores, "the scores are cast from f32 to f16, which is lossy"),
     NearMiss(
         "a fill over an added mask",
         _a_mask_of_two,
         "a row in which every key is masked by -1e+09 depends on more than that mask",
     ),
-    NearMiss("past the range and back", _there_and_back, "masks are multiplied past the range of f32 on the way"),
+    NearMiss("past the range and back", _there_and_back, "the factors of masks exceed the range of f32 on the way"),
     NearMiss(
         "scores as low as the mask",
         lambda b: products(b, lambda x: b.where(triangle(b), x * 1e6, -1e9)),
-        "scores times 1e+06 may be as low as -1e+09",
+        "scores times 1e+06 may be as low as the mask's -1e+09",
     ),
     NearMiss(
         "keys raised to inf",
         lambda b: scaled(b, lambda x: x - b.where(rows(b), 0.0, b.constant(-math.inf))),
-        "what is added to the scores may be inf",
+        "an addend of the scores may be inf",
     ),
     NearMiss("three factors", _of_three, "the product is of 3 operands, not of queries and keys"),
     NearMiss("one key", _one_key, "there is one key, and the softmax of one score is 1"),
@@ -291,7 +293,7 @@ NEAR_MISSES = [
     NearMiss("two caps", lambda b: scaled(b, lambda x: b.tanh(b.tanh(x / 30.0) * 20.0)), "a second soft-cap"),
     NearMiss("many addends", lambda b: many_addends(b, 48), "the chain before the softmax is too long"),
     NearMiss("many casts", lambda b: many_casts(b, 48), "the chain after the softmax is too long"),
-    # what is fused, but as another term than it looks like
+    # fused, but with another term than it looks like
     NearMiss(
         "triangle one off", lambda b: masked(b, lambda: triangle(b, off=1)), "keeps keys up to 1 after", "mask(s t)"
     ),
@@ -307,7 +309,7 @@ NEAR_MISSES = [
     NearMiss(
         "triangle at the last key",
         lambda b: masked(b, lambda: _aligned_at_end(b), LOW, keys="T"),
-        "positions are -S+T apart",
+        "positions differ by -S+T",
         "bias(s t)",
     ),
     NearMiss(
@@ -319,7 +321,7 @@ NEAR_MISSES = [
     NearMiss(
         "constant with a hole",
         lambda b: masked(b, lambda: _holed(b)),
-        "the constant is no band of positions",
+        "the constant is not a band of positions",
         "mask(s t)",
     ),
 ]

@@ -1,4 +1,4 @@
-"""What a graph computes: its numbers on drawn inputs, with rows without keys, and what its outputs are made by."""
+"""Numbers that a graph computes on drawn inputs, some with rows without keys, and an identity of its outputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DRAWN_SIZES = ({"B": 3, "S": 5, "T": 7}, {"B": 2, "S": 6, "T": 3}, {"B": 1, "S":
 
 
 def draw(graph: Graph, sizes: Mapping[str, int], seed: int) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Inputs and weights. Of masks the first row has no key at all, of lengths the first is 0."""
+    """Return drawn inputs and weights. The first row of a mask has no key at all; the first length is 0."""
     rng = np.random.default_rng(seed)
 
     def drawn(value: Value) -> Array:
@@ -38,7 +38,7 @@ def draw(graph: Graph, sizes: Mapping[str, int], seed: int) -> tuple[dict[str, A
 
 
 def assert_equal_everywhere(before: Graph, after: Graph, tolerance: float) -> bool:
-    """The same numbers in float64 for all drawn sizes, NaN where NaN was; returns whether there was any."""
+    """Compare two graphs in float64 for all drawn sizes, NaN included; return True if there was any NaN."""
     with_nan = False
     for seed, sizes in enumerate(DRAWN_SIZES):
         inputs, weights = draw(before, sizes, seed)
@@ -55,8 +55,9 @@ def assert_equal_everywhere(before: Graph, after: Graph, tolerance: float) -> bo
 
 
 def computed(graph: Graph) -> dict[str, dict[str, str]]:
-    """What each output of each function is computed by: ops, attributes and constants, but neither the order of nodes
-    nor the names that rearranges give to axes. Terms of attention count in any order, each with its operands."""
+    """Return the expression of each output of each function: ops, attributes and constants, but neither the order of
+    nodes nor the names that rearranges give to axes. Terms of attention count in any order, each with its operands.
+    """
     return {name: _outputs(function) for name, function in graph.functions.items()}
 
 

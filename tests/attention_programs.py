@@ -1,6 +1,6 @@
-"""Attention as models spell it out: forms that are to be recognised, and near misses that are not.
+"""Attention in the forms in which models write it: forms that must be recognised, and near misses that must not be.
 
-Sizes are symbols: B rows, S queries, T keys; 4 heads of 6, and in grouped forms 2 of them for keys and values.
+Sizes are symbols: B rows, S queries, T keys; 4 heads of size 6. Grouped forms have 2 heads for keys and values.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LOW = float(np.finfo(np.float32).min)
 
 @dataclass(frozen=True)
 class Form:
-    """One spelling of attention, and the terms and attributes of the op that it is."""
+    """One form of attention, and the terms and attributes of the op that it stands for."""
 
     name: str
     build: Build
@@ -80,7 +80,7 @@ def triangle(b: Builder, keys: str = "S", off: int = 0) -> Expr:
 def masked(
     b: Builder, keep: Callable[[], Expr], fill: float = -math.inf, keys: str = "S", over: float | None = None
 ) -> Expr:
-    """A mask by a number, and if there is another number, one over a row's keys by that."""
+    """Mask with a number; if `over` is given, mask the keys of a row with that second number."""
 
     def change(x: Expr) -> Expr:
         made: Expr = b.where(keep(), x, fill)
@@ -114,7 +114,7 @@ def guarded_softmax(b: Builder, x: Expr) -> Expr:
 
 
 def _from_projections(b: Builder) -> Expr:
-    """As PyTorch's modules do it: split, transpose, attend, transpose back, join."""
+    """The form of PyTorch's modules: split, transpose, attend, transpose back, join."""
     x = b.input("x", f"f32[B, S, {HEADS * SIZE}]")
     q, k, v = (
         b.rearrange(
@@ -129,7 +129,7 @@ def _from_projections(b: Builder) -> Expr:
 
 
 def _one_einsum_each(b: Builder) -> Expr:
-    """Heads stay behind the sequence."""
+    """Heads stay after the sequence axis."""
     q, k, v = (b.input(n, f"f32[B, {s}, {HEADS}, {SIZE}]") for n, s in (("q", "S"), ("k", "T"), ("v", "T")))
     p = b.softmax(b.einsum(q, k, equation="b s h d, b t h d -> b h s t") * SCALE)
     return b.einsum(p, v, equation="b h s t, b t h e -> b s h e")
@@ -153,7 +153,7 @@ def _rows_and_heads_joined(b: Builder) -> Expr:
 
 
 def _two_dimensions(b: Builder) -> Expr:
-    """No rows and no heads."""
+    """Neither rows nor heads."""
     q, k, v = (b.input(n, f"f32[{s}, {SIZE}]") for n, s in (("q", "S"), ("k", "T"), ("v", "T")))
     return b.softmax(q @ swapped(b, k) * SCALE) @ v
 
@@ -164,7 +164,7 @@ def _keys_as_a_linear_weight(b: Builder) -> Expr:
 
 
 def _of_windows(b: Builder) -> tuple[Expr, Expr, Expr, Expr]:
-    """q, k, v as [(b w), h, s, d] with four windows for each image, and an addend for each of the four, as Swin's."""
+    """q, k, v as [(b w), h, s, d] with four windows for each image, and an addend for each of the four, as in Swin."""
     q, k, v = (b.input(n, f"f32[4*B, {HEADS}, S, {SIZE}]") for n in "qkv")
     return q, k, v, b.input("shifted", "f32[4, S, S]")
 
@@ -178,7 +178,7 @@ def _shifted_windows(b: Builder) -> Expr:
 
 
 def _windows_of_scores(b: Builder) -> Expr:
-    """The scores taken apart by windows for the addend"""
+    """The scores split into windows for the addend"""
     q, k, v, shifted = _of_windows(b)
     scores = b.rearrange(q @ swapped(b, k) * SCALE, pattern="(b w=4) h s t -> b w h s t")
     scores = scores + b.rearrange(shifted, pattern="w s t -> w 1 s t")
@@ -219,7 +219,7 @@ def _repeated_heads(groups: int) -> Build:
 
 
 def _repeated_keys_alone(b: Builder) -> Expr:
-    """Values have all heads of their own."""
+    """Values have their own copy of all heads."""
     q, k, _ = q_k_v(b, "T", 2)
     v = b.input("w", f"f32[B, {HEADS}, T, {SIZE}]")
     return b.softmax(q @ swapped(b, _repeated(b, k, 2)) * SCALE) @ v
@@ -255,7 +255,7 @@ def _wide_softmax(b: Builder) -> Expr:
 
 
 def _keys_of_the_past(b: Builder) -> Expr:
-    """A step with a cache: keys and values begin with those of before."""
+    """A step with a cache: keys and values begin with the cached ones."""
     q, *both = q_k_v(b)
     past = (b.input(f"past_{n}", f"f32[B, {HEADS}, T, {SIZE}]") for n in "kv")
     k, v = (b.concat(old, new, axis=2) for old, new in zip(past, both, strict=True))
@@ -298,7 +298,7 @@ def _scale_on(q_by: float, k_by: float, divide: bool = False) -> Build:
 
 
 def _scaled_twice(b: Builder) -> Expr:
-    """On q, and again in what is between cap and softmax."""
+    """A scale on q, and another between cap and softmax."""
     q, k, v = q_k_v(b)
     scores = b.tanh((q * 0.5) @ swapped(b, k) / 3.0) * 3.0
     return b.softmax(-(scores * -0.5)) @ v
@@ -358,7 +358,7 @@ def _segments(b: Builder) -> Expr:
 
 
 def _constant_triangle(b: Builder, fill: float | None = None, size: int = 64) -> Expr:
-    """A table of the longest context, cut to the sequence."""
+    """A table of the longest context, sliced to the sequence."""
     kept = np.tri(size, dtype=np.bool_)
     table = b.constant(kept[None, None] if fill is None else np.where(kept, 0.0, fill).astype(np.float32)[None, None])
     return b.slice(b.slice(table, axis=2, stop="S"), axis=3, stop="S")
@@ -571,7 +571,7 @@ def _buckets(buckets: int, far: int) -> Array:
 
 
 def _t5_by_logarithms(b: Builder, rows: int, far: int, bidirectional: bool) -> Expr:
-    """As Hugging Face computes it: distances one by one, then by their logarithm"""
+    """The form of Hugging Face: distances one by one, then by their logarithm"""
     i, j = places(b)
     offset = j - i
     count = rows // 2 if bidirectional else rows
@@ -593,14 +593,14 @@ def _alibi(b: Builder) -> Expr:
 
 
 def _of_later_keys(b: Builder) -> Expr:
-    """A table looked up by whether the key comes later, plus a constant: a distance, but none of T5's buckets"""
+    """A table looked up by whether the key comes later, plus a constant: a distance, but without T5's buckets"""
     i, j = places(b)
     table = b.parameter("table", f"f32[32, {HEADS}]")
     return b.rearrange(b.embedding(table, b.cast(j > i, to="i64") + 16), pattern="s t h -> 1 h s t")
 
 
 def _by_place(b: Builder) -> Expr:
-    """A table looked up by i + j, which is no distance"""
+    """A table looked up by i + j, which is not a distance"""
     i, j = places(b)
     table = b.parameter("table", f"f32[32, {HEADS}]")
     return b.rearrange(b.embedding(table, b.minimum(i + j, 31)), pattern="s t h -> 1 h s t")

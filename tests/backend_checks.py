@@ -1,4 +1,4 @@
-"""Small graphs compiled for a backend: what the tests of backends and executables share."""
+"""Small graphs compiled for a backend, shared by the tests of backends and executables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from treadle.ir.target import Target
 
 CPU = Target("cpu")
 TOLERANCE = 64 * 2.0**-23
-"""64 roundings of float32, relative to the greatest element: sums in these tests have at most 60 terms."""
+"""64 float32 roundings, relative to the largest element: sums in these tests have at most 60 terms."""
 
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 needs_tvm = pytest.mark.skipif(importlib.util.find_spec("tvm") is None, reason="TVM is not installed")
@@ -53,7 +53,7 @@ def message(call: Callable[[], Any]) -> str:
 
 
 def block_model(layers: int = 2) -> tuple[Graph, dict[str, Any]]:
-    """x = h(x) with its own weights a layer: enough of a transformer to see every kind of line."""
+    """x = h(x) with separate weights for each layer: enough of a transformer to see every kind of line."""
     graph = Graph("tiny")
     h = Function("h")
     graph.add_function(h)

@@ -66,13 +66,13 @@ SMALL = "model.py:small"
 
 
 def line_of(code: str) -> str:
-    """Where a piece of MODEL stands, as errors say it."""
+    """Return the location of a part of MODEL, in the form that errors use."""
     return f"model.py:{MODEL[: MODEL.index(code)].count(chr(10)) + 1}"
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one command did."""
+    """The result of one command."""
 
     code: int
     out: str
@@ -80,7 +80,7 @@ class Result:
 
     @property
     def json(self) -> Any:
-        """The one object on standard output."""
+        """The single object on standard output."""
         return json.loads(self.out)
 
 
@@ -88,7 +88,7 @@ Treadle = Callable[..., Result]
 
 
 def commands_in(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Treadle:
-    """What runs a command in a folder, into which model.py comes, as the entry point would."""
+    """Return a function that runs a command, as the entry point would, in a folder that contains model.py."""
     (folder / "model.py").write_text(MODEL, encoding="utf-8")
     monkeypatch.chdir(folder)
     monkeypatch.delenv("TREADLE_DEBUG", raising=False)
@@ -106,7 +106,7 @@ def commands_in(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
 
 
 def refused(said: Result, *parts: str) -> None:
-    """Exit code 2, nothing on standard output, the house's form on standard error, no traceback."""
+    """Check for exit code 2, empty standard output, an error in the house's form on standard error, no traceback."""
     assert said.code == 2
     assert said.out == ""
     assert "Traceback" not in said.err

@@ -1,4 +1,4 @@
-"""What all tests share: the option --update-golden, the fixture `golden`, certificates, and how many threads work."""
+"""Setup for all tests: the option --update-golden, the fixture `golden`, certificates, and the number of threads."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterator
 from functools import cache
 
-# Said before NumPy and PyTorch are loaded, which ask once. Tests run side by side, and their arrays are small: further
-# threads only wait for each other, and a test that is about threads asks for so many.
+# Set before NumPy and PyTorch are imported, because they read the variables once. Tests run in parallel on small
+# arrays, so more threads would only wait for each other. A test about threads sets its own number.
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")  # idle threads of TVM's pool sleep at once
@@ -25,9 +25,9 @@ from treadle.passes.framework.manager import PassManager
 from treadle.reporting import told_errors
 
 settings.register_profile("treadle", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("treadle")  # a busy machine is no fault of a test
+settings.load_profile("treadle")  # a busy machine must not fail a test
 
-# Typer makes all commands anew for every command line, which takes longer than most commands that tests run.
+# Typer builds all commands again for every command line, which takes longer than most commands that tests run.
 typer.main.get_command = typer.testing._get_command = cache(typer.main.get_command)
 
 
@@ -38,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Every rewrite in every test is tried before and after, unless TREADLE_CERTIFY=0 is set; what was is not again."""
+    """Certify every rewrite in every test, unless TREADLE_CERTIFY=0 is set. Known certificates are not tried again."""
     os.environ.setdefault("TREADLE_CERTIFY", "1")
     remember()
     if _updates(config) and (config.getoption("numprocesses", None) or 1) > 1:
@@ -46,8 +46,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What there is now stays: the cyclic collector need not look at thousands of tests again and again, nor as often
-    as every 700 objects.
+    """Exempt the objects that exist now from the cyclic collector, so that it need not scan thousands of tests again
+    and again, and let it run less often than every 700 objects.
     """
     gc.collect()
     gc.freeze()
@@ -66,7 +66,9 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 
 @pytest.fixture(autouse=True, scope="session")
 def _texts_read_as_they_did(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What a test meets in `pytest.raises` and in logs of passes stands in tests/golden/errors/ and refusals/."""
+    """Compare the texts that a test meets in `pytest.raises` and in logs of passes with tests/golden/errors/ and
+    refusals/.
+    """
     config = request.config
     golden = Golden(_updates(config))
     errors = error_texts.ErrorTexts(golden, str(tmp_path_factory.getbasetemp()))
@@ -84,8 +86,9 @@ def _texts_read_as_they_did(request: pytest.FixtureRequest, tmp_path_factory: py
 
 @pytest.fixture
 def quickly_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of a run stay in the order of the program, mostly: to look for a better one is half of what a small trainer
-    takes to be made."""
+    """Keep the steps of a run mostly in program order: the search for a better order is half of the time that a small
+    trainer takes to build.
+    """
     from treadle.passes.memory import order
 
     monkeypatch.setattr(order, "MOST_LOOKS", 1)

@@ -1,4 +1,4 @@
-"""Small decoders of Hugging Face's, of each family that is a decoder alone: settings that take every option in turn."""
+"""Small Hugging Face decoders, one or more for each decoder-only family: their settings take every option in turn."""
 
 from __future__ import annotations
 

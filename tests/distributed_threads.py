@@ -1,9 +1,9 @@
-"""torch.distributed among threads of this process, each a rank: what `treadle.runtime.distributed` calls of it.
+"""torch.distributed among threads of this process, each a rank: the functions that `treadle.runtime.distributed` calls.
 
     world = World(3); world.install(monkeypatch)
-    found = world.run(lambda rank: ...)         # what each rank's call gives
+    found = world.run(lambda rank: ...)         # the results of each rank's call
 
-What is begun is there once it is waited for, and not before.
+The result of an asynchronous call is available after the wait, and not before.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 SECONDS = 20
-"""After which a rank waits in vain, on a machine that is not busy."""
+"""Seconds after which a waiting rank gives up, on a machine that is not busy."""
 
 REDUCED: dict[Any, Callable[[torch.Tensor], torch.Tensor]] = {
     dist.ReduceOp.SUM: lambda x: x.sum(0).to(x.dtype),
@@ -31,11 +31,11 @@ REDUCED: dict[Any, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class World:
-    """So many ranks.
+    """A group of `size` ranks.
 
-    called  the names of all calls, each rank's apart
-    groups  that were made, and their timeouts
-    sent    for each tensor that was sent whether its end was waited for
+    called  the names of all calls, by rank
+    groups  the groups that were created, and their timeouts
+    sent    for each tensor that was sent, whether its end was waited for
     """
 
     def __init__(self, size: int) -> None:
@@ -49,7 +49,7 @@ class World:
         self._sent: dict[tuple[int, int], queue.Queue[torch.Tensor]] = defaultdict(queue.Queue)
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
-        """In place of torch.distributed's own."""
+        """Replace the functions of torch.distributed."""
         for name in (
             "all_reduce", "all_gather_single", "reduce_scatter_single", "all_to_all_single", "new_group",
             "isend", "irecv", "send", "recv", "batch_isend_irecv",
@@ -58,7 +58,7 @@ class World:
         patch.setattr(dist, "P2POp", lambda call, tensor, peer: (call, tensor, peer))
 
     def run(self, call: Callable[[int], Any]) -> list[Any]:
-        """What each rank's call gives. Raises what a rank raised."""
+        """Return the result of each rank's call. Raises the error of a rank."""
         found: list[Any] = [None] * self.size
 
         def run(rank: int) -> None:
@@ -83,7 +83,7 @@ class World:
         return tuple(ranks)
 
     def _together(self, name: str, group: tuple[int, ...] | None, brought: Any) -> tuple[int, list[Any]]:
-        """This rank's place in a group, and what all of it bring."""
+        """Return this rank's index in a group, and the values that all ranks contribute."""
         rank, ranks = self.own.rank, group or tuple(range(self.size))
         self.called[rank].append(name)
         assert rank in ranks

@@ -1,9 +1,9 @@
-"""Errors read as they did: the text of each error of ours that a test provokes stands in tests/golden/errors/.
+"""Golden texts of errors: the text of each Treadle error that a test provokes is in tests/golden/errors/.
 
-`pytest.raises` compares it with the file of the test's module, and so it does what a command told that ended with
-SystemExit. So a lost `received`, place or hint is noticed by whatever test meets the error; a test itself says only
-which error it wants. `make golden` writes the files. Where a text quotes another library, or tells of this machine's
-folders or of lines, something else stands in its place.
+`pytest.raises` compares the text with the file of the test's module. It does the same with the error that a command
+printed before it ended with SystemExit. So any test that meets an error notices a lost `received`, location or hint;
+the test itself only names the error that it expects. `make golden` writes the files. Quotes of another library, folders
+of this machine and line numbers are replaced by placeholders.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from treadle.files.errors import TreadleError
 from treadle.files.user_cache import cache_folder
 
 raises_freely = pytest.raises
-"""The same without a comparison, where texts are thousands (by op, dtype and backend) or depend on the time."""
+"""The same without a comparison, for texts that number in the thousands (by op, dtype and backend) or depend on the
+time.
+"""
 
 _ROOT = str(FOLDER.parents[1])
 _HEADING = """\
@@ -34,29 +36,29 @@ _BETWEEN = "\n\n"
 
 
 _LINES = 16
-"""Of a text; the rest of a long list is left out."""
+"""Number of lines of a text that are compared; the rest of a long list is left out."""
 
 
 def text_of(error: BaseException, folder: str, cache: str) -> str:
-    """An error's text as it is everywhere: without folders, lines, numbers, and what others say.
+    """Return an error's text in a form that is the same everywhere: without folders, lines, numbers and foreign texts.
 
-    Numbers, which cases of a test differ by, are the test's own to look at.
+    Tests check numbers themselves, because the cases of a test differ by them.
 
-    folder  below which the tests' own folders lie
-    cache   the user's, where fetched models are
+    folder  the parent of the tests' own folders
+    cache   the user's cache, which holds fetched models
     """
     text = str(error)
     other = error.__cause__ or error.__context__
     if other is not None and not type(other).__module__.startswith("treadle"):
         for line in filter(lambda line: len(line) > 7, map(str.strip, str(other).splitlines())):
             text = text.replace(line, f"({type(other).__name__})")
-    text = text.replace(sys.executable, "PYTHON")  # which may lie below the root
+    text = text.replace(sys.executable, "PYTHON")  # which may be below the root
     text = re.sub(rf"{re.escape(folder)}/[^/\s:,'\")]*", "TMP", text).replace(_ROOT, "ROOT").replace(cache, "CACHE")
     return shortened(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def shortened(text: str) -> str:
-    """A text with # for its numbers, and without what is beyond so many lines."""
+    """Return a text with # for its numbers, and without the lines after the first `_LINES`."""
     text = re.sub(r"(\.py):\d+", r"\1", re.sub(r"\n\s*\n", "\n", text))
     text = re.sub(r"\b(?=\d*[a-f])[0-9a-f]{32,}\b", "...", re.sub(r"ERROR: .*", "(what pip says)", text))
     text = re.sub(r"(?<![\w.])(?:0x[0-9a-f]+|-?\d[\d.,]*\d(?:e[+-]?\d+)?|-?\d(?:e[+-]?\d+)?)(?!\w)", "#", text)
@@ -66,7 +68,7 @@ def shortened(text: str) -> str:
 
 
 def _ours(caught: BaseException | None) -> TreadleError | None:
-    """What was caught, or for an exit of a command the error that it told of."""
+    """Return the error that was caught; for the exit of a command, the error that it reported."""
     while type(caught).__name__ == "Exit":
         caught = caught.__context__  # type: ignore[union-attr]
     return caught if isinstance(caught, TreadleError) else None
@@ -75,7 +77,7 @@ def _ours(caught: BaseException | None) -> TreadleError | None:
 class KnownTexts:
     """The golden texts of all modules. Two processes cannot write the files: an update runs in one.
 
-    kind   what they are: "errors", also the folder below tests/golden/
+    kind   the kind of texts: "errors", also the folder below tests/golden/
     """
 
     def __init__(self, golden: Golden, kind: str) -> None:
@@ -84,7 +86,7 @@ class KnownTexts:
         self.met: dict[str, set[str]] = {}
 
     def compare(self, module: str, text: str) -> None:
-        """Raise what `pytest.fail` does where the text is none of the module's."""
+        """Raise the exception of `pytest.fail` if the text is not among the module's."""
         if self.golden.update:
             self.met.setdefault(module, set()).add(text)
         elif text not in (known := self._read(module)):
@@ -103,7 +105,9 @@ class KnownTexts:
         return self.known[module]
 
     def write(self, whole: bool) -> None:
-        """Write the texts of each module that was run; as a whole, or with what was known before."""
+        """Write the texts of each module that was run: replace the file after a whole run, else merge with the known
+        texts.
+        """
         for module, texts in self.met.items():
             kept = texts if whole else texts | self._read(module)
             heading = _HEADING.format(self.kind.capitalize(), module).strip()
@@ -111,7 +115,7 @@ class KnownTexts:
 
 
 class ErrorTexts(KnownTexts):
-    """The texts of errors; `folder` is the one below which the tests' own folders lie."""
+    """The texts of errors; `folder` is the parent of the tests' own folders."""
 
     def __init__(self, golden: Golden, folder: str) -> None:
         super().__init__(golden, "errors")
@@ -119,7 +123,9 @@ class ErrorTexts(KnownTexts):
         self.told: list[TreadleError] = []
 
     def listening(self, telling: Callable[[TreadleError], Any]) -> Callable[[TreadleError], Any]:
-        """What tells an error on the command line, which is known here, too: its exit is no more than a code."""
+        """Return a wrapper of the function that reports an error on the command line, because the exit itself is only a
+        code.
+        """
 
         def told(error: TreadleError) -> Any:
             self.told.append(error)
@@ -128,18 +134,18 @@ class ErrorTexts(KnownTexts):
         return told
 
     def compare_error(self, module: str, error: BaseException) -> None:
-        """Raise what `pytest.fail` does where the error's text is none of the module's."""
+        """Raise the exception of `pytest.fail` if the error's text is not among the module's."""
         self.compare(module, text_of(error, self.folder, self.cache))
 
 
 def current_module() -> str:
-    """The module of the test that runs; "" where none does."""
+    """Return the module of the running test; "" if no test runs."""
     found = re.match(r"tests/(\w+)\.py", os.environ.get("PYTEST_CURRENT_TEST", ""))
     return found[1] if found else ""
 
 
 class _Compared:
-    """What `pytest.raises` gave, which also compares the text of what it catches."""
+    """The context of `pytest.raises`, which also compares the text of the error that it catches."""
 
     def __init__(self, raises: Any, texts: ErrorTexts) -> None:
         self.raises, self.texts = raises, texts
@@ -161,7 +167,7 @@ class _Compared:
 
 
 def comparing(raises: Callable[..., Any], texts: ErrorTexts) -> Callable[..., Any]:
-    """`pytest.raises` that compares."""
+    """Return a `pytest.raises` that compares."""
 
     def compared(*given: Any, **more: Any) -> Any:
         return _Compared(raises(*given, **more), texts)

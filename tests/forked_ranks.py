@@ -1,10 +1,11 @@
-"""Ranks for tests, forked from one process that has loaded PyTorch and Treadle: else each would take seconds to start.
+"""Ranks for tests, forked from one process that has loaded PyTorch and Treadle: otherwise each would take seconds to
+start.
 
     with ForkedRanks() as ranks:
         job = ranks.launch(2, "run", "gpt2", "--mesh", "tp=2")  # as `treadle launch -n 2 -- run gpt2 --mesh tp=2`
         code = job.ended()
 
-All else is as elsewhere: `treadle launch` is a process, each rank is one of its children, and both end as they do.
+Everything else is as usual: `treadle launch` is a process, each rank is one of its children, and both end as usual.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ CONTEXT = "TREADLE_LINE_MAP_CONTEXT"
 
 @dataclass(frozen=True)
 class Job:
-    """A `treadle launch` that runs, and the folder with what it prints and how its ranks ended."""
+    """A running `treadle launch`, and the folder with its output and the exit codes of its ranks."""
 
     process: int
     folder: Path
@@ -40,22 +41,22 @@ class Job:
 
     @property
     def out(self) -> str:
-        """What all ranks have printed by now."""
+        """Return everything that the ranks have printed so far."""
         return (self.folder / "out").read_text()
 
     @property
     def told(self) -> str:
-        """What they have said on standard error."""
+        """Return everything that the ranks have written to standard error so far."""
         return (self.folder / "told").read_text()
 
     @property
     def codes(self) -> dict[int, int]:
-        """By rank, how those ended that have ended: the exit code, or below 0 the signal."""
+        """Return the exit codes of the ranks that have ended, by rank: the exit code, or below 0 the signal."""
         lines = (self.folder / "codes").read_text().splitlines()
         return {int(rank): int(code) for rank, code in map(str.split, lines)}
 
     def ended(self, timeout: float = 240) -> int:
-        """Its exit code, when it has ended. Raises TimeoutError."""
+        """Wait for the end; return the exit code. Raises TimeoutError."""
         until = time.monotonic() + timeout
         while (code := self.server.ask(poll=self.process)) is None:
             if time.monotonic() > until:
@@ -65,11 +66,11 @@ class Job:
 
 
 class ForkedRanks:
-    """The process that forks; a context, at whose end it ends."""
+    """The forking process; a context manager that ends it on exit."""
 
     def __enter__(self) -> Self:
         own = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TREADLE_CERTIFY": "0"}
-        own["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as `join` says before it loads PyTorch
+        own["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as `join` does before it loads PyTorch
         self.folder = tempfile.TemporaryDirectory()
         command = [sys.executable, str(Path(__file__))]
         self.process = subprocess.Popen(
@@ -85,14 +86,14 @@ class ForkedRanks:
         self.folder.cleanup()
 
     def ask(self, **request: Any) -> Any:
-        """What the process answers."""
+        """Return the answer of the process."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         print(json.dumps(request), file=self.process.stdin, flush=True)
         return json.loads(self.process.stdout.readline())
 
     def launch(self, ranks: int, *words: str, **environment: str) -> Job:
-        """Start a command, or a Python file, on so many ranks."""
+        """Start a command, or a Python file, on `ranks` ranks."""
         self.count += 1
         environment |= {name: os.environ[name] for name in (CONTEXT,) if name in os.environ}
         folder = Path(self.folder.name, str(self.count))
@@ -103,14 +104,14 @@ class ForkedRanks:
         return Job(process, folder, self)
 
 
-# -- the process that forks --------------------------------------------------------------------------------------------
+# -- the forking process -----------------------------------------------------------------------------------------------
 
 _POPEN = subprocess.Popen
 _LOADED = ("torch.distributed", "tvm", "tests.rank_jobs", "treadle.cli.launch", "treadle.cli.rank_runs")
 
 
 class _Forked:
-    """What `launch_ranks` uses of `subprocess.Popen`, of a child that has loaded everything."""
+    """The part of `subprocess.Popen` that `launch_ranks` uses, for a child that has loaded everything."""
 
     folder = Path()
 
@@ -149,7 +150,7 @@ class _Forked:
 
 
 def _run(words: Sequence[str]) -> None:
-    """Run what Python would by these words, and end the process as it ends."""
+    """Run the command that Python would run for these words, and end the process with its exit code."""
     code: Any = 1
     try:
         if words[0] == "-m":
@@ -174,7 +175,7 @@ def _run(words: Sequence[str]) -> None:
 
 
 def _told_apart() -> None:
-    """Let coverage, where it runs, know which test this is for: `tests.line_map`."""
+    """If coverage runs, set its context to the test of this process: `tests.line_map`."""
     if "coverage" in sys.modules and CONTEXT in os.environ:
         from coverage import Coverage
 
@@ -184,7 +185,7 @@ def _told_apart() -> None:
 
 
 def _launched(request: Mapping[str, Any]) -> int:
-    """Fork a `treadle launch`; its process."""
+    """Fork a `treadle launch`; return its process."""
     process = os.fork()
     if process:
         return process
@@ -200,7 +201,7 @@ def _launched(request: Mapping[str, Any]) -> int:
 
 
 def main() -> None:
-    """Load, then do what is asked, a line each. A rank that a signal ends tells where it was."""
+    """Load, then serve requests, one a line. A rank that is ended by a signal prints its stack."""
     faulthandler.enable()
     sys.path.insert(0, str(ROOT))
     for name in _LOADED:

@@ -1,6 +1,6 @@
-"""Golden files: text that a test expects lies in a file, so that a change in it is read as a diff.
+"""Golden files: the text that a test expects is in a file, so that a change in it is read as a diff.
 
-`make golden` (pytest --update-golden, or TREADLE_UPDATE_GOLDEN=1) writes what is printed now; then read the diff.
+`make golden` (pytest --update-golden, or TREADLE_UPDATE_GOLDEN=1) writes the present texts; then read the diff.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parent / "golden"
 
 
 class Golden:
-    """Call it with a file's name below tests/golden/ and the text that should be in it."""
+    """A function of a file name below tests/golden/ and the text that should be in the file."""
 
     def __init__(self, update: bool) -> None:
         self.update = update

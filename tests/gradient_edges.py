@@ -1,10 +1,10 @@
 """Gradients of imported PyTorch functions at points where derivatives are easily wrong: zeros, ties, large numbers,
-rows that see nothing.
+fully masked rows.
 
-    judged(CASES["elu"], float64=True)   -> what is wrong; empty if all gradients equal autograd's
+    judged(CASES["elu"], float64=True)   -> the list of errors; empty if all gradients equal autograd's
 
 A gradient must equal autograd's to 1e-9 in float64 (1e-4 in float32), relative to its own size or to 1. Where autograd
-gives NaN, any finite number and NaN are right; `unknown` lists these.
+gives NaN, any finite number and NaN are right; `unknown` lists these places.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ INF = np.inf
 POINTS = np.array(
     [0, -0.0, 1e-9, -1e-9, 0.3, -0.3, 0.5, -0.5, 1, -1, 2, -2, 3, -3, 6, -6, 17, -17, 20, -20, 21, -21, 90, -90.0]
 )
-"""One number each: zeros, the bends of activations, and numbers past which formulas overflow or lose all digits."""
+"""One number each: zeros, the bends of activations, and numbers beyond which formulas overflow or lose all digits."""
 POSITIVE = np.array([1e-9, 0.3, 0.5, 1, 2, 3, 6, 17, 20, 90])
 ROWS = np.array(
     [
@@ -49,23 +49,23 @@ ROWS = np.array(
         [0.7, -1.3, 0.2, 2.1, -0.4, 1.9],
     ]
 )
-"""Rows of zeros, of equal numbers, of ties for the largest, of large numbers, of pairs, and of no two alike."""
+"""Rows of zeros, of equal numbers, of ties for the largest, of large numbers, of pairs, and of different numbers."""
 EMPTY = np.where(np.arange(6)[:, None] == 3, -INF, np.clip(ROWS, -20, 20))
-"""Rows, one of which is -inf throughout."""
+"""Rows, one of them -inf throughout."""
 GRID = np.array([-90, -20, -3, -1, -0.5, 0, 0.5, 1, 3, 20, 90])
 X, Y = np.repeat(GRID, len(GRID)), np.tile(GRID, len(GRID))
 KEPT = np.array([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]], bool)
-"""Which keys 4 queries see; the second sees none."""
+"""The keys that each of 4 queries sees; the second sees none."""
 
 
 @dataclass(frozen=True)
 class EdgeCase:
-    """A function of tensors, and where it is differentiated.
+    """A function of tensors, and the points at which it is differentiated.
 
-    rule     the function, of one tensor for each array; it gives a tensor or several
+    rule     the function, of one tensor for each array; it returns a tensor or several
     at       arrays: floats are differentiated, others only read
-    to_onnx  whether the ONNX file of it means the same at ties as the function
-    within   how near float64 must be, relative to each number or to 1
+    to_onnx  True if its ONNX file has the same meaning at ties as the function
+    within   tolerance in float64, relative to each number or to 1
     """
 
     rule: Callable[..., Any]
@@ -133,7 +133,7 @@ _each(
         "hardtanh, wide": lambda x: F.hardtanh(x, -3, 6),
     },
     POINTS,
-    to_onnx=False,  # Clip stands for clamp as well, which passes the gradient at its bounds
+    to_onnx=False,  # also the form of clamp, which passes the gradient at its bounds
 )
 CASES["hardsigmoid"] = EdgeCase(F.hardsigmoid, (POINTS,), to_onnx=False, within=1e-7)  # PyTorch has 1/6 in float32
 _each(
@@ -219,9 +219,9 @@ _each(
     ROWS,
 )
 _NO_ONNX = (
-    *("extremes with places", "softmax by max"),  # ReduceMax stands for amax as well, which shares
-    *("clamp, both", "margin ranking"),  # Max and Min stand for torch.maximum, which shares
-    *("clamp", "clamp, tensors"),  # of which the exporter writes files that lack values
+    *("extremes with places", "softmax by max"),  # also the form of amax, which shares
+    *("clamp, both", "margin ranking"),  # Max and Min are also the form of torch.maximum, which shares
+    *("clamp", "clamp, tensors"),  # the exporter writes files that lack values
     "detached",  # which the exporter drops
     *("logsigmoid", "bce with logits", "logaddexp", "sinc"),  # written as formulas that overflow or are 0/0
 )
@@ -304,11 +304,11 @@ def judged(
     certify: bool = False,
     unknown: list[str] | None = None,
 ) -> list[str]:
-    """What is wrong with the gradients of a case: one line for each array that it is differentiated by.
+    """Return the errors of a case's gradients: one line for each array with a wrong gradient.
 
-    recognized  after the passes that a trainer runs before it differentiates; else the graph is as it was imported
+    recognized  after the passes that a trainer runs before it differentiates; else the graph as imported
     onnx        through a file of torch's exporter, whose numbers are float32
-    certify     with certificates of what these passes do
+    certify     with certificates of these passes
     unknown     gets a line for each array in whose gradient autograd has NaN
     """
     held = [torch.tensor(a if a.dtype == bool or float64 else a.astype(np.float32)) for a in case.at]
@@ -318,7 +318,7 @@ def judged(
     floats = [i for i, a in enumerate(case.at) if a.dtype != bool]
     for i in floats:
         held[i].requires_grad_()
-    with sdpa_kernel(SDPBackend.MATH):  # the others lose the logarithm of a sum beside a mask of -1e30
+    with sdpa_kernel(SDPBackend.MATH):  # the others lose the logarithm of a sum next to a mask of -1e30
         outputs = [y for y in leaves(case.rule(*held)) if y.dtype.is_floating_point]
     seeds = [_drawn(*y.shape, seed=n).astype(y.detach().numpy().dtype) for n, y in enumerate(outputs)]
     kept = [(y, s) for y, s in zip(outputs, seeds, strict=True) if y.requires_grad]
@@ -344,7 +344,7 @@ def judged(
 
 
 def near(got: Array, wanted: Array, within: float) -> Array:
-    """By element: equal up to roundings, or wanted is NaN."""
+    """Compare by element: True if equal up to roundings, or if the expected number is NaN."""
     with np.errstate(invalid="ignore"):
         close = np.abs(got - wanted) <= within * np.maximum(1.0, np.abs(wanted))
     made: Array = close | (got == wanted) | np.isnan(wanted)
@@ -352,7 +352,7 @@ def near(got: Array, wanted: Array, within: float) -> Array:
 
 
 Imported = tuple[Graph, Mapping[str, Array], list[str | None]]
-"""A graph, its weights, and the inputs that it has for a function's tensors; None for one that it does not read."""
+"""A graph, its weights, and the inputs for a function's tensors; None for a tensor that it does not read."""
 
 
 def _imported(rule: Callable[..., Any], held: list[Any], onnx: bool) -> Imported:
@@ -373,7 +373,7 @@ def _imported(rule: Callable[..., Any], held: list[Any], onnx: bool) -> Imported
 def gradients(
     graph: Graph, inputs: Mapping[str, Array], weights: Mapping[str, Array], seeds: Sequence[Array]
 ) -> dict[str, Array]:
-    """The gradients of the sum of seeds times float outputs by the float inputs."""
+    """Return the gradients of the sum of seeds times float outputs by the float inputs."""
     b = Builder(inline_calls(graph))
     main, nodes = b.graph.main, list(b.graph.main.nodes)
     outputs = [v for v in main.outputs.values() if v.type.dtype.is_float]

@@ -1,6 +1,6 @@
-"""Small random Hugging Face models: saved to a folder, and asked for what they answer to our inputs.
+"""Small random Hugging Face models: saved to a folder, and run on our inputs for reference answers.
 
-Every weight is drawn anew, norms and biases too, so that two of them in each other's place would show.
+Every weight is drawn separately, norms and biases too, so that two swapped weights would show.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ _DISTILBERT = {
 _ROBERTA = {
     **_BERT,
     "vocab_size": VOCAB + 1,
-    "pad_token_id": VOCAB,  # which no test draws: Hugging Face numbers positions by the tokens that are not padding
+    "pad_token_id": VOCAB,  # never drawn: Hugging Face numbers positions by the non-padding tokens
     "max_position_embeddings": VOCAB + 1 + 24,
 }
 _ALBERT = {**_BERT, "embedding_size": 10, "num_hidden_layers": 4}
 _ELECTRA = {**_BERT, "embedding_size": 10}
-_MPNET = {**_BERT, "max_position_embeddings": 26}  # two rows are padding's
+_MPNET = {**_BERT, "max_position_embeddings": 26}  # two rows are for padding
 del _MPNET["type_vocab_size"]
 _MODERNBERT = {
     "vocab_size": VOCAB,
@@ -146,20 +146,20 @@ _LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,  # of the four waves of a head of 8, the second lies between the limits
+    "original_max_position_embeddings": 64,  # of the four waves of a head of 8, the second is between the limits
 }
 
 
 @dataclass(frozen=True)
 class Tiny:
-    """A class of Hugging Face's with its configuration.
+    """A Hugging Face class with its configuration.
 
-    given     configuration of ours that the folder does not say
-    separate  whether lm_head is a matrix of its own, although transformers 5 makes every T5 tied
-    first     the first token that tests draw: theirs may take one before for padding, whatever lengths say
-    padding   what stands behind a row's end, for theirs to find it; None: any token
-    windowed  whether padding may see no token at all, so that nothing is to be said of it
-    renamed   whether it differs from another in its head's size and in names of the file alone
+    given     configuration of ours that the folder does not contain
+    separate  True if lm_head is a separate matrix, although transformers 5 ties every T5
+    first     the first token that tests draw: their model may take a smaller one for padding, whatever the lengths
+    padding   the token after a row's end, by which their model finds it; None: any token
+    windowed  True if padding may see no token at all, so that its outputs are not compared
+    renamed   True if it differs from another model only in its head's size and in the names of its file
     """
 
     architecture: str
@@ -172,7 +172,7 @@ class Tiny:
     renamed: bool = False
 
     def build(self) -> PreTrainedModel:
-        """The model in float32, in evaluation mode; the same weights each time."""
+        """Return the model in float32, in evaluation mode, with the same weights each time."""
         cls = getattr(transformers, self.architecture)
         model: PreTrainedModel = cls(cls.config_class(**self.config)).eval()
         if self.separate:
@@ -307,7 +307,7 @@ TINY = {
     "clip-text-projected": Tiny("CLIPTextModelWithProjection", {**_CLIP_TEXT, "projection_dim": 16}),
     "clip-vision": Tiny("CLIPVisionModel", {**_CLIP_VISION, "hidden_act": "gelu"}),
     "clip-vision-projected": Tiny("CLIPVisionModelWithProjection", {**_CLIP_VISION, "projection_dim": 16}),
-    "biogpt": Tiny("BioGptForCausalLM", _BIOGPT),  # the example of docs/models.md, no family of ours
+    "biogpt": Tiny("BioGptForCausalLM", _BIOGPT),  # the example of docs/models.md, not a family of ours
     "bart": Tiny("BartForConditionalGeneration", _BART),
     "bart-hidden": Tiny("BartModel", {**_BART, "activation_function": "relu", "scale_embedding": True}),
     "marian": Tiny("MarianMTModel", _MARIAN),
@@ -343,14 +343,14 @@ TINY = {
 
 
 def save(name: str, folder: Path) -> PreTrainedModel:
-    """Save a tiny model as a folder with config.json and model.safetensors; returns it."""
+    """Save a tiny model as a folder with config.json and model.safetensors; return the model."""
     model = TINY[name].build()
     model.save_pretrained(folder)
     return model
 
 
 def answer(model: PreTrainedModel, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """The model's outputs under our names, given inputs under our names."""
+    """Return the model's outputs under our names, for inputs under our names."""
     given = {_INPUTS[n]: torch.from_numpy(x) for n, x in inputs.items() if n != "lengths"}
     if "lengths" in inputs:
         places = np.arange(inputs["tokens"].shape[1])

@@ -1,12 +1,13 @@
-"""Certificates of rewrites that were tried before, by what they are of, in the user's cache beside the kernels.
+"""Certificates of rewrites that were tried before, by the text of their claim, in the user's cache next to the kernels.
 
 A certificate is a function of the two sides of a claim, which its key holds as text, of the seed, and of the code that
-evaluates them: the ops' meanings, the interpreter, and the certificates' own. So a store is named by a hash of that
-code's sources and of NumPy's version: where any of it changes, everything is tried again. Where rewrites, passes or
-models change, what they claim is another text, and is tried. The processes of a run share the store.
+evaluates them: the ops' meanings, the interpreter, and the certificates' own code. So the name of a store is a hash of
+that code's sources and of NumPy's version: if any of it changes, everything is tried again. If rewrites, passes or
+models change, their claims have another text and are tried. The processes of a run share the store.
 
-Not kept is what a test may mean otherwise than the sources say: claims of ops, terms or references of its own, and
-what is tried while a test has emptied the memory of certificates, or is a test of certificates.
+Some certificates are not stored, because a test may change the meaning that the sources give: claims with a test's own
+ops, terms or references, everything that is tried while a test has emptied the memory of certificates, and the tests of
+certificates.
 
 With TREADLE_CACHE set to an empty folder every rewrite is tried.
 """
@@ -38,13 +39,13 @@ Found = Certificate | Counterexample
 
 ROOT = Path(__file__).parents[1]
 EVALUATES = ("ir", "passes/certificates")
-"""Folders whose code says what a claim comes to."""
+"""Folders whose code decides the verdict on a claim."""
 UNUSED = 7 * 24 * 3600
-"""Seconds after which the store of other sources goes."""
+"""Seconds after which the unused store of other sources is deleted."""
 
 
 def version() -> str:
-    """A hash of all that decides what a claim comes to, beside the claim."""
+    """Return a hash of everything except the claim that decides the verdict on it."""
     digest = hashlib.sha256(f"{sys.version} {np.__version__}".encode())
     for folder in EVALUATES:
         for file in sorted((ROOT / folder).rglob("*.py")):
@@ -55,7 +56,7 @@ def version() -> str:
 class Store:
     """Certificates and counterexamples by their keys, in a file that several processes read and write.
 
-    A file that cannot be read or written holds nothing.
+    A file that cannot be read or written counts as empty.
     """
 
     def __init__(self, path: Path) -> None:
@@ -67,7 +68,7 @@ class Store:
 
     @property
     def _file(self) -> sqlite3.Connection:
-        """The file as this thread has it open: no other thread, and no forked process, may use the same."""
+        """This thread's connection to the file: no other thread, and no forked process, may use the same."""
         owner = os.getpid(), threading.get_ident()
         if owner not in self._files:
             file = sqlite3.connect(self.path, timeout=30, isolation_level=None)
@@ -88,7 +89,7 @@ class Store:
 
 
 def written(found: Found) -> str:
-    """What was found, as text that `read` takes."""
+    """Return a result as text that `read` accepts."""
     if isinstance(found, Certificate):
         return json.dumps({"certificate": found.as_dict()})
     return json.dumps({"counterexample": asdict(found)})
@@ -103,7 +104,7 @@ def read(text: str) -> Found:
 
 
 def is_ours(sides: tuple[Graph, Graph]) -> bool:
-    """Whether every op, whatever it holds, and its meaning are of the sources that the version is of."""
+    """Return True if every op, including the ops nested in it, and its meaning come from the hashed sources."""
     return all(_are_ours(node.op) for side in sides for _, node in side.walk())
 
 
@@ -124,7 +125,7 @@ def _parts(values: list[Any]) -> Iterator[Any]:
 
 
 def remember() -> None:
-    """Let this process look up certificates before it tries what they are of, and keep those that it makes."""
+    """Let this process look up certificates before it tries claims, and store the new ones."""
     try:
         folder = cache_folder() / "certificates"
     except UsageError:

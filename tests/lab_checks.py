@@ -1,4 +1,4 @@
-"""Plans of sharding held against the whole model in the lab, and what the programs of their ranks say."""
+"""Sharding plans compared with the whole model in the lab, and the programs of their ranks as text."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from treadle.passes.sharding.rank_programs import rank_program
 from treadle.runtime.sharding_lab import run_lab
 
 NEAR = 1e-11
-"""Sums of some hundred float64 numbers near 1, in another order."""
+"""The sum of some hundred float64 numbers near 1, in another order."""
 
 
 def apart(family: str, plan: ShardingPlan, programs: list[Graph] | None = None) -> float:
-    """How far the lab is from the whole model."""
+    """Return the difference between the lab and the whole model."""
     weights, inputs, wanted = numbers(family)
     found = run_lab(plan, inputs, weights, programs=programs).outputs
     return max(float(np.max(np.abs(found[n] - w) / max(1.0, np.max(np.abs(w))))) for n, w in wanted.items())
 
 
 def block_text(plan: ShardingPlan, name: str) -> str:
-    """A block of the program of rank 0."""
+    """Return a block of the program of rank 0."""
     return block_text_of(plan, 0, name)
 
 
 def block_text_of(plan: ShardingPlan, rank: int, name: str) -> str:
-    """A block of a rank's program."""
+    """Return a block of a rank's program."""
     text = str(rank_program(plan, rank))
     return text[text.index(f"block {name}(") : text.index("  main(")]
 
 
 def words(text: str) -> list[str]:
-    """The collectives of a program's text, in order."""
+    """Return the collectives of a program's text, in order."""
     return re.findall(r"= (all_reduce|all_gather|reduce_scatter|all_to_all)\(", text)

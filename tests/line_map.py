@@ -1,10 +1,11 @@
-"""Which tests run which line: a map that `tests.mutations` reads to run a mutation's closest tests alone.
+"""A map from lines to the tests that run them: `tests.mutations` reads it to run only a mutation's closest tests.
 
-A pytest plugin. Each test is a context of coverage's; what a fixture of a wider scope runs counts for its whole module,
-what an import runs for none, and what a process runs that a test starts for that test. A kernel is written once, by the
-first test that needs it: it is a context, too, and its lines count for all tests that use it. Of a test with n cases
-about 3 √n are mapped, since the union of their lines hardly grows after that. A line of the log says how long each test
-took. Sources are kept: lines may move later. Test modules that have changed since can be mapped again by themselves.
+A pytest plugin. Each test is a context of coverage. Lines that a fixture of a wider scope runs count for its whole
+module, lines of an import for no test, and lines of a process that a test starts for that test. A kernel is emitted
+once, by the first test that needs it: it is a context, too, and its lines count for all tests that use it. Of a test
+with n cases about 3 √n are mapped, since the union of their lines hardly grows after that. A line of the log gives the
+duration of each test. Sources are stored, because lines may move later. Test modules that have changed since can be
+mapped again by themselves.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import coverage
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEAST = 20  # tests that are run however long they take
+LEAST = 20  # tests that are run whatever their duration
 FOLDERS = ("backends", "files", "frontends", "ir", "models", "passes", "runtime", "treadle")
 
 OF_ALL = (
@@ -37,13 +38,13 @@ OF_ALL = (
     "tests/test_signatures.py::test_data_that_is_not_plain_and_frozen",
     "tests/test_pages.py::test_commands_and_their_options",
 )
-"""Tests that look at what every module declares, most of which no test runs."""
+"""Tests that look at the declarations of every module, most of which no test runs."""
 
 CONTEXT = "TREADLE_LINE_MAP_CONTEXT"
-"""The test that runs, for the processes that it starts."""
+"""The running test, for the processes that it starts."""
 
 _place = os.environ.get("TREADLE_LINE_MAP")
-_coverage = coverage.Coverage.current()  # which each process starts that finds `_settings`, before it imports anything
+_coverage = coverage.Coverage.current()  # started in each process that finds `_settings`, before it imports anything
 
 _SETTINGS = """
 [run]
@@ -58,7 +59,7 @@ disable_warnings = no-data-collected, module-not-measured, module-not-imported, 
 
 
 def told_apart(context: str) -> None:
-    """From now on this process, a fork, works for that test."""
+    """Attribute the lines of this process, a fork, to that test from now on."""
     own = coverage.Coverage.current()
     if own is not None and context:
         own.switch_context(context)
@@ -71,10 +72,10 @@ def _switch(context: str) -> None:
 
 
 def pytest_configure() -> None:
-    """Make each kernel a context of its own, and write down which contexts use it."""
+    """Make each kernel a separate context, and record the contexts that use it."""
     from treadle.backends.tvm.kernels.cache import KernelCache
 
-    os.register_at_fork(after_in_child=lambda: told_apart(os.environ.get(CONTEXT, "")))  # after coverage's own
+    os.register_at_fork(after_in_child=lambda: told_apart(os.environ.get(CONTEXT, "")))  # after coverage's own hook
     entries, compiled = KernelCache.entries, KernelCache._compile
 
     def told(cache: KernelCache, kernels: Iterable[Any]) -> Any:
@@ -100,7 +101,7 @@ def _kernel(cache: Any, kernel: Any) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep every k-th case of a test with many; k is prime, so that no parameter is left out by its period."""
+    """Keep every k-th case of a test with many; k is prime, so that its period does not leave out a parameter."""
     sizes = Counter(_function(item.nodeid) for item in items)
     seen: Counter[str] = Counter()
     kept = []
@@ -131,7 +132,7 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object], request: pytest.
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if report.when == "call" and not hasattr(report, "node"):  # xdist tells its own process of each report, too
+    if report.when == "call" and not hasattr(report, "node"):  # xdist also passes each report to its own process
         with open(f"{_place}/durations.{os.getpid()}", "a") as log:
             log.write(f"{report.duration:.4f} {report.outcome} {report.nodeid}\n")
 
@@ -152,7 +153,7 @@ def _step(cases: int) -> int:
 
 
 class LineMap:
-    """The map that lies in a folder: of all test modules, and then of those that were mapped again, one by one."""
+    """The map in a folder: a layer of all test modules, then layers of modules that were mapped again, one by one."""
 
     def __init__(self, folder: Path) -> None:
         self._layers = [_Layer(each) for each in sorted(folder.glob("layer-*"))]
@@ -164,7 +165,7 @@ class LineMap:
     def make(folder: Path, jobs: int, modules: Sequence[str] = ()) -> None:
         """Run the suite, `jobs` tests at a time, without the certificates of rewrites, which are slow.
 
-        modules  those to map again; without, all of them, and what was there before goes
+        modules  modules to map again; if empty, all of them, and the old map is deleted
         """
         if not modules:
             shutil.rmtree(folder, ignore_errors=True)
@@ -175,7 +176,7 @@ class LineMap:
         settings.write_text(_SETTINGS.format(folder=layer, sources=sources, context=CONTEXT))
         environment = os.environ | {"TREADLE_LINE_MAP": str(layer), "TREADLE_CERTIFY": "0"}
         environment["COVERAGE_PROCESS_START"] = str(settings)
-        environment["TREADLE_CACHE"] = str(layer / "cache")  # in which no kernel is yet
+        environment["TREADLE_CACHE"] = str(layer / "cache")  # which holds no kernel yet
         words = [sys.executable, "-m", "pytest", "-p", "tests.line_map", "-n", str(jobs), "--dist", "worksteal", "-q"]
         left_out = [f"--ignore=tests/{name}.py" for name in ("test_fuzz", "test_packaging", "test_type_checkers")]
         subprocess.run([*words, *left_out, *modules], cwd=ROOT, env=environment, check=False)
@@ -183,15 +184,16 @@ class LineMap:
 
     def seconds(self, name: str) -> float:
         known = [layer.seconds[name] for layer in self._layers if layer.knows(name)]
-        return known[-1] if known else 5.0  # where the name stands for many, a guess
+        return known[-1] if known else 5.0  # a name for many cases: a guess
 
     def closest(self, file: str, line: int, most: float) -> list[str]:
-        """Tests that run a line, those first that are quick and run few other lines; not more than take `most` seconds.
+        """Return the tests that run a line, first those that are quick and run few other lines; at most `most` seconds
+        of them.
 
-        A line that imports alone run has the tests of its function, of its class, or of its file. A file that no test
-        is seen to run has the test modules that name it. A line outside of every function's body has the tests that
-        look at all modules, too. At the end stand the beginnings of the names of cases that were not mapped, and the
-        test modules that import the file.
+        A line that only imports run has the tests of its function, of its class, or of its file. A file that no test is
+        seen to run has the test modules that name it. A line outside every function's body also has the tests that look
+        at all modules. Last come the beginnings of the names of cases that were not mapped, and the test modules that
+        import the file.
         """
         source = (ROOT / file).read_text()
         by_line = [layer.by_line(file, source) for layer in self._layers]
@@ -215,7 +217,7 @@ class LineMap:
 
 
 class _Layer:
-    """What one run has mapped; `modules` are those of which it is the last."""
+    """The map of one run; `modules` are those for which it is the latest."""
 
     def __init__(self, folder: Path) -> None:
         self._data = coverage.CoverageData(str(folder / "coverage"))
@@ -228,7 +230,7 @@ class _Layer:
 
     @staticmethod
     def gather(folder: Path) -> None:
-        """Put together what the processes wrote.
+        """Merge the files that the processes wrote.
 
         tests.json has the root, the lines and seconds of each test, the tests of each kernel, and the sources.
         """
@@ -255,11 +257,11 @@ class _Layer:
         (folder / "tests.json").write_text(json.dumps(told))
 
     def knows(self, name: str) -> bool:
-        """Whether a test has passed in it, and no later one has mapped its module."""
+        """Return True if a test has passed in it, and no later layer has mapped its module."""
         return name in self.seconds and _module(name) in self.modules
 
     def by_line(self, file: str, source: str) -> dict[int, set[str]]:
-        """The tests, and modules, that run each line of a file that may have changed since."""
+        """Return the tests, and modules, that run each line of a file that may have changed since."""
         before = _lines_before(self._sources.get(file, ""), source)
         contexts = self._data.contexts_by_lineno(str(self._root / file))
         return {now: self._tests(contexts.get(then, ())) for now, then in before.items()}
@@ -270,18 +272,18 @@ class _Layer:
 
 
 def _test(context: str) -> str:
-    """The test of a process that was told apart from the others that its parent has started."""
+    """Return the test of a process whose lines are separate from the parent's other processes."""
     return re.split(r"\|(?=tests/)", context)[-1]
 
 
 def _lines_before(old: str, new: str) -> dict[int, int]:
-    """Which line of a file was which of an older state; of a line that is new, nothing."""
+    """Map the lines of a file to the lines of an older state; a new line is not in the map."""
     matcher = difflib.SequenceMatcher(None, old.splitlines(), new.splitlines(), autojunk=False)
     return {b + n + 1: a + n + 1 for a, b, size in matcher.get_matching_blocks() for n in range(size)}
 
 
 def _around(source: str, line: int) -> Iterator[tuple[int, int]]:
-    """The line, then ever more of what is around it: its statement, function, class, file."""
+    """Yield the line, then ever larger units around it: its statement, function, class, file."""
     yield line, line
     statements = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.stmt) and n.lineno <= line <= _end(n)]
     for statement in sorted(statements, key=lambda n: _end(n) - n.lineno):
@@ -296,13 +298,13 @@ def _end(node: ast.stmt) -> int:
 
 
 def _is_outside(source: str, line: int) -> bool:
-    """Whether a line is in no function's body: a default, a class's field, a constant."""
+    """Return True if a line is in no function's body: a default, a class's field, a constant."""
     functions = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     return not any(n.body[0].lineno <= line <= _end(n) for n in functions)
 
 
 def _cases_of_op(source: str, line: int) -> list[str]:
-    """Cases that the op suite has of the op whose class the line is in, or what begins the names of several."""
+    """Return the op suite's cases of the op whose class contains the line, or the common beginnings of their names."""
     classes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ClassDef) and n.lineno <= line <= _end(n)]
     names = [
         each.args[0].value
@@ -326,7 +328,7 @@ def _texts() -> dict[str, str]:
 
 
 def _importing(file: str) -> list[str]:
-    """The test modules that import what a file of the package defines."""
+    """Return the test modules that import something that a file of the package defines."""
     module = ".".join(
         ("treadle", *(part for part in Path(file).with_suffix("").parts if part not in ("treadle", "__init__")))
     )
@@ -336,7 +338,7 @@ def _importing(file: str) -> list[str]:
 
 
 def _named_by(file: str) -> list[str]:
-    """The test modules in which the module's name stands, or else those that start the command."""
+    """Return the test modules that contain the module's name, or else those that start the command."""
     texts = _texts()
     named = [name for name, text in texts.items() if re.search(rf"\b{Path(file).stem}\b", text)]
     return named or [name for name, text in texts.items() if "subprocess" in text and "treadle.cli" in text]

@@ -1,11 +1,11 @@
-"""Many cases in one test: all of them are tried, and the test fails with each that fails.
+"""Many cases in one test: every case is run, and the test fails with all failures.
 
     with every_case() as case:
         for op in ops:
             with case(op.name):
                 assert ...
 
-A case that pytest knows costs a millisecond or two, which is more than many a case takes by itself.
+A case that pytest itself collects costs a millisecond or two, which is longer than many cases run.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import pytest
 
 @contextmanager
 def every_case() -> Iterator[Callable[[str], AbstractContextManager[None]]]:
-    """What is raised in a case is kept, and raised at the end with that of all others, under the cases' names.
+    """Collect the errors raised in cases, and raise them together at the end under the cases' names.
 
-    To try no case at all is a failure; a skip ends the test as it always does.
+    Running no case is a failure. A skip ends the test as usual.
     """
     tried: list[str] = []
     failed: dict[str, BaseException] = {}

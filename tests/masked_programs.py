@@ -1,4 +1,4 @@
-"""Random attention programs with masks, biases and rows that see nothing, and their gradients.
+"""Random attention programs with masks, biases and fully masked rows, and their gradients.
 
 graph, inputs = drawn_program(3)
 gradients_of(graph, inputs)          # by every float input, of a sum of the result with fixed factors
@@ -23,10 +23,10 @@ HOW = ("filled", "chosen", "added", "multiplied", "guarded", "zeroed", "twice", 
 
 
 def drawn_program(seed: int, how: str | None = None, lowest: float | None = None) -> tuple[Graph, dict[str, Array]]:
-    """A graph that spells attention out, [B, H, S, T] scores and one mask at least, and inputs for it in float64.
+    """Return a graph with decomposed attention, [B, H, S, T] scores and at least one mask, and float64 inputs for it.
 
-    One row sees no key, and values repeat, so that there are ties. Numbers by which masks hide keys are drawn as well,
-    and where they are -inf an empty row gives zeros: one that is NaN has no gradient to compare.
+    One row sees no key, and values repeat, so that there are ties. The numbers by which masks hide keys are drawn as
+    well. If they are -inf, an empty row gives zeros, because a row of NaN has no gradient to compare.
     """
     rng = np.random.default_rng(seed)
     rows, heads, queries, keys, width = (int(rng.integers(1, n)) for n in (3, 4, 5, 6, 5))
@@ -78,7 +78,7 @@ def _numbers(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
 
 
 def gradients_of(graph: Graph, inputs: dict[str, Array]) -> dict[str, Array]:
-    """In float64, by every float input."""
+    """Return the gradient in float64 by every float input."""
     b = Builder(inline_calls(graph))
     main, nodes = b.graph.main, list(b.graph.main.nodes)
     (y,) = main.outputs.values()

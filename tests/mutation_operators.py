@@ -1,4 +1,4 @@
-"""What a mutation may be, and drawing some: the operators of cosmic-ray where it has them, and three of our own."""
+"""Mutation operators and their random choice: the operators of cosmic-ray, and three of our own."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class DropKeyword(DropReturned):
 
     def mutate(self, node: Any, index: int) -> Any:
         at = node.children.index(self._keywords(node)[index])
-        first = 0 if node.children[at - 1] == "," else 1  # the comma before it goes too, else the one after it
+        first = 0 if node.children[at - 1] == "," else 1  # also removes the comma before it, else the one after it
         after = first and node.children[at + 1] == ","
         del node.children[at - (not first) : at + 1 + after]
         return node
@@ -104,13 +104,13 @@ KINDS: dict[str, list[Operator]] = {
 
 @dataclass
 class Mutation:
-    """One mistake, and what came of it.
+    """One mutation and its outcome.
 
     name     seed/number
-    outcome  noticed | timeout | survived | unreached, where no test is known to run the line
+    outcome  noticed | timeout | survived | unreached (no test is known to run the line)
     by       the test that noticed
-    tests    how many were run
-    same     why it is the same program, where someone judged that
+    tests    number of tests that were run
+    same     the reason why the program is equivalent, if someone judged that
     """
 
     name: str
@@ -126,9 +126,9 @@ class Mutation:
 
 
 def draw(count: int, seed: int, under: Sequence[str] = FOLDERS) -> Iterator[tuple[Mutation, str]]:
-    """Draw mutations, each with the text of its mutated file: a file by its length, a line, a kind, then a place.
+    """Draw mutations with the texts of their mutated files: a file weighted by length, a line, a kind, an occurrence.
 
-    under  folders, or files, that they are drawn from
+    under  folders or files to draw from
     """
     rng = random.Random(seed)
     places = [ROOT / each for each in under]
@@ -152,7 +152,7 @@ def draw(count: int, seed: int, under: Sequence[str] = FOLDERS) -> Iterator[tupl
 
 
 def _sites(source: str) -> Iterator[tuple[int, str, Operator, int]]:
-    """Line, kind, operator and occurrence of all that could be mutated: no annotations, and no data for tests."""
+    """Yield line, kind, operator and occurrence of every mutation outside of annotations and of data for tests."""
     nodes = list(ast_nodes(get_ast(source)))
     for kind, operators in KINDS.items():
         for operator in operators:
@@ -184,7 +184,7 @@ def _is_idle(node: Any) -> bool:
 
 
 def _is_of_tests(name: str) -> bool:
-    """Whether what has that name is data that tests read, such as `samples` of an op, or `_SAMPLES` of several."""
+    """Return True if this name is data that tests read, such as `samples` of an op, or `_SAMPLES` of several."""
     return name.strip().strip("_").lower() in ("samples", "errors", "all")
 
 

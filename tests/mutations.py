@@ -1,14 +1,15 @@
-"""Mutation testing, by command: mistakes are put into a copy of the tree one by one, and the tests should notice.
+"""Mutation testing on the command line: a copy of the tree is mutated in one place at a time, and the tests should
+notice.
 
     python -m tests.mutations map                            which test runs which line: once, longer than the suite
-    python -m tests.mutations run --count 200 --seed 1       draw 200 and run what could notice each
+    python -m tests.mutations run --count 200 --seed 1       draw 200 and run the tests that could notice each
     python -m tests.mutations run --under passes/memory --count 40 tests/test_memory_order.py ...
                                                              draw from there, and run these tests: no map is needed
     python -m tests.mutations judge 1/17 "why it is the same program"
-    python -m tests.mutations control                        run what noticed once more, without any mutation
-    python -m tests.mutations show                           the figures, and what nothing noticed
+    python -m tests.mutations control                        run the tests that noticed again, without any mutation
+    python -m tests.mutations show                           the figures, and the mutations that no test noticed
 
-docs/testing.md tells what a result means.
+docs/testing.md explains the outcomes.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ from tests.mutation_operators import ROOT, Mutation, draw
 
 PLACE = ROOT / "build" / "mutations"
 HEAVY = ("numpy", "torch", "tvm", "onnx", "onnxruntime", "transformers", "hypothesis")  # imported once, before forking
-FIRST = 20  # tests that are tried before all others
+FIRST = 20  # tests that are run before all others
 
 
 class Chosen:
-    """A pytest plugin that keeps the tests named, in the order named, and remembers which failed first.
+    """A pytest plugin that selects the named tests, in the named order, and records the first failure.
 
-    A name that ends in `[` or `[op-`, or a module's, stands for all tests that begin so. They come after the others,
-    and none begins `most` seconds after the first of them.
+    A name that ends in `[` or `[op-`, or a module's name, stands for all tests that begin with it. They run after the
+    others, and none starts later than `most` seconds after the first of them.
     """
 
     def __init__(self, names: list[str], most: float) -> None:
@@ -84,9 +85,9 @@ class Chosen:
 
 
 def run(mutation: Mutation, text: str, place: Path, most: float, modules: Sequence[str] = ()) -> Mutation:
-    """Try one mutation in this process's copy of the tree: the closest tests, then as many as take `most` seconds.
+    """Run one mutation in this process's copy of the tree: the closest tests, then others for up to `most` seconds.
 
-    modules  the tests to run instead of those that are closest
+    modules  the tests to run instead of the closest ones
     """
     tree = _copy_of_tree(place)
     file = tree / mutation.file
@@ -99,7 +100,7 @@ def run(mutation: Mutation, text: str, place: Path, most: float, modules: Sequen
     try:
         for part in filter(None, (names[:FIRST], names[FIRST:])):
             took = sum(map(known.seconds, part)) if known else 0
-            limit = 60 + 10 * (most + took)  # so long: the machine may be busy
+            limit = 60 + 10 * (most + took)  # long, because the machine may be busy
             outcome, by, more = _outcome(tree, mutation, part, most, limit)
             ran += more
             if outcome != "survived":
@@ -117,13 +118,13 @@ def _copy_of_tree(place: Path) -> Path:
         for name in filter(None, listed.split("\0")):
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, tree / name)
-        for cache in (place / "map").glob("layer-*/cache"):  # kernels, compiled once for all
+        for cache in (place / "map").glob("layer-*/cache"):  # kernels, compiled once for all tests
             shutil.copytree(cache, tree / "cache", dirs_exist_ok=True)
     return tree
 
 
 def _outcome(tree: Path, mutation: Mutation, names: list[str], most: float, limit: float) -> tuple[str, str, int]:
-    """Run tests in a fork, which has loaded what is slow to load but nothing of ours."""
+    """Run tests in a fork of a process that has imported the slow libraries but nothing of ours."""
     result = tree / "outcome.json"
     result.unlink(missing_ok=True)
     child = os.fork()
@@ -156,11 +157,11 @@ def _run_tests(tree: Path, mutation: Mutation, chosen: Chosen, result: Path) -> 
     sys.path[:] = [str(tree), *(path for path in sys.path if path not in ("", str(ROOT)))]
     for name in [name for name in sys.modules if name.partition(".")[0] in ("tests", "treadle")]:
         del sys.modules[name]
-    # A mistake must not leave a wrong kernel behind.
+    # A mutation must not leave a wrong kernel in the cache.
     cache = tree / ("cache-of-one" if mutation.file.startswith("backends/") else "cache")
     shutil.rmtree(tree / "cache-of-one", ignore_errors=True)
     os.environ["TREADLE_CACHE"] = str(cache)
-    os.environ["PYTHONPATH"] = str(tree)  # processes that tests start import the copy, too
+    os.environ["PYTHONPATH"] = str(tree)  # processes that tests start import the copy too
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     modules = dict.fromkeys(name.partition("::")[0] for name in chosen.order)
     code = pytest.main(["-x", "-n", "0", "-q", "-p", "no:cacheprovider", *modules], plugins=[chosen])
@@ -170,7 +171,7 @@ def _run_tests(tree: Path, mutation: Mutation, chosen: Chosen, result: Path) -> 
 
 
 def read(results: Path) -> dict[str, Mutation]:
-    """What is known, by name; a later line about the same mutation counts."""
+    """Return the recorded mutations by name; a later line about the same mutation replaces an earlier one."""
     lines = results.read_text().splitlines() if results.exists() else []
     return {each["name"]: Mutation(**each) for each in map(json.loads, lines)}
 
@@ -183,7 +184,7 @@ def append(results: Path, mutation: Mutation) -> None:
 def run_all(
     place: Path, drawn: Iterable[tuple[Mutation, str]], jobs: int, most: float, modules: Sequence[str] = ()
 ) -> None:
-    """Try each that is not known, `jobs` at a time; with `modules` alone, where there are any."""
+    """Run every mutation without a recorded outcome, `jobs` at a time; with `modules` alone, if there are any."""
     results = place / "results.jsonl"
     place.mkdir(parents=True, exist_ok=True)
     known = read(results)
@@ -205,7 +206,7 @@ def _is_known(mutation: Mutation, known: dict[str, Mutation]) -> bool:
 
 
 def control(place: Path) -> None:
-    """Run the tests that noticed on the tree as it is: one that fails there has noticed nothing."""
+    """Run the tests that noticed on the unmutated tree: a test that fails there has noticed nothing."""
     names = sorted({mutation.by for mutation in read(place / "results.jsonl").values() if "::" in mutation.by})
     tree = _copy_of_tree(place)
     subprocess.run([sys.executable, "-m", "pytest", "-n", "0", "-q", *names], cwd=tree, check=False)

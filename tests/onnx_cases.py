@@ -1,7 +1,7 @@
-"""ONNX's own node tests: which there are, how one is imported and run, and what its results are held against.
+"""ONNX's own node tests: the list of cases, how a case is imported and run, and how its results are compared.
 
-Every case is imported once and run on each backend. An input that the importer asks to be static is given as one, with
-the value that the case has for it.
+Every case is imported once and run on each backend. If the importer needs an input to be static, the input is passed as
+a static argument with the case's value for it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _CORE_NAMES = """
     Min Max Sign Reciprocal Swish TensorScatter Flatten Mod Floor Ceil
 """
 CORE = frozenset(_CORE_NAMES.split())
-"""The operators of transformers: a case that uses no other is a core case."""
+"""The operators of transformers: a case that uses no other operator is a core case."""
 
 QUANTIZATION = frozenset(
     {
@@ -47,20 +47,20 @@ QUANTIZATION = frozenset(
 
 
 LISTED = "1.23"
-"""The release of onnx whose node tests the list is of."""
+"""The onnx release whose node tests are listed."""
 
 _LIST = Path(__file__).with_name("onnx_refused.txt")
 
 
 @lru_cache(maxsize=1)
 def listed() -> dict[str, str]:
-    """The cases that are known to be refused, each with the reason."""
+    """Return the cases that are known to be refused, each with the reason."""
     lines = _LIST.read_text(encoding="utf-8").splitlines()
     return dict(line.split(": ", 1) for line in lines if line and not line.startswith("#"))
 
 
 def write_list() -> None:
-    """Write the list anew. Raises AssertionError where a case is neither right nor refused."""
+    """Rewrite the list. Raises AssertionError if a case is neither right nor refused."""
     found = {name: verdict(case) for name, case in sorted(cases().items())}
     wrong = {name: v.why for name, v in found.items() if v.outcome == "wrong"}
     assert not wrong, wrong
@@ -71,7 +71,7 @@ def write_list() -> None:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a case: "passes", "refused" (at import, by name) or "wrong"; and why."""
+    """The outcome of a case: "passes", "refused" (at import, by name) or "wrong"; and the reason."""
 
     outcome: str
     why: str = ""
@@ -79,7 +79,7 @@ class Verdict:
 
 @lru_cache(maxsize=1)
 def cases() -> dict[str, Any]:
-    """The node tests by name."""
+    """Return the node tests by name."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from onnx.backend.test.case.node import collect_testcases
@@ -88,7 +88,7 @@ def cases() -> dict[str, Any]:
 
 
 def operators(case: Any) -> set[str]:
-    """The operators of a case's graph."""
+    """Return the operators of a case's graph."""
     return {node.op_type for node in case.model.graph.node}
 
 
@@ -97,7 +97,7 @@ def is_core(case: Any) -> bool:
 
 
 def imported(case: Any, inputs: dict[str, Any], *, bf16_in_f32: bool) -> Imported:
-    """The case's graph, with the values of inputs that must be static."""
+    """Return the case's graph, with the values of inputs that must be static."""
     static: dict[str, Any] = {}
     while True:
         try:
@@ -137,14 +137,16 @@ def _array(x: Any) -> Any:
 
 
 _SPACING = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
-"""Of 16-bit floats just above 1, relative to the number."""
+"""Spacing of 16-bit floats just above 1, relative to the number."""
 
 
 def difference(found: Array, expected: Any, rtol: float, atol: float) -> str | None:
-    """What tells a result from what was expected, or None. Types that NumPy lacks are held against exact float32.
+    """Describe the difference between a result and the expected value, or return None.
 
-    What is expected in 16 bits was rounded after each step of ONNX's own computation. A result that was rounded at
-    other steps, or once, may be two units of that type away.
+    Types that NumPy lacks are compared with exact float32.
+
+    Expected values in 16 bits were rounded after each step of ONNX's own computation. A result that was rounded at
+    other steps, or once, may differ by two units of that type.
     """
     expected = np.asarray(expected)
     rtol = max(rtol, 2 * _SPACING.get(expected.dtype.name, 0))

@@ -1,4 +1,4 @@
-"""Tiny Hugging Face models as ONNX files, by both of torch's exporters, with the inputs that they take.
+"""Tiny Hugging Face models as ONNX files, written by both of torch's exporters, with their inputs.
 
     export("bert", folder, dynamo=True, attention="sdpa")        -> folder/bert.onnx
 
@@ -29,7 +29,7 @@ _PAIR = {"input_ids": ("B", "S"), "attention_mask": ("B", "S"), "decoder_input_i
 
 
 def takes(name: str) -> Mapping[str, tuple[str, ...]]:
-    """The inputs of a model's export, and the names of their dynamic axes."""
+    """Return the inputs of a model's export, and the names of their dynamic axes."""
     if name.startswith(("vit", "deit", "clip-vision")):
         return _IMAGE
     if name == "clip":
@@ -40,7 +40,7 @@ def takes(name: str) -> Mapping[str, tuple[str, ...]]:
 
 
 def draw(name: str, seed: int, **sizes: int) -> dict[str, Array]:
-    """Inputs where the axes have these sizes; the last row is padded from its middle on."""
+    """Draw inputs whose axes have these sizes; the last row is padded from its middle on."""
     rng = np.random.default_rng(seed)
     found: dict[str, Array] = {}
     for key, axes in takes(name).items():
@@ -62,7 +62,7 @@ def draw(name: str, seed: int, **sizes: int) -> dict[str, Array]:
 
 
 class _FirstOutput(nn.Module):
-    """A model by positional tensors, giving one."""
+    """A model that takes positional tensors and returns one tensor."""
 
     def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class _FirstOutput(nn.Module):
 def export(
     name: str, folder: Path, *, dynamo: bool, attention: str = "sdpa", opset: int = 18, model: Any = None
 ) -> Path:
-    """Write a tiny model's ONNX file; returns its path. Whatever the exporter raises goes through."""
+    """Write a tiny model's ONNX file and return its path. Errors of the exporter propagate."""
     built = TINY[name].build() if model is None else model
     built.set_attn_implementation(attention)
     names = tuple(takes(name))

@@ -1,4 +1,4 @@
-"""Graphs as ONNX files, and what ONNX Runtime answers to them."""
+"""Graphs as ONNX files, and their results in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ort = pytest.importorskip("onnxruntime")
 
 
 def session(path: Path) -> Any:
-    """A file in ONNX Runtime, after the checker has passed it, shapes and dtypes included."""
+    """Open a file in ONNX Runtime after the checker has passed it, shapes and dtypes included."""
     onnx.checker.check_model(str(path), full_check=True)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
@@ -48,7 +48,7 @@ def in_runtime(
 
 
 def weights_of(graph: Graph, seed: int = 0) -> dict[str, Array]:
-    """Weights large enough that every part of a model shows in what it answers."""
+    """Return weights that are large enough for every part of a model to affect its outputs."""
     rng = np.random.default_rng(seed)
     drawn = {}
     for name, value in graph.parameters.items():

@@ -1,4 +1,4 @@
-"""Small ONNX models written as text, and what ONNX Runtime answers to them."""
+"""Small ONNX models written as text, and their results in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ Array = np.ndarray[Any, Any]
 
 
 def model(signature: str, body: str, *, opset: int = 18, more: str = "") -> onnx.ModelProto:
-    """A model from ONNX's own text form: `model("(float[B,4] x) => (float[B,4] y)", "y = Abs(x)")`."""
+    """Build a model from ONNX's own text form: `model("(float[B,4] x) => (float[B,4] y)", "y = Abs(x)")`."""
     domains = f'"": {opset}, "com.microsoft": 1, "here": 1'
     return parser.parse_model(f"<ir_version: 9, opset_import: [{domains}]> test {signature} {{ {body} }} {more}")
 
 
 def ops(found: Imported) -> list[str]:
-    """The names of an imported graph's ops, in order."""
+    """Return the names of an imported graph's ops, in order."""
     return [node.op.name for node in found.graph.main.nodes]
 
 
 def prepared(
     found: Imported, backends: tuple[str, ...] = ("numpy", "torch")
 ) -> Callable[[Mapping[str, Array]], list[dict[str, Array]]]:
-    """An imported model on each backend, to be run on several inputs; the answers are in the file's own types."""
+    """Prepare an imported model on each backend, to be run on several inputs; the results have the file's own types."""
     graph, weights, notes = found
     made = [find_backend(name).compile(graph, Target("cpu"), weights) for name in backends]
 
@@ -47,12 +47,12 @@ def prepared(
 def answers(
     found: Imported, inputs: Mapping[str, Array], backends: tuple[str, ...] = ("numpy", "torch")
 ) -> list[dict[str, Array]]:
-    """What an imported model answers on each backend, in the file's own types."""
+    """Return an imported model's results on each backend, in the file's own types."""
     return prepared(found, backends)(inputs)
 
 
 def runtime(proto: onnx.ModelProto | str, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """What ONNX Runtime answers, with nothing optimized, so that fused operators are run as they stand."""
+    """Run a model in ONNX Runtime without optimizations, so that fused operators run as they are written."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 4, 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -66,7 +66,9 @@ def runtime(proto: onnx.ModelProto | str, inputs: Mapping[str, Array]) -> dict[s
 def same_as_runtime(
     proto: onnx.ModelProto, *inputs: Mapping[str, Array], tolerance: float = 2e-6, **options: Any
 ) -> Imported:
-    """Import, run on both backends, and hold every output against ONNX Runtime's, relative to its largest number.
+    """Import a model, run it on both backends, and compare every output with ONNX Runtime's.
+
+    The difference is relative to the output's largest number.
 
     One import and one compilation serve all the inputs.
     """
@@ -80,7 +82,7 @@ def same_as_runtime(
 def assert_as_runtime(
     proto: onnx.ModelProto, inputs: Mapping[str, Array], made: list[dict[str, Array]], tolerance: float = 2e-6
 ) -> None:
-    """Hold every output of every backend against ONNX Runtime's, relative to its largest number."""
+    """Compare every output of every backend with ONNX Runtime's, relative to its largest number."""
     wanted = runtime(proto, inputs)
     for got in made:
         for name, expected in wanted.items():

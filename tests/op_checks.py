@@ -1,6 +1,6 @@
-"""One op on one sample: as a graph, with its gradient as a graph, and what their numbers are held against.
+"""One op on one sample: its graph, the graph of its gradient, and the numbers to compare them with.
 
-The op suites take every registered op through this, on every registered backend: those of other packages as well.
+The op suites run every registered op through this on every registered backend, including those of other packages.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ Runner = Callable[[Graph, Mapping[str, Array]], Mapping[str, Array]]
 
 BACKENDS = tuple(backend_names())
 RUNNERS = ("interpreter", *BACKENDS)
-"""What the suites run every op through: the meaning itself, and each backend."""
+"""The runners of the suites: the reference itself, and each backend."""
 
 TESTED = sorted(name for name in OPS if OPS[name].is_word)
-"""The ops that have samples; a call means what its function does."""
+"""The ops that have samples; the meaning of a call is the function that it calls."""
 
 EPSILON = {"f64": 2.0**-52, "f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7}
 """The spacing of each float dtype's numbers just above 1."""
 
 
 def prepared(name: str, graph: Graph) -> Callable[[Mapping[str, Array]], Mapping[str, Array]]:
-    """What one of RUNNERS makes of a graph, to be run on named inputs. Skips where the backend is not available."""
+    """Prepare a graph on one of RUNNERS, to be run on named inputs. Skips if the backend is not available."""
     if name == "interpreter":
         return lambda inputs: interpret(graph, inputs)
     backend = find_backend(name)
@@ -53,7 +53,7 @@ def prepared(name: str, graph: Graph) -> Callable[[Mapping[str, Array]], Mapping
 
 
 def runner(name: str) -> Runner:
-    """How one of RUNNERS runs a graph on named inputs, once."""
+    """Return a function that runs a graph once on named inputs, by one of RUNNERS."""
     return lambda graph, inputs: prepared(name, graph)(inputs)
 
 
@@ -67,8 +67,11 @@ class Case:
 
     @staticmethod
     def of(name: str, number: int, dtype: str | None = None) -> Case:
-        """A registered op on the sample of that number: in the sample's own dtypes, or with another one for its floats
-        (or its integers, if it is an integer)."""
+        """Return a registered op on its sample of this number.
+
+        The operands have the sample's own dtypes, or another dtype for its floats (or its integers, if it is an integer
+        dtype).
+        """
         sample: Sample = OPS[name].samples[number]
         types = tuple(_retyped(t, dtype) for t in sample.types)
         drawn = zip(sample.draw(seed=number, dtype=None), types, strict=True)
@@ -80,7 +83,7 @@ class Case:
 
     @property
     def takes_its_operands(self) -> bool:
-        """Whether the op is defined on operands of these types."""
+        """Return True if the op is defined on operands of these types."""
         try:
             self.op.infer(self.types)
         except RuleError:
@@ -89,7 +92,7 @@ class Case:
 
     @property
     def widened(self) -> Case:
-        """The same in float64: the operands, and the op's attributes that are dtypes, such as a cast's."""
+        """Return the same case in float64: the operands, and the op's attributes that are dtypes, such as a cast's."""
         return Case(
             self.op.in_float64(),
             tuple(t.with_dtype(f64) if t is not None and t.dtype.is_float else t for t in self.types),
@@ -98,37 +101,40 @@ class Case:
 
     @property
     def results(self) -> tuple[Array, ...]:
-        """What the op's reference gives."""
+        """Return the results of the op's reference."""
         return self.evaluate(self.operands)
 
     def evaluate(self, operands: Sequence[Array | None]) -> tuple[Array, ...]:
-        """What the op's reference gives on other operands of the same types."""
+        """Return the results of the op's reference on other operands of the same types."""
         with np.errstate(all="ignore"):
             made = self.op.reference(*operands)
         return tuple(np.asarray(a) for a in (made if isinstance(made, tuple) else (made,)))
 
     @cached_property
     def inputs(self) -> dict[str, Array]:
-        """The operands that are present, by name: the inputs of its graphs."""
+        """Return the operands that are present, by name: the inputs of the case's graphs."""
         names = self.op.operand_names(len(self.types))
         return {n: x for n, x in zip(names, self.operands, strict=True) if x is not None}
 
     @cached_property
     def seeds(self) -> dict[int, Array]:
-        """A random gradient for each result that is a float, by the result's position; every float dtype holds it."""
+        """Return a random gradient for each float result, by the result's position; it is exact in all float dtypes."""
         rng = np.random.default_rng(len(self.types))
         drawn = [(n, t, rng.standard_normal(t.evaluate({}))) for n, t in enumerate(self.op.infer(self.types))]
         return {n: held(held(seed, bf16), t.dtype) for n, t, seed in drawn if t.dtype.is_float}
 
     def forward_graph(self) -> Graph:
-        """The op alone: operands by name in, `y0`, `y1`, ... out."""
+        """Return the op's graph: operands by name as inputs, `y0`, `y1`, ... as outputs."""
         b = Builder(Graph("forward"))
         made = self._emit(b)
         b.outputs(**{f"y{n}": b.expr(v) for n, v in enumerate(made)})
         return b.graph
 
     def gradient_graph(self, seeded: Sequence[int]) -> Graph:
-        """Its gradient: operands and `seed0`, ... in; out, under each operand's name, what flows to it."""
+        """Return the gradient's graph.
+
+        Inputs are the operands and `seed0`, ...; outputs are the gradients of the operands, under their names.
+        """
         b = Builder(Graph("gradient"))
         made = self._emit(b)
         given = {made[n]: b.input(f"seed{n}", made[n].type) for n in seeded}
@@ -142,11 +148,11 @@ class Case:
         return b.emit(self.op, operands).results
 
     def seed_inputs(self, seeded: Sequence[int]) -> dict[str, Array]:
-        """All inputs of `gradient_graph`."""
+        """Return all inputs of `gradient_graph`."""
         return self.inputs | {f"seed{n}": self.seeds[n] for n in seeded}
 
     def differences(self, seeded: Sequence[int]) -> dict[str, Array]:
-        """By central differences, for each float64 operand: the gradient of sum(seed * result)."""
+        """Compute central differences for each float64 operand: the gradient of sum(seed * result)."""
         found: dict[str, Array] = {}
         for position, name in enumerate(self.op.operand_names(len(self.types))):
             x = self.operands[position]
@@ -156,7 +162,10 @@ class Case:
         return found
 
     def _slope(self, position: int, index: tuple[int, ...], seeded: Sequence[int]) -> float:
-        """A step of the spacing's cube root balances the difference's rounding against the curve's bend."""
+        """Return the slope along one element.
+
+        A step of the spacing's cube root balances the difference's rounding against the curvature.
+        """
         values = self.operands[position]
         assert values is not None
         step = EPSILON["f64"] ** (1 / 3) * max(1.0, abs(values[index]))
@@ -171,15 +180,19 @@ class Case:
 
 
 def seedings(case: Case) -> list[list[int]]:
-    """Which results have a gradient given: all that can, and each alone, as the others may be left unused."""
+    """Return the sets of results to seed with a gradient: all that can have one, and each alone.
+
+    The last case matters because the others may be unused.
+    """
     together = [n for n, type in enumerate(case.op.infer(case.types)) if type.dtype.is_float]
     return [together, *([n] for n in together if len(together) > 1)]
 
 
 def refusal(backend: str, graph: Graph) -> str | None:
-    """What a backend says of a graph that it may refuse, as a pattern; None: it must run it.
+    """Return a pattern for the error of a backend that may refuse a graph; None if it must run it.
 
-    Ours may refuse what their documentation says, one of another package whatever it does not support.
+    Our backends may refuse what their documentation lists; a backend of another package may refuse anything it does not
+    support.
     """
     if backend not in ("interpreter", "numpy", "torch", "tvm"):
         supports = find_backend(backend).supports
@@ -191,15 +204,15 @@ def refusal(backend: str, graph: Graph) -> str | None:
 
 
 def held(x: Array, dtype: DType) -> Array:
-    """The nearest values that a dtype has, as NumPy holds them: those of bf16 in float32."""
+    """Return the nearest values of a dtype, in NumPy's representation: bf16 values in float32."""
     return np.asarray(OPS["cast"](to=dtype).reference(x))  # type: ignore[call-arg]
 
 
 def assert_close(got: Array, expected: Array, tolerance: float, what: str) -> None:
-    """Equal shapes and elements, floats up to a tolerance relative to the largest magnitude (1 at least).
+    """Assert equal shapes, and equality up to a tolerance relative to the largest magnitude (at least 1).
 
-    For float64 beside float64: two orders of the same sums, or a difference quotient. What a dtype's own precision
-    allows is told by `tests.rounding_bounds`.
+    For comparisons of float64 with float64: two orders of the same sums, or a difference quotient.
+    `tests.rounding_bounds` computes the bounds of other precisions.
     """
     if expected.dtype.kind != "f":
         np.testing.assert_array_equal(got, expected, err_msg=what, strict=True)

@@ -1,4 +1,4 @@
-"""The text of docs/ops.md: every op, from what its class says. `make golden` writes it."""
+"""The text of docs/ops.md: every op, described from its class. `make golden` writes it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Every op of the graph, a section for each file of `ir/ops/`. `make golden` write
 
 
 def op_index() -> str:
-    """The page."""
+    """Return the text of the page."""
     return HEAD + "".join(f"\n{section}" for section in _sections())
 
 
@@ -48,5 +48,5 @@ def _row(cls: type[Op]) -> str:
 
 
 def _paragraph(text: str | None) -> str:
-    """The first paragraph of a docstring, on one line."""
+    """Return the first paragraph of a docstring on one line."""
     return " ".join((text or "").partition("\n\n")[0].split())

@@ -1,4 +1,4 @@
-"""The text of the stubs of ops: what type checkers and editors read in place of modules that find ops by name."""
+"""The stubs of ops, which type checkers and editors read in place of modules that look up ops by name."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class OpTerms:
 
 
 def stubs() -> dict[str, str]:
-    """Each stub's text, by its path in the tree."""
+    """Return each stub's text, by its path in the tree."""
     return {
         "ir/op_methods.pyi": METHODS + _methods(BUILDER),
         "passes/framework/op_terms.pyi": TERMS + _methods(PATTERN),
@@ -65,7 +65,7 @@ def stubs() -> dict[str, str]:
 
 
 def _ops() -> list[type[Op]]:
-    """The ops that come with the compiler, without those that `Builder` has a method of its own for."""
+    """Return the ops of the compiler, without those for which `Builder` defines its own method."""
     own = vars(Builder)
     ours = [cls for _, cls in sorted(OPS.items()) if cls.__module__.startswith("treadle.ir.") and cls.is_word]
     return [cls for cls in ours if cls.name not in own]
@@ -88,7 +88,7 @@ def _functions() -> str:
 
 
 def _spelled(name: str, signature: Signature, *, indent: str = "", doc: str = "") -> str:
-    """One function, laid out as ruff does."""
+    """Return the stub of one function, formatted as ruff does."""
     parts = [*(["self"] if indent else []), *_parameters(signature)]
     end = f") -> {signature.return_annotation}:" + ("" if doc else " ...")
     text = f"{indent}def {name}({', '.join(parts)}{end}\n"

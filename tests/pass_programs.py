@@ -1,4 +1,4 @@
-"""Programs for the tests of passes: text, numbers, and spelled-out functions that passes should recognise."""
+"""Programs for the tests of passes: text, numbers, and decomposed functions that passes should recognise."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZES = {"B": 2, "S": 3, "N": 2}
 
 
 def program(takes: str, gives: str, *lines: str, weights: Sequence[str] = ()) -> str:
-    """The text of a graph with one function; the last line says what it returns."""
+    """Return the text of a graph with one function; the last line names its outputs."""
     parameters = ["  parameters {", *[f"    {w}" for w in weights], "  }"] if weights else []
     body = [f"    {line}" for line in lines]
     return "\n".join(
@@ -40,7 +40,7 @@ def draw(type: Type, rng: np.random.Generator) -> Any:
 
 
 def numbers(graph: Graph) -> dict[str, Any]:
-    """The graph's outputs in float64, on inputs and weights that depend on nothing but their names."""
+    """Return the graph's outputs in float64, on inputs and weights that depend on their names alone."""
 
     def drawn(name: str, value: Value) -> Any:
         return draw(value.type, np.random.default_rng(crc32(repr(name).encode())))
@@ -52,8 +52,11 @@ def numbers(graph: Graph) -> dict[str, Any]:
 
 
 def assert_same_numbers(before: Graph, after: Graph) -> None:
-    """Equal within float32's rounding: the arithmetic is in float64, but a constant such as sqrt(1/2) was written into
-    the graph in float32, while an op that stands for it has it exactly; few such constants, no cancellation."""
+    """Assert that results are equal within float32's rounding.
+
+    The arithmetic is in float64, but a constant such as sqrt(1/2) was written into the graph in float32, while the op
+    that replaces it computes it exactly. Such constants are few, and nothing cancels.
+    """
     wanted, got = numbers(before), numbers(after)
     assert got.keys() == wanted.keys()
     for name, array in wanted.items():

@@ -69,6 +69,8 @@ PARTICIPLES = re.compile(
     r"_*(?:asked|called|chosen|drawn|done|found|given|had|held|kept|known|laid|left|made|"
     r"met|moved|named|needed|put|said|seen|sent|shown|spelled|taken|told|tried|wanted|written)_*"
 )
+_NAMES = re.compile(r"`[^`\n]*`|\{[^{}\n]*\}")
+"""Names in backticks, and expressions in braces: identifiers, which are counted where they are defined."""
 _WORDS = re.compile(r"\b(?:" + "|".join(PRIVATE_WORDS) + r")\b", re.IGNORECASE)
 _NAME_PARTS = re.compile(r"(?:^|_)(told|tells|foretell|foretold|speller|likeliest|anew|whoever|nobody)(?=_|$)")
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
@@ -106,12 +108,12 @@ def findings_in_source(source: str, file: str) -> Iterator[Finding]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             kind = _kind_of_string(product, documented.get(id(node)))
-            for match in _WORDS.finditer(node.value):
+            for match in _private_words(node.value):
                 line = node.lineno + node.value.count("\n", 0, match.start()) * (node.end_lineno != node.lineno)
                 yield Finding(kind, file, line, _around(node.value, match))
     for token in tokenize.generate_tokens(iter(source.splitlines(keepends=True)).__next__):
         if token.type == tokenize.COMMENT:
-            for match in _WORDS.finditer(token.string):
+            for match in _private_words(token.string):
                 yield Finding("elsewhere", file, token.start[0], _around(token.string, match))
     yield from _findings_in_names(tree, file, product)
 
@@ -120,7 +122,7 @@ def findings_in_page(text: str, file: str) -> Iterator[Finding]:
     """Yield the private words in a Markdown page; code blocks count too, since they are read like the rest."""
     kind = "elsewhere" if file.startswith("docs/decisions/") else "pages"
     for number, line in enumerate(text.splitlines(), 1):
-        for match in _WORDS.finditer(line):
+        for match in _private_words(line):
             yield Finding(kind, file, number, _around(line, match))
 
 
@@ -159,6 +161,12 @@ def _owners(node: ast.AST, public: bool) -> Iterator[tuple[ast.AST, bool]]:
     for child in ast.iter_child_nodes(node):
         private = isinstance(child, DEFINITIONS) and child.name.startswith("_")
         yield from _owners(child, public and not private)
+
+
+def _private_words(text: str) -> Iterator[re.Match[str]]:
+    """Yield the private words in a text; a text that is an identifier, and names in it, are not prose."""
+    if not text.isidentifier():
+        yield from _WORDS.finditer(_NAMES.sub(lambda name: " " * len(name[0]), text))
 
 
 def _kind_of_string(product: bool, public: bool | None) -> str:

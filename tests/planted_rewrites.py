@@ -1,4 +1,4 @@
-"""Rewrites and a pass that tests plant, and what certificates said of them."""
+"""Rewrites and a pass that tests plant, and the verdicts of certificates on them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from treadle.passes.framework.rewrite import Match, Rewrite
 
 
 def certified(graph: Graph | str, *passes: Pass) -> Optimized:
-    """What passes make of a graph, or of a graph's text, with certificates asked for."""
+    """Run passes on a graph, or on a graph's text, with certificates enabled, and return the result."""
     return PassManager(passes, certify=True).run(parse_graph(graph) if isinstance(graph, str) else graph)
 
 
@@ -29,7 +29,7 @@ def rolled_back(optimized: Optimized) -> list[str]:
 
 @dataclass(frozen=True)
 class Planted(Rewrite):
-    """A rewrite that a test gives: its pattern and what it puts there."""
+    """A rewrite from a test's own pattern and replacement."""
 
     find: Any = None
     put: Any = None
@@ -43,7 +43,7 @@ class Planted(Rewrite):
 
 @dataclass(frozen=True)
 class ForgetsOneOp(Pass):
-    """Every op of a name is replaced by its operand."""
+    """A rewrite that replaces every op of a name by its operand."""
 
     op: str = "neg"
 

@@ -1,4 +1,4 @@
-"""Contents of config.json files as transformers 2 to 5 wrote them, with the keys that published models have."""
+"""Contents of config.json files as written by transformers 2 to 5, with the keys of published models."""
 
 from __future__ import annotations
 

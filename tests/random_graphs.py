@@ -87,7 +87,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def weight(b: Builder, r: Random, *sizes: Any) -> Expr:
-    """A parameter of these sizes: new, or one of the same type and name."""
+    """Return a parameter of these sizes: a new one, or one of the same type and name."""
     name = odd(r, f"h.{r.randrange(4)}.{r.choice(('ln.weight', 'attn.w', 'w'))}", 0.1)
     init = r.choice((None, Init("ones"), Init("normal", 0.02), Init("uniform", 1e-9)))
     type = f32[tuple(sizes)]
@@ -96,12 +96,12 @@ def weight(b: Builder, r: Random, *sizes: Any) -> Expr:
 
 
 def odd(r: Random, plain: str, chance: float = 0.2) -> str:
-    """The plain name, or with some chance an odd one."""
+    """Return the plain name, or with some probability an odd one."""
     return r.choice(ODD_NAMES) if r.random() < chance else plain
 
 
 def random_graph(seed: int, nodes: int = 10) -> Graph:
-    """A graph of `main` and up to two blocks, with about `nodes` nodes each."""
+    """Return a random graph of `main` and up to two blocks, with about `nodes` nodes each."""
     r = Random(seed)
     graph = Graph(odd(r, "random"))
     for symbol, bounds in (("B", Bounds(1, 8)), ("S", Bounds(r.choice((0, 1, 2)), r.choice((None, 1024))))):
@@ -122,7 +122,7 @@ def random_graphs() -> st.SearchStrategy[Graph]:
 
 
 def fill(graph: Graph, function: Function, r: Random, count: int) -> None:
-    """Give a function inputs, `count` nodes and outputs."""
+    """Add inputs, `count` nodes and outputs to a function."""
     b = Builder(graph, function)
     pool: list[Expr] = []
     for number in range(r.randint(1, 3)):
@@ -152,7 +152,7 @@ def fill(graph: Graph, function: Function, r: Random, count: int) -> None:
 
 
 def call(b: Builder, r: Random, pool: list[Expr], block: Function) -> list[Expr]:
-    """A call with weights under one prefix, or any others of their types."""
+    """Add a call with weights under one prefix, or any others of their types."""
     prefix = r.choice(("", f"h.{r.randrange(3)}.", "shared weights."))
     arguments = [operand(b, r, pool, v.type) for v in block.inputs]
     for name, formal in block.parameters.items():
@@ -166,7 +166,7 @@ def call(b: Builder, r: Random, pool: list[Expr], block: Function) -> list[Expr]
 
 
 def from_sample(b: Builder, r: Random, pool: list[Expr]) -> list[Expr]:
-    """An op on operands as one of its own samples has them."""
+    """Add an op on operands from one of its own samples."""
     cls = OPS[r.choice([name for name, cls in sorted(OPS.items()) if cls.samples])]
     sample = r.choice(list(cls.samples))
     operands = [None if t is None else operand(b, r, pool, t) for t in sample.types]
@@ -175,7 +175,7 @@ def from_sample(b: Builder, r: Random, pool: list[Expr]) -> list[Expr]:
 
 
 def from_recipe(b: Builder, r: Random, pool: list[Expr]) -> list[Expr]:
-    """An op of the table on some value; nothing where it does not fit."""
+    """Add an op of the table on some value; do nothing if it does not fit."""
     name = r.choice([name for name in RECIPES if name in OPS])
     try:
         with np.errstate(invalid="ignore"):  # nan as an integer
@@ -186,7 +186,7 @@ def from_recipe(b: Builder, r: Random, pool: list[Expr]) -> list[Expr]:
 
 
 def operand(b: Builder, r: Random, pool: list[Expr], type: Type) -> Expr:
-    """A value of a type: one that is there, a constant, a parameter or a new input."""
+    """Return a value of a type: an existing one, a constant, a parameter or a new input."""
     fitting = [x for x in pool if x.type == type]
     if fitting and r.random() < 0.7:
         return r.choice(fitting)
@@ -207,7 +207,7 @@ CONSTANT_TYPES = [
 
 
 def constant(r: Random, type: Type) -> Literal:
-    """A constant of any value: each bit pattern of its dtype may occur."""
+    """Return a constant of any value: each bit pattern of its dtype may occur."""
     shape = type.static_shape or ()
     count = int(np.prod(shape))
     kind = type.dtype.numpy

@@ -1,6 +1,7 @@
-"""Random programs in which passes find something to do: functions as models spell them out, and near misses of them.
+"""Random programs in which passes find something to do: functions decomposed as models write them, and near misses of
+them.
 
-Of values about one, so that what a rewrite changes shows; in float64, or in any other float dtype.
+Values are about one, so that the effect of a rewrite shows; the dtype is float64 or any other float dtype.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from treadle.ir.types import DType, f64
 
 WIDTH = 6
 FILLS = (-1e4, -1e9, -1e30, -3.4028234663852886e38, -math.inf)
-"""Numbers by which models mask; a narrow dtype takes those that it holds."""
+"""Numbers by which models mask; a narrow dtype takes those that it can represent."""
 
 Step = Callable[[Builder, Random, Expr], Expr]
-"""From a value [B, S, 6] of a float dtype to another one."""
+"""A function from a value [B, S, 6] of a float dtype to another such value."""
 
 
 def random_program(seed: int, dtype: DType = f64) -> Graph:
-    """A chain of steps, in every third program behind a block that is called twice. A seed gives one program."""
+    """Return a chain of steps, in every third program after a block that is called twice. A seed gives one program."""
     r = Random(seed)
     graph = Graph("random")
     main = Builder(graph)
@@ -41,7 +42,7 @@ def random_program(seed: int, dtype: DType = f64) -> Graph:
 
 
 def chain(b: Builder, r: Random, x: Expr) -> Expr:
-    """Steps one after the other; some values are used again further on, where they must still be what they were."""
+    """Add steps one after the other; some values are used again later, and must still be unchanged there."""
     made = [x]
     for _ in range(r.randint(3, 6)):
         made.append(r.choice(STEPS)(b, r, r.choice(made[-2:])))
@@ -56,7 +57,7 @@ def parameter(b: Builder, dtype: DType, *shape: int) -> Expr:
 
 
 def one_of(r: Random, *spellings: Callable[[], Expr]) -> Expr:
-    """One of several spellings; the others are not built."""
+    """Build one of several variants; the others are not built."""
     return r.choice(spellings)()
 
 
@@ -89,7 +90,7 @@ def rms_norm(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def scaled(b: Builder, r: Random, x: Expr, square: Expr) -> Expr:
-    """x / sqrt(square + eps), sometimes with a weight and a bias."""
+    """Add x / sqrt(square + eps), sometimes with a weight and a bias."""
     shifted = square + r.choice((1e-5, 1e-3))
     y = one_of(
         r,
@@ -108,9 +109,9 @@ def softmax(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def attention(b: Builder, r: Random, x: Expr) -> Expr:
-    """Two heads of three; sometimes turned by their position, sometimes no attention for one reason or another.
+    """Add attention with two heads of three elements, with or without rotary positions, or a near miss of attention.
 
-    Where the query's own key is masked, the first row has none.
+    If the query's own key is masked, the first row has no key.
     """
     heads = b.rearrange(x, pattern="b s (h=2 d) -> b h s d")
     q = turned(b, r, heads) if r.random() < 0.5 else heads
@@ -132,7 +133,7 @@ def attention(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def attended(b: Builder, r: Random, x: Expr) -> Expr:
-    """The same as one op, with a mask that is causal, or a table of the longest context cut, or neither."""
+    """Add the same as one op, with a causal mask, with a sliced table of the longest context, or with neither."""
     heads = b.rearrange(x, pattern="b s (h=2 d) -> b h s d")
     longest = r.choice((64, "S"))
     j = b.iota(size=longest)
@@ -143,7 +144,7 @@ def attended(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def turned(b: Builder, r: Random, x: Expr) -> Expr:
-    """The first two dimensions of each head by an angle that grows with the position, or by none of rotary's."""
+    """Rotate the first two dimensions of each head by an angle proportional to the position, or by another angle."""
     angle = b.cast(b.rearrange(b.iota(size="S"), pattern="s -> 1 1 s 1"), to=x.dtype) * b.constant([0.3], x.dtype)
     first, second = b.slice(x, axis=3, stop=1), b.slice(x, axis=3, start=1, stop=2)
     cos, sin = b.cos(angle), b.sin(angle)
@@ -170,7 +171,7 @@ def linear(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def feed_forward(b: Builder, r: Random, x: Expr) -> Expr:
-    """A product that is activated, or gated by another one: of the same value, of another, by the other's half."""
+    """Add a product that is activated or gated: by a product of the same value, of another, or by its own half."""
     activate = r.choice((b.gelu, b.relu, b.silu, b.sigmoid, b.tanh))
 
     def product(x: Expr, width: int = WIDTH) -> Expr:
@@ -191,7 +192,7 @@ def feed_forward(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def residual(b: Builder, r: Random, x: Expr) -> Expr:
-    """A norm of a sum, which goes on beside it or not."""
+    """Add a norm of a sum; the sum may also be used elsewhere."""
     total = x + b.tanh(x)
     y = one_of(r, lambda: b.layer_norm(total, parameter(b, x.dtype, WIDTH)), lambda: b.rms_norm(total))
     return one_of(r, lambda: y, lambda: y + total)
@@ -203,7 +204,7 @@ def embedded(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def projected(b: Builder, r: Random, x: Expr) -> Expr:
-    """Products of one value by two weights or three, with biases or without; some weights are read elsewhere too."""
+    """Add products of one value by two or three weights, with or without biases; some are read elsewhere too."""
     parts = []
     for _ in range(r.choice((2, 3))):
         w = parameter(b, x.dtype, WIDTH, WIDTH)
@@ -215,7 +216,7 @@ def projected(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def scaled_product(b: Builder, r: Random, x: Expr) -> Expr:
-    """A product, wider or narrower than what it is of, or a norm, and one number that scales it."""
+    """Add a product, wider or narrower than its operand, or a norm, and one number that scales it."""
     by, width = r.choice((0.125, -0.3, 2.0)), r.choice((2, 2 * WIDTH))
     weight, bias = parameter(b, x.dtype, WIDTH), parameter(b, x.dtype, WIDTH)
     normed = one_of(r, lambda: x, lambda: b.rms_norm(x, weight), lambda: b.layer_norm(x, weight, bias))
@@ -238,7 +239,7 @@ def unchanged(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def picked(b: Builder, r: Random, x: Expr) -> Expr:
-    """All rows by their indices, which exporters guard against negative ones; or backwards in each sequence."""
+    """Gather all rows by indices, guarded as exporters do against negative ones; or reverse each sequence."""
     s = one_of(r, lambda: b.iota(size="S"), lambda: b.iota(size="S"), lambda: b.size(value="S - 1") - b.iota(size="S"))
     i = b.rearrange(b.iota(size="B"), pattern="b -> b 1") * b.size(value="S") + s
     i = one_of(r, lambda: i, lambda: b.where(i < 0, i + b.size(value="B * S"), i))
@@ -294,7 +295,7 @@ def by_a_constant(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def idle(b: Builder, r: Random, x: Expr) -> Expr:
-    """An op whose result nobody uses."""
+    """Add an op whose result is unused."""
     b.exp(x * parameter(b, x.dtype, WIDTH))
     return x
 

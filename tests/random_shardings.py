@@ -1,6 +1,6 @@
-"""Random graphs, meshes and axes to split, and what the lab makes of them: for tests that hold for any sharding.
+"""Random graphs, meshes and axes to split, and their results in the lab: for tests that hold for any sharding.
 
-The same seed gives the same case. Sizes are such that some divide the mesh and others do not.
+The same seed gives the same case. Some sizes are divisible by the mesh and others are not.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Write = Callable[[Builder, Random, Expr], Expr | None]
 
 @dataclass(frozen=True)
 class Case:
-    """A graph, how it is to be split, and numbers for it."""
+    """A graph, how it is split, and numbers for it."""
 
     graph: Graph
     mesh: str
@@ -45,7 +45,10 @@ class Case:
     weights: dict[str, Array]
 
     def plan(self) -> ShardingPlan:
-        """The plan, which its checker takes. What is too short to be split over any part of an axis stays whole."""
+        """Return the plan after its checker has accepted it.
+
+        An axis that is too short for any part of a mesh axis stays whole.
+        """
         axes = dict(self.axes)
         while True:
             try:
@@ -66,7 +69,7 @@ def weight(b: Builder, *sizes: Any) -> Expr:
 
 
 def constant(b: Builder, r: Random, *shape: int) -> Expr:
-    """A constant, often one that other nodes read already."""
+    """Return a constant, often one that other nodes read already."""
     known = [v for n in b.function.nodes for v in n.inputs if v.literal is not None and v.literal.shape == shape]
     if known and r.random() < 0.8:
         return b.expr(known[0])
@@ -131,7 +134,7 @@ def split_and_merged(b: Builder, r: Random, x: Expr) -> Expr | None:
 
 
 def sloped(b: Builder, r: Random, x: Expr) -> Expr | None:
-    """y = a number for each head of four, which other nodes may share, times its part of x"""
+    """y = a number for each head of four, which other nodes may share, times the head's part of x"""
     width = x.shape[-1].constant
     if width is None or width % 4:
         return None
@@ -182,7 +185,7 @@ def expanded(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def twice(b: Builder, r: Random, x: Expr) -> Expr:
-    """Two products whose terms may be added before they are combined"""
+    """Add two products whose partial sums may be added before they are combined."""
     n = r.choice(WIDTHS)
     return b.linear(x, weight(b, n, x.shape[-1])) + b.linear(b.gelu(x), weight(b, n, x.shape[-1]), weight(b, n))
 
@@ -214,7 +217,7 @@ OTHERS: tuple[Write, ...] = (
 
 
 def random_case(seed: int, most: int = 7) -> Case:
-    """A case for a seed."""
+    """Return a case for a seed."""
     r = Random(seed)
     graph = random_graph(r, most)
     mesh = r.choice(MESHES)
@@ -224,7 +227,7 @@ def random_case(seed: int, most: int = 7) -> Case:
 
 
 def random_pipeline(seed: int, most: int = 9) -> Case:
-    """A case in stages for a seed: the first one drawn whose micro-batches do not meet."""
+    """Return a case with pipeline stages for a seed: the first one drawn whose micro-batches do not communicate."""
     r = Random(seed)
     while True:
         graph = random_graph(r, most)
@@ -233,17 +236,17 @@ def random_pipeline(seed: int, most: int = 9) -> Case:
         try:
             case.plan()
         except PassError as error:
-            if "would have to meet" not in error.what and "cannot be cut into" not in error.what:
+            if "cannot be computed separately" not in error.what and "cannot be cut into" not in error.what:
                 raise
         except UsageError as error:
-            if "no batch to part" not in error.what:
+            if "no batch to split" not in error.what:
                 raise
         else:
             return case
 
 
 def random_graph(r: Random, most: int) -> Graph:
-    """A graph of up to so many layers, some of whose inputs, weights, constants and outputs are scalars."""
+    """Return a graph of at most `most` layers, some of whose inputs, weights, constants and outputs are scalars."""
     graph = Graph("random")
     b = Builder(graph)
     width = r.choice(WIDTHS)
@@ -267,7 +270,7 @@ def random_graph(r: Random, most: int) -> Graph:
 
 
 def scalar(b: Builder, r: Random, x: Expr) -> Expr:
-    """A value of rank 0: of all of x, of a weight, or an input, a weight or a constant as it is."""
+    """Return a value of rank 0: a reduction of x or of a weight, or an input, a weight or a constant of its own."""
     made = [weight(b), constant(b, r), *[b.expr(v) for v in b.function.inputs[1:]]]
     if r.random() < 0.3:
         return r.choice(made)
@@ -277,7 +280,7 @@ def scalar(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def numbers_for(graph: Graph, seed: int) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Inputs and weights, drawn from a seed."""
+    """Draw inputs and weights from a seed."""
     rng = np.random.default_rng(seed)
     inputs = {v.name: np.asarray(rng.normal(size=v.type.evaluate(SIZES))) for v in graph.main.inputs}
     weights = {n: np.asarray(rng.normal(size=v.type.evaluate({})) * 0.3) for n, v in graph.parameters.items()}
@@ -285,7 +288,7 @@ def numbers_for(graph: Graph, seed: int) -> tuple[dict[str, Array], dict[str, Ar
 
 
 def in_a_block(b: Builder, r: Random, x: Expr, width: int) -> Expr:
-    """A function that is called twice."""
+    """Add a function that is called twice."""
     block = Function("block")
     inner = Builder(b.graph, block)
     y = inner.input("y", x.type)
@@ -302,7 +305,7 @@ def in_a_block(b: Builder, r: Random, x: Expr, width: int) -> Expr:
 
 
 def random_axes(r: Random, graph: Graph, mesh: str) -> dict[str, str]:
-    """One to four dimensions of inputs and weights, each with one or two parts of the mesh; none over stages."""
+    """Choose one to four dimensions of inputs and weights, each with one or two axes of the mesh; none over stages."""
     dims = [f"{v.name}[{d}]" for v in graph.main.arguments for d in range(v.type.rank)]
     sizes = [axis.split("=") for axis in mesh.split(",") if axis.partition("=")[0] not in ("pp", "micro")]
     names = [name for name, _ in sizes] + [f"{name}:(1)2" for name, size in sizes if size in ("4", "8")]
@@ -319,9 +322,9 @@ def random_axes(r: Random, graph: Graph, mesh: str) -> dict[str, str]:
 
 
 def difference(case: Case, plan: ShardingPlan, *, merged: bool = False) -> float:
-    """How far the lab's outputs are from those of the graph as it is, at most, beside the greatest of them.
+    """Return the largest difference between the lab's outputs and the unsplit graph's, relative to the largest element.
 
-    merged  of programs after the rest of the pipeline
+    merged  run the programs after the rest of the pipeline
     """
     wanted = interpret(case.graph, case.inputs, case.weights, float64=True)
     programs = [rank_graph(plan, rank) for rank in range(plan.devices.ranks)] if merged else None

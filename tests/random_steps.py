@@ -1,4 +1,4 @@
-"""Causal models drawn at random: what a step can be derived from, in every mixture."""
+"""Random causal models from which a step can be derived, with mixtures of all layers."""
 
 from __future__ import annotations
 
@@ -18,23 +18,33 @@ Lengths = Annotated[t.Tensor, t.i64["B"]]
 VOCABULARY, CONTEXT = 11, 24
 
 
-def drawn_model(rng: np.random.Generator) -> Model:
-    """A model of tokens [B, S]: one to four blocks, repeated or not, of one to four layers each."""
+def drawn_model(rng: np.random.Generator, *, context: int = CONTEXT, shared: bool = False, wide: bool = False) -> Model:
+    """Return a model of tokens [B, S]: one to four blocks, repeated or not, of one to four layers each.
+
+    context  number of positions of a position table
+    shared   repetitions share their weights, and blocks may be nested
+    wide     widths are multiples of 32, so that all weights fit into blocks of 4 bits
+    """
     heads = int(rng.choice([1, 2, 4]))
-    dim = heads * int(rng.choice([2, 4]))
+    dim = heads * int(rng.choice([2, 4])) if not wide else int(rng.choice([32, 64]))
     seeds = [int(rng.integers(1 << 30)) for _ in range(int(rng.integers(1, 5)))]
-    repeats = int(rng.integers(1, 3))
+    repeats = int(rng.integers(1, 3)) + shared
     has_source, has_picture = (bool(x) for x in rng.random(2) < 0.3)
     first = int(rng.integers(1 << 30))
 
     def body(tokens: t.Tensor, source: t.Tensor | None, lengths: t.Tensor | None, picture: t.Tensor | None) -> t.Tensor:
-        x = _begun(np.random.default_rng(first), tokens, dim)
+        x = _begun(np.random.default_rng(first), tokens, dim, context)
         memory = None if source is None else _encoded(source, dim)
         seen = None if picture is None else t.linear(picture, dim, name="seen")
         for number, seed in enumerate(seeds):
-            for _ in t.stack(f"block{number}", repeats):
+            for _ in t.stack(f"block{number}", repeats, shared=shared):
                 drawn = np.random.default_rng(seed)
                 for layer in range(int(drawn.integers(1, 5))):
+                    if shared and layer == number == 0:
+                        one = int(drawn.integers(1 << 30))
+                        for _ in t.stack(f"layer{layer}", 2, shared=True):
+                            x = _layer(np.random.default_rng(one), x, tokens, dim, heads, memory, lengths, seen)
+                        continue
                     with t.scope(f"layer{layer}"):
                         x = _layer(drawn, x, tokens, dim, heads, memory, lengths, seen)
         return t.linear(x, VOCABULARY, name="head")
@@ -43,7 +53,7 @@ def drawn_model(rng: np.random.Generator) -> Model:
 
 
 def _declared(body: Callable[..., t.Tensor], has_source: bool, has_picture: bool) -> Model:
-    """A model of as many inputs as its body reads."""
+    """Return a model with the inputs that its body reads."""
     if has_source and has_picture:
 
         @t.model
@@ -73,14 +83,14 @@ def _declared(body: Callable[..., t.Tensor], has_source: bool, has_picture: bool
     return drawn_alone
 
 
-def _begun(rng: np.random.Generator, tokens: t.Tensor, dim: int) -> t.Tensor:
-    """Embedded tokens, and some way to say where they stand."""
+def _begun(rng: np.random.Generator, tokens: t.Tensor, dim: int, context: int) -> t.Tensor:
+    """Return embedded tokens, with some encoding of their positions."""
     x = t.embed(tokens, VOCABULARY, dim, name="wte")
     match rng.integers(5):
         case 0:
-            return x + t.embed(t.positions(tokens), CONTEXT, dim, name="wpe")
+            return x + t.embed(t.positions(tokens), context, dim, name="wpe")
         case 1:
-            return x + t.gather(t.parameter("wpe", CONTEXT, dim), t.iota(size=tokens.shape[1]), axis=0)
+            return x + t.gather(t.parameter("wpe", context, dim), t.iota(size=tokens.shape[1]), axis=0)
         case 2:
             return x + t.sinusoidal_positions(t.positions(tokens), dim)
         case 3:
@@ -90,7 +100,7 @@ def _begun(rng: np.random.Generator, tokens: t.Tensor, dim: int) -> t.Tensor:
 
 
 def _encoded(source: t.Tensor, dim: int) -> t.Tensor:
-    """A source text that everything after may read."""
+    """Return a source text that all later layers may read."""
     x = t.embed(source, VOCABULARY, dim, name="source")
     for _ in t.stack("encoder", 2):
         x = x + t.self_attention(t.rms_norm(x, name="norm"), 1, name="attn")

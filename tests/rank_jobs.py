@@ -1,13 +1,13 @@
-"""What ranks do in tests, as a script under `treadle launch` or torchrun: `rank_jobs.py JOB ARGUMENTS...`.
+"""Jobs of ranks in tests, as a script under `treadle launch` or torchrun: `rank_jobs.py JOB ARGUMENTS...`.
 
-models MESH BACKENDS FOLDER  run small models of all kinds in all forms and several ways; rank 0 writes what came out,
-                             and all what they counted; two ranks gather weights ahead, and pass keys on while they
-                             compute; all ranks continue texts over tp
-turns MODE                   run one model again and again, each rank having told its process; rank 1 does MODE in the
-                             end: "killed" (from outside), "raises", "stops", "sleeps", "leaves"; "lingers": all
-                             ranks leave, tell their process, and do not end
+models MESH BACKENDS FOLDER  run small models of all kinds in all forms and in several ways; rank 0 writes the results,
+                             and every rank writes its counts; two ranks gather weights ahead, and pass keys on while
+                             they compute; all ranks continue texts over tp
+turns MODE                   run one model repeatedly, after each rank has written its process id; finally rank 1 does
+                             MODE: "killed" (from outside), "raises", "stops", "sleeps", "leaves"; "lingers": all
+                             ranks leave, write their process ids, and do not end
 differ WHAT FOLDER           rank 1 has another plan than rank 0, another version, other weights or inputs, or lacks
-                             a part of the checkpoint that is in FOLDER
+                             a part of the checkpoint in FOLDER
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ SMALL = {"layers": 1, "dim": 16, "heads": 4, "vocab": 37, "context": 16}
 
 
 def inputs_of(made: RankModel, uneven: bool) -> dict[str, Any]:
-    """Drawn arrays; of sizes that the mesh does not divide, if so asked."""
+    """Draw inputs; if `uneven`, of sizes that are not divisible by the mesh."""
     graph = made.plan.graph
     size = made.plan.devices.ranks + 3 if uneven else 8
     return draw_inputs(graph, {s: min(size, b.upper or size) for s, b in graph.symbols.items()}, [0])
@@ -73,7 +73,7 @@ def models(ranks: Ranks, mesh: str, backends: str, folder: str) -> None:
         whole = made.gathered(parts, **given)
         facts = {"case": f"{backend} {kind} {over} {recipe} {form}", "form": form, "counted": counted}
         facts |= {"planned": sum(each.payload * each.ranks for each in planned)}
-        # Of what is handed on, the rank that gets it counts the meeting, too.
+        # The receiving rank of a `hand_on` counts the transfer too.
         facts |= {"meetings": sum(each.ranks * (2 if each.op == "hand_on" else 1) for each in planned)}
         facts |= {"met": sum(each.times for each in made.communicator.traffic.values())}
         if whole is not None:
@@ -91,7 +91,7 @@ def models(ranks: Ranks, mesh: str, backends: str, folder: str) -> None:
 
 
 def cases(mesh: str, backends: list[str]) -> Iterator[tuple[str, str, str, str, str]]:
-    """Backend, kind, recipe, form and mesh of each model that is run; the first backend runs all that it can."""
+    """Yield backend, kind, recipe, form and mesh of each model to run; the first backend runs all that it can."""
     first, *others = backends
     stored = "megatron-fsdp" if "dp" in mesh else "sequence"
     for kind in KINDS:
@@ -110,13 +110,12 @@ def cases(mesh: str, backends: list[str]) -> Iterator[tuple[str, str, str, str, 
 
 
 def able(backend: str, form: str) -> str:
-    """The backend, or one that has bf16."""
+    """Return the backend, or one that supports bf16."""
     return "torch" if (backend, form) == ("numpy", "bf16") else backend
 
 
 def runs_ahead(ranks: Ranks, kind: str, recipe: str, mesh: str, backend: str) -> dict[str, Any]:
-    """Run a model that begins collectives before it needs them, tell in which order, and run it once more with each
-    begun where it is waited for."""
+    """Run a model that starts collectives early, and report their order; then run it without early starts."""
     chosen = {**small_options(kind), "layers": 3 if recipe == "fsdp" else 1}
     made = compile_rank(kind, mesh, ranks, recipe=recipe, backend=backend, **chosen)
     given = inputs_of(made, uneven=True)
@@ -145,7 +144,7 @@ def runs_ahead(ranks: Ranks, kind: str, recipe: str, mesh: str, backend: str) ->
 
 
 def at_once(program: Graph) -> Graph:
-    """The same program without what begins a collective: each is begun where it was waited for."""
+    """Return the same program without early starts: each collective starts where it was awaited."""
     for function in program.functions.values():
         function.nodes[:] = [node for node in function.nodes if not isinstance(node.op, Starting)]
         for node in function.nodes:
@@ -155,7 +154,7 @@ def at_once(program: Graph) -> Graph:
 
 
 def generates(ranks: Ranks, folder: str) -> None:
-    """Continue texts by sessions with a cache in every rank, and write what came out and what steps moved."""
+    """Continue texts in sessions with a cache in every rank; write the texts and the bytes that the steps moved."""
     found: list[dict[str, Any]] = []
     cases = [(able("numpy", form), kind, form) for kind in KINDS if kind != "vit" for form in FORMS]
     for backend, kind, form in [*cases, ("tvm", "gpt2", "f32")] if ranks.size == 2 else cases:
@@ -186,29 +185,29 @@ def generates(ranks: Ranks, folder: str) -> None:
 
 
 def cached(session: Session) -> int:
-    """Bytes of keys and values, and not of lengths."""
+    """Return the bytes of keys and values, without lengths."""
     return sum(state.nbytes for state in session.states.values() if "int" not in str(state.dtype))
 
 
 def after_the_encoder(planned: list[PlannedCollective]) -> list[PlannedCollective]:
-    """What a step does again."""
+    """Return the collectives that every step repeats."""
     first = max((at + 1 for at, each in enumerate(planned) if each.scope.startswith("encoder")), default=0)
     return planned[first:]
 
 
 def roomy(kind: str) -> dict[str, Any]:
-    """A session's sizes."""
+    """Return a session's sizes."""
     return {"rows": 2, "capacity": 16, **({"memory": {"S": 8}} if kind == "t5" else {})}
 
 
 def inputs_for(session: Session) -> list[dict[str, Any]]:
-    """What each of two rows begins with: a source text, where the model has an encoder."""
+    """Return the inputs that each of two rows begins with: a source text, if the model has an encoder."""
     names = session.derived.prologue
     return [dict.fromkeys(names, np.array(source)) for source in ([1, 2, 3, 4], [5, 6])]
 
 
 def written(session: Session) -> tuple[list[list[int]], Any]:
-    """Two rows of other lengths, continued together, and the logits of a prompt."""
+    """Return two rows of different lengths, continued together, and the logits of a prompt."""
     tokens: list[list[int]] = [[], []]
     given = inputs_for(session)
     for token in generate(session, [[1, 2, 3], [4]], most=6, inputs=given if given[0] else None):
@@ -259,7 +258,7 @@ JOBS = {"models": models, "turns": turns, "differ": differ}
 
 
 def main() -> None:
-    """Do a job as a rank; an error is told as a command does it."""
+    """Run a job as a rank; errors are printed as the commands print them."""
     job, *arguments = sys.argv[1:]
     try:
         with join(timeout=float(os.environ.get("TIMEOUT", "60"))) as ranks:

@@ -1,4 +1,6 @@
-"""The programs of ranks in threads of this process: each on a backend, with collectives that meet in a room."""
+"""The programs of ranks in threads of this process: each on a backend, with collectives that communicate through a
+room.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,9 @@ from treadle.runtime.sharding_lab import Door, Room
 
 
 class ThreadRoom(Room):
-    """Meetings of threads, each of a rank, with arrays or tensors.
+    """A room in which threads, one for each rank, exchange arrays or tensors.
 
-    kinds  the types of what ranks brought
+    kinds  the types of the exchanged values
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -28,7 +30,7 @@ class ThreadRoom(Room):
         tensor = type(part).__module__ == "torch"
         self.kinds.add(type(part).__name__)
         held = part.float() if str(part.dtype) == "torch.bfloat16" else part  # which NumPy lacks
-        brought = np.array(held.numpy() if tensor else held)  # a rank may go on and write over its own
+        brought = np.array(held.numpy() if tensor else held)  # a rank may continue and overwrite its own
         found = np.array(super().exchange(rank, op, brought))
         if tensor:
             import torch
@@ -38,7 +40,7 @@ class ThreadRoom(Room):
 
 
 def run_ranks(mesh: Mesh, calls: Sequence[Callable[[], Any]]) -> tuple[list[Any], ThreadRoom]:
-    """What each rank's call gives, and the room in which they met. Raises what a rank raised."""
+    """Return the result of each rank's call, and the room they used. Raises the error of a rank."""
     room = ThreadRoom(mesh)
     found: list[Any] = [None] * mesh.ranks
     failed: list[BaseException] = []

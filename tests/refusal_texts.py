@@ -1,7 +1,7 @@
-"""Refusals read as they did: what passes say of what they leave alone stands in tests/golden/refusals/.
+"""A check that the texts of refusals stay the same: the refusals of passes are stored in tests/golden/refusals/.
 
-What the pass manager's log holds after a run is compared with the file of the test's module: the rule, the reason, how
-much had matched, and the hint. `make golden` writes the files.
+The pass manager's log after a run is compared with the file of the test's module: the rule, the reason, the extent of
+the partial match, and the hint. `make golden` writes the files.
 """
 
 from __future__ import annotations
@@ -21,23 +21,26 @@ _FUSION = ("attention_chains", "attention_probabilities", "refine_attention")
 _FUSING = ("activated_linear", "attention", "embedding_sum", "gated_linear", "residual_norm", "rotary")
 _OTHERS = ("merge_projections", "narrow_attention", "narrow_products", "pass_manager", "passes", "site_rewrite")
 MODULES = {f"test_{name}" for name in (*_FUSION, *(f"fuse_{each}" for each in _FUSING), *_OTHERS)}
-"""Those that are about passes which refuse; what others compile is told there, too."""
+"""Modules about passes that refuse; the refusals of other compilations in them are recorded too."""
 
 
 def refusals(golden: Golden) -> KnownTexts:
-    """The texts of all modules."""
+    """Return the texts of all modules."""
     return KnownTexts(golden, "refusals")
 
 
 def text_of(event: Event) -> str:
-    """`rule at op: reason; matched: ...`, and below it what to try; of certificates that failed, without numbers."""
+    """Return `rule at op: reason; matched: ...` with the hint below it.
+
+    The texts of failed certificates are returned without numbers.
+    """
     hint = f"\n  try  {event.hint}" if event.hint else ""
     text = f"{event.rule} at {event.op}: {event.told}{hint}"
     return shortened(text) if "certificate" in event.reason else re.sub(r"(\.py):\d+", r"\1", text)
 
 
 def comparing(run: Callable[..., Optimized], texts: KnownTexts) -> Callable[..., Optimized]:
-    """`PassManager.run` that compares."""
+    """A `PassManager.run` that compares its log."""
 
     def compared(*given: Any, **more: Any) -> Optimized:
         optimized = run(*given, **more)

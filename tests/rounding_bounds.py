@@ -1,19 +1,19 @@
-"""How far a graph's numbers may lie from the exact ones: a running error analysis (Wilkinson 1963) of its ops.
+"""Bounds on the rounding error of a graph's outputs: a running error analysis (Wilkinson 1963) of its ops.
 
-Every value is carried with a bound on its error, element by element. Nothing is known of single ops: what there is to
-know stands in their classes.
+Every value is carried with a bound on its error, element by element. No op is named here; the facts about ops are in
+their classes.
 
-composite    its body is analysed, so that what cancels in it, or is rounded in it, counts
-elementwise  what flows in: how far the result moves where each operand moves by its bound, either way. Then the op's
+composite    its body is analysed, so that cancellation and rounding inside it count
+elementwise  the incoming error: how far the result moves if each operand moves by its bound, either way. Then the op's
              own rounding: half a spacing of the result's dtype at the element's own value, and FUNCTION spacings of the
-             dtype in which it is computed, which for 16 bits is f32
-sum          what flows in, through the op itself, which is linear: f(|x| + bound) - f(|x|). Then n roundings of the sum
-             of the terms' magnitudes, in the dtype that the op accumulates in (`Op.sums_in`); n is the op on ones. The
+             dtype in which it is computed, which is f32 for 16 bits
+sum          the incoming error, through the op itself, which is linear: f(|x| + bound) - f(|x|). Then n roundings of
+             the sum of the terms' magnitudes, in the op's accumulation dtype (`Op.sums_in`); n is the op on ones. The
              result is rounded once, as above
-movement     what flows in, moved
+movement     the incoming error, moved
 
-A backend that rounds less, as one does that fuses ops, is within the bounds as well. Exact numbers are computed in f64,
-so that their own roundings count where that is the dtype.
+A backend that rounds fewer times, for example because it fuses ops, is within the bounds as well. Exact numbers are
+computed in f64, so their own roundings count if the dtype is f64.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from treadle.ir.types import DType, bf16, f16, f32, f64
 Array = np.ndarray[Any, Any]
 
 LEAST = {"f64": 2.0**-1022, "f32": 2.0**-126, "f16": 2.0**-24, "bf16": 2.0**-126}
-"""Numbers below it are spaced evenly (f16), or may be taken for 0 (the others': processors are told so)."""
+"""Smaller numbers are spaced evenly (f16), or may be flushed to 0 (the other dtypes: CPUs are configured to do so)."""
 
 FUNCTION = 2
-"""Spacings that a library's function of an element may err by: those of glibc, SLEEF and NumPy promise 1 to 2."""
+"""Maximal error, in spacings, of a library's function of an element: those of glibc, SLEEF and NumPy promise 1 to 2."""
 
 
 class Bounded:
-    """Exact numbers, and how far others may lie from them; `moved` for integers and bools is 0."""
+    """Exact numbers, and the bound on the error of approximate ones; `moved` for integers and bools is 0."""
 
     def __init__(self, exact: Array, moved: Array | float = 0.0) -> None:
         self.exact = exact
@@ -56,9 +56,11 @@ class Bounded:
 def bounded(
     graph: Graph, inputs: Mapping[str, Array], weights: Mapping[str, Array] | None = None, *, narrow: bool = False
 ) -> dict[str, Bounded]:
-    """The outputs of a graph without calls, whose attributes hold no symbols, on arrays that its dtypes hold exactly.
+    """Return the outputs of a graph with their bounds.
 
-    narrow  what one may give who computes bf16 in bf16, every step and every sum, as the reference of onnx does
+    The graph has no calls and no symbols in attributes. Its dtypes represent the input arrays exactly.
+
+    narrow  allow for computing bf16 in bf16, with every step and every sum rounded, as the reference of onnx does
     """
     arrays = [inputs[v.name] for v in graph.main.inputs]
     arrays += [(weights or {})[name] for name in graph.main.parameters]
@@ -69,7 +71,7 @@ def bounded(
 
 
 def _unless_too_large(found: Bounded, dtype: DType) -> Bounded:
-    """The same, with no bound where a number may be past the dtype's largest, which gives inf."""
+    """Return the same, without a bound where a number may exceed the dtype's largest, which gives inf."""
     if not found.is_float:
         return found
     largest = float(np.finfo(dtype.numpy).max) if dtype.numpy is not None else float(np.finfo(np.float32).max)
@@ -77,7 +79,10 @@ def _unless_too_large(found: Bounded, dtype: DType) -> Bounded:
 
 
 def assert_within(got: Any, wanted: Bounded, what: str) -> None:
-    """Equal shapes, integers and bools; floats within their bounds, infinite and NaN where the exact ones are."""
+    """Assert equal shapes, integers and bools, and floats within their bounds.
+
+    Results are infinite or NaN exactly where the exact numbers are.
+    """
     made = np.asarray(got)
     if not wanted.is_float:
         np.testing.assert_array_equal(made, wanted.exact, err_msg=what)
@@ -103,7 +108,7 @@ def assert_within(got: Any, wanted: Bounded, what: str) -> None:
 
 @dataclass(frozen=True)
 class _Analysis:
-    """held: for a dtype, the one in which it is held instead."""
+    """held: maps a dtype to the dtype that represents it."""
 
     held: Mapping[DType, DType]
 
@@ -115,7 +120,7 @@ class _Analysis:
                 return None
             if value.literal is None:
                 return values[value]
-            # An op's own constant, such as sqrt(1/2), is rounded to its dtype; the literal holds what is left of it.
+            # An op's own constant, such as sqrt(1/2), is rounded to its dtype; the literal keeps the exact value.
             held = _wide(value.literal.array)
             return Bounded(held, self._rounding(value.type.dtype, held) if held.dtype.kind == "f" else 0.0)
 
@@ -140,12 +145,15 @@ class _Analysis:
     def _moves(
         self, op: Op, operands: Sequence[Bounded | None], exact: Sequence[Array], plain: Sequence[Array]
     ) -> list[Array]:
-        """How far the results move where the operands move by their bounds; plain: those of their sizes, if linear."""
+        """Return how far the results move if the operands move by their bounds.
+
+        plain: the results of the magnitudes, if the op is linear.
+        """
         floats = [x.is_float and bool(np.any(x.moved)) if x is not None else False for x in operands]
         if not any(floats):
             return [np.zeros(y.shape) for y in exact]
         if _is_sum(op) or op.flops == 0:
-            further = [  # of infinite numbers nothing is said
+            further = [  # infinite numbers have no bound
                 None if x is None else np.abs(x.exact) + x.moved if x.is_float else x.exact for x in operands
             ]
             return [_apart(a, b) for a, b in zip(_apply(op, further), plain, strict=True)]
@@ -162,7 +170,7 @@ class _Analysis:
     def _own(
         self, node: Node, number: int, operands: Sequence[Bounded | None], y: Array, plain: Sequence[Array]
     ) -> Array | float:
-        """What the op itself errs by: in its sums, and as it rounds its result."""
+        """Return the op's own error: in its sums, and from rounding its result."""
         op, dtype = node.op, node.results[number].type.dtype
         given = [v.type.dtype for v in node.inputs]
         if op.flops == 0 and (dtype in given or not given):  # a cast to a coarser dtype rounds, a movement does not
@@ -181,7 +189,7 @@ class _Analysis:
         return EPSILON[dtype.name] / 2 + (EPSILON["f64"] / 2 if dtype is f64 else 0)
 
     def _rounding(self, dtype: DType, y: Array) -> Array:
-        """Half a spacing at each number."""
+        """Return half a spacing at each number."""
         made: Array = self._half(dtype) * np.abs(y) + LEAST[dtype.name]
         return made
 
@@ -191,7 +199,7 @@ def _is_sum(op: Op) -> bool:
 
 
 def _apart(a: Array, b: Array) -> Array:
-    """|a - b|, 0 where either is infinite or NaN; of integers and bools 0."""
+    """Return |a - b|, or 0 where either is infinite or NaN; 0 for integers and bools."""
     if b.dtype.kind != "f":
         return np.zeros(b.shape)
     with np.errstate(invalid="ignore"):
@@ -207,14 +215,14 @@ def _apply(op: Op, operands: Sequence[Array | None]) -> list[Array]:
 
 
 def _apply_to_sizes(op: Op, operands: Sequence[Bounded | None], exact: Sequence[Array]) -> Sequence[Array]:
-    """The op on magnitudes, which the exact numbers are where none is negative."""
+    """Apply the op to magnitudes, which equal the exact numbers if none is negative."""
     if not any(x is not None and x.is_float and np.any(x.exact < 0) for x in operands):
         return exact
     return _apply(op, [None if x is None else np.abs(x.exact) if x.is_float else x.exact for x in operands])
 
 
 def _terms_of(op: Op, operands: Sequence[Bounded | None]) -> Array:
-    """How many terms each sum has."""
+    """Return the number of terms of each sum."""
     if all(x is None or x.is_float for x in operands):
         return _terms_of_shapes(op, tuple(None if x is None else x.exact.shape for x in operands))
     (count,) = _apply(op, [None if x is None else np.ones_like(x.exact) if x.is_float else x.exact for x in operands])

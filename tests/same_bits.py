@@ -1,15 +1,15 @@
-"""Whether this tree computes the same bits as another commit: every model of the zoo, on every backend that is here.
+"""A check that this tree computes the same bits as another commit: every model of the zoo, on every available backend.
 
     python -m tests.same_bits 82c0506
     python -m tests.same_bits 82c0506 --real
     python -m tests.same_bits 82c0506 --graphs 5000 --seed 0
 
 The other commit's files are unpacked into a temporary folder, and both trees run the same program: compile each model
-of `tests/test_models.py` with drawn weights, call it at small sizes, and hash what it gives. The models are those that
-both trees have. With `--real`, they are the fetched models in place of the zoo's (`treadle fetch NAME`), with their own
-weights; with `--graphs`, they are so many random graphs (tests/fuzz/graphs.py), drawn here and read by both trees; one
-that a backend refuses in both is no difference. Exit status 1 if any differ. A refactoring is done when this prints no
-difference.
+of `tests/test_models.py` with drawn weights, call it at small sizes, and hash its outputs. The models are those that
+both trees have. With `--real`, the fetched models (`treadle fetch NAME`) replace the zoo's, with their own weights.
+With `--graphs`, the given number of random graphs (tests/fuzz/graphs.py) are drawn here and read by both trees; a graph
+that a backend refuses in both trees is not a difference. The exit status is 1 if any output differs. A refactoring is
+complete when this prints no difference.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("numpy", "torch", "tvm")
 VOCABULARY = 300
-"""Token ids are below it; every fetched model has more tokens."""
+"""Token ids are smaller; every fetched model has more tokens."""
 
 
 def digests(real: Mapping[str, str] | None, graphs: Path | None = None) -> dict[str, str]:
-    """By model and backend, a hash of the outputs; of the tree that is imported.
+    """Return a hash of the outputs by model and backend, for the imported tree.
 
     real    paths of models by name, in place of the zoo
     graphs  a folder of graphs with their arrays, in place of both
@@ -60,7 +60,7 @@ def digests(real: Mapping[str, str] | None, graphs: Path | None = None) -> dict[
 
 
 def _graphs(backend: str, folder: Path) -> Iterator[tuple[str, Iterator[Mapping[str, Any]]]]:
-    """The same of the graphs in a folder; a refusal is an output, too."""
+    """Yield the same for the graphs in a folder; a refusal counts as an output."""
     import treadle
     from treadle.ir.text.parser import parse_graph
 
@@ -76,7 +76,7 @@ def _graphs(backend: str, folder: Path) -> Iterator[tuple[str, Iterator[Mapping[
 
 
 def draw_graphs(seeds: range, folder: Path) -> None:
-    """Put the random graphs of some seeds into a folder, each as its text, and its arrays."""
+    """Write the random graphs of some seeds into a folder, each as its text and its arrays."""
     from tests.fuzz.graphs import draw
 
     for seed in seeds:
@@ -87,7 +87,7 @@ def draw_graphs(seeds: range, folder: Path) -> None:
 
 
 def _zoo(backend: str) -> Iterator[tuple[str, Iterator[Mapping[str, Any]]]]:
-    """The name and the outputs at some sizes of every model of the zoo."""
+    """Yield the name, and the outputs at some sizes, of every model of the zoo."""
     import treadle
     from tests.test_models import ZOO
 
@@ -100,7 +100,7 @@ def _zoo(backend: str) -> Iterator[tuple[str, Iterator[Mapping[str, Any]]]]:
 
 
 def _real(backend: str, paths: Mapping[str, str]) -> Iterator[tuple[str, Iterator[Mapping[str, Any]]]]:
-    """The same of the models in these places. Their inputs are drawn here, for both trees alike."""
+    """Yield the same for the models at these paths. Their inputs are drawn here, identically for both trees."""
     import treadle
 
     for name, path in paths.items():
@@ -114,19 +114,19 @@ def _real(backend: str, paths: Mapping[str, str]) -> Iterator[tuple[str, Iterato
 
 
 def _drawing() -> Any:
-    moved = (Path.cwd() / "ir" / "analysis").is_dir()  # an older commit has it elsewhere
+    moved = (Path.cwd() / "ir" / "analysis").is_dir()  # an older commit defines it elsewhere
     return import_module("treadle.ir.analysis.drawn_inputs" if moved else "treadle.ir.drawn_inputs")
 
 
 def _drawn(rng: np.random.Generator, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
-    """Normal floats, token ids, and for masks and token types 0 or 1."""
+    """Draw normal floats, token ids, and 0 or 1 for masks and token types."""
     if dtype.is_float:
         return rng.standard_normal(shape).astype(dtype.numpy)
     return rng.integers(0, VOCABULARY if name.endswith(("tokens", "input_ids")) else 2, shape).astype(dtype.numpy)
 
 
 def fetched(folder: Path) -> dict[str, str]:
-    """Where the fetched models are, by name; a pickle among them as safetensors in `folder`."""
+    """Return the paths of the fetched models by name; a pickle is converted to safetensors in `folder`."""
     from treadle.fetch import fetched_model
     from treadle.wheels.pinned_models import PINNED
 
@@ -151,7 +151,7 @@ def fetched(folder: Path) -> dict[str, str]:
 
 
 def digests_of(tree: Path, real: Mapping[str, str] | None, graphs: Path | None = None) -> dict[str, str]:
-    """The digests of another tree, in a process of its own."""
+    """Return the digests of another tree, computed in a process of its own."""
     command = [sys.executable, str(Path(__file__).resolve()), "--digests"]
     if real is not None:
         command += ["--paths", json.dumps(real)]
@@ -166,7 +166,7 @@ def digests_of(tree: Path, real: Mapping[str, str] | None, graphs: Path | None =
 
 
 def unpacked(commit: str, folder: Path) -> Path:
-    """The files of a commit."""
+    """Unpack the files of a commit."""
     archive = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True, check=True).stdout
     with tarfile.open(fileobj=BytesIO(archive)) as files:
         files.extractall(folder, filter="data")
@@ -179,7 +179,7 @@ def main() -> int:
     parser.add_argument("--real", action="store_true", help="the fetched models, not the zoo's")
     parser.add_argument("--digests", action="store_true", help="print the hashes of the tree that is imported")
     parser.add_argument("--paths", type=json.loads, help="with --digests: real models, as JSON of paths by name")
-    parser.add_argument("--graphs", type=int, default=0, help="so many random graphs, not the zoo")
+    parser.add_argument("--graphs", type=int, default=0, help="number of random graphs, in place of the zoo")
     parser.add_argument("--seed", type=int, default=0, help="of the first random graph")
     parser.add_argument("--folder", type=Path, help="with --digests: where graphs and their arrays are")
     given = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Small models of every family of the zoo, with weights and inputs, to be split."""
+"""Small models of every family of the zoo, with weights and inputs, for sharding tests."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ FAMILIES = family_names()
 Array = np.ndarray[Any, Any]
 
 _SMALL = {"layers": 2, "dim": 32, "heads": 8, "vocab": 37, "hidden": 40, "context": 16, "kv_heads": 4, "head_dim": 4}
-"""Options by the end of their name. No mesh divides 37, and some have more ranks than there are key heads."""
+"""Options by the end of their name. No mesh divides 37, and some meshes have more ranks than there are key heads."""
 
 
 def small_options(family: str) -> dict[str, Any]:
-    """Options that make a family's model small."""
+    """Return options that make a family's model small."""
     found: dict[str, Any] = {}
     for name, default in find_family(family).model.defaults.items():
         for end, value in _SMALL.items():
@@ -56,13 +56,13 @@ SPECIAL: Mapping[str, dict[str, Any]] = {
 
 @cache
 def recognized(family: str) -> Graph:
-    """The graph that is split."""
+    """Return the graph to split."""
     return PassManager(RECOGNITION).run(find_family(family).model.configure(**small_options(family)).graph()).graph
 
 
 @cache
 def numbers(family: str) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
-    """Weights, none of which is zero or one throughout, inputs, and what the whole model makes of them in float64."""
+    """Return weights, none of which is zero or one throughout, inputs, and the whole model's float64 outputs."""
     graph = recognized(family)
     rng = np.random.default_rng(0)
     weights = {n: a + 0.05 * rng.standard_normal(a.shape) for n, a in initial_weights(graph).items()}

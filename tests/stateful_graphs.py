@@ -1,4 +1,4 @@
-"""Graphs with states that tests share, as text and as functions of NumPy arrays."""
+"""Graphs with states that several tests use, as text and as functions of NumPy arrays."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ BLOCKS = """graph blocks {
   }
 }
 """
-"""A block with a cache that `prefill` calls twice, and a `step` with a counter beside one of the caches."""
+"""A block with a cache that `prefill` calls twice, and a `step` with a counter next to one of the caches."""
 
 
 def blocks() -> Graph:
@@ -73,7 +73,7 @@ SUMS = """graph sums {
   }
 }
 """
-"""A sum that goes on from call to call."""
+"""A sum that continues from call to call."""
 
 PRODUCT = """graph product {
   symbols B, S, R, C
@@ -98,7 +98,7 @@ PRODUCT = """graph product {
   }
 }
 """
-"""Products of queries with all keys of a cache, whose axis of positions lies inside."""
+"""Products of queries with all keys of a cache, whose axis of positions is an inner one."""
 
 OLD = """graph old {
   symbols B, R
@@ -135,7 +135,7 @@ OLD = """graph old {
   }
 }
 """
-"""What is read of a state before its update, and used after it: alone, in a product, in a block; and a view of it."""
+"""Reads of a state before its update that are used after it: alone, in a product, in a block; and a view of it."""
 
 
 def product(dtype: str = "f32", *, ring: bool = False) -> Graph:
@@ -143,7 +143,7 @@ def product(dtype: str = "f32", *, ring: bool = False) -> Graph:
 
 
 def counter() -> Graph:
-    """`main` counts up in the slots of the rows that it is given."""
+    """A graph whose `main` counts up in the slots of its row argument."""
     b = Builder(Graph("counter"))
     rows = b.input("rows", "i64[B]")
     count = b.state("count", "i64[R, 1]")
@@ -153,7 +153,7 @@ def counter() -> Graph:
     return b.graph
 
 
-# -- what tests do to them ---------------------------------------------------------------------------------------------
+# -- functions that tests use on them ---------------------------------------------------------------------------------
 
 
 def node(graph: Graph, function: str, op: str, number: int = 0) -> Node:

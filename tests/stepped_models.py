@@ -1,6 +1,7 @@
-"""Models that step: causal and encoder-decoder families of the zoo, and models that use what else a step knows.
+"""Models that step: causal and encoder-decoder families of the zoo, and models with the other features that steps
+support.
 
-And models that have no step, each with what is said of it.
+Also models without a step, each with the expected reason.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Picture = Annotated[t.Tensor, t.f32["B 6"]]
 
 @t.model
 def alibi(tokens: Tokens, *, vocab: int = 11, dim: int = 12, heads: int = 3) -> t.Tensor:
-    """Biases by distance, and a soft-cap."""
+    """ALiBi: biases by distance, and a soft-cap."""
     x = t.embed(tokens, vocab, dim, name="wte")
     for _ in t.stack("h", 2):
         y = t.self_attention(
@@ -36,7 +37,7 @@ def alibi(tokens: Tokens, *, vocab: int = 11, dim: int = 12, heads: int = 3) -> 
 
 @t.model
 def windows(tokens: Tokens, *, vocab: int = 11, dim: int = 12, heads: int = 3) -> t.Tensor:
-    """A window beside full attention, as in Gemma 2 and 3; T5's distances in one of them."""
+    """Window attention next to full attention, as in Gemma 2 and 3; one of them has T5's distances."""
     x = t.embed(tokens, vocab, dim, name="wte")
     table = t.parameter("distance", 8, heads)
     for _ in t.stack("h", 2):
@@ -49,7 +50,7 @@ def windows(tokens: Tokens, *, vocab: int = 11, dim: int = 12, heads: int = 3) -
 
 @t.model
 def packed(tokens: Tokens, segments: Segments, lengths: Lengths, *, vocab: int = 11, dim: int = 12) -> t.Tensor:
-    """Several texts in a row, and padding that a row brings once."""
+    """Several texts in a row, and padding that is passed once for a row."""
     x = t.embed(tokens, vocab, dim, name="wte") + t.embed(segments, 4, dim, name="segment")
     x = x + t.self_attention(x, 3, mask=t.causal & t.segments(segments) & t.padding(lengths), name="attn")
     return t.linear(x, vocab, name="head")
@@ -57,7 +58,7 @@ def packed(tokens: Tokens, segments: Segments, lengths: Lengths, *, vocab: int =
 
 @t.model
 def counted(tokens: Tokens, *, vocab: int = 11, dim: int = 12, context: int = 24) -> t.Tensor:
-    """Positions spelled by hand: a count that a table is read at, one that turns into sines, one that decays."""
+    """Positions computed by ops: a count that indexes a table, one that turns into sines, one that decays."""
     count = t.iota(size=tokens.shape[1])
     angles = t.rearrange(t.cast(count, to="f32"), pattern="s -> s 1") * t.constant([1.0, 0.5, 0.1])
     waves = t.concat(t.sin(angles), t.cos(angles), axis=-1)
@@ -70,7 +71,7 @@ def counted(tokens: Tokens, *, vocab: int = 11, dim: int = 12, context: int = 24
 
 @t.model
 def summed(tokens: Tokens, *, vocab: int = 11, dim: int = 12, heads: int = 3) -> t.Tensor:
-    """Linear attention as two cumulative sums (Katharopoulos et al. 2020), beside a window."""
+    """Linear attention as two cumulative sums (Katharopoulos et al. 2020), next to a window."""
     x = t.embed(tokens, vocab, dim, name="wte")
     for _ in t.stack("h", 2):
         q, k, v = (t.split_heads(t.linear(x, dim, bias=False, name=n), heads) for n in "qkv")
@@ -88,7 +89,7 @@ def summed(tokens: Tokens, *, vocab: int = 11, dim: int = 12, heads: int = 3) ->
 
 @t.model
 def captioned(tokens: Tokens, picture: Picture, *, vocab: int = 11, dim: int = 12, blocks: str = "h") -> t.Tensor:
-    """A vector that a row brings once, read by every block, and positions that do not begin at 0."""
+    """A vector that is passed once for a row and read by every block, and positions that do not begin at 0."""
     seen = t.linear(picture, dim, name="seen")
     x = t.embed(tokens, vocab, dim, name="wte") + t.embed(t.positions(tokens) + 2, 40, dim, name="wpe")
     for _ in t.stack(blocks, 2):
@@ -99,7 +100,7 @@ def captioned(tokens: Tokens, picture: Picture, *, vocab: int = 11, dim: int = 1
 
 @t.model
 def across(tokens: Tokens, source: Annotated[t.Tensor, t.i64["B M"]], *, vocab: int = 11, dim: int = 12) -> t.Tensor:
-    """Where a query stands counts, and its keys are no tokens: a source text's, or weights."""
+    """Cross attention that depends on the query's position, with keys of a source text or of weights."""
     x = t.embed(tokens, vocab, dim, name="wte")
     x = x + t.self_attention(x, 3, mask=t.causal, name="attn")
     memory, table = t.embed(source, vocab, dim, name="source"), t.parameter("distance", 8, 3)
@@ -132,7 +133,7 @@ def spread(tokens: Tokens) -> t.Tensor:
 
 @t.model
 def oddly_named(rows: Tokens, start: Picture, last: Annotated[t.Tensor, t.f32["B S 12"]]) -> t.Tensor:
-    """Inputs that are named as a step names what it is told of rows."""
+    """Inputs with the names that a step uses for its own inputs about rows."""
     x = t.embed(rows, 11, 12, name="wte") + last
     for _ in t.stack("h", 2):
         x = x * t.rearrange(t.sigmoid(t.linear(start, 12, name="seen")), pattern="b d -> b 1 d")
@@ -141,8 +142,46 @@ def oddly_named(rows: Tokens, start: Picture, last: Annotated[t.Tensor, t.f32["B
 
 
 @t.model
+def repeated(
+    tokens: Tokens, source: Annotated[t.Tensor, t.i64["B M"]], picture: Picture, *, vocab: int = 11, dim: int = 12
+) -> t.Tensor:
+    """Nested blocks with one set of weights: every repetition has its own caches, rings, sums and keys."""
+    seen = t.linear(picture, dim, name="seen")
+    memory = t.embed(source, vocab, dim, name="source")
+    x = t.embed(tokens, vocab, dim, name="wte")
+    for _ in t.stack("h", 2, shared=True):
+        x = x + t.self_attention(t.rms_norm(x, name="norm"), 3, mask=t.causal, name="attn")
+        for _ in t.stack("inner", 2, shared=True):
+            x = x + t.self_attention(x, 3, mask=t.causal & t.window(3), name="near")
+            x = x * t.rearrange(t.sigmoid(t.linear(seen, dim, name="gate")), pattern="b d -> b 1 d")
+        seen = t.linear(seen, dim, name="again")
+        memory = memory + t.linear(memory, dim, name="memory")
+        x = x + t.cross_attention(x, memory, 3, name="cross") + 0.1 * t.cumsum(x, axis=1)
+    return t.unembed(x, tied="wte")
+
+
+@t.model
+def states_by_other_names(
+    tokens: Tokens, source: Annotated[t.Tensor, t.i64["B M"]], M_length: Lengths, *, vocab: int = 11, dim: int = 12
+) -> t.Tensor:
+    """Weights and an input with the names that a step uses for its states."""
+    x = t.embed(tokens, vocab, dim, name="wte")
+    x = x * t.rearrange(t.cast(M_length, to="f32"), pattern="b -> b 1 1")
+    for _ in t.stack("h", 2):
+        with t.scope("attn"):
+            x = x + t.parameter("k", dim)
+        x = x + t.self_attention(x, 3, mask=t.causal, name="attn")
+    with t.scope("last.attn"):
+        x = x + t.parameter("v", dim)
+    x = x + t.self_attention(x, 3, mask=t.causal, name="last.attn")
+    memory = t.embed(source, vocab, dim, name="source")
+    x = x + t.cross_attention(x, memory, 3, name="cross")
+    return t.linear(x, vocab, name="head")
+
+
+@t.model
 def by_heads(tokens: Tokens, *, vocab: int = 11, dim: int = 12) -> t.Tensor:
-    """Attention spelled by hand, as fusion finds it, with grouped heads."""
+    """Decomposed attention, as fusion recognizes it, with grouped heads."""
     x = t.embed(tokens, vocab, dim, name="wte")
     q = t.split_heads(t.linear(x, 24, name="q"), 4)
     k, v = (t.split_heads(t.linear(x, 12, name=n), 2) for n in "kv")
@@ -162,7 +201,7 @@ def by_heads(tokens: Tokens, *, vocab: int = 11, dim: int = 12) -> t.Tensor:
 
 
 def optimized(model: Model) -> Graph:
-    """A model's graph as the portable passes leave it."""
+    """Return a model's graph after the portable passes."""
     return PassManager(DEFAULT).run(model.graph()).graph
 
 
@@ -172,10 +211,11 @@ MODELS: dict[str, Model] = {
     **{name: ZOO[name][0] for name in ("llama, windows beside full layers", "gpt_neox", "opt")},
     "llama, windows": small(llama, head_dim=6, kv_heads=1, tied=True, window=3, rotary_dims=4, norm_offset=1.0),
     **{m.name: m for m in (alibi, windows, packed, counted, summed, captioned, across, spread, oddly_named, by_heads)},
+    **{m.name: m for m in (repeated, states_by_other_names)},
 }
 
 
-# -- what has no step ------------------------------------------------------------------------------------------------
+# -- models without a step --------------------------------------------------------------------------------------------
 
 
 @t.model
@@ -318,11 +358,16 @@ REFUSED: dict[str, tuple[Model, str, str]] = {
     "a sum from the end": (turned_round, "cumsum", "t.cumsum("),
     "a number that is the length": (by_length, "size", "t.size("),
 }
-"""Models without a step: the op that stands against it, and what the line says that is named."""
+"""Models without a step: the op that prevents it, and the fragment of the message that is checked."""
 
 AS_IT_IS_BUILT: dict[str, tuple[Model, str, str, str]] = {
-    "a sum of ones": (summed_ones, "cumsum carries along what is the same in all rows", "f32[S]", "t.cumsum("),
-    "a sum of positions": (summed_positions, "cumsum mixes what depends on where tokens stand", "f32[S]", "t.cumsum("),
+    "a sum of ones": (summed_ones, "cumsum carries along values that are the same in all rows", "f32[S]", "t.cumsum("),
+    "a sum of positions": (
+        summed_positions,
+        "cumsum mixes values that depend on the tokens' positions",
+        "f32[S]",
+        "t.cumsum(",
+    ),
     "tokens before rows": (
         tokens_first,
         "cumsum mixes tokens of rows that are not its first dimension",
@@ -331,19 +376,19 @@ AS_IT_IS_BUILT: dict[str, tuple[Model, str, str, str]] = {
     ),
     "a product of positions": (
         projected_positions,
-        "einsum reads where tokens stand, and has no form in which each row counts for itself",
+        "einsum reads the tokens' positions, and has no form in which each row has its own positions",
         "f32[S, 2], f32[2, 12]",
         "t.einsum(",
     ),
     "positions before rows": (
         positions_before_rows,
-        "mul meets where tokens stand in dimensions before those of its rows",
+        "mul combines positions along dimensions that come before its rows",
         "f32[S, B, 12], f32[S, 1, 1]",
         "x * t.rearrange(",
     ),
     "rows last in what is kept": (
         rows_of_pictures_last,
-        "what it would keep has no rows as its first dimension",
+        "a value that it would keep does not have the rows as its first dimension",
         "rearrange: f32[12, B]",
         "t.rearrange(",
     ),
@@ -355,9 +400,11 @@ AS_IT_IS_BUILT: dict[str, tuple[Model, str, str, str]] = {
     ),
     "sources of two lengths": (
         pairs_of_sources,
-        "what it would keep has two dimensions that are known at a call only",
+        "a value that it would keep has two dimensions of sizes known only at a call",
         "einsum: f32[B, M, N]",
         "t.einsum(",
     ),
 }
-"""Models that may be stepped by how their ops mix, and yet have no step: why, of what, and what the line says."""
+"""Models whose ops could be stepped but which still have no step: why, because of which op, and the fragment of the
+message.
+"""

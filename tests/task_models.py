@@ -1,4 +1,4 @@
-"""Small random folders of Hugging Face's classes with tokenizers, for tests of tasks, and texts to ask them about."""
+"""Small random folders of Hugging Face's classes with tokenizers, and texts for tests of tasks."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ PIECES = ["##s", "##ing", "##ed", "##er", "##ly", "un", "happy", "play", "walk",
 
 
 def texts(count: int, seed: int = 0, longest: int = 14) -> list[str]:
-    """Drawn sentences: known words, words of pieces, unknown words, accents and marks."""
+    """Draw sentences: known words, words of pieces, unknown words, accents and marks."""
     draw = np.random.default_rng(seed)
     made = []
     for _ in range(count):
@@ -64,7 +64,7 @@ def texts(count: int, seed: int = 0, longest: int = 14) -> list[str]:
 
 
 def wordpiece() -> Any:
-    """A BERT tokenizer of a small vocabulary."""
+    """Return a BERT tokenizer with a small vocabulary."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
     normalizer = transformers.BertTokenizer().backend_tokenizer.normalizer
@@ -74,7 +74,7 @@ def wordpiece() -> Any:
 
 
 def byte_level() -> Any:
-    """A RoBERTa tokenizer, trained on the texts."""
+    """Return a RoBERTa tokenizer, trained on the texts."""
     made = tokenizers.ByteLevelBPETokenizer()
     made.train_from_iterator(texts(300, 7), vocab_size=400, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
     data = json.loads(made.to_str())["model"]
@@ -83,7 +83,7 @@ def byte_level() -> Any:
 
 
 def mpnet() -> Any:
-    """An MPNet tokenizer of the same vocabulary: other special tokens, of which padding is number 1."""
+    """Return an MPNet tokenizer with the same vocabulary: other special tokens, of which padding is number 1."""
     special = ["<s>", "<pad>", "</s>", "[UNK]", "<mask>"]
     names = [name for name in sorted(wordpiece().get_vocab(), key=wordpiece().get_vocab().get) if name[0] != "["]
     vocabulary = {name: i for i, name in enumerate([*special, *names])}
@@ -91,7 +91,7 @@ def mpnet() -> Any:
 
 
 def without_types() -> Any:
-    """BERT's tokenizer for a model that tells no segments apart."""
+    """Return BERT's tokenizer for a model without token types."""
     roles = {role: f"[{role.upper()}]" for role in ("pad", "unk", "cls", "sep", "mask")}
     named = {f"{role}_token": name for role, name in roles.items()}
     backend = wordpiece().backend_tokenizer
@@ -99,7 +99,7 @@ def without_types() -> Any:
 
 
 def without_specials() -> Any:
-    """GPT-2's tokenizer, which puts nothing around texts; what pads them is a token of its own."""
+    """Return GPT-2's tokenizer, which adds no special tokens to texts; its padding token is an additional one."""
     model = json.loads(byte_level().backend_tokenizer.to_str())["model"]
     vocabulary = {**model["vocab"], "<|endoftext|>": len(model["vocab"])}
     merges = [tuple(merge) for merge in model["merges"]]
@@ -109,7 +109,7 @@ def without_specials() -> Any:
 
 
 def save(place: Path, architecture: str, tokenizer: Any, scale: float = 3.0, **config: Any) -> Any:
-    """A random model of a class with this tokenizer as a folder; returns the model."""
+    """Save a random model of a class with this tokenizer as a folder, and return the model."""
     cls = getattr(transformers, architecture)
     vocabulary = len(tokenizer)
     pad = tokenizer.pad_token_id
@@ -127,7 +127,7 @@ def save(place: Path, architecture: str, tokenizer: Any, scale: float = 3.0, **c
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" not in name.lower():
-                weight.mul_(scale)  # far from uniform, so that there is something to tell
+                weight.mul_(scale)  # far from uniform, so that errors show
     model.save_pretrained(place)
     tokenizer.save_pretrained(place)
     return model

@@ -1,4 +1,4 @@
-"""What the server answers, in one process: bodies of answers, and what is told of requests that end in other ways."""
+"""The server's answers, in one process: bodies of answers, and responses to requests that end in other ways."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TOKENS = [
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_bodies_are_as_the_reference_says(chat: bool, golden: Golden) -> None:
-    """Whole, and piece by piece; a logarithm of no probability is one that JSON can say."""
+    """Whole, and in chunks; the logarithm of probability 0 is a number that JSON can express."""
     lines: list[str] = []
     for likely in (None, 2):
         form = AnswerForm("m", chat, likely, lambda id: WORDS[id], made=5, name="n")
@@ -80,7 +80,7 @@ def test_vectors_as_numbers_and_as_bytes() -> None:
 
 
 class Writer(ServedWriter):
-    """A model whose scheduler does as it is told, given the requests' orders."""
+    """A model with a scheduler that calls the test's function with the submitted requests."""
 
     def __init__(self, submit: Callable[[Sequence[tuple[TextOrder, Any]]], None]) -> None:
         def submitted(orders: Sequence[tuple[TextOrder, Any]]) -> list[Any]:
@@ -101,7 +101,7 @@ class Writer(ServedWriter):
 
 
 class Asked:
-    """An application that is asked without a socket: status, headers and body of each answer."""
+    """An application that is called without a socket: status, headers and body of each answer."""
 
     def __init__(self, *served: Any, limits: Limits | None = None, key: str | None = None) -> None:
         self.server = Server(served, limits=limits, key=key)
@@ -150,7 +150,7 @@ def error(message: str, kind: str, code: str | None = None, param: str | None = 
     ],
 )  # fmt: skip
 def test_texts_that_are_given_up(stream: bool, ends: Any, status: int, told: tuple[str, ...]) -> None:
-    """At once, with a status of their own; in a stream that has begun, as its last event."""
+    """The answer comes at once with its own status; in a stream that has begun, it is the last event."""
 
     def submit(orders: Sequence[tuple[TextOrder, Any]]) -> None:
         if isinstance(ends, Exception) and status != 500:
@@ -186,7 +186,7 @@ def test_a_stream_that_is_given_up_ends_with_the_error() -> None:
 
 
 def test_prompts_that_several_texts_follow_count_once() -> None:
-    """What slots held of a prompt is the least that one of its texts was begun with."""
+    """The number of reused prompt tokens is the least number that any text of the prompt began with."""
 
     def submit(orders: Sequence[tuple[TextOrder, Any]]) -> None:
         assert [order.number for order, _ in orders] == [0, 1] * 3
@@ -257,7 +257,7 @@ def test_a_body_that_is_late_or_too_long_is_refused() -> None:
     [(None, 401), ("Bearer a-key", 200), ("bearer  a-key", 200), ("Basic a-key", 401), ("Bearer a-key2", 401)],
 )
 def test_who_shows_the_key_may_ask(given: str | None, status: int) -> None:
-    """Whether the server is there may be asked by anyone."""
+    """Anyone may ask whether the server is up."""
     asked = Asked(Writer(lambda orders: None), key="a-key")
     headers = {} if given is None else {"authorization": given}
     found, body = asked("GET", "/v1/models", **headers)
@@ -290,7 +290,7 @@ def test_what_is_served_is_listed() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_talk_is_answered_as_a_talk(stream: bool) -> None:
-    """Of tokens that come one after the other the first alone is timed."""
+    """If several tokens arrive one after the other, only the first is timed."""
 
     def submit(orders: Sequence[tuple[TextOrder, Any]]) -> None:
         ((_, tell),) = orders
@@ -324,7 +324,7 @@ def test_a_talk_is_answered_as_a_talk(stream: bool) -> None:
 
 @pytest.mark.parametrize(("logprobs", "likely"), [(None, 0), (0, 0), (3, 3)])
 def test_an_order_is_what_was_asked_for(logprobs: int | None, likely: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its texts end with the model's own tokens, with the caller's strings, and with the request's time."""
+    """Its texts end at the model's own end tokens, at the caller's strings, and when the request's time is over."""
     orders: list[TextOrder] = []
 
     def submit(given: Sequence[tuple[TextOrder, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""The arena: what lives at once never overlaps, and memory is used again."""
+"""The arena: values that live at the same time never overlap, and memory is used again."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_memory_is_used_again() -> None:
 
 
 def cut(rng: np.random.Generator, first: int, end: int, low: int, high: int) -> list[Lifetime]:
-    """A rectangle of steps and memory cut into buffers that fill it: planned at best, they take `high - low` units."""
+    """A rectangle of steps and memory divided into buffers that fill it: the best plan takes `high - low` units."""
     length, height = end - first, high - low
     if max(length, height) == 1 or rng.random() < 0.08:
         return [Lifetime(f"{first} to {end} at {low}", first, end, height * ALIGNMENT)]
@@ -56,7 +56,7 @@ def cut(rng: np.random.Generator, first: int, end: int, low: int, high: int) -> 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_plan_is_near_the_best_one(seed: int) -> None:
-    """Within a tenth of the least, which is known. Placed in the order in which they come, most of these take more."""
+    """A plan is within a tenth of the known minimum. Placed in the given order, most of these take more."""
     rng = np.random.default_rng(seed)
     lives = cut(rng, 0, 64, 0, 64)
     rng.shuffle(lives)  # type: ignore[arg-type]
@@ -79,6 +79,6 @@ def drawn(seed: int) -> list[Lifetime]:
     ("seed", "units"), [(61, 39), (53, 56), (179, 42), (13, 56), (75, 57), (0, 42), (26, 57), (77, 47)]
 )
 def test_each_order_is_the_best_one_somewhere(seed: int, units: int) -> None:
-    """Of these buffers one of the eight orders alone needs so little, another one for each seed."""
+    """For each seed, one of the eight orders alone needs so little memory, and each order is the best for one seed."""
     lives = drawn(seed)
     assert check_placement(lives, plan_arena(lives), alignment=ALIGNMENT) == units * ALIGNMENT

@@ -1,4 +1,4 @@
-"""Artifacts: what is saved comes back with the same bits, equal builds are equal files, and no file is trusted."""
+"""Artifacts: a saved model loads with the same bits, equal builds are equal files, and no file is trusted."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def same_bits(a: Any, b: Any) -> bool:
     return list(a) == list(b) and all(a[n].dtype == b[n].dtype and a[n].tobytes() == b[n].tobytes() for n in a)
 
 
-# -- there and back --------------------------------------------------------------------------------------------------
+# -- round trips -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -80,7 +80,7 @@ def test_weights_are_mapped_and_aligned(tmp_path: Path) -> None:
     for array in load(path).weights.values():
         assert not array.flags.owndata
         assert not array.flags.writeable
-    assert "weights" not in repr(open_artifact(path)), "which would be all of their numbers"
+    assert "weights" not in repr(open_artifact(path)), "it would print all of their numbers"
     parts = Parts.of(path.read_bytes())
     length = int.from_bytes(path.read_bytes()[:8], "little")
     header = json.loads(path.read_bytes()[8 : 8 + length])
@@ -110,7 +110,7 @@ def test_every_dtype_comes_back(tmp_path: Path) -> None:
 
 
 def test_what_a_rule_matched_and_where_it_ended_comes_back(tmp_path: Path) -> None:
-    """A near miss, and a refusal that names ops; a file from before they were fields has both in the reason."""
+    """A near miss, and a refusal that names ops; files written before these were fields have both in the reason."""
     b = Builder(Graph("near"))
     x = b.input("x", "f32[B, S, 8]")
     scores = b.minimum(b.matmul(x, b.rearrange(x, pattern="b s d -> b d s")), 3.0)
@@ -139,7 +139,7 @@ def test_what_a_rule_matched_and_where_it_ended_comes_back(tmp_path: Path) -> No
 
 
 def test_the_bytes_of_a_file_are_those_of_its_version(tmp_path: Path) -> None:
-    """Whoever writes other bytes writes another version of the format."""
+    """Other bytes mean another version of the format."""
     texts = {"graph": b"the graph", "declared": b"", "log": b"{}" * 40}
     weights = {
         "w": (f32, np.arange(6, dtype=np.float32).reshape(2, 3).T), "b": (bf16, np.array([1.5, -2], np.float32)),
@@ -200,7 +200,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
     assert list(tmp_path.iterdir()) == [path]
 
 
-# -- what is not trusted ---------------------------------------------------------------------------------------------
+# -- untrusted files -------------------------------------------------------------------------------------------------
 
 
 def test_a_flipped_bit_of_a_weight_is_noticed(tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_a_flipped_bit_of_a_weight_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not those that were written") as caught:
         load(path)
     assert "section weight/" in str(caught.value)
-    load(path, check=False)  # which says that it does not look
+    load(path, check=False)  # a log message says that nothing is checked
     data[int.from_bytes(data[:8], "little") + 20] ^= 1
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match="not those that were written"):
@@ -220,7 +220,7 @@ def test_a_flipped_bit_of_a_weight_is_noticed(tmp_path: Path) -> None:
 
 
 def edited(path: Path, change: Any) -> Path:
-    """A file whose parts were changed, its hashes right again."""
+    """Return a file whose parts were changed and whose hashes were corrected."""
     parts = Parts.of(path.read_bytes())
     change(parts)
     result = path.with_name("edited.treadle")
@@ -275,12 +275,12 @@ def seeded(seed: str) -> Any:
 
 
 def everywhere(name: str, old: str, new: str) -> Any:
-    """A name of a graph changed wherever it stands."""
+    """Change a name of a graph wherever it occurs."""
     return lambda parts: put(parts, name, parts.sections[name][2].replace(old.encode(), new.encode()))
 
 
 def logged(change: Callable[[list[Any]], object]) -> Any:
-    """Another list of passes."""
+    """Replace the list of passes."""
 
     def changed(parts: Parts) -> None:
         log = json.loads(parts.sections["log"][2])
@@ -376,7 +376,7 @@ def pad_by_bools(header: dict[str, Any], data: bytearray) -> None:
 
 
 def pad_by_64(header: dict[str, Any], data: bytearray) -> None:
-    """More of it before the seal."""
+    """Add padding before the seal."""
     begin, end = header["seal"]["data_offsets"]
     header["padding/more"] = {"dtype": "U8", "shape": [64], "data_offsets": [begin, begin + 64]}
     header["seal"]["data_offsets"] = [begin + 64, end + 64]
@@ -384,7 +384,7 @@ def pad_by_64(header: dict[str, Any], data: bytearray) -> None:
 
 
 def begin_later(header: dict[str, Any], data: bytearray) -> None:
-    """The log one byte further on, its hash right, and as much less of padding after it."""
+    """Start the log one byte later, with a correct hash, and shorten the padding after it by one byte."""
     begin, end = header["log"]["data_offsets"]
     after = next(entry for entry in header.values() if entry.get("data_offsets", [0])[0] == end)
     text = bytes(data[begin:end])
@@ -444,7 +444,9 @@ def test_foreign_and_truncated_files(tmp_path: Path) -> None:
 
 
 def test_limits_hold_and_can_be_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graph is deeper than Python's stack; at the limit as it is, writing it would take long."""
+    """The graph is deeper than Python's stack. The real limit is lowered here, because to write a graph of that size
+    takes long.
+    """
     limits = ArtifactLimits().graph
     assert limits.nodes < TextLimits().nodes
     monkeypatch.setattr(artifacts, "GRAPH_LIMITS", dataclasses.replace(limits, nodes=2000))
@@ -467,7 +469,7 @@ def test_limits_hold_and_can_be_raised(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_text_of_a_file_never_becomes_code() -> None:
-    """Names and scopes are quoted in what backends emit; none of them can end its comment or its quotes."""
+    """Names and scopes are quoted in the emitted code; none of them can end a comment or a string there."""
     attack = "\\n    import builtins; builtins.treadle_ran = 1 #"
     text = f"""graph "g{attack}" {{
       symbols S
@@ -494,7 +496,7 @@ def test_text_of_a_file_never_becomes_code() -> None:
 
 
 def test_mutations(tmp_path: Path) -> None:
-    """400 damaged files; tests/fuzz/artifacts.py does 10,000 of the same kind, with a clock and a scale."""
+    """400 damaged files; tests/fuzz/artifacts.py does 10,000 of the same kind, with limits on time and memory."""
     outcomes = set()
     for number, (kind, file, valid) in enumerate(mutations(400, seed=11)):
         verdict = judge(file, tmp_path / f"{number}.treadle", valid)
@@ -525,7 +527,7 @@ def test_compile_run_and_inspect(tmp_path: Path) -> None:
     assert runner.invoke(app, ["compile", "gpt2", *sets, "-o", str(tmp_path / "small.bin")]).exit_code == 2
 
 
-# -- what a killed save leaves ---------------------------------------------------------------------------------
+# -- files of a killed save ------------------------------------------------------------------------------------
 
 KILLED = """
 import os, signal, sys
@@ -567,7 +569,7 @@ def test_what_a_killed_save_left_goes_with_the_next(tmp_path: Path) -> None:
     found = os.listdir(tmp_path)
     assert sorted(found) == sorted([*others, ".m.treadle-0123456789ab", "m.treadle", *staged])
     living.stdin.close()
-    assert living.wait() == 0, "a save that lives is left alone"
+    assert living.wait() == 0, "files of a running save are kept"
     assert target.read_bytes() == b"half of it"
 
 

@@ -1,4 +1,4 @@
-"""Attention's terms and meaning, held against PyTorch, Hugging Face and direct loops.
+"""Attention's terms and meaning, compared with PyTorch, Hugging Face and direct loops.
 
 In float64, sums of a few terms of order one agree to about 1e-15; 1e-12 leaves room for their order.
 """
@@ -75,7 +75,7 @@ def torch_attention(q: Array, k: Array, v: Array, **options: Any) -> Array:
 
 
 def gradients(op: Attention, operands: list[Array], seed: Array, through_body: bool = False) -> list[Array | None]:
-    """The gradients of sum(seed * op(operands)) in every operand, as the op builds them."""
+    """Return the gradients of sum(seed * op(operands)) in every operand, as the op builds them."""
     b = Builder(Graph("gradients"))
     inputs = [b.input(f"x{n}", Type(_dtype(x), _dtype(x)[x.shape].dims)) for n, x in enumerate(operands)]
     g = b.input("g", f64[seed.shape])
@@ -149,7 +149,7 @@ MASKS: dict[str, tuple[tuple[Term, ...], list[Array], Seen]] = {
 
 @pytest.mark.parametrize("name", MASKS)
 def test_masks_are_what_they_say(name: str) -> None:
-    """Against a loop over rows, queries and the keys that each may see."""
+    """Masks agree with a loop over rows, queries and the keys that each query may see."""
     terms, operands, sees = MASKS[name]
     q, k, v = draw((2, 1, 5, 3), (2, 1, 6, 3), (2, 1, 6, 3))
     wanted = np.zeros((2, 1, 5, 3))
@@ -162,7 +162,7 @@ def test_masks_are_what_they_say(name: str) -> None:
 
 
 def test_biases_and_softcap_by_hand() -> None:
-    """The soft-cap comes before biases and masks."""
+    """The soft-cap is applied before biases and masks."""
     q, k, v = draw((1, 2, 3, 4), (1, 2, 3, 4), (1, 2, 3, 4))
     slopes = np.array([0.5, 0.25])
     i, j = np.arange(3)[:, None], np.arange(3)
@@ -204,7 +204,7 @@ def test_t5_bias_is_hugging_faces(bidirectional: bool) -> None:
 
 
 def test_the_body_of_symbolic_sizes() -> None:
-    """One body serves every size; the heads are given."""
+    """One body serves every size; the number of heads is fixed."""
     op = Attention(terms=(Window(3), T5Relative(8, 6), Alibi()))
     types = ["f64[B,4,S,3]", "f64[B,2,T,3]", "f64[B,2,T,3]", "f64[8,4]", "f64[4]"]
     graph = Graph("body")
@@ -216,11 +216,11 @@ def test_the_body_of_symbolic_sizes() -> None:
         assert np.allclose(found["out0"], op.reference(*operands), rtol=0, atol=EXACT)
 
 
-# -- rows that see nothing -----------------------------------------------------------------------------------
+# -- fully masked rows ---------------------------------------------------------------------------------------
 
 
 def masked_rows() -> tuple[Attention, list[Array]]:
-    """Row 0 sees nothing at all, row 1's last queries have left the window of its two keys."""
+    """Row 0 sees nothing at all; the last queries of row 1 are past the window of its two keys."""
     op = Attention(terms=(Causal(), Window(2), Padding(), Alibi()), softcap=4.0)
     return op, [*grouped_inputs(), np.array([0, 2]), *draw((6,), seed=5)]
 
@@ -270,7 +270,7 @@ def test_a_bias_of_minus_infinity_masks() -> None:
 
 @pytest.mark.parametrize("sample", [case for case in cases() if "to" not in case.values[0].attributes])
 def test_gradients_are_finite_differences(sample: Sample) -> None:
-    """Central differences of step 1e-5 err by about 1e-10 for their third derivative, 1e-11 for rounding."""
+    """Central differences of step 1e-5 are off by about 1e-10 from the third derivative and 1e-11 from rounding."""
     op = Attention(**sample.attributes)
     operands = [x for x in sample.draw(1) if x is not None]
     (seed,) = draw(op.reference(*operands).shape, seed=2)
@@ -296,7 +296,7 @@ def test_gradients_are_finite_differences(sample: Sample) -> None:
 
 @pytest.mark.parametrize("through_body", [False, True], ids=["closed form", "body"])
 def test_one_value_as_several_operands_counts_once_each(through_body: bool) -> None:
-    """attention(x, x, x): the gradients of the three operands, added up, are x's."""
+    """attention(x, x, x): the sum of the gradients of the three operands is the gradient of x."""
     (x,) = draw((1, 2, 4, 3))
     (seed,) = draw((1, 2, 4, 3), seed=2)
     op = Attention(terms=(Causal(),))
@@ -364,7 +364,9 @@ def test_live_pairs_of_endless_text_are_counted_at_once() -> None:
 
 
 def test_flops_count_live_pairs() -> None:
-    """Two products of 2 d and 2 e a pair, and five between; the soft-cap's three; one a bias."""
+    """Each pair costs two products of 2 d and 2 e, and five operations in between; the soft-cap adds three, a bias
+    one.
+    """
     types = [parse_type(t) for t in ("f32[B,4,S,8]", "f32[B,2,S,8]", "f32[B,2,S,6]")]
     sizes = {"B": 3, "S": 100}
     assert Attention().flops_at(types, sizes) == 3 * 4 * 100 * 100 * (2 * 14 + 5)
@@ -485,7 +487,7 @@ def test_attend_orders_terms_and_operands() -> None:
     assert node.operands == tuple(e.value for e in (q, k, v, lengths, ids, ids, m, slopes, x, table))
     assert str(masks) == "causal & window(3) & padding & segments & mask(b t)"
     assert str(biases) == "alibi + bias(h s t) + t5_relative(32, 128, bidirectional)"
-    assert t5_relative(table).entries == ((T5Relative(), (table,)),)  # what is left out is as the term has it
+    assert t5_relative(table).entries == ((T5Relative(), (table,)),)  # omitted attributes have defaults
 
 
 def test_attend_without_terms() -> None:
@@ -513,7 +515,7 @@ def test_masks_and_biases_do_not_mix() -> None:
 
 
 def test_masks_are_combined_by_their_signs_alone() -> None:
-    """`a and b` is b in Python: a mask that was lost in silence would let a model look ahead."""
+    """`a and b` is b in Python: a mask that is silently lost would let a model look ahead."""
     for careless in (lambda: causal and window(3), lambda: not causal, lambda: bool(Biases())):
         with pytest.raises(GraphError, match="have no truth value"):
             careless()

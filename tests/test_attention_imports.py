@@ -1,4 +1,6 @@
-"""Masks as PyTorch's users and Hugging Face's models make them are terms, whoever exports them and as whatever op."""
+"""Masks in the forms of PyTorch's users and Hugging Face's models become terms, whichever exporter and ops express
+them.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ from treadle.passes.pipelines import DEFAULT
 
 F: Any = torch.nn.functional
 TOLERANCE = 2e-5
-"""Of numbers about one: sums of some dozens of float32, in another order."""
+"""For numbers near 1: sums of some dozens of float32, in another order."""
 
 
 def terms(graph: Graph) -> list[str]:
@@ -137,7 +139,7 @@ def test_a_triangle_one_off_says_so() -> None:
     assert event.source.startswith("tests/test_attention_imports.py:")
 
 
-# -- Hugging Face's ----------------------------------------------------------------------------------------------------
+# -- Hugging Face's models ---------------------------------------------------------------------------------------------
 
 _SDPA = {
     "bert": ["mask(b t)"],
@@ -178,7 +180,7 @@ def test_a_decoder_with_what_it_listens_to() -> None:
     assert terms(exe.graph) == ["causal, mask(b t)", ""]
 
 
-# -- windows that are shifted ------------------------------------------------------------------------------------------
+# -- shifted windows ---------------------------------------------------------------------------------------------------
 
 
 def swin(attention: str) -> Any:
@@ -194,7 +196,7 @@ def images(batch: int) -> dict[str, Any]:
 
 
 WINDOWED = ["bias(h s t)", "bias(h s t), bias(b s t)"]
-"""Of windows as they are, and of shifted ones, which do not see across the image's edges."""
+"""Windows that are not shifted, and shifted ones, which do not see across the image's edges."""
 
 
 @pytest.mark.parametrize(("attention", "batch"), [("eager", "B"), ("sdpa", "B"), ("eager", 2)])

@@ -1,6 +1,6 @@
-"""Attention in parts: merged, the parts of any split of the keys are attention, and so are their gradients.
+"""Attention in parts: the merged parts of any split of the keys equal attention, and so do their gradients.
 
-All in float64 by the ops' meanings, where what the split changes is the order of some sums.
+All in float64 by the ops' meanings, where the split changes only the order of some sums.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SPLITS = [(T,), (5, 7), (1, 4, 7), (3, 3, 3, 3), (1,) * T]
 
 
 def inputs(terms: tuple[Term, ...]) -> tuple[list[str], list[np.ndarray[Any, Any]]]:
-    """Types and values of q, k, v and the terms' operands; of lengths one row's is 0."""
+    """Types and values of q, k, v and the terms' operands; one row has length 0."""
     rng, sizes = np.random.default_rng(0), {"b": B, "h": H, "s": S, "t": T}
     types = [f"f64[{B},{H},{S},{D}]", f"f64[{B},{G},{T},{D}]", f"f64[{B},{G},{T},{E}]"]
     values = [rng.standard_normal((B, n, s, d)) for n, s, d in ((H, S, D), (G, T, D), (G, T, E))]
@@ -68,7 +68,7 @@ def split(b: Builder, x: Expr, axes: str, start: int, stop: int) -> Expr:
 def in_parts(
     b: Builder, terms: tuple[Term, ...], sizes: tuple[int, ...], q: Expr, k: Expr, v: Expr, *given: Expr
 ) -> Any:
-    """What merging the parts gives, three at a time, so that a merged part is merged again."""
+    """Return the merged parts, merged three at a time, so that a merged part is merged again."""
     parts, at = [], 0
     taken = [operand.axes for term in terms for operand in term.operands]
     for size in sizes:
@@ -99,7 +99,7 @@ def merged(b: Builder, terms: tuple[Term, ...], sizes: tuple[int, ...], *operand
 
 
 def results(build: Any, name: str, sizes: tuple[int, ...]) -> dict[str, Any]:
-    """y, and the gradient of each float operand."""
+    """Return y, and the gradient of each float operand."""
     types, values = inputs(TERMS[name])
     b = Builder(Graph("attention"))
     y = build(b, TERMS[name], sizes, *(b.input(f"x{n}", t) for n, t in enumerate(types)))

@@ -1,4 +1,5 @@
-"""Attention whose probabilities are returned too: the op, what becomes it and what does not, in and out of ONNX.
+"""Attention that also returns its probabilities: the op, programs that become it or do not, and ONNX in both
+directions.
 
 Float32 through a few layers on two implementations rounds at 2^-24 an operation, over sums of tens of terms: 2e-5 is
 far above that and far below any mistake.
@@ -52,7 +53,7 @@ def names(graph: Graph) -> list[str]:
 
 
 def test_probabilities_are_what_the_values_are_weighted_by() -> None:
-    """Those of a row without keys are zeros; of every other they sum to 1."""
+    """Probabilities of a row without keys are zeros; of every other row they sum to 1."""
     q, k, v = (RNG.standard_normal(shape) for shape in ((2, 4, 3, 5), (2, 2, 6, 5), (2, 2, 6, 7)))
     keep = RNG.random((2, 4, 3, 6)) < 0.5
     keep[1, 2, 0] = False
@@ -103,7 +104,7 @@ def test_it_costs_what_attention_does_and_writes_the_probabilities() -> None:
 
 
 def test_no_step_of_a_generation_gives_a_whole_row_of_probabilities() -> None:
-    """The keys' axis of what is returned is all of the sequence: a step knows its own part alone."""
+    """The returned keys' axis covers the whole sequence, but a step knows only its own part."""
 
     def graph(op: str) -> Graph:
         b = Builder(Graph("g"))
@@ -126,7 +127,7 @@ def test_softmax_stays_whole_where_no_row_can_be_empty() -> None:
     assert "softmax" not in [n.op.name for n in body_of(masked, [*types, i64["B"]]).nodes]
 
 
-# -- what becomes it -------------------------------------------------------------------------------------------
+# -- programs that become the op -------------------------------------------------------------------------------
 
 SCORES = (
     'kt = rearrange(k, pattern="b h t d -> b h d t")',
@@ -213,13 +214,13 @@ def test_both_results_are_certified() -> None:
 
 
 def test_wrong_probabilities_alone_are_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the second result would not be what it stands for, the softmax comes back; the first is kept."""
+    """If the second result would not equal the probabilities, the softmax comes back; the first result stays fused."""
     right = AttentionWithProbabilities.reference
     monkeypatch.setattr(
         AttentionWithProbabilities, "reference", lambda *given: (right(*given)[0], right(*given)[1] * 1.5)
     )
     gives, lines, _ = FORMS["as they are"]
-    monkeypatch.setattr(certificates, "_known", {})  # what other tests have had certified
+    monkeypatch.setattr(certificates, "_known", {})  # certificates of other tests
     text = program(TAKES, gives, *SCORES, *lines)
     optimized = PassManager([FuseAttention()], certify=True).run(parse_graph(text))
     told = [e for e in optimized.log[0].refusals if "rolled back" in e.reason]
@@ -281,7 +282,7 @@ def test_what_a_block_gives_is_followed_to_all_its_calls() -> None:
 
 
 def test_probabilities_of_the_last_call_alone() -> None:
-    """What the first call gives nobody reads."""
+    """The probabilities of the first call are unused."""
     text = block("z: f32[B, 2, S, 4]", "z = neg(one)", "return y = two, p = r, z = z")
     optimized = optimize(text, FuseAttention())
     assert names(optimized.graph).count(NAME) == 1
@@ -311,7 +312,7 @@ USED = {
     "returned alone": (
         "p: f32[B, 4, S, S]",
         ("return y = v, p = p",),
-        "the probabilities are an output, and nothing is weighted by them",
+        "the probabilities are an output, and weight no values",
     ),
     "returned before they are changed": (
         "p: f32[B, 4, S, S]",
@@ -340,7 +341,7 @@ def test_a_block_whose_probabilities_one_call_uses_is_left_alone() -> None:
 
 
 def test_probabilities_wider_than_attention_are_left_alone() -> None:
-    """The softmax in float32 is cast to float16 for the product; what is returned is what was not."""
+    """The softmax in float32 is cast to float16 for the product. Returned float32 probabilities prevent the fusion."""
     lines = ("wide = cast(scores, to=f32)", "p = softmax(wide)", "half = cast(p, to=f16)", "out = matmul(half, v)")
     takes, gives = TAKES.replace("f32", "f16"), "y: f16[B, 4, S, 8], p: {}[B, 4, S, S]"
     for returned, dtype in (("p", "f32"), ("half", "f16")):
@@ -394,7 +395,7 @@ def test_onnx_gives_both_results(number: int, opset: int, tmp_path: Path) -> Non
     case = Case.of(NAME, number)
     path = tmp_path / "p.onnx"
     made = exported(case.forward_graph(), opset, path)
-    starts_later = case.op.attributes["start"] != 0  # which the operator cannot say
+    starts_later = case.op.attributes["start"] != 0  # which the operator cannot express
     assert made.operators.get("Attention", 0) == (opset >= 23 and not starts_later)
     got = runtime(str(path), case.inputs)
     for n, wanted in enumerate(case.widened.results):
@@ -407,11 +408,11 @@ def test_onnx_gives_both_results(number: int, opset: int, tmp_path: Path) -> Non
                 np.testing.assert_allclose(answer[f"y{n}"], wanted, rtol=0, atol=ROOM)
 
 
-# -- models of Hugging Face's ----------------------------------------------------------------------------------
+# -- Hugging Face models ---------------------------------------------------------------------------------------
 
 
 def bert() -> Any:
-    """A BERT of two layers that gives its last states and what each layer attended to."""
+    """A BERT of two layers that returns its last states and the attention of each layer."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
     from tests.hf_models import TINY
@@ -510,7 +511,7 @@ def test_bert_with_its_attentions_through_onnx(dynamo: bool, tmp_path: Path) -> 
 
 
 def exported_again(exe: Any, path: Path) -> Path:
-    """The optimized graph as a file whose attention is the operator."""
+    """Return the optimized graph as a file whose attention is the operator."""
     from treadle.backends.onnx.exporter import export_onnx
 
     made = export_onnx(exe.graph, exe.weights, path, opset=23)

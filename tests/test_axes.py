@@ -1,4 +1,4 @@
-"""Axis rules: every notation of docs/axis-rules.md, how sizes are solved, broadcasting, labels, malformed rules."""
+"""Axis rules: every notation of docs/axis-rules.md, solving for sizes, broadcasting, labels, malformed rules."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def apply(rule: str, *operands: str | None) -> Application:
 
 
 def shapes(rule: str, *operands: str | None) -> list[str]:
-    """The results' dimensions as text, factors and labels included."""
+    """Return the results' dimensions as text, factors and labels included."""
     return [", ".join(map(str, dims)) for dims in apply(rule, *operands).shapes]
 
 
@@ -46,7 +46,7 @@ def roles(rule: str) -> dict[str, str]:
         ("s, [t<=s] -> s", {"s": "s is mapped", "t": "t is whole up to s"}),
         ("s, [t <= s] -> s", {"s": "s is mapped", "t": "t is whole up to s"}),
         ("... >n -> ... >n", {"n": "n is scanned"}),
-        ("... >n -> ... n", {"n": "n is scanned"}),  # a mark says it once
+        ("... >n -> ... n", {"n": "n is scanned"}),  # one mark is enough
         ("n, >n -> n", {"n": "n is scanned"}),
         ("@v d, i -> i d", {"v": "v is indexed", "d": "d is mapped", "i": "i is mapped"}),
         ("-> ^n=S", {"n": "n is generated"}),
@@ -61,7 +61,7 @@ def test_roles(rule: str, wanted: dict[str, str]) -> None:
 
 
 def test_the_rules_of_the_page_are_read() -> None:
-    """Every rule that docs/axis-rules.md shows in quotes parses, and its table of roles says what they are."""
+    """Every rule that docs/axis-rules.md shows in quotes parses, and its table of roles agrees with the code."""
     page = DOCS.read_text(encoding="utf-8")
     rules = re.findall(r'"([^"\n]*->[^"\n]*)"', page)
     assert len(rules) > 6
@@ -84,7 +84,7 @@ def test_the_rules_of_the_page_are_read() -> None:
         ("b s (heads=12 d) -> b heads s d", ["B, S, 768"], ["B, heads=12, S, 64"]),
         ("b s (d heads=12) -> b heads s d", ["B, S, 768"], ["B, heads=12, S, 64"]),
         ("b heads s d -> b s (heads d)", ["B, heads=12, S, 64"], ["B, S, (heads=12 64)"]),
-        ("b s (h d) -> b h s d", ["B, S, (heads=12 64)"], ["B, heads=12, S, 64"]),  # it remembers its factors
+        ("b s (h d) -> b h s d", ["B, S, (heads=12 64)"], ["B, heads=12, S, 64"]),  # it keeps its factors
         ("b s (h=12 d) -> b h s d", ["B, S, (heads=12 64)"], ["B, heads=12, S, 64"]),
         ("b s (h=6 d) -> b h s d", ["B, S, (heads=12 64)"], ["B, 6, S, 128"]),
         ("(a b=3) -> b a", ["6*S"], ["3, 2*S"]),
@@ -182,7 +182,7 @@ def test_absent_operands() -> None:
         ("m k, k n -> m n", ["3, 4", "4, ffn=8"], "3, ffn=8"),
         ("(heads=12 d) -> heads d", ["768"], "heads=12, 64"),
         ("(heads=12 d) -> heads d", ["(h=12 e=64)"], "heads=12, e=64"),
-        ("(h=12 d) -> h d", ["768"], "12, 64"),  # a letter is no label
+        ("(h=12 d) -> h d", ["768"], "12, 64"),  # a letter is not a label
         ("(groups d) -> groups d", ["(4 8)"], "4, 8"),
         ("a b -> (a b)", ["heads=12, 64"], "(heads=12 64)"),
         ("(a b) c -> a (b c)", ["(x=2 y=3), z=5"], "x=2, (y=3 z=5)"),
@@ -275,7 +275,7 @@ def test_malformed_rules(rule: str, said: str, column: int | None) -> None:
 
 
 def test_long_rules_take_no_long_time() -> None:
-    """Text of a pattern may come from a file: nothing in reading it doubles with every character."""
+    """A pattern's text may come from a file: no step of reading it may double with every character."""
     with pytest.raises(RuleError):
         parse_rule("a=" + "(" * 5000 + "1" + ")" * 5000 + " -> a")
     with pytest.raises(RuleError):
@@ -328,9 +328,9 @@ def test_dtypes_that_do_not_fit(rule: str, dtypes: list[DType | None], said: str
 @pytest.mark.parametrize(
     ("rule", "dtypes", "position", "wanted"),
     [
-        ("f, i -> f", [f32, None], 1, None),  # an index is no float
+        ("f, i -> f", [f32, None], 1, None),  # an index is not a float
         ("n, n -> n", [None, f16], 0, f16),
-        ("bool, t, t -> t", [boolean, None, None], 1, None),  # a condition says nothing of the values
+        ("bool, t, t -> t", [boolean, None, None], 1, None),  # a condition says nothing about the values
         ("bool, t, t -> t", [boolean, None, i64], 1, i64),
         ("bool, t, t -> t", [None, f32, f32], 0, boolean),
         ("f, f1 -> f", [f16, None], 1, f16),

@@ -1,10 +1,10 @@
-"""The rules are tested, not trusted: what an op's axis rule promises is checked on every sample, on the reference
+"""The rules are tested, not trusted: every promise of an op's axis rule is checked on every sample, on the reference
 and on every backend, in float64.
 
 mapped     taking some positions of the axis, or permuting it, commutes with the op
 reduced    the op on two halves, combined by the monoid, is the op on the whole
 scanned    a prefix of the result is the result on a prefix
-limited    so it is for attention's [t<=s], both axes cut
+limited    the same holds for attention's [t<=s], if both axes are truncated
 indexed    rows that no index names do not matter
 linear     f(a x + b y) = a f(x) + b f(y) in each group of operands, the others fixed
 """
@@ -37,7 +37,7 @@ COMBINE = {"sum": np.add, "max": np.maximum, "min": np.minimum, "prod": np.multi
 
 
 class Case:
-    """An op on one sample's values, in float64, with what a runner makes of it."""
+    """An op on one sample's values, in float64, with the results of a runner."""
 
     def __init__(self, name: str, number: int, run: str = "interpreter") -> None:
         sample: Sample = OPS[name].samples[number]
@@ -54,7 +54,7 @@ class Case:
         return self.run(self.operands)
 
     def on(self, operands: Sequence[Array | None]) -> op_checks.Case:
-        """The op on operands of other shapes."""
+        """Return the op's results on operands of other shapes."""
         types: list[Type | None] = [
             t if t is None or a is None or not a.shape else t.dtype[a.shape]
             for t, a in zip(self.types, operands, strict=True)
@@ -76,7 +76,7 @@ class Case:
         return size
 
     def take(self, array: Array, dims: Sequence[AxisDim], factor: str, index: Array) -> Array:
-        """The positions `index` of a factor, wherever a value holds it; other values stay as they are."""
+        """Take the positions `index` of a factor in every dimension that holds it; other values stay the same."""
         for at, dim in enumerate(dims):
             if factor in dim.factors:
                 inner = [self.size(f) for f in dim.factors]
@@ -99,12 +99,12 @@ class Case:
 
 @lru_cache(maxsize=64)
 def prepared(run: str, op: Op, types: tuple[Type | None, ...]) -> Callable[[Mapping[str, Array]], Mapping[str, Array]]:
-    """The op as a runner makes it: samples and promises are often of the same shapes."""
+    """Return the op prepared by a runner: samples and promises often have the same shapes."""
     return op_checks.prepared(run, op_checks.Case(op, types, (None,) * len(types)).forward_graph())
 
 
 def promise(made: Callable[[Case], Any]) -> Callable[[Callable[[Case], None]], Any]:
-    """Hold to what a check says every op that makes the promise, on each sample on which it does, in each runner."""
+    """Run a check on every op that makes the promise, on each sample on which it makes the promise, in each runner."""
     samples = {name: [n for n in range(len(OPS[name].samples)) if made(Case(name, n))] for name in TESTED}
 
     def tested(check: Callable[[Case], None]) -> Any:
@@ -168,7 +168,9 @@ def test_reduced_axes_split_and_combine(case: Case) -> None:
 
 
 def once(case: Case, factor: str, name: str, array: Array | None) -> Array | None:
-    """An operand that is added once (a bias): it lacks the factor, and is linear together with one that holds it."""
+    """Return zeros for an operand that is added once (a bias): it lacks the factor, and is linear with one that holds
+    it.
+    """
     names = case.op.operand_names(len(case.operands))
     holds = {
         n for n, dims in zip(names, case.application.operands, strict=True) for d in dims or () if factor in d.factors
@@ -178,7 +180,7 @@ def once(case: Case, factor: str, name: str, array: Array | None) -> Array | Non
 
 
 def cuts(case: Case) -> list[tuple[str, ...]]:
-    """Axes whose suffix may be cut off together: one that is scanned, or a query and a key axis under [t<=s]."""
+    """Return axes whose suffix may be truncated together: a scanned axis, or a query and a key axis under [t<=s]."""
     whole = ((f, case.application.factors[f].limit) for f in case.factors(Role.WHOLE))
     return [*((f,) for f in case.factors(Role.SCANNED)), *((f, limit) for f, limit in whole if limit is not None)]
 
@@ -202,7 +204,7 @@ def test_scans_and_causal_attention_ignore_the_suffix(case: Case) -> None:
 
 
 def read_by_index(case: Case) -> list[str]:
-    """Axes that are read by index; a result that holds one is written by index."""
+    """Return axes that are read by index; a result that holds such an axis is written by index."""
     written = {f for dims in case.application.results for d in dims for f in d.factors}
     return [factor for factor in case.factors(Role.INDEXED) if factor not in written]
 
@@ -228,7 +230,7 @@ def test_linear_in_the_operands_it_names(case: Case) -> None:
         assert group <= {*names, *cls.operands}, f"{cls.name} is linear in {sorted(group)}, which it does not take"
         linear = [n in group or n.rstrip("0123456789") in group for n in names]
         if all(a is None or not yes for a, yes in zip(case.operands, linear, strict=True)):
-            continue  # an optional one that is absent
+            continue  # an optional operand that is absent
         if any(a is not None and a.dtype.kind != "f" for a, yes in zip(case.operands, linear, strict=True) if yes):
             continue
         second = [y if yes else x for x, y, yes in zip(case.operands, other, linear, strict=True)]
@@ -240,17 +242,17 @@ def test_linear_in_the_operands_it_names(case: Case) -> None:
         same(case.run(mixed), wanted, f"linear in {sorted(group)}")
 
 
-# -- what follows from a rule -----------------------------------------------------------------------------------------
+# -- consequences of a rule -------------------------------------------------------------------------------------------
 
 
 def ops_of_samples(says: Callable[[Op, Sequence[int | None]], bool]) -> set[str]:
-    """The ops of which that holds on a sample."""
+    """Return the ops for which the property holds on a sample."""
     samples = [(OPS[name](**s.attributes), s) for name in OPS for s in OPS[name].samples]
     return {op.name for op, s in samples if says(op, [None if t is None else t.rank for t in s.types])}
 
 
 def test_contractions_follow_from_the_rules() -> None:
-    """Not attention, which sums so and is linear in its values alone; not conv, which reads windows; no gate."""
+    """Attention is not a contraction: it is linear only in its values. Nor are conv, which reads windows, and gates."""
     assert ops_of_samples(Op.is_contraction) == {"matmul", "linear", "einsum"}
     assert not OPS["einsum"](equation="i, j -> i j").is_contraction([1, 1])
     assert not OPS["einsum"](equation="i j -> i").is_contraction([2])

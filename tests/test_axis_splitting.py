@@ -1,4 +1,6 @@
-"""Which whole axes of one shape make which of another: against brute force, and against what shapes are made of."""
+"""Splits of two shapes into common pieces, compared with brute force and with the factors that the shapes are built
+from.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ def sizes(shape: Sequence[int | str]) -> list[Size]:
 
 
 def ordered_factorizations(number: int) -> Iterator[tuple[int, ...]]:
-    """Every sequence of numbers from 2 on with this product."""
+    """Yield every sequence of numbers from 2 on with this product."""
     if number == 1:
         yield ()
     for first in range(2, number + 1):
@@ -33,18 +35,20 @@ def ordered_factorizations(number: int) -> Iterator[tuple[int, ...]]:
 
 
 def ends(shape: Sequence[int]) -> set[int]:
-    """After how many elements of the outermost kind each axis ends: the products of leading axes."""
+    """Return the ends of all axes, counted in elements of the outermost kind: the products of leading axes."""
     return {math.prod(shape[:n]) for n in range(len(shape) + 1)}
 
 
 def fewest_pieces(before: Shape, after: Shape) -> tuple[int, ...] | None:
-    """By trying every sequence of pieces: one in which each axis of both shapes ends where a piece does."""
+    """Try every sequence of pieces; return the shortest in which each axis of both shapes ends where a piece does."""
     fitting = [p for p in ordered_factorizations(math.prod(before)) if ends(before) | ends(after) <= ends(p)]
     return min(fitting, key=len) if fitting else None
 
 
 def most_runs(before: Shape, after: Shape) -> int:
-    """By trying every way to cut both shapes, without their ones, into as many groups."""
+    """Try all ways to divide both shapes, without their ones, into equally many groups; return the largest count that
+    fits.
+    """
     ours, theirs = ([n for n in shape if n != 1] for shape in (before, after))
 
     def groupings(shape: Shape, count: int) -> Iterator[list[int]]:
@@ -58,7 +62,7 @@ def most_runs(before: Shape, after: Shape) -> int:
 
 
 def holds(pieces: Pieces, before: Sequence[Size], after: Sequence[Size]) -> bool:
-    """Whether the axes of either shape are all pieces, in order, and each the product of its own."""
+    """Return True if the axes of either shape are all pieces, in order, and each is the product of its pieces."""
     return ONE not in pieces.sizes and all(
         [p for axis in axes for p in axis] == list(range(len(pieces.sizes)))
         and [product(pieces.sizes[p] for p in axis) for axis in axes] == list(shape)
@@ -67,7 +71,7 @@ def holds(pieces: Pieces, before: Sequence[Size], after: Sequence[Size]) -> bool
 
 
 def grouped(atoms: Sequence[str], cuts: Sequence[int]) -> list[Size]:
-    """A shape whose axes are products of neighbouring atoms."""
+    """A shape whose axes are products of neighboring atoms."""
     bounds = [0, *sorted(cut % (len(atoms) + 1) for cut in cuts), len(atoms)]
     return [product(sizes(atoms[a:b])) for a, b in pairwise(bounds)]
 
@@ -122,7 +126,7 @@ def test_what_holds_for_symbols_holds_for_their_values(
 
 
 def test_a_sum_is_a_whole_axis() -> None:
-    """(S+1) (T+1) is a product of four terms, of which nothing but a division tells the factors."""
+    """(S+1) (T+1) is a product of four terms; only a division finds the factors."""
     before, after = sizes(["B", "S*T+S+T+1", "6"]), sizes(["B*S+B", "2*T+2", "3"])
     assert common_runs(before, after) == [((0, 1, 2), (0, 1, 2))]
     found = common_pieces(before, after)
@@ -130,7 +134,7 @@ def test_a_sum_is_a_whole_axis() -> None:
     assert [str(size) for size in found.sizes] == ["B", "S+1", "T+1", "2", "3"]
 
 
-# -- where there is no answer ----------------------------------------------------------------------------------
+# -- no answer -------------------------------------------------------------------------------------------------
 
 
 def test_shapes_without_elements_are_told_apart_only_where_they_are_alike() -> None:

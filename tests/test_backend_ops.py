@@ -1,4 +1,4 @@
-"""What the op suite does not say of the backends: meanings that libraries leave open, spellings, what has no form."""
+"""Backend behavior beyond the op suite: meanings that libraries leave open, emitted code, ops without a form."""
 
 from __future__ import annotations
 
@@ -74,12 +74,12 @@ ATTENTIONS = ["attention", "attention_with_probabilities"]
 
 
 def assert_attends(backend: str, graph: Graph, given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a backend makes of inputs in the graph's dtypes, which must be near the op's meaning."""
+    """Run a backend on inputs in the graph's dtypes, compare the outputs with the op's meaning, and return them."""
     if refusal(backend, graph):
         return {}
     inputs = {v.name: held(given[v.name], v.type.dtype) for v in graph.main.inputs}
     found = compiled(backend, graph)(**inputs)
-    # Scores and probabilities may be rounded to the dtype: scores near 4 to 2 spacings, e^2 of which values of 2 take.
+    # Scores and probabilities may be rounded to the dtype: scores near 4 to 2 spacings, of which values of 2 take e^2.
     tolerance = 32 * max(EPSILON[v.type.dtype.name] for v in graph.main.inputs if v.type.dtype.is_float)
     for name, wanted in interpret(graph, inputs, float64=True).items():
         np.testing.assert_allclose(np.asarray(found[name], np.float64), wanted, rtol=0, atol=tolerance, err_msg=name)
@@ -107,7 +107,7 @@ def test_a_query_that_sees_no_key_gets_zeros(
 def test_a_mask_stays_one_whatever_the_scale(case: str, scale: float, op: str, dtype: str, backend: str) -> None:
     """PyTorch scales the mask of its `is_causal` as well."""
     terms, given, _ = MASKED[case] if case in MASKED else ((Causal(),), attention_inputs(5, 5), ())
-    if case == "causal, all of one shape":  # which PyTorch does by another kernel
+    if case == "causal, all of one shape":  # PyTorch uses another kernel here
         given |= {name: np.repeat(given["k"], 2, axis=1) for name in ("k", "v")}
     for softcap in (None, 5.0):
         _, groups, _, width = given["v"].shape
@@ -123,7 +123,7 @@ def test_a_mask_stays_one_whatever_the_scale(case: str, scale: float, op: str, d
 def test_no_row_without_keys_reaches_a_product_in_torch(
     case: str, softcap: float | None, op: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PyTorch's product of bfloat16 may spread a row's NaN to other rows, on some processors and at some sizes."""
+    """PyTorch's product of bfloat16 may spread a row's NaN to other rows, on some CPUs and at some sizes."""
     import torch
 
     from treadle.backends.torch import kernels as torch_kernels
@@ -149,7 +149,7 @@ def test_no_row_without_keys_reaches_a_product_in_torch(
 
 @each_backend
 def test_attention_in_small_ops_may_have_a_negative_scale(backend: str) -> None:
-    """What the passes make of it is one causal attention."""
+    """The passes turn it into one causal attention."""
 
     def build(b: Builder) -> Expr:
         q, k, v = (b.input(n, "f32[1,2,5,8]") for n in "qkv")
@@ -267,7 +267,7 @@ def test_the_sign_of_nan_is_nan(dtype: str, backend: str) -> None:
 def test_a_zero_of_a_narrower_format_has_the_sign_that_it_can_have(name: str, backend: str) -> None:
     graph = graph_of(lambda b: b.round_to(b.input("x", "f32[3]"), format=name))
     y = compiled(backend, graph)(x=np.array([-0.0, -1e-30, 0.0], np.float32)).y
-    small = 0.0 if name != "bf16" else y[1]  # which bf16 can hold
+    small = 0.0 if name != "bf16" else y[1]  # bf16 can hold y
     np.testing.assert_array_equal(y, [0.0, small, 0.0])
     assert np.signbit(y).tolist() == ([False] * 3 if name.endswith("uz") else [True, True, False])
 
@@ -286,7 +286,7 @@ def test_where_takes_a_constant_condition(condition: bool, backend: str) -> None
 @each_backend
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
 def test_normalization_of_f16_squares_in_f32(name: str, backend: str) -> None:
-    """800 squared is more than f16 holds. f16's own spacing is all that the result may be off by."""
+    """800 squared is more than f16 holds. The result may be off only by f16's own spacing."""
     graph = graph_of(lambda b: b.apply(name, b.input("x", "f16[4]")))
     x = np.array([400, -400, 800, -800], np.float16)
     expected = np.array([1, -1, 2, -2]) / np.sqrt(2.5)
@@ -299,8 +299,8 @@ NUMBERS = [
     *(0.1, -1 / 3, 1 + 2.0**-8, 1 + 3 * 2.0**-8, 65519.0, 1e-7, -0.0, float("inf")),
     *(1 + 2.0**-11, 1 + 2.0**-11 + 2.0**-30, -1 - 3 * 2.0**-11 + 2.0**-30, 65520 - 2.0**-20, 2.0**-25 + 2.0**-60),
 ]
-"""Among them ties of bf16, of which the even one is nearest, and what f16 holds as a subnormal; and numbers so near to
-ties of f16 that float32 has the tie.
+"""Among them are ties of bf16, which go to the even neighbor, numbers that f16 holds as subnormals, and numbers so
+near to ties of f16 that rounding to float32 yields the tie.
 """
 
 
@@ -313,7 +313,7 @@ def test_a_cast_rounds_as_its_reference_does(source: str, to: str, backend: str)
         return
     with np.errstate(over="ignore"):  # bf16 holds more than f16 does
         x = held(np.array(NUMBERS), DTYPES[source])
-        between = x.astype(np.float32) if (source, to, backend) == ("f64", "f16", "torch") else x  # as PyTorch does it
+        between = x.astype(np.float32) if (source, to, backend) == ("f64", "f16", "torch") else x  # as in PyTorch
         expected = held(between, DTYPES[to])
     np.testing.assert_array_equal(compiled(backend, graph)(x=x).y, expected, strict=True)
 
@@ -340,10 +340,10 @@ def test_float32_erf() -> None:
     x = np.linspace(-6, 6, 100_001, dtype=np.float32)
     made = numpy_kernels.erf(x)
     assert made.dtype == np.float32
-    assert np.max(np.abs(made - erf(x.astype(np.float64)))) < 3.2e-7  # under three of float32's roundings at 1
+    assert np.max(np.abs(made - erf(x.astype(np.float64)))) < 3.2e-7  # less than three float32 roundings at 1
 
 
-# -- what has no form --------------------------------------------------------------------------------------------------
+# -- ops without a form ------------------------------------------------------------------------------------------------
 
 
 @needs_torch
@@ -363,7 +363,7 @@ def test_torch_refuses_a_primitive_that_it_cannot_spell() -> None:
     finally:
         OPS.pop("triple", None)
     assert "triple has no form in PyTorch" in message(lambda: compiled("torch", graph))
-    exe = compiled("numpy", graph)  # which runs it by its reference
+    exe = compiled("numpy", graph)  # runs by its reference
     assert "reference.triple(x)" in exe.source
     assert exe(x=np.ones(2, np.float32)).y.tolist() == [3, 3]
 

@@ -1,4 +1,4 @@
-"""Balanced products: which norms feed which weights, the vector between them, and what a balanced graph means."""
+"""Smoothed products: which norms feed which weights, the vector between them, and the meaning of a smoothed graph."""
 
 from __future__ import annotations
 
@@ -97,10 +97,10 @@ def test_each_norm_that_feeds_weights_of_its_own_is_balanced(declared: Graph, ro
     assert plan.balances == WANTED
     told = {(a.function, a.name): a.reason.partition("; ")[2] for a in plan.activations}
     assert told == {
-        ("layer", "x"): "balanced",
-        ("main", "g"): "balanced",
-        ("main", "n"): "not balanced: rows of tied.weight are picked",
-        ("main", "e"): "not balanced: no norm with a gain gives it",
+        ("layer", "x"): "smoothed",
+        ("main", "g"): "smoothed",
+        ("main", "n"): "not smoothed: rows of tied.weight are looked up",
+        ("main", "e"): "not smoothed: no norm with a gain produces it",
     }
     assert "layer.0.balance, layer.1.balance" not in str(plan)
     assert balances_of(rounded) == WANTED
@@ -111,12 +111,12 @@ def test_each_norm_that_feeds_weights_of_its_own_is_balanced(declared: Graph, ro
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"gain": "layer.1.n.weight"}, "linear reads it without numbers of layer.1.n.weight"),
-        ({"shift": None}, "linear reads it without numbers of n.weight"),
-        ({"weights": ("tied.weight",)}, "tied.weight is balanced by layer.0.balance, and gather reads it"),
-        ({"weights": ("n.weight",)}, "is not in 8-bit rows, or twice"),
-        ({"vector": "out.balance"}, "out.balance is the name of something else"),
-        ({"vector": "n.bias"}, "n.bias is the name of something else"),
+        ({"gain": "layer.1.n.weight"}, "linear reads it without the result of layer.1.n.weight"),
+        ({"shift": None}, "linear reads it without the result of n.weight"),
+        ({"weights": ("tied.weight",)}, "tied.weight is smoothed by layer.0.balance, and gather reads it"),
+        ({"weights": ("n.weight",)}, "is not in 8-bit rows, or is smoothed twice"),
+        ({"vector": "out.balance"}, "out.balance is already the name of something else"),
+        ({"vector": "n.bias"}, "n.bias is already the name of something else"),
     ],
 )
 def test_a_wrong_balance_is_caught(declared: Graph, change: dict[str, Any], what: str) -> None:
@@ -138,12 +138,14 @@ def test_what_shares_a_weight_with_an_earlier_value_that_is_not_balanced_is_not(
         text = text.replace(f"    {line}\n", "")
     text = text.replace("    h = layer(n)", "".join(f"    {line}\n" for line in lines) + "    h = layer(n)")
     told = {a.name: a.reason.partition("; ")[2] for a in plan_quantization(parse_graph(text), "int8").activations}
-    assert told["e"] == "not balanced: no norm with a gain gives it"
-    assert told["n"] == "not balanced: other products read twice.weight"
+    assert told["e"] == "not smoothed: no norm with a gain produces it"
+    assert told["n"] == "not smoothed: other products read twice.weight"
 
 
 def test_what_shares_a_weight_with_what_is_not_balanced_in_another_call_is_not() -> None:
-    """Both blocks multiply one norm with `one.w`; the second one, in another call, multiplies what others do too."""
+    """Both blocks multiply one norm with `one.w`. The second block, in another call, multiplies another operand with it
+    too.
+    """
     blocks = "".join(
         f"""
   block {name}(x: f32[B, 16]) -> (y: f32[B, 16])
@@ -174,16 +176,16 @@ def test_what_shares_a_weight_with_what_is_not_balanced_in_another_call_is_not()
 }}"""
     told = [(a.function, a.reason.partition("; ")[2]) for a in plan_quantization(parse_graph(text), "int8").activations]
     assert told == [
-        ("first", "not balanced: other products read one.w"),
-        ("second", "not balanced: other products read two.w"),
-        ("main", "not balanced: no norm with a gain gives it"),
+        ("first", "not smoothed: other products read one.w"),
+        ("second", "not smoothed: other products read two.w"),
+        ("main", "not smoothed: no norm with a gain produces it"),
     ]
 
 
 @pytest.mark.parametrize("balances", [WANTED[1:], (replace(WANTED[0], vector="out.balance"), *WANTED[1:])])
 def test_a_vector_that_meets_other_weights_is_caught(rounded: Graph, balances: tuple[Balance, ...]) -> None:
     check_encoded_products(rounded, WANTED)
-    with pytest.raises(PassError, match=r"layer.0.a.weight, balanced by .*, meets numbers"):
+    with pytest.raises(PassError, match=r"layer.0.a.weight, smoothed by .*, is multiplied with values"):
         check_encoded_products(rounded, balances)
 
 
@@ -192,7 +194,7 @@ def test_the_vector_and_the_blocks_are_computed_of_the_weights(rounded: Graph, w
     size = 3 * np.abs(weights["n.weight"]) + np.abs(weights["n.bias"])
     largest = np.maximum(*(np.abs(weights[f"layer.0.{n}.weight"]).max(axis=0) for n in "ab"))
     s = np.sqrt(size / largest)
-    s[5] = 1  # what is always 0
+    s[5] = 1  # the channel that is always 0
     np.testing.assert_allclose(held["layer.0.balance"], 1 / s, rtol=1e-6)
     near = Encoding("int8_rows").decode(held["layer.0.a.weight"]) / s
     step = np.abs(weights["layer.0.a.weight"] * s).max(axis=-1, keepdims=True) / 127
@@ -204,7 +206,7 @@ def test_the_vector_and_the_blocks_are_computed_of_the_weights(rounded: Graph, w
 def test_a_balanced_graph_means_what_the_declared_one_does(
     declared: Graph, rounded: Graph, weights: dict[str, Array]
 ) -> None:
-    """Numbers are near to those of what blocks mean, and nearer than without balancing to what was declared."""
+    """Numbers are near to the decoded blocks' meaning, and nearer to the declared model than without smoothing."""
     held, x = encode_weights(rounded, weights), np.random.default_rng(5).standard_normal((40, 16)).astype(np.float32)
     inputs = {"x": x, "i": np.arange(40) % 32}
     wanted = interpret(declared, inputs, weights)
@@ -253,7 +255,7 @@ NAMED = """graph g {
 
 
 def test_what_decodes_weights_says_where_it_is_from(golden: Golden) -> None:
-    """Scopes and lines, too: numbers times a vector are of the weight's scope, and of the line of its first reader."""
+    """Scopes and lines, too: numbers times a vector have the weight's scope, and the line of its first reader."""
     graph = parse_graph(NAMED)
     encodings = {name: Encoding("int8_rows", axis=axis) for name, axis in (("h.w", -1), ("h.m", 0), ("plain.w", -1))}
     balance = Balance("h.balance", "g", None, ("h.w", "h.m"), ("h.w", "h.m"))
@@ -302,7 +304,7 @@ def test_the_query_of_a_token_that_alone_is_read_is_balanced_by_itself() -> None
 
 
 def test_a_vector_is_the_root_of_what_channels_come_to_over_what_weights_have(declared: Graph) -> None:
-    """s[k] = sqrt((3 |gain[k]| + |shift[k]|) / max |w[n, k]|), of the weights that count; 1 for a channel of zeros."""
+    """s[k] = sqrt((3 |gain[k]| + |shift[k]|) / max |w[n, k]|), over the counted weights; 1 for a channel of zeros."""
     balance = Balance("v", "n.weight", "n.bias", ("tied.weight", "twice.weight"), ("twice.weight",))
     weights = {name: np.ones(declared.parameters[name].type.static_shape, np.float32) for name in balance.read}
     weights["n.weight"][:3], weights["n.bias"][:3] = (-4, 1, 0), (4, -5, 0)

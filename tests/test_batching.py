@@ -1,4 +1,4 @@
-"""Batches by length: the cheapest cut, every row once, from long to short."""
+"""Batches by length: the cheapest division, every row once, from long to short."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from treadle.tasks.batching import _CALL, batches_by_length
 
 
 def cost(lengths: list[int], runs: list[list[int]]) -> int:
-    """Padded tokens, and what each call costs."""
+    """Return the number of padded tokens plus the cost of each call."""
     return sum(len(run) * max(lengths[row] for row in run) + _CALL for run in runs)
 
 

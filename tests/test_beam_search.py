@@ -1,4 +1,4 @@
-"""Beam search, token for token as Hugging Face's `generate(num_beams=...)`, and against all texts that there are."""
+"""Beam search, token for token as in Hugging Face's `generate(num_beams=...)`, and against all possible texts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TINY = {"vocab": 5, "dim": 16, "heads": 2, "layers": 2, "context": 16}
 
 
 def test_with_all_beams_it_finds_the_best_of_all_texts() -> None:
-    """125 beams of 5 tokens drop nothing in 3 steps: the best texts are the best of all 125, and of their ends."""
+    """125 beams of 5 tokens drop nothing in 3 steps: the results are the best of all 125 texts, and of their ends."""
     model = t.compile("gpt2", seed=6, **TINY)
     session = model.session(rows=125)
     (found,) = beam_search(session, [[1, 2]], most=3, beams=Beams(125, length_penalty=0.0, best=4, early="never"))
@@ -98,12 +98,12 @@ CASES: list[tuple[Beams, dict[str, Any], dict[str, Any]]] = [
 
 
 Texts = list[tuple[list[int], float]]
-"""Tokens behind the first, and scores, best first."""
+"""The tokens after the first, and scores, best first."""
 
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Callable[..., Texts]]]:
-    """A model's folder, and what Hugging Face finds for a source and a case, each made once for all backends."""
+    """Return a model's folder and Hugging Face's result for a source and a case, computed once for all backends."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
     from tests.hf_models import save
@@ -177,4 +177,4 @@ def test_token_for_token_as_hugging_face(name: str, backend: str, kept: Callable
                 assert set(made[len(text.tokens) :]) <= {1}
                 assert text.score == pytest.approx(score, rel=1e-5)
                 lengths.add((len(text.tokens), text.ending))
-    assert len(lengths) > 5, "texts of many lengths, or the rules of ending are not compared"
+    assert len(lengths) > 5, "texts need many lengths to compare the rules of ending"

@@ -1,4 +1,4 @@
-"""`treadle bench`: a model beside other tools, each in a process of its own."""
+"""`treadle bench`: a model compared with other tools, each in a separate process."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_sides_give_the_same_numbers_and_take_turns(capsys: pytest.CaptureFixtur
 
 
 def test_a_peer_that_is_not_installed_is_named(tmp_path: Path) -> None:
-    """By a Python that has NumPy alone."""
+    """The Python of the process has only NumPy."""
     bare = tmp_path / "bare.py"
     bare.write_text(
         "import importlib.abc, runpy, sys\n"
@@ -106,7 +106,7 @@ def test_outputs_are_matched_by_name_or_by_shape(theirs: dict[str, object], off:
 def test_what_is_no_number_is_alike_or_endlessly_far(ours: object, theirs: object, off: float, tmp_path: Path) -> None:
     save_arrays(tmp_path / "ours.npz", {"y": ours})
     save_arrays(tmp_path / "theirs.npz", {"y": theirs})
-    with np.errstate(all="raise"):  # nobody is to be warned
+    with np.errstate(all="raise"):  # no warning may reach the user
         assert difference(tmp_path / "ours.npz", tmp_path / "theirs.npz") == off
 
 
@@ -118,7 +118,7 @@ def test_a_python_that_is_not_there_is_named() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small GPT-2 of Hugging Face's."""
+    """A small Hugging Face GPT-2."""
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=20, n_positions=8)
     place = tmp_path_factory.mktemp("bench") / "gpt2"
@@ -127,7 +127,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def spec_of(place: Path, arrays: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """What a side is told that runs on these inputs."""
+    """Return the specification for a side that runs on these inputs."""
     save_arrays(place / "inputs.npz", arrays)
     return {"threads": 1, "inputs": str(place / "inputs.npz"), "folder": "", "gguf": "", **more}
 
@@ -143,7 +143,7 @@ def spec_of(place: Path, arrays: dict[str, Any], **more: Any) -> dict[str, Any]:
 def test_pytorch_runs_the_class_that_a_folder_names(
     said: list[str] | None, kind: str, names: set[str], folder: Path, tmp_path: Path
 ) -> None:
-    """Else the one that the library takes for it."""
+    """If the folder names no known class, the library chooses one."""
     torch = pytest.importorskip("torch")
     config = json.loads((folder / "config.json").read_text()) | {"architectures": said}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -159,7 +159,7 @@ def test_pytorch_runs_the_class_that_a_folder_names(
 
 
 def test_llama_cpp_is_given_the_file_and_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A class of the same calls stands for the package's."""
+    """A class with the same calls stands in for the package's."""
     told: list[Any] = []
 
     class Llama:
@@ -203,7 +203,7 @@ def test_what_llama_cpp_is_not_given(
 def test_peers_that_read_files_of_the_models_own_are_given_them(
     folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A package of the same calls stands for CTranslate2. What it says as it goes is neither an answer nor shown."""
+    """A package with the same calls stands in for CTranslate2. Its output is not taken for an answer, and not shown."""
     packages = tmp_path / "packages"
     packages.mkdir()
     (packages / "ctranslate2.py").write_text(STAND_IN)

@@ -1,6 +1,6 @@
-"""A benchmark without processes or peers: what sides are told, how turns are counted, what peers are given.
+"""A benchmark without processes or peers: the specifications of sides, the count of turns, and the inputs of peers.
 
-Packages of the same calls stand for the peers'.
+Packages with the same calls stand in for the peers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ GRAPH = parse_graph("graph g { symbols B main(x: f32[B, 4]) -> (y: f32[B, 4]) { 
 
 
 class _Side:
-    """In place of a process: it was opened with `spec`, and takes as long as its list says."""
+    """A stand-in for a process: it was opened with `spec`, and takes the seconds of its list."""
 
     answers: dict[str, dict[str, Any]] = {}
     seconds: dict[str, Iterator[float]] = {}
@@ -104,7 +104,7 @@ def test_a_ratio_is_the_median_over_turns_of_which_the_first_warms_up(sides: lis
 
 
 def test_others_are_given_all_that_a_model_declares(sides: list[_Side], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of which ours computes what is read: the first row."""
+    """Treadle computes only what the outputs need: the first row."""
     graph = parse_graph(
         "graph m {\n symbols B\n main(x: f32[9, B]) -> (y: f32[B]) {\n"
         "  h = mul(x, x)\n  g = exp(h)\n  y = gather(g, 0, axis=0)\n  return y = y\n }\n}"
@@ -126,7 +126,7 @@ def test_what_a_benchmark_does_when_nothing_is_said(sides: list[_Side]) -> None:
     _Side.seconds = {"treadle": iter([1.0] * 16)}
     found = bench_model(Workload("m"), [])
     assert (found.rounds, len(found.rows), found.missing) == (15, 1, {})
-    assert "onnx" not in sides[0].spec, "nobody reads it"
+    assert "onnx" not in sides[0].spec, "the specification is unused"
     assert Workload("m") == Workload("m", "tvm", 1, None, (), (), None, (), 0, None)
 
 
@@ -200,7 +200,7 @@ class _Flushed(io.StringIO):
 
 @contextmanager
 def process(spec: dict[str, Any], asked: str, patch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
-    """What a side's process answers, in this one."""
+    """Yield the answers of a side's process, run in this process."""
     answers = _Flushed()
     copies: list[Any] = []
     opened = {(91, "w"): answers}
@@ -211,14 +211,14 @@ def process(spec: dict[str, Any], asked: str, patch: pytest.MonkeyPatch) -> Iter
     found: list[dict[str, Any]] = []
     serving.main()
     found.extend(map(json.loads, answers.getvalue().splitlines()))
-    assert copies == [(2, 1)], "what a package prints is no answer"
-    assert answers.count >= len(found), "who asked waits for each"
+    assert copies == [(2, 1)], "output of a package is not an answer"
+    assert answers.count >= len(found), "the caller waits for each answer"
     yield found
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_sides_process_answers(threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On one thread by the processor's time."""
+    """With one thread, time is the CPU time."""
     clocks = {"process_time": iter(range(0, 90, 3)), "perf_counter": iter(range(0, 90, 2))}
     monkeypatch.setattr(serving, "time", SimpleNamespace(**{n: lambda c=c: next(c) for n, c in clocks.items()}))
     monkeypatch.setattr(serving, "peak_bytes", lambda: 11)
@@ -283,7 +283,7 @@ def test_limits_of_kernels_are_those_of_a_roofline(monkeypatch: pytest.MonkeyPat
 
 
 def test_limits_are_a_line_of_a_process_or_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On standard output, where nothing else goes."""
+    """The line is on standard output, and nothing else is."""
     for backend, error in (("numpy", ""), ("tvm", "KeyError: 'model'")):
         spec = {"backend": backend, "threads": 1, "sizes": {}, "seed": 0}
         done = subprocess.run(
@@ -303,11 +303,11 @@ def test_the_most_memory_is_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert serving.peak_bytes() == count
 
 
-# -- what peers are given ----------------------------------------------------------------------------------------------
+# -- inputs of peers ---------------------------------------------------------------------------------------------------
 
 
 class _Called:
-    """Remembers how it was called; gives what it was made with."""
+    """A stand-in that records its calls and returns a fixed result."""
 
     def __init__(self, gives: Any = None) -> None:
         self.gives, self.calls = gives, list[Any]()

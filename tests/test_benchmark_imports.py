@@ -1,4 +1,4 @@
-"""What benchmarks import exists: nothing else runs them on every change."""
+"""The names that benchmarks import exist: no other test imports all benchmarks on every change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FILES = sorted([*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tests" / "fuzz").
 
 
 def imported(path: Path) -> Iterator[tuple[str, str]]:
-    """Modules of ours that a file imports, also inside functions, each with a name that it takes from there."""
+    """Yield modules of ours that a file imports, also inside functions, each with a name that it imports from there."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ("treadle", "tests"):
             yield from ((node.module, alias.name) for alias in node.names)

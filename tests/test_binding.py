@@ -1,4 +1,4 @@
-"""Binding parameters to checkpoint tensors: parts, ties, prefixes, conversions, and what mismatches say."""
+"""Binding parameters to checkpoint tensors: slices, ties, prefixes, conversions, and the errors of mismatches."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def draw(*shape: int) -> Array:
 
 
 def gpt2(layers: int = 3, dim: int = 4) -> dict[str, Array]:
-    """A checkpoint as GPT-2's: weights stored input by output, queries, keys and values in one."""
+    """A checkpoint in GPT-2's form: weights stored input by output, queries, keys and values in one."""
     held = {"wte.weight": draw(10, dim), "ln_f.weight": draw(dim), "ln_f.bias": draw(dim)}
     for i in range(layers):
         held[f"h.{i}.attn.c_attn.weight"] = draw(dim, 3 * dim)
@@ -67,7 +67,7 @@ def mismatch(*arguments: Any, **options: Any) -> CheckpointError:
     return caught.value
 
 
-# -- what binds --------------------------------------------------------------------------------------------
+# -- bindings ----------------------------------------------------------------------------------------------
 
 
 def test_parts_are_views_of_the_file(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_stored_tie_goes_before_its_other_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stored", ["", "transformer."])
 def test_prefixes(tmp_path: Path, stored: str) -> None:
-    """Some names have the prefix, some have not, as in a checkpoint with a head."""
+    """Some names have the prefix and some do not, as in a checkpoint with a head."""
     held = {stored + name: array for name, array in gpt2().items()} | {"lm_head.weight": draw(10, 4)}
     bound = bind(
         gpt2_parameters(),
@@ -130,7 +130,9 @@ def test_alternative_names(tmp_path: Path, weight: str, bias: str) -> None:
 
 
 def test_patterns(tmp_path: Path) -> None:
-    """Several numbers, one that stands twice, an exact name before a pattern, the first pattern of two."""
+    """Patterns with several numbers, with one that occurs twice, an exact name before a pattern, the first of two
+    patterns.
+    """
     held = {name: np.full(1, at, np.float32) for at, name in enumerate(["b.2.e.7", "c.4", "special", "first.5"])}
     table = {
         "moe.{layer}.{expert}.w": "b.{layer}.e.{expert}",
@@ -171,7 +173,7 @@ def test_slices(tmp_path: Path, source: Source, wanted: Any) -> None:
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 4])
 def test_rows_of_each_group(tmp_path: Path, groups: int) -> None:
-    """The second and third row of each group, and two columns; of a matrix that is stored transposed, too."""
+    """The second and third row of each group, and two columns; also of a matrix that is stored transposed."""
     held = {"w": draw(12, 6)}
     own = [row for row in range(12) if row % (12 // groups) in (1, 2)]
     part = held["w"][own][:, 1:3]
@@ -225,11 +227,11 @@ def test_a_folder_binds_as_a_file_does(tmp_path: Path) -> None:
     assert one.unused == two.unused
 
 
-# -- what does not -----------------------------------------------------------------------------------------
+# -- mismatches --------------------------------------------------------------------------------------------
 
 
 def test_text_mismatch(tmp_path: Path) -> None:
-    """One error lists all: what is missing and the nearest names, what does not fit and both shapes."""
+    """One error lists everything: missing names with the nearest names, and wrong shapes with both shapes."""
     held = gpt2()
     held = {name.replace("c_attn.w", "c_atn.w"): array for name, array in held.items()}
     held["wte.weight"] = draw(9, 4)
@@ -264,7 +266,7 @@ the checkpoint lacks 11 of the 22 tensors that the model needs and holds 4 that 
 
 
 def test_missing_names_are_told_apart_where_they_differ(tmp_path: Path) -> None:
-    """Layers 0, 1, 3 lack the tensor; layer 3 has one of another name than 0 and 1 have."""
+    """Layers 0, 1, 3 lack the tensor; layer 3 has a tensor of another name than layers 0 and 1."""
     held = {f"h.{i}.mlp.c_fc.wieght": draw(2) for i in (0, 1)} | {
         "h.2.mlp.c_fc.weight": draw(2),
         "h.3.mlp.cfc.weight": draw(2),
@@ -308,7 +310,7 @@ def test_a_value_that_would_become_infinite(tmp_path: Path) -> None:
 
 
 def test_nothing_of_a_tensor_is_read_before_all_fit(tmp_path: Path) -> None:
-    """A damaged bool is not what is told when another tensor is missing."""
+    """If another tensor is missing, the error is not about a damaged bool."""
     path = tmp_path / "m.safetensors"
     path.write_bytes(header_and_data({"m": {"dtype": "BOOL", "shape": [1], "data_offsets": [0, 1]}}, b"\x07"))
     file = SafetensorsFile.open(path)
@@ -317,7 +319,7 @@ def test_nothing_of_a_tensor_is_read_before_all_fit(tmp_path: Path) -> None:
 
 
 def test_a_wrong_model_is_told_briefly(tmp_path: Path) -> None:
-    """48 layers of another model: every tensor is listed, layers folded."""
+    """48 layers of another model: the error lists every tensor, with layers folded."""
     held = {f"decoder.blocks.{i}.{part}": draw(1) for i in range(48) for part in ("a", "b", "c")}
     needed = {f"h.{i}.{part}.weight": ((4,), "f32") for i in range(48) for part in ("ln_1", "ln_2", "mlp")}
     table = {f"h.{{i}}.{part}.weight": f"h.{{i}}.{part}.weight" for part in ("ln_1", "ln_2", "mlp")}

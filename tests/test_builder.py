@@ -30,7 +30,7 @@ def start() -> tuple[Builder, Expr, Expr, Expr]:
 
 
 def line(offset: int = 0) -> int:
-    """The number of the caller's line, or of one that many lines below it."""
+    """Return the number of the caller's line, or of a line `offset` lines below it."""
     frame = inspect.currentframe()
     assert frame is not None
     assert frame.f_back is not None
@@ -64,7 +64,7 @@ def test_a_helper_of_the_users_is_the_users() -> None:
 
 
 def test_lines_of_the_library_are_nobodys() -> None:
-    """contextlib stands between a `with` and its function, functools and the like between a call and its own."""
+    """contextlib is between a `with` and its function, functools and others are between a call and its function."""
     b, x, _, _ = start()
     stack = contextlib.ExitStack()
     stack.callback(lambda: b.gelu(x))
@@ -226,7 +226,7 @@ def test_a_failed_op_adds_nothing() -> None:
 def test_every_op_is_a_method() -> None:
     b, x, _, _ = start()
     assert b.gelu(x).type == x.type
-    assert type(b).gelu is not None, "found once, it is one of the class"
+    assert type(b).gelu is not None, "after the first use it is an attribute of the class"
     with pytest.raises(AttributeError):
         _ = b._private
 
@@ -247,16 +247,16 @@ def test_a_number_takes_the_dtype_it_meets(dtype: Any) -> None:
 def test_a_number_beside_integers() -> None:
     b, _, i, _ = start()
     assert (i + 2).dtype is i64
-    assert (2.0 * i).dtype is i64  # a whole number is one
+    assert (2.0 * i).dtype is i64  # an integer is an integer
     assert interpret_one(b, 7 - i, i=np.full((1, 4), 3)).tolist() == [[4, 4, 4, 4]]
 
 
 def test_numbers_that_no_operand_ties() -> None:
-    """A condition or a table says nothing of the dtype of values or of indices."""
+    """A condition or a table does not decide the dtype of values or of indices."""
     b, x, _, m = start()
     assert b.where(m, 1.0, 0.0).dtype is f32
     assert b.where(m, 1.0, -2.5).dtype is f32
-    assert b.where(m, 1.0, 0).dtype is f32  # the first number settles it
+    assert b.where(m, 1.0, 0).dtype is f32  # the first number decides
     assert b.where(m, 1, 0).dtype is i64
     assert b.where(m, 0.0, x).dtype is f32
     assert b.where(True, x, 0.0).dtype is f32

@@ -1,4 +1,4 @@
-"""Attention over a cache: rows of any length in any slot mean what attention over their whole sequence means."""
+"""Attention over a cache: for rows of any length in any slot, the results equal attention over their whole sequence."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Array = np.ndarray[Any, Any]
 HEADS, GROUPS, D, E = 6, 2, 8, 5
 BACKENDS = ("interpreter", "numpy", "torch", "tvm")
 
-# Terms, and the capacity of a ring that holds all that they see of a chunk of 3; None: no ring.
+# Terms, and the capacity of a ring that holds everything that they see of a chunk of 3; None: no ring.
 DECODERS: dict[str, tuple[tuple[Term, ...], int | None]] = {
     "causal": ((Causal(),), None),
     "window": ((Causal(), Window(5)), None),
@@ -83,7 +83,7 @@ def runner(name: str, graph: Graph) -> Any:
 
 
 class Text:
-    """A whole sequence: its queries, keys, values, and what attention makes of them."""
+    """A whole sequence: its queries, keys and values, and the result of attention over them."""
 
     def __init__(self, rng: np.random.Generator, length: int, terms: tuple[Term, ...], given: list[Array]) -> None:
         self.q, self.k, self.v = (
@@ -94,14 +94,14 @@ class Text:
         self.y = Attention(terms=terms).reference(*wide)
 
     def write(self, k: Array, v: Array, slot: int, past: int) -> None:
-        """The keys and values before `past` into a slot, in order; a ring keeps the last ones."""
+        """Write the keys and values before `past` into a slot, in order; a ring keeps the last ones."""
         for x, cache in ((self.k, k), (self.v, v)):
             at = np.arange(max(0, past - cache.shape[2]), past)
             cache[slot][:, at % cache.shape[2]] = x[0][:, at]
 
 
 def learned(rng: np.random.Generator, terms: tuple[Term, ...]) -> list[Array]:
-    """Operands of terms that know no row and no position: slopes and tables."""
+    """Operands of terms that depend on neither row nor position: slopes and tables."""
     shapes = [[HEADS if a == "h" else 8 for a in o.axes.split()] for term in terms for o in term.operands]
     return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
 
@@ -109,7 +109,7 @@ def learned(rng: np.random.Generator, terms: tuple[Term, ...]) -> list[Array]:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", DECODERS)
 def test_chunks_over_a_cache_make_the_whole_sequence(name: str, backend: str) -> None:
-    """Rows of other lengths in other slots, chunk after chunk; everything that is not written is NaN."""
+    """Rows of different lengths in different slots, chunk after chunk; everything that is not written is NaN."""
     terms, ring = DECODERS[name]
     rng = np.random.default_rng(1)
     run = runner(backend, cached_graph(terms, ring=ring is not None))
@@ -142,8 +142,9 @@ CROSS: list[tuple[Term, ...]] = [
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", [{}, {"softcap": 1.5}, {"scale": -0.75}])
 def test_each_row_is_attention_at_its_positions(options: Mapping[str, Any], backend: str) -> None:
-    """Beside attention over so long a sequence that each row's queries stand where they do in it; of operands with an
-    axis of keys each key has an element, by its index."""
+    """The result equals attention over a sequence that is long enough for each row's queries to be at the same
+    positions. Operands with an axis of keys have an element for each key, by its index.
+    """
     rng = np.random.default_rng(2)
     for terms in CROSS:
         run = runner(backend, cached_graph(terms, **options))
@@ -181,7 +182,7 @@ def _with(terms: tuple[Term, ...], given: list[Array]) -> list[tuple[Array, Any]
 
 
 def _before(x: Array, axes: str, b: int, past: int) -> Array:
-    """An operand of one row, with queries before its own."""
+    """Return an operand of one row, with queries inserted before the row's own."""
     for at, axis in enumerate(axes.split()):
         if axis == "b":
             x = np.take(x, [b], axis=at)
@@ -191,7 +192,7 @@ def _before(x: Array, axes: str, b: int, past: int) -> Array:
 
 
 def test_a_ring_keeps_the_last_positions() -> None:
-    """Slot by slot: which position its key stands at, of a ring of 4 that was written up to 6."""
+    """Slot by slot, the position of the key: a ring of 4 that was written up to position 6."""
     k = np.zeros((1, 1, 4, 1))
     v = np.arange(4.0).reshape(1, 1, 4, 1)  # a key's value is its slot
     bias = np.full(4, -np.inf)
@@ -202,7 +203,7 @@ def test_a_ring_keeps_the_last_positions() -> None:
     ]
     assert [float(x[0, 0, 0, 0]) for x in alone] == [0, 1, 2, 3]  # positions 4, 5, 6 and 3: each is seen
     (mean,) = op.reference(q, k, v, rows, start, np.array([100.0]), np.zeros(4)).ravel()
-    assert mean == pytest.approx(2.0), "the nearest key, at position 6, is that of slot 2"
+    assert mean == pytest.approx(2.0), "the nearest key, at position 6, is in slot 2"
 
 
 def test_live_positions_hold_every_pair_that_is_kept_and_end_with_one() -> None:
@@ -259,11 +260,11 @@ def test_terms_that_show_what_is_not_written_are_refused() -> None:
     with pytest.raises(RuleError, match="needs causal or padding") as caught:
         CachedAttention(terms=(Window(4),)).infer(types)
     assert "terms=(causal, ...)" in (caught.value.hint or "")
-    assert CachedAttention(terms=(Window(1),)).infer(types)[0] == types[0]  # its own position alone: causal
+    assert CachedAttention(terms=(Window(1),)).infer(types)[0] == types[0]  # only its own position: causal
 
 
 def test_the_cost_is_a_bound() -> None:
-    """Of a slot that is full up to the queries, no pair more than there are; of a window its width."""
+    """For a slot that is full up to the queries, the cost counts all pairs and no more; for a window, its width."""
     types = [parse_type(t) for t in ("f32[2,6,1,8]", "f32[3,2,64,8]", "f32[3,2,64,5]", "i64[2]", "i64[2]")]
     pair = Attention(terms=(Causal(),)).flops_at([parse_type(f"f32[1,1,1,{n}]") for n in (8, 8, 5)], {})
     assert CachedAttention(terms=(Causal(),)).flops_at(types, {}) == 2 * 6 * 64 * (pair or 0)

@@ -1,4 +1,4 @@
-"""What counts against a rewrite: cases that its function may give, at sizes that its numbers are meant for."""
+"""Counterexamples that count against a rewrite: only inputs that its function allows, at sizes that its numbers fit."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from treadle.passes.certificates.regions import MOST_NODES, Region, claim_of_mat
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.framework.rewrite import Match, Rewrite
 
-# -- what is free, and what is tied to something else ----------------------------------------------------------------
+# -- free and dependent inputs ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class RowsFirst(Rewrite):
     """where(key, x, where(row, 2, 3)) --> where(row, where(key, x, 2), 3)
 
-    Right where `row` is true of every row with a key. Both sides read both masks.
+    Right if `row` is true for every row with a key. Both sides read both masks.
     """
 
     def pattern(self, p: Any, key: Any, row: Any, x: Any) -> Any:
@@ -69,7 +69,9 @@ def test_what_is_known_of_a_mask_holds_however_large_the_rest_is(tied: bool) -> 
 
 
 def test_what_may_never_be_is_a_note_and_nothing_is_undone() -> None:
-    """Both masks come from a call, into which no region is followed: whether they are tied is not known."""
+    """Both masks come from a call, and the region does not extend into calls, so it is unknown whether they are
+    related.
+    """
     graph, masks = Graph("g"), Function("masks")
     b = Builder(graph, masks)
     keys = b.input("keys", "bool[B, S]")
@@ -81,13 +83,13 @@ def test_what_may_never_be_is_a_note_and_nothing_is_undone() -> None:
     assert [e.rule for e in found.log[0].matches] == ["rows-first"] and not rolled_back(found)
     (note,) = certificates(found)
     assert note.cases == 0 and note.note.startswith("not certified: the results differ")
-    assert note.note.endswith("but what call gives may never be what it was drawn as")
+    assert note.note.endswith("but the result of call may never have the drawn values")
     assert note.note in found.log.certified()
 
 
 @pytest.mark.parametrize("product", [True, False], ids=["of-a-product", "of-an-input"])
 def test_a_product_is_any_number_but_no_mask(product: bool) -> None:
-    """softmax(x) + (x - x) is softmax(x) where no number is infinite: a mask from outside may be."""
+    """softmax(x) + (x - x) is softmax(x) if no number is infinite: a mask from outside may be."""
 
     def spelled(b: Builder, m: Match) -> Any:
         e = b.exp(m.x - b.reduce_max(m.x, axes=(-1,), keep=True))
@@ -106,7 +108,7 @@ def test_a_product_is_any_number_but_no_mask(product: bool) -> None:
 
 
 def both_scaled(n: int, off: float) -> Certificate | Counterexample | None:
-    """What the claim gives that scales of q and k are attention's own, 1/sqrt(n), or that times `off`."""
+    """Return the result for the claim that scales of q and k equal attention's own, 1/sqrt(n), or `off` times that."""
     b = Builder(Graph("g"))
     q, k, v = (b.input(name, f"f32[B, 2, S, {n}]") for name in "qkv")
     keys = b.rearrange(k, pattern="b h s d -> b h d s")
@@ -118,7 +120,7 @@ def both_scaled(n: int, off: float) -> Certificate | Counterexample | None:
 
 
 def test_roundings_of_two_scales_do_not_cancel() -> None:
-    """n^(-1/4) is off in float32, and the moves of both, up and down by chance, would be off by nothing."""
+    """n^(-1/4) is rounded in float32. If both scales were perturbed at random, the errors could cancel."""
     for n in range(5, 64, 3):
         assert isinstance(both_scaled(n, 1.0), Certificate), n
         assert isinstance(both_scaled(n, 1.0 + 1e-4), Counterexample), n
@@ -147,7 +149,7 @@ def test_what_fails_only_at_sizes_for_which_its_numbers_may_not_be_is_a_note() -
 
 
 def test_sizes_that_are_refused_excuse_nothing() -> None:
-    """A table of 40 positions that is made small is too short for all but one key, of which any softmax is 1."""
+    """A table of 40 positions, made small, is too short for all sizes but one key, for which any softmax is 1."""
     b = Builder(Graph("g"))
     x, table = b.input("x", "f32[B, S]"), b.input("table", "f32[40]")
     b.graph.bound("S", Bounds(1, 40))
@@ -156,7 +158,7 @@ def test_sizes_that_are_refused_excuse_nothing() -> None:
     assert len(rolled_back(found)) == 1 and not certificates(found)
 
 
-# -- numbers that are tied to sizes, and what is said ------------------------------------------------------------------
+# -- numbers that depend on sizes, and notes ---------------------------------------------------------------------------
 
 
 def region_of(size: int, number: float) -> Region:
@@ -169,7 +171,7 @@ def region_of(size: int, number: float) -> Region:
 @pytest.mark.parametrize(("size", "of"), [(64, 64), (65, 64)])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_powers_of_quarters_up_to_two_are_tied_to_their_size(size: int, of: int, sign: int) -> None:
-    """Of the size, or of one less, which is what a variance is divided by."""
+    """The number may belong to the size, or to the size minus one, the divisor of a variance."""
     assert not [s for k in range(1, 9) for s in shrinkings_of(region_of(size, of ** (sign * k / 4)))]
     for number in (of ** (sign * 9 / 4), of ** (sign / 3), of ** (sign / 4) * (1 + 2.0**-19)):
         assert [size in s for s in shrinkings_of(region_of(size, number))] == [True]
@@ -201,8 +203,8 @@ def test_what_a_certificate_says() -> None:
     assert str(made) == "rule 0123: 3 cases, largest error 1e-08 (at most 2e-07), at B=2, S=3, seed 7"
     more = replace(made, sizes=(), refused="too short", undecided=2, note="large axes made small")
     assert str(more) == (
-        "rule 0123: 3 cases, largest error 1e-08 (at most 2e-07), 2 more not certified: roundings alone may move the "
-        "results as far as they differ, other sizes refused (too short), large axes made small, seed 7"
+        "rule 0123: 3 cases, largest error 1e-08 (at most 2e-07), 2 more not certified: roundings alone may change "
+        "the results as much, other sizes refused (too short), large axes made small, seed 7"
     )
     assert str(Certificate("rule", "0123", 7, 0, (), note="not evaluated")) == "rule 0123: not evaluated"
     assert (made.is_whole, replace(made, refused="x").is_whole, replace(made, undecided=1).is_whole) == (

@@ -1,4 +1,4 @@
-"""Chat: templates as Hugging Face renders them, what hostile ones may not do, and conversations that go on."""
+"""Chat: templates rendered as in Hugging Face, limits on hostile templates, and conversations that continue."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("template", HOSTILE, ids=range(len(HOSTILE)))
 def test_what_hostile_templates_come_to(template: str) -> None:
-    """An error that says what is wrong, within the time that it may take, and the next conversation is rendered."""
+    """The error says what is wrong, it comes within the time limit, and the next conversation is rendered."""
     made = ChatTemplate(template, seconds=1.5, memory=400 << 20, characters=100_000)
     made._ask(json.dumps({"template": "", "values": {}, "most": 1}))  # the process has started
     started = time.monotonic()
@@ -145,10 +145,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(4)
+    model.generation_config.repetition_penalty = 1.3  # replies, too, follow the folder's rules
     model.save_pretrained(place)
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(place)
     return place
+
+
+def test_a_template_is_told_tokens_that_special_tokens_map_alone_names(folder: Path, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    chosen = {"tokenizer_class": settings["tokenizer_class"]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(chosen))
+    (tmp_path / "special_tokens_map.json").write_text(
+        json.dumps({"bos_token": {"content": "<s>"}, "eos_token": "</s>"})
+    )
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ eos_token }}")
+    writer = TextWriter.open(tmp_path)
+    wanted = transformers.AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+        [{"role": "user", "content": "a"}], tokenize=False
+    )
+    assert writer.chat_template().render([{"role": "user", "content": "a"}]) == wanted == "<s></s>"
 
 
 def test_a_conversation_goes_on_as_the_whole_would(folder: Path) -> None:
@@ -180,7 +198,7 @@ def test_a_conversation_goes_on_as_the_whole_would(folder: Path) -> None:
 
 def test_what_the_row_holds_is_not_computed_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     talk = Conversation.open(TextWriter.open(folder))
-    fed: list[tuple[int, int]] = []  # tokens that the row held, and that were read
+    fed: list[tuple[int, int]] = []  # tokens that the row held, and tokens that were read
     prefill = type(talk.session).prefill
 
     def counted(self: Any, tokens: Any) -> Any:
@@ -197,8 +215,8 @@ def test_what_the_row_holds_is_not_computed_again(folder: Path, monkeypatch: pyt
     (held, first), (second_held, second), (third_held, third), (again_held, again) = fed
     assert held == 0
     assert second_held >= first - 1
-    assert third_held >= second_held + second - 1, "what was said otherwise is read again, and what comes after it"
-    assert (again_held, again) == (third_held + third - 1, 1), "the row went beyond: it is cut back"
+    assert third_held >= second_held + second - 1, "the changed text is read again, with everything after it"
+    assert (again_held, again) == (third_held + third - 1, 1), "the row was longer: it is truncated"
 
 
 def test_the_commands(folder: Path) -> None:

@@ -1,5 +1,5 @@
-"""Outputs that are chosen, whole or in part: their numbers are NumPy's, what no other needs is not computed, and what
-is no output is refused.
+"""Selected outputs, whole or in part: numbers equal NumPy's, unneeded values are not computed, and names that are not
+outputs are refused.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The command line: what each command says, and what `--json` prints."""
+"""The command line: the output of each command, in words and with `--json`."""
 
 from __future__ import annotations
 
@@ -262,7 +262,7 @@ def test_shard_as_json(treadle_command: Treadle) -> None:
     [
         (("--mesh", "tp"), "not a mesh: 'tp'"),
         (("--mesh", "tp=2"), "nothing says how to split the model"),
-        (("--mesh", "tp=2", "--recipe", "dp"), "the mesh has not"),
+        (("--mesh", "tp=2", "--recipe", "dp"), "the mesh does not have"),
         (("--mesh", "tp=2", "--axis", "heads"), "--axis heads=tp"),
         (("--mesh", "tp=2", "--axis", "experts=tp"), "has no axis 'experts'"),
         (("--mesh", "tp=2", "--axis", "heads=ep"), "has no axis 'ep'"),
@@ -276,7 +276,7 @@ def test_shard_refuses_what_it_cannot_do(treadle_command: Treadle, options: tupl
     assert told in said.err
 
 
-# -- what all of them keep to ----------------------------------------------------------------------------------
+# -- common rules ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", ["", *treadle.cli.COMMANDS])
@@ -391,7 +391,7 @@ def test_an_unknown_word_is_an_attribute_error_too() -> None:
 
 
 def test_names_that_an_onnx_file_gives_may_be_any(treadle_command: Treadle, tmp_path: Path) -> None:
-    """As a hint lists them: an axis called `?`, an input called `input.1`."""
+    """Names may be anything, in the form in which a hint lists them: an axis `?`, an input `input.1`."""
     onnx = pytest.importorskip("onnx")
     proto = onnx.parser.parse_model(
         '<ir_version: 9, opset_import: ["": 18]> g (float[A,2] x) => (float y) { y = Abs(x) }'

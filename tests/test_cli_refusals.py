@@ -1,15 +1,18 @@
-"""The command line: what bad input gets, and files that others spoiled."""
+"""The command line: responses to bad input, and to damaged files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import typer.main
+from typer.testing import CliRunner
 
 import treadle.cli
-from tests.command_line import SMALL, Treadle, commands_in, line_of, refused
+from tests.command_line import SMALL, Result, Treadle, commands_in, line_of, refused
 from treadle.ir.errors import TreadleError
 
 
@@ -74,6 +77,82 @@ def test_a_fault_in_a_model_names_its_line(treadle_command: Treadle, function: s
 )
 def test_what_does_not_exist_is_refused(treadle_command: Treadle, words: list[str], parts: list[str]) -> None:
     refused(treadle_command(*words), *parts)
+
+
+CALLS = {
+    "inspect": "",
+    "compile": "",
+    "explain": "sharding --mesh tp=1",
+    "run": "--input tokens=1",
+    "verify": "",
+    "shard": "--mesh tp=1",
+    "export": "-o small.onnx",
+    "bench": "",
+    "roofline": "",
+    "train": "text.txt",
+    "embed": "text",
+    "generate": "text",
+    "serve": "",
+    "chat": "",
+    "classify": "text",
+    "answer": "text text",
+    "tag": "text",
+    "fill": "text",
+    "label": "image.png",
+    "match": "image.png --text text",
+    "translate": "text",
+    "summarize": "text",
+    "transcribe": "speech.wav",
+    "perplexity": "text.txt",
+}
+"""What else each command needs that takes --set."""
+
+
+COMMANDS: Mapping[str, Any] = typer.main.get_command(treadle.cli.app).commands  # type: ignore[attr-defined]
+
+
+def flags_of(command: str) -> dict[str, str]:
+    """The flags of a command, by the names that --set would give them."""
+    flags = [flag for param in COMMANDS[command].params for flag in param.opts if flag.startswith("--")]
+    return {flag[2:].replace("-", "_"): flag for flag in flags if flag not in ("--set", "--help")}
+
+
+def refused_freely(command: str, option: str, *parts: str) -> None:
+    """As `refused`, without a comparison of the texts, which differ by the command alone."""
+    words = [command, SMALL, *CALLS[command].split(), "--set", f"{option}=1"]
+    said = CliRunner().invoke(treadle.cli.app, words)
+    refused(Result(said.exit_code, said.stdout, said.stderr), *parts)
+
+
+@pytest.mark.parametrize("command", CALLS)
+def test_an_option_of_compile_is_no_option_of_a_model(command: str, treadle_command: Treadle) -> None:
+    """Where the command has a flag for it, the error says so."""
+    if command == "serve":
+        pytest.importorskip("uvicorn")
+        pytest.importorskip("prometheus_client")
+    flags = {**flags_of(command), "limits": "--limit"}
+    for name in ("quantize", "dtype", "backend", "target", "limits"):
+        meant = f"{flags[name]}, an option of treadle {command}" if name in flags else "no option"
+        refused_freely(command, name, meant)
+
+
+def test_every_command_that_takes_set_was_called() -> None:
+    assert [name for name in treadle.cli.COMMANDS if "--set" in str([p.opts for p in COMMANDS[name].params])] == [
+        *CALLS
+    ]
+
+
+@pytest.mark.parametrize("command", ["inspect", "compile", "explain", "run", "verify", "shard", "export", "bench"])
+def test_a_flag_of_the_command_is_no_option_of_a_model(command: str, treadle_command: Treadle) -> None:
+    """Every flag, with a model that has no option of its name."""
+    for name, flag in flags_of(command).items():
+        refused_freely(command, name, f"{flag}, an option of treadle {command}")
+
+
+def test_a_model_may_have_an_option_of_the_name_of_a_flag(treadle_command: Treadle) -> None:
+    text = "import treadle as t\n\n\n@t.model\ndef m(x: t.f32['B 8'], *, output=6):\n    return t.relu(x) * output\n"
+    Path("named.py").write_text(text, encoding="utf-8")
+    assert treadle_command("run", "named.py:m", "--set", "output=5", "--input", "x=1,1,1,1,1,1,1,1", "--json").code == 0
 
 
 def test_an_error_as_json_is_the_one_object(treadle_command: Treadle) -> None:
@@ -156,7 +235,7 @@ def test_a_fault_of_our_own_is_told_as_one(treadle_command: Treadle, monkeypatch
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A tiny GPT-2 in Hugging Face's form."""
+    """A tiny GPT-2 in Hugging Face's format."""
     pytest.importorskip("transformers")
     from tests.hf_models import save
 

@@ -1,4 +1,4 @@
-"""Collectives: what ranks get of what they bring, their gradients, their types and their errors."""
+"""Collectives: results of the ranks' inputs, gradients, types and errors."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ BRINGS = {
 
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_the_gradient_is_the_transpose_over_all_ranks(name: str) -> None:
-    """sum over ranks of <y, g> = sum over ranks of <x, gradient>: each op is linear in what all ranks bring."""
+    """sum over ranks of <y, g> = sum over ranks of <x, gradient>: each op is linear in the inputs of all ranks."""
     rng = np.random.default_rng(1)
     made = ops(name, GRADIENTS[name])
     xs = [rng.normal(size=shape) for shape in BRINGS[name]]
@@ -220,7 +220,7 @@ SENDS = {
 
 @pytest.mark.parametrize(("name", "attributes"), CASES)
 def test_what_a_rank_sends_is_that_of_a_ring(name: str, attributes: dict[str, Any]) -> None:
-    """Shares of the payload, messages that it waits for, and the payload where 10 bytes become 40."""
+    """Rounds as shares of the payload, messages that a rank waits for, and the payload if 10 bytes become 40."""
     op: Any = find_op(name).make(over="tp", ways=4, **attributes)
     assert (op.rounds, op.messages, op.payload(10, 40)) == SENDS[name]
 

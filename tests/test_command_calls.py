@@ -1,6 +1,6 @@
-"""What commands and methods ask of the library: each option reaches what it is for; what is left out is its default.
+"""Calls of commands and methods into the library: each option reaches its parameter, and omitted options keep defaults.
 
-A command runs up to the call that its case ends with; what is called in between gives whatever is asked of it.
+A command runs up to the call that its case ends with; every call before that returns a stand-in.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def small(x: t.f32["B 4"], y: t.f32["B 4"] | None, *, n=1):
 
 
 class Asked(BaseException):
-    """The last call of a case came."""
+    """Raised by the last call of a case."""
 
 
 class Recorder:
-    """Stands for something of the library: writes down how it is called, and gives another of its kind."""
+    """A stand-in for something of the library: it records its calls, and returns another stand-in."""
 
     def __init__(self, name: str, lines: list[str], last: str) -> None:
         self._name, self._lines, self._last = name, lines, last
@@ -64,6 +64,8 @@ class Recorder:
         return "<function>" if callable(value) and not isinstance(value, Recorder) else repr(value)
 
     def __getattr__(self, name: str) -> Recorder:
+        if name.startswith("__"):  # such as __signature__
+            raise AttributeError(name)
         return Recorder(f"{self._name}.{name}", self._lines, self._last)
 
     def __iter__(self) -> Iterator[Any]:
@@ -82,7 +84,7 @@ HOW = "--set layers=2 --limit nodes=7 --dtype bf16 --quantize int4"
 WHERE = "--backend torch --target cuda --threads 3"
 M = "m.py:small"
 
-CASES: list[tuple[str, str, str]] = [  # what is typed, what is replaced, and the call that ends it
+CASES: list[tuple[str, str, str]] = [  # the command line, the replaced name, and the call that ends it
     (f"inspect {M} --inputs y --outputs y[:,0] --widen bf16,f16 {HOW}", "treadle.resolving.resolve", "resolve"),
     ("inspect m.treadle --limit nodes=7 --json", "treadle.artifacts.open_artifact", "open_artifact"),
     (f"compile {M} --json", "treadle.compile", "compile"),
@@ -264,7 +266,7 @@ CASES: list[tuple[str, str, str]] = [  # what is typed, what is replaced, and th
 def test_an_option_reaches_what_it_is_for(
     command: str, golden: Golden, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also that what is said while it works is not said beside the object of --json."""
+    """Also, progress messages do not mix with the object of --json."""
     monkeypatch.chdir(tmp_path)
     Path("m.py").write_text(MODEL, encoding="utf-8")
     lines: list[str] = []
@@ -292,7 +294,7 @@ def test_an_option_reaches_what_it_is_for(
     golden(f"calls/{command}.txt", "\n".join(lines[1:]).replace(sys.executable, "PYTHON"))
 
 
-METHODS: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [  # what is asked of what, with which arguments
+METHODS: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [  # the class, the method, and its arguments
     ("classify", "classifier", ("one",), {}),
     ("classify", "classifier", (["one", "two"],), {}),
     ("answer", "answerer", ("what", "one"), {}),

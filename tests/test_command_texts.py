@@ -1,4 +1,4 @@
-"""What commands print of given results, in words and as JSON: models that are asked are stand-ins."""
+"""Output of commands for fixed results, in words and as JSON: the models are stand-ins."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from treadle.runtime.speculation import SpeculationTally
 from treadle.tasks.answering import Answer
 from treadle.tasks.classifying import Classified
 from treadle.tasks.filling import Filled, Filling
+from treadle.tasks.generation_settings import FolderRules
 from treadle.tasks.matching import Matched
 from treadle.tasks.perplexity import Beside, Perplexity
 from treadle.tasks.rewriting import Rewritten
@@ -43,11 +44,12 @@ def embedder(cut: int) -> Any:
 
 
 class Writer:
-    """Writes the same of each prompt: two tokens, the second one last."""
+    """A writer that continues each prompt with the same two tokens, the second one last."""
 
     def __init__(self, ending: str = "end", *, text: str = " b", template: str | None = None, marks: Any = ()) -> None:
         self.model, self.ending, self.text, self.template, self.marks = OWN, ending, text, template, list(marks)
         self.tokenizer = SimpleNamespace(token="t{}".format)
+        self.asked = FolderRules(options={"suppress_tokens": [1, 2]})
 
     def continued(self, prompts: list[str], *, tally: SpeculationTally | None, **_: Any) -> Iterator[Piece]:
         for row in range(len(prompts)):
@@ -65,7 +67,7 @@ class Writer:
 
 
 def asked(method: str, *results: Any) -> Any:
-    """A stand-in that is asked by a method, and gives as many of the results as there are inputs."""
+    """Return a stand-in with one method, which returns one result for each input."""
 
     def give(inputs: Any, *_: Any, **__: Any) -> Any:
         return list(results[: len(inputs)])
@@ -90,7 +92,7 @@ PASSAGES = Passage(" Hi", 0.0, 0.5, (1,), "en"), Passage(" you", 0.5, 1.0, (), N
 
 
 def cases() -> Iterator[tuple[str, str, Any]]:
-    """What is typed, what is replaced, and by what."""
+    """Pairs of a command line and the replacements for names in the library."""
     many = " ".join(map(str, range(1, 13)))
     for words, cut in (
         ("a", 0), ("a b --similarity", 1), ("a b c --json", 1), ("a b --json --similarity", 0), ("a b --output out", 2),
@@ -143,7 +145,7 @@ def cases() -> Iterator[tuple[str, str, Any]]:
 
 
 class Clock:
-    """Seconds that pass: a half with each look."""
+    """A clock that advances half a second with each reading."""
 
     def __init__(self) -> None:
         self.now = 0.0

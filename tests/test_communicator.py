@@ -1,4 +1,4 @@
-"""The communicator on a GPU that is not there: what torch.distributed is given lies where the rank's tensors lie."""
+"""The communicator without a GPU: the tensors that torch.distributed gets are on the rank's device."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from treadle.runtime.distributed.ranks import Ranks
 from treadle.runtime.distributed.watching import Watch
 
 FAR = torch.device("meta")
-"""In place of a GPU: its tensors hold no numbers, and a copy to the processor fails."""
+"""A stand-in for a GPU: its tensors hold no numbers, and a copy to the CPU fails."""
 
 
 class _Stays(TorchDispatchMode):
-    """Refuses what makes a tensor on another device."""
+    """Refuses operations that create a tensor on another device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -46,7 +46,7 @@ def plan_over(mesh: str) -> ShardingPlan:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Calls of torch.distributed, whose tensors must lie on the GPU, and each wait for it."""
+    """Record calls of torch.distributed, whose tensors must be on the GPU, and each wait for them."""
     order: list[str] = []
 
     def called(name: str, **kinds: Any) -> Any:
@@ -77,7 +77,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @contextmanager
 def meeting(rank: int, lengths: tuple[int, int], taken: tuple[int, int]) -> Iterator[Communicator]:
-    """A communicator of one of two ranks with parts of these lengths, which have told each other."""
+    """A communicator of one of two ranks with parts of these lengths, which both ranks know."""
     made = Communicator(plan_over("tp=2"), rank, FAR, 60.0, lambda told: nullcontext(), lambda error, told: error)
     made._tell = lambda *given: [[0, 0, t, n] for n, t in zip(lengths, taken, strict=True)]  # type: ignore[method-assign]
     with _Stays(), made.running("once"):
@@ -102,14 +102,14 @@ CASES = [
 def test_parts_stay_on_the_device_of_their_rank(
     waits: list[str], name: str, attributes: dict[str, Any], shape: tuple[int, ...], wanted: tuple[int, ...], dtype: Any
 ) -> None:
-    """The first of two ranks, whose part is 6 long, and takes 2 of 5; the part lies in strides."""
+    """The first of two ranks has a part of length 6 and takes 2 of 5; the part is strided."""
     op = find_op(name).make(over="tp", ways=2, **attributes)
     assert isinstance(op, Collective)
     with meeting(0, (6, 5), (2, 3)) as met:
         part = torch.empty(shape[::-1], dtype=dtype, device=FAR).T
         if isinstance(op, Starting):
             met.begin(op, part)
-            assert "synchronize" not in waits, "it goes on"
+            assert "synchronize" not in waits, "the collective runs in the background"
             op = op.awaited
         made = met.exchange(op, part)
         assert made.device == FAR
@@ -118,14 +118,14 @@ def test_parts_stay_on_the_device_of_their_rank(
         assert made is not part
         goes_on = name == "hand_on" and attributes["source"] == 0
         assert ("synchronize" in waits) != goes_on, "the watch knows that the rank waits"
-    assert waits[-1] == "synchronize", "a run has ended when its device has"
+    assert waits[-1] == "synchronize", "a run ends only after its device has finished"
     assert [each for each in waits if each not in ("wait", "synchronize")]
 
 
 def test_outputs_are_sent_from_the_device_and_received_on_it(waits: list[str]) -> None:
     with meeting(1, (6, 5), (2, 3)) as met:
         met.send(torch.empty((6, 4), device=FAR).T, 0, "sending")
-        with pytest.raises(NotImplementedError, match="meta"):  # it cannot come to the processor
+        with pytest.raises(NotImplementedError, match="meta"):  # no copy to the CPU is possible
             met.received(np.empty((2, 3), np.float32), 0, "receiving")
     assert waits == ["send", "synchronize", "recv", "synchronize"]
 
@@ -152,7 +152,7 @@ def test_a_rank_takes_the_gpu_of_its_place_on_its_machine(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(("local", "count"), [("0", 0), ("2", 2), ("", 3)])
 def test_a_rank_without_a_gpu_of_its_own_is_told_so(monkeypatch: pytest.MonkeyPatch, local: str, count: int) -> None:
-    """Two ranks on one GPU would wait for each other in NCCL. Who does not say LOCAL_RANK has one machine."""
+    """Two ranks on one GPU would wait for each other in NCCL. Without LOCAL_RANK, one machine is assumed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setenv("LOCAL_RANK", local)
@@ -174,7 +174,7 @@ def test_a_received_output_is_an_array(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def told_by_another(monkeypatch: pytest.MonkeyPatch, at: int) -> Communicator:
-    """The first of two ranks on the processor, to which the other says another number in one of four places."""
+    """The first of two ranks on the CPU, where the other rank sends a different number in one of four places."""
 
     def tell(own: list[int], *_: Any, **__: Any) -> list[list[int]]:
         return [own, [*own[:at], own[at] + 1, *own[at + 1 :]]]

@@ -1,4 +1,4 @@
-"""What `compile` takes, and how it refuses what it does not."""
+"""Arguments of `compile`, and errors for those that it refuses."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_weights_are_for_looking_at() -> None:
         assert caught.value.hint == "treadle.compile(model, weights={**exe.weights, 'head.bias': array})"
     with pytest.raises(ValueError, match="read-only"):
         weights["head.bias"][0] = 5
-    assert given["head.bias"].flags.writeable, "the caller's own arrays stay as they were"
-    other = compile(example, weights={**made.weights, "head.bias": np.zeros(3, np.float32)})  # as the hint says
+    assert given["head.bias"].flags.writeable, "the caller's arrays are unchanged"
+    other = compile(example, weights={**made.weights, "head.bias": np.zeros(3, np.float32)})  # as the hint suggests
     x = np.ones((1, 4), np.float32)
     assert [each(x=x)["head"].tolist() for each in (made, other)] == [[[5.0] * 3], [[4.0] * 3]]

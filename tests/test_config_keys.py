@@ -15,7 +15,7 @@ from treadle.models.reading.irrelevant_keys import IRRELEVANT
 from treadle.models.reading.recorded_config import RecordedConfig, layered
 from treadle.models.registry import family_of
 
-# -- what was read -----------------------------------------------------------------------------------------------------
+# -- keys that are read ------------------------------------------------------------------------------------------------
 
 
 def test_keys_that_are_not_looked_up_are_told() -> None:
@@ -188,7 +188,7 @@ def test_a_key_that_is_not_known_is_reported(tmp_path: Path) -> None:
     ],
 )
 def test_tied_tensors_must_agree(name: str, config: dict[str, Any], tied: str, output: str, tmp_path: Path) -> None:
-    """The library ties them if they agree, or if the file has one of them. If they differ, it does not tie them."""
+    """The library ties them if they agree, or if the file has only one of them. If they differ, it does not."""
     base = save(name, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**base.config, **config}))
     path = tmp_path / "model.safetensors"

@@ -1,4 +1,4 @@
-"""Text continued by a model and its tokenizer, as Hugging Face continues it; and the command line over it."""
+"""Text continued by a model and its tokenizer, as in Hugging Face; and the command line for it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
 from treadle.runtime.beams import Beams
 from treadle.runtime.sampling import Sampling
+from treadle.runtime.token_rules import TokenRules
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -39,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = transformers.GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         for weight in model.parameters():
-            weight.mul_(4)  # far from uniform logits, so that a continuation says something
+            weight.mul_(4)  # far from uniform logits, so that a continuation is not arbitrary
     model.save_pretrained(place)
     return place
 
@@ -59,6 +60,79 @@ def test_greedy_continues_as_hugging_face_does(folder: Path, backend: str) -> No
         new = wanted[0, ids.shape[1] :].tolist()
         assert [p.id for p in pieces if p.row == row] == new
         assert "".join(p.text for p in pieces if p.row == row) == tokenizer.decode(new)
+
+
+def said_by_file(folder: Path, place: Path, **said: Any) -> Path:
+    """The folder with another generation_config.json, in place."""
+    for file in folder.iterdir():
+        (place / file.name).write_bytes(file.read_bytes())
+    (place / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, **said}))
+    return place
+
+
+RULES: dict[str, dict[str, Any]] = {
+    "repetition_penalty": {"repetition_penalty": 1.8},
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 1},
+    "suppress_tokens": {"suppress_tokens": [int(n) for n in range(1, 250)]},
+    "begin_suppress_tokens": {"begin_suppress_tokens": [int(n) for n in range(1, 250)]},
+    "bad_words_ids": {"bad_words_ids": [[0], *([n] for n in range(1, 200)), *([250, n] for n in range(200, 270))]},
+    "min_new_tokens": {"min_new_tokens": 7, "eos_token_id": list(range(200))},
+    "min_length": {"min_length": 12, "eos_token_id": list(range(200))},
+    "forced_eos_token_id": {"forced_eos_token_id": 7},
+    "all": {
+        "repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "suppress_tokens": [5], "bad_words_ids": [[4], [6, 9]],
+        "min_new_tokens": 4, "forced_eos_token_id": 0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_what_the_folder_asks_of_tokens_is_done_as_hugging_face_does_it(
+    folder: Path, name: str, tmp_path: Path
+) -> None:
+    place, prompts = said_by_file(folder, tmp_path, **RULES[name]), ["the cat", "a", "what is the name"]
+    model = transformers.GPT2LMHeadModel.from_pretrained(place).eval()
+    writer = TextWriter.open(place)
+    greedy = list(writer.continued(prompts, most=12))
+    plain = list(TextWriter.open(folder).continued(prompts, most=12))
+    assert [p.id for p in greedy] != [p.id for p in plain], "the option changes something"
+    for row, prompt in enumerate(prompts):
+        ids = torch.tensor(writer.tokens([prompt]))
+        mask, count = torch.ones_like(ids), ids.shape[1]
+        options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+        wanted = model.generate(ids, **options)[0, count:].tolist()
+        assert [p.id for p in greedy if p.row == row] == wanted
+    beams = Beams(3)
+    for prompt, (best, *_) in zip(prompts, writer.searched(prompts, most=8, beams=beams), strict=True):
+        ids = torch.tensor(writer.tokens([prompt]))
+        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+        assert list(best.tokens) == model.generate(ids, num_beams=3, **options)[0, ids.shape[1] :].tolist()
+
+
+def test_rules_of_the_caller_go_before_those_of_the_folder(folder: Path, tmp_path: Path) -> None:
+    place = said_by_file(folder, tmp_path, repetition_penalty=1.8, suppress_tokens=[], forced_bos_token_id=3)
+    writer, plain = TextWriter.open(place), TextWriter.open(folder)
+    assert writer.asked.options == {"repetition_penalty": 1.8}, "what changes nothing is not among them"
+    one, other = (list(w.continued(["the cat"], most=9, rules=TokenRules())) for w in (writer, plain))
+    assert one == other
+    assert writer.asked.but(repetition_penalty=None).rules == TokenRules(repetition_penalty=1.8)
+    changed = writer.asked.but(repetition_penalty=1.2, presence_penalty=0.5)
+    assert (changed.rules, changed.options) == (TokenRules(1.2, 0.5), {})
+
+
+def test_the_command_says_what_the_folder_asks(folder: Path, tmp_path: Path) -> None:
+    place = said_by_file(folder, tmp_path, repetition_penalty=1.8, suppress_tokens=[5, 6])
+    done = CliRunner().invoke(app, ["generate", str(place), "the cat", "--tokens", "5"])
+    assert "from generation_config.json: repetition_penalty 1.8, suppress_tokens [5, 6]\n" in done.stderr
+    call = ["generate", str(place), "the cat", "--tokens", "5", "--repetition-penalty", "1.0"]
+    assert "from generation_config.json: suppress_tokens [5, 6]\n" in CliRunner().invoke(app, call).stderr
+    told = json.loads(CliRunner().invoke(app, [*call, "--json"]).stdout)
+    assert told["from_folder"] == {"file": "generation_config.json", "options": {"suppress_tokens": [5, 6]}}
+    assert told["sampling"]["repetition_penalty"] == 1.0
+    told = json.loads(CliRunner().invoke(app, ["generate", str(place), "the cat", "--tokens", "5", "--json"]).stdout)
+    assert told["sampling"]["repetition_penalty"] == 1.8
+    plain = CliRunner().invoke(app, ["generate", str(folder), "the cat", "--tokens", "5"])
+    assert "generation_config" not in plain.stderr
 
 
 def test_a_list_of_prompts_gives_a_list_of_texts(folder: Path) -> None:
@@ -239,7 +313,7 @@ def test_what_no_family_reads_is_told_before_its_tokenizer(folder: Path, tmp_pat
 def test_a_folder_with_an_older_vocabulary_says_how_to_make_tokenizer_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("treadle.frontends.text.build_older_tokenizer", lambda *_: None)  # as of a kind not known here
+    monkeypatch.setattr("treadle.frontends.text.build_older_tokenizer", lambda *_: None)  # as if its kind were unknown
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "sat"]
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
     transformers.BertConfig(vocab_size=len(words)).save_pretrained(tmp_path)
@@ -328,7 +402,7 @@ def test_speculation_gives_the_same_text_and_says_what_was_right(folder: Path) -
         assert told["speculation"]["accepted"] <= told["speculation"]["guessed"]
         assert told["speculation"]["made"] == len(told["texts"][0]["tokens"])
         assert "of the model" in generated(str(folder), prompt, "--tokens", "20", *words).stderr
-    assert told["speculation"]["accepted_length"] > 1, "a model that drafts for itself is right"
+    assert told["speculation"]["accepted_length"] > 1, "guesses of a model for itself are right"
 
 
 def test_a_draft_of_another_vocabulary_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Costs: operations by the formulas that people use, live pairs by counting, bytes, parameters of known models."""
+"""Costs: operations by the usual formulas, live pairs by counting, bytes, parameters of known models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from treadle.models.gpt2 import gpt2
 
 
 def cost(make: Callable[..., Any], *types: str, **sizes: int) -> Cost:
-    """The cost of the ops that `make` adds to a builder, given inputs of these types."""
+    """Return the cost of the ops that `make` adds to a builder, for inputs of these types."""
     b = Builder(Graph("g"))
     made = make(b, *[b.input(f"x{i}", type) for i, type in enumerate(types)])
     b.outputs(**{f"y{i}": y for i, y in enumerate(made if isinstance(made, tuple) else (made,))})
@@ -89,7 +89,7 @@ TERMS: dict[str, tuple[tuple[Term, ...], Callable[[int, int], bool]]] = {
     "causal": ((Causal(),), lambda i, j: j <= i),
     "window": ((Window(3),), lambda i, j: abs(i - j) < 3),
     "both": ((Causal(), Window(2)), lambda i, j: i - 1 <= j <= i),
-    "padding": ((Padding(),), lambda i, j: True),  # depends on values: the most it may be
+    "padding": ((Padding(),), lambda i, j: True),  # depends on values: an upper bound
 }
 
 
@@ -135,7 +135,7 @@ def test_bytes_are_what_is_read_and_written_once() -> None:
     assert cost(lambda b, x: b.softmax(x), "f32[2, 3]").bytes == 4 * (6 + 6), "a composite is one op here"
     assert cost(lambda b, x: x > 0.0, "f32[8]").bytes == 4 * 8 + 4 + 8
     plain = cost(lambda b, x, r, bias: b.add_layer_norm(x, r, None, bias), "f32[6, 4]", "f32[6, 4]", "f32[4]")
-    assert plain.bytes == 4 * (2 * 24 + 4 + 2 * 24), "without a weight, which stands before the bias"
+    assert plain.bytes == 4 * (2 * 24 + 4 + 2 * 24), "without a weight, which comes before the bias"
 
 
 def test_a_table_is_read_as_often_as_it_is_looked_up() -> None:
@@ -143,7 +143,7 @@ def test_a_table_is_read_as_often_as_it_is_looked_up() -> None:
         return cost(lambda b, table, i: b.embedding(table, i), f"f32[{rows}, 768]", f"i64[{count}]").bytes
 
     assert looked_up(30522, 128) == 128 * 768 * 4 * 2 + 128 * 8
-    assert looked_up(2, 128) == 2 * 768 * 4 + 128 * 768 * 4 + 128 * 8, "no more than all of it"
+    assert looked_up(2, 128) == 2 * 768 * 4 + 128 * 768 * 4 + 128 * 8, "at most the whole"
 
 
 def test_costs_add() -> None:
@@ -171,14 +171,14 @@ def test_a_call_costs_its_function() -> None:
 
 
 def products(batch: int, length: int, *, dim: int, layers: int, vocab: int = 0, causal: bool = False) -> int:
-    """The operations in a transformer's products: 4 projections, 2 of a 4 x wider MLP, attention, logits."""
+    """The number of operations of a transformer's products: 4 projections, 2 of a 4 x wider MLP, attention, logits."""
     pairs = length * (length + 1) // 2 if causal else length * length
     weights = layers * (4 * dim * dim + 2 * 4 * dim * dim) + vocab * dim
     return batch * (2 * length * weights + layers * 4 * pairs * dim)
 
 
 def test_bert_base_is_22_gflop() -> None:
-    """22.3 GFLOP is what BERT-base takes for 128 tokens: products, with the rest below one per cent."""
+    """BERT-base takes 22.3 GFLOP for 128 tokens: products, with the rest below one per cent."""
     graph = bert.graph()
     flops = graph_cost(graph, {"B": 1, "S": 128}).flops
     assert flops == pytest.approx(22.3e9, rel=0.01)
@@ -197,11 +197,11 @@ def test_bytes_of_a_forward_pass_hold_the_weights_once() -> None:
     graph = bert.graph()
     read = sum(v.type.bytes_at({}) for name, v in graph.parameters.items() if not name.startswith("embeddings."))
     small = graph_cost(graph, {"B": 1, "S": 1}).bytes
-    assert read < small < 1.01 * read, "at one token, activations are next to nothing"
+    assert read < small < 1.01 * read, "at one token, activations are negligible"
 
 
 PARAMETERS = {
-    # as Hugging Face's num_parameters() counts openai-community/gpt2 and google-bert/bert-base-uncased
+    # as counted by Hugging Face's num_parameters() for openai-community/gpt2 and google-bert/bert-base-uncased
     "GPT-2 124M": (gpt2, 124_439_808),
     "BERT-base": (bert, 108_891_648),
     "BERT-base with pooler": (bert.configure(head="pooler"), 109_482_240),

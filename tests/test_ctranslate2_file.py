@@ -1,4 +1,4 @@
-"""The reader of CTranslate2's model.bin: what it reads, and that a damaged file gives our error with the byte."""
+"""The reader of CTranslate2's model.bin: its results, and for a damaged file, our error with the offset of the byte."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ ONE = np.zeros((2, 3), "<f4")
         (b"", "the file is empty", "byte 0"),
         (b"\x06\0", "the file ends within a record", "byte 0, version"),
         (model(version=5), "this version of the format is not read", "byte 0, version"),
-        (model(variable("a", ONE), variable("a", ONE)), "a variable stands twice", "byte 86, a, data"),
+        (model(variable("a", ONE), variable("a", ONE)), "a variable appears twice", "byte 86, a, data"),
         (model(variable("a", ONE, number=6)), "the dtype is not known", "byte 39, a, dtype"),
         (model(variable("a", ONE, number=4)), "a variable's bytes do not equal dtype x shape", "byte 40, a, bytes"),
         (model(variable("a", ONE.reshape((1,) * 17 + (6,)))), "more dimensions than the limit", "byte 30, a, rank"),
@@ -90,7 +90,7 @@ ONE = np.zeros((2, 3), "<f4")
             "a variable's shape is larger than any array",
             "byte 39, a, dimension 2",
         ),
-        (model(variable("", ONE)) + b"\0", "the file goes on after its last record", "byte 67, count of aliases"),
+        (model(variable("", ONE)) + b"\0", "the file continues after its last record", "byte 67, count of aliases"),
         (model(b"\0\0" + variable("", ONE)[3:]), "a text must have from 1 to", "byte 26, name, length"),
         (model(variable("a\0b", ONE)), "a text must end in its one NUL", "byte 28, name"),
         (model(variable("a", ONE).replace(b"a\0", b"\xff\0", 1)), "a text must be UTF-8", "byte 28, name"),
@@ -124,7 +124,7 @@ def test_every_prefix_is_refused(tmp_path: Path) -> None:
 
 
 def test_mutations(tmp_path: Path) -> None:
-    """Two thousand files with some bytes changed, cut out or put in: each is read whole, or refused with a byte."""
+    """Two thousand files with some bytes changed, removed or inserted: each is read, or refused with an offset."""
     rng = np.random.default_rng(0)
     refusals = []
     for _ in range(2000):
@@ -151,7 +151,7 @@ def test_mutations(tmp_path: Path) -> None:
 
 
 def test_another_kind_of_model(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="the file holds no Whisper"):
+    with pytest.raises(CheckpointError, match="the file does not hold Whisper"):
         from_ctranslate2(open_bytes(tmp_path, model(specification="TransformerSpec")))
     with pytest.raises(CheckpointError, match="no variable decoder/activation"):
         from_ctranslate2(open_bytes(tmp_path, WHOLE))

@@ -1,4 +1,4 @@
-"""Cuts that go into calls: blocks that cut or pick themselves, blocks in blocks, and positions that a block gives."""
+"""Slices moved into calls: blocks that slice or index values themselves, nested blocks, and positions from a block."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from treadle.passes.framework.manager import Optimized, PassManager
 
 PICKS = ["q = expand(i, shape=[B, 2, 8])", "y = take_along_axis(h, q, axis=1)"]
 ONE = "o = slice(z, axis=1, start=2, stop=3)"
-"""What main reads of a block's second result."""
+"""The part of a block's second result that main reads."""
 
 
 def block(name: str, takes: str, gives: str, *lines: str) -> str:
@@ -24,7 +24,7 @@ def graph(*blocks: str) -> Graph:
 
 
 def cut(*blocks: str) -> Optimized:
-    """The same numbers in all sizes that are drawn, and a second run finds nothing."""
+    """Run the pass; check that the numbers are the same for all drawn sizes, and that a second run finds nothing."""
     done = PassManager([CutSooner()], certify=True).run(graph(*blocks))
     assert_same_numbers(done.source, done.graph)
     again = PassManager([CutSooner()]).run(done.graph)
@@ -41,12 +41,12 @@ OWN = {
     "lookup": (["q = gather(x, 3, axis=1)", "y = tanh(q)"], "y: f32[B, 8]"),
     "positions": (["h = tanh(x)", *PICKS], "y: f32[B, 2, 8]"),
 }
-"""What a block cuts itself of its first input, whoever reads its results, and what it gives."""
+"""A block's own slice of its first input, and its result."""
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_a_block_that_cuts_another_input_itself(name: str) -> None:
-    """Its caller hands it the part, or all where the positions are the block's own."""
+    """The caller passes only the needed positions, or all of them if the block computes the positions itself."""
     lines, gives = OWN[name]
     takes = "x: f32[B, 9, 8], i: i64[B, 2, 1], w: f32[B, 9, 8]"
     inner = block("block f", takes, f"{gives}, z: f32[B, 9, 8]", *lines, "z = exp(w)", "return y = y, z = z")
@@ -59,14 +59,14 @@ def test_a_block_that_cuts_another_input_itself(name: str) -> None:
 
 
 def test_a_block_that_gives_the_positions_at_which_it_is_read() -> None:
-    """They are not known before it runs."""
+    """The positions are not known before the block runs."""
     takes = "x: f32[B, 9, 8], j: i64[B, 2, 1]"
     inner = block(
         "block f", takes, "h: f32[B, 9, 8], i: i64[B, 2, 1]", "h = tanh(x)", "i = mul(j, 1)", "return h = h, i = i"
     )
     done = cut(inner, block("main", takes, "y: f32[B, 2, 8]", "h, i = f(x, j)", *PICKS, "return y = y"))
     assert done.graph == done.source
-    assert [event.reason for event in done.log[0].refusals] == ["f gives the positions at which it is read"]
+    assert [event.reason for event in done.log[0].refusals] == ["f computes the positions at which it is read"]
 
 
 def test_a_block_that_calls_one() -> None:
@@ -80,7 +80,7 @@ def test_a_block_that_calls_one() -> None:
 
 
 def test_one_axis_after_the_other() -> None:
-    """Of what is cut along two axes at its end."""
+    """A result that is sliced along two axes at its end."""
     takes = "x: f32[B, 9, 8]"
     inner = block("block f", takes, "y: f32[B, 9, 8]", "y = tanh(x)", "return y = y")
     lines = ["z = f(x)", ONE, "y = slice(o, axis=0, stop=1)", "return y = y"]

@@ -1,4 +1,4 @@
-"""What is cut is cut before it is computed, into calls as well; near misses stay; numbers are the same."""
+"""A value that is sliced is sliced before it is computed, also inside calls; near misses stay; numbers are the same."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_positions_that_each_row_has_of_its_own() -> None:
 
 
 def test_positions_are_turned_to_where_rows_lie() -> None:
-    """And what holds the positions without the rows stays whole: a table that is added."""
+    """A table that is added has the positions but not the rows, and stays whole."""
     lines = ["h = tanh(x)", 'r = rearrange(h, pattern="b s (h d) -> b h s d", h=2)', "a = attention(r, r, r)"]
     lines = [line.replace(", h=2)", ")").replace("(h d)", "(h=2 d)") for line in lines]
     lines += ['m = rearrange(a, pattern="b h s d -> b s (h d)")', *TAKEN, "y = take_along_axis(m, f, axis=1)"]
@@ -231,7 +231,7 @@ def test_positions_go_into_calls_but_not_to_a_causal_mask() -> None:
     assert types["activated_linear"] == "f32[B, 1, ffn=32]"
     (record,) = [each for each in exe.log if each.name == "cut-sooner"]
     assert [event.reason for event in record.refusals] == [
-        "attention looks at positions, and each row is read at one of its own"
+        "attention depends on positions, and each row is read at a position of its own"
     ]
 
 
@@ -249,7 +249,7 @@ def test_a_word_is_said_where_an_op_has_no_part() -> None:
     done = optimize(text, CutSooner())
     assert done.graph == parse_graph(text)
     (refusal,) = done.log[0].refusals
-    assert refusal.reason == "attention_parts has no form on 1 of S positions, all that is read of it"
+    assert refusal.reason == "attention_parts has no form on 1 of S positions, though only these are read"
 
 
 # -- into calls ------------------------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def encoder(
 
 
 def calls(graph: Graph) -> list[tuple[str, str]]:
-    """What main calls, and the type of what that gives."""
+    """Return the function that main calls, and the type of its result."""
     return [(n.op.callee, str(n.result.type)) for n in graph.main.nodes if n.op.callee is not None]
 
 
@@ -279,7 +279,7 @@ def test_the_last_layer_computes_one_token() -> None:
     assert types["attention"] == "f32[B, heads=2, 1, 4]"
     assert types["gelu"] == "f32[B, 1, ffn=16]"
     (match,) = done.log[0].matches
-    assert match.reason == "1 of S positions: no more is computed by layer_cut"
+    assert match.reason == "1 of S positions: only these are computed by layer_cut"
     assert done.log[0].certificates
     assert_same_numbers(done.source, done.graph)
 
@@ -298,7 +298,7 @@ def test_a_layer_that_is_shown_computes_all() -> None:
 
 
 def test_a_cut_inside_a_block_that_is_called_twice() -> None:
-    """The block's own cut, and the one of its caller, which goes on into it."""
+    """The block's own slice, and its caller's slice, which moves into the block."""
     block = """
   block f(x: f32[B, 9, 8]) -> (y: f32[B, 4, 8]) {
     h = exp(x)
@@ -332,7 +332,7 @@ HEADS = {
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("backend", ["numpy", "torch", "tvm"])
 def test_classifiers_of_the_zoo(name: str, backend: str) -> None:
-    """The last block gives what the head looks at, and the numbers are those of the whole."""
+    """The last block returns only the position that the head reads, and the numbers equal the whole model's."""
     pytest.importorskip({"torch": "torch", "tvm": "tvm"}.get(backend, "numpy"))
     head, rows = HEADS[name]
     family, more = ("vit", {"distilled": True}) if name == "deit" else (name, {})
@@ -352,7 +352,7 @@ def test_classifiers_of_the_zoo(name: str, backend: str) -> None:
 
 
 def test_an_encoder_of_pytorchs() -> None:
-    """Its attention moves rows to [s b] and back, which stay where they are: else the cut would end there."""
+    """Its attention moves rows to [s b] and back, and slices pass through: else the slice would end there."""
     torch = pytest.importorskip("torch")
 
     class First(torch.nn.Module):  # type: ignore[misc, name-defined]

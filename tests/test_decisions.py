@@ -1,8 +1,8 @@
-"""What the compiler decides for small models of the zoo, as text: a decision that changes is a line in a diff.
+"""The compiler's decisions for small models of the zoo, as text: a decision that changes is a line in a diff.
 
-Of a model the graph that passes leave, with what they refused; then the kernels that it becomes on one instruction set,
-with their specs, which decide their code. Of steps, dtypes and encodings the kernels on each instruction set. Nothing
-is compiled, so any machine prints the same.
+For a model: the optimized graph, with the refusals of passes; then its kernels on one instruction set, with their
+specs, which decide their code. For steps, dtypes and encodings: the kernels on each instruction set. Nothing is
+compiled, so any machine prints the same.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def lowered(graph: Graph, isa: str) -> tuple[Optimized, KernelProgram]:
 
 
 def specs(program: KernelProgram) -> list[str]:
-    """A line for each distinct kernel: all that decides its code. Of a chain each instruction is told shortly."""
+    """Return a line for each distinct kernel: everything that decides its code, with the instructions of a chain
+    shortened.
+    """
     operands, attributes = r"operands=\(([^)]*)\)", r"attributes=\(((?:[^()]|\([^()]*\))*)\)"
     instruction = re.compile(rf"Instruction\(op='(\w+)', {operands}, dtype='(\w+)', {attributes}\)")
     return [
@@ -78,7 +80,7 @@ def specs(program: KernelProgram) -> list[str]:
 
 
 def steps(program: KernelProgram) -> list[str]:
-    """A line for each step: what it writes, its kernel and what that is given; views as they lie, and sizes."""
+    """Return a line for each step: its results, kernel and arguments, with the strides of views, and sizes."""
     titles = unique_titles(kernels_of(program))
     lines: list[str] = []
     for routine in program.routines:
@@ -113,7 +115,7 @@ COMPUTING: dict[str, tuple[str | None, str | None, str | None]] = {
     "int4, and the step with an f16 cache": (None, "int4", "f16"),
     "int4-int8": (None, "int4-int8", ""),
 }
-"""What a model computes in: its dtype, how its weights are quantized, and the dtype of caches; "": without a step."""
+"""Settings of a model: its dtype, the quantization of its weights, and the dtype of caches; "": without a step."""
 
 
 @pytest.mark.parametrize("case", COMPUTING)
@@ -148,7 +150,7 @@ SPELLED = ("llama, windows beside full layers", "t5 gated", "vit distilled")
 @pytest.mark.parametrize("backend", ["numpy", "torch"])
 @pytest.mark.parametrize("name", SPELLED)
 def test_what_is_spelled(name: str, backend: str, golden: Golden) -> None:
-    """In Python: which calls, and what is written where."""
+    """The emitted Python code: which calls, and which values are written where."""
     if backend == "torch":
         pytest.importorskip("torch")
     layers = {option: 2 for option in ("layers", "decoder_layers") if option in ZOO[name][0].defaults}
@@ -170,7 +172,7 @@ def test_a_sharding(family: str, mesh: str, recipe: str, golden: Golden) -> None
 
 
 def test_a_budget(golden: Golden) -> None:
-    """Of a model that is computed in parts: the graph that is left, and what is told of the parts."""
+    """A model that is computed in parts: the resulting graph, and the report on the parts."""
     pytest.importorskip("tvm")
     budget = Budget(400_000, {"B": 4, "S": 64})
     found = TvmBackend().lower(optimized(LLAMA.graph()).graph, Target("x86-64-v4", threads=1), budget=budget)
@@ -179,7 +181,7 @@ def test_a_budget(golden: Golden) -> None:
 
 
 def test_ways_to_keep_to_a_budget(golden: Golden) -> None:
-    """All that are tried, the fastest first: bytes and time as estimated, and what is computed in parts."""
+    """All alternatives that are tried, the fastest first: estimated bytes and time, and values computed in parts."""
     pytest.importorskip("tvm")
     sizes = {"B": 4, "S": 64}
     search, _ = search_of(TvmBackend(), bounded(optimized(LLAMA.graph()).graph, sizes), Target("x86-64-v4", 1), sizes)
@@ -207,7 +209,7 @@ def test_an_export(name: str, opset: int, golden: Golden, tmp_path: Path) -> Non
 
 
 def test_what_is_nearly_attention(golden: Golden) -> None:
-    """What is told of each program that looks like attention, and is none or is not the term that it seems."""
+    """The report on each program that looks like attention but is not, or is attention with another term."""
     lines: list[str] = []
     for each in NEAR_MISSES:
         found = PassManager(DEFAULT, certify=False).run(graph_of(each.build))

@@ -1,4 +1,4 @@
-"""What a declaration may say of its inputs, its parameters and its stacks."""
+"""Inputs, parameters and stacks in a model declaration."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_a_parameter_has_a_size_that_is_known(size: str | int) -> None:
     def biased(x: t.f32["B S"]):
         return x + t.parameter("offset", size)
 
-    with pytest.raises(FrontendError, match="the shape of parameter offset must be of numbers from 0 on"):
+    with pytest.raises(FrontendError, match="the shape of parameter offset must consist of numbers, 0 or more"):
         biased.graph()
 
 

@@ -1,4 +1,4 @@
-"""Decoders that users bring, from Hugging Face folders: the same logits, whole and stepped, and what is refused."""
+"""Decoders from users' Hugging Face folders: the same logits, whole and stepped, and refusals."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("backend", ["numpy", "torch", "tvm"])
 def test_equals_hugging_face_whole_and_stepped(saved: Saved, backend: str) -> None:
-    """Rows of two lengths are prefilled in chunks, and go on token by token, past every window."""
+    """Rows of two lengths are prefilled in chunks, and continue token by token, past every window."""
     reason = find_backend(backend).available()
     if reason is not None:
         pytest.skip(f"backend {backend}: {reason}")
@@ -90,7 +90,7 @@ def test_attention_is_found_in_each_layer(saved: Saved) -> None:
 
 @pytest.mark.parametrize("backend", ["numpy", "torch", "tvm"])
 def test_longrope_turns_by_a_texts_length(backend: str, tmp_path: Path) -> None:
-    """Short and long texts from one compilation; it has a step where no text is longer than the context."""
+    """Short and long texts from one compilation; it has a step if no text is longer than the context."""
     if reason := find_backend(backend).available():
         pytest.skip(f"backend {backend}: {reason}")
     tiny = DECODERS["phi3-long"]
@@ -101,7 +101,7 @@ def test_longrope_turns_by_a_texts_length(backend: str, tmp_path: Path) -> None:
         tokens = TOKENS[:, :length]
         wanted = answer(theirs, {"tokens": tokens})["logits"]
         assert np.abs(exe(tokens=tokens)["logits"] - wanted).max() < TOLERANCE * np.abs(wanted).max()
-    with pytest.raises(PassError, match="size: the axis is cut"):
+    with pytest.raises(PassError, match="size: the axis is sliced"):
         exe.session(rows=1)
     session = open_stepped(tmp_path, backend=backend).session(rows=1)
     assert session.capacity == 8
@@ -112,7 +112,7 @@ def test_longrope_turns_by_a_texts_length(backend: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("architecture", sorted({each.architecture for each in DECODERS.values()}))
 def test_a_key_that_a_config_leaves_out_has_hugging_faces_default(architecture: str) -> None:
-    """Files are written without what is as the library has it."""
+    """Files are written without keys that have the library's default."""
     config = getattr(transformers, architecture).config_class().to_dict() | {"architectures": [architecture]}
     family = family_of(config)
     whole = family.from_config(config)
@@ -152,7 +152,7 @@ def rope(kind: str, **options: Any) -> dict[str, Any]:
         ("phi3", rope("yarn", short_factor=[1.0] * 3), "long_factor must be a list of numbers"),
         ("phi3", rope("su", short_factor=[1.0] * 3, long_factor=[2.0] * 2), "long_factor must have a factor for each"),
         ("phi3", rope("longrope", short_factor=[1.0, 0, 1], long_factor=[2.0] * 3), "short_factor must be a number"),
-        ("phi3-part", rope("default", partial_rotary_factor=0.4), "partial_rotary_factor must leave an even number"),
+        ("phi3-part", rope("default", partial_rotary_factor=0.4), "partial_rotary_factor must give an even number"),
         ("stablelm", {"qk_layernorm": True}, "qk_layernorm is True"),
         ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual is True"),
         ("granite", {"logits_scaling": 0}, "logits_scaling must be a number from 1e-9"),
@@ -201,7 +201,7 @@ BEFORE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"rope_theta": 300.0, "partial_rotary_factor": 0.5},
     ),
 }
-"""What `rope_parameters` says, and how it was said before transformers 5."""
+"""The value of `rope_parameters`, and its form before transformers 5."""
 
 
 @pytest.mark.parametrize("kind", BEFORE)

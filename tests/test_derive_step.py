@@ -1,4 +1,4 @@
-"""The step that is derived from a model: its entries, in float64, give the logits of the whole, however it is cut."""
+"""The step that is derived from a model: its entries, in float64, give the logits of the whole, however it is split."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ROWS, LENGTH = 3, 11
 
 
 def drawn_inputs(graph: Graph, axis: str, rng: np.random.Generator, rows: int = ROWS) -> dict[str, Array]:
-    """Inputs of a whole: LENGTH tokens a row, and up to 6 of what else it takes."""
+    """Inputs of a whole run: LENGTH tokens a row, and up to 6 positions of the other inputs."""
     sizes = dict.fromkeys(graph.symbols, 6) | {axis: LENGTH, "B": rows}
     made: dict[str, Array] = {}
     for value in graph.main.inputs:
@@ -63,14 +63,14 @@ def drawn_weights(graph: Graph, rng: np.random.Generator) -> dict[str, Array]:
 
 
 def state_sizes(derived: DerivedStep) -> dict[str, int]:
-    """Sizes of states: CAPACITY positions, chunks of CHUNK tokens, MEMORY positions of what else rows bring."""
+    """Sizes of states: CAPACITY positions, chunks of CHUNK tokens, MEMORY positions of other per-row inputs."""
     rings = {symbol: window + CHUNK for symbol, window in derived.windows.items()}
     sizes = {"R": SLOTS, "C": CAPACITY, **dict.fromkeys(derived.memories, MEMORY), **rings}
     return {s: size for s, size in sizes.items() if any(s in v.type.symbols for v in derived.graph.states.values())}
 
 
 class InFloat64:
-    """A derived graph as the interpreter runs it. States hold what other rows left there."""
+    """A derived graph run by the interpreter. States still contain values of earlier rows."""
 
     def __init__(self, derived: DerivedStep, weights: Mapping[str, Array], rng: np.random.Generator) -> None:
         self.graph, self.weights = derived.graph, weights
@@ -88,7 +88,7 @@ class InFloat64:
 
 
 class Schedule:
-    """Rows that are cut into calls of drawn sizes, in drawn order, some of them at a time."""
+    """Rows that are split into calls of drawn sizes, in drawn order, some of them at a time."""
 
     def __init__(self, derived: DerivedStep, inputs: Mapping[str, Array], rng: np.random.Generator) -> None:
         self.derived, self.inputs, self.rng = derived, inputs, rng
@@ -98,8 +98,9 @@ class Schedule:
         self.begun = np.zeros(rows, np.bool_)
 
     def run(self, call: Run, check: Callable[[str, Array, int, int, int], None]) -> None:
-        """Call entries until all tokens are given. `check` sees of each output the name, the array [n, ...] of the
-        tokens of one row, which row that is, and the first and the end of these tokens."""
+        """Call entries until all tokens are processed. For each output, `check` gets the name, the array [n, ...] for
+        the tokens of one row, the row, and the first and the end of these tokens.
+        """
         names, rng = self.derived.tokens, self.rng
         while (self.done < LENGTH).any():
             rows = rng.permutation(np.flatnonzero(self.done < LENGTH))[: rng.integers(1, len(self.done) + 1)]
@@ -131,7 +132,7 @@ class Schedule:
             self.done[rows] += counts
 
     def _begin(self, call: Run, rows: Array) -> None:
-        """The prologue of the rows that begin."""
+        """Run the prologue of the rows that begin."""
         new = rows[~self.begun[rows]]
         if len(new) and self.derived.has_prologue:
             given = {name: self.inputs[name][new] for name in self.derived.prologue}
@@ -192,7 +193,7 @@ def test_what_mixes_tokens_otherwise_is_refused_by_name_and_line(name: str) -> N
 
 
 def line_of(error: PassError) -> int:
-    """The line of the models that an error names."""
+    """Return the line of the models that an error names."""
     found = re.search(r"stepped_models\.py:([0-9]+)", str(error))
     assert found
     return int(found[1])
@@ -207,7 +208,7 @@ def line_of(error: PassError) -> int:
     ],
 )
 def test_rows_that_read_each_other_are_refused(model: Model, what: str) -> None:
-    with pytest.raises(PassError, match="rows, B, are not each by itself") as caught:
+    with pytest.raises(PassError, match="rows, B, are not independent") as caught:
         derive_step(optimized(model))
     assert what in str(caught.value)
 
@@ -230,7 +231,7 @@ def test_a_model_of_two_texts_needs_to_be_told_the_axis() -> None:
 
 def test_a_derived_graph_has_no_step_of_its_own() -> None:
     derived = derive_step(optimized(MODELS["windows"])).graph
-    with pytest.raises(PassError, match="a graph with one entry, and no states") as caught:
+    with pytest.raises(PassError, match="a graph with one entry and no states") as caught:
         derive_step(derived)
     assert caught.value.received == repr(derived)
 
@@ -245,7 +246,7 @@ def test_symbols_of_the_states_are_the_steps_own(symbol: str) -> None:
 def test_a_shift_of_tokens_is_named_though_rows_are_expanded() -> None:
     with pytest.raises(PassError, match="shifted has no axis that may be stepped") as caught:
         derive_step(optimized(shifted))
-    assert "slice: the axis is cut" in str(caught.value)
+    assert "slice: the axis is sliced" in str(caught.value)
 
 
 def test_tokens_without_rows_first_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Equal inputs give equal bytes: what is printed, logged, emitted and computed, in every process and on every call."""
+"""Equal inputs give equal bytes: printed texts, logs, emitted code and results, in every process and on every call."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MODELS = {
 
 
 def inputs(exe: t.Compiled) -> dict[str, np.ndarray]:
-    """Something for every input: the axes of 3 rows and 5 positions, the lengths of rows within them."""
+    """Return a value for every input: the axes of 3 rows and 5 positions, the lengths of rows within them."""
     rng = np.random.default_rng(0)
     shapes = {port.name: [3 if axis == "B" else 5 for axis in port.axes] for port in exe.inputs}
     return {name: rng.integers(0, 2, shape) for name, shape in shapes.items()}
@@ -42,7 +42,7 @@ def answers(exe: t.Compiled) -> bytes:
 
 
 def everything(name: str) -> Iterator[str]:
-    """All that the compiler says of a model, and the digest of what it computes."""
+    """Yield all texts of the compiler for a model, and the digest of its results."""
     graph = MODELS[name].graph()
     yield str(graph)
     for axis in ("S", "heads"):
@@ -55,7 +55,7 @@ def everything(name: str) -> Iterator[str]:
 
 
 def in_another_process(program: str, *arguments: str) -> str:
-    """What a program prints in a process that takes these arguments, and has another hash seed than this one."""
+    """Return the output of a program in another process with these arguments and another hash seed."""
     seed = "4242" if os.environ.get("PYTHONHASHSEED") != "4242" else "1"
     run = subprocess.run(
         [sys.executable, "-c", program, *arguments],
@@ -71,15 +71,15 @@ def in_another_process(program: str, *arguments: str) -> str:
 
 
 def test_another_process_with_another_hash_seed_says_the_same() -> None:
-    """Python orders sets of strings by a seed that differs from process to process unless it is given."""
+    """Python orders sets of strings by a seed that differs from process to process unless it is set."""
     program = f"from {__name__} import *\nprint(*(text for name in MODELS for text in everything(name)), sep='\\n')"
     here = "\n".join(text for name in MODELS for text in everything(name)) + "\n"
     assert here.count("\n") > 500
-    assert here.splitlines() == in_another_process(program).splitlines()  # by lines, so that a failure shows which
+    assert here.splitlines() == in_another_process(program).splitlines()  # by lines, to show the difference
 
 
 def save_every_model(folder: str) -> None:
-    """An artifact of each of the zoo's declarations, numbered in order, and on PyTorch of the first."""
+    """Save an artifact of each of the zoo's declarations, numbered in order, and on PyTorch of the first."""
     for number, (model, _) in enumerate(ZOO.values()):
         t.compile(model).save(Path(folder) / f"{number}.treadle")
     if find_backend("torch").available() is None:

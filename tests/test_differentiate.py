@@ -62,7 +62,7 @@ def drawn(graph: Graph, seed: int = 0) -> tuple[dict[str, Array], dict[str, Arra
 
 
 def check_by_differences(graph: Graph) -> Graph:
-    """Each gradient, along a random direction, against central differences of the outputs."""
+    """Compare each gradient, along a random direction, with central differences of the outputs."""
     made = with_gradients(graph)
     inputs, weights = drawn(made)
     results = interpret(made, inputs, weights, float64=True)
@@ -80,8 +80,8 @@ def check_by_differences(graph: Graph) -> Graph:
         direction = rng.standard_normal(value.shape)
         ahead, behind = (loss({name: value + s * direction}) for s in (step, -step))
         gradient = float((results[f"d.{name}"] * direction).sum()) if f"d.{name}" in results else 0.0
-        # The difference is off by step^2 f''' / 6, about 1e-10 here, and by the rounding of the loss over the step:
-        # 2^-53 * 100 / 1e-5, about 1e-9. Gradients are of the order of 1, small ones near 0.
+        # The difference is off by step^2 f''' / 6, about 1e-10 here, and by the rounding of the loss divided by the
+        # step: 2^-53 * 100 / 1e-5, about 1e-9. Gradients are of the order of 1, small ones near 0.
         np.testing.assert_allclose((ahead - behind) / (2 * step), gradient, rtol=1e-6, atol=1e-6, err_msg=name)
     return made
 
@@ -105,7 +105,7 @@ def test_bert(head: str) -> None:
 
 @t.model
 def grouped(x: t.f32["B S 8"]):
-    """Rotating, grouped heads, a window, a soft-cap, a gated network, and norms without means."""
+    """Rotary positions, grouped heads, a window, a soft-cap, a gated network, and norms without means."""
     y = t.rms_norm(x, name="n1")
     y = t.multi_head_attention(
         y, y, 4, kv_heads=2, mask=t.causal & t.window(3), softcap=2.0, rotate=lambda v: v * 0.5 + t.sin(v), name="attn"
@@ -119,7 +119,7 @@ def test_parts_of_newer_models() -> None:
 
 @t.model
 def mixture(x: t.f32["B S 6"], mask: t.boolean["B S"]):
-    """Values that go many ways: several results, a choice, a lookup, a split and a join, a convolution, scans."""
+    """Values with many uses: several results, a choice, a lookup, a split and a join, a convolution, scans."""
     best, where = t.top_k(x, k=2)
     chosen = t.where(t.rearrange(mask, pattern="b s -> b s 1"), t.tanh(x), x * x)
     table = t.parameter("table", 6, 3)
@@ -172,18 +172,18 @@ def test_a_block_against_torch() -> None:
 
     np.testing.assert_allclose(found["logits"], logits.detach().numpy(), rtol=1e-10, atol=1e-10)
     for name, tensor in w.items():
-        # Constants of gradients, such as GELU's 1/sqrt(2 pi), are float32: each is off by up to 2^-25 of itself. (The
-        # bias of keys moves all scores of a query alike: its gradient is 0 but for rounding.)
+        # Constants in gradients, such as GELU's 1/sqrt(2 pi), are float32: each is off by up to 2^-25 of itself. (The
+        # bias of keys shifts all scores of a query equally, so its gradient is 0 but for rounding.)
         wanted = tensor.grad.numpy()
         within = 2.0**-23 * max(abs(wanted).max(), 1.0)
         np.testing.assert_allclose(found[f"d.{name}"], wanted, rtol=0, atol=within, err_msg=name)
 
 
-# -- how gradients meet --------------------------------------------------------------------------------------------
+# -- sums of gradients ---------------------------------------------------------------------------------------------
 
 
 def gradient_of(make: Any, **arrays: Array) -> dict[str, Array]:
-    """The gradients of the sum of what `make` builds from inputs of these values."""
+    """Return the gradients of the sum of the value that `make` builds from inputs of these values."""
     b = Builder(Graph("g"))
     inputs = {n: b.input(n, f"f64[{', '.join(map(str, a.shape))}]") for n, a in arrays.items()}
     result = make(b, *inputs.values())
@@ -231,7 +231,7 @@ def test_no_gradient_passes_what_is_constant_between_steps() -> None:
 
 
 def test_an_op_without_a_gradient_is_refused_with_the_users_line() -> None:
-    """Alone and within a body; not where no gradient is wanted of it."""
+    """The error occurs alone and within a body, but not if its gradient is not needed."""
     try:
 
         @op("test_bare", axes="... -> ...", dtypes="f -> f")
@@ -245,7 +245,7 @@ def test_an_op_without_a_gradient_is_refused_with_the_users_line() -> None:
 
         @op("test_around", axes="..., i -> ...", dtypes="f, i -> f")
         class Around(Composite):
-            """y = 3 x + 3 i, of which i is an integer"""
+            """y = 3 x + 3 i, where i is an integer"""
 
             x = Operand()
             i = Operand()
@@ -287,7 +287,7 @@ def test_one_of_several_results() -> None:
 
 
 def test_a_given_gradient_and_one_that_is_found_add() -> None:
-    """y is an output itself, and is read by another."""
+    """y is an output, and is also read by another node."""
     b = Builder(Graph("g"))
     x = b.input("x", "f64[3]")
     y = x * 2.0
@@ -318,7 +318,7 @@ def test_gradients_of_gradients() -> None:
 
 
 def test_a_value_that_is_two_results_at_once() -> None:
-    try:  # registered here, and not by the import: the suites run every op that is registered when they are collected
+    try:  # registered here, and not on import: the suites run every op that is registered when they are collected
 
         @op("test_twins", axes="... -> ..., ...", dtypes="f -> f, f")
         class Twins(Composite):

@@ -1,4 +1,4 @@
-"""Donated inputs: a run may write over what its caller gives away, and over nothing else."""
+"""Donated inputs: a run may write over the inputs that its caller donates, and over nothing else."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Array = np.ndarray[Any, Any]
 
 
 def residual(b: Builder) -> dict[str, Expr]:
-    """x is read by a norm, and at last by the addition."""
+    """x is read by a norm, and finally by the addition."""
     x, y = b.input("x", "f32[S, 8]"), b.input("y", "f32[S, 8]")
     return {"out": x + b.softmax(x * y)}
 
@@ -135,7 +135,7 @@ def test_a_donated_weight_is_refused(backend: str) -> None:
     assert_near(exe(x=w.copy())["y"], w * w)
 
 
-@example([(0, 9), (1, 1), (5, 1)])  # the last one meets the first, past another
+@example([(0, 9), (1, 1), (5, 1)])  # the last span meets the first, past another span
 @given(st.lists(st.none() | st.tuples(st.integers(0, 12), st.integers(0, 5)), max_size=9))
 def test_spans_that_meet_are_found_as_by_asking_each_pair(drawn: list[tuple[int, int] | None]) -> None:
     spans = [None if each is None else (each[0], each[0] + each[1]) for each in drawn]
@@ -212,13 +212,13 @@ def test_a_plan_that_writes_over_what_is_not_donated_is_refused(backend: str) ->
     assert lowered.plan is not None
     main = lowered.plan.functions["main"]
     lent = replace(lowered.plan, functions={"main": replace(main, donated=())})
-    with pytest.raises(PassError, match="a step writes into"):
+    with pytest.raises(PassError, match="a step writes to"):
         check_storage(lowered.graph, lent)
 
 
 @each_backend
 def test_who_reads_what_is_donated_comes_first(backend: str) -> None:
-    """In program order x is read after the step that could write over it; its readers are put before that."""
+    """In program order x is read after the step that could write over it; the readers are moved before that step."""
 
     def early(b: Builder) -> dict[str, Expr]:
         x = b.input("x", "f32[S, 64]")

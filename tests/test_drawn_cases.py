@@ -1,4 +1,4 @@
-"""What the two sides of a certificate's claim are run with: which cases there are, and what is drawn for each."""
+"""Inputs for the two sides of a certificate's claim: the cases, and the drawn numbers of each case."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ THIRD = pytest.approx(1 / 3, abs=0.04)  # of 3000 rows; a thousandth of all seed
 
 
 def sides(*types: str, over: str = "exp") -> tuple[Graph, Graph]:
-    """An op of the sum of inputs, twice."""
+    """Return a graph of an op on the sum of the inputs, as both sides."""
     b = Builder(Graph("g"))
     x, *others = [b.input(name, type) for name, type in zip("xyz", types, strict=False)]
     for other in others:
@@ -71,7 +71,7 @@ def test_extreme_numbers_are_zero_level_or_wide(over: str, most: float) -> None:
     [("f32", [-1e9, -1e4, -1e30, -float(np.finfo(np.float32).max)]), ("f16", [-65504.0, -1e4, -65504.0, -65504.0])],
 )
 def test_what_is_added_before_an_exponential_masks_by_numbers(dtype: str, numbers: list[float]) -> None:
-    """All of a row, half of one, or none."""
+    """All of a row, half of one, or none is masked."""
     pair = sides(f"{dtype}[R, T]", f"{dtype}[R, T]")
     for case, number in zip(MASKED, numbers, strict=True):
         found = drawn(pair, case) == number
@@ -122,7 +122,7 @@ def test_indices_point_inside_on_both_sides() -> None:
     found = drawn(looked_up(7, 9), name="i")
     assert (found.min(), found.max()) == (0, 6)
     assert (drawn(looked_up(9, 7), "masked", name="i")).max() == 6
-    with pytest.raises(TreadleError, match="no index is left that points inside"):
+    with pytest.raises(TreadleError, match="no index is in range for all of its uses"):
         drawn(looked_up(7, 0), name="i")
 
 

@@ -1,4 +1,4 @@
-"""Inputs that graphs are tried on: which sizes, and which arrays, to the number."""
+"""Drawn inputs for graphs: the sizes, and the arrays, to the number."""
 
 from __future__ import annotations
 
@@ -55,16 +55,16 @@ def test_what_is_drawn() -> None:
     assert not any(np.array_equal(other[name], array) for name, array in drawn.items())
     assert [a.dtype.name for a in drawn.values()] == ["float32", "int64", "bool", "int8", "float32", "float16"]
     assert abs(drawn["x0"].mean()) < 0.1 and abs(drawn["x0"].std() - 1) < 0.1
-    assert abs(drawn["x2"].mean() - 0.75) < 0.04  # six standard deviations of the mean of so many
+    assert abs(drawn["x2"].mean() - 0.75) < 0.04  # six standard deviations of the mean of that many numbers
     assert (drawn["x3"].min(), drawn["x3"].max()) == (1, 127)
     small = draw_inputs(graph, {"B": 5}, [0])["x1"]
     wide = np.concatenate([draw_inputs(graph, {"B": 5}, [n])["x1"] for n in range(40)])
-    assert small.shape == (5,) and (wide.min(), wide.max()) == (1, 5), "as lengths are"
+    assert small.shape == (5,) and (wide.min(), wide.max()) == (1, 5), "drawn like lengths"
     assert np.array_equal(drawn["x4"], held(drawn["x4"], Value("input", parse_type("bf16[B]"), "x")))
 
 
 def indexing(*shifts: int) -> Graph:
-    """Two tables that one input looks up, shifted by so much."""
+    """Two tables that are indexed by one input, shifted by different amounts."""
     b = Builder(Graph("g"))
     i = b.input("i", "i64[B]")
     tables = [b.input("t", "f32[5, 2]"), b.input("u", "f32[9, 2]")]

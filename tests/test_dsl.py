@@ -1,4 +1,4 @@
-"""The DSL: what a declaration may say, what becomes of its names and bounds, and how mistakes in it are told."""
+"""The DSL: legal declarations, the treatment of names and bounds, and the reports of mistakes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FILE = Path(__file__).name
 
 
 def at(function: Callable[..., Any], text: str) -> str:
-    """The place of a function's line that holds a text, as errors name it."""
+    """Return the location of a function's line that holds a text, as errors name it."""
     lines, first = inspect.getsourcelines(function)
     (number,) = [n for n, each in enumerate(lines, first) if text in each]
     return f"tests/{FILE}:{number}"
@@ -59,7 +59,7 @@ def test_configuring_changes_a_copy() -> None:
     changed = sample.configure(scale=3.0).configure(bias=False, inputs=("y",))
     assert changed.config == {"scale": 3.0, "bias": False}
     assert changed.given == ("y",)
-    assert changed.configure(scale=1.0).given == ("y",), "what is not said stays"
+    assert changed.configure(scale=1.0).given == ("y",), "omitted settings are unchanged"
     assert changed.configure(inputs=("x",)).given == (), "a required input may be named"
     assert (sample.config, sample.given) == ({}, ())
 
@@ -118,7 +118,7 @@ def annotated(
     *,
     factor: float = 2.0,
 ) -> t.Tensor:
-    """Types as checkers read them."""
+    """Types in the form in which type checkers read them."""
     return x * factor if y is None else x + y
 
 
@@ -136,7 +136,7 @@ def test_types_that_checkers_read() -> None:
 
 def test_a_model_has_its_functions_signature() -> None:
     assert str(inspect.signature(annotated)).endswith("*, factor: 'float' = 2.0) -> 't.Tensor'")
-    assert inspect.getdoc(annotated) == "Types as checkers read them."
+    assert inspect.getdoc(annotated) == "Types in the form in which type checkers read them."
     assert (annotated.__name__, annotated.__module__) == ("annotated", __name__)
     assert repr(annotated.configure(factor=t.gelu)) == "<model annotated(factor=gelu)>"
 
@@ -192,7 +192,7 @@ def test_an_option_without_a_default() -> None:
     assert len(model.configure(factor=2.0).graph().main.nodes) == 1
 
 
-# -- what a model returns ------------------------------------------------------------------------------------------
+# -- results of a model --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -225,12 +225,12 @@ def test_outputs_have_names(returned: Callable[..., Any], names: list[str]) -> N
     ("returned", "said"),
     [
         (lambda x: None, "model model returns nothing"),
-        (lambda x: 3, "what model model returns is not a tensor of it\n  received  int"),
-        (lambda x: {"a": x, "b": None}, "output b of model model is not a tensor of it\n  received  NoneType"),
-        (lambda x: (x, [x]), "output output1 of model model is not a tensor of it\n  received  list"),
+        (lambda x: 3, "the output of model model is not one of its tensors\n  received  int"),
+        (lambda x: {"a": x, "b": None}, "output b of model model is not one of its tensors\n  received  NoneType"),
+        (lambda x: (x, [x]), "output output1 of model model is not one of its tensors\n  received  list"),
         (lambda x: {}, "model model returns no outputs"),
         (lambda x: (), "model model returns no outputs"),
-        (lambda x: {1: x}, "model model returns outputs whose names are no text\n  received  1"),
+        (lambda x: {1: x}, "model model returns outputs whose names are not strings\n  received  1"),
     ],
     ids=lambda value: value.split("\n")[0] if isinstance(value, str) else "",
 )
@@ -271,7 +271,7 @@ def test_outside_a_model(use: str) -> None:
 def test_a_model_is_no_function_outside_another() -> None:
     with pytest.raises(FrontendError, match="model sample is declared, not compiled") as caught:
         sample(1.0)
-    assert caught.value.hint == "treadle.compile(sample) gives something that runs"
+    assert caught.value.hint == "treadle.compile(sample) returns an executable that runs"
 
 
 def wrong_sizes(x: t.f32["B 4"]):
@@ -415,7 +415,7 @@ def test_a_misspelt_option_of_a_layer(name: str) -> None:
 
 
 ATTENTION: dict[str, Any] = {
-    # an option of attention, and a value that is not what it has where nothing is said
+    # an option of attention, and a value other than the default
     "kv_heads": 2, "head_dim": 6, "mask": t.causal, "bias": t.tensor_bias(np.ones((4, 3, 3), np.float32), "h s t"),
     "scale": 0.5, "softcap": 3.0, "projection_bias": False, "key_bias": False, "output_bias": False,
     "normalize": lambda x, name: t.rms_norm(x, name=name), "rotate": lambda x: x * 2.0, "name": "cross",

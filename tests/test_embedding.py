@@ -1,4 +1,4 @@
-"""Sentence embeddings: those of sentence-transformers, on small folders of its own and on MiniLM's real weights."""
+"""Sentence embeddings compared with sentence-transformers, on small folders of its own and on MiniLM's real weights."""
 
 from __future__ import annotations
 
@@ -31,28 +31,28 @@ from tests.hf_models import VOCAB, save
 Array = np.ndarray[Any, Any]
 
 TOLERANCE = 1e-5
-"""Of the cosine distance. float32's spacing is 6e-8 below 1; six layers of sums in another order stay below 1e-6, and
-one token more or less, or another position, moves a sentence by 1e-2.
+"""Cosine distance. float32's spacing is 6e-8 below 1; six layers of sums in another order stay below 1e-6, and one
+token more or less, or another position, moves a sentence by 1e-2.
 """
 
 BACKENDS = ("numpy", "torch", "tvm")
 
 
 def cosine_distances(a: Array, b: Array) -> Array:
-    """1 - cos of each row of a with that of b, in float64."""
+    """Return 1 - cos of each row of a with the same row of b, in float64."""
     a, b = (x.astype(np.float64) for x in (a, b))
     return 1 - (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
 
 
 def theirs(folder: Path, sentences: list[str]) -> Array:
-    """What sentence-transformers gives."""
+    """Return the embeddings of sentence-transformers."""
     model = sentence_transformers.SentenceTransformer(str(folder), device="cpu", local_files_only=True)
     found: Array = model.encode(sentences)
     return found
 
 
 def embedder(folder: Path | str, backend: str = "numpy") -> SentenceEmbedder:
-    """Ours; skips, with the reason, where the backend is not there."""
+    """Return our embeddings; skip, with the reason, if the backend is not available."""
     reason = find_backend(backend).available()
     if reason is not None:
         pytest.skip(f"backend {backend}: {reason}")
@@ -67,7 +67,7 @@ TEXTS = ["w0 w1 w2", "w3", "", "w5 w4 w3 w2 w1 nothing of this", "w9 " * 7, "w20
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A random BERT with a tokenizer of words, as sentence-transformers would load it."""
+    """A random BERT with a word tokenizer, in the form that sentence-transformers loads."""
     return prepared(tmp_path / "small", "bert")
 
 
@@ -79,7 +79,7 @@ def prepared(place: Path, name: str) -> Path:
     made.post_processor = tokenizers.processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    made.enable_padding(length=20)  # a file may ask for a fixed length, which is not ours
+    made.enable_padding(length=20)  # a file may ask for a fixed length, which is ignored
     made.enable_truncation(max_length=5)
     made.save(str(place / "tokenizer.json"))
     write(place / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]"})
@@ -153,7 +153,7 @@ def test_what_is_cut_is_told(folder: Path) -> None:
     ("settings", "limit"),
     [
         ({"model_max_length": 7}, 7),
-        ({"model_max_length": 10**30}, 5),  # no limit: then what tokenizer.json says
+        ({"model_max_length": 10**30}, 5),  # no limit: the limit of tokenizer.json applies
         ({}, 5),
         ({"model_max_length": 1000}, 24),  # the model has 24 positions
     ],
@@ -329,7 +329,7 @@ SENTENCES = [
 
 @pytest.fixture(scope="module")
 def minilm() -> Path:
-    """MiniLM's folder; skips where it is neither in the cache nor to be had."""
+    """MiniLM's folder; skips if it is neither in the cache nor available for download."""
     try:
         return fetch_model("minilm")
     except FrontendError as error:
@@ -352,7 +352,7 @@ def test_minilm_embeds_as_sentence_transformers_does(wanted: Array, backend: str
 
 
 def test_minilm_in_8_bits_is_near(wanted: Array) -> None:
-    """With symmetric rows and no balancing the mean is 0.0026 off (benchmarks/embeddings.py has 500 sentences)."""
+    """With symmetric rows and no smoothing the mean is 0.0026 off (benchmarks/embeddings.py has 500 sentences)."""
     if (reason := find_backend("tvm").available()) is not None:
         pytest.skip(f"backend tvm: {reason}")
     few = slice(0, 16)
@@ -379,7 +379,7 @@ def test_the_demo_shows_each_step(minilm: Path, capsys: pytest.CaptureFixture[st
     for word in shown:
         assert word in said
     assert "type: ignore" not in said
-    assert max(map(len, said.split("\n"))) > 150, "no terminal, so nothing is fitted"
+    assert max(map(len, said.split("\n"))) > 150, "no terminal, so no line is fitted to its width"
     cosines = re.findall(r"agree: max \|difference\| \d\.\de-0[5-9], least cosine ([\d.]+)$", said, re.MULTILINE)
     assert len(cosines) == said.count("least cosine")
     assert all(abs(float(cosine) - 1) < 1e-6 for cosine in cosines)
@@ -412,7 +412,7 @@ def test_the_demo_tells_the_time_of_a_run_that_is_warm(monkeypatch: pytest.Monke
         now[0] += lasts.pop(0)
 
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    assert treadle.demo._warm_seconds(run) == 3.0, "the median of what the last five took"
+    assert treadle.demo._warm_seconds(run) == 3.0, "the median of the last five times"
     assert not lasts
 
 

@@ -1,5 +1,6 @@
-"""Encoded weights are weights to every pass: the same sites fuse, blocks are joined as blocks, hoisting says what it
-decodes."""
+"""Encoded weights are weights to every pass: the same sites fuse, blocks are joined as blocks, and hoisting reports the
+weights that it decodes.
+"""
 
 from __future__ import annotations
 
@@ -43,13 +44,13 @@ MIXED = {"layer.1.attn.v.weight": "int8_rows"}
 
 
 def matrices(graph: Graph, text: str, others: Mapping[str, str] | None = None) -> dict[str, Encoding]:
-    """That encoding for each matrix, but for those that have another one."""
+    """Return that encoding for each matrix, except for the matrices in `others`."""
     names = [name for name, value in graph.parameters.items() if value.type.rank == 2]
     return {name: parse_encoding((others or {}).get(name, text)) for name in names}
 
 
 def drawn_weights(graph: Graph) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Weights of an encoded graph, and the numbers that they mean."""
+    """Return weights of an encoded graph, and their decoded numbers."""
     held, meant = {}, {}
     for number, (name, value) in enumerate(graph.parameters.items()):
         rng, shape = np.random.default_rng(number), value.type.static_shape or ()
@@ -93,7 +94,7 @@ def test_layers_with_other_encodings_are_other_functions() -> None:
     encoded = encode_parameters(graph, matrices(graph, "q8_0", MIXED))
     assert list(encoded.functions) == ["layer", "layer_2", "main"]
     assert [n.op.callee for n in encoded.main.nodes if n.op.callee] == ["layer", "layer_2", "layer"]
-    # one that is encoded in one layer alone leaves the other layers one function, and no decode in them
+    # if a weight is encoded in only one layer, the other layers still share one function, without a decode
     alone = encode_parameters(graph, {"layer.2.attn.q.weight": Encoding("q8_0")})
     assert [n.op.callee for n in alone.main.nodes if n.op.callee] == ["layer", "layer", "layer_2"]
     assert [sum(n.op.decodes for n in f.nodes) for f in alone.functions.values()] == [0, 1, 0]
@@ -127,7 +128,7 @@ def test_a_copy_of_a_function_takes_no_other_functions_name() -> None:
 
 
 def test_what_is_encoded_is_told_by_the_graphs_names() -> None:
-    """Not by the names that blocks have for what they are called with."""
+    """Parameters are named as in the graph, not by the parameter names inside blocks."""
     once = encode_parameters(called_twice(), {"a": Encoding("q8_0")})
     with pytest.raises(GraphError, match="parameter a is encoded already"):
         encode_parameters(once, {"a": Encoding("int8_rows")})
@@ -183,7 +184,7 @@ def test_parts_in_other_encodings_stay_apart() -> None:
     made = PassManager(DEFAULT).run(encoded)
     (record,) = [r for r in made.log if r.name == "merge-projections"]
     assert [e.reason for e in record.refusals] == [
-        "its weight is held as int8_rows, the others as q8_0: their blocks are not joined"
+        "its weight is stored as int8_rows, the others as q8_0: their blocks are not joined"
     ]
     counts = {
         name: [n.op.attributes["count"] for n in f.nodes if n.op.name == "projections"]
@@ -278,10 +279,12 @@ def test_hoisting_stops_at_a_decode_before_what_reads_blocks() -> None:
     made = {name: str(value.type) for name, value in graph.made.items()}
     joined = [t for t in made.values() if "as q8_0" in t]
     assert sorted(joined) == ["f32[2, 64] as q8_0", "f32[4, 64] as q8_0", "f32[6, 64] as q8_0"]
-    # the table is gathered from, multiplied with and joined along its blocks: one copy, of numbers
+    # the table is gathered from, multiplied with and joined along its blocks: a single decoded copy
     assert made["t.decoded"] == "f32[64, 64]"
     assert sum(n.op.decodes for n in graph.main.nodes) == 3
-    assert [n for n in notes if "decoded once" in n] == ["t is decoded once: gather, concat reads no q8_0 blocks, main"]
+    assert [n for n in notes if "decoded once" in n] == [
+        "t is decoded once: gather, concat cannot read q8_0 blocks, main"
+    ]
 
 
 def test_what_reads_no_blocks_has_its_weights_decoded_once() -> None:
@@ -338,7 +341,7 @@ def test_states_in_blocks_are_refused(backend: str) -> None:
 
 
 def test_many_bits_out_of_few_are_not_too_many_to_hoist() -> None:
-    """Two and a half bits become 32, which is more than eight times the bytes that the file has."""
+    """Two and a half bits become 32, which is more than eight times the bytes in the file."""
     graph = parse_graph("""graph g {
       symbols B
       parameters { w: f32[4096, 1024] as q2_k }
@@ -383,7 +386,7 @@ def test_a_step_reads_encoded_weights(backend: str) -> None:
     np.testing.assert_allclose(logits[0], logits[1], rtol=0, atol=2e-5 * np.abs(logits[0]).max())
 
 
-# -- the way back --------------------------------------------------------------------------------------------------
+# -- the inverse transform -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -423,7 +426,7 @@ def test_onnx_is_written_with_numbers(tmp_path: Any) -> None:
 
 
 def test_numpy_moves_blocks_that_a_call_picks() -> None:
-    """As views where that is possible, and into the arena: sizes are those of the bytes."""
+    """As views if that is possible, else into the arena: sizes are sizes in bytes."""
     b = Builder(Graph("moved"))
     picked = b.gather(b.parameter("w", "f32[6, 64] as q8_0"), b.input("i", "i64[B, S]"), axis=0)
     turned, flat = (b.rearrange(picked, pattern=pattern) for pattern in ("b s d -> (s b) d", "b s d -> (b s) d"))
@@ -443,7 +446,7 @@ def test_numpy_moves_blocks_that_a_call_picks() -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "tvm"])
 def test_blocks_of_a_constant_are_refused_where_nothing_decodes_them(backend: str) -> None:
-    """Nobody hoists a constant, and these backends have no kernel that decodes."""
+    """Constants are not hoisted, and these backends have no kernel that decodes."""
     if reason := find_backend(backend).available():
         pytest.skip(reason)
     type = parse_type("f32[2, 64] as q8_0")

@@ -1,4 +1,4 @@
-"""What is particular to RoBERTa, DistilBERT, ViT and CLIP beside their numbers: padding, patches, ends, refusals."""
+"""Details of RoBERTa, DistilBERT, ViT and CLIP besides their numbers: padding, patches, end tokens, refusals."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Array = np.ndarray[Any, Any]
 
 
 def test_roberta_with_padding_at_the_end(tmp_path: Path) -> None:
-    """Tokens are numbered from the row after that of padding, whatever lies at a row's end."""
+    """Tokens are numbered from the row after the padding row, whatever follows a row's end."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     config = transformers.RobertaConfig(
@@ -102,7 +102,7 @@ def test_a_teacher_needs_its_token() -> None:
 
 @pytest.mark.parametrize(("end", "places"), [(None, (1, 4)), (7, (3, 0))])
 def test_a_text_is_its_end(end: int | None, places: tuple[int, int]) -> None:
-    """The first token with the greatest number, or the first of the number that ends texts."""
+    """The end is the first token with the greatest number, or the first token whose number ends texts."""
     model = clip_text.configure(vocab=12, dim=8, heads=2, layers=1, hidden=8, end=end)
     graph = model.graph()
     rng = np.random.default_rng(0)
@@ -124,7 +124,7 @@ def configured(config: Config) -> t.Model:
 
 
 def test_old_configurations_of_clip() -> None:
-    """They leave out what is the default, call 2 the end, and may say it all again under older names."""
+    """They leave out defaults, use 2 as the end token, and may repeat everything under older names."""
     model = configured(CLIP)
     assert model.config["text"]["end"] is None
     assert model.config["text"]["dim"] == 64
@@ -135,7 +135,7 @@ def test_old_configurations_of_clip() -> None:
     assert again.config["height"] == 64
 
 
-# -- what came later --------------------------------------------------------------------------------------------
+# -- later models -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_old_configurations_of_clip() -> None:
     [("electra", 3), ("mpnet", 3), ("modernbert", 5), ("dinov2-gated", 3), ("siglip", 6), ("camembert", 3)],
 )
 def test_attention_is_found_in_each_layer(name: str, count: int, tmp_path: Path) -> None:
-    """SigLIP's two and three layers, and what pools its images."""
+    """SigLIP's two and three layers, and the attention that pools its images."""
     pytest.importorskip("transformers")
     from tests.hf_models import save
 
@@ -223,8 +223,8 @@ TEXT = {**SIZES, "vocab_size": 37, "max_position_embeddings": 24}
         ),
         ({"model_type": "dinov2", "image_size": [224, 196]}, "image_size must be one side of a square"),
         ({"model_type": "dinov2", "use_swiglu_ffn": "yes"}, "use_swiglu_ffn must be true or false"),
-        ({"model_type": "siglip", "text_config": {"projection_size": 512}}, "vectors of one width"),
-        ({"model_type": "siglip", "vision_config": {"vision_use_head": False}}, "vectors of one width"),
+        ({"model_type": "siglip", "text_config": {"projection_size": 512}}, "must have one width"),
+        ({"model_type": "siglip", "vision_config": {"vision_use_head": False}}, "must have one width"),
         ({"model_type": "siglip_vision_model", "image_size": [224, 196]}, "image_size must be one side of a square"),
         ({"model_type": "clip", "text_config": []}, "text_config must be an object"),
         ({"model_type": "clip", "vision_config": {"hidden_act": "mish"}}, "hidden_act is 'mish'"),

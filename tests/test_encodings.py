@@ -1,4 +1,4 @@
-"""Encodings: block forms against the gguf library and their own bounds; encoded types in text, keys and numbers."""
+"""Encodings: block forms against the gguf library and our error bounds; encoded types in text, keys and numbers."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ def test_a_gguf_form_decodes_to_the_bits_of_the_library(form: str) -> None:
 
 @pytest.mark.parametrize("text", OURS)
 def test_an_encoded_number_is_near(text: str) -> None:
-    """By half a step of its row's, or group's, scale; and what is decoded is encoded to the same bits again."""
+    """The error is at most half a step of its row's, or group's, scale; decoded numbers are encoded to the same bits
+    again.
+    """
     encoding = parse_encoding(text)
     values = np.random.default_rng(0).standard_normal((7, 256)).astype(np.float32)
     values[3] = 0
@@ -73,7 +75,7 @@ def test_an_encoded_number_is_near(text: str) -> None:
     steps = {"int8_rows": 127.0, "int8_groups": 127.0, "uint8_rows": 255 / 2}.get(encoding.form, 8)
     # a scale of 16 bits is off by 2^-11 of itself, 8 times at most
     bound = blocks.max(axis=-1, keepdims=True) / steps * (0.5 + (0 if steps > 8 else 8 * 2.0**-11)) * (1 + 1e-6)
-    # symmetric to one side: the largest of the other sign of a group of 4 bits is 8 scales, of which 7 are held
+    # symmetric: in a group of 4 bits, the largest number of the other sign would need 8 steps, and 7 can be stored
     clipped = 1.0 if steps == 8 else 0.0
     error = np.abs(again - values).reshape(blocks.shape)
     reach = values.reshape(blocks.shape) * np.sign(
@@ -141,7 +143,7 @@ def test_rows_at_the_ends_of_float32_are_encoded(scale: float, text: str) -> Non
 
 
 def test_a_row_with_a_zero_has_the_steps_that_its_numbers_take() -> None:
-    """255 steps from the least number, or 0, to the largest, or 0; the ends of a row are held."""
+    """255 steps from the least number, or 0, to the largest, or 0; the ends of a row are exact."""
     rows = parse_encoding("uint8_rows")
     values = np.float32([[0, 3, 255], [-255, -3, 0], [-55, 0, 200], [10, 11, 12.75], [-127.5, 127.5, 0]])
     again = rows.decode(rows.encode(values))
@@ -162,7 +164,7 @@ def test_a_row_that_is_computed_and_not_finite_is_marked_as_a_whole(text: str) -
         rows.encode(values)
     groups = parse_encoding("int8_groups(32)")
     halves = groups.decode(groups.encode(values, computed=True)).reshape(4, 2, 32)
-    assert np.isnan(halves[:3, 0]).all()  # and no other group
+    assert np.isnan(halves[:3, 0]).all()  # and in no other group
     np.testing.assert_array_equal(halves[:3, 1], groups.decode(groups.encode(values[:3, 32:])))
     with pytest.raises(GraphError, match="int4_groups holds finite values"):
         parse_encoding("int4_groups(32)").encode(values, computed=True)
@@ -170,7 +172,7 @@ def test_a_row_that_is_computed_and_not_finite_is_marked_as_a_whole(text: str) -
 
 @pytest.mark.parametrize("name", list(FORMS))
 def test_a_form_is_whole(name: str) -> None:
-    """A record without padding, and samples that decode to finite numbers, deterministically."""
+    """A form is a record without padding, with samples that decode to finite numbers, deterministically."""
     encoding = Encoding(name, 32 if FORMS[name].grouped else 0)  # type: ignore[attr-defined]
     record = encoding.block.record(encoding.elements(256))
     assert record.itemsize == sum(record[n].itemsize for n in record.names or ())
@@ -183,7 +185,7 @@ def test_a_form_is_whole(name: str) -> None:
 
 @pytest.mark.parametrize("text", [*GGUF, *OURS])
 def test_what_is_done_in_parts_is_done_to_all(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decoding, encoding and the search for a scale that is no number; the last part is shorter, or a block is more."""
+    """Decoding, encoding and the search for a NaN or infinite scale; the last part is shorter, or a block is larger."""
     form = parse_encoding(text)
     held = drawn(form, (7, 512))
     whole = form.decode(held)
@@ -417,7 +419,7 @@ def test_a_weight_that_is_not_its_blocks_is_refused() -> None:
 )
 def test_other_ops_refuse_what_is_encoded(before: str, after: str, what: str) -> None:
     text = GRAPH
-    if " q, axis=0" in after:  # which is defined below
+    if " q, axis=0" in after:  # defined below
         text = text.replace("    c = concat", "    q_0 = decode($t, of=int8_rows)\n    c = concat")
         after = after.replace(" q,", " q_0,")
     assert before in text
@@ -479,7 +481,7 @@ def test_an_encoded_constant_is_its_blocks() -> None:
 
 
 def test_ops_say_which_encodings_they_move() -> None:
-    """Its rule decides: the blocked axis must be one axis of the result, as it is."""
+    """The op's rule decides: the blocked axis must be, unchanged, one axis of the result."""
     moving = {name for name, cls in OPS.items() if cls.moves_blocks}
     assert moving == {"all_gather", "append", "concat", "embedding", "gather", "rearrange", "relayout", "slice"}
     table, indices = parse_type("f32[5, 64] as q8_0"), parse_type("i64[3, 2]")

@@ -1,4 +1,4 @@
-"""Entries: `bind` before `main` in the text, in the verifier, in identity, and in what a graph means."""
+"""Entries: `bind` before `main` in the text, in the verifier, in identity, and in the meaning of a graph."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_what_statements_of_bind_name_is_made(graph: Graph) -> None:
     assert graph.main.parameters["h.0.w_2"].layout == panels(4) == graph.made["h.0.w_2"].layout
     assert graph.main.parameters["first"].layout == panels(4)
     assert graph.main.parameters["twice"].layout is None
-    assert "a b" not in graph.main.parameters  # which bind alone reads
+    assert "a b" not in graph.main.parameters  # read by bind alone
     assert graph.bind is not None
     assert [node.op.name for node in graph.bind.nodes] == ["call", "call", "exp", "mul", "add"]
 
@@ -190,13 +190,13 @@ def two_names(graph: Graph) -> None:
 
 
 def name_of_a_weight(graph: Graph) -> None:
-    """A made parameter that is called as the weight that bind reads."""
+    """Give a derived weight the name of the weight that bind reads."""
     graph.initial.pop("both")
     bind_of(graph).outputs["both"] = bind_of(graph).outputs.pop("bias")
 
 
 def call_bind(graph: Graph) -> None:
-    """`main` calls `bind` with what it has."""
+    """Let `main` call `bind` with the weights that it has."""
     op = Call.of(bind_of(graph))
     held = graph.main.parameters
     for name, value in bind_of(graph).parameters.items():
@@ -210,7 +210,7 @@ def reorder(graph: Graph, *names: str) -> None:
 
 
 def held(function: Function, name: str, type: Type) -> Value:
-    """A parameter that a function holds from now on."""
+    """Add a parameter to a function."""
     value = function.parameters[name] = Value("parameter", type, name)
     return value
 
@@ -324,7 +324,7 @@ def test_when_and_in_which_layout_count(graph: Graph) -> None:
 
 
 def test_what_an_entry_holds_and_does_not_read_is_the_same_graph(graph: Graph) -> None:
-    """The text names a graph's weights once, for all entries, and says who reads what."""
+    """The text names a graph's weights once, for all entries, and marks the entries that read them."""
     held(graph.main, "h.1.v", f32[8, 4])
     held(graph.main, "a b", f32[8, 4])
     bind_of(graph).parameters["free"] = graph.main.parameters.pop("free")
@@ -335,7 +335,7 @@ def test_what_an_entry_holds_and_does_not_read_is_the_same_graph(graph: Graph) -
 
 
 def test_a_graph_with_bind_is_another_than_the_one_without() -> None:
-    """The same functions, one of them an entry or a block."""
+    """The same functions; `bind` is an entry in one graph, and a block in the other."""
     graphs = []
     for is_entry in (True, False):
         graph = Graph("g")
@@ -406,7 +406,7 @@ def test_made_parameters_are_made_first(graph: Graph) -> None:
     shapes = {name: v.type.static_shape or () for name, v in graph.parameters.items()}
     weights = {name: np.full(shapes[name], i + 1.0, np.float32) for i, name in enumerate(shapes)}
     out = interpret(graph, {"x": np.ones((1, 4), np.float32)}, weights)
-    first, second = 1.0 * 2.0, 3.0 * 4.0  # what the block makes of the weights of h.0, and of h.1
+    first, second = 1.0 * 2.0, 3.0 * 4.0  # the block's results for the weights of h.0, and of h.1
     np.testing.assert_array_equal(out["z"], np.full((8, 4), first * second, np.float32))
     y = (4 * first + 4 * second + np.exp(5.0) + 5.0) * 5.0
     np.testing.assert_allclose(out["y"], np.full((1, 8), y), rtol=1e-6)  # five roundings of float32
@@ -417,14 +417,16 @@ def test_made_parameters_are_made_first(graph: Graph) -> None:
 
 
 def wants(node: Node, position: int) -> Layout | Reads:
-    """Products want panels of four; a table is read in any layout."""
+    """Products ask for panels of four; a table is read in any layout."""
     if position == 1 and node.op.name in ("linear", "matmul", "einsum"):
         return panels(4, transposed=node.op.name == "matmul")
     return Reads.ANY if position == 0 and node.op.name in ("gather", "embedding") else Reads.ROW_MAJOR
 
 
 def lowered(graph: Graph) -> Graph:
-    """A graph in primitives, its weights laid out and what they alone decide hoisted."""
+    """Return a graph in primitives, with layouts assigned to its weights and everything that depends only on them
+    hoisted.
+    """
     passes = (Legalize(lambda op, types: False), AssignLayouts(wants), HoistWeights())
     made = PassManager(passes).run(graph)
     assert made.log[-1].graph == made.graph
@@ -452,7 +454,7 @@ def test_hoisting_keeps_what_random_graphs_mean(make: Callable[[int], Graph], se
 
 
 def test_random_graphs_reach_what_is_tested() -> None:
-    """Else the test above would say little."""
+    """Otherwise the test above would prove little."""
     texts = [print_graph(lowered(make(seed))) for make in (random_graph, random_program) for seed in SEEDS]
     assert sum("  bind {" in text for text in texts) > 40
     assert sum("to=panels(4" in text.partition("  bind {")[2] for text in texts) > 10
@@ -468,7 +470,7 @@ def weights_of(graph: Graph) -> dict[str, Any]:
 
 
 def drawn(value: Value, seed: int) -> Any:
-    """Values about one, or small indices, at B = 2 and S = 4; bfloat16 as float32."""
+    """Values near 1, or small indices, at B = 2 and S = 4; bfloat16 as float32."""
     shape = value.type.evaluate({"B": 2, "S": 4})
     if not value.type.dtype.is_float:
         return np.random.default_rng(seed).integers(0, 2, shape).astype(value.type.dtype.numpy)
@@ -476,7 +478,7 @@ def drawn(value: Value, seed: int) -> Any:
 
 
 def same(first: dict[str, Any], second: dict[str, Any]) -> None:
-    """Bit for bit: hoisting changes when an op runs, not on what."""
+    """Compare bitwise: hoisting changes the time at which an op runs, not its operands."""
     assert first.keys() == second.keys()
     for name, array in first.items():
         np.testing.assert_array_equal(array, second[name], err_msg=name)

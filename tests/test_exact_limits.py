@@ -1,7 +1,7 @@
-"""Limits that are numbers: the last value that is taken, and the first that is refused with what is said of it.
+"""Numeric limits: the last value that is accepted, and the first that is refused, with its error.
 
-Numbers stand here as they are documented, not by the names that the code has for them, and errors are compared whole:
-golden files of errors hold no numbers.
+Numbers are written here as documented, not by the names of the code's constants, and errors are compared whole: golden
+files of errors hold no numbers.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from treadle.passes.memory.placement import place
 
 
 def applied(name: str, *operands: str | None, **attributes: Any) -> Callable[[], object]:
-    """An op on operands of these types."""
+    """Apply an op to operands of these types."""
     sample = Sample(*operands, **attributes)
     return lambda: OPS[name].make(**sample.attributes).infer(sample.types)
 
@@ -57,7 +57,7 @@ def runs(count: int) -> Callable[[], object]:
 
 
 def calls(count: int, nodes: int) -> Graph:
-    """A block of so many nodes, called so often."""
+    """Return a graph with a block of `nodes` nodes, called `count` times."""
     graph = Graph("g")
     block = Function("block")
     graph.add_function(block)
@@ -75,7 +75,7 @@ def calls(count: int, nodes: int) -> Graph:
 
 
 def unfolded(most: int) -> Callable[[], object]:
-    """Two nodes, and fourteen times two of main."""
+    """Two nodes, and fourteen times two from main."""
     return lambda: inline_calls(calls(14, 2), most_nodes=most)
 
 
@@ -212,9 +212,9 @@ LIMITS: dict[str, tuple[Callable[[], object], Callable[[], object], tuple[str, s
         lambda: parse_instance(SIZES.format("9" * 18), "x"),
         lambda: parse_instance(SIZES.format("0" * 19), "x"),
         (
-            "size must be a whole number, not negative, of at most 18 digits",
+            "size must be a non-negative integer of at most 18 digits",
             repr("0" * 19),
-            "digits alone in the column size",
+            "only digits in the column size",
         ),
     ),
     "bytes of buffers": (
@@ -226,7 +226,7 @@ LIMITS: dict[str, tuple[Callable[[], object], Callable[[], object], tuple[str, s
         lambda: place(buffers(8, first=1 - 2**60, end=2**60 - 1)),
         lambda: place(buffers(8, first=0, end=2**60)),
         (
-            "a buffer must end after it begins, and have a size that is not negative",
+            "a buffer must end after it begins, and its size must not be negative",
             f"Lifetime(name='x0', first=0, end={2**60}, size=8)",
             "Lifetime(name, first, end, size) with first < end and size >= 0",
         ),

@@ -1,4 +1,6 @@
-"""Executables: one for every size, weights in place, results the caller's own, errors that name the user's line."""
+"""Executables: one for every size, weights in place, results that belong to the caller, errors that name the user's
+line.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,7 @@ def test_comments_line_up_to_column_72() -> None:
 
 @needs_tvm
 def test_the_listing_of_kernels_reads_well(golden: Golden) -> None:
-    """For one instruction set, wherever the test runs; without the kernels, whose text is TVM's."""
+    """For one instruction set, on any machine; without the kernels, whose text is TVM's."""
     graph, weights = block_model()
     exe = find_backend("tvm").compile(graph, Target("x86-64-v3"), weights)
     golden("executables/tvm_listing.txt", exe.source.partition("@T.prim_func")[0])
@@ -112,7 +114,7 @@ def test_a_block_is_passed_the_symbols_that_its_arguments_do_not_tell(backend: s
     (y,) = main.call(h, [main.concat(x, x, axis=0)])
     main.outputs(y=y)
     exe = compiled(backend, graph)
-    if backend != "tvm":  # whose sizes are numbers by then
+    if backend != "tvm":  # its sizes are numbers by then
         assert "S=S" in exe.source
     x_value = np.arange(3, dtype=np.float32)
     np.testing.assert_array_equal(exe(x=x_value).y, np.tile(x_value, 2).reshape(3, 2) * 2)
@@ -152,7 +154,7 @@ def test_a_symbol_is_read_from_a_multiple_of_it(backend: str) -> None:
 
 @each_backend
 def test_names_clash_with_nothing(backend: str) -> None:
-    """Inputs, outputs and symbols may be called what the emitted text calls its own."""
+    """Inputs, outputs and symbols may have the names that the emitted text uses itself."""
 
     def build(b: Builder) -> dict[str, Expr]:
         x = b.input("weights", "f32[np, F]")
@@ -181,7 +183,7 @@ def test_weights_that_no_scope_names_are_passed_one_by_one(backend: str) -> None
     main.outputs(y=x)
     weights = {n: np.full(v.type.static_shape, 0.5, np.float32) for n, v in graph.parameters.items()}
     exe = compiled(backend, graph, weights)
-    if backend != "tvm":  # whose blocks take weights by position
+    if backend != "tvm":  # its blocks take weights by position
         assert 'weights["shared.ln.weight"], weights["shared.ln.bias"]' in exe.source
     given = {"x": np.random.default_rng(0).standard_normal((1, 3, 8)).astype(np.float32)}
     assert_near(exe(**given).y, interpret(graph, given, weights, float64=True)["y"])
@@ -197,13 +199,13 @@ def test_memory_falls_as_the_program_runs(backend: str) -> None:
 
     exe = compiled(backend, graph_of(build))
     assert exe.source.count("    del ") == 11
-    if backend == "numpy":  # whose memory Python counts
+    if backend == "numpy":  # Python counts its memory
         x = np.full(1 << 18, -1e3, np.float32)
         tracemalloc.start()
         exe(x=x)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert peak < 3 * x.nbytes  # a value, the next one, and small change; not twelve
+        assert peak < 3 * x.nbytes  # one value, the next one, and little more; not twelve
 
 
 @each_backend
@@ -222,7 +224,7 @@ def test_weights_stay_where_they_are(backend: str, tmp_path: Path) -> None:
 
 @each_backend
 def test_results_are_the_callers_own(backend: str) -> None:
-    """A result is never a view of an input, a weight or a constant, nor one element that stands for many."""
+    """A result is never a view of an input, a weight or a constant, nor one element repeated with stride 0."""
 
     def build(b: Builder) -> dict[str, Expr]:
         x, w = b.input("x", "f32[2,3]"), b.parameter("w", "f32[2,3]")
@@ -262,7 +264,7 @@ def test_tensors_in_tensors_out() -> None:
     assert isinstance(compiled("numpy", graph, weights)(tokens=ids).logits, np.ndarray)
 
 
-BF16_BACKENDS = ["torch", pytest.param("tvm", marks=needs_tvm)]  # NumPy has none
+BF16_BACKENDS = ["torch", pytest.param("tvm", marks=needs_tvm)]  # NumPy has no bf16
 
 
 @needs_torch
@@ -284,7 +286,7 @@ def test_bf16_holds_what_is_no_number(backend: str, given: str) -> None:
 
 @needs_torch
 def test_bf16_is_rounded_in_blocks_as_torch_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the nearest, ties to even, in blocks of which the last is shorter; a NaN stays one wherever it is."""
+    """To the nearest, ties to even, in blocks of which the last is shorter; a NaN stays NaN wherever it is."""
     import torch
 
     bits = np.random.default_rng(0).integers(0, 2**32, 45, dtype=np.uint32)
@@ -301,7 +303,7 @@ def test_bf16_is_rounded_in_blocks_as_torch_rounds(monkeypatch: pytest.MonkeyPat
 
 @each_backend
 def test_of_many_sizes_the_last_are_remembered(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a call's values lie; what was forgotten is found out again."""
+    """The placements of the last sizes are remembered; a forgotten one is computed again."""
     module = "treadle.backends.tvm.executable" if backend == "tvm" else "treadle.backends.python.arena"
     monkeypatch.setattr(import_module(module), "PLANS", 2)
     graph = graph_of(lambda b: b.softmax(b.exp(b.input("x", f32["B", 4])) @ np.eye(4, dtype=np.float32)))
@@ -322,7 +324,7 @@ def test_of_many_sizes_the_last_are_remembered(backend: str, monkeypatch: pytest
 @each_backend
 @pytest.mark.parametrize("name", ["a\0b", "a\ud800b", 'a"\nb\\', "{x} %s", ""])
 def test_any_name_is_harmless(name: str, backend: str) -> None:
-    """Of a graph, a function, a value, a weight, a scope or a file; one that ends C strings or lines, too."""
+    """The name of a graph, a function, a value, a weight, a scope or a file; also one that ends C strings or lines."""
     graph = Graph(name)
     block = Function(f"{name}.block")
     graph.add_function(block)
@@ -344,7 +346,7 @@ def test_any_name_is_harmless(name: str, backend: str) -> None:
 
 @needs_torch
 def test_pytorch_has_the_targets_threads_while_a_call_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And its own after it, also where the call fails; without a number in the target nothing is set."""
+    """After the call it has its own again, also if the call fails; without a number in the target nothing is set."""
     import torch
 
     graph = graph_of(lambda b: b.gather(b.input("x", "f32[4]"), b.input("i", "i64[2]"), axis=0))
@@ -363,30 +365,50 @@ def test_pytorch_has_the_targets_threads_while_a_call_runs(monkeypatch: pytest.M
 
 
 @needs_torch
-def test_rows_of_bytes_are_multiplied_to_the_same_bits_without_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shape", [(5, 64), (1, 64), (1, 1, 7), (2, 1, 9), (0, 64), (64,)], ids=str)
+def test_rows_of_bytes_are_multiplied_to_the_same_bits_without_vnni(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
 
     from treadle.backends.torch import encoded_rows
 
     rows, steps = parse_encoding("int8_rows"), parse_encoding("uint8_rows")
-    values = np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32)
-    weight = rows.encode(np.random.default_rng(1).standard_normal((3, 64)).astype(np.float32))
+    values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     bias = np.arange(3, dtype=np.float32)
-    for encoding in (rows, steps):
+    for encoding, encode in ((rows, encoded_rows.encode_int8_rows), (steps, encoded_rows.encode_uint8_rows)):
         x = encoding.encode(values)
-        made = []
-        for vnni in (True, False) if torch.cpu._is_vnni_supported() else (False,):
-            monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda vnni=vnni: vnni)
-            made.append(encoded_rows.encoded_linear(*map(torch.from_numpy, (x, weight, bias))).numpy())
-            monkeypatch.undo()
-        exact = encoding.decode(x).astype(np.float64) @ rows.decode(weight).T + bias
-        np.testing.assert_allclose(made[0], exact, rtol=1e-5, atol=1e-5)
-        np.testing.assert_array_equal(made[0], made[-1])
+        np.testing.assert_array_equal(encode(torch.from_numpy(values)).numpy(), x)
+        for columns in (3, 1):
+            weight = rows.encode(np.random.default_rng(1).standard_normal((columns, shape[-1])).astype(np.float32))
+            operands = [torch.from_numpy(each) for each in (x, weight, bias[:columns])]
+            made = []
+            for vnni in (True, False) if torch.cpu._is_vnni_supported() else (False,):
+                monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda vnni=vnni: vnni)
+                made.append(encoded_rows.encoded_linear(*operands).numpy())
+                monkeypatch.undo()
+            exact = encoding.decode(x).astype(np.float64) @ rows.decode(weight).T + bias[:columns]
+            np.testing.assert_allclose(made[0], exact, rtol=1e-5, atol=1e-5)
+            np.testing.assert_array_equal(made[0], made[-1])
+
+
+@needs_torch
+@pytest.mark.parametrize("shape", [(3, 64), (1, 64), (0, 64), (64,)], ids=str)
+def test_pytorch_holds_groups_as_their_encoding_does(shape: tuple[int, ...]) -> None:
+    import torch
+
+    from treadle.backends.torch import encoded_rows
+
+    encoding = parse_encoding("int8_groups(32)")
+    values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    held = encoded_rows.encode_groups(torch.from_numpy(values), 32)
+    np.testing.assert_array_equal(held.numpy(), encoding.encode(values))
+    np.testing.assert_array_equal(encoded_rows.decode_groups(held, 32).numpy(), encoding.decode(held.numpy()))
 
 
 @needs_torch
 def test_sums_of_16_bits_are_not_reduced_in_16_on_a_gpu() -> None:
-    """What PyTorch is told while a program runs on one, here without one."""
+    """PyTorch's settings while a program runs on a GPU, tested here without one."""
     import torch
 
     from treadle.backends.torch.backend import _TorchArrays
@@ -400,7 +422,7 @@ def test_sums_of_16_bits_are_not_reduced_in_16_on_a_gpu() -> None:
 
 
 def test_bf16_runs_on_torch() -> None:
-    """Its weights come from checkpoints as float32, since NumPy has no bf16; so do its results go."""
+    """Its weights come from checkpoints as float32, since NumPy has no bf16; its results are converted the same way."""
     torch = pytest.importorskip("torch")
     graph = graph_of(lambda b: b.input("x", "bf16[3]") * b.parameter("w", "bf16[3]"))
     exe = compiled("torch", graph, {"w": np.array([0.5, 1.0, 2.0], np.float32)})
@@ -413,14 +435,14 @@ def test_bf16_runs_on_torch() -> None:
 
 @each_backend
 def test_an_array_may_be_laid_out_backwards(backend: str) -> None:
-    """Along an axis of one element, which NumPy calls contiguous whatever its stride, as well."""
+    """Also along an axis of one element, which NumPy calls contiguous whatever its stride."""
     exe = compiled(backend, graph_of(lambda b: b.input("x", "f32[B, 3]") * 2.0))
     for rows in (1, 2):
         x = np.arange(rows * 3, dtype=np.float32).reshape(rows, 3)[::-1]
         np.testing.assert_array_equal(exe(x=x).y, x * 2)
 
 
-# -- what is refused -------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------------------------
 
 
 @each_backend
@@ -500,7 +522,7 @@ TOO_SHORT: dict[str, tuple[Callable[[Builder, Expr], Expr], str]] = {
         "the kernel spans 5 elements, the padded axis has S",
     ),
 }
-"""Ops that need five elements, and what they say of four."""
+"""Ops that need five elements, and their errors for four."""
 
 
 @pytest.mark.parametrize("name", TOO_SHORT)
@@ -549,7 +571,7 @@ def test_which_tensors_are_converted(backend: str) -> None:
 @each_backend
 @pytest.mark.parametrize("dtype", ["f32", "f16"])
 def test_of_a_tensor_that_cannot_be_read_it_is_told_what_can(dtype: str, backend: str) -> None:
-    """What is to be tried works. PyTorch reads more than NumPy."""
+    """The suggestions of the error work. PyTorch accepts more than NumPy."""
     torch = pytest.importorskip("torch")
     exe = compiled(backend, graph_of(lambda b: b.input("x", f"{dtype}[2, 2]") + b.input("y", f"{dtype}[2, 2]")))
     right = torch.eye(2, dtype={"f32": torch.float32, "f16": torch.float16}[dtype])
@@ -613,7 +635,7 @@ def test_a_failing_node_names_its_line(backend: str) -> None:
 
 @each_backend
 def test_an_index_is_followed_to_the_input_that_it_was_made_of(backend: str) -> None:
-    """Through ops of one operand; what two were made of, or weights alone, is told under its own name."""
+    """Through ops of one operand; a value computed from two, or from weights alone, is reported under its own name."""
 
     def build(b: Builder) -> dict[str, Expr]:
         ids, table = b.input("ids", "i32[N]"), b.parameter("table", "f32[5, 3]")

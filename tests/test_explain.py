@@ -1,4 +1,4 @@
-"""`treadle explain MODEL fusion`: every candidate site, what became of it, and why."""
+"""`treadle explain MODEL fusion`: every candidate site, its status, and the reason."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_a_site_of_an_onnx_file_has_its_nodes_name(tmp_path: Path) -> None:
 
 
 def quantized(folder: Path, *excluded: str) -> Path:
-    """Attention as ONNX Runtime's quantizer leaves it, with QuantizeLinear and DequantizeLinear around each node."""
+    """Attention as ONNX Runtime's quantizer writes it, with QuantizeLinear and DequantizeLinear around each node."""
     onnx = pytest.importorskip("onnx")
     quantization = pytest.importorskip("onnxruntime.quantization")
     body = """
@@ -246,7 +246,7 @@ def test_attention_of_a_quantized_model_is_a_site_and_a_quantizers_scales_are_no
 @pytest.mark.parametrize(
     ("excluded", "reason"),
     [
-        (("probabilities", "scores", "values"), ""),  # what the hint says
+        (("probabilities", "scores", "values"), ""),  # the suggestion of the hint
         (("probabilities", "values"), "the scores are quantized: rounded to i8 and back"),
         (("scores", "values"), "the probabilities are quantized: rounded to i8 and back"),
     ],
@@ -273,7 +273,7 @@ def test_a_value_is_followed_through_a_round_trip_and_not_through_half_of_one() 
     ]
 
 
-# -- what is wrong with the question ----------------------------------------------------------------------------------
+# -- invalid questions ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -365,7 +365,7 @@ def test_a_mean_of_squares_is_a_normalization_where_it_is_divided_by() -> None:
 
 
 def test_a_product_is_linear_with_a_weight_transposed_only() -> None:
-    """A weight that lies as matmul takes it is left to matmul."""
+    """A weight in the layout that matmul takes is left to matmul."""
     lines = ['k = rearrange($w, pattern="o i -> i o")', "a = matmul(x, k)", "return y = a"]
 
     def by(*lines: str, more: str = "") -> list[str]:
@@ -440,7 +440,7 @@ def test_a_rewrite_that_fails_its_certificate_is_a_refused_site() -> None:
 
 
 def test_events_that_name_no_nodes_are_of_the_site_at_their_line(toy: str) -> None:
-    """As an artifact's are, and of a pass that does not say what it took."""
+    """Events of an artifact name no nodes, nor do events of a pass that does not report its nodes."""
     optimized = explain_fusion(toy).optimized
 
     def bare(events: list[Event]) -> list[Event]:
@@ -471,7 +471,7 @@ def test_equal_sites_are_told_once_with_all_their_places(count: int, more: str) 
 
 
 def test_a_table_that_is_cut_is_no_residual() -> None:
-    """As positions of a longer context, which are added to embeddings."""
+    """Such a table holds positions of a longer context, which are added to embeddings."""
 
     def found(weight: str, *lines: str) -> list[str]:
         norm = ["a = add(x, p)", "n = rms_norm(a)", "return y = n"]

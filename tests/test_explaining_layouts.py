@@ -1,4 +1,4 @@
-"""`treadle explain MODEL layouts`, the stages of a backend after ours, and what an artifact keeps of them."""
+"""`treadle explain MODEL layouts`, the stages of a backend after ours, and the parts that an artifact stores."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def told(*arguments: str) -> str:
 
 
 def usable(backend: str) -> None:
-    """Skip where a backend is not there, or does not lay weights out on this processor."""
+    """Skip if a backend is not available, or does not assign layouts to weights on this CPU."""
     if reason := find_backend(backend).available():
         pytest.skip(reason)
     if backend == "torch":
@@ -62,7 +62,7 @@ def usable(backend: str) -> None:
 
 
 def without_lines(text: str) -> str:
-    """Without the lines of the models' own declarations, which change for other reasons."""
+    """Remove the lines of the models' own declarations, which change for other reasons."""
     return re.sub(r"(models/\w+\.py):\d+", r"\1", text)
 
 
@@ -79,7 +79,7 @@ def test_how_a_backend_reads_each_weight(backend: str, golden: Golden) -> None:
 
 @pytest.mark.parametrize("backend", ["numpy", *TARGETS])
 def test_the_command_says_what_the_function_says(backend: str) -> None:
-    """For the processor at hand."""
+    """The function is called for this machine's CPU."""
     usable(backend)
     found = explain_layouts("bert", backend=backend, layers=2)
     words = ("explain", "bert", "layouts", "--backend", backend, "--set", "layers=2")
@@ -144,7 +144,7 @@ def test_the_last_rows_of_the_table_are_the_backends(compiled: treadle.Compiled)
     rows = compiled.log.table().splitlines()[-len(LOWERING) :]
     assert [row.split()[0] for row in rows] == LOWERING
     assert "+5 relayout" in rows[6]  # the table, and four products of the block
-    assert "+2 call" in rows[7]  # of what the block left to its callers
+    assert "+2 call" in rows[7]  # for the work that the block left to its callers
     assert [record.changes for record in compiled.log[-4:]] == [5, 1 + 2 * 5, 0, 0]
 
 
@@ -176,13 +176,13 @@ def test_an_artifact_holds_no_stage_of_a_backend(tmp_path: Path) -> None:
     assert again.graph == made.graph
     assert again.optimized.after("hoist-weights").bind is not None
     tokens = np.array([[3, 1, 4, 1, 5]])
-    # Two layers in float32: 64 roundings of logits, which are about one.
+    # Two layers in float32: 64 roundings of logits, which are near 1.
     np.testing.assert_allclose(again(tokens=tokens)["logits"], made(tokens=tokens)["logits"], rtol=0, atol=64 * 2**-23)
 
 
 @pytest.mark.parametrize("explain", [explain_layouts, explain_storage, explain_memory, explain_step])
 def test_an_artifact_is_explained_as_the_model_that_it_was_made_of(explain: Any, tmp_path: Path) -> None:
-    """But for folders of lines, and numbers of values of one name, which the text of a graph counts anew."""
+    """Except for line numbers, and the numbers of values with one name, which the text of a graph counts again."""
     file = tmp_path / "model.treadle"
     treadle.compile("gpt2", **SMALL).save(file)
     told = explain("gpt2", **SMALL), explain(file)
@@ -192,7 +192,7 @@ def test_an_artifact_is_explained_as_the_model_that_it_was_made_of(explain: Any,
         explain(file, limits={"tensors": 3})
 
 
-# -- what has not changed --------------------------------------------------------------------------------------
+# -- unchanged texts -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["constants", "odd_names", "sizes", "transformer", "transformer_types_only"])

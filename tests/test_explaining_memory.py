@@ -1,4 +1,4 @@
-"""`treadle explain MODEL memory`: what it says is what a run takes, and the drawing shows it."""
+"""`treadle explain MODEL memory`: the reported memory is the memory of a run, and the drawing shows it."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_the_drawing_shows_every_storage_while_it_lives(tmp_path: Path) -> None:
     assert max(y + h for _, y, _, h in boxes) == pytest.approx(HEIGHT - 96, abs=0.02), "the arena's first byte"
     assert min(y for _, y, _, _ in boxes) == pytest.approx(64, abs=0.02), "and its last one"
     line = [tuple(map(float, p.split(","))) for p in root.find("{*}polyline").attrib["points"].split()]  # type: ignore[union-attr]
-    assert (line[0][0], line[-1][0]) == (84, pytest.approx(WIDTH - 24, abs=0.02)), "what lives, from the first step on"
+    assert (line[0][0], line[-1][0]) == (84, pytest.approx(WIDTH - 24, abs=0.02)), "live bytes, from the first step"
     assert min(y for _, y in line) == pytest.approx(64, abs=0.02), "is the whole arena at the peak"
     for i, (x, y, w, h) in enumerate(boxes):
         for x2, y2, w2, h2 in boxes[:i]:
@@ -155,7 +155,7 @@ def test_the_legend_has_the_colour_of_each_ops_boxes() -> None:
     for square, word in legend:
         at, text = ([float(each.attrib[axis]) for axis in "xy"] for each in (square, word))
         assert at[0] > end and text[0] > at[0] + 12
-        assert at[1] + 6 == text[1] - 4, "the square's middle is that of letters 8 high"
+        assert at[1] + 6 == text[1] - 4, "the square is centered on letters 8 high"
         end = text[0] + 6 * len(word.text or "")
 
 

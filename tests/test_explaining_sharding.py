@@ -1,4 +1,4 @@
-"""`treadle explain MODEL sharding`: its times, bytes and reasons are those of ranks' programs, and it draws them."""
+"""`treadle explain MODEL sharding`: its times, bytes and reasons agree with the ranks' programs, and it draws them."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_what_cannot_be_told_is_refused(words: tuple[str, ...], what: str) -> No
 
 @pytest.mark.parametrize("recipe", ["megatron", "sequence", "megatron-fsdp"])
 def test_collectives_by_cause_are_those_of_the_plan(recipe: str) -> None:
-    """At sizes that the mesh divides all ranks send what the plan predicts on average."""
+    """At sizes that the mesh divides, all ranks send the average that the plan predicts."""
     found = plain(recipe)
     times, planned = found.needs.times, found.plan.collectives()
     assert sum(c.times for c in times.causes()) == len(planned) > 0
@@ -109,7 +109,7 @@ def test_collectives_by_cause_are_those_of_the_plan(recipe: str) -> None:
 
 def test_bytes_of_a_device_are_those_of_its_parts() -> None:
     found = plain()
-    unread = 2 * 2 * SMALL["dim"] * 4  # biases of sums: the first rank of a row adds them, and the last holds none
+    unread = 2 * 2 * SMALL["dim"] * 4  # biases of sums: the first rank of a row adds them, and the last has none
     assert sum(found.weights.values()) == found.needs.weights + unread
     assert set(found.weights) == {"tp", ""}
     inputs, outputs = 8 * 16 * 8, 4 * 16 * SMALL["vocab"] // 2 * 4
@@ -211,7 +211,7 @@ def test_the_legend_has_the_colours_of_the_bars() -> None:
     for square, word in legend:
         at, text = (numbers(each, "x", "y") for each in (square, word))
         assert at[0] > end and text[0] > at[0] + 12
-        assert at[1] + 6 == text[1] - 4, "the square's middle is that of letters 8 high"
+        assert at[1] + 6 == text[1] - 4, "the square is centered on letters 8 high"
         end = text[0] + 6 * len(word.text or "")
 
 
@@ -249,7 +249,7 @@ ROUND = Machine(flops=16.0, bandwidth=16.0, memory=1.0, node=2, fast=8.0, slow=4
 
 
 def two_blocks() -> Graph:
-    """h(h(x)) w', of which each h sums over two ranks, and w' is made of a weight once."""
+    """h(h(x)) w', where each h sums over two ranks, and w' is derived from a weight once."""
     graph, block = Graph("g"), Function("h")
     b = Builder(graph, block)
     y = b.apply("all_reduce", b.exp(b.input("x", "f32[8]")), over="tp", ways=2, because="summed", monoid="sum")
@@ -265,7 +265,7 @@ def two_blocks() -> Graph:
 
 
 def test_a_timetable_by_hand() -> None:
-    """An exp moves 64 bytes and a product 96; an all-reduce of 32 sends as many in two messages."""
+    """An exp moves 64 bytes and a product 96; an all-reduce of 32 sends 32 bytes in two messages."""
     times = timetable_of(two_blocks(), Mesh.of("tp=2"), ROUND, {})
     told = [(each.op, each.over, each.scope, each.start, each.end, each.sent, each.call) for each in times.busy]
     assert told == [
@@ -301,7 +301,7 @@ def test_what_a_time_is_limited_by(changed: dict[str, Any], limits: dict[str, fl
 
 
 def needing(held: int, memory: float, work: float, meeting: float, seconds: float) -> DeviceNeeds:
-    """What a device needs, of so many bytes of weights, and 3 and 4 beside, and of these times."""
+    """The needs of a device with `held` bytes, 7 of them not for weights, and with these times."""
     limits = {"compute": work * 0.75, "memory bandwidth": work * 0.25, "links": meeting}
     cause = Cause("all_reduce", "tp", "the split of ffn is summed", "h.0", "m.py:3", 2, 4096, meeting)
     times: Any = SimpleNamespace(
@@ -311,7 +311,7 @@ def needing(held: int, memory: float, work: float, meeting: float, seconds: floa
 
 
 def test_what_a_device_needs_in_known_numbers(golden: Golden) -> None:
-    """It fits to the last byte; overlapped collectives are reported from a hundredth of the time on."""
+    """A plan fits to the last byte; overlapping work is reported from a hundredth of the time on."""
     assert needing(100, 100, 1.0, 0.0, 1.0).fits and not needing(101, 100, 1.0, 0.0, 1.0).fits
     assert "overlapped" not in needing(100, 100, 1.0, 0.5, 1.486).run_line()
     assert "overlapped" in needing(100, 100, 1.0, 0.5, 1.485).run_line()
@@ -341,7 +341,7 @@ def test_a_time_has_three_digits(seconds: float, told: str) -> None:
 
 
 def test_what_would_save_the_most_in_known_numbers(golden: Golden) -> None:
-    """None does where it saves less than half a percent; one that fits does where the plan does not."""
+    """A change that saves less than half a percent is not reported; if the plan does not fit, a change that fits is."""
     fits, full = needing(2000, 80e9, 1.0, 0.5, 1.0), needing(2000, 1500, 1.0, 0.5, 1.0)
 
     def told(needs: DeviceNeeds, *changes: Change) -> ShardingTold:
@@ -372,12 +372,12 @@ def test_what_the_lab_says_in_known_numbers() -> None:
         "passed": False, "ranks": 2, "differences": {"y": 0.0, "z": 1.01e-11}, "sizes": {"B": 5, "S": 6}, "meetings": 3,
     }  # fmt: skip
     assert _difference(np.array([1.0, 3.0]), np.array([-1.0, 4.0])) == 0.5
-    assert _difference(np.array([0.25]), np.array([0.5])) == 0.25  # beside 1, where all are smaller
+    assert _difference(np.array([0.25]), np.array([0.5])) == 0.25  # next to 1, if all are smaller
     assert _difference(np.zeros(0), np.zeros(0)) == 0
 
 
 def test_a_drawing_of_known_times(golden: Golden) -> None:
-    """Narrow bars that are put together and that are not, an op of no known colour, names that fit and do not."""
+    """Narrow bars that are merged and that are not, an op without a color, labels that fit and do not."""
     tiny = [(0.4 + n * 4e-4, 3e-4) for n in range(5)] + [(0.41, 3e-4), (0.4108, 3e-4), (0.4115, 2e-3)]
     rows = [
         ("linear", "", 0.0, 0.25, "compute", 0), ("gelu", "", 0.25, 0.05, "memory bandwidth", 0),

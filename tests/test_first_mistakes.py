@@ -1,6 +1,6 @@
-"""What someone new to the language writes first: it works, or the error says what is written instead.
+"""Typical first code of someone new to the language: it works, or the error shows the right form.
 
-Every hint that is code is run, beside the same tensors.
+Every hint that is code is run and compared with the same tensors.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Body = Callable[..., Any]
 
 
 def traced(body: Body, dtype: str = "f32", shape: str = "B S 8") -> Graph:
-    """The graph of a model of one input."""
+    """Return the graph of a model with one input."""
 
     def model(x: Any) -> Any:
         made = body(x)
@@ -37,7 +37,7 @@ def traced(body: Body, dtype: str = "f32", shape: str = "B S 8") -> Graph:
 
 
 def refusal(body: Body, **options: str) -> TreadleError:
-    """The error of tracing it; it names a line of this file."""
+    """Return the error of tracing the model; it names a line of this file."""
     with pytest.raises(TreadleError) as caught:
         traced(body, **options)
     assert "cannot be traced" not in caught.value.what, "an error of Python's own"
@@ -47,7 +47,7 @@ def refusal(body: Body, **options: str) -> TreadleError:
 
 
 def follow(code: str) -> None:
-    """Run what a hint says to write, in a model with the names that hints use."""
+    """Run the code that a hint suggests, in a model with the names that hints use."""
 
     def body(x: t.Tensor) -> None:
         tokens = t.positions(t.reduce_sum(x, axes=(-1,)))
@@ -219,13 +219,13 @@ def test_an_order_of_sizes_that_depends_on_the_call(body: Body) -> None:
 
 
 def test_a_size_beside_a_number_that_no_tensor_holds() -> None:
-    """No tensor is told of it then."""
+    """The error then names no tensor."""
     error = refusal(lambda x: x.shape[0] * x.shape[1] < 2**63)
     assert error.what.startswith(f"whether B*S < {2**63} is not known")
     assert error.hint == "declare the axis with a number"
 
 
-# -- what Python asks of a tensor ----------------------------------------------------------------------------------
+# -- Python's operations on a tensor -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -310,16 +310,16 @@ def test_lines_of_numpy_are_not_the_users() -> None:
         (lambda x: t.cross_attention(x, 2, 2), "cross_attention: context must be a tensor", None),
         (lambda x: t.embed(x, 8, 8, dtype="f16", name="f"), "embed: dtype must be a dtype", None),
         (lambda x: t.convolution(x, 4, 3, name="f"), "convolution: kernel must be a tuple of integers", "kernel=(3,)"),
-        (lambda x: t.convolution(x, 4, (3, 3), name="f"), "the kernel has 2 axes, and x has 1 beside", "kernel=(3,)"),
+        (lambda x: t.convolution(x, 4, (3, 3), name="f"), "the kernel has 2 axes, and x has 1 after", "kernel=(3,)"),
         (lambda x: t.convolution(x, 4, (3,), name="f"), "axis 1 of x holds the channels", None),
         (
             lambda x: t.convolution(t.constant(np.ones((2, 8))), 4, (3,), name="f"),
-            "the kernel has 1 axes, and x has 0 beside its rows and channels",
+            "the kernel has 1 axes, and x has 0 after its batch and channels",
             "x [B, C, ...], as images are",
         ),
         (
             lambda x: t.convolution(t.constant(np.ones((2, 8, 3, 4))), 4, (3,), name="f"),
-            "the kernel has 1 axes, and x has 2 beside its rows and channels",
+            "the kernel has 1 axes, and x has 2 after its batch and channels",
             "such as kernel=(3, 3)",
         ),
         (lambda x: t.convolution(x, 4, (3,), strides=2, name="f"), "strides must be a tuple", "strides=(2,)"),
@@ -381,7 +381,7 @@ def test_words_that_one_reaches_for(body: Body, tried: str) -> None:
 
 
 def test_options_of_other_libraries_are_options_of_nothing_here_under_that_name() -> None:
-    """What one is told to write is an option of some word."""
+    """Every suggested option is an option of some function."""
     import inspect
 
     words = [getattr(t, name) for name in dir(t) if name != "ops"]
@@ -575,7 +575,7 @@ def test_a_long_argument_is_cut() -> None:
 
 
 def test_what_can_be_shared_is_declared_before() -> None:
-    """Where no name is near, the way to one is told."""
+    """If no name is near, the hint says how to declare one."""
     assert refusal(lambda x: x * t.shared_parameter("w")).hint == "declare it first"
 
     def several(x: t.Tensor) -> t.Tensor:
@@ -585,7 +585,7 @@ def test_what_can_be_shared_is_declared_before() -> None:
 
     assert (refusal(several).hint or "").count(" or ") == 2
     error = refusal(lambda x: t.unembed(x, tied="wte"))
-    assert error.what == "unembed: tied= names no embedding that is declared before"
+    assert error.what == "unembed: tied= does not name an embedding that is declared before"
     assert error.hint == 'the name= of an embedding above: t.embed(tokens, 100, 16, name="wte")'
 
 
@@ -620,10 +620,13 @@ def twice_in_a_stack(x: t.Tensor) -> t.Tensor:
         (twice_in_a_stack, 'name="f_2" for one of the two, or with t.scope("second"): around it; '),
         (
             same_line,
-            'for i in t.stack("layers", 2): around a block that repeats, or a name for each time, name=f"f_{i}"; ',
+            'for i in t.stack("layers", 2): around a block that repeats, or a separate name each time, name=f"f_{i}"; ',
         ),
-        (twice, 'for i in t.stack("layers", 2): around a block that repeats, or a name for each time, name=f"f_{i}"; '),
-        (two_stacks, 't.stack("h_2", ...): a name of its own for one of the two stacks; '),
+        (
+            twice,
+            'for i in t.stack("layers", 2): around a block that repeats, or a separate name each time, name=f"f_{i}"; ',
+        ),
+        (two_stacks, 't.stack("h_2", ...): another name for one of the two stacks; '),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -1,4 +1,6 @@
-"""`from_torch`: modules imported through torch.export give the module's own numbers, or are refused with their line."""
+"""`from_torch`: modules imported through torch.export compute the module's own numbers, or are refused with their
+line.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ F: Any = torch.nn.functional
 VOCAB = 37
 
 
-# -- models of Hugging Face's --------------------------------------------------------------------------------------
+# -- Hugging Face models -------------------------------------------------------------------------------------------
 
 _ENCODER = {
     "vocab_size": VOCAB,
@@ -75,7 +77,7 @@ def built(architecture: str, config: Mapping[str, Any], attention: str = "sdpa")
 
 
 def tokens(batch: int, length: int) -> dict[str, Any]:
-    """Ids and a mask whose rows end at different places."""
+    """Ids and a mask whose rows end at different positions."""
     generator = torch.Generator().manual_seed(batch * 100 + length)
     ends = torch.tensor([length, length - 2, length - 1])[:batch, None]
     return {
@@ -86,7 +88,7 @@ def tokens(batch: int, length: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_language_models_at_any_size(family: str) -> None:
-    """Qwen2's attention in its parts, the others' as one operator: either way it is one op in the end."""
+    """Qwen2's attention comes in parts, the others' as one operator: both become one op."""
     eager = family == "qwen2"
     module = built(*FAMILIES[family], attention="eager" if eager else "sdpa")
     example = tokens(2, 7)
@@ -119,7 +121,9 @@ def test_tied_weights_enter_once() -> None:
 
 
 def test_a_tensor_of_two_names_enters_once() -> None:
-    """A buffer that is a parameter's own memory; another view of it, and tensors of no elements, are others."""
+    """A buffer with a parameter's own memory is the same tensor; another view of it, and tensors of no elements, are
+    not.
+    """
 
     class Shared(nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -152,7 +156,7 @@ def test_vision_and_speech_encoders() -> None:
     assert_equal(model, whisper, speech, {"input_features": torch.randn(3, 8, 20)})
 
 
-# -- a module of one's own -----------------------------------------------------------------------------------------
+# -- a user's module -----------------------------------------------------------------------------------------------
 
 
 class Block(nn.Module):  # type: ignore[misc]
@@ -225,7 +229,7 @@ def test_arguments_in_containers_go_by_the_names_that_the_graph_has() -> None:
 
 
 class Turned(nn.Module):  # type: ignore[misc]
-    """Attention over heads that are turned in pairs, before they are moved: GPT-J's two ways and Llama's own."""
+    """Attention over heads that are rotated in pairs, before they are moved: GPT-J's two ways and Llama's."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
@@ -314,7 +318,7 @@ def test_every_result_has_a_name_of_its_own(kind: str) -> None:
 
 
 class Pair:
-    """A container whose parts have no names for torch."""
+    """A container whose parts are not registered with torch."""
 
     def __init__(self, first: Any, second: Any) -> None:
         self.first, self.second = first, second
@@ -333,7 +337,7 @@ def test_containers_that_tell_torch_no_names() -> None:
 
 def test_a_dtype_that_numpy_lacks_is_no_argument() -> None:
     model = treadle.from_torch(Applied(lambda x: x * 2), (torch.randn(2),))
-    with pytest.raises(treadle.FrontendError, match="x is no array of NumPy's") as caught:
+    with pytest.raises(treadle.FrontendError, match="x cannot be converted to a NumPy array") as caught:
         model.arguments({"x": torch.zeros(2).to(torch.float8_e4m3fn)})
     assert "Float8_e4m3fn" in str(caught.value.received)
 

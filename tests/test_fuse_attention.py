@@ -1,4 +1,4 @@
-"""Attention fusion: every spelling becomes the op that it is, near misses do not and say why, numbers stay."""
+"""Attention fusion: every form becomes the right op, near misses stay, with a reason, numbers are the same."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ PASSES = (
     DeadCode(),
 )
 
-# A scale is two constants of float32, each half a spacing off, times scores of about 20, as is their difference.
+# A scale is two constants of float32, each half a spacing off, times scores of about 20; their difference is similar.
 ROUNDING = 64 * float(np.finfo(np.float32).eps)
 
 
@@ -69,7 +69,7 @@ def terms_of(op: Attention) -> str:
     return ", ".join(term.text for term in op.terms)
 
 
-# -- what is recognised ----------------------------------------------------------------------------------------
+# -- recognised forms ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
@@ -122,7 +122,7 @@ def test_the_projections_form_is_left_with_what_it_needs() -> None:
     ],
 )
 def test_rows_without_keys_may_be_left_to_zeros(name: str, terms: str) -> None:
-    """Then every mask is a mask, and rows that see a key are what they were."""
+    """Then every mask is a mask, and rows that see a key are unchanged."""
     before = graph_of(next(f for f in FORMS if f.name == name).build)
     passes = [*PASSES[:-2], FuseAttention(zero_empty_rows=True), DeadCode()]
     after = PassManager(passes, certify=False).run(before).graph
@@ -270,7 +270,7 @@ def test_padding_on_either_side_is_what_it_is(change: str) -> None:
 
 
 def notes_on(masking: str) -> list[str]:
-    """What is said of a mask over j <= i and a mask of each row from outside, both filled in with a number."""
+    """Return the notes on a mask over j <= i and a mask of each row from outside, both filled in with a number."""
     kept = ["outer = cast(rows, to=bool)", "keep = logical_and(causal, outer)"]
     text = BEFORE.replace("keep =", "causal =").replace("    masked", f"    {kept[0]}\n    {kept[1]}\n    masked")
     text = text.replace("v: f32[B, 4, S, 8]", "v: f32[B, 4, S, 8], rows: i64[B, 1, 1, S]").replace("-inf", masking)
@@ -285,12 +285,12 @@ def test_a_mask_that_stays_an_addend_says_why() -> None:
     why = "the mask stays an addend: it is -1e+30, and a row in which every key is masked is an average"
     assert notes_on("-1e30") == [f"where: {why}"]
     assert notes_on("-inf") == []
-    alone = optimize(BEFORE.replace("-inf", "-1e30"), FuseAttention())  # in which every row keeps a key
+    alone = optimize(BEFORE.replace("-inf", "-1e30"), FuseAttention())  # where every row keeps a key
     assert [terms_of(op) for op in attentions(alone.graph)] == ["causal"]
     assert alone.log[0].refusals == []
 
 
-# -- back and forth --------------------------------------------------------------------------------------------
+# -- round trips -----------------------------------------------------------------------------------------------
 
 
 def applied(sample: Sample) -> Graph:
@@ -304,8 +304,9 @@ def applied(sample: Sample) -> Graph:
     "sample", [s for s in Attention.samples if "to" not in s.attributes], ids=lambda sample: sample.text
 )
 def test_decomposed_attention_is_fused_again(sample: Sample) -> None:
-    """With fixed sizes positions are folded to constants first, which must be recognised as well. Of queries that begin
-    later, terms become masks and biases. Weights that are rounded on their way stay apart."""
+    """With fixed sizes positions are folded to constants first, which must be recognised as well. If queries begin
+    later, terms become masks and biases. Weights that are rounded on their way stay separate.
+    """
     graph = applied(sample)
     apart = PassManager([Decompose(("attention",))]).run(graph).graph
     assert attentions(apart) == []
@@ -319,30 +320,30 @@ def test_decomposed_attention_is_fused_again(sample: Sample) -> None:
 
 @pytest.mark.parametrize("name", ZOO)
 def test_decomposed_models_are_fused_again(name: str) -> None:
-    """All that the default pipeline fuses, not attention alone. (Numbers are for the tests of each form.)"""
+    """Everything that the default pipeline fuses, not attention alone. (The tests of each form check numbers.)"""
     graph = PassManager(DEFAULT).run(ZOO[name][0].graph()).graph
     assert attentions(graph)
     apart = PassManager([Decompose()], certify=True).run(graph)
     assert not {node.op.name for _, node in apart.graph.walk()}.intersection(FUSED)
     again = PassManager(DEFAULT, certify=True).run(apart.graph)
     assert not [e for record in (*apart.log, *again.log) for e in record.refusals if "rolled back" in e.reason]
-    if name != "gpt_neox":  # whose two norms of one value have their common part computed once
+    if name != "gpt_neox":  # the common part of its two norms of one value is computed once
         assert computed(again.graph) == computed(graph)
     assert [terms_of(op) for op in attentions(again.graph)] == [terms_of(op) for op in attentions(graph)]
 
 
 def test_what_has_no_body_is_not_decomposed() -> None:
     text = program("x: f32[B, 8], w: f32[8, 8]", "y: f32[B, 8]", "y = matmul(x, w)", "return y = y")
-    with pytest.raises(PassError, match="matmul has no body to be decomposed into"):
+    with pytest.raises(PassError, match="matmul has no body, so it cannot be decomposed"):
         optimize(text, Decompose(("matmul",)))
     assert optimize(text, Decompose()).graph == parse_graph(text)
 
 
-# -- what others leave -----------------------------------------------------------------------------------------
+# -- masks and products of other passes ------------------------------------------------------------------------
 
 
 def test_an_input_mask_is_taken_for_no_more_than_it_is() -> None:
-    """A float mask from outside may hold numbers that mask, so that a triangle beside it cannot be told by position."""
+    """A float mask input may hold masking numbers, so a triangle next to it cannot be expressed by position."""
 
     def build(b: Builder) -> Expr:
         outside = b.input("outside", "f32[B, 1, 1, S]")
@@ -362,7 +363,7 @@ def test_an_input_mask_is_taken_for_no_more_than_it_is() -> None:
 
 
 def test_scale_is_the_default_only_where_it_is_that_number() -> None:
-    """One over the root of 8 within the roundings of float32, and no further."""
+    """The default is one over the root of 8 within the roundings of float32, and no further."""
     for number, scale in (("0.35355338", None), ("0.35355341", None), ("0.3535", 0.3535), ("0.125", 0.125)):
         (op,) = attentions(optimize(BEFORE.replace("0.35355338", number), FuseAttention()).graph)
         assert op.scale == scale
@@ -376,7 +377,7 @@ def test_a_scale_that_overflows_is_refused() -> None:
 
 
 def test_what_a_fused_product_gives_is_no_mask() -> None:
-    """Of finite numbers it makes finite ones, as the product that it was fused from does; an input may be anything."""
+    """From finite numbers it computes finite ones, as the unfused product does; an input may be anything."""
     b = Builder(Graph("g"))
     x, w = b.input("x", "f32[S, 8]"), b.parameter("w", "f32[4, 8]")
     assert hazards_of(x.value)

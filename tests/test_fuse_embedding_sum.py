@@ -1,4 +1,4 @@
-"""Sums of embeddings: one op for however they nest, near misses and why, the same numbers."""
+"""Sums of embeddings: one op however they are nested, near misses with reasons, the same numbers."""
 
 from __future__ import annotations
 
@@ -77,15 +77,15 @@ def test_a_chain_keeps_its_bits(name: str) -> None:
 REFUSED = {
     "scaled": (
         [A, P, "s = mul(a, 2.0)", "y = add(s, p)", RETURN],
-        "a term is not the embedding itself, but mul of it",
+        "a term is mul of an embedding, not the embedding itself",
     ),
     "another term between them": (
         [A, P, "s = add(a, x)", "y = add(s, p)", RETURN],
-        "a term is x, and no embedding",
+        "a term is x, not an embedding",
     ),
     "computed, between them": (
         [A, P, "n = tanh(x)", "s = add(a, n)", "y = add(s, p)", RETURN],
-        "a term is tanh, and no embedding",
+        "a term is tanh, not an embedding",
     ),
     "used elsewhere": (
         [A, P, "s = add(a, p)", "y = mul(s, a)", RETURN],
@@ -141,11 +141,11 @@ def test_more_tables_than_it_takes() -> None:
     assert refusal.reason == "9 embeddings are added, and embedding_sum takes at most 8"
 
 
-# -- what knows the op -------------------------------------------------------------------------------------------------
+# -- passes and costs of the op ----------------------------------------------------------------------------------------
 
 
 def test_bert_has_one_and_gpt2_too() -> None:
-    """Before the norm of it, which is then the norm of no residual."""
+    """The sum comes before its norm, which then has no residual."""
     for model, tables in (("bert", 3), ("gpt2", 2)):
         graph = t.compile(model, layers=1, dim=16, heads=2, vocab=20).graph
         found = [node.op for _, node in graph.walk() if isinstance(node.op, EmbeddingSum)]
@@ -165,9 +165,9 @@ def test_explain_lists_each_site() -> None:
     assert (verdict.status, verdict.op) == ("fused", "embedding_sum")
     between = parse_graph(text(*REFUSED["another term between them"][0]))
     (verdict,) = [v for v in explain_fusion(between).blocks[0].verdicts if v.kind == "embedding"]
-    assert (verdict.status, verdict.reason) == ("refused", "a term is x, and no embedding")
+    assert (verdict.status, verdict.reason) == ("refused", "a term is x, not an embedding")
     (verdict,) = [v for v in explain_fusion(with_a_layer_between).blocks[0].verdicts if v.kind == "embedding"]
-    assert (verdict.status, verdict.reason) == ("refused", "a term is linear, and no embedding")
+    assert (verdict.status, verdict.reason) == ("refused", "a term is linear, not an embedding")
     assert verdict.hint == "add the embeddings to each other first"
     scaled = parse_graph(text(*REFUSED["scaled"][0]))
     assert [v for v in explain_fusion(scaled).blocks[0].verdicts if v.kind == "embedding"] == []
@@ -179,7 +179,7 @@ def test_its_cost_is_that_of_rows_and_sums() -> None:
     cost = node_cost(node, {"B": 2, "S": 3})
     assert cost.flops == 2 * (2 * 3 * 8)
     rows, indices = 4 * 8 * (2 * 3), 8 * (2 * 3) + 8 * 3 + 4 * (2 * 3)
-    assert cost.bytes == 4 * rows + indices  # of three tables and the result
+    assert cost.bytes == 4 * rows + indices  # for three tables and the result
 
 
 def test_a_divided_table_leaves_a_sum_to_combine() -> None:

@@ -1,4 +1,4 @@
-"""Gated feed-forward networks become one op; near misses stay and say why; numbers are the same."""
+"""Gated feed-forward networks become one op; near misses stay, with a reason; numbers are the same."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_halves_of_a_product_are_products_with_halves_of_its_weight(
     assert node.op.name == "gated_linear" and node.op.attributes["weight_axes"] == axes
     assert [cut.op.name for cut in cuts] == ["slice"] * len(cuts)
     assert [cut.op.attributes["axis"] for cut in cuts] == [axis, axis, *[0] * (len(cuts) - 2)]
-    assert all(cut.inputs[0].kind == "parameter" for cut in cuts), "what is cut is a weight, which is done once"
+    assert all(cut.inputs[0].kind == "parameter" for cut in cuts), "the sliced value is a weight, sliced only once"
     assert_same_numbers(made.source, made.graph)
 
 
@@ -120,7 +120,7 @@ REFUSED = {
     "of-two-values": (
         [X, G, "z = neg(x)", "v = linear(z, $u)", "y = mul(s, v)"],
         ALONG[:2],
-        "the gate is a product of input x, and what it gates one of a neg",
+        "the gate is a product of input x, and the gated value is a product of a neg",
     ),
     "product-used-elsewhere": (
         [X, G, V, "m = mul(s, v)", "y = add(m, a)"],
@@ -135,7 +135,7 @@ REFUSED = {
     "weights-that-lie-in-two-ways": (
         [X, G, "v = matmul(x, $u)", "y = mul(s, v)"],
         [ALONG[0], ACROSS[1]],
-        "one weight lies as [in, out], the other, and one as [out, in]",
+        "one weight, the gated product's, has layout [in, out], and the other [out, in]",
     ),
     "halves-of-what-is-computed": (
         [
@@ -143,7 +143,7 @@ REFUSED = {
             *("v = slice(h, axis=2, start=8)", "y = mul(s, v)"),
         ],
         MERGED[:1],
-        "gate and up are halves of one product, and what it is with is no parameter",
+        "gate and up are halves of one product, but its matrix is not a parameter",
     ),
 }
 
@@ -159,13 +159,13 @@ def test_a_near_miss_is_refused_with_its_reason(name: str) -> None:
 @pytest.mark.parametrize(
     ("lines", "weights"),
     [
-        (["a = linear(x, $g)", "v = relu(a)", "y = mul(v, a)"], ALONG[:1]),  # of one product
+        (["a = linear(x, $g)", "v = relu(a)", "y = mul(v, a)"], ALONG[:1]),  # both of one product
         ([X, "z = neg(x)", "v = linear(z, $u)", "y = mul(a, v)"], ALONG[:2]),  # two products, no activation
         (["h = linear(x, $w)", "a = slice(h, axis=2, stop=8)", G, "y = mul(a, s)"], MERGED[:1]),  # the same half
         (
             ["m = matmul(x, $g)", "a = add(m, $b)", G, "v = matmul(x, $u)", "y = mul(s, v)"],
             ["g: f32[4, 1]", "u: f32[4, 8]", "b: f32[8]"],
-        ),  # a bias that stretches the product
+        ),  # a bias that broadcasts the product
     ],
 )
 def test_what_is_no_gate_is_left_alone(lines: list[str], weights: list[str]) -> None:
@@ -227,7 +227,9 @@ def test_a_gate_is_found_where_it_is_spelled_out_or_of_two_values() -> None:
 
 
 def test_what_a_gate_that_is_refused_leaves_is_told() -> None:
-    """Its activation is fused with its own product, or both products with each other, which a fused gate has not."""
+    """Its activation is fused with its own product, or both products with each other, which a fused gate does not
+    have.
+    """
 
     def told(*lines: str) -> dict[str, str]:
         verdicts = explain_fusion(parse_graph(gated(*lines, weights=ALONG[:2]))).blocks[-1].verdicts
@@ -258,7 +260,7 @@ def test_halves_of_one_product_keep_their_activation(activation: str) -> None:
 
 
 def test_parts_of_products_that_are_spelled_in_two_ways() -> None:
-    """Whose parts would be halves of one product; neither spelling is taken for the other."""
+    """The parts would be halves of one product; neither form is taken for the other."""
     weights = ["w: f32[16, 4]", "m: f32[4, 16]"]
     lines = ["a = linear(x, $w)", "b = matmul(x, $m)", "g = slice(a, axis=2, stop=8)", "s = relu(g)"]
     text = gated(*lines, "u = slice(b, axis=2, start=8)", "y = mul(s, u)", weights=weights)

@@ -1,4 +1,4 @@
-"""Residual + norm: the op in place of a sum and the norm of it, near misses and why, the same numbers and kernels."""
+"""Residual + norm: one op instead of a sum and its norm, near misses with reasons, the same numbers and kernels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from treadle.passes.pipelines import DEFAULT
 X = "f32[B, S, 8]"
 TAKES = f"x: {X}, r: {X}, w: f32[8], c: f32[8]"
 LARGE = 2.0**-18
-"""Of sums of a few dozen products in f32, in another order or not."""
+"""Tolerance for sums of a few dozen products in f32, in any order."""
 
 CASES = {
     "layer norm": (
@@ -77,15 +77,15 @@ def test_a_sum_that_is_an_output_is_the_second_result() -> None:
 REFUSED = {
     "a bias": (
         ["s = add(x, $b)", "n = layer_norm(s, w)", "return y = n"],
-        "what is added is a weight, f32[8], and no residual",
+        "the addend is a weight, f32[8], not a residual",
     ),
     "a table": (
         ["s = add($p, m)", "n = layer_norm(s, w)", "return y = n"],
-        "what is added is a weight, f32[4, 8], and no residual",
+        "the addend is a weight, f32[4, 8], not a residual",
     ),
     "a number": (
         ["s = add(x, 1.5)", "n = rms_norm(s, w)", "return y = n"],
-        "what is added is a constant, f32[], and no residual",
+        "the addend is a constant, f32[], not a residual",
     ),
     "a row": (
         ["s = add(x, c)", "n = layer_norm(s, w)", "return y = n"],
@@ -116,12 +116,12 @@ def test_each_near_miss_says_why(name: str) -> None:
 
 def test_a_second_norm_of_one_sum_is_told() -> None:
     optimized = optimize(program(TAKES, f"y: {X}", *CASES["two norms of one sum"][0]), FuseResidualNorm())
-    assert [event.reason for event in optimized.log[0].refusals] == ["another layer_norm takes the sum already"]
+    assert [event.reason for event in optimized.log[0].refusals] == ["the sum is already fused with another layer_norm"]
     assert [event.rule for event in optimized.log[0].matches] == ["add-layer-norm"]
 
 
 def test_a_weight_that_is_a_sum_comes_with_the_norm_of_it() -> None:
-    """t is part of the first norm's op then, which comes after the place where the second one would have to stand."""
+    """t is then part of the first norm's op, which comes after the place where the second op would have to be."""
     vectors = "x: f32[8], r: f32[8]"
     lines = ["t = add(x, r)", "u = exp(x)", "v = exp(r)", "s = add(u, v)", "z = tanh(s)"]
     norms = ["n = rms_norm(t)", "m = rms_norm(s, t)", "return y = z, n = n, m = m"]
@@ -158,7 +158,7 @@ def ops(graph: Graph) -> dict[str, int]:
     [("bert", "add_layer_norm", 2, 1), ("gpt2", "add_layer_norm", 1, 2), ("llama", "add_rms_norm", 1, 2)],
 )
 def test_blocks_of_models(model: str, op: str, count: int, norms: int) -> None:
-    """A block's first norm, and the last one, read a sum of another function."""
+    """A block's first norm, and the last norm, read a sum of another function."""
     found = ops(t.compile(model, **SMALL).graph)
     assert found[op] == count
     assert found[op.removeprefix("add_")] == norms
@@ -188,13 +188,13 @@ def test_explain_notes_a_second_norm_of_a_sum() -> None:
     verdicts = explain_fusion(parse_graph(program(TAKES, f"y: {X}", *lines))).blocks[0].verdicts
     (verdict,) = [v for v in verdicts if v.kind == "residual"]
     assert (verdict.status, verdict.op) == ("fused", "add_layer_norm")
-    assert verdict.notes == ("another layer_norm takes the sum already",)
+    assert verdict.notes == ("the sum is already fused with another layer_norm",)
 
 
 @needs_tvm
 @pytest.mark.parametrize("model", ["bert", "gpt2", "llama"])
 def test_tvm_has_the_kernels_that_it_had(model: str) -> None:
-    """The sum stays in the end of the product before it."""
+    """The sum stays at the end of the kernel of the product before it."""
     without = [each for each in DEFAULT if each.name != "fuse-residual-norm"]
     sources = [t.compile(model, backend="tvm", passes=passes, **SMALL).source for passes in (without, DEFAULT)]
     before, after = (re.findall(r"^#? *\S*\[.*\] = (\w+)\(", s, re.M) for s in sources)

@@ -1,4 +1,4 @@
-"""Rotary fusion: each spelling becomes the op, near misses stay and say why, numbers are the same."""
+"""Rotary fusion: each form becomes the op, near misses stay, with a reason, numbers are the same."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def interleaved(b: Builder, first: Expr, second: Expr) -> Expr:
 
 
 def repeated(b: Builder, x: Expr) -> Expr:
-    """Each element twice: what repeat_interleave comes to"""
+    """Each element twice: the result of repeat_interleave"""
     wide = b.expand(b.rearrange(x, pattern="b o s f -> b o s f 1"), shape=(None, None, None, None, 2))
     return b.rearrange(wide, pattern="b o s f two -> b o s (f two)")
 
@@ -99,7 +99,7 @@ def _in_two_halves(b: Builder) -> Expr:
 
 
 def angles_again(b: Builder) -> Expr:
-    """The same angles: those that were made last."""
+    """The same angles: the last ones in the graph."""
     node = next(n for n in reversed(b.function.nodes) if n.op.name == "cos")
     return b.expr(node.inputs[0])
 
@@ -160,7 +160,7 @@ def _angles_by_einsum(b: Builder) -> Expr:
 
 
 def _moved(b: Builder) -> Expr:
-    """Heads before positions, by a rearrange of which nothing else is known: as after a normalization of the heads"""
+    """Heads before positions, by a rearrange of which nothing else is known: after a normalization of the heads"""
     x = b.input("x", f"f32[B, S, 4, {2 * HALF}]")
     return turned(b, b.rearrange(x, pattern="b s h d -> b h s d"))
 
@@ -183,7 +183,7 @@ def _moved_in_pairs(b: Builder) -> Expr:
     return interleaved(b, first * cos - second * sin, first * sin + second * cos)
 
 
-# In [b, s, h, d], as Llama's own code and GPT-NeoX's turn heads before they move them.
+# In [b, s, h, d], as in Llama's own code and GPT-NeoX, which rotate heads before they move them.
 
 
 def by_position(b: Builder, x: Expr) -> Expr:
@@ -192,7 +192,7 @@ def by_position(b: Builder, x: Expr) -> Expr:
 
 
 def turned_pairs(b: Builder, x: Expr) -> Expr:
-    """[b, s, h, f, 2], of x [b, s, h, (f 2)]: pairs as they are stacked, before they are put side by side"""
+    """[b, s, h, f, 2], of x [b, s, h, (f 2)]: pairs along a new axis, before they are joined"""
     apart = b.rearrange(x, pattern=f"b s h (f={HALF} two) -> b s h f two")
     first, second = (b.slice(apart, axis=4, start=i, stop=i + 1) for i in range(2))
     one, two = (b.rearrange(y, pattern="b s h f 1 -> b s h f") for y in (first, second))
@@ -219,7 +219,7 @@ def cut_heads(b: Builder, size: int = 2 * HALF, parts: int = 1) -> Expr:
 
 
 def _pairs_then(pattern: str) -> Build:
-    """What follows is one rearrange with that which puts pairs side by side"""
+    """The rearrange that joins pairs is merged with the one that follows"""
     return lambda b: b.rearrange(turned_pairs(b, row_heads(b)), pattern=pattern)
 
 
@@ -236,13 +236,13 @@ def _halves_of_a_product(b: Builder) -> Expr:
 
 
 def _halves_of_a_part(b: Builder) -> Expr:
-    """Keys of one product for queries, keys and values, head by head, as GPT-NeoX has them"""
+    """Keys of one product for queries, keys and values, head by head, as in GPT-NeoX"""
     whole = cut_heads(b, parts=3)
     return turned_halves(b, b.slice(whole, axis=3, start=2 * HALF, stop=4 * HALF))
 
 
 def _halves_of_a_block(b: Builder) -> Expr:
-    """Keys that lie behind all queries, as Phi-3 has them"""
+    """Keys that follow all queries, as in Phi-3"""
     x = b.linear(b.input("x", "f32[B, S, 5]"), b.parameter("w", f"f32[{3 * 8 * HALF}, 5]"))
     keys = b.slice(x, axis=2, start=8 * HALF, stop=16 * HALF)
     return turned_halves(b, b.rearrange(keys, pattern="b s (h=4 d) -> b s h d"))
@@ -255,7 +255,7 @@ def _partial_of_a_product(b: Builder) -> Expr:
 
 
 def _cut_then_moved(b: Builder) -> Expr:
-    """The dimensions that are turned are cut out first"""
+    """The rotated dimensions are sliced out first"""
     x = b.slice(b.input("x", f"f32[B, S, 4, {2 * HALF + 2}]"), axis=3, stop=2 * HALF)
     return turned(b, b.rearrange(x, pattern="b s h d -> b h s d"), doubled(b, angles(b)))
 
@@ -304,7 +304,7 @@ def test_each_form_is_one_rotary(case: Case) -> None:
     assert not {"cos", "sin", "concat", "mul"}.intersection(ops)
     (op,) = [node.op for node in optimized.graph.main.nodes if isinstance(node.op, Rotary)]
     assert op.layout == case.said
-    # The arithmetic is the same, in another order: some roundings of float64, of angles up to 4.
+    # The arithmetic is the same, in another order: some roundings of float64, for angles up to 4.
     assert_equal_everywhere(before, optimized.graph, 64 * 2.0**-52)
 
 
@@ -366,7 +366,7 @@ def _two_tensors(b: Builder) -> Expr:
 
 
 def _moved_apart(b: Builder) -> Expr:
-    """The same elements with heads and positions exchanged beside the sine"""
+    """The same elements, but heads and positions are exchanged in the operand of the sine"""
     x = b.input("x", f"f32[B, 4, 4, {2 * HALF}]")
     at = b.rearrange(b.input("positions", "i64[B, 4]"), pattern="b s -> b 1 s 1")
     a = doubled(b, at.cast("f32") * frequencies(b))
@@ -374,7 +374,7 @@ def _moved_apart(b: Builder) -> Expr:
 
 
 def _one_row_of_x(b: Builder) -> Expr:
-    """One x turned by the positions of every row"""
+    """One x rotated by the positions of every row"""
     return turned(b, b.input("x", f"f32[1, 4, S, {2 * HALF}]"), doubled(b, angles(b)))
 
 
@@ -384,7 +384,7 @@ def _turned_back_of_a_product(b: Builder) -> Expr:
 
 
 def _other_heads(b: Builder) -> Expr:
-    """The elements beside the sine are of the next head"""
+    """The sine multiplies elements of the next head"""
     x, a = cut_heads(b), by_position(b, doubled(b, angles(b)))
     next_ = b.concat(b.slice(x, axis=2, start=1), b.slice(x, axis=2, stop=1), axis=2)
     return x * b.cos(a) + rotate_half(b, next_) * b.sin(a)
@@ -396,16 +396,16 @@ NEAR_MISSES = [
     Case("mixed orders", _mixed, ORDER),
     Case("sine for cosine", _sine_for_cosine, ORDER),
     Case("angles reversed", _angles_reversed, ORDER),
-    Case("positions that are no integers", _float_positions, "no product of whole positions and frequencies"),
-    Case("shifted angles", _shifted_angles, "no product of whole positions and frequencies"),
+    Case("positions that are no integers", _float_positions, "not a product of integer positions and frequencies"),
+    Case("shifted angles", _shifted_angles, "not a product of integer positions and frequencies"),
     Case("two tables", _two_tables, "the cosine and the sine are of different angles"),
     Case("two tensors", _two_tensors, "are not multiplied with elements of one tensor"),
     Case("moved apart", _moved_apart, "are not multiplied with elements of one tensor"),
     Case("turned back, of a product", _turned_back_of_a_product, ORDER),
     Case("pairs of other heads", _other_heads, ORDER),
     Case("cut, then moved", _cut_then_moved, "are not multiplied with elements of one tensor"),
-    Case("one row of x", _one_row_of_x, f"multiplies, f32[1, 4, S, {2 * HALF}], is repeated along the angles"),
-    Case("angles by head", _angles_by_head, "the angles vary along 3 axes beside that of pairs"),
+    Case("one row of x", _one_row_of_x, f"the factor of the cos, f32[1, 4, S, {2 * HALF}], is repeated along"),
+    Case("angles by head", _angles_by_head, "the angles vary along 3 axes other than that of pairs"),
 ]
 
 
@@ -420,7 +420,7 @@ def test_each_near_miss_says_why(case: Case) -> None:
     assert_equal_everywhere(before, optimized.graph, 64 * 2.0**-52)
 
 
-# -- text, and back and forth ----------------------------------------------------------------------------------
+# -- text, and round trips -------------------------------------------------------------------------------------
 
 
 def test_before_and_after_as_text() -> None:

@@ -1,6 +1,6 @@
-"""Attentions of Hugging Face's exports are found, with the masks that they have, and the numbers stay the file's.
+"""Attentions in Hugging Face's exports are found, with their masks, and the numbers equal the file's.
 
-A part of what benchmarks/fusion.py measures: one export of each kind of attention, by both exporters.
+A part of the measurement of benchmarks/fusion.py: one export of each kind of attention, by both exporters.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Candidate sites: what is pointed at, by which nodes, and what only looks like it."""
+"""Candidate sites: their root and their nodes, and programs that only look like a site."""
 
 from __future__ import annotations
 
@@ -85,7 +85,9 @@ def looked_up(b: Builder, name: str) -> Expr:
 
 
 def projected(b: Builder, *, lies: tuple[str, str] = ("n k", "n k"), other: str = "x", finished: bool = False) -> Expr:
-    """Two products, summed by what is no addition, so that nothing else is a site; `moved`: with a weight transposed"""
+    """Two products, joined by an op other than addition, so that nothing else is a site; `moved`: with a weight
+    transposed
+    """
     made = []
     x = x_of(b)
     for name, laid, of in (("w", lies[0], x), ("u", lies[1], x if other == "x" else x_of(b, other))):
@@ -257,7 +259,7 @@ SITES: dict[str, tuple[Build, list[str]]] = {
 
 @pytest.mark.parametrize("name", SITES)
 def test_what_is_a_site(name: str) -> None:
-    """Beside what is a fused op already."""
+    """Sites found, except those that are fused ops already."""
     build, expected = SITES[name]
     b = Builder(Graph("g"))
     b.outputs(y=build(b))

@@ -1,4 +1,4 @@
-"""The short form of tests/fuzz: a few of the graphs that it draws, and that it notices what is planted wrong."""
+"""The short form of tests/fuzz: a few of the graphs that it draws, and a check that it notices planted errors."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def test_a_seed_gives_one_case() -> None:
 
 
 def test_graphs_are_poisoned_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By an array that is filled once its storage is dead, which would give NaN were it read."""
+    """An array is filled once its storage is dead, so that a read of it would give NaN."""
     filled: list[int] = []
-    monkeypatch.setenv("TREADLE_POISON", "0")  # which is put back
+    monkeypatch.setenv("TREADLE_POISON", "0")  # restored after the test
     monkeypatch.setattr(numpy_backend, "_poison", lambda *arrays: filled.append(len(arrays)))
     for options, happens in (([], False), (["--poison"], True)):
         monkeypatch.setattr("sys.argv", ["graphs", "--count", "2", "--backend", "numpy", *options])
@@ -48,7 +48,7 @@ def test_graphs_are_poisoned_where_that_is_asked_for(monkeypatch: pytest.MonkeyP
 
 
 def test_a_wrong_kernel_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By one part in a hundred thousand, in a tanh of f64 and f32."""
+    """The error is one part in a hundred thousand, in a tanh of f64 and f32."""
     assert NUMPY.into is not None
     wrong = "np.multiply(np.tanh({x}), type({x}.flat[0])(1.00001){told})"
     monkeypatch.setitem(NUMPY.into, "tanh", wrong)

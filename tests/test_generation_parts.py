@@ -1,4 +1,4 @@
-"""Parts of generation without a model: what is chosen and why a row ends, slots, and how a session cuts its calls."""
+"""Parts of generation without a model: selection of tokens, reasons for a row's end, slots, and calls of a session."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from treadle.runtime.slots import LEAST, Ring, Row, Slots
 from treadle.runtime.speculation import DraftModel, PromptLookup, SpeculationTally, _margin, speculate
 from treadle.runtime.token_rules import TokenRules, log_probabilities
 
-# -- what is chosen ----------------------------------------------------------------------------------------------------
+# -- selected tokens ---------------------------------------------------------------------------------------------------
 
 
 def test_what_is_meant_where_nothing_is_said() -> None:
     assert Sampling() == Sampling(temperature=0.0, top_k=0, top_p=1.0, seed=0, min_p=0.0)
-    assert TokenRules() == TokenRules(1.0, 0.0, 0, (), 0, None, None, ())
+    assert TokenRules() == TokenRules(1.0, 0.0, 0, (), (), 0, 0, None, None, ())
     assert Token(1, 2) == Token(1, 2, None, 0.0, ())
     assert Choosing(3) == Choosing(3, Sampling(), None, frozenset(), None, 0)
     assert Beams() == Beams(4, 1.0, 1, early=False)
@@ -112,7 +112,7 @@ def test_an_end_that_the_model_has_no_logit_of_is_no_matter() -> None:
     found = TokenRules(fewest=1).apply(np.zeros(3), prompt=[], made=[], end=[2, 3])
     assert found.tolist() == [0, 0, -np.inf]
     none = np.full(2, -np.inf)
-    assert np.isneginf(TokenRules(banned=(0,)).apply(none, prompt=[], made=[])).all(), "it is the model that left none"
+    assert np.isneginf(TokenRules(banned=(0,)).apply(none, prompt=[], made=[])).all(), "the model allows no token"
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_an_end_that_the_model_has_no_logit_of_is_no_matter() -> None:
     ],
 )
 def test_why_a_row_ends(chosen: int, made: int, full: bool, ending: str | None) -> None:
-    """The first of the reasons; `until` is asked of each token all the same."""
+    """The first of the reasons counts; `until` is still called for each token."""
     asked: list[tuple[int, int]] = []
 
     def until(number: int, token: int) -> bool:
@@ -177,7 +177,7 @@ def test_a_number_of_tokens_is_whole(most: Any) -> None:
 
 
 def held(full: str = "error", **more: Any) -> Any:
-    """A session that does what a test says."""
+    """A session that follows a test's script."""
     facts = {"capacity": 4, "full": full, "who_takes": "the model", "free": 0, "length": lambda row: row}
     return SimpleNamespace(**{**facts, **more})
 
@@ -200,7 +200,7 @@ def test_a_prompt_waits_for_the_one_that_shares_most() -> None:
     shared = {(5,): 3, (6,): 7, (7,): 7}
     made = held(held=lambda prompt: 3, shared=lambda prompt, other: shared[tuple(other)])
     prompt = [1] * 9
-    assert prompt_ahead(made, prompt, {1: [5]}) is None, "no more than is held already"
+    assert prompt_ahead(made, prompt, {1: [5]}) is None, "at most the stored tokens"
     assert prompt_ahead(made, prompt, {1: [5], 2: [6], 3: [7]}) == (2, 7)
     assert prompt_ahead(made, prompt, {2: [6], 4: [1] * 9}) == (4, 9)
 
@@ -281,7 +281,7 @@ class _Draft:
 def test_a_draft_guesses_as_much_as_its_row_takes(
     count: int, given: int, most: int, length: int, guessed: list[int], read: bool
 ) -> None:
-    """What is new is prefilled where it is too much to be read with each guess."""
+    """New tokens are prefilled if there are too many to be read with each guess."""
     own: Any = _Draft(length)
     draft = DraftModel(own, count=count)
     draft.begin()
@@ -298,7 +298,9 @@ def test_a_draft_guesses_as_much_as_its_row_takes(
 
 @pytest.mark.parametrize(("ends", "shares"), [((0,), (0.9, 0.0)), ((0, 5), (0.45, 0.4))])
 def test_as_many_beams_go_on_where_each_may_end(ends: tuple[int, ...], shares: tuple[float, float]) -> None:
-    """Each continuation has a row: its beam's own for the first, a fork for another; who goes on no more is closed."""
+    """Each continuation has a row: its beam's own for the first, a fork for another; a row that is not continued is
+    closed.
+    """
     rows, closed = iter(range(1, 99)), list[int]()
     own: Any = SimpleNamespace(capacity=99, full="error", fork=lambda row: next(rows), close=closed.append)
     task = _Task(own, Beams(3, early="never"), TokenRules(), frozenset(ends))
@@ -330,7 +332,7 @@ def slots(count: int = 2, *, whole: bool = False, rings: Sequence[Ring] = ()) ->
     [
         (range(20), range(16), False, 16),
         (range(20), range(15), False, 0),
-        (range(16), range(16), False, 0),  # of the last one the logits are to be had
+        (range(16), range(16), False, 0),  # the logits of the last token are needed
         (range(17), range(17), False, 16),
         (range(20), [*range(18), 99], False, 18),
         (range(20), [*range(18), 99], True, 0),
@@ -373,7 +375,7 @@ def test_a_text_goes_on_in_its_own_slot_or_in_a_copy() -> None:
     made.rows[made.take()] = Row(text, written=40)
     made.close(0, keep=True)
     assert made.held([*text, 7]) == 30
-    assert made.resume([*text[:20], 7, 8]) == 1, "a copy: the whole text may be gone on from as well"
+    assert made.resume([*text[:20], 7, 8]) == 1, "a copy: the whole text may be continued as well"
     assert made.rows[1] == Row(text[:20], written=40)
     assert made.resume([*text, 7]) == 0
     assert made.rows[0] == Row(text, written=40)
@@ -400,7 +402,7 @@ def test_where_no_slot_is_free_but_the_texts_own_it_is_cut_back() -> None:
 
 
 class _Model:
-    """A stepped model whose entries remember the calls: of each token's logits, the id before."""
+    """A stepped model whose entries record the calls; the logits of each token are the id before it."""
 
     def __init__(self, **facts: Any) -> None:
         graph = SimpleNamespace(name="m", states={}, symbols={})
@@ -475,7 +477,7 @@ def test_prompts_are_cut_and_padded(opened: Any) -> None:
     own.prefill({one: range(17), other: range(30)})
     assert model.calls == [("prefill", ((2, 32), [50, 3]))]
     model.calls.clear()
-    own.prefill({one: range(17), other: range(17)})  # which the first has no room for, padded
+    own.prefill({one: range(17), other: range(17)})  # the first has no room for them with padding
     assert model.calls == [("prefill", ((1, 17), [67])), ("prefill", ((1, 32), [33]))]
     model.calls.clear()
     step = own.step({one: 5, other: 6})
@@ -576,7 +578,7 @@ def test_a_scheduler_takes_as_many_as_may_wait(opened: Any) -> None:
 
 
 def test_a_load_is_what_a_scheduler_does_and_has_done(opened: Any) -> None:
-    """As the second token of each text is told, and once all have ended."""
+    """Loads are read as the second token of each text is reported, and once all have ended."""
     _, own = opened(rows=2, chunk=4)
     made, loads, ends = Scheduler(own, piece=3), list[Load](), list[Any]()
 
@@ -587,7 +589,7 @@ def test_a_load_is_what_a_scheduler_does_and_has_done(opened: Any) -> None:
     assert made.load() == Load(waiting=3)
     made.start()
     assert made._thread is not None
-    assert made._thread.daemon, "it keeps no process"
+    assert made._thread.daemon, "it does not keep the process alive"
     made.close(drain=60.0)
     assert len(ends) == 3
     assert loads[2] == Load(running=2, waiting=1, steps=1, prefilled=10, generated=2)

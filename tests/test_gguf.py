@@ -1,4 +1,4 @@
-"""GGUF files: small models written by the library equal Hugging Face's; damaged ones are refused by field."""
+"""GGUF files: small models written by the library equal Hugging Face's; damaged files are refused by field."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ HF_NAMES = {
 
 
 def hugging_face(weights: Mapping[str, Array], sizes: Sizes, kind: str, **options: Any) -> Any:
-    """Hugging Face's model of weights under GGUF's names."""
+    """Return Hugging Face's model with weights under GGUF's names."""
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=len(vocabulary()), hidden_size=sizes.dim, intermediate_size=sizes.hidden,
         num_hidden_layers=sizes.layers, num_attention_heads=sizes.heads, num_key_value_heads=sizes.kv_heads,
@@ -70,7 +70,7 @@ def hugging_face(weights: Mapping[str, Array], sizes: Sizes, kind: str, **option
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    """A whole file."""
+    """A complete file."""
     path = tmp_path / "small.gguf"
     write_model(path, SIZES, tensors(SIZES), "Q4_1")
     return path
@@ -80,7 +80,7 @@ def small(tmp_path: Path) -> Path:
 
 
 def assert_same(path: Path, theirs: Any, runner: str) -> None:
-    """Near theirs in float64; where random blocks condition it badly, as near as theirs in float32 is, twice over."""
+    """Compare in float64; where random blocks are ill-conditioned, allow twice the error of their model in float32."""
     exact = copy.deepcopy(theirs).double()
     resolved = resolve(path)
     assert resolved.unused == ()
@@ -120,7 +120,7 @@ def test_qwen2_equals_hugging_face(tmp_path: Path) -> None:
 
 
 def test_frequencies_in_a_tensor(tmp_path: Path) -> None:
-    """Llama 3.1 and later: llama.cpp writes the factors of the frequencies as a tensor of their own."""
+    """Llama 3.1 and later: llama.cpp writes the factors of the frequencies as a separate tensor."""
     scaling = {
         "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
@@ -128,7 +128,7 @@ def test_frequencies_in_a_tensor(tmp_path: Path) -> None:
     theirs = hugging_face(tensors(SIZES), SIZES, "Llama", rope_parameters=scaling)
     plain = 10000.0 ** (-np.arange(0, SIZES.head_dim, 2) / SIZES.head_dim)
     factors = (plain / theirs.model.rotary_emb.inv_freq.numpy()).astype(np.float32)
-    assert np.unique(factors.round(3)).size == 3  # as they are, in between, and slowed
+    assert np.unique(factors.round(3)).size == 3  # unchanged, in between, and slowed
     path = tmp_path / "model.gguf"
     write_model(path, SIZES, {**tensors(SIZES), "rope_freqs.weight": factors})
     assert_same(path, theirs, "torch")
@@ -176,13 +176,13 @@ def test_a_block_whose_scale_is_no_number_is_named(tmp_path: Path, form: str, fi
     write_model(path, sizes, blocks, held={n: form for n, b in blocks.items() if b.dtype == np.uint8})
     at = GGUFFile.open(path).record(name).begin + 7 * record.itemsize
     with pytest.raises(
-        CheckpointError, match=f"scale is no finite number(.|\n)*byte {at}, block 7 of {form}, tensor {name}"
+        CheckpointError, match=f"scale is NaN or infinite(.|\n)*byte {at}, block 7 of {form}, tensor {name}"
     ):
         resolve(path)
 
 
 def test_k_quants_of_several_kinds_in_one_file(tmp_path: Path) -> None:
-    """As llama.cpp mixes them: layers whose v is held in more bits are functions of their own."""
+    """The mixture of llama.cpp: layers whose v is stored in more bits are separate functions."""
     sizes = Sizes(layers=2, dim=256, hidden=512)
     rng = np.random.default_rng(1)
     kinds = {"blk.1.attn_v.weight": "q6_k", "blk.0.ffn_down.weight": "q5_k", "token_embd.weight": "q3_k"}
@@ -293,9 +293,9 @@ ALIGNMENT = string(b"general.alignment") + struct.pack("<II", 4, 48)
         (header(version=3 << 24), "of a version that is not read", "byte 4, version"),
         (header(keys=2**63), "more keys than the limit", "byte 16, number of keys"),
         (header(count=0, keys=5), "the file ends too early", "byte 24, key 0 of 5"),
-        (header(KEY, KEY), "a key stands twice", "byte 41, key k"),
+        (header(KEY, KEY), "a key appears twice", "byte 41, key k"),
         (header(string(b"\xff") + KEY[9:]), "a name is not UTF-8", "byte 32, key 0 of 1"),
-        (header(string(b"k") + struct.pack("<I", 99)), "there is no such type of a value", "byte 33, key k"),
+        (header(string(b"k") + struct.pack("<I", 99)), "there is no such value type", "byte 33, key k"),
         (header(string(b"k") + struct.pack("<IB", 7, 2)), "a bool is neither 0 nor 1", "byte 37, key k"),
         (header(string(b"k") + struct.pack("<IQ", 8, 2**60)), "the file ends too early", "byte 45, key k"),
         (header(string(b"k") + struct.pack("<IIQ", 9, 0, 2**60)), "the file ends too early", "byte 49, key k"),
@@ -308,8 +308,8 @@ ALIGNMENT = string(b"general.alignment") + struct.pack("<II", 4, 48)
         (header(tensor(b"t", (2**40, 2**40)), count=1), "their product below 2^60", "byte 45, tensor t"),
         (header(tensor(b"t", kind=99), count=1), "there is no such block type", "byte 45, tensor t"),
         (header(tensor(b"t", (33,), kind=3), count=1), "rows of 33 are not whole blocks of 32", "byte 45, tensor t"),
-        (header(tensor(b"t", offset=32), count=1), "does not begin where the one before it ends", "byte 49, tensor t"),
-        (header(tensor(b"t"), tensor(b"t", offset=32), count=2), "a tensor's name stands twice", "byte 57, tensor t"),
+        (header(tensor(b"t", offset=32), count=1), "not begin where the previous tensor ends", "byte 49, tensor t"),
+        (header(tensor(b"t"), tensor(b"t", offset=32), count=2), "a tensor's name appears twice", "byte 57, tensor t"),
         (header(tensor(b"t", (2**50,)), count=1), "the file ends before its tensors do", "byte 49, tensor t"),
         (header(tensor(b"t"), count=1), "the file ends before its tensors do", "byte 49, tensor t"),
     ],
@@ -327,12 +327,12 @@ def test_refusals(tmp_path: Path, data: bytes, what: str, place: str) -> None:
     ("key", "value", "what"),
     [
         ("general.architecture", "mamba", "general.architecture is not supported"),
-        ("llama.block_count", 3, "llama.block_count is more than the file has tensors for"),
+        ("llama.block_count", 3, "llama.block_count is larger than the file's number of tensors allows"),
         ("llama.block_count", 2**31, "llama.block_count must be an integer from 1 to 1000"),
         ("llama.attention.head_count", 5, "llama.attention.head_count_kv must divide"),
         ("llama.attention.head_count_kv", 3, "llama.attention.head_count_kv must divide the number of heads"),
         ("llama.attention.head_count", 6, "llama.attention.head_count must divide the embedding's length"),
-        ("llama.attention.value_length", 5, "llama.attention.value_length must be key_length"),
+        ("llama.attention.value_length", 5, "llama.attention.value_length must equal key_length"),
         ("llama.rope.dimension_count", 7, "llama.rope.dimension_count must be an even number"),
         ("llama.rope.freq_base", float("nan"), "llama.rope.freq_base must be a number"),
         ("llama.attention.layer_norm_rms_epsilon", None, "is missing from the metadata"),
@@ -356,13 +356,13 @@ def test_metadata_that_does_not_fit(tmp_path: Path, key: str, value: Any, what: 
 
 
 def config_of(folder: Path, keys: Mapping[str, Any], architecture: str = "llama") -> Mapping[str, Any]:
-    """The configuration that is read of a whole file with other metadata, of one of Gemma or Phi-3 too."""
+    """Return the configuration read from a complete file with other metadata; also for Gemma or Phi-3."""
     renamed = {f"{architecture}.{key}": value for key, value in keys.items()}
     return from_gguf(GGUFFile.open(written(folder, renamed, replace(SIZES, architecture=architecture)))).config
 
 
 def test_metadata_that_is_left_out(tmp_path: Path) -> None:
-    """What llama.cpp has where a key is missing."""
+    """A missing key has llama.cpp's default."""
     left_out = dict.fromkeys(("rope.freq_base", "rope.dimension_count", "attention.key_length"))
     plain = config_of(tmp_path, left_out)
     assert (plain["base"], plain["rotary_dims"], plain["head_dim"], plain["scaling"]) == (10000.0, 8, 8, None)
@@ -386,7 +386,7 @@ def test_metadata_that_is_left_out(tmp_path: Path) -> None:
 
 
 def test_layers_have_as_many_tensors_as_there_must_be(tmp_path: Path) -> None:
-    """Nine a layer, or six where some are joined: a file of fewer is refused before its layers are traced."""
+    """Nine a layer, or six if some are joined: a file with fewer is refused before its layers are traced."""
     for joined, least in ((False, 9), (True, 6)):
         names = ["token_embd.weight", "blk.0.attn_qkv.weight" if joined else "blk.0.attn_q.weight"]
         for count, fits in ((2 * least, True), (2 * least - 1, False)):
@@ -396,7 +396,9 @@ def test_layers_have_as_many_tensors_as_there_must_be(tmp_path: Path) -> None:
             if fits:
                 assert from_gguf(GGUFFile.open(path)).config["layers"] == 2
                 continue
-            with pytest.raises(CheckpointError, match="block_count is more than the file has tensors for") as caught:
+            with pytest.raises(
+                CheckpointError, match="block_count is larger than the file's number of tensors allows"
+            ) as caught:
                 from_gguf(GGUFFile.open(path))
             assert caught.value.received == f"2, of {count} tensors"
 
@@ -434,7 +436,7 @@ def test_frequencies_that_change_with_the_length_are_refused(tmp_path: Path) -> 
 
 
 def written(folder: Path, keys: Mapping[str, Any], sizes: Sizes = SIZES) -> Path:
-    """A whole file with other metadata; None leaves a key out."""
+    """Write a complete file with other metadata; None leaves a key out."""
 
     class Writer(gguf.GGUFWriter):
         def write_header_to_file(self, path: Path | None = None) -> None:
@@ -463,11 +465,11 @@ def test_a_vocabulary_that_begins_texts_with_a_token(tmp_path: Path) -> None:
 def test_types_of_tokens_are_as_many_as_they(tmp_path: Path) -> None:
     kinds = "tokenizer.ggml.token_type"
     file = GGUFFile.open(written(tmp_path, {kinds: [1, 3]}))
-    with pytest.raises(CheckpointError, match="must say a type for each token") as caught:
+    with pytest.raises(CheckpointError, match="must have a type for each token") as caught:
         build_gguf_tokenizer(file)
     assert caught.value.received == f"2 types, {len(vocabulary())} tokens"
     plain = build_gguf_tokenizer(GGUFFile.open(written(tmp_path, {kinds: None})))
-    assert len(plain.encode("<|end|>").ids) > 1  # no token is cut out of a text whole
+    assert len(plain.encode("<|end|>").ids) > 1  # not split off as a single token
 
 
 def test_values_of_metadata_are_of_the_kind_that_is_asked_for(tmp_path: Path) -> None:
@@ -558,12 +560,14 @@ def test_tensors_lie_as_far_apart_as_the_file_says(tmp_path: Path, alignment: in
     file = GGUFFile.open(path)
     assert file.array("t").tolist() == [0, 0, 0, 0]
     assert file.array("u").tolist() == [0, 1, 2, 3]
-    with pytest.raises(CheckpointError, match="tensor t is in no blocks of an encoding"):
+    with pytest.raises(CheckpointError, match="tensor t is not stored in blocks of an encoding"):
         file.held("t")
 
 
 def test_work_and_memory_of_a_vocabulary(tmp_path: Path) -> None:
-    """A string costs 8 bytes of a file, and 8 more to remember, until it is asked for: 49 and its letters then."""
+    """A string costs 8 bytes of a file, and 8 bytes of memory until it is read; then it costs 49 bytes and its
+    letters.
+    """
     count = 100_000
     path = tmp_path / "many.gguf"
     path.write_bytes(header(string(b"k") + struct.pack("<IIQ", 9, 8, count) + string(b"") * count))
@@ -582,7 +586,7 @@ def test_blocks_that_the_library_does_not_decode_are_named(tmp_path: Path, kind:
     path = tmp_path / "blocks.gguf"
     head = header(tensor(b"t", (elements,), kind=int(number)), count=1)
     path.write_bytes(head + bytes(-len(head) % 32 + length))
-    with pytest.raises(CheckpointError, match=f"blocks of type {kind.lower()} cannot be dequantised") as caught:
+    with pytest.raises(CheckpointError, match=f"blocks of type {kind.lower()} cannot be dequantized") as caught:
         GGUFFile.open(path).array("t")
     assert caught.value.within == f"{path}: byte {len(head) + -len(head) % 32}, tensor t"
 
@@ -611,6 +615,6 @@ def test_mutations(tmp_path: Path) -> None:
 
 
 def test_merges_are_of_the_vocabulary() -> None:
-    """The seeds of the fuzzer are valid: what is merged is there."""
+    """The seeds of the fuzzer are valid: merged tokens are in the vocabulary."""
     known = set(vocabulary())
     assert all(part in known for merge in MERGES for part in [*merge.split(" "), merge.replace(" ", "")])

@@ -1,4 +1,4 @@
-"""GGUF files of Qwen3, Gemma 2 and 3 and Phi-3: what llama.cpp makes of Hugging Face's models gives their logits."""
+"""GGUF files of Qwen3, Gemma 2 and 3 and Phi-3: files in llama.cpp's form give the logits of Hugging Face's models."""
 
 from __future__ import annotations
 
@@ -63,12 +63,13 @@ FILES: dict[str, tuple[str, dict[str, Any], dict[str, int | float]]] = {
     ),
     "phi3": ("phi3", {"rms_norm_eps": 1e-6}, {"attention.sliding_window": 5}),
 }
-"""A small decoder, what its config has beside the sizes, and what the file's metadata say of it."""
+"""A small decoder, its config besides the sizes, and its entries in the file's metadata."""
 
 
 def write(path: Path, name: str, *, head_dim: int = 8, layers: int = 6, form: str = "", **keys: int) -> Any:
-    """Write the file that llama.cpp would, with matrices in drawn blocks of a form if so said; returns Hugging Face's
-    model, whose weights are the file's numbers."""
+    """Write the file that llama.cpp would write, with matrices in drawn blocks of a form if one is given; return
+    Hugging Face's model, whose weights are the file's numbers.
+    """
     family, options, own = FILES[name]
     config = {**DECODERS[family].config, **SIZES, **options, "head_dim": head_dim, "num_hidden_layers": layers}
     model = Tiny(DECODERS[family].architecture, config).build()
@@ -117,7 +118,7 @@ def test_equals_hugging_face(tmp_path: Path, name: str, runner: str) -> None:
 
 @pytest.mark.parametrize("runner", ["numpy", "torch"])
 def test_rows_of_a_tensor_in_blocks_stay_in_blocks(tmp_path: Path, runner: str) -> None:
-    """Phi-3's query, key and value are one tensor, and its gate and up."""
+    """Phi-3's query, key and value are one tensor, and so are its gate and up."""
     theirs = write(tmp_path / "model.gguf", "phi3", form="q5_1")
     resolved = resolve(tmp_path / "model.gguf")
     assert resolved.weights is not None
@@ -132,7 +133,7 @@ def test_rows_of_a_tensor_in_blocks_stay_in_blocks(tmp_path: Path, runner: str) 
 
 
 def test_the_largest_gemma_scales_scores_by_another_width(tmp_path: Path) -> None:
-    """llama.cpp tells it by how many layers it has: dim / heads is 8 there, and a head is 4 wide."""
+    """llama.cpp recognizes it by its number of layers: dim / heads is 8 there, and a head has 4 elements."""
     for layers, scale in ((46, 8**-0.5), (6, 4**-0.5)):
         write(tmp_path / "model.gguf", "gemma2", head_dim=4, layers=layers)
         model = resolve(tmp_path / "model.gguf").model
@@ -145,5 +146,5 @@ def test_what_is_not_supported_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="expert_count is not supported"):
         resolve(tmp_path / "model.gguf")
     write(tmp_path / "model.gguf", "phi3", block_count=60)
-    with pytest.raises(CheckpointError, match="block_count is more than the file has tensors for"):
+    with pytest.raises(CheckpointError, match="block_count is larger than the file's number of tensors allows"):
         resolve(tmp_path / "model.gguf")

@@ -1,4 +1,4 @@
-"""Gradients where derivatives are easily wrong: a sample of what tests/fuzz/gradient_edges.py tries in full."""
+"""Gradients where derivatives are easily wrong: a sample of the cases of tests/fuzz/gradient_edges.py."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_the_programs_become_attention() -> None:
 
 
 def test_a_certificate_tries_gradients_where_the_graph_will_be_differentiated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fused as for inference, attention with an empty row has the values, and not the gradients."""
+    """Fused as for inference, attention with an empty row has the right values but wrong gradients."""
     emptied = chain._emptied
     monkeypatch.setattr(chain, "_emptied", lambda steps, scores, trained: emptied(steps, scores, False))
     graph, _ = drawn_program(0, how="filled", lowest=-3e38)

@@ -1,4 +1,4 @@
-"""Gradients of whole graphs: blocks as functions, kept or computed again, against the same graph without calls."""
+"""Gradients of whole graphs: blocks as functions, saved or recomputed, against the same graph without calls."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Array = np.ndarray[Any, Any]
 
 
 def with_squares(graph: Graph) -> Graph:
-    """The graph with one output more, `squares`: of all elements of its float outputs."""
+    """Return the graph with an additional output `squares`: the sum of squares of all elements of its float outputs."""
     b = Builder(clone_graph(graph))
     found = None
     for value in list(b.graph.main.outputs.values()):
@@ -44,7 +44,7 @@ def with_squares(graph: Graph) -> Graph:
 
 
 def flat_gradients(graph: Graph, loss: str) -> Graph:
-    """The graph without calls, whose weights are weights still, and the gradients of all of them."""
+    """Return the graph without calls, with its weights as parameters, and the gradients of all of them."""
     flat = inline_calls(graph)
     b, main = Builder(flat), flat.main
     found = backward(b, list(main.nodes), {main.outputs[loss]: b.constant(1, main.outputs[loss].type.dtype)})
@@ -56,7 +56,7 @@ def drawn(graph: Graph, seed: int = 0) -> tuple[dict[str, Array], dict[str, Arra
     sizes = {symbol: max(bounds.lower, min(4, bounds.upper or 4)) for symbol, bounds in graph.symbols.items()}
     rng = np.random.default_rng(seed)
     weights = initial_weights(graph, seed)
-    # what begins as zeros or ones has gradients that tell little
+    # weights that begin as zeros or ones would have trivial gradients
     return draw_inputs(graph, sizes, [seed]), {
         n: a + rng.standard_normal(a.shape).astype(a.dtype) / 8 for n, a in weights.items()
     }
@@ -74,7 +74,7 @@ def test_every_family_has_the_gradients_of_its_graph_without_calls(family: str) 
         verify(made)
         assert parse_graph(str(made)) == made
         assert not made.parameters
-        # a block's gradient is a function too, of as many nodes whatever the depth
+        # a block's gradient is a function too, with the same number of nodes whatever the depth
         assert sum(node.op.callee is not None for node in made.main.nodes) >= 2 * calls
         found = interpret(made, {**inputs, **weights}, {}, float64=True)
         assert set(found) == set(wanted)
@@ -94,7 +94,7 @@ def stacked(x: t.f32["B S 8"], *, layers: int = 4):
 def test_a_block_and_its_gradient_are_one_function_each_at_any_depth(layers: int) -> None:
     graph = with_squares(stacked.configure(layers=layers).graph())
     made = gradient_graph(graph, "squares", list(graph.parameters))
-    # the first block's input is no weight's, so its own gradient is not asked for
+    # the first block's input depends on no weight, so its own gradient is not needed
     assert [n for n in made.functions if n != "main"] == ["h", "h_gradient", "h_2", "h_2_gradient"]
     again = gradient_graph(graph, "squares", list(graph.parameters), recompute=True)
     assert [len(again.functions[n].outputs) for n in ("h", "h_2")] == [1, 1]

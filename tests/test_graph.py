@@ -1,4 +1,4 @@
-"""The graph's own parts, what networkx is given of it, and the interpreter's checks."""
+"""The graph's own parts, its conversion to networkx, and the interpreter's checks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GRAPHS = {
 
 
 def diamond() -> Graph:
-    """y = exp(x) + tanh(x), with a weight that one of the two is scaled by."""
+    """y = exp(x) + tanh(x), where one of the two is scaled by a weight."""
     b = Builder(Graph("diamond"))
     x = b.input("x", "f32[B, 4]")
     with b.scoped("left"):
@@ -76,7 +76,7 @@ def test_counts_and_order_of_models(name: str) -> None:
     assert kinds.count("constant") == len(constants)
     assert g.number_of_edges() == sum(len(n.inputs) for n in main.nodes) + len(main.outputs)
     assert nx.is_directed_acyclic_graph(g)
-    assert all(u < v for u, v in g.edges()), "a value is made before it is used"
+    assert all(u < v for u, v in g.edges()), "a value is defined before it is used"
     uses = main.uses()
     ids = {d["label"]: v for v, d in g.nodes(data=True) if d.get("kind") == "parameter"}
     for parameter, value in main.parameters.items():
@@ -84,12 +84,12 @@ def test_counts_and_order_of_models(name: str) -> None:
 
 
 def test_dominators_are_the_residual_stream() -> None:
-    """Every way from the tokens to the logits goes through each layer's sums, and through no attention."""
+    """Every path from the tokens to the logits goes through each layer's sums, and through no attention."""
     graph = GRAPHS["gpt2"]
     g = graph.to_networkx()
     (logits,) = (v for v, d in g.nodes(data=True) if d.get("kind") == "output")
     (tokens,) = (v for v, d in g.nodes(data=True) if d.get("kind") == "input")
-    # positions are made of the tokens' shape, so they are one way from the tokens as well
+    # positions depend on the tokens' shape, so they are one path from the tokens as well
     dominators = nx.immediate_dominators(g, tokens)
     chain, at = [], dominators[logits]
     while at != tokens:
@@ -169,7 +169,7 @@ def test_calls_find_their_function() -> None:
 
 
 def test_a_value_that_is_used_and_not_defined_is_not_copied() -> None:
-    """Read by a node, given as an output, or as a state's last value; the error shows the value."""
+    """It is read by a node, returned as an output, or a state's last value; the error shows the value."""
     for use in ("node", "output", "state"):
         graph = diamond()
         first, *others = graph.main.nodes
@@ -258,7 +258,7 @@ def test_precision_on_request() -> None:
 
 
 def test_watching() -> None:
-    """Every node of every call is seen, with its results."""
+    """The watcher sees every node of every call, with its results."""
     graph = gpt2.configure(**SMALL).graph()
     seen: list[str] = []
     weights = {n: np.zeros(v.type.static_shape or (), np.float32) for n, v in graph.parameters.items()}

@@ -1,4 +1,4 @@
-"""What a `try` of an error names is there: commands, options, arguments, words. Hints are read in the source."""
+"""Names in the `try` of an error exist: commands, options, arguments, words. Hints are read in the source."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from treadle.models.registry import family_of
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("files", "ir", "frontends", "passes", "backends", "models", "runtime", "treadle")
-THEIRS = {"export", "pip", "ensurepip", "pretrained"}  # what is called in hints and belongs to others
+THEIRS = {"export", "pip", "ensurepip", "pretrained"}  # names of other libraries and tools that hints use
 
 
 ON_THE_COMMAND_LINE = " | on the command line: "
-FOR_COMMANDS = ("treadle/cli/", "treadle/option_values.py", "treadle/explaining/fusion.py")  # what only commands reach
+FOR_COMMANDS = ("treadle/cli/", "treadle/option_values.py", "treadle/explaining/fusion.py")  # reached only by commands
 
 
 def shown(node: ast.AST) -> str:
-    """The text that an expression gives, with … for what is put in when it runs."""
+    """Return the text of an expression, with … for parts that are computed at run time."""
     match node:
         case ast.Constant(value=str(text)):
             return text
@@ -50,7 +50,7 @@ def shown(node: ast.AST) -> str:
 
 
 def hints() -> Iterator[tuple[str, str]]:
-    """Every text that is given as a hint, or is one under another name, with its place."""
+    """Yield every text that is used as a hint, also under another name, with its location."""
     for path in sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py")):
         place = path.relative_to(ROOT).as_posix()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -120,7 +120,7 @@ def test_python_is_told_no_options_of_the_command_line_and_commands_no_arguments
 
 
 def test_arguments_are_those_of_what_is_called() -> None:
-    """`Name(argument=...)`: something of that name is ours, and takes the argument."""
+    """`Name(argument=...)`: a function of that name is ours, and takes the argument."""
     wrong = []
     for place, text in HINTS:
         for name, inside in re.findall(r"(?<!torch\.)\b([A-Za-z_]\w*)\(([^()]*)\)?", text):

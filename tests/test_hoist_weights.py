@@ -1,4 +1,4 @@
-"""Hoisting: what is computed from weights alone is computed once, in `bind`, and gives the same."""
+"""Hoisting: values computed from weights alone are computed once, in `bind`, and are the same."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_what_one_recipe_makes_another_may_begin_with(backend: str) -> None:
 
 
 def test_a_line_on_a_prepared_weight_is_one_line_and_not_long() -> None:
-    """Written out, a sum of itself forty times over has 2^40 terms."""
+    """Written out, a value added to itself forty times over has 2^40 terms."""
     graph = Graph("g")
     b = Builder(graph)
     w = b.parameter("w\nimport os", f32[4])
@@ -117,7 +117,7 @@ def test_a_block_leaves_it_to_its_callers(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_made_of_the_same_weights_is_made_once(backend: str) -> None:
-    """Also what is made of that; not what other weights, or other attributes, make."""
+    """Also values computed from that value; not values of other weights, or with other attributes."""
     graph = Graph("tied")
     b = Builder(graph)
     x, w, v = b.input("x", f32["B", 4]), b.parameter("w", f32[4, 4]), b.parameter("v", f32[4, 4])
@@ -135,7 +135,7 @@ def test_what_is_made_of_the_same_weights_is_made_once(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_calls_with_the_same_weights_have_them_made_once(backend: str) -> None:
-    """As where all layers have the same ones (ALBERT)."""
+    """All layers have the same weights, as in ALBERT."""
     graph = Graph("tied")
     block = Function("layer")
     graph.add_function(block)
@@ -175,7 +175,7 @@ def test_what_depends_on_the_size_of_an_input_stays(backend: str) -> None:
     graph = Graph("g")
     b = Builder(graph)
     x, w = b.input("x", f32["B", "S"]), b.parameter("w", f32[6])
-    part = b.slice(w, axis=0, start="S-2", stop="S")  # two elements, but which?
+    part = b.slice(w, axis=0, start="S-2", stop="S")  # two elements, but their positions are unknown
     b.outputs(y=part * 2.0, z=w * b.cast(b.size(value="S"), to=f32), x=x)
     assert not hoisted(graph).made
     runs_like_its_meaning(graph, backend, {"x": np.ones((1, 4), np.float32)})
@@ -221,7 +221,7 @@ def test_what_does_not_fit_leaves_room_for_what_does() -> None:
     large = [b.exp(b.expand(w * float(n), shape=(200, 1000))) for n in (2, 3)]  # 800 kB of 1 MB each
     b.outputs(y=x + large[0], z=x + large[1], small=x + w * 5.0)
     lowered = PassManager((HoistWeights(),)).run(graph)
-    assert len(lowered.graph.made) == 2  # one of the large ones, and the small one
+    assert len(lowered.graph.made) == 2  # one of the large values, and the small one
     assert lowered.log[0].notes == ["exp stays in main: 800,000 bytes, model.py:7"]
 
 
@@ -231,7 +231,7 @@ def hoisted(graph: Graph) -> Graph:
 
 
 def nested(depth: int) -> Graph:
-    """Blocks of which each calls the one before twice, with weights of its own making."""
+    """Blocks, each calling the previous one twice, with weights that it computes."""
     graph = Graph("nested")
     inner = None
     for level in range(depth):
@@ -276,9 +276,9 @@ def test_a_block_may_be_called_bind(backend: str) -> None:
 
 
 def test_calls_that_multiply_do_not_fill_the_memory() -> None:
-    lowered = PassManager((HoistWeights(),)).run(nested(30))  # all that is computed from weights would be 2^31 nodes
+    lowered = PassManager((HoistWeights(),)).run(nested(30))  # all values computed from weights would be 2^31 nodes
     assert sum(len(function.nodes) for function in lowered.graph.functions.values()) < 30_000
-    assert lowered.log[0].notes == ["the graph is too large to be compared with what it was"]
+    assert lowered.log[0].notes == ["the graph is too large to be compared with the graph before this pass"]
 
 
 def test_what_would_fill_the_memory_stays() -> None:
@@ -317,7 +317,9 @@ def test_weights_in_bfloat16_are_joined_as_they_are() -> None:
 
 @pytest.mark.parametrize("size", [8, 32, 200])
 def test_each_prepared_weight_in_bfloat16_is_its_own(size: int) -> None:
-    """They are made in float32, one after the other, perhaps at one address, by which a backend knows weights."""
+    """They are computed in float32, one after the other, perhaps at one address, by which a backend identifies
+    weights.
+    """
     torch = pytest.importorskip("torch")
     graph = Graph("g")
     b = Builder(graph)
@@ -361,7 +363,7 @@ def test_panels_of_a_prepared_weight_come_from_the_file_of_the_first_time(
     x_array = np.ones((2, 512), np.float32)
     first = find_backend("tvm").compile(graph, Target("cpu"), weights)(x=x_array)["y"]
     panel_memory.finish_writing()
-    monkeypatch.setattr(weight_packing, "_fill", None)  # which would be called to pack
+    monkeypatch.setattr(weight_packing, "_fill", None)  # called to pack
     second = find_backend("tvm").compile(graph, Target("cpu"), weights)(x=x_array)["y"]
     np.testing.assert_array_equal(first, second)
     swapped = {"a": weights["b"], "b": weights["a"]}
@@ -415,7 +417,7 @@ def test_weights_that_nobody_reads_stay(merged: Graph, dead: bool) -> None:
 
 
 def test_dead_work_of_a_block_is_left_alone() -> None:
-    """It would be a block that makes nothing."""
+    """Its work would become a block without results."""
     graph = Graph("g")
     block = Function("h")
     graph.add_function(block)
@@ -429,7 +431,7 @@ def test_dead_work_of_a_block_is_left_alone() -> None:
 
 
 def test_what_only_moves_between_blocks_is_a_change() -> None:
-    """The block's weight is an input of main: what it computes of it moves to main, and nothing to bind."""
+    """The block's weight is an input of main: values computed from it move to main, and nothing to bind."""
     graph = Graph("g")
     block = Function("h")
     graph.add_function(block)
@@ -444,7 +446,7 @@ def test_what_only_moves_between_blocks_is_a_change() -> None:
 
 
 def test_numbers_of_equal_value_do_not_part_what_is_the_same() -> None:
-    """Each `w * 0.5` has a constant of its own."""
+    """Each `w * 0.5` has a separate constant."""
     graph = Graph("g")
     b = Builder(graph)
     x, w = b.input("x", f32["B", 4]), b.parameter("w", f32[4])

@@ -1,6 +1,6 @@
-"""Artifacts that were made to cost their reader much are refused by a limit, or load, and limits can be set higher.
+"""Artifacts designed to be expensive to read are refused by a limit, or load; limits can be raised.
 
-tests/fuzz/artifacts.py takes the time that each of them needs, which is not done here.
+tests/fuzz/artifacts.py measures the time that each of them needs, which this module does not.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from treadle.models.whisper import whisper
 
 
 def computes_or_refuses(path: Path) -> None:
-    """What loads has graphs that verify, and computes what its signature promises, or says with an error of ours why
-    it cannot."""
+    """Check a loaded file: its graphs verify, and it computes the results that its signature promises, or raises an
+    error of ours.
+    """
     made = load(path)
     verify(made.graph)
     verify(made.optimized.source)
@@ -61,13 +62,13 @@ def test_is_refused_or_loads(name: str, tmp_path: Path) -> None:
 
 
 def test_refused_files_load_under_higher_limits(tmp_path: Path) -> None:
-    """What is refused is refused for its size alone."""
+    """A refused file is refused for its size alone."""
     path = tmp_path / "x.treadle"
     for name in ("too many nodes", "no two nodes alike", "too many constants", "too many symbols", "too many sections"):
         path.unlink(missing_ok=True)
         path.write_bytes(hostile_file(SHAPES[name]))
         header = HeaderLimits(values=100_000)
-        if name == "too many sections":  # which the graph does not take
+        if name == "too many sections":  # which the graph does not accept
             with pytest.raises(CheckpointError, match="a weight that the graph does not take"):
                 open_artifact(path, limits=ArtifactLimits(header=header))
         else:
@@ -82,7 +83,7 @@ def test_a_text_of_types_can_be_read_where_it_is_trusted() -> None:
     assert len(parse_graph(text, replace(GRAPH_LIMITS, work=2_000_000)).main.inputs) == 801
 
 
-# -- what models need ----------------------------------------------------------------------------------------------
+# -- needs of models -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", family_names())
@@ -99,7 +100,7 @@ def test_models_of_the_zoo_need_a_seventh_of_every_limit(name: str) -> None:
 
 
 def test_deep_models_are_far_from_the_limits() -> None:
-    """48 layers as blocks, and Whisper's largest written out, every layer's nodes by themselves."""
+    """48 layers as blocks, and Whisper's largest model with the nodes of every layer written out."""
     half = replace(GRAPH_LIMITS, work=GRAPH_LIMITS.work // 2, nodes=GRAPH_LIMITS.nodes // 2)
     deep = gpt2.configure(dim=1600, heads=25, layers=48)
     large = whisper.configure(
@@ -112,7 +113,7 @@ def test_deep_models_are_far_from_the_limits() -> None:
 
 
 def test_an_export_of_three_thousand_nodes_loads() -> None:
-    """Without blocks, every size a number, each layer wider than the one before."""
+    """Without blocks, with only numeric sizes, and with each layer wider than the one before."""
     b = Builder(Graph("export"))
     x = b.input("x", "f32[1, 64, 16]")
     for i in range(150):

@@ -1,4 +1,4 @@
-"""What dies before a result is written lies in it within a budget, too, where it is proven to fit at all sizes."""
+"""Values that die before a result is written share its storage, also under a budget, if they always fit in it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def drawn_size(r: Random) -> str:
 
 
 def drawn_frames(seed: int) -> dict[str, Frame]:
-    """Two functions that are called, and an entry of ten steps whose result is written from the eighth on."""
+    """Two functions that are called, and an entry of ten steps whose result is written from the eighth step on."""
     r = Random(seed)
 
     def lives(count: int, steps: int) -> tuple[Life, ...]:
@@ -78,7 +78,7 @@ def bytes_of(life: Life, sizes: dict[str, int]) -> int:
 
 
 def needs(all_placed: dict[str, PlacedFrame], frame: Frame, sizes: dict[str, int]) -> int:
-    """How far what lies in the result reaches."""
+    """Return the end of the values that are stored in the result."""
     placed = all_placed["main"]
     ends = [placed.offsets[x.storage] + bytes_of(x, sizes) for x in frame.lives if x.storage in placed.hosted]
     calls = {at: all_placed[call.callee].size for at, call in frame.calls.items() if at in placed.hosted}
@@ -86,7 +86,9 @@ def needs(all_placed: dict[str, PlacedFrame], frame: Frame, sizes: dict[str, int
 
 
 def test_what_is_proven_holds_at_every_size() -> None:
-    """A run takes what lives when the result is written, placed by itself, or no more than is told."""
+    """A run takes the values that live when the result is written, placed by themselves, or at most the reported
+    bound.
+    """
     proven = 0
     for seed in range(30):
         frames = drawn_frames(seed)
@@ -109,7 +111,7 @@ def test_what_is_proven_holds_at_every_size() -> None:
 
 
 def test_what_is_told_of_some_frames() -> None:
-    """As many boxes of sizes are looked at as say so; of more nothing new would be told for most."""
+    """The search visits a limited number of boxes of sizes; more boxes would not change most bounds."""
     found = [hostings(drawn_frames(seed), "main")[0].most_apart(BOUNDS, 64, 200_000) for seed in range(10)]
     assert found == [19200, 122176, 124224, 165568, 2112, 29120, 144448, 17984, 135744, 6976]
 
@@ -138,7 +140,7 @@ def one_early(early: str, result: str, *beside: Life) -> tuple[dict[str, Frame],
     ],
 )
 def test_a_result_hosts_where_it_is_no_smaller(early: str, result: str, smallest: dict[str, int] | None) -> None:
-    """What is told of sizes at which it is too small is what a run takes there, or little more."""
+    """The bound for sizes at which the result is too small is the need of a run there, or little more."""
     frames, hosting = one_early(early, result)
     told, taken = hosting.most_apart(BOUNDS, 0, 1 << 40), {}
     for b in range(1, 7):
@@ -154,7 +156,7 @@ def test_a_result_hosts_where_it_is_no_smaller(early: str, result: str, smallest
 
 
 def test_of_sizes_that_take_less_than_is_kept_at_the_largest_nothing_is_asked() -> None:
-    """At S=1 the result is of one unit, and cannot hold x; by then all takes less than y at S=50."""
+    """At S=1 the result has one unit, and cannot hold x, but everything there takes less than y at S=50."""
     frames, hosting = one_early("17*S + 9", "18*S", Life(storage("y", "20*S"), 0, 2))
     left = place_frames(frames, {"S": 50})["main"]
     assert left.host is hosting.result.storage and place_frames(frames, {"S": 1})["main"].host is None
@@ -176,7 +178,7 @@ def test_symbols_without_an_end() -> None:
 
 
 def test_no_function_takes_more_than_places_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever greedy orders come to, buffers of one size share places, and calls share one."""
+    """Whatever the greedy order, buffers of one size share a place, and calls share a place."""
 
     def apart(lives: Any) -> list[int]:
         ends = np.cumsum([aligned(life.size, 64) for life in lives])
@@ -195,7 +197,7 @@ def test_no_function_takes_more_than_places_one_after_the_other(monkeypatch: pyt
 
 
 def needs_of(exe: Compiled, **sizes: int) -> int:
-    """What a run takes at some sizes, as the backend places it."""
+    """Return the arena of a run at some sizes, as the backend places it."""
     backend, lowered = find_backend("tvm"), exe.optimized.lowered
     assert isinstance(backend, StagedBackend) and lowered is not None and lowered.plan is not None
     return place_frames(backend.frames(lowered.graph, exe.target, lowered.plan), sizes)[lowered.graph.main.name].size
@@ -208,7 +210,7 @@ def searched(graph: Graph, sizes: dict[str, int]) -> Fitting:
 
 
 def measured(exe: Compiled, **inputs: Any) -> int:
-    """How many bytes of its arena a run changes, up to the last one."""
+    """Return the number of bytes of its arena that a run changes, up to the last changed byte."""
     arena = exe.executable.machine._arena  # type: ignore[attr-defined]
     arena.fill(0xA5)
     exe(**inputs)
@@ -228,7 +230,7 @@ def test_a_model_over_a_vocabulary_keeps_as_it_is_to_what_a_run_takes_anyway(tmp
     kept = t.compile("gpt2", backend="tvm", target=ALONE, seed=1, memory=told.arena, sizes=MOST, **WIDE)
     assert kept.memory is not None and kept.memory.ratio == 1.0 and not kept.memory.chunks
     assert kept.memory.peak == kept.memory.before == told.arena and kept.memory.host == "logits"
-    assert "what dies before logits is written lies in memory of logits" in str(kept.memory)
+    assert "temporaries that die before logits is written use the memory of logits" in str(kept.memory)
     r = Random(0)
     drawn = [(r.randint(1, MOST["B"]), r.randint(1, MOST["S"])) for _ in range(4)]
     for b, s in [(MOST["B"], MOST["S"]), (1, 1), (2, 1), (1, MOST["S"]), *drawn]:
@@ -243,7 +245,7 @@ def test_a_model_over_a_vocabulary_keeps_as_it_is_to_what_a_run_takes_anyway(tmp
 
 @needs_tvm
 def test_less_than_that_is_refused_with_what_is_true() -> None:
-    """The last norm is alive when the logits are written, so none of its bytes lie there."""
+    """The last norm is alive when the logits are written, so none of its bytes can be in them."""
     most = {"B": 1, "S": 60}
     arena = explain_memory("gpt2", backend="tvm", target=ALONE, sizes=most, **WIDE).arena
     with pytest.raises(BackendError, match="does not fit") as refused:
@@ -259,7 +261,7 @@ def test_less_than_that_is_refused_with_what_is_true() -> None:
 
 @needs_tvm
 def test_parts_of_what_comes_before_lie_in_the_output_too() -> None:
-    """At many positions a block needs more than an output of 600 words; of one in parts there is room for all."""
+    """At many positions a block needs more than an output of 600 words; a block in parts fits into it."""
     config, most = WIDE | {"vocab": 600}, {"B": 1, "S": 256}
     kept = t.compile("gpt2", backend="tvm", target=ALONE, seed=1, memory=100_000, sizes=most, **config)
     assert kept.memory is not None and kept.memory.host == "logits" and kept.memory.chunks
@@ -273,7 +275,7 @@ def test_parts_of_what_comes_before_lie_in_the_output_too() -> None:
 
 @needs_tvm
 def test_what_lies_in_an_output_as_it_is_is_not_cut() -> None:
-    """The softmax of 700 needs more than the one of 600, which comes after y is written: that alone is cut."""
+    """The softmax of 700 needs more than the softmax of 600. Only the latter runs after y is written, and is split."""
 
     @t.model
     def two(x: Annotated[t.Tensor, t.f32["S 64"]]) -> dict[str, t.Tensor]:
@@ -288,7 +290,7 @@ def test_what_lies_in_an_output_as_it_is_is_not_cut() -> None:
 
 @t.model
 def looked_up(x: Annotated[t.Tensor, t.f32["S 64"]], y: Annotated[t.Tensor, t.f32["T 8"]]) -> t.Tensor:
-    """All of S is needed for each of T, so at T=1 there is less of the output than of what leads to it."""
+    """All of S is needed for each of T, so at T=1 the output is smaller than the values before it."""
     whole = t.reduce_max(t.softmax(t.linear(t.softmax(t.linear(x, 256, name="one")), 64, name="two")), axes=(0,))
     return t.linear(t.linear(y, 64, name="three") + whole, 800, name="wide")
 
@@ -333,7 +335,7 @@ def test_an_output_that_comes_back_in_a_donated_input_hosts_nothing() -> None:
 
 
 def wide_program(seed: int) -> Graph:
-    """A block that is called twice, and one or two products of what it gives: narrow ones or wide ones."""
+    """A block that is called twice, and one or two products of its result, narrow or wide."""
     r, graph = Random(seed), Graph("wide")
     main, block = Builder(graph), Function("block")
     graph.add_function(block)
@@ -368,11 +370,11 @@ def test_no_candidate_needs_less_than_the_bound(seed: int) -> None:
     whole = next(each for each in reached if not each.chunks)
     assert reached[whole] >= search.whole.here
     fit = search.fit(reached[whole])
-    assert fit is not None and fit.ratio == 1.0 and not fit.chunks  # what fits whole is not cut
+    assert fit is not None and fit.ratio == 1.0 and not fit.chunks  # a plan that fits whole is not split
 
 
 def test_before_a_result_is_written_what_will_lie_in_it_may_be_used() -> None:
-    """Of 100 bytes 30 live already; the host takes 80, and 50 live beside it, so that 130 are there anyhow."""
+    """If 30 of 100 bytes are in use, and the host takes 80 with 50 in use next to it, at least 130 exist anyway."""
     host = SimpleNamespace(first=2, bytes=80)
     table: Any = SimpleNamespace(host=host, live=[30, 30, 30], _kept=lambda given, first, last: 50)
     assert [FunctionTable.room(table, at, 100) for at in (0, 1, 2)] == [100, 100, 70]

@@ -1,4 +1,4 @@
-"""The server as a process, without serving: where it listens, what uvicorn is told, and models as they are opened."""
+"""The server as a process, without serving: its address, the arguments of uvicorn, and models as they are opened."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from treadle.serving.running import CONNECTIONS, serve
 
 
 class _Uvicorn:
-    """In place of the package: what it is told."""
+    """A stand-in for the package that records its arguments."""
 
     def __init__(self) -> None:
         self.told: dict[str, Any] = {}
@@ -116,7 +116,7 @@ def test_where_nobody_can_listen_is_told() -> None:
 
 
 def writer(context: int | None = None, **more: Any) -> Any:
-    """A language model that remembers how its session was made."""
+    """A language model that records the arguments of its session."""
     made = SimpleNamespace(sessions=[], **more)
 
     def session(**how: Any) -> Any:
@@ -137,7 +137,7 @@ def test_rows_are_as_long_as_the_model_takes(context: int | None, capacity: int)
 
 
 def test_prompts_and_talks_are_read_as_tokens() -> None:
-    """A talk's text has its special tokens already."""
+    """The text of a conversation already contains its special tokens."""
     closed: list[Any] = []
     template = SimpleNamespace(render=lambda messages: f"<{messages[0]}>", close=lambda: closed.append(1))
     asked: list[Any] = []
@@ -196,7 +196,7 @@ def test_an_error_is_an_answer_on_a_line() -> None:
     [("a/b/", "b", "a/b/"), ("smollm2", "smollm2", "smollm2"), ("x=a/b", "x", "a/b"), ("x=a=b", "x", "a=b")],
 )
 def test_a_model_is_opened_under_its_name(model: str, name: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To write, or, where it writes nothing, to embed."""
+    """The model is opened for generation, or, if it generates nothing, for embeddings."""
     given: list[Any] = []
     held = writer()
     monkeypatch.setattr(models.TextWriter, "open", lambda *words, **how: given.append((words, how)) or held)

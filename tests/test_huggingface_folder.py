@@ -35,7 +35,7 @@ def write_model(folder: Path, weights: Mapping[str, npt.NDArray[Any]] | None = N
 
 
 def write_sharded(folder: Path, weight_map: object = None) -> Path:
-    """Four tensors in two shards, dealt in turn; `weight_map` replaces the true one."""
+    """Four tensors in two shards, distributed in turn; `weight_map` replaces the true one."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG))
     names = [f"model-0000{part}-of-00002.safetensors" for part in (1, 2)]
@@ -48,7 +48,7 @@ def write_sharded(folder: Path, weight_map: object = None) -> Path:
 
 
 def write_cache(root: Path, source: Path, revision: str = REVISION) -> Path:
-    """A model folder as huggingface_hub keeps it: files are links to blobs."""
+    """A model folder in the form of huggingface_hub's cache: files are links to blobs."""
     blobs, snapshot = root / "blobs", root / "snapshots" / revision
     for folder in (blobs, snapshot, root / "refs"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def write_cache(root: Path, source: Path, revision: str = REVISION) -> Path:
 
 
 def check(checkpoint: Checkpoint) -> None:
-    """The checkpoint holds what the writers above write."""
+    """Check that the checkpoint holds the tensors that the writers above write."""
     assert checkpoint.config == CONFIG
     assert checkpoint.names() == tuple(tensors()) == tuple(checkpoint)
     assert len(checkpoint) == 4
@@ -74,7 +74,7 @@ def check(checkpoint: Checkpoint) -> None:
 
 
 def refusal(folder: Path, limits: CheckpointLimits | None = None) -> CheckpointError:
-    """The error that opening a folder and reading all of it gives."""
+    """Return the error of opening a folder and reading all of it."""
 
     def read_all() -> None:
         checkpoint = open_checkpoint(folder, limits)
@@ -196,7 +196,7 @@ def test_a_model_that_transformers_saves(tmp_path: Path) -> None:
         assert set(state) - set(checkpoint) == {"lm_head.weight"}  # tied, and so not stored
 
 
-# -- what is not there -------------------------------------------------------------------------------------
+# -- missing files -----------------------------------------------------------------------------------------
 
 
 def test_only_pickles(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_an_incomplete_download(tmp_path: Path) -> None:
     assert "the target of a link does not exist" in refusal(root).what
 
 
-# -- what is damaged ---------------------------------------------------------------------------------------
+# -- damaged files -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -250,8 +250,8 @@ def test_an_incomplete_download(tmp_path: Path) -> None:
     [
         (b"", "expected a JSON object"),
         (b"[]", "expected a JSON object"),
-        (b'{"a": 1, "a": 2}', "a key stands twice"),
-        (b'{"a": {"b": 1, "b": 1}}', "a key stands twice"),
+        (b'{"a": 1, "a": 2}', "an object has a duplicate key"),
+        (b'{"a": {"b": 1, "b": 1}}', "an object has a duplicate key"),
         (b'{"a": 1} {}', "expected the end"),
         (b'{"a": 1', "expected '}'"),
         (b'{"a": nul}', "expected a value"),
@@ -292,9 +292,9 @@ def test_config_values(tmp_path: Path) -> None:
         (b"{}", "has no weight_map"),
         (b'{"weight_map": []}', "expected an object of tensor names"),
         (b'{"weight_map": {"a": 1}}', "expected the name of a file"),
-        (b'{"weight_map": {"a": "x.safetensors", "a": "x.safetensors"}}', "a key stands twice"),
+        (b'{"weight_map": {"a": "x.safetensors", "a": "x.safetensors"}}', "an object has a duplicate key"),
         (b'{"weight_map": {"a": "config.json"}}', "must be a .safetensors file"),
-        (b'{"weight_map": {"a": "absent.safetensors"}}', "no such file"),
+        (b'{"weight_map": {"a": "absent.safetensors"}}', "the file does not exist"),
         (b'{"metadata": ' + b"[" * 500 + b"}", "deep"),
     ],
     ids=lambda value: str(value[:40]),
@@ -309,7 +309,7 @@ def test_damaged_index(tmp_path: Path, index: bytes, words: str) -> None:
 @links
 @pytest.mark.parametrize("write", [write_model, write_sharded])
 def test_a_damaged_file_is_told_by_its_name(tmp_path: Path, write: Callable[[Path], Path]) -> None:
-    """In the hub's cache, too, where it is a link to a file that is called by its hash."""
+    """Also in the hub's cache, where the file is a link to a file whose name is its hash."""
     source = write(tmp_path / "m")
     for file in source.glob("*.safetensors"):
         file.write_bytes(b"damaged")
@@ -332,7 +332,7 @@ def test_index_limits(tmp_path: Path) -> None:
     assert "more values" in refusal(folder, CheckpointLimits(values=1)).what
 
 
-# -- what leads out of the folder --------------------------------------------------------------------------
+# -- paths out of the folder -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Models of the zoo from Hugging Face folders: the same numbers, and what a folder that does not fit gets."""
+"""Models of the zoo from Hugging Face folders: the same numbers, and errors for folders that do not fit."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ Array = np.ndarray[Any, Any]
 Run = Callable[..., Mapping[str, Array]]
 
 TOLERANCE = 2e-5
-"""Of max|a - b| / max|b|, with float32 on one side or both. Its spacing is 1.2e-7; a sum of some tens of products, in
-another order each time, is a few spacings off, and a dozen sums follow each other: far more than rounding, and far less
-than a norm's eps, an approximate gelu or a bias by distance that is one bucket off make.
+"""Tolerance for max|a - b| / max|b|, with float32 on one side or both. Its spacing is 1.2e-7; a sum of some tens of
+products, in another order each time, is a few spacings off, and a dozen sums follow each other. The tolerance is far
+above rounding, and far below the effect of a wrong norm eps, an approximate gelu or a distance bias that is one bucket
+off.
 """
 
 
@@ -43,7 +44,7 @@ than a norm's eps, an approximate gelu or a bias by distance that is one bucket 
 
 
 def prepare(runner: str, graph: Graph, weights: Mapping[str, Array]) -> Run:
-    """The graph as a function of its inputs: the reference in float64, or a backend's executable."""
+    """Return the graph as a function of its inputs: the reference in float64, or a backend's executable."""
     if runner == "interpreter":
         return lambda **inputs: interpret(graph, inputs, weights, float64=True)
     backend = find_backend(runner)
@@ -55,7 +56,7 @@ def prepare(runner: str, graph: Graph, weights: Mapping[str, Array]) -> Run:
 
 @dataclass(frozen=True)
 class Saved:
-    """A tiny model: Hugging Face's, and its folder."""
+    """A tiny Hugging Face model, and its folder."""
 
     name: str
     folder: Path
@@ -73,7 +74,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def draw(graph: Graph, sizes: Mapping[str, int], tiny: Tiny | None = None) -> dict[str, Array]:
-    """Inputs of a model of the zoo where its symbols have these sizes; in each batch one row is whole."""
+    """Draw inputs of a model of the zoo for these sizes of its symbols; in each batch one row has the full length."""
     first, padding = (0, None) if tiny is None else (tiny.first, tiny.padding)
     rng = np.random.default_rng(list(sizes.values()))
     batch, length = sizes["B"], sizes["S"]
@@ -100,7 +101,7 @@ SIZES = [
 
 
 def assert_close(ours: Mapping[str, Array], theirs: Mapping[str, Array], case: str, real: Array | None = None) -> None:
-    """Assert that each of our outputs is theirs of the same name; of [B, S, ...] where `real` says so."""
+    """Assert that each of our outputs equals theirs of the same name; for [B, S, ...] only where `real` is true."""
     assert ours
     assert ours.keys() <= theirs.keys()
     for name in ours:
@@ -121,7 +122,7 @@ EVERYWHERE = [(name, runner) for name in TINY if name != "biogpt" for runner in 
     indirect=["saved"],
 )
 def test_equals_hugging_face(saved: Saved, runner: str) -> None:
-    """One compilation serves every size and answers what Hugging Face's model does, whichever inputs are present."""
+    """One compilation serves every size and gives the outputs of Hugging Face's model, whichever inputs are present."""
     model, tiny = saved.resolve().model, TINY[saved.name]
     assert model is not None
     optional = [i.name for i in model.declared_inputs if i.optional]
@@ -137,7 +138,7 @@ def test_equals_hugging_face(saved: Saved, runner: str) -> None:
 
 
 def test_takes_every_tensor(saved: Saved) -> None:
-    """What a folder holds and the model leaves is the pooler, where nothing asks for it, and DINOv2's masked patch.
+    """The only unused tensors of a folder are the pooler, if no output needs it, and DINOv2's mask token.
 
     Every key is known.
     """
@@ -152,7 +153,7 @@ def test_takes_every_tensor(saved: Saved) -> None:
 
 
 def test_the_family_of_the_documentation(tmp_path: Path) -> None:
-    """The file that docs/models.md shows reads BioGPT and answers what Hugging Face's does."""
+    """The file that docs/models.md shows reads BioGPT and gives the same outputs as Hugging Face."""
     text = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
     (code,) = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     names: dict[str, Any] = {}
@@ -169,7 +170,7 @@ def test_the_family_of_the_documentation(tmp_path: Path) -> None:
 
 
 def test_old_names(tmp_path: Path) -> None:
-    """The first checkpoints of BERT say gamma and beta, and put `bert.` before a model without a head."""
+    """The first checkpoints of BERT use gamma and beta, and put `bert.` before a model without a head."""
     save("bert-pooler", tmp_path)
     new = resolve(tmp_path, head="pooler").weights
     tensors = load_file(tmp_path / "model.safetensors")
@@ -184,7 +185,7 @@ def test_old_names(tmp_path: Path) -> None:
 
 
 def test_separate_output(tmp_path: Path) -> None:
-    """T5 1.1 holds an output matrix; where its config says that there must be one, the embeddings do not stand in."""
+    """T5 1.1 has an output matrix; if its config requires one, the embeddings are not used instead."""
     save("t5-gated", tmp_path)
     change_config(tmp_path, tie_word_embeddings=False)
     weights = resolve(tmp_path).weights
@@ -215,7 +216,7 @@ def change_tensors(folder: Path, change: Callable[[dict[str, Array]], object]) -
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A whole folder of BERT's, to be damaged."""
+    """A complete BERT folder, to be damaged."""
     save("bert-masked-lm", tmp_path)
     return tmp_path
 
@@ -294,7 +295,7 @@ def test_heads_that_do_not_divide_the_width(folder: Path) -> None:
     assert caught.value.source.startswith("models/bert.py:")
 
 
-# Published models after which families are declared: an architecture, and what differs from the library's own defaults.
+# Published models that the families follow: an architecture, and its differences from the library's defaults.
 _BASE: dict[str, tuple[str, dict[str, Any]]] = {
     "albert-base": ("AlbertModel", {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}),
     "bart-base": ("BartForConditionalGeneration", {
@@ -329,7 +330,7 @@ _BASE: dict[str, tuple[str, dict[str, Any]]] = {
     "whisper-tiny.en": ("WhisperForConditionalGeneration", {"vocab_size": 51864}),
 }  # fmt: skip
 
-# Their heads, beside what they share.
+# Their heads, besides the shared settings.
 _HEADS = {
     "albert-base": ["AlbertForSequenceClassification"],
     "bert-base": ["BertForSequenceClassification"],
@@ -355,7 +356,7 @@ def test_a_family_without_options_is_a_model_that_there_is(name: str) -> None:
 
 
 def without_one_key(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A config without each of its keys, and without each of those that a part of it has."""
+    """Yield a config without each of its keys, and without each key of its nested parts."""
     for key, value in config.items():
         rest = {k: v for k, v in config.items() if k != key}
         yield key, rest
@@ -367,7 +368,7 @@ def without_one_key(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, 
     "name", sorted({each.architecture: name for name, each in TINY.items() if name != "biogpt"}.values())
 )
 def test_a_key_that_a_config_leaves_out_has_hugging_faces_default(name: str) -> None:
-    """Files are written without what is as the library has it."""
+    """Files are written without keys that have the library's default."""
     architecture = TINY[name].architecture
     config = getattr(transformers, architecture).config_class().to_dict() | {"architectures": [architecture]}
     family = family_of(config)

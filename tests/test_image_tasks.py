@@ -1,4 +1,4 @@
-"""Tasks on image files: pixels, labels and matches as Hugging Face's pipelines give them over Pillow."""
+"""Tasks on image files: pixels, labels and matches equal to those of Hugging Face's pipelines over Pillow."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """50 drawn images: colours, grey, with transparency, of a palette, turned by their camera, small and wide."""
+    """50 drawn images: colors, grayscale, with transparency, with a palette, rotated by EXIF, small and wide."""
     place, draw = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     paths = []
     for number in range(50):
@@ -79,7 +79,7 @@ def spread(model: Any, scale: float) -> Any:
 
 
 def labelled(place: Path, kind: str, **reading: Any) -> None:
-    """A random classifier of images as a folder that says so of how they are read."""
+    """Save a random image classifier as a folder that describes its preprocessing."""
     torch.manual_seed(2)
     sizes = {"vision_config": SIZES} if kind == "Siglip" else SIZES
     config = getattr(transformers, f"{kind}Config")(**sizes, num_labels=5)
@@ -143,7 +143,7 @@ def assert_pixels(ours: Any, theirs: Any, images: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random CLIP, with its vocabulary in the two files of before tokenizer.json."""
+    """A random CLIP, with its vocabulary in the two files that were used before tokenizer.json."""
     place = tmp_path_factory.mktemp("clip")
     made = pytest.importorskip("tokenizers").CharBPETokenizer(suffix="</w>", lowercase=True)
     captions = ["a photo of a cat", "a drawing of the sky, blue", "two dogs 2 play in the park"] * 3
@@ -220,11 +220,11 @@ def test_the_commands(clip: Path, images: list[str], tmp_path: Path) -> None:
     assert "a cat" in run.invoke(app, words).stdout
 
 
-# -- what is no image --------------------------------------------------------------------------------------------------
+# -- files that are not images -----------------------------------------------------------------------------------------
 
 
 def png(width: int, height: int) -> bytes:
-    """A file that says it has so many black and white pixels, and holds none."""
+    """A file that claims this number of black and white pixels, and holds none."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -243,7 +243,7 @@ def test_damaged_and_hostile_files(tmp_path: Path, images: list[str]) -> None:
         for at in draw.integers(0, max(1, len(data)), 8):
             data[at : at + 1] = bytes([int(draw.integers(256))])
         bad.write_bytes(bytes(data))
-        with contextlib.suppress(UsageError):  # any other error is a fault of ours
+        with contextlib.suppress(UsageError):  # any other error is our bug
             model.label(str(bad))
     bad.write_bytes(png(60_000, 60_000))
     with pytest.raises(UsageError, match=r"more pixels than the limit|not an image that can be read"):

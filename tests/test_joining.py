@@ -1,4 +1,6 @@
-"""This process as one of several ranks, without the others: how it joins them, starts, and leaves, well or not."""
+"""This process as one of several ranks, without the others: it joins them, starts, and leaves, with and without
+errors.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ PLACE = {"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "far", "MASTER_PORT": "7
 
 
 class _Watch:
-    """A watch that remembers what it is told; whether this rank tells the user is what it was made with."""
+    """A watch that records its calls; `tells` decides if this rank reports to the user."""
 
     def __init__(self, tells: bool = True) -> None:
         self.tells, self.told = tells, list[Any]()
@@ -66,7 +68,7 @@ class _Watch:
 
 
 class _Store(dict[str, Any]):
-    """A store in which a text is there when it is looked for the second time."""
+    """A store in which a text is found when it is looked up for the second time."""
 
     def __init__(self, **held: Any) -> None:
         super().__init__(held)
@@ -82,7 +84,7 @@ class _Store(dict[str, Any]):
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What torch.distributed is called for."""
+    """Return the recorded calls of torch.distributed."""
     made: list[Any] = []
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **how: made.append((backend, how)))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: made.append("destroy"))
@@ -111,7 +113,7 @@ def test_torch_is_started_once_and_waits_longer_than_the_watch(calls: list[Any])
     own.start(plan)
     own.close()
     own.leave()
-    assert "destroy" not in calls[2:], "it would wait for the others"
+    assert "destroy" not in calls[2:], "it would block on the others"
 
 
 def test_a_start_that_fails_is_explained(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +238,7 @@ def test_ranks_join_by_a_store(
     rank: int, host: str, timeout: float | None, start: float, told: list[str],
     place: dict[str, str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """All others have a minute at least to come; rank 0 says where it listens."""
+    """All others have at least a minute to arrive; rank 0 publishes its address."""
     watch, given, store = _Watch(), list[Any](), _Store(**{"treadle/watch": b"5 t"})
     monkeypatch.setenv("RANK", f"{rank}")
     monkeypatch.setenv("MASTER_ADDR", host)
@@ -277,4 +279,4 @@ def test_the_system_is_asked_to_kill_a_rank_without_its_launcher(monkeypatch: py
     assert asked == [(1, 9)], "PR_SET_PDEATHSIG, and SIGKILL"
     monkeypatch.setattr(ranks, "sys", SimpleNamespace(platform="linux"))
     monkeypatch.setattr(ranks, "ctypes", SimpleNamespace(CDLL=lambda name: SimpleNamespace()))
-    ranks._end_with_parent()  # a system that has none of it
+    ranks._end_with_parent()  # a system without that function

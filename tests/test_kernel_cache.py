@@ -1,4 +1,4 @@
-"""The kernel cache: kernels by content, right whatever is killed and however many fill it at once."""
+"""The kernel cache: kernels by content, correct whichever processes are killed, and however many fill it at once."""
 
 from __future__ import annotations
 
@@ -53,19 +53,19 @@ class Scale(Kernel):
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the process had loaded no kernel yet."""
+    """Empty the memory of kernels that the process has loaded."""
     monkeypatch.setattr(kernel_cache, "_loaded", {})
 
 
 def scaled(cache: KernelCache, kernel: Scale, count: int = 5) -> np.ndarray:
-    """What the kernel makes of 0, 1, 2, ..."""
+    """Return the kernel's result for 0, 1, 2, ..."""
     x, y = np.arange(count, dtype=np.float32), np.zeros(count, np.float32)
     bind(kernel, [x, y], [count], cache=cache)()
     return y
 
 
 def test_a_version_is_that_of_every_module_of_the_generators() -> None:
-    """Those of folders below, too: code that an older one made must not be found under the same key."""
+    """Modules in subfolders count too: code from an older module must not be found under the same key."""
     kernels = ROOT / "backends" / "tvm" / "kernels"
     hashed = [path for path in map(str, kernel_cache._sources()) if "/tvm/kernels/" in path]
     assert sorted(hashed) == sorted(str(path) for path in kernels.rglob("*.py"))
@@ -104,7 +104,7 @@ def test_a_damaged_file_is_compiled_again(damage: str, tmp_path: Path, monkeypat
         "flipped": data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :],
         "text": b"not a shared object\n" * 100,
     }[damage]
-    path.unlink()  # the loaded one stays whole
+    path.unlink()  # the loaded one stays intact
     path.write_bytes(made)
     monkeypatch.setattr(kernel_cache, "_loaded", {})
     again = KernelCache(host_isa(), tmp_path)
@@ -129,7 +129,7 @@ print("done", flush=True)
 
 
 def filling(folder: Path, count: int) -> subprocess.Popen[str]:
-    """A process that compiles so many kernels into a folder."""
+    """Start a process that compiles `count` kernels into a folder."""
     command = [sys.executable, "-c", FILL, str(ROOT), str(folder), str(count)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder)
 
@@ -154,7 +154,7 @@ def test_what_is_killed_at_any_moment_leaves_no_wrong_kernel(tmp_path: Path) -> 
         process = filling(folder, 500)
         assert process.stdout is not None
         process.stdout.readline()
-        time.sleep(float(rng.uniform(0.05, 1.0)))  # any moment will do
+        time.sleep(float(rng.uniform(0.05, 1.0)))  # any moment
         process.send_signal(signal.SIGKILL)
         process.communicate()
     kernels = [Scale(float(i)) for i in range(8)]
@@ -162,7 +162,7 @@ def test_what_is_killed_at_any_moment_leaves_no_wrong_kernel(tmp_path: Path) -> 
     for i, kernel in enumerate(kernels):
         np.testing.assert_array_equal(scaled(cache, kernel), expected(float(i)))
     left = [f.name for f in folder.iterdir() if f.name.startswith(".")]
-    assert len(left) <= 3 * (os.cpu_count() or 1)  # a file that was being written, at most
+    assert len(left) <= 3 * (os.cpu_count() or 1)  # at most the files that were being written
 
 
 @pytest.mark.usefixtures("fresh")
@@ -267,7 +267,7 @@ def test_a_pool_that_is_as_asked_or_lost_is_left_alone(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(("said", "kept"), [(None, "1000"), ("7", "7")])
 def test_idle_threads_sleep_before_long(monkeypatch: pytest.MonkeyPatch, said: str | None, kept: str) -> None:
-    """Else a process on a busy machine waits at its end for threads that give their cores away, for minutes."""
+    """Otherwise a process on a busy machine waits for minutes at its end for threads that yield their cores."""
     monkeypatch.setenv(tvm_runtime.SPINS, said or "")
     if said is None:
         monkeypatch.delenv(tvm_runtime.SPINS)
@@ -287,7 +287,7 @@ def _own_function() -> Iterator[None]:
 
 @pytest.mark.usefixtures("fresh", "_own_function")
 def test_a_kernel_with_a_function_of_another_package_leaves_no_file(tmp_path: Path) -> None:
-    """Its key tells the op's name alone: a file would be run after the function has changed."""
+    """Its key contains only the op's name: a file would still be run after the function has changed."""
     chain = Chain(("f64",), (Instruction("halved_sum", (0,), "f64"),))
     kernel, kept = Pointwise(chain, 1, "11"), Scale(7.0)
     cache = KernelCache(host_isa(), tmp_path)

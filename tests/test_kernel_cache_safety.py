@@ -1,4 +1,6 @@
-"""What may not be mixed up, run, or waited for: kernels that are nearly equal, files of others, threads left behind."""
+"""Safety of the kernel cache: no mix-up of nearly equal kernels, no running of foreign files, no waiting for lost
+threads.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ class Fill(Kernel):
 
 
 def filled(kernel: Kernel, folder: Path) -> tuple[list[float], int]:
-    """What the kernel writes, in a process that has loaded nothing; and how many had to be compiled."""
+    """Return the kernel's output in a process that has loaded nothing, and the number of kernels that had to be
+    compiled.
+    """
     kernel_cache._loaded.clear()
     cache, y = KernelCache(host_isa(), folder), np.full(3, 99.0, np.float32)
     bind(kernel, [y], [3], cache=cache)()
@@ -62,7 +66,7 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_cache, "_loaded", {})
 
 
-# -- what is equal ---------------------------------------------------------------------------------------------
+# -- equal kernels ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("one", "other"), [(0.0, -0.0), (1.0, 1), (1, True)])
@@ -111,7 +115,7 @@ def test_code_that_others_may_have_written_is_not_run(mode: int, tmp_path: Path)
     before = {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
     folder.chmod(mode)
     assert filled(Fill(2.0), folder) == ([2.0] * 3, 2)
-    assert {f.name: f.stat().st_mtime_ns for f in folder.iterdir()} == before  # nor is any kept there
+    assert {f.name: f.stat().st_mtime_ns for f in folder.iterdir()} == before  # and none is stored there
 
 
 @posix
@@ -127,9 +131,9 @@ def test_whose_a_folder_is(tmp_path: Path) -> None:
     open_to_all.chmod(0o777)
     assert not is_private(open_to_all)
     (inside := open_to_all / "inside").mkdir(mode=0o700)
-    assert not is_private(inside)  # anyone may put another in its place
+    assert not is_private(inside)  # anyone may replace it
     open_to_all.chmod(0o1777)
-    assert is_private(inside)  # nobody may, in a sticky one
+    assert is_private(inside)  # in a sticky folder no one may
     assert not is_private(open_to_all)
 
 

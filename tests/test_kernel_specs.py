@@ -1,4 +1,4 @@
-"""What kernel specs and instruction sets say of themselves: names in listings, what explanations count, what fits."""
+"""Properties of kernel specs and instruction sets: names in listings, counts in explanations, limits."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ WORDS = word_form(parse_encoding("q4_k"))
 assert BYTE_ROWS is not None and WORDS is not None
 
 SPECS: list[tuple[Kernel, str, str]] = [
-    # the kernel, its title, and beside it: what it multiplies where that is not f32, `slow` element by element
+    # the kernel, its title, and facts: the dtype that it multiplies if that is not f32, `slow` for element by element
     (Matmul(48), "matmul_48", "counted"),
     (Matmul(48, ADDED, ("n",), batch=True), "matmul_batch_48_add_relu", "counted"),
     (BlockProduct(48, ADDED, ("n",), form=BYTE_ROWS), "block_product_8_bits_48_add_relu", "counted"),
@@ -135,7 +135,7 @@ SPECS: list[tuple[Kernel, str, str]] = [
 
 
 def test_what_a_kernel_says_of_itself() -> None:
-    """Its name in a listing, the numbers that it multiplies, whether it runs element by element, and operations."""
+    """The name in a listing, the numbers that it multiplies, True if it runs element by element, and operations."""
     for kernel, title, facts in SPECS:
         of = next((word for word in ("bf16", "int8") if word in facts), "f32")
         assert (kernel.title, kernel.multiplies) == (title, of)
@@ -163,7 +163,7 @@ def test_a_panel_leaves_the_fewest_empty_columns() -> None:
 
 
 def test_a_tile_of_sums_fits_into_the_registers() -> None:
-    """With a vector of each column of the panel, and one of the left side."""
+    """Next to a vector of each column of the panel, and one of the left side."""
     for isa in ISAS.values():
         for vectors in range(1, 5 if isa.registers >= 32 else 3):
             rows = tile_rows(vectors * isa.lanes(), isa)
@@ -222,7 +222,7 @@ def test_tiles_are_asked_for_where_linux_has_them(
     monkeypatch.setattr(instruction_sets.platform, "machine", lambda: machine)
     monkeypatch.setattr(instruction_sets.ctypes, "CDLL", lambda name: Library())
     assert instruction_sets.may_use_tiles.__wrapped__() is may
-    arch_prctl, request_permission, tile_data = 158, 0x1023, 18  # as asm/prctl.h and asm/fpu/types.h number them
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18  # numbers of asm/prctl.h and asm/fpu/types.h
     assert asked in ([], [(arch_prctl, request_permission, tile_data)])
     assert bool(asked) == (system == "Linux" and machine == "x86_64")
 
@@ -231,7 +231,7 @@ def test_tiles_are_asked_for_where_linux_has_them(
 
 
 def steps(graph: Graph) -> int:
-    """How many kernel calls a graph becomes; nothing is compiled."""
+    """Return the number of kernel calls for a graph; nothing is compiled."""
     lowered = PassManager((Legalize(keeps), PLAN)).run(graph)
     assert lowered.plan is not None
     return len(lower(lowered.graph, lowered.plan, ISAS["x86-64-v3"], RULES).main.steps)
@@ -248,7 +248,7 @@ def test_the_widest_heads_and_the_longest_sums_that_kernels_take() -> None:
         return keeps(EncodedLinear(of=parse_encoding("int8_rows")), [row, row, None])
 
     assert multiplies(1 << 16) and not multiplies((1 << 16) + 1)
-    assert (1 << 16) * 255 * 127 < 2**31  # in which they are summed
+    assert (1 << 16) * 255 * 127 < 2**31  # sums are 32-bit integers
 
 
 def test_a_chain_reads_eight_values_and_does_forty_eight_ops() -> None:
@@ -264,7 +264,7 @@ def test_a_chain_reads_eight_values_and_does_forty_eight_ops() -> None:
 
         return graph_of(build)
 
-    assert [steps(summed(count)) for count in (8, 9)] == [1, 8]  # else each op by itself
+    assert [steps(summed(count)) for count in (8, 9)] == [1, 8]  # else each op separately
     assert [steps(repeated(count)) for count in (48, 49)] == [1, 2]
 
 
@@ -273,7 +273,7 @@ def test_from_a_megabyte_on_the_memory_of_two_outputs_is_remembered() -> None:
     f4 = np.dtype(np.float32)
     assert outputs.array("y", (2**18 - 1,), f4).base is not None and outputs._given == {}
     place = outputs.array("y", (2**18,), f4).ctypes.data
-    assert outputs.array("y", (2**18,), f4).ctypes.data == place  # nobody holds the first
+    assert outputs.array("y", (2**18,), f4).ctypes.data == place  # the first is unused
     held = [outputs.array("y", (2**18,), f4) for _ in range(4)]
     assert len(outputs._given["y"]) == 2 and len({array.ctypes.data for array in held}) == 4
     assert all(array.ctypes.data % 64 == 0 for array in held)
@@ -304,11 +304,11 @@ def test_from_a_megabyte_on_panels_have_a_file(tmp_path: Path) -> None:
         assert _room(size).ctypes.data % page == 0 and len(_room(size)) == size
 
 
-# -- what steps say of their kernels -----------------------------------------------------------------------------------
+# -- steps and their kernels -------------------------------------------------------------------------------------------
 
 
 def stored_by(kernel: Kernel) -> set[int]:
-    """Which of a kernel's pointers its text stores to; nothing is compiled."""
+    """Return the indices of a kernel's pointers that its text stores to; nothing is compiled."""
     text = tvm_script(kernel, ISAS["x86-64-v3"])
     stored = set(re.findall(r"^ *(\w+)\[.*\] = ", text, re.MULTILINE))
     pointers = {pointer for view, pointer in re.findall(r"(\w+) = T\.\w+\(.*data=(\w+)", text) if view in stored}
@@ -316,7 +316,9 @@ def stored_by(kernel: Kernel) -> set[int]:
 
 
 def test_a_step_writes_what_its_kernel_stores_to() -> None:
-    """What was made of a value is forgotten where a step writes over it, and a listing tells reads from writes."""
+    """Values derived from a buffer are forgotten when a step writes over it, and a listing separates reads from
+    writes.
+    """
     looked_at: dict[tuple[type[Kernel], int, int], Kernel] = {}
     for name in TESTED:
         for sample in range(len(OPS[name].samples)):

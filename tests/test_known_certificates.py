@@ -1,4 +1,4 @@
-"""Certificates that were tried before are looked up by their claim; what a test means by itself is not kept."""
+"""Certificates that were tried before are looked up by their claim; claims with a test's meanings are not stored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Launching ranks, of processes that are not there: what each is given, and when those that are left are ended."""
+"""Launching ranks, with fake processes: the environment of each, and the time when the remaining ranks are ended."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from treadle.runtime.distributed.launching import launch_ranks
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are ended by signals")
 
 Plan = tuple[float, int, int | None]
-"""When a rank ends by itself, with which code, and what it does when it is asked to: ends so, or goes on."""
+"""The time when a rank ends by itself, its exit code, and its exit code after a request to end; None: it continues."""
 
 
 class _Machine:
-    """A clock, and what was started by it."""
+    """A clock, and the processes that it started."""
 
     def __init__(self) -> None:
         self.now, self.plans = 0.0, dict[int, Plan]()
@@ -57,7 +57,7 @@ class _Process:
         self.returncode = -signal.SIGKILL
 
     def wait(self) -> None:
-        assert self.returncode is not None, "nobody is waited for who goes on"
+        assert self.returncode is not None, "a running process is never waited for"
 
 
 @pytest.fixture
@@ -112,8 +112,9 @@ def test_who_is_left_after_a_failure_is_ended(
     machine: _Machine,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """They have 2.5 s to end by themselves, and another 0.2 s once they are asked. Of a signal that was not ours, too,
-    it is told which one it was."""
+    """They have 2.5 s to end by themselves, and another 0.2 s after a request to end. For a signal that was not ours,
+    the report names the signal.
+    """
     machine.plans = dict(enumerate(plans))
     assert launch_ranks(["a"], len(plans)) == code
     assert machine.told + capsys.readouterr().err.splitlines() == told

@@ -1,4 +1,4 @@
-"""Layouts: their text and sizes, the op that changes them, the pass that assigns them, and what checks the pass."""
+"""Layouts: their text and sizes, the op that changes them, the pass that assigns them, and the check of the pass."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_what_is_no_layout_is_refused(text: str, what: str) -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("n", "k", "width"), [(1, 1, 4), (4, 3, 4), (5, 3, 4), (12, 7, 5), (3, 2, 16)])
 def test_sizes_are_those_of_packing_by_hand(n: int, k: int, width: int, transposed: bool) -> None:
-    """Rows in panels, the last one filled up."""
+    """Rows in panels, the last panel padded."""
     rows = [list(range(row * k, row * k + k)) for row in range(n)]
     rows += [[0] * k] * (-n % width)
     packed = np.array([[[row[j] for row in rows[at : at + width]] for j in range(k)] for at in range(0, n, width)])
@@ -180,12 +180,12 @@ WANTS = {"four": panels(4), "eight": panels(8), "any": Reads.ANY}
 
 
 def wants(node: Node, position: int) -> Layout | Reads:
-    """As the scope of a product says."""
+    """The layout that the scope of a product names."""
     return WANTS.get(node.scope, Reads.ROW_MAJOR) if position == 1 else Reads.ROW_MAJOR
 
 
 def assigned(graph: Graph, alone: bool = False) -> Graph:
-    """A graph after the pass, which the manager verifies."""
+    """Return a graph after the pass, which the manager verifies."""
     return PassManager((AssignLayouts(wants, alone=alone),)).run(graph).graph
 
 
@@ -202,7 +202,7 @@ def readers(*scopes: str) -> Graph:
 
 
 def read_layouts(graph: Graph) -> list[str]:
-    """In which layout each product of main reads its weight."""
+    """Return the layout in which each product of main reads its weight."""
     return [str(n.operands[1].layout) for n in graph.main.nodes if n.op.name == "linear" and n.operands[1] is not None]
 
 
@@ -283,7 +283,7 @@ def test_what_is_computed_of_weights_is_laid_out_after_it_is_computed() -> None:
 
 
 def block_and_calls(*passed: Callable[[Builder], Expr]) -> Graph:
-    """A block that multiplies by a weight, called with what is passed for it."""
+    """A block that multiplies by a weight, called with the arguments for it."""
     graph = Graph("g")
     block = Function("h")
     graph.add_function(block)
@@ -404,14 +404,14 @@ def another_attribute(graph: Graph) -> None:
 
 
 def another_weight(graph: Graph) -> None:
-    """What is made for the second call is made of the weights of the first."""
+    """Derive the second call's weights from the weights of the first."""
     assert graph.bind is not None
     first, second = (node for node in graph.bind.nodes if node.op.callee is not None)
     second.operands = first.operands
 
 
 def made_for_another_call(graph: Graph) -> None:
-    """Each call reads what is made for the other."""
+    """Let each call read the values derived for the other."""
     first, second = (node for node in graph.main.nodes if node.op.callee is not None)
     made = [node.operands[1:] for node in (second, first)]
     first.operands, second.operands = (first.operands[0], *made[0]), (second.operands[0], *made[1])
@@ -460,7 +460,7 @@ def test_a_planted_fault_is_found(damage: Callable[[Graph], None]) -> None:
 def test_an_output_that_is_dropped_is_found() -> None:
     after = hoisted(program())
     after.main.outputs.pop("most")
-    with pytest.raises(PassError, match="the outputs are not those that they were") as caught:
+    with pytest.raises(PassError, match="the outputs have other names than before") as caught:
         check_same_expressions(program(), after)
     assert caught.value.received == "['output y']; before: ['output y', 'output most']"
 
@@ -485,7 +485,7 @@ def test_order_and_dead_nodes_do_not_count() -> None:
 
 
 def test_what_is_too_large_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of nodes that calls enter, not of those that are written."""
+    """The limit counts nodes that calls enter, not nodes as written."""
     monkeypatch.setattr(same_expressions, "MOST_NODES", 11)  # two calls of four nodes, and three of main
     assert check_same_expressions(program(), program())
     monkeypatch.setattr(same_expressions, "MOST_NODES", 10)

@@ -1,4 +1,4 @@
-"""Leftovers of the TVM backend: what runs element by element is named in the log, and the zoo's families have none."""
+"""Leftovers of the TVM backend: nodes that run element by element are named in the log; the zoo has none."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytest.importorskip("tvm")
 
 
 def notes(graph: Graph) -> tuple[str, ...]:
-    """The leftovers of a graph as it is; nothing is compiled."""
+    """Return the leftovers of a graph without further passes; nothing is compiled."""
     lowered = PassManager((Legalize(keeps), PLAN)).run(graph)
     assert lowered.plan is not None
     return find_leftovers(lower(lowered.graph, lowered.plan, ISAS["x86-64-v3"], RULES), graph.symbols)
@@ -41,10 +41,10 @@ def counting(x: t.f32["B S 8"]):
 
 
 def test_it_is_told_with_its_cost_and_its_line() -> None:
-    """The running sum along the last axis; that along another one is computed in vectors."""
+    """The running sum along the last axis; along another axis it is computed in vectors."""
     exe = compile(counting, backend="tvm")
     (note,) = exe.executable.notes  # type: ignore[attr-defined]
-    # 128 x 128 x 8 elements, of which each takes one addition
+    # 128 x 128 x 8 elements, each with one addition
     told, _, place = note.partition("    ")
     assert told == "cumsum runs element by element, 0.131 MFLOPs at B=128, S=128"
     path, _, line = place.split()[0].rpartition(":")
@@ -86,6 +86,6 @@ def test_the_costliest_comes_first() -> None:
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "vit", "whisper"])
 def test_the_zoo_has_none(family: str) -> None:
-    """As the default passes leave it, in its own default sizes: weights are not drawn."""
+    """After the default passes, at its own default sizes: weights are not drawn."""
     graph = PassManager(DEFAULT).run(resolve(find_family(family).model).graph).graph
     assert notes(graph) == ()

@@ -1,4 +1,4 @@
-"""The Llama kind: rotary positions against Hugging Face's code, what may be stepped, and options that are refused."""
+"""The Llama kind: rotary positions against Hugging Face's code, models that may be stepped, and refused options."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SMALL = {"vocab": 11, "dim": 12, "heads": 3, "kv_heads": 1, "head_dim": 6, "hidd
 @pytest.mark.parametrize("layout", ["half", "interleaved"])
 @pytest.mark.parametrize("turned", [4, 10])
 def test_equals_hugging_face_in_part_and_whole(layout: str, turned: int) -> None:
-    """StableLM turns halves of a part of each head, GLM neighbours; both in float64 here."""
+    """StableLM rotates halves of a part of each head, GLM neighbors; both in float64 here."""
     rng = np.random.default_rng(turned)
     x, positions = rng.standard_normal((2, 3, 5, 10)), rng.integers(0, 99, (2, 5))
     frequencies = 10000.0 ** (-np.arange(0, turned, 2) / turned)
@@ -51,7 +51,7 @@ def test_equals_hugging_face_in_part_and_whole(layout: str, turned: int) -> None
 
 
 def test_what_may_be_stepped() -> None:
-    """Positions go on from the past; frequencies that depend on the length of the sequence do not."""
+    """Positions continue from the past; frequencies that depend on the length of the sequence do not."""
     import treadle
 
     assert treadle.follow(llama.configure(**SMALL).graph(), "S").step()
@@ -110,7 +110,7 @@ BARE = {
 
 
 def read(options: dict[str, Any], **config: Any) -> dict[str, Any]:
-    """What is read of a config whose heads of 8 have such rotary positions."""
+    """Return the options read from a config whose heads of 8 have these rotary positions."""
     config = {**BARE, **config, "rope_parameters": options}
     return dict(family_of(config).from_config(config).config)
 
@@ -193,7 +193,7 @@ def test_scalings_as_a_config_says_them(options: dict[str, Any], config: dict[st
     ],
 )
 def test_positions_that_are_refused(options: Any, config: dict[str, Any], what: str) -> None:
-    """A value that is shown is cut where it is long."""
+    """A long value is truncated in the error."""
     with pytest.raises(CheckpointError, match=f"config.json: {what}") as caught:
         read(options, **config)
     assert len(caught.value.received or "") == 80 or len(str(options)) + len(str(config)) < 200
@@ -203,12 +203,12 @@ def test_how_much_of_a_head_turns() -> None:
     for part, dims in ((0.25, 2), (0.5, 4), (1, None)):
         assert read({"partial_rotary_factor": part}, model_type="gpt_neox")["rotary_dims"] == dims
     for part in (0.2, 0.4, 1.5, 2.0, 1e308):
-        with pytest.raises(CheckpointError, match="must leave an even number of a head's dimensions to be turned"):
+        with pytest.raises(CheckpointError, match="must give an even number of rotated dimensions of a head"):
             read({"partial_rotary_factor": part}, model_type="gpt_neox")
 
 
 def test_what_a_kind_has_where_its_config_is_silent() -> None:
-    """As Hugging Face's classes have it, where the graph does not show it at once."""
+    """The defaults of Hugging Face's classes, for options that the graph does not show at once."""
     windows = {"use_sliding_window": True, "sliding_window": 5, "num_hidden_layers": 30}
     assert read({}, model_type="qwen3", **windows)["full_layers"] == tuple(range(28))
     assert read({}, model_type="qwen3", **windows, max_window_layers=0)["full_layers"] == ()

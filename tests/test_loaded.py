@@ -1,4 +1,6 @@
-"""`t.load(MODEL)`: one input gives a result, a list gives a list, and what is said of a task reaches what does it."""
+"""`t.load(MODEL)`: one input gives a result, a list gives a list, and the arguments of a task reach its
+implementation.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ BEAMS = Beams(2)
 
 
 class Asked:
-    """In place of what is compiled for a task: tells of each input, in turn, what it was asked for beside it."""
+    """A stand-in for the compiled task: it returns, for each input in turn, the method and its other arguments."""
 
     def __init__(self) -> None:
         self.given: dict[str, Any] = {}
@@ -124,7 +126,7 @@ def test_the_best_is_the_first() -> None:
 
 
 def test_what_is_said_of_a_model_is_how_it_will_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is read before something is asked; an artifact is read at once."""
+    """Nothing is read before the first call; an artifact is read at once."""
     assert load("minilm").options == ModelOptions("minilm")
     how: dict[str, Any] = {"backend": "torch", "target": "cuda", "dtype": "bf16", "quantize": "int4", "cache": "f16"}
     made = load("minilm", **how, limits={"nodes": 7}, widen="bf16", layers=2)

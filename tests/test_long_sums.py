@@ -1,7 +1,7 @@
-"""Sums over long axes in 16 bits: an op says in which dtype it adds up; its reference and every backend keep to it.
+"""Sums over long axes in 16 bits: an op declares the dtype of its sums; its reference and every backend follow it.
 
-Cases are made of the ops' own samples, by their rules: one factor of the axes is stretched. In f16 a running sum of
-numbers below 1 stops near 2048, in bf16 near 256.
+Cases are derived from the ops' own samples, by their rules: one factor of the axes is stretched. In f16 a running sum
+of numbers below 1 stops near 2048, in bf16 near 256.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import DTYPES, Type
 
 LONG = 4099  # a prime: no vector, block or panel divides it
-MOST_ELEMENTS = 1 << 22  # of anything within an op: windows of 4099 over an axis as long would take gigabytes
-MOST = 6  # cases of an op: samples that come late are mostly other terms of attention, of which no sum knows
+MOST_ELEMENTS = 1 << 22  # of any value within an op: windows of 4099 over an axis of that length would take gigabytes
+MOST = 6  # cases of an op: late samples mostly have other terms of attention, which do not affect sums
 NARROW = ("f16", "bf16")
 SMOOTH = {"attention_parts": [0]}
-"""Results whose gradients are compared, where those of the others jump: the gradient of a maximum goes to another
-element where rounding makes that one the largest, and no bound on rounding says how far apart the two are."""
+"""Results whose gradients are compared, because the other gradients jump: the gradient of a maximum goes to another
+element if rounding makes that one the largest, and no bound on rounding limits the difference.
+"""
 SUMMING = [name for name in TESTED if OPS[name].accumulates is not None]
 
 
@@ -45,8 +46,9 @@ def applied(case: Case) -> Application:
 
 
 def stretched(name: str, number: int, factor: str, dtype: str) -> Iterator[Case]:
-    """A sample with one factor of size LONG, and positive floats, as the op takes it with its attributes or with longer
-    ones."""
+    """A sample with one factor of size LONG, and positive floats, if the op accepts it with its attributes or with
+    longer ones.
+    """
     case = Case.of(name, number, dtype)
     application = applied(case)
     sizes = {n: dim.size.constant or 0 for n, dim in application.dims.items()}
@@ -74,7 +76,7 @@ def stretched(name: str, number: int, factor: str, dtype: str) -> Iterator[Case]
 
 
 def largest_within(op: Composite, types: Sequence[Type | None]) -> int:
-    """The elements of the largest value in a composite's body, bodies of composites within it opened."""
+    """Return the number of elements of the largest value in a composite's body, with nested composites opened."""
     most = 0
     for node in body_of(op, types).nodes:
         most = max([most, *(v.type.elements.evaluate({}) for v in node.results)])
@@ -84,7 +86,9 @@ def largest_within(op: Composite, types: Sequence[Type | None]) -> int:
 
 
 def longer(op: Op, more: int) -> Iterator[Op]:
-    """The op with attributes that are sizes or lengths larger: longer windows, or windows folded into a longer axis."""
+    """Yield the op with larger sizes or lengths in its attributes: longer windows, or windows folded into a longer
+    axis.
+    """
     sizes = {n: v + more * op.attributes.get("dilation", 1) for n, v in op.attributes.items() if isinstance(v, Size)}
     if sizes:
         yield replace(op, **sizes)  # type: ignore[type-var]
@@ -107,7 +111,7 @@ def drawn(operands: tuple[SampleOperand | None, ...], types: list[Type | None]) 
 
 
 def long_cases(name: str, dtype: str, *roles: Role) -> Iterator[tuple[str, Case]]:
-    """Each with what it is."""
+    """Yield each case with its description."""
     for number in range(len(OPS[name].samples)):
         case = Case.of(name, number, dtype)
         if not case.takes_its_operands:
@@ -119,7 +123,7 @@ def long_cases(name: str, dtype: str, *roles: Role) -> Iterator[tuple[str, Case]
 
 @dataclass(frozen=True)
 class Long:
-    """A graph on inputs, and what its outputs may be."""
+    """A graph, its inputs, and the bounds of its outputs."""
 
     what: str
     graph: Graph
@@ -131,7 +135,7 @@ class Long:
         return Long(what, graph, inputs, bounded(graph, inputs))
 
     def hold(self, run: str) -> None:
-        """Fail where a runner's outputs are not within their bounds."""
+        """Fail if a runner's outputs are not within their bounds."""
         if refusal(run, self.graph):
             return
         made = runner(run)(self.graph, self.inputs)
@@ -139,7 +143,7 @@ class Long:
             assert_within(made[output], wanted, f"{self.what}, {output}")
 
 
-@lru_cache(maxsize=2)  # all runners come one after another
+@lru_cache(maxsize=2)  # all runners come in sequence
 def long_forms(name: str, dtype: str) -> list[Long]:
     """Forward, along every axis that is summed."""
     cases = long_cases(name, dtype, Role.REDUCED, Role.WHOLE, Role.SCANNED)
@@ -148,7 +152,7 @@ def long_forms(name: str, dtype: str) -> list[Long]:
 
 @lru_cache(maxsize=2)
 def long_gradients(name: str, dtype: str) -> list[Long]:
-    """Along any axis: what an op maps, the gradient of a weight or of what broadcasts adds up."""
+    """Along any axis: for an axis that an op maps, the gradient of a weight or of a broadcast operand is a sum."""
     found = []
     for what, case in islice(long_cases(name, dtype, *Role), MOST):
         for seeded in [SMOOTH[name]] if name in SMOOTH else seedings(case)[:1]:
@@ -159,11 +163,13 @@ def long_gradients(name: str, dtype: str) -> list[Long]:
     return found
 
 
-# -- what an op says ---------------------------------------------------------------------------------------------
+# -- the declared dtype of sums ----------------------------------------------------------------------------------
 
 
 def adds_up(op: Op, types: tuple[Type | None, ...]) -> bool:
-    """Whether elements of one operand are added up: by a node of the body, or by the op, which makes more of ones."""
+    """Return True if elements of one operand are summed: by a node of the body, or by the op, if it turns ones into
+    more.
+    """
     if isinstance(op, Composite):
         return any(
             adds_up(node.op, tuple(None if v is None else v.type for v in node.operands))
@@ -180,7 +186,7 @@ def adds_up(op: Op, types: tuple[Type | None, ...]) -> bool:
                 try:
                     with np.errstate(all="ignore"):
                         made = op.reference(*operands)
-                except GraphError:  # it refuses to write at one place twice, and adds nothing up there
+                except GraphError:  # the op refuses to write twice at one position, so it sums nothing
                     continue
                 if any(np.any(np.asarray(y) > 1) for y in (made if isinstance(made, tuple) else (made,))):
                     return True
@@ -188,7 +194,7 @@ def adds_up(op: Op, types: tuple[Type | None, ...]) -> bool:
 
 
 def start(type: Type, value: float) -> Array:
-    """An array of one number; of integers, which may be indices, zeros."""
+    """Return an array of one number; for integers, which may be indices, zeros."""
     shape: Any = type.evaluate({})
     return np.full(shape, value if type.dtype.is_float else 0, type.dtype.numpy or np.float32)
 
@@ -203,7 +209,7 @@ def test_an_op_that_adds_up_says_in_which_dtype(name: str) -> None:
     assert told is None or told.bytes >= 4
 
 
-# -- what it does ------------------------------------------------------------------------------------------------
+# -- the dtype of sums in runs -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("run", RUNNERS)
@@ -226,7 +232,7 @@ def test_gradients_are_summed_so_as_well(name: str, dtype: str, run: str) -> Non
 
 @pytest.mark.parametrize("dtype", NARROW)
 def test_a_sum_that_is_held_in_its_own_dtype_is_caught(dtype: str) -> None:
-    """The bounds are narrower than what is looked for."""
+    """The bounds are narrower than the error that the test plants."""
     _, case = next(long_cases("reduce_sum", dtype, Role.REDUCED))
     (x,) = case.operands
     assert x is not None

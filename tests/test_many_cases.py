@@ -1,4 +1,4 @@
-"""A test of many cases tries all of them and tells each that fails."""
+"""A test of many cases runs all of them and reports each failure."""
 
 from __future__ import annotations
 

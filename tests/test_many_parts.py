@@ -1,4 +1,6 @@
-"""Joins of more parts than there are letters: the rule names them all, and so does every way through the compiler."""
+"""Joins of more parts than there are letters: the rule names all parts, and every path through the compiler handles
+them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arrays in mapped files: what is given back is read again, and what was written stays."""
+"""Arrays in mapped files: released pages are read again, and written pages stay."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def file(tmp_path: Path) -> Path:
 
 
 def of_files() -> int:
-    """Bytes of mapped files that lie in memory for this process."""
+    """Return the bytes of mapped files that are in this process's memory."""
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssFile"))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the system tells it elsewhere otherwise")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, which only Linux has")
 def test_pages_of_a_view_are_given_back_and_read_again(file: Path) -> None:
     mapped = np.memmap(file, np.uint8, "r")
     view = mapped[128:].reshape(4, -1)

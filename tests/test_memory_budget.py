@@ -1,4 +1,4 @@
-"""Runs that keep to a budget for memory: numbers stay, smaller sizes fit as well, and what is said where none fits."""
+"""Runs within a memory budget: results stay the same, smaller sizes fit as well, and the error if nothing fits."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def peak_of(family: str) -> int:
 
 @cache
 def within(family: str, memory: int) -> Compiled:
-    """A model that keeps to a budget, of which the search takes a second: one for all tests."""
+    """A model within a budget, shared by all tests because the search takes a second."""
     return t.compile(family, backend="tvm", target=ALONE, memory=memory, sizes=CASES[family], **SMALL)
 
 
 def arena(exe: Compiled, **sizes: int) -> int:
-    """What a run takes at some sizes, as the backend places it."""
+    """Return the arena of a run at some sizes, as the backend places it."""
     backend, lowered = find_backend("tvm"), exe.optimized.lowered
     assert isinstance(backend, StagedBackend) and lowered is not None and lowered.plan is not None
     frames = backend.frames(lowered.graph, exe.target, lowered.plan)
@@ -67,7 +67,7 @@ def test_a_run_that_needs_nothing_fits_at_once() -> None:
 
 
 def test_what_was_made_is_held_against_the_budget() -> None:
-    """Not what was foretold: passes that run again may leave another graph."""
+    """The executable is checked against the budget, because passes that run again may change the predicted graph."""
     exe, backend = within("bert", peak_of("bert")), find_backend("tvm")
     assert isinstance(backend, StagedBackend) and exe.optimized.lowered is not None
     peak = arena(exe, **CASES["bert"])
@@ -90,7 +90,7 @@ def test_a_run_keeps_to_its_budget_with_the_same_bits(family: str, share: float)
         assert all(np.array_equal(wanted[name], made[name]) for name in wanted)
     assert kept.executable.machine.plans  # type: ignore[attr-defined]
     placed = [plan.arena for plan in kept.executable.machine.plans.values()]  # type: ignore[attr-defined]
-    assert max(placed) == kept.memory.peak  # what runs is what was planned
+    assert max(placed) == kept.memory.peak  # the plan that was searched is the one that runs
 
 
 @pytest.mark.parametrize("family", CASES)
@@ -128,7 +128,7 @@ def test_what_does_not_fit_says_how_far_it_came() -> None:
     bound = int(str(error.within).rpartition("than ")[2].replace(",", ""))
     assert f"{peak:,}" in str(error.within) and f"{peak // 5:,}" in str(error.received)
     assert peak // 5 < bound <= least < peak
-    kept = within("gpt2", least)  # what it says would do does
+    kept = within("gpt2", least)  # the suggested budget works
     assert kept.memory is not None and kept.memory.peak <= least
     with pytest.raises(BackendError, match="does not fit"):
         within("gpt2", least - 1)
@@ -136,7 +136,7 @@ def test_what_does_not_fit_says_how_far_it_came() -> None:
 
 def test_a_bound_of_nothing_is_not_told() -> None:
     small = {"layers": 2, "dim": 64, "heads": 4, "kv_heads": 2, "hidden": 128, "vocab": 100}
-    with raises_freely(BackendError, match="does not fit") as refused:  # on a busy machine it says more
+    with raises_freely(BackendError, match="does not fit") as refused:  # on a busy machine the message is longer
         t.compile("llama", backend="tvm", memory=1, sizes={"B": 2, "S": 40}, **small)
     assert "the least that was reached is" in str(refused.value.within)
     assert "no plan" not in str(refused.value.within)
@@ -146,7 +146,7 @@ def test_the_plan_says_what_is_computed_in_parts_and_its_price() -> None:
     kept = within("gpt2", int(peak_of("gpt2") * 0.6))
     assert kept.memory is not None
     text = str(kept.memory)
-    assert "B=1, S=256 and below" in text and "parts of S  models/gpt2.py" in text and "times as long" in text
+    assert "B=1, S=256 and below" in text and "parts of S  models/gpt2.py" in text and "predicted time" in text
     record = next(r for r in kept.log if r.name == "fit-memory")
     assert record.notes == text.splitlines()
     assert kept.memory.as_dict()["chunks"][0]["parts"] >= 2
@@ -198,7 +198,7 @@ def test_a_file_holds_no_budget_and_load_takes_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["numpy", "tvm"])
 def test_sizes_that_no_memory_holds_are_told_as_such(backend: str, tmp_path: Path) -> None:
-    """Not as a fault of the file."""
+    """The error does not blame the file."""
     path = tmp_path / "small.treadle"
     t.compile("gpt2", backend="numpy", **SMALL).save(path)
     with pytest.raises(BackendError) as refused:
@@ -208,7 +208,7 @@ def test_sizes_that_no_memory_holds_are_told_as_such(backend: str, tmp_path: Pat
 
 
 def test_of_too_many_ways_those_are_tried_that_none_beats_in_time_and_memory() -> None:
-    """The first, the last, some between them, and if there is room others; in the order in which they were."""
+    """The first, the last, some between them, and others if there is room; in the original order."""
     variant = Variant(Graph("any"))
     needs = [90, 95, 80, 85, 70, 60, 65, 50, 55, 40]
     found = [Candidate(variant, (), n, float(at)) for at, n in enumerate(needs)]
@@ -223,15 +223,15 @@ def test_of_too_many_ways_those_are_tried_that_none_beats_in_time_and_memory() -
 
 
 def test_the_least_is_not_looked_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor are all ways to part it tried: no more than so many."""
+    """Nor are all ways to partition the graph tried: the number is limited."""
     monkeypatch.setattr(fitted_pipeline, "SECONDS", 0.0)
     monkeypatch.setattr(fitting, "MOST_TRIED", 5)
-    searched = within.__wrapped__  # as no other test may find it
+    searched = within.__wrapped__  # so that no other test finds it
     with pytest.raises(BackendError, match="does not fit") as refused:
         searched("gpt2", 1000)
     told = str(refused.value.within)
     assert "other ways to split it were not tried, since 0 s had passed" in told
     assert "ways were left out, since at most 5 are tried" in told
     least = int(str(refused.value.hint).partition("memory=")[2].partition(",")[0])
-    kept = searched("gpt2", least)  # what it says would do does, though less might
+    kept = searched("gpt2", least)  # the suggested budget works, though a smaller one might too
     assert kept.memory is not None and kept.memory.peak <= least

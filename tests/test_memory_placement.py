@@ -1,4 +1,4 @@
-"""Placement of buffers in one arena: the smallest there is, proven against brute force; the checker; instance files."""
+"""Placement of buffers in one arena: the smallest possible, proven against brute force; the checker; instance files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ def lives_with(x: Lifetime, y: Lifetime) -> bool:
 
 
 def fits(lives: Sequence[Lifetime], capacity: int) -> bool:
-    """By brute force, for buffers that fill most of the capacity: lowest first, each on what lies below it."""
+    """Return True if buffers that fill most of the capacity fit, by brute force.
+
+    The lowest buffer is placed first, and each buffer on the ones below it.
+    """
 
     def rest(placed: list[tuple[int, Lifetime]], left: list[Lifetime], lowest: int) -> bool:
         for x in left:
@@ -60,7 +63,7 @@ GAPS = [
     [(2, 5, 1), (2, 6, 2), (4, 5, 1), (4, 6, 1), (0, 2, 3), (0, 1, 2), (1, 4, 2), (5, 7, 2), (6, 7, 3)],
     [(2, 3, 1), (4, 5, 3), (2, 5, 1), (2, 4, 1), (0, 2, 3), (1, 3, 1), (3, 5, 2), (1, 4, 2), (0, 1, 3)],
 ]
-"""Instances that no placement holds in as many bytes as live at once at most."""
+"""Instances without a placement whose size is the peak number of live bytes."""
 
 
 def gap(number: int) -> list[Lifetime]:
@@ -68,9 +71,10 @@ def gap(number: int) -> list[Lifetime]:
 
 
 def smallest(lives: Sequence[Lifetime]) -> int:
-    """By brute force: each order of the buffers, each buffer at the lowest offset that is free.
+    """Return the smallest arena by brute force: for each order of the buffers, each buffer at the lowest free offset.
 
-    One of these is best: in a best placement whose sum of offsets is least, by offset, each lies as low as it can.
+    One of these orders is optimal: in an optimal placement with the least sum of offsets, sorted by offset, each buffer
+    is as low as possible.
     """
     best = sum(x.size for x in lives)
     for order in itertools.permutations(lives):
@@ -98,7 +102,7 @@ def columns(lives: Sequence[Lifetime]) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def searched(lives: Sequence[Lifetime], capacity: int | None = None) -> exact.Outcome:
-    """What the search alone finds: it starts from all buffers side by side."""
+    """Return the result of the search alone, started from all buffers side by side."""
     first, end, size = columns(lives)
     worst = exact.Outcome(np.cumsum(size) - size, int(size.sum()), int(live_bytes(first, end, size)[1].max()))
     found = exact.improve(first, end, size, worst, capacity, 20)
@@ -158,7 +162,7 @@ def test_a_larger_placement_is_sound(lives: list[Lifetime], alignment: int) -> N
 
 
 def cut(rng: np.random.Generator, first: int, end: int, low: int, high: int) -> list[Lifetime]:
-    """A rectangle of steps and memory cut into buffers that fill it."""
+    """Cut a rectangle of steps and memory into buffers that fill it."""
     length, height = end - first, high - low
     if max(length, height) == 1 or rng.random() < 0.1:
         return [Lifetime(f"{first} to {end} at {low}", first, end, height)]
@@ -172,7 +176,7 @@ def cut(rng: np.random.Generator, first: int, end: int, low: int, high: int) -> 
 @needs_numba
 @pytest.mark.parametrize("seed", [4, 5, 6, 11])
 def test_the_search_puts_a_cut_rectangle_together_again(seed: int) -> None:
-    """No byte is free at any step, so a placement of this size is a perfect one."""
+    """No byte is free at any step, so a placement of this size is perfect."""
     rng = np.random.default_rng(seed)
     lives = cut(rng, 0, 24, 0, 48)
     rng.shuffle(lives)  # type: ignore[arg-type]
@@ -180,7 +184,7 @@ def test_the_search_puts_a_cut_rectangle_together_again(seed: int) -> None:
     assert check_placement(lives, [int(x) for x in found.offsets], capacity=48) == 48 == found.bound
 
 
-# What the caller asks for
+# The caller's request
 
 
 @settings(max_examples=60, deadline=None)
@@ -215,7 +219,7 @@ def test_equal_lifetimes_lie_side_by_side() -> None:
 def test_alignment_rounds_sizes_up() -> None:
     found = place([Lifetime("x", 0, 2, 1), Lifetime("y", 1, 3, 65)], alignment=64)
     assert (found.size, found.bound) == (192, 192)
-    assert str(found).startswith("2 buffers in 192 bytes, the least (bound 192); greedy, ")
+    assert str(found).startswith("2 buffers in 192 bytes, the minimum (bound 192); greedy, ")
 
 
 def test_a_capacity_that_cannot_hold_names_the_bound() -> None:
@@ -311,7 +315,7 @@ def test_a_search_among_too_many_is_not_begun(monkeypatch: pytest.MonkeyPatch) -
     assert exact.improve(first, end, np.ones(4000, np.int64), known, None, 0.0) is None
     monkeypatch.setattr(placement.exact, "improve", lambda *_: None)
     monkeypatch.setattr(placement.exact, "available", lambda: True)
-    assert place(gap(0)).method == TOO_LARGE == "greedy alone: too many buffers live together for the search"
+    assert place(gap(0)).method == TOO_LARGE == "greedy only: too many buffers live together for the search"
 
 
 @pytest.mark.parametrize(
@@ -332,9 +336,9 @@ def test_which_sizes_are_asked_for(
     told: tuple[int, int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The bound first, then half the way to the best that is known, and so on, until time is up: 20 looks at a clock.
+    """The bound first, then halfway to the best known size, and so on, until time is up: the clock is read 20 times.
 
-    Below `proven` there is no placement, from `found` on one is found; between them a run ends without an answer.
+    Below `proven` there is no placement, from `found` on there is one; between them a run ends without an answer.
     """
     clock, was = iter(range(100)), list[int]()
 
@@ -362,8 +366,8 @@ def test_the_checker_finds_planted_faults() -> None:
     lives = [Lifetime("x", 0, 3, 100), Lifetime("y", 2, 4, 100), Lifetime("z", 3, 5, 50), Lifetime("none", 0, 9, 0)]
     assert check_placement(lives, [0, 128, 0, 30], alignment=2) == 228
     for offsets, message in (
-        ([0, 99, 0, 0], "two buffers that live at once overlap"),
-        ([0, 128, 126, 0], "two buffers that live at once overlap"),
+        ([0, 99, 0, 0], "two buffers that live at the same time overlap"),
+        ([0, 128, 126, 0], "two buffers that live at the same time overlap"),
         ([0, 127, 0, 0], "must be a multiple of 2"),
         ([0, -128, 0, 0], "not negative"),
         ([0, 130, 0, 0], "a buffer ends beyond the capacity"),
@@ -382,7 +386,7 @@ def test_the_checker_agrees_with_all_pairs(lives: list[Lifetime], data: st.DataO
         for (a, x), (b, y) in itertools.combinations(zip(offsets, lives, strict=True), 2)
     )
     if overlap:
-        with pytest.raises(PassError, match="two buffers that live at once overlap"):
+        with pytest.raises(PassError, match="two buffers that live at the same time overlap"):
             check_placement(lives, offsets)
     else:
         check_placement(lives, offsets)
@@ -409,14 +413,14 @@ def test_an_instance_prints_as_it_is_read(tmp_path: Path) -> None:
         ("id,lower,upper\n", "the first line must name the columns", 1),
         ("id,lower,upper,size,gaps\n", "the first line must name the columns", 1),
         ("id,lower,upper,size,size\n", "the first line must name the columns", 1),
-        ("id,lower,upper,size\na,0,1,8\nb,0,1\n", "another number of fields", 3),
-        ("id,lower,upper,size\na,0,1,8,9\n", "another number of fields", 2),
-        ("id,lower,upper,size\na,0,1,-8\n", "size must be a whole number", 2),
-        ("id,lower,upper,size\na,0,1.5,8\n", "upper must be a whole number", 2),
-        ("id,lower,upper,size\na,0,1,9999999999999999999\n", "size must be a whole number", 2),
-        ("id,lower,upper,size\na,٣,5,8\n", "lower must be a whole number", 2),
+        ("id,lower,upper,size\na,0,1,8\nb,0,1\n", "different numbers of fields", 3),
+        ("id,lower,upper,size\na,0,1,8,9\n", "different numbers of fields", 2),
+        ("id,lower,upper,size\na,0,1,-8\n", "size must be a non-negative integer", 2),
+        ("id,lower,upper,size\na,0,1.5,8\n", "upper must be a non-negative integer", 2),
+        ("id,lower,upper,size\na,0,1,9999999999999999999\n", "size must be a non-negative integer", 2),
+        ("id,lower,upper,size\na,٣,5,8\n", "lower must be a non-negative integer", 2),
         ("id,lower,upper,size\na,3,3,8\n", "must end after it begins", 2),
-        ("id,lower,upper,size\na,0,1,8\na,0,1,8\n", "two buffers have one id", 3),
+        ("id,lower,upper,size\na,0,1,8\na,0,1,8\n", "two buffers have the same id", 3),
         ('id,lower,upper,size\n"a,0,1,8\n', "the file is not CSV", 2),
     ],
 )

@@ -1,4 +1,4 @@
-"""Merged projections, scales folded into weights, and the way back."""
+"""Merged projections, scales folded into weights, and the inverse."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BACKENDS = ("numpy", "torch", "tvm")
 
 
 def projections(*, transposed: bool = False, biases: str = "qkv", widths: tuple[int, int, int] = (6, 4, 4)) -> Graph:
-    """q, k and v of one x, each taken further, as in an attention; `biases` names those that have one."""
+    """Return a program with q, k and v of one x, each used further, as in an attention; `biases` selects biases."""
     graph = Graph("projections")
     b = Builder(graph)
     x = b.input("x", f32["B", "S", 8])
@@ -117,7 +117,7 @@ def test_a_weight_that_something_else_reads_is_refused() -> None:
     graph.main.outputs["also"] = b.exp(b.expr(graph.parameters["k.weight"])).value
     optimized = run(graph, MergeProjections())
     (refusal,) = optimized.log[0].refusals
-    assert refusal.reason == "its weight is read by exp too, and would be held twice"
+    assert refusal.reason == "its weight is read by exp too, and would be stored twice"
     assert ops(optimized.graph).count("projections") == 1  # of q and v
     assert ops(optimized.graph).count("linear") == 1
 
@@ -152,7 +152,7 @@ def test_a_weight_that_is_an_output_is_refused() -> None:
     graph = projections(biases="")
     graph.main.outputs["w"] = graph.parameters["k.weight"]
     (refusal,) = run(graph, MergeProjections()).log[0].refusals
-    assert refusal.reason == "its weight is an output as well, and would be held twice"
+    assert refusal.reason == "its weight is an output as well, and would be stored twice"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -235,7 +235,7 @@ def test_by_its_cost_a_narrow_product_is_scaled_after_it() -> None:
     optimized = run(scaled_logits(32, 8), FoldScale())
     assert ops(optimized.graph) == ["linear", "mul"]
     (refusal,) = optimized.log[0].refusals
-    assert refusal.reason == "to scale 32 elements a row before the product is no faster on cpu than 8 after it"
+    assert refusal.reason == "scaling 32 elements per row before the product is not faster on cpu than 8 after it"
 
 
 def test_half_precision_is_not_scaled_up_before_a_product() -> None:
@@ -246,7 +246,7 @@ def test_half_precision_is_not_scaled_up_before_a_product() -> None:
     optimized = run(graph, FoldScale())
     assert ops(optimized.graph) == ["linear", "mul"]
     (refusal,) = optimized.log[0].refusals
-    assert refusal.reason == "a scale by 8 comes last: f16 may not hold what it gives before"
+    assert refusal.reason == "a scale by 8 stays after the product: x times the scale may be out of range for f16"
 
 
 def test_a_scale_that_leaves_the_range_of_numbers_stays_where_it_is() -> None:
@@ -255,7 +255,7 @@ def test_a_scale_that_leaves_the_range_of_numbers_stays_where_it_is() -> None:
     optimized = run(graph, FoldScale())
     assert ops(optimized.graph) == ["linear", "mul"]
     (refusal,) = optimized.log[0].refusals
-    assert refusal.reason == "a scale by 1e+30 comes last: f32 may not hold what it gives before"
+    assert refusal.reason == "a scale by 1e+30 stays after the product: x times the scale may be out of range for f32"
     weights = {"head.weight": np.full((32, 8), 1e-9, np.float32)}
     made = interpret(optimized.graph, {"x": np.full((1, 8), 1e9, np.float32)}, weights)
     assert np.isfinite(made["logits"]).all()

@@ -1,4 +1,4 @@
-"""The zoo's declarations: the shape of their graphs, and how they refuse what they do not know."""
+"""The zoo's declarations: the shape of their graphs, and their errors for unknown options."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ IMAGE = {"channels": 2, "height": 8, "width": 12, "patch": 4}
 
 
 def small(model: t.Model, **config: Any) -> t.Model:
-    """The model with small sizes and all of its optional inputs."""
+    """Return the model with small sizes and all of its optional inputs."""
     sizes = {name: size for name, size in SMALL.items() if name in model.defaults}
     optional = tuple(i.name for i in model.declared_inputs if i.optional)
     return model.configure(**{"inputs": optional, **sizes, **config})
@@ -153,7 +153,7 @@ ZOO: dict[str, tuple[t.Model, dict[str, int]]] = {
     "whisper": (small(whisper), {"encoder_layer": 4, "decoder_layer": 3}),
     "whisper_encoder": (small(whisper_encoder), {"encoder_layer": 4}),
 }
-"""Every declaration, with the functions of its graph beside main and how often each is called."""
+"""Every declaration, with the functions of its graph except main and the number of calls of each."""
 
 
 def test_every_family_is_here() -> None:
@@ -167,7 +167,7 @@ def test_every_family_is_here() -> None:
 
 @pytest.mark.parametrize("name", ZOO)
 def test_blocks_are_functions(name: str) -> None:
-    """A stack is one function, called once a block, however deep: no block differs from the others."""
+    """A stack is one function that is called once a block, at any depth: all blocks are equal."""
     model, expected = ZOO[name]
     graph = model.graph()
     calls = [node.op.callee for node in graph.main.nodes if node.op.callee is not None]
@@ -193,7 +193,7 @@ def test_every_norm_has_the_eps_of_the_model(name: str) -> None:
 
 @pytest.mark.parametrize("head", HEADS)
 def test_rows_of_a_head_may_be_packed(head: str) -> None:
-    """The pooler's first token is an index into a row, not a cut of the batch."""
+    """The pooler's first token is an index into a row, not a slice of the batch."""
     verdict = follow(ZOO[f"bert {head}"][0].graph(), "S").pack()
     assert verdict, str(verdict)
 
@@ -247,7 +247,7 @@ def test_positions_bound_the_sequence() -> None:
 
 
 def test_a_model_inside_another() -> None:
-    """Its parameters go under the scope, and what it ties is its own."""
+    """Its parameters are under the scope, and its tied weights are its own."""
     inner = small(gpt2)
 
     @t.model
@@ -352,7 +352,7 @@ def test_a_head_that_there_is_not_is_refused_with_those_that_there_are(family: s
 
 
 def test_a_model_without_a_file_has_the_labels_of_its_kind() -> None:
-    """Images are told apart as ImageNet's are; texts as one of two."""
+    """Image models have ImageNet's labels; text classifiers have two."""
     found = {model.name: model.defaults["labels"] for model, _ in ZOO.values() if "labels" in model.defaults}
     assert {name: count for name, count in found.items() if count != 2} == {
         "vit": 1000, "dinov2": 1000, "siglip_vision": None,
@@ -365,7 +365,7 @@ def test_an_encoder_by_itself_has_the_sizes_that_it_has_in_the_whole() -> None:
 
 
 def test_the_transformer_has_the_papers_size() -> None:
-    """Some 65 million parameters (table 3, base): 12 matrices of attention, two networks and five norms in 6 layers."""
+    """Some 65 million parameters (table 3, base): 12 attention blocks, two networks and five norms in 6 layers."""
     sizes = [math.prod(value.type.static_shape or ()) for value in transformer.graph().parameters.values()]
     assert sum(sizes) == 37000 * 512 + 6 * (12 * 512**2 + 2 * (2 * 512 * 2048 + 2048 + 512) + 5 * 2 * 512)
 

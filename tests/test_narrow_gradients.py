@@ -1,4 +1,4 @@
-"""Whole gradients in bf16, on every backend that has it: every product of two matrices is narrow."""
+"""Whole gradients in bf16, on every backend that supports it: every product of two matrices is in bf16."""
 
 from __future__ import annotations
 
@@ -51,9 +51,12 @@ def wanted(family: str) -> dict[str, Array]:
 
 
 def assert_within_rounding(got: dict[str, Array], family: str) -> None:
-    """Each gradient, as a whole: some ten products in a row round their factors by half of bf16's spacing at most.
+    """Assert that each gradient as a whole is within rounding.
 
-    A gradient that is 0 but for cancelling terms, of a bias that softmax takes no notice of, is measured by the others.
+    Some ten products in a row round their factors by half of bf16's spacing at most.
+
+    A gradient that is 0 except for cancelling terms, for example of a bias that softmax ignores, is measured relative
+    to the others.
     """
     expected = wanted(family)
     assert list(got) == list(expected)

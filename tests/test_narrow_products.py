@@ -1,4 +1,4 @@
-"""Products with weights in bf16: the ops, the pass, and whole models of every backend that has bf16."""
+"""Products with weights in bf16: the ops, the pass, and whole models on every backend that supports bf16."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_other_convolutions_stay_as_they_are(size: int, stride: int) -> None:
     graph = graph_of(patches(size, stride))
     made = PassManager([PatchesAsProducts(), NarrowProducts()]).run(graph)
     assert made.graph == graph
-    assert "its windows are no patches: they overlap, or are of one element" in made.log.explain()
+    assert "its windows are not patches: they overlap, or have one element" in made.log.explain()
 
 
 @with_bf16
@@ -133,9 +133,9 @@ def test_matrices_that_are_no_weights_are_left_alone() -> None:
     def fixed(b: Builder) -> Expr:
         return b.linear(b.input("x", f32["B", 2]), b.constant(np.ones((4, 2), np.float32)))
 
-    assert "the matrix is computed by rearrange, and no weight" in refused(scores)
-    assert "the matrix is an input, and no weight" in refused(given)
-    assert "the matrices are a stack" in refused(stack)
+    assert "the matrix is computed by rearrange, not a weight" in refused(scores)
+    assert "the matrix is an input, not a weight" in refused(given)
+    assert "the matrices are a batch" in refused(stack)
     assert "the matrix is a constant" in refused(fixed)
 
 
@@ -186,7 +186,7 @@ def test_a_model_is_near_its_float32_self_and_has_float32_results(backend: str, 
 
 @with_bf16
 def test_a_model_is_near_the_meaning_of_its_own_graph(backend: str) -> None:
-    """TVM sums as the reference does; PyTorch rounds what packed products give once more."""
+    """TVM sums as the reference does; PyTorch rounds the results of packed products once more."""
     exe = treadle.compile("bert", backend=backend, dtype="bf16", **SMALL)
     wanted = interpret(exe.graph, {"tokens": TOKENS}, exe.weights)["hidden"]
     off = np.abs(exe(tokens=TOKENS)["hidden"] - wanted).max() / np.abs(wanted).max()
@@ -218,7 +218,7 @@ def test_another_dtype_is_refused() -> None:
 
 @needs_torch
 def test_a_bf16_model_computes_the_rest_in_float32() -> None:
-    """Its own weights, widened and rounded again, are the same bits."""
+    """Its own weights, widened and rounded again, are bitwise identical."""
     exe = treadle.compile(llama, backend="torch", dtype="bf16", **{**SMALL, "heads": 4})
     dtypes = {v.type.dtype for _, node in exe.graph.walk() for v in node.results}
     assert dtypes <= {DTYPES["f32"], DTYPES["bf16"], DTYPES["i64"], DTYPES["bool"]}
@@ -267,13 +267,13 @@ def of_any(build: Callable[[Builder], Expr]) -> Optimized:
 
 
 def lines(graph: Graph) -> list[str]:
-    """Of all ops but casts."""
+    """Return the lines of all ops except casts."""
     text = [line.split("#")[0].strip() for line in print_graph(graph).splitlines() if " = " in line and "(" in line]
     return [line for line in text if "cast(" not in line]
 
 
 EINSUMS: list[tuple[str, tuple[object, ...], tuple[object, ...], list[str]]] = [
-    # the equation, the shapes of g and x, and what is made of them
+    # the equation, the shapes of g and x, and the resulting ops
     ("b a n, n k -> b a k", ("B", "S", 6), (6, 4), ["matmul = matmul(g_bf16, x_bf16, to=f32)"]),
     (
         "b a n, b a k -> n k",
@@ -304,7 +304,7 @@ EINSUMS: list[tuple[str, tuple[object, ...], tuple[object, ...], list[str]]] = [
 def test_an_einsum_is_the_product_that_it_is(
     equation: str, g: tuple[object, ...], x: tuple[object, ...], wanted: list[str]
 ) -> None:
-    """With the numbers of the einsum, of factors that are rounded."""
+    """With the einsum's numbers on rounded factors."""
 
     def build(b: Builder) -> Expr:
         return b.einsum(b.input("g", f32[g]), b.input("x", f32[x]), equation=equation)
@@ -352,19 +352,19 @@ def einsum(equation: str, *shapes: tuple[int, ...]) -> Callable[[Builder], Expr]
 
 
 STAY: list[tuple[str, Callable[[Builder], Expr]]] = [
-    ("it is a stack of products, one for each b h", einsum("b h s d, b h t d -> b h s t", (2, 3, 4, 5), (2, 3, 6, 5))),
-    ("it multiplies no two factors", einsum("a b, b c, c d -> a d", (2, 3), (3, 4), (4, 5))),
-    ("it multiplies no two factors", einsum("a b -> b a", (2, 3))),
-    ("an axis of one factor alone is summed", einsum("a b c, b d -> a d", (2, 3, 4), (3, 5))),
-    ("it multiplies no two matrices", einsum("a b, b -> a", (2, 3), (3,))),
-    ("it multiplies no two matrices", einsum("a b, c d -> a b c d", (2, 3), (4, 5))),
-    ("it multiplies no two matrices", einsum("a b, a b ->", (2, 3), (2, 3))),
-    ("its columns are of several axes, c d", einsum("a b, b c d -> a c d", (2, 3), (3, 4, 5))),
-    ("its columns are of several axes, c d", einsum("a b, b c d -> c a d", (2, 3), (3, 4, 5))),
+    ("it is a batch of products, over b h", einsum("b h s d, b h t d -> b h s t", (2, 3, 4, 5), (2, 3, 6, 5))),
+    ("it does not multiply two factors", einsum("a b, b c, c d -> a d", (2, 3), (3, 4), (4, 5))),
+    ("it does not multiply two factors", einsum("a b -> b a", (2, 3))),
+    ("an axis of only one factor is summed", einsum("a b c, b d -> a d", (2, 3, 4), (3, 5))),
+    ("it does not multiply two matrices", einsum("a b, b -> a", (2, 3), (3,))),
+    ("it does not multiply two matrices", einsum("a b, c d -> a b c d", (2, 3), (4, 5))),
+    ("it does not multiply two matrices", einsum("a b, a b ->", (2, 3), (2, 3))),
+    ("its columns have several axes, c d", einsum("a b, b c d -> a c d", (2, 3), (3, 4, 5))),
+    ("its columns have several axes, c d", einsum("a b, b c d -> c a d", (2, 3), (3, 4, 5))),
     ("an axis is repeated", einsum("... a, ... a b -> ... b", (1, 3), (4, 3, 5))),
     ("the matrix is a constant", lambda b: b.einsum(b.input("x", f32[2, 3]), b.constant(np.ones((3, 4), np.float32)),
                                                     equation="a b, b c -> a c")),
-    ("the matrices are a stack", lambda b: b.matmul(b.input("x", f32[2, 3, 4]), b.input("y", f32[2, 4, 5]))),
+    ("the matrices are a batch", lambda b: b.matmul(b.input("x", f32[2, 3, 4]), b.input("y", f32[2, 4, 5]))),
 ]  # fmt: skip
 
 

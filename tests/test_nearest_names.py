@@ -1,4 +1,4 @@
-"""Nearest names: what an index by parts finds among many is what a comparison with each would."""
+"""Nearest names: the index by parts finds the same names as a comparison with every name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAYERS = [f"h.{i}.mlp.{part}.weight" for i in range(100) for part in ("up", "gat
     ],
 )
 def test_many_names_are_searched_by_their_parts_as_if_one_by_one(wanted: str, others: int) -> None:
-    """Rare parts tell more than those that most names have, wherever in the file a name with them stands."""
+    """Rare parts are more informative than common ones, wherever in the file a name that contains them stands."""
     names = [*LAYERS[:others], "decoder.embed_tokens", *LAYERS[others:], "x" * 201]
     assert NearestNames(names).of(wanted) == get_close_matches(wanted, names, 1, 0.6)
 

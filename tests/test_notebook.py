@@ -1,4 +1,4 @@
-"""What a notebook shows of graphs, logs, executables and ops: reprs, HTML, signatures."""
+"""Graphs, logs, executables and ops in a notebook: reprs, HTML, signatures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from treadle.ir.text.attributes import attribute_fields
 
 
 class Outline(HTMLParser):
-    """The texts of HTML, and whether every tag that is opened is closed."""
+    """The texts of HTML, with a check that every opened tag is closed."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Outline(HTMLParser):
 
 @t.model
 def sample(x: t.f32["B 4"]):
-    """Its scope is made to break HTML."""
+    """Return a graph whose scope is made to break HTML."""
     with t.scope("<script>&"):
         return {"y": t.gelu(t.linear(x, 4, name="<b>"))}
 

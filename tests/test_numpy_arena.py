@@ -1,4 +1,4 @@
-"""NumPy inside the plan: a run allocates its outputs and numbers, and touches the arena as far as is planned."""
+"""NumPy within the plan: a run allocates its outputs and scalars only, and touches the arena only as far as planned."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from treadle.passes.memory.storage_checking import check_storage
 from treadle.passes.memory.storage_plan import FunctionPlan, StoragePlan
 
 NUMBER = 16
-"""Bytes of what NumPy makes of a number that a call is given, or gives."""
+"""Bytes of the array that NumPy makes for a scalar argument or result of a call."""
 
 
 def arena_of(exe: Any) -> Any:
@@ -56,7 +56,7 @@ def planned_bytes(plan: StoragePlan, sizes: dict[str, int]) -> int:
 
 
 def beside_outputs(exe: Any, given: dict[str, Any]) -> list[tuple[int, str]]:
-    """What a run allocates for arrays beside its outputs and numbers: bytes, and where."""
+    """Return the bytes and places of a run's array allocations, except for outputs and scalars."""
     with array_allocations() as made:
         outputs = exe(**given)
     left = Counter(array.nbytes for array in outputs.values())
@@ -71,8 +71,10 @@ def beside_outputs(exe: Any, given: dict[str, Any]) -> list[tuple[int, str]]:
 
 @pytest.mark.parametrize("name", ZOO)
 def test_a_run_lies_in_the_arena_as_planned(name: str) -> None:
-    """No array is allocated beside outputs; and bytes that differ from what lay there, of two patterns, end where the
-    plan does: one of both at least differs from what is written."""
+    """No array is allocated in addition to outputs, and writes end where the plan does.
+
+    The arena is filled with two patterns: a written byte differs from at least one of them.
+    """
     exe = treadle.compile(ZOO[name][0].graph(), backend="numpy", seed=1)
     plan = exe.optimized.lowered.plan
     for number, sizes in enumerate(small_sizes(exe.graph)):
@@ -89,7 +91,7 @@ def test_a_run_lies_in_the_arena_as_planned(name: str) -> None:
 
 
 def test_by_tracemalloc_a_run_takes_its_outputs() -> None:
-    """And before the first one the arena, as large as planned; beside both are Python's own objects."""
+    """The first run also allocates the arena, as large as planned; Python's own objects are in addition to both."""
     exe = treadle.compile("gpt2", backend="numpy", layers=2, dim=64, heads=4, vocab=4000, seed=1)
     given = {"tokens": np.ones((2, 64), np.int64)}
     taken = []
@@ -126,7 +128,7 @@ def test_attention_is_done_in_parts_that_the_plan_knows(monkeypatch: pytest.Monk
 
 
 def test_masks_and_biases_have_a_place() -> None:
-    """Of every kind, in one attention."""
+    """Masks and biases of every kind, in one attention."""
     operands = {
         "lengths": "i64[B]",
         **{"query_segments": "i64[B, S]", "key_segments": "i64[B, T]", "mask": "bool[B, S, T]", "bias": "f32[S, T]"},
@@ -176,7 +178,7 @@ def test_what_has_gaps_is_activated_by_chunks(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_no_strides_say_is_copied_to_its_place_or_to_the_caller() -> None:
-    """Also at sizes at which it could be a view: what is handed out never lies in the arena."""
+    """Also at sizes at which it could be a view: results for the caller are never in the arena."""
 
     def build(b: Builder) -> dict[str, Expr]:
         x = b.exp(b.input("x", "f32[B, 3, S]"))
@@ -199,7 +201,7 @@ def test_what_no_strides_say_is_copied_to_its_place_or_to_the_caller() -> None:
 
 
 def test_what_is_foreign_is_told() -> None:
-    """Ops that are run by their references, and float16: a library allocates the result, and the plan counts it."""
+    """Ops that run by their references, and float16: a library allocates the result, and the plan counts it."""
 
     def build(b: Builder) -> Expr:
         x = b.softmax(b.input("x", "f16[S, 8]"), name="half")
@@ -271,12 +273,12 @@ def test_a_workspace_that_is_not_of_its_step_alone_is_refused(fault: Callable[[F
     plan = lowered.plan
     assert plan is not None
     check_storage(lowered.graph, plan)
-    with pytest.raises(PassError, match="a workspace is not that of step"):
+    with pytest.raises(PassError, match="a workspace does not belong to step"):
         check_storage(lowered.graph, replace(plan, functions={"main": fault(plan.functions["main"])}))
 
 
 def test_a_kernel_that_reads_a_workspace_of_another_computes_with_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Poison mode fills what a call has beside its result once it is done."""
+    """Poison mode fills a call's workspace after the call."""
     monkeypatch.setenv("TREADLE_POISON", "1")
     exe: Any = compiled("numpy", graph_of(normed))
     exe(x=np.ones((3, 4), np.float32))

@@ -1,4 +1,4 @@
-"""Vocabularies in vocab.txt, and in vocab.json with merges.txt: the ids that Hugging Face's tokenizers give."""
+"""Vocabularies in vocab.txt, and in vocab.json with merges.txt: the ids of Hugging Face's tokenizers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MASK |= {"single_word": False, "special": True}
 
 
 def older(place: Path, kind: str, **settings: Any) -> None:
-    """The older files of a kind of tokenizer, with its config.json."""
+    """Write the older files of a kind of tokenizer, with its config.json."""
     if kind in ("bert", "mpnet"):
         vocabulary = wordpiece().get_vocab()
         names = sorted(vocabulary, key=vocabulary.__getitem__)
@@ -96,6 +96,79 @@ def test_ids_are_those_of_hugging_face(kind: str, settings: dict[str, Any], tmp_
             assert list(found.types) == wanted["token_type_ids"]
 
 
+EXTRA = [
+    {"__type": "AddedToken", "content": f"<extra_id_{n}>", "lstrip": True, "normalized": False, "rstrip": False}
+    for n in range(3)
+]
+END = {"content": "</s>", "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "names", "added"),
+    [
+        ("opt", {"add_bos_token": True, "bos_token": "</s>", "eos_token": "</s>", "pad_token": "<pad>"}, {}, []),
+        ("opt", {"add_bos_token": True, "tokenizer_class": "GPT2Tokenizer"}, {"bos_token": END, "eos_token": END}, []),
+        ("gpt2", {"add_bos_token": True, "add_eos_token": True}, {"pad_token": "[P]"}, []),
+        ("gpt2", {"add_bos_token": True, "pad_token": "[X]"}, {"pad_token": "[P]"}, ["[P]", "dogs!"]),
+        ("gpt2", {}, {"additional_special_tokens": ["[X]", "dogs!"]}, []),
+        ("roberta", {"add_bos_token": True}, {"additional_special_tokens": EXTRA}, []),
+        ("t5", {"tokenizer_class": "RobertaTokenizer", "additional_special_tokens": EXTRA}, {}, []),
+        ("roberta", {"extra_special_tokens": {"image_token": "<image>"}}, {}, ["[X]"]),
+        ("roberta", {"added_tokens_decoder": {"1": {"content": "<pad>", "special": True}}}, {"pad_token": "[P]"}, []),
+        ("bert", {}, {"additional_special_tokens": ["[X]"], "mask_token": "[M]"}, ["[X]", "dogs!"]),
+        ("clip", {}, {"pad_token": "!"}, ["[X]"]),
+        ("mpnet", {"pad_token": "<pad>"}, {"bos_token": "<s>"}, []),
+    ],
+)
+def test_tokens_that_a_folder_names_and_adds(
+    kind: str, settings: dict[str, Any], names: dict[str, Any], added: list[str], tmp_path: Path
+) -> None:
+    older(tmp_path, {"opt": "gpt2", "t5": "roberta"}.get(kind, kind), **settings)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    if kind in ("bert", "mpnet"):
+        count = len((tmp_path / "vocab.txt").read_text(encoding="utf-8").splitlines())
+    else:
+        count = len(json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8")))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(names))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({token: count + n for n, token in enumerate(added)}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = TextTokenizer.open(tmp_path, cut=False)
+    given = [
+        "",
+        *texts(5),
+        *HARD[1:],
+        "the <pad> cat",
+        "a [X] b[P]",
+        "dogs! [M]",
+        "a <extra_id_0>b<extra_id_2>",
+        "<image>",
+    ]
+    for text, other in zip(given, [*given[1:], "a"], strict=True):  # theirs ignores an empty second text
+        assert list(ours.encode([text])[0][0].ids) == theirs(text)["input_ids"], text
+        assert list(ours.encode([(text, other)])[0][0].ids) == theirs(text, other)["input_ids"], text
+    for role in {**({} if "added_tokens_decoder" in settings else names), **settings}:
+        if role.endswith("_token") and not role.startswith("add_"):
+            assert ours.special_names.get(role) == theirs.special_tokens_map.get(role), role
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "what"),
+    [
+        ("special_tokens_map.json", "{", "not JSON(.|\n)*special_tokens_map.json"),
+        ("added_tokens.json", "{", "not JSON(.|\n)*added_tokens.json"),
+        ("added_tokens.json", '{"a": "1"}', "an added token must have a number"),
+        ("added_tokens.json", '{"a": 1000000000}', "an added token must have a number"),
+        ("added_tokens.json", '{"[X]": 7}', "an added token has another number"),
+        ("tokenizer_config.json", '{"add_bos_token": true, "bos_token": "[X]"}', "lacks a special token"),
+    ],
+)
+def test_damaged_names_of_tokens(file: str, content: str, what: str, tmp_path: Path) -> None:
+    older(tmp_path, "gpt2")
+    (tmp_path / file).write_text(content)
+    with pytest.raises(CheckpointError, match=what):
+        TextTokenizer.open(tmp_path)
+
+
 def test_a_space_before_a_mask_belongs_to_it(tmp_path: Path) -> None:
     """As RoBERTa was trained, and as its own tokenizer.json says."""
     older(tmp_path, "roberta")
@@ -108,7 +181,7 @@ def test_a_space_before_a_mask_belongs_to_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "content", "what"),
     [
-        ("vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[SEP]\na\na\n", "holds a token twice"),
+        ("vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[SEP]\na\na\n", "contains a token twice"),
         ("vocab.txt", "[PAD]\n[UNK]\na\n", "lacks a special token"),
         ("vocab.txt", "[PAD]\n\xff", "not UTF-8"),
         ("vocab.json", '{"<s>": 0, "a": 0}', "two tokens of the vocabulary have one number"),

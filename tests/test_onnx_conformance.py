@@ -1,7 +1,7 @@
 """ONNX's own node tests, on NumPy and on PyTorch: each passes, or is refused at import and listed.
 
-tests/onnx_refused.txt is the list, a line for each refused test with the reason. A test that is refused and not listed
-fails, and so does a listed one that passes: run `python -m tests.onnx_cases` to write it anew, and read the diff.
+tests/onnx_refused.txt is the list, with a line and a reason for each refused test. A refused test that is not listed
+fails, and so does a listed one that passes: run `python -m tests.onnx_cases` to rewrite the list, and read the diff.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def test_every_case_passes_or_is_a_listed_refusal(shard: int) -> None:
 
 
 def test_the_operators_of_transformers_are_covered() -> None:
-    """Of 833 core cases at least 815 are not listed, and no case of quantization is."""
+    """At least 815 of 833 core cases are not listed, and no case of quantization is listed."""
     core = [name for name, case in cases().items() if is_core(case)]
     assert len(core) == 833
     assert len([name for name in core if name not in listed()]) >= 815

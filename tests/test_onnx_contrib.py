@@ -1,4 +1,4 @@
-"""Operators of ONNX Runtime's own domain, and ONNX's Attention, answer what ONNX Runtime and the specification do."""
+"""Operators of ONNX Runtime's own domain, and ONNX's Attention, agree with ONNX Runtime and the specification."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def one_node(
     domain: str = "com.microsoft",
     **attributes: Any,
 ) -> tuple[onnx.ModelProto, dict[str, Array]]:
-    """A model of one node, and what it is given; the inputs at the places `stored` are weights."""
+    """Return a model of one node, and its inputs; the inputs at the positions in `stored` are weights."""
     names = [f"x{i}" if x is not None else "" for i, x in enumerate(inputs)]
     node = helper.make_node(op, names, list(outputs), name="n", domain=domain, **attributes)
     given = {n: x for i, (n, x) in enumerate(zip(names, inputs, strict=True)) if x is not None and i not in stored}
@@ -63,7 +63,7 @@ def one_node(
 
 
 def check(proto: onnx.ModelProto, given: dict[str, Array], tolerance: float = 2e-6) -> Imported:
-    """Both backends' answers against ONNX Runtime's, relative to the largest number."""
+    """Compare both backends' results with ONNX Runtime's, relative to the largest number."""
     wanted, found = runtime(proto, given), import_onnx(proto)
     for got in answers(found, given):
         for name, expected in wanted.items():
@@ -203,7 +203,7 @@ def test_multi_head_attention(kind: str) -> None:
 
 @pytest.mark.parametrize("parts", [2, 3])
 def test_packed_heads_are_those_that_stand_apart(parts: int) -> None:
-    """ONNX Runtime runs these on a GPU alone."""
+    """ONNX Runtime runs these only on a GPU."""
     q, k, v = f(B, S, N, D), f(B, S, N, D), f(B, S, N, D)
     apart = [x.reshape(B, S, W) for x in (q, k, v)]
     packed = [apart[0], np.stack([k, v], axis=3), None] if parts == 2 else [np.stack([q, k, v], axis=3), None, None]
@@ -224,7 +224,7 @@ def grouped(
     bias: Array | None = None,
     **attributes: Any,
 ) -> tuple[onnx.ModelProto, dict[str, Array]]:
-    """Grouped-query attention of 4 heads on 2, of size 16; lengths count what is real, past included."""
+    """Return grouped-query attention of 4 heads on 2, of size 16; lengths count the real tokens, the past included."""
     angles = RNG.uniform(0, 3, (12, 8)).astype(np.float32)
     cache: list[Array | None] = [f(2, 2, past, 16), f(2, 2, past, 16)] if past else [None, None]
     apart = [f(2, queries, 64), f(2, queries, 32), f(2, queries, 32)]
@@ -267,7 +267,7 @@ def test_grouped_query_attention(queries: int, past: int, attributes: dict[str, 
 
 
 def test_grouped_query_attention_with_rows_of_their_own_lengths() -> None:
-    """What lies past a row's end in the cache is nobody's."""
+    """Cache contents past a row's end have no effect."""
     proto, given = grouped(1, 6, [7, 4], do_rotary=1)
     wanted = runtime(proto, given)
     for got in answers(import_onnx(proto), given):
@@ -330,7 +330,7 @@ def test_a_past_that_may_be_longer_than_all_is_refused() -> None:
     for name in ("x3", "x4"):
         cache = next(v for v in proto.graph.input if v.name == name)
         cache.type.tensor_type.shape.dim[2].dim_param = "P"
-    with pytest.raises(UnsupportedOnnx, match="a past of P for 7 positions: which is longer"):
+    with pytest.raises(UnsupportedOnnx, match="a past of P for 7 positions: it is unknown which is longer"):
         import_onnx(proto)
 
 
@@ -369,7 +369,7 @@ CASES = [
 @pytest.mark.parametrize("case", range(len(CASES)))
 @pytest.mark.parametrize("merged", [False, True])
 def test_attention_is_what_its_function_body_says(case: int, merged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fused form against the specification's own decomposition."""
+    """Compare the fused form with the specification's own decomposition."""
     options = CASES[case]
     q, k = (f(B, S, 4 * D), f(B, S, 2 * D)) if merged else (f(B, 4, S, D), f(B, 2, S, D))
     past = options.get("past")

@@ -1,4 +1,6 @@
-"""Tensors of ONNX files: every element type, raw or in its typed field, has the numbers that onnx itself reads."""
+"""Tensors of ONNX files: every element type, raw or in its typed field, is read with the same numbers as by onnx
+itself.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +32,14 @@ TYPES = [
 
 @pytest.fixture(scope="module")
 def file() -> OnnxFile:
-    """A model to read tensors with."""
+    """Write a model from which tensors are read."""
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
     proto = helper.make_model(helper.make_graph([], "g", [x], [x]))
     return OnnxFile.open(proto, OnnxLimits())
 
 
 def values(name: str, count: int = 21) -> np.ndarray[Any, Any]:
-    """Numbers of a type, its ends among them. (An odd count leaves half a byte of 4-bit elements.)"""
+    """Return numbers of a type, including its limits. (An odd count leaves half a byte of 4-bit elements.)"""
     kind = element(getattr(TensorProto, name))
     if name == "BOOL":
         return np.arange(count) % 3 == 0
@@ -82,7 +84,7 @@ def test_every_code_of_a_small_float_is_its_number(name: str, file: OnnxFile) ->
 def test_elements_that_are_not_as_many_as_the_shape_asks_for_are_refused(file: OnnxFile) -> None:
     proto = helper.make_tensor("w", TensorProto.FLOAT, (2, 3), np.zeros(6))
     proto.float_data.append(1.0)
-    with pytest.raises(FrontendError, match="not as many as its shape") as caught:
+    with pytest.raises(FrontendError, match="does not match its shape") as caught:
         file.tensor(proto, "w").array()
     assert "7 in float_data, not 6" in str(caught.value)
 
@@ -108,7 +110,7 @@ THEIRS = {
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_rounding_is_that_of_ml_dtypes(format: str) -> None:
-    """Of every half-way point between two numbers of the format, their neighbours, and what is past its ends."""
+    """Every half-way point between two numbers of the format, its neighbours, and numbers beyond the format's range."""
     dtype = getattr(ml_dtypes, THEIRS[format])
     bits = 16 if format == "bf16" else 8 if format.startswith("f8") else 4
     codes = np.arange(2**bits, dtype=np.uint16 if bits == 16 else np.uint8)
@@ -161,7 +163,7 @@ def test_known_sizes_are_numbers_where_all_are() -> None:
     ],
 )
 def test_a_constant_keeps_every_bit(kind: str, bits: np.ndarray[Any, Any]) -> None:
-    """Minus zero, the least number, a NaN (with more to it, but for bf16), minus infinity, a third."""
+    """Minus zero, the least number, a NaN (with a payload, except for bf16), minus infinity, a third."""
     number = TensorProto.DataType.Value(kind)
     tensor = TensorProto(data_type=number, dims=[5], raw_data=bits.tobytes())
     node = helper.make_node("Constant", [], ["y"], value=tensor)

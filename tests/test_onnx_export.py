@@ -44,7 +44,9 @@ NEWEST = min(NEWEST_OPSET, onnx.defs.onnx_opset_version())
 EVERY_OPSET = range(OLDEST_OPSET, NEWEST + 1)
 
 MODEL_TOLERANCE = 2e-5
-"""Of max|a - b| / max|b|, as tests/test_huggingface_models.py argues it: some sums of tens of float32 products."""
+"""Tolerance of max|a - b| / max|b|, with the argument of tests/test_huggingface_models.py: some sums of tens of float32
+products.
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -60,16 +62,16 @@ SINCE = {"fold_windows": 16, "index_add": 16, "scatter_add": 16}
 """Ops that have no form before an opset."""
 
 FORMATS_SINCE = {"bf16": 13, "f8e4m3fn": 19, "f8e4m3fnuz": 19, "f8e5m2": 19, "f8e5m2fnuz": 19, "f4e2m1": 23}
-"""The opset from which on an op rounds to a float format."""
+"""The first opset in which an op rounds to a float format."""
 
 NO_KERNEL = {("erf", "f64"), ("gelu", "f64"), ("round_to", "f4e2m1")}
-"""What the standard has and ONNX Runtime's processor kernels do not: held against onnx's own reference instead."""
+"""Operators of the standard that ONNX Runtime's CPU kernels lack: compared with onnx's own reference instead."""
 
 OP_OPSETS = [13, 17, 23, NEWEST]
 
 
 def is_refused(case: Case, opset: int) -> str | None:
-    """The text of the refusal, where the op has no form at the opset."""
+    """Return the text of the refusal, if the op has no form at the opset."""
     format = case.op.attributes.get("format")
     if format is not None and opset < FORMATS_SINCE[format]:
         return f"ONNX has no Cast of {format} at opset {opset}"
@@ -79,7 +81,7 @@ def is_refused(case: Case, opset: int) -> str | None:
 @pytest.mark.parametrize("opset", OP_OPSETS)
 @pytest.mark.parametrize("name", TESTED)
 def test_every_op(name: str, opset: int, tmp_path: Path) -> None:
-    """On every sample; in every dtype at the oldest opset and at the default, in the samples' own at the others."""
+    """Every sample; in every dtype at the oldest opset and at the default, in the samples' own dtypes at the others."""
     for number in range(len(OPS[name].samples)):
         for dtype in dtypes_of(name, number) if opset in (13, 23) else [None]:
             case = Case.of(name, number, dtype)
@@ -99,13 +101,13 @@ def test_every_op(name: str, opset: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("opset", [OLDEST_OPSET, 23])
 def test_an_op_said_in_ops_of_ours_rounds_once(opset: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 16 bits, step by step, three roundings would be beyond what one op may err by."""
+    """In 16 bits, a decomposition with three roundings would exceed the error bound of one op."""
     monkeypatch.setitem(SPELLINGS, "sigmoid", in_ops(lambda b, x: b.reciprocal(b.exp(-x) + 1.0)))
     test_every_op("sigmoid", opset, tmp_path)
 
 
 def answers(case: Case, graph: Graph, path: Path) -> dict[str, tuple[Array, Bounded]]:
-    """What a file gives, in ONNX Runtime, or where that has no kernels, in onnx's reference; and what that may be."""
+    """Return a file's results and bounds, in ONNX Runtime, or in onnx's reference if a kernel is missing."""
     wanted = bounded(graph, case.inputs, narrow=computes_in_bf16(graph))
     floats = {v.type.dtype.name for v in graph.main.inputs}
     names = (case.op.name, case.op.attributes.get("activation"))
@@ -114,7 +116,7 @@ def answers(case: Case, graph: Graph, path: Path) -> dict[str, tuple[Array, Boun
     if unknown:
         with pytest.raises(Exception, match="NOT_IMPLEMENTED"):
             session(path)
-        if "f64" in floats:  # its erf is of float32
+        if "f64" in floats:  # its erf is computed in float32
             wanted = {n: Bounded(y.exact, y.moved * (EPSILON["f32"] / EPSILON["f64"])) for n, y in wanted.items()}
     elif not computes_in_bf16(graph):
         made = run(session(path), case.inputs)
@@ -130,7 +132,7 @@ def answers(case: Case, graph: Graph, path: Path) -> dict[str, tuple[Array, Boun
 
 
 def as_in_onnx_runtime(wanted: Bounded) -> Bounded:
-    """Its sigmoid and tanh in float32 are right to a spacing at 1, not at the element."""
+    """Widen bounds: its float32 sigmoid and tanh are accurate to a spacing at 1, not at the element."""
     if not wanted.is_float:
         return wanted
     largest = np.max(np.abs(wanted.exact), initial=1.0, where=np.isfinite(wanted.exact))
@@ -145,7 +147,7 @@ def computes_in_bf16(graph: Graph) -> bool:
 
 
 def two_sizes(graph: Graph) -> list[dict[str, int]]:
-    """The least sizes, and others, all different."""
+    """Return the smallest sizes, and other sizes that all differ."""
     found = []
     for first, step in ((1, 0), (2, 3)):
         sizes = {}
@@ -168,7 +170,7 @@ def assert_same_model(graph: Graph, opened: Any, weights: Mapping[str, Array], d
             assert worst < MODEL_TOLERANCE, f"{name} at {sizes}"
 
 
-# Not the whole of CLIP at both: it is large, and its towers are there.
+# The whole CLIP is not run at both: it is large, and its two towers are tested separately.
 ON_MODELS = [(name, opset) for name in ZOO for opset in (13, 23) if (name, opset) != ("clip", 13)]
 
 
@@ -191,7 +193,7 @@ def unfolded(graph: Graph) -> Iterator[tuple[Any, Any]]:
 
 @pytest.mark.parametrize("opset", EVERY_OPSET)
 def test_every_opset(opset: int, tmp_path: Path) -> None:
-    """A graph in which every composite that a later opset has as an operator stands, and sizes are computed."""
+    """A graph with every composite that a later opset has as an operator, and with computed sizes."""
 
     def build(b: Builder) -> dict[str, Expr]:
         x, lengths = b.input("x", "f32[B, S, 8]"), b.input("lengths", "i64[B]")
@@ -245,7 +247,7 @@ def test_standard_operators_from_their_opset_on(tmp_path: Path) -> None:
 
 
 def test_what_a_query_that_sees_no_key_gets(tmp_path: Path) -> None:
-    """Zeros, whether a mask, an infinite bias or both leave it nothing; ONNX Runtime's Attention agrees."""
+    """Zeros, if a mask, an infinite bias or both hide all keys; ONNX Runtime's Attention agrees."""
     q = np.random.default_rng(0).standard_normal((2, 2, 3, 4)).astype(np.float32)
     mask = np.array([[True, False, False], [False, False, False], [False, True, True]])
     bias = np.where(mask[::-1], np.float32(0.5), -np.float32(np.inf))
@@ -270,7 +272,7 @@ def test_what_a_query_that_sees_no_key_gets(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("queries", "guarded"), [(20, True), (4, False)])
 def test_a_window_that_leaves_queries_without_keys_is_guarded(queries: int, guarded: bool, tmp_path: Path) -> None:
-    """Where there is no operator for attention: as many queries as keys see their own each."""
+    """For opsets without an operator for attention: one query for each key, each with keys of its own."""
 
     def build(b: Builder) -> Expr:
         q, k = b.input("q", f"f32[1, 1, {queries}, 4]"), b.input("k", "f32[1, 1, 4, 4]")
@@ -288,7 +290,7 @@ def test_a_window_that_leaves_queries_without_keys_is_guarded(queries: int, guar
 
 
 def test_one_mask_for_all_layers(tmp_path: Path) -> None:
-    """What layers compute alike, from the same lengths, stands in the file once."""
+    """A computation that layers share, from the same lengths, is in the file once."""
 
     def build(b: Builder) -> Expr:
         x, lengths = b.input("x", "f32[B, 2, S, 4]"), b.input("lengths", "i64[B]")
@@ -324,7 +326,7 @@ def same_at(graph: Graph, folder: Path, opset: int, *every: Mapping[str, int]) -
 
 @pytest.mark.parametrize("opset", [14, 15, 23])
 def test_sizes_are_expressions(opset: int, tmp_path: Path) -> None:
-    """Products, differences that may be 0, quotients rounded down, and a symbol that only 2*T + 1 tells."""
+    """Products, differences that may be 0, quotients rounded down, and a symbol that follows only from 2*T + 1."""
 
     def build(b: Builder) -> dict[str, Expr]:
         x, z = b.input("x", "f32[B, S, 6]"), b.input("z", "f32[2*T+1]")
@@ -404,7 +406,7 @@ REARRANGES = [
 
 @pytest.mark.parametrize(("type", "pattern", "operators"), REARRANGES, ids=[p for _, p, _ in REARRANGES])
 def test_a_rearrange_is_few_nodes(type: str, pattern: str, operators: list[str], tmp_path: Path) -> None:
-    """And needs no arithmetic of shapes, even with two symbolic axes."""
+    """It needs no arithmetic of shapes, even with two symbolic axes."""
     graph = graph_of(lambda b: b.rearrange(b.input("x", type), pattern=pattern))
     made = same_at(graph, tmp_path, 13, {"B": 2, "S": 5}, {"B": 1, "S": 1})
     assert made.operators == Counter(operators)
@@ -420,7 +422,7 @@ def test_reshapes_to_and_from_rank_0(type: str, shape: tuple[int, ...], opset: i
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "f64", "i64", "i8", "u8"])
 def test_division_rounds_down(dtype: str, tmp_path: Path) -> None:
-    """Where C truncates, and for floats as NumPy does it: 1 // 0.1 is 9, since 0.1 is a little more than a tenth."""
+    """Also where C truncates; floats as in NumPy: 1 // 0.1 is 9, because 0.1 is slightly more than a tenth."""
     numpy = DTYPES[dtype].numpy
     pairs = [(7, 2), (-7, 2), (7, -2), (-7, -2), (6, 3), (-6, 3), (0, 5), (5, 7), (-5, 7)]
     if dtype.startswith("f"):

@@ -1,4 +1,4 @@
-"""What exported ONNX files hold, what is refused, and the command that writes them."""
+"""Contents of exported ONNX files, refusals, and the command that writes the files."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_bounds_are_told(tmp_path: Path) -> None:
 
 
 def test_equal_arguments_give_equal_bytes(tmp_path: Path) -> None:
-    """In another folder, from a graph that was made anew."""
+    """In another folder, from a graph that was built again."""
     files = []
     for folder in ("one", "another"):
         (tmp_path / folder).mkdir()
@@ -108,7 +108,7 @@ def test_large_weights_lie_beside_the_model(tmp_path: Path) -> None:
 
 
 def test_weights_in_any_layout(tmp_path: Path) -> None:
-    """Transposed, reversed, and of bf16, which NumPy holds in float32."""
+    """Transposed, reversed, and in bf16, which NumPy represents as float32."""
     x = np.arange(6, dtype=np.float32).reshape(2, 3)
     for array in (x, np.asfortranarray(x), x[::-1]):
         graph = graph_of(lambda b: b.input("x", "f32[2,3]") + b.parameter("w", "f32[2,3]"))
@@ -166,7 +166,7 @@ def test_a_weight_may_be_called_like_an_input(tmp_path: Path) -> None:
 
 
 def test_names_that_the_file_cannot_have(tmp_path: Path) -> None:
-    """A gradient's outputs are called like its inputs; and names may be no text at all."""
+    """A gradient's outputs have the names of its inputs; and names may be invalid text."""
     half = chr(0xD800)
 
     def build(b: Builder) -> dict[str, Expr]:
@@ -209,7 +209,10 @@ def test_weights_that_are_missing_or_do_not_fit(tmp_path: Path) -> None:
 
 
 def test_a_message_past_what_protobuf_takes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the weights in it, before they are gathered, and then by all of it; weights beside it do not count."""
+    """Refused by the size of its weights before they are gathered, and then by its total size.
+
+    Weights in a separate file do not count.
+    """
     graph = graph_of(lambda b: b.input("x", "f32[2000]") * b.parameter("w", "f32[2000]"))
     target, weights = tmp_path / "m.onnx", {"w": np.zeros(2000, np.float32)}
     monkeypatch.setattr(exporter, "_LARGEST_MESSAGE", 4000)
@@ -226,7 +229,7 @@ def test_a_message_past_what_protobuf_takes_is_refused(tmp_path: Path, monkeypat
 
 
 def test_a_primitive_without_a_form_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the spelling of another op makes it: the place is then that op's."""
+    """Also if the decomposition of another op contains it: the error then names that op's place."""
     try:
 
         @op("triple", axes="... -> ...", dtypes="f -> f")

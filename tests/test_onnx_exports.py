@@ -1,4 +1,4 @@
-"""Hugging Face models exported by both of torch's exporters import, and answer what ONNX Runtime does, at any sizes."""
+"""Hugging Face models exported by both of torch's exporters are imported, and agree with ONNX Runtime at any sizes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from treadle.fetch import fetched_model
 from treadle.frontends.onnx_import.importer import import_onnx
 from treadle.ir.text.parser import parse_graph
 
-# float32 models of a few layers: sums in another order differ by some of the last of 24 bits.
+# float32 models of a few layers: sums in another order differ in some of the last of 24 bits.
 TOLERANCE = 2e-5
 SIZES = ({"B": 2, "S": 5, "T": 4, "N": 3}, {"B": 1, "S": 9, "T": 2, "N": 1}, {"B": 3, "S": 7, "T": 6, "N": 2})
 
@@ -50,7 +50,7 @@ def test_an_export_answers_what_the_runtime_does(
 
 
 def fetched(name: str) -> Path:
-    """A fetched model's file. Skips the test where it was not fetched."""
+    """Return a fetched model's file. Skips the test if it was not fetched."""
     found = fetched_model(name)
     if found is None:
         pytest.skip(f"needs real weights: treadle fetch {name}")
@@ -65,7 +65,7 @@ SENTENCES = (
 
 
 def test_the_int8_sentence_model_is_near_the_float_one() -> None:
-    """Both are all-MiniLM-L6-v2, one with its weights rounded to 8 bits."""
+    """Both are all-MiniLM-L6-v2; one has weights rounded to 8 bits."""
     pytest.importorskip("tokenizers")
     from treadle.embedding import SentenceEmbedder
 
@@ -77,7 +77,8 @@ def test_the_int8_sentence_model_is_near_the_float_one() -> None:
     (got,) = answers(import_onnx(path), inputs, ("torch",))
     hidden = got["last_hidden_state"]
     expected = runtime(str(path), inputs)["last_hidden_state"]
-    # Both are float32, and off by up to 5e-5 from float64 where a token's activations are large: of the largest value.
+    # Both are float32, and differ from float64 by up to 5e-5 of the largest value where a token's activations are
+    # large.
     np.testing.assert_allclose(hidden, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
     cosines = np.sum(embedder.pooling(hidden, batch.lengths) * embedder.embed(SENTENCES), axis=-1)
     assert np.all(cosines > 0.9994), cosines

@@ -1,4 +1,4 @@
-"""ONNX import: old, new and unusual forms of operators answer what ONNX Runtime or NumPy does."""
+"""ONNX import: old, new and unusual forms of operators agree with ONNX Runtime or NumPy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def floats(*shape: int) -> np.ndarray[Any, Any]:
 
 
 def test_old_forms_of_operators_are_read_or_refused() -> None:
-    """Add of opset 6 broadcasts by an attribute; Softmax of opset 11 goes over all axes from the given one on."""
+    """Add of opset 6 broadcasts by an attribute; Softmax of opset 11 normalizes over all axes from its axis on."""
     with pytest.raises(UnsupportedOnnx, match="version 6"):
         import_onnx(model("(float[4] x) => (float[4] y)", "y = Add(x, x)", opset=6))
     same_as_runtime(
@@ -47,7 +47,7 @@ def test_gather_counts_from_the_end_but_not_in_an_embedding() -> None:
 
 @pytest.mark.parametrize("name", ["uint16", "uint32", "uint64"])
 def test_integers_without_sign_are_exact_to_their_ends(name: str) -> None:
-    """Sums and products wrap; order, quotients and remainders are those of numbers without sign."""
+    """Sums and products wrap; order, quotients and remainders are those of unsigned numbers."""
     body = """
         sum = Add(x, y) difference = Sub(x, y) product = Mul(x, y) quotient = Div(x, y) rest = Mod(x, y)
         less = Less(x, y) largest = Max(x, y) float = Cast<to = 1>(x)
@@ -76,7 +76,7 @@ def test_integers_without_sign_are_exact_to_their_ends(name: str) -> None:
 
 
 def test_operators_are_read_in_their_newest_form() -> None:
-    """Each names the last version of its schema that it was written for; a later one may mean something else."""
+    """Each handler names the last version of its schema that it supports; a later one may have another meaning."""
     if not onnx.__version__.startswith(LISTED + "."):
         pytest.skip(f"the versions are those of onnx {LISTED}, this is {onnx.__version__}")
     newest: dict[str, int] = {}
@@ -105,9 +105,10 @@ def test_what_a_border_repeats(mode: str, pads: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("stored", ["y", "x", "neither", "rows of y"])
 def test_integers_of_64_bits_to_a_power(stored: str) -> None:
-    """By products where the file tells one exponent from 0 to 8, exact up to 2^63; else by f64, exact up to 2^53.
+    """Products if the file bounds an exponent from 0 to 8, exact up to 2^63; otherwise f64, exact up to 2^53.
 
-    f64 has no 3^34, nor the cube of 2^20 + 1. What is no exponent, be it stored or not, is not read as one.
+    f64 cannot represent 3^34, nor the cube of 2^20 + 1. A value that is not an exponent, stored or not, is not read as
+    one.
     """
     large = [3**17, -(3**17), 0, 1, -1, 2**20 + 1]
     powers = range(9) if stored in ("y", "rows of y") else (3,)
@@ -132,7 +133,7 @@ def test_integers_of_64_bits_to_a_power(stored: str) -> None:
 
 
 UNUSUAL: dict[str, tuple[str, str, dict[str, Any], int]] = {
-    # signature, body, inputs and opset of forms that files seldom have
+    # signature, body, inputs and opset of rare forms
     "backwards": (
         "(float[N] x) => (float[N] y)",
         "s = Constant<value_ints = [-1]>() e = Constant<value_ints = [-9223372036854775807]>() "
@@ -232,7 +233,7 @@ def test_floats_become_the_nearest_integers_without_sign_below_them() -> None:
 
 
 def test_a_mask_of_one_element_is_that_of_all() -> None:
-    """One number that is added to every score changes none of the probabilities; False alone leaves no keys."""
+    """A number that is added to every score changes none of the probabilities; only False hides all keys."""
     x = floats(2, 5, 12)
     body = "y = Attention<q_num_heads = 3, kv_num_heads = 3>(x, x, x{})"
     plain = runtime(model("(float[2,5,12] x) => (float[2,5,12] y)", body.format(""), opset=23), {"x": x})["y"]

@@ -1,4 +1,4 @@
-"""Damaged and hostile ONNX files are refused with our error that names the node or tensor: no crash, no hang."""
+"""Damaged and hostile ONNX files are refused with a typed error that names the node or tensor: no crash, no hang."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ BODY = """
 
 
 def small() -> onnx.ModelProto:
-    """A few nodes with weights and shape arithmetic, which import."""
+    """Return a model of a few nodes with weights and shape arithmetic, which is imported without error."""
     proto = model("(float[S,6] x) => (float y)", BODY, opset=20)
     rng = np.random.default_rng(0)
     for name, shape in (("w", (6, 8)), ("c", (8,)), ("s", (8,)), ("t", (8,))):
@@ -73,13 +73,13 @@ def _set(path: str, value: Any) -> Callable[[onnx.ModelProto], None]:
 
 
 def _unversioned(proto: onnx.ModelProto) -> None:
-    """Without opsets, an operator is read by its first version; of one that is not known there is none."""
+    """Remove the opsets: an operator is then read by its first version, and an unknown operator has none."""
     proto.ClearField("opset_import")
     proto.graph.node[0].op_type = "Nothing"
 
 
 def _more(path: str, *values: str) -> Callable[[onnx.ModelProto], None]:
-    """Further elements of a field of several."""
+    """Append elements to a repeated field."""
 
     def change(proto: onnx.ModelProto) -> None:
         name, index, field = path.replace("[", ".").replace("]", "").split(".")
@@ -109,16 +109,16 @@ def _without(kind: str) -> Callable[[onnx.ModelProto], None]:
 
 
 WRONG: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
-    "a missing input": (_set("node[0].input[1]", "nowhere"), "nothing makes the value nowhere"),
-    "a missing output": (_set("output[0].name", "nowhere"), "nothing makes the output nowhere"),
-    "a cycle": (_set("node[0].input[0]", "d"), "the value d is used before it is made"),
-    "a node that reads itself": (_set("node[1].input[0]", "b"), "the value b is used before it is made"),
-    "two nodes that make one value": (_set("node[1].output[0]", "a"), "two nodes make the value a"),
-    "a tensor twice": (_again("initializer"), "two tensors are called w"),
-    "an input twice": (_again("input"), "two inputs are called x"),
-    "an output twice": (_again("output"), "two outputs are called y"),
-    "too few bytes": (_set("initializer[0].raw_data", b"\0" * 7), "bytes are not as many as its shape asks for"),
-    "too many elements": (_reshaped(2**30, 2**20), "bytes are not as many as its shape asks for|disagree"),
+    "a missing input": (_set("node[0].input[1]", "nowhere"), "no node computes the value nowhere"),
+    "a missing output": (_set("output[0].name", "nowhere"), "no node computes the output nowhere"),
+    "a cycle": (_set("node[0].input[0]", "d"), "the value d is used before it is computed"),
+    "a node that reads itself": (_set("node[1].input[0]", "b"), "the value b is used before it is computed"),
+    "two nodes that make one value": (_set("node[1].output[0]", "a"), "two nodes compute the value a"),
+    "a tensor twice": (_again("initializer"), "two tensors are named w"),
+    "an input twice": (_again("input"), "two inputs are named x"),
+    "an output twice": (_again("output"), "two outputs are named y"),
+    "too few bytes": (_set("initializer[0].raw_data", b"\0" * 7), "number of bytes does not match its shape"),
+    "too many elements": (_reshaped(2**30, 2**20), "number of bytes does not match its shape|disagree"),
     "an absurd shape": (_reshaped(2**62, 2**62), "a tensor's shape is impossible"),
     "a shape at its limit": (_reshaped(2**28, 2**28), "a tensor's shape is impossible"),
     "a shape below its limit": (_reshaped(2**28, 2**28 - 1), "sizes disagree"),
@@ -132,18 +132,18 @@ WRONG: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
     ),
     "a dimension below it": (_set("input[0].type.tensor_type.shape.dim[1].dim_value", 2**40 - 1), "disagree"),
     "a negative dimension": (_set("input[0].type.tensor_type.shape.dim[1].dim_value", -3), "a dimension is impossible"),
-    "an output of another type": (_set("output[0].type.tensor_type.elem_type", 7), "another type than declared"),
+    "an output of another type": (_set("output[0].type.tensor_type.elem_type", 7), "differs from its declaration"),
     "an axis that is not there": (_set("node[9].attribute[0].i", 7), "there is no axis 7"),
-    "an attribute of another kind": (_set("node[2].attribute[0].type", 3), "attribute axis is of another type"),
+    "an attribute of another kind": (_set("node[2].attribute[0].type", 3), "attribute axis has another type"),
     "an operator that is not there": (_set("node[3].op_type", "Nothing"), "there is no such operator"),
     "a domain that is not there": (_set("node[3].domain", "no.where"), "there is no such operator"),
     "a node with too many inputs": (_more("node[3].input", "a", "a"), "more inputs or outputs than its operator"),
     "a node with too many outputs": (_more("node[3].output", "e"), "more inputs or outputs than its operator"),
     "a node with too few inputs": (_set("node[0].input", ["x"]), "fewer inputs than its operator"),
-    "inputs of two types": (_set("initializer[1].data_type", 6), "Add: two inputs must be of one type"),
+    "inputs of two types": (_set("initializer[1].data_type", 6), "Add: two inputs must have the same type"),
     "no opsets": (_unversioned, "the model imports no opset of ONNX's own"),
     "a tensor in segments": (_set("initializer[0].segment.begin", 0), "tensors in segments are not supported"),
-    "no nodes": (_without("node"), "nothing makes the output y"),
+    "no nodes": (_without("node"), "no node computes the output y"),
     "no output": (_without("output"), "no graph with an output"),
 }
 
@@ -161,7 +161,7 @@ def test_what_is_wrong_is_named(what: str) -> None:
 def test_a_node_that_makes_a_weight_is_refused() -> None:
     proto = model("(float[4] x) => (float[4] w)", "w = Exp(x)")
     proto.graph.initializer.append(numpy_helper.from_array(np.ones(4, np.float32), "w"))
-    with pytest.raises(FrontendError, match="two things are called w"):
+    with pytest.raises(FrontendError, match="two values are named w"):
         import_onnx(proto)
 
 
@@ -185,7 +185,7 @@ zero_and_one () => (a, o) { a = Constant<value_int: int = 0>() o = Constant<valu
 """
 
 
-ABSURD = {  # body -> the output's type where its size can be said, why it is refused where it cannot
+ABSURD = {  # body -> the output's type if its size can be computed, otherwise the reason for the refusal
     "z = ConstantOfShape(n) y = ReduceSum(z)": ("f32[1]", "size"),
     "y = Expand(x, n)": ("f32[{value}]", "size"),
     "y = Tile(x, n)": ("f32[{value}]", "size"),
@@ -193,15 +193,18 @@ ABSURD = {  # body -> the output's type where its size can be said, why it is re
     "y = OneHot(i0, n, v)": ("f32[1, {value}]", "size"),
     'z = Constant<value_ints = [0]>() p = Concat<axis = 0>(n, z) y = Pad<mode = "reflect">(x, p)': (None, "reflect"),
     "y, i = TopK(x, n)": (None, "k is {value}, but axis 0 has 1 elements"),
-    "y = Split<num_outputs = {value}>(x)": (None, "{value} parts for 1 outputs"),
+    "y = Split<num_outputs = {value}>(x)": (None, "{value} parts do not fit 1 outputs"),
 }
-MOST_BYTES = 1 << 20  # of Python and NumPy at the import's peak: the models are some dozens of nodes
+MOST_BYTES = 1 << 20  # Python's and NumPy's peak during import: the models have some dozens of nodes
 
 
 @pytest.mark.parametrize("value", [2**40, 2**62, 2**63 - 1])
 @pytest.mark.parametrize("body", ABSURD)
 def test_absurd_sizes_cost_nothing(body: str, value: int) -> None:
-    """A tensor of that size may be described; what would have to be made at import is refused. Neither takes memory."""
+    """A large tensor may be described, but one that import would have to compute is refused.
+
+    Neither takes memory.
+    """
     described, why = ABSURD[body]
     text = f"n = Constant<value_ints = [{value}]>() " + body.replace("{value}", str(value))
     proto = model("(float[1] x, int64[1] i0, float[2] v) => (y)", text, more=ZERO_AND_ONE)
@@ -278,7 +281,7 @@ def test_functions_that_double_at_every_level_are_bounded() -> None:
 
 
 def _attempt(path: Path | onnx.ModelProto) -> bool:
-    """Whether it imports; any error but ours fails the test."""
+    """Return True if the model is imported; any error other than ours fails the test."""
     try:
         import_onnx(path)
     except TreadleError:
@@ -309,7 +312,7 @@ def test_files_with_flipped_bits_do_not_crash(tmp_path: Path) -> None:
 
 
 def _spots(message: Any) -> Iterator[tuple[Any, Any, int | None]]:
-    """Every scalar field of a message and of those in it, with its place where it is one of several."""
+    """Yield every scalar field of a message and of its submessages, with its index in a repeated field."""
     for field, value in message.ListFields():
         inner = field.message_type is not None
         if hasattr(value, "append") or hasattr(value, "add"):
@@ -347,7 +350,7 @@ def test_fields_with_other_values_do_not_crash() -> None:
                 setattr(message, field.name, value)
             else:
                 old[place] = value
-        except (ValueError, TypeError):  # which protobuf does not hold
+        except (ValueError, TypeError):  # which protobuf cannot represent
             continue
         _attempt(proto)
 
@@ -356,10 +359,10 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     for data in (b"", b"\xff" * 50, b"PK\x03\x04" + bytes(30)):
         path.write_bytes(data)
-        with pytest.raises(FrontendError, match=r"no ONNX model|no graph with an output") as caught:
+        with pytest.raises(FrontendError, match=r"not an ONNX model|no graph with an output") as caught:
             import_onnx(path)
         assert caught.value.hint is not None
-    with pytest.raises(CheckpointError, match="no such file"):
+    with pytest.raises(CheckpointError, match="the file does not exist"):
         import_onnx(tmp_path / "nothing.onnx")
     with pytest.raises(CheckpointError, match=r"not a regular file|cannot be opened"):
         import_onnx(tmp_path)
@@ -371,7 +374,7 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
 def test_names_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(small().SerializeToString().replace(b"MatMul", b"Mat\xff\xfel"))
-    with pytest.raises(FrontendError, match=r"not UTF-8|no ONNX model"):
+    with pytest.raises(FrontendError, match=r"not UTF-8|not an ONNX model"):
         import_onnx(path)
 
 

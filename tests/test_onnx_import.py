@@ -1,4 +1,4 @@
-"""ONNX import: functions, branches, names, weights, and what is refused whatever it computes."""
+"""ONNX import: functions, branches, names, weights, and models that are refused independently of their operators."""
 
 from __future__ import annotations
 
@@ -85,10 +85,10 @@ def test_a_branch_must_be_whole() -> None:
     proto = model("(float[S] x) => (float[S] y)", BRANCHES.format(condition="c = Constant<value = bool {0}>()"))
     node = proto.graph.node[1]
     node.attribute[1].g.ClearField("output")
-    with pytest.raises(FrontendError, match="an If without a whole else_branch"):
+    with pytest.raises(FrontendError, match="an If has an incomplete else_branch"):
         import_onnx(proto)
     del node.attribute[1]
-    with pytest.raises(FrontendError, match="an If without a whole else_branch"):
+    with pytest.raises(FrontendError, match="an If has an incomplete else_branch"):
         import_onnx(proto)
 
 
@@ -159,7 +159,7 @@ def test_nodes_that_no_output_needs_are_left_out() -> None:
 
 
 def with_weight(tensor: onnx.TensorProto) -> onnx.ModelProto:
-    """x + w, for a weight of that name."""
+    """Return x + w, for a weight of that name."""
     shape = list(tensor.dims)
     x = helper.make_tensor_value_info("x", tensor.data_type, shape)
     y = helper.make_tensor_value_info("y", tensor.data_type, shape)
@@ -181,7 +181,7 @@ def test_weights_in_another_file_are_mapped(tmp_path: Path) -> None:
 
 
 def external(tmp_path: Path, **entries: str) -> Path:
-    """A model whose weight f32[20] lies in another file, as these entries say."""
+    """Return a model whose weight f32[20] is in another file, as these entries describe."""
     proto = with_weight(numpy_helper.from_array(floats(20), "w"))
     tensor = proto.graph.initializer[0]
     tensor.ClearField("raw_data")
@@ -202,21 +202,21 @@ def external(tmp_path: Path, **entries: str) -> Path:
 @pytest.mark.parametrize(
     ("entries", "why"),
     [
-        ({"location": "../outside.bin"}, "must lie in the model's folder"),
-        ({"location": "/etc/passwd"}, "must lie in the model's folder"),
-        ({"location": "a\\..\\..\\outside.bin"}, "must lie in the model's folder"),
+        ({"location": "../outside.bin"}, "must be in the model's folder"),
+        ({"location": "/etc/passwd"}, "must be in the model's folder"),
+        ({"location": "a\\..\\..\\outside.bin"}, "must be in the model's folder"),
         ({"location": "link.bin"}, "must not be reached by a link"),
         ({"location": "inner.bin"}, "must not be reached by a link"),
-        ({"location": "missing.bin"}, "no such file"),
-        ({"location": "."}, "must lie in the model's folder"),
-        ({}, "must lie in the model's folder(.|\n)*no location"),
-        ({"location": "a:b"}, "must lie in the model's folder"),
-        ({"location": "a\nb"}, "must lie in the model's folder"),
+        ({"location": "missing.bin"}, "the file does not exist"),
+        ({"location": "."}, "must be in the model's folder"),
+        ({}, "must be in the model's folder(.|\n)*no location"),
+        ({"location": "a:b"}, "must be in the model's folder"),
+        ({"location": "a\nb"}, "must be in the model's folder"),
         ({"location": "w.bin", "offset": "9" * 18}, "past the end of its file"),
         ({"location": "w.bin", "offset": "4"}, "past the end of its file"),
-        ({"location": "w.bin", "offset": "-4"}, "no number of bytes"),
-        ({"location": "w.bin", "offset": "9" * 30}, "no number of bytes"),
-        ({"location": "w.bin", "length": "12"}, "not as long as the tensor's shape"),
+        ({"location": "w.bin", "offset": "-4"}, "not a number of bytes"),
+        ({"location": "w.bin", "offset": "9" * 30}, "not a number of bytes"),
+        ({"location": "w.bin", "length": "12"}, "does not match the tensor's shape"),
     ],
 )
 def test_external_data_stays_in_its_folder_and_its_bounds(tmp_path: Path, entries: dict[str, str], why: str) -> None:
@@ -290,7 +290,7 @@ def test_an_opset_that_is_too_new_is_refused() -> None:
 
 
 def test_small_weights_that_a_file_moves_stay_weights(tmp_path: Path) -> None:
-    """A weight of 24 elements, turned round by the file and joined to another: both keep their names."""
+    """A weight of 24 elements that the file reverses and concatenates with another: both keep their names."""
     first, second = (np.arange(24, dtype=np.float32).reshape(6, 4) * scale for scale in (1, 0.5))
     proto = model(
         "(float[B,4] x) => (float[B,12] y)",

@@ -1,4 +1,4 @@
-"""ONNX operators one node at a time: a run of the generator in tests/fuzz/onnx_nodes/, and cases of their own."""
+"""ONNX operators one node at a time: a run of the generator in tests/fuzz/onnx_nodes/, and separate cases."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def floats(*shape: int) -> Array:
 NOT_DRAWN = {
     "Attention": {"qk_matmul_output_mode", "softmax_precision"},  # tests/test_attention_probabilities.py
     "BatchNormalization": {"spatial"},  # 0 is another operator, and refused
-    "Constant": {"sparse_value", "value_string", "value_strings"},  # of types that are refused
+    "Constant": {"sparse_value", "value_string", "value_strings"},  # of refused types
 }
 
 
@@ -56,7 +56,7 @@ def test_every_operator_and_attribute_is_drawn() -> None:
 
 
 def test_an_attribute_that_is_left_out_is_what_its_schema_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a handler asks for, in the version of the operator that a drawn node has."""
+    """For every attribute that a handler reads, in the version of the operator of a drawn node."""
     asked: dict[tuple[str, int, str], Any] = {}
 
     def noted(kind: str, otherwise: Any) -> None:
@@ -83,7 +83,7 @@ def test_an_attribute_that_is_left_out_is_what_its_schema_says(monkeypatch: pyte
             wanted = wanted.decode() if isinstance(wanted, bytes) else wanted
             if (np.float32(default) if isinstance(default, float) else default) != wanted:
                 wrong[name, version, attribute] = default, wanted
-    ends = {("Clip", 6, "min"), ("Clip", 6, "max")}  # the schema has float32's; here a bound that is left out is none
+    ends = {("Clip", 6, "min"), ("Clip", 6, "max")}  # the schema has float32's limits; here a missing bound is none
     assert wrong.keys() == ends
     assert len(asked) > 100
 
@@ -157,7 +157,7 @@ def test_automatic_padding_of_a_symbolic_axis(operator: str, automatic: str, ker
         given = {n: floats(*s) if kind == "float" else RNG.integers(0, 255, s, np.uint8) for n, s in shapes.items()}
         assert length.evaluate({"S": size}) == -(-size // stride)
         made = run(given)
-        if stride <= kernel:  # ONNX Runtime fails where a stride past the kernel drops elements
+        if stride <= kernel:  # ONNX Runtime fails if a stride larger than the kernel drops elements
             assert_as_runtime(proto, given, made)
         told = answers(import_onnx(proto, dims={"S": size}), given)
         for got, wanted in zip(made, told, strict=True):
@@ -183,7 +183,7 @@ def test_automatic_padding_that_sizes_do_not_tell_is_refused_with_what_to_say() 
     )
     with pytest.raises(UnsupportedOnnx) as caught:
         import_onnx(proto)
-    assert "auto_pad of windows that span K, a stride of 2 apart, over an axis of size S" in caught.value.what
+    assert "auto_pad of windows with span K and stride 2, over an axis of size S" in caught.value.what
     assert "node 0 making y (Conv)" in str(caught.value)
     assert str(caught.value.hint).startswith("numbers: treadle.compile(..., K=8, S=8), or dims=")
     import_onnx(proto, dims={"K": 8, "S": 8})
@@ -200,7 +200,7 @@ def test_automatic_padding_that_sizes_do_not_tell_is_refused_with_what_to_say() 
         ("kernel_shape = [2, 2]", "a kernel of 2 axes"),
         ("kernel_shape = [2], strides = [0]", "strides [0]"),
         ("kernel_shape = [2], pads = [0, 0, 0]", "pads [0, 0, 0]"),
-        ('kernel_shape = [2], auto_pad = "BOTH"', "auto_pad is 'BOTH'"),
+        ('kernel_shape = [2], auto_pad = "BOTH"', "unknown auto_pad 'BOTH'"),
     ],
 )
 def test_windows_that_do_not_fit_are_refused_by_name(form: str, why: str | None) -> None:
@@ -216,7 +216,7 @@ def test_windows_that_do_not_fit_are_refused_by_name(form: str, why: str | None)
 
 def test_the_places_of_greatest_elements_are_refused() -> None:
     proto = model("(float[1,2,8] x) => (float y, int64 i)", "y, i = MaxPool<kernel_shape = [2]>(x)")
-    with pytest.raises(UnsupportedOnnx, match="with the indices of the greatest elements"):
+    with pytest.raises(UnsupportedOnnx, match="the indices of the maxima"):
         import_onnx(proto)
 
 
@@ -228,7 +228,7 @@ PLACES = ("half_pixel", "half_pixel_symmetric", "pytorch_half_pixel", "align_cor
 @pytest.mark.parametrize("places", PLACES)
 @pytest.mark.parametrize("mode", ["nearest", "linear"])
 def test_a_resize_to_sizes_of_another_input(mode: str, places: str) -> None:
-    """Which are symbols, as those of the axis that is resized."""
+    """The other axes are symbols, like the resized axis."""
     body = f"""
         end = Shape<start = 2>(like)
         start = Shape<end = 2>(x)
@@ -259,14 +259,14 @@ def test_a_resize_that_needs_sizes_says_so() -> None:
     proto = model("(float[B,2,W] x) => (float y)", body)
     with pytest.raises(UnsupportedOnnx) as caught:
         import_onnx(proto)
-    assert caught.value.what == "Resize: mode cubic from an axis of size W to 2*W"
+    assert caught.value.what == "Resize: mode cubic from an axis of size W to 2*W is not supported"
     assert isinstance(caught.value.hint, Hint)
     assert "--set W=8" in caught.value.hint.command
     assert "W=8" in caught.value.hint
     import_onnx(proto, dims={"W": 8})
 
 
-# -- borders and cuts ----------------------------------------------------------------------------------------------
+# -- borders and slices ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["edge", "reflect", "wrap"])
@@ -285,7 +285,7 @@ def test_padding_of_a_symbolic_axis_with_its_own_elements(mode: str) -> None:
     ],
 )
 def test_a_slice_whose_cuts_are_attributes(form: str) -> None:
-    """As Slice has them before opset 10."""
+    """As in Slice before opset 10."""
     same_as_runtime(model("(float[2,4,5] x) => (float y)", f"y = Slice<{form}>(x)", opset=9), {"x": floats(2, 4, 5)})
 
 
@@ -300,9 +300,9 @@ def test_elements_are_gathered_from_the_beginning_of_longer_axes(axis: int) -> N
     "operator", ["Softmax", "LogSoftmax", "Hardmax", "ArgMax", "ArgMin", "Flatten", "LpNormalization"]
 )
 def test_an_axis_that_a_node_leaves_out(operator: str, opset: int) -> None:
-    """The one that the operator's version has: from opset 13 on Softmax and its like have the last, before the second.
+    """The default of the operator's version: the last axis for Softmax and its kin from opset 13 on, else the second.
 
-    No two of the sizes are equal, so that each axis gives something else.
+    No two of the sizes are equal, so that each axis gives a different result.
     """
     made = "int64 y" if operator.startswith("Arg") else "float y"
     same_as_runtime(model(f"(float[2,3,4] x) => ({made})", f"y = {operator}(x)", opset=opset), {"x": floats(2, 3, 4)})

@@ -1,4 +1,4 @@
-"""There and back: a model exported to ONNX, imported and optimized, is the same model, fused as before."""
+"""ONNX round trip: a model that is exported, imported and optimized is the same model, fused as before."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT
 
 TOLERANCE = 1e-6
-"""In float64: an attribute such as a norm's eps is a float32 in ONNX, which is off by 6e-8 of itself."""
+"""In float64: an attribute such as a norm's eps is a float32 in ONNX, with a relative error of 6e-8."""
 
 FUSED = ("attention", "layer_norm", "rms_norm", "gelu", "gelu_tanh", "activated_linear", "gated_linear")
 
 
 def run_ops(graph: Graph) -> Counter[str]:
-    """How many nodes of each fused op a run passes, calls multiplied.
+    """Count the nodes of each fused op in one run, calls multiplied.
 
-    A norm is one with its residual or without: the first of a block has the sum of the block before only once blocks
-    are written out.
+    A norm counts the same with and without its residual: the first norm of a block includes the previous block's sum
+    only after blocks are inlined.
     """
     known: dict[str, Counter[str]] = {}
     for function in graph.functions.values():
@@ -45,7 +45,7 @@ def run_ops(graph: Graph) -> Counter[str]:
 
 
 @pytest.mark.parametrize("opset", [17, 23])
-@pytest.mark.parametrize("name", [name for name in ZOO if name != "clip"])  # its towers are there, and it is large
+@pytest.mark.parametrize("name", [name for name in ZOO if name != "clip"])  # its towers are tested, and it is large
 def test_what_comes_back_is_the_same_model(name: str, opset: int, tmp_path: Path) -> None:
     declared = ZOO[name][0].graph()
     optimized = PassManager(DEFAULT).run(declared).graph

@@ -1,4 +1,4 @@
-"""Facts about ops are tested, not trusted: each against what the references compute, on every sample of every op.
+"""Facts about ops are tested: each is compared with the references' results, on every sample of every op.
 
 An op has a fact if and only if its samples show it, so that none is claimed wrongly and none is forgotten.
 """
@@ -43,12 +43,12 @@ def cases(name: str) -> list[Case]:
 
 
 def evaluated(case: Case, operands: Given) -> tuple[Array, ...] | None:
-    """What the op gives on other operands; None where it is not defined on these."""
+    """Return the op's results on other operands; None if it is not defined on these."""
     types = [None if x is None else DTYPES[_NAMES[x.dtype.name]][x.shape] for x in operands]
     on_these = Case(case.op, tuple(types), tuple(operands))
     try:
         return on_these.evaluate(operands) if on_these.takes_its_operands else None
-    except GraphError:  # an index that points outside
+    except GraphError:  # an index out of range
         return None
 
 
@@ -70,10 +70,10 @@ def present(operands: Given) -> list[Array]:
 
 
 def hands_elements_on(case: Case) -> bool:
-    """Whether elements that are given other values are so in the results, wherever these hold them.
+    """Return True if changed elements appear changed in the results, wherever the results contain them.
 
-    What looks at its elements, as a maximum does, picks others once their order is another; what computes makes new
-    ones. Indices and conditions keep their values.
+    An op that inspects its elements, as a maximum does, picks others if their order changes; an op that computes makes
+    new ones. Indices and conditions keep their values.
     """
     (result, *_), rng = case.results, np.random.default_rng(0)
     names = case.op.operand_names(len(case.types))
@@ -84,7 +84,7 @@ def hands_elements_on(case: Case) -> bool:
     count = sum(x.size for x, yes in zip(case.operands, asked, strict=True) if yes and x is not None)
     if count == 0 or result.dtype.kind not in "fi":
         return False
-    values = np.arange(count) * 3 - count  # distinct, of both signs, none the double of all others
+    values = np.arange(count) * 3 - count  # distinct, of both signs, none the double of another
     values = (values + 0.25 if result.dtype.kind == "f" else values).astype(result.dtype)
     given, drawn = {}, rng.permutation(values)
     for i, (x, yes) in enumerate(zip(case.operands, asked, strict=True)):
@@ -104,7 +104,7 @@ def changes_places(case: Case) -> bool:
 
 
 def works_on_each_element(case: Case) -> bool:
-    """Whether elements in another order give the results in that order."""
+    """Return True if permuted elements give permuted results."""
     (result, *_), rng = case.results, np.random.default_rng(0)
     operands = present(case.operands)
     if not operands or any(r.shape != result.shape for r in case.results):
@@ -120,14 +120,14 @@ def works_on_each_element(case: Case) -> bool:
 
 
 def reads_one_place(case: Case, position: int) -> bool:
-    """Whether no result's element but the one at its own place reads an element of this operand."""
+    """Return True if each element of this operand affects only the result's element at the same place."""
     (result, *others), x = case.results, case.operands[position]
     type, (made, *_) = case.types[position], case.op.infer(case.types)
     if others or x is None or type is None or (type.dtype, type.shape) != (made.dtype, made.shape):
         return False
     for n, at in enumerate(np.ndindex(x.shape)):
         changed = x.copy()
-        changed[at] = not x[at] if x.dtype.kind == "b" else x.flat[n - 1]  # of an index, one that points inside, too
+        changed[at] = not x[at] if x.dtype.kind == "b" else x.flat[n - 1]  # of an index, one that is out of range too
         (again,) = case.evaluate([changed if i == position else y for i, y in enumerate(case.operands)])
         differ = np.array(again != result)
         differ[at] = False
@@ -158,7 +158,7 @@ def test_what_only_moves(name: str) -> None:
 
 @pytest.mark.parametrize("name", TESTED)
 def test_what_commutes(name: str) -> None:
-    """In their results; `ties` tells the operands of a maximum apart by their gradients."""
+    """The results commute; `ties` distinguishes the operands of a maximum by their gradients."""
     even, other = [], []
     for case in cases(name):
         (even if getattr(case.op, "ties", "even") == "even" else other).append(case)
@@ -177,13 +177,13 @@ def test_what_is_elementwise(name: str) -> None:
 
 @pytest.mark.parametrize("name", TESTED)
 def test_what_is_a_view(name: str) -> None:
-    """NumPy, too, gives some results of these where the operand lies, and never one of others."""
+    """NumPy, too, returns views for some results of these ops, and never for results of others."""
     shares = [np.shares_memory(r, x) for c in cases(name) for r in c.results for x in present(c.operands)]
     assert all(case.op.is_view for case in cases(name)) == any(shares)
 
 
 def lying(case: Case, position: int) -> View | None:
-    """An operand in a storage of its own, row-major."""
+    """Return an operand in a storage of its own, row-major."""
     type = case.types[position]
     if type is None:
         return None
@@ -192,7 +192,7 @@ def lying(case: Case, position: int) -> View | None:
 
 
 def addresses(view: View) -> Array:
-    """Where each element of a view lies in its storage."""
+    """Return the address of each element of a view in its storage."""
     found = np.full([n.evaluate({}) for n in view.shape], view.offset.evaluate({}))
     for axis, stride in enumerate(view.strides):
         found = found + np.arange(found.shape[axis]).reshape([-1] + [1] * (found.ndim - 1 - axis)) * stride.evaluate({})
@@ -200,7 +200,7 @@ def addresses(view: View) -> Array:
 
 
 def counted(case: Case, position: int) -> Array:
-    """A result, where the elements of one operand are their numbers from one million on, and all others are less."""
+    """Return a result in which one operand's elements are numbered from one million on, and all others are smaller."""
     shapes = [None if x is None else x.shape for x in case.operands]
     given = [None if s is None else np.zeros(s) for s in shapes]
     x = given[position]
@@ -211,7 +211,7 @@ def counted(case: Case, position: int) -> Array:
 
 @pytest.mark.parametrize("name", TESTED)
 def test_where_the_result_of_a_view_lies(name: str) -> None:
-    """Where its elements come from; there is such a place exactly if NumPy, too, finds one, but for other layouts."""
+    """The origin of its elements; a view exists exactly if NumPy, too, finds one, except for other layouts."""
     for case in cases(name):
         x = lying(case, 0) if case.types else None
         view = None if x is None else case.op.viewed(x, case.types)
@@ -259,7 +259,7 @@ NOT_SEEN = {
     "concat": "of one part it is that part",
     "rms_norm": "a row by itself has the shape of the weight",
 }
-"""Where an element is read for its own place alone, and the rule does not say so."""
+"""Dimensions in which an element is read only for its own place, although the rule does not say so."""
 
 
 @pytest.mark.parametrize("name", TESTED)
@@ -275,7 +275,7 @@ def test_what_may_be_written_over(name: str) -> None:
 
 @pytest.mark.parametrize("name", TESTED)
 def test_what_is_linear(name: str) -> None:
-    """An operand that no group names is one that the op is not linear in; the groups are held to in test_axis_rules."""
+    """The op is not linear in an operand that no group names; test_axis_rules checks the groups."""
     seen: dict[str, list[bool]] = {}
     for case in cases(name):
         linear = frozenset().union(*case.op.linear)
@@ -288,10 +288,10 @@ def test_what_is_linear(name: str) -> None:
 
 @pytest.mark.parametrize("name", TESTED)
 def test_what_reads_positions(name: str) -> None:
-    """Where the op says so, elements in another order along that axis do not give the results in that order.
+    """If the op says so, elements in another order along that axis do not give the results in that order.
 
-    That they do elsewhere, test_axis_rules holds each mapped axis to. Along an axis that is generated, the results of
-    elements that are all alike are so, too, unless the op counts.
+    test_axis_rules checks for each mapped axis that they do otherwise. Along a generated axis the results of equal
+    elements are equal, too, unless the op counts.
     """
     for number in range(len(OPS[name].samples)):
         case = RuleCase(name, number)
@@ -308,7 +308,7 @@ def test_what_reads_positions(name: str) -> None:
 
 
 def test_what_is_made_of_contractions() -> None:
-    """What is, and what a body of primitives has one of."""
+    """Contractions themselves, and composites whose body of primitives contains one."""
     holding = {name for name in TESTED if any(holds_contraction(c.op, _values(c)) for c in cases(name))}
     fused = {"activated_linear", "gated_linear", "projections", "conv"}
     fused |= {"attention", "attention_parts", "attention_with_probabilities", "cached_attention"}
@@ -320,20 +320,20 @@ def _values(case: Case) -> list[Value | None]:
 
 
 def test_attributes_are_given_by_name_alone() -> None:
-    """Those of a base class, too; by position stand operands."""
+    """Attributes of a base class, too; operands are positional."""
     found = {(name, field.name) for name, op in OPS.items() for field in dataclasses.fields(op) if not field.kw_only}
     assert not found
 
 
 def test_a_call_has_no_facts() -> None:
-    """It means what its function does, which the op does not know."""
+    """Its meaning is that of its function, which the op does not know."""
     call = Call.of(Function("f"))
     assert not (call.only_moves or call.is_view or call.commutes or call.reads_positions or call.is_elementwise([1]))
     assert not call.is_contraction([1, 1])
 
 
 def _told(name: str) -> list[str]:
-    """What an op's class says, and for each sample its rule, its cost, and what follows from them."""
+    """Return the facts of an op's class, and for each sample its rule, its cost, and the facts derived from them."""
     cls = OPS[name]
     says = {"linear": cls.linear_text, "flops a point": cls.flops, "sums in": cls.accumulates, "step": cls.step}
     says |= {"pairs": cls.pairs, "reads slots": sorted(cls.reads_slots), "updates": dict(cls.updates)}
@@ -379,7 +379,7 @@ def _attributes(op: Op) -> str:
 
 
 def test_what_ops_say(golden: Golden) -> None:
-    """In one table: a number, a flag or a rule that changes is seen there, whoever relies on it."""
+    """All in one table, in which every changed number, flag or rule shows."""
     golden(
         "text_form/ops.txt", "\n".join(line for name in sorted(OPS) if name != "call" for line in [*_told(name), ""])
     )
@@ -400,7 +400,7 @@ SPELLERS = (
     *("runtime/training/schedules.py", "treadle/cli/train.py"),  # a learning rate that falls linearly
     *("treadle/serving/answers.py", "treadle/serving/requests.py", "treadle/tasks/images.py"),  # members of their JSON
 )
-"""What says how ops are spelled elsewhere: tables of backends, Python's operators, words of other libraries."""
+"""Files that list how ops are written elsewhere: tables of backends, Python's operators, words of other libraries."""
 
 NAMED = 71
 
@@ -408,7 +408,7 @@ NAMED = 71
 def test_op_names_outside_their_classes_become_fewer() -> None:
     """A list of op names is a fact in the wrong place: it belongs in the class, or follows from the rule.
 
-    Where a rule is about one op, `isinstance` says so, and a type checker knows its attributes. NAMED may only fall.
+    A rule about one op uses `isinstance`, and a type checker then knows the op's attributes. NAMED may only decrease.
     """
     found: dict[str, int] = {}
     for folder in ("files", "ir", "passes", "backends", "runtime", "treadle"):
@@ -422,6 +422,6 @@ def test_op_names_outside_their_classes_become_fewer() -> None:
 
 
 def _op_names(path: Path) -> int:
-    """String literals of one file that are names of ops."""
+    """Return the string literals of one file that are names of ops."""
     tree = ast.parse(path.read_text("utf-8"))
     return sum(isinstance(n, ast.Constant) and isinstance(n.value, str) and n.value in OPS for n in ast.walk(tree))

@@ -1,4 +1,4 @@
-"""What an op promises where random samples do not come: ties, signs, special values, symbolic sizes."""
+"""The meaning of ops in cases that random samples do not reach: ties, signs, special values, symbolic sizes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def reference(name: str, *operands: Any, **attributes: Any) -> Any:
 
 
 def gradients(build: Callable[..., Any], type: str, *operands: Any) -> list[Array]:
-    """The gradient of the sum of what `build` makes of operands of one type, with respect to each."""
+    """Return the gradient of the sum of `build`'s result with respect to each of its operands, all of one type."""
     b = Builder(Graph("gradients"))
     inputs = [b.input(f"x{n}", type) for n in range(len(operands))]
     result = build(b, *inputs)
@@ -120,12 +120,12 @@ def test_a_mean_over_a_symbolic_axis_divides_by_its_size() -> None:
 
 
 BIG = np.array([400, -400, 800, -800], np.float16)
-"""The squares are more than f16 holds."""
+"""The squares overflow in f16."""
 
 
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
 def test_normalization_of_f16_takes_its_means_in_f32(name: str) -> None:
-    """Reference, body and gradient are off by f16's own spacing at most, from what they are in f64."""
+    """Reference, body and gradient differ from their f64 results by f16's own spacing at most."""
     op = find_op(name)()
     assert isinstance(op, Composite)
     others = [None] * (len(op.operands) - 1)
@@ -173,7 +173,7 @@ def test_float64_interpretation_does_not_round_at_casts() -> None:
 
 
 def pool_forms(ceil: bool) -> list[tuple[int, int, int, int, int]]:
-    """Size of the axis, kernel, stride, padding and dilation of every small pool that torch takes."""
+    """Return axis size, kernel, stride, padding and dilation of every small pool that torch takes."""
     forms = [
         (n, k, stride, padding, dilation)
         for n in range(1, 9)

@@ -1,7 +1,7 @@
 """Every registered op on every sample and dtype: reference against rules, body, gradient; backends against it.
 
-An op that brings no samples, or no error samples, fails. A test is of one op, or of one op on one backend; it tries all
-samples, and in the last two all dtypes, and tells each that fails.
+An op without samples or without error samples fails. A test covers one op, or one op on one backend. It runs all
+samples, and in the last two tests all dtypes, and reports each failure.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from treadle.ir.op_registry import OPS
 from treadle.ir.operation import Composite, Op
 from treadle.ir.types import DTYPES
 
-# A body may order its operations otherwise than the reference does: thousands of float64's roundings.
+# A body may order its operations differently from the reference: thousands of float64's roundings.
 SAME = 1e-12
-# A central difference errs by about the spacing to the power 2/3, times third derivatives, summed over terms.
+# A central difference has an error of about the spacing to the power 2/3, times third derivatives, summed over terms.
 DIFFERENCE = 1000 * EPSILON["f64"] ** (2 / 3)
 OWN = "own"  # a sample's dtypes
-# Whose gradient is not that of their numbers, and the factor of what flows through them: casts to formats that NumPy
-# lacks, of which a difference sees the steps, and what stops it.
+# Ops whose gradient is not the derivative of their numbers, and the factor of the incoming gradient: casts to formats
+# that NumPy lacks, whose steps a difference sees, and ops that stop the gradient.
 FACTOR = {"round_to": 1.0, "stop_gradient": 0.0}
 
 
@@ -40,20 +40,20 @@ each_runner = pytest.mark.parametrize("run", RUNNERS)
 
 
 def dtypes_of(name: str, number: int) -> list[str | None]:
-    """None for the sample's own, and every other dtype that the op takes in place of its floats, or its integers."""
+    """Return None for the sample's own dtypes, and every other dtype for its floats, or its integers."""
     own = {t.dtype for t in OPS[name].samples[number].types if t is not None}
     other = [d.name for d in DTYPES.values() if d not in own and d.kind in {o.kind for o in own}]
     return [None, *(dtype for dtype in other if Case.of(name, number, dtype).takes_its_operands)]
 
 
 def samples_of(name: str) -> Iterator[tuple[str, Case]]:
-    """An op on each of its samples, with what that is called."""
+    """Yield an op on each of its samples, with the name of the case."""
     for number in range(len(OPS[name].samples)):
         yield f"{name}-{number}", Case.of(name, number)
 
 
 def retyped(name: str) -> Iterator[tuple[str, Case]]:
-    """An op on each of its samples in every dtype."""
+    """Yield an op on each of its samples in every dtype."""
     for number in range(len(OPS[name].samples)):
         for dtype in dtypes_of(name, number):
             yield f"{name}-{number}-{dtype or OWN}", Case.of(name, number, dtype)
@@ -61,7 +61,7 @@ def retyped(name: str) -> Iterator[tuple[str, Case]]:
 
 @dataclass(frozen=True)
 class Held:
-    """A graph on inputs, and what its outputs may be, which is the same for all runners."""
+    """A graph on inputs, and the bounds of its outputs, which are the same for all runners."""
 
     what: str
     graph: Graph
@@ -89,7 +89,7 @@ def gradients(name: str) -> list[Held]:
 @each_op
 def test_an_op_says_what_it_means_and_brings_samples(name: str) -> None:
     cls = OPS[name]
-    # a dataclass without a docstring gets its signature as one
+    # a dataclass without a docstring gets its signature as its docstring
     assert cls.__doc__, f"{name} has no docstring"
     assert not cls.__doc__.startswith(f"{cls.__name__}("), f"{name} has no docstring"
     assert cls.samples, f"{name} has no samples"
@@ -111,7 +111,7 @@ def test_the_reference_gives_what_the_rules_infer(name: str) -> None:
                 with each(what):
                     inferred = precision.op.infer(precision.types)
                     for got, type in zip(precision.results, inferred, strict=True):
-                        # NumPy has no bf16: references hold it in float32
+                        # NumPy has no bf16: references represent it as float32
                         assert (got.shape, got.dtype) == (type.static_shape, type.dtype.numpy or np.float32)
 
 
@@ -146,7 +146,7 @@ def test_the_gradient_equals_finite_differences(name: str) -> None:
 @each_runner
 @each_op
 def test_forward(name: str, run: str) -> None:
-    """On every sample, in every dtype."""
+    """Every sample, in every dtype."""
     with every_case() as each:
         for held in forwards(name):
             with each(held.what):
@@ -156,7 +156,7 @@ def test_forward(name: str, run: str) -> None:
 @each_runner
 @each_op
 def test_gradient(name: str, run: str) -> None:
-    """On every sample, in every dtype; on TVM, which compiles each, in their own."""
+    """Every sample, in every dtype; on TVM, which compiles each, in the samples' own dtypes."""
     with every_case() as each:
         for held in gradients(name):
             if run == "tvm" and f"-{OWN}-" not in held.what:
@@ -166,7 +166,7 @@ def test_gradient(name: str, run: str) -> None:
 
 
 def hold(run: str, held: Held) -> None:
-    """Fail where a runner's outputs are not within their bounds."""
+    """Fail if a runner's outputs are not within their bounds."""
     if is_refused(run, held.graph, held.inputs):
         return
     bounds = held.wanted
@@ -177,7 +177,7 @@ def hold(run: str, held: Held) -> None:
 
 
 def answer(run: str, graph: Graph, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-    """What a runner gives, which must be of the dtypes that were inferred, whatever its library promotes to."""
+    """Return a runner's results, which must have the inferred dtypes, whatever its library promotes to."""
     made = runner(run)(graph, inputs)
     for output, value in graph.main.outputs.items():
         assert made[output].dtype == (value.type.dtype.numpy or np.float32), output
@@ -185,7 +185,7 @@ def answer(run: str, graph: Graph, inputs: Mapping[str, Array]) -> Mapping[str, 
 
 
 def is_refused(run: str, graph: Graph, inputs: Mapping[str, Array]) -> bool:
-    """Whether the runner may refuse the graph; it then must, and say why."""
+    """Return True if the runner may refuse the graph; it must then do so, and say why."""
     reason = refusal(run, graph)
     if reason is not None:
         with raises_freely(BackendError, match=reason):

@@ -1,4 +1,6 @@
-"""Optimizers beside torch.optim, step by step; new weights lie where the old ones did; schedules at their edges."""
+"""Optimizers compared with torch.optim, step by step; new weights are stored where the old ones were; schedules at
+their edges.
+"""
 
 from __future__ import annotations
 
@@ -51,12 +53,12 @@ def types_of(shapes: Shapes) -> dict[str, Type]:
 
 
 def kept_by(graph: Graph) -> list[str]:
-    """What the graph gives back: weights and moments."""
+    """Return the graph's state outputs: weights and moments."""
     return [name for name in graph.main.outputs if name != "norm"]
 
 
 def drawn(shapes: Shapes, steps: int, seed: int = 0, size: float = 1.0) -> tuple[dict[str, Array], Steps]:
-    """Weights, and gradients of a size for each step."""
+    """Draw weights, and gradients of a given magnitude for each step."""
     rng = np.random.default_rng(seed)
 
     def draw() -> dict[str, Array]:
@@ -76,7 +78,7 @@ def ours(
     decayed: Sequence[str] = DECAYED,
     share: float = 1.0,
 ) -> list[dict[str, Array]]:
-    """What each step gives, where each writes over what the one before gave."""
+    """Return the results of each step, where each step overwrites the previous results."""
     types = types_of({name: array.shape for name, array in weights.items()})
     graph = update_graph(optimizer, types, clip=clip, decayed=decayed)
     exe = treadle.compile(graph, backend=backend, donate=kept_by(graph))
@@ -136,11 +138,13 @@ def theirs(
 def assert_alike(
     found: Sequence[Mapping[str, Array]], wanted: Sequence[Mapping[str, Array]], weights: Mapping[str, Array]
 ) -> None:
-    """Both round each operation to float32, in different orders: in a step some 8 roundings of 2^-24 until a gradient
-    is clipped, which count twice in its square.
+    """Assert equality within rounding.
 
-    A moment is a sum of gradients, so it is off by a share of the greatest one that it has been. A weight is off by a
-    share of the greatest that it has been, and of the furthest that it went in a step.
+    Both sides round each operation to float32, in different orders: some 8 roundings of 2^-24 in a step until a
+    gradient is clipped, which count twice in its square.
+
+    A moment is a sum of gradients, so its error is relative to its largest magnitude so far. A weight's error is
+    relative to its largest magnitude so far, and to the largest change in a step.
     """
     before: Mapping[str, Array] = weights
     sizes: dict[str, float] = {}
@@ -158,14 +162,15 @@ def assert_alike(
 @each_optimizer
 @pytest.mark.parametrize("clip", [None, 2.0, 1e4])
 def test_it_steps_as_torch_does(optimizer: Optimizer, clip: float | None, backend: str) -> None:
-    """The norm of these gradients is about 13: a clip of 2 makes them shorter, one of 10,000 leaves them."""
+    """The norm of these gradients is about 13: a clip of 2 makes them shorter, one of 10,000 leaves them unchanged."""
     weights, steps = drawn(SHAPES, 5)
     options: dict[str, Any] = {"rate": 0.01, "clip": clip, "share": 0.5}
     found = ours(optimizer, weights, steps, backend, **options)
     assert_alike(found, theirs(optimizer, weights, steps, **options), weights)
 
 
-# Backends compile what is drawn anew, so few are drawn; shapes are small, since one compiled loop serves all sizes.
+# Backends compile each drawn case again, so few are drawn; shapes are small, because one compiled loop serves all
+# sizes.
 sizes = st.lists(st.integers(0, 9), max_size=3).map(tuple)
 
 
@@ -218,7 +223,7 @@ ODD = {"none": 0.0, "an infinity": math.inf, "its negative": -math.inf, "no numb
 def test_what_is_not_finite_goes_where_it_does_in_torch(
     optimizer: Optimizer, kind: str, clip: float | None, backend: str
 ) -> None:
-    """One such element, and all zeros at the first step; then finite ones, which meet what it left behind."""
+    """One such element, and all zeros at the first step; then finite ones, which meet the state it left."""
     weights, steps = drawn({"a": (2, 3), "b": (4,)}, 4)
     for array in steps[0].values():
         array[...] = 0.0
@@ -248,7 +253,7 @@ def test_its_text_is_read_back_whatever_weights_are_called(optimizer: Optimizer)
 @each_backend
 @each_optimizer
 def test_new_values_lie_where_the_old_ones_did(optimizer: Optimizer, backend: str) -> None:
-    """All of them, and a run needs memory for temporary values of one weight at a time, however many there are."""
+    """All of them. A run needs memory for temporary values of one weight at a time, for any number of weights."""
     peaks: list[int] = []
     for count in (2, 12):
         shapes = {f"h.{n}.w": (31 + n % 2, 64) for n in range(count)}
@@ -365,7 +370,7 @@ def test_rates_at_the_edges(kind: str) -> None:
 @pytest.mark.parametrize("steps", [2, 7])
 @pytest.mark.parametrize("shape", ["linear", "cosine"])
 def test_a_fall_is_that_of_transformers(shape: Any, steps: int) -> None:
-    """Without a warmup: in theirs the first step has a rate of 0."""
+    """Without a warmup: in transformers the first step has a rate of 0."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)

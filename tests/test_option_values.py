@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import sys
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from treadle.option_values import (
     parse_sizes,
     read_sentences,
 )
+from treadle.resolving import resolve
 
 
 def refusal(call: Callable[[], Any]) -> UsageError:
@@ -66,11 +68,17 @@ def test_limits_become_an_argument_where_there_are_any() -> None:
     assert parse_limits([f"nodes={'9' * 18}"]) == {"nodes": 10**18 - 1}
 
 
-@pytest.mark.parametrize("name", ["backend", "weights", "widen"])
-def test_an_option_of_the_command_is_none_of_the_model(name: str) -> None:
-    error = refusal(lambda: parse_config([f"{name}=x"]))
-    assert error.what == f"--set {name}= is no option of a model"
-    assert "--backend" in (error.hint or "")
+def test_an_argument_of_what_gets_the_configuration_is_no_option_of_a_model() -> None:
+    """Every parameter of `resolve`, and of the functions before it."""
+
+    def shard(model: str, *, recipe: str, **config: object) -> None: ...
+
+    for name in inspect.signature(resolve).parameters:
+        if name != "config":
+            error = refusal(lambda: parse_config([f"{name}=x"]))  # noqa: B023
+            assert (error.what, error.option) == (f"--set {name}= is no option of a model", name)
+    assert parse_config(["recipe=dp"]) == {"recipe": "dp"}
+    assert refusal(lambda: parse_config(["recipe=dp"], (), shard)).option == "recipe"
 
 
 def test_an_unknown_word_names_no_line_of_a_file() -> None:
@@ -109,7 +117,7 @@ def sized(**bounds: Bounds) -> Graph:
 
 
 def test_a_size_that_is_not_asked_for_lies_within_bounds() -> None:
-    """A leading axis counts 1, another 128; both lead here in some input, and B alone in no other place."""
+    """A leading axis gets 1, another 128; both symbols lead an input of `sized`, but only B leads below."""
     assert choose_sizes(sized(), {}) == {"B": 1, "S": 1}
     assert choose_sizes(sized(), {"S": 5}) == {"B": 1, "S": 5}
     assert choose_sizes(sized(B=Bounds(3, 8)), {}) == {"B": 3, "S": 1}
@@ -182,7 +190,7 @@ def test_numbers_in_the_command_are_at_most_a_mebibyte() -> None:
 
 
 class Input(io.StringIO):
-    """Standard input: a terminal, or bytes that are piped."""
+    """A stand-in for standard input: a terminal, or piped bytes."""
 
     def __init__(self, data: bytes | None) -> None:
         super().__init__()

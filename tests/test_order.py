@@ -1,4 +1,6 @@
-"""The order of steps: none needs less memory where it is said to be proven, none more than program order."""
+"""The order of steps: no other order needs less memory if it is called proven, and it never needs more than program
+order.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ from treadle.passes.memory.plan_storage import PlanStorage, each_alone, over_not
 
 
 def peak_by_hand(problem: OrderProblem, order: Sequence[int]) -> int:
-    """The peak from the times at which buffers live, which are looked up in the order."""
+    """Return the peak, computed from the lifetimes of buffers, which are looked up in the order."""
     at = {step: time for time, step in enumerate(order)}
     lives = [(min(at[s] for s in b.steps), max(at[s] for s in b.steps)) for b in problem.buffers]
     end, found = len(order), 0
@@ -89,14 +91,14 @@ def test_a_search_that_is_cut_off_is_never_worse_than_program_order(seed: int, c
 
 
 def test_steps_that_gain_nothing_stay_in_program_order() -> None:
-    """Two independent chains: any of their mixtures needs as much."""
+    """Two independent chains: every interleaving of them needs the same memory."""
     buffers = (Buffer(8, (0, 1)), Buffer(8, (1, 4), True), Buffer(8, (2, 3)), Buffer(8, (3, 4), True))
     problem = OrderProblem(((), (0,), (), (2,), (1, 3)), buffers, (0,) * 5, ((),) * 5)
     assert find_order(problem) == Order((0, 1, 2, 3, 4), 24, 24)
 
 
 def test_memory_for_a_callee_is_taken_while_little_lives() -> None:
-    """Step 1 needs 100 bytes beside: it comes before 0, whose result lives until the end."""
+    """Step 1 needs 100 bytes of workspace: it comes before 0, whose result lives until the end."""
     buffers = (Buffer(50, (0, 2)), Buffer(4, (1, 2)), Buffer(4, (2,), True))
     problem = OrderProblem(((), (), (0, 1)), buffers, (0, 100, 0), ((),) * 3)
     assert find_order(problem) == Order((1, 0, 2), 104, 104)
@@ -122,12 +124,12 @@ def test_the_search_goes_through_as_many_sets_as_it_may(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(("count", "width"), [(3, 32), (125, 32), (126, 31), (2001, 1), (4001, 1)])
 def test_how_long_is_searched(count: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two thousand sets exactly, and then by a beam of 32 sets, or fewer for many steps."""
+    """Exactly for up to two thousand sets, and then by a beam of 32 sets, or fewer for many steps."""
     given: list[int] = []
     program = tuple(range(count))
     monkeypatch.setattr(_Sets, "exact", lambda self, bound, peak, most: given.append(most) or (None, bound))
     monkeypatch.setattr(_Sets, "beam", lambda self, bound, width: given.append(width) or program)
-    buffers = (Buffer(100, (1,)), Buffer(8, (0, 2)))  # step 1 had better come first
+    buffers = (Buffer(100, (1,)), Buffer(8, (0, 2)))  # step 1 should come first
     problem = OrderProblem(((),) * count, buffers, (0,) * count, ((),) * count)
     assert find_order(problem).order == program
     assert given == [2000, width]
@@ -137,7 +139,7 @@ def test_how_long_is_searched(count: int, width: int, monkeypatch: pytest.Monkey
 def test_a_search_ends_soon_where_many_steps_may_follow(
     count: int, is_searched: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each step keeps a little, and needs more while it runs; so the one that needs least had better come last."""
+    """Each step stores a little, and needs more while it runs; so the one that needs least should come last."""
     looked: list[int] = []
     looking = _Sets.run
     monkeypatch.setattr(
@@ -154,7 +156,7 @@ def test_a_search_ends_soon_where_many_steps_may_follow(
 
 
 def two_branches(b: Builder) -> Expr:
-    """Program order computes both of the large values before it sums either."""
+    """Program order computes both of the large values before it sums either of them."""
     x = b.input("x", "f32[S, 8]")
     w = b.parameter("w", "f32[64, 8]")
     one, other = b.softmax(b.linear(x, w)), b.softmax(b.linear(b.tanh(x), w))
@@ -192,7 +194,7 @@ def test_numbers_are_those_of_program_order(backend: str) -> None:
 
 
 def test_steps_with_one_order_are_told_from_others() -> None:
-    """Whether there is a second order is found by going through them."""
+    """Enumeration of the orders shows if there is a second one."""
     told = []
     for seed in range(24):
         function = next(iter(random_program(seed).functions.values()))
@@ -237,13 +239,13 @@ UPDATED_LATE = """graph updated {
 def test_who_reads_a_state_comes_before_its_update() -> None:
     main = parse_graph(UPDATED_LATE).main
     before = must_precede(main, each_alone(main))
-    assert before[3] == (0, 1)  # exp reads a view of what the state was
+    assert before[3] == (0, 1)  # exp reads a view of the state's former value
     assert before[4] == (3,)
 
 
 @pytest.mark.parametrize("merged", [True, False])
 def test_what_lies_as_its_reader_wants_it_is_written_over_nothing(merged: bool) -> None:
-    """It has a storage in the reader's order, so an order of steps saves nothing there."""
+    """Its storage has the reader's layout, so an order of steps saves nothing there."""
 
     def build(b: Builder) -> Expr:
         y = b.exp(b.tanh(b.input("x", "f32[S, 2, 4]")))

@@ -1,4 +1,4 @@
-"""Large outputs of the TVM backend lie in memory that earlier ones had, and in none that somebody still refers to."""
+"""Large outputs of the TVM backend reuse the memory of earlier ones, except memory that is still referenced."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import treadle as t
 pytest.importorskip("tvm")
 
 ROWS = 1 << 11
-"""Rows of an output that is remembered: 2,048 x 256 numbers, 2 MiB."""
+"""Rows of an output whose memory is reused: 2,048 x 256 numbers, 2 MiB."""
 
 
 @t.model

@@ -1,4 +1,4 @@
-"""What stands between us and the outside: files that are opened, read, written and swept, limits, names and errors."""
+"""Boundaries to the outside: files that are opened, read, written and removed, limits, names and errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="pipes, owners and links a
 
 @posix
 def test_only_a_regular_file_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pipe that nobody writes to is not waited for."""
+    """Opening a pipe without a writer does not block."""
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe")
     Path("folder").mkdir()
@@ -176,7 +176,7 @@ def test_two_months_are_kept_to_the_second(tmp_path: Path, monkeypatch: pytest.M
 
 @dataclass(frozen=True)
 class _Folder:
-    """A folder that has an owner, a group and a mode, and those above it."""
+    """A stand-in for a folder with an owner, a group and a mode, and for its parents."""
 
     uid: int = 7
     gid: int = 8

@@ -1,4 +1,4 @@
-"""The shape of the source tree: what is packaged, which layer imports which, how modules are called."""
+"""The shape of the source tree: the packaged files, the imports between layers, the names of modules."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "models": {"frontends", "ir", "files"},
     "treadle": {"models", "runtime", "backends", "passes", "frontends", "ir", "files"},
 }
-"""The layers, one a top-level folder, and the layers below each that it may import."""
+"""The layers, one for each top-level folder, and the lower layers that each may import."""
 
 LAYERS = sorted(MAY_IMPORT)
 BESIDE = ["benchmarks", "examples", "tests"]
@@ -51,7 +51,7 @@ def tree_of(path: Path) -> ast.Module:
 
 @cache
 def imports_of(path: Path) -> list[tuple[int, str]]:
-    """Give the line and the full dotted name of everything that a file imports, inside functions too."""
+    """Return the line and the full dotted name of every import in a file, including imports inside functions."""
     found: list[tuple[int, str]] = []
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
@@ -63,7 +63,7 @@ def imports_of(path: Path) -> list[tuple[int, str]]:
 
 
 def layer_of(module: str) -> str | None:
-    """Return the layer that a dotted name lies in: "ir" for treadle.ir.graph, None for what is not ours."""
+    """Return the layer of a dotted name: "ir" for treadle.ir.graph, None for a name that is not ours."""
     first, *rest = module.split(".")
     if first != "treadle":
         return None
@@ -74,7 +74,7 @@ def where(path: Path, line: int | None = None) -> str:
     return path.relative_to(ROOT).as_posix() + (f":{line}" if line else "")
 
 
-# What is packaged
+# Packaged files
 
 
 def package_folders() -> dict[str, str]:
@@ -100,7 +100,7 @@ def test_every_folder_with_code_is_a_package() -> None:
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a copy of the tree, as much of it as is built; skip where nothing can be built without the network."""
+    """Return a copy of the tree with the files that a build needs; skip if a build would need the network."""
     for tool, oldest in (("pip", 21), ("setuptools", 77)):
         try:
             found = metadata.version(tool)
@@ -129,7 +129,7 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def packaged_files() -> set[str]:
-    """Return every file of the packages, as it should lie where it is installed."""
+    """Return every file of the packages, at its installed path."""
     found = set()
     for path in (path for layer in LAYERS for path in (ROOT / layer).rglob("*") if path.is_file()):
         if "__pycache__" not in path.parts:
@@ -139,7 +139,7 @@ def packaged_files() -> set[str]:
 
 
 def test_type_checkers_see_every_file_of_the_packages(tmp_path: Path) -> None:
-    """`make .typecheck` lays links to all of them, so that none is left out of `make lint`."""
+    """`make .typecheck` creates links to all of them, so that `make lint` checks every file."""
     if shutil.which("make") is None:
         pytest.skip("needs make")
     for layer in LAYERS:
@@ -156,7 +156,7 @@ def test_the_wheel_holds_every_file_of_the_packages_and_nothing_else(wheel: Path
 
 
 def test_a_strict_editable_install_is_a_folder_that_type_checkers_can_follow(source: Path, tmp_path: Path) -> None:
-    """What README tells: a path with every module in it, of which the code is that of the checkout."""
+    """As README describes: a path that contains every module, with the code of the checkout."""
     program = (
         "import sys\n"
         "from setuptools.build_meta import build_editable\n"
@@ -191,7 +191,7 @@ def test_the_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> 
 
 
 def test_a_checkout_works_without_being_installed(tmp_path: Path) -> None:
-    """With its root on the path, and nothing of an editable install that finds its folders."""
+    """With its root on the path, and without the import hooks of an editable install."""
     program = (
         "import sys\n"
         "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in f'{f.__module__} {f}'.lower()]\n"
@@ -229,7 +229,7 @@ def test_importing_treadle_loads_no_third_party_but_numpy() -> None:
     assert loaded <= {"treadle", "numpy"}
 
 
-# Who imports whom
+# Imports between layers
 
 
 def test_imports_point_down_only() -> None:
@@ -256,7 +256,7 @@ def test_importers_share_recipes_and_nothing_else() -> None:
 
 
 def test_the_front_door_imports_in_one_order() -> None:
-    """No module of `treadle/` needs itself by way of others, inside functions either; for types alone it may."""
+    """No module of `treadle/` imports itself indirectly, inside functions either; imports for types are exempt."""
     needs: dict[str, set[str]] = {}
     for path in python_files("treadle"):
         if path.name != "__init__.py":
@@ -288,11 +288,11 @@ def test_imports_are_absolute_and_by_the_full_name() -> None:
     assert short == []
 
 
-# What a module may be called
+# Names of modules
 
 
 def test_no_file_is_named_after_a_library() -> None:
-    """A folder may be: `treadle.backends.torch` says what it lowers to, but no file in it is torch.py."""
+    """A folder may have such a name: `treadle.backends.torch` is named after its target, but no file is torch.py."""
     libraries = {
         name.partition(".")[0]
         for path in python_files(*LAYERS, *BESIDE)
@@ -305,9 +305,9 @@ def test_no_file_is_named_after_a_library() -> None:
 
 
 def test_no_two_things_have_one_name() -> None:
-    """Two public classes of one name are two things that a reader must tell apart by their files.
+    """Two public classes with one name are two things that a reader can only distinguish by their files.
 
-    A rewrite that makes an op, and a kernel that computes one, may have the op's name: all of them are about one thing.
+    A rewrite that builds an op, and a kernel that computes one, may have the op's name: all of them concern one thing.
     """
     places: dict[str, dict[str, str]] = {}
     double = []
@@ -330,9 +330,9 @@ def test_no_module_is_a_drawer() -> None:
 
 
 def test_no_module_shares_a_name_with_what_it_exports() -> None:
-    """Else `treadle.x.name` would be the module or the function, by the order of imports.
+    """Otherwise `treadle.x.name` would be the module or the function, depending on the order of imports.
 
-    A family's file is named after the declaration it holds (models/gpt2.py, gpt2): its package hands none of them on.
+    A family's file is named after the declaration in it (models/gpt2.py, gpt2): its package re-exports none of them.
     """
     for path in python_files(*(layer for layer in LAYERS if layer != "models")):
         defined = {
@@ -379,10 +379,12 @@ CHANGING = {
     "treadle/serving/answers.py": {"GrowingChoice"},
     "treadle/training/run_report.py": {"RunReport"},
 }
-"""Dataclasses that change while something is made of them. All others are values: frozen, and so good as keys."""
+"""Dataclasses that change while something is built from them. All others are values: frozen, and therefore usable as
+keys.
+"""
 
 BY_IDENTITY = {"Tensor", "OnnxNode", "KernelStep", "RoutineStep", "Routine", "_Row"}
-"""Of these, the ones that are equal to themselves alone."""
+"""The dataclasses of these that are compared by identity."""
 
 
 def test_values_are_frozen() -> None:

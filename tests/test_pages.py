@@ -1,4 +1,4 @@
-"""What commands print, as text: a page that changes is read as a diff. Other tests hold that what it says is right."""
+"""The output of commands, as text: a changed page is read as a diff. Other tests check that its content is right."""
 
 from __future__ import annotations
 
@@ -85,11 +85,11 @@ PAGES: dict[str, tuple[str, ...]] = {
 
 
 MEASURED = re.compile(r"\b\d+(\.\d+)? m?s\b|(?<='seconds': )[\d.e-]+|(?<='cores': )\d+|\d+ cores?")
-"""What differs from run to run, and from machine to machine, where a model is compiled or run."""
+"""Measurements that differ from run to run, and between machines, if a model is compiled or run."""
 
 
 def shortly(told: Any) -> Any:
-    """Numbers in six digits, and of passes those that changed something."""
+    """Return numbers in six digits, and only the passes that changed something."""
     if isinstance(told, dict):
         return {key: shortly(value) for key, value in told.items()}
     if isinstance(told, list):
@@ -125,15 +125,15 @@ def test_a_page(
 
 
 def test_commands_and_their_options(golden: Golden) -> None:
-    """What can be said, with the defaults, the bounds and the help."""
+    """All commands and options, with their defaults, bounds and help texts."""
     lines: list[str] = []
     for name, command in sorted(typer.main.get_group(app).commands.items()):
         lines += ["", f"{name}: {' '.join((command.help or '').split())}"]
         for each in command.params:
             told = getattr(each, "help", None)
-            has_default = isinstance(each.default, str | int | float)  # else what the library has in its place
+            has_default = isinstance(each.default, str | int | float)  # otherwise the library's replacement for it
             facts = [f"default {each.default!r}" * has_default, "required" * each.required]
-            kind = getattr(each, "type", each)  # whichever has the bounds, by the version of typer
+            kind = getattr(each, "type", each)  # the one that has the bounds, depending on typer's version
             bounds = (getattr(kind, "min", None), getattr(kind, "max", None))
             facts += [
                 f"{what} {bound}" for what, bound in zip(("from", "to"), bounds, strict=True) if bound is not None
@@ -145,7 +145,7 @@ def test_commands_and_their_options(golden: Golden) -> None:
 
 
 def test_a_roofline_of_known_numbers(golden: Golden) -> None:
-    """The table, what is above it and below, and the drawing."""
+    """The table, the lines above and below it, and the plot."""
     rows = (
         KernelRow(
             "matmul_64_gelu", "activated_linear", 12, 1e-4, 50_000_000, 400_000, "f32", 8e-5, "m.py:12, scope mlp"
@@ -159,7 +159,7 @@ def test_a_roofline_of_known_numbers(golden: Golden) -> None:
 
 
 def test_a_benchmark_of_known_numbers(golden: Golden, capsys: pytest.CaptureFixture[str]) -> None:
-    """The table and what is told below it; what is given as data."""
+    """The table, the lines below it, and the output as data."""
     graph = parse_graph("graph small { symbols B main(x: f32[B, 4]) -> (y: f32[B, 4]) { y = relu(x) return y = y } }")
     rows = (
         BenchRow("treadle", "small for tvm", 0.002, 1.0, (1.0, 1.0), None, 1.25, 900_000_000),
@@ -180,7 +180,7 @@ def test_a_benchmark_of_known_numbers(golden: Golden, capsys: pytest.CaptureFixt
 
 
 def test_a_verification_of_known_numbers(golden: Golden) -> None:
-    """Each verdict that there is, as text and as data."""
+    """Every possible verdict, as text and as data."""
     near, far, loose = Difference(1e-7, 1e-5), Difference(0.1, 1e-5), Difference(0.2, 0.7)
     fault = OpFault("gelu", "h.0.mlp", "m.py:7", far, None, {"B": 2})
     backends = (

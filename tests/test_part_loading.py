@@ -1,4 +1,6 @@
-"""Each rank reads its part of a checkpoint: by the bytes it counts, and by the pages of the file that it touches."""
+"""Each rank reads its part of a checkpoint: measured by the bytes it counts, and by the pages of the file that it
+touches.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,7 @@ def shapes(vocab: int = VOCAB) -> dict[str, tuple[int, ...]]:
 
 
 def written(folder: Path, dtype: str, vocab: int = VOCAB) -> Path:
-    """A Llama whose numbers all dtypes hold."""
+    """Write a Llama whose numbers all dtypes represent exactly."""
     rng = np.random.default_rng(0)
     drawn = {name: rng.integers(-64, 65, shape) / np.float32(64) for name, shape in shapes(vocab).items()}
     path = folder / "model.safetensors"
@@ -74,11 +76,11 @@ def planned(resolved: Resolved, recipe: str, mesh: str) -> ShardingPlan:
 
 
 def touched(path: Path) -> int:
-    """Bytes of a mapped file that lie in this process's memory."""
+    """Return the bytes of a mapped file that are in this process's memory."""
     try:
         lines = Path("/proc/self/smaps").read_text().splitlines()
     except OSError:
-        pytest.skip("the system does not tell which pages a process has")
+        pytest.skip("the system does not report the pages of a process")
     total, inside = 0, False
     for line in lines:
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
@@ -110,7 +112,7 @@ def test_ranks_read_their_parts_and_count_them(tmp_path: Path, dtype: str, recip
 
 
 def test_a_rank_touches_its_part_of_the_file(tmp_path: Path) -> None:
-    """Systems map a file in runs of up to 2 MB, so its tables are large. Planning touches none of it."""
+    """Systems map a file in runs of up to 2 MB, so its tables are large. Planning touches none of them."""
     path = written(tmp_path, "bf16", vocab=32768)
     resolved = resolve(tmp_path, deferred=True)
     plan = planned(resolved, "megatron", "tp=4")
@@ -168,7 +170,7 @@ def test_what_does_not_fit_a_narrower_dtype_is_refused_where_it_is_taken(tmp_pat
 
 
 def test_ranks_compare_the_shapes_and_the_ends_of_weights() -> None:
-    """Eight numbers at each end of each dimension, so that nothing large is read."""
+    """Eight numbers at each end of each dimension, so the check reads little."""
     held = np.arange(40.0)
     told = _told_weights({"w": held}, 0)
     for at, differs in ((0, True), (7, True), (8, False), (31, False), (32, True), (39, True)):

@@ -1,4 +1,4 @@
-"""Patterns and the pass manager: what matches, what a pipeline records, and what happens when a pass fails."""
+"""Patterns and the pass manager: matches, the log of a pipeline, and the behavior if a pass fails."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from treadle.passes.framework.rewrite import Match, Refusal, Rewrite
 from treadle.passes.fusion.fuse_gelu import FuseGelu
 from treadle.passes.pipelines import DEFAULT
 
-# -- what patterns say and refuse to say --------------------------------------------------------------------------
+# -- patterns -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Custom(Rewrite):
-    """A rewrite whose parts a test gives: only the pattern and the replacement's op."""
+    """A rewrite with a test's own pattern and replacement op."""
 
     spelled: Any = None
     op: str = "relu"
@@ -51,8 +51,8 @@ class Custom(Rewrite):
 
 
 def applied(spelled: Any, *lines: str, takes: str = "x: f32[B]", gives: str = "y: f32[B]") -> bool:
-    """Whether a pattern fits some node of a program."""
-    wrong = PassManager([Custom(spelled)], certify=False)  # which no certificate would let pass
+    """Return True if a pattern matches some node of a program."""
+    wrong = PassManager([Custom(spelled)], certify=False)  # certificates would reject all of them
     return bool(wrong.run(parse_graph(program(takes, gives, *lines))).log[0].matches)
 
 
@@ -66,7 +66,7 @@ def test_a_wildcard_is_one_value_wherever_it_stands() -> None:
 
 
 def test_an_operand_and_an_attribute_are_never_one_wildcard() -> None:
-    """Also where they have one number: `y` is a value, and an attribute is none."""
+    """Even if both have the same number: `y` is a value, and an attribute is not a value."""
 
     def inner(p: Any, x: Any, y: Any) -> Any:
         return p.softmax(x + y, axis=y)
@@ -91,7 +91,7 @@ def test_operands_of_other_ops_do_not_change_places() -> None:
 
 @pytest.mark.parametrize("number", [0.1, 0.1000001])
 def test_constants_match_within_the_rounding_of_their_dtype(number: float) -> None:
-    """0.1 is no float32, so its nearest one must match; a float32 that is 13 units away must not."""
+    """0.1 is not a float32, so its nearest one must match; a float32 that is 13 units away must not."""
     lines = (f"a = mul(x, {number})", "return y = a")
     assert applied(lambda p, x, y: x * 0.1, *lines) == (number == 0.1)
 
@@ -120,7 +120,7 @@ def test_a_replacement_of_another_type_is_refused() -> None:
 
 def test_rules_that_rewrite_their_own_output_forever_are_stopped() -> None:
     text = program("x: f32[B]", "y: f32[B]", "a = relu(x)", "return y = a")
-    with pytest.raises(PassError, match="custom keeps rewriting what it made"):
+    with pytest.raises(PassError, match="custom keeps rewriting its own output"):
         optimize(text, Custom(lambda p, x, y: p.relu(x)))
 
 
@@ -128,9 +128,9 @@ def test_rules_that_rewrite_their_own_output_forever_are_stopped() -> None:
     ("spelled", "message"),
     [
         (lambda p, x: x, "root must be an op"),
-        (lambda p, x: p.cast(x), "must say its attributes: to"),
+        (lambda p, x: p.cast(x), "must state its attributes: to"),
         (lambda p, x: p.exp(x, axis=1), "axis is not one of them"),
-        (lambda p, x: p.exp("x"), "made of terms and numbers"),
+        (lambda p, x: p.exp("x"), "must consist of terms and numbers"),
     ],
 )
 def test_what_is_no_pattern_says_why(spelled: Any, message: str) -> None:
@@ -156,7 +156,7 @@ def test_a_pattern_counts_the_least_ops_that_it_has(spelled: Any, size: int, roo
 def test_check_sees_captures_and_refuses_with_the_users_line() -> None:
     @dataclass(frozen=True)
     class OnlyVectors(Rewrite):
-        """exp(neg(x)) --> relu(x) for vectors, which is wrong and serves to be refused"""
+        """exp(neg(x)) --> relu(x) for vectors, a wrong rewrite that must be refused"""
 
         def pattern(self, p: Any, x: Any) -> Any:
             return p.exp(p.named("inner", -x))
@@ -196,7 +196,7 @@ def test_a_replacement_stands_where_the_root_stood() -> None:
 
 
 def blocks() -> Graph:
-    """A block called twice, with a result, an input and a weight that are of no use, and a function never called."""
+    """A block called twice, with an unused result, input and weight, and a function that is never called."""
     graph = Graph("g")
     forgotten, block = Function("forgotten"), Function("block")
     b = Builder(graph, forgotten)
@@ -235,10 +235,10 @@ def test_dead_code_crosses_functions() -> None:
     assert [v.name for v in graph.main.inputs] == ["x", "mask"]
     assert optimized.log[0].notes == [
         "removed unused weights: left",
-        "removed function forgotten, which nobody calls",
+        "removed function forgotten, which is never called",
         "removed unused weights: a.spare, b.spare",
     ]
-    # a function, a result of another and the node that made it, two arguments, a node of main, and three weights
+    # a function, a result of another with its node, two arguments, a node of main, and three weights
     assert optimized.log[0].changes == 9
     assert_same_numbers(optimized.source, graph)
 
@@ -342,7 +342,7 @@ def test_optimizing_twice_changes_nothing_more() -> None:
 
 @dataclass(frozen=True)
 class Breaking(Pass):
-    """Leaves a use of a value that nothing makes; or, told so, stumbles."""
+    """Leave a use of a value that no node produces; or, if so configured, raise an error."""
 
     stumble: bool = False
 
@@ -409,7 +409,7 @@ def test_any_graph_verifies_after_every_pass_and_keeps_its_signature(graph: Grap
 @given(random_graphs())
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_any_graph_that_can_be_run_keeps_its_numbers(graph: Graph) -> None:
-    """Without constant folding, which rounds to the graph's own dtypes and so differs from float64 on purpose."""
+    """Without constant folding, which rounds to the graph's own dtypes and so differs from float64 by design."""
     optimized = PassManager([each for each in DEFAULT if not isinstance(each, FoldConstants)]).run(graph)
     try:
         wanted = numbers(graph)
@@ -417,7 +417,7 @@ def test_any_graph_that_can_be_run_keeps_its_numbers(graph: Graph) -> None:
         reject()
     got = numbers(optimized.graph)
     for name, array in wanted.items():
-        # The default tolerance of float32: each op and its spelled-out form round their constants once.
+        # The default tolerance of float32: each op and its decomposed form round their constants once.
         np.testing.assert_allclose(got[name], array, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 

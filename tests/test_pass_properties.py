@@ -1,4 +1,4 @@
-"""Whatever the program, every pass of the default pipeline leaves a graph that verifies and means the same numbers."""
+"""On any program, every pass of the default pipeline leaves a graph that verifies and computes the same numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOLERANCE = 1000 * 300 * 2.0**-52
 
 
 ASKED = ("y", "y[:, 0]", "y", "y[:, -1:]", "y[:, 1:3]")
-"""What of a program's output is asked for; some programs give it whole."""
+"""The requested parts of a program's output; some programs return it whole."""
 
 
 def optimized(seed: int) -> Optimized:
@@ -43,14 +43,14 @@ def test_every_pass_keeps_the_graph_sound_and_its_numbers(start: int) -> None:
 
 
 def rules() -> Iterator[str]:
-    """Every rewrite of the pipeline, by the name that the log has it under."""
+    """Yield every rewrite of the pipeline, by its name in the log."""
     for each in DEFAULT:
         for rule in each.rules if isinstance(each, RewriteSet) else (each,):
             yield rule.name
 
 
 def test_the_programs_leave_no_rewrite_idle() -> None:
-    """Otherwise the test above would hold for a rewrite that it never saw."""
+    """Otherwise the test above would not cover a rewrite that never applied."""
     logs = [optimized(seed).log for seed in range(PROGRAMS)]
     at_work = {event.rule for log in logs for record in log for event in record.matches}
     at_work |= {record.name for log in logs for record in log if record.changed}

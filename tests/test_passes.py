@@ -1,4 +1,6 @@
-"""Passes: each rewrite by a program before and after, what it must refuse and why, and the same numbers throughout."""
+"""Passes: each rewrite by a program before and after, its refusals with their reasons, and the same numbers
+throughout.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ from treadle.passes.products.fuse_linear import FuseLinear
 
 @dataclass(frozen=True)
 class Case:
-    """A program, and what a pass makes of it (or, in `REFUSED`, the reason why it leaves it alone)."""
+    """A program, and a pass's result for it (or, in `REFUSED`, the reason why the pass leaves it alone)."""
 
     name: str
     each: Pass
@@ -41,12 +43,12 @@ class Case:
 def unary(
     name: str, each: Pass, before: Sequence[str], after: Sequence[str], x: str = "f32[B, S, 8]", y: str = ""
 ) -> Case:
-    """A case on one input x with one output y."""
+    """Return a case on one input x with one output y."""
     return Case(name, each, program(f"x: {x}", f"y: {y or x}", *before), program(f"x: {x}", f"y: {y or x}", *after))
 
 
 def swapped(lines: Sequence[str], old: str, new: str) -> list[str]:
-    """Lines with one text in them replaced."""
+    """Return lines with one text in them replaced."""
     assert any(old in line for line in lines)
     return [line.replace(old, new) for line in lines]
 
@@ -133,7 +135,7 @@ CANONICALIZED = [
             "return y = b",
         ],
         [
-            'r = rearrange(0.0, pattern="-> 1 1")',  # which dead-code removes
+            'r = rearrange(0.0, pattern="-> 1 1")',  # removed by dead-code
             "z = expand(r, shape=[B, S, 8])",
             "h = expand(2.0, shape=[S, 8])",
             "b = minimum(x, 2.0)",
@@ -462,7 +464,7 @@ FUSED = [
         program(*LINEAR, "a = linear(x, $w, $bias)", "return y = a", weights=WEIGHT),
     ),
     Case(
-        "weight-as-it-is-multiplied",  # [in, out]: a transposition would be a copy for nothing
+        "weight-as-it-is-multiplied",  # [in, out]: a transposition would be a useless copy
         FuseLinear(),
         program(*LINEAR, "a = matmul(x, $v)", "b = add(a, $bias)", "return y = b", weights=ACROSS),
         program(*LINEAR, "a = matmul(x, $v)", "b = add(a, $bias)", "return y = b", weights=ACROSS),
@@ -699,7 +701,7 @@ REFUSED = [
             *swapped(LAYER_NORM, "axes=[-1]", "axes=[0]"),
             *["r = rsqrt(e)", "y = mul(c, r)", "return y = y"],
         ),
-        "layer-norm at mul: the mean is over axes (0,), layer_norm needs the last alone",
+        "layer-norm at mul: the mean is over axes (0,), layer_norm needs the last axis only",
     ),
     Case(
         "layer-norm-keeps-no-dimension",
@@ -748,13 +750,13 @@ REFUSED = [
         "iota-too-large",
         FoldConstants(small_bytes=16),
         program("x: i64[B, 3]", "y: i64[B, 3]", "a = iota(size=3)", "b = add(x, a)", "return y = b"),
-        "fold-constants at iota: would make 24 bytes from 0, over the limit of 16",
+        "fold-constants at iota: would produce 24 bytes from 0, over the limit of 16",
     ),
     Case(
         "fold-over-the-limit",
         FoldConstants(limit_bytes=3),
         program("x: f32[B]", "y: f32[B]", "a = neg(2.0)", "b = mul(x, a)", "return y = b"),
-        "fold-constants at neg: would make 4 bytes, over the limit of 3",
+        "fold-constants at neg: would produce 4 bytes, over the limit of 3",
     ),
 ]
 
@@ -769,7 +771,7 @@ def test_near_miss_is_left_alone_and_says_why(case: Case) -> None:
 
 
 def test_an_index_of_many_sums_is_looked_at_once() -> None:
-    """Each sum reads the one before twice: 2^60 paths, and numbers beyond what i64 holds."""
+    """Each sum reads the previous one twice: 2^60 paths, and numbers that overflow i64."""
     for count, found in ((20, 1), (60, 0)):
         sums = [f"n{i + 1} = add(n{i}, n{i})" for i in range(count)]
         lines = [f"b = less(n{count}, 0)", f"n = where(b, x, n{count})", f"g = gather(x, n{count})", "y = add(n, g)"]
@@ -781,14 +783,14 @@ def test_an_index_of_many_sums_is_looked_at_once() -> None:
 
 
 def test_a_bf16_constant_is_one_only_if_it_is_one() -> None:
-    """bf16 holds nothing between 1 and 1.0078125."""
+    """bf16 has no number between 1 and 1.0078125."""
     for number, nodes in ((1.0, 0), (1.0078125, 1)):
         before = program("x: bf16[2]", "y: bf16[2]", f"a = mul(x, {number}:bf16)", "return y = a")
         assert len(optimize(before, Canonicalize()).graph.main.nodes) == nodes
 
 
 def test_lossless_casts_keep_every_value_of_small_dtypes() -> None:
-    """Tried on all values of the 8 and 16 bit dtypes."""
+    """Checked on all values of the 8 and 16 bit dtypes."""
     for source in ("u8", "i8", "i16", "f16"):
         type = Type(find_op("cast")(to=source).to)
         words = np.arange(1 << 8 * type.dtype.bytes).astype(f"u{type.dtype.bytes}")

@@ -1,4 +1,6 @@
-"""How well a language model foretells a text: as Hugging Face's losses say, window by window, and beside fewer bits."""
+"""Perplexity of a language model on a text: equal to Hugging Face's losses, window by window, and compared with low-bit
+weights.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ TEXT = " ".join(texts(12, 3))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny GPT-2 of 40 positions with drawn weights, and a byte-level tokenizer."""
+    """Return a tiny GPT-2 of 40 positions with drawn weights, and a byte-level tokenizer."""
     place = tmp_path_factory.mktemp("gpt2")
     made = tokenizers.ByteLevelBPETokenizer()
     made.train_from_iterator(texts(100, 7), vocab_size=300)
@@ -50,7 +52,7 @@ def ids(folder: Path) -> list[int]:
 
 
 def losses(folder: Path, row: list[int]) -> np.ndarray:
-    """-ln p of each token but the first, as Hugging Face computes logits."""
+    """Return -ln p of each token but the first, with Hugging Face's logits."""
     model = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
     with torch.no_grad():
         told = torch.log_softmax(model(torch.tensor([row])).logits[0].double(), -1)
@@ -69,7 +71,7 @@ def test_of_one_window_it_is_what_hugging_faces_losses_say(folder: Path, ids: li
 
 
 def test_of_several_each_token_is_counted_once(folder: Path, ids: list[int]) -> None:
-    """With half a window or more before it, in the first window that has it."""
+    """In the first window that contains it with at least half a window before it."""
     model = t.load(folder)
     found = model.perplexity(TEXT, window=16, most=45)
     parts = [losses(folder, ids[:16])]
@@ -120,14 +122,14 @@ def test_fewer_bits_stand_beside_the_model_without_them(folder: Path, ids: list[
 
 
 def test_fewer_bits_of_a_files_own_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`--widen blocks` makes numbers of a GGUF file's blocks, which --quantize rounds; without it there are none."""
+    """`--widen blocks` turns a GGUF file's blocks into numbers, which --quantize rounds; without it there are none."""
     pytest.importorskip("gguf")
     from tests.fuzz.gguf_files import Sizes, tensors, write_model
 
     place, text = tmp_path / "m.gguf", tmp_path / "text.txt"
     write_model(place, Sizes(), tensors(Sizes()), "Q4_1")
     text.write_text(TEXT, encoding="utf-8")
-    with pytest.raises(UsageError, match=r"int4 rounds nothing of .*: its matrices are in blocks already"):
+    with pytest.raises(UsageError, match=r"int4 quantizes nothing of .*: its matrices are in blocks already"):
         PerplexityMeter.open(ModelOptions(place, quantize="int4"))
     asked = ["perplexity", str(place), str(text), "--tokens", "40", "--window", "32", "--quantize", "int4", "--json"]
     treadle.cli.app([*asked, "--widen", "blocks"], standalone_mode=False)
@@ -165,7 +167,7 @@ def test_what_has_no_perplexity(
 
 
 def test_one_token_has_no_error_and_sizes_may_be_open(folder: Path, ids: list[int]) -> None:
-    """Of a model that takes any number of tokens a window may be as long as one likes."""
+    """For a model of any number of tokens a window may have any length."""
     rows = SimpleNamespace(shape=[SimpleNamespace(as_symbol=None)])
 
     class Model:
@@ -184,7 +186,7 @@ def test_one_token_has_no_error_and_sizes_may_be_open(folder: Path, ids: list[in
     with pytest.raises(UsageError, match=r"^a window has at least 2 tokens\n"):
         made.measure(range(2), window=1)
     steep: Any = Model(0.0)
-    steep.fill = np.array([1e30, *[0] * 7], np.float32)  # all but token 0 are impossible, but for what a float tells
+    steep.fill = np.array([1e30, *[0] * 7], np.float32)  # all but token 0 have a probability below float's resolution
     assert PerplexityMeter(steep, None, None).measure([0, 1]).perplexity == math.exp(700)  # type: ignore[arg-type]
     for wrong in (math.nan, math.inf):
         made = PerplexityMeter(Model(wrong), None, None)  # type: ignore[arg-type]

@@ -1,4 +1,6 @@
-"""Pipelines: how layers are cut into stages, what ranks of each do, and when. And weights that are gathered ahead."""
+"""Pipelines: the division of layers into stages, the work of each stage's ranks, and its schedule. Also weights that
+are gathered ahead.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ NEAR = 1e-11
 """Sums of some hundred float64 numbers near 1, in another order."""
 
 MEETING = ("clip", "siglip")
-"""Families whose rows meet: of images with texts."""
+"""Families whose rows communicate: images with texts."""
 
 SMALL: dict[str, Any] = {"layers": 8, "dim": 64, "heads": 4, "vocab": 96, "context": 32}
 
@@ -69,7 +71,7 @@ def test_stages_together_compute_what_the_model_does(family: str, mesh: str) -> 
 
 @pytest.mark.parametrize("family", MEETING)
 def test_rows_that_meet_are_no_micro_batches(family: str) -> None:
-    with pytest.raises(PassError, match=r"micro-batches would have to meet: .* needs all of") as error:
+    with pytest.raises(PassError, match=r"micro-batches cannot be computed separately: .* needs all of") as error:
         shard(recognized(family), "pp=2,micro=2", recipe="gpipe")
     assert error.value.hint
 
@@ -91,7 +93,7 @@ def test_ranks_hold_the_weights_of_their_stage_alone() -> None:
 
 
 def sloped_blocks(count: int) -> Graph:
-    """Blocks that are written out, whose heads read one constant, as ALiBi's do."""
+    """Return inlined blocks whose heads read one constant, as ALiBi's do."""
     b = Builder(Graph("sloped"))
     x, slopes = b.input("x", "f64[B, S, 8]"), b.constant(np.arange(1.0, 9.0))
     for n in range(count):
@@ -105,7 +107,7 @@ def sloped_blocks(count: int) -> Graph:
 
 
 def in_lab(graph: Graph, plan: ShardingPlan) -> float:
-    """The greatest difference between the lab and the whole graph, relative to the greatest element."""
+    """Return the greatest difference between the lab and the whole graph, relative to the greatest element."""
     rng = np.random.default_rng(0)
     inputs = {v.name: np.asarray(rng.normal(size=v.type.evaluate({"B": 9, "S": 3}))) for v in graph.main.inputs}
     weights = {n: np.asarray(rng.normal(size=v.type.evaluate({}))) for n, v in graph.parameters.items()}
@@ -127,7 +129,7 @@ def test_each_stage_takes_its_part_of_a_constant() -> None:
     for number, stage in enumerate(pipeline.stages):
         without = replace(stage, steps=tuple(at for at in stage.steps if at not in taken))
         stages = (*pipeline.stages[:number], without, *pipeline.stages[number + 1 :])
-        with pytest.raises(PassError, match=rf"stage {number} has no \w+ in \[tp\]"):
+        with pytest.raises(PassError, match=rf"stage {number} has no copy of \w+ with placement \[tp\]"):
             check_sharding(replace(plan, pipeline=replace(pipeline, stages=stages)))
 
 
@@ -157,7 +159,7 @@ def test_values_of_rank_0_are_inputs_weights_constants_and_outputs(mesh: str, re
 
 
 def test_an_output_has_its_micro_batches_in_order() -> None:
-    """What splits the positions of a micro-batch is gathered before they are put together."""
+    """Splits of a micro-batch's positions are gathered before the micro-batches are concatenated."""
     b = Builder(Graph("split"))
     x = b.input("x", "f64[B, 8]")
     y = b.softmax(b.rms_norm(b.abs(x) + b.parameter("v", "f64[8]"), b.parameter("w", "f64[8]")), axis=1)
@@ -175,12 +177,12 @@ def test_an_output_has_its_micro_batches_in_order() -> None:
     assert "output y has its micro-batches in order" in str(plan)
 
 
-# -- cuts --------------------------------------------------------------------------------------------------------------
+# -- splits into stages ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_a_cut_is_the_best_of_all_cuts(seed: int) -> None:
-    """The least slowest stage, and then the least that is handed on."""
+    """The smallest slowest stage, and then the fewest transferred bytes."""
     r = Random(seed)
     count = r.randint(1, 5)
     seconds = [r.choice([0.0, 1.0, 2.0, 5.0, r.random()]) for _ in range(r.randint(count, 9))]
@@ -215,8 +217,10 @@ def test_a_heavy_end_has_a_stage_of_its_own() -> None:
 
 
 def test_what_follows_from_inputs_is_not_handed_on() -> None:
-    """A mask of BERT's, which all layers read, is of the inputs; T5's biases are of weights and positions, and the same
-    for all micro-batches: they are handed on once."""
+    """BERT's mask, which all layers read, depends on inputs.
+
+    T5's biases depend on weights and positions, and are the same for all micro-batches: they are sent once.
+    """
     plan = shard(recognized("bert"), "pp=2,micro=3", recipe="gpipe")
     assert [value.name for value, _ in pipeline_of(plan).stages[1].receives] == ["mlp_norm"]
     plan = shard(recognized("t5"), "pp=2,micro=3", recipe="gpipe")
@@ -322,18 +326,18 @@ def a_step_before_the_first(made: PlannedPipeline) -> PlannedPipeline:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (steps_in_another_order, "stage 0 does or takes something twice, or in another order"),
-        (a_step_twice, "stage 0 does or takes something twice, or in another order"),
-        (handed_on_twice, "stage 1 does or takes something twice, or in another order"),
-        (a_step_past_the_last, "stage 3 has steps that there are not"),
-        (a_step_before_the_first, "stage 0 has steps that there are not"),
+        (steps_in_another_order, "stage 0 runs or receives something twice, or in another order"),
+        (a_step_twice, "stage 0 runs or receives something twice, or in another order"),
+        (handed_on_twice, "stage 1 runs or receives something twice, or in another order"),
+        (a_step_past_the_last, "stage 3 has steps that do not exist"),
+        (a_step_before_the_first, "stage 0 has steps that do not exist"),
         (without_a_step, "stage 1 is handed x|holds other weights"),
-        (without_what_is_handed_on, "stage 1 has no x"),
-        (handed_on_too_early, "stage 1 is handed .*, which the one before has not so"),
+        (without_what_is_handed_on, "stage 1 has no copy of x"),
+        (handed_on_too_early, "stage 1 receives .*, which the stage before does not have in this placement"),
         (without_a_weight, "stage 3 holds other weights than it reads"),
         (with_all_weights, "stage 0 holds other weights than it reads"),
-        (without_an_output, "outputs are not each of one stage"),
-        (with_an_output_twice, "outputs are not each of one stage"),
+        (without_an_output, "outputs do not each belong to one stage"),
+        (with_an_output_twice, "outputs do not each belong to one stage"),
         (of_one_stage_less, "3 stages, over pp of"),
         (over_the_batch, "which is not the last axis"),
         (along_stages, "which is not the last axis"),
@@ -346,12 +350,12 @@ def test_a_wrong_pipeline_is_refused(change: Callable[[PlannedPipeline], Planned
 
 
 def test_ranks_do_not_meet_over_stages_or_micro_batches() -> None:
-    """Plans of other recipes, which are said to be pipelines."""
+    """Plans of other recipes that are declared to be pipelines."""
     made = pipeline_of(shard(recognized("gpt2"), "pp=2,micro=2", recipe="gpipe"))
     for axes, told in (
-        ({"heads": "pp"}, "lie over pp"),
-        ({"heads": "micro"}, "are terms over micro"),
-        ({"wte.weight[1]": "micro"}, "ranks of layer_norm meet over stages or micro-batches"),
+        ({"heads": "pp"}, "are split over pp"),
+        ({"heads": "micro"}, "are partial over micro"),
+        ({"wte.weight[1]": "micro"}, "a collective of layer_norm runs over stages or micro-batches"),
     ):
         plan = shard(recognized("gpt2"), "pp=2,micro=2", axes=axes)
         with pytest.raises(PassError, match=told):
@@ -362,8 +366,10 @@ def test_ranks_do_not_meet_over_stages_or_micro_batches() -> None:
 
 
 def test_predicted_seconds_hold_the_bubble() -> None:
-    """Of stages that take equally long, ranks wait (stages - 1) / (micro-batches + stages - 1) of the time; of others
-    longer."""
+    """If stages take equally long, ranks wait for (stages - 1) / (micro-batches + stages - 1) of the time.
+
+    Otherwise they wait longer.
+    """
     shape: dict[str, Any] = {"layers": 6, "dim": 1024, "heads": 16, "vocab": 1000, "context": 1024}
     sizes = {"B": 16, "S": 1024}
     found = {
@@ -394,7 +400,7 @@ def test_micro_batches_are_four_for_each_stage_or_as_many_as_rows() -> None:
         plan = shard_model("gpt2", mesh, recipe="gpipe", sizes=sizes, **SMALL)
         assert str(plan.mesh) == wanted
         assert plan.axes["batch"] == ("dp micro" if "dp" in mesh else "micro")
-    with pytest.raises(UsageError, match="recipe gpipe splits over a mesh axis pp, which the mesh has not"):
+    with pytest.raises(UsageError, match="recipe gpipe splits over a mesh axis pp, which the mesh does not have"):
         shard_model("gpt2", "tp=2", recipe="gpipe", **SMALL)
     with pytest.raises(PassError, match="do not give each of 8 micro-batches or ranks a part"):
         run_lab(shard(recognized("gpt2"), "pp=2", recipe="gpipe"), {"tokens": np.ones((7, 3), int)}, numbers("gpt2")[0])
@@ -403,15 +409,15 @@ def test_micro_batches_are_four_for_each_stage_or_as_many_as_rows() -> None:
 def test_the_plan_and_its_explanation_show_the_timetable() -> None:
     plan = shard_model("gpt2", "pp=2,micro=3", recipe="gpipe", **SMALL)
     text = str(plan)
-    assert "stages over pp, through which 3 micro-batches go one after another" in text
+    assert "stages over pp; 3 micro-batches pass through them in order" in text
     assert "    stage 0    0 1 2 .\n    stage 1    . 0 1 2\n" in text
-    assert "3 x hand_on over pp: stage 1 goes on from what stage 0 made" in text
+    assert "3 x hand_on over pp: stage 1 reads results of stage 0" in text
     told = explain_sharding(
         "gpt2", mesh="pp=2,tp=2,micro=3", recipe="gpipe", sizes={"B": 6, "S": 16}, **{**SMALL, "layers": 2}
     )
     assert max(map(len, str(told).splitlines())) <= 80
     assert "ranks wait" in str(told)
-    assert "stage 1 goes on from what stage 0 made" in str(told)
+    assert "stage 1 reads results of stage 0" in str(told)
     assert "2 stages, 3 micro-batches" in str(told)
     drawn = draw_sharding(told)
     assert drawn.count("<title>micro-batch ") == 6

@@ -1,4 +1,4 @@
-"""Meshes and placements: text that parses back, and parts that are all of a value, each once."""
+"""Meshes and placements: text that parses back, and parts that cover a value, each element once."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_placement_reads_back(text: str) -> None:
     mesh = Mesh.of("tp=8,dp=2,ep=2")
     placed = parse_placement(text, mesh)
     assert parse_placement(placed.text(mesh), mesh) == placed
-    assert placed.text(mesh) == text or "dp" in placed.text(mesh)  # the axes of terms come in their own order
+    assert placed.text(mesh) == text or "dp" in placed.text(mesh)  # the axes of partial sums have their own order
 
 
 def test_text_that_is_no_placement_is_refused() -> None:
@@ -107,7 +107,7 @@ def test_text_that_is_no_placement_is_refused() -> None:
     with pytest.raises(ParseError, match="a dimension is split over nothing") as error:
         parse_placement("[tp, *2]", Mesh.of("tp=2"))
     assert error.value.hint == "- for a whole dimension"
-    with pytest.raises(ParseError, match="not a placement"):  # at once: each digit is read in one way
+    with pytest.raises(ParseError, match="not a placement"):  # quickly: each digit is parsed in one way only
         parse_placement("[-] sum(" + "(1)" + "1" * 10 + "(1)1111111111" * 40 + "!", Mesh.of("tp=2"))
 
 
@@ -127,7 +127,7 @@ def test_uneven_parts_differ_by_one_unit() -> None:
 
 
 def test_a_split_that_is_known_lies_between_blocks_or_cuts_them() -> None:
-    """Of 12 * 64 elements over 8 ranks, parts begin at multiples of 64; without a grain, of 96."""
+    """For 12 * 64 elements over 8 ranks, parts begin at multiples of 64; without a grain, at multiples of 96."""
     parts = Mesh.of("tp=8").parts
     of_64, even = Split(parts, Size.of(64)), Split(parts)
     size, symbol = Size.of(12 * 64), Size.symbol("S")
@@ -149,7 +149,7 @@ def test_equal_parts_need_no_grain() -> None:
 def test_a_grain_that_could_be_less_has_no_way_to_it() -> None:
     mesh = Mesh.of("tp=2")
     now, target = (MeshPlacement((Split(mesh.parts, Size.of(grain)),)) for grain in (1, 2))
-    with pytest.raises(PassError, match="no step leads to a placement whose grain could be less"):
+    with pytest.raises(PassError, match="no step leads to a placement whose grain could be smaller"):
         conversion([Size.of(8)], now, target)
     assert conversion([Size.of(6)], now, target)  # 2 and 4 elements, not 3 and 3
 
@@ -212,7 +212,7 @@ def test_without_the_last_axis_a_split_is_the_split_over_the_others(text: str, s
     ],
 )
 def test_a_group_that_reaches_beyond_its_node_has_the_slow_link(mesh: str, over: str, is_fast: bool) -> None:
-    """Of eight devices: what counts is how far apart ranks of the group are."""
+    """Eight devices: the distance between the group's ranks counts."""
     machine, laid = find_machine("h100"), Mesh.of(mesh)
     assert machine.link(laid, laid.parts_of(over)) == (machine.fast if is_fast else machine.slow)
 
@@ -272,7 +272,7 @@ def test_terms_lie_in_an_order_of_their_own() -> None:
     assert len(parse_placement("[tp:(1)2, -] max(dp)", mesh).used) == 2
 
 
-# -- what it costs -----------------------------------------------------------------------------------------------------
+# -- costs -------------------------------------------------------------------------------------------------------------
 
 ROUND = Machine(flops=1.0, bandwidth=128.0, memory=1.0, node=4, fast=64.0, slow=16.0, latency=0.5)
 """For four ranks with an f32[8, 16], of 512 bytes."""

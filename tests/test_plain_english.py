@@ -28,7 +28,9 @@ def kinds(source: str, file: str = "ir/planted.py") -> list[tuple[str, int]]:
         ("x = 1  # computed anew", [("elsewhere", 1)]),
         ('raise ValueError("the loss is no number")', [("messages", 1)]),
         ('x = f"{y} is told at last"', [("messages", 1), ("messages", 1)]),
-        ('x = """\n\ntold\n"""', [("messages", 3)]),
+        ('x = """\n\nIt is told.\n"""', [("messages", 3)]),
+        ('x = "told"', []),
+        ('"""Return `told` and {told}."""', []),
         ("told = 1", [("identifiers", 1), ("participles", 1)]),
         ("class StepTold: pass", [("identifiers", 1)]),
         ("def f(given, _held): return given", [("participles", 1), ("participles", 1)]),
@@ -42,7 +44,7 @@ def test_a_planted_source_has_these_findings(source: str, expected: list[tuple[s
 
 
 def test_tests_are_counted_apart_from_the_product() -> None:
-    assert kinds('"""What it does."""\nx = "told"\ndef f(made): ...', "tests/planted.py") == [
+    assert kinds('"""What it does."""\nx = "is told"\ndef f(made): ...', "tests/planted.py") == [
         ("openings", 1),
         ("elsewhere", 2),
     ]
@@ -59,7 +61,7 @@ def test_words_inside_other_words_are_not_counted() -> None:
 
 
 def test_counts_are_by_kind_and_folder() -> None:
-    findings = [*findings_in_source("told = 1", "ir/a.py"), *findings_in_page("told", "README.md")]
+    findings = [*findings_in_source("told = 1", "ir/a.py"), *findings_in_page("told it", "README.md")]
     found = counts(iter(findings))
     assert found["identifiers"] == {"ir": 1}
     assert found["pages"] == {".": 1}
@@ -72,7 +74,7 @@ def test_lowering_never_raises_a_count(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(plain_english, "ALLOWED", file)
     planted = [
         *findings_in_source('"""What."""\ndef f():\n    """How."""', "ir/a.py"),
-        *findings_in_page("told", "docs/a.md"),
+        *findings_in_page("told it", "docs/a.md"),
     ]
     monkeypatch.setattr(plain_english, "all_findings", lambda: iter(planted))
     monkeypatch.setattr("sys.argv", ["plain_english", "--lower"])

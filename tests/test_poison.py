@@ -1,4 +1,6 @@
-"""Poison mode: what a plan has dead is NaN, and nobody notices; where a plan is wrong, somebody does."""
+"""Poison mode: dead memory is filled with NaN, which changes no result of a right plan and shows in the result of a
+wrong one.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ def run(graph: Graph, backend: str, given: dict[str, Array], poison: bool) -> di
         patch.setenv("TREADLE_POISON", "1" if poison else "0")
         executable = treadle.compile(graph, backend=backend, seed=1)
         executable(**given)
-        return bits(executable(**given))  # the second time, memory holds what the first left
+        return bits(executable(**given))  # the second time, memory holds the first run's values
 
 
 @each_backend
@@ -92,7 +94,7 @@ def test_a_line_that_reads_what_is_dead_computes_with_nan(backend: str, monkeypa
 
 @needs_torch
 def test_what_a_library_allocated_is_filled_when_it_dies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A norm, of which PyTorch has no form that writes where it is told to."""
+    """A norm, for which PyTorch has no form that writes into a destination."""
     monkeypatch.setenv("TREADLE_POISON", "1")
     backend, target = find_backend("torch"), Target("cpu")
     assert isinstance(backend, StagedBackend)
@@ -132,7 +134,7 @@ def test_what_the_caller_gave_stays_as_it_is(backend: str, monkeypatch: pytest.M
 @needs_tvm
 @pytest.mark.parametrize("name", ["gpt2", "t5", "whisper", "clip"])
 def test_a_run_touches_the_arena_up_to_what_was_planned(name: str) -> None:
-    """Bytes that differ from what lay there, of two patterns: one of them at least differs from what is written."""
+    """Memory is filled with two patterns: a written byte differs from at least one of them."""
     graph = ZOO[name][0].graph()
     executable = treadle.compile(graph, backend="tvm", seed=1)
     machine = executable.executable.machine
@@ -156,7 +158,7 @@ def test_a_run_touches_the_arena_up_to_what_was_planned(name: str) -> None:
 @needs_tvm
 @pytest.mark.parametrize("name", ["gpt2", "t5", "whisper", "clip"])
 def test_no_kernel_allocates_for_itself(name: str) -> None:
-    """None refers to what TVM or the C library would allocate by: what is foreign to the plan is nothing."""
+    """No kernel refers to the allocators of TVM or the C library: no memory is outside the plan."""
     machine = treadle.compile(ZOO[name][0].graph(), backend="tvm", seed=1).executable.machine
     files = [machine.cache.path(kernel) for kernel in machine._entries]
     found = [file.read_bytes() for file in files if file is not None and file.is_file()]
@@ -172,11 +174,11 @@ def test_a_run_allocates_its_outputs_and_nothing_else() -> None:
     held = executable(**given)
     made = sum(np.asarray(array).nbytes for array in held.values())
     assert made <= _traced(lambda: executable(**given)) < made + 64_000
-    assert _traced(lambda: executable(**given)) < 64_000  # in the memory of a result that nobody holds
+    assert _traced(lambda: executable(**given)) < 64_000  # in the memory of an unreferenced result
 
 
 def _traced(run: Callable[[], Any]) -> int:
-    """Bytes that a call allocates at most at once."""
+    """Return the most bytes that a call has allocated at any time."""
     tracemalloc.start()
     try:
         made = run()

@@ -1,4 +1,4 @@
-"""What a graph's parts, an axis that is followed, and plans print: whole texts, in tests/golden/text_form/."""
+"""The printed forms of a graph's parts, of a followed axis, and of plans: whole texts, in tests/golden/text_form/."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_an_axis_that_is_followed(golden: Golden) -> None:
 
 
 def test_axes_that_are_followed_through_programs(golden: Golden) -> None:
-    """Of many ops in any order, blocks among them."""
+    """Programs of many ops in any order, with blocks."""
     shown = []
     for seed in range(10):
         for axis in ("B", "S"):
@@ -100,7 +100,7 @@ def test_axes_that_are_followed_through_programs(golden: Golden) -> None:
 
 
 def test_costs_of_programs(golden: Golden) -> None:
-    """Operations and bytes of each node, and of each function."""
+    """Operations and bytes of each node and of each function."""
     shown, sizes = [], {"B": 2, "S": 7}
     for seed in range(10):
         graph = random_program(seed)
@@ -114,7 +114,7 @@ def test_costs_of_programs(golden: Golden) -> None:
 
 def test_plans() -> None:
     found = Placement((0, 8, 64), 130, 128, "greedy", 0.125)
-    assert str(found) == "3 buffers in 130 bytes, at most 1.56% over the least (bound 128); greedy, 0.12 s"
+    assert str(found) == "3 buffers in 130 bytes, at most 1.56% over the minimum (bound 128); greedy, 0.12 s"
     assert not found.proven
     assert str(BetterOrder(12_000, 9_500, {"B": 2, "S": 7})) == "reordered: peak 12,000 -> 9,500 bytes at B=2, S=7"
     assert str(BetterOrder(12, 9, {})) == "reordered: peak 12 -> 9 bytes"
@@ -124,10 +124,10 @@ def test_plans() -> None:
     fit = MemoryFit(9_000, {"B": 2, "S": 64}, 12_000, 8_500, 1.0625, True, True, (chunk,), "logits")
     assert str(fit).splitlines() == [
         "peak 8,500 bytes within 9,000 (12,000 without a budget) at B=2, S=64 and below",
-        "a run takes 1.062 times as long, as predicted",
-        "what dies before logits is written lies in memory of logits, where it fits",
-        "products of one value are done one by one",
-        "what is cheap is computed again for each that reads it",
+        "predicted time: 1.062 times that of a run without a budget",
+        "temporaries that die before logits is written use the memory of logits, if they fit",
+        "products of one value are computed one by one",
+        "cheap values are recomputed for each reader",
         str(chunk),
     ]
     plain = MemoryFit(9_000, {}, 12_000, 8_500, 1.0)
@@ -142,7 +142,7 @@ def test_where_a_value_lies() -> None:
     turned = View(storage, whole.shape[::-1], whole.strides[::-1], Size.of(0))
     views = whole, whole.sliced(0, Size.of(1), Size.of(2)), turned, turned.sliced(0, Size.of(1), Size.of(2))
     forms = [ValuePlace(storage, view, How.OWN, "", 0, 1, True).form for view in views]
-    assert forms == ["row-major", "row-major, from 4 on", "strides [1, 4]", "strides [1, 4], from 1 on"]
+    assert forms == ["row-major", "row-major, offset 4", "strides [1, 4]", "strides [1, 4], offset 1"]
     assert (repr(storage), str(whole)) == ("<local x: f32[4*S]>", "x[S, 4]")
     assert (life_text(-1, 3), life_text(0, 3)) == ("given to 3", "0 to 3")
     assert aligned([("a", "bb", "c"), ("aaa", "b", "cc")]) == [["a  ", "bb", "c"], ["aaa", "b ", "cc"]]

@@ -1,5 +1,6 @@
-"""Products of vectors, matrices and stacks of them, in every spelling and with what passes fuse into them, keep their
-numbers through the default pipeline."""
+"""Products of vectors, matrices and stacks of them, written in every way and with the ops that passes fuse into them,
+keep their numbers through the default pipeline.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +18,14 @@ from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT
 
 LEAD = (2, 1, 3)
-"""The sizes of the axes before the last; the last of them alone for a matrix."""
+"""The sizes of the axes before the last; a matrix uses the last of them alone."""
 
 
 def weight(b: Builder, *shape: int) -> Expr:
     return b.parameter(f"w{len(b.function.parameters)}", f32[shape])
 
 
-# -- spellings of x w, from [..., 4] to [..., 4] -------------------------------------------------------------------
+# -- forms of x w, from [..., 4] to [..., 4] -----------------------------------------------------------------------
 
 
 def by_matmul(b: Builder, x: Expr) -> Expr:
@@ -44,7 +45,7 @@ def by_einsum(b: Builder, x: Expr) -> Expr:
 
 
 def joined(b: Builder, x: Expr, of_rows: Callable[[Expr], Expr]) -> Expr:
-    """The leading axes joined before a product, and split after it."""
+    """Join the leading axes before a product, and split them after it."""
     names = "abc"[: x.rank - 1]
     rows = b.rearrange(x, pattern=f"{' '.join(names)} k -> ({' '.join(names)}) k" if names else "k -> 1 k")
     sized = " ".join(f"{name}={size}" for name, size in zip(names, x.shape, strict=False))
@@ -65,7 +66,7 @@ def by_linear_of_rows(b: Builder, x: Expr) -> Expr:
 
 
 def on_the_left(b: Builder, x: Expr) -> Expr:
-    """The weight times x, as columns."""
+    """Multiply the weight with x, as columns."""
     if x.rank == 1:
         return matmul(b, weight(b, 4, 4), x)
     return b.rearrange(
@@ -74,7 +75,7 @@ def on_the_left(b: Builder, x: Expr) -> Expr:
 
 
 def by_stack(b: Builder, x: Expr) -> Expr:
-    """A matrix for each entry of the outermost axis."""
+    """Multiply with one matrix for each entry of the outermost axis."""
     return b.matmul(x, weight(b, 2, *[1] * (x.rank - 3), 4, 4)) if x.rank > 2 else matmul(b, x, weight(b, 4, 4) * 2.0)
 
 
@@ -90,7 +91,7 @@ SPELLINGS = (
     by_stack,
 )
 
-# -- what stands around a product ----------------------------------------------------------------------------------
+# -- ops around a product ------------------------------------------------------------------------------------------
 
 Spelling = Callable[[Builder, Expr], Expr]
 
@@ -127,7 +128,7 @@ def three_of_one(b: Builder, x: Expr, spell: Spelling) -> Expr:
 
 
 def attention(b: Builder, x: Expr, spell: Spelling) -> Expr:
-    """One head, over the axis before the last; a vector has none."""
+    """Attend with one head over the axis before the last, which a vector does not have."""
     if x.rank == 1:
         return spell(b, x) * b.reduce_sum(spell(b, x) * spell(b, x), axes=(0,), keep=True)
     q, k, v = spell(b, x), spell(b, x), spell(b, x)

@@ -1,4 +1,4 @@
-"""Quantizing a model's weights: the plan, its checker, applying it, what it costs, and what is told of it."""
+"""Quantization of a model's weights: the plan, its checker, its application, its costs, and its report."""
 
 from __future__ import annotations
 
@@ -123,17 +123,17 @@ def test_what_becomes_of_each_weight_and_why(every: Graph) -> None:
         "across": ("None", "products sum along both of its axes"),
         "along": ("int4_groups(32)", "multiplied by linear"),
         "both": ("None", "products sum along both of its axes"),
-        "computed": ("None", "mul reads its numbers"),
-        "whole": ("None", "mul reads its numbers"),
+        "computed": ("None", "mul reads its elements"),
+        "whole": ("None", "mul reads its elements"),
         "odd": ("int8_rows", "multiplied by linear, an output"),
-        "stack": ("None", "no matrix: it has rank 3"),
-        "table": ("None", "gather picks rows of it, and no product reads it whole"),
-        "tied": ("int8_rows", "multiplied by linear, an output; gather picks rows of it"),
+        "stack": ("None", "not a matrix: it has rank 3"),
+        "table": ("None", "gather looks up rows of it, and no product reads it whole"),
+        "tied": ("int8_rows", "multiplied by linear, an output; gather looks up rows of it"),
         "lost": ("None", "nothing reads it"),
-        "half": ("None", "its numbers are f16, and what is rounded is f32"),
-        "blocks": ("None", "held as q8_0 already"),
-        "bias": ("None", "no matrix: it has rank 1"),
-        "returned": ("None", "the caller reads its numbers"),
+        "half": ("None", "its elements are f16, and only f32 is quantized"),
+        "blocks": ("None", "stored as q8_0 already"),
+        "bias": ("None", "not a matrix: it has rank 1"),
+        "returned": ("None", "the caller reads its elements"),
     }
     assert set(plan.encodings) == {"along", "odd", "tied"}
     assert plan.bytes_before - plan.bytes == sum(
@@ -185,7 +185,7 @@ def test_every_matrix_of_a_model_is_planned(name: str, scheme: str) -> None:
 
 
 def test_a_scheme_that_would_round_nothing_of_a_model_in_blocks_is_refused() -> None:
-    """What is in blocks stays, and only what it multiplies is left to round."""
+    """Weights in blocks stay, and only the activations that they multiply are left to round."""
     graph = parse_graph("""graph g {
       symbols M
       parameters { w: f32[8, 64] as q4_1 }
@@ -197,7 +197,7 @@ def test_a_scheme_that_would_round_nothing_of_a_model_in_blocks_is_refused() -> 
     }""")
     weights = {"w": Encoding("q4_1").sample(np.random.default_rng(0), (8, 64))}
     for scheme in ("int4", "int8-weights"):
-        with pytest.raises(UsageError, match=f"{scheme} rounds nothing of g: its matrices are in blocks") as error:
+        with pytest.raises(UsageError, match=f"{scheme} quantizes nothing of g: its matrices are in blocks") as error:
             treadle.compile(graph, weights=weights, quantize=scheme)
         assert error.value.received == "1 in q4_1"
         assert error.value.hint is not None
@@ -208,7 +208,7 @@ def test_a_scheme_that_would_round_nothing_of_a_model_in_blocks_is_refused() -> 
 
 
 def test_four_bits_beside_rounded_activations() -> None:
-    """Groups beside groups, and rows beside the 8-bit rows of logits."""
+    """Groups with groups, and rows with the 8-bit rows of logits."""
     plan = plan_quantization(optimized("llama"), "int4-int8")
     check_quantization(plan, optimized("llama"))
     assert plan.encodings == plan_quantization(optimized("llama"), "int4").encodings
@@ -220,7 +220,7 @@ def test_four_bits_beside_rounded_activations() -> None:
 
 
 def test_an_unknown_scheme_is_refused(every: Graph) -> None:
-    with pytest.raises(PassError, match="there is no quantization 'int3'") as error:
+    with pytest.raises(PassError, match="unknown quantization 'int3'") as error:
         plan_quantization(every, "int3")
     assert error.value.hint == "one of int8-weights, int8, int4, int4-int8"
     with pytest.raises(UsageError, match="unknown quantization scheme 'int3'"):
@@ -241,15 +241,19 @@ EIGHT = Encoding("int8_rows")
 @pytest.mark.parametrize(
     ("name", "fields", "what"),
     [
-        ("along", {"encoding": EIGHT.along(0)}, "does not sum over the axis of the blocks"),
-        ("both", {"encoding": EIGHT}, "does not sum over the axis of the blocks"),
-        ("computed", {"encoding": EIGHT}, "mul, of main does not sum over the axis of the blocks"),
-        ("returned", {"encoding": EIGHT}, "returned is an output, and would be blocks"),
-        ("bias", {"encoding": EIGHT}, "bias is f32[8], and no matrix of numbers"),
-        ("blocks", {"encoding": EIGHT}, "blocks is f32[8, 64] as q8_0, and no matrix of numbers"),
+        ("along", {"encoding": EIGHT.along(0)}, "does not sum over the axis of its blocks"),
+        ("both", {"encoding": EIGHT}, "does not sum over the axis of its blocks"),
+        ("computed", {"encoding": EIGHT}, "mul, of main does not sum over the axis of its blocks"),
+        ("returned", {"encoding": EIGHT}, "returned is an output, and must not be in blocks"),
+        ("bias", {"encoding": EIGHT}, "bias is f32[8], not a matrix of numbers"),
+        ("blocks", {"encoding": EIGHT}, "blocks is f32[8, 64] as q8_0, not a matrix of numbers"),
         ("tied", {"encoding": EIGHT.along(0)}, "gather takes its blocks apart"),
         ("tied", {"reason": ""}, "tied has no reason"),
-        ("tied", {"type": parse_graph(EVERY).parameters["along"].type}, "tied is f32[7, 64], planned as f32[8, 64]"),
+        (
+            "tied",
+            {"type": parse_graph(EVERY).parameters["along"].type},
+            "tied is f32[7, 64], but is planned as f32[8, 64]",
+        ),
         ("tied", {"name": "other"}, "other must be planned once"),
         ("tied", {"name": "along"}, "must be planned once"),
     ],
@@ -262,7 +266,7 @@ def test_a_wrong_plan_is_caught(every: Graph, name: str, fields: dict[str, Any],
 
 
 def test_a_plan_that_the_planner_would_not_make_may_be_right(every: Graph) -> None:
-    """The checker judges what a plan does, not whether the planner would do it."""
+    """The checker judges the effect of a plan, not whether the planner would choose it."""
     table = changed(plan_quantization(every, "int8-weights"), "table", encoding=EIGHT, reason="it is large")
     check_quantization(table, every)
     check_quantization(changed(table, "tied", encoding=None, reason="precious"), every)
@@ -370,7 +374,7 @@ def test_verify_takes_an_artifact_with_blocks(tmp_path: Path) -> None:
     assert report.passed and report.rewrites.exceeds is False
 
 
-# -- told ----------------------------------------------------------------------------------------------------------
+# -- the report ----------------------------------------------------------------------------------------------------
 
 
 def test_a_plan_prints_with_layers_folded() -> None:
@@ -380,7 +384,7 @@ def test_a_plan_prints_with_layers_folded() -> None:
     assert lines[2].split() == ["weight", "type", "encoding", "bytes", "was", "why"]
     rows = {line.split()[0]: " ".join(line.split()[1:]) for line in lines[3:]}
     assert rows["layer.{0..2}.attn.q.weight"] == "f32[64, 64] int4_groups(32) 6,912 49,152 multiplied by projections"
-    assert rows["norm.weight"] == "f32[64] stays 256 256 no matrix: it has rank 1"
+    assert rows["norm.weight"] == "f32[64] stays 256 256 not a matrix: it has rank 1"
     assert len(rows) == 11
 
 
@@ -412,8 +416,8 @@ def test_a_file_that_is_quantized_already_is_told_as_it_is(tmp_path: Path) -> No
     made = treadle.compile(MODELS["llama"], quantize="int4", seed=4)
     plan = explain_quantization(made.graph)
     assert {w.reason for w in plan.weights if w.type.encoding is not None} == {
-        "held as int4_groups(32) already",
-        "held as int8_rows already",
+        "stored as int4_groups(32) already",
+        "stored as int8_rows already",
     }
     assert plan.encodings == {}
     head = str(plan).splitlines()[0]

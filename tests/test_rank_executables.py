@@ -1,4 +1,6 @@
-"""A rank's program on a backend: what compiles it runs kernels between collectives, which the process meets itself."""
+"""A rank's program on a backend: the compiled code runs kernels between collectives, which the process itself
+executes.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ def compiled(backend: str, graph: Graph, weights: dict[str, Any] | None = None) 
 
 
 def apart(backend: str, family: str, plan: ShardingPlan) -> tuple[float, set[str]]:
-    """How far the parts that ranks give are from those of the whole model's outputs; in what they met."""
+    """Return the largest difference between the ranks' parts and the whole model's outputs, and the room they used."""
     graph = recognized(family)
     drawn, inputs, wanted = numbers(family)
     weights = {n: a.astype(np.float32) for n, a in drawn.items()}
@@ -83,7 +85,7 @@ SMALL: dict[str, Any] = {"layers": 1, "dim": 64, "heads": 4, "vocab": 96, "conte
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("quantize", ["int8-weights", "int8", "int4", "int4-int8"])
 def test_blocks_that_ranks_gather_are_decoded_at_every_call(backend: str, quantize: str) -> None:
-    """Or refused before anything is compiled, where a backend decodes weights in blocks once alone."""
+    """Or refused before anything is compiled, if a backend decodes weights in blocks only once."""
     plan = shard_model("gpt2", "tp=2,dp=2", recipe="megatron-fsdp", quantize=quantize, **SMALL)
     weights = encode_weights(plan.graph, initial_weights(plan.graph, 0))
     tokens = np.arange(64).reshape(8, 8)
@@ -144,7 +146,7 @@ def test_a_program_that_runs_alone_is_told_so(backend: str) -> None:
 
 
 class Odd:
-    """A meeting that gives what it was made with, or raises it."""
+    """A collective that returns or raises the value it was constructed with."""
 
     def __init__(self, gives: Any) -> None:
         self.gives = gives
@@ -157,7 +159,7 @@ class Odd:
 
 @pytest.mark.parametrize("gives", [ValueError("odd"), np.ones((1, 4), np.float32)], ids=["raises", "another shape"])
 def test_a_meeting_that_fails_is_told_at_its_op(gives: Any) -> None:
-    """Nothing is raised through compiled code; the next call starts afresh."""
+    """No exception passes through compiled code; the next call starts fresh."""
     b = Builder(Graph("odd"))
     b.outputs(y=b.apply("all_reduce", b.input("x", "f32[B, 4]"), over="tp", ways=2) * 2.0)
     exe, x = compiled("tvm", b.graph), np.ones((2, 4), np.float32)
@@ -167,7 +169,7 @@ def test_a_meeting_that_fails_is_told_at_its_op(gives: Any) -> None:
         assert (error.value.what, error.value.received) == ("all_reduce: failed while running", "ValueError: odd")
         assert "test_rank_executables.py:" in str(error.value.source)
     else:
-        assert error.value.what == "all_reduce gave [1, 4], and not [2, 4]"
+        assert error.value.what == "all_reduce returned shape [1, 4], expected [2, 4]"
     with meeting_at(Odd(x)):
         assert np.array_equal(exe(x=x)["y"], 2 * x)
 

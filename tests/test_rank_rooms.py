@@ -1,4 +1,4 @@
-"""Where ranks in threads of one process meet: who meets otherwise, or in vain, and how outputs are put together."""
+"""Rooms for ranks in threads of one process: wrong or missing participants, and the assembly of outputs."""
 
 from __future__ import annotations
 

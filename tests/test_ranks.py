@@ -1,7 +1,7 @@
-"""Ranks as processes: that they compute what the model does, meet as planned, and end together.
+"""Ranks as processes: they compute the same as the model, communicate as planned, and end together.
 
-Most are forked from a process that has loaded everything (tests/forked_ranks.py). tests/fuzz/killed_ranks.py kills
-ranks as often as one likes.
+Most are forked from a process that has loaded everything (tests/forked_ranks.py). tests/fuzz/killed_ranks.py kills any
+number of ranks.
 """
 
 from __future__ import annotations
@@ -50,11 +50,12 @@ from treadle.sharding.rank_models import RankModel
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forked, and ended by signals")
 
 NEAR = {"f32": 1e-5, "int8": 1e-5, "bf16": 2e-2}
-"""How far outputs may be from the whole model's, beside their greatest: sums in another order. Products of bf16 round
-their sums' operands anew, by 2^-8 each."""
+"""Largest difference of outputs from the whole model's, relative to the largest element: sums in another order.
+Products of bf16 round the operands of their sums again, by 2^-8 each.
+"""
 
 SOON = 60
-"""Seconds after which a job hangs; those that end as they should take one or two, on a machine that is not busy."""
+"""Seconds after which a job counts as hanging; jobs that end normally take one or two, on an idle machine."""
 
 SMALL = ("--set=layers=1", "--set=dim=16", "--set=heads=4", "--set=vocab=37")
 
@@ -71,7 +72,7 @@ def forked() -> Iterator[ForkedRanks]:
 
 @pytest.fixture(scope="module")
 def ran(forked: ForkedRanks, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], list[Any]]:
-    """For a mesh what each rank wrote into its file of a name, of one job for all tests."""
+    """Return the file of a name that each rank of a mesh wrote, from one job for all tests."""
 
     @cache
     def folder_of(mesh: str) -> Path:
@@ -102,7 +103,7 @@ def test_ranks_compute_what_the_model_does_and_move_what_is_planned(
         first = facts[0]
         assert first["apart"] <= NEAR[first["form"]] * max(1.0, first["largest"]), first
         assert sum(each["met"] for each in facts) == first["meetings"], first["case"]
-        # Parts of ranks are uneven, and a plan says what a rank moves on average.
+        # Parts of ranks are uneven, and a plan states a rank's average traffic.
         assert sum(each["counted"] for each in facts) == pytest.approx(first["planned"], rel=1e-12), first["case"]
         assert first["planned"] > 0
 
@@ -110,8 +111,11 @@ def test_ranks_compute_what_the_model_does_and_move_what_is_planned(
 def test_weights_of_a_layer_are_gathered_while_the_layer_before_computes(
     ran: Callable[[str, str], list[Any]],
 ) -> None:
-    """Of three layers: those of the first two begin before the first waits for its own, those of the third before the
-    second waits. What is gathered is the same to the bit."""
+    """The gathers of the next layer start before a layer awaits its own.
+
+    With three layers, the gathers of the first two start before the first awaits, and the third's before the second
+    awaits. The gathered weights are bitwise identical.
+    """
     for told in ran("tp=2", "ahead-"):
         gather = told["gather"]
         assert gather["same"]
@@ -122,7 +126,7 @@ def test_weights_of_a_layer_are_gathered_while_the_layer_before_computes(
 
 
 def test_keys_pass_around_while_a_rank_computes_on_those_it_has(ran: Callable[[str, str], list[Any]]) -> None:
-    """Outputs are the same to the bit as where a rank passes keys on after it has computed on them."""
+    """Outputs are bitwise identical to a run in which a rank passes keys on after it has computed on them."""
     for told in ran("tp=2", "ahead-"):
         assert told["pass"] == {"order": ["start", "start", "wait", "wait"], "same": True, "counted alike": True}
 
@@ -131,7 +135,7 @@ def test_keys_pass_around_while_a_rank_computes_on_those_it_has(ran: Callable[[s
 def test_sessions_hold_the_caches_of_their_rank_and_continue_as_the_model_does(
     ran: Callable[[str, str], list[Any]], mesh: str
 ) -> None:
-    """Over tp=2, and over tp=4. What a step moves is what the plan says of one token."""
+    """Over tp=2, and over tp=4. A step's traffic is the plan's for one token."""
     told = ran(mesh, "generated-")
     cases = {tuple(first["case"].split()[1:]) for first in told[0]}
     assert cases == {(kind, form) for kind in ("gpt2", "t5", "llama") for form in NEAR}
@@ -154,7 +158,7 @@ def test_the_command_line_runs_a_model_over_ranks(tmp_path: Path) -> None:
     told = json.loads(done.stdout)
     assert told["ranks"] == 2
     assert told["outputs"]["logits"]["shape"] == [1, 3, 37]
-    # Of float32 [1, 3, 16], after the lookup, attention and the network.
+    # Float32 [1, 3, 16], after the lookup, attention and the network.
     assert told["collectives"] == [{"op": "all_reduce", "over": "tp", "times": 3, "bytes": 3 * 4 * 3 * 16}]
     assert (tmp_path / "logits.npy").exists()
 
@@ -186,13 +190,13 @@ def test_torchrun_starts_ranks() -> None:
     told = json.loads(done.stdout)
     assert told["ranks"] == 2
     assert told["outputs"]["logits"]["shape"] == [2, 3, 37]
-    # Rank 0 hands on each row's float32 [1, 3, 16].
+    # Rank 0 sends each row's float32 [1, 3, 16].
     assert told["collectives"] == [{"op": "hand_on", "over": "pp", "times": 2, "bytes": 2 * 4 * 3 * 16}]
 
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process is the only rank."""
+    """Make this process the only rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -246,7 +250,7 @@ def test_a_rank_tells_what_it_ran_and_what_met(monkeypatch: pytest.MonkeyPatch, 
 def test_all_ranks_but_the_first_print_nothing(
     rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whose step each opens: its own, of what all of them were asked for."""
+    """Each rank opens its own step, with the options that all of them received."""
     opened: list[Any] = []
     monkeypatch.setattr(ranks, "join", lambda timeout: nullcontext(SimpleNamespace(rank=rank, timeout=timeout)))
     monkeypatch.setattr(rank_models, "open_rank_stepped", lambda *given, **options: opened.append((given, options)))
@@ -264,7 +268,7 @@ def test_all_ranks_but_the_first_print_nothing(
 
 
 def refused(job: Job, what: str) -> None:
-    """All ranks of a job have ended by one error, which one of them tells."""
+    """Assert that all ranks of a job have ended with one error, which one of them prints."""
     assert job.ended(SOON) == 2
     assert job.codes == dict.fromkeys(range(len(job.codes)), 2)
     assert len(job.codes) > 1
@@ -342,7 +346,7 @@ def _agreed(ranks: Ranks, facts: dict[str, str]) -> str:
 
 
 def processes_of(job: Job, ranks: int) -> dict[int, int]:
-    """The processes of ranks, once all have told them."""
+    """Return the process ids of ranks, once all have written them."""
     until = time.monotonic() + SOON
     found: dict[int, int] = {}
     while len(found) < ranks:
@@ -358,7 +362,7 @@ def test_a_rank_that_is_killed_ends_the_others(forked: ForkedRanks) -> None:
     os.kill(processes[1], signal.SIGKILL)
     assert job.ended(SOON) == 2
     assert job.told.count("rank 1 has died") == 1
-    assert re.search("received  (in all_reduce over tp|running|compiling)", job.told)  # what it did last
+    assert re.search("received  (in all_reduce over tp|running|compiling)", job.told)  # its last activity
     assert job.codes == {0: 2, 1: -signal.SIGKILL, 2: 2}
     assert job.told.splitlines()[-1] == "rank 1 was ended by SIGKILL"
     assert not any(map(is_left, processes.values()))
@@ -366,7 +370,7 @@ def test_a_rank_that_is_killed_ends_the_others(forked: ForkedRanks) -> None:
 
 @pytest.mark.parametrize(("mode", "told"), [("sleeps", "rank 1: sleeping"), ("stops", "rank 1: ")])
 def test_a_rank_that_hangs_ends_the_others_at_the_timeout(forked: ForkedRanks, mode: str, told: str) -> None:
-    """In what it does, or stopped altogether, so that it hears nothing."""
+    """Busy in its own code, or stopped entirely so that it receives nothing."""
     job = forked.launch(2, str(JOB), "turns", mode, TIMEOUT="3")
     processes = processes_of(job, 2)
     assert job.ended(SOON) == 2
@@ -377,7 +381,7 @@ def test_a_rank_that_hangs_ends_the_others_at_the_timeout(forked: ForkedRanks, m
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
 def test_ranks_that_do_nothing_more_end_with_what_launched_them(forked: ForkedRanks) -> None:
-    """Those that have left the others, and wait for threads of a library at their end: no thread of ours sees it."""
+    """Ranks that have left the others and wait for threads of a library at their end, without threads of ours."""
     job = forked.launch(2, str(JOB), "turns", "lingers")
     processes = processes_of(job, 2)
     os.kill(job.process, signal.SIGKILL)
@@ -494,7 +498,7 @@ def test_launched_processes_know_their_places_and_the_greatest_exit_code_counts(
 
 @pytest.mark.parametrize(("number", "name"), [(9, "SIGKILL"), (35, "signal 35")])
 def test_a_signal_that_ended_a_rank_is_named(number: int, name: str) -> None:
-    """Also one that has no name: a real-time one."""
+    """Also a signal without a name: a real-time one."""
     ends = ["sh", "-c", f"[ $RANK = 0 ] || kill -{number} $$"]
     with pytest.raises(RankError, match=f"^rank 1 was ended by {name}\n") as error:
         launch_ranks(ends, 2)

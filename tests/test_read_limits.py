@@ -1,4 +1,4 @@
-"""How much of a file is read before it is refused: bytes, values in its JSON, and how deep they are nested."""
+"""Limits on reading a file before it is refused: bytes, values in its JSON, and nesting depth."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MIB = 2**20
 
 
 class Read(BaseException):
-    """What was asked is known."""
+    """The arguments of read calls are recorded."""
 
 
 READERS: list[tuple[str, str, Callable[[Any, Path], object], dict[str, int]]] = [
@@ -110,7 +110,7 @@ def test_an_artifact_may_ask_for_what_its_page_says() -> None:
 
 
 def test_an_array_may_take_four_gigabytes(tmp_path: Path) -> None:
-    """A file with a hole, of which nothing is read."""
+    """A sparse file, of which nothing is read."""
     path = tmp_path / "x.npy"
     with path.open("wb") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": (4096 * MIB + 1,)}

@@ -1,7 +1,7 @@
-"""Examples in README and docs: every `python` block runs, and says what the `text` block behind it shows.
+"""Examples in README and docs: every `python` block runs, and prints the `text` block behind it.
 
-Blocks of one page run in order, in one namespace. Where a block raises an error of Treadle's, the `text` block behind
-it is the error's text.
+Blocks of one page run in order, in one namespace. If a block raises an error of Treadle's, the `text` block behind it
+is the error's text.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 def blocks(page: str, language: str) -> Iterator[tuple[str, str | None]]:
-    """The blocks in a language, each with the `text` block that stands directly behind it."""
+    """Yield the blocks in a language, each with the `text` block that directly follows it."""
     text = (ROOT / page).read_text(encoding="utf-8")
     for match in _BLOCK.finditer(text):
         if match[1] == language:
@@ -61,7 +61,7 @@ def blocks(page: str, language: str) -> Iterator[tuple[str, str | None]]:
 
 
 def run(code: str, namespace: dict[str, Any]) -> str:
-    """What a block prints, or the text of the error that it ends with."""
+    """Return a block's output, or the text of the error that it ends with."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         try:
@@ -73,7 +73,7 @@ def run(code: str, namespace: dict[str, Any]) -> str:
 
 @pytest.fixture
 def _own_ops() -> Iterator[None]:
-    """Ops that an example defines, and their spellings, are gone when it is through."""
+    """Remove the ops that an example defines, and their code generators, when the example ends."""
     tables: list[Any] = [OPS, NUMPY.spellings, TORCH.spellings, ONNX, FUNCTIONS]
     before = [dict(table) for table in tables]
     yield
@@ -89,7 +89,7 @@ def test_python_blocks_run_and_print_what_is_shown(page: str, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)  # where examples write files
     monkeypatch.setattr(sys, "path", list(sys.path))
     module = types.ModuleType("model")
-    monkeypatch.setitem(sys.modules, "model", module)  # where dataclasses look
+    monkeypatch.setitem(sys.modules, "model", module)  # where dataclasses look up the module
     namespace = module.__dict__
     for code, expected in blocks(page, "python"):
         said = run(code, namespace)
@@ -98,7 +98,7 @@ def test_python_blocks_run_and_print_what_is_shown(page: str, tmp_path: Path, mo
 
 
 def commands(page: str) -> Iterator[list[str]]:
-    """The `treadle` commands in a page's shell blocks."""
+    """Yield the `treadle` commands in a page's shell blocks."""
     for text, _ in blocks(page, "sh"):
         for line in text.splitlines():
             words = shlex.split(line, comments=True)
@@ -108,7 +108,7 @@ def commands(page: str) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_shell_commands_take_the_options_that_are_shown(page: str) -> None:
-    """Each command line is parsed as typer would, without running it: a wrong name or option would be refused."""
+    """Each command line is parsed as typer would, without running it: a wrong name or option is refused."""
     import typer
 
     from treadle.cli import app
@@ -130,7 +130,7 @@ def test_links_between_pages_lead_somewhere() -> None:
 def test_the_pages_of_the_language_and_of_ops_have_all_its_words() -> None:
     import treadle.frontends.language as language
 
-    inside = {"size"}  # what tracing and differentiation add by themselves
+    inside = {"size"}  # ops that tracing and differentiation add themselves
     page = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("docs/dsl.md", "docs/ops.md"))
     words = set(re.findall(r"\w+", " ".join(re.findall(r"`[^`\n]+`", re.sub(_BLOCK, "", page)))))
     ours = {
@@ -140,7 +140,7 @@ def test_the_pages_of_the_language_and_of_ops_have_all_its_words() -> None:
         "Factor",
         "Model",
         "trace",
-    }  # for those who extend it
+    }  # for extensions
     assert sorted(known - words) == []
 
 

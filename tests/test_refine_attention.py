@@ -1,4 +1,4 @@
-"""Attention that came as one op: what its tensors say becomes terms, near misses stay and say why, numbers stay."""
+"""Attention imported as one op: masks and biases become terms, near misses stay with a reason, results stay."""
 
 from __future__ import annotations
 
@@ -58,16 +58,16 @@ def test_queries_that_begin_later_are_left_alone(start: int) -> None:
     done = PassManager([RefineAttention()], certify=False).run(b.graph)
     assert terms_of(attention_of(done.graph)) == ("mask(s t), window(2)" if start else "window(2), causal")
     reasons = [refusal.reason for refusal in done.log[0].refusals]
-    assert reasons == ["its queries are a part of others, and begin later"] * (start != 0)
+    assert reasons == ["its queries do not begin at position 0"] * (start != 0)
     assert_equal_everywhere(b.graph, done.graph, ROUNDING)
 
 
-# -- what is read ------------------------------------------------------------------------------------------------------
+# -- recognized tensors ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Form:
-    """Attention as one op, and what it becomes: its terms, its heads of keys, its scale."""
+    """Attention as one op, and its refined form: its terms, its heads of keys, its scale."""
 
     name: str
     build: Build
@@ -112,7 +112,7 @@ def reach(b: Builder) -> Expr:
 
 
 def shifted(b: Builder, on_keys: int, on_queries: int) -> Expr:
-    """Causal, with a number of each row added so many times to either position"""
+    """Causal, with a number of each row added to either position, the given number of times"""
     n = b.rearrange(b.input("n", "i64[B]"), pattern="b -> b 1 1")
     i, j = places(b)
     for _ in range(on_keys):
@@ -149,7 +149,7 @@ def upper(b: Builder) -> Expr:
 
 
 def stored(b: Builder) -> Expr:
-    """nanoGPT's buffer, cut to the sequence"""
+    """nanoGPT's buffer, sliced to the sequence"""
     table = b.constant(np.tri(24, dtype=np.float32))
     return b.slice(b.slice(table, axis=0, stop="S"), axis=1, stop="S")
 
@@ -160,7 +160,7 @@ def later(b: Builder) -> Expr:
 
 
 def table(b: Builder, kept: Array) -> Expr:
-    """What is added to scores, as a constant cut to the sequence: 0 where a key is kept, or the numbers themselves"""
+    """A term added to scores, as a constant sliced to the sequence: 0 where a key is visible, or drawn numbers"""
     made = b.constant((np.where(kept, 0.0, -math.inf) if kept.dtype == np.bool_ else kept).astype(np.float32))
     for axis in range(kept.ndim):
         made = b.slice(made, axis=axis, stop="S")
@@ -168,14 +168,14 @@ def table(b: Builder, kept: Array) -> Expr:
 
 
 def half(b: Builder) -> Expr:
-    """Causal, of numbers that float16 holds"""
+    """Causal, with numbers that float16 represents"""
     return b.cast(fill(b, triangle(b), -math.inf), to="f16")
 
 
 DISTANCES = np.arange(24) - np.arange(24)[:, None]
 BAND = abs(DISTANCES) < 3
 PATTERN = (DISTANCES % 3 == 0) | (DISTANCES == -1)
-"""A query sees itself, the key before it, and each third one."""
+"""A query sees itself, the previous key, and each third one."""
 STORED = {
     "a pattern": ("s t", PATTERN),
     "two numbers": ("s t", np.where(BAND, 0.0, np.where(DISTANCES < 0, -math.inf, LOW))),
@@ -185,7 +185,7 @@ STORED = {
 
 
 def repeated(b: Builder, x: Expr, heads: int) -> Expr:
-    """[b, g, t, d] with each head several times, one beside the other"""
+    """[b, g, t, d] with each head repeated, copies next to each other"""
     apart = b.expand(b.rearrange(x, pattern="b g t d -> b g 1 t d"), shape=(*x.shape[:2], HEADS // heads, *x.shape[2:]))
     return b.rearrange(apart, pattern="b g r t d -> b (g r) t d")
 
@@ -209,7 +209,7 @@ def scaled_on(on_q: float, on_k: float, *, scale: float | None = None) -> Build:
 
 
 def cast_and_scaled(b: Builder) -> Expr:
-    """Queries and keys in float16, which float32 holds"""
+    """Queries and keys in float16, exact in float32"""
     q, k = (b.cast(b.input(n, f"f16[B, {HEADS}, S, {SIZE}]"), to="f32") for n in "qk")
     v = b.input("v", f"f32[B, {HEADS}, S, {SIZE}]")
     return b.attention(q * 0.5, k, v, scale=1.0)  # type: ignore[no-any-return]
@@ -360,7 +360,7 @@ def test_before_and_after_as_text() -> None:
     assert (match.rule, match.op) == ("refine-attention", "attention")
     assert match.reason == (
         "mask(b s t) read as causal, mask(b t); 2 heads of keys and values, not 4; "
-        "scale 0.176777, with what queries and keys are multiplied by"
+        "scale 0.176777, which includes the factors of queries and keys"
     )
     assert optimized.log[0].refusals == [] == optimized.log[0].near_misses
 
@@ -396,7 +396,7 @@ def test_probabilities_that_are_asked_for_stay_a_result() -> None:
 
 
 def test_other_terms_keep_their_operands() -> None:
-    """Whatever order they are in, and though tensors before and behind them become terms without any."""
+    """In any order, and also if tensors before and after them become terms without operands."""
 
     def build(b: Builder) -> Expr:
         q, k, v = q_k_v(b)
@@ -418,7 +418,7 @@ def test_other_terms_keep_their_operands() -> None:
 
 @dataclass(frozen=True)
 class NearMiss:
-    """A program of which something is not read, why, and the terms that there are in the end."""
+    """A program in which something is not recognized, the reason, and the resulting terms."""
 
     name: str
     build: Build
@@ -427,7 +427,7 @@ class NearMiss:
 
 
 def _tiled(b: Builder) -> Expr:
-    """Heads in the order 0 1 0 1, where attention shares them 0 0 1 1"""
+    """Heads in the order 0 1 0 1, while attention shares them as 0 0 1 1"""
     q, k, v = q_k_v(b, heads=2)
 
     def tile(x: Expr) -> Expr:
@@ -465,7 +465,7 @@ NEAR_MISSES = [
     NearMiss(
         "the past or what a row allows",
         attended(mask("b s t", lambda b: b.logical_or(triangle(b), rows(b)))),
-        "logical_or gives none of causal, window, padding and segments",
+        "logical_or is not causal, a window, padding or segments",
         "mask(b s t)",
     ),
     NearMiss(
@@ -477,25 +477,25 @@ NEAR_MISSES = [
     NearMiss(
         "what may rise to inf",
         attended(added("s t", lambda b: fill(b, triangle(b), -math.inf) - fill(b, places(b)[1] > 3, -math.inf))),
-        "what is added to the scores may be inf",
+        "an addend of the scores may be inf",
         "bias(s t)",
     ),
     NearMiss(
         "a number of each row, once more for queries",
         attended(mask("b s t", lambda b: shifted(b, 1, 2))),
-        "less_equal gives none of causal, window, padding and segments",
+        "less_equal is not causal, a window, padding or segments",
         "mask(b s t)",
     ),
     NearMiss(
         "a number of each token",
         attended(mask("b s t", by_ids)),
-        "less_equal gives none of causal, window, padding and segments",
+        "less_equal is not causal, a window, padding or segments",
         "mask(b s t)",
     ),
     NearMiss(
         "queries behind those of the past",
         attended(mask("s t", lambda b: triangle(b) & (places(b)[1] <= places(b)[0] + b.size(value="B")))),
-        "positions are B apart, and causal counts both from 0",
+        "positions differ by B, and causal counts both from 0",
         "causal, mask(s t)",
     ),
 ]
@@ -514,7 +514,7 @@ def test_each_near_miss_says_why(miss: NearMiss) -> None:
 
 
 def test_a_cast_that_changes_lengths_is_kept() -> None:
-    """Of 200 in eight bits with a sign."""
+    """For lengths of 200 in signed eight bits."""
 
     def reached(b: Builder) -> Expr:
         lengths = b.cast(b.cast(b.input("lengths", "u8[B]"), to="i8"), to="i64")
@@ -552,7 +552,7 @@ def test_keys_in_another_order_stay_repeated() -> None:
 
 
 def test_a_scale_that_no_cast_holds_stays_before_it() -> None:
-    """float32 to float16 rounds, so that what lies behind it is another number."""
+    """float32 to float16 rounds, so that the value after it is another number."""
     text = BEFORE.replace("scaled = mul(q, 0.5)", "wide = mul(w, 0.5)\n    scaled = cast(wide, to=f16)")
     text = text.replace("f32", "f16").replace("padding: i64[B, S]", "padding: i64[B, S], w: f32[B, 4, S, 8]")
     node = attention_of(optimize(text, RefineAttention()).graph)

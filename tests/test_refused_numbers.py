@@ -1,4 +1,4 @@
-"""What an op cannot do with these sizes or numbers is refused with its name and line, by every backend alike."""
+"""Sizes or numbers that an op does not support are refused with its name and line, in the same way by every backend."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ REDUCTIONS: dict[str, tuple[Callable[[Builder, Expr], Expr], str]] = {
 
 
 def _behind_two(name: str) -> Graph:
-    """The op along what is left of an axis without its first two elements: nothing, where it has two."""
+    """Return a graph that applies the op to an axis without its first two elements: an empty axis, if it has two."""
 
     def build(b: Builder) -> Expr:
         rest = b.slice(b.input("x", "f32[B, S]"), axis=1, start=2)
@@ -120,7 +120,7 @@ FLOAT_ATTRIBUTES = [
 
 
 def _with_number(name: str, field: str, value: float) -> Case:
-    """The op's first sample, with another number for one attribute."""
+    """Return the op's first sample, with another number for one attribute."""
     case = Case.of(name, 0)
     return replace(case, op=type(case.op)(**case.op.attributes | {field: value}))
 
@@ -189,7 +189,7 @@ def _repeated(b: Builder) -> Expr:
 def test_a_result_that_is_too_large_is_refused(backend: str, build: Callable[[Builder], Expr], name: str) -> None:
     exe = compiled(backend, graph_of(build))
     text = message(lambda: exe(x=np.ones(1, np.int8)))
-    if backend == "tvm":  # which plans the memory of all ops at once
+    if backend == "tvm":  # which plans the memory of all ops together
         assert "there is not enough memory" in text
     else:
         assert text.startswith(f"{name}: ")

@@ -1,4 +1,4 @@
-"""Options that a command refuses, before it reads anything: the whole texts are in tests/golden/errors/."""
+"""Options that a command refuses before it reads anything: the whole texts are in tests/golden/errors/."""
 
 from __future__ import annotations
 

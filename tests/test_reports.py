@@ -1,4 +1,4 @@
-"""What the command line tells: numbers with prefixes, plurals, arrays in short, tables as they are printed."""
+"""The command line's output: numbers with prefixes, plurals, abbreviated arrays, tables as they are printed."""
 
 from __future__ import annotations
 
@@ -77,12 +77,12 @@ def printed(*tables: Any) -> str:
 
 
 def rows_of(table: Any) -> list[list[str]]:
-    """The cells of each row as it is printed, without the line below the head."""
+    """Return the cells of each printed row, without the line below the head."""
     return [row.split() for row in printed(table).splitlines() if "\u2500" not in row]
 
 
 def test_passes_as_a_table() -> None:
-    """One that changed something tells of ops before and after, another is dim; what is nothing is empty."""
+    """A pass that changed something shows ops before and after, another is dim; zeros are empty cells."""
     changed = SimpleNamespace(
         name="fuse", before=Counter(add=3, mul=1), after=Counter(add=2, fused=1), changed=True, seconds=0.00126,
         op_changes={"add": -1, "fused": 1}, refusals=[1, 2], near_misses=[1],
@@ -116,7 +116,7 @@ def test_outputs_as_a_table() -> None:
 
 
 def test_similarities_as_a_table() -> None:
-    """A long sentence loses its end, and what is near another is marked, a sentence beside itself not."""
+    """A long sentence is truncated, and near pairs are marked, except a sentence with itself."""
     sentences = ["a" * 48, "b" * 49]
     table = similarity_table(sentences, np.array([[1, 0.51], [0.5, 1]]))
     assert rows_of(table) == [["1", "2"], ["1", "a" * 48, "1.00", "0.51"], ["2", "b" * 45 + "...", "0.50", "1.00"]]

@@ -1,4 +1,6 @@
-"""What a request's body means to the server, at its limits and one beyond them; test_serving asks over HTTP."""
+"""The server's interpretation of a request's body, at its limits and one beyond them; test_serving sends requests over
+HTTP.
+"""
 
 from __future__ import annotations
 
@@ -132,7 +134,7 @@ def test_without_a_seed_one_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_texts_are_a_megabyte_long_at_most() -> None:
-    """Where no field says another length."""
+    """If a field does not set another limit."""
     for length in (1 << 20, (1 << 20) + 1):
         fields = Fields({"text": "a" * length, "texts": ["a" * length], "flag": True})
         assert fields.truth("flag") and not fields.truth("gone") and fields.truth("gone", True)
@@ -147,7 +149,7 @@ def test_texts_are_a_megabyte_long_at_most() -> None:
 
 
 def test_what_is_counted() -> None:
-    """By name, route, model and kind; the library's own lines, such as when a counter was made, are left out."""
+    """Metrics by name, route, model and kind; the library's own lines, such as a counter's creation, are left out."""
     pytest.importorskip("prometheus_client")
     from treadle.serving.metrics import Metrics
 

@@ -1,4 +1,4 @@
-"""Texts that begin alike: what a slot holds is gone on from, with the logits of each text alone; prompts are forked."""
+"""Texts with a common prefix: a slot is continued, with the logits of each text alone; prompts are forked."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def drawn(count: int, seed: int = 0, most: int = 50) -> list[int]:
 
 
 def read(session: Session, tokens: list[int]) -> tuple[int, int, Array]:
-    """A row that resumes a text: the row, how much of it was held, and the logits after it."""
+    """Resume a text; return the row, the number of tokens it already held, and the logits after it."""
     row = session.resume(tokens)
     held = session.length(row)
     assert session.tokens(row) == tuple(tokens[:held])
@@ -53,7 +53,7 @@ def test_the_longest_beginning_is_gone_on_from_and_the_others_stay(exe: Compiled
     system, one, other = drawn(40), drawn(30, 1), drawn(30, 2)
     first, held, _ = read(session, system + one)
     assert held == 0
-    second, held, logits = read(session, system + other)  # of a row that still grows
+    second, held, logits = read(session, system + other)  # from a row that still grows
     assert held == 40
     near(logits, alone(exe, system + other))
     near(session.step({first: 7})[first], alone(exe, [*system, *one, 7]))
@@ -62,11 +62,11 @@ def test_the_longest_beginning_is_gone_on_from_and_the_others_stay(exe: Compiled
     third, held, logits = read(session, [*system, *one, 7, 8, 9])  # all of it: the slot itself
     assert (third, held) == (first, 71)
     near(logits, alone(exe, [*system, *one, 7, 8, 9]))
-    fourth, held, logits = read(session, system + other[:10] + one[:5])  # a part, which is cut back in a copy
+    fourth, held, logits = read(session, system + other[:10] + one[:5])  # a part, truncated in a copy
     assert fourth != second
     assert held == 50
     near(logits, alone(exe, system + other[:10] + one[:5]))
-    _, held, logits = read(session, system + other)  # all but the last, whose logits are wanted
+    _, held, logits = read(session, system + other)  # all but the last, whose logits are requested
     assert held == 69
     near(logits, alone(exe, system + other))
     assert session.held([*system[:15], 49, *one]) == 0, "15 tokens are too few"
@@ -79,7 +79,7 @@ def test_the_text_that_was_used_least_recently_is_forgotten(exe: Compiled) -> No
     for row in rows:
         session.close(row, keep=True)
     assert session.free == 3
-    row, held, _ = read(session, [*texts[0][:20], 1, 2])  # copied to where the second text was
+    row, held, _ = read(session, [*texts[0][:20], 1, 2])  # copied to the second text's former slot
     assert (row, held) == (rows[1], 20)
     session.close(row)
     assert [session.held([*text, 1]) for text in texts] == [30, 0, 30, 0]
@@ -108,7 +108,7 @@ def test_a_text_that_slid_is_held_from_what_it_still_knows(exe: Compiled) -> Non
 
 @pytest.mark.parametrize(("name", "cache"), [("gpt2", None), ("gpt2", "f16"), ("llama, windows", None)])
 def test_on_tvm_the_bits_are_those_of_the_text_alone(name: str, cache: str | None) -> None:
-    """Prefilled in other pieces, after steps and guesses, forked, and cut back."""
+    """Prefilled in other chunks, after steps and speculation, forked, and truncated."""
     if reason := find_backend("tvm").available():
         pytest.skip(reason)
     made = (
@@ -184,7 +184,7 @@ def test_where_it_would_change_bits_or_states_cannot_be_cut_back_it_is_not_done(
 
 
 class Counted:
-    """How many tokens a session prefills."""
+    """Count the tokens that a session prefills."""
 
     def __init__(self, session: Session) -> None:
         self.count, prefill = 0, session.prefill
@@ -245,7 +245,7 @@ def test_prompts_that_begin_alike_go_on_from_one_of_them(exe: Compiled) -> None:
     counted = Counted(session)
     assert told(session, prompts, most=5) == wanted
     assert counted.count == 48 + 8 + 8 + 12 + 0 + 1
-    few = exe.session(rows=2, resumes=True)  # those that wait for a row go on from what others left
+    few = exe.session(rows=2, resumes=True)  # those that wait for a row reuse the contents of others
     counted = Counted(few)
     assert told(few, prompts, most=5) == wanted
     assert counted.count < sum(map(len, prompts)) - 3 * 40

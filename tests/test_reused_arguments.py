@@ -1,4 +1,6 @@
-"""Arguments that die at a call: the callee writes over them where it may, and the checker finds where it may not."""
+"""Arguments that die at a call: the callee overwrites them if it may, and the checker finds the cases where it may
+not.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ import pytest
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import PassError
 from treadle.ir.graph import Function, Graph
+from treadle.ir.types import f32
 from treadle.passes.framework.manager import Optimized, PassManager
 from treadle.passes.memory.frames import frames_of, peaks_of
 from treadle.passes.memory.plan_storage import PlanStorage
@@ -27,7 +30,7 @@ def residual(b: Builder, x: Expr) -> Expr:
 
 
 def stacked(body: Body, calls: int = 3, *, kept: bool = False, twice: bool = False) -> Graph:
-    """A block that is called on what it gave before."""
+    """A block that is called on its own previous result."""
     graph = Graph("stacked")
     block = Function("block")
     graph.add_function(block)
@@ -53,13 +56,36 @@ def test_a_stream_through_blocks_is_one_buffer() -> None:
     assert made.plan is not None
     block, main = made.plan.functions["block"], made.plan.functions["main"]
     assert block.reuses == tuple(made.graph.functions["block"].inputs)
-    assert "its result may lie over x or other" in str(block)
+    assert "its result may overwrite x or other" in str(block)
     calls = [main.places[step.root.result] for step in main.steps if step.root.op.callee]
     assert [place.how for place in calls] == [How.OVER] * 3
     assert len({place.storage for place in calls}) == 1
     assert len(made.plan.functions["main"].results) == 1
     peaks = peaks_of(frames_of(made.plan), made.graph.symbols)
     assert [str(size) for size in peaks["main"]] == ["96*S"]  # the stream, and two values of the block: 32 bytes a row
+
+
+@pytest.mark.parametrize("encoded", ["argument", "result"])
+def test_blocks_do_not_lie_where_their_numbers_did(encoded: str) -> None:
+    """Elements of equal number and dtype, but of other bytes: f32[S, 8] in 8-bit rows."""
+    graph = Graph("rows")
+    block = Function("block")
+    graph.add_function(block)
+    b = Builder(graph, block)
+    if encoded == "argument":
+        b.outputs(x=b.softmax(b.decode(b.input("x", f32["S", 8].as_encoded("uint8_rows")), of="uint8_rows")))
+    else:
+        b.outputs(x=b.encode(b.softmax(b.input("x", f32["S", 8])), to="uint8_rows"))
+    main = Builder(graph)
+    given = main.softmax(main.input("given", f32["S", 8]), name="given")
+    if encoded == "argument":
+        (value,) = main.call(block, [main.encode(given, to="uint8_rows")])
+    else:
+        value = main.decode(*main.call(block, [given]), of="uint8_rows")
+    main.outputs(y=value)
+    made = plan_of(graph)
+    assert made.plan is not None
+    assert made.plan.functions["block"].reuses == ()
 
 
 def test_what_is_read_after_the_call_is_kept() -> None:
@@ -74,7 +100,7 @@ def test_what_is_read_after_the_call_is_kept() -> None:
     ("body", "reused"),
     [
         (lambda b, x: b.softmax(b.exp(x) + x, name="z"), True),  # exp and add come before softmax
-        (lambda b, x: b.add(b.exp(x), b.softmax(x), name="z"), True),  # the last step reads what others made of x
+        (lambda b, x: b.add(b.exp(x), b.softmax(x), name="z"), True),  # the last step reads values derived from x
         (lambda b, x: b.add(b.exp(x), x, name="z"), False),  # the last step reads x and writes the result
         (lambda b, x: b.add(b.exp(x), b.rearrange(x, pattern="s d -> s d"), name="z"), False),  # by way of a view
         (lambda b, x: b.concat(*[b.softmax(b.slice(x, axis=1, **half)) for half in HALVES]), False),  # part by part
@@ -161,7 +187,7 @@ def test_a_false_claim_of_reuse_is_found() -> None:
     block = made.plan.functions["block"]
     claimed = replace(block, reuses=(made.graph.functions["block"].inputs[0],))
     plan = replace(made.plan, functions={**made.plan.functions, "block": claimed})
-    with pytest.raises(PassError, match="writes over x, which it reads"):
+    with pytest.raises(PassError, match="overwrites x, which it reads"):
         check_storage(made.graph, plan)
 
 
@@ -179,5 +205,5 @@ def test_a_result_that_does_not_fit_an_argument_is_found() -> None:
     assert made.plan is not None
     claimed = replace(made.plan.functions["block"], reuses=(made.graph.functions["block"].inputs[0],))
     plan = replace(made.plan, functions={**made.plan.functions, "block": claimed})
-    with pytest.raises(PassError, match="does not fit where an argument lies"):
+    with pytest.raises(PassError, match="does not fit into the storage of an argument"):
         check_storage(made.graph, plan)

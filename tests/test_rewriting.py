@@ -1,4 +1,4 @@
-"""Translating and summarizing: token for token what Hugging Face's `generate` makes of the same folder."""
+"""Translation and summarization: token for token equal to Hugging Face's `generate` on the same folder."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 def saved(place: Path, name: str, **config: Any) -> tuple[Any, Any]:
-    """A random model as a folder, with how it generates; the model and its tokenizer."""
+    """Save a random model as a folder with generation settings; return the model and its tokenizer."""
     architecture, sizes, generation = MODELS[name]
     tokenizer = byte_level()
     special = {"pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2 if name == "bart" else 1}
@@ -63,7 +63,7 @@ def saved(place: Path, name: str, **config: Any) -> tuple[Any, Any]:
     model = cls(cls.config_class(vocab_size=len(tokenizer), **sizes, **special, **config)).eval()
     with torch.no_grad():
         for key, weight in model.named_parameters():
-            if "norm" not in key.lower() and weight.requires_grad:  # Marian's sinusoids, no weights, stay as they are
+            if "norm" not in key.lower() and weight.requires_grad:  # Marian's sinusoids stay unchanged
                 weight.mul_(2.0 if name == "t5" else 6.0)
     model.generation_config = transformers.GenerationConfig(**special, **generation)
     model.save_pretrained(place)
@@ -80,7 +80,7 @@ def wanted(model: Any, tokenizer: Any, text: str, **options: Any) -> list[int]:
 
 @dataclass
 class Kept:
-    """A model's folder, and what Hugging Face makes of texts, computed once for all backends."""
+    """A model's folder, and Hugging Face's results for texts, computed once for all backends."""
 
     place: Path
     model: Any

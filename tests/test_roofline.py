@@ -1,4 +1,4 @@
-"""`treadle roofline`: every kernel of a run, timed, with its operations and bytes, beside the machine's limits."""
+"""`treadle roofline`: every kernel of a run, timed, its operations and bytes compared with the machine's limits."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_bf16_product_is_held_to_the_rate_of_bf16() -> None:
 
 
 def test_rates_are_those_of_what_products_are_of_and_of_as_many_threads() -> None:
-    """Whole numbers are held to their own rate."""
+    """Integers are compared with their own rate."""
     exe = treadle.compile("bert", backend="tvm", target=Target("cpu", 1), quantize="int8", dtype="bf16", **SMALL)
     found = measure_roofline(exe, SIZES, rounds=1)
     assert set(found.rates) == {"f32", "bf16", "int8"}
@@ -146,7 +146,7 @@ def test_a_kernel_in_two_places_is_counted_together() -> None:
 
 
 def test_a_kernel_is_held_to_the_longer_of_its_operations_and_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rates are those of the machine's units, on as many threads, or of a kernel that was quicker."""
+    """Rates are those of the machine's units, on the same number of threads, or of a kernel that was faster."""
 
     class Kernels:
         nbytes, threads = 1000, 2

@@ -1,4 +1,4 @@
-"""Values that are rounded to 8-bit rows at every call: the plan, its checker, exact products, and who reads what."""
+"""Values that are rounded to 8-bit rows at every call: the plan, its checker, exact products, and their consumers."""
 
 from __future__ import annotations
 
@@ -57,28 +57,28 @@ def test_what_becomes_of_each_value_that_weights_multiply(every: Graph) -> None:
     assert told == {
         ("twice", "x"): (
             "uint8_rows",
-            "linear multiplies it with int8_rows; not balanced: no norm with a gain gives it",
+            "linear multiplies it with int8_rows; not smoothed: no norm with a gain produces it",
         ),
-        ("twice", "h"): ("None", "linear multiplies it with numbers, as across is held"),
+        ("twice", "h"): ("None", "linear multiplies it with numbers, as across is stored"),
         ("main", "sum"): (
             "uint8_rows",
-            "linear multiplies it with int8_rows; not balanced: no norm with a gain gives it",
+            "linear multiplies it with int8_rows; not smoothed: no norm with a gain produces it",
         ),
-        ("main", "y"): ("None", "matmul multiplies it with numbers, as across is held"),
+        ("main", "y"): ("None", "matmul multiplies it with numbers, as across is stored"),
         ("main", "x"): (
             "int8_groups(32)",
-            "linear multiplies it with q8_0; linear multiplies it with what mul gives, which is no weight; matmul"
-            " multiplies it with numbers, as both is held; linear multiplies it with numbers, as returned is held",
+            "linear multiplies it with q8_0; linear multiplies it with the result of mul, not with a weight; matmul"
+            " multiplies it with numbers, as both is stored; linear multiplies it with numbers, as returned is stored",
         ),
-        ("main", "m"): ("None", "linear multiplies it with numbers, as both is held"),
+        ("main", "m"): ("None", "linear multiplies it with numbers, as both is stored"),
         ("main", "z"): (
             "uint8_rows",
-            "linear multiplies it with int8_rows; not balanced: no norm with a gain gives it",
+            "linear multiplies it with int8_rows; not smoothed: no norm with a gain produces it",
         ),
-        ("main", "three"): ("None", "matmul multiplies it with numbers, as stack is held"),
+        ("main", "three"): ("None", "matmul multiplies it with numbers, as stack is stored"),
         ("main", "n"): (
             "None",
-            "its numbers are f16, and what is rounded is f32; linear multiplies it with numbers, as half is held",
+            "its elements are f16, and only f32 is quantized; linear multiplies it with numbers, as half is stored",
         ),
     }
     assert plan.encodings == plan_quantization(every, "int8-weights").encodings
@@ -94,7 +94,7 @@ def test_what_the_plan_says_as_json(every: Graph) -> None:
     assert told["along"] == {**named, **held}
     assert told["sum"] == {
         **{"function": "main", "name": "sum", "type": "f32[B, S, 64]", "encoding": "uint8_rows", "products": [4]},
-        "reason": "linear multiplies it with int8_rows; not balanced: no norm with a gain gives it",
+        "reason": "linear multiplies it with int8_rows; not smoothed: no norm with a gain produces it",
     }
     assert {told[name]["encoding"] for name in ("across", "h", "n")} == {None}
     assert plan_quantization(every, "int8-weights").as_dict().keys() == {
@@ -117,7 +117,7 @@ def test_every_product_with_weights_of_a_model_reads_rounded_rows(name: str) -> 
     for each in plan.activations:
         assert f"{each.name}, of {each.function}" in shown
     assert [b["gain"] for b in json.loads(json.dumps(plan.as_dict()))["balances"]] == [b.gain for b in plan.balances]
-    fed = [a for a in plan.activations if a.reason.endswith("; balanced")]
+    fed = [a for a in plan.activations if a.reason.endswith("; smoothed")]
     assert len({(b.gain, b.shift) for b in plan.balances}) == len(plan.balances) >= 4
     assert fed
 
@@ -161,7 +161,7 @@ def test_products_of_rounded_rows_are_left_in_float32() -> None:
     assert {r.reason for r in record.refusals} == {"x is rounded to blocks already"}
 
 
-# -- what it means -------------------------------------------------------------------------------------------------
+# -- meaning -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("encoding", [ROWS, STEPS])
@@ -181,7 +181,7 @@ def test_the_product_is_one_of_whole_numbers(encoding: Encoding) -> None:
 
 @pytest.mark.parametrize(("takes", "taken"), [((), [5, 6]), ((lambda weight: True,), [2, 5, 6])])
 def test_products_that_stay_stand_in_nobodys_way(takes: tuple[Any, ...], taken: list[int]) -> None:
-    """Of numbers, of blocks that do not fit, or along another axis; of blocks that the backend does not take."""
+    """Products of numbers, of blocks that do not fit, along another axis, or of unsupported blocks."""
     b = Builder(Graph("g"))
     x = b.input("x", f32["M", 64])
     rows, groups = (b.decode(b.encode(x, to=to), of=to) for to in ("uint8_rows", "int8_groups(32)"))
@@ -248,15 +248,16 @@ def test_the_product_of_groups_is_one_of_whole_numbers_in_each(text: str) -> Non
     np.testing.assert_allclose(op.reference(rows, held, None), near, rtol=0, atol=1e-5 * np.abs(near).max())
 
 
+@pytest.mark.parametrize("rows", [(2, 5), (1, 1)], ids=str)
 @pytest.mark.parametrize("backend", backend_names())
 @pytest.mark.parametrize("name", MODELS)
-def test_backends_multiply_whole_numbers(name: str, backend: str) -> None:
-    """Near to NumPy's integers: what differs by a bit before it is rounded may be rounded to the next step."""
+def test_backends_multiply_whole_numbers(name: str, backend: str, rows: tuple[int, int]) -> None:
+    """Close to NumPy's integers: a value that differs by a bit before rounding may be rounded to the next step."""
     if (reason := find_backend(backend).available()) is not None:
         pytest.skip(f"backend {backend}: {reason}")
     made = treadle.compile(MODELS[name], backend=backend, quantize="int8", seed=4)
     exact = treadle.compile(MODELS[name], backend="numpy", quantize="int8", seed=4)
-    inputs = {p.name: np.arange(10).reshape(2, 5) % (2 if "type" in p.name else 16) for p in made.inputs}
+    inputs = {p.name: np.arange(rows[0] * rows[1]).reshape(rows) % (2 if "type" in p.name else 16) for p in made.inputs}
     for output, wanted in exact(**inputs).items():
         np.testing.assert_allclose(made(**inputs)[output], wanted, rtol=0, atol=5e-3 * np.abs(wanted).max())
         meant = interpret(made.graph, inputs, dict(made.weights))[output]
@@ -313,7 +314,7 @@ def test_a_session_goes_on_as_the_whole_text_says() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_verify_allows_for_a_step_of_a_row_and_no_more(name: str) -> None:
-    """Rounding to 255 steps is counted as a dtype of such a spacing is."""
+    """Rounding to 255 steps counts like a dtype with that spacing."""
     report = verify_model(MODELS[name], quantize="int8", backends=["numpy"])
     assert report.passed
     graph = treadle.compile(MODELS[name], quantize="int8", seed=4).graph

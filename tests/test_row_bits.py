@@ -1,4 +1,4 @@
-"""A row's bits on the TVM backend, which depend on that row alone, and the rounding of products that makes them so."""
+"""Bits of a row on the TVM backend, which depend on that row alone, and the rounding of products that ensures this."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_products_of_bytes_with_a_bias_have_the_same_bits_on_every_instruction_s
 
 @pytest.mark.parametrize("seed", [10, 41, 73, 105])
 def test_drawn_programs_have_bits_of_their_own_rows(seed: int) -> None:
-    """tests/fuzz/row_bits.py draws as many as one likes."""
+    """tests/fuzz/row_bits.py draws any number of them."""
     case = draw(seed, HERE)
     compared, wrong = differing(case, Random(seed), 5)
     assert compared >= 5 and wrong == [], case.title
@@ -97,7 +97,10 @@ NUMBERS = np.random.default_rng(0).uniform(1, 2, (3, 64)).astype(np.float32)
 
 
 def once(x: Array, y: Array, z: Array) -> Array:
-    """x * y + z, rounded once: a product of float32 numbers is exact in float64, and such a sum is near enough."""
+    """Return x * y + z, rounded once.
+
+    A product of float32 numbers is exact in float64, and the double rounding of the sum is negligible.
+    """
     return (x.astype(np.float64) * y + z).astype(np.float32)
 
 
@@ -155,7 +158,7 @@ KERNELS: list[Kernel] = [
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.title)
 def test_no_sum_has_a_product_left_to_fuse(kernel: Kernel) -> None:
-    """In the code that LLVM selects instructions for: each product is behind a fence, or is fused already."""
+    """In the code from which LLVM selects instructions: each product is behind a fence, or already fused."""
     text = str(compile_module(kernel, host_isa()).inspect_source("ll"))
     fenced = 0
     for function in text.split("\ndefine "):

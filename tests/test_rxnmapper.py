@@ -49,7 +49,7 @@ def fetched() -> Path:
 
 @pytest.fixture(scope="module")
 def folder(fetched: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model's folder with its pickle turned into safetensors, as a user would who trusts it."""
+    """Return the model's folder with its pickle converted to safetensors, as a user who trusts it would."""
     folder = tmp_path_factory.mktemp("rxnmapper")
     shutil.copy(fetched / "config.json", folder)
     tensors = torch.load(fetched / "pytorch_model.bin", weights_only=True, map_location="cpu")
@@ -58,7 +58,7 @@ def folder(fetched: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def mask_each(reaction: str, vocabulary: list[str]) -> tuple[Array, Array]:
-    """A reaction's ids, and a batch in which each row has another of them masked."""
+    """Return a reaction's ids, and a batch in which each row has another of them masked."""
     words = TOKEN.findall(reaction)
     assert "".join(words) == reaction
     ids = np.array([vocabulary.index(word) for word in words])
@@ -78,10 +78,10 @@ def test_a_pickle_is_not_loaded(fetched: Path) -> None:
 
 @pytest.mark.parametrize("backend", backend_names())
 def test_fills_in_masked_tokens(fetched: Path, folder: Path, backend: str) -> None:
-    """Nine of ten tokens, masked one at a time, come back.
+    """Nine of ten tokens, masked one at a time, are recovered.
 
-    What a reaction makes is told by what goes into it and the other way around, but not all of it: a halogen that
-    leaves may have been another. So nine of ten, where always guessing the commonest token would get three.
+    The products of a reaction follow from its reactants and vice versa, but not completely: a leaving halogen may have
+    been another one. So nine of ten, where always guessing the commonest token would give three.
     """
     vocabulary = (fetched / "vocab.txt").read_text().splitlines()
     resolved = resolve(folder)

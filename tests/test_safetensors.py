@@ -1,4 +1,4 @@
-"""The safetensors reader: every dtype against the format's own library, and every way a file can be wrong."""
+"""The safetensors reader: every dtype compared with the format's own library, and every kind of damage to a file."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def entry(dtype: str, shape: Any, begin: Any, end: Any) -> dict[str, Any]:
 
 
 def refusal(path: Path, limits: CheckpointLimits | None = None) -> CheckpointError:
-    """The error that reading all of a file gives; it names the file."""
+    """Return the error of reading all of a file; it names the file."""
 
     def read_all() -> None:
         file = SafetensorsFile.open(path, limits)
@@ -48,7 +48,7 @@ def refusal(path: Path, limits: CheckpointLimits | None = None) -> CheckpointErr
 
 
 def same(error: CheckpointError, path: Path, text: str) -> None:
-    """The whole text of an error, where FILE stands for the path."""
+    """Check the whole text of an error, with FILE in place of the path."""
     assert str(error).replace(str(path), "FILE") == text.strip("\n")
 
 
@@ -112,7 +112,7 @@ def test_arrays_are_views_of_one_mapping(path: Path) -> None:
 
 
 def test_opening_does_not_read_the_tensors(tmp_path: Path) -> None:
-    """A sparse file of 64 GiB opens and its last element is read: only pages that are touched are loaded."""
+    """A sparse file of 64 GiB opens and its last element is read: only touched pages are loaded."""
     path, size = tmp_path / "large.safetensors", 2**36
     header = header_and_data({"w": entry("F32", [size // 4], 0, size)}, b"")
     with open(path, "wb") as file:
@@ -186,7 +186,7 @@ def test_an_unknown_tensor_names_the_nearest(path: Path) -> None:
 
 @pytest.mark.parametrize(("dtype", "bits"), [("F8_E5M2", 8), ("F8_E8M0", 8), ("F6_E2M3", 6), ("F6_E3M2", 6), ("F4", 4)])
 def test_each_narrow_float_has_its_width_and_is_refused_by_name(path: Path, dtype: str, bits: int) -> None:
-    """Four elements are as many bytes as half of the bits of one; one byte more or less is damage."""
+    """Four elements take half as many bytes as one element has bits; one byte more or less is damage."""
     count = bits // 2
     file = SafetensorsFile.open(write(path, {"w": entry(dtype, [4], 0, count)}, bytes(count)))
     assert str(file["w"]) == f"{dtype.lower()}[4]"
@@ -225,7 +225,7 @@ def test_text_header_length_too_large(path: Path) -> None:
 the header is longer than the file
   received  a header length of 1099511627776 bytes, in a file of 110
   in        FILE: byte 0, header length
-  try       fetch the file again: it is damaged, or of another format than its name says
+  try       fetch the file again: it is damaged, or of another format than its name indicates
 """,
     )
 
@@ -238,7 +238,7 @@ def test_text_truncated(path: Path) -> None:
         path,
         """
 the file ends before its tensors do
-  received  196 bytes, of the 208 that the header declares
+  received  196 bytes, and the header declares 208
   in        FILE: tensor h.1.ln.weight, data_offsets [32, 64]
   try       fetch the file again: its end is missing
 """,
@@ -288,7 +288,7 @@ def test_pickles_are_refused_by_name(tmp_path: Path, name: str) -> None:
 PAIR = {"a": entry("U8", [2], 0, 2), "b": entry("U8", [2], 2, 4)}
 ONE = json.dumps(PAIR["a"]).encode()
 RULES: list[tuple[str, object, bytes, str, str]] = [
-    # what is wrong, header, data, the error's words, its place
+    # the damage, header, data, the error's words, its place
     ("no object", [], b"", "must begin with '{'", "byte 8, header"),
     ("space first", b" {}", b"", "must begin with '{'", "byte 8, header"),
     ("zeros after", b"{}\x00", b"", "expected the end", "byte 10"),
@@ -317,8 +317,8 @@ RULES: list[tuple[str, object, bytes, str, str]] = [
     ("product wraps again", {"a": entry("U8", [2**62, 2, 2], 0, 4)}, b"", "past 2^63", "byte 59, tensor a, shape"),
     ("huge but empty", {"a": entry("U8", [0, 2**62, 2**62], 0, 0)}, b"", "past 2^63", "byte 62, tensor a, shape"),
     ("rank", {"a": entry("U8", [1] * 17, 0, 1)}, bytes(1), "more dimensions", "byte 87, tensor a, shape"),
-    ("size too small", {"a": entry("F32", [2], 0, 7)}, bytes(7), "not those of its dtype", "byte 68, tensor a"),
-    ("size too large", {"a": entry("F32", [2], 0, 9)}, bytes(9), "not those of its dtype", "byte 68, tensor a"),
+    ("size too small", {"a": entry("F32", [2], 0, 7)}, bytes(7), "do not match its dtype", "byte 68, tensor a"),
+    ("size too large", {"a": entry("F32", [2], 0, 9)}, bytes(9), "do not match its dtype", "byte 68, tensor a"),
     ("half a byte", {"a": entry("F4", [3], 0, 2)}, bytes(2), "whole byte", "byte 67, tensor a"),
     ("end before begin", {"a": entry("U8", [2], 2, 0)}, bytes(2), "ends before it", "byte 66, tensor a, data_offsets"),
     ("negative begin", {"a": entry("U8", [2], -2, 0)}, bytes(2), "expected begin", "byte 61, tensor a, data_offsets"),
@@ -328,8 +328,8 @@ RULES: list[tuple[str, object, bytes, str, str]] = [
     ("shared", {**PAIR, "c": entry("U8", [2], 1, 3)}, bytes(4), "share bytes", "data_offsets [1, 3]"),
     ("same range", {**PAIR, "c": entry("U8", [2], 0, 2)}, bytes(4), "share bytes", "data_offsets [0, 2]"),
     ("empty inside another", {**PAIR, "c": entry("U8", [0], 1, 1)}, bytes(4), "share bytes", "data_offsets [1, 1]"),
-    ("hole first", {"a": entry("U8", [2], 1, 3)}, bytes(3), "belong to none", "data_offsets [1, 3]"),
-    ("hole between", {**PAIR, "b": entry("U8", [2], 3, 5)}, bytes(5), "belong to none", "data_offsets [3, 5]"),
+    ("hole first", {"a": entry("U8", [2], 1, 3)}, bytes(3), "belong to no tensor", "data_offsets [1, 3]"),
+    ("hole between", {**PAIR, "b": entry("U8", [2], 3, 5)}, bytes(5), "belong to no tensor", "data_offsets [3, 5]"),
     ("bytes after", PAIR, bytes(5), "after the last tensor", "byte 132"),
     ("bytes and no tensors", {}, bytes(1), "after the last tensor", "byte 16"),
     ("bool of 2", {"a": entry("BOOL", [3], 0, 3)}, b"\x01\x02\x00", "neither 0 nor 1", "byte 73, tensor a"),
@@ -399,11 +399,11 @@ def test_what_is_not_a_regular_file_is_refused(tmp_path: Path) -> None:
     refusal(tmp_path / "absent.safetensors")
     if hasattr(os, "mkfifo"):
         pipe = tmp_path / "pipe.safetensors"
-        os.mkfifo(pipe)  # opened plainly, it would wait for a writer forever
+        os.mkfifo(pipe)  # an ordinary open would wait for a writer forever
         assert "not a regular file" in refusal(pipe).what
 
 
-@pytest.mark.skipif(os.name == "nt", reason="a mapped file cannot be cut on Windows")
+@pytest.mark.skipif(os.name == "nt", reason="a mapped file cannot be truncated on Windows")
 def test_a_file_that_is_cut_after_opening_is_noticed(path: Path) -> None:
     save_file({"a": np.zeros(5000)}, path)
     file = SafetensorsFile.open(path)
@@ -454,7 +454,7 @@ def test_hostile_headers_cost_no_more_than_their_length(path: Path, text: bytes)
 
 
 def test_mutations(tmp_path: Path) -> None:
-    """600 damaged files; tests/fuzz/safetensors_files.py does 10,000 of the same kind."""
+    """600 damaged files; tests/fuzz/safetensors_files.py tries 10,000 of the same kind."""
     outcomes = set()
     for number, (kind, file) in enumerate(mutations(600, seed=7)):
         verdict = judge(file, tmp_path / f"{number}.safetensors")

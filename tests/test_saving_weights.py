@@ -1,4 +1,4 @@
-"""Trained weights in a folder like the one that they came from: read again here and by transformers."""
+"""Trained weights in a folder like their source folder: read again here and by transformers."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ ALL = {**{name: tiny for name, tiny in TINY.items() if name != "biogpt"}, **DECO
 
 
 def saved(name: str, folder: Path, dtype: Any = None, shard: str = "50GB") -> Tiny:
-    """A tiny model of Hugging Face's in a folder."""
+    """Save a tiny Hugging Face model in a folder."""
     tiny = ALL[name]
     tiny.build().to(dtype).save_pretrained(folder, max_shard_size=shard)
     return tiny
 
 
 def changed(weights: Mapping[str, Any]) -> dict[str, Array]:
-    """As if trained: each weight moved a little, each in its own way."""
+    """Change weights as training would: each moved a little, each differently."""
     rng = np.random.default_rng(3)
     moved = {}
     for name, array in weights.items():
@@ -72,7 +72,7 @@ def inputs_of(tiny: Tiny, graph: Any) -> dict[str, Array]:
 
 @st.composite
 def parts(draw: st.DrawFn) -> tuple[Source, tuple[int, ...]]:
-    """A part of a stored tensor, and the tensor's shape."""
+    """Return a part of a stored tensor, and the tensor's shape."""
     rank = draw(st.integers(1, 3))
     transpose = rank == 2 and draw(st.booleans())
     groups = draw(st.integers(1, 3))
@@ -105,9 +105,9 @@ def test_what_is_written_to_a_part_is_read_from_it_and_the_rest_stays(case: tupl
 
 @pytest.mark.parametrize("name", ALL)
 def test_what_was_saved_is_read_again(name: str, tmp_path: Path) -> None:
-    """Each parameter's new values in their places, no tensor lost, none that no parameter takes changed.
+    """Each parameter's new values are in their places, no tensor is lost, and no tensor without a parameter is changed.
 
-    No two parameters are the same part of a tensor, but where the second has a name of its own.
+    No two parameters are the same part of a tensor, except if the second has its own name.
     """
     tiny = saved(name, tmp_path / "from")
     resolved = resolve(tmp_path / "from", **tiny.given)
@@ -161,7 +161,7 @@ def test_transformers_reads_the_same_weights(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 def test_values_are_rounded_to_the_dtype_of_the_checkpoint(dtype: str, tmp_path: Path) -> None:
-    """To the nearest, of two to the even one, as PyTorch rounds; NaN and infinity stay."""
+    """To nearest, ties to even, as PyTorch rounds; NaN and infinity stay."""
     kind = {"f16": torch.float16, "bf16": torch.bfloat16}[dtype]
     saved("gpt2", tmp_path / "from", kind)
     resolved = resolve(tmp_path / "from", widen=dtype)
@@ -227,13 +227,13 @@ def test_equal_weights_give_equal_bytes(tmp_path: Path) -> None:
 
 
 def test_a_stored_copy_follows_the_tensor_that_it_is_a_copy_of(tmp_path: Path) -> None:
-    """Older files hold the output's matrix beside the embedding; biases that are zero alike are no copies."""
+    """Older files hold the output's matrix in addition to the embedding; biases that are all zero are not copies."""
     saved("bert-masked-lm", tmp_path / "from")
     path = tmp_path / "from" / "model.safetensors"
     tensors = load_file(path)
     tensors["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"]
     tensors["cls.predictions.bias"] = np.zeros_like(tensors["cls.predictions.bias"])
-    tensors["cls.predictions.decoder.bias"] = tensors["cls.predictions.bias"]  # which the table names beside the other
+    tensors["cls.predictions.decoder.bias"] = tensors["cls.predictions.bias"]  # which the table lists as a second name
     tensors["bert.pooler.dense.bias"] = np.zeros(24, np.float32)
     tensors["bert.encoder.layer.0.output.dense.bias"] = np.zeros(24, np.float32)
     save_file(tensors, path, {"format": "pt"})
@@ -303,7 +303,7 @@ def test_weights_of_every_element_are_written_as_safetensors_reads_them(tmp_path
             np.testing.assert_array_equal(found[name], array)
 
 
-# -- what is refused -----------------------------------------------------------------------------------------------
+# -- refusals ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A scheduler: many callers' texts in one session, each as it is alone."""
+"""A scheduler: many callers' texts in one session, each the same as alone."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def scheduler(session: Session) -> Iterator[Scheduler]:
 
 
 class Heard:
-    """What one order was told."""
+    """The events that one request received."""
 
     def __init__(self) -> None:
         self.tokens: list[Token] = []
@@ -59,7 +59,7 @@ class Heard:
             self._over.set()
 
     def wait(self) -> list[int]:
-        """The ids, once it has ended."""
+        """Return the ids after the request has ended."""
         assert self._over.wait(SECONDS)
         return [token.id for token in self.tokens]
 
@@ -93,7 +93,7 @@ def test_each_text_is_the_one_alone(model: Compiled, scheduler: Scheduler) -> No
 
 
 def test_texts_that_begin_alike_read_it_once(model: Compiled) -> None:
-    """Several texts of a prompt, prompts with one beginning, the next turn of a talk; each text is the one alone."""
+    """Several texts of a prompt, prompts with a common prefix, the next turn of a chat: each is the same as alone."""
     session = model.session(rows=6, capacity=CAPACITY, chunk=8, resumes=True)
     scheduler = Scheduler(session)
     system = tuple(range(20))
@@ -103,7 +103,7 @@ def test_texts_that_begin_alike_read_it_once(model: Compiled) -> None:
     tickets = scheduler.submit(
         [(TextOrder(prompt, choosing), each) for prompt, each in zip(prompts, heard, strict=True)]
     )
-    scheduler.start()  # all of them join at once
+    scheduler.start()  # all of them join together
     found = [each.wait() for each in heard]
     assert found == [alone(model, prompt, choosing) for prompt in prompts]
     assert [ticket.reused for ticket in tickets] == [0, 20, 22, 0, 22, 3]
@@ -160,7 +160,7 @@ def test_who_goes_away_gives_the_row_to_the_next(model: Compiled, scheduler: Sch
     def begin(told: Token | Ended) -> None:
         first[0](told)
         started.set()
-        assert cancelled.wait(SECONDS)  # so that nobody is done before
+        assert cancelled.wait(SECONDS)  # so that none is done before
 
     tickets = scheduler.submit([(TextOrder((1, 2), long), begin if i == 0 else first[i]) for i in range(3)])
     waiting, next_one = Heard(), Heard()
@@ -257,7 +257,7 @@ def test_a_prompt_that_no_row_takes_is_refused_at_once(
 
 
 def test_no_more_wait_than_may(session: Session) -> None:
-    scheduler = Scheduler(session, queue=2)  # not started: nobody leaves the queue
+    scheduler = Scheduler(session, queue=2)  # not started: no request leaves the queue
     for _ in range(2):
         scheduler.submit([(TextOrder((1,), Choosing(1)), Heard())])
     with pytest.raises(UsageError, match="3 texts at once, and at most 2 may wait"):
@@ -301,7 +301,7 @@ def test_closing_drains_or_cuts_and_takes_no_more(model: Compiled, session: Sess
 
 
 def test_a_long_prompt_holds_others_up_by_a_piece_at_a_time(model: Compiled, scheduler: Scheduler) -> None:
-    """Between two pieces of a prompt of 40 tokens, a text that is under way goes on."""
+    """Between two chunks of a prompt of 40 tokens, a running text continues."""
     order: list[str] = []
     short, long = Heard(), Heard()
 

@@ -1,4 +1,4 @@
-"""How far passes look: what lies just within a limit is found, what lies just past it is not."""
+"""Search limits of passes: a match just within a limit is found, one just past it is not."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def truths_beneath_products(count: int) -> bool:
 
 
 def rounded(count: int) -> Expr:
-    """round(x) cast to i8 and back, with so many steps from the cast back to the rounding, both counted"""
+    """round(x) cast to i8 and back, with `count` steps from the cast back to the rounding, both included"""
     b = Builder(Graph("g"))
     kept = chain(b.round(b.input("x", "f32[S]")), lambda y: b.minimum(y, 127.0), count - 2)
     return b.cast(b.cast(kept, to="i8"), to="f32")
@@ -58,7 +58,7 @@ def a_round_trip_upwards(count: int) -> bool:
 
 
 def a_round_trip_downwards(count: int) -> bool:
-    """Counted from the rounding down to the cast back, both among the steps."""
+    """Search from the rounding down to the cast back, both included in the steps."""
     y = rounded(count - 1)
     nodes = y.builder.function.nodes
     readers = {v: [n for n in nodes if v in n.inputs] for n in nodes for v in (*n.inputs, *n.results)}
@@ -66,7 +66,7 @@ def a_round_trip_downwards(count: int) -> bool:
 
 
 def a_table_that_is_cut(count: int) -> bool:
-    """Of so many values, the result among them."""
+    """Slice a table of positions that takes `count` values to compute, the result included."""
     b = Builder(Graph("g"))
     table = chain(b.iota(size="T", dtype=i64), lambda y: b.abs(y), count - 1)
     b.outputs(y=b.slice(table, axis=0, stop="S") + b.input("x", "i64[S]"), t=b.input("z", "i64[T]"))
@@ -75,7 +75,7 @@ def a_table_that_is_cut(count: int) -> bool:
 
 
 def an_index(count: int) -> list[str]:
-    """The rules that fit a lookup by an index of so many values, all that it is made of."""
+    """Return the rules that match a lookup by an index computed from `count` values."""
     b = Builder(Graph("g"))
     x, i = b.input("x", "i64[S]"), chain(b.iota(size="S", dtype=i64), lambda y: b.expand(y, shape=("S",)), count - 1)
     b.outputs(y=b.gather(x, i, axis=0), z=b.where(i < 0, x, i))
@@ -99,7 +99,7 @@ def fused(b: Builder, y: Expr) -> list[str]:
 
 
 def a_mask_by_positions(count: int) -> bool:
-    """j <= i, where j is made by so many ops"""
+    """j <= i, where j takes `count` ops to compute"""
     b = Builder(Graph("g"))
     i, j = b.rearrange(b.iota(size="S"), pattern="s -> s 1"), b.iota(size="S")
     moved = chain(j, lambda y: b.expand(y, shape=("S",)), count - 1)
@@ -107,7 +107,7 @@ def a_mask_by_positions(count: int) -> bool:
 
 
 def a_mask_beneath_moves(count: int) -> bool:
-    """j <= i, moved so often"""
+    """j <= i, moved `count` times"""
     b = Builder(Graph("g"))
     kept = chain(triangle(b), lambda y: b.expand(y, shape=("S", "S")), count)
     return fused(b, scaled(b, lambda x: b.where(kept, x, LOW))) == ["causal"]
@@ -127,7 +127,7 @@ def a_bias_by_distance(far: int) -> bool:
 
 
 def a_turn_of_moved_tables(count: int) -> bool:
-    """From the sum to the angles' halves so many ops: a product, those between, a cosine or a sine, a concat"""
+    """With `count` ops from the sum to the angles' halves: a product, those between, a cosine or a sine, a concat"""
     b = Builder(Graph("g"))
     x = b.input("x", "f32[B, 2, S, 4]")
     half = b.rearrange(b.cast(b.input("p", "i64[S]"), to="f32"), pattern="s -> s 1") * b.parameter("f", "f32[2]")
@@ -144,7 +144,7 @@ def sites(b: Builder, y: Expr) -> set[str]:
 
 
 def attention_with_steps_between(count: int) -> bool:
-    """So many ops between the product and the softmax, and as many after it"""
+    """With `count` ops between the product and the softmax, and as many after it"""
     b = Builder(Graph("g"))
     q, k, v = (b.input(name, "f32[S, 4]") for name in "qkv")
     scores = chain(q @ b.rearrange(k, pattern="t d -> d t"), b.abs, count)
@@ -159,21 +159,21 @@ def a_norm_with_steps_before_its_root(count: int) -> bool:
 
 
 def an_activation_of_what_was_scaled(count: int) -> bool:
-    """So many ops between what is gated and what it is gated by"""
+    """With `count` ops between the gated value and its gate"""
     b = Builder(Graph("g"))
     x = b.input("x", "f32[B, 8]")
     return "activation" in sites(b, x * b.sigmoid(chain(x, lambda y: y * 2.0, count)))
 
 
 def an_epilogue_beneath_moves(count: int) -> bool:
-    """An activation of a product that is moved so often"""
+    """An activation of a product that is moved `count` times"""
     b = Builder(Graph("g"))
     y = b.linear(b.input("x", "f32[B, 8]"), b.parameter("w", "f32[8, 8]"))
     return "epilogue" in sites(b, b.relu(chain(y, lambda y: b.expand(y, shape=("B", 8)), count)))
 
 
 def a_turn_by_tables_of_many_makings(count: int) -> bool:
-    """A cosine beneath so many ops, and a sine"""
+    """A cosine beneath `count` ops, and a sine"""
     b = Builder(Graph("g"))
     angles = b.input("a", "f32[S, 8]")
     cos, sin = (chain(wave(angles), lambda y: b.expand(y, shape=("S", 8)), count) for wave in (b.cos, b.sin))
@@ -192,7 +192,7 @@ def a_fold_that_grows(count: int) -> bool:
 
 
 def what_is_made_of_a_weight(count: int) -> bool:
-    """So many numbers, of a weight of two"""
+    """Derive `count` numbers from a weight of two"""
     b = Builder(Graph("g"))
     made = b.exp(b.expand(b.parameter("w", "f32[1, 2]"), shape=(count // 2, 2)))
     b.outputs(y=b.input("x", f32[count // 2, 2]) + made)
@@ -200,7 +200,7 @@ def what_is_made_of_a_weight(count: int) -> bool:
 
 
 def what_leaves_a_block(count: int) -> bool:
-    """So many values"""
+    """Derive `count` values from a weight in a block"""
     graph, block = Graph("g"), Function("block")
     b = Builder(graph, block)
     b.outputs(y=b.input("x", "f32[4]") + chain(b.parameter("w", "f32[4]"), b.exp, count))
@@ -211,7 +211,7 @@ def what_leaves_a_block(count: int) -> bool:
 
 
 def steps_of(b: Builder) -> list[int]:
-    """The sizes of steps, in chains of three nodes and three inputs at most."""
+    """Return the sizes of steps, in chains of three nodes and three inputs at most."""
     chains = Chains(lambda node: node.is_elementwise, lambda node: False, most_inputs=3, most_nodes=3)
     return [len(step.nodes) for step in chains(b.function)]
 
@@ -233,7 +233,7 @@ def test_nodes_and_inputs_of_a_chain() -> None:
     [("f32", (2.0**-10, -(2.0**-10), 2.0**10, -(2.0**10))), ("f16", (2.0**-10, 1.0)), ("bf16", (2.0**-10, -1.0))],
 )
 def test_scales_that_come_first(dtype: str, numbers: tuple[float, ...]) -> None:
-    """Of logits; what is a little further from 1 comes last."""
+    """Scales of logits; a scale slightly further from 1 is applied last."""
 
     def comes_first(number: float) -> bool:
         b = Builder(Graph("g"))
@@ -284,6 +284,6 @@ def test_an_index_of_nothing_is_not_negative() -> None:
 
 
 def test_bytes_that_are_made_of_weights() -> None:
-    """Eight times their own, and a megabyte."""
+    """Eight times their own bytes, and a megabyte."""
     assert what_is_made_of_a_weight((8 * 8 + (1 << 20)) // 4)
     assert not what_is_made_of_a_weight((8 * 8 + (1 << 20)) // 4 + 2)

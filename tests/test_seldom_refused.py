@@ -1,6 +1,6 @@
-"""Refusals that no other test provokes, a line each: the kind of error and how it begins.
+"""Refusals that no other test provokes, one per line: the kind of error and its beginning.
 
-The whole texts are in tests/golden/errors/, as of all errors.
+The whole texts are in tests/golden/errors/, like those of all errors.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ from treadle.tasks import matching, rewriting, transcribing
 from treadle.tasks.answering import QuestionAnswerer
 from treadle.tasks.classifying import HEAD, TextClassifier
 from treadle.tasks.filling import MaskFiller
+from treadle.tasks.generation_settings import FolderRules
 from treadle.tasks.images import ImageReader
 from treadle.tasks.labelling import ImageLabeller, image_sides
 from treadle.tasks.matching import ImageMatcher
@@ -148,7 +149,7 @@ class Plain(StagedBackend):
 
 
 class Whole:
-    """A backend that does all in one go."""
+    """A backend that compiles in one step."""
 
     name = "whole"
     available = supports = StagedBackend.available
@@ -190,7 +191,7 @@ class Narrowing(Softmax):
 
 
 def calling(results: int) -> Graph:
-    """A call of a block whose outputs have become another number since."""
+    """Return a call of a block whose number of outputs has changed since."""
     graph = Graph("g")
     block = Function("block")
     graph.add_function(block)
@@ -247,7 +248,7 @@ def begun(session: Any) -> None:
 
 
 quiet: Any = SimpleNamespace(doing=lambda told: None)
-"""A rank that tells nobody what it does."""
+"""A rank that reports its activity to no other."""
 
 opened: Any = SimpleNamespace(tokenizer=SimpleNamespace(mask=None))
 """A model of a task, whose vocabulary has no mask, whose head has three labels, and whose images are grey."""
@@ -257,10 +258,10 @@ opened.model = SimpleNamespace(
 )
 
 decoder: Any = SimpleNamespace(stepped=lambda: SimpleNamespace(name="m", derived=SimpleNamespace(prologue=())))
-"""Options of a model whose rows begin with nothing."""
+"""Options of a model whose rows begin empty."""
 
 nobody: Any = None
-"""In place of a model that is not asked: what it would be asked for is refused."""
+"""A placeholder for a model that is unused, because the call is refused first."""
 
 
 HALF, NARROW = "half \ud800", Port("k", parse_type("bf16[1]"))
@@ -270,7 +271,7 @@ TERMS: Any = SimpleNamespace(partial=("tp",), text=lambda mesh: "a sum over tp")
 def writing(vocabulary: str) -> Any:
     tokenizer: Any = SimpleNamespace(vocabulary=lambda: vocabulary)
     model: Any = SimpleNamespace(name=vocabulary)
-    return TextWriter(model, tokenizer, ())
+    return TextWriter(model, tokenizer, FolderRules())
 
 
 REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
@@ -507,7 +508,7 @@ def _sized(x: Annotated[t.Tensor, t.f32["B 8"]], *, width: int = 8, act: Any = t
 
 
 MISSING: dict[str, tuple[str, Callable[[Path], Any], str]] = {
-    # a package, what needs it, and how it is called
+    # a package, the code that needs it, and its name in messages
     "texts": ("tokenizers", lambda p: TextTokenizer.open(p), "reading text needs the package tokenizers"),
     "texts of GGUF": ("tokenizers", build_gguf_tokenizer, "reading text needs the package tokenizers"),  # type: ignore[arg-type]
     "GGUF": ("gguf", lambda _: import_gguf(), "reading GGUF files needs the package gguf"),
@@ -556,7 +557,7 @@ def test_a_backend_that_cannot_is_named(backend: Any, asks: Any, told: str, monk
     assert caught.value.hint == "numpy, torch or tvm"
 
 
-NEEDED: dict[str, tuple[str, Callable[[], Any], str]] = {  # the module, who needs it, and what is told
+NEEDED: dict[str, tuple[str, Callable[[], Any], str]] = {  # the module, the code that needs it, and the message
     "starlette": ("", lambda: app(["serve", "gpt2"]), "serving needs the package starlette"),
     "pillow": ("PIL.Image", lambda: ImageReader.open(nobody, "vit"), "reading images needs the package pillow"),
 }
@@ -576,7 +577,7 @@ def test_a_package_that_is_not_there_is_named(package: str, monkeypatch: pytest.
     assert "pip install 'treadle[" in str(error.hint)
 
 
-# -- what others would have to do wrong first --------------------------------------------------------------------------
+# -- refusals that need another bug first ------------------------------------------------------------------------------
 
 
 def test_inputs_that_an_onnx_file_has_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""SentencePiece vocabularies of folders without tokenizer.json: the ids that Hugging Face's tokenizers give."""
+"""SentencePiece vocabularies of folders without tokenizer.json: the ids of Hugging Face's tokenizers."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
 }
-"""By config.json's model_type: the file, and how it is trained."""
+"""Files by config.json's model_type: the file name, and its training options."""
 
 ADDED = {
     "content": "<|end|>",
@@ -124,7 +124,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.fixture(scope="module")
 def trained() -> dict[str, bytes]:
-    """A small vocabulary of each kind, by the library that such files are made with."""
+    """Train a small vocabulary of each kind with the library that writes such files."""
     library = pytest.importorskip("sentencepiece")
     made = {}
     for kind, (_, model, options) in KINDS.items():
@@ -158,13 +158,13 @@ def test_ids_are_those_of_hugging_face(
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     ours = TextTokenizer.open(tmp_path, cut=False)
     given = [*sentences(200), *HARD]
-    if kind == "siglip":  # its tokenizer there, in Python, puts no space before what follows a special token
+    if kind == "siglip":  # its Python tokenizer puts no space after a special token
         given = [text.replace("</s>", "").replace("<unk>", "") for text in given]
     for text, (found,) in zip(given, ours.encode(given), strict=True):
         whole = theirs(text, return_offsets_mapping=theirs.is_fast)
         assert list(found.ids) == whole["input_ids"], text
         assert not theirs.is_fast or list(found.offsets) == whole["offset_mapping"], text
-        if kind != "siglip":  # where tokens are joined otherwise, too
+        if kind != "siglip":  # if tokens are joined differently, too
             assert ours.text(found.ids) == theirs.decode(
                 found.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
@@ -201,7 +201,7 @@ def piece(text: str, score: float, kind: int = 1) -> bytes:
 
 
 def charmap(offset: int = 0, leaf: int = 0) -> bytes:
-    """A table of characters of one block, whose first unit leads to a child, and whose second is a leaf."""
+    """Return a table of characters of one block, whose first unit leads to a child, and whose second is a leaf."""
     units = np.zeros(256, "<u4")
     units[:2] = offset << 10, 1 << 31 | leaf
     return struct.pack("<I", units.nbytes) + units.tobytes() + b"a\0"
@@ -241,24 +241,24 @@ def test_the_file_is_read_as_it_is_written(tmp_path: Path) -> None:
         (SMALL[:9], "reaches past the end", 0),
         (SMALL + b"\xff", "ends inside a number", 108),
         (SMALL + b"\xff" * 12, "more than 10 bytes", 108),
-        (SMALL + b"\x0b", "no SentencePiece vocabulary", 108),
+        (SMALL + b"\x0b", "not a SentencePiece vocabulary", 108),
         (SMALL + b"\x00\x01", "there is no field 0", 108),
         (SMALL + held(1, held(1, b"\xff")), "is not UTF-8", 110),
         (SMALL + held(1, varint(2 << 3 | 5) + struct.pack("<f", np.inf)), "must be a finite number", 110),
         (SMALL + held(1, varint(2 << 3) + b"\x01"), "must be a 32-bit number", 110),
-        (SMALL + varint(1 << 3) + b"\x01", "must hold fields", 108),
+        (SMALL + varint(1 << 3) + b"\x01", "must be a message", 108),
         (SMALL + held(2, held(40, b"x")), "must be an integer", 110),
         (SMALL + held(3, varint(2 << 3) + b"\x01"), "field 2 must hold bytes", 110),
         (SMALL + held(2, varint(40 << 3) + varint(9)), "unk_id must be the number of a piece", 0),
         (SMALL + held(2, varint(3 << 3) + varint(4)), "of kind 1", 0),
-        (SMALL + held(2, varint(3 << 3) + varint(BPE)), "another kind than the folder's tokenizer", None),
+        (SMALL + held(2, varint(3 << 3) + varint(BPE)), "does not match the folder's tokenizer", None),
         (SMALL + held(3, held(2, b"\x07\x00\x00\x00damaged")), "table of characters is damaged", 112),
         (SMALL + held(3, held(2, charmap(offset=300))), "table of characters is damaged", 114),
         (SMALL + held(3, held(2, charmap(leaf=9))), "table of characters is damaged", 114),
     ],
 )
 def test_damaged_files(data: bytes, what: str, at: int | None, tmp_path: Path) -> None:
-    """Each is told with the byte where the field begins that is wrong."""
+    """Each is reported with the byte where the wrong field begins."""
     folder(tmp_path, "t5", data)
     with pytest.raises(CheckpointError, match=what) as caught:
         TextTokenizer.open(tmp_path)
@@ -279,7 +279,7 @@ def test_a_vocabulary_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_any_change_of_a_file_is_read_or_refused(tmp_path: Path) -> None:
-    """Bytes that are overwritten and files that are cut give the house's error, or another vocabulary."""
+    """Overwritten bytes and truncated files give a typed error, or another vocabulary."""
     draw = np.random.default_rng(0)
     refused = 0
     for _ in range(200):

@@ -1,4 +1,4 @@
-"""The server, over HTTP: what OpenAI's client asks and gets, and what becomes of those who ask what cannot be."""
+"""The server over HTTP: requests of OpenAI's client, their responses, and error responses for invalid requests."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ KEY = "a-key"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny GPT-2 with a byte-level tokenizer and a chat template."""
+    """Return a tiny GPT-2 with a byte-level tokenizer and a chat template."""
     place = tmp_path_factory.mktemp("served") / "tiny"
     tokenizer = byte_level()
     torch.manual_seed(4)
@@ -57,7 +57,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = transformers.GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         for weight in model.parameters():
-            weight.mul_(4)  # far from uniform logits, so that a continuation says something
+            weight.mul_(4)  # far from uniform logits, so that continuations differ
+    model.generation_config.repetition_penalty = 1.3  # replies follow the folder's rules, too
     model.save_pretrained(place)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(place)
@@ -90,13 +91,13 @@ class Running:
         self.place = urlsplit(self.address)
 
     def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
-        """Its exit code, and what it wrote to standard error."""
+        """Return its exit code and its standard error."""
         self.process.send_signal(number)
         _, error = self.process.communicate(timeout=60)
         return self.process.returncode, error
 
     def post(self, path: str, body: bytes | object, **headers: str) -> tuple[int, dict[str, Any]]:
-        """Status and body of an answer."""
+        """Return status and body of a response."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         return self.ask("POST", path, data, **{"content-type": "application/json", **headers})
 
@@ -374,7 +375,7 @@ WRONG: list[tuple[str, Any, int, str | None, str]] = [
 def test_what_cannot_be_is_told_with_the_field(
     server: Running, path: str, body: Any, status: int, place: str | None, told: str
 ) -> None:
-    """Or, where no field is wrong, with a code."""
+    """Or, if no single field is wrong, with a code."""
     found, answer = server.post(path, body)
     assert found == status, answer
     assert told in answer["error"]["message"]
@@ -412,7 +413,7 @@ def test_who_comes_when_too_many_wait_is_told_to_come_again(server: Running, wri
     def size(seed: int) -> int:
         return len(list(writer.continued(["a"], most=60, sampling=Sampling(temperature=1.0, seed=seed))))
 
-    seed = next(seed for seed in range(50) if size(seed) == 60)  # of a text that does not end by itself before
+    seed = next(seed for seed in range(50) if size(seed) == 60)  # from a text that does not end by itself earlier
     options = {**COMPLETION, "prompt": ["a"] * 40, "max_tokens": 60, "temperature": 1, "seed": seed}
     first = server.client().completions.create(**options, stream=True)
     next(iter(first))  # so that it waits
@@ -423,7 +424,7 @@ def test_who_comes_when_too_many_wait_is_told_to_come_again(server: Running, wri
 
 
 def test_who_goes_away_is_given_up(server: Running) -> None:
-    """The row of a stream that is left is free before its text would have ended."""
+    """The row of an abandoned stream is free before its text would have ended."""
 
     def generated() -> float:
         line = next(x for x in server.metrics().splitlines() if x.startswith('treadle_tokens_total{kind="generated"'))
@@ -449,11 +450,11 @@ def test_who_goes_away_is_given_up(server: Running) -> None:
 
 
 def test_events_that_are_ready_go_out_at_once_and_the_loop_has_turns(writer: TextWriter) -> None:
-    """Whether a caller has gone, the loop learns in its turns: no two parts of a body are sent in one of them."""
+    """The loop learns in its turns that a caller has disconnected: no two parts of a body are sent in one turn."""
     served = ServedWriter("tiny", writer, rows=1, capacity=64, queue=4)
 
     def submit(orders: list[tuple[TextOrder, Any]]) -> list[Ticket]:
-        """All texts at once, as they may come of a scheduler that is quicker than the loop."""
+        """Submit all texts at once, as a scheduler that is faster than the loop may deliver them."""
         for _, tell in orders:
             for number in range(40):
                 tell(Token(0, 5 + number, "count" if number == 39 else None))

@@ -23,7 +23,7 @@ def exe() -> Compiled:
 
 
 def whole(exe: Compiled, tokens: list[int]) -> Array:
-    """The logits after each of the tokens."""
+    """Return the logits after each of the tokens."""
     found: Array = exe(tokens=np.array([tokens]))["logits"][0]
     return found
 
@@ -89,7 +89,7 @@ def test_other_tokens_than_were_verified_are_not_accepted(exe: Compiled) -> None
     with pytest.raises(UsageError, match="where none were verified"):
         session.accept(row, [4])
     session.verify(row, [4, 5])
-    session.step({row: 9})  # which writes over them
+    session.step({row: 9})  # which overwrites them
     with pytest.raises(UsageError, match="where none were verified"):
         session.accept(row, [4])
     near(session.step({row: 8})[row], whole(exe, [1, 2, 3, 9, 8])[-1])

@@ -1,4 +1,6 @@
-"""Sharding: every model split by every recipe computes the same, plans as text and numbers, any graph in any way."""
+"""Sharding: every model split by every recipe computes the same, plans as text and numbers, any graph split in any
+way.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,7 @@ CASES = [
     if all(f"{axis}=" in mesh for axis in known.needs)
     and (family == FAMILIES[0] or {name for name, _ in Mesh.of(mesh).axes} <= {*known.axes.values()})
 ]
-"""Of one family also meshes with an axis that the recipe leaves idle."""
+"""One family also on meshes with an axis that the recipe leaves idle."""
 
 
 # -- every model -------------------------------------------------------------------------------------------------------
@@ -61,12 +63,12 @@ def test_ranks_together_compute_what_the_model_does(family: str, mesh: str, reci
 def test_programs_go_through_the_rest_of_the_pipeline(family: str, mesh: str, recipe: str) -> None:
     plan = shard(recognized(family), mesh, recipe=recipe)
     programs = [rank_graph(plan, rank) for rank in range(plan.mesh.ranks)]
-    assert ("projections(" in str(programs[-1])) == (recipe != "fsdp")  # what is gathered for use is no weight
+    assert ("projections(" in str(programs[-1])) == (recipe != "fsdp")  # a weight gathered for use is not counted
     assert apart(family, plan, programs) < NEAR
 
 
 def test_a_linear_graph_is_computed_exactly() -> None:
-    """Whole numbers have no rounding, in whatever order they are added."""
+    """Integers have no rounding, whatever the order of additions."""
     b = Builder(Graph("linear"))
     x = b.input("x", "f32[B, 12]")
     y = b.linear(x, b.parameter("up", "f32[18, 12]"), b.parameter("bias", "f32[18]"))
@@ -99,7 +101,7 @@ def test_a_plan_prints_with_reasons_bytes_and_lines() -> None:
 
 
 def test_predicted_bytes_are_those_of_what_ranks_bring() -> None:
-    """Equal parts: what the plan says each collective is about is what ranks meet with, in elements of float32."""
+    """Equal parts: the plan's payload of each collective equals the ranks' traffic, in elements of float32."""
     weights, inputs, _ = numbers("gpt2")
     graph = recognized("gpt2")
     rows, tokens = inputs["tokens"][:8].shape
@@ -144,7 +146,7 @@ def test_a_device_holds_what_its_program_needs() -> None:
 
 
 def test_what_is_had_in_two_placements_moves_from_the_nearer_one() -> None:
-    """Of blocks from the one that it can move from at all."""
+    """Weights in blocks move from the only placement that allows it."""
     mesh, b = Mesh.of("tp=4"), Builder(Graph("g"))
     rows, columns, whole = (parse_placement(text, mesh) for text in ("[tp, -]", "[-, tp]", "[-, -]"))
     values = PlacedValues(Costs(mesh, find_machine("h100"), {"B": 8}), Wanted())
@@ -190,12 +192,12 @@ def test_an_axis_of_one_position_is_not_proposed_when_it_is_refused() -> None:
 
 @pytest.mark.parametrize("seed", range(60))
 def test_any_graph_split_in_any_way_computes_the_same(seed: int) -> None:
-    """tests/fuzz/shardings.py runs as many as one likes."""
+    """tests/fuzz/shardings.py runs any number of them."""
     case = random_pipeline(seed) if seed % 4 == 0 else random_case(seed)
     assert difference(case, case.plan(), merged=seed % 8 < 4) < 1e-10
 
 
-# -- the command and the front door ------------------------------------------------------------------------------------
+# -- the command and the public API ------------------------------------------------------------------------------------
 
 
 def test_the_command_takes_dtypes_and_quantization() -> None:
@@ -235,8 +237,8 @@ def test_a_lab_takes_blocks_that_are_written_and_refuses_others() -> None:
     plan = shard_model(declared, "tp=2", recipe="megatron")  # a block is a whole row
     assert try_in_lab(plan).passed
     assert [note for note in plan.notes if "in blocks" in note] == [
-        "heads: h.*.attn.out.weight is held in blocks along dimension 1, and whole there",
-        "ffn: h.*.mlp.down.weight is held in blocks along dimension 1, and whole there",
+        "heads: h.*.attn.out.weight is stored in blocks along dimension 1, which is replicated",
+        "ffn: h.*.mlp.down.weight is stored in blocks along dimension 1, which is replicated",
     ]
     graph = recognized("llama")
     read = encode_parameters(graph, {"embed.weight": parse_encoding("q8_0")})

@@ -1,4 +1,4 @@
-"""The checker of sharding plans: graphs of an op or two, placed by hand, and each thing that it refuses."""
+"""The checker of sharding plans: graphs of an op or two, placed by hand, and everything that it refuses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from treadle.passes.sharding.recipes import shard
 
 MESH = Mesh.of("tp=4,dp=2")
 LARGER = Mesh.of("tp=4,dp=2,ep=2")
-"""With an axis that the mesh of plans has not."""
+"""A mesh with an axis that the mesh of the plans lacks."""
 
 
 def placed(text: str) -> MeshPlacement:
@@ -38,11 +38,10 @@ def all_placed(texts: str) -> tuple[MeshPlacement, ...]:
 
 
 def laid(model: Callable[[Builder], Expr], takes: str, *nodes: str, gives: str | None = None) -> ShardingPlan:
-    """The plan of a small graph, in which values lie as these texts say.
+    """Return the plan of a small graph, with the placements that these texts describe.
 
-    takes  each input
-    nodes  operands -> result | factors that are split
-    gives  the output; None: as the last node gives it
+    takes  each input nodes  operands -> result | factors that are split gives  the output; None: the placement of the
+    last node's result
     """
     b = Builder(Graph("small"))
     b.outputs(y=model(b))
@@ -101,23 +100,23 @@ SOUND = {
 WRONG: dict[str, tuple[ShardingPlan, str]] = {
     "an argument that is terms": (
         laid(product, "[-, -] sum(tp); [-, -]", "[-, -] sum(tp); [-, -] -> [-, -] sum(tp)"),
-        "x comes as terms",
+        "argument x is partial",
     ),
     "a result that is terms": (
         laid(product, "[-, tp]; [-, tp]", "[-, tp]; [-, tp] -> [-, -] sum(tp) | k: tp"),
-        "linear leaves as terms",
+        "result linear is partial",
     ),
     "a result that is not had": (
         laid(product, "[-, -]; [-, -]", "[-, -]; [-, -] -> [-, -]", gives="[tp, -]"),
-        r"is not had in \[tp, -\]",
+        r"has no copy with placement \[tp, -\]",
     ),
     "an axis that there is not": (
         laid(product, "[ep, -]; [-, -]", "[ep, -]; [-, -] -> [ep, -] | ...1: tp"),
-        "x lies along an axis that the mesh has not",
+        "x is split over an axis that is not in the mesh",
     ),
     "a grain that does not divide": (
         laid(product, "[dp*3, -]; [-, -]", "[dp*3, -]; [-, -] -> [dp*3, -] | ...1: dp"),
-        "8 is no multiple of 3",
+        "8 is not a multiple of 3",
     ),
     "fewer units than ranks": (
         laid(product, "[tp*4, -]; [-, -]", "[tp*4, -]; [-, -] -> [tp*4, -] | ...1: tp"),
@@ -125,24 +124,24 @@ WRONG: dict[str, tuple[ShardingPlan, str]] = {
     ),
     "one operand in parts": (
         laid(added, "[tp, -]; [-, -]", "[tp, -]; [-, -] -> [tp, -] | ...2: tp"),
-        r"rank 0 has other parts of \S+ in y",
+        r"rank 0 has different parts of \S+ in y",
     ),
     "a part between pairs": (laid(folded, "[dp]", "[dp] -> [dp, -]"), "a part cuts through factor a"),
     "a sum that is said to be whole": (
         laid(product, "[-, tp]; [-, tp]", "[-, tp]; [-, tp] -> [-, -] | k: tp"),
-        "terms along tp are given as a whole",
+        "a partial result along tp is marked as whole",
     ),
     "a bias that every rank adds": (
         laid(product_and_bias, "[-, tp]; [-, tp]; [-]", "[-, tp]; [-, tp]; [-] -> [-, -] sum(tp) | k: tp"),
-        "what is added to the sum over k is added other than once",
+        "the value added to the sum over k is not added exactly once",
     ),
     "a maximum that is said to be a sum": (
         laid(largest, "[-, tp]", "[-, tp] -> [-] sum(tp) | a1: tp"),
-        "terms by max are given as terms by sum",
+        r"partial values \(max\) are marked as sum",
     ),
     "a curve of terms": (
         laid(lambda b: b.tanh(summed(b)), "[-, tp]", "[-, tp] -> [-] sum(tp) | a1: tp", "[-] sum(tp) -> [-] sum(tp)"),
-        "terms along tp pass an op that is not linear in just them",
+        "partial sums along tp pass through operands in which the op is not linear",
     ),
     "a product of terms and terms": (
         laid(
@@ -151,11 +150,11 @@ WRONG: dict[str, tuple[ShardingPlan, str]] = {
             "[-, tp] -> [-] sum(tp) | a1: tp",
             "[-] sum(tp); [-] sum(tp) -> [-] sum(tp)",
         ),
-        "terms along tp pass an op that is not linear in just them",
+        "partial sums along tp pass through operands in which the op is not linear",
     ),
     "a sign of a maximum": (
         laid(lambda b: -largest(b), "[-, tp]", "[-, tp] -> [-] max(tp) | a1: tp", "[-] max(tp) -> [-] max(tp)"),
-        "an op reads terms that are no sum's",
+        "an op reads partial values that are not sums",
     ),
     "a look-up at terms": (
         laid(
@@ -164,7 +163,7 @@ WRONG: dict[str, tuple[ShardingPlan, str]] = {
             "[-, tp] -> [-] sum(tp) | a1: tp",
             "[tp, -]; [-] sum(tp) -> [-, -] sum(tp) | a: tp",
         ),
-        "terms are read where a is combined",
+        "partial values are read by an op that combines a",
     ),
 }
 
@@ -185,7 +184,7 @@ def test_what_lies_otherwise_is_refused(name: str) -> None:
 
 
 def moved(plan: ShardingPlan, kind: StepKind, over: str, after: str, dim: int | None = None) -> ShardingPlan:
-    """The plan in which the last result is moved by one step before it is given."""
+    """Return the plan in which the last result is moved by one step before it is output."""
     last = plan.main.nodes[-1]
     step = PlacementStep(kind, MESH.parts_of(over), last.gives[0], placed(after), dim)
     because = ("said",) if step.sends else ()
@@ -203,17 +202,20 @@ STEPS: dict[str, tuple[ShardingPlan, str | None]] = {
     "a maximum, combined": (moved(MAXIMUM, StepKind.ALL_REDUCE, "tp", "[-]"), None),
     "a maximum, combined and split": (
         moved(MAXIMUM, StepKind.REDUCE_SCATTER, "tp", "[tp]", 0),
-        "reduce_scatter of terms by max",
+        r"reduce_scatter of partial values \(max\)",
     ),
     "terms of a maximum as those of a sum": (
         moved(MAXIMUM, StepKind.TAKE, "dp", "[dp] sum(tp)", 0),
-        "terms by max become terms by sum",
+        "partial values change from max to sum",
     ),
     "a part as a term": (
         moved(ROWS, StepKind.KEEP_FIRST, "tp", "[-, -] sum(tp)"),
-        "is split along what it becomes terms of",
+        "is split along an axis over which it becomes partial",
     ),
-    "over nothing": (moved(WHOLE, StepKind.TAKE, "", "[-, -]"), "take a part of .* makes other terms of terms"),
+    "over nothing": (
+        moved(WHOLE, StepKind.TAKE, "", "[-, -]"),
+        "take a part of .* does not change its partial axes as it must",
+    ),
     "parts, gathered": (moved(ROWS, StepKind.ALL_GATHER, "tp", "[-, -]", 0), None),
     "parts, gathered along what is whole": (
         moved(ROWS, StepKind.ALL_GATHER, "tp", "[-, -]", 1),
@@ -246,9 +248,12 @@ def test_a_move_begins_where_the_value_lies() -> None:
     (move,) = plan.main.moves
     (step,) = move.steps
     for wrong, told in (
-        (replace(move, source=placed("[dp, -]")), r"is not had in \[dp, -\]"),
-        (replace(move, steps=(replace(step, before=placed("[dp, -]")),)), "a step of .* begins elsewhere"),
-        (replace(move, target=placed("[dp, -]")), "steps of .* end elsewhere"),
+        (replace(move, source=placed("[dp, -]")), r"has no copy with placement \[dp, -\]"),
+        (
+            replace(move, steps=(replace(step, before=placed("[dp, -]")),)),
+            "a step of .* does not start where the step before it ends",
+        ),
+        (replace(move, target=placed("[dp, -]")), "the steps of .* do not end at its target"),
     ):
         with pytest.raises(PassError, match=told):
             check_sharding(replace(plan, functions=(replace(plan.main, moves=(wrong,)),)))
@@ -258,7 +263,7 @@ def test_a_move_begins_where_the_value_lies() -> None:
 
 
 def test_a_body_that_was_forgotten_and_made_anew_is_the_same() -> None:
-    """Bodies are remembered up to a number: a long process forgets those of a plan before it is checked."""
+    """The number of remembered bodies is limited: a long process forgets those of a plan before it is checked."""
     plan = shard(recognized("gpt2"), "tp=2", recipe="megatron")
     assert any(node.body is not None for node in plan.functions[-1].nodes)
     composites._bodies.clear()
@@ -278,13 +283,13 @@ def test_a_plan_holds_the_functions_of_its_graph() -> None:
     lies = main.nodes[called].gives[0].text(plan.mesh)
     otherwise = parse_placement("[tp, -, -]" if lies == "[-, -, -]" else "[-, -, -]", plan.mesh)
     for wrong, told in (
-        (replace(plan, functions=(block,)), "the plan is of another graph"),
-        (replace(plan, graph=clone_graph(plan.graph)), "a function that the graph has not"),
+        (replace(plan, functions=(block,)), "the plan belongs to another graph"),
+        (replace(plan, graph=clone_graph(plan.graph)), "the graph does not have this function"),
         (replace(plan, functions=(block, replace(main, nodes=main.nodes[:-1]))), "nodes are not those of the function"),
         (with_node(called, callee=replace(block)), "it calls another function"),
         (with_node(called, callee=main), "it calls another function"),
-        (with_node(called, gives=(otherwise,)), "do not lie as the function takes and gives them"),
-        (with_node(opened, body=block), "what stands for it is not its body"),
+        (with_node(called, gives=(otherwise,)), "do not have the placements that the function takes and returns"),
+        (with_node(opened, body=block), "its body is not the body of the op"),
     ):
         with pytest.raises(PassError, match=told):
             check_sharding(wrong)

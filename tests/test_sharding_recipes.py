@@ -1,4 +1,4 @@
-"""What recipes of sharding promise: which collectives a layer has, and which weights are split, gathered or whole."""
+"""Guarantees of sharding recipes: the collectives of a layer, and the weights that are split, gathered or whole."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_context_passes_keys_around_and_gathers_nothing() -> None:
     first, last = (block_text_of(plan, rank, "h") for rank in (0, 3))
     assert [text.count("= attention_parts(") for text in (first, last)] == [1, 4]
     for text, own in ((first, [1, 0, 0, 0]), (last, [1, 1, 1, 1])):
-        # what a rank has is on the way to the next one while the rank computes on it
+        # a rank's keys are on the way to the next one while the rank computes on them
         around = [[*["start_pass"] * 2 * (step < 3), *["attention_parts"] * own[step]] for step in range(4)]
         wanted = [*around[0], *(name for each in around[1:] for name in ("pass_on", "pass_on", *each))]
         assert re.findall(r"= (start_pass|pass_on|attention_parts)\(", text) == wanted
@@ -101,11 +101,15 @@ def test_a_ring_that_is_wrong_is_refused() -> None:
         return replace(changed, functions=(changed.functions[0], replace(main, nodes=tuple(nodes))))
 
     check_sharding(with_ring("cp"))
-    for axes, told in (("", "needs all of"), ("dp", "not all of t"), ("cp dp", "not all of t")):
+    for axes, told in (
+        ("", "needs all of"),
+        ("dp", "do not cover t exactly once"),
+        ("cp dp", "do not cover t exactly once"),
+    ):
         with pytest.raises(PassError, match=told):
             check_sharding(with_ring(axes))
     norm = next(i for i, n in enumerate(plan.functions[0].nodes) if n.node.op.name == "layer_norm")
-    with pytest.raises(PassError, match="no keys of layer_norm pass around"):
+    with pytest.raises(PassError, match="keys of layer_norm cannot pass around"):
         check_sharding(changed_node(plan, 0, norm, ring=plan.mesh.parts_of("cp")))
 
 
@@ -122,7 +126,7 @@ def test_a_ring_needs_all_of_what_is_no_queries_and_no_keys() -> None:
         return replace(plan, functions=(replace(plan.main, takes=reads, nodes=(node,)),))
 
     check_sharding(with_queries_and_keys("[-, -, cp, -]"))
-    with pytest.raises(PassError, match="it needs all of d, and ranks have parts"):
+    with pytest.raises(PassError, match="it needs all of d, but ranks have parts"):
         check_sharding(with_queries_and_keys("[-, -, cp, tp]", d=tp))
 
 
@@ -209,14 +213,14 @@ def test_what_is_gathered_for_use_already_is_gathered_once() -> None:
 def test_without_a_node_no_weight_is_gathered() -> None:
     b = Builder(Graph("returned"))
     b.outputs(w=b.parameter("up", "f32[18, 12]"))
-    with pytest.raises(PassError, match="output w is a weight in parts, and no node is there to gather it at"):
+    with pytest.raises(PassError, match="output w is a weight in parts, and there is no node to gather it at"):
         with_whole_outputs(shard(b.graph, "tp=2", axes={"up[0]": "tp"}))
 
 
 def test_what_is_planned_has_one_entry_and_a_size_for_each_symbol() -> None:
     mesh = Mesh.of("tp=2")
     stepped = blocks()
-    with pytest.raises(PassError, match="what is sharded is a graph with one entry and no states"):
+    with pytest.raises(PassError, match="only a graph with one entry and no states can be sharded"):
         plan_sharding(stepped, mesh, Wanted(), find_machine("h100"), {"B": 1, "S": 1})
     with pytest.raises(SizeError, match="costs need a size for B, S") as error:
         plan_sharding(recognized("gpt2"), mesh, Wanted(), find_machine("h100"), {})
@@ -224,7 +228,7 @@ def test_what_is_planned_has_one_entry_and_a_size_for_each_symbol() -> None:
 
 
 def test_two_readers_of_a_weight_gather_it_once() -> None:
-    """The table of tokens, which the logits read too; the first of them is a composite that gathers it in its body."""
+    """The table of tokens, which the logits read too; its first reader is a composite that gathers it in its body."""
     plan = shard(recognized("gpt2"), "dp=2", recipe="fsdp")
     gathered = [c for c in plan.collectives() if "wte.weight is stored in parts" in c.because]
     assert [(c.op, c.scope) for c in gathered] == [("all_gather", "wte")]
@@ -233,7 +237,7 @@ def test_two_readers_of_a_weight_gather_it_once() -> None:
 
 @pytest.mark.parametrize(("family", "block"), [("t5", "decoder_block"), ("bart", "decoder_layer")])
 def test_what_all_layers_read_is_gathered_once_before_them(family: str, block: str) -> None:
-    """An encoder's states, which lie in parts of their tokens and every decoder layer needs whole."""
+    """An encoder's states, which are split by tokens and which every decoder layer needs whole."""
     plan = shard(recognized(family), "tp=2", recipe="sequence")
     check_sharding(plan)
     before = [c for c in plan.collectives() if c.because == f"{block} needs all of sequence"]
@@ -251,7 +255,7 @@ def test_a_bias_is_added_once() -> None:
 
 
 def test_terms_are_added_before_they_are_combined() -> None:
-    """Two products over a split axis meet in an addition: one all-reduce."""
+    """Two products over a split axis are added: one all-reduce."""
     b = Builder(Graph("parallel"))
     x = b.input("x", "f32[B, 16]")
     y = b.linear(x, b.parameter("w", "f32[8, 16]")) + b.linear(b.gelu(x), b.parameter("v", "f32[8, 16]"))
@@ -275,7 +279,7 @@ def test_a_softmax_over_a_split_axis_reduces_a_maximum_and_a_sum() -> None:
 
 @pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
 def test_a_norm_over_a_split_axis_has_the_eps_that_was_written(norm: str) -> None:
-    """Its body holds eps in float32: 1e-3 is 1.000000047e-3 there, which float64 would tell apart."""
+    """Its body holds eps in float32: 1e-3 is 1.000000047e-3 there, which differs in float64."""
     b = Builder(Graph("norm"))
     y = b.linear(b.input("x", "f32[B, 64]"), b.parameter("w", "f32[256, 64]")) * 1e-2
     with b.scoped("norm"):
@@ -288,7 +292,7 @@ def test_a_norm_over_a_split_axis_has_the_eps_that_was_written(norm: str) -> Non
 
 
 def test_costs_decide_between_two_axes_that_want_one_mesh_axis() -> None:
-    """Many rows: a small weight is not split but the rows are; few rows: the other way."""
+    """With many rows, a small weight is not split but the rows are; with few rows, the other way."""
     b = Builder(Graph("two"))
     x = b.input("x", "f32[B, 64]")
     w = b.parameter("w", "f32[64, 64]")
@@ -315,12 +319,12 @@ def test_weights_in_blocks_are_split_between_their_blocks(name: str, recipe: str
     parts = programs[0].parameters
     assert str(parts[f"{layer}.0.attn.q.weight"].type) == "f32[32, 64] as q8_0"
     down = plan.weights[f"{layer}.0.mlp.down.weight"].text(plan.mesh)
-    assert down == ("[-, tp]" if recipe == "megatron" else "[dp, -]")  # its columns lie in blocks, which are not cut
+    assert down == ("[-, tp]" if recipe == "megatron" else "[dp, -]")  # its columns are in blocks, which are not split
     assert not [note for note in plan.notes if "in blocks" in note]
 
 
 def test_parts_lie_between_blocks() -> None:
-    """96 columns in blocks of 32 over 2 ranks are 32 and 64, and so are the rows that make what they multiply."""
+    """96 columns in blocks of 32 over 2 ranks are 32 and 64, and so are the rows that produce their operand."""
     b = Builder(Graph("blocks"))
     up, down = b.parameter("up", "f32[96, 64]"), b.parameter("down", "f32[64, 96]")
     b.outputs(y=b.linear(b.gelu(b.linear(b.input("x", "f32[B, 64]"), up)), down))
@@ -352,7 +356,7 @@ def test_models_in_fewer_bits_are_split_as_others_are(options: dict[str, str], m
 
 
 def test_what_is_made_of_a_weight_stays_split_as_the_weight_and_is_gathered_in_fewer_bits() -> None:
-    """Weights in bf16 are cast in parts: megatron gathers none of them, and fsdp sends half as much."""
+    """Weights in bf16 are cast in parts: megatron gathers none of them, and fsdp sends half the bytes."""
     small: dict[str, Any] = {"layers": 2, "dim": 64, "heads": 4, "vocab": 96, "context": 32}
     reduced = shard_model("gpt2", "tp=2", recipe="megatron", dtype="bf16", **small)
     assert words(block_text(reduced, "h")) == ["all_reduce", "all_reduce"]
@@ -374,7 +378,7 @@ SHAPES = {"up": (96, 64), "down": (64, 96)}
 
 
 def test_the_vocabulary_is_one_dimension_of_a_weight() -> None:
-    """Also of one that is square."""
+    """Also of a square weight."""
     b = Builder(Graph("square"))
     x = b.embedding(b.parameter("w", "f32[8, 8]"), b.input("tokens", "i64[B, S]"))
     b.outputs(y=b.linear(b.exp(x), b.parameter("u", "f32[8, 8]")))

@@ -1,4 +1,4 @@
-"""What functions take, with their defaults, and which classes of data can be changed or compared."""
+"""Parameters of functions with their defaults, and the classes of data that can be changed or compared."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LAYERS = ("files", "ir", "frontends", "passes", "backends", "models", "runtime",
 
 
 def imported(dotted: str) -> Any:
-    """A module of ours; skips where it needs a package that is not installed."""
+    """Return a module of ours; skip if it needs a package that is not installed."""
     try:
         return import_module(dotted)
     except ImportError as error:
@@ -35,7 +35,7 @@ def test_what_functions_take(golden: Golden) -> None:
     for path in sorted((ROOT / "treadle").rglob("*.py")):
         dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         if "cli" in path.parts or path.name.startswith("__"):
-            continue  # whose options have a page
+            continue  # whose options are documented on a page
         module = imported(dotted)
         for name, value in sorted(vars(module).items()):
             if getattr(value, "__module__", "") == dotted and not name.startswith("_") and callable(value):
@@ -44,7 +44,7 @@ def test_what_functions_take(golden: Golden) -> None:
 
 
 def signatures(name: str, value: Any) -> Iterator[str]:
-    """What a function takes, or a class and its methods, where something has a default."""
+    """Yield the signature of a function, or of a class and its methods, if it has defaults."""
     with suppress(TypeError, ValueError):
         plain = [p.replace(annotation=p.empty) for p in inspect.signature(value).parameters.values()]
         if any(p.default is not p.empty for p in plain):
@@ -56,14 +56,14 @@ def signatures(name: str, value: Any) -> Iterator[str]:
 
 
 def test_data_that_is_not_plain_and_frozen(golden: Golden) -> None:
-    """Each class of data that can be changed or is compared by identity, and each field that is left out somewhere."""
+    """Each class of data that can be changed or is compared by identity, and each field that is excluded somewhere."""
     lines: list[str] = []
     for layer in LAYERS:
         for path in sorted((ROOT / layer).rglob("*.py")):
             dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts)
             if path.name.startswith("__"):
                 continue
-            with suppress(ImportError):  # a package of others that is not installed
+            with suppress(ImportError):  # a third-party package that is not installed
                 module = import_module(dotted if layer == "treadle" else f"treadle.{dotted}")
                 lines += [
                     line for name, value in sorted(vars(module).items()) for line in exceptions(name, value, module)

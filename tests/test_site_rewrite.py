@@ -1,4 +1,4 @@
-"""The engine of passes that find by themselves what they replace: what it does for each of them."""
+"""The engine of passes that find their own matches: the work that it does for each of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from treadle.passes.framework.rewriting import NEAR_MISSES_KEPT, Refusal, Rewrit
 
 @dataclass(frozen=True)
 class DoubleNegation(SiteRewrite[Site]):
-    """-(-x)   -->   x, spelled as x * 1 so that something is made"""
+    """-(-x)   -->   x, written as x * 1 so that a node is built"""
 
     def sites(self, work: Rewriting) -> Iterator[Site]:
         for node in work.walk():
@@ -97,7 +97,7 @@ def test_a_replacement_of_another_type_is_a_fault_of_the_pass() -> None:
 
 @dataclass(frozen=True)
 class SumAndProduct(SiteRewrite[Site]):
-    """a = x + y; b = x * y   -->   both anew, where b stood"""
+    """a = x + y; b = x * y   -->   both built again, in place of b"""
 
     def sites(self, work: Rewriting) -> Iterator[Site]:
         by_op: dict[str, Node] = {node.op.name: node for node in work.function.nodes}
@@ -155,17 +155,17 @@ def test_a_name_outlives_its_op_where_the_replacement_is_arithmetic() -> None:
     assert lines(optimize(text, Canonicalize()).graph) == ["mul -> square", "exp -> y"]
 
 
-# -- what is not written -----------------------------------------------------------------------------------------------
+# -- incomplete rewrites -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Nothing(Rewrite):
-    """Neither a pattern nor a replacement."""
+    """A rewrite with neither a pattern nor a replacement."""
 
 
 @dataclass(frozen=True)
 class Half(Rewrite):
-    """A pattern alone."""
+    """A rewrite with a pattern alone."""
 
     def pattern(self, p: Vocabulary, x: Any) -> Any:
         return p.neg(x)
@@ -173,7 +173,7 @@ class Half(Rewrite):
 
 @dataclass(frozen=True)
 class Misspelt(Half):
-    """A replacement of what the pattern does not capture."""
+    """A rewrite whose replacement uses a name that the pattern does not capture."""
 
     def rewrite(self, b: Builder, m: Match) -> Any:
         return m.y
@@ -181,12 +181,12 @@ class Misspelt(Half):
 
 @dataclass(frozen=True)
 class Siteless(SiteRewrite[Site]):
-    """No sites."""
+    """A rewrite without sites."""
 
 
 @dataclass(frozen=True)
 class Unbuilt(Siteless):
-    """Sites alone."""
+    """A rewrite with sites alone."""
 
     def sites(self, work: Rewriting) -> Iterator[Site]:
         yield from (Site(node) for node in work.walk())

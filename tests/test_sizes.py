@@ -28,7 +28,7 @@ S, T = Size.symbol("S"), Size.symbol("T")
 
 
 def positive_sizes() -> st.SearchStrategy[Size]:
-    """Sizes that are 1 or more wherever the symbols are: what may be divided by."""
+    """Draw sizes that are 1 or more wherever the symbols are: valid divisors."""
     atoms = st.sampled_from(SYMBOLS).map(Size.symbol) | st.integers(1, 5).map(Size.of)
     return st.recursive(
         atoms,
@@ -38,7 +38,7 @@ def positive_sizes() -> st.SearchStrategy[Size]:
 
 
 def sizes() -> st.SearchStrategy[Size]:
-    """Any sizes: negative coefficients, products and sums of nested quotients."""
+    """Draw any sizes: negative coefficients, products and sums of nested quotients."""
     atoms = st.sampled_from(SYMBOLS).map(Size.symbol) | st.integers(-7, 7).map(Size.of)
 
     def combined(inner: st.SearchStrategy[Size]) -> st.SearchStrategy[Size]:
@@ -122,7 +122,7 @@ def test_text(size: str, text: str) -> None:
 
 
 def test_an_integer_is_equal_to_its_size_and_hashes_alike() -> None:
-    """A set that holds the one holds the other."""
+    """A set that contains one contains the other."""
     for number in (-3, 0, 1, 128):
         assert Size.of(number) == number
         assert number in {Size.of(number)}
@@ -174,7 +174,7 @@ def test_divide_is_exact(a: Size, b: Size, at: Values) -> None:
 
 @given(sizes(), positive_sizes())
 def test_divide_finds_a_factor(a: Size, b: Size) -> None:
-    """What a single term multiplied, it divides again."""
+    """A product with a single term is divisible by it again."""
     if len(b.terms) == 1:
         assert (a * b).divide(b) == a
 
@@ -244,12 +244,12 @@ def test_substitution_is_of_all_symbols_at_once() -> None:
 
 @given(sizes(), sizes(), values)
 def test_equal_forms_are_equal_at_all_values(a: Size, b: Size, at: Values) -> None:
-    """Two ways to the same polynomial, and a reminder that equality is not chance: a + b - b is a."""
+    """Two ways to the same polynomial, and an identity that must hold exactly: a + b - b is a."""
     again = (a + b) - b
     assert again == a
     assert again.evaluate(at) == a.evaluate(at)
     assert a * b == b * a
-    if len(text := str(a * b)) <= MOST_TOKENS:  # a token has a character or more: longer text may be refused
+    if len(text := str(a * b)) <= MOST_TOKENS:  # a token has at least a character: longer text may be refused
         assert parse_size(text) == a * b
 
 
@@ -288,7 +288,7 @@ def test_what_is_not_linear_in_one_symbol(size: Size) -> None:
 
 @st.composite
 def bounded_values(draw: st.DrawFn) -> tuple[dict[str, Bounds], dict[str, int]]:
-    """Bounds for each symbol, with a value within."""
+    """Draw bounds for each symbol, with a value within them."""
     bounds, at = {}, {}
     for name in SYMBOLS:
         low = draw(st.integers(1, 9))
@@ -370,7 +370,7 @@ def test_text_reads_back(size: Size) -> None:
         ("S + $", 5),
         ("S % 2", 3),
         ("1.5", 2),
-        ("S²", 2),  # a letter to Unicode, and no name in generated code
+        ("S²", 2),  # a letter to Unicode, but not a name in generated code
         ("é", 1),
         ("٣", 1),
     ],
@@ -418,7 +418,7 @@ def test_hostile_text_is_refused_in_a_few_lines(text: str) -> None:
 
 @pytest.mark.parametrize("scale", [1, 2], ids=["one quotient", "nested ones"])
 def test_quotients_of_quotients_read_back_wherever_they_stand(scale: int) -> None:
-    """As a stack of convolutions makes them: each halves the length, rounding up. Between them it may be doubled."""
+    """As in a stack of convolutions: each halves the length, rounding up. Between them it may be doubled."""
     size, length = S, 2**40 + 1
     for _ in range(12):
         size, length = (scale * size + 1) // 3, (scale * length + 1) // 3
@@ -447,13 +447,13 @@ def test_a_quotient_of_a_quotient_keeps_what_one_number_cannot_hold() -> None:
 
 @pytest.mark.parametrize("value", [2.0, 2.5, None, [3], b"S"])
 def test_a_size_of_anything_else_is_refused(value: Any) -> None:
-    """A float is no size, even a whole one: 8 / 3 * dim would lose its fraction unseen."""
+    """A float is not a size, even an integral one: 8 / 3 * dim would silently lose its fraction."""
     with pytest.raises(SizeError, match="a size is an integer or an expression"):
         Size.of(value)
 
 
 def test_operators_beside_numbers_that_are_no_sizes() -> None:
-    """Of a size that is a number, on either side; NumPy's integers make sizes of any."""
+    """For a size that is a number, on either side; NumPy's integers become sizes with any size."""
     seven: Any = Size.of(7)
     for function in (operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.mod):
         for other in (2.5, -3.0, np.float32(1.5)):

@@ -1,6 +1,6 @@
 """SmolLM2 from its GGUF file: greedy continuations equal Hugging Face's on the same weights.
 
-benchmarks/smollm2_greedy.py does ten prompts by 32 tokens; this is its short form.
+benchmarks/smollm2_greedy.py runs ten prompts by 32 tokens; this is its short form.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ def opened(request: pytest.FixtureRequest, path: Path) -> tuple[Compiled, Any]:
 
 @pytest.fixture(scope="module")
 def theirs(path: Path) -> list[Continuation]:
-    """What Hugging Face continues the prompts with, on the weights of the same file."""
+    """Return Hugging Face's continuations of the prompts, on the weights of the same file."""
     import torch
 
     tokenizer = build_gguf_tokenizer(GGUFFile.open(path))
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more of them wait for each other where tests run side by side
+    torch.set_num_threads(1)  # more of them wait for each other if tests run in parallel
     try:
         model = hugging_face(resolve(path, widen="blocks").weights or {})
         return [continue_theirs(model, tokenizer.encode(text).ids, TOKENS) for text in PROMPTS[:3]]
@@ -82,7 +82,7 @@ def test_vocabulary(path: Path, opened: tuple[Compiled, Any]) -> None:
     chat = tokenizer.encode("<|im_start|>user\nHi 20<|im_end|>").ids
     assert chat[0] == 1
     assert gguf_end_tokens(GGUFFile.open(path)) == (2,) == (chat[-1],)
-    assert tokenizer.encode(" 20").ids == [216, 34, 32]  # each digit by itself
+    assert tokenizer.encode(" 20").ids == [216, 34, 32]  # each digit separately
     for text in ("  two  spaces\n\n\ttab", "naïve café, Привет, 你好 \U0001f600", "don't 3.14 x=f(a[0])"):
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
 

@@ -1,4 +1,4 @@
-"""Which sizes arrays tell of symbols, and what is said of arrays that do not fit."""
+"""Symbol values derived from arrays, and the errors for arrays that do not fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ONNX files whose inputs determine shapes: compiled for each value, found step by step, kept within bounds."""
+"""ONNX files whose inputs determine shapes: compiled for each value, derived incrementally, limited in number."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ RUNS: list[str] = []
 
 @dataclass(frozen=True)
 class Counting(Pass):
-    """Notes that a graph was compiled, with the types of its outputs."""
+    """Record that a graph was compiled, with the types of its outputs."""
 
     gate: ClassVar[threading.Event | None] = None
 
@@ -173,7 +173,7 @@ def test_options_reach_every_specialization(tmp_path: Path) -> None:
     assert found, exe.at(k=3).log
 
 
-# -- what is shared, and how much is kept --------------------------------------------------------------------------
+# -- sharing, and limits of kept executables -----------------------------------------------------------------------
 
 
 def weighted() -> onnx.ModelProto:
@@ -185,7 +185,7 @@ def weighted() -> onnx.ModelProto:
 
 @pytest.mark.parametrize("damaged", [False, True])
 def test_weights_and_file_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool) -> None:
-    """Also those that stand behind one that cannot be read, and is not needed."""
+    """Also weights that follow an unreadable one that is not needed."""
     proto = weighted()
     whole = onnx.ModelProto.FromString(proto.SerializeToString())
     if damaged:
@@ -200,13 +200,13 @@ def test_weights_and_file_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyP
         np.testing.assert_allclose(exe(x=x, k=k)["v"], wanted, rtol=0, atol=1e-5)
     first, second = (each.compiled.weights["w"] for each in exe.specializations)
     assert np.shares_memory(first, second)
-    assert exe._opened.file.proto.ByteSize() < first.nbytes  # the message does not hold it a second time
+    assert exe._opened.file.proto.ByteSize() < first.nbytes  # the message does not repeat it
 
 
 def test_a_damaged_weight_is_refused_as_ever(tmp_path: Path) -> None:
     proto = weighted()
     proto.graph.initializer[0].raw_data = proto.graph.initializer[0].raw_data[:-4]
-    with pytest.raises(FrontendError, match="bytes are not as many as its shape asks for"):
+    with pytest.raises(FrontendError, match="number of bytes does not match its shape"):
         opened(tmp_path, proto)(x=np.ones((2, 128), np.float32), k=2)
 
 
@@ -216,7 +216,7 @@ def test_what_is_kept_is_bounded(tmp_path: Path, runs: list[str]) -> None:
     x = np.ones((2, 1), np.float32)
     for width in range(1, MOST_KEPT + 4):
         assert exe(x=x, shape=[1, width])["y"].shape == (2, width)
-        exe(x=x, shape=[1, 1])  # used again and again, and so kept
+        exe(x=x, shape=[1, 1])  # used repeatedly, and therefore kept
     kept = [each.static["shape"][1] for each in exe.specializations]
     assert kept == [*range(5, MOST_KEPT + 4), 1]
     assert MOST_KEPT == 16, "docs/onnx.md says so"
@@ -293,9 +293,9 @@ def test_a_value_of_another_shape_is_told_the_shape(tmp_path: Path) -> None:
 
 
 def test_configuration_that_the_file_lacks_is_refused(tmp_path: Path) -> None:
-    """As it is for a file that is compiled at once: nothing waits for a call."""
+    """As for a file that is compiled immediately: the error does not wait for a call."""
     for wrong in ({"kk": 3}, {"threads": 2}, {"B": 2.5}):
-        with pytest.raises(FrontendError, match=r"no axis and no input|is a whole number"):
+        with pytest.raises(FrontendError, match=r"no axis and no input|must be an integer"):
             treadle.compile(saved(tmp_path, TOP), **wrong)
     assert opened(tmp_path, TOP, B=2)(x=ROWS, k=1)["values"].shape == (2, 1)
 
@@ -305,7 +305,7 @@ def test_a_long_value_determines_no_shape(tmp_path: Path) -> None:
     assert exe(x=ROWS, axes=[1])["y"].shape == (2, 1)
     with pytest.raises(BackendError, match="must have at most 4096 elements"):
         exe(x=ROWS, axes=np.ones(4097, np.int64))
-    with pytest.raises(TreadleError, match="axes") as caught:  # what the op says of them, and no longer how many
+    with pytest.raises(TreadleError, match="axes") as caught:  # the op's own message, without the count
         exe(x=ROWS, axes=np.ones(4096, np.int64))
     assert "at most" not in str(caught.value)
 
@@ -333,7 +333,11 @@ def test_what_depends_on_the_value_says_so(tmp_path: Path, asked: str) -> None:
 
 def test_what_the_file_declares_is_held(tmp_path: Path) -> None:
     path = saved(tmp_path, TOP)
-    for given, words in ((2.5, "must be of type INT64"), (True, "must be of type INT64"), ([1, 2], "another shape")):
+    for given, words in (
+        (2.5, "must be of type INT64"),
+        (True, "must be of type INT64"),
+        ([1, 2], "the declared shape"),
+    ):
         with pytest.raises(FrontendError, match=words):
             treadle.compile(path, k=given)
     assert treadle.compile(path, k=3)(x=ROWS)["values"].shape == (2, 3)

@@ -1,4 +1,4 @@
-"""Speculation: the text that generation without guesses gives, in fewer calls."""
+"""Speculation: the same text as generation without guesses, in fewer calls."""
 
 from __future__ import annotations
 

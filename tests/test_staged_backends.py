@@ -1,4 +1,6 @@
-"""Backends of others: one that is a pipeline and a speller, one that does all in `compile`, and what is neither."""
+"""Third-party backends: one with a pipeline and a code generator, one that does everything in `compile`, and invalid
+ones.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ from treadle.passes.pipelines import DEFAULT
 
 
 class Interpreted:
-    """An executable that runs what the passes left, op by op, by their references."""
+    """An executable that interprets the graph after the passes, op by op, by the references."""
 
     def __init__(self, graph: Graph, weights: Mapping[str, Any]) -> None:
         self.graph, self.weights = graph, {name: weights[name] for name in graph.parameters}
@@ -44,7 +46,7 @@ class Interpreted:
 
 
 class Primitive(StagedBackend):
-    """Spells primitives alone."""
+    """A code generator for primitives alone."""
 
     name = "primitive"
 
@@ -63,7 +65,7 @@ class Primitive(StagedBackend):
 
 
 class Whole:
-    """A backend in the form that all had once: it does everything in `compile`."""
+    """A backend in the original form: it does everything in `compile`."""
 
     name = "whole"
 
@@ -78,7 +80,7 @@ class Whole:
 
 
 class Noted(Whole):
-    """One that has something to say of what it made."""
+    """A backend that adds notes on its executables."""
 
     def compile(self, graph: Graph, target: Target, weights: Mapping[str, Any]) -> Executable:
         made = Interpreted(graph, weights)
@@ -87,7 +89,7 @@ class Noted(Whole):
 
 
 class Choosy(Primitive):
-    """One that is here on no machine, or refuses an op."""
+    """A backend that is unavailable on every machine, or refuses an op."""
 
     why: str | None = None
 
@@ -103,7 +105,7 @@ class Absent(Choosy):
 
 
 class WithoutEmit(StagedBackend):
-    """Half a backend."""
+    """A backend with an incomplete interface."""
 
     name = "half"
 
@@ -112,7 +114,7 @@ class WithoutEmit(StagedBackend):
 
 
 class Nothing:
-    """No backend at all, but for its name."""
+    """A class that has only a backend's name."""
 
     name = "nothing"
 
@@ -137,10 +139,10 @@ def third_parties(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ZOO)
 def test_a_pipeline_and_a_speller_run_every_model(name: str) -> None:
-    """Both compute in float32, in other orders: attention in parts, a norm at once.
+    """Both compute in float32, in other orders: attention in parts, a norm in one step.
 
-    A model of four layers has about 30 products in a row, of at most 60 terms each. Roundings of one sum behave as a
-    random walk, so that about 8 of them count; 30 times 8, and four times that to be safe, are 1000.
+    A model of four layers has about 30 products in a row, of at most 60 terms each. Roundings of one sum behave like a
+    random walk, so that about 8 of them count; 30 times 8, with a safety factor of four, is 1000.
     """
     model, _ = ZOO[name]
     made, wanted = (t.compile(model, backend=backend, seed=3) for backend in ("primitive", "numpy"))

@@ -57,7 +57,7 @@ def test_what_differs_in_states_is_another_graph(name: str) -> None:
 
 
 def test_two_states_that_change_places_are_another_graph() -> None:
-    """Only what is said of each tells them apart."""
+    """The graphs differ only in the updates of each state."""
     text = """graph g {
   states {
     a: i64[2, 1]
@@ -98,7 +98,7 @@ def test_a_state_is_a_vertex_before_and_after() -> None:
 
 
 def run(graph: Graph, entry: str, steps: int = 3) -> list[dict[str, np.ndarray]]:
-    """Outputs and states of a few calls in turn."""
+    """Return outputs and states of consecutive calls."""
     rng = np.random.default_rng(7)
     weights = {n: rng.standard_normal(v.type.evaluate({})) for n, v in graph.parameters.items()}
     states = {n: np.zeros(v.type.evaluate({"R": 3, "C": 9}), v.type.dtype.numpy) for n, v in graph.states.items()}
@@ -188,7 +188,7 @@ def test_passes_keep_what_stateful_graphs_mean() -> None:
 
 
 def test_equal_updates_are_not_one() -> None:
-    """A counter that is counted up twice is not counted up once."""
+    """A counter that is incremented twice is not incremented once."""
     graph = blocks()
     made = optimized(graph, CommonSubexpressions())
     assert made == graph
@@ -257,7 +257,7 @@ EXPRESSIONS: dict[str, tuple[Callable[[Graph], object], str]] = {
         lambda g: give(node(g, "prefill", "call", 1), 3, g.functions["prefill"].parameters["h.0.w"]),
         "prefill, output y is no longer",
     ),
-    "an entry's output": (lambda g: g.functions["prefill"].outputs.clear(), "the outputs are not those"),
+    "an entry's output": (lambda g: g.functions["prefill"].outputs.clear(), "the outputs have other names"),
 }
 
 
@@ -272,12 +272,12 @@ def test_expressions_of_all_entries_are_compared(name: str) -> None:
 
 
 class Reorder(Pass):
-    """x = read(%k); %k = append(%k, ...)   -->   %k = append(%k, ...); x = read(%k), of the old"""
+    """x = read(%k); %k = append(%k, ...)   -->   %k = append(%k, ...); x = read(%k), of the former state"""
 
     def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
         if function.name != "step":
             return 0
-        give(function.nodes[2], 0, function.states["h.0.mem.k"])  # which now reads what was before
+        give(function.nodes[2], 0, function.states["h.0.mem.k"])  # which now reads the former state
         return 1
 
 
@@ -292,7 +292,7 @@ def test_a_certified_pipeline_runs_on_stateful_graphs() -> None:
     assert not [r for record in result.log for r in record.refusals if "rolled back" in r.reason]
 
 
-# -- what it means -----------------------------------------------------------------------------------------------
+# -- meaning -----------------------------------------------------------------------------------------------------
 
 
 def test_the_interpreter_takes_and_returns_states() -> None:
@@ -309,7 +309,7 @@ def test_the_interpreter_takes_and_returns_states() -> None:
 
 def test_what_is_made_may_be_given_to_the_interpreter() -> None:
     graph = optimized(blocks(), HoistWeights())
-    assert graph.bind is None  # nothing is made of these weights
+    assert graph.bind is None  # no weights are derived from these
     text = """graph g {
   parameters {
     w: f32[2]

@@ -1,4 +1,4 @@
-"""Graphs with states on every backend, held to the interpreter over sequences of calls."""
+"""Graphs with states on every backend, compared with the interpreter over sequences of calls."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BACKENDS = ("numpy", "torch", "tvm")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 SIZES = {"R": 3, "C": 9}
-# Sums of up to ten products in float32, in whichever order; of 16-bit states one more rounding of what is appended.
+# Sums of up to ten products in float32, in any order; for 16-bit states one more rounding of the appended values.
 NEAR = {"f32": 1e-5, "f16": 4e-3, "bf16": 4e-2}
 
 
@@ -50,7 +50,7 @@ def sizes_for(graph: Graph) -> dict[str, int]:
 
 
 class Pair:
-    """A graph on a backend and in the interpreter, which go through the same calls."""
+    """A graph on a backend and in the interpreter, which run the same calls."""
 
     def __init__(self, graph: Graph, backend: str, near: float = NEAR["f32"]) -> None:
         self.graph, self.near = graph, near
@@ -62,7 +62,7 @@ class Pair:
         }
 
     def call(self, entry: str, **inputs: Any) -> Mapping[str, Any]:
-        """Outputs of the backend, which agree with what the interpreter gives, and so do the states."""
+        """Return the backend's outputs after checking that they and the states agree with the interpreter's."""
         held = {name: address_of(array) for name, array in self.states.items()}
         made = self.exe.entry(entry)(self.states, **inputs)
         outputs, self.meant = interpret_entry(self.graph, entry, inputs, self.weights, self.meant)
@@ -83,14 +83,14 @@ def address_of(array: Any) -> int:
 
 
 def as_numbers(array: Any) -> Array:
-    """An array of a state as NumPy's; bf16 as float32."""
+    """Return a state's array as NumPy's; bf16 as float32."""
     if hasattr(array, "detach"):
         return np.asarray(array.float() if str(array.dtype) == "torch.bfloat16" else array)
     return (array.astype(np.uint32) << 16).view(np.float32) if array.dtype == np.uint16 else np.asarray(array)
 
 
 def drawn_calls(lengths: tuple[int, ...], width: int, seed: int = 0) -> Iterator[dict[str, Array]]:
-    """Calls of two of three rows in turn, each going on where it stands."""
+    """Draw calls of two of three rows in turn, each continuing at its own position."""
     rng = np.random.default_rng(seed)
     past = np.zeros(3, np.int64)
     for length in lengths:
@@ -100,7 +100,7 @@ def drawn_calls(lengths: tuple[int, ...], width: int, seed: int = 0) -> Iterator
         past[rows] += length
 
 
-# -- what is computed --------------------------------------------------------------------------------------------
+# -- results -----------------------------------------------------------------------------------------------------
 
 
 @each_backend
@@ -113,7 +113,7 @@ def test_a_counter_counts_in_its_slots(backend: str) -> None:
 
 @each_backend
 def test_a_scan_goes_on(backend: str) -> None:
-    """Chunks of any length give the sums of the whole."""
+    """Chunks of any length give the sums of the whole sequence."""
     pair = Pair(parse_graph(SUMS), backend)
     rng = np.random.default_rng(3)
     whole = rng.standard_normal((2, 7, 4), np.float32)
@@ -152,13 +152,13 @@ def test_what_was_read_before_an_update_stays(backend: str) -> None:
         x = rng.standard_normal((2, 1, 4), np.float32)
         outputs = pair.call("main", x=x, rows=np.array([at % 3, (at + 1) % 3]), start=np.array([at, 0]))
         given.append((outputs["v"], np.array(outputs["v"])))
-    for output, then in given:  # a view of a state is handed out as a copy
+    for output, then in given:  # a view of a state is returned as a copy
         np.testing.assert_array_equal(output, then)
 
 
 @each_backend
 def test_an_optimized_graph_agrees(backend: str) -> None:
-    """The portable passes and a backend's own keep what is computed, entry by entry."""
+    """The portable passes and a backend's own passes preserve the results, entry by entry."""
     pair = Pair(blocks(), backend)
     pair.exe = compiled(PassManager(DEFAULT).run(pair.graph).graph, backend)
     pair.states = pair.exe.new_states(**SIZES)
@@ -226,7 +226,7 @@ def test_two_states_of_one_executable_are_apart(backend: str) -> None:
 
 
 def test_what_waits_for_an_update_is_known() -> None:
-    """`twice` and `linear` may be computed up to the update, whoever reads them after it."""
+    """`twice` and `linear` may be computed until the update, even if they are read after it."""
     graph = parse_graph(OLD)
     found = {node.results[0].name: at for node, at in deadlines(graph.main).items()}
     assert found == {"twice": 2, "linear": 2}
@@ -236,7 +236,7 @@ def test_what_waits_for_an_update_is_known() -> None:
     )
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------
+# -- refusals ----------------------------------------------------------------------------------------------------
 
 X = np.zeros((2, 1, 6), np.float32)
 ROWS, START = np.array([0, 1]), np.array([0, 0])

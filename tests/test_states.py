@@ -1,4 +1,4 @@
-"""States and several entries: their text, identity, what the verifier forbids, and what passes keep."""
+"""States and several entries: their text, identity, the rules of the verifier, and the invariants of passes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from treadle.ir.verifier import verify
 
 
 def code(text: str) -> list[str]:
-    """The lines without their notes."""
+    """Return the lines without their comments."""
     return [line.split("#")[0].rstrip() for line in text.splitlines()]
 
 
@@ -67,7 +67,7 @@ def test_exceptions_name_a_state_and_what_nobody_reads_is_the_last_entry_s() -> 
     )
     graph = parse_graph(text)
     assert "with h.1 {mem.k: %other}" in print_graph(graph)
-    assert list(graph.main.states) == ["h.0.mem.k", "h.1.mem.k", "seen"]  # h.1.mem.k is read by nobody
+    assert list(graph.main.states) == ["h.0.mem.k", "h.1.mem.k", "seen"]  # h.1.mem.k is unused
     assert parse_graph(print_graph(graph)) == graph
 
 
@@ -182,7 +182,7 @@ def update_twice(graph: Graph) -> None:
 
 
 def read_later(graph: Graph) -> None:
-    """A reader after the update of what was there before."""
+    """A read of the former state, used after the update."""
     step = graph.functions["step"]
     give(node(graph, "step", "gather"), 0, step.states["h.0.mem.k"])
 
@@ -297,7 +297,7 @@ VIEWS = """graph g {
   }
 }
 """
-"""VIEW shows a state as it was; READ reads it before the update."""
+"""VIEW returns a state's former value; READ reads it before the update."""
 
 SHOWN = {
     "a view": 'old = rearrange(%k, pattern="a b c -> a c b")',

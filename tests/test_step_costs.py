@@ -1,4 +1,6 @@
-"""What steps cost that are computed in parts, by hand; and which runs of nodes may be."""
+"""Costs of steps that are computed in parts, compared with hand computation; and the runs of nodes for which parts are
+possible.
+"""
 
 from __future__ import annotations
 
@@ -53,10 +55,10 @@ def test_a_step_costs_its_operations_and_what_it_reads_and_writes() -> None:
         "rearrange": (0, 0),  # a view
         "exp": (128, 2 * 512),
         "tanh": (128, 2 * 512),
-        "concat": (0, 0),  # of what lies there already
+        "concat": (0, 0),  # of stored values
         "reduce_sum": (128, 512 + 32),
         "softmax": (5 * 256, 2 * 1024),
-        "gather": (0, 2 * 128 + 32),  # of the table no more than is written
+        "gather": (0, 2 * 128 + 32),  # of the table only the written rows
     }
 
 
@@ -83,12 +85,12 @@ def test_which_nodes_are_a_region() -> None:
     for nodes, dim, found in (
         ([linear], 0, True),
         ([linear], 1, True),
-        ([linear], 2, False),  # the weight would be cut
+        ([linear], 2, False),  # the weight would be sliced
         ([linear], 3, False),  # there is none
         ([linear, rearrange], 0, False),  # of which b is a part
         ([exp], 0, False),  # b and s in one dimension
         ([exp], 1, True),
-        ([most], 0, True),  # s of what it gives
+        ([most], 0, True),  # s of its result
         ([most], 1, True),
     ):
         region = find_region(graph, graph.main, nodes, dim)

@@ -1,4 +1,4 @@
-"""Steps that fail or are interrupted: the state is as before or as after them, and training continues."""
+"""Steps that fail or are interrupted: the state is the one before or after the step, and training continues."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def stretched(x: t.f32["B 4"]):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_run_interrupted_anywhere_holds_no_lock(backend: str) -> None:
-    """Though its traceback is kept, as an interactive session does: the next run would wait forever."""
+    """Even if its traceback is kept, as in an interactive session: otherwise the next run would wait forever."""
     exe: Any = t.compile(stretched, backend=backend)
     x = np.ones((2, 4), np.float32)
     wanted = next(iter(exe(x=x).values()))
@@ -135,7 +135,7 @@ def test_zero_grad_drops_the_calls_since_the_last_update(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_arrays_of_earlier_updates_are_not_referenced(backend: str) -> None:
-    """Weights and moments stay the same arrays; views of views of them would grow by one each step."""
+    """Weights and moments stay the same arrays; chains of views would grow by one each step."""
     trainer = Trainer("gpt2", backend=backend, **SMALL)
     before = {**trainer.state.weights, **trainer.state.moments}
     trainer.step(**batch_of(0))
@@ -152,7 +152,7 @@ class Late(Exception):
 
 @pytest.fixture
 def raising() -> Any:
-    """SIGTERM raises Late, as a handler of a timeout or of a cluster's preemption does."""
+    """Install a handler by which SIGTERM raises Late, like a handler of a timeout or of a cluster's preemption."""
 
     def handler(number: int, frame: object) -> None:
         raise Late
@@ -193,7 +193,7 @@ def test_a_signal_is_deferred_past_an_error_of_the_block(raising: Any) -> None:
 def test_handlers_are_all_back_where_one_of_them_raises_meanwhile(
     raising: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGINT's is back first; a Ctrl-C right then must not leave SIGTERM's handler deferred for good."""
+    """SIGINT's is restored first; a Ctrl-C at that moment must not leave SIGTERM's handler deferred for good."""
     original, pressed = signal.signal, False
 
     def install(number: int, handler: Any) -> Any:

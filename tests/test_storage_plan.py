@@ -1,4 +1,4 @@
-"""Storage plans: what lies where, and that the checker, which did not make them, finds whatever is wrong with one."""
+"""Storage plans: the layout of values, and the independent checker, which finds every fault in a plan."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def places_of(plan: FunctionPlan) -> dict[str, ValuePlace]:
 
 
 def joined_block() -> Graph:
-    """A block with heads, a concat and a residual, called twice; main hands out what it makes, and a slice of it."""
+    """Return a block with heads, a concat and a residual, called twice; main outputs its result, and a slice of it."""
     graph = Graph("joined")
     block = Function("block")
     graph.add_function(block)
@@ -79,7 +79,7 @@ def joined_block() -> Graph:
     return graph
 
 
-# -- what is planned -----------------------------------------------------------------------------------------------
+# -- planning ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["strided", "chains", "library"])
@@ -96,7 +96,7 @@ def plans_of(backend: StagedBackend) -> PlanStorage:
 
 @pytest.mark.parametrize("name", ["strided", "numpy"])
 def test_the_text_of_plans_of_programs(name: str, golden: Golden) -> None:
-    """Of many ops in any order, in program order and not, and with inputs that are given away."""
+    """Programs of many ops, in program order and in other orders, with donated inputs."""
     plan, shown = PLAN if name == "strided" else plans_of(NumpyBackend()), []
     for seed in range(6):
         graph = random_program(seed, f32)
@@ -120,7 +120,7 @@ def test_a_concat_is_written_by_those_who_make_its_parts() -> None:
 
 
 def test_the_reader_says_in_which_order_a_value_is_written() -> None:
-    """What is merged lies row-major, so heads are written apart; no strides could merge those of q."""
+    """Merged values are row-major, so heads are written separately; no strides could merge q's heads."""
     places = places_of(planned(joined_block()).functions["block"])
     assert (places["soft"].form, places["merged"].form) == ("strides [8*S, 4, 8, 1]", "row-major")
     assert (places["soft"].how, places["merged"].how) == (How.OWN, How.VIEW)
@@ -132,7 +132,7 @@ def test_outputs_are_written_where_the_caller_has_them() -> None:
     main = main_of(planned(joined_block()))
     places = places_of(main)
     assert list(main.results) == ["y", "first", "again"] and main.copied == ("again",)
-    assert places["first"].how is How.INTO and places["first"].written  # what it shows, y, is an output itself
+    assert places["first"].how is How.INTO and places["first"].written  # the value it views, y, is an output itself
     assert {place.how for name, place in places.items() if place.storage is main.results["y"]} == {How.INTO}
 
 
@@ -209,7 +209,7 @@ def test_any_program_has_a_plan(plan: PlanStorage, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", [1, 6])
 def test_what_orders_share_changes_no_plan(seed: int) -> None:
-    """A function's second plan is the one that it would have had as its first."""
+    """A function's second plan equals the plan that it would have had as its first."""
 
     def planned_as(of: PlacedFunction, over: Over) -> str:
         return str(StridedPlanning(of, PLAN.grouped(function), every_part, over).plan())
@@ -224,7 +224,7 @@ def test_what_orders_share_changes_no_plan(seed: int) -> None:
 
 
 class Plant:
-    """A plan in which something is changed; functions and values by name."""
+    """A changed plan; functions and values are found by name."""
 
     def __init__(self, graph: Graph, plan: PlanStorage = STRIDED) -> None:
         self.made: Optimized = PassManager((plan,)).run(graph)
@@ -244,14 +244,14 @@ class Plant:
         self.function(function, places={**plan.places, at: replace(plan.places[at], **changes)})
 
     def lies(self, value: str, function: str = "main", **changes: Any) -> None:
-        """Change the view through which a value lies."""
+        """Change the view of a value."""
         view = self.plan.functions[function].places[self.value(value, function)].view
         assert view is not None
         changed = replace(view, **changes)
         self.place(value, function, view=changed, storage=changed.storage)
 
     def over(self, value: str, other: str, function: str = "main", **changes: Any) -> None:
-        """Have a value written where another one of its shape lies."""
+        """Write a value where another one of its shape is stored."""
         view = self.plan.functions[function].places[self.value(other, function)].view
         assert view is not None
         self.place(value, function, view=view, storage=view.storage, **changes)
@@ -292,7 +292,7 @@ class Plant:
 
 
 def chained(b: Builder, width: int = 4) -> Values:
-    """x is read at once and at the end."""
+    """Return a graph that reads x at the beginning and at the end."""
     x = b.tanh(b.input("given", f"f32[S, {width}]"), name="x")
     y = b.exp(x, name="y")
     z = b.softmax(y, name="z")
@@ -455,39 +455,39 @@ def a_part_of_what_is_not_made_of_it(p: Plant) -> None:
 
 
 FAULTS: dict[Callable[[Plant], None], str] = {
-    what_is_given_and_told_to_be_made: "what is given is not told so",
-    what_is_given_and_written: "no step makes what is given",
-    a_value_made_at_another_step: "it is made at step 1, and not told so",
-    an_output_that_dies_too_soon: "output out is dead when it is handed out",
-    in_registers_and_read_by_a_later_step: "reads what no earlier step makes",
-    in_registers_and_in_a_storage: "what is in registers has a storage",
-    a_result_over_an_input_that_is_kept: "its result lies over an input that is not donated",
-    a_place_without_a_view: "nothing says how it lies in its storage",
+    what_is_given_and_told_to_be_made: "an argument is not marked as given",
+    what_is_given_and_written: "an argument is marked as written by a step",
+    a_value_made_at_another_step: "it is made at step 1, but the plan has another step",
+    an_output_that_dies_too_soon: "output out is dead at the end",
+    in_registers_and_read_by_a_later_step: "reads a value that no earlier step makes",
+    in_registers_and_in_a_storage: "a value in registers has a storage",
+    a_result_over_an_input_that_is_kept: "its result overwrites an input that is not donated",
+    a_place_without_a_view: "it has a storage but no view",
     a_view_of_another_shape: "a view has another shape, dtype or storage than its value",
     a_view_of_another_storage: "a view has another shape, dtype or storage than its value",
-    in_an_order_that_is_not_its_own: "it lies in panels(16), not row-major",
-    an_output_without_a_storage: "each output needs a storage of the caller's",
-    an_output_in_what_is_kept: "output out lies in what is not donated",
-    an_output_beside_what_is_given_away: "output out does not lie where given does",
-    a_part_of_what_is_not_made_of_it: "out is not made of it",
-    over_a_value_read_later: "reads what another step has written over",
-    over_what_it_reads_elsewhere: "its step writes over y, which it reads",
-    one_storage_for_two: "reads what another step has written over",
-    a_view_the_wrong_way_round: "does not lie where x has its elements",
-    a_view_of_another: "no view of what it is told to be one of",
+    in_an_order_that_is_not_its_own: "it is stored in panels(16), not row-major",
+    an_output_without_a_storage: "each output needs a storage from the caller",
+    an_output_in_what_is_kept: "output out is stored in an input that is not donated",
+    an_output_beside_what_is_given_away: "output out is not in the storage of given",
+    a_part_of_what_is_not_made_of_it: "out does not read it",
+    over_a_value_read_later: "reads a value that another step has overwritten",
+    over_what_it_reads_elsewhere: "its step overwrites y, which it reads",
+    one_storage_for_two: "reads a value that another step has overwritten",
+    a_view_the_wrong_way_round: "does not refer to the elements of x",
+    a_view_of_another: "it is not a view of its operand",
     a_view_that_begins_too_late: "a destination is too small",
     a_destination_too_small: "a destination is too small",
     a_destination_too_small_at_large_sizes: "a destination is too small",
-    elements_on_one_another: "two elements are written to one place",
+    elements_on_one_another: "two elements are written to one address",
     a_storage_that_dies_too_soon: "needs a storage that is dead",
     a_storage_that_is_born_too_late: "needs a storage that is dead",
-    a_value_that_dies_too_soon: "reads what is dead by then",
-    an_output_that_nobody_writes: "nothing writes output out",
-    a_write_into_what_is_given: "a step writes into <argument",
+    a_value_that_dies_too_soon: "reads a value that is dead by then",
+    an_output_that_nobody_writes: "no step writes output out",
+    a_write_into_what_is_given: "a step writes to <argument",
     a_place_that_is_missing: "a value has no place",
     in_registers_and_read: "has no storage",
-    steps_in_another_order: "reads what no earlier step makes",
-    a_step_left_out: "its steps do not hold each node once",
+    steps_in_another_order: "reads a value that no earlier step makes",
+    a_step_left_out: "its steps do not contain each node exactly once",
 }
 
 
@@ -504,7 +504,7 @@ WIDE = [over_a_value_read_later, over_what_it_reads_elsewhere, one_storage_for_t
 
 @pytest.mark.parametrize("fault", WIDE, ids=lambda fault: fault.__name__)
 def test_a_planted_fault_is_found_among_very_many_elements(fault: Callable[[Plant], None]) -> None:
-    """Of which only some are looked at, and rows are cells."""
+    """Only a sample of them is checked, and rows are cells."""
     plant = Plant(graph_of(lambda b: chained(b, 4096)))
     check_storage(plant.made.graph, plant.plan)
     fault(plant)
@@ -524,7 +524,7 @@ def test_a_part_of_very_many_elements_lies_where_it_belongs(mode: str) -> None:
     assert places_of(main_of(plant.plan))["one"].how is How.INTO
     for offset in (4095, 1, 0):
         plant.lies("one", offset=Size.of(offset))
-        assert "it does not lie where both has it" in plant.refused()
+        assert "it is not stored at its place in both" in plant.refused()
 
 
 def parts_on_one_another(p: Plant) -> None:
@@ -561,13 +561,13 @@ def in_registers_and_handed_out(p: Plant) -> None:
 
 
 ACROSS: dict[Callable[[Plant], None], str] = {
-    in_registers_and_handed_out: "what is handed out is in registers alone",
-    a_callee_that_is_given_away_what_it_takes: "only the caller of an entry gives away what it passes",
-    parts_on_one_another: "it does not lie where both has it",
-    a_part_where_it_does_not_belong: "it does not lie where both has it",
+    in_registers_and_handed_out: "an output is only in registers",
+    a_callee_that_is_given_away_what_it_takes: "only the caller of an entry can donate arguments",
+    parts_on_one_another: "it is not stored at its place in both",
+    a_part_where_it_does_not_belong: "it is not stored at its place in both",
     a_result_too_small_for_its_caller: "a destination is too small",
-    a_callee_that_writes_its_argument: "a step writes into <argument",
-    a_result_over_the_argument: "nothing writes output y",
+    a_callee_that_writes_its_argument: "a step writes to <argument",
+    a_result_over_the_argument: "no step writes output y",
     an_argument_that_dies_before_its_call: "needs a storage that is dead",
 }
 
@@ -588,7 +588,7 @@ def test_a_call_may_not_write_over_what_it_is_given() -> None:
     plant.function("main", copied=("y", "first", "again"))
     plant.place("first", view=View.contiguous(main_of(plant.plan).results["first"], plant.value("first").type.shape))
     plant.over("block_1", "block", how=How.OVER, of=kept)
-    assert "its step writes over block, which it reads" in plant.refused()
+    assert "its step overwrites block, which it reads" in plant.refused()
 
 
 def a_copy_for_a_view(p: Plant) -> None:
@@ -605,10 +605,10 @@ def a_library_that_writes_over(p: Plant) -> None:
 
 
 LIBRARY: dict[Callable[[Plant], None], str] = {
-    a_copy_for_a_view: "it is a view of x, and has another storage",
-    a_library_that_writes_over: "two values have one storage, and neither is a view",
+    a_copy_for_a_view: "it is a view of x, but has another storage",
+    a_library_that_writes_over: "two values have the same storage, and neither is a view",
     a_storage_that_dies_too_soon: "needs a storage that is dead",
-    a_value_that_dies_too_soon: "reads what is dead by then",
+    a_value_that_dies_too_soon: "reads a value that is dead by then",
 }
 
 
@@ -622,22 +622,22 @@ def test_a_fault_in_a_librarys_plan_is_found(fault: Callable[[Plant], None]) -> 
 def test_a_plan_of_another_graph_is_refused() -> None:
     ours, other = Plant(graph_of(chained)), Plant(graph_of(chained))
     ours.plan = other.plan
-    assert "it is one of another graph" in ours.refused()
+    assert "it belongs to another graph" in ours.refused()
     ours.plan = Plant(joined_block()).plan
-    assert "one of other functions" in ours.refused()
+    assert "covers other functions" in ours.refused()
 
 
-# -- what cannot be gone through -----------------------------------------------------------------------------------
+# -- plans too large to enumerate ----------------------------------------------------------------------------------
 
 
 def test_what_is_too_large_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Elements that all views have together are one cell: halves of 2 times 3 rows, at the sizes that are drawn."""
+    """Elements that are together in all views are one cell: halves of 2 times 3 rows, at the drawn sizes."""
     plant = Plant(joined_block())
     assert check_storage(plant.made.graph, plant.plan) == []
     monkeypatch.setattr(write_checking, "MOST_CELLS", 12)
     assert check_storage(plant.made.graph, plant.plan) == []
     monkeypatch.setattr(write_checking, "MOST_CELLS", 11)
-    assert check_storage(plant.made.graph, plant.plan) == ["block: both is too large to be gone through"]
+    assert check_storage(plant.made.graph, plant.plan) == ["block: both is too large to be replayed"]
 
 
 def test_a_graph_that_is_defined_at_no_size_that_is_drawn() -> None:
@@ -692,7 +692,7 @@ def test_who_reads_a_state_is_not_moved_past_its_update() -> None:
         return [Step((append,)), Step((add, mul))]
 
     for strided in (True, False):
-        with pytest.raises(PassError, match="a step reads what a state was before its update"):
+        with pytest.raises(PassError, match="a step reads a state's value from before its update"):
             planned(parse_graph(LATE), PlanStorage(strided=strided, grouped=grouped))
 
 
@@ -706,4 +706,7 @@ def test_an_update_beside_its_state_is_found() -> None:
         plant.place("append", storage=beside, view=view)
         plant.function("main", lives=(*main_of(plant.plan).lives, Life(beside, BEFORE, 9)))
         told = plant.refused()
-        assert "the update of a state does not lie where" in told or "it is a view of k, and has another" in told
+        assert (
+            "the update of a state is not in the state's storage" in told
+            or "it is a view of k, but has another" in told
+        )

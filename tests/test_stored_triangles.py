@@ -1,4 +1,4 @@
-"""Stored tensors that are triangles: which are told from others, and that what makes them again is what was stored."""
+"""Stored tensors that are triangles: their detection, and ops that rebuild the stored values exactly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON that strangers wrote: what is read, and of what is refused the reason and the byte."""
+"""JSON from untrusted sources: the accepted texts, and the reason and the byte of each refusal."""
 
 from __future__ import annotations
 

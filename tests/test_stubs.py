@@ -1,4 +1,4 @@
-"""Stubs of ops, their signatures, and their page: all say what the ops' classes say. `make golden` writes them."""
+"""Stubs of ops, their signatures, and their page agree with the ops' classes. `make golden` writes them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tasks on the families that came after BERT's: what Hugging Face's pipelines give, on one backend each."""
+"""Tasks on the families that came after BERT: equal to Hugging Face's pipelines, on one backend each."""
 
 from __future__ import annotations
 

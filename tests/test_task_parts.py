@@ -1,5 +1,6 @@
-"""Parts of tasks by hand: windows and spans of answers, tags of tokens and words, tokens behind masks, pieces of
-recordings."""
+"""Parts of tasks, checked by hand: windows and spans of answers, tags of tokens and words, tokens after masks, chunks
+of recordings.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ from treadle.tasks.tagging import TaggedSpan, TokenTagger
 
 
 class Cut:
-    """A tokenizer of words, which tells how it is asked to cut."""
+    """A tokenizer of words that records how it is asked to truncate."""
 
     def __init__(self, most: int | None) -> None:
         self.max_tokens, self.asked = most, ()
@@ -49,7 +50,7 @@ class Cut:
 def test_windows_share_a_third_unless_the_question_is_long(
     most: int | None, words: int, windows: tuple[int, int]
 ) -> None:
-    """A pair has two special tokens beside those of a single text, and the text needs one more than it shares."""
+    """A pair has two special tokens more than a single text, and the text needs one token more than the overlap."""
     cut = Cut(most)
     opened: Any = SimpleNamespace(tokenizer=cut)
     QuestionAnswerer(opened)._windows(("w " * words, "text"))
@@ -64,7 +65,7 @@ def test_a_question_needs_a_place_for_one_token() -> None:
 
 
 def window(*words: str, question: int = 1) -> EncodedText:
-    """A window of single-token words: a special token, the question's, another, the text's, another."""
+    """Return a window of single-word tokens: a special token, the question's, another, the text's, another."""
     text, at = [], 0
     for word in words:
         text.append((at, at + len(word)))
@@ -81,7 +82,7 @@ def window(*words: str, question: int = 1) -> EncodedText:
 
 
 def test_spans_of_a_window_are_the_likeliest_pairs() -> None:
-    """Ends are not before starts, nor further than so many tokens; the first token has a share, and is no span."""
+    """Ends are not before starts, nor beyond the maximal length; the first token has a score, and is not a span."""
     asked, logits = window("a", "b", "c"), np.full((7, 2), -1e9)
     logits[[0, 3, 5], 0] = np.log([0.5, 0.25, 0.25])
     logits[[3, 4, 5], 1] = np.log([0.25, 0.25, 0.5])
@@ -123,7 +124,7 @@ def test_an_answer_of_two_windows_is_told_once_with_its_better_score() -> None:
 
 
 def test_progress_is_told_input_by_input() -> None:
-    """Of what a task computes in no order."""
+    """Progress of a task that computes its inputs in any order."""
     scores = np.array([1.0, 2.0])
     opened: Any = SimpleNamespace(
         config={"num_labels": 2, "id2label": {"0": "a", "1": "b"}},
@@ -146,14 +147,14 @@ def test_progress_is_told_input_by_input() -> None:
 
 
 def tagger(**tokenizer: Any) -> TokenTagger:
-    """One whose vocabulary names token i "ti", and joins names with +."""
+    """Return a tagger whose vocabulary names token i "ti", and joins names with +."""
     parts = {"unknown": 99, "word_prefix": None, "name_of": "t{}".format, "join": "+".join, **tokenizer}
     opened: Any = SimpleNamespace(tokenizer=SimpleNamespace(**parts))
     return TokenTagger(opened, ("O", "B-X", "I-X", "I-Y"))
 
 
 def scored(*best: int) -> Any:
-    """Scores of which each row's best is the given label, the first 0.9 and each further one 0.1 less."""
+    """Return scores whose maximum in each row is the given label, 0.9 in the first row, and 0.1 less in each next."""
     rows = np.zeros((len(best), 4))
     for n, label in enumerate(best):
         rows[n, label] = 0.9 - n / 10
@@ -161,7 +162,7 @@ def scored(*best: int) -> Any:
 
 
 def test_tokens_that_continue_a_word() -> None:
-    """With a prefix of words' pieces by the length of the name; else where no space stands before or at its start."""
+    """With a word-piece prefix, by the length of the name; otherwise if there is no space before or at its start."""
     text = "ab c-d"
     asked = EncodedText((1, 2, 99, 3), (0,) * 4, ((0, 2), (3, 4), (4, 5), (5, 6)), (0, 0, 0, 0), (0, 1, 1, 1), False)
     pieces = list(tagger()._pieces(text, asked, scored(1, 1, 1, 1)))
@@ -268,12 +269,12 @@ def test_tokens_that_a_converted_whisper_never_says(ids: Any, good: bool, tmp_pa
 
 
 def test_a_recording_is_cut_at_the_middle_of_the_quietest_tenth_of_a_second() -> None:
-    """Of its last five seconds, or of the last half of what is short."""
+    """Within its last five seconds, or within the last half of a short recording."""
     rate = 16_000
     samples = np.ones(31 * rate)
     quiet = 26 * rate + 100
     samples[quiet : quiet + 1600] = 0
-    samples[24 * rate : 24 * rate + 4000] = 0  # quiet, and too early
+    samples[24 * rate : 24 * rate + 4000] = 0  # quiet, but too early
     assert list(transcribing._pieces(samples, 30 * rate)) == [(0, quiet + 800), (quiet + 800, 31 * rate)]
     assert list(transcribing._pieces(np.ones(30 * rate), 30 * rate)) == [(0, 30 * rate)]
     short = np.ones(9)
@@ -302,7 +303,7 @@ def test_how_many_tokens_a_model_takes(tokens: str, bounds: dict[str, Bounds], p
 
 
 def test_rows_go_through_the_model_in_batches_of_like_lengths() -> None:
-    """A row ends with its text where there is one number for each token; only what the model takes is given."""
+    """A row ends with its text if there is one number for each token; only the model's inputs are passed."""
     taken: list[dict[str, Any]] = []
 
     def run(**given: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a folder may say of a task: the last value that is taken, the first that is not, and what is without any."""
+"""A folder's settings for a task: the last accepted value, the first refused one, and the result without any."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from treadle.tasks.images import ImageReader, _middle, _read_image
 from treadle.tasks.labelling import ImageLabeller, image_kind
 from treadle.tasks.opening import read_labels
 
-# -- how text is generated ---------------------------------------------------------------------------------------------
+# -- settings of generation --------------------------------------------------------------------------------------------
 
 
 def settings(
     place: Path, said: dict[str, Any], config: dict[str, Any] | None = None, **task: Any
 ) -> GenerationSettings:
-    """What a folder says whose generation_config.json is `said`."""
+    """Return the settings of a folder whose generation_config.json is `said`."""
     (place / "config.json").write_text("{}")
     (place / "generation_config.json").write_text(json.dumps(said))
     return GenerationSettings.read(ModelFolder.find(place), config or {}, task)
@@ -55,7 +55,7 @@ def test_special_tokens_alone_are_config_jsons_where_there_is_the_other_file(tmp
     ],
 )  # fmt: skip
 def test_how_many_tokens_at_most(said: dict[str, Any], most: int | None, tmp_path: Path) -> None:
-    """What the start takes of max_length is not new."""
+    """The start's share of max_length does not count as new tokens."""
     assert settings(tmp_path, said).most == most
 
 
@@ -67,16 +67,16 @@ def test_a_task_goes_before(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "fewest"),
+    ("said", "rules"),
     [
-        ({"min_length": 5}, 4),
-        ({"min_length": 5, "min_new_tokens": 6}, 6),
-        ({"min_length": 1}, 0),
-        ({"min_length": 0}, 0),
+        ({"min_length": 5}, TokenRules(shortest=5)),
+        ({"min_length": 5, "min_new_tokens": 6}, TokenRules(shortest=5, fewest=6)),
+        ({"min_length": 0}, TokenRules()),
     ],
 )
-def test_how_many_tokens_at_least(said: dict[str, Any], fewest: int, tmp_path: Path) -> None:
-    assert settings(tmp_path, said).rules.fewest == fewest
+def test_how_many_tokens_at_least(said: dict[str, Any], rules: TokenRules, tmp_path: Path) -> None:
+    """min_length counts the tokens given to the decoder, min_new_tokens does not."""
+    assert settings(tmp_path, said).rules == rules
 
 
 @pytest.mark.parametrize(
@@ -89,12 +89,13 @@ def test_when_a_search_ends(said: object, early: object, tmp_path: Path) -> None
 
 def test_what_is_asked_of_each_token(tmp_path: Path) -> None:
     said = {
-        "repetition_penalty": 1e-6, "no_repeat_ngram_size": 2**20, "bad_words_ids": [[5], [6]],
+        "repetition_penalty": 1e-6, "no_repeat_ngram_size": 2**20, "bad_words_ids": [[5], [6], [3], [3, 4]],
+        "eos_token_id": 3,
         "suppress_tokens": [6, 7], "forced_bos_token_id": 0, "forced_eos_token_id": [2**31 - 1],
         "begin_suppress_tokens": 9,
     }  # fmt: skip
     found = settings(tmp_path, said).rules
-    assert found == TokenRules(1e-6, 0.0, 2**20, (5, 6, 7), 0, 0, 2**31 - 1, (9,))
+    assert found == TokenRules(1e-6, 0.0, 2**20, (5, 6, 7), ((3, 4),), 0, 0, 0, 2**31 - 1, (9,))
 
 
 @pytest.mark.parametrize(
@@ -216,7 +217,7 @@ def test_what_stands_where_a_folder_says_no_more(tmp_path: Path) -> None:
 
 
 def test_the_middle_of_an_image() -> None:
-    """What is cut lies at both ends, one more at the last; black the same, one more at the first."""
+    """Both ends are cropped, one more at the last; black is added at both ends, one more at the first."""
     row = np.arange(1, 6)[None, None, :].repeat(3, axis=0)
     assert _middle(row, (1, 2))[0].tolist() == [[2, 3]]
     assert _middle(row, (1, 5))[0].tolist() == [[1, 2, 3, 4, 5]]

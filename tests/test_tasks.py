@@ -1,4 +1,4 @@
-"""Tasks on encoders with heads: labels, scores, spans and offsets as Hugging Face's pipelines give them."""
+"""Tasks on encoders with heads: labels, scores, spans and offsets equal to those of Hugging Face's pipelines."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Folders = Callable[..., tuple[Path, Any]]
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    """Folders that all backends read, each with its model, made once."""
+    """Return the folders that all backends read, each with its model, created once."""
     made: dict[str, tuple[Path, Any]] = {}
 
     def folder_of(architecture: str, tokenizer: Any, **config: Any) -> tuple[Path, Any]:
@@ -63,7 +63,7 @@ _ANSWERS: dict[str, Any] = {}
 
 
 def answered(task: str, place: Path, given: Any, **options: Any) -> Any:
-    """What Hugging Face's pipeline gives for a folder that is kept, computed once."""
+    """Return the result of Hugging Face's pipeline for one of the shared folders, computed once."""
     key = json.dumps([task, str(place), given, options])
     if key not in _ANSWERS:
         _ANSWERS[key] = pipeline(task, place, **options)(given)
@@ -192,7 +192,7 @@ def test_among_some_tokens(tmp_path: Path) -> None:
 
 
 def reference_answer(model: Any, tokenizer: Any, question: str, text: str, longest: int) -> tuple[float, int, int]:
-    """The best span by the definition, tried one after another, over windows that the library's own tokenizer makes."""
+    """Return the best span by the definition, trying all spans, over windows from the library's own tokenizer."""
     best = (-1.0, 0, 0)
     encoded = tokenizer(
         question,
@@ -212,7 +212,7 @@ def reference_answer(model: Any, tokenizer: Any, question: str, text: str, longe
             out = model(**given)
         of_text = [part == 1 for part in encoding.sequence_ids]
         known = torch.tensor(of_text)
-        known[0] |= encoding.sequence_ids[0] is None  # a special token there stands for no answer
+        known[0] |= encoding.sequence_ids[0] is None  # a special token stands for no answer there
         start, end = (
             torch.softmax(logits[0].double().masked_fill(~known, -torch.inf), -1)
             for logits in (out.start_logits, out.end_logits)
@@ -235,7 +235,7 @@ def reference_answer(model: Any, tokenizer: Any, question: str, text: str, longe
     ],
 )
 def test_answers_by_the_best_span(architecture: str, tokenizer: Any, backend: str, kept: Folders) -> None:
-    """transformers 5 has no such pipeline: held to the definition of the one that transformers 4 had."""
+    """transformers 5 has no such pipeline: compared with the definition of transformers 4's."""
     made = tokenizer()
     place, theirs = kept(architecture, tokenizer)
     questions, given = texts(50, longest=5), texts(50, seed=2, longest=60)
@@ -268,7 +268,7 @@ def test_a_question_that_leaves_no_room(tmp_path: Path) -> None:
         model.answer("where?")  # type: ignore[call-overload]
 
 
-# -- what is refused -------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------------------
 
 
 def test_a_head_that_the_task_has_no_use_for(tmp_path: Path) -> None:
@@ -361,7 +361,7 @@ OTHER_NAMES = [
 
 @pytest.mark.parametrize(("method", "option", "tried"), OTHER_NAMES)
 def test_an_option_of_another_name_is_told_as_it_is_called_here(method: str, option: str, tried: str) -> None:
-    """Before anything is read; what is told is what the method takes."""
+    """Before anything is read; the hint names the method's own option."""
     model = LoadedModel(ModelOptions("no-such-folder"))
     with pytest.raises(UsageError, match=f"{method} has no option '{option}'") as caught:
         getattr(model, method)("the cat", **{option: 1})

@@ -1,4 +1,4 @@
-"""What backends say of attention's terms: each kind by a method of a visitor, and what has none by its body."""
+"""Attention terms in backends: each kind is handled by a method of a visitor, other kinds by their bodies."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KINDS = ["causal", "window(3)", "padding", "segments", "mask(b t)", "bias(h s t)
 
 
 class Calls(TermVisitor[str, str]):
-    """Says which method was called with what."""
+    """A visitor that records the called method and its arguments."""
 
     def causal(self, term: Term) -> str:
         return f"causal: {term}"
@@ -63,7 +63,7 @@ class Calls(TermVisitor[str, str]):
 
 @dataclass(frozen=True, repr=False)
 class Stripes(MaskTerm):
-    """A kind that no visitor has a case for."""
+    """A kind without a case in any visitor."""
 
     step: int = 2
 
@@ -103,7 +103,7 @@ def test_a_kind_without_a_case_is_refused_and_is_not_standard() -> None:
 
 
 def test_what_is_derived_from_a_standard_kind_is_run_by_its_own_body() -> None:
-    """It has the base's case in visitors, which says what the base means."""
+    """Visitors have only the base's case, which implements the base's meaning."""
 
     @dataclass(frozen=True, repr=False)
     class Before(Causal):
@@ -150,7 +150,7 @@ def given(term: Term) -> Iterator[np.ndarray[Any, Any]]:
 
 @pytest.mark.parametrize("text", KINDS)
 def test_kernels_of_both_python_backends_mean_what_the_term_means(text: str) -> None:
-    """NumPy's by calling its reference; PyTorch's, written anew, are held against it, to the bit."""
+    """NumPy's kernels call the reference; PyTorch's, implemented separately, are bitwise identical to it."""
     torch = pytest.importorskip("torch")
     import treadle.backends.numpy.kernels as of_numpy
     import treadle.backends.torch.kernels as of_torch

@@ -1,4 +1,4 @@
-"""What a person sees: a terminal of 80 columns, and a pipe."""
+"""Output as a user sees it: on a terminal of 80 columns, and in a pipe."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ WIDTH = 80
 
 
 def environment(**more: str) -> dict[str, str]:
-    """What a user has: nothing that says how wide, how coloured, or how soon the output is to be written."""
+    """Return a user's environment: without variables for the output's width, colours or buffering."""
     ours = ("COLUMNS", "TREADLE_CERTIFY", "TREADLE_DEBUG", "NO_COLOR", "FORCE_COLOR", "PYTHONUNBUFFERED")
     known = {k: v for k, v in os.environ.items() if k not in ours}
     return {**known, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", **more}
 
 
 def on_terminal(*words: str, cwd: Path = ROOT) -> tuple[int, str]:
-    """Run Python on a terminal of 80 columns; gives the exit code and all that was written there."""
+    """Run Python on a terminal of 80 columns; return the exit code and all output."""
     ours, theirs = pty.openpty()
     ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, WIDTH, 0, 0))
     process = subprocess.Popen([sys.executable, *words], stdout=theirs, stderr=theirs, env=environment(), cwd=cwd)
@@ -53,7 +53,7 @@ def on_terminal(*words: str, cwd: Path = ROOT) -> tuple[int, str]:
     while True:
         try:
             data = os.read(ours, 1 << 16)
-        except OSError:  # what Linux says when the other side is closed
+        except OSError:  # Linux's error when the other side is closed
             break
         if not data:
             break
@@ -63,7 +63,7 @@ def on_terminal(*words: str, cwd: Path = ROOT) -> tuple[int, str]:
 
 
 def seen(said: str) -> list[str]:
-    """The lines without colours, and without progress, which was taken away again."""
+    """Return the lines without colours, and without progress that was removed again."""
     left = re.sub(r"[^\n]*\n\x1b\[\?25h\r\x1b\[1A\x1b\[2K", "", said)
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", left).split("\n")
 
@@ -114,7 +114,7 @@ def test_scopes_and_lines_give_way_before_types() -> None:
     assert fit_code(line, 45) == 'x = add(a, "#  b")   # f32[B, S]  model.py:3'
     assert fit_code(line, 40) == 'x = add(a, "#  b")   # f32[B, S]'
     assert fit_code(line, 25) == 'x = add(a, "#  b")'
-    for width in (53, 44, 32):  # as wide as it is with so many columns; one less, and there is one less
+    for width in (53, 44, 32):  # at its full width with this many columns; with one less, one column is dropped
         assert len(fit_code(line, width)) == width
         assert len(fit_code(line, width - 1)) < width - 1
     lines = "a = f(x)   # f32[B]  m.py:1\nbbb = g(y)   # f32[B, S]  m.py:2  h.0\nc(z)   # here"
@@ -188,14 +188,14 @@ def test_models_fits_80_columns_but_for_paths() -> None:
 
 
 def test_the_demo_fits_80_columns() -> None:
-    """tests/test_embedding.py holds what it says."""
+    """tests/test_embedding.py checks its content."""
     for name in ("minilm", "smollm2"):
         if fetched_model(name) is None:
             pytest.skip(f"{name} was not fetched: treadle fetch {name}")
     pytest.importorskip("tokenizers")
     pytest.importorskip("gguf")
     code, said = on_terminal("-m", "treadle.demo")
-    rows = [row for row in seen(said) if not row.startswith("/")]  # paths are kept whole
+    rows = [row for row in seen(said) if not row.startswith("/")]  # paths are not shortened
     assert code == 0
     assert max(map(len, rows)) <= WIDTH
     assert not any("…" in row for row in rows if "─" in row), "a heading is cut"
@@ -238,7 +238,7 @@ def test_nothing_of_it_goes_to_a_pipe_or_where_json_is_asked() -> None:
 
 
 class Bar:
-    """In place of rich's: what it is told."""
+    """A stand-in for rich's bar: its recorded updates."""
 
     def __init__(self, *columns: Any) -> None:
         self.told: list[Any] = [tuple(type(each).__name__ for each in columns)]
@@ -390,7 +390,7 @@ def test_every_model_backend_and_target_is_completed() -> None:
 
 
 def test_paths_to_models_are_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folders, which may lead to one, and files that are one; beside names."""
+    """Folders, which may lead to one, and files that are models; in addition to names."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gpt").mkdir()
     for name in ("gp[1].treadle", "gp.gguf", "gp.onnx", "gp.py", "gp.txt", "other.onnx"):
@@ -401,7 +401,7 @@ def test_paths_to_models_are_offered(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_script_for_a_shell_can_be_shown() -> None:
-    command = f'"{sys.executable}" -m treadle --show-completion; true'  # bash stays above it, and is found
+    command = f'"{sys.executable}" -m treadle --show-completion; true'  # bash stays above it, and finds it
     done = subprocess.run(["bash", "-c", command], env=environment(), capture_output=True, encoding="utf-8", check=True)
     assert "_TREADLE_COMPLETE=complete_bash" in done.stdout
 

@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def transformer(layers: int = 3) -> Graph:
-    """Blocks with attention, called with weights of their own, and tied embeddings."""
+    """Return blocks with attention, called with weights of their own, and tied embeddings."""
     graph = Graph("tiny")
     graph.bound("B", Bounds())
     graph.bound("S", Bounds(1, 1024))
@@ -96,7 +96,7 @@ class at:
 
 
 def constants() -> Graph:
-    """A constant of every kind."""
+    """Return a graph with a constant of every kind."""
     graph = Graph("constants")
     b = Builder(graph)
     b.source = SourceLine("c.py", 1)
@@ -124,7 +124,7 @@ def constants() -> Graph:
 
 
 def odd_names() -> Graph:
-    """Names that need quotes, functions named like ops, calls whose weights follow no prefix."""
+    """Return a graph with quoted names, functions named like ops, and calls whose weights follow no prefix."""
     graph = Graph("x y")
     graph.bound("S", Bounds(1, 7))
     block = Function("add")
@@ -150,7 +150,7 @@ def odd_names() -> Graph:
 
 
 def clipped() -> Graph:
-    """Absent operands, several results, sizes as attributes."""
+    """Return a graph with absent operands, several results, and sizes as attributes."""
     graph = Graph("sizes")
     b = Builder(graph)
     b.source = SourceLine("s.py", 2)
@@ -289,7 +289,7 @@ def test_one_function_prints_alone() -> None:
 
 
 def test_a_constant_stands_in_place_up_to_16_elements_or_bytes() -> None:
-    odd = b"\x01\x00\xc0\x7f"  # a NaN with a payload, which numbers do not say
+    odd = b"\x01\x00\xc0\x7f"  # a NaN with a payload, which numbers do not express
     for literal, inside in (
         (Literal.of(np.arange(16), f32), "f32[16]{0.0, 1.0,"),
         (Literal.of(np.arange(17), f32), "f32[17]{@0}"),
@@ -589,7 +589,7 @@ def test_the_bytes_of_constants_are_limited() -> None:
 
 
 def least_work(text: str) -> int:
-    """The least limit under which a text is read."""
+    """Return the least limit under which a text is read."""
 
     def reads(work: int) -> bool:
         try:
@@ -616,7 +616,7 @@ LONGER = {
 
 @pytest.mark.parametrize("kind", LONGER)
 def test_all_text_counts_as_work(kind: str) -> None:
-    """Each statement is of three pieces or more, and each piece counts, also where nothing else follows."""
+    """Each statement has three pieces or more, and each piece counts, even if nothing else follows."""
     few, many = (least_work(f"graph g {{ {LONGER[kind](count)} }}") for count in (10, 200))
     assert many - few >= 3 * (200 - 10)
 
@@ -631,7 +631,7 @@ def test_doubling_functions_do_not_unfold_without_end() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_mutated_text_is_refused_or_verifies(seed: int) -> None:
-    """What the parser takes after random edits is a graph that verifies and reads back; nothing else is ever raised."""
+    """If the parser accepts a randomly edited text, the graph verifies and reads back; all errors are typed."""
     rng = random.Random(seed)
     texts = [print_graph(random_graph(s)) for s in range(seed * 20, seed * 20 + 20)]
     pieces = [re.findall(r"\w+|\s+|[^\w\s]", text) for text in texts]

@@ -16,7 +16,7 @@ from treadle.files.shown_names import printable
 from treadle.frontends.text import EncodedText, TextTokenizer, folder_chat_template
 from treadle.ir.errors import CheckpointError, UsageError
 
-END, UNKNOWN, A, CAT = 1, 2, 3, 4  # of SMALL, whose unknown pieces are one
+END, UNKNOWN, A, CAT = 1, 2, 3, 4  # of SMALL, which merges unknown pieces
 
 
 def opened(place: Path, settings: dict[str, Any] | None = None, **options: Any) -> TextTokenizer:
@@ -69,7 +69,7 @@ def test_texts_with_their_places(tmp_path: Path) -> None:
 
 
 def test_a_pairs_second_text_in_windows(tmp_path: Path) -> None:
-    """Each has the first text, and overlaps the next; what texts are cut to otherwise is as it was."""
+    """Each window has the first text, and overlaps the next; the usual truncation of texts is unchanged."""
     tokenizer = opened(tmp_path, max_tokens=4)
     (windows,) = tokenizer.encode([("a", "cat a cat a")], windows=(5, 1))
     assert [w.ids for w in windows] == [(A, END, CAT, A, END), (A, END, A, CAT, END), (A, END, CAT, A, END)]
@@ -79,7 +79,7 @@ def test_a_pairs_second_text_in_windows(tmp_path: Path) -> None:
     free = opened(tmp_path)
     free.encode([("a", "cat a cat a")], windows=(5, 1))
     assert len(free.encode(["a " * 9])[0][0]) == 10
-    with pytest.raises(CheckpointError, match="texts cannot be cut to 3 tokens"):
+    with pytest.raises(CheckpointError, match="texts cannot be truncated to 3 tokens"):
         tokenizer.encode([("a", "cat")], windows=(3, 7))
 
 

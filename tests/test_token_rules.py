@@ -1,4 +1,4 @@
-"""Rules of which tokens may come next, as Hugging Face's logits processors apply them; and what may be drawn."""
+"""Rules for the next tokens, as Hugging Face's logits processors apply them; and the tokens that may be sampled."""
 
 from __future__ import annotations
 
@@ -46,6 +46,8 @@ def test_rules_that_leave_nothing_and_values_out_of_range() -> None:
         {"presence_penalty": float("inf")},
         {"no_repeat_ngram": -1},
         {"fewest": -1},
+        {"shortest": -1},
+        {"banned_runs": ((),)},
     ]
     for options in wrong:
         with pytest.raises(UsageError):
@@ -53,19 +55,28 @@ def test_rules_that_leave_nothing_and_values_out_of_range() -> None:
 
 
 def test_rules_are_those_of_hugging_face() -> None:
-    """All of them at once, over drawn rows: the same scores to float32's last bits."""
+    """All of them together, over drawn rows: the same scores to float32's last bits."""
     torch = pytest.importorskip("torch")
     made_by = pytest.importorskip("transformers.generation.logits_process")
     draw = np.random.default_rng(0)
     rules = TokenRules(
-        repetition_penalty=1.3, no_repeat_ngram=2, banned=(5,), fewest=3, first=2, last=1, banned_first=(4,)
+        repetition_penalty=1.3,
+        no_repeat_ngram=2,
+        banned=(5,),
+        banned_runs=((2, 6), (0, 2, 3)),
+        fewest=3,
+        shortest=5,
+        first=2,
+        last=1,
+        banned_first=(4,),
     )
     most, start = 7, [0]
     theirs = made_by.LogitsProcessorList(
         [
             made_by.RepetitionPenaltyLogitsProcessor(1.3),
             made_by.NoRepeatNGramLogitsProcessor(2),
-            made_by.NoBadWordsLogitsProcessor([[5]], eos_token_id=None),
+            made_by.NoBadWordsLogitsProcessor([[5], [2, 6], [0, 2, 3]], eos_token_id=None),
+            made_by.MinLengthLogitsProcessor(5, torch.tensor([1]), device="cpu"),
             made_by.MinNewTokensLengthLogitsProcessor(len(start), 3, torch.tensor([1]), device="cpu"),
             made_by.ForcedBOSTokenLogitsProcessor(2),
             made_by.ForcedEOSTokenLogitsProcessor(len(start) + most, 1, device="cpu"),
@@ -75,6 +86,7 @@ def test_rules_are_those_of_hugging_face() -> None:
     for count in range(most):
         for _ in range(20):
             made = [int(i) for i in draw.integers(0, VOCAB, count)]
+            made[-1:] = [2] * bool(made)  # so that banned runs occur
             logits = draw.normal(size=VOCAB).astype(np.float32)
             ours = rules.apply(logits, prompt=start, made=made, end=[1], is_last=count + 1 == most)
             wanted = theirs(torch.tensor([[*start, *made]]), torch.from_numpy(logits.copy())[None])[0].numpy()
@@ -82,7 +94,7 @@ def test_rules_are_those_of_hugging_face() -> None:
 
 
 def test_sampling_matches_the_distribution_by_chi_square() -> None:
-    """10,000 draws, cut by each of the ways: the statistic stays under its value at one in ten thousand."""
+    """10,000 draws, filtered in each way: the statistic stays under its value at one in ten thousand."""
     scipy = pytest.importorskip("scipy.stats")
     logits = np.random.default_rng(5).normal(size=50) * 2
     for sampling in (
@@ -93,7 +105,7 @@ def test_sampling_matches_the_distribution_by_chi_square() -> None:
         ids, expected = sampling.distribution(logits)
         drawn = np.bincount([sampling.choose(logits, step=i) for i in range(10_000)], minlength=50)
         assert drawn[ids].sum() == 10_000
-        rare = expected * 10_000 < 5  # too few for the statistic, which takes them together
+        rare = expected * 10_000 < 5  # too few, so they are merged
         counts, wanted = drawn[ids], expected * 10_000
         counts = np.append(counts[~rare], counts[rare].sum())
         wanted = np.append(wanted[~rare], wanted[rare].sum())
@@ -133,7 +145,7 @@ def test_stop_strings_hold_back_what_may_be_one(strings: list[str], text: str, c
 
 
 def test_what_was_told_is_never_taken_back() -> None:
-    """Of drawn texts, character by character: what is certain only grows, and ends where a stop string is complete."""
+    """For drawn texts, by character: the emitted text only grows, and ends where a stop string is complete."""
     draw = np.random.default_rng(1)
     for _ in range(300):
         text = "".join(draw.choice(list("ab"), 12))

@@ -1,4 +1,4 @@
-"""The tolerance that verification, certificates and the fuzzer share, and what it is of."""
+"""The tolerance that verification, certificates and the fuzzer share, and its reference quantity."""
 
 from __future__ import annotations
 

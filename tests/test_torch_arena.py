@@ -1,4 +1,6 @@
-"""PyTorch inside the plan: what is placed lies in one arena, as large as planned; the rest is foreign, and listed."""
+"""PyTorch within the plan: placed values are in one arena, as large as planned; the other values are foreign, and
+listed.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ def made(name: str) -> tuple[Any, PythonExecutable]:
 
 
 def allocations(run: Any) -> list[tuple[str, int]]:
-    """The bytes that each of PyTorch's operators allocated by itself in a run, beside what it freed."""
+    """Return the bytes that each of PyTorch's operators allocated itself in a run, less the bytes that it freed."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     return [(e.name, e.self_cpu_memory_usage) for e in profile.events() if e.self_cpu_memory_usage > 0]
@@ -49,7 +51,7 @@ def allocations(run: Any) -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize("name", ["gpt2", "t5", "whisper", "clip"])
 def test_the_arena_is_allocated_once_and_is_as_large_as_planned(name: str) -> None:
-    """By PyTorch's own profiler: the first run allocates the plan's bytes, in one piece; a later one none of them."""
+    """According to PyTorch's own profiler, the first run allocates the plan's bytes in one piece, later ones none."""
     exe, executable = made(name)
     sizes = small_sizes(exe.graph)[-1]
     given = draw_inputs(exe.graph, sizes, [0])
@@ -66,7 +68,7 @@ def test_the_arena_is_allocated_once_and_is_as_large_as_planned(name: str) -> No
 
 @pytest.mark.parametrize("name", ["gpt2", "t5", "whisper", "clip"])
 def test_a_run_touches_the_arena_up_to_what_was_planned(name: str) -> None:
-    """Bytes that differ from what lay there, of two patterns: one of them at least differs from what is written."""
+    """Memory is filled with two patterns: a written byte differs from at least one of them."""
     exe, executable = made(name)
     arena = executable.arena
     assert arena is not None
@@ -85,8 +87,10 @@ def test_a_run_touches_the_arena_up_to_what_was_planned(name: str) -> None:
 
 
 def test_what_is_foreign_is_what_the_plan_says() -> None:
-    """Of one block: a run allocates as many arrays of foreign values' sizes as there are such values. Beside them is
-    what calls need inside: a norm's means, what attention computes with, what is asked of indices."""
+    """A run of one block allocates as many arrays of foreign values' sizes as there are such values.
+
+    Calls also need memory inside: a norm's means, attention's intermediate values, checks of indices.
+    """
     graph, weights = block_model(layers=1)
     lowered = TorchBackend().lower(graph, Target("cpu"))
     assert lowered.plan is not None
@@ -116,7 +120,7 @@ def test_a_residual_stream_is_added_to_where_it_lies() -> None:
 
 
 def test_what_is_handed_out_is_the_callers_own() -> None:
-    """Results that would lie in the arena are new tensors: the next run leaves them as they are."""
+    """Results that would be in the arena are new tensors: the next run leaves them unchanged."""
 
     def build(b: Builder) -> dict[str, Expr]:
         x = b.exp(b.input("x", "f32[S, 4]"))
@@ -169,7 +173,7 @@ def test_without_memory_for_the_arena_it_says_so_and_works_again(monkeypatch: py
 
 @pytest.mark.parametrize("name", TESTED)
 def test_what_is_no_view_lies_in_memory_of_its_own(name: str) -> None:
-    """Else a plan that has the operand dead would have the result in memory that is used again."""
+    """Otherwise a plan in which the operand is dead would place the result in memory that is used again."""
     op = OPS[name]
     for number in range(len(op.samples)):
         case = Case.of(name, number)
@@ -202,8 +206,8 @@ def streamed(b: Builder) -> Expr:
 @pytest.mark.parametrize(
     ("value", "other", "said"),
     [
-        ("first", "kept", "a step writes over what it does not read element by element"),
-        ("second", "softmax", "a step writes over what it does not read element by element"),
+        ("first", "kept", "a step overwrites a value that it does not read element by element"),
+        ("second", "softmax", "a step overwrites a value that it does not read element by element"),
         ("first", "softmax", None),
         ("second", "kept", None),
     ],
@@ -240,7 +244,7 @@ def test_a_plan_that_writes_over_what_is_read_later_is_refused() -> None:
     lies = main.places[named["kept"]]
     over = replace(main.places[named["first"]], storage=lies.storage, how=How.OVER, of=named["kept"])
     wrong = replace(plan, functions={"main": replace(main, places={**main.places, named["first"]: over})})
-    with pytest.raises(PassError, match="it is written over kept, which is read then or later"):
+    with pytest.raises(PassError, match="it overwrites kept, which is read then or later"):
         check_storage(lowered.graph, wrong)
 
 
@@ -257,12 +261,12 @@ def test_a_plan_that_writes_over_what_is_read_in_another_order_is_refused() -> N
     over = replace(main.places[named["both"]], storage=lies.storage, how=How.OVER, of=named["kept"])
     lives = tuple(replace(life, last=main.end) if life.storage is lies.storage else life for life in main.lives)
     changed = replace(main, places={**main.places, named["both"]: over}, lives=lives)
-    with pytest.raises(PassError, match="it is written over turned, which is read then or later"):
+    with pytest.raises(PassError, match="it overwrites turned, which is read then or later"):
         check_storage(lowered.graph, replace(lowered.plan, functions={"main": changed}))
 
 
 class _Counted(dict[Any, Any]):
-    """A dictionary that counts what it is asked for."""
+    """A dictionary that counts look-ups."""
 
     asked = 0
 

@@ -1,7 +1,7 @@
-"""The graphs that `from_torch` makes, as text: what is one op in torch is one here, and nothing is moved to and fro.
+"""The graphs that `from_torch` builds, as text: one op in torch is one op here, and no copies are added.
 
-Numbers do not tell a mask that is read where it was expanded, a cast that changes nothing, or a reshape whose axes were
-lost; the text does. Lines of the modules are left out of the golden files, and held in tests of their own.
+Numbers do not show a mask that is read where it was expanded, a cast that changes nothing, or a reshape whose axes were
+lost; the text does. Lines of the modules are left out of the golden files, and have tests of their own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ F: Any = torch.nn.functional
 
 
 def text(model: Any) -> str:
-    """A graph without the modules' lines."""
+    """Return a graph's text without the modules' lines."""
     return re.sub(r"[ \t]+\S+\.py:\d+.*$", "", str(model.graph), flags=re.MULTILINE)
 
 
@@ -36,7 +36,7 @@ class Casts(nn.Module):  # type: ignore[misc]
 
 
 class Kept(nn.Module):  # type: ignore[misc]
-    """Casts to the dtype that is there, and a bias that is expanded."""
+    """Casts to the same dtype, and a bias that is expanded."""
 
     def forward(self, q: Any, k: Any, v: Any, mask: Any) -> Any:
         bias = (1 - mask.to(q.dtype))[:, None, None, :].to(q.dtype) * -1e9
@@ -69,7 +69,7 @@ class Repeated(nn.Module):  # type: ignore[misc]
 
 
 class Views(nn.Module):  # type: ignore[misc]
-    """Dimensions that split, merge, and are cut across: each is one rearrange that says its axes."""
+    """Dimensions that are split, merged, and regrouped: each is one rearrange that names its axes."""
 
     def forward(self, x: Any) -> Any:
         s, b, _ = x.shape
@@ -125,7 +125,7 @@ class Lines(nn.Module):  # type: ignore[misc]
 
 
 def test_layers_of_torch_have_the_line_of_the_users_forward() -> None:
-    """And not that of torch's own code, where a linear calls F.linear."""
+    """And not the line of torch's own code, where a linear calls F.linear."""
     lines = Path(__file__).read_text(encoding="utf-8").splitlines()
     model = treadle.from_torch(Lines(), (torch.randn(2, 4),))
     found = [(node.op.name, node.scope, node.source) for node in model.graph.main.nodes]
@@ -176,7 +176,7 @@ class Halves(nn.Module):  # type: ignore[misc]
 def test_bfloat16_tensors_go_into_each_backend_with_their_bits() -> None:
     torch.manual_seed(0)
     module, x = Halves(), torch.randn(3, 40).bfloat16()
-    x[0, :2] = torch.tensor([2.0**100, -(2.0**-100)])  # which no other 16-bit float holds
+    x[0, :2] = torch.tensor([2.0**100, -(2.0**-100)])  # not representable in another 16-bit float
     module.weight.data[:2] = torch.tensor([0.0, 2.0**-99])
     model = treadle.from_torch(module, (x,), dynamic={"x": "B _"})
     assert str(next(iter(model.graph.main.outputs.values())).type) == "bf16[B, 40]"

@@ -32,7 +32,7 @@ def test_attention_means_what_it_means_in_torch(mask: str) -> None:
     match mask:
         case "bool":
             given = torch.rand(2, 1, 3, 5) > 0.4
-            given[1, :, 1] = False  # a row that sees nothing: zeros
+            given[1, :, 1] = False  # a fully masked row: zeros
         case "row":
             given = torch.rand(1, 5) > 0.4
         case "float":
@@ -85,7 +85,7 @@ OPERATORS: dict[str, Any] = {
     "products": lambda x: (x @ x.mT, torch.einsum("bij,bkj->bik", x, x), x[0] @ x[1, 0]),
     "sums": lambda x: (
         *(torch.baddbmm(x @ x.mT, x, x.mT), torch.addmm(x[0, :, 0], x[0], x[1].mT, alpha=0.5, beta=2)),
-        torch.addmm(torch.full((3,), torch.nan), x[0], x[1].mT, beta=0),  # what is not added may be anything
+        torch.addmm(torch.full((3,), torch.nan), x[0], x[1].mT, beta=0),  # unused rows may hold any values
     ),
     "convolutions": lambda x: (
         F.conv1d(x, x[:, :, :3]),
@@ -164,7 +164,7 @@ OPERATORS: dict[str, Any] = {
 @pytest.mark.filterwarnings("ignore:.*degrees of freedom")
 @pytest.mark.parametrize("group", OPERATORS)
 def test_operators(group: str) -> None:
-    """Values apart from each other by more than rounding, so that orders are told."""
+    """Values that differ by more than rounding, so that orders are visible."""
     values = torch.randperm(24, generator=torch.Generator().manual_seed(1)).float().reshape(2, 3, 4)
     x = (values - 11.3) / 5
     module = Applied(OPERATORS[group])
@@ -224,7 +224,7 @@ def test_activations_on_both_sides_of_each_bend() -> None:
 
 
 BROADCAST: dict[str, tuple[Any, tuple[tuple[int, ...], ...], list[str]]] = {
-    # a rule, the shapes of q, k and v, and the ops that it makes beside the attention
+    # a rule, the shapes of q, k and v, and the resulting ops in addition to the attention
     "one head": (F.scaled_dot_product_attention, ((2, 4, 3, 8), (2, 1, 5, 8), (2, 1, 5, 6)), []),
     "one head, flagged": (
         lambda *x: F.scaled_dot_product_attention(*x, enable_gqa=True),
@@ -254,7 +254,7 @@ BROADCAST: dict[str, tuple[Any, tuple[tuple[int, ...], ...], list[str]]] = {
 
 @pytest.mark.parametrize("name", BROADCAST)
 def test_heads_and_batches_of_one_broadcast_as_in_torch(name: str) -> None:
-    """Fewer heads of keys and values are read as they are, also where the module's code repeats them."""
+    """Fewer heads of keys and values are read in place, even if the module's code repeats them."""
     rule, shapes, ops = BROADCAST[name]
     torch.manual_seed(0)
     module, example = Rule(rule), tuple(torch.randn(s) for s in shapes)
@@ -271,6 +271,6 @@ def test_heads_that_do_not_fit_are_told_a_way_that_works() -> None:
     rule = Rule(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
     assert_equal(treadle.from_torch(rule, (q, k, v)), rule, (q, k, v))
     deep = Rule(F.scaled_dot_product_attention)
-    with pytest.raises(treadle.TreadleError, match="of ranks 5, 5 and 5") as caught:
+    with pytest.raises(treadle.TreadleError, match="ranks 5, 5 and 5 are not supported") as caught:
         treadle.from_torch(deep, (q[None], k[None, :, :1], v[None, :, :1]))
     assert "reshape the leading axes" in str(caught.value)

@@ -1,4 +1,4 @@
-"""Weights in oneDNN's layout: which are packed, and that products with them give what they gave."""
+"""Weights in oneDNN's layout: the choice of packed weights, and unchanged results of products with them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ torch = pytest.importorskip("torch")
 from treadle.backends.torch import backend as torch_backend
 from treadle.backends.torch.packing import ACTIVATIONS, can_pack
 
-pytestmark = pytest.mark.skipif(not can_pack(), reason="PyTorch has no oneDNN for this processor")
+pytestmark = pytest.mark.skipif(not can_pack(), reason="PyTorch has no oneDNN for this CPU")
 
 K, N = 32, 48
 
@@ -36,7 +36,7 @@ def graph_of(*, dtype: DType = f32) -> tuple[Builder, Expr]:
 
 
 def names(graph: Graph) -> dict[str, str]:
-    """The weights that are packed, with the axes of those that lie so."""
+    """Return the packed weights, with the axes of each layout."""
     lowered = find_backend("torch").lower(graph, Target("cpu")).graph  # type: ignore[attr-defined]
     packed = {name: v.layout for name, v in lowered.main.parameters.items() if v.layout is not None}
     recipes = recipes_of(lowered)
@@ -65,7 +65,7 @@ def test_activated_products(activation: str, weight_axes: str, biased: bool) -> 
 
 @pytest.mark.parametrize("activation", [*ACTIVATIONS, "relu"])
 def test_a_row_with_nan_is_nan(activation: str) -> None:
-    """oneDNN's own relu makes 0 of NaN."""
+    """oneDNN's own relu returns 0 for NaN."""
     b, x = graph_of()
     b.outputs(y=b.activated_linear(x, b.parameter("w", f32[N, K]), None, activation=activation))
     array = np.ones((2, 1, K), np.float32)
@@ -103,7 +103,7 @@ def test_a_weight_that_something_else_reads_stays_as_it_is() -> None:
     assert names(b.graph) == {}
     b, x = graph_of()
     w = b.parameter("w", f32[K, K])
-    b.outputs(y=b.linear(x, w, None) + b.matmul(x, w))  # once as it lies, once transposed
+    b.outputs(y=b.linear(x, w, None) + b.matmul(x, w))  # once in its own layout, once transposed
     assert names(b.graph) == {}
     b, x = graph_of()
     w = b.parameter("w", f32[N, K])
@@ -163,7 +163,7 @@ def close_to_its_meaning(graph: Graph, x: Array) -> None:
 
 
 def close(graph: Graph, inputs: dict[str, Array]) -> None:
-    """On random weights, what the rounding of its ops allows; of a graph with calls, of the graph without them."""
+    """Compare on random weights, within the rounding of the graph's ops; a graph with calls is inlined first."""
     rng = np.random.default_rng(1)
     weights = {n: (rng.standard_normal(w.shape) / 4).astype(w.dtype) for n, w in initial_weights(graph).items()}
     made = find_backend("torch").compile(graph, Target("cpu"), weights)(**inputs)

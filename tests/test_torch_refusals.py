@@ -1,4 +1,4 @@
-"""What `from_torch` does not take is refused by name, with the module's own line and a way out that works."""
+"""Modules that `from_torch` does not support are refused by name, with the module's own line and a hint that works."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ nn: Any = pytest.importorskip("torch.nn")
 F: Any = torch.nn.functional
 
 LINE = r"from +\S*torch_\w+\.py:\d+"
-"""A line of the module's code. Of a function that a forward calls, torch keeps the line of the call."""
+"""A line of the module's code. For a function that a forward calls, torch keeps the line of the call."""
 
 
 class DataBranch(nn.Module):  # type: ignore[misc]
@@ -42,10 +42,10 @@ class Counting(nn.Module):  # type: ignore[misc]
     [
         (DataBranch(), "branches on data"),
         (Applied(lambda x: torch.linalg.svd(x)[1]), "svd"),
-        (Applied(lambda x: x[x > 0]), "index.Tensor: by truth values"),
+        (Applied(lambda x: x[x > 0]), "index.Tensor: a mask is not supported"),
         (Applied(torch.fft.rfft), "complex|fft"),
-        (nn.Dropout(0.5), "dropout in training mode"),
-        (Counting(), "changes a tensor"),
+        (nn.Dropout(0.5), "dropout in training mode is not supported"),
+        (Counting(), "changes an argument or a tensor"),
         (Applied(lambda x: x.undefined()), "cannot trace the module"),
     ],
     ids=["branch", "operator", "mask", "complex", "training", "buffer", "attribute"],
@@ -62,9 +62,9 @@ def test_what_is_not_taken_is_refused(module: Any, words: str) -> None:
     [
         ((torch.ones(2, 3), 1), None, "does not fit"),
         ({"y": torch.ones(2)}, None, "does not fit"),
-        ([torch.ones(2)], None, "a tuple of arguments"),
-        ((torch.ones(2, 3),), {"z": "B"}, "no tensor of the example"),
-        ((torch.ones(2, 3),), {"x": "B"}, "1 dimensions, it has 2"),
+        ([torch.ones(2)], None, "must be a tuple of arguments"),
+        ((torch.ones(2, 3),), {"z": "B"}, "not a tensor of the example"),
+        ((torch.ones(2, 3),), {"x": "B"}, "1 dimensions, but it has 2"),
         ((torch.ones(2, 3),), {"x": {5: "B"}}, "no dimension 5"),
         ((torch.ones(2, 3),), {"x": {0: "B", 1: "B"}}, "2 and 3 in the example"),
         ((torch.ones(2, 3),), {"x": {0: "2B"}}, "identifier"),
@@ -115,7 +115,7 @@ def test_arguments_of_args_and_kwargs_have_open_dimensions() -> None:
     model = treadle.from_torch(module, named, dynamic={"y": "B S", "x": "B _"} | {"y": "B _"})
     assert [str(v.type) for v in model.graph.main.inputs] == ["f32[B, 3]", "f32[B, 3]"]
     assert vars(module) == before  # the module's own forward is back
-    with pytest.raises(treadle.TreadleError, match="names 'z', no tensor of the example") as caught:
+    with pytest.raises(treadle.TreadleError, match="names 'z', which is not a tensor of the example") as caught:
         treadle.from_torch(module, named, dynamic={"z": "B S"})
     assert "x, y" in str(caught.value)
 
@@ -134,7 +134,7 @@ def test_arguments_of_args_and_kwargs_have_open_dimensions() -> None:
 )
 def test_a_size_from_data_is_called_that_and_no_branch(rule: Any) -> None:
     module = Rule(rule)
-    with pytest.raises(treadle.TreadleError, match="depends on data, and a graph has none") as caught:
+    with pytest.raises(treadle.TreadleError, match="depends on data, and a graph has no such sizes") as caught:
         treadle.from_torch(module, (torch.randn(4, 8), torch.tensor(3)))
     assert "branches" not in str(caught.value)
     assert re.search(LINE, str(caught.value))
@@ -166,7 +166,7 @@ def test_a_branch_on_data_is_called_one(rule: Any) -> None:
 @pytest.mark.parametrize("rule", [lambda x: x * (x.shape[0] / 2), lambda x: x + 1.5 * x.shape[0]])
 def test_a_fraction_that_sizes_give_is_called_that_and_is_a_number_where_they_are_fixed(rule: Any) -> None:
     module, x = Applied(rule), torch.randn(3, 8)
-    with pytest.raises(treadle.TreadleError, match="sizes give by other ways than whole numbers") as caught:
+    with pytest.raises(treadle.TreadleError, match="on sizes by other operations than integer arithmetic") as caught:
         treadle.from_torch(module, (x,), dynamic={"x": "B S"})
     assert "leave its dimensions out of dynamic=" in str(caught.value)
     assert_equal(treadle.from_torch(module, (x,), dynamic={"x": "_ S"}), module, (torch.randn(3, 5),))
@@ -224,7 +224,7 @@ def test_a_meta_example_is_told_what_to_give_instead() -> None:
 
 
 def test_a_dimension_that_the_module_fixes() -> None:
-    with pytest.raises(treadle.TreadleError, match="dimension 1 of input is 4, whatever its name"):
+    with pytest.raises(treadle.TreadleError, match="dimension 1 of input is always 4"):
         treadle.from_torch(nn.Linear(4, 2), (torch.randn(3, 4),), dynamic={"input": "N D"})
 
 
@@ -240,56 +240,76 @@ X, WHOLE, TRUE, PLACES = (
     torch.tensor([0, 2]),
 )
 FORMS: dict[str, tuple[Any, tuple[Any, ...], str]] = {
-    "linspace": (lambda x: torch.linspace(0, 9, 4, dtype=torch.int64) + x, (X,), "of integers"),
-    "powers": (lambda x: torch.pow(2, x), (WHOLE,), "powers of integers"),
-    "order": (lambda x: x < x.roll(1, 0), (TRUE,), "of truth values"),
-    "dropout": (lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.1), (X,), "with dropout"),
-    "ranks": (lambda x: F.scaled_dot_product_attention(x, x, x), (torch.randn(1, 1, 1, 3, 4),), "of ranks 5, 5 and 5"),
+    "linspace": (lambda x: torch.linspace(0, 9, 4, dtype=torch.int64) + x, (X,), "integers and infinite bounds"),
+    "powers": (lambda x: torch.pow(2, x), (WHOLE,), "powers of integers are not supported"),
+    "order": (lambda x: x < x.roll(1, 0), (TRUE,), "bools are not supported"),
+    "dropout": (lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.1), (X,), "dropout is not supported"),
+    "ranks": (
+        lambda x: F.scaled_dot_product_attention(x, x, x),
+        (torch.randn(1, 1, 1, 3, 4),),
+        "ranks 5, 5 and 5 are not supported",
+    ),
     "variance": (lambda x: torch.var(x, 0, correction=0.5), (X,), "a correction of 0.5"),
-    "norm": (lambda x: torch.linalg.vector_norm(x, 3, -1), (X,), "of order 3"),
-    "argmax": (lambda x: torch.argmax(x, None, keepdim=True), (X,), "with keepdim and without dim"),
-    "topk": (lambda x: torch.topk(x, 0)[0], (X,), "of 0 elements"),
-    "median": (lambda x: torch.sort(x, 0)[0], (TRUE,), "of truth values"),
-    "slice": (lambda x: torch.slice_scatter(x, x[::2], 0, 0, 3, 2), (X,), "with a step"),
-    "differences": (lambda x: torch.diff(x, 2), (X,), "of a higher order"),
-    "repeats": (lambda x: torch.repeat_interleave(x, 2), (X,), "without a dim"),
-    "roll": (lambda x: torch.roll(x, 1), (X,), "without dims"),
+    "norm": (lambda x: torch.linalg.vector_norm(x, 3, -1), (X,), "order 3 is not supported"),
+    "argmax": (lambda x: torch.argmax(x, None, keepdim=True), (X,), "keepdim without dim is not supported"),
+    "topk": (lambda x: torch.topk(x, 0)[0], (X,), "0 elements are not supported"),
+    "median": (lambda x: torch.sort(x, 0)[0], (TRUE,), "bools are not supported"),
+    "slice": (lambda x: torch.slice_scatter(x, x[::2], 0, 0, 3, 2), (X,), "a step is not supported"),
+    "differences": (lambda x: torch.diff(x, 2), (X,), "a higher order is not supported"),
+    "repeats": (lambda x: torch.repeat_interleave(x, 2), (X,), "dim is required"),
+    "roll": (lambda x: torch.roll(x, 1), (X,), "dims are required"),
     "pad": (lambda x: F.pad(x[None], (1, 1), mode="circular"), (X,), ""),
-    "added truth": (lambda x: x.scatter_add(0, x.long(), x), (TRUE,), "of truth values"),
-    "products": (lambda x: x.scatter_reduce(0, x.long(), x, "prod"), (X.abs() * 0,), "of prod in f32"),
-    "index_add": (lambda x: x.index_add(0, PLACES, x[:2]), (TRUE,), "of truth values"),
-    "alpha": (lambda x: x.index_add(0, PLACES, x[:2], alpha=2.5), (X,), "with alpha"),
-    "put": (lambda x: x.index_put((PLACES,), x[0], accumulate=True), (TRUE,), "a sum of truth values"),
-    "native_dropout": (lambda x: torch.native_dropout(x, 0.5, True)[0], (X,), "dropout in training mode"),
+    "added truth": (lambda x: x.scatter_add(0, x.long(), x), (TRUE,), "bools are not supported"),
+    "products": (lambda x: x.scatter_reduce(0, x.long(), x, "prod"), (X.abs() * 0,), "prod in f32 is not supported"),
+    "index_add": (lambda x: x.index_add(0, PLACES, x[:2]), (TRUE,), "bools are not supported"),
+    "alpha": (lambda x: x.index_add(0, PLACES, x[:2], alpha=2.5), (X,), "alpha is not supported"),
+    "put": (lambda x: x.index_put((PLACES,), x[0], accumulate=True), (TRUE,), "a sum of bools is not supported"),
+    "native_dropout": (
+        lambda x: torch.native_dropout(x, 0.5, True)[0],
+        (X,),
+        "dropout in training mode is not supported",
+    ),
     "fifth power": (lambda x: x**5, (WHOLE,), "an integer to the power of 5"),
-    "bits": (lambda x: x & 3, (WHOLE,), "of integers"),
-    "bits turned": (lambda x: ~x, (WHOLE,), "of integers"),
+    "bits": (lambda x: x & 3, (WHOLE,), "integers are not supported"),
+    "bits turned": (lambda x: ~x, (WHOLE,), "integers are not supported"),
     "linear": (lambda x: F.linear(x, x[0]), (X,), "a weight of rank 1"),
-    "addmm": (lambda x: torch.addmm(x, x[:, :3], x, alpha=2), (WHOLE,), "of integers with alpha or beta"),
+    "addmm": (
+        lambda x: torch.addmm(x, x[:, :3], x, alpha=2),
+        (WHOLE,),
+        "integers with alpha or beta are not supported",
+    ),
     "diagonal": (lambda x: torch.einsum("ii->i", x[:, :3]), (X,), "axis i occurs twice in one operand"),
-    "transposed": (lambda x: F.conv_transpose1d(x[None], x[:, None]), (X,), "transposed"),
+    "transposed": (
+        lambda x: F.conv_transpose1d(x[None], x[:, None]),
+        (X,),
+        "a transposed convolution is not supported",
+    ),
     "mask": (
         lambda x: F.scaled_dot_product_attention(*[x[None, None]] * 3, x[:, :3][None, None, None]),
         (X,),
         "a mask",
     ),
-    "scalar": (lambda x: x.sum().softmax(0), (X,), "of a scalar"),
-    "windows of a scalar": (lambda x: x.sum().unfold(0, 1, 1), (X,), "of a scalar"),
-    "sort": (lambda x: x[:, :0].sort(1)[0], (X,), "of no elements"),
+    "scalar": (lambda x: x.sum().softmax(0), (X,), "a scalar is not supported"),
+    "windows of a scalar": (lambda x: x.sum().unfold(0, 1, 1), (X,), "a scalar is not supported"),
+    "sort": (lambda x: x[:, :0].sort(1)[0], (X,), "an empty axis is not supported"),
     "truths": (
         lambda x: x.index_put((x > 0,), x[0]),
         (X,),
-        "with a value for each: how many these are depends on data",
+        "their number depends on data",
     ),
-    "nonzero": (lambda x: x.nonzero(), (X,), "depends on data in its shape"),
-    "truths and places": (lambda x: x.index_put((x[:, 0] > 0, PLACES[0]), X[0, 0]), (X,), "and another index"),
-    "training": (lambda x: F.batch_norm(x, None, None, training=True), (X,), "in training mode"),
-    "batch_norm": (nn.BatchNorm1d(4), (X,), "in training mode"),
-    "instance_norm": (nn.InstanceNorm1d(3, track_running_stats=True), (X[None],), "in training mode"),
+    "nonzero": (lambda x: x.nonzero(), (X,), "its output shape depends on data"),
+    "truths and places": (
+        lambda x: x.index_put((x[:, 0] > 0, PLACES[0]), X[0, 0]),
+        (X,),
+        "and another index are not supported",
+    ),
+    "training": (lambda x: F.batch_norm(x, None, None, training=True), (X,), "training mode is not supported"),
+    "batch_norm": (nn.BatchNorm1d(4), (X,), "training mode is not supported"),
+    "instance_norm": (nn.InstanceNorm1d(3, track_running_stats=True), (X[None],), "training mode is not supported"),
     "dtype": (lambda x: x.to(torch.complex64).real, (X,), "dtype complex64 is not supported"),
     "subgraph": (lambda x: torch.cond(x.sum() > 2, torch.sin, torch.cos, (x,)), (X,), "a node of get_attr"),
 }
-"""What operators are refused with, where they are taken otherwise."""
+"""Refusals of operators that are supported in other forms."""
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -304,15 +324,15 @@ def test_a_form_of_an_operator_is_refused_by_name(form: str) -> None:
 
 OPEN: dict[str, tuple[Any, str]] = {
     # of x [B, S, T], where B, S and T are open
-    "sort": (lambda x: x.sort(1)[0], "of a symbolic axis"),
-    "roll": (lambda x: x.roll(1, 1), "of a symbolic axis"),
-    "topk": (lambda x: x.topk(x.shape[1], 1)[0], "k must be a number, is S"),
+    "sort": (lambda x: x.sort(1)[0], "a symbolic axis is not supported"),
+    "roll": (lambda x: x.roll(1, 1), "a symbolic axis is not supported"),
+    "topk": (lambda x: x.topk(x.shape[1], 1)[0], "k must be a number, not S"),
     "strides": (lambda x: F.conv1d(x, x, stride=x.shape[0]), "stride must be numbers"),
     "alpha": (lambda x: torch.add(x, x, alpha=x.shape[1]), "alpha must be a number"),
-    "squeeze": (lambda x: x[:, 1:].squeeze(1), "a dimension of S-1, which may be 1"),
-    "past the end": (lambda x: x[:, :, : x.shape[1]], "a place of S on an axis of T, which may be past its end"),
-    "parts": (lambda x: F.adaptive_avg_pool1d(x, 3), "of T elements in 3 parts"),
-    "before the start": (lambda x: x[:, x.shape[0] - x.shape[2] :], "a place of B-T, which may be negative"),
+    "squeeze": (lambda x: x[:, 1:].squeeze(1), "a dimension of S-1 may be 1"),
+    "past the end": (lambda x: x[:, :, : x.shape[1]], "a position of S on an axis of T, which may be past its end"),
+    "parts": (lambda x: F.adaptive_avg_pool1d(x, 3), "T elements cannot be split into 3 parts"),
+    "before the start": (lambda x: x[:, x.shape[0] - x.shape[2] :], "a position of B-T, which may be negative"),
     "backwards": (lambda x: x[:, x.shape[2] : x.shape[0]], "from T to B, which may be before it"),
 }
 
@@ -328,8 +348,8 @@ def test_what_open_sizes_leave_untold_is_refused(form: str) -> None:
 @pytest.mark.parametrize(
     ("rule", "words"),
     [
-        (lambda x, y: X[x.long()[:, 0, 0, 0], y.long()[:, 0, 0, 0]], "indices of N and M elements"),
-        (lambda x, y: F.scaled_dot_product_attention(x, y, y), "of N, M and M batches"),
+        (lambda x, y: X[x.long()[:, 0, 0, 0], y.long()[:, 0, 0, 0]], "indices of N and M elements do not broadcast"),
+        (lambda x, y: F.scaled_dot_product_attention(x, y, y), "N, M and M batches do not broadcast"),
     ],
 )
 def test_an_open_size_of_one_that_may_broadcast_is_refused(rule: Any, words: str) -> None:
@@ -340,7 +360,7 @@ def test_an_open_size_of_one_that_may_broadcast_is_refused(rule: Any, words: str
 
 
 def test_a_handler_that_makes_something_else_than_torch_found_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mistake of ours in an operator is told with the operator and the line, and gives no wrong number."""
+    """A mistake of ours in an operator is reported with the operator and the line, and gives no wrong number."""
 
     def crashes(site: Any) -> Any:
         raise KeyError("none")
@@ -363,7 +383,7 @@ def test_a_handler_that_makes_something_else_than_torch_found_is_an_error(monkey
 
 @pytest.mark.parametrize("result", [None, 3])
 def test_a_module_that_gives_no_tensor(result: Any) -> None:
-    with pytest.raises(treadle.FrontendError, match="the module gives no tensor"):
+    with pytest.raises(treadle.FrontendError, match="the module returns no tensor"):
         treadle.from_torch(Applied(lambda x: result), (torch.ones(2),))
 
 

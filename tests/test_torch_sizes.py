@@ -1,4 +1,4 @@
-"""`from_torch` with open dimensions: which sizes a graph takes, and what a slice of such an axis is."""
+"""`from_torch` with open dimensions: the sizes that a graph accepts, and slices of open axes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ nn: Any = pytest.importorskip("torch.nn")
 F: Any = torch.nn.functional
 
 LINE = r"from +\S*torch_\w+\.py:\d+"
-"""A line of the module's code. Of a function that a forward calls, torch keeps the line of the call."""
+"""A line of the module's code. For a function that a forward calls, torch keeps the line of the call."""
 
 
 class Sized(nn.Module):  # type: ignore[misc]
@@ -89,8 +89,8 @@ def test_a_branch_on_two_sizes_is_taken_where_all_sizes_go_one_way(name: str) ->
         model = treadle.from_torch(rule, pair, dynamic=dynamic)
         assert_equal(model, rule, pair, (pair[0][:1], pair[1][:1]))
         return
-    known = "may not hold for all sizes" if name == "quotient" else "holds for some sizes alone"
-    with pytest.raises(treadle.TreadleError, match=f"branches on a size, and what it does then {known}"):
+    known = "may not be valid for all sizes" if name == "quotient" else "is valid only for some sizes"
+    with pytest.raises(treadle.TreadleError, match=f"branches on a size, and that branch {known}"):
         treadle.from_torch(rule, pair, dynamic=dynamic)
 
 
@@ -128,12 +128,12 @@ def test_conditions_that_hold_for_all_sizes_after_strides(name: str) -> None:
 
 def test_a_condition_that_fails_somewhere_is_said_to_fail() -> None:
     module = Applied(lambda x: x * 2 if 2 * (x.shape[0] // 2) * x.shape[1] < x.shape[0] * x.shape[1] else x)
-    with pytest.raises(treadle.TreadleError, match="what it does then holds for some sizes alone"):
+    with pytest.raises(treadle.TreadleError, match="that branch is valid only for some sizes"):
         treadle.from_torch(module, (torch.randn(3, 4),), dynamic={"x": "N M"})
 
 
 ALONE: dict[str, tuple[Any, tuple[int, int | None] | None]] = {
-    # a condition on a size that is 4 in the example, and the bounds that it gives; None where these cannot say it
+    # a condition on a size that is 4 in the example, and the bounds that it gives; None if bounds cannot express it
     "below": (lambda n: n < 6, (1, 5)),
     "square": (lambda n: n * n > 8, (3, None)),
     "cube": (lambda n: n**3 > 8, (3, None)),
@@ -188,7 +188,7 @@ def test_the_bounds_that_a_branch_on_one_size_gives(name: str) -> None:
     ],
 )
 def test_a_comparison_that_holds_for_all_sizes(left: str, kind: str, right: int, holds: bool) -> None:
-    """Of sizes that are 1 and more."""
+    """For sizes of 1 and more."""
     sympy: Any = pytest.importorskip("sympy")
     symbols = Symbols()
     symbols.names = {"s0": "N", "s1": "M"}
@@ -232,7 +232,7 @@ def test_a_variance_of_fewer_than_its_correction_is_infinite() -> None:
 # -- slices ------------------------------------------------------------------------------------------------------------
 
 SLICES: dict[str, tuple[Any, int, tuple[int, int | None]]] = {
-    # what it takes of an axis of S elements, S in the example, the bounds of S
+    # the slice of an axis of S elements, S in the example, the bounds of S
     "head": (lambda x: x[:, :4], 8, (4, None)),
     "head at the edge": (lambda x: x[:, :4], 4, (4, None)),
     "head of a short one": (lambda x: x[:, :4], 3, (1, 4)),
@@ -253,7 +253,7 @@ SLICES: dict[str, tuple[Any, int, tuple[int, int | None]]] = {
 
 @pytest.mark.parametrize("name", SLICES)
 def test_a_slice_of_an_open_axis_is_taken_as_in_the_example(name: str) -> None:
-    """Other sizes, of which it would take another part, are refused at the call."""
+    """Other sizes, of which the slice would take another part, are refused at the call."""
     rule, size, (lower, upper) = SLICES[name]
     model = treadle.from_torch(Applied(rule), (torch.randn(2, size),), dynamic={"x": "B S"})
     bounds = model.graph.symbols["S"]
@@ -277,7 +277,7 @@ def test_a_slice_up_to_another_size_is_held_at_the_call() -> None:
 
 def test_a_size_that_is_not_told_says_node_line_and_way_out() -> None:
     rule = Applied(lambda x: x[: min(*x.shape)])
-    with pytest.raises(treadle.TreadleError, match="which of the sizes is the least") as caught:
+    with pytest.raises(treadle.TreadleError, match="which of the sizes is the smallest") as caught:
         treadle.from_torch(rule, (torch.randn(2, 8),), dynamic={"x": "B S"})
     assert "node sym_min" in str(caught.value) or "node slice" in str(caught.value)
     assert re.search(LINE, str(caught.value))

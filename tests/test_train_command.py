@@ -1,6 +1,6 @@
-"""`treadle train`: what it asks of a trainer, what it prints, what it saves, and what it refuses before anything runs.
+"""`treadle train`: its calls of a trainer, its output, the files it saves, and its refusals before anything runs.
 
-The trainer is a stand-in, which tells the same losses each time; what trains models has tests of its own.
+The trainer is a stand-in that returns the same losses each time; the code that trains models has its own tests.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ class Told:
 
 
 class FakeTrainer:
-    """Writes down what it is asked. Losses fall by a tenth with each call, each of which takes half a second."""
+    """A trainer that records its calls. Losses fall by a tenth with each call, each of which takes half a second."""
 
     fail_at = 0
-    """The call of `step` whose loss is no number; 0: of none."""
+    """The call of `step` whose loss is NaN; 0: none."""
 
     made: list[FakeTrainer] = []
     interrupt_at = 0
-    """The call of `step` in which Ctrl-C is pressed; 0: in none."""
+    """The call of `step` during which Ctrl-C is pressed; 0: none."""
 
     def __init__(self, model: str, **options: Any) -> None:
         self.model, self.options = model, options
@@ -122,7 +122,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tiny models: of 48 positions, one that foretells what comes next and one that fills in."""
+    """Tiny models: with 48 positions, one causal and one masked language model."""
     made = {}
     for name, architecture, tokenizer in (
         ("gpt2", "GPT2LMHeadModel", without_specials()),
@@ -137,7 +137,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def train(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Treadle:
-    """Runs `treadle train` in a folder with `gpt2`, `bert` and `texts.txt`, of 20 blocks of 16 tokens and more."""
+    """Run `treadle train` in a folder with `gpt2`, `bert` and `texts.txt`, of at least 20 blocks of 16 tokens."""
     for name, place in folders.items():
         (tmp_path / name).symlink_to(place)
     (tmp_path / "texts.txt").write_text("\n".join(texts(60, 5)), encoding="utf-8")
@@ -153,7 +153,7 @@ def only() -> FakeTrainer:
     return made
 
 
-# -- what it asks --------------------------------------------------------------------------------------------------
+# -- calls of the trainer ------------------------------------------------------------------------------------------
 
 
 def test_what_is_left_out_is_its_default(train: Treadle) -> None:
@@ -228,7 +228,7 @@ def test_a_masked_model_is_asked_for_what_is_hidden(train: Treadle) -> None:
         np.testing.assert_array_equal(before["targets"], after["targets"], "the same is hidden before and after")
 
 
-# -- a run that goes on --------------------------------------------------------------------------------------------
+# -- resumed runs --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("objective", ["gpt2 texts.txt", "bert texts.txt --objective masked-token"])
@@ -316,7 +316,7 @@ def test_a_state_without_settings_is_resumed_and_that_is_reported(train: Treadle
 
 @pytest.mark.parametrize("words", ["", "--json"])
 def test_what_was_trained_until_ctrl_c_is_saved(train: Treadle, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
-    """The step that is being done is done to its end, and so is the update that it is a part of."""
+    """The current step is completed, and so is the update that it is a part of."""
     monkeypatch.setattr(FakeTrainer, "interrupt_at", 3)
     before = signal.getsignal(signal.SIGINT)
     said = train(f"gpt2 texts.txt {SMALL} --accumulate 2 --holdout 0.2 -o out --state s {words}")
@@ -420,7 +420,7 @@ def test_what_was_trained_is_saved_where_nobody_reads_on(train: Treadle, monkeyp
     assert len(only().calls) == 2 and "model.safetensors" in os.listdir("out")
 
 
-# -- what it says --------------------------------------------------------------------------------------------------
+# -- output --------------------------------------------------------------------------------------------------------
 
 
 PAGES = {
@@ -459,7 +459,7 @@ def test_numbers_are_means_over_what_counted(train: Treadle) -> None:
 
 
 class Losses:
-    """A trainer of losses that are given, for batches of one row each."""
+    """A trainer with given losses, for batches of one row each."""
 
     steps = 0
 
@@ -474,7 +474,7 @@ class Losses:
 
 
 class Counted:
-    """As many targets as each row's first token says; writes down by which numbers it would draw."""
+    """A trainer that counts as many targets as each row's first token says, and records the seeds of its draws."""
 
     def __init__(self) -> None:
         self.numbers: list[tuple[int, ...]] = []
@@ -498,7 +498,7 @@ def test_a_mean_weighs_each_batch_by_its_targets() -> None:
     assert held_out_loss(Losses(), TextData(Counted(), data.batches, blocks[2:]), ends=lambda: False) is None
 
 
-# -- what it refuses -----------------------------------------------------------------------------------------------
+# -- refusals ------------------------------------------------------------------------------------------------------
 
 REFUSED = {
     "--temperature 2": ("--temperature only applies together with --teacher", "--teacher MODEL as well"),

@@ -1,4 +1,4 @@
-"""`treadle train`, with a trainer: models foretell better, in two runs as in one, and transformers reads them."""
+"""`treadle train`, with a trainer: models predict better, in two runs as in one, and transformers reads them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("quickly_planned")
 
 @pytest.fixture
 def treadle_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Treadle:
-    """Runs commands in a folder with `gpt2`, `bert` and `texts.txt`."""
+    """Run commands in a folder with `gpt2`, `bert` and `texts.txt`."""
     save(tmp_path / "gpt2", "GPT2LMHeadModel", without_specials(), scale=1.0)
     save(tmp_path / "bert", "BertForMaskedLM", wordpiece(), scale=1.0)
     (tmp_path / "texts.txt").write_text("\n".join(texts(60, 5)), encoding="utf-8")
@@ -34,7 +34,7 @@ HOW = "--length 16 --batch 4 --rate 0.01 --holdout 0.1 --json"
 
 
 def held_out(said: Any) -> tuple[float, float]:
-    """The perplexity before and after."""
+    """Return the perplexity before and after."""
     assert said.code == 0, said.out + said.err
     found = said.json["held_out"]
     return found["before"]["perplexity"], found["after"]["perplexity"]
@@ -52,7 +52,7 @@ def test_a_run_in_two_parts_is_the_same_as_a_whole_one_to_the_bit(treadle_comman
 
 
 def test_transformers_foretells_as_well_with_what_was_saved(treadle_command: Treadle) -> None:
-    """The mean loss over the held-out blocks, the last of the texts, is what its own model gives."""
+    """The mean loss over the held-out blocks, the last of the texts, equals that of its own model."""
     before, after = held_out(treadle_command(f"train gpt2 texts.txt {HOW} --steps 8 -o out"))
     tokenizer = transformers.AutoTokenizer.from_pretrained("out")
     ids = tokenizer(Path("texts.txt").read_text(encoding="utf-8"))["input_ids"]

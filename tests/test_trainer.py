@@ -1,4 +1,6 @@
-"""Training beside PyTorch: the same losses, norms and weights after each step, on every backend and in every way."""
+"""Training compared with PyTorch: the same losses, norms and weights after each step, on every backend and in every
+mode.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("quickly_planned")
 
 
 def batch_of(trainer: Trainer, seed: int, rows: int = 3, length: int = 7) -> dict[str, Array]:
-    """Drawn arrays for what a trainer of a language model takes; a third of the targets do not count."""
+    """Draw arrays for the inputs of a language model's trainer; a third of the targets do not count."""
     rng = np.random.default_rng(seed)
     made: dict[str, Array] = {}
     for port in trainer.inputs:
@@ -46,13 +48,13 @@ def batch_of(trainer: Trainer, seed: int, rows: int = 3, length: int = 7) -> dic
     return made
 
 
-# -- beside PyTorch ----------------------------------------------------------------------------------------------------
+# -- compared with PyTorch ---------------------------------------------------------------------------------------------
 
 
 def train_in_torch(
     model: Any, batches: list[dict[str, Array]], optimizer: AdamW | SGD, rate: float, clip: float | None
 ) -> list[tuple[float, float]]:
-    """The losses and norms of a Hugging Face model trained on our batches."""
+    """Return the losses and norms of a Hugging Face model trained on our batches."""
     import torch
 
     from tests.hf_models import _INPUTS
@@ -82,10 +84,9 @@ MODELS = ["gpt2", "bert-masked-lm", "albert-masked-lm", "bert-classifier", "t5",
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_of_the_hub_is_trained_as_by_pytorch(name: str, tmp_path: Path) -> None:
-    """From its folder on, on one backend and by one optimizer after the other.
+    """From its folder, on one backend and by one optimizer after the other.
 
-    eps is so large since AdamW makes a step of whatever the rounding of a gradient is that is 0, as those of keys'
-    biases are.
+    eps is large because AdamW turns the rounding of a zero gradient into a full step, as in the biases of keys.
     """
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
@@ -114,13 +115,13 @@ def test_a_model_of_the_hub_is_trained_as_by_pytorch(name: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["bert-masked-lm", "bart", "albert-masked-lm", "llama"])
 def test_rows_of_padding_and_buffers_are_trained_as_by_pytorch(name: str, tmp_path: Path) -> None:
-    """Padding among the tokens gives its row of the table no gradient; logits that are tied to the table do."""
+    """Padding tokens give their row of the embedding table no gradient; logits tied to the table give it one."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     from tests.hf_models import save
 
     model = save(name, tmp_path / "before")
-    if name == "llama":  # which has no such row by default
+    if name == "llama":  # which by default has no such row
         model.config.pad_token_id = model.model.embed_tokens.padding_idx = 5
         model.save_pretrained(tmp_path / "before")
     pad = model.get_input_embeddings().padding_idx
@@ -154,7 +155,7 @@ def test_the_row_of_padding_of_a_torch_module_gets_no_gradient() -> None:
     assert changed.tolist() == [False, True, False, True, False, True, False]
 
 
-# -- ways to the same weights ------------------------------------------------------------------------------------------
+# -- several ways to the same weights ----------------------------------------------------------------------------------
 
 
 def trained(steps: int = 3, **options: Any) -> tuple[Trainer, list[float]]:
@@ -180,7 +181,7 @@ def test_backends_train_alike_whether_blocks_are_kept_or_computed_again(backend:
 
 
 def test_a_batch_in_parts_makes_the_update_of_the_whole() -> None:
-    """Parts count as many places as they have, not each as much as another."""
+    """Micro-batches count by the number of their positions, not equally."""
     whole = Trainer("gpt2", rate=0.02, optimizer=AdamW(eps=1e-3), **SMALL)
     parts = Trainer("gpt2", rate=0.02, optimizer=AdamW(eps=1e-3), accumulate=2, **SMALL)
     batch = batch_of(whole, 0, rows=4)
@@ -366,7 +367,7 @@ def rooted(x: t.f32["B 4"]):
 
 
 def test_a_gradient_that_is_no_number_changes_nothing() -> None:
-    """Of a loss that is one: a square root has no gradient at 0."""
+    """The loss itself is finite: a square root has no gradient at 0."""
     trainer = Trainer(rooted, loss="loss")
     before = {name: array.copy() for name, array in trainer.weights.items()}
     with pytest.raises(UsageError, match=r"gradient\.w\.weight is NaN, infinite or too large after 0 updates"):
@@ -398,7 +399,7 @@ def test_a_batch_with_nan_is_reported_by_input_and_position(value: float) -> Non
 
 
 def test_a_loss_that_is_nan_before_any_update_is_no_matter_of_the_rate() -> None:
-    """Of a weight of the checkpoint, or of what the model computes."""
+    """The cause is a weight of the checkpoint, or a value that the model computes."""
     x, y = np.ones((3, 4), np.float32), np.zeros((3, 1), np.float32)
     trainer = Trainer(scored, loss="loss")
     trainer.state.weights["w.weight"][0, 2] = np.nan
@@ -439,7 +440,7 @@ def test_a_state_gives_back_the_notes_that_were_saved(tmp_path: Path) -> None:
 
 @t.model
 def gated(x: t.f32["B S 4"]):
-    """`gate` is read through a comparison alone, `round` through floor, and `unread` by an output that is no loss."""
+    """`gate` is read by a comparison alone, `round` by floor, and `unread` by an output that is not a loss."""
     y = t.linear(x, 4, name="w")
     for _ in t.stack("h", 2):
         y = y + t.floor(t.linear(x, 4, name="round"))

@@ -1,4 +1,4 @@
-"""Texts as batches: no token is lost or doubled, targets are what follows or was hidden, a run goes on anywhere."""
+"""Texts as batches: no token is lost or doubled, targets are the next or the masked tokens, a run resumes anywhere."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_what_is_too_short_says_what_was_received() -> None:
         blocks_of([[1, 2]], 0, end=None)
 
 
-# -- what is to be foretold ----------------------------------------------------------------------------------------
+# -- targets -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tokens", [np.array([[7, 1, 65535]], np.uint16), [[7, 1, 65535]]], ids=["uint16", "list"])
@@ -98,7 +98,7 @@ def test_masking_hides_some_of_each_row_and_asks_for_these_alone(
 
 
 def test_of_the_masked_8_of_10_are_hidden_1_is_another_and_1_is_as_it_was() -> None:
-    """Of 160,000 tokens 24,000 are chosen: the standard error of each part of them is below 0.003, a tenth of 0.03."""
+    """In 160,000 tokens 24,000 are chosen: the standard error of each part of them is below 0.003, a tenth of 0.03."""
     tokens = np.full((400, 400), 7)
     inputs, targets = mask_tokens(tokens, np.random.default_rng(0), mask=3, vocab=1000, special=[3])
     chosen = targets != NOT_COUNTED

@@ -1,4 +1,4 @@
-"""Collectives between ranks that are threads: each gets what the op means, of uneven, strided and empty parts."""
+"""Collectives between ranks that are threads: each rank gets the op's result, for uneven, strided and empty parts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Array = np.ndarray[Any, Any]
 
 
 def joined(world: World, over: tuple[str, ...], mesh: str) -> list[Communicator]:
-    """A communicator of each rank of a mesh whose ranks meet over these axes."""
+    """Return a communicator for each rank of a mesh whose ranks communicate over these axes."""
     plan: Any = SimpleNamespace(devices=Mesh.of(mesh))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(communicator, "met_over", lambda plan: over)
@@ -43,7 +43,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 
 
 def drawn(shapes: list[tuple[int, ...]], dtype: Any) -> list[Array]:
-    """Parts that lie in strides."""
+    """Draw strided parts."""
     rng = np.random.default_rng(3)
     return [rng.integers(0, 2 if dtype is bool else 9, shape[::-1]).astype(dtype).T for shape in shapes]
 
@@ -76,7 +76,7 @@ CASES: list[tuple[str, list[dict[str, Any]], list[tuple[int, ...]]]] = [
 def test_each_rank_gets_what_the_op_means(
     name: str, each: list[dict[str, Any]], shapes: list[tuple[int, ...]], dtype: Any, world: World
 ) -> None:
-    """As often as it is called; what parts there are is told once for all runs of the same sizes."""
+    """At every call; the shapes of parts are exchanged once for all runs of the same sizes."""
     ops: list[Any] = [find_op(name).make(over="tp", ways=3, **attributes) for attributes in each]
     awaited = [op.awaited if isinstance(op, Starting) else op for op in ops]
     parts, met = drawn(shapes, dtype), joined(world, ("tp",), "tp=3")
@@ -90,7 +90,7 @@ def test_each_rank_gets_what_the_op_means(
                 given = parts[rank].copy(order="K")
                 if isinstance(ops[rank], Starting):
                     met[rank].begin(ops[rank], given)
-                    given[...] = 7  # what is begun has a copy
+                    given[...] = 7  # a started collective has a copy
                 found.append(met[rank].exchange(awaited[rank], given) if rank in wanted else None)
         return found
 
@@ -171,12 +171,12 @@ def test_a_run_ends_when_all_that_was_handed_on_has_come(world: World) -> None:
             return [met[rank].exchange(op, np.array([n + rank])).tolist() for n in (5, 6) if rank < 2]  # type: ignore[arg-type]
 
     assert world.run(runs) == [[[0], [0]], [[5], [6]], []]
-    assert len(world.sent) == 2 + 4, "and what the two told each other"
+    assert len(world.sent) == 2 + 4, "the parts, and the exchange of their shapes"
     assert all(world.sent)
 
 
 def test_what_is_waited_for_is_what_was_begun_first(world: World) -> None:
-    """Of one kind, over the same axes."""
+    """Collectives of one kind, over the same axes."""
     starts = [
         find_op("start_gather").make(over="tp", ways=3, axis=axis, size=6, because=f"axis {axis}") for axis in (0, 1)
     ]
@@ -192,7 +192,7 @@ def test_what_is_waited_for_is_what_was_begun_first(world: World) -> None:
                 own.exchange(second, part)
             found = [own.exchange(op, part).shape for op in (first, second)]
         with own.running(""), pytest.raises(GraphError, match="all_gather over tp has not begun"):
-            own.exchange(first, part)  # what an earlier run began is forgotten
+            own.exchange(first, part)  # collectives that an earlier run started are forgotten
         return found, error.value.received
 
     assert world.run(runs) == [([(6, 2), (2, 6)], "axis 1")] * 3
@@ -216,7 +216,7 @@ def test_outputs_are_sent_and_received(world: World) -> None:
 
 
 def test_what_a_rank_waits_for_is_told() -> None:
-    """And an error of torch.distributed, for which another one stands."""
+    """And an error of torch.distributed, represented by another one."""
     told: list[str] = []
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""The Transformer of 2017, against the paper's equations written out with torch's primitives."""
+"""The Transformer of 2017, compared with the paper's equations written in torch's primitives."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Paper:
 
 
 def draw_weights(graph: Graph) -> dict[str, Array]:
-    """Every weight at random, norms near one: two in each other's place would show."""
+    """Draw every weight at random, norms near one, so that two exchanged weights would show."""
     rng = np.random.default_rng(0)
     return {
         name: (rng.normal(0.0, 0.2, value.type.static_shape) + ("norm.weight" in name)).astype(np.float32)
@@ -118,7 +118,7 @@ def test_equals_the_paper(runner: str, inputs: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("dim", [8, 7])
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_sinusoidal_positions(dim: int, interleaved: bool) -> None:
-    """Against the formula in float64, far out, where an angle in float32 would be 2e-3 off."""
+    """Compared with the formula in float64, at far positions, where an angle in float32 would be 2e-3 off."""
 
     @t.model
     def positions(p: t.i64["N"]):
@@ -136,7 +136,7 @@ def test_sinusoidal_positions(dim: int, interleaved: bool) -> None:
 
 
 def test_follow() -> None:
-    """A decoder's positions may be generated one by one, sinusoids too; what an encoder reads may be packed."""
+    """A decoder's positions may be generated one by one, sinusoids too; an encoder's inputs may be packed."""
     for model in (transformer.configure(**SMALL), bart, marian):
         graph = model.configure(inputs=("lengths",)).graph()
         step = follow(graph, "T").step()
@@ -152,7 +152,7 @@ def test_follow() -> None:
     assert pack, str(pack)
 
 
-# -- a folder of one's own -------------------------------------------------------------------------------------
+# -- a model in a folder ---------------------------------------------------------------------------------------
 
 
 def test_a_folder_under_our_names(tmp_path: Path) -> None:

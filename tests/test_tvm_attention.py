@@ -1,7 +1,7 @@
-"""Attention on the TVM backend: one kernel for every term, held against the meaning in float64; and its bits.
+"""Attention on the TVM backend: one kernel for every term, compared with the reference in float64; and its bits.
 
 A score is a sum of d products and a result one of t, in float32 with fused or separate roundings; relative to the
-greatest element 64 roundings leave room for all of them at the sizes here.
+greatest element 64 roundings suffice for all of them at the sizes here.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def attention_graph(*terms: Term, heads: int = 6, groups: int = 2, d: int = 24, 
 
 
 def drawn(graph: Graph, seed: int = 0, **sizes: int) -> dict[str, Array]:
-    """Inputs: floats normal, whole numbers small, three of four booleans true; lengths go up to half as far again."""
+    """Draw inputs: floats normal, integers small, three of four booleans true; lengths go up to half as far again."""
     rng = np.random.default_rng(seed)
     made: dict[str, Array] = {}
     for value in graph.main.inputs:
@@ -148,7 +148,7 @@ SPANNING: list[tuple[Term, ...]] = [
 
 @pytest.mark.parametrize("terms", SPANNING, ids=str)
 def test_parts_of_several_spans_merge(terms: tuple[Term, ...]) -> None:
-    """Also where a query sees nothing of the first span, and where its largest score is in any of them."""
+    """Also if a query sees nothing of the first span, and wherever its largest score is."""
     graph = attention_graph(*terms, heads=2, groups=1, d=8)
     exe = compiled(graph)
     for queries, keys in [(3, SPAN), (3, SPAN + 1), (20, 3 * SPAN - 7), (2 * SPAN + 30, 2 * SPAN + 30)]:
@@ -157,7 +157,7 @@ def test_parts_of_several_spans_merge(terms: tuple[Term, ...]) -> None:
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_terms_together(first: int) -> None:
-    """Every other one: with these, operands of three kinds are told apart."""
+    """Every other term: these sets cover operands of all three kinds."""
     check(attention_graph(*list(OTHER.values())[first::2]), {"B": 2, "S": 37, "T": 41})
 
 
@@ -189,7 +189,7 @@ def test_any_number_of_queries() -> None:
 
 
 def test_views_are_read_and_written_in_place() -> None:
-    """Heads that are split from and merged into rows take no copy: the kernel is all there is."""
+    """Heads that are split from and merged into rows take no copy: the kernel is the only step."""
 
     def build(b: Builder) -> Expr:
         x, y = b.input("x", "f32[B,S,12]"), b.input("y", "f32[B,T,6]")
@@ -244,7 +244,7 @@ def test_a_query_that_sees_no_key_gets_zeros(case: str, softcap: float | None) -
 
 @pytest.mark.parametrize("name", "qk")
 def test_not_a_number_is_not_lost(name: str) -> None:
-    """It shows in every query that sees it. (A value's may show in others as well, since 0 times NaN is NaN.)"""
+    """It appears in every query that sees it. (A value's may appear in others as well, because 0 times NaN is NaN.)"""
     graph = attention_graph(Causal())
     given = drawn(graph, B=1, S=40, T=40)
     given[name][0, :, 30] = np.nan
@@ -253,7 +253,7 @@ def test_not_a_number_is_not_lost(name: str) -> None:
 
 
 def test_large_scores_and_the_lowest_number_as_a_mask() -> None:
-    """Differences of scores of 10^4, and a bias of float32's lowest, which is no -inf: where all have it, all count."""
+    """Differences of scores of 10^4, and a finite bias of float32's lowest number: if all keys have it, all count."""
     graph = attention_graph(TensorBias("b t"))
     given = drawn(graph, B=2, S=4, T=30)
     given["q"] *= np.float32(1e4)
@@ -348,12 +348,12 @@ def test_a_group_is_made_of_tiles() -> None:
         assert BLOCK % (2 * isa.lanes()) == 0
 
 
-# -- what is left to the body --------------------------------------------------------------------------------
+# -- attention computed by its body --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, repr=False)
 class EveryOther(MaskTerm):
-    """A term that no backend knows: keys at even positions."""
+    """A term that no backend supports: keys at even positions."""
 
     name = "every_other"
 
@@ -366,9 +366,9 @@ class EveryOther(MaskTerm):
 
 
 def test_what_the_kernel_does_not_cover_runs_by_its_body() -> None:
-    """Float64 and a term of no backend's, a row that sees nothing, at several sizes from one compilation.
+    """Float64 and a term that no backend supports, a row that sees nothing, at several sizes from one compilation.
 
-    The op suite runs its samples in float64 and in 16 bits, and their gradients, by the body as well.
+    The op suite also runs its samples in float64 and in 16 bits, and their gradients, by the body.
     """
 
     def build(b: Builder) -> Expr:
@@ -391,7 +391,7 @@ def test_what_the_kernel_does_not_cover_runs_by_its_body() -> None:
 
 
 def with_probabilities(*terms: Term, groups: int = 2, dtype: str = "f32") -> Graph:
-    """Attention of 4 heads over so many of keys, and its probabilities, on rows of which heads are views."""
+    """Return attention of 4 heads over `groups` key heads, and its probabilities, on rows whose heads are views."""
 
     def build(b: Builder) -> Mapping[str, Expr]:
         q = b.rearrange(b.input("q", f"{dtype}[B,S,32]"), pattern="b s (h=4 d) -> b h s d")
@@ -410,7 +410,7 @@ def with_probabilities(*terms: Term, groups: int = 2, dtype: str = "f32") -> Gra
 
 
 def titles(graph: Graph) -> list[str]:
-    """The steps of a graph, without what finishes a product and how wide its panels are."""
+    """Return the steps of a graph, without epilogues and the width of panels."""
     return [step.kernel.title.split("_batch")[0] for step in steps_of(compiled(graph).program)]
 
 
@@ -425,7 +425,10 @@ EMPTYING: dict[str, Term] = {
 
 @pytest.mark.parametrize("case", EMPTYING)
 def test_probabilities_of_rows_that_may_be_empty_are_one_kernel(case: str) -> None:
-    """As many steps as where none may be, after those that make a mask; the product scales, masks and adds biases."""
+    """The same number of steps as if no row may be empty, after those that compute a mask.
+
+    The product scales, masks and adds biases.
+    """
     assert titles(with_probabilities(groups=4)) == ["pack", "matmul", "softmax_f32", "pack", "matmul"]
     made = titles(with_probabilities(EMPTYING[case], groups=4))
     assert made[-5:] == ["pack", "matmul", "masked_softmax_f32", "pack", "matmul"]
@@ -434,7 +437,7 @@ def test_probabilities_of_rows_that_may_be_empty_are_one_kernel(case: str) -> No
 
 
 def test_queries_of_heads_that_share_keys_are_laid_out_as_they_are_scaled() -> None:
-    """Those of one key head are rows of one product then: no keys are copied, no mask."""
+    """The queries of one key head are then rows of one product: no keys are copied, no mask."""
     made = titles(with_probabilities(TensorBias("b t")))
     assert made == ["mul", "pack", "matmul", "masked_softmax_f32", "pack", "matmul", "copy"]  # the result's heads
 
@@ -445,7 +448,7 @@ def test_probabilities_in_float64_are_those_of_primitives() -> None:
 
 
 def test_queries_in_float16_are_scaled_before_the_product() -> None:
-    """Which alone overflows here: 8 times 100^2 is past float16, and 1/sqrt(8) of it is not."""
+    """Only the product overflows here: 8 times 100^2 is past float16, and 1/sqrt(8) of it is not."""
     graph = with_probabilities(Padding(), groups=4, dtype="f16")
     exe = compiled(graph)
     given = {name: np.full((1, 3, 32), 100, np.float16) for name in "qkv"} | {"x0": np.array([2])}
@@ -469,7 +472,7 @@ def test_probabilities_at_many_sizes(case: str, target: str) -> None:
         elif case == "bias":
             given["x0"][1] = -np.inf
         elif case == "segments":
-            given["x0"][0, 0] = 7  # of which there is no key
+            given["x0"][0, 0] = 7  # for which there is no key
         got, expected = exe(**given), interpret(graph, given, float64=True)
         assert_near(got.y, expected["y"])
         assert_near(got.p, expected["p"])
@@ -521,7 +524,7 @@ def test_the_bias_by_distance_is_one_row_a_head() -> None:
 
 
 def test_what_the_next_head_reads_is_fetched_while_one_is_computed() -> None:
-    """A line of each of its queries, keys and values, and one of each row that is written; heads of 16 have no more."""
+    """A line of each of its queries, keys and values, and one of each written row; heads of 16 have no more."""
     text = assembly(FlashAttention(16, 16, 1.0), ISAS["x86-64-v4"])
     assert text.count("prefetch") >= 4
     assert assembly(FlashAttention(32, 16, 1.0), ISAS["x86-64-v4"]).count("prefetch") > text.count("prefetch")

@@ -26,7 +26,7 @@ HERE = [
     name for name in ("x86-64-amx", "x86-64-v4-bf16", "x86-64-v4", "x86-64-v3", "x86-64-v2") if runs_here(ISAS[name])
 ]
 READ = ("int8_rows", "int4_groups(32)", "int4_groups(64)", "q8_0", "q4_0", "q4_1")
-WORDS = ("q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")  # which linears alone multiply, by words
+WORDS = ("q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")  # read by linears alone, by words
 SIZES = [(32, 1), (32, 31), (64, 65), (128, 96), (320, 33), (1536, 17)]
 ROWS = (1, 2, 3, 6, 7, 8, 11, 12, 13, 24, 61)
 
@@ -78,7 +78,7 @@ def normal(*shape: int, seed: int = 0) -> Array:
 
 
 def assert_sums(got: Any, x: Array, w: Array, *, cut: bool = False) -> None:
-    """x w^T, cut off below 0 if so said, up to the rounding of a sum in any order."""
+    """Assert x w^T, with negative results clipped to 0 if `cut`, up to the rounding of a sum in any order."""
     wide = x.astype(np.float64) @ w.astype(np.float64).T
     wide = np.maximum(wide, 0) if cut else wide
     bound = (x.shape[-1] + 16) * EPSILON["f32"] * (np.abs(x).astype(np.float64) @ np.abs(w).astype(np.float64).T)
@@ -115,7 +115,7 @@ def test_products_of_every_size(text: str, isa: str) -> None:
 
 @pytest.mark.parametrize("text", [*READ, *WORDS])
 def test_bits_of_a_row_are_its_own(text: str) -> None:
-    """Whatever rows are beside it, however many, and however many threads share them."""
+    """For any other rows, any number of rows, and any number of threads that share them."""
     k = 512 if text.endswith("_k") else 192
     graph = linear_graph(k, 100, text, bias=True)
     weights = {"w": blocks_of(graph, "w"), "bias": normal(100)}
@@ -184,13 +184,13 @@ def test_what_no_kernel_reads_is_decoded_once_and_told() -> None:
     (read,) = [n for n in notes["read-blocks"] if " is read in q8_0 blocks, panels(" in n]
     assert read.startswith("mlp.down.weight")
     (once,) = [n for n in notes["hoist-weights"] if "is decoded once" in n]
-    assert once.startswith("attn.out.weight is decoded once: linear reads no int8_groups(32) blocks")
+    assert once.startswith("attn.out.weight is decoded once: linear cannot read int8_groups(32) blocks")
     assert exe.source.count(" = block_product_8_bits_by_32") == 1
 
 
 @pytest.mark.parametrize("rounds", [False, True])
 def test_the_mix_of_forms_that_files_hold_stays_in_blocks(rounds: bool) -> None:
-    """As llama.cpp mixes them: nothing is widened, a table of q6_k is there once, whatever is rounded or not."""
+    """As llama.cpp mixes them: nothing is widened, a table of q6_k is stored once, activations rounded or not."""
     model = llama.configure(vocab=300, dim=256, heads=4, kv_heads=2, layers=2, hidden=512, tied=True).graph()
     forms = {n: Encoding("q4_k") for n, v in model.parameters.items() if v.type.rank == 2}
     forms |= {"embed.weight": Encoding("q6_k"), "layer.1.attn.v.weight": Encoding("q5_0")}
@@ -226,7 +226,7 @@ def test_a_quantized_model_runs_on_blocks(scheme: str) -> None:
 
 
 def test_rows_at_several_distances() -> None:
-    """What strides cannot join is of a batch, or copied: the same bits as where it lies in rows."""
+    """Dimensions that strides cannot join become a batch, or are copied: the same bits as from contiguous rows."""
     graph = parse_graph("""graph g {
       symbols A, B
       parameters { w: f32[40, 64] as q4_0 }

@@ -1,4 +1,4 @@
-"""8-bit rows on the TVM backend: rounded to the bits of the reference, multiplied exactly, alone and among others."""
+"""8-bit rows on the TVM backend: rounded to the bits of the reference, multiplied exactly, alone and with others."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def rounded(graph: Graph) -> Graph:
 
 
 def compiled(graph: Graph, weights: Mapping[str, Any], target: str | Target = "cpu") -> KernelExecutable:
-    """A graph of 8-bit rows, of the numbers of its weights."""
+    """Compile a graph of 8-bit rows from its float weights."""
     held = {n: ROWS.encode(w) if graph.parameters[n].type.encoding else w for n, w in weights.items()}
     where = target if isinstance(target, Target) else Target(target)
     made = find_backend("tvm").compile(graph, where, held)
@@ -62,14 +62,14 @@ def normal(*shape: int, seed: int = 0) -> Array:
 
 
 def parts(x: Array, encoding: Encoding = ROWS) -> tuple[Array, Array]:
-    """The whole numbers, less their row's zero, and the scales that rows are rounded to."""
+    """Return the integers, less their row's zero, and the scales that rows are rounded to."""
     record = np.ascontiguousarray(encoding.encode(x, computed=True)).view(encoding.block.record(x.shape[-1]))[..., 0]
     numbers = record["q"].astype(np.int64)
     return numbers if encoding == ROWS else numbers - record["zero"][..., None], record["scale"]
 
 
 def exact(x: Array, w: Array, encoding: Encoding = STEPS) -> Array:
-    """Sums of whole numbers, rounded once, times the product of both scales: to the bit."""
+    """Return sums of integers, rounded once, times the product of both scales: the exact bits."""
     (q, s), (p, t) = parts(x, encoding), parts(w)
     sums = q @ p.T
     made: Array = sums.astype(np.float32) * (s[..., None] * t)
@@ -112,7 +112,7 @@ def test_the_largest_sums_fit(isa: str) -> None:
 
 @each_isa
 def test_rows_of_any_scale_are_rounded_as_the_reference_rounds_them(isa: str) -> None:
-    """Ties, subnormal and huge numbers, zeros; and what is not finite stays in its row."""
+    """Ties, subnormal and huge numbers, zeros; and values that are not finite stay in their row."""
     x = normal(40, 70)
     x[1] = 0
     x[2] *= 1e-39
@@ -122,7 +122,7 @@ def test_rows_of_any_scale_are_rounded_as_the_reference_rounds_them(isa: str) ->
     x[5] *= 2.0**-119
     x[6] = [-127.5, 127.5, *np.arange(68) - 33.5]  # 255 steps of 1, both ends of which are ties: rounded up, one is 256
     x[8], x[9], x[10] = np.abs(x[8]), -np.abs(x[9]), 3
-    x[11, :2] = -3e38, 3e38  # further apart than float32 goes
+    x[11, :2] = -3e38, 3e38  # further apart than float32's range
     x[7, 3], x[20, 69], x[39, 0] = np.inf, np.nan, -np.inf
     w = normal(33, 70, seed=1)
     got = compiled(linear_graph(70, 33), {"w": w}, isa)(x=x)["y"]
@@ -157,7 +157,7 @@ def test_nothing_at_all(isa: str) -> None:
             np.testing.assert_array_equal(exe(x=x[:rows])["y"], exact(x[1:rows], w))
 
 
-# -- what stands around a product ----------------------------------------------------------------------------------
+# -- ops around a product ------------------------------------------------------------------------------------------
 
 
 @each_isa
@@ -175,7 +175,7 @@ def test_bias_activation_residual_and_gate_are_done_as_sums_are_stored(isa: str)
     # silu of our kernels differs in the last bit, by which a number may be rounded to the next of 127 steps.
     np.testing.assert_allclose(exe(x=x)["y"], wanted, rtol=0, atol=2e-2 * np.abs(wanted).max())
     made = titles(exe)
-    assert len(made) == 5, made  # two roundings, and three products that do all else
+    assert len(made) == 5, made  # two roundings, and three products that do everything else
     assert sum("encode_rows" in t for t in made) == 2
 
 
@@ -256,9 +256,9 @@ def test_each_instruction_set_has_its_instructions(isa: str, word: str) -> None:
     assert word in assembly(kernel, ISAS[isa])
 
 
-@pytest.mark.skipif(not runs_here(ISAS["x86-64-v4-bf16"]), reason="no VNNI here, which the same bits come from")
+@pytest.mark.skipif(not runs_here(ISAS["x86-64-v4-bf16"]), reason="no VNNI here, whose bits are compared")
 def test_tiles_have_the_bits_of_instructions_that_multiply_fours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles are in memory here: what the kernel does with them, zeros of rows included."""
+    """Tiles are in memory here: the kernel's use of them, zeros of rows included."""
     caches = (KernelCache(stand_in(monkeypatch), folder=None), KernelCache(ISAS["x86-64-v4-bf16"]))
     for m in (5, 45):
         _multiplies_alike(m, caches)
@@ -286,7 +286,7 @@ def test_forms_of_rows() -> None:
     assert {forms[n] for n in ISAS if n not in ("x86-64-amx", "x86-64-v4-bf16")} == {"wide"}
 
 
-# -- what is no weight, or comes from elsewhere --------------------------------------------------------------------
+# -- operands other than weights -----------------------------------------------------------------------------------
 
 
 @each_isa
@@ -327,7 +327,7 @@ def test_rows_that_a_block_is_given_as_they_are_held(isa: str, encoding: Encodin
 @each_isa
 @pytest.mark.parametrize("rows", ["rows", "held"])
 def test_rows_are_multiplied_with_a_vector_before_they_are_rounded(isa: str, rows: str) -> None:
-    """Whether kernels read them alone, or others read them as they are held."""
+    """If kernels alone read them, and also if others read them as they are stored."""
     graph = parse_graph(
         """graph g {
       symbols M
@@ -353,7 +353,7 @@ def test_rows_are_multiplied_with_a_vector_before_they_are_rounded(isa: str, row
 
 
 def test_what_a_tile_meets_is_fetched_while_its_sums_are_made() -> None:
-    """Of a residual and of the result that takes its place, three lines of each of a tile's rows; else nothing."""
+    """Three lines of each of a tile's rows, of a residual and of the result that replaces it; otherwise nothing."""
     added = Chain(("f32", "f32"), (Instruction("add", (1, 0), "f32"),))
     isa = ISAS["x86-64-v4-bf16"]
     of_rows, of_vectors = (assembly(QuadProduct(added, (how,), whole=True), isa) for how in ("mn", "n"))

@@ -1,4 +1,6 @@
-"""Attention over a cache on the TVM backend: the bits of attention over whole sequences, in any chunks and company."""
+"""Attention over a cache on the TVM backend: the bits of attention over whole sequences, in any chunks and with any
+other rows.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +107,7 @@ def call(exe: KernelExecutable, given: list[Array]) -> Array:
 
 
 class Texts:
-    """Some sequences of one length, with what plain attention makes of each."""
+    """Sequences of one length, with the results of plain attention for each."""
 
     def __init__(
         self,
@@ -139,7 +141,7 @@ class Texts:
         self.y = call(whole, [self.q, self.k, self.v, *self.given])
 
     def step(self, rng: np.random.Generator, past: list[int], s: int, capacity: int) -> tuple[list[Array], Array]:
-        """Operands of a step of rows that have come so far, in slots of a cache full of NaN; and what it must give."""
+        """Return operands of a step of rows at these positions, in slots full of NaN, and the expected result."""
         texts = rng.permutation(len(self.q))[: len(past)]
         slots = rng.permutation(SLOTS)[: len(past)]
         k, v = (np.full((SLOTS, x.shape[1], capacity, x.shape[3]), np.nan, np.float32) for x in (self.k, self.v))
@@ -175,7 +177,7 @@ def texts(name: str, heads: int, groups: int, target: str = "cpu", softcap: floa
 def steps(
     rng: np.random.Generator, s: int, count: int, times: int, longest: int = LONGEST, every: int = BLOCK
 ) -> list[list[int]]:
-    """How far rows have come: anywhere, and around where blocks, or whatever there is `every` so often, begin."""
+    """Draw positions of rows: anywhere, and around the multiples of `every`, such as the starts of blocks."""
     edges = [x for n in range(0, longest, every) for x in (n - 1, n, n + 1) if 0 <= x <= longest - s]
     anywhere = rng.integers(0, longest - s + 1, (times, count))
     made: list[list[int]] = np.where(
@@ -301,7 +303,7 @@ def test_neither_threads_nor_company_change_bits(queries: str) -> None:
 
 @pytest.mark.parametrize("queries", ["1", "S"])
 def test_every_row_is_computed_whatever_the_others_cost(queries: str) -> None:
-    """Shares of costs leave out no task: rows of any lengths, of none, and more than there are slots of memory."""
+    """Shares of costs omit no task: rows of any lengths, of length 0, and more rows than there are slots of memory."""
     rng, terms = np.random.default_rng(4), (Padding(), Causal())
     exe = compiled(cached_graph(terms, 6, 2, queries))
     k, v = (rng.standard_normal((SLOTS, 2, LONGEST, n)).astype(np.float32) for n in (D, E))

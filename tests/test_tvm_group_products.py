@@ -1,4 +1,6 @@
-"""Weights in blocks times groups of 8-bit numbers on the TVM backend: exact where all is whole, and a row's own."""
+"""Weights in blocks times groups of 8-bit numbers on the TVM backend: exact on integers, and a row's bits depend on it
+alone.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,7 @@ def linear_graph(k: int, n: int, text: str) -> Graph:
 
 
 def drawn(text: str, n: int, k: int, *, whole: bool = False) -> Array:
-    """Blocks of a matrix, with scales of powers of two if they are to be whole numbers."""
+    """Draw blocks of a matrix, with scales of powers of two if they are to be integers."""
     encoding, rng = parse_encoding(text), np.random.default_rng([n, k])
     held = encoding.sample(rng, (n, k))
     if whole:
@@ -73,12 +75,12 @@ def drawn(text: str, n: int, k: int, *, whole: bool = False) -> Array:
             if records[name].dtype.kind == "f":
                 records[name] = rng.choice([1, 2, -1], records[name].shape)
             if records[name].dtype.kind == "i" and name == "scales":
-                records[name] %= 8  # as large as other forms' are, or sums pass 2^24
+                records[name] %= 8  # as large as other forms' are, or sums exceed 2^24
     return held
 
 
 def whole_rows(m: int, k: int) -> Array:
-    """Rows that are in whole numbers what they are: the largest of each group is 127, or a power of two times that."""
+    """Draw rows that are integers in units of their scale: the largest of each group is 127 times a power of two."""
     rng = np.random.default_rng([m, k])
     x = rng.integers(-127, 128, (m, k // 32, 32)).astype(np.float32)
     x[..., 7] = 127
@@ -111,7 +113,7 @@ EACH = (
 
 @pytest.mark.parametrize(("isa", "text"), EACH)
 def test_whole_numbers_are_multiplied_exactly(isa: str, text: str) -> None:
-    """With scales of powers of two nothing is rounded at all: kernels and integers agree to the bit."""
+    """With scales of powers of two nothing is rounded at all: kernels and integers are bitwise identical."""
     block = parse_encoding(text).elements(256)
     for k, n in ((max(block, 128), 1), (512, 31)) if isa == HERE[0] else ((max(block, 128), 31),):
         held, x = drawn(text, n, k, whole=True), whole_rows(max(ROWS), k)
@@ -126,7 +128,7 @@ def test_whole_numbers_are_multiplied_exactly(isa: str, text: str) -> None:
 
 @each_form
 def test_any_numbers_are_near_to_the_reference_and_a_row_has_bits_of_its_own(text: str) -> None:
-    """Whatever rows are beside it, however many, and however many threads share them."""
+    """For any other rows, any number of rows, and any number of threads that share them."""
     k, n = (512 if text in LARGE else 384), 100
     held, x = drawn(text, n, k), normal(max(ROWS), k)
     one, two = (compiled(linear_graph(k, n, text), {"w": held}, Target("cpu", threads)) for threads in (1, 2))
@@ -153,7 +155,7 @@ def test_instruction_sets_that_add_a_product_at_once_have_the_same_bits(text: st
 
 @each_isa
 def test_groups_of_any_scale_are_rounded_as_the_reference_rounds_them(isa: str) -> None:
-    """Ties, subnormal and huge numbers, zeros; and what is not finite stays in its row."""
+    """Ties, subnormal and huge numbers, zeros; and values that are not finite stay in their row."""
     x = normal(20, 64)
     x[1] = 0
     x[2] *= 1e-39
@@ -169,7 +171,7 @@ def test_groups_of_any_scale_are_rounded_as_the_reference_rounds_them(isa: str) 
     lost = [7, 9, 19]
     assert np.isnan(got[lost]).all()
     kept = [row for row in range(20) if row not in lost]
-    most = np.maximum(np.abs(meant[kept]).max(axis=-1, keepdims=True), 1e-30)  # scales below are of subnormal numbers
+    most = np.maximum(np.abs(meant[kept]).max(axis=-1, keepdims=True), 1e-30)  # smaller scales are subnormal
     np.testing.assert_allclose(got[kept] / most, meant[kept] / most, rtol=0, atol=1e-6)
 
 
@@ -182,7 +184,7 @@ def test_a_scale_of_a_weight_that_is_not_finite_spoils_its_own_columns_alone() -
     assert np.isfinite(np.delete(y, [7, 9], axis=1)).all()
 
 
-# -- what stands around a product ------------------------------------------------------------------------------------
+# -- ops around a product --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("isa", "text"), [(isa, "q8_0") for isa in HERE] + [(HERE[0], text) for text in READ])
@@ -209,7 +211,7 @@ def test_a_table_is_held_once_and_rows_of_it_are_its_bits(isa: str, text: str) -
 
 
 def test_one_value_is_rounded_for_weights_of_several_forms() -> None:
-    """A bias and a gate are done as sums are stored; what is owed to a form's zero is told for each."""
+    """A bias and a gate are applied as sums are stored; the correction for a form's zero is separate for each form."""
     graph = parse_graph("""graph g {
       symbols M
       parameters { a: f32[40, 64] as q4_1
@@ -243,12 +245,12 @@ def test_one_value_is_rounded_for_weights_of_several_forms() -> None:
     np.testing.assert_array_equal(got["z"], GROUPS.decode(GROUPS.encode(x)))
     made = titles(exe)
     assert sum("quad_block_product" in t for t in made) == 4, made
-    assert sum(t.startswith("encode_groups") for t in made) == 3, made  # of q4_0 and int4_groups one
+    assert sum(t.startswith("encode_groups") for t in made) == 3, made  # one by q4_0 and int4_groups
 
 
 @pytest.mark.parametrize("text", ["q4_0", "q5_k", "q3_k", "q6_k"])
 def test_groups_that_a_block_is_given_and_weights_that_are_picked(text: str) -> None:
-    """What is held is read as it is told; what is no weight is laid out at the call."""
+    """Stored groups are read in place; a matrix that is not a weight is laid out at the call."""
     graph = parse_graph(f"""graph g {{
       symbols M, N
       parameters {{ w: f32[50, 512] as {text} }}
@@ -307,12 +309,12 @@ def test_each_instruction_set_has_its_instructions_and_keeps_sums_in_registers(i
         assert text.count("vpdpbusd") == 8 * (12 + 8 + 4 + 2 + 1)
 
 
-@pytest.mark.skipif("x86-64-v4-bf16" not in HERE, reason="no VNNI here, which the same bits come from")
+@pytest.mark.skipif("x86-64-v4-bf16" not in HERE, reason="no VNNI here, whose bits are compared")
 def test_tiles_have_the_bits_of_instructions_that_multiply_fours() -> None:
-    """Tiles are in memory here: what the kernel does with them, in more than one chunk of k.
+    """Tiles are in memory here: the kernel's use of them, in more than one chunk of k.
 
-    In a process of its own, on one thread, as which they are meant. (In one that had run thousands of kernels, one run
-    of ten had NaN on a side; nobody knows why.)
+    In a process of its own, on the single thread for which these tiles are meant. (In a process that had run thousands
+    of kernels, one run of ten had NaN on a side, for an unknown reason.)
     """
     command = [
         sys.executable,
@@ -326,7 +328,7 @@ def test_tiles_have_the_bits_of_instructions_that_multiply_fours() -> None:
 
 
 def tiles_beside_fours() -> None:
-    """What the test above runs, a word for each form."""
+    """Run the test above for every form, in a child process."""
     tvm_runtime.set_threads(1)
     cache = KernelCache(stand_in(pytest.MonkeyPatch()), folder=None)
     for text in ("q4_0", "q4_1", "q5_0", "q8_0", "int4_groups(64)", "q4_k", "q5_k"):
@@ -369,7 +371,7 @@ def test_a_model_in_blocks_multiplies_whole_numbers() -> None:
     assert exe.source.count(" = quad_block_product") >= 3
     plain = treadle.compile(graph, backend="numpy", weights=weights, quantize="int8")
     a, b = (np.asarray(each(tokens=tokens)["logits"], np.float64) for each in (exe, plain))
-    np.testing.assert_allclose(a, b, rtol=0, atol=2e-2 * np.abs(b).max())  # a rounding may fall to the next step
+    np.testing.assert_allclose(a, b, rtol=0, atol=2e-2 * np.abs(b).max())  # a value may round to the next step
     session = exe.session(rows=1, capacity=8)
     row = session.open()
     np.testing.assert_array_equal(session.prefill({row: [0, 1, 2]})[row], exe(tokens=[[0, 1, 2]])["logits"][0, -1])

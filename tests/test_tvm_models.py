@@ -55,7 +55,7 @@ def test_a_rows_bits_do_not_depend_on_the_batch(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_rows_bits_do_not_depend_on_what_follows(family: str) -> None:
-    """A causal model gives a prefix the same bits, whatever its length: what chunks of a prompt rely on."""
+    """A causal model gives a prefix the same bits, whatever its length: chunked prefill relies on this."""
     exe = small(family)
     ids = drawn(2, 290)
     whole = only(exe(tokens=ids))
@@ -103,7 +103,7 @@ def test_inputs_and_weights_of_any_alignment() -> None:
 
 
 def misaligned(array: Array) -> Array:
-    """The same elements, an element past a multiple of 64 bytes."""
+    """Return the same elements, one element past a multiple of 64 bytes."""
     room = np.empty(array.nbytes + 128, np.uint8)
     start = -room.__array_interface__["data"][0] % 64 + array.itemsize
     made = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)

@@ -1,4 +1,4 @@
-"""Weights in blocks that products in bf16 unpack into pairs, without a matrix unit: forms, rows, bits, what is told."""
+"""Weights in blocks that products in bf16 unpack into pairs, without a matrix unit: forms, rows, bits, notes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROWS = (1, 2, 3, 5, 8, 9, 15, 128, 129, 261)
 
 
 def plain_graph(k: int, n: int) -> Graph:
-    """The product of `linear_graph`, of a weight of numbers."""
+    """Return the product of `linear_graph`, with an unquantized weight."""
     return parse_graph(f"""graph g {{
       symbols M
       parameters {{ w: f32[{n}, {k}] }}
@@ -40,7 +40,7 @@ def plain_graph(k: int, n: int) -> Graph:
 
 
 def finished_graph(k: int, n: int, text: str | None = None) -> Graph:
-    """A product with a bias, an activation and what is added to it, of a weight in blocks or of numbers."""
+    """Return a product with a bias, an activation and an added value, of a weight in blocks or an unquantized one."""
     held, weight = (f" as {text}", f"decode($w, of={text})") if text else ("", "cast($w, to=f32)")
     return parse_graph(f"""graph g {{
       symbols M
@@ -57,7 +57,7 @@ def finished_graph(k: int, n: int, text: str | None = None) -> Graph:
 
 
 def assert_bits(exe: KernelExecutable, like: KernelExecutable, **given: Array) -> None:
-    """Of every number of rows the last ones: unpacked in registers and in memory, whole panels and parts of rows."""
+    """Compare the last rows for every number of rows: unpacked in registers and in memory, also for partial rows."""
     assert "_of_" in titles(exe)[-1] and "_of_" not in titles(like)[-1]
     wanted = np.asarray(like(**given)["y"])
     assert np.isfinite(wanted).all()
@@ -77,7 +77,7 @@ def assert_bits(exe: KernelExecutable, like: KernelExecutable, **given: Array) -
     ],
 )
 def test_which_kernels_read_blocks_as_pairs(text: str, of: str) -> None:
-    """And the memory that a panel is unpacked into is of the plan: one panel of 48 columns a thread."""
+    """And the plan includes the memory into which a panel is unpacked: one panel of 48 columns a thread."""
     graph = narrowed(linear_graph(256, 65, text))
     exe = compiled(graph, {"w": blocks_of(graph, "w", 64)}, Target(PAIRS, threads=2))
     assert titles(exe) == ["round_rows_pairs", f"pair_product_of_{of}"]
@@ -191,7 +191,7 @@ def test_a_model_is_near_to_that_in_float32_and_holds_blocks_alone(quantize: str
 
 @needs_pairs
 def test_the_mix_of_forms_that_files_hold_stays_in_blocks() -> None:
-    """K-quants, and other forms where rows are no whole blocks of them; a row's bits are its own."""
+    """K-quants, and other forms if rows are not whole blocks of them; a row's bits depend on it alone."""
     model = llama.configure(vocab=300, dim=256, heads=4, kv_heads=2, layers=1, hidden=512, tied=True).graph()
     forms = {n: Encoding("q4_k") for n, v in model.parameters.items() if v.type.rank == 2}
     graph = encode_parameters(model, forms | {"layer.0.attn.v.weight": Encoding("q5_0")})

@@ -1,4 +1,4 @@
-"""Plans: which words of a table hold addresses from the first, and which are filled in by each call."""
+"""Plans: the words of a table that hold addresses from the start, and those that each call fills in."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WEIGHT = np.arange(15, dtype=np.float32).reshape(5, 3)
 
 @pytest.fixture
 def looked_up() -> KernelExecutable:
-    """Rows of a table at indices, times a weight, twice: a local, a weight, a constant and a status."""
+    """Return rows of a table at indices, times a weight, twice: a local, a weight, a constant and a status."""
     b = Builder(Graph("looked_up"))
     rows = b.gather(b.input("table", "f32[T, 3]"), b.input("indices", "i64[N]"), axis=0)
     scaled = b.softmax(rows * b.constant(np.array([1.0, 2.0, 3.0], np.float32)))
@@ -80,7 +80,7 @@ def test_what_stays_is_an_address_in_the_plan(looked_up: KernelExecutable) -> No
 
 
 def test_each_plan_tells_of_its_own_indices(looked_up: KernelExecutable) -> None:
-    """Between calls at other sizes, which have a plan and a status of their own."""
+    """Between calls at other sizes, which have their own plan and status."""
     for indices, rows in (([0, 4], 4), ([0, 4, 1], 5), ([9], 4), ([0, 7], 4)):
         outside = [i for i in indices if i >= rows]
         if outside:
@@ -102,12 +102,12 @@ def test_a_kernel_that_needs_what_the_plan_has_dead_is_found() -> None:
     main = lowered.plan.functions["main"]
     lives = [replace(life, last=1) if life.storage.name == "kept" else life for life in main.lives]
     plan = replace(lowered.plan, functions={"main": replace(main, lives=tuple(lives))})
-    with pytest.raises(BackendError, match="a kernel needs a storage that the plan has dead by then"):
+    with pytest.raises(BackendError, match="a kernel needs a storage that the plan has already freed"):
         lower(lowered.graph, plan, isa, RULES)
 
 
 def test_a_timed_call_takes_what_the_clock_says_and_the_first_run_counts_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that goes on by 1, 2, 3, ... each time it is read: three runs of two calls."""
+    """The clock advances by 1, 2, 3, ... at each reading: three runs of two calls."""
     x = np.ones((2, 4), np.float32)
     graph = graph_of(lambda b: b.softmax(b.exp(b.input("x", "f32[B, 4]")), axis=-1))
     exe = find_backend("tvm").compile(graph, Target("cpu", threads=1), {})

@@ -1,6 +1,6 @@
 """The TVM backend's elementwise functions beyond the op suite: accuracy, edges, bits, instruction sets old and new.
 
-All functions of a kind are compiled as one kernel (`Each`), so that what is tried costs numbers and not compilations.
+All functions of a kind are compiled as one kernel (`Each`), so that more inputs cost no further compilations.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Array = np.ndarray[Any, Any]
 
 pytestmark = [
     pytest.mark.skipif(tvm_runtime.missing() is not None, reason=str(tvm_runtime.missing())),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, about the infinities and NaNs that are tried
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, about the infinities and NaNs in the inputs
 ]
 
 OPERANDS = {"cast": 1, "where": 3, "round_to": 1}
@@ -51,14 +51,14 @@ LEAST = {"f64": 2.0**-1074, "f32": 2.0**-149, "f16": 2.0**-24, "bf16": 2.0**-133
 """The least number above 0 of each float dtype."""
 
 ROUNDING = 2.0**-24
-"""What one rounding to float32 changes, at most, relative to the number."""
+"""The largest relative change by one rounding to float32."""
 
 
 # -- running ops -----------------------------------------------------------------------------------------------
 
 
 def levels() -> list[Isa]:
-    """The instruction sets of this machine that differ: its best, one without AVX-512, one without F16C and FMA."""
+    """Return the distinct instruction sets of this machine: its best, one without AVX-512, one without F16C and FMA."""
     named = [ISAS[name] for name in ("x86-64-v3", "x86-64-v2")]
     return list(dict.fromkeys([host_isa(), *(isa for isa in named if runs_here(isa))]))
 
@@ -72,9 +72,9 @@ best_and_least = pytest.mark.parametrize("isa", [isa for isa in LEVELS if isa.na
 class Each(Kernel):
     """y_j[i] = chain_j(x_j0[i], x_j1[i], ...) for every chain j
 
-    alone   element by element; else in vectors, as `Pointwise` has them
+    alone   element by element; otherwise in vectors, as in `Pointwise`
 
-    Passed: the operands and the result of one chain after another; for each chain how many elements there are.
+    Arguments: the operands and the result of one chain after another; for each chain the number of elements.
     """
 
     chains: tuple[Chain, ...]
@@ -99,7 +99,7 @@ class Each(Kernel):
 
 
 def run(chains: Sequence[Chain], operands: Sequence[Sequence[Array]], isa: Isa, alone: bool = False) -> list[Array]:
-    """Each chain on its own operands, arrays of one length, which are filled up to whole vectors."""
+    """Run each chain on its own operands, arrays of one length, which are padded to whole vectors."""
     kernel = Each(tuple(chains), alone)
     arrays: list[Array] = []
     counts = []
@@ -116,7 +116,7 @@ def run(chains: Sequence[Chain], operands: Sequence[Sequence[Array]], isa: Isa, 
 
 
 def chain(name: str, dtype: str, **attributes: Any) -> Chain:
-    """One op on operands of one dtype (and a condition)."""
+    """Return a chain of one op on operands of one dtype (and a condition)."""
     op = OPS[name](**attributes)
     count = operands_of(name)
     inputs = ("bool", dtype, dtype) if name == "where" else (dtype,) * count
@@ -130,7 +130,7 @@ def operands_of(name: str) -> int:
 
 
 def taken_by(dtype: str) -> list[str]:
-    """The ops without attributes that are defined on a dtype."""
+    """Return the ops without attributes that are defined on a dtype."""
     names = []
     for name in sorted(FUNCTIONS.keys() - {"round_to"}):
         try:
@@ -146,7 +146,7 @@ def stored(x: Array, dtype: str) -> Array:
 
 
 def held(x: Array, dtype: str) -> Array:
-    """Numbers as the nearest that a dtype has."""
+    """Return the nearest numbers of a dtype."""
     with np.errstate(all="ignore"):
         return np.asarray(OPS["cast"](to=DTYPES[dtype]).reference(np.asarray(x)))  # type: ignore[call-arg]
 
@@ -166,7 +166,7 @@ EDGES = np.array([*_SPECIAL, *_ENDS, *_OF_EXP, *_TURNS], np.float32)
 
 
 def random_bits(count: int, seed: int = 0) -> Array:
-    """float32 of every magnitude, infinities and NaNs among them."""
+    """Draw float32 of every magnitude, infinities and NaNs among them."""
     return np.random.default_rng(seed).integers(0, 2**32, count, dtype=np.uint32).view(np.float32)
 
 
@@ -175,7 +175,7 @@ def singles(low: float, high: float) -> Array:
 
 
 def extremes(dtype: str) -> Array:
-    """The numbers at which a dtype's arithmetic may go wrong."""
+    """Return the numbers at which a dtype's arithmetic may fail."""
     if dtype == "bool":
         return np.array([False, True])
     if dtype in FLOATS:
@@ -186,7 +186,7 @@ def extremes(dtype: str) -> Array:
 
 
 def pairs(dtype: str, count: int) -> tuple[Array, Array]:
-    """Two operands: every pair of extremes, with both signs, and numbers of many magnitudes."""
+    """Return two operands: every pair of extremes, with both signs, and numbers of many magnitudes."""
     values = extremes(dtype)
     if dtype in FLOATS:
         values = np.concatenate([values, -values, np.array([np.nan], values.dtype)])
@@ -218,9 +218,9 @@ def _sigmoid(x: Array) -> Array:
     return 1 / (1 + np.exp(-x))
 
 
-# name: the function in float64, the interval of a dense grid, units in the last place that it may be off.
-# tanh and erf: the argument's square, three roundings that count in each of two polynomials, a product, a division;
-# the square's and the polynomials' partly cancel, and from 1/2 to 1 a rounding may be a whole unit.
+# name: the function in float64, the interval of a dense grid, its maximal error in units in the last place. tanh and
+# erf: the argument's square, three roundings that count in each of two polynomials, a product, a division; the square's
+# and the polynomials' partly cancel, and from 1/2 to 1 a rounding may be a whole unit.
 EXACT: Mapping[str, tuple[Callable[..., Array], float, float, float]] = {
     "exp": (np.exp, -110, 95, 1.1),
     "log": (np.log, 0.2, 5, 1.1),
@@ -242,12 +242,12 @@ EXACT: Mapping[str, tuple[Callable[..., Array], float, float, float]] = {
     "sign": (np.sign, -9, 9, 0),
 }
 
-# name: from where on it is exactly 1
+# name: the number from which on it is exactly 1
 ONE = {"tanh": 9.02, "erf": 3.93}
 
-# name: the function, the exponent of e in it, by how many roundings of itself that is off.
-# quick_gelu: its constant, off by 0.22 of a rounding, and one product.
-# gelu_tanh: two constants, each about half of one, a square and, where it is not fused, a product, a sum, a product.
+# name: the function, the exponent of e in it, the exponent's error in roundings of itself. quick_gelu: its constant,
+# off by 0.22 of a rounding, and one product. gelu_tanh: two constants, each about half of one, a square and, if it is
+# not fused, a product, a sum, a product.
 EXPONENT: Mapping[str, tuple[Callable[[Array], Array], Callable[[Array], Array], float]] = {
     "sigmoid": (_sigmoid, lambda x: -x, 0),
     "silu": (lambda x: x * _sigmoid(x), lambda x: -x, 0),
@@ -261,14 +261,14 @@ EXPONENT: Mapping[str, tuple[Callable[[Array], Array], Callable[[Array], Array],
 
 
 def quietly(function: Callable[..., Array], *operands: Array) -> Array:
-    """In float64."""
+    """Apply a function in float64."""
     with np.errstate(all="ignore"):
         return np.asarray(function(*(x.astype(np.float64) for x in operands)))
 
 
 @cache
 def on_singles(isa: Isa) -> dict[str, tuple[Array, Array]]:
-    """What each function of one float32 is given, and gives."""
+    """Return the inputs and the outputs of each function of one float32."""
     grids = {name: singles(low, high) for name, (_, low, high, _) in EXACT.items()}
     grids |= {name: singles(-20, 20) for name in (*EXPONENT, "gelu")}
     made = run([chain(name, "f32") for name in grids], [[x] for x in grids.values()], isa)
@@ -276,7 +276,7 @@ def on_singles(isa: Isa) -> dict[str, tuple[Array, Array]]:
 
 
 def units_off(got: Array, expected: Array) -> float:
-    """The largest distance, in units in the last place; inf and NaN have to be where they are expected."""
+    """Return the largest distance, in units in the last place; inf and NaN must be at the expected elements."""
     with np.errstate(over="ignore"):
         nearest = expected.astype(np.float32)
     finite = np.isfinite(nearest)
@@ -314,7 +314,7 @@ def test_what_is_made_of_an_exponential_is_off_by_its_exponent(name: str, isa: I
     expected, u = quietly(function, x), np.abs(quietly(exponent, x))
     overflow = quietly(exponent, x) > 88.722
     bound = (5 + roundings * np.minimum(u, 89)) * ROUNDING * np.abs(expected) + 2.0**-149
-    # where e^u is inf in float32 the result is 0, which it is within |x| 2^-126
+    # where e^u is inf in float32 the result is 0, which is within |x| 2^-126 of the exact one
     bound = np.where(overflow, np.maximum(np.abs(x.astype(np.float64)), 1) * 2.0**-126, bound)
     assert np.all(np.abs(got - expected) <= bound), x[np.abs(got - expected) > bound]
 
@@ -344,7 +344,7 @@ def test_powers_are_rounded_once(isa: Isa) -> None:
 
 @dataclass(frozen=True)
 class NonpositiveExp(Kernel):
-    """y[i] = e^x[i] by a function for x <= 0; in vectors. Passed: x, y; how many."""
+    """y[i] = e^x[i] by a function for x <= 0; in vectors. Arguments: x, y; the number of elements."""
 
     for_pairs: bool = False
 
@@ -385,7 +385,7 @@ def test_the_exponential_of_weights_that_are_rounded_is_right_to_what_they_keep(
 @best_and_least
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_op_is_as_numpy_has_it(dtype: str, isa: Isa) -> None:
-    """Integers and bools to the bit: they wrap around, and divide downwards. Floats to roundings of the dtype."""
+    """Integers and bools exactly: they wrap around, and divide rounding down. Floats to roundings of the dtype."""
     names = taken_by(dtype)
     x, y = pairs(dtype, 997)
     operands = [operands_for(name, x, y) for name in names]
@@ -406,7 +406,7 @@ def test_every_op_is_as_numpy_has_it(dtype: str, isa: Isa) -> None:
 
 
 def distances(got: Array, expected: Array) -> Array:
-    """How far numbers are off: 0 where both are the same, NaN and infinities too, inf where only one is such."""
+    """Return distances: 0 where both are the same, including NaN and infinities, inf where only one is."""
     with np.errstate(invalid="ignore"):
         off = np.abs(got.astype(np.float64) - expected.astype(np.float64))
     same = (got == expected) | (np.isnan(got) & np.isnan(expected))
@@ -414,9 +414,9 @@ def distances(got: Array, expected: Array) -> Array:
 
 
 def bounds(name: str, dtype: str, x: Array, expected: Array) -> Array:
-    """What `distances` must stay below: one spacing where 16 bits are rounded once from f32, else some, see above.
+    """Return the bounds of `distances`: one spacing where 16 bits are rounded once from f32, otherwise some, see above.
 
-    Where e^-x overflows a result is 0 that is not; where gelu's digits cancel, its bound is one relative to x.
+    Where e^-x overflows, a nonzero result becomes 0; where gelu's digits cancel, its bound is relative to x.
     """
     narrow = dtype in ("f16", "bf16")
     own = "f64" if dtype == "f64" else "f32"
@@ -433,7 +433,7 @@ def bounds(name: str, dtype: str, x: Array, expected: Array) -> Array:
 @best_and_least
 @pytest.mark.parametrize("to", DTYPES)
 def test_casts_are_as_the_reference_has_them(to: str, isa: Isa) -> None:
-    """From every dtype, of numbers that both hold; every f16 and bf16 is widened."""
+    """From every dtype, on numbers that both represent; every f16 and bf16 is widened."""
     operands = []
     for dtype in DTYPES:
         x = pairs(dtype, 500)[0]
@@ -451,7 +451,7 @@ def test_casts_are_as_the_reference_has_them(to: str, isa: Isa) -> None:
 
 @best_and_least
 def test_casts_call_nothing_of_a_compilers_library(isa: Isa, tmp_path: Path) -> None:
-    """Where it lacks an instruction, LLVM calls a function such as __truncdfhf2, which not every process has."""
+    """For a missing instruction, LLVM calls a function such as __truncdfhf2, which not every process has."""
     linker = shutil.which("ld")
     if linker is None:
         pytest.skip("ld is not installed")
@@ -533,7 +533,7 @@ def test_lanes_of_another_width_have_the_same_bits(isa: Isa) -> None:
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "bool"])
 def test_an_elements_place_does_not_matter(dtype: str) -> None:
-    """In a whole vector, in the rest that fills none, past a task's last, by a stride, and beside what repeats."""
+    """In a whole vector, in an incomplete last one, past a task's last, by a stride, and next to a repeated operand."""
     op = "logical_or" if dtype == "bool" else "sub"
     first = Instruction(op, (0, 1), dtype)
     what = Chain((dtype, dtype), (first,) if dtype == "bool" else (first, Instruction("silu", (2,), dtype)))
@@ -551,7 +551,7 @@ def test_an_elements_place_does_not_matter(dtype: str) -> None:
 @pytest.mark.parametrize("count", [1, 77, 2 * BLOCK + 77])
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_an_operand_that_is_written_over_gives_the_same_bits(dtype: str, count: int) -> None:
-    """It has no pointer of its own: kernels take it that no two lead to one place."""
+    """It has no pointer of its own: kernels assume that no two pointers lead to one place."""
     what = Chain((dtype, dtype), (Instruction("sub", (0, 1), dtype), Instruction("silu", (2,), dtype)))
     x, y = (stored(np.resize(a, count), dtype) for a in pairs(dtype, 999))
     apart = by_loop(what, "111", x, y)
@@ -563,7 +563,7 @@ def test_an_operand_that_is_written_over_gives_the_same_bits(dtype: str, count: 
 
 
 def by_loop(what: Chain, inner: str, x: Array, y: Array, x_stride: int = 1) -> Array:
-    """A chain of two operands by `Pointwise`, in one loop."""
+    """Return a chain of two operands by `Pointwise`, in one loop."""
     count = len(x) // x_stride
     made = np.zeros(count, what.dtype.numpy or np.uint16)
     bind(Pointwise(what, 1, inner), [x, y, made], [count, x_stride, int(inner[1]), 1])()
@@ -579,7 +579,7 @@ def unstored(x: Array, dtype: str) -> Array:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_constants_are_what_they_are(dtype: str) -> None:
-    """x * 0 is not 0 where x is inf, x + 0 is not x where x is -0, and x == x is not true where x is NaN."""
+    """x * 0 is not 0 if x is inf, x + 0 is not x if x is -0, and x == x is false if x is NaN."""
     x = np.array([1.0, -1.0, 0.0, -0.0, np.inf, -np.inf, np.nan])
     chains, expected = [], []
     for value in (0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45):
@@ -615,7 +615,7 @@ def test_narrow_integers_take_all_lanes() -> None:
 
 
 def calls(text: str) -> Iterable[str]:
-    """What code calls but the functions of TVM, for an error's message, and the loop's body."""
+    """Yield the calls in code, except for the functions of TVM, those for an error's message, and the loop's body."""
     for line in text.splitlines():
         if line.split()[:1] in (["callq"], ["bl"], ["call"]) and not any(
             w in line for w in ("TVM", "tvm", "*", "kernel")
@@ -625,7 +625,7 @@ def calls(text: str) -> Iterable[str]:
 
 @pytest.mark.parametrize("name", [name for name in ISAS if name != "x86-64"])  # which has no instruction that rounds
 def test_vector_code_calls_nothing(name: str) -> None:
-    """No function of the mathematical library, and none of a compiler's conversions."""
+    """No function of the math library, and none of a compiler's conversions."""
     names = ("exp", "tanh", "gelu", "gelu_tanh", "silu", "sigmoid", "log", "erf", "pow")
     text = assembly(Each(tuple(chain(n, d) for n in names for d in ("f32", "f16"))), ISAS[name])
     assert not set(calls(text)) - {"memcpy"}
@@ -641,7 +641,7 @@ def test_there_is_code_for_arm() -> None:
 
 @pytest.mark.parametrize("op", ["mul", "logical_or"])
 def test_a_chain_whose_values_are_all_read_twice(op: str) -> None:
-    """Where an expression stood in the place of each use of it, compiling this would take 2^40 steps."""
+    """If an expression were copied to each of its uses, compiling this would take 2^40 steps."""
     steps = [Instruction("mul", (i, i), "f32") for i in range(40)]
     if op == "logical_or":
         steps = [Instruction("less", (0, 0), "bool"), *(Instruction(op, (i, i), "bool") for i in range(1, 40))]

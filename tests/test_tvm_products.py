@@ -1,4 +1,4 @@
-"""Products on the TVM backend beyond the op suite: operands however they lie, chains behind them, bits, code."""
+"""Products on the TVM backend beyond the op suite: operands in any layout, chains after them, bits, code."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ def normal(*shape: int, seed: int = 0) -> Array:
 
 
 def assert_sums(got: Any, expected: Array, terms: int) -> None:
-    """Equal up to the rounding of a sum of so many terms of magnitude 1, in any order, and a chain's few roundings."""
+    """Assert equality up to the rounding of a sum of `terms` numbers of magnitude 1 and of a short chain."""
     bound = (terms + 16) * EPSILON["f32"] * max(1.0, float(np.max(np.abs(expected), initial=0)))
     assert got.shape == expected.shape
     np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=0, atol=bound)
 
 
 def titles(exe: KernelExecutable) -> list[str]:
-    """What main does, step by step."""
+    """Return the steps of main."""
     return [s.routine.name if isinstance(s, RoutineStep) else s.kernel.title for s in exe.program.main.steps]
 
 
-# -- however operands lie ------------------------------------------------------------------------------------
+# -- layouts of operands -------------------------------------------------------------------------------------
 
 EQUATIONS = [
     ("b h s d, b h t d -> b h s t", {"b": 2, "h": 3, "s": 5, "t": 7, "d": 16}),
@@ -84,7 +84,7 @@ def test_einsum(equation: str, sizes: dict[str, int], symbolic: bool) -> None:
 
 
 def test_a_batch_of_matrices_broadcasts_without_copies() -> None:
-    """matmul's leading dimensions, in whichever operand they are; none of these needs a copy."""
+    """matmul's leading dimensions, in either operand; none of these needs a copy."""
     for left, right in (
         ((2, 3, 4, 5), (5, 6)),
         ((4, 5), (2, 3, 5, 6)),
@@ -115,7 +115,7 @@ def test_a_product_reads_and_writes_other_layouts_in_place() -> None:
 
 
 def test_weights_lie_in_panels() -> None:
-    """The right side of linear, and of matmul, is packed once: no step of a call does it."""
+    """The right side of linear, and of matmul, is packed once: no step of a call packs it."""
 
     def build(b: Builder) -> Expr:
         x = b.linear(b.input("x", "f32[B, S, 24]"), b.parameter("w", "f32[70, 24]"), b.parameter("b", "f32[70]"))
@@ -218,7 +218,7 @@ def test_which_steps_a_chain_takes() -> None:
 
 
 def test_a_vector_and_nothing_at_all() -> None:
-    """Operands without rows, and with none of them."""
+    """Operands without rows, and with no rows at all."""
     vector = graph_of(lambda b: b.linear(b.input("x", "f32[20]"), b.input("w", W), b.input("b", "f32[50]")) * 3.0)
     x, w, bias = normal(20), normal(50, 20), normal(50)
     assert_sums(compiled(vector)(x=x, w=w, b=bias)["y"], (w.astype(np.float64) @ x + bias) * 3, 20)
@@ -254,7 +254,7 @@ def test_a_product_in_a_repeated_block() -> None:
 
 @pytest.mark.parametrize("columns", [5, 50, 96])
 def test_a_rows_bits_do_not_depend_on_other_rows(columns: int) -> None:
-    """However many rows there are, wherever among them it lies, and however rows are shared out to threads."""
+    """For any number of rows, any position among them, and any assignment of rows to threads."""
     graph = graph_of(
         lambda b: (
             b.linear(b.input("x", "f32[B, 33]"), b.parameter("w", f"f32[{columns}, 33]")) * b.input("s", "f32[B, 1]")
@@ -308,7 +308,7 @@ def test_instruction_sets(name: str) -> None:
 
 
 def test_what_is_brought_into_the_cache_ahead_changes_no_bits() -> None:
-    """As on processors that fetch too little by themselves: the first tile of a panel is one of its own there."""
+    """As on CPUs that prefetch too little by themselves: the first tile of a panel is separate there."""
     plain = ISAS["x86-64-v3"]
     if not runs_here(plain):
         pytest.skip("no AVX2 here")
@@ -345,7 +345,7 @@ def test_the_last_panel_is_filled_up_with_zeros(near: bool, columns: int) -> Non
 
 
 def test_tiles_stay_in_registers() -> None:
-    """The loop over k holds a multiply-add for each vector of a tile, and stores nothing."""
+    """The loop over k has a multiply-add for each vector of a tile, and stores nothing."""
     isa = host_isa()
     if not isa.fused:
         pytest.skip(f"{isa} has no multiply-add")

@@ -40,7 +40,7 @@ def normal(*shape: int, seed: int = 0) -> Array:
 
 
 def steps(exe: KernelExecutable) -> list[str]:
-    """What main does, step by step."""
+    """Return the steps of main."""
     return [s.routine.name if isinstance(s, RoutineStep) else s.kernel.title for s in exe.program.main.steps]
 
 
@@ -103,7 +103,7 @@ def test_a_kernel_has_no_more_loops_than_strides_ask_for(build: Callable[[Builde
 
 @pytest.mark.parametrize("after", ["b h s d -> b h d s", "b h s d -> b s h d", "b h s d -> s (d b h)"])
 def test_a_copy_of_repeated_heads_is_written_as_the_next_rearrange_reads_it(after: str) -> None:
-    """No strides say b g r s d -> b (g r) s d of repeated heads: they are copied, so that what follows is a view."""
+    """No strides express b g r s d -> b (g r) s d of repeated heads: they are copied, so that the next op is a view."""
 
     def build(b: Builder) -> Expr:
         x = b.rearrange(b.input("x", "f32[B, S, 12]"), pattern="b s (g=3 d) -> b g 1 s d")
@@ -121,7 +121,7 @@ def test_a_copy_of_repeated_heads_is_written_as_the_next_rearrange_reads_it(afte
 
 
 def test_parts_are_written_where_they_belong() -> None:
-    """concat writes each part once, into a result that a rearrange then shows otherwise."""
+    """concat writes each part once, into a result of which a rearrange is a view."""
 
     def build(b: Builder) -> Expr:
         parts = [b.input("x", "f32[B, S, 4]"), b.input("y", "f32[B, 2, 4]"), b.input("z", "f32[B, T, 4]")]
@@ -140,7 +140,7 @@ def test_parts_are_written_where_they_belong() -> None:
 
 @pytest.mark.parametrize("shape", [(15, 4), (60,), (5, 12), (2, 30)])
 def test_a_reshape_that_no_strides_say_is_one_copy(shape: tuple[int, ...]) -> None:
-    """Where it is written lies so that strides say it from there."""
+    """The copy's layout is chosen so that strides express the next view."""
     graph = graph_of(
         lambda b: b.reshape(b.rearrange(b.input("x", "f32[3, 4, 5]"), pattern="a b c -> c b a"), shape=shape)
     )
@@ -150,7 +150,7 @@ def test_a_reshape_that_no_strides_say_is_one_copy(shape: tuple[int, ...]) -> No
 
 
 def test_reshapes_that_strides_can_say() -> None:
-    """Joined where neighbours allow it, split anywhere, with symbols as with numbers."""
+    """Joined if neighbours allow it, split anywhere, with symbols as with numbers."""
     b, s = Size.symbol("B"), Size.symbol("S")
 
     def view(shape: list[Any], strides: list[Any]) -> View:
@@ -181,13 +181,13 @@ REST: dict[str, tuple[Callable[[Builder, Expr], Expr], Callable[[int], tuple[int
         lambda n: (2, 2 * n, 3),
     ),
 }
-"""Of x[3, S, 4] without its first two of S: a form, and its shape where n are left."""
+"""Forms of x[3, S, 4] without its first two of S, and the shape of each if n are left."""
 
 
 @pytest.mark.parametrize("name", REST)
 @pytest.mark.parametrize("further", [False, True])
 def test_a_view_of_nothing_has_its_shape(name: str, further: bool) -> None:
-    """Whether the form is the result itself, or read by another op."""
+    """If the form is the result itself, and if another op reads it."""
     build, shape = REST[name]
 
     def whole(b: Builder) -> Expr:
@@ -209,7 +209,7 @@ def test_a_view_of_nothing_has_its_shape(name: str, further: bool) -> None:
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_rows_are_gathered_from_panels(transposed: bool) -> None:
-    """A tied table lies in memory once, in the panels that its product reads."""
+    """A tied table is stored once, in the panels that its product reads."""
     shape = (24, 70) if transposed else (70, 24)
 
     def build(b: Builder) -> dict[str, Expr]:
@@ -247,7 +247,7 @@ def test_a_gather_of_strided_rows_and_into_strided_places() -> None:
     ],
 )
 def test_rows_that_lie_side_by_side_are_moved_as_rows(op: str, read: str, written: str, rows: bool) -> None:
-    """Whole rows where the last axes of both lie so; else element by element, also where the rows' axis lies so."""
+    """Whole rows if the last axes of both are contiguous; otherwise element by element, even if the rows' axis is."""
 
     def build(b: Builder) -> Expr:
         x, ids = b.rearrange(b.input("x", "f32[5, 5]"), pattern=read), b.input("ids", "i64[5]")
@@ -267,7 +267,7 @@ def test_rows_that_lie_side_by_side_are_moved_as_rows(op: str, read: str, writte
 
 
 def test_colliding_updates_are_added_in_order() -> None:
-    """The same bits as one after another, however many threads there are, and along rows wider than a task's."""
+    """The same bits as one after another, for any number of threads, and along rows wider than a task's."""
     graph = graph_of(
         lambda b: b.index_add(b.input("x", "f32[5, 150]"), b.input("ids", "i64[T]"), b.input("u", "f32[T, 150]"))
     )
@@ -294,7 +294,7 @@ BAD = [-1, 5, 2**62, -(2**63)]
 @pytest.mark.parametrize("index", BAD)
 @pytest.mark.parametrize("op", ["embedding", "gather", "take_along_axis", "index_add", "scatter_add"])
 def test_an_index_outside_is_an_error(op: str, index: int) -> None:
-    """It names the op and the line, reads and writes nothing outside, and the next call is none the worse."""
+    """The error names the op and the line. Nothing outside is read or written, and the next call is unaffected."""
 
     def build(b: Builder) -> Expr:
         x = b.input("x", "f32[5, 3]")
@@ -324,7 +324,7 @@ def test_an_index_outside_is_an_error(op: str, index: int) -> None:
 
 
 def test_an_index_outside_in_a_repeated_block() -> None:
-    """In whichever of the block's calls it is."""
+    """In any of the block's calls."""
     graph = Graph("blocks")
     h = Function("h")
     graph.add_function(h)
@@ -369,11 +369,11 @@ def test_padding_holds_what_the_dtype_holds() -> None:
         assert made.tolist() == [value, 0, 0, value, value], dtype
 
 
-# -- where results are written ---------------------------------------------------------------------------------
+# -- places of results -----------------------------------------------------------------------------------------
 
 
 def _sums(b: Builder, x: Expr) -> Expr:
-    """Of two softmaxes that nobody reads again."""
+    """Return the sums of two softmaxes that are not read again."""
     one, two = b.softmax(x, axis=-1), b.softmax(x * 2.0, axis=-1)
     return b.softmax(one * two + one, axis=-1)
 

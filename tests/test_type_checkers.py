@@ -1,5 +1,6 @@
-"""What type checkers and linters say of a model: nothing of the README's and of docs/dsl.md, but for the word that is
-misspelt there, and the mistakes of one that has some."""
+"""Type checkers and linters on models: no findings in the README's and docs/dsl.md's, except for the misspelt word
+there, and all mistakes of a model that has some.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +62,7 @@ Softmax(axs=0)  # wrong
 
 @pytest.fixture
 def workplace(tmp_path: Path) -> Path:
-    """A folder with the models of two pages, one with mistakes, and the package as type checkers can follow it."""
+    """Write a folder with the models of two pages, one with mistakes, and the package in a form for type checkers."""
     for page, name in (("README.md", "readme.py"), ("docs/dsl.md", "language.py")):
         blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.M)
         (tmp_path / name).write_text("\n\n".join(blocks), encoding="utf-8")
@@ -80,7 +81,7 @@ def _run(folder: Path, *command: str) -> str:
 
 
 def _wrong_places(folder: Path) -> set[tuple[str, int]]:
-    """The lines that say so, and the one of the page's that shows what a misspelt word gets."""
+    """Return the lines marked as wrong, and the line of the page that shows the error for a misspelt word."""
     language = (folder / "language.py").read_text(encoding="utf-8").splitlines()
     wrong = {("mistaken.py", i) for i, line in enumerate(MISTAKEN.splitlines(), 1) if line.endswith("# wrong")}
     return wrong | {("language.py", i) for i, line in enumerate(language, 1) if "t.sofmax(" in line}
@@ -92,7 +93,7 @@ def test_mypy(workplace: Path) -> None:
         "[mypy]\n"
         "strict = true\n"
         f"cache_dir = {ROOT / '.mypy_cache' / 'models'}\n"
-        "[mypy-language]\ndisallow_untyped_defs = false\ndisallow_incomplete_defs = false\n"  # as one writes at first
+        "[mypy-language]\ndisallow_untyped_defs = false\ndisallow_incomplete_defs = false\n"  # a common first attempt
         "[mypy-treadle.*]\nfollow_imports = silent\n"
         "[mypy-torch.*,tvm.*,networkx.*,onnx.*,rich.*,typer.*,tokenizers.*]\n"
         "follow_imports = skip\nignore_missing_imports = true\n"

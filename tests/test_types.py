@@ -91,7 +91,7 @@ def test_notations(text: str, shown: str) -> None:
         ("f32[((2 3) 4)]", SizeError, "not a size: '(2 3)'"),
         ("f32[()]", SizeError, "not a size: '()'"),
         ("f32[heads=]", SizeError, "not a size: ''"),
-        ("f32[S + 1]", SizeError, "not a size: '+'"),  # without a comma, spaces part dimensions
+        ("f32[S + 1]", SizeError, "not a size: '+'"),  # without a comma, spaces separate dimensions
         ("f32[1.5]", SizeError, "not a size: '1.5'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What the machine multiplies at most: the kernels that measure it, and the rates that they give."""
+"""The machine's highest multiplication rate: the kernels that measure it, and the rates that they give."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_what_multiplies_a_dtype(name: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("isa", HERE, ids=str)
 def test_a_step_multiplies_vectors_with_three(isa: Isa, dtype: str) -> None:
-    """As many as are counted, each step others, and each task all of them."""
+    """The counted number of vectors, others in each step, and all of them in each task."""
     kernel = UnitRate(dtype, unit_of(dtype, isa))
     drawn = unit_rate._factors(kernel.unit, dtype)
     lines = drawn.reshape(-1, 64)[:, : isa.vector]
@@ -48,7 +48,7 @@ def test_a_step_multiplies_vectors_with_three(isa: Isa, dtype: str) -> None:
         left = right = lines.view(np.float32).astype(np.float64)[..., None]
     elif kernel.unit == "pairs":
         left = right = widened(lines.view(np.uint16)).astype(np.float64).reshape(len(lines), -1, 2)
-    else:  # bytes without sign, and with one
+    else:  # unsigned bytes, and signed ones
         left, right = (lines.view(t).astype(np.float64).reshape(len(lines), -1, 4) for t in (np.uint8, np.int8))
     high = isa.registers // 4 if isa.fused else 2
     steps, wanted = 6, []
@@ -65,7 +65,7 @@ def test_a_step_multiplies_vectors_with_three(isa: Isa, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
 def test_a_step_of_a_matrix_unit_has_four_products(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles are in memory here."""
-    cache = KernelCache(stand_in(monkeypatch), folder=None)  # which no file outlives
+    cache = KernelCache(stand_in(monkeypatch), folder=None)  # none is cached in a file
     kernel = UnitRate(dtype, "tiles")
     drawn = unit_rate._factors("tiles", dtype).reshape(4, 16, 64)
     if dtype == "int8":
@@ -96,7 +96,7 @@ def test_a_step_of_a_matrix_unit_has_four_products(dtype: str, monkeypatch: pyte
     ],
 )
 def test_no_register_is_put_away_in_the_loop(isa: str, dtype: str, instruction: str, count: int) -> None:
-    """All products of a step stand in it, or of some steps, and nothing is kept on the stack."""
+    """It contains all products of one or several steps, and nothing is stored on the stack."""
     text = assembly(UnitRate(dtype, unit_of(dtype, ISAS[isa])), ISAS[isa])
     loops = [part for part in re.split(r"\n\.L\w+:[^\n]*", text) if len(re.findall(instruction, part)) >= count]
     assert loops
@@ -126,7 +126,7 @@ def test_a_rate_is_of_the_best_call(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rates_of_this_machine() -> None:
-    """A pair of bf16 numbers takes what one of float32 does, and four bytes too."""
+    """A pair of bf16 numbers takes the time of one float32 number, and so do four bytes."""
     f32, bf16, int8 = (measure_unit(dtype, host_isa(), 1) for dtype in DTYPES)
     assert f32 > 1e9
     for rate, unit, times in ((bf16, unit_of("bf16", host_isa()), 2), (int8, unit_of("int8", host_isa()), 4)):
@@ -135,7 +135,7 @@ def test_rates_of_this_machine() -> None:
 
 
 def test_factors_are_drawn() -> None:
-    """Not zeros, on which a matrix unit is faster; what is bytes has both signs, and what is bf16 is rounded."""
+    """Not zeros, on which a matrix unit is faster; bytes have both signs, and bf16 numbers are rounded."""
     for unit, dtype in (("tiles", "bf16"), ("pairs", "bf16"), ("quads", "int8"), ("tiles", "int8"), ("floats", "int8")):
         found = unit_rate._factors(unit, dtype)
         assert found.dtype == np.uint8 and found.shape == (4096,) and len(np.unique(found)) > 100

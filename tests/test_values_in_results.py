@@ -1,4 +1,6 @@
-"""What dies before a result is written lies where that will: the arena is smaller, and all numbers stay."""
+"""Values that die before a result is written are stored in its memory: the arena is smaller, and results are
+unchanged.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ def storage(name: str, elements: int) -> Storage:
 
 
 def frame_of(result: int, *lives: tuple[int, int, int], first: int = 2) -> Frame:
-    """Four steps, storages of so many elements from one step to another, and a result that is written from `first`."""
+    """Return four steps, storages with their sizes and lifetimes, and a result that is written from `first` on."""
     own = tuple([Life(storage(f"s{n}", size), begin, end) for n, (size, begin, end) in enumerate(lives)])
     made = Storage("out", f32, Size.of(result), StorageKind.RESULT)
     return Frame("main", (None,) * 4, own, {}, (Life(made, first, 4),))
@@ -50,7 +52,7 @@ def test_what_dies_before_lies_in_the_result_and_the_rest_in_the_arena() -> None
 @pytest.mark.parametrize(
     "frame",
     [
-        frame_of(100, (320, 0, 1), (16, 3, 3)),  # what dies before is larger than the result
+        frame_of(100, (320, 0, 1), (16, 3, 3)),  # the earlier values are larger than the result
         frame_of(1000, (320, 0, 2), (16, 3, 3)),  # it is read when the result is written
         frame_of(1000, (320, 0, 1), first=0),
         frame_of(1000, (160, 0, 1), (160, 2, 3)),  # the arena would not be smaller

@@ -1,4 +1,4 @@
-"""Parts of verification: how far is too far, what a report says of it, where numbers that are none come from."""
+"""Parts of verification: the tolerance, the report of a difference, the origin of NaN and infinite values."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def test_each_op_rounds_what_it_computes_and_no_constant() -> None:
     assert np.all(alone["doubled"].by <= found["doubled"].by)
 
 
-# -- what is no number -------------------------------------------------------------------------------------------------
+# -- NaN and infinite values -------------------------------------------------------------------------------------------
 
 
 def origins(graph: Graph, inputs: dict[str, Any], weights: dict[str, Any] | None = None) -> list[tuple[Any, ...]]:

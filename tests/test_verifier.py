@@ -1,4 +1,4 @@
-"""The verifier: one test for each invariant, broken by hand; and how its errors read."""
+"""The verifier: one test for each invariant, broken by hand; and the text of its errors."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def node(graph: Graph, index: int) -> Node:
 
 
 def operand(graph: Graph, index: int, position: int, value: Value | None) -> None:
-    """Put another value at an operand's place."""
+    """Replace an operand by another value."""
     operands = list(node(graph, index).operands)
     operands[position] = value
     node(graph, index).operands = tuple(operands)
@@ -80,18 +80,18 @@ def call_main_from_main(graph: Graph) -> None:
 
 
 def add_argument(graph: Graph) -> None:
-    """Give a block one more weight; its callers do not know."""
+    """Give a block one more weight without changing its callers."""
     block = graph.functions["scale"]
     block.parameters["more"] = Value("parameter", f32[8], "more")
 
 
 def alien(graph: Graph) -> Value:
-    """A value of another function."""
+    """Return a value of another function."""
     return graph.functions["h"].nodes[0].result
 
 
 def add_size_of_n(graph: Graph) -> None:
-    """A node whose type has no symbol, but whose attribute has one."""
+    """Add a node whose type has no symbol, but whose attribute has one."""
     Builder(graph).apply("size", value="N", dtype="i64")
 
 

@@ -1,4 +1,4 @@
-"""Verification: a right backend passes on drawn inputs, and what is planted wrong is found, named and placed."""
+"""Verification: a right backend passes on drawn inputs, and planted faults are found, named and located."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def toy(tokens: t.i64["B S"], *, layers=2):
 
 
 def line_of(text: str) -> str:
-    """The file and line of this file where the toy's text stands."""
+    """Return the file and line in this file of the toy's text."""
     lines, first = inspect.getsourcelines(toy.function)
     at = next(number for number, line in enumerate(lines, first) if text in line)
     return f"{Path(__file__).name}:{at}"
 
 
-# -- what is right ---------------------------------------------------------------------------------------------------
+# -- right backends --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert masked_lm", "t5", "whisper_encoder"])
@@ -56,7 +56,7 @@ def test_the_zoo_is_right(name: str) -> None:
     assert report.passed, str(report)
     assert "numpy" in [b.backend for b in ran]
     assert len(report.sizes) == 3
-    # Every tolerance is far below what a wrong formula would give, and what is measured is not exact either.
+    # Every tolerance is far below the difference of a wrong formula, and the measurement itself is not exact.
     assert all(0 < b.difference.value < b.difference.tolerance < 1e-3 for b in ran)
     assert json.loads(json.dumps(report.as_dict()))["backends"][0]["first_fault"] is None
 
@@ -75,7 +75,7 @@ def test_an_artifact_is_verified(tmp_path: Path) -> None:
         verify_model(tmp_path / "toy.treadle", layers=3)
 
 
-# -- what is wrong ---------------------------------------------------------------------------------------------------
+# -- wrong backends --------------------------------------------------------------------------------------------------
 
 
 def test_a_wrong_kernel_is_found_with_the_users_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +124,7 @@ def test_nan_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_right_ops_put_together_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A backend that errs only where a graph has more than one op: no op can be named, and the report says so."""
+    """A backend with an error only if a graph has more than one op: no op can be named, and the report says so."""
 
     class Careless(NumpyBackend):
         def compile(self, graph: Graph, target: Any, weights: Any) -> Any:
@@ -142,7 +142,7 @@ def test_right_ops_put_together_wrongly(monkeypatch: pytest.MonkeyPatch) -> None
 
 @dataclass(frozen=True)
 class ForgetTheResidual(Pass):
-    """x + f(x)   -->   f(x), which is wrong."""
+    """x + f(x)   -->   f(x), a wrong rewrite"""
 
     def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
         adds = [node for node in function.nodes if node.op.name == "add"]
@@ -152,7 +152,7 @@ class ForgetTheResidual(Pass):
 
 
 def test_a_wrong_rewrite_is_told_from_a_wrong_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TREADLE_CERTIFY", "0")  # a certificate would roll it back
+    monkeypatch.setenv("TREADLE_CERTIFY", "0")  # a certificate would undo it
     report = verify_model(toy, backends=["numpy"], passes=[ForgetTheResidual()])
     assert report.rewrites.exceeds
     assert not report.passed
@@ -165,7 +165,7 @@ def test_a_refusal_is_not_a_fault() -> None:
     report = verify_model(b.graph, backends=["numpy"])
     assert report.backends[0].passed is None
     assert "NumPy has no bf16" in (report.backends[0].refused or "")
-    assert not report.passed  # nothing ran, so nothing was shown
+    assert not report.passed  # no backend ran, so nothing was verified
 
 
 def test_a_refusal_of_many_ops_is_one_line() -> None:
@@ -191,7 +191,7 @@ def test_an_undecided_integer_may_differ() -> None:
 
 
 def test_masks_do_not_hide_the_rest() -> None:
-    """The least float32 in a result sets no scale for the others; infinities must agree."""
+    """The least float32 in a result does not set the scale for the others; infinities must agree."""
     least = float(np.finfo(np.float32).min)
     expected = np.array([least, 1.0, -np.inf])
     eps, moved = f32.spacing, unmoved(expected)
@@ -220,11 +220,11 @@ def test_a_result_may_be_off_by_what_goes_into_one_number_of_it() -> None:
     assert [terms_of(y.value.node) for y in made] == [7, 7, 1, 1, 5]
 
 
-# -- what cannot be told ---------------------------------------------------------------------------------------------
+# -- limits of verification --------------------------------------------------------------------------------------------
 
 
 def test_a_badly_conditioned_model_is_not_called_wrong() -> None:
-    """The mean of numbers that are nearly equal: float32 keeps few digits of what is left, on every backend."""
+    """The mean of numbers that are nearly equal: float32 keeps few digits of the difference, on every backend."""
 
     @t.model
     def offset(x: t.f32["B S 64"]):
@@ -296,7 +296,7 @@ def test_some_numbers_that_are_not_finite_are_told_and_the_rest_compared() -> No
     (found,) = report.not_finite
     assert (found.origin, found.kind, found.of) == ("log", "NaN", 400)
     assert 0 < found.count < 400
-    assert report.passed, str(report)  # a log of what was drawn below zero is no fault of the model's
+    assert report.passed, str(report)  # a log of a negative drawn number is not a fault of the model
 
 
 def test_lines_are_told_as_they_are_known() -> None:
@@ -378,7 +378,7 @@ def test_inputs_that_cannot_be_drawn() -> None:
 
 
 def test_sizes_that_fit_where_no_small_ones_do() -> None:
-    """The hint works as it stands: with sizes for every symbol."""
+    """The hint works to the letter: with sizes for every symbol."""
     b = Builder(Graph("long"))
     x = b.input("x", "f32[S]")
     b.outputs(y=b.slice(x, axis=0, stop="S - 100"))

@@ -1,4 +1,6 @@
-"""Views by strides, against NumPy's: where elements lie, and that there is a view exactly where NumPy needs no copy."""
+"""Views by strides, compared with NumPy's: the places of elements, and that a view exists exactly if NumPy needs no
+copy.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,14 @@ def sizes(*numbers: int) -> tuple[Size, ...]:
 
 
 def whole(*shape: int) -> tuple[View, np.ndarray]:
-    """A storage as a view, and the same with each element's place in it."""
+    """Return a storage as a view, and an array of each element's place in it."""
     count = int(np.prod(shape))
     storage = Storage("x", f32, Size.of(count), StorageKind.LOCAL)
     return View.contiguous(storage, sizes(*shape)), np.arange(count).reshape(shape)
 
 
 def same(view: View | None, array: np.ndarray) -> bool:
-    """Whether each element of a view has the place that the array says."""
+    """Return True if each element of a view has the place given by the array."""
     if view is None or tuple(n.evaluate({}) for n in view.shape) != array.shape:
         return False
     places = np.full(array.shape, view.offset.evaluate({}))

@@ -1,4 +1,6 @@
-"""The ranks' watch over each other, in one process: what strangers say to it, how much a rank says, and who hangs."""
+"""The ranks' watch over each other, in one process: messages from strangers, the length of messages, and hanging
+ranks.
+"""
 
 from __future__ import annotations
 
@@ -40,13 +42,13 @@ def test_a_stranger_is_sent_away_and_the_ranks_go_on(said: bytes) -> None:
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_of_a_long_failure_the_beginning_is_told(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the rank that fails, and by no other."""
+    """It is printed by the failing rank, and by no other."""
     monkeypatch.setattr(Watch, "_end_process", lambda self: None)
     first, second = ranks = Watch(0, 2, 30.0), Watch(1, 2, 30.0)
     second.connect("127.0.0.1", first.listen("127.0.0.1"))
     try:
         wait_for_all(first)
-        assert ranks[failing].settle("w" * 99_999, "r" * 99_999), "who has failed tells the user"
+        assert ranks[failing].settle("w" * 99_999, "r" * 99_999), "the failing rank reports to the user"
         for rank in ranks:
             assert rank._failed.wait(10)
             assert rank.failure == Failure("w" * 2000, "r" * 2000, teller=failing)
@@ -97,7 +99,7 @@ def waits(doing: str, since: float, silent: float = 0.0) -> RankStatus:
 def test_who_does_not_come_is_told_after_the_timeout(
     said: list[RankStatus], told: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of those who are behind, whoever has been for half the timeout of 4 s, or else all; never who has left."""
+    """The ranks that have been behind for half the timeout of 4 s, or else all behind; never one that has left."""
     monkeypatch.setattr(Watch, "_end_process", lambda self: None)
     monkeypatch.setattr(watching, "time", SimpleNamespace(monotonic=lambda: NOW))
     watch = Watch(0, len(said) + 1, timeout=4.0)
@@ -109,7 +111,7 @@ def test_who_does_not_come_is_told_after_the_timeout(
 
 @pytest.fixture
 def ending(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], float]:
-    """Runs what ends the process, by a clock of its own, and gives the seconds until then."""
+    """Run a function that ends the process, by a clock of its own; return the seconds until then."""
     clock = 0.0
 
     def sleep(seconds: float) -> None:
@@ -148,7 +150,7 @@ def test_the_watch_tells_once_where_the_main_thread_does_not_end(
     ending: Callable[[Callable[[], None]], float],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Where that is about to end it tells by itself, and has a moment more."""
+    """If the main thread is about to end, that thread prints the failure, and gets a moment more."""
     watch, closing = Watch(1, 2, 30.0), Watch(1, 2, 30.0)
     watch.failure = closing.failure = Failure("w", received, teller)
     closing._closing.set()
@@ -158,13 +160,13 @@ def test_the_watch_tells_once_where_the_main_thread_does_not_end(
 
 
 def test_a_process_whose_launcher_has_ended_ends(ending: Callable[[Callable[[], None]], float]) -> None:
-    Watch(1, 2, 30.0)._leave_orphan()  # nobody launched it
+    Watch(1, 2, 30.0)._leave_orphan()  # without a launcher
     assert ending(Watch(1, 2, 30.0, lambda: True)._leave_orphan) == 0
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The watch's clock, which stands at `now`; nothing ends this process."""
+    """Stop the watch's clock at `now`; nothing ends this process."""
     made = SimpleNamespace(now=NOW)
     monkeypatch.setattr(watching, "time", SimpleNamespace(monotonic=lambda: made.now))
     monkeypatch.setattr(Watch, "_end_process", lambda self: None)
@@ -222,7 +224,7 @@ def test_an_error_of_torch_that_no_rank_explains_is_told_by_its_first_line() -> 
 
 
 class _Spoken:
-    """In place of a connection to a rank: what comes from it, and what it is sent."""
+    """A stand-in for a connection to a rank: its incoming and its sent messages."""
 
     def __init__(self, *comes: list[dict[str, Any]] | None, rank: int | None = None) -> None:
         self.comes, self.rank = list(comes), rank
@@ -240,7 +242,7 @@ class _Spoken:
 
 
 def test_rank_0_takes_what_ranks_say(clock: SimpleNamespace) -> None:
-    """A death is known by the end of a connection over which nobody has said good-bye, or told a failure."""
+    """A death is detected by the end of a connection without a good-bye or a reported failure."""
     watch = Watch(0, 5, 30.0)
     watch._token = "t"
     says = {"doing": "loading", "since": 2.0, "waiting": True}
@@ -263,7 +265,7 @@ def test_rank_0_takes_what_ranks_say(clock: SimpleNamespace) -> None:
     died = {"what": "rank 1 has died", "received": "in loading", "teller": 0}
     assert [hear(fails), hear(fails), hear(comes)] == [True, False, True]
     assert (watch._left, watch._gone) == ({1, 2, 3}, {1, 2, 3})
-    for told in (dies, leaves, fails, comes):  # who comes later, too
+    for told in (dies, leaves, fails, comes):  # later ranks, too
         assert told.sent == [died]
         assert told.closed == (told is not comes), "who has left waits for that"
     stranger = _Spoken(None)
@@ -394,7 +396,7 @@ def test_threads_of_the_watch_keep_no_process(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def line() -> Iterator[tuple[RankConnection, socket.socket]]:
-    """A connection, and its other end."""
+    """Return a connection, and its other end."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         ours = socket.create_connection(server.getsockname(), timeout=10)
         other, _ = server.accept()
@@ -403,7 +405,7 @@ def line() -> Iterator[tuple[RankConnection, socket.socket]]:
 
 
 def test_a_line_is_as_long_as_what_one_rank_says(line: tuple[RankConnection, socket.socket]) -> None:
-    """A failure is cut to 2000 characters, of up to 6 bytes, and as many of what was received."""
+    """A failure is truncated to 2000 characters of up to 6 bytes, and so are received values."""
     assert LONGEST == 65536 > 2 * 2000 * 6
     own, other = line
     assert own.received() == [], "nothing has come yet"
@@ -426,16 +428,16 @@ def test_a_line_brings_whole_messages(line: tuple[RankConnection, socket.socket]
     assert other.recv(99) == b'{"d": "e"}\n'
     other.close()
     assert own.received() is None
-    own.send({"d": "e"})  # nobody hears it, which is no error
+    own.send({"d": "e"})  # without a receiver, which is not an error
     own.close()
     assert own.received() is None
 
 
 def test_what_is_said_last_is_heard_though_something_is_unread(line: tuple[RankConnection, socket.socket]) -> None:
-    """Also where the other side has not acknowledged what was said before, as it does not for tens of milliseconds."""
+    """Even if the other side has not acknowledged earlier data, as it does not for tens of milliseconds."""
     own, socket_of_other = line
     other = RankConnection(socket_of_other, PERIOD)
-    for teller, hearer in [(own, other), (other, own)] * 5:  # from then on nothing is acknowledged at once
+    for teller, hearer in [(own, other), (other, own)] * 5:  # from then on nothing is acknowledged immediately
         teller.send({"doing": "loading"})
         assert hearer.received() == [{"doing": "loading"}]
     own.send({"doing": "a"})

@@ -1,4 +1,4 @@
-"""Weights for kernels: in panels, packed once into a file that is read from then on."""
+"""Weights for kernels: in panels, packed once into a file that later processes read."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.memory.frame_placement import ALIGNMENT
 
 ISA = ISAS["x86-64-v4"]
-SHAPE = (530, 500)  # a megabyte, and the last panel not full
+SHAPE = (530, 500)  # a megabyte, and the last panel is not full
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -42,7 +42,7 @@ def test_element_n_k_lies_where_panels_say(columns: int, transposed: bool) -> No
     n, k = np.indices(matrix.shape)
     np.testing.assert_array_equal(flat[((n // 48) * 5 + k) * 48 + n % 48], matrix)
     assert flat.size == layout.elements([*map(_size, matrix.T.shape if transposed else matrix.shape)]).constant
-    assert flat.sum() == matrix.sum()  # what fills the last panel up is zero
+    assert flat.sum() == matrix.sum()  # the padding of the last panel is zero
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -60,7 +60,7 @@ def test_bytes_by_twos_lie_without_gaps(rows: int, bytes: int, transposed: bool)
 
 @needs_tvm
 def test_kernels_lay_a_computed_matrix_out_as_a_weight_is() -> None:
-    """Of rows and depths that fill no panel and no step; what lies around the matrix comes nowhere."""
+    """For numbers of rows and depths that fill no panel and no step; memory around the matrix is not copied."""
     from treadle.backends.tvm.kernels.calling import bind
     from treadle.backends.tvm.kernels.matmul import Pack
     from treadle.backends.tvm.kernels.narrow.packing import PackBlocks, PackPairs, PackQuads
@@ -99,7 +99,7 @@ def test_blocks_that_are_laid_out_in_parts_lie_as_all_at_once(rows: int, monkeyp
 
 
 def test_a_file_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it becomes shorter while it is read, the panels are packed again."""
+    """If it becomes shorter while it is read, the panels are packed again."""
     graph, weights = linear_graph(), mapped_weights(tmp_path)
     right = packed(graph, weights, tmp_path / "cache").copy()
     monkeypatch.setattr(panel_memory, "_PART", 200_000)
@@ -122,7 +122,7 @@ def test_weights_of_a_file_are_packed_once(tmp_path: Path, monkeypatch: pytest.M
     first = packed(graph, weights, tmp_path / "cache")
     np.testing.assert_array_equal(first, pack(np.asarray(weights["w"]), panels(panel_width(SHAPE[0], ISA))))
     (file,) = (tmp_path / "cache").iterdir()
-    monkeypatch.setattr(weight_packing, "_fill", None)  # which would be called to pack
+    monkeypatch.setattr(weight_packing, "_fill", None)  # would be called to pack
     monkeypatch.setattr(panel_memory, "_held", WeakValueDictionary())
     second = packed(graph, weights, tmp_path / "cache")
     assert [f.name for f in (tmp_path / "cache").iterdir()] == [file.name]
@@ -136,7 +136,7 @@ def test_a_set_of_panels_lies_once_in_a_process(tmp_path: Path) -> None:
     first, second = (packed(graph, weights, tmp_path / "cache") for _ in range(2))
     assert np.shares_memory(first, second)
     del first, second
-    assert not panel_memory._held  # which keeps nothing alive
+    assert not panel_memory._held  # which keeps no reference
     third = packed(graph, weights, tmp_path / "cache")
     np.testing.assert_array_equal(third, pack(np.asarray(weights["w"]), panels(panel_width(SHAPE[0], ISA))))
 
@@ -153,7 +153,7 @@ def test_another_content_is_another_file(tmp_path: Path) -> None:
 def test_a_file_of_another_length_is_packed_again(tmp_path: Path) -> None:
     graph = linear_graph()
     weights = mapped_weights(tmp_path)
-    right = packed(graph, weights, tmp_path / "cache").copy()  # what it copies is let go
+    right = packed(graph, weights, tmp_path / "cache").copy()  # the copied array is released
     (file,) = (tmp_path / "cache").iterdir()
     file.write_bytes(file.read_bytes()[:-64])
     np.testing.assert_array_equal(packed(graph, weights, tmp_path / "cache"), right)
@@ -206,7 +206,7 @@ def test_a_turned_view_of_a_file_is_packed_once(tmp_path: Path, monkeypatch: pyt
     graph = linear_graph()
     first = packed(graph, turned, tmp_path / "cache")
     np.testing.assert_array_equal(first, pack(np.asarray(turned["w"]), panels(panel_width(SHAPE[0], ISA))))
-    monkeypatch.setattr(weight_packing, "_fill", None)  # which would be called to pack
+    monkeypatch.setattr(weight_packing, "_fill", None)  # would be called to pack
     monkeypatch.setattr(panel_memory, "_held", WeakValueDictionary())
     np.testing.assert_array_equal(packed(graph, turned, tmp_path / "cache"), first)
 
@@ -244,7 +244,7 @@ def _size(n: int) -> Any:
 
 
 def linear_graph() -> Graph:
-    """A product with one weight, as the passes of the backend leave it."""
+    """Return a product with one weight, after the backend's passes."""
     b = Builder(Graph("one"))
     x, w = b.input("x", f"f32[N, {SHAPE[1]}]"), b.parameter("w", f"f32[{SHAPE[0]}, {SHAPE[1]}]")
     b.outputs(y=b.linear(x, w))
@@ -264,7 +264,7 @@ def packed(graph: Graph, weights: dict[str, Any], folder: Path) -> np.ndarray[An
 
 @needs_tvm
 def test_windows_that_do_not_overlap_read_a_weight_that_is_packed_once() -> None:
-    """A run has no copy of it: what it needs is smaller."""
+    """A run has no copy of it, so it needs less memory."""
     b, target = Builder(Graph("patches")), Target("cpu")
     weight = b.parameter("weight", "f32[64, 3, 16, 16]")
     b.outputs(y=b.exp(b.conv(b.input("x", "f32[B, 3, 32, 32]"), weight, None, strides=(16, 16))))

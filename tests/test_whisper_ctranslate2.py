@@ -1,4 +1,6 @@
-"""Whisper from a folder in CTranslate2's layout: it is found by its files, and computes what the same weights do."""
+"""Whisper from a folder in CTranslate2's layout: it is found by its files, and computes the same as the original
+weights.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ WEIGHTS = initial_weights(whisper.configure(**SMALL).graph())
 
 
 def attention(place: str, ours: str, first: str, second: str) -> Iterator[tuple[str, Array]]:
-    """An attention's two or three matrices: keys have no bias of ours, so theirs is zero."""
+    """Yield an attention's two or three matrices: our keys have no bias, so theirs is zero."""
     bias = {f"{ours}.{n}.bias": WEIGHTS.get(f"{ours}.{n}.bias", np.zeros(SMALL["dim"], np.float32)) for n in "qkv"}
     for name, parts in (("linear_0", first), ("linear_1", second)):
         if parts:
@@ -52,7 +54,7 @@ def norm(place: str, ours: str) -> Iterator[tuple[str, Array]]:
 
 
 def converted() -> Iterator[tuple[str, Array]]:
-    """The weights and options as CTranslate2's converter writes them."""
+    """Yield the weights and options as CTranslate2's converter writes them."""
     yield "encoder/num_heads", np.array(SMALL["heads"], "<i2")
     for name, value in OPTIONS.items():
         yield f"decoder/{name}", np.array(value, "i1")
@@ -76,7 +78,7 @@ def converted() -> Iterator[tuple[str, Array]]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder as faster-whisper has it: model.bin, and a config.json that says nothing of the model."""
+    """Write a folder as faster-whisper has it: model.bin, and a config.json without the model's options."""
     made = tmp_path / "whisper-small"
     made.mkdir()
     (made / "model.bin").write_bytes(model(*(variable(name, array) for name, array in converted())))
@@ -117,18 +119,18 @@ def test_the_command_line_takes_it(folder: Path, tmp_path: Path) -> None:
 
 def test_another_architecture_is_refused(folder: Path) -> None:
     (folder / "model.bin").write_bytes(model(variable("a", np.zeros(3, "<f4")), specification="TransformerSpec"))
-    with pytest.raises(CheckpointError, match="the file holds no Whisper") as caught:
+    with pytest.raises(CheckpointError, match="the file does not hold Whisper") as caught:
         treadle.compile(folder)
     error = caught.value
     assert (error.received, error.within) == ("TransformerSpec", str(folder / "model.bin"))
     assert "WhisperSpec" in (error.hint or "")
     refused = CliRunner().invoke(app, ["inspect", str(folder)])
     assert refused.exit_code == 2
-    assert "the file holds no Whisper" in refused.output
+    assert "the file does not hold Whisper" in refused.output
 
 
 def test_quantized_weights_are_refused(folder: Path) -> None:
-    """int8 weights stand beside scales, which nothing here applies: they are no weights by themselves."""
+    """int8 weights are stored with scales, which nothing here applies: they are not usable alone."""
     held = dict(converted())
     name = "encoder/layer_0/ffn/linear_0/weight"
     held[name] = np.zeros(held[name].shape, "i1")
@@ -140,11 +142,11 @@ def test_quantized_weights_are_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "array", "what"),
     [
-        ("decoder/activation", np.array(0, "i1"), "decoder/activation is not 3, as Whisper's is"),
-        ("decoder/pre_norm", np.array(0, "i1"), "decoder/pre_norm is not 1, as Whisper's is"),
-        ("decoder/scale_embeddings", np.array(1, "i1"), "decoder/scale_embeddings is not 0, as Whisper's is"),
-        ("decoder/alibi", np.array(1, "i1"), "decoder/alibi is not 0, as Whisper's is"),
-        ("decoder/start_from_zero_embedding", np.array(1, "i1"), "decoder/start_from_zero_embedding is not 0"),
+        ("decoder/activation", np.array(0, "i1"), "decoder/activation must be 3, as in Whisper"),
+        ("decoder/pre_norm", np.array(0, "i1"), "decoder/pre_norm must be 1, as in Whisper"),
+        ("decoder/scale_embeddings", np.array(1, "i1"), "decoder/scale_embeddings must be 0, as in Whisper"),
+        ("decoder/alibi", np.array(1, "i1"), "decoder/alibi must be 0, as in Whisper"),
+        ("decoder/start_from_zero_embedding", np.array(1, "i1"), "decoder/start_from_zero_embedding must be 0"),
         ("decoder/alibi", np.array([0], "i1"), "decoder/alibi must be one integer"),
         ("decoder/alibi", np.array(0, "<f4"), "decoder/alibi must be one integer"),
         ("encoder/num_heads", np.array(0, "<i2"), "encoder/num_heads must be positive"),
@@ -154,7 +156,7 @@ def test_quantized_weights_are_refused(folder: Path) -> None:
         (
             "encoder/conv1/weight",
             np.zeros((12, 128, 3), "<f4"),
-            "the spectrogram has 128 bands, where 80 are supported",
+            "the spectrogram has 128 bands, but 80 are supported",
         ),
         ("encoder/position_encodings/encodings", np.zeros((0, 12), "<f4"), "encodings must have 2 dimensions"),
         ("decoder/position_encodings/encodings", np.zeros(12, "<f4"), "encodings must have 2 dimensions"),

@@ -1,4 +1,4 @@
-"""Whisper tiny.en on a recording: with the transcript as the decoder's past, it gives the transcript as the argmax."""
+"""Whisper tiny.en on a recording: given the transcript so far, the decoder predicts its next token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Widening bf16 and f16 to f32: the same numbers to the narrow dtype's rounding, on backends that lack the dtype."""
+"""Widening bf16 and f16 to f32: the same numbers up to the narrow dtype's rounding, on backends without the dtype."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from treadle.ir.verifier import verify
 
 
 def narrow_model(dtype: str) -> Graph:
-    """Weights, constants and results of the dtype, and f32 beside it."""
+    """Return a model with weights, constants and results of the dtype, and f32 in addition."""
 
     def build(b: Builder) -> Expr:
         x = b.input("x", f"{dtype}[B, 8]")
@@ -50,7 +50,7 @@ def test_narrow_values_are_computed_in_f32_where_the_caller_asks(backend: str, d
     assert [str(p.dtype) for p in (*exe.inputs, *exe.outputs)] == ["f32", "f32"]
     assert dtype not in str(exe.optimized.source) + str(exe.graph)
     x = Literal.of(np.random.default_rng(4).standard_normal((3, 8)), DTYPES[dtype]).array
-    (expected,) = interpret(graph, {"x": x}, weights, float64=True).values()  # the meaning of the narrow model
+    (expected,) = interpret(graph, {"x": x}, weights, float64=True).values()  # the narrow model's meaning
     np.testing.assert_allclose(next(iter(exe(x=np.float32(x)).values())), expected, rtol=1e-5, atol=1e-6)
 
 

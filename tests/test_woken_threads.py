@@ -1,4 +1,6 @@
-"""The other threads of a run that follows a pause begin apart from the calling one, and are free again after it."""
+"""The other threads of a run that follows a pause start on other cores than the calling one, and are unrestricted
+afterwards.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,12 @@ from tests.backend_checks import needs_tvm
 from treadle.backends.tvm.kernels import woken_threads
 from treadle.backends.tvm.kernels.woken_threads import ASLEEP, WokenThreads, thread_numbers
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux alone is told where threads begin")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux can set the cores of a thread")
 
 
 @pytest.fixture
 def number() -> Iterator[int]:
-    """A thread that waits."""
+    """Start a waiting thread and return its number."""
     told: list[int] = []
     end = threading.Event()
     thread = threading.Thread(target=lambda: (told.append(threading.get_native_id()), end.wait()))
@@ -36,7 +38,7 @@ def number() -> Iterator[int]:
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, set[int]]]:
-    """What is told to threads, on a machine of three cores of which the calling thread is on the first."""
+    """Record the cores set for threads, on a machine of three cores with the calling thread on the first."""
     said: list[tuple[int, set[int]]] = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda number: {0, 1, 2})
     monkeypatch.setattr(os, "sched_setaffinity", lambda number, cores: said.append((number, set(cores))))
@@ -73,7 +75,7 @@ def test_those_that_have_not_slept_are_told_nothing(said: list[Any], monkeypatch
         pass
     assert said
     said.clear()
-    monkeypatch.setattr(woken_threads, "ASLEEP", 60.0)  # this machine may be busy
+    monkeypatch.setattr(woken_threads, "ASLEEP", 60.0)  # the machine may be busy
     with threads.apart():
         assert said == []
     assert said == []
@@ -119,7 +121,7 @@ def test_a_model_on_two_threads_runs_so(monkeypatch: pytest.MonkeyPatch) -> None
     x = np.ones((64, 256), np.float32)
     made: list[Any] = []
 
-    def run() -> None:  # in a thread of its own, which has a pool of its own
+    def run() -> None:  # in a thread with a pool of its own
         for threads in (1, 2):
             model = t.compile(doubled, backend="tvm", target=t.Target("cpu", threads=threads))
             for _ in range(2):

@@ -1,4 +1,4 @@
-"""Plans that cannot be and plans that are wrong: refused where they are made, found by the checker and by the lab."""
+"""Impossible plans and wrong plans: refused when they are built, found by the checker and by the lab."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from treadle.runtime.sharding_lab import run_lab
 from treadle.sharding import shard_model, try_in_lab
 
 EXACT = 1e-7
-"""What a wrong plan is off by at least; numbers of weights are near 0.05."""
+"""The least error of a wrong plan; numbers of weights are near 0.05."""
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
@@ -36,7 +36,7 @@ EXACT = 1e-7
     [
         ({}, "nothing says how to split"),
         ({"recipe": "zero"}, "unknown recipe 'zero'"),
-        ({"recipe": "dp"}, "recipe dp splits over a mesh axis dp, which the mesh has not"),
+        ({"recipe": "dp"}, "recipe dp splits over a mesh axis dp, which the mesh does not have"),
         ({"axes": {"experts": "tp"}}, "gpt2 has no axis 'experts' to split"),
         ({"axes": {"heads": "ep"}}, "the mesh tp=2 has no axis 'ep'"),
         ({"axes": {"wte.bias[0]": "tp"}}, "no axis 'wte.bias"),
@@ -79,7 +79,7 @@ def test_the_checker_and_the_lab_each_find_a_wrong_collective(name: str) -> None
             try:
                 far = apart("gpt2", bad)
             except TreadleError:
-                continue  # ranks that do not meet, or parts that do not fit
+                continue  # ranks that do not communicate, or parts that do not fit
             assert far > EXACT
     assert found
 
@@ -87,8 +87,8 @@ def test_the_checker_and_the_lab_each_find_a_wrong_collective(name: str) -> None
 @pytest.mark.parametrize(
     ("at", "changed", "told"),
     [
-        (1, "reads", r"the plan has no linear in \[tp, -\]"),
-        (0, "gives", "linear: linear does not lie as planned"),
+        (1, "reads", r"the plan has no copy of linear with placement \[tp, -\]"),
+        (0, "gives", "linear: linear does not have its planned type"),
     ],
 )
 def test_a_program_is_not_made_by_a_plan_that_does_not_fit(at: int, changed: str, told: str) -> None:
@@ -101,7 +101,7 @@ def test_a_program_is_not_made_by_a_plan_that_does_not_fit(at: int, changed: str
 
 
 def test_factors_that_are_not_split_as_values_lie_are_refused() -> None:
-    """Programs of ranks are made by them: a look-up in a part of a table as if it were whole gives other rows."""
+    """Programs of ranks are built from them: a look-up in a part of a table as if it were whole gives other rows."""
     plan = shard(recognized("gpt2"), "tp=2,dp=2", recipe="megatron")
     main = len(plan.functions) - 1
     split = [i for i, node in enumerate(plan.main.nodes) if node.shares]
@@ -110,11 +110,13 @@ def test_factors_that_are_not_split_as_values_lie_are_refused() -> None:
         shares = plan.main.nodes[at].shares
         beside = {name: replace(share, over=plan.mesh.parts_of("dp tp")) for name, share in shares.items()}
         for other in ({}, beside, {**shares, "nothing": next(iter(shares.values()))}):
-            with pytest.raises(PassError, match=r"rank \d+ works on|a factor that nothing of it has"):
+            with pytest.raises(
+                PassError, match=r"rank \d+ works on|a factor that none of its operands and results has"
+            ):
                 check_sharding(changed_node(plan, main, at, shares=other))
     whole = [i for i, node in enumerate(plan.main.nodes) if node.callee is not None]
     shares = plan.main.nodes[split[0]].shares
-    with pytest.raises(PassError, match="has no factors of its own"):
+    with pytest.raises(PassError, match="must not split factors itself"):
         check_sharding(changed_node(plan, main, whole[0], shares=shares))
 
 
@@ -124,7 +126,10 @@ def test_weights_that_are_stored_in_another_way_than_they_are_taken_are_refused(
     turned = {**plan.weights, name: parse_placement("[-, tp]", plan.mesh)}
     missing = {n: placed for n, placed in plan.weights.items() if n != name}
     for weights in (turned, missing, {**plan.weights, "other": plan.weights[name]}):
-        with pytest.raises(PassError, match=r"weight (h\.0\.attn\.q\.weight|other) is not stored as it is taken"):
+        with pytest.raises(
+            PassError,
+            match=r"weight (h\.0\.attn\.q\.weight|other) is not stored in the placement in which main takes it",
+        ):
             check_sharding(replace(plan, weights=weights))
 
 
@@ -174,9 +179,9 @@ def test_ranks_that_do_not_meet_are_told_and_nobody_waits(other: dict[str, Any],
 @pytest.mark.parametrize(
     ("mesh", "axes", "sizes", "what"),
     [
-        (2, None, None, "a mesh is a text or a Mesh"),
-        ({"tp": 2}, None, None, "a mesh is a text or a Mesh"),
-        ("tp=2", "heads=tp", None, "axes are a mapping"),
+        (2, None, None, "mesh must be a string or a Mesh"),
+        ({"tp": 2}, None, None, "mesh must be a string or a Mesh"),
+        ("tp=2", "heads=tp", None, "axes must be a mapping"),
         ("tp=0", None, None, "a mesh has 1 to 131,072 ranks"),
         ("tp=2,tp=2", None, None, "the mesh has two axes tp"),
         ("tp=13", {"heads": "tp"}, None, "heads: 12 cannot be split over tp"),

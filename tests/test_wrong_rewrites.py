@@ -1,4 +1,4 @@
-"""Wrong rewrites and wrong passes are undone where a certificate is asked for, and the right ones stay."""
+"""Wrong rewrites and wrong passes are undone if certificates are enabled, and the right ones stay."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from treadle.passes.pipelines import DEFAULT
 
 
 def guarded(p: Any, x: Any) -> Any:
-    """softmax that gives zeros where a row is -inf throughout"""
+    """Return softmax that gives zeros where a row is -inf throughout."""
     peak = p.reduce_max(x, axes=(-1,), keep=True)
     weights = p.exp(x - p.where(peak > -math.inf, peak, 0))
     total = p.reduce_sum(weights, axes=(-1,), keep=True)
@@ -53,7 +53,7 @@ GUARDED = [
 
 @dataclass(frozen=True)
 class Wrong:
-    """A rewrite that is wrong, a program on which it is, and a part of what its certificate says."""
+    """A wrong rewrite, a program on which it is wrong, and a part of its certificate's text."""
 
     name: str
     find: Callable[..., Any]
@@ -84,7 +84,7 @@ WRONG = [
         lambda p, x, y: p.where(y, x, -math.inf),
         lambda b, m: b.where(m.y, m.x, math.inf),
         ["a = where(k, x, -inf)", "return y = a"],
-        "a number past 1e30 has become another",
+        "a number past 1e30 has changed",
         "x: f32[B, S, 768], k: bool[B, S, 768]",
     ),
     Wrong(
@@ -92,7 +92,7 @@ WRONG = [
         lambda p, x, y: p.where(y, x, -math.inf),
         lambda b, m: b.where(m.y, m.x, -1e9),
         ["a = where(k, x, -inf)", "return y = a"],
-        "a number past 1e30 has become another",
+        "a number past 1e30 has changed",
         "x: f32[B, S, 768], k: bool[B, S, 768]",
     ),
     Wrong(
@@ -121,7 +121,7 @@ WRONG = [
         lambda p, x, y: p.less(x, y),
         lambda b, m: m.x <= m.y,
         ["a = less(x, 2)", "return y = a"],
-        said="results are others",
+        said="results are different",
         takes="x: i64[B, S]",
         gives="y: bool[B, S]",
     ),
@@ -138,7 +138,7 @@ WRONG = [
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.name)
 def test_a_wrong_rewrite_is_undone_and_the_right_ones_stay(wrong: Wrong) -> None:
-    """Beside it in one set is a rewrite that is right."""
+    """The same set also contains a right rewrite."""
 
     @dataclass(frozen=True)
     class Both(RewriteSet):
@@ -160,7 +160,7 @@ def test_a_wrong_rewrite_is_undone_and_the_right_ones_stay(wrong: Wrong) -> None
 
 
 def test_a_replacement_that_cannot_run_is_undone() -> None:
-    """It has the type of what it replaces, but only for rows of eight or more."""
+    """It has the type of the value it replaces, but only for eight or more rows."""
 
     def put(b: Builder, m: Match) -> Any:
         return b.pad(b.slice(m.x, axis=0, start=8, stop="B"), axis=0, before=8, after=0, value=0.0) + m.x * 0.0
@@ -181,7 +181,7 @@ def attention(keep: Callable[[Builder], Any]) -> Graph:
 
 @dataclass(frozen=True)
 class BlindlyCausal(Rewrite):
-    """Whatever the mask is, it is taken to be the triangle."""
+    """A rewrite that assumes the triangle for every mask."""
 
     def pattern(self, p: Any, q: Any, k: Any, v: Any, mask: Any, t: Any) -> Any:
         return p.softmax(p.where(mask, q @ p.rearrange(k, pattern=t) * 0.5, -math.inf)) @ v
@@ -193,7 +193,7 @@ class BlindlyCausal(Rewrite):
 
 
 def test_what_stands_above_a_match_counts_where_a_side_no_longer_reads_it() -> None:
-    """The mask is free at first, and no triangle then; followed up to its positions, it is one, or is off by one."""
+    """The mask is a free value at first; followed up to its positions, it is a triangle, or is off by one."""
     right = certified(attention(lambda b: triangle(b)), BlindlyCausal())
     assert [e.rule for e in right.log[0].matches] == ["blindly-causal"]
     assert certificates(right)[0].cases >= 6
@@ -230,7 +230,7 @@ class SwapsSums(Pass):
 
 @dataclass(frozen=True)
 class NegatesAnOutput(Pass):
-    """The first output is replaced by minus itself."""
+    """Replace the first output by its negative."""
 
     def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
         name, value = next(iter(function.outputs.items()))
@@ -321,7 +321,7 @@ def test_a_right_pass_is_certified_and_stays() -> None:
 
 
 def test_only_what_is_wrong_of_a_pass_is_undone() -> None:
-    """abs(-x) is abs(x), so what only abs reads may go; where -x is added to something, it may not."""
+    """abs(-x) is abs(x), so a value that only abs reads may be dropped; if -x is added to something, it may not."""
     optimized = certified(MIXED, ForgetsOneOp())
     assert sorted(n.op.name for n in optimized.graph.main.nodes) == ["abs", "abs", "add", "neg", "sub"]
     assert_same_numbers(optimized.source, optimized.graph)
@@ -331,7 +331,7 @@ def test_only_what_is_wrong_of_a_pass_is_undone() -> None:
 
 
 def test_a_pass_that_cannot_be_undone_in_part_is_undone_as_a_whole() -> None:
-    """It has dropped an argument that what was before may read."""
+    """It has dropped an argument that the former value may read."""
 
     @dataclass(frozen=True)
     class DropsAWeight(ForgetsOneOp):
@@ -346,7 +346,7 @@ def test_a_pass_that_cannot_be_undone_in_part_is_undone_as_a_whole() -> None:
     optimized = certified(graph, DropsAWeight())
     (record,) = optimized.log
     assert optimized.graph == graph
-    assert record.notes == ["all that this pass did was rolled back"]
+    assert record.notes == ["all changes of this pass were rolled back"]
     assert (record.changes, record.after) == (0, record.before)
 
 
@@ -366,7 +366,7 @@ def test_compilation_goes_on_without_the_pass_that_failed() -> None:
 
 
 def _two_masks(fill: float, dtype: str) -> Graph:
-    """softmax(where(rows, where(causal, q k, fill), fill)) v, with the rows' mask from outside."""
+    """softmax(where(rows, where(causal, q k, fill), fill)) v, with the rows' mask as an input"""
     b = Builder(Graph("g"))
     q, k, v = (x.cast(dtype) for x in q_k_v(b))
     scores = b.where(triangle(b), q @ swapped(b, k), b.constant(fill, q.dtype))
@@ -375,7 +375,7 @@ def _two_masks(fill: float, dtype: str) -> Graph:
 
 
 def _added_for_filled() -> Planted:
-    """A fill over a fill as two addends: a key that both mask is then further down than one that one masks."""
+    """A fill over a fill as two addends: a key that both mask is then lower than a key that one masks."""
 
     def put(b: Builder, m: Match) -> Any:
         x = m.x + b.where(m.y, b.constant(0, m.x.dtype), b.constant(m.inner, m.x.dtype))
@@ -400,7 +400,7 @@ def test_a_fill_is_no_addend_where_another_fill_masks(fill: float, dtype: str) -
 
 
 def test_what_overflows_in_its_own_dtype_is_seen() -> None:
-    """Float32's least number for all keys of a row leaves an average, and twice that number in float64 as well."""
+    """Float32's lowest number for all keys of a row leaves an average, and twice that number in float64 as well."""
     b = Builder(Graph("g"))
     x, row = b.input("x", "f32[B, S, S]"), b.input("row", "bool[B, S, 1]")
     b.outputs(y=b.softmax(b.where(row, x @ x, LOW)))

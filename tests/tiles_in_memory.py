@@ -1,8 +1,8 @@
-"""A matrix unit in memory: what stands in for AMX's tiles where a machine has none.
+"""A matrix unit in memory: a stand-in for AMX's tiles on machines without one.
 
-`stand_in(monkeypatch)` gives an instruction set whose kernels keep their eight tiles in an array, and do with them what
-Intel's manual says of each instruction, rows and bytes of a tile as they were configured. It tests what kernels do with
-tiles, on one thread, and not the processor.
+`stand_in(monkeypatch)` gives an instruction set whose kernels keep their eight tiles in an array, and execute each
+instruction on them as in Intel's manual, with the configured rows and bytes of a tile. It tests the kernels' use of
+tiles, on one thread, and not the CPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TILE = tiles.ROWS * tiles.ROW_BYTES
 
 @dataclass(frozen=True)
 class InMemory(Isa):
-    """An instruction set with AVX-512 and VNNI, as which tiles are read and written in memory."""
+    """An instruction set with AVX-512 and VNNI, whose tiles are read and written in memory."""
 
     @property
     def multiplies_tiles(self) -> bool:
@@ -32,7 +32,7 @@ class InMemory(Isa):
 
 
 class _Tiles:
-    """The words of `tiles`, as LLVM's text."""
+    """The variables for `tiles`, as LLVM's text."""
 
     def __init__(self) -> None:
         self.shapes: Sequence[tuple[int, int]] = tiles.FULL
@@ -76,15 +76,15 @@ class _Tiles:
         _call(k, f"multiply_{'signed' if signed else 'unsigned'}_{sums}_{left}_{right}", "", body)
 
     def multiply(self, k: Any, sums: int, left: int, right: int) -> None:
-        """Of each sum one pair after the other, in float32."""
+        """Add one pair after the other to each sum, in float32."""
         body = _added("float", [*_pairs()], "%t1", (sums, left, right), tiles.ROWS, tiles.ROWS)
         _call(k, f"multiply_bf16_{sums}_{left}_{right}", "", body)
 
 
 def _added(element: str, steps: Sequence[str], total: str, of: tuple[int, int, int], rows: int, words: int) -> str:
-    """sums += left right, of three tiles: each word of a row of `left` times the row of `right` at its place.
+    """Return sums += left right, of three tiles: each word of a row of `left` times the row of `right` at its place.
 
-    steps  what is done with a word in every lane, %x, a row %y, and the sums so far, %s; `total` is what they make
+    steps  the operations on a word in every lane, %x, a row %y, and the sums so far, %s; their result is `total`
     """
     sums, left, right = of
     vector = f"<16 x {element}>"
@@ -123,7 +123,7 @@ done:"""
 
 
 def _fours(signed: bool) -> Iterator[str]:
-    """Four products of bytes, those of `right` signed, in 32 bits."""
+    """Yield four products of bytes, those of `right` signed, in 32 bits."""
     for b in range(4):
         yield f"%u{b} = shl <16 x i32> %x, splat (i32 {24 - 8 * b})"
         yield f"%v{b} = {'ashr' if signed else 'lshr'} <16 x i32> %u{b}, splat (i32 24)"
@@ -134,7 +134,7 @@ def _fours(signed: bool) -> Iterator[str]:
 
 
 def _pairs() -> Iterator[str]:
-    """Two products of bf16 numbers, one after the other, in float32."""
+    """Yield two products of bf16 numbers, one after the other, in float32."""
     for b, upper in enumerate(("shl <16 x i32> {}, splat (i32 16)", "and <16 x i32> {}, splat (i32 -65536)")):
         yield f"%u{b} = {upper.format('%x')}"
         yield f"%w{b} = {upper.format('%y')}"
@@ -145,7 +145,7 @@ def _pairs() -> Iterator[str]:
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Isa:
-    """An instruction set whose tiles are in memory, for one test."""
+    """Return an instruction set whose tiles are in memory, for one test."""
     base, made = ISAS["x86-64-v4-bf16"], _Tiles()
     for name in ("configure", "release", "clear", "load", "store", "multiply", "multiply_bytes"):
         monkeypatch.setattr(tiles, name, getattr(made, name))
@@ -171,7 +171,7 @@ def _copies(tile: int, rows: int, length: int, way: str) -> str:
 
 
 def _call(k: Any, name: str, taken: str, body: str, *operands: Any) -> None:
-    """A statement that calls a function of LLVM's text."""
+    """Emit a statement that calls a function of LLVM's text."""
     held = f"@tiles_in_memory = internal thread_local global [{8 * _TILE} x i8] zeroinitializer, align 64"
     k.imported.setdefault("tiles", held)
     for declared in ("memset.p0.i64(ptr, i8, i64, i1)", "memcpy.p0.p0.i64(ptr, ptr, i64, i1)"):

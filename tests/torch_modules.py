@@ -1,4 +1,4 @@
-"""Modules for tests of `from_torch`, and holding an import of one against torch's own numbers.
+"""Modules for tests of `from_torch`, and a comparison of an import with torch's own numbers.
 
 Float32 through a few layers on two implementations: both round at 2^-24 an operation, over sums of tens of terms, so
 2e-5 of the largest output is far above rounding and far below any mistake.
@@ -23,15 +23,15 @@ BACKENDS = ("numpy", "torch")
 
 
 def leaves(result: Any) -> list[Any]:
-    """The tensors of a module's result, in order."""
+    """Return the tensors of a module's result, in order."""
     from torch.utils import _pytree as pytree
 
     return [x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
 
 
 def assert_equal(model: TorchModel, module: Any, *examples: Any) -> treadle.Compiled:
-    """Hold an imported module against itself in torch, on every backend. Returns it compiled."""
-    # Of the same passes on the same graph, one certificate will do.
+    """Compare an imported module with itself in torch, on every backend. Returns it compiled."""
+    # For the same passes on the same graph, one certificate is enough.
     executables = [
         treadle.compile(model, backend=name, certify=None if name == "numpy" else False) for name in BACKENDS
     ]
@@ -51,7 +51,7 @@ def assert_equal(model: TorchModel, module: Any, *examples: Any) -> treadle.Comp
 
 
 def drawn(module: Any) -> Any:
-    """Every weight drawn anew, norms and biases too, so that two of them in each other's place would show."""
+    """Draw every weight again, norms and biases too, so that exchanged weights would show."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in module.named_parameters():

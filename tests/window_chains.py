@@ -1,6 +1,6 @@
 """Random chains of convolutions and poolings of axes whose sizes vary, as ONNX models and as PyTorch modules.
 
-The same seed gives the same chain. What a chain computes is compared with ONNX Runtime and PyTorch at several sizes.
+The same seed gives the same chain. A chain's results are compared with ONNX Runtime's and PyTorch's at several sizes.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ NEAR = 1e-4
 
 
 def drawn_sizes(r: Random, rank: int) -> Iterator[tuple[int, ...]]:
-    """Shapes of inputs, of which the last are small."""
+    """Draw shapes of inputs, of which the last are small."""
     for least, most in ((24, 60), (24, 60), (12, 40), (8, 20), (3, 12)):
         yield r.randint(1, 3), CHANNELS, *[r.randint(least, most) for _ in range(rank)]
 
 
 def onnx_chain(seed: int) -> Any:
-    """A model of up to four convolutions and poolings, and a Resize or what reads the length of an axis."""
+    """Return a model of up to four convolutions and poolings, and a Resize or an op that reads an axis's length."""
     from onnx import TensorProto, helper
 
     r, rng = Random(seed), np.random.default_rng(seed)
@@ -65,7 +65,7 @@ def onnx_chain(seed: int) -> Any:
 
 
 def torch_chain(seed: int) -> tuple[Any, int]:
-    """A module of up to four convolutions and poolings and one of several ends, and how many axes they slide over."""
+    """Return a module of up to four convolutions and poolings and an end, and the number of axes they slide over."""
     import torch
     from torch import nn
 
@@ -77,7 +77,7 @@ def torch_chain(seed: int) -> tuple[Any, int]:
         kernel, stride = r.randint(1, 4), r.randint(1, 3)
         kind = r.choice(["Conv", "Conv", "Conv", "AvgPool", "MaxPool", "ConstantPad"])
         if kind == "MaxPool" and rank == 1:
-            kind = "AvgPool"  # torch.export fixes the size of what MaxPool1d reads
+            kind = "AvgPool"  # torch.export fixes the size of MaxPool1d's input
         cls, pad = getattr(nn, f"{kind}{rank}d"), r.randint(0, kernel // 2)
         if kind == "ConstantPad":
             layers.append(cls(pad, 0.5))
@@ -137,7 +137,7 @@ def torch_verdict(seed: int) -> str:
     try:
         run(example.numpy())
     except RuntimeError:
-        return "equal"  # no output is as small
+        return "equal"  # smaller than any output
     dynamic = {"x": {0: "B", **{n + 2: name for n, name in enumerate(SYMBOLS[:rank])}}}
     try:
         made = treadle.compile(treadle.from_torch(module, (example,), dynamic=dynamic))
@@ -147,7 +147,7 @@ def torch_verdict(seed: int) -> str:
 
 
 def _compared(made: Any, run: Any, r: Random, rank: int) -> str:
-    """Compare at several sizes, but for those that the other side refuses and those that are too small for us."""
+    """Compare at several sizes, except those that the other side refuses and those that are too small for us."""
     for shape in drawn_sizes(r, rank):
         x = np.random.default_rng(shape).normal(size=shape).astype(np.float32)
         try:

@@ -1,4 +1,4 @@
-"""Plans that are wrong in one place, to try their checker and the lab on."""
+"""Plans that are wrong in one place, for tests of their checker and the lab."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Change = Callable[[Move], Move | None]
 
 
 def without_terms(move: Move) -> Move | None:
-    """Terms are said to be combined, and nothing is done."""
+    """Partial sums are declared combined without a collective."""
     return _when(move, StepKind.ALL_REDUCE, lambda step: ())
 
 
 def along_another_axis(over: SubAxes) -> Change:
-    """Ranks meet along another mesh axis."""
+    """Ranks communicate along another mesh axis."""
     return lambda move: _when(move, StepKind.ALL_REDUCE, lambda step: (replace(step, over=over),))
 
 
 def by_another_monoid(move: Move) -> Move | None:
-    """The greatest term in place of the sum."""
+    """The greatest partial result in place of the sum."""
     if any(step.before.partial and step.before.monoid != "sum" for step in move.steps):
         return None
     return _when(move, StepKind.ALL_REDUCE, lambda step: (replace(step, before=replace(step.before, monoid="max")),))
@@ -36,22 +36,22 @@ def added_everywhere(move: Move) -> Move | None:
 
 
 def not_gathered(move: Move) -> Move | None:
-    """A part is taken for the whole."""
+    """A part is treated as the whole."""
     return _when(move, StepKind.ALL_GATHER, lambda step: ())
 
 
 def gathered_along_another_dimension(move: Move) -> Move | None:
-    """Parts of one dimension put side by side along another."""
+    """Parts of one dimension are concatenated along another."""
     return _when(move, StepKind.ALL_GATHER, lambda step: (replace(step, dim=0 if step.dim else 1),))
 
 
 def scattered_without_a_sum(move: Move) -> Move | None:
-    """Each rank keeps its part of its own term."""
+    """Each rank keeps its part of its own partial sum."""
     return _when(move, StepKind.REDUCE_SCATTER, lambda step: (replace(step, kind=StepKind.TAKE),))
 
 
 def _when(move: Move, kind: StepKind, by: Callable[[PlacementStep], tuple[PlacementStep, ...]]) -> Move | None:
-    """The move with steps in place of its first one of a kind; None where it has none."""
+    """Return the move with steps in place of its first one of a kind; None if it has none."""
     at = next((i for i, step in enumerate(move.steps) if step.kind is kind), None)
     if at is None:
         return None
@@ -60,7 +60,7 @@ def _when(move: Move, kind: StepKind, by: Callable[[PlacementStep], tuple[Placem
 
 
 def wrong_plans(plan: ShardingPlan, change: Change) -> Iterator[ShardingPlan]:
-    """The plan once for each move that a change is for, that one changed."""
+    """Yield the plan once for each move that a change applies to, with that move changed."""
     count = 0
     while True:
         made = _Rebuilding(change, count).plan(plan)
@@ -71,7 +71,7 @@ def wrong_plans(plan: ShardingPlan, change: Change) -> Iterator[ShardingPlan]:
 
 
 class _Rebuilding:
-    """A copy of a plan in which the move of a number is changed."""
+    """A copy of a plan in which the move of a given number is changed."""
 
     def __init__(self, change: Change, number: int) -> None:
         self.change, self.left, self.done = change, number, False
@@ -105,7 +105,7 @@ class _Rebuilding:
 
 
 def changed_node(plan: ShardingPlan, function: int, at: int, **changes: Any) -> ShardingPlan:
-    """A plan in which one node of a function that nothing calls is another."""
+    """Return a plan in which one node of a function without calls is replaced."""
     functions = list(plan.functions)
     nodes = list(functions[function].nodes)
     nodes[at] = replace(nodes[at], **changes)

@@ -16,10 +16,10 @@ from treadle.extras import need_packages
 from treadle.files.shown_names import printable
 from treadle.frontends.ctranslate2_file import find_ctranslate2
 from treadle.frontends.gguf_file import GGUFFile
-from treadle.frontends.huggingface import ModelFolder, open_checkpoint
+from treadle.frontends.huggingface import open_checkpoint
 from treadle.frontends.text import TextTokenizer, folder_chat_template
 from treadle.frontends.vocabularies.gguf_tokenizer import gguf_chat_template, gguf_end_tokens, gguf_text_tokenizer
-from treadle.ir.errors import CheckpointError, UsageError
+from treadle.ir.errors import UsageError
 from treadle.ir.target import Target
 from treadle.models.registry import family_of, read_gguf
 from treadle.passes.stepping.derivation import NoStep
@@ -32,6 +32,7 @@ from treadle.runtime.speculation import DraftModel, Guess, SpeculationTally, spe
 from treadle.runtime.stop_strings import StopStrings
 from treadle.runtime.token_rules import TokenRules
 from treadle.stepped import SteppedModel, open_stepped
+from treadle.tasks.generation_settings import FolderRules
 
 if TYPE_CHECKING:
     from treadle.chatting.templates import ChatTemplate
@@ -108,12 +109,20 @@ class GrowingText:
 
 @dataclass(frozen=True)
 class TextWriter:
-    """A causal language model, its tokenizer, the ids that end a text, and its chat template if it has one."""
+    """A causal language model, its tokenizer, and its chat template if it has one.
+
+    asked  what its folder asks of each token, and the ids that end a text
+    """
 
     model: SteppedModel
     tokenizer: TextTokenizer
-    end: tuple[int, ...]
+    asked: FolderRules
     template: str | None = None
+
+    @property
+    def end(self) -> tuple[int, ...]:
+        """The ids that end a text."""
+        return self.asked.end
 
     @classmethod
     def open(
@@ -138,9 +147,9 @@ class TextWriter:
         need_for_text(model)
         tokenizer, file = _read_tokenizer(place, limits)
         if file is not None:
-            end, template = gguf_end_tokens(file), gguf_chat_template(file)
+            asked, template = FolderRules(end=gguf_end_tokens(file)), gguf_chat_template(file)
         else:
-            end, template = folder_end_tokens(place), folder_chat_template(place)
+            asked, template = FolderRules.read(place), folder_chat_template(place)
         try:
             made = stepped(model, backend=backend, target=target, limits=limits, cache=cache, **config)
         except NoStep as error:
@@ -155,7 +164,7 @@ class TextWriter:
                 received=f"{made.name} takes {', '.join((*made.derived.prologue, *made.derived.tokens))}",
                 hint="an encoder-decoder model, or one with optional inputs, runs in a session of `compile`",
             )
-        return cls(made, tokenizer, end, template)
+        return cls(made, tokenizer, asked, template)
 
     def continued(
         self,
@@ -172,7 +181,7 @@ class TextWriter:
     ) -> Iterator[Piece]:
         """Continue each prompt by up to `most` tokens, to the model's end of text, or to a stop string.
 
-        rules   logits processors, which see the tokens so far
+        rules   token rules (logits processors); None: those of the folder
         stop    strings that end a text; they are not part of it
         likely  number of most likely tokens to report with each token
         guess   the guesser of speculative decoding, used for one prompt after another; `tally` counts accepted guesses
@@ -186,8 +195,8 @@ class TextWriter:
         def until(row: int, token: int) -> bool:
             return growing[row].add(token)
 
-        options: dict[str, Any] = {"most": most, "sampling": sampling, "rules": rules, "stop": self.end}
-        options |= {"until": until, "likely": likely}
+        options: dict[str, Any] = {"most": most, "sampling": sampling, "rules": rules or self.asked.rules}
+        options |= {"stop": self.end, "until": until, "likely": likely}
         if guess is None:
             tokens = generate(self._session(rows, most, min(len(rows), MOST_ROWS)), rows, **options)
         else:
@@ -203,14 +212,16 @@ class TextWriter:
         rules: TokenRules | None = None,
         special: bool = True,
     ) -> list[list[FoundText]]:
-        """Return the best continuations of each prompt that a beam search finds, best first. Raises as `continued`
-        does.
+        """Return the best continuations of each prompt that a beam search finds, best first. Rules and errors are those
+        of `continued`.
         """
         rows = self.tokens(prompts, special=special)
         session = self._session(rows, most, beams.count)
         return [
             [FoundText(self.tokenizer.text(each.tokens), each.tokens, each.score, each.ending) for each in found]
-            for found in beam_search(session, rows, most=most, beams=beams, rules=rules, stop=self.end)
+            for found in beam_search(
+                session, rows, most=most, beams=beams, rules=rules or self.asked.rules, stop=self.end
+            )
         ]
 
     def tokens(self, prompts: Sequence[str], *, special: bool = True) -> list[list[int]]:
@@ -292,21 +303,3 @@ def need_for_text(model: str | Path, *, chat: bool = False) -> None:
     """Raise FrontendError if a package is missing that text generation, or a conversation, needs with this model."""
     of_file = ["gguf"] if find_folder(model).suffix == GGUF_SUFFIX else []
     need_packages(f"text from {printable(str(model))}", "tokenizers", *of_file, *(["jinja2"] if chat else []))
-
-
-def folder_end_tokens(folder: Path) -> tuple[int, ...]:
-    """Return `eos_token_id` of generation_config.json, else of config.json: one integer or several."""
-    place = ModelFolder.find(folder)
-    for name in ("generation_config.json", "config.json"):
-        if not place.has(name):
-            continue
-        found = place.read_settings(name).get("eos_token_id")
-        if found is None:
-            continue
-        ids = found if isinstance(found, list) else [found]
-        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-            raise CheckpointError(
-                "eos_token_id must be a token id or a list of token ids", received=repr(found), within=place.show(name)
-            )
-        return tuple(ids)
-    return ()

@@ -5,10 +5,11 @@ Values are JSON, or else plain words; nothing is evaluated as Python.
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from treadle.files.shown_names import printable
 from treadle.ir.errors import Hint, TreadleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.npy_files import read_npy
+from treadle.resolving import resolve
 
 DEFAULT_SIZE = 128
 """Default size of a symbolic axis: a row of 128 tokens. A leading axis, the batch, has size 1."""
@@ -27,39 +29,21 @@ _INLINE_BYTES = 1 << 20
 _TEXT_BYTES = 256 << 20  # limit on sentences to embed
 
 
-_ARGUMENTS = frozenset(
-    {
-        "backend",
-        "certify",
-        "donate",
-        "dtype",
-        "inputs",
-        "limits",
-        "memory",
-        "model",
-        "outputs",
-        "passes",
-        "seed",
-        "sizes",
-        "target",
-    }
-    | {"weights", "widen"}
-)
-"""What `treadle.compile` takes beside the configuration."""
-
-
-def parse_config(assignments: Iterable[str], limits: Iterable[str] = ()) -> dict[str, Any]:
+def parse_config(
+    assignments: Iterable[str], limits: Iterable[str] = (), *callees: Callable[..., Any]
+) -> dict[str, Any]:
     """Parse `layers=2`, `act=t.relu`, `head=masked_lm`: JSON, a word of the DSL after `t.`, or else text.
 
-    limits  what a file may ask for: where there are any, they become the argument `limits`
+    limits   what a file may ask for: where there are any, they become the argument `limits`
+    callees  the functions that get the result as `**config` before `resolve` does
+
+    Raises UsageError, with the name as its `option`, for a name that is a parameter of one of these functions.
     """
+    taken = {name for callee in (resolve, *callees) for name in inspect.signature(callee).parameters}
     config: dict[str, Any] = {}
     for name, text in (_assignment(each, "--set layers=2") for each in assignments):
-        if name in _ARGUMENTS:
-            raise UsageError(
-                f"--set {name}= is no option of a model",
-                hint="the options of the command itself: --backend, --target, --seed, ...",
-            )
+        if name in taken:
+            raise UsageError(f"--set {name}= is no option of a model", option=name)
         config[name] = _word(text[2:]) if re.fullmatch(r"t\.\w+", text) else _json_or_text(text)
     if allowed := parse_limits(limits):
         config["limits"] = allowed

@@ -100,7 +100,7 @@ def _probabilities(
     scaled = np.multiply(q, scale, out=work.scaled)
     to = None if work.scores is None else _grouped(work.scores, groups)
     made = _product(_grouped(scaled, groups), keys_across[:, :, None], to)
-    scores = made.reshape(made.shape[0], heads, -1, keys) if work.scores is None else work.scores
+    scores = made.reshape(made.shape[0], heads, q.shape[2], keys) if work.scores is None else work.scores
     if softcap is not None:
         np.divide(scores, softcap, out=scores)
         np.tanh(scores, out=scores)

@@ -98,7 +98,7 @@ def _chunked(
     if "kept" in parts:
         np.copyto(made, x)
     flat = to if "kept" in parts else x.reshape(-1)
-    for start in range(0, flat.size, chunk):
+    for start in range(0, flat.size, max(1, chunk)):  # a chunk of no elements is one of none
         here = flat[start : start + chunk]
         some = {name: part[: len(here)] for name, part in parts.items()}
         if "kept" in some:

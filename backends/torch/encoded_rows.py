@@ -28,12 +28,13 @@ def encode_int8_rows(x: Tensor) -> Tensor:
 
 def encode_groups(x: Tensor, group: int) -> Tensor:
     """Encode f32[..., k] as u8[..., k / group * (group + 4)], as rows of `group` elements."""
-    return encode_int8_rows(x.reshape(*x.shape[:-1], -1, group)).flatten(-2)
+    return encode_int8_rows(x.reshape(*x.shape[:-1], x.shape[-1] // group, group)).flatten(-2)
 
 
 def decode_groups(held: Tensor, group: int) -> Tensor:
     """Decode groups to f32[..., k]."""
-    return decode_int8_rows(held.reshape(*held.shape[:-1], -1, group + _SCALE)).flatten(-2)
+    bytes = group + _SCALE
+    return decode_int8_rows(held.reshape(*held.shape[:-1], held.shape[-1] // bytes, bytes)).flatten(-2)
 
 
 def encode_uint8_rows(x: Tensor) -> Tensor:
@@ -75,10 +76,14 @@ def encoded_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not signed:
         zeros = x[..., _SCALE].reshape(-1, 1).to(torch.int32) - 128
         sums = sums - zeros * p.sum(dim=-1, dtype=torch.int32)
-    y = sums.float().reshape(*q.shape[:-1], -1) * (_scale(x) * t)
+    y = sums.float().reshape(*q.shape[:-1], len(p)) * (_scale(x) * t)
     return y if bias is None else y + bias
 
 
 def _scale(held: Tensor) -> Tensor:
-    """The scales of rows, f32[..., 1]."""
-    return held[..., :_SCALE].contiguous().view(torch.float32)
+    """The scales of rows, f32[..., 1].
+
+    Always a copy: PyTorch views bytes as floats if all strides and the offset are multiples of 4. `contiguous` copies
+    no single row.
+    """
+    return held[..., :_SCALE].clone(memory_format=torch.contiguous_format).view(torch.float32)

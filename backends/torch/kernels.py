@@ -98,7 +98,7 @@ def embedding(indices: Tensor, table: Tensor, out: Tensor | None = None) -> Tens
     within = _within(indices, table.shape[0])
     if out is None:
         return F.embedding(within, table)
-    torch.index_select(table, 0, within.reshape(-1), out=out.view(-1, table.shape[1]))
+    torch.index_select(table, 0, within.reshape(-1), out=out.view(within.numel(), table.shape[1]))
     return out
 
 
@@ -345,7 +345,7 @@ def t5_relative(table: Tensor, queries: int, keys: int, buckets: int, max_distan
     """[1, h, s, t]: table[bucket(j - i), h]"""
     bucket = _t5_buckets(buckets, max_distance, bidirectional, table.device)
     offsets = _offsets(queries, keys, table.device).clamp(-max_distance, max_distance) + max_distance
-    return _by_offset(table[bucket[offsets]].T, keys)
+    return _by_offset(table[bucket[offsets]].T, queries, keys)
 
 
 @lru_cache(maxsize=64)
@@ -355,14 +355,14 @@ def _t5_buckets(buckets: int, max_distance: int, bidirectional: bool, device: to
 
 def alibi(slopes: Tensor, queries: int, keys: int) -> Tensor:
     """[1, h, s, t]: slopes[h] (j - i)"""
-    return _by_offset(slopes[:, None] * _offsets(queries, keys, slopes.device).to(slopes.dtype), keys)
+    return _by_offset(slopes[:, None] * _offsets(queries, keys, slopes.device).to(slopes.dtype), queries, keys)
 
 
 def _offsets(queries: int, keys: int, device: torch.device) -> Tensor:
-    """Every j - i, ascending."""
-    return torch.arange(1 - queries, keys, device=device)
+    """Every j - i, ascending; without queries, those of one."""
+    return torch.arange(1 - max(1, queries), keys, device=device)
 
 
-def _by_offset(values: Tensor, keys: int) -> Tensor:
+def _by_offset(values: Tensor, queries: int, keys: int) -> Tensor:
     """[h, s + t - 1], a value for each j - i, as [1, h, s, t]: row i is the window that starts at s - 1 - i."""
-    return values.unfold(-1, keys, 1).flip(1)[None]
+    return values.unfold(-1, keys, 1).flip(1)[None, :, :queries]

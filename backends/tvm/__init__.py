@@ -1,1 +1,1 @@
-"""The TVM backend: lowering to kernels of our own, weights in panels, one arena."""
+"""The TVM backend: lowering to our own kernels, weights packed in panels, one arena."""

@@ -1,4 +1,4 @@
-"""The TVM backend: our own kernels. TVM generates their code and runs their loops; what is computed how is ours.
+"""The TVM backend. Treadle writes the kernels; TVM generates their machine code and runs their parallel loops.
 
 graph -> legalized graph and storage plan -> kernel program (`lowering`) -> compiled kernels (`kernels.cache`) -> tables
 of calls (`executable`). TVM is imported only when a kernel has to be compiled.
@@ -45,16 +45,16 @@ from treadle.passes.memory.storage_plan import StoragePlan
 
 
 class TvmBackend(StagedBackend):
-    """Runs graphs on the CPU by kernels of our own. A call takes NumPy arrays or tensors, and gives the same kind."""
+    """Runs graphs on the CPU with our own kernels. A call takes NumPy arrays or tensors and returns the same kind."""
 
     name = "tvm"
 
     def available(self) -> str | None:
-        """None, or that TVM is not installed."""
+        """Return None, or a message that TVM is not installed."""
         return tvm_runtime.missing()
 
     def supports(self, node: Node) -> str | None:
-        """None, or the reason why the node cannot be run."""
+        """Return None, or the reason why the node cannot run."""
         if node.op.callee is not None or is_decoded_once(node):
             return None
         types: list[Type | None] = [None if v is None else v.type for v in node.operands]
@@ -65,7 +65,7 @@ class TvmBackend(StagedBackend):
         return None
 
     def refuse(self, graph: Graph, target: Target) -> None:
-        """Raise BackendError without TVM, for a target without code, or for a refused node."""
+        """Raise BackendError if TVM is not installed, the target is unsupported, or a node is refused."""
         missing = self.available()
         if missing is not None:
             raise unavailable(self.name, missing)
@@ -73,14 +73,14 @@ class TvmBackend(StagedBackend):
         refuse_nodes(graph, self.name, self.supports)
 
     def pipeline(self, target: Target) -> Sequence[Pass]:
-        """What has kernels, panels for weights that products read, what is done once, and where each value lies."""
+        """Return the passes: legalize, choose weight layouts, move work on weights into `bind`, plan storage."""
         isa = isa_of(target)
         layouts = (ReadBlocks(wants_blocks(isa), partial(multiplies_rows, isa=isa)), AssignLayouts(wants(isa)))
         products = (Legalize(keeps), DecodeNarrow(), DecodeLast(), MultiplyBlocks(takes_blocks), RoundSooner())
         return (*products, *layouts, HoistWeights(in_blocks), DecodeWhereRead(), PLAN)
 
     def frames(self, graph: Graph, target: Target, plan: StoragePlan) -> dict[str, Frame]:
-        """By the steps of each routine, with what single kernels need beside."""
+        """Return the frame of each routine by its steps, including the workspace of single kernels."""
         program = lower(graph, plan, isa_of(target), RULES, target.cores())
         return {routine.name: routine.frame for routine in program.routines}
 
@@ -92,10 +92,10 @@ class TvmBackend(StagedBackend):
         declared: Graph,
         plan: StoragePlan | None,
     ) -> Executable:
-        """Write the program, compile or load its kernels, and lay its weights out.
+        """Write the program, compile or load its kernels, and pack its weights.
 
-        For another machine's target the executable can be read (`source`, `assembly`) but not called.
-        Raises BackendError for a missing weight.
+        The executable for another machine's target can be read (`source`, `assembly`) but not called. Raises
+        BackendError if a weight is missing.
         """
         isa = isa_of(target)
         made = recipes_of(graph)
@@ -105,7 +105,7 @@ class TvmBackend(StagedBackend):
         needed = kernels_of(program)
         kernels = [Runner(), *[k for k in needed if not k.on_host]] if runs_here(isa) else []
         calls: dict[Kernel, HostCall] = {k: HostCall(k) for k in needed if isinstance(k, Meet)}
-        with ThreadPoolExecutor(max_workers=1) as pool:  # weights are laid out while kernels are compiled
+        with ThreadPoolExecutor(max_workers=1) as pool:  # weights are packed while kernels are compiled
             entries = pool.submit(cache.entries, kernels) if kernels else None
             packed = pack_weights(graph, made, weights, threads=threads)
             found = entries.result() if entries is not None else {}

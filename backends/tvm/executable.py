@@ -1,4 +1,4 @@
-"""Executables of kernels: weights in place, offsets chosen once for each set of sizes, each call one table of calls.
+"""Executables of kernels: packed weights, offsets for each set of sizes, and one table of calls a run.
 
 The first call with new sizes makes a plan (`treadle.backends.tvm.planning`). Later calls write the addresses of inputs
 and outputs into its table and run it.
@@ -49,18 +49,18 @@ from treadle.passes.memory.storage_plan import StoragePlan
 
 Array = np.ndarray[Any, Any]
 
-PLANS = 32  # sets of sizes that are kept
+PLANS = 32  # sets of sizes whose plans are cached
 
 
 class KernelExecutable(EntryExecutable):
     """A graph compiled to kernels. See `treadle.backends.protocol.Executable`.
 
     program   the steps
-    threads   how many threads kernels use
-    notes     what runs element by element, since no fast kernel covers it
+    threads   number of threads that kernels use
+    notes     the steps that run element by element because no fast kernel covers them
     """
 
-    exact_rows = True  # as every generator of kernels keeps to
+    exact_rows = True  # every kernel generator guarantees it
 
     def __init__(
         self,
@@ -74,12 +74,12 @@ class KernelExecutable(EntryExecutable):
         plan: StoragePlan | None = None,
         host: Mapping[Kernel, HostCall] | None = None,
     ) -> None:
-        """Parameters of entries by name, in their layouts, and kernels.
+        """Create an executable from a program, its weights by name in their layouts, and its compiled kernels.
 
-        entries   where the kernels' code is, and the runner's; none where this machine cannot run it
-        prepared  what was computed from weights when they were bound, a line each
-        plan      says which inputs are donated; None: none is
-        host      what this process does itself between kernels
+        entries   addresses of the compiled kernels and the runner; empty if this machine cannot run them
+        prepared  descriptions of the values computed from weights by `bind`, one line each
+        plan      lists the donated inputs; None means that no input is donated
+        host      the calls that this process executes itself between kernels
         """
         super().__init__(graph, "tvm", _zeros)
         self._prepared = prepared
@@ -94,7 +94,7 @@ class KernelExecutable(EntryExecutable):
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
-        """The distinct kernels, in the order in which the program names them."""
+        """The distinct kernels, in the order of their first use in the program."""
         return kernels_of(self.program)
 
     @cached_property
@@ -104,11 +104,11 @@ class KernelExecutable(EntryExecutable):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its weights as they are laid out, and of the arena of the largest run so far."""
+        """Bytes of the packed weights and of the arena of the largest run so far."""
         return self.machine.nbytes
 
     def assembly(self, title: str) -> str:
-        """The assembly of a kernel, by its name in `source`. Raises BackendError where there is none of that name."""
+        """Return the assembly of the kernel with this title in `source`. Raises BackendError if there is none."""
         titles = {name: kernel for kernel, name in unique_titles(self.kernels).items() if not kernel.on_host}
         if title not in titles:
             raise BackendError(f"there is no kernel {title!r}", hint="one of " + ", ".join(titles))
@@ -141,9 +141,10 @@ class _KernelEntry:
         return self._donated.returned(given, outputs)
 
     def timed(self, given: Mapping[str, Any], runs: int) -> tuple[Plan, dict[str, int], list[list[float]]]:
-        """Run it so often on arrays by name, call by call: its plan, the symbols' sizes, and each call's seconds.
+        """Run the entry `runs` times on arrays by name and time each kernel call.
 
-        For measuring; see `treadle.backends.tvm.profiling`. Raises BackendError as a call does.
+        Returns the plan, the sizes of the symbols, and for each run the seconds of every call. For profiling; see
+        `treadle.backends.tvm.profiling`. Raises BackendError as a call does.
         """
         held = self._kinds.check(None)
         taken, sizes = self.signature.bind_sized(given, take, held.sizes)
@@ -157,7 +158,7 @@ class _KernelEntry:
 
 
 class _Machine:
-    """Runs entries of a program: its weights, a plan for each set of sizes, and the arena that plans share.
+    """Runs entries of a program: its weights, a plan for each set of sizes, and the arena shared by all plans.
 
     One call runs at a time.
     """
@@ -185,7 +186,7 @@ class _Machine:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weights, each once, and of the arena."""
+        """Bytes of the weights, each counted once, and of the arena."""
         return sum({id(array): array.nbytes for array in self.weights.values()}.values()) + self._arena.nbytes
 
     def run(
@@ -196,8 +197,7 @@ class _Machine:
         states: States,
         outputs: Mapping[str, np.dtype[Any]],
     ) -> dict[str, Array]:
-        """Run an entry on its inputs and states, the latter in place; returns arrays of these dtypes, which are the
-        caller's."""
+        """Run an entry on inputs and states (updated in place). Return new arrays of these dtypes for the caller."""
         with self._lock:
             runner, plan, table, made = self._ready(entry, sizes, given, states, outputs)
             with tvm_runtime.at_work():
@@ -214,7 +214,7 @@ class _Machine:
         outputs: Mapping[str, np.dtype[Any]],
         runs: int,
     ) -> tuple[Plan, list[list[float]]]:
-        """Run an entry so often, call by call; the seconds of each call of its plan."""
+        """Run an entry `runs` times, call by call. Return its plan and, for each run, the seconds of every call."""
         with self._lock:
             runner, plan, table, made = self._ready(entry, sizes, given, states, outputs)
             calls = [table[i : i + 1] for i in range(len(table))]
@@ -225,7 +225,7 @@ class _Machine:
                     failed = runner(call)
                     found.append(time.perf_counter() - started)
                     self._check(plan, -1 if failed < 0 else number)
-        del made  # whose memory the calls wrote to
+        del made  # the calls wrote to their memory
         return plan, seconds
 
     def _ready(
@@ -236,7 +236,7 @@ class _Machine:
         states: States,
         outputs: Mapping[str, np.dtype[Any]],
     ) -> tuple[_TableRunner, Plan, Array, dict[str, Array]]:
-        """What runs a table, an entry's plan, its table with all addresses in place, and arrays for outputs."""
+        """Return the table runner, an entry's plan, its table with all addresses filled in, and output arrays."""
         if self._runner is None:
             self.cache.refuse_other_machine()
         assert self._runner is not None
@@ -257,7 +257,7 @@ class _Machine:
             return self.plans[key]
         try:
             plan = Planner(self.program.entries[entry], sizes, self.threads, self._entries, self._held).plan()
-        except OverflowError as error:  # of 64 bits
+        except OverflowError as error:  # a size exceeds 64 bits
             told = ", ".join(f"{name} = {size}" for name, size in sizes.items())
             raise BackendError(f"{self.name}: no memory is as large as these sizes take", received=told) from error
         self.plans[key] = plan
@@ -266,7 +266,7 @@ class _Machine:
         return plan
 
     def _place(self, plan: Plan, given: Mapping[str, Array], states: States, made: Mapping[str, Array]) -> Array:
-        """Tell a plan where everything lies; returns its table."""
+        """Fill in the addresses of inputs, states and outputs in a plan; return its table."""
         if self._arena.nbytes < plan.arena + ALIGNMENT:
             size = plan.arena + ALIGNMENT
             self._arena = allocated(size, (size,))
@@ -275,7 +275,7 @@ class _Machine:
             plan.put(Input(name), address(array))
         for name, array in made.items():
             plan.put(Output(name), address(array))
-        if plan.states is None or plan.states() is not states:  # which stay where they are
+        if plan.states is None or plan.states() is not states:  # states stay at their addresses
             for name, array in states.items():
                 plan.put(State(name), address(array))
             plan.states = weakref.ref(states)
@@ -287,9 +287,9 @@ class _Machine:
         return table
 
     def _check(self, plan: Plan, failed: int) -> None:
-        """Raise BackendError for the call of that number, which failed, or for what one told of."""
+        """Raise BackendError if a call failed (`failed` is its number) or a kernel reported an error."""
         if failed >= 0:
-            plan.status[:] = 0  # of the kernels before
+            plan.status[:] = 0  # discard the reports of earlier kernels
             step = plan.steps[failed]
             source = describe_source(step.node.source, step.node.scope) if step.node is not None else None
             if step.kernel in self._host:
@@ -299,7 +299,7 @@ class _Machine:
             raise _outside(plan)
 
     def _held(self, storage: Storage) -> Array:
-        """The array of a weight or a constant."""
+        """Return the array of a weight or a constant."""
         if storage.literal is None:
             return self.weights[storage]
         if storage not in self.constants:
@@ -308,7 +308,7 @@ class _Machine:
 
 
 def _outside(plan: Plan) -> BackendError:
-    """The error that the first kernel tells which met something outside; the words are cleared."""
+    """Return the error of the first kernel that reported a value out of range. Clears the status words."""
     first = int(np.flatnonzero(plan.status[:, 0])[0])
     what, index, size, row = plan.status[first].tolist()
     plan.status[:] = 0
@@ -318,7 +318,7 @@ def _outside(plan: Plan) -> BackendError:
 
 
 class _TableRunner:
-    """Runs a table's calls by compiled code: -1, or the number of the call that failed. One runs at a time."""
+    """Runs a table's calls in compiled code. Returns -1 or the number of the failed call. One table runs at a time."""
 
     def __init__(self, code: Entry) -> None:
         self._call = function_of(code)
@@ -335,25 +335,25 @@ class _TableRunner:
 
 
 def _zeros(shape: tuple[int, ...], dtype: DType) -> Array:
-    """A new state, from the start of a cache line on: vectors of its rows lie in one line each."""
+    """Return a new state of zeros that starts at a cache line, so that each vector of its rows is within one line."""
     kind = stored(dtype)
     size = math.prod(shape) * kind.itemsize
     return placed(np.zeros(size + ALIGNMENT, np.uint8), shape, kind)
 
 
 def stored(dtype: DType) -> np.dtype[Any]:
-    """The NumPy dtype of an element's bytes; that of bf16 is uint16."""
+    """Return the NumPy dtype of an element as stored; uint16 for bf16."""
     return dtype.numpy or np.dtype(np.uint16)
 
 
 def take(port: Port, value: Any) -> Array:
-    """What a caller passed, as a row-major array of the port's dtype: the same memory where it is one already."""
+    """Return a caller's value as a row-major array of the port's dtype; an array that already is one is not copied."""
     array = numpy_taken(port, value) if port.dtype.numpy is not None else bf16_taken(port, value)
     return np.ascontiguousarray(array).reshape(array.shape)
 
 
 def give(port: Port, array: Array, tensors: bool) -> Any:
-    """A result for the caller: a tensor where one was passed."""
+    """Return a result to the caller: a tensor if the caller passed tensors, else an array."""
     if port.dtype.numpy is None:
         return bf16_given(array, tensors)
     if tensors:

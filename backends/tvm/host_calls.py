@@ -1,7 +1,7 @@
-"""Host calls: what a table of kernel calls lets this process do itself, which is to meet other ranks.
+"""Host calls: the collectives in a table of kernel calls, which this process executes itself.
 
-A record of the table names a function by its address. That of a collective is a function of Python's behind a C
-signature: it sees the arguments where kernels see theirs, and works on the memory that they point to.
+A record of the table names a function by its address. For a collective it is a Python function with a C signature. It
+receives its arguments in the form that kernels do, and works on the memory that they point to.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ Array = np.ndarray[Any, Any]
 
 
 class HostCall:
-    """A collective as kernels are called. One call runs at a time.
+    """A collective that is called like a kernel. One call runs at a time.
 
-    entry  how it is called: an address, and what stands before the arguments
+    entry  the address and the handle by which it is called
     """
 
     def __init__(self, kernel: Meet) -> None:
@@ -37,7 +37,7 @@ class HostCall:
         return ctypes.cast(self._function, ctypes.c_void_p).value or 0, 0
 
     def _called(self, handle: int, arguments: int, count: int, result: int) -> int:
-        """0, or -1 where it failed: nothing may be raised through what called it."""
+        """Run the collective. Return 0, or -1 if it failed: exceptions cannot cross the C caller."""
         try:
             self._meet([w for _, w in _words(arguments, count)])
         except BaseException as error:
@@ -52,11 +52,11 @@ class HostCall:
         given, to = (_memory(at, sizes[i * rank : (i + 1) * rank], kernel.dtype) for i, at in enumerate((x, y)))
         made = kernel.op.at(told).reference(given)
         if tuple(made.shape) != tuple(to.shape):
-            raise BackendError(f"{kernel.op.name} gave {list(made.shape)}, and not {list(to.shape)}")
+            raise BackendError(f"{kernel.op.name} returned shape {list(made.shape)}, expected {list(to.shape)}")
         to[...] = made
 
     def raise_failure(self, source: str | None) -> None:
-        """Raise what the last call failed with, at the user's line."""
+        """Raise the error of the last failed call, located at the user's line."""
         error, self._failure = self._failure, None
         if isinstance(error, TreadleError) or (error is not None and not isinstance(error, Exception)):
             raise error
@@ -66,13 +66,13 @@ class HostCall:
 
 
 def _words(at: int, count: int) -> list[tuple[int, int]]:
-    """Arguments where they lie, each a type index and a value."""
+    """Return the packed arguments as pairs of a type index and a value."""
     flat = (ctypes.c_int64 * (2 * count)).from_address(at)
     return list(zip(flat[::2], flat[1::2], strict=True))
 
 
 def _memory(at: int, shape: list[int], dtype: DType) -> Any:
-    """The memory of a value as an array; of bf16, which NumPy lacks, as a tensor."""
+    """Return the memory of a value as an array, or as a tensor for bf16, which NumPy lacks."""
     count = int(np.prod(shape, dtype=np.int64)) * dtype.bytes
     raw = np.ctypeslib.as_array((ctypes.c_uint8 * count).from_address(at)) if count else np.empty(0, np.uint8)
     if dtype.numpy is not None:

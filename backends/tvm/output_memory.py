@@ -1,8 +1,8 @@
-"""Where outputs lie: in memory that those of earlier calls had, once nobody refers to these.
+"""Memory of outputs: the memory of earlier calls' outputs is reused once no array refers to it.
 
-The system clears the memory that it gives, which takes about as long as a kernel takes to write it: of GPT-2's logits
-over 512 tokens, 103 MB, some hundredths of a run. A caller often holds a result until it has the next one, so the
-memory of the last two calls' outputs is remembered, and no other.
+The operating system clears the memory that it provides, which takes about as long as a kernel takes to write it. For
+GPT-2's logits over 512 tokens (103 MB) this is several hundredths of a run. A caller often holds a result until the
+next one is available, so the memory of the last two calls' outputs is cached.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from treadle.passes.memory.frame_placement import ALIGNMENT
 
 Array = np.ndarray[Any, Any]
 
-LEAST = 1 << 20  # bytes from which memory is remembered: the process keeps less than that by itself
-KEPT = 2  # calls whose outputs' memory is remembered
+LEAST = 1 << 20  # smallest cached output in bytes; the allocator reuses smaller blocks itself
+KEPT = 2  # calls whose output memory is cached
 
 
 @dataclass(frozen=True)
 class _Given:
-    """Memory that was given to an output.
+    """Memory that was assigned to an output.
 
-    held  the array that all views of the output refer to; it dies with the last of them
+    held  the array that all views of the output refer to; it is freed with the last view
     """
 
     memory: Array
     held: weakref.ref[Array]
 
     def suits(self, count: int) -> bool:
-        """Whether nobody refers to it, and it has so many bytes, or few more."""
+        """Return True if no array refers to the memory and it has `count` bytes, or slightly more."""
         return self.held() is None and count <= self.memory.nbytes <= count + count // 8
 
 
 class OutputMemory:
-    """Gives memory to outputs, call by call."""
+    """Allocates the memory of outputs, call by call."""
 
     def __init__(self) -> None:
         self._given: dict[str, list[_Given]] = {}
 
     def array(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], *, aligned: bool = False) -> Array:
-        """Memory for an output: a large one, or one that is to be aligned, begins where a cache line does.
+        """Return memory for an output. A large output, or one with `aligned`, starts at a cache line.
 
-        Raises BackendError where there is not enough.
+        Raises BackendError if there is not enough memory.
         """
         count = math.prod(shape) * dtype.itemsize
         if count < LEAST:
@@ -58,13 +58,15 @@ class OutputMemory:
         given = self._given.pop(name, [])
         found = next((each for each in given if each.suits(count + ALIGNMENT)), None)
         memory = allocated(count + ALIGNMENT, shape) if found is None else found.memory
-        held = np.frombuffer(memory.data, np.uint8)  # views of views refer to it, and not to what it lies in
+        held = np.frombuffer(
+            memory.data, np.uint8
+        )  # views of a view refer to this array, not to the memory that holds it
         self._given[name] = [_Given(memory, weakref.ref(held)), *(g for g in given if g is not found)][:KEPT]
         return placed(held, shape, dtype)
 
 
 def allocated(count: int, shape: tuple[int, ...]) -> Array:
-    """So many bytes of new memory, for an array of this shape. Raises BackendError where there is not enough."""
+    """Allocate `count` bytes for an array of this shape. Raises BackendError if there is not enough memory."""
     try:
         return np.empty(count, np.uint8)
     except (MemoryError, OverflowError, ValueError) as error:
@@ -72,6 +74,6 @@ def allocated(count: int, shape: tuple[int, ...]) -> Array:
 
 
 def placed(memory: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """An array in memory that has a line more than it needs, from the start of a line on."""
+    """Return an array that starts at a cache line in memory that has one spare line."""
     begin = -address(memory) % ALIGNMENT
     return memory[begin : begin + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)

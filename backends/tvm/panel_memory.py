@@ -1,10 +1,11 @@
-"""Where packed weights lie: all of them one after another in memory, and in a file that is read the next time.
+"""Memory of packed weights: one array that holds all panels, and a cache file from which later processes read it.
 
-A product of few rows takes as long as its weight takes to read, so where a weight lies counts. Panels share one array
-that begins with a large page: NumPy asks for large pages in arrays of megabytes, and each of many arrays would have its
-ends in small ones, whose reading takes a fifth longer. All begin at a multiple of a cache line, or else every vector
-would lie in two. The file, in the user's cache and named after what it holds, is read into such an array: mapped, its
-pages would be as large as the system made them, mostly small.
+A product of few rows takes as long as reading its weight takes, so the placement of weights matters. All panels share
+one array that starts at a large page. NumPy requests large pages for arrays of megabytes, but if each weight had its
+own array, both ends of each array would be in small pages, which take a fifth longer to read. Each panel starts at a
+multiple of a cache line; otherwise every vector would span two lines. The file is in the user's cache and is named
+after its content. It is read into such an array instead of being mapped, because the system would map it mostly in
+small pages.
 """
 
 from __future__ import annotations
@@ -34,22 +35,22 @@ Array = np.ndarray[Any, Any]
 Kind = tuple[tuple[int, ...], np.dtype[Any]]
 
 LARGE_PAGE = 2 << 20
-SMALLEST = 1 << 20  # bytes of panels that are worth a file
+SMALLEST = 1 << 20  # smallest size of panels in bytes that is cached in a file
 _FORMAT = "treadle panels 4"
-_PART = 64 << 20  # bytes that a thread reads at once
+_PART = 64 << 20  # bytes that a thread reads in one task
 _FILES = re.compile(r"[0-9a-f]{32}\.panels")
 
 
 @dataclass(frozen=True)
 class Panels:
-    """Weights to pack: each one's shape and dtype in its layout, and what writes it into such an array."""
+    """Weights to pack: the shape and dtype of each in its layout, and the function that packs a weight."""
 
     kinds: Mapping[str, Kind]
     fill: Callable[[str, Array], None]
 
     @cached_property
     def offsets(self) -> dict[str, int]:
-        """Where each begins, in bytes."""
+        """The offset of each weight in bytes."""
         found, end = {}, 0
         for name, kind in self.kinds.items():
             found[name] = end
@@ -58,35 +59,35 @@ class Panels:
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of all."""
+        """Number of bytes of all weights."""
         return max((aligned(at + _nbytes(self.kinds[name]), ALIGNMENT) for name, at in self.offsets.items()), default=0)
 
     def views(self, data: Array) -> dict[str, Array]:
-        """Each one's part of so many bytes."""
+        """Return the view of each weight in an array of `nbytes` bytes."""
         return {
             name: data[at : at + _nbytes((shape, dtype))].view(dtype).reshape(shape)
             for (name, (shape, dtype)), at in zip(self.kinds.items(), self.offsets.values(), strict=True)
         }
 
     def filled(self, data: Array, pool: ThreadPoolExecutor) -> dict[str, Array]:
-        """The parts, each packed by a thread."""
+        """Pack each weight into its view of the array, in parallel; return the views."""
         views = self.views(data)
         list(pool.map(self.fill, views, views.values()))
         return views
 
 
 def in_memory(panels: Panels, pool: ThreadPoolExecutor) -> dict[str, Array]:
-    """Panels packed now, in large pages where there are enough of them."""
+    """Return panels packed now, in large pages if there is at least one page of them."""
     return panels.filled(_room(panels.nbytes), pool)
 
 
 def through_file(
     panels: Panels, content: Callable[[], Sequence[str]], pool: ThreadPoolExecutor, folder: Path | None
 ) -> dict[str, Array]:
-    """Panels read from the file that holds them, or packed now and left in one for the next time; few have no file.
+    """Return panels read from their cache file, or pack them and write the file. Small panels are never cached.
 
-    content  what tells each one's elements and layout from others
-    folder   where files of panels lie, by default in the user's cache
+    content  returns lines that identify the elements and layout of each weight
+    folder   where files of panels are stored, by default in the user's cache
     """
     path = _path(content, folder) if panels.nbytes >= SMALLEST else None
     if path is None:
@@ -103,17 +104,17 @@ def through_file(
     return panels.views(data)
 
 
-_held: WeakValueDictionary[Path, Array] = WeakValueDictionary()  # arrays with the panels of files, while they are used
+_held: WeakValueDictionary[Path, Array] = WeakValueDictionary()  # arrays read from files, while they are used
 
 
 def _room(size: int) -> Array:
-    """An array of so many bytes that begins with a large page, or with a cache line where it holds none."""
+    """Return an array of `size` bytes that starts at a large page, or if it is smaller at a cache line."""
     owner = np.empty(size + (LARGE_PAGE if size >= LARGE_PAGE else ALIGNMENT), np.uint8)
     return owner[_start(owner) :][:size]
 
 
 def _start(owner: Array) -> int:
-    """Where panels begin in the array that holds them."""
+    """Return the offset of the panels in the array that holds them."""
     return int(-owner.ctypes.data % (LARGE_PAGE if owner.nbytes >= 2 * LARGE_PAGE else ALIGNMENT))
 
 
@@ -123,7 +124,7 @@ def _nbytes(kind: Kind) -> int:
 
 
 def _path(content: Callable[[], Sequence[str]], folder: Path | None) -> Path | None:
-    """Named by content: every matrix's bytes, shape and dtype, and its layout."""
+    """Return a path named after a hash of the content: the bytes, shape, dtype and layout of every matrix."""
     try:
         folder = cache_folder() / "panels" if folder is None else folder
     except UsageError:
@@ -135,9 +136,9 @@ def _path(content: Callable[[], Sequence[str]], folder: Path | None) -> Path | N
 
 
 def _read(path: Path, size: int, pool: ThreadPoolExecutor) -> Array | None:
-    """The file's bytes, if it is there and as long as it should be; it was written whole or not at all.
+    """Return the file's bytes if it exists and has the expected size. Files are written completely or not at all.
 
-    Nobody else's: one who can write it decides what others compute.
+    Only a private folder is read: another user who can write the file could change the results.
     """
     try:
         if not is_private(path.parent):
@@ -156,7 +157,7 @@ def _read(path: Path, size: int, pool: ThreadPoolExecutor) -> Array | None:
 
 
 def _read_part(path: Path, at: int, part: Array) -> bool:
-    """Fill a part of the array with what begins there; False where the file has become shorter."""
+    """Fill a part of the array from offset `at` of the file. Return False if the file has become shorter."""
     with path.open("rb", buffering=0) as file:
         file.seek(at)
         rest = part.data
@@ -169,10 +170,10 @@ def _read_part(path: Path, at: int, part: Array) -> bool:
 
 
 def _write(path: Path, data: Array) -> None:
-    """Leave panels in a file, if the folder can be written: a thread does it, and nobody waits for the disk."""
+    """Write panels to a file in a background thread, if the folder is writable."""
 
     def write() -> None:
-        with suppress(OSError):  # then they are packed again the next time
+        with suppress(OSError):  # on failure they are packed again by the next process
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             if not is_private(path.parent):
                 return
@@ -190,6 +191,6 @@ _writers: list[threading.Thread] = []
 
 
 def finish_writing() -> None:
-    """Wait until files that are being written have their names; the end of the process waits as well."""
+    """Wait until all files are written and renamed. The end of the process waits as well."""
     while _writers:
         _writers.pop().join()

@@ -1,7 +1,8 @@
-"""Planning: a kernel program at one set of sizes, as a table of calls that only lacks a few addresses.
+"""Planning: a kernel program at one set of sizes, as a table of calls that lacks only a few addresses.
 
-Sizes and strides become numbers, locals get offsets in one arena, every kernel call a record. A pointer lies in a space
-(`treadle.backends.tvm.spaces`): what stays becomes an address now, what moves an offset that each call adds to.
+Sizes and strides become numbers, local values get offsets in one arena, and every kernel call becomes a record. A
+pointer is in a memory space (`treadle.backends.tvm.spaces`): a pointer into a space that stays becomes an address now;
+a pointer into a space that moves becomes an offset, to which each call adds the start of the space.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from treadle.passes.memory.frame_placement import PlacedFrame, place_frames
 
 Array = np.ndarray[Any, Any]
 
-# What a core does, roughly, and what it takes to wake a pool of threads and wait for it.
+# Rough throughput of a core, and the seconds to wake a thread pool and wait for it.
 _BYTES_A_SECOND, _FLOPS_A_SECOND, _WAKING = 20e9, 50e9, 10e-6
-_STATUS_WORDS = 4  # of i64; see `program.STATUS`
+_STATUS_WORDS = 4  # in i64; see `program.STATUS`
 
 
 @dataclass
 class Relocation:
-    """Words of a plan's arguments that hold addresses in one space, with the offsets in bytes."""
+    """Argument words of a plan that hold addresses in one space, with their offsets in bytes."""
 
     at: list[int] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
@@ -51,17 +52,17 @@ class Relocation:
 class Plan:
     """The program at one set of sizes.
 
-    table      a record a kernel call; see `treadle.backends.tvm.kernels.runner`
+    table      one record for each kernel call; see `treadle.backends.tvm.kernels.runner`
     words      all arguments, 16 bytes each: a type index and a value
-    moves      for each space that another call has elsewhere, which words hold addresses in it, and their offsets
-    arena      bytes that locals need
-    least      no placement of the locals needs fewer
-    shapes     of the outputs
-    steps      for each record the step that it came from
-    status     four words for each record that is given indices, in order; see `program.STATUS`
+    moves      for each space that moves between calls, the words that hold addresses in it, and their offsets
+    arena      bytes of the arena for local values
+    least      lower bound on the arena of any placement of the local values
+    shapes     shapes of the outputs by name
+    steps      the step of each record
+    status     four words for each record with indices, in order; see `program.STATUS`
     tellers    the steps of these records
-    freed      (records, where, bytes): after so many records nobody reads these bytes any longer
-    host       the output in whose memory lies what dies before that is written; None: nothing does
+    freed      (records, where, bytes): after this number of records these bytes are unused
+    host       the output whose memory holds local values that die before the output is written, or None
     """
 
     table: Array
@@ -76,12 +77,12 @@ class Plan:
     freed: Sequence[tuple[int, Pointer, int]]
     host: str | None
     states: weakref.ref[States] | None = None
-    """Those of the last call: their addresses are in place."""
+    """The states of the last call, whose addresses are in the table."""
     begins: dict[Moving, int] = field(default_factory=dict)
-    """Where each space began in the last call."""
+    """The start address of each space in the last call."""
 
     def put(self, space: Moving, begin: int) -> None:
-        """Write the addresses that lie in a space which begins there."""
+        """Write the addresses of all words in this space, which starts at `begin`."""
         if self.begins.get(space) != begin and space in self.moves:
             at, offsets = self.moves[space]
             self.words[at, 1] = offsets + begin
@@ -89,10 +90,10 @@ class Plan:
 
 
 class Planner:
-    """Puts numbers in for the symbols: a plan of an entry for one set of sizes.
+    """Builds the plan of an entry for one set of sizes: replaces the symbols by numbers.
 
-    entries  where the kernels' code is
-    held     the array of a weight or a constant
+    entries  addresses of the compiled kernels
+    held     returns the array of a weight or a constant
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class Planner:
         )
 
     def _worth_threads(self, step: KernelStep) -> bool:
-        """Whether a step takes longer than it takes to wake threads: by the bytes it touches and its operations."""
+        """Return True if a step takes longer than waking threads, estimated from its bytes and operations."""
         if step not in self._known_worth:
             touched = sum(product(v.shape).evaluate(self.sizes) * v.dtype.bytes for v in step.views)
             flops = step.kernel.flops([s.evaluate(self.sizes) for s in step.sizes])
@@ -158,7 +159,7 @@ class Planner:
         return {}
 
     def _expand(self, routine: Routine, places: Mapping[Storage, Pointer], base: Pointer) -> None:
-        """Add the calls of a routine whose frame begins at `base`, with arguments and results at these places."""
+        """Add the calls of a routine with arguments and results at these places; its frame starts at `base`."""
         frame, dying = self.frames[routine.name], self._dying(routine)
         for number, (step, views, sizes) in enumerate(self._numbers(routine)):
             pointers = [self._place(storage, at, places, frame, base) for storage, at in views]
@@ -179,11 +180,11 @@ class Planner:
     def _begin(
         self, of: Storage | int, places: Mapping[Storage, Pointer], frame: PlacedFrame, base: Pointer
     ) -> Pointer:
-        """From where the offset counts of a storage of a routine, or of the callee of a step."""
+        """Return the pointer from which the offset of a routine's storage, or of a step's callee, is counted."""
         return places[frame.host] if frame.host is not None and of in frame.hosted else base
 
     def _dying(self, routine: Routine) -> Mapping[int, list[tuple[Storage, int]]]:
-        """By step of a routine: the storages that no later step reads, and their bytes."""
+        """Return, for each step of a routine, the storages that no later step reads and their bytes."""
         if routine.name not in self._known_dying:
             found: dict[int, list[tuple[Storage, int]]] = {}
             for life in routine.lives:
@@ -197,7 +198,7 @@ class Planner:
         return {}
 
     def _value(self, pointer: Pointer, step: KernelStep) -> int:
-        """What the next word holds: an address, or, until that is known, the offset in its space."""
+        """Return the value of the next word: an address, or the offset in its space until the address is known."""
         space, offset = pointer
         match space:
             case Held():
@@ -212,7 +213,7 @@ class Planner:
         return offset
 
     def _numbers(self, routine: Routine) -> list[tuple[KernelStep | RoutineStep, list[tuple[Storage, int]], list[int]]]:
-        """A routine's steps with numbers for sizes, made once however often it is called."""
+        """Return a routine's steps with numbers for sizes; computed once for all calls of the routine."""
         if routine.name not in self._known:
             self._known[routine.name] = [
                 (
@@ -234,7 +235,7 @@ class Planner:
     def _place(
         self, storage: Storage, at: int, places: Mapping[Storage, Pointer], frame: PlacedFrame, base: Pointer
     ) -> Pointer:
-        """A storage's byte `at`."""
+        """Return a pointer to byte `at` of a storage."""
         match storage.kind:
             case StorageKind.LOCAL | StorageKind.FOREIGN:
                 return self._begin(storage, places, frame, base).after(frame.offsets[storage] + at)
@@ -244,7 +245,7 @@ class Planner:
                 space, begin = places[storage]
                 return Pointer(space, begin + at)
             case StorageKind.ARGUMENT | StorageKind.RESULT | StorageKind.STATE | StorageKind.CONSTANT:
-                # of an entry's arguments, the weights
+                # arguments of an entry that have no place are weights
                 return Pointer(Held(address(self.held(storage))), at)
             case _:
                 assert_never(storage.kind)

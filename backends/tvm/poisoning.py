@@ -1,4 +1,4 @@
-"""Poison mode on TVM: the arena is filled before a run, and what dies in it after the last kernel that reads it."""
+"""Poison mode on TVM: the arena is filled before a run, and each dead value is overwritten after its last reader."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Array = np.ndarray[Any, Any]
 
 
 def run_poisoned(plan: Plan, table: Array, arena: Array, made: Mapping[str, Array], run: Callable[[Array], int]) -> int:
-    """Run a plan's table in parts; -1, or the number of the call that failed.
+    """Run a plan's table in parts. Return -1, or the number of the call that failed.
 
-    made  the outputs, in one of which values may lie before it is written
-    run  runs calls that follow each other, and gives -1 or the number of the one that failed
+    made  the outputs; an output's memory may hold other values before the output is written
+    run   runs consecutive calls and returns -1 or the number of the failed call
     """
     begin = aligned(address(arena), ALIGNMENT) - address(arena)
     arena[:] = BYTE

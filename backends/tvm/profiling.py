@@ -1,10 +1,10 @@
-"""How long each kernel call of a run takes: the run's table, call by call.
+"""Times of the kernel calls of a run, measured by running its table call by call.
 
     for each in time_calls(exe, {"tokens": ids}, rounds=9):
         print(each.step.kernel.title, each.seconds)
 
-A run goes through its whole table, so every call works on the numbers that it works on in any run. What stands between
-two calls (some 2 microseconds of Python, a cold start of each call's threads) is not in what a run takes.
+Each measured run goes through its whole table, so every call works on its usual values. The overhead between two calls
+(about 2 microseconds of Python and a cold start of the call's threads) does not occur in an ordinary run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from treadle.backends.tvm.lowering.program import KernelStep
 
 @dataclass(frozen=True)
 class TimedCall:
-    """A kernel call: the step that it is of, the median of its times in seconds, and the sizes of the run's symbols."""
+    """A kernel call: its step, the median of its times in seconds, and the sizes of the run's symbols."""
 
     step: KernelStep
     seconds: float
@@ -28,7 +28,7 @@ class TimedCall:
 
 
 def time_calls(exe: KernelExecutable, arrays: Mapping[str, Any], rounds: int) -> list[TimedCall]:
-    """Every kernel call of a run of a stateless executable, in order, timed in so many runs after one that warms up.
+    """Time every kernel call of a stateless executable, in order, over `rounds` runs after one warm-up run.
 
     Raises BackendError as a call does.
     """

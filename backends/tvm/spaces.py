@@ -1,10 +1,10 @@
-"""Memory spaces: in which memory a pointer of a plan lies, and how far into it.
+"""Memory spaces: the memory that a pointer of a plan points into, and its offset there.
 
-Arena     the executable's own memory, for what is local to a routine; it moves where a plan needs more
-Input     an array that the caller gives, another one each call
+Arena     the executable's own memory, for local values; it moves if a plan needs more
+Input     an array that the caller passes, a different one in each call
 Output    an array that a call allocates
-State     an array of the states that a call is given, which it changes
-Status    words in which kernels tell of an index outside; made with the plan, and stay
+State     an array of the states that a call updates
+Status    words in which kernels report an index out of range; allocated with the plan, and stay
 Held      an array that the executable holds, a weight or a constant; it stays
 """
 
@@ -41,23 +41,23 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """address   of the array's first byte"""
+    """An array that the executable holds, with the address of its first byte."""
 
     address: int
 
 
 Moving = Arena | Input | Output | State
-"""Where it lies is known when a call begins."""
+"""The spaces whose address is known when a call begins."""
 
 Space = Moving | Status | Held
 
 
 class Pointer(NamedTuple):
-    """A place in a space, `offset` bytes from where it begins."""
+    """A location in a space, `offset` bytes from its start."""
 
     space: Space
     offset: int = 0
 
     def after(self, count: int) -> Pointer:
-        """So many bytes further on."""
+        """Return the pointer `count` bytes further on."""
         return Pointer(self.space, self.offset + count)

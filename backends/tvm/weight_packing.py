@@ -1,9 +1,9 @@
-"""Weights in the layouts that kernels read: as they are, in panels, or in panels of bf16 pairs.
+"""Weights in the layouts that kernels read: unchanged, in panels, or in panels of bf16 pairs.
 
-A parameter that is read as it is stays where it is, a mapped file included. One that is read in panels is packed. Where
-the weights come from a file, the panels go to a file of the user's cache, named after a hash of what was packed and
-how, and are read from it the next time, when nothing is packed. Weights that lie in memory (drawn, or being trained)
-are packed in memory.
+A parameter that is read unchanged stays where it is, even in a mapped file. A parameter that is read in panels is
+packed. If the weights come from a file, their panels are written to a file in the user's cache, named after a hash of
+the weights and their layouts. The next process reads that file and packs nothing. Weights that are in memory
+(initialized, or being trained) are packed in memory.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from treadle.passes.lowering.read_blocks import WantsBlocks, in_blocks
 Array = np.ndarray[Any, Any]
 
 _PANELS_AT_ONCE = 64
-"""Panels of blocks that are laid out in one go: temporaries are some times as large."""
+"""Panels of blocks that are packed at a time; the temporaries are several times as large."""
 
 
 def wants(isa: Isa) -> Wants:
-    """How kernels for an instruction set read operands that weights alone decide: products want panels, in bf16 pairs.
+    """Return how kernels read operands that depend on weights alone: products want panels, or pairs for bf16.
 
-    A float32 table that is gathered from is read in panels as well, if a product wants it so.
+    A float32 table of an embedding is read in panels as well if a product wants it so.
     """
 
     def read(node: Node, position: int) -> Layout | Reads:
@@ -54,7 +54,7 @@ def wants(isa: Isa) -> Wants:
         if in_blocks(node, position):
             return Reads.ROW_MAJOR
         shape = value.type.static_shape
-        wide = node.op.attributes.get("to") is f64  # summed element by element
+        wide = node.op.attributes.get("to") is f64  # computed element by element
         if shape is None or len(shape) != 2 or wide:
             return Reads.ROW_MAJOR
         if value.type.dtype is bf16 and isinstance(node.op, (Linear, MatMul)) and position == 1:
@@ -75,9 +75,9 @@ def wants(isa: Isa) -> Wants:
 
 
 def wants_blocks(isa: Isa) -> WantsBlocks:
-    """In which panels kernels for an instruction set read blocks: products, and what picks rows of a table.
+    """Return the panels in which kernels of an instruction set read blocks: in products, and in row lookups.
 
-    A table whose rows are multiplied as they are is picked from as it lies for that.
+    If a product reads the table's rows as well, the lookup reads them in the layout of the product.
     """
 
     def read(node: Node, position: int, beside: Layout | None) -> Layout | str:
@@ -86,7 +86,7 @@ def wants_blocks(isa: Isa) -> WantsBlocks:
         assert value.node is not None
         encoding, shape = value.node.inputs[0].type.encoding, value.type.static_shape
         if encoding is None or shape is None or len(shape) != 2:
-            return "it is no matrix"
+            return "it is not a matrix"
         packed, words = packed_form(encoding), word_form(encoding)
         if packed is None and words is None:
             return f"no kernel reads {encoding.form}"
@@ -107,13 +107,13 @@ def wants_blocks(isa: Isa) -> WantsBlocks:
         if packed is not None:
             return panels(panel_width(shape[1 - axis], isa), transposed=axis == 0)
         assert words is not None
-        return words.layout if axis == 1 else f"{node.op.name} reads {encoding.form} blocks along its rows alone"
+        return words.layout if axis == 1 else f"{node.op.name} reads {encoding.form} blocks only along its rows"
 
     return read
 
 
 def multiplies_rows(node: Node, position: int, isa: Isa) -> Layout | None:
-    """How a product of whole numbers reads its weight."""
+    """Return the layout in which an integer product reads its weight, or None for any other operand."""
     if not isinstance(node.op, EncodedLinear) or position != 1:
         return None
     form = word_form(node.op.of)
@@ -128,17 +128,17 @@ def pack_weights(
     threads: int = 1,
     folder: Path | None = None,
 ) -> dict[str, Array]:
-    """An array for each parameter that entries read, in its layout.
+    """Return an array for each parameter that entries read, in its layout.
 
-    made    how those that `bind` makes are made
-    folder  where files of panels lie, by default in the user's cache
+    made    the recipes of the derived weights that `bind` computes
+    folder  where files of panels are stored, by default in the user's cache
 
-    Raises BackendError for a missing weight or a misfit.
+    Raises BackendError if a weight is missing or does not match its declaration.
     """
     held = _Weights(graph, made, weights)
     found = {name: held.row_major(name) for name, value in graph.entry_parameters.items() if value.layout is None}
     packed = [name for name, value in graph.entry_parameters.items() if value.layout is not None]
-    first: dict[Any, str] = {}  # of those that are the same of the same weights
+    first: dict[Any, str] = {}  # parameters with equal identity share an array
     same = {name: first.setdefault(held.identity(name), name) for name in packed}
     from_file = [name for name in first.values() if held.is_mapped(name)]
     computed = [name for name in first.values() if name not in set(from_file)]
@@ -149,7 +149,7 @@ def pack_weights(
 
 
 class _Weights:
-    """The parameters that entries read: those that `bind` makes are made when they are asked for, row-major."""
+    """The parameters that entries read. Derived weights of `bind` are computed when they are requested, row-major."""
 
     def __init__(self, graph: Graph, made: Mapping[str, Recipe], weights: Mapping[str, Any]) -> None:
         refuse_missing(graph.name, graph.parameters, weights)
@@ -161,7 +161,7 @@ class _Weights:
         self._weights = weights
 
     def array(self, name: str) -> Array:
-        """It as it is given, strides included, or as it is made."""
+        """Return the array as it was passed, with its strides, or compute a derived weight."""
         recipe = self.made.get(name)
         if recipe is None:
             return self.given[name]
@@ -180,7 +180,7 @@ class _Weights:
         return layout
 
     def panels(self, names: Iterable[str]) -> Panels:
-        """These in their layouts."""
+        """Return these parameters as panels in their layouts."""
         return Panels(
             {name: (self._packed_shape(name), self._dtype(name)) for name in names},
             self._packed,
@@ -192,15 +192,15 @@ class _Weights:
         give_back(array)
 
     def is_mapped(self, name: str) -> bool:
-        """Whether it lies in a mapped file, or what it is made of does."""
+        """Return True if the weight, or every source of a derived weight, is in a mapped file."""
         return all(is_mapped(self.given[source]) for source in self._sources(name))
 
     def identity(self, name: str) -> tuple[object, ...]:
-        """What two parameters share exactly if they are made of the same weights in the same way, in one layout."""
+        """Return a key that two parameters share exactly if they have the same sources, recipe and layout."""
         return (*self._sources(name), self._key(name), self.layout(name))
 
     def contents(self, names: Iterable[str], pool: ThreadPoolExecutor) -> list[str]:
-        """What tells each one's elements and layout from others: hashes of what it is made of, and how."""
+        """Return for each name a line that identifies its elements and layout, by hashes of its sources."""
         sources = list(dict.fromkeys(source for name in names for source in self._sources(name)))
         hashes = dict(zip(sources, pool.map(_hashed, [self.given[n] for n in sources]), strict=True))
 
@@ -227,7 +227,7 @@ class _Weights:
 
 
 def _hashed(array: Array) -> str:
-    """What tells an array's elements from others; a transposed one is read as it lies."""
+    """Return a hash of an array's elements, shape and dtype. A transposed array is read in memory order."""
     lies = array if array.flags.c_contiguous or not array.flags.f_contiguous else array.T
     turned = "" if lies is array else " transposed"
     data = np.ascontiguousarray(lies).reshape(-1).view(np.uint8).data
@@ -237,7 +237,7 @@ def _hashed(array: Array) -> str:
 
 
 def pack(array: Array, layout: Layout) -> Array:
-    """A matrix in panels; see `treadle.ir.layouts`."""
+    """Pack a matrix into panels; see `treadle.ir.layouts`."""
     made = np.empty(_packed_shape(array.shape, layout), array.dtype)
     _fill(made, array, layout)
     return made
@@ -266,7 +266,7 @@ def _fill(made: Array, array: Array, layout: Layout) -> None:
 
 
 def _fill_pairs(made: Array, rows: Array) -> None:
-    """One panel, [steps, groups, 16, 16, 2] or flat [pairs, width, 2], of these rows [at most width, k]."""
+    """Fill a panel, [steps, groups, 16, 16, 2] or flat [pairs, width, 2], from these rows [at most width, k]."""
     flat, pair = made.ndim == 3, np.dtype(f"u{2 * made.itemsize}")
     padded = (made.shape[1], 2 * made.shape[0]) if flat else (made.shape[1] * PAIR_SQUARE, made.shape[0] * PAIR_STEP)
     if rows.shape != padded:
@@ -282,7 +282,7 @@ def _fill_pairs(made: Array, rows: Array) -> None:
 
 
 def _fill_quads(made: Array, held: Array, layout: Layout) -> None:
-    """One panel [bytes] of these held rows [at most width, 4 + k]."""
+    """Fill a panel [bytes] from these encoded rows [at most width, 4 + k]."""
     width, head = layout.width, QUAD_HEAD * layout.width
     groups, side = (1, width) if layout.flat else (width // PAIR_SQUARE, PAIR_SQUARE)
     squares = made[head:].reshape(-1, groups, PAIR_SQUARE, side, 4)
@@ -296,7 +296,7 @@ def _fill_quads(made: Array, held: Array, layout: Layout) -> None:
 
 
 def _fill_blocks(made: Array, held: Array, layout: Layout) -> None:
-    """Panels [panels, bytes] of held rows [n, bytes of a row]."""
+    """Fill panels [panels, bytes] from encoded rows [n, bytes of a row]."""
     width, block, head = layout.width, layout.block, layout.head
     count = held.shape[1] // block
     whole = len(held) // width
@@ -322,7 +322,7 @@ def _fill_blocks(made: Array, held: Array, layout: Layout) -> None:
 
 
 def _interleaved(lines: Array, side: int) -> Array:
-    """u8[panels, blocks, bytes * width] of [panels, width, blocks, bytes]: so many bytes of each row side by side."""
+    """Return u8[panels, blocks, bytes * width] of [panels, width, blocks, bytes]: rows interleaved by `side` bytes."""
     panels, width, count, bytes = lines.shape
     words = np.ascontiguousarray(lines).view(f"<u{side}")
     turned = np.ascontiguousarray(words.transpose(0, 2, 3, 1))

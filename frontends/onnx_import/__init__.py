@@ -1,1 +1,1 @@
-"""ONNX import: a file or a ModelProto as a graph with weights. `importer.import_onnx` is the way in."""
+"""ONNX import: a file or a ModelProto as a graph with weights. `importer.import_onnx` is the entry point."""

@@ -1,8 +1,8 @@
-"""Axes of an ONNX file's inputs: what the file calls them, the sizes that the caller gives, and their symbols.
+"""Axes of an ONNX file's inputs: their names in the file, the sizes that the caller gives, and their symbols.
 
-A file names an axis (`dim_param`), gives its size (`dim_value`), or neither. A size of -1, and a name without a letter
-or a digit such as `?`, say nothing: exporters write them for an axis that they do not know, two of which may differ.
-Such an axis is called by its place, `x_0`.
+A file declares an axis by a name (`dim_param`), a size (`dim_value`), or neither. A size of -1, and a name without a
+letter or a digit such as `?`, are ignored: exporters write them for axes that they do not know, two of which may
+differ. Such an axis is named after its position, `x_0`.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from treadle.ir.sizing.size_text import parse_size
 from treadle.ir.sizing.sizes import Size
 
 _UNKNOWN = -1
-"""The size that stands for any."""
+"""The value of `dim_value` for an unknown size."""
 _LARGEST = 2**40
 
 
 def number_of(dim: Any) -> int | None:
-    """The size that a file gives an axis, if it gives one."""
+    """Return the size that a file declares for an axis, or None."""
     return dim.dim_value if dim.HasField("dim_value") and dim.dim_value != _UNKNOWN else None
 
 
 def name_of(dim: Any) -> str | None:
-    """The name that a file gives an axis, if it has one that says which axis it is."""
+    """Return the name that a file declares for an axis, if it identifies the axis."""
     return dim.dim_param if _is_a_name(dim.dim_param) else None
 
 
@@ -43,7 +43,7 @@ def _placed(declared: Any, position: int) -> str:
 
 
 def _names(declared: Any) -> list[str]:
-    """What the caller may call an input's axes: by name, by those in an expression of several, or by place."""
+    """Return the names that a caller may use for an input's axes: names, the names in an expression, or positions."""
     found = []
     for position, dim in enumerate(declared.type.tensor_type.shape.dim):
         if (name := name_of(dim)) is not None:
@@ -55,13 +55,13 @@ def _names(declared: Any) -> list[str]:
 
 
 def _spelled(name: str) -> str:
-    """A name as a symbol's: letters, digits and _."""
+    """Return a name as a symbol's name: letters, digits and _."""
     base = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_")[:64] or "n"
     return f"n{base}" if base[0].isdigit() else base
 
 
 def _expression(name: str) -> Size | None:
-    """What a name says of other axes, such as `past + seq`."""
+    """Return a name such as `past + seq` as an expression of other axes."""
     if not re.search(r"[-+*/]", name):
         return None
     try:
@@ -74,8 +74,8 @@ class DeclaredAxes:
     """The axes of one import.
 
     told     by name: a size, or another axis's name; `import_onnx` calls it dims
-    shown    the file, for errors
-    symbols  the size that stands for each name asked for so far
+    shown    the file's name in errors
+    symbols  the size of each name requested so far
     bounds   of the graph's symbols
     """
 
@@ -86,7 +86,7 @@ class DeclaredAxes:
         self.shown, self.symbols, self.bounds = shown, symbols, bounds
 
     def check(self, inputs: Sequence[Any]) -> None:
-        """Read the symbols' names as the file's, and refuse what names no axis, or gives neither a name nor a size.
+        """Convert the names to the file's, and refuse a name of no axis, and a value that is neither a name nor a size.
 
         Raises FrontendError.
         """
@@ -103,17 +103,18 @@ class DeclaredAxes:
                         received=f"{printable(name)}={printable(repr(told), 60)}",
                         within=self.shown,
                         hint=f"its axes are {_listed(axes)}; its inputs {_listed(v.name for v in inputs)}",
+                        option=name,
                     )
             if not isinstance(told, str) and (type(told) is not int or told < 0):
                 raise FrontendError(
-                    f"the size of axis {printable(name)} is a whole number, 0 or more",
+                    f"the size of axis {printable(name)} must be an integer, 0 or more",
                     received=printable(repr(told), 60),
                     within=self.shown,
-                    hint=f"leave {printable(name)} out for every size, or give the name of another axis that it equals",
+                    hint=f"leave {printable(name)} out for every size, or set it to the name of an equal axis",
                 )
 
     def size(self, declared: Any, position: int) -> Size:
-        """The size of an input's axis. Raises FrontendError for an impossible one."""
+        """Return the size of an input's axis. Raises FrontendError for an impossible size."""
         dim = declared.type.tensor_type.shape.dim[position]
         if (name := name_of(dim)) is not None:
             return self.named(name)
@@ -130,7 +131,7 @@ class DeclaredAxes:
         return Size.of(number)
 
     def settle(self, dim: Any, size: int) -> bool:
-        """Whether an axis may have a size, by what the file and the caller say; from now on its name has it."""
+        """Return True if an axis may have a size, by the file and the caller; its name then has that size."""
         if (name := name_of(dim)) is not None:
             known = self.told.setdefault(name, size)
             return not isinstance(known, int) or known == size
@@ -138,7 +139,7 @@ class DeclaredAxes:
         return number is None or number == size
 
     def named(self, name: str) -> Size:
-        """The size that a name stands for: a symbol, or an expression of several."""
+        """Return the size for a name: a symbol, or an expression of several."""
         found = self.symbols.get(name)
         if found is None:
             found = self.symbols[name] = self._new(name)
@@ -162,7 +163,7 @@ class DeclaredAxes:
 
 
 def declared_sizes(declared: Any) -> list[str]:
-    """The sizes of an input as the file gives them, for an error to name."""
+    """Return the sizes of an input as the file declares them, for an error."""
     sizes = []
     for dim in declared.type.tensor_type.shape.dim:
         number = number_of(dim)

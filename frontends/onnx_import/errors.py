@@ -1,4 +1,4 @@
-"""Errors of the ONNX importer that a caller may want to tell apart."""
+"""Errors of the ONNX importer that a caller may want to distinguish."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from treadle.ir.errors import FrontendError
 
 
 class UnsupportedOnnx(FrontendError):
-    """A node, a type or an attribute that the importer does not take: named, and refused.
+    """A node, a type or an attribute that the importer does not support.
 
-    op       the operator, with its domain where that is not ONNX's own
-    version  the operator's version, or None where it has none that is known
+    op       the operator, with its domain unless it is ONNX's own
+    version  the operator's version, or None if it is unknown
     """
 
     op: str = ""
@@ -17,9 +17,9 @@ class UnsupportedOnnx(FrontendError):
 
 
 class StaticArgumentNeeded(FrontendError):
-    """A shape, an axis or a bound depends on the values of an input: import asks for them.
+    """A shape, an axis or a bound depends on the values of an input, which import needs.
 
-    argument   the input's name; give `static={argument: value}`
+    argument   the input's name; pass `static={argument: value}`
     """
 
     argument: str = ""

@@ -1,4 +1,4 @@
-"""An ONNX file and the external data beside it: opened, bounded, and checked for what every graph must have.
+"""An ONNX file and its external data: opened, bounded, and checked for the requirements of every graph.
 
     model.onnx            a ModelProto
     model.onnx.data       tensors' bytes, named by location, offset and length in the ModelProto
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 
-_ANOTHER_FILE = "export the file again, or fetch it again: it is damaged, or no ONNX file"
-_WORTH_HOLDING = 1 << 12  # bytes of a tensor; a smaller one is mostly a constant of the graph
+_ANOTHER_FILE = "export the file again, or fetch it again: it is damaged, or not an ONNX file"
+_WORTH_HOLDING = 1 << 12  # bytes of a tensor; a smaller tensor is usually a constant of the graph
 _DATA_FIELDS = ("raw_data", "float_data", "double_data", "int32_data", "int64_data", "uint64_data")
 
 
 @dataclass(frozen=True)
 class OnnxLimits:
-    """What a file may ask for before it is refused.
+    """Limits of a file's sizes; a file past one is refused.
 
     bytes     of the ModelProto (external data does not count)
     nodes     in all, with functions inlined and branches taken
@@ -60,9 +60,9 @@ Limits = OnnxLimits | Mapping[str, int] | None
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of the file: its type, and its elements when they are asked for.
+    """A tensor of the file: its type, and its elements, which are read on access.
 
-    name    as errors show it
+    name    its name in errors
     type    its element type
     shape   its sizes
     """
@@ -81,7 +81,7 @@ class StoredTensor:
     def array(self) -> Array:
         """The elements in the carrier's dtype (bf16 as float32), a view of the file where possible.
 
-        Raises FrontendError where the bytes are missing, too few or too many.
+        Raises FrontendError if the bytes are missing, too few or too many.
         """
         if self._held is not None:
             return self._held
@@ -95,17 +95,17 @@ class StoredTensor:
         if self._proto.HasField("raw_data"):
             data = np.frombuffer(self._proto.raw_data, np.uint8)
             if data.size != size:
-                raise self.error("a tensor's bytes are not as many as its shape asks for", f"{data.size}, not {size}")
+                raise self.error("a tensor's number of bytes does not match its shape", f"{data.size}, not {size}")
             return data
         return self._typed(size)
 
     def _typed(self, size: int) -> Array:
-        """The bytes of elements in int32_data, float_data, ..."""
+        """Return the bytes of elements in int32_data, float_data, ..."""
         given = np.asarray(getattr(self._proto, self.type.field))
         bits = self.type.bits
         if self.type.field == "int32_data":
             given = given.astype(np.int32)
-            # Elements smaller than a byte are packed, as many to a number as to a byte.
+            # Elements smaller than a byte are packed; a number holds as many of them as a byte.
             data = given.astype(f"<i{max(bits, 8) // 8}").view(np.uint8)
         elif self.type.field == "uint64_data":
             data = given.astype(f"<u{bits // 8}").view(np.uint8)
@@ -115,7 +115,7 @@ class StoredTensor:
         if data.size != size:
             per = max(bits, 8) // 8
             received = f"{data.size // per} in {self.type.field}, not {size // per}"
-            raise self.error("a tensor's elements are not as many as its shape asks for", received)
+            raise self.error("a tensor's number of elements does not match its shape", received)
         return data
 
     def error(self, what: str, received: str | None = None, hint: str | None = None) -> FrontendError:
@@ -129,11 +129,11 @@ class StoredTensor:
 
 
 class OnnxFile:
-    """A ModelProto with its place.
+    """A ModelProto with its location.
 
     proto    the model
     shown    its name in errors and in source lines
-    folder   the canonical folder of external data, or None where there is none
+    folder   the canonical folder of external data, or None if there is none
     held     initializers that were read once for all imports, see `hold_weights`
     """
 
@@ -147,10 +147,10 @@ class OnnxFile:
 
     @staticmethod
     def open(model: PathLike | onnx.ModelProto, limits: Limits = None, folder: PathLike | None = None) -> OnnxFile:
-        """Read a file, or take a model that is in memory; `folder` then holds its external data.
+        """Read a file, or take a model in memory; `folder` then holds its external data.
 
-        Raises FrontendError without the package onnx or where the bytes are no ModelProto, CheckpointError where
-        the file does not exist or it is past the limit.
+        Raises FrontendError without the package onnx or if the bytes are not a ModelProto, CheckpointError if the file
+        does not exist or is past the limit.
         """
         known = limits_of(OnnxLimits, limits)
         try:
@@ -165,9 +165,9 @@ class OnnxFile:
         data = read_regular(path, known.bytes, setting="bytes")
         try:
             proto = onnx.ModelProto.FromString(data)
-        except Exception as error:  # DecodeError of whichever protobuf is installed
+        except Exception as error:  # DecodeError of the installed protobuf
             raise FrontendError(
-                "the file is no ONNX model",
+                "the file is not an ONNX model",
                 received=str(error)[:120],
                 within=printable(path.name),
                 hint=_ANOTHER_FILE,
@@ -189,10 +189,10 @@ class OnnxFile:
     # -- tensors -----------------------------------------------------------------------------------------------
 
     def hold_weights(self) -> None:
-        """Read the initializers once, for a file that several graphs are made of: their arrays are shared from then on.
+        """Read the initializers once, for a file from which several graphs are built: their arrays are then shared.
 
-        Their bytes leave the message, which would keep them a second time. A tensor that cannot be read stays as it is,
-        and is refused where something needs it.
+        Their bytes are removed from the message, which would store them a second time. A tensor that cannot be read
+        stays in the message, and is refused when a node needs it.
         """
         for tensor in self.proto.graph.initializer:
             try:
@@ -203,11 +203,11 @@ class OnnxFile:
                 self.held[tensor.name] = array
                 for field in _DATA_FIELDS:
                     tensor.ClearField(field)
-        # A message that is parsed holds all that it was parsed from, so the rest of it becomes another.
+        # A parsed message keeps all the bytes that it was parsed from, so the rest of it is parsed again.
         self.proto = type(self.proto).FromString(self.proto.SerializeToString())
 
     def tensor(self, proto: Any, name: str, *, bf16_in_f32: bool = False, held: Array | None = None) -> StoredTensor:
-        """A TensorProto, its type and shape checked. Its elements are read later, if they are not `held`."""
+        """Return a TensorProto with its type and shape checked. Its elements are read later, unless `held` has them."""
         try:
             kind = element(proto.data_type, bf16_in_f32=bf16_in_f32)
         except FrontendError as error:
@@ -225,17 +225,17 @@ class OnnxFile:
         return StoredTensor(name, kind, shape, proto, self, held)
 
     def external(self, tensor: StoredTensor, size: int) -> Array:
-        """The bytes of a tensor in another file of the model's folder, mapped."""
+        """Map the bytes of a tensor in another file of the model's folder."""
         entries = {entry.key: entry.value for entry in tensor._proto.external_data}
         location = entries.get("location", "")
         offset, length = (self._number(tensor, entries, key) for key in ("offset", "length"))
         if length is not None and length != size:
-            raise tensor.error("external data is not as long as the tensor's shape asks for", f"{length}, not {size}")
+            raise tensor.error("the length of external data does not match the tensor's shape", f"{length}, not {size}")
         data = self._map(tensor, location)
         start = offset or 0
         if start + size > data.size:
             raise tensor.error(
-                "external data lies past the end of its file",
+                "external data is past the end of its file",
                 f"bytes {start} to {start + size} of {data.size} in {printable(location)}",
                 "fetch the file again: it is not complete",
             )
@@ -246,7 +246,7 @@ class OnnxFile:
         if text is None:
             return None
         if not re.fullmatch(r"[0-9]{1,18}", text, re.ASCII):
-            raise tensor.error(f"external data: {key} is no number of bytes", printable(text))
+            raise tensor.error(f"external data: {key} is not a number of bytes", printable(text))
         return int(text)
 
     def _map(self, tensor: StoredTensor, location: str) -> Array:
@@ -256,7 +256,7 @@ class OnnxFile:
                 path = self._external_path(tensor, location)
                 with open_regular(path, printable(location)) as file:
                     size = os.fstat(file.fileno()).st_size
-                    # A file of no bytes cannot be mapped.
+                    # An empty file cannot be mapped.
                     mapped = np.memmap(file, np.uint8, "r") if size else np.zeros(0, np.uint8)
             except CheckpointError as error:
                 error.within = f"tensor {printable(tensor.name)}, {self.shown}"
@@ -271,12 +271,12 @@ class OnnxFile:
             raise tensor.error(
                 "a model in memory has no folder for external data",
                 printable(location),
-                "give folder=, or load the data into the model",
+                "pass folder=, or load the data into the model",
             )
         parts = re.split(r"[/\\]", location)
         if not location or {"", ".", ".."} & set(parts) or ":" in location or not location.isprintable():
             raise tensor.error(
-                "external data must lie in the model's folder", printable(location) if location else "no location"
+                "external data must be in the model's folder", printable(location) if location else "no location"
             )
         root = next((p for p in (self.folder, *self.folder.parents) if p.name.startswith("models--")), None)
         if root is None:
@@ -289,7 +289,7 @@ class OnnxFile:
 
 
 def _texts(proto: Any) -> Iterator[object]:
-    """Every text of a model that the importer reads. What is not UTF-8 comes from protobuf as bytes."""
+    """Yield every text of a model that the importer reads. Protobuf returns a text that is not UTF-8 as bytes."""
     for entry in proto.opset_import:
         yield entry.domain
     yield from (proto.producer_name, proto.producer_version)
@@ -334,11 +334,11 @@ def _texts_of_tensor(tensor: Any) -> Iterator[object]:
         yield from (entry.key, entry.value)
 
 
-# -- what every graph must have ------------------------------------------------------------------------------------
+# -- requirements of every graph ------------------------------------------------------------------------------------
 
 
 def describe(node: Any, index: int | None = None) -> str:
-    """A node as errors name it: `node /encoder/MatMul (MatMul)`."""
+    """Return a node's name for errors: `node /encoder/MatMul (MatMul)`."""
     domain = f"{node.domain}." if node.domain not in ("", "ai.onnx") else ""
     name = printable(node.name) if node.name else f"{'' if index is None else index} making {printable(_first(node))}"
     return f"node {name} ({printable(domain + node.op_type)})"
@@ -349,7 +349,7 @@ def _first(node: Any) -> str:
 
 
 def subgraphs(node: Any) -> Iterator[Any]:
-    """The graphs among a node's attributes."""
+    """Yield the graphs among a node's attributes."""
     for attribute in node.attribute:
         if attribute.HasField("g"):
             yield attribute.g
@@ -357,9 +357,9 @@ def subgraphs(node: Any) -> Iterator[Any]:
 
 
 def captured(node: Any, nesting: int) -> Iterator[str]:
-    """The names that a node reads: its inputs, and what its subgraphs take from around them.
+    """Yield the names that a node reads: its inputs, and the outer values that its subgraphs read.
 
-    Raises FrontendError where subgraphs nest deeper than `nesting`.
+    Raises FrontendError if subgraphs nest deeper than `nesting`.
     """
     yield from filter(None, node.input)
     for graph in subgraphs(node):
@@ -373,17 +373,17 @@ def captured(node: Any, nesting: int) -> Iterator[str]:
 
 
 def live_nodes(nodes: Any, outputs: Any, nesting: int) -> list[tuple[int, Any]]:
-    """The nodes that the outputs need, with their places, in order.
+    """Return the nodes that the outputs need, with their positions, in order.
 
-    Raises FrontendError where a value is made twice, or is used before the node that makes it: a cycle, or an order
-    that is none.
+    Raises FrontendError if two nodes compute one value, or if a value is used before the node that computes it: a
+    cycle, or nodes out of order.
     """
     maker: dict[str, int] = {}
     for index, node in enumerate(nodes):
         for name in filter(None, node.output):
             if name in maker:
                 raise FrontendError(
-                    f"two nodes make the value {printable(name)}",
+                    f"two nodes compute the value {printable(name)}",
                     received=describe(nodes[maker[name]], maker[name]),
                     within=describe(node, index),
                 )
@@ -401,7 +401,7 @@ def live_nodes(nodes: Any, outputs: Any, nesting: int) -> list[tuple[int, Any]]:
                 continue
             if source >= index:
                 raise FrontendError(
-                    f"the value {printable(name)} is used before it is made: the nodes are in a cycle, or out of order",
+                    f"the value {printable(name)} is used before it is computed: a cycle, or nodes out of order",
                     received=describe(nodes[source], source),
                     within=describe(nodes[index], index),
                 )

@@ -1,9 +1,9 @@
-"""Evaluating nodes at import: on numbers by our own meaning of the operator, on sizes by their arithmetic.
+"""Evaluating nodes at import: numbers by the handler of the operator, sizes by their arithmetic.
 
-Numbers: the node is built in a graph of its own and interpreted, so that it means there what it means everywhere.
-Sizes: an operator that only moves elements is evaluated on their places, and the sizes are put there afterwards; the
-arithmetic of exporters (Add, Mul, Div, Equal, ...) is spelled in `treadle.ir.sizing.sizes`, where the outcome is one
-for all values that the symbols may take.
+Numbers: the node is built in a separate graph and interpreted, so that its meaning is the same as in the model. Sizes:
+an operator that only moves elements is evaluated on their positions, and the sizes are substituted afterwards; the
+arithmetic of exporters (Add, Mul, Div, Equal, ...) is in `treadle.ir.sizing.sizes`, if the result is the same for all
+values of the symbols.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.sizing.sizes import ZERO, Size, product
 
 _MOST_BETWEEN = 1 << 16
-"""The most elements of a value between the known operands and the known results."""
+"""Maximum number of elements of a value between the known operands and the known results."""
 
 Fold = Callable[[Sequence[Known | None], Builder], list[Known | None]]
-"""Runs the node's handler on other operands, in another graph: its results, in order."""
+"""Runs the node's handler on other operands, in another graph, and returns its results, in order."""
 
 
 def evaluated(
     site: OnnxSite, operator: Operator, kinds: Sequence[Element | None], run: Fold
 ) -> list[Known | None] | None:
-    """The results of a node whose operands are all known, or None where it is not evaluated.
+    """Return the results of a node whose operands are all known, or None if it is not evaluated.
 
-    kinds  the element types of its outputs, where they are told
+    kinds  the element types of its outputs, if the specification gives them
     """
     present = [v for i, v in enumerate(site.inputs) if v is not None and i not in operator.types]
     contents = [c for v in present if (c := v.content) is not None]
@@ -73,7 +73,7 @@ def _of_numbers(inputs: Sequence[Known | None], run: Fold) -> list[Known | None]
 
 
 def _moved(site: OnnxSite, moves: tuple[int, ...], run: Fold) -> list[Known | None] | None:
-    """Elements moved: the node is evaluated on their places."""
+    """Evaluate a node that moves elements on their positions."""
     moving = range(len(site.inputs)) if moves == (-1,) else moves
     places: list[Size] = []
     inputs: list[Known | None] = []
@@ -86,7 +86,7 @@ def _moved(site: OnnxSite, moves: tuple[int, ...], run: Fold) -> list[Known | No
             continue
         content = value.content
         assert content is not None
-        if value.type.is_float:  # no sizes
+        if value.type.is_float:  # these are not sizes
             return None
         kind = value.type
         index = np.arange(len(places), len(places) + content.size, dtype=np.int64).reshape(content.shape)
@@ -131,7 +131,7 @@ def _elementwise(
 
 
 def is_at_least(x: Size, y: Size, symbols: Mapping[str, Bounds]) -> bool | None:
-    """Whether x >= y for all values of the symbols; None where it is so for some, or cannot be told."""
+    """Return True if x >= y for all values of the symbols; None if it holds for some, or is unknown."""
     bounds = (x - y).bounds(symbols)
     if bounds.lower >= 0:
         return True
@@ -139,7 +139,7 @@ def is_at_least(x: Size, y: Size, symbols: Mapping[str, Bounds]) -> bool | None:
 
 
 def _quotient(x: Size, y: Size, symbols: Mapping[str, Bounds]) -> Size | None:
-    """x / y as ONNX divides integers: towards zero, which is downwards where neither is negative."""
+    """Return x / y as ONNX divides integers: toward zero, which is floor division if neither is negative."""
     exact = x.divide(y)
     if exact is not None:
         return exact

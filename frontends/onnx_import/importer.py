@@ -1,10 +1,10 @@
-"""ONNX files as graphs: every node becomes ops of ours, or the import is refused with the node's name.
+"""ONNX files as graphs: every node becomes IR ops, or the import is refused with the node's name.
 
     graph, weights, notes = import_onnx("model.onnx")
 
 Axes that the file names (dim_param) become symbols. Shape arithmetic is evaluated at import; an input whose values it
-needs is a static argument, given as `static={"k": 3}`. Weights are parameters by their names in the file, views of the
-file where they lie outside the model's own message.
+needs is a static argument, passed as `static={"k": 3}`. Weights are parameters by their names in the file, views of the
+file if they are stored outside the model's own message.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 
 _SAME_AXES = Hint(
-    "names of axes that are one, or their sizes: dims={...} of import_onnx, NAME=VALUE of compile",
-    "--set NAME=VALUE, which says of a name of an axis that it is another one, or its size",
+    "names of axes that are equal, or their sizes: dims={...} of import_onnx, NAME=VALUE of compile",
+    "--set NAME=VALUE, which replaces the name of an axis by another axis's name, or by a size",
 )
 
 
@@ -57,15 +57,15 @@ def import_onnx(
 ) -> Imported:
     """Import a file, or a model in memory.
 
-    static       values of inputs that determine shapes, axes or bounds; they are no inputs of the graph
-    dims         for names of axes: another name, for two that are one, or a size
-    bf16_in_f32  carry bfloat16 in f32, every result rounded, for backends that do not have it
+    static       values of inputs that determine shapes, axes or bounds; they are not inputs of the graph
+    dims         for names of axes: another name, if two axes are equal, or a size
+    bf16_in_f32  carry bfloat16 in f32, every result rounded, for backends without bfloat16
     folder       of external data, for a model in memory
-    limits       what the file may ask for: `OnnxLimits`, or those that differ by name
+    limits       limits of the file's sizes: `OnnxLimits`, or the limits that differ, by name
 
-    Raises UnsupportedOnnx (with the operator, the node and the version) for what is not taken, StaticArgumentNeeded for
-    an input that must be static, FrontendError for a file that is damaged or breaks the specification, CheckpointError
-    where it cannot be read.
+    Raises UnsupportedOnnx (with the operator, the node and the version) for an unsupported node, StaticArgumentNeeded
+    for an input that must be static, FrontendError for a file that is damaged or breaks the specification,
+    CheckpointError if it cannot be read.
     """
     file = OnnxFile.open(model, limits, folder)
     return import_opened(file, static=static, dims=dims, bf16_in_f32=bf16_in_f32)
@@ -78,7 +78,7 @@ def import_opened(
     dims: Mapping[str, str | int] | None = None,
     bf16_in_f32: bool = False,
 ) -> Imported:
-    """Import a file that is open, as `import_onnx` does; it can be imported again with other values."""
+    """Import an open file, as `import_onnx` does; it can be imported again with other values."""
     with collection_paused():
         try:
             return Importer(file, dict(static or {}), dict(dims or {}), bf16_in_f32).run()
@@ -89,14 +89,16 @@ def import_opened(
 def declared_inputs(
     file: OnnxFile, *, static: Mapping[str, Any] | None = None, dims: Mapping[str, str | int] | None = None
 ) -> Graph:
-    """A graph with the inputs that an import would give it, those that determine shapes among them, and no node."""
+    """Return a graph with the inputs that an import would declare, including inputs that determine shapes, and no
+    nodes.
+    """
     importer = Importer(file, dict(static or {}), dict(dims or {}), False)
     importer.declare()
     return importer.graph
 
 
 class Importer:
-    """The work of one import."""
+    """The state of one import."""
 
     def __init__(self, file: OnnxFile, static: dict[str, Any], dims: Mapping[str, Any], bf16_in_f32: bool) -> None:
         self.file, self.static, self.bf16_in_f32 = file, static, bf16_in_f32
@@ -118,17 +120,17 @@ class Importer:
         names = [v.name for v in proto.output]
         repeated = [name for name, count in Counter(names).items() if count > 1]
         if repeated:
-            raise FrontendError(f"two outputs are called {printable(repeated[0])}", within=self.file.shown)
+            raise FrontendError(f"two outputs are named {printable(repeated[0])}", within=self.file.shown)
         self._run_nodes(proto.node, names, scope)
         outputs: dict[str, Expr] = {}
         for declared in proto.output:
             value = scope.find(declared.name)
             if value is None:
-                raise FrontendError(f"nothing makes the output {printable(declared.name)}", within=self.file.shown)
+                raise FrontendError(f"no node computes the output {printable(declared.name)}", within=self.file.shown)
             told = declared.type.tensor_type.elem_type
             if told and told != value.type.number:
                 raise FrontendError(
-                    f"output {printable(declared.name)} is of another type than declared",
+                    f"the type of output {printable(declared.name)} differs from its declaration",
                     received=f"{value.type}, declared {told}",
                     within=self.file.shown,
                 )
@@ -143,7 +145,7 @@ class Importer:
         return Imported(self.graph, weights, self.notes)
 
     def declare(self) -> Scope:
-        """The names of the main graph before any node: weights and inputs."""
+        """Return the names of the main graph before any node: weights and inputs."""
         self._check_opset(self.file.opsets)
         scope = Scope({}, self.file.opsets)
         self._initializers(self.file.proto.graph, scope)
@@ -159,7 +161,7 @@ class Importer:
                 f"opset {version} is not supported",
                 received=f"opsets to {newest}, with onnx {onnx.__version__}",
                 within=self.file.shown,
-                hint="a newer onnx package",
+                hint="install a newer onnx package",
             )
 
     def _initializers(self, proto: Any, scope: Scope) -> None:
@@ -168,16 +170,16 @@ class Importer:
         held = self.file.held if scope.depth == 0 else {}
         for tensor in proto.initializer:
             if tensor.name in scope.values:
-                raise FrontendError(f"two tensors are called {printable(tensor.name)}", within=self.file.shown)
+                raise FrontendError(f"two tensors are named {printable(tensor.name)}", within=self.file.shown)
             try:
                 self.element(tensor.data_type)
-            except UnsupportedOnnx as error:  # which matters only if something uses it
+            except UnsupportedOnnx as error:  # the error matters only if a node uses the tensor
                 self.unread[tensor.name] = error.what
                 continue
             scope.values[tensor.name] = self.tensor(tensor, tensor.name, scope, held.get(tensor.name))
 
     def tensor(self, proto: Any, name: str, scope: Scope, held: Array | None = None) -> Known:
-        """A tensor of the file, under a name that no other weight has; `held` is its array, if it was read already."""
+        """Return a tensor of the file, under a unique weight name; `held` is its array, if it was already read."""
         stored = self.file.tensor(proto, name, bf16_in_f32=self.bf16_in_f32, held=held)
         wanted = base = f"{scope.path}.{name}" if scope.path else name
         count = 1
@@ -188,7 +190,7 @@ class Importer:
         return made
 
     def element(self, number: int) -> Element:
-        """The element type of a number."""
+        """Return the element type of a number."""
         return element(number, bf16_in_f32=self.bf16_in_f32)
 
     # -- nodes -------------------------------------------------------------------------------------------------
@@ -214,12 +216,12 @@ class Importer:
                 if value is not None and name:
                     if name in scope.values:
                         raise FrontendError(
-                            f"two things are called {printable(name)}", within=self._where(node, index, scope)
+                            f"two values are named {printable(name)}", within=self._where(node, index, scope)
                         )
                     scope.values[name] = value
                 elif needed:
                     raise FrontendError(
-                        f"the output {printable(name)} is not made", within=self._where(node, index, scope)
+                        f"no node computes the output {printable(name)}", within=self._where(node, index, scope)
                     )
 
     def _where(self, node: Any, index: int, scope: Scope) -> str:
@@ -242,7 +244,7 @@ class Importer:
             raise FrontendError(error.what, received=received, within=where, hint=hint) from error
         except RecursionError:
             raise
-        except Exception as error:  # a damaged node may break a handler anywhere; it must not break the caller
+        except Exception as error:  # a damaged node may raise any error in a handler; the caller must get a typed error
             raise FrontendError(
                 f"{printable(node.op_type)} cannot be read",
                 received=f"{type(error).__name__}: {error}"[:200],
@@ -256,7 +258,7 @@ class Importer:
             if name in self.unread and value is None:
                 raise unsupported(node, None, where, f"{printable(name)}: {self.unread[name]}")
             if name and value is None:
-                raise FrontendError(f"nothing makes the value {printable(name)}", within=where)
+                raise FrontendError(f"no node computes the value {printable(name)}", within=where)
             inputs.append(value)
         domain = domain_of(node)
         function = self.functions.get((domain, node.op_type))
@@ -280,7 +282,7 @@ class Importer:
         if body is None:
             if found is None:
                 raise unsupported(node, version, where, f"the operator (version {version}) is not supported")
-            why = f"version {version} of the operator is not supported, or not this case of it"
+            why = f"version {version} of the operator is not supported, or not in this case"
             raise unsupported(node, version, where, why)
         defaults = [a.default_value for a in schema.attributes.values() if a.default_value.name]
         return self._call(body, node, inputs, scope, line, defaults)
@@ -288,7 +290,7 @@ class Importer:
     def _version(self, node: Any, domain: str, scope: Scope, where: str) -> tuple[int, Any]:
         opset = scope.opsets.get(domain)
         if opset is None and domain == "" and (domain, node.op_type) not in OPERATORS:
-            raise FrontendError("the model imports no opset of ONNX's own", within=where)
+            raise FrontendError("the model imports no opset of ONNX's own domain", within=where)
         schema = schema_of(node.op_type, opset or 1, domain)
         if schema is None:
             if (domain, node.op_type) in OPERATORS and OPERATORS[domain, node.op_type].latest == 1:
@@ -345,7 +347,7 @@ class Importer:
         line: int,
         defaults: Sequence[Any] = (),
     ) -> list[Known | None]:
-        """Inline a function's body; `defaults` of attributes that the call leaves out come from its specification."""
+        """Inline a function's body; `defaults`, for attributes that the call omits, come from its specification."""
         opsets = dict(self.file.opsets)
         opsets.update({"" if o.domain == "ai.onnx" else o.domain: o.version for o in function.opset_import})
         self._check_opset(opsets)
@@ -367,12 +369,12 @@ class Importer:
     def _branch(
         self, node: Any, inputs: Sequence[Known | None], scope: Scope, line: int, where: str
     ) -> list[Known | None]:
-        """Inline the branch of an If that its condition chooses."""
+        """Inline the branch of an If that its condition selects."""
         site = OnnxSite(self, self.b, node, 1, inputs, where, (), scope)
         chosen = "then_branch" if bool(site.scalar(0)) else "else_branch"
         graph = next((a.g for a in node.attribute if a.name == chosen and a.HasField("g")), None)
         if graph is None or len(graph.output) < len(node.output):
-            raise FrontendError(f"an If without a whole {chosen}", within=where)
+            raise FrontendError(f"an If has an incomplete {chosen}", within=where)
         inner = Scope({}, scope.opsets, scope, self.b.scope, scope.depth + 1, line, scope.absent)
         self._initializers(graph, inner)
         kept = self.b.scope, self.b.source

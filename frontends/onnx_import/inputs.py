@@ -1,4 +1,4 @@
-"""The inputs of an ONNX file: inputs of the graph, or values that were given as static arguments."""
+"""The inputs of an ONNX file: inputs of the graph, or static arguments."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ if TYPE_CHECKING:
 
 
 def declare_inputs(work: Importer, proto: Any, scope: Scope) -> None:
-    """Give the graph its inputs, and the scope their names; those that were given as static arguments are known."""
+    """Declare the graph's inputs, and their names in the scope; the values of static arguments are known."""
     given = set(work.static)
     weights = set(scope.values) | {t.name for t in proto.initializer}
     inputs = [v for v in proto.input if v.name not in weights]
     unknown = sorted(given - {v.name for v in inputs})
     if unknown:
         known = ", ".join(printable(v.name) for v in inputs[:20])
-        raise FrontendError(f"static= names no input: {unknown[0]!r}", received=known, within=work.file.shown)
+        raise FrontendError(
+            f"static= names {unknown[0]!r}, which is not an input", received=known, within=work.file.shown
+        )
     work.axes.check(inputs)
     for declared in inputs:
         if declared.name in work.static:
@@ -35,7 +37,7 @@ def declare_inputs(work: Importer, proto: Any, scope: Scope) -> None:
     for declared in inputs:
         if declared.name in scope.values:
             if declared.name not in work.static:
-                raise FrontendError(f"two inputs are called {printable(declared.name)}", within=work.file.shown)
+                raise FrontendError(f"two inputs are named {printable(declared.name)}", within=work.file.shown)
             continue
         kind, type = _tensor_type(work, declared)
         dims = [work.axes.size(declared, position) for position in range(len(type.shape.dim))]
@@ -71,26 +73,26 @@ def _static_input(work: Importer, declared: Any, scope: Scope) -> None:
     try:
         fits, array = _holds(kind, given), carried(kind, given)
     except (TypeError, ValueError, OverflowError) as error:
-        what, received = "a static argument's value is no tensor", printable(str(error))
+        what, received = "a static argument's value is not a tensor", printable(str(error))
         raise FrontendError(what, received=received, within=where, hint=hint) from None
     if not fits:
         what = f"a static argument's value must be of type {kind}"
         raise FrontendError(what, received=printable(repr(given)), within=where, hint=hint)
     if not array.ndim and all(dim.dim_value == 1 for dim in type.shape.dim):
-        array = array.reshape([1] * len(type.shape.dim))  # a number for a tensor of one
+        array = array.reshape([1] * len(type.shape.dim))  # a number for a tensor of one element
     if array.ndim != len(type.shape.dim):
-        what = f"a static argument must have rank {len(type.shape.dim)}, has rank {array.ndim}"
+        what = f"a static argument must have rank {len(type.shape.dim)}, but has rank {array.ndim}"
         raise FrontendError(what, within=where, hint=hint)
     for size, dim in zip(array.shape, type.shape.dim, strict=True):
         if not work.axes.settle(dim, size):
-            what = "a static argument is of another shape than declared"
+            what = "a static argument's shape differs from the declared shape"
             raise FrontendError(what, received=str(array.shape), within=where, hint=hint)
     scope.values[declared.name] = Known(kind, content=array, name=declared.name)
     work.notes.static[declared.name] = array
 
 
 def _holds(kind: Element, given: Any) -> bool:
-    """Whether what was given is integers of a type, or truth values; of types of fractions any number is taken."""
+    """Return True if the value has the type's integers, or bools; floating-point types accept any number."""
     array = np.asarray(given)
     if kind.carrier is boolean:
         return array.dtype.kind == "b"

@@ -1,4 +1,4 @@
-"""What an import of an ONNX file gives: a graph, its weights, and notes of what was done."""
+"""The result of an ONNX import: a graph, its weights, and notes."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from treadle.ir.sizing.sizes import Size
 
 @dataclass(frozen=True)
 class ImportNotes:
-    """What an import did.
+    """Notes of an import.
 
     opsets      the model's, by domain
-    producer    the program that wrote the file, as it says
+    producer    the program that wrote the file, as the file records it
     inputs      the element type of each input in the file; `carrier` is its dtype in the graph
-    outputs     the same of each output
-    static      the static arguments that were given
-    symbols     the symbol, or the size, that stands for each name of an axis in the file
-    operators   how many nodes of each operator were imported, those of functions included
-    folded      how many of them were evaluated at import
-    opaque      the nodes whose reshapes could not be told apart into axes
-    dead        how many nodes no output needs
+    outputs     the element type of each output
+    static      the static arguments
+    symbols     the symbol, or the size, for each name of an axis in the file
+    operators   number of imported nodes of each operator, including functions' nodes
+    folded      number of them that were evaluated at import
+    opaque      the nodes whose reshapes could not be resolved into axes
+    dead        number of nodes that no output needs
     """
 
     opsets: Mapping[str, int]
@@ -43,7 +43,7 @@ class ImportNotes:
 
 
 class Imported(NamedTuple):
-    """A graph, its weights by name, and what the import did."""
+    """A graph, its weights by name, and the notes of the import."""
 
     graph: Graph
     weights: dict[str, Array]

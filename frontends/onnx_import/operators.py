@@ -1,14 +1,14 @@
-"""The table of ONNX operators, and what a handler in it sees of a node.
+"""The table of ONNX operators, and a handler's view of a node.
 
     @operator("Gelu", latest=20)
     def _gelu(site: Site) -> Made:
         tanh = site.text("approximate", "none") == "tanh"
         return site.b.gelu_tanh(site.x(0)) if tanh else site.b.gelu(site.x(0))
 
-A handler is registered for the versions of its operator up to the latest whose meaning it was written for; a later one,
-of a newer opset than this table knows, is refused. An operator without a handler, or whose handler leaves a case to it,
-is replaced by the function body that its specification gives, if it gives one. An attribute that a handler did not ask
-for is refused: it might change the meaning.
+A handler is registered for its operator's versions up to the latest version that it implements; a later version, from a
+newer opset than this table knows, is refused. An operator without a handler, or whose handler leaves a case to it, is
+replaced by its specification's function body, if there is one. An attribute that a handler did not read is refused: it
+might change the meaning.
 """
 
 from __future__ import annotations
@@ -35,24 +35,25 @@ if TYPE_CHECKING:
     from treadle.frontends.onnx_import.scopes import Scope
 
 Result = Known | Expr | Array | None
-"""A value with its element type, a value of the type that the specification tells, known content, or nothing."""
+"""A value with its element type, a value of the specification's type, known content, or nothing."""
 Made: TypeAlias = Any
-"""What a handler gives: a `Result`, or one an output; those past the node's outputs are dropped. (Any, as
-what ops give in a body: a builder's methods are.)"""
+"""A handler's result: a `Result`, or one for each output; results past the node's outputs are dropped. (Any, as the
+results of ops in a body: a builder's methods are Any.)
+"""
 Handler = Callable[["OnnxSite"], Made]
 
 
 class Decomposed(Exception):
-    """A handler leaves the node to its operator's function body."""
+    """Raised by a handler that leaves the node to its operator's function body."""
 
 
 @dataclass(frozen=True)
 class Operator:
-    """A handler, and the versions of its operator that it means.
+    """A handler, and the versions of its operator that it implements.
 
     first, latest  the versions, by the opsets that introduced them
-    moves          it moves elements and computes with none: the positions of the inputs that it moves, None: none
-    types          the positions of inputs of which it reads the element type alone
+    moves          positions of the inputs whose elements it moves without computing; None: it computes
+    types          positions of inputs of which it reads only the element type
     """
 
     name: str
@@ -64,7 +65,7 @@ class Operator:
 
 
 OPERATORS: dict[tuple[str, str], Operator] = {}
-"""By domain and name."""
+"""Operators by domain and name."""
 
 
 def operator(
@@ -85,15 +86,15 @@ def operator(
     return register
 
 
-Number = int  # which names a method within OnnxSite
+Number = int  # int names a method within OnnxSite
 
 
 class OnnxSite:
-    """One node while it is imported: its operands and attributes, and where its meaning is built.
+    """One node during its import: its operands and attributes, and the builder for its translation.
 
     b        the builder
     version  of the operator: the opset that introduced the form which this model uses
-    wanted   for each output, whether anything reads it
+    wanted   for each output, True if it is used
     scope    the names around the node
     """
 
@@ -117,39 +118,39 @@ class OnnxSite:
     # -- operands ----------------------------------------------------------------------------------------------
 
     def has(self, position: int) -> bool:
-        """Whether an optional input is there."""
+        """Return True if an optional input is present."""
         return position < len(self.inputs) and self.inputs[position] is not None
 
     def value(self, position: int) -> Known:
-        """An input. Raises FrontendError where it is missing."""
+        """Return an input. Raises FrontendError if it is missing."""
         found = self.inputs[position] if position < len(self.inputs) else None
         if found is None:
             self.malformed(f"input {position} is missing")
         return found
 
     def x(self, position: int) -> Expr:
-        """An input's place in the graph."""
+        """Return an input's graph value."""
         return self.value(position).expr(self.b)
 
     def maybe(self, position: int) -> Expr | None:
-        """The same, or None where an optional input is not there."""
+        """Return an input's graph value, or None if an optional input is absent."""
         return self.x(position) if self.has(position) else None
 
     def all(self) -> list[Expr]:
-        """Every input, none of them optional."""
+        """Return every input, none of them optional."""
         return [self.x(i) for i in range(len(self.inputs))]
 
     def element(self, position: int) -> Element:
-        """An input's element type."""
+        """Return an input's element type."""
         return self.value(position).type
 
     def shape(self, position: int) -> tuple[Size, ...]:
         return self.value(position).shape
 
-    # -- what must be known at import --------------------------------------------------------------------------
+    # -- values that must be known at import --------------------------------------------------------------------------
 
     def content(self, position: int) -> Array:
-        """An input's elements. Raises StaticArgumentNeeded where an input of the model would tell them."""
+        """Return an input's elements. Raises StaticArgumentNeeded if an input of the model would determine them."""
         value = self.value(position)
         if value.content is not None:
             return value.content
@@ -167,36 +168,36 @@ class OnnxSite:
         self.refuse(f"needs the elements of {printable(name)}, which depend on data")
 
     def numbers(self, position: int) -> tuple[int, ...]:
-        """An input's elements as integers, which hold no symbol."""
+        """Return an input's elements as integers, without symbols."""
         content = self.content(position)
         if content.dtype == object:
             self.refuse(f"{printable(self.node.input[position])} must not depend on a symbolic size")
         return tuple(int(n) for n in content.flat)
 
     def sizes(self, position: int) -> list[Size]:
-        """An input's elements as sizes."""
+        """Return an input's elements as sizes."""
         return as_sizes(self.content(position))
 
     def size(self, position: int) -> Size:
-        """An input's only element as a size."""
+        """Return an input's only element as a size."""
         sizes = self.sizes(position)
         if len(sizes) != 1:
             self.malformed(f"input {position} must have one element")
         return sizes[0]
 
     def scalar(self, position: int) -> Any:
-        """An input's only element, a number."""
+        """Return an input's only element, a number."""
         content = self.content(position)
         if content.size != 1 or content.dtype == object:
             self.refuse(f"{printable(self.node.input[position])} must be one number")
         return content.reshape(())[()]
 
     def bounds(self, size: Size) -> Bounds:
-        """The least and the greatest that a size may be."""
+        """Return the minimum and the maximum of a size."""
         return size.bounds(self.importer.graph.symbols)
 
     def axis(self, axis: int, rank: int) -> int:
-        """The position that an axis means."""
+        """Return the position of an axis argument."""
         if not -rank <= axis < rank:
             self.malformed(f"there is no axis {axis} in a tensor of rank {rank}")
         return place(axis, rank)
@@ -209,13 +210,13 @@ class OnnxSite:
         if found is None:
             return None
         if found.ref_attr_name:
-            self.malformed(f"attribute {name} refers to one of a function that has none of that name")
+            self.malformed(f"attribute {name} refers to a function's attribute that does not exist")
         if found.type and found.type != kind:
-            self.malformed(f"attribute {name} is of another type than the operator's")
+            self.malformed(f"attribute {name} has another type than in the operator")
         return found
 
     def int(self, name: str, default: Any = None) -> Any:
-        """An integer attribute."""
+        """Return an integer attribute."""
         found = self._attribute(name, 2)
         return default if found is None else int(found.i)
 
@@ -232,17 +233,17 @@ class OnnxSite:
         return None if found is None else tuple(found.ints)
 
     def ignore(self, *names: str) -> None:
-        """Attributes that do not change the numbers."""
+        """Mark attributes that do not change the numbers as read."""
         self.read.update(names)
 
     def unread(self) -> list[str]:
-        """Attributes that the handler did not ask for."""
+        """Return the attributes that the handler did not read."""
         return [name for name in self.attributes if name not in self.read]
 
-    # -- what a handler needs to make --------------------------------------------------------------------------
+    # -- building blocks for handlers -------------------------------------------------------------------------
 
     def constant(self, value: Any, dtype: DType) -> Expr:
-        """A scalar constant."""
+        """Return a scalar constant."""
         return self.b.constant(np.asarray(value), dtype)
 
     def decompose(self) -> NoReturn:
@@ -252,17 +253,17 @@ class OnnxSite:
     # -- refusals ----------------------------------------------------------------------------------------------
 
     def refuse(self, why: str, hint: str | None = None) -> NoReturn:
-        """Raise UnsupportedOnnx for a case that is not taken."""
+        """Raise UnsupportedOnnx for an unsupported case."""
         raise unsupported(self.node, self.version, self.where, why, hint)
 
     def number(self, size: Size, what: str) -> Number:
-        """A size that must be a number here. Refuses one that holds symbols."""
+        """Return a size that must be a number here. Refuses a size with symbols."""
         if size.constant is None:
             self.refuse_symbolic(f"{what} is {size}, and must be a number", size)
         return size.constant
 
     def refuse_symbolic(self, why: str, *sizes: Size) -> NoReturn:
-        """Refuse a case that is not taken for symbolic sizes, and say how to give them."""
+        """Refuse a case that is unsupported for symbolic sizes, with a hint how to fix the sizes."""
         symbols = sorted(frozenset().union(*(size.symbols for size in sizes)))
         given = ", ".join(f"{s}=8" for s in symbols)
         dims = ", ".join(f"{s!r}: 8" for s in symbols)
@@ -270,7 +271,7 @@ class OnnxSite:
         self.refuse(why, Hint(f"numbers: treadle.compile(..., {given}), or dims={{{dims}}} of import_onnx", on_line))
 
     def mismatched(self, why: str, *sizes: Size) -> NoReturn:
-        """Sizes that must be equal are not: a damaged node, or, if they hold symbols, a case that is not taken."""
+        """Refuse sizes that must be equal: a damaged node, or, if they hold symbols, an unsupported case."""
         if all(size.constant is not None for size in sizes):
             self.malformed(why)
         self.refuse_symbolic(why, *sizes)
@@ -281,7 +282,7 @@ class OnnxSite:
 
 
 def unsupported(node: Any, version: int | None, where: str, why: str, hint: str | None = None) -> UnsupportedOnnx:
-    """The error for a node that is not taken."""
+    """Return the error for an unsupported node."""
     domain = f"{node.domain}." if node.domain not in ("", "ai.onnx") else ""
     error = UnsupportedOnnx(f"{printable(domain + node.op_type)}: {why}", within=where, hint=hint)
     error.op, error.version = domain + node.op_type, version

@@ -1,4 +1,4 @@
-"""What handlers of ONNX operators give, as values of the file's own types."""
+"""Results of ONNX operators' handlers, as values of the file's own types."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from treadle.ir.errors import FrontendError
 
 
 def as_known(b: Builder, made: Result, kind: Element | None, found: Operator) -> Known | None:
-    """What a handler made, as a value of the file's own type."""
+    """Return a handler's result as a value of the file's own type."""
     if made is None:
         return None
     if isinstance(made, Known):
@@ -37,9 +37,9 @@ def as_known(b: Builder, made: Result, kind: Element | None, found: Operator) ->
 def keep_weights(
     b: Builder, found: Operator, inputs: Sequence[Known | None], results: Sequence[Known | None], run: Fold
 ) -> None:
-    """Weights that a node only moves stay weights of the graph: a small one does not become a constant.
+    """Keep weights that a node only moves as weights of the graph: a small weight does not become a constant.
 
-    Its elements are known all the same, to what asks for them.
+    Its elements are still known to nodes that need them.
     """
     if found.moves is None or len(results) != 1 or (made := results[0]) is None or made.content is None:
         return
@@ -63,7 +63,7 @@ def keep_weights(
 
 
 def is_small(value: Known) -> bool:
-    """Whether a value could tell a shape: a vector or a scalar, of a few numbers."""
+    """Return True if a value could be a shape: a vector or a scalar, of a few numbers."""
     if value.rank > 1:
         return False
     count = value.shape[0].constant if value.rank else 1

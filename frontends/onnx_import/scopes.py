@@ -1,4 +1,4 @@
-"""Names that nodes of an ONNX file may refer to, and the paths that nodes have."""
+"""Names that nodes of an ONNX file may refer to, and the nodes' paths."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from treadle.frontends.onnx_import.values import Known
 
 @dataclass
 class Scope:
-    """Names that nodes may refer to: of the main graph, of a branch within it, or of a function's body.
+    """Names that nodes may refer to: in the main graph, in a branch within it, or in a function's body.
 
     values  by name
     outer   the scope around a branch
     opsets  by domain
     path    in scopes of the graph's nodes and in names of weights
-    depth   how many scopes are around it
-    line    the line that its nodes are said to come from: that of the call in the main graph
+    depth   number of enclosing scopes
+    line    source line of its nodes: the call's line in the main graph
     absent  the inputs of a function that its call left out
     """
 
@@ -42,7 +42,7 @@ class Scope:
 
 
 def domain_of(node: Any) -> str:
-    """A node's domain, in which ONNX's own has two names."""
+    """Return a node's domain; ONNX's own domain has two names."""
     return "" if node.domain == "ai.onnx" else str(node.domain)
 
 
@@ -50,7 +50,7 @@ _SCOPE_NAMES = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"")
 
 
 def path_of(node: Any, index: int, scope: Scope) -> str:
-    """A node's path: the module that it came from, where the exporter says it, and its name."""
+    """Return a node's path: its module, if the exporter records it, and its name."""
     name = node.name or f"{node.op_type}_{index}"
     path = name.strip("/").replace("/", ".")
     for entry in node.metadata_props:

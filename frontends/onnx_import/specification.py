@@ -1,4 +1,4 @@
-"""What onnx's own tables say of operators: their types, and their meaning in other operators, if they give one."""
+"""Operator specifications from onnx's own tables: their types, and their function bodies, if they have any."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from treadle.ir.errors import FrontendError
 
 @lru_cache(maxsize=2048)
 def schema_of(name: str, opset: int, domain: str) -> Any:
-    """The specification of an operator in an opset, or None where there is none."""
+    """Return the specification of an operator in an opset, or None if there is none."""
     import onnx
 
     try:
@@ -26,13 +26,13 @@ def schema_of(name: str, opset: int, domain: str) -> Any:
 
 @lru_cache(maxsize=2048)
 def _formal_types(name: str, opset: int, domain: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The types of inputs and of outputs: concrete, or variables."""
+    """Return the types of inputs and of outputs: concrete types, or type variables."""
     schema = schema_of(name, opset, domain)
 
     alone = {c.type_param_str: c.allowed_type_strs for c in schema.type_constraints}
 
     def side(formals: Any) -> tuple[str, ...]:
-        """Types by name; a variable that may be one type only is that type."""
+        """Return types by name; a variable that allows only one type is replaced by it."""
         names = [f.type_str for f in formals]
         return tuple(alone[n][0] if len(alone.get(n, ())) == 1 else n for n in names)
 
@@ -40,9 +40,9 @@ def _formal_types(name: str, opset: int, domain: str) -> tuple[tuple[str, ...], 
 
 
 def output_elements(schema: Any, node: Any, inputs: Sequence[Known | None]) -> list[Element | None]:
-    """The element type of each output, where the operator's specification tells it from the inputs'.
+    """Return the element type of each output, if the operator's specification derives it from the inputs'.
 
-    Raises FrontendError where inputs that must be of one type are of two.
+    Raises FrontendError if inputs that must have the same type differ.
     """
     if schema is None:
         return [None] * len(node.output)
@@ -54,7 +54,7 @@ def output_elements(schema: Any, node: Any, inputs: Sequence[Known | None]) -> l
             known = bound.setdefault(variable, value.type)
             if known != value.type:
                 raise FrontendError(
-                    f"{schema.name}: two inputs must be of one type", received=f"{known} and {value.type}"
+                    f"{schema.name}: two inputs must have the same type", received=f"{known} and {value.type}"
                 )
     kinds: list[Element | None] = []
     for i in range(len(node.output)):
@@ -78,7 +78,7 @@ _CONCRETE = {
 
 
 def function_body(schema: Any, node: Any, opset: int, inputs: Sequence[Known | None]) -> Any:
-    """The operator's meaning in other operators, as its specification gives it, or None."""
+    """Return the operator's function body, in other operators, from its specification, or None."""
     import onnx
 
     if schema is None:
@@ -115,7 +115,7 @@ def _type_proto(value: Known) -> Any:
 
 
 def with_attributes(node: Any, given: Mapping[str, Any], absent: frozenset[str], nesting: int) -> Any:
-    """A function's node with the attributes of the call in the place of references, and without absent inputs."""
+    """Return a function's node with references replaced by the call's attributes, and without absent inputs."""
     inputs_absent = any(name in absent for name in node.input)
     refers = any(a.ref_attr_name for a in node.attribute)
     inner = list(subgraphs(node))

@@ -1,4 +1,4 @@
-"""Values of an ONNX file while it is imported: where they are in the graph, and their elements where these are known.
+"""Values of an ONNX file during import: their graph values, and their elements if these are known.
 
 Exporters compute shapes with tensors: Shape, Gather, Mul, Concat, Reshape. Such elements are known at import, as
 numbers or as sizes over the graph's symbols, and a value whose elements are known enters the graph only if an op reads
@@ -24,11 +24,13 @@ from treadle.ir.sizing.sizes import Size
 Array = npt.NDArray[Any]
 
 MOST_KNOWN = 4096
-"""The most elements of a value that are looked at, and computed with, at import."""
+"""Maximum number of elements of a value that are evaluated at import."""
 MOST_SYMBOLIC = 256
-"""The most elements that may be sizes."""
+"""Maximum number of elements that may be sizes."""
 _IN_PLACE = 16
-"""The most elements of a stored float tensor that become a constant of the graph; larger ones are its weights."""
+"""Maximum number of elements of a stored float tensor that becomes a constant of the graph; larger tensors are
+weights.
+"""
 
 
 class Known:
@@ -36,9 +38,9 @@ class Known:
 
     type      its element type
     content   its elements: an array of numbers (in the carrier's dtype), an array of objects that are `Size`s, or None
-    stored    the tensor of the file that it is, or None
-    roots     the inputs that a small value is computed from: those that would have to be static for it to be known
-    moved     where its elements are known and are those of weights, moved: what builds that move in the graph
+    stored    its tensor in the file, or None
+    roots     the inputs that a small value is computed from: they would have to be static for it to be known
+    moved     for known elements that are weights' elements, moved: a function that builds that move in the graph
     """
 
     __slots__ = ("_content", "_expr", "_shape", "moved", "name", "roots", "stored", "type")
@@ -60,7 +62,7 @@ class Known:
 
     @property
     def is_weight(self) -> bool:
-        """Whether it stands in the graph as a weight, or as weights moved."""
+        """True if its graph value is a weight, or moved weights."""
         if self.moved is not None:
             return True
         return self.stored is not None and self.stored.count > (_IN_PLACE if self.type.is_float else MOST_KNOWN)
@@ -87,16 +89,16 @@ class Known:
 
     @property
     def is_symbolic(self) -> bool:
-        """Whether its elements are known, some of them as sizes that are no numbers."""
+        """True if its elements are known, and some of them are symbolic sizes."""
         return self.content is not None and self.content.dtype == object
 
     @property
     def on_graph(self) -> Expr | None:
-        """Its place in the graph, if it has one yet."""
+        """Its graph value, if it has one yet."""
         return self._expr
 
     def expr(self, b: Builder) -> Expr:
-        """Its place in the graph; what is known becomes a constant, a weight or sizes when it is first asked for."""
+        """Return its graph value; a known value becomes a constant, a weight or sizes on first access."""
         if self._expr is None:
             stored = self.stored
             if self.moved is not None:
@@ -117,7 +119,7 @@ class Known:
 
 
 def constant(b: Builder, content: Array, type: Element) -> Expr:
-    """A constant of the graph, with every bit of the elements kept."""
+    """Return a constant of the graph, bitwise identical to the elements."""
     dtype = type.carrier
     if dtype.numpy is None:
         return b.constant(content, dtype)
@@ -127,7 +129,7 @@ def constant(b: Builder, content: Array, type: Element) -> Expr:
 
 
 def _of_sizes(b: Builder, content: Array, type: Element) -> Expr:
-    """Sizes as a tensor of the graph."""
+    """Return sizes as a tensor of the graph."""
 
     def one(size: Size) -> Expr:
         if size.constant is not None:
@@ -142,7 +144,7 @@ def _of_sizes(b: Builder, content: Array, type: Element) -> Expr:
 
 
 def tidied(content: Iterable[Any], shape: Sequence[int], dtype: Any = np.int64) -> Array:
-    """Sizes and numbers as an array: of numbers if all are, else of sizes."""
+    """Return sizes and numbers as an array: of numbers if all are numbers, else of sizes."""
     sizes = [Size.of(x) if isinstance(x, Size) else Size.of(int(x)) for x in content]
     numbers = [s.constant for s in sizes]
     if all(n is not None for n in numbers):
@@ -153,5 +155,5 @@ def tidied(content: Iterable[Any], shape: Sequence[int], dtype: Any = np.int64) 
 
 
 def as_sizes(content: Array) -> list[Size]:
-    """The elements of known content as sizes, in row-major order."""
+    """Return the elements of known content as sizes, in row-major order."""
     return [x if isinstance(x, Size) else Size.of(int(x)) for x in content.flat]

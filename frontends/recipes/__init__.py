@@ -1,1 +1,1 @@
-"""What more than one importer spells in ops of ours: reshapes by sizes, products by rank, quotients, orders."""
+"""IR recipes that several importers share: reshapes by sizes, products by rank, quotients, orders."""

@@ -1,4 +1,4 @@
-"""Matrix products of operands of any rank, as NumPy's matmul has them."""
+"""Matrix products of operands of any rank, as in NumPy's matmul."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from treadle.ir.builder import Builder, Expr
 
 
 def matmul(b: Builder, x: Expr, y: Expr) -> Expr:
-    """NumPy's matmul: a vector is a row on the left, a column on the right, and that axis is dropped again."""
+    """NumPy's matmul: a vector is a row on the left, a column on the right, and the result drops that axis."""
     if x.rank == 1 and y.rank == 1:
         return b.einsum(x, y, equation="k, k ->")
     if x.rank == 1:

@@ -1,4 +1,4 @@
-"""Places along an axis: how many there are, and in the other order."""
+"""Positions along an axis: their number, and their reversed order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def extent(b: Builder, size: Size) -> Expr:
 
 
 def flipped(b: Builder, x: Expr, axis: int) -> Expr:
-    """x with one axis read backwards."""
+    """x with one axis reversed."""
     size = x.shape[axis]
     last = b.size(value=size - 1) if size.constant is None else b.constant(size.constant - 1, i64)
     return b.gather(x, last - b.iota(size=size), axis=axis)

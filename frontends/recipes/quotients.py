@@ -1,4 +1,4 @@
-"""Quotients that are rounded toward zero, as in C, and what they leave."""
+"""Quotients that are rounded toward zero, as in C, and their remainders."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def truncated_quotient(b: Builder, x: Expr, y: Expr) -> Expr:
 
 
 def remainder_like_dividend(b: Builder, x: Expr, y: Expr) -> Expr:
-    """What x / y, rounded towards zero, leaves of x: of floats, with the sign of x, as C's fmod."""
+    """The remainder of x / y, rounded toward zero; for floats, it has the sign of x, like C's fmod."""
     one = b.constant(1.0, x.dtype)
     sign = b.where(x < 0.0, -one, one)  # |x| as x times its sign: the gradient is 1 at 0 as well
     return sign * b.mod(x * sign, b.abs(y))

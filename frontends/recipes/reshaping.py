@@ -1,9 +1,9 @@
-"""Shape changes between known sizes: as a rearrange where the axes can be told, else as an opaque reshape.
+"""Shape changes between known sizes: a rearrange if the axes can be matched, else an opaque reshape.
 
 [B, S, 768] -> [B, S, 12, 64]     "a b (c=12 d) -> a b c d"
 [B, S, 12, 64] -> [B, S, 768]     "a b c d -> a b (c d)"
 [B, S, 1] -> [B, S]               "a b 1 -> a b"
-[4, 6] -> [3, 8]                  reshape: no axis of one side is made of whole axes of the other
+[4, 6] -> [3, 8]                  reshape: no axis of one side consists of whole axes of the other
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from treadle.ir.sizing.sizes import Size
 
 
 def reshaped(b: Builder, x: Expr, shape: Sequence[Size | int]) -> tuple[Expr, bool]:
-    """x under another shape of as many elements, and whether its axes were told apart.
+    """Return x in another shape with the same number of elements, and True if its axes could be matched.
 
-    Raises RuleError where there are not as many elements.
+    Raises RuleError if the numbers of elements differ.
     """
     sizes = tuple(map(Size.of, shape))
     if x.shape == sizes:
@@ -44,7 +44,8 @@ def _pattern(before: tuple[Size, ...], after: tuple[Size, ...]) -> str | None:
         if len(olds) == 1:
             names = [next(letters) for _ in news]
             sizes = [after[i] for i in news]
-            # Every factor but one gives its size: the one that is hardest to write does not, or the last.
+            # Every factor but one has its size in the pattern: the size that is hardest to write is left out, or the
+            # last.
             free = max(range(len(news)), key=lambda k: (not _is_plain(sizes[k]), len(sizes[k].symbols), k))
             if any(not _is_plain(s) for k, s in enumerate(sizes) if k != free):
                 return None

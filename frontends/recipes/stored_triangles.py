@@ -1,9 +1,9 @@
-"""Stored tensors that are triangles, as what makes them: nanoGPT's `bias`, CLIP's `attn_mask`.
+"""Stored tensors that are triangles, rewritten as their formula: nanoGPT's `bias`, CLIP's `attn_mask`.
 
 [1, 1, C, C] of 1 up to the diagonal and 0 past it   -->   where(j <= i, 1, 0)
 
-So the file's triangle is one of positions, as one that the model computes is: passes see that a slice of it at whatever
-length is causal, and no memory holds it.
+So the file's triangle depends on positions, like a triangle that the model computes: passes see that a slice of it of
+any length is causal, and it takes no memory.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ class Triangle(NamedTuple):
 
 
 def is_square(shape: Sequence[int]) -> bool:
-    """Whether a tensor of this shape may be a triangle."""
+    """Return True if a tensor of this shape may be a triangle."""
     return len(shape) >= 2 and shape[-1] == shape[-2] > 1 and all(n == 1 for n in shape[:-2])
 
 
 def triangle_of(array: npt.NDArray[Any]) -> Triangle | None:
-    """A square of two numbers with a diagonal between them, or None for any other tensor.
+    """Return the triangle of a square with two values and a diagonal between them, or None for any other tensor.
 
-    Most tensors are told by their first row and their last.
+    The first and last rows are enough to reject most tensors.
     """
     shape = array.shape
     if not is_square(shape):
@@ -57,7 +57,7 @@ def triangle_of(array: npt.NDArray[Any]) -> Triangle | None:
         return None
     first, last = square[0] != outside, square[-1] == inside
     diagonal = int(first.sum()) - 1
-    if diagonal < 0:  # below the main one, where the last row tells how far
+    if diagonal < 0:  # below the main diagonal: the last row gives the distance
         diagonal = int(last.sum()) - len(square)
     offsets = np.arange(len(square))
     if not (np.array_equal(first, offsets <= diagonal) and np.array_equal(last, offsets <= len(square) - 1 + diagonal)):

@@ -1,1 +1,1 @@
-"""Import through torch.export: a module as a graph with weights. `importer.from_torch` is the way in."""
+"""Import through torch.export: a module as a graph with weights. `importer.from_torch` is the entry point."""

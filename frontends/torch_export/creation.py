@@ -1,4 +1,4 @@
-"""ATen operators that make tensors of sizes: arange, full, zeros, ones, and triangles."""
+"""ATen operators that create tensors from sizes: arange, full, zeros, ones, and triangles."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _scalar(site: TorchSite) -> Made:
 def _linspace(site: TorchSite) -> Made:
     b, count, start, end = site.b, site.integer("steps"), site.real("start"), site.real("end")
     if not site.dtype().is_float or not (math.isfinite(start) and math.isfinite(end)):
-        site.refuse("of integers, or of an endless range")
+        site.refuse("integers and infinite bounds are not supported")
     step = (end - start) / max(count - 1, 1)
     return (b.iota(size=count, dtype=f64) * step + start).cast(site.dtype())
 

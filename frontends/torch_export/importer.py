@@ -1,12 +1,12 @@
-"""Modules of PyTorch as graphs, through torch.export.
+"""PyTorch modules as graphs, through torch.export.
 
     model = from_torch(module, {"input_ids": ids}, dynamic={"input_ids": "B S"})
     exe = treadle.compile(model)
 
-torch.export runs the module once and writes down the ATen operators that it used. Operators that are ops of ours stay
-whole (scaled_dot_product_attention, linear, layer_norm, rms_norm, gelu); what is not known here is decomposed by torch
-into its core operators, and refused if it is none of these that we take. Sizes are symbols over the dimensions that
-`dynamic` names.
+torch.export runs the module once and records the ATen operators that it used. Operators that match IR ops stay whole
+(scaled_dot_product_attention, linear, layer_norm, rms_norm, gelu). Torch decomposes every unknown operator into its
+core operators; a core operator without a handler is refused. Sizes are symbols over the dimensions that `dynamic`
+names.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ if TYPE_CHECKING:
     import torch
 
 _IN_PLACE = 16
-"""The most elements of a float buffer that become a constant of the graph; larger ones are weights."""
+"""Maximum number of elements of a float buffer that becomes a constant of the graph; larger buffers are weights."""
 _IN_PLACE_WHOLE = 4096
-"""The same for integers and truth values, which tell positions and masks."""
+"""The same for integers and bools, which hold positions and masks."""
 
 _NO_EFFECT = {
     "_assert_tensor_metadata.default",
@@ -53,7 +53,7 @@ _NO_EFFECT = {
     "sym_constrain_range.default",
     "sym_constrain_range_for_size.default",
 }
-"""Checks. Those of sizes are guards as well, which the graph's bounds hold."""
+"""Checks. Checks of sizes are guards as well, which the graph's bounds enforce."""
 
 
 def from_torch(
@@ -61,13 +61,13 @@ def from_torch(
 ) -> TorchModel:
     """Import a module.
 
-    example  arguments of its forward, a tuple or a dict by name: tensors, whose values do not matter, and what else it
-             takes, which becomes a part of the graph
-    dynamic  the dimensions that vary, by argument: {"input_ids": "B S"}, where a number or _ leaves one as it is, or
-             {"input_ids": {1: "S"}}; without it all sizes are the example's
+    example  arguments of its forward, a tuple or a dict by name: tensors, whose values do not matter, and other
+             arguments, which become part of the graph
+    dynamic  the dimensions that vary, by argument: {"input_ids": "B S"}, where a number or _ keeps a dimension,
+             or {"input_ids": {1: "S"}}; without it all sizes are the example's
 
     Raises UsageError for an example or names that do not fit, FrontendError (with the operator, the node and the
-    module's line) for what is not taken.
+    module's line) for unsupported operators.
     """
     try:
         import torch  # noqa: F401
@@ -84,7 +84,8 @@ def from_torch(
         raise
     except Exception as error:
         raise FrontendError(
-            "what torch.export gives of the module cannot be read", received=f"{type(error).__name__}: {error}"[:300]
+            "the program that torch.export returns for the module cannot be read",
+            received=f"{type(error).__name__}: {error}"[:300],
         ) from error
 
 
@@ -100,13 +101,13 @@ def _imported(name: str, program: torch.export.ExportedProgram, opened: Mapping[
 
 
 def _name(node: Any) -> str | None:
-    """`add.Tensor` for an ATen operator, None for anything else."""
+    """Return `add.Tensor` for an ATen operator, None for anything else."""
     schema = getattr(node.target, "_schema", None)
     return str(node.target).removeprefix("aten.") if schema is not None and schema.name.startswith("aten::") else None
 
 
 def _is_plain(program: torch.export.ExportedProgram) -> bool:
-    """Whether a program writes into no tensor and holds only operators that are known here."""
+    """Return True if a program writes into no tensor and uses only supported operators."""
     for node in program.graph.nodes:
         if node.op == "get_attr":
             return False
@@ -119,7 +120,7 @@ def _is_plain(program: torch.export.ExportedProgram) -> bool:
 
 
 def _kept() -> list[Any]:
-    """Torch's own objects for the operators that are known here."""
+    """Return torch's own objects for the supported operators."""
     import torch
 
     found = []
@@ -136,18 +137,18 @@ def _dtype_of(name: str, tensor: Any) -> DType:
     try:
         return our_dtype(tensor.dtype)
     except FrontendError as error:
-        error.within = f"{name}, a tensor that the module is given or holds"
+        error.within = f"{name}, an argument or a tensor of the module"
         raise
 
 
 def _is_size(node: Any) -> bool:
-    """Whether a node makes a size or a condition on sizes, which its own record tells."""
+    """Return True if a node computes a size or a condition on sizes, which its own record holds."""
     val = node.meta.get("val")
     return isinstance(val, int) or (hasattr(val, "node") and not hasattr(val, "dtype"))
 
 
 class TorchImporter:
-    """The work of one import."""
+    """The state of one import."""
 
     def __init__(
         self, name: str, program: torch.export.ExportedProgram, symbols: Symbols, told: Mapping[str, Size]
@@ -164,7 +165,7 @@ class TorchImporter:
         self.opaque: list[str] = []
 
     def at_least(self, name: str, lower: int) -> None:
-        """Narrow what a symbol may be."""
+        """Raise the lower bound of a symbol."""
         self.bounds[name] = self.bounds.get(name, Bounds()).intersect(Bounds(lower))
 
     def run(self) -> TorchModel:
@@ -214,7 +215,7 @@ class TorchImporter:
         return tuple(inputs)
 
     def _weight(self, name: str) -> Expr:
-        """A tensor of the module; one that several names share enters the graph once."""
+        """Return a tensor of the module; a tensor with several names enters the graph once."""
         state = self.program.state_dict
         tensor: Any = state[name] if name in state else self.program.constants[name]
         expect_dense(name, tensor)
@@ -240,7 +241,7 @@ class TorchImporter:
     # -- nodes -------------------------------------------------------------------------------------------------
 
     def _plain(self, argument: Any) -> Any:
-        """An argument of a node as handlers see it."""
+        """Convert a node's argument for handlers."""
         if hasattr(argument, "op") and hasattr(argument, "meta"):
             made = self.values[argument]
             if isinstance(made, UnknownSize):
@@ -263,7 +264,7 @@ class TorchImporter:
             raise
         except TreadleError as error:
             raise unsupported(node, error.what, error.hint, error.received) from error
-        except Exception as error:  # whatever it is, the user hears of the node and not of our code
+        except Exception as error:  # for any exception, the error names the node, not our code
             raise unsupported(node, "cannot be read", None, f"{type(error).__name__}: {error}"[:200]) from error
 
     def _import(self, node: Any) -> None:
@@ -282,7 +283,9 @@ class TorchImporter:
             whole = isinstance(val, int) or type(val).__name__ == "SymInt"
             try:
                 self.values[node] = self.symbols.size(val) if whole else None
-            except UnknownSize as error:  # which matters where the size is used, and checks alone may use it
+            except (
+                UnknownSize
+            ) as error:  # which matters where the size is used; a size that only checks use is never needed
                 self.values[node] = error
             return
         handler = OPERATORS.get(name or "")
@@ -302,7 +305,7 @@ class TorchImporter:
         self.values[node] = results if isinstance(node.meta.get("val"), list | tuple) else results[0]
 
     def _check(self, site: TorchSite, position: int, made: Expr) -> None:
-        """Hold a result against the dtype and the shape that torch found."""
+        """Check a result against the dtype and the shape that torch found."""
         dtype, shape = site.dtype(position), site.shape(position)
         if made.dtype is not dtype:
             site.refuse(f"its result is {made.dtype} here, {dtype} in torch")
@@ -311,7 +314,7 @@ class TorchImporter:
             site.refuse(f"its result is [{ours}] here, [{theirs}] in torch")
 
     def _same(self, ours: tuple[Size, ...], theirs: tuple[Size, ...]) -> bool:
-        """Whether two shapes agree for some sizes that are not likely to agree by chance."""
+        """Return True if two shapes agree for some sizes that are unlikely to agree by chance."""
         if len(ours) != len(theirs):
             return False
         names = sorted({s for size in (*ours, *theirs) for s in size.symbols})
@@ -337,20 +340,20 @@ class TorchImporter:
             kind = spec.kind.name
             if kind != "USER_OUTPUT":
                 raise FrontendError(
-                    "the module changes a tensor that it was given or holds",
+                    "the module changes an argument or a tensor that it holds",
                     received=f"{spec.target or spec.arg.name} ({kind.lower().replace('_', ' ')})",
-                    hint="module.eval(), where these are running statistics",
+                    hint="module.eval(), if these are running statistics",
                 )
             name, at = names[at], at + 1
             made = self._plain(value)
             if isinstance(made, Expr):
                 found[name] = made
         if not found:
-            raise FrontendError("the module gives no tensor")
+            raise FrontendError("the module returns no tensor")
         return found
 
     def _output_names(self) -> list[str]:
-        """A name for each result: the key or field that holds it, or `output`, numbered where there are several."""
+        """Return a name for each result: the key or field that holds it, or `output`, numbered if there are several."""
         from torch.utils import _pytree as pytree
 
         spec = self.program.call_spec.out_spec
@@ -359,7 +362,7 @@ class TorchImporter:
         paths: list[tuple[Any, Any]]
         try:
             paths = pytree.tree_flatten_with_path(pytree.tree_unflatten([0] * count, spec))[0] if count else []
-        except ValueError:  # of a container that tells torch no names of its parts
+        except ValueError:  # a container that gives torch no names of its parts
             paths = [((i,), 0) for i in range(count)]
         names: list[str] = []
         for path, _ in paths:

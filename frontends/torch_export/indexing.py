@@ -1,7 +1,7 @@
-"""ATen operators that read at places which another tensor holds: embedding, index, gather.
+"""ATen operators that read at positions in an index tensor: embedding, index, gather.
 
-Masks are often read at all places of an axis, x[batch[:, None, None], key[None, None, :]] with counts from 0; such an
-index is a rearrange.
+Masks are often read at all positions of an axis, x[batch[:, None, None], key[None, None, :]] with counts from 0; such
+an index is a rearrange.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from treadle.ir.sizing.sizes import ONE, ZERO, Size, product
 from treadle.ir.transforms.padding_rows import without_gradient
 from treadle.ir.types import i64, u8
 
-# -- what an index is known to be ----------------------------------------------------------------------------------
+# -- known properties of an index ----------------------------------------------------------------------------------
 
 _MOVES = ("rearrange", "expand", "reshape", "slice", "gather", "concat", "cast")
 
 
 def is_count(value: Value, depth: int = 12) -> bool:
-    """Whether the elements of a value are known not to be negative."""
+    """Return True if the elements of a value are known not to be negative."""
     if value.literal is not None:
         return bool(np.all(value.literal.array >= 0))
     dtype, node = value.type.dtype, value.node
     if dtype.bytes < 4 and dtype.is_int and dtype is not u8:
-        return False  # which may have become negative in so few bits
+        return False  # a narrow cast may have made them negative
     if node is None or depth == 0:
         return False
     if node.op.name in ("iota", "positions", "size", "argmax"):
@@ -46,7 +46,9 @@ def is_count(value: Value, depth: int = 12) -> bool:
 
 
 def counted_axis(x: Expr, size: Size) -> int | None:
-    """The axis of x along which it counts 0, 1, ..., size - 1, every other one being of size 1; None if it does not."""
+    """Return the axis of x along which it counts 0, 1, ..., size - 1, if every other axis has size 1; None if there is
+    none.
+    """
     value, axes = x.value, [i for i, n in enumerate(x.shape) if n != ONE]
     if size == ONE:
         return None
@@ -69,7 +71,7 @@ def _is_zero(value: Value) -> bool:
 
 
 def from_start(b: Builder, indices: Expr, size: Size) -> Expr:
-    """Indices, negative ones counted from the start of their axis."""
+    """Return indices with negative indices converted to positions from the start of their axis."""
     if is_count(indices.value):
         return indices
     wide = indices.cast(i64)
@@ -99,7 +101,7 @@ def _index_select(site: TorchSite) -> Made:
 
 @operator("gather.default")
 def _gather(site: TorchSite) -> Made:
-    """Elements along one axis; along the others, x may reach further than the indices."""
+    """Elements along one axis; along the other axes, x may be longer than the indices."""
     b, x, indices, axis = site.b, site.x("self"), site.x("index"), site.axis("dim")
     if x.rank == 0:
         return expanded(b, reshaped(b, x, [ONE] * indices.rank)[0], indices.shape)
@@ -115,15 +117,15 @@ def _gather(site: TorchSite) -> Made:
 
 @operator("index.Tensor")
 def _index(site: TorchSite) -> Made:
-    """x[i, :, j]: the indices broadcast; their axes come where the indexed ones are, or first if these lie apart."""
+    """x[i, :, j]: the indices broadcast; their axes replace the indexed axes, or come first if not adjacent."""
     b, x = site.b, site.x("self")
     indices = list(site.given("indices"))
     if any(i is not None and i.dtype.kind == "bool" for i in indices):
-        site.refuse("by truth values: how many elements it gives depends on data")
+        site.refuse("a mask is not supported: the number of elements depends on data")
     axes = [k for k, i in enumerate(indices) if i is not None]
     given = [i for i in indices if i is not None]
     together = axes == list(range(axes[0], axes[-1] + 1))
-    # The indexed axes first; then the result's go back to where they belong.
+    # The indexed axes first; afterwards the result's axes are moved back.
     rest = [k for k in range(x.rank) if k not in axes]
     points = broadcast(site, [i.shape for i in given])
     counted = [counted_axis(i, x.shape[k]) for i, k in zip(given, axes, strict=True)]
@@ -149,20 +151,20 @@ def broadcast(site: TorchSite, shapes: Sequence[tuple[Size, ...]]) -> list[Size]
         for i, size in enumerate(shape, start=rank - len(shape)):
             if size != ONE:
                 if made[i] not in (ONE, size):
-                    site.refuse(f"indices of {made[i]} and {size} elements")
+                    site.refuse(f"indices of {made[i]} and {size} elements do not broadcast")
                 made[i] = size
     return made
 
 
 def _laid(b: Builder, x: Expr, places: Sequence[int], points: int) -> Expr:
-    """x, whose first axes are read from end to end, each along the axis of the points that it has a place in."""
+    """x, whose first axes are read completely, each transposed to the axis of the points in which its index varies."""
     names = axis_letters(x.rank)
     spread = [names[places.index(i)] if i in places else "1" for i in range(points)]
     return b.rearrange(x, pattern=f"{' '.join(names)} -> {' '.join([*spread, *names[len(places) :]])}")
 
 
 def rows_at(b: Builder, sizes: Sequence[Size], indices: Sequence[Expr]) -> Expr:
-    """Indices along several axes as places on one axis that holds these axes in order."""
+    """Return indices along several axes as positions on one axis that flattens these axes."""
     rows: Expr | None = None
     for index, size in zip(indices, sizes, strict=True):
         place = from_start(b, index, size).cast(i64)

@@ -1,4 +1,4 @@
-"""Where nodes of torch.export come from: the module that they are in, and the user's line.
+"""Sources of torch.export nodes: the enclosing module, and the user's line.
 
 nn_module_stack   {..., "L__self__transformer.h.0.attn": ("transformer.h.0.attn", ...)}   transformer.h.0.attn
 stack_trace       File ".../transformers/models/gpt2/modeling_gpt2.py", line 213           the same, shortened
@@ -21,7 +21,7 @@ _PACKAGES = re.compile(r"^.*[\\/](?:site|dist)-packages[\\/]")
 
 @lru_cache(maxsize=4096)
 def shown(path: str) -> str:
-    """A path as it is shown: from a package's folder, or from the working directory, else the file's name alone."""
+    """Return a path for display: from a package's folder, or from the working directory, else only the file's name."""
     if _PACKAGES.match(path):
         return _PACKAGES.sub("", path).replace(os.sep, "/")
     here = os.getcwd() + os.sep
@@ -30,7 +30,7 @@ def shown(path: str) -> str:
 
 
 def source_in(text: str | None) -> SourceLine | None:
-    """The innermost line in a printed stack that is not torch's own; where all are, the innermost."""
+    """Return the innermost line in a printed stack that is not torch's own; if all are torch's, the innermost."""
     frames = [f for f in _FRAME.findall(text or "") if not f[0].startswith("<")]
     if not frames:
         return None
@@ -39,12 +39,12 @@ def source_in(text: str | None) -> SourceLine | None:
 
 
 def source_of(node: Any) -> SourceLine | None:
-    """The user's line that a node comes from."""
+    """Return the user's line for a node."""
     return source_in(node.meta.get("stack_trace"))
 
 
 def scope_of(node: Any) -> str:
-    """The path of the module that a node is in: "transformer.h.0.attn"."""
+    """Return the path of a node's module: "transformer.h.0.attn"."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
@@ -54,7 +54,7 @@ def scope_of(node: Any) -> str:
 
 
 def raised_at(error: BaseException) -> SourceLine | None:
-    """The line, not torch's or ours, that an exception passed through last."""
+    """Return the last line that an exception passed through, except lines of torch and of this project."""
     own = os.path.dirname(os.path.abspath(__file__)) + os.sep
     trace: TracebackType | None = error.__traceback__
     found = None
@@ -70,7 +70,7 @@ _CALL = re.compile(r"[\\/]torch[\\/]_ops\.py$")
 
 
 def within_operator(error: BaseException) -> bool:
-    """Whether an exception came up while torch worked out the shape of an operator, not in the module's own code."""
+    """Return True if an exception arose while torch computed an operator's shape, not in the module's own code."""
     trace: TracebackType | None = error.__traceback__
     found = False
     while trace is not None:

@@ -1,4 +1,4 @@
-"""What `from_torch` gives: a graph with its weights, which `treadle.compile` takes."""
+"""The result of `from_torch`: a graph with its weights, which `treadle.compile` accepts."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class TorchModel:
     """An imported module.
 
     name       the module's class
-    graph      what it computes
-    weights    its parameters and buffers by the graph's names: views of the module's own memory where NumPy has their
-               dtype; bfloat16 comes as float32
+    graph      its computation
+    weights    its parameters and buffers by the graph's names: views of the module's own memory if NumPy has their
+               dtype; bfloat16 is converted to float32
     inputs     the graph's inputs, in the order of the module's arguments
-    symbols    the size that stands for each dimension named in `dynamic`
-    operators  how many nodes of each operator were imported
-    opaque     the nodes whose reshapes could not be told apart into axes
+    symbols    the size of each dimension named in `dynamic`
+    operators  number of imported nodes of each operator
+    opaque     the nodes whose reshapes could not be resolved into axes
     learned    the weights that are parameters which require a gradient
     """
 
@@ -51,9 +51,9 @@ class TorchModel:
         return f"<imported {self.name}: ({takes}) -> ({gives}), {held}>"
 
     def arguments(self, example: tuple[Any, ...] | Mapping[str, Any]) -> dict[str, Array]:
-        """Tensors as the module takes them, as the arrays by name that an executable takes.
+        """Return tensors in the module's form as arrays by name in the executable's form.
 
-        Raises FrontendError for tensors that are no arrays.
+        Raises FrontendError for tensors that cannot be converted to arrays.
         """
         named = named_tensors(example) if isinstance(example, Mapping) else None
         tensors = [x for _, x in named_tensors(example)]
@@ -62,7 +62,7 @@ class TorchModel:
 
 
 def named_tensors(values: Any) -> list[tuple[str, Any]]:
-    """The tensors in a tree of containers, by the keys that lead to them, as torch.export names them: ids, past_0."""
+    """Return the tensors in a tree of containers, by their key paths, as torch.export names them: ids, past_0."""
     import torch
     from torch.utils import _pytree as pytree
 
@@ -77,9 +77,9 @@ def named_tensors(values: Any) -> list[tuple[str, Any]]:
 def expect_dense(
     name: str, tensor: Any, instead: str = "module.to_empty(device='cpu') and then load_state_dict"
 ) -> None:
-    """Raise FrontendError for a tensor whose elements do not lie in memory one by one.
+    """Raise FrontendError for a tensor whose elements are not stored densely.
 
-    instead  what gives a tensor on the meta device elements
+    instead  a call that gives a meta tensor elements, for the hint
     """
     import torch
 
@@ -96,7 +96,10 @@ def expect_dense(
 
 
 def array_of(name: str, tensor: Any) -> Array:
-    """A tensor's elements as an array; bfloat16, which NumPy lacks, as float32. Raises FrontendError for odd ones."""
+    """Return a tensor's elements as an array; bfloat16, which NumPy lacks, as float32.
+
+    Raises FrontendError for tensors that cannot be converted.
+    """
     import torch
 
     expect_dense(name, tensor)
@@ -106,4 +109,4 @@ def array_of(name: str, tensor: Any) -> Array:
     try:
         return np.asarray(held.resolve_conj().resolve_neg().numpy())
     except (TypeError, RuntimeError) as error:
-        raise FrontendError(f"{name} is no array of NumPy's", received=str(error)[:200]) from None
+        raise FrontendError(f"{name} cannot be converted to a NumPy array", received=str(error)[:200]) from None

@@ -1,12 +1,12 @@
-"""The table of ATen operators, and what a handler in it sees of a node.
+"""The table of ATen operators, and a handler's view of a node.
 
     @operator("gelu.default")
     def _gelu(site: Site) -> Made:
         tanh = site.text("approximate") == "tanh"
         return site.b.gelu_tanh(site.x("self")) if tanh else site.b.gelu(site.x("self"))
 
-Arguments go by the names of the operator's schema. What a handler makes is held against the shape and the dtype that
-torch itself found for the node, so that a mistaken one is an error and no wrong number.
+Arguments have the names of the operator's schema. A handler's result is checked against the shape and the dtype that
+torch itself found for the node, so that a mistaken handler raises an error and never returns a wrong number.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from treadle.frontends.torch_export.importer import TorchImporter
 
 Made: TypeAlias = Any
-"""What a handler gives: an Expr, or one an output (None for one that it does not make)."""
+"""A handler's result: an Expr, or one for each output (None for an output that it does not compute)."""
 Handler = Callable[["TorchSite"], Made]
 
 OPERATORS: dict[str, Handler] = {}
-"""By name and overload: "add.Tensor"."""
+"""Handlers by name and overload: "add.Tensor"."""
 
 _DTYPES = {
     "float64": "f64",
@@ -47,7 +47,7 @@ _DTYPES = {
 
 
 def operator(*names: str) -> Callable[[Handler], Handler]:
-    """Register the handler of operators."""
+    """Register a handler of operators."""
 
     def register(handler: Handler) -> Handler:
         for name in names:
@@ -58,7 +58,7 @@ def operator(*names: str) -> Callable[[Handler], Handler]:
 
 
 def our_dtype(dtype: Any) -> DType:
-    """The dtype of a torch.dtype. Raises FrontendError for one that we lack."""
+    """Return the IR dtype of a torch.dtype. Raises FrontendError if there is none."""
     name = str(dtype).removeprefix("torch.")
     if name not in _DTYPES:
         raise FrontendError(f"dtype {name} is not supported")
@@ -66,16 +66,16 @@ def our_dtype(dtype: Any) -> DType:
 
 
 def title(node: Any) -> str:
-    """An operator as errors call it: `aten.add.Tensor`."""
+    """Return an operator's name for errors: `aten.add.Tensor`."""
     name = str(node.target)
     return str(getattr(node.target, "__name__", name) if name.startswith("<") else name)[:200]
 
 
 class TorchSite:
-    """One node while it is imported: its arguments by name, and where its meaning is built.
+    """One node during its import: its arguments by name, and the builder for its translation.
 
     b       the builder
-    vals    what torch found of each result: fake tensors with its shape and dtype
+    vals    torch's result values: fake tensors with shape and dtype
     """
 
     def __init__(self, importer: TorchImporter, node: Any, arguments: Mapping[str, Any]) -> None:
@@ -86,26 +86,26 @@ class TorchSite:
     # -- arguments ---------------------------------------------------------------------------------------------
 
     def given(self, name: str, default: Any = None) -> Any:
-        """An argument as it is: an Expr, a Size, a number, a dtype, a list of these, or None."""
+        """Return an argument unconverted: an Expr, a Size, a number, a dtype, a list of these, or None."""
         found = self.arguments.get(name)
         return default if found is None else found
 
     def x(self, name: str) -> Expr:
-        """A tensor."""
+        """Return a tensor argument."""
         found = self.given(name)
         if not isinstance(found, Expr):
             self.refuse(f"{name} must be a tensor")
         return found
 
     def maybe(self, name: str) -> Expr | None:
-        """A tensor, or None where it is not given."""
+        """Return a tensor argument, or None if it is absent."""
         return None if self.given(name) is None else self.x(name)
 
     def tensors(self, name: str) -> list[Expr]:
         return list(self.given(name, []))
 
     def operand(self, name: str, dtype: DType) -> Expr:
-        """A tensor, a number or a size, in a dtype."""
+        """Return a tensor, a number or a size, in a dtype."""
         return self.as_operand(self.given(name), dtype)
 
     def as_operand(self, found: Any, dtype: DType) -> Expr:
@@ -121,7 +121,7 @@ class TorchSite:
             return made.cast(dtype)
         if found is None:
             self.refuse(
-                "a number that depends on data, or that sizes give by other ways than whole numbers",
+                "a number that depends on data, or on sizes by other operations than integer arithmetic",
                 "leave its dimensions out of dynamic=, or keep a number from data a tensor",
             )
         if dtype.kind == "bool":
@@ -135,7 +135,7 @@ class TorchSite:
     def integer(self, name: str) -> int:
         number = self.size(name).constant
         if number is None:
-            self.refuse(f"{name} must be a number, is {self.size(name)}")
+            self.refuse(f"{name} must be a number, not {self.size(name)}")
         return number
 
     def integers(self, name: str) -> tuple[int, ...]:
@@ -158,24 +158,24 @@ class TorchSite:
         return str(self.given(name, ""))
 
     def axis(self, name: str, rank: int | None = None) -> int:
-        """The position that an argument such as `dim` means."""
+        """Return the position of an axis argument such as `dim`."""
         return self.position(self.integer(name), self.x("self").rank if rank is None else rank)
 
     def position(self, axis: int, rank: int) -> int:
         return axis % max(rank, 1)
 
-    # -- what torch found of the results -----------------------------------------------------------------------
+    # -- torch's description of the results -----------------------------------------------------------------------
 
     def shape(self, output: int = 0) -> tuple[Size, ...]:
-        """The shape of a result."""
+        """Return the shape of a result."""
         return tuple(self.importer.symbols.size(n) for n in self.vals[output].shape)
 
     def dtype(self, output: int = 0) -> DType:
-        """The dtype of a result."""
+        """Return the dtype of a result."""
         return our_dtype(self.vals[output].dtype)
 
     def promoted(self, *names: str) -> DType:
-        """The dtype in which torch computes with two arguments."""
+        """Return the dtype in which torch computes with two arguments."""
         import torch
 
         given = [self._val(name) for name in names]
@@ -189,22 +189,22 @@ class TorchSite:
         return int(val.node.hint) if hasattr(val, "node") and not hasattr(val, "dtype") else val
 
     def bounds(self, size: Size) -> Bounds:
-        """The least and the greatest that a size may be."""
+        """Return the minimum and the maximum of a size."""
         return size.bounds(self.importer.bounds)
 
     def is_at_least(self, x: Size, y: Size) -> bool:
-        """Whether x >= y whatever the symbols are."""
+        """Return True if x >= y for all values of the symbols."""
         return self.importer.symbols.is_at_least(x, y)
 
     # -- refusals ----------------------------------------------------------------------------------------------
 
     def refuse(self, why: str, hint: str | None = None) -> NoReturn:
-        """Raise FrontendError for a case that is not taken."""
+        """Raise FrontendError for an unsupported case."""
         raise unsupported(self.node, why, hint)
 
 
 def unsupported(node: Any, why: str, hint: str | None = None, received: str | None = None) -> FrontendError:
-    """The error for a node that is not taken."""
+    """Return the error for an unsupported node."""
     at = source_of(node)
     return FrontendError(
         f"{title(node)}: {why}",

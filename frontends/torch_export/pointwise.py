@@ -13,7 +13,7 @@ from treadle.frontends.torch_export.shapes import expanded
 from treadle.ir.builder import Expr
 from treadle.ir.types import DType, f32
 
-# -- the value as it is --------------------------------------------------------------------------------------------
+# -- identities --------------------------------------------------------------------------------------------------
 
 
 @operator("alias.default", "clone.default", "contiguous.default")
@@ -32,14 +32,14 @@ def _detached(site: TorchSite) -> Made:
 @operator("dropout.default", "feature_dropout.default", "alpha_dropout.default")
 def _dropout(site: TorchSite) -> Made:
     if site.flag("train") and site.real("p") != 0:
-        site.refuse("dropout in training mode", "module.eval()")
+        site.refuse("dropout in training mode is not supported", "module.eval()")
     return site.x("input")
 
 
 @operator("native_dropout.default")
 def _native_dropout(site: TorchSite) -> Made:
     if site.flag("train") and site.real("p") != 0:
-        site.refuse("dropout in training mode", "module.eval()")
+        site.refuse("dropout in training mode is not supported", "module.eval()")
     return [site.x("input"), None]
 
 
@@ -138,7 +138,7 @@ def _power(site: TorchSite) -> Made:
     if exponent == 1:
         return x
     if not dtype.is_float:
-        site.refuse(f"an integer to the power of {exponent:g}")
+        site.refuse(f"an integer to the power of {exponent:g} is not supported")
     if exponent == 0.5:
         return b.sqrt(x)
     return b.rsqrt(x) if exponent == -0.5 else b.reciprocal(x) if exponent == -1 else b.pow(x, exponent)
@@ -148,7 +148,7 @@ def _power(site: TorchSite) -> Made:
 def _powers(site: TorchSite) -> Made:
     dtype = site.dtype()
     if not dtype.is_float:
-        site.refuse("powers of integers")
+        site.refuse("powers of integers are not supported")
     return site.b.pow(site.operand("self", dtype), site.operand("exponent", dtype))
 
 
@@ -174,7 +174,7 @@ def _clamp(site: TorchSite) -> Made:
 
 @operator("hardtanh.default")
 def _hardtanh(site: TorchSite) -> Made:
-    """At its bounds the gradient is 0."""
+    """The gradient is 0 at the bounds."""
     return _within(site, "min_val", "max_val", ties="y")
 
 
@@ -189,7 +189,9 @@ def _clamp_max(site: TorchSite) -> Made:
 
 
 def _within(site: TorchSite, low: str | None, high: str | None, ties: str = "x") -> Expr:
-    """Where bounds cross, the upper one holds. `ties` says where the gradient goes at a bound: to what is clamped."""
+    """Clamp; if the bounds cross, the upper bound wins. `ties` selects where the gradient goes at a bound: to the
+    operand.
+    """
     b, dtype = site.b, site.dtype()
     x = site.operand("self", dtype)
     if low is not None:
@@ -205,7 +207,7 @@ def _comparison(name: str, ours: str) -> None:
     def _compared(site: TorchSite) -> Made:
         dtype = site.promoted("self", "other")
         if dtype.kind == "bool" and ours not in ("equal", "not_equal"):
-            site.refuse("of truth values")
+            site.refuse("bools are not supported")
         return site.b.apply(ours, *_both(site, dtype))
 
 
@@ -219,7 +221,7 @@ _comparison("le", "less_equal")
 
 def _logical(site: TorchSite, bitwise: bool) -> tuple[Expr, Expr]:
     if bitwise and site.dtype().kind != "bool":
-        site.refuse("of integers")
+        site.refuse("integers are not supported")
     bools = site.dtype()
     return site.operand("self", bools), site.operand("other", bools)
 
@@ -245,7 +247,7 @@ _logic(_differing, "__xor__.Tensor", "bitwise_xor.Tensor", "logical_xor.default"
 @operator("logical_not.default", "bitwise_not.default")
 def _not(site: TorchSite) -> Made:
     if site.node.target._schema.name.endswith("bitwise_not") and site.dtype().kind != "bool":
-        site.refuse("of integers")
+        site.refuse("integers are not supported")
     return ~site.x("self").cast(site.dtype())
 
 
@@ -312,7 +314,7 @@ def _trunc(site: TorchSite) -> Made:
 
 
 def _wide(x: Expr) -> Expr:
-    """16-bit floats in float32, in which torch computes functions of them."""
+    """Convert 16-bit floats to float32, in which torch computes functions of them."""
     return x.cast(f32) if x.dtype.bytes == 2 else x
 
 

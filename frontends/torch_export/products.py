@@ -18,7 +18,7 @@ from treadle.ir.sizing.sizes import ONE, Size
 def _linear(site: TorchSite) -> Made:
     x, weight, bias = site.x("input"), site.x("weight"), site.maybe("bias")
     if weight.rank != 2:
-        site.refuse(f"a weight of rank {weight.rank}")
+        site.refuse(f"a weight of rank {weight.rank} is not supported")
     return site.b.linear(x, weight, bias)
 
 
@@ -35,7 +35,7 @@ def _addmm(site: TorchSite) -> Made:
     c, alpha, beta = site.x("self"), site.real("alpha"), site.real("beta")
     z = matmul(site.b, site.x(first), site.x(second))
     if not z.dtype.is_float and (alpha != 1 or beta != 1):
-        site.refuse("of integers with alpha or beta")
+        site.refuse("integers with alpha or beta are not supported")
     z = z if alpha == 1 else z * alpha
     return z if beta == 0 else z + (c if beta == 1 else c * beta)
 
@@ -61,11 +61,11 @@ def _einsum(site: TorchSite) -> Made:
 @operator("conv1d.default", "conv2d.default", "conv3d.default", "convolution.default")
 @operator("conv1d.padding", "conv2d.padding", "conv3d.padding")
 def _conv(site: TorchSite) -> Made:
-    """x [b, c, ...] or [c, ...]; padding "same" puts the odd zero behind."""
+    """x [b, c, ...] or [c, ...]; padding "same" puts an odd zero at the end."""
     b, x, weight = site.b, site.x("input"), site.x("weight")
     spatial = weight.rank - 2
     if site.flag("transposed") or any(site.integers("output_padding")):
-        site.refuse("transposed")
+        site.refuse("a transposed convolution is not supported")
     alone = x.rank == spatial + 1
     if alone:
         x, _ = reshaped(b, x, [ONE, *x.shape])
@@ -74,7 +74,7 @@ def _conv(site: TorchSite) -> Made:
     if padding == "same":
         kernel = [n.constant for n in weight.shape[2:]]
         if None in kernel:
-            site.refuse("padding 'same' of a kernel whose size is open", "padding as numbers")
+            site.refuse("padding 'same' of a kernel with a symbolic size is not supported", "padding as numbers")
         reach = [(n - 1) * d for n, d in zip(kernel, dilations, strict=True) if n is not None]
         pads = (*(r // 2 for r in reach), *(r - r // 2 for r in reach))
     elif padding == "valid":
@@ -103,17 +103,19 @@ def _each(site: TorchSite, name: str, count: int, default: int = 1) -> tuple[int
 
 @operator("scaled_dot_product_attention.default")
 def _attention(site: TorchSite) -> Made:
-    """q [b, h, s, d], k [b, g, t, d], v [b, g, t, e], or without the heads, or without both first axes.
+    """q [b, h, s, d], k [b, g, t, d], v [b, g, t, e], or without the heads, or without both leading axes.
 
-    What is 1 of batches or heads in one of them and more in another is broadcast, as products of matrices are. One head
-    of keys and values for several of queries needs no copies; nor do heads that the module's code repeats.
+    A batch or head axis of size 1 broadcasts against a larger one, as in matrix products. One head of keys and values
+    for several query heads needs no copies; nor do heads that the module's code repeats.
     """
     b, q, k, v = site.b, site.x("query"), site.x("key"), site.x("value")
     if site.real("dropout_p") != 0:
-        site.refuse("with dropout", "module.eval()")
+        site.refuse("dropout is not supported", "module.eval()")
     rank = max(q.rank, k.rank, v.rank)
     if rank > 4 or min(q.rank, k.rank, v.rank) < 2:
-        site.refuse(f"of ranks {q.rank}, {k.rank} and {v.rank}", "reshape the leading axes to one for the batch")
+        site.refuse(
+            f"ranks {q.rank}, {k.rank} and {v.rank} are not supported", "reshape the leading axes to one for the batch"
+        )
     q, k, v = (_of_rank_four(b, x, rank) for x in (q, k, v))
     batch, heads = (_shared(site, name, [x.shape[i] for x in (q, k, v)]) for i, name in enumerate(("batches", "heads")))
     k, v = _before_repeats(b, k, v)
@@ -136,24 +138,24 @@ def _attention(site: TorchSite) -> Made:
 
 
 def _of_rank_four(b: Builder, x: Expr, rank: int) -> Expr:
-    """x [b, h, s, d] where the operands have rank 4; [b, s, d] has one head, and axes that x lacks are 1."""
+    """x [b, h, s, d] if the operands have rank 4; [b, s, d] has one head, and missing axes have size 1."""
     lead = [ONE] * (rank - x.rank) + list(x.shape[:-2])
     lead = lead if rank == 4 else [*lead, ONE] if rank == 3 else [ONE, ONE]
     return reshaped(b, x, [*lead, *x.shape[-2:]])[0]
 
 
 def _shared(site: TorchSite, what: str, sizes: Sequence[Size]) -> Size:
-    """The size that operands have along a leading axis, where those that are 1 broadcast."""
+    """Return the operands' common size along a leading axis, where a size of 1 broadcasts."""
     (q, k, v), several = sizes, [n for n in dict.fromkeys(sizes) if n != ONE]
     if len(several) <= 1:
         return several[0] if several else ONE
     if what == "heads" and site.flag("enable_gqa") and k == v:
         return q
-    site.refuse(f"of {q}, {k} and {v} {what}")
+    site.refuse(f"{q}, {k} and {v} {what} do not broadcast")
 
 
 def _before_repeats(b: Builder, k: Expr, v: Expr) -> tuple[Expr, Expr]:
-    """Keys and values with the heads that they had before each was repeated for several heads of queries."""
+    """Return keys and values with their heads before each was repeated for several query heads."""
     fewer = [_before_repeat(b, x) for x in (k, v)]
     if fewer[0] is None or fewer[1] is None or fewer[0].shape[1] != fewer[1].shape[1]:
         return k, v
@@ -180,13 +182,13 @@ def _before_repeat(b: Builder, x: Expr) -> Expr | None:
 
 
 def _masked_by(site: TorchSite, mask: Expr, full: tuple[Size, ...]) -> tuple[Masks, Biases]:
-    """A mask [..., s, t] as a term: true where a query may see a key, or what is added to the scores.
+    """Return a mask [..., s, t] as a term: true where a query may see a key, or a bias that is added to the scores.
 
-    An axis of size 1 that broadcasts is left out. One that `expand` made is as if it were not there.
+    An axis of size 1 that broadcasts is left out. An axis that `expand` added is ignored.
     """
     b = site.b
     if mask.rank > 4:
-        site.refuse(f"a mask of rank {mask.rank}")
+        site.refuse(f"a mask of rank {mask.rank} is not supported")
     mask = _unexpanded(b, mask)
     own = full[4 - mask.rank :]
     held = [i for i, (size, whole) in enumerate(zip(mask.shape, own, strict=True)) if size != ONE or whole == ONE]
@@ -201,7 +203,7 @@ def _masked_by(site: TorchSite, mask: Expr, full: tuple[Size, ...]) -> tuple[Mas
 
 
 def _unexpanded(b: Builder, mask: Expr) -> Expr:
-    """A mask before it was expanded to more axes or larger ones."""
+    """Return a mask before it was expanded to more axes or larger axes."""
     node = mask.value.node
     if node is None or node.op.name != "expand" or node.operands[0] is None:
         return mask

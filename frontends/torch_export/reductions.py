@@ -16,7 +16,7 @@ from treadle.ir.types import i64, u8
 
 
 def _axes(site: TorchSite) -> tuple[int, ...]:
-    """The axes of `dim`; of none, all."""
+    """The axes in `dim`; all axes if it is empty."""
     rank = site.x("self").rank
     if rank == 0:
         return ()
@@ -56,13 +56,13 @@ def _truth(ours: str) -> Callable[[TorchSite, Expr, tuple[int, ...], bool], Expr
 
 
 def _variance(site: TorchSite, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
-    """The mean square distance from the mean, with n - correction for n."""
+    """The mean squared distance from the mean, with the divisor n - correction instead of n."""
     b = site.b
     correction = site.real("correction", 1.0) if site.given("unbiased", True) else 0.0
     centered = x - b.reduce_mean(x, axes=axes, keep=True)
     total = b.reduce_sum(centered * centered, axes=axes, keep=keep)
     if correction != int(correction):
-        site.refuse(f"with a correction of {correction}")
+        site.refuse(f"a correction of {correction} is not supported")
     size = product(x.shape[a] for a in axes)
     count = site.as_operand(size - int(correction), x.dtype)
     if site.bounds(size).lower < correction:
@@ -94,7 +94,7 @@ def _std_mean(site: TorchSite) -> Made:
 
 @operator("logsumexp.default")
 def _log_sum_exp(site: TorchSite) -> Made:
-    """With the largest taken out, so that nothing overflows."""
+    """The maximum is subtracted first, so that nothing overflows."""
     b, x, axes, keep = site.b, site.operand("self", site.dtype()), _axes(site), site.flag("keepdim")
     largest = b.reduce_max(x, axes=axes, keep=True)
     finite = b.where(b.abs(largest) < math.inf, largest, b.constant(0.0, x.dtype))
@@ -107,7 +107,7 @@ def _norm(site: TorchSite) -> Made:
     b, x, axes, keep = site.b, site.operand("self", site.dtype()), _axes(site), site.flag("keepdim")
     order = site.real("ord")
     if order not in (1, 2):
-        site.refuse(f"of order {order:g}")
+        site.refuse(f"order {order:g} is not supported")
     total = b.reduce_sum(b.abs(x) if order == 1 else x * x, axes=axes, keep=keep)
     return total if order == 1 else root(b, total)
 
@@ -120,7 +120,7 @@ def _softmax(ours: str, *names: str) -> None:
     def _applied(site: TorchSite) -> Made:
         x = site.x("self").cast(site.dtype())
         if x.rank == 0:
-            site.refuse("of a scalar")
+            site.refuse("a scalar is not supported")
         return site.b.apply(ours, x, axis=site.axis("dim"))
 
 
@@ -130,7 +130,7 @@ _softmax("log_softmax", "log_softmax.int", "_log_softmax.default")
 
 @operator("_safe_softmax.default")
 def _safe_softmax(site: TorchSite) -> Made:
-    """Zeros for a row that is -inf throughout."""
+    """Softmax that returns zeros for a row of only -inf."""
     b, x, axis = site.b, site.x("self").cast(site.dtype()), site.axis("dim")
     if axis == x.rank - 1:
         return b.masked_softmax(x)
@@ -142,7 +142,7 @@ def _safe_softmax(site: TorchSite) -> Made:
 
 
 def _last_axes(site: TorchSite) -> tuple[Expr, tuple[Size, ...], list[Expr | None]]:
-    """The operand with the normalized axes as one, its own shape, and the weights as vectors."""
+    """Return the operand with the normalized axes as one, its original shape, and the weights as vectors."""
     b, x = site.b, site.x("input")
     count = len(site.given("normalized_shape"))
     weights = [site.maybe(n) if n in site.arguments else None for n in ("weight", "bias")]
@@ -163,7 +163,7 @@ def _layer_norm(site: TorchSite) -> Made:
 @operator("rms_norm.default", "_fused_rms_norm.default")
 def _rms_norm(site: TorchSite) -> Made:
     x, shape, (weight, _) = _last_axes(site)
-    # The default is the dtype's own epsilon; 16-bit floats are computed with in float32.
+    # The default is the dtype's epsilon; 16-bit floats are computed in float32.
     eps = site.real("eps", 2.0**-52 if x.dtype.name == "f64" else 2.0**-23)
     y = reshaped(site.b, site.b.rms_norm(x, weight, eps=eps), shape)[0]
     return [y, None] if len(site.vals) > 1 else y
@@ -172,9 +172,9 @@ def _rms_norm(site: TorchSite) -> Made:
 @operator("batch_norm.default", "_native_batch_norm_legit_no_training.default")
 @operator("_native_batch_norm_legit_functional.default")
 def _batch_norm(site: TorchSite) -> Made:
-    """At inference: by the running statistics."""
+    """Batch norm at inference, with the running statistics."""
     if site.flag("training") or site.maybe("running_mean") is None or site.maybe("running_var") is None:
-        site.refuse("in training mode", "module.eval()")
+        site.refuse("training mode is not supported", "module.eval()")
     y = _normalized(site)
     return [y, None, None] if len(site.vals) > 1 else y
 
@@ -193,7 +193,7 @@ def _scaled(site: TorchSite, y: Expr) -> Expr:
 
 
 def _normalized(site: TorchSite) -> Expr:
-    """The input by its running statistics."""
+    """Normalize the input with its running statistics."""
     mean, variance = (_along_channels(site, n) for n in ("running_mean", "running_var"))
     assert mean is not None
     assert variance is not None
@@ -202,19 +202,19 @@ def _normalized(site: TorchSite) -> Expr:
 
 @operator("instance_norm.default")
 def _instance_norm(site: TorchSite) -> Made:
-    """[b, c, ...], each channel of each row normalized over what follows it, or by the running statistics."""
+    """[b, c, ...], each channel of each row normalized over the axes after it, or with the running statistics."""
     b, x = site.b, site.x("input")
     if not site.flag("use_input_stats"):
         return _normalized(site)
     if site.maybe("running_mean") is not None:
-        site.refuse("in training mode", "module.eval()")
+        site.refuse("training mode is not supported", "module.eval()")
     rows, _ = reshaped(b, x, [*x.shape[:2], product(x.shape[2:])])
     return _scaled(site, reshaped(b, b.layer_norm(rows, None, None, eps=site.real("eps")), x.shape)[0])
 
 
 @operator("group_norm.default")
 def _group_norm(site: TorchSite) -> Made:
-    """[b, (g c), ...], normalized over c and what follows it."""
+    """[b, (g c), ...], normalized over c and the axes after it."""
     b, x, groups = site.b, site.x("input"), site.integer("num_groups")
     rest = product(x.shape[1:]) // groups
     rows, _ = reshaped(b, x, [x.shape[0], Size.of(groups), rest])
@@ -231,19 +231,19 @@ def _cumsum(site: TorchSite) -> Made:
 
 
 def reversed_order(b: Builder, x: Expr) -> Expr:
-    """Numbers whose order is the reverse of x's: of integers, -1 - x, which does not overflow."""
+    """Return numbers in the reverse order of x; for integers, -1 - x, which does not overflow."""
     if x.dtype.is_float:
         return -x
     return b.constant(255, x.dtype) - x if x.dtype is u8 else b.constant(-1, x.dtype) - x
 
 
 def _flat(site: TorchSite) -> tuple[Expr, int, bool]:
-    """The operand, the axis and whether it is kept; without a `dim` all axes are one."""
+    """Return the operand, the axis, and True if the axis is kept; without a `dim` all axes are flattened."""
     x, keep = site.x("self"), site.flag("keepdim")
     x = x.cast(u8) if x.dtype.kind == "bool" else x
     if site.given("dim") is None:
         if keep:
-            site.refuse("with keepdim and without dim")
+            site.refuse("keepdim without dim is not supported")
         return reshaped(site.b, x, [product(x.shape)])[0], 0, False
     if x.rank == 0:
         return reshaped(site.b, x, [ONE])[0], 0, False
@@ -274,7 +274,7 @@ def _extremum_and_place(site: TorchSite) -> Made:
 def _topk(site: TorchSite) -> Made:
     b, x, k, axis = site.b, site.x("self"), site.integer("k"), site.axis("dim")
     if k < 1:
-        site.refuse(f"of {k} elements")
+        site.refuse(f"{k} elements are not supported")
     if site.flag("largest"):
         return list(b.top_k(x, k=k, axis=axis))
     values, indices = b.top_k(reversed_order(b, x), k=k, axis=axis)
@@ -283,18 +283,18 @@ def _topk(site: TorchSite) -> Made:
 
 @operator("sort.default", "sort.stable")
 def _sort(site: TorchSite) -> Made:
-    """Of equal elements the first comes first, as top_k has it."""
+    """Sort stably: the first of equal elements comes first, as in top_k."""
     b, x = site.b, site.x("self")
     if x.rank == 0:
         return [x, b.constant(0, i64)]
     axis = site.axis("dim")
     size = x.shape[axis].constant
     if size is None:
-        site.refuse("of a symbolic axis", "leave that axis out of dynamic=")
+        site.refuse("a symbolic axis is not supported", "leave that axis out of dynamic=")
     if size == 0:
-        site.refuse("of no elements")
+        site.refuse("an empty axis is not supported")
     if x.dtype.kind == "bool":
-        site.refuse("of truth values", "x.int()")
+        site.refuse("bools are not supported", "x.int()")
     if site.flag("descending"):
         return list(b.top_k(x, k=size, axis=axis))
     values, indices = b.top_k(reversed_order(b, x), k=size, axis=axis)
@@ -303,4 +303,4 @@ def _sort(site: TorchSite) -> Made:
 
 @operator("bincount.default", "nonzero.default", "item.default", "_local_scalar_dense.default", "masked_select.default")
 def _data_dependent(site: TorchSite) -> Made:
-    site.refuse("what it gives depends on data in its shape, or leaves the graph")
+    site.refuse("its output shape depends on data, or its output leaves the graph")

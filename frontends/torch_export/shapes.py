@@ -1,6 +1,6 @@
 """ATen operators that move elements: views, permutations, slices, joins, repetitions.
 
-A view's sizes are those that torch found for the result, so -1 and inferred sizes need no solving here.
+A view's sizes are taken from torch's result, so -1 and inferred sizes need no solving here.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def _view(site: TorchSite) -> Made:
 
 
 def cut_across(before: Sequence[Size], after: Sequence[Size]) -> str | None:
-    """The pattern of a view where parts of several axes make several others: [S, B, 16] -> [S, 2*B, 8] is
-    "a b (c=2 d) -> a (b c) d". None where `reshaped` tells it, or where the axes have no common parts.
+    """Return the pattern of a view that combines parts of several axes into several others: [S, B, 16] -> [S, 2*B, 8]
+    is "a b (c=2 d) -> a (b c) d". None if `reshaped` handles the view, or if the axes have no common parts.
     """
     sides = [[(i, n) for i, n in enumerate(shape) if n != ONE] for shape in (before, after)]
     if any(n == ZERO for n in (*before, *after)) or not all(sides):
@@ -63,7 +63,7 @@ def cut_across(before: Sequence[Size], after: Sequence[Size]) -> str | None:
     split = {k for _, _, k, _ in parts if sum(p[2] == k for p in parts) > 1}
     joined = {k for _, _, _, k in parts if sum(p[3] == k for p in parts) > 1}
     if not any(i in split and j in joined for _, _, i, j in parts):
-        return None  # each axis is split, joined or as it was
+        return None  # each axis is split, joined or unchanged
     texts = []
     for k in range(len(before)):
         own = [p for p in parts if p[2] == k]
@@ -80,7 +80,7 @@ def cut_across(before: Sequence[Size], after: Sequence[Size]) -> str | None:
 
 @operator("squeeze.default", "squeeze.dim", "squeeze.dims")
 def _squeeze(site: TorchSite) -> Made:
-    """Torch kept every symbolic dimension: of size 1 it would have dropped it, so it must not be 1."""
+    """Torch kept every symbolic dimension. It would have dropped a dimension of size 1, so the size must not be 1."""
     x = site.x("self")
     asked = site.given("dim")
     axes = range(x.rank) if asked is None else [site.position(a, x.rank) for a in site.integers("dim")]
@@ -88,13 +88,13 @@ def _squeeze(site: TorchSite) -> Made:
         size = x.shape[axis]
         if size.constant is None and site.bounds(size).lower <= 1:
             if size.as_symbol is None:
-                site.refuse(f"a dimension of {size}, which may be 1")
+                site.refuse(f"a dimension of {size} may be 1")
             site.importer.at_least(size.as_symbol, 2)
     return reshaped(site.b, x, site.shape())[0]
 
 
 def permuted(b: Builder, x: Expr, order: Sequence[int]) -> Expr:
-    """x with its axes in another order."""
+    """Return x with its axes in another order."""
     if list(order) == list(range(x.rank)):
         return x
     names = axis_letters(x.rank)
@@ -115,7 +115,7 @@ def _transpose(site: TorchSite) -> Made:
 
 
 def swapped(b: Builder, x: Expr, first: int, second: int) -> Expr:
-    """x with two axes exchanged."""
+    """Return x with two axes exchanged."""
     if x.rank == 0:
         return x
     order = list(range(x.rank))
@@ -147,7 +147,7 @@ def _expand(site: TorchSite) -> Made:
 
 
 def expanded(b: Builder, x: Expr, shape: Sequence[Size]) -> Expr:
-    """x broadcast to a shape."""
+    """Return x broadcast to a shape."""
     return x if x.shape == tuple(shape) else b.expand(x, shape=tuple(shape))
 
 
@@ -155,14 +155,14 @@ def expanded(b: Builder, x: Expr, shape: Sequence[Size]) -> Expr:
 
 
 _FAR = 2**40
-"""Places of this and more mean the end of any axis."""
+"""A position of this or more is the end of any axis."""
 
 
 def edge_of(site: TorchSite, edge: Size, size: Size) -> Size:
-    """A slice's start or stop as torch means it: from the end where it is negative, and within the axis.
+    """Return a slice's start or stop as torch interprets it: from the end if it is negative, and clamped to the axis.
 
-    Where some sizes would have it clamped and others not, it is as in the example: a call with others is refused, by
-    the bounds of a symbol or by the slice itself.
+    If it would be clamped for some sizes and not for others, the example's case is assumed: a call outside it is
+    refused, by the bounds of a symbol or by the slice itself.
     """
     symbols = site.importer.symbols
     if edge.constant is not None and edge.constant >= _FAR:
@@ -170,22 +170,22 @@ def edge_of(site: TorchSite, edge: Size, size: Size) -> Size:
     negative = edge.constant is not None and edge.constant < 0
     if negative or not (symbols.suppose(edge, ZERO) or symbols.demand(edge, ZERO)):
         if not symbols.suppose(Size.of(-1), edge):
-            _two_ways(site, f"a place of {edge}, which may be negative")
+            _two_ways(site, f"a position of {edge}, which may be negative")
         edge = edge + size
     for limit, inside in ((ZERO, edge), (size, size - edge)):
         if symbols.is_at_least(ZERO, inside):
             return limit
         if not (symbols.suppose(inside, ZERO) or symbols.demand(inside, ZERO)):
             if not symbols.suppose(ZERO, inside):
-                _two_ways(site, f"a place of {edge} on an axis of {size}, which may be past its end")
+                _two_ways(site, f"a position of {edge} on an axis of {size}, which may be past its end")
             return limit
     return edge
 
 
 def _two_ways(site: TorchSite, what: str) -> NoReturn:
     site.refuse(
-        f"{what}: what the slice then means differs, and bounds of single dimensions do not tell them apart",
-        "an example in which it lies within the axis",
+        f"{what}: the slice differs between these cases, and bounds of single dimensions cannot separate them",
+        "an example in which it is within the axis",
     )
 
 
@@ -224,7 +224,7 @@ def _select(site: TorchSite) -> Made:
 
 
 def selected(b: Builder, x: Expr, axis: int, at: Size) -> Expr:
-    """One place of an axis, which is dropped."""
+    """Return one position of an axis, which is dropped."""
     picked = b.slice(x, axis=axis, start=at, stop=at + 1)
     return reshaped(b, picked, [s for i, s in enumerate(picked.shape) if i != axis])[0]
 
@@ -249,7 +249,7 @@ def _unbind(site: TorchSite) -> Made:
 
 @operator("cat.default", "concat.default", "concatenate.default")
 def _cat(site: TorchSite) -> Made:
-    """A part of shape [0] counts for nothing, whatever the others' rank is."""
+    """A part of shape [0] is ignored, for any rank of the others."""
     rank, dtype = len(site.shape()), site.dtype()
     parts = [x.cast(dtype) for x in site.tensors("tensors") if x.rank == rank]
     axis = site.axis("dim", rank)
@@ -268,12 +268,12 @@ def _stack(site: TorchSite) -> Made:
 
 @operator("slice_scatter.default")
 def _slice_scatter(site: TorchSite) -> Made:
-    """self with a slice of it replaced."""
+    """self with a slice replaced."""
     b, x, source = site.b, site.x("self"), site.x("src")
     axis = site.axis("dim")
     size, count = x.shape[axis], source.shape[axis]
     if site.integer("step") != 1:
-        site.refuse("with a step")
+        site.refuse("a step is not supported")
     if count == size:
         return source.cast(x.dtype)
     return replaced(b, x, source.cast(x.dtype), axis, edge_of(site, site.size("start", 0), size))
@@ -289,7 +289,7 @@ def _select_scatter(site: TorchSite) -> Made:
 
 
 def replaced(b: Builder, x: Expr, part: Expr, axis: int, start: Size) -> Expr:
-    """x with `part` from a place of an axis on."""
+    """Return x with `part` written from a position of an axis on."""
     stop = start + part.shape[axis]
     parts = [part]
     if start != ZERO:
@@ -306,11 +306,11 @@ def _copy(site: TorchSite) -> Made:
 
 @operator("diff.default")
 def _diff(site: TorchSite) -> Made:
-    """x[i + 1] - x[i], after what is laid before and behind it; of truth values, where they differ."""
+    """x[i + 1] - x[i], after prepending and appending; for bools, True where they differ."""
     b, x = site.b, site.x("self")
     axis = site.axis("dim")
     if site.integer("n") != 1:
-        site.refuse("of a higher order")
+        site.refuse("a higher order is not supported")
     parts = [p for p in (site.maybe("prepend"), x, site.maybe("append")) if p is not None]
     whole = b.concat(*parts, axis=axis) if len(parts) > 1 else x
     later, earlier = b.slice(whole, axis=axis, start=1), b.slice(whole, axis=axis, start=0, stop=whole.shape[axis] - 1)
@@ -336,12 +336,12 @@ def _repeat(site: TorchSite) -> Made:
 def _repeat_interleave(site: TorchSite) -> Made:
     b, x = site.b, site.x("self")
     if site.given("dim") is None:
-        site.refuse("without a dim")
+        site.refuse("dim is required")
     return _repeated(b, x, site.axis("dim"), site.size("repeats"), whole=False)
 
 
 def _repeated(b: Builder, x: Expr, axis: int, times: Size, *, whole: bool) -> Expr:
-    """An axis repeated, all of it or element by element."""
+    """Repeat an axis, as a whole or element by element."""
     before, place = x.shape, axis if whole else axis + 1
     if before[axis] == ONE:
         return expanded(b, x, [times if i == axis else n for i, n in enumerate(before)])
@@ -365,11 +365,11 @@ def _roll(site: TorchSite) -> Made:
     b, x = site.b, site.x("self")
     axes = [site.position(a, x.rank) for a in site.integers("dims")]
     if not axes:
-        site.refuse("without dims")
+        site.refuse("dims are required")
     for axis, shift in zip(axes, site.integers("shifts"), strict=True):
         size = x.shape[axis].constant
         if size is None:
-            site.refuse("of a symbolic axis")
+            site.refuse("a symbolic axis is not supported")
         if size and shift % size:
             cut = size - shift % size
             x = b.concat(b.slice(x, axis=axis, start=cut), b.slice(x, axis=axis, start=0, stop=cut), axis=axis)
@@ -378,7 +378,7 @@ def _roll(site: TorchSite) -> Made:
 
 @operator("constant_pad_nd.default", "pad.default")
 def _pad(site: TorchSite) -> Made:
-    """Pairs from the last axis on; a negative number cuts."""
+    """Pairs start at the last axis; a negative number slices."""
     b, x = site.b, site.x("self")
     if site.given("mode", "constant") != "constant":
         site.refuse(f"mode {site.text('mode')}")

@@ -1,13 +1,13 @@
-"""Sizes of torch.export, which are SymPy expressions, as ours; and the values for which an export holds.
+"""Sizes of torch.export, which are SymPy expressions, as IR sizes; and the values for which an export is valid.
 
     s70                        S
     2*s70 + 1                  2*S + 1
     FloorDiv(s70 - 3, 2) + 1   (S - 3)//2 + 1
     Mod(s70, 4)                S - 4*(S//4)
 
-An export is one path through the module's Python code. The conditions on sizes that chose it are its guards. One that
-bounds a symbol becomes a bound of the graph's symbol, so that a call outside is refused; one that cannot be said so
-refuses the import: on other sizes the module would compute something else.
+An export is one path through the module's Python code. Its guards are the conditions on sizes that chose the path. A
+guard that bounds a symbol becomes a bound of the graph's symbol, so that a call outside is refused. A guard that cannot
+be expressed this way refuses the import: for other sizes the module would compute something else.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from treadle.ir.sizing.size_bounds import INFINITY, Bounds, quotient_interval
 from treadle.ir.sizing.sizes import ZERO, Size, product
 
 _MOST_TRIED = 1 << 19
-"""The most values of a symbol that a guard is tried on."""
+"""Maximum number of a symbol's values on which a guard is tried."""
 
 
 class UnknownSize(FrontendError):
-    """A size that is no expression of the inputs' sizes."""
+    """A size that is not an expression of the inputs' sizes."""
 
 
 def depends_on_data(received: str | None = None) -> UnknownSize:
-    """The error for a size that the elements of a tensor give, such as n.item()."""
+    """Return the error for a size that depends on the elements of a tensor, such as n.item()."""
     return UnknownSize(
-        "a size or a number of the module's code depends on data, and a graph has none that do",
+        "a size or a number in the module's code depends on data, and a graph has no such sizes",
         received=received,
         hint="keep it a tensor, and mask with torch.arange(size) < n in place of a slice [:n]; or give the module a "
         "Python number, which becomes a part of the graph",
@@ -44,12 +44,12 @@ def depends_on_data(received: str | None = None) -> UnknownSize:
 class Symbols:
     """Names for the symbols of one export.
 
-    names   the name of ours for each of torch's
-    env     torch's own record of them, or None where all sizes are numbers
-    bounds  what each of ours may be, as far as it is known: a minimum or maximum is told by these
-    told    the sizes that torch gave a symbol of their own, where we know better
-    least   differences of sizes that calls are held to not to be negative, beside the bounds
-    traced  how many guards there were when the module's own code had run; later ones are of decompositions
+    names   our name for each of torch's symbols
+    env     torch's own record of them, or None if all sizes are numbers
+    bounds  known bounds of each of our symbols, which decide minima and maxima
+    told    torch's own symbols for sizes that are known here as expressions
+    least   differences of sizes that a call must keep nonnegative, in addition to the bounds
+    traced  number of guards after the module's own code had run; later guards come from decompositions
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class Symbols:
         self.traced: int | None = None
 
     def size(self, value: Any) -> Size:
-        """An int, a torch.SymInt or a SymPy expression as a size. Raises UnknownSize."""
+        """Return an int, a torch.SymInt or a SymPy expression as a size. Raises UnknownSize."""
         if isinstance(value, int):
             return Size.of(value)
         node = getattr(value, "node", None)
@@ -97,13 +97,15 @@ class Symbols:
         )
 
     def explain(self, value: Any, size: Size) -> None:
-        """What a size of torch's is, where torch could not say: from x[:, n - 3:] on, which may count from the end."""
+        """Record a size that torch could not express: for x[:, n - 3:], the length, since n - 3 may count from the
+        end.
+        """
         expr = getattr(getattr(value, "node", None), "expr", None)
         if expr is not None and expr.is_Symbol and expr.name not in self.names:
             self.told.setdefault(expr.name, size)
 
     def named(self, expr: Any) -> str:
-        """An expression of torch's in our names."""
+        """Return an expression of torch's with our names."""
         text = str(expr)
         for theirs, ours in sorted(self.names.items(), key=lambda pair: -len(pair[0])):
             text = text.replace(theirs, ours)
@@ -112,11 +114,11 @@ class Symbols:
     # -- minima and maxima -------------------------------------------------------------------------------------
 
     def is_at_least(self, x: Size, y: Size) -> bool:
-        """Whether x >= y for all sizes that a call may have."""
+        """Return True if x >= y for all sizes that a call may have."""
         return (x - y).bounds(self.bounds).lower >= 0 or x - y in self.least
 
     def _extremum(self, parts: Sequence[Size], largest: bool) -> Size:
-        """The one of several sizes that is the least or the largest: for all calls, or as it was in the example."""
+        """Return the minimum or maximum of several sizes: for all calls, or as in the example."""
 
         def conditions(one: Size) -> list[Size]:
             return [one - other if largest else other - one for other in parts]
@@ -124,7 +126,8 @@ class Symbols:
         for one in parts:
             if all(self.is_at_least(difference, ZERO) for difference in conditions(one)):
                 return one
-        # What bounds a symbol from below goes first: of an example at the very edge, calls with larger sizes are taken.
+        # Sizes that bound a symbol from below come first: if the example is at the very edge, calls with larger sizes
+        # are valid.
         for one in sorted(parts, key=lambda one: any(_falls(difference) for difference in conditions(one))):
             if all(self._can_suppose(difference) for difference in conditions(one)):
                 for difference in conditions(one):
@@ -132,14 +135,16 @@ class Symbols:
                 return one
         text = ", ".join(map(str, parts))
         raise UnknownSize(
-            f"which of the sizes is the {'largest' if largest else 'least'} is not the same for all calls, and bounds "
-            "of single dimensions do not tell it",
+            f"which of the sizes is the {'largest' if largest else 'smallest'} differs between calls, and bounds "
+            "of single dimensions cannot decide it",
             received=text,
-            hint="leave all but one of these dimensions out of dynamic=, or give them one name where they are equal",
+            hint="leave all but one of these dimensions out of dynamic=, or give them one name if they are equal",
         )
 
     def suppose(self, x: Size, y: Size) -> bool:
-        """Bound a symbol such that x >= y, as it is in the example. False where it is not, or bounds cannot say it."""
+        """Bound a symbol such that x >= y, as in the example. False if the example differs, or bounds cannot express
+        it.
+        """
         if self.is_at_least(x, y):
             return True
         if not self._can_suppose(x - y):
@@ -155,19 +160,19 @@ class Symbols:
         return self.is_at_least(difference, ZERO) or (difference.as_linear is not None and self.hint(difference) >= 0)
 
     def demand(self, x: Size, y: Size) -> bool:
-        """Hold x >= y for granted, as an op of the graph asks it of a call. False where it is not so in the example."""
+        """Assume x >= y, which an op of the graph requires of a call. False if it does not hold in the example."""
         if self.hint(x) < self.hint(y):
             return False
         self.least.add(x - y)
         return True
 
     def hint(self, size: Size) -> int:
-        """A size's value in the example."""
+        """Return a size's value in the example."""
         return size.evaluate({ours: env_hint(self.env, theirs) for theirs, ours in self.names.items()})
 
 
 def _falls(difference: Size) -> bool:
-    """Whether a difference gets less as its symbol grows."""
+    """Return True if a difference decreases as its symbol grows."""
     return difference.as_linear is not None and difference.as_linear[1] < 0
 
 
@@ -175,11 +180,11 @@ def _falls(difference: Size) -> bool:
 
 
 def bounds_of(symbols: Symbols) -> dict[str, Bounds]:
-    """The values that each of our symbols may take, by the guards of an export, as `symbols.bounds` holds them too.
+    """Return the bounds of each of our symbols, from the guards of an export; `symbols.bounds` holds them too.
 
-    Conditions on one symbol bound it; then those on several must hold for all values within the bounds.
+    Conditions on one symbol bound it; then conditions on several must hold for all values within the bounds.
 
-    Raises FrontendError, with the line that asked, for a guard that bounds do not say.
+    Raises FrontendError, with the line of the condition, for a guard that bounds cannot express.
     """
     env = symbols.env
     if env is None:
@@ -209,12 +214,14 @@ def bounds_of(symbols: Symbols) -> dict[str, Bounds]:
             raise _untold(guard, symbols, expr, known=_fails_somewhere(expr, found, symbols))
     for name, bounds in found.items():
         if bounds.upper is not None and bounds.upper < bounds.lower:
-            raise FrontendError(f"no size {name} fits all that the module asks of it", received=bounds.around(name))
+            raise FrontendError(
+                f"no size {name} satisfies all the module's conditions on it", received=bounds.around(name)
+            )
     return found
 
 
 def _conditions(symbols: Symbols, env: Any) -> Iterator[tuple[Any, Any]]:
-    """The guards of an export with what each asks, in parts where all of several must hold."""
+    """Yield the guards of an export with their conditions, split into parts that must all hold."""
     asserted = [a for held in env.deferred_runtime_asserts.values() for a in held]
     for position, guard in enumerate((*env.guards, *asserted)):
         late = symbols.traced is not None and symbols.traced <= position < len(env.guards)
@@ -223,7 +230,7 @@ def _conditions(symbols: Symbols, env: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _all_of(expr: Any) -> Iterator[Any]:
-    """The conditions that together are one: of `x*y != 0` they are `x != 0` and `y != 0`."""
+    """Yield the conditions whose conjunction is the expression: for `x*y != 0` they are `x != 0` and `y != 0`."""
     kind = type(expr).__name__
     if kind == "And":
         for part in expr.args:
@@ -246,13 +253,13 @@ def _of_range(range: Any) -> Bounds:
 _SHAPE_RULES = re.compile(
     r"torch/(_ops\.py|_refs/|_prims_common/|_meta_registrations\.py|_subclasses/|_export/non_strict_utils\.py)"
 )
-"""Where operators' own rules ask: the last one calls operators, and those in C++ have no lines of their own."""
+"""Files of the operators' own rules: the last one calls operators, and C++ operators have no lines of their own."""
 
 
 def _is_of_one_op(guard: Any, late: bool) -> bool:
-    """Whether an operator's own shape rule went by its general case, in which sizes differ or are not 1.
+    """Return True if an operator's own shape rule took its general case, in which sizes differ or are not 1.
 
-    What an operator means does not depend on that. (Of squeeze the shape does; its handler asks for itself.)
+    The operator's result does not depend on that. (The shape of squeeze does; its handler checks this itself.)
     """
     place = str(getattr(getattr(guard, "sloc", None), "framework_loc", "")).replace("\\", "/")
     general = type(guard.expr).__name__ == "Unequality"
@@ -260,10 +267,10 @@ def _is_of_one_op(guard: Any, late: bool) -> bool:
 
 
 def _values(expr: Any, free: Sequence[str], env: Any, symbols: Symbols, guard: Any) -> Bounds:
-    """The interval around the example's own size in which a condition on one symbol holds.
+    """Return the interval around the example's own size in which a condition on one symbol holds.
 
-    Between linear terms, minima, maxima and divisions by numbers, a condition settles past a point that the numbers in
-    it bound, or it repeats; so trying is enough.
+    For linear terms, minima, maxima and divisions by numbers, a condition is constant past a point that the numbers in
+    it bound, or it repeats; so trying values is enough.
     """
     numbers, divisors = [1], [1]
     for part in _parts(expr):
@@ -293,7 +300,7 @@ def _values(expr: Any, free: Sequence[str], env: Any, symbols: Symbols, guard: A
 
 
 def env_hint(env: Any, name: str) -> int:
-    """The size that a symbol of torch's had in the example."""
+    """Return the example's size for a symbol of torch's."""
     known = getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val", {})
     return next(int(value) for symbol, value in known.items() if symbol.name == name)
 
@@ -328,7 +335,7 @@ _OPERATIONS: Mapping[str, Callable[..., Any]] = {
 
 
 def _evaluated(expr: Any, values: Mapping[str, Any]) -> Any:
-    """An expression's value. Raises KeyError for a function that is not known."""
+    """Return an expression's value. Raises KeyError for an unknown function."""
     if expr.is_Symbol:
         return values[expr.name]
     if getattr(expr, "is_Integer", False):
@@ -364,10 +371,10 @@ _HOLDS: Mapping[str, Callable[[float, float], bool]] = {
 
 
 def _interval(expr: Any, bounds: Mapping[str, Bounds], symbols: Symbols) -> tuple[float, float]:
-    """The least and the greatest value of an expression. Sound, and not always tight.
+    """Return the minimum and the maximum of an expression. Sound, but not always tight.
 
-    A sum of products is taken over what each of its parts exceeds its least value by: from W >= 1 and L >= 1 follows
-    that 9*W*L - 6*W - 6*L + 4, which is 9*w*l + 3*w + 3*l + 1 for W = w + 1 and L = l + 1, is 1 or more.
+    A sum of products is rewritten in the excess of each part over its minimum: from W >= 1 and L >= 1 follows that
+    9*W*L - 6*W - 6*L + 4, which is 9*w*l + 3*w + 3*l + 1 for W = w + 1 and L = l + 1, is 1 or more.
     """
     kind = type(expr).__name__
     if kind in ("Min", "Max"):
@@ -395,7 +402,7 @@ def _interval(expr: Any, bounds: Mapping[str, Bounds], symbols: Symbols) -> tupl
         if x not in parts:
             low, high = (-INFINITY, INFINITY) if x.is_Pow else _interval(x, bounds, symbols)
             if low == -INFINITY:
-                raise SizeError("a part of a size has no least value")
+                raise SizeError("a part of a size has no minimum")
             more = Size.symbol(f"more{len(parts)}")
             parts[x] = more + int(low), Bounds(0, None if high == INFINITY else int(high - low))
         return parts[x][0]
@@ -420,7 +427,7 @@ def _fails_somewhere(expr: Any, bounds: Mapping[str, Bounds], symbols: Symbols) 
 
 
 def _untold(guard: Any, symbols: Symbols, expr: Any, *, known: bool = True) -> FrontendError:
-    """The error for a guard that no bounds express. `known` is False where it may hold for all sizes."""
+    """Return the error for a guard that no bounds express. `known` is False if it may hold for all sizes."""
     place = getattr(guard, "sloc", None)
     frame = getattr(place, "maybe_user_loc", None) or getattr(place, "framework_loc", None)
     where = getattr(frame, "filename", None)
@@ -428,7 +435,7 @@ def _untold(guard: Any, symbols: Symbols, expr: Any, *, known: bool = True) -> F
 
     return FrontendError(
         "the module's code branches on a size, and "
-        + ("what it does then holds for some sizes alone" if known else "what it does then may not hold for all sizes"),
+        + ("that branch is valid only for some sizes" if known else "that branch may not be valid for all sizes"),
         received=symbols.named(expr),
         source=f"{shown(where)}:{frame.lineno}" if where and frame is not None else None,
         hint="leave that dimension out of dynamic=, or trace the module once for each case",

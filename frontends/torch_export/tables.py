@@ -1,4 +1,4 @@
-"""All ATen operators that are taken: importing this registers the handlers of every file of them."""
+"""All supported ATen operators: importing this module registers the handlers of every file."""
 
 # ruff: noqa: F401
 

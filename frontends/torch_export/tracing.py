@@ -1,7 +1,7 @@
-"""Running torch.export on a module, with the dimensions that the caller names left open.
+"""Running torch.export on a module, with symbolic dimensions as the caller names them.
 
-Sizes of 0 and 1 are traced as any other: torch's own default takes for granted that no open dimension is 1, and then
-what it exports may be wrong there.
+Sizes of 0 and 1 are traced like any other: torch's own default assumes that no symbolic dimension is 1, and then its
+export may be wrong there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Dynamic = Mapping[str, "str | Mapping[int, str]"]
 
 
 def named_arguments(module: Any, example: Example) -> dict[str, Any]:
-    """The example's arguments by the names of the module's parameters. Raises UsageError where they do not fit."""
+    """Return the example's arguments by the module's parameter names. Raises UsageError if they do not fit."""
     try:
         signature = inspect.signature(module.forward)
         bound = signature.bind(*example) if isinstance(example, tuple) else signature.bind(**example)
@@ -52,9 +52,9 @@ def named_arguments(module: Any, example: Example) -> dict[str, Any]:
 
 @contextmanager
 def _one_parameter_each(module: Any, names: Sequence[str]) -> Iterator[None]:
-    """While it is traced, a module whose forward takes *args or **kwargs has a parameter for each argument.
+    """Give a module whose forward takes *args or **kwargs a parameter for each argument while it is traced.
 
-    torch.export takes dynamic shapes by parameters, and mistakes the arguments in a dict of them for more of these.
+    torch.export takes dynamic shapes by parameter, and mistakes the arguments in a dict of them for more of these.
     """
     signature, own, forward = inspect.signature(module.forward), vars(module).get("forward"), module.forward
     gathering = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -78,7 +78,7 @@ def _one_parameter_each(module: Any, names: Sequence[str]) -> Iterator[None]:
 
 
 def open_dimensions(arguments: Mapping[str, Any], dynamic: Mapping[str, Any] | None) -> dict[str, dict[int, str]]:
-    """For each argument the names of its open dimensions. Raises UsageError for what `dynamic` names wrongly."""
+    """Return the names of the symbolic dimensions of each argument. Raises UsageError for wrong names in `dynamic`."""
     import torch
 
     found: dict[str, dict[int, str]] = {}
@@ -88,9 +88,9 @@ def open_dimensions(arguments: Mapping[str, Any], dynamic: Mapping[str, Any] | N
         if not isinstance(tensor, torch.Tensor):
             known = ", ".join(n for n, x in arguments.items() if isinstance(x, torch.Tensor))
             raise UsageError(
-                f"dynamic= names {name!r}, no tensor of the example",
+                f"dynamic= names {name!r}, which is not a tensor of the example",
                 received=f"tensors: {known}" if known else None,
-                hint="the names of arguments that are tensors; those in containers keep their sizes",
+                hint="the names of arguments that are tensors; tensors in containers keep their sizes",
             )
         dims = _dims(name, given, tensor.shape)
         for axis, symbol in dims.items():
@@ -108,7 +108,7 @@ def _dims(name: str, given: Any, shape: Sequence[int]) -> dict[int, str]:
         if len(words) != rank:
             told = " ".join([*words, *["_"] * rank][:rank])
             raise UsageError(
-                f"dynamic= gives {name} {len(words)} dimensions, it has {rank}",
+                f"dynamic= gives {name} {len(words)} dimensions, but it has {rank}",
                 received=given,
                 hint=f"{{{name!r}: {told!r}}}, where _ leaves a dimension as it is",
             )
@@ -126,19 +126,21 @@ def _dims(name: str, given: Any, shape: Sequence[int]) -> dict[int, str]:
         if not isinstance(axis, int) or not -rank <= axis < rank:
             raise UsageError(f"{name} has no dimension {axis}", received=f"rank {rank}")
         if not isinstance(symbol, str) or not symbol.isidentifier() or not symbol.isascii():
-            raise UsageError(f"a dimension is named by an identifier, not {symbol!r}", hint=f"{{{name!r}: 'B S'}}")
+            raise UsageError(
+                f"the name of a dimension must be an identifier, not {symbol!r}", hint=f"{{{name!r}: 'B S'}}"
+            )
         dims[axis % rank] = dims.pop(axis)
     return dims
 
 
 def exported(module: Any, example: Any, opened: Mapping[str, dict[int, str]]) -> torch.export.ExportedProgram:
-    """The module's program. Raises FrontendError, with the module's own line, where it cannot be traced."""
+    """Return the module's program. Raises FrontendError, with the module's own line, if it cannot be traced."""
     import torch
 
     if not isinstance(module, torch.nn.Module):
         raise UsageError("from_torch takes a torch.nn.Module", received=type(module).__name__)
     if not isinstance(example, tuple | Mapping):
-        raise UsageError("the example is a tuple of arguments, or a dict of them", received=type(example).__name__)
+        raise UsageError("the example must be a tuple of arguments, or a dict of them", received=type(example).__name__)
     arguments = named_arguments(module, example)
     for name, x in named_tensors(arguments):
         expect_dense(name, x, f"torch.zeros({name}.shape, dtype={name}.dtype): an example's values do not matter")
@@ -155,13 +157,13 @@ def exported(module: Any, example: Any, opened: Mapping[str, dict[int, str]]) ->
         except RecursionError:
             raise FrontendError("the module nests too deep for torch.export") from None
         except Exception as error:
-            for name, x in _held(module):  # what torch.export cannot trace with, whose message does not name it
+            for name, x in _held(module):  # tensors that torch.export cannot trace, without naming them
                 expect_dense(name, x)
             raise _refused(error) from error
 
 
 def _held(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """The tensors of a module: parameters, buffers, and those that are attributes only."""
+    """Yield the tensors of a module: parameters, buffers, and plain attributes."""
     import torch
 
     yield from module.named_parameters()
@@ -173,7 +175,7 @@ def _held(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _any_size() -> AbstractContextManager[Any]:
-    """Open dimensions are traced as if they might be 0 or 1; a torch without that takes them for 2 and more."""
+    """Trace symbolic dimensions as possibly 0 or 1; a torch version without this option assumes 2 or more."""
     from torch.fx.experimental import _config
 
     config: Any = _config
@@ -185,11 +187,11 @@ def _any_size() -> AbstractContextManager[Any]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without what torch logs of a failure: the error says it."""
+    """Suppress torch's log of a failure: the error contains it."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # where it prints the graph so far
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # torch prints the graph so far there
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -208,7 +210,7 @@ def _refused(error: Exception) -> FrontendError:
             made.source = where
             return made
         return FrontendError(
-            "the module branches on data, which a graph cannot",
+            "the module branches on data, which a graph cannot do",
             received=first[:200],
             source=where,
             hint="torch.where chooses element by element",
@@ -219,7 +221,7 @@ def _refused(error: Exception) -> FrontendError:
 
 
 def decomposed(program: torch.export.ExportedProgram, kept: Collection[Any]) -> torch.export.ExportedProgram:
-    """The program without writes into tensors, and with operators beside `kept` in terms of core ATen's.
+    """Return the program without writes into tensors, and with operators outside `kept` decomposed into core ATen's.
 
     Raises FrontendError.
     """
@@ -239,9 +241,9 @@ def decomposed(program: torch.export.ExportedProgram, kept: Collection[Any]) -> 
 def name_symbols(
     program: torch.export.ExportedProgram, opened: Mapping[str, dict[int, str]]
 ) -> tuple[Symbols, dict[str, Size]]:
-    """Names of ours for torch's symbols, and the size that each name of `dynamic` stands for.
+    """Return our names for torch's symbols, and the size for each name of `dynamic`.
 
-    Raises FrontendError for a dimension that the module leaves no choice.
+    Raises FrontendError for a dimension that the module fixes.
     """
     symbols, told = Symbols(), dict[str, Size]()
     dims = []
@@ -251,13 +253,13 @@ def name_symbols(
     for argument, axis, name, size in dims:
         if isinstance(size, int) or size.node.expr.is_Integer:
             raise FrontendError(
-                f"dimension {axis} of {argument} is {int(size)}, whatever its name",
+                f"dimension {axis} of {argument} is always {int(size)}",
                 received=f"dynamic= calls it {name}",
                 hint="leave it out of dynamic="
                 + (
                     ", or give an example where it is 2 or more"
                     if int(size) < 2
-                    else ": the module works with that size alone"
+                    else ": the module works only with that size"
                 ),
             )
         symbols.env = size.node.shape_env

@@ -1,4 +1,4 @@
-"""ATen operators over windows: pooling, unfold, im2col, and the views that as_strided says."""
+"""ATen operators over windows: pooling, unfold, im2col, and the views of as_strided."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _each(site: TorchSite, name: str, count: int, default: Sequence[int]) -> tup
 def _windowing(
     site: TorchSite, count: int
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Kernel, strides, dilations and padding of a pool over the last axes."""
+    """Return kernel, strides, dilations and padding of a pool over the last axes."""
     kernel = _each(site, "kernel_size", count, ())
     strides = _each(site, "stride", count, kernel)
     return kernel, strides, _each(site, "dilation", count, (1,)), _each(site, "padding", count, (0,))
@@ -35,7 +35,7 @@ def _windowing(
 def _after(
     site: TorchSite, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int], pads: Sequence[int]
 ) -> tuple[int, ...]:
-    """The padding after each axis, with that which a last window past it needs."""
+    """Return the padding after each axis, including the padding that a last, partial window needs."""
     if not site.flag("ceil_mode"):
         return tuple(pads)
     return tuple(padding_for_ceil(*along) for along in zip(kernel, strides, dilations, pads, strict=True))
@@ -59,7 +59,9 @@ _max_pool(2, "max_pool2d.default", "max_pool2d_with_indices.default")
 def _average_pool(count: int, name: str) -> None:
     @operator(name)
     def _pooled(site: TorchSite) -> Made:
-        """Zeros around x count unless `count_include_pad` is false; what a last window finds past them never does."""
+        """Zeros around x count unless `count_include_pad` is false; the padding of a last, partial window never
+        counts.
+        """
         b, x = site.b, site.x("self")
         kernel, strides, _, pads = _windowing(site, count)
         before, after = pads, _after(site, kernel, strides, (1,) * count, pads)
@@ -82,7 +84,7 @@ _average_pool(2, "avg_pool2d.default")
 def _adaptive(count: int, *names: str) -> None:
     @operator(*names)
     def _pooled(site: TorchSite) -> Made:
-        """Means of as many parts as asked: equal ones as means, others as a product with the weight of each element."""
+        """The requested number of means: equal parts as means, others as a product with the weight of each element."""
         b, x = site.b, site.x("self")
         for axis, wanted in enumerate(site.shape()[x.rank - count :], start=x.rank - count):
             size = x.shape[axis]
@@ -93,7 +95,10 @@ def _adaptive(count: int, *names: str) -> None:
             elif size.constant is not None and wanted.constant is not None:
                 x = _meant(site, x, axis, size.constant, wanted.constant)
             else:
-                site.refuse(f"of {size} elements in {wanted} parts", "a size of 1, or an axis that is not open")
+                site.refuse(
+                    f"{size} elements cannot be split into {wanted} parts",
+                    "a size of 1, or an axis that is not symbolic",
+                )
         return x
 
 
@@ -102,7 +107,7 @@ _adaptive(2, "adaptive_avg_pool2d.default", "_adaptive_avg_pool2d.default")
 
 
 def _meant(site: TorchSite, x: Expr, axis: int, size: int, count: int) -> Expr:
-    """The means of `count` parts of an axis, which overlap where they do not fit."""
+    """The means of `count` parts of an axis, which overlap if they do not divide it."""
     weights = np.zeros((count, size))
     for i in range(count):
         first, last = i * size // count, -(-(i + 1) * size // count)
@@ -113,15 +118,15 @@ def _meant(site: TorchSite, x: Expr, axis: int, size: int, count: int) -> Expr:
     return site.b.einsum(x, site.b.constant(weights, x.dtype), equation=equation)
 
 
-# -- windows as they are -------------------------------------------------------------------------------------------
+# -- windows as tensors --------------------------------------------------------------------------------------------
 
 
 @operator("unfold.default")
 def _unfold(site: TorchSite) -> Made:
-    """The windows of an axis, the elements of each along a new last one."""
+    """The windows of an axis, with the elements of each along a new last axis."""
     x, size, step = site.x("self"), site.size("size"), site.integer("step")
     if x.rank == 0:
-        site.refuse("of a scalar", "x.reshape(1)")
+        site.refuse("a scalar is not supported", "x.reshape(1)")
     return site.b.windows(x, axis=site.axis("dimension"), size=size, stride=step)
 
 
@@ -135,7 +140,7 @@ def _columns(site: TorchSite) -> Made:
         if pads[i]:
             x = b.pad(x, axis=axis, before=pads[i], after=pads[i])
     for i in range(2):
-        # An axis of windows' elements goes last, so the next one to be cut is the one before it.
+        # The elements of an axis's windows become the last axis, so the next axis to split is the one before it.
         x = b.windows(x, axis=x.rank - 2, size=kernel[i], stride=strides[i], dilation=dilations[i])
     return b.rearrange(x, pattern="... c n m k l -> ... (c k l) (n m)")
 
@@ -145,11 +150,11 @@ def _columns(site: TorchSite) -> Made:
 
 @operator("as_strided.default")
 def _as_strided(site: TorchSite) -> Made:
-    """The elements offset + i s0 + j s1 + ... of a tensor that lies in one piece, as reshapes and windows."""
+    """The elements offset + i s0 + j s1 + ... of a contiguous tensor, as reshapes and windows."""
     b, x, shape = site.b, site.x("self"), site.shape()
     val = site.node.args[0].meta["val"]
     if not val.is_contiguous() or site.importer.symbols.size(val.storage_offset()) != ZERO:
-        site.refuse("of a tensor that is itself a view", "slices, unfold, reshape and permute of it say what is meant")
+        site.refuse("a tensor that is itself a view is not supported", "use slices, unfold, reshape and permute of it")
     strides, offset = [Size.of(n) for n in site.given("stride")], site.size("storage_offset", 0)
     if any(n == ZERO for n in shape):
         return expanded(b, b.constant(0, x.dtype), shape)
@@ -170,7 +175,10 @@ def _as_strided(site: TorchSite) -> Made:
             continue
         step = steps[i]
         if step is None:
-            site.refuse(f"a stride of {strides[i]} over {whole} elements", "slices, unfold, reshape and permute")
+            site.refuse(
+                f"a stride of {strides[i]} over {whole} elements is not supported",
+                "slices, unfold, reshape and permute",
+            )
         if whole != (shape[i] - 1) * step + inner:
             flat = b.slice(flat, axis=axis, stop=(shape[i] - 1) * step + inner)
         flat = b.windows(flat, axis=axis, size=inner, stride=step)
@@ -190,6 +198,6 @@ def _outermost_first(site: TorchSite, axes: Sequence[int], strides: Sequence[Siz
         for first, second, sign in ((i, k, -1), (k, i, 1)):
             if site.is_at_least(strides[first], strides[second]):
                 return sign
-        site.refuse(f"which stride is larger, {strides[i]} or {strides[k]}, is not told")
+        site.refuse(f"it is unknown which stride is larger, {strides[i]} or {strides[k]}")
 
     return sorted(axes, key=cmp_to_key(compare))

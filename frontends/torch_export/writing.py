@@ -1,11 +1,11 @@
-"""ATen operators that write at places which another tensor holds: scatter, scatter_add, index_put, index_add.
+"""ATen operators that write at positions in an index tensor: scatter, scatter_add, index_put, index_add.
 
-A write that is no sum is a read: of each place, the number of the last element that is written there,
+A write that is not a sum becomes a read. For each position, it computes the number of the last element written there:
 
     at = where(index == n, 0 1 2 ... m-1, -1), its greatest along m          at = scatter_add(0, index, 1 2 ... m) - 1
-    y  = where(at >= 0, source[at], x)                                       where no place is written twice
+    y  = where(at >= 0, source[at], x)                                       if no position is written twice
 
-so that it has torch's bits in any dtype. Where places repeat the last write holds, as in torch on one thread.
+so that it has torch's bits in any dtype. If positions repeat the last write wins, as in torch on one thread.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from treadle.ir.types import i64
 
 
 def _within(site: TorchSite, rule: Callable[[Expr, Expr, Expr | None], Expr]) -> Expr:
-    """What `rule` makes of self, index and src, where along other axes the indices reach as far as self does.
+    """Apply `rule` to self, index and src, with the indices extended to self's size along the other axes.
 
-    Where they reach less far, the rest of self is kept, and the rest of src is not read.
+    If they are shorter, the rest of self is kept, and the rest of src is not read.
     """
     b, x, indices, axis = site.b, site.x("self"), site.x("index"), site.axis("dim")
     source = site.maybe("src") if "src" in site.arguments else None
@@ -59,7 +59,7 @@ def _zeros(b: Builder, shape: Sequence[Size]) -> Expr:
 
 
 def _hits(b: Builder, x: Expr, indices: Expr, axis: int) -> Expr:
-    """How often each element of x is written."""
+    """The number of writes to each element of x."""
     ones = expanded(b, b.constant(1, i64), indices.shape)
     return b.scatter_add(_zeros(b, x.shape), indices, ones, axis=axis)
 
@@ -72,7 +72,7 @@ def _laid(b: Builder, size: Size, axis: int, rank: int, first: int = 0) -> Expr:
 
 
 def _last_writes(b: Builder, indices: Expr, size: Size, axis: int) -> Expr:
-    """Of each of `size` places along an axis, the number of the last index that is it; -1 where none is."""
+    """For each of `size` positions along an axis, the number of the last index that equals it; -1 if there is none."""
     count, rank = indices.shape[axis], indices.rank
     if is_distinct(indices.value, axis):
         shape = [size if i == axis else n for i, n in enumerate(indices.shape)]
@@ -84,9 +84,9 @@ def _last_writes(b: Builder, indices: Expr, size: Size, axis: int) -> Expr:
 
 
 def is_distinct(value: Value, axis: int) -> bool:
-    """Whether no index along an axis is there twice, as is known of one alone, of a count, of constants, of top_k.
+    """Return True if the indices along an axis are known to be distinct: a single index, a count, constants, top_k.
 
-    A cast to fewer bits may make two indices one. To 32 it does not for positions, of which no axis has as many.
+    A narrowing cast may make two indices equal. A cast to 32 bits does not for positions: no axis is that long.
     """
     if value.type.shape[axis] == ONE:
         return True
@@ -145,7 +145,7 @@ def _adding(site: TorchSite) -> Callable[[Expr, Expr, Expr | None], Expr]:
     def rule(x: Expr, indices: Expr, source: Expr | None) -> Expr:
         assert source is not None
         if x.dtype.kind == "bool":
-            site.refuse("of truth values")
+            site.refuse("bools are not supported")
         return b.scatter_add(x, indices, source.cast(x.dtype), axis=axis)
 
     return rule
@@ -153,11 +153,11 @@ def _adding(site: TorchSite) -> Callable[[Expr, Expr, Expr | None], Expr]:
 
 @operator("scatter_reduce.two", "scatter.reduce")
 def _scatter_reduce(site: TorchSite) -> Made:
-    """Sums and means; without self, what is written starts at 0."""
+    """Sums and means; without self, the written elements start at 0."""
     b, axis, kind = site.b, site.axis("dim"), site.text("reduce")
     own = bool(site.given("include_self", True))
     if kind not in ("sum", "add", "mean") or (kind == "mean" and not site.dtype().is_float):
-        site.refuse(f"of {kind or 'nothing'} in {site.dtype()}", "reduce='sum'")
+        site.refuse(f"{kind or 'no reduction'} in {site.dtype()} is not supported", "reduce='sum'")
 
     def rule(x: Expr, indices: Expr, source: Expr | None) -> Expr:
         hits = None if own and kind != "mean" else _hits(b, x, indices, axis)
@@ -175,9 +175,9 @@ def _scatter_reduce(site: TorchSite) -> Made:
 def _index_add(site: TorchSite) -> Made:
     b, x, indices, source = site.b, site.x("self"), site.x("index"), site.x("source")
     if site.real("alpha") != 1:
-        site.refuse("with alpha", "the source times alpha")
+        site.refuse("alpha is not supported", "the source times alpha")
     if x.dtype.kind == "bool":
-        site.refuse("of truth values")
+        site.refuse("bools are not supported")
     if x.rank == 0:
         return x + reshaped(b, source, [])[0]
     axis = site.axis("dim")
@@ -197,14 +197,14 @@ def _index_put(site: TorchSite) -> Made:
     values = site.x("values").cast(x.dtype)
     indices = list(site.given("indices"))
     if more and x.dtype.kind == "bool":
-        site.refuse("a sum of truth values")
+        site.refuse("a sum of bools is not supported")
     if any(i is not None and i.dtype.kind == "bool" for i in indices):
         return _at_truths(site, x, indices, values, more)
     axes = [k for k, i in enumerate(indices) if i is not None]
     given = [i for i in indices if i is not None]
     rest = [k for k in range(x.rank) if k not in axes]
     points = broadcast(site, [i.shape for i in given])
-    # Values as x[i, :, j] gives them: the points where the indexed axes are if these lie together, else first.
+    # Values have the layout of x[i, :, j]: the points replace the indexed axes if these are adjacent, else come first.
     together = axes == list(range(axes[0], axes[-1] + 1))
     lead, n = (axes[0] if together else 0), len(points)
     spread = [*(x.shape[k] for k in rest[:lead]), *points, *(x.shape[k] for k in rest[lead:])]
@@ -227,7 +227,7 @@ def _index_put(site: TorchSite) -> Made:
 
 
 def _last_points(b: Builder, rows: Expr, given: Sequence[Expr], sizes: Sequence[Size], points: Sequence[Size]) -> Expr:
-    """As `_last_writes`, of rows. Points of which an index counts along each of their axes are distinct."""
+    """Do as `_last_writes` does, for rows. Points are distinct if an index counts along each of their axes."""
     size = product(sizes)
     counted = {
         c + len(points) - i.rank for i, n in zip(given, sizes, strict=True) if (c := counted_axis(i, n)) is not None
@@ -241,16 +241,16 @@ def _last_points(b: Builder, rows: Expr, given: Sequence[Expr], sizes: Sequence[
 
 
 def _at_truths(site: TorchSite, x: Expr, indices: Sequence[Expr | None], values: Expr, more: bool) -> Expr:
-    """x[..., mask] = values, of values that are the same wherever the mask holds."""
+    """x[..., mask] = values, if the values are the same wherever the mask holds."""
     b, given = site.b, [i for i in indices if i is not None]
     if len(given) > 1:
-        site.refuse("by truth values and another index", "torch.where")
+        site.refuse("a mask and another index are not supported", "torch.where")
     (mask,) = given
     first = next(k for k, i in enumerate(indices) if i is not None)
     behind = x.rank - first - mask.rank
     shape = list(values.shape)
     if len(shape) > behind and shape[len(shape) - behind - 1] != ONE:
-        site.refuse("by truth values, with a value for each: how many these are depends on data", "torch.where")
+        site.refuse("a mask with separate values is not supported: their number depends on data", "torch.where")
     if len(shape) > behind:
         at = len(shape) - behind - 1
         values, _ = reshaped(b, values, [*shape[:at], *[ONE] * mask.rank, *shape[at + 1 :]])

@@ -1,1 +1,1 @@
-"""Tokenizers made of what stands where there is no tokenizer.json: older files, SentencePiece's, a GGUF file's own."""
+"""Tokenizers built from files other than tokenizer.json: older files, SentencePiece's, a GGUF file's metadata."""

@@ -4,12 +4,12 @@
     tokenizer.batch(["The capital of France is"]).ids
 
     tokenizer.ggml.model            "gpt2"; SentencePiece ("llama") is not read yet
-    tokenizer.ggml.pre              how text is cut before merging: one of PRE_TOKENIZERS
+    tokenizer.ggml.pre              pre-tokenizer, which splits text before merging: one of PRE_TOKENIZERS
     tokenizer.ggml.tokens, merges   the vocabulary by its ids, and "left right", the first to apply first
     tokenizer.ggml.token_type       1 normal, 3 control, 4 defined by a user, ...
 
-Sources: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md for the keys; llama.cpp's llama-vocab.cpp for how
-each name of `pre` cuts.
+Sources: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md for the keys; llama.cpp's llama-vocab.cpp for the
+splitting of each name of `pre`.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ PRE_TOKENIZERS = {
     "llama-bpe": (_WORDS + r"\p{N}{1,3}" + _REST, False),
     "qwen2": (_WORDS + r"\p{N}" + _REST, False),
 }
-"""How text is cut, by name: a regular expression (None: GPT-2's own), and whether each digit stands alone first."""
+"""Pre-tokenizers by name: a regular expression (None: GPT-2's own), and True if digits are first split one by one."""
 
 
 def build_gguf_tokenizer(file: GGUFFile) -> Any:
-    """The file's vocabulary as a `tokenizers.Tokenizer`.
+    """Build the file's vocabulary as a `tokenizers.Tokenizer`.
 
-    Raises CheckpointError, with the key, where the vocabulary is missing, damaged or of a kind that is not read, and
-    FrontendError where the tokenizers library is not installed.
+    Raises CheckpointError, with the key, if the vocabulary is missing, damaged or of an unsupported kind, and
+    FrontendError if the tokenizers library is not installed.
     """
     try:
         import tokenizers
@@ -64,11 +64,11 @@ def build_gguf_tokenizer(file: GGUFFile) -> Any:
     for merge in file.texts(_MERGES):
         left, _, right = merge.partition(" ")
         if not left or not right or " " in right:
-            file.fail(_MERGES, "must hold two tokens each, parted by a space", printable(merge))
+            file.fail(_MERGES, "must hold two tokens each, separated by a space", printable(merge))
         merges.append((left, right))
 
     def build() -> Any:
-        # Llama 3's vocabulary has words whole that no merge reaches.
+        # Llama 3's vocabulary contains whole words that no merge reaches.
         model = tokenizers.models.BPE(vocab=vocabulary, merges=merges, ignore_merges=cut == "llama-bpe")
         made = tokenizers.Tokenizer(model)
         made.pre_tokenizer = _pre_tokenizer(tokenizers, *PRE_TOKENIZERS[cut])
@@ -90,7 +90,7 @@ def build_gguf_tokenizer(file: GGUFFile) -> Any:
 
 
 def gguf_text_tokenizer(file: GGUFFile, *, max_tokens: int | None = None) -> TextTokenizer:
-    """The file's tokenizer; texts are cut to `max_tokens` ids where that is given. Raises as `build_gguf_tokenizer`."""
+    """Return the file's tokenizer, which truncates texts to `max_tokens` ids. Raises as `build_gguf_tokenizer` does."""
     made = build_gguf_tokenizer(file)
     if max_tokens is not None:
         made.enable_truncation(max_tokens)
@@ -102,14 +102,14 @@ def gguf_text_tokenizer(file: GGUFFile, *, max_tokens: int | None = None) -> Tex
 
 
 def gguf_end_tokens(file: GGUFFile) -> tuple[int, ...]:
-    """The ids after which generation stops: the end of the text, of the turn, of the message."""
+    """Return the ids that stop generation: the end of the text, of the turn, of the message."""
     count = len(file.texts(_TOKENS))
     keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
     return tuple(dict.fromkeys(_token_id(file, key, count) for key in keys if file.has(key)))
 
 
 def gguf_chat_template(file: GGUFFile) -> str | None:
-    """The template in which the model expects a conversation, if it was trained for one."""
+    """Return the model's chat template, if it was trained with one."""
     key = "tokenizer.chat_template"
     return file.text(key) if file.has(key) else None
 
@@ -119,13 +119,13 @@ def _token_id(file: GGUFFile, key: str, count: int) -> int:
 
 
 def _special_tokens(file: GGUFFile, tokens: list[str]) -> list[tuple[int, str]]:
-    """The tokens that text is cut at whole, with their types."""
+    """Return the tokens that are never split, with their types."""
     key = "tokenizer.ggml.token_type"
     if not file.has(key):
         return []
     types = file.numbers(key)
     if len(types) != len(tokens):
-        file.fail(key, "must say a type for each token", f"{len(types)} types, {len(tokens)} tokens")
+        file.fail(key, "must have a type for each token", f"{len(types)} types, {len(tokens)} tokens")
     return [(int(n), token) for n, token in zip(types, tokens, strict=True) if n in (_CONTROL, _DEFINED) and token]
 
 
@@ -138,7 +138,7 @@ def _pre_tokenizer(tokenizers: Any, pattern: str | None, single_digits: bool) ->
 
 
 def _guarded(build: Callable[[], Any], file: GGUFFile) -> Any:
-    """What the library makes of a vocabulary; its refusals, and panics of its Rust, as CheckpointError."""
+    """Return the library's result for a vocabulary; raise its refusals, and panics of its Rust, as CheckpointError."""
     try:
         return build()
     except CheckpointError:

@@ -1,51 +1,60 @@
-"""Vocabularies in the files that were there before tokenizer.json, built as the tokenizers library builds them.
+"""Vocabularies in the files that preceded tokenizer.json, built as the tokenizers library builds them.
 
     vocab.txt                     WordPiece, a token a line: BERT, DistilBERT, ELECTRA, MPNet
-    vocab.json and merges.txt     byte-level BPE: GPT-2, RoBERTa, BART; CLIP, whose words end in </w>
+    vocab.json and merges.txt     byte-level BPE: GPT-2, OPT, RoBERTa, BART; CLIP, whose words end in </w>
 
-config.json's model_type, or tokenizer_config.json's tokenizer_class, says whose way of cutting text it is. Sources: the
-classes of these names in Hugging Face transformers, which build the same parts.
+config.json's model_type, or tokenizer_config.json's tokenizer_class, selects the tokenization. Sources: the classes of
+these names in Hugging Face transformers, which build the same parts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from treadle.files.contained_files import read_regular
 from treadle.files.shown_names import printable
 from treadle.files.strict_json import read_json_object
 from treadle.frontends.huggingface import ModelFolder
+from treadle.frontends.vocabularies.special_tokens import (
+    add_named_tokens,
+    lacks_special_token,
+    put_around,
+    read_special_tokens,
+)
 from treadle.ir.errors import CheckpointError
 
 _WORDS, _TOKENS, _MERGES = "vocab.txt", "vocab.json", "merges.txt"
 _MOST_TOKENS = 4_000_000
 
+_END_OF_TEXT = "<|endoftext|>"
 _CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """How vocabularies of a kind are built.
+    """The construction of one kind of vocabulary.
 
-    build    the tokenizer of a vocabulary, merges, the names of special tokens and tokenizer_config.json
-    special  the names of special tokens, where the folder does not say others
-    strips   whether the space before a mask belongs to it, as the model was trained
+    build    builds the tokenizer from a vocabulary, merges, special tokens' names and tokenizer_config.json
+    special  the names of special tokens in the vocabulary, unless the folder defines others
+    strips   by role, True if the space before the token belongs to it, as the model was trained, and the same for the
+             space after it
+    around   True if `add_bos_token` and `add_eos_token` put tokens around a text
     """
 
     build: Callable[[Any, dict[str, int], list[tuple[str, str]], Mapping[str, str], Mapping[str, Any]], Any]
     special: Mapping[str, str]
-    strips: bool = False
+    strips: Mapping[str, tuple[bool, bool]] = field(default_factory=dict)
+    around: bool = False
 
 
 def build_older_tokenizer(place: ModelFolder, settings: Mapping[str, Any], limit_bytes: int) -> Any | None:
-    """The folder's vocabulary as a `tokenizers.Tokenizer`; None where it has no such files, or of a kind not built
-    here.
+    """Build the folder's vocabulary as a `tokenizers.Tokenizer`; None if it has no such files, or an unsupported kind.
 
     settings  tokenizer_config.json
 
-    Raises CheckpointError where a file is damaged or too long.
+    Raises CheckpointError if a file is damaged or too long.
     """
     import tokenizers
 
@@ -66,18 +75,17 @@ def build_older_tokenizer(place: ModelFolder, settings: Mapping[str, Any], limit
     if kind is None:
         return None
     named = read_special_tokens(settings)
-    special = {role: named.get(role, name) for role, name in kind.special.items()}
-    missing = [name for name in special.values() if name not in vocabulary and name != special.get("mask_token")]
+    special = {**kind.special, **named}
+    needed = [special[role] for role in kind.special if role != "mask_token"]
+    missing = [name for name in needed if name not in vocabulary]
     if missing:
-        raise CheckpointError("the vocabulary lacks a special token", received=printable(missing[0]), within=shown)
+        raise lacks_special_token(missing[0], shown)
     made = kind.build(tokenizers, vocabulary, merges, special, settings)
-    known = [name for name in dict.fromkeys(special.values()) if name in vocabulary]
-    made.add_special_tokens(
-        [
-            tokenizers.AddedToken(name, normalized=False, lstrip=kind.strips and name == special.get("mask_token"))
-            for name in known
-        ]
-    )
+    if kind.around:
+        put_around(tokenizers, made, {"bos_token": _END_OF_TEXT, **special}, settings, shown)
+    if special.get("mask_token") not in vocabulary and "mask_token" not in named:
+        special.pop("mask_token", None)
+    add_named_tokens(tokenizers, made, special, settings, shown, strips=kind.strips)
     return made
 
 
@@ -133,14 +141,24 @@ def _byte_level(
     prefix = settings.get("add_prefix_space") is True
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     made.decoder = tokenizers.decoders.ByteLevel()
-    if "cls_token" in special:
-        first, last = special["cls_token"], special["sep_token"]
-        made.post_processor = tokenizers.processors.RobertaProcessing(
-            (last, vocabulary[last]),
-            (first, vocabulary[first]),
-            trim_offsets=settings.get("trim_offsets", True) is not False,
-            add_prefix_space=prefix,
-        )
+    return made
+
+
+def _roberta(
+    tokenizers: Any,
+    vocabulary: dict[str, int],
+    merges: list[tuple[str, str]],
+    special: Mapping[str, str],
+    settings: Mapping[str, Any],
+) -> Any:
+    made = _byte_level(tokenizers, vocabulary, merges, special, settings)
+    first, last = special["cls_token"], special["sep_token"]
+    made.post_processor = tokenizers.processors.RobertaProcessing(
+        (last, vocabulary[last]),
+        (first, vocabulary[first]),
+        trim_offsets=settings.get("trim_offsets", True) is not False,
+        add_prefix_space=settings.get("add_prefix_space") is True,
+    )
     return made
 
 
@@ -182,21 +200,26 @@ _BERT = _Kind(
         "mask_token": "[MASK]",
     },
 )
+_MASK = {"mask_token": (True, False)}
 _ROBERTA = _Kind(
-    _byte_level,
+    _roberta,
     {"cls_token": "<s>", "pad_token": "<pad>", "sep_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"},
-    strips=True,
+    _MASK,
 )
-_MPNET = _Kind(_mpnet, {**_ROBERTA.special, "unk_token": "[UNK]"}, strips=True)
-_GPT2 = _Kind(_byte_level, {"eos_token": "<|endoftext|>"})
+_MPNET = _Kind(_mpnet, {**_ROBERTA.special, "unk_token": "[UNK]"}, _MASK)
+_GPT2 = _Kind(_byte_level, {"eos_token": _END_OF_TEXT}, around=True)
 _CLIP = _Kind(_clip, {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"})
 
 _WORDPIECE = {**dict.fromkeys(("bert", "distilbert", "electra"), _BERT), "mpnet": _MPNET}
-_BYTE_LEVEL = {"gpt2": _GPT2, "roberta": _ROBERTA, "bart": _ROBERTA, "clip": _CLIP, "clip_text_model": _CLIP}
+_BYTE_LEVEL = {
+    **dict.fromkeys(("gpt2", "opt"), _GPT2),
+    **dict.fromkeys(("roberta", "bart"), _ROBERTA),
+    **dict.fromkeys(("clip", "clip_text_model"), _CLIP),
+}
 
 
 def kind_names(place: ModelFolder, settings: Mapping[str, Any]) -> list[str]:
-    """What the folder says its tokenizer is: the class of tokenizer_config.json first, then config.json's
+    """Return the folder's names for its tokenizer: the class of tokenizer_config.json first, then config.json's
     model_type.
     """
     names = []
@@ -208,16 +231,6 @@ def kind_names(place: ModelFolder, settings: Mapping[str, Any]) -> list[str]:
     return names
 
 
-def read_special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The names of special tokens by their roles in tokenizer_config.json: texts, or the `content` of objects."""
-    found = {}
-    for role, name in settings.items():
-        content = name.get("content") if isinstance(name, Mapping) else name
-        if role.endswith("_token") and isinstance(content, str) and content:
-            found[role] = content
-    return found
-
-
 def _read_words(place: ModelFolder, limit_bytes: int) -> dict[str, int]:
     shown = place.show(_WORDS)
     lines = _read_text(place, _WORDS, limit_bytes).split("\n")
@@ -226,7 +239,9 @@ def _read_words(place: ModelFolder, limit_bytes: int) -> dict[str, int]:
     vocabulary = {line.rstrip("\r"): number for number, line in enumerate(lines)}
     if len(vocabulary) != len(lines):
         raise CheckpointError(
-            "the vocabulary holds a token twice", received=f"{len(lines)} lines, {len(vocabulary)} tokens", within=shown
+            "the vocabulary contains a token twice",
+            received=f"{len(lines)} lines, {len(vocabulary)} tokens",
+            within=shown,
         )
     return vocabulary
 
@@ -247,7 +262,7 @@ def _read_tokens(place: ModelFolder, limit_bytes: int) -> tuple[dict[str, int], 
         left, _, right = line.rstrip("\r").partition(" ")
         if not left or not right or " " in right or not {left, right, left + right} <= vocabulary.keys():
             raise CheckpointError(
-                "a merge must be two tokens, parted by a space, that make a third",
+                "a merge must be two tokens, separated by a space, that make a third",
                 received=printable(line, 80),
                 within=f"{place.show(_MERGES)}, line {number + 1}",
             )

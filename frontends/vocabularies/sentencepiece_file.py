@@ -1,6 +1,6 @@
-"""A vocabulary of SentencePiece as its file holds it: pieces with their scores, and how text is normalized.
+"""A SentencePiece vocabulary as stored in its file: pieces with their scores, and text normalization.
 
-The file is a protocol buffer: fields of a number, a wire type and a value, nested. What is not needed is skipped.
+The file is a protocol buffer: nested fields, each with a number, a wire type and a value. Unneeded fields are skipped.
 Sources: sentencepiece_model.proto of https://github.com/google/sentencepiece, and
 https://protobuf.dev/programming-guides/encoding.
 """
@@ -20,7 +20,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Kinds of pieces."""
 
 UNIGRAM, BPE = 1, 2
-"""Kinds of vocabularies that are read."""
+"""Supported kinds of vocabularies."""
 
 _VARINT, _EIGHT, _BYTES, _FOUR = 0, 1, 2, 5
 _MOST_PIECES = 4_000_000
@@ -28,7 +28,7 @@ _MOST_PIECES = 4_000_000
 
 @dataclass(frozen=True)
 class VocabularyPiece:
-    """A piece of text, how likely it is (a logarithm; of BPE, less the number of its merge), and its kind."""
+    """A piece of text, its score (a log probability; for BPE, the negative number of its merge), and its kind."""
 
     text: str
     score: float
@@ -41,11 +41,11 @@ class SentencePieces:
 
     pieces   by number
     kind     UNIGRAM or BPE
-    unknown  the number of the piece that stands for what the vocabulary does not have
-    charmap  how characters are normalized, as the tokenizers library takes it; empty: not at all
-    bytes    whether characters that it does not have are cut into bytes, each a piece
-    prefix   whether a space goes before a text; single, whether of several spaces one is left, and at the ends none;
-             escaped, whether spaces become what stands for them in pieces
+    unknown  the number of the unknown piece
+    charmap  normalization of characters, in the tokenizers library's format; empty: none
+    bytes    True if unknown characters are split into bytes, each a piece
+    prefix   True if a space is added before a text; single, True if several spaces become one, and spaces at the ends
+             are removed; escaped, True if spaces are replaced by their symbol in pieces
     """
 
     pieces: tuple[VocabularyPiece, ...]
@@ -59,14 +59,14 @@ class SentencePieces:
 
 
 def read_sentencepieces(data: bytes, shown: str) -> SentencePieces:
-    """Read a file's bytes, of the name `shown`.
+    """Read a file's bytes; `shown` is its name in errors.
 
-    Raises CheckpointError, with the offset, where they are no such file, are cut short, or hold what is not supported.
+    Raises CheckpointError, with the offset, if they are not such a file, are truncated, or hold unsupported fields.
     """
     pieces: list[VocabularyPiece] = []
     charmap = b""
     training = {3: UNIGRAM, 35: 0, 40: 0}  # the kind, bytes, the unknown piece
-    normalizing = {3: 1, 4: 1, 5: 1}  # the prefix, single spaces, escaped ones
+    normalizing = {3: 1, 4: 1, 5: 1}  # the prefix, single spaces, escaped spaces
     for field in _fields(data, 0, len(data), shown):
         if field.number == 1:
             if len(pieces) == _MOST_PIECES:
@@ -93,10 +93,10 @@ def read_sentencepieces(data: bytes, shown: str) -> SentencePieces:
 
 
 def _check_charmap(charmap: bytes, at: int, shown: str) -> None:
-    """Whether a table of characters is whole: the library reads it unchecked.
+    """Check that a character table is valid, which the library does not.
 
     A length, a double array of that many bytes (Aoe 1989, as darts-clone stores it), and the texts that its leaves
-    point into, each with a zero at its end. A unit's children lie in the block of 256 to which its offset leads.
+    point into, each with a zero at its end. A unit's children are in the block of 256 at its offset.
     """
     if not charmap:
         return
@@ -119,7 +119,7 @@ def _check_charmap(charmap: bytes, at: int, shown: str) -> None:
 
 @dataclass(frozen=True)
 class _Field:
-    """A field: its number, its wire type, and its value: an integer, or where its bytes lie in the file."""
+    """A field: its number, its wire type, and its value: an integer, or the offsets of its bytes in the file."""
 
     number: int
     wire: int
@@ -160,12 +160,12 @@ def _piece(data: bytes, field: _Field, shown: str) -> VocabularyPiece:
 
 def _inside(data: bytes, field: _Field, shown: str) -> Iterator[_Field]:
     if field.wire != _BYTES:
-        raise _damaged(f"field {field.number} must hold fields", field.at, shown)
+        raise _damaged(f"field {field.number} must be a message", field.at, shown)
     return _fields(data, field.start, field.end, shown)
 
 
 def _fields(data: bytes, at: int, end: int, shown: str) -> Iterator[_Field]:
-    """The fields of a message in data[at:end]."""
+    """Yield the fields of a message in data[at:end]."""
     while at < end:
         begun = at
         tag, at = _varint(data, at, end, shown)
@@ -181,14 +181,14 @@ def _fields(data: bytes, at: int, end: int, shown: str) -> Iterator[_Field]:
             length, start = _varint(data, at, end, shown)
             at = start + length
         else:
-            raise _damaged("the file is no SentencePiece vocabulary", begun, shown, f"wire type {wire}")
+            raise _damaged("the file is not a SentencePiece vocabulary", begun, shown, f"wire type {wire}")
         if at > end:
             raise _damaged("a field reaches past the end", begun, shown, f"up to byte {at} of {end}")
         yield _Field(number, wire, value, start, at, begun)
 
 
 def _varint(data: bytes, at: int, end: int, shown: str) -> tuple[int, int]:
-    """An integer of 7 bits a byte, the lowest first, and where it ends."""
+    """Return an integer of 7 bits a byte, the lowest first, and its end."""
     value = 0
     for place in range(10):
         if at + place >= end:

@@ -1,9 +1,9 @@
-"""How tokenizers of SentencePiece vocabularies are built, kind by kind of model, as Hugging Face builds them.
+"""Tokenizers of SentencePiece vocabularies, built for each kind of model as Hugging Face builds them.
 
-    t5, albert, siglip             unigram, each with a way of its own before the file's
+    t5, albert, siglip             unigram, each with an extra normalization before the file's
     xlm-roberta, camembert         unigram, whose numbers their first training shifted
-    llama, gemma                   BPE, with bytes for what the vocabulary lacks
-    where no class is named        as the file itself says
+    llama, gemma                   BPE, with bytes for unknown characters
+    if no class is named           as the file itself declares
 
 Sources: the classes of these names in Hugging Face transformers 5, which build the same parts; Kudo 2018 for unigram.
 """
@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from treadle.files.shown_names import printable
 from treadle.frontends.vocabularies.sentencepiece_file import BPE, NORMAL, UNIGRAM, USER_DEFINED, SentencePieces
+from treadle.frontends.vocabularies.special_tokens import lacks_special_token, put_around
 from treadle.ir.errors import CheckpointError
 
 _SPACE = "▁"
@@ -26,10 +26,10 @@ _MOST_EXTRA = 10_000
 
 @dataclass(frozen=True)
 class PieceVocabulary:
-    """What a tokenizer is built of.
+    """The inputs of a tokenizer's construction.
 
     library   the module tokenizers
-    file      what the folder's file holds, and shown, its name
+    file      contents of the folder's file, and shown, its name
     special   the names of special tokens by their roles
     settings  tokenizer_config.json
     """
@@ -45,17 +45,15 @@ class PieceVocabulary:
         return [(piece.text, piece.score) for piece in self.file.pieces]
 
     def control(self, *roles: str) -> list[tuple[str, float]]:
-        """Special tokens as pieces."""
+        """Return special tokens as pieces."""
         return [(self.special[role], 0.0) for role in roles]
 
     def numbered(self, made: Any, *roles: str) -> list[tuple[str, int]]:
-        """Special tokens with their numbers. Raises CheckpointError for one that the vocabulary does not have."""
+        """Return special tokens with their numbers. Raises CheckpointError for a token that the vocabulary lacks."""
         found = [(self.special[role], made.token_to_id(self.special[role])) for role in roles]
         for token, number in found:
             if number is None:
-                raise CheckpointError(
-                    "the vocabulary lacks a special token", received=printable(token), within=self.shown
-                )
+                raise lacks_special_token(token, self.shown)
         return found
 
     def flag(self, name: str, default: bool) -> bool:
@@ -65,13 +63,13 @@ class PieceVocabulary:
 
 @dataclass(frozen=True)
 class PieceKind:
-    """How vocabularies of a kind are built.
+    """The construction of one kind of vocabulary.
 
-    build    the tokenizer, but for its special tokens, of which it makes more
-    special  the names of special tokens, where the folder does not say others
-    model    what the file may be: UNIGRAM or BPE; None: either
-    strips   roles of tokens to which the space before them belongs, or around them
-    plain    whether the file's control pieces are no special tokens
+    build    builds the tokenizer without its special tokens, and returns additional special tokens
+    special  default names of special tokens, if the folder does not list others
+    model    required kind of the file: UNIGRAM or BPE; None: either
+    strips   roles of tokens that include the space before them, or the spaces around them
+    plain    True if the file's control pieces are not special tokens
     """
 
     build: Callable[[PieceVocabulary], tuple[Any, list[str]]]
@@ -85,7 +83,7 @@ class PieceKind:
 
 
 def _unigram(v: PieceVocabulary, scores: list[tuple[str, float]], unknown: int, first: list[Any]) -> Any:
-    """A tokenizer of words, each with a space before it. `first` normalizes before the file's own way does."""
+    """Build a tokenizer of words, each with a space before it. `first` runs before the file's own normalization."""
     library = v.library
     made = library.Tokenizer(library.models.Unigram(scores, unk_id=unknown, byte_fallback=False))
     normalizers = [*first, *([library.normalizers.Precompiled(v.file.charmap)] if v.file.charmap else [])]
@@ -101,7 +99,7 @@ def _unigram(v: PieceVocabulary, scores: list[tuple[str, float]], unknown: int, 
 
 
 def _ended(v: PieceVocabulary, made: Any) -> Any:
-    """With the end token behind each text."""
+    """Add the end token after each text."""
     end = v.special["eos_token"]
     made.post_processor = v.library.processors.TemplateProcessing(
         single=["$A", end], pair=["$A", end, "$B", end], special_tokens=v.numbered(made, "eos_token")
@@ -145,7 +143,7 @@ def _albert(v: PieceVocabulary) -> tuple[Any, list[str]]:
 
 
 def _enclosed(v: PieceVocabulary, made: Any) -> Any:
-    """With tokens around each text, and two ends between the texts of a pair."""
+    """Add tokens around each text, and two end tokens between the texts of a pair."""
     begin, end = v.special["bos_token"], v.special["eos_token"]
     made.post_processor = v.library.processors.TemplateProcessing(
         single=[begin, "$A", end],
@@ -170,7 +168,7 @@ def _camembert(v: PieceVocabulary) -> tuple[Any, list[str]]:
 
 
 def _pairs(v: PieceVocabulary) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """The vocabulary, and which two pieces make a third, the third's number deciding which come first."""
+    """Return the vocabulary, and the pairs of pieces that merge into a third, in the order of the third's number."""
     vocabulary = {piece.text: number for number, piece in enumerate(v.file.pieces)}
     merges = []
     for text, number in vocabulary.items():
@@ -179,18 +177,6 @@ def _pairs(v: PieceVocabulary) -> tuple[dict[str, int], list[tuple[str, str]]]:
             if left in vocabulary and right in vocabulary:
                 merges.append((number, len(left), len(right), left, right))
     return vocabulary, [(left, right) for *_, left, right in sorted(merges)]
-
-
-def _begun(v: PieceVocabulary, made: Any) -> Any:
-    """With a token before each text and one behind it, where the folder asks for them."""
-    roles = [role for role in ("bos_token", "eos_token") if v.flag(f"add_{role}", False)]
-    begin, end = ([v.special[role] for role in roles if role == each] for each in ("bos_token", "eos_token"))
-    first = [*(f"{t}:0" for t in begin), "$A:0", *(f"{t}:0" for t in end)]
-    second = [*(f"{t}:1" for t in begin), "$B:1", *(f"{t}:1" for t in end)]
-    made.post_processor = v.library.processors.TemplateProcessing(
-        single=first, pair=[*first, *second], special_tokens=v.numbered(made, *roles)
-    )
-    return made
 
 
 def _llama(v: PieceVocabulary) -> tuple[Any, list[str]]:
@@ -202,7 +188,8 @@ def _llama(v: PieceVocabulary) -> tuple[Any, list[str]]:
     d = library.decoders
     steps = [d.Replace(_SPACE, " "), d.ByteFallback(), d.Fuse(), *([d.Strip(content=" ", left=1)] if prefix else [])]
     made.decoder = d.Sequence(steps)
-    return _begun(v, made), []
+    put_around(v.library, made, v.special, v.settings, v.shown)
+    return made, []
 
 
 def _gemma(v: PieceVocabulary) -> tuple[Any, list[str]]:
@@ -213,11 +200,12 @@ def _gemma(v: PieceVocabulary) -> tuple[Any, list[str]]:
     made.normalizer = library.normalizers.Replace(" ", _SPACE)
     d = library.decoders
     made.decoder = d.Sequence([d.Replace(_SPACE, " "), d.ByteFallback(), d.Fuse()])
-    return _begun(v, made), []
+    put_around(v.library, made, v.special, v.settings, v.shown)
+    return made, []
 
 
 def _own(v: PieceVocabulary) -> tuple[Any, list[str]]:
-    """As the file itself says, and the library that wrote it cuts texts."""
+    """Build the tokenizer as the file declares, as the library that wrote it tokenizes."""
     library, file, n = v.library, v.file, v.library.normalizers
     if file.kind == UNIGRAM:
         model = library.models.Unigram(v.scores(), unk_id=file.unknown, byte_fallback=file.bytes)
@@ -245,9 +233,7 @@ def _own(v: PieceVocabulary) -> tuple[Any, list[str]]:
         steps += [n.Replace(library.Regex(r"\A +| +\z"), ""), n.Replace(library.Regex(" {2,}"), " ")]
     if file.escaped:
         steps.append(n.Replace(" ", _SPACE))
-    if (
-        file.prefix and legacy
-    ):  # the library's prefix is left out before a text that begins with what stands for a space
+    if file.prefix and legacy:  # the library adds no prefix to a text that begins with the symbol of a space
         steps.append(n.Replace(library.Regex(rf"\A{_SPACE}"), 2 * _SPACE))
     made.normalizer = n.Sequence(steps)
     pre = library.pre_tokenizers
@@ -261,7 +247,8 @@ def _own(v: PieceVocabulary) -> tuple[Any, list[str]]:
     back = [d.Replace(_SPACE, " "), *([d.ByteFallback()] if file.bytes else [])]
     back += [d.Fuse(), d.Strip(content=" ", left=1)] if file.prefix else [d.Fuse()] if file.bytes else []
     made.decoder = d.Sequence(back)
-    return _begun(v, made), []
+    put_around(v.library, made, v.special, v.settings, v.shown)
+    return made, []
 
 
 _AROUND = (True, True)
@@ -312,7 +299,7 @@ _KINDS: Mapping[str, PieceKind] = {
 }
 
 BY_CLASS = {**_KINDS, "llama": _LLAMA_KIND}
-"""By tokenizer_config.json's tokenizer_class, in small letters and without its ending."""
+"""Kinds by tokenizer_config.json's tokenizer_class, in lower case and without its ending."""
 
 BY_TYPE = {**_KINDS, **dict.fromkeys(("llama", "mistral", "phi3"), _OWN)}
-"""By config.json's model_type."""
+"""Kinds by config.json's model_type."""

@@ -206,7 +206,7 @@ def _summed(q: Any, s: Any, p: Any, t: Any, c: Any) -> Any:
     span = k // max(1, t.shape[-1])
     step = max(1, min(span, q.shape[-1]))  # elements that share all scales
     y = np.zeros((*q.shape[:-2], len(p)), np.float64)
-    q = q.reshape(*q.shape[:-2], -1).astype(np.float64)
+    q = q.reshape(*q.shape[:-2], k).astype(np.float64)
     for at in range(0, k, step):
         of_x = q[..., at : at + step]
         sums = (of_x @ p[:, at : at + step].astype(np.float64).T) * t[:, at // span].astype(np.float64)

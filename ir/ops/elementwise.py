@@ -270,7 +270,7 @@ class Sign(Primitive):
 
 @op("floor", axes="... -> ...", dtypes="f -> f")
 class Floor(Primitive):
-    """y = the greatest whole number that is not above x; no gradient flows"""
+    """y = the greatest integer that is not above x; no gradient flows"""
 
     x = Operand()
     stops_gradient = True

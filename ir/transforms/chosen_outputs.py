@@ -119,10 +119,12 @@ def _unreadable(asked: str) -> UsageError:
 
 
 def _part(b: Builder, x: Expr, spans: Sequence[_Span | _Given], positions: dict[str, Expr]) -> Expr:
-    """The part of x that spans mean. `positions` holds the new inputs by name, and gets those of these spans."""
+    """Return the part of x that spans select. `positions` has the new inputs by name; the inputs of these spans are
+    added.
+    """
     if len(spans) > x.rank:
         raise UsageError(f"it has {x.rank} axes")
-    for axis in reversed(range(len(spans))):  # an axis that goes leaves the numbers of those before it
+    for axis in reversed(range(len(spans))):  # removing an axis keeps the numbers of the axes before it
         span = spans[axis]
         if isinstance(span, _Given):
             if axis != 1 or spans[0] != _Span(None, None, single=False):
@@ -152,7 +154,7 @@ def _positions(b: Builder, rows: Size, name: str) -> Expr:
 
 
 def _picked(b: Builder, x: Expr, positions: Expr) -> Expr:
-    """Of each row of x, those along its second axis at the positions i64[rows, n]."""
+    """Return, for each row of x, the elements along its second axis at the positions i64[rows, n]."""
     name, (rows, count) = positions.value.name, positions.shape
     if rows != x.shape[0]:
         raise UsageError(f"{name} holds positions for {rows} rows, and here are {x.shape[0]}")

@@ -2,7 +2,7 @@
 
     y = embedding(table, ids)   -->   y = where(ids == row, stop_gradient(embedding(table, ids)), embedding(table, ids))
 
-What else reads the table, such as logits that are tied to it, gives the row its gradient still, as in PyTorch.
+Other readers of the table, such as tied logits, still give the row its gradient, as in PyTorch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from treadle.ir.transforms.clone import clone_graph
 
 
 def without_gradient(b: Builder, y: Expr, indices: Expr, row: int) -> Expr:
-    """What an embedding gave for these indices, y [..., d], of which those of a row have no gradient."""
+    """Return y [..., d], an embedding's result for these indices, without a gradient for one row of the table."""
     padded = b.equal(indices, b.constant(row, indices.dtype))
     names = " ".join(axis_letters(indices.rank))
     made: Expr = b.where(b.rearrange(padded, pattern=f"{names} -> {names} 1"), b.stop_gradient(y), y)
@@ -25,7 +25,9 @@ def without_gradient(b: Builder, y: Expr, indices: Expr, row: int) -> Expr:
 
 
 def with_padding_rows(graph: Graph, rows: Mapping[str, int]) -> Graph:
-    """A copy in which the embeddings of `main` give no gradient to these rows of weights, by the weights' names."""
+    """Return a copy in which the embeddings of `main` give no gradient to these rows of weights, by the weights'
+    names.
+    """
     made = clone_graph(graph)
     main = made.main
     for node in [node for node in main.nodes if _row_of(node, rows) is not None]:

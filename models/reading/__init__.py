@@ -1,1 +1,1 @@
-"""What files say of models, where that is much: rotary positions, and configs and GGUF metadata of the Llama kind."""
+"""Readers of rotary positions, and of configs and GGUF metadata of the Llama family."""

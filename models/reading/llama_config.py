@@ -1,4 +1,4 @@
-"""What a config.json of the Llama kind says, as options of the declaration `treadle.models.llama.llama`."""
+"""Readers of a config.json of the Llama family, as options of the declaration `treadle.models.llama.llama`."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ ARCHITECTURES = {
     "stablelm": "StableLmForCausalLM",
     "granite": "GraniteForCausalLM",
 }
-"""The values of `model_type` that are read, each with Hugging Face's class."""
+"""The supported values of `model_type`, each with Hugging Face's class."""
 
 _GEMMA = {"head_dim": 256, "tie_word_embeddings": True}
 _GEMMAS = {**_GEMMA, "num_attention_heads": 8, "num_key_value_heads": 4, "query_pre_attn_scalar": 256}
 
-# What Hugging Face's classes have where a file does not say. Older files leave out what is so.
+# Defaults of Hugging Face's classes. Older files leave out values that equal the default.
 _DEFAULTS: Mapping[str, Config] = {
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"num_key_value_heads": 32},
@@ -63,10 +63,10 @@ _DEFAULTS: Mapping[str, Config] = {
 IRRELEVANT = {
     **dict.fromkeys(
         ("max_position_embeddings", "original_max_position_embeddings"),
-        "rotary positions have no end, unless their scaling depends on it",
+        "rotary positions have no maximum length, unless their scaling depends on it",
     ),
-    "rope_interleaved": "is of the trainer; weights of a folder are in the library's order",
-    "use_mrope": "is of models that read images",
+    "rope_interleaved": "belongs to the trainer; a folder's weights are in the library's order",
+    "use_mrope": "belongs to models that read images",
     "attention_bias": "Phi-3's and StableLM's classes do not read it",
     "attn_logit_softcapping": "Gemma 3's class stores it and does not use it",
     "hidden_act": "Gemma 2 and 3 read hidden_activation",
@@ -75,16 +75,16 @@ IRRELEVANT = {
 
 
 def read_kind(config: Config) -> str:
-    """Its `model_type`, one of `ARCHITECTURES`."""
+    """Return the config's `model_type`, one of `ARCHITECTURES`."""
     kind = choose(config, "model_type", {k: k for k in ARCHITECTURES})
     assert isinstance(kind, str)
     return kind
 
 
 def read_options(config: Config) -> dict[str, Any]:
-    """The options of `llama` that a config says.
+    """Return the options of `llama` from a config.
 
-    Raises CheckpointError, with the option's name, for what is not supported.
+    Raises CheckpointError, with the option's name, for an unsupported option.
     """
     kind = read_kind(config)
     require(config, is_causal=True)
@@ -125,7 +125,7 @@ def read_options(config: Config) -> dict[str, Any]:
 
 
 def as_longrope(config: Config) -> Config:
-    """Phi-3's config, whose first files call longrope su or yarn."""
+    """Return Phi-3's config; its first files call longrope su or yarn."""
     for name in ("rope_parameters", "rope_scaling"):
         given = config.get(name)
         if isinstance(given, Mapping):
@@ -137,7 +137,7 @@ def as_longrope(config: Config) -> Config:
 
 
 def _read_own(kind: str, config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What one kind has on top of the others."""
+    """Return the options of one kind in addition to the common options."""
     match kind:
         case "llama":
             return {"mlp_bias": read_flag(config, "mlp_bias", False)}
@@ -174,7 +174,7 @@ def _read_own(kind: str, config: Config, options: Mapping[str, Any]) -> dict[str
 
 
 def _read_gemma(config: Config, kind: str, layers: int, period: int) -> dict[str, Any]:
-    """Gemma 2 and 3: four norms a layer, soft-caps, and all positions seen in every `period`-th layer."""
+    """Gemma 2 and 3: four norms a layer, soft-caps, and full attention in every `period`-th layer."""
     _require_causal(config)
     types = read_layer_types(config, layers, [i for i in range(layers) if (i + 1) % period == 0])
     return {
@@ -188,7 +188,7 @@ def _read_gemma(config: Config, kind: str, layers: int, period: int) -> dict[str
 
 
 def _gelu_of_gemma(config: Config, kind: str) -> t.Activation:
-    # The first Gemma's files say gelu and mean its approximation by tanh, as it was trained.
+    # The first Gemma's files name gelu but mean its tanh approximation, with which it was trained.
     named, gelu = ("hidden_act", t.gelu_tanh) if kind == "gemma" else ("hidden_activation", t.gelu)
     act: t.Activation = choose(config, named, {**ACTIVATIONS, "gelu": gelu}, "gelu_pytorch_tanh")
     return act
@@ -209,16 +209,16 @@ def _windows_of_qwen(config: Config, layers: int) -> dict[str, Any]:
 
 
 def read_local_rotary(config: Config, head_dim: int) -> dict[str, Any]:
-    """Rotary positions of which layers with a window have their own, as Gemma 3's; theirs are not scaled."""
+    """Return the separate, unscaled rotary positions of layers with a window, as in Gemma 3."""
     scaling, given = (read_object(config, name) for name in ("rope_scaling", "rope_parameters"))
     full, near = (read_object(given, name) for name in ("full_attention", "sliding_attention"))
     for kind in ("rope_type", "type"):
         choose(near, kind, {"default": None}, "default")
     if "type" in scaling and scaling.get("rope_type") != scaling["type"]:
         raise CheckpointError(
-            "config.json: rope_scaling says type, which Hugging Face's class of Gemma 3 does not read",
+            "config.json: rope_scaling has the key type, which Hugging Face's class of Gemma 3 does not read",
             received=repr(scaling)[:80],
-            hint="call it rope_type to scale the positions, or remove rope_scaling",
+            hint="rename it to rope_type to scale the positions, or remove rope_scaling",
         )
     base = read_float(near, "rope_theta", read_float(config, "rope_local_base_freq", 10000.0))
     full = layered({"rope_parameters": layered(scaling, full), "rope_scaling": None}, config)
@@ -226,7 +226,7 @@ def read_local_rotary(config: Config, head_dim: int) -> dict[str, Any]:
 
 
 def read_layer_types(config: Config, layers: int, full: list[int]) -> tuple[int, ...]:
-    """The layers that see all positions: as `layer_types` says, one for each layer, or else those given."""
+    """Return the layers with full attention: from `layer_types`, one entry for each layer, or else `full`."""
     types = config.get("layer_types")
     if types is None:
         return tuple(full)
@@ -240,17 +240,17 @@ def read_layer_types(config: Config, layers: int, full: list[int]) -> tuple[int,
 
 
 def read_window(config: Config) -> int | None:
-    """How many positions a token sees; None for all."""
+    """Return the number of positions that a token sees; None for all."""
     return None if config.get("sliding_window") is None else read_int(config, "sliding_window")
 
 
 def read_cap(config: Config, name: str) -> float | None:
-    """A soft-cap; None for none."""
+    """Return a soft-cap; None for none."""
     return None if config.get(name) is None else read_multiplier(config, name)
 
 
 def read_multiplier(config: Config, name: str) -> float:
-    """A number from 1e-9 to 1e9, 1 where it is missing."""
+    """Return a number from 1e-9 to 1e9, 1 if it is missing."""
     value = read_float(config, name, 1.0)
     if not 1e-9 <= value <= 1e9:
         raise CheckpointError(f"config.json: {name} must be a number from 1e-9 to 1e9", received=str(value))

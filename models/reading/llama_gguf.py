@@ -1,9 +1,10 @@
-"""Models of the Llama kind in GGUF files: their metadata and tensor names, as llama.cpp writes them.
+"""Models of the Llama family in GGUF files: their metadata and tensor names, as llama.cpp writes them.
 
 Sources: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md for the keys; llama.cpp's convert_hf_to_gguf.py for
-what it does to weights. For Llama (and Mistral, which it calls llama) it reorders the rows of q and k, so that pairs
-that turn together lie side by side: weights are taken as they are, and turned in the layout "interleaved". The others'
-are not reordered. It adds 1 to the weights of Gemma's norms, and leaves the scale of their scores to the reader.
+its changes of weights. For Llama (and Mistral, which it calls llama) it reorders the rows of q and k, so that pairs
+that are rotated together are adjacent: weights are read unchanged, and rotated in the layout "interleaved". Other
+models' rows are not reordered. It adds 1 to the weights of Gemma's norms, and leaves the scale of their scores to the
+reader.
 """
 
 from __future__ import annotations
@@ -22,27 +23,36 @@ from treadle.models.family import OTHER_WAYS
 from treadle.models.llama import llama
 
 LAYOUTS = {"llama": "interleaved", **dict.fromkeys(("qwen2", "qwen3", "gemma2", "gemma3", "phi3"), "half")}
-"""The architectures that are read, and how q and k are laid out."""
+"""The supported architectures, and the layout of q and k."""
 
 _LAYERS = 1_000
 _ROTARY_DIMS = 1 << 16
 _FACTORS = "rope_freqs.weight"
-_BLOCK_TENSORS, _JOINED_BLOCK_TENSORS = 9, 6  # without biases; with q, k and v in one, and gate and up
+_BLOCK_TENSORS, _JOINED_BLOCK_TENSORS = (
+    9,
+    6,
+)  # without biases; with q, k and v in one tensor, and gate and up in another
 _LARGEST_GEMMAS = {"gemma2": 46, "gemma3": 62}
-"""How many layers those have whose scores are scaled by the width of a head as dim / heads, not as it is."""
+"""The layer counts of the models whose scores are scaled by dim / heads instead of the head's width."""
 
 
 def from_gguf(file: GGUFFile) -> t.Model:
-    """The model that a file holds. Raises CheckpointError, with the key, for what is not supported or not there."""
+    """Return the model in a file. Raises CheckpointError, with the key, for unsupported or missing values."""
     kind = file.architecture
     if kind not in LAYOUTS:
         received, hint = repr(kind), f"an architecture of {', '.join(LAYOUTS)}\n{OTHER_WAYS}"
         file.fail("general.architecture", "is not supported", received, hint)
     if file.integer(f"{kind}.expert_count", 0, least=0):
-        file.fail(f"{kind}.expert_count", "is not supported: the feed-forward networks are experts")
+        file.fail(f"{kind}.expert_count", "is not supported: the feed-forward networks are mixtures of experts")
     layers = file.integer(f"{kind}.block_count", most=_LAYERS)
-    if layers * (_JOINED_BLOCK_TENSORS if is_joined(file) else _BLOCK_TENSORS) > len(file):  # before as many are traced
-        file.fail(f"{kind}.block_count", "is more than the file has tensors for", f"{layers}, of {len(file)} tensors")
+    if layers * (_JOINED_BLOCK_TENSORS if is_joined(file) else _BLOCK_TENSORS) > len(
+        file
+    ):  # before that many are traced
+        file.fail(
+            f"{kind}.block_count",
+            "is larger than the file's number of tensors allows",
+            f"{layers}, of {len(file)} tensors",
+        )
     embeddings = file.record("token_embd.weight").shape
     dim = file.integer(f"{kind}.embedding_length")
     heads = file.integer(f"{kind}.attention.head_count")
@@ -53,7 +63,7 @@ def from_gguf(file: GGUFFile) -> t.Model:
         file.fail(f"{kind}.attention.head_count", "must divide the embedding's length", f"{heads}, of {dim}")
     head_dim = file.integer(f"{kind}.attention.key_length", dim // heads)
     if file.integer(f"{kind}.attention.value_length", head_dim) != head_dim:
-        file.fail(f"{kind}.attention.value_length", "must be key_length", f"key_length {head_dim}")
+        file.fail(f"{kind}.attention.value_length", "must equal key_length", f"key_length {head_dim}")
     dimensions = f"{kind}.rope.dimension_count"
     rotary_dims = file.integer(dimensions, head_dim, most=min(head_dim, _ROTARY_DIMS))
     if rotary_dims % 2 or rotary_dims > _ROTARY_DIMS:
@@ -81,7 +91,7 @@ def from_gguf(file: GGUFFile) -> t.Model:
 
 
 def read_own(file: GGUFFile, kind: str, read: Mapping[str, Any]) -> dict[str, Any]:
-    """What one architecture has on top of the others."""
+    """Return the options of one architecture in addition to the common options."""
     layers = range(read["layers"])
     match kind:
         case "qwen3":
@@ -120,12 +130,14 @@ def read_own(file: GGUFFile, kind: str, read: Mapping[str, Any]) -> dict[str, An
 
 
 def is_joined(file: GGUFFile) -> bool:
-    """Whether q, k and v are one tensor, and gate and up another."""
+    """Return True if q, k and v are one tensor, and gate and up another."""
     return "blk.0.attn_qkv.weight" in file
 
 
 def read_scaling(file: GGUFFile, kind: str, dims: int) -> Scaling | None:
-    """What slows the rotary frequencies: a factor in the metadata, or a tensor of factors (Llama 3.1 and later)."""
+    """Return the scaling of rotary frequencies: a factor in the metadata, or a tensor of factors (Llama 3.1 and
+    later).
+    """
     key = f"{kind}.rope.scaling.type"
     named = file.text(key, "none")
     if named not in ("none", "linear"):
@@ -146,7 +158,7 @@ def read_scaling(file: GGUFFile, kind: str, dims: int) -> Scaling | None:
 
 
 def table(file: GGUFFile, read: Mapping[str, Any]) -> Table:
-    """The file's names, for a model of that configuration."""
+    """Return the table of the file's names, for a model of that configuration."""
     modules = {
         "embed": "token_embd",
         "norm": "output_norm",

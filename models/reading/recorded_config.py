@@ -1,4 +1,4 @@
-"""A config.json that records which of its keys are read, so that the others can be reported."""
+"""A config.json that records which of its keys are read, so that the unread keys can be reported."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from treadle.ir.errors import CheckpointError
 
 Names = Mapping[str, str]
 
-_SHOWN = 80  # characters of a value that an error shows
+_SHOWN = 80  # maximum number of characters of a value in an error
 
 
 def layered(*configs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A view of several configs. A key has the value of the first that has it, and no other is looked up in."""
+    """Return a view of several configs. A key has the value of the first config that has it, and only that one is
+    queried.
+    """
     return ChainMap(*cast("tuple[dict[str, Any], ...]", configs))
 
 
@@ -73,7 +75,7 @@ class RecordedConfig(Mapping[str, Any]):
         return repr(self._content)
 
     def unread(self) -> list[tuple[str, ...]]:
-        """The keys that were not looked up and are not null, each with the keys of the objects around it.
+        """Return the keys that were not looked up and are not null, each with the keys of the enclosing objects.
 
         An object that was looked up, but none of its keys, is a value and counts as read.
         """

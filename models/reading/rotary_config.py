@@ -1,4 +1,4 @@
-"""Rotary positions as a config.json says them: the base, the scaling, and how much of a head is turned."""
+"""Rotary positions in a config.json: the base, the scaling, and the rotated part of a head."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from treadle.ir.errors import CheckpointError
 from treadle.models.family import Config, choose, read_flag, read_float, read_int, require
 
 SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
-"""The values of `rope_type` that are read."""
+"""The supported values of `rope_type`."""
 
 _MOST_FACTORS = 1 << 15
 
@@ -26,20 +26,19 @@ def read_rotary(
     kinds: tuple[str, ...] = SCALINGS,
     names: tuple[str, str] = ("rope_theta", "partial_rotary_factor"),
 ) -> dict[str, Any]:
-    """`base`, `scaling` and `rotary_dims` of a declaration, from what a config says of heads of `head_dim`.
+    """Return `base`, `scaling` and `rotary_dims` of a declaration, from a config with heads of `head_dim`.
 
-    It says so in `rope_parameters`, or before transformers 5 in `rope_theta`, `rope_scaling` and
-    `partial_rotary_factor`, the first and the last of which a class may call by other `names`. Where a file has both
-    objects, `rope_scaling` counts, as in the library. `base` and `part` are what Hugging Face's class has where the
-    config is silent; a part of None means that the class turns whole heads, whatever is said; `kinds` are the values of
-    `rope_type` that it takes.
+    They are in `rope_parameters`, or before transformers 5 in `rope_theta`, `rope_scaling` and `partial_rotary_factor`;
+    a class may use other `names` for the first and the last of these. If a file has both objects, `rope_scaling`
+    counts, as in the library. `base` and `part` are the defaults of Hugging Face's class; a part of None means that the
+    class rotates whole heads, whatever the config says; `kinds` are the values of `rope_type` that it accepts.
 
-    Raises CheckpointError, with the option's name, for what is not supported.
+    Raises CheckpointError, with the option's name, for an unsupported option.
     """
     options = read_object(config, "rope_scaling") or read_object(config, "rope_parameters")
     base = read_float(options, "rope_theta", read_float(config, names[0], base))
     readers = dict(zip(SCALINGS, (None, read_linear, read_dynamic, read_llama3, read_yarn, read_longrope), strict=True))
-    older = options.get("type", "default")  # which counts where rope_type is missing
+    older = options.get("type", "default")  # which counts if rope_type is missing
     key = "rope_type" if "rope_type" in options or "type" not in options else "type"
     read = choose(options, key, {kind: readers[kind] for kind in kinds}, older)
     if part is None:
@@ -53,7 +52,7 @@ def read_rotary(
         for name, factors in (("short_factor", scaling.short), ("long_factor", scaling.long)):
             if len(factors) != dims // 2:
                 raise CheckpointError(
-                    f"config.json: {name} must have a factor for each pair of dimensions that turns",
+                    f"config.json: {name} must have a factor for each rotated pair of dimensions",
                     received=f"{len(factors)} for {dims} dimensions",
                 )
     return {
@@ -64,7 +63,7 @@ def read_rotary(
 
 
 def read_object(config: Config, name: str) -> Config:
-    """An object of options, empty where it is missing or null."""
+    """Return an object of options, empty if it is missing or null."""
     found = config.get(name)
     if found is not None and not isinstance(found, Mapping):
         raise CheckpointError(f"config.json: {name} must be an object", received=printable(repr(found))[:80])
@@ -72,13 +71,13 @@ def read_object(config: Config, name: str) -> Config:
 
 
 def read_part(options: Config, part: float, head_dim: int) -> int:
-    """The number of a head's dimensions that are turned, which must be even; `part` of them unless options say more."""
+    """Return the number of a head's rotated dimensions, which must be even; by default the fraction `part`."""
     named = "partial_rotary_factor"
     factor = read_float(options, named, part)
     dims = int(head_dim * min(factor, 2.0))
     if not 2 <= dims <= head_dim or dims % 2:
         raise CheckpointError(
-            f"config.json: {named} must leave an even number of a head's dimensions to be turned",
+            f"config.json: {named} must give an even number of rotated dimensions of a head",
             received=f"{factor:g} of {head_dim}",
         )
     return dims
@@ -102,7 +101,9 @@ def read_llama3(options: Config, config: Config) -> Scaling:
 
 
 def read_yarn(options: Config, config: Config) -> Scaling:
-    """Where the temperature is not said, it is 0.1 ln(factor) + 1, or the ratio of two such that the file weighs."""
+    """Read YaRN; the default temperature is 0.1 ln(factor) + 1, or the ratio of two such terms with the file's
+    weights.
+    """
     factor = read_factor(options, "factor")
     fast, slow = (read_float(options, f"beta_{end}", 0.0) or usual for end, usual in (("fast", 32.0), ("slow", 1.0)))
     if slow >= fast:
@@ -129,7 +130,7 @@ def read_yarn(options: Config, config: Config) -> Scaling:
 
 
 def read_longrope(options: Config, config: Config) -> Scaling:
-    """Where the temperature is not said, it follows from how many times the context the longest text is."""
+    """Read LongRoPE; the default temperature follows from the ratio of the longest text to the context."""
     short, long = (read_factors(options, f"{kind}_factor") for kind in ("short", "long"))
     context = read_context(options, config)
     if options.get("factor") is not None:
@@ -144,7 +145,7 @@ def read_longrope(options: Config, config: Config) -> Scaling:
 
 
 def read_factors(options: Config, name: str) -> tuple[float, ...]:
-    """Numbers as `read_factor` takes them."""
+    """Return numbers that each satisfy `read_factor`."""
     values = options.get(name)
     if not isinstance(values, list) or not 0 < len(values) <= _MOST_FACTORS:
         raise CheckpointError(f"config.json: {name} must be a list of numbers", received=repr(values)[:80])
@@ -152,10 +153,10 @@ def read_factors(options: Config, name: str) -> tuple[float, ...]:
 
 
 def read_context(options: Config, config: Config, default: int | None = None) -> int:
-    """How long texts were before positions were scaled: 2 tokens or more.
+    """Return the length of texts before positions were scaled: 2 tokens or more.
 
-    What the whole config says goes before what is said of positions, as in the library; as long as they are now where
-    nothing is said.
+    The config's top-level value takes precedence over the value in the rotary options, as in the library. The default
+    is the current length.
     """
     name = "original_max_position_embeddings"
     for given in (config, options):
@@ -165,7 +166,7 @@ def read_context(options: Config, config: Config, default: int | None = None) ->
 
 
 def read_factor(options: Config, name: str) -> float:
-    """A number from 1e-3 to 1e6, which keeps frequencies finite."""
+    """Return a number from 1e-3 to 1e6, which keeps frequencies finite."""
     value = read_float(options, name, 0.0)
     if not 1e-3 <= value <= 1e6:
         raise CheckpointError(f"config.json: {name} must be a number from 0.001 to 1000000", received=str(value))

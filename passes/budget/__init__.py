@@ -1,1 +1,1 @@
-"""A budget for memory: what is computed part by part so that the peak fits, chosen, applied and checked."""
+"""Memory budgets: runs of steps are computed in parts so that the peak fits; selection, application and checks."""

@@ -1,8 +1,8 @@
 """Ways to compute a graph in parts: for limits from the peak down, the fastest partition of each function.
 
 for candidate in Candidates(variant, plan, frames, target, sizes).all():
-    ...                     chunks, with the bytes and the seconds that are estimated of them
-Candidates(...).bound       no candidate needs fewer bytes
+    ...                     chunks, with their estimated bytes and seconds
+Candidates(...).bound       a lower bound of the bytes of every candidate
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from treadle.passes.memory.storage_plan import FunctionPlan, StoragePlan
 
 Frames = Callable[[Graph, StoragePlan], Mapping[str, Frame]]
 _FACTOR = 0.94
-"""From one limit to the next."""
+"""The ratio of one limit to the previous one."""
 
 
 @dataclass(frozen=True, eq=False)
 class Variant:
-    """A lowered graph without a storage plan, and how it came to be: see `MemoryFit`."""
+    """A lowered graph without a storage plan, and the flags `apart` and `again` of `MemoryFit`."""
 
     graph: Graph
     apart: bool = False
@@ -38,7 +38,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Chunks of a variant; what these need and how long a run takes, as estimated."""
+    """Chunks of a variant, with estimates of their bytes and of the seconds of a run."""
 
     variant: Variant
     chunks: tuple[Chunk, ...]
@@ -47,10 +47,10 @@ class Candidate:
 
 
 def few_of(found: Sequence[Candidate], most: int) -> list[Candidate]:
-    """So many candidates at most, of all, in their order: what nothing is as fast and as small as first of all.
+    """Return at most `most` candidates, in their order; prefer those that no other beats in both time and memory.
 
-    Where these are too many alone, the first, the last and some that are evenly far apart. What is computed whole is
-    the fastest, so it is the first.
+    If there are too many of these, the first, the last and evenly spaced ones between are kept. The first is the
+    fastest, without any parts.
     """
     if len(found) <= most:
         return list(found)
@@ -64,14 +64,14 @@ def few_of(found: Sequence[Candidate], most: int) -> list[Candidate]:
 
 
 def _spread(numbers: Sequence[int], most: int) -> list[int]:
-    """So many of some numbers at most, the first and the last among them."""
+    """Return at most `most` of some numbers, evenly spaced, with the first and the last."""
     if len(numbers) <= most or most < 2:
         return list(numbers[:most])
     return [numbers[i * (len(numbers) - 1) // (most - 1)] for i in range(most)]
 
 
 def planned(graph: Graph, plan: PlanStorage) -> StoragePlan:
-    """What a pass that plans storage makes of a graph."""
+    """Return the storage plan that a pass makes for a graph."""
     record = PassRecord(plan.name, "", count_ops(graph))
     plan.run_graph(graph, record)
     assert record.plan is not None
@@ -81,8 +81,8 @@ def planned(graph: Graph, plan: PlanStorage) -> StoragePlan:
 class Candidates:
     """The candidates of one variant, at some sizes.
 
-    plan    of storage
-    frames  of a graph and its plan
+    plan    the pass that plans storage
+    frames  a function that returns the frames of a graph and its plan
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Candidates:
         self.entry = self.graph.main.name
 
     def all(self) -> Iterator[Candidate]:
-        """Some of them more than once: as if what dies before a result is written lay in it, and as if it did not."""
+        """Yield candidates, some more than once: if early temporaries are placed in a result, and if they are not."""
         for host in (None, *self._likely):
             for limited in (self._inside_blocks, self._around_blocks):
                 partition, chunks = limited(None, host)
@@ -109,14 +109,16 @@ class Candidates:
                         seen = chunks
 
     def _candidate(self, partition: Partition, chunks: tuple[Chunk, ...]) -> Candidate:
-        """What it needs is what lies in no result, if it may lie in one: whether it does is seen when it is placed."""
+        """Return a candidate. It counts only bytes that cannot be placed in a result; the placement decides if they
+        are.
+        """
         table = self._whole_tables[self.entry]
         least = min([partition.bytes, *(table.beside(partition, host) for host in self._likely)])
         return Candidate(self.variant, chunks, least, partition.seconds)
 
     @cached_property
     def hosts(self) -> list[Host]:
-        """Results of the entry in which what dies before they are written may lie, the largest first."""
+        """The results of the entry that may hold temporaries which die before they are written, the largest first."""
         frame = parts_of(self.frames(self.graph, self.plan))[0][self.entry]
         found = []
         for life in frame.handed_out:
@@ -127,12 +129,14 @@ class Candidates:
 
     @cached_property
     def _likely(self) -> list[Host]:
-        """The largest result, if what dies before it is written may be cut into parts that have room in it."""
+        """The largest result, if the temporaries that die before it is written may be split into parts that fit into
+        it.
+        """
         table = self._whole_tables[self.entry]
         return [host for host in self.hosts[:1] if table.least_before(host, self._bound) <= host.bytes]
 
     def _inside_blocks(self, limit: int | None, host: Host | None) -> tuple[Partition, tuple[Chunk, ...]]:
-        """Runs of each function are computed in parts, none that holds a call."""
+        """Return the fastest partition and its chunks, with runs in each function that contain no call."""
         limits: dict[str, int] = {}
         inner: dict[str, Inner] = {}
         tables: dict[str, FunctionTable] = {}
@@ -157,7 +161,7 @@ class Candidates:
         return partition, tuple(chunks)
 
     def _around_blocks(self, limit: int | None, host: Host | None) -> tuple[Partition, tuple[Chunk, ...]]:
-        """Runs of the entry are computed in parts, with all that they call."""
+        """Return the fastest partition and its chunks, with runs in the entry that include the calls."""
         inner: dict[str, Inner] = {}
         for name, plan in self.plans.items():
             table = self._table(plan, inner, host, calls=True)
@@ -209,7 +213,7 @@ class Candidates:
 
     @cached_property
     def bound(self) -> int:
-        """No candidate needs fewer bytes: within blocks, and around them."""
+        """A lower bound of the bytes of every candidate, with runs inside blocks and around them."""
         return self._whole_tables[self.entry].bound(frozenset(), self._bound, self.hosts)
 
     @cached_property
@@ -217,7 +221,7 @@ class Candidates:
         return {name: self._table(plan, {}, None, calls=True) for name, plan in self.plans.items()}
 
     def _bound(self, name: str, counted: frozenset[int]) -> int:
-        """The bound of a function that is called; `counted` as `FunctionTable.bound` has it."""
+        """Return the bound of a called function; `counted` is as in `FunctionTable.bound`."""
         if (name, counted) not in self._bounds:
             self._bounds[name, counted] = self._whole_tables[name].bound(counted, self._bound)
         return self._bounds[name, counted]
@@ -228,6 +232,6 @@ class Candidates:
 
 
 def _whole(table: FunctionTable) -> Partition:
-    """Every step by itself, whole."""
+    """Return the partition in which every step is a run of its own, in one part."""
     runs = [table.run(at, at, 1) for at in range(len(table.plan.steps))]
     return Partition(tuple([run for run in runs if run is not None]))

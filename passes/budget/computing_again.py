@@ -1,10 +1,10 @@
-"""An order in which less lives, for what is then computed in parts; and cheap values computed for each that reads them.
+"""Reorder nodes so that fewer values are live for parts, and recompute cheap values for each reader.
 
     n = layer_norm(x); q = linear(n, ...); k = linear(n, ...)      -->
     n = layer_norm(x); k = linear(n, ...); n' = layer_norm(x); q = linear(n', ...)
 
-What a node needs whole comes before what it needs part by part: keys and values before queries. A view stands right
-before its reader. A value is computed again if that takes few operations, and what it is computed from lives anyway.
+Operands that a node needs whole come before those that it needs in parts: keys and values before queries. A view is
+directly before its reader. A value is recomputed if that takes few operations, and its operands are live anyway.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.operation import Op
 
 MOST_INTENSE = 16.0
-"""Operations a byte of what is computed again: less than what memory delivers in the time of these."""
+"""Maximum operations per byte of a recomputed value: they take less time than reading the byte from memory."""
 
 
 def compute_again(graph: Graph, sizes: Mapping[str, int]) -> None:
-    """Change every function that users' entries need and that changes no state."""
+    """Change every function that users' entries need and that does not update states."""
     for function in graph.needed_by(*graph.later_entries):
         if not function.states:
             _repeat_cheap(function, sizes)
@@ -60,7 +60,7 @@ def _is_cheap(node: Node, sizes: Mapping[str, int]) -> bool:
 
 
 def _whole_first(function: Function, sizes: Mapping[str, int]) -> list[Node]:
-    """The nodes in an order in which what is needed whole comes first, and views last."""
+    """Return the nodes in an order in which operands that are needed whole come first, and views last."""
     done: dict[Node, None] = {}
     wanted = [v.node for v in function.results if v.node is not None] + function.nodes
     for root in wanted:
@@ -84,7 +84,7 @@ def _whole_first(function: Function, sizes: Mapping[str, int]) -> list[Node]:
 
 
 def _base(value: Value) -> Node:
-    """The node that computes what a value is a view of."""
+    """Return the node that computes the value behind a chain of views."""
     node = value.node
     assert node is not None
     while node.op.is_view and node.inputs[0].node is not None:
@@ -102,7 +102,7 @@ def _emit_views(value: Value, done: dict[Node, None]) -> None:
 
 
 def _in_order(node: Node, sizes: Mapping[str, int]) -> Sequence[Value]:
-    """What a node reads, first that of which it needs the most at once."""
+    """Return a node's operands, first those of which it needs the most elements at once."""
     if node.op.callee is not None:
         return node.inputs
     op: Op = node.op

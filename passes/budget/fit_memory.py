@@ -1,4 +1,4 @@
-"""`FitMemory`: a graph computed in parts, as a plan says."""
+"""`FitMemory`: compute a graph in parts, as planned."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from treadle.passes.framework.pass_log import PassRecord
 class FitMemory(Pass):
     """y = f(x)   -->   y = concat(f_part(x[0:c]), f_part(x[c:2 c]), ...)
 
-    fit  what is computed in parts, of how many; `treadle.passes.budget.fitting` chooses it
+    fit  the runs of steps to compute in parts, and the numbers of parts; `treadle.passes.budget.fitting` selects them
 
-    A symbol that can be nothing but 1 becomes a number. The parts are checked against what they stand for, always.
+    A symbol whose only possible value is 1 becomes a constant. The parts are always checked against the region.
     """
 
     fit: MemoryFit = field(repr=False)
@@ -38,7 +38,7 @@ class FitMemory(Pass):
         try:
             made = apply_chunks(graph, self.fit.chunks, check_parts)
         except NoPart as error:
-            raise PassError("what the plan has in parts has no form on a part", received=str(self.fit)) from error
+            raise PassError("an op of a planned run has no form on a part", received=str(self.fit)) from error
         log.notes += str(self.fit).splitlines()
         log.fit = self.fit
         return 1 + made

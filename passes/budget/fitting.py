@@ -1,13 +1,13 @@
-"""Looking for what makes a run fit into a budget: which runs of steps are computed in parts, and of how many.
+"""Search for runs of steps to compute in parts, and numbers of parts, so that a run fits into a budget.
 
     found = Fitting(variants, plan, frames, target, sizes).fit(budget)
 
-A fixed list of candidates is made, whatever the budget is: for limits from the peak down, the fastest partition of each
-function that keeps to the limit (`candidates.py`, `partitions.py`). Of those that fit, as planned and placed, the
-fastest is taken. So a smaller budget never gives a faster run, nor a larger one a slower run.
+The list of candidates does not depend on the budget: for limits from the peak down, the fastest partition of each
+function within the limit (`candidates.py`, `partitions.py`). Of the candidates that fit after planning and placement,
+the fastest is selected. So a smaller budget never gives a faster run, and a larger one never a slower run.
 
-What dies before a result is written may lie in it. Smaller sizes, at which the result may be too small for that, must
-fit as well: what a run needs at any of them is proven (`memory/hosting.py`).
+Temporaries that die before a result is written may use its memory. Smaller sizes, at which the result may be too small
+for that, must fit as well: the memory of a run at any of them is proven (`memory/hosting.py`).
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from treadle.passes.memory.plan_storage import PlanStorage
 from treadle.passes.memory.storage_plan import Life, StoragePlan
 
 _WRONG = 1.25
-"""What is estimated to need more than so many times the budget is not planned: estimates are not so wrong."""
+"""Candidates estimated at more than this multiple of the budget are not planned: estimates are more accurate."""
 _ENDLESS = 1 << 256
 MOST_TRIED = 256
-"""Candidates that are tried: each that may fit is planned and placed."""
+"""Maximum number of candidates that are tried: each that may fit is planned and placed."""
 SECONDS = 30.0
-"""For which the smallest budget that would do is looked for, to be told in an error."""
+"""Time limit of the search for the smallest sufficient budget, which an error reports."""
 
 
 class Fitting:
-    """Variants of one graph, the first of them as it is without a budget, at some sizes.
+    """Variants of one graph at some sizes. The first one is the graph without a budget.
 
-    plan    of storage
-    after   the passes that run before it on what is computed in parts
-    frames  of a graph and its plan
+    plan    the pass that plans storage
+    after   the passes that run before it on a graph with parts
+    frames  a function that returns the frames of a graph and its plan
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Fitting:
         self.target, self.sizes = target, sizes
 
     def fit(self, budget: int) -> MemoryFit | None:
-        """The fastest candidate that fits; None where none does."""
+        """Return the fastest candidate that fits; None if none does."""
         base = self._base
         for candidate in self.candidates:
             if candidate.bytes > _WRONG * budget or self.rough(candidate) > budget or self.peak(candidate) > budget:
@@ -86,7 +86,7 @@ class Fitting:
 
     @property
     def whole(self) -> Reached:
-        """What a run comes to without a budget."""
+        """The memory of a run without a budget."""
         return self._reached(self._base)
 
     @property
@@ -94,9 +94,10 @@ class Fitting:
         return next(each for each in self._found if each.variant is self.variants[0] and not each.chunks)
 
     def least(self, seconds: float) -> tuple[int, int]:
-        """The smallest budget that a candidate keeps to, and how many were not looked at, since so long had passed.
+        """Return the smallest budget that a candidate fits into, and the number of candidates that the time limit
+        excluded.
 
-        One is looked at, however long that takes; those first that are estimated to need least.
+        Candidates with the least estimate come first. At least one is tried, however long it takes.
         """
         least, until = _ENDLESS, time.monotonic() + seconds
         ordered = sorted(self.candidates, key=lambda each: each.bytes)
@@ -111,11 +112,11 @@ class Fitting:
         return least, 0
 
     def rough(self, candidate: Candidate) -> int:
-        """The peak with all sizes as numbers, which is known sooner: equal parts share a function."""
+        """Return the peak with all sizes as constants, which is faster: equal parts share a function."""
         key = (candidate.variant, *candidate.chunks)
         if key not in self._rough:
             found = self._placed(candidate, self.sizes)
-            # Numbers may hide which axis is meant.
+            # With constants, it may be ambiguous which axis is meant.
             self._rough[key] = self.peak(candidate) if found is None else found.bytes
         return self._rough[key]
 
@@ -124,7 +125,9 @@ class Fitting:
         return {}
 
     def peak(self, candidate: Candidate) -> int:
-        """The peak of a candidate, as planned and placed; one without end where an op has no form on a part."""
+        """Return the peak of a candidate after planning and placement; practically infinite if an op has no form on a
+        part.
+        """
         return self._reached(candidate).bytes
 
     def _reached(self, candidate: Candidate) -> Reached:
@@ -138,7 +141,7 @@ class Fitting:
         return {}
 
     def _placed(self, candidate: Candidate, fixed: Mapping[str, int] | None = None) -> Reached | None:
-        """What a candidate comes to; None where an op has no form on a part."""
+        """Return the memory of a candidate; None if an op has no form on a part."""
         graph = clone_graph(candidate.variant.graph)
         fix_sizes(graph, fixed or {})
         try:
@@ -154,15 +157,15 @@ class Fitting:
 
     @cached_property
     def candidates(self) -> list[Candidate]:
-        """All that are tried, the fastest first, as estimated; of those alike the one that needs more.
+        """The candidates that are tried, the fastest estimate first; of those equally fast, the one that needs more.
 
-        They are the same whatever the budget is, so that less memory never gives a faster run.
+        They do not depend on the budget, so that less memory never gives a faster run.
         """
         return few_of(self._found, MOST_TRIED)
 
     @property
     def left_out(self) -> int:
-        """How many more there are, which are not tried."""
+        """The number of candidates that are not tried."""
         return len(self._found) - len(self.candidates)
 
     @cached_property
@@ -171,13 +174,13 @@ class Fitting:
         for variant in self.variants:
             for candidate in self._makers[variant].all():
                 known = found.setdefault((variant, candidate.chunks), candidate)
-                if candidate.bytes < known.bytes:  # since it may lie in a result
+                if candidate.bytes < known.bytes:  # it may be placed in a result
                     found[variant, candidate.chunks] = candidate
         return sorted(found.values(), key=lambda each: (each.seconds, -each.bytes))
 
     @cached_property
     def bound(self) -> int:
-        """No candidate needs fewer bytes, whatever the number of its parts, nor would any order of storages."""
+        """A lower bound of the bytes of every candidate, for any number of parts and any placement of storages."""
         return min(maker.bound for maker in self._makers.values())
 
     @cached_property
@@ -188,11 +191,11 @@ class Fitting:
 
 @dataclass(frozen=True)
 class Reached:
-    """What a run comes to at some sizes, and at all smaller ones.
+    """The memory of a run at some sizes, and at all smaller ones.
 
-    bytes  that it takes at most at any of them
-    here   at these sizes
-    host   the output in which what dies before that is written lies at these sizes; None: nothing does
+    bytes  its maximum over all of these sizes
+    here   its bytes at these sizes
+    host   the output whose memory early temporaries use at these sizes; None if they do not
     """
 
     bytes: int
@@ -201,7 +204,7 @@ class Reached:
 
 
 def reached(graph: Graph, plan: StoragePlan, frames: Mapping[str, Frame], sizes: Mapping[str, int]) -> Reached:
-    """What a run of a graph's last entry comes to up to these sizes, as planned and placed."""
+    """Return the memory of a run of a graph's last entry up to these sizes, after planning and placement."""
     inside, beside = parts_of(frames)
     entry = graph.main.name
     foreign = max((count for _, count in live_at(beside, entry, sizes, 1)), default=0)
@@ -210,7 +213,7 @@ def reached(graph: Graph, plan: StoragePlan, frames: Mapping[str, Frame], sizes:
     def placed(*results: Life) -> PlacedFrame:
         return place_frames({**inside, entry: replace(inside[entry], handed_out=results)}, sizes)[entry]
 
-    here = most = placed().size  # with nothing in a result, which is never less
+    here = most = placed().size  # with nothing placed in a result, which is never less
     host = None
     for hosting in hostings(inside, entry):
         there = placed(hosting.result)
@@ -224,9 +227,9 @@ def reached(graph: Graph, plan: StoragePlan, frames: Mapping[str, Frame], sizes:
 
 
 def apply_chunks(graph: Graph, chunks: Sequence[Chunk], check: Callable[[Graph, Parted], None] | None = None) -> int:
-    """Compute runs of a graph's functions in parts; returns how many. `check` sees each as soon as it is there.
+    """Compute runs of a graph's functions in parts; return their number. `check` is called after each run is rewritten.
 
-    Raises NoPart where an op has no form on a part.
+    Raises NoPart if an op has no form on a part.
     """
     for chunk in chunks:
         function = graph.functions[chunk.function]

@@ -1,4 +1,4 @@
-"""What was chosen so that a run fits into a budget: a plan, which `FitMemory` applies."""
+"""The plan that fits a run into a budget, which `FitMemory` applies."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 class Chunk:
     """Nodes of a function that are computed in parts.
 
-    function     whose they are, by name
-    first, last  their numbers among the function's nodes, both included
-    dim          of the first value that they give: the axis that is cut
-    parts        how many
-    told         the ops, for people: `layer_norm to add`
-    axis         its size, as an expression
-    source       the user's line of the last of them
+    function     the function's name
+    first, last  indices of the nodes in the function, both included
+    dim          the dimension of the first value that they return in which the axis is split
+    parts        the number of parts
+    told         the ops, for the report: `layer_norm to add`
+    axis         the size of the axis, as an expression
+    source       the user's line of the last node
     """
 
     function: str
@@ -35,17 +35,17 @@ class Chunk:
 
 @dataclass(frozen=True)
 class MemoryFit:
-    """How a run at some sizes, and at all smaller ones, fits into a budget.
+    """A run that fits into a budget at some sizes, and at all smaller ones.
 
     budget   bytes
-    sizes    of the symbols, the largest that the executable serves
-    before   the peak as it would be without a budget
+    sizes    sizes of the symbols, the largest that the executable serves
+    before   the peak without a budget
     peak     the most bytes that a run takes at any of these sizes
-    ratio    how many times as long a run takes as without a budget, predicted
-    apart    whether products of one value, which are one by then, are done one by one
-    again    whether what is cheap is computed for each that reads it
-    chunks   what is computed in parts, callees first
-    host     the output in whose memory lies what dies before it is written, where it fits; None: nothing does
+    ratio    the predicted slowdown: time of a run as a multiple of the time without a budget
+    apart    True if merged products of one value are computed one by one
+    again    True if cheap values are recomputed for each reader
+    chunks   the runs that are computed in parts, callees first
+    host     the output whose memory holds temporaries that die before it is written, if they fit; None if none does
     """
 
     budget: int
@@ -66,10 +66,12 @@ class MemoryFit:
         lines = [
             f"peak {self.peak:,} bytes within {self.budget:,} ({self.before:,} without a budget)"
             + (f" at {where} and below" if where else ""),
-            f"a run takes {self.ratio:.3f} times as long, as predicted",
+            f"predicted time: {self.ratio:.3f} times that of a run without a budget",
         ]
         if self.host is not None:
-            lines.append(f"what dies before {self.host} is written lies in memory of {self.host}, where it fits")
-        lines += ["products of one value are done one by one"] * self.apart
-        lines += ["what is cheap is computed again for each that reads it"] * self.again
+            lines.append(
+                f"temporaries that die before {self.host} is written use the memory of {self.host}, if they fit"
+            )
+        lines += ["products of one value are computed one by one"] * self.apart
+        lines += ["cheap values are recomputed for each reader"] * self.again
         return "\n".join([*lines, *map(str, self.chunks)])

@@ -1,11 +1,12 @@
-"""Check what is computed in parts, without what made it.
+"""Check regions that are computed in parts, independently of the code that rewrote them.
 
-    slices   of an input lie end to end and cover the axis, at sizes that the parts do not divide, too
-    nodes    of a part are those of the region, in order, and read what stands for what these read
-    numbers  of each node: on a part of what the region's node is given, the part's node gives that part of its result
+    slices   of an input are contiguous and cover the axis, also at sizes that the number of parts does not divide
+    nodes    of a part are those of the region, in order, and their operands are the counterparts of the region's
+    numbers  of each node: on a part of the operands of the region's node, the part's node returns that part of its
+             result
 
-What is cut, and in which dimension, is told by the types alone: where they differ. From one node to the next a part so
-stays a part. Ops are run by their references, on drawn numbers.
+The types alone define which values are split, and in which dimension: types of parts differ there. So a part of a value
+remains a part from one node to the next. Ops are run by their references, on drawn numbers.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _LARGE = 1 << 22  # elements of an array that is drawn in float32
 
 
 def check_parts(graph: Graph, parted: Parted) -> None:
-    """Raises PassError for the first thing that is wrong, with the node and the user's line."""
+    """Raise PassError for the first error, with the node and the user's line."""
     _Check(graph, parted).check()
 
 
@@ -49,7 +50,7 @@ class _Check:
         for number, part in enumerate(parts):
             callee = self.graph.callee(part.call)
             if callee is None:
-                raise self._wrong("a part is no call", part.call)
+                raise self._wrong("a part is not a call", part.call)
             operands = dict(zip(callee.arguments, part.call.operands, strict=True))
             stands: dict[Value, Value] = {}
             for value in region.inputs:
@@ -61,7 +62,7 @@ class _Check:
             self._nodes(region.nodes, callee, stands, number if number in few else None)
             results = [stands.get(v) for v in region.outputs]
             if results != list(callee.results):
-                raise self._wrong("a part gives something else than the region", part.call)
+                raise self._wrong("a part returns something else than the region", part.call)
         for at, value in enumerate(region.outputs):
             joined = self.parted.joined[value]
             given = [part.call.results[at] for part in parts]
@@ -72,7 +73,7 @@ class _Check:
                 raise self._wrong(f"parts of {value.name} are joined along another axis", joined)
 
     def _drawn(self, least: int) -> dict[str, int]:
-        """Sizes within bounds; the axis has so many elements, if it may."""
+        """Return sizes within bounds; the axis has `least` elements, if its bounds allow it."""
         axis = self.parted.region.size.symbols
         found = {}
         for symbol, bounds in self.graph.symbols.items():
@@ -83,22 +84,22 @@ class _Check:
     # -- slices ----------------------------------------------------------------------------------------------
 
     def _edges(self, slices: Mapping[Value, Node]) -> tuple[Size, Size]:
-        """Where a part begins and ends."""
+        """Return the start and the end of a part."""
         found = []
         for value, node in slices.items():
             op = node.op
             if not isinstance(op, Slice) or op.stride != 1 or node.operands != (value,):
-                raise self._wrong(f"{value.name} is not cut by a slice", node)
+                raise self._wrong(f"{value.name} is not split by a slice", node)
             found.append(op.span(value.type.shape[op.axis]))
         if not found or any(each != found[0] for each in found):
-            raise self._wrong("a part has slices that begin or end apart", self.parted.region.nodes[0])
+            raise self._wrong("slices of a part differ in their start or end", self.parted.region.nodes[0])
         return found[0]
 
     def _covered(self, sizes: Mapping[str, int]) -> None:
         at = 0
         for start, stop in self.edges:
             if start.evaluate(sizes) != at or stop.evaluate(sizes) < at:
-                raise self._wrong(f"parts do not lie end to end at {dict(sizes)}", self.parted.region.nodes[0])
+                raise self._wrong(f"parts are not contiguous at {dict(sizes)}", self.parted.region.nodes[0])
             at = stop.evaluate(sizes)
         if at != self.parted.region.size.evaluate(sizes):
             raise self._wrong(f"parts do not cover the axis at {dict(sizes)}", self.parted.region.nodes[0])
@@ -106,7 +107,10 @@ class _Check:
     # -- nodes -----------------------------------------------------------------------------------------------
 
     def _nodes(self, nodes: Sequence[Node], made: Function, stands: dict[Value, Value], number: int | None) -> None:
-        """number: of the part whose numbers are compared; None: only how nodes hang together."""
+        """Check nodes of a part.
+
+        number  the index of the part whose numbers are compared; None to check only the operands
+        """
         if len(nodes) != len(made.nodes):
             raise self._wrong("a part has other nodes than the region", nodes[0])
         for old, new in zip(nodes, made.nodes, strict=True):
@@ -118,14 +122,14 @@ class _Check:
             if callee is not None and part is not None:
                 if callee is part:
                     if any(a.type != b.type for a, b in zip(old.inputs, new.inputs, strict=True)):
-                        raise self._wrong("a call takes a part for the whole", old)
+                        raise self._wrong("a call gets a part as the whole", old)
                     continue
                 inner = dict(zip(callee.arguments, part.arguments, strict=True))
                 self._nodes(callee.nodes, part, inner, number)
                 if [inner.get(v, v) for v in callee.results] != list(part.results):
-                    raise self._wrong("a part gives something else than the function", old)
+                    raise self._wrong("a part returns something else than the function", old)
             elif callee is not None or part is not None:
-                raise self._wrong("a call stands for an op", old)
+                raise self._wrong("a call replaces an op", old)
             elif number is not None:
                 self._numbers(old, new, number)
 
@@ -134,7 +138,7 @@ class _Check:
         taken = tuple([None if v is None else v.type for v in new.operands])
         literals = tuple([None if v is None or v.literal is None else v.literal.data for v in old.operands])
         if old.op == new.op and operands == taken:
-            return  # it does for each part what it does for the whole
+            return  # it does the same for each part as for the whole
         key = old.op, new.op, operands, taken, literals, number
         if key in self.known:
             return
@@ -147,7 +151,7 @@ class _Check:
             wanted = self._part(a, v.type, w.type, number)
             close = wanted.shape == b.shape and np.allclose(wanted, b, rtol=1e-4, atol=1e-5, equal_nan=True)
             if not close:
-                raise self._wrong(f"part {number} of {v.name} is not what the part gives", old)
+                raise self._wrong(f"part {number} of {v.name} is not the result of the part", old)
 
     def _each(self, old: Node, new: Node, arrays: Sequence[Array | None]) -> list[tuple[Any, Any, Any]]:
         return list(zip(arrays, old.operands, new.operands, strict=True))
@@ -161,10 +165,12 @@ class _Check:
         if value.literal is not None:
             return np.asarray(value.literal.array)
         shape, dtype = value.type.evaluate(self.sizes), value.type.dtype
+        if value.type.encoding is not None:
+            return value.type.encoding.sample(rng, shape)
         if dtype.is_float:
             drawn: Array = rng.random(shape, np.float32) - np.float32(0.5)
             return drawn if drawn.size > _LARGE or dtype.numpy is None else drawn.astype(dtype.numpy)
-        drawn = rng.integers(0, 2, shape)  # indices that lie in every axis of two
+        drawn = rng.integers(0, 2, shape)  # indices that are valid in every axis of two
         return drawn.astype(dtype.numpy)
 
     def _part(self, array: Array, whole: Type, part: Type, number: int) -> Array:
@@ -175,15 +181,19 @@ class _Check:
         return array[(slice(None),) * dim + (slice(start, stop),)]
 
     def _cut(self, whole: Type, part: Type) -> int | None:
-        """The dimension in which a type is a part of another one."""
+        """Return the dimension in which a type is a part of another one; None if the types are the same."""
         dims = [i for i, (a, b) in enumerate(zip(whole.shape, part.shape, strict=True)) if a != b]
-        if len(dims) > 1 or (dims and whole.shape[dims[0]] != self.parted.region.size):
-            raise self._wrong(f"{part} is no part of {whole}", self.parted.region.nodes[0])
+        if (
+            whole.encoding != part.encoding
+            or len(dims) > 1
+            or (dims and whole.shape[dims[0]] != self.parted.region.size)
+        ):
+            raise self._wrong(f"{part} is not a part of {whole}", self.parted.region.nodes[0])
         return dims[0] if dims else None
 
     def _wrong(self, what: str, node: Node) -> PassError:
         return PassError(
-            f"what is computed in parts is wrong: {what}",
+            f"a computation in parts is wrong: {what}",
             within=f"{self.parted.region.function.name}: {node.op.name}",
             source=describe_source(node.source, node.scope),
         )

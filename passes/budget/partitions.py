@@ -1,17 +1,18 @@
-"""A function cut into runs of steps, some of them computed in parts: what that needs in memory, and how long it takes.
+"""A function divided into runs of steps, some of them computed in parts: its memory and its time.
 
     table = FunctionTable(graph, plan, sizes, target, inner)
-    table.fastest(most)      the fastest partition in which nothing needs more than `most` bytes
-    table.least()            the one that needs the fewest
-    table.bound(...)         no partition needs fewer, however many the parts are
+    table.fastest(most)      the fastest partition in which no run needs more than `most` bytes
+    table.least()            the partition that needs the fewest bytes
+    table.bound(...)         a lower bound of every partition's bytes, for any number of parts
 
-What a partition needs is told from the plan of the function as it is: what lives at each step; in a run that is
-computed in parts, of what lives only there and is cut, the part. Where each value then lies is planned anew, so this is
-an estimate. The bound is none: it counts what lives between two runs, wherever that lies.
+The memory of a partition is derived from the plan of the unchanged function: the storages that live at each step; in a
+run that is computed in parts, only the part of a split value that lives only there. The storages are planned again
+afterwards, so this is an estimate. The bound is not an estimate: it counts the values that live between two runs,
+wherever they are stored.
 
-Before a result of the entry is written, its memory is there (`Host`). What dies by then may lie in it, and all else
-still lives when it is written; so runs before need nothing that this one does not. A run in parts that writes the
-result writes it from its first part on: what dies while it runs still lives then.
+The memory of a result of the entry exists before the result is written (`Host`). Temporaries that die by then may use
+it, and all others are still live when it is written. So earlier runs need no memory that this run does not need. A run
+in parts that writes the result writes it from its first part on: values that die during the run are live then.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ from treadle.passes.memory.frames import aligned
 from treadle.passes.memory.storage_plan import BEFORE, FunctionPlan, How
 
 PARTS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
-"""How many parts are tried."""
+"""The numbers of parts that are tried."""
 _MOST_RUN = 64  # steps of a run that is computed in parts
 
 
 @dataclass(frozen=True)
 class Run:
-    """Steps of a function, from the first to the last, in so many parts."""
+    """Steps of a function, from the first to the last, in a number of parts."""
 
     first: int
     last: int
@@ -66,7 +67,7 @@ class Partition:
 
 @dataclass(frozen=True)
 class Inner:
-    """What a callee needs, as it is partitioned, and how long it takes, also in parts of what it is passed."""
+    """The memory and time of a partitioned callee; its time also for arguments in parts."""
 
     bytes: int
     whole: float
@@ -78,11 +79,11 @@ class Inner:
 
 @dataclass(frozen=True, eq=False)
 class Host:
-    """A result of the entry, in whose memory what dies before it is written may lie.
+    """A result of the entry. Temporaries that die before it is written may use its memory.
 
-    first  the step that writes it first
+    first  the first step that writes it
     early  the storages that no kernel needs from then on
-    bytes  of the result
+    bytes  the size of the result
     """
 
     first: int
@@ -91,12 +92,12 @@ class Host:
 
 
 class FunctionTable:
-    """One function; `inner` tells of callees, by name.
+    """The runs of one function, with their memory and time; `inner` has the memory and time of callees, by name.
 
-    calls    whether runs may hold calls
-    regions  those of the function that are known, by their first and last step; more are added
-    tracer   one of the graph
-    host     where runs before it is written are taken to lie; None: they lie by themselves
+    calls    True if runs may contain calls
+    regions  known regions of the function, by their first and last step; more are added
+    tracer   a tracer of the graph
+    host     a result that runs before it are assumed to use; None if they do not
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class FunctionTable:
         self._regions, self._tracer, self.host = regions, tracer, host
         self._runs: dict[tuple[int, int, int], Run | None] = {}
 
-    # -- what lives ------------------------------------------------------------------------------------------
+    # -- lifetimes -------------------------------------------------------------------------------------------
 
     @cached_property
     def lives(self) -> list[tuple[Storage, int, int, int]]:
@@ -144,27 +145,29 @@ class FunctionTable:
 
     @cached_property
     def live(self) -> list[int]:
-        """The bytes of the function's own that live at each step."""
+        """The bytes of the function's own storages that live at each step."""
         return [
             sum(n for _, first, last, n in self.lives if first <= at <= last) for at in range(len(self.plan.steps) + 1)
         ]
 
     def room(self, at: int, limit: int) -> int:
-        """The bytes that the callee of a step may need, where nothing needs more than a limit."""
+        """Return the bytes that the callee of a step may need under a limit."""
         if self.host is not None and at < self.host.first:
             limit = max(limit, self.host.bytes + self._kept(self.host, at, at))
         return limit - self.live[at]
 
     def beside(self, partition: Partition, host: Host) -> int:
-        """The bytes of a partition that lie in no result, if what may lie in one does."""
+        """Return the bytes of a partition outside of a result, if the result holds as much as it can."""
         return max((run.bytes for run in partition.runs if not self._lies_in(host, run)), default=0)
 
     def _lies_in(self, host: Host, run: Run) -> bool:
-        """Whether a run is done before a result is written, which has room for what is dead by then."""
+        """Return True if a run ends before a result is written, and the result has room for the values that are dead by
+        then.
+        """
         return run.last < host.first and run.bytes - self._kept(host, run.first, run.last) <= host.bytes
 
     def _kept(self, host: Host, first: int, last: int) -> int:
-        """The bytes that live at some steps and when a result is written."""
+        """Return the bytes that live both at some steps and when a result is written."""
         return sum(
             n for storage, begin, end, n in self.lives if begin <= last and end >= first and storage not in host.early
         )
@@ -175,7 +178,7 @@ class FunctionTable:
     # -- runs ------------------------------------------------------------------------------------------------
 
     def region(self, first: int, last: int) -> CutRegion | None:
-        """The nodes of these steps as a region along the outermost axis of what they give."""
+        """Return the nodes of these steps as a region along the outermost axis of their results."""
         if not (self.calls or all(step.root.op.callee is None for step in self.plan.steps[first : last + 1])):
             return None
         key = first, last
@@ -198,7 +201,7 @@ class FunctionTable:
         return None if dim is None else find_region(self.graph, self.function, nodes, dim, self._tracer)
 
     def run(self, first: int, last: int, parts: int) -> Run | None:
-        """Steps in so many parts; None where they cannot be."""
+        """Return the run of these steps in a number of parts; None if that is impossible."""
         key = first, last, parts
         if key not in self._runs:
             run = self._run(first, last, parts)
@@ -239,7 +242,7 @@ class FunctionTable:
     # -- partitions ------------------------------------------------------------------------------------------
 
     def fastest(self, most: int) -> Partition | None:
-        """The fastest partition in which no run needs more than so many bytes; None where there is none."""
+        """Return the fastest partition in which no run needs more than `most` bytes; None if there is none."""
         found: list[tuple[float, tuple[Run, ...]] | None] = [(0.0, ())]
         for end in range(1, len(self.plan.steps) + 1):
             best: tuple[float, tuple[Run, ...]] | None = None
@@ -256,7 +259,7 @@ class FunctionTable:
         return None if last is None else Partition(last[1])
 
     def _cheapest(self, first: int, last: int, most: int) -> Run | None:
-        """The run of these steps in the fewest parts that need no more than so many bytes."""
+        """Return the run of these steps with the fewest parts that needs no more than `most` bytes."""
         for parts in (1, *PARTS) if first == last else PARTS:
             run = self.run(first, last, parts)
             if run is None and parts > 1:
@@ -266,7 +269,7 @@ class FunctionTable:
         return None
 
     def least(self) -> Partition:
-        """The partition that needs the fewest bytes, and of these the fastest."""
+        """Return the partition that needs the fewest bytes, and of these the fastest."""
         needs = sorted(
             {
                 run.bytes
@@ -288,7 +291,7 @@ class FunctionTable:
         return found
 
     def chunks(self, partition: Partition) -> list[Chunk]:
-        """What is computed in parts, the last run first: so the nodes before it keep their numbers."""
+        """Return the chunks, the last run first: so the nodes before it keep their indices."""
         made = []
         for run in reversed(partition.runs):
             if run.parts > 1:
@@ -307,11 +310,12 @@ class FunctionTable:
     def bound(
         self, counted: frozenset[int], callee: Callable[[str, frozenset[int]], int], hosts: Sequence[Host] = ()
     ) -> int:
-        """No partition needs fewer bytes, however many the parts are, wherever values lie: what lives between two runs.
+        """Return a lower bound of the bytes of every partition, for any number of parts and any storage: values between
+        two runs.
 
-        counted  the positions of arguments that are the caller's own, and dead after the call
-        callee   the same of a callee
-        hosts    results in one of which may lie what dies before it is written, if that is not too large in any case
+        counted  positions of arguments that belong to the caller, and are dead after the call
+        callee   a function that returns the bound of a callee
+        hosts    results, one of which may hold temporaries that die before it is written, if they can fit
         """
         end = len(self.plan.steps)
         least = self._least(0, end, _Counting(counted, callee))
@@ -323,18 +327,18 @@ class FunctionTable:
         return least
 
     def least_before(self, host: Host, callee: Callable[[str, frozenset[int]], int]) -> int:
-        """No partition needs fewer bytes before a result is written, of what is dead by then."""
+        """Return a lower bound, for every partition, of the bytes before a result is written that are dead by then."""
         return self._least(0, host.first, _Counting(frozenset(), callee, only=host.early))
 
     def _begins(self, step: int) -> Iterator[int]:
-        """Where runs may begin that hold a step."""
+        """Yield the steps at which a run that contains a step may begin."""
         yield step
         for begin in range(max(0, step - _MOST_RUN + 1), step):
             if any(self.region(begin, last) for last in range(step, min(begin + _MOST_RUN, len(self.plan.steps)))):
                 yield begin
 
     def _least(self, start: int, end: int, counting: _Counting) -> int:
-        """The bound from before one step to before another one, counting some storages alone."""
+        """Return the bound from before one step to before another, counting only some storages."""
         best = [self._between(start, counting)]
         for stop in range(start + 1, end + 1):
             least = None
@@ -351,7 +355,7 @@ class FunctionTable:
         return best[-1]
 
     def _between(self, at: int, counting: _Counting) -> int:
-        """The bytes that live before a step: made by then, and read at it or later."""
+        """Return the bytes that live before a step: made by then, and read at the step or later."""
         held: dict[Storage, int] = {}
         counted = counting.arguments
         arguments = {self.plan.places[v].storage for i, v in enumerate(self.function.arguments) if i in counted}
@@ -364,12 +368,16 @@ class FunctionTable:
         return sum(held.values())
 
     def _is_own(self, storage: Storage) -> bool:
-        """Whether it is the function's, or its caller's to make room for; what the entry hands out is its caller's."""
+        """Return True if a storage belongs to the function, or its caller must provide it; outputs of the entry do not
+        count.
+        """
         is_entry = self.function in self.graph.entries
         return storage.kind.is_own or (storage.kind is StorageKind.RESULT and not is_entry)
 
     def _inside(self, at: int, counting: _Counting) -> int:
-        """What lives while a step runs, if it is a call: what is kept around it, and what the callee needs."""
+        """Return the bytes that live while a call runs: the values that live across it, and the callee's need; 0 for
+        other steps.
+        """
         node = self.plan.steps[at].root
         if node.op.callee is None:
             return 0
@@ -389,7 +397,7 @@ class FunctionTable:
 
 @dataclass(frozen=True, eq=False)
 class _Counting:
-    """What a bound counts: arguments by position; of the function's own storages all, or some."""
+    """The storages that a bound counts: arguments by position; of the function's own storages all, or some."""
 
     arguments: frozenset[int]
     callee: Callable[[str, frozenset[int]], int]

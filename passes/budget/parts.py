@@ -1,10 +1,10 @@
-"""Regions computed part by part: a function for each part, called on slices; what the parts give is joined.
+"""Regions computed in parts: a function for each part, called on slices; the results of parts are joined.
 
     y = f(x)   -->   y = concat(f_part(x[0:c]), f_part(x[c:2 c]), ...)
 
-A part has every node of the region again, on operands of the part's types: the same op, or the op with the part's size
-in place of the axis's, or, where it reads positions, the op at the position at which the part begins (`Op.on_part`).
-Parts whose functions are equal share one.
+A part has a copy of every node of the region, on operands of the part's types: the same op, or the op with the part's
+size in place of the axis's, or, if it reads positions, the op at the start position of the part (`Op.on_part`). Parts
+whose functions are equal share one.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from treadle.passes.budget.regions import CutRegion, dims_along
 
 
 class NoPart(Exception):
-    """An op has no form on a part. Within this folder alone."""
+    """An op has no form on a part. Not raised outside of this folder."""
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
     """One part of a region.
 
-    call    that computes it
-    slices  of the region's inputs along the axis, by input
+    call    the call that computes it
+    slices  slices of the region's inputs along the axis, by input
     """
 
     call: Node
@@ -46,9 +46,9 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Parted:
-    """A region that is computed part by part.
+    """A region that is computed in parts.
 
-    joined  by output of the region, the node that joins what parts give
+    joined  the node that joins the results of parts, by output of the region
     """
 
     region: CutRegion
@@ -57,12 +57,12 @@ class Parted:
 
 
 def cuts(size: Size, parts: int) -> list[Size]:
-    """Where parts of an axis begin, and its end: they differ by one element at most, whatever the size is."""
+    """Return the starts of parts of an axis, and its end: sizes of parts differ by at most one element, at any size."""
     return [ZERO, *(size * k // parts for k in range(1, parts)), size]
 
 
 def compute_in_parts(graph: Graph, region: CutRegion, parts: int) -> Parted:
-    """Put the parts in place of a region's nodes. Raises NoPart where an op has no form on a part."""
+    """Replace a region's nodes by parts. Raises NoPart if an op has no form on a part."""
     function, builder = region.function, _PartBuilder(graph, region)
     edges = cuts(region.size, parts)
     made: list[Part] = []
@@ -89,7 +89,7 @@ def compute_in_parts(graph: Graph, region: CutRegion, parts: int) -> Parted:
 
 
 def _in_order(inputs: Sequence[Value]) -> list[Value]:
-    """Inputs, then parameters, as a function takes them."""
+    """Return inputs, then parameters, in the order of a function's arguments."""
     return [v for v in inputs if v.kind != "parameter"] + [v for v in inputs if v.kind == "parameter"]
 
 
@@ -120,7 +120,7 @@ def _replace(function: Function, region: CutRegion, nodes: Sequence[Node], by: M
 
 
 class _PartBuilder:
-    """Builds the functions of a region's parts into a graph, before the function that calls them."""
+    """A builder of the functions of a region's parts in a graph, before the function that calls them."""
 
     def __init__(self, graph: Graph, region: CutRegion) -> None:
         self.graph, self.region = graph, region
@@ -174,7 +174,7 @@ class _PartBuilder:
         return self.known[key]
 
     def _callee(self, node: Node, dims: Mapping[Value, int], start: Size, size: Size) -> Function:
-        """The function that a call calls, on a part of what it takes."""
+        """Return the function of a call for a part of its operands."""
         callee = self.graph.callee(node)
         assert callee is not None
         pairs = [*zip(node.operands, callee.arguments, strict=True), *zip(node.results, callee.results, strict=True)]
@@ -194,7 +194,7 @@ class _PartBuilder:
     def _on_part(
         self, node: Node, types: Sequence[Type | None], dims: Mapping[Value, int], start: Size, size: Size
     ) -> Op:
-        """The op that gives a part of what a node gives, of operands of these types."""
+        """Return the op that computes a part of a node's results, on operands of these types."""
         op = node.op
         if op.positional:
             for name in _factors(node, dims) & op.positional:
@@ -202,11 +202,11 @@ class _PartBuilder:
                 if shifted is None:
                     raise NoPart
                 op = shifted
-        wanted = [part_type(v.type, dims.get(v), size).shape for v in node.results]
+        wanted = [part_type(v.type, dims.get(v), size) for v in node.results]
         forms = [op] if self.symbol is None else [op, op.substitute({self.symbol: size})]
         for form in forms:
             try:
-                if [t.shape for t in form.infer(types)] == wanted:
+                if all(t.is_held_like(w) for t, w in zip(form.infer(types), wanted, strict=True)):
                     return form
             except RuleError:
                 continue
@@ -225,7 +225,7 @@ class _PartBuilder:
 
 
 def _factors(node: Node, dims: Mapping[Value, int]) -> set[str]:
-    """The factors of a node's rule in which the axis lies."""
+    """Return the factors of a node's rule that are along the axis."""
     application = node.op.apply([None if v is None else v.type for v in node.operands])
     slots = [
         *zip(node.operands, application.operands, strict=True),
@@ -235,9 +235,11 @@ def _factors(node: Node, dims: Mapping[Value, int]) -> set[str]:
 
 
 def part_type(type: Type, dim: int | None, size: Size) -> Type:
-    """A type with another size in one dimension, or as it is."""
+    """A type with another size in one dimension, or as it is. Raises NoPart for the axis along which blocks lie."""
     if dim is None:
         return type
+    if type.encoding is not None and dim == type.encoding.axis % type.rank:
+        raise NoPart
     label = type.dims[dim].factors[0].label if type.dims[dim].factors else None
     dims = [Dim([Factor(size, label)]) if i == dim else each for i, each in enumerate(type.dims)]
-    return Type(type.dtype, tuple(dims))
+    return Type(type.dtype, tuple(dims), type.encoding)

@@ -1,11 +1,11 @@
-"""Runs of nodes that may be computed a part of an axis at a time, by their axis rules.
+"""Runs of nodes that can be computed one part of an axis at a time, by their axis rules.
 
     region = find_region(graph, function, nodes, dim=0)
-    region.dims[v]       the dimension in which v holds the axis; a value that is not there is the same for all parts
+    region.dims[v]       the dimension of v along the axis; a value that is not in `dims` is the same for all parts
 
-The axis is dimension `dim` of what the nodes give. It is followed through their rules, backwards and forwards, and into
-calls. Every node must map it, so that a part of what it gives is made of that part of what it takes; and a value must
-hold it whole, in one dimension.
+The axis is dimension `dim` of the nodes' results. It is traced through their rules, backwards and forwards, and into
+calls. Every node must map it, so that a part of its results depends only on that part of its operands. A value must
+have the axis whole, in one dimension.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from treadle.ir.sizing.sizes import ONE, Size
 
 @dataclass(frozen=True, eq=False)
 class CutRegion:
-    """Nodes of a function that stand together, and an axis that they map.
+    """Consecutive nodes of a function, and an axis that they map.
 
-    dims     in which dimension a value holds the axis: of inputs, parameters and results
-    inputs   what is read from outside, in order; no constants
-    outputs  what is read outside, or handed out
-    size     of the axis
+    dims     the dimension of each value along the axis: of inputs, parameters and results
+    inputs   values from outside that they read, in order; no constants
+    outputs  values that are read outside, or are results of the function
+    size     the size of the axis
     """
 
     function: Function
@@ -41,16 +41,17 @@ class CutRegion:
 def find_region(
     graph: Graph, function: Function, nodes: Sequence[Node], dim: int, tracer: Tracer | None = None
 ) -> CutRegion | None:
-    """The nodes as a region along dimension `dim` of the first value that they give; None where they are none.
+    """Return the nodes as a region along dimension `dim` of the first value that they return; None if they are not a
+    region.
 
-    tracer  one of the graph, for several regions of it as it is: it knows what callees do
+    tracer  a tracer of the graph, shared by several regions of the unchanged graph: it caches the effects of callees
     """
     inside = set(nodes)
     inputs = outside_values(nodes)
     outputs = given_values(function, inside, nodes)
     if not outputs or any(node.op.updates or any(v.kind == "state" for v in node.inputs) for node in nodes):
         return None
-    if any(node.op.meets_ranks for node in nodes):  # once a part would be more often than other ranks come
+    if any(node.op.meets_ranks for node in nodes):  # a collective per part would not match the other ranks' calls
         return None
     first = outputs[0]
     if dim >= first.type.rank or first.type.shape[dim] == ONE:
@@ -67,13 +68,13 @@ def find_region(
 
 
 def outside_values(nodes: Sequence[Node]) -> tuple[Value, ...]:
-    """What nodes read that none of them makes, each once; no constants."""
+    """Return the values that nodes read and none of them makes, each once; no constants."""
     made = {v for node in nodes for v in node.results}
     return tuple(dict.fromkeys(v for n in nodes for v in n.inputs if v not in made and v.literal is None))
 
 
 def given_values(function: Function, inside: set[Node], nodes: Iterable[Node]) -> tuple[Value, ...]:
-    """What nodes of a function make and others read, or the function hands out."""
+    """Return the values that nodes of a function make and that others read, or that are results of the function."""
     read = {v for node in function.nodes if node not in inside for v in node.inputs} | {*function.results}
     return tuple([v for node in nodes for v in node.results if v in read])
 
@@ -81,9 +82,9 @@ def given_values(function: Function, inside: set[Node], nodes: Iterable[Node]) -
 def dims_along(
     graph: Graph, function: Function, seeds: Sequence[Place], tracer: Tracer | None = None
 ) -> dict[Value, int] | None:
-    """In which dimension each value of a function holds the axis that begins at some places.
+    """Return the dimension of each value of a function along the axis that begins at some places.
 
-    None where a node does more than map it, or a value holds a part of a dimension of it, or two.
+    None if a node does more than map the axis, or a value has it as a part of a dimension, or twice.
     """
     closure = (tracer or Tracer(graph, "")).close(function, frozenset(seeds))
     if not all(map(_is_harmless, closure.encounters)):
@@ -99,7 +100,7 @@ def dims_along(
 
 
 def _is_harmless(met: Encounter) -> bool:
-    """Whether an op makes elements along the axis that are all alike: a shorter axis of them is a part."""
+    """Return True if an op makes elements along the axis that are all equal: fewer of them are a part."""
     if not isinstance(met.kind, Generated):
         return False
     node = met.node

@@ -1,8 +1,8 @@
-"""How long steps take on a target, whole or in parts: by their operations, and the bytes that they read and write.
+"""The time of steps on a target, whole or in parts: from their operations, and the bytes that they read and write.
 
-A step of n parts reads n times what is the same for all of them (weights, keys), and once what is cut. Nodes of one
-step leave nothing in memory but the last one's result. Reading is not hidden behind computing: of 16 rows a product
-with [768, 3072] takes a third longer a row than of 1,024, which is what adding both times says.
+A step in n parts reads values that all parts share (weights, keys) n times, and split values once. Nodes of one step
+write only the last one's result to memory. Memory access does not overlap with computation: a product of 16 rows with
+[768, 3072] takes a third longer per row than one of 1,024 rows, as the sum of both times predicts.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from treadle.ir.target import Target
 from treadle.passes.memory.storage_plan import FunctionPlan, How, Step
 
 CALL = 2e-6
-"""Seconds that it takes to call a kernel, roughly."""
+"""Approximate seconds of a kernel call."""
 
 
 @dataclass(frozen=True, eq=False)
 class StepCost:
-    """flops    of the step
+    """The cost of one step.
+
+    flops    operations of the step
     touched  bytes of each value that it reads or writes
     """
 
@@ -30,7 +32,10 @@ class StepCost:
     touched: Mapping[Value, int]
 
     def seconds(self, target: Target, parts: int = 1, cut: Mapping[Value, int] | None = None) -> float:
-        """How long it takes in so many parts. cut: the values that each part has a part of; None: all but weights."""
+        """Return the seconds of the step in `parts` parts.
+
+        cut  the values that are split; None: all but weights
+        """
         if not self.touched:
             return 0.0
         whole = sum(n for v, n in self.touched.items() if (v.kind == "parameter" if cut is None else v not in cut))
@@ -39,7 +44,7 @@ class StepCost:
 
 
 def step_cost(step: Step, plan: FunctionPlan, sizes: Mapping[str, int]) -> StepCost:
-    """The cost of a step that is no call; nothing for one that is a view, or whose result lies in place."""
+    """Return the cost of a step that is not a call; zero for a view, or a result that is in place already."""
     if not any(plan.places[v].written for v in step.root.results):
         return StepCost(0, {})
     total = sum((node_cost(node, sizes) for node in step.nodes), Cost())
@@ -54,7 +59,7 @@ def step_cost(step: Step, plan: FunctionPlan, sizes: Mapping[str, int]) -> StepC
 
 
 def _looked_up(node: Node) -> list[Value]:
-    """What a node reads where indices say."""
+    """Return the operands of a node that it reads at indices."""
     application = node.op.apply([None if v is None else v.type for v in node.operands])
     return [
         v

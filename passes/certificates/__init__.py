@@ -1,1 +1,1 @@
-"""Certificates: what a rewrite changed, cut out and evaluated before and after."""
+"""Certificates: changes of a rewrite, extracted as a region and evaluated before and after."""

@@ -1,4 +1,4 @@
-"""What a certificate says of one distinct rewrite, and what a counterexample does."""
+"""The certificate of one distinct rewrite, and the counterexample."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-NOTHING_TOLD = "roundings alone may move the results as far as they differ"
+NOTHING_TOLD = "roundings alone may change the results as much"
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was tried of one distinct rewrite, and how near the two sides were.
+    """The cases tried for one distinct rewrite, and the largest difference between the two sides.
 
     rule       the rewrite's or the pass's name
-    instance   12 hexadecimal digits that name the two sides, with all attributes and constants
-    seed       drew the cases
-    cases      how many
-    sizes      at which
+    instance   12 hexadecimal digits that identify the two sides, with all attributes and constants
+    seed       the seed that drew the cases
+    cases      the number of cases
+    sizes      the sizes at which they ran
     error      the largest difference, relative to the largest number of the result
-    tolerance  what that error had to be below
-    note       why there are no cases; "large axes made small" where they were
-    refused    why not all sizes were tried, where an op refuses some
-    undecided  how many cases more told nothing, since roundings alone may move their results as far
+    tolerance  the bound on that error
+    note       why there are no cases; or "large axes made small", if they ran at reduced sizes
+    refused    why not all sizes were tried, if an op refuses some
+    undecided  the number of further, inconclusive cases: roundings alone may change their results as much
     """
 
     rule: str
@@ -38,7 +38,7 @@ class Certificate:
 
     @property
     def is_whole(self) -> bool:
-        """Whether no size was refused, and no case told nothing."""
+        """True if no size was refused and no case was inconclusive."""
         return not self.refused and not self.undecided
 
     def as_dict(self) -> dict[str, Any]:
@@ -46,7 +46,7 @@ class Certificate:
 
     @staticmethod
     def read(said: Mapping[str, Any]) -> Certificate:
-        """From what `as_dict` gave. Raises what Python does where it is something else."""
+        """Build a certificate from the result of `as_dict`. Raises Python's own errors for any other data."""
         sizes = tuple(tuple((str(k), int(v)) for k, v in each.items()) for each in said["sizes"])
         return Certificate(
             rule=str(said["rule"]),
@@ -75,7 +75,7 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Counterexample:
-    """The case in which the two sides disagree: its name, the sizes, the seed that drew it, and how they disagree.
+    """The case in which the two sides disagree: its name, the sizes, the seed that drew it, and the disagreement.
 
     doubt   why they may agree nevertheless
     """

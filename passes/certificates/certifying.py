@@ -3,33 +3,34 @@
     optimized = PassManager(DEFAULT, certify=True).run(graph)
     print(optimized.log.certified())      # gelu-erf 3f2a91: 7 cases, largest error 2.2e-16 (at most 1.9e-15), ...
 
-The two sides of a claim (`treadle.passes.certificates.regions`) run in float64 by the ops' own meanings. The cases,
+The two sides of a claim (`treadle.passes.certificates.regions`) run in float64 by the ops' own references. The cases,
 each at a few small sizes within the bounds of the symbols:
 
     plain     numbers drawn from a normal distribution, three of four truth values true
     masked    whole rows of truth values false and whole rows true, of integers zero, of the operand of a softmax or an
-              exponential -inf, and of what is added to it -1e4, -1e9, -1e30 or its dtype's least number
+              exponential -inf, and of an addend to it -1e4, -1e9, -1e30 or its dtype's least number
     extreme   numbers up to 30 (3 where there are products), rows of equal numbers and of zeros
 
-What masks is tried in the graph's own dtypes as well, where twice float32's least number is -inf.
+Cases with masks also run in the graph's own dtypes, in which twice float32's least number is -inf.
 
-Where the graph will be differentiated, gradients are held to each other as well (`derivatives`), at one more case:
+If the graph will be differentiated, gradients are compared as well (`derivatives`), with one more case:
 
-    ties      halves of whole numbers, many of them equal, with rows of equal numbers, of zeros, and masks as above
+    ties      halves of integers, many of them equal, with rows of equal numbers, of zeros, and masks as above
 
-**How near they must be** says `treadle.ir.analysis.tolerances`, of how far either side moves when what goes into it
-changes by a spacing of float64 (`treadle.passes.certificates.rounding_moves`). Integers and truth values must be equal,
-except where those changes give another one. A result may be NaN only where it was before. In the graph's own dtypes
-roundings are larger, and some are within ops: there a 32nd of the results' range may be off.
+**Tolerances** come from `treadle.ir.analysis.tolerances`, based on how far either side moves when its inputs change by
+a spacing of float64 (`treadle.passes.certificates.rounding_moves`). Integers and truth values must be equal, except
+where those changes also change them. A result may be NaN only if it was NaN before. In the graph's own dtypes
+roundings are larger, and some happen within ops: there the error may be a 32nd of the results' range.
 
-A case in which roundings alone may move results by more than a 32nd of their range tells nothing. It does not count,
-and the certificate says how many such there are.
+A case is inconclusive if roundings alone may move results by more than a 32nd of their range. It does not count, and
+the certificate reports the number of inconclusive cases.
 
-**What counts as wrong.** Only a case that the function may give: of inputs that are its own, or products of such with
-something else (`treadle.passes.certificates.regions`), with every axis as large as it is where numbers may have to do
-with that. What fails otherwise, at every depth, is kept, and its certificate says "not certified", and why.
+**Counterexamples.** A failure counts only if the case can occur in the function: its free values must be inputs of the
+function, or products of such values with something else (`treadle.passes.certificates.regions`), and every axis must
+have its full size if constants may depend on it. If a claim fails in another way at every depth, the rewrite is kept,
+and its certificate says "not certified", and why.
 
-Nothing is shown by this about other values: it finds mistakes, and does not prove that there is none. Roundings to a
+A certificate proves nothing about other values: it finds errors, but does not prove their absence. Roundings to a
 narrower dtype (a cast to f16) do not happen in float64.
 """
 
@@ -70,15 +71,14 @@ _MOST_KNOWN = 1 << 15
 def certify(
     rule: str, claim: Claim, graphs: tuple[Graph, Graph], seed: int = 0, *, derivatives: bool = False
 ) -> Certificate | Counterexample | None:
-    """Try a claim, at each depth until it holds; None where both sides are the same text.
+    """Try a claim at each depth until it holds. Return None if both sides are the same text.
 
     graphs        the graph before and after, for the bounds of symbols and for calls
-    derivatives   the gradients by what goes in must be the same as well, at ties and rows that see nothing too
+    derivatives   True if gradients with respect to the inputs must agree too, also at ties and in rows without keys
 
-    A case that the function may never give is no counterexample: if there is none but such, the certificate says so.
-    Sizes at which one depth's ops cannot run, as a table of positions that is too short, do not excuse what fails at
-    another.
-    What was tried in this process is not tried again.
+    A case that cannot occur in the function is not a counterexample: if there are only such cases, the certificate says
+    so. Sizes at which the ops of one depth cannot run, such as those past the end of a table of positions, do not
+    excuse a failure at another depth. Claims that were tried in this process are not tried again.
     """
     tried: set[str] = set()
     against: Counterexample | None = None
@@ -114,20 +114,20 @@ def certify(
         elif now.doubt:
             doubted = doubted or f"not certified: {now}, but {now.doubt}"
         elif (tied := claim.tied(region)) is not None:
-            doubted = doubted or f"not certified: {now}, but {_name(tied)} may never be what it was drawn as"
+            doubted = doubted or f"not certified: {now}, but {_name(tied)} may never have the drawn values"
         elif now.case.startswith("masked") and computed != finite:
-            doubted = doubted or f"not certified: {now}, but what the function computes may hold no masks"
+            doubted = doubted or f"not certified: {now}, but values that the function computes may hold no masks"
         else:
             against = now
     return against or partial or Certificate(rule, key[:12] if tried else "-" * 12, seed, 0, (), note=doubted)
 
 
 def _name(value: Value) -> str:
-    return f"what {value.node.op.name} gives" if value.node is not None else value.name
+    return f"the result of {value.node.op.name}" if value.node is not None else value.name
 
 
 def _computed(region: Region) -> frozenset[str]:
-    """The names of inputs that stand for what a function computes, in which no number is a mask."""
+    """Return the names of inputs that stand for values that the function computes, which hold no masking numbers."""
     return frozenset(f"x{n}" for n, v in enumerate(region.free) if v.node is not None and v.type.dtype.is_float)
 
 
@@ -142,9 +142,10 @@ def _tried_shrunk(
     finite: frozenset[str],
     derivatives: bool,
 ) -> Certificate | Counterexample:
-    """Try with large axes made small, and as it is where that cannot be done or fails.
+    """Try with large axes made small, and at full size if that is not possible or fails.
 
-    What fails when it is small, and is too large as it is, counts as wrong if no number may have to do with sizes.
+    A failure at reduced sizes, of a region too large to run at full size, counts as wrong if no constant may depend on
+    sizes.
     """
     against: Counterexample | None = None
     partial: Certificate | None = None
@@ -162,8 +163,8 @@ def _tried_shrunk(
             partial = partial or found
     found = _tried(rule, key, sides, seed, "", finite, derivatives)
     if against is not None and isinstance(found, Certificate) and not found.cases:
-        doubt = "its numbers may have to do with the sizes of those axes" if has_numbers(region) else ""
-        what = f"{against.what}, with large axes made small, and else is {found.note}"
+        doubt = "its constants may depend on the sizes of those axes" if has_numbers(region) else ""
+        what = f"{against.what}, with large axes made small, and otherwise {found.note}"
         return dataclasses.replace(against, what=what, doubt=doubt)
     return partial if partial is not None and isinstance(found, Certificate) and not found.cases else found
 
@@ -184,7 +185,7 @@ def _tried(
     instance = key[:12]
     for was, now in zip(before.main.outputs.values(), after.main.outputs.values(), strict=True):
         if was.type != now.type:
-            return Counterexample("types", (), seed, f"the replacement is {now.type}, and was {was.type}")
+            return Counterexample("types", (), seed, f"the replacement has type {now.type}, not {was.type}")
     try:
         chosen = [s for s in _sizes(before) if _fits(sides, s)]
     except TreadleError as error:
@@ -205,7 +206,7 @@ def _tried(
             try:
                 inputs = draw_inputs(sides, sizes, case, [seed, number], finite)
                 old = interpret(before, inputs, float64=True)
-            except _FAILURES as problem:  # sizes that an op refuses, indices that none fits
+            except _FAILURES as problem:  # sizes that an op refuses, indices out of range
                 refused = _shown(problem)
                 continue
             found = _judged(sides, old, inputs, float64=True)
@@ -232,7 +233,9 @@ def _tried(
 
 
 def _judged(sides: tuple[Graph, Graph], old: Arrays, inputs: Arrays, float64: bool) -> tuple[float, float] | str | None:
-    """How near the replacement comes to what was, what is wrong with it, or None where that cannot be told."""
+    """Return the replacement's error and tolerance, a description of what is wrong, or None if the case is
+    inconclusive.
+    """
     try:
         new = interpret(sides[1], inputs, float64=float64)
     except _FAILURES as problem:
@@ -250,7 +253,7 @@ def _in_own_dtypes(sides: tuple[Graph, Graph], inputs: Arrays) -> tuple[float, f
 
 
 def _has_masks(sides: tuple[Graph, Graph], inputs: Arrays) -> bool:
-    """Whether numbers mask somewhere, in dtypes that NumPy has, other than float64."""
+    """Return True if some numbers mask, and the dtypes are ones that NumPy has, other than float64 alone."""
     values = [v for side in sides for _, node in side.walk() for v in (*node.inputs, *node.results)]
     dtypes = {v.type.dtype for v in values if v.type.dtype.is_float}
     if not dtypes - {f64} or any(dtype.numpy is None for dtype in dtypes):
@@ -269,10 +272,10 @@ def _is_constant(graph: Graph) -> bool:
 
 
 def _are_same_constants(sides: tuple[Graph, Graph]) -> bool:
-    """Whether both sides give the same bits when computed in the graph's own dtypes, as folding does."""
+    """Return True if both sides are bitwise identical when computed in the graph's own dtypes, as folding does."""
     try:
         old, new = (interpret(side, {}) for side in sides)
-    except _FAILURES:  # an index out of range, for one
+    except _FAILURES:  # e.g. an index out of range
         return False
     return all(np.array_equal(old[name], new[name], equal_nan=old[name].dtype.kind == "f") for name in old)
 
@@ -280,7 +283,7 @@ def _are_same_constants(sides: tuple[Graph, Graph]) -> bool:
 def _sizes(graph: Graph) -> list[Sizes]:
     if not graph.symbols:
         return [{}, {}]
-    alone = Graph(graph.name)  # without the inputs that tell sizes, which say nothing of which axis leads
+    alone = Graph(graph.name)  # without the `size` inputs, which do not show which axis leads
     alone.symbols, alone.functions = graph.symbols, dict(graph.functions)
     main = type(graph.main)("main")
     main.nodes = graph.main.nodes
@@ -290,7 +293,7 @@ def _sizes(graph: Graph) -> list[Sizes]:
 
 
 def _fits(sides: tuple[Graph, Graph], sizes: Sizes) -> bool:
-    """Whether a run at these sizes is small enough."""
+    """Return True if a run at these sizes is small enough."""
     for side in sides:
         elements = sum(v.type.elements.evaluate(sizes) for v in side.main.inputs)
         elements += sum(v.type.elements.evaluate(sizes) for _, node in side.walk() for v in node.results)

@@ -1,4 +1,4 @@
-"""How near the results of the two sides of a claim are, and how near they have to be."""
+"""The comparison of the results of a claim's two sides, and its tolerances."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ Array = np.ndarray[Any, Any]
 Arrays = Mapping[str, Array]
 
 _PART = 2.0**-5
-"""Of a result's range: roundings that may move it by more tell nothing."""
+"""If roundings may move a result by more than this part of its range, the case is inconclusive."""
 
 
 def compared(
     sides: tuple[Graph, Graph], made: Sequence[Arrays], inputs: Arrays, float64: bool
 ) -> tuple[float, float] | str | None:
-    """The largest relative difference of the outputs and what it had to be below, what is wrong, or None where
-    roundings may move an output by more than a part of its range."""
+    """Return the largest relative difference of the outputs and its tolerance, a description of what is wrong, or None
+    if roundings may move an output by more than a part of its range.
+    """
     before, after = made
     worst = (0.0, 0.0)
     moves = Moves(sides, made, inputs, float64)
@@ -33,12 +34,12 @@ def compared(
     for name, wanted in before.items():
         got = after[name]
         if got.shape != wanted.shape:
-            return f"the replacement has shape {list(got.shape)}, and had {list(wanted.shape)}"
+            return f"the replacement has shape {list(got.shape)}, not {list(wanted.shape)}"
         if wanted.dtype.kind != "f":
             differs = got != wanted
             while np.any(differs & ~moves.others[name]):
                 if not moves.further():
-                    return f"{int(np.sum(differs))} of {wanted.size} results are others"
+                    return f"{int(np.sum(differs))} of {wanted.size} results are different"
             continue
         spacing = f64.spacing if float64 else float(np.finfo(wanted.dtype).eps)
         got, wanted = got.astype(np.float64), wanted.astype(np.float64)
@@ -46,13 +47,13 @@ def compared(
             return "there is a NaN where there was none"
         off = Distance.between(got, wanted, HUGE)
         if off.lost:
-            return "a number past 1e30 has become another"
+            return "a number past 1e30 has changed"
         error = off.most / off.scale
         most = _PART * _range(wanted[off.plain], off.scale)
         tolerance = room(spacing, 1.0, growth * moves.most[name] / off.scale)
         while not error <= (tolerance if float64 else max(tolerance, most)):
             if not moves.further():
-                return f"the results differ by {error:.2g} of the largest, where {tolerance:.2g} may be"
+                return f"the results differ by {error:.2g} of the largest, and the tolerance is {tolerance:.2g}"
             tolerance = room(spacing, 1.0, growth * moves.most[name] / off.scale)
         told = told and (tolerance <= most or (not float64 and error <= most))
         worst = max(worst, (error, tolerance))
@@ -60,6 +61,6 @@ def compared(
 
 
 def _range(numbers: Array, scale: float) -> float:
-    """How far apart numbers lie, relative to the largest; all of it where they are the same but for roundings."""
+    """Return the range of the numbers, relative to the largest; 1 if they are equal up to roundings."""
     spread = float(np.max(numbers, initial=-math.inf) - np.min(numbers, initial=math.inf)) / scale
     return spread if spread > 2.0**-20 else 1.0

@@ -1,9 +1,10 @@
-"""Gradients of the two sides of a claim, held to each other.
+"""The comparison of gradients of the two sides of a claim.
 
-Both sides get the gradient of a sum of their float results, with drawn factors, by their float inputs. They run in
-float64, and must agree to a part in a million of the largest: constants of gradients are float32. A number may be NaN
-only where it was before. Where they do not agree, and the gradient before moves as far when its inputs move by a part
-in 10^10, they are at the edge of a step, and nothing is said; numbers that were drawn to be equal are not moved.
+Both sides get the gradient of a sum of their float results, with drawn factors, with respect to their float inputs.
+They run in float64, and must agree to a part in a million of the largest number: constants of gradients are float32. A
+number may be NaN only if it was NaN before. If they do not agree, but the gradient before also moves as far when its
+inputs move by a part in 10^10, the inputs are at the edge of a step, and the case is inconclusive; numbers that were
+drawn to be equal stay equal.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ _MOVE = 1e-10
 
 @dataclass(frozen=True)
 class Gradients:
-    """Both sides with gradients by their inputs as outputs, and inputs `seed 0`, ... for their results."""
+    """Both sides with gradients with respect to their inputs as outputs, and inputs `seed 0`, ... for their results."""
 
     before: Graph
     after: Graph
     seeds: tuple[Value, ...]
 
     def compared(self, inputs: Arrays, sizes: Mapping[str, int], seed: Sequence[int]) -> str | None:
-        """What is wrong with the gradients after, None where nothing is."""
+        """Return a description of what is wrong with the gradients after; None if nothing is."""
         rng = np.random.default_rng([*seed, 1])
         factors = {v.name: rng.standard_normal(v.type.evaluate(sizes)) for v in self.seeds}
         old = _run(self.before, {**inputs, **factors})
@@ -63,7 +64,9 @@ class Gradients:
 
 
 def differentiated(sides: tuple[Graph, Graph]) -> Gradients | None:
-    """The gradients of both sides; None where the side before has none: it gives no float, or an op refuses."""
+    """Return the gradients of both sides; None if the side before has none: it has no float result, or an op
+    refuses.
+    """
     try:
         before = _with_gradients(sides[0])
     except TreadleError:
@@ -95,7 +98,7 @@ def _is_plain_float(value: Value) -> bool:
 
 
 def _run(side: Graph, given: Arrays) -> Arrays | None:
-    """The gradients; None where they cannot be computed."""
+    """Return the gradients; None if they cannot be computed."""
     try:
         return interpret(side, given, float64=True)
     except (TreadleError, ArithmeticError, IndexError, TypeError, ValueError):
@@ -103,7 +106,9 @@ def _run(side: Graph, given: Arrays) -> Arrays | None:
 
 
 def _moved(inputs: Arrays) -> dict[str, Array]:
-    """The inputs, of which every float is a little larger in size: equal numbers stay equal, and zeros zeros."""
+    """Return the inputs with every float a little larger in magnitude: equal numbers stay equal, and zeros stay
+    zeros.
+    """
     return {name: array * (1 + _MOVE) if array.dtype.kind == "f" else array for name, array in inputs.items()}
 
 
@@ -113,7 +118,7 @@ def _largest(array: Array) -> float:
 
 
 def _apart(got: Array, wanted: Array, largest: float) -> float | None:
-    """The largest difference, relative to the largest number; None for a NaN where there was none."""
+    """Return the largest difference, relative to the largest number; None for a NaN where there was none."""
     known = ~np.isnan(wanted)
     if np.any(np.isnan(got) & known):
         return None

@@ -1,6 +1,6 @@
-"""The values with which the two sides of a claim are run: plain ones, ones that mask, and extreme ones.
+"""The values on which the two sides of a claim are run: plain, masking and extreme ones.
 
-`treadle.passes.certificates.certifying` says what each case holds.
+`treadle.passes.certificates.certifying` describes each case.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ Array = np.ndarray[Any, Any]
 Sizes = Mapping[str, int]
 
 MASKED = {"masked": -1e9, "masked by -1e4": -1e4, "masked by -1e30": -1e30, "masked by the least": -math.inf}
-"""Cases, and what is then added: the least of its dtype where that is less."""
+"""Cases, and the masking number of each; a dtype's least number where this is out of range."""
 TIES = "ties"
-"""The case of numbers many of which are equal, for derivatives."""
+"""The case of many equal numbers, for derivatives."""
 
 
 def _nodes(sides: tuple[Graph, Graph]) -> Iterator[Node]:
@@ -36,15 +36,17 @@ def _nodes(sides: tuple[Graph, Graph]) -> Iterator[Node]:
 
 
 def _is_curved(node: Node) -> bool:
-    """Whether it gives floats by arithmetic that is not linear in each operand, and so not alike everywhere."""
+    """Return True if a node computes floats by arithmetic that is not linear in each operand, so that its error
+    varies.
+    """
     floats = any(v.type.dtype.is_float for v in node.results)
     return floats and node.op.callee is None and node.op.flops > 0 and not node.is_multilinear
 
 
 def cases_of(sides: tuple[Graph, Graph], finite: frozenset[str]) -> tuple[str, ...]:
-    """The cases that are worth trying.
+    """Return the names of the cases that are worth trying.
 
-    finite   inputs, by name, in which no number is a mask
+    finite   the names of inputs that hold no masking numbers
     """
     curved = any(map(_is_curved, _nodes(sides)))
     kinds = ("plain", "masked", "extreme") if curved else ("plain", "masked")
@@ -55,7 +57,7 @@ def cases_of(sides: tuple[Graph, Graph], finite: frozenset[str]) -> tuple[str, .
 def draw_inputs(
     sides: tuple[Graph, Graph], sizes: Sizes, case: str, seed: Sequence[int], finite: frozenset[str]
 ) -> dict[str, Array]:
-    """An array for each input of both sides. Raises TreadleError where no index points inside all that it is for."""
+    """Return an array for each input of both sides. Raises TreadleError if no index is in range for all of its uses."""
     ranges: dict[str, tuple[int, int]] = {}
     if any(v.type.dtype.is_int for v in sides[0].main.inputs):
         for side in sides:
@@ -87,12 +89,12 @@ def draw_inputs(
 
 
 def _rows(rng: np.random.Generator, shape: Sequence[int]) -> Array:
-    """0, 1 or 2 for each row along the last axis; of a scalar, 2."""
+    """Return 0, 1 or 2 for each row along the last axis; for a scalar, 2."""
     return rng.integers(0, 3, (*shape[:-1], 1)) if shape else np.array(2)
 
 
 def _mask_of(value: Value, masks: Mapping[Value, float], case: str) -> float | None:
-    """By which number an input masks in this case, if it does."""
+    """Return the number by which an input masks in this case, or None."""
     number = masks.get(value)
     if number is None or not math.isfinite(number):
         return number
@@ -125,7 +127,7 @@ def _integers(
 ) -> Array:
     low, high = span or (0, max(sizes.values(), default=4) + 1)
     if high < low:
-        raise TreadleError("no index is left that points inside")
+        raise TreadleError("no index is in range for all of its uses")
     drawn = rng.integers(low, min(high, int(np.iinfo(dtype.numpy or np.int64).max)) + 1, shape)
     if case in MASKED and span is None:
         drawn = np.where(_rows(rng, shape) == 0, 0, np.where(rng.random(shape) < 0.5, drawn % 2, drawn))
@@ -136,9 +138,10 @@ _PASSING = (Add, Sub, Mul, Div, Where, Cast, Maximum)
 
 
 def _masks(graph: Graph) -> dict[Value, float]:
-    """What masks an input that a softmax, an exponential or a maximum is taken of, moved and scaled at most.
+    """Return the masking numbers of inputs that are operands of a softmax, an exponential or a maximum, at most moved
+    and scaled in between.
 
-    A finite number, -1, where it is added to something on the way; else -inf.
+    The number is finite, -1, if the input is added to something on the way; else -inf.
     """
     found: dict[Value, float] = {}
     seen: set[tuple[Value, bool]] = set()

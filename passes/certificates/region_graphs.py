@@ -1,10 +1,10 @@
 """Regions as graphs that can be run: at their own sizes, or with large constant axes made small.
 
-What a rewrite does with an axis of 768 it does with one of 48, unless it depends on the number. So constants above
-`KEPT` are replaced in types, in attributes that are sizes and in patterns of axes, such that products stay products:
-with 64 -> 4 go 768 = 12 * 64 -> 48 and 3072 = 4 * 768 -> 192. The types of what lies between are inferred again; where
-they do not come out, or where the small graphs disagree, the region is run as it is. A number may be tied to a size, as
-1/sqrt(64) is: a size of which a float constant is a power of quarters stays as it is.
+A rewrite treats an axis of 768 like one of 48, unless it depends on the number. So constants above `KEPT` are replaced
+in types, in attributes that are sizes and in patterns of axes, such that products stay products: with 64 -> 4, 768 = 12
+* 64 becomes 48, and 3072 = 4 * 768 becomes 192. The types in between are inferred again. If they do not agree, or if
+the small graphs disagree, the region is run at full size. A number may depend on a size, as 1/sqrt(64) does: a size
+stays unchanged if a float constant is a power of it with an exponent in quarters.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ from treadle.ir.types import Dim, Factor, Type, boolean
 from treadle.passes.certificates.regions import Region, RegionNode
 
 KEPT = 16
-"""Constant sizes up to this stay as they are."""
+"""Constant sizes up to this are kept."""
 _MOST_TRIES = 4
 _EVEN, _ODD = (4, 6, 10, 14, 22, 26), (5, 7, 9, 11, 13, 15)
 
 Shrinking = Mapping[int, int]
-"""What stands for a constant size."""
+"""The replacement of each constant size."""
 
 
 def shrinkings_of(region: Region) -> Iterator[Shrinking]:
-    """Small sizes in the place of a region's large ones: of all, and then of all but one, on which it may depend.
+    """Yield small sizes for a region's large ones: for all of them, and then for all but one, on which the rewrite may
+    depend.
 
-    None where there are no large ones, or functions are called.
+    Yield nothing if there are no large sizes, or if functions are called.
     """
     steps = (*region.before, *region.after)
     if any(step.op.callee is not None for step in steps):
@@ -58,7 +59,7 @@ def shrinkings_of(region: Region) -> Iterator[Shrinking]:
 
 
 def has_numbers(region: Region) -> bool:
-    """Whether there is a number that could be tied to a size: neither a small integer or its half, nor an eps."""
+    """Return True if some number could depend on a size: it is neither a small integer or its half, nor an eps."""
     return any(n > _EPSILON and n not in (0.5, 1.0, 2.0, 3.0) for n in _numbers(region))
 
 
@@ -66,7 +67,9 @@ _EPSILON = 1e-4
 
 
 def _numbers(region: Region) -> Iterator[float]:
-    """The sizes of all finite scalar constants and attributes that are floats, or integers above `KEPT`."""
+    """Yield the absolute values of all finite scalar constants and attributes that are floats, or integers above
+    `KEPT`.
+    """
     for step in (*region.before, *region.after):
         for number in (
             *(v.literal.scalar for v in step.operands if v is not None and v.literal is not None),
@@ -78,7 +81,7 @@ def _numbers(region: Region) -> Iterator[float]:
 
 
 def _is_power(number: float, size: int) -> bool:
-    """Whether a number is size^(k/4), for a k other than 0 from -8 to 8, within the roundings of float32."""
+    """Return True if a number is size^(k/4), for a k other than 0 from -8 to 8, within the roundings of float32."""
     power = 4 * math.log(number) / math.log(size)
     return 0 < abs(round(power)) <= 8 and abs(size ** (round(power) / 4) / number - 1) < 2.0**-20
 
@@ -98,7 +101,7 @@ def _constants_of(attribute: Any) -> Iterator[int]:
 
 
 def _small(constants: set[int], pinned: set[int]) -> tuple[dict[int, int], list[int]]:
-    """What stands for each constant that is large, and those of them that are no products of others."""
+    """Return the replacement of each large constant, and the constants that are not products of others."""
     made: list[int] = []
     chosen = {c: c for c in constants if c <= KEPT or c in pinned}
     bases = {0: iter(_EVEN), 1: iter(_ODD)}
@@ -129,10 +132,11 @@ def as_graphs(
     graphs: tuple[Graph, Graph],
     shrinking: Shrinking,
 ) -> tuple[Graph, Graph]:
-    """The region's two sides as graphs with the same inputs, x0, x1, ..., and outputs, y0, y1, ...
+    """Return the region's two sides as graphs with the same inputs, x0, x1, ..., and outputs, y0, y1, ...
 
-    A symbol's size need not show in any input, so each has one more input of its own: `size S`.
-    graphs   where each side's calls find their functions. Raises a TreadleError where the shrunk sizes do not fit.
+    A symbol's size need not appear in any input, so each symbol has one more input: `size S`.
+    graphs   the graphs in which each side's calls find their functions. Raises a TreadleError if the reduced sizes
+             do not fit together.
     """
     symbols = graphs[1].symbols
     used = sorted(_symbols(region).intersection(symbols))
@@ -187,7 +191,7 @@ def _fill(
         operands = [read(v) for v in step.operands]
         results = step.node.results
         if step.op.callee is not None and len(step.op.gives) != len(results):  # type: ignore[attr-defined]
-            raise GraphError("a call no longer gives what its function did")
+            raise GraphError("a call's results no longer have the types that its function returned")
         op = _shrunk_op(step.op, shrinking) if shrinking else step.op
         types = op.infer([None if v is None else v.type for v in operands]) if shrinking else [v.type for v in results]
         node = Node(op, operands, types)

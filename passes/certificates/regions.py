@@ -1,18 +1,18 @@
-"""What a rewrite or a pass changed, cut out of its function: its results before and after, over the same free values.
+"""Regions: the results of a rewrite or a pass before and after, extracted from the function, over the same free values.
 
-A `Claim` says that values of the function before equal values of it after. Its two sides are cut where they meet what
-both have, whose values then are free: whoever shows the claim for all of them has shown it for those that the function
-gives. Where it does not hold for all, it may hold for those: a mask that was replaced by its meaning is free on one
-side alone, and whether a row of it keeps a key is no number of its own. So a claim can be cut at four depths:
+A `Claim` says that values of the function before equal values of it after. Its two sides are cut at the values that
+both have, which are then free: a claim that holds for all free values holds for the values that occur in the function.
+A claim that does not hold for all may still hold for those: a mask that was replaced by its meaning is free on one side
+only, and whether a row of it keeps a key does not depend on one number. So a claim can be cut at four depths:
 
     0   around what changed
-    1   as far up as one side reads what the other does not, and through whatever is computed from truth values,
-        integers and constants alone: masks, positions, what is known of their rows
-    2   also through all but products (matmul, linear, ...) and calls: a product with something else can be any number,
-        whatever its operands are to others, so that nothing ties what is free there
+    1   up to the values that one side reads and the other does not, and through all values that are computed from
+        truth values, integers and constants alone: masks, positions, facts about their rows
+    2   also through everything but products (matmul, linear, ...) and calls: a product with something else can be any
+        number, whatever else its operands are used for, so that its free values are independent
     3   up to the function's arguments
 
-Depths 1 and 3 stop at `MOST_NODES`, so that what is free may be tied to something else; `Claim.tied` names that.
+Depths 1 and 3 stop at `MOST_NODES`, so free values may depend on other values; `Claim.tied` returns such a value.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ Definition = tuple[Op, tuple[Value | None, ...]]
 
 DEPTHS = 4
 MOST_NODES = 160
-"""A side is not cut larger than this because of what one of them reads and the other does not."""
+"""A side is not extended past this size for values that only one side reads."""
 _MOST_TIED = 1024
-"""Nor larger than this because of what ties its free values."""
+"""A side is not extended past this size for values on which its free values depend."""
 
 
 @dataclass(frozen=True)
 class RegionNode:
-    """A node as it is, or was, in the function."""
+    """A node with its op and operands, before or after the change."""
 
     node: Node
     op: Op
@@ -54,10 +54,10 @@ class Region:
 
 @dataclass(frozen=True)
 class Claim:
-    """These values were, and those values are: they should be equal.
+    """The statement that the values `before` equal the values `after`.
 
-    defined_before, defined_after   what defines a value on either side; None for arguments and constants
-    changed_before, changed_after   whether that is what changed, and belongs to the innermost cut
+    defined_before, defined_after   return a value's definition on either side; None for arguments and constants
+    changed_before, changed_after   return True if a value changed, and so belongs to the innermost cut
     at                              the node where a person would look for it
     """
 
@@ -70,7 +70,7 @@ class Claim:
     at: Node
 
     def cut(self, depth: int) -> Region:
-        """The claim's sides at one of the depths 0 to 3."""
+        """Return the claim's sides at one of the depths 0 to 3."""
         above: set[Node] = set()
         masks: dict[Value, bool] = {}
         while True:
@@ -93,7 +93,9 @@ class Claim:
                 return Region(tuple(v for v in region.free if v.literal is None), tuple(before), tuple(after))
 
     def tied(self, region: Region) -> Value | None:
-        """A free value that need not take the values it is drawn with, since it is computed from what others are."""
+        """Return a free value that may not take its drawn values, since it is computed from other values; None if
+        there is none.
+        """
         return next(iter(self._tied(region)), None)
 
     def _tied(self, region: Region) -> list[Value]:
@@ -114,7 +116,7 @@ class Claim:
         return self.defined_before(value) or self.defined_after(value)
 
     def _is_mask(self, value: Value, known: dict[Value, bool]) -> bool:
-        """Whether it is computed, and holds truth values or integers, or numbers that are computed from such alone."""
+        """Return True if a value is computed, and holds truth values, integers, or floats computed from these alone."""
         stack = [value]
         while stack:
             each = stack[-1]
@@ -140,7 +142,7 @@ class Claim:
         changed: Callable[[Value], bool],
         above: set[Node],
     ) -> tuple[list[RegionNode], dict[Value, None]]:
-        """The steps that lead to the results, and the values at which they begin."""
+        """Return the nodes that lead to the results, and the values at which they begin."""
         steps: dict[Node, RegionNode] = {}
         free: dict[Value, None] = {}
         stack: list[tuple[Value, bool]] = [(v, False) for v in reversed(results)]
@@ -158,12 +160,12 @@ class Claim:
 
 
 def _is_product(op: Op, operands: Sequence[Value | None], read: Sequence[Value]) -> bool:
-    """Whether it multiplies rows of two or more values that it reads, none of which is a constant."""
+    """Return True if an op multiplies rows of two or more values that it reads, none of which is a constant."""
     return len(read) > 1 and holds_contraction(op, operands)
 
 
 def claim_of_match(matched: Sequence[Node], made: Sequence[Node], root: Node, results: Sequence[Value]) -> Claim:
-    """A rewrite's: the root's results equal those of what was made."""
+    """Return the claim of a rewrite: the root's results equal the results of the new nodes."""
     inside, new = set(matched), {*matched, *made}
     return Claim(
         root.results,
@@ -202,7 +204,8 @@ class Recorded:
         return Recorded(function, list(function.nodes), definitions, *results, function.arguments)
 
     def claims(self, graph: Graph, formals: Mapping[str, Sequence[Value]]) -> Iterator[tuple[Claim, list[Reader]]]:
-        """What the pass claims by how it left the function, with the places that read what it put there.
+        """Yield the claims of the pass, from the changes that it made to the function, with the readers of the new
+        values.
 
         formals   the arguments that each of the graph's functions had before the pass
         """
@@ -232,15 +235,17 @@ class Recorded:
                     places.setdefault((old, new), []).append(Reader(None, name, is_state))
         for (was, now), edges in places.items():
             at = was.node or now.node or edges[0].node or next(iter(self.nodes), None)
-            if at is not None:  # a function without nodes gives its arguments
+            if at is not None:  # a function without nodes returns its arguments
                 yield self._claim((was,), (now,), self._there, at), edges
 
     def claim_of_reader(self, node: Node) -> Claim:
-        """That a node gives what it gave, though its op or what it reads is another."""
+        """Return the claim that a node computes the same as before, though its op or its operands changed."""
         return self._claim(node.results, node.results, self._there - {node}, node)
 
     def _claim(self, before: Sequence[Value], after: Sequence[Value], common: set[Node], at: Node) -> Claim:
-        """A claim in which the results of common nodes are free: each of them is unchanged, or claimed to be equal."""
+        """Return a claim in which the results of common nodes are free: each of them is unchanged, or claimed to be
+        equal.
+        """
         return Claim(
             tuple(before),
             tuple(after),
@@ -260,7 +265,7 @@ class Recorded:
             return len(operands) == len(node.operands) and all(
                 u is v for u, v in zip(operands, node.operands, strict=True)
             )
-        # A call that passes less, since its function takes less, is what it was if the function is.
+        # A call that passes fewer arguments, since its function takes fewer, is unchanged if the function is.
         if op.callee is None or op.callee != node.op.callee or op.callee not in graph.functions:
             return False
         taken = graph.functions[op.callee].arguments
@@ -270,7 +275,7 @@ class Recorded:
         )
 
     def revert(self, edges: Sequence[Reader], before: Sequence[Value]) -> bool:
-        """Put back what was, at these places; False where the function has lost what that needs."""
+        """Restore the old values at these places. Return False if the function has lost arguments that this needs."""
         if self.function.arguments != self.arguments:
             return False
         for edge in edges:
@@ -287,9 +292,10 @@ class Recorded:
         return True
 
     def _ordered(self) -> list[Node]:
-        """The function's nodes, without new ones that are no longer read, and with those of before that are again.
+        """Return the function's nodes, without new nodes that are no longer read, and with old nodes that are read
+        again.
 
-        Each stands after what it reads.
+        Each node comes after its operands.
         """
         there = set(self.function.nodes)
         done: dict[Node, None] = {}
@@ -314,8 +320,9 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Reader:
-    """A place that reads a replaced value: an operand of a node, a whole node (None), or an output (no node), or what a
-    state is in the end (is_state)."""
+    """A place that reads a replaced value: an operand of a node, a whole node (None), an output (no node), or the final
+    value of a state (is_state).
+    """
 
     node: Node | None
     where: int | str | None

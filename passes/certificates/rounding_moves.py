@@ -1,20 +1,21 @@
-"""How far the results of a region move when what goes into it changes by a rounding.
+"""The change of a region's results when its inputs change by a rounding.
 
 Inputs change by a spacing of float64, up or down; scalar constants by a spacing of the dtype in which they are written:
-sqrt(1/2) in float32 is no nearer to what gelu has. What was folded is a constant in its dtype, so there all constants
-change. Changes can cancel, as those of one scale on q and the same on k do, or be the same for all numbers from which a
-norm subtracts their mean. So they are tried in steps, as far as is needed:
+sqrt(1/2) in float32 is no closer to the value in gelu. Folded values are constants in their dtype, so in that case all
+constants change. Changes can cancel, as the same scale on q and on k can, or be the same for all numbers from which a
+norm subtracts their mean. So they are tried in steps, as far as needed:
 
-    1   everything at once, twice, up or down by chance
-    2   each constant alone; its moves are added to what the inputs move
+    1   everything at once, twice, up or down at random
+    2   each constant alone; its moves are added to the moves of the inputs
     3   everything at once, eight times more
-    4   what a score keeps beside a number that masks: with -1e9 added to it, no more than a spacing of 1e9
+    4   the rounding of a score next to a number that masks: with -1e9 added to it, at most a spacing of 1e9
 
-Numbers that mask are meant to be equal where they are: a row in which every key is masked by float32's least number is
-uniform, and any change of one of them would leave a single key. So equal constants of that size change together, and
-numbers in which every score is lost do not change.
+Numbers that mask are meant to be equal: a row in which every key is masked by float32's least number is uniform, and
+any change of one of them would leave a single key. So equal constants of that size change together, and numbers that
+absorb every score do not change.
 
-Where the sides run in the graph's own dtypes, inputs and constants change by a spacing of theirs, and none that masks.
+If the sides run in the graph's own dtypes, inputs and constants change by a spacing of their dtype, except those that
+mask.
 """
 
 from __future__ import annotations
@@ -34,21 +35,21 @@ Array = np.ndarray[Any, Any]
 Arrays = Mapping[str, Array]
 
 HUGE = 1e30
-"""Numbers of this size stand for infinity, and say nothing of the scale of the others. Every score is lost in them."""
+"""Numbers of this size stand for infinity, and do not count for the scale of the others. They absorb every score."""
 MASKING = 9_000.0
 """Numbers of this size mask: exp(-9000) is 0."""
 _LOST = 64.0
-"""With a spacing above this no score is left beside a number."""
+"""A number whose spacing is above this absorbs every score."""
 _AT_ONCE, _MORE = 2, 8
 _MOST_ALONE = 32
-"""So many constants at most are changed alone."""
+"""The greatest number of constants that are changed alone."""
 
 
 class Moves:
-    """The largest move of each output of either side so far, and where any of its values became another.
+    """The largest move of each output of either side so far, and the positions at which values changed.
 
-    most, others   by the output's name, of floats and of all else; zero and nowhere before the first `further`
-    float64        whether the sides ran in float64, or else in the graph's own dtypes
+    most, others   by the output's name, for floats and for all else; zero and nowhere before the first `further`
+    float64        True if the sides ran in float64, False if in the graph's own dtypes
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Moves:
         self._steps = iter((lambda: self._at_once(range(_AT_ONCE)), self._alone, self._more, self._beside_masks))
 
     def further(self) -> bool:
-        """Try the next step; False where there is none."""
+        """Try the next step. Return False if there is none."""
         step = next(self._steps, None)
         if step is not None:
             step()
@@ -95,7 +96,7 @@ class Moves:
                 self.most[name] = max(self.most[name], move)
 
     def _beside_masks(self) -> None:
-        """The spacing of the largest number beside which a score is not lost altogether."""
+        """Add the spacing of the largest masking number that does not absorb a score altogether."""
         numbers = [*self._inputs.values(), *(x.array for side in self._sides for x in _literals(side))]
         for array in (a for a in numbers if a.dtype.kind == "f"):
             sizes = np.abs(array[np.isfinite(array)]).astype(np.float64)
@@ -116,7 +117,9 @@ class Moves:
         return {name: changed(a) if a.dtype.kind == "f" else a for name, a in self._inputs.items()}
 
     def _signs_of(self, value: Value, rng: np.random.Generator, number: int) -> Array:
-        """Up or down for each element of a constant, at random; by what it is where it masks; 0 where it is kept."""
+        """Return the direction for each element of a constant: random; equal for equal masking numbers; 0 for a kept
+        one.
+        """
         assert value.literal is not None
         array = value.literal.array.astype(np.float64)
         sizes = np.abs(array)
@@ -147,7 +150,7 @@ def _signs(rng: np.random.Generator, shape: Sequence[int]) -> Array:
 
 
 def _bits(array: Array, number: int) -> Array:
-    """A truth value for each number, the same wherever it stands; another by chance for another `number`."""
+    """Return a truth value for each number, the same wherever the number occurs; it varies with `number`."""
     mixed = np.atleast_1d(array).view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     return np.asarray((mixed >> np.uint64(48 + number)) & np.uint64(1) == 1).reshape(array.shape)
 
@@ -167,7 +170,7 @@ def _has_new_constants(before: Graph, after: Graph) -> bool:
 
 
 def constants_of(graph: Graph, every: bool) -> list[Value]:
-    """The float constants that main reads and that have roundings: scalars, or `every` one."""
+    """Return the float constants that main reads and that have roundings: scalars, or `every` one."""
     found: dict[Value, None] = {}
     for value in (*(v for node in graph.main.nodes for v in node.inputs), *graph.main.outputs.values()):
         literal = value.literal
@@ -177,7 +180,10 @@ def constants_of(graph: Graph, every: bool) -> list[Value]:
 
 
 def with_changed_constants(graph: Graph, signs: Mapping[Value, Array], float64: bool = True) -> Graph:
-    """A copy of main in which these constants are changed by a spacing of their dtype, up or down, in float64 or so."""
+    """Return a copy of main in which these constants change by a spacing of their dtype, up or down.
+
+    float64   store the changed constants in float64, not in their own dtype
+    """
     copy = Graph(graph.name)
     copy.symbols, copy.functions = graph.symbols, dict(graph.functions)
     main = type(graph.main)("main")

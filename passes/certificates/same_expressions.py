@@ -1,9 +1,9 @@
-"""Whether two graphs compute the same expressions of the same inputs and weights, whenever and wherever they do.
+"""The check that two graphs compute the same expressions of the same inputs and weights, whenever and wherever they do.
 
-Passes that move work to `bind`, share it, or lay a weight out anew may not change what is computed. Each output of an
-entry, and what each state is in the end, is an expression: a tree of ops over inputs, weights, states and constants, in
-which a call stands for its body, a made parameter for what makes it, and a relayout for its operand. Equal trees are
-given one number here, so that comparing is cheap. The passes know nothing of this.
+Passes that move work to `bind`, share it, or change a weight's layout may not change what is computed. Each output of
+an entry, and the final value of each state, is an expression: a tree of ops over inputs, weights, states and constants,
+in which a call stands for its body, a derived weight for the expression that computes it, and a relayout for its
+operand. Equal trees get one number here, so that comparing is cheap. The check is independent of the passes.
 """
 
 from __future__ import annotations
@@ -16,30 +16,32 @@ from treadle.ir.hashing import literal_key, op_key
 from treadle.ir.ops.layout import Relayout
 
 MOST_NODES = 200_000
-"""Nodes that are looked at, calls entered each time: blocks that call others twice, and so on, would have too many."""
+"""The greatest number of visited nodes, counting each call: blocks that call others twice, and so on, would have too
+many.
+"""
 
 Key = tuple[object, ...]
 
 
 Numbers = dict[str, int]
-"""A number for the expression of each output of entries, and of each state that they update."""
+"""A number for the expression of each output of the entries, and of each state that they update."""
 
 Step = tuple[Function | None, str | None, tuple[Value | None, ...], tuple[Value, ...]]
-"""A node: the function that it calls, or the key of its op, or neither where it lays its operand out anew."""
+"""A node: the function that it calls, or the key of its op, or neither if it only changes its operand's layout."""
 
 
 class Expressions:
-    """Numbers for expressions, the same for equal ones of all graphs that it is asked about."""
+    """Assigns numbers to expressions; equal expressions get equal numbers, also in different graphs."""
 
     def __init__(self) -> None:
         self._numbers: dict[Key, int] = {}
         self._literals: dict[Value, int] = {}
         self._left = MOST_NODES
         self._read: dict[Function, tuple[list[Step], dict[Value | None, int]]] = {}
-        """The steps of functions, and their constants; of one graph, while it is looked at."""
+        """The steps and the constants of each function of the graph that is being numbered."""
 
     def of(self, graph: Graph) -> Numbers | None:
-        """The expressions of a graph as it is now; None where it is too large."""
+        """Return the expressions of a graph as it is now, or None if it is too large."""
         self._left = MOST_NODES
         self._read.clear()
         held: Numbers = {}
@@ -109,11 +111,11 @@ class Expressions:
 def check_same_expressions(
     before: Graph, after: Graph, expressions: Expressions | None = None, was: Numbers | None = None
 ) -> Numbers | None:
-    """The expressions of a graph, if they are those that it had; None where it is too large to tell.
+    """Return the expressions of a graph if they are unchanged; None if it is too large to compare.
 
-    was   those that it had, where `expressions` has found them already
+    was   the old expressions, if `expressions` has computed them already
 
-    Raises PassError with the output that is another expression, or is not there.
+    Raises PassError with the output whose expression changed or that is missing.
     """
     expressions = expressions or Expressions()
     was = was or expressions.of(before)
@@ -121,7 +123,7 @@ def check_same_expressions(
     if was is None or now is None:
         return None
     if was.keys() != now.keys():
-        raise PassError("the outputs are not those that they were", received=f"{list(now)}; before: {list(was)}")
+        raise PassError("the outputs have other names than before", received=f"{list(now)}; before: {list(was)}")
     for name, number in was.items():
         if now[name] != number:
             raise PassError(f"{name} is no longer the same expression of inputs and weights")

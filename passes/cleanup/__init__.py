@@ -1,1 +1,1 @@
-"""Passes that leave a graph simpler: folded, deduplicated, in one spelling."""
+"""Passes that simplify a graph: constant folding, deduplication, dead code, one form for equal expressions."""

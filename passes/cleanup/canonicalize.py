@@ -1,4 +1,4 @@
-"""Canonicalize: one spelling for what can be spelled in several ways, so that later patterns need only one."""
+"""Canonicalize: one form for expressions that can be written in several ways, so that later patterns need only one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from treadle.passes.framework.rewrite import Match, Rewrite, RewriteSet, sweep
 
 @dataclass(frozen=True)
 class AddZero(Rewrite):
-    """x + 0   -->   x        (of x = -0.0, the left side is 0.0 and the right side -0.0)"""
+    """x + 0   -->   x        (for x = -0.0, the left side is 0.0 and the right side -0.0)"""
 
     def pattern(self, p: Vocabulary, x: Any) -> Any:
         return x + 0
@@ -36,7 +36,7 @@ class AddZero(Rewrite):
 
 @dataclass(frozen=True)
 class SubZero(Rewrite):
-    """x - 0   -->   x        (not x - -0.0, which of x = -0.0 is 0.0)"""
+    """x - 0   -->   x        (not x - -0.0, which is 0.0 for x = -0.0)"""
 
     def pattern(self, p: Vocabulary, x: Any) -> Any:
         return x - p.constant("zero")
@@ -147,7 +147,7 @@ class AndTrue(Rewrite):
 
 @dataclass(frozen=True)
 class WhereConstant(Rewrite):
-    """where(true, x, y)   -->   x;   where(false, x, y)   -->   y        (expanded, where the other was larger)"""
+    """where(true, x, y)   -->   x;   where(false, x, y)   -->   y        (expanded if the other operand was larger)"""
 
     def pattern(self, p: Vocabulary, x: Any, y: Any) -> Any:
         return p.where(p.constant("condition"), x, y)
@@ -181,11 +181,11 @@ LOSSLESS: Mapping[str, tuple[str, ...]] = {
     "f16": ("f32", "f64"),
     "f32": ("f64",),
 }
-"""For each dtype, those that hold all of its values exactly."""
+"""For each dtype, the dtypes that hold all of its values exactly."""
 
 
 def is_lossless(source: DType, to: DType) -> bool:
-    """Whether a cast keeps every value."""
+    """Return True if a cast keeps every value."""
     return source == to or to.name in LOSSLESS.get(source.name, ())
 
 
@@ -221,7 +221,7 @@ class IdentityRearrange(Rewrite):
 class RearrangeOfRearrange(Rewrite):
     """rearrange(rearrange(x, p), q)   -->   rearrange(x, q after p)
 
-    Where p joins axes that q splits at other places (a product 2*3 read as 3*2) no one pattern says both.
+    Not if p joins axes that q splits at other positions (a product 2*3 read as 3*2): no single pattern expresses both.
     """
 
     def pattern(self, p: Vocabulary, x: Any, first: Any, second: Any) -> Any:
@@ -239,7 +239,7 @@ class RearrangeOfRearrange(Rewrite):
 
 @dataclass(frozen=True)
 class Unchanging(Rewrite):
-    """expand, reshape, slice or pad to the shape that x has, or concat of x alone   -->   x"""
+    """expand, reshape, slice or pad to the shape that x already has, or concat of x alone   -->   x"""
 
     def pattern(self, p: Vocabulary, x: Any, shape: Any, axis: Any, start: Any, stop: Any, value: Any) -> Any:
         return p.either(
@@ -270,9 +270,9 @@ class ReshapeOfReshape(Rewrite):
 
 @dataclass(frozen=True)
 class ReshapeByAxes(Rewrite):
-    """reshape(x, s)   -->   rearrange(x, ...)        where it splits and joins whole axes
+    """reshape(x, s)   -->   rearrange(x, ...)        if it splits and joins whole axes
 
-    [B, S, 768] -> [B, S, 12, 64] is "a b (c d=64) -> a b c d"; [4, 6] -> [3, 8] cuts across, and stays.
+    [B, S, 768] -> [B, S, 12, 64] is "a b (c d=64) -> a b c d"; [4, 6] -> [3, 8] splits no whole axes, and is kept.
     """
 
     def pattern(self, p: Vocabulary, x: Any, shape: Any) -> Any:
@@ -283,7 +283,7 @@ class ReshapeByAxes(Rewrite):
 
     def rewrite(self, b: Builder, m: Match) -> Any:
         pattern = reshaping_pattern(m.x.type, m.shape)
-        assert pattern is not None  # fits
+        assert pattern is not None  # checked by `fits`
         return b.rearrange(m.x, pattern=pattern)
 
 
@@ -300,7 +300,7 @@ class ExpandOfExpand(Rewrite):
 
 @dataclass(frozen=True)
 class TidyLayout(RewriteSet):
-    """For what rearranges in a replacement leave between it and its neighbours."""
+    """Cleans up rearranges between a replacement and its neighbours."""
 
     rules: ClassVar[tuple[Rewrite, ...]] = (IdentityRearrange(), RearrangeOfRearrange())
 
@@ -321,7 +321,7 @@ class WhereAlike(Rewrite):
 
 @dataclass(frozen=True)
 class StopGradient(Rewrite):
-    """stop_gradient(x)   -->   x        where the graph is not differentiated"""
+    """stop_gradient(x)   -->   x        if the graph is not differentiated"""
 
     def pattern(self, p: Vocabulary, x: Any) -> Any:
         return p.stop_gradient(x)
@@ -342,12 +342,12 @@ class Canonicalize(RewriteSet):
      5. cast to the same dtype, cast of a lossless cast
      6. two of rearrange, reshape or expand in a row  -->  one;  reshape of whole axes  -->  rearrange
      7. rearrange, reshape, expand, slice, pad, concat that change nothing  -->  x
-     8. slice(concat(x, y)) of one of them; gather of all that there is; where(i < 0, y, i) of positions  -->  x
-     9. slice of a table that is made of positions  -->  the smaller table
-    10. stop_gradient(x)  -->  x, where the graph is not differentiated
+     8. slice(concat(x, y)) of one of them; gather of the whole axis; where(i < 0, y, i) of positions  -->  x
+     9. slice of a table that is computed from positions  -->  the smaller table
+    10. stop_gradient(x)  -->  x, if the graph is not differentiated
 
-    They keep every bit but one: x + 0 turns -0.0 into 0.0, and x does not. Left alone, since it would change
-    numbers: x * 0 (NaN and infinity), (x * a) * b, x / c for other c, x^0.5.
+    Results stay bitwise identical with one exception: x + 0 turns -0.0 into 0.0, and x does not. Not applied, since
+    they would change numbers: x * 0 (NaN and infinity), (x * a) * b, x / c for other c, x^0.5.
     """
 
     rules: ClassVar[tuple[Rewrite, ...]] = (
@@ -384,9 +384,9 @@ class Canonicalize(RewriteSet):
 
 
 def constants_to_scalars(function: Function, log: PassRecord) -> int:
-    """x + [[c]]   -->   x + c        for a constant of one element beside a value of no lower rank
+    """x + [[c]]   -->   x + c        for a constant of one element next to a value of the same or higher rank
 
-    x + expand(c)   -->   x + c        beside a value of the result's shape
+    x + expand(c)   -->   x + c        next to a value of the result's shape
 
     For all elementwise ops: their operands broadcast.
     """
@@ -411,7 +411,7 @@ def constants_to_scalars(function: Function, log: PassRecord) -> int:
 
 
 def _repeated_number(value: Value) -> Literal | None:
-    """The constant of one element that this is, or is made of by nothing but repeating and reshaping."""
+    """Return the constant of one element that a value is, or repeats and reshapes; None for any other value."""
     while value.node is not None and isinstance(value.node.op, (Expand, Rearrange, Reshape)):
         value = value.node.inputs[0]
     literal = value.literal

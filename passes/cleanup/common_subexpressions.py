@@ -1,4 +1,4 @@
-"""Common subexpressions: what is computed twice is computed once."""
+"""Common subexpressions: compute equal expressions once."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from treadle.passes.framework.pass_log import PassRecord
 class CommonSubexpressions(Pass):
     """a = op(x, y); b = op(x, y)   -->   a = op(x, y); b = a
 
-    Two nodes are one if op, attributes and operands agree; operands agree if they are one value or constants
-    of equal dtype, shape and bits. The first keeps its place, scope and source line. Calls of one function on
-    the same values are merged as well. What updates a state is never merged, nor is that in which ranks meet. Works
-    within a function, not across functions.
+    Two nodes are merged if op, attributes and operands agree; operands agree if they are one value or constants of
+    equal dtype, shape and bits. The first keeps its position, scope and source line. Calls of one function on the same
+    values are merged as well. Ops that update a state and collectives are never merged. Works within a function, not
+    across functions.
     """
 
     def run(self, function: Function, graph: Graph, log: PassRecord) -> int:

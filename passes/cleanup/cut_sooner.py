@@ -1,4 +1,4 @@
-"""Slices and lookups move ahead of what they cut, so that no more is computed than is read."""
+"""Slices and lookups move before the ops whose results they slice, so that only what is read is computed."""
 
 from __future__ import annotations
 
@@ -26,14 +26,13 @@ from treadle.passes.framework.pass_log import PassRecord
 class CutSooner(Pass):
     """slice(f(x))   -->   f(slice(x))      for an f that maps the axis
 
-    and likewise for what looks up positions: constant ones, or those that each row of a batch has of its own. Where a
-    classifier looks at the first token alone, the last layer computes that token's query, output and feed-forward
-    network, and only keys and values of all: what is cut goes into calls, whose function is then another than that of
-    the other layers.
+    The same holds for lookups of positions: constant positions, or positions of each row of a batch. If a classifier
+    reads only the first token, the last layer computes only that token's query, output and feed-forward network, but
+    all keys and values: slices move into calls, which then call another function than the other layers do.
 
-    Leaves alone: parts of more than half of an axis, or of a size that is not fixed; what is read as a whole elsewhere;
-    what multiplies a weight along the axis. Refuses: an op that has no form on a part of an axis that it maps; a call
-    that gives the positions at which its other results are read.
+    Not applied to parts of more than half of an axis, or of a size that is not fixed; to values that are also read as a
+    whole; to products with a weight along the axis. Refuses: an op that has no form on a part of an axis that it maps;
+    a call that computes the positions at which its other results are read.
     """
 
     def run_graph(self, graph: Graph, log: PassRecord) -> int:
@@ -48,7 +47,7 @@ class CutSooner(Pass):
 
 
 def _drop_uncalled(graph: Graph) -> None:
-    """Remove functions of which all calls are of a part now."""
+    """Remove functions whose calls have all been replaced by calls of a sliced copy."""
     called: set[str | None] = set()
     for function in reversed(list(graph.functions.values())):
         if function not in graph.entries and function.name not in called:
@@ -58,14 +57,16 @@ def _drop_uncalled(graph: Graph) -> None:
 
 
 def _slice(dim: int, start: Size, stop: Size, whole: Size) -> Slice:
-    """As a person would write it: the last by its place from the end."""
+    """Return the slice op in the form that a person would write: the last position is counted from the end."""
     if stop != whole:
         return Slice(axis=dim, start=start, stop=stop)
     return Slice(axis=dim, start=start if start.constant is not None else start - whole)
 
 
 class _Cutting:
-    """Has functions of a graph compute no more than is read of them, and makes those that they then call."""
+    """Makes functions of a graph compute only what is read of them, and builds the sliced functions that they then
+    call.
+    """
 
     def __init__(self, rule: str, graph: Graph, log: PassRecord) -> None:
         self.rule, self.graph, self.log = rule, graph, log
@@ -73,9 +74,9 @@ class _Cutting:
         self._made: dict[object, Function] = {}
 
     def cut(self, function: Function) -> list[tuple[Function, Node, str]]:
-        """Have a function compute no more than is read of it where it gives all; what was refused.
+        """Make a function whose whole outputs are needed compute only what is read. Return the refusals.
 
-        Along one axis after the other: what is cut along the second may stand where the first one was cut.
+        It works along one axis after the other: slices along the second may move to where the first axis was sliced.
         """
         refused = list[tuple[Function, Node, str]]()
         while True:
@@ -93,11 +94,11 @@ class _Cutting:
         parts: Mapping[Value, Value] = MappingProxyType({}),
         given: Mapping[Value, Value] = MappingProxyType({}),
     ) -> None:
-        """Change a function in place, as `found` says.
+        """Change a function in place according to `found`.
 
-        outputs   which parts of its outputs it gives from now on
-        parts     its inputs that stand for parts of what were inputs
-        given     its inputs that stand for positions of its caller's
+        outputs   the parts of its outputs that it returns from now on
+        parts     the new inputs that stand for parts of the old inputs
+        given     the new inputs that stand for positions of the caller
         """
         body = _Body(self, function, found)
         body.whole.update(given)
@@ -109,12 +110,12 @@ class _Cutting:
             part, x = part_taken(cutter), cutter.inputs[0]
             assert part is not None
             whole = x.type.shape[part.dim]
-            reason = f"{part.size} of {whole} positions: no more is computed by {', '.join(body.told)}"
+            reason = f"{part.size} of {whole} positions: only these are computed by {', '.join(body.told)}"
             self.log.match(self.rule, function, cutter, reason=reason)
         self.changes += len(body.cutters)
 
     def callee(self, node: Node, cut: CutNode, types: Sequence[Type | None]) -> Function:
-        """The function that a call calls, on parts of its operands, which have these types."""
+        """Return the function that a call calls on parts of its operands, which have these types."""
         whole = self.graph.callee(node)
         assert whole is not None
         key = (whole.name, cut.operands, cut.results, tuple(types))
@@ -133,7 +134,9 @@ class _Cutting:
         return self._made[key]
 
     def _add(self, made: Function, whole: Function) -> None:
-        """Put a function behind the one that it is made of: what it calls is before that, and what calls it is not."""
+        """Insert a function after the one that it was copied from: its callees come before both, and its callers
+        after.
+        """
         functions = self.graph.functions
         names = list(functions)
         at = names.index(whole.name) + 1
@@ -142,13 +145,13 @@ class _Cutting:
 
 
 def picked_by(cut: CutNode) -> list[Value]:
-    """The positions that rows have of their own, each once, of a call."""
+    """Return the per-row positions that a call reads, each once."""
     parts = (*cut.results, *cut.operands)
     return list(dict.fromkeys(part.picked.value for part in parts if part is not None and part.picked is not None))
 
 
 def _add_inputs(function: Function, values: Sequence[Value]) -> dict[Value, Value]:
-    """Inputs of a function, behind its others, that stand for values of its caller's."""
+    """Append inputs to a function that stand for values of its caller. Return the new inputs by these values."""
     made: dict[Value, Value] = {}
     for value in values:
         name = free_name(value.name, {*(v.name for v in function.inputs), *function.parameters, *function.states})
@@ -158,7 +161,9 @@ def _add_inputs(function: Function, values: Sequence[Value]) -> dict[Value, Valu
 
 
 def in_order(nodes: Sequence[Node]) -> list[Node]:
-    """Nodes in their order, but each behind what it reads: positions may be computed after what they pick from."""
+    """Return the nodes in their order, but each after its operands: positions may be computed after the values that
+    they pick from.
+    """
     left, ordered = set(nodes), list[Node]()
     for first in nodes:
         pending = [first]
@@ -178,10 +183,10 @@ def in_order(nodes: Sequence[Node]) -> list[Node]:
 class _Body:
     """One function while its nodes are replaced.
 
-    parts    what there is of a value of which a part alone is computed
-    whole    what stands for a value now
-    cutters  the slices and lookups that found their part computed
-    told     what computes a part, by name
+    parts    the computed part of each value of which only a part is computed
+    whole    the current replacement of each value
+    cutters  the slices and lookups whose part is now computed directly
+    told     the names of the ops that compute a part
     """
 
     def __init__(self, cutting: _Cutting, function: Function, found: FoundParts) -> None:
@@ -194,7 +199,7 @@ class _Body:
         self._slices: dict[tuple[Value, PartRead], Value] = {}
 
     def add(self, node: Node) -> None:
-        """What comes in the place of a node: itself, where all of it is read."""
+        """Append the replacement of a node: the node itself if all of it is read."""
         cut, taken = self.found.cut.get(node), part_taken(node)
         if cut is not None:
             self._add_cut(node, cut)
@@ -241,7 +246,7 @@ class _Body:
         else:
             literal, start = node.inputs[1].literal, self.found.parts[x].start.constant
             assert literal is not None
-            assert start is not None, "a part that a lookup reads begins at a constant"
+            assert start is not None, "a part that a lookup reads must begin at a constant"
             moved = Value.constant(Literal.of(literal.array - start, literal.dtype))
             made = self._append(node.op, [self.parts[x], moved], node).result
         self.whole[node.result] = made
@@ -251,7 +256,7 @@ class _Body:
         return None if value is None else self.whole.get(value, value)
 
     def _part(self, value: Value, part: PartRead | None, at: Node | None) -> Value:
-        """A part of a value, for the node that reads it; None: all of it."""
+        """Return a part of a value, for the node that reads it; None: the whole value."""
         if part is None:
             return self.whole.get(value, value)
         known = self.found.parts[value] if value in self.parts else None
@@ -271,7 +276,7 @@ class _Body:
         return self._slices[value, part]
 
     def _taken(self, x: Value, part: PartRead, picked: Picked, scope: str) -> Node:
-        """The node that takes what each row has of a value at positions of its own."""
+        """Append nodes that take each row's own positions of a value, and return the last one."""
         value = self.whole.get(picked.value, picked.value)
         rank = value.type.rank
         before = ["r" if i == picked.rows else "p" if i == picked.dim else "1" for i in range(rank)]
@@ -287,7 +292,7 @@ class _Body:
         return made
 
     def _append(self, op: Op, operands: Sequence[Value | None], node: Node) -> Node:
-        """A node in the place of another."""
+        """Append a node that replaces another."""
         made = Node(op, operands, op.infer_for(operands), None, node.scope, node.source)
         for old, new in zip(node.results, made.results, strict=True):
             new.name = old.name

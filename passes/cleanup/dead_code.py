@@ -1,4 +1,4 @@
-"""Dead code: what no output depends on is removed."""
+"""Dead code: remove what no output depends on."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ class DeadCode(Pass):
     """a = f(x); b = g(x); return b   -->   b = g(x); return b
 
     Removes nodes without a used result, results of a function that no call uses, inputs, weights and states that a
-    function does not read, functions that nobody calls, and weights and states of the model that are left over (named
-    in the log). Keeps the model's own inputs and outputs, what `bind` makes, and what states are in the end.
+    function does not read, functions that are never called, and unused weights and states of the model (named in the
+    log). Keeps the model's own inputs and outputs, the derived weights of `bind`, and the final values of states.
     """
 
     def run_graph(self, graph: Graph, log: PassRecord) -> int:
         changes = 0
-        # A function that takes less than before may leave nodes of its callers dead, which the next walk sees.
+        # A function that loses arguments may leave dead nodes in its callers, which the next walk finds.
         while found := _walk(graph, log):
             changes += found
         return changes
 
 
 def _walk(graph: Graph, log: PassRecord) -> int:
-    """Clean every function once, callers first; returns the number of things removed."""
+    """Clean every function once, callers first. Return the number of removed items."""
     removed = 0
     used: set[Value] = set()
     calls: dict[str, list[Node]] = {}
@@ -40,14 +40,14 @@ def _walk(graph: Graph, log: PassRecord) -> int:
         if function not in graph.entries:
             if not callers:
                 del graph.functions[function.name]
-                log.notes.append(f"removed function {function.name}, which nobody calls")
+                log.notes.append(f"removed function {function.name}, which is never called")
                 removed += 1
                 continue
             removed += _drop_results(function, callers, used)
         removed += _drop_nodes(function, used)
         if function not in graph.entries:
             removed += _drop_arguments(function, callers, used)
-        elif function.name == graph.entry_names[0]:  # the last of them that is looked at
+        elif function.name == graph.entry_names[0]:  # the last one to be visited
             removed += _drop_weights(graph, used, log)
         for node in function.nodes:
             if node.op.callee is not None:
@@ -56,7 +56,9 @@ def _walk(graph: Graph, log: PassRecord) -> int:
 
 
 def _drop_nodes(function: Function, used: set[Value]) -> int:
-    """Drop nodes that give nothing used; adds what the others read to `used`."""
+    """Drop nodes without a used result, and add the operands of the others to `used`. Return the number of dropped
+    nodes.
+    """
     kept = needed_nodes(function.nodes, function.results)
     used.update(function.results, *(node.inputs for node in kept))
     removed = len(function.nodes) - len(kept)
@@ -91,7 +93,7 @@ def _drop_arguments(function: Function, callers: Sequence[Node], used: set[Value
 
 
 def _drop_weights(graph: Graph, used: set[Value], log: PassRecord) -> int:
-    """Drop weights and states that an entry does not read; tells of those that no other reads, either."""
+    """Drop weights and states that an entry does not read; log those that no other entry reads."""
     removed = 0
     known = {"weights": list(graph.parameters), "states": list(graph.states)}
     for entry in graph.later_entries:

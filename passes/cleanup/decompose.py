@@ -1,4 +1,4 @@
-"""Decompose: fused ops as what they are made of, the reverse of the passes that fuse."""
+"""Decompose: replace fused ops by their bodies, the reverse of the passes that fuse."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ FUSED = (
     *("add_layer_norm", "add_rms_norm", "embedding_sum"),
     *("attention_with_probabilities", "projections"),
 )
-"""The composites that passes of the default pipeline make."""
+"""The composites that passes of the default pipeline build."""
 
 
 @dataclass(frozen=True)
 class Decompose(SiteRewrite[Site]):
     """attention(q, k, v), layer_norm(x, w), ...   -->   their bodies
 
-    ops    which composites; one in the body of another is decomposed as well if it is among them
+    ops    the composites to decompose; one in the body of another is decomposed as well if it is among them
 
     The fusing passes of the default pipeline undo it. Raises PassError for an op that has no body.
     """
@@ -37,11 +37,11 @@ class Decompose(SiteRewrite[Site]):
     def run_graph(self, graph: Graph, log: PassRecord) -> int:
         for name in self.ops:
             if not issubclass(find_op(name), Composite):
-                raise PassError(f"{name} has no body to be decomposed into", hint="one of " + ", ".join(FUSED))
+                raise PassError(f"{name} has no body, so it cannot be decomposed", hint="one of " + ", ".join(FUSED))
         return super().run_graph(graph, log)
 
     def sites(self, work: Rewriting) -> Iterator[Site]:
-        """Every one, also in the body of another."""
+        """Yield every one of these composites, also in the body of another."""
         for node in work.walk(into=True):
             if node.op.name in self.ops:
                 yield Site(node)

@@ -1,4 +1,4 @@
-"""Constant folding: what depends on constants alone is computed now, by the ops' own references."""
+"""Constant folding: compute what depends on constants alone at compile time, by the ops' own references."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class FoldConstants(Pass):
 
     In the graph's own precision: a float32 constant rounds as the float32 op would at run time.
 
-    limit_bytes   a fold whose results would take more is refused
-    small_bytes   a fold that makes more bytes than it reads (iota, expand) is refused past this
+    limit_bytes   refuse a fold whose results would be larger
+    small_bytes   refuse a fold that produces more bytes than it reads (iota, expand) if the result is larger than this
 
-    Refuses: results over those limits; bf16, in which NumPy does not compute; ops whose reference fails. Calls are
-    not entered: a function is folded once for all its calls.
+    Refuses: results over those limits; bf16, in which NumPy does not compute; ops whose reference fails. Calls are not
+    entered: a function is folded once for all its calls.
     """
 
     limit_bytes: int = 1 << 20
@@ -54,20 +54,20 @@ class FoldConstants(Pass):
     def _refusal(self, node: Node) -> str | None:
         types = [v.type for v in (*node.inputs, *node.results)]
         if any(t.encoding is not None for t in types):
-            return "blocks stay as they are held: what reads them may take them so"
+            return "encoded blocks are not decoded: consumers may read them as blocks"
         if any(t.dtype.numpy is None for t in types):
             return "NumPy does not compute in bf16"
         made = sum(v.type.bytes_at({}) for v in node.results)
         if made > self.limit_bytes:
-            return f"would make {made:,} bytes, over the limit of {self.limit_bytes:,}"
+            return f"would produce {made:,} bytes, over the limit of {self.limit_bytes:,}"
         read = sum(v.type.bytes_at({}) for v in node.inputs)
         if made > max(read, self.small_bytes):
-            return f"would make {made:,} bytes from {read:,}, over the limit of {self.small_bytes:,}"
+            return f"would produce {made:,} bytes from {read:,}, over the limit of {self.small_bytes:,}"
         return None
 
 
 def _fixed(node: Node) -> Op | None:
-    """The node's op if nothing but constants and fixed sizes goes into it."""
+    """Return the node's op, with sizes fixed, if it depends only on constants and fixed sizes."""
     if node.op.callee is not None or any(v.literal is None for v in node.inputs):
         return None
     try:

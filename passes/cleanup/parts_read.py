@@ -1,13 +1,14 @@
-"""Which part of each value of a function is read, where that is a run of positions along one axis, or some of each row.
+"""The part of each value of a function that is read, if that is a range of positions along one axis, or per-row
+positions.
 
-A slice reads a part, and so does a lookup: at constant positions, or at positions that each row of a batch has of its
-own. An op that maps the axis needs no more of its operands than is read of its results, and so on upwards: into calls,
-and up to what mixes positions, such as the keys of attention, which are all read. (Positions that rows have of their
-own do not go on to what looks at where it stands, such as a causal mask.)
+A slice reads a part, and so does a lookup: at constant positions, or at positions of each row of a batch. An op that
+maps the axis needs only the same part of its operands as is read of its results. This is propagated upwards, into
+calls, up to ops that mix positions, such as attention, which reads all keys. (Per-row positions are not propagated
+through ops that depend on the position itself, such as a causal mask.)
 
     found = PartsRead(graph).of(function, [None])      # all of its output is read
-    found.parts[value]                                 # the part that is read of a value; one that is not there: all
-    found.cut[node]                                    # what a node is that computes no more than is read of it
+    found.parts[value]                                 # the part that is read of a value; absent: all of it
+    found.cut[node]                                    # the form of a node that computes only what is read of it
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from treadle.ir.source_lines import SourceLine
 
 @dataclass(frozen=True)
 class Picked:
-    """Positions that rows have of their own: a value whose dimension `rows` is the rows, and `dim` the positions of
-    each; the others are 1.
+    """Per-row positions: a value whose dimension `rows` is the rows, and `dim` the positions of each row; its other
+    dimensions are 1.
     """
 
     value: Value
@@ -39,10 +40,10 @@ class Picked:
 
 @dataclass(frozen=True)
 class PartRead:
-    """A run of positions along one axis of a value: `size` of them, from `start` on along dimension `dim`.
+    """A range of positions along one axis of a value: `size` of them, from `start` along dimension `dim`.
 
-    source   the line that asks for them
-    picked   positions that are no run, of which each row has `size`; None: those from `start` on
+    source   the line that reads them
+    picked   positions that are not a range, `size` for each row; None: the range from `start`
     rows     the dimension of these rows
     """
 
@@ -56,11 +57,11 @@ class PartRead:
 
 @dataclass(frozen=True)
 class CutNode:
-    """A node that computes no more than is read of it.
+    """A node that computes only what is read of it.
 
-    op        the op on parts; None of a call, whose function is another, and of a slice that is a part of its operand's
-    operands  the part that it takes of each operand; None for all of it
-    results   the part that it gives of each result
+    op        the op on parts; None for a call (it calls another function) and for a slice that is a part of its operand
+    operands  the part that it reads of each operand; None for all of it
+    results   the part that it computes of each result
     """
 
     op: Op | None
@@ -70,13 +71,13 @@ class CutNode:
 
 @dataclass
 class FoundParts:
-    """What is read in a function, given what is read of its outputs.
+    """The parts read in a function, given the parts read of its outputs.
 
-    parts     what is read of a value, where that is a part
-    cut       the nodes that need not compute all
-    refused   those of which a part is read, that map the axis, and compute all of it all the same: the function, the
-              node, and why
-    computes  whether some of the cut ones compute something: to move fewer elements alone is not worth a change
+    parts     the part that is read of a value, if not all of it is read
+    cut       the nodes that need not compute all of their results
+    refused   nodes that map the axis and of which only a part is read, but that must compute everything: the function,
+              the node, and the reason
+    computes  True if some of the cut nodes compute something: moving fewer elements alone is not worth a change
     """
 
     parts: dict[Value, PartRead] = field(default_factory=dict)
@@ -89,7 +90,7 @@ class FoundParts:
 
 
 def part_taken(node: Node) -> PartRead | None:
-    """The part of its first operand that a slice or a lookup reads, if that is a small one."""
+    """Return the part of its first operand that a slice or a lookup reads, if that is a small one."""
     op = node.op
     if isinstance(op, Slice) and op.stride == 1:
         dim = place(op.axis, node.inputs[0].type.rank)
@@ -101,7 +102,7 @@ def part_taken(node: Node) -> PartRead | None:
         dim = place(op.axis, node.inputs[0].type.rank)
         size = node.inputs[0].type.shape[dim].constant
         if first < 0 or (size is not None and last >= size):
-            return None  # which is an error when it runs
+            return None  # an error at run time
         found = PartRead(dim, Size.of(first), Size.of(last - first + 1), node.source)
     elif isinstance(op, TakeAlongAxis) and (picked := _picked(node, place(op.axis, node.result.type.rank))) is not None:
         found = PartRead(picked.dim, ZERO, node.result.type.shape[picked.dim], node.source, picked, picked.rows)
@@ -111,7 +112,7 @@ def part_taken(node: Node) -> PartRead | None:
 
 
 def _picked(node: Node, dim: int) -> Picked | None:
-    """The positions at which elements are taken, where all elements of a row are taken at the same ones."""
+    """Return the positions at which elements are taken, if all elements of a row are taken at the same positions."""
     x, indices = node.inputs
     if indices.node is None or not isinstance(indices.node.op, Expand):
         return None
@@ -124,9 +125,9 @@ def _picked(node: Node, dim: int) -> Picked | None:
 
 
 def _is_small(part: PartRead, value: Value) -> bool:
-    """Whether it pays to read that alone: a fixed number of positions, at most half of a fixed size.
+    """Return True if it pays to compute only this part: a fixed number of positions, at most half of a fixed size.
 
-    Of positions that a caller gives, any number: a caller that gives some wants these.
+    Positions that the caller passes may be of any number: a caller that passes positions wants only these.
     """
     size, whole = part.size.constant, value.type.shape[part.dim].constant
     if size is None and part.picked is not None:
@@ -135,14 +136,16 @@ def _is_small(part: PartRead, value: Value) -> bool:
 
 
 def _is_given(value: Value) -> bool:
-    """Whether it is an input, however that is moved."""
+    """Return True if a value is an input, possibly moved."""
     while value.node is not None and value.node.op.is_view:
         value = value.node.inputs[0]
     return value.kind == "input"
 
 
 class PartsRead:
-    """Finds what is read in the functions of a graph, each once for what is read of its outputs."""
+    """Finds the parts that are read in the functions of a graph, once for each combination of parts read of the
+    outputs.
+    """
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
@@ -150,7 +153,9 @@ class PartsRead:
         self._computing: dict[Value, set[Node]] = {}
 
     def of(self, function: Function, outputs: Sequence[PartRead | None]) -> FoundParts:
-        """What is read, where these parts of the outputs are (None: all), and all of what states are in the end."""
+        """Return the parts read in a function when these parts of its outputs are read (None: all), and all final
+        states.
+        """
         key = (function.name, tuple(outputs))
         if key not in self._known:
             self._known[key] = self._found(function, outputs)
@@ -188,11 +193,11 @@ class PartsRead:
         known = {None, *[part.picked for part in outputs if part is not None]}
         for value in function.inputs:
             if value in found.parts and found.parts[value].picked not in known:
-                del found.parts[value]  # a caller does not know positions of the function's own
+                del found.parts[value]  # the caller does not know this function's own positions
         return found
 
     def _above(self, value: Value) -> set[Node]:
-        """The nodes that a value is computed by."""
+        """Return the nodes that a value is computed by."""
         if value not in self._computing:
             found, pending = set[Node](), [value.node]
             while pending:
@@ -217,7 +222,7 @@ class PartsRead:
                 return None
             picked = {part.picked.value for part in wanted if part is not None and part.picked is not None}
             if any(node in self._above(value) for value in picked):
-                reason = f"{callee.name} gives the positions at which it is read"
+                reason = f"{callee.name} computes the positions at which it is read"
                 found.refused.append((function, node, reason))
                 return None
             found.computes |= inner.computes
@@ -242,9 +247,9 @@ class PartsRead:
         op = on_part(node, factor, part)
         if op is None:
             whole = application.dims[factor].size
-            reason = f"{node.op.name} has no form on {part.size} of {whole} positions, all that is read of it"
+            reason = f"{node.op.name} has no form on {part.size} of {whole} positions, though only these are read"
             if part.picked is not None and factor in node.op.positional:
-                reason = f"{node.op.name} looks at positions, and each row is read at one of its own"
+                reason = f"{node.op.name} depends on positions, and each row is read at a position of its own"
             found.refused.append((function, node, reason))
             return None
         found.computes |= not op.only_moves
@@ -252,7 +257,7 @@ class PartsRead:
 
 
 def _joined(a: PartRead, b: PartRead, value: Value) -> PartRead | None:
-    """A part that holds both, if there is a small one."""
+    """Return a part that contains both parts, if there is a small one."""
     edges = [s.constant for s in (a.start, a.start + a.size, b.start, b.start + b.size)]
     known = [edge for edge in edges if edge is not None]
     if a.dim != b.dim or len(known) < len(edges) or a.picked is not None or b.picked is not None:
@@ -262,7 +267,7 @@ def _joined(a: PartRead, b: PartRead, value: Value) -> PartRead | None:
 
 
 def _mapped(application: Application, result: int, dim: int) -> str | None:
-    """The factor that a dimension of a result is, if it is one alone, and the op maps it."""
+    """Return the factor that a dimension of a result consists of, if it is a single one and the op maps it."""
     held = application.results[result][dim]
     if len(held.factors) != 1 or held.size is not None:
         return None
@@ -271,7 +276,7 @@ def _mapped(application: Application, result: int, dim: int) -> str | None:
 
 
 def _within_slice(node: Node, part: PartRead | None) -> PartRead | None:
-    """Which part of a slice's operand a part of the slice is, if it is along the same axis."""
+    """Return the part of a slice's operand that a part of the slice is, if it is along the same axis."""
     op = node.op
     if part is None or part.picked is not None or not isinstance(op, Slice) or op.stride != 1:
         return None
@@ -284,11 +289,12 @@ def _within_slice(node: Node, part: PartRead | None) -> PartRead | None:
 def _operand_parts(
     node: Node, application: Application, factor: str, row: str | None, part: PartRead
 ) -> tuple[PartRead | None, ...] | None:
-    """What a node takes of each operand where its results hold a part, along a factor; None where that is no part.
+    """Return the part that a node reads of each operand if its results hold a part along a factor; None if there is
+    none.
 
-    row   the factor of rows that have positions of their own: what holds these must hold it
+    row   the factor of rows with per-row positions: operands that hold these positions must have this factor
 
-    What multiplies weights does not do so along an axis of theirs: parts of them would be held beside the whole.
+    A product with weights is not split along an axis of the weights: parts of them would be stored next to the whole.
     """
     parts: list[PartRead | None] = []
     for value, dims in zip(node.operands, application.operands, strict=True):
@@ -311,7 +317,7 @@ def _operand_parts(
 
 
 def on_part(node: Node, factor: str, part: PartRead) -> Op | None:
-    """What a node's op is on a part of a factor that it maps; None where it has no such form."""
+    """Return a node's op on a part of a factor that it maps, or None if it has no such form."""
     op: Op | None = node.op
     assert op is not None
     if factor in op.positional:

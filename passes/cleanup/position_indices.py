@@ -1,4 +1,4 @@
-"""Indices by position that pick what is there already: how exporters read mask[b, t] by tensors of indices.
+"""Indices by position that select what is already there: exporters read mask[b, t] by tensors of indices in this way.
 
 i = iota(B) * S + iota(S)                       [B, S], the numbers from 0 to B S - 1
 gather(x as [(B S)], where(i < 0, i + B S, i))  x
@@ -26,12 +26,12 @@ from treadle.passes.framework.pattern import Vocabulary
 from treadle.passes.framework.rewrite import Match, Rewrite
 
 _MOST_VALUES = 256
-"""How many values an index may be made of: a search that goes further says nothing."""
+"""The greatest number of values that an index may be computed from; larger ones are not analyzed."""
 
 
 @dataclass(frozen=True)
 class WhereNegative(Rewrite):
-    """where(i < 0, y, i)   -->   i        for an i made of positions and sizes, which are 0 or more"""
+    """where(i < 0, y, i)   -->   i        for an i computed from positions and sizes, which are 0 or more"""
 
     def pattern(self, p: Vocabulary, i: Any, y: Any) -> Any:
         return p.where(p.shared(p.less(i, 0)), y, i)
@@ -82,7 +82,7 @@ class GatherOfAll(Rewrite):
         try:
             found = _linear(m.i.value, {})
             return found is not None and found == _counting(m.i.shape) and product(m.i.shape) == m.x.shape[0]
-        except SizeError:  # a size that grows out of bounds
+        except SizeError:  # a size out of bounds
             return False
 
     def rewrite(self, b: Builder, m: Match) -> Any:
@@ -91,14 +91,14 @@ class GatherOfAll(Rewrite):
 
 @dataclass(frozen=True)
 class _Linear:
-    """constant + the sum over axes of factor * position; a factor along an axis of size 1 is 0."""
+    """constant + the sum over axes of factor * position; the factor of an axis of size 1 is 0."""
 
     factors: tuple[Size, ...]
     constant: Size = ZERO
 
 
 def _counting(shape: Sequence[Size]) -> _Linear:
-    """The numbers from 0 on in the order of a shape, as a linear function."""
+    """Return the numbers from 0 in the order of a shape, as a linear function."""
     factors: list[Size] = []
     stride = ONE
     for size in reversed(shape):
@@ -108,12 +108,12 @@ def _counting(shape: Sequence[Size]) -> _Linear:
 
 
 def _linear(value: Value, known: dict[Value, _Linear | None]) -> _Linear | None:
-    """A value as a linear function of its own axes' positions, with sizes as factors; None for another.
+    """Return a value as a linear function of its own axes' positions, with sizes as factors; None if it is not linear.
 
-    known   what was found of others, and then of this one. Raises SizeError for a factor out of bounds.
+    known   results for other values; this value's is added. Raises SizeError for a factor out of bounds.
     """
     if value not in known:
-        known[value] = None  # also where there are too many
+        known[value] = None  # also if there are too many
         if len(known) < _MOST_VALUES:
             known[value] = _read(value, known)
     return known[value]
@@ -158,13 +158,15 @@ def _is_index(value: Value) -> bool:
 
 
 def _number(value: Value) -> int | None:
-    """A scalar constant that an index is made with."""
+    """Return the scalar integer constant that a value is, or None."""
     number = value.literal.scalar if value.literal is not None and value.literal.shape == () else None
     return None if number is None or not _is_index(value) else int(number)
 
 
 def _rearranged(x: _Linear, pattern: str, operand: Value) -> _Linear | None:
-    """A linear function with its axes moved, split, and joined where a step of the outer one is one past the inner."""
+    """Return a linear function with its axes moved, split, and joined where a step of the outer axis equals the whole
+    inner axis; None where two joined axes do not fit.
+    """
     form = form_of(pattern, operand.type)
     factors: dict[int, Size] = {}
     for dim, factor in zip(form.before, x.factors, strict=True):
@@ -181,9 +183,9 @@ def _rearranged(x: _Linear, pattern: str, operand: Value) -> _Linear | None:
 
 
 def _bits(value: Value, known: dict[Value, int | None]) -> int | None:
-    """How many bits an integer that is 0 or more needs at most, where each axis needs 31; None for any other."""
+    """Return a bound on the number of bits of a nonnegative integer, at 31 for each axis; None for any other value."""
     if value not in known:
-        known[value] = None  # also where there are too many
+        known[value] = None  # also if there are too many
         if len(known) < _MOST_VALUES and value.type.dtype.is_int:
             bits = _counted(value, known)
             known[value] = bits if bits is not None and bits < 8 * value.type.dtype.bytes else None
@@ -207,7 +209,7 @@ def _counted(value: Value, known: dict[Value, int | None]) -> int | None:
 
 
 def _bits_of(size: Size) -> int | None:
-    """Likewise of a size: of a sum, one bit more for each term after the first."""
+    """Return a bound on the number of bits of a size; each term of a sum after the first adds one bit."""
     if any(factor < 0 or any(not isinstance(atom, str) for atom in atoms) for atoms, factor in size.terms):
         return None
     each = [31 * len(atoms) + factor.bit_length() - (factor == 1 and bool(atoms)) for atoms, factor in size.terms]

@@ -1,4 +1,4 @@
-"""Slices of tables that are made of positions: as the smaller table.
+"""Slices of tables that are computed from positions become the smaller table.
 
 slice(tril(ones(C, C)), [:S, :S])   -->   tril(ones(S, S))
 """
@@ -21,15 +21,15 @@ from treadle.ir.sizing.sizes import ZERO, Size
 from treadle.passes.framework.rewrite import Match, Rewrite
 
 _MOST_VALUES = 32
-"""A table that is made of more is left as it is."""
+"""The greatest number of values that a table may be computed from; larger ones are left as they are."""
 
 
 @dataclass(frozen=True)
 class SliceOfPositions(Rewrite):
-    """slice(x)   -->   x, made that short        for an x made of positions, and of constants of integers
+    """slice(x)   -->   a smaller x        for an x computed from positions and integer constants
 
-    Its integers and truth values may be computed, its floats be chosen, cast and moved: tables of cosines are left, to
-    be made once for all calls.
+    Its integers and truth values may be computed; its floats may only be selected, cast and moved. Tables of cosines
+    are left whole, to be computed once for all calls.
     """
 
     def pattern(self, p: Any, x: Any, axis: Any, start: Any, stop: Any) -> Any:
@@ -49,12 +49,12 @@ class SliceOfPositions(Rewrite):
 
 
 def _is_leaf(value: Value) -> bool:
-    """Whether it is cut where it is: two slices would change places for ever."""
+    """Return True if a value is sliced directly: swapping two slices would never end."""
     return value.node is None or isinstance(value.node.op, Slice)
 
 
 def _is_of_positions(value: Value) -> bool:
-    """Whether nothing but positions, integers and single numbers goes into a value."""
+    """Return True if a value is computed only from positions, integers and single numbers."""
     pending, seen = [value], {value}
     while pending:
         x = pending.pop()
@@ -73,7 +73,7 @@ def _is_of_positions(value: Value) -> bool:
 
 @dataclass
 class _Cut:
-    """The making of a table once more, `length` long from `start` on along an axis of the result."""
+    """Rebuilds a table with only `length` positions from `start` along an axis of the result."""
 
     b: Builder
     start: Size
@@ -81,12 +81,12 @@ class _Cut:
     made: dict[tuple[Value, int], Expr | None] = dataclasses.field(default_factory=dict)
 
     def of(self, value: Value, axis: int) -> Expr | None:
-        """The value cut along an axis, or None where some op does more with that axis than map it."""
+        """Return the value sliced along an axis, or None if some op does more with that axis than map it."""
         key = (value, axis)
         if key not in self.made:
             try:
                 self.made[key] = self._sliced(value, axis) if _is_leaf(value) else self._node(value, axis)
-            except TreadleError:  # a pattern that spells the size which is now another
+            except TreadleError:  # a pattern that states the size, which has changed
                 self.made[key] = None
         return self.made[key]
 

@@ -1,10 +1,10 @@
-"""Rearranges by what they do: a normal form in which equal ones are equal, and two in a row are one.
+"""A normal form of rearranges: equal ones have equal forms, and two in a row become one.
 
     b s (heads=12 d) -> b heads s d        (0)(1)(2 3) -> (0)(2)(1)(3)
 
-A form lists, for each dimension before and after, the atoms that it is the product of, outermost first. Atoms
-of size 1 are left out, and atoms that stay neighbours throughout are one atom, so that splitting and joining
-again is the identity.
+A form lists, for each dimension before and after, the atoms that it is the product of, outermost first. Atoms of size 1
+are left out, and atoms that stay neighbours throughout are one atom, so that splitting and joining again is the
+identity.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Atoms = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class RearrangeForm:
-    """What a rearrange does.
+    """The normal form of a rearrange.
 
-    before, after   the atoms of each dimension, numbered as they come before
-    sizes, names    of each atom; a name is None where the rearranges that it comes from agree on none
-    given           the atoms whose size they said
+    before, after   the atoms of each dimension, numbered in the order before
+    sizes, names    for each atom; a name is None if the composed rearranges do not agree on one
+    given           the atoms whose size was stated
     """
 
     before: Atoms
@@ -45,12 +45,12 @@ class RearrangeForm:
 
     @property
     def is_transposition(self) -> bool:
-        """Whether it swaps the two axes of a matrix."""
+        """True if the form swaps the two axes of a matrix."""
         return len(self.before) == len(self.after) == 2 and self.after == self.before[::-1]
 
     @property
     def inferred(self) -> frozenset[int]:
-        """The atoms whose size a pattern need not say, one for each dimension."""
+        """The atoms whose size a pattern may omit, one for each dimension."""
         return frozenset(
             max(dim, key=lambda a: (len(self.sizes[a].symbols), a not in self.given)) for dim in self.before if dim
         )
@@ -70,14 +70,14 @@ class RearrangeForm:
 
 @lru_cache(maxsize=2048)
 def form_of(pattern: str, type: Type) -> RearrangeForm:
-    """The form of one rearrange, applied to an operand of this type."""
+    """Return the form of one rearrange, applied to an operand of this type."""
     before, after, atoms = _read(pattern, type)
     return normal_form(before, after, atoms)
 
 
 @lru_cache(maxsize=2048)
 def composed(first: str, second: str, type: Type) -> RearrangeForm | None:
-    """The form of two rearranges in a row, or None where their splits of one dimension do not divide each other."""
+    """Return the form of two rearranges in a row, or None if their splits of one dimension do not divide each other."""
     before, between, atoms = _read(first, type)
     (middle,) = Rearrange(pattern=first).infer([type])
     taken, after, others = _read(second, middle)
@@ -97,9 +97,9 @@ def composed(first: str, second: str, type: Type) -> RearrangeForm | None:
 
 @lru_cache(maxsize=2048)
 def reshaping_pattern(type: Type, shape: tuple[Size, ...]) -> str | None:
-    """The pattern of a rearrange that puts a type's elements, in order, under another shape of as many.
+    """Return the pattern of a rearrange that reshapes a type to another shape with the same number of elements.
 
-    None where an axis of one side is no product of whole axes of the other, or a size is one that patterns cannot give.
+    None if an axis of one side is not a product of whole axes of the other, or if patterns cannot express a size.
     """
     factors = [[f.size for f in dim.factors if f.size != ONE] for dim in type.dims]
     atoms = {f"x{i} {k}": PatternAtom(size) for i, dim in enumerate(factors) for k, size in enumerate(dim)}
@@ -121,7 +121,7 @@ def reshaping_pattern(type: Type, shape: tuple[Size, ...]) -> str | None:
 
 @dataclass(frozen=True)
 class PatternAtom:
-    """A factor of a dimension: its size, the name that a pattern gives it, and whether the pattern says its size."""
+    """A factor of a dimension: its size, its name in a pattern, and True if the pattern states its size."""
 
     size: Size
     name: str | None = None
@@ -129,7 +129,7 @@ class PatternAtom:
 
 
 def _read(pattern: str, type: Type) -> tuple[list[list[str]], list[list[str]], dict[str, PatternAtom]]:
-    """A pattern's dimensions before and after in factor names, without those of size 1, and the factors."""
+    """Return a pattern's dimensions before and after as factor names, without those of size 1, and the factors."""
     application = Rearrange(pattern=pattern).apply([type])
     sized = {n: d.size for n, d in application.dims.items() if not d.is_one}
     given = Rearrange(pattern=pattern).rule([type.rank]).given
@@ -142,9 +142,9 @@ def _read(pattern: str, type: Type) -> tuple[list[list[str]], list[list[str]], d
 
 
 def _refined(ours: Sequence[str], theirs: Sequence[str], atoms: dict[str, PatternAtom]) -> dict[str, list[str]] | None:
-    """For each factor of two products of one size the pieces of it, which both share; None where one cuts another.
+    """Return the common pieces of each factor of two equal products; None if a factor's boundary splits no whole piece.
 
-    A piece that is a factor goes by its name, of the two that it may be by ours if patterns know that; others are new.
+    A piece that is a whole factor keeps its name: ours if a pattern states it, else theirs. Other pieces get new names.
     """
     found = common_pieces([atoms[n].size for n in ours], [atoms[n].size for n in theirs])
     if found is None:
@@ -166,7 +166,9 @@ def _refined(ours: Sequence[str], theirs: Sequence[str], atoms: dict[str, Patter
 
 
 def normal_form(before: list[list[str]], after: list[list[str]], atoms: dict[str, PatternAtom]) -> RearrangeForm:
-    """The form of dimensions in named atoms: those that are neighbours in that order on both sides are one."""
+    """Return the form of dimensions in named atoms: atoms that are neighbours in the same order on both sides become
+    one.
+    """
     follower = {pair for dim in after for pair in pairwise(dim)}
     groups: list[list[str]] = []
     numbered: list[tuple[int, ...]] = []

@@ -1,4 +1,4 @@
-"""Values that are rounded to an integer dtype and back, as quantizers leave them in a model: DequantizeLinear of
+"""Round trips of values to an integer dtype and back, as quantizers leave them in a model: DequantizeLinear of
 QuantizeLinear.
 
     (clip(round(x / scale) + zero) - zero) scale
@@ -19,7 +19,7 @@ _MOST_STEPS = 16
 
 @dataclass(frozen=True)
 class RoundTrip:
-    """What is rounded, to which dtype, and the nodes that do it, the last one first."""
+    """The rounded value, the dtype that it is rounded to, and the nodes of the round trip, the last one first."""
 
     value: Value
     dtype: DType
@@ -27,7 +27,7 @@ class RoundTrip:
 
 
 def round_trip_at(node: Node) -> RoundTrip | None:
-    """The round trip whose last node this is."""
+    """Return the round trip whose last node this is, or None."""
     if not node.results[0].type.dtype.is_float or not (isinstance(node.op, Cast) or _is_scaling(node)):
         return None
     passed, least = [node], None
@@ -55,7 +55,7 @@ def round_trip_at(node: Node) -> RoundTrip | None:
 
 
 def round_trip_from(value: Value, readers: Callable[[Value], Sequence[Node | None]]) -> RoundTrip | None:
-    """The round trip that a value goes through where it has one reader, and each value on the way."""
+    """Return the round trip that a value goes through, if the value and each step on the way have one reader."""
     at = value
     for _ in range(_MOST_STEPS):
         users = readers(at)
@@ -69,18 +69,22 @@ def round_trip_from(value: Value, readers: Callable[[Value], Sequence[Node | Non
 
 
 def counts_steps(node: Node, readers: Sequence[Node]) -> bool:
-    """Whether a division or a multiplication gives numbers of a quantizer's steps: all its readers round them."""
+    """Return True if a division or a multiplication scales numbers to a quantizer's steps: all its readers round
+    them.
+    """
     return _is_scaling(node) and bool(readers) and all(isinstance(user.op, Round) for user in readers)
 
 
 def _along(node: Node) -> int:
-    """The operand that is not a number or a vector beside the others; -1 where there are several or none."""
+    """Return the index of the only operand that has the result's shape and is not a constant; -1 if there are several
+    or none.
+    """
     found = [i for i, v in enumerate(node.inputs) if v.type.shape == node.results[0].type.shape and v.literal is None]
     return found[0] if len(found) == 1 else -1
 
 
 def _is_scaling(node: Node) -> bool:
-    """Whether an op is linear in the one operand of the result's size, and multiplies it by the other."""
+    """Return True if an op is linear in the one operand of the result's size, and multiplies it by the other."""
     along = _along(node)
     if along < 0 or len(node.inputs) != 2:
         return False

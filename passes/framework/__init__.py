@@ -1,1 +1,1 @@
-"""The framework of passes: the manager and its log, patterns, and the search for them."""
+"""The framework for passes: the pass manager, its log, patterns and pattern search."""

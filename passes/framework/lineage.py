@@ -1,4 +1,4 @@
-"""What became of a node of the graph as it was given: which nodes do its work, whatever passes made of it."""
+"""Lineage: for each node of the original graph, the nodes that do its work after passes have run."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _NONE: frozenset[Node] = frozenset()
 
 
 class Lineage:
-    """For each node of the graph that passes work on, the nodes of the graph as it was given whose work it does.
+    """For each node of the graph that passes work on, the nodes of the original graph whose work it does.
 
-    A pass says so where it puts nodes in the place of others (`PassRecord.match` does it for most); of a node that
-    nobody spoke for, nothing is known.
+    A pass records this where it replaces nodes by others (`PassRecord.match` does it for most passes). For a node that
+    no pass recorded, nothing is known.
     """
 
     def __init__(self, given: Graph | None = None, working: Graph | None = None) -> None:
@@ -23,11 +23,11 @@ class Lineage:
             self._given.update({copy: frozenset((node,)) for (_, node), (_, copy) in pairs})
 
     def of(self, nodes: Iterable[Node]) -> frozenset[Node]:
-        """The nodes of the graph as it was given whose work these do."""
+        """Return the nodes of the original graph whose work these nodes do."""
         return _NONE.union(*[self._given.get(node, _NONE) for node in nodes])
 
     def stand(self, made: Iterable[Node], nodes: Iterable[Node]) -> None:
-        """Nodes that were made, or kept, do the work of others from now on, beside their own."""
+        """Record that `made` nodes, new or existing, now do the work of `nodes` in addition to their own."""
         work = self.of(nodes)
         for node in made:
             self._given[node] = work | self._given.get(node, _NONE)

@@ -1,12 +1,12 @@
-"""Passes and the manager that runs a flat list of them, checks what they leave, and keeps a record of each.
+"""Passes and the manager, which runs a flat list of them, verifies the graph after each, and keeps a record of each.
 
     optimized = PassManager(DEFAULT).run(graph)
-    optimized.graph                          # the result; the graph that was given is untouched
-    optimized.after("fuse-gelu")             # the graph as that pass left it
-    print(optimized.log)                     # a table, one line a pass
+    optimized.graph                          # the result; the input graph is unchanged
+    optimized.after("fuse-gelu")             # the graph after that pass
+    print(optimized.log)                     # a table, one line per pass
 
-TREADLE_DEBUG=1 prints the table to stderr, 2 also the graph after each pass that changed it, 3 also the
-refusals. TREADLE_CERTIFY=1 certifies where nobody says otherwise: see `PassManager`.
+TREADLE_DEBUG=1 prints the table to stderr, 2 also the graph after each pass that changed it, 3 also the refusals.
+TREADLE_CERTIFY=1 turns certification on where the `certify` argument is not set: see `PassManager`.
 """
 
 from __future__ import annotations
@@ -40,16 +40,17 @@ from treadle.passes.memory.storage_plan import StoragePlan
 class Pass:
     """One transformation of a graph; its fields are its options.
 
-    A pass changes what it is given, in place. It sees each distinct function once, callees first, so its work
-    does not grow with the number of times that a block is repeated.
+    A pass changes its input graph in place. It visits each distinct function once, callees first, so its work does not
+    grow with the number of times that a block is repeated.
     """
 
     rewrites: ClassVar[bool] = True
-    """Whether it changes what is computed, so that certificates have something to show, where they are asked for. Of a
-    pass that changes only when and where, the manager compares all outputs as expressions, always."""
+    """True if the pass changes what is computed, so that certificates apply to it. For a pass that only changes when
+    and where something is computed, the manager always compares all outputs as expressions.
+    """
 
     changes_numbers: ClassVar[bool] = False
-    """Whether what it changes is meant to give other numbers: weights in fewer bits. There is nothing to certify."""
+    """True if the pass is meant to change numbers, as quantization of weights is; such a pass is not certified."""
 
     @property
     def name(self) -> str:
@@ -58,7 +59,7 @@ class Pass:
 
     @property
     def rule_names(self) -> tuple[str, ...]:
-        """The names of the rewrites that it tries, where it has several."""
+        """The names of the rewrites that the pass tries, if it has several."""
         return ()
 
     @property
@@ -68,7 +69,7 @@ class Pass:
         return ", ".join(f"{name}={value!r}" for name, value, default in fields if value != default)
 
     def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
-        """Transform one function, writing to the log what was matched or refused; returns the number of changes."""
+        """Transform one function, and log what was matched or refused. Return the number of changes."""
         return 0
 
     def run_graph(self, graph: Graph, log: PassRecord) -> int:
@@ -76,17 +77,17 @@ class Pass:
         log.touched = set()
         total = 0
         for function in list(graph.functions.values()):
-            signature = () if function in graph.entries else _signature(function)  # which nobody calls
+            signature = () if function in graph.entries else _signature(function)  # unused functions
             changes = self.run(function, graph, log)
             if changes:
                 log.touched.add(function.name)
                 if signature and _signature(function) != signature:
-                    log.touched.update(graph.functions)  # its callers among them
+                    log.touched.update(graph.functions)  # including its callers
             total += changes
         return total
 
 
-@cache  # it is asked for at every site
+@cache  # read at every site
 def _hyphenated(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name).lower()
 
@@ -96,34 +97,34 @@ def _signature(function: Function) -> tuple[object, ...]:
 
 
 class BrokenPassError(PassError):
-    """A pass failed, or left a graph that does not verify. `graph` is the graph as it was before that pass."""
+    """A pass failed, or left a graph that does not verify. `graph` is the graph before that pass."""
 
     graph: Graph
 
 
 @dataclass(frozen=True)
 class Optimized:
-    """What a pipeline made of a graph: the source as it was given, the result, and the log with every stage.
+    """The result of a pipeline: the source graph, the optimized graph, and the log with every stage.
 
-    left     the nodes of the source whose work some node of the result does, where passes said what they made of which
-    lowered  what a backend's own passes made of the result; None where it has none
-    plan     where each value of the result lies, where a pass planned it
+    left     the nodes of the source whose work is done by some node of the result, where passes recorded it
+    lowered  the result after a backend's own passes; None if the backend has none
+    plan     where each value of the result is stored, if a pass planned it
     """
 
     source: Graph
     graph: Graph
-    log: PassLog = field(repr=False)  # which shows as a table
+    log: PassLog = field(repr=False)  # displayed as a table
     left: frozenset[Node] = field(default=frozenset(), repr=False, compare=False)
     lowered: Optimized | None = field(default=None, repr=False, compare=False)
     plan: StoragePlan | None = field(default=None, repr=False, compare=False)
 
     @property
     def stages(self) -> PassLog:
-        """The log, and after it that of the backend's passes."""
+        """The log, followed by the log of the backend's passes."""
         return PassLog([*self.log, *(self.lowered.log if self.lowered is not None else ())])
 
     def after(self, name: str) -> Graph:
-        """The graph as the (last) pass of that name left it. Raises UsageError for a pass that was not run."""
+        """Return the graph after the (last) pass of that name. Raises UsageError if no such pass was run."""
         stages = self.stages
         for record in reversed(stages):
             if record.name == name and record.graph is not None:
@@ -132,25 +133,26 @@ class Optimized:
             events = (*record.matches, *record.refusals, *record.near_misses)
             if name in record.rules or name in {event.rule for event in events}:
                 raise UsageError(
-                    f"{name} is a rule of the pass {record.name}, and no pass of its own",
+                    f"{name} is a rule of the pass {record.name}, not a pass",
                     hint=Hint(f"after({record.name!r})", f"--after {record.name}"),
                 )
         known = ", ".join(dict.fromkeys(r.name for r in stages))
         raise UsageError(f"no pass {name!r} was run", hint=f"one of {known}" if known else None)
 
     def plan_of(self, name: str) -> StoragePlan | None:
-        """The plan that the (last) pass of that name made, if it made one."""
+        """Return the plan of the (last) pass of that name, or None if it made none."""
         return next((record.plan for record in reversed(self.stages) if record.name == name), None)
 
 
 class PassManager:
-    """Runs passes in order, verifying after each that changed something.
+    """Run passes in order, and verify the graph after each pass that changed something.
 
-    certify   try what every pass does, before and after, on drawn values (`treadle.passes.certificates.certifying`).
-    What fails
-              is undone and reported as a refusal, and the other passes go on. None: as TREADLE_CERTIFY says
-    target    what the graph is compiled for; a rewrite may be refused as slower there
-    differentiated  the graph will be differentiated: rewrites keep its gradients as well, and certificates try them
+    certify   evaluate each change before and after, on drawn values (`treadle.passes.certificates.certifying`). A
+              change that fails is undone and reported as a refusal, and the other passes continue. None: as
+              TREADLE_CERTIFY says
+    target    the hardware that the graph is compiled for; a rewrite may be refused because it is slower there
+    differentiated  True if the graph will be differentiated: rewrites then keep its gradients, and certificates
+              compare them
     """
 
     def __init__(
@@ -168,10 +170,10 @@ class PassManager:
     def run(self, graph: Graph, *, verified: bool = False) -> Optimized:
         """Optimize a copy of the graph.
 
-        verified  it is as another manager left it, which looked at all of it: it is not looked at once more
+        verified  True if another manager has just verified the whole graph; it is not verified again
 
-        Raises VerifyError where the graph given is broken already, UsageError where what is asked of a pass does not go
-        with it, BrokenPassError (a PassError) where a pass fails.
+        Raises VerifyError if the input graph is already broken, UsageError if a pass's options do not fit the model,
+        and BrokenPassError (a PassError) if a pass fails.
         """
         with collection_paused():
             return self._run(graph, verified)
@@ -185,8 +187,8 @@ class PassManager:
         records: list[PassRecord] = []
         lineage = Lineage(graph, working)
         expressions = Expressions()
-        numbers: Numbers | None = None  # those of the last snapshot, where they are known
-        is_verified = True  # the graph as it is now, and all of it
+        numbers: Numbers | None = None  # of the last snapshot, if known
+        is_verified = True  # the whole current graph is verified
         plan: StoragePlan | None = None
         for each in self.passes:
             certify = self.certify and each.rewrites and not each.changes_numbers
@@ -208,21 +210,21 @@ class PassManager:
                     verify(working, None if certify else record.touched)
                     numbers = None if each.rewrites else check_same_expressions(snapshot, working, expressions, numbers)
                     if numbers is None and not each.rewrites:
-                        record.notes.append("the graph is too large to be compared with what it was")
+                        record.notes.append("the graph is too large to be compared with the graph before this pass")
                     if certify and _undo_what_fails(each, record, recorded, snapshot, working):
                         record.after = count_ops(working)
                         verify(working)
-                    plan = None  # it was one of the graph before
+                    plan = None  # planned for the graph before this change
                 if record.plan is not None:
                     plan = record.plan
                     record.notes += check_storage(working, plan)
-            except UsageError:  # what is asked of the pass does not go with the model
+            except UsageError:  # the pass's options do not fit the model
                 raise
             except Exception as error:
                 raise _broken(each, error, snapshot) from error
             record.seconds = time.perf_counter() - started
             record.shown.clear()
-            record.lineage = Lineage()  # which holds nodes that are gone
+            record.lineage = Lineage()  # the old one holds removed nodes
             if record.changed:
                 same = {} if certify or snapshot is graph else _untouched(snapshot, record)
                 snapshot = clone_graph(working, same)
@@ -233,7 +235,7 @@ class PassManager:
                 print(f"# {record.summary}\n{snapshot}", file=sys.stderr)
         if not (is_verified or self.certify):
             try:
-                verify(working)  # also where a pass said that it changed nothing
+                verify(working)  # even if the pass reports no change
             except VerifyError as error:
                 raise _broken(self.passes[-1], error, snapshot) from error
         log = PassLog(records)
@@ -245,7 +247,7 @@ class PassManager:
 
 
 def _untouched(snapshot: Graph, record: PassRecord) -> dict[str, Function]:
-    """The functions of the last snapshot that the pass left as they were."""
+    """Return the functions of the last snapshot that the pass left unchanged."""
     touched = snapshot.functions if record.touched is None else record.touched
     return {name: function for name, function in snapshot.functions.items() if name not in touched}
 
@@ -253,7 +255,9 @@ def _untouched(snapshot: Graph, record: PassRecord) -> dict[str, Function]:
 def _undo_what_fails(
     each: Pass, record: PassRecord, recorded: dict[str, Recorded], before: Graph, working: Graph
 ) -> int:
-    """Certify what a pass did to every function, and put back what was where that fails; returns how often."""
+    """Certify the changes of a pass to every function, and revert those that fail. Return the number of reverted
+    changes.
+    """
     undone = 0
     formals = {name: known.arguments for name, known in recorded.items()}
     for known in [known for known in recorded.values() if known.function in working.functions.values()]:
@@ -278,20 +282,20 @@ def _undo_what_fails(
                 working.functions, working.symbols, working.initial = copy.functions, copy.symbols, copy.initial
                 record.matches.clear()
                 record.changes = 0
-                record.notes.append("all that this pass did was rolled back")
+                record.notes.append("all changes of this pass were rolled back")
                 return undone
     return undone
 
 
 def _holds_at(edge: Reader, known: Recorded, each: Pass, record: PassRecord, graphs: tuple[Graph, Graph]) -> bool:
-    """Whether a reader of a value that is another now gives what it gave: abs(x), of x and of -x."""
+    """Return True if a consumer computes the same after its operand changed: abs(x), after x became -x."""
     if edge.node is None or edge.where is None:
         return False
     return record.certify(each.name, known.claim_of_reader(edge.node), graphs) is None
 
 
 def _is_shown(claim: Claim, record: PassRecord) -> bool:
-    """Whether certified rewrites led from the one value to the other."""
+    """Return True if certified rewrites led from the one value to the other."""
     if len(claim.before) != 1:
         return False
     value: Value | None = claim.before[0]
@@ -307,19 +311,21 @@ def _broken(each: Pass, error: Exception, before: Graph) -> BrokenPassError:
         received=known.received if known else None,
         within=known.within if known else None,
         source=known.source if known else None,
-        hint=f"this is a fault of the pass, not of the model; a pipeline without {each.name} avoids it",
+        hint=f"this is a bug in the pass, not in the model; a pipeline without {each.name} avoids it",
     )
     broken.graph = before
     return broken
 
 
 def debug_level() -> int:
-    """TREADLE_DEBUG, 0 where it is not set; README has the table. Raises UsageError for anything but 0 to 4."""
+    """Return the value of TREADLE_DEBUG, 0 if it is unset; README has the table. Raises UsageError unless it is 0 to
+    4.
+    """
     text = os.environ.get("TREADLE_DEBUG", "") or "0"
     if text not in {"0", "1", "2", "3", "4"}:
         raise UsageError(
             "TREADLE_DEBUG must be a number from 0 to 4",
             received=repr(text)[:80],
-            hint="TREADLE_DEBUG=4, which prints all that the others do and the generated source",
+            hint="TREADLE_DEBUG=4, which prints everything that the other levels print and the generated source",
         )
     return int(text)

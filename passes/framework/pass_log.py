@@ -1,4 +1,4 @@
-"""The pass log: for each pass what it changed, what it matched, what it refused and what it nearly matched, and why.
+"""The pass log: what each pass changed, matched, refused and nearly matched, and why.
 
 Everything but the times is a pure function of the graph and the pipeline: equal inputs give equal logs.
 """
@@ -28,17 +28,17 @@ class Event:
     rule      the rewrite's name
     function  the function that holds the node
     op        the node's op
-    scope     where the model's author put it ("h.0.mlp"), and `source`, the author's line; empty where
+    scope     the node's scope in the author's model ("h.0.mlp"), and `source`, the author's line; empty where
               unknown
-    reason    why not; of a match what it came to, where the rule tells
-    hint      the smallest change that would let it be, where the rule can tell
-    matched   the ops that had matched before it was given up, by name, in the order in which the rule met them; empty
-              where the whole rule matched
+    reason    why it was refused; for a match, its outcome, if the rule reports it
+    hint      the smallest change that would make it match, if the rule knows it
+    matched   the ops that had matched before the rule gave up, by name, in the order in which the rule visited them;
+              empty if the whole rule matched
     edge      where a near miss ended: "operand 1 of div"; empty for a refusal, which is about the node
-    given     the nodes of the graph as it was given that it is about
-    made      the ops that a match put in their place, by name
+    given     the nodes of the original graph that it is about
+    made      the ops that replaced them in a match, by name
 
-    An artifact holds all but the last two.
+    An artifact stores all but the last two.
     """
 
     rule: str
@@ -59,12 +59,12 @@ class Event:
 
     @property
     def place(self) -> str:
-        """`gpt2.py:41  h.0.mlp`, or what is known of it."""
+        """`gpt2.py:41  h.0.mlp`, or the part of it that is known."""
         return "  ".join(part for part in (self.source, self.scope) if part) or self.function
 
     @property
     def told(self) -> str:
-        """The reason, with how far the rule came: `5 ops matched; operand 1 of div: expected ...`."""
+        """The reason, with the progress of the match: `5 ops matched; operand 1 of div: expected ...`."""
         if self.edge:
             return f"{len(self.matched)} op{'s' * (len(self.matched) != 1)} matched; {self.edge}: {self.reason}"
         return self.reason + (f"; matched: {', '.join(self.matched)}" if self.matched else "")
@@ -89,17 +89,18 @@ class PassRecord:
     """One pass over one graph. A pass writes its events here while it runs; the manager fills in the rest.
 
     graph    the graph after the pass; not to be changed
-    ops      how many nodes of each op the distinct functions hold, before and after
-    notes    lines of the pass's own: weights removed, folds skipped
-    certificates  of the distinct rewrites, where they were asked for
-    plan     what a pass that plans found, which has a text of its own
-    fit      how a run fits into a budget, where a pass saw to it
+    ops      the number of nodes of each op in the distinct functions, before and after
+    notes    the pass's own lines: weights removed, folds skipped
+    certificates  of the distinct rewrites, if certification is on
+    plan     the result of a planning pass, which prints its own text
+    fit      how a run fits into a budget, if a pass planned that
 
-    certifying, differentiated, shown, target and lineage are for the pass while it runs: whether each rewrite is tried
-    before it is kept, whether the graph will be differentiated, so that gradients must stay as they are, what stands
-    for what by a rewrite that was tried, what the graph is compiled for, and which nodes of the graph as it was given
-    a node does the work of. touched is for the manager: the functions that a pass says it changed, None where it does
-    not say. rules are the names of the rewrites that it tries, where it has several.
+    These are for the pass while it runs: certifying (True if each rewrite is certified before it is kept),
+    differentiated (True if the graph will be differentiated, so that gradients must not change), shown (values and
+    their replacements by certified rewrites), target (the hardware that the graph is compiled for) and lineage (the
+    nodes of the original graph whose work each node does). touched is for the manager: the functions that a pass
+    reports as changed, None if it does not report them. rules are the names of the rewrites that it tries, if it has
+    several.
     """
 
     name: str
@@ -133,7 +134,7 @@ class PassRecord:
         made: Sequence[Node] = (),
         reason: str = "",
     ) -> None:
-        """A rule took nodes (the root, if it does not say which), and put what it made in their place."""
+        """Log that a rule replaced `nodes` (the root, if none are named) by the `made` nodes."""
         taken = (root, *nodes)
         ops = tuple([node.op.name for node in made])
         self.matches.append(Event.at(rule, function, root, reason, given=self.lineage.of(taken), made=ops))
@@ -149,9 +150,9 @@ class PassRecord:
         nodes: Iterable[Node] = (),
         matched: Iterable[Node] = (),
     ) -> None:
-        """A rule was about to take nodes, and did not, by what it found at one.
+        """Log that a rule was about to replace nodes, and refused because of the node `at`.
 
-        matched   where it had not gone through all of its form: the nodes that fitted
+        matched   the nodes that fitted, if only a part of the rule's form was checked
         """
         matched = tuple(dict.fromkeys(matched))
         given = self.lineage.of((at, *nodes, *matched))
@@ -159,7 +160,7 @@ class PassRecord:
         self.refusals.append(Event.at(rule, function, at, reason, hint, matched=names, given=given))
 
     def certify(self, rule: str, claim: Claim, graphs: tuple[Graph, Graph]) -> Counterexample | None:
-        """Try a claim, and keep its certificate; the case in which it does not hold, if there is one."""
+        """Check a claim and store its certificate. Return the case in which the claim does not hold, or None."""
         found = certify(rule, claim, graphs, derivatives=self.differentiated)
         if isinstance(found, Certificate) and found not in self.certificates:
             self.certificates.append(found)
@@ -180,13 +181,13 @@ class PassRecord:
 
     @property
     def op_changes(self) -> dict[str, int]:
-        """The change in the number of nodes, for each op whose number changed, by name."""
+        """The change in the number of nodes, by op name, for each op whose number changed."""
         deltas = {name: self.after[name] - self.before[name] for name in sorted({*self.before, *self.after})}
         return {name: delta for name, delta in deltas.items() if delta}
 
     @property
     def summary(self) -> str:
-        """`after fuse-gelu: 14 -> 9 ops, 0.4 ms`"""
+        """`after fuse-gelu: 14 -> 9 ops, 0.4 ms`."""
         left = self.after.total()
         ops = f"{self.before.total()} -> {left} op{'s' * (left != 1)}"
         return f"after {self.name}: {ops}, {self.seconds * 1e3:.1f} ms"
@@ -223,17 +224,17 @@ class PassLog(Sequence[PassRecord]):
         return iter(self._records)
 
     def as_dict(self, *, times: bool = False) -> dict[str, Any]:
-        """The log as JSON-able data; with times it differs from run to run."""
+        """Return the log as JSON-able data. With `times` it differs from run to run."""
         return {"passes": [r.as_dict(times=times) for r in self._records]}
 
     def table(self, *, times: bool = True) -> str:
-        """One line a pass: its name, op counts, what it matched, how often it refused or nearly matched."""
+        """Return one line per pass: its name, op counts, and the numbers of matches, refusals and near misses."""
         rows = self._rows(times)
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
     def _rows(self, times: bool) -> list[tuple[str, ...]]:
-        """The table's cells, its head first."""
+        """Return the table's cells, the header first."""
         rows: list[tuple[str, ...]] = [("pass", "ops", "change", "refused", "nearly", "ms")]
         for r in self._records:
             ops = f"{r.before.total()} -> {r.after.total()}" if r.changed else f"{r.after.total()}"
@@ -242,7 +243,7 @@ class PassLog(Sequence[PassRecord]):
         return rows if times else [row[:-1] for row in rows]
 
     def explain(self) -> str:
-        """Every refusal, near miss and note, a line each, under the name of its pass."""
+        """Return every refusal, near miss and note, one per line, under the name of its pass."""
         lines: list[str] = []
         for r in self._records:
             told = [f"  refused  {e}" for e in r.refusals] + [f"  nearly   {e}" for e in r.near_misses]
@@ -251,21 +252,21 @@ class PassLog(Sequence[PassRecord]):
         return "\n".join(lines)
 
     def certified(self) -> str:
-        """Every certificate, a line each, under the name of its pass."""
+        """Return every certificate, one per line, under the name of its pass."""
         return "\n".join("\n".join([r.name, *(f"  {c}" for c in r.certificates)]) for r in self if r.certificates)
 
     def __repr__(self) -> str:
         return self.table()
 
     def _repr_html_(self) -> str:
-        """For notebooks: the table, and below it what `explain` says."""
+        """Return HTML for notebooks: the table, followed by the text of `explain`."""
         head, *rows = self._rows(True)
         told = self.explain()
         return html_table(head, rows) + (html_code("refused, nearly matched, noted", told) if told else "")
 
 
 def count_ops(graph: Graph) -> Counter[str]:
-    """How many nodes of each op the graph's distinct functions hold."""
+    """Count the nodes of each op in the graph's distinct functions."""
     return Counter(node.op.name for _, node in graph.walk())
 
 

@@ -3,18 +3,18 @@
     def pattern(self, p, x):                      # x is a wildcard
         return x * p.sigmoid(x)                   # both x must be one value
 
-A pattern is written in the builder's vocabulary, over terms instead of values: every op is a method of `p`, numbers
-are scalar constants, and these say what an op cannot:
+A pattern is written in the builder's vocabulary, over terms instead of values: every op is a method of `p`, and numbers
+are scalar constants. These methods express what ops cannot:
 
     p.either(a, b, ...)     any of these; None stands for an absent operand
     p.constant("scale")     any scalar constant, captured as a Python number
     p.near(0.7978845)       a scalar constant at most one spacing of its dtype from this number
-    p.attribute("eps")      any value of an attribute, captured; a wildcard in an attribute's place does the same
-    p.shared(a)             a's value may be used outside the match: the rewrite does not need it gone
-    p.named("scores", a)    a captured under a name, for `check` to look at
+    p.attribute("eps")      any value of an attribute, captured; a wildcard as an attribute does the same
+    p.shared(a)             a's value may be used outside the match: the rewrite does not remove it
+    p.named("scores", a)    a captured under a name, for `check` to read
 
-Commutative ops match in both orders. A number matches a scalar constant that is the number rounded to its
-dtype, and no other. An attribute that the pattern leaves out must have its default.
+Commutative ops match in both orders. A number matches only a scalar constant that equals the number rounded to the
+constant's dtype. An attribute that the pattern omits must have its default.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TermLike: TypeAlias = "PatternTerm | Number"
 
 
 class PatternTerm:
-    """A part of a pattern; stands where an `Expr` stands in a graph and has the same operators."""
+    """A part of a pattern; it takes the place of an `Expr` and has the same operators."""
 
     def __add__(self, other: Any) -> PatternTerm:
         return _term("add", self, other)
@@ -97,7 +97,7 @@ class PatternTerm:
 
 @dataclass(frozen=True, eq=False)
 class Wildcard(PatternTerm):
-    """Any value (or, in an attribute's place, any attribute); the same one wherever the wildcard stands."""
+    """Any value (or, as an attribute, any attribute value); every occurrence of a wildcard matches the same one."""
 
     name: str
 
@@ -133,7 +133,7 @@ class OpTerm(PatternTerm):
 
 @dataclass(frozen=True, eq=False)
 class EitherTerm(PatternTerm):
-    """The first of several terms that fits (all are tried before the search gives up)."""
+    """The first of several terms that fits (all are tried before the search fails)."""
 
     options: tuple[PatternTerm | None, ...]
 
@@ -142,36 +142,38 @@ class EitherTerm(PatternTerm):
 
 
 class Vocabulary(OpTerms):
-    """What `pattern` receives as `p`: every op as a method, and the words that only patterns have."""
+    """The argument `p` of `pattern`: every op as a method, and the words that only patterns have."""
 
     def _term(self, op: str, *operands: Any, **attributes: Any) -> PatternTerm:
         return _term(op, *operands, **attributes)
 
     def either(self, *options: Any) -> PatternTerm:
-        """Any of these terms. A capture that only some of them hold is None where another one fitted."""
+        """Return a term that matches any of these terms. A capture that the matching term lacks is None."""
         terms = [_as_term(o) for o in options]
         return EitherTerm(tuple(o for t in terms for o in (t.options if isinstance(t, EitherTerm) else (t,))))
 
     def constant(self, name: str) -> PatternTerm:
-        """Any scalar constant, captured under this name as a Python number."""
+        """Return a term for any scalar constant, captured under this name as a Python number."""
         return ConstantTerm(name=name)
 
     def near(self, number: float) -> PatternTerm:
-        """A scalar constant that a model may have computed in its own dtype: at most one spacing from the number."""
+        """Return a term for a scalar constant at most one spacing from the number: a model may have computed it in its
+        own dtype.
+        """
         return ConstantTerm(number, near=True)
 
     def attribute(self, name: str) -> Wildcard:
-        """Any value of an attribute, captured under this name."""
+        """Return a term for any value of an attribute, captured under this name."""
         return Wildcard(name)
 
     def shared(self, term: PatternTerm) -> PatternTerm:
-        """The term's own value (not those below it) may be used outside the match."""
+        """Return the term, whose own value (not the values below it) may be used outside the match."""
         if isinstance(term, EitherTerm):
             return EitherTerm(tuple(o and self.shared(o) for o in term.options))
         return dataclasses.replace(term, shared=True) if isinstance(term, OpTerm) else term
 
     def named(self, name: str, term: PatternTerm) -> PatternTerm:
-        """The term, captured under a name."""
+        """Return the term, captured under a name."""
         if isinstance(term, EitherTerm):
             return EitherTerm(tuple(o and self.named(name, o) for o in term.options))
         return dataclasses.replace(term, name=name) if isinstance(term, OpTerm) else term
@@ -182,7 +184,7 @@ def _as_term(x: Any) -> PatternTerm | None:
         return x
     if isinstance(x, (bool, int, float)):
         return ConstantTerm(x)
-    raise PassError("a pattern is made of terms and numbers", received=f"{type(x).__name__}: {x!r}")
+    raise PassError("a pattern must consist of terms and numbers", received=f"{type(x).__name__}: {x!r}")
 
 
 def _term(op: str, *operands: Any, **attributes: Any) -> OpTerm:
@@ -194,7 +196,7 @@ def _term(op: str, *operands: Any, **attributes: Any) -> OpTerm:
     unknown = [n for n in attributes if n not in fields]
     if unsaid or unknown:
         raise PassError(
-            f"a pattern with {op} must say its attributes: {', '.join(unsaid or unknown)} is not"
+            f"a pattern with {op} must state its attributes: {', '.join(unsaid or unknown)} is not"
             + ("" if unsaid else " one of them"),
             hint=f'attributes of {op}: {", ".join(fields) or "none"}; p.attribute("name") matches any value',
         )
@@ -215,13 +217,13 @@ class Pattern:
 
     @staticmethod
     def trace(function: Callable[..., Any]) -> Pattern:
-        """Call a pattern function with terms. Raises PassError where it is not a pattern."""
+        """Call a pattern function with terms. Raises PassError if the result is not a pattern."""
         names = list(inspect.signature(function).parameters)[1:]
         root = _as_term(function(Vocabulary(), *(Wildcard(n) for n in names)))
         roots = root.options if isinstance(root, EitherTerm) else (root,)
         ops = [r.op for r in roots if isinstance(r, OpTerm)]
         if root is None or len(ops) != len(roots):
-            raise PassError("a pattern's root must be an op, or either of several")
+            raise PassError("a pattern's root must be an op, or p.either of several ops")
         captures = frozenset(names) | frozenset(_captures(root))
         return Pattern(root, tuple(dict.fromkeys(ops)), captures, _least_ops(root))
 

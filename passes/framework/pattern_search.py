@@ -1,4 +1,4 @@
-"""The search for a pattern in a graph: every way in which it fits at a node, or how near it came."""
+"""The search for a pattern in a graph: yields every match at a node, or records the nearest miss."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Edge:
 
     @property
     def found(self) -> Any:
-        """The value or attribute that is there."""
+        """The value or attribute at this edge."""
         return self.node.operands[self.where] if isinstance(self.where, int) else getattr(self.node.op, self.where)
 
     def __str__(self) -> str:
@@ -44,7 +44,9 @@ class Edge:
 
 @dataclass(frozen=True, slots=True)
 class Miss:
-    """Where a search stopped that came furthest: what had matched, nodes and a number of leaves, and what did not."""
+    """The point at which the furthest attempt stopped: the matched nodes, the number of matched leaves, and the
+    mismatch.
+    """
 
     nodes: tuple[Node, ...]
     leaves: int
@@ -57,12 +59,12 @@ class Miss:
 
     @property
     def progress(self) -> tuple[int, int]:
-        """What to compare two misses by."""
+        """The key that compares two misses."""
         return self.ops, self.leaves
 
     @property
     def hint(self) -> str:
-        """The change at the edge that would let the search go on, where that is a number or an attribute."""
+        """The change at the edge that would let the search continue, if it is to a number or an attribute."""
         if isinstance(self.edge.where, str) and not isinstance(self.wanted, Wildcard):
             return f"{self.edge.where}={self.wanted} in {self.edge.node.op.name}"
         if (
@@ -80,7 +82,7 @@ class Miss:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One way in which a pattern fits: the captures, and the matched nodes with the root first."""
+    """One match of a pattern: the captures, and the matched nodes with the root first."""
 
     captures: Mapping[str, Any]
     nodes: tuple[Node, ...]
@@ -93,10 +95,10 @@ _Goals = tuple[_Goal, ...]
 
 
 class Search:
-    """The search for one pattern at one root. `miss` tells, once `run` is through, what stopped the best attempt.
+    """The search for one pattern at one root. After `run` is exhausted, `miss` holds what stopped the best attempt.
 
-    Ops are matched first, root downward, and leaves (wildcards, constants, attributes) when all ops fit, so
-    that a miss with the right structure and a wrong constant says so.
+    Ops are matched first, from the root downward. Leaves (wildcards, constants, attributes) are matched once all ops
+    fit, so that a miss with the right structure and a wrong constant is reported as such.
     """
 
     def __init__(self, pattern: Pattern) -> None:
@@ -108,7 +110,7 @@ class Search:
         self._leaves = 0
 
     def run(self, root: Node) -> Iterator[Found]:
-        """Every way in which the pattern fits with its root at this node."""
+        """Yield every match of the pattern with its root at this node."""
         term = self.pattern.root
         for option in term.options if isinstance(term, EitherTerm) else (term,):
             if isinstance(option, OpTerm) and option.op == root.op.name:
@@ -138,11 +140,11 @@ class Search:
             yield
 
     def _enter(self, term: OpTerm, value: Value, ops: _Goals, leaves: _Goals) -> Iterator[None]:
-        """Match an op term against the node that makes a value: its operands and attributes become goals."""
+        """Match an op term against the node that computes a value: its operands and attributes become goals."""
         node = value.node
         assert node is not None
         if len(node.operands) != len(term.operands) or (term.name is not None and term.name in self._bound):
-            return  # a name is bound to another value where an `either` that stands twice fits in two ways
+            return  # a repeated `either` matched two ways, and its name is bound to another value
         self._nodes.append(node)
         self._values[term] = value
         attributes: list[_Goal] = [(wanted, Edge(node, name)) for name, wanted in term.attributes]
@@ -157,10 +159,11 @@ class Search:
         self._nodes.pop()
 
     def _orders(self, term: OpTerm, node: Node) -> Sequence[Sequence[int]]:
-        """The orders of operands that are worth trying: those where each is of the kind that the term wants.
+        """Return the orders of operands that are worth trying: those in which each operand is of the kind that the term
+        wants.
 
-        Where there is none, one that lacks ops alone is tried still, since what matches beside them tells how
-        near the miss is.
+        If there is none, one order in which only op terms lack a match is still tried: the operands that do match show
+        how near the miss is.
         """
         both_ways = node.op.commutes and term.operands[0] is not term.operands[1]
         orders: Sequence[Sequence[int]] = ((0, 1), (1, 0)) if both_ways else (range(len(node.operands)),)
@@ -179,7 +182,7 @@ class Search:
         return ()
 
     def _plausible(self, term: PatternTerm | None, value: Value | None) -> bool:
-        """Whether the term's own kind fits, without looking below."""
+        """Return True if the term's own kind fits, without looking below it."""
         if term is None:
             return value is None
         if value is None:
@@ -232,7 +235,7 @@ class Search:
 
 
 def _sorted(goals: Sequence[_Goal], ops: _Goals, leaves: _Goals) -> tuple[_Goals, _Goals]:
-    """Goals put before the open ones of their kind: terms that need a search, and leaves."""
+    """Return the goals put before the open ones of their kind: terms that need a search, and leaves."""
     structural = tuple(g for g in goals if isinstance(g[0], (OpTerm, EitherTerm)))
     return structural + ops, leaves + tuple(g for g in goals if not isinstance(g[0], (OpTerm, EitherTerm)))
 
@@ -244,7 +247,9 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _is_wanted(number: Number, term: ConstantTerm, dtype: DType) -> bool:
-    """Whether a constant's number is the term's, or for one that is `near`, at most one of the dtype's spacings off."""
+    """Return True if a constant equals the term's number, or for a `near` term, is at most one spacing of the dtype
+    from it.
+    """
     assert term.value is not None
     if not dtype.is_float:
         return number == term.value
@@ -256,7 +261,7 @@ def _is_wanted(number: Number, term: ConstantTerm, dtype: DType) -> bool:
 
 @lru_cache(maxsize=1024)
 def _rounded(wanted: Number, dtype: DType) -> Number | None:
-    """The number as a dtype of floats holds it, or None where it is past the greatest."""
+    """Return the number rounded to a float dtype, or None if it is beyond the dtype's range."""
     try:
         return Literal.of(wanted, dtype).scalar
     except GraphError:
@@ -264,7 +269,7 @@ def _rounded(wanted: Number, dtype: DType) -> Number | None:
 
 
 def _coerced(node: Node, attribute: str, wanted: Any) -> Any:
-    """The attribute as the op itself would hold it: "f32" for a dtype, 8 for a size."""
+    """Return the attribute as the op itself would store it: "f32" as a dtype, 8 as a size."""
     return getattr(dataclasses.replace(node.op, **{attribute: wanted}), attribute)  # type: ignore[type-var]
 
 

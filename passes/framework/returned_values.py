@@ -1,4 +1,4 @@
-"""Which values a model only hands out: those that reach outputs of `main` through nothing but moves and casts."""
+"""Values that a model only returns: they reach outputs of `main` through nothing but moves and casts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from treadle.ir.ops.elementwise import Cast
 
 
 class ReturnedValues:
-    """Asked for values of one function; follows what a block gives to all places that call it."""
+    """A cached analysis of the values of functions. Follows the outputs of a block to all of its callers."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
@@ -15,7 +15,9 @@ class ReturnedValues:
         self._known: dict[Value, bool] = {}
 
     def goes_out(self, function: Function, user: Node | None, value: Value) -> bool:
-        """Whether a reader of a value (None: it is an output of the function) only hands it to outputs of `main`."""
+        """Return True if a reader of a value (None: it is an output of the function) only passes it on to outputs of
+        `main`.
+        """
         if user is None:
             return self._output_goes_out(function, value)
         if not (user.op.is_view or isinstance(user.op, Cast)):
@@ -27,7 +29,7 @@ class ReturnedValues:
         return found
 
     def _all_go_out(self, function: Function, value: Value) -> bool:
-        """Whether nobody else reads it; one call may give to nobody what another gives to the caller of the model."""
+        """Return True if every reader of the value passes it on to outputs; an unused value counts as passed on."""
         return all(self.goes_out(function, user, value) for user in self._readers(function).get(value, []))
 
     def _output_goes_out(self, function: Function, value: Value) -> bool:
@@ -50,11 +52,11 @@ class ReturnedValues:
 
 
 def readers_of(function: Function) -> dict[Value, list[Node | None]]:
-    """Who reads what the function's nodes give, each reader once; None where it is an output or an updated state."""
+    """Return the readers of the results of the function's nodes, each once; None for an output or an updated state."""
     found: dict[Value, list[Node | None]] = {}
     for node in function.nodes:
         for value in node.operands:
-            if value is not None and value.node is not None:  # of weights and inputs nobody asks, and they are many
+            if value is not None and value.node is not None:  # not needed for weights and inputs, which are many
                 readers = found.setdefault(value, [])
                 if not readers or readers[-1] is not node:
                     readers.append(node)

@@ -1,4 +1,4 @@
-"""Rewrites: passes that find a pattern and put something else in its place.
+"""Rewrites: passes that find a pattern and replace it.
 
     @dataclass(frozen=True)
     class FuseSilu(Rewrite):
@@ -10,10 +10,10 @@
         def rewrite(self, b, m):
             return b.silu(m.x)
 
-`fits` may narrow the pattern by what its notation cannot say, and nothing is recorded where it is false. `check` may
-refuse a match, with a reason that the pass log keeps beside the user's line. A match is also refused when a value
-inside it is used elsewhere, unless the pattern says `p.shared`; when `slower` says that the target is better off
-without; and when its certificate (`treadle.passes.certificates.certifying`) shows that it is wrong.
+`fits` may narrow the pattern by conditions that its notation cannot express; if it is false, nothing is recorded.
+`check` may refuse a match, with a reason that the pass log prints next to the author's line. A match is also refused if
+a value inside it is used elsewhere and the pattern does not say `p.shared`, if `slower` finds that the target is faster
+without the rewrite, and if its certificate (`treadle.passes.certificates.certifying`) shows that it is wrong.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
 from treadle.passes.framework.pattern import Pattern, Vocabulary
 from treadle.passes.framework.pattern_search import Found, Miss, Search
-from treadle.passes.framework.rewriting import Refusal as Refusal  # for rules, which say it
+from treadle.passes.framework.rewriting import Refusal as Refusal  # re-exported for rules
 from treadle.passes.framework.rewriting import Rewriting
 
 LEAST_OPS_OF_NEAR_MISS = 3
-"""A near miss has matched this many ops at least, and half of the pattern's."""
+"""The least number of ops that a near miss has matched; it has also matched half of the pattern's ops."""
 _GENERATIONS = 50
 
 
@@ -56,7 +56,7 @@ class Match:
 
     @property
     def result(self) -> Value:
-        """What the root gives."""
+        """The root's result."""
         return self.root.results[0]
 
     def __getattr__(self, name: str) -> Any:
@@ -69,27 +69,27 @@ class Match:
 
 @dataclass(frozen=True)
 class Rewrite(Pass):
-    """A pass that replaces one pattern by something equal.
+    """A pass that replaces one pattern by an equal expression.
 
-    Write `pattern` and `rewrite`, and where need be `fits` and `check`.
+    Write `pattern` and `rewrite`, and if needed `fits` and `check`.
     """
 
     def pattern(self, p: Vocabulary, *wildcards: Any, **options: Any) -> Any:
-        """The expression to find, over wildcards named by this method's parameters. See
+        """Return the expression to find, over wildcards named by this method's parameters. See
         `treadle.passes.framework.pattern`.
         """
         raise PassError(f"rewrite {self.name} has no pattern")
 
     def fits(self, m: Match) -> bool:
-        """Whether this is a match at all; write it for what the pattern's notation cannot say."""
+        """Return True if this is a match at all; for conditions that the pattern's notation cannot express."""
         return True
 
     def check(self, m: Match) -> Refusal | None:
-        """None if the match may be rewritten, else why not."""
+        """Return None if the match may be rewritten, else the reason why not."""
         return None
 
     def slower(self, m: Match, target: Target) -> Refusal | None:
-        """Why the target is better off without a rewrite that would be right, as `treadle.ir.analysis.cost` counts."""
+        """Return the reason if a correct rewrite would be slower on the target, by `treadle.ir.analysis.cost`."""
         return None
 
     def rewrite(self, b: Builder, m: Match) -> Any:
@@ -120,11 +120,11 @@ def _traced(rule: Rewrite) -> Pattern:
 
 
 def sweep(rules: Sequence[Rewrite], function: Function, graph: Graph, log: PassRecord) -> int:
-    """Apply rules to a function until none fits, in one walk down its nodes; returns how many were applied.
+    """Apply rules to a function until none fits, in one walk over its nodes. Return the number of applied rewrites.
 
-    A replacement stands where the root stood, with its scope and source, and is itself a place to look; nodes
-    of the match that nobody reads any more are removed. Raises PassError for a replacement of another type,
-    or for rules that keep rewriting their own output.
+    A replacement takes the root's position, scope and source line, and is itself searched; matched nodes that become
+    unused are removed. Raises PassError for a replacement of another type, or for rules that keep rewriting their own
+    output.
     """
     roots = {op for rule in rules for op in _traced(rule).root_ops}
     if not any(node.op.name in roots for node in function.nodes):
@@ -150,7 +150,7 @@ class _Sweep:
         return self.work.finish()
 
     def _look(self, root: Node) -> None:
-        """Rewrite what the first rule fits at this root, or tell of what was refused there, or came nearest."""
+        """Apply the first rule that fits at this root, or log the refusals and the nearest misses."""
         nearest: tuple[Rewrite, Miss] | None = None
         refused = False
         for rule, pattern in self.rules_by_root[root.op.name]:
@@ -195,7 +195,7 @@ class _Sweep:
         return None
 
     def _apply(self, rule: Rewrite, match: Match) -> Refusal | None:
-        """Rewrite a match; a Refusal if a certificate is asked for and cannot be had."""
+        """Rewrite a match. Return a Refusal if a certificate is required and fails."""
         root = match.root
         built = self.work.build(rule.name, root, lambda b: rule.rewrite(b, match))
         if isinstance(built, Refusal):
@@ -209,7 +209,7 @@ class _Sweep:
         generation = self.generation.get(root, 0) + 1
         if generation > _GENERATIONS:
             raise PassError(
-                f"rule {rule.name} keeps rewriting what it made", source=describe_source(root.source, root.scope)
+                f"rule {rule.name} keeps rewriting its own output", source=describe_source(root.source, root.scope)
             )
         self.generation.update(dict.fromkeys(built.made, generation))
         taken = [n for n in match.nodes if n not in match.shared]

@@ -13,9 +13,9 @@
         def build(self, b, site):
             return b.expr(site.nodes[0].inputs[0])
 
-A pass says what it finds, what it refuses and what it builds. The rest is here, once: a replacement is built aside,
-under the scope and the source line of the node in whose place it comes; it has the types of what it replaces; everyone
-reads it from then on; what nobody reads any more goes; and the log tells of all that.
+A pass decides what it finds, what it refuses and what it builds. This module does the rest once for all passes: it
+builds the replacement separately, under the scope and the source line of the replaced node, checks that the types are
+equal, redirects all readers to it, removes nodes that become unused, and writes the log.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from treadle.passes.framework.pass_log import Event, PassRecord
 from treadle.passes.framework.returned_values import readers_of
 
 NEAR_MISSES_KEPT = 20
-"""How many near misses a pass keeps for one function."""
+"""The greatest number of near misses that a pass logs for one function."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why something is not rewritten, and the node that stands in the way (the root of it, if none is named).
+    """The reason why something is not rewritten, and the node that prevents it (the root, if none is named).
 
-    hint     the smallest change that would let it be rewritten, where the rule can tell
-    matched  where the rule had not gone through all of its form: the nodes that fitted, in order
+    hint     the smallest change that would allow the rewrite, if the rule knows it
+    matched  the nodes that fitted, in order, if only a part of the rule's form was checked
     """
 
     reason: str
@@ -56,14 +56,14 @@ class Refusal:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """A place where a pass has found what it replaces. A pass that has more to say of it adds fields.
+    """A place where a pass has found something to replace. A pass that needs more data adds fields.
 
-    root      the node under whose scope and source line the replacement comes, and in whose place
-    nodes     the other nodes that it takes
-    replaced  the values in whose place others come: what the root gives, if nothing is said
-    place     the node in whose place the replacement stands, where that is not the root
-    rule      by which name the log tells of it: the pass's, if nothing is said
-    reason    what it comes to, where the pass tells
+    root      the node that is replaced, whose scope and source line the replacement takes
+    nodes     the other nodes that are replaced
+    replaced  the values that are replaced: by default the root's results
+    place     the node whose position the replacement takes, if that is not the root
+    rule      the rule's name in the log: by default the pass's name
+    reason    the outcome, if the pass reports it
     """
 
     root: Node
@@ -80,9 +80,9 @@ class Site:
 
 @dataclass(frozen=True)
 class Replacement:
-    """What was built, and what it stands for.
+    """New nodes, and the values that they replace.
 
-    replaced  values, and `results` those that come in their place, of the same types
+    replaced  the old values; `results` are the new ones, of the same types
     made      the new nodes, in order
     """
 
@@ -97,21 +97,21 @@ FoundSite = TypeVar("FoundSite", bound=Site)
 
 @dataclass(frozen=True)
 class SiteRewrite(Pass, Generic[FoundSite]):
-    """A pass that finds by itself what no pattern says. Write `sites` and `build`."""
+    """A pass that finds by itself what no pattern can express. Write `sites` and `build`."""
 
     tidying: ClassVar[Pass | None] = None
-    """A pass for what the replacements leave between them and their neighbours."""
+    """A pass that cleans up what the replacements leave between them and their neighbours."""
 
     def sites(self, work: Rewriting) -> Iterator[FoundSite]:
-        """What is to be replaced. A site is replaced, or refused by `build`, before the next one is asked for."""
+        """Yield the sites to replace. A site is replaced, or refused by `build`, before the next one is requested."""
         raise PassError(f"pass {self.name} finds no sites")
 
     def build(self, b: Builder, site: FoundSite) -> Any:
-        """Build what comes in the place of a site's values: an Expr for each of them, or a Refusal."""
+        """Build the replacements of a site's values: an Expr for each of them, or a Refusal."""
         raise PassError(f"pass {self.name} has no replacement")
 
     def record(self, work: Rewriting, site: FoundSite, made: Sequence[Node]) -> None:
-        """Tell the log of a site that was replaced."""
+        """Log a site that was replaced."""
         work.log.match(site.rule or self.name, work.function, site.root, site.nodes, made, site.reason)
 
     def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
@@ -137,33 +137,36 @@ class SiteRewrite(Pass, Generic[FoundSite]):
 class Rewriting:
     """One function while a pass replaces sites in it.
 
-    Until `finish`, the function's list of nodes is as it was, and a node reads what it read until `walk` comes to it.
+    Until `finish`, the function's list of nodes stays unchanged, and a node keeps its old operands until `walk` reaches
+    it.
     """
 
     def __init__(self, function: Function, graph: Graph, log: PassRecord) -> None:
         self.function, self.graph, self.log = function, graph, log
         self.builder = Builder(graph, Function("scratch"))
         self.gone: set[Node] = set()
-        """Nodes that were taken, and that nobody reads any more."""
+        """Nodes that were replaced and have no readers any more."""
         self.applied = 0
         self._now: dict[Value, Value] = {}
         self._stale: set[Node] = set()
         self._made: dict[Node, list[Node]] = {}
         self._beside: list[tuple[Node | None, Node]] = []
-        """Nodes that gave a value which is replaced with a root's, and where the replacement stands."""
+        """The other nodes whose values were replaced together with a root's, each with the node whose position the
+        replacement takes.
+        """
         self._near_misses: list[tuple[Node, Event]] = []
 
     @cached_property
     def _readers(self) -> dict[Value, list[Node | None]]:
-        """Who reads a result. Found when first asked for: most functions hold nothing that a pass looks for."""
+        """The readers of each result, computed on first use: most functions hold nothing that a pass looks for."""
         return readers_of(self.function)
 
     # -- looking -----------------------------------------------------------------------------------------------
 
     def walk(self, *, into: bool = False) -> Iterator[Node]:
-        """The function's nodes in order, each up to date when it is reached.
+        """Yield the function's nodes in order; each is up to date when it is yielded.
 
-        into   also those that were made on the way, when what they stand for is reached
+        into   also yield new nodes, when the node that they replace is reached
         """
         pending = self.function.nodes[::-1]
         while pending:
@@ -175,25 +178,25 @@ class Rewriting:
                 pending.extend(reversed(self._made[node]))
 
     def readers(self, value: Value) -> list[Node | None]:
-        """Who reads what a node gives now, None for an output."""
+        """Return the current readers of a node's result, None for an output."""
         return [node for node in self._readers.get(value, ()) if node not in self.gone]
 
     def is_replaced(self, value: Value) -> bool:
-        """Whether another value came in the place of this one."""
+        """Return True if another value has replaced this one."""
         return value in self._now
 
-    # -- what the log tells ------------------------------------------------------------------------------------
+    # -- logging -----------------------------------------------------------------------------------------------
 
     def refuse(self, rule: str, refusal: Refusal, root: Node | None = None, nodes: Iterable[Node] = ()) -> None:
-        """A rule was about to take nodes, and does not."""
+        """Log that a rule was about to replace nodes, and refused."""
         at = refusal.node or root
-        assert at is not None, "a refusal names a node, or is of a root"
+        assert at is not None, "a refusal names a node, or belongs to a root"
         self.log.refuse(rule, self.function, at, refusal.reason, refusal.hint, nodes, refusal.matched)
 
     def near_miss(
         self, rule: str, root: Node, at: Node, reason: str, hint: str = "", matched: Sequence[Node] = (), edge: str = ""
     ) -> None:
-        """A rule nearly fitted at a root. Nothing is told where the root is taken after all."""
+        """Log that a rule nearly fitted at a root. It is dropped if the root is replaced after all."""
         given = self.log.lineage.of((at, *matched))
         names = tuple([node.op.name for node in matched])
         event = Event.at(rule, self.function, at, reason, hint, matched=names, edge=edge, given=given)
@@ -204,7 +207,7 @@ class Rewriting:
     def build(
         self, rule: str, root: Node, make: Callable[[Builder], Any], replaced: Sequence[Value] = ()
     ) -> Replacement | Refusal:
-        """Build aside what is to come in the place of values (of what the root gives, if none are named).
+        """Build a replacement of values (by default, the root's results) separately from the function.
 
         Raises PassError for a replacement of another type.
         """
@@ -229,14 +232,14 @@ class Rewriting:
         return Replacement(root, replaced, results, made)
 
     def put(self, built: Replacement, nodes: Iterable[Node] = (), place: Node | None = None) -> None:
-        """Let everyone read a replacement, which stands in the place of its root, or of another node.
+        """Redirect all readers to a replacement, at the position of its root or of another node.
 
-        nodes   what it takes beside the root: those that nobody reads any more are gone
+        nodes   replaced nodes other than the root; those that become unused are removed
         """
         root, made = built.root, built.made
         for node in made:
             for value in dict.fromkeys(node.inputs):
-                if value in self._now:  # it was found before that was replaced
+                if value in self._now:  # the site was found before this value was replaced
                     self._stale.add(node)
                 self._readers.setdefault(self._current(value), []).append(node)
         self._made[place or root] = made
@@ -251,7 +254,7 @@ class Rewriting:
             self._readers[old] = []
             nameless = new.node is not None and (new.node in made or new.name == new.node.op.name)
             if nameless and old.node is not None and old.name != old.node.op.name:
-                new.name = old.name  # a name that someone gave outlives the op
+                new.name = old.name  # a name that the author chose outlives the op
         taken = [root, *nodes]
         while unread := [node for node in taken if not self._is_read(node)]:
             self.gone.update(unread)
@@ -265,7 +268,7 @@ class Rewriting:
         return False
 
     def finish(self) -> int:
-        """Bring the function up to date, and the log's near misses; returns how many sites were replaced."""
+        """Bring the function and the log's near misses up to date. Return the number of replaced sites."""
         if self.applied:
             for node in list(self._stale):
                 self._bring_up_to_date(node)
@@ -287,18 +290,18 @@ class Rewriting:
         self._stale.discard(node)
 
     def _ordered(self) -> list[Node]:
-        """The nodes that are left or made. One that reads what came in the place of an earlier value waits for that."""
+        """Return the remaining and the new nodes in order. A node whose operand is computed later is moved after it."""
         groups = [self._in_place_of(n) if n in self._made else [n] for n in self.function.nodes]
         nodes = [node for group in groups for node in group if node not in self.gone]
         at = {node: position for position, node in enumerate(self.function.nodes)} if self._beside else {}
         if all(giver in at and place in at and at[giver] >= at[place] for giver, place in self._beside):
-            return nodes  # none has readers ahead of what comes in its place
+            return nodes  # no replacement has a reader before it
         to_come = set(nodes)
         ordered: list[Node] = []
         waiting: list[Node] = []
 
         def append(nodes: Iterable[Node]) -> list[Node]:
-            """Append those that need not wait, and give the others."""
+            """Append the nodes whose operands are computed, and return the others."""
             early = []
             for node in nodes:
                 if any(v.node in to_come for v in node.inputs):
@@ -315,7 +318,7 @@ class Rewriting:
         return ordered + waiting
 
     def _in_place_of(self, node: Node) -> list[Node]:
-        """A node behind what was made in its place, or in the place of that in turn."""
+        """Return the nodes that replace a node, followed by the node itself; replaced replacements are expanded."""
         found: list[Node] = []
         pending = [(node, False)]
         while pending:

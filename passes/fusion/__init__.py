@@ -1,1 +1,1 @@
-"""Passes that find a fused op in what models spell out."""
+"""Passes that fuse ops: each finds in a model's primitives the expression of a fused op."""

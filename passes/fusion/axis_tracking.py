@@ -1,4 +1,4 @@
-"""Axes followed through ops that move elements: which axis of one value is which of another, whatever their layouts.
+"""Tracking of axes through ops that move elements: which axis of one value is which of another, whatever their layouts.
 
     scores     f32[B*H, S, T]     (0 1)(2)(3)
     rearranged f32[B, H, S, T]    (0)(1)(2)(3)
@@ -23,25 +23,25 @@ Layout = Atoms
 
 
 class Axes:
-    """The atoms of one search: their sizes, and what those that were split are made of."""
+    """The atoms of one search: their sizes, and the parts of those that were split."""
 
     def __init__(self) -> None:
         self.sizes: list[Size] = []
         self._parts: dict[int, tuple[int, ...]] = {}
 
     def new(self, size: Size) -> tuple[int, ...]:
-        """An atom of this size, as a dimension: nothing where the size is 1."""
+        """Return a dimension of one new atom of this size; without atoms if the size is 1."""
         if size == ONE:
             return ()
         self.sizes.append(size)
         return (len(self.sizes) - 1,)
 
     def of(self, value: Value) -> Layout:
-        """A layout of a value of which nothing is known: an atom a dimension."""
+        """Return a layout for a value about which nothing is known: one atom per dimension."""
         return tuple(self.new(size) for size in value.type.shape)
 
     def flat(self, dim: Iterable[int]) -> tuple[int, ...]:
-        """A dimension with its split atoms replaced by their parts."""
+        """Return a dimension with its split atoms replaced by their parts."""
         found: list[int] = []
         for atom in dim:
             parts = self._parts.get(atom)
@@ -52,14 +52,14 @@ class Axes:
         return tuple(found)
 
     def resolved(self, layout: Layout) -> Layout:
-        """A layout in atoms that are not split."""
+        """Return a layout in atoms that are not split."""
         return tuple(map(self.flat, layout))
 
     def size(self, atoms: Iterable[int]) -> Size:
         return product(self.sizes[atom] for atom in atoms)
 
     def cut(self, dim: Sequence[int], sizes: Sequence[Size]) -> list[tuple[int, ...]] | None:
-        """A dimension in consecutive pieces of these sizes, or None where they do not come out even."""
+        """Split a dimension into consecutive pieces of these sizes. Return None if its atoms do not allow it."""
         atoms = self.flat(dim)
         found = common_pieces([self.sizes[atom] for atom in atoms], sizes)
         if found is None:
@@ -78,14 +78,16 @@ class Axes:
     # -- through ops -------------------------------------------------------------------------------------------
 
     def above(self, node: Node, layout: Layout) -> Layout | None:
-        """The layout of a rearrange's or an expand's operand, from its result's; None for what cannot be told."""
+        """Return the layout of a rearrange's or an expand's operand, from its result's; None if it cannot be
+        determined.
+        """
         operand = node.inputs[0]
         if isinstance(node.op, Expand):
             return narrowed(operand, layout)
         return self._rearranged(node, layout, backward=True)
 
     def below(self, node: Node, layout: Layout) -> Layout | None:
-        """The layout of a rearrange's result, from its operand's."""
+        """Return the layout of a rearrange's result, from its operand's."""
         return self._rearranged(node, layout, backward=False)
 
     def _rearranged(self, node: Node, layout: Layout, backward: bool) -> Layout | None:
@@ -100,7 +102,7 @@ class Axes:
         return tuple(self.flat(a for atom in dim for a in pieces[atom]) for dim in wanted)
 
     def factors(self, node: Node, layout: Layout) -> tuple[list[Layout], dict[str, tuple[int, ...]]]:
-        """The layouts of a contraction's operands, from its result's, and what each summed factor is made of."""
+        """Return the layouts of a contraction's operands, from its result's, and the atoms of each summed factor."""
         application = node.op.apply([None if v is None else v.type for v in node.operands])
         known: dict[str, tuple[int, ...]] = {}
         for dim, atoms in zip(application.results[0], layout, strict=True):
@@ -121,7 +123,7 @@ class Axes:
     # -- building ----------------------------------------------------------------------------------------------
 
     def place(self, b: Builder, x: Expr, layout: Layout, wanted: Sequence[Sequence[int]]) -> Expr:
-        """x, of this layout, under another one; along atoms that it does not hold it is repeated."""
+        """Rearrange x from its layout to another one; it is repeated along atoms that it lacks."""
         held, goal = self.resolved(layout), tuple(map(self.flat, wanted))
         there = {atom for dim in held for atom in dim}
         missing = [atom for dim in goal for atom in dim if atom not in there]
@@ -142,6 +144,8 @@ class Axes:
 
 
 def narrowed(operand: Value, layout: Layout) -> Layout:
-    """The layout of an operand that broadcasts to a result of this layout: nothing where it has a 1."""
+    """Return the layout of an operand that broadcasts to a result of this layout: dimensions of size 1 have no
+    atoms.
+    """
     own = layout[len(layout) - operand.type.rank :]
     return tuple(() if size == ONE else dim for size, dim in zip(operand.type.shape, own, strict=True))

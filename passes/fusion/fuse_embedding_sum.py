@@ -1,4 +1,4 @@
-"""Embeddings that are added up, as one op."""
+"""Fusion of sums of embeddings into one op."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _MOST_STEPS = 8
 class FuseEmbeddingSum(SiteRewrite["_Sum"]):
     """embedding(t, i) + embedding(u, j) + ...   -->   embedding_sum(t, u, ..., i, j, ...)
 
-    However the additions nest, and in whatever order; indices may broadcast. A gather of rows of a weight is an
-    embedding, too. One chain of additions keeps its order, and so its bits; (a + b) + (c + d) becomes one, whose last
-    digits may differ.
+    The additions may nest in any way and order; indices may broadcast. A gather of rows of a weight is an embedding,
+    too. One chain of additions keeps its order, and so its bits; (a + b) + (c + d) becomes one chain, whose last digits
+    may differ.
 
-    Refuses: a term that is no embedding, or one that is scaled or cast before it is added (the sum of the others is
-    taken without it, where they are added to each other first); an embedding, or a sum of some, that is used elsewhere;
+    Refuses: a term that is not an embedding, or that is scaled or cast before it is added (the sum of the others is
+    fused without it if they are added to each other first); an embedding, or a partial sum, that is used elsewhere;
     embeddings of different widths; more than eight.
     """
 
@@ -43,7 +43,7 @@ class FuseEmbeddingSum(SiteRewrite["_Sum"]):
 
 @dataclass(frozen=True)
 class Lookup:
-    """What one embedding, or a sum of them, reads: tables, and the indices of each."""
+    """The operands of one embedding, or of a sum of them: tables, and the indices of each."""
 
     tables: tuple[Value, ...]
     indices: tuple[Value, ...]
@@ -53,7 +53,7 @@ class Lookup:
 
 
 def lookup_of(node: Node | None) -> Lookup | None:
-    """The lookup that a node is, if it is one."""
+    """Return the lookup that a node performs, or None."""
     if node is None:
         return None
     if isinstance(node.op, EmbeddingSum):
@@ -68,7 +68,7 @@ def lookup_of(node: Node | None) -> Lookup | None:
 
 
 def is_of_embeddings(value: Value, depth: int = 0) -> bool:
-    """Whether a term of a sum is an embedding, scaled, cast or moved perhaps, or a sum of such."""
+    """Return True if a term of a sum is an embedding, possibly scaled, cast or moved, or a sum of these."""
     node = value.node
     if node is None or depth > _MOST_STEPS:
         return False
@@ -82,14 +82,16 @@ def is_of_embeddings(value: Value, depth: int = 0) -> bool:
 
 @dataclass
 class _Tree:
-    """The terms of a sum, those that are added first in front, and the additions below its root."""
+    """The terms of a sum, in the order in which they are added, and the additions below its root."""
 
     terms: list[Value]
     inner: list[Node] = field(default_factory=list)
 
 
 def _readers_of_sums(function: Function) -> dict[Value, list[Node | None]]:
-    """Who reads each embedding and each sum, None for an output; other values can be many, as weights of calls are."""
+    """Return the readers of each embedding and each sum, None for an output; other values, which can be many, are left
+    out.
+    """
     found: dict[Value, list[Node | None]] = {
         node.results[0]: [] for node in function.nodes if isinstance(node.op, Add) or lookup_of(node) is not None
     }
@@ -105,7 +107,7 @@ def _readers_of_sums(function: Function) -> dict[Value, list[Node | None]]:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Sum(Site):
-    """The last of some additions, and all that the embeddings read which they add up."""
+    """The last of several additions, with the tables and indices of the embeddings that they add."""
 
     lookup: Lookup
 
@@ -117,7 +119,7 @@ class _Sums:
         self.refused: set[Value] = set()
 
     def sites(self) -> Iterator[_Sum]:
-        """The largest sums first: what is within one that is fused is no sum of its own."""
+        """Yield the sums, the largest first: a sum within a fused one is not a site of its own."""
         within: set[Node] = set()
         for node in reversed(self.work.function.nodes):
             if not isinstance(node.op, Add) or node in within:
@@ -143,12 +145,12 @@ class _Sums:
         return _Tree(tree.terms, [node, *tree.inner])
 
     def _is_refused(self, root: Node, terms: Sequence[Value]) -> bool:
-        """Whether something stands against it, which is recorded once for each term."""
+        """Return True if some term prevents the fusion; the refusal is logged once for each term."""
         against = [(value, why) for value in terms if (why := self._why_not(value))]
         for value, why in against:
             if value not in self.refused:
                 self.refused.add(value)
-                hint = "add the embeddings to each other first" if why.endswith("no embedding") else ""
+                hint = "add the embeddings to each other first" if why.endswith(", not an embedding") else ""
                 self._refuse(value.node or root, why, hint, root)
         if against:
             return True
@@ -168,7 +170,7 @@ class _Sums:
     def _why_not(self, value: Value) -> str:
         node = value.node
         if node is None:
-            return f"a term is {value.name}, and no embedding"
+            return f"a term is {value.name}, not an embedding"
         if len(self.readers.get(value, ())) > 1:
             if None in self.readers[value]:
                 return f"the {node.op.name} is an output as well"
@@ -178,8 +180,8 @@ class _Sums:
         if lookup_of(node) is not None:
             return ""
         if is_of_embeddings(value):
-            return f"a term is not the embedding itself, but {node.op.name} of it"
-        return f"a term is {node.op.name}, and no embedding"
+            return f"a term is {node.op.name} of an embedding, not the embedding itself"
+        return f"a term is {node.op.name}, not an embedding"
 
     @staticmethod
     def _lookup(value: Value) -> Lookup:

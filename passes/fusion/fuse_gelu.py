@@ -1,4 +1,4 @@
-"""Activations that models spell out: gelu by erf and by tanh, quick gelu and silu."""
+"""Fusion of activations written in primitives: gelu by erf and by tanh, quick gelu and silu."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _half(p: Vocabulary, x: Any) -> Any:
 
 
 def _halved(p: Vocabulary, x: Any, gate: Any) -> Any:
-    """0.5 * x * gate, however it is grouped."""
+    """Match 0.5 * x * gate in any grouping."""
     return p.either(p.shared(_half(p, x)) * gate, x * _half(p, gate), _half(p, x * gate))
 
 
@@ -80,15 +80,15 @@ class QuickGelu(Rewrite):
 
 @dataclass(frozen=True)
 class FuseGelu(RewriteSet):
-    """Spelled-out activations   -->   one op
+    """Activations in primitives   -->   one op
 
      1. x/2 * (1 + erf(x / sqrt 2))  -->  gelu(x)
      2. x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3)))  -->  gelu_tanh(x)
      3. x * sigmoid(x)  -->  silu(x)
      4. x * sigmoid(1.702 x)  -->  quick_gelu(x)
 
-    The halves and the cube may be grouped in any of the usual ways. Refuses: other constants; an inner value
-    that is used elsewhere.
+    The halves and the cube may be grouped in any of the usual ways. Refuses: other constants; an inner value that is
+    used elsewhere.
     """
 
     rules: ClassVar[tuple[Rewrite, ...]] = (GeluErf(), GeluTanh(), Silu(), QuickGelu())

@@ -1,4 +1,4 @@
-"""Normalizations that models spell out: layer norm and RMS norm."""
+"""Fusion of normalizations written in primitives: layer norm and RMS norm."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from treadle.passes.framework.rewrite import Match, Refusal, Rewrite, RewriteSet
 
 
 def _scaled(p: Vocabulary, x: Any, mean_square: Any) -> Any:
-    """x / sqrt(mean_square + eps), however it is spelled."""
+    """Match x / sqrt(mean_square + eps) in any of its forms."""
     shifted = mean_square + p.constant("eps")
     return p.either(
         x * p.either(p.rsqrt(shifted), p.reciprocal(p.sqrt(shifted))),
@@ -25,7 +25,7 @@ def _square(p: Vocabulary, x: Any) -> Any:
 
 
 def _shortest(number: float, x: Expr) -> float:
-    """The shortest decimal that rounds to this number in x's dtype: 1e-05 for 9.999999747378752e-06."""
+    """Return the shortest decimal that rounds to this number in x's dtype: 1e-05 for 9.999999747378752e-06."""
     return number if x.dtype.numpy is None else float(str(x.dtype.numpy.type(number)))
 
 
@@ -33,7 +33,7 @@ def _over_last(name: str, x: Expr, axes: Sequence[int]) -> Refusal | None:
     if tuple(axis % x.rank for axis in axes) == (x.rank - 1,):
         return None
     hint = "rearrange so that this axis comes last" if len(axes) == 1 else ""
-    return Refusal(f"the mean is over axes {tuple(axes)}, {name} needs the last alone", hint=hint)
+    return Refusal(f"the mean is over axes {tuple(axes)}, {name} needs the last axis only", hint=hint)
 
 
 def _is_vector(vector: Expr, x: Expr) -> bool:
@@ -44,7 +44,7 @@ def _is_vector(vector: Expr, x: Expr) -> bool:
 class LayerNorm(Rewrite):
     """(x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps)   -->   layer_norm(x, eps)        (Ba, Kiros & Hinton 2016)
 
-    Refuses: a mean over other axes than the last.
+    Refuses: a mean over axes other than the last.
     """
 
     def pattern(self, p: Vocabulary, x: Any, axes: Any) -> Any:
@@ -90,7 +90,7 @@ class LayerNormBias(Rewrite):
 class RMSNorm(Rewrite):
     """x / sqrt(mean(x^2) + eps)   -->   rms_norm(x, eps)        (Zhang & Sennrich 2019)
 
-    Refuses: a mean over other axes than the last.
+    Refuses: a mean over axes other than the last.
     """
 
     def pattern(self, p: Vocabulary, x: Any, axes: Any) -> Any:
@@ -119,7 +119,7 @@ class RMSNormWeight(Rewrite):
 
 @dataclass(frozen=True)
 class FuseNormalization(RewriteSet):
-    """Spelled-out normalizations over the last axis   -->   one op
+    """Normalizations over the last axis in primitives   -->   one op
 
      1. (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps)  -->  layer_norm(x, eps)
      2. layer_norm(x) * w  -->  layer_norm(x, w);   layer_norm(x, w) + b  -->  layer_norm(x, w, b)

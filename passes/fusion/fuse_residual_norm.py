@@ -1,4 +1,4 @@
-"""A residual and the norm of it as one op."""
+"""Fusion of a residual addition and the norm after it into one op."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from treadle.ir.ops.elementwise import Cast
 from treadle.passes.framework.rewriting import Refusal, Rewriting, Site, SiteRewrite
 
 FUSED: Mapping[str, str] = {"layer_norm": "add_layer_norm", "rms_norm": "add_rms_norm"}
-"""What the norm of a sum becomes."""
+"""The fused op of each norm of a sum."""
 
 
 @dataclass(frozen=True)
 class FuseResidualNorm(SiteRewrite["_Residual"]):
     """layer_norm(x + residual, w, c)   -->   add_layer_norm(x, residual, w, c)        rms_norm, likewise
 
-    The op has two results, the norm and the sum: whatever else reads the sum (the residual stream of a model that
-    normalizes before its layers) then reads the second one. It stands where the norm stood, or where the sum did if
-    that is read before.
+    The op has two results, the norm and the sum. Other readers of the sum (the residual stream of a model that
+    normalizes before its layers) read the second one. The op takes the norm's position, or the sum's if the sum is read
+    before the norm.
 
     Refuses: a sum that broadcasts; a weight or a constant as an addend (a bias); a sum that is cast before the norm; a
-    second norm of one sum; a weight of the norm that is not there yet where the sum is first read.
+    second norm of one sum; a weight of the norm that is computed after the sum is first read.
     """
 
     def sites(self, work: Rewriting) -> Iterator[_Residual]:
@@ -42,13 +42,13 @@ class FuseResidualNorm(SiteRewrite["_Residual"]):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Residual(Site):
-    """A norm, its root, and the sum that it is of."""
+    """A norm, which is the root, and the sum that it normalizes."""
 
     total: Node
 
 
 def _sum_before(norm: Node) -> Node | None:
-    """The sum that a norm is of, a cast between them or not."""
+    """Return the sum that a norm normalizes, with or without a cast between them; None if there is none."""
     node = norm.inputs[0].node if norm.op.name in FUSED else None
     if node is not None and isinstance(node.op, Cast):
         node = node.inputs[0].node
@@ -56,13 +56,13 @@ def _sum_before(norm: Node) -> Node | None:
 
 
 class _Residuals:
-    """The sums and norms of one function, each where it stands."""
+    """The sums and norms of one function, with their positions."""
 
     def __init__(self, work: Rewriting, rule: str) -> None:
         self.work, self.rule = work, rule
         self.places = {node: place for place, node in enumerate(work.function.nodes)}
         self.norms: dict[Node, Node] = {}
-        """For each sum that is fused, the norm that takes it."""
+        """For each fused sum, its norm."""
 
     def sites(self) -> Iterator[_Residual]:
         for norm in self.work.function.nodes:
@@ -89,7 +89,7 @@ class _Residuals:
         for value in total.inputs:
             if value.weight is not None or value.kind == "constant":
                 what = "a constant" if value.kind == "constant" else "a weight"
-                return Refusal(f"what is added is {what}, {value.type}, and no residual", total)
+                return Refusal(f"the addend is {what}, {value.type}, not a residual", total)
         for value in total.inputs:
             if value.type.shape != total.result.type.shape:
                 return Refusal(f"the sum broadcasts {value.type} to {total.result.type}", total)
@@ -98,7 +98,7 @@ class _Residuals:
             return Refusal(cast, given.node)
         other = self.norms.get(total)
         if other is not None:
-            return Refusal(f"another {other.op.name} takes the sum already{_line(other)}", norm)
+            return Refusal(f"the sum is already fused with another {other.op.name}{_line(other)}", norm)
         reader = self._read_before(total, norm)
         missing = [v for v in norm.inputs[1:] if v.node is not None and self._place(v.node) > self.places[total]]
         if reader is not None and missing:
@@ -107,12 +107,12 @@ class _Residuals:
         return None
 
     def _place(self, node: Node) -> int:
-        """Where a node stands, or the fused op that a sum becomes part of."""
+        """Return the position of a node, or of the fused op that a sum becomes part of."""
         norm = self.norms.get(node)
         return self.places[node if norm is None or self._read_before(node, norm) is not None else norm]
 
     def _read_before(self, total: Node, norm: Node) -> Node | None:
-        """Who reads the sum before the norm does."""
+        """Return the first reader of the sum before the norm, or None."""
         readers = [node for node in self.work.readers(total.result) if node is not None]
         return next((node for node in readers if self.places[node] < self.places[norm]), None)
 

@@ -1,4 +1,4 @@
-"""Rotary positions that models spell out, as the one op."""
+"""Fusion of rotary position embeddings written in primitives into one op."""
 
 from __future__ import annotations
 
@@ -31,14 +31,16 @@ class FuseRotary(SiteRewrite["_Turned"]):
 
      1. half-split pairs (i, i + f):  concat(-x2, x1);  concat(x1 cos - x2 sin, x2 cos + x1 sin)
      2. interleaved pairs (2i, 2i + 1), likewise
-     3. only the first 2f dimensions turned, the others passed on
-     4. x as a rearrange gives it that moves its leading axes: [b, s, h, d] -> [b, h, s, d]
-     5. x as a product gives it, of which a rearrange cuts heads: [b, s, (h d)], or [b, s, (h 3 d)] and a part of that
-     6. pairs that are put together in one rearrange with what follows: [b, s, h, f, 2] -> [b, h, s, (f 2)]
+     3. only the first 2f dimensions are rotated, the others are passed through
+     4. x as the result of a rearrange that moves its leading axes: [b, s, h, d] -> [b, h, s, d]
+     5. x as the result of a product, whose last axis a rearrange splits into heads: [b, s, (h d)], or [b, s, (h 3 d)]
+        and a part of that
+     6. pairs that are joined in the same rearrange as later moves: [b, s, h, f, 2] -> [b, h, s, (f 2)]
 
-    However it is spelled, the last axis is followed element by element: each must be x_i cos a_i -+ x_j sin a_i with
-    the same positions throughout. Refuses: pairs, signs or angles in no such order; positions that are no integers;
-    angles that are no product of positions and frequencies; an x that is none of one tensor's elements in order.
+    The last axis is tracked element by element, so the form does not matter: each element must be x_i cos a_i -+ x_j
+    sin a_i with the same positions throughout. Refuses: pairs, signs or angles in another order; positions that are not
+    integers; angles that are not a product of positions and frequencies; an x whose elements are not one tensor's in
+    order.
     """
 
     tidying = TidyLayout()
@@ -53,7 +55,7 @@ class FuseRotary(SiteRewrite["_Turned"]):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Turned(Site):
-    """The root of what gives turned pairs, that as a view of x, cos and sin, and what rotary makes of x."""
+    """The root that computes the rotated pairs, their view in terms of x, cos and sin, and the rotation of x."""
 
     view: RotaryView
     turn: _Turn
@@ -65,7 +67,9 @@ class _Turns:
         self.views = Views()
 
     def sites(self) -> Iterator[_Turned]:
-        """Largest first: a turned part of the dimensions is within what joins it with the rest."""
+        """Yield the sites, the largest first: a rotated part of the dimensions lies within the value that joins it with
+        the rest.
+        """
         done: set[Value] = set()
         for node in reversed(self.work.function.nodes):
             if not isinstance(node.op, _ROOTS) or node.results[0] in done:
@@ -90,13 +94,13 @@ class _Turns:
                 done |= inner.keys()
 
     def _is_whole(self, view: RotaryView) -> bool:
-        """Whether a view is of whole pairs, and not of what is yet to be joined with the other half."""
+        """Return True if a view consists of whole pairs, not of one half that is joined with the other later."""
         cos, sin = view.terms["x cos"], view.terms["x sin"]
         partners = np.intersect1d(cos.index, sin.index)
         return "x" not in view.terms and bool(partners.size)
 
     def _why_no_turn(self, node: Node) -> str | None:
-        """Why a sum of something times a cosine and something times a sine is no view of both; None for other sums."""
+        """Return the reason why x times a cosine plus y times a sine is not a rotation; None for other sums."""
         products = [v.node for v in node.inputs if v.node is not None and isinstance(v.node.op, Mul)]
         if not isinstance(node.op, (Add, Sub)) or len(products) != 2:
             return None
@@ -108,7 +112,7 @@ class _Turns:
             if made is None or made.angles is None:
                 x = next((v for v in product.inputs if self.views.known(v) is not table), product.inputs[0])
                 (kind,) = table.terms
-                return f"what the {kind} multiplies, {x.type}, is repeated along the angles, or its last axis varies"
+                return f"the factor of the {kind}, {x.type}, is repeated along the angles, or its last axis varies"
         one, other = (self.views.known(p.results[0]) for p in products)
         assert one is not None
         assert other is not None
@@ -119,7 +123,7 @@ class _Turns:
         return None
 
     def _within(self, value: Value, base: Value | None, done: set[Value]) -> dict[Value, None]:
-        """What is within a turn, and therefore no root of its own."""
+        """Return the values within a rotation, which are not roots of their own."""
         found: dict[Value, None] = {}
         pending = [value]
         while pending:
@@ -133,7 +137,7 @@ class _Turns:
 
 
 def _rotary(b: Builder, site: _Turned) -> Expr | Refusal:
-    """The op in place of a root, or why not, where its angles or axes are others."""
+    """Build the op that replaces a root, or return the refusal if its angles or axes do not fit."""
     view, turn = site.view, site.turn
     assert view.base is not None
     assert view.angles is not None
@@ -145,7 +149,7 @@ def _rotary(b: Builder, site: _Turned) -> Expr | Refusal:
     x_layout = axes.of(x.value)
     varying = [i for i, at in enumerate(lead) if at is not None]
     if not 1 <= len(varying) <= 2:
-        return Refusal(f"the angles vary along {len(varying)} axes beside that of pairs, not by row and position")
+        return Refusal(f"the angles vary along {len(varying)} axes other than that of pairs, not by row and position")
     s = varying[-1]
     others = [i for i in range(3) if i != s]
     row = varying[0] if len(varying) == 2 else others[0]
@@ -157,7 +161,7 @@ def _rotary(b: Builder, site: _Turned) -> Expr | Refusal:
         angle_layout[at] = x_layout[i]
     found = _positions_and_frequencies(axes, Placed(view.angles, tuple(angle_layout)))
     if found is None:
-        return Refusal("the angles are no product of whole positions and frequencies")
+        return Refusal("the angles are not a product of integer positions and frequencies")
     positions, frequencies = found
     inner = axes.new(x.shape[-1])
     held: Layout = (*x_layout[:3], inner)
@@ -169,18 +173,18 @@ def _rotary(b: Builder, site: _Turned) -> Expr | Refusal:
         f = b.slice(f, axis=0, start=0, stop=turn.pairs)
     made = turn.shaped(axes.place(b, b.rotary(placed, whole, f, layout=turn.layout), order, held), view)
     if made.type != site.root.results[0].type:
-        return Refusal(f"rotary would give {made.type} for {site.root.results[0].type}")
+        return Refusal(f"rotary would return {made.type} for {site.root.results[0].type}")
     return made
 
 
 @dataclass(frozen=True)
 class _Turn:
-    """What rotary makes of a base's last axis.
+    """The rotation of a base's last axis.
 
-    layout  rotary's, and the number of its `pairs`
-    heads   how many are side by side along that axis, 1 where heads have an axis of their own
-    size    the dimensions of one, `first` where it begins, and `stride` how far the next one is
-    whole   the size of the base's last axis, which is cut into blocks of `stride`
+    layout  the layout of the rotary op, and its number of `pairs`
+    heads   the number of heads along that axis; 1 if heads have an axis of their own
+    size    the dimensions of a head; `first` is the offset of the first head, and `stride` the distance between heads
+    whole   the size of the base's last axis, which is split into blocks of `stride`
     """
 
     layout: str
@@ -192,7 +196,7 @@ class _Turn:
     whole: int
 
     def heads_of(self, x: Expr) -> Expr:
-        """The heads that are turned, of a base [..., d] or [b, s, (h d)]; x itself where it is just these."""
+        """Return the rotated heads of a base [..., d] or [b, s, (h d)]; x itself if it consists of just these."""
         b, first = x.builder, self.first
         if x.rank == 3:
             begin, count = self.first // self.stride * self.stride, self.stride * self.heads
@@ -204,7 +208,7 @@ class _Turn:
         return x
 
     def shaped(self, y: Expr, view: RotaryView) -> Expr:
-        """[..., d] or [b, s, h, d] as a view has these last axes: joined, or with one of pairs."""
+        """Reshape [..., d] or [b, s, h, d] to the last axes of a view: joined, or with an axis of pairs."""
         assert view.base is not None
         b, joined = y.builder, view.base.type.rank == 3
         if view.shape == ((self.heads, self.size) if joined else (self.size,)):
@@ -219,7 +223,7 @@ class _Turn:
 
 
 def _turn_of(view: RotaryView) -> _Turn | None:
-    """How rotary gives every element of a view, if it does."""
+    """Return the rotation that computes every element of a view, or None."""
     if view.base is None or not set(view.terms) <= {"x", "x cos", "x sin"}:
         return None
     size, rank = math.prod(view.shape), view.base.type.rank
@@ -232,7 +236,9 @@ def _divisors(size: int) -> Iterator[int]:
 
 
 def _turn_in(view: RotaryView, heads: int) -> _Turn | None:
-    """How rotary gives a view of that many heads side by side, all in one order."""
+    """Return the rotation that computes a view of this number of heads next to each other, all in one order, or
+    None.
+    """
     terms = [view.terms.get(kind) or no_term(view.shape) for kind in ("x cos", "x sin", "x")]
     cos, sin, passed = (term.map(lambda a: a.reshape(heads, -1)) for term in terms)
     whole = None if view.base is None else view.base.type.shape[-1].constant
@@ -268,7 +274,9 @@ def _turn_in(view: RotaryView, heads: int) -> _Turn | None:
 
 
 def _positions_and_frequencies(axes: Axes, angles: Placed) -> tuple[Placed, Placed] | None:
-    """The factors of an outer product: whole positions along all axes but the last, and frequencies along that."""
+    """Return the factors of an outer product: integer positions along all axes but the last, and frequencies along the
+    last.
+    """
     last = set(axes.flat(angles.layout[-1]))
     value, layout = angles.value, angles.layout
     while (node := value.node) is not None and isinstance(node.op, (Rearrange, Expand, Cast)):
@@ -296,7 +304,7 @@ def _positions_and_frequencies(axes: Axes, angles: Placed) -> tuple[Placed, Plac
 
 
 def _whole_numbers(axes: Axes, placed: Placed) -> Placed | None:
-    """The integers beneath a cast to a float, and moves."""
+    """Return the integers below a cast to a float and below moves, or None."""
     value, layout = placed.value, placed.layout
     while (node := value.node) is not None and isinstance(node.op, (Rearrange, Expand, Cast)):
         above = layout if isinstance(node.op, Cast) else axes.above(node, layout)
@@ -309,7 +317,7 @@ def _whole_numbers(axes: Axes, placed: Placed) -> Placed | None:
 
 
 def _uncast(axes: Axes, placed: Placed) -> Placed:
-    """Beneath moves that do not repeat."""
+    """Return the value below moves."""
     value, layout = placed.value, placed.layout
     while (node := value.node) is not None and isinstance(node.op, (Rearrange, Expand)):
         above = axes.above(node, layout)

@@ -1,4 +1,4 @@
-"""Softmax spelled out."""
+"""Fusion of softmax written in primitives."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from treadle.passes.framework.rewrite import Match, Refusal, Rewrite
 class FuseSoftmax(Rewrite):
     """exp(x - max(x)) / sum(exp(x - max(x)))   -->   softmax(x)        max and sum over one axis
 
-    Without the maximum taken off first the two sides differ where exp overflows, so that is left alone.
-    Refuses: a maximum or a sum over several axes or over two different ones; an inner value that is used
-    elsewhere.
+    If the maximum is not subtracted first, the two sides differ where exp overflows, so that form is not fused.
+    Refuses: a maximum or a sum over several axes or over two different ones; an inner value that is used elsewhere.
     """
 
     def pattern(self, p: Vocabulary, x: Any, max_axes: Any, sum_axes: Any, ties: Any) -> Any:

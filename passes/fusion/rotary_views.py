@@ -1,8 +1,8 @@
-"""Values as cosines and sines of angles, and as elements of a tensor times these, followed along their last axes.
+"""Views of values as elements of a tensor times cosines and sines of angles, tracked along their last axes.
 
-A turn by rotary positions is spelled in slices, joins, negations and tables of many kinds. Here it does not matter
-which: of each element along the last axes it is known which element of which tensor it is, times what sign, and times
-the cosine or sine of which angle.
+A rotary rotation can be written in slices, joins, negations and tables of many kinds. Here the form does not matter:
+for each element along the last axes, the view says which element of which tensor it is, times which sign, and times the
+cosine or sine of which angle.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class RotaryView:
 
     shape   the sizes of these last axes
     terms   "x": base[index];  "cos", "sin": of angle[angle];  "x cos", "x sin": products
-    base    what `index` is of, and `angles`, what `angle` is of
-    lead    for each axis before the last ones, the axis of `angles` that it is, or where there are none yet, of `base`;
-            None where it is of size 1, so that a table is the same along it
-    moved   the base under leading axes in the order of `lead`, if a value is just that; the view is of it as well
+    base    the value that `index` points into; `angles` is the value that `angle` points into
+    lead    for each axis before the last ones, the corresponding axis of `angles`, or of `base` if there are no angles
+            yet; None for size 1, along which a table is constant
+    moved   the base with its leading axes in the order of `lead`, if a value is just that; the view also applies to it
     """
 
     shape: tuple[int, ...]
@@ -58,7 +58,7 @@ class RotaryView:
 
     @property
     def is_table(self) -> bool:
-        """Whether it is a cosine or a sine alone, and no x."""
+        """True if the view is a cosine or a sine alone, without x."""
         return self.base is None and self.angles is not None and len(self.terms) == 1
 
     def map(self, change: Any, shape: tuple[int, ...] | None = None) -> RotaryView:
@@ -67,21 +67,25 @@ class RotaryView:
 
 
 class Views:
-    """The views of one function's values, each looked at once."""
+    """The views of one function's values, each computed once."""
 
     def __init__(self) -> None:
         self._views: dict[Value, RotaryView | None] = {}
 
     def known(self, value: Value) -> RotaryView | None:
-        """The view of a value that was looked at."""
+        """Return the view of a value if it was computed already."""
         return self._views.get(value)
 
     def of(self, value: Value) -> RotaryView | None:
-        """A value as terms, or None where its last axis is no constant; what is made otherwise is a base itself."""
+        """Return a value as terms; a value that is computed in another way is a base itself. None if its last axis
+        varies.
+        """
         return self.view(value, 0)
 
     def view(self, value: Value, depth: int) -> RotaryView | None:
-        """A value as terms, or None where its last axis is no constant; what is made otherwise is a base itself."""
+        """Return a value as terms; a value that is computed in another way is a base itself. None if its last axis
+        varies.
+        """
         if value in self._views:
             return self._views[value]
         found: RotaryView | None = None
@@ -121,7 +125,7 @@ class Views:
             x, table = table, x
         if x is not None and x.base is not None:
             x = _settled(x)
-        if x is not None and x.base is not None and not _stands_still(x):  # what was moved is a base of its own
+        if x is not None and x.base is not None and not _stands_still(x):  # a moved value is a base itself
             x = _base(next(v for v in node.inputs if self._views[v] is x))
         if x is None or table is None or set(x.terms) != {"x"} or table.base is not None or len(table.terms) != 1:
             return None
@@ -200,7 +204,7 @@ class Views:
         return replace(inner.map(lambda a: np.broadcast_to(a, shape)), lead=(*[None] * new, *inner.lead), moved=moved)
 
     def _rearrange(self, node: Node, depth: int) -> RotaryView | None:
-        """Splits, joins and swaps among the last axes, and of a table also moves of those before."""
+        """Follow splits, joins and swaps among the last axes, and for a table also moves of the axes before."""
         inner = self.view(node.inputs[0], depth)
         if inner is None:
             return None
@@ -212,7 +216,7 @@ class Views:
         first = next((i for i, dim in enumerate(after) if set(dim) & set(tracked)), None)
         if first is None:
             return None
-        # Axes of size 1 that come just before the last ones belong to them where the pattern puts them there.
+        # Axes of size 1 just before the last ones count among the last if the pattern moves them there.
         last = [atom for dim in after[first:] for atom in dim]
         if sorted(last) != sorted(tracked):
             return None
@@ -236,7 +240,7 @@ class Views:
 
 
 def _base(value: Value) -> RotaryView | None:
-    """A value as it is, along its last axis."""
+    """Return a value as its own base, along its last axis."""
     if not value.type.rank or not value.type.dtype.is_float:
         return None
     size = value.type.shape[-1].constant
@@ -248,7 +252,7 @@ def _base(value: Value) -> RotaryView | None:
 
 
 def _spread(table: RotaryView, shape: tuple[int, ...]) -> RotaryView | None:
-    """A table along more of the last axes, where it is the same along those, or None."""
+    """Return a table broadcast along more of the last axes; None if it varies along those."""
     more = len(shape) - len(table.shape)
     if more < 0 or table.shape != shape[more:]:
         return None
@@ -273,7 +277,7 @@ def no_term(shape: tuple[int, ...]) -> RotaryTerm:
 
 
 def _go_together(views: Sequence[RotaryView]) -> bool:
-    """Whether they are of one base, and where they hold angles, of the same ones along the same axes."""
+    """Return True if the views have one base, and if they have angles, the same ones along the same axes."""
     angled = [v for v in views if v.angles is not None]
     plain = [v for v in views if v.angles is None]
     return (
@@ -285,7 +289,7 @@ def _go_together(views: Sequence[RotaryView]) -> bool:
 
 
 def _is_whole_base(view: RotaryView) -> bool:
-    """Whether it is the elements of the base in their order along the last axis, all of them."""
+    """Return True if the view is all elements of the base in order along the last axis."""
     if view.base is None or view.angles is not None or view.shape != (view.base.type.shape[-1].constant,):
         return False
     term = view.terms["x"]
@@ -293,14 +297,16 @@ def _is_whole_base(view: RotaryView) -> bool:
 
 
 def _settled(view: RotaryView) -> RotaryView:
-    """A view of x with the axes before the last ones as its base has them: where they were moved, of what was moved."""
+    """Return a view of x with its leading axes in the base's order; if they were moved, the moved value becomes the
+    base.
+    """
     if view.base is None or view.moved is None or _stands_still(view):
         return view
     return replace(view, base=view.moved, lead=tuple(range(view.moved.type.rank - 1)))
 
 
 def _stands_still(view: RotaryView) -> bool:
-    """Whether the axes before the last ones are the base's own, in order."""
+    """Return True if the axes before the last ones are the base's own, in order."""
     assert view.base is not None
     sizes = view.base.type.shape[:-1]
     still = zip(view.lead, sizes, strict=False)

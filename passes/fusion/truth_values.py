@@ -1,4 +1,4 @@
-"""Truth values, as conditions or as numbers 0 and 1: what makes one true, as the conjunction of what others are.
+"""Truth values, as conditions or as numbers 0 and 1: a value is true under a conjunction of conditions on other values.
 
 x and y, x * y, where(x, y, 0)                          true if x is and y is
 x or y, where(x, 1, y)                                  false if x is not and y is not
@@ -20,17 +20,18 @@ from treadle.ir.ops.shapes import Expand, Rearrange
 from treadle.passes.fusion.attention.core import number_of
 
 Wanted = tuple[Value, bool]
-"""A value, and which truth it should have."""
+"""A value, and the truth value that it should have."""
 
 _MOST_LEVELS = 8
-"""Numbers that are made of more levels of ops are not looked through."""
+"""Numbers computed by more levels of ops than this are not analyzed."""
 _LARGEST_TABLE = 1 << 24
 
 
 def conjuncts_of(node: Node, wanted: bool) -> Sequence[Wanted] | None:
-    """What must hold, all of it, for a result to have a truth; None where its op says no such thing.
+    """Return the conditions that must all hold for a result to have a truth value; None if its op implies no such
+    conditions.
 
-    Operands broadcast to the result. One that is a number counts as true where it is not 0.
+    Operands broadcast to the result. A number counts as true if it is not 0.
     """
     operands = node.inputs
     match node.op:
@@ -54,8 +55,9 @@ def conjuncts_of(node: Node, wanted: bool) -> Sequence[Wanted] | None:
 
 
 def is_of_truth(value: Value, level: int = 0) -> bool:
-    """Whether a value is 0 or 1 by the way it is made: a condition, or a constant of these; cast, moved, cut,
-    multiplied, chosen, or taken from 1."""
+    """Return True if a value is 0 or 1 by construction: a condition, or a constant of these; cast, moved, sliced,
+    multiplied, selected, or subtracted from 1.
+    """
     node, literal = value.node, value.literal
     if value.type.dtype.kind == "bool":
         return True
@@ -74,7 +76,7 @@ def is_of_truth(value: Value, level: int = 0) -> bool:
 
 
 def _choice(condition: Value, x: Value, y: Value, wanted: bool) -> Sequence[Wanted] | None:
-    """where(condition, x, y), of which one side is a number"""
+    """Return the conjuncts of where(condition, x, y), if one side is a number."""
     for known, other, truth in ((x, y, True), (y, x, False)):
         number = number_of(known)
         if number is None or not is_of_truth(other):
@@ -87,7 +89,7 @@ def _choice(condition: Value, x: Value, y: Value, wanted: bool) -> Sequence[Want
 
 
 def _comparison(compare: Comparison, x: Value, y: Value, wanted: bool) -> Sequence[Wanted] | None:
-    """0 or 1, compared with a number that only one of these fits"""
+    """Return the conjuncts of 0 or 1 compared with a number that only one of these satisfies."""
     for value, number, turned in ((x, number_of(y), False), (y, number_of(x), True)):
         if number is None or not is_of_truth(value):
             continue

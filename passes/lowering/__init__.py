@@ -1,1 +1,1 @@
-"""From the optimized graph to what a backend spells: its ops, layouts of weights, what is done once."""
+"""Lowering of the optimized graph for a backend: its ops, layouts of weights, and work that is done once."""

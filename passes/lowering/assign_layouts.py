@@ -1,4 +1,4 @@
-"""Layouts of weights: a product reads its weight in the order in which its kernel takes it."""
+"""Layouts of weights: a product reads its weight in the order that its kernel takes."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ from treadle.passes.framework.pass_log import PassRecord
 
 
 class Reads(Enum):
-    """How a node reads an operand where it wants no layout of its own."""
+    """The way a node reads an operand for which it wants no particular layout."""
 
     ROW_MAJOR = "row-major"
     ANY = "any layout"
 
 
 Wants = Callable[[Node, int], Layout | Reads]
-"""How a node reads the operand at a position, if weights alone decide that operand."""
+"""A function that returns the way a node reads an operand, for operands that depend on weights alone."""
 
 
 @dataclass(frozen=True)
 class AssignLayouts(Pass):
-    """linear(x, w)   -->   linear(x, relayout(w, to=panels(16)))     where weights alone decide w
+    """linear(x, w)   -->   linear(x, relayout(w, to=panels(16)))     if w depends on weights alone
 
-    wants  how a node of the backend reads an operand
-    alone  only where all who read w want it in one layout, and it is no output: elsewhere w would be there twice
+    wants   returns the way a node of the backend reads an operand
+    alone   change a layout only if all readers of w want the same one and w is no output: otherwise w would be stored
+            twice
 
-    Two readers that want two layouts have two relayouts; one that reads any layout has the first. A weight that a
-    function is given counts where every call gives it what weights alone decide: what varies is laid out by the kernel
-    that reads it. `HoistWeights` then does the relayouts once.
+    Two readers that want two layouts get two relayouts; a reader of any layout gets the first. A weight that is an
+    argument of a function counts if every call passes a value that depends on weights alone; the kernel changes the
+    layout of a value that varies. `HoistWeights` then does the relayouts once.
     """
 
     rewrites: ClassVar[bool] = False
@@ -85,7 +86,7 @@ class AssignLayouts(Pass):
         return len(made)
 
     def _read(self, node: Node, at: int) -> Layout | Reads:
-        """A callee lays its weight out itself."""
+        """Return the way a node reads an operand; a callee changes the layout of its weight itself."""
         return Reads.ROW_MAJOR if node.op.callee is not None else self.wants(node, at)
 
 
@@ -95,7 +96,7 @@ def _relayout(value: Value, layout: Layout, reader: Node) -> Node:
 
 
 def _insert(function: Function, made: list[Node]) -> None:
-    """Put each relayout where its operand is there: after the node that makes it, or first."""
+    """Insert each relayout where its operand is available: after the node that computes it, or first."""
     after: dict[Node | None, list[Node]] = {}
     for node in made:
         (value,) = node.inputs

@@ -1,4 +1,4 @@
-"""Blocks are moved as blocks, and decoded last: what is joined or cut of encoded weights stays encoded."""
+"""Blocks are moved as blocks and decoded last: joined or sliced encoded weights stay encoded."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from treadle.passes.framework.rewriting import Refusal, Rewriting, Site, SiteRew
 class DecodeLast(SiteRewrite[Site]):
     """concat(decode(a), decode(b), axis=0)   -->   decode(concat(a, b, axis=0))        for weights a and b
 
-    and likewise slice, rearrange and what else moves whole lines of blocks. What reads the result may then read blocks,
-    and where nobody does it is decoded once either way.
+    The same holds for slice, rearrange and other ops that move whole lines of blocks. Readers of the result may then
+    read blocks; if none does, the result is decoded once in either case.
 
-    A collective stays where it is: it moves what its plan says, and what it gives is no weight's.
+    A collective stays where it is: it moves what its plan says, and its result does not belong to a weight.
 
     Refuses: weights in several encodings; parts that are taken along the axis of the blocks.
     """
@@ -30,7 +30,7 @@ class DecodeLast(SiteRewrite[Site]):
         for node in work.walk():
             if not node.op.moves_blocks or not node.op.only_moves or len(node.results) != 1:
                 continue
-            if node.op.meets_ranks:  # which moves what the plan says; what it gathers is decoded at every call
+            if node.op.meets_ranks:  # moves what the plan says; its result is decoded at every call
                 continue
             found = [v for v in node.inputs if _blocks(v) is not None]
             if not found or not all(map(is_made_of_weights, node.inputs)):
@@ -47,7 +47,7 @@ class DecodeLast(SiteRewrite[Site]):
         moved = b.emit(site.root.op, [v if v is None else _blocks(v) or v for v in site.root.operands], name)
         encoding = moved.result.type.encoding
         assert encoding is not None
-        (decoded, *_) = site.nodes  # what is joined has one dtype
+        (decoded, *_) = site.nodes  # all joined values have one dtype
         return b.expr(b.emit(Decode(of=encoding, to=decoded.op.attributes["to"]), [moved.result], name).result)
 
 
@@ -55,7 +55,7 @@ class DecodeLast(SiteRewrite[Site]):
 class DecodeNarrow(SiteRewrite[Site]):
     """cast(decode(w), to=bf16)   -->   decode(w, to=bf16)        for a weight w
 
-    What reads the result may then read the blocks of w.
+    Readers of the result may then read the blocks of w.
     """
 
     def sites(self, work: Rewriting) -> Iterator[Site]:
@@ -72,6 +72,6 @@ class DecodeNarrow(SiteRewrite[Site]):
 
 
 def _blocks(value: Value) -> Value | None:
-    """The blocks that a value was decoded from."""
+    """Return the blocks that a value was decoded from, or None."""
     node: Node | None = value.node
     return node.inputs[0] if node is not None and node.op.decodes else None

@@ -1,9 +1,9 @@
-"""Grouping: which nodes one kernel computes together, as steps of a storage plan.
+"""Grouping of the nodes that one kernel computes together, as steps of a storage plan.
 
-Elementwise nodes whose values only others of their group read become one chain, which ends at the group's *root*. If
-the chain reads a product that nobody else reads, it becomes the product's epilogue: bias, activation, residual and
-gating are done while the tile is in registers. What decodes blocks that are laid out is done by the kernel that reads
-them. What reads a state that is updated before the root stays by itself.
+Elementwise nodes whose values are read only within their group become one chain, which ends at the group's *root*. If
+the chain reads a product with no other reader, it becomes the product's epilogue: bias, activation, residual and gating
+are done while the tile is in registers. Blocks with a layout are decoded by the kernel that reads them. A node that
+reads a state that is updated before the root is not grouped.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from treadle.passes.memory.storage_plan import Step
 
 
 def _unpacking(reader: Node) -> tuple[Node, ...]:
-    """What decodes the blocks that a node reads, in whose step it is."""
+    """Return the nodes that decode the blocks that a node reads; they belong to its step."""
     return tuple([made for v in reader.inputs if (made := unpacking(v)) is not None])
 
 
 def is_number(value: Value) -> bool:
-    """Whether a value is a scalar constant, which a chain holds in itself."""
+    """Return True if a value is a scalar constant, which a chain contains itself."""
     return value.literal is not None and value.literal.shape == ()
 
 
 @dataclass
 class _Group:
-    """Elementwise nodes computed at the place of the last one, with the product that they finish, if any."""
+    """Elementwise nodes computed at the position of the last one, with the product whose epilogue they are, if any."""
 
     nodes: list[Node] = field(default_factory=list)
     product: Node | None = None
@@ -40,18 +40,18 @@ class _Group:
 
     @property
     def inputs(self) -> list[Value]:
-        """What it reads from outside, scalar constants apart."""
+        """The values read from outside, except scalar constants."""
         return [v for v in Step(tuple(self.nodes)).inputs if not is_number(v)]
 
 
 @dataclass(frozen=True)
 class Chains:
-    """Groups of elementwise nodes, of so many nodes and inputs at most; each may finish a product.
+    """Groups of elementwise nodes, with up to a number of nodes and inputs; each may be a product's epilogue.
 
-    elementwise  whether a chain may hold a node
-    finished     whether a chain may finish a node, which is a product then
-    most_inputs  that a chain reads, scalar constants apart
-    most_nodes   of a chain
+    elementwise  returns True if a chain may hold a node
+    finished     returns True if a chain may be the epilogue of a node, which is then a product
+    most_inputs  the greatest number of inputs of a chain, without scalar constants
+    most_nodes   the greatest number of nodes of a chain
     """
 
     elementwise: Callable[[Node], bool]
@@ -60,7 +60,7 @@ class Chains:
     most_nodes: int
 
     def __call__(self, function: Function) -> Sequence[Step]:
-        """The steps of a function: groups, and every other node alone."""
+        """Return the steps of a function: groups, and every other node alone."""
         found = self._groups(function)
         steps = []
         for node in function.nodes:
@@ -74,7 +74,7 @@ class Chains:
         return steps
 
     def _groups(self, function: Function) -> dict[Node, _Group]:
-        """The group of every elementwise node, and of every product that one finishes."""
+        """Return the group of every elementwise node, and of every product with an epilogue."""
         uses = function.uses()
         outputs = set(function.outputs.values())
         until, at = deadlines(function), {node: i for i, node in enumerate(function.nodes)}
@@ -105,7 +105,7 @@ class Chains:
         return made
 
     def _small_enough(self, whole: _Group) -> Sequence[_Group]:
-        """The group, or each node for itself where the chain would have too many inputs."""
+        """Return the group, or each node alone if the chain would have too many inputs."""
         if len(whole.inputs) <= self.most_inputs:
             return [whole]
         return [_Group([node]) for node in whole.nodes]
@@ -113,7 +113,9 @@ class Chains:
     def _product_before(
         self, part: _Group, uses: Mapping[Value, Sequence[tuple[Node, int]]], outputs: set[Value], late: set[Node]
     ) -> Node | None:
-        """The last product that only this group reads, of the group's shape, and that may wait for it."""
+        """Return the last product that only this group reads, that has the group's shape, and that may be computed
+        later.
+        """
         inside = set(part.nodes)
         shape = part.root.result.type.shape
         found = None

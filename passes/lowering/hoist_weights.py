@@ -1,4 +1,6 @@
-"""What weights alone decide is computed once: it moves to the entry `bind`, and is read by name from then on."""
+"""Hoisting of weights: values that depend on weights alone are computed once, in the entry `bind`, and then read by
+name.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,15 @@ from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
 
 MOST_GROWTH = 8
-"""What `bind` makes takes at most this many times the bytes of all weights, which count as what they are decoded."""
-_ALWAYS = 1 << 20  # bytes that are taken in any case
+"""The derived weights of `bind` take at most this many times the bytes of all weights, each counted as decoded."""
+_ALWAYS = 1 << 20  # bytes that are allowed in any case
 Use = tuple[Node, int]
 
-_MOST_MOVED = 1 << 10  # values that a block leaves to others: blocks that call others twice, and so on, double them
+_MOST_MOVED = 1 << 10  # derived weights of one block: blocks that call others twice, and so on, double them
 
 
 ReadsBlocks = Callable[[Node, int], bool]
-"""Whether a node of the backend reads the operand at a position in blocks, if a decode gives it."""
+"""A function that returns True if a node of the backend reads a decoded operand in blocks."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,16 @@ class HoistWeights(Pass):
     """main: y = linear(x, concat($a, $b))   -->   bind: $ab = concat($a, $b)      main: y = linear(x, $ab)
 
     What a block computes from its weights becomes a block of its own, which `bind` calls with the block's scopes; the
-    block reads it as weights. Calls of it with the same weights are one (ALBERT). What weights decide in one call of a
-    block and not in another is computed at the calls. What several entries compute from the same weights is made once,
-    and all of them read it.
+    block reads the results as weights. Calls of it with the same weights are merged (ALBERT). Values that depend on
+    weights alone in one call of a block but not in another are computed at the calls. Values that several entries
+    compute from the same weights are computed once, and all of them read the result.
 
-    reads_blocks  what reads encoded weights in blocks: a decode stays before it, and `bind` keeps the blocks
+    reads_blocks  returns True if a node reads encoded weights in blocks: a decode stays before it, and `bind` keeps the
+                  blocks
 
-    Refuses: a graph that has `bind` already. What would make `bind` hold more than eight times the bytes of all
-    weights, and a megabyte, is computed at every call, as before. A decode of which a reader takes numbers alone is
-    done once, and told: blocks and numbers of one weight would be there twice.
+    Refuses: a graph that already has `bind`. Values that would make `bind` hold more than eight times the bytes of all
+    weights, and more than a megabyte, are computed at every call, as before. If some reader of a decode reads only
+    numbers, the decode is done once, with a note: blocks and numbers of one weight would be stored twice.
     """
 
     rewrites: ClassVar[bool] = False
@@ -64,7 +67,8 @@ class HoistWeights(Pass):
         hoisting = _Hoisting(graph, MOST_GROWTH * held + _ALWAYS, log, self.reads_blocks or _reads_none)
         for function in list(graph.functions.values()):
             hoisting.call_made(function)
-            # what is made of the same weights for several readers is made once: layers that share them (ALBERT)
+            # weights that several layers derive from the same weights are computed once: layers that share them
+            # (ALBERT)
             hoisting.changes += CommonSubexpressions().run(function, graph, log)
             if function not in graph.entries:
                 hoisting.out_of_block(function)
@@ -77,9 +81,9 @@ class HoistWeights(Pass):
 
 @dataclass(frozen=True)
 class _Moved:
-    """What a block left to others: a block that makes it, and the block's arguments before, by its arguments now.
+    """The part of a block that was moved out: the block that computes it, and the old arguments by the new ones.
 
-    formals  for each argument that the block takes now: one that it took before, or a result of the block that makes it
+    formals  for each new argument of the block: an old argument, or the index of a result of the block that computes it
     """
 
     maker: Function
@@ -95,15 +99,17 @@ class _Hoisting:
         self.changes = 0
 
     def makes(self, node: Node) -> bool:
-        """Whether a node calls a block that makes what another left."""
+        """Return True if a node calls a block that computes what was moved out of another."""
         return node.op.callee in self.makers
 
     # -- a block -----------------------------------------------------------------------------------------------
 
     def call_made(self, function: Function) -> None:
-        """Before each call of a block that left something, have it made; the call passes it."""
+        """Before each call of a block with a moved part, call the block that computes this part, and pass its
+        results.
+        """
         nodes: list[Node] = []
-        calls: dict[str, tuple[Call, Call]] = {}  # the calls of a block are one op, whose keys are found once
+        calls: dict[str, tuple[Call, Call]] = {}  # all calls of a block share one op, whose keys are computed once
         for node in function.nodes:
             moved = node.op.called_in(self.moved)
             if moved is None:
@@ -127,7 +133,7 @@ class _Hoisting:
         function.nodes = nodes
 
     def out_of_block(self, function: Function) -> None:
-        """Take what a block computes from its weights out of it."""
+        """Move what a block computes from its weights out of the block."""
         nodes = self._moved_from(function)
         if not nodes or sum(len(node.results) for node in nodes) > _MOST_MOVED:
             return
@@ -152,7 +158,7 @@ class _Hoisting:
                     made = values[value]
                     assert made is not None
                     maker.outputs[name] = made
-        if not maker.outputs:  # nobody reads what is computed
+        if not maker.outputs:  # the results are unused
             return
         self.changes += 1
         maker.nodes = needed_nodes(maker.nodes, maker.outputs.values())
@@ -168,14 +174,14 @@ class _Hoisting:
         self._add_before(maker, function)
 
     def _moved_from(self, function: Function) -> dict[Node, None]:
-        """What a function computes from weights alone, but for decodes before what reads blocks."""
+        """Return the nodes of a function that depend on weights alone, except decodes whose readers read blocks."""
         nodes = weight_only_nodes(function, self.makes)
         uses = function.uses() if any(node.op.decodes for node in nodes) else {}
         staying = {node for node in nodes if node.op.decodes and self._is_read_in_blocks(node, function, uses)}
         return self._affordable({node: None for node in nodes if node not in staying})
 
     def _is_read_in_blocks(self, node: Node, function: Function, uses: Mapping[Value, Sequence[Use]]) -> bool:
-        """Whether all who read what a decode gives read its blocks; the log tells who does not."""
+        """Return True if all readers of a decode read its blocks; log the readers that do not."""
         (blocks,) = node.inputs
         readers = _readers(node.result, uses)
         others = [reader.op.name for reader, at in readers if not self.reads_blocks(reader, at)]
@@ -185,11 +191,11 @@ class _Hoisting:
         if others:
             what, place = blocks.name, describe_source(node.source, node.scope) or function.name
             told = ", ".join(dict.fromkeys(others))
-            self.log.notes.append(f"{what} is decoded once: {told} reads no {blocks.type.encoding} blocks, {place}")
+            self.log.notes.append(f"{what} is decoded once: {told} cannot read {blocks.type.encoding} blocks, {place}")
         return False
 
     def _affordable(self, nodes: Mapping[Node, None]) -> dict[Node, None]:
-        """Those whose results, and what these are made of, fit by themselves."""
+        """Return the nodes whose results, and the operands these are computed from, each fit into the budget."""
         large: set[Value] = set()
         found: dict[Node, None] = {}
         for node in nodes:
@@ -210,7 +216,7 @@ class _Hoisting:
     # -- entries -----------------------------------------------------------------------------------------------
 
     def out_of_entries(self) -> None:
-        """Move what entries compute from weights to `bind`, as far as the budget goes."""
+        """Move what entries compute from weights to `bind`, within the budget."""
         graph, entries = self.graph, self.graph.later_entries
         bind = _Bind({name for entry in entries for name in (*entry.parameters, *entry.states)})
         replaced: dict[Value, Value] = {}
@@ -251,20 +257,20 @@ class _Hoisting:
 
 
 class _Bind:
-    """The entry `bind` while it is filled with what entries compute; equal nodes of several entries are one.
+    """The entry `bind` while it is filled with the nodes of entries; equal nodes of several entries are merged.
 
-    taken  names that nothing which is made may have
+    taken  names that derived weights may not have
     """
 
     def __init__(self, taken: set[str]) -> None:
         self.taken = taken
         self.names: dict[Value, str] = {}
-        """What is made, under which name."""
+        """The name of each derived weight."""
         self._parameters: dict[str, Value] = {}
         self._nodes: dict[tuple[object, ...], Node] = {}
 
     def copy(self, entry: Function, nodes: Iterable[Node]) -> Mapping[Value | None, Value | None]:
-        """Take over nodes of an entry, in order; returns what stands for each of its weights and of their results."""
+        """Copy nodes of an entry, in order. Return the replacement of each of its weights and of the nodes' results."""
         values: dict[Value | None, Value | None] = {None: None}
         for name, value in entry.parameters.items():
             values[value] = self._parameters.setdefault(name, clone_value(value))
@@ -279,7 +285,7 @@ class _Bind:
         return values
 
     def name(self, value: Value | None, wanted: str) -> str:
-        """The name of what is made; the one wanted, numbered if it is taken, where it has none yet."""
+        """Return the name of a derived weight; a new one gets the wanted name, numbered if it is taken."""
         assert value is not None
         if value not in self.names:
             self.names[value] = free_name(wanted, self.taken)
@@ -287,14 +293,14 @@ class _Bind:
         return self.names[value]
 
     def finish(self, bind: Function) -> None:
-        """Put all that is there into the entry."""
+        """Store the collected nodes and outputs in the entry."""
         bind.parameters = self._parameters
         bind.nodes = needed_nodes(list(self._nodes.values()), self.names)
         bind.outputs = {name: value for value, name in self.names.items()}
 
 
 def _readers(value: Value, uses: Mapping[Value, Sequence[Use]]) -> list[Use]:
-    """Who reads a value, or what lays it out anew."""
+    """Return the readers of a value; a relayout is replaced by the readers of its result."""
     found: list[Use] = []
     for node, at in uses.get(value, ()):
         found += _readers(node.result, uses) if isinstance(node.op, Relayout) else [(node, at)]
@@ -306,7 +312,7 @@ def _reads_none(node: Node, position: int) -> bool:
 
 
 def _path(node: Node, value: Value) -> str:
-    """The name of what is made: the value's under its node's scope; what is laid out, and how; what is decoded."""
+    """Return the name of a derived weight: its scope and name; the kind of its layout is appended, or "decoded"."""
     if isinstance(node.op, Relayout):
         (of,) = node.inputs
         path = of.name if of.node is None else _path(of.node, of)
@@ -324,7 +330,7 @@ def _replace(function: Function, values: Mapping[Value, Value]) -> None:
 
 
 def _rename_bind(graph: Graph) -> None:
-    """Give a block that is called `bind` another name: the entry takes it."""
+    """Rename a block that is called `bind`: the entry takes this name."""
     block = graph.functions.get("bind")
     if block is None:
         return

@@ -1,4 +1,4 @@
-"""Legalization: composites that a backend does not spell are replaced by what they lower to, until it spells them."""
+"""Legalization: composites that a backend does not emit are lowered until only ops that it emits are left."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from treadle.passes.framework.pass_log import PassRecord, count_ops
 from treadle.passes.framework.rewriting import Rewriting, Site, SiteRewrite
 
 Keeps = Callable[[Op, Sequence[Type | None]], bool]
-"""Whether a backend spells an op on operands of these types as it is."""
+"""A function that returns True if a backend emits an op on operands of these types as it is."""
 
 
 @dataclass(frozen=True)
 class Legalize(SiteRewrite[Site]):
-    """attention(q, k, v, ...)   -->   its body, where the backend does not spell attention
+    """attention(q, k, v, ...)   -->   its body, if the backend does not emit attention
 
-    keeps  which composites the backend spells
+    keeps  returns True for the composites that the backend emits
 
-    What stands in the body of another is replaced as well, until only calls, primitives and composites that the backend
-    spells are left. The parts stand in the scope of the whole, under its name, at its line.
+    Composites in the body of another are replaced as well, until only calls, primitives and composites that the backend
+    emits are left. The parts get the scope, name and source line of the whole.
     """
 
     keeps: Keeps = field(repr=False)
@@ -35,7 +35,7 @@ class Legalize(SiteRewrite[Site]):
         return ""
 
     def sites(self, work: Rewriting) -> Iterator[Site]:
-        """Every composite that is not kept, also in the body of another."""
+        """Yield every composite that is not kept, also in the body of another."""
         for node in work.walk(into=True):
             types = [None if v is None else v.type for v in node.operands]
             if isinstance(node.op, Composite) and not self.keeps(node.op, types):
@@ -48,14 +48,14 @@ class Legalize(SiteRewrite[Site]):
 
 
 def legalized(graph: Graph, keeps: Keeps) -> Graph:
-    """A copy of a graph in ops that are kept, calls and primitives."""
+    """Return a copy of a graph in calls, primitives and the composites that are kept."""
     made, legalize = clone_graph(graph), Legalize(keeps)
     legalize.run_graph(made, PassRecord(legalize.name, "", count_ops(graph)))
     return made
 
 
 def primitives(op: Op, types: Sequence[Type | None], keeps: Keeps) -> Iterator[tuple[Op, list[Type | None]]]:
-    """The ops, with their operands' types, that an op on operands of these types is lowered to."""
+    """Yield the ops, with their operands' types, that an op on operands of these types is lowered to."""
     if not isinstance(op, Composite) or keeps(op, types):
         yield op, list(types)
         return

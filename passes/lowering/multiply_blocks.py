@@ -1,4 +1,4 @@
-"""Products of two sides in blocks of whole numbers become products of integers."""
+"""Products of two operands in blocks of integers become integer products."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from treadle.passes.framework.rewriting import Rewriting, Site, SiteRewrite
 class OpenBlockProducts(SiteRewrite[Site]):
     """activated_linear(decode(encode(x)), decode(w), bias)   -->   gelu(linear(decode(encode(x)), decode(w), bias))
 
-    for what is rounded to 8-bit rows at every call: a backend that has a kernel for the whole has it for numbers.
+    for activations that are rounded to 8-bit rows at every call: a backend's kernel for the whole op reads numbers.
     """
 
     def sites(self, work: Rewriting) -> Iterator[Site]:
@@ -41,13 +41,12 @@ class MultiplyBlocks(SiteRewrite[Site]):
 
     matmul(decode(x), decode(w))   -->   encoded_linear(x, rearrange(w, "k n -> n k"))
 
-    takes  whether the backend multiplies rounded values with weights of an encoding as whole numbers; rows with rows
+    takes  returns True if the backend multiplies rounded values with weights of an encoding as integers; rows with rows
 
-    The same up to rounding, so that no certificate is asked for: what is decoded is rounded to float32 before it is
-    multiplied, whole numbers are not. Products of these are summed exactly over each block, and then multiplied by both
-    scales.
-    Refuses: a weight in an encoding that x is not rounded for, or with blocks along another axis, which is decoded, as
-    is x.
+    The two sides are equal up to rounding, so no certificate is required: decoded values are rounded to float32 before
+    they are multiplied, integers are not. Products of integers are summed exactly over each block, and then multiplied
+    by both scales. Refuses: a weight in an encoding that x is not rounded for, or with blocks along another axis; the
+    weight is then decoded, as is x.
     """
 
     changes_numbers: ClassVar[bool] = True
@@ -91,7 +90,7 @@ class MultiplyBlocks(SiteRewrite[Site]):
 
 
 def _weight(node: Node) -> tuple[Value | None, int]:
-    """The matrix of a product of two, and which axis of it is summed over."""
+    """Return the matrix of a product of two operands, and its summed axis."""
     if isinstance(node.op, Linear) and node.op.to is None:
         return node.operands[1], 1
     if isinstance(node.op, MatMul) and node.op.to is None:
@@ -100,13 +99,13 @@ def _weight(node: Node) -> tuple[Value | None, int]:
 
 
 def _decoded(value: Value | None) -> Value | None:
-    """The blocks that a value is decoded from."""
+    """Return the blocks that a value is decoded from, or None."""
     node = None if value is None else value.node
     return node.inputs[0] if node is not None and node.op.decodes else None
 
 
 def _of(value: Value | None) -> Encoding | None:
-    """The encoding of blocks that are made in this function at every call, if a value is what they decode to."""
+    """Return the encoding of a value that is decoded from blocks which this function encodes at every call, or None."""
     blocks = _decoded(value)
     made = None if blocks is None else blocks.node
     return None if made is None or blocks is None or not isinstance(made.op, Encode) else blocks.type.encoding

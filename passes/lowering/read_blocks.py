@@ -1,4 +1,4 @@
-"""Weights that kernels read in blocks: their blocks are laid out, and decoded where they are read."""
+"""Weights that kernels read in blocks: their blocks get a layout, and are decoded where they are read."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
 
 WantsBlocks = Callable[[Node, int, Layout | None], Layout | str]
-"""In which layout a node reads the blocks of the operand that is decoded at a position, or why it reads numbers; given
-the layout in which others read these blocks as they are, if there are such."""
+"""A function that returns the layout in which a node reads the blocks of a decoded operand, or the reason why it reads
+numbers. The last argument is the layout in which other nodes read these blocks directly, if there are any.
+"""
 Multiplies = Callable[[Node, int], Layout | None]
-"""In which layout a node reads an operand that is encoded, as it is."""
+"""A function that returns the layout in which a node reads an encoded operand directly, or None."""
 
 
 def unpacking(value: Value | None) -> Node | None:
-    """The node that decodes a value from blocks with a layout, which the kernel that reads it does in registers.
+    """Return the node that decodes a value from blocks with a layout, which the reading kernel does in registers.
 
     None for any other value, such as one decoded from blocks that ranks gather: these are decoded at every call.
     """
@@ -38,14 +39,13 @@ def in_blocks(node: Node, position: int) -> bool:
 
 @dataclass(frozen=True)
 class ReadBlocks(Pass):
-    """linear(x, decode(w))   -->   linear(x, decode(relayout(w, to=panels(32))))     where weights alone decide w
+    """linear(x, decode(w))   -->   linear(x, decode(relayout(w, to=panels(32))))     if w depends on weights alone
 
-    wants       how a node of the backend reads blocks
-    multiplies  how it reads encoded operands, which it does not ask to be decoded
+    wants       returns the way a node of the backend reads blocks
+    multiplies  returns the way a node reads encoded operands, which are not decoded for it
 
-    `HoistWeights` lays the blocks out once.
-    Refuses: a decode of which some reader takes numbers, or another layout: blocks and numbers of one weight would be
-    there twice.
+    `HoistWeights` then does the relayout of the blocks once. Refuses: a decode with a reader that reads numbers, or
+    that wants another layout: blocks and numbers of one weight would be stored twice.
     """
 
     rewrites: ClassVar[bool] = False
@@ -88,7 +88,7 @@ class ReadBlocks(Pass):
     def _layout(
         self, node: Node, uses: dict[Value, list[tuple[Node, int]]], function: Function, log: PassRecord
     ) -> Layout | None:
-        """The one layout in which all readers want the blocks; None, and a note, where there is none."""
+        """Return the one layout in which all readers want the blocks. If there is none, log a note and return None."""
         beside = self._beside(node, uses)
         wanted = [self.wants(reader, at, beside) for reader, at in uses.get(node.result, ())]
         layouts = {each for each in wanted if isinstance(each, Layout)}
@@ -107,7 +107,9 @@ class ReadBlocks(Pass):
         return None
 
     def _beside(self, node: Node, uses: dict[Value, list[tuple[Node, int]]]) -> Layout | None:
-        """The layout in which others multiply the blocks that a node decodes: as they are, or decoded to less."""
+        """Return the layout in which other nodes multiply the blocks that a node decodes: as blocks, or decoded to a
+        narrower dtype.
+        """
         found: list[Layout | str | None] = []
         for reader, at in uses.get(node.inputs[0], ()):
             if reader.op.decodes and reader.results[0].type != node.result.type:
@@ -121,8 +123,8 @@ class ReadBlocks(Pass):
 class DecodeWhereRead(Pass):
     """w = decode(b); y = linear(x, w); z = gather(w, i)   -->   y = linear(x, decode(b)); z = gather(decode(b), i)
 
-    for blocks that are laid out: each reader's kernel unpacks them in registers. It is the last pass before storage is
-    planned: common subexpressions would be one again.
+    for blocks with a layout: each reader's kernel unpacks them in registers. It is the last pass before storage is
+    planned: common subexpressions would merge the decodes again.
     """
 
     rewrites: ClassVar[bool] = False

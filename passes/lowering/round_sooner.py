@@ -1,4 +1,4 @@
-"""What is moved and rounded then is rounded first: where a product rounds what it stores, nothing else has to."""
+"""Values that are moved and then rounded are rounded first: if a product rounds what it stores, no other op has to."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RoundSooner(SiteRewrite[Site]):
     """y = linear(...)                                   y = cast(linear(...), to=bf16)
     cast(rearrange(slice(y)), to=bf16)       -->         rearrange(slice(y))
 
-    for a float32 product whose parts are all rounded so, and read by nothing else.
+    for a float32 product whose parts are all rounded in this way, and that has no other readers.
     """
 
     tidying: ClassVar[Pass | None] = CommonSubexpressions()
@@ -52,7 +52,7 @@ class RoundSooner(SiteRewrite[Site]):
 
 
 def _moves_above(node: Node) -> list[Node]:
-    """The nodes above that only move what they are given, the nearest first."""
+    """Return the nodes above that only move their operands, the nearest first."""
     found: list[Node] = []
     while (above := node.inputs[0].node) is not None and _is_move(above):
         found.append(above)
@@ -65,7 +65,7 @@ def _is_move(node: Node) -> bool:
 
 
 def _is_rounded(value: Value, op: Op, readers: Mapping[Value, Sequence[Node | None]]) -> bool:
-    """Whether all that becomes of a value is this cast of it, or of what only moves it."""
+    """Return True if every reader of a value is this cast, or a move whose readers are."""
     return all(
         node is not None and (node.op == op or (_is_move(node) and _is_rounded(node.result, op, readers)))
         for node in readers.get(value, [None])

@@ -1,1 +1,1 @@
-"""Placement of buffers with lifetimes in one arena: read instances, place, search, check. docs/memory.md says how."""
+"""Placement of buffers with lifetimes in one arena: read instances, place, search, check. See docs/memory.md."""

@@ -1,11 +1,11 @@
-"""Over which arguments of a function its result may be written, where such an argument dies at the call.
+"""Arguments of a function whose storage its result may take, if the argument dies at the call.
 
     plan.reuses = reused_arguments(plan, plans of callees)
 
 A caller that reads the argument for the last time at the call has one storage for both: a residual stream through a
-stack of blocks is one buffer. No kernel may be given two pointers to one place, so all reads of the argument come
-before the first write of the result; or the result is written in parts, each by a call that reads the same part of the
-argument and may itself write it over that.
+stack of blocks is one buffer. No kernel may get two pointers to the same memory. So all reads of the argument must come
+before the first write of the result. Or the result is written in parts, each by a call that reads the same part of the
+argument and may itself overwrite it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from treadle.passes.memory.storage_plan import FunctionPlan, How
 
 
 def reused_arguments(plan: FunctionPlan, callees: Mapping[str, FunctionPlan]) -> tuple[Value, ...]:
-    """The arguments over each of which the one output of a function may be written."""
+    """Return the arguments that the one output of a function may overwrite."""
     if len(plan.function.results) != 1 or plan.copied or len(plan.results) != 1:
         return ()
     (result,) = plan.results.values()
@@ -28,7 +28,7 @@ def reused_arguments(plan: FunctionPlan, callees: Mapping[str, FunctionPlan]) ->
     found = []
     for argument in plan.function.inputs:
         storage = plan.places[argument].storage
-        alike = argument.type.dtype is output.type.dtype and argument.type.shape == output.type.shape
+        alike = argument.type.is_held_like(output.type)
         if alike and storage is not None and _may_be_one(storage, result, plan, callees):
             found.append(argument)
     return tuple(found)
@@ -43,7 +43,7 @@ def _may_be_one(argument: Storage, result: Storage, plan: FunctionPlan, callees:
         if at < first or all(places[v].storage is not argument for v in step.inputs):
             continue
         if all(not places[v].written for v in step.root.results):
-            continue  # a view
+            continue  # a view reads no elements
         if not _writes_what_it_reads(step.root, argument, result, plan, callees):
             return False
         late = True
@@ -53,7 +53,7 @@ def _may_be_one(argument: Storage, result: Storage, plan: FunctionPlan, callees:
 def _writes_what_it_reads(
     node: Node, argument: Storage, result: Storage, plan: FunctionPlan, callees: Mapping[str, FunctionPlan]
 ) -> bool:
-    """Whether a step is a call that writes a part of the result over the same part of the argument."""
+    """Return True if a step is a call that writes a part of the result over the same part of the argument."""
     callee = node.op.called_in(callees)
     if callee is None or len(node.results) != 1:
         return False
@@ -69,7 +69,7 @@ def _writes_what_it_reads(
 
 
 def _are_parts(written: list[Value], plan: FunctionPlan) -> bool:
-    """Whether values are what one concat joins, and what it gives: no two of them share an element."""
+    """Return True if values are the operands of one concat and its result: no two operands share an element."""
     joined = {plan.places[v].of for v in written if plan.places[v].how is How.INTO and plan.places[v].of in written}
     if len(joined) != 1:
         return False

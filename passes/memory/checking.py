@@ -1,4 +1,4 @@
-"""Check a placement without what made it: nothing here is shared with the greedy orders or with the search."""
+"""Check a placement independently of its origin: nothing here is shared with the greedy orders or with the search."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def check_placement(
 ) -> int:
     """Return the bytes that a placement takes, in whole units of `alignment`.
 
-    Raises PassError where two buffers that live at once overlap, an offset is negative or not aligned, or a buffer ends
-    beyond the capacity. A buffer of size zero takes no place, and may lie anywhere.
+    Raises PassError if two buffers that live at the same time overlap, an offset is negative or not aligned, or a
+    buffer ends beyond the capacity. A buffer of size zero takes no memory, and may have any offset.
 
-    The steps are gone through in order. What lives is kept sorted by offset, so a new buffer is compared with its two
-    neighbours alone: those that lived before are disjoint already.
+    Steps are processed in order. Live buffers are kept sorted by offset, so a new buffer is compared with its two
+    neighbours only: the others are already known to be disjoint.
     """
     if len(offsets) != len(buffers):
         raise PassError(
@@ -51,7 +51,7 @@ def _check_disjoint(buffers: Sequence[Lifetime], offsets: Sequence[int]) -> None
         for _, j in live[max(at - 1, 0) : at + 1]:
             if offsets[j] < offsets[i] + b.size and offsets[i] < offsets[j] + buffers[j].size:
                 raise PassError(
-                    "two buffers that live at once overlap",
+                    "two buffers that live at the same time overlap",
                     received=f"{b} at {offsets[i]}, {buffers[j]} at {offsets[j]}",
                 )
         live.insert(at, (offsets[i], i))

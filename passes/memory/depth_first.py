@@ -1,27 +1,27 @@
-"""The depth-first search for a placement below a capacity, compiled by numba. Imported by exact.py alone, when it runs.
+"""The depth-first search for a placement below a capacity, compiled by numba. Only exact.py imports it, when it runs.
 
-Time is cut into sections: a section is a largest set of buffers that all live together (the maximal cliques of the
+Time is divided into sections: a section is a maximal set of buffers that all live together (the maximal cliques of the
 interval graph, in order of time). A buffer covers consecutive sections. The state is a skyline:
 
-    sky[t]    the top of what is placed in section t
+    sky[t]    the top of the placed buffers in section t
     low[b]    a proven lower bound of the offset of buffer b, which is not placed yet
-    floor[t]  the least low[b] in section t: no buffer that is left can lie below it there
-    rest[t]   bytes that are left to place in section t; floor[t] + rest[t] must not pass the capacity
+    floor[t]  the least low[b] in section t: no unplaced buffer can be below it there
+    rest[t]   bytes of unplaced buffers in section t; floor[t] + rest[t] must not exceed the capacity
 
-Each buffer may be required to be where no drop into free space is possible: a drop makes the sum of size * offset
-smaller, so some placement of the least sum is one. So a buffer lies at 0 or on the top of another one. The lowest
-buffers that are left lie in sections of the lowest floor. A node of the search takes one such section t and asks: which
-buffer lies at floor[t] there? Each candidate is one branch; the last one is "none", which lifts the candidates onto the
-lowest top that may come to lie under them. The branches exclude one another, so nothing is searched twice in another
+The search may require of each buffer that it cannot drop into free space: a drop makes the sum of size * offset
+smaller, so some placement with the least sum has no drops. So a buffer is at 0 or on the top of another one. The lowest
+unplaced buffers are in sections with the lowest floor. A node of the search selects one such section t and branches on
+the buffer that is at floor[t] there. Each candidate is one branch. The last branch is "none": it lifts the candidates
+to the lowest top that may come under them. The branches exclude one another, so no state is searched twice in another
 order.
 
-Cut off are: a section that no longer fits; a "none" that leaves a gap into which a buffer that waits could be dropped;
-the later one of two equal buffers; and states that failed before, which a table remembers by two hashes of 64 bits.
-Sections that no buffer connects any longer are solved apart: when one of the parts fails, all of it does.
+The search prunes: a section that no longer fits; a "none" that leaves a gap into which a waiting buffer could drop; the
+later of two equal buffers; and states that failed before, which a table stores as two hashes of 64 bits. Sections that
+no buffer connects any longer are solved separately: if one of the parts fails, the whole fails.
 
 Canonical placements, the floors of sections and the decomposition follow Moffitt, "MiniMalloc: A Lightweight Memory
-Allocator for Hardware-Accelerated Machine Learning" (ASPLOS 2023); weights of sections that fail are those of
-Boussemart et al., "Boosting systematic search by weighting constraints" (ECAI 2004).
+Allocator for Hardware-Accelerated Machine Learning" (ASPLOS 2023). Weights of sections that fail follow Boussemart et
+al., "Boosting systematic search by weighting constraints" (ECAI 2004).
 """
 
 from __future__ import annotations
@@ -36,30 +36,34 @@ Array = np.ndarray[Any, Any]
 F = TypeVar("F", bound=Callable[..., Any])
 
 FOUND, EXHAUSTED, STOPPED = 1, 0, -1
-"""What `search` answers: all are placed; no placement exists; a limit was reached."""
+"""Results of `search`: all buffers are placed; no placement exists; a limit was reached."""
 
 CAPACITY, TRAIL, PLACED, SCRATCH, NODES, NODE_LIMIT, WORK, WORK_LIMIT, RULE = range(9)
-"""Places in `PlacementSearch.registers`: the capacity, three heights of stacks, what was done and how much may be."""
+"""Indices in `PlacementSearch.registers`: the capacity, heights of three stacks, counts of work done, and their
+limits.
+"""
 
 FEWEST, WEIGHTED, SLACK = range(3)
-"""Which section is asked first: fewest branches; fewest over the section's weight; fewest plus slack over weight."""
+"""Rules for the section to branch on: fewest branches; fewest over the section's weight; fewest plus slack over
+weight.
+"""
 
 FAR = 1 << 61
 FAILURE = 0.3
-"""What a failure adds to the weight of its section."""
+"""Weight that a failure adds to its section."""
 
 
 class PlacementSearch(NamedTuple):
     """The problem, the state and the stacks. Arrays by buffer: first, end (sections), size, order, twin, low.
 
     order     buffers of smaller order are tried first
-    twin      equal for buffers of one life and one size
-    start, items, waiting   items[start[t] : start[t] + waiting[t]] wait in section t; behind them are the placed ones
-    cross     how many buffers that wait live both before and after the boundary at the left of section t
-    state     floor, sky and low, one behind the other; these three are views of it
-    trail     pairs of a place in `state` and the number that it had
+    twin      equal for buffers with the same life and size
+    start, items, waiting   items[start[t] : start[t] + waiting[t]] wait in section t; placed buffers follow them
+    cross     number of waiting buffers that live both before and after the boundary at the left of section t
+    state     floor, sky and low, one after the other; these three are views of it
+    trail     pairs of an index in `state` and its previous number
     placed    the buffers in the order in which they were placed
-    stale     sections whose floor must be computed again
+    stale     sections whose floor must be recomputed
     """
 
     first: Array
@@ -101,7 +105,7 @@ def _write(s: PlacementSearch, place: int, value: int) -> None:
 
 @compiled
 def undo(s: PlacementSearch, trail: int, placed: int) -> None:
-    """Go back to where the trail and the list of placed buffers had these lengths."""
+    """Return to the state in which the trail and the list of placed buffers had these lengths."""
     top = s.registers[TRAIL]
     while top > trail:
         top -= 2
@@ -118,7 +122,7 @@ def undo(s: PlacementSearch, trail: int, placed: int) -> None:
 
 @compiled
 def _refresh(s: PlacementSearch, begin: int, end: int) -> bool:
-    """Compute the floors of stale sections; False where what is left does not fit above one."""
+    """Compute the floors of stale sections; False if the unplaced buffers do not fit above one of them."""
     fits = True
     for t in range(begin, end):
         if not s.stale[t]:
@@ -145,7 +149,7 @@ def _raise(s: PlacementSearch, b: int, low: int) -> None:
 
 @compiled
 def _place(s: PlacementSearch, b: int) -> bool:
-    """Put b at low[b]; False where what is left does not fit then."""
+    """Place b at low[b]; False if the unplaced buffers then do not fit."""
     top = s.low[b] + s.size[b]
     begin, end = s.first[b], s.end[b]
     s.placed[s.registers[PLACED]] = b
@@ -174,7 +178,7 @@ def _place(s: PlacementSearch, b: int) -> bool:
 
 @compiled
 def _lift(s: PlacementSearch, b: int) -> bool:
-    """Raise low[b], where b cannot lie, to the lowest top that may come under it; False where it then lies nowhere."""
+    """Raise low[b], a refuted offset, to the lowest top that may come under b; False if no offset is left."""
     sky, others, tops = 0, FAR, FAR
     for t in range(s.first[b], s.end[b]):
         sky = max(sky, s.sky[t])
@@ -191,7 +195,7 @@ def _lift(s: PlacementSearch, b: int) -> bool:
 
 @compiled
 def _rests(s: PlacementSearch, b: int, near: int) -> bool:
-    """Whether b, at low[b], would lie on what is placed. Section `near` of b is looked at first."""
+    """Return True if b, at low[b], rests on a placed buffer or the bottom. Section `near` of b is examined first."""
     low = s.low[b]
     if low == 0 or s.sky[near] == low:
         return True
@@ -203,7 +207,7 @@ def _rests(s: PlacementSearch, b: int, near: int) -> bool:
 
 @compiled
 def _has_room(s: PlacementSearch, depth: int) -> bool:
-    """Whether the stacks hold one more node, or one more pass over a part, whatever it does."""
+    """Return True if the stacks have room for one more node, or one more pass over a part, in the worst case."""
     sections, buffers = len(s.floor), len(s.low)
     return (
         depth + 2 < len(s.frames)
@@ -217,7 +221,7 @@ NOTHING_FITS, NO_ROOM = -1, -2
 
 @compiled
 def _settle(s: PlacementSearch, begin: int, end: int) -> int:
-    """Lift all buffers of the lowest floor that would lie on nothing; that floor, or NOTHING_FITS, or NO_ROOM."""
+    """Lift all buffers of the lowest floor that rest on nothing; return that floor, or NOTHING_FITS, or NO_ROOM."""
     while True:
         if not _has_room(s, 0):
             return NO_ROOM
@@ -247,7 +251,7 @@ def _settle(s: PlacementSearch, begin: int, end: int) -> int:
 
 @compiled
 def _choose(s: PlacementSearch, begin: int, end: int, lowest: int) -> int:
-    """The section to ask, of those of the lowest floor."""
+    """Return the section to branch on, among those with the lowest floor."""
     chosen, least = NOTHING_FITS, np.inf
     for t in range(begin, end):
         if s.waiting[t] == 0 or s.floor[t] != lowest:
@@ -273,7 +277,9 @@ def _choose(s: PlacementSearch, begin: int, end: int, lowest: int) -> int:
 
 @compiled
 def _candidates(s: PlacementSearch, t: int) -> int:
-    """Write the buffers that may lie at the floor of section t to the scratch, in order; how many. Of twins, one."""
+    """Write the buffers that may be at the floor of section t to the scratch, in order; return their number. One per
+    twins.
+    """
     base = s.registers[SCRATCH]
     written = 0
     for k in range(s.start[t], s.start[t] + s.waiting[t]):
@@ -297,7 +303,7 @@ def _candidates(s: PlacementSearch, t: int) -> int:
 
 @compiled
 def _leave_empty(s: PlacementSearch, t: int, begin: int, end: int) -> bool:
-    """No buffer lies at the floor of section t: lift those that might; False where this cannot be."""
+    """Take the branch with no buffer at the floor of section t: lift the candidates; False if that is impossible."""
     floor = s.floor[t]
     if floor + s.rest[t] >= s.registers[CAPACITY]:
         return False
@@ -312,7 +318,7 @@ def _leave_empty(s: PlacementSearch, t: int, begin: int, end: int) -> bool:
 
 @compiled
 def _parts(s: PlacementSearch, begin: int, end: int) -> int:
-    """Write the parts that no buffer connects to the scratch, those of least slack first; how many.
+    """Write the parts that no buffer connects to the scratch, those with the least slack first; return their number.
 
     A part is three numbers: its first section, its end, its slack.
     """
@@ -344,7 +350,7 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 @compiled
 def _mix(x: Any) -> Any:
-    """A bijection of 64 bits that spreads each bit over all of them (the finalizer of splitmix64)."""
+    """Return a bijection of 64 bits that spreads each bit over all of them (the finalizer of splitmix64)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -352,7 +358,9 @@ def _mix(x: Any) -> Any:
 
 @compiled
 def _hashes(s: PlacementSearch, begin: int, end: int) -> tuple[Any, Any]:
-    """Two hashes of all that decides whether a part has a placement: what waits, its low, the sky, the capacity."""
+    """Return two hashes of the state that decides if a part has a placement: waiting buffers, their low, the sky, the
+    capacity.
+    """
     one = _mix(np.uint64(begin) * GOLDEN + np.uint64(end))
     two = np.uint64(s.registers[CAPACITY])
     for t in range(begin, end):
@@ -371,9 +379,9 @@ def _hashes(s: PlacementSearch, begin: int, end: int) -> tuple[Any, Any]:
     return _mix(one), _mix(two)
 
 
-# A frame of the search. A node asks SECTION of the part from BEGIN to END, and is at branch AT of COUNT + 1. A frame of
-# parts has -1 for a section, and is at part AT. BASE is where the scratch holds the branches or parts. The trail had
-# the length ENTERED before the node was looked at, ASKED before its branches; HELD buffers were placed.
+# A frame of the search. A node branches on SECTION of the part from BEGIN to END, and is at branch AT of COUNT + 1. A
+# frame of parts has -1 for a section, and is at part AT. BASE is the start of the branches or parts in the scratch. The
+# trail had the length ENTERED before the node was examined, ASKED before its branches; HELD buffers were placed.
 SECTION, BEGIN, END, BASE, COUNT, AT, ENTERED, ASKED, HELD = range(9)
 
 
@@ -381,7 +389,7 @@ SECTION, BEGIN, END, BASE, COUNT, AT, ENTERED, ASKED, HELD = range(9)
 def search(s: PlacementSearch) -> int:
     """Place all buffers below the capacity: FOUND, with offsets in low; EXHAUSTED; or STOPPED at a limit.
 
-    The stack of frames is explicit: placements of thousands of buffers are deeper than a machine's stack is.
+    The stack of frames is explicit, because placements of thousands of buffers are deeper than the call stack.
     """
     frames = s.frames
     hashes = np.zeros((len(frames), 2), np.uint64)
@@ -432,7 +440,7 @@ def search(s: PlacementSearch) -> int:
                         s.registers[SCRATCH] = base + count
         if depth < 0:
             return answer
-        # The frame on top hears an answer: of its part or branch AT, or, at branch -1, none yet.
+        # The top frame receives the result of its part or branch AT; at branch -1 there is none yet.
         frame = frames[depth]
         if frame[SECTION] < 0:
             if answer == FOUND:

@@ -1,8 +1,8 @@
-"""The exact search, seen from Python: what it reads, how it restarts, which capacities it asks for.
+"""The exact search, called from Python: its inputs, its restarts, and the capacities that it tries.
 
-One depth-first search may lose itself below a bad first choice. So it is restarted, each time with another order of
-buffers and another rule for sections. The limits of the runs follow the sequence of Luby, Sinclair & Zuckerman 1993: at
-last a run is long enough, and what is infeasible is proven so. What failed is remembered between runs.
+One depth-first search may get stuck below a bad first choice. So it is restarted, each time with another order of
+buffers and another rule for sections. The limits of the runs follow the sequence of Luby, Sinclair & Zuckerman 1993:
+eventually a run is long enough, and infeasible capacities are proven so. Failed states are stored between runs.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 
 LARGEST = 4_000_000
-"""Pairs of a buffer and a section that it lives in. Where there are more, one node of the search is too slow."""
+"""Maximum number of pairs of a buffer and a section that it lives in. With more, one node of the search is too slow."""
 
 RUN = 300
-"""Nodes of the shortest run, and two for each buffer: enough for a few detours on a good way down."""
+"""Nodes of the shortest run, plus two for each buffer: enough for a few detours on a good path."""
 
 WORK_A_SECOND = 4e7
-"""Buffers looked at in a second, at least: by this, no run lasts much longer than the time that is left."""
+"""Minimum number of buffers examined in a second. With this estimate, no run lasts much longer than the time left."""
 
 REMEMBERED = 1 << 19
-"""States that the table of failures holds; 16 bytes each."""
+"""States in the table of failures; 16 bytes each."""
 
 
 def available() -> bool:
-    """Whether numba, which compiles the search, is installed."""
+    """Return True if numba, which compiles the search, is installed."""
     return importlib.util.find_spec("numba") is not None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The best offsets that are known, the size that they reach, and a lower bound of every placement's size."""
+    """The best known offsets, the size that they reach, and a lower bound of every placement's size."""
 
     offsets: Array
     reached: int
@@ -49,10 +49,10 @@ class Outcome:
 
 
 def sections(first: Array, end: Array) -> tuple[Array, Array, int]:
-    """Lives in sections instead of steps, and how many sections there are.
+    """Return lives in sections instead of steps, and the number of sections.
 
-    A section is kept from each place where some buffer begins and the next event is some buffer's end. Only there a set
-    of buffers that live together is not part of a larger one. Two buffers live together exactly if they share a
+    A section is kept at each place where some buffer begins and the next event is some buffer's end. Only there, the
+    set of buffers that live together is not part of a larger one. Two buffers live together exactly if they share a
     section.
     """
     steps = np.unique(np.concatenate([first, end]))
@@ -62,7 +62,7 @@ def sections(first: Array, end: Array) -> tuple[Array, Array, int]:
 
 
 def luby(n: int) -> int:
-    """The n-th number, from 1, of 1 1 2 1 1 2 4 1 1 2 1 1 2 4 8 ..."""
+    """Return the n-th number, from 1, of 1 1 2 1 1 2 4 1 1 2 1 1 2 4 8 ..."""
     while (n + 1) & n:
         n -= (1 << (n.bit_length() - 1)) - 1
     return 1 << (n.bit_length() - 1)
@@ -70,7 +70,7 @@ def luby(n: int) -> int:
 
 @cache
 def warm_up() -> None:
-    """Compile the search, or read what an earlier process compiled."""
+    """Compile the search, or load it from the cache of an earlier process."""
     one = np.array([0]), np.array([1]), 1
     _Runs(one, np.array([1])).decide(1, math.inf)
 
@@ -78,10 +78,11 @@ def warm_up() -> None:
 def improve(
     first: Array, end: Array, size: Array, known: Outcome, capacity: int | None, seconds: float
 ) -> Outcome | None:
-    """Search for a placement below `capacity`, or, without one, for the smallest. None where there is too much.
+    """Search for a placement below `capacity`, or, without a capacity, for the smallest. None if the instance is too
+    large.
 
-    The smallest is looked for at the lower bound first, then half the way to the best that is known, and so on. A
-    capacity that is proven too small raises the bound.
+    The smallest is searched for at the lower bound first, then halfway to the best known size, and so on. A capacity
+    that is proven too small raises the bound.
     """
     covered = sections(first, end)
     if int((covered[1] - covered[0]).sum()) > LARGEST:
@@ -109,7 +110,7 @@ def improve(
 
 
 class _Runs:
-    """Runs of the search over one instance: its state, the number of runs so far, what failed."""
+    """Runs of the search over one instance: its state, the number of runs so far, the failed states."""
 
     def __init__(self, covered: tuple[Array, Array, int], size: Array) -> None:
         from treadle.passes.memory.depth_first import PlacementSearch
@@ -155,7 +156,7 @@ class _Runs:
         self.made = 0
 
     def decide(self, capacity: int, deadline: float) -> Array | None:
-        """Offsets below the capacity; an empty array if time is up; None if there are none."""
+        """Return offsets below the capacity; an empty array if time is up; None if there are none."""
         from treadle.passes.memory import depth_first as compiled
 
         s = self.search
@@ -175,7 +176,7 @@ class _Runs:
         return np.zeros(0, np.int64)
 
     def _reset(self, turn: int) -> None:
-        """Nothing is placed, and buffers are ordered by size, life, area and mixtures; later turns add noise."""
+        """Remove all placed buffers, and order buffers by size, life, area and mixtures; later turns add noise."""
         from treadle.passes.memory import depth_first as compiled
 
         s = self.search

@@ -1,14 +1,14 @@
-"""Frames in one arena: an offset for each storage, and for the frame of each callee, when sizes are seen.
+"""Frames in one arena: an offset for each storage, and for the frame of each callee, at given sizes.
 
-A call is a buffer of the caller's, as large as its callee's frame, that lives while the call runs. So a callee lies in
-what its caller does not need at that step, and each function is placed once, however often it is called.
+A call is a buffer of the caller, as large as its callee's frame, that lives while the call runs. So a callee uses
+memory that its caller does not need at that step, and each function is placed once, however often it is called.
 
-A result of an entry is memory that a run allocates anyway. Where all that dies before it is written fits into it, it
-lies there: logits over a vocabulary are most often larger than all that leads to them.
+A result of an entry is memory that a run allocates anyway. If all storages that die before it is written fit into it,
+they are placed there: logits over a vocabulary are usually larger than all temporaries before them.
 
-No function takes more than places that lie one after the other, where buffers of one size that are never needed
-together share a place, and calls share one. What that comes to is a polynomial of the symbols, so it is known for all
-sizes before any are seen (`hosting.py`). Greedy orders most often take less; where they take more, it is done so.
+The upper bound of a function is consecutive places, in which buffers of one size that never live together share a
+place, and calls share one. This bound is a polynomial of the symbols, so it is known before the sizes are
+(`hosting.py`). Greedy orders usually need less; if they need more, this placement is used.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from treadle.passes.memory.greedy import live_bytes, place_greedily
 from treadle.passes.memory.instances import Lifetime
 
 ALIGNMENT = 64
-"""Bytes; a cache line, and the widest vector."""
+"""In bytes: a cache line, and the widest vector."""
 
 
 @dataclass(frozen=True, eq=False)
 class PlacedFrame:
-    """Where everything lies, in bytes from where the frame begins.
+    """The placement of a function's frame, in bytes from the frame's start.
 
-    offsets  of the function's own storages
-    callees  by step, where the frame of its callee begins
-    size     of the frame, callees' included, beside what lies in the host
-    bound    no placement of that needs less: the most bytes that live at once, in whole units of the alignment
-    host     a result in whose memory lies what dies before that is written; None: nothing does
-    hosted   what lies there: storages, and callees by step. Their offsets count from where the result begins
+    offsets  offsets of the function's own storages
+    callees  offsets of callees' frames, by step
+    size     size of the frame, including callees, without the memory in the host
+    bound    lower bound of the size: the most bytes that live at once, in whole units of the alignment
+    host     a result whose memory holds storages that die before it is written; None if there is none
+    hosted   the storages in the host, and callees by step. Their offsets count from the start of the result
     """
 
     offsets: Mapping[Storage, int]
@@ -50,9 +50,9 @@ class PlacedFrame:
 
 
 def place_frames(frames: Mapping[str, Frame], sizes: Mapping[str, int]) -> dict[str, PlacedFrame]:
-    """By function; callees come first in `frames`. Checked, each of them.
+    """Return the placed frame of each function, checked; callees come first in `frames`.
 
-    Raises OverflowError where 64 bits do not hold the bytes.
+    Raises OverflowError if the bytes do not fit into 64 bits.
     """
     placed: dict[str, PlacedFrame] = {}
     for name, frame in frames.items():
@@ -65,7 +65,7 @@ def place_frames(frames: Mapping[str, Frame], sizes: Mapping[str, int]) -> dict[
         buffers |= {at: life for at, _, life in calls}
         offsets, size = _placed(buffers)
         host, hosted = None, frozenset[Storage | int]()
-        for result in frame.handed_out:  # of those that hold it, the one that leaves the arena smallest
+        for result in frame.handed_out:  # of the results that are large enough, the one with the smallest arena
             early = {key: life for key, life in buffers.items() if life.end <= result.first}
             inside, taken = _placed(early)
             outside, left = _placed({key: life for key, life in buffers.items() if key not in early})
@@ -85,7 +85,7 @@ def place_frames(frames: Mapping[str, Frame], sizes: Mapping[str, int]) -> dict[
 
 
 def _placed(buffers: Mapping[Storage | int, Lifetime]) -> tuple[dict[Storage | int, int], int]:
-    """Offsets, checked, and the bytes that they reach to."""
+    """Return offsets, checked, and the bytes up to the highest end."""
     lives = list(buffers.values())
     offsets = plan_arena(lives)
     size = check_placement(lives, offsets, alignment=ALIGNMENT)
@@ -96,7 +96,7 @@ def _placed(buffers: Mapping[Storage | int, Lifetime]) -> tuple[dict[Storage | i
 
 
 def _one_after_the_other(buffers: Mapping[Storage | int, Lifetime]) -> list[int]:
-    """An offset for each buffer: buffers of one size expression share places, and calls do."""
+    """Return an offset for each buffer: buffers of one size expression share places, and calls share one."""
     alike: dict[Size | None, list[Storage | int]] = {}
     for key in buffers:
         alike.setdefault(key.nbytes if isinstance(key, Storage) else None, []).append(key)
@@ -110,9 +110,10 @@ def _one_after_the_other(buffers: Mapping[Storage | int, Lifetime]) -> list[int]
 
 
 def share_places(lives: Sequence[tuple[int, int]]) -> list[int]:
-    """The number of a place for each buffer, no two of which live there at once; as few places as there can be.
+    """Return a place's index for each buffer, so that buffers of a place never live at once; the number of places is
+    minimal.
 
-    lives  from which step, to before which one
+    lives  pairs of the first step and the step after the last
     """
     found, ends = [0] * len(lives), list[int]()
     for i in sorted(range(len(lives)), key=lives.__getitem__):
@@ -123,14 +124,14 @@ def share_places(lives: Sequence[tuple[int, int]]) -> list[int]:
 
 
 def plan_arena(lives: Sequence[Lifetime]) -> list[int]:
-    """An offset in bytes for each buffer, a multiple of ALIGNMENT.
+    """Return an offset in bytes for each buffer, a multiple of ALIGNMENT.
 
-    The best of the greedy orders of `treadle.passes.memory`, without the search behind them, since a call waits for it.
-    Most often the first order, largest first, takes as few bytes as any placement could, and no other one is tried.
-    Raises OverflowError where 64 bits do not hold the bytes of all buffers.
+    It is the best of the greedy orders of `treadle.passes.memory`, without the search after them, since a call waits
+    for it. Usually the first order, largest first, reaches the lower bound, and no other order is tried. Raises
+    OverflowError if the bytes of all buffers do not fit into 64 bits.
     """
     if sum(x.size + ALIGNMENT for x in lives) >= 1 << 63:
-        raise OverflowError("64 bits do not hold the bytes of all buffers")
+        raise OverflowError("the bytes of all buffers do not fit into 64 bits")
     table = np.array([(x.first, x.end, -(-x.size // ALIGNMENT) * ALIGNMENT) for x in lives], np.int64).reshape(-1, 3)
     solid = table[:, 2] > 0
     first, end, size = table[solid].T
@@ -141,7 +142,7 @@ def plan_arena(lives: Sequence[Lifetime]) -> list[int]:
 
 
 def _most_alive(lives: Sequence[Lifetime], inner: Mapping[int, int], steps: int) -> int:
-    """The most bytes that live at once, with those of callees."""
+    """Return the most bytes that live at once, including callees."""
     change = [0] * (steps + 2)
     for life in lives:
         size = -(-life.size // ALIGNMENT) * ALIGNMENT

@@ -1,11 +1,11 @@
-"""Frames: what a function needs in memory of its own, from which step to which; and the most bytes that live at once.
+"""Frames: the storages of a function with their first and last steps; and the most bytes that live at once.
 
     frames = frames_of(plan)                       one for each function of a storage plan
     peaks = peaks_of(frames, graph.symbols)        the polynomials of which the largest is the peak, at any sizes
     live_at(frames, "main", {"B": 8, "S": 512})    the bytes that live at each step, callees' included
 
-A frame is the same whether it comes from a plan or from what a backend made of it, with memory that only single kernels
-need. While a call runs, the frame of its callee lives beside what lives in the caller.
+Frames have the same form for a plan and for a backend's version of it, which adds workspaces of single kernels. While a
+call runs, the frame of its callee is live in addition to the live storages of the caller.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from treadle.passes.memory.storage_plan import FunctionPlan, Life, StoragePlan
 class FrameCall:
     """A step that runs another function.
 
-    made  storages of the caller that are the callee's own while it runs, since it makes what lies in them
+    made  storages of the caller that count as the callee's while it runs, since it computes their values
     """
 
     callee: str
@@ -33,14 +33,13 @@ class FrameCall:
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """What a function holds of its own.
+    """The storages of a function.
 
-    steps       what each step is of, in the order in which they run; None for a copy of what is handed out
-    lives       each storage, from the first step that needs it to the last; of what is handed out, to the number of
-                steps
-    calls       by step
-    handed_out  of an entry: new memory that its caller gets, from the first step that touches it on. What dies before
-                may lie there
+    steps       the node of each step, in the order in which they run; None for the copy of an output
+    lives       each storage, from the first step that needs it to the last; for an output, to the number of steps
+    calls       calls by step
+    handed_out  for an entry: new memory for its caller, from the first step that touches it. Storages that die before
+                may be placed there
     """
 
     name: str
@@ -50,23 +49,23 @@ class Frame:
     handed_out: tuple[Life, ...] = ()
 
     def alive(self, at: int) -> list[Life]:
-        """What lives at a step, without what a callee makes then."""
+        """Return the storages that are live at a step, without those that a callee makes then."""
         made = self.calls[at].made if at in self.calls else ()
         return [x for x in self.lives if x.first <= at <= x.last and x.storage not in made]
 
     def made_at(self, at: int) -> list[Storage]:
-        """What lives at a step and a callee makes then."""
+        """Return the storages that are live at a step and that a callee makes then."""
         made = self.calls[at].made if at in self.calls else ()
         return [x.storage for x in self.lives if x.first <= at <= x.last and x.storage in made] if made else []
 
 
 def frames_of(plan: StoragePlan) -> dict[str, Frame]:
-    """The frames of a plan, callees first."""
+    """Return the frames of a plan, callees first."""
     return {name: frame_of(each, plan.functions, plan.strided) for name, each in plan.functions.items()}
 
 
 def frame_of(plan: FunctionPlan, callees: Mapping[str, FunctionPlan], strided: bool) -> Frame:
-    """The frame of one function. What it hands out lies in its caller's, unless a library allocates it."""
+    """Return the frame of one function. Its outputs are in the caller's memory, unless a library allocates them."""
     own = [life for life in plan.lives if life.storage.kind.is_own]
     lives = tuple([life for life in own if strided or life.last < plan.end or life.storage.kind is StorageKind.FOREIGN])
     calls = {}
@@ -78,7 +77,7 @@ def frame_of(plan: FunctionPlan, callees: Mapping[str, FunctionPlan], strided: b
 
 
 def _made(node: Node, plan: FunctionPlan, callee: FunctionPlan) -> tuple[Storage, ...]:
-    """The storages of results that a callee allocates itself: a library's."""
+    """Return the storages of results that a callee allocates itself, in a library."""
     found = []
     for output, result in zip(callee.function.outputs.values(), node.results, strict=False):
         theirs, ours = callee.places[output].storage, plan.places[result].storage
@@ -88,7 +87,7 @@ def _made(node: Node, plan: FunctionPlan, callee: FunctionPlan) -> tuple[Storage
 
 
 def parts_of(frames: Mapping[str, Frame]) -> tuple[dict[str, Frame], dict[str, Frame]]:
-    """Frames of what lies in an arena, and of what a library allocates beside it."""
+    """Return the frames of storages in an arena, and the frames of storages that a library allocates."""
 
     def part(frame: Frame, foreign: bool) -> Frame:
         lives = [life for life in frame.lives if (life.storage.kind is StorageKind.FOREIGN) is foreign]
@@ -103,7 +102,7 @@ def parts_of(frames: Mapping[str, Frame]) -> tuple[dict[str, Frame], dict[str, F
 
 
 def peaks_of(frames: Mapping[str, Frame], symbols: Mapping[str, Bounds]) -> dict[str, tuple[Size, ...]]:
-    """By function the sizes of which the largest is its peak, callees' frames included; none that another covers."""
+    """Return sizes by function, the largest of which is its peak with callees' frames; none that another covers."""
     found: dict[str, tuple[Size, ...]] = {}
     for name, frame in frames.items():
         found[name] = peak_of(frame, found, symbols)
@@ -111,7 +110,7 @@ def peaks_of(frames: Mapping[str, Frame], symbols: Mapping[str, Bounds]) -> dict
 
 
 def peak_of(frame: Frame, callees: Mapping[str, Sequence[Size]], symbols: Mapping[str, Bounds]) -> tuple[Size, ...]:
-    """The sizes of which the largest is the peak of one function."""
+    """Return the sizes of which the largest is the peak of one function."""
     sizes: dict[Size, None] = {}
     live, begins, ends = ZERO, _by_step(frame, first=True), _by_step(frame, first=False)
     for at in range(len(frame.steps) + 1):
@@ -125,7 +124,7 @@ def peak_of(frame: Frame, callees: Mapping[str, Sequence[Size]], symbols: Mappin
 
 
 def _by_step(frame: Frame, first: bool) -> dict[int, list[Storage]]:
-    """The storages that begin to live at each step, or that live at it for the last time."""
+    """Return the storages that start to live at each step, or that live there for the last time."""
     found: dict[int, list[Storage]] = {}
     for life in frame.lives:
         found.setdefault(max(life.first, 0) if first else life.last, []).append(life.storage)
@@ -133,7 +132,7 @@ def _by_step(frame: Frame, first: bool) -> dict[int, list[Storage]]:
 
 
 def largest(sizes: Sequence[Size] | Mapping[Size, None], symbols: Mapping[str, Bounds]) -> tuple[Size, ...]:
-    """Those of some sizes that no other one is at least as large as, whatever the symbols are."""
+    """Return the sizes that no other size covers, whatever the symbols are."""
     kept: list[Size] = []
     for size in sizes:
         if any(covers(other, size, symbols) for other in kept):
@@ -143,7 +142,7 @@ def largest(sizes: Sequence[Size] | Mapping[Size, None], symbols: Mapping[str, B
 
 
 def covers(large: Size, small: Size, symbols: Mapping[str, Bounds]) -> bool:
-    """Whether a size is proven to be at least as large as another one, whatever the symbols are."""
+    """Return True if a size is proven to be at least as large as another, whatever the symbols are."""
     return (large - small).interval(symbols)[0] >= 0
 
 
@@ -157,9 +156,9 @@ def live_at(
     alignment: int = 1,
     without: Storage | None = None,
 ) -> list[tuple[tuple[tuple[str, int], ...], int]]:
-    """The bytes that live at each step of a run, each storage a multiple of `alignment`; one may be left out.
+    """Return the bytes that live at each step of a run, each storage rounded up to `alignment`; one may be left out.
 
-    A step is told by the functions and steps that lead to it: ((main, 3), (h, 5)).
+    A step is identified by the functions and steps that lead to it: ((main, 3), (h, 5)).
     """
     known: dict[str, list[tuple[tuple[tuple[str, int], ...], int]]] = {}
 
@@ -186,5 +185,5 @@ def live_at(
 
 
 def aligned(size: int, alignment: int) -> int:
-    """The next multiple of the alignment."""
+    """Return a size rounded up to a multiple of the alignment."""
     return -(-size // alignment) * alignment

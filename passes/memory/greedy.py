@@ -1,11 +1,11 @@
-"""Greedy placement: the buffers in some order, each at the lowest offset that is free for all of its life.
+"""Greedy placement: buffers are placed in some order, each at the lowest offset that is free for its whole life.
 
-Largest first is the order of Pisarchyk & Lee 2020, "Efficient memory management for deep neural net inference". No one
-order is best, so a buffer's weight here is
+Largest first is the order of Pisarchyk & Lee 2020, "Efficient memory management for deep neural net inference". No
+single order is best, so a buffer's weight here is
 
     size * (most bytes that live together with it) ** a * (steps of its life) ** b
 
-for several a and b: a large `a` puts first what lives at the peak, a large `b` what lives long.
+for several a and b: a large `a` prefers buffers that live at the peak, a large `b` prefers long lives.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ WEIGHTS = ((0.0, 0.0), (0.0, 0.25), (0.0, 0.5), (8.0, 0.0), (2.0, 0.0), (0.0, 1.
 
 
 def live_bytes(first: Array, end: Array, size: Array) -> tuple[Array, Array]:
-    """The steps at which buffers begin or end, and the bytes that live from each of them to the next."""
+    """Return the steps at which buffers begin or end, and the bytes that live from each of them to the next."""
     steps = np.sort(np.concatenate([first, end]))
     kept = np.ones(len(steps), bool)
     kept[1:] = steps[1:] != steps[:-1]
-    steps = steps[kept]  # as np.unique, which imports much the first time
+    steps = steps[kept]  # like np.unique, which imports much the first time
     change = np.zeros(len(steps), np.int64)
     np.add.at(change, np.searchsorted(steps, first), size)
     np.add.at(change, np.searchsorted(steps, end), -size)
@@ -33,10 +33,10 @@ def live_bytes(first: Array, end: Array, size: Array) -> tuple[Array, Array]:
 
 
 def first_fit(first: Array, end: Array, size: Array, order: Array) -> Array:
-    """Offsets of buffers that are placed in `order`, each at the lowest free offset.
+    """Return the offsets of buffers that are placed in `order`, each at the lowest free offset.
 
-    What is placed already is kept sorted by offset. Above the highest end of the buffers below it, the space before
-    each of those that it meets is free: the first such gap that is high enough is taken.
+    Placed buffers are kept sorted by offset. Of those that overlap the new buffer in time, the space between one and
+    the highest end below it is free: the first such gap that is high enough is taken.
     """
     count = len(size)
     offsets = np.zeros(count, np.int64)
@@ -60,7 +60,7 @@ def first_fit(first: Array, end: Array, size: Array, order: Array) -> Array:
 
 
 def place_greedily(first: Array, end: Array, size: Array, bound: int) -> Array:
-    """The best offsets of all orders; none is tried after one that reaches `bound`."""
+    """Return the best offsets of all orders; stop at the first order that reaches `bound`."""
     if not len(size):
         return np.zeros(0, np.int64)
     steps, live = live_bytes(first, end, size)

@@ -1,14 +1,14 @@
-"""What a run needs at any sizes within bounds, where what dies before a result is written may lie in that: proven.
+"""Proven bounds of a run's memory at any sizes within bounds, if storages that die before a result are placed in it.
 
     hostings(frames, "main")[0].most_apart(symbols, least, most)
 
-A result that holds all of it at some sizes may be too small at others: logits for few positions after many that are
-read. `place_frames` never takes more than buffers that lie one after the other, which is a polynomial of the symbols.
-So at sizes at which those that die before come to no more than the result, they lie there; and where that is not
-proven, a run takes no more than all buffers come to.
+A result may be large enough for these storages at some sizes and too small at others: logits for few positions after
+many that are read. `place_frames` never takes more than consecutive buffers, whose total is a polynomial of the
+symbols. So at sizes at which the total of the earlier storages is at most the result's size, they are placed in it. If
+that is not proven, a run takes at most the total of all buffers.
 
-Both are asked over boxes of sizes, by interval arithmetic. A box in which it may not lie there is cut in two, in the
-middle of the symbol whose ends are furthest apart by ratio, the box that may need most first.
+Both are evaluated over boxes of sizes, by interval arithmetic. A box in which the storages may not fit is split in two,
+in the middle of the symbol whose bounds have the largest ratio. The box that may need most is split first.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from treadle.passes.memory.storage_plan import Life
 
 Box = Mapping[str, Bounds]
 MOST_BOXES = 256
-"""That are looked at."""
+"""Maximum number of boxes that are examined."""
 
 
 @dataclass(frozen=True, eq=False)
 class Hosting:
-    """A result of an entry, and what is asked of it.
+    """A result of an entry that may hold earlier storages.
 
-    result  from the first step that touches it on
-    left    sizes, of which the least is what is left of it beside all that dies before, one after the other; each by
-            the symbols that all of its terms have in common
-    whole   sizes, of which the largest is what all takes that the entry needs, one after the other
+    result  its life, from the first step that touches it
+    left    sizes, the least of which is the rest of the result after all earlier storages are placed in sequence; each
+            is divided by the symbols that all of its terms have in common
+    whole   sizes, the largest of which is the total of all storages that the entry needs, in sequence
     """
 
     result: Life
@@ -45,9 +45,9 @@ class Hosting:
     whole: tuple[Size, ...]
 
     def most_apart(self, symbols: Box, least: int, most: int) -> int:
-        """The most bytes that a run may take at sizes at which the early ones may not lie in the result.
+        """Return the most bytes that a run may take at sizes at which the earlier storages may not fit into the result.
 
-        least, most  multiples of the alignment: fewer are told as the one, more as the other
+        least, most  multiples of the alignment: the returned number is clipped to this range
         """
         if any(not self._fits(at) and self._needs(at) >= most for at in _corners(symbols)):
             return most
@@ -75,9 +75,9 @@ class Hosting:
 
 
 def hostings(frames: Mapping[str, Frame], entry: str) -> list[Hosting]:
-    """One for each result that an entry hands out as new memory; callees come first in `frames`.
+    """Return a `Hosting` for each result that an entry returns in new memory; callees come first in `frames`.
 
-    None where sizes have more terms than can be told.
+    Empty if sizes have more terms than an expression can hold.
     """
     frame, stacked, found = frames[entry], dict[str, tuple[Size, ...]](), list[Hosting]()
     if not frame.handed_out:
@@ -97,7 +97,9 @@ def hostings(frames: Mapping[str, Frame], entry: str) -> list[Hosting]:
 
 
 def _stacked(lives: Sequence[Life], callees: Sequence[Sequence[Size]]) -> tuple[Size, ...]:
-    """Sizes of which the largest is what buffers take one after the other, where those of one size share places."""
+    """Return sizes, the largest of which is the total of buffers in sequence, in which buffers of one size share
+    places.
+    """
     alike: dict[Size, list[Life]] = {}
     for life in lives:
         alike.setdefault(life.storage.nbytes, []).append(life)
@@ -109,12 +111,14 @@ def _stacked(lives: Sequence[Life], callees: Sequence[Sequence[Size]]) -> tuple[
 
 
 def _gap(size: Size) -> int:
-    """How many bytes there are at most from an end of so many to the next multiple of the alignment."""
+    """Return the maximum padding in bytes after a buffer of this size, up to the next multiple of the alignment."""
     return ALIGNMENT - gcd(ALIGNMENT, *(coefficient for _, coefficient in size.terms))
 
 
 def _by_common_symbols(size: Size) -> Size:
-    """A size of the same sign, if symbols are not negative: without those that every term of it has."""
+    """Return a size of the same sign for nonnegative symbols: divided by the symbols that all of its terms have in
+    common.
+    """
     for name in sorted(size.symbols):
         while size.terms and (quotient := size.divide(Size.symbol(name))) is not None:
             size = quotient
@@ -125,7 +129,7 @@ def _by_common_symbols(size: Size) -> Size:
 
 
 def _cut(box: Box) -> list[dict[str, Bounds]] | None:
-    """A box as two; None for one that is a point, or has no end."""
+    """Return a box split in two; None for a single point or an unbounded box."""
     ratios: dict[str, float] = {}
     for name, bounds in box.items():
         if bounds.upper is None:
@@ -142,7 +146,7 @@ def _cut(box: Box) -> list[dict[str, Bounds]] | None:
 
 
 def _corners(box: Box) -> Iterator[dict[str, Bounds]]:
-    """Single sizes: all at their largest, all at their least, and each alone at its least."""
+    """Yield single points: all symbols at their maximum, all at their minimum, and each alone at its minimum."""
     for small in ([], list(box), *([name] for name in box)):
         yield {
             name: Bounds(b.lower, b.lower) if name in small or b.upper is None else Bounds(b.upper, b.upper)

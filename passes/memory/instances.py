@@ -1,4 +1,4 @@
-"""Instances of the placement problem: buffers with a size and a life, as CSV files hold them.
+"""Instances of the placement problem: buffers with a size and a life, in the format of CSV files.
 
     id,lower,upper,size[,offset]
 
@@ -16,7 +16,7 @@ from treadle.ir.errors import PassError
 
 COLUMNS = ("id", "lower", "upper", "size")
 LARGEST = 1 << 60
-"""Steps, sizes and their sums stay below this: a placement computes in 64 bits."""
+"""Steps, sizes and their sums stay below this limit: placements are computed in 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Lifetime:
 
 @dataclass(frozen=True)
 class Instance:
-    """Buffers that want a place, and the offsets of a placement where the file has one. Prints as CSV."""
+    """Buffers to place, and the offsets of a placement if the file has one. Prints as CSV."""
 
     name: str
     buffers: tuple[Lifetime, ...]
@@ -47,7 +47,7 @@ class Instance:
 
 
 def read_instance(path: str | Path) -> Instance:
-    """Read an instance from a CSV file. Raises PassError, with the line, where the file is not one."""
+    """Read an instance from a CSV file. Raises PassError, with the line, if the file is not a valid instance."""
     path = Path(path)
     try:
         text = path.read_bytes().decode("utf-8")
@@ -63,7 +63,7 @@ def read_instance(path: str | Path) -> Instance:
 
 
 def parse_instance(text: str, name: str = "instance") -> Instance:
-    """Read an instance from CSV text; `name` is what it is called. Raises PassError, with the line."""
+    """Read an instance from CSV text with the name `name`. Raises PassError, with the line."""
     rows = csv.reader(io.StringIO(text), strict=True)
     buffers: list[Lifetime] = []
     offsets: list[int] = []
@@ -77,7 +77,7 @@ def parse_instance(text: str, name: str = "instance") -> Instance:
             where = f"{name}, line {rows.line_num}"
             if len(row) != len(columns):
                 raise PassError(
-                    "a line has another number of fields than the first line",
+                    "a line and the first line have different numbers of fields",
                     received=f"{len(row)} fields, {len(columns)} columns",
                     within=where,
                     hint="one field for each of " + ",".join(columns),
@@ -86,10 +86,10 @@ def parse_instance(text: str, name: str = "instance") -> Instance:
             numbers = {c: _whole(c, x, where) for c, x in fields.items() if c != "id"}
             if fields["id"] in names:
                 raise PassError(
-                    "two buffers have one id",
+                    "two buffers have the same id",
                     received=f"id {fields['id']}, also in line {names[fields['id']]}",
                     within=where,
-                    hint="an id of its own for each buffer",
+                    hint="a unique id for each buffer",
                 )
             if numbers["upper"] <= numbers["lower"]:
                 raise PassError(
@@ -110,22 +110,22 @@ def parse_instance(text: str, name: str = "instance") -> Instance:
 
 
 def _check_columns(columns: list[str], name: str) -> None:
-    """The four columns, perhaps `offset`, in any order, and none that would be passed over."""
+    """Check that the columns are the four, perhaps with `offset`, in any order, and no others."""
     if not set(COLUMNS) <= set(columns) or set(columns) - {*COLUMNS, "offset"} or len(set(columns)) != len(columns):
         raise PassError(
             "the first line must name the columns",
             received=",".join(columns)[:200] or "an empty line",
             within=f"{name}, line 1",
-            hint="id,lower,upper,size and, where the file holds a placement, offset",
+            hint="id,lower,upper,size and, if the file holds a placement, offset",
         )
 
 
 def _whole(column: str, text: str, where: str) -> int:
     if not (text.isascii() and text.isdigit()) or len(text) > 18:
         raise PassError(
-            f"{column} must be a whole number, not negative, of at most 18 digits",
+            f"{column} must be a non-negative integer of at most 18 digits",
             received=repr(text[:40]),
             within=where,
-            hint=f"digits alone in the column {column}",
+            hint=f"only digits in the column {column}",
         )
     return int(text)

@@ -1,4 +1,4 @@
-"""Where values lie for a library, which allocates what it gives, or writes whole arrays where it is told to."""
+"""Storages for a library, which allocates its results, or writes whole arrays to a given destination."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from treadle.passes.memory.storage_plan import How, Step
 from treadle.passes.memory.value_places import Over, PlacedFunction, Planning
 
 Lies = Callable[[Value], View]
-"""How a value lies, where all that a run makes is row-major."""
+"""The view of a value, if all values of a run are row-major."""
 
 
 def allocates(node: Node) -> bool:
-    """A library allocates what each node gives."""
+    """Return False: a library allocates the result of each node."""
     return False
 
 
 Workspaces = Callable[[Node, Lies], Mapping[str, Type]]
-"""What the call of a node needs beside its result while it runs, by name."""
+"""The workspaces of a node's call, by name."""
 
 
 def nothing_beside(node: Node, lies: Lies) -> Mapping[str, Type]:
-    """No call needs memory of the plan beside its result."""
+    """Return no workspaces: calls need no memory of the plan besides their results."""
     return {}
 
 
 class LibraryPlanning(Planning):
-    """What a library allocates, or writes where it is told to, whole: whatever is no view has a storage of its own, or
-    that of an operand.
+    """A plan for results that a library allocates, or writes whole to a given destination: a value that is not a view
+    has a storage of its own, or an operand's.
 
-    A view is one of memory. Where strides cannot say it, the library copies the elements: if `copies` are planned, to a
-    storage of their own, else its operand's storage is counted as alive.
+    A view is a view of memory. If strides cannot express it, the library copies the elements: if `copies` are planned,
+    to a storage of the copy's own; otherwise its operand's storage counts as alive.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class LibraryPlanning(Planning):
         self.handed_out = frozenset(self._owner(v) for v in outputs)
 
     def _owner(self, value: Value) -> Value:
-        """In whose storage a value lies."""
+        """Return the value whose storage a value shares."""
         node = value.node
         while node is not None and value.state is None:
             shared = self._shared(value, node) if node.op.callee is not None else None
@@ -86,7 +86,7 @@ class LibraryPlanning(Planning):
                 self._beside(value, node)
 
     def _beside(self, value: Value, node: Node) -> None:
-        """What a call needs beside its result."""
+        """Add the workspaces of a call."""
         views = {}
         for name, each in self.needed(node, self.planned.row_major.of).items():
             told = self._named.new(f"{self.names[value]}_{name}")
@@ -96,13 +96,15 @@ class LibraryPlanning(Planning):
             self.workspaces[self.at[node]] = views
 
     def _dies_in(self, x: Value, step: Step, value: Value) -> bool:
-        """Whether a value may take the storage of x: that is x's alone and as large, and is read for the last time."""
+        """Return True if a value may take the storage of x: only x uses it, it has the same size, and this is its last
+        read.
+        """
         place = self.places[x]
         if place.storage is None or not self._may_be_written(place.storage) or place.how is How.VIEW:
             return False
         if value in self.handed_out and place.storage.kind is StorageKind.LOCAL:
-            return False  # which the caller shall not have
-        alike = x.type.dtype is value.type.dtype and x.type.shape == value.type.shape
+            return False  # the caller must not get it
+        alike = x.type.is_held_like(value.type)
         alone = all(self.places[v].storage is not place.storage for v in step.inputs if v is not x)
         return alike and alone and self.last_reads[place.storage] <= self.at[step.root]
 
@@ -112,7 +114,9 @@ class LibraryPlanning(Planning):
         self._put(value, storage, How.VIEW, of)
 
     def _shared(self, value: Value, node: Node) -> Value | None:
-        """What a callee may give that the caller has already: what it was given, a view of it, or one storage twice."""
+        """Return the value that a callee's result shares storage with: an argument, a view of one, or an earlier
+        result.
+        """
         callee = self.callees[str(node.op.callee)]
         gives = [callee.places[output].storage for output in callee.function.outputs.values()]
         for argument, operand in zip(callee.function.arguments, node.inputs, strict=True):

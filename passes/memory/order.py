@@ -4,11 +4,11 @@
     found = find_order(problem)
     found.order, found.peak, found.bound
 
-A buffer lives from the first of its steps to the last one, whichever these are by then. What lives depends on which
-steps are done, not on the order in which they were done. So the search goes over sets of steps, those of the smallest
-peak first, and the first whole set has the smallest peak that there is. A step that frees as much as it takes, below
-the peak so far, is done at once: an order that does it later does no better. After some number of sets, a beam search
-goes on, and the result holds the bound that was proven by then.
+A buffer lives from the first of its steps in the order to the last. The live bytes depend on the set of steps that are
+done, not on the order in which they were done. So the search visits sets of steps, those with the smallest peak first,
+and the first complete set has the smallest possible peak. A step that frees at least the bytes that it takes, below the
+peak so far, is done at once: an order that does it later is not better. After a limit on the number of sets, a beam
+search continues, and the result has the bound that was proven by then.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from itertools import compress
 from typing import NamedTuple
 
 MOST_SETS = 2_000
-"""Sets of steps that the exact search goes through: some 0.1 s."""
+"""Maximum number of sets of steps that the exact search visits: about 0.1 s."""
 MOST_LOOKS = 100_000
-"""Steps that it looks at in these, at most; a search with a beam that would look at twice as many is not begun. What
-many steps may follow, such as updates of hundreds of weights, would take most of the time of a compilation."""
+"""Maximum number of steps that it examines in these sets. A beam search that would examine twice this number is not
+started. Steps with many successors, such as updates of hundreds of weights, would take most of the compile time.
+"""
 _BEAM = 32
 _BEAM_WORK = 4_000
-"""Steps times sets of the beam search, at most: it is narrower for longer functions."""
+"""Maximum of steps times sets of the beam search: it is narrower for longer functions."""
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """Bytes that live from the first of `steps` to the last; where they are kept, to the end."""
+    """Bytes that live from the first of `steps` to the last; with `kept`, to the end."""
 
     size: int
     steps: tuple[int, ...]
@@ -41,13 +42,13 @@ class Buffer:
 
 @dataclass(frozen=True)
 class OrderProblem:
-    """Steps by number, in program order.
+    """Steps by index, in program order.
 
-    before   for each step those that must come before it
-    buffers  what lives while it is needed
-    extra    bytes beside, for each step, while it runs: what a callee needs. Less than none where a callee makes what
-             is counted as a buffer already
-    over     for each step: the buffer that it makes, and one in whose place it may do so, if it is the last step there
+    before   for each step, the steps that must come before it
+    buffers  memory that lives while it is needed
+    extra    additional bytes of each step while it runs: the memory of a callee. Negative if a callee makes a value
+             that already counts as a buffer
+    over     for each step: the buffer that it makes, and a buffer that it may overwrite if it is the last to use it
     """
 
     before: tuple[tuple[int, ...], ...]
@@ -56,7 +57,7 @@ class OrderProblem:
     over: tuple[tuple[tuple[int, int], ...], ...]
 
     def peak(self, order: Sequence[int]) -> int:
-        """The most bytes that live at once in an order."""
+        """Return the most bytes that live at once in an order."""
         return _Sets(self).peak(order)
 
 
@@ -64,8 +65,8 @@ class OrderProblem:
 class Order:
     """An order of a problem's steps.
 
-    peak   its most bytes at once
-    bound  no order has fewer
+    peak   its peak in bytes
+    bound  a lower bound of the peak of every order
     """
 
     order: tuple[int, ...]
@@ -74,12 +75,12 @@ class Order:
 
     @property
     def proven(self) -> bool:
-        """Whether no order is better."""
+        """True if no order is better."""
         return self.peak == self.bound
 
 
 def find_order(problem: OrderProblem, most_sets: int = MOST_SETS) -> Order:
-    """The best order that is found: never worse than that of the numbers."""
+    """Return the best order that was found: never worse than program order."""
     program, search = tuple(range(len(problem.before))), _Sets(problem)
     peak, bound = search.peak(program), lower_bound(problem)
     if peak == bound:
@@ -96,10 +97,10 @@ def find_order(problem: OrderProblem, most_sets: int = MOST_SETS) -> Order:
 
 
 def lower_bound(problem: OrderProblem) -> int:
-    """Bytes that live at once in every order.
+    """Return a number of bytes that live at once in every order.
 
-    With a step live the buffers that it touches, and those touched both by a step that must come before it and by one
-    that must come after it.
+    The buffers that a step touches live with it, and so do those touched both by a step that must come before it and by
+    one that must come after it.
     """
     sizes, kept = [b.size for b in problem.buffers], tuple([b.kept for b in problem.buffers])
     always = _always_live(problem.before, tuple([b.steps for b in problem.buffers]), kept, problem.over)
@@ -110,14 +111,16 @@ def lower_bound(problem: OrderProblem) -> int:
     return found
 
 
-@lru_cache(maxsize=64)  # a function's order is looked for at several sizes
+@lru_cache(maxsize=64)  # a function's order is searched at several sizes
 def _always_live(
     before: tuple[tuple[int, ...], ...],
     touched: tuple[tuple[int, ...], ...],
     kept: tuple[bool, ...],
     over: tuple[tuple[tuple[int, int], ...], ...],
 ) -> list[tuple[list[int], list[int]]]:
-    """For each step the buffers that live then in every order, and those that it may make in place of another one."""
+    """Return for each step the buffers that are live then in every order, and those that it may make in place of
+    another.
+    """
     order = list(_sorted(before))
     behind = [0] * len(before)  # the steps that must come after each, as bits
     touching, ahead, after = [0] * len(before), [0] * len(before), [0] * len(before)  # buffers, as bits
@@ -141,7 +144,7 @@ def _always_live(
 
 
 def _bits(number: int) -> Iterator[int]:
-    """The places of the bits that are set, from the lowest on."""
+    """Yield the indices of the set bits, from the lowest."""
     while number:
         bit = number & -number
         yield bit.bit_length() - 1
@@ -149,7 +152,7 @@ def _bits(number: int) -> Iterator[int]:
 
 
 def _sorted(edges: Sequence[Sequence[int]]) -> Iterator[int]:
-    """The steps, each after those before it."""
+    """Yield the steps in topological order."""
     waiting = [len(set(before)) for before in edges]
     after: list[list[int]] = [[] for _ in waiting]
     for step, before in enumerate(edges):
@@ -166,8 +169,9 @@ def _sorted(edges: Sequence[Sequence[int]]) -> Iterator[int]:
 
 
 class _DoneSteps(NamedTuple):
-    """A set of steps that are done, as bits, with the bytes that live then, the steps that may come next, the peak so
-    far, and how it was reached."""
+    """A set of completed steps, as bits, with the live bytes, the steps that may come next, the peak so far, and the
+    previous set.
+    """
 
     done: int
     live: int
@@ -186,9 +190,9 @@ class _DoneSteps(NamedTuple):
 
 
 class _Sets:
-    """Sets of steps that are done, as bits of a number.
+    """Sets of completed steps, as bits of an integer.
 
-    sets, looks  from how many sets the exact search has gone on, and how many steps have been looked at
+    sets, looks  the number of sets that the exact search expanded, and the number of steps that were examined
     """
 
     def __init__(self, problem: OrderProblem) -> None:
@@ -212,7 +216,7 @@ class _Sets:
         self.sets = self.looks = 0
 
     def peak(self, order: Sequence[int]) -> int:
-        """The most bytes that live at once in an order."""
+        """Return the most bytes that live at once in an order."""
         done = live = peak = 0
         for step in order:
             during, live = self.run(done, live, step)
@@ -221,7 +225,7 @@ class _Sets:
         return max(peak, live)
 
     def run(self, done: int, live: int, step: int) -> tuple[int, int]:
-        """The bytes that live while a step runs, and after it."""
+        """Return the bytes that live while a step runs, and after it."""
         then = done | 1 << step
         new = freed = 0
         for mask, size, kept in self.touched[step]:
@@ -237,7 +241,7 @@ class _Sets:
         return _DoneSteps(0, 0, ready, bound, None, -1)
 
     def _next(self, at: _DoneSteps) -> list[_DoneSteps]:
-        """What may follow a set; one alone where a step should be done at once."""
+        """Return the possible next sets; only one if a step should be done at once."""
         found = []
         left = at.ready
         while left:
@@ -258,9 +262,10 @@ class _Sets:
         return found
 
     def exact(self, bound: int, known: int, most: int) -> tuple[tuple[int, ...] | None, int]:
-        """An order of the smallest peak, if that is below a known one, and that peak.
+        """Return an order with the smallest peak, if that is below a known one, and the peak.
 
-        Else None and a lower bound: the known one where no order is below it, less where the sets are too many.
+        Otherwise return None and a lower bound: the known peak if no order is below it, less if there are too many
+        sets.
         """
         tie = self.sets = self.looks = 0
         waiting = [(bound, 0, tie, self.start(bound))]
@@ -282,7 +287,9 @@ class _Sets:
         return None, known
 
     def beam(self, bound: int, width: int) -> tuple[int, ...]:
-        """An order of a small peak: of all sets of one number of steps, the `width` best go on."""
+        """Return an order with a small peak: of all sets with the same number of steps, the `width` best are
+        continued.
+        """
         sets = [self.start(bound)]
         while sets[0].done != self.whole:
             made: dict[int, _DoneSteps] = {}

@@ -1,11 +1,11 @@
-"""Steps of a function in the order in which it needs the least memory.
+"""Steps of a function in the order that needs the least memory.
 
     for choice in choices(plan, frame, before, over, peaks, symbols):
         ...                                                    plan in that order, and keep it if `needs_less`
 
-Where each value lies is decided first, in program order, with no step written over what it reads; from that follow the
-buffers, and which step may be written over which. An order is looked for at some sizes, once for a function however
-often it is called. The caller keeps it where the plan that follows from it is proven to need no more at any sizes.
+The storage of each value is decided first, in program order, and no step overwrites its operands. The buffers follow
+from that, and the buffers that each step may overwrite. An order is searched at some sizes, once per function however
+often it is called. The caller keeps it if the plan that results from it is proven to need no more at any sizes.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from treadle.passes.memory.order import Buffer, OrderProblem, find_order
 from treadle.passes.memory.storage_plan import BEFORE, BetterOrder, FunctionPlan, How, Step
 
 _DRAWN = (128, 16, 1009)
-"""Sizes at which orders are looked for, where bounds allow them."""
+"""Sizes at which orders are searched, if bounds allow them."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Another order of a function's steps, and what led to it."""
+    """Another order of a function's steps, and the search result that it comes from."""
 
     steps: tuple[Step, ...]
     sizes: Mapping[str, int]
 
 
 def drawn_sizes(symbols: Mapping[str, Bounds], sizes: Sequence[Size]) -> Iterator[dict[str, int]]:
-    """Sizes within bounds at which none of these is negative."""
+    """Yield sizes within bounds at which none of the expressions is negative."""
     seen = []
     for least in _DRAWN:
         found = {}
@@ -62,12 +62,12 @@ def choices(
     callees: Mapping[str, Sequence[Size]],
     symbols: Mapping[str, Bounds],
 ) -> Iterator[Choice]:
-    """Orders of a function's steps that need less than program order at some sizes, no two alike.
+    """Yield orders of a function's steps that need less than program order at some sizes, without duplicates.
 
-    plan     in program order, without a step that is written over what it reads
-    before   for each step those that `must_precede` it
-    over     the operands over which a step may be written
-    callees  the sizes of which the largest is the peak of each
+    plan     in program order, without a step that overwrites its operands
+    before   for each step, the steps that `must_precede` it
+    over     the operands that a step may overwrite
+    callees  for each callee, the sizes of which the largest is its peak
     """
     made = _Making(plan, frame, before, over)
     wanted = [made.sizes, *callees.values()]
@@ -82,7 +82,7 @@ def choices(
 def needs_less(
     before: Sequence[Size], after: Sequence[Size], choice: Choice, symbols: Mapping[str, Bounds]
 ) -> BetterOrder | None:
-    """What an order saves, if it is proven to need no more than another one, whatever the sizes are."""
+    """Return the savings of an order, if it is proven to need no more than another one, whatever the sizes are."""
     if not all(any(covers(old, new, symbols) for old in before) for new in after):
         return None
     was, now = (max((s.evaluate(choice.sizes) for s in each), default=0) for each in (before, after))
@@ -90,12 +90,12 @@ def needs_less(
 
 
 def have_one_order(before: Sequence[Sequence[int]]) -> bool:
-    """Whether steps can run in no other order: each of them needs the one before it."""
+    """Return True if only one order of the steps is possible: each of them needs the one before it."""
     return all(i in each for i, each in enumerate(before[1:]))
 
 
 class _Making:
-    """A problem from a plan: all but the numbers."""
+    """A problem from a plan, without the sizes."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class _Making:
     ) -> None:
         self.plan, self.frame, self.before = plan, frame, before
         own = [life.storage for life in frame.lives]
-        # What is donated counts as if the run had made it, so that a step which may lie there is put after its readers.
+        # A donated input counts as a buffer of the run, so that a step which may overwrite it is put after its readers.
         donated = [plan.places[v].storage for v in plan.donated]
         self.storages = [*own, *(storage for storage in donated if storage is not None)]
         self.sizes = [storage.nbytes for storage in self.storages]
@@ -128,7 +128,7 @@ class _Making:
         self.over = tuple([tuple(self._over(step, over(step))) for step in plan.steps])
 
     def _over(self, step: Step, operands: Sequence[Value]) -> Iterator[tuple[int, int]]:
-        """The buffer that a step makes, and each in whose place it may be."""
+        """Yield pairs of the buffer that a step makes, and a buffer that it may overwrite."""
         for value in step.root.results:
             mine = self.plan.places[value]
             if mine.how is not How.OWN or mine.of != "" or not self._fills(value, value):
@@ -147,7 +147,7 @@ class _Making:
         return whole and place.storage.elements == other.type.held.elements
 
     def problem(self, sizes: Mapping[str, int], callees: Mapping[str, Sequence[Size]]) -> OrderProblem:
-        """The problem at numbers."""
+        """Return the problem at these sizes."""
         extra = [0] * len(self.plan.steps)
         for at, call in self.frame.calls.items():
             inner = max((size.evaluate(sizes) for size in callees[call.callee]), default=0)
@@ -160,10 +160,10 @@ class _Making:
 
 
 def must_precede(function: Function, steps: Sequence[Step]) -> tuple[tuple[int, ...], ...]:
-    """For each step those that must come before it: what makes what it reads, who reads a state that it updates, and of
-    two in which ranks meet the first.
+    """Return for each step the steps that must come before it: the producers of its operands, the readers of a state
+    that it updates, and of two collectives the first.
 
-    What a step begins runs beside the steps that the program has between it and the one that waits: they stay there.
+    An operation that a step starts overlaps with the steps between it and the step that waits: these stay there.
     """
     at = {node: i for i, step in enumerate(steps) for node in step.nodes}
     found: list[set[int]] = [set() for _ in steps]
@@ -185,5 +185,5 @@ def must_precede(function: Function, steps: Sequence[Step]) -> tuple[tuple[int, 
 
 
 def _awaits(node: Node) -> bool:
-    """Whether a node waits for what has begun before."""
+    """Return True if a node waits for an operation that was started before."""
     return isinstance(node.op, Awaited) and node.op.ahead

@@ -1,7 +1,7 @@
-"""Place buffers with lifetimes in one arena, as small as can be proven in the time that is given.
+"""Place buffers with lifetimes in one arena, as small as can be proven within a time limit.
 
-First come the greedy orders. Where the best of them reaches the lower bound, or the capacity, that is the end. Else the
-exact search goes on from there, if numba is installed.
+The greedy orders come first. If the best of them reaches the lower bound, or the capacity, it is the result. Otherwise
+the exact search continues from there, if numba is installed.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from treadle.passes.memory.instances import LARGEST, Lifetime
 
 GREEDY = "greedy"
 SEARCHED = "searched"
-NO_NUMBA = "greedy alone: numba, which compiles the search, is not installed"
-TOO_LARGE = "greedy alone: too many buffers live together for the search"
+NO_NUMBA = "greedy only: numba, which compiles the search, is not installed"
+TOO_LARGE = "greedy only: too many buffers live together for the search"
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where each buffer lies in one arena.
+    """The offset of each buffer in one arena.
 
-    offsets  a multiple of the alignment for each buffer, in the order in which they were given
+    offsets  a multiple of the alignment for each buffer, in the order of the arguments
     size     the bytes that the arena needs, a multiple of the alignment
-    bound    no placement needs fewer
-    method   how it was found: GREEDY, SEARCHED, or why there was no search
-    seconds  how long that took
+    bound    a lower bound of the size of every placement
+    method   how it was found: GREEDY, SEARCHED, or the reason why there was no search
+    seconds  the time that this took
     """
 
     offsets: tuple[int, ...]
@@ -43,11 +43,11 @@ class Placement:
 
     @property
     def proven(self) -> bool:
-        """Whether no placement is smaller."""
+        """True if no placement is smaller."""
         return self.size == self.bound
 
     def __str__(self) -> str:
-        over = "the least" if self.proven else f"at most {self.size / self.bound - 1:.2%} over the least"
+        over = "the minimum" if self.proven else f"at most {self.size / self.bound - 1:.2%} over the minimum"
         return (
             f"{len(self.offsets)} buffers in {self.size} bytes, {over} (bound {self.bound}); {self.method},"
             f" {self.seconds:.2f} s"
@@ -57,14 +57,14 @@ class Placement:
 def place(
     buffers: Sequence[Lifetime], *, capacity: int | None = None, alignment: int = 1, seconds: float = 10.0
 ) -> Placement:
-    """Place buffers so that no two overlap that live at once, in as few bytes as possible.
+    """Place buffers in as few bytes as possible so that buffers that live at the same time do not overlap.
 
-    With a capacity, any placement below it will do, and the first one is taken. Sizes are rounded up to `alignment`.
-    After some `seconds`, the best placement so far is taken. The first search on a machine compiles for some ten
-    seconds more, which do not count; what is compiled is kept on disk.
+    With a capacity, the first placement within it is returned. Sizes are rounded up to `alignment`. After the time
+    limit in `seconds`, the best placement so far is returned. The first search on a machine compiles for about ten more
+    seconds, which do not count; the compiled code is cached on disk.
 
-    Raises PassError where a capacity cannot hold the buffers, or no placement below it was found in time, or a lifetime
-    is not one.
+    Raises PassError if a capacity cannot hold the buffers, or no placement within it was found in time, or a lifetime
+    is invalid.
     """
     started = time.perf_counter()
     _check_arguments(buffers, capacity, alignment)
@@ -101,7 +101,7 @@ def place(
 def _search(
     first: np.ndarray, end: np.ndarray, size: np.ndarray, known: exact.Outcome, room: int | None, seconds: float
 ) -> tuple[exact.Outcome, str]:
-    """What the search makes of what the greedy orders found, and how it was found."""
+    """Return the search's improvement of the greedy result, and the method that found it."""
     if not exact.available():
         return known, NO_NUMBA
     better = exact.improve(first, end, size, known, room, seconds)
@@ -119,7 +119,7 @@ def _check_arguments(buffers: Sequence[Lifetime], capacity: int | None, alignmen
     for b in buffers:
         if b.end <= b.first or b.size < 0 or max(abs(b.first), abs(b.end)) >= LARGEST:
             raise PassError(
-                "a buffer must end after it begins, and have a size that is not negative",
+                "a buffer must end after it begins, and its size must not be negative",
                 received=str(b),
                 hint="Lifetime(name, first, end, size) with first < end and size >= 0",
             )

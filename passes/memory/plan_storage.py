@@ -1,4 +1,6 @@
-"""Where every value lies, from when to when: one plan, which backends spell. `storage_plan.py` says what it holds."""
+"""Plan the storage of every value and its lifetime: one plan, which backends emit. `storage_plan.py` defines its
+contents.
+"""
 
 from __future__ import annotations
 
@@ -21,52 +23,52 @@ from treadle.passes.memory.strided_places import Parts, StridedPlanning
 from treadle.passes.memory.value_places import Over, PlacedFunction
 
 Grouping = Callable[[Function], Sequence[Step]]
-"""Which nodes of a function are computed together, in order; each node is in one step."""
+"""A partition of a function's nodes into steps that are computed together, in order; each node is in one step."""
 
 
 def each_alone(function: Function) -> Sequence[Step]:
-    """Every node is a step."""
+    """Return a step for each node."""
     return [Step((node,)) for node in function.nodes]
 
 
 def every_part(step: Step, view: View) -> bool:
-    """Every step writes through any view."""
+    """Return True: every step writes through any view."""
     return True
 
 
 def over_nothing(step: Step) -> Sequence[Value]:
-    """No step writes over what it reads."""
+    """Return no operands: no step overwrites its operands."""
     return ()
 
 
 @dataclass(frozen=True)
 class PlanStorage(Pass):
-    """y = op(x, ...)   -->   y lies in s, from step i to step j
+    """y = op(x, ...)   -->   y is stored in s, from step i to step j
 
-    s is, the first that there is:
-      that of a state, where y is the update of it: nobody reads what was before
-      that of x, where op is a view of it and strides can say so
-      the caller's, where y is an output
-      z's, where the one reader z of y would only move y to where it lies by then: a part of a concat, what is padded
-      that of an operand which dies at this step, where the backend writes over it; of a call, where its callee may
-      of its own, in the order in which the one reader wants it: "b s (h d) -> b h s d" is then a view
+    s is the first of these that is possible:
+      that of a state, if y is its update: the old state is not read again
+      that of x, if op is a view of it that strides can express
+      the caller's, if y is an output
+      z's, if z is the one reader of y and would only move y to its destination: a part of a concat, a padded value
+      that of an operand which dies at this step, if the backend overwrites it; for a call, if its callee may
+      y's own, in the order in which its one reader needs it: "b s (h d) -> b h s d" is then a view
 
-    strided  kernels read and write by strides, as the plan says. Otherwise a library chooses strides, and allocates
-             what it gives: all that is no view has a storage of its own, or that of an operand which dies
-    grouped  which nodes the backend computes together, so that only the last of them needs a storage
-    parts    whether a step writes its result where it is a part of another
-    over     the operands over which a step may write its result, element by element
-    placed   where a library allocates: of which nodes it writes the result where it is told to
-    workspaces  what calls of these need beside their result: memory of the plan, while the step runs
-    copies   where a library allocates: the result of a view that no strides can say is a copy, which is placed
-    donated  inputs of the last entry, by name, that the caller gives away: a step may write over them as over a value
-             that the run made, and kernels that write by strides the one output
-    in_results  what dies before a result of an entry is written may lie there, where kernels write by strides
-    ordered  steps run in the order that needs the least memory, where it is proven to need no more than program order
+    strided  kernels read and write by strides, as planned. Otherwise a library chooses strides and allocates its
+             results: a value that is not a view has a storage of its own, or that of an operand which dies
+    grouped  the nodes that the backend computes together, so that only the last of them needs a storage
+    parts    a predicate: a step writes its result as a part of another value
+    over     the operands that a step may overwrite with its result, element by element
+    placed   with a library: the nodes whose result it writes to a given destination
+    workspaces  memory that calls of these nodes need besides their result, while the step runs
+    copies   with a library: the result of a view that strides cannot express is a copy, which is placed
+    donated  inputs of the last entry, by name, that the caller donates: a step may overwrite them like a value of the
+             run, and kernels that write by strides may write the one output there
+    in_results  storages that die before an entry's result is written may be placed in it, if kernels write by strides
+    ordered  steps run in the order that needs the least memory, if it is proven to need no more than program order
              at any sizes, and less at some
 
-    Else the order is that of the nodes, groups at the place of their last one. A storage lives from the first step that
-    writes it to the last that reads what lies in it, in views too. The graph stays as it is.
+    Otherwise the order is the order of the nodes, with groups at the position of their last node. A storage lives from
+    the first step that writes it to the last step that reads it, also through views. The graph is unchanged.
     """
 
     rewrites: ClassVar[bool] = False
@@ -102,7 +104,7 @@ class PlanStorage(Pass):
                 own = plan.donated if function in graph.entries else reuses
                 plan = replace(plan, reuses=tuple([v for v in reuses if v in own and not plan.given_back]))
             functions[function.name] = plan
-            if function not in graph.entries:  # which nobody calls
+            if function not in graph.entries:  # entries are never called
                 peaks[function.name] = self._peak(plan, planned, peaks, graph.symbols)
             if plan.reordered is not None:
                 log.notes.append(f"{function.name}: {plan.reordered}")
@@ -112,13 +114,13 @@ class PlanStorage(Pass):
         return 0
 
     def _plan(self, planned: PlacedFunction, steps: Sequence[Step], over: Over) -> FunctionPlan:
-        """The plan of these steps in this order."""
+        """Return the plan of these steps in this order."""
         if self.strided:
             return StridedPlanning(planned, steps, self.parts, over).plan()
         return LibraryPlanning(planned, steps, over, self.placed, self.workspaces, self.copies).plan()
 
     def _over(self, callees: Mapping[str, FunctionPlan]) -> Over:
-        """Over what a step may write; of a call, what its callee may write over."""
+        """Return the operands that each step may overwrite; for a call, those that its callee may overwrite."""
 
         def over(step: Step) -> Sequence[Value]:
             callee = step.root.op.called_in(callees)
@@ -138,7 +140,7 @@ class PlanStorage(Pass):
         peaks: Mapping[str, tuple[Size, ...]],
         symbols: Mapping[str, Bounds],
     ) -> FunctionPlan:
-        """The plan in the first order that needs less; else the plan as it is."""
+        """Return the plan in the first order that needs less; otherwise the plan unchanged."""
         before = must_precede(plan.function, plan.steps)
         if have_one_order(before):
             return plan

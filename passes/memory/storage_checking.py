@@ -1,20 +1,20 @@
-"""Check a storage plan without what made it: what ops do to elements is asked of their references.
+"""Check a storage plan independently of the planner: the effect of ops on elements is taken from their references.
 
-    steps     hold each node once, after what it reads, and before a state that it reads is updated; only the last node
-              of a step is read outside
-    places    are there for every value, of its shape, within their storage; no two elements are written to one place
-    views     lie where the op's reference, run on places instead of elements, says that each element comes from
-    storages  live at every step that reads or writes what lies in them; nobody writes into what is given or constant
-    writes    destroy nothing that is read later, by any step, in any view, or handed out: the steps are gone through
-              with numbers in place of elements, for every storage that more than one step writes
-    in place  a step writes over what it reads only element by element
-    states    an update lies where its state does
-    calls     what a callee gives lies where the caller has it; for a library, what shares a storage in the callee does
-              so in the caller
-    outputs   of kernels lie whole in the caller's storage, or are copied there
+    steps     contain each node once, after the nodes that it reads, and before an update of a state that it reads; only
+              the last node of a step is read by other steps
+    places    exist for every value, with its shape, within its storage; no two elements are written to one address
+    views     agree with the op's reference, run on addresses instead of elements, on the origin of each element
+    storages  live at every step that reads or writes their values; no step writes to arguments or constants
+    writes    destroy nothing that a later step reads, in any view, or that is an output: the steps are replayed with
+              numbers in place of elements, for every storage that more than one step writes
+    in place  a step overwrites its operands only element by element
+    states    an update is stored in its state's storage
+    calls     a callee's result is stored where the caller expects it; with a library, values that share a storage in
+              the callee share one in the caller
+    outputs   of kernels fill the caller's storage, or are copied there
 
-Sizes are drawn within the symbols' bounds: views and writes are gone through at small ones, bounds are held to at large
-ones, too.
+Sizes are drawn within the symbols' bounds: views and writes are replayed at small sizes, bounds are checked at large
+sizes, too.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _LARGE = 1009
 
 
 def check_storage(graph: Graph, plan: StoragePlan) -> list[str]:
-    """Lines on what could not be gone through, mostly none.
+    """Check a storage plan; return lines on checks that were not possible, usually none.
 
-    Raises PassError for the first thing that is wrong, with the value, the steps, and the user's line.
+    Raises PassError for the first error, with the value, the steps, and the user's line.
     """
     needed = graph.needed_by(*graph.later_entries)
     if [f.name for f in needed] != list(plan.functions):
         raise PassError(
-            "the storage plan is one of other functions",
+            "the storage plan covers other functions",
             received=", ".join(plan.functions),
             hint=f"a plan of {', '.join(f.name for f in needed)}",
         )
@@ -64,7 +64,7 @@ def check_storage(graph: Graph, plan: StoragePlan) -> list[str]:
 
 
 def _drawn(graph: Graph) -> Iterator[tuple[dict[str, int], bool]]:
-    """Sizes within bounds at which every op is defined: small ones once, and large ones."""
+    """Yield sizes within bounds at which every op is defined: small sizes once, and large sizes."""
     wanted = {size for _, node in graph.walk() for v in (*node.inputs, *node.results) for size in v.type.shape}
     for _, node in graph.walk():
         if node.op.callee is None:
@@ -92,9 +92,10 @@ def _drawn(graph: Graph) -> Iterator[tuple[dict[str, int], bool]]:
 
 
 class _Order:
-    """Steps hold each node once, after what it reads; nobody reads a state, or what shows it, after its update.
+    """A check of the steps: each node is in one step, after its operands; no step reads a state, or its views, after
+    its update.
 
-    bases  the version of a state, or the argument, that a value shows
+    bases  the version of a state, or the argument, that a value is a view of
     """
 
     def __init__(self, function: Function, plan: FunctionPlan, bases: Mapping[Value, Value]) -> None:
@@ -103,33 +104,33 @@ class _Order:
     def check(self) -> None:
         plan, there = self.plan, {*self.function.arguments}
         if plan.function is not self.function:
-            raise wrong_plan("it is one of another graph", plan)
+            raise wrong_plan("it belongs to another graph", plan)
         gone: set[Value | None] = set()
         for step in plan.steps:
             inside: set[Value] = set()
             for value in step.inputs:
                 if self.bases.get(value, value) in gone:
-                    raise wrong_plan("a step reads what a state was before its update", plan, value)
+                    raise wrong_plan("a step reads a state's value from before its update", plan, value)
             gone.update(v.before for node in step.nodes for v in node.results if v.state is not None and v.before)
             for node in step.nodes:
                 for value in node.inputs:
                     if value.literal is None and value not in there and value not in inside:
-                        raise wrong_plan("a step reads what no earlier step makes", plan, value)
+                        raise wrong_plan("a step reads a value that no earlier step makes", plan, value)
                 inside.update(node.results)
             there.update(step.root.results)
         nodes = [node for step in plan.steps for node in step.nodes]
         if len(nodes) != len(self.function.nodes) or {*nodes} != {*self.function.nodes}:
-            raise wrong_plan("its steps do not hold each node once", plan)
+            raise wrong_plan("its steps do not contain each node exactly once", plan)
         for value in self.function.outputs.values():
             if value.literal is None and value not in there:
-                raise wrong_plan("what is handed out is in registers alone", plan, value)
+                raise wrong_plan("an output is only in registers", plan, value)
 
 
 # -- lives ---------------------------------------------------------------------------------------------------------
 
 
 class _Lives:
-    """Values and storages live as long as they are read."""
+    """A check of lifetimes: values and storages live as long as they are read."""
 
     def __init__(self, function: Function, plan: FunctionPlan, is_entry: bool) -> None:
         self.function, self.plan, self.is_entry = function, plan, is_entry
@@ -140,40 +141,40 @@ class _Lives:
         for value in self.function.arguments:
             self._touched(value, BEFORE)
             wanted = How.STATE if value.kind == "state" else How.GIVEN
-            self._expect(self._place(value).how is wanted, "what is given is not told so", value)
+            self._expect(self._place(value).how is wanted, "an argument is not marked as given", value)
         for at, step in enumerate(plan.steps):
             for value in step.inputs:
                 self._touched(value, at)
                 if at > self._place(value).last:
-                    raise wrong_plan(f"step {at} reads what is dead by then", plan, value)
+                    raise wrong_plan(f"step {at} reads a value that is dead by then", plan, value)
             for value in step.root.results:
                 self._touched(value, at)
                 if self._place(value).first != at:
-                    raise wrong_plan(f"it is made at step {at}, and not told so", plan, value)
+                    raise wrong_plan(f"it is made at step {at}, but the plan has another step", plan, value)
             for node in step.nodes[:-1]:
                 for value in node.results:
-                    self._expect(self._place(value).storage is None, "what is in registers has a storage", value)
+                    self._expect(self._place(value).storage is None, "a value in registers has a storage", value)
         for name, value in self.function.outputs.items():
             self._touched(value, end)
-            self._expect(self._place(value).last >= end, f"output {name} is dead when it is handed out", value)
+            self._expect(self._place(value).last >= end, f"output {name} is dead at the end", value)
         donated = [plan.places[value].storage for value in plan.donated]
-        self._expect(not donated or self.is_entry, "only the caller of an entry gives away what it passes", None)
+        self._expect(not donated or self.is_entry, "only the caller of an entry can donate arguments", None)
         kept = {*plan.reuses} - {*plan.donated}
-        self._expect(not kept or not self.is_entry, "its result lies over an input that is not donated", None)
+        self._expect(not kept or not self.is_entry, "its result overwrites an input that is not donated", None)
         for value, place in plan.places.items():
             if not place.written:
                 continue
             kind = None if place.storage is None else place.storage.kind
             if kind in (StorageKind.ARGUMENT, StorageKind.CONSTANT) and place.storage not in donated:
-                raise wrong_plan(f"a step writes into {place.storage}", plan, value)
-            self._expect(value.node is not None, "no step makes what is given", value)
+                raise wrong_plan(f"a step writes to {place.storage}", plan, value)
+            self._expect(value.node is not None, "an argument is marked as written by a step", value)
         held = {place.storage for place in plan.places.values()}
         for at, beside in plan.workspaces.items():
             for view in beside.values():
                 life = self.lives.get(view.storage)
                 alone = view.storage not in held and view.storage.kind is StorageKind.LOCAL
                 if not alone or life is None or (life.first, life.last) != (at, at):
-                    raise wrong_plan(f"a workspace is not that of step {at} alone", plan, None, str(view.storage))
+                    raise wrong_plan(f"a workspace does not belong to step {at} alone", plan, None, str(view.storage))
 
     def _place(self, value: Value) -> ValuePlace:
         place = self.plan.places.get(value)
@@ -184,7 +185,7 @@ class _Lives:
     def _touched(self, value: Value, at: int) -> None:
         place = self._place(value)
         if place.storage is None:
-            raise wrong_plan("what is read outside its step has no storage", self.plan, value)
+            raise wrong_plan("a value that other steps read has no storage", self.plan, value)
         life = self.lives.get(place.storage)
         if life is None or not life.first <= at <= life.last:
             told = "never" if life is None else f"from step {life.first} to {life.last}"
@@ -201,15 +202,18 @@ class _Lives:
 
 
 class _Shared:
-    """What a library allocates: views that are not copied, and no others, lie in their operand's storage; a call's
-    results as the callee says."""
+    """A check for a library: only views that are not copied share their operand's storage; results of a call are
+    stored as in the callee's plan.
+    """
 
     def __init__(self, function: Function, plan: FunctionPlan, whole: StoragePlan) -> None:
         self.function, self.plan, self.whole = function, plan, whole
 
     @cached_property
     def _longest(self) -> dict[Storage | None, tuple[list[int], list[Value]]]:
-        """By storage, when its values come, in order, and of those until each that which is read for the longest."""
+        """First steps of each storage's values, in order, and for each prefix of them the value with the latest last
+        read.
+        """
         places, found = self.plan.places, dict[Storage | None, tuple[list[int], list[Value]]]()
         for value in sorted(places, key=lambda v: places[v].first):
             firsts, longest = found.setdefault(places[value].storage, ([], []))
@@ -229,29 +233,33 @@ class _Shared:
             elif shares is None:
                 other = owners.setdefault(place.storage, value)
                 if other is not value:
-                    raise wrong_plan("two values have one storage, and neither is a view", self.plan, value, other.name)
+                    raise wrong_plan(
+                        "two values have the same storage, and neither is a view", self.plan, value, other.name
+                    )
             elif self.plan.places[shares].storage is not place.storage:
-                raise wrong_plan(f"it is a view of {shares.name}, and has another storage", self.plan, value)
+                raise wrong_plan(f"it is a view of {shares.name}, but has another storage", self.plan, value)
 
     def _check_over(self, value: Value, place: ValuePlace) -> None:
-        """An elementwise step writes over an operand of its shape that the run made, and that nobody reads again."""
+        """Check that an elementwise step overwrites an operand of its shape that the run made and that is not read
+        again.
+        """
         x, node, plan = place.of, value.node, self.plan
         if not isinstance(x, Value) or node is None or x not in node.inputs or not node.is_elementwise:
-            raise wrong_plan("a step writes over what it does not read element by element", plan, value)
+            raise wrong_plan("a step overwrites a value that it does not read element by element", plan, value)
         lies = plan.places[x]
         ours = place.storage is not None and place.storage.kind is StorageKind.LOCAL and lies.written
         mine = lies.storage is place.storage and (ours or x in plan.donated or lies.how is How.OVER)
-        if not mine or x.type.shape != value.type.shape or x.type.dtype is not value.type.dtype:
-            raise wrong_plan(f"it does not lie where {x.name} does, whole", plan, value)
+        if not mine or not x.type.is_held_like(value.type):
+            raise wrong_plan(f"it does not fill the storage of {x.name}", plan, value)
         at = plan.places[value].first
         firsts, longest = self._longest[place.storage]
         read = [v for v in node.inputs if v is not x and plan.places[v].storage is place.storage]
         late = [v for v in longest[: bisect_left(firsts, at)][-1:] if plan.places[v].last > at]
         for other in (*late, *(v for v in read if plan.places[v].first < at)):
-            raise wrong_plan(f"it is written over {other.name}, which is read then or later", plan, value)
+            raise wrong_plan(f"it overwrites {other.name}, which is read then or later", plan, value)
 
     def _shares(self, value: Value) -> Value | None:
-        """A value whose storage it must have."""
+        """Return a value whose storage it must share."""
         node = value.node
         if node is None:
             return None

@@ -1,21 +1,20 @@
-"""Storage plans: where every value of a lowered graph lies, from which step to which, and why.
+"""Storage plans: the storage of every value of a lowered graph, from which step to which, and the reason.
 
-    plan.functions["layer"].places[v]     v's storage, the view through which it lies there, why, and its life
-    plan.functions["layer"].steps         which nodes are computed together, in order
+    plan.functions["layer"].places[v]     v's storage, its view of the storage, the reason, and its life
+    plan.functions["layer"].steps         the nodes that are computed together, in order
     plan.functions["layer"].lives         each storage, from its first step to its last
 
 Sizes are expressions of the graph's symbols, so one plan holds for all sizes; offsets in an arena
-(`treadle.passes.memory.placement`) follow when sizes are seen. `PlanStorage` makes a plan, `check_storage` checks it,
-backends spell it.
+(`treadle.passes.memory.placement`) are computed when sizes are known. `PlanStorage` makes a plan, `check_storage`
+checks it, backends emit code for it.
 
-A block concat(linear(x, w), x) for kernels that write by strides: linear writes the first half of what concat gives,
-and concat itself only moves x:
+A block concat(linear(x, w), x) for kernels that write by strides: linear writes the first half of concat's result, and
+concat itself only moves x:
 
     0  linear   storage joined  [B, S, 64] of 128 apart  0 to 1  written straight to joined
     1  joined   storage joined  [B, S, 128]              0 to 2  own storage
 
-For a library (NumPy, PyTorch), which chooses strides, both have storages of their own; linear's name is deleted after
-step 1.
+For a library (NumPy, PyTorch), which chooses strides, each has its own storage; linear's name is deleted after step 1.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ from treadle.ir.graph import Function, Node, Value
 from treadle.ir.storage.views import Storage, View
 
 BEFORE = -1
-"""The step at which what is given lies there: before the first one."""
+"""The step of arguments: before the first step."""
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """Nodes that are computed together, at the place of the last one, the root; mostly one alone.
+    """Nodes that are computed together, at the position of the last one, the root; usually a single node.
 
-    product  the one of them that the others finish while its elements are in registers; None: there is none
+    product  the node whose elements the others process while they are in registers; None if there is none
     """
 
     nodes: tuple[Node, ...]
@@ -50,18 +49,18 @@ class Step:
 
     @property
     def chain(self) -> tuple[Node, ...]:
-        """The nodes without the product, and without what unpacks blocks for one of them."""
+        """The nodes without the product, and without nodes that decode blocks for one of them."""
         return tuple([node for node in self.nodes if node is not self.product and not node.op.decodes])
 
     @cached_property
     def inputs(self) -> tuple[Value, ...]:
-        """What it reads from outside, each once, in the order in which it does."""
+        """The values that it reads from other steps, each once, in order."""
         inside = {value for node in self.nodes for value in node.results}
         return tuple(dict.fromkeys(v for node in self.nodes for v in node.inputs if v not in inside))
 
 
 class How(Enum):
-    """Why a value lies where it does; `ValuePlace.told` names what `of` is."""
+    """The reason for a value's storage; `{of}` is a placeholder for another value's name."""
 
     GIVEN = "given by the caller"
     CONSTANT = "a constant of the program"
@@ -76,14 +75,14 @@ class How(Enum):
 
 @dataclass(frozen=True)
 class ValuePlace:
-    """Where a value lies.
+    """The storage of a value.
 
-    storage  None for what is in registers alone
-    view     how it lies there; None where a library chooses the strides, or there is no storage
-    of       the value, or the output by name, that `how` is about
-    first    the step that makes it; BEFORE for what is given
-    last     the last step that reads it; where it is returned, the one after all others
-    written  whether its step writes it: else it lies there already, or is in registers
+    storage  None for a value that is only in registers
+    view     its view of the storage; None if a library chooses the strides, or there is no storage
+    of       the value, or the output by name, that `how` refers to
+    first    the step that makes it; BEFORE for an argument
+    last     the last step that reads it; for an output, the step after all others
+    written  True if its step writes it; False if it is in memory already, or in registers
     """
 
     storage: Storage | None
@@ -95,25 +94,25 @@ class ValuePlace:
     written: bool
 
     def told(self, names: Mapping[Value, str]) -> str:
-        """`a view of x`, by the names of a function's values."""
+        """Return the reason in words, such as `a view of x`, with the names of a function's values."""
         return self.how.value.format(of=f"output {self.of}" if isinstance(self.of, str) else names[self.of])
 
     @property
     def form(self) -> str:
-        """`row-major`, `panels(16)`, or the strides; empty where nothing tells."""
+        """`row-major`, `panels(16)`, or the strides; empty if unknown."""
         if self.storage is not None and self.storage.layout is not None:
             return str(self.storage.layout)
         if self.view is None:
             return ""
         if self.view.is_contiguous:
-            return "row-major" if self.view.offset == 0 else f"row-major, from {self.view.offset} on"
-        begin = "" if self.view.offset == 0 else f", from {self.view.offset} on"
+            return "row-major" if self.view.offset == 0 else f"row-major, offset {self.view.offset}"
+        begin = "" if self.view.offset == 0 else f", offset {self.view.offset}"
         return f"strides [{', '.join(map(str, self.view.strides))}]{begin}"
 
 
 @dataclass(frozen=True)
 class Life:
-    """A storage is written or read from step `first` to step `last`, both included."""
+    """The life of a storage: it is written or read from step `first` to step `last`, both included."""
 
     storage: Storage
     first: int
@@ -122,7 +121,7 @@ class Life:
 
 @dataclass(frozen=True)
 class BetterOrder:
-    """Steps do not run in program order, since they need less memory so: the peaks in bytes, at some sizes."""
+    """An order other than program order that needs less memory: the peaks in bytes, at some sizes."""
 
     before: int
     after: int
@@ -137,19 +136,19 @@ class BetterOrder:
 class FunctionPlan:
     """The storage of one function.
 
-    steps      in the order in which they run
-    places     of every argument, constant and result, in the order in which they come to be
-    names      of the same, no two alike; a storage has the name of the value that it was made for
-    lives      of every storage, in the order in which they are first needed
-    results    for kernels that write by strides: the caller's storage of each output, by name; else empty
+    steps      the steps, in the order in which they run
+    places     the place of every argument, constant and result, in the order in which they are made
+    names      unique names of the same values; a storage has the name of the value that it was made for
+    lives      the life of every storage, in the order of their first use
+    results    for kernels that write by strides: the caller's storage of each output, by name; otherwise empty
     copied     outputs that no step writes, by name: arguments, constants, outputs under a second name. They are copied
                after the last step
-    reordered  what it saves that steps do not run in program order; None where they do
-    reuses     for kernels that write by strides: the arguments of which the caller may give the storage for the one
-               output, where they die at the call; of an entry, only those that are donated
-    donated    arguments that the caller gives away: steps may write over them
-    given_back  outputs by name that lie in a donated argument: the caller has that as the result
-    workspaces  by step, what the call of a library needs beside its result while it runs, by name: storages of its own
+    reordered  the savings of an order other than program order; None for program order
+    reuses     for kernels that write by strides: the arguments whose storage the caller may pass for the one output, if
+               they die at the call; for an entry, only donated arguments
+    donated    arguments that the caller donates: steps may overwrite them
+    given_back  outputs by name that are stored in a donated argument: the caller gets it as the result
+    workspaces  by step, the workspaces of a library's call while it runs, by name: storages of their own
     """
 
     function: Function
@@ -167,34 +166,34 @@ class FunctionPlan:
 
     @property
     def end(self) -> int:
-        """The step after all others, in which outputs are handed out."""
+        """The step after all others, at which outputs are returned."""
         return len(self.steps)
 
     @property
     def own(self) -> int:
-        """How many storages its values have that are its own."""
+        """The number of storages of its own."""
         beside = sum(len(each) for each in self.workspaces.values())
         return sum(life.storage.kind.is_own for life in self.lives) - beside
 
     def beside(self) -> list[str]:
-        """A line on each step that needs a workspace: `beside attn, at step 8: scores f32[B, 12, S, S]`."""
+        """Return a line for each step with workspaces: `workspace of attn, at step 8: scores f32[B, 12, S, S]`."""
         lines = []
         for at, arrays in self.workspaces.items():
             told = [f"{name} {view.dtype}[{', '.join(map(str, view.shape))}]" for name, view in arrays.items()]
-            lines.append(f"beside {self.names[self.steps[at].root.results[0]]}, at step {at}: {', '.join(told)}")
+            lines.append(f"workspace of {self.names[self.steps[at].root.results[0]]}, at step {at}: {', '.join(told)}")
         return lines
 
     def dead_after(self) -> dict[int, list[Value]]:
-        """By step: what no later one reads, of what steps made and have a storage for."""
+        """Return by step the stored results that no later step reads."""
         dead: dict[int, list[Value]] = {}
         for value, place in self.places.items():
-            is_state = place.how is How.UPDATE  # which has no name of its own
+            is_state = place.how is How.UPDATE  # it has no name of its own
             if place.first != BEFORE and place.storage is not None and place.last < self.end and not is_state:
                 dead.setdefault(place.last, []).append(value)
         return dead
 
     def rows(self) -> Iterator[tuple[Value, ValuePlace]]:
-        """What is worth a line: all but constants that stand in the code as numbers."""
+        """Yield the values that are printed: all but scalar constants, which are numbers in the code."""
         for value, place in self.places.items():
             if value.literal is None or value.literal.shape != ():
                 yield value, place
@@ -222,10 +221,10 @@ class FunctionPlan:
         if self.reordered is not None:
             lines[0] += f"; {self.reordered}"
         if self.reuses:
-            lines[0] += f"; its result may lie over {' or '.join(names[v] for v in self.reuses)}"
+            lines[0] += f"; its result may overwrite {' or '.join(names[v] for v in self.reuses)}"
         if self.donated:
             lines[0] += f"; {' and '.join(names[v] for v in self.donated)} donated"
-        lines[0] += "".join(f", given back as {name}" for name in self.given_back)
+        lines[0] += "".join(f", returned as {name}" for name in self.given_back)
         for (*row, told), value in zip(aligned(cells), shown, strict=True):
             node = value.node
             source = (describe_source(node.source, node.scope) or "") if node is not None else ""
@@ -239,12 +238,12 @@ class FunctionPlan:
 
 @dataclass(frozen=True, eq=False)
 class StoragePlan:
-    """The storage of every function that users' entries need, callees first. Prints as text, weights left out.
+    """The storage of every function that users' entries need, callees first. Prints as text, without weights.
 
-    strided     whether kernels read and write by strides, as views say; else a library chooses them, and gives what it
-                allocates
-    in_results  whether what dies before a result is written may lie where that will
-    copies      of a library, whether a view that strides cannot say has a storage of its own
+    strided     True if kernels read and write by the strides of views; otherwise a library chooses strides and
+                allocates its results
+    in_results  True if storages that die before a result is written may be placed in its memory
+    copies      for a library: True if a view that strides cannot express has a storage of its own
     """
 
     functions: Mapping[str, FunctionPlan]
@@ -254,7 +253,7 @@ class StoragePlan:
 
     @property
     def note(self) -> str:
-        """What the plan came to, on a line."""
+        """A one-line summary of the plan."""
         places = [place for each in self.functions.values() for _, place in each.rows() if place.first != BEFORE]
         counts = [(how, sum(place.how is how for place in places)) for how in _COUNTED]
         own = sum(each.own for each in self.functions.values())
@@ -285,17 +284,17 @@ def _locals(plan: FunctionPlan) -> str:
 
 
 def _where(place: ValuePlace) -> tuple[str, str, str]:
-    """The storage, the form, the life."""
+    """Return the name of the storage, the form, the life."""
     storage = "-" if place.storage is None else place.storage.name
     return storage, place.form, life_text(place.first, place.last)
 
 
 def life_text(first: int, last: int) -> str:
-    """`2 to 5`"""
+    """Return a life as text: `2 to 5`."""
     return f"{'given' if first == BEFORE else first} to {last}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Cells filled up so that columns line up, the last one as it is."""
+    """Return cells padded so that columns line up; the last column is unchanged."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [[*(c.ljust(w) for c, w in zip(row[:-1], widths, strict=False)), row[-1]] for row in rows]

@@ -1,7 +1,7 @@
-"""Check a storage plan for kernels that write by strides, at one set of sizes: places, views, what steps write over.
+"""Check a storage plan for kernels that write by strides, at one set of sizes: places, views, overwritten operands.
 
-Views are held to the ops' references, which are run on numbers in place of elements; nothing here is shared with what
-made the plan. `storage_checking.py` says what holds of a plan, and calls this.
+Views are compared with the ops' references, which are run on numbers in place of elements; no code is shared with the
+planner. `storage_checking.py` lists the conditions and calls this module.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ from treadle.passes.memory.wrong_plans import wrong_plan
 
 Array = np.ndarray[Any, Any]
 
-_FIRST_TAG = 2**23 + 2**21  # of elements: numbers that no margin is filled with, and that float32 holds
+_FIRST_TAG = 2**23 + 2**21  # tags: numbers that no margin is filled with, and that float32 represents exactly
 
 
 MOST_PLACES = 1 << 10
-"""Elements of a view whose places are compared: of more, so many, the first and the last among them.
+"""Maximum number of elements of a view whose addresses are compared: a sample with the first and the last.
 
-Views are affine: where a stride is wrong, half of the elements at least are not where they should be.
+Views are affine: if a stride is wrong, at least half of the elements are at wrong addresses.
 """
-_FEW_PLACES = 250  # of very many elements: as many as a byte tells apart
+_FEW_PLACES = 250  # for very many elements: the number of tags that a byte has
 
 
 @lru_cache(maxsize=256)
 def _some(count: int, most: int = MOST_PLACES) -> Array:
-    """The numbers below a count, or so many of them, always the same ones: where multiples of the golden ratio fall,
-    which is everywhere alike and in step with no stride."""
+    """Return the numbers below a count, or a fixed sample of `most` of them: multiples of the golden ratio, which are
+    distributed evenly and do not align with any stride.
+    """
     if count <= most:
         return np.arange(count)
     fractions = np.arange(most - 2) * ((5**0.5 - 1) / 2) % 1.0  # importing numpy.random takes as long as a check
@@ -45,9 +46,9 @@ def _some(count: int, most: int = MOST_PLACES) -> Array:
 
 
 def _tags(count: int, margins: bool = False) -> tuple[Array, Array]:
-    """Some of so many elements, by their numbers, and a tag for each: 2, 3, 4, ..., of few bytes.
+    """Return the indices of some of `count` elements, and a small tag for each: 2, 3, 4, ...
 
-    margins  there are other numbers as well: tags are then such as no margin is filled with
+    margins  True if there are other numbers as well: tags are then numbers that no margin is filled with
     """
     few = count > MOST_PLACES and not margins
     some = _some(count, _FEW_PLACES if few else MOST_PLACES)
@@ -56,7 +57,7 @@ def _tags(count: int, margins: bool = False) -> tuple[Array, Array]:
 
 
 def _places(numbers: Array, shape: Sequence[int], strides: Sequence[int], begin: int) -> Array:
-    """Where elements of an array, by their row-major numbers, lie by its strides."""
+    """Return the addresses of an array's elements, given their row-major indices and its strides."""
     found = np.full(numbers.shape, begin, np.int64)
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
         numbers, along = np.divmod(numbers, size)
@@ -65,9 +66,9 @@ def _places(numbers: Array, shape: Sequence[int], strides: Sequence[int], begin:
 
 
 class StridesCheck:
-    """Places at one set of sizes.
+    """The check of places at one set of sizes.
 
-    callees  plans that were checked before: what they say of reuse holds
+    callees  plans that were checked before: their `reuses` are correct
     """
 
     def __init__(
@@ -83,15 +84,17 @@ class StridesCheck:
         self._moved: dict[tuple[Op, tuple[int, ...]], tuple[Array, Array]] = {}
 
     def check(self, small: bool) -> list[str]:
-        """Lines on what is too large to be gone through; at small sizes elements are looked at one by one."""
+        """Check the plan; return lines on storages that are too large to replay. At small sizes, elements are checked
+        one by one.
+        """
         self._results()
         for value, place in self.plan.places.items():
             if value.node is None and not small:
-                continue  # it lies as at all sizes
+                continue  # its place is the same at all sizes
             if place.view is not None:
                 self._fits(value, place, place.view)
             elif place.storage is not None:
-                raise wrong_plan("nothing says how it lies in its storage", self.plan, value)
+                raise wrong_plan("it has a storage but no view", self.plan, value)
         if small:
             for value, place in self.plan.places.items():
                 if value.node is not None and place.view is not None:
@@ -115,7 +118,7 @@ class StridesCheck:
             raise wrong_plan("a view has another shape, dtype or storage than its value", self.plan, value, str(view))
         if layout != view.storage.layout:
             lies, wanted_so = (f"in {each}" if each else "row-major" for each in (view.storage.layout, layout))
-            raise wrong_plan(f"it lies {lies}, not {wanted_so}", self.plan, value)
+            raise wrong_plan(f"it is stored {lies}, not {wanted_so}", self.plan, value)
         if value.node is None and view.offset == ZERO and (layout is not None or view.is_contiguous):
             taken = wanted.elements if layout is None else layout.elements(wanted.shape)
             if view.storage.elements == taken:
@@ -134,10 +137,10 @@ class StridesCheck:
             told = f"elements {first} to {last} of {held} at {self.sizes}"
             raise wrong_plan("a destination is too small", self.plan, value, told)
         if place.written and not self._apart(value, shape, strides):
-            raise wrong_plan("two elements are written to one place", self.plan, value, str(strides))
+            raise wrong_plan("two elements are written to one address", self.plan, value, str(strides))
 
     def _apart(self, value: Value, shape: Sequence[int], strides: Sequence[int]) -> bool:
-        """Whether each element has a place of its own, but for axes along which all are alike."""
+        """Return True if all elements have different addresses, except along axes where all elements are equal."""
         node = value.node
         assert node is not None
         alike = node.op.repeats([None if v is None else v.type for v in node.operands])
@@ -152,7 +155,7 @@ class StridesCheck:
     def _results(self) -> None:
         outputs, results = self.function.outputs, self.plan.results
         if list(results) != list(outputs) or len({*results.values()}) != len(results):
-            raise wrong_plan("each output needs a storage of the caller's", self.plan)
+            raise wrong_plan("each output needs a storage from the caller", self.plan)
         for name, value in outputs.items():
             storage = results[name]
             if storage.kind is not StorageKind.RESULT or self.number(storage.elements) < self._elements(value):
@@ -161,13 +164,13 @@ class StridesCheck:
             argument = self.plan.given_back.get(name)
             if argument is not None:
                 if argument not in self.plan.donated:
-                    raise wrong_plan(f"output {name} lies in what is not donated", self.plan, value)
+                    raise wrong_plan(f"output {name} is stored in an input that is not donated", self.plan, value)
                 storage = view.storage if view is not None else storage
                 if self.plan.places[argument].storage is not storage or storage.elements != value.type.held.elements:
-                    raise wrong_plan(f"output {name} does not lie where {argument.name} does", self.plan, value)
+                    raise wrong_plan(f"output {name} is not in the storage of {argument.name}", self.plan, value)
             whole = view is not None and view.storage is storage and (view.is_contiguous or value.layout is not None)
             if name not in self.plan.copied and not (whole and view is not None and view.offset == 0):
-                raise wrong_plan(f"nothing writes output {name}", self.plan, value)
+                raise wrong_plan(f"no step writes output {name}", self.plan, value)
 
     def _elements(self, value: Value) -> int:
         shape = value.type.held.shape
@@ -175,42 +178,43 @@ class StridesCheck:
             return self.number(value.layout.elements(shape))
         return int(np.prod([self.number(n) for n in shape], dtype=object))
 
-    # -- where elements come from ----------------------------------------------------------------------------
+    # -- origins of elements ---------------------------------------------------------------------------------
 
     def _comes_from(self, value: Value, node: Node, place: ValuePlace, view: View) -> None:
-        """A view lies where its operand has its elements; what is a part lies where the whole has it."""
+        """Check that a view has its operand's elements, and that a part is stored at its place in the whole."""
         if value.state is not None:
             before = None if value.before is None else self.plan.places[value.before].view
             if place.how is not How.UPDATE or before != view:
-                raise wrong_plan("the update of a state does not lie where the state does", self.plan, value, str(view))
+                raise wrong_plan("the update of a state is not in the state's storage", self.plan, value, str(view))
         elif place.how is How.VIEW:
             x = node.inputs[0] if node.op.is_view else None
             lies = None if x is None else self.plan.places[x].view
             if x is None or lies is None or place.written or lies.storage is not view.storage:
-                raise wrong_plan("it is no view of what it is told to be one of", self.plan, value)
+                raise wrong_plan("it is not a view of its operand", self.plan, value)
             if view.storage.layout is None and not self._agrees(view, lies, *self._views(node)):
-                raise wrong_plan(f"it does not lie where {x.name} has its elements", self.plan, value, str(view))
+                raise wrong_plan(f"it does not refer to the elements of {x.name}", self.plan, value, str(view))
         elif place.how is How.INTO and isinstance(place.of, Value):
             whole, reader = self.plan.places[place.of].view, place.of.node
             if whole is None or reader is None or value not in reader.inputs:
-                raise wrong_plan(f"{place.of.name} is not made of it", self.plan, value)
+                raise wrong_plan(f"{place.of.name} does not read it", self.plan, value)
             here, came, count = self._numbered(reader, reader.operands.index(value))
             same = whole.storage is view.storage and count == self._elements(value)
             if not same or not self._agrees(whole, view, here, came):
-                raise wrong_plan(f"it does not lie where {place.of.name} has it", self.plan, value, str(view))
+                raise wrong_plan(f"it is not stored at its place in {place.of.name}", self.plan, value, str(view))
 
     def _views(self, node: Node) -> tuple[Array, Array]:
-        """Elements of a view's result, by their numbers, and for each the number of the operand's element that it is.
+        """Return indices of elements of a view's result, and for each the index of the operand's element that it
+        equals.
 
-        Mostly the reference gives a view of the array that stands for the operand, whose strides tell. Where it gives a
-        copy, some elements are tags.
+        Usually the reference returns a view of the array that represents the operand, and its strides have the answer.
+        If it returns a copy, some elements are tags.
         """
         shape = tuple(self._numbers(node.inputs[0].type.held.shape))
         key = node.op, shape
-        if key not in self._moved:  # of one op on one shape it is the same
+        if key not in self._moved:  # it is the same for one op on one shape
             op, size = node.op.at(self.sizes), math.prod(shape)
             some, tags = _tags(size)
-            tagged = np.zeros(size, tags.dtype)  # pages that nobody reads take no time
+            tagged = np.zeros(size, tags.dtype)  # untouched pages take no time
             tagged[some] = tags
             made = np.asarray(op.reference(tagged.reshape(shape)))
             at = _some(made.size)
@@ -228,13 +232,14 @@ class StridesCheck:
         return self._moved[key]
 
     def _numbered(self, node: Node, position: int) -> tuple[Array, Array, int]:
-        """The same of one operand of several, or with margins, and how many elements of the result are that one's.
+        """Return the same as `_views` for one operand of several, or with margins; also its number of elements in the
+        result.
 
-        Some of its elements are tags, the others one number, and those of other operands zero.
+        Some of its elements are tags, the others one number, and elements of other operands are zero.
         """
         shapes = [None if v is None else self._numbers(v.type.held.shape) for v in node.operands]
         sizes = [0 if shape is None else math.prod(shape) for shape in shapes]
-        margins = sum(sizes) != self._elements(node.result)  # which may hold any number
+        margins = sum(sizes) != self._elements(node.result)  # margins may be any number
         some, tags = _tags(sizes[position], margins)
         tagged = np.full(sizes[position], tags[0] - 1, tags.dtype)
         tagged[some] = tags
@@ -242,20 +247,22 @@ class StridesCheck:
         given[position] = tagged.reshape(shapes[position] or ())
         made = np.asarray(node.op.at(self.sizes).reference(*given)).reshape(-1)
         at = np.flatnonzero(made >= tags[0])
-        at = at[made[at] <= tags[-1]]  # margins may hold an infinity
+        at = at[made[at] <= tags[-1]]  # margins may be infinite
         count = np.count_nonzero(made == tags[0] - 1) + len(at)
         return at, some[made[at].astype(np.int64) - int(tags[0])], int(count)
 
     def _agrees(self, result: View, operand: View, at: Array, came: Array) -> bool:
-        """Whether elements of a result lie where the operand has those that they are: all, or some of very many."""
+        """Return True if elements of a result have the addresses of the equal elements of the operand; large views are
+        sampled.
+        """
         return np.array_equal(self._address(result, at), self._address(operand, came))
 
     def _address(self, view: View, numbers: Array) -> Array:
-        """Where elements of a view, by their row-major numbers, lie in its storage."""
+        """Return the addresses of a view's elements in its storage, given their row-major indices."""
         return _places(numbers, *self.lies(view))
 
     def lie_alike(self, one: View, other: View) -> bool:
-        """Whether each element of one has its place where the other has the same."""
+        """Return True if two views have equal shapes, and each element has the same address in both."""
         (shape, mine, begin), (others, theirs, at) = self.lies(one), self.lies(other)
         return (shape, begin) == (others, at) and all(
             n == 1 or s == o for n, s, o in zip(shape, mine, theirs, strict=True)
@@ -265,7 +272,7 @@ class StridesCheck:
         return [self.number(size) for size in sizes]
 
     def lies(self, view: View) -> tuple[list[int], list[int], int]:
-        """The shape, strides and offset of a view of the plan, as numbers."""
+        """Return the shape, strides and offset of a view of the plan, as integers."""
         found = self._told.get(id(view))
         if found is None:
             found = self._numbers(view.shape), self._numbers(view.strides), self.number(view.offset)

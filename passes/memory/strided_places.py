@@ -1,4 +1,4 @@
-"""Where values lie for kernels that write where they are told to, by strides."""
+"""Storages for kernels that write to a given destination, by strides."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from treadle.passes.memory.storage_plan import How, Step
 from treadle.passes.memory.value_places import Over, PlacedFunction, Planning
 
 Parts = Callable[[Step, View], bool]
-"""Whether a step writes its result through a view with gaps, without a copy."""
+"""A predicate: a step writes its result through a view with gaps, without a copy."""
 
 
 class StridedPlanning(Planning):
-    """What kernels write where they are told to.
+    """A plan for kernels that write to a given destination.
 
-    wanted  where a value must lie so that its reader need not move it, once that is decided
+    wanted  the destination of a value that saves its reader a move, once that is decided
     """
 
     def __init__(self, planned: PlacedFunction, steps: Sequence[Step], parts: Parts, over: Over) -> None:
@@ -53,7 +53,7 @@ class StridedPlanning(Planning):
             self._put(value, *self._destination(value, node), written=True)
 
     def _viewed(self, node: Node) -> View | None:
-        """The result of a view as one of where its operand lies."""
+        """Return the result of a view op as a view of its operand's storage."""
         if not node.op.is_view:
             return None
         (x,) = node.inputs
@@ -61,7 +61,7 @@ class StridedPlanning(Planning):
         return None if lies is None or lies.panels is not None else node.op.viewed(lies, [x.type.held])
 
     def _destination(self, value: Value, node: Node) -> tuple[View, How, Value | str]:
-        """Where to write a result."""
+        """Return the destination of a result."""
         alike = node.op.repeats([None if v is None else v.type for v in node.operands])
         if alike and value not in self.wanted:
             return self._repeated(value, alike), How.OWN, ""
@@ -80,7 +80,7 @@ class StridedPlanning(Planning):
         return view, How.OWN if of is value else How.INTO, of
 
     def _is_given_back(self, value: Value, of: Value | str, lies: View) -> bool:
-        """Note that an output lies where a donated argument does, if it is one and that is so."""
+        """Return True if a value is an output whose storage is a donated argument's; if so, record that."""
         if not isinstance(of, str) or self.function.outputs.get(of) is not value:
             return False
         argument = next((v for v in self.planned.donated if self.places[v].storage is lies.storage), None)
@@ -89,7 +89,7 @@ class StridedPlanning(Planning):
         return argument is not None
 
     def _left_by(self, x: Value, step: Step, value: Value) -> View | None:
-        """How x lies, if a value may take its storage: fills it, and what lies there is read for the last time."""
+        """Return the view of x if a value may take its storage: x fills it, and it is read for the last time."""
         place = self.places[x]
         if place.storage is None or place.view is None or not self._may_be_written(place.storage):
             return None
@@ -99,9 +99,10 @@ class StridedPlanning(Planning):
         return place.view if fills and alone and dies else None
 
     def _wanted(self, value: Value, step: Step, read_by_view: bool = False) -> tuple[View, Value | str] | None:
-        """Where the caller or the one reader wants a value, and what it is a part of then: itself, if it is the owner.
+        """Return the destination that the caller or the one reader wants, and the owner of its storage: the value
+        itself or a whole.
 
-        read_by_view  a view of it is asked for: that is wanted somewhere only if something need not be moved then
+        read_by_view  True if the caller asks for a view of it: then there is a destination only if that can save a move
         """
         if value in self.wanted:
             return self.wanted[value]
@@ -130,13 +131,13 @@ class StridedPlanning(Planning):
         return self.wanted[value]
 
     def _is_written(self, step: Step, part: View, reader: Node) -> bool:
-        """Whether a step writes its result through a view, without a copy that it would not make otherwise."""
+        """Return True if a step writes its result through a view without an additional copy."""
         if step.root.op.callee is not None or step.root.op.updates:
             return part.is_contiguous
         return reader.op.is_view or self.parts(step, part)
 
     def _repeated(self, value: Value, alike: Sequence[int]) -> View:
-        """A new storage with one element along each axis where all are alike."""
+        """Return a view of a new storage with one element along each axis where all elements are equal."""
         held = value.type.held
         shape = [ONE if axis in alike else size for axis, size in enumerate(held.shape)]
         storage = Storage(self.names[value], held.dtype, product(shape), StorageKind.LOCAL)

@@ -1,7 +1,8 @@
-"""Where the values of one function lie when its steps run in one order: what all ways of planning share.
+"""Storages of the values of one function for one order of its steps: the part that all planners share.
 
-`PlacedFunction` is what is known of a function whatever its order is. `Planning` goes through the steps, and gives each
-value a place; derived by who writes by strides (`strided_places.py`) and by who calls a library (`library_places.py`).
+`PlacedFunction` holds the facts of a function that do not depend on the order. `Planning` visits the steps, and decides
+the storage of each value. Subclasses are for kernels that write by strides (`strided_places.py`) and for libraries
+(`library_places.py`).
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ from treadle.ir.storage.views import Storage, StorageKind, View
 from treadle.passes.memory.storage_plan import BEFORE, FunctionPlan, How, Life, Step, ValuePlace
 
 Over = Callable[[Step], Sequence[Value]]
-"""The operands that a step reads element by element, each for the result's element at its own place alone."""
+"""The operands that a step reads element by element, each only for the result's element at the same index."""
 
 
 class PlacedFunction:
-    """A function, of which plans are made in several orders; its callees are planned already.
+    """A function that is planned in several orders; its callees are planned already.
 
-    is_entry  nobody in the graph calls it: what it hands out is its caller's own
-    donated   arguments that the caller gives away
-    given     of each argument the storage that it fills, the view, and whether it is a state
-    names     of its arguments
+    is_entry  True if no function of the graph calls it: its outputs belong to its caller
+    donated   arguments that the caller donates
+    given     for each argument the storage that it fills, the view, and the reason (argument or state)
+    names     names of its arguments
 
-    Most functions have far more arguments than steps: weights. What is known of these is the same in all orders.
+    Most functions have far more arguments than steps: weights. The facts about them are the same in all orders.
     """
 
     def __init__(
@@ -42,12 +43,12 @@ class PlacedFunction:
 
     @cached_property
     def row_major(self) -> RowMajor:
-        """How its values lie for a library, which makes row-major arrays."""
+        """The views of its values for a library, which makes row-major arrays."""
         return RowMajor(self.function)
 
 
 class Names:
-    """Names for values, no two alike."""
+    """Unique names for values."""
 
     def __init__(self, known: Names | None = None) -> None:
         self.of: dict[Value, str] = {} if known is None else dict(known.of)
@@ -55,11 +56,11 @@ class Names:
         self._taken: set[str] = set() if known is None else set(known._taken)
 
     def add(self, value: Value, hint: str = "") -> None:
-        """Name a value, by its own name if nothing else is told."""
+        """Name a value, by its own name unless there is a hint."""
         self.of[value] = self.new(hint or value.name)
 
     def new(self, hint: str) -> str:
-        """A name that nothing has: `hint`, or with a number behind it."""
+        """Return an unused name: `hint`, or `hint` with a number."""
         count = self._counts.get(hint, 0)
         name = f"{hint}_{count}" if count else hint
         while name in self._taken:
@@ -71,10 +72,10 @@ class Names:
 
 
 class RowMajor:
-    """How the values of a function lie, where its arguments and all that its steps make are row-major.
+    """The views of a function's values, if its arguments and the results of all its steps are row-major.
 
-    views   of each argument and result
-    copies  results of views that no strides can say: a library copies the elements
+    views   the view of each argument and result
+    copies  results of views that strides cannot express: a library copies the elements
     """
 
     def __init__(self, function: Function) -> None:
@@ -96,7 +97,7 @@ class RowMajor:
         return view
 
     def of(self, value: Value) -> View:
-        """How a value lies, constants too."""
+        """Return the view of a value, also of a constant."""
         return self.views[value] if value in self.views else _contiguous(value)
 
 
@@ -159,11 +160,11 @@ class Planning(ABC):
         )
 
     def _add_results(self) -> None:  # noqa: B027 - a library needs none
-        """What the caller has ready for outputs."""
+        """Add the storages that the caller provides for outputs."""
 
     @abstractmethod
     def _place(self, value: Value, node: Node) -> None:
-        """Decide where a result lies."""
+        """Decide the storage of a result."""
 
     # -- making places ---------------------------------------------------------------------------------------
 
@@ -180,7 +181,7 @@ class Planning(ABC):
         return max([self.at[node] for node, _ in self.uses.get(value, ())], default=first)
 
     def _add_given(self) -> None:
-        """Places of arguments, before all others."""
+        """Add the places of arguments, before all others."""
         given = self.planned.given
         for value in () if given else self.function.arguments:
             kind, how = (StorageKind.STATE, How.STATE) if value.kind == "state" else (StorageKind.ARGUMENT, How.GIVEN)
@@ -192,7 +193,7 @@ class Planning(ABC):
             self.last_reads[storage] = last
 
     def _update(self, value: Value) -> None:
-        """A version of a state lies where the one before it does: nobody reads that any longer."""
+        """Place a version of a state in the storage of the one before it, which is not read any more."""
         before = value.before
         assert before is not None
         lies = self.places[before].view or self.places[before].storage
@@ -204,13 +205,13 @@ class Planning(ABC):
         self._put(value, self._whole(value, StorageKind.CONSTANT), How.CONSTANT)
 
     def _whole(self, value: Value, kind: StorageKind, name: str = "") -> View | Storage:
-        """A new storage that a value fills."""
+        """Return a new storage that a value fills."""
         held, layout = value.type.held, value.layout
         elements = held.elements if layout is None else layout.elements(held.shape)
         return Storage(name or self.names[value], held.dtype, elements, kind, layout, value.literal)
 
     def _may_be_written(self, storage: Storage) -> bool:
-        """Whether a step may write over what dies there: what the run made, or was given away with the call."""
+        """Return True if a step may overwrite a dead value of a storage: the run made it, or the caller donated it."""
         donated = (self.places[v].storage for v in self.planned.donated)
         return storage.kind is StorageKind.LOCAL or any(storage is each for each in donated)
 

@@ -1,8 +1,8 @@
-"""Check that no step of a storage plan destroys what is read later, at one set of sizes.
+"""Check that no step of a storage plan destroys a value that is read later, at one set of sizes.
 
-The steps are gone through, in every storage that more than one of them writes, with the number of a write in each cell
-that it writes. Where the elements of a value lie among themselves, `stride_checking.py` compares with the references.
-So a value is there as long as all its cells hold the number of its write.
+The steps are replayed for every storage that more than one of them writes: each write stores its number in the cells
+that it writes. `stride_checking.py` compares the order of a value's elements with the references. So a value is intact
+as long as all its cells hold the number of its write.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from treadle.passes.memory.storage_plan import How
 from treadle.passes.memory.wrong_plans import wrong_plan
 
 if TYPE_CHECKING:
-    from treadle.passes.memory.stride_checking import StridesCheck  # which calls this
+    from treadle.passes.memory.stride_checking import StridesCheck  # it calls this module
 
 Array = np.ndarray[Any, Any]
 
 MOST_CELLS = 1 << 26
-"""Cells of a storage that are gone through one by one."""
+"""Maximum number of cells of a storage that is replayed."""
 
 
 def lost_writes(at: StridesCheck) -> list[str]:
-    """Lines on storages that are too large to be gone through.
+    """Replay the steps; return lines on storages that are too large.
 
-    Raises PassError where a step reads what is no longer there.
+    Raises PassError if a step reads a value that was overwritten.
     """
     plan = at.plan
     writers: dict[Storage, int] = {}
@@ -47,18 +47,20 @@ def lost_writes(at: StridesCheck) -> list[str]:
     for value in plan.reuses:
         argument, (result,) = plan.places[value].storage, plan.results.values()
         if argument is None or argument.kind is not StorageKind.ARGUMENT or argument.elements != result.elements:
-            raise wrong_plan("its result does not fit where an argument lies", plan, value)
+            raise wrong_plan("its result does not fit into the storage of an argument", plan, value)
         block = math.gcd(blocks[argument], blocks.get(result, blocks[argument]))
         if at.number(argument.elements) > MOST_CELLS * block:
             large.add(argument)
         else:
             cells = {s: blocks[s] for s in shared - large} | {argument: block, result: block}
             _Run(at, cells, (argument, result)).run()
-    return [f"{plan.function.name}: {s.name} is too large to be gone through" for s in shared if s in large]
+    return [f"{plan.function.name}: {s.name} is too large to be replayed" for s in shared if s in large]
 
 
 def _blocks(at: StridesCheck, storages: set[Storage | None]) -> dict[Storage, int]:
-    """How many elements of each storage are one cell: every view that lies there has all of these in order, or none."""
+    """Return the number of elements in a cell of each storage: every view contains a cell's elements in order, or
+    none.
+    """
     found: dict[Storage, int] = {}
     for place in at.plan.places.values():
         view = place.view
@@ -74,17 +76,20 @@ def _blocks(at: StridesCheck, storages: set[Storage | None]) -> dict[Storage, in
 
 
 class _Run:
-    """The steps, one after the other.
+    """A replay of the steps.
 
-    blocks  of each storage how many elements are one cell
-    cells   what each of them holds
-    holds   the number of the write that made a value, or what it is a view of
+    blocks  the number of elements in a cell of each storage
+    cells   the contents of the cells of each storage
+    holds   the number of the write that made a value, or the value that it is a view of
     """
 
     def __init__(
         self, at: StridesCheck, blocks: Mapping[Storage, int], one: tuple[Storage, Storage] | None = None
     ) -> None:
-        """one: an argument and a result that lie in one place."""
+        """Set up the cells.
+
+        one  an argument and a result that share their memory
+        """
         self.at, self.plan, self.blocks = at, at.plan, blocks
         self.cells = {s: np.zeros(at.number(s.elements) // block, np.int32) for s, block in blocks.items()}
         if one is not None:
@@ -97,7 +102,7 @@ class _Run:
         for value in filter(self._is_shared, self.at.function.arguments):
             self._write(value)
         for number, step in enumerate(self.plan.steps):
-            reads = any(self.plan.places[v].written for v in step.root.results)  # a view does not
+            reads = any(self.plan.places[v].written for v in step.root.results)  # a view reads no elements
             for value in step.inputs if reads else ():
                 self._read(value, f"step {number}, {step.root.op.name}, reads")
             for value in step.root.results:
@@ -117,13 +122,13 @@ class _Run:
         return self.plan.places[value].storage in self.cells
 
     def _seen(self, value: Value) -> Array:
-        """What stands in the cells where its elements are: the same memory."""
+        """Return the cells of a value's elements, as a view of the same memory."""
         view = self.plan.places[value].view
         assert view is not None
         return self._shown(self.cells[view.storage], view)
 
     def _shown(self, cells: Array, view: View) -> Array:
-        """Cells of a storage as a view shows them: the same memory. That it fits was checked before."""
+        """Return the cells of a view of a storage, sharing its memory. The view's bounds were checked before."""
         (shape, strides, begin), block = self.at.lies(view), self.blocks[view.storage]
         begin = 0 if 0 in shape else begin
         shape = [n // block if s == 1 and n > 1 else n for n, s in zip(shape, strides, strict=True)]
@@ -134,7 +139,7 @@ class _Run:
         if not self._is_shared(value):
             return
         if (self._seen(value) != self.holds[value]).any():
-            raise wrong_plan(f"{reader} what another step has written over", self.plan, value)
+            raise wrong_plan(f"{reader} a value that another step has overwritten", self.plan, value)
 
     def _write(self, value: Value) -> None:
         self.writes += 1
@@ -142,7 +147,9 @@ class _Run:
         self.holds[value] = self.writes
 
     def _apart(self, value: Value, x: Value, nodes: Sequence[Node]) -> None:
-        """A step that writes where it reads does so element by element, or finds a part where it belongs."""
+        """Check that a step overwrites memory that it reads only element by element, or only with a part in its final
+        place.
+        """
         mine, read = self.plan.places[value], self.plan.places[x]
         view, to = read.view, mine.view
         if view is None or to is None or self.cells.get(view.storage) is not self.cells[self._storage(value)]:
@@ -156,7 +163,7 @@ class _Run:
         alike = self.at.lie_alike(to, view)
         over = alike and mine.how is How.OVER and mine.of is x and self._by_element(x, nodes)
         if not over and not (alike and self._is_reused(x, nodes[-1])):
-            raise wrong_plan(f"its step writes over {x.name}, which it reads", self.plan, value)
+            raise wrong_plan(f"its step overwrites {x.name}, which it reads", self.plan, value)
 
     def _storage(self, value: Value) -> Storage:
         storage = self.plan.places[value].storage
@@ -164,7 +171,7 @@ class _Run:
         return storage
 
     def _is_reused(self, x: Value, node: Node) -> bool:
-        """Whether a callee, as it was checked, may write its result over this operand, which it is passed once."""
+        """Return True if a callee, as checked, may overwrite this operand with its result, and gets it only once."""
         callee = node.op.called_in(self.at.callees)
         formals = (
             []
@@ -174,7 +181,9 @@ class _Run:
         return callee is not None and len(node.results) == len(formals) == 1 and formals[0] in callee.reuses
 
     def _by_element(self, x: Value, nodes: Sequence[Node]) -> bool:
-        """Whether the last of these nodes reads, by way of the others, each element of x for its own place alone."""
+        """Return True if the last of these nodes depends on x, directly or through the others, only element by
+        element.
+        """
         by = {x}
         for node in nodes:
             reading = [i for i, v in enumerate(node.operands) if v in by]

@@ -1,4 +1,4 @@
-"""The error for a storage plan that a check finds wrong."""
+"""The error for a storage plan that fails a check."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from treadle.passes.memory.storage_plan import FunctionPlan
 
 
 def wrong_plan(what: str, plan: FunctionPlan, value: Value | None = None, told: str = "") -> PassError:
-    """The error for a plan, of a value where one is known."""
+    """Return the error for a plan, at a value if one is known."""
     node = value.node if value is not None else None
     parts = [] if value is None else [f"{value.name}: {value.type}"]
     return PassError(

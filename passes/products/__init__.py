@@ -1,1 +1,1 @@
-"""Passes around products with weights: linear layers, gates, epilogues, projections, scales."""
+"""Passes on products with weights: linear layers, gates, epilogues, projections, scales."""

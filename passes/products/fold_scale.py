@@ -1,4 +1,4 @@
-"""Scalings of logits and of normalized values: done where there is least to scale, at best in a weight."""
+"""Move scalings of logits and of normalized values to where there is least to scale, at best into a weight."""
 
 from __future__ import annotations
 
@@ -18,29 +18,31 @@ _LEAST, _GREATEST = 2.0**-10, 2.0**10
 
 
 def _is_scale(c: Expr, x: Expr) -> bool:
-    """Whether c is one floating-point number."""
+    """Return True if c is one floating-point number."""
     return c.rank == 0 and x.dtype.is_float
 
 
 def _leaves_range(c: Expr, x: Expr) -> Refusal | None:
-    """Why x * c may overflow, or lose digits, where c times the result of the op does not; None for usual scales."""
+    """Return a refusal if x * c may overflow, or lose digits, although c times the result of the op does not."""
     narrow = x.dtype in (f16, bf16)
     number = None if c.value.literal is None else c.value.literal.scalar
     if number is None:
-        why = f"the scale is not known, and may be too great for {x.dtype} if it comes first"
+        why = f"the scale is not known, and x times the scale may be out of range for {x.dtype}"
         return Refusal(why) if narrow else None
     if _LEAST <= abs(number) <= (1.0 if narrow else _GREATEST):
         return None
-    return Refusal(f"a scale by {number:.6g} comes last: {x.dtype} may not hold what it gives before")
+    return Refusal(
+        f"a scale by {number:.6g} stays after the product: x times the scale may be out of range for {x.dtype}"
+    )
 
 
 @dataclass(frozen=True)
 class ScaleBeforeLinear(Rewrite):
     """linear(x, w) * c   -->   linear(x * c, w)        for one number c
 
-    The product of a vocabulary is wider than what it is made of. Refuses a number so great or small that x * c may be
-    out of range where y * c is not (in f16 and bf16 one above 1, or one that is not known), and by the target's cost a
-    product that is narrower than x, where there is less to scale after it.
+    The result of a product with a vocabulary is wider than its operand x. Refuses: a number so large or small that x *
+    c may be out of range although y * c is not (in f16 and bf16 a number above 1, or an unknown one); by the target's
+    cost, a product that is narrower than x, because there is less to scale after it.
     """
 
     def pattern(self, p: Vocabulary, x: Any, w: Any, c: Any) -> Any:
@@ -63,7 +65,7 @@ class ScaleBeforeLinear(Rewrite):
 class ScaleBeforeMatmul(Rewrite):
     """matmul(x, w) * c   -->   matmul(x * c, w)        for a weight w and one number c
 
-    Refuses what `ScaleBeforeLinear` does.
+    Refuses the same as `ScaleBeforeLinear`.
     """
 
     def pattern(self, p: Vocabulary, x: Any, w: Any, c: Any) -> Any:
@@ -84,7 +86,7 @@ class ScaleBeforeMatmul(Rewrite):
 
 @dataclass(frozen=True)
 class ScaleInRMSNorm(Rewrite):
-    """rms_norm(x, w) * c   -->   rms_norm(x, w * c)        (w * c is made once, when weights are bound)"""
+    """rms_norm(x, w) * c   -->   rms_norm(x, w * c)        (w * c is computed once, when weights are bound)"""
 
     def pattern(self, p: Vocabulary, x: Any, w: Any, c: Any, eps: Any) -> Any:
         return p.rms_norm(x, w, eps=eps) * c
@@ -118,7 +120,9 @@ class ScaleInLayerNorm(Rewrite):
 
 @dataclass(frozen=True)
 class FoldScale(RewriteSet):
-    """Scale logits where it costs least: before the product, and in the weight of the norm before that, for nothing."""
+    """Scale logits where it costs least: before the product, and at no cost in the weight of the norm before the
+    product.
+    """
 
     rules: ClassVar[tuple[Rewrite, ...]] = (
         ScaleBeforeLinear(),
@@ -129,18 +133,18 @@ class FoldScale(RewriteSet):
 
 
 def _is_bound(*values: Expr) -> bool:
-    """Whether these are known when weights are bound."""
+    """Return True if these values are known when weights are bound."""
     return all(v.value.kind in ("parameter", "constant") for v in values)
 
 
 def _costs_more(before: Value, after: Value, c: Value, target: Target) -> Refusal | None:
-    """Why scaling before a product takes longer than scaling after it; None if it does not."""
+    """Return a refusal if scaling before a product takes longer than scaling after it; otherwise None."""
     sizes = dict.fromkeys(before.type.symbols | after.type.symbols, 1)
     early, late = (_scaling_cost(v, c, sizes) for v in (before, after))
     if target.seconds(early.flops, early.bytes) < target.seconds(late.flops, late.bytes):
         return None
     return Refusal(
-        f"to scale {before.type.shape[-1]} elements a row before the product is no faster on {target} than "
+        f"scaling {before.type.shape[-1]} elements per row before the product is not faster on {target} than "
         f"{after.type.shape[-1]} after it"
     )
 

@@ -1,4 +1,4 @@
-"""A product and the activation of it, as one op."""
+"""Fuse a product and its activation into one op."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from treadle.passes.products.product_patterns import is_product, product_with, w
 class FuseActivatedLinear(Rewrite):
     """act(linear(x, w, bias))   -->   activated_linear(x, w, bias, act)        matmul(x, w) + bias, likewise
 
-    For act one of gelu, gelu_tanh, quick_gelu, silu, relu, tanh and sigmoid. A weight stays as it lies, [out, in] for
+    For act one of gelu, gelu_tanh, quick_gelu, silu, relu, tanh and sigmoid. A weight keeps its layout, [out, in] for
     linear and [in, out] for matmul. Refuses: a product, or its sum with the bias, that is used elsewhere as well.
     """
 

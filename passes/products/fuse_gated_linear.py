@@ -1,4 +1,4 @@
-"""Gated feed-forward networks: two products of one value, of which one, activated, gates the other, as one op."""
+"""Gated feed-forward networks as one op: two products of one value, one of which is activated and gates the other."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from treadle.passes.products.product_patterns import is_product, product_with, w
 class GatedLinear(Rewrite):
     """act(linear(x, g)) * linear(x, u)   -->   gated_linear(x, g, u, act)        matmul(x, w) + bias, likewise
 
-    Refuses: products of two values; weights of which one lies as [out, in] and one as [in, out]; a product, its
-    activation or its sum with the bias that is used elsewhere as well.
+    Refuses: products of two values; one weight as [out, in] and the other as [in, out]; a product, its activation or
+    its sum with the bias that is used elsewhere as well.
     """
 
     def pattern(self, p: Vocabulary, x: Any, z: Any, gate: Any, up: Any, gate_bias: Any, up_bias: Any) -> Any:
@@ -29,16 +29,16 @@ class GatedLinear(Rewrite):
         if m.gating.value is m.gated.value or not m.gating.type == m.gated.type == m.result.type:
             return False
         if self._activation(m) == "none" and m.x.value is not m.z.value:
-            return False  # any two products that are multiplied
+            return False  # only two products that are multiplied
         return is_product(m.gating, m.gate, m.gate_bias) and is_product(m.gated, m.up, m.up_bias)
 
     def check(self, m: Match) -> Refusal | None:
         if m.x.value is not m.z.value:
-            reason = f"the gate is a product of {_named(m.x)}, and what it gates one of {_named(m.z)}"
+            reason = f"the gate is a product of {_named(m.x)}, and the gated value is a product of {_named(m.z)}"
             return Refusal(reason, m.gating)
         if weight_axes(m.gating) != weight_axes(m.gated):
-            transposed = "the gate's" if weight_axes(m.gating) == "k n" else "the other"
-            reason = f"one weight lies as [in, out], {transposed}, and one as [out, in]"
+            transposed = "the gate's" if weight_axes(m.gating) == "k n" else "the gated product's"
+            reason = f"one weight, {transposed}, has layout [in, out], and the other [out, in]"
             return Refusal(reason, m.gated, "one layout for both")
         return None
 
@@ -48,7 +48,7 @@ class GatedLinear(Rewrite):
 
     @staticmethod
     def _activation(m: Match) -> str:
-        """The op between the gate's product and the multiplication."""
+        """Return the op between the gate's product and the multiplication."""
         between = [node.op.name for node in m.nodes[1:] if m.gating.value in node.inputs]
         return between[0] if between else "none"
 
@@ -57,8 +57,8 @@ class GatedLinear(Rewrite):
 class MergedGate(Rewrite):
     """act(y[..., :n]) * y[..., n:]   -->   gated_linear(x, w[:n], w[n:], act)        for a product y = linear(x, w)
 
-    As Phi-3 and GLM have it. The halves of the weight are computed from a weight alone, which a backend does once.
-    Refuses: a weight that is computed, whose halves would be cut in every run.
+    As in Phi-3 and GLM. The halves of the weight depend only on a weight, so a backend computes them once. Refuses: a
+    computed weight, whose halves would be sliced in every run.
     """
 
     def pattern(self, p: Vocabulary, x: Any, weight: Any, bias: Any) -> Any:
@@ -77,7 +77,7 @@ class MergedGate(Rewrite):
 
     def check(self, m: Match) -> Refusal | None:
         if m.weight.value.weight is None or (m.bias is not None and m.bias.value.weight is None):
-            return Refusal("gate and up are halves of one product, and what it is with is no parameter", m.product)
+            return Refusal("gate and up are halves of one product, but its matrix is not a parameter", m.product)
         return None
 
     def rewrite(self, b: Builder, m: Match) -> Any:
@@ -95,8 +95,8 @@ class FuseGatedLinear(RewriteSet):
      1. act(linear(x, g, b)) * linear(x, u, c), or of matmul(x, w) + b, or without an act  -->  gated_linear
      2. act(y[..., :n]) * y[..., n:] of one product y  -->  gated_linear with the halves of its weight
 
-    Refuses: products of two values; weights that lie in different ways; halves of a product with
-    something computed; a product, its activation or its sum with the bias that is used elsewhere as well.
+    Refuses: products of two values; weights of different layouts; halves of a product with a computed matrix; a
+    product, its activation or its sum with the bias that is used elsewhere as well.
     """
 
     rules: ClassVar[tuple[Rewrite, ...]] = (GatedLinear(), MergedGate())

@@ -1,7 +1,7 @@
-"""Linear layers: matmul by a transposed weight, and a bias added to it, as one op.
+"""Linear layers as one op: matmul with a transposed weight, and a bias that is added.
 
-A weight that lies as [in, out] is multiplied as it is. `linear` takes [out, in], and a transposition would be a copy
-for nothing: a backend that packs weights packs either, and adds the bias as the product is stored.
+A weight in layout [in, out] is multiplied as it is. `linear` takes [out, in], but a transposition would be a useless
+copy: a backend that packs weights packs both layouts, and adds the bias as it stores the product.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from treadle.passes.framework.rewrite import Match, Refusal, Rewrite, RewriteSet
 class MatmulTransposed(Rewrite):
     """matmul(x, transpose(w))   -->   linear(x, w)
 
-    Refuses: a w that is no weight (it is computed, as keys in an attention are).
+    Refuses: a w that is not a weight (it is computed, as keys in an attention are).
     """
 
     def pattern(self, p: Vocabulary, x: Any, w: Any, pattern: Any) -> Any:
@@ -65,25 +65,25 @@ def _is_linear(m: Match) -> bool:
 
 
 def _between(p: Vocabulary, x: Any, w: Any, bias: Any, addend: Any, first: Any, second: Any) -> Any:
-    """A product of x with a weight, and what is added to it, between two rearranges."""
+    """Return a product of x with a weight, and an addend, between two rearranges."""
     rows = p.shared(p.rearrange(x, pattern=first))
     product = p.named("product", p.either(p.matmul(rows, w), p.linear(rows, w, p.either(bias, None))))
     return p.rearrange(p.either(product, product + addend), pattern=second)
 
 
 def _is_plain(m: Match) -> bool:
-    """Whether the product is of rows and a matrix, and a vector or a number is added to it."""
+    """Return True if the product is of rows and a matrix, and the addend is a vector or a number."""
     return bool(m.w.rank == 2 and m.product.rank >= 2 and (m.addend is None or m.addend.rank <= 1))
 
 
 def _again(b: Builder, m: Match, x: Any) -> Any:
-    """The product, of other rows."""
+    """Return the product, applied to other rows."""
     product = b.linear(x, m.w, m.bias) if _is_linear(m) else b.matmul(x, m.w)
     return product if m.addend is None else product + m.addend
 
 
 def _with_width(form: RearrangeForm, width: Size) -> RearrangeForm | None:
-    """A form that leaves the last axis as it is, of rows of another width; None where it does more with that axis."""
+    """Return the form for rows of another width; None if it changes the last axis."""
     last = form.before[-1] if form.before else ()
     if len(last) != 1 or not form.after or form.after[-1] != last:
         return None
@@ -94,11 +94,11 @@ def _with_width(form: RearrangeForm, width: Size) -> RearrangeForm | None:
 class ProductOfRows(Rewrite):
     """rearrange(matmul(rearrange(x), w) + bias)   -->   matmul(rearrange(x), w) + bias        and linear, likewise
 
-    where the second one moves, joins or splits rows: x is laid out at once as the product's rows come to be read.
-    [B, S, k] -> [(B S), k] -> [(B S), n] -> [B, S, n], as an addmm has it, or [B, h, S, d] -> [(S B), k] -> [(S B), n]
-    -> [B, S, n], as PyTorch's attention. What else the first does to x remains. A vector, [k] -> [1, k] -> [1, n] ->
-    [n], is an operand of `linear` alone: a matmul keeps its one row. Refuses: a product or sum that is used elsewhere
-    with its rows as they were.
+    where the second rearrange moves, joins or splits rows: x is rearranged directly to the final order of the product's
+    rows. Examples: [B, S, k] -> [(B S), k] -> [(B S), n] -> [B, S, n], as in an addmm, or [B, h, S, d] -> [(S B), k] ->
+    [(S B), n] -> [B, S, n], as in PyTorch's attention. The rest of the first rearrange remains. A vector, [k] -> [1, k]
+    -> [1, n] -> [n], is a valid operand of `linear` only: a matmul keeps its one row. Refuses: a product or sum that is
+    used elsewhere with its rows in the old order.
     """
 
     def pattern(self, p: Vocabulary, x: Any, w: Any, bias: Any, addend: Any, first: Any, second: Any) -> Any:
@@ -110,7 +110,7 @@ class ProductOfRows(Rewrite):
         return _is_plain(m) and m.product.type.dims[-1:] == m.result.type.dims[-1:] and self._on_x(m) is not None
 
     def _on_x(self, m: Match) -> RearrangeForm | None:
-        """What the two rearranges do to x, if the second one leaves the last axis."""
+        """Return the effect of the two rearranges on x, if the second one keeps the last axis."""
         split = form_of(m.second, m.product.type)
         *rows, last = split.before
         if split.after[-1] != last:
@@ -134,8 +134,8 @@ class ProductOfRows(Rewrite):
 class RowsAfterProduct(Rewrite):
     """rearrange(matmul(rearrange(x), w) + bias)   -->   rearrange(matmul(x, w) + bias)        and linear, likewise
 
-    where the first one moves, joins or splits rows, and the second one takes the last axis apart, as heads are. Refuses
-    a product or sum that is used elsewhere with its rows as they were.
+    where the first rearrange moves, joins or splits rows, and the second one splits the last axis, for example into
+    heads. Refuses: a product or sum that is used elsewhere with its rows in the old order.
     """
 
     def pattern(self, p: Vocabulary, x: Any, w: Any, bias: Any, addend: Any, first: Any, second: Any) -> Any:
@@ -146,7 +146,7 @@ class RowsAfterProduct(Rewrite):
         return _is_plain(m) and taken_apart and m.x.rank >= 2 and self._of_result(m) is not None
 
     def _of_result(self, m: Match) -> RearrangeForm | None:
-        """What the two rearranges do to the product of x."""
+        """Return the effect of the two rearranges on the product of x."""
         width = m.product.type.dims[-1]
         moved = _with_width(form_of(m.first, m.x.type), width.size)
         made = Type(m.product.type.dtype, (*m.x.type.dims[:-1], width))
@@ -164,10 +164,11 @@ class FuseLinear(RewriteSet):
 
      1. matmul(x, transpose(w))  -->  linear(x, w)
      2. linear(x, w) + bias  -->  linear(x, w, bias)
-     3. rows moved, joined or split after a product  -->  the product of the rows so
-     4. rows moved, joined or split before a product  -->  the product of the rows as they are
+     3. rows moved, joined or split after a product  -->  the product of rows in that order
+     4. rows moved, joined or split before a product  -->  the product of the original rows
 
-    Refuses: a w that is no weight; a product that is used elsewhere without the bias, or with its rows otherwise.
+    Refuses: a w that is not a weight; a product that is used elsewhere without the bias, or with its rows in the old
+    order.
     """
 
     rules: ClassVar[tuple[Rewrite, ...]] = (MatmulTransposed(), LinearBias(), ProductOfRows(), RowsAfterProduct())

@@ -1,4 +1,4 @@
-"""Projections of one value, such as an attention's query, key and value, as one product whose result is cut."""
+"""Projections of one value, such as an attention's query, key and value, as one product whose result is sliced."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ class MergeProjections(SiteRewrite["_Merged"]):
     """q = linear(x, wq, bq); k = linear(x, wk, bk); v = linear(x, wv)
     -->   q, k, v = projections(x, wq, wk, wv, bq, bk, none)
 
-    and likewise matmul(x, w) + b, for weights that lie as [in, out]. x is read once, and one product of many columns
-    keeps every core at work where three narrow ones do not. What runs is one product with a joined weight, which is
-    made once, when weights are bound (`treadle.backends.weight_preparation`). `Decompose` is the way back.
+    and likewise matmul(x, w) + b, for weights in layout [in, out]. x is read once, and one product with many columns
+    keeps every core busy, which three narrow products do not. At run time it is one product with a joined weight, which
+    is computed once, when weights are bound (`treadle.backends.weight_preparation`). `Decompose` is the inverse.
 
-    Refuses: a weight that something else reads too, which would then be held twice; a weight in another encoding than
-    the others; a constant in place of a weight; a bias that is computed, perhaps after the first of the products.
-    Leaves alone what is finished with an activation or a gate: such a product is stored finished, a slice would have to
-    be read again.
+    Refuses: a weight with other readers, which would be stored twice; a weight in another encoding than the others; a
+    constant in place of a weight; a bias that is computed, perhaps after the first of the products. Skips products with
+    a fused activation or gate: their results are stored activated, and a slice would be read again.
     """
 
     def sites(self, work: Rewriting) -> Iterator[_Merged]:
@@ -50,14 +49,14 @@ class MergeProjections(SiteRewrite["_Merged"]):
                         yield _Merged.of(merged)
 
     def _joinable(self, work: Rewriting, parts: Sequence[Projection]) -> Iterator[Sequence[Projection]]:
-        """The parts, by the encoding of their weights: blocks of two forms are not joined."""
+        """Yield the parts, grouped by the encoding of their weights: blocks of two forms are not joined."""
         groups: dict[str, list[Projection]] = {}
         for part in parts:
             groups.setdefault(_encoding(part), []).append(part)
         for encoding, group in groups.items():
             if len(group) == 1 and len(parts) > 1:
                 others = " and ".join(other for other in groups if other != encoding)
-                reason = f"its weight is held as {encoding}, the others as {others}: their blocks are not joined"
+                reason = f"its weight is stored as {encoding}, the others as {others}: their blocks are not joined"
                 work.refuse(self.name, Refusal(reason, group[0].product))
             yield group
 
@@ -85,7 +84,7 @@ class Projection:
     """A product of x with a weight, and a bias.
 
     product  the node that multiplies
-    result   what there is after the bias
+    result   the value after the bias is added
     """
 
     product: Node
@@ -107,7 +106,7 @@ class _Merged(Site):
 
 
 def find_projections(function: Function) -> list[list[Projection]]:
-    """Products of one value with weights, two or more of a kind, in program order."""
+    """Return groups of two or more products of one value with weights, of one kind, in program order."""
     uses = function.uses()
     groups: dict[tuple[Value, Op], list[Projection]] = {}
     for node in function.nodes:
@@ -125,15 +124,15 @@ def _why_not(
     function: Function,
     weights: Mapping[Node, tuple[Value, ...]],
 ) -> str:
-    """What stands against a part of a larger product, if anything does.
+    """Return the reason why a product cannot be a part of a larger one; empty if it can.
 
-    Products with the same weights of another value, as in layers that share them (ALBERT), read the joined one too.
+    Products of other values with the same weights, as in layers that share them (ALBERT), read the joined weight too.
     """
     others = [n for n, _ in uses[part.weight] if n is not part.product and weights.get(n) != weights[part.product]]
     if others:
-        return f"its weight is read by {others[0].op.name} too, and would be held twice"
+        return f"its weight is read by {others[0].op.name} too, and would be stored twice"
     if part.weight in function.outputs.values():
-        return "its weight is an output as well, and would be held twice"
+        return "its weight is an output as well, and would be stored twice"
     if part.weight.kind == "constant":
         return "its weight is a constant, and would be joined in every run"
     if part.bias is not None and part.bias.kind == "result" and part.bias.weight is None:
@@ -142,7 +141,7 @@ def _why_not(
 
 
 def _read_early(b: Builder, weight: Value) -> Expr:
-    """A weight where the first of the products is; one that is decoded later is decoded there."""
+    """Return a weight at the first of the products; a weight that is decoded later is decoded there."""
     node = weight.node
     if node is None:
         return b.expr(weight)
@@ -156,7 +155,7 @@ def _encoding(part: Projection) -> str:
 
 
 def _with_bias(node: Node, uses: dict[Value, list[tuple[Node, int]]], function: Function) -> Projection:
-    """A product with the vector that is added to it, where nothing else reads it before."""
+    """Return a product with the vector that is added to it, if nothing else reads the product."""
     if len(node.inputs) > 2:
         return Projection(node, node.result, node.inputs[1], node.inputs[2])
     readers = uses.get(node.result, [])
@@ -171,6 +170,6 @@ def _with_bias(node: Node, uses: dict[Value, list[tuple[Node, int]]], function: 
 
 
 def _shared_scope(scopes: Sequence[str]) -> str:
-    """The scope around all of these: attn of attn.q, attn.k and attn.v."""
+    """Return the scope around all of these: attn for attn.q, attn.k and attn.v."""
     shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*(scope.split(".") for scope in scopes), strict=False))
     return ".".join(parts[0] for parts in shared)

@@ -1,4 +1,4 @@
-"""Attention in a narrower dtype: queries, keys and values are rounded, and scores and sums stay as they were."""
+"""Attention in a narrower dtype: queries, keys and values are rounded; scores and sums keep their dtype."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from treadle.passes.framework.rewriting import Rewriting, Site, SiteRewrite
 class NarrowAttention(SiteRewrite[Site]):
     """attention(q, k, v, ...)   -->   attention(cast(q, to=bf16), cast(k, to=bf16), cast(v, to=bf16), ..., to=f32)
 
-    Scores, biases, the softmax and sums stay float32. A processor that multiplies pairs rounds weights as well before
-    it multiplies values with them. Attention over a cache stays: it reads what the cache holds.
+    Scores, biases, the softmax and sums stay float32. A CPU that multiplies pairs also rounds probabilities before it
+    multiplies values with them. Attention over a cache is unchanged: it reads the cache's dtype.
     """
 
     tidying: ClassVar[Pass | None] = CommonSubexpressions()

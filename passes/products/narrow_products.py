@@ -1,4 +1,4 @@
-"""Matrix products in a narrower dtype: both factors are rounded, and the products are summed as before."""
+"""Matrix products in a narrower dtype: both factors are rounded, and the products are summed in the original dtype."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class NarrowProducts(SiteRewrite[Site]):
     """linear(x, w, bias)   -->   linear(cast(x, to=bf16), cast(w, to=bf16), bias, to=f32)        for a weight w
 
     and likewise matmul, activated_linear, gated_linear and projections. The result, the bias and the sum stay float32.
-    What a cast makes of a weight is made once, when weights are bound; values that several products read are cast once.
+    The cast of a weight is computed once, when weights are bound; a value that several products read is cast once.
 
-    With `computed`, as weights that change want it, w may be any matrix, and an einsum that is a product with one, as
-    the gradients of `linear` are, is spelled as such:
+    With `computed`, which training uses because its weights change, w may be any matrix, and an einsum that is a
+    product with a matrix, such as the gradients of `linear`, becomes one:
 
     einsum(g, x, equation="b a n, b a k -> n k")   -->   matmul(rearrange(cast(g)), rearrange(cast(x)), to=f32)
 
-    Refuses: a matrix that is computed or an input, as attention's are, without `computed`; a constant, which would be
-    cast at every call; a stack of matrices, so that attention's products stay as they are where they are spelled, and
-    in gradients; an einsum that is no product with a matrix; a product of what a quantizing pass rounds at every call.
+    Refuses: a matrix that is computed or an input, as in attention, without `computed`; a constant, which would be cast
+    at every call; a batch of matrices, so that products of attention are unchanged in decomposed form and in gradients;
+    an einsum that is not a product with a matrix; a product whose operand a quantizing pass rounds at every call.
     """
 
     tidying: ClassVar[Pass | None] = CommonSubexpressions()
@@ -77,7 +77,7 @@ class NarrowProducts(SiteRewrite[Site]):
 
 
 def _is_rounded(x: Value | None) -> bool:
-    """Whether a value is what blocks decode to, and no weight."""
+    """Return True if a value is decoded from blocks and is not a weight."""
     return x is not None and x.node is not None and x.node.op.decodes and x.weight is None
 
 
@@ -91,13 +91,15 @@ def _weights(node: Node) -> list[Value]:
 
 
 def _why_not(weight: Value, of_weights: set[Value] | None) -> str:
-    """What stands against rounding the matrix of a product, if anything does; None for `of_weights`: it may be any."""
+    """Return the reason not to round the matrix of a product, or an empty text; `of_weights` None: any matrix is
+    allowed.
+    """
     if fixed := _is_fixed([weight]):
         return fixed
     if of_weights is not None and weight not in of_weights:
         made = "an input" if weight.node is None else f"computed by {weight.node.op.name}"
-        return f"the matrix is {made}, and no weight"
-    return "the matrices are a stack" if weight.type.rank != 2 else ""
+        return f"the matrix is {made}, not a weight"
+    return "the matrices are a batch" if weight.type.rank != 2 else ""
 
 
 def _is_fixed(values: Iterable[Value]) -> str:

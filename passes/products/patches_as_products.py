@@ -1,4 +1,4 @@
-"""Convolutions over patches as products, for what is done to products with weights."""
+"""Convolutions over patches as products, so that passes on products with weights apply to them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from treadle.passes.framework.rewriting import Refusal, Rewriting, Site, SiteRew
 
 @dataclass(frozen=True)
 class PatchesAsProducts(SiteRewrite[Site]):
-    """conv(x, w, bias)   -->   linear(rearrange(x), rearrange(w), bias), rearranged, where windows do not overlap
+    """conv(x, w, bias)   -->   linear(rearrange(x), rearrange(w), bias), rearranged, if windows do not overlap
 
     Each window is then a row of a matrix: the patches of ViT, DeiT, CLIP, SigLIP and DINOv2.
 
-    Refuses: windows that overlap, which as rows would be copied several times; windows of one element; groups.
+    Refuses: windows that overlap, whose elements would be copied several times; windows of one element; groups.
     """
 
     def sites(self, work: Rewriting) -> Iterator[Site]:
@@ -30,7 +30,7 @@ class PatchesAsProducts(SiteRewrite[Site]):
             if node.op.takes_patches(weight.type.shape):
                 yield Site(node)
             else:
-                work.refuse(self.name, Refusal("its windows are no patches: they overlap, or are of one element", node))
+                work.refuse(self.name, Refusal("its windows are not patches: they overlap, or have one element", node))
 
     def build(self, b: Builder, site: Site) -> Sequence[Value]:
         assert isinstance(site.root.op, Conv)

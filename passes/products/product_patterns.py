@@ -1,4 +1,4 @@
-"""A product with a matrix as a pattern: linear, or matmul with or without a bias, whichever way the matrix lies."""
+"""A product with a matrix as a pattern: linear, or matmul with or without a bias, for either layout of the matrix."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from treadle.passes.framework.pattern import Vocabulary
 
 
 def product_with(p: Vocabulary, name: str, x: Any, weight: Any, bias: Any) -> Any:
-    """x weight + bias, captured under `name`; `bias` is None where there is none."""
+    """Return the pattern of x weight + bias, captured under `name`; `bias` is None if there is none."""
     plain = p.matmul(x, weight)
     return p.named(name, p.either(p.linear(x, weight, p.either(bias, None)), plain, plain + bias))
 
 
 def is_product(product: Expr, weight: Expr, bias: Expr | None) -> bool:
-    """Whether the weight of a match is one matrix, and its bias a vector as wide as that, which a sum may stretch."""
+    """Return True if the weight of a match is one matrix, and its bias a vector of that width, perhaps broadcast by a
+    sum.
+    """
     if weight.rank != 2:
         return False
     if bias is None:
@@ -26,6 +28,6 @@ def is_product(product: Expr, weight: Expr, bias: Expr | None) -> bool:
 
 
 def weight_axes(product: Expr) -> str:
-    """How the weight lies: "n k" for linear, "k n" for matmul."""
+    """Return the layout of the weight: "n k" for linear, "k n" for matmul."""
     node = product.value.node
     return "n k" if node is not None and isinstance(node.op, Linear) else "k n"

@@ -1,4 +1,4 @@
-"""Scales taken out of weights again, so that every op reads the weight that the checkpoint has."""
+"""Move scales out of weights again, so that every op reads the weight of the checkpoint."""
 
 from __future__ import annotations
 
@@ -40,6 +40,6 @@ class ScaleAfterLayerNorm(Rewrite):
 
 @dataclass(frozen=True)
 class UnfoldScale(RewriteSet):
-    """The way back from `FoldScale`, as far as it reached into weights."""
+    """The inverse of `FoldScale` for scales in weights."""
 
     rules: ClassVar[tuple[Rewrite, ...]] = (ScaleAfterRMSNorm(), ScaleAfterLayerNorm())

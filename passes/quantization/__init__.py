@@ -1,1 +1,1 @@
-"""Quantization: which weights are held in fewer bits, in which form, and why: a plan, its checker, and applying it."""
+"""Quantization: the weights to quantize, their encodings, and the reasons: a plan, its checker, and its application."""

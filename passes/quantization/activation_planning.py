@@ -1,4 +1,6 @@
-"""Plans which values that weights multiply are rounded at every call: those whose weights are all in whole numbers."""
+"""Plan the activations that are quantized at every call: operands of products whose weights are all quantized to
+integers.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,16 @@ from treadle.ir.types import f32
 from treadle.passes.quantization.quantization_plan import ActivationPlan, WeightPlan
 
 Weights = Mapping[str, WeightPlan]
-"""What is planned for each parameter of a graph."""
+"""The plan of each parameter of a graph."""
 
 
 @dataclass
 class _Product:
-    """A product of a function, as all calls of it have it.
+    """A product of a function, over all calls of the function.
 
-    weights    the names of the parameters that it multiplies x with, in any call
-    encodings  those that x is to have for them, and the encodings of those parameters
-    whys       what stands against rounding x for it
+    weights    the names of the parameters that x is multiplied with, in any call
+    encodings  the encodings of x that they require, and the encodings of those parameters
+    whys       reasons not to quantize x for it
     """
 
     node: Node
@@ -33,10 +35,10 @@ class _Product:
 
 
 def plan_activations(graph: Graph, weights: Weights) -> tuple[ActivationPlan, ...]:
-    """What becomes of each value that a product multiplies with a matrix, function by function.
+    """Return the plans of all values that a product multiplies with a matrix, function by function.
 
-    It is rounded for the products all of whose matrices are in blocks along the axis that the product sums over, in
-    every call: row by row for 8-bit rows, in groups for other blocks of whole numbers (`rounded_for`).
+    A value is quantized for the products whose matrices are, in every call, in blocks along the summed axis: row by row
+    for 8-bit rows, in groups for other integer blocks (`rounded_for`).
     """
     found: dict[str, dict[int, _Product]] = {}
     for entry in graph.later_entries:
@@ -55,7 +57,7 @@ def _read(
     weights: Weights,
     found: dict[str, dict[int, _Product]],
 ) -> None:
-    """Note the products of a function, and of those that it calls, in one call of it."""
+    """Record the products of a function, and of the functions that it calls, for one call."""
     held = dict(given)
     for place, node in enumerate(function.nodes):
         callee = graph.callee(node)
@@ -77,42 +79,42 @@ def _read(
 
 
 def _why_not(product: _Product, matrix: Value, position: int, plans: Sequence[WeightPlan]) -> Iterator[str]:
-    """What stands against rounding what a product multiplies with a matrix, by the plans of those that it may be."""
+    """Yield the reasons not to quantize a product's operand for one of its matrices, given the matrix's plans."""
     node = product.node
     x = node.operands[0]
     assert x is not None
     if x.type.dtype is not f32:
-        yield f"its numbers are {x.type.dtype}, and what is rounded is f32"
+        yield f"its elements are {x.type.dtype}, and only f32 is quantized"
     elif x.type.shape[-1].constant is None:
         yield "its rows have no constant length"
     if not plans:
-        yield f"{node.op.name} multiplies it with {_made(matrix)}, which is no weight"
+        yield f"{node.op.name} multiplies it with {_made(matrix)}, not with a weight"
     for plan in plans:
         encoding = plan.encoding or plan.type.encoding
         along = encoding is not None and encoding.axis % 2 == _summed(node, position)
         wanted = rounded_for(encoding.along(-1)) if encoding is not None and along else None
         if encoding is None or wanted is None:
-            yield f"{node.op.name} multiplies it with {encoding or 'numbers'}, as {plan.name} is held"
+            yield f"{node.op.name} multiplies it with {encoding or 'numbers'}, as {plan.name} is stored"
         else:
             product.encodings.setdefault(wanted, {})[encoding.along(-1)] = None
     if len(product.encodings) > 1:
         told = " and ".join(str(each) for of in product.encodings.values() for each in of)
-        yield f"{node.op.name} multiplies it with {told}, for which it is not rounded alike"
+        yield f"{node.op.name} multiplies it with {told}, which require different roundings"
 
 
 def _summed(node: Node, position: int) -> int | None:
-    """Which axis of a matrix a product sums over: the one that has the factors of x's last."""
+    """Return the axis of a matrix that a product sums over: the axis with the factors of x's last axis."""
     found = node.op.apply([None if v is None else v.type for v in node.operands])
     x, matrix = found.operands[0], found.operands[position]
     return next((axis for axis, dim in enumerate(matrix or ()) if x and dim == x[-1]), None)
 
 
 def _made(matrix: Value) -> str:
-    return f"what {matrix.node.op.name} gives" if matrix.node is not None else matrix.name
+    return f"the result of {matrix.node.op.name}" if matrix.node is not None else matrix.name
 
 
 def _planned(function: Function, products: Mapping[int, _Product]) -> Iterator[ActivationPlan]:
-    """The plans of a function's values, in the order of their first products."""
+    """Yield the plans of a function's values, in the order of their first products."""
     by_value: dict[Value, list[int]] = {}
     for place in sorted(products):
         x = products[place].node.operands[0]

@@ -1,4 +1,5 @@
-"""Plans which products are balanced: those of rows that a norm gives, in every call, with weights of their own.
+"""Plan the products that are smoothed (SmoothQuant): in every call, their rows come from a norm, and their weights are
+used with that norm only.
 
 layer.{0..5}.attn.balance   layer.{0..5}.attn.{q,k,v}.weight   gain and shift of the norm that projections read
 """
@@ -22,11 +23,11 @@ _Norm = tuple[str, str | None]
 
 @dataclass(frozen=True)
 class _Use:
-    """The products of one rounded value, in one call of its function.
+    """The products of one quantized value, in one call of its function.
 
-    norm     which gives the value; None: none does
-    weights  the parameters that they multiply it with; None for what is no parameter
-    by       those of them whose products are more than queries and keys of attention; all, where none are
+    norm     the norm that produces the value; None if there is none
+    weights  the parameters that it is multiplied with; None for a matrix that is not a parameter
+    by       the parameters whose products are more than queries and keys of attention; all, if there are none
     """
 
     norm: _Norm | None
@@ -37,12 +38,12 @@ class _Use:
 def plan_balances(
     graph: Graph, activations: Sequence[ActivationPlan], picked: AbstractSet[str]
 ) -> tuple[tuple[ActivationPlan, ...], tuple[Balance, ...]]:
-    """The plans of values with what is said of balancing, and the balances.
+    """Return the plans of values, with the smoothing decision in their reasons, and the balances.
 
-    picked  the weights of which rows are picked as well, which are held as they are
+    picked  weights whose rows are looked up as well; they keep their values
 
-    A vector belongs to weights, so that every product of one of them must be of the same norm's numbers, beside the
-    same weights.
+    A vector belongs to weights, so every product with one of these weights must be of the same norm's result, together
+    with the same weights.
     """
     places = {(a.function, place): i for i, a in enumerate(activations) if a.encoding == STEPS for place in a.products}
     found = _Finding(graph, places)
@@ -57,7 +58,7 @@ def plan_balances(
                 if name is not None:
                     by_weight.setdefault(name, set()).add((i, use))
     changed = True
-    while changed:  # what one value's products cannot have, those of others with the same weights cannot either
+    while changed:  # a refusal for one value also applies to values multiplied with the same weights
         changed = False
         for i, uses in found.uses.items():
             if whys[i]:
@@ -67,12 +68,12 @@ def plan_balances(
                 if None in others or any(u is not None and whys[u[0]] for u in others):
                     whys[i] = f"other products read {name}"
                 elif len({u[1] for u in others if u is not None}) > 1:
-                    whys[i] = f"{name} meets numbers of several norms"
+                    whys[i] = f"{name} is multiplied with results of several norms"
             changed = changed or bool(whys[i])
     told = [
         a
         if i not in whys
-        else replace(a, reason=f"{a.reason}; {f'not balanced: {whys[i]}' if whys[i] else 'balanced'}")
+        else replace(a, reason=f"{a.reason}; {f'not smoothed: {whys[i]}' if whys[i] else 'smoothed'}")
         for i, a in enumerate(activations)
     ]
     return tuple(told), tuple(_balances(graph, [u for i, uses in found.uses.items() if not whys[i] for u in uses]))
@@ -81,12 +82,12 @@ def plan_balances(
 def _why_not(uses: Sequence[_Use], picked: AbstractSet[str]) -> str:
     for use in uses:
         if use.norm is None:
-            return "no norm with a gain gives it"
+            return "no norm with a gain produces it"
         if None in use.weights:
-            return "what it is multiplied with is no parameter by itself"
+            return "its matrix is not a single parameter"
         for name in use.weights:
             if name in picked:
-                return f"rows of {name} are picked"
+                return f"rows of {name} are looked up"
     return ""
 
 
@@ -103,10 +104,10 @@ def _balances(graph: Graph, uses: Sequence[_Use]) -> list[Balance]:
 
 
 class _Finding:
-    """Who multiplies what, call by call.
+    """A record of products, call by call.
 
-    uses   of each planned value, by its place among the plans: its products, in each call
-    alone  the parameters that products multiply with what is not rounded
+    uses   for each planned value, by its index among the plans: its products, in each call
+    alone  parameters of products whose other operand is not quantized
     """
 
     def __init__(self, graph: Graph, places: Mapping[tuple[str, int], int]) -> None:
@@ -115,7 +116,7 @@ class _Finding:
         self.alone: set[str] = set()
 
     def read(self, function: Function, held: Mapping[Value, str], given: Mapping[Value, _Norm]) -> list[_Norm | None]:
-        """Note one call of a function, whose values hold these parameters and norms; the norms of its results."""
+        """Record one call of a function with these parameters and norms as values; return the norms of its results."""
         norms = dict(given)
         rounded: dict[int, tuple[Value, list[str | None], list[str | None]]] = {}
         uses = function.uses()
@@ -152,7 +153,9 @@ class _Finding:
 
 
 def _named(norm: tuple[Value | None, Value | None], held: Mapping[Value, str]) -> _Norm | None:
-    """The names of a norm's weights; None where its gain is no vector of numbers, or one is no parameter."""
+    """Return the names of a norm's weights; None if its gain is not a vector of numbers, or a weight is not a
+    parameter.
+    """
     gain, shift = norm
     for vector in (gain, shift):
         if vector is not None and (vector not in held or vector.type.dtype is not f32 or vector.type.rank != 1):

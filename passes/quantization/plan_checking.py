@@ -1,7 +1,7 @@
-"""Checks a quantization plan against its graph, by a way of its own: every call and every composite opened.
+"""Check a quantization plan against its graph, independently of the planner: every call and every composite is inlined.
 
-The planner follows calls and asks products where x meets a weight. Here all is in primitives, and the blocks of each
-weight are followed to whatever reads them: a sum of products over the axis of the blocks, or what moves them whole.
+The planner follows calls and uses products' own rules. The checker sees primitives only, and follows the blocks of each
+weight to every reader: a sum of products over the axis of the blocks, or an op that moves whole blocks.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from treadle.passes.quantization.quantization_plan import QuantizationPlan
 
 
 def check_quantization(plan: QuantizationPlan, graph: Graph) -> None:
-    """Raises PassError where a plan does not fit a graph, with the weight and what is wrong.
+    """Raise PassError if a plan does not fit a graph, with the weight and the error.
 
-    Every parameter is planned once, with its own type and a reason; what is encoded is a matrix of numbers, whose
-    readers all sum over the axis of its blocks, or move whole rows of them; and nothing is encoded twice.
+    Every parameter is planned once, with its own type and a reason. An encoded parameter is a matrix of numbers, whose
+    readers all sum over the axis of its blocks, or move whole rows of them. No parameter is encoded twice.
     """
     flat = inline_calls(graph)
     parameters = flat.parameters
     names = [weight.name for weight in plan.weights]
     if sorted(names) != sorted(parameters):
         wrong = sorted(set(names) ^ set(parameters)) or [n for n in names if names.count(n) > 1]
-        raise _wrong(f"{wrong[0]} must be planned once, as every parameter", plan)
+        raise _wrong(f"{wrong[0]} must be planned once, like every parameter", plan)
     for weight in plan.weights:
         if weight.type != parameters[weight.name].type:
-            raise _wrong(f"{weight.name} is {parameters[weight.name].type}, planned as {weight.type}", plan)
+            raise _wrong(f"{weight.name} is {parameters[weight.name].type}, but is planned as {weight.type}", plan)
         if not weight.reason:
             raise _wrong(f"{weight.name} has no reason", plan)
         if weight.encoding is not None and (weight.type.encoding is not None or weight.type.rank != 2):
-            raise _wrong(f"{weight.name} is {weight.type}, and no matrix of numbers", plan)
+            raise _wrong(f"{weight.name} is {weight.type}, not a matrix of numbers", plan)
     _check_activations(plan, graph)
     _check_balances(plan, flat)
     encoded = {weight.name: weight for weight in plan.weights if weight.encoding is not None}
@@ -53,14 +53,16 @@ def check_quantization(plan: QuantizationPlan, graph: Graph) -> None:
                 held[value] = planned.type.as_encoded(planned.encoding)
         for value in entry.results:
             if value in held:
-                raise _wrong(f"{value.name} is an output, and would be blocks", plan)
+                raise _wrong(f"{value.name} is an output, and must not be in blocks", plan)
         for node in entry.nodes:
             if any(v in held for v in node.inputs):
                 _follow(node, held, plan)
 
 
 def _check_activations(plan: QuantizationPlan, graph: Graph) -> None:
-    """Every planned value is there, once, with its type and a reason; each product said reads it first, and once."""
+    """Check that every planned value exists, once, with its type and a reason; its products read it first, and only
+    once.
+    """
     seen: set[tuple[str, int]] = set()
     for each in plan.activations:
         what = f"{each.name} of {each.function}"
@@ -78,23 +80,25 @@ def _check_activations(plan: QuantizationPlan, graph: Graph) -> None:
 
 
 def _check_balances(plan: QuantizationPlan, flat: Graph) -> None:
-    """Each balance is one of weights in 8-bit rows and of a norm, all of them parameters, its vector's name is free;
-    every reader of one of its weights multiplies what that norm gives.
+    """Check that each balance joins parameters: weights in 8-bit rows and a norm's weights. Its vector's name is
+    unused, and every reader of its weights multiplies them with that norm's result.
     """
     of: dict[str, Balance] = {}
     eight = {w.name for w in plan.weights if w.encoding is not None and w.encoding.along(-1) == ROWS}
     for balance in plan.balances:
         if balance.vector in flat.parameters or balance.vector in {b.vector for b in plan.balances if b is not balance}:
-            raise _wrong(f"{balance.vector} is the name of something else", plan)
+            raise _wrong(f"{balance.vector} is already the name of something else", plan)
         for name in balance.weights:
             if name not in eight or name in of:
-                raise _wrong(f"{name} is balanced by {balance.vector}, and is not in 8-bit rows, or twice", plan)
+                raise _wrong(
+                    f"{name} is smoothed by {balance.vector}, but is not in 8-bit rows, or is smoothed twice", plan
+                )
             of[name] = balance
     for entry in flat.later_entries:
         weights = {value: name for name, value in entry.parameters.items()}
         for value in entry.results:
             if weights.get(value) in of:
-                raise _wrong(f"{value.name} is an output, and would be balanced", plan)
+                raise _wrong(f"{value.name} is an output, and must not be smoothed", plan)
         for node in entry.nodes:
             matrices = node.op.multiplies(len(node.operands)) if isinstance(node.op, MixedProduct) else ()
             for position, read in enumerate(node.operands):
@@ -104,12 +108,12 @@ def _check_balances(plan: QuantizationPlan, flat: Graph) -> None:
                     and known is not None
                     and (position not in matrices or not _gives(node.operands[0], known))
                 ):
-                    what = f"{weights[read]} is balanced by {known.vector}, and {node.op.name} reads it"
-                    raise _wrong(f"{what} without numbers of {known.gain}", plan)
+                    what = f"{weights[read]} is smoothed by {known.vector}, and {node.op.name} reads it"
+                    raise _wrong(f"{what} without the result of {known.gain}", plan)
 
 
 def _gives(x: Value | None, balance: Balance) -> bool:
-    """Whether a value is what a balance's norm gives, or rows of that."""
+    """Return True if a value is the result of a balance's norm, or rows of it."""
     while x is not None and x.node is not None and _keeps_channels(x.node):
         x = x.node.operands[0]
     node = None if x is None else x.node
@@ -121,7 +125,7 @@ def _gives(x: Value | None, balance: Balance) -> bool:
 
 
 def _keeps_channels(node: Node) -> bool:
-    """Whether a node moves elements of its first operand, and none along that operand's last axis."""
+    """Return True if a node moves elements of its first operand, but not along that operand's last axis."""
     if not node.op.only_moves or node.op.callee is not None:
         return False
     found = node.op.apply([None if v is None else v.type for v in node.operands])
@@ -130,12 +134,12 @@ def _keeps_channels(node: Node) -> bool:
 
 
 def check_encoded_products(graph: Graph, balances: Sequence[Balance] = ()) -> None:
-    """Raises PassError where what a graph encodes is read by anything but products with encoded weights.
+    """Raise PassError if an encoded value has readers other than products with encoded weights.
 
-    With every call and every composite opened, an encoded value is decoded, and each reader of that sums products over
-    the axis of its blocks; what it is multiplied with was decoded as well, and moved at most. (That the blocks of
-    weights lie along the axis that is summed over, `check_quantization` saw.) What is multiplied with a balance's
-    vector before it is encoded meets that balance's weights, and they meet nothing else.
+    With every call and every composite inlined, an encoded value is decoded, and each reader of the result sums
+    products over the axis of its blocks. The other factor was decoded as well, and at most moved. (`check_quantization`
+    verified that blocks of weights are along the summed axis.) A value that is multiplied with a balance's vector
+    before it is encoded is multiplied with that balance's weights, and they with nothing else.
     """
     vectors = {name: balance.vector for balance in balances for name in balance.weights}
     for entry in legalized(inline_calls(graph), _opens_all).later_entries:
@@ -151,9 +155,9 @@ def check_encoded_products(graph: Graph, balances: Sequence[Balance] = ()) -> No
             elif not node.op.only_moves and any(
                 name in vectors for v in node.inputs if v in decoded for name in _parameters(v)
             ):
-                raise PassError(f"the quantized graph is wrong: {node.op.name} reads balanced weights")
+                raise PassError(f"the quantized graph is wrong: {node.op.name} reads smoothed weights")
         if any(v in rounded or v in encoded for v in entry.results):
-            raise PassError("the quantized graph is wrong: rounded numbers are an output", received=graph.name)
+            raise PassError("the quantized graph is wrong: quantized values are an output", received=graph.name)
 
 
 def _check_product(node: Node, rounded: AbstractSet[Value], decoded: AbstractSet[Value]) -> None:
@@ -162,23 +166,23 @@ def _check_product(node: Node, rounded: AbstractSet[Value], decoded: AbstractSet
     last = {found.factors[name].role for name in dims[-1].factors} if dims else set()
     if not node.is_contraction or x not in rounded or last != {Role.REDUCED} or others[0] not in decoded:
         reader = f"{node.op.name}, {describe_source(node.source, node.scope) or 'of main'}"
-        what = "what is rounded at every call is read by what multiplies no encoded weight"
+        what = "a value quantized at every call is read by an op that does not multiply it with an encoded weight"
         raise PassError(f"the quantized graph is wrong: {what}", received=reader)
 
 
 def _check_vector(node: Node, vectors: Mapping[str, str], decoded: AbstractSet[Value]) -> None:
-    """Whether what a product reads was multiplied with the vector of the weights that it meets."""
+    """Check that a product's operand was scaled by the smoothing vector of the product's weights."""
     x, *others = node.inputs
     encode = x.node.inputs[0].node if x.node is not None else None
     vector = None if encode is None or encode.operands[1] is None else encode.operands[1].name
     for name in [name for other in others if other in decoded for name in _parameters(other)]:
         if vectors.get(name) != vector:
-            what = f"{name}, balanced by {vectors.get(name)}, meets numbers that were multiplied with {vector}"
+            what = f"{name}, smoothed by {vectors.get(name)}, is multiplied with values that were scaled by {vector}"
             raise PassError(f"the quantized graph is wrong: {what}")
 
 
 def _parameters(value: Value) -> list[str]:
-    """The parameters of which a value is decoded, or moved."""
+    """Return the parameters that a value is decoded or moved from."""
     if value.node is None:
         return [value.name] if value.kind == "parameter" else []
     moves = value.node.op.decodes or value.node.op.only_moves
@@ -190,9 +194,9 @@ def _opens_all(op: Op, types: Sequence[Type | None]) -> bool:
 
 
 def _follow(node: Node, held: dict[Value, Type], plan: QuantizationPlan) -> None:
-    """Look at a node that reads blocks; what it hands on of weights alone is in `held` from then on, as encoded."""
+    """Check a node that reads blocks; a result that depends only on weights is added to `held`, with its encoding."""
     reader = f"{node.op.name}, {describe_source(node.source, node.scope) or 'of main'}"
-    if isinstance(node.op, Cast):  # of what is decoded
+    if isinstance(node.op, Cast):  # a cast of a decoded value
         held[node.result] = held[node.inputs[0]]
     elif node.op.moves_blocks:
         try:
@@ -209,7 +213,7 @@ def _follow(node: Node, held: dict[Value, Type], plan: QuantizationPlan) -> None
                 continue
             roles = {found.factors[name].role for name in dims[encoding.axis].factors}
             if roles != {Role.REDUCED} or not node.is_contraction:
-                raise _wrong(f"{reader} does not sum over the axis of the blocks that it reads", plan)
+                raise _wrong(f"{reader} does not sum over the axis of its blocks", plan)
 
 
 def _wrong(what: str, plan: QuantizationPlan) -> PassError:

@@ -1,4 +1,4 @@
-"""Makes a quantization plan: reads off the graph which weights products multiply, and along which axis they sum."""
+"""Build a quantization plan from the graph: the weights that products multiply, and the axes along which they sum."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _eight(axis: int, is_output: bool) -> Encoding:
 
 
 def _four(axis: int, is_output: bool) -> Encoding:
-    """Four bits; eight where the product is an output, whose rounding nothing evens out."""
+    """Return a 4-bit encoding; 8-bit if the product is an output, because no later sum averages its rounding errors."""
     return _eight(axis, is_output) if is_output else Encoding("int4_groups", _FOUR_BITS, axis)
 
 
@@ -34,21 +34,23 @@ SCHEMES: Mapping[str, Callable[[int, bool], Encoding]] = {
     "int4": _four,
     "int4-int8": _four,
 }
-"""By name: the encoding of a weight whose products sum along an axis, and whether one of them is an output."""
+"""Schemes by name. Each returns the encoding of a weight, given the axis of its products' sums, and True for an
+output.
+"""
 
 _ROUNDS_ACTIVATIONS = ("int8", "int4-int8")
-"""Schemes in which the values that such weights multiply are rounded as well, at every call."""
+"""Schemes in which the operands that such weights multiply are quantized as well, at every call."""
 
 
 @dataclass
 class _Readers:
-    """Who reads a parameter, in whatever function.
+    """The readers of a parameter, in any function.
 
-    axes      along which products sum
-    others    what multiplies nothing, and does not move rows of it either
-    moves     what picks rows of it, and the like
-    products  what multiplies it
-    output    whether a product of it is an output of the graph
+    axes      the axes along which products sum
+    others    readers that do not multiply it and do not move its rows
+    moves     readers that move its rows, such as lookups
+    products  readers that multiply it
+    output    True if a product of it is an output of the graph
     """
 
     axes: dict[int, None] = field(default_factory=dict)
@@ -59,13 +61,13 @@ class _Readers:
 
 
 def plan_quantization(graph: Graph, scheme: str) -> QuantizationPlan:
-    """What becomes of every weight of an optimized graph, in a scheme of `SCHEMES`. Raises PassError for another one.
+    """Return the plan of an optimized graph in a scheme of `SCHEMES`. Raises PassError for an unknown scheme.
 
-    A matrix that only products multiply, all of which sum along one axis of it, is rounded to blocks along that axis;
-    its rows may be picked as well, as a tied table's are. Everything else stays as it is, and the plan says why.
+    A matrix is quantized to blocks along an axis if only products multiply it and all of them sum along that axis. Its
+    rows may be looked up as well, as in a tied table. Every other weight is unchanged, and the plan has the reason.
     """
     if scheme not in SCHEMES:
-        raise PassError(f"there is no quantization {scheme[:40]!r}", hint="one of " + ", ".join(SCHEMES))
+        raise PassError(f"unknown quantization {scheme[:40]!r}", hint="one of " + ", ".join(SCHEMES))
     found = {name: _Readers() for name in graph.parameters}
     for entry in graph.later_entries:
         held = {value: (name,) for name, value in entry.parameters.items() if name in found}
@@ -80,9 +82,9 @@ def plan_quantization(graph: Graph, scheme: str) -> QuantizationPlan:
 
 
 def _read(graph: Graph, name: str, held: Mapping[Value, tuple[str, ...]], found: Mapping[str, _Readers]) -> None:
-    """Note what a function and those that it calls do with parameters.
+    """Record the readers of parameters in a function and in the functions that it calls.
 
-    held  for each of its values that are weights, or casts of such, the names of the parameters that they may be
+    held  for each of its values that is a weight, or a cast of one, the names of the parameters that it may be
     """
     function = graph.functions[name]
     held = dict(held)
@@ -98,7 +100,7 @@ def _read(graph: Graph, name: str, held: Mapping[Value, tuple[str, ...]], found:
         for position, value in enumerate(node.operands):
             if value not in held:
                 continue
-            if isinstance(node.op, Cast):  # to a narrower dtype, of what is decoded then
+            if isinstance(node.op, Cast):  # a cast to a narrower dtype of a decoded value
                 held[node.result] = held[value]
                 continue
             for each in held[value]:
@@ -111,7 +113,7 @@ def _read(graph: Graph, name: str, held: Mapping[Value, tuple[str, ...]], found:
 
 
 def _given(function: Function) -> set[Value]:
-    """The outputs of an entry, and what these are elements of, cut or moved."""
+    """Return the outputs of an entry, and the values whose elements they are, sliced or moved."""
     found = set(function.outputs.values())
     for node in reversed(function.nodes):
         if node.op.callee is None and node.op.only_moves and not found.isdisjoint(node.results):
@@ -120,7 +122,7 @@ def _given(function: Function) -> set[Value]:
 
 
 def _note(node: Node, position: int, readers: _Readers, is_output: bool) -> None:
-    """Note how one node reads a parameter."""
+    """Record how one node reads a parameter."""
     op, types = node.op, [None if v is None else v.type for v in node.operands]
     found = op.apply(types)
     x, dims = found.operands[0], found.operands[position]
@@ -146,25 +148,25 @@ def _planned(name: str, type: Type, readers: _Readers, scheme: Callable[[int, bo
         return WeightPlan(name, type, None, error.what)
     why = f"multiplied by {', '.join(readers.products)}"
     why += ", an output" if readers.output else ""
-    why += f"; {', '.join(readers.moves)} picks rows of it" if readers.moves else ""
+    why += f"; {', '.join(readers.moves)} looks up rows of it" if readers.moves else ""
     return WeightPlan(name, type, encoded, why)
 
 
 def _why_not(type: Type, readers: _Readers) -> str:
-    """What stands against rounding a weight, if anything does."""
+    """Return the reason not to quantize a weight, or an empty text."""
     if type.encoding is not None:
-        return f"held as {type.encoding} already"
+        return f"stored as {type.encoding} already"
     if type.rank != 2:
-        return f"no matrix: it has rank {type.rank}"
+        return f"not a matrix: it has rank {type.rank}"
     if type.dtype is not f32:
-        return f"its numbers are {type.dtype}, and what is rounded is f32"
+        return f"its elements are {type.dtype}, and only f32 is quantized"
     if readers.others:
-        return f"{', '.join(readers.others)} reads its numbers"
+        return f"{', '.join(readers.others)} reads its elements"
     if not readers.products:
         moves = ", ".join(readers.moves)
-        return f"{moves} picks rows of it, and no product reads it whole" if moves else "nothing reads it"
+        return f"{moves} looks up rows of it, and no product reads it whole" if moves else "nothing reads it"
     if len(readers.axes) != 1:
         return "products sum along both of its axes"
     if readers.moves and 0 in readers.axes:
-        return f"{', '.join(readers.moves)} takes apart the axis along which products sum"
+        return f"{', '.join(readers.moves)} splits the axis along which products sum"
     return ""

@@ -1,4 +1,4 @@
-"""A quantization plan: for every weight, and every value that weights multiply, its encoding, or why it stays as it is.
+"""A quantization plan: for every weight, and every value that weights multiply, its encoding or the reason to keep it.
 
     weight                       type             encoding        bytes          was  why
     layer.{0..29}.attn.q.weight  f32[576, 576]    int8_rows  10,022,400   39,813,120  multiplied by projections
@@ -26,12 +26,12 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """What is planned for one weight.
+    """The plan of one weight.
 
-    name      the parameter's
-    type      as it is without the plan
-    encoding  which it gets; None: it stays as it is
-    reason    why
+    name      the parameter's name
+    type      its type without the plan
+    encoding  its new encoding; None if it is unchanged
+    reason    the reason for either
     """
 
     name: str
@@ -41,11 +41,11 @@ class WeightPlan:
 
     @property
     def bytes(self) -> int:
-        """Bytes that it takes by the plan."""
+        """Bytes of the weight under the plan."""
         return (self.type if self.encoding is None else self.type.as_encoded(self.encoding)).bytes_at({})
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the plan as JSON."""
         encoding = None if self.encoding is None else str(self.encoding)
         given = {"name": self.name, "type": str(self.type), "encoding": encoding, "reason": self.reason}
         return {**given, "bytes": self.bytes, "bytes_before": self.type.bytes_at({})}
@@ -53,14 +53,14 @@ class WeightPlan:
 
 @dataclass(frozen=True)
 class ActivationPlan:
-    """What is planned for one value that products multiply with weights.
+    """The plan of one value that products multiply with weights.
 
-    function  in which it is
-    name      the value's
-    type      as it is without the plan
-    encoding  in which products read it, made anew at every call; None: it stays as it is
-    products  the places, among the function's nodes, of the products that read it so; all that would, where none does
-    reason    why
+    function  the name of its function
+    name      the value's name
+    type      its type without the plan
+    encoding  the encoding in which products read it, computed at every call; None if it is unchanged
+    products  indices of the nodes of the function that read it so; if it is unchanged, of those that could
+    reason    the reason for either
     """
 
     function: str
@@ -71,7 +71,7 @@ class ActivationPlan:
     reason: str
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the plan as JSON."""
         encoding = None if self.encoding is None else str(self.encoding)
         given = {"function": self.function, "name": self.name, "type": str(self.type), "encoding": encoding}
         return {**given, "products": list(self.products), "reason": self.reason}
@@ -79,13 +79,13 @@ class ActivationPlan:
 
 @dataclass(frozen=True)
 class QuantizationPlan:
-    """What becomes of every weight of a graph, and of the values that are multiplied with weights.
+    """The plan of every weight of a graph, and of the values that are multiplied with weights.
 
     model        the graph's name
     scheme       a name of `treadle.passes.quantization.planning.SCHEMES`
-    weights      one for each parameter, in their order
-    activations  one for each value that a product with weights multiplies, in order; none, of a scheme that leaves them
-    balances     of those of them that norms give
+    weights      one plan for each parameter, in their order
+    activations  one plan for each value that a product with weights multiplies, in order, or none, by scheme
+    balances     the balances of values that norms produce
     """
 
     model: str
@@ -96,12 +96,12 @@ class QuantizationPlan:
 
     @property
     def encodings(self) -> Mapping[str, Encoding]:
-        """What is encoded, by the parameter's name."""
+        """The encodings of encoded weights, by the parameter's name."""
         return {w.name: w.encoding for w in self.weights if w.encoding is not None}
 
     @property
     def bytes(self) -> int:
-        """Bytes of all weights by the plan."""
+        """Bytes of all weights under the plan."""
         return sum(w.bytes for w in self.weights)
 
     @property
@@ -110,7 +110,7 @@ class QuantizationPlan:
         return sum(w.type.bytes_at({}) for w in self.weights)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the plan as JSON."""
         told = {"model": self.model, "scheme": self.scheme, "bytes": self.bytes, "bytes_before": self.bytes_before}
         told["weights"] = [w.as_dict() for w in self.weights]
         if self.activations:
@@ -131,7 +131,7 @@ class QuantizationPlan:
         if self.activations:
             lines += ["", *_table([("multiplied value", "type", "encoding", "why"), *map(_told, self.activations)])]
         if self.balances:
-            lines += ["", *_table([("vector", "of the norm", "balances"), *_folded_balances(self.balances)])]
+            lines += ["", *_table([("vector", "of the norm", "smoothed weights"), *_folded_balances(self.balances)])]
         return "\n".join(lines)
 
 
@@ -139,7 +139,7 @@ _TO_THE_RIGHT = ("bytes", "was")
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Rows below a head, in columns, bytes to the right, and the reason behind."""
+    """Return lines of a table with a header, in columns; bytes are right-aligned, and the reason is last."""
     *heads, _ = rows[0]
     wide = [max(len(row[i]) for row in rows) for i in range(len(heads))]
     lines = []
@@ -156,7 +156,7 @@ def _told(plan: ActivationPlan) -> tuple[str, ...]:
 
 
 def _folded(weights: Iterable[WeightPlan]) -> list[list[WeightPlan]]:
-    """Weights of layers that differ in the layer's number alone, together."""
+    """Return weights grouped if they differ only in the layer's number."""
     groups: dict[tuple[object, ...], list[WeightPlan]] = {}
     for weight in weights:
         key = (_NUMBER.sub("#", weight.name, count=1), weight.type, weight.encoding, weight.reason)
@@ -172,7 +172,7 @@ def _row(group: Sequence[WeightPlan]) -> tuple[str, ...]:
 
 
 def _folded_balances(balances: Iterable[Balance]) -> list[tuple[str, ...]]:
-    """Rows of a table, layers that differ in their numbers alone together."""
+    """Return rows of a table, in which balances that differ only in the layer's number share a row."""
     groups: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for balance in balances:
         row = (balance.vector, balance.gain, ", ".join(balance.weights))
@@ -190,7 +190,7 @@ def _name(group: Sequence[WeightPlan]) -> str:
 
 
 def _numbered(names: Sequence[str]) -> str:
-    """`layer.{0..29}.attn.q.weight`, or with commas where numbers are left out."""
+    """Return names as one: `layer.{0..29}.attn.q.weight`, or with commas if numbers are missing."""
     first = names[0]
     if len(set(names)) == 1:
         return first

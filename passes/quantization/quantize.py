@@ -1,4 +1,4 @@
-"""Quantization: weights that products multiply are held in fewer bits, and what they multiply is rounded, by a plan."""
+"""Quantization: weights of products are stored in low-bit encodings, and their operands are quantized, by a plan."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ class QuantizeWeights(Pass):
     """linear(x, w, bias)   -->   linear(x, decode(w), bias)        for a weight w, as int8_rows or int4_groups(32)
 
     and in the schemes that end in "int8" linear(decode(encode(x)), decode(w), bias): x as uint8_rows, with a scale and
-    a zero a token, where w is rows, and else in groups of 32 with a scale each; of what a norm gives, encode(x, 1 / s)
-    and w s (`treadle.ir.transforms.balances`).
+    a zero point per token, if w is in rows, and otherwise in groups of 32 with a scale each; for the result of a norm,
+    encode(x, 1 / s) and w s (`treadle.ir.transforms.balances`).
 
-    scheme  "int8-weights": 8 bits and a scale a row. "int4": 4 bits and a scale for 32 neighbours, 8 bits where the
-            product is an output. "int8", "int4-int8": the same, and what weights in blocks multiply in 8 bits
+    scheme  "int8-weights": 8 bits and a scale per row. "int4": 4 bits and a scale for 32 neighbors, 8 bits if the
+            product is an output. "int8", "int4-int8": the same, and operands of weights in blocks in 8 bits
 
-    The numbers change, by at most half a step of their scale (of 4 bits by at most a whole one: the largest of a group
-    is -8 steps, and one as large of the other sign is 7), so that no certificate is asked for. The plan tells what
-    becomes of every weight, and a checker that did not make it looks at it before it is applied. It comes last, so that
-    what fuses in the float model fuses here. Whoever has the weights encodes them (`treadle.compiling`). Weights that a
-    file holds in blocks stay as they are.
+    Numbers change, by at most half a step of their scale (for 4 bits by at most a whole step: the largest of a group is
+    -8 steps, and the largest positive is 7), so no certificate is required. The plan reports the encoding of every
+    weight, and an independent checker verifies it before it is applied. The pass runs last, so that the same fusions
+    apply as in the float model. The owner of the weights encodes them (`treadle.compiling`). Weights that a file stores
+    in blocks are unchanged.
 
-    Refuses, in the plan's words: what is no matrix, or is read by something else than products and what picks rows of
-    it; a line that is no whole number of groups. Raises UsageError for a model in blocks of which nothing is rounded.
+    Refuses, with a reason in the plan: a weight that is not a matrix, or that has readers other than products and row
+    lookups; a row whose length is not a multiple of the group. Raises UsageError for a model in blocks if nothing
+    changes.
     """
 
     changes_numbers: ClassVar[bool] = True
@@ -58,22 +59,24 @@ class QuantizeWeights(Pass):
 
 
 def _refuse_blocks(plan: QuantizationPlan) -> None:
-    """Raise UsageError for a plan that rounds nothing of a model whose weights are in blocks: it would do nothing."""
+    """Raise UsageError for a plan that quantizes nothing of a model whose weights are in blocks: it would have no
+    effect.
+    """
     forms = Counter(str(weight.type.encoding) for weight in plan.weights if weight.type.encoding is not None)
     if forms:
         held = ", ".join(f"{count} in {form}" for form, count in forms.items())
         raise UsageError(
-            f"{plan.scheme} rounds nothing of {plan.model}: its matrices are in blocks already",
+            f"{plan.scheme} quantizes nothing of {plan.model}: its matrices are in blocks already",
             received=held,
             hint=Hint(
-                'quantize="int8", which rounds what they multiply, or widen="blocks", which decodes them first',
-                "--quantize int8, which rounds what they multiply, or --widen blocks, which decodes them first",
+                'quantize="int8", which quantizes their operands, or widen="blocks", which decodes them first',
+                "--quantize int8, which quantizes their operands, or --widen blocks, which decodes them first",
             ),
         )
 
 
 def encode_activations(graph: Graph, plans: Iterable[ActivationPlan]) -> None:
-    """Have planned products of a graph read rounded numbers: of each value those that its blocks decode to."""
+    """Replace operands of planned products by quantized values: each value is encoded and decoded once."""
     by_function: dict[str, list[ActivationPlan]] = {}
     for plan in plans:
         by_function.setdefault(plan.function, []).append(plan)

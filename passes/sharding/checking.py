@@ -1,21 +1,22 @@
-"""Checks a sharding plan, by nothing that made it.
+"""Check a sharding plan independently of the planner.
 
-Placements are read as what they say: which positions of every dimension each rank holds, as numbers, at some sizes of
-the symbols. From there an op's axis rule alone says whether what ranks compute from their positions is their part of
-the result:
+Placements are interpreted as the positions of every dimension that each rank holds, as numbers, at concrete sizes of
+the symbols. Given these, an op's axis rule alone decides if the values that ranks compute from their positions are
+their parts of the result:
 
-- along a mapped factor all operands and results of a rank have the same positions; along one that the op needs whole,
-  or reads positions of, each rank has all
-- where an op works on blocks of a factor that it needs whole, each rank has whole blocks
-- where keys pass around ranks, these have all of them, each once and in turn
-- along a reduced factor ranks may have other positions; together, without any twice, they have all, and the result is
-  terms, by the factor's monoid, along the mesh axes where they differ
-- terms of a sum are read only by operands in which the op is linear, by all of that group and no others, and make terms
-- a step between two placements gives each rank positions that its group had before; terms are combined by the monoid by
-  which they are terms
-- what leaves a function is no terms
-- what a pipeline adds is right by `stage_checking`
-- the factors that an op is said to split, and where weights are said to be stored, are what placements say
+- along a mapped factor, all operands and results of a rank have the same positions; along a factor that the op needs
+  whole, or whose positions it reads, each rank has all positions
+- if an op works on blocks of a factor that it needs whole, each rank has whole blocks
+- if keys pass around ranks, the ranks together have all keys, each key once and in order
+- along a reduced factor, ranks may have different positions; together they have all positions, none of them twice, and
+  the result is partial, by the factor's monoid, along the mesh axes in which the positions differ
+- partial sums are read only by operands in which the op is linear, by all operands of that group and no others, and
+  the results are partial sums
+- a step between two placements gives each rank positions that its group had before; partial values are combined by
+  their own monoid
+- no partial value leaves a function
+- `stage_checking` checks what a pipeline adds
+- the factors that a node splits, and the placements in which weights are stored, agree with the placements of values
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ from treadle.passes.sharding.stage_checking import check_stages
 
 Terms = frozenset[SubAxis]
 _Held = tuple[Value, AxisDim, Size, Split | None]
-"""A dimension that has a factor: of which value, its size, and how it is split."""
+"""A dimension that has a factor: its value, the dimension in the rule, its size, and its split."""
 _SPLITTING = (StepKind.TAKE, StepKind.REDUCE_SCATTER, StepKind.ALL_TO_ALL)
 
 
 def check_sharding(plan: ShardingPlan) -> None:
-    """Raise PassError, with the function and the node, where a plan is wrong."""
+    """Raise PassError, with the function and the node, if a plan is wrong."""
     for extra in (1, 6):
         known = {s: 2 * plan.mesh.ranks + extra + i for i, s in enumerate(sorted(plan.graph.symbols))}
         check = _Check(plan, known)
@@ -53,14 +54,14 @@ def check_sharding(plan: ShardingPlan) -> None:
             check.function(planned, seen)
             seen[planned.name] = planned
         if plan.main.function is not plan.graph.main:
-            raise PassError("the plan is of another graph", received=plan.main.function.name)
+            raise PassError("the plan belongs to another graph", received=plan.main.function.name)
         check.weights()
     if plan.pipeline is not None:
         check_stages(plan, plan.pipeline)
 
 
 class _Check:
-    """The work for one draw of sizes."""
+    """The check at one set of sizes."""
 
     def __init__(self, plan: ShardingPlan, sizes: Mapping[str, int]) -> None:
         self.plan, self.mesh, self.sizes = plan, plan.mesh, sizes
@@ -73,7 +74,7 @@ class _Check:
     # -- functions ---------------------------------------------------------------------------------------------
 
     def weights(self) -> None:
-        """Whether weights are stored as `main` takes them."""
+        """Check that weights are stored in the placements in which `main` takes them."""
         self.where, main = self.plan.main.name, self.plan.main
         taken = dict(zip(main.function.arguments, main.takes, strict=True))
         names = main.function.parameters
@@ -81,17 +82,17 @@ class _Check:
             n for n in {**names, **self.plan.weights} if n not in names or self.plan.weights.get(n) != taken[names[n]]
         ]
         if wrong:
-            raise self.fail(f"weight {wrong[0]} is not stored as it is taken")
+            raise self.fail(f"weight {wrong[0]} is not stored in the placement in which main takes it")
 
     def function(self, planned: PlannedFunction, seen: Mapping[str, PlannedFunction], *, is_body: bool = False) -> None:
         self.where = planned.name
         if not is_body and self.plan.graph.functions.get(planned.function.name) is not planned.function:
-            raise self.fail("a function that the graph has not", planned.name)
+            raise self.fail("the graph does not have this function", planned.name)
         have: dict[Value, set[MeshPlacement]] = {}
         for value, placed in zip(planned.function.arguments, planned.takes, strict=True):
             self.holds(value, placed)
             if placed.partial and not is_body:
-                raise self.fail(f"{value.name} comes as terms", placed.text(self.mesh))
+                raise self.fail(f"argument {value.name} is partial", placed.text(self.mesh))
             have[value] = {placed}
         if [n.node for n in planned.nodes] != planned.function.nodes:
             raise self.fail("its nodes are not those of the function")
@@ -105,21 +106,21 @@ class _Check:
             self.move(move, have)
         for value, placed in zip(planned.function.results, planned.gives, strict=True):
             if placed not in self.had(value, have):
-                raise self.fail(f"{value.name} is not had in {placed.text(self.mesh)}")
+                raise self.fail(f"{value.name} has no copy with placement {placed.text(self.mesh)}")
             if placed.partial and not is_body:
-                raise self.fail(f"{value.name} leaves as terms", placed.text(self.mesh))
+                raise self.fail(f"result {value.name} is partial", placed.text(self.mesh))
 
     def had(self, value: Value, have: Mapping[Value, set[MeshPlacement]]) -> set[MeshPlacement]:
         whole = {MeshPlacement((None,) * value.type.rank)} if value.literal is not None else set()
         return have.get(value, set()) | whole
 
     def holds(self, value: Value, placed: MeshPlacement) -> None:
-        """Refuse a placement that says nothing, or what cannot be."""
+        """Refuse a placement that is malformed or impossible for a value."""
         used = [p for d in placed.dims if d is not None for p in d.over] + list(placed.partial)
         if len(placed.dims) != value.type.rank or len(set(used)) != len(used):
-            raise self.fail(f"{value.name}: {value.type} cannot lie so", placed.text(self.mesh))
+            raise self.fail(f"{value.name}: {value.type} cannot have this placement", placed.text(self.mesh))
         if not set(used) <= set(self.mesh.parts):
-            raise self.fail(f"{value.name} lies along an axis that the mesh has not")
+            raise self.fail(f"{value.name} is split over an axis that is not in the mesh")
         for size, split in zip(value.type.shape, placed.dims, strict=True):
             if split is not None and self.units(size, split) < prod(part.size for part in split.over):
                 raise self.fail(f"{value.name}: a rank has no part of {size}", placed.text(self.mesh))
@@ -132,14 +133,14 @@ class _Check:
                 raise self.fail(f"{value.name}: a part cuts through a block of {encoding}", placed.text(self.mesh))
 
     def interval(self, size: Size, split: Split | None, rank: int) -> Interval:
-        """The positions that a rank holds of a dimension."""
+        """Return the positions of a dimension that a rank holds."""
         known = self.bounds.get((size, split))
         if known is None:
             known = self.bounds[size, split] = self.intervals(size, split)
         return known[0 if split is None else index_of(self.mesh, rank, split.over)]
 
     def intervals(self, size: Size, split: Split | None) -> list[Interval]:
-        """The positions that each part of a split has."""
+        """Return the positions of each part of a split."""
         if split is None:
             return [(0, size.evaluate(self.sizes))]
         units, grain = self.units(size, split), split.grain.evaluate(self.sizes)
@@ -147,26 +148,29 @@ class _Check:
         return [(at * units // ways * grain, (at + 1) * units // ways * grain) for at in range(ways)]
 
     def units(self, size: Size, split: Split) -> int:
-        """How many units a dimension has that is split."""
+        """Return the number of units of a split dimension."""
         units, rest = divmod(size.evaluate(self.sizes), split.grain.evaluate(self.sizes))
         if rest:
-            raise self.fail(f"{size} is no multiple of {split.grain}")
+            raise self.fail(f"{size} is not a multiple of {split.grain}")
         return units
 
     # -- moves -------------------------------------------------------------------------------------------------
 
     def move(self, move: Move, have: dict[Value, set[MeshPlacement]]) -> None:
         if move.source not in self.had(move.value, have):
-            raise self.fail(f"{move.value.name} is not had in {move.source.text(self.mesh)}")
+            raise self.fail(f"{move.value.name} has no copy with placement {move.source.text(self.mesh)}")
         now = move.source
         for step in move.steps:
             if step.before != now:
-                raise self.fail(f"a step of {move.value.name} begins elsewhere", step.before.text(self.mesh))
+                raise self.fail(
+                    f"a step of {move.value.name} does not start where the step before it ends",
+                    step.before.text(self.mesh),
+                )
             self.holds(move.value, step.after)
             self.step(move.value, step)
             now = step.after
         if now != move.target:
-            raise self.fail(f"steps of {move.value.name} end elsewhere", now.text(self.mesh))
+            raise self.fail(f"the steps of {move.value.name} do not end at its target", now.text(self.mesh))
         if len(move.because) != sum(step.sends for step in move.steps):
             raise self.fail(f"{move.value.name}: not every step that sends has a reason")
         have.setdefault(move.value, set()).add(move.target)
@@ -181,22 +185,24 @@ class _Check:
             StepKind.KEEP_FIRST: (none, over),
         }.get(step.kind, (none, none))
         if not over or (had - has, has - had) != expected:
-            raise self.fail(f"{step.kind.word} of {value.name} makes other terms of terms", _told(step, self.mesh))
+            raise self.fail(
+                f"{step.kind.word} of {value.name} does not change its partial axes as it must", _told(step, self.mesh)
+            )
         if step.kind is StepKind.REDUCE_SCATTER and before.monoid != "sum":
-            raise self.fail(f"{step.kind.word} of terms by {before.monoid}")
+            raise self.fail(f"{step.kind.word} of partial values ({before.monoid})")
         if before.partial and after.partial and before.monoid != after.monoid:
-            raise self.fail(f"terms by {before.monoid} become terms by {after.monoid}")
+            raise self.fail(f"partial values change from {before.monoid} to {after.monoid}")
         if step.kind is StepKind.KEEP_FIRST and over & frozenset(p for d in before.dims if d for p in d.over):
-            raise self.fail(f"{value.name} is split along what it becomes terms of")
+            raise self.fail(f"{value.name} is split along an axis over which it becomes partial")
         for d, size in enumerate(value.type.shape):
             self.dimension(value, step, d, size)
 
     def dimension(self, value: Value, step: PlacementStep, d: int, size: Size) -> None:
-        """What a rank gets of a dimension is what a step of this kind gives it."""
+        """Check that each rank gets the positions of a dimension that a step of this kind produces."""
         splits = step.before.dims[d], step.after.dims[d]
         along = {p for split in splits if split is not None for p in split.over}
         if d not in (step.dim, step.onto) and splits[0] == splits[1] and not along.intersection(step.over):
-            return  # it stays as it is, and ranks that meet have the same
+            return  # it does not change, and ranks of a group hold the same
         for rank in ranks_along(self.mesh, frozenset(along - set(step.over))):
             group = group_of(self.mesh, rank, step.over)
             had = [self.interval(size, step.before.dims[d], other) for other in group]
@@ -223,31 +229,31 @@ class _Check:
         for value, placed in zip(present, planned.reads, strict=True):
             if value is not None and (placed is None or placed not in self.had(value, have)):
                 told = "nowhere" if placed is None else placed.text(self.mesh)
-                raise self.fail(f"{value.name} is not had as it is read", told)
+                raise self.fail(f"{value.name} has no copy with the placement in which it is read", told)
         for value, placed in zip(node.results, planned.gives, strict=True):
             self.holds(value, placed)
         reads = [p for p in planned.reads if p is not None]
         inner = planned.callee or planned.body
         if inner is not None and planned.shares:
-            raise self.fail("what is done by a function has no factors of its own", ", ".join(planned.shares))
+            raise self.fail("a node with a body or a callee must not split factors itself", ", ".join(planned.shares))
         if planned.callee is not None:
             if seen.get(planned.callee.name) is not planned.callee or node.op.callee != planned.callee.function.name:
                 raise self.fail("it calls another function", planned.callee.name)
         elif planned.body is not None:
             if not isinstance(node.op, Composite) or not _is_body(planned.body.function, node.op, node.operands):
-                raise self.fail("what stands for it is not its body")
+                raise self.fail("its body is not the body of the op")
             where = self.where
             self.function(planned.body, seen, is_body=True)
             self.where = where
         else:
             self.rule(planned)
         if inner is not None and (inner.takes, inner.gives) != (tuple(reads), planned.gives):
-            raise self.fail("arguments or results do not lie as the function takes and gives them")
+            raise self.fail("arguments or results do not have the placements that the function takes and returns")
         for value, placed in zip(node.results, planned.gives, strict=True):
             have.setdefault(value, set()).add(placed)
 
     def rule(self, planned: PlannedNode) -> None:
-        """Whether ranks compute their parts of the results, by the op's axis rule."""
+        """Check that ranks compute their parts of the results, by the op's axis rule."""
         node = planned.node
         types = [None if v is None else v.type for v in node.operands]
         application = node.op.apply(types)
@@ -263,7 +269,7 @@ class _Check:
                 for name in dim.factors:
                     held.setdefault(name, []).append((value, dim, size, split))
         if unknown := [name for name, own in held.items() if not own]:
-            raise self.fail("it splits a factor that nothing of it has", ", ".join(sorted(unknown)))
+            raise self.fail("it splits a factor that none of its operands and results has", ", ".join(sorted(unknown)))
         parts: dict[str, dict[int, Interval]] = {}
         for name, own in held.items():
             if not self.is_alike(planned, application, name, own):
@@ -274,9 +280,10 @@ class _Check:
         self.terms(planned, application, combined)
 
     def is_alike(self, planned: PlannedNode, application: Application, name: str, held: Sequence[_Held]) -> bool:
-        """Whether a factor is a mapped one that is all of every dimension with it, each split as the node says it is.
+        """Return True if a factor is mapped, is all of every dimension that has it, and is split there as the node
+        says.
 
-        Then ranks have the same positions of it everywhere, whatever these are.
+        Then ranks have the same positions of it in every operand and result, whatever they are.
         """
         share = planned.shares.get(name)
         split = None if share is None else Split(share.over, share.grain)
@@ -286,7 +293,9 @@ class _Check:
     def parts_of(
         self, planned: PlannedNode, application: Application, name: str, held: Sequence[_Held]
     ) -> dict[int, Interval]:
-        """The positions of a factor by ranks, which are the same in all dimensions that have it, and those told."""
+        """Return a factor's positions by rank, after checking that all dimensions with the factor and the node agree on
+        them.
+        """
         share, size = planned.shares.get(name), application.dims[name].size
         told = None if share is None else Split(share.over, share.grain)
         splits = [told, *[split for _, _, _, split in held]]
@@ -297,14 +306,14 @@ class _Check:
             for value, dim, whole, split in held:
                 own = self.factor_parts(application, dim, self.interval(whole, split, rank))[name]
                 if found.setdefault(rank, own) != own:
-                    raise self.fail(f"rank {rank} has other parts of {name} in {value.name}", str(own))
+                    raise self.fail(f"rank {rank} has different parts of {name} in {value.name}", str(own))
             if self.interval(size, told, rank) != found[rank]:
                 wanted = "all" if told is None else str(self.interval(size, told, rank))
-                raise self.fail(f"rank {rank} works on {wanted} of {name}, and has {found[rank]}")
+                raise self.fail(f"rank {rank} works on {wanted} of {name}, but has {found[rank]}")
         return found
 
     def factor_parts(self, application: Application, dim: AxisDim, own: Interval) -> dict[str, Interval]:
-        """The positions of each factor of a dimension, of which a rank has these."""
+        """Return the positions of each factor of a dimension, from a rank's positions in the dimension."""
         first, last = own
         sizes = [application.dims[name].size.evaluate(self.sizes) for name in dim.factors]
         found: dict[str, Interval] = {}
@@ -324,19 +333,21 @@ class _Check:
         return found
 
     def ring(self, planned: PlannedNode, application: Application, parts: Mapping[str, Mapping[int, Interval]]) -> None:
-        """Whether each rank has seen all keys, once, when they have passed around."""
+        """Check that each rank has seen every key exactly once after the keys have passed around."""
         op, over = planned.node.op, planned.ring
         if op.keys_in_parts is None or len(set(over)) != len(over) or not set(over) <= set(self.mesh.parts):
-            raise self.fail(f"no keys of {op.name} pass around {self.mesh.text_of(over)}")
+            raise self.fail(f"keys of {op.name} cannot pass around {self.mesh.text_of(over)}")
         full, own = (0, application.dims[op.keys_in_parts[1]].size.evaluate(self.sizes)), parts[op.keys_in_parts[1]]
         for rank in own:
             if not covers([own.get(other, own[rank]) for other in group_of(self.mesh, rank, over)], full):
-                raise self.fail(f"keys that pass around are not all of {op.keys_in_parts[1]}, once", str(own[rank]))
+                raise self.fail(
+                    f"the keys that pass around do not cover {op.keys_in_parts[1]} exactly once", str(own[rank])
+                )
 
     def combined(
         self, planned: PlannedNode, application: Application, parts: Mapping[str, Mapping[int, Interval]]
     ) -> dict[str, Terms]:
-        """The factors that results lack and of which ranks have other parts, with the axes along which they differ."""
+        """Return the reduced and indexed factors that ranks have different parts of, with the differing mesh axes."""
         op, found = planned.node.op, {}
         for name, own in parts.items():
             full = (0, application.dims[name].size.evaluate(self.sizes))
@@ -354,7 +365,7 @@ class _Check:
             looked_up = role is Role.INDEXED and not kept and not isinstance(op, Composite)
             if role is not Role.REDUCED and not looked_up:
                 raise self.fail(
-                    f"it needs all of {name}, and ranks have parts",
+                    f"it needs all of {name}, but ranks have parts",
                     f"{role.value}, {next(iter(own.values()))} of {full}",
                 )
             differ = frozenset(
@@ -365,12 +376,12 @@ class _Check:
             over = tuple(part for part in self.mesh.parts if part in differ)
             for group in {group_of(self.mesh, rank, over) for rank in own}:
                 if not covers(sorted(own[other] for other in group), full):
-                    raise self.fail(f"ranks have parts of {name} twice, or not all of it")
+                    raise self.fail(f"ranks have parts of {name} twice, or lack some")
             found[name] = differ
         return found
 
     def terms(self, planned: PlannedNode, application: Application, combined: Mapping[str, Terms]) -> None:
-        """Whether terms come from split factors, or pass through operands in which the op is linear."""
+        """Check that partial values come from split factors, or pass through operands in which the op is linear."""
         op = planned.node.op
         names = op.operand_names(len(planned.reads))
         reads = {i: p for i, p in enumerate(planned.reads) if p is not None}
@@ -378,15 +389,17 @@ class _Check:
         given = {part for p in planned.gives for part in p.partial}
         for part in {*summed, *given, *[q for p in reads.values() for q in p.partial]}:
             if any(part not in p.partial for p in planned.gives):
-                raise self.fail(f"terms along {part.axis} are given as a whole")
+                raise self.fail(f"a partial result along {part.axis} is marked as whole")
             have = {i for i, p in reads.items() if part in p.partial}
             if any(reads[i].monoid != "sum" for i in have):
-                raise self.fail("an op reads terms that are no sum's")
+                raise self.fail("an op reads partial values that are not sums")
             groups = [{i for i in reads if names_operand(group, names[i])} for group in op.linear]
             name = summed.get(part)
             if name is None:
                 if have not in groups:
-                    raise self.fail(f"terms along {part.axis} pass an op that is not linear in just them")
+                    raise self.fail(
+                        f"partial sums along {part.axis} pass through operands in which the op is not linear"
+                    )
                 monoid = "sum"
             else:
                 factor = application.factors[name]
@@ -394,11 +407,11 @@ class _Check:
                 holding = {i for i in reads if holds_factor(application.operands[i], name)}
                 beside = {i for group in groups if group & holding for i in group - holding}
                 if factor.role is Role.REDUCED and monoid == "sum" and have != beside:
-                    raise self.fail(f"what is added to the sum over {name} is added other than once")
+                    raise self.fail(f"the value added to the sum over {name} is not added exactly once")
                 if (monoid != "sum" or factor.role is Role.INDEXED) and have:
-                    raise self.fail(f"terms are read where {name} is combined")
+                    raise self.fail(f"partial values are read by an op that combines {name}")
             if any(p.monoid != monoid for p in planned.gives):
-                raise self.fail(f"terms by {monoid} are given as terms by {planned.gives[0].monoid}")
+                raise self.fail(f"partial values ({monoid}) are marked as {planned.gives[0].monoid}")
 
 
 def _told(step: PlacementStep, mesh: Mesh) -> str:
@@ -406,6 +419,6 @@ def _told(step: PlacementStep, mesh: Mesh) -> str:
 
 
 def _is_body(function: Function, op: Composite, operands: Sequence[Value | None]) -> bool:
-    """Whether a function is the body of a composite on these: the one that is remembered, or one that is made anew."""
+    """Return True if a function is a composite's body on these operands: the cached one, or one equal to it."""
     body = body_of(op, [None if v is None else v.type for v in operands])
     return function is body or function_key(function) == function_key(body)

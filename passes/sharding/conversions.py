@@ -1,16 +1,16 @@
-"""From one placement to another: which steps it takes, and what each sends.
+"""Conversions between placements: the steps, and the bytes that each step sends.
 
-Of parts of mesh axes, one after the other:
+For parts of mesh axes, one after the other:
 
     every rank holds all    -> a dimension is split     take a part; nothing is sent
-    terms of a sum          -> every rank holds all     all_reduce
-    terms of a sum          -> a dimension is split     reduce_scatter
+    partial values          -> every rank holds all     all_reduce
+    partial sums            -> a dimension is split     reduce_scatter
     a dimension is split    -> every rank holds all     all_gather
     a dimension is split    -> another is               all_to_all
-    every rank holds all    -> terms of a sum           the first rank keeps it, others hold zeros; nothing is sent
+    every rank holds all    -> partial sums             the first rank keeps it, others hold zeros; nothing is sent
 
-The last is how a bias is added once. A dimension that several parts split is gathered and split at its end, where the
-innermost part stands; what stands further out and is to go takes what is below it along.
+The last row is used to add a bias exactly once. A dimension that several parts split is gathered and split at its end,
+where the innermost part is. If an outer part is removed, the parts below it are removed with it.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from treadle.ir.types import Type
 
 
 class StepKind(Enum):
-    """What a step does: on each rank alone, or by a collective op (`COLLECTIVES`)."""
+    """The kind of a step: local to each rank, or a collective op (`COLLECTIVES`)."""
 
     TAKE = "take a part"
     KEEP_FIRST = "keep on the first rank"
-    ALL_REDUCE = "combine terms"
+    ALL_REDUCE = "combine partial values"
     ALL_GATHER = "gather parts"
-    REDUCE_SCATTER = "combine terms, and split"
+    REDUCE_SCATTER = "combine partial sums, and split"
     ALL_TO_ALL = "split along another dimension"
 
     @property
     def word(self) -> str:
-        """The collective op's name, or what it does."""
+        """The name of the collective op, or a description of the local step."""
         return COLLECTIVES[self].name if self in COLLECTIVES else self.value
 
 
@@ -50,15 +50,15 @@ COLLECTIVES: Mapping[StepKind, type[Collective]] = {
     StepKind.REDUCE_SCATTER: ReduceScatter,
     StepKind.ALL_TO_ALL: AllToAll,
 }
-"""The op of each kind of step in which ranks meet."""
+"""The op of each kind of step that is a collective."""
 
 
 @dataclass(frozen=True)
 class PlacementStep:
     """One step from a placement to another.
 
-    over  the parts of mesh axes along which ranks meet
-    dim   the dimension that is split, gathered or scattered; of an all-to-all the one that is gathered
+    over  the parts of mesh axes along which ranks communicate
+    dim   the dimension that is split, gathered or scattered; for an all-to-all, the gathered one
     onto  the dimension that an all-to-all splits
     """
 
@@ -71,16 +71,16 @@ class PlacementStep:
 
     @property
     def sends(self) -> bool:
-        """Whether ranks meet."""
+        """True if the step is a collective."""
         return self.kind in COLLECTIVES
 
 
 def conversion(shape: Sequence[Size], source: MeshPlacement, target: MeshPlacement) -> tuple[PlacementStep, ...]:
-    """The steps from one placement of a value of this shape to another.
+    """Return the steps from one placement of a value with this shape to another.
 
-    Terms of a maximum cannot be made of the whole but by leaving it so; terms by one monoid become terms by another by
-    way of the whole. Raises PassError for a target that no steps lead to, since its splits are not said in the normal
-    way (`Split.normal`).
+    A whole value becomes partial maxima only by leaving it whole on every rank. A value that is partial by one monoid
+    is combined before it becomes partial by another. Raises PassError for a target that no steps lead to, because its
+    splits are not in normal form (`Split.normal`).
     """
     return tuple(_steps(shape, source, target))
 
@@ -91,7 +91,7 @@ def _steps(shape: Sequence[Size], now: MeshPlacement, target: MeshPlacement) -> 
         if made is None:
             return
         if made.after == now:
-            raise PassError("no step leads to a placement whose grain could be less", received=str(target))
+            raise PassError("no step leads to a placement whose grain could be smaller", received=str(target))
         yield made
         now = made.after
 
@@ -139,13 +139,13 @@ def _over(split: Split | None) -> SubAxes:
 
 
 def _leading(parts: SubAxes, fits: Callable[[SubAxis], bool]) -> SubAxes:
-    """The first parts, as long as they fit."""
+    """Return the leading parts that satisfy the condition."""
     count = next((i for i, part in enumerate(parts) if not fits(part)), len(parts))
     return parts[:count]
 
 
 def _common(size: Size, a: Split | None, b: Split | None) -> int:
-    """How many parts, from the outermost, split a dimension alike in both."""
+    """Return the number of parts, from the outermost, that split a dimension in the same way in both."""
     if a is None or b is None:
         return 0
     alike = [
@@ -179,37 +179,38 @@ def _without_terms(now: MeshPlacement, over: SubAxes) -> MeshPlacement:
 
 
 def is_possible(type: Type, steps: Sequence[PlacementStep]) -> bool:
-    """Whether terms are made of a whole only where that is right: of sums, and where x by x is x; and whether blocks
-    stay where they lie, along their axis."""
+    """Return True if steps are valid for a type: a whole value becomes partial only for sums and idempotent monoids (x
+    by x is x), and blocks stay together along their axis.
+    """
     blocked = None if type.encoding is None else type.encoding.axis % type.rank
     if blocked is not None and any(blocked in (s.dim, s.onto) for s in steps):
         return False
     return all(s.kind is not StepKind.KEEP_FIRST or s.after.monoid in ("sum", *IDEMPOTENT) for s in steps)
 
 
-# -- what it costs ---------------------------------------------------------------------------------------------------
+# -- costs -----------------------------------------------------------------------------------------------------------
 
 
 def bytes_of(type: Type, placement: MeshPlacement, sizes: Mapping[str, int]) -> float:
-    """Bytes of one rank's part, on average."""
+    """Return the bytes of one rank's part, on average."""
     split = [p for d in placement.dims if d is not None for p in d.over]
     return type.bytes_at(sizes) / ways(split)
 
 
 def payload_of(type: Type, step: PlacementStep, sizes: Mapping[str, int]) -> float:
-    """How much of the value a rank's step is about, in bytes: what it brings, or what it gets, if that is more."""
+    """Return the bytes of a rank's part before or after a step, whichever is larger."""
     return max(bytes_of(type, p, sizes) for p in (step.before, step.after)) if step.sends else 0.0
 
 
 def sent_by(type: Type, step: PlacementStep, sizes: Mapping[str, int]) -> float:
-    """Bytes that a rank sends in a step, by a ring."""
+    """Return the bytes that a rank sends in a step, in a ring."""
     k = ways(step.over)
     rounds = 2 if step.kind is StepKind.ALL_REDUCE else 1
     return rounds * (k - 1) / k * payload_of(type, step, sizes)
 
 
 def seconds_of(type: Type, step: PlacementStep, sizes: Mapping[str, int], mesh: Mesh, machine: Machine) -> float:
-    """How long a step takes at least: of one that sends nothing, the time to write what changes."""
+    """Return the minimum time of a step in seconds; for a local step, the time to write what changes."""
     if not step.sends:
         written = bytes_of(type, step.after, sizes) if step.kind is StepKind.KEEP_FIRST else 0.0
         return written / machine.bandwidth
@@ -220,5 +221,5 @@ def seconds_of(type: Type, step: PlacementStep, sizes: Mapping[str, int], mesh: 
 def seconds_to_pass(
     type: Type, placed: MeshPlacement, sizes: Mapping[str, int], over: SubAxes, mesh: Mesh, machine: Machine
 ) -> float:
-    """How long it takes to send a part to the next rank."""
+    """Return the time to send a part to the next rank, in seconds."""
     return bytes_of(type, placed, sizes) / machine.link(mesh, over) + machine.latency

@@ -1,4 +1,4 @@
-"""What plans cost in seconds, and how the arguments of a function come that is planned."""
+"""Costs of plans in seconds, and the placements of a planned function's arguments."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from treadle.passes.sharding.plan import Move, PlannedFunction, PlannedNode
 
 @dataclass(frozen=True)
 class HeldArgument:
-    """How an argument of a function comes.
+    """The placement of a function's argument.
 
-    placement  where it lies
-    stored     the parts of mesh axes along which it is stored in parts and gathered for use
-    is_weight  whether it is a weight, which stays where it lies otherwise
+    placement  its placement
+    stored     the parts of mesh axes over which it is stored in parts and gathered for use
+    is_weight  True for a weight, which keeps its placement otherwise
     """
 
     placement: MeshPlacement
@@ -30,17 +30,17 @@ class HeldArgument:
 
 
 class Costs:
-    """Seconds at a plan's sizes, on its machine."""
+    """Costs in seconds, at a plan's sizes and on its machine."""
 
     def __init__(self, mesh: Mesh, machine: Machine, sizes: Mapping[str, int]) -> None:
         self.mesh, self.machine, self.sizes = mesh, machine, sizes
 
     def of(self, planned: PlannedFunction) -> float:
-        """Seconds of one call: of work, and of what moves."""
+        """Return the seconds of one call: work and moves."""
         return sum(map(self.step, planned.steps))
 
     def step(self, step: Move | PlannedNode) -> float:
-        """Seconds of one step of a function."""
+        """Return the seconds of one step of a function."""
         if isinstance(step, Move):
             return self.seconds(step.value.type, step.steps)
         inner = step.callee or step.body
@@ -51,12 +51,12 @@ class Costs:
         return total + (self.ring(step.node, step.reads, step.ring) if step.ring else 0.0)
 
     def work(self, node: Node) -> float:
-        """Seconds that a node takes on one device."""
+        """Return the seconds that a node takes on one device."""
         cost = node_cost(node, self.sizes)
         return self.machine.seconds(cost.flops, cost.bytes)
 
     def ring(self, node: Node, reads: Sequence[MeshPlacement | None], over: SubAxes) -> float:
-        """Seconds in which keys and values pass around, if nothing is done meanwhile."""
+        """Return the seconds in which keys and values pass around, without overlap."""
         found = 0.0
         for value, placed in zip(node.operands[1:3], reads[1:3], strict=True):
             if value is not None and placed is not None:
@@ -65,5 +65,5 @@ class Costs:
         return found
 
     def seconds(self, type: Type, steps: Sequence[PlacementStep]) -> float:
-        """What the steps cost."""
+        """Return the cost of steps in seconds."""
         return sum(seconds_of(type, step, self.sizes, self.mesh, self.machine) for step in steps)

@@ -1,9 +1,9 @@
-"""Between dimensions and the factors of an axis rule: how a split of one is a split of the other.
+"""Splits of dimensions as splits of the factors of an axis rule, and the reverse.
 
     heads split in `b s (h d) -> b h s d`      dimension 2, in multiples of d, and dimension 1 of the result
 
-A dimension is split by its outermost factor; an inner one is split only below outer ones of which each rank has one
-step. So 32 query heads that share 4 key heads, `(g r)`, are split over 8 ranks as g over 4 and r over 2.
+A dimension is split by its outermost factor. An inner factor is split only if each rank has a single step of the outer
+ones. So 32 query heads that share 4 key heads, `(g r)`, are split over 8 ranks as g over 4 and r over 2.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Shares = Mapping[str, Share]
 
 
 def factor_shares(application: Application, dim: AxisDim, split: Split) -> dict[str, Share] | None:
-    """The factors that a split of a dimension splits; None where it cuts through one, or the dimension has none."""
+    """Return the factors that a split of a dimension splits; None if it cuts through one, or the dimension has none."""
     sizes = [application.dims[name].size for name in dim.factors]
     whole = product(sizes)
     equal = split.normal(whole).grain == ONE and _is_even(whole, ways(split.over))
@@ -53,7 +53,9 @@ def factor_shares(application: Application, dim: AxisDim, split: Split) -> dict[
 
 
 def dim_split(application: Application, dim: AxisDim, shares: Shares) -> Split | bool | None:
-    """The split of a dimension that splits of its factors are; False where its parts would not be in one piece."""
+    """Return the split of a dimension that follows from splits of its factors; False if its parts would not be
+    contiguous.
+    """
     over: SubAxes = ()
     grain = ONE
     is_open = True
@@ -74,10 +76,10 @@ def _is_even(size: Size, count: int) -> bool:
 
 
 def _prefix(parts: SubAxes, count: int) -> SubAxes:
-    """The first parts that make exactly this many ways, or none."""
+    """Return the leading parts whose sizes multiply to exactly this count, or no parts."""
     return next((parts[:n] for n in range(1, len(parts) + 1) if ways(parts[:n]) == count), ())
 
 
 def locate(dims: Sequence[AxisDim] | None, name: str) -> bool:
-    """Whether an operand or result with these dimensions holds a factor."""
+    """Return True if an operand or result with these dimensions has a factor."""
     return any(name in dim.factors for dim in dims or ())

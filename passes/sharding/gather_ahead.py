@@ -1,4 +1,4 @@
-"""Weights that are stored in parts are gathered ahead: those of a layer while the layer before it computes."""
+"""Prefetching of weights that are stored in parts: gather a layer's weights while the layer before it computes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from treadle.passes.framework.pass_log import PassRecord
 class GatherAhead(Pass):
     """a = h(x, u); b = h(a, v)   -->   start_gather(u); start_gather(v); a = h(x, u); b = h(a, v)
 
-    of a function h that gathers its weight: it then waits for what has begun (`ahead=True`). So the gathers of a call
-    run while the call before computes, and one call's at most, since what is gathered takes memory. Those of the first
-    call begin where ranks have met the last time before it.
+    for a function h that gathers its weight: h then waits for the gather that was started (`ahead=True`). So the
+    gathers of a call run while the previous call computes. At most one call's gathers are in flight, since gathered
+    weights take memory. The gathers of the first call start after the last collective before it.
 
-    Refuses: gathers of what is not made of one weight alone; of weights in blocks; functions that are called by others
-    than `main`.
+    Refuses: gathers of values that are not derived from one weight alone; quantized weights; functions that are called
+    by functions other than `main`.
     """
 
     def run_graph(self, graph: Graph, log: PassRecord) -> int:
@@ -47,7 +47,9 @@ class GatherAhead(Pass):
 
 
 def bytes_ahead(program: Graph, sizes: Mapping[str, int]) -> int:
-    """Bytes of what is gathered ahead for one call, and of keys and values that pass around meanwhile, at most."""
+    """Return the peak bytes of weights prefetched for one call, and of keys and values that pass around at the same
+    time.
+    """
     functions = program.functions.values()
     gathered = [
         sum(n.results[0].type.bytes_at(sizes) for n in f.nodes if isinstance(n.op, AllGather) and n.op.ahead)
@@ -57,7 +59,9 @@ def bytes_ahead(program: Graph, sizes: Mapping[str, int]) -> int:
 
 
 def _most_passed(function: Function, sizes: Mapping[str, int]) -> int:
-    """Bytes of what a rank sends and receives at once while keys pass around: the most of what has begun together."""
+    """Return the peak bytes that a rank sends and receives at once while keys pass around, over sends in flight
+    together.
+    """
     passed = [n for n in function.nodes if isinstance(n.op, PassOn) and n.op.ahead]
     there = {node.inputs[0]: sum(v.type.bytes_at(sizes) for v in (*node.inputs, *node.results)) for node in passed}
     most = now = 0
@@ -71,7 +75,7 @@ def _most_passed(function: Function, sizes: Mapping[str, int]) -> int:
 
 
 _Gather = tuple[Node, list[Node]]
-"""A gather in a function, and the nodes that make what it gathers of a weight."""
+"""A gather in a function, and the nodes that derive its operand from a weight."""
 
 
 def _gathers(function: Function) -> Iterator[_Gather]:
@@ -94,7 +98,7 @@ def _source(gather: _Gather) -> Value:
 
 
 def _weights(call: Node, graph: Graph, gathers: dict[str, list[_Gather]]) -> Iterator[Value]:
-    """What a call passes for the weights that its function gathers."""
+    """Yield the arguments of a call for the weights that its function gathers."""
     callee = graph.callee(call)
     assert callee is not None
     passed = dict(zip(callee.arguments, call.inputs, strict=True))
@@ -103,13 +107,13 @@ def _weights(call: Node, graph: Graph, gathers: dict[str, list[_Gather]]) -> Ite
 
 
 def _last_meeting(main: Function, before: int) -> int:
-    """The place after the last node before a place in which ranks meet."""
+    """Return the index after the last collective before an index."""
     met = [at for at, node in enumerate(main.nodes[:before]) if node.op.meets_ranks]
     return met[-1] + 1 if met else 0
 
 
 def _started(graph: Graph, call: Node, gathers: list[_Gather]) -> Iterator[Node]:
-    """The nodes that begin the gathers of a call, in the order in which they are waited for."""
+    """Yield the nodes that start the gathers of a call, in the order in which the gathers are awaited."""
     main, b = graph.main, Builder(graph)
     count = len(main.nodes)
     for gather, weight in zip(gathers, _weights(call, graph, {call.op.callee or "": gathers}), strict=True):

@@ -1,4 +1,4 @@
-"""The values of a function while it is planned: in which placements each can be had, and what another one costs."""
+"""The values of a function during planning: the placements in which each is available, and the costs of others."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from treadle.passes.sharding.reasons import TermsOrigin, reason_for
 from treadle.passes.sharding.wanted import Wanted
 
 GATHERED_WEIGHT = 1e6
-"""Seconds that it counts to gather a weight that was asked to be split: no other cost outweighs it."""
+"""Cost in seconds of gathering a weight that was requested to be split: it outweighs every other cost."""
 
 Conversion = tuple[Value, MeshPlacement, MeshPlacement, tuple[PlacementStep, ...]]
-"""A value, where it lies, where it is to lie, and the steps between."""
+"""A value, its placement, its new placement, and the steps between them."""
 
 
 class PlacedValues:
-    """What is known of the values of one function.
+    """The state of the values of one function.
 
-    had      the placements in which each value can be had, in the order in which it got there
-    held     how arguments come, and what is made of one weight alone, which is held as it is
-    called   of what is made of a weight, and of a body's weights: what the weight is called
-    origins  of values that are terms of a sum: who made them so
+    had      the placements in which each value is available, in the order in which it got them
+    held     the placements of arguments, and of values derived from one weight, which keep the weight's placement
+    called   for values derived from a weight, and for weights of a body: the weight's name
+    origins  for partial values: the nodes that made them partial
     """
 
     def __init__(self, costs: Costs, wanted: Wanted) -> None:
@@ -36,11 +36,11 @@ class PlacedValues:
         self.origins: dict[Value, TermsOrigin] = {}
 
     def versions(self, value: Value) -> list[MeshPlacement]:
-        """The placements in which a value can be had; a constant is everywhere whole."""
+        """Return the placements in which a value is available; a constant is whole everywhere."""
         return self.had.setdefault(value, [MeshPlacement.whole(value.type.rank)])
 
     def conversion_to(self, value: Value, target: MeshPlacement) -> Conversion:
-        """The cheapest way to a placement."""
+        """Return the cheapest conversion to a placement."""
         found: list[tuple[float, int, MeshPlacement, tuple[PlacementStep, ...]]] = []
         for source in self.versions(value):
             steps = conversion(value.type.shape, source, target)
@@ -58,7 +58,7 @@ class PlacedValues:
         return cost
 
     def combined(self, value: Value) -> MeshPlacement:
-        """Where terms of a sum go when they must be combined: split as wished, or whole."""
+        """Return the placement in which a partial value is combined: split as wished, or whole, at the least cost."""
         now = self.versions(value)[0]
         targets = [MeshPlacement(now.dims)]
         for wish in self.wanted.of(value):
@@ -68,7 +68,7 @@ class PlacedValues:
         return targets[costs.index(min(costs))]
 
     def moved(self, wanted: Sequence[Conversion], reader: Node) -> Iterator[Move]:
-        """Do conversions: each is said once, and what it gives can be had from then on."""
+        """Yield the moves of conversions: each is yielded once, and its target is available from then on."""
         for value, source, target, steps in wanted:
             if target in self.versions(value):
                 continue
@@ -82,18 +82,18 @@ class PlacedValues:
             yield Move(value, source, target, steps, tuple(reasons), at)
 
     def weight_of(self, node: Node) -> Value | None:
-        """The weight that a node reads and nothing else."""
+        """Return the weight that a node reads, if the node has no other input."""
         held = self.held.get(node.inputs[0]) if len(node.inputs) == 1 else None
         return node.inputs[0] if held is not None and held.is_weight else None
 
     def is_narrowing(self, node: Node) -> bool:
-        """Whether a node makes fewer bytes of one weight, so that it does that with parts before they are gathered."""
+        """Return True if a node makes a weight smaller, so that it runs on parts before they are gathered."""
         weight = self.weight_of(node)
         made = sum(v.type.bytes_at(self.costs.sizes) for v in node.results)
         return weight is not None and made < weight.type.bytes_at(self.costs.sizes)
 
     def to_come(self, value: Value, placed: MeshPlacement) -> float:
-        """What it will cost to combine terms."""
+        """Return the cost of combining a partial value later."""
         if not placed.partial:
             return 0.0
         steps = conversion(value.type.shape, placed, MeshPlacement(placed.dims))

@@ -1,13 +1,13 @@
-"""The plan of a sharded graph: where every value lies on a mesh, and which collectives that takes and why.
+"""The plan of a sharded graph: the placement of every value on a mesh, and the collectives with their reasons.
 
-A plan is frozen. It belongs to a graph, whose functions it holds once for each way in which they are called:
+A plan is frozen. It belongs to a graph. It has a planned function for each way in which a function is called:
 
-    PlannedFunction   where its arguments lie, its nodes in order, where its results lie
-    PlannedNode       which factors of its rule are split, what moves before it, how operands are read, results given
-    Move              a value that is wanted in another placement: the steps, the reason, and who is the reason
-    PlannedPipeline   which ranks do which steps of `main`, where its layers lie on ranks in turn
+    PlannedFunction   the placements of its arguments, its nodes in order, the placements of its results
+    PlannedNode       the split factors of its rule, the moves before it, the placements of operands and results
+    Move              a conversion of a value to another placement: the steps, their reasons, and the node to report
+    PlannedPipeline   the assignment of steps of `main` to ranks, if its layers are stages
 
-`treadle.passes.sharding.planning` makes it, `checking` checks it, `rank_programs` applies it.
+`treadle.passes.sharding.planning` builds it, `checking` checks it, `rank_programs` applies it.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from treadle.passes.sharding.conversions import (
 from treadle.passes.sharding.factors import Share
 
 Item = tuple[Value, MeshPlacement]
-"""A value as it lies."""
+"""A value in a placement."""
 
 
 def is_everywhere(item: Item) -> bool:
-    """Return True for a whole constant, which every rank has; a part of one is taken by a move."""
+    """Return True for a whole constant, which every rank has. A part of a constant is taken by a move."""
     value, placed = item
     return value.literal is not None and not placed.used
 
 
 @dataclass(frozen=True)
 class Move:
-    """A value in another placement than it has.
+    """A conversion of a value to another placement.
 
-    because  the reason, for each step that sends
-    at       the node whose place in the model is the reason's: the one that makes the value, or that reads it
+    because  the reason of each step that sends
+    at       the node that the reason belongs to: the one that makes the value, or the one that reads it
     """
 
     value: Value
@@ -58,32 +58,32 @@ class Move:
 
     @property
     def needs(self) -> tuple[Item, ...]:
-        """What it reads, but for whole constants."""
+        """Items that the move reads; empty for a whole constant."""
         item = self.value, self.source
         return () if is_everywhere(item) else (item,)
 
     @property
     def makes(self) -> tuple[Item, ...]:
-        """What it gives."""
+        """Items that the move makes."""
         return ((self.value, self.target),)
 
 
 def ring_reason(node: Node) -> str:
-    """Why keys and values pass around."""
-    return f"{node.op.name} sees all keys, which ranks have in parts"
+    """Return the reason why keys and values pass around."""
+    return f"{node.op.name} needs all keys, and ranks have parts of them"
 
 
 @dataclass(frozen=True)
 class PlannedNode:
     """One node.
 
-    shares  the factors of its axis rule that are split
-    moves   what is done before it
-    reads   how each operand lies that it reads; None where it is absent
-    gives   how each result lies
-    ring    parts of mesh axes around which keys pass, of attention whose queries and keys are split over them
-    body    of a composite that works on parts of an axis which it needs whole: its body, planned
-    callee  of a call: its function, planned
+    shares  the split factors of its axis rule
+    moves   the moves before it
+    reads   the placement of each operand; None for an absent operand
+    gives   the placement of each result
+    ring    for attention with split queries and keys: the parts of mesh axes around which keys pass
+    body    for a composite that works on parts of an axis although its rule needs it whole: its body, planned
+    callee  for a call: its function, planned
     """
 
     node: Node
@@ -97,7 +97,7 @@ class PlannedNode:
 
     @property
     def needs(self) -> tuple[Item, ...]:
-        """What it reads, each once, but for whole constants."""
+        """Items that the node reads, each once, without whole constants."""
         held = [v for v in self.node.operands if v is not None] if self.callee is not None else self.node.operands
         pairs = zip(held, self.reads, strict=True)
         found = [(v, p) for v, p in pairs if v is not None and p is not None]
@@ -105,16 +105,16 @@ class PlannedNode:
 
     @property
     def makes(self) -> tuple[Item, ...]:
-        """What it gives."""
+        """Items that the node makes."""
         return tuple(zip(self.node.results, self.gives, strict=True))
 
 
 @dataclass(frozen=True)
 class PlannedFunction:
-    """A function, as it is called with arguments that lie so.
+    """A function, planned for arguments with these placements.
 
-    name   its name in the programs of ranks: its own, numbered where it is called in several ways
-    moves  what is done at the end, with its results
+    name   its name in the programs of ranks: its own, with a number if it is called in several ways
+    moves  the moves of its results, at the end
     """
 
     name: str
@@ -126,7 +126,7 @@ class PlannedFunction:
 
     @property
     def steps(self) -> tuple[Move | PlannedNode, ...]:
-        """All that it does, in order: the moves before a node, the node, ..., the moves at the end."""
+        """All steps in order: for each node, its moves and then the node; at the end, the moves of results."""
         found: list[Move | PlannedNode] = []
         for node in self.nodes:
             found += [*node.moves, node]
@@ -134,18 +134,18 @@ class PlannedFunction:
 
 
 def made_items(planned: PlannedFunction) -> list[Item]:
-    """All that its steps give, each once, in order."""
+    """Return all items that the steps make, each once, in order."""
     return list(dict.fromkeys(item for step in planned.steps for item in step.makes))
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What the ranks at one place of a pipeline do with each micro-batch.
+    """The work of the ranks of one stage of a pipeline for each micro-batch.
 
-    steps     of `main`, by their numbers, in order
-    receives  what the stage before hands on
-    weights   the names of the weights that it reads, which these ranks hold and no others
-    outputs   the names of the outputs that it gives
+    steps     the indices of its steps in `main`, in order
+    receives  the items that the previous stage sends
+    weights   the names of the weights that it reads; its ranks hold no others
+    outputs   the names of the outputs that it computes
     """
 
     steps: tuple[int, ...]
@@ -156,10 +156,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class PlannedPipeline:
-    """`main` in stages, each on ranks of its own, through which micro-batches go one after another.
+    """`main` in stages, each on its own ranks. Micro-batches pass through the stages one after another.
 
-    over   the mesh axis of stages, along which nothing else lies
-    turns  the mesh axis of micro-batches: the last one, which is one of time. Each rank takes its positions in turn
+    over   the mesh axis of stages; no value is split along it
+    turns  the mesh axis of micro-batches: the last axis, one of time. Each rank processes all its positions in order
     """
 
     over: str
@@ -168,18 +168,18 @@ class PlannedPipeline:
 
 
 def hand_on_reason(number: int) -> str:
-    """Why a value is handed on to a stage."""
-    return f"stage {number} goes on from what stage {number - 1} made"
+    """Return the reason why a value is sent to a stage."""
+    return f"stage {number} reads results of stage {number - 1}"
 
 
 @dataclass(frozen=True)
 class PlannedCollective:
-    """A collective as it runs.
+    """A collective of a run.
 
-    scope    where: the full scope of the reason
-    times    how often in one run of `main`
-    payload  bytes it is about, sent: bytes that a rank sends; seconds: at least; each of one time
-    ranks    how many ranks send so
+    scope    the full scope of the node that it belongs to
+    times    the number of times that it runs in one run of `main`
+    payload  bytes of the value; sent: bytes that a rank sends; seconds: minimum time; each for one execution
+    ranks    the number of ranks that send these bytes
     """
 
     op: str
@@ -198,15 +198,15 @@ class PlannedCollective:
 
 @dataclass(frozen=True)
 class ShardingPlan:
-    """Where everything of a graph lies on a mesh.
+    """The placement of everything in a graph on a mesh.
 
-    mesh       of ranks; where there is a pipeline, with an axis of micro-batches as its last
-    axes       what was asked: axes by name, with the mesh axes that split them
-    stored     weights that lie in more parts than they are used in, with the mesh axes of these
+    mesh       the mesh of ranks; with a pipeline, its last axis is an axis of micro-batches
+    axes       the request: axes by name, with the mesh axes that split them
+    stored     weights that are stored in more parts than they are used in, with the mesh axes of these parts
     weights    the placement in which each weight is stored
     functions  the planned functions, callees first; the last is `main`
-    notes      what is not as asked, in words
-    sizes      of the symbols, for which costs are told
+    notes      descriptions of requests that could not be met
+    sizes      the sizes of the symbols at which costs are reported
     """
 
     graph: Graph = field(repr=False)
@@ -238,7 +238,7 @@ class ShardingPlan:
 
     @property
     def gives(self) -> tuple[MeshPlacement, ...]:
-        """How outputs lie on the ranks that give them, when all micro-batches are done."""
+        """The placements of outputs on the ranks that compute them, after all micro-batches."""
         turns = set(self.turns)
         found = []
         for placed in self.main.gives:
@@ -248,26 +248,26 @@ class ShardingPlan:
         return tuple(found)
 
     def stage_at(self, rank: int) -> int:
-        """The number of the stage that a rank is of; 0 without a pipeline."""
+        """Return the index of a rank's stage; 0 without a pipeline."""
         if self.pipeline is None:
             return 0
         return self.devices.index(rank, self.devices.parts_of(self.pipeline.over))
 
     def holds_output(self, rank: int, name: str) -> bool:
-        """Whether a rank gives an output, or a part of it."""
+        """Return True if a rank computes an output, or a part of it."""
         return self.pipeline is None or name in self.pipeline.stages[self.stage_at(rank)].outputs
 
     def weights_at(self, rank: int) -> tuple[str, ...]:
-        """The names of the weights of which a rank holds parts."""
+        """Return the names of the weights that a rank holds parts of."""
         return tuple(self.weights) if self.pipeline is None else self.pipeline.stages[self.stage_at(rank)].weights
 
     def times_of(self, items: Iterable[Item]) -> int:
-        """How often is done what reads or gives these: for each micro-batch, or once."""
+        """Return the number of times that a step with these items runs: once per micro-batch, or once."""
         turns = self.turns
         return ways(turns) if any(set(turns).intersection(placed.used) for _, placed in items) else 1
 
     def collectives(self) -> list[PlannedCollective]:
-        """All that run, each as often as it does: once for each call."""
+        """Return all collectives of a run, one entry for each call."""
         if self.pipeline is None:
             return list(self._run(self.main, "", None))
         found: list[PlannedCollective] = []
@@ -280,7 +280,7 @@ class ShardingPlan:
         return found
 
     def _run(self, planned: PlannedFunction, scope: str, within: Node | None) -> Iterator[PlannedCollective]:
-        """Those of a function; of a body they are the composite's."""
+        """Yield the collectives of a function; collectives of a body belong to the composite."""
         for step in planned.steps:
             yield from self._stepped(step, scope, within)
 
@@ -297,7 +297,7 @@ class ShardingPlan:
 
     @property
     def _together(self) -> int:
-        """How many ranks do the same steps."""
+        """The number of ranks that do the same steps."""
         return self.devices.ranks // (1 if self.pipeline is None else len(self.pipeline.stages))
 
     def _moved(self, move: Move, scope: str, within: Node | None) -> Iterator[PlannedCollective]:
@@ -321,7 +321,7 @@ class ShardingPlan:
                 )
 
     def _passed(self, planned: PlannedNode, scope: str, at: Node) -> Iterator[PlannedCollective]:
-        """Keys and values, which each rank passes to the next until all have had all."""
+        """Yield the passes of keys and values: each rank passes them to the next until every rank has seen all."""
         node, count = planned.node, ways(planned.ring)
         for value, placed in zip(node.operands[1:3], planned.reads[1:3], strict=True):
             assert value is not None
@@ -330,14 +330,14 @@ class ShardingPlan:
             yield from [self._sent(met, (value, placed), joined_scope(scope, at.scope), at)] * (count - 1)
 
     def _handed(self, pipeline: PlannedPipeline, number: int, item: Item) -> PlannedCollective:
-        """What a stage gets of the one before."""
+        """Return the send of an item to a stage from the stage before it."""
         node = item[0].node
         over = self.mesh.parts_of(pipeline.over)
         met = HandOn.name, over, len(pipeline.stages), hand_on_reason(number)
         return self._sent(met, item, "" if node is None else node.scope, node)
 
     def _sent(self, met: tuple[str, SubAxes, int, str], item: Item, scope: str, at: Node | None) -> PlannedCollective:
-        """All of a part, which one rank sends to another."""
+        """Return the collective in which one rank sends its whole part to another rank."""
         (op, over, count, because), (value, placed) = met, item
         sent = bytes_of(value.type, placed, self.sizes)
         seconds = seconds_to_pass(value.type, placed, self.sizes, over, self.mesh, self.machine)
@@ -351,11 +351,11 @@ class ShardingPlan:
         return plan_text(self)
 
     def weight_part(self, name: str) -> float:
-        """Bytes of a rank's part of a weight, on average."""
+        """Return the bytes of a rank's part of a weight, on average."""
         return self.graph.parameters[name].type.bytes_at({}) / ways(self.weights[name].used)
 
     def weight_bytes(self) -> float:
-        """Bytes of weights that one device holds, on average."""
+        """Return the bytes of weights that one device holds, on average."""
         if self.pipeline is None:
             return sum(map(self.weight_part, self.weights))
         stages = self.pipeline.stages

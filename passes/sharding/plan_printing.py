@@ -35,7 +35,9 @@ _TURNS_SHOWN = 16
 
 
 def plan_text(plan: ShardingPlan) -> str:
-    """The whole plan: what was asked, where weights lie, every function, and the collectives by reason."""
+    """Return the whole plan as text: the request, placements of weights, every function, and the collectives by
+    reason.
+    """
     asked = ", ".join(f"{name} over {over}" for name, over in plan.axes.items())
     lines = [f"sharding of {plan.graph.name} over {plan.mesh}, {plan.devices.ranks} ranks, {plan.recipe}: {asked}"]
     if plan.stored:
@@ -50,7 +52,7 @@ def plan_text(plan: ShardingPlan) -> str:
 
 
 def collective_lines(plan: ShardingPlan) -> list[str]:
-    """The collectives of one run, those of one reason together."""
+    """Return lines that list the collectives of one run, grouped by reason."""
     found = grouped_collectives(plan)
     sizes = ", ".join(f"{s}={n}" for s, n in sorted(plan.sizes.items()))
     if not found:
@@ -61,38 +63,38 @@ def collective_lines(plan: ShardingPlan) -> list[str]:
         lines.append(
             f"  {each.times:3} x {each.op} over {each.over}: {each.because}, {_megabytes(each.sent)}  ({place})"
         )
-    if plan.pipeline is not None:  # of which a rank sends those of its stage
+    if plan.pipeline is not None:  # a rank sends only those of its stage
         sent = sum(c.times * c.sent * c.ranks for c in found)
-        return [*lines, f"  in all {_megabytes(sent)} sent by all ranks together"]
+        return [*lines, f"  total: {_megabytes(sent)} sent by all ranks"]
     sent, seconds = (sum(n) for n in zip(*((c.times * c.sent, c.times * c.seconds) for c in found), strict=True))
-    return [*lines, f"  in all {_megabytes(sent)} sent a rank, {seconds * 1e3:.3f} ms at least"]
+    return [*lines, f"  total: {_megabytes(sent)} sent per rank, at least {seconds * 1e3:.3f} ms"]
 
 
 def pipeline_lines(plan: ShardingPlan, pipeline: PlannedPipeline) -> list[str]:
-    """The stages, who computes which micro-batch when, and how long ranks wait."""
+    """Return lines that list the stages, the schedule of micro-batches, and the share of time in which ranks wait."""
     count, turns = len(pipeline.stages), plan.times_of(made_items(plan.main))
-    lines = [f"stages over {pipeline.over}, through which {turns} micro-batches go one after another"]
+    lines = [f"stages over {pipeline.over}; {turns} micro-batches pass through them in order"]
     for number, stage in enumerate(pipeline.stages):
         held = sum(map(plan.weight_part, stage.weights))
-        lines.append(f"  stage {number}: {stage_places(plan, stage)}, {_megabytes(held)} of weights a rank")
+        lines.append(f"  stage {number}: {stage_places(plan, stage)}, {_megabytes(held)} of weights per rank")
         if stage.receives:
             handed = ", ".join(value.name for value, _ in stage.receives)
             bytes = sum(bytes_of(value.type, placed, plan.sizes) for value, placed in stage.receives)
-            lines.append(f"    goes on from {handed}: {_megabytes(bytes)} a micro-batch")
+            lines.append(f"    receives {handed}: {_megabytes(bytes)} per micro-batch")
     shown = min(turns, _TURNS_SHOWN)
     wide = len(str(shown - 1)) + 1
     lines.append(
-        f"  micro-batches by time, if stages take equally long{'' if shown == turns else f', the first {shown}'}"
+        f"  timeline of micro-batches, if stages take equal times{'' if shown == turns else f', the first {shown}'}"
     )
     for number in range(count):
         row = [""] * number + [str(turn) for turn in range(shown)] + [""] * (count - 1 - number)
         lines.append(f"    stage {number}".ljust(14) + "".join((cell or ".").rjust(wide) for cell in row))
     waits = (count - 1) / (turns + count - 1)
-    return [*lines, f"  ranks wait {waits:.0%} of the time, if stages take equally long"]
+    return [*lines, f"  ranks wait {waits:.0%} of the time, if stages take equal times"]
 
 
 def stage_places(plan: ShardingPlan, stage: Stage) -> str:
-    """The calls of a stage, and else what it begins and ends with: `h.0 to h.5`."""
+    """Return the calls of a stage, or if it has none, its first and last node: `h.0 to h.5`."""
     steps = plan.main.steps
     nodes = [step.node for step in (steps[at] for at in stage.steps) if isinstance(step, PlannedNode)]
     named = list(dict.fromkeys(node.scope or node.op.name for node in nodes if not node.op.is_view)) or ["nothing"]
@@ -100,7 +102,7 @@ def stage_places(plan: ShardingPlan, stage: Stage) -> str:
 
 
 def grouped_collectives(plan: ShardingPlan) -> list[PlannedCollective]:
-    """Collectives of one reason at one line as one, its scope with `*` for the numbers of repeated blocks."""
+    """Return collectives grouped by reason and source line; in scopes, `*` replaces the numbers of repeated blocks."""
     groups: dict[PlannedCollective, int] = {}
     for each in plan.collectives():
         alike = replace(each, scope=re.sub(r"\.\d+(?=\.|$)", ".*", each.scope))
@@ -109,7 +111,7 @@ def grouped_collectives(plan: ShardingPlan) -> list[PlannedCollective]:
 
 
 def plan_json(plan: ShardingPlan) -> dict[str, Any]:
-    """The plan as JSON: its record, and what follows from it."""
+    """Return the plan as JSON: its record, and values derived from it."""
     return {
         **plan_record(plan),
         "collectives": [
@@ -133,10 +135,10 @@ def plan_json(plan: ShardingPlan) -> dict[str, Any]:
 
 
 def plan_record(plan: ShardingPlan) -> dict[str, Any]:
-    """All that a plan says of its graph, which `plan_reading` reads: placements as `parse_placement` takes them.
+    """Return the record of a plan, which `plan_reading` reads: placements are in the form of `parse_placement`.
 
-    Values have the names of the graph's text; a value that moves is also told as an operand of the node that it moves
-    for, or as a result of the function. `at` is a node of the function, by its number.
+    Values have their names in the graph's text. A value that moves is also identified as an operand of the node that it
+    moves for, or as a result of the function. `at` is a node of the function, by its index.
     """
     return {
         "graph": plan.graph.name,
@@ -154,7 +156,7 @@ def plan_record(plan: ShardingPlan) -> dict[str, Any]:
 
 
 def _pipeline_json(plan: ShardingPlan, pipeline: PlannedPipeline) -> dict[str, Any]:
-    """Stages by numbers: of steps of `main`, and of what these make."""
+    """Return the stages as indices: of steps of `main`, and of the items that the steps make."""
     numbers = {item: number for number, item in enumerate(made_items(plan.main))}
     return {
         "over": pipeline.over,
@@ -172,7 +174,7 @@ def _pipeline_json(plan: ShardingPlan, pipeline: PlannedPipeline) -> dict[str, A
 
 
 def plan_hash(plan: ShardingPlan) -> str:
-    """What tells two plans apart, which ranks compare: a hash of `plan_json`."""
+    """Return a hash of `plan_json`. Ranks compare it to verify that they have the same plan."""
     return sha256(json.dumps(plan_json(plan), sort_keys=True).encode()).hexdigest()
 
 
@@ -230,7 +232,7 @@ def _node_lines(
 def _move_lines(
     plan: ShardingPlan, moves: Sequence[Move], names: Mapping[Value, str], indent: str, within: Node | None = None
 ) -> Iterator[str]:
-    """Moves; those in a body stand at the composite's line."""
+    """Yield the lines of moves; for moves in a body, the place is the composite's."""
     for move in moves:
         at = within or move.at
         reasons = iter(move.because)
@@ -264,7 +266,7 @@ def _function_json(plan: ShardingPlan, planned: PlannedFunction) -> dict[str, An
 
 
 class _FactsOf:
-    """One function, or a composite's body."""
+    """The JSON of one function, or of a composite's body."""
 
     def __init__(self, plan: ShardingPlan, names: Mapping[Value, str], function: Function) -> None:
         self.plan, self.names = plan, names
@@ -274,7 +276,7 @@ class _FactsOf:
         return [None if p is None else p.text(self.plan.mesh) for p in placements]
 
     def content(self, planned: PlannedFunction) -> dict[str, Any]:
-        """Its nodes, and what is done at its end."""
+        """Return a function's nodes, and the moves at its end."""
         return {
             "nodes": [self.node(each) for each in planned.nodes],
             "moves": self.moves(planned.moves, planned.function.results),

@@ -1,8 +1,8 @@
-"""Reads a sharding plan of a graph from its record, which `plan_printing.plan_record` writes.
+"""Read a sharding plan of a graph from its record, which `plan_printing.plan_record` writes.
 
-The record comes from a file that anyone may have written. Nothing of it is believed: what it says of values and nodes
-must be of this graph, steps are made anew from placements and must be those that it tells, and `checking` looks at the
-whole. A plan that passes is one that ranks can run, whoever made it.
+The record comes from an untrusted file. Its values and nodes must be those of this graph, steps are derived again from
+placements and must equal those in the record, and `checking` checks the whole plan. So every plan that passes can be
+run, independently of its author.
 """
 
 from __future__ import annotations
@@ -35,24 +35,22 @@ from treadle.passes.sharding.plan import (
 
 _NAME = re.compile(r"[A-Za-z_]\w{0,99}")
 _MOST_TEXT = 1000
-"""Characters of one text of a record."""
+"""Maximum number of characters of one text in a record."""
 
 
 def read_plan(record: Any, graph: Graph, *, most_ranks: int = MOST_RANKS) -> ShardingPlan:
-    """The plan that a record tells of, checked.
+    """Return the plan in a record, checked.
 
-    most_ranks  that its mesh may have: what it takes to check a plan grows with them
+    most_ranks  the largest mesh that is accepted: the cost of checking a plan grows with the mesh
 
-    Raises PassError where it is none of this graph, or is wrong.
+    Raises PassError if the plan does not belong to this graph, or is wrong.
     """
     try:
         plan = _Reader(record, graph, most_ranks).plan()
     except TreadleError as error:
         raise PassError("the sharding plan cannot be read", received=str(error.what), hint=error.hint) from error
     except (TypeError, KeyError, AttributeError, ValueError, IndexError, AssertionError, RecursionError) as error:
-        raise PassError(
-            "the sharding plan is not as it is written", received=f"{type(error).__name__}: {error}"[:200]
-        ) from error
+        raise PassError("the sharding plan is malformed", received=f"{type(error).__name__}: {error}"[:200]) from error
     try:
         check_sharding(plan)
     except PassError:
@@ -69,7 +67,7 @@ class _Reader:
         self.mesh = Mesh.of(_text(record["mesh"]))
         if self.mesh.ranks > most_ranks:
             raise PassError(
-                f"a mesh of {self.mesh.ranks:,} ranks is past the limit", hint=f"plan_ranks={self.mesh.ranks}"
+                f"a mesh of {self.mesh.ranks:,} ranks is over the limit", hint=f"plan_ranks={self.mesh.ranks}"
             )
         self.placements: dict[str, MeshPlacement] = {}
         self.functions: dict[str, PlannedFunction] = {}
@@ -86,10 +84,10 @@ class _Reader:
             raise ValueError("the last function is not main")
         sizes = {_text(name): _count(size) for name, size in record["sizes"].items()}
         if sizes.keys() != self.graph.symbols.keys() or any(n not in self.graph.symbols[s] for s, n in sizes.items()):
-            raise ValueError("its sizes are not those of the graph's symbols")
+            raise ValueError("its sizes do not match the graph's symbols")
         weights = {_text(name): self.placed(text) for name, text in record["weights"].items()}
         if weights.keys() != self.graph.parameters.keys():
-            raise ValueError("its weights are not those of the graph")
+            raise ValueError("its weights do not match the graph's")
         axes = {
             _text(name): self.mesh.text_of(self.mesh.parts_of(_text(over))) for name, over in record["axes"].items()
         }
@@ -130,7 +128,7 @@ class _Reader:
     def function(self, said: Mapping[str, Any], name: str, function: Function) -> PlannedFunction:
         takes, gives = (tuple([self.placed(text) for text in _list(said[key])]) for key in ("takes", "gives"))
         if (len(takes), len(gives)) != (len(function.arguments), len(function.results)):
-            raise ValueError(f"{name} takes {len(takes)} and gives {len(gives)} values")
+            raise ValueError(f"{name} takes {len(takes)} and returns {len(gives)} values")
         return self.content(said, name, function, takes, gives)
 
     def content(
@@ -143,19 +141,19 @@ class _Reader:
     ) -> PlannedFunction:
         nodes = _list(said["nodes"])
         if len(nodes) != len(function.nodes):
-            raise ValueError(f"{name} has {len(function.nodes)} nodes, and {len(nodes)} are told")
+            raise ValueError(f"{name} has {len(function.nodes)} nodes, but the record has {len(nodes)}")
         made = tuple([self.node(each, node, function) for each, node in zip(nodes, function.nodes, strict=True)])
         moves = self.moves(said["moves"], function.results, function)
         return PlannedFunction(name, function, tuple(takes), made, moves, tuple(gives))
 
     def node(self, said: Mapping[str, Any], node: Node, function: Function) -> PlannedNode:
         if said["op"] != node.op.name:
-            raise ValueError(f"{_text(said['op'])[:80]} is told of {node.op.name}")
+            raise ValueError(f"{node.op.name} is recorded as {_text(said['op'])[:80]}")
         reads = tuple([None if text is None else self.placed(text) for text in _list(said["reads"])])
         gives = tuple([self.placed(text) for text in _list(said["gives"])])
         held = [v for v in node.operands if v is not None] if node.op.callee is not None else node.operands
         if (len(reads), len(gives)) != (len(held), len(node.results)):
-            raise ValueError(f"{node.op.name} reads {len(reads)} and gives {len(gives)} values")
+            raise ValueError(f"{node.op.name} reads {len(reads)} and returns {len(gives)} values")
         callee = body = None
         if node.op.callee is not None:
             callee = self.functions[_text(said["callee"])]
@@ -182,7 +180,7 @@ class _Reader:
         for name, text in said.items():
             (split,) = self.placed(f"[{_text(text)}]").dims
             if split is None:
-                raise ValueError(f"factor {name} is split over nothing")
+                raise ValueError(f"factor {name} is split over no mesh axis")
             found[_text(name)] = Share(split.over, split.grain)
         return found
 
@@ -192,12 +190,12 @@ class _Reader:
     def move(self, said: Mapping[str, Any], among: Sequence[Value | None], function: Function) -> Move:
         value = among[_count(said["operand"], least=0)]
         if value is None:
-            raise ValueError("what is absent moves")
+            raise ValueError("an absent operand moves")
         source, target = self.placed(said["source"]), self.placed(said["target"])
         steps = conversion(value.type.shape, source, target)
         told = [(s.kind.word, self.mesh.text_of(s.over), s.dim, s.onto) for s in steps]
         if told != [(each["kind"], each["over"], each["dim"], each["onto"]) for each in _list(said["steps"])]:
-            raise ValueError(f"other steps lead {value.name} from {said['source']} to {said['target']}")
+            raise ValueError(f"the recorded steps do not lead {value.name} from {said['source']} to {said['target']}")
         because = tuple([_text(reason) for reason in _list(said["because"])])
         return Move(value, source, target, steps, because, function.nodes[_count(said["at"], least=0)])
 
@@ -209,7 +207,7 @@ def _machine(said: Mapping[str, Any]) -> Machine:
         if each.name == "node":
             value = _count(value)
         elif isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value) or value < 0:
-            raise ValueError(f"{each.name} is no rate")
+            raise ValueError(f"{each.name} is not a finite rate of 0 or more")
         found[each.name] = value
     machine = Machine(**found)
     if min(machine.flops, machine.bandwidth, machine.fast, machine.slow) <= 0:

@@ -1,14 +1,14 @@
-"""Makes a sharding plan: walks a graph once, and takes for each node the way of splitting it that costs least.
+"""Build a sharding plan: walk a graph once, and select for each node the split with the least cost.
 
-The ways are not listed by op. Operands that are split already, and wishes for operands and results, suggest factors of
-the node's axis rule; each part of the mesh takes one of those suggested, or none, or passes terms of a sum through.
-What that needs and gives is `transfer.requirement`. Its cost in seconds is the work of the node on one device, the
-steps that bring operands to their placements, and for terms of a sum the all-reduce to come. So where two suggestions
-contend for one mesh axis, bytes decide and not the order.
+The candidates are not listed by op. Operands that are split already, and wishes for operands and results, suggest
+factors of the node's axis rule. Each part of the mesh takes one of the suggested factors, or none, or passes partial
+sums through. `transfer.requirement` derives the placements of operands and results. The cost in seconds is the work of
+the node on one device, the steps that bring operands to their placements, and for partial values the all-reduce to
+come. So if two suggestions compete for one mesh axis, bytes decide and not their order.
 
-A value may be had in several placements: whatever it was brought to before costs nothing the next time. Terms of a sum
-are combined before they are read, unless it costs less to pass them on. A function is planned once for each way in
-which its arguments lie.
+A value may be available in several placements: a placement that it was converted to before has no further cost. Partial
+sums are combined before they are read, unless it costs less to pass them on. A function is planned once for each
+combination of placements of its arguments.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from treadle.passes.sharding.transfer import Requirement, may_split, requirement
 from treadle.passes.sharding.wanted import Wanted
 
 MOST_WAYS = 4096
-"""How many ways of splitting one node are compared; the rest are not looked at."""
+"""Maximum number of splits of one node that are compared; the others are not considered."""
 
 
 def plan_sharding(
@@ -55,12 +55,12 @@ def plan_sharding(
 
     wanted  the placements of weights, and wishes for other values
     stored  parts of the mesh along which weights are stored in parts and gathered for use
-    sizes   of the symbols, for which costs are compared
+    sizes   sizes of the symbols, at which costs are compared
 
     Raises PassError for a graph with states or several entries, SizeError for a symbol without a size.
     """
     if len(graph.entry_names) > 1 or graph.states:
-        raise PassError("what is sharded is a graph with one entry and no states", received=repr(graph))
+        raise PassError("only a graph with one entry and no states can be sharded", received=repr(graph))
     missing = sorted(set(graph.symbols) - set(sizes))
     if missing:
         raise SizeError(f"costs need a size for {', '.join(missing)}", hint=f"{missing[0]}=128")
@@ -84,7 +84,7 @@ def plan_sharding(
 
 @dataclass(frozen=True)
 class _Way:
-    """One way to compute a node, and what it costs in seconds."""
+    """One split of a node, with its cost in seconds."""
 
     seconds: float
     shares: dict[str, Share]
@@ -95,7 +95,7 @@ class _Way:
 
 
 class _Planner:
-    """Plans functions, each once for a way of calling it."""
+    """The planner of functions. Each is planned once for each combination of placements of its arguments."""
 
     def __init__(self, graph: Graph, mesh: Mesh, wanted: Wanted, machine: Machine, sizes: Mapping[str, int]) -> None:
         self.graph, self.mesh, self.wanted, self.sizes = graph, mesh, wanted, sizes
@@ -104,7 +104,7 @@ class _Planner:
         self.notes: list[str] = []
 
     def function(self, function: Function, takes: tuple[HeldArgument, ...]) -> PlannedFunction:
-        """The plan of a function of the graph whose arguments come so."""
+        """Return the plan of a function of the graph for arguments with these placements."""
         key = (function.name, takes)
         if key not in self.made:
             name, number = function.name, 1
@@ -117,14 +117,14 @@ class _Planner:
 
 
 class _Body(PlacedValues):
-    """A function while it is planned."""
+    """The state of a function during planning."""
 
     def __init__(self, planner: _Planner, function: Function, takes: tuple[HeldArgument, ...], wanted: Wanted) -> None:
         super().__init__(planner.costs, wanted)
         self.planner, self.function, self.takes = planner, function, takes
 
     def planned(self, name: str, *, terms_allowed: bool = False) -> PlannedFunction:
-        """Plan all nodes, then the results: no caller takes terms of a sum but that of a body."""
+        """Plan all nodes, then the results. Partial results are allowed only for a body."""
         for value, held in zip(self.function.arguments, self.takes, strict=True):
             self.had[value], self.held[value] = [held.placement], held
         nodes = [self._call(n) if n.op.callee is not None else self._node(n) for n in self.function.nodes]
@@ -179,11 +179,13 @@ class _Body(PlacedValues):
         planned: PlannedFunction,
         before: Mapping[object, PlannedFunction],
     ) -> tuple[PlannedFunction, HeldArgument]:
-        """The function and one argument of a call: as it comes, or brought before to where the function needs it.
+        """Return the planned function and one argument of a call, perhaps converted before the call to what the
+        function needs.
 
-        That is better where several calls read the value: an encoder's states, which every decoder layer needs whole.
+        The conversion before the call is better if several calls read the value, such as an encoder's states, which
+        every decoder layer needs whole.
 
-        before  the functions that were planned before this call was; of those planned for it, one is kept
+        before  the functions that were planned before this call; of those planned for it, one is kept
         """
         value, formal, callee = node.inputs[at], planned.function.arguments[at], planned.function
         calls = sum(value in other.inputs for other in self.function.nodes if other.op.callee == node.op.callee)
@@ -220,7 +222,7 @@ class _Body(PlacedValues):
             way = None if needed is None else self._costed(node, shares, needed)
             if way is not None and (best is None or way.seconds < best.seconds * (1 - 1e-9)):
                 best = way
-        assert best is not None  # nothing split is always a way
+        assert best is not None  # no split is always possible
         if isinstance(node.op, Composite) and any(_needs_whole(node, application, s) for s in suggestions):
             opened = self._opened(node)
             if opened.seconds < best.seconds * (1 - 1e-9):
@@ -249,7 +251,7 @@ class _Body(PlacedValues):
         suggestions: Sequence[Suggestion],
         usable: Sequence[Suggestion],
     ) -> _Way | None:
-        """The best way in which queries and keys are split alike, and keys pass around; None where there is none."""
+        """Return the best way in which queries and keys are split alike and keys pass around; None if there is none."""
         best: _Way | None = None
         for suggestion in suggestions if node.op.keys_in_parts is not None else ():
             queries, keys = node.op.keys_in_parts or ("", "")
@@ -266,14 +268,16 @@ class _Body(PlacedValues):
         return best
 
     def _suggested(self, node: Node, application: Application) -> Iterator[Suggestion]:
-        """Factors to split: those that split operands are split in, and those that wishes are for."""
+        """Yield suggestions of factors to split: from splits of operands, and from wishes."""
         slots = [(v, d) for v, d in zip(node.operands, application.operands, strict=True) if v is not None]
         for value, dims in [*slots, *zip(node.results, application.results, strict=True)]:
             splits = [(wish.dim, wish.split) for wish in self.wanted.of(value)]
             if value.node is not node:
                 held = self.held.get(value)
                 placements = self.versions(value)
-                if held is not None and held.is_weight:  # what it is split in but stored, wishes say
+                if (
+                    held is not None and held.is_weight
+                ):  # wishes include how a weight is split, without its split for storage
                     placements = [held.placement] if self.is_narrowing(node) else []
                 splits += [(d, s) for p in placements for d, s in enumerate(p.dims) if s is not None]
             yield from suggested(application, dims, splits)
@@ -281,7 +285,7 @@ class _Body(PlacedValues):
     def _ways(
         self, node: Node, suggestions: Sequence[Suggestion]
     ) -> Iterator[tuple[dict[str, Share], SubAxes, frozenset[str]]]:
-        """Ways to split a node: see `choices`."""
+        """Yield ways to split a node: see `choices`."""
         names = node.op.operand_names(len(node.operands))
         carried: list[tuple[SubAxes, frozenset[str]]] = []
         for name, value in zip(names, node.operands, strict=True):
@@ -292,7 +296,7 @@ class _Body(PlacedValues):
         yield from islice(found, MOST_WAYS)
         if next(found, None) is not None:
             where = f"{node.op.name} {node.scope}".strip()
-            self.planner.notes.append(f"{where}: of more than {MOST_WAYS} ways to split it the first were compared")
+            self.planner.notes.append(f"{where}: only the first {MOST_WAYS} ways to split it were compared")
 
     def _costed(self, node: Node, shares: dict[str, Share], needed: Requirement, ring: SubAxes = ()) -> _Way | None:
         moves: list[Conversion] = []
@@ -315,7 +319,9 @@ class _Body(PlacedValues):
         return _Way(seconds, shares, needed, moves, ring=ring)
 
     def _opened(self, node: Node) -> _Way:
-        """A composite by its body, whose nodes are planned one by one from where operands lie."""
+        """Return the split of a composite through its body, whose nodes are planned one by one from the operands'
+        placements.
+        """
         assert isinstance(node.op, Composite)
         function = body_of(node.op, [None if v is None else v.type for v in node.operands])
         moves: list[Conversion] = []
@@ -337,7 +343,7 @@ class _Body(PlacedValues):
         outer = [*zip(function.arguments, node.inputs, strict=True), *zip(function.results, node.results, strict=True)]
         planned = self._body(node, function, takes, outer)
         for at, (formal, value) in enumerate(zip(function.arguments, node.inputs, strict=True)):
-            # what the body gathers of a weight is had by all who read it afterwards
+            # a weight that the body gathers is available to all later readers
             gathered = [m.target for n in planned.nodes for m in n.moves if m.value is formal and takes[at].stored]
             if gathered:
                 moves.append(self.conversion_to(value, gathered[0]))
@@ -352,16 +358,16 @@ class _Body(PlacedValues):
     def _body(
         self, node: Node, function: Function, takes: Sequence[HeldArgument], outer: Sequence[tuple[Value, Value]]
     ) -> PlannedFunction:
-        """A composite's body, planned; `outer` says which of its values are which of ours."""
+        """Return a composite's body, planned; `outer` maps its values to values of this function."""
         body = _Body(self.planner, function, tuple(takes), Wanted({inner: self.wanted.of(v) for inner, v in outer}))
         body.called = {inner: self.called.get(v, v.name) for inner, v in outer if v in self.held}
         return body.planned(node.op.name, terms_allowed=True)
 
 
 def _needs_whole(node: Node, application: Application, suggestion: Suggestion) -> bool:
-    """Whether a composite's body may be split in a factor that the composite itself needs whole.
+    """Return True if a composite's body may be split in a factor that the composite itself needs whole.
 
-    Not where pairs of positions are along it: parts of queries or keys need to know where they stand.
+    This excludes a factor of which the op pairs positions: parts of queries or keys need their offsets.
     """
     role = application.factors[suggestion.factor].role
     paired = node.op.pairs is not None and suggestion.factor in node.op.pairs

@@ -1,4 +1,4 @@
-"""Which ranks of a mesh meet, and whether parts make a whole, as the checker counts: by nothing that makes plans."""
+"""Groups of ranks in a mesh, and coverage of a whole by parts, for the checker: independent of the planner."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from treadle.ir.axes import AxisDim
 from treadle.ir.placement.mesh import Mesh, SubAxis
 
 Interval = tuple[int, int]
-"""From a position up to another one, which is not in it."""
+"""A half-open range of positions."""
 
 
 def covers(parts: Sequence[Interval], whole: Interval) -> bool:
-    """Whether parts lie end to end, in this order, from the start of the whole to its end."""
+    """Return True if parts are consecutive, in this order, from the start of the whole to its end."""
     at = whole[0]
     for first, last in parts:
         if first != at:
@@ -29,7 +29,9 @@ def holds_factor(dims: Sequence[AxisDim] | None, name: str) -> bool:
 
 @lru_cache(maxsize=256)
 def _strides(mesh: Mesh) -> dict[SubAxis, int]:
-    """How far apart neighbours along each part of an axis are: ranks count through the first axis fastest."""
+    """Return the distance in ranks between neighbours along each part of an axis: ranks count through the first axis
+    fastest.
+    """
     found, below = {}, 1
     for name, size in mesh.axes:
         for part in mesh.parts:
@@ -41,13 +43,15 @@ def _strides(mesh: Mesh) -> dict[SubAxis, int]:
 
 @lru_cache(maxsize=4096)
 def ranks_along(mesh: Mesh, along: frozenset[SubAxis]) -> tuple[int, ...]:
-    """Ranks of every position along these parts, and the first along all others, where all ranks have the same."""
+    """Return the ranks at every position along these parts, and at position 0 along all others, where ranks hold the
+    same.
+    """
     return group_of(mesh, 0, tuple(part for part in mesh.parts if part in along))
 
 
 @lru_cache(maxsize=65536)
 def index_of(mesh: Mesh, rank: int, over: tuple[SubAxis, ...]) -> int:
-    """Which part a rank has of what is split over these in turn."""
+    """Return the index of a rank's part of a dimension that is split over these parts in order."""
     found = 0
     for part in over:
         found = found * part.size + rank // _strides(mesh)[part] % part.size
@@ -56,7 +60,7 @@ def index_of(mesh: Mesh, rank: int, over: tuple[SubAxis, ...]) -> int:
 
 @lru_cache(maxsize=65536)
 def group_of(mesh: Mesh, rank: int, over: tuple[SubAxis, ...]) -> tuple[int, ...]:
-    """The ranks that differ from a rank along these parts alone, the last part fastest."""
+    """Return the ranks that differ from a rank only along these parts, the last part fastest."""
     strides = _strides(mesh)
     first = rank - sum(rank // strides[p] % p.size * strides[p] for p in over)
     places = product(*[range(part.size) for part in over])

@@ -1,11 +1,11 @@
-"""Applies a sharding plan: the program of one rank, a graph like any other.
+"""Apply a sharding plan: build the program of one rank, a graph like any other.
 
     out = linear(merged, $w, $bias)   -->   out = linear(merged, $w, $bias)              # of the rank's parts
                                             out_2 = all_reduce(out, over="tp", ways=2, because="the split of ...")
 
-Every op is applied again, by its own rule, to parts of its operands. Inputs come whole, and a rank takes its part of
-them; so the symbols mean what they mean in the model, and sizes of parts are expressions of them (`B//2`). Weights come
-as parts: see `rank_weights`. A function that is called in several ways is one for each.
+Every op is applied again, by its own rule, to parts of its operands. Inputs are whole, and a rank takes its part of
+them. So symbols mean the same as in the model, and sizes of parts are expressions of them (`B//2`). Weights are passed
+as parts: see `rank_weights`. A function that is called in several ways becomes several functions.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ Array = np.ndarray[Any, Any]
 
 
 def rank_program(plan: ShardingPlan, rank: int) -> Graph:
-    """The program of a rank. Raises PassError for one that the mesh has not, or a plan that does not fit its graph."""
+    """Return the program of a rank. Raises PassError for a rank that is not in the mesh, or a plan that does not fit
+    its graph.
+    """
     if not 0 <= rank < plan.devices.ranks:
         raise PassError(f"the mesh {plan.devices} has no rank {rank}", hint=f"0 to {plan.devices.ranks - 1}")
     made = Graph(plan.graph.name)
@@ -70,7 +72,9 @@ def rank_program(plan: ShardingPlan, rank: int) -> Graph:
 
 
 def rank_weights(plan: ShardingPlan, rank: int, weights: Mapping[str, Array]) -> dict[str, Array]:
-    """The parts of the weights that a rank's program takes: views of the whole, of which nothing else is read."""
+    """Return the parts of the weights that a rank's program takes, as views: nothing else of the whole weights is
+    read.
+    """
     found = {}
     for name in plan.weights_at(rank):
         type = plan.graph.parameters[name].type
@@ -80,7 +84,7 @@ def rank_weights(plan: ShardingPlan, rank: int, weights: Mapping[str, Array]) ->
 
 
 def refuse_small_sizes(plan: ShardingPlan, sizes: Mapping[str, int]) -> None:
-    """Raise PassError where symbols have sizes that leave a rank without a part of some value."""
+    """Raise PassError if sizes of symbols leave a rank without a part of some value."""
     for planned in plan.functions:
         for each in planned.nodes:
             for value, placed in zip(each.node.results, each.gives, strict=True):
@@ -99,9 +103,9 @@ def refuse_small_sizes(plan: ShardingPlan, sizes: Mapping[str, int]) -> None:
 
 
 class RankProgram:
-    """One function of a rank's program while it is built.
+    """A builder of one function of a rank's program.
 
-    functions  those of the program by the planned ones' names
+    functions  the program's functions, by the names of the planned ones
     """
 
     def __init__(
@@ -111,10 +115,10 @@ class RankProgram:
         self.b = Builder(graph, function)
         self.exprs: dict[tuple[Value, MeshPlacement], Expr] = {}
         self.inside = 0
-        """In how many composites, whose bodies stand at their place."""
+        """The number of enclosing composites whose bodies are inlined."""
 
     def build(self, planned: PlannedFunction) -> None:
-        """Build all of it."""
+        """Build the whole function."""
         inputs = set(planned.function.inputs)
         for value, placed in zip(planned.function.arguments, planned.takes, strict=True):
             declare = self.b.input if value in inputs else self.b.parameter
@@ -126,31 +130,34 @@ class RankProgram:
         }
 
     def steps(self, planned: PlannedFunction) -> None:
-        """Do all that a function does."""
+        """Apply all steps of a function."""
         for step in planned.steps:
             self.step(step)
 
     def step(self, step: Move | PlannedNode) -> None:
-        """Do a move, or a node."""
+        """Apply a move, or a node."""
         if isinstance(step, Move):
             self.move(step)
         else:
             self.node(step)
 
     def callee(self, planned: PlannedFunction) -> Function:
-        """The function of the program for a planned one."""
+        """Return the function of the program for a planned one."""
         return self.functions[planned.name]
 
     def local(self, type: Type, placed: MeshPlacement) -> Type:
         return local_type(type, placed, self.mesh, self.rank)
 
     def read(self, value: Value, placed: MeshPlacement) -> Expr:
-        """A value in a placement in which the plan has it."""
+        """Return a value in a placement that the plan has for it."""
         found = self.exprs.get((value, placed))
         if found is None and value.literal is not None and is_everywhere((value, placed)):
             return self.b.expr(Value.constant(value.literal))
         if found is None:
-            raise PassError(f"the plan has no {value.name} in {placed.text(self.mesh)}", within=self.b.function.name)
+            raise PassError(
+                f"the plan has no copy of {value.name} with placement {placed.text(self.mesh)}",
+                within=self.b.function.name,
+            )
         return found
 
     # -- nodes -------------------------------------------------------------------------------------------------
@@ -173,7 +180,7 @@ class RankProgram:
         for value, placed, expr in zip(node.results, each.gives, made, strict=True):
             if expr.type != self.local(value.type, placed):
                 raise PassError(
-                    f"{node.op.name}: {value.name} does not lie as planned",
+                    f"{node.op.name}: {value.name} does not have its planned type",
                     received=f"{expr.type}, {self.local(value.type, placed)} in {placed.text(self.mesh)}",
                 )
             if each.body is None:
@@ -181,12 +188,12 @@ class RankProgram:
             self.exprs[value, placed] = expr
 
     def _reads(self, each: PlannedNode) -> Sequence[MeshPlacement | None]:
-        """For each operand; a call's are those that are present."""
+        """Return the placement of each operand; a call lists only those of present operands."""
         given = iter(each.reads)
         return [None if v is None else next(given) for v in each.node.operands] if each.callee else each.reads
 
     def opened(self, body: PlannedFunction, operands: Sequence[Expr | None]) -> list[Expr]:
-        """A composite by its body, in its place."""
+        """Inline a composite's body."""
         outer, self.exprs = self.exprs, {}
         try:
             given = [x for x in operands if x is not None]
@@ -199,7 +206,7 @@ class RankProgram:
             self.inside -= 1
 
     def applied(self, each: PlannedNode, operands: list[Expr | None]) -> list[Expr]:
-        """The op on parts."""
+        """Apply the op to parts."""
         node, types = each.node, [None if v is None else v.type for v in each.node.operands]
         application = node.op.apply(types)
         sizes = {name: self.part(application, each, name)[1] for name in each.shares}
@@ -213,10 +220,11 @@ class RankProgram:
         return [self.b.expr(v) for v in made.results]
 
     def around(self, each: PlannedNode, operands: list[Expr | None]) -> Expr:
-        """Attention whose keys pass around: of the rank's own keys first, then of those of the ranks before it.
+        """Build attention with keys that pass around: on the rank's own keys first, then on those of the preceding
+        ranks.
 
-        Each begins to pass on what it has before it computes on it. Keys that no query of the rank sees, since all
-        stand after them, are passed on alone.
+        Each rank starts to pass on its keys before it computes on them. If no query of the rank sees some keys, because
+        all of them come later, the rank only passes these on.
         """
         b, op, n, mesh = self.b, each.node.op, ways(each.ring), self.mesh
         assert isinstance(op, Attention)
@@ -250,7 +258,7 @@ class RankProgram:
         return made[0]
 
     def part(self, application: Application, each: PlannedNode, name: str) -> tuple[Size, Size]:
-        """Where this rank's part of a factor starts, and its size."""
+        """Return the start of this rank's part of a factor, and its size."""
         share = each.shares[name]
         return span(application.dims[name].size, Split(share.over, share.grain), self.mesh, self.rank)
 
@@ -279,7 +287,7 @@ class RankProgram:
     # -- moves -------------------------------------------------------------------------------------------------
 
     def move(self, move: Move) -> None:
-        """Bring a value to another placement."""
+        """Convert a value to another placement."""
         made = self.read(move.value, move.source)
         reasons = iter(move.because)
         with self.placed_as(move.at):
@@ -288,7 +296,7 @@ class RankProgram:
         self.exprs[move.value, move.target] = made
 
     def placed_as(self, node: Node) -> AbstractContextManager[None]:
-        """At a node's place; in a composite's body at the composite's."""
+        """Return a context that gives new nodes a node's scope; in a composite's body, the composite's scope."""
         return nullcontext() if self.inside else self.b.placed_as(node)
 
     def moved(self, step: PlacementStep, x: Expr, value: Value, because: str) -> Expr:

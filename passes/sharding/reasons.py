@@ -1,4 +1,4 @@
-"""Why ranks meet: the reason of a collective in words, and the node in the model that is it."""
+"""Reasons for collectives in words, each with the node of the model that it belongs to."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from treadle.passes.sharding.wanted import Wanted
 
 @dataclass(frozen=True)
 class TermsOrigin:
-    """Who made a value terms of a sum, and the names of the axes that it summed over."""
+    """The node that made a value partial, and the names of the axes that it summed over."""
 
     node: Node
     axes: tuple[str, ...]
@@ -31,10 +31,11 @@ def origin_of(
     wanted: Wanted,
     origins: Mapping[Value, TermsOrigin],
 ) -> TermsOrigin:
-    """Who made results of a node terms: the node itself, where it sums over what is split, or who made its operands so.
+    """Return the origin of partial results: the node itself, if it sums over a split factor, or the origin of its
+    operands.
 
-    by_body  whether it is done by its body, whose factors it does not tell
-    origins  of values before it
+    by_body  True if the node runs its body, whose factors it does not list
+    origins  origins of earlier values
     """
     names: list[str] = []
     for name in shares:
@@ -60,7 +61,7 @@ def reason_for(
     held: Mapping[Value, Any],
     called: Mapping[Value, str],
 ) -> tuple[str, Node]:
-    """The reason of a step that sends, and the node that it lies with."""
+    """Return the reason of a step that sends, and the node that it belongs to."""
     if step.kind in (StepKind.ALL_REDUCE, StepKind.REDUCE_SCATTER) and origin is not None:
         done = "summed" if step.before.monoid == "sum" else f"combined by {step.before.monoid}"
         summed = f"the split of {' and '.join(origin.axes)} is {done}"
@@ -79,7 +80,7 @@ def reason_for(
 
 
 def dim_name(value: Value, dim: int, wanted: Wanted) -> str:
-    """What people call the axis in a dimension: the name it was asked by, its label, its symbol, or its number."""
+    """Return the name of the axis in a dimension: the name in the request, its label, its symbol, or its number."""
     wished = [wish.axis for wish in wanted.of(value) if wish.dim == dim]
     labels = [f.label for f in value.type.dims[dim].factors if f.label is not None]
     symbol = value.type.shape[dim].as_symbol
@@ -87,7 +88,7 @@ def dim_name(value: Value, dim: int, wanted: Wanted) -> str:
 
 
 def split_names(node: Node, application: Application, factor: str, wanted: Wanted) -> Iterable[str]:
-    """What people call a factor of a node's rule, by the dimensions that it is in."""
+    """Yield the names of a factor of a node's rule, by the dimensions that have it."""
     for value, dims in zip(node.operands, application.operands, strict=True):
         for d, dim in enumerate(dims or ()):
             if value is not None and factor in dim.factors:

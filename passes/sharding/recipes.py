@@ -1,4 +1,4 @@
-"""Recipes: splits that have a name, for any model.
+"""Recipes: named splits for any model.
 
     megatron   heads, the hidden axis of feed-forward networks and the vocabulary over tp: two all-reduces a layer
                (Shoeybi et al. 2019)
@@ -9,12 +9,12 @@
                Rajbhandari et al. 2020)
     context    tokens over cp everywhere: keys and values pass around a ring (Liu et al. 2023); the batch over dp, and
                heads, ffn and vocab over tp, if the mesh has them
-    megatron-fsdp    both: what megatron leaves of each weight is stored in parts over dp
-    gpipe      layers in stages over pp, which micro-batches go through one after another (Huang et al. 2019); what
-               megatron splits over tp, and the batch over dp, if the mesh has them
+    megatron-fsdp    both: each rank's megatron part of a weight is stored in parts over dp
+    gpipe      layers in stages over pp, through which micro-batches pass one after another (Huang et al. 2019);
+               megatron's axes over tp, and the batch over dp, if the mesh has them
 
-The mesh of `gpipe` gets an axis `micro` of micro-batches as its last: four for each stage, or as many as one says.
-A mesh may have more axes than a recipe splits by tp or dp: `megatron` takes the batch over dp if the mesh has it.
+The mesh of `gpipe` gets an axis `micro` of micro-batches as its last: four for each stage, or the number in the mesh. A
+mesh may have more axes than those that a recipe needs: `megatron` splits the batch over dp if the mesh has dp.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from treadle.passes.sharding.wanted import blocked_dim, has_axis, wanted_splits
 
 @dataclass(frozen=True)
 class SplitRecipe:
-    """Axes by name, each with the mesh axis that splits it where the model and the mesh have both.
+    """Axes by name, each with the mesh axis that splits it if the model and the mesh have both.
 
     needs   mesh axes without which the recipe splits nothing
     stored  the mesh axis over which weights are stored in parts and gathered for use
@@ -62,7 +62,7 @@ RECIPES: dict[str, SplitRecipe] = {
 }
 
 FOR_EACH_STAGE = 4
-"""Micro-batches, if nobody says how many: stages then wait for each other a fifth of the time at most."""
+"""Default number of micro-batches per stage: stages then wait for each other at most a fifth of the time."""
 
 
 def shard(
@@ -74,19 +74,20 @@ def shard(
     sizes: Mapping[str, int] | None = None,
     device: str | Machine = "h100",
 ) -> ShardingPlan:
-    """Plan a graph over a mesh by a recipe, by axes by name, or both: axes go before those of the recipe.
+    """Plan a graph over a mesh by a recipe, by named axes, or both: named axes take precedence over those of the
+    recipe.
 
-    axes    by name the mesh axes that split them, or "-": the axis stays whole, whatever the recipe says
-    sizes   of the symbols, for which costs are compared; by default 128, of a batch as many as it has parts
-    device  what each rank is, a name of `treadle.ir.placement.machines` or a row of its own
+    axes    mesh axes by the name of the axis that they split, or "-": the axis stays whole, whatever the recipe says
+    sizes   sizes of the symbols, at which costs are compared; by default 128, for a batch the number of its parts
+    device  the device of each rank: a name in `treadle.ir.placement.machines`, or a `Machine`
 
-    Raises UsageError for an unknown recipe, axis, mesh axis or device, and for an axis by hand that is too short to be
-    split; PassError for a graph with several entries.
+    Raises UsageError for an unknown recipe, axis, mesh axis or device, and for an axis in `axes` that is too short to
+    be split; PassError for a graph with several entries.
     """
     if not isinstance(mesh, Mesh | str):
-        raise UsageError("a mesh is a text or a Mesh", received=repr(mesh)[:80], hint='"tp=2,dp=2"')
+        raise UsageError("mesh must be a string or a Mesh", received=repr(mesh)[:80], hint='"tp=2,dp=2"')
     if axes is not None and not isinstance(axes, Mapping):
-        raise UsageError("axes are a mapping", received=repr(axes)[:80], hint='axes={"heads": "tp"}')
+        raise UsageError("axes must be a mapping", received=repr(axes)[:80], hint='axes={"heads": "tp"}')
     mesh = Mesh.of(mesh) if isinstance(mesh, str) else mesh
     machine = find_machine(device) if isinstance(device, str) else device
     chosen = dict(axes or {})
@@ -106,7 +107,7 @@ def shard(
     chosen = {axis: over for axis, over in chosen.items() if over != "-"}
     if staged:
         if not has_axis(graph, "batch"):
-            raise UsageError(f"{graph.name} has no batch to part into micro-batches", received=f"recipe {recipe}")
+            raise UsageError(f"{graph.name} has no batch to split into micro-batches", received=f"recipe {recipe}")
         mesh = _with_turns(graph, mesh, staged, chosen.get("batch", ""), sizes or {})
         chosen["batch"] = f"{chosen.get('batch', '')} {TURNS}".strip()
     wanted = wanted_splits(graph, mesh, chosen, asked=axes or ())
@@ -121,7 +122,9 @@ def shard(
 
 
 def _with_turns(graph: Graph, mesh: Mesh, staged: str, batch: str, sizes: Mapping[str, int]) -> Mesh:
-    """The mesh with an axis of micro-batches as its last: as many as it says, or some for each stage, if rows do."""
+    """Return the mesh with an axis of micro-batches as its last: the number in the mesh, or some per stage, at most the
+    rows.
+    """
     told = dict(mesh.axes)
     count = told.pop(TURNS, None)
     if count is None:
@@ -132,7 +135,7 @@ def _with_turns(graph: Graph, mesh: Mesh, staged: str, batch: str, sizes: Mappin
 
 
 def _known(graph: Graph, size: Size, sizes: Mapping[str, int]) -> list[int]:
-    """What a size is, at these sizes of symbols, or at most by their bounds; nothing where neither is known."""
+    """Return a size at these sizes of symbols, or its upper bound; an empty list if neither is known."""
     upper = {s: sizes.get(s, graph.symbols[s].upper) for s in size.symbols}
     known = {s: n for s, n in upper.items() if n is not None}
     return [size.evaluate(known)] if len(known) == len(upper) else []
@@ -145,7 +148,7 @@ def _find(name: str, mesh: Mesh) -> SplitRecipe:
     missing = [axis for axis in found.needs if axis not in dict(mesh.axes)]
     if missing:
         raise UsageError(
-            f"recipe {name} splits over a mesh axis {missing[0]}, which the mesh has not",
+            f"recipe {name} splits over a mesh axis {missing[0]}, which the mesh does not have",
             received=str(mesh),
             hint=f"{missing[0]}={mesh.ranks}",
         )
@@ -153,7 +156,9 @@ def _find(name: str, mesh: Mesh) -> SplitRecipe:
 
 
 def _default_sizes(graph: Graph, batch: int) -> dict[str, int]:
-    """128 for every symbol, of the first dimensions of inputs as many as the batch has parts; within their bounds."""
+    """Return 128 for every symbol, and for first dimensions of inputs the number of the batch's parts; within their
+    bounds.
+    """
     leading = {s for v in graph.main.inputs if v.type.rank for s in v.type.shape[0].symbols}
     found = {}
     for symbol, bounds in graph.symbols.items():
@@ -163,9 +168,9 @@ def _default_sizes(graph: Graph, batch: int) -> dict[str, int]:
 
 
 def _stored(type: Type, placed: MeshPlacement, over: SubAxes) -> MeshPlacement:
-    """A weight's placement, further split over parts of the mesh: along the dimension that leaves the most even parts.
+    """Return a weight's placement, further split over parts of the mesh: along the dimension with the most even parts.
 
-    A weight with no dimension that is long enough is stored whole.
+    A weight without a dimension that is long enough is stored whole.
     """
     over = tuple(p for p in over if p not in placed.used)
     best: tuple[tuple[bool, int], int, Split] | None = None

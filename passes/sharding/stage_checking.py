@@ -1,12 +1,12 @@
-"""Checks the pipeline of a sharding plan, by nothing that made it.
+"""Check the pipeline of a sharding plan independently of the planner.
 
-That values lie as the plan says, `checking` has seen; micro-batches are parts along one more axis. Here is seen
+`checking` has verified the placements of values; micro-batches are parts along one more axis. This module checks
 
-- that the axis of micro-batches is the last of the mesh, and that the mesh has as many places for stages as there are
-- that ranks meet and values lie over neither of the two axes, but for micro-batches, which never meet
-- that each stage has what its steps read: arguments, what the stage before had, what it made itself
+- that the axis of micro-batches is the last of the mesh, and that the mesh has one position per stage
+- that no collective runs and no value is split along the two axes, except that values are split into micro-batches
+- that each stage has the items that its steps read: arguments, items of the stage before, its own results
 - that every rank holds the weights that its stage reads, and no others
-- that each output is given once, by a stage that has it, and that micro-batches make it in order
+- that each output is computed once, by a stage that has it, and that its micro-batches are in order
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from treadle.passes.sharding.plan import (
 
 
 def check_stages(plan: ShardingPlan, pipeline: PlannedPipeline) -> None:
-    """Raise PassError where the pipeline is wrong."""
+    """Raise PassError if the pipeline is wrong."""
     sizes = dict(plan.mesh.axes)
     if [pipeline.turns] != [name for name, _ in plan.mesh.axes[-1:]] or pipeline.over == pipeline.turns:
         raise _wrong(f"micro-batches are along {pipeline.turns}, which is not the last axis of {plan.mesh}")
@@ -50,18 +50,18 @@ def _check_axes(planned: PlannedFunction, plan: ShardingPlan, pipeline: PlannedP
     turns = {part for part in plan.mesh.parts if part.axis == pipeline.turns}
     for step in planned.steps:
         if any(line.intersection(placed.used) for _, placed in (*step.needs, *step.makes)):
-            raise _wrong(f"values of {planned.name} lie over {pipeline.over}, which is of stages")
+            raise _wrong(f"values of {planned.name} are split over {pipeline.over}, the axis of stages")
         if any(turns.intersection(placed.partial) for _, placed in (*step.needs, *step.makes)):
-            raise _wrong(f"values of {planned.name} are terms over {pipeline.turns}")
+            raise _wrong(f"values of {planned.name} are partial over {pipeline.turns}")
         meets = [each.over for each in step.steps if each.sends] if isinstance(step, Move) else [step.ring]
         if any((line | turns).intersection(over) for over in meets):
-            raise _wrong(f"ranks of {planned.name} meet over stages or micro-batches")
+            raise _wrong(f"a collective of {planned.name} runs over stages or micro-batches")
         if isinstance(step, PlannedNode) and step.body is not None:
             _check_axes(step.body, plan, pipeline)
 
 
 def _check_stage(plan: ShardingPlan, stage: Stage, number: int, before: set[Item]) -> set[Item]:
-    """All that a stage has of what is not an argument; `before` is of the stage before."""
+    """Return all items that a stage has, without arguments; `before` has the items of the stage before."""
     main = plan.main
     steps, inputs = main.steps, set(main.function.inputs)
     arguments = dict(zip(main.function.arguments, main.takes, strict=True))
@@ -70,13 +70,14 @@ def _check_stage(plan: ShardingPlan, stage: Stage, number: int, before: set[Item
     for value, placed in stage.receives:
         if (value, placed) not in before:
             raise _wrong(
-                f"stage {number} is handed {value.name}, which the one before has not so", placed.text(plan.mesh)
+                f"stage {number} receives {value.name}, which the stage before does not have in this placement",
+                placed.text(plan.mesh),
             )
         has.add((value, placed))
     if len(set(stage.receives)) != len(stage.receives) or list(stage.steps) != sorted(set(stage.steps)):
-        raise _wrong(f"stage {number} does or takes something twice, or in another order")
+        raise _wrong(f"stage {number} runs or receives something twice, or in another order")
     if stage.steps and not 0 <= stage.steps[0] <= stage.steps[-1] < len(steps):
-        raise _wrong(f"stage {number} has steps that there are not")
+        raise _wrong(f"stage {number} has steps that do not exist")
     given = [
         (value, placed)
         for (name, value), placed in zip(main.function.outputs.items(), main.gives, strict=True)
@@ -87,7 +88,7 @@ def _check_stage(plan: ShardingPlan, stage: Stage, number: int, before: set[Item
             if arguments.get(value) == placed:
                 read |= set() if value in inputs else {value.name}
             elif (value, placed) not in has and not is_everywhere((value, placed)):
-                raise _wrong(f"stage {number} has no {value.name} in {placed.text(plan.mesh)}")
+                raise _wrong(f"stage {number} has no copy of {value.name} with placement {placed.text(plan.mesh)}")
         has.update(makes)
     if set(stage.weights) != read or len(set(stage.weights)) != len(stage.weights):
         other = sorted(read.symmetric_difference(stage.weights)) or sorted(stage.weights)
@@ -98,9 +99,9 @@ def _check_stage(plan: ShardingPlan, stage: Stage, number: int, before: set[Item
 def _check_outputs(plan: ShardingPlan, pipeline: PlannedPipeline) -> None:
     named: Sequence[str] = [name for stage in pipeline.stages for name in stage.outputs]
     if sorted(named) != sorted(plan.main.function.outputs):
-        raise _wrong("outputs are not each of one stage", ", ".join(named[:8]))
+        raise _wrong("outputs do not each belong to one stage", ", ".join(named[:8]))
     turns = tuple(part for part in plan.mesh.parts if part.axis == pipeline.turns)
     for (name, _), placed in zip(plan.main.function.outputs.items(), plan.main.gives, strict=True):
         held = [split.over for split in placed.dims if split is not None and set(turns).intersection(split.over)]
         if held and turns and any(over[-len(turns) :] != turns for over in held):
-            raise _wrong(f"micro-batches do not lie side by side in output {name}", placed.text(plan.mesh))
+            raise _wrong(f"micro-batches are not consecutive in output {name}", placed.text(plan.mesh))

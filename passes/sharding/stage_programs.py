@@ -1,10 +1,10 @@
-"""The program of a rank of a pipeline: what its stage does, for one micro-batch after another.
+"""The program of a rank of a pipeline: the steps of its stage, for one micro-batch after another.
 
     x = hand_on(expand(0.0, ...), over="pp", ways=4, source=0, target=1, ...)     # of the rank before
     x = h(x, ...)
     y = hand_on(x, over="pp", ways=4, source=1, target=2, ...)                    # to the rank after
 
-Scopes say which micro-batch it is: `micro.3.h.0.attn`. Functions are one for each size of a micro-batch.
+Scopes contain the number of the micro-batch: `micro.3.h.0.attn`. There is one function for each size of a micro-batch.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from treadle.passes.sharding.stages import TURNS
 
 
 class StageProgram(RankProgram):
-    """`main` of a rank of a pipeline while it is built.
+    """A builder of `main` for a rank of a pipeline.
 
-    turn  which micro-batch; -1 of what none is a part of
+    turn  the current micro-batch; -1 for steps that are not part of a micro-batch
     """
 
     def __init__(self, plan: ShardingPlan, rank: int, graph: Graph) -> None:
@@ -48,7 +48,7 @@ class StageProgram(RankProgram):
         given: dict[str, list[Expr]] = {name: [] for name in stage.outputs}
         kept: dict[Item, Expr] = dict(arguments)
         for turn in range(ways(plan.turns)):
-            # A micro-batch lies where a rank of the mesh would that is so many meshes further.
+            # A micro-batch is placed as if it were on another copy of the mesh: `turn` is the index of the copy.
             self.rank = self.device + turn * plan.devices.ranks
             self.exprs = dict(kept)
             for item in stage.receives:
@@ -73,13 +73,13 @@ class StageProgram(RankProgram):
         }
 
     def is_next(self, turn: int, items: list[Item]) -> bool:
-        """Whether what reads or gives these is done in this turn; if so the turn is ours."""
+        """Return True if a step with these items runs in this turn; if so, set the builder's turn."""
         repeated = self.plan.times_of(items) > 1
         self.turn = turn if repeated else -1
         return repeated or turn == 0
 
     def declared(self, planned: PlannedFunction, weights: set[str]) -> dict[Item, Expr]:
-        """All inputs, and the weights of the stage."""
+        """Declare all inputs, and the weights of the stage."""
         inputs = set(planned.function.inputs)
         found: dict[Item, Expr] = {}
         for value, placed in zip(planned.function.arguments, planned.takes, strict=True):
@@ -90,7 +90,7 @@ class StageProgram(RankProgram):
         return found
 
     def handed(self, item: Item, number: int, x: Expr | None) -> Expr:
-        """What a stage gets of the one before; given by this rank, or taken by it."""
+        """Send an item to a stage from the stage before: this rank is the sender or the receiver."""
         value, placed = item
         line = self.pipeline.over, len(self.pipeline.stages)
         met: dict[str, Any] = {"over": line[0], "ways": line[1], "because": hand_on_reason(number)}
@@ -100,7 +100,7 @@ class StageProgram(RankProgram):
         return made
 
     def joined(self, parts: list[Expr], at: int) -> Expr:
-        """An output of all micro-batches, along the dimension that they are parts of."""
+        """Return an output of all micro-batches, joined along the dimension that they split."""
         split = self.plan.main.gives[at].dims
         turns = set(self.plan.turns)
         axis = next((d for d, s in enumerate(split) if s is not None and turns.intersection(s.over)), None)
@@ -112,7 +112,7 @@ class StageProgram(RankProgram):
         return made
 
     def callee(self, planned: PlannedFunction) -> Function:
-        """The function for this micro-batch: one that is there, if it is of the same size."""
+        """Return the function for this micro-batch: an existing one, if its size is the same."""
         turn = max(self.turn, 0)
         found = self.made.get((planned.name, turn))
         if found is None:

@@ -1,13 +1,13 @@
-"""Cuts `main` into the stages of a pipeline, each on ranks of its own (GPipe, Huang et al. 2019).
+"""Cut `main` into the stages of a pipeline, each on its own ranks (GPipe, Huang et al. 2019).
 
     plan = cut_in_stages(plan, "pp")     # of a plan whose batch is split over micro-batches, the last axis of its mesh
 
-Stages are cut between nodes of `main`, so that the slowest stage takes as little as can be: its seconds for a
-micro-batch, by the costs that plans are made by, or the seconds in which it hands on what the next one needs, if that
-is more. Of all such cuts one is taken that hands on the least. Both are exact, by dynamic programming over the nodes.
+Stages are cut between nodes of `main` to minimize the time of the slowest stage. A stage's time is its seconds for a
+micro-batch, by the costs of the planner, or the seconds in which it sends what the next stage needs, whichever is more.
+Of all such cuts, the one with the least to send is selected. Both are exact, by dynamic programming over the nodes.
 
-What is made of inputs alone, or of one stage's weights alone, is made again where it is needed: it is handed on by no
-stage, counts nothing and belongs to none.
+Values derived from inputs alone, or from one stage's weights alone, are recomputed where they are needed. No stage
+sends them, they have no cost, and they belong to no stage.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ TURNS = "micro"
 
 
 def cut_in_stages(plan: ShardingPlan, over: str) -> ShardingPlan:
-    """The plan with a pipeline over a mesh axis; the last axis of its mesh is of micro-batches.
+    """Return the plan with a pipeline over a mesh axis; the last axis of its mesh is the axis of micro-batches.
 
-    Raises PassError where micro-batches would have to meet, and for fewer nodes than stages.
+    Raises PassError if micro-batches would need a collective, and if there are fewer nodes than stages.
     """
     pipeline = PlannedPipeline(over, TURNS, ())
     turns_last = partial(_with_turns_last, set(plan.mesh.parts_of(TURNS)))
@@ -53,7 +53,7 @@ def cut_in_stages(plan: ShardingPlan, over: str) -> ShardingPlan:
 
 
 def _with_turns_last(turns: set[SubAxis], placed: MeshPlacement) -> MeshPlacement:
-    """The placement without parts of the mesh that split what a micro-batch has of a dimension.
+    """Return the placement without the parts of the mesh that split a dimension inside a micro-batch.
 
     A rank then has one range of positions of each dimension, in the order of its micro-batches.
     """
@@ -65,7 +65,7 @@ def _with_turns_last(turns: set[SubAxis], placed: MeshPlacement) -> MeshPlacemen
 
 
 def _refuse_meetings(plan: ShardingPlan, pipeline: PlannedPipeline) -> None:
-    """Raise PassError where something lies over stages, or micro-batches have to meet."""
+    """Raise PassError if a value is split over stages, or micro-batches need a collective."""
     turns, line = set(plan.turns), set(plan.mesh.parts_of(pipeline.over))
 
     def look(planned: PlannedFunction) -> None:
@@ -77,9 +77,9 @@ def _refuse_meetings(plan: ShardingPlan, pipeline: PlannedPipeline) -> None:
                     if each.sends and turns.intersection(each.over):
                         raise _needs_rows(because, step.at)
             elif turns.intersection(step.ring):
-                raise _needs_rows(f"{step.node.op.name} sees all keys", step)
+                raise _needs_rows(f"{step.node.op.name} needs all keys", step)
             if any(line.intersection(placed.used) for _, placed in (*step.needs, *step.makes)):
-                raise PassError(f"values lie over {pipeline.over}, which is of stages", hint="another mesh axis")
+                raise PassError(f"values are split over {pipeline.over}, the axis of stages", hint="another mesh axis")
             if isinstance(step, PlannedNode) and step.body is not None:
                 look(step.body)
 
@@ -91,7 +91,7 @@ def _needs_rows(because: str, at: object) -> PassError:
     node = at.node if isinstance(at, PlannedNode) else at
     source, scope = getattr(node, "source", None), getattr(node, "scope", "")
     return PassError(
-        f"micro-batches would have to meet: {because}",
+        f"micro-batches cannot be computed separately: {because}",
         received=scope or None,
         source=str(source or "") or None,
         hint="a recipe without stages: megatron, dp, fsdp",
@@ -99,11 +99,11 @@ def _needs_rows(because: str, at: object) -> PassError:
 
 
 class _Line:
-    """The steps of `main` that belong to one stage alone, node by node.
+    """The steps of `main` that belong to one stage alone, grouped by node.
 
-    groups   for each such node the numbers of its steps
-    seconds  that each takes for a micro-batch
-    handing  seconds in which what is needed after a group is handed on, for each group but the last
+    groups   for each such node, the indices of its steps
+    seconds  the time of each group for a micro-batch
+    handing  the time to send what is needed after a group, for each group but the last
     """
 
     def __init__(self, plan: ShardingPlan) -> None:
@@ -125,7 +125,9 @@ class _Line:
         ]
 
     def _free(self) -> set[int]:
-        """Steps that every stage may do for itself: of inputs alone, or of weights alone, with constants; no calls."""
+        """Return steps that every stage may do itself: steps that read only inputs, or only weights, and constants; no
+        calls.
+        """
         kinds: dict[Item, str] = dict.fromkeys(self.weights, "weights")
         found: set[int] = set()
         for at, step in enumerate(self.steps):
@@ -137,7 +139,7 @@ class _Line:
         return found
 
     def _groups(self) -> Iterator[list[int]]:
-        """The steps of each node that is not free; those at the end are of the last one."""
+        """Yield the steps of each node that is not free; steps after the last node belong to it."""
         group: list[int] = []
         groups: list[list[int]] = []
         for at, step in enumerate(self.steps):
@@ -151,7 +153,7 @@ class _Line:
         yield from groups
 
     def _needed_after(self, number: int) -> list[Item]:
-        """What groups from this one on need of those before, in the order in which it is made."""
+        """Return the items of earlier groups that groups from this one on need, in the order in which they are made."""
         before = {at for group in self.groups[:number] for at in group}
         needed = {item for group in self.groups[number:] for at in group for item in self.steps[at].needs}
         made = [(self.maker[item], item) for item in needed if self.maker.get(item) in before]
@@ -161,7 +163,7 @@ class _Line:
         return self.steps[made[0]].makes.index(made[1])
 
     def stage(self, first: int, last: int) -> Stage:
-        """The groups from `first` up to `last`, and what these ranks do beside them."""
+        """Return the stage with the groups from `first` up to `last`, and the free steps that it needs."""
         own = {at for group in self.groups[first:last] for at in group}
         outputs = []
         for (name, value), placed in zip(self.main.function.outputs.items(), self.main.gives, strict=True):
@@ -170,7 +172,7 @@ class _Line:
                 outputs.append(name)
                 own |= set() if at is None else {at}
         waiting = sorted(own)
-        while waiting:  # what these steps need that is free
+        while waiting:  # free steps that these steps need
             for item in self.steps[waiting.pop()].needs:
                 at = self.maker.get(item)
                 if at in self.free and at not in own:
@@ -185,11 +187,11 @@ class _Line:
 
 
 def balanced_cut(seconds: Sequence[float], handing: Sequence[float], count: int) -> tuple[int, ...]:
-    """Where each of so many stages ends: none is empty, and the slowest takes the least.
+    """Return the end of each of `count` stages: no stage is empty, and the slowest stage is as fast as possible.
 
-    handing  seconds in which what is needed after each place but the last is handed on, while the stage works
+    handing  time to send what is needed after each step but the last, while the stage works
 
-    Of cuts with the least slowest stage, one that hands on the least. Raises PassError for fewer places than stages.
+    Of the cuts with the fastest slowest stage, one that sends the least. Raises PassError for fewer steps than stages.
     """
     if not 0 < count <= len(seconds):
         raise PassError(f"{len(seconds)} steps cannot be cut into {count} stages")
@@ -200,7 +202,9 @@ def balanced_cut(seconds: Sequence[float], handing: Sequence[float], count: int)
 def _best(
     seconds: Sequence[float], handing: Sequence[float], count: int, limit: float
 ) -> tuple[float, tuple[int, ...]]:
-    """The least slowest stage, or where there is a limit to it, the least that is handed on; and where stages end."""
+    """Return the least time of a slowest stage, or under a limit on that time, the least time to send; and the stages'
+    ends.
+    """
     places = len(seconds)
     best: list[tuple[float, tuple[int, ...]]] = [(0.0 if end == 0 else inf, ()) for end in range(places + 1)]
     for stage in range(1, count + 1):

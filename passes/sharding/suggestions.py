@@ -1,4 +1,4 @@
-"""Which ways there are to split a node: each part of the mesh takes one of the factors suggested for it, or none."""
+"""Ways to split a node: each part of the mesh takes one of the factors suggested for it, or none."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from treadle.passes.sharding.factors import Share, factor_shares
 
 @dataclass(frozen=True)
 class Suggestion:
-    """That a factor be split over these parts of the mesh."""
+    """A suggestion to split a factor over these parts of the mesh."""
 
     factor: str
     share: Share
@@ -23,7 +23,7 @@ class Suggestion:
 def suggested(
     application: Application, dims: Sequence[AxisDim] | None, splits: Sequence[tuple[int, Split]]
 ) -> Iterator[Suggestion]:
-    """The factors that splits of some dimensions of one operand or result split."""
+    """Yield the factors that splits of some dimensions of one operand or result split."""
     for d, split in splits:
         shares = factor_shares(application, dims[d], split) if dims is not None else None
         for name, share in (shares or {}).items():
@@ -33,11 +33,12 @@ def suggested(
 def choices(
     mesh: Mesh, suggestions: Sequence[Suggestion], carried: Sequence[tuple[SubAxes, frozenset[str]]]
 ) -> Iterator[tuple[dict[str, Share], SubAxes, frozenset[str]]]:
-    """Every way: the factors that are split, and the parts along which terms of a sum pass, through which operands.
+    """Yield every way: the split factors, the parts along which partial sums pass, and the operands through which they
+    pass.
 
-    carried  along which parts operands are terms, and the group of operands that they are of, in which the op is linear
+    carried  the parts along which operands are partial, with their group of operands, in which the op is linear
 
-    Parts of the mesh that the same suggestions name are chosen for together. The first way splits nothing.
+    Parts of the mesh that the same suggestions name are assigned together. The first way splits nothing.
     """
     sets = [s.share.over for s in suggestions] + [over for over, _ in carried]
     bundles: dict[tuple[bool, ...], list[SubAxis]] = {}
@@ -60,7 +61,7 @@ def choices(
 
 
 def _shares(taken: Sequence[tuple[Suggestion, set[SubAxis]]]) -> dict[str, Share]:
-    """The factors that are split; one that two suggestions split is split by both, in the coarser units."""
+    """Return the split factors; a factor of two suggestions is split by both, in the coarser units."""
     shares: dict[str, Share] = {}
     for suggestion, own in taken:
         over = tuple(p for p in suggestion.share.over if p in own)

@@ -1,10 +1,10 @@
-"""The timetable of a step: when one rank works, and when it meets others, of its program.
+"""The timeline of a step: the times at which one rank computes and communicates, from its program.
 
-Every node takes the time of its roofline on the rank's parts; every collective, of a ring. A device works and sends at
-once, and sends over one mesh axis while it sends over another: each does its own in the order of the program, and
-begins when what it reads is there. A gather begins where the program comes to it: to its `start_gather`, if it has one
-(`gather_ahead`); so do keys that pass around. What a stage of a pipeline hands on, the next one has when it has been
-sent.
+Every node takes the time of its roofline on the rank's parts; every collective takes the time of a ring. A device
+computes and sends at the same time, and sends over different mesh axes at the same time. Each of these runs in the
+order of the program, and starts when its operands are ready. A gather starts where the program reaches it, or its
+`start_gather` if it has one (`gather_ahead`); the same holds for keys that pass around. A stage of a pipeline receives
+a value when the stage before has sent it.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from treadle.ir.placement.machines import Machine
 from treadle.ir.placement.mesh import Mesh
 
 LIMITS = ("compute", "memory bandwidth", "links", "latency")
-"""What a time may be limited by."""
+"""Possible bottlenecks."""
 
 
 @dataclass(frozen=True)
 class Busy:
-    """A node while it runs, in seconds from the start of the step.
+    """The execution of a node, in seconds from the start of the step.
 
-    over     the mesh axes over which ranks meet; "" of work
-    because  why they do
+    over     the mesh axes over which ranks communicate; "" for computation
+    because  the reason of the collective
     sent     bytes that the rank sends
     limit    one of LIMITS
-    call     which call of `main` it is in, counted from 0; -1 outside of calls
+    call     index of the call of `main` that it is in, from 0; -1 outside of calls
     """
 
     op: str
@@ -51,16 +51,16 @@ class Busy:
 
     @property
     def end(self) -> float:
-        """When it is done."""
+        """The end of the execution, in seconds."""
         return self.start + self.seconds
 
 
 @dataclass(frozen=True)
 class Cause:
-    """All collectives of a step that are there for one reason at one line.
+    """All collectives of a step that have one reason and one source line.
 
     scope    with `*` for the numbers of repeated blocks
-    sent     bytes that the rank sends, seconds that they take: of all of them together
+    sent     bytes that the rank sends, and seconds of the collectives: the totals
     """
 
     op: str
@@ -75,10 +75,10 @@ class Cause:
 
 @dataclass(frozen=True)
 class Timetable:
-    """What a rank does in a step, in the order of its program.
+    """The timeline of a rank in a step, in the order of its program.
 
     calls   the scopes of the calls of `main`
-    handed  when each value that it hands on to the next stage of a pipeline is there
+    handed  the times at which values have been sent to the next stage of a pipeline
     """
 
     busy: tuple[Busy, ...]
@@ -87,12 +87,12 @@ class Timetable:
 
     @property
     def seconds(self) -> float:
-        """How long the step takes, where gathers run ahead."""
+        """The time of the step, with communication that overlaps."""
         return max((each.end for each in self.busy), default=0.0)
 
     @property
     def work(self) -> float:
-        """Seconds of work."""
+        """Seconds of computation."""
         return sum(each.seconds for each in self.busy if not each.over)
 
     @property
@@ -101,7 +101,7 @@ class Timetable:
         return sum(each.seconds for each in self.busy if each.over)
 
     def causes(self) -> list[Cause]:
-        """Why ranks meet, what takes the longest first."""
+        """Return the causes of collectives, the longest first."""
         groups: dict[tuple[str, str, str, str, str], list[Busy]] = {}
         for each in self.busy:
             if each.over:
@@ -114,7 +114,7 @@ class Timetable:
         return sorted(found, key=lambda cause: -cause.seconds)
 
     def by_limit(self) -> dict[str, float]:
-        """Seconds by what limits them; where gathers run ahead they are more than the step takes."""
+        """Return seconds by bottleneck. With overlapping gathers, their sum is more than the step's time."""
         found = dict.fromkeys(LIMITS, 0.0)
         for each in self.busy:
             found[each.limit] += each.seconds
@@ -130,10 +130,10 @@ def timetable_of(
     stage: int = 0,
     handed: Sequence[float] = (),
 ) -> Timetable:
-    """The timetable of a rank's program, where symbols have these sizes.
+    """Return the timeline of a rank's program at these sizes of symbols.
 
-    stage   of a pipeline that the rank is of
-    handed  when each value is there that the stage before hands on
+    stage   the rank's stage in a pipeline
+    handed  the times at which values from the stage before arrive
     """
     made = _Walk(program, mesh, machine, sizes, stage, handed)
     main = program.main
@@ -143,7 +143,7 @@ def timetable_of(
 
 @dataclass(frozen=True)
 class Turn:
-    """A micro-batch in a stage, in seconds from the start of the step."""
+    """The execution of a micro-batch in a stage, in seconds from the start of the step."""
 
     stage: int
     turn: int
@@ -153,7 +153,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class PipelineTimes:
-    """When the stages of a pipeline work, by the timetables of a rank of each.
+    """The timelines of the stages of a pipeline, each for one of its ranks.
 
     turns  each micro-batch in each stage, stage by stage
     """
@@ -163,7 +163,7 @@ class PipelineTimes:
 
     @staticmethod
     def of(stages: Sequence[Timetable], word: str) -> PipelineTimes:
-        """By timetables whose scopes begin with a word and the number of the micro-batch."""
+        """Build them from timelines whose scopes begin with a word and the number of the micro-batch."""
         found: list[Turn] = []
         for number, times in enumerate(stages):
             spans: dict[int, tuple[float, float]] = {}
@@ -177,7 +177,7 @@ class PipelineTimes:
 
     @property
     def seconds(self) -> float:
-        """Until the last stage is done."""
+        """The time at which the last stage ends."""
         return max((times.seconds for times in self.stages), default=0.0)
 
     @property
@@ -193,7 +193,7 @@ class PipelineTimes:
 
 @dataclass(frozen=True)
 class _Takes:
-    """What a node takes, wherever it is called."""
+    """The cost of a node, wherever it is called."""
 
     seconds: float
     limit: str
@@ -203,10 +203,10 @@ class _Takes:
 
 
 class _Walk:
-    """The program, call by call.
+    """A walk of the program, call by call.
 
-    free    when the device is free to work (""), or to send over axes
-    begins  when each call of `main` began
+    free    the times from which the device is free to compute (""), or to send over axes
+    begins  the time at which each call of `main` began
     """
 
     def __init__(
@@ -229,7 +229,7 @@ class _Walk:
         self.known: dict[str, list[tuple[Node, _Takes | None]]] = {}
 
     def function(self, function: Function, ready: dict[Value, float], scope: str, call: int) -> list[float]:
-        """Run it; `ready` says when its arguments are there. Returns when its results are."""
+        """Run a function; `ready` has the times at which its arguments are ready. Returns the times of its results."""
         if function.name not in self.known:
             self.known[function.name] = list(self.taken(function))
         for node, takes in self.known[function.name]:
@@ -271,18 +271,19 @@ class _Walk:
         return [ready.get(v, 0.0) for v in function.results]
 
     def is_handed(self, node: Node) -> bool:
-        """Whether the stage before hands on what a node gives."""
+        """Return True if the stage before sends the result of a node."""
         return isinstance(node.op, HandOn) and node.op.target == self.stage
 
     def during(self, node: Node, takes: _Takes, start: float, scope: str, call: int) -> Busy:
-        """A node while it runs."""
+        """Return the record of a node's execution."""
         place, line = joined_scope(scope, node.scope), str(node.source or "")
         told = takes.over, takes.because, place, line, start, takes.seconds, takes.sent, takes.limit
         return Busy(node.op.name, *told, call)
 
     def taken(self, function: Function) -> Iterator[tuple[Node, _Takes | None]]:
-        """What each node takes; None for a call, for what is done once, when weights are bound, and for what tells
-        only the type of what is handed on."""
+        """Yield the cost of each node; None for a call, for a node that runs once, when weights are bound, and for a
+        node that only provides the type of a received value.
+        """
         once, uses = weight_only_nodes(function), function.uses()
         for node in function.nodes:
             readers = [reader for value in node.results for reader, _ in uses.get(value, ())]

@@ -1,13 +1,13 @@
-"""What an op needs and gives where some factors of its axis rule are split: one function for every op.
+"""The placements that an op needs and returns if some factors of its axis rule are split: one function for every op.
 
-    mapped              the op works on parts, each result is split alike
-    whole, in blocks    so it does on parts that lie between blocks, where it says what a block is (`Op.multiples`)
-    reduced by a monoid  each rank has a term of the result
-    indexed             a lookup in a part of the table: what lies elsewhere counts as zero, so terms of a sum
-    all others          the op needs the axis whole (a composite's body may need less)
+    mapped               the op works on parts, each result is split in the same way
+    whole, in blocks     the same for parts with whole blocks, if the op declares a block's size (`Op.multiples`)
+    reduced by a monoid  each rank has a partial result
+    indexed              a lookup in a part of the table: rows of other parts count as zero, so results are partial sums
+    all others           the op needs the axis whole (a composite's body may need less)
 
-An op takes terms of a sum in operands in which it is linear, where all operands of that group are terms. So where a
-summed factor is split, an operand of the group that lacks it (a bias) must be terms, too: the whole on one rank and
+An op accepts partial sums in operands in which it is linear, if all operands of that group are partial. So if a summed
+factor is split, an operand of the group that lacks the factor (a bias) must be partial, too: the whole on one rank and
 zeros elsewhere.
 """
 
@@ -27,14 +27,14 @@ from treadle.passes.sharding.factors import Shares, dim_split, locate
 
 @dataclass(frozen=True)
 class Requirement:
-    """How operands must lie (None: absent), and how results then do."""
+    """The placements that operands must have (None: absent), and the placements of the results."""
 
     operands: tuple[MeshPlacement | None, ...]
     results: tuple[MeshPlacement, ...]
 
 
 def may_split(op: Op, application: Application, name: str, types: Sequence[Type | None]) -> bool:
-    """Whether an op works on parts of a factor, without a look into its body."""
+    """Return True if an op works on parts of a factor, without its body."""
     if op.resized({name: ONE}, types) is None:
         return False
     match application.factors[name].role:
@@ -51,10 +51,10 @@ def may_split(op: Op, application: Application, name: str, types: Sequence[Type 
 
 
 def looked_up_by(op: Op, application: Application, name: str, types: Sequence[Type | None]) -> int | None:
-    """The position of the operand whose elements index a factor, in an op that works on a part of it.
+    """Return the position of the operand whose elements index a factor, if the op works on a part of the table.
 
-    That is a primitive that reads one table along it, in which it is linear, by its one operand of integers, and of
-    which no result has the factor.
+    The op is a primitive that reads one table along the factor, is linear in the table, and has a single operand of
+    integers. No result has the factor.
     """
     tables = [i for i, dims in enumerate(application.operands) if locate(dims, name)]
     names = op.operand_names(len(types))
@@ -76,13 +76,11 @@ def requirement(
     through: frozenset[str] = frozenset(),
     ring: SubAxes = (),
 ) -> Requirement | None:
-    """What an op needs and gives where factors are split so.
+    """Return the placements that an op needs and returns if these factors are split; None if this is not possible.
 
-    carried  parts of mesh axes along which operands of the linear group `through` are terms of sums
+    carried  parts of mesh axes along which operands of the linear group `through` are partial sums
 
     ring     parts of mesh axes that split queries and keys alike, and around which keys pass
-
-    None where there is no such way.
     """
     passed = op.keys_in_parts if ring and op.keys_in_parts is not None else ()
     names = op.operand_names(len(types))
@@ -92,7 +90,7 @@ def requirement(
     for name, share in shares.items():
         units = application.dims[name].size.divide(share.grain)
         if units is None or (units.constant is not None and units.constant < ways(share.over)):
-            return None  # a rank would have none
+            return None  # a rank would have no part
         if name in passed:
             continue
         if not may_split(op, application, name, types):

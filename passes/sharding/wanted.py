@@ -1,4 +1,4 @@
-"""What a user wants split: axes by name, and where they lie in every value of a graph.
+"""The requested splits: axes by name, and their places in every value of a graph.
 
     {"heads": "tp", "ffn": "tp", "vocab": "tp", "batch": "dp"}
 
@@ -8,10 +8,10 @@ any text), or one of these:
     batch      the symbols of inputs' first dimensions
     sequence   the symbols of their other dimensions
     heads      the labels heads and kv_heads
-    vocab      the rows of the largest table that an input looks up, and the dimension of outputs with as many
+    vocab      the rows of the largest table that an input indexes, and the dimension of outputs with the same size
 
-`follow` carries each through the graph. What comes out are wishes: a value that holds the axis would be split along it.
-Weights are placed by them; what becomes of other values, costs decide.
+`follow` traces each axis through the graph. The result is wishes: a wish asks to split a value along the axis that it
+has. Weights are placed by wishes. The placements of other values depend on costs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from treadle.ir.types import Type
 
 @dataclass(frozen=True)
 class Wish:
-    """That a dimension of a value be split, because it holds an axis of this name."""
+    """A wish to split a dimension of a value, because it has an axis of this name."""
 
     dim: int
     split: Split
@@ -44,9 +44,9 @@ class Wish:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Wishes for the values of a graph, and where its weights lie because of them.
+    """Wishes for the values of a graph, and the placements of its weights that follow from them.
 
-    notes   what could not be split as asked, in words
+    notes   descriptions of requested splits that are not possible
     """
 
     wishes: Mapping[Value, Sequence[Wish]] = field(default_factory=dict)
@@ -54,17 +54,17 @@ class Wanted:
     notes: tuple[str, ...] = ()
 
     def of(self, value: Value) -> Sequence[Wish]:
-        """The wishes for a value."""
+        """Return the wishes for a value."""
         return self.wishes.get(value, ())
 
 
 def wanted_splits(graph: Graph, mesh: Mesh, axes: Mapping[str, str], asked: Collection[str] = ()) -> Wanted:
-    """Wishes for a graph: axes by name, each with the mesh axes that split it, such as "tp" or "dp tp".
+    """Return wishes for a graph: axes by name, each with the mesh axes that split it, such as "tp" or "dp tp".
 
-    asked  those that a user names, and no recipe
+    asked  the axes that the user names, in contrast to a recipe
 
-    Raises UsageError for a name that is no axis of the graph, for a mesh axis that there is not, and for an axis that a
-    user asks to be split and that is too short for it.
+    Raises UsageError for a name that is not an axis of the graph, for an unknown mesh axis, and for an axis that the
+    user asks to split and that is too short.
     """
     wishes: dict[Value, list[Wish]] = {}
     notes: list[str] = []
@@ -84,7 +84,7 @@ def wanted_splits(graph: Graph, mesh: Mesh, axes: Mapping[str, str], asked: Coll
 def has_axis(graph: Graph, name: str) -> bool:
     """Return True if a graph has an axis of this name that can be split."""
     if any(place.size != ONE for axis in _axes_named(graph, name) for place in _starts(graph, axis)):
-        return True  # as nearly all have, and nothing is traced
+        return True  # nearly always found here, without tracing the axis
     return any(place.size != ONE for place in _places(graph, name))
 
 
@@ -98,9 +98,10 @@ def _wish(
     *,
     is_asked: bool = False,
 ) -> list[str]:
-    """Add wishes for all places of an axis. The least of them says in which units it is split, so that all are alike.
+    """Add wishes for all places of an axis. The smallest place defines the units, so that all places are split alike.
 
-    Returns what could not be split as asked, in words. Raises UsageError where nothing of what is asked can be.
+    Returns descriptions of requested splits that are not possible. Raises UsageError if no part of the request is
+    possible.
     """
     notes = []
     places = [p for p in places if p.size != ONE and p.inner * p.size == p.value.type.shape[p.dim]]
@@ -113,14 +114,14 @@ def _wish(
     if is_asked and not taken:
         raise UsageError(
             f"{name}: {least} cannot be split over {mesh.text_of(parts)}",
-            received=f"{ways(parts)} ranks of {mesh}, each of which would have a part",
-            hint=Hint(f'axes={{"{name}": "-"}}, which leaves it whole', f"--axis {name}=-, which leaves it whole"),
+            received=f"{ways(parts)} ranks of {mesh}, each of which needs a part",
+            hint=Hint(f'axes={{"{name}": "-"}}, which replicates it', f"--axis {name}=-, which replicates it"),
         )
     if ways(taken) < ways(parts):
         left = mesh.text_of(parts[len(taken) :])
         notes.append(
             f"{name}: {least} are split over {mesh.text_of(taken) or 'no part'} of {mesh.text_of(parts)}; "
-            f"{left} holds copies, or splits what shares them"
+            f"{left} holds copies, or splits other axes of the same values"
         )
     for place in places:
         type = place.value.type
@@ -129,7 +130,7 @@ def _wish(
         if split is not None and blocked and not _fits_blocks(type, split):
             if place.value in weights:
                 told = re.sub(r"[.][0-9]+(?=[.])", ".*", place.value.name)
-                notes.append(f"{name}: {told} is held in blocks along dimension {place.dim}, and whole there")
+                notes.append(f"{name}: {told} is stored in blocks along dimension {place.dim}, which is replicated")
             continue
         if split is not None:
             known = wishes.setdefault(place.value, [])
@@ -140,9 +141,9 @@ def _wish(
 
 
 def _whole_blocks(places: Sequence[Place], least: int | None, count: int) -> int:
-    """In how many steps at once an axis is split, so that no weight's blocks along it are cut; 1 where that cannot be.
+    """Return the number of steps per unit in which an axis is split between weights' blocks; 1 if that is not possible.
 
-    All places of the axis are split alike, so it is not done where some rank would get nothing by it.
+    All places of the axis are split alike, so larger units are not used if some rank would have no part.
     """
     step = 1
     for place in places:
@@ -156,14 +157,14 @@ def _whole_blocks(places: Sequence[Place], least: int | None, count: int) -> int
 
 
 def _fits_blocks(type: Type, split: Split) -> bool:
-    """Whether a weight's blocks are not cut."""
+    """Return True if a split is between a weight's blocks."""
     dim = blocked_dim(type)
     elements = None if type.encoding is None else type.encoding.block.elements
     return dim is not None and elements is not None and lies_between_blocks(type.shape[dim], split, elements)
 
 
 def blocked_dim(type: Type) -> int | None:
-    """The dimension along which a value is held in blocks, which are not cut; None where it is not in blocks."""
+    """Return the dimension along which a value is in blocks, which are not split; None if it is not in blocks."""
     return None if type.encoding is None else type.encoding.axis % type.rank
 
 
@@ -172,7 +173,7 @@ def _split(place: Place, taken: SubAxes, parts: SubAxes, least: int | None, step
     shared = None if least is None else place.size.divide(Size.of(least))
     grain = place.inner if shared is None else place.inner * shared
     if least is not None and least == ways(taken) and count is not None and shared is not None:
-        # each part has one step of the least place; what lies in it may be split further
+        # each part has one step of the smallest place; elements inside a step may be split further
         more, rest = parts[len(taken) :], count // least
         while ways(more) > rest:
             more = more[:-1]
@@ -182,7 +183,7 @@ def _split(place: Place, taken: SubAxes, parts: SubAxes, least: int | None, step
 
 
 def _placed(wishes: Sequence[Wish], rank: int) -> MeshPlacement:
-    """A placement by wishes, the first before others: no part of an axis is used twice."""
+    """Return a placement by wishes, earlier wishes first: no part of a mesh axis is used twice."""
     dims: list[Split | None] = [None] * rank
     used: set[object] = set()
     for wish in wishes:
@@ -196,7 +197,7 @@ def _placed(wishes: Sequence[Wish], rank: int) -> MeshPlacement:
 
 
 def _places(graph: Graph, name: str) -> Iterator[Place]:
-    """Every place of an axis, in functions too, once."""
+    """Yield every place of an axis once, including places in functions."""
     seen: dict[Place, None] = {}
     for axis in _axes_named(graph, name):
         tracer = Tracer(graph, axis)
@@ -207,7 +208,7 @@ def _places(graph: Graph, name: str) -> Iterator[Place]:
 
 
 def _starts(graph: Graph, axis: str) -> Iterator[Place]:
-    """Places at which an axis starts in `main` and in what it calls."""
+    """Yield the places at which an axis starts, in `main` and in functions that it calls."""
     tracer = Tracer(graph, axis)
     yield from tracer.seeds()
     callees = dict.fromkeys(callee for node in graph.main.nodes if (callee := graph.callee(node)) is not None)
@@ -220,7 +221,7 @@ def _place_key(place: Place) -> tuple[str, int, str]:
 
 
 def _axes_named(graph: Graph, name: str) -> list[str]:
-    """What `follow` calls the axes of a name."""
+    """Return the axes, as `follow` names them, that a requested name refers to."""
     shapes = [v.type.shape for v in graph.main.inputs]
     if name == "batch":
         return sorted({s for shape in shapes for s in (shape[0].symbols if shape else ())})
@@ -244,14 +245,14 @@ def _labels(graph: Graph) -> set[str]:
 
 
 def _known_axes(graph: Graph) -> str | None:
-    """A hint that lists the axes that can be split; None where there are none."""
+    """Return a hint that lists the axes that can be split; None if there are none."""
     names = dict.fromkeys(["batch", "sequence", "heads", "vocab", *sorted(graph.symbols), *sorted(_labels(graph))])
     known = [name for name in names if has_axis(graph, name)]
     return f"one of {', '.join(known)}" if known else None
 
 
 def _weight_behind(value: Value) -> Value | None:
-    """The weight that a value is, or is made of one by one: decoded, or cast."""
+    """Return the weight that a value is or that it is derived from elementwise, decoded or cast."""
     while value.weight is None and value.node is not None and len(value.node.inputs) == 1:
         (before,) = value.node.inputs
         if before.type.shape != value.type.shape:
@@ -261,8 +262,9 @@ def _weight_behind(value: Value) -> Value | None:
 
 
 def vocabulary(graph: Graph) -> list[str]:
-    """The dimensions of weights that are the vocabulary: rows of the largest table that an input looks up, and of
-    those that make a last dimension of as many in an output."""
+    """Return the dimensions of weights that are the vocabulary: rows of the largest table that an input indexes, and
+    dimensions of the same size that become the last dimension of an output.
+    """
     inputs = set(graph.main.inputs)
     tables: dict[Value, int] = {}
     for node in graph.main.nodes:

@@ -1,4 +1,4 @@
-"""Brings the outputs of a plan to other placements, such as whole on every rank: what a step of generation reads."""
+"""Convert the outputs of a plan to other placements, such as whole on every rank, as generation reads them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from treadle.passes.sharding.plan import Move, ShardingPlan, made_items
 
 
 def with_whole_outputs(plan: ShardingPlan) -> ShardingPlan:
-    """The same plan, with all-gathers at the end for each output that ranks have in parts.
+    """Return the plan with all-gathers at the end for each output that ranks have in parts.
 
     Raises PassError for a weight in parts that is an output of a graph without nodes.
     """
@@ -20,7 +20,7 @@ def with_whole_outputs(plan: ShardingPlan) -> ShardingPlan:
 
 
 def with_outputs_in(plan: ShardingPlan, target: Callable[[MeshPlacement], MeshPlacement], because: str) -> ShardingPlan:
-    """The same plan, with moves at the end that bring each output to the target of its placement.
+    """Return the plan with moves at the end that convert each output to the target of its placement.
 
     because  the reason of moves that send: "is whole" is printed as "output y is whole"
 
@@ -35,7 +35,7 @@ def with_outputs_in(plan: ShardingPlan, target: Callable[[MeshPlacement], MeshPl
             continue
         at = value.node or next(reversed(main.function.nodes), None)  # a weight that is an output has no node
         if at is None:
-            raise PassError(f"output {name} is a weight in parts, and no node is there to gather it at")
+            raise PassError(f"output {name} is a weight in parts, and there is no node to gather it at")
         reasons = tuple([f"output {name} {because}" for step in steps if step.sends])
         moves.append(Move(value, placed, wanted, steps, reasons, at))
         had.add((value, wanted))

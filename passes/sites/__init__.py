@@ -1,1 +1,1 @@
-"""Candidate sites: where a graph does what a fused op could do, whether or not a rule takes it."""
+"""Candidate sites: places where a graph computes what a fused op could compute, fused or not."""

@@ -1,22 +1,22 @@
-"""Candidate sites: where a graph does what a fused op could do, whether or not a rule recognises it.
+"""Candidate sites: places where a graph computes what a fused op could compute, whether or not a rule recognises them.
 
     attention       a softmax between two products;  attention, attention_with_probabilities
-    normalization   the mean of a square, and what is divided by its root;  layer_norm, rms_norm
-    activation      erf, tanh + 1 or sigmoid, and what is multiplied by it;  gelu, gelu_tanh, silu, quick_gelu
-    rotary          halves changed places and sign, x cos a + y sin a;  rotary
+    normalization   the mean of a square, and the division by its root;  layer_norm, rms_norm
+    activation      erf, tanh + 1 or sigmoid, and the multiplication by it;  gelu, gelu_tanh, silu, quick_gelu
+    rotary          halves that swap position and sign, x cos a + y sin a;  rotary
     linear          a product with a weight transposed, and a bias added to it;  linear
-    gate            two products, of which one is activated and multiplied by the other;  gated_linear
+    gate            two products, one of them activated and multiplied by the other;  gated_linear
     epilogue        a product and the activation of it, unless it is a gate;  activated_linear
-    residual        the sum of two values that are computed, and the norm of it;  add_layer_norm, add_rms_norm
+    residual        the sum of two computed values, and the norm of it;  add_layer_norm, add_rms_norm
     embedding       two embeddings or more in one sum;  embedding_sum
-    projection      products of one value with several weights, none of them finished by what is above;  projections
-    scale           a number that scales what a product or a norm gives;  linear, rms_norm, layer_norm
+    projection      products of one value with several weights, none of them part of a gate or epilogue;  projections
+    scale           a number that scales the result of a product or a norm;  linear, rms_norm, layer_norm
 
-A product with a weight that lies as [in, out] is no site: matmul is the op for it, and a backend that packs weights
-packs this one as well, and adds the bias as it stores the product. There is nothing to gain, and a copy to lose.
+A product with a weight that is stored as [in, out] is not a site: its op is matmul, and a backend that packs weights
+packs this one as well, and adds the bias as it stores the product. Fusing it would gain nothing and cost a copy.
 
-This looks for what a person would point at, not for what the rules say: it is wider than they are, so that what they
-miss is seen.
+The search is wider than the rules: it looks for what a person would point at, so that sites that the rules miss are
+visible.
 """
 
 from __future__ import annotations
@@ -53,22 +53,20 @@ KINDS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "residual": ("fuse-residual-norm", ("add_layer_norm", "add_rms_norm")),
     "embedding": ("fuse-embedding-sum", ("embedding_sum",)),
 }
-"""For each kind of site the pass that fuses it, and the ops that it becomes. An op belongs to the last kind that has
-it.
-"""
+"""For each kind of site, the pass that fuses it and the fused ops. An op belongs to the last kind that lists it."""
 
 _SCALING = (Add, Sub, Mul, Div, Neg, Where, Tanh, Maximum, Minimum, Pow, Cast)
-"""What lies between an argument and what is gated by its activation; not exp(x), which is something else than x."""
+"""Ops between an argument and the value gated by its activation; not exp(x), which is a different value than x."""
 _MOST_STEPS = 24
 
 
 @dataclass(frozen=True, eq=False)
 class FusionSite:
-    """A place in one distinct function.
+    """A candidate site in one distinct function.
 
-    anchor  the node that gives it away: the softmax, the mean, the product
-    nodes   what belongs to it, the anchor first
-    op      the fused op where it is one already
+    anchor  the node that identifies the site: the softmax, the mean, the product
+    nodes   the nodes of the site, the anchor first
+    op      the fused op, if the site is one already
     """
 
     kind: str
@@ -79,14 +77,14 @@ class FusionSite:
 
     @property
     def anchors(self) -> tuple[Node, ...]:
-        """The nodes of which each gives it away: a rule may take a part of several products, or of a sum."""
+        """The nodes that each identify the site: a rule may fuse only some of several products, or a part of a sum."""
         return self.nodes if self.kind in ("projection", "embedding") else (self.anchor,)
 
 
 def find_sites(graph: Graph, unfused: Collection[Node] = ()) -> list[FusionSite]:
-    """Every candidate site of every distinct function, callees first, in program order.
+    """Return every candidate site of every distinct function, callees first, in program order.
 
-    unfused  anchors of gates and epilogues that were not fused: their products may be something else then
+    unfused  anchors of gates and epilogues that were not fused: their products may belong to other sites then
     """
     return [site for function in graph.functions.values() for site in _Finder(function, unfused).sites()]
 
@@ -101,7 +99,7 @@ class _Finder:
         self.gates = {node: found for node in function.nodes if (found := gate_nodes(node)) is not None}
         self.gated = {each for node, nodes in self.gates.items() if node not in unfused for each in nodes}
         self.norms: dict[Value, list[Node]] = {}
-        """What a value that is normalized is normalized by."""
+        """The nodes of the norms of each normalized value."""
         for node in function.nodes:
             spelled = self._normalization(node)
             normed = normed_value(node, spelled)
@@ -129,7 +127,9 @@ class _Finder:
         return [user for value in node.results for user in self.users.get(value, ())]
 
     def _down(self, node: Node, through: tuple[type[Op], ...], stop: Callable[[Node], bool]) -> list[Node]:
-        """The nodes from this one's readers down to the first that `stop` says; empty where none is met."""
+        """Return the nodes from this one's readers down to the first for which `stop` is true; empty if there is
+        none.
+        """
         return self._search(self._readers(node), self._readers, lambda n: isinstance(n.op, through), stop)
 
     @staticmethod
@@ -139,7 +139,7 @@ class _Finder:
         through: Callable[[Node], bool],
         stop: Callable[[Node], bool],
     ) -> list[Node]:
-        """The path to the nearest node that `stop` says, over nodes that `through` lets pass."""
+        """Return the path to the nearest node for which `stop` is true, over nodes for which `through` is true."""
         paths: dict[Node, list[Node]] = {}
         pending = [(node, [node], 0) for node in start if node is not None]
         while pending:
@@ -156,7 +156,7 @@ class _Finder:
     # -- the kinds ---------------------------------------------------------------------------------------------
 
     def _attention(self, node: Node) -> Sequence[Node] | None:
-        """softmax of whatever kind, or exp(x - max) / sum"""
+        """Find any kind of softmax, or exp(x - max) / sum, between two products."""
         own: Sequence[Node]
         if (weighting := softmax_at(node)) is not None:
             scores, own = weighting.scores, weighting.nodes
@@ -174,12 +174,14 @@ class _Finder:
         return [*own, *above, *below] if above and below else None
 
     def _readers_below_rounding(self, node: Node) -> list[Node]:
-        """Who reads a node's results; of one that a quantizer rounds, the last node of that."""
+        """Return the readers of a node's results; if a quantizer rounds a result, the last node of the rounding
+        instead.
+        """
         trips = [round_trip_from(value, lambda v: self.users.get(v, ())) for value in node.results]
         return [trip.nodes[0] for trip in trips if trip is not None] or self._readers(node)
 
     def _normalization(self, node: Node) -> Sequence[Node] | None:
-        """mean(x^2), with a root behind it"""
+        """Find mean(x^2) with a root after it."""
         if not isinstance(node.op, (ReduceMean, ReduceSum)) or (square := _square(node.inputs[0])) is None:
             return None
         root = self._down(node, (Add, Cast, Mul, Div, Maximum), _is_root)
@@ -197,7 +199,7 @@ class _Finder:
         return [square, *centered, *root, *scaled, *spread]
 
     def _activation(self, node: Node) -> Sequence[Node] | None:
-        """erf(x), 1 + tanh(x), x sigmoid(x)"""
+        """Find erf(x), 1 + tanh(x), x sigmoid(x)."""
         if not isinstance(node.op, (Erf, Tanh, Sigmoid)):
             return None
         below = self._down(node, (Add, Mul, Cast), lambda n: isinstance(n.op, Mul))
@@ -213,7 +215,7 @@ class _Finder:
         return [*above, *below, *more]
 
     def _rotary(self, node: Node) -> Sequence[Node] | None:
-        """x cos a + y sin a, or concat(-x2, x1) times something"""
+        """Find x cos a + y sin a, or concat(-x2, x1) times a factor."""
         if isinstance(node.op, Add) and len(node.inputs) == 2:
             sides = [v.node for v in node.inputs if v.node is not None and isinstance(v.node.op, Mul)]
             waves = [[_waves(v) for v in side.inputs] for side in sides]
@@ -231,17 +233,17 @@ class _Finder:
         return [p for p in parts if p is not None] + turned
 
     def _gate(self, node: Node) -> Sequence[Node] | None:
-        """act(x g) * (x u)"""
+        """Find act(x g) * (x u)."""
         return self.gates.get(node)
 
     def _epilogue(self, node: Node) -> Sequence[Node] | None:
-        """act(x w), where it is no gate"""
+        """Find act(x w), unless it is a gate."""
         if node in self.gated:
             return None
         return epilogue_nodes(node, self._activation(node))
 
     def _projection(self, node: Node) -> Sequence[Node] | None:
-        """x u, x v, ..."""
+        """Find x u, x v, ..."""
         return self._projections.get(node)
 
     @cached_property
@@ -252,19 +254,19 @@ class _Finder:
         return products_of_one_value(self.function, finished)
 
     def _scale(self, node: Node) -> Sequence[Node] | None:
-        """(x w) * c, norm(x) * c, unless it is a quantizer's scale, of which there is nothing to fold"""
+        """Find (x w) * c, norm(x) * c, except a quantizer's scale, which cannot be folded."""
         return None if counts_steps(node, self._readers(node)) else scale_nodes(node)
 
     def _residual(self, node: Node) -> Sequence[Node] | None:
-        """norm(x + residual)"""
+        """Find norm(x + residual)."""
         return residual_nodes(node, self.norms)
 
     def _embedding(self, node: Node) -> Sequence[Node] | None:
-        """embedding(t, i) + embedding(u, j)"""
+        """Find embedding(t, i) + embedding(u, j)."""
         return embedding_nodes(node, self.users)
 
     def _linear(self, node: Node) -> Sequence[Node] | None:
-        """matmul(x, transpose(w)) + bias"""
+        """Find matmul(x, transpose(w)) + bias."""
         moved = node.inputs[1].node if isinstance(node.op, MatMul) else None
         if moved is None or not isinstance(moved.op, Rearrange):
             return None
@@ -279,7 +281,9 @@ def _makers(node: Node) -> list[Node | None]:
 
 
 def _above_rounding(node: Node) -> list[Node | None]:
-    """What makes a node's operands; of the last node of a quantizer's rounding, what makes the value that it rounds."""
+    """Return the nodes that compute a node's operands; for the last node of a quantizer's rounding, the node that
+    computes the rounded value.
+    """
     trip = round_trip_at(node)
     return _makers(node) if trip is None else [trip.value.node]
 
@@ -311,7 +315,7 @@ def _square(value: Value) -> Node | None:
 
 
 def _spelled_softmax(node: Node) -> tuple[Value, list[Node]] | None:
-    """x and the nodes of exp(x - max(x)) / sum(exp(x - max(x)))"""
+    """Return x and the nodes of exp(x - max(x)) / sum(exp(x - max(x))), or None."""
     above, below = (v.node for v in node.inputs)
     while below is not None and isinstance(below.op, (Where, Expand, Maximum, Add)):
         below = next((v.node for v in below.inputs if v.node is not None and v.type.dtype.is_float), None)
@@ -327,7 +331,7 @@ def _spelled_softmax(node: Node) -> tuple[Value, list[Node]] | None:
 
 
 def _origins(value: Value) -> set[Value]:
-    """The value, and those that it is made of by a few elementwise ops and moves."""
+    """Return the value, and the values that it is computed from by a few elementwise ops and moves."""
     found, pending = {value}, [(value, 0)]
     while pending:
         v, depth = pending.pop()
@@ -339,7 +343,7 @@ def _origins(value: Value) -> set[Value]:
 
 
 def _waves(value: Value) -> set[str]:
-    """Whether a factor is a cosine or a sine, moved or joined."""
+    """Return the names of the cosines and sines, moved or joined, that a factor is computed from."""
     found: set[str] = set()
     pending, depth = [value], 0
     while pending and depth < 32:

@@ -1,6 +1,6 @@
-"""Candidate sites around products: an activation of one, and one that gates another.
+"""Candidate sites around products: the activation of a product, and a product that gates another.
 
-Wider than the rules that fuse them: through casts and moves, with an activation that is spelled out, of two values.
+Wider than the rules that fuse them: also through casts and moves, with an activation in primitives, of two values.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from treadle.ir.ops.parts import Slice
 from treadle.ir.ops.products import Linear, MatMul
 
 _SPELLING = (Add, Sub, Mul, Div, Neg, Pow, Erf, Exp, Reciprocal, Maximum, Minimum)
-"""What activations are spelled out with."""
+"""Primitives that activations are written in."""
 _ACTIVATIONS = tuple(find_op(name) for name in ACTIVATIONS)
 _MOST_STEPS = 32
 
 
 @dataclass
 class _Origin:
-    """What a value is made of: the products above it, the nodes on the way, and whether anything else comes in."""
+    """The origin of a value: the products above it, the nodes in between, and True in `other` if it has other
+    inputs.
+    """
 
     products: list[Node] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
@@ -33,12 +35,12 @@ class _Origin:
 
     @property
     def of_one(self) -> Node | None:
-        """The product, if the value is made of one and of nothing else."""
+        """The product, if the value is computed from one product and nothing else."""
         return self.products[0] if len(self.products) == 1 and not self.other else None
 
     @property
     def cuts(self) -> set[Op]:
-        """The slices on the way; two alike cut the same part."""
+        """The slices in between; equal ones select the same part."""
         return {node.op for node in self.nodes if isinstance(node.op, Slice)}
 
     def has(self, *ops: type[Op]) -> bool:
@@ -46,7 +48,9 @@ class _Origin:
 
 
 def epilogue_nodes(node: Node, spelled: Sequence[Node] | None) -> Sequence[Node] | None:
-    """act(x w + bias), at the activation, or at the erf, tanh or sigmoid of one that `spelled` has the nodes of"""
+    """Return the nodes of act(x w + bias), at the activation; `spelled` holds the nodes of one in primitives, at its
+    erf, tanh or sigmoid.
+    """
     if spelled is None and not isinstance(node.op, _ACTIVATIONS):
         return None
     origin = _origin(node.inputs[0], _SPELLING if spelled is not None else ())
@@ -56,7 +60,7 @@ def epilogue_nodes(node: Node, spelled: Sequence[Node] | None) -> Sequence[Node]
 
 
 def gate_nodes(node: Node) -> Sequence[Node] | None:
-    """act(x g + b) * (x u + c), at the mul; two products, or two parts of one"""
+    """Return the nodes of act(x g + b) * (x u + c), at the mul; for two products, or two parts of one."""
     if not isinstance(node.op, Mul):
         return None
     for gating, gated in (node.inputs, node.inputs[::-1]):
@@ -64,7 +68,7 @@ def gate_nodes(node: Node) -> Sequence[Node] | None:
         if plain.of_one is None or curved.of_one is None:
             continue
         if plain.of_one is curved.of_one and not _are_apart(plain.cuts, curved.cuts):
-            continue  # x sigmoid(x), and whatever else is of one value or of one part of it
+            continue  # x sigmoid(x), or both factors from the same value or part
         activated = curved.has(Erf, Exp, *_ACTIVATIONS)
         only_added = not any(isinstance(n.op, _SPELLING) and not isinstance(n.op, Add) for n in curved.nodes)
         if activated or (only_added and plain.of_one.inputs[0] is curved.of_one.inputs[0]):
@@ -73,7 +77,7 @@ def gate_nodes(node: Node) -> Sequence[Node] | None:
 
 
 def _origin(value: Value, through: tuple[type[Op], ...] = ()) -> _Origin:
-    """Up to products: through moves and sums with a bias, and through all ops of `through`."""
+    """Search up to the products: through moves and sums with a bias, and through all ops of `through`."""
     origin = _Origin()
     pending, seen = [value], {value}
     while pending:
@@ -93,12 +97,12 @@ def _origin(value: Value, through: tuple[type[Op], ...] = ()) -> _Origin:
 
 
 def _are_apart(cuts: set[Op], others: set[Op]) -> bool:
-    """Whether two values are different parts of one."""
+    """Return True if two values are different parts of one."""
     return bool(cuts and others) and cuts.isdisjoint(others)
 
 
 def _is_product(node: Node) -> bool:
-    """With a matrix: one that is computed as well, a weight that is transposed or dequantized."""
+    """Return True for a product with a matrix, which may be computed: a weight that is transposed or dequantized."""
     return isinstance(node.op, Linear) or (isinstance(node.op, MatMul) and node.inputs[1].type.rank == 2)
 
 

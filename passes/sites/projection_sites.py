@@ -1,6 +1,6 @@
-"""Candidate sites around weights: products of one value with several, and scalings of what norms and products give.
+"""Candidate sites around weights: products of one value with several weights, and scalings of norms and products.
 
-Wider than the rules: also where a weight is transposed first, or read by something else.
+Wider than the rules: also if a weight is transposed first, or has other readers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ _NORMS_AND_PRODUCTS = (Linear, MatMul, RMSNorm, LayerNorm)
 
 
 def products_of_one_value(function: Function, finished: Collection[Node]) -> dict[Node, Sequence[Node]]:
-    """Products of one value with weights, by the first of each two or more; those in `finished` are none."""
+    """Return groups of two or more products of one value with weights, by their first product, without those in
+    `finished`.
+    """
     groups: dict[tuple[Value, str], list[Node]] = {}
     for node in function.nodes:
         if isinstance(node.op, (Linear, MatMul)) and node not in finished:
@@ -32,7 +34,9 @@ def products_of_one_value(function: Function, finished: Collection[Node]) -> dic
 
 
 def scale_nodes(node: Node) -> Sequence[Node] | None:
-    """y * c, at the mul, for what a product with a weight or a norm gives and one number c"""
+    """Return the nodes of y * c, at the mul, for the result y of a norm or a product with a weight, and one number
+    c.
+    """
     if not isinstance(node.op, (Mul, Div)) or len(node.inputs) != 2:
         return None
     for scaled, number in (node.inputs, node.inputs[::-1]):

@@ -1,7 +1,7 @@
 """Candidate sites along the residual stream: the embeddings that it begins with, and the norms of sums in it.
 
-A sum with a bias or a table is no residual, nor is one that broadcasts; a sum of embeddings alone is a site of its own.
-One in which fewer than two terms are embeddings as they are (Marian scales them) is none.
+A sum with a bias or a table is not a residual, nor is a sum that broadcasts; a sum of embeddings alone is a site of its
+own. A sum with fewer than two plain embeddings as terms (Marian scales them) is not a site.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from treadle.passes.fusion.fuse_embedding_sum import lookup_of
 
 
 def normed_value(node: Node, spelled: Sequence[Node] | None) -> Value | None:
-    """What a norm over the last axis is of: at the op, or at the mean of one that `spelled` has the nodes of."""
+    """Return the operand of a norm over the last axis: at the op, or at the mean of a norm in primitives, whose nodes
+    are in `spelled`.
+    """
     if isinstance(node.op, (LayerNorm, RMSNorm)):
         return _uncast(node.inputs[0])
     if spelled is None:
@@ -30,7 +32,7 @@ def normed_value(node: Node, spelled: Sequence[Node] | None) -> Value | None:
 
 
 def residual_nodes(node: Node, norms: Mapping[Value, Sequence[Node]]) -> Sequence[Node] | None:
-    """norm(x + residual), at the add, of two values of one shape that are computed"""
+    """Return the nodes of norm(x + residual), at the add, for two computed values of one shape."""
     if not isinstance(node.op, Add) or node.result not in norms:
         return None
     stretched = any(v.type.shape != node.result.type.shape for v in node.inputs)
@@ -40,7 +42,7 @@ def residual_nodes(node: Node, norms: Mapping[Value, Sequence[Node]]) -> Sequenc
 
 
 def embedding_nodes(node: Node, users: Mapping[Value, Sequence[Node]]) -> Sequence[Node] | None:
-    """embedding(t, i) + embedding(u, j) + ..., at the last add of the sum that nothing else reads"""
+    """Return the nodes of embedding(t, i) + embedding(u, j) + ..., at the last add of the sum."""
     if not isinstance(node.op, Add):
         return None
     terms = _terms(node, users)
@@ -53,7 +55,7 @@ def embedding_nodes(node: Node, users: Mapping[Value, Sequence[Node]]) -> Sequen
 
 
 def _adds(root: Node, users: Mapping[Value, Sequence[Node]]) -> list[Node]:
-    """An addition, and those whose results it alone adds up."""
+    """Return an addition, and the additions whose results are read only by this sum."""
     found, pending = [], [root]
     while pending:
         node = pending.pop()
@@ -64,7 +66,7 @@ def _adds(root: Node, users: Mapping[Value, Sequence[Node]]) -> list[Node]:
 
 
 def _terms(root: Node, users: Mapping[Value, Sequence[Node]]) -> list[Node]:
-    """What computes the terms of a sum; one that is no embedding is where a refusal points."""
+    """Return the nodes that compute the terms of a sum; refusals point at a term that is not an embedding."""
     adds = _adds(root, users)
     terms = [v.node for each in adds for v in each.inputs if v.node is not None]
     return [node for node in terms if node not in adds]
@@ -78,7 +80,7 @@ def _is_lookups(value: Value) -> bool:
 
 
 def _is_weight(value: Value) -> bool:
-    """A weight or a constant, moved perhaps."""
+    """Return True if a value is a weight or a constant, possibly moved or cast."""
     while value.node is not None and (value.node.op.is_view or isinstance(value.node.op, Cast)):
         value = value.node.inputs[0]
     return value.weight is not None or value.kind == "constant"

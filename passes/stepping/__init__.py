@@ -1,1 +1,1 @@
-"""The step of generation, derived from a model that is declared over a whole sequence."""
+"""Derivation of a generation step from a model that is declared over a whole sequence."""

@@ -1,7 +1,7 @@
-"""Which values a step computes, and for which tokens: for all that are added, or for each row's last alone.
+"""The values that a step computes, and for which tokens: for all new tokens, or for each row's last token alone.
 
-Prefill wants the logits of each row's last token. From there back, up to the last op that mixes tokens, everything need
-be computed for that token only; attention takes its query there, and all keys.
+Prefill needs the logits of each row's last token. Back from there, up to the last op that mixes tokens, values are
+computed for that token only; attention takes its query there, and all keys.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from treadle.passes.stepping.survey import Context, Kind
 
 
 class Extent(Enum):
-    """For which tokens a value is computed."""
+    """The tokens for which a value is computed."""
 
     ALL = "all"
     LAST = "last"
@@ -30,30 +30,32 @@ _NONE: Extents = frozenset()
 
 @dataclass(frozen=True)
 class Demands:
-    """What one function of a step computes.
+    """The values that one function of a step computes.
 
-    values     the extents in which each value is wanted
-    last_only  the nodes that are computed for the last tokens alone, with the positions of the operands of which these
-               are enough
+    values     the extents in which each value is needed
+    last_only  the nodes that are computed for the last tokens alone, with the positions of the operands whose last
+               tokens suffice
     """
 
     values: Mapping[Value, Extents]
     last_only: Mapping[Node, frozenset[int]]
 
     def of(self, value: Value) -> Extents:
-        """The extents in which a value is computed: all tokens if that is wanted, as the last ones are among them."""
+        """Return the extents in which a value is computed: only all tokens if these are needed, since they include the
+        last.
+        """
         extents = self.values.get(value, _NONE)
         return ALL if Extent.ALL in extents else extents
 
 
 class Demanding:
-    """Finds what functions must compute, each once for what is wanted of it."""
+    """Finds the values that functions must compute, once for each combination of extents of the outputs."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, tuple[Extents, ...]], Demands] = {}
 
     def of(self, context: Context, outputs: tuple[Extents, ...]) -> Demands:
-        """For the extents in which each output of the function is wanted."""
+        """Return the demands of a function for the extents in which each output is needed."""
         key = (id(context), outputs)  # contexts live as long as the survey
         if key not in self._known:
             self._known[key] = self._found(context, outputs)
@@ -71,13 +73,13 @@ class Demanding:
             want(value, extents)
         for node in reversed(context.function.nodes):
             results = [wanted.get(v, _NONE) if context.kind(v) is not Kind.KEPT else _NONE for v in node.results]
-            if not any(results):  # nobody reads it, or the prologue makes it
+            if not any(results):  # unused, or computed by the prologue
                 continue
             inner = context.callees.get(node)
             if inner is not None:
                 demands = self.of(inner, tuple(results))
                 for actual, formal in zip(node.operands, inner.function.arguments, strict=True):
-                    if context.kind(actual) is not Kind.KEPT:  # the callee keeps what it reads of it itself
+                    if context.kind(actual) is not Kind.KEPT:  # the callee itself keeps what it reads
                         want(actual, demands.of(formal))
                 continue
             queries: frozenset[int] = frozenset()
@@ -89,12 +91,16 @@ class Demanding:
 
 
 def pickable(context: Context, value: Value) -> bool:
-    """Whether the last token of each row can be picked of it: the axis and the rows are each a dimension of it."""
+    """Return True if the last token of each row can be picked: the axis and the rows are each one dimension of the
+    value.
+    """
     return context.whole_dim(value) is not None and context.row_dim(value) is not None
 
 
 def _may_be_last(context: Context, node: Node) -> bool:
-    """Whether the last token's results need the operands' last tokens alone, those that it is paired with apart."""
+    """Return True if the last token's results need only the operands' last tokens, apart from keys that it is paired
+    with.
+    """
     values = [*node.results, *(v for v in node.inputs if context.dims(v))]
     if not all(pickable(context, v) for v in values):
         return False
@@ -105,7 +111,7 @@ def _may_be_last(context: Context, node: Node) -> bool:
 
 
 def _queries(context: Context, node: Node) -> frozenset[int]:
-    """The positions of operands of which the last token is enough."""
+    """Return the positions of the operands whose last token suffices."""
     held = [i for i, v in enumerate(node.operands) if v is not None and context.dims(v)]
     if node not in context.encounters:
         return frozenset(held)

@@ -1,17 +1,18 @@
-"""The step of generation, from a model that is declared over a whole sequence.
+"""The generation step, derived from a model that is declared over a whole sequence.
 
     main(tokens[B, S]) -> logits[B, S, V]   -->   prefill(tokens[B, S], rows[B], start[B], last[B]) -> logits[B, 1, V]
                                                   step(tokens[B, 1], rows[B], start[B]) -> logits[B, 1, V]
                                                   verify(tokens[B, S], rows[B], start[B]) -> logits[B, S, V]
 
-Row n of a call lives in slot rows[n] of every state, and its first new token stands at start[n]. However a row's
-tokens are cut into calls, the logits are those of `main` over all of them. `prefill` takes a chunk whose rows may have
-fewer tokens than it is wide, last[n] + 1 of them, and gives the logits of the last one; `step` takes one token a row;
-`verify` gives the logits of all tokens of a chunk. What does not depend on the tokens is computed by `prologue`, once a
-row, before its first token.
+Row n of a call uses slot rows[n] of every state, and the position of its first new token is start[n]. The logits are
+those of `main` over all tokens of a row, however the tokens are split into calls. `prefill` takes a chunk whose rows
+may have fewer tokens than its width, last[n] + 1 of them, and returns the logits of the last one; `step` takes one
+token per row; `verify` returns the logits of all tokens of a chunk. Values that do not depend on the tokens are
+computed by `prologue`, once per row, before its first token.
 
-Refused, with the op and the user's line: what mixes tokens otherwise than by attention to those before (or any other op
-that says what it is at a step), such as a convolution over time, a mean over the sequence, attention to later tokens.
+Refused, with the op and the author's line: ops that mix tokens otherwise than by attention to earlier tokens (or by any
+other op that defines its form at a step), such as a convolution over time, a mean over the sequence, attention to later
+tokens.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from treadle.passes.stepping.prologue import Prologue
 from treadle.passes.stepping.survey import Kind, Survey
 
 CACHE_DTYPES = (f32, bf16, f16)
-"""In which keys and values may be held."""
+"""The dtypes in which keys and values may be stored."""
 
 
 class NoStep(PassError):
@@ -44,17 +45,17 @@ class NoStep(PassError):
 
 @dataclass(frozen=True)
 class DerivedStep:
-    """A graph of entries, and how they are called.
+    """A graph of entries, and the way to call them.
 
     graph     the entries: `prologue` if there is one, `prefill`, `step`, `verify`
     axis      the symbol along which tokens are added
-    tokens    the inputs that are given at every step, by name
-    prologue  the inputs that are given once a row, by name
-    told      what an entry calls `rows`, `start` and `last`: another name where the model has an input of that one
-    context   the most positions that the model takes, or None
-    windows   by the symbol of its capacity, how many positions a ring must hold beside a chunk of tokens
-    memories  the symbols of what rows bring once and keep: how much of it a slot holds
-    carries   whether something is summed up over the tokens, so that a token cannot be taken back
+    tokens    the names of the inputs that are passed at every step
+    prologue  the names of the inputs that are passed once per row
+    told      the entries' names for `rows`, `start` and `last`, numbered if the model has an input of that name
+    context   the greatest number of positions of the model, or None
+    windows   by the symbol of its capacity, the number of positions that a ring must hold besides a chunk of tokens
+    memories  the symbols of sizes that each row has of its own: the number of positions that a slot holds
+    carries   True if something is summed over the tokens, so that a token cannot be taken back
     """
 
     graph: Graph
@@ -69,7 +70,7 @@ class DerivedStep:
 
     @property
     def has_prologue(self) -> bool:
-        """Whether rows begin with `prologue`."""
+        """True if rows begin with `prologue`."""
         return "prologue" in self.graph.entry_names
 
 
@@ -77,13 +78,13 @@ def derive_step(graph: Graph, axis: str | None = None, *, cache: str | DType | N
     """Derive the entries of generation from a graph whose only entry is `main`.
 
     axis   the symbol along which tokens are added; by default the one that may be stepped
-    cache  the dtype in which caches hold keys and values, f32, bf16 or f16; by default the model's own
+    cache  the dtype in which caches store keys and values, f32, bf16 or f16; by default the model's own
 
-    Raises PassError where the model has no step, with what stands against it; UsageError for another dtype.
+    Raises PassError, with the reason, if the model has no step; UsageError for another cache dtype.
     """
     held = None if cache is None else _cache_dtype(cache)
     if graph.bind is not None or graph.states:
-        raise PassError("a step is derived from a graph with one entry, and no states", received=repr(graph))
+        raise PassError("a step can only be derived from a graph with one entry and no states", received=repr(graph))
     axis = axis or _stepped_axis(graph)
     verdict = follow(graph, axis).step()
     if not verdict:
@@ -126,7 +127,7 @@ def _cache_dtype(name: str | DType) -> DType:
 
 
 def _stepped_axis(graph: Graph) -> str:
-    """The one symbol of the inputs along which the model may be stepped, and an output is."""
+    """Return the one symbol of the inputs along which the model may be stepped and an output extends."""
     symbols = dict.fromkeys(s for v in graph.main.inputs for s in sorted(v.type.symbols))
     found: list[str] = []
     mapped: list[str] = []
@@ -148,25 +149,25 @@ def _stepped_axis(graph: Graph) -> str:
 
 
 def _refuse_symbols(graph: Graph, names: Sequence[str]) -> None:
-    """Raise PassError where the model has a symbol of one of these names, which a step's states have."""
+    """Raise PassError if the model has a symbol with one of these names, which the states of a step use."""
     for name in names:
         if name in graph.symbols:
             raise PassError(f"the model has a symbol {name}, which a step needs for itself", hint=f"rename {name}")
 
 
 def _refuse_mixed_rows(graph: Graph, axis: str, rows: str) -> None:
-    """Raise PassError where a row's results depend on other rows, on which row it is, or on how many there are.
+    """Raise PassError if a row's results depend on other rows, on the row's index, or on the number of rows.
 
-    A step computes other rows together than the whole does, in another order.
+    A step computes different rows together than the whole model does, and in a different order.
     """
     met = [e for e in follow(graph, rows).encounters if not isinstance(e.kind, Generated) or e.node.op.reads_positions]
     if met:
-        told = f"{graph.name} has no step along {axis}: its rows, {rows}, are not each by itself"
+        told = f"{graph.name} has no step along {axis}: its rows, {rows}, are not independent"
         raise PassError("\n".join([told, *(f"  {e}" for e in met)]))
 
 
 def _rows(graph: Graph, axis: str) -> str:
-    """The symbol of the batch: the first dimension of what is along the tokens."""
+    """Return the symbol of the batch: the first dimension of the inputs that extend along the tokens."""
     tokens: list[Value] = [v for v in graph.main.inputs if axis in v.type.symbols]
     rows = {v.type.shape[0].as_symbol for v in tokens}
     if len(rows) != 1 or None in rows or axis in rows:

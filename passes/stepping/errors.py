@@ -1,4 +1,4 @@
-"""The refusal of a step, as all files of this folder say it."""
+"""The error for a model that has no step, shared by all files of this folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from treadle.ir.graph import Node
 
 
 def refusal(node: Node, why: str, *, hint: str | None = None) -> PassError:
-    """The error that a model has no step because of a node, with the user's line."""
+    """Return the error that a model has no step because of a node, with the author's line."""
     return PassError(
         f"no step can be derived: {node.op.name} {why}",
         received=", ".join(str(v.type) for v in node.inputs) or None,

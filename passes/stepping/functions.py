@@ -1,7 +1,8 @@
-"""Builds the functions of a step: every op again, by its own rule, on the tokens that are added.
+"""Builds the functions of a step: every op again, by its own rule, on the new tokens.
 
-What maps the axis stays the op that it is; what does more with it says what it is at a step (`Op.stepped`). A
-function is built once for what is wanted of it and how its arguments come; its states are declared as they are met.
+An op that maps the axis stays as it is; any other op on the axis defines its form at a step (`Op.stepped`). A function
+is built once for each combination of needed outputs and forms of arguments; its states are declared when they are first
+used.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from treadle.passes.stepping.rows import Stepped, apply_by_row
 from treadle.passes.stepping.survey import Context, Kind, Survey
 
 ROWS, LAST_TOKEN = ("rows", "start"), "last"
-"""What an entry is told of each row; see `treadle.passes.stepping.derivation`."""
+"""The per-row inputs of an entry; see `treadle.passes.stepping.derivation`."""
 CAPACITY = "C"
 SLOTS = "R"
 
@@ -37,8 +38,8 @@ Wanted = tuple[Value, Extent]
 class _Made:
     """A function that was built.
 
-    takes   its inputs in order: a value of the model's function in an extent, or the name of data on rows
-    gives   its outputs in order: the position of one of the model's, its extent, and whether it gained the rows
+    takes   its inputs in order: a value of the model's function in an extent, or the name of per-row data
+    gives   its outputs in order: the index of the model's output, its extent, and True if it gained the rows
     """
 
     function: Function
@@ -47,17 +48,19 @@ class _Made:
 
 
 class StepFunctions:
-    """Builds functions of a step into a graph, each once; caches hold keys and values in `cache`, or as they are."""
+    """Builds functions of a step into a graph, each once; caches store keys and values in `cache`, or in their own
+    dtype.
+    """
 
     def __init__(self, survey: Survey, graph: Graph, states: StepStates, cache: DType | None = None) -> None:
         self.survey, self.graph, self.states, self.cache = survey, graph, states, cache
         self.demanding = Demanding()
         self.carries = False
-        """Whether a node that was built carries a sum along."""
+        """True if a node that was built carries a sum along."""
         self._known: dict[object, _Made] = {}
 
     def entry(self, name: str, extent: Extent, *, single: bool = False) -> Function:
-        """An entry that computes the model's outputs in an extent; `single`: for one token a row."""
+        """Build an entry that computes the model's outputs in an extent; `single`: for one token per row."""
         context = self.survey.main
         values = context.function.outputs.values()
         extents = tuple(
@@ -77,7 +80,7 @@ class StepFunctions:
     def block(
         self, context: Context, extents: tuple[Extents, ...], arguments: dict[Wanted, Stepped], single: bool
     ) -> _Made:
-        """A block that computes its outputs in these extents, from arguments of these types."""
+        """Return a block that computes its outputs in these extents, from arguments of these types."""
         told = tuple((v.name, extent, x.expr.type.text, x.by_row) for (v, extent), x in arguments.items())
         key = (id(context), extents, told, single)
         if key not in self._known:
@@ -113,7 +116,7 @@ class _Body:
         self.axis = functions.survey.axis
 
     def declare(self, names: Sequence[str]) -> None:
-        """Take the tokens, then what is told of rows, whether anything reads them or not: callers give all of it."""
+        """Declare the tokens, then the per-row inputs, even unused ones: callers pass all of them."""
         for value in self.context.function.inputs:
             if self.context.kind(value) is Kind.STEPPED:
                 self.read(value, Extent.ALL)
@@ -143,7 +146,7 @@ class _Body:
     # -- values ------------------------------------------------------------------------------------------------
 
     def read(self, value: Value, extent: Extent) -> Stepped:
-        """A value for all tokens, or for each row's last one."""
+        """Return a value for all tokens, or for each row's last one."""
         if value.literal is not None:
             return Stepped(self.b.expr(Value.constant(value.literal)))
         if not self.context.dims(value) or self.single:
@@ -158,7 +161,7 @@ class _Body:
         return found
 
     def _argument(self, value: Value, extent: Extent) -> Stepped | None:
-        """The argument that a value is, declared where it is read first."""
+        """Return the argument that a value is, declared when it is first read; None for another value."""
         if value.node is not None:
             return None
         if value.kind == "parameter":
@@ -178,7 +181,7 @@ class _Body:
         return type.substitute({self.axis: 1}) if self.single else type
 
     def _last(self, value: Value) -> Stepped:
-        """Of a value for all tokens that of each row's last: [b, s, ...] -> [b, 1, ...]."""
+        """Pick each row's last token of a value for all tokens: [b, s, ...] -> [b, 1, ...]."""
         x = self.read(value, Extent.ALL)
         rows, axis = self.context.row_dim(value), self.context.whole_dim(value)
         assert axis is not None
@@ -194,7 +197,7 @@ class _Body:
         return Stepped(self.b.rearrange(picked, pattern=f"{' '.join([row, *others])} -> {' '.join(back)}"), x.by_row)
 
     def kept(self, value: Value) -> Kept:
-        """A value that the prologue left in a state."""
+        """Return a value that the prologue stored in a state."""
         state = self.functions.states.keep(self.context, value)
         length = None
         if state.memory is not None:
@@ -204,7 +207,7 @@ class _Body:
     # -- rows and states ---------------------------------------------------------------------------------------
 
     def data(self, name: str) -> Expr:
-        """What a step is told, or finds once, of each row: i64[b]."""
+        """Return per-row data, an input or computed once: i64[b]."""
         if name not in self.known:
             self.known[name] = self._data(name) if self.arguments is None else self._passed(name)
         return self.known[name]
@@ -215,9 +218,9 @@ class _Body:
         return self.b.input(free_name(name, taken), self._row_type)
 
     def _data(self, name: str) -> Expr:
-        """In an entry: an input, or computed from one."""
+        """Return per-row data of an entry: an input, or computed from inputs."""
         b = self.b
-        scope, b.scope = b.scope, ""  # it belongs to no node
+        scope, b.scope = b.scope, ""  # not part of any node
         try:
             return self._found(name)
         finally:
@@ -233,7 +236,8 @@ class _Body:
         if name == "count":
             return self.data("last") + 1
         if name.endswith("_length"):
-            state = self.state(name, Type(i64, (Dim.of(self.functions.states.slots), Dim.of(ONE))))
+            held = self.functions.states.length_name(self.context, name.removesuffix("_length"))
+            state = self.state(held, Type(i64, (Dim.of(self.functions.states.slots), Dim.of(ONE))))
             found: Expr = b.rearrange(b.gather(state, self.data("rows"), axis=0), pattern="b 1 -> b")
             return found
         taken = {v.name for v in self.context.function.inputs}
@@ -244,7 +248,7 @@ class _Body:
         return Type(i64, (Dim.of(Size.symbol(self.functions.survey.rows)),))
 
     def state(self, name: str, type: Type) -> Expr:
-        """A state as it is by now."""
+        """Return a state's current value."""
         return self.b.state(name, type)
 
     # -- nodes -------------------------------------------------------------------------------------------------
@@ -284,20 +288,21 @@ class _Body:
             raise refusal(
                 node,
                 f"reads {value.name} at every step, whose size is known only when a row begins",
-                hint="attention reads what rows keep of sizes of their own",
+                hint="only attention can read values whose size differs by row",
             )
         return Stepped(kept.read())
 
     def _stepped(self, node: Node, op: Op, extent: Extent, operands: Sequence[Stepped | Kept | None]) -> list[Stepped]:
         met = self.context.encounters.get(node, ())
         if any(isinstance(x, Stepped) and x.by_row for x in operands):
-            raise refusal(node, "mixes what depends on where tokens stand")
+            raise refusal(node, "mixes values that depend on the tokens' positions")
         for value in (*node.inputs, *node.results):
             if self.context.dims(value) and self.context.rows.get(value) and self.context.row_dim(value) != 0:
                 raise refusal(node, "mixes tokens of rows that are not its first dimension")
         is_carried = any(isinstance(e.kind, Scanned) for e in met) and not node.op.reads_positions
         if is_carried and any(self.context.dims(v) and self.context.row_dim(v) is None for v in node.inputs):
-            raise refusal(node, "carries along what is the same in all rows", hint="sum up values that have rows")
+            why = "carries along values that are the same in all rows"
+            raise refusal(node, why, hint="sum up values that have rows")
         held = [frozenset[int]() if v is None else self.context.dims(v) for v in node.operands]
         states, data = self.functions.states, self.data
         step = Stepping(
@@ -343,7 +348,10 @@ class _Body:
             value = actual[inner.function.parameters[name]]
             assert value is not None
             weights.append(self.read(value, Extent.ALL).expr)
-        states = [self.state(joined_scope(node.scope, name), v.type) for name, v in made.function.states.items()]
+        states = [
+            self.state(self.functions.states.name_of_call(self.context, node, name), v.type)
+            for name, v in made.function.states.items()
+        ]
         outputs = self.b.call(made.function, [*inputs, *weights, *states])
         for (position, extent, by_row), x in zip(made.gives, outputs, strict=True):
             old = node.results[position]

@@ -1,6 +1,7 @@
-"""The states of a step: their names, and those in which the prologue leaves what does not depend on the tokens.
+"""The states of a step: their names, and the states in which the prologue stores values that do not depend on the
+tokens.
 
-Every entry of a derived graph reads the same states, so their names and types are settled here, once.
+Every entry of a derived graph reads the same states, so their names and types are determined here, once.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 
+from treadle.ir.analysis.axis_tracing import joined_scope
 from treadle.ir.errors import PassError
-from treadle.ir.graph import Value
+from treadle.ir.graph import Node, Value
 from treadle.ir.naming import free_name
 from treadle.ir.sizing.sizes import ONE, Size
 from treadle.ir.types import Dim, Type
@@ -18,12 +20,12 @@ from treadle.passes.stepping.survey import Context
 
 @dataclass(frozen=True)
 class KeptState:
-    """The state of one value [b, ...]: a slot a row.
+    """The state of one value [b, ...]: one slot per row.
 
     name      within its function
     type      [R, ...]; [R, 1] for a value [b]
     axis      the dimension along which the prologue appends to it
-    memory    the size of that dimension of the value, where it is known at the call only; else None
+    memory    the size of that dimension of the value, if it is known only at the call; else None
     """
 
     name: str
@@ -33,28 +35,43 @@ class KeptState:
 
 
 class StepStates:
-    """Settles names and types of the states of a step.
+    """The names and types of the states of a step.
 
-    slots   how many slots each has
+    slots   the number of slots of each state
     """
 
     def __init__(self, slots: Size) -> None:
         self.slots = slots
         self.kept: dict[int, dict[Value, KeptState]] = {}
-        """By the context's id: the values that the prologue keeps for it."""
+        """The values that the prologue keeps for each context, by the context's id."""
         self.memories: dict[str, Size] = {}
-        """By name: the sizes that the prologue keeps for each row."""
+        """The sizes that the prologue keeps for each row, by name."""
         self._names: dict[int, dict[Hashable, str]] = {}
 
     def name(self, context: Context, key: Hashable, base: str) -> str:
-        """The name of a state within a function: base, numbered where another has it."""
+        """Return the name of a state within a function: base, numbered if another state or a weight has it."""
         names = self._names.setdefault(id(context), {})
         if key not in names:
-            names[key] = free_name(base, set(names.values()))
+            names[key] = free_name(base, {*names.values(), *context.function.parameters})
         return names[key]
 
+    def name_of_call(self, context: Context, call: Node, name: str) -> str:
+        """Return the name, within the caller, of a state of the function that it calls.
+
+        Repetitions of a shared block have one scope, and states of their own: the scope gains the repetition's number.
+        """
+        alike = [node for node in context.function.nodes if node.op.callee is not None and node.scope == call.scope]
+        scope = call.scope if len(alike) == 1 else joined_scope(call.scope, str(alike.index(call)))
+        return self.name(context, (call, name), joined_scope(scope, name))
+
+    def length_name(self, context: Context, memory: str) -> str:
+        """The name, in an entry, of the state with the length that each row keeps of a size named `memory`."""
+        return self.name(context, ("length", memory), f"{memory}_length")
+
     def keep(self, context: Context, value: Value) -> KeptState:
-        """The state for a value that a step reads. Raises PassError where its rows or sizes leave no slot for it."""
+        """Return the state for a value that a step reads. Raises PassError if its rows or sizes do not fit into
+        slots.
+        """
         known = self.kept.setdefault(id(context), {})
         if value not in known:
             known[value] = self._kept(context, value)
@@ -64,7 +81,7 @@ class StepStates:
         where = f"{value.name}: {value.type}"
         if context.row_dim(value) != 0:
             raise PassError(
-                "no step can be derived: what it would keep has no rows as its first dimension",
+                "no step can be derived: a value that it would keep does not have the rows as its first dimension",
                 received=where,
                 source=_line(value),
             )
@@ -72,7 +89,7 @@ class StepStates:
         open_dims = [n for n, size in enumerate(sizes, 1) if size.constant is None]
         if len(open_dims) > 1:
             raise PassError(
-                "no step can be derived: what it would keep has two dimensions that are known at a call only",
+                "no step can be derived: a value that it would keep has two dimensions of sizes known only at a call",
                 received=where,
                 source=_line(value),
             )
@@ -87,7 +104,7 @@ class StepStates:
         return KeptState(name, Type(value.type.dtype, tuple(dims)), axis, memory)
 
     def memory_name(self, size: Size) -> str:
-        """The name of a size that the prologue keeps: its symbol, or a number of its own where it is computed."""
+        """Return the name of a size that the prologue keeps: its symbol, or a new name if it is computed."""
         for name, known in self.memories.items():
             if known == size:
                 return name

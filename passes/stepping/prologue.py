@@ -1,4 +1,4 @@
-"""Builds the prologue: what does not depend on the tokens, computed once a row and left in states.
+"""Builds the prologue: values that do not depend on the tokens are computed once per row and stored in states.
 
 cross.k = rearrange(linear(encoded, $k))      -->   prologue: %cross.k = append(%cross.k, ..., rows, zeros)
 attention(q, cross.k, cross.v)                      step:     cached_attention(q, %cross.k, %cross.v, ...)
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from treadle.ir.analysis.axis_tracing import joined_scope
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.entry_order import ENTRIES
 from treadle.ir.graph import Function, Graph, Node, Value
@@ -24,7 +23,9 @@ from treadle.passes.stepping.survey import Context, Kind, Survey
 
 @dataclass(frozen=True)
 class _Made:
-    """A block of the prologue, with the arguments of the model's block that it takes, and the outputs that it gives."""
+    """A block of the prologue, with the arguments of the model's block that it takes, and the outputs that it
+    returns.
+    """
 
     function: Function
     takes: list[Value] = field(default_factory=list)
@@ -32,7 +33,7 @@ class _Made:
 
 
 class Prologue:
-    """Builds the entry `prologue` into a graph, after the steps, which say what they read."""
+    """Builds the entry `prologue` into a graph, after the step functions, which determine what it must store."""
 
     def __init__(self, survey: Survey, graph: Graph, states: StepStates) -> None:
         self.survey, self.graph, self.states = survey, graph, states
@@ -40,20 +41,20 @@ class Prologue:
         self._known: dict[tuple[int, frozenset[int]], _Made] = {}
 
     def build(self, function: Function) -> None:
-        """Fill the entry: it takes the inputs that are not along the tokens, and the slots of the rows."""
+        """Fill the entry: it takes the inputs that do not extend along the tokens, and the slots of the rows."""
         context = self.survey.main
         body = _Body(self, context, function, is_entry=True)
         for value in context.function.inputs:
-            if context.kind(value) is Kind.KEPT:  # whether anything reads it or not: callers give what is declared
+            if context.kind(value) is Kind.KEPT:  # even if it is unused: callers pass all declared inputs
                 body.read(value)
         body.build({v: name for name, v in context.function.outputs.items() if context.kind(v) is Kind.KEPT})
 
     def leaves(self, context: Context) -> bool:
-        """Whether a function, or one that it calls, keeps anything for a step."""
+        """Return True if a function, or one that it calls, keeps a value for a step."""
         return bool(self.states.kept.get(id(context))) or any(map(self.leaves, context.callees.values()))
 
     def block(self, context: Context, outputs: frozenset[int]) -> _Made:
-        """What a block leaves, with these of its outputs."""
+        """Return a block that stores what a step reads, and computes these of its outputs."""
         key = (id(context), outputs)
         if key not in self._known:
             function = Function(free_name(f"{context.function.name}_prologue", {*ENTRIES, *self.graph.functions}))
@@ -65,7 +66,7 @@ class Prologue:
         return self._known[key]
 
     def copied(self, name: str) -> Function:
-        """A function of the model as it is."""
+        """Return a copy of a function of the model."""
         if name not in self.copies:
             source = self.survey.graph.functions[name]
             copy = clone_function(source, free_name(name, {*ENTRIES, *self.graph.functions}))
@@ -86,7 +87,7 @@ class _Body:
         self._rows: Expr | None = None
 
     def build(self, outputs: Mapping[Value, str]) -> None:
-        """Compute what is kept, and these outputs."""
+        """Compute the values to keep, and these outputs."""
         states = self.prologue.states
         kept = states.kept.get(id(self.context), {})
         for node in self._needed([*kept, *outputs]):
@@ -98,14 +99,15 @@ class _Body:
                 x = self.b.rearrange(x, pattern="b -> b 1")
             self._leave(state.name, state.type, x, state.axis)
         if self.is_entry:
-            rows = self.rows  # which are given also where nothing is left
+            rows = self.rows  # declared even if nothing is stored
             for name, size in states.memories.items():
                 length = self.b.expand(self.b.size(value=size), shape=(*rows.shape, ONE))
-                self._leave(f"{name}_length", Type(i64, (Dim.of(states.slots), Dim.of(ONE))), length, 1)
+                state_name = states.length_name(self.context, name)
+                self._leave(state_name, Type(i64, (Dim.of(states.slots), Dim.of(ONE))), length, 1)
         self.b.outputs(**{name: self.read(value) for value, name in outputs.items()})
 
     def _needed(self, roots: list[Value]) -> list[Node]:
-        """The nodes by which the roots are computed, and the calls that leave something."""
+        """Return the nodes that compute the roots, and the calls that store something."""
         wanted, found = set(roots), []
         for node in reversed(self.context.function.nodes):
             inner = self.context.callees.get(node)
@@ -134,7 +136,7 @@ class _Body:
 
     @property
     def rows(self) -> Expr:
-        """i64[b]: the slot of each row."""
+        """The slot of each row: i64[b]."""
         if self._rows is None:
             taken = {v.name for v in self.context.function.inputs}
             type = Type(i64, (Dim.of(Size.symbol(self.prologue.survey.rows)),))
@@ -169,7 +171,10 @@ class _Body:
             value = actual[inner.function.parameters[name]]
             assert value is not None
             values.append(self.read(value))
-        states = [self.b.state(joined_scope(node.scope, name), v.type) for name, v in made.function.states.items()]
+        states = [
+            self.b.state(self.prologue.states.name_of_call(self.context, node, name), v.type)
+            for name, v in made.function.states.items()
+        ]
         results = self.b.call(made.function, [*values, *states])
         for n, x in zip(made.gives, results, strict=True):
             self.values[node.results[n]] = x

@@ -1,8 +1,8 @@
-"""Values that gain a dimension at a step, the rows of the batch: positions, and what is made of them.
+"""Values that gain the rows of the batch as a dimension at a step: positions, and values computed from them.
 
 Over a whole sequence all rows count from 0, and positions are [s]; at a step each row has its own start, and they are
-[b, s].
-What is made of them is laid out so that it meets values whose rows are in a dimension of their own.
+[b, s]. Values computed from positions are laid out so that they broadcast to values whose rows are a dimension of their
+own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from treadle.passes.stepping.errors import refusal
 
 @dataclass(frozen=True)
 class Stepped:
-    """A value of a step; `by_row`: it has the rows as a first dimension that the model's has not."""
+    """A value of a step; `by_row`: its first dimension is the rows, which the model's value does not have."""
 
     expr: Expr
     by_row: bool = False
@@ -32,11 +32,11 @@ class Stepped:
 def apply_by_row(
     b: Builder, node: Node, op: Op, operands: Sequence[Stepped | None], row_dim: int | None
 ) -> list[Stepped]:
-    """Apply an op some of whose operands have the rows as one more dimension.
+    """Apply an op some of whose operands have the rows as an additional dimension.
 
-    row_dim   the dimension of the model's result that is the rows; None where it has no rows, and gains them
+    row_dim   the dimension of the model's result that is the rows; None if it has no rows, and gains them
 
-    Raises PassError where the op has no such form.
+    Raises PassError if the op has no such form.
     """
     if isinstance(op, Rearrange):
         (x,) = operands
@@ -60,7 +60,7 @@ def apply_by_row(
     rule = op.rule(ranks)
     by_row = [pattern for pattern, x in zip(rule.operands, operands, strict=True) if x is not None and x.by_row]
     if len(node.results) != 1 or any(pattern[:1] != (LeadingDims(),) for pattern in (*by_row, *rule.results)):
-        raise refusal(node, "reads where tokens stand, and has no form in which each row counts for itself")
+        raise refusal(node, "reads the tokens' positions, and has no form in which each row has its own positions")
     laid: list[Stepped | None] = []
     leading = node.results[0].type.rank - len(rule.results[0]) + 1  # dimensions that `...` stands for
     for value, operand, pattern in zip(node.operands, operands, rule.operands, strict=True):
@@ -71,13 +71,13 @@ def apply_by_row(
         at = 0 if row_dim is None else row_dim
         between = leading - (row_dim is not None) - at - (value.type.rank - len(pattern) + 1)
         if between < 0:
-            raise refusal(node, "meets where tokens stand in dimensions before those of its rows")
+            raise refusal(node, "combines positions along dimensions that come before its rows")
         laid.append(Stepped(_spread(b, operand.expr, at, between)))
     return [Stepped(found.expr, row_dim is None) for found in _emitted(b, op, laid)]
 
 
 def _expanded(b: Builder, op: Expand, operands: Sequence[Stepped | None], row_dim: int | None) -> Stepped:
-    """x [b, ...] expanded; where the model expands to the rows, these are the ones that x has."""
+    """Expand x [b, ...]; if the model's result has the rows as a dimension, x's rows become that dimension."""
     (x,) = operands
     assert x is not None
     names = [f"x{n}" for n in range(x.expr.rank - 1)]
@@ -87,13 +87,13 @@ def _expanded(b: Builder, op: Expand, operands: Sequence[Stepped | None], row_di
         laid, shape = ["row", *laid], [None, *shape]
     else:
         laid[row_dim], shape[row_dim] = "row", None
-    kept = [name if name in laid else "1" for name in names]  # a dimension of size 1 is where the rows come
+    kept = [name if name in laid else "1" for name in names]  # a size of 1 where the rows go
     found: Expr = b.rearrange(x.expr, pattern=f"row {' '.join(kept)} -> {' '.join(laid)}")
     return Stepped(b.expand(found, shape=tuple(shape)), row_dim is None)
 
 
 def _all_by_row(b: Builder, operands: Sequence[Stepped | None]) -> list[Stepped | None]:
-    """The operands, those that are the same in all rows repeated for each."""
+    """Return the operands; those that are the same in all rows are repeated for each row."""
     rows = next(x.expr.shape[0] for x in operands if x is not None and x.by_row)
     return [
         x if x is None or x.by_row else Stepped(b.expand(x.expr, shape=(rows, *x.expr.shape)), True) for x in operands
@@ -101,7 +101,7 @@ def _all_by_row(b: Builder, operands: Sequence[Stepped | None]) -> list[Stepped 
 
 
 def _spread(b: Builder, x: Expr, before: int, between: int) -> Expr:
-    """x [b, ...] with dimensions of size 1 before its rows and after them."""
+    """Insert dimensions of size 1 into x [b, ...] before its rows and after them."""
     if not before and not between:
         return x
     names = [f"x{n}" for n in range(x.rank)]

@@ -1,10 +1,10 @@
-"""What each value of a model is to a generation step: fixed, kept from the prologue, or computed at every step.
+"""The kind of each value of a model at a generation step: fixed, kept from the prologue, or computed at every step.
 
-    FIXED     weights and constants decide it
-    KEPT      it depends on an input, and on no token: an encoder's output, the keys of cross-attention
-    STEPPED   it depends on the tokens along the axis, or on where they stand
+    FIXED     it depends on weights and constants only
+    KEPT      it depends on an input, but not on the tokens: an encoder's output, the keys of cross-attention
+    STEPPED   it depends on the tokens along the axis, or on their positions
 
-A function is surveyed once a context: what its arguments are, and where the axis and the rows lie in them
+A function is surveyed once per context: the kinds of its arguments, and the dimensions of the axis and the rows in them
 (`treadle.ir.analysis.axis_tracing`).
 """
 
@@ -22,7 +22,7 @@ from treadle.ir.text.attributes import attribute_symbols
 
 
 class Kind(IntEnum):
-    """What a value is to a step. What is computed from several values is the greatest of what they are."""
+    """The kind of a value at a step. A value computed from several others has the greatest of their kinds."""
 
     FIXED = 0
     KEPT = 1
@@ -31,11 +31,11 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class Context:
-    """A function where its arguments are known.
+    """A function with known arguments.
 
-    kinds       what each value is
-    axis, rows  where the axis and the rows of the batch lie, for each value that holds them
-    encounters  what each node, calls apart, does with the axis other than map it
+    kinds       the kind of each value
+    axis, rows  the dimensions of the axis and the rows of the batch, for each value that has them
+    encounters  the ways in which each node, except calls, uses the axis other than mapping it
     callees     the context of each call
     """
 
@@ -47,20 +47,21 @@ class Context:
     callees: dict[Node, Context] = field(default_factory=dict)
 
     def kind(self, value: Value | None) -> Kind:
-        """What a value is; a constant is fixed."""
+        """Return a value's kind; a constant is fixed."""
         return Kind.FIXED if value is None or value.literal is not None else self.kinds[value]
 
     def dims(self, value: Value) -> frozenset[int]:
-        """The dimensions of a value in which the axis lies."""
+        """Return the dimensions of a value that contain the axis."""
         return frozenset(place.dim for place in self.axis.get(value, ()))
 
     def whole_dim(self, value: Value) -> int | None:
-        """The dimension of a value that is the axis and nothing else; None where there is no such one, or two."""
+        """Return the dimension of a value that is the axis and nothing else; None if there is none, or two."""
         return _whole(value, self.axis.get(value, ()))
 
     def reads_positions(self, node: Node) -> bool:
-        """Whether results depend on where along the axis operands stand, though the op maps it: a window over keys that
-        do not lie along it."""
+        """Return True if results depend on the operands' positions along the axis though the op maps it: a window over
+        keys that do not extend along it.
+        """
         if not node.op.reads_positions or not any(v is not None and self.dims(v) for v in node.operands):
             return False
         application = node.op.apply([None if v is None else v.type for v in node.operands])
@@ -72,7 +73,7 @@ class Context:
         )
 
     def row_dim(self, value: Value) -> int | None:
-        """The dimension of a value that is the rows of the batch and nothing else; None where there is no such one."""
+        """Return the dimension of a value that is the rows of the batch and nothing else; None if there is none."""
         return _whole(value, self.rows.get(value, ()))
 
 

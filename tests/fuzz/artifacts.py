@@ -2,14 +2,14 @@
 
     python -m tests.fuzz.artifacts [--count 10000] [--seed 0] [--hostile]
 
-Half of the mutations know the format: they edit graphs, log, fields, weights and layout, and then make the hashes and
-the seal right again, so that what lies behind these is met. The other half flip, cut and copy bytes at random, and must
-be noticed unless the bytes are the same. A mutation fails the run if loading raises anything but our error, accepts
-bytes that were changed, runs text of the file as code, takes longer than a second, or more memory than twice the file
-and 64 MiB. Exit status 1 if any fails.
+Half of the mutations know the format: they edit graphs, log, fields, weights and layout, and then correct the hashes
+and the seal, so that the reader gets past them. The other half flip, cut and copy bytes at random, and must be noticed
+unless the bytes are the same. A mutation fails the run if loading raises anything but our error, accepts bytes that
+were changed, runs text of the file as code, takes longer than a second, or needs more memory than twice the file plus
+64 MiB. Exit status 1 if any fails.
 
-Before them come the files of tests/fuzz/hostile_artifacts.py, made to cost time: they must end as is said there, within
-a second of the processor. --hostile runs these alone.
+First come the files of tests/fuzz/hostile_artifacts.py, designed to cost time: they must have the outcome that is given
+there, within a second of CPU time. --hostile runs these alone.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ ODD_VALUES: tuple[Any, ...] = (None, True, -1, 10**18, 2**70, 1.5, "x", [], {}, 
 
 @dataclass
 class Parts:
-    """A file taken apart: metadata without hashes, and each section's dtype, shape and bytes."""
+    """A file in parts: metadata without hashes, and each section's dtype, shape and bytes."""
 
     metadata: dict[str, str]
     sections: dict[str, tuple[str, list[int], bytes]]
@@ -74,7 +74,7 @@ class Parts:
         return Parts({k: v for k, v in metadata.items() if not k.startswith("sha256:")}, sections)
 
     def file(self) -> bytes:
-        """The file again, with right hashes and seal."""
+        """Assemble the file again, with correct hashes and seal."""
         metadata = dict(self.metadata)
         header: dict[str, Any] = {"__metadata__": metadata}
         out = bytearray()
@@ -91,12 +91,12 @@ class Parts:
 
 
 def hostile_file(shape: Shape) -> bytes:
-    """A file of this shape."""
+    """Return a file of this shape."""
     return Parts(dict(METADATA), shape.sections()).file()
 
 
 def sealed(file: bytes) -> bytes:
-    """The file with its header padded to a multiple of 64 and the seal right, where it has a header at all."""
+    """Return the file with its header padded to a multiple of 64 and a correct seal; unchanged if it has no header."""
     length = int.from_bytes(file[:8], "little")
     if len(file) < 48 or length > len(file) - 40:
         return file
@@ -108,7 +108,7 @@ def sealed(file: bytes) -> bytes:
 
 @cache
 def seeds() -> tuple[bytes, ...]:
-    """Valid files: a model with a block and a log of refusals; one of odd names, dtypes and long constants."""
+    """Return valid files: a model with a block and a log of refusals; one of odd names, dtypes and long constants."""
     b = Builder(Graph("odd"))
     x = b.input("x y", "f32[B, S, 8]")
     table = b.parameter("wéights.0", "f32[5, 8]")
@@ -132,7 +132,7 @@ def seeds() -> tuple[bytes, ...]:
 
 
 def mutations(count: int, seed: int) -> Iterator[tuple[str, bytes, bytes | None]]:
-    """`count` damaged files: what was done, the file, and where its hashes were not mended the valid file it was."""
+    """Yield `count` damaged files: the description, the file, and if its hashes were not corrected, the valid file."""
     rng = random.Random(seed)
     for number in range(count):
         valid = rng.choice(seeds())
@@ -144,7 +144,7 @@ def mutations(count: int, seed: int) -> Iterator[tuple[str, bytes, bytes | None]
 
 
 def knowing(rng: random.Random, valid: bytes) -> tuple[str, bytes]:
-    """A mutation that keeps the hashes right: of a text, of the log's values, of fields, weights, or the header."""
+    """Damage a text, the log's values, fields, weights, or the header, and keep the hashes right."""
     parts = Parts.of(valid)
     names = list(parts.sections)
     weight = rng.choice([n for n in names if n.startswith("weight/")])
@@ -214,7 +214,7 @@ def put(parts: Parts, name: str, data: bytes) -> None:
 
 
 def edit_text(rng: random.Random, parts: Parts, name: str) -> None:
-    """Edit a graph's text: lines taken out, doubled and swapped, words exchanged, odd text put in, or bytes."""
+    """Edit a graph's text: lines removed, doubled and swapped, words exchanged, odd text or bytes inserted."""
     data = parts.sections[name][2]
     text = data.decode()
     for _ in range(rng.choice((1, 1, 1, 2, 5))):
@@ -267,7 +267,7 @@ def edit_value(rng: random.Random, data: Any) -> None:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of one file: "equal", "loaded" or "refused", with the error's first line; what is wrong, or None."""
+    """The outcome of one file: "equal", "loaded" or "refused", with the error's first line; the failure, or None."""
 
     outcome: str
     reason: str
@@ -275,7 +275,7 @@ class Verdict:
 
 
 def judge(file: bytes, path: Path, valid: bytes | None) -> Verdict:
-    """Write the file to `path` and load it. `valid` is given where anything but its bytes must be refused."""
+    """Write the file to `path` and load it. If `valid` is given, anything but its bytes must be refused."""
     path.write_bytes(file)
     try:
         load(path)
@@ -294,10 +294,10 @@ def judge(file: bytes, path: Path, valid: bytes | None) -> Verdict:
 
 
 def time_hostile() -> list[str]:
-    """Load each hostile file, for its time and again for its memory, and print both; returns what is wrong."""
+    """Load each hostile file, once for its time and once for its memory, and print both; return the failures."""
     failures: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        judge(seeds()[0], Path(folder) / "first.treadle", None)  # imports are no file's cost
+        judge(seeds()[0], Path(folder) / "first.treadle", None)  # imports must not count for a file
         for number, (name, shape) in enumerate(SHAPES.items()):
             path, file = Path(folder) / f"{number}.treadle", hostile_file(shape)
             path.write_bytes(file)
@@ -320,7 +320,7 @@ def time_hostile() -> list[str]:
 
 
 def refusal(path: Path) -> str | None:
-    """What our error says when the file is loaded, or None where it loads."""
+    """Return the text of our error when the file is loaded, or None if it loads."""
     try:
         load(path)
     except TreadleError as error:

@@ -2,9 +2,9 @@
 
     drawn = draw_attention(seed)       # drawn.graph, drawn.inputs(float64), drawn.text
 
-The numbers are such that no order of additions matters: queries, keys and biases are multiples of 1/8, scales powers
-of two. So where every key of a row is masked, what is left is the masks' own, to the last digit, in f16 as in f32. The
-first row of every mask keeps no key, the second is padded on the left.
+With these numbers no order of additions matters: queries, keys and biases are multiples of 1/8, scales powers of two.
+So if every key of a row is masked, only the masks' own numbers remain, to the last digit, in f16 as in f32. The first
+row of every mask keeps no key, the second is padded on the left.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Array = np.ndarray[Any, Any]
 
 ROWS, HEADS, QUERIES, SIZE = 3, 2, 4, 4
 NUMBERS = (-1e4, -1e9, -1e30, -3.4028234663852886e38, -math.inf)
-"""By what models mask, of what a dtype holds; f16 has its own least."""
+"""Numbers by which models mask, if a dtype holds them; f16 has its own least number."""
 
 
 @dataclass
 class DrawnAttention:
-    """A graph, with arrays for its inputs and what was drawn, in words."""
+    """A graph, with arrays for its inputs and a description of the drawn parts."""
 
     graph: Graph
     arrays: dict[str, Array] = field(default_factory=dict)
@@ -172,7 +172,7 @@ class _Drawing:
         return float(self.one(*(n for n in (*NUMBERS, least) if x.dtype.holds(n))))
 
     def added_number(self, x: Expr) -> float:
-        """Not one beside which f16 keeps a part of the scores."""
+        """Exclude numbers next to which f16 keeps a part of the scores."""
         return float(self.one(-x.dtype.greatest, -math.inf)) if x.dtype is f16 else self.number(x)
 
     def condition(self) -> tuple[Expr, str]:
@@ -202,7 +202,7 @@ class _Drawing:
         return keep, kind
 
     def bias(self, dtype: DType) -> Expr:
-        """By head, by distance with a slope for each head, or by row."""
+        """A bias by head, by distance with a slope for each head, or by row."""
         b, kind = self.b, self.one("heads", "alibi", "rows")
         if kind == "alibi":
             i, j = b.rearrange(b.iota(size="S"), pattern="s -> s 1"), b.iota(size=self.t)

@@ -1,4 +1,4 @@
-"""What every fuzzer of damaged files does beside its own: its options, its tally, its closing lines."""
+"""Common parts of the fuzzers of damaged files: options, tally, closing lines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 
 
 def options_of(doc: str, **flags: str) -> argparse.Namespace:
-    """The options of the command: `count` and `seed`, and `flags` with what each means."""
+    """Return the options of the command: `count` and `seed`, and `flags` with the meaning of each."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--count", type=int, default=10_000, help="mutations (default 10000)")
     parser.add_argument("--seed", type=int, default=0)
@@ -19,7 +19,7 @@ def options_of(doc: str, **flags: str) -> argparse.Namespace:
 
 
 class Tally:
-    """How many files came to each outcome, for which reasons, and what failed."""
+    """The number of files for each outcome, their reasons, and the failures."""
 
     def __init__(self) -> None:
         self.outcomes: collections.Counter[str] = collections.Counter()
@@ -28,7 +28,7 @@ class Tally:
         self.started = time.perf_counter()
 
     def add(self, mutation: str, outcome: str, reason: str, failure: str | None) -> None:
-        """Count one file; its failure, if it has one, is told as that of `mutation`."""
+        """Count one file; record its failure, if it has one, under `mutation`."""
         self.outcomes[outcome] += 1
         if reason:
             self.reasons[outcome][reason] += 1
@@ -36,7 +36,7 @@ class Tally:
             self.failures.append(f"{mutation}: {failure}")
 
     def close(self, options: argparse.Namespace, *notes: str) -> int:
-        """Print it all, with notes on what was measured; the command's exit status."""
+        """Print everything, with notes on measurements; return the command's exit status."""
         print(f"{options.count} mutations, seed {options.seed}, {time.perf_counter() - self.started:.1f} s")
         for outcome, many in sorted(self.outcomes.items()):
             print(f"  {many:6d}  {outcome}")
@@ -51,7 +51,7 @@ class Tally:
 
 
 def scrambled(rng: random.Random, file: bytes, head: int, values: bytes) -> tuple[str, bytes]:
-    """Bytes flipped, set, removed, inserted, copied elsewhere, or the end cut off; mostly in the first `head`."""
+    """Flip, set, remove, insert or copy bytes, or cut the end off; mostly in the first `head` bytes."""
     edited = bytearray(file)
     kind = rng.choice(("flip", "set", "remove", "insert", "copy", "cut"))
     for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):

@@ -1,9 +1,9 @@
-"""Changes one key of a config.json at a time, and compares the outputs with `from_pretrained` of the same folder.
+"""Change one key of a config.json at a time, and compare the outputs with `from_pretrained` of the same folder.
 
     python -m tests.fuzz.config_keys [--families gpt2,llama] [--all] [--count N] [--seed 0]
 
-Small random models of every `model_type` of the zoo. The keys are those that the file has, the fields and other names
-that transformers' config class knows, the names that its modeling code reads, and names that older versions wrote;
+Small random models of every `model_type` of the zoo. The keys are the keys of the file, the fields and other names that
+transformers' config class knows, the names that its modeling code reads, and names that older versions wrote;
 `rope_parameters`, `text_config` and `vision_config` are changed inside, too. Each case must be equal, or refused with
 an error of ours, or its key must be reported as unread. Exit status 1 if one is silently wrong.
 """
@@ -45,7 +45,7 @@ Json = dict[str, Any]
 Place = tuple[str, ...]
 
 TOLERANCE = 2e-5
-"""Of max|a - b| / max|b|; float64 against their float32, see tests/test_huggingface_models.py."""
+"""Tolerance for max|a - b| / max|b|; float64 against their float32, see tests/test_huggingface_models.py."""
 
 ABSENT = "(absent)"
 
@@ -159,7 +159,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A folder of a small model, written as transformers writes it, or as it did before version 5."""
+    """A folder of a small model, in the form that transformers writes now, or wrote before version 5."""
 
     name: str
     folder: Path
@@ -189,7 +189,7 @@ def save(name: str, folder: Path) -> Base:
 
 
 def as_before(config: Json) -> Json:
-    """A config as transformers 4 wrote it: rotary positions in keys of their own."""
+    """Return a config in the form of transformers 4: rotary positions in separate keys."""
     config = copy.deepcopy(config)
     rope = config.pop("rope_parameters")
     kind = config["model_type"]
@@ -213,7 +213,7 @@ def as_before(config: Json) -> Json:
 
 
 def bases(every: bool = False) -> list[str]:
-    """One base for each `model_type`, and one as before version 5 for each of those with rotary positions."""
+    """Return a base for each `model_type`; with rotary positions, also a base in the form before version 5."""
     firsts: dict[type, str] = {}
     for name, tiny in MODELS.items():
         firsts.setdefault(getattr(transformers, tiny.architecture).config_class, name)
@@ -223,7 +223,7 @@ def bases(every: bool = False) -> list[str]:
 
 @functools.cache
 def fields_of(architecture: str) -> Mapping[str, Any]:
-    """The fields of a class's config, with their values where nothing is said; other names for them."""
+    """Return the fields of a class's config, with their defaults, and other names for them."""
     cls = getattr(transformers, architecture).config_class
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -240,7 +240,7 @@ def has_rope(tiny: Tiny) -> bool:
 
 @functools.cache
 def read_by(architecture: str) -> frozenset[str]:
-    """The names that the modeling code of a class takes of its config."""
+    """Return the names that the modeling code of a class reads from its config."""
     source = inspect.getsource(sys.modules[getattr(transformers, architecture).__module__])
     source += inspect.getsource(transformers.masking_utils) + inspect.getsource(transformers.modeling_rope_utils)
     found = set(re.findall(r"config\.(\w+)\b(?!\()", source))
@@ -254,7 +254,7 @@ ROPES = ("rope_parameters", "rope_scaling", "full_attention", "sliding_attention
 
 
 def other_values(key: str, value: Any) -> list[Any]:
-    """Values that differ from a key's."""
+    """Return values that differ from a key's value."""
     if key in LEGACY and value is None:
         return LEGACY[key]
     match value:
@@ -279,7 +279,7 @@ def other_values(key: str, value: Any) -> list[Any]:
 
 
 def cases(base: Base) -> Iterator[Case]:
-    """All cases of a base."""
+    """Yield all cases of a base."""
     architecture = base.tiny.architecture
     fields = fields_of(architecture)
 
@@ -322,7 +322,7 @@ def part_fields(architecture: str, part: str) -> Mapping[str, Any]:
 
 
 def draw(graph: Graph, tiny: Tiny, padding: object) -> dict[str, Array]:
-    """Inputs for a graph, without the token of padding: transformers looks for it, and ours are told lengths."""
+    """Draw inputs for a graph, without the padding token: transformers looks for it, and our models take lengths."""
     rng = np.random.default_rng(0)
     inputs: dict[str, Array] = {}
     for v in graph.main.inputs:
@@ -336,7 +336,7 @@ def draw(graph: Graph, tiny: Tiny, padding: object) -> dict[str, Array]:
 
 
 def ours_of(folder: Path, tiny: Tiny, padding: object) -> tuple[Resolved, dict[str, Array], dict[str, Array]]:
-    """Our model of a folder, inputs, and outputs for them."""
+    """Return our model of a folder, inputs, and outputs for them."""
     resolved = resolve(folder, **tiny.given)
     assert resolved.weights is not None
     inputs = draw(resolved.graph, tiny, padding)
@@ -360,7 +360,7 @@ class Verdict:
     unfit     theirs refuses weights that do not fit, and ours does not
     reported  the outputs differ, and ours reports the key as unread
     wrong     the outputs differ
-    error     ours raises what is no TreadleError
+    error     ours raises an error that is not a TreadleError
     """
 
     outcome: str
@@ -368,7 +368,7 @@ class Verdict:
 
 
 def verdict(base: Base, case: Case, folder: Path) -> Verdict:
-    """Both sides' answers to one case; `folder` is written."""
+    """Return the verdict on one case, run on both sides; `folder` is written."""
     folder.mkdir(exist_ok=True)
     shutil.copyfile(base.folder / "model.safetensors", folder / "model.safetensors")
     config = case.config(base.config)
@@ -405,7 +405,7 @@ def verdict(base: Base, case: Case, folder: Path) -> Verdict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=0, help="draw so many cases of each model; 0: all")
+    parser.add_argument("--count", type=int, default=0, help="draw this number of cases for each model; 0: all")
     parser.add_argument("--families", default="", help="bases whose names contain one of these")
     parser.add_argument("--all", action="store_true", help="every small model, not one for each model_type")
     parser.add_argument("--show", default="wrong,unfit,error", help="outcomes to list")

@@ -35,7 +35,8 @@ from treadle.resolving import resolve
 
 Array = np.ndarray[Any, Any]
 
-# Calls (Python and C) that opening, dequantising and building the vocabulary may make: a base, and so many for a byte.
+# Limit on the calls (Python and C) that opening, dequantising and building the vocabulary may make: a base, and a
+# number for each byte.
 CALLS_BASE, CALLS_A_BYTE = 2_000, 1
 SECONDS = 1.0
 MEMORY = 64 << 20
@@ -48,13 +49,13 @@ SPECIAL = ("<|end|>", "<|start|>")
 
 
 def vocabulary() -> list[str]:
-    """Special tokens, every byte, and what the merges make."""
+    """Special tokens, every byte, and the results of the merges."""
     return [*SPECIAL, *sorted(ByteLevel.alphabet()), *(m.replace(" ", "") for m in MERGES)]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """A small model's."""
+    """The sizes of a small model."""
 
     dim: int = 32
     heads: int = 4
@@ -95,11 +96,12 @@ def write_model(
     keys: Mapping[str, int | float] | None = None,
     pre: str = "smollm",
 ) -> None:
-    """A GGUF file with the library's writer: metadata, vocabulary and weights, matrices stored in the type `blocks`.
+    """Write a GGUF file with the library's writer: metadata, vocabulary and weights, matrices stored in the type
+    `blocks`.
 
-    held  the types of those that are blocks already, u8[rows, bytes], by name
-    keys  what the metadata say beside the sizes, without the architecture before it
-    pre   how text is cut
+    held  the types of weights that are blocks already, u8[rows, bytes], by name
+    keys  metadata besides the sizes, without the architecture prefix
+    pre   name of the rule that splits text
     """
     writer = gguf.GGUFWriter(path, sizes.architecture)
     writer.add_name("caf\u00e9")
@@ -150,7 +152,7 @@ def seeds() -> list[bytes]:
 
 @dataclass(frozen=True)
 class Field:
-    """A field of a valid file's header: what it is, and its bytes."""
+    """A field of a valid file's header: its name, and its bytes."""
 
     kind: str
     at: int
@@ -189,7 +191,7 @@ def fields(file: bytes) -> tuple[list[Field], list[tuple[int, int]]]:
             for item in range(number("count", 8)):
                 if inner != 8:
                     number("item", _WIDTHS[inner])
-                elif item < 40:  # of a long array a few stand for all
+                elif item < 40:  # a few stand for all of a long array
                     string("item")
                 else:
                     at += 8 + int.from_bytes(file[at : at + 8], "little")
@@ -214,7 +216,7 @@ ODD_TEXT = (b"", b"\x00", b"\xff\xfe", b"\xc0\x80", b"general.alignment", b"llam
 
 
 def mutations(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
-    """`count` damaged files, each with the name of what was done; alternately by structure and at random."""
+    """Yield `count` damaged files, each with a description of its damage; alternately by structure and at random."""
     rng = random.Random(seed)
     valid = [(file, *fields(file)) for file in seeds()]
     for number in range(count):
@@ -225,7 +227,7 @@ def mutations(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
 def by_structure(
     rng: random.Random, file: bytes, known: list[Field], entries: list[tuple[int, int]]
 ) -> tuple[str, bytes]:
-    """A mutation of a field or an entry; once in a while two in a row."""
+    """Damage a field or an entry; sometimes two in a row."""
     wanted = "value" if rng.random() < 0.3 else rng.choice(sorted({f.kind for f in known}))
     field = rng.choice([f for f in known if f.kind == wanted])
     (start, stop), (other, end) = rng.choice(entries), rng.choice(entries)
@@ -239,7 +241,7 @@ def by_structure(
         return before + moved.to_bytes(max(field.width, 1), "little") + after
 
     def renamed() -> bytes:
-        """A text with its length mended."""
+        """Replace a text and correct its length."""
         length = struct.pack("<Q", len(text))
         return before[:-8] + length + text + after if field.kind in ("key", "string", "item", "name") else nudged()
 
@@ -263,7 +265,7 @@ def by_structure(
 
 
 def counted(file: bytes, start: int, stop: int) -> bytes:
-    """An entry twice, and the number of keys mended."""
+    """Duplicate an entry, and correct the number of keys."""
     keys = int.from_bytes(file[16:24], "little") + 1
     return file[:16] + struct.pack("<Q", keys) + file[24:stop] + file[start:stop] + file[stop:]
 
@@ -277,13 +279,13 @@ def at_random(rng: random.Random, file: bytes, header: int) -> tuple[str, bytes]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of one file.
+    """The outcome of one file.
 
-    outcome  "read", or at what it was refused: "opening", "tensors", "vocabulary", "model"
+    outcome  "read", or the stage that refused it: "opening", "tensors", "vocabulary", "model"
     reason   the error's first line if it was refused
     calls    Python and C calls that opening, dequantising and building the vocabulary made
-    seconds  all of it took
-    failure  what is wrong with our reader, or None
+    seconds  duration of everything
+    failure  the error of our reader, or None
     """
 
     outcome: str
@@ -294,7 +296,7 @@ class Verdict:
 
 
 def judge(file: bytes, path: Path) -> Verdict:
-    """Write the file to `path`, and read all that it holds."""
+    """Write the file to `path`, and read everything in it."""
     path.write_bytes(file)
     calls = 0
 
@@ -335,7 +337,7 @@ def judge(file: bytes, path: Path) -> Verdict:
 
 
 def difference(opened: GGUFFile, arrays: Mapping[str, Array], path: Path) -> str | None:
-    """How our reading of tensors differs from the library's, or None."""
+    """Return the difference between our reading of tensors and the library's, or None."""
     try:
         theirs = gguf.GGUFReader(path)
     except Exception as error:
@@ -355,7 +357,7 @@ def difference(opened: GGUFFile, arrays: Mapping[str, Array], path: Path) -> str
 
 
 def peak() -> int:
-    """The most memory that the process has held, in bytes."""
+    """Return the peak memory of the process, in bytes."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 

@@ -1,11 +1,11 @@
-"""Holds gradients to autograd's at zeros, ties, large numbers and rows that see nothing; and those of random masked
-programs after recognition to those before.
+"""Compare gradients with autograd's at zeros, ties, large numbers and fully masked rows; and gradients of random
+masked programs after recognition with those before.
 
     python -m tests.fuzz.gradient_edges [--only NAME] [--programs 200] [--no-onnx] [--certify]
 
 Every case of tests/gradient_edges.py runs in float64 and float32, alone and after recognition, through `from_torch` and
-through a file of torch's ONNX exporter. Prints where autograd gives NaN, and what is wrong. Exit status 1 if anything
-is.
+through a file of torch's ONNX exporter. Prints the places where autograd gives NaN, and the errors. Exit status 1 if
+there is an error.
 """
 
 from __future__ import annotations

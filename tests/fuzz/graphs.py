@@ -1,18 +1,18 @@
-"""Fuzzing the passes and the backends: what a random graph gives, optimized, on every backend, is what it means.
+"""Fuzzing the passes and the backends: random graphs, optimized and run on every backend, must compute their meaning.
 
     python -m tests.fuzz.graphs [--count 20000] [--seed 0] [--tvm-every 5] [--backend torch] [--poison]
 
-The graphs are of two kinds: chains of functions as models spell them out, with near misses of every fusion
+The graphs are of two kinds: chains of functions in the forms that models use, with near misses of every fusion
 (tests/random_programs.py), and attentions with masks, biases and scales of every size in any order, whose rows are
-sometimes masked throughout (tests/fuzz/attention_chains.py). They are in f64, f32, f16 and bf16; the narrow ones
+sometimes fully masked (tests/fuzz/attention_chains.py). They are in f64, f32, f16 and bf16; graphs in narrow dtypes
 sometimes have an axis of thousands.
 
-A result is right where it is near to the meaning of the graph as it was declared, in float64, or to its meaning in its
-own dtype, where float32's least number twice is -inf. How near follows from how far roundings move it
+A result is right if it is near to the meaning of the declared graph in float64, or to its meaning in its own dtype,
+where twice float32's least number is -inf. The tolerance follows from the effect of roundings
 (`treadle.runtime.roundings`), row by row. A graph fails the run if a result is not right, or if anything is raised but
-a backend's refusal to compile it. Exit status 1 if any fails; a failure is printed with the seed that gives it again.
-With `--poison`, what a storage plan has dead is NaN while a graph runs (`treadle.backends.poison`): a wrong plan gives
-wrong numbers then.
+a backend's refusal to compile it. Exit status 1 if any fails; a failure is printed with the seed that reproduces it.
+With `--poison`, storage that is dead according to the plan is NaN while a graph runs (`treadle.backends.poison`): a
+wrong plan then gives wrong numbers.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _MOST_ELEMENTS = 1 << 22
 
 @dataclass(frozen=True)
 class Case:
-    """A graph, and arrays for what it takes."""
+    """A graph, and arrays for its inputs and weights."""
 
     seed: int
     graph: Graph
@@ -65,7 +65,7 @@ class Case:
 
 
 def draw(seed: int) -> Case:
-    """The case of a seed."""
+    """Return the case of a seed."""
     if seed % 3 == 2:
         drawn = draw_attention(seed)
         return Case(seed, drawn.graph, {v.name: held(drawn.arrays[v.name], v) for v in drawn.graph.main.inputs}, {})
@@ -85,7 +85,7 @@ def _drawn(rng: np.random.Generator, value: Value, sizes: Mapping[str, int]) -> 
 
 
 def _elements(graph: Graph, sizes: Mapping[str, int]) -> int:
-    """How many elements the largest value of a graph has."""
+    """Return the number of elements of a graph's largest value."""
     return max(v.type.elements.evaluate(sizes) for _, node in graph.walk() for v in node.results)
 
 
@@ -93,7 +93,7 @@ def _elements(graph: Graph, sizes: Mapping[str, int]) -> int:
 
 
 class Judge:
-    """What one case means, and whether results are near it."""
+    """The meaning of one case, and the comparison of results with it."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -106,8 +106,8 @@ class Judge:
         self.moves: dict[int, Mapping[str, Moved]] = {}
 
     def failure(self, results: Arrays) -> str | None:
-        """What is wrong with results, or None."""
-        for rounds in (_FEW, _MANY):  # a comparison that roundings may turn is seldom turned by two draws of them
+        """Return the first error in the results, or None."""
+        for rounds in (_FEW, _MANY):  # two draws seldom flip a comparison that depends on rounding
             wrong = {name for name, array in results.items() if not self._near(name, array, self.wide, rounds)}
             if not wrong:
                 return None
@@ -118,7 +118,9 @@ class Judge:
         return None
 
     def _own_dtype(self) -> Arrays | None:
-        """What the graph gives in its own dtype: by the ops' references, or where NumPy has no bf16, on PyTorch."""
+        """Return the graph's results in its own dtype: by the ops' references, or on PyTorch, because NumPy has no
+        bf16.
+        """
         if any(v.type.dtype is bf16 for _, node in self.declared.walk() for v in (*node.inputs, *node.results)):
             executable = find_backend("torch").compile(self.declared, Target("cpu"), self.case.weights)
             return {name: np.asarray(array) for name, array in executable(**self.case.inputs).items()}
@@ -139,7 +141,7 @@ class Judge:
         return bool(np.all(same | (finite & near)))
 
     def _moved(self, rounds: int) -> Mapping[str, Moved]:
-        """By rounding in either graph."""
+        """Return the movement of outputs by rounding in either graph."""
         if rounds in self.moves:
             return self.moves[rounds]
         found: dict[str, Moved] = {}
@@ -154,7 +156,7 @@ class Judge:
 
 
 def _row_most(array: Array) -> Array:
-    """The largest of each row, beside all of it."""
+    """Return the largest element of each row, with the row's axis kept."""
     return np.max(array, axis=-1, keepdims=True, initial=0.0) if array.ndim else array
 
 
@@ -169,7 +171,7 @@ def _furthest(made: Array, wanted: Array) -> str:
 
 
 def verdicts(case: Case, backends: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """For "rewrites" and each backend: "" where it is right, else what is wrong; None where it refuses the graph."""
+    """Yield for "rewrites" and each backend: "" if right, else the error; None if the backend refuses the graph."""
     try:
         judge = Judge(case)
         yield "rewrites", judge.failure(interpret(judge.flat, case.inputs, judge.used, float64=True)) or ""

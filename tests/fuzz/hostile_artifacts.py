@@ -1,8 +1,8 @@
-"""Artifacts built by hand to cost their reader much: each is refused with our error, or loads, in bounded time.
+"""Artifacts designed to be expensive to read: each is refused with our error, or loads, in bounded time.
 
-`SHAPES` gives them by name, with what is to come of each: those that load stay just within the limits of
-`ArtifactLimits`, the others go far past one of them. Their hashes and seals hold, so nothing else stops them.
-tests/fuzz/artifacts.py times them, tests/test_artifacts.py asserts what becomes of them.
+`SHAPES` maps their names to their shapes and outcomes: files that load are just within the limits of `ArtifactLimits`,
+the others are far beyond one of them. Their hashes and seals are correct, so nothing else stops them.
+tests/fuzz/artifacts.py times them, tests/test_hostile_artifacts.py checks their outcomes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ Section = tuple[str, list[int], bytes]
 class Shape:
     """One hostile file.
 
-    text     makes the graph's text; the file has it twice, as declared and as optimized
-    refusal  what the error says, or None where the file loads
+    text     builds the graph's text; the file has it twice, as declared and as optimized
+    refusal  the expected text of the error, or None if the file loads
     weights  the names of its weights, f32[0] each
     passes   the pass log's passes
     """
@@ -32,7 +32,7 @@ class Shape:
     passes: Sequence[Any] = field(default=(), repr=False)
 
     def sections(self) -> dict[str, Section]:
-        """What the file holds: each section's dtype, shape and bytes."""
+        """The sections of the file: each section's dtype, shape and bytes."""
         text, log = self.text().encode(), json.dumps({"passes": self.passes}).encode()
         sections: dict[str, Section] = {name: ("U8", [len(text)], text) for name in ("graph", "declared")}
         sections["log"] = ("U8", [len(log)], log)
@@ -63,7 +63,7 @@ def graph(
     result: str = "x",
     after: str = "",
 ) -> str:
-    """A graph's text around statements."""
+    """Return a graph's text around statements."""
     return (
         f"graph g {{\nsymbols {symbols}\nparameters {{\n{parameters}\n}}\n{blocks}\n"
         f"main({inputs}) -> (y: f32[B, 8]) {{\n{body}\nreturn y = {result}\n}}\n{after}}}\n"
@@ -79,7 +79,7 @@ def listed(count: int, item: Callable[[int], str], sign: str = ", ") -> str:
 
 
 def chain(count: int, op: str, note: str = "") -> str:
-    """Statements each of which reads the one before, as `op` says: `add({before}, x)`."""
+    """Return statements, each of which reads the one before, in the form of `op`: `add({before}, x)`."""
     read = ("x", *(f"v{i}" for i in range(count)))
     body = lines(count, lambda i: f"v{i} = {op.format(before=read[i], i=i)}{note.format(i=i)}")
     return graph(body, result=read[-1])
@@ -94,12 +94,12 @@ def symbols(count: int) -> str:
 
 
 def sums(count: int, sign: str, terms: int = 2) -> str:
-    """`(s0+s1)*(s2+s3)*...`: sums, each of symbols of its own."""
+    """`(s0+s1)*(s2+s3)*...`: sums, each with separate symbols."""
     return listed(count, lambda k: "(" + listed(terms, lambda j: f"s{terms * k + j}", "+") + ")", sign)
 
 
 def calling(count: int) -> str:
-    """Blocks that each call the one before twice: the last stands for 2^count ops."""
+    """Blocks that each call the previous one twice: the last stands for 2^count ops."""
     callees = ("op neg", *(f"f{i}" for i in range(count)))
     return lines(count, lambda i: f"block f{i}({X}) -> (x: f32[B, 8]) {{ {_twice(callees[i])} return x = b }}")
 
@@ -132,7 +132,7 @@ _SQUARED = 'e{i} = einsum(z{i}, z{i}, equation="a,b -> a b")\nz{j} = rearrange(e
 
 SHAPES: Mapping[str, Shape] = {
     # Nodes.
-    "as many nodes as may be": Shape(lambda: chain(4_000, "add({before}, x)"), None),
+    "the most nodes allowed": Shape(lambda: chain(4_000, "add({before}, x)"), None),
     "with notes": Shape(lambda: chain(4_000, "add({before}, x)", "  # f32[B, 8]  a.py:{i}  a.b.{i}"), None),
     "too many nodes": Shape(lambda: chain(8_000, "add({before}, x)"), "too many nodes"),
     "nodes with long notes": Shape(lambda: chain(2_500, "add(x, x)", f" # f32[B, 8]  a.py:1  {'a.' * 1400}b"), _LONG),
@@ -150,7 +150,7 @@ SHAPES: Mapping[str, Shape] = {
         ),
         _LONG,
     ),
-    "as many operands as may be": Shape(
+    "the most operands allowed": Shape(
         lambda: graph(lines(390, lambda i: f"v{i} = concat({listed(50, lambda _: 'x')}, axis=0)")), None
     ),
     "too many results": Shape(lambda: graph(f"{listed(600_000, lambda i: f'a{i}')} = exp(x)"), _LONG),
@@ -217,7 +217,7 @@ SHAPES: Mapping[str, Shape] = {
         None,
         _FEW,
     ),
-    "as many weights as may be": Shape(lambda: graph(parameters=_declared(_MANY)), None, _MANY),
+    "the most weights allowed": Shape(lambda: graph(parameters=_declared(_MANY)), None, _MANY),
     "too many parameters": Shape(lambda: graph(parameters="p.{0..900000000}.w: f32[0]"), "too many parameters"),
     "runs of nothing": Shape(lambda: graph(parameters=lines(90_000, lambda i: f"p{i}.{{9..0}}.w: f32[0]")), _LONG),
     # The header and the log.

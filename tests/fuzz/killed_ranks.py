@@ -1,7 +1,7 @@
 """Ranks of a running job that are killed, again and again: `python tests/fuzz/killed_ranks.py [TIMES] [RANKS]`.
 
 Each time another rank is killed at another moment. All others must end within 5 seconds, with exit code 2 and an error
-that names the rank, told once; and no process may be left.
+that names the rank, printed once; and no process may be left.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROOT = JOB.parent.parent
 
 
 def started(ranks: int, mode: str = "killed", **environment: str) -> tuple[subprocess.Popen[str], dict[int, int]]:
-    """A running job, and the processes of its ranks."""
+    """Return a running job, and the processes of its ranks."""
     command = [sys.executable, "-m", "treadle", "launch", "-n", str(ranks), "--", str(JOB), "turns", mode]
     own = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=own)
@@ -36,7 +36,7 @@ def started(ranks: int, mode: str = "killed", **environment: str) -> tuple[subpr
 
 
 def is_left(process: int) -> bool:
-    """Whether a process is there."""
+    """Return True if a process exists."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -45,7 +45,7 @@ def is_left(process: int) -> bool:
 
 
 def main() -> None:
-    """Kill so many times; the exit code says whether all went well."""
+    """Kill `times` ranks, one in each job; the exit code is 0 if all jobs ended as required."""
     times, ranks = (int(text) for text in (sys.argv[1:] + ["20", "2"][len(sys.argv) - 1 :])[:2])
     draw = random.Random(0)
     bad, seconds = 0, []

@@ -1,12 +1,12 @@
-"""Fuzzing the server's requests: whatever is asked, the answer is what was asked for, or a 4xx that says what is wrong.
+"""Fuzzing the server's requests: the answer to any request is either the requested result, or a 4xx with the reason.
 
     python -m tests.fuzz.requests [--count 10000] [--seed 0]
 
 Valid bodies of completions, chats and embeddings are changed: members dropped, copied, renamed and given values of
-other types, numbers made extreme, texts long or odd; some of them then have bytes flipped, cut or copied, and some come
-with other headers, methods and addresses. A request fails the run if it raises, is answered with 5xx, or with a body
-that is no JSON of the server's; the run fails if a row is left open, or valid requests between have other answers than
-at first. Exit status 1 if any fails.
+other types, numbers made extreme, texts long or odd. Then some have bytes flipped, cut or copied, and some come with
+other headers, methods and addresses. A request fails the run if it raises, or is answered with 5xx or with a body that
+is not the server's JSON. The run also fails if a row is left open, or if valid requests in between get answers that
+differ from the first ones. Exit status 1 if any fails.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ ROUTES = {"/v1/completions": COMPLETION, "/v1/chat/completions": CHAT, "/v1/embe
 
 
 def serve_tiny(place: Path) -> list[Served]:
-    """A tiny model that writes, and one that embeds, drawn and opened."""
+    """Draw and open a tiny model that generates, and one that embeds."""
     tokenizer = byte_level()
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(0)
@@ -64,7 +64,7 @@ def serve_tiny(place: Path) -> list[Served]:
 
 
 def changed(rng: random.Random) -> tuple[str, str, str, bytes, list[tuple[bytes, bytes]]]:
-    """What is done, and a method, an address, a body and headers."""
+    """Return the changes as text, and a method, an address, a body and headers."""
     path = rng.choice(list(ROUTES))
     body: dict[str, Any] = json.loads(json.dumps(ROUTES[path]))
     for name in rng.sample(list(MORE), rng.choice((0, 0, 1, 2, 4))):
@@ -98,7 +98,7 @@ def changed(rng: random.Random) -> tuple[str, str, str, bytes, list[tuple[bytes,
 
 
 async def asked(app: Any, method: str, path: str, data: bytes, headers: list[tuple[bytes, bytes]]) -> tuple[int, bytes]:
-    """Status and body of an application's answer."""
+    """Return status and body of an application's answer."""
     scope = {
         "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "path": path,
         "raw_path": path.encode(), "query_string": b"", "root_path": "", "scheme": "http", "headers": headers,
@@ -126,7 +126,7 @@ async def asked(app: Any, method: str, path: str, data: bytes, headers: list[tup
 
 
 def failure_of(method: str, status: int, body: bytes) -> str | None:
-    """What is wrong with an answer; None where nothing is."""
+    """Return the error in an answer, or None."""
     if not (200 <= status < 300 or 400 <= status < 500):
         return f"status {status}: {body[:200]!r}"
     if method == "HEAD":
@@ -142,7 +142,7 @@ def failure_of(method: str, status: int, body: bytes) -> str | None:
 
 
 async def run(options: Any, served: list[Served], tally: Tally) -> None:
-    """Ask, and count what comes of it."""
+    """Send the requests, and count the outcomes."""
     server = Server(served, limits=Limits(body=16_000, seconds=60))
     app = server.application()
     rng = random.Random(options.seed)
@@ -163,7 +163,7 @@ async def run(options: Any, served: list[Served], tally: Tally) -> None:
                 _, again = await asked(app, "POST", "/v1/completions", json.dumps(COMPLETION).encode(), plain)
                 if json.loads(again)["choices"] != wanted:
                     tally.add("a valid request between", "other answer", "", f"{again[:200]!r}")
-        for _ in range(100):  # the last one's row is given back once it has been told
+        for _ in range(100):  # the last request's row is released after its report
             load = served[0].scheduler.load()  # type: ignore[union-attr]
             if not load.running and not load.waiting:
                 break

@@ -1,12 +1,12 @@
-"""Draws programs whose rows are each by itself, and holds the bits of a row alone, or among some, to those among all.
+"""Draw programs with independent rows, and compare the bits of a row alone, or among some, with its bits among all.
 
     python -m tests.fuzz.row_bits [--count 400] [--seed 0]
 
 A program is compiled by the TVM backend for any number of rows M, called with 33 rows, and then with drawn numbers of
-them in drawn orders: each row has to have the bits that it has among the 33. Drawn are the kind of kernel (products
-with what follows them, in every format of weights; chains; norms, softmax and other reductions; attention; rotary
-positions; rows of tables; gradients), widths from 1 to 100, or as a format's blocks need them, and the instruction set.
-Exit status 1 if a row differs, or if anything is raised.
+them in drawn orders: each row must have the same bits as among the 33. The draw covers the kind of kernel (products
+with fused ops, in every format of weights; chains; norms, softmax and other reductions; attention; rotary positions;
+rows of tables; gradients), widths from 1 to 100, or as a format's blocks need them, and the instruction set. Exit
+status 1 if a row differs, or if anything is raised.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ Array = np.ndarray[Any, Any]
 ROWS = 33
 WIDEST = 100
 TABLE = 40
-"""Rows of a table that are looked up."""
+"""Number of rows of a table that is indexed."""
 QUANTIZED = ("int8", "int8-weights", "int4", "int4-int8")
 SMALL_BLOCKS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "int8_rows", "int4_groups(32)", "int4_groups(64)")
 LARGE_BLOCKS = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
 FORMATS = ("f32", "bf16", *QUANTIZED, *SMALL_BLOCKS, *LARGE_BLOCKS, *(f"{form} bf16" for form in SMALL_BLOCKS[:4]))
 FORMATS += ("q4_k bf16", "q6_k bf16", "q4_0 int8", "q5_k int8", "q6_k int8")
-"""Of weights: in float32, rounded to bf16, quantized, in blocks, and in blocks with what they multiply rounded."""
+"""Formats of weights: float32, rounded to bf16, quantized, in blocks, and in blocks with rounded activations."""
 
 
 @dataclass
 class Case:
     """A program of M rows.
 
-    title    what it is made of
+    title    the drawn parts
     graph    its inputs and outputs have rows along their first axes
     weights  arrays of its parameters
     inputs   arrays of ROWS rows
@@ -65,11 +65,11 @@ class Case:
     options: dict[str, Any]
 
 
-# -- what programs are made of ---------------------------------------------------------------------------------------
+# -- parts of programs -----------------------------------------------------------------------------------------------
 
 
 class Drawn:
-    """A program as it is drawn: its graph, which of its weights are in blocks, and the options of `treadle.compile`."""
+    """A program while it is drawn: its graph, the weights that are in blocks, and the options of `treadle.compile`."""
 
     def __init__(self, r: Random) -> None:
         self.r, self.graph = r, Graph("rows")
@@ -90,11 +90,11 @@ class Drawn:
 
 
 UNARY = ("gelu", "gelu_tanh", "silu", "quick_gelu", "relu", "tanh", "sigmoid", "erf", "exp", "neg", "abs", "sin", "cos")
-"""Functions of one operand that chains hold."""
+"""Functions of one operand for chains."""
 
 
 def followed(d: Drawn, y: Expr, most: int = 5) -> Expr:
-    """A value of rows after some elementwise ops, among which are sums of products."""
+    """Return a value of rows after some elementwise ops, among them sums of products."""
     for _ in range(d.r.randint(0, most)):
         y = _next(d, y)
     return y
@@ -125,7 +125,7 @@ def _next(d: Drawn, y: Expr) -> Expr:
 
 
 def product(d: Drawn) -> tuple[str, Expr]:
-    """A linear map, activated or gated, and what follows; sometimes another one after it."""
+    """A linear map, activated or gated, and following ops; sometimes a second one after it."""
     r = d.r
     form = r.choice(FORMATS)
     blocks, _, computed = form.partition(" ")
@@ -145,7 +145,7 @@ def product(d: Drawn) -> tuple[str, Expr]:
 
 
 def linear(d: Drawn, x: Expr, n: int, blocks: str | None) -> Expr:
-    """One product with a matrix, in blocks where its rows fit them."""
+    """One product with a matrix, in blocks if its rows fit them."""
     b, r, k = d.b, d.r, int(x.shape[-1])
     made = [d.weight(n, k)]
     kind = r.choice(("linear", "linear", "activated", "gated"))
@@ -168,7 +168,7 @@ def chain(d: Drawn) -> tuple[str, Expr]:
 
 
 def turned(d: Drawn) -> tuple[str, Expr]:
-    """A row as a column: in a vector there are elements of several."""
+    """A row as a column: a vector holds elements of several rows."""
     b, r = d.b, d.r
     k = d.width()
     x = b.rearrange(followed(d, d.input(k)), pattern="m k -> k m")
@@ -227,7 +227,7 @@ def attention(d: Drawn) -> tuple[str, Expr]:
 
 
 def rotary(d: Drawn) -> tuple[str, Expr]:
-    """Heads turned by their positions."""
+    """Heads rotated by their positions."""
     b, r = d.b, d.r
     s, width = r.randint(1, 5), r.choice((8, 16, 24, 32, 64))
     f = r.randint(1, width // 2)
@@ -257,7 +257,9 @@ KINDS: tuple[Callable[[Drawn], tuple[str, Expr]], ...] = (
 
 
 def draw(seed: int, here: Sequence[str]) -> Case:
-    """The program of a seed, for one of these instruction sets. Half of those that can be are gradients."""
+    """Return the program of a seed, for one of these instruction sets. Half of the differentiable programs are
+    gradients.
+    """
     r = Random(seed)
     d = Drawn(r)
     title, y = r.choice(KINDS)(d)
@@ -282,7 +284,7 @@ def draw(seed: int, here: Sequence[str]) -> Case:
 
 
 def _reached(values: Sequence[Value], nodes: Sequence[Node]) -> set[Value]:
-    """These values and all that is computed from them."""
+    """Return these values and all values that are computed from them."""
     found = set(values)
     for node in nodes:
         if not found.isdisjoint(node.inputs):
@@ -290,11 +292,11 @@ def _reached(values: Sequence[Value], nodes: Sequence[Node]) -> set[Value]:
     return found
 
 
-# -- what they give --------------------------------------------------------------------------------------------------
+# -- results of programs ---------------------------------------------------------------------------------------------
 
 
 def differing(case: Case, r: Random, calls: int = 8) -> tuple[int, list[str]]:
-    """How many rows were compared, and those whose bits depend on the others: of every call the first one."""
+    """Return the number of compared rows, and the first row of every call whose bits depend on the other rows."""
     exe = treadle.compile(case.graph, backend="tvm", weights=case.weights, **case.options)
     wanted = {name: np.array(array) for name, array in exe(**case.inputs).items()}
     counts = [1, *(r.randint(1, ROWS) for _ in range(calls - 1))]
@@ -341,7 +343,7 @@ def main() -> int:
 
 
 def instruction_sets() -> list[str]:
-    """Those that this machine has, the best first."""
+    """Return the instruction sets that this machine has, the best first."""
     return [name for name, isa in ISAS.items() if runs_here(isa)]
 
 
@@ -350,7 +352,7 @@ if __name__ == "__main__":
 
 
 def _reached(values: Sequence[Value], nodes: Sequence[Node]) -> set[Value]:
-    """These values and all that is computed from them."""
+    """Return these values and all values that are computed from them."""
     found = set(values)
     for node in nodes:
         if not found.isdisjoint(node.inputs):

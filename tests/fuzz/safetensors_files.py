@@ -28,12 +28,12 @@ from tests.fuzz.campaign import Tally, options_of, scrambled
 from treadle.frontends.safetensors_file import SafetensorsFile
 from treadle.ir.errors import CheckpointError
 
-# Calls that the reader may make (Python and C) on a file: what opening costs, and so many for a byte of it.
+# Limit on the reader's calls (Python and C) for a file: the cost of opening, and a number for each byte.
 CALLS_BASE, CALLS_A_BYTE = 400, 3
 
 
 def seeds() -> list[bytes]:
-    """Valid files, small enough that a mutation hits something: dtypes, scalars, empty tensors, metadata."""
+    """Return valid files, small enough that a mutation hits something: dtypes, scalars, empty tensors, metadata."""
     rng = np.random.default_rng(0)
     kinds = ["f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "c8"]
     every = {f"t.{kind}": rng.integers(0, 100, (2, 3)).astype(kind) for kind in kinds}
@@ -55,20 +55,20 @@ def seeds() -> list[bytes]:
 
 
 def header_and_data(header: object, data: bytes, pad: int = 8) -> bytes:
-    """A file with this header and these bytes; the header is padded with spaces to a multiple of `pad`."""
+    """Return a file with this header and these bytes; the header is padded with spaces to a multiple of `pad`."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     text += b" " * (-len(text) % pad)
     return struct.pack("<Q", len(text)) + text + data
 
 
 def split(file: bytes) -> tuple[dict[str, Any], bytes]:
-    """A valid file's header and data."""
+    """Split a valid file into header and data."""
     (length,) = struct.unpack("<Q", file[:8])
     return json.loads(file[8 : 8 + length]), file[8 + length :]
 
 
 def mutations(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
-    """`count` damaged files, each with the name of what was done; alternately by structure and at random."""
+    """Yield `count` damaged files, each with a description of its damage; alternately by structure and at random."""
     rng = random.Random(seed)
     valid = seeds()
     for number in range(count):
@@ -88,7 +88,7 @@ ODD_TEXT = (*_ESCAPES, *_BYTES, b"NaN", b"-", b"01", b"1e999", b"//", b" " * 300
 
 
 def by_structure(rng: random.Random, file: bytes) -> tuple[str, bytes]:
-    """A mutation of a field, a range or the header's text; once in a while two in a row."""
+    """Damage a field, a range or the header's text; sometimes two in a row."""
     header, data = split(file)
     names = [name for name in header if name != "__metadata__"]
     edits: list[Callable[[], bytes]] = [
@@ -166,9 +166,9 @@ def insert(rng: random.Random, text: bytes, odd: bytes) -> bytes:
 
 
 def at_random(rng: random.Random, file: bytes) -> tuple[str, bytes]:
-    """Bytes flipped, set, removed, inserted, copied elsewhere, or the end cut off.
+    """Flip, set, remove, insert or copy bytes, or cut the end off.
 
-    Half of the time in the header alone, with the length mended, so that its text is read at all.
+    In half of the cases only the header is damaged and its length corrected, so that its text is read at all.
     """
     length = int.from_bytes(file[:8], "little")
     if len(file) > 8 and length and length <= len(file) - 8 and rng.random() < 0.5:
@@ -183,12 +183,12 @@ def scramble(rng: random.Random, text: bytes) -> tuple[str, bytes]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of one file.
+    """The outcome of one file.
 
-    outcome     "equal" or "refused"; "stricter" if refused where the library reads it
+    outcome     "equal" or "refused"; "stricter" if refused although the library reads it
     reason      the error's first line if it was refused
     calls       Python and C calls that our reader made
-    failure     what is wrong with our reader, or None
+    failure     the error of our reader, or None
     """
 
     outcome: str
@@ -242,7 +242,7 @@ def read(file: SafetensorsFile, name: str) -> tuple[np.ndarray[Any, Any], np.nda
 
 
 def difference(ours: SafetensorsFile, arrays: dict[str, Any], theirs: dict[str, Any] | None, path: Path) -> str | None:
-    """How our reading of a file differs from the library's, or None."""
+    """Return the difference between our reading of a file and the library's, or None."""
     if theirs is None:
         return "accepted what the library refuses"
     if set(arrays) != set(theirs):

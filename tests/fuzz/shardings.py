@@ -1,10 +1,10 @@
-"""Draws graphs, meshes and axes to split, and holds what all ranks compute together to the whole graph.
+"""Draw graphs, meshes and axes to split, and compare the combined results of all ranks with the whole graph.
 
     python -m tests.fuzz.shardings [--seed N] [--count 2000] [--planted N] [--pipelines]
 
-Every plan goes to its checker and to the lab; with --pipelines all are in stages (recipe gpipe). Of the first N plans,
-each collective in turn is made wrong in one way: the checker must find all of these. Exit status 1 for a difference, or
-a wrong plan that the checker takes.
+Every plan goes to its checker and to the lab; with --pipelines all are in stages (recipe gpipe). In the first N plans,
+each collective in turn gets one error: the checker must find all of these. Exit status 1 for a difference, or for a
+wrong plan that the checker accepts.
 """
 
 from __future__ import annotations

@@ -1,35 +1,49 @@
 """Draws causal models, derives their step, and holds it to the whole model on every backend.
 
-    python -m tests.fuzz.steps [--seed N] [--count 300] [--backends numpy,torch,tvm]
+    python -m tests.fuzz.steps [--seed N] [--count 300] [--sessions] [--backends numpy,torch,tvm]
 
 Every model goes through the entries of its step in float64, by the interpreter, and on each backend in float32: rows of
-drawn lengths, in drawn chunks, in drawn order. Exit status 1 if one differs.
+drawn lengths, in drawn chunks, in drawn order. With `--sessions` drawn sessions are played over it instead, four a
+model, each model on one of the backends in turn (`tests/random_sessions.py`). Exit status 1 if one differs.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import sys
 import traceback
+from collections.abc import Sequence
 
 import numpy as np
 
+from tests.random_sessions import play
 from tests.random_steps import drawn_model
 from tests.stepped_models import optimized
 from tests.test_derive_step import hold_to_the_whole
 from tests.test_stepped_backends import Whole
 from treadle.backends.registry import find_backend
 
+SESSIONS = 4
+"""Sessions of a model."""
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--count", type=int, default=300, help="models (default 300)")
     parser.add_argument("--backends", default="numpy,torch,tvm")
+    parser.add_argument("--sessions", action="store_true", help="play sessions")
     options = parser.parse_args()
     backends = [name for name in options.backends.split(",") if name and find_backend(name).available() is None]
+    seeds = range(options.seed, options.seed + options.count)
+    return 1 if (play_sessions if options.sessions else hold_steps)(seeds, backends) else 0
+
+
+def hold_steps(seeds: Sequence[int], backends: Sequence[str]) -> int:
+    """Hold the entries of drawn models to the whole models; how many are wrong."""
     wrong = 0
-    for seed in range(options.seed, options.seed + options.count):
+    for seed in seeds:
         rng = np.random.default_rng(seed)
         try:
             graph = optimized(drawn_model(rng))
@@ -39,8 +53,30 @@ def main() -> int:
         except Exception:
             wrong += 1
             print(f"seed {seed}:\n{traceback.format_exc(limit=-3)}", flush=True)
-    print(f"{options.count} models on the interpreter and {', '.join(backends) or 'no backend'}: {wrong} wrong")
-    return 1 if wrong else 0
+    print(f"{len(seeds)} models on the interpreter and {', '.join(backends) or 'no backend'}: {wrong} wrong")
+    return wrong
+
+
+def play_sessions(seeds: Sequence[int], backends: Sequence[str]) -> int:
+    """Play sessions over drawn models; how many models are wrong."""
+    wrong = sessions = checked = sharp = overflowed = special = 0
+    events: collections.Counter[str] = collections.Counter()
+    for seed in seeds:
+        backend = backends[seed % len(backends)]
+        try:
+            played = play(seed, backend, sessions=SESSIONS)
+        except Exception:
+            wrong += 1
+            print(f"seed {seed}, {backend}:\n{traceback.format_exc(limit=-3)}", flush=True)
+            continue
+        sessions += len(played.sessions)
+        special += len(played.sessions) * (played.chosen.shared or "quantize" in played.chosen.compiled)
+        checked, sharp, overflowed = checked + played.checked, sharp + played.sharp, overflowed + played.overflowed
+        events.update(played.events)
+    print(f"{sessions} sessions of {len(seeds)} models, {special} with shared blocks or quantization: {wrong} wrong")
+    print(f"{checked} logits compared, {sharp} of them within a tenth of the largest or less, {overflowed} overflowed")
+    print(", ".join(f"{name} {count}" for name, count in sorted(events.items())))
+    return wrong
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Draws chains of convolutions and poolings, and compares what is imported with ONNX Runtime and PyTorch.
+"""Draw chains of convolutions and poolings, and compare the imported graphs with ONNX Runtime and PyTorch.
 
     python -m tests.fuzz.windows [--seed N] [--count 200]
 
-Each chain is run at several sizes of its axes. Refusals are counted by what they say. Exit status 1 for another result.
+Each chain is run at several sizes of its axes. Refusals are counted by their text. Exit status 1 for another result.
 """
 
 from __future__ import annotations

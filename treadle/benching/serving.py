@@ -144,7 +144,7 @@ def compiled(spec: Spec) -> Any:
         dtype=spec["dtype"],
         quantize=spec["quantize"],
         widen=spec["widen"],
-        **parse_config(spec["config"], spec["limit"]),
+        **parse_config(spec["config"], spec["limit"], treadle.compile),
     )
 
 

@@ -67,6 +67,8 @@ class Conversation:
     ) -> Iterator[Piece]:
         """Yield the reply to a user's message piece by piece; both join the conversation once the reply has ended.
 
+        rules  token rules; None: those of the folder
+
         If the reply is not read to its end, the conversation is unchanged. Raises UsageError if the conversation has
         become too long for the model.
         """
@@ -81,7 +83,11 @@ class Conversation:
             )
         growing = GrowingText(self.writer.tokenizer, StopStrings(stop))
         choosing = Choosing(
-            most, sampling or Sampling(), rules, frozenset(self.writer.end), lambda _, token: growing.add(token)
+            most,
+            sampling or Sampling(),
+            rules or self.writer.asked.rules,
+            frozenset(self.writer.end),
+            lambda _, token: growing.add(token),
         )
         (row, logits), made, reply = self._read(ids), list[int](), ""
         turn = len(asked)  # draws differ from turn to turn

@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import treadle
+from treadle.files.nearest_names import NearestNames
 from treadle.ir.errors import TreadleError
 
 LEFT = 128 + 13
@@ -63,7 +64,7 @@ def command(
     def made(function: Callable[..., None]) -> Callable[..., None]:
         @wraps(function)
         def guarded(**options: Any) -> None:
-            with _reader_may_leave(LEFT if judges(options) else 0), _errors_told(options.get("as_json", False)):
+            with _reader_may_leave(LEFT if judges(options) else 0), _errors_told(name, options.get("as_json", False)):
                 function(**options)
 
         return app.command(name, cls=_Command)(guarded)
@@ -87,8 +88,8 @@ def _reader_may_leave(code: int) -> Iterator[None]:
 
 
 @contextmanager
-def _errors_told(as_json: bool) -> Iterator[None]:
-    """Print an error raised in the block, and exit."""
+def _errors_told(name: str, as_json: bool) -> Iterator[None]:
+    """Print an error raised in the block, in the command of this name, and exit."""
     try:
         yield
         sys.stdout.flush()
@@ -104,6 +105,8 @@ def _errors_told(as_json: bool) -> Iterator[None]:
         from treadle.reporting.told_errors import error_facts, error_text
 
         error.hint = getattr(error.hint, "command", error.hint)
+        if error.option is not None:
+            error.hint = _own_option(error.option, name, error.hint)
         with saying():
             _trace_if_asked()
             if as_json:
@@ -121,6 +124,17 @@ def _errors_told(as_json: bool) -> Iterator[None]:
             else:
                 print(f"{what}\n  try       {how}", file=sys.stderr)
         raise typer.Exit(1) from None
+
+
+def _own_option(option: str, name: str, hint: str | None) -> str:
+    """The flag of the command that a name after --set means, or else the hint, or where its flags are listed."""
+    group: Any = typer.main.get_command(app)
+    spelled = [flag for param in group.commands[name].params for flag in param.opts if flag.startswith("--")]
+    flags = {flag[2:].replace("-", "_"): flag for flag in spelled}
+    for meant in (option, *([] if hint else NearestNames(flags).of(option, 1, 0.75))):
+        if meant in flags:
+            return f"{flags[meant]}, an option of treadle {name}"
+    return hint or f"treadle {name} --help, for its own options"
 
 
 @contextmanager

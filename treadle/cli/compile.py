@@ -75,7 +75,7 @@ def compile_model(
     if output is not None and not is_artifact(output):
         raise UsageError(f"an artifact's name must end in {SUFFIX}", received=str(output), hint=f"{output}{SUFFIX}")
     started = time.perf_counter()
-    chosen = parse_config(config or (), limit or ())
+    chosen = parse_config(config or (), limit or (), treadle.compile)
     chosen |= {"backend": backend, "target": Target(target, threads), "seed": seed, "certify": certify or None}
     chosen |= {"dtype": dtype, "quantize": quantize, "widen": names_of(widen) or ()}
     chosen |= {"memory": memory, "sizes": parse_sizes(sizes) or None}

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+import treadle
 from treadle.cli.application import command, print_json
 from treadle.cli.options import AsJson, BackendName, Config, Dtype, Limit, ModelName, Quantize, TargetName, Threads
 
@@ -57,7 +58,7 @@ def embed_sentences(
             target=Target(target, threads),
             dtype=dtype,
             quantize=quantize,
-            **parse_config(config or (), limit or ()),
+            **parse_config(config or (), limit or (), SentenceEmbedder.open, treadle.compile),
         )
     with working(f"embedding {counted(len(texts), 'sentence')}", shown=not as_json):
         embedded = embedder.embed_reporting(texts)

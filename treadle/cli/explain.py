@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -101,16 +102,30 @@ def explain_sites(
     step: the derived decoding step, its states with their sizes, and what each op became.
     """
     from treadle.explaining.fusion import explain_fusion, parse_expected
+    from treadle.explaining.layouts import explain_layouts
+    from treadle.explaining.memory import explain_memory
+    from treadle.explaining.quantization import explain_quantization
+    from treadle.explaining.sharding import explain_sharding
+    from treadle.explaining.step import explain_step
+    from treadle.explaining.storage import explain_storage
     from treadle.fitting import fit_prose, fitted
     from treadle.option_values import parse_axes, parse_config
     from treadle.progress import working
 
-    if subject not in ("fusion", "layouts", "storage", "memory", "quantization", "sharding", "step"):
-        known = "fusion, layouts, storage, memory, quantization, sharding or step"
-        raise UsageError("unknown subject to explain", received=repr(subject), hint=known)
+    functions: dict[str, Callable[..., Any]] = {
+        "fusion": explain_fusion,
+        "layouts": explain_layouts,
+        "storage": explain_storage,
+        "memory": explain_memory,
+        "quantization": explain_quantization,
+        "sharding": explain_sharding,
+        "step": explain_step,
+    }
+    if subject not in functions:
+        raise UsageError("unknown subject to explain", received=repr(subject), hint="one of " + ", ".join(functions))
     if cache is not None and subject != "step":
         raise UsageError("--cache applies to step only", received=f"explain {model} {subject}")
-    chosen = parse_config(config or (), limit or ()) | {"inputs": names_of(inputs)}
+    chosen = parse_config(config or (), limit or (), functions[subject]) | {"inputs": names_of(inputs)}
     chosen |= {"dtype": dtype, "quantize": quantize, "widen": names_of(widen) or ()}
     if subject not in ("memory", "sharding") and (sizes is not None or svg is not None):
         raise UsageError("--sizes and --svg apply to memory and sharding only", received=f"explain {model} {subject}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,8 +57,13 @@ def continue_texts(
     ] = 0.0,
     seed: Annotated[int, typer.Option(metavar="N", help="Random seed; the same seed gives the same text.")] = 0,
     repetition_penalty: Annotated[
-        float, typer.Option(metavar="X", help="Values above 1 make tokens that are already in the text less likely.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="Values above 1 make tokens that are already in the text less likely. By default the folder's.",
+            show_default=False,
+        ),
+    ] = None,
     presence_penalty: Annotated[
         float, typer.Option(metavar="X", help="Subtracted from the logits of tokens that were already generated.")
     ] = 0.0,
@@ -125,10 +130,12 @@ def continue_texts(
     from treadle.runtime.beams import Beams
     from treadle.runtime.sampling import Sampling
     from treadle.runtime.speculation import PromptLookup, SpeculationTally
-    from treadle.runtime.token_rules import TokenRules
+    from treadle.stepped import open_stepped
+    from treadle.tasks.generation_settings import FolderRules
 
     sampling = Sampling(temperature, top_k, top_p, seed, min_p)
-    rules = TokenRules(repetition_penalty=repetition_penalty, presence_penalty=presence_penalty)
+    penalties = {"repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty or None}
+    FolderRules().but(**penalties)  # a wrong value is refused before compiling
     search = None if beams is None else Beams(beams, length_penalty, best)
     if search is not None:
         drawing = {"temperature": temperature, "top-k": top_k, "top-p": top_p != 1, "min-p": min_p, "stop": stop}
@@ -139,7 +146,13 @@ def continue_texts(
     if not chat:
         _refuse("only --chat accepts", system=system)
     where = Target(target, threads)
-    said = (prompts, most, sampling, rules, stop, search, logprobs, chat, system, speculate, draft, cache)
+    said = (prompts, most, sampling, penalties, stop, search, logprobs, chat, system, speculate, draft, cache)
+    opener: Callable[..., Any] = open_stepped
+    if mesh is not None:
+        from treadle.sharding.rank_models import RankPart
+
+        opener = RankPart.of
+    configured = parse_config(config or (), limit or (), TextWriter.open, opener)
     with opened_on_ranks(mesh, recipe, axis or [], timeout, f"{said}") as stepped:
         need_for_text(model, chat=chat)
         with working(f"compiling {model}", shown=not as_json):
@@ -152,7 +165,7 @@ def continue_texts(
                 widen=names_of(widen) or (),
                 cache=cache,
                 stepped=stepped,
-                **parse_config(config or (), limit or ()),
+                **configured,
             )
             guess = None
             if draft is not None:
@@ -170,7 +183,10 @@ def continue_texts(
             "min_p": min_p,
             "seed": seed,
         }
-        chosen |= {"repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty}
+        asked_of = writer.asked.but(**penalties)
+        rules = asked_of.rules
+        chosen |= {"repetition_penalty": rules.repetition_penalty, "presence_penalty": rules.presence_penalty}
+        facts["from_folder"] = asked_of.as_dict()
         if search is not None:
             with working(f"continuing {counted(len(prompts), 'text')}", shown=not as_json):
                 searched = writer.searched(prompts, most=most, beams=search, rules=rules, special=not chat)
@@ -181,6 +197,8 @@ def continue_texts(
                 print_json({**facts, "beams": asdict(search), "texts": texts})
             else:
                 _tell_searched([""] * len(asked) if chat else asked, searched)
+                if asked_of.options:
+                    print(asked_of, file=sys.stderr)
             return
         tally = SpeculationTally() if speculate or draft is not None else None
         written = [Written(prompt) for prompt in asked]
@@ -216,6 +234,8 @@ def continue_texts(
             print_json({**facts, "texts": [each.facts(writer, logprobs is not None) for each in written]})
             return
         _tell_written(writer, written, shown=stream, without_prompt=chat, with_logprobs=logprobs is not None)
+        if asked_of.options:
+            print(asked_of, file=sys.stderr)
         if pace.told():
             print(pace.told(), file=sys.stderr)
         if tally is not None:

@@ -80,7 +80,7 @@ def run_rank(
     from treadle.reporting.counts import counted, human
     from treadle.reporting.tables import console
     from treadle.runtime.distributed.ranks import join
-    from treadle.sharding.rank_models import compile_rank
+    from treadle.sharding.rank_models import RankPart, compile_rank
 
     with join(timeout) as ranks:
         if is_artifact(model):
@@ -98,7 +98,7 @@ def run_rank(
             inputs=input_names(values),
             agree={"inputs": " ".join(values)},
             **options,
-            **parse_config(config, limit),
+            **parse_config(config, limit, RankPart.of),
         )
         arrays = parse_inputs(values, {p.name: p.type.rank for p in made.inputs})
         known = {name: np.asarray(a) for name, a in arrays.items()}

@@ -71,7 +71,7 @@ def show_roofline(
                 dtype=dtype,
                 quantize=quantize,
                 widen=names_of(widen) or (),
-                **parse_config(config or (), limit or ()),
+                **parse_config(config or (), limit or (), treadle.compile),
             )
     with working(f"running {model}", shown=not as_json):
         found = measure_roofline(made, choose_sizes(made.graph, parse_sizes(sizes)), rounds=rounds, seed=seed)

@@ -122,7 +122,7 @@ def run_model(
     from treadle.reporting.tables import console
 
     narrow = names_of(widen) or ()
-    assigned, chosen = values or [], parse_config(config or (), limit or ())
+    assigned, chosen = values or [], parse_config(config or (), limit or (), treadle.compile)
     with working(f"compiling {model}", shown=not as_json):
         if is_artifact(model):
             refuse_for_artifact(config=config, outputs=asked, dtype=dtype, quantize=quantize)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+import treadle
 from treadle.cli.application import command, print_json
 from treadle.cli.completing import complete_model
 from treadle.cli.options import (
@@ -75,6 +76,8 @@ def serve_models(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when the server is ready.")] = False,
 ) -> None:
     """Serve completions, chat and embeddings to OpenAI clients until interrupted."""
+    from treadle.continuation import TextWriter
+    from treadle.embedding import SentenceEmbedder
     from treadle.ir.errors import FrontendError, UsageError
     from treadle.ir.target import Target
     from treadle.option_values import parse_config
@@ -86,11 +89,13 @@ def serve_models(
     from treadle.serving.application import Limits
     from treadle.serving.models import Opening, ServedWriter
     from treadle.serving.running import serve
+    from treadle.stepped import open_stepped
 
     key = None if key_file is None else _read_key(key_file)
     opening = Opening(backend, Target(target, threads), rows, context, queue, cache, reuse)
     options: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "widen": names_of(widen) or ()}
-    options |= parse_config(config or (), limit or ())
+    callees = (SentenceEmbedder.open, treadle.compile, TextWriter.open, open_stepped)
+    options |= parse_config(config or (), limit or (), *callees)
     served = []
     for model in models:
         with working(f"compiling {model}", shown=not as_json):

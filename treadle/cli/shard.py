@@ -107,7 +107,7 @@ def shard_command(
             "dtype": dtype,
             "quantize": quantize,
             "widen": names_of(widen) or (),
-            **parse_config(config or (), limit or ()),
+            **parse_config(config or (), limit or (), sharded),
         }
         with working(f"planning {model}", shown=not as_json):
             if output is None:

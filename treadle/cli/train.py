@@ -188,11 +188,12 @@ def train_model(
     from treadle.training.saving import saver_for
     from treadle.training.text_data import TextData
     from treadle.training.text_runs import Update, held_out_loss, updates
+    from treadle.training.trainer import Trainer
 
     _check_options(teacher, temperature, share, save_every is not None and state is None, resume)
     if state is not None:
         _check_state(state, replace=overwrite)
-    chosen = parse_config(config or (), limit or ())
+    chosen = parse_config(config or (), limit or (), Trainer)
     where = Target(target, threads)
     _check_computing(backend, where, dtype)
     with working(f"reading {model}", shown=not as_json):
@@ -230,7 +231,7 @@ def train_model(
         )
         changed = {} if resume is None else changed_settings(resume, settings)
     with working(f"compiling {model}", shown=not as_json):
-        trainer = _trainer(
+        trainer = Trainer(
             model,
             loss="cross-entropy",
             **made,
@@ -404,12 +405,6 @@ def _taught(
 
     made = treadle.compile(teacher, backend=backend, target=where, widen=("bf16", "f16"))
     return {"teacher": made, "temperature": temperature, "share": share}
-
-
-def _trainer(model: str, **options: Any) -> Any:
-    from treadle.training.trainer import Trainer
-
-    return Trainer(model, **options)
 
 
 def _save_state(run: RunReport, trainer: Any, state: Path | None, saver: Saver | None) -> None:

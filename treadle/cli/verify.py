@@ -72,7 +72,7 @@ def verify_backends(
             quantize=quantize,
             widen=names_of(widen) or (),
             told=lambda line: None if as_json else tell(fitted(line, fit_prose)),
-            **parse_config(config or (), limit or ()),
+            **parse_config(config or (), limit or (), verify_model),
         )
     if as_json:
         print_json(report.as_dict())

@@ -101,7 +101,7 @@ class Answering:
         choosing = Choosing(
             most=room if how.most is None else how.most,
             sampling=how.sampling,
-            rules=how.rules,
+            rules=served.writer.asked.but(**how.penalties).rules,
             stop=frozenset(served.writer.end),
             until=lambda _, token: growing.add(token),
             likely=how.likely or 0,

@@ -14,7 +14,6 @@ from typing import Any
 from treadle.files.errors import CheckpointError
 from treadle.files.strict_json import read_json_object
 from treadle.runtime.sampling import Sampling
-from treadle.runtime.token_rules import TokenRules
 from treadle.serving.fields import Fields
 from treadle.serving.refusals import RequestRefusal
 
@@ -43,7 +42,8 @@ class WantedTexts:
     model     the model's name
     choices   number of choices per prompt
     most      maximum number of tokens of each; None: as many as fit
-    sampling, rules, stop   see `treadle.runtime`
+    sampling, stop   see `treadle.runtime`
+    penalties   token rules by name; None: those of the model's folder
     likely    number of most likely tokens to report with each token; None: no logprobs
     streams   True if the response is streamed
     usage     True if a stream ends with token counts
@@ -53,7 +53,7 @@ class WantedTexts:
     choices: int
     most: int | None
     sampling: Sampling
-    rules: TokenRules | None
+    penalties: Mapping[str, float | None]
     stop: tuple[str, ...]
     likely: int | None
     streams: bool
@@ -155,14 +155,13 @@ def _how(fields: Fields, choices: int, most: int | None, likely: int | None) -> 
         min_p=fields.number("min_p", least=0, most=1) or 0.0,
         seed=secrets.randbits(62) if seed is None else seed,
     )
-    presence = fields.number("presence_penalty", least=-2, most=2) or 0.0
+    presence = fields.number("presence_penalty", least=-2, most=2)
     repetition = fields.number("repetition_penalty", least=0.01, most=100)
     fields.only(
         "frequency_penalty", (0, 0.0), "penalizes tokens by their counts, which is not supported; presence_penalty is"
     )
     fields.only("logit_bias", ({},), "changes single logits, which is not supported")
-    has_rules = bool(presence) or repetition not in (None, 1.0)
-    rules = TokenRules(presence_penalty=presence, repetition_penalty=repetition or 1.0) if has_rules else None
+    penalties = {"presence_penalty": presence, "repetition_penalty": repetition}
     stop = tuple(fields.texts("stop", most=16, longest=1000))
     streams = fields.truth("stream")
     options = fields.take("stream_options")
@@ -177,7 +176,7 @@ def _how(fields: Fields, choices: int, most: int | None, likely: int | None) -> 
     fields.ignored("user")
     model = _model(fields)
     fields.end()
-    return WantedTexts(model, choices, most, sampling, rules, stop, likely, streams, usage)
+    return WantedTexts(model, choices, most, sampling, penalties, stop, likely, streams, usage)
 
 
 def _model(fields: Fields) -> str:

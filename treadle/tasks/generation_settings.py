@@ -1,13 +1,16 @@
 """A folder's settings for text generation: generation_config.json, else config.json, as Hugging Face reads them.
 
-settings = GenerationSettings.read(folder, config) settings.start, settings.end, settings.rules, settings.beams,
-settings.most
+settings = GenerationSettings.read(folder, config)
+settings.start, settings.end, settings.rules, settings.beams, settings.most
+asked = FolderRules.read(folder)
+asked.rules, asked.end, asked.options, asked.file
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from treadle.files.shown_names import printable
@@ -16,10 +19,65 @@ from treadle.ir.errors import CheckpointError
 from treadle.runtime.beams import Beams
 from treadle.runtime.token_rules import TokenRules
 
-_FILE = "generation_config.json"
+_FILE, _CONFIG = "generation_config.json", "config.json"
 _SPECIAL = ("bos_token_id", "decoder_start_token_id", "eos_token_id")
 _MOST = 1 << 20
 _MOST_BEAMS = 512
+_RULES = (
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "min_length",
+    "min_new_tokens",
+    "forced_eos_token_id",
+)
+
+
+@dataclass(frozen=True)
+class FolderRules:
+    """What a language model's folder asks of each token where the caller says nothing.
+
+    rules    by which tokens are chosen
+    end      ids that end a text
+    options  the options that the rules are of, as the file has them, by name
+    file     the name of the file that has them
+
+    How tokens are drawn and searched for is the caller's (`do_sample`, `temperature`, `num_beams` and the like are not
+    read), and so is how many there are. `forced_bos_token_id` is of a decoder that begins with one token, and not read.
+    """
+
+    rules: TokenRules = field(default_factory=TokenRules)
+    end: tuple[int, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    file: str = _FILE
+
+    @classmethod
+    def read(cls, folder: Path) -> FolderRules:
+        """What the files of a folder say. Raises CheckpointError where an option is not what it must be."""
+        place = ModelFolder.find(folder)
+        config = place.read_settings(_CONFIG) if place.has(_CONFIG) else {}
+        read = _Reader.of(place, config)
+        rules = replace(read.rules(), first=None)
+        asked = [name for name in _RULES if replace(read.without(name).rules(), first=None) != rules]
+        options = {name: read.said[name] for name in asked}
+        return cls(rules, read.tokens("eos_token_id"), options, read.file)
+
+    def __str__(self) -> str:
+        return f"from {self.file}: " + ", ".join(f"{n} {printable(f'{x}', 60)}" for n, x in self.options.items())
+
+    def as_dict(self) -> dict[str, Any] | None:
+        """The options and their file for `--json`; None where no option changes anything."""
+        return {"file": self.file, "options": dict(self.options)} if self.options else None
+
+    def but(self, **given: float | None) -> FolderRules:
+        """These rules, but for fields that a caller gives; None: as the folder says. Raises UsageError for a value out
+        of range.
+        """
+        said = {name: value for name, value in given.items() if value is not None}
+        left = {name: value for name, value in self.options.items() if name not in said}
+        return replace(self, rules=replace(self.rules, **said), options=left)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -49,54 +107,67 @@ class GenerationSettings:
 
         Raises CheckpointError if an option is invalid.
         """
-        said: dict[str, Any] = {name: value for name, value in config.items() if value is not None}
-        shown = place.show("config.json")
-        if place.has(_FILE):  # config.json then only names the special tokens
-            shown = place.show(_FILE)
-            found = place.read_settings(_FILE)
-            said = {name: value for name, value in said.items() if name in _SPECIAL}
-            said |= {name: value for name, value in found.items() if value is not None}
-        if task and "max_length" in task:
-            said.pop("max_new_tokens", None)
-        said |= task or {}
-        read = _Reader(said, shown)
+        read = _Reader.of(place, config, task)
         count = read.integer("num_beams", 1, least=1, most=_MOST_BEAMS)
         start = read.token("decoder_start_token_id")
         if start is None:
             start = read.token("bos_token_id")
-        most = said.get("max_new_tokens")
+        most = read.said.get("max_new_tokens")
         if most is None:
             # max_length includes the start token
             most = read.integer("max_length", 0, least=0, most=_MOST) - 1
-        early = said.get("early_stopping", False)
+        early = read.said.get("early_stopping", False)
         beams = Beams(
             count,
             length_penalty=read.number("length_penalty", 1.0, above=-100),
             early=early if early in (True, False, "never") else False,
         )
-        rules = TokenRules(
-            repetition_penalty=read.number("repetition_penalty", 1.0, above=0),
-            no_repeat_ngram=read.integer("no_repeat_ngram_size", 0, least=0, most=_MOST),
-            banned=tuple(dict.fromkeys((*read.single_words("bad_words_ids"), *read.tokens("suppress_tokens")))),
-            fewest=max(
-                read.integer("min_length", 0, least=0, most=_MOST) - 1,
-                read.integer("min_new_tokens", 0, least=0, most=_MOST),
-                0,
-            ),
-            first=read.token("forced_bos_token_id"),
-            last=read.token("forced_eos_token_id"),
-            banned_first=read.tokens("begin_suppress_tokens"),
-        )
         wanted = int(most) if isinstance(most, int) and most > 0 else None
-        return cls(start, read.tokens("eos_token_id"), wanted, beams if count > 1 else None, rules)
+        return cls(start, read.tokens("eos_token_id"), wanted, beams if count > 1 else None, read.rules())
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """Options by name, with the file that contains them."""
+    """Options by name, each with the file that contains it: the file's name, and its name in errors."""
 
     said: Mapping[str, Any]
+    file: str
     shown: str
+
+    @classmethod
+    def of(cls, place: ModelFolder, config: Mapping[str, Any], task: Mapping[str, Any] | None = None) -> _Reader:
+        """The options of a folder; see `GenerationSettings.read`."""
+        said: dict[str, Any] = {name: value for name, value in config.items() if value is not None}
+        file = _CONFIG
+        if place.has(_FILE):  # then config.json says no more than which tokens are special
+            file = _FILE
+            found = place.read_settings(_FILE)
+            said = {name: value for name, value in said.items() if name in _SPECIAL}
+            said |= {name: value for name, value in found.items() if value is not None}
+        if task and "max_length" in task:
+            said.pop("max_new_tokens", None)
+        return cls(said | dict(task or {}), file, place.show(file))
+
+    def without(self, option: str) -> _Reader:
+        """All options but one."""
+        return replace(self, said={name: value for name, value in self.said.items() if name != option})
+
+    def rules(self) -> TokenRules:
+        """What is asked of each token."""
+        end = self.tokens("eos_token_id")
+        words = [word for word in self.words("bad_words_ids") if word not in {(token,) for token in end}]
+        single = [token for word in words if len(word) == 1 for token in word]
+        return TokenRules(
+            repetition_penalty=self.number("repetition_penalty", 1.0, above=0),
+            no_repeat_ngram=self.integer("no_repeat_ngram_size", 0, least=0, most=_MOST),
+            banned=tuple(dict.fromkeys((*single, *self.tokens("suppress_tokens")))),
+            banned_runs=tuple(word for word in words if len(word) > 1),
+            fewest=self.integer("min_new_tokens", 0, least=0, most=_MOST),
+            shortest=self.integer("min_length", 0, least=0, most=_MOST),
+            first=self.token("forced_bos_token_id"),
+            last=self.token("forced_eos_token_id"),
+            banned_first=self.tokens("begin_suppress_tokens"),
+        )
 
     def integer(self, name: str, default: int, *, least: int, most: int) -> int:
         value = self.said.get(name, default)
@@ -124,12 +195,12 @@ class _Reader:
             return ()
         return tuple(self._id(name, each) for each in (value if isinstance(value, list) else [value]))
 
-    def single_words(self, name: str) -> tuple[int, ...]:
-        """Return forbidden words, each of one token."""
+    def words(self, name: str) -> tuple[tuple[int, ...], ...]:
+        """Return forbidden words, each of one token or more."""
         value = self.said.get(name, [])
-        if not isinstance(value, list) or not all(isinstance(word, list) and len(word) == 1 for word in value):
-            raise self._wrong(name, "a list of words of one token each")
-        return tuple(self._id(name, word[0]) for word in value)
+        if not isinstance(value, list) or not all(isinstance(word, list) and word for word in value):
+            raise self._wrong(name, "a list of words, each a list of ids")
+        return tuple(tuple(self._id(name, token) for token in word) for word in value)
 
     def _id(self, name: str, value: object) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:

@@ -147,7 +147,10 @@ class LoadedModel:
         rules: TokenRules | None = None,
         stop: Sequence[str] = (),
     ) -> Any:
-        """Continue a prompt by up to `most` tokens, to the end of the text, or to a string in `stop`."""
+        """Continue a prompt by up to `most` tokens, to the end of the text, or to a string in `stop`.
+
+        rules   token rules; None: those of generation_config.json
+        """
         listed = _listed(prompts)
         found = [""] * len(listed)
         for piece in self.writer.continued(listed, most=most, sampling=sampling, rules=rules, stop=stop):

@@ -144,7 +144,11 @@ class TextRewriter:
         sources = [ids[:length] for ids, length in zip(batch.ids, batch.lengths, strict=True)]
         chosen = beams or settings.beams
         count = _most_tokens(most, settings, self.model)
-        rules = replace(settings.rules, fewest=min(settings.rules.fewest, count))
+        rules = replace(
+            settings.rules,
+            fewest=min(settings.rules.fewest, count),
+            shortest=min(settings.rules.shortest, 1 + count),
+        )
         found: dict[int, Rewritten] = {}
         for numbers in batches_by_length([len(source) for source in sources], _ROWS):
             given = [{"tokens": sources[number]} for number in numbers]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from treadle.continuation import folder_end_tokens, need_for_text, text_tokenizer
+from treadle.continuation import need_for_text, text_tokenizer
 from treadle.extras import need_packages
 from treadle.files.shown_names import printable
 from treadle.frontends.text import TextTokenizer
@@ -26,6 +26,7 @@ from treadle.ir.types import i64
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import RECOGNITION
 from treadle.resolving import Resolved, find_folder, resolve
+from treadle.tasks.generation_settings import FolderRules
 from treadle.training.documents import read_documents
 from treadle.training.objectives import MASKED_TOKEN, NEXT_TOKEN, OBJECTIVES, MaskedToken, NextToken, Objective
 from treadle.training.texts import BlockBatches, Tokens, blocks_of
@@ -207,7 +208,7 @@ def _end_of_text(model: str, tokenizer: TextTokenizer) -> int | None:
     named = tokenizer.special_names.get("eos_token")
     found = None if named is None else tokenizer.id_of(named)
     place = find_folder(model)
-    return next(iter(folder_end_tokens(place)), None) if found is None and place.is_dir() else found
+    return next(iter(FolderRules.read(place).end), None) if found is None and place.is_dir() else found
 
 
 def _check_vocabulary(resolved: Resolved, tokenizer: TextTokenizer, largest: int) -> None:

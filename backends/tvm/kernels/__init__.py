@@ -1,1 +1,1 @@
-"""Our own kernels for the TVM backend: generators, each a frozen spec that writes loops. See docs/kernels.md."""
+"""Kernels of the TVM backend: generators, frozen specs that emit loops. See docs/kernels.md."""

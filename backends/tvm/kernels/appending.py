@@ -1,8 +1,8 @@
-"""Writing into slots, each row at positions of its own.
+"""Writing into the slots of a cache, each row at its own positions.
 
     y[rows[b], p, start[b] + i, d] = x[b, p, i, d]           `Append`
 
-A row whose slot or positions lie outside writes nothing; the kernel says so in its status words
+A row whose slot or positions are out of range writes nothing; the kernel reports it in its status words
 (`lowering.program.STATUS`).
 """
 
@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 class Append(Kernel):
     """y[rows[b], p, start[b] + i, d] = x[b, p, i, d], in a ring at start[b] + i modulo its capacity
 
-    bytes  of an element
-    rows   whether elements of x and y lie side by side along d
-    ring   whether positions count modulo the capacity
+    bytes  bytes of an element
+    rows   True if x and y are contiguous along d
+    ring   True if positions count modulo the capacity
 
-    Passed: x, rows, start, y, the status words; the sizes b, p, s and d of x, then the slots and the capacity of y;
-    then strides: x's of b, p, s and d, those of rows and start, y's of slots, p, positions and d. With rows none of d.
+    Arguments: x, rows, start, y, the status words; the sizes b, p, s and d of x, then the slots and the capacity of y;
+    then strides: x's of b, p, s and d, the strides of rows and start, y's of slots, p, positions and d. With `rows` no
+    strides of d are passed.
     """
 
     bytes: int
@@ -75,6 +76,6 @@ class Append(Kernel):
 
 
 def _tell(k: Emitter, status: Any, what: int, index: Expr, size: Expr, row: Expr) -> None:
-    """The status words last, by which the others count."""
+    """Write the status words. The first one is written last because it marks the others as valid."""
     for word, value in (1, index), (2, size), (3, row), (0, k.index(what)):
         k.store(status, [word], value)

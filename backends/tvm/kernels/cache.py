@@ -1,15 +1,15 @@
-"""The kernel cache: kernels by content, in memory and as shared objects in the user's cache folder.
+"""The kernel cache: compiled kernels in memory, and as shared objects in the user's cache folder, by content.
 
     entries = KernelCache(isa).entries([Matmul(48), ...])
 
-A kernel is compiled when no file under its key is there. The key is a hash of the spec, the instruction set, TVM's
-version and the source of the generators, so a file never needs to be looked at again to know what it is. Files are
-written whole (`treadle.files.whole_files`) and carry a hash of their bytes, which is checked before the loader
-sees them: whatever is killed at whatever moment, and however many processes fill the cache at once, a file is
-either right or compiled again.
+A kernel is compiled if the cache has no file under its key. The key is a hash of the spec, the instruction set, TVM's
+version and the source of the generators, so it identifies the code completely. Files are written atomically
+(`treadle.files.whole_files`) and contain a hash of their bytes, which is checked before the loader sees them. Even if
+processes are killed at any moment, or several processes fill the cache at once, a file is either correct or compiled
+again.
 
-Without a linker on the machine, or a folder to write that is the user's alone, kernels live in the process alone: what
-lies in a folder that others can write is not run.
+If the machine has no linker, or no writable folder that is private to the user, kernels are kept in memory only. Files
+in a folder that others can write are never executed.
 """
 
 from __future__ import annotations
@@ -45,29 +45,31 @@ if TYPE_CHECKING:
 
 _SYMBOL = "kernel"
 _LINKERS = (("ld", "-shared"), ("ld.lld", "-shared"), ("cc", "-shared", "-nostdlib"), ("clang", "-shared", "-nostdlib"))
-_OPTIONS = {"tirx.disable_storage_rewrite": True}  # it merges register tiles, which then spill
+_OPTIONS = {"tirx.disable_storage_rewrite": True}  # the pass merges register tiles, which then spill
 _ELSEWHERE = (
     ("treadle.backends", "bfloat16.py"),
     ("treadle.ir", "layouts.py"),
     ("treadle.ir.ops", "rounding.py"),
-)  # what generators compute with
+)  # modules that generators compute with
 _OBJECT_HEADER = 24  # bytes before a function object's first field, its address (TVMFFIObject)
 _DIGEST = hashlib.sha256().digest_size
 
 Entry = tuple[int, int]
-"""How compiled code is called, by the interface of TVM: the function's address, and its first argument."""
+"""Address and first argument of compiled code, which is called through TVM's interface."""
 
 _loaded: dict[tuple[str, str], Entry] = {}
-_alive: list[Any] = []  # what the addresses are in
-_launchers: dict[str, int] = {}  # by instruction set, what loaded kernels call for a parallel loop: the runner's
+_alive: list[Any] = []  # owners of the addresses
+_launchers: dict[
+    str, int
+] = {}  # by instruction set, the runner's function that loaded kernels call for a parallel loop
 _lock = threading.Lock()
 
 
 class KernelCache:
     """Kernels of one instruction set.
 
-    folder   where shared objects lie; by default a folder of the user's cache. None: nowhere
-    compiled how many kernels this object had to compile
+    folder   where shared objects are stored, by default a folder of the user's cache; None: in memory only
+    compiled number of kernels that this object compiled
     """
 
     def __init__(self, isa: Isa, folder: Path | str | None = "") -> None:
@@ -76,12 +78,14 @@ class KernelCache:
         self.folder = _default_folder(isa) if isinstance(folder, str) else folder
 
     def entries(self, kernels: Iterable[Kernel]) -> Mapping[Kernel, Entry]:
-        """Where the code of each kernel lies in this process: from memory, from a file, or compiled now.
+        """Return the entry of each kernel: from memory, from a file, or compiled now.
 
-        Raises BackendError where the instruction set is another machine's, or a kernel does not compile.
+        Raises BackendError if the instruction set is another machine's, or if a kernel does not compile.
         """
         self.refuse_other_machine()
-        wanted = list(dict.fromkeys([Runner(), *kernels]))  # the runner first: others launch their loops through it
+        wanted = list(
+            dict.fromkeys([Runner(), *kernels])
+        )  # the runner first: other kernels launch their loops through it
         with _lock:
             absent = [k for k in wanted if self._key(k) not in _loaded and not self._found(k)]
             for group in (absent[:1], absent[1:]):
@@ -90,7 +94,7 @@ class KernelCache:
         return {kernel: _loaded[self._key(kernel)] for kernel in wanted}
 
     def refuse_other_machine(self) -> None:
-        """Raise BackendError where the instruction set is not one of this machine's."""
+        """Raise BackendError if this machine does not have the instruction set."""
         if not runs_here(self.isa):
             raise BackendError(
                 f"kernels for {self.isa} do not run on this machine",
@@ -98,8 +102,8 @@ class KernelCache:
             )
 
     def path(self, kernel: Kernel) -> Path | None:
-        """The file of a kernel, there or not. None where it is kept in the process alone."""
-        if any(f"op={op!r}" in kernel.key for op in ADDED):  # whose code the key does not tell
+        """Return the path of a kernel's file, which may not exist. None if the kernel is kept in memory only."""
+        if any(f"op={op!r}" in kernel.key for op in ADDED):  # the key does not cover the code of added ops
             return None
         digest = hashlib.sha256("\n".join(self._key(kernel)).encode()).hexdigest()[:32]
         return None if self.folder is None else self.folder / f"{kernel.title[:48]}-{digest}.so"
@@ -110,7 +114,7 @@ class KernelCache:
         return self.isa.name, f"{type(kernel).__module__}.{kernel.key}"
 
     def _found(self, kernel: Kernel) -> bool:
-        """Load a kernel's file, if it is there, whole, and put there by the user."""
+        """Load a kernel's file if it exists, is complete, and was written by this user."""
         path = self.path(kernel)
         if path is None or not path.is_file() or not is_private(path.parent):
             return False
@@ -123,7 +127,7 @@ class KernelCache:
         return self._load(kernel, path)
 
     def _load(self, kernel: Kernel, path: Path) -> bool:
-        """Whether it could be: code is not run from where the disk is mounted so."""
+        """Load a shared object. Return False on failure, for example from a disk mounted noexec."""
         try:
             library = ctypes.CDLL(str(path))
             entry = getattr(library, f"__tvm_ffi_{_SYMBOL}")
@@ -171,7 +175,7 @@ class KernelCache:
         return built.read_bytes(), built
 
     def _kept(self, kernel: Kernel, data: bytes) -> Path | None:
-        """The kernel's file, written; None where the folder cannot be, or others can write it."""
+        """Write the kernel's file and return its path. None if the folder is not writable, or others can write it."""
         path = self.path(kernel)
         if path is None:
             return None
@@ -186,7 +190,7 @@ class KernelCache:
         return path
 
     def _compile_in_memory(self, kernel: Kernel) -> None:
-        """Without a linker: through TVM's own loader, which makes a function object; it is called as such."""
+        """Compile without a linker: the entry is the address and handle of the function object from TVM's loader."""
         compiled = _executable(kernel, self.isa).jit() if kernel.llvm is None else compile_module(kernel, self.isa)
         function = compiled[_SYMBOL]
         _alive.append(function)
@@ -200,7 +204,7 @@ def _variable(library: ctypes.CDLL, name: str) -> ctypes.c_void_p:
 
 
 def compile_module(kernel: Kernel, isa: Isa) -> Any:
-    """A kernel compiled by TVM, as its module: `write_to_file(path, "o" | "s" | "ll")`."""
+    """Compile a kernel with TVM and return its module: `write_to_file(path, "o" | "s" | "ll")`."""
     if kernel.llvm is None:
         return _executable(kernel, isa).mod
     import tvm
@@ -212,14 +216,14 @@ def compile_module(kernel: Kernel, isa: Isa) -> Any:
 
 
 def _machine_lines(isa: Isa) -> str:
-    """What an LLVM module says of the machine it is for, as TVM writes it."""
+    """Return the lines of an LLVM module that describe its target, as TVM writes them."""
     text = str(_executable(_Nothing(), isa).mod.inspect_source("ll"))
     return "".join(f"{line}\n" for line in text.splitlines() if line.startswith("target "))
 
 
 @dataclass(frozen=True)
 class _Nothing(Kernel):
-    """Does nothing."""
+    """An empty kernel."""
 
     def emit(self, k: Emitter) -> None:
         k.size("n")
@@ -228,12 +232,12 @@ class _Nothing(Kernel):
 
 
 def assembly(kernel: Kernel, isa: Isa) -> str:
-    """A kernel's assembly, for reading; for any instruction set."""
+    """Return a kernel's assembly for any instruction set."""
     return str(compile_module(kernel, isa).inspect_source("s"))
 
 
 def tvm_script(kernel: Kernel, isa: Isa, name: str | None = None) -> str:
-    """A kernel as TVMScript, for reading, under its title or another name."""
+    """Return a kernel as TVMScript, under its title or another name."""
     from treadle.backends.tvm.kernels.emitter import primfunc
 
     text = str(primfunc(kernel, isa, name or kernel.title).script(show_meta=False))
@@ -249,7 +253,7 @@ def _executable(kernel: Kernel, isa: Isa) -> Any:
     try:
         with tvm.transform.PassContext(opt_level=3, config=_OPTIONS):
             return tvm.compile(module, target=tvm.target.Target(isa.llvm))
-    except Exception as error:  # whatever TVM raises
+    except Exception as error:  # TVM raises many types
         raise BackendError(f"kernel {kernel.title} does not compile for {isa}", received=str(error)[-2000:]) from error
 
 
@@ -269,7 +273,7 @@ def _default_folder(isa: Isa) -> Path | None:
         return None
     if folder.is_dir():
         mark_used(folder)
-    else:  # a new version: older ones may be in nobody's use
+    else:  # a new version: older ones may be unused
         forget_unused(folder.parent, _VERSIONS)
     return folder
 
@@ -279,7 +283,7 @@ _VERSIONS = re.compile(r"[\w-]+-[0-9a-f]{16}")
 
 @cache
 def _version(isa: Isa) -> str:
-    """A hash of all that decides the code beside the spec: TVM, the options, the generators' own source."""
+    """Return a hash of everything besides the spec that determines the code: TVM, the options, the generators."""
     digest = hashlib.sha256(f"{tvm_runtime.version()} {sorted(isa.llvm.items())} {_OPTIONS}".encode())
     for file in _sources():
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
@@ -287,7 +291,7 @@ def _version(isa: Isa) -> str:
 
 
 def _sources() -> list[Traversable]:
-    """The generators' modules, in an order that is the same everywhere."""
+    """Return the generators' modules, in the same order on every machine."""
 
     def below(folder: Traversable) -> Iterator[Traversable]:
         for entry in sorted(folder.iterdir(), key=lambda e: e.name):

@@ -1,4 +1,4 @@
-"""Calling one kernel on arrays, outside a program: for tests, for measuring, for looking."""
+"""Calls of a single kernel on arrays, outside a program: for tests, benchmarks and inspection."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from treadle.ir.errors import BackendError
 Array = np.ndarray[Any, Any]
 
 POINTER, INTEGER = 4, 1
-"""Type indices of arguments in TVM's interface; each argument is such an index and eight bytes."""
+"""Type indices of arguments in TVM's interface; each argument is a type index and eight bytes."""
 
 PROTOTYPE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p)
 
 
 def address(array: Array) -> int:
-    """Where an array's first element lies."""
+    """Return the address of an array's first element."""
     return int(array.__array_interface__["data"][0])
 
 
 def function_of(entry: Entry) -> Callable[[int, int, int], int]:
-    """Compiled code as a function of where its arguments lie, how many they are, and where its result goes; 0: success.
+    """Return compiled code as a function of the arguments' address, their number, and the result's address; 0: success.
 
-    Only for arguments that are right: nothing is checked.
+    Arguments are not checked.
     """
     call, handle = PROTOTYPE(entry[0]), entry[1]
     return lambda arguments, count, result: call(handle, arguments, count, result)
@@ -42,9 +42,9 @@ def bind(
     isa: Isa | None = None,
     cache: KernelCache | None = None,
 ) -> Callable[[], None]:
-    """A kernel on arrays, in the order in which it asks for pointers, then sizes: a function without arguments.
+    """Bind a kernel to arrays, in the order of its pointers, and sizes. Return a function without arguments.
 
-    The arrays must be as large as the sizes say: nothing is checked. They stay alive as long as the function does.
+    The arrays must be as large as the sizes imply; this is not checked. The function keeps them alive.
     """
     found = (cache or KernelCache(isa or host_isa())).entries([kernel])[kernel]
     words = np.zeros((len(arrays) + len(sizes), 2), np.int64)

@@ -1,4 +1,4 @@
-"""Sums of products in any dtype, element by element: what has no form as a matrix product in float32."""
+"""Sums of products in any dtype, element by element, for sums that are not matrix products in float32."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 class Contraction(Kernel):
     """y[o...] = sum over r... of the product of the operands at [o..., r...]
 
-    dtype     of y; the sum is held in float32, of float32 and float64 in float64, of integers in int64
-    operands  their dtypes by name
-    kept      how many dimensions o y has
-    summed    how many r there are
+    dtype     dtype of y; accumulated in float32, for float32 and float64 in float64, for integers in int64
+    operands  dtypes of the operands by name
+    kept      number of dimensions o of y
+    summed    number of dimensions r
 
-    Passed: the operands, y; the sizes of o and r; each operand's strides of o and r, y's of o.
+    Arguments: the operands, y; the sizes of o and r; each operand's strides of o and r, y's of o.
     """
 
     dtype: str
@@ -39,7 +39,7 @@ class Contraction(Kernel):
         strides = [[k.size(f"{p.name}_{i}") for i in range(len(sizes))] for p in pointers[:-1]]
         strides.append([k.size(f"y_{i}") for i in range(self.kept)])
         views = [k.view(p, sizes[: len(s)], s) for p, s in zip(pointers, strides, strict=True)]
-        with ExitStack() as outer:  # a flat index would have to be divided by every size, which takes LLVM minutes
+        with ExitStack() as outer:  # a flat index would be divided by every size; LLVM takes minutes for that
             at = [
                 outer.enter_context((k.loop if i else k.parallel)(size, f"o{i}"))
                 for i, size in enumerate(sizes[: self.kept])

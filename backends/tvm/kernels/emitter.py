@@ -1,9 +1,9 @@
-"""The emitter: what kernel generators write loops with. The one module beside the cache that imports TVM.
+"""The emitter, with which kernel generators write loops. Only this module, `cache` and `fused_products` import TVM.
 
-It is a thin layer over TVM's IRBuilder. Expressions are TVM's own, so `+ - * < &` and the like work on them; what
-TVM spells at length, or wrongly for our purpose, has a word here. Index arithmetic is in int64 throughout.
+It is a thin layer over TVM's IRBuilder. Expressions are TVM's own, so `+ - * < &` and the like work on them. The layer
+adds methods for operations that TVM expresses verbosely, or not as kernels need them. Index arithmetic is in int64.
 
-Facts that the layer knows so that generators need not:
+The layer handles these properties of TVM and LLVM:
 - buffers are declared with an alignment of 4 bytes, or the element's own if smaller, so that any pointer may be passed
 - a register tile needs an annotation, or it becomes an allocation inside the loop
 - LLVM keeps a tile in registers only if every index into it is a constant: unroll the loops over it (`k.unroll`)
@@ -32,19 +32,19 @@ from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.ir.types import DType, bf16, boolean, i64, u8
 
 Expr = Any
-"""An expression of TVM's; indices may be Python integers."""
+"""A TVM expression; indices may be Python integers."""
 
 _NAMES = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "uint16", "i64": "int64", "i32": "int32"}
 _NAMES |= {"i16": "int16", "i8": "int8", "u8": "uint8", "bool": "bool"}
 
 
 def tvm_dtype(dtype: DType, lanes: int = 1) -> str:
-    """TVM's name of a dtype. A bool in memory is a uint8, see `Emitter.load`; a bf16 is its bits: see `conversions`."""
+    """Return TVM's name of a dtype. A bool is stored as uint8 (`Emitter.load`), a bf16 as bits (`conversions`)."""
     return _NAMES[dtype.name] + (f"x{lanes}" if lanes > 1 else "")
 
 
 def primfunc(kernel: Kernel, isa: Isa, name: str) -> Any:
-    """A kernel as TVM's PrimFunc of that name."""
+    """Return a kernel as TVM's PrimFunc of that name."""
     emitter = Emitter(isa)
     with IRBuilder() as ib, T.prim_func(s_tir=True):
         T.func_name(name)
@@ -53,31 +53,31 @@ def primfunc(kernel: Kernel, isa: Isa, name: str) -> Any:
     made = ib.get()
     if not emitter.imported:
         return made
-    text = tvm.ir.StringImm("\n".join(emitter.imported.values()))  # which has to stand before all that refers to it
+    text = tvm.ir.StringImm("\n".join(emitter.imported.values()))  # it must precede every reference to it
     body = tirx.AttrStmt(tirx.IntImm("int32", 0), "pragma_import_llvm", text, made.body)
     return tirx.PrimFunc(made.params, body, made.ret_type, made.attrs)
 
 
 class Emitter:
-    """Writes one kernel for one instruction set."""
+    """Emits one kernel for one instruction set."""
 
     def __init__(self, isa: Isa) -> None:
         self.isa = isa
-        self.imported: dict[str, str] = {}  # the LLVM text that the kernel refers to, by function
+        self.imported: dict[str, str] = {}  # LLVM text that the kernel refers to, by function
 
     # -- arguments -------------------------------------------------------------------------------------------
 
     def pointer(self, name: str, dtype: DType) -> Expr:
-        """The next pointer of the call."""
+        """Return the next pointer of the call."""
         handle = T.arg(f"{name}_ptr", T.handle(_stored(dtype)))
         return _Pointer(name, handle, dtype)
 
     def size(self, name: str) -> Expr:
-        """The next size of the call, an int64."""
+        """Return the next size of the call, an int64."""
         return T.arg(name, T.int64())
 
     def view(self, pointer: Any, shape: Sequence[Expr], strides: Sequence[Expr] | None = None) -> Any:
-        """What a pointer points at, under a shape; strides in elements, row-major if left out."""
+        """Return the memory at a pointer as an array; strides are in elements, row-major by default."""
         width = min(4, pointer.dtype.bytes)
         shape = [_index(n) for n in shape] or [_index(1)]
         made = T.decl_buffer(
@@ -94,25 +94,25 @@ class Emitter:
 
     @contextmanager
     def parallel(self, count: Expr, name: str = "p") -> Iterator[Expr]:
-        """A loop whose iterations the threads share; one to a kernel, outermost."""
+        """A loop whose iterations are shared by the threads; the outermost loop, at most one in a kernel."""
         with T.parallel(_index(0), _index(count)) as i:
             yield self.name(name, i)
 
     @contextmanager
     def loop(self, count: Expr, name: str = "i") -> Iterator[Expr]:
-        """A loop from 0 to below count."""
+        """A loop from 0 to count - 1."""
         with T.serial(_index(0), _index(count)) as i:
             yield self.name(name, i)
 
     @contextmanager
     def unroll(self, count: int, name: str = "u") -> Iterator[Expr]:
-        """A loop that is written out by the code generator: for indices into registers."""
+        """A loop that the code generator unrolls: for indices into registers."""
         with T.unroll(_index(0), _index(count)) as i:
             yield self.name(name, i)
 
     @contextmanager
     def when(self, condition: Expr) -> Iterator[None]:
-        """Only if the condition holds."""
+        """A block that runs only if the condition holds."""
         with T.If(with_fused_products(condition)), T.Then():
             yield
 
@@ -122,44 +122,44 @@ class Emitter:
         return value
 
     def let(self, value: Expr, name: str = "t") -> Expr:
-        """A value computed once."""
+        """Bind a value to a variable, so that it is computed once."""
         bound = T.Bind(with_fused_products(value))
         IRBuilder.name(name, bound)
         return bound
 
     def opaque(self, value: Expr, name: str = "t") -> Expr:
-        """An index computed once, of which the code generator sees only that; nested divisions cost it minutes."""
+        """Bind an index that the code generator does not analyze; nested divisions would take it minutes."""
         return self.kept(_index(value), i64, 1, name)
 
     def kept(self, value: Expr, dtype: DType, lanes: int = 1, name: str = "t") -> Expr:
-        """A value computed once, and put where the code generator does not see how.
+        """Compute a value once and store it in memory, so that the code generator does not analyze its expression.
 
-        Of what `let` names it simplifies the expression anew at every use, with all that is named in it: where each of
-        n values is used twice by the next, 2^n times. LLVM makes a register of the place.
+        The code generator expands a value of `let` at every use, with all variables in it. If each of n values is used
+        twice by the next, that takes 2^n expansions. LLVM turns the memory into a register.
         """
         place = self.registers(lanes, dtype, f"{name}_cell")
         self.store(place, [0], value, lanes)
         if dtype is not boolean:
             return self.let(self.load(place, [0], lanes), name)
-        byte = _View(place.buffer, u8, place.name)  # TVM cannot bound what compares the byte, where it is TVM's own
+        byte = _View(place.buffer, u8, place.name)  # TVM cannot bound a comparison with the byte in its own form
         return self.let(compare(self, "ne", self.load(byte, [0], lanes), self.number(0, u8, lanes), u8, lanes), name)
 
     # -- memory ----------------------------------------------------------------------------------------------
 
     def registers(self, count: int, dtype: DType, name: str = "acc") -> Any:
-        """A tile of so many elements that stays in registers as long as every index is a constant."""
+        """Allocate a tile of `count` elements, which stays in registers if every index is a constant."""
         made = T.alloc_buffer((count,), _stored(dtype), scope="local", annotations={"disable_lower_builtin": True})
         IRBuilder.name(name, made)
         return _View(made, dtype, name)
 
     def load(self, view: Any, index: Sequence[Expr], lanes: int = 1) -> Expr:
-        """An element, or so many that lie side by side along the last index. A bool is what is not 0."""
+        """Load an element, or `lanes` contiguous elements along the last index. A bool is True if it is not 0."""
         *outer, last = [_index(i) for i in index] or [_index(0)]
         found = view.buffer[(*outer, _ramp(last, lanes))] if lanes > 1 else view.buffer[(*outer, last)]
         return tirx.NE(found, _filled(tirx.const(0, "uint8"), lanes)) if view.dtype is boolean else found
 
     def store(self, view: Any, index: Sequence[Expr], value: Expr, lanes: int = 1) -> None:
-        """Write an element, or so many side by side along the last index."""
+        """Store an element, or `lanes` contiguous elements along the last index."""
         *outer, last = [_index(i) for i in index] or [_index(0)]
         value = with_fused_products(value)
         if view.dtype is boolean:
@@ -167,18 +167,18 @@ class Emitter:
         T.buffer_store(view.buffer, value, [*outer, _ramp(last, lanes) if lanes > 1 else last])
 
     def address(self, view: Any, index: Sequence[Expr]) -> Expr:
-        """The address of an element, for an intrinsic."""
+        """Return the address of an element, for an intrinsic."""
         return tirx.address_of(view.buffer[tuple(_index(i) for i in index)])
 
     # -- values ----------------------------------------------------------------------------------------------
 
     def number(self, value: float | int | bool, dtype: DType, lanes: int = 1) -> Expr:
-        """A constant."""
+        """Return a constant."""
         name = tvm_dtype(dtype)
         if dtype is bf16:
             made = tirx.IntImm(name, int(rounded(np.asarray(value, np.float32))))
         elif dtype.is_float:
-            if value != value or value in (float("inf"), float("-inf")):  # which an immediate does not hold
+            if value != value or value in (float("inf"), float("-inf")):  # an immediate cannot hold these
                 made = _not_finite(value, name)
             else:
                 made = tirx.FloatImm(name, float(value))
@@ -187,56 +187,56 @@ class Emitter:
         return _filled(made, lanes)
 
     def index(self, value: Expr) -> Expr:
-        """An int64 index."""
+        """Return an int64 index."""
         return _index(value)
 
     def splat(self, value: Expr, lanes: int) -> Expr:
-        """A scalar in every lane."""
+        """Return a scalar in every lane."""
         return _filled(value, lanes)
 
     def lane_indices(self, first: Expr, lanes: int) -> Expr:
-        """first, first + 1, ... as an int64 vector."""
+        """Return first, first + 1, ... as an int64 vector."""
         return _ramp(_index(first), lanes) if lanes > 1 else _index(first)
 
     def cast(self, value: Expr, dtype: DType, lanes: int = 1) -> Expr:
-        """A value converted as C converts: a float to an integer by dropping its fraction. See `conversions`."""
+        """Convert a value as C does: a float to an integer by dropping its fraction. See `conversions`."""
         made = narrow_cast(self, value, re.sub(r"x\d+$", "", str(value.ty)), dtype, lanes)
         return tirx.Cast(tvm_dtype(dtype, lanes), value) if made is None else made
 
     def select(self, condition: Expr, then: Expr, otherwise: Expr) -> Expr:
-        """By lane. Both sides are computed, so both must be safe."""
+        """Select by lane. Both sides are computed, so both must be safe."""
         return tirx.Select(condition, then, otherwise)
 
     def either(self, condition: Expr, then: Expr, otherwise: Expr) -> Expr:
-        """A scalar; only the side that is taken is computed."""
+        """Select between scalars; only the selected side is computed."""
         return tirx.if_then_else(condition, then, otherwise)
 
     def both(self, x: Expr, y: Expr) -> Expr:
-        """Whether both conditions hold."""
+        """Return an expression that is true if both conditions hold."""
         return tirx.And(x, y)
 
     def any_of(self, x: Expr, y: Expr) -> Expr:
-        """Whether one of the conditions holds, by lane."""
+        """Return an expression that is true in each lane in which one of the conditions holds."""
         return tirx.Or(x, y)
 
     def equal(self, x: Expr, y: Expr) -> Expr:
-        """By lane, as an expression at once; `x == y` waits for where it is used."""
+        """Compare by lane, immediately as an expression; `x == y` is evaluated only at its use."""
         return tirx.EQ(x, y)
 
     def is_nan(self, x: Expr) -> Expr:
-        """By lane; of a float32 or float64. `x != x` would be folded away."""
+        """Test for NaN by lane, in float32 or float64. `x != x` would be folded away."""
         return tirx.isnan(x)
 
     def least(self, x: Expr, y: Expr) -> Expr:
-        """The smaller; which one for a NaN is open."""
+        """Return the smaller value; the result for a NaN is unspecified."""
         return tirx.min(x, y)
 
     def greatest(self, x: Expr, y: Expr) -> Expr:
-        """The larger; which one for a NaN is open."""
+        """Return the larger value; the result for a NaN is unspecified."""
         return tirx.max(x, y)
 
     def nearest(self, x: Expr) -> Expr:
-        """The nearest whole number, ties to even."""
+        """Round to the nearest integer, ties to even."""
         return tirx.nearbyint(x)
 
     def floor(self, x: Expr) -> Expr:
@@ -249,47 +249,47 @@ class Emitter:
         return tirx.abs(x)
 
     def floor_divide(self, x: Expr, y: Expr) -> Expr:
-        """Integers, towards minus infinity."""
+        """Divide integers, rounding towards minus infinity."""
         return tirx.floordiv(_index(x), _index(y))
 
     def floor_mod(self, x: Expr, y: Expr) -> Expr:
-        """What `floor_divide` leaves, with the sign of y."""
+        """Return the remainder of `floor_divide`, with the sign of y."""
         return tirx.floormod(_index(x), _index(y))
 
     def bits(self, value: Expr, dtype: DType, lanes: int = 1) -> Expr:
-        """The same bits as another dtype of the same width."""
+        """Reinterpret the bits as another dtype of the same width."""
         return tirx.reinterpret(tvm_dtype(dtype, lanes), value)
 
     def shift_left(self, x: Expr, y: Expr) -> Expr:
         return tirx.shift_left(x, y)
 
     def libm(self, name: str, dtype: DType, *operands: Expr) -> Expr:
-        """A scalar function of C's mathematical library, by its float64 name: `exp` is `expf` for f32."""
+        """Call a scalar function of C's math library, by its float64 name: `exp` is `expf` for f32."""
         suffix = "f" if dtype.name == "f32" else ""
         return tirx.call_pure_extern(tvm_dtype(dtype), name + suffix, *operands)
 
     def shuffle(self, vectors: Sequence[Expr], lanes: Sequence[int]) -> Expr:
-        """The vector of these lanes of some vectors side by side."""
+        """Return the vector of these lanes of the concatenated vectors."""
         return tirx.Shuffle(list(vectors), [tirx.IntImm("int32", lane) for lane in lanes])
 
     # -- LLVM ------------------------------------------------------------------------------------------------
 
     def llvm(self, name: str, text: Callable[[], str], result: str, *operands: Expr) -> Expr:
-        """A call of a function that is given as LLVM's own text, which is inlined. `result` is TVM's dtype.
+        """Call a function that is defined by LLVM text, which is inlined. `result` is TVM's dtype.
 
-        Only for what TVM cannot say and every instruction set has: the text is the same for all.
+        Only for operations that TVM cannot express and every instruction set has: the text is the same for all.
         """
         if name not in self.imported:
             self.imported[name] = text()
         return tirx.call_pure_extern(result, name, *operands)
 
     def effect(self, name: str, declared: str, called: str, *operands: Expr) -> None:
-        """A statement of LLVM's own: a call of an intrinsic for what it does. Operands are addresses and int64 indices.
+        """Emit a call of an LLVM intrinsic for its side effect. Operands are addresses and int64 indices.
 
         declared  the intrinsic's declaration, `void @llvm.x86.tilestored64(i8 immarg, ptr, i64)`
         called    the call, in which operand i is %x<i>: `void @llvm.x86.tilestored64(i8 0, ptr %x0, i64 %x1)`
         """
-        self.imported.setdefault(f"declare {declared}", f"declare {declared}")  # a module may hold one of each
+        self.imported.setdefault(f"declare {declared}", f"declare {declared}")  # a module may declare each once
         kinds = ["i64" if str(x.ty).startswith("int64") else "ptr" for x in operands]
         taken = ", ".join(f"{kind} %x{i}" for i, kind in enumerate(kinds))
         body = f"define i32 @{name}({taken}) alwaysinline {{\n  call {called}\n  ret i32 0\n}}"
@@ -297,17 +297,17 @@ class Emitter:
         T.evaluate(tirx.call_extern("int32", name, *operands))
 
     def prefetch(self, view: Any, index: Sequence[Expr]) -> None:
-        """Have the line of an element fetched into the second-level cache; where nothing lies, nothing happens."""
+        """Prefetch the cache line of an element into the second-level cache; an invalid address has no effect."""
         declared = "void @llvm.prefetch.p0(ptr, i32, i32, i32)"
         called = "void @llvm.prefetch.p0(ptr %x0, i32 0, i32 2, i32 1)"
         self.effect("treadle_prefetch", declared, called, self.address(view, index))
 
     def sum_of_lanes(self, x: Expr, lanes: int) -> Expr:
-        """The sum of a float32 vector's lanes, halves added to halves."""
+        """Return the sum of a float32 vector's lanes, added by halves."""
         return self._across(x, lanes, "fadd", "reassoc nsz", "float -0.0, ")
 
     def maximum_of_lanes(self, x: Expr, lanes: int) -> Expr:
-        """The largest of a float32 vector's lanes."""
+        """Return the maximum of a float32 vector's lanes."""
         return self._across(x, lanes, "fmax", "nnan nsz", "")
 
     def _across(self, x: Expr, lanes: int, kind: str, flags: str, start: str) -> Expr:

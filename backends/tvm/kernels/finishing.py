@@ -1,4 +1,4 @@
-"""What is done with the sums of a product before they are stored: a chain of elementwise ops and what it reads."""
+"""Epilogue of a product: a chain of elementwise ops applied to its sums before they are stored."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 _LINE = 64
-"""Bytes of a cache's line."""
+"""Bytes of a cache line."""
 Shape = tuple[list["Expr"], "list[Expr] | None"]
-"""Sizes and strides of a view; no strides: row-major."""
+"""Sizes and strides of a view; None: row-major."""
 
 
 @dataclass(frozen=True)
 class Finishing:
     """c = chain(sums, x0, x1, ...)
 
-    chain   its first input is the sum; None: the sum is stored as it is
-    extras  for each further input of the chain how it lies: `n` a vector over n, `m` one number a row, `mn` a matrix
+    chain   the first input is the sum; None: the sum is stored unchanged
+    extras  the form of each further input of the chain: `n` a vector over n, `m` one number for each row, `mn` a matrix
             like c, `1` one number
-    whole   whether a full vector of columns is inside the matrix at every call
+    whole   True if a full vector of columns is inside the matrix at every call
     """
 
     chain: Chain | None
@@ -41,21 +41,21 @@ class Finishing:
 
     @property
     def title(self) -> str:
-        """For a kernel's name."""
+        """The suffix of a kernel's name."""
         return f"_{self.chain.title}" if self.chain else ""
 
     def pointers(self, k: Emitter, stored: DType | None = None) -> list[Any]:
-        """Ask for those of x0, x1, ... and c, of the dtype `stored` if it is not the chain's."""
+        """Declare the pointers of x0, x1, ... and c; c has the dtype `stored` if it differs from the chain's."""
         dtypes = [DTYPES[name] for name in self.chain.inputs[1:]] if self.chain else []
         return [*(k.pointer(f"x{i}", d) for i, d in enumerate(dtypes)), k.pointer("c", stored or self.dtype)]
 
     def strides(self, k: Emitter) -> dict[str, Expr]:
-        """Ask for how far apart the rows of what has rows lie, by the pointer's name; c's comes last."""
+        """Declare the row strides of inputs with rows, by the pointer's name; c's comes last."""
         made = {f"x{i}": k.size(f"x{i}_stride") for i, how in enumerate(self.extras) if "m" in how}
         return made | {"c": k.size("c_stride")}
 
     def shapes(self, m: Expr, columns: Expr, rows: Mapping[str, Expr]) -> dict[str, Shape]:
-        """The views of x0, x1, ... and c of a matrix of this size, by the pointer's name; `rows`: as `strides` gave."""
+        """Return the views of x0, x1, ... and c of a matrix, by pointer name. `rows`: the result of `strides`."""
         made: dict[str, Shape] = {"c": ([m, columns], [rows["c"], 1])}
         for i, how in enumerate(self.extras):
             shape: list[Expr] = {"n": [columns], "m": [m], "mn": [m, columns], "1": [1]}[how]
@@ -65,10 +65,10 @@ class Finishing:
     def bring(
         self, k: Emitter, views: Mapping[str, Any], at: Sequence[Expr], rows: int, column: Expr, wide: int
     ) -> None:
-        """Have the lines of a tile fetched that its sums will meet when they are stored, from row `at` on.
+        """Prefetch the cache lines that the epilogue of a tile reads and writes, from row `at` on.
 
-        Each row of a matrix like c has a few of them there, which hardware does not foresee. Of a product that reads no
-        such matrix it gains nothing.
+        Each row of a matrix like c has a few such lines, which hardware does not predict. Without such an input this
+        has no benefit.
         """
         names = [f"x{number}" for number, how in enumerate(self.extras) if how == "mn"]
         for name in [*names, "c"] if names else []:
@@ -86,7 +86,7 @@ class Finishing:
         columns: Expr,
         lanes: int,
     ) -> None:
-        """Finish a vector of sums of row `at`, from `column` on, and store what of it is inside the matrix."""
+        """Finish a vector of sums in row `at` from `column` on, and store its lanes inside the matrix."""
 
         def all_lanes() -> None:
             k.store(views["c"], [*at, column], self.finished(k, views, at, column, value, lanes), lanes)
@@ -104,7 +104,7 @@ class Finishing:
     def finished(
         self, k: Emitter, views: Mapping[str, Any], at: Sequence[Expr], column: Expr, value: Expr, lanes: int
     ) -> Expr:
-        """The chain's value for a vector in row `at` from `column` on, all of it inside the matrix."""
+        """Return the chain's value for a vector in row `at` from `column` on, all of it inside the matrix."""
         if self.chain is None:
             return value
         extras = [self._extra(k, views, i, at, column, lanes) for i in range(len(self.extras))]
@@ -128,7 +128,7 @@ class Finishing:
         count: Expr,
         lanes: int,
     ) -> None:
-        """Finish and store so many lanes of a vector; extras are read through copies that zeros fill up."""
+        """Finish and store `count` lanes of a vector; extras are read through copies padded with zeros."""
         extras = []
         for number, how in enumerate(self.extras):
             if "n" not in how:
@@ -151,7 +151,7 @@ class Finishing:
 
 
 class FinishedProduct(Kernel):
-    """What kernels of products [m, k] by [n, k] share, whose sums are finished before they are stored.
+    """Base of kernels of products [m, k] by [n, k] with an epilogue.
 
     epilogue, extras, whole  fields of each of them: see `Finishing`
     """
@@ -162,7 +162,7 @@ class FinishedProduct(Kernel):
 
     @property
     def finishing(self) -> Finishing:
-        """What is done with a sum."""
+        """The epilogue of the sums."""
         return Finishing(self.epilogue, self.extras, self.whole)
 
     def flops(self, sizes: Sequence[int]) -> int:

@@ -1,12 +1,12 @@
-"""The choice between one rounding and two where a product is added: made here, in the code that is emitted.
+"""Explicit choice between one rounding and two for a product that is added, made in the emitted code.
 
-    x * y + z       one expression: rounded once, by the instruction for it where the instruction set has one
+    x * y + z       one expression: rounded once, by one instruction if the instruction set has it
     p = k.let(x * y);  p + z            two values: the product is rounded, and then the sum
 
-Left to itself, LLVM fuses a product with a sum if both end up in one block of the code and nothing else reads the
-product. That differs between two tilings of one kernel, or between full vectors and what is left of a row, and with
-it the last bit of an element. So it is given `llvm.fmuladd` for the first form, and for every other product
-`llvm.arithmetic.fence`, across which it does not look. The fence itself is no instruction.
+By default, LLVM fuses a product with a sum if both are in one basic block and nothing else reads the product. This
+differs between two tilings of one kernel, or between full vectors and the tail of a row, and changes the last bit of an
+element. Therefore the first form is emitted as `llvm.fmuladd`, and every other product is wrapped in
+`llvm.arithmetic.fence`, which blocks fusion. The fence itself is not an instruction.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from tvm.target.codegen import llvm_lookup_intrinsic_id
 Expr = Any
 
 FUSED = "llvm.fmuladd"
-"""LLVM's function of x, y and z that is x * y + z."""
+"""LLVM's function that computes x * y + z."""
 ROUNDED = "llvm.arithmetic.fence"
-"""LLVM's function of x that is x, a product that stays one."""
+"""LLVM's function that returns x and keeps its product from being fused."""
 
 _PAIRS: tuple[type, ...] = (tirx.Add, tirx.Sub, tirx.Mul, tirx.Div, tirx.FloorDiv, tirx.FloorMod, tirx.Min, tirx.Max)
 _PAIRS += (tirx.EQ, tirx.NE, tirx.LT, tirx.LE, tirx.GT, tirx.GE, tirx.And, tirx.Or)
@@ -38,27 +38,27 @@ _OPERANDS: Mapping[type, Callable[[Any], Sequence[Expr]]] = {
     tirx.Shuffle: lambda x: x.vectors,
     Call: lambda x: x.args,
 }
-"""The operands of an expression, by its kind; of all others nothing is a product that is computed."""
+"""The operands of an expression, by its kind; other kinds contain no products."""
 _AGAIN: Mapping[type, Callable[[Any, Sequence[Expr]], Expr]] = {
     tirx.Cast: lambda x, operands: tirx.Cast(x.ty, *operands),
     tirx.Broadcast: lambda x, operands: tirx.Broadcast(*operands, x.lanes),
     tirx.Shuffle: lambda x, operands: tirx.Shuffle(operands, x.indices),
     Call: lambda x, operands: Call(x.op, operands, x.attrs, x.ty_args, ret_ty=x.ty),
 }
-"""An expression with other operands, where that says more than its kind and these."""
+"""Rebuilds an expression with other operands, for kinds with further attributes."""
 
 
 def with_fused_products(value: Expr) -> Expr:
-    """The expression, in which every product of floats is fused with what it is added to, or rounded by itself.
+    """Return the expression with every product of floats either fused with its sum or rounded separately.
 
-    Of a sum of two products the first one is fused.
+    In a sum of two products the first one is fused.
     """
     made = _decided(value)
     return value if made is None else made
 
 
 def _decided(x: Expr) -> Expr | None:
-    """None: there is no product of floats in it."""
+    """Return the rewritten expression, or None if it contains no product of floats."""
     kind = type(x)
     if kind not in _OPERANDS:
         return None
@@ -85,7 +85,7 @@ def _fused(x: Expr, *, subtracted: bool) -> Expr:
 
 
 def _minus(x: Expr) -> Expr:
-    """-x, as LLVM knows it; TVM would multiply by -1."""
+    """Return -x in LLVM's canonical form; TVM would multiply by -1."""
     dtype = x.ty.dtype
     zero, lanes = tirx.FloatImm(f"float{dtype.bits}", -0.0), dtype.lanes
     return tirx.Sub(tirx.Broadcast(zero, lanes) if lanes > 1 else zero, x)

@@ -1,10 +1,11 @@
-"""Reading and adding at positions that another array holds.
+"""Gather and scatter-add at positions that another array holds.
 
     y[p, i, d] = x[p, indices[p, i, d], d]           `Take`
     y[p, indices[p, i, d], d] += x[p, i, d]          `ScatterAdd`
 
-Axes before the indexed one are p, those after it d. Where all of a row share one index, `rows` moves rows as a whole.
-An index outside its axis reads and writes nothing; the kernel says so in its status words (`lowering.program.STATUS`).
+p stands for the axes before the indexed axis, d for those after it. If all elements of a row share one index, `rows`
+moves whole rows. An index outside its axis reads and writes nothing; the kernel reports it in its status words
+(`lowering.program.STATUS`).
 """
 
 from __future__ import annotations
@@ -20,24 +21,24 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 MOVED = {1: DTYPES["u8"], 2: DTYPES["i16"], 4: DTYPES["i32"], 8: i64}
-"""By an element's bytes: the dtype that elements are moved as, whatever they mean."""
+"""The dtype in which elements are moved, by their size in bytes."""
 
-COLUMNS = 64  # of a row that a thread adds to at a time
+COLUMNS = 64  # columns of a row that a thread updates at a time
 
 
 @dataclass(frozen=True)
 class Take(Kernel):
     """y[p, i, d] = x[p, indices[p, i, d], d]
 
-    bytes       of an element
-    indices     their dtype by name
-    rows        whether an index is shared by a row of d, whose elements lie side by side in x and y
-    width       of x's panels; 0: x is not in panels. Only with `rows`, and without p
-    transposed  whether the panels hold x's columns; else its rows. See `lowering.program.Panels`
+    bytes       bytes of an element
+    indices     dtype of the indices by name
+    rows        True if each row of d shares an index, and is contiguous in x and y
+    width       width of x's panels; 0: x is not in panels. Only with `rows`, and without p
+    transposed  True if the panels hold x's columns instead of its rows. See `treadle.ir.layouts`
 
-    Passed: x, indices, y, the status words; the sizes p, v, d, i, v being that of x's indexed axis; then strides:
-    x's of p, v and d, those of the indices of p, i and d, y's of p, i and d. With rows only x's of p and v, that of the
-    indices of i, y's of p and i.
+    Arguments: x, indices, y, the status words; the sizes p, v, d, i, where v is the size of x's indexed axis; then
+    strides: x's of p, v and d, the strides of the indices of p, i and d, y's of p, i and d. With `rows` only x's of p
+    and v, the stride of the indices of i, y's of p and i.
     """
 
     bytes: int
@@ -81,7 +82,7 @@ class Take(Kernel):
                     checked(k, status, index, v, move)
 
     def _row(self, k: Emitter, x: Any, y: Any, at: list[Expr], index: Expr, d: Expr) -> None:
-        """Row `index` of x as row `at` of y."""
+        """Copy row `index` of x to row `at` of y."""
         if not self.width:
             along(k, d, k.isa.lanes(self.bytes), lambda c, n: k.store(y, [*at, c], k.load(x, [at[0], index, c], n), n))
             return
@@ -99,16 +100,16 @@ class Take(Kernel):
 
 @dataclass(frozen=True)
 class ScatterAdd(Kernel):
-    """y[p, indices[p, i, d], d] += x[p, i, d], for one i after another: where indices repeat, the order is theirs
+    """y[p, indices[p, i, d], d] += x[p, i, d], for each i in order, also for repeated indices
 
-    dtype    of y, which holds what is added to
-    added    of x
-    indices  their dtype by name
+    dtype    dtype of y, which holds the target before the call
+    added    dtype of x
+    indices  dtype of the indices by name
     rows     as in `Take`
 
-    Passed: x, indices, y, the status words; the sizes p, v, d, i, v being that of y's indexed axis; then strides: x's
-    of p, i and d, those of the indices of p, i and d, y's of p, v and d. With rows only x's of p and i, that of the
-    indices of i, y's of p and v.
+    Arguments: x, indices, y, the status words; the sizes p, v, d, i, where v is the size of y's indexed axis; then
+    strides: x's of p, i and d, the strides of the indices of p, i and d, y's of p, v and d. With `rows` only x's of p
+    and i, the stride of the indices of i, y's of p and v.
     """
 
     dtype: str
@@ -158,7 +159,7 @@ class ScatterAdd(Kernel):
 
 
 def checked(k: Emitter, status: Any, index: Expr, size: Expr, inside: Callable[[], None]) -> None:
-    """What is done with an index that lies on an axis of that size; of another only the status tells."""
+    """Run `inside` if the index is inside an axis of that size; otherwise report it in the status words."""
     with k.when(k.both(index >= k.index(0), index < size)):
         inside()
     with k.when(k.any_of(index < k.index(0), index >= size)):
@@ -168,7 +169,7 @@ def checked(k: Emitter, status: Any, index: Expr, size: Expr, inside: Callable[[
 
 
 def along(k: Emitter, count: Expr, lanes: int, body: Callable[[Expr, int], None]) -> None:
-    """`body(c, n)` for n elements from c on: as many vectors as there are, then one by one."""
+    """Emit `body(c, n)` for n elements from c on: full vectors, then single elements."""
     vectors = k.let(k.floor_divide(count, lanes), "vectors")
     with k.loop(vectors, "v") as v:
         body(v * lanes, lanes)

@@ -1,6 +1,6 @@
-"""Instruction sets: what a kernel generator may count on, and how the code generator is told.
+"""Instruction sets: the features that a kernel generator may use, and the options of the code generator.
 
-A generator asks the `Isa` for lanes, registers and features; nothing else in it depends on the machine.
+A generator asks the `Isa` for lanes, registers and features. No other part of it depends on the machine.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class Isa:
     """An instruction set.
 
     name        as targets name it, the x86-64 psABI's level or the architecture
-    machine     what `platform.machine()` calls the machines that run it
+    machine     the name of machines that run it in `platform.machine()`
     vector      bytes of a vector register
-    registers   how many vector registers there are
-    fused       whether a * b + c is one instruction, rounded once
-    needs       the flags, as Linux names them, that a machine must have
-    llvm        the options of the code generator: mcpu, mattr, and mtriple where it is another machine's
-    ahead       how many bytes ahead a kernel asks for what it streams from memory; 0: the hardware does by itself
+    registers   number of vector registers
+    fused       True if a * b + c is one instruction, rounded once
+    needs       the CPU flags, as Linux names them, that a machine must have
+    llvm        the options of the code generator: mcpu, mattr, and mtriple for another machine
+    ahead       prefetch distance in bytes of data streamed from memory; 0: hardware prefetches by itself
     """
 
     name: str
@@ -42,27 +42,27 @@ class Isa:
     ahead: int = 0
 
     def lanes(self, width: int = 4) -> int:
-        """How many elements of so many bytes a vector register holds."""
+        """Return the number of elements of `width` bytes in a vector register."""
         return self.vector // width
 
     @property
     def multiplies_tiles(self) -> bool:
-        """Whether there is a matrix unit, AMX, for bf16 and bytes: tiles of 16 rows of 64 (`kernels.narrow.tiles`)."""
+        """True if there is a matrix unit, AMX, for bf16 and bytes: tiles of 16 rows of 64 bytes (`narrow.tiles`)."""
         return "amx_bf16" in self.needs
 
     @property
     def multiplies_pairs(self) -> bool:
-        """Whether one instruction multiplies bf16 pairs and adds to a vector of float32 sums, and one makes bf16."""
+        """True if there are instructions that add products of bf16 pairs to float32 sums, and that convert to bf16."""
         return "avx512_bf16" in self.needs
 
     @property
     def multiplies_quads(self) -> bool:
-        """Whether one instruction multiplies four bytes with four bytes and adds to a vector of 32-bit sums: VNNI."""
+        """True if one instruction multiplies four bytes by four bytes and adds to a vector of 32-bit sums: VNNI."""
         return "avx512_vnni" in self.needs
 
     @property
     def llvm(self) -> dict[str, object]:
-        """The description of the target that TVM takes."""
+        """The description of the target in TVM's form."""
         made: dict[str, object] = {"kind": "llvm", "mcpu": self.mcpu}
         if self.mattr:
             made["mattr"] = list(self.mattr)
@@ -76,9 +76,9 @@ class Isa:
 
 _AVX2 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-_BF16 = _AVX512 | {"avx512_bf16", "avx512_vnni"}  # every processor that has the first has the second
+_BF16 = _AVX512 | {"avx512_bf16", "avx512_vnni"}  # every CPU with the first has the second
 _AMX = _BF16 | {"amx_tile", "amx_bf16", "amx_int8"}
-_WIDE = "-prefer-256-bit"  # LLVM would rather split 64-byte vectors; our kernels mean them as they are written
+_WIDE = "-prefer-256-bit"  # keeps LLVM from splitting the 64-byte vectors of our kernels
 _DOTS = ("+avx512bf16", "+avx512vnni")
 _TILES = ("+amx-tile", "+amx-bf16", "+amx-int8")
 
@@ -94,13 +94,13 @@ ISAS: Mapping[str, Isa] = {
         Isa("arm64", "aarch64", 16, 32, True, frozenset(), "generic", ("+neon",), "aarch64-unknown-linux-gnu"),
     )
 }
-"""Every instruction set that kernels are generated for, the most capable of a machine first."""
+"""Every instruction set for which kernels are generated, the most capable one of a machine first."""
 
 
 def isa_of(target: Target) -> Isa:
-    """The instruction set of a target; for `cpu` the best that this machine has.
+    """Return the instruction set of a target; for `cpu` the best one of this machine.
 
-    Raises BackendError for a target whose instructions we do not generate.
+    Raises BackendError for a target without code generation.
     """
     if target.name in ISAS:
         return ISAS[target.name]
@@ -115,7 +115,7 @@ def isa_of(target: Target) -> Isa:
 
 @cache
 def host_isa() -> Isa:
-    """The best instruction set of this machine. Raises BackendError where we know none of it."""
+    """Return the best instruction set of this machine. Raises BackendError if none of ours runs on it."""
     for isa in ISAS.values():
         if runs_here(isa):
             return isa
@@ -126,7 +126,7 @@ def host_isa() -> Isa:
 
 
 def runs_here(isa: Isa) -> bool:
-    """Whether this machine has all that an instruction set needs, and lets this process use it."""
+    """Return True if this machine has an instruction set's features and this process may use them."""
     machine = platform.machine().lower()
     known = {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
     return isa.machine == known and isa.needs <= cpu_flags() and (not isa.multiplies_tiles or may_use_tiles())
@@ -137,10 +137,10 @@ _ARCH_PRCTL, _REQUEST, _TILE_DATA = 158, 0x1023, 18  # Linux: arch_prctl(ARCH_RE
 
 @cache
 def may_use_tiles() -> bool:
-    """Ask the system, once a process, for the registers of AMX: without that the first tile instruction ends it.
+    """Request the AMX registers from the system, once a process; a tile instruction before that ends it.
 
-    All threads may use them from then on, older ones as well, and so may forked children. Linux refuses a process in
-    which a thread has a signal stack of its own that is too small for these registers.
+    The permission covers all threads, including existing ones, and forked children. Linux refuses it if a thread of the
+    process has its own signal stack that is too small for these registers.
     """
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return False
@@ -148,16 +148,16 @@ def may_use_tiles() -> bool:
 
 
 def refused_here(isa: Isa) -> str | None:
-    """What this machine has, and keeps from this process; None where it keeps nothing from it."""
+    """Return a message about a feature that the machine has but this process may not use, or None."""
     best = next(iter(ISAS.values()))
     if isa is not best and best.needs <= cpu_flags() and not runs_here(best):
-        return f"this process may not use the machine's matrix unit, so that {isa} stands for {best}"
+        return f"this process may not use the machine's matrix unit, so {best} is used instead of {isa}"
     return None
 
 
 @cache
 def cpu_flags() -> frozenset[str]:
-    """This machine's features, as Linux names them; none where they cannot be read."""
+    """Return this machine's features, as Linux names them; empty if they cannot be read."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

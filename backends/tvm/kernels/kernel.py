@@ -12,10 +12,10 @@
             with k.parallel(n) as i:
                 k.store(y, [i], k.load(x, [i]) * k.number(self.factor, f32))
 
-A spec's fields decide its code, all of it: two specs that are equal, on one instruction set, are one kernel, compiled
-once and kept by content (`treadle.backends.tvm.kernels.cache`). Equal is what has one `key`, so that 0.0 and -0.0, or 1
-and True, are not. What may differ from call to call (pointers, sizes, strides) is passed: first every pointer, then
-every size, in the order in which `emit` asks for them.
+A spec's fields determine its code completely. Two equal specs on one instruction set are one kernel, which is compiled
+once and cached by content (`treadle.backends.tvm.kernels.cache`). Specs are equal if they have the same `key`, so 0.0
+and -0.0 differ, and so do 1 and True. Values that may differ from call to call (pointers, sizes, strides) are passed:
+first every pointer, then every size, in the order in which `emit` declares them.
 """
 
 from __future__ import annotations
@@ -32,49 +32,49 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Kernel:
-    """Base of all kernel specs. A spec is a frozen dataclass of numbers, text, dtypes, and tuples of such."""
+    """Base of all kernel specs. A spec is a frozen dataclass of numbers, strings, dtypes, and tuples of them."""
 
     def __init_subclass__(cls) -> None:
-        # Before `dataclass` sees the class, which then leaves them as they are.
+        # Set before `dataclass` sees the class, which then keeps them.
         cls.__eq__ = _same  # type: ignore[method-assign, assignment]
         cls.__hash__ = _hash  # type: ignore[method-assign, assignment]
 
     @property
     def title(self) -> str:
-        """A short name for people, an identifier: `matmul_768x3072_gelu`."""
+        """A short readable identifier: `matmul_768x3072_gelu`."""
         return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
 
     @property
     def llvm(self) -> str | None:
-        """The kernel as a module of LLVM's, with a function `__tvm_ffi_kernel`; None: `emit` says it."""
+        """The kernel as an LLVM module with a function `__tvm_ffi_kernel`; None: `emit` writes it."""
         return None
 
     @property
     def generic(self) -> bool:
-        """Whether it computes element by element: right for every case, and named in the log as slow."""
+        """True if it computes element by element: correct for every case, and reported in the log as slow."""
         return False
 
     @property
     def on_host(self) -> bool:
-        """Whether a function of this process computes it, so that there is no code to compile."""
+        """True if a Python function of this process computes it, so that no code is compiled."""
         return False
 
     @property
     def multiplies(self) -> str:
-        """What its products are of: f32, bf16 or int8, each of which the machine multiplies at a rate of its own."""
+        """The kind of its products: f32, bf16 or int8. Each has its own peak rate."""
         return "f32"
 
     def emit(self, k: Emitter) -> None:
-        """Write the kernel: ask for pointers and sizes, then emit loops."""
+        """Write the kernel: declare pointers and sizes, then emit loops."""
         raise NotImplementedError
 
     def flops(self, sizes: Sequence[int]) -> int:
-        """About how many operations a call with these sizes takes; 0: its bytes tell how long it takes."""
+        """Return the approximate number of operations of a call with these sizes; 0: its bytes determine its time."""
         return 0
 
     @cached_property
     def key(self) -> str:
-        """All that decides the code, as text."""
+        """Everything that determines the code, as text."""
         return f"{type(self).__name__}({', '.join(f'{f.name}={_text(getattr(self, f.name))}' for f in fields(self))})"
 
 

@@ -1,11 +1,11 @@
-"""Matrix products with a packed right side, and what is done with each element before it is stored.
+"""Matrix products with a packed right side, and an epilogue for each element before it is stored.
 
     c[b, m, n] = epilogue(sum_k a[b, m, k] * w[b, n // width, k, n % width], ...)
 
-The tile of rows x panel stays in registers through all of k; w is read one full vector at a time and a is broadcast.
-Every row sums over k in one order, so a row's bits depend neither on how many rows there are nor on its place
-among them. The first tile of a panel brings it into the cache for the others: where hardware does not fetch far enough
-ahead by itself (`Isa.ahead`), it asks for what follows.
+The tile of rows x panel stays in registers throughout k; w is read one full vector at a time and a is broadcast. Every
+row sums over k in the same order, so a row's bits depend neither on the number of rows nor on its index. The first tile
+of a panel loads it into the cache for the other tiles. If hardware does not prefetch far enough (`Isa.ahead`), this
+tile prefetches the following data.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 
-PANELS = 32  # with fewer, rows are shared out as well
-CHUNK = 16  # tiles that a task then has
+PANELS = 32  # with fewer panels, rows are split as well
+CHUNK = 16  # tiles of a task in that case
 
 
 def panel_width(columns: int | None, isa: Isa) -> int:
-    """How many columns a panel of a matrix has: one to four vectors, the most that leave the fewest empty columns.
+    """Return the columns of a panel: one to four vectors, the largest number that leaves the fewest empty columns.
 
     None: the number of columns is not known before the call.
     """
@@ -41,7 +41,7 @@ def panel_width(columns: int | None, isa: Isa) -> int:
 
 
 def tile_rows(width: int, isa: Isa) -> int:
-    """How many rows a tile has: as many as leave registers for a vector of each column of a panel and of a."""
+    """Return the rows of a tile: all that fit in registers next to a vector of each column of a panel and of a."""
     vectors = width // isa.lanes()
     return {4: 6, 3: 8, 2: 12, 1: 12}[vectors] if isa.registers >= 32 else {2: 6, 1: 12}[vectors]
 
@@ -50,15 +50,15 @@ def tile_rows(width: int, isa: Isa) -> int:
 class Matmul(Kernel):
     """c = epilogue(a @ w), over float32.
 
-    width    of a panel of w
-    epilogue what is done with the sum, the chain's first input; None: it is stored as it is
-    extras   for each further input of the chain how it lies: `n` a vector over n, `m` one number a row, `mn` a matrix
-             like c, `1` one number
-    batch    whether there are two batch dimensions, over which all of them may have strides
-    whole    whether n is a multiple of the width at every call
+    width    width of a panel of w
+    epilogue a chain whose first input is the sum; None: the sum is stored unchanged
+    extras   the form of each further input of the chain: `n` a vector over n, `m` one number for each row, `mn` a
+             matrix like c, `1` one number
+    batch    True if there are two batch dimensions, over which all arguments may have strides
+    whole    True if n is a multiple of the width at every call
 
-    Passed: a, w, the extras, c; m, k, n; a's stride of rows, `m` and `mn` extras' and
-    c's strides of rows; with batch: the two sizes, then for each pointer its two strides.
+    Arguments: a, w, the extras, c; m, k, n; a's stride of rows, the strides of rows of `m` and `mn` extras and of c;
+    with batch: the two sizes, then for each pointer its two strides.
     """
 
     width: int
@@ -69,16 +69,16 @@ class Matmul(Kernel):
 
     @property
     def held(self) -> DType:
-        """The dtype of what w's panels hold."""
+        """The dtype of the elements in w's panels."""
         return f32
 
     def held_rows(self, k: Emitter, depth: Expr) -> Expr:
-        """How many rows a panel has, for so many elements of k."""
+        """Return the number of rows of a panel for `depth` elements of k."""
         return depth
 
     @property
     def finishing(self) -> Finishing:
-        """What is done with a sum."""
+        """The epilogue of the sums."""
         return Finishing(self.epilogue, self.extras, self.whole)
 
     @property
@@ -126,13 +126,13 @@ class Matmul(Kernel):
             self._panel(k, views, panel, first, rows_here, depth, columns, at)
 
     def _chunks(self, k: Emitter, m: Expr, panels: Expr) -> tuple[Expr, Expr]:
-        """How many rows a task has of its panel, and how many tasks that makes: one a panel, unless panels are few."""
+        """Return the rows of a task and the number of tasks for each panel: one task, unless there are few panels."""
         few = tile_rows(self.width, k.isa) * CHUNK
         chunk = k.let(k.either(panels >= PANELS, m, k.index(few)), "chunk")
         return chunk, k.let(k.either(panels >= PANELS, k.index(1), k.floor_divide(m + (few - 1), few)), "chunks")
 
     def _share(self, k: Emitter, task: Expr, m: Expr, chunk: Expr, chunks: Expr) -> tuple[Expr, Expr, Expr]:
-        """Of a task: which panel, its first row, how many rows. The tasks of one panel stand side by side."""
+        """Return the panel of a task, its first row, and its number of rows. Tasks of one panel are consecutive."""
         panel = k.opaque(k.floor_divide(task, chunks), "panel")
         first = k.opaque((task - panel * chunks) * chunk, "first")
         return panel, first, k.let(k.least(m - first, chunk), "rows")
@@ -148,18 +148,18 @@ class Matmul(Kernel):
         columns: Expr,
         batch: Sequence[Expr] = (),
     ) -> None:
-        """m rows of one panel: full tiles, then one of the rows that are left."""
+        """Emit m rows of one panel: full tiles, then tiles of the remaining rows."""
         rows = tile_rows(self.width, k.isa)
         blocks = k.let(k.floor_divide(m, rows), "blocks")
         rest = k.let(k.floor_mod(m, rows), "rest")
-        fetched = 0  # tiles that bring the panel in
+        fetched = 0  # tiles that load the panel
         if k.isa.ahead and not self.batch:
             fetched = k.let(k.least(blocks, k.index(1)), "fetched")
             with k.when(blocks >= k.index(1)):
                 self._tile(k, views, panel, start, rows, depth, columns, batch, brings=True)
         with k.loop(blocks - fetched, "block") as block:
             self._tile(k, views, panel, k.let(start + (block + fetched) * rows, "first"), rows, depth, columns, batch)
-        for count in (8, 4, 2, 1):  # so few variants, and no row is summed in another order for it
+        for count in (8, 4, 2, 1):  # few variants; the order of a row's sum is the same in all
             if count < rows:
                 with k.when(k.floor_mod(rest, 2 * count) >= k.index(count)):
                     before = blocks * rows + k.floor_divide(rest, 2 * count) * (2 * count)
@@ -179,7 +179,7 @@ class Matmul(Kernel):
         *,
         brings: bool = False,
     ) -> None:
-        """So many rows of a panel. `brings`: they are the first that read it."""
+        """Emit `rows` rows of a panel. `brings`: they are the first to read it."""
         lanes = k.isa.lanes()
         ahead = k.isa.ahead // (self.width * f32.bytes) if brings else 0
         vectors = self.width // lanes
@@ -191,7 +191,7 @@ class Matmul(Kernel):
             for j in range(vectors if ahead else 0):
                 k.prefetch(w, [*batch, panel, step + ahead, j * lanes])
             self._products(k, views, panel, first, rows, step, acc, batch)
-        # What finishes an element is written out once a vector of the panel, not once a register.
+        # The epilogue is emitted once for a vector of the panel, not once for each register.
         tile = k.registers(rows * self.width, f32, "tile")
         with k.unroll(rows * vectors, "r") as r:
             k.store(tile, [r * lanes], k.load(acc, [r * lanes], lanes), lanes)
@@ -212,7 +212,7 @@ class Matmul(Kernel):
         acc: Any,
         batch: Sequence[Expr],
     ) -> None:
-        """Add what one step of k gives to the sums of a tile."""
+        """Add the products of one step of k to the sums of a tile."""
         lanes, a, w = k.isa.lanes(), views["a"], views["w"]
         vectors = self.width // lanes
         with k.unroll(rows, "i") as i:
@@ -225,12 +225,12 @@ class Matmul(Kernel):
 
 @dataclass(frozen=True)
 class Pack(Kernel):
-    """w[b, n // width, k, n % width] = x[b, n, k], for a right side that is computed. Filled up with zeros.
+    """w[b, n // width, k, n % width] = x[b, n, k], for a right side that is computed. Padded with zeros.
 
-    width    of a panel
-    near     whether x's elements lie side by side along n, and are copied as vectors
+    width    width of a panel
+    near     True if x is contiguous along n, and is copied as vectors
 
-    Passed: x, w; n, k; x's strides over n and k; the two batch sizes, x's two batch strides. w is contiguous.
+    Arguments: x, w; n, k; x's strides over n and k; the two batch sizes, x's two batch strides. w is contiguous.
     """
 
     width: int

@@ -1,4 +1,4 @@
-"""Kernels of collectives: no code, but a call of this process, which meets other ranks between two kernels."""
+"""Kernels of collectives: a host call between two kernels, which communicates with other ranks."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from treadle.ir.types import DType
 
 @dataclass(frozen=True)
 class Meet(Kernel):
-    """y = op(x), of contiguous elements, met with the other ranks. See `treadle.backends.tvm.host_calls`.
+    """y = op(x), a collective on contiguous elements. See `treadle.backends.tvm.host_calls`.
 
-    rank     how many dimensions x and y have
-    symbols  whose sizes the op needs
+    rank     number of dimensions of x and y
+    symbols  the symbols whose sizes the op needs
 
-    Passed: x, y; the shape of x, the shape of y, the sizes of the symbols.
+    Arguments: x, y; the shape of x, the shape of y, the sizes of the symbols.
     """
 
     op: Collective

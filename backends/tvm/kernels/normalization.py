@@ -1,4 +1,4 @@
-"""Layer norm and RMS norm over the last axis, of rows that lie at any distance."""
+"""Layer norm and RMS norm over the last axis, with any stride between rows."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 class Normalize(Kernel):
     """y = (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * weight + bias over the last axis
 
-    centered      whether the mean is taken off, as layer norm does; RMS norm has 0 in its place
-    weight, bias  whether there is one
-    dtype         of all of them, by name: f32, f16 or bf16. All is computed in f32
+    centered      True if the mean is subtracted, as in layer norm; RMS norm uses 0 in its place
+    weight, bias  True if there is one
+    dtype         dtype of all of them, by name: f32, f16 or bf16. Computed in f32
 
-    The mean is known before a square is summed, so nothing cancels; a row is read three times, from the first cache.
+    The mean is known before a square is summed, which avoids cancellation. A row is read three times, from the
+    first-level cache.
 
-    Passed: x, weight, bias, y; the sizes of x's three dimensions; x's strides over the first two, y's. x and y lie side
-    by side along the last.
+    Arguments: x, weight, bias, y; the sizes of x's three dimensions; x's strides over the first two, y's. x and y are
+    contiguous along the last.
     """
 
     centered: bool

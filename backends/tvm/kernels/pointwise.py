@@ -1,8 +1,8 @@
 """Pointwise chains: any number of elementwise ops as one kernel, each element read once and written once.
 
-    y = tanh(x + b) * s     -->     one loop; x and y side by side, b and s with stride 0 where they repeat
+    y = tanh(x + b) * s     -->     one loop; x and y contiguous, b and s with stride 0 where they repeat
 
-A `Chain` is a little program in SSA form; it also is the epilogue of a product (`treadle.backends.tvm.kernels.matmul`).
+A `Chain` is a small program in SSA form; it also is the epilogue of a product (`treadle.backends.tvm.kernels.matmul`).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from treadle.ir.types import DTYPES, DType
 if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
-BLOCK = 4096  # elements that a thread takes at a time from a flat array
+BLOCK = 4096  # elements of a flat array in one task
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One op of a chain. Operands count the chain's inputs first, then the results of earlier instructions.
+    """One op of a chain. Operands are numbered: the chain's inputs first, then the results of earlier instructions.
 
     attributes  as (name, value) pairs; `constant` has one, its value
     dtype       the result's dtype by name
@@ -37,7 +37,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Chain:
-    """A program over elements: the inputs' dtypes by name, the instructions; its value is that of the last one."""
+    """A program over elements: the dtypes of the inputs by name, and the instructions. Its value is the last result."""
 
     inputs: tuple[str, ...]
     instructions: tuple[Instruction, ...]
@@ -48,7 +48,7 @@ class Chain:
         return DTYPES[self.instructions[-1].dtype if self.instructions else self.inputs[0]]
 
     def emit(self, k: Emitter, values: Sequence[Expr], lanes: int) -> Expr:
-        """The chain's value on these inputs, which are vectors of so many lanes."""
+        """Emit the chain on these inputs, which are vectors of `lanes` lanes; return its value."""
         held = list(values)
         dtypes = [DTYPES[name] for name in self.inputs]
         for step in self.instructions:
@@ -62,12 +62,12 @@ class Chain:
 
     @property
     def width(self) -> int:
-        """Bytes of the widest element that is computed with: a vector register of these is what a step takes."""
+        """Bytes of the widest element in the computation: a vector register of such elements is one step."""
         computed = [DTYPES[step.dtype] for step in self.instructions]
         read = [DTYPES[name] for name in self.inputs]
         widths = [vector_math.working(d).bytes if self.instructions else d.bytes for d in (*read, *computed)]
         if any(step.op in vector_math.DIVISIONS for step in self.instructions):
-            widths.append(4)  # done one by one: no gain from more of them
+            widths.append(4)  # computed lane by lane: more lanes gain nothing
         return max(widths)
 
     @property
@@ -78,16 +78,17 @@ class Chain:
 
 @dataclass(frozen=True)
 class Pointwise(Kernel):
-    """y[i...] = chain(x0[i...], x1[i...], ...), each operand with strides of its own; y too.
+    """y[i...] = chain(x0[i...], x1[i...], ...), where each operand and y have their own strides
 
-    chain    what is computed
-    rank     how many loops there are, the last one innermost
-    inner    for each operand and then for y, how it moves along the last loop: `1` side by side, `0` not at all,
-             `s` by a stride
-    over     the operand that lies where y does, and is written over; None: all operands lie elsewhere
+    chain    the computation
+    rank     number of loops, the last one innermost
+    inner    the movement of each operand, and then of y, along the last loop: `1` contiguous, `0` constant, `s` with a
+             stride
+    over     the operand stored in y's memory, which y overwrites; None: no operand is
 
-    Passed: the operands, y; the loops' sizes; for each operand, then y, a stride a loop (those of the last loop too).
-    An operand that y is written over is y: kernels take it that no two pointers lead to one place, so it has none.
+    Arguments: the operands, y; the loops' sizes; for each operand, then y, one stride for each loop (also for the
+    last). Kernels assume that no two pointers refer to the same memory, so an operand that y overwrites is read through
+    y's pointer and has none of its own.
     """
 
     chain: Chain
@@ -131,7 +132,7 @@ class Pointwise(Kernel):
             self._nest(k, views, sizes, [*outer, i])
 
     def _run(self, k: Emitter, views: Sequence[Any], outer: list[Expr], first: Expr, count: Expr) -> None:
-        """`count` elements from `first` on along the last loop."""
+        """Emit `count` elements from `first` on along the last loop."""
         if "s" in self.inner:
             with k.loop(count, "i") as i:
                 self._point(k, views, [*outer, first + i])
@@ -145,7 +146,7 @@ class Pointwise(Kernel):
                 for x, how in zip(views[:-1], self.inner, strict=False)
             ]
             k.store(views[-1], at, self.chain.emit(k, read, lanes), lanes)
-        # What is left goes through the same vector code, so that an element's bits do not depend on where it lies.
+        # The rest goes through the same vector code, so that an element's bits do not depend on its position.
         rest = k.let(count - vectors * lanes, "rest")
         with k.when(rest > k.index(0)):
             start = k.let(first + vectors * lanes, "start")

@@ -1,8 +1,8 @@
-"""Reductions over axes, running sums, and the words that every kernel along rows is written in.
+"""Reductions over axes, cumulative sums, and the building blocks of all kernels along rows.
 
-A row is read in full vectors; what is left at its end goes through the same vector code, from a copy that is filled up
-(`Span`). A row is folded into a fixed number of partial results that depend on its length alone (`Accumulator`), so
-its bits depend neither on the other rows nor on its place among them.
+A row is read in full vectors. Its tail goes through the same vector code, from a padded copy (`Span`). A row is folded
+into a fixed number of partial results that depend only on its length (`Accumulator`), so its bits depend neither on the
+other rows nor on its index.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from treadle.ir.types import DTYPES, DType
 if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
-PARTIAL = 4  # vectors that a row is folded into side by side: an addition takes four cycles, and two are begun in each
-STRIP = 4  # vectors of columns that are reduced side by side
-RUN = 64  # terms of a column that are summed before they are added to the rest: fewer roundings in a row
+PARTIAL = 4  # partial results of a row, in vectors: an addition takes four cycles, and each cycle starts two
+STRIP = 4  # vectors of columns that are reduced at a time
+RUN = 64  # elements of a column in one partial sum: reduces the rounding error
 
 
 def lanes_of(k: Emitter, dtype: DType) -> int:
-    """How many lanes the kernels here use for elements that are computed with in a dtype."""
+    """Return the number of lanes that the kernels here use to compute in a dtype."""
     return k.isa.lanes(max(4, dtype.bytes))
 
 
@@ -33,7 +33,7 @@ def lanes_of(k: Emitter, dtype: DType) -> int:
 
 
 class Span:
-    """n elements side by side, as vectors: full ones, and what is left."""
+    """n contiguous elements as vectors: full ones, and a tail."""
 
     def __init__(self, k: Emitter, size: Expr, lanes: int) -> None:
         self.k, self.size, self.lanes = k, size, lanes
@@ -41,11 +41,11 @@ class Span:
         self.rest = k.let(size - self.vectors * lanes, "rest")
 
     def read(self, view: Any, outer: Sequence[Expr], v: Expr, dtype: DType) -> Expr:
-        """Full vector v of a row, in the dtype that is computed in."""
+        """Load full vector v of a row, in the dtype of the computation."""
         return converted(self.k, self.k.load(view, [*outer, v * self.lanes], self.lanes), view.dtype, dtype, self.lanes)
 
     def tail(self, view: Any, outer: Sequence[Expr], dtype: DType, padded: Any = None) -> Any:
-        """Registers with what is left of a row, filled up with zeros: those that are given, or new ones."""
+        """Load the tail of a row, padded with zeros, into the registers `padded` or new ones."""
         k = self.k
         padded = padded or k.registers(self.lanes, dtype, f"{view.name}_tail")
         k.store(padded, [0], k.number(0, dtype, self.lanes), self.lanes)
@@ -55,7 +55,7 @@ class Span:
         return padded
 
     def inside(self, value: Expr, fill: float, dtype: DType) -> Expr:
-        """The last vector, with another number where it is filled up."""
+        """Return the last vector with its padding replaced by another number."""
         k, lanes = self.k, self.lanes
         kept = k.lane_indices(0, lanes) < k.splat(self.rest, lanes)
         return k.select(kept, value, k.number(fill, dtype, lanes))
@@ -67,7 +67,7 @@ class Span:
         )
 
     def write_tail(self, view: Any, outer: Sequence[Expr], value: Expr, dtype: DType) -> None:
-        """Store of a vector what is left of a row."""
+        """Store the part of a vector that belongs to the tail of a row."""
         k = self.k
         made = k.registers(self.lanes, view.dtype, f"{view.name}_made")
         k.store(made, [0], converted(k, value, dtype, view.dtype, self.lanes), self.lanes)
@@ -76,15 +76,15 @@ class Span:
             k.store(view, [*outer, first + r], k.load(made, [r]))
 
     def has_tail(self) -> Any:
-        """A block for what is done with the tail: only if there is one."""
+        """A block that runs only if there is a tail."""
         return self.k.when(self.rest > self.k.index(0))
 
 
 class Accumulator:
-    """A row folded by an operation in PARTIAL vectors, and these at last in a fixed order.
+    """A row folded by an operation into PARTIAL vectors, which are combined in a fixed order at the end.
 
     combine  an associative operation on two vectors, or two numbers, with their lanes
-    start    what it leaves as it is
+    start    the neutral element of the operation
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Accumulator:
             k.store(self.tile, [j * span.lanes], k.number(start, dtype, span.lanes), span.lanes)
 
     def take(self, term: Callable[[Expr], Expr], tail: Callable[[], Expr]) -> None:
-        """Fold a row in: `term(v)` is its full vector v, `tail()` the last one, where `start` fills it up."""
+        """Fold in a row: `term(v)` is its full vector v, `tail()` the last one, padded with `start`."""
         k, span = self.k, self.span
         blocks = k.let(k.floor_divide(span.vectors, PARTIAL), "blocks")
         with k.loop(blocks, "block") as block, k.unroll(PARTIAL, "j") as j:
@@ -111,7 +111,7 @@ class Accumulator:
         k.store(self.tile, [at], self.combine(k.load(self.tile, [at], lanes), value, lanes), lanes)
 
     def total(self) -> Expr:
-        """All of it, as one number."""
+        """Return the total as one number."""
         k, lanes = self.k, self.span.lanes
         parts = [k.load(self.tile, [j * lanes], lanes) for j in range(PARTIAL)]
         while len(parts) > 1:
@@ -121,7 +121,7 @@ class Accumulator:
 
 
 def folded_lanes(k: Emitter, x: Expr, lanes: int, dtype: DType, combine: Callable[[Expr, Expr, int], Expr]) -> Expr:
-    """The lanes of a vector folded into one number, halves with halves."""
+    """Fold the lanes of a vector into one number, by halves."""
     while lanes > 1:
         pair = k.registers(lanes, dtype, "lanes")
         k.store(pair, [0], x, lanes)
@@ -131,28 +131,28 @@ def folded_lanes(k: Emitter, x: Expr, lanes: int, dtype: DType, combine: Callabl
 
 
 def converted(k: Emitter, value: Expr, held: DType, wanted: DType, lanes: int = 1) -> Expr:
-    """A value in another dtype; as it is where that is its own."""
+    """Return a value in another dtype, unchanged if it already has that dtype."""
     return value if held is wanted else k.cast(value, wanted, lanes)
 
 
-# -- what is reduced by -------------------------------------------------------------------------------------
+# -- operations ----------------------------------------------------------------------------------------------
 
 
 def combiner(k: Emitter, op: str, dtype: DType) -> Callable[[Expr, Expr, int], Expr]:
-    """`sum` (and `mean`, which is divided later), `max` or `min` of two; a NaN gives NaN."""
+    """Return `sum` (also for `mean`, which divides later), `max` or `min` of two values; a NaN gives NaN."""
 
     def add(x: Expr, y: Expr, lanes: int) -> Expr:
         return x + y if dtype.is_float else integer_function(k, "add", dtype, lanes, x, y)
 
     def extremum(x: Expr, y: Expr, lanes: int) -> Expr:
-        taken = y > x if op == "max" else y < x  # which is false if x is NaN, so that it stays
+        taken = y > x if op == "max" else y < x  # false if x is NaN, so that x remains
         return k.select(k.any_of(taken, k.is_nan(y)) if dtype.is_float else taken, y, x)
 
     return add if op in ("sum", "mean") else extremum
 
 
 def neutral(op: str, dtype: DType) -> float:
-    """What the operation leaves as it is: 0, or the least or greatest number of a dtype."""
+    """Return the neutral element of the operation: 0, or the lowest or greatest number of a dtype."""
     if op in ("sum", "mean"):
         return 0
     if dtype.is_float:
@@ -169,12 +169,12 @@ def neutral(op: str, dtype: DType) -> float:
 class Reduce(Kernel):
     """y[i0, i1] = op over j0, j1 of x[i0, i1, j0, j1]
 
-    op       sum, mean, max or min; a sum wraps around in its own dtype, that of 16-bit floats is taken in f32
-    dtype    of x and y, by name
-    along    `rows` if x lies side by side along j1, `columns` if x and y do along i1
+    op       sum, mean, max or min; a sum wraps around in its own dtype, a sum of 16-bit floats is accumulated in f32
+    dtype    dtype of x and y, by name
+    along    `rows` if x is contiguous along j1, `columns` if x and y are contiguous along i1
 
-    Passed: x, y; the sizes of i0, i1, j0, j1; x's four strides, y's two. The one along which elements lie side by side
-    is passed as well.
+    Arguments: x, y; the sizes of i0, i1, j0, j1; x's four strides, y's two. The stride of a contiguous dimension is
+    passed as well.
     """
 
     op: str
@@ -197,7 +197,7 @@ class Reduce(Kernel):
             self._rows(k, k.view(x, shape, x_strides), k.view(y, shape[:2], y_strides), shape, dtype)
         else:
             x_strides[1] = y_strides[1] = 1
-            order = (0, 2, 3, 1)  # the columns last, where vectors are loaded
+            order = (0, 2, 3, 1)  # the columns last: vectors are loaded along them
             turned = k.view(x, [shape[i] for i in order], [x_strides[i] for i in order])
             self._columns(k, turned, k.view(y, shape[:2], y_strides), shape, dtype)
 
@@ -231,7 +231,7 @@ class Reduce(Kernel):
                 vectors = k.let(k.floor_divide(count, lanes), "vectors")
                 with k.loop(vectors, "v") as v:
                     self._strip(k, x, y, i0, first + v * lanes, 1, lanes, shape, dtype)
-                with k.loop(count - vectors * lanes, "r") as r:  # by itself, in the same order
+                with k.loop(count - vectors * lanes, "r") as r:  # single elements, in the same order
                     self._strip(k, x, y, i0, first + vectors * lanes + r, 1, 1, shape, dtype)
 
     def _strip(
@@ -246,7 +246,7 @@ class Reduce(Kernel):
         shape: Sequence[Expr],
         dtype: DType,
     ) -> None:
-        """So many vectors of columns, from one on."""
+        """Reduce `vectors` vectors of columns, starting at `column`."""
         _, _, n0, n1 = shape
         combine, start = combiner(k, self.op, dtype), k.number(neutral(self.op, dtype), dtype, lanes)
         total, part = (k.registers(vectors * lanes, dtype, name) for name in ("total", "part"))
@@ -285,12 +285,12 @@ class Reduce(Kernel):
 class RunningSum(Kernel):
     """y[i, j, c] = sum of x[i, j', c] over j' <= j
 
-    dtype      of x and y, by name; 16-bit floats are summed in f32
-    exclusive  over j' < j
-    reverse    from the end
-    vector     whether x and y lie side by side along c, which then is computed in vectors
+    dtype      dtype of x and y, by name; 16-bit floats are summed in f32
+    exclusive  sum over j' < j instead
+    reverse    sum from the end
+    vector     True if x and y are contiguous along c, which then is computed in vectors
 
-    Passed: x, y; the sizes of i, j, c; x's three strides, y's.
+    Arguments: x, y; the sizes of i, j, c; x's three strides, y's.
     """
 
     dtype: str
@@ -344,7 +344,7 @@ class RunningSum(Kernel):
 class SizeValue(Kernel):
     """y[0] = n
 
-    Passed: y; n.
+    Arguments: y; n.
     """
 
     dtype: str

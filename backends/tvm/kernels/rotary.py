@@ -1,4 +1,4 @@
-"""Rotary positions: pairs of a head's dimensions turned by position times frequency."""
+"""Rotary positions: pairs of a head's dimensions rotated by position times frequency."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rotary(Kernel):
-    """y = x with the first 2f of its last dimension's elements turned in pairs; see the op `rotary`
+    """y = x with the first 2f elements of its last dimension rotated in pairs; see the op `rotary`
 
-    interleaved  whether a pair is (2i, 2i + 1) rather than (i, i + f)
-    lanes        how many pairs are turned at once, a divisor of f
-    dtype        of x and y, by name: f32, f16 or bf16. All is computed in f32
-    positions    their dtype, by name
+    interleaved  True if a pair is (2i, 2i + 1) instead of (i, i + f)
+    lanes        number of pairs rotated at once, a divisor of f
+    dtype        dtype of x and y, by name: f32, f16 or bf16. Computed in f32
+    positions    dtype of the positions, by name
 
     An angle is computed once for all heads.
 
-    Passed: x, positions, frequencies, y; the sizes b, h, s, d, f; x's strides over b, h, s, the positions' two, y's
+    Arguments: x, positions, frequencies, y; the sizes b, h, s, d, f; x's strides over b, h, s, the positions' two, y's
     three.
     """
 

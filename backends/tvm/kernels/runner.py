@@ -1,6 +1,6 @@
-"""The runner: a flat table of kernel calls, run in one call, so that nothing of Python stands between two kernels.
+"""The runner: a flat table of kernel calls, run in one call, without Python between two kernels.
 
-It also decides, call by call, whether a kernel's parallel loop goes to the pool of threads or runs where it is: waking
+For each call it also decides whether a kernel's parallel loop runs on the thread pool or on the calling thread: waking
 the pool costs more than a small kernel takes.
 """
 
@@ -11,17 +11,18 @@ from dataclasses import dataclass
 from treadle.backends.tvm.kernels.kernel import Kernel
 
 RECORD = 5
-"""A call in the table, in 8-byte words: the function's address, its first argument, where its arguments lie, how many
-they are, and 1 if it shall run on the calling thread alone."""
+"""Length of a call's record in 8-byte words: the function's address, its first argument, the address of its arguments,
+their number, and 1 if it runs on the calling thread alone.
+"""
 
 LAUNCH = "treadle_launch"
 """The function that kernels call for a parallel loop, in place of TVM's; it has the same signature."""
 
 POOL = "treadle_pool_launch"
-"""A variable: where TVM's own such function is."""
+"""A variable: the address of TVM's function for parallel loops."""
 
-# The switch is one for all threads of a process. Should two programs run at once and disturb each other's, a loop takes
-# the pool that need not, or does not: no result depends on it.
+# The switch is shared by all threads of a process. If two programs run at once and change each other's switch, a loop
+# may use the pool or the calling thread contrary to its record; results do not depend on it.
 _TEXT = f"""
 %record = type {{ ptr, ptr, ptr, i64, i64 }}
 %argument = type {{ i32, i32, i64 }}
@@ -89,7 +90,10 @@ finished:
 
 @dataclass(frozen=True)
 class Runner(Kernel):
-    """Passed: the table, where to put the result; how many calls. The result is -1, or the number of a failed call."""
+    """Runs a table of calls. Arguments: the table, the result's address; the number of calls.
+
+    The result is -1, or the number of the failed call.
+    """
 
     @property
     def llvm(self) -> str:

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 
 def _greater(k: Emitter, x: Expr, y: Expr, dtype: DType, lanes: int = 1) -> Expr:
-    """Whether x counts as greater than y, by lane; a NaN does than every number."""
+    """Return true in each lane where x is greater than y; NaN counts as greater than every number."""
     if not dtype.is_float:
         return x > y
-    number = y <= k.number(float("inf"), dtype, lanes)  # rather than a NaN
+    number = y <= k.number(float("inf"), dtype, lanes)  # y is not NaN
     return k.any_of(x > y, k.both(k.is_nan(x), number))
 
 
 def _precedes(k: Emitter, x: Expr, i: Expr, y: Expr, j: Expr, dtype: DType, lanes: int = 1) -> Expr:
-    """Whether x, which lies at i, comes before y, which lies at j: of equal ones the lower index does."""
+    """Return an expression that is true if x at i comes before y at j: greater values first, equal ones by index."""
     equal = k.equal(x, y)
     if dtype.is_float:
         equal = k.any_of(equal, k.both(k.is_nan(x), k.is_nan(y)))
@@ -32,7 +32,7 @@ def _precedes(k: Emitter, x: Expr, i: Expr, y: Expr, j: Expr, dtype: DType, lane
 
 
 def _views(k: Emitter, dtype: DType, vector: bool, results: Sequence[tuple[str, DType]], count: int | None) -> Any:
-    """The operand [m0, m1, n] and the results [m0, m1] or [m0, m1, count], with the three sizes."""
+    """Return the operand [m0, m1, n] and the results [m0, m1] or [m0, m1, count], with the three sizes."""
     pointers = [k.pointer("x", dtype), *(k.pointer(*result) for result in results)]
     shape = [k.size(name) for name in ("m0", "m1", "n")]
     inner = shape[:2] if count is None else [*shape[:2], k.index(count)]
@@ -48,12 +48,12 @@ def _views(k: Emitter, dtype: DType, vector: bool, results: Sequence[tuple[str, 
 
 @dataclass(frozen=True)
 class ArgMax(Kernel):
-    """y[i0, i1] = the position of the greatest of x[i0, i1, ...], the first of equal ones; a NaN counts as greatest
+    """y[i0, i1] = the position of the maximum of x[i0, i1, ...], the first of equal ones; NaN counts as the maximum
 
-    dtype   of x, by name
-    vector  whether x lies side by side along the last dimension, which then is read in vectors
+    dtype   dtype of x, by name
+    vector  True if x is contiguous along the last dimension, which then is read in vectors
 
-    Passed: x, y; x's three sizes; x's three strides, y's two.
+    Arguments: x, y; x's three sizes; x's three strides, y's two.
     """
 
     dtype: str
@@ -87,9 +87,9 @@ class ArgMax(Kernel):
         return k.load(place, [0])
 
     def _vectors(self, k: Emitter, x: Any, at: list[Expr], n: Expr, dtype: DType) -> Expr:
-        """Each lane keeps its greatest element, and in which vector it was; at last the lanes compete.
+        """Keep in each lane its greatest element and the number of its vector; compare the lanes at the end.
 
-        A lane that saw nothing has the least number in vector 0; of such, element 0 wins, as it should.
+        A lane without elements has the lowest number in vector 0; among such lanes, element 0 wins, which is correct.
         """
         lanes = lanes_of(k, dtype)
         span = Span(k, n, lanes)
@@ -101,7 +101,7 @@ class ArgMax(Kernel):
 
         def take(to: Expr, value: Expr, v: Expr) -> None:
             value, old = k.let(value), k.let(k.load(best, [to], lanes))
-            taken = _greater(k, value, old, dtype, lanes)  # no `let`: TVM has none for vectors of conditions
+            taken = _greater(k, value, old, dtype, lanes)  # no `let`: TVM does not support it for vectors of conditions
             number = k.splat(k.cast(v, i32), lanes)
             k.store(best, [to], k.select(taken, value, old), lanes)
             k.store(place, [to], k.select(taken, number, k.load(place, [to], lanes)), lanes)
@@ -114,7 +114,8 @@ class ArgMax(Kernel):
         with span.has_tail():
             take(0, span.inside(k.load(span.tail(x, at, dtype), [0], lanes), least, dtype), span.vectors)
         for j in range(1, PARTIAL):
-            # Each time from memory: TVM's analysis would follow nested choices through names, in exponential time.
+            # Loaded from memory each time: TVM's analysis follows nested selects through variables, in exponential
+            # time.
             (x1, i1), (x0, i0) = (
                 (k.let(k.load(best, [n * lanes], lanes)), k.let(k.load(place, [n * lanes], lanes))) for n in (j, 0)
             )
@@ -143,14 +144,14 @@ class ArgMax(Kernel):
 class TopK(Kernel):
     """values, indices = the k greatest of x[i0, i1, ...], greatest first, and their positions; see the op `top_k`
 
-    k       how many, at most the last dimension's size
-    dtype   of x and the values, by name
-    vector  whether x lies side by side along the last dimension, which then is read in vectors
+    k       number of results, at most the last dimension's size
+    dtype   dtype of x and the values, by name
+    vector  True if x is contiguous along the last dimension, which then is read in vectors
 
-    The results hold a heap, whose root is the last of the k in order. What is read is held against the root, several
-    vectors at once, and few get past it; at last the heap is taken down from its root, which sorts it in place.
+    The results hold a heap whose root is the last of the k in order. Elements are compared with the root, several
+    vectors at a time, and few replace it. At the end the heap is sorted in place by removing its root repeatedly.
 
-    Passed: x, values, indices; x's three sizes; the three strides of each.
+    Arguments: x, values, indices; x's three sizes; the three strides of each.
     """
 
     k: int
@@ -201,7 +202,7 @@ class TopK(Kernel):
 
 
 class _Heap:
-    """A heap in a row of the results: each element comes after its children's in order, so that the root is last."""
+    """A heap in a row of the results: each element comes after its children in order, so that the root is last."""
 
     def __init__(self, k: Emitter, values: Any, indices: Any, at: list[Expr], dtype: DType, size: int) -> None:
         self.k, self.values, self.indices, self.at, self.dtype, self.size = k, values, indices, at, dtype, size
@@ -217,7 +218,7 @@ class _Heap:
         self.k.store(self.indices, [*self.at, i], index)
 
     def build(self, x: Any) -> None:
-        """From the first elements of x."""
+        """Build the heap from the first elements of x."""
         k = self.k
         with k.loop(k.index(self.size), "j") as j:
             self.put(j, converted(k, k.load(x, [*self.at, j]), x.dtype, self.dtype), j)
@@ -228,14 +229,14 @@ class _Heap:
                 self._sink(place, k.let(self.value(place)), k.let(self.index(place)), k.index(self.size))
 
     def offer(self, x: Any, j: Expr) -> None:
-        """Take element j of x, which is further on than all in the heap, in place of the root, if it is greater."""
+        """Replace the root by element j of x if it is greater. j must exceed the index of every element in the heap."""
         k = self.k
         value = k.let(converted(k, k.load(x, [*self.at, j]), x.dtype, self.dtype), "value")
         with k.when(_greater(k, value, self.value(0), self.dtype)):
             self._sink(k.index(0), value, j, k.index(self.size))
 
     def sort(self) -> None:
-        """In order, by moving the root behind the rest again and again."""
+        """Sort the heap by moving the root behind the rest repeatedly."""
         k = self.k
         if self.size == 1:
             return
@@ -246,9 +247,9 @@ class _Heap:
             self._sink(k.index(0), value, index, last)
 
     def _sink(self, place: Expr, value: Expr, index: Expr, size: Expr) -> None:
-        """Put an element where it belongs on the way down from `place`, which is free; what it passes moves up.
+        """Insert an element on the way down from `place`, which is free; elements that it passes move up.
 
-        The loop has as many turns as the heap has levels; past its place it changes nothing.
+        The loop runs once for each level of the heap; below the element's place it changes nothing.
         """
         k = self.k
         hole, child = k.registers(1, i64, "hole"), k.registers(1, i64, "child")

@@ -1,4 +1,4 @@
-"""Shapes that views cannot say: numbers counted out, and windows added where they lie."""
+"""Shape operations that are not views: enumerated integers, and windows added at their positions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Iota(Kernel):
     """y[i] = i
 
-    Passed: y; how many; y's stride.
+    Arguments: y; the number of elements; y's stride.
     """
 
     dtype: str
@@ -35,12 +35,12 @@ class Iota(Kernel):
 
 @dataclass(frozen=True)
 class FoldWindows(Kernel):
-    """y[p, i stride + e dilation, d] += x[p, i, d, e], y being zeros before
+    """y[p, i stride + e dilation, d] += x[p, i, d, e], where y starts as zeros
 
-    Every element of y sums what lies on it, in the order of e.
+    Every element of y sums the window elements at its position, in the order of e.
 
-    Passed: x, y; the sizes p, n, d, i, e, n being that of y's axis; stride, dilation; x's strides of p, i, d and e,
-    y's of p, n and d.
+    Arguments: x, y; the sizes p, n, d, i, e, where n is the size of y's axis; stride, dilation; x's strides of p, i, d
+    and e, y's of p, n and d.
     """
 
     dtype: str

@@ -1,4 +1,4 @@
-"""Softmax and log-softmax over the last axis, of rows that lie at any distance."""
+"""Softmax and log-softmax over the last axis, with any stride between rows."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Softmax(Kernel):
-    """y = e^(x - m) / sum of e^(x - m) over the last axis, m the greatest x; or its logarithm x - m - ln(sum)
+    """y = e^(x - m) / sum of e^(x - m) over the last axis, m the maximum of x; or its logarithm x - m - ln(sum)
 
-    log    whether it is the logarithm
-    dtype  of x and y, by name: f32, f16 or bf16. All is computed in f32
-    zeros  whether a row that is -inf throughout gives zeros rather than NaN; not of the logarithm
+    log    True for the logarithm
+    dtype  dtype of x and y, by name: f32, f16 or bf16. Computed in f32
+    zeros  True if a row of only -inf gives zeros instead of NaN; not for the logarithm
 
-    Passed: x, y; the sizes of the three dimensions; x's strides over the first two, y's. Both lie side by side along
+    Arguments: x, y; the sizes of the three dimensions; x's strides over the first two, y's. Both are contiguous along
     the last.
     """
 
@@ -56,18 +56,18 @@ class Softmax(Kernel):
         def ending() -> Expr:
             return span.inside(k.load(tail, [0], lanes), float("-inf"), f32)
 
-        # A NaN need not show in the maximum: the sum has it in any case.
+        # The maximum may miss a NaN; the sum contains it in any case.
         found = Accumulator(k, span, f32, lambda a, b, _: k.greatest(a, b), float("-inf"))
         found.take(read, ending)
         peak = k.let(found.total(), "peak")
-        if self.zeros:  # e^(-inf - 0) is what it has to be, e^(-inf + inf) is not a number
+        if self.zeros:  # e^(-inf - 0) is 0 as required, e^(-inf + inf) is NaN
             peak = k.let(k.select(peak > k.number(float("-inf"), f32), peak, k.number(0.0, f32)), "peak")
         most = k.splat(peak, lanes)
 
         def weight(value: Expr) -> Expr:
             return k.let(exp_nonpositive(k, k.let(value - most), lanes))
 
-        # Of 16 bits a weight is not kept: rounded twice it would be off by more than the result's own spacing.
+        # A 16-bit weight is not stored in between: rounding it twice would exceed the result's own spacing.
         keeps = not self.log and x.dtype is f32
 
         def term(v: Expr) -> Expr:

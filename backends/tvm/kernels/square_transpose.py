@@ -1,4 +1,4 @@
-"""A square of vectors transposed in registers: what packing of keys, or of any matrix by its columns, is made of."""
+"""Transpose of a square of vectors in registers, used to pack keys, or any matrix by its columns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def transposed(k: Emitter, rows: Sequence[Expr]) -> list[Expr]:
-    """A square of as many vectors as lanes, transposed: its halves change places, then the halves of these, ..."""
+    """Transpose a square of as many vectors as lanes: its halves are swapped, then the halves of these, ..."""
     lanes = len(rows)
     held = [k.let(row, "row") for row in rows]
     size = lanes // 2

@@ -1,7 +1,7 @@
-"""The part of TVM that runs kernels, through its C interface: no import of the package, which takes seconds.
+"""The part of TVM that runs kernels, through its C interface: without importing the package, which takes seconds.
 
-address = launcher()          what a kernel's parallel loops call
-set_threads(2)                how many threads they use, from the calling thread
+address = launcher()          the function that kernels call for a parallel loop
+set_threads(2)                number of threads for kernels called from this thread
 """
 
 from __future__ import annotations
@@ -19,46 +19,47 @@ from treadle.backends.tvm.kernels.woken_threads import WokenThreads, thread_numb
 from treadle.ir.errors import BackendError
 
 SPINS = "TVM_THREAD_POOL_SPIN_COUNT"
-"""How often an idle thread of TVM's pool gives its core away before it sleeps: 300,000 times where nothing is said,
-which on a busy machine takes minutes, and the end of the process waits for it."""
+"""Number of times that an idle thread of TVM's pool yields its core before it sleeps. The default is 300,000, which
+takes minutes on a busy machine, and the end of the process waits for it.
+"""
 
 _INT = 1  # the type index of an integer in an argument of the interface
 
 
 def missing() -> str | None:
-    """None if TVM is installed, else the reason why it cannot be used."""
+    """Return None if TVM is installed, else the reason why it cannot be used."""
     if importlib.util.find_spec("tvm") is None or importlib.util.find_spec("tvm_ffi") is None:
         return "TVM is not installed: pip install 'treadle[tvm]'"
     return None
 
 
 def version() -> str:
-    """The version of the installed package, read from its metadata."""
+    """Return the version of the installed package, read from its metadata."""
     from importlib.metadata import version as installed
 
     return f"{installed('apache-tvm')}/{installed('apache-tvm-ffi')}"
 
 
 def launcher() -> int:
-    """The address of the function that runs a parallel loop's iterations on TVM's pool of threads."""
+    """Return the address of the function that runs a parallel loop on TVM's thread pool."""
     return ctypes.cast(_libraries()[1].TVMBackendParallelLaunch, ctypes.c_void_p).value or 0
 
 
 def set_threads(count: int) -> None:
-    """Let kernels called from this thread use so many threads. Each calling thread has a pool of its own.
+    """Let kernels called from this thread use `count` threads. Each calling thread has its own pool.
 
-    TVM takes the most that it may use from the environment, each time it looks, and half of the cores where nothing is
-    said; so it is told there. What a user has set there does not count: the caller's answer does.
+    TVM reads its maximum from the environment, each time that it needs it; the default is half of the cores. Therefore
+    this function sets the environment variable. The caller's count overrides a value set by the user.
     """
     if getattr(_configured, "count", None) == count or pool_is_lost():
         return
     os.environ.setdefault(SPINS, "1000")
-    os.environ["TVM_BIND_THREADS"] = "0"  # the system decides where they run: a core of ours may be busy
+    os.environ["TVM_BIND_THREADS"] = "0"  # the system schedules the threads: a fixed core may be busy
     most = max(count, os.cpu_count() or 1)
     os.environ["TVM_NUM_THREADS"] = str(most)
     before = thread_numbers()
     if not hasattr(_configured, "count") and count < most:
-        _call("runtime.config_threadpool", 1, most)  # a pool that began smaller never gets its other threads to work
+        _call("runtime.config_threadpool", 1, most)  # a pool that starts smaller never uses its other threads
     _call("runtime.config_threadpool", 1, count)
     if not hasattr(_configured, "count"):
         _configured.others = WokenThreads(sorted(thread_numbers() - before))
@@ -67,7 +68,7 @@ def set_threads(count: int) -> None:
 
 @contextmanager
 def at_work() -> Iterator[None]:
-    """While the calling thread runs kernels."""
+    """A context in which the calling thread runs kernels."""
     if getattr(_configured, "count", 1) == 1 or pool_is_lost():
         yield
         return
@@ -76,15 +77,15 @@ def at_work() -> Iterator[None]:
 
 
 def pool_is_lost() -> bool:
-    """Whether the calling thread's pool stayed behind in a process that this one was forked from.
+    """Return True if this process was forked and the calling thread's pool exists only in the parent process.
 
-    A parallel loop would wait for threads that are not here, forever: run all of it on the calling thread.
+    A parallel loop would wait forever for missing threads, so it must run on the calling thread alone.
     """
     return getattr(_configured, "lost", False)
 
 
 def threads() -> int:
-    """How many threads kernels called from this thread use."""
+    """Return the number of threads that kernels called from this thread use."""
     return _call("runtime.NumThreads")
 
 
@@ -92,7 +93,7 @@ _configured = threading.local()
 
 
 def _forked() -> None:
-    """In a forked process, on the one thread that it has."""
+    """Mark the pool as lost in a forked process, on its only thread."""
     _configured.lost = hasattr(_configured, "count")
 
 
@@ -112,7 +113,7 @@ class _Bytes(ctypes.Structure):
 
 @cache
 def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
-    """The interface and the runtime, loaded so that kernels find what they refer to."""
+    """Load the interface and the runtime, so that kernels find the functions they refer to."""
     folders = {}
     for name in ("tvm_ffi", "tvm"):
         spec = importlib.util.find_spec(name)

@@ -1,9 +1,9 @@
-"""What the machine multiplies at most: products of what registers hold, and nothing else.
+"""Peak rate of multiplications on this machine, measured on operands in registers.
 
     measure_unit("int8", host_isa(), threads=1)      # operations a second
 
-A kernel loads, stores and branches besides, so none that multiplies numbers of that dtype takes less than its
-operations at this rate: the flat lines of a roofline. What is read of memory is the slanted one.
+A kernel also loads, stores and branches, so it takes at least its operations divided by this rate: the horizontal lines
+of a roofline. The memory bandwidth gives the sloped line.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 _TIMES = 1 << 20  # steps of a call
 _SECONDS = 0.2
 _LINE = 64  # bytes of a vector, and of a row of a tile
-_RIGHTS = 3  # vectors that stay in registers
-_TURNS = 4  # groups of vectors that are multiplied with them, one a step
+_RIGHTS = 3  # right factors, which stay in registers
+_TURNS = 4  # groups of left factors, one for each step
 _SQUARE = tiles.ROWS * tiles.ROW_BYTES
 
 
 def unit_of(dtype: str, isa: Isa) -> str:
-    """What multiplies numbers of a dtype: `tiles`, `pairs` or `quads`, else `floats`, to which they are widened."""
+    """Return the unit that multiplies numbers of a dtype: `tiles`, `pairs` or `quads`, else `floats` after widening."""
     if dtype != "f32" and isa.multiplies_tiles:
         return "tiles"
     if dtype == "bf16" and isa.multiplies_pairs:
@@ -46,12 +46,12 @@ def unit_of(dtype: str, isa: Isa) -> str:
 
 @dataclass(frozen=True)
 class UnitRate(Kernel):
-    """sums += left * right, over and over, with as many sums as hide how long one product takes.
+    """sums += left * right, repeatedly, with enough sums to hide the latency of a product.
 
     of    f32, bf16 or int8
-    unit  what multiplies them, as `unit_of` says
+    unit  the unit that multiplies them, from `unit_of`
 
-    Passed: factors, 4 tiles of bytes; where sums go, as many for each task; how many tasks, and steps.
+    Arguments: factors, 4 tiles of bytes; memory for the sums of each task; the number of tasks, and of steps.
     """
 
     of: str
@@ -62,7 +62,7 @@ class UnitRate(Kernel):
         return self.of
 
     def step_flops(self, isa: Isa) -> int:
-        """The operations of a step."""
+        """Return the operations of a step."""
         if self.unit == "tiles":
             return 4 * 2 * tiles.ROWS * tiles.ROWS * tiles.ROW_BYTES // (2 if self.of == "bf16" else 1)
         terms = {"floats": 1, "pairs": 2, "quads": 4}[self.unit]
@@ -90,7 +90,7 @@ class UnitRate(Kernel):
             k.store(acc, [r * lanes], k.number(0, dtype, lanes), lanes)
         rights = [vector(k.index(j)) for j in range(_RIGHTS)]
         with k.loop(steps, "step") as step:
-            # Others at each step, and no two alike: LLVM makes a product once that it has seen.
+            # Different factors at each step: LLVM would compute a repeated product once.
             first = k.let((step & k.index(_TURNS - 1)) * (count // _RIGHTS) + _RIGHTS, "first")
             for i in range(count // _RIGHTS):
                 left = vector(first + i)
@@ -127,9 +127,9 @@ class UnitRate(Kernel):
 
 
 def measure_unit(dtype: str, isa: Isa, threads: int) -> float:
-    """The operations a second of the unit that multiplies numbers of a dtype, on so many threads of ours.
+    """Return the operations a second of the unit that multiplies numbers of a dtype, on this number of threads.
 
-    On one thread in seconds of the processor, else of the clock; the best of some calls.
+    With one thread CPU time is measured, else wall-clock time; the result is the best of several calls.
     """
     kernel = UnitRate(dtype, unit_of(dtype, isa))
     factors = _factors(kernel.unit, dtype)
@@ -145,12 +145,12 @@ def measure_unit(dtype: str, isa: Isa, threads: int) -> float:
 
 
 def _sums(isa: Isa) -> int:
-    """How many sums: what hides the latency of an addition, and leaves registers for factors and, unfused, products."""
+    """Return the number of sums: enough to hide an addition's latency, few enough to leave registers for factors."""
     return _RIGHTS * (isa.registers // 4 if isa.fused else 2)
 
 
 def _factors(unit: str, dtype: str) -> Array:
-    """Drawn numbers, since a matrix unit is faster on zeros; of floats small ones, whose sums stay finite."""
+    """Return random numbers (a matrix unit is faster on zeros). Floats are small, so that sums stay finite."""
     drawn = np.random.default_rng(0).uniform(-1, 1, 4 * _SQUARE)
     if dtype == "int8" and unit != "floats":
         return (drawn * 127).astype(np.int8).view(np.uint8)

@@ -1,9 +1,9 @@
-"""Where the other threads of a run begin once they have slept: on other cores than the calling one.
+"""Placement of threads that wake up for a run: on other cores than the calling thread.
 
-A virtual machine's Linux takes a core that has slept for one that the host took away, and wakes a thread beside the one
-that wakes it: for some 4 ms both share a core, half of what a small model takes. So while a run after a pause goes on,
-its other threads may use each core that they might use before but that one. Which of these, the system decides: others
-may be at work there.
+Linux in a virtual machine treats an idle core as one that the host took away, and wakes a thread on the core of the
+thread that wakes it. For about 4 ms both share a core, which is half of a small model's run. Therefore, during a run
+after a pause, the other threads may use each of their cores except the calling thread's. The system chooses among them,
+because other processes may be busy there.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ASLEEP = 0.01
-"""Seconds after which threads are taken to be asleep: cores that rested for less are found."""
+"""Seconds after which threads are assumed to be asleep: after a shorter pause Linux still uses idle cores."""
 
 
 def thread_numbers() -> set[int]:
-    """Linux's numbers of this process's threads; none elsewhere."""
+    """Return Linux's numbers of this process's threads; empty on other systems."""
     folder = Path("/proc/self/task")
     return {int(each.name) for each in folder.iterdir()} if sys.platform == "linux" and folder.exists() else set()
 
 
 class WokenThreads:
-    """Threads that work for one other, which calls for them."""
+    """Threads that work for one calling thread, which wakes them."""
 
     def __init__(self, numbers: Sequence[int]) -> None:
         self.numbers = tuple(numbers)
@@ -35,7 +35,7 @@ class WokenThreads:
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """While a run begins and works: if they have slept, they begin apart from the calling thread."""
+        """A context for a run: threads that have slept start on other cores than the calling thread."""
         slept = bool(self.numbers) and time.monotonic() - self._rested > ASLEEP
         before = self._spread() if slept else {}
         try:
@@ -47,11 +47,11 @@ class WokenThreads:
             self._rested = time.monotonic()
 
     def _spread(self) -> dict[int, set[int]]:
-        """Keep them from the calling thread's core; which each might use before, where that leaves it any."""
+        """Exclude the calling thread's core for threads that have others; return their previous cores."""
         found: dict[int, set[int]] = {}
         here = _core()
         for number in self.numbers:
-            with suppress(OSError):  # it ended, or a sandbox forbids it
+            with suppress(OSError):  # the thread ended, or a sandbox forbids it
                 cores = os.sched_getaffinity(number)
                 if others := cores - {here}:
                     os.sched_setaffinity(number, others)
@@ -60,5 +60,5 @@ class WokenThreads:
 
 
 def _core() -> int:
-    """The core that the calling thread is on."""
+    """Return the core on which the calling thread runs."""
     return int(ctypes.CDLL(None).sched_getcpu())

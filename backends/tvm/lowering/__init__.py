@@ -1,1 +1,1 @@
-"""Lowering to kernels: a graph as a flat list of kernel calls over buffers. `routine_writer.lower` is the way in."""
+"""Lowering to kernels: a graph as a flat list of kernel calls over buffers. Entry point: `routine_writer.lower`."""

@@ -1,8 +1,9 @@
 """Lowering rules of attention: one kernel for all its masks and biases, on views of queries, keys and values.
 
-Masks by position become the distances that a query sees (sizes of the kernel, so that causal, window and none are one
-kernel), padding becomes a limit of its keys, the rest terms of the kernel. Attention over a cache has a kernel of its
-own, which is given the same; its keys and values are the cache itself.
+Masks by position become the range of distances that a query sees. The range is passed as sizes of the kernel, so causal
+masks, windows and no mask share one kernel. Padding becomes a limit on the keys; every other mask or bias becomes a
+term of the kernel. Attention over a cache has its own kernel with the same arguments; its keys and values are the
+cache.
 """
 
 from __future__ import annotations
@@ -51,19 +52,19 @@ from treadle.ir.sizing.sizes import ONE, ZERO, Size
 from treadle.ir.storage.views import Storage, StorageKind, View
 from treadle.ir.types import DType, Type, bf16, f16, f32, i64
 
-WIDEST = 512  # heads: a block of keys and one of values stay in the second-level cache
-ROWS = 256  # about as many rows, queries of the heads that share keys, are a task
-_FAR = 2**40  # a distance that no query and key have
+WIDEST = 512  # largest head size: a block of keys and a block of values stay in the second-level cache
+ROWS = 256  # approximate rows of a task (queries times the heads that share keys)
+_FAR = 2**40  # larger than any distance between a query and a key
 _SHIFTED = (Causal, Window, Padding, Segments, BooleanMask, TensorBias)
-"""Terms that distances and operands tell, wherever the first query stands."""
+"""Terms that depend only on distances and operands, not on the position of the first query."""
 
 
 def _covers(op: Op, types: Sequence[Type | None]) -> bool:
-    """Float32, widths that are known and not too large, and terms that the kernel knows. A cache may be of 16 bits.
-    Of a part of the queries, terms by distance alone.
+    """Return True if operands are float32, widths are known and not too large, and the kernel has every term.
 
-    In a ring keys that follow each other lie apart where it wraps around, so what has an element for each of them is
-    not read a vector at a time.
+    The keys and values of a cache may have 16 bits. Attention of a slice of the queries supports only the terms of
+    `_SHIFTED`. In a ring, consecutive keys are not contiguous where the ring wraps around, so terms with an element for
+    each key are not read as vectors.
     """
     if not isinstance(op, Attention | CachedAttention) or not op.has_standard_terms:
         return False
@@ -85,7 +86,7 @@ def _covers(op: Op, types: Sequence[Type | None]) -> bool:
 
 
 def _attention(w: RoutineWriter, node: Node) -> None:
-    """Attention over a sequence, or over a cache."""
+    """Lower attention over a sequence or over a cache."""
     op = node.op
     assert isinstance(op, Attention | CachedAttention)
     operands = [w.view(v) for v in node.inputs]
@@ -114,7 +115,7 @@ def _attention(w: RoutineWriter, node: Node) -> None:
         kernel = FlashAttention(*spec)
     part = Scratch.of(d, e, w.isa, packs=not at_once, pairs=multiplies_pairs(d, q.dtype.name, w.isa))
     rows = shared * most
-    # One query a row: each span of the keys of a row has memory of its own for its part.
+    # With one query a row, each span of a row's keys has its own memory for its partial result.
     parts = t // SPAN + (2 if ring else 1)
     slots = SLOTS if cached else w.slots
     held = b * g * parts if at_once else Size.of(slots)
@@ -140,27 +141,27 @@ def _attention(w: RoutineWriter, node: Node) -> None:
 
 
 def _heads_a_step(w: RoutineWriter, s: Size, shared: Size, d: int, e: int) -> int:
-    """The heads that share keys, where the kernel for one query a row is to be had; else 0."""
+    """Return the number of heads that share keys if the kernel for one query a row applies, else 0."""
     lanes = w.isa.lanes()
     heads = shared.constant or 0
     return heads if s == ONE and d % lanes == e % lanes == 0 and heads <= steps_at_once(w.isa) else 0
 
 
 def _queries_a_task(shared: int | None) -> int:
-    """Queries of each head that a task takes, so that packing the keys is little beside its products.
+    """Return the queries of each head in a task, enough that packing the keys is cheap compared with the products.
 
-    shared: how many heads share keys, where it is known.
+    shared: the number of heads that share keys, if it is known.
     """
     return max(1, ROWS // ((shared or ROWS) * GROUP)) * GROUP
 
 
 class _KernelTerms(TermVisitor[View, None]):
-    """What the kernel is given for the terms that were visited; of a mask by position nothing, which `reach_of` tells.
+    """The kernel's arguments for the visited terms. Masks by position add none; `reach_of` covers them.
 
-    lengths  how many keys of a row are real, a view for each padding
-    codes    of the others' writers
-    read     their operands
-    strides  and the strides that they are passed
+    lengths  number of valid keys of each row, a view for each padding
+    codes    codes of the writers of the other terms
+    read     operands of these terms
+    strides  strides of these operands, as passed to the kernel
     """
 
     def __init__(self, w: RoutineWriter, heads: Size, queries: Size, keys: Size, *, cached: bool) -> None:
@@ -212,7 +213,7 @@ class _KernelTerms(TermVisitor[View, None]):
         self._add(AlibiWriter, self.w.contiguous(slopes))
 
     def _by_offset(self, term: T5Relative, table: View, first: Size, count: Size) -> View:
-        """The bias of each head for so many distances, from 1 - first on, made by a step of its own."""
+        """Add a step that computes the bias of each head for `count` distances, starting at 1 - first."""
         w, buckets = self.w, Size.of(len(term.bucket_by_offset))
         literal = Literal.of(term.bucket_by_offset, i64)
         bucket = View.contiguous(Storage("t5_buckets", i64, buckets, StorageKind.CONSTANT, literal=literal), (buckets,))
@@ -227,7 +228,7 @@ def _is_side_by_side(view: View) -> bool:
 
 
 def _side_by_side(w: RoutineWriter, view: View) -> View:
-    """A view whose last dimension has no gaps, or a copy."""
+    """Return a view whose last dimension is contiguous, or a copy."""
     return view if _is_side_by_side(view) else w.copied(view)
 
 

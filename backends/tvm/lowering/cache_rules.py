@@ -1,4 +1,4 @@
-"""Lowering rules of caches: what updates a state writes into it where it lies."""
+"""Lowering rules of caches: kernels that update a state in place."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def _append(w: RoutineWriter, node: Node) -> None:
     strides = [*given.strides[kept], slots.strides[0], first.strides[0], *into.strides[kept]]
     kernel = Append(to.dtype.bytes, is_row, node.op.attributes["ring"])
     sizes = [*given.shape, into.shape[0], into.shape[2], *strides]
-    written = replace(into, shape=given.shape)  # of which the kernel touches so much
+    written = replace(into, shape=given.shape)  # the part of the state that the kernel writes
     w.step(kernel, [given, slots, first, written, STATUS_WORDS], sizes, node, writes=2)
 
 
 def _quarters(view: View, axis: int) -> View | None:
-    """The first dimension, those up to `axis`, that one, and the rest, as one each; None where no stride says it."""
+    """Merge a view into four dimensions: the first, those before `axis`, `axis`, the rest; None if impossible."""
     after = view.merged(axis + 1, view.rank - axis - 1)
     return after.merged(1, axis - 1) if after is not None else None
 
 
 def _quarters_of(w: RoutineWriter, view: View, axis: int) -> View:
-    """The same, of a copy if need be."""
+    """Return the same view, of a copy if necessary."""
     found = _quarters(view, axis)
     if found is None:
         found = _quarters(w.copied(view), axis)

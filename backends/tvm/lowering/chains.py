@@ -1,4 +1,4 @@
-"""Chains: which elementwise nodes one kernel computes, and the kernel's program for them."""
+"""Chains: the groups of elementwise nodes that one kernel computes, and the kernel's program for each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PRODUCTS = (Linear, MatMul, Einsum, EncodedLinear)
 
 
 def _is_finished(node: Node) -> bool:
-    """Whether its kernel takes a chain: a product of two or more operands in float32."""
+    """Return True if a node's kernel takes a chain: a product of two or more operands in float32."""
     return isinstance(node.op, _PRODUCTS) and len(node.inputs) > 1 and node.result.type.dtype is f32
 
 
@@ -33,28 +33,28 @@ CHAINS = Chains(
 
 
 def writes_part(step: Step, view: View) -> bool:
-    """Whether a step writes a part of another value in place: a product does where its rows lie at one distance."""
+    """Return True if a step can write a part of another value in place. A product needs equally spaced rows."""
     product = isinstance(step.root.op, _PRODUCTS) or step.product is not None
     return not product or view.merged(0, view.rank - 1) is not None
 
 
 def written_over(step: Step) -> list[Value]:
-    """The operands over which a chain may be written: those of the result's type. One that ends a product has none."""
+    """Return the operands of the result's type, which a chain may overwrite; none if the chain ends a product."""
     is_chain = step.product is None and is_pointwise(step.root.op.name)
     return [v for v in inputs_of(step) if is_chain and v.type == step.root.result.type]
 
 
 PLAN = PlanStorage(strided=True, grouped=CHAINS, parts=writes_part, over=written_over, in_results=True)
-"""How kernels want storage planned."""
+"""The storage planning that kernels support."""
 
 
 def inputs_of(step: Step) -> list[Value]:
-    """What a step's chain reads: the product, and from outside, scalar constants apart."""
+    """Return the inputs of a step's chain: the product, and values from outside other than scalar constants."""
     return [v for v in Step(step.chain).inputs if not is_number(v)]
 
 
 def chain_of(step: Step, inputs: Sequence[Value]) -> Chain:
-    """A step's chain over these inputs."""
+    """Return a step's chain over these inputs."""
     places: dict[Value, int] = {v: i for i, v in enumerate(inputs)}
     made: list[Instruction] = []
 

@@ -1,4 +1,4 @@
-"""Lowering rules of collectives: one call of the host each, on contiguous elements."""
+"""Lowering rules of collectives: one host call each, on contiguous elements."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Lowering rules of 8-bit rows and groups: what is rounded at every call, and products of it.
+"""Lowering rules of 8-bit rows and groups: activations quantized at every call, and products of them.
 
-What only products read exists in the form alone in which their kernel reads it; for anybody else rows are made as they
-are held.
+A value that only products read is stored only in the form that their kernel reads. Other consumers read the encoded
+rows themselves.
 """
 
 from __future__ import annotations
@@ -60,19 +60,19 @@ def _encode(w: RoutineWriter, node: Node) -> None:
 
 
 def form_of(op: EncodedLinear) -> WordForm | None:
-    """How a product of whole numbers unpacks its right side; None: it is one of 8-bit rows."""
+    """Return the form in which an integer product unpacks its right side, or None if the right side has 8-bit rows."""
     return None if op.of == ROWS else word_form(op.of)
 
 
 def _owed(form: WordForm | None) -> tuple[int, int]:
-    """What tells apart in what groups are told: see `EncodeGroups`."""
+    """Return the properties of a form that change the scales of groups; see `EncodeGroups`."""
     return (-1, 0) if form is None else (form.zero, form.halves)
 
 
 def rows_of(w: RoutineWriter, node: Node, value: Value, form: WordForm | None) -> tuple[View, View]:
-    """A left side as products' kernels read it, and what these are told; of one that is held, made of its numbers.
+    """Return a product's left side and its scales as kernels read them; an encoded value is encoded again for it.
 
-    So the bits of what is held are kept, but for the last of a scale.
+    This reproduces the encoded integers; a scale may differ in its last bit.
     """
     if (value, _owed(form)) in w.encoded:
         return w.encoded[value, _owed(form)]
@@ -83,7 +83,7 @@ def rows_of(w: RoutineWriter, node: Node, value: Value, form: WordForm | None) -
 
 
 def laid_out(w: RoutineWriter, value: Value, form: WordForm | None) -> View:
-    """A right side of whole numbers as kernels read it; what is no weight is laid out now."""
+    """Return the right side of an integer product as kernels read it. Only weights are packed beforehand."""
     view, layout = w.view(value), quads_for(w.isa) if form is None else form.layout
     if value.layout == layout:
         return view
@@ -95,10 +95,10 @@ def laid_out(w: RoutineWriter, value: Value, form: WordForm | None) -> View:
 def _as_read(
     w: RoutineWriter, node: Node, x: View, name: str, of: WordForm | None, signed: bool, by: View | None = None
 ) -> tuple[View, View]:
-    """Rows [m, k], times `by`, rounded, in the form in which the instruction set's product reads them."""
+    """Quantize rows [m, k], times `by`, into the form that the instruction set's product reads."""
     m, k = x.shape
     if of is not None:
-        assert by is None  # `_encodes`
+        assert by is None  # see `_encodes`
         form = form_of_groups(w.isa)
         rows = rows_of_groups(form, m)
         made = w.scratch(rows_dtype(form), (rows * k,), f"{name}_{form}")
@@ -122,7 +122,7 @@ def _decode(w: RoutineWriter, node: Node) -> None:
 
 
 def _in_line(w: RoutineWriter, vector: View) -> View:
-    """A vector whose elements lie side by side, or a copy of it."""
+    """Return a vector whose elements are contiguous, or a contiguous copy of it."""
     return vector if vector.strides[0] == ONE or vector.shape[0] == ONE else w.copied(vector)
 
 
@@ -131,7 +131,7 @@ def _is_signed(value: Value) -> bool:
 
 
 def _numbers(w: RoutineWriter, node: Node, held: View, encoding: Encoding, k: Size, to: View | None = None) -> View:
-    """The numbers [m, k] of rows that are held, in `to` if it is said."""
+    """Decode rows to numbers [m, k], into `to` if it is passed."""
     x, m, bytes = _rows(w, held)
     made = w.scratch(f32, (m, k)) if to is None else to
     count, elements = m, k
@@ -144,7 +144,7 @@ def _numbers(w: RoutineWriter, node: Node, held: View, encoding: Encoding, k: Si
 
 
 def _rows(w: RoutineWriter, x: View) -> tuple[View, Size, Size]:
-    """A view as rows [m, k] whose elements lie side by side, or a copy of it, with m and k."""
+    """Return a view as rows [m, k] of contiguous elements, or a copy of it, together with m and k."""
     rows = x.merged(0, x.rank - 1)
     if rows is None or (rows.strides[1] != ONE and rows.shape[1] != ONE):
         rows = w.copied(x).merged(0, x.rank - 1)
@@ -154,7 +154,7 @@ def _rows(w: RoutineWriter, x: View) -> tuple[View, Size, Size]:
 
 
 def _encodes(op: Op, types: Sequence[Type | None]) -> bool:
-    """Of groups, none that a vector is multiplied with first."""
+    """Return True if a kernel encodes these operands. Groups cannot be multiplied by a vector first."""
     if op.attributes["to"] == GROUPS and len(types) > 1 and types[1] is not None:
         return False
     return op.attributes["to"] in (ROWS, STEPS, GROUPS) and all(t is None or t.dtype is f32 for t in types)
@@ -165,7 +165,7 @@ def _decodes(op: Op, types: Sequence[Type | None]) -> bool:
 
 
 def multiplies(op: Op, types: Sequence[Type | None]) -> bool:
-    """Whether kernels do a product of whole numbers: 32 bits hold the sums of rows."""
+    """Return True if kernels compute an integer product: 32 bits must hold the sums of rows."""
     assert isinstance(op, EncodedLinear)
     if op.of != ROWS:
         return takes_blocks(op.of)
@@ -174,7 +174,7 @@ def multiplies(op: Op, types: Sequence[Type | None]) -> bool:
 
 
 def takes_blocks(weight: Encoding) -> bool:
-    """Whether kernels multiply rounded values with weights of an encoding as whole numbers."""
+    """Return True if kernels multiply quantized values with weights of this encoding as integers."""
     return weight == ROWS or word_form(weight) is not None
 
 

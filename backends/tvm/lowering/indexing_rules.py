@@ -1,6 +1,6 @@
-"""Lowering rules of indexing: gather and take_along_axis, their transposes, and positions counted out.
+"""Lowering rules of indexing: gather and take_along_axis, their transposes, iota and positions.
 
-Whatever the ranks, kernels see three dimensions: the axes before the indexed one, that axis, those after it.
+For any rank, kernels see three dimensions: the axes before the indexed axis, that axis, and the axes after it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _gather_along(w: RoutineWriter, node: Node, axis: int) -> None:
         if panels is not None:
             (_, count, columns), (p, i, _) = (ONE, *x.type.shape), to.shape
             kernel = Take(x.type.dtype.bytes, indices.type.dtype.name, True, panels.width, panels.transposed)
-            # the strides of x are those of the panels, which the kernel knows
+            # x's strides are omitted: the kernel knows the layout of panels
             sizes = [p, count, columns, i, ZERO, ZERO, picked.strides[0], *to.strides[:2]]
             w.step(kernel, [source, picked, to, STATUS_WORDS], sizes, node, writes=2)
             return
@@ -58,7 +58,7 @@ def _gather_along(w: RoutineWriter, node: Node, axis: int) -> None:
 
 
 def _take_blocks(w: RoutineWriter, node: Node, unpacked: Node, indices: Value) -> None:
-    """Rows of a table that lies in blocks."""
+    """Gather rows of a table that is stored in blocks."""
     source, picked = w.view(unpacked.inputs[0]), _flat(w, w.view(indices))
     layout, of = source.panels, unpacked.op.attributes["of"]
     assert layout is not None
@@ -88,7 +88,7 @@ def _take_along_axis(w: RoutineWriter, node: Node) -> None:
 
 
 def _take(w: RoutineWriter, node: Node, x: View, picked: View, to: View, shared: bool = False) -> None:
-    """The step, all views of three dimensions. `shared`: every row has one index."""
+    """Add the step; all views have three dimensions. `shared`: every row has the same indices."""
     rows = shared and _side_by_side(x) and _side_by_side(to)
     p, i, d = to.shape
     strides = (x.strides, picked.strides, to.strides)
@@ -116,7 +116,7 @@ def _scatter_add(w: RoutineWriter, node: Node) -> None:
 
 
 def _add(w: RoutineWriter, node: Node, axis: int, picked: View, added: View, shared: bool = False) -> None:
-    """target as the result, and to it what is added; of 16 bits in float32, rounded once at the end."""
+    """Copy the target and add the updates to it. Sums of 16-bit values are in float32, rounded once at the end."""
     target = node.inputs[0]
     dtype = target.type.dtype
     held = working(dtype)
@@ -144,7 +144,7 @@ def _add(w: RoutineWriter, node: Node, axis: int, picked: View, added: View, sha
 
 
 def cast(from_: DType, to: DType) -> Chain:
-    """A chain that converts."""
+    """Return a chain that converts to another dtype."""
     return Chain((from_.name,), (Instruction("cast", (0,), to.name),))
 
 
@@ -157,7 +157,7 @@ def _iota(w: RoutineWriter, node: Node) -> None:
 
 
 def _positions(w: RoutineWriter, node: Node) -> None:
-    """One row, which is repeated: written once where the plan repeats it."""
+    """Lower positions as one row that is written once if the plan repeats it."""
     to = w.view(node.result)
     outer = tuple(range(to.rank - 1))
     repeats = all(to.strides[axis] == ZERO for axis in outer)
@@ -176,14 +176,14 @@ def _axis(node: Node) -> int:
 
 
 def thirds(view: View, axis: int, count: int = 1) -> View | None:
-    """The dimensions before `axis`, `count` from there on, and the rest, as one each; None where no stride says it."""
+    """Merge a view into three dimensions: before `axis`, `count` from `axis` on, the rest; None if impossible."""
     after = view.merged(axis + count, view.rank - axis - count)
     middle = after.merged(axis, count) if after is not None else None
     return middle.merged(0, axis) if middle is not None else None
 
 
 def _thirds_of(w: RoutineWriter, view: View, axis: int, count: int = 1) -> View:
-    """The same, of a copy if need be."""
+    """Return the same view, of a copy if necessary."""
     found = thirds(view, axis, count)
     if found is None:
         found = thirds(w.copied(view), axis, count)
@@ -194,7 +194,7 @@ def _thirds_of(w: RoutineWriter, view: View, axis: int, count: int = 1) -> View:
 def _write(
     w: RoutineWriter, value: Value, axis: int, count: int, emit: Callable[[View], None], rows: bool = False
 ) -> None:
-    """Have a result written through a view of three dimensions, and copied where its place has no such view."""
+    """Write a result through a view of three dimensions; if its storage has no such view, write to memory and copy."""
     to = w.view(value)
     direct = thirds(to, axis, count)
     if direct is not None and not (rows and not _side_by_side(direct)):
@@ -208,7 +208,7 @@ def _write(
 
 
 def _flat(w: RoutineWriter, view: View) -> View:
-    """All dimensions as one."""
+    """Return the view, or a copy, with all dimensions merged into one."""
     found = view.merged(0, view.rank)
     if found is None:
         found = w.copied(view).merged(0, view.rank)
@@ -217,7 +217,7 @@ def _flat(w: RoutineWriter, view: View) -> View:
 
 
 def _shared(picked: View) -> View:
-    """Indices i as those of every p and d."""
+    """Return the indices i, repeated for every p and d."""
     return View(picked.storage, (ONE, picked.shape[0], ONE), (ZERO, picked.strides[0], ZERO), picked.offset)
 
 

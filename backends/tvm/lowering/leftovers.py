@@ -1,4 +1,4 @@
-"""Leftovers: steps that run element by element, since no fast kernel covers them, each with its cost and its line."""
+"""Leftovers: steps that run element by element because no fast kernel covers them, with cost and source line."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from treadle.ir.analysis.cost import node_cost
 from treadle.ir.builder import describe_source
 from treadle.ir.sizing.size_bounds import Bounds
 
-SIZE = 128  # of every symbol, where a cost is told
+SIZE = 128  # size of every symbol in a reported cost
 
 
 def find_leftovers(program: KernelProgram, symbols: Mapping[str, Bounds]) -> tuple[str, ...]:
-    """A line each, the costliest first: `cumsum runs element by element, 1.2 MFLOPs at S=128    model.py:41`."""
+    """Return one line for each such step, the most expensive first.
+
+    An example is `cumsum runs element by element, 1.2 MFLOPs at S=128    model.py:41`.
+    """
     found = []
     for routine in program.routines:
         for step in routine.walk():

@@ -1,4 +1,4 @@
-"""Kernel programs as text: the steps a line each, then every distinct kernel as TVMScript."""
+"""Kernel programs as text: one line for each step, then every distinct kernel as TVMScript."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from treadle.ir.storage.views import Storage, StorageKind
 
 
 def list_program(name: str, program: KernelProgram, isa: Isa, prepared: Sequence[str] = ()) -> str:
-    """The whole program, to be read: routines, then kernels; before them, lines on how weights are prepared."""
+    """Return the listing of a program: notes on prepared weights, then routines, then kernels."""
     kernels = kernels_of(program)
     titles = unique_titles(kernels)
     parts = [f"# {on_one_line(name)}, for the tvm backend on {isa}: {len(kernels)} kernels.\n"]
@@ -30,7 +30,7 @@ def list_program(name: str, program: KernelProgram, isa: Isa, prepared: Sequence
 
 
 def unique_titles(kernels: Sequence[Kernel]) -> dict[Kernel, str]:
-    """A name for each kernel, no two alike."""
+    """Return a unique name for each kernel."""
     counts: dict[str, int] = {}
     titles = {}
     for kernel in kernels:
@@ -49,12 +49,12 @@ def _routine(routine: Routine, titles: dict[Kernel, str]) -> str:
     }
     lines += [_step(step, titles, read) for step in routine.steps]
     lines.append((f"    return {', '.join(b.name for b in routine.results)}", ""))
-    # which hold names of the user's
+    # the texts hold names of the user's
     return "\n".join(commented([(on_one_line(code), on_one_line(note)) for code, note in lines]))
 
 
 def _step(step: KernelStep | RoutineStep, titles: dict[Kernel, str], read: set[Storage]) -> tuple[str, str]:
-    """A line and its comment; what a kernel writes for itself alone is not named."""
+    """Return the line of a step and its comment. Workspace that only the kernel itself uses is not named."""
     if isinstance(step, RoutineStep):
         made = ", ".join(v.storage.name for v in step.results)
         given = ", ".join(v.storage.name for v in step.arguments)

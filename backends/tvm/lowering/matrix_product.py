@@ -1,8 +1,8 @@
-"""A product of two terms as one step: which letter is a row, a column, summed, or of a batch, and the copies it takes.
+"""A product of two terms as one step: assigns each letter to rows, columns, sums or batch, and adds the needed copies.
 
     c[batch..., m, n] = epilogue(sum_k x[batch..., m, k] y[batch..., n, k])
 
-Letters of one part are joined: in views, and in copies where strides cannot say it.
+Letters with the same role are merged into one dimension: in a view, or in a copy if the strides do not allow a view.
 """
 
 from __future__ import annotations
@@ -38,39 +38,39 @@ Letters = tuple[str, ...]
 
 @dataclass(frozen=True)
 class LetteredView:
-    """A view whose dimensions have letters. Dimensions of 1 have none, and are left out."""
+    """A view whose dimensions have letters. Dimensions of size 1 have none and are left out."""
 
     letters: Letters
     view: View
 
     @staticmethod
     def of(view: View, letters: Sequence[str | None]) -> LetteredView:
-        """A view, and the letter of each dimension; None for one of size 1."""
+        """Create a view from the letter of each dimension; None stands for a dimension of size 1."""
         kept = [axis for axis, letter in enumerate(letters) if letter is not None]
         shape, strides = tuple(view.shape[a] for a in kept), tuple(view.strides[a] for a in kept)
         return LetteredView(tuple(str(letters[a]) for a in kept), replace(view, shape=shape, strides=strides))
 
     def stride(self, letter: str | None) -> Size:
-        """How far apart elements of a letter lie; 0 where it has no such letter."""
+        """Return the stride of a letter; 0 if the view does not have this letter."""
         return self.view.strides[self.letters.index(letter)] if letter in self.letters else ZERO
 
     def over(self, order: Sequence[str], sizes: Mapping[str, Size]) -> View:
-        """The view with the dimensions of these letters, repeated along those that it does not have."""
+        """Return the view with the dimensions of these letters, repeated along letters that it does not have."""
         shape = tuple(sizes[letter] for letter in order)
         return replace(self.view, shape=shape, strides=tuple(self.stride(letter) for letter in order))
 
     def joined(self, order: Sequence[str], sizes: Mapping[str, Size]) -> Size | None:
-        """The stride of these letters as one dimension; None where there is none."""
+        """Return the stride of these letters merged into one dimension, or None if they cannot be merged."""
         found = self.over(order, sizes).merged(0, len(order))
         return None if found is None else found.strides[0]
 
     def copied(self, w: RoutineWriter, order: Sequence[str], sizes: Mapping[str, Size]) -> LetteredView:
-        """A copy in which these letters lie in this order, without gaps."""
+        """Return a copy with these letters in this order, without gaps."""
         return LetteredView(tuple(order), w.copied(self.over(order, sizes)))
 
 
 def rounded_rows(w: RoutineWriter, x: View, m: Size, k: Size, stride: Size, node: Node) -> View:
-    """m rows of k elements, in bf16 as the instruction set's product reads them: made once for all who read them."""
+    """Round m rows of k elements to bf16, as the instruction set's product reads them. Consumers share the result."""
     found = w.rounded.get(x.storage)
     if found is not None:
         return found
@@ -86,7 +86,7 @@ def rounded_rows(w: RoutineWriter, x: View, m: Size, k: Size, stride: Size, node
 
 @dataclass(frozen=True)
 class Finish:
-    """What is done with a sum before it is stored: a chain whose first input it is, and the chain's other inputs."""
+    """The epilogue of a sum before it is stored: a chain whose first input is the sum, and the chain's other inputs."""
 
     chain: Chain | None = None
     extras: tuple[LetteredView, ...] = ()
@@ -95,10 +95,10 @@ class Finish:
 class MatrixProduct:
     """One product of two terms as a step, with the copies that it needs.
 
-    packed   whether y is a matrix in panels, or in pairs
-    form     of the blocks in y's panels, or None
-    encoded  for a product of whole numbers, x as its kernel reads it, and what that is told of rows
-    sides    for a product of two bf16 matrices that are computed, both as its kernel reads them
+    packed   True if y is a matrix in panels or in pairs
+    form     the form of the blocks in y's panels, or None
+    encoded  for an integer product, x as its kernel reads it, and the scales of its rows
+    sides    for a product of two computed bf16 matrices, both as its kernel reads them
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class MatrixProduct:
         self.batch = [n for n in letters if n in other and n != self.column]
 
     def _column(self) -> str | None:
-        """The letter of the columns: of one operand alone, and if possible with elements side by side in the result."""
+        """Return the letter of the columns: it is in one operand alone, and if possible contiguous in the result."""
         if self.packed:
             return next(n for n in reversed(self.to.letters) if n in self.y.letters)
         alone = [n for n in self.to.letters if (n in self.x.letters) != (n in self.y.letters)]
@@ -160,14 +160,14 @@ class MatrixProduct:
         return [self.c, *self.extras]
 
     def _store_elsewhere(self) -> None:
-        """Have the product written to memory of its own, and copied from there."""
+        """Write the product to new memory, from which it is copied to the result."""
         order = [n for n in self.to.letters if n != self.column] + ([self.column] if self.column is not None else [])
         order = [n for n in order if n in self.batch] + [n for n in order if n not in self.batch]
         made = self.w.scratch(self.to.view.dtype, [self.sizes[n] for n in order], "product")
         self.c = LetteredView(tuple(order), made)
 
     def _lay_out_k(self) -> None:
-        """Have x's summed letters side by side, and y's joined in the same order."""
+        """Make x's summed letters contiguous, and y's mergeable in the same order."""
         y_order = [n for n in self.y.letters if n in self.k]
         if self._near(self.k) and self.y.joined(self.k, self.sizes) is None and self._near(y_order):
             self.k = y_order
@@ -181,16 +181,16 @@ class MatrixProduct:
             held = [n for n in self.to.letters if n in self.y.letters and n != self.column]
             held = [n for n in held if self.y.stride(n) != ZERO]
             columns = [self.column] if self.column is not None else []
-            # columns innermost, as they lie in panels
+            # columns innermost, as in panels
             self.y = self.y.copied(self.w, [*held, *self.k, *columns], self.sizes)
 
     def _near(self, order: Sequence[str]) -> bool:
-        """Whether these letters of x lie side by side, in this order."""
+        """Return True if these letters of x are contiguous in this order."""
         stride = self.x.joined(order, self.sizes)
         return stride is not None and (stride == ONE or product(self.sizes[n] for n in order) == ONE)
 
     def _join_rows(self) -> None:
-        """Have all rows at one distance, in copies of what has them not: y is the same for all of them."""
+        """Merge all rows into one dimension, copying terms whose rows do not merge: y is the same for all rows."""
         if self.sides is None and self.x.joined(self.rows, self.sizes) is None:
             self.x = self.x.copied(self.w, [*self.rows, *self.k], self.sizes)
         if self.c.joined(self.rows, self.sizes) is None:
@@ -201,11 +201,11 @@ class MatrixProduct:
                 self.extras[i] = extra.copied(self.w, [*self.rows, *columns], self.sizes)
 
     def _in_line(self, extra: LetteredView) -> bool:
-        """Whether an extra has its columns side by side, or repeats one."""
+        """Return True if an extra's columns are contiguous, or repeat one column."""
         return extra.stride(self.column) in (ZERO, ONE) or self.sizes[str(self.column)] == ONE
 
     def _join_batch(self) -> list[list[str]]:
-        """The letters of each batch dimension; rows that do not join are given to them."""
+        """Return the letters of each batch dimension. Row letters that do not merge become batch letters."""
         columns = [self.column] if self.column is not None else []
         for i, extra in enumerate(self.extras):
             if not self._in_line(extra):
@@ -229,7 +229,7 @@ class MatrixProduct:
         return groups
 
     def _copy_all(self) -> list[list[str]]:
-        """All terms in memory of their own, with every batch letter in one order."""
+        """Copy all terms to new memory, with every batch letter in one order."""
         columns = [self.column] if self.column is not None else []
         self.x = self.x.copied(self.w, [*self.batch, *self.rows, *self.k], self.sizes)
         self.y = self.y.copied(self.w, [*self.batch, *self.k, *columns], self.sizes)
@@ -317,7 +317,7 @@ class MatrixProduct:
         w.step(kernel, pointers, given, self.node)
 
     def _paired(self, how: tuple[str, ...], whole: bool) -> Kernel:
-        """The kernel of a product with a weight in pairs, or in blocks that are multiplied as bf16 numbers."""
+        """Return the kernel of a product with a weight in pairs, or in blocks that are multiplied as bf16 numbers."""
         if not self.w.isa.multiplies_tiles:
             if self.form is None:
                 return PairProduct(self.chain, how, whole)
@@ -325,7 +325,7 @@ class MatrixProduct:
         chain, tiled = self.chain, self.c.view.storage in self.w.rounded
         if tiled:
             assert chain is not None
-            chain = replace(chain, instructions=chain.instructions[:-1])  # the kernel rounds as it stores
+            chain = replace(chain, instructions=chain.instructions[:-1])  # the kernel rounds when it stores
         if self.form is not None:
             assert isinstance(self.form, PackedForm)
             return TileBlockProduct(chain, how, whole, tiled, self.form)
@@ -334,7 +334,7 @@ class MatrixProduct:
     def _pack(
         self, width: int, n: Size, k: Size, counts: list[Size], strides: list[Size], k_stride: Size
     ) -> tuple[View, list[Size]]:
-        """y in panels, for each part of the batch over which it differs, and how far apart these lie."""
+        """Pack y into panels, once for each batch index it depends on. Return the panels and their batch strides."""
         layout = panels_of(width)
         one = layout.elements((n, k))
         own = [count if stride != ZERO else ONE for count, stride in zip(counts, strides, strict=True)]

@@ -5,11 +5,13 @@ become a matrix product,
 
     c[batch..., m, n] = epilogue(sum_k x[batch..., m, k] y[batch..., n, k])
 
-by giving each letter its part and joining those of one part: in views, and in copies where strides cannot say it. The
-side that holds the result's innermost letter is y; it is packed in panels, or is a parameter that lies in panels.
-A weight in bf16 pairs, or in blocks, is multiplied as it is, and two bf16 matrices that are computed are laid out for
-that at each call where there are instructions for pairs. Other float16 and bfloat16 operands are widened first; float64
-and integers are summed element by element.
+Each letter is assigned a role, and letters with the same role are merged into one dimension: in a view, or in a copy if
+the strides do not allow a view. The side that has the result's innermost letter is y. It is packed into panels, unless
+it is a parameter that is already stored in panels.
+
+A weight in bf16 pairs or in blocks is multiplied in that form. If the CPU has instructions for pairs, two computed bf16
+matrices are packed into pairs at each call. Other float16 and bfloat16 operands are widened first; float64 and integers
+are summed element by element.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from treadle.passes.memory.storage_plan import How
 
 
 def _product(w: RoutineWriter, node: Node) -> None:
-    """The rule of a product, and of the group of elementwise ops that finishes one."""
+    """Lower a product, and the group of elementwise ops that finishes it."""
     made = w.groups[node].product or node
     equation = Equation.of(made)
     dtype = made.result.type.dtype
@@ -54,7 +56,7 @@ def _product(w: RoutineWriter, node: Node) -> None:
         finish = _finish(w, node, made, equation)
         to = w.view(node.result)
         if _is_next_left_side(w, node, made):
-            w.rounded[to.storage] = None  # the product makes its tiles
+            w.rounded[to.storage] = None  # the product writes its tiles
         if bias is not None:
             biased = LetteredView.of(w.view(bias), equation.result[-1:])
             finish = Finish(_with_bias(finish.chain), (biased, *finish.extras))
@@ -101,7 +103,7 @@ def _finish(w: RoutineWriter, node: Node, made: Node, equation: Equation) -> Fin
 
 
 def _with_bias(chain: Chain | None) -> Chain:
-    """The chain with sum + bias in place of the sum; the bias is the second input."""
+    """Return the chain with sum + bias in place of the sum; the bias is the second input."""
     add = Instruction("add", (0, 1), "f32")
     if chain is None:
         return Chain(("f32", "f32"), (add,))
@@ -120,7 +122,7 @@ def _with_bias(chain: Chain | None) -> Chain:
 
 @dataclass(frozen=True)
 class Equation:
-    """What an op sums: the letter of each dimension of its operands and its result, None for a dimension of 1."""
+    """The letters of an op's sum, for each dimension of its operands and its result; None for a size of 1."""
 
     operands: tuple[tuple[str | None, ...], ...]
     result: tuple[str | None, ...]
@@ -137,12 +139,12 @@ class Equation:
         return Equation(tuple(operands), result, sizes)
 
     def of_result(self, view: View) -> LetteredView:
-        """A view of the result's shape."""
+        """Return a lettered view of the result's shape."""
         return LetteredView.of(view, self.result)
 
 
 def _contract(w: RoutineWriter, node: Node, equation: Equation, views: Sequence[View], to: LetteredView) -> None:
-    """The sum element by element, in the operands' own dtype."""
+    """Sum element by element, in the operands' own dtype."""
     terms = [LetteredView.of(view, letters) for view, letters in zip(views, equation.operands, strict=False)]
     _contract_terms(w, node, terms, to, equation.sizes, f"{to.view.dtype} is summed element by element")
 
@@ -164,7 +166,7 @@ def _contract_terms(
 def _sum(
     w: RoutineWriter, node: Node, equation: Equation, values: Sequence[Value], to: LetteredView, finish: Finish
 ) -> None:
-    """The sum in float32: a matrix product for each operand after the first."""
+    """Sum in float32: a matrix product for each operand after the first."""
     sizes = equation.sizes
     if len(values) == 2:
         if isinstance(op := (w.groups[node].product or node).op, EncodedLinear):
@@ -181,7 +183,7 @@ def _sum(
             MatrixProduct(w, node, sizes, x, y, to, finish, packed=True).emit()
             return
         if (unpacked := unpacking(values[1])) is not None:
-            narrow = unpacked.result.type.dtype is bf16  # which its kernel reads as it is
+            narrow = unpacked.result.type.dtype is bf16  # its kernel reads bf16 blocks directly
             held = w.view(values[0]) if narrow else _widened(w, w.view(values[0]))
             x = LetteredView.of(held, equation.operands[0])
             y = LetteredView.of(w.view(unpacked.inputs[0]), equation.operands[1])
@@ -226,7 +228,7 @@ def _sum(
 def _without_lone(
     w: RoutineWriter, node: Node, terms: Sequence[LetteredView], at: int, to: LetteredView, sizes: Mapping[str, Size]
 ) -> LetteredView:
-    """A term summed over the letters that it alone has."""
+    """Return a term summed over the letters that no other term has."""
     others = {letter for i, t in enumerate((*terms, to)) if i != at for letter in t.letters}
     kept = tuple(letter for letter in terms[at].letters if letter in others)
     if kept == terms[at].letters:
@@ -237,7 +239,7 @@ def _without_lone(
 
 
 def _widened(w: RoutineWriter, view: View) -> View:
-    """A view in float32."""
+    """Return a view in float32."""
     if view.dtype is f32:
         return view
     made = w.scratch(f32, view.shape, f"{view.storage.name}_wide")
@@ -246,9 +248,9 @@ def _widened(w: RoutineWriter, view: View) -> View:
 
 
 def rounds_left_side(w: RoutineWriter, node: Node) -> bool:
-    """Add the step of a cast to bf16 that only products with weights in pairs read: rows rounded as they read them.
+    """Add the step of a cast to bf16 that only products with weights in pairs read, in the form that they read.
 
-    False, and nothing is added, for any other node, and for rows that lie at several distances.
+    Returns False and adds nothing for any other node, and for rows that are not equally spaced.
     """
     if not _rounds(node) or not _is_left_side_alone(w, node.result):
         return False
@@ -266,14 +268,17 @@ def _rounds(node: Node) -> bool:
 
 
 def _is_next_left_side(w: RoutineWriter, node: Node, made: Node) -> bool:
-    """Whether a product with a weight in pairs ends in a cast, and only such products read it: it makes their tiles."""
+    """Return True if only products with weights in pairs read `node`, a cast of such a product `made`.
+
+    The product `made` then writes the tiles that they read.
+    """
     columns = made.result.type.shape[-1].constant if made.result.type.rank else None
     fits = columns is not None and columns % TILE_WIDTH == 0 and w.isa.multiplies_tiles
     return fits and _rounds(node) and _in_pairs(made) and _is_left_side_alone(w, node.result)
 
 
 def _is_left_side_alone(w: RoutineWriter, value: Value) -> bool:
-    """Whether a value with storage of its own is the left side of products with weights in pairs, and nothing else."""
+    """Return True if a value with its own storage is only used as the left side of products with weights in pairs."""
     uses, place = w.uses.get(value, []), w.place(value)
     own = place.how is How.OWN and place.view is not None and place.view.is_contiguous
     reads = all(at == 0 and reader.op.name in RULES and _in_pairs(reader) for reader, at in uses)
@@ -281,7 +286,7 @@ def _is_left_side_alone(w: RoutineWriter, value: Value) -> bool:
 
 
 def _in_panels(w: RoutineWriter, node: Node, value: Value, equation: Equation) -> View | None:
-    """A parameter in the panels that a product reads, if the product is one that reads it so."""
+    """Return a parameter in the panels that a product reads, or None if the product does not read it in panels."""
     n = equation.result[-1] if equation.result else None
     if value.type.rank != 2 or n is None or n not in equation.operands[1]:
         return None
@@ -290,7 +295,7 @@ def _in_panels(w: RoutineWriter, node: Node, value: Value, equation: Equation) -
 
 
 def _in_pairs(node: Node) -> bool:
-    """Whether a product reads its right side in pairs, in which only bf16 weights lie, or unpacks it to such."""
+    """Return True if a product reads its right side in pairs: a weight stored in pairs, or blocks unpacked to bf16."""
     weight = node.operands[1] if len(node.operands) > 1 else None
     if weight is not None and unpacking(weight) is not None:
         return weight.type.dtype is bf16

@@ -1,9 +1,9 @@
-"""Both sides of a product of two bf16 matrices that are computed, or inputs: weights in training, and gradients.
+"""Sides of a product of two bf16 matrices that are computed or are inputs, such as weights and gradients in training.
 
-    y = linear(x, w, to=f32)     x rounded in rows, w in pairs as a bound weight is, and the kernel that it would have
+    y = linear(x, w, to=f32)     x rounded in rows, w in pairs like a bound weight, and the kernel of a bound weight
 
-Each side is laid out before the product, once for all products that read it so. A cast that makes nothing else is not
-written: its sides are made in its place, of what it rounds.
+Each side is packed before the product, once for all products that read it in the same form. If a cast has no other
+consumers, its result is not written: the sides are packed directly from the operand of the cast.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from treadle.passes.memory.storage_plan import How
 class NarrowSide:
     """A side of a product.
 
-    view   of its rows, or for the right side its columns, and what is summed: elements lie side by side along one
-    right  whether it is the right side
+    view   view of its rows (columns for the right side) and the summed dimension; one of the two is contiguous
+    right  True if it is the right side
     """
 
     view: View
@@ -38,17 +38,17 @@ class NarrowSide:
 
     @staticmethod
     def of(view: View, right: bool) -> NarrowSide | None:
-        """None where elements lie side by side along neither dimension."""
+        """Return the side, or None if elements are contiguous along neither dimension."""
         near = any(n == ONE or stride == ONE for n, stride in zip(view.shape, view.strides, strict=True))
         return NarrowSide(view, right) if near else None
 
     def made(self, w: RoutineWriter, node: Node) -> View:
-        """The side as kernels read it."""
+        """Return the side as kernels read it."""
         ready = w.sides.get(self)
         return self.laid_out(w, node) if ready is None else ready
 
     def laid_out(self, w: RoutineWriter, node: Node) -> View:
-        """Add the step that makes it of where its elements lie, unless that was added before."""
+        """Add the step that packs the side from its view, unless it was added before; return the packed side."""
         (rows, k), (apart, step) = self.view.shape, self.view.strides
         along = step == ONE or k == ONE
         if along and not self.right:
@@ -66,11 +66,11 @@ class NarrowSide:
 
 
 def narrow_sides(w: RoutineWriter, node: Node) -> tuple[NarrowSide, NarrowSide] | None:
-    """The sides of a product of two bf16 matrices, neither of which lies in pairs already; None for any other node."""
+    """Return both sides of a product of bf16 matrices, neither stored in pairs already; None for any other node."""
     if not w.isa.multiplies_pairs or not isinstance(node.op, (Linear, MatMul)):
         return None
     x, y = node.inputs[:2]
-    if node.result.type.dtype not in (f32, bf16):  # float64 is summed as such
+    if node.result.type.dtype not in (f32, bf16):  # float64 is summed in float64
         return None
     if x.type.dtype is not bf16 or x.type.rank < 2 or y.type.rank != 2 or _is_bound(x) or _is_bound(y):
         return None
@@ -79,12 +79,12 @@ def narrow_sides(w: RoutineWriter, node: Node) -> tuple[NarrowSide, NarrowSide] 
 
 
 def _is_bound(value: Value) -> bool:
-    """Whether a value lies as its kernels read it, or is what its kernel decodes."""
+    """Return True if a value is stored in its kernels' layout, or is decoded by its kernel."""
     return value.layout is not None or unpacking(value) is not None
 
 
 def _side(node: Node, at: int, view: View) -> NarrowSide | None:
-    """The side of a product that operand `at` is, if its elements lie as a view says."""
+    """Return the side of a product whose operand `at` has its elements in this view, or None."""
     if at == 1:
         return NarrowSide.of(view if isinstance(node.op, Linear) else view.permuted((1, 0)), right=True)
     rows = view.merged(0, view.rank - 1)
@@ -92,9 +92,9 @@ def _side(node: Node, at: int, view: View) -> NarrowSide | None:
 
 
 def rounds_sides(w: RoutineWriter, node: Node) -> bool:
-    """Add the steps of a cast to bf16 that is read as sides of such products alone: these, made of what it rounds.
+    """Add the steps of a cast to bf16 that only such products read: pack the sides from the operand of the cast.
 
-    False, and nothing is added, for any other node.
+    Returns False and adds nothing for any other node.
     """
     if not isinstance(node.op, Cast) or node.op.to is not bf16 or node.inputs[0].type.dtype is not f32:
         return False
@@ -102,16 +102,16 @@ def rounds_sides(w: RoutineWriter, node: Node) -> bool:
     sides = _sides_of(w, node.result, w.view(node.inputs[0])) if place.how is How.OWN else None
     if not sides or place.storage is None:
         return False
-    w.rounded[place.storage] = None  # which is never written
+    w.rounded[place.storage] = None  # this storage is never written
     for side, of in sides.items():
         w.sides[side] = of.laid_out(w, node)
     return True
 
 
 def _sides_of(w: RoutineWriter, value: Value, source: View) -> dict[NarrowSide, NarrowSide] | None:
-    """As which sides a value and views of it are read, each with the same one of `source`, which is cast to the value.
+    """Return the sides that products read of a cast value and its views, each with its side of the cast's `source`.
 
-    None where they are read otherwise.
+    Returns None if the value has other consumers.
     """
     if value in w.plan.function.outputs.values():
         return None

@@ -1,10 +1,10 @@
-"""Kernel programs: what a graph becomes for the TVM backend. A flat list of steps over views, a routine a function.
+"""Kernel programs: a graph lowered for the TVM backend. A flat list of steps over views, one routine for each function.
 
     KernelStep   a kernel with its pointers and sizes, and the node it came from
-    RoutineStep  a routine applied to views, as a repeated block is
-    Routine      a function of the graph: arguments, results, steps, and how long each storage lives
+    RoutineStep  a call of a routine with views, for example a repeated block
+    Routine      a function of the graph: arguments, results, steps, and the lifetime of each storage
 
-Sizes and strides are expressions of the graph's symbols; `treadle.backends.tvm.planning` puts numbers in.
+Sizes and strides are expressions of the graph's symbols; `treadle.backends.tvm.planning` replaces them by numbers.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from treadle.passes.memory.frames import Frame, FrameCall
 from treadle.passes.memory.storage_plan import Life
 
 STATUS = Storage("status", i64, Size.of(4), StorageKind.STATUS)
-"""Where a kernel that is given indices tells of one that lies outside: 1, the index, the size of its axis, the row. One
-that is given places to go on from tells of a row that has no room: 2, its start, the capacity, the row.
+"""The words in which kernels report an index or a position out of range.
 
-Each call of a kernel in a plan has words of its own, so that the node is known; see `treadle.backends.tvm.planning`.
+A kernel with indices reports an index out of range as 1, the index, the size of its axis, the row. A kernel that
+appends at start positions reports a row without room as 2, its start, the capacity, the row. Each kernel call in a plan
+has its own words, which identify the node; see `treadle.backends.tvm.planning`.
 """
 
 STATUS_WORDS = View(STATUS, (STATUS.elements,), (ONE,))
-"""What a kernel is passed to tell there, as the last of its pointers."""
+"""The view passed to a kernel that reports errors, as the last of its pointers."""
 
 
 @dataclass(eq=False)
 class KernelStep:
-    """A kernel applied: its pointers, then its sizes, in the order in which it asks for them.
+    """A kernel call: its pointers, then its sizes, in the order that the kernel expects.
 
-    writes   how many of the pointers, the last ones, it writes
-    note     why this kernel, where a faster one was not to be had
+    writes   number of pointers that it writes, counted from the end
+    note     reason why no faster kernel was used
     """
 
     kernel: Kernel
@@ -53,7 +54,7 @@ class KernelStep:
 
 @dataclass(eq=False)
 class RoutineStep:
-    """A routine applied: a view for each of its arguments, then for each of its results; all contiguous."""
+    """A call of a routine: a view for each argument, then for each result; all contiguous."""
 
     routine: Routine
     arguments: tuple[View, ...]
@@ -69,10 +70,10 @@ class RoutineStep:
 class Routine:
     """A function of the graph as steps.
 
-    lives   its local storages, those of the plan and what single steps need beside, from the first of its own steps
-            that
-            may touch each to the last
-    handed_out  of an entry: results for which a run allocates new memory, in which others may lie before
+    lives       local storages of the plan and workspace of single steps, with the first and last step of the routine
+                that may access each
+    handed_out  for an entry: results for which a run allocates new memory; other values may use it before they are
+                written
     """
 
     name: str
@@ -84,7 +85,7 @@ class Routine:
 
     @property
     def frame(self) -> Frame:
-        """What it holds of its own, by its own steps."""
+        """The routine's local storages, by its own steps."""
         calls = {i: FrameCall(step.routine.name) for i, step in enumerate(self.steps) if isinstance(step, RoutineStep)}
         first: dict[Storage, int] = {}
         for at, step in enumerate(self.steps) if self.handed_out else ():
@@ -94,7 +95,7 @@ class Routine:
         return Frame(self.name, tuple([step.node for step in self.steps]), tuple(self.lives), calls, handed_out)
 
     def walk(self) -> Iterator[KernelStep]:
-        """The steps of this routine, not of those it calls."""
+        """Yield the kernel steps of this routine, without the steps of the routines it calls."""
         return (s for s in self.steps if isinstance(s, KernelStep))
 
 
@@ -102,12 +103,12 @@ class Routine:
 class ProgramEntry:
     """An entry of the graph.
 
-    routines   what it calls, callees first, its own last
-    inputs     the arguments that a caller passes, by name
-    weights    the arguments that are parameters
-    states     the arguments that are states, which are read and written
+    routines   the routines it calls, callees first, its own last
+    inputs     arguments that a caller passes, by name
+    weights    arguments that are parameters
+    states     arguments that are states, which are read and written
     outputs    the results, by name
-    over       outputs that lie where a donated input does, by the names of both
+    over       outputs stored in the memory of a donated input, by the names of both
     """
 
     routines: tuple[Routine, ...]
@@ -123,7 +124,7 @@ class ProgramEntry:
 
     @property
     def symbols(self) -> frozenset[str]:
-        """Every symbol whose size a run of it needs."""
+        """Every symbol whose size a run needs."""
         steps = [step for routine in self.routines for step in routine.steps]
         sizes = [size for step in steps if isinstance(step, KernelStep) for size in step.sizes]
         sizes += [view.offset for step in steps for view in step.views]
@@ -135,8 +136,8 @@ class ProgramEntry:
 class KernelProgram:
     """A whole graph.
 
-    routines   of all entries, callees first
-    entries    by name; what they have in common are routines, weights and kernels
+    routines   routines of all entries, callees first
+    entries    entries by name; they share routines, weights and kernels
     """
 
     routines: tuple[Routine, ...]
@@ -144,10 +145,10 @@ class KernelProgram:
 
     @property
     def main(self) -> Routine:
-        """That of the last entry."""
+        """The routine of the last entry."""
         return self.routines[-1]
 
 
 def kernels_of(program: KernelProgram) -> tuple[Kernel, ...]:
-    """The distinct kernels, in the order in which the program names them."""
+    """Return the distinct kernels, in the order of their first use in the program."""
     return tuple(dict.fromkeys(step.kernel for routine in program.routines for step in routine.walk()))

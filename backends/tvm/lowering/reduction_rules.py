@@ -1,7 +1,7 @@
-"""Lowering rules of reductions, running sums, argmax and top-k: dimensions in few loops, vectors where memory allows.
+"""Lowering rules of reductions, cumulative sums, argmax and top-k: dimensions in few loops, vectors if strides allow.
 
-A kernel has a fixed number of loops. Neighbouring dimensions become one loop where strides say it; an operand for which
-they do not is copied first, a result is computed into a copy.
+A kernel has a fixed number of loops. Adjacent dimensions become one loop if their strides allow it. If they do not, an
+operand is copied first, and a result is computed into new memory and copied.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from treadle.ir.storage.views import View
 # -- dimensions as loops -------------------------------------------------------------------------------------
 
 Form = Callable[[View, Sequence[View]], "list[View] | None"]
-"""An operand and results as a kernel takes them, in that order; None where it cannot take them so."""
+"""Returns an operand and results in the form of a kernel, in that order; None if the kernel cannot take them."""
 
 
 def fitted(
     w: RoutineWriter, node: Node, x: View, results: Sequence[View], form: Form
 ) -> tuple[list[View], Callable[[], None]]:
-    """The operand and the results in a form; of as few of them as possible copies.
+    """Return the operand and the results in a form, with few copies, and a function that copies results back.
 
-    Call what is returned beside the views after the kernel's step: it copies results to where they belong.
+    Call that function after the kernel's step.
     """
     for operand_copied, results_copied in ((False, False), (True, False), (False, True), (True, True)):
         source = w.scratch(x.dtype, x.shape) if operand_copied else x
@@ -53,9 +53,9 @@ def fitted(
 
 
 def looped(views: Sequence[View], first: int, count: int, most: int) -> list[View] | None:
-    """Views with `count` dimensions from `first` on as exactly `most`, alike in all of them; None if they do not merge.
+    """Merge `count` dimensions from `first` on into exactly `most`, alike in all views; None if impossible.
 
-    Those dimensions have the same sizes in all views.
+    These dimensions have the same sizes in all views.
     """
     kept = [a for a in range(first, first + count) if views[0].shape[a] != ONE]
     found = [_picked(v, [*range(first), *kept, *range(first + count, v.rank)]) for v in views]
@@ -79,18 +79,18 @@ def looped(views: Sequence[View], first: int, count: int, most: int) -> list[Vie
 
 
 def rows(x: View, results: Sequence[View]) -> list[View] | None:
-    """The form of kernels along rows: two loops over all but the last dimension, which lies side by side."""
+    """Return the form of kernels along rows: two loops over all but the last dimension, which is contiguous."""
     views = looped([x, *results], 0, x.rank - 1, 2)
     return views if views is not None and all(side_by_side(v, 2) for v in views) else None
 
 
 def side_by_side(view: View, axis: int) -> bool:
-    """Whether elements along a dimension are neighbours in memory, or there is but one."""
+    """Return True if a dimension is contiguous or has size 1."""
     return view.strides[axis] == ONE or view.shape[axis] == ONE
 
 
 def _picked(view: View, axes: Sequence[int]) -> View:
-    """Some dimensions, in that order; those left out have size 1."""
+    """Return a view of some dimensions, in that order; the others have size 1."""
     return replace(view, shape=tuple(view.shape[a] for a in axes), strides=tuple(view.strides[a] for a in axes))
 
 
@@ -125,7 +125,7 @@ def _reduce(w: RoutineWriter, node: Node) -> None:
 
 
 def _columns(views: Sequence[View]) -> bool:
-    """Whether what is kept lies side by side, in the operand and the result."""
+    """Return True if the remaining dimension is contiguous in the operand and the result."""
     return all(side_by_side(v, 1) for v in views)
 
 

@@ -2,9 +2,9 @@
 
     program = lower(graph, plan, isa, RULES)
 
-What a rule sees is a `RoutineWriter`: operands come as views, results have a place to be written to, steps are added.
-Rules live in `rules` and the modules beside it; a rule is a function of the writer and the node. Where a value lies,
-the storage plan says. A step that needs memory beside takes `scratch`, which lives while the step runs.
+A rule is a function of a `RoutineWriter` and a node. The writer provides operands as views, the place of each result,
+and methods that add steps. Rules are in `rules` and its sibling modules. The storage plan determines where each value
+is stored. A step that needs workspace takes `scratch`, which lives while the step runs.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from treadle.ir.types import DType, Type
 from treadle.passes.memory.storage_plan import FunctionPlan, How, Life, Step, StoragePlan, ValuePlace
 
 Rule = Callable[["RoutineWriter", Node], None]
-"""Emits a node: reads its operands' views, adds steps, says where its results are."""
+"""Lowers a node: reads its operands' views, adds steps, and writes its results."""
 
 Keeps = Callable[[Op, Sequence[Type | None]], bool]
-"""Whether a rule covers a composite on operands of these types; else its body is lowered."""
+"""Returns True if a rule covers a composite on operands of these types; otherwise its body is lowered."""
 
 
 SLOTS = 32
-"""Shares of a kernel's tasks, at most, where each works in memory of its own."""
+"""The largest number of shares of a kernel's tasks, if each share has its own workspace."""
 
 
 def lower(
     graph: Graph, plan: StoragePlan, isa: Isa, rules: Mapping[str, Rule], threads: int | None = None
 ) -> KernelProgram:
-    """A legalized graph as kernels, for so many threads (None: any number).
+    """Lower a legalized graph to kernels, for this number of threads (None: any number).
 
-    Raises BackendError for an op that no rule is there for.
+    Raises BackendError for an op without a rule.
     """
     routines: dict[str, RoutineWriter] = {}
     for name, planned in plan.functions.items():
@@ -77,7 +77,7 @@ def lower(
 
 
 def _given_back(plan: FunctionPlan) -> dict[str, str]:
-    """Outputs that lie where a donated input does, by the names of both."""
+    """Return the outputs stored in the memory of a donated input, by the names of both."""
     found = {name: value.name for name, value in plan.given_back.items()}
     return found | {name: value.name for value in plan.reuses[:1] for name in plan.results}
 
@@ -88,13 +88,12 @@ def _given_back(plan: FunctionPlan) -> dict[str, str]:
 class RoutineWriter:
     """Writes one function as a routine.
 
-    groups   for the last node of a step what is computed with it
-    uses     who reads a value
-    rounded  where the elements of storages are that exist only as narrow products read them; None until they are made
-    sides    what takes the place of such a storage, where that is several: see `product_sides`
-    encoded  of values that products of whole numbers read, and for what of the right side: the rows as kernels do, and
-             what is told of them
-    threads  how many may work at once; None: any number
+    groups   the step of each group of nodes, by the last node of the group
+    uses     consumers of each value
+    rounded  for storages that exist only in the form that narrow products read, their elements; None until written
+    sides    views that replace such a storage if there are several: see `product_sides`
+    encoded  for values that integer products read, by the form of the right side: rows as kernels read them, and scales
+    threads  number of threads of a kernel; None: any number
     """
 
     def __init__(
@@ -128,41 +127,41 @@ class RoutineWriter:
 
     @property
     def slots(self) -> int:
-        """Shares of a kernel's tasks, each in memory of its own: one a thread, or as many where these are not known."""
+        """The number of shares of a kernel's tasks, each with its own workspace: `threads`, or `SLOTS` for None."""
         return SLOTS if self.threads is None else min(self.threads, SLOTS)
 
     # -- what rules use --------------------------------------------------------------------------------------
 
     def place(self, value: Value) -> ValuePlace:
-        """What the plan says of a value."""
+        """Return the plan's place of a value."""
         return self.plan.places[value]
 
     def view(self, value: Value) -> View:
-        """Where a value is, or is to be written. One in panels only is given as such: see `View.panels`."""
+        """Return the view of a value, to read or write. For a value only in panels see `View.panels`."""
         view = self.place(value).view
         assert view is not None, value
         return view
 
     def is_part(self, value: Value, node: Node) -> bool:
-        """Whether an operand lies already where the node's result has it."""
+        """Return True if an operand is already stored in its part of the node's result."""
         place = self.place(value)
         return place.how is How.INTO and place.of is node.result
 
     def over(self, node: Node) -> Value | None:
-        """The operand that a node's result is written over, if it is so."""
+        """Return the operand that a node's result overwrites, or None."""
         place = self.place(node.result)
         return place.of if place.how is How.OVER and isinstance(place.of, Value) else None
 
     def panels(self, value: Value, layout: Layout) -> View | None:
-        """A value in panels, if it lies in this layout."""
+        """Return a value in panels, if it is stored in this layout."""
         return self.view(value) if value.layout == layout else None
 
     def contiguous(self, view: View) -> View:
-        """The same elements in row-major order without gaps: the view itself, or a copy."""
+        """Return the same elements in row-major order without gaps: the view itself, or a copy."""
         return view if view.is_contiguous else self.copied(view)
 
     def copied(self, view: View) -> View:
-        """A copy in row-major order."""
+        """Return a copy in row-major order."""
         made = self.scratch(view.dtype, view.shape, f"{view.storage.name}_copy")
         self.copy(view, made, None)
         return made
@@ -176,7 +175,7 @@ class RoutineWriter:
     ) -> None:
         """Add a step that computes a chain; operands broadcast to the result's shape.
 
-        over  the operand that lies where the result is written
+        over  the operand whose memory the result overwrites
         """
         views = _collapsed([*(v.broadcast(to.shape) for v in operands), to])
         shape = views[-1].shape
@@ -187,15 +186,15 @@ class RoutineWriter:
         self.step(kernel, passed, [*shape, *strides], node)
 
     def scratch(self, dtype: DType, shape: Sequence[Size], hint: str = "scratch") -> View:
-        """New memory of the routine's own."""
+        """Allocate new memory local to the routine."""
         storage = Storage(self._new_name(hint), dtype, product(shape), StorageKind.LOCAL)
         return View.contiguous(storage, shape)
 
     def made_once(self, of: View, what: Hashable, make: Callable[[], View]) -> View:
-        """What `make` adds steps for, when it is first asked for; with `of`, `what` must tell all that decides it.
+        """Return the result of `make`, which adds steps at the first request. `of` and `what` must determine it.
 
-        Once another step writes into the storage of `of`, in place of a value that nobody reads any longer, it is made
-        anew.
+        If another step later writes into the storage of `of`, which then holds another value, the next request calls
+        `make` again.
         """
         known, key = self._made.setdefault(of.storage, {}), (of, what)
         if key not in known:
@@ -203,7 +202,7 @@ class RoutineWriter:
         return known[key]
 
     def updated(self, node: Node, index: int) -> View:
-        """Where to write an update: the state itself; of a value that is no state, a copy of it."""
+        """Return the view to update: the state itself, or a copy of a value that is not a state."""
         value, before = node.results[index], node.operands[node.op.updates[index]]
         assert before is not None
         to = self.view(value)
@@ -227,14 +226,14 @@ class RoutineWriter:
         self._forget(pointers[len(pointers) - writes :])
 
     def _forget(self, written: Iterable[View]) -> None:
-        """What was made of the values that lay there is no longer what would be made of them."""
+        """Discard the results of `made_once` that were computed from overwritten storages."""
         for view in written:
             self._made.pop(view.storage, None)
 
     # -- writing ---------------------------------------------------------------------------------------------
 
     def write(self) -> None:
-        """All steps."""
+        """Write all steps."""
         for step in self.plan.steps:
             self._begins.append(len(self.routine.steps))
             if any(self.place(value).written for value in step.root.results):
@@ -259,16 +258,17 @@ class RoutineWriter:
         rule(self, node)
 
     def _lives(self) -> list[Life]:
-        """Local storages, by the routine's own steps: those of the plan, then what single steps took beside.
+        """Return the lifetimes of local storages by the routine's own steps: of the plan, then workspace of steps.
 
-        Where several kernels make a step of the plan, its first and last of them need not need what it begins or ends.
+        If a step of the plan becomes several kernels, a storage may live from a later kernel or until an earlier kernel
+        of it.
         """
         touched: dict[Storage, list[int]] = {}
         for at, step in enumerate(self.routine.steps):
             for storage in dict.fromkeys(view.storage for view in step.views):
                 touched.setdefault(storage, []).append(at)
         local = [life for life in self.plan.lives if life.storage.kind is StorageKind.LOCAL]
-        planned = [life for life in local if life.storage not in self.rounded]  # which no kernel touches
+        planned = [life for life in local if life.storage not in self.rounded]  # no kernel accesses `rounded` storages
         found = {life.storage: self._narrowed(life, touched.get(life.storage, [])) for life in planned}
         for storage, steps in touched.items():
             if storage.kind is StorageKind.LOCAL and storage not in found:
@@ -276,11 +276,11 @@ class RoutineWriter:
         return [Life(storage, first, last) for storage, (first, last) in found.items()]
 
     def _narrowed(self, life: Life, touched: Sequence[int]) -> tuple[int, int]:
-        """A life by the routine's steps: of the first and the last step of the plan, the kernels that touch it."""
+        """Return a lifetime by the routine's steps; of the plan's first and last step only kernels that use it."""
         begin, end = self._begins[life.first], self._begins[life.last + 1]
         if touched and not begin <= touched[0] <= touched[-1] < end:
             raise BackendError(
-                "a kernel needs a storage that the plan has dead by then",
+                "a kernel needs a storage that the plan has already freed",
                 received=f"{life.storage}, steps {life.first} to {life.last}",
                 within=self.plan.function.name,
             )
@@ -297,7 +297,7 @@ class RoutineWriter:
         self._forget(results)
 
     def pack(self, view: View, to: View, layout: Layout | None = None) -> None:
-        """Add a step that lays a matrix out in panels or the like: as the storage of `to` says, if nothing does."""
+        """Add a step that packs a matrix: into `layout`, or by default into the layout of the storage of `to`."""
         from treadle.backends.tvm.kernels.matmul import Pack
         from treadle.backends.tvm.kernels.narrow.packing import PackBlocks, PackPairs, PackQuads
 
@@ -316,7 +316,7 @@ class RoutineWriter:
 
 
 def _collapsed(views: Sequence[View]) -> list[View]:
-    """Views of one shape with as few dimensions as possible: those of size 1 dropped, neighbours merged."""
+    """Return views of one shape with as few dimensions as possible: dimensions of size 1 dropped, neighbours merged."""
     rank = views[0].rank
     kept = [axis for axis in range(rank) if views[0].shape[axis] != ONE]
     found = [
@@ -332,13 +332,13 @@ def _collapsed(views: Sequence[View]) -> list[View]:
 
 
 def _how(view: View) -> str:
-    """How a view moves along its last dimension; see `Pointwise.inner`."""
+    """Return how a view moves along its last dimension; see `Pointwise.inner`."""
     if not view.strides:
         return "0"
     return {0: "0", 1: "1"}.get(view.strides[-1].constant if view.strides[-1].constant is not None else -1, "s")
 
 
 def steps_of(program: KernelProgram) -> Iterator[KernelStep]:
-    """Every step of every routine, once."""
+    """Yield every step of every routine, once."""
     for routine in program.routines:
         yield from routine.walk()

@@ -1,4 +1,4 @@
-"""The table of lowering rules: op name -> which kernels compute it. Rules of one kind lie in a module of their own."""
+"""The table of lowering rules: op name -> rule that adds its kernels. Rules of one kind share a module."""
 
 from __future__ import annotations
 
@@ -49,21 +49,21 @@ RULES: Mapping[str, Rule] = {
     "pointwise": _pointwise,
     **{name: rule for module in _MODULES for name, rule in module.RULES.items()},
 }
-"""`pointwise` stands for every group of elementwise ops."""
+"""The rule `pointwise` lowers every group of elementwise ops."""
 
 KEEPS: Mapping[str, Keeps] = {name: keeps for module in _MODULES for name, keeps in module.KEEPS.items()}
-"""For composites with a rule: whether it covers these operands. One that is not there covers every case."""
+"""For composites with a rule: True if the rule covers these operands. One not listed is always covered."""
 
 
 def keeps(op: Op, types: Sequence[Type | None]) -> bool:
-    """Whether a composite is lowered as it is, rather than by its body."""
+    """Return True if a composite is lowered by its rule instead of by its body."""
     if is_pointwise(op.name):
         return True
     return op.name in RULES and (op.name not in KEEPS or KEEPS[op.name](op, types))
 
 
 def supported(op: Op, types: Sequence[Type | None]) -> str | None:
-    """None, or why there is no kernel for an op on operands of these types, which is a primitive or kept."""
+    """Return None, or the reason why no kernel computes a primitive or kept composite on operands of these types."""
     if isinstance(op, Composite) or keeps(op, types):
         return None
     told = [f"{t.dtype}{'' if t.encoding is None else f' as {t.encoding}'}" for t in types if t is not None]

@@ -1,7 +1,7 @@
-"""Lowering rules of shapes: copies, where the storage plan has no view.
+"""Lowering rules of shapes: copies for values that the storage plan did not make views.
 
-rearrange, expand, slice, reshape and windows are views for the most part, and then write nothing; concat and pad copy
-what does not lie in the result already.
+rearrange, expand, slice, reshape and windows are mostly views, which write nothing. concat and pad copy operands that
+are not already stored in the result.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from treadle.ir.types import DType, boolean
 
 
 def _move(w: RoutineWriter, node: Node) -> None:
-    """Copy what a view shows: it is handed out, or no strides say it."""
+    """Copy the elements of a view, if it is a result of the function or its strides cannot express it."""
     (x,) = node.inputs
     source, to = w.view(x), w.view(node.result)
     shown = node.op.viewed(source, [x.type])
@@ -74,13 +74,13 @@ def _pad(w: RoutineWriter, node: Node) -> None:
 
 
 def fill(w: RoutineWriter, to: View, value: float, node: Node) -> None:
-    """Add a step that writes one number everywhere."""
+    """Add a step that fills a view with one number."""
     constant = Instruction("constant", (), to.dtype.name, (("value", _held(value, to.dtype)),))
     w.pointwise(Chain((), (constant,)), [], to, node)
 
 
 def _held(value: float, dtype: DType) -> float | int | bool:
-    """A number as an array of the dtype holds it."""
+    """Return a number as it is stored in an array of the dtype."""
     if dtype.is_float:
         return float(value)
     if dtype is boolean:

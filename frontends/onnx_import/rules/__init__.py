@@ -1,1 +1,1 @@
-"""What each operator of ONNX becomes, a file a kind."""
+"""Import rules of ONNX operators, one file for each kind."""

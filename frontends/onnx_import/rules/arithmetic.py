@@ -14,7 +14,7 @@ _SIGN_BIT = -(2**63)
 
 
 def in_order(b: Builder, x: Expr, unsigned: bool) -> Expr:
-    """Numbers that are ordered as x is: uint64, whose bits an i64 holds, is ordered so with its first bit flipped."""
+    """Return numbers that are ordered as x is: uint64 is held in the bits of an i64, so its first bit is flipped."""
     return x + b.constant(_SIGN_BIT, i64) if unsigned else x
 
 
@@ -42,7 +42,7 @@ def _mul(site: OnnxSite) -> Made:
 
 @operator("Div", latest=14, first=7)
 def _div(site: OnnxSite) -> Made:
-    """Integers are divided towards zero."""
+    """Integers are divided toward zero."""
     x, y = site.x(0), site.x(1)
     if x.dtype.is_float:
         return x / y
@@ -53,9 +53,9 @@ def _div(site: OnnxSite) -> Made:
 
 
 def _unsigned_quotient(b: Builder, x: Expr, y: Expr) -> Expr:
-    """x / y of 64-bit integers without sign, held in i64.
+    """x / y of unsigned 64-bit integers, held in i64.
 
-    A divisor of 2^63 or more goes 0 times or once. Else twice the quotient of x/2 is right, or one too small.
+    The quotient by a divisor of 2^63 or more is 0 or 1. Otherwise twice the quotient of x/2 is right, or one too small.
     """
     zero, one, two = (b.constant(n, i64) for n in (0, 1, 2))
     half = b.where(x < zero, x // two + b.constant(2**62, i64) + b.constant(2**62, i64), x // two)
@@ -68,13 +68,13 @@ def _unsigned_quotient(b: Builder, x: Expr, y: Expr) -> Expr:
 
 @operator("Mod", latest=28)
 def _mod(site: OnnxSite) -> Made:
-    """fmod=1 takes the sign of the dividend, fmod=0 that of the divisor."""
+    """fmod=1 takes the sign of the dividend, fmod=0 the sign of the divisor."""
     b, x, y = site.b, site.x(0), site.x(1)
     like_dividend = site.int("fmod", 0)
     if _is_uint64(site):
         return x - _unsigned_quotient(b, x, y) * y
     if x.dtype.is_float and not like_dividend:
-        # Of signed zeros and infinite divisors, as version 28 says; earlier versions leave them open.
+        # Signed zeros and infinite divisors follow version 28; earlier versions leave them open.
         zero = b.constant(0.0, x.dtype)
         rest = b.mod(x, y)
         infinite = b.equal(b.abs(y), b.constant(float("inf"), x.dtype)) & (b.abs(x) < b.abs(y))
@@ -90,11 +90,11 @@ def _mod(site: OnnxSite) -> Made:
 
 @operator("Pow", latest=15, first=7)
 def _pow(site: OnnxSite) -> Made:
-    """The exponent may be of another type; the result is of the base's."""
+    """The exponent may have another type; the result has the base's."""
     b, x, y = site.b, site.x(0), site.x(1)
     base = site.element(0)
     if base.name == "UINT64" or (site.element(1).name == "UINT64" and not base.is_float):
-        site.refuse("powers of uint64")
+        site.refuse("powers of uint64 are not supported")
     if base.is_float:
         exponent = site.value(1).content
         if exponent is not None and exponent.dtype != object and exponent.size == 1 and float(exponent.flat[0]) == 2.0:
@@ -114,7 +114,7 @@ def _pow(site: OnnxSite) -> Made:
 
 
 def _folding(name: str, latest: int, combine: Callable[[OnnxSite, Expr, Expr], Expr]) -> None:
-    """An operator that combines any number of operands."""
+    """Register an operator that combines any number of operands."""
 
     @operator(name, latest=latest, first=6)
     def _combined(site: OnnxSite) -> Made:
@@ -190,7 +190,7 @@ def _where(site: OnnxSite) -> Made:
 
 @operator("Clip", latest=13, first=6)
 def _clip(site: OnnxSite) -> Made:
-    """Between bounds, of which either may be left out; where they cross, the upper one holds."""
+    """Clip to bounds, either of which may be absent; if they cross, the upper bound wins."""
     b, x = site.b, site.x(0)
     unsigned = _is_uint64(site)
     if site.version < 11:

@@ -1,4 +1,4 @@
-"""The Attention and RotaryEmbedding operators of ONNX's own opsets, as our attention and its terms."""
+"""The Attention and RotaryEmbedding operators of ONNX's own opsets, as IR attention with mask and bias terms."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ _AFTER_SOFTMAX = 3  # the mode in which the operator's fourth output is the prob
 
 
 def heads_apart(site: OnnxSite, x: Expr, heads: int) -> Expr:
-    """[b, s, h d] as [b, h, s, d]."""
-    if x.rank != 3 or heads < 1 or site.number(x.shape[-1], "the width of the heads together") % heads:
-        site.malformed(f"a width of {x.shape[-1]} for {heads} heads")
+    """Return [b, s, h d] as [b, h, s, d]."""
+    if x.rank != 3 or heads < 1 or site.number(x.shape[-1], "the total width of the heads") % heads:
+        site.malformed(f"a width of {x.shape[-1]} does not split into {heads} heads")
     return site.b.rearrange(x, pattern=f"b s (h={heads} d) -> b h s d")
 
 
 def heads_together(b: Builder, x: Expr) -> Expr:
-    """[b, h, s, d] as [b, s, h d]."""
+    """Return [b, h, s, d] as [b, s, h d]."""
     return b.rearrange(x, pattern="b h s d -> b s (h d)")
 
 
 def masked_by(site: OnnxSite, mask: Expr, full: tuple[Size, ...]) -> tuple[Masks, Biases]:
-    """A mask [..., s, t] as a term: true where a query may see a key, or what is added to the scores.
+    """Return a mask [..., s, t] as a term: true where a query may see a key, or a bias that is added to the scores.
 
-    A 1 where attention's own axis is longer broadcasts, and that axis is left out.
+    An axis of size 1 broadcasts against a longer axis of attention, and is left out.
     """
     b = site.b
     if mask.rank > 4:
@@ -60,7 +60,7 @@ def masked_by(site: OnnxSite, mask: Expr, full: tuple[Size, ...]) -> tuple[Masks
 
 
 def bottom_right(b: Builder, queries: Size, keys: Size, past: Expr) -> Masks:
-    """Keys up to the query's own position, which is `past` (of each row, or of all) further than its place."""
+    """Keys up to the query's own position, which is offset by `past` (per row, or for all)."""
     i = b.rearrange(b.iota(size=queries), pattern="s -> s 1")
     if past.rank == 1:
         past = b.rearrange(past, pattern="b -> b 1 1")
@@ -70,8 +70,9 @@ def bottom_right(b: Builder, queries: Size, keys: Size, past: Expr) -> Masks:
 
 @operator("Attention", latest=25, first=23)
 def _attention(site: OnnxSite) -> Made:
-    """Scores asked for as an output, and softmax in another precision, are left to the operator's function body; the
-    probabilities as an output (mode 3) are not."""
+    """Scores as an output, and softmax in another precision, are left to the operator's function body; the
+    probabilities as an output (mode 3) are not.
+    """
     b = site.b
     mode = site.int("qk_matmul_output_mode", 0)
     precision, scale = site.int("softmax_precision"), site.float("scale")
@@ -133,12 +134,12 @@ def _count(b: Builder, size: Size) -> Expr:
 
 
 def _to_length(site: OnnxSite, mask: Expr, keys: Size) -> Expr:
-    """A mask whose last axis is as long as the keys: what it does not reach is masked."""
+    """Extend a mask's last axis to the number of keys: keys past its end are masked."""
     held = mask.shape[-1]
     if held in (keys, ONE):
         return mask
     if site.version < 24:
-        site.malformed(f"a mask of {held} keys for {keys}")
+        site.malformed(f"a mask of {held} keys does not fit {keys} keys")
     value = 0.0 if mask.dtype.kind == "bool" else float("-inf")
     return site.b.pad(mask, axis=mask.rank - 1, after=keys - held, value=value)
 
@@ -160,7 +161,7 @@ def between(b: Builder, queries: Size, keys: Size, ahead: Expr | None, before: i
 
 
 def turned(b: Builder, x: Expr, cos: Expr, sin: Expr, *, interleaved: bool) -> Expr:
-    """x [b, h, s, d] with the first 2f of its dimensions turned by angles whose cosines and sines are [b, s, f]."""
+    """Return x [b, h, s, d] with its first 2f dimensions rotated by angles whose cosines and sines are [b, s, f]."""
     f, d = cos.shape[-1], x.shape[-1]
     cos, sin = (b.rearrange(table, pattern="b s f -> b 1 s f") for table in (cos, sin))
     if interleaved:
@@ -193,6 +194,6 @@ def _rotary(site: OnnxSite) -> Made:
     wanted = width or size
     if not wanted or wanted > size or cos.shape[-1] != wanted // 2 or cos.shape != sin.shape:
         columns = cos.shape[-1], sin.shape[-1]
-        site.mismatched(f"caches of {columns[0]} and {columns[1]} columns for {wanted} dimensions", *columns)
+        site.mismatched(f"caches of {columns[0]} and {columns[1]} columns do not fit {wanted} dimensions", *columns)
     y = turned(b, x, cos, sin, interleaved=interleaved)
     return heads_together(b, y) if merged else y

@@ -1,4 +1,4 @@
-"""Cast and CastLike: between element types, those that a wider dtype carries as well."""
+"""Cast and CastLike between element types, including types that a wider dtype carries."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def _cast_like(site: OnnxSite) -> Made:
 
 
 def cast(site: OnnxSite, to: Element, saturate: bool) -> Known:
-    """Input 0 as another element type."""
+    """Convert input 0 to another element type."""
     return Known(to, expr=converted(site.b, site.x(0), site.element(0), to, saturate=saturate))
 
 
 def converted(b: Builder, x: Expr, held: Element, to: Element, *, saturate: bool = True) -> Expr:
-    """x of one element type in another. Integers that do not fit lose their upper bits."""
+    """Convert x from one element type to another. Integers that do not fit lose their upper bits."""
     if held == to:
         return x
     if held.name == "UINT64" and to.is_float:
@@ -47,7 +47,7 @@ def converted(b: Builder, x: Expr, held: Element, to: Element, *, saturate: bool
 
 
 def _wrapped(b: Builder, x: Expr, held: Element, to: Element) -> Expr:
-    """The lower bits of an integer, where the carrier is wider than the type."""
+    """Return the lower bits of an integer, if the carrier is wider than the type."""
     assert to.least is not None
     assert to.greatest is not None
     if held.least is not None and held.greatest is not None and held.name != "UINT64":
@@ -60,7 +60,7 @@ def _wrapped(b: Builder, x: Expr, held: Element, to: Element) -> Expr:
 
 
 def _integer_of_float(b: Builder, x: Expr, to: Element) -> Expr:
-    """Towards zero, but for the integers of less than a byte: to the nearest, and what is out of their range wraps."""
+    """Round toward zero. For integers of less than a byte, round to the nearest, and wrap values out of range."""
     if to.name == "UINT64":
         wide = x.cast(f64)
         half = b.constant(2.0**63, f64)
@@ -72,7 +72,7 @@ def _integer_of_float(b: Builder, x: Expr, to: Element) -> Expr:
 
 
 def _float_of_uint64(b: Builder, x: Expr, to: Element) -> Expr:
-    """Numbers of 2^63 and more: half of them, with the bit that is lost kept for rounding, twice."""
+    """Convert numbers of 2^63 and more: halve them, keep the lost bit for rounding, and double the result."""
     zero, two = b.constant(0, i64), b.constant(2, i64)
     half = x // two + b.constant(2**62, i64) + b.constant(2**62, i64)
     odd = b.mod(x, two)

@@ -1,4 +1,4 @@
-"""ONNX operators that make tensors of constants and of sizes: Constant, Shape, Range, ..."""
+"""ONNX operators that create tensors from constants and sizes: Constant, Shape, Range, ..."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _constant(site: OnnxSite) -> Made:
             return Known(named("FLOAT"), content=np.asarray(attribute.f, np.float32))
         case "value_floats":
             return Known(named("FLOAT"), content=np.asarray(list(attribute.floats), np.float32))
-    site.refuse(f"of {names[0]}")
+    site.refuse(f"{names[0]} is not supported")
 
 
 @operator("Identity", latest=25, moves=(0,))
@@ -80,7 +80,7 @@ def _range(site: OnnxSite) -> Made:
     start_size, limit_size, step = (site.size(i) for i in range(3))
     step_number = step.constant
     if not step_number:
-        site.refuse(f"with a step of {step}")
+        site.refuse(f"a step of {step} is not supported")
     extent = limit_size - start_size
     count = (
         (extent + step_number - 1) // step_number if step_number > 0 else (-extent - step_number - 1) // -step_number

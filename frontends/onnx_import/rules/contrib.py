@@ -1,4 +1,4 @@
-"""Operators of the domain com.microsoft beside attention: what ONNX Runtime's optimizer and quantizer make of models.
+"""Operators of the domain com.microsoft except attention: results of ONNX Runtime's optimizer and quantizer.
 
 Source: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 """
@@ -46,14 +46,14 @@ def _quick_gelu(site: OnnxSite) -> Made:
 
 
 def _with_skip(site: OnnxSite, bias: int) -> Expr:
-    """The sum of the input, the skipped one, and the bias if there is one."""
+    """The sum of the input, the skip connection, and the bias if there is one."""
     total, extra = site.x(0) + site.x(1), site.maybe(bias)
     return total if extra is None else total + extra
 
 
 def _normalized_and_sum(site: OnnxSite, y: Expr, total: Expr) -> Made:
     if any(site.wanted[1:3]):
-        site.refuse("with its statistics as outputs")
+        site.refuse("its statistics are not supported as outputs")
     return [y, None, None, total]
 
 
@@ -72,19 +72,19 @@ def _skip_rms_norm(site: OnnxSite) -> Made:
 @operator("SimplifiedLayerNormalization")
 @operator("SimplifiedLayerNormalization", domain=MICROSOFT)
 def _rms_norm(site: OnnxSite) -> Made:
-    """Which ONNX Runtime makes in ONNX's own domain as well."""
+    """ONNX Runtime writes this operator in ONNX's own domain as well."""
     x, eps, stash = site.x(0), site.float("epsilon", 1e-5), site.int("stash_type", 1)
     if site.axis(site.int("axis", -1), x.rank) != x.rank - 1 or stash != 1 or any(site.wanted[1:]):
-        site.refuse("over several axes, in another precision, or with its statistics as outputs")
+        site.refuse("several axes, another precision, and its statistics as outputs are not supported")
     return site.b.rms_norm(x, site.x(1), eps=eps)
 
 
 @operator("EmbedLayerNormalization", domain=MICROSOFT)
 def _embed_layer_norm(site: OnnxSite) -> Made:
-    """The sum of embeddings of words, positions and, if they are given, segments, normalized."""
+    """The sum of embeddings of words, positions and, if present, segments, normalized."""
     b, tokens = site.b, site.x(0)
     eps = site.float("epsilon", 1e-12)
-    site.ignore("mask_index_type")  # of the second output, which is i32
+    site.ignore("mask_index_type")  # dtype of the second output, which is i32
     positions = site.maybe(8)
     if positions is None:
         positions = b.rearrange(b.iota(size=tokens.shape[1]), pattern="s -> 1 s")
@@ -115,7 +115,7 @@ def _swapped(b: Builder, x: Expr) -> Expr:
 def _fused_matmul(site: OnnxSite) -> Made:
     b, alpha = site.b, site.float("alpha", 1.0)
     if site.int("transBatchA", 0) or site.int("transBatchB", 0):
-        site.refuse("with its batch axes transposed")
+        site.refuse("transposed batch axes are not supported")
     x, y = (_swapped(b, v) if on and v.rank > 1 else v for v, on in (
         (site.x(0), site.int("transA", 0)),
         (site.x(1), site.int("transB", 0)),
@@ -135,7 +135,7 @@ def _matmul_integer_to_float(site: OnnxSite) -> Made:
 
 @operator("DynamicQuantizeMatMul", domain=MICROSOFT)
 def _dynamic_matmul(site: OnnxSite) -> Made:
-    """a is quantized by its own range; b, its scales and its zero points are given, and a bias."""
+    """a is quantized by its own range; b, its scales, its zero points, and a bias are inputs."""
     b, x = site.b, site.x(0)
     steps, scale, zero = dynamically_quantized(b, x)
     z = matmul(b, steps.cast(f64) - zero.cast(f64), centered(site, 1, 3, -1))
@@ -150,15 +150,15 @@ def _scalar_or_row(site: OnnxSite, scale: Expr) -> Expr:
 
 @operator("MatMulNBits", domain=MICROSOFT)
 def _matmul_bits(site: OnnxSite) -> Made:
-    """A weight [n, k] of 4 or 8 bits in blocks along k, each with a scale and, if given, a zero point.
+    """A weight [n, k] of 4 or 8 bits in blocks along k, each with a scale and, if present, a zero point.
 
-    Bytes of 4-bit numbers hold two, the first in the lower half. Without zero points they are 2^(bits - 1).
+    A byte holds two 4-bit numbers, the first in the lower half. The default zero point is 2^(bits - 1).
     """
     b, x = site.b, site.x(0)
     bits, block, k, n = site.int("bits", 4), site.int("block_size", 0), site.int("K", 0), site.int("N", 0)
-    site.ignore("accuracy_level")  # how far ONNX Runtime may round the activations, which are not rounded here
+    site.ignore("accuracy_level")  # limit of ONNX Runtime's rounding of activations, which are not rounded here
     if bits not in (4, 8) or block < 16 or k < 1 or n < 1 or site.has(4):
-        site.refuse(f"of {bits} bits in blocks of {block}, or with an order of groups")
+        site.refuse(f"{bits} bits in blocks of {block}, or a group index, are not supported")
     blocks = -(-k // block)
     stored, _ = reshaped(b, site.x(1), [n, blocks, block * bits // 8])
     steps = _nibbles(b, stored) if bits == 4 else stored
@@ -178,7 +178,7 @@ def _matmul_bits(site: OnnxSite) -> Made:
 
 
 def _nibbles(b: Builder, x: Expr) -> Expr:
-    """The halves of bytes along the last axis, the lower one first."""
+    """Return the halves of bytes along the last axis, the lower half first."""
     sixteen = b.constant(16, u8)
     names = axis_letters(x.rank)
     spread = f"{' '.join(names)} -> {' '.join(names)} 1"
@@ -201,14 +201,14 @@ def _rotary(site: OnnxSite) -> Made:
         site.int("interleaved", 0),
     )
     if site.int("is_packed_batching", 0) or site.float("scale", 1.0) != 1.0:
-        site.refuse("with packed batches, or scaled")
+        site.refuse("packed batches and a scale are not supported")
     merged = x.rank == 3
     if merged:
         if not heads and not width:
             size = site.number(cos.shape[-1] * 2, "twice the number of the tables' columns")
             wide = site.number(x.shape[-1], "the width of x")
             if not size or not wide:
-                site.malformed("neither num_heads nor rotary_embedding_dim tells the heads")
+                site.malformed("neither num_heads nor rotary_embedding_dim gives the number of heads")
             heads = wide // size
         x = heads_apart(site, x, heads)
     if positions.rank == 1:

@@ -1,7 +1,7 @@
 """Attention operators of the domain com.microsoft: Attention, MultiHeadAttention, GroupQueryAttention.
 
-They mask by adding a large negative number (`mask_filter_value`), which leaves a row that is masked throughout its
-plain softmax; so these masks are biases here. What lies after a causal query is masked altogether.
+They mask by adding a large negative number (`mask_filter_value`), with which a fully masked row keeps its plain
+softmax; so these masks are biases here. Keys after a causal query are masked completely.
 
 Source: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 """
@@ -23,20 +23,20 @@ from treadle.ir.types import i64
 
 
 def _padding(site: OnnxSite, position: int, dtype_like: Expr, keys: Size) -> Biases:
-    """The mask of keys as what is added: 0 where a query may see the key.
+    """Return the mask of keys as a bias: 0 where a query may see the key.
 
-    [b]: how many keys are real; [b, t], [b, s, t]: 0 where a key is not
+    [b]: number of valid keys; [b, t], [b, s, t]: 0 where a key is masked
     """
     b, mask = site.b, site.x(position)
     hidden = site.float("mask_filter_value", -10000.0)
     zero, low = (b.constant(n, dtype_like.dtype) for n in (0.0, hidden))
     if mask.rank == 1:
         if mask.shape != dtype_like.shape[:1]:
-            site.refuse("with the starts and ends of packed sequences")
+            site.refuse("the starts and ends of packed sequences are not supported")
         lengths = b.rearrange(mask.cast(i64), pattern="b -> b 1")
         return tensor_bias(b.where(b.iota(size=keys) < lengths, zero, low), "b t")
     if mask.rank not in (2, 3) or mask.shape[-1] != keys:
-        site.refuse(f"with a mask of shape [{', '.join(map(str, mask.shape))}]")
+        site.refuse(f"a mask of shape [{', '.join(map(str, mask.shape))}] is not supported")
     return tensor_bias(b.where(mask > 0, zero, low), "b t" if mask.rank == 2 else "b s t")
 
 
@@ -45,14 +45,14 @@ def _causal(b: Builder, past: Size, queries: Size, keys: Size) -> Masks:
 
 
 def _added(site: OnnxSite, position: int, full: tuple[Size, ...]) -> Biases:
-    """A tensor that is added to the scores."""
+    """Return a tensor that is added to the scores."""
     return masked_by(site, site.x(position), full)[1] if site.has(position) else Biases()
 
 
 def _attended(site: OnnxSite, q: Expr, k: Expr, v: Expr, past: Size, mask: int, bias: int) -> Expr:
-    """Attention [b, h, s, d] by the operands and attributes that both operators have; heads together again."""
+    """Attention [b, h, s, d] by the operands and attributes that both operators have; the result's heads are merged."""
     b = site.b
-    site.ignore("mask_filter_value")  # which is read with a mask
+    site.ignore("mask_filter_value")  # used together with a mask
     scale = site.float("scale", 0.0)
     queries, keys = q.shape[2], k.shape[2]
     masks = _causal(b, past, queries, keys) if site.int("unidirectional", 0) else Masks()
@@ -63,16 +63,16 @@ def _attended(site: OnnxSite, q: Expr, k: Expr, v: Expr, past: Size, mask: int, 
 
 @operator("Attention", domain=MICROSOFT)
 def _attention(site: OnnxSite) -> Made:
-    """Of x [b, s, w] and one weight [w, q k v] for all three products."""
+    """One weight [w, q k v] projects x [b, s, w] to queries, keys and values."""
     b, heads = site.b, site.int("num_heads", 0)
     if site.int("do_rotary", 0) or site.int("past_present_share_buffer", 0):
-        site.refuse("with rotary positions, or past and present in one buffer")
+        site.refuse("rotary positions, and past and present in one buffer, are not supported")
     site.ignore("rotary_embedding_dim")
     weight = site.x(1)
     whole = site.number(weight.shape[1], "the number of the weight's columns")
     widths = site.ints("qkv_hidden_sizes") or (whole // 3,) * 3
     if len(widths) != 3 or sum(widths) != whole:
-        site.malformed(f"widths {list(widths)} of a weight of {whole} columns")
+        site.malformed(f"widths {list(widths)} do not fit a weight of {whole} columns")
     made = b.matmul(site.x(0), weight)
     if site.has(2):
         made = made + site.x(2)
@@ -91,16 +91,16 @@ def _attention(site: OnnxSite) -> Made:
 
 
 def _part(b: Builder, x: Expr, place: int) -> Expr:
-    """One element of the first axis."""
+    """Return one element of the first axis."""
     return reshaped(b, b.slice(x, axis=0, start=place, stop=place + 1), x.shape[1:])[0]
 
 
 @operator("MultiHeadAttention", domain=MICROSOFT)
 def _multi_head(site: OnnxSite) -> Made:
-    """q [b, s, w], k and v [b, t, w] or, apart already, [b, h, t, d]; or q, k and v packed [b, s, h, 3, d]"""
+    """q [b, s, w], k and v [b, t, w] or, already split, [b, h, t, d]; or q, k and v packed [b, s, h, 3, d]"""
     b, heads = site.b, site.int("num_heads", 0)
     if site.has(8) or site.has(9) or any(site.wanted[3:]):
-        site.refuse("with an index of a cache, or with its scores as an output")
+        site.refuse("the index of a cache, and scores as an output, are not supported")
     parts = _packed(site) if site.x(0).rank == 5 else [site.x(0), *(_packed_pair(site) or [site.x(1), site.x(2)])]
     if site.has(3):
         parts = _with_bias(site, parts, site.x(3))
@@ -125,13 +125,13 @@ def _packed_pair(site: OnnxSite) -> list[Expr] | None:
         return None
     b, x = site.b, site.x(1)
     if x.rank != 5:
-        site.malformed("neither a value nor keys and values packed")
+        site.malformed("there is neither a value nor packed keys and values")
     turned_round = b.rearrange(x, pattern="b t h two d -> two b h t d")
     return [_part(b, turned_round, i) for i in range(2)]
 
 
 def _with_bias(site: OnnxSite, parts: Sequence[Expr], bias: Expr) -> list[Expr]:
-    """Each with its own part of one bias [q k v]."""
+    """Add to each its own part of one bias [q k v]."""
     b, made, start = site.b, [], ZERO
     for x in parts:
         size = x.shape[-1] if x.rank == 3 else x.shape[1] * x.shape[3]
@@ -147,32 +147,34 @@ def _with_bias(site: OnnxSite, parts: Sequence[Expr], bias: Expr) -> list[Expr]:
 
 
 _GROUPED_REFUSED = ("k_scale", "v_scale", "q_norm_weight", "k_norm_weight", "query_seqlens")
-"""The inputs from the thirteenth on, which change what it computes."""
+"""The inputs from the thirteenth on, which change the result."""
 
 
 @operator("GroupQueryAttention", domain=MICROSOFT)
 def _grouped(site: OnnxSite) -> Made:
-    """Causal if not told otherwise, with a cache whose rows hold past lengths of their own, and rotary positions.
+    """Causal by default, with a cache whose rows have separate past lengths, and rotary positions.
 
-    q [b, s, h d], k and v [b, s, g d] (or all packed in q), past [b, g, p, d], seqlens_k [b]: real keys less one,
-    total_sequence_length: the longest row with its past
+    q [b, s, h d], k and v [b, s, g d] (or all packed in q), past [b, g, p, d], seqlens_k [b]: number of valid keys
+    minus 1, total_sequence_length: the longest row with its past
     """
     b, heads, groups = site.b, site.int("num_heads", 0), site.int("kv_num_heads", 0)
     scale, softcap, window = site.float("scale", 0.0), site.float("softcap", 0.0), site.int("local_window_size", -1)
     rotary, interleaved = site.int("do_rotary", 0), bool(site.int("rotary_interleaved", 0))
     if site.int("smooth_softmax", 0) > 0 or site.has(11):
-        site.refuse("with a sink")
+        site.refuse("a sink is not supported")
     for name in ("k_quant_type", "v_quant_type"):
         if site.text(name, "NONE") != "NONE":
-            site.refuse("with a quantized cache")
+            site.refuse("a quantized cache is not supported")
     if any(site.wanted[3:]) or site.int("qk_output", 0):
-        site.refuse("with its scores as an output")
+        site.refuse("scores are not supported as an output")
     for position, name in enumerate(_GROUPED_REFUSED, 12):
         if site.has(position):
-            site.refuse(f"with {name}")
+            site.refuse(f"{name} is not supported")
     if site.int("sliding_window_cache", 0):
-        site.refuse("with a cache as long as its window (sliding_window_cache)")
-    site.ignore("qk_norm_epsilon", "q_norm_epsilon", "k_norm_epsilon", "kv_cache_bit_width")  # of what is refused
+        site.refuse("a cache as long as its window (sliding_window_cache) is not supported")
+    site.ignore(
+        "qk_norm_epsilon", "q_norm_epsilon", "k_norm_epsilon", "kv_cache_bit_width"
+    )  # attributes of unsupported cases
     is_causal = site.int("causal", 1)
     if is_causal not in (0, 1) or (window != -1 and not is_causal):
         site.malformed(f"causal={is_causal} with a window of {window}")
@@ -183,7 +185,7 @@ def _grouped(site: OnnxSite) -> Made:
         every = heads_apart(site, site.x(0), heads + 2 * groups)
         ends = [0, heads, heads + groups, heads + 2 * groups]
         if width < 1:
-            site.malformed("a packed width that is no heads")
+            site.malformed("the packed width does not split into heads")
         parts = [b.slice(every, axis=1, start=ends[i], stop=ends[i + 1]) for i in range(3)]
     q, k, v = parts
     queries, real = q.shape[2], site.x(5).cast(i64) + 1
@@ -191,7 +193,9 @@ def _grouped(site: OnnxSite) -> Made:
     total = site.size(6)
     prompt = total == queries
     if not prompt and not is_at_least(total, queries + 1, site.importer.graph.symbols):
-        site.refuse_symbolic(f"{queries} queries of {total} positions: a prompt or not", queries, total)
+        site.refuse_symbolic(
+            f"{queries} queries of {total} positions: it is unknown if this is a prompt", queries, total
+        )
     past = b.expand(b.constant(0, i64), shape=q.shape[:1]) if prompt else real - extent(b, queries)
     if rotary:
         positions = b.rearrange(b.iota(size=queries), pattern="s -> 1 s") + b.rearrange(past, pattern="b -> b 1")
@@ -202,7 +206,7 @@ def _grouped(site: OnnxSite) -> Made:
     if site.has(3) and site.shape(3)[2] != ZERO:
         k, v = (_appended(site, site.x(i), x, past, total) for i, x in ((3, k), (4, v)))
     elif not prompt:
-        site.malformed("a past length without a past")
+        site.malformed("a past length needs a past")
     keys = k.shape[2]
     j = b.iota(size=keys)
     masks = boolean_mask(j < b.rearrange(real, pattern="b -> b 1"), "b t")
@@ -217,12 +221,14 @@ def _grouped(site: OnnxSite) -> Made:
 
 
 def _appended(site: OnnxSite, past: Expr, x: Expr, lengths: Expr, total: Size) -> Expr:
-    """past [b, g, p, d] with x [b, g, s, d] written into each row at its own length; as long as the longest needs."""
+    """Write x [b, g, s, d] into past [b, g, p, d], each row at its own length; the result has the longest row's
+    length.
+    """
     b, held = site.b, past.shape[2]
     symbols = site.importer.graph.symbols
     if not is_at_least(held, total, symbols):
         if not is_at_least(total, held, symbols):
-            site.refuse(f"a past of {held} for {total} positions: which is longer")
+            site.refuse(f"a past of {held} for {total} positions: it is unknown which is longer")
         past = b.pad(past, axis=2, after=total - held)
     size = past.shape[2]
     source = b.iota(size=size) - b.rearrange(lengths, pattern="b -> b 1")

@@ -1,15 +1,15 @@
-"""Element types of ONNX files, and which of our dtypes carries each.
+"""Element types of ONNX files, and the dtypes that carry them.
 
     FLOAT, INT64, BOOL, ...             the dtype of the same values
     UINT16, UINT32                      a wider integer; results are taken modulo 2^16, 2^32
-    UINT64                              i64 of the same bits; what depends on the sign is spelled for it
+    UINT64                              i64 of the same bits; operations that depend on the sign have their own form
     UINT4, INT4, UINT2, INT2            u8 or i8
-    BFLOAT16                            bf16, or, where asked for, f32 with each result rounded
+    BFLOAT16                            bf16, or on request f32 with each result rounded
     FLOAT8E4M3FN, ..., FLOAT4E2M1       f32, each result rounded
     STRING, COMPLEX64, COMPLEX128       none: refused
 
-A carried number is always exact: what differs is only where it lies. `carried` and `restored` turn arrays of the file's
-own type into arrays that a graph takes and back.
+A carried number is always exact: only its storage differs. `carried` and `restored` convert arrays of the file's own
+type to arrays that a graph takes and back.
 
 Source: TensorProto of onnx.proto, https://github.com/onnx/onnx/blob/main/onnx/onnx.proto
 """
@@ -40,8 +40,8 @@ class Element:
     carrier   the dtype that holds its values in a graph
     bits      of one element in a file
     field     the field of TensorProto that holds elements which are not raw bytes
-    least     for an integer: its least value; `greatest` its greatest
-    format    a float format of `round_to`, where the carrier is wider than the type
+    least     for an integer: its minimum; `greatest` its maximum
+    format    a float format of `round_to`, if the carrier is wider than the type
     """
 
     name: str
@@ -55,7 +55,7 @@ class Element:
 
     @property
     def wraps(self) -> int | None:
-        """The modulus of its arithmetic, where the carrier's own is another."""
+        """The modulus of its arithmetic, if the carrier's own modulus differs."""
         if self.name in ("UINT16", "UINT32") and self.greatest is not None:
             return self.greatest + 1
         return None
@@ -109,7 +109,7 @@ _REFUSED = {0: "UNDEFINED", 8: "STRING", 14: "COMPLEX64", 15: "COMPLEX128", 24: 
 
 
 def element(number: int, *, bf16_in_f32: bool = False) -> Element:
-    """The element type of a number. Raises UnsupportedOnnx for one that no dtype of ours carries."""
+    """Return the element type of a number. Raises UnsupportedOnnx for a type that no dtype carries."""
     found = _ELEMENTS.get(number)
     if found is None:
         raise UnsupportedOnnx(f"element type {_REFUSED.get(number, number)} is not supported")
@@ -120,7 +120,7 @@ def element(number: int, *, bf16_in_f32: bool = False) -> Element:
 
 @lru_cache(maxsize=256)
 def named(name: str) -> Element:
-    """The element type of a name of TensorProto.DataType, or of a dtype of ours, which carries it exactly."""
+    """Return the element type for a name in TensorProto.DataType, or for an IR dtype, which carries it exactly."""
     for e in _ELEMENTS.values():
         if name == e.name:
             return e
@@ -135,9 +135,10 @@ def named(name: str) -> Element:
 
 
 def decode(element: Element, data: Array, count: int) -> Array:
-    """Elements from their bytes (u8, little-endian; smaller ones packed, the first lowest) in the carrier's dtype.
+    """Decode elements from their bytes (u8, little-endian; smaller ones packed, the first lowest) to the carrier's
+    dtype.
 
-    bf16 comes in float32. A view where bytes are as NumPy has them.
+    bf16 is decoded to float32. The result is a view if NumPy has the same layout.
     """
     dtype, made = element.carrier.numpy, data
     if element.bits < 8:
@@ -156,7 +157,7 @@ def decode(element: Element, data: Array, count: int) -> Array:
 
 
 def _unpacked(element: Element, data: Array, count: int) -> Array:
-    """Elements of less than a byte."""
+    """Unpack elements of less than a byte."""
     shifts = np.arange(8 // element.bits, dtype=np.uint8) * element.bits
     codes: Array = ((data[:, None] >> shifts) & (2**element.bits - 1)).reshape(-1)[:count]
     if element.format is not None:
@@ -168,14 +169,14 @@ def _unpacked(element: Element, data: Array, count: int) -> Array:
 
 @lru_cache(maxsize=16)
 def _values(format: str, bits: int) -> Array:
-    """The number that each code of a small float format stands for, float32[2^bits]."""
+    """Return the number for each code of a small float format, float32[2^bits]."""
     known = FORMATS[format]
     codes = np.arange(2 ** (bits - 1))
     exponent, fraction = codes >> known.fraction, codes & (2**known.fraction - 1)
     normal = np.ldexp(1 + fraction / 2**known.fraction, exponent - 1 + known.least)
     half = np.where(exponent == 0, np.ldexp(fraction / 2**known.fraction, known.least), normal)
     if known.beyond is not None and known.minus_zero:
-        # fn: the last code alone is NaN. With infinities, the first past the largest is one, the rest are NaN.
+        # fn: only the last code is NaN. With infinities, the first code past the largest is infinite, the rest are NaN.
         first = int(np.argmax(half > known.largest))
         half[first:] = np.nan
         if np.isinf(known.beyond):
@@ -190,14 +191,14 @@ def _values(format: str, bits: int) -> Array:
 
 
 def carried(element: Element, array: Any) -> Array:
-    """An array of the file's own type as the array that a graph takes in its place."""
+    """Convert an array of the file's own type to the array that a graph takes."""
     given: Array = np.asarray(array)
     bits64: Array = given.astype(np.uint64) if element.name == "UINT64" else given
     return bits64.view(np.int64) if element.name == "UINT64" else given.astype(element.carrier.numpy or np.float32)
 
 
 def restored(element: Element, array: Any) -> Array:
-    """A graph's result as an array of the file's own type, where NumPy has that; else as it is carried."""
+    """Convert a graph's result to an array of the file's own type, if NumPy has it; else return the carrier's array."""
     found: Array = np.asarray(array)
     if element.name == "UINT64":
         return found.view(np.uint64)

@@ -70,7 +70,7 @@ def _is_inf(site: OnnxSite) -> Made:
 def _gelu(site: OnnxSite) -> Made:
     kind = site.text("approximate", "none")
     if kind not in ("none", "tanh"):
-        site.malformed(f"approximate is {kind!r}")
+        site.malformed(f"unknown approximate {kind!r}")
     return site.b.gelu_tanh(site.x(0)) if kind == "tanh" else site.b.gelu(site.x(0))
 
 
@@ -80,7 +80,7 @@ def _swish(site: OnnxSite) -> Made:
     return b.silu(x) if alpha == 1.0 else x * b.sigmoid(x * alpha)
 
 
-# -- activations with constants of their own -----------------------------------------------------------------------
+# -- activations with default constants ----------------------------------------------------------------------------
 
 
 @operator("LeakyRelu", latest=16, first=6)
@@ -139,9 +139,9 @@ def _cosh(site: OnnxSite) -> Made:
 
 @operator("Dropout", latest=22, first=7)
 def _dropout(site: OnnxSite) -> Made:
-    """Nothing is dropped at inference."""
+    """Dropout at inference is the identity."""
     site.ignore("seed", "ratio")
     if site.has(2) and bool(site.scalar(2)) and (not site.has(1) or float(site.scalar(1)) != 0):
-        site.refuse("training mode draws random numbers")
+        site.refuse("training mode is not supported: it draws random numbers")
     x = site.x(0)
     return [x, site.b.expand(site.b.constant(True), shape=x.shape)] if len(site.wanted) > 1 and site.wanted[1] else x

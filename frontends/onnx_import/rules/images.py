@@ -1,7 +1,7 @@
 """ONNX operators of vision models around their transformers: Resize, ConvTranspose.
 
-A resize is linear and one axis after the other: each is a product with a matrix [new, old] that is known at import.
-Where the sizes are symbolic, the places of the new elements are computed at the call, and elements gathered from there.
+A resize is linear and separable: along each axis it is a product with a matrix [new, old] that is known at import. If
+the sizes are symbolic, the positions of the new elements are computed at the call, and elements are gathered there.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from treadle.ir.types import f64, i64
 Floats = npt.NDArray[np.float64]
 
 _MOST = 4096
-"""The largest axis, old or new, that a matrix of a resize is made for."""
+"""Maximum size of an axis, old or new, for which a resize uses a matrix."""
 
 # -- resize --------------------------------------------------------------------------------------------------------
 
 
 @operator("Resize", latest=19, first=11)
 def _resize(site: OnnxSite) -> Made:
-    """The form of the edges' and the pixels' places, the filter, and the rounding of the nearest are attributes."""
+    """Attributes select the coordinates of edges and pixels, the filter, and the rounding of the nearest."""
     b, x = site.b, site.x(0)
     mode, places = site.text("mode", "nearest"), site.text("coordinate_transformation_mode", "half_pixel")
     cubic, outside = site.float("cubic_coeff_a", -0.75), bool(site.int("exclude_outside", 0))
@@ -42,16 +42,16 @@ def _resize(site: OnnxSite) -> Made:
     site.ignore("extrapolation_value")
     axes = tuple(site.axis(a, x.rank) for a in site.ints("axes") or range(x.rank))
     if places == "tf_crop_and_resize":
-        site.refuse("with a region of interest")
+        site.refuse("a region of interest is not supported")
     new, scales = _targets(site, x, axes, policy)
     for axis, size, scale in zip(axes, new, scales, strict=True):
         old = x.shape[axis]
         if size == old and scale in (1.0, None):
             continue
         if mode not in ("nearest", "linear", "cubic") or (mode != "nearest" and not x.dtype.is_float):
-            site.refuse(f"mode {mode} of {x.dtype}")
+            site.refuse(f"mode {mode} of {x.dtype} is not supported")
         if old.constant == 0 or size.constant == 0:
-            site.refuse(f"an axis of {old} to {size}")
+            site.refuse(f"an axis of {old} cannot be resized to {size}")
         if old.constant is not None and size.constant is not None and max(old.constant, size.constant) <= _MOST:
             ends = old.constant, size.constant
             by = ends[1] / ends[0] if scale is None else scale
@@ -64,7 +64,7 @@ def _resize(site: OnnxSite) -> Made:
                 x = _product(site, x, matrix, axis)
             continue
         if mode == "cubic" or (mode == "linear" and antialias and (scale is None or scale < 1)):
-            site.refuse_symbolic(f"mode {mode} from an axis of size {old} to {size}", old, size)
+            site.refuse_symbolic(f"mode {mode} from an axis of size {old} to {size} is not supported", old, size)
         count, wanted = (b.size(value=n, dtype=f64) for n in (old, size))
         at = _coordinates(site, places, b.iota(size=size).cast(f64), (count, wanted), scale, b.where)
         x = _taken_nearest(site, x, axis, at, nearest) if mode == "nearest" else _between(site, x, axis, at, outside)
@@ -72,12 +72,12 @@ def _resize(site: OnnxSite) -> Made:
 
 
 def _targets(site: OnnxSite, x: Expr, axes: Sequence[int], policy: str) -> tuple[list[Size], list[float | None]]:
-    """The new sizes of the axes, and the scales by which places are found; None: the ratio of the sizes."""
+    """Return the new sizes of the axes, and the scales that determine positions; None: the ratio of the sizes."""
     old = [x.shape[a] for a in axes]
     if site.has(3) and site.shape(3) != (Size.of(0),):
         new = site.sizes(3)
         if len(new) != len(axes):
-            site.malformed(f"{len(new)} sizes for {len(axes)} axes")
+            site.malformed(f"{len(new)} sizes do not fit {len(axes)} axes")
         if policy == "stretch":
             return new, [None] * len(axes)
         told = [
@@ -85,12 +85,12 @@ def _targets(site: OnnxSite, x: Expr, axes: Sequence[int], policy: str) -> tuple
             for pair in zip(new, old, strict=True)
         ]
         if any(o == 0 for _, o in told):
-            site.refuse("of an axis of size 0")
+            site.refuse("an axis of size 0 is not supported")
         ratio = (min if policy == "not_larger" else max)(n / o for n, o in told)
         return [Size.of(math.floor(ratio * o + 0.5)) for _, o in told], [ratio] * len(axes)
     scales = [float(s) for s in site.content(2).flat]
     if len(scales) != len(axes) or any(not (0 < s < math.inf) for s in scales):
-        site.malformed(f"scales {scales[:8]} for {len(axes)} axes")
+        site.malformed(f"scales {scales[:8]} do not fit {len(axes)} axes")
     return [_scaled(site, o, s) for o, s in zip(old, scales, strict=True)], list(scales)
 
 
@@ -99,22 +99,23 @@ def _scaled(site: OnnxSite, size: Size, scale: float) -> Size:
     if size.constant is not None:
         return Size.of(math.floor(size.constant * scale))
     ratio = Fraction(scale)
-    if ratio.denominator > _MOST:  # 0.6 is not, and what a product with it rounds to depends on the size
-        site.refuse_symbolic(f"an axis of size {size} by {scale}", size)
+    if ratio.denominator > _MOST:  # 0.6 is not such a ratio, and the rounding of a product with it depends on the size
+        site.refuse_symbolic(f"an axis of size {size} cannot be scaled by {scale}", size)
     return size * ratio.numerator // ratio.denominator
 
 
 def _coordinates(
     site: OnnxSite, places: str, i: Any, ends: tuple[Any, Any], scale: float | None, where: Callable[..., Any]
 ) -> Any:
-    """Where the new elements i lie among the old ones: in NumPy, or in the graph, whose sizes are scalars there.
+    """Return the positions of the new elements i among the old: in NumPy, or in the graph, whose sizes are scalars
+    there.
 
-    ends    the old size and the new one
-    scale   None: their ratio, which is multiplied before it divides, so that a place between two elements, or on one,
-            is found exactly there
+    ends    the old size and the new size
+    scale   None: the ratio of the sizes, which is multiplied before it divides, so that a position between two
+            elements, or on one, is exact
     """
     old, new = ends
-    whole = new if scale is None else old * scale  # before it was rounded
+    whole = new if scale is None else old * scale  # before rounding
 
     def back(place: Any) -> Any:
         return place * old / new if scale is None else place / scale
@@ -130,11 +131,11 @@ def _coordinates(
             return i * (old - 1) / where(new > 1, whole - 1, whole * 0.0 + 1.0)
         case "asymmetric":
             return back(i)
-    site.malformed(f"coordinate_transformation_mode is {places!r}")
+    site.malformed(f"unknown coordinate_transformation_mode {places!r}")
 
 
 def _taken_nearest(site: OnnxSite, x: Expr, axis: int, at: Expr, mode: str) -> Expr:
-    """The elements of x that lie nearest to places along an axis, found at the call."""
+    """Return the elements of x nearest to positions along an axis, which are computed at the call."""
     b = site.b
     match mode:
         case "round_prefer_floor":
@@ -146,12 +147,12 @@ def _taken_nearest(site: OnnxSite, x: Expr, axis: int, at: Expr, mode: str) -> E
         case "ceil":
             index = -b.floor(-at)
         case _:
-            site.malformed(f"nearest_mode is {mode!r}")
+            site.malformed(f"unknown nearest_mode {mode!r}")
     return b.gather(x, _within(b, index, x.shape[axis]), axis=axis)
 
 
 def _between(site: OnnxSite, x: Expr, axis: int, at: Expr, exclude: bool) -> Expr:
-    """x between its elements: each two neighbours, weighed by how near they lie to places along an axis."""
+    """Interpolate x: each pair of neighbours, weighted by their distance to positions along an axis."""
     b, size = site.b, x.shape[axis]
     first, ones = b.floor(at), " ".join("1" * (x.rank - 1 - axis))
     total: Expr | None = None
@@ -172,7 +173,7 @@ def _between(site: OnnxSite, x: Expr, axis: int, at: Expr, exclude: bool) -> Exp
 
 
 def _within(b: Builder, index: Expr, size: Size) -> Expr:
-    """Positions on an axis of a size; those past an edge are at the edge."""
+    """Return positions clamped to an axis of a size."""
     last = b.size(value=size - 1, dtype=f64)
     return b.maximum(b.minimum(index, last), 0.0).cast(i64)
 
@@ -188,7 +189,7 @@ def _nearest(site: OnnxSite, mode: str, at: Floats, old: int) -> npt.NDArray[np.
         case "ceil":
             index = np.ceil(at)
         case _:
-            site.malformed(f"nearest_mode is {mode!r}")
+            site.malformed(f"unknown nearest_mode {mode!r}")
     return np.clip(index, 0, old - 1).astype(np.int64)
 
 
@@ -197,7 +198,7 @@ def _linear(distance: Floats) -> Floats:
 
 
 def _cubic(a: float, distance: Floats) -> Floats:
-    """The convolution of Keys 1981."""
+    """The cubic convolution kernel of Keys 1981."""
     d = np.abs(distance)
     near = ((a + 2) * d - (a + 3)) * d * d + 1
     far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
@@ -205,7 +206,7 @@ def _cubic(a: float, distance: Floats) -> Floats:
 
 
 def _matrix(at: Floats, old: int, kernel: object, reach: int, scale: float, exclude: bool, antialias: bool) -> Floats:
-    """[new, old]: how much each old element counts in each new one. Past an edge, the edge's own element counts."""
+    """[new, old]: the weight of each old element in each new element. Past an edge, the edge's element counts."""
     assert callable(kernel)
     stretch = max(1 / scale, 1.0) if antialias else 1.0
     span = math.ceil(reach * stretch) + 1
@@ -236,7 +237,7 @@ def _product(site: OnnxSite, x: Expr, matrix: Floats, axis: int) -> Expr:
 
 @operator("ConvTranspose", latest=22)
 def _conv_transpose(site: OnnxSite) -> Made:
-    """The gradient of a convolution by its input: each element spreads a kernel, and what overlaps is added.
+    """The gradient of a convolution by its input: each element spreads a kernel, and overlaps are added.
 
     x [b, c, *spatial], weight [c, o / groups, *kernel], bias [o]
     """
@@ -260,11 +261,11 @@ def _conv_transpose(site: OnnxSite) -> Made:
 
 
 def _transposed_windows(site: OnnxSite, x: Expr, kernel: Sequence[Size], beyond: Sequence[int]) -> WindowGeometry:
-    """The windows whose convolution ConvTranspose is the transpose of; padding may be what gives the wanted sizes."""
+    """Return the windows of the convolution that ConvTranspose transposes; output_shape may determine the padding."""
     automatic, asked = site.text("auto_pad", "NOTSET"), site.ints("output_shape")
     spatial = len(kernel)
     if len(beyond) != spatial or (asked is not None and len(asked) < spatial):
-        site.malformed(f"output_padding or output_shape is not for {spatial} axes")
+        site.malformed(f"output_padding or output_shape does not fit {spatial} axes")
     if asked is None and automatic not in ("SAME_UPPER", "SAME_LOWER"):
         return windows_of(site, x, kernel)
     strides, dilations = steps(site, spatial)
@@ -277,7 +278,7 @@ def _transposed_windows(site: OnnxSite, x: Expr, kernel: Sequence[Size], beyond:
 
 
 def _cut(site: OnnxSite, y: Expr, axis: int, before: Size, after: Size) -> Expr:
-    """y without that many elements on both sides of an axis; with so many zeros more where they are negative."""
+    """Return y without `before` and `after` elements at the ends of an axis; negative numbers append zeros."""
     b, symbols = site.b, site.importer.graph.symbols
     missing, cut = [ZERO, ZERO], [ZERO, ZERO]
     for side, size in enumerate((before, after)):
@@ -286,7 +287,7 @@ def _cut(site: OnnxSite, y: Expr, axis: int, before: Size, after: Size) -> Expr:
         elif is_at_least(ZERO, size, symbols):
             missing[side] = -size
         else:
-            site.refuse_symbolic(f"a padding of {size}, which is negative for some sizes", size)
+            site.refuse_symbolic(f"a padding of {size} is negative for some sizes", size)
     if any(size != ZERO for size in missing):
         y = b.pad(y, axis=axis, before=missing[0], after=missing[1])
     if any(size != ZERO for size in cut):

@@ -1,4 +1,4 @@
-"""ONNX operators that read and write at places which another operand holds: Gather, Scatter, Trilu, OneHot."""
+"""ONNX operators that read and write at positions in an index operand: Gather, Scatter, Trilu, OneHot."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from treadle.ir.types import i64
 
 
 def from_start(site: OnnxSite, position: int, size: Size) -> Expr:
-    """Indices of an input, negative ones counted from the start of their axis."""
+    """Return the indices of an input with negative indices converted to positions from the start of their axis."""
     b, value = site.b, site.value(position)
     content = value.content
     if content is not None and content.dtype != object:
@@ -31,7 +31,7 @@ def from_start(site: OnnxSite, position: int, size: Size) -> Expr:
 
 @operator("Gather", latest=13, moves=(0,))
 def _gather(site: OnnxSite) -> Made:
-    """Slices along one axis. Of a weight's rows, as an embedding is read, a negative index is refused at the call."""
+    """Slices along one axis. For a weight's rows, as in an embedding, a negative index is refused at the call."""
     b, x, held = site.b, site.x(0), site.value(1)
     axis = site.axis(site.int("axis", 0), x.rank)
     content = held.content
@@ -54,7 +54,7 @@ def _gather_elements(site: OnnxSite) -> Made:
 
 
 def _cut_to(b: Builder, x: Expr, shape: Sequence[Size], axis: int) -> Expr:
-    """x without what lies past `shape` along the other axes."""
+    """Slice x to `shape` along the axes other than `axis`."""
     for i, size in enumerate(shape):
         if i != axis and x.shape[i] != size:
             x = b.slice(x, axis=i, stop=size)
@@ -76,14 +76,14 @@ def _gather_nd(site: OnnxSite) -> Made:
 
 
 def _places(site: OnnxSite, x: Expr, position: int, batch: int) -> tuple[Expr, list[Size], int]:
-    """Indices of several axes as row numbers of x with these axes (and those of the batch) as one: [points].
+    """Return indices of several axes as row numbers of x with these axes (and the batch axes) flattened: [points].
 
-    Returns them, the sizes of the points' axes, and how many axes an index is of.
+    Returns them, the sizes of the points' axes, and the number of axes in an index.
     """
     b, indices, shape = site.b, site.x(position).cast(i64), site.shape(position)
-    depth = site.number(shape[-1], "how many axes an index is of")
+    depth = site.number(shape[-1], "the number of axes in an index")
     if not 1 <= depth <= x.rank - batch:
-        site.malformed(f"indices of {shape[-1]} axes for rank {x.rank}")
+        site.malformed(f"indices of {shape[-1]} axes do not fit rank {x.rank}")
     places: Expr | None = None
     for k in range(depth):
         size = x.shape[batch + k]
@@ -105,12 +105,12 @@ def _places(site: OnnxSite, x: Expr, position: int, batch: int) -> tuple[Expr, l
 
 
 def _written(b: Builder, x: Expr, rows: Expr, updates: Expr, kind: str, site: OnnxSite) -> Expr:
-    """x [rows, ...] with updates [points, ...] put at, or added to, row numbers."""
+    """Return x [rows, ...] with updates [points, ...] written at, or added to, row numbers."""
     if kind == "add":
         return b.index_add(x, rows, updates, axis=0)
     if kind != "none":
         site.refuse(f"reduction {kind}")
-    # The last update of a place holds: of each row, the greatest number among the updates that go there.
+    # The last update of a position wins: for each row, the largest number among its updates.
     points, size = updates.shape[0], x.shape[0]
     at = b.equal(
         b.rearrange(rows, pattern="p -> 1 p"), b.rearrange(b.iota(size=size, dtype=rows.dtype), pattern="n -> n 1")
@@ -144,7 +144,7 @@ def _scatter_elements(site: OnnxSite) -> Made:
     whole = all(i == axis or x.shape[i] == s for i, s in enumerate(indices.shape))
     if kind == "add" and whole:
         return b.scatter_add(x, indices, updates, axis=axis)
-    # Row numbers of x with all of its axes as one.
+    # Row numbers of x with all of its axes flattened.
     places: Expr | None = None
     for i, size in enumerate(x.shape):
         names = ["1"] * x.rank
@@ -165,7 +165,7 @@ def _scatter_elements(site: OnnxSite) -> Made:
 
 @operator("TensorScatter", latest=24)
 def _tensor_scatter(site: OnnxSite) -> Made:
-    """A cache with an update written along one axis, each row of the batch from a place of its own."""
+    """A cache with an update written along one axis, each batch row from its own position."""
     b, cache, update = site.b, site.x(0), site.x(1)
     axis, circular = site.axis(site.int("axis", -2), cache.rank), site.text("mode", "linear") == "circular"
     if axis == 0:
@@ -187,7 +187,7 @@ def _tensor_scatter(site: OnnxSite) -> Made:
 
 
 def _along(b: Builder, x: Expr, axis: int, rank: int) -> Expr:
-    """A vector laid along one axis of a tensor."""
+    """Return a vector placed along one axis of a tensor."""
     names = ["1"] * rank
     names[axis] = "n"
     return b.rearrange(x, pattern=f"n -> {' '.join(names)}")
@@ -232,7 +232,7 @@ def _one_hot(site: OnnxSite) -> Made:
 
 @operator("ReverseSequence", latest=10)
 def _reverse_sequence(site: OnnxSite) -> Made:
-    """The first lengths[b] elements of each row, backwards."""
+    """The first lengths[b] elements of each row, reversed."""
     b, x = site.b, site.x(0)
     batch, time = site.int("batch_axis", 1), site.int("time_axis", 0)
     place = _along(b, b.iota(size=x.shape[time]), time, x.rank)

@@ -1,4 +1,4 @@
-"""ONNX operators that put parts together and take them apart: Concat, Split, Slice and Pad."""
+"""ONNX operators that join and split tensors: Concat, Split, Slice and Pad."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ def _split(site: OnnxSite) -> Made:
         parts = given
     else:
         if asked is not None and asked != count:
-            site.malformed(f"{asked} parts for {count} outputs")
+            site.malformed(f"{asked} parts do not fit {count} outputs")
         each = size.divide(count)
         if each is None:
             if size.constant is None:
-                site.refuse_symbolic(f"an axis of size {size} into {count} equal parts", size)
+                site.refuse_symbolic(f"an axis of size {size} cannot be split into {count} equal parts", size)
             step = -(-size.constant // count)
             parts = [Size.of(max(min(step, size.constant - i * step), 0)) for i in range(count)]
         else:
             parts = [each] * count
     if len(parts) != len(site.node.output):
-        site.malformed(f"{len(parts)} parts for {len(site.node.output)} outputs")
+        site.malformed(f"{len(parts)} parts do not fit {len(site.node.output)} outputs")
     whole = sum(parts, ZERO)
     if whole != size:
-        site.mismatched(f"parts of {whole} in all, of an axis of size {size}", whole, size)
+        site.mismatched(f"parts with a sum of {whole} do not fit an axis of size {size}", whole, size)
     made, start = [], ZERO
     for part in parts:
         made.append(b.slice(x, axis=axis, start=start, stop=start + part))
@@ -77,20 +77,20 @@ def _slice(site: OnnxSite) -> Made:
         steps = site.numbers(4) if site.has(4) else (1,) * len(starts)
     axes = tuple(range(len(starts))) if axes is None else axes
     if not len(starts) == len(ends) == len(axes) == len(steps):
-        site.malformed("starts, ends, axes and steps are not equally many")
+        site.malformed("starts, ends, axes and steps differ in length")
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         x = _sliced(site, x, start, end, site.axis(axis, x.rank), step)
     return x
 
 
 _FAR = 2**31 - 1
-"""Ends of this and more mean the end of any axis."""
+"""An end of this or more is the end of any axis."""
 
 
 def _clamped(site: OnnxSite, edge: Size, size: Size, low: int, high: Size) -> Size:
-    """An edge of a slice: from the end where it is negative, and within [low, high].
+    """Return an edge of a slice: from the end if it is negative, and within [low, high].
 
-    Where only some sizes would have to be clamped, it is left as it is: the graph refuses those.
+    If only some sizes would need clamping, it stays as it is: the graph refuses those sizes.
     """
     number, symbols = edge.constant, site.importer.graph.symbols
     if number is not None and number >= _FAR:
@@ -111,7 +111,7 @@ def _clamped(site: OnnxSite, edge: Size, size: Size, low: int, high: Size) -> Si
 def _sliced(site: OnnxSite, x: Expr, start: Size, end: Size, axis: int, step: int) -> Expr:
     b, size = site.b, x.shape[axis]
     if step == 0:
-        site.malformed("a step of 0")
+        site.malformed("a step must not be 0")
     if step > 0:
         first, last = (_clamped(site, edge, size, 0, size) for edge in (start, end))
         if is_at_least(first, last, site.importer.graph.symbols):
@@ -132,7 +132,7 @@ def _sliced(site: OnnxSite, x: Expr, start: Size, end: Size, axis: int, step: in
 
 @operator("Pad", latest=25)
 def _pad(site: OnnxSite) -> Made:
-    """Before and after each axis, with a constant, the edge, a reflection, or the other end; negative: cut."""
+    """Pad before and after each axis, with a constant, the edge, a reflection, or the other end; negative pads crop."""
     b, x = site.b, site.x(0)
     mode = site.text("mode", "constant")
     if site.version < 11:
@@ -144,7 +144,7 @@ def _pad(site: OnnxSite) -> Made:
     if site.version >= 18 and site.has(3):
         axes = [site.axis(n, x.rank) for n in site.numbers(3)]  # type: ignore[assignment]
     if len(pads) != 2 * len(axes):
-        site.malformed(f"{len(pads)} pads for {len(axes)} axes")
+        site.malformed(f"{len(pads)} pads do not fit {len(axes)} axes")
     for axis, before, after in zip(axes, pads[: len(axes)], pads[len(axes) :], strict=True):
         cut = [-n.constant if n.constant is not None and n.constant < 0 else 0 for n in (before, after)]
         if any(cut):
@@ -157,18 +157,18 @@ def _pad(site: OnnxSite) -> Made:
         elif mode in ("edge", "reflect", "wrap"):
             x = b.gather(x, _border(site, x.shape[axis], before, after, mode), axis=axis)
         else:
-            site.malformed(f"mode is {mode!r}")
+            site.malformed(f"unknown mode {mode!r}")
     return x
 
 
 def _fill(site: OnnxSite) -> Any:
-    """What is padded with: a number, or the scalar that holds it."""
+    """Return the fill value: a number, or the scalar that holds it."""
     if not site.has(2):
         return 0
     content = site.value(2).content
     if content is not None and content.dtype != object and content.size == 1:
         number = content.reshape(()).item()
-        if content.dtype != np.int64 or abs(number) < 2**53:  # which a float attribute holds
+        if content.dtype != np.int64 or abs(number) < 2**53:  # a number that a float attribute represents exactly
             return number
     return reshaped(site.b, site.x(2), [])[0]
 
@@ -183,14 +183,14 @@ def _padded(b: Builder, x: Expr, axis: int, before: Size, after: Size, value: An
 
 
 def _border(site: OnnxSite, size: Size, before: Size, after: Size, mode: str) -> Expr:
-    """Where along an axis each element of its padded form is read."""
+    """Return the source position of each element along a padded axis."""
     n, lead, tail = size.constant, before.constant, after.constant
     if n is None or lead is None or tail is None:
         return _symbolic_border(site.b, size, before, after, mode)
     if n == 0:
-        site.refuse(f"mode {mode} of an axis of no size")
+        site.refuse(f"mode {mode} of an empty axis is not supported")
     if n + lead + tail > 1 << 20:
-        site.refuse(f"mode {mode} to an axis of {n + lead + tail}")
+        site.refuse(f"mode {mode} cannot pad to an axis of {n + lead + tail}")
     places = np.arange(-lead, n + tail)
     if mode == "edge":
         places = np.clip(places, 0, n - 1)
@@ -204,7 +204,7 @@ def _border(site: OnnxSite, size: Size, before: Size, after: Size, mode: str) ->
 
 
 def _symbolic_border(b: Builder, size: Size, before: Size, after: Size, mode: str) -> Expr:
-    """The same, where it is known at the call."""
+    """Return the same for symbolic sizes, computed at the call."""
     places = b.iota(size=before + size + after) - extent(b, before)
     last = extent(b, size) - 1
     if mode == "edge":

@@ -1,4 +1,4 @@
-"""ONNX operators that reduce windows: pools over windows of a size, and over all that there is."""
+"""ONNX operators that reduce windows: pools over windows of a fixed size, and global pools."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from treadle.ir.sizing.sizes import ZERO, Size
 
 
 class Pool:
-    """One node's windows over x, with the number of windows rounded up if it says so.
+    """One node's windows over x; with ceil_mode, the number of windows is rounded up.
 
-    asked   with the padding that it asks for
-    found   with what the last windows need after it
+    asked   with the node's own padding
+    found   with the additional padding that the last windows need
     """
 
     def __init__(self, site: OnnxSite) -> None:
@@ -35,7 +35,7 @@ class Pool:
             self.found = replace(self.asked, after=tuple(map(Size.of, ends)))
 
     def apply(self, op: str, x: Expr, over: WindowGeometry, fill: float = 0.0) -> Expr:
-        """An op over the windows of x, whose last axes they go over; `fill` is what the op takes for no element."""
+        """Apply an op over the windows of x, along its last axes; `fill` is the op's value for no element."""
         x, padding = over.apart(x, fill)
         made: Expr = x.builder.apply(
             op, x, kernel=self.kernel, strides=over.strides, dilations=over.dilations, padding=padding
@@ -46,15 +46,15 @@ class Pool:
 @operator("MaxPool", latest=22)
 def _max_pool(site: OnnxSite) -> Made:
     if any(site.wanted[1:]):
-        site.refuse("with the indices of the greatest elements as an output")
-    site.ignore("storage_order")  # of the indices
+        site.refuse("the indices of the maxima are not supported as an output")
+    site.ignore("storage_order")  # order of the indices
     pool = Pool(site)
     return pool.apply("max_pool", pool.x, pool.found, MaxPool.filling(pool.x.dtype))
 
 
 @operator("AveragePool", latest=22)
 def _average_pool(site: OnnxSite) -> Made:
-    """Padding that is asked for counts as zeros or not at all; what the last windows need after it never counts."""
+    """The node's own padding counts as zeros or not at all; the padding that the last windows need never counts."""
     pool, x = Pool(site), site.x(0)
     if not site.int("count_include_pad", 0):
         return _mean(pool, x, pool.found)
@@ -91,13 +91,13 @@ def _norm(site: OnnxSite, total: Callable[[Expr], Expr]) -> Expr:
     return made
 
 
-# -- all that there is ---------------------------------------------------------------------------------------------
+# -- global pools --------------------------------------------------------------------------------------------------
 
 
 def _spatial(site: OnnxSite) -> tuple[int, ...]:
     rank = len(site.shape(0))
     if rank < 2:
-        site.malformed(f"x must be [b, c, ...], has rank {rank}")
+        site.malformed(f"x must be [b, c, ...], but has rank {rank}")
     return tuple(range(2, rank))
 
 

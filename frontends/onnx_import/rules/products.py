@@ -28,7 +28,7 @@ def _gemm(site: OnnxSite) -> Made:
         x = b.rearrange(x, pattern="k m -> m k")
     turned = site.int("transB", 0)
     if not x.dtype.is_float and (alpha != 1 or beta != 1):
-        site.refuse("of integers with alpha or beta")
+        site.refuse("integers with alpha or beta are not supported")
     plain = turned and alpha == 1 and x.dtype.is_float
     if plain and (c is None or (beta == 1 and c.rank == 1 and c.shape == y.shape[:1])):
         return b.linear(x, y, c)
@@ -44,7 +44,7 @@ def _gemm(site: OnnxSite) -> Made:
 
 @operator("Einsum", latest=28)
 def _einsum(site: OnnxSite) -> Made:
-    """Letters and `...`; a letter that stands twice in a term takes its diagonal."""
+    """Letters and `...`; a letter that is repeated in a term takes its diagonal."""
     b, text = site.b, site.text("equation").replace(" ", "")
     left, arrow, right = text.partition("->")
     terms = left.split(",")
@@ -64,12 +64,12 @@ def _einsum(site: OnnxSite) -> Made:
         spelled.append(" ".join(names))
     result = " ".join(re.findall(r"\.\.\.|[A-Za-z]", right))
     if "..." in left and "..." not in right:
-        site.refuse("an equation that sums over `...`")
+        site.refuse("an equation that sums over `...` is not supported")
     return b.einsum(*operands, equation=f"{', '.join(spelled)} -> {result}")
 
 
 def _diagonal(site: OnnxSite, x: Expr, names: list[str], name: str) -> tuple[Expr, list[str]]:
-    """The elements of x whose places along two axes agree, the second axis summed away."""
+    """Return the elements of x whose positions along two axes agree, the second axis summed away."""
     b = site.b
     dots = x.rank - len(names) + 1 if "..." in names else 0
     spread = [n for name in names for n in (["..."] * dots if name == "..." else [name])]
@@ -92,7 +92,7 @@ def _conv(site: OnnxSite) -> Made:
 
 
 def convolution(site: OnnxSite, x: Expr, weight: Expr, bias: Expr | None) -> Expr:
-    """The convolution that a node's attributes say."""
+    """Return the convolution of a node's attributes."""
     found = windows_of(site, x, kernel_sizes(site, weight))
     padded, padding = found.apart(x)
     made: Expr = site.b.conv(

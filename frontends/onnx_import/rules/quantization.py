@@ -1,10 +1,10 @@
-"""ONNX operators on quantized tensors, by arithmetic on our ops that is exact where the operator's is on integers.
+"""ONNX operators on quantized tensors, by arithmetic on IR ops that is exact where the operator's is on integers.
 
     QuantizeLinear      saturate(round(x / scale) + zero_point)
     DequantizeLinear    (x - zero_point) * scale
     MatMulInteger       (a - a_zero_point) (b - b_zero_point), in 32-bit integers
 
-Products of 8-bit integers are summed in f64, which holds them exactly up to 2^53 and runs on the machine's float units.
+Products of 8-bit integers are summed in f64, which holds them exactly up to 2^53 and uses the CPU's float units.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ from treadle.ir.types import f32, f64, i32, i64
 
 
 def spread(site: OnnxSite, x: Expr, like: Sequence[Size], axis: int, block: int) -> Expr:
-    """A scale or zero point against a tensor of these sizes: one in all, one along an axis, or one a block of it."""
+    """Broadcast a scale or zero point to a tensor's sizes: one for the tensor, one per position of an axis, or one per
+    block.
+    """
     b, rank = site.b, len(like)
     if product(x.shape) == ONE and x.rank <= 1:
         return reshaped(b, x, [])[0]
     axis = site.axis(axis, rank)
     if x.rank == 1 and not block:
         if x.shape[0] != like[axis]:
-            site.mismatched(f"{x.shape[0]} scales along an axis of {like[axis]}", x.shape[0], like[axis])
+            site.mismatched(f"{x.shape[0]} scales do not fit an axis of {like[axis]}", x.shape[0], like[axis])
         return reshaped(b, x, [x.shape[0] if i == axis else ONE for i in range(rank)])[0]
     if x.rank != rank or not block:
         site.malformed(f"scales of shape [{', '.join(map(str, x.shape))}], with blocks of {block}")
@@ -47,7 +49,7 @@ def spread(site: OnnxSite, x: Expr, like: Sequence[Size], axis: int, block: int)
 
 
 def saturated(b: Builder, x: Expr, to: Element) -> Expr:
-    """Whole numbers in a float dtype as an integer type, those out of its range at its ends."""
+    """Convert integers in a float dtype to an integer type, clamped to its range."""
     assert to.least is not None
     assert to.greatest is not None
     held = b.minimum(b.maximum(x, float(to.least)), float(to.greatest))
@@ -61,7 +63,7 @@ def _quantize(site: OnnxSite) -> Made:
     saturate, asked, precision = bool(site.int("saturate", 1)), site.int("output_dtype", 0), site.int("precision", 0)
     to = site.element(2) if site.has(2) else site.importer.element(asked or 2)
     if asked and asked != to.number:
-        site.malformed("output_dtype is not the zero point's")
+        site.malformed("output_dtype differs from the zero point's")
     dividing = site.importer.element(precision).carrier if precision else scale.dtype
     ratio = x.cast(dividing) / spread(site, scale.cast(dividing), x.shape, axis, block)
     return quantized(site, ratio, to, 2, axis, block, saturate)
@@ -70,7 +72,7 @@ def _quantize(site: OnnxSite) -> Made:
 def quantized(
     site: OnnxSite, ratio: Expr, to: Element, zero_point: int, axis: int, block: int, saturate: bool
 ) -> Known:
-    """Numbers of steps as a quantized type: rounded, shifted by the zero point of that input, and kept in range."""
+    """Convert numbers of steps to a quantized type: rounded, shifted by the zero point of that input, and clamped."""
     b = site.b
     zero = site.maybe(zero_point)
     if to.format is not None:
@@ -92,7 +94,7 @@ def _dequantize(site: OnnxSite) -> Made:
     to = site.importer.element(asked) if asked else site.element(1)
     zero = site.maybe(2)
     if zero is not None:
-        if held.is_int:  # of 8 bits and less, with room for the difference
+        if held.is_int:  # 8 bits or fewer, with room for the difference
             zero, x = zero.cast(i64 if held.bits == 32 else i32), x.cast(i64 if held.bits == 32 else i32)
         x = x - spread(site, zero, x.shape, axis, block)
     wide = f64 if scale.dtype is f64 else f32
@@ -102,19 +104,19 @@ def _dequantize(site: OnnxSite) -> Made:
 
 @operator("DynamicQuantizeLinear", latest=11, first=11)
 def _dynamic_quantize(site: OnnxSite) -> Made:
-    """To u8 by a scale and a zero point of the tensor's own range, which is made to hold 0."""
+    """Quantize to u8 by a scale and a zero point of the tensor's own range, extended to contain 0."""
     b, x = site.b, site.x(0)
     y, scale, zero = dynamically_quantized(b, x)
     return [y, scale, zero]
 
 
 def dynamically_quantized(b: Builder, x: Expr) -> tuple[Expr, Expr, Expr]:
-    """x as u8, the scale, and the zero point, by the tensor's own range."""
+    """Return x as u8, the scale, and the zero point, from the tensor's own range."""
     byte = named("UINT8")
     axes = tuple(range(x.rank))
     low = b.minimum(b.reduce_min(x, axes=axes), 0.0)
     high = b.maximum(b.reduce_max(x, axes=axes), 0.0)
-    # A tensor of zeros alone has no range: its scale is 1, as ONNX Runtime has it.
+    # A tensor of only zeros has no range: its scale is 1, as in ONNX Runtime.
     scale = b.where(high > low, (high - low) / 255.0, b.constant(1.0, x.dtype))
     zero = b.round(b.minimum(b.maximum(0.0 - low / scale, 0.0), 255.0))
     return saturated(b, b.round(x / scale) + zero, byte), scale, zero.cast(byte.carrier)
@@ -124,7 +126,7 @@ def dynamically_quantized(b: Builder, x: Expr) -> tuple[Expr, Expr, Expr]:
 
 
 def centered(site: OnnxSite, position: int, zero_point: int, axis: int) -> Expr:
-    """A quantized operand less its zero point, in f64. A vector of zero points lies along the axis."""
+    """Return a quantized operand minus its zero point, in f64. A vector of zero points runs along the axis."""
     x = site.x(position).cast(f64)
     if not site.has(zero_point):
         return x
@@ -137,7 +139,7 @@ def centered(site: OnnxSite, position: int, zero_point: int, axis: int) -> Expr:
 
 
 def in_int32(z: Expr, terms: Size) -> Expr:
-    """Exact sums of that many products of bytes as i32; those past its range lose their upper bits."""
+    """Return exact sums of `terms` products of bytes as i32; sums out of its range lose their upper bits."""
     count = terms.constant
     fits = count is not None and count * 255 * 255 < 2**31
     return z.cast(i32) if fits else z.cast(i64).cast(i32)
@@ -157,9 +159,9 @@ def _conv_integer(site: OnnxSite) -> Made:
 
 @operator("QLinearMatMul", latest=21, first=10)
 def _quantized_matmul(site: OnnxSite) -> Made:
-    """a, its scale and zero point, b and its own, and those of the result."""
+    """a, its scale and zero point, b, its scale and zero point, and the result's scale and zero point."""
     if any(len(site.shape(i)) > 1 for i in (1, 2, 4, 5, 6, 7)):
-        site.refuse("with scales of more than one axis")
+        site.refuse("scales of more than one axis are not supported")
     z = matmul(site.b, centered(site, 0, 2, -2), centered(site, 3, 5, -1))
     scale = [site.x(i).cast(f64) for i in (1, 4, 6)]
     along = [

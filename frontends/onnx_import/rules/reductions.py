@@ -18,7 +18,7 @@ from treadle.ir.types import f32, i64, u8
 
 
 def _axes(site: OnnxSite, by_input: int) -> tuple[int, ...]:
-    """The axes to reduce, which may be none; then what else the operator does, such as a logarithm, remains."""
+    """Return the axes to reduce, which may be empty; then the operator's other work, such as a logarithm, remains."""
     rank, none_is_none = len(site.shape(0)), site.int("noop_with_empty_axes", 0)
     axes = site.ints("axes") if site.version < by_input else site.numbers(1) if site.has(1) else None
     if not axes:
@@ -41,7 +41,7 @@ def _sum(site: OnnxSite, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
 
 def _mean(site: OnnxSite, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
     if x.dtype.is_int:
-        site.refuse("of integers")
+        site.refuse("integers are not supported")
     return site.b.reduce_mean(x, axes=axes, keep=keep) if axes else x
 
 
@@ -67,7 +67,7 @@ def _extremum(ours: str, empty: float) -> Callable[[OnnxSite, Expr, tuple[int, .
 
 
 def _log_sum_exp(site: OnnxSite, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
-    """With the largest taken out, so that nothing overflows."""
+    """The maximum is subtracted first, so that nothing overflows."""
     b = site.b
     if not axes:
         return x
@@ -99,7 +99,7 @@ def _reduce_prod(site: OnnxSite) -> Made:
     for axis in sorted(axes, reverse=True):
         size = site.number(x.shape[axis], "the size of an axis")
         if size > 64:
-            site.refuse("over an axis of more than 64")
+            site.refuse("an axis of more than 64 elements is not supported")
         parts = [b.slice(x, axis=axis, start=i, stop=i + 1) for i in range(size)]
         shape = [1 if i == axis else n for i, n in enumerate(x.shape)]
         x = parts[0] if parts else b.expand(b.constant(1, x.dtype), shape=tuple(shape))
@@ -118,12 +118,12 @@ def _softmax(name: str, ours: str) -> None:
         b, x = site.b, site.x(0)
         axis = site.axis(site.int("axis", -1 if site.version >= 13 else 1), max(x.rank, 1))
         if x.rank == 0:
-            site.refuse("of a scalar")
+            site.refuse("a scalar is not supported")
         if any(size.constant == 0 for size in x.shape):
             return x
         if site.version >= 13 or axis == x.rank - 1:
             return b.apply(ours, x, axis=axis)
-        # Before version 13: over all axes from this one on, taken together.
+        # Before version 13: over all axes from this one on, flattened.
         rows = [*x.shape[:axis], product(x.shape[axis:])]
         together, _ = reshaped(b, x, rows)
         return reshaped(b, b.apply(ours, together, axis=-1), x.shape)[0]
@@ -137,7 +137,7 @@ _softmax("LogSoftmax", "log_softmax")
 
 
 def _fits_last_axis(site: OnnxSite, axis: int) -> bool:
-    """Whether weights of a normalization have the last axis alone, which it goes over."""
+    """Return True if weights of a normalization have only the last axis, which is the normalized axis."""
     x = site.x(0)
     if site.axis(axis, x.rank) != x.rank - 1:
         return False
@@ -146,7 +146,7 @@ def _fits_last_axis(site: OnnxSite, axis: int) -> bool:
 
 @operator("LayerNormalization", latest=17)
 def _layer_norm(site: OnnxSite) -> Made:
-    """Over the last axis, with its statistics in f32 (or f64); other cases are the operator's own function."""
+    """Normalize over the last axis, with statistics in f32 (or f64); other cases use the operator's function body."""
     x = site.x(0)
     axis, eps, stash = site.int("axis", -1), site.float("epsilon", 1e-5), site.int("stash_type", 1)
     extra = any(site.wanted[1:])
@@ -167,11 +167,11 @@ def _rms_norm(site: OnnxSite) -> Made:
 
 @operator("BatchNormalization", latest=15, first=7)
 def _batch_norm(site: OnnxSite) -> Made:
-    """At inference: by the statistics that are given."""
+    """Batch norm at inference, with the given statistics."""
     b, x, eps = site.b, site.x(0), site.float("epsilon", 1e-5)
     site.ignore("momentum")
     if site.int("training_mode", 0) or site.int("spatial", 1) != 1 or any(site.wanted[1:]):
-        site.refuse("in training mode")
+        site.refuse("training mode is not supported")
     ones = " ".join("1" * (x.rank - 2))
     scale, bias, mean, variance = (b.rearrange(site.x(i), pattern=f"c -> c {ones}") for i in range(1, 5))
     if not x.dtype.is_float or any(v.dtype is not x.dtype for v in (scale, bias, mean, variance)):
@@ -196,7 +196,7 @@ def _lp_norm(site: OnnxSite) -> Made:
     b, x = site.b, site.x(0)
     axis, p = site.axis(site.int("axis", -1), x.rank), site.int("p", 2)
     if p not in (1, 2):
-        site.refuse(f"of order {p}")
+        site.refuse(f"order {p} is not supported")
     powers = b.abs(x) if p == 1 else x * x
     total = b.reduce_sum(powers, axes=(axis,), keep=True)
     nothing, one = b.equal(total, 0), b.constant(1, x.dtype)
@@ -231,7 +231,7 @@ def _argument(name: str, latest: int, least: bool) -> None:
 
 
 def _reversed_order(site: OnnxSite, x: Expr) -> Expr:
-    """Numbers whose order is the reverse of x's: of integers, -1 - x, which does not overflow."""
+    """Return numbers in the reverse order of x; for integers, -1 - x, which does not overflow."""
     if x.dtype.is_float:
         return -x
     b = site.b
@@ -245,13 +245,13 @@ _argument("ArgMin", 13, least=True)
 @operator("TopK", latest=24)
 def _top_k(site: OnnxSite) -> Made:
     b = site.b
-    site.ignore("sorted")  # in order is one of the orders that it leaves open
+    site.ignore("sorted")  # sorted order is one of the orders that it leaves open
     unsigned = site.element(0).name == "UINT64"
     x = in_order(b, site.x(0), unsigned)
     k = site.int("k") if site.version < 10 else int(site.scalar(1))
     axis, largest = site.axis(site.int("axis", -1), x.rank), site.int("largest", 1)
     if k < 0:
-        site.malformed(f"k must be 0 or more, is {k}")
+        site.malformed(f"k must be 0 or more, not {k}")
     if k == 0:
         none = b.slice(site.x(0), axis=axis, start=0, stop=0)
         return [none, b.expand(b.constant(0, i64), shape=none.shape)]
@@ -273,7 +273,7 @@ def _hardmax(site: OnnxSite) -> Made:
 
 
 def _hard(b: Builder, x: Expr, axis: int) -> Expr:
-    """1 at the first of the greatest along an axis, 0 elsewhere."""
+    """1 at the first maximum along an axis, 0 elsewhere."""
     first = b.argmax(x, axis=axis, keep=True)
     names = ["1"] * x.rank
     names[axis] = "n"

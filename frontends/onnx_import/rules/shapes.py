@@ -1,4 +1,4 @@
-"""ONNX operators that give elements other places: Reshape, Transpose, Expand, Tile, DepthToSpace, ..."""
+"""ONNX operators that rearrange elements: Reshape, Transpose, Expand, Tile, DepthToSpace, ..."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def _reshape(site: OnnxSite) -> Made:
             free = i
         elif size.constant == 0 and not keep_zero:
             if i >= x.rank:
-                site.malformed(f"0 at {i}, where the operand has rank {x.rank}")
+                site.malformed(f"the shape has 0 at {i}, but the operand has rank {x.rank}")
             size = x.shape[i]
         elif size.constant is not None and size.constant < 0:
-            site.malformed(f"a size of {size}")
+            site.malformed(f"the shape has a size of {size}")
         sizes.append(size)
     if free is not None:
         rest = product(s for i, s in enumerate(sizes) if i != free)
@@ -38,7 +38,7 @@ def _reshape(site: OnnxSite) -> Made:
             exact = whole.divide(rest)
             if exact is None:
                 given = ", ".join(map(str, wanted))
-                site.refuse(f"cannot tell what -1 stands for in [{given}], of {whole} elements")
+                site.refuse(f"cannot infer -1 in [{given}], of {whole} elements")
             sizes[free] = exact
     return _shaped(site, x, sizes)
 
@@ -85,7 +85,7 @@ def _squeeze(site: OnnxSite) -> Made:
 def _unsqueeze(site: OnnxSite) -> Made:
     x, axes = site.x(0), _given_axes(site)
     if axes is None:
-        site.malformed("no axes are given")
+        site.malformed("the axes are missing")
     rank = x.rank + len(axes)
     new = [site.axis(axis, rank) for axis in axes]
     if len(set(new)) < len(new):
@@ -99,7 +99,7 @@ def _transpose(site: OnnxSite) -> Made:
     x, order = site.x(0), site.ints("perm")
     order = tuple(reversed(range(x.rank))) if order is None else order
     if sorted(order) != list(range(x.rank)):
-        site.malformed(f"perm {list(order)} is no order of {x.rank} axes")
+        site.malformed(f"perm {list(order)} is not a permutation of {x.rank} axes")
     if list(order) == list(range(x.rank)):
         return x
     names = axis_letters(x.rank)
@@ -107,7 +107,7 @@ def _transpose(site: OnnxSite) -> Made:
 
 
 def expanded(b: Builder, x: Expr, sizes: Sequence[Size]) -> Expr:
-    """x broadcast with a shape: a size of one side holds where the other has 1."""
+    """Return x broadcast with a shape: where one side has 1, the other side's size is used."""
     rank = max(x.rank, len(sizes))
     held = [ONE] * (rank - x.rank) + list(x.shape)
     wanted = [ONE] * (rank - len(sizes)) + list(sizes)
@@ -126,7 +126,7 @@ def _expand(site: OnnxSite) -> Made:
 def _tile(site: OnnxSite) -> Made:
     b, x, repeats = site.b, site.x(0), site.sizes(1)
     if len(repeats) != x.rank:
-        site.malformed(f"{len(repeats)} repeats for rank {x.rank}")
+        site.malformed(f"{len(repeats)} repeats do not fit rank {x.rank}")
     for axis, times in enumerate(repeats):
         if times == ONE:
             continue

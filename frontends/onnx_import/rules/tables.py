@@ -1,4 +1,4 @@
-"""All operators: importing this registers the handlers of every file of them."""
+"""All operators: importing this module registers the handlers of every file."""
 
 # ruff: noqa: F401
 

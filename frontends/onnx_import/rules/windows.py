@@ -1,7 +1,7 @@
 """Windows of ONNX operators over the axes after the second: strides, dilations and padding, which may be automatic.
 
-Padding that an operator chooses (SAME_UPPER, SAME_LOWER) depends on the sizes of the axes and of the kernel. Where
-these are symbolic it is an expression of them.
+Padding that an operator chooses (SAME_UPPER, SAME_LOWER) depends on the sizes of the axes and of the kernel. If these
+are symbolic it is an expression of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MOST_PARTS = 16
 
 @dataclass(frozen=True)
 class WindowGeometry:
-    """How windows lie along each axis.
+    """The windows along each axis.
 
     before, after   the padding
     """
@@ -32,13 +32,13 @@ class WindowGeometry:
 
     @property
     def padding(self) -> tuple[int, ...] | None:
-        """The padding before each axis, then after each, if all of it is numbers; empty where there is none."""
+        """Padding before each axis, then after each, if all of it is numbers; empty if there is none."""
         numbers = [size.constant for size in (*self.before, *self.after)]
         known = tuple(n for n in numbers if n is not None)
         return None if len(known) < len(numbers) else known if any(known) else ()
 
     def apart(self, x: Expr, value: float = 0.0) -> tuple[Expr, tuple[int, ...]]:
-        """x, and the padding that remains for an op that takes numbers: where some of it is symbolic, x is padded."""
+        """Return x, and the remaining padding for an op that takes numbers: if some of it is symbolic, x is padded."""
         padding = self.padding
         if padding is not None:
             return x, padding
@@ -49,12 +49,12 @@ class WindowGeometry:
 
 
 def kernel_sizes(site: OnnxSite, weight: Expr) -> tuple[Size, ...]:
-    """The sizes of a weight's kernel, which `kernel_shape` may repeat."""
+    """Return the sizes of a weight's kernel, which `kernel_shape` may repeat."""
     found, told = weight.shape[2:], site.ints("kernel_shape")
     if told is None:
         return found
     if len(told) != len(found) or any(s.constant not in (None, n) for n, s in zip(told, found, strict=True)):
-        site.malformed("kernel_shape is not the weight's")
+        site.malformed("kernel_shape differs from the weight's")
     symbolic = next((size for size in found if size.constant is None), None)
     if symbolic is not None:
         site.refuse_symbolic(f"kernel_shape is {list(told)}, the weight's is {', '.join(map(str, found))}", symbolic)
@@ -62,24 +62,24 @@ def kernel_sizes(site: OnnxSite, weight: Expr) -> tuple[Size, ...]:
 
 
 def steps(site: OnnxSite, spatial: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Strides and dilations."""
+    """Return strides and dilations."""
     strides, dilations = (site.ints(name) or (1,) * spatial for name in ("strides", "dilations"))
     if len(strides) != spatial or len(dilations) != spatial or min(*strides, *dilations, 1) < 1:
-        site.malformed(f"strides {list(strides)} and dilations {list(dilations)} are not for {spatial} axes")
+        site.malformed(f"strides {list(strides)} and dilations {list(dilations)} do not fit {spatial} axes")
     return tuple(strides), tuple(dilations)
 
 
 def windows_of(site: OnnxSite, x: Expr, kernel: Sequence[Size]) -> WindowGeometry:
-    """The windows that a node's attributes say. Refuses an automatic padding that its sizes do not tell."""
+    """Return the windows of a node's attributes. Refuses an automatic padding that the sizes do not determine."""
     spatial = x.rank - 2
     if spatial < 1 or len(kernel) != spatial:
-        site.malformed(f"a kernel of {len(kernel)} axes for an x of rank {x.rank}")
+        site.malformed(f"a kernel of {len(kernel)} axes does not fit an x of rank {x.rank}")
     strides, dilations = steps(site, spatial)
     automatic, pads = site.text("auto_pad", "NOTSET"), site.ints("pads") or (0,) * (2 * spatial)
     if len(pads) != 2 * spatial or min(pads) < 0:
-        site.malformed(f"pads {list(pads)} are not for {spatial} axes")
+        site.malformed(f"pads {list(pads)} do not fit {spatial} axes")
     if automatic not in ("NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER"):
-        site.malformed(f"auto_pad is {automatic!r}")
+        site.malformed(f"unknown auto_pad {automatic!r}")
     if automatic == "VALID":
         pads = (0,) * (2 * spatial)
     if automatic in ("NOTSET", "VALID"):
@@ -93,14 +93,14 @@ def windows_of(site: OnnxSite, x: Expr, kernel: Sequence[Size]) -> WindowGeometr
 
 
 def halves(totals: Sequence[Size], odd_after: bool) -> tuple[tuple[Size, ...], tuple[Size, ...]]:
-    """Padding on both sides of each axis; the odd element comes after it, or before."""
+    """Split padding between both sides of each axis; an odd element goes after the axis, or before it."""
     small = tuple(total // 2 for total in totals)
     large = tuple(total - half for total, half in zip(totals, small, strict=True))
     return (small, large) if odd_after else (large, small)
 
 
 def _same(site: OnnxSite, size: Size, span: Size, stride: int) -> Size:
-    """How far the ceil(size / stride) windows of SAME reach beyond an axis, 0 or more."""
+    """Return the number of elements, 0 or more, by which the ceil(size / stride) windows of SAME exceed an axis."""
     symbols = site.importer.graph.symbols
     whole = (size + stride - 1) // stride * stride
     beyond = whole - stride + span - size
@@ -109,8 +109,8 @@ def _same(site: OnnxSite, size: Size, span: Size, stride: int) -> Size:
     if is_at_least(span, Size.of(stride), symbols):
         return beyond  # since whole is at least the size
     if span.constant is not None and span.constant <= _MOST_PARTS:
-        # whole - size is less than the stride; for each number that it reaches past stride - span, one element.
+        # whole - size is less than the stride; each number by which it exceeds stride - span is one element.
         reached = [(whole - size + stride - n) // stride for n in range(stride - span.constant + 1, stride)]
         return sum(reached, ZERO)
-    what = f"auto_pad of windows that span {span}, a stride of {stride} apart, over an axis of size {size}"
+    what = f"auto_pad of windows with span {span} and stride {stride}, over an axis of size {size}"
     site.refuse_symbolic(what, span, size)

@@ -1,1 +1,1 @@
-"""Attention, found in what models spell out in any layout, with any masks and biases."""
+"""Fusion of attention: finds attention written in primitives, in any layout, with any masks and biases."""

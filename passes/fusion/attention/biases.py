@@ -1,4 +1,4 @@
-"""What is added to the scores of spelled-out attention, as biases, or as the masks that some of it is.
+"""Addends of the scores of attention in primitives: read as biases, or as masks where they are masks.
 
 where(c, 0, -inf), (1 - c) * -1e9, a constant of zeros and -inf    -->   masks
 table[bucket(iota(T) - iota(S))]                                   -->   t5_relative
@@ -42,11 +42,11 @@ from treadle.passes.fusion.axis_tracking import Axes, narrowed
 from treadle.passes.fusion.truth_values import is_of_truth
 
 ABSORBING = 1e30
-"""A score that is added to a number of this size is lost in its rounding: adding it masks as replacing by it does."""
+"""A number of this size absorbs every score in its rounding: adding it masks as well as replacing the score by it."""
 
 
 def as_mask(axes: Axes, added: Added) -> Chosen | None:
-    """An addend that is 0 where a condition holds and a large negative number elsewhere, as that condition.
+    """Return an addend that is 0 where a condition holds and a large negative number elsewhere, as that condition.
 
     where(c, 0, -inf), (1 - c) * -1e9 for a condition c
     """
@@ -86,7 +86,7 @@ def as_mask(axes: Axes, added: Added) -> Chosen | None:
 
 
 def _complement(value: Value) -> tuple[Value, bool] | None:
-    """A condition, and the truth that it has where the value is 0: c, True for 1 - c; c, False for c itself."""
+    """Return a condition, and its truth value where the value is 0: c, True for 1 - c; c, False for c itself."""
     node = value.node
     if node is not None and isinstance(node.op, Sub) and number_of(node.inputs[0]) == 1 and is_of_truth(node.inputs[1]):
         return node.inputs[1], True
@@ -104,7 +104,7 @@ class Table:
 
 
 def table_mask(roles: Roles, added: Added) -> Table | None:
-    """A constant addend of zeros and one large negative number, or None for another."""
+    """Return a constant addend of zeros and one large negative number as a table, or None for any other addend."""
     if not added.placed.value.type.dtype.is_float:
         return None
     table = constant_over(added.placed.value, roles.axes.resolved(added.placed.layout), roles)
@@ -118,7 +118,9 @@ def table_mask(roles: Roles, added: Added) -> Table | None:
 
 
 def table_terms(roles: Roles, table: Table) -> list[Fused]:
-    """What a constant addend keeps as terms by position, or where it is none, as a mask that tells what it keeps."""
+    """Return the mask of a constant addend as terms by position, or as one boolean mask with the facts known about
+    it.
+    """
     whole = Fused(BooleanMask("t"))
     if len(table.axes) != 2:
         return [whole]
@@ -131,12 +133,12 @@ def table_terms(roles: Roles, table: Table) -> list[Fused]:
 
 
 def addends_of(axes: Axes, added: Added, exactly: bool, trained: bool = False) -> Iterator[Added | Chosen]:
-    """An addend, or its parts: of a sum of which each has fewer axes or one is a mask, and of a masked addend.
+    """Yield an addend, or its parts: the terms of a sum if each has fewer axes or one is a mask, or a mask and addend.
 
     s + where(c, x, -inf)   -->   s + x, masked by c
 
-    exactly   also where every key is masked: not if x may be so large that its sum with the number is another
-    trained   with `exactly`: not if x would have a gradient there, where `where` stops it
+    exactly   also if every key is masked: do not split if x may be so large that it changes its sum with the number
+    trained   with `exactly`: do not split if x would get a gradient there, which `where` stops
     """
     placed = beneath(axes, added.placed)
     node = placed.value.node
@@ -165,7 +167,7 @@ def addends_of(axes: Axes, added: Added, exactly: bool, trained: bool = False) -
 
 
 def _may_add(x: Value, fill: float, exactly: bool, trained: bool) -> bool:
-    """Whether x may be added to the number that masks it, and is lost in it. Infinity would not be, nor a large x."""
+    """Return True if x may be added to the number that masks it, which absorbs x unless x is infinite or large."""
     if not math.isfinite(fill):
         return True
     hazards = hazards_of(x)
@@ -177,7 +179,7 @@ def _count(axes: Axes, placed: Placed) -> int:
 
 
 def read_bias(roles: Roles, added: Added) -> list[Fused]:
-    """An addend as a bias: by position where it is one, and else as a tensor."""
+    """Return an addend as a bias: as a term by position if it is one, else as a tensor."""
     placed = beneath(roles.axes, added.placed)
     node = placed.value.node
     if added.factor == 1.0 and node is not None:
@@ -189,7 +191,7 @@ def read_bias(roles: Roles, added: Added) -> list[Fused]:
 
 
 def _alibi(roles: Roles, placed: Placed) -> Fused | None:
-    """slopes[h] * (j - i)"""
+    """Return slopes[h] * (j - i) as alibi, or None for any other addend."""
     node = placed.value.node
     assert node is not None
     if not isinstance(node.op, Mul):
@@ -202,7 +204,7 @@ def _alibi(roles: Roles, placed: Placed) -> Fused | None:
 
 
 def _is_offset(roles: Roles, placed: Placed) -> bool:
-    """j - i, cast to a float"""
+    """Return True for j - i, cast to a float."""
     offsets = offset_table(roles, placed)
     if offsets is not None:
         return bool(np.array_equal(*offsets))
@@ -213,18 +215,19 @@ def _is_offset(roles: Roles, placed: Placed) -> bool:
     return affine(roles, Placed(cast.inputs[0], under.layout)) == Affine(-1, 1)
 
 
-# -- what addends may hold -------------------------------------------------------------------------------------
+# -- possible values of addends --------------------------------------------------------------------------------
 
 _BOUNDED = (Softmax, LayerNorm, RMSNorm, Tanh, Sigmoid, Erf, Sin, Cos)
 _MOST_LOOKED_AT = 256
 
 
 def hazards_of(value: Value) -> frozenset[str]:
-    """What an addend may hold, by the constants it is made of: numbers so "large" that they mask, "infinite" ones.
+    """Return the kinds of numbers that an addend may hold, judged by its constants: "large" ones that mask, "infinite"
+    ones.
 
-    Where inf itself is among these, and not only -inf, it is "rising".
+    If inf itself is among these, and not only -inf, the addend is also "rising".
 
-    Weights, and what layers make of finite numbers, are neither; an input that is a float may be large.
+    Weights, and results that layers compute from finite numbers, are neither; a float input may be large.
     """
     found: set[str] = set()
     pending, seen = [value], {value}

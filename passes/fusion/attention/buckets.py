@@ -1,9 +1,9 @@
-"""T5's learned bias by distance, however its buckets are found.
+"""T5's learned bias by distance, in any computation of its buckets.
 
     gather(gather(table, buckets), clip(j - i, -far, far) + far)      a bucket for each distance, as a constant
     gather(table, f(i, j))                                            f of positions alone
 
-Of the second, f is evaluated: T5's buckets do not change past the greatest distance, which must be below `SEEN`.
+In the second form, f is evaluated: T5's buckets do not change past the greatest distance, which must be below `SEEN`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from treadle.passes.fusion.axis_tracking import narrowed
 Array = np.ndarray[Any, Any]
 
 SEEN = 160
-"""Distances below this are looked at. Hugging Face's models have 128 as the greatest."""
+"""Distances below this are evaluated. Hugging Face's models have 128 as the greatest."""
 _MOST_NODES = 96
 
 
 def t5_relative(roles: Roles, placed: Placed) -> Fused | None:
-    """The bias as a term, or None for any other. placed: [s, t, h], beneath its moves."""
+    """Return the bias as a term, or None for any other bias. placed: [s, t, h], below its moves."""
     node = placed.value.node
     if node is None or placed.value.type.rank != 3 or not _is_lookup(node):
         return None
@@ -49,7 +49,7 @@ def t5_relative(roles: Roles, placed: Placed) -> Fused | None:
 
 
 def _is_lookup(node: Node) -> bool:
-    """Whether a node picks rows of a matrix."""
+    """Return True if a node selects rows of a matrix."""
     op: Any = node.op
     return bool(isinstance(op, Embedding) or (isinstance(op, Gather) and op.axis == 0))
 
@@ -84,7 +84,7 @@ def _terms(rows: int, distances: Iterable[int]) -> Iterator[T5Relative]:
 
 
 def _is_clipped_offset(roles: Roles, placed: Placed, far: int) -> bool:
-    """min(max(j - i, -far), far) + far"""
+    """Return True for min(max(j - i, -far), far) + far."""
     offsets = offset_table(roles, placed)
     if offsets is not None:
         array, position = offsets
@@ -99,16 +99,16 @@ def _is_clipped_offset(roles: Roles, placed: Placed, far: int) -> bool:
     return affine(roles, Placed(value, layout)) == Affine(-1, 1)
 
 
-# -- buckets that are computed ---------------------------------------------------------------------------------
+# -- computed buckets ------------------------------------------------------------------------------------------
 
 
 def _by_evaluation(roles: Roles, table: Value, rows: int, index: Value) -> Fused | None:
-    if index not in roles.by_offset:  # once for the layers that share it
+    if index not in roles.by_offset:  # once for all layers that share it
         roles.by_offset[index] = _by_offset(index)
     by_offset = roles.by_offset[index]
     if by_offset is None:
         return None
-    backward = by_offset[SEEN - 1 :: -1]  # of distances 0, 1, ... to keys before the query
+    backward = by_offset[SEEN - 1 :: -1]  # at distances 0, 1, ... to keys before the query
     for term in _terms(rows, _distances(backward)):
         far = term.max_distance
         if np.array_equal(by_offset, term.bucket_by_offset[np.clip(np.arange(1 - SEEN, SEEN), -far, far) + far]):
@@ -117,7 +117,7 @@ def _by_evaluation(roles: Roles, table: Value, rows: int, index: Value) -> Fused
 
 
 def _by_offset(index: Value) -> Array | None:
-    """The numbers of an index for each j - i from 1 - SEEN to SEEN - 1, if that is all that it depends on."""
+    """Return an index's numbers for each j - i from 1 - SEEN to SEEN - 1, if it depends on nothing else; else None."""
     nodes = _of_positions_alone(index)
     if nodes is None:
         return None
@@ -131,7 +131,9 @@ def _by_offset(index: Value) -> Array | None:
 
 
 def _distances(backward: Array) -> Sequence[int]:
-    """Greatest distances for which the last bucket would begin where it does here; 128 first, if it is one."""
+    """Return the greatest distances for which the last bucket would begin where it does here; 128 first, if it is among
+    them.
+    """
     last = int(backward[-1])
     near = (last + 1) // 2
     begin, growing = int(np.argmax(backward == last)), last + 1 - near
@@ -144,7 +146,7 @@ def _distances(backward: Array) -> Sequence[int]:
 
 
 def _of_positions_alone(value: Value) -> list[Node] | None:
-    """The nodes that a value is made by, in order, if no input and no weight is among what they read."""
+    """Return the nodes that compute a value, in order, if they read no input and no weight; else None."""
     order: dict[Node, None] = {}
     stack = [(value, False)]
     while stack:
@@ -164,7 +166,7 @@ def _of_positions_alone(value: Value) -> list[Node] | None:
 
 
 def _evaluated(value: Value, nodes: Sequence[Node], sizes: Mapping[str, int]) -> Array | None:
-    """A value's numbers at some sizes, as the ops themselves round them; None where they do not work there."""
+    """Return a value's numbers at some sizes, rounded as by the ops themselves; None if the ops fail at these sizes."""
     known: dict[Value, Array] = {}
 
     def read(x: Value | None) -> Any:

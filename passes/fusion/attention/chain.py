@@ -1,16 +1,17 @@
-"""What masks and biases do to scores, one after the other, as terms of attention that do the same.
+"""Chains of masks and biases, applied to scores one after the other, as equivalent terms of attention.
 
-    where(keep, x, number)    fills in: the number stands in place of all that came before it
+    where(keep, x, number)    fills in: the number replaces the result of all earlier steps
     x + addend                adds
 
-The last fill wins, and what is added later is added to it. Where a row keeps a key, all this is masks and biases in any
-order. A row in which every key is masked holds the numbers alone, and which of them is greatest decides what is left:
+The last fill overrides earlier steps, and later addends are added to it. If a row keeps a key, all this is masks and
+biases in any order. A row in which every key is masked holds only the fill numbers, and the greatest of them decides
+the result:
 
-    where(b, where(a, s, M), M) = where(a & b, s, M), and not s + where(a, 0, M) + where(b, 0, M), in which M + M stands
+    where(b, where(a, s, M), M) = where(a & b, s, M), and not s + where(a, 0, M) + where(b, 0, M), which would be M + M
 
-So where the order counts, the chain becomes one bias: the chain itself, done to zeros in place of the scores. Added to
-the scores this is the chain done to the scores, if they are lost in the rounding of every number that is filled in, or
-if the queries of a row in which every key is masked are zeros.
+So if the order matters, the chain becomes one bias: the chain itself, applied to zeros instead of the scores. Added to
+the scores, this equals the chain applied to the scores if every fill number absorbs the scores in its rounding, or if
+the queries of a row in which every key is masked are zeros.
 """
 
 from __future__ import annotations
@@ -39,15 +40,15 @@ from treadle.passes.fusion.attention.zeros import OnZeros, Put
 
 @dataclass(frozen=True, eq=False)
 class ChainStep:
-    """One step of a chain, as it was read.
+    """One step of a chain.
 
-    term      as it stands there; a part of an addend stands for itself
-    unit      by how much everything is multiplied from here to the softmax, without its sign
-    peak      the most that this is on the way
-    filled    whether it is filled in, or else added
+    term      the step in the graph; a part of an addend is a step of its own
+    unit      the factor from here to the softmax, without its sign
+    peak      the greatest value of that factor on the way
+    filled    True if the step fills in a number, False if it adds
     mask      the condition and number of a mask; None for other addends
-    kept      what a mask keeps
-    hazards   what an addend may hold that is no mask
+    kept      the keys that a mask keeps
+    hazards   the kinds of numbers that an addend may hold, if it is not a mask
     """
 
     term: Added | Chosen
@@ -60,12 +61,12 @@ class ChainStep:
 
     @property
     def fill(self) -> float:
-        """A mask's number as the softmax sees it; 0 for what is no mask."""
+        """A mask's number as the softmax reads it; 0 for other steps."""
         return 0.0 if self.mask is None else self.mask.fill
 
     @property
     def is_finite(self) -> bool:
-        """Whether it is a mask by a finite number."""
+        """True if the step masks by a finite number."""
         return -math.inf < self.fill < 0
 
     @property
@@ -74,14 +75,14 @@ class ChainStep:
 
     @property
     def size(self) -> float:
-        """How large a finite number it may hold, as it stands there."""
+        """The greatest size of a finite number in this step, at its place in the graph."""
         if self.mask is not None:
             return abs(self.fill) / self.unit if self.is_finite else 0.0
         return self.dtype.greatest if self.hazards else LEAST_FILL
 
     @property
     def seen(self) -> Seen:
-        """Where a mask keeps a key."""
+        """The condition or addend by which a mask keeps a key."""
         if isinstance(self.mask, Chosen):
             return Seen(self.mask.placed, self.mask.keep)
         assert isinstance(self.term, Added)
@@ -90,7 +91,7 @@ class ChainStep:
 
 @dataclass(frozen=True)
 class Seen:
-    """What keeps a key: where a condition is `keep`, or factor * an addend is not -inf."""
+    """A test for kept keys: a condition is `keep`, or factor * an addend is not -inf."""
 
     placed: Placed
     keep: bool = True
@@ -99,11 +100,11 @@ class Seen:
 
 @dataclass
 class ChainTerms:
-    """What a chain comes to.
+    """The terms that a chain becomes.
 
-    emptied         queries that see no key by all of these have to be zeros
-    kept_nan        queries that see no key by all of these, nor by the biases where `biases_lose`, give NaN
-    overflows_in    the dtype in which masks are added up past its range, if they may be
+    emptied         queries for which all of these mask every key must be set to zero
+    kept_nan        queries for which all of these, and the biases if `biases_lose`, mask every key must give NaN
+    overflows_in    the dtype whose range sums of masks may exceed, if any
     """
 
     masks: list[Fused] = field(default_factory=list)
@@ -125,15 +126,16 @@ def is_mask(
     row_keeps_a_key: bool,
     zero_empty_rows: bool,
 ) -> bool:
-    """Whether a mask by this number is one of attention's, or else a bias.
+    """Return True if a mask by this number becomes a mask of attention, False if it becomes a bias.
 
-    Only what has a condition, or is known by position, can be one: a table of numbers is neither. A row that
-    attention's masks leave no key gives zeros. So it is a mask if
+    Only a step with a condition, or one known by position, can be a mask: a table of numbers is neither. A row in which
+    attention's masks keep no key gives zeros. So the step becomes a mask if
 
-      - zero_empty_rows: zeros are what the caller wants there
-      - row_keeps_a_key, whatever the masks hold, and it is filled in or known by position: any other addend is a tensor
-        already
-      - it is -inf, which gives zeros or NaN there, and no number is filled in later where it masks (`overridden`)
+      - zero_empty_rows: the caller wants zeros in such rows
+      - row_keeps_a_key, whatever the masks hold, and the step fills in or is known by position: any other addend is a
+        tensor already
+      - its number is -inf, which gives zeros or NaN there, and no later step fills in a number where it masks
+        (`overridden`)
     """
     if not (has_condition or by_position):
         return False
@@ -154,12 +156,12 @@ def terms_of_chain(
     *,
     trained: bool = False,
 ) -> ChainTerms:
-    """The terms that do to scores what the chain does. Raises Mismatch where there are none.
+    """Return terms that change the scores as the chain does. Raises Mismatch if there are none.
 
-    trained   gradients must be the same as well: where a number is filled in, no gradient flows to what it replaces
-    guarded   a row that is -inf throughout gives zeros, as attention gives, and not NaN
+    trained   True if gradients must be the same: no gradient flows to values that a fill replaces
+    guarded   True if a row that is -inf throughout gives zeros, as in attention, not NaN
     beside    masks that attention has already
-    rule      the pass that asks
+    rule      the name of the pass, for hints
     """
     found = ChainTerms()
     steps = _read(roles, scores, exactly=False)
@@ -204,10 +206,10 @@ def terms_of_chain(
 
 
 def _read(roles: Roles, scores: Scores, exactly: bool, trained: bool = False) -> list[ChainStep]:
-    """The steps, in order. A sum that is added is several, and so is where(c, x, -inf): x, and a mask.
+    """Return the steps, in order. A sum is several addends, and where(c, x, -inf) as an addend is x and a mask.
 
-    exactly   not where x may be as large as the number of the mask, to which it would be added
-    trained   nor where that number is finite, so that x has a gradient in a row in which every key is masked
+    exactly   do not split the latter if x may be as large as the mask's number, to which it would be added
+    trained   nor if that number is finite, so that x gets a gradient in a row in which every key is masked
     """
     steps: list[ChainStep] = []
     for term in scores.terms:
@@ -226,20 +228,20 @@ def _read(roles: Roles, scores: Scores, exactly: bool, trained: bool = False) ->
 
 
 def _expect_low(step: ChainStep, scores: Scores) -> None:
-    """Raise Mismatch for a mask whose number is not low beside scores of this scale, and for what raises scores."""
+    """Raise Mismatch for a mask whose number is not low for scores of this scale, and for addends that may be inf."""
     node = step.term.node
     if isinstance(step.mask, Chosen) and step.fill > -LEAST_FILL * max(1.0, abs(scores.scale)):
-        reason = f"scores times {scores.scale:g} may be as low as {step.fill:g}, by which they are masked"
+        reason = f"scores times {scores.scale:g} may be as low as the mask's {step.fill:g}"
         raise Mismatch(reason, node, scores.nodes, "-inf in its place")
     rising = "rising" in step.hazards or (isinstance(step.term, Added) and step.term.factor < 0)
     if "infinite" in step.hazards and rising:
-        raise Mismatch("what is added to the scores may be inf", node, scores.nodes)
+        raise Mismatch("an addend of the scores may be inf", node, scores.nodes)
 
 
 def _addend_notes(steps: Sequence[ChainStep], masks_outweigh: bool, rule: str) -> Iterator[Note]:
-    """Tell of masks by large negative numbers, which are added, where with -inf they would have been terms.
+    """Yield a note for each mask by a large negative number that stays an addend, and that -inf would make a term.
 
-    masks_outweigh   whether no other addend may be as large as they are
+    masks_outweigh   True if no other addend may be as large
     """
     why = "a row in which every key is masked is an average" if masks_outweigh else "another addend may outweigh it"
     hint = f"-inf in its place, or {rule}(zero_empty_rows=True)"
@@ -252,10 +254,9 @@ def _addend_notes(steps: Sequence[ChainStep], masks_outweigh: bool, rule: str) -
 
 
 def _biases(roles: Roles, steps: Sequence[ChainStep], overflow: _Overflow | None, trained: bool) -> list[Fused]:
-    """The steps that are no masks: up to the last fill as one, and each that comes later for itself.
+    """Return the steps that are not masks as biases: all up to the last fill as one, and each later step as its own.
 
-    What comes earlier, but is lost in the rounding of all numbers that are filled in later, may be one for itself, if
-    its gradient does not count.
+    An earlier step that all later fill numbers absorb may also be its own bias, if its gradient does not matter.
     """
     fills = [n for n, step in enumerate(steps) if step.filled]
     end = max(fills, default=-1)
@@ -277,7 +278,7 @@ def _biases(roles: Roles, steps: Sequence[ChainStep], overflow: _Overflow | None
 
 
 def _each(roles: Roles, steps: Sequence[ChainStep]) -> list[Fused]:
-    """The steps as a sum, of which masks come first: the order tells no more than roundings."""
+    """Return the steps as a sum, masks first: the order changes only roundings."""
     ordered = sorted(steps, key=lambda step: not isinstance(step.mask, Chosen))
     return [f for step in ordered for f in _bias(roles, step)]
 
@@ -287,7 +288,7 @@ def _absorbs(step: ChainStep) -> bool:
 
 
 def _bias(roles: Roles, step: ChainStep) -> list[Fused]:
-    """A step for itself, as what is added."""
+    """Return one step as a bias."""
     if not isinstance(step.mask, Chosen):
         assert isinstance(step.term, Added)
         return read_bias(roles, step.term)
@@ -300,7 +301,7 @@ def _bias(roles: Roles, step: ChainStep) -> list[Fused]:
 
 
 def _narrowest(roles: Roles, step: ChainStep) -> PlacedOperand:
-    """A mask's condition, which may have fewer axes beneath its moves than where it is read."""
+    """Return a mask's condition below its moves, where it may have fewer axes than at its place in the graph."""
     assert isinstance(step.mask, Chosen)
     if len(step.kept.terms) == 1 and isinstance(step.kept.terms[0].term, BooleanMask):
         (operand,) = step.kept.terms[0].operands
@@ -310,7 +311,7 @@ def _narrowest(roles: Roles, step: ChainStep) -> PlacedOperand:
 
 
 def _put(roles: Roles, step: ChainStep) -> Put:
-    """A step as it is done again, to zeros."""
+    """Return a step in the form in which it is applied to zeros."""
     if isinstance(step.term, Added):
         sign = step.term.factor / step.unit
         axes = roles.held(step.term.placed.layout) or "t"
@@ -326,10 +327,10 @@ def _put(roles: Roles, step: ChainStep) -> Put:
 
 
 def _emptied(steps: Sequence[ChainStep], scores: Scores, trained: bool) -> list[Seen]:
-    """The masks of rows whose scores must vanish, since they are not lost beside a number that is filled in for them,
-    or since they would have a gradient.
+    """Return the masks of rows whose scores must be zero, since a fill number does not absorb them, or since they would
+    get a gradient.
 
-    Raises Mismatch where a row in which every key is masked holds scores as well, beside such numbers.
+    Raises Mismatch if a row in which every key is masked also holds scores in addition to such numbers.
     """
     small = [step for step in steps if step.filled and step.is_finite and (trained or not _absorbs(step))]
     if not small:
@@ -342,11 +343,11 @@ def _emptied(steps: Sequence[ChainStep], scores: Scores, trained: bool) -> list[
 
 @dataclass(frozen=True)
 class _Overflow:
-    """That sums of masks may be past the range of their dtype: -inf, where a wider one has a number.
+    """Sums of masks that may exceed the range of their dtype: they are -inf, though a wider dtype would hold a number.
 
-    last     the last step at which they may
-    single   whether one mask suffices, with the scores or what they are multiplied by
-    scaled   whether anything is multiplied later, so that it is not the sum of the biases that overflows
+    last     the last step at which they may overflow
+    single   True if one mask suffices, together with the scores or a factor
+    scaled   True if a factor is applied later, so that the sum of the biases itself does not overflow
     """
 
     dtype: DType
@@ -356,14 +357,15 @@ class _Overflow:
 
 
 def _overflow(steps: Sequence[ChainStep], scores: Scores) -> _Overflow | None:
-    """Whether what a chain adds up may overflow, by how large its numbers may be.
+    """Return the overflow that a chain's sums may have, judged by the size of its numbers; None if they cannot
+    overflow.
 
-    Raises Mismatch where it does so by a factor that another takes back, since the bias would have but their product.
-    Also where it does so by one that may be applied after a cast to a wider dtype, in which nothing overflows.
+    Raises Mismatch if a factor overflows that a later factor cancels, since the bias would contain only their product.
+    Also if a factor overflows that may be applied after a cast to a wider dtype, in which nothing overflows.
     """
     dtypes = {v.type.dtype for node in scores.nodes for v in node.results if v.type.dtype.is_float}
     bound, last, single = LEAST_FILL, -1, False
-    alone = LEAST_FILL  # where one mask takes a key, or none
+    alone = LEAST_FILL  # if at most one mask applies to a key
     for n, step in enumerate(steps):
         most, size = _past(step.dtype), step.size
         if not step.filled:
@@ -373,12 +375,12 @@ def _overflow(steps: Sequence[ChainStep], scores: Scores) -> _Overflow | None:
         alone = max(alone, size)
         units = [*(later.unit for later in steps[n + 1 :]), 1.0]
         if bound * step.peak > most and step.peak > 1.01 * max(1.0, *(step.unit / unit for unit in units)):
-            reason = f"masks are multiplied past the range of {step.dtype} on the way"
+            reason = f"the factors of masks exceed the range of {step.dtype} on the way"
             raise Mismatch(reason, step.term.node, scores.nodes, "-inf in their place")
         factor = step.unit / units[0]
         grown = bound * max(1.0, factor)
         if grown > most >= bound and len(dtypes) > 1:
-            reason = f"masks are multiplied past the range of {step.dtype}, perhaps in a wider dtype"
+            reason = f"the factors of masks exceed the range of {step.dtype}, perhaps in a wider dtype"
             raise Mismatch(reason, step.term.node, scores.nodes, "cast the scores before they are masked")
         single = single or grown > most >= bound or alone * factor > most
         if grown > most:
@@ -391,18 +393,18 @@ def _overflow(steps: Sequence[ChainStep], scores: Scores) -> _Overflow | None:
 
 
 def _past(dtype: DType) -> float:
-    """What is above this may round to infinity: half a spacing past the greatest number."""
+    """Return the bound above which numbers may round to infinity: half a spacing past the greatest number."""
     return dtype.greatest * (1 + dtype.spacing / 4) if dtype.bytes < 8 else dtype.greatest
 
 
 def _may_lose_rows(roles: Roles, steps: Sequence[ChainStep], overflow: _Overflow | None) -> bool:
-    """Whether every key of a row may come to -inf, by masks of -inf, by addends or by sums that overflow."""
+    """Return True if every key of a row may become -inf, by masks of -inf, by addends or by sums that overflow."""
     if any("infinite" in step.hazards for step in steps):
         return True
     lost = [f for step in steps if step.fill == -math.inf for f in step.kept.terms]
     large = [step for step in steps if step.is_finite or step.hazards] if overflow is not None else []
     anything = Fused(BooleanMask("t"))
     kept = [step.kept.terms or [anything] for step in large]
-    # A key is lost by two of them together, so that all but one take it already.
+    # Two of these masks together make a key -inf, so all but one of them must already cover every key of the row.
     groups = [kept] if overflow is None or overflow.single else [kept[:n] + kept[n + 1 :] for n in range(len(kept))]
     return not any(never_empty([*lost, *(f for terms in group for f in terms)], roles) for group in groups)

@@ -1,11 +1,11 @@
-"""The core of attention, spelled out: a softmax between two products, with what lies on the way.
+"""The core of attention in primitives: a softmax between two products, and the ops in between.
 
     scores -> [scale, soft-cap, masks and biases, casts, moves] -> softmax -> [casts, moves] -> product with values
 
-`probabilities` goes down from the softmax to the product with the values, `scores` up to the product of queries and
-keys, `origins` up from both products. All keep track of the axes, so that the layout in which a model does all this is
-of no importance. Here is what they come to. What cannot be attention raises `Mismatch`, which says why, where, and how
-much had matched.
+`probabilities` walks down from the softmax to the product with the values, `scores` up to the product of queries and
+keys, `origins` up from both products. All track the axes, so the layouts of a model do not matter. This module defines
+their results. Anything that cannot be attention raises `Mismatch` with the reason, the node, and the ops that had
+matched.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from treadle.passes.framework.rewriting import Refusal
 from treadle.passes.fusion.axis_tracking import Layout
 
 MOST_STEPS = 48
-"""A chain of more ops between the softmax and the scores is not looked through."""
+"""The greatest number of ops between the softmax and the scores; longer chains are not searched."""
 LEAST_FILL = 9_000.0
-"""A masked score is this far below others or further, so that its weight is 0: exp(-9000) is in every dtype."""
+"""A masked score is at least this far below others, so that its weight is 0: exp(-9000) is 0 in every dtype."""
 
 
 class Mismatch(Exception):
-    """Why a softmax is no attention's, the node that shows it, the ops that had matched, in order, and where that can
-    be told the smallest change with which it would be."""
+    """The reason why a softmax does not belong to attention, the node that shows it, the ops that had matched, in
+    order, and if known the smallest change that would make it attention.
+    """
 
     def __init__(self, reason: str, node: Node, matched: Sequence[Node] = (), hint: str = "") -> None:
         super().__init__(reason)
@@ -40,7 +41,7 @@ class Mismatch(Exception):
 
 @dataclass(frozen=True)
 class Placed:
-    """A value, and which axes its dimensions are."""
+    """A value, and the axes of its dimensions."""
 
     value: Value
     layout: Layout
@@ -48,12 +49,12 @@ class Placed:
 
 @dataclass(frozen=True)
 class Weighting:
-    """A softmax as it stands in the graph.
+    """A softmax in the graph.
 
-    anchor   the node that gives the probabilities
-    scores   what it is taken of, and `axis` along which
+    anchor   the node that computes the probabilities
+    scores   the operand of the softmax, and `axis`, its axis
     guarded  a row that is -inf throughout gives zeros, not NaN
-    nodes    all that it is spelled with
+    nodes    all nodes of the softmax
     """
 
     anchor: Node
@@ -67,7 +68,7 @@ class Weighting:
 class Added:
     """A bias: factor * value is added to the scores.
 
-    peak     the most by which it is multiplied on the way there
+    peak     the greatest factor on the way to the scores
     """
 
     placed: Placed
@@ -78,10 +79,10 @@ class Added:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A mask: where `keep` is not what the condition says, the scores are replaced by `fill`.
+    """A mask: the scores are replaced by `fill` where the condition is not `keep`.
 
-    fill     as the softmax sees it: the number, times `factor`
-    peak     the most by which it is multiplied on the way there
+    fill     the number as the softmax reads it, that is, times `factor`
+    peak     the greatest factor on the way to the scores
     """
 
     placed: Placed
@@ -94,13 +95,13 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Scores:
-    """What `find_scores` came to.
+    """The result of `find_scores`.
 
     product          the product of queries and keys; its operands are `left` and `right`
     summed           the axes over which that product sums; None if over none
     scale, softcap   scores = softcap tanh(scale left right / softcap), or scale left right
-    terms            masks and biases, those nearest to the product first
-    nodes            all that was passed, from the softmax on
+    terms            masks and biases, the ones nearest to the product first
+    nodes            all visited nodes, from the softmax upwards
     """
 
     product: Node
@@ -115,9 +116,9 @@ class Scores:
 
 @dataclass(frozen=True)
 class Values:
-    """What `follow_probabilities` came to: the product with the values, its result's layout, and what was passed.
+    """The result of `follow_probabilities`: the product with the values, its result's layout, and the visited nodes.
 
-    returned   the probabilities, wherever on the way down they are handed out of the model as well
+    returned   the probabilities at the point where the model also returns them, if it does
     """
 
     product: Node
@@ -129,7 +130,7 @@ class Values:
 
 
 def number_of(value: Value) -> float | None:
-    """The number of a constant of one element, and of a move of one."""
+    """Return the number of a constant of one element, possibly moved; None for any other value."""
     while value.node is not None and value.node.op.is_view:
         value = value.node.inputs[0]
     if value.literal is None or math.prod(value.literal.shape) != 1:
@@ -138,6 +139,6 @@ def number_of(value: Value) -> float | None:
 
 
 def quantized(what: str, trip: RoundTrip, node: Node, matched: Sequence[Node]) -> Mismatch:
-    """That a quantizer rounds something on the way."""
+    """Return the mismatch for a value that a quantizer rounds on the way."""
     hint = "leave the softmax and both its products out of quantization"
     return Mismatch(f"{what} are quantized: rounded to {trip.dtype} and back", node, matched, hint)

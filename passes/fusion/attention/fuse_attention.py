@@ -1,4 +1,4 @@
-"""Attention that models spell out, in whatever layout and with whatever masks, as the one op."""
+"""Fusion of attention written in primitives, in any layout and with any masks, into one op."""
 
 from __future__ import annotations
 
@@ -26,33 +26,33 @@ class FuseAttention(SiteRewrite["_Attention"]):
     """softmax(softcap(scale q k^T) + biases, masked) v   -->   attention(q, k, v, terms, scale, softcap)
     p = softmax(...); return p v, p                    -->   attention_with_probabilities(q, k, v, ...)
 
-     1. any layout of q, k, v, the scores and the result: axes are followed through rearrange and expand
-     2. keys and values repeated for several query heads  -->  fewer of their heads
+     1. any layout of q, k, v, the scores and the result: axes are tracked through rearrange and expand
+     2. keys and values repeated for several query heads  -->  fewer heads of keys and values
      3. scale after the product, or on q, on k or on both; x / c and -x; cap * tanh(x / cap)
      4. where(mask, scores, -inf), where(mask, scores, -1e9), scores + where(mask, 0, -inf)  -->  masks
      5. conditions by position  -->  causal, window, padding, segments;  table[bucket(j - i)]  -->  t5_relative;
         slopes[h] (j - i)  -->  alibi;  every other condition or addend  -->  mask(axes), bias(axes)
-     6. softmax, or one that puts zeros where every score is -inf
-     7. probabilities that are outputs of the model as well, moved or cast at most, also through a block's calls
+     6. softmax, or a softmax that gives zeros where every score is -inf
+     7. probabilities that are also outputs of the model, at most moved or cast, also through a block's calls
 
-    The two sides are equal for all finite inputs and weights, a row in which every key is masked included. There the
+    The two sides are equal for all finite inputs and weights, including rows in which every key is masked. There the
     left side is NaN (-inf and a plain softmax), zeros (-inf, guarded) or an average over all keys (a large negative
-    number); attention gives zeros. So a mask becomes a term only where a row always keeps a key (causal: its own) or
-    where zeros are meant, a large negative number stays an addend, and NaN is put back by a `where`. What is filled in
-    over other masks and biases wins over them, as it did (`treadle.passes.fusion.attention.chain`). Scores are taken to
-    be far below a mask's number in size.
+    number); attention gives zeros. So a mask becomes a term only if a row always keeps a key (causal: its own) or if
+    zeros are meant, a large negative number stays an addend, and a `where` restores NaN. A fill after other masks and
+    biases overrides them, as in the graph (`treadle.passes.fusion.attention.chain`). Scores are assumed to be far
+    smaller than a mask's number.
 
-    Where the probabilities are read inside the model (averaged, multiplied, dropped out), the site is left alone though
-    the second result could serve: it would hide the softmax from the passes and backends that could join such a reader
-    to it. Who returns the probabilities asks for them whole, whatever computes them.
+    If the probabilities are read inside the model (averaged, multiplied, dropped out), the site is not fused, though
+    the second result could serve: it would hide the softmax from passes and backends that could fuse such a reader with
+    it. A model that returns the probabilities needs them whole, whatever computes them.
 
-    zero_empty_rows   a row without keys may give zeros, whatever it gave; then every mask is a mask, and none an addend
+    zero_empty_rows   a row without keys may give zeros in any case; then every mask becomes a mask, and none an addend
 
     Refuses: probabilities that are used elsewhere or changed before the product with the values, or returned in a wider
     dtype than attention's; a softmax over another axis than that product sums; a scale that depends on data; masks or
-    biases before the soft-cap; a number in place of masked scores that is not low enough; one such as -1e9, where a row
-    without keys may hold scores beside it; masks that are multiplied past the range of their dtype and back; an inner
-    value that is used elsewhere.
+    biases before the soft-cap; a fill number that is not low enough; a number such as -1e9, if a row without keys may
+    hold scores as well; masks whose factors exceed the range of their dtype and cancel later; an inner value that is
+    used elsewhere.
     """
 
     zero_empty_rows: bool = False
@@ -74,13 +74,13 @@ class FuseAttention(SiteRewrite["_Attention"]):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Attention(Site):
-    """A product of probabilities with values, and what becomes of it."""
+    """A product of probabilities with values, and the plan of its replacement."""
 
     plan: AttentionPlan
 
 
 class _Core(NamedTuple):
-    """A softmax whose result weights values: its own layout, and the way to the product with the values."""
+    """A softmax whose result weights values: its own layout, and the path to the product with the values."""
 
     weighting: Weighting
     axes: Axes
@@ -89,7 +89,7 @@ class _Core(NamedTuple):
 
 
 class _Finder:
-    """The walk over one function."""
+    """The search for attention in one function."""
 
     def __init__(self, rule: str, work: Rewriting) -> None:
         self.rule, self.work = rule, work
@@ -97,7 +97,7 @@ class _Finder:
         self.by_offset: dict[Value, np.ndarray[Any, Any] | None] = {}
 
     def sites(self, zero_empty_rows: bool) -> Iterator[_Attention]:
-        """A site is looked at when its last node, the product with the values, is reached."""
+        """Yield the sites. Each is analyzed when its last node, the product with the values, is reached."""
         cores: dict[Node, tuple[Node, _Core]] = {}
         for node in self.work.function.nodes:
             core = self._core(node)
@@ -106,7 +106,7 @@ class _Finder:
         for node in self.work.walk() if cores else ():
             softmax, core = cores.get(node, (None, None))
             if softmax is not None and self.work.applied:
-                core = self._core(softmax)  # what it reads may be an attention by now
+                core = self._core(softmax)  # its operands may be fused attention by now
             if core is None:
                 continue
             weighting, axes, layout, values = core
@@ -127,7 +127,7 @@ class _Finder:
             )
 
     def _core(self, node: Node) -> _Core | None:
-        """What is found of attention at a softmax, if there is one; why it is none is recorded."""
+        """Return the core of attention at a softmax, or None; the reason for None is logged."""
         weighting = softmax_at(node)
         if weighting is None:
             return None
@@ -144,13 +144,13 @@ class _Finder:
         return self.returned.goes_out(self.work.function, user, value)
 
     def _refuse(self, weighting: Weighting, mismatch: Mismatch) -> None:
-        """Record why a softmax of a product, or with one after it, is not fused; any other is no one's attention."""
+        """Log why a softmax next to a product is not fused; any other softmax does not belong to attention."""
         before = self._nodes_before(weighting)
         if before or mismatch.node.is_contraction:
             self.work.refuse(self.rule, replace(mismatch.refusal, matched=(*before, *mismatch.matched)))
 
     def _nodes_before(self, weighting: Weighting) -> tuple[Node, ...]:
-        """What lies between a softmax and the product of queries and keys that it is taken of, with that product."""
+        """Return the nodes from a softmax up to the product of queries and keys, including that product."""
         axes = Axes()
         try:
             found = find_scores(axes, weighting, axes.of(weighting.scores), self.work.readers, rounded=True)

@@ -1,4 +1,4 @@
-"""Masks of spelled-out attention, as the terms of the op.
+"""Masks of attention in primitives, as the terms of the op.
 
     iota(T) <= iota(S)                         -->   causal
     |iota(S) - iota(T)| < n                    -->   window(n)
@@ -6,9 +6,9 @@
     a[b, s] == c[b, t]                         -->   segments
     any other condition                        -->   mask(axes)
 
-A condition is a conjunction, whose parts are read one by one; triangles and bands may be constants as well, or numbers
-0 and 1 (`treadle.passes.fusion.truth_values`). What a part is not is told in `notes`, with the node, so that a triangle
-one off is seen to have stayed a tensor.
+A condition is a conjunction whose parts are read one by one; triangles and bands may be constants as well, or numbers 0
+and 1 (`treadle.passes.fusion.truth_values`). If a part stays a tensor, `notes` says why, with the node, so that a
+triangle that is off by one is reported.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from treadle.passes.fusion.truth_values import conjuncts_of
 
 @dataclass(frozen=True)
 class _Band:
-    """low <= j - i <= high; None: no limit. `part` is the condition that said so."""
+    """low <= j - i <= high; None: no limit. `part` is the condition that it was read from."""
 
     low: int | None
     high: int | None
@@ -51,7 +51,7 @@ class _Band:
 
 @dataclass(frozen=True)
 class _Part:
-    """One part of a conjunction: where the value is, or is not, true."""
+    """One part of a conjunction: the value, or its negation, must be true."""
 
     placed: Placed
     wanted: bool
@@ -66,7 +66,7 @@ _NEGATED: Mapping[type[Op], type[Op]] = {
 
 
 def read_condition(roles: Roles, placed: Placed, wanted: bool) -> Reading:
-    """The terms that keep a key where the condition is `wanted`."""
+    """Return the terms that keep a key where the condition is `wanted`."""
     found: list[Fused | _Band] = []
     notes: list[Note] = []
     for part in _parts(roles.axes, _Part(placed, wanted)):
@@ -77,7 +77,7 @@ def read_condition(roles: Roles, placed: Placed, wanted: bool) -> Reading:
 
 
 def _parts(axes: Axes, part: _Part, depth: int = 0) -> Iterator[_Part]:
-    """The parts of a conjunction, each beneath its moves and negations."""
+    """Yield the parts of a conjunction, each below its moves and negations."""
     value, layout = part.placed.value, part.placed.layout
     node = value.node
     if node is not None and depth < MOST_PARTS:
@@ -93,7 +93,7 @@ def _parts(axes: Axes, part: _Part, depth: int = 0) -> Iterator[_Part]:
 
 
 def _read_part(roles: Roles, part: _Part, notes: list[Note]) -> Fused | _Band | None:
-    """A part as a band of positions, as a term, or None where it is true everywhere."""
+    """Return a part as a band of positions or as a term, or None if it is true everywhere."""
     value, layout = part.placed.value, part.placed.layout
     if (number := number_of(value)) is not None and bool(number) == part.wanted:
         return None
@@ -122,7 +122,7 @@ def _tensor(roles: Roles, part: _Part) -> Fused:
 
 
 def _with_bands_joined(roles: Roles, found: Sequence[Fused | _Band], notes: list[Note]) -> list[Fused]:
-    """Bands intersect to one, which stands where the first of them stood: as causal, a window, both, or neither."""
+    """Replace the bands by their intersection, at the position of the first: as causal, a window, both, or neither."""
     bands = [x for x in found if isinstance(x, _Band)]
     if not bands:
         return [x for x in found if isinstance(x, Fused)]
@@ -156,13 +156,13 @@ def band_terms(low: int | None, high: int | None) -> list[Fused] | None:
 
 
 def _unlike(low: int | None, high: int | None) -> str:
-    """What band a condition is, and what the terms are."""
+    """Return the note for a band that is not a term: its limits, and the limits of the nearest terms."""
     if low is None:
         return f"stays a tensor: it keeps keys up to {_offset(high)}, causal those up to the query itself"
     if high is None:
-        return f"stays a tensor: it keeps keys from {_offset(low)} on, and no term says so"
+        return f"stays a tensor: it keeps keys from {_offset(low)} on, which no term expresses"
     wide = f"from {_offset(low)} to {_offset(high)}"
-    return f"stays a tensor: it keeps keys {wide}, a window as many on either side, or with causal up to the query"
+    return f"stays a tensor: it keeps keys {wide}, a window is symmetric, or with causal ends at the query"
 
 
 def _offset(n: int | None) -> str:
@@ -172,7 +172,7 @@ def _offset(n: int | None) -> str:
 
 
 def _read_inequality(roles: Roles, part: _Part, d: Affine, node: Node, notes: list[Note]) -> Fused | _Band | None:
-    """d >= 0 as a band, as padding, or as what holds everywhere."""
+    """Return d >= 0 as a band or as padding, or None if it holds everywhere."""
     constant = d.constant.constant
     if not d.tensors:
         if (d.s, d.t) == (1, -1) and constant is not None:
@@ -180,11 +180,11 @@ def _read_inequality(roles: Roles, part: _Part, d: Affine, node: Node, notes: li
         if (d.s, d.t) == (-1, 1) and constant is not None:
             return _Band(-constant, None, part)
         if (d.s, d.t) in ((1, -1), (-1, 1)):
-            notes.append(Note(f"stays a tensor: positions are {d.constant} apart, and causal counts both from 0", node))
+            notes.append(Note(f"stays a tensor: positions differ by {d.constant}, and causal counts both from 0", node))
         elif d.s >= 0 and d.t >= 0 and d.constant.bounds(roles.symbols).lower >= 0:
-            return None  # positions are not negative
+            return None  # positions are never negative
         elif (d.s, d.t) == (0, -1) and (d.constant + 1 - roles.size("t")).bounds(roles.symbols).lower >= 0:
-            return None  # nor past the last key
+            return None  # positions never exceed the last key
         return _tensor(roles, part)
     if len(d.tensors) == 1 and (d.s, d.t) == (0, -1) and d.tensors[0][0] == 1:
         lengths = d.tensors[0][1]
@@ -208,7 +208,7 @@ def _read_equality(roles: Roles, node: Node, layout: Layout) -> Fused | None:
 
 
 def _read_table(part: _Part, table: tuple[Any, list[str]], roles: Roles, notes: list[Note]) -> Fused | _Band | None:
-    """A constant condition as a band, or as a tensor."""
+    """Return a constant condition as a band, or as a tensor."""
     array, axes = table
     kept = np.asarray(array, np.bool_) == part.wanted
     if kept.all():
@@ -220,7 +220,7 @@ def _read_table(part: _Part, table: tuple[Any, list[str]], roles: Roles, notes: 
             return _Band(*band, part)
         node = part.placed.value.node
         if node is not None:
-            notes.append(Note("stays a tensor: the constant is no band of positions", node))
+            notes.append(Note("stays a tensor: the constant is not a band of positions", node))
         return dataclasses.replace(
             _tensor(roles, part), first=bool(kept[:, 0].all()), diagonal=bool(np.diagonal(kept).all())
         )

@@ -1,4 +1,6 @@
-"""The way up from a product: what queries, keys and values are beneath moves, casts and constant factors."""
+"""Origins of queries, keys and values: the values below their moves, casts and constant factors, upwards from a
+product.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,9 @@ from treadle.passes.fusion.axis_tracking import Axes, narrowed
 
 @dataclass(frozen=True)
 class Origin:
-    """A value, and what it is beneath moves, lossless casts and constant factors.
+    """A value, and its origin below moves, lossless casts and constant factors.
 
-    path     from the value itself up to the one beneath all of these, each with the factors that lie in between
+    path     the values from the value itself up to the origin, each with the product of the factors in between
     """
 
     path: tuple[tuple[Placed, float], ...]
@@ -33,15 +35,18 @@ class Origin:
         return self.path[-1][1]
 
     def as_laid_out(self, axes: Axes, wanted: Sequence[Sequence[int]]) -> Placed:
-        """The value on the path, scaled by as much as the last, that has this layout already; else the last."""
+        """Return the value on the path that already has this layout and the full factor, or the origin if there is
+        none.
+        """
         goal = tuple(map(axes.flat, wanted))
         fitting = [p for p, factor in self.path if factor == self.factor and axes.resolved(p.layout) == goal]
         return fitting[-1] if fitting else self.placed
 
 
 def origin_of(axes: Axes, placed: Placed, batch: Callable[[int], bool]) -> Origin:
-    """Look beneath a value. An expand is passed where all that it repeats is `batch` axes: one of a key's heads for
-    several of the queries'."""
+    """Return the origin of a value. An expand is passed if it repeats only `batch` axes: a key's head for several
+    heads of the queries.
+    """
     value, layout, factor = placed.value, placed.layout, 1.0
     path = [(placed, factor)]
     while (node := value.node) is not None:
@@ -73,14 +78,16 @@ def origin_of(axes: Axes, placed: Placed, batch: Callable[[int], bool]) -> Origi
 
 
 def is_weight(value: Value) -> bool:
-    """Whether a value is a weight or a constant, moved, cast or not."""
+    """Return True if a value is a weight or a constant, possibly moved or cast."""
     while value.node is not None and (value.node.op.is_view or isinstance(value.node.op, Cast)):
         value = value.node.inputs[0]
     return value.weight is not None or value.kind == "constant"
 
 
 def _scaled(node: Node) -> tuple[Value, float] | None:
-    """x and c of x * c or x / c, for a constant c that is neither 0 nor infinite, where x has the result's shape."""
+    """Return x and c of x * c or x / c, for a constant c that is neither 0 nor infinite, if x has the result's
+    shape.
+    """
     x, y = node.inputs
     for value, other in ((x, y), (y, x)) if isinstance(node.op, Mul) else ((x, y),):
         number = number_of(other)

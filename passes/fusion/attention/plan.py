@@ -1,8 +1,8 @@
-"""From a softmax between two products to attention: which axes are which, what q, k, v and the terms are.
+"""The plan of attention for a softmax between two products: the roles of the axes, and q, k, v and the terms.
 
-A row in which every key is masked is what decides the terms. Spelled out, it is NaN (-inf and a plain softmax), zeros
-(-inf, guarded) or an average (a large negative number in place of scores, or added to them); attention gives zeros.
-Each is kept: see `AttentionPlan`.
+Rows in which every key is masked decide the terms. In primitives, such a row is NaN (-inf and a plain softmax), zeros
+(-inf, guarded) or an average (a large negative number that replaces scores, or is added to them); attention gives
+zeros. Each of these results is kept: see `AttentionPlan`.
 """
 
 from __future__ import annotations
@@ -30,23 +30,22 @@ from treadle.passes.fusion.axis_tracking import Axes, Layout
 
 
 class AttentionPlan:
-    """What one site becomes. Raises Mismatch where it can be no attention.
+    """The attention that replaces one site. Raises Mismatch if the site cannot be attention.
 
-    1. A mask by -inf is a mask. Where it may take every key of a row and the softmax is not guarded, NaN is put back.
-    2. A mask by a large negative number is a mask if every row is sure to keep a key, beside all other masks. Else
-       it is added: as it was, if it was added; in place of being filled in, if scores vanish beside the number; or if
-       they do not, with the queries of empty rows set to zero, where nothing else masks those rows.
-    3. What is filled in stands in place of all that came before it, other masks included. Where a row may be without
-       keys, all up to the last fill is one bias, in which they win over one another as they did.
-    4. What is added up past the range of the dtype, float32's least number twice, is -inf as it was; see 1.
-
-    5. What is filled in stops the gradient of what it replaces. Where a row may be without keys, and the graph is
-       differentiated, a number that is filled in is added with the queries of empty rows set to zero, however low.
+    1. A mask by -inf is a mask. If it may mask every key of a row and the softmax is not guarded, NaN is restored.
+    2. A mask by a large negative number is a mask if every row is sure to keep a key under all masks. Otherwise it is
+       added: as in the graph, if it was added; instead of filled in, if the number absorbs the scores; or if it does
+       not absorb them, with the queries of empty rows set to zero, provided that nothing else masks those rows.
+    3. A fill overrides everything before it, including other masks. If a row may be without keys, all steps up to the
+       last fill become one bias, in which they override one another as in the graph.
+    4. A sum past the range of the dtype, such as float32's least number twice, is -inf as in the graph; see 1.
+    5. A fill stops the gradient of the scores that it replaces. If a row may be without keys and the graph will be
+       differentiated, a fill is added with the queries of empty rows set to zero, however low its number.
 
     With `zero_empty_rows` every mask is a mask.
 
-    said     of an attention that is one op already; of spelled-out attention None
-    trained  whether the graph will be differentiated
+    said     the attributes of an attention that is one op already; None for attention in primitives
+    trained  True if the graph will be differentiated
     """
 
     def __init__(
@@ -89,10 +88,10 @@ class AttentionPlan:
     def _atoms(self, layout: Layout) -> set[int]:
         return {atom for dim in self.axes.resolved(layout) for atom in dim}
 
-    # -- which is which ----------------------------------------------------------------------------------------
+    # -- roles -------------------------------------------------------------------------------------------------
 
     def _find_origins(self) -> None:
-        """Tell q from k by the axis of the softmax, which is the keys', and look beneath their moves and scales."""
+        """Distinguish q from k by the axis of the softmax, which is the keys', and find their origins."""
         scores, values = self.scores, self.values
         keys = set(self.axes.flat(self.layout[self.weighting.axis]))
         if not keys:
@@ -107,31 +106,31 @@ class AttentionPlan:
         if held[0] != keys and held[1] != keys:
             self._fail("the softmax is over an axis of queries and keys together")
         if scores.summed is None:
-            self._fail("the scores are no sum over an axis of queries and keys")
+            self._fail("the scores are not a sum over an axis of queries and keys")
         everything, result = self._atoms(self.layout), self._atoms(values.result)
         if result & keys or not keys <= self._atoms(values.values.layout):
             self._fail("the product with the values does not sum over the axis of the softmax", values=True)
         if everything - result != keys:
-            self._fail("the product with the values sums over another axis than the softmax's as well", values=True)
+            self._fail("the product with the values also sums over an axis other than the softmax's", values=True)
 
         axis = self.weighting.axis
         repeated = (*self.layout[:axis], *self.layout[axis + 1 :]) if self.said is None else self.said.heads
 
-        def is_batch(atom: int) -> bool:  # asked while atoms are still being split
+        def is_batch(atom: int) -> bool:  # called while atoms are still being split
             return atom in self._atoms(repeated)
 
         self.q, self.k, self.v = (origin_of(self.axes, x, is_batch) for x in (q, k, values.values))
         if self.v.factor != 1.0:
             self.v = Origin(((values.values, 1.0),))
         if self.said is None and is_weight(self.k.placed.value):
-            self._fail("the keys are weights: a layer with a softmax, no attention")
+            self._fail("the keys are weights: a layer with a softmax, not attention")
         self.scale = scores.scale * self.q.factor * self.k.factor
 
     def _fail(self, reason: str, values: bool = False) -> None:
         raise Mismatch(reason, self.values.product if values else self.scores.product, self.nodes)
 
     def _groups(self) -> dict[str, tuple[int, ...]]:
-        """The atoms of b, h = (g r), s and t; those of g, d and e are kept beside."""
+        """Return the atoms of b, h = (g r), s and t, and store the atoms of g, d and e."""
         axes = self.axes
         dims = list(axes.resolved(self.layout))
         t = dims.pop(self.weighting.axis)
@@ -141,7 +140,7 @@ class AttentionPlan:
         r = tuple(atom for atom in rest if atom not in shared)
         first = dims[0] if dims else ()
         if len(dims) == 1 and len(first) > 1:
-            first = first[:1]  # rows and heads, in one dimension
+            first = first[:1]  # rows and heads joined in one dimension
         b = tuple(atom for atom in first if atom not in r)
         g = tuple(atom for atom in rest if atom not in r and atom not in b)
         d = axes.flat(self.scores.summed or ())
@@ -154,14 +153,16 @@ class AttentionPlan:
             (self.v, {*b, *g, *t, *e}, "values"),
         ):
             if not self._atoms(origin.placed.layout) <= allowed:
-                self._fail(f"the {what} have an axis that attention's have not")
+                self._fail(f"the {what} have an axis that attention lacks")
         return {"b": b, "h": (*g, *r), "s": s, "t": t}
 
     def _held(self, placed: Placed) -> str:
         return self.roles.held(placed.layout)
 
     def _widest(self) -> DType:
-        """The dtype to attend in: that of q, k, v, of the scores and of biases that holds all of the others."""
+        """Return the dtype of the attention: the one among q, k, v, the scores and biases that holds all of the
+        others.
+        """
         if self.said is not None:
             return self.said.dtype
         values = [x.placed.value for x in (self.q, self.k, self.v)] + [self.scores.product.results[0]]
@@ -178,18 +179,20 @@ class AttentionPlan:
 
     @property
     def replaced(self) -> tuple[Value, ...]:
-        """What attention replaces: the product with the values, and the probabilities where they are returned."""
+        """The values that attention replaces: the product with the values, and the probabilities if they are
+        returned.
+        """
         return (self.values.product.results[0], *(placed.value for placed in self.values.returned))
 
     def build(self, b: Builder) -> list[Expr] | Refusal:
-        """Attention: what stands in the place of each value that it replaces, or why it is none."""
+        """Build the attention. Return the replacement of each replaced value, or a refusal."""
         try:
             made = self._built(b)
         except TreadleError as error:
             return Refusal(f"attention does not take this: {error.what}")
         for old, new in zip(self.replaced, made, strict=True):
             if new.type != old.type:
-                return Refusal(f"attention would give {new.type} for {old.type}")
+                return Refusal(f"attention would return {new.type} for {old.type}")
         return made
 
     def _built(self, b: Builder) -> list[Expr]:
@@ -233,7 +236,9 @@ class AttentionPlan:
         return self.axes.place(b, b.expr(placed.value).cast(self.dtype), placed.layout, wanted)
 
     def _scale_attribute(self, q: Expr) -> float | None:
-        """The scale, or None if it is the default: 1/sqrt(d), as two constants of the dtype may say it."""
+        """Return the scale, or None if it equals the default 1/sqrt(d) up to the rounding of two constants of the
+        dtype.
+        """
         if self.said is not None and self.q.factor * self.k.factor == 1.0:
             return self.said.scale
         d = q.shape[-1].constant
@@ -242,7 +247,9 @@ class AttentionPlan:
         return _shortest(self.scale, self.dtype)
 
     def _kept(self, b: Builder, part: Seen) -> Expr:
-        """Where a condition or an addend keeps a key, over [b, h, s, t], with 1 for an axis that it lacks."""
+        """Build a mask, true where a condition or an addend keeps a key, over [b, h, s, t], with 1 for an axis that it
+        lacks.
+        """
         x = b.expr(part.placed.value)
         if x.dtype.is_float:
             x = (x if part.factor == 1.0 else x * part.factor) > -math.inf
@@ -251,7 +258,7 @@ class AttentionPlan:
         return self.axes.place(b, x if part.keep else b.logical_not(x), part.placed.layout, wanted)
 
     def _not_lost(self, b: Builder, biases: Sequence[tuple[str, Expr]]) -> Expr:
-        """Where the biases, of these axes, do not add up to -inf; laid out in the same way."""
+        """Build a mask, true where the biases, of these axes, do not add up to -inf; in the same layout."""
         total: Expr | None = None
         for axes, x in biases:
             right = " ".join(name if name in axes.split() else "1" for name in AXES)
@@ -261,7 +268,7 @@ class AttentionPlan:
         return total > -math.inf
 
     def _sees(self, b: Builder, kept: Iterable[Expr]) -> Expr:
-        """[b, h, s, 1], with 1 for an axis that none of these has: whether there is a key that all of them keep."""
+        """Build a mask [b, h, s, 1], true where all of these keep some key, with 1 for an axis that none has."""
         every = functools.reduce(lambda x, y: x & y, kept)
         if every.shape[3] == 1:
             return every
@@ -269,5 +276,5 @@ class AttentionPlan:
 
 
 def _shortest(number: float, dtype: DType) -> float:
-    """The shortest decimal that rounds to this number in a dtype: 0.3 for 0.30000001192092896."""
+    """Return the shortest decimal that rounds to this number in a dtype: 0.3 for 0.30000001192092896."""
     return number if dtype.numpy is None else float(str(dtype.numpy.type(number)))

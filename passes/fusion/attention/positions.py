@@ -23,12 +23,12 @@ from treadle.passes.fusion.attention.roles import Roles
 from treadle.passes.fusion.axis_tracking import Axes, Layout, narrowed
 
 MOST_PARTS = 32
-"""An expression of more levels is not looked through."""
+"""The greatest number of levels of an expression; deeper ones are not analyzed."""
 
 
 @dataclass(frozen=True)
 class Affine:
-    """s i + t j + constant + the sum of some tensors, each with a sign; integers."""
+    """s i + t j + constant + a sum of tensors, each with a sign; integers."""
 
     s: int = 0
     t: int = 0
@@ -39,7 +39,9 @@ class Affine:
         return dataclasses.replace(self, constant=self.constant + by)
 
     def plus(self, other: Affine, sign: int = 1) -> Affine:
-        """A tensor by the queries' positions does not cancel itself by the keys'."""
+        """Return the sum. A tensor indexed by query positions does not cancel the same tensor indexed by key
+        positions.
+        """
         left = [*self.tensors]
         for n, x in other.tensors:
             opposite = (-sign * n, x)
@@ -57,7 +59,7 @@ def affine_difference(roles: Roles, x: Placed, y: Placed) -> Affine | None:
 
 
 def affine(roles: Roles, placed: Placed, depth: int = 0) -> Affine | None:
-    """An integer value by position, or None where it is no integer."""
+    """Return an integer value by position, or None for any other value."""
     value, layout = placed.value, placed.layout
     if not value.type.dtype.is_int:
         return None
@@ -105,7 +107,7 @@ def _affine_op(roles: Roles, node: Node, layout: Layout, depth: int) -> Affine |
 
 
 def _position(roles: Roles, dim: Sequence[int]) -> Affine | None:
-    """The position along a dimension, if that is the queries' or the keys' axis as a whole."""
+    """Return the position along a dimension, if the dimension is the whole axis of the queries or of the keys."""
     atoms = roles.axes.flat(dim)
     for axis in ("s", "t"):
         if atoms and atoms == roles.atoms(axis):
@@ -114,7 +116,9 @@ def _position(roles: Roles, dim: Sequence[int]) -> Affine | None:
 
 
 def _counted_from(value: Value, layout: Layout, roles: Roles) -> tuple[str, int] | None:
-    """Which axis, s or t, a table of numbers counts along, and from what on."""
+    """Return the axis, s or t, along which a table of numbers counts, and its first number; None if it does not
+    count.
+    """
     table = constant_over(value, roles.axes.resolved(layout), roles)
     if table is None:
         return None
@@ -138,9 +142,9 @@ def beneath(axes: Axes, placed: Placed) -> Placed:
 
 
 def constant_over(value: Value, layout: Layout, roles: Roles) -> tuple[Any, list[str]] | None:
-    """A constant over s and t (in this or the other order), or one of them: its array, and its axes.
+    """Return a constant over s and t (in either order), or over one of them: its array, and its axes.
 
-    Of a slice from the start the whole: what lies past its end is at no position.
+    For a slice from the start, the whole constant is returned: no position is past the slice's end.
     """
     dims = list(layout)
     while (node := value.node) is not None:
@@ -177,14 +181,14 @@ _LARGEST_TABLE = 1 << 24
 
 
 def _squeezes(node: Node) -> bool:
-    """Whether a move keeps every dimension whole, and so a slice's start at its start."""
+    """Return True if a move keeps every dimension whole, and so keeps a slice's start at its start."""
     if isinstance(node.op, Expand):
         return True
     return "(" not in node.op.pattern  # type: ignore[attr-defined]
 
 
 def offset_table(roles: Roles, placed: Placed) -> tuple[Any, Any] | None:
-    """A constant over s and t, as it is for each query and key, and j - i for them."""
+    """Return a constant over s and t as an array over queries and keys, and j - i as another."""
     table = constant_over(placed.value, roles.axes.resolved(placed.layout), roles)
     if table is None or len(table[1]) != 2:
         return None
@@ -194,7 +198,9 @@ def offset_table(roles: Roles, placed: Placed) -> tuple[Any, Any] | None:
 
 
 def band_of(kept: Any) -> tuple[int | None, int | None] | None:
-    """Low and high of j - i in a band of truths, with None for what reaches a corner; None if it is no band."""
+    """Return the low and high limit of j - i in a band of truth values, None for one that reaches a corner; None if the
+    values are not a band.
+    """
     rows, columns = kept.shape
     offsets = np.arange(columns) - np.arange(rows)[:, None]
     inside = offsets[kept]
@@ -203,7 +209,7 @@ def band_of(kept: Any) -> tuple[int | None, int | None] | None:
     low, high = int(inside.min()), int(inside.max())
     if not np.array_equal(kept, (offsets >= low) & (offsets <= high)):
         return None
-    if low == 1 - rows and high > 0:  # nothing lies below, so that any lower limit says the same
+    if low == 1 - rows and high > 0:  # no key is below, so any lower limit is equivalent
         return (-high if -high <= low else None), (None if high == columns - 1 else high)
     if high == columns - 1 and low < 0:
         return low, (-low if -low >= high else None)

@@ -1,4 +1,4 @@
-"""A softmax, and the way down from it: to the product of the probabilities with values."""
+"""Softmaxes, and the path down from one to the product of the probabilities with the values."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def _guarded_softmax() -> Pattern:
 
 
 def softmax_at(node: Node) -> Weighting | None:
-    """The softmax whose probabilities this node gives: the op, or one that gives zeros where every score is -inf."""
+    """Return the softmax whose probabilities this node computes: the op, or one that gives zeros where every score is
+    -inf.
+    """
     if isinstance(node.op, Softmax):
         value = node.inputs[0]
         return Weighting(node, value, node.op.axis % value.type.rank, False, (node,))
@@ -65,12 +67,12 @@ def follow_probabilities(
     readers: Callable[[Value], Sequence[Node | None]],
     goes_out: Callable[[Node | None, Value], bool],
 ) -> Values:
-    """The product of the probabilities with values.
+    """Return the product of the probabilities with the values.
 
-    readers    who reads a value, None for an output
-    goes_out   whether such a reader only hands the value out of the model
+    readers    returns the readers of a value, None for an output
+    goes_out   returns True if a reader only passes the value on to outputs of the model
 
-    Raises Mismatch where there is none, or where the probabilities are used elsewhere as well.
+    Raises Mismatch if there is no such product, or if the probabilities are used elsewhere as well.
     """
     value, node, passed = weighting.anchor.results[0], weighting.anchor, list(weighting.nodes)
     guarded = weighting.guarded
@@ -84,12 +86,12 @@ def follow_probabilities(
             continue
         used = [user for user in users if not goes_out(user, value)]
         if users and not used:
-            raise Mismatch("the probabilities are an output, and nothing is weighted by them", node, passed)
+            raise Mismatch("the probabilities are an output, and weight no values", node, passed)
         if len(used) < len(users):
             returned.append(Placed(value, layout))
             users = used
         if len(users) != 1 or (user := users[0]) is None:
-            raise Mismatch(_elsewhere(users), node, passed, "do not read the probabilities beside that product")
+            raise Mismatch(_elsewhere(users), node, passed, "do not read the probabilities outside that product")
         passed.append(user)
         if user.is_contraction:
             found = _value_product(axes, user, value, layout, passed, guarded)
@@ -114,7 +116,7 @@ def follow_probabilities(
 
 
 def _zeros_for_nan(value: Value, users: Sequence[Node | None]) -> Node | None:
-    """where(p != p, 0, p): the op in which a row without keys becomes zeros."""
+    """Return the op in which a row without keys becomes zeros: where(p != p, 0, p)."""
     if len(users) != 2 or None in users:
         return None
     test = next((n for n in users if n is not None and isinstance(n.op, NotEqual)), None)
@@ -128,7 +130,7 @@ def _zeros_for_nan(value: Value, users: Sequence[Node | None]) -> Node | None:
 
 def _elsewhere(users: Sequence[Node | None]) -> str:
     if not users:
-        return "nobody reads the probabilities"
+        return "the probabilities are unused"
     if None in users:
         return "the probabilities are an output of a block that is used where it is called"
     others = [n for n in users if n is not None and not n.is_contraction] or [n for n in users if n is not None]
@@ -152,9 +154,9 @@ def _changed(user: Node, value: Value) -> str:
 
 
 def _value_product(axes: Axes, user: Node, value: Value, layout: Layout, passed: list[Node], guarded: bool) -> Values:
-    """Read the product as probabilities times values."""
+    """Return the product as probabilities times values."""
     if user.operands.count(value) != 1 or len(user.inputs) != 2:
-        what = "by themselves" if user.operands.count(value) != 1 else "by values, with more in one op"
+        what = "by themselves" if user.operands.count(value) != 1 else "by values and more operands in one op"
         raise Mismatch(f"the probabilities are multiplied {what}", user, passed[:-1])
     place = user.operands.index(value)
     other = user.inputs[1 - place]

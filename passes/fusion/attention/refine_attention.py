@@ -1,4 +1,4 @@
-"""Attention that came as one op, looked at again: what its masks say as terms, repeated keys as fewer heads."""
+"""Refinement of attention that is one op already: tensor masks become terms, and repeated keys become fewer heads."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from treadle.passes.fusion.axis_tracking import Axes, Layout
 class RefineAttention(SiteRewrite["_Refined"]):
     """attention(q, k, v, mask(b s t))   -->   attention(q, k, v, causal, mask(b t))        for a mask that is both
 
-     1. a mask that is a conjunction  -->  its parts: causal, window, padding, segments, and for the rest masks of as
-        few axes as they have;  a part that is true everywhere  -->  nothing
-     2. a bias  -->  the parts of a sum: t5_relative, alibi, and what is 0 or -inf as a mask;  one that is 0 or a large
-        negative number  -->  a mask, if every row is sure to keep a key, beside all other masks
-     3. keys and values repeated for several query heads  -->  fewer of their heads
+     1. a mask that is a conjunction  -->  its parts: causal, window, padding, segments, and for the rest masks with as
+        few axes as possible;  a part that is true everywhere  -->  nothing
+     2. a bias  -->  the parts of a sum: t5_relative, alibi, and a mask for a part that is 0 or -inf;  a bias that is 0
+        or a large negative number  -->  a mask, if every row is sure to keep a key under all masks
+     3. keys and values repeated for several query heads  -->  fewer heads of keys and values
      4. a number that q or k are multiplied by  -->  the scale
 
-    For ops as frontends bring them: ONNX's Attention, PyTorch's scaled_dot_product_attention, a layer with a mask that
-    is a tensor. What tensors say is read as FuseAttention reads it. The op keeps its dtype and its other terms.
+    For ops that frontends import: ONNX's Attention, PyTorch's scaled_dot_product_attention, a layer whose mask is a
+    tensor. Tensors are read as FuseAttention reads them. The op keeps its dtype and its other terms.
 
-    Refuses, and tells: a triangle or a band that is no term; a large negative number that is added where a row may be
-    without keys, which is an average over all of them; what may be inf in an addend; queries that begin later than 0.
-    A mask that is made of anything else is a near miss; one that comes from outside is what it is.
+    Refuses, with a note: a triangle or a band that is not a term; a large negative number that is added where a row may
+    be without keys, which is an average over all of them; an addend that may be inf; queries that do not begin at
+    position 0. A mask that is computed in another way is a near miss; a mask that is an input stays as it is.
 
-    zero_empty_rows   a row without keys may give zeros, whatever it gave; then every mask is a mask, and none an addend
+    zero_empty_rows   a row without keys may give zeros in any case; then every mask becomes a mask, and none an addend
     """
 
     zero_empty_rows: bool = False
@@ -52,7 +52,7 @@ class RefineAttention(SiteRewrite["_Refined"]):
                 continue
             op: Any = node.op
             if op.begins_later:
-                work.refuse(self.name, Refusal("its queries are a part of others, and begin later", node))
+                work.refuse(self.name, Refusal("its queries do not begin at position 0", node))
                 continue
             try:
                 plan = self._plan(node, work.graph, by_offset, work.log.differentiated)
@@ -73,8 +73,8 @@ class RefineAttention(SiteRewrite["_Refined"]):
     def _plan(
         self, node: Node, graph: Graph, by_offset: dict[Value, np.ndarray[Any, Any] | None], trained: bool
     ) -> AttentionPlan:
-        """The op as a plan to make it once more. Keys may have been repeated in another order than heads share them
-        in; then they stay as they are."""
+        """Return the plan of the op's replacement. If keys were repeated in another order than the one in which heads
+        share them, they stay repeated."""
         for grouped in (True, False):
             axes = Axes()
             op = _Op.of(axes, node, grouped)
@@ -85,19 +85,19 @@ class RefineAttention(SiteRewrite["_Refined"]):
         return plan
 
     def _tell_of_tensors(self, work: Rewriting, plan: AttentionPlan) -> None:
-        """A near miss for each mask of queries and keys that is computed, and is no term."""
+        """Log a near miss for each computed mask over queries and keys that is not a term."""
         for fused in plan.chain.masks:
             if not isinstance(fused.term, BooleanMask) or not {"s", "t"} <= set(fused.term.axes.split()):
                 continue
             made_by = fused.operands[0].placed.value.node
             if made_by is not None:
-                none = f"{made_by.op.name} gives none of causal, window, padding and segments"
+                none = f"{made_by.op.name} is not causal, a window, padding or segments"
                 work.near_miss(self.name, made_by, made_by, f"the mask stays a tensor: {none}")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Refined(Site):
-    """An attention op, and the one that it becomes."""
+    """An attention op, and the plan of its replacement."""
 
     plan: AttentionPlan
 
@@ -106,12 +106,12 @@ def _is_attention(node: Node) -> bool:
     return isinstance(node.op, (Attention, AttentionWithProbabilities))
 
 
-# -- an op as the plan's parts -----------------------------------------------------------------------------------------
+# -- an op in the plan's form ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Op:
-    """An attention op in the words in which spelled-out attention is found.
+    """An attention op in the data structures of attention in primitives.
 
     rows   the layout of the scores: b, h, s, t
     """
@@ -146,7 +146,7 @@ class _Op:
                 chosen.append(Chosen(placed, True, -np.inf, node))
             else:
                 added.append(Added(placed, 1.0, node))
-        terms: tuple[Added | Chosen, ...] = (*added, *chosen)  # a mask takes the key away, whatever is added
+        terms: tuple[Added | Chosen, ...] = (*added, *chosen)  # a mask removes the key in spite of addends
         scale = op.scale_for(q.type.shape[3].constant or 1)
         return _Op(
             rows,
@@ -161,7 +161,7 @@ class _Op:
 
 
 def _as_said(term: Term, operands: Sequence[Value]) -> Fused:
-    """A term that is by position, with what is known of the keys that it keeps."""
+    """Return a term by position, with the facts known about the keys that it keeps."""
     own = isinstance(term, Segments) and operands[0] is operands[1]
     return Fused(
         term,
@@ -171,11 +171,11 @@ def _as_said(term: Term, operands: Sequence[Value]) -> Fused:
     )
 
 
-# -- whether it is worth it --------------------------------------------------------------------------------------------
+# -- the gain ----------------------------------------------------------------------------------------------------------
 
 
 def _gain(plan: AttentionPlan, node: Node) -> str:
-    """What the op would say that it did not; nothing where it would be no better."""
+    """Return a description of the improvement; empty if there is none."""
     op: Any = node.op
     heads, fewer = node.inputs[1].type.shape[1], plan.axes.size(plan.g)
     terms = [f.term for f in (*plan.chain.masks, *plan.chain.biases)]
@@ -186,11 +186,13 @@ def _gain(plan: AttentionPlan, node: Node) -> str:
     if fewer != heads:
         told.append(f"{fewer} heads of keys and values, not {heads}")
     if plan.q.factor * plan.k.factor != 1.0:
-        told.append(f"scale {plan.scale:g}, with what queries and keys are multiplied by")
+        told.append(f"scale {plan.scale:g}, which includes the factors of queries and keys")
     return "; ".join(told)
 
 
 def _weight(terms: Sequence[Term]) -> tuple[int, list[tuple[int, bool]]]:
-    """Less for more terms by position; among equals, for tensors of fewer axes, the largest first, and truth values."""
+    """Return a key that is smaller for more terms by position; among equals, for tensors of fewer axes, the largest
+    first, and for truth values.
+    """
     tensors = [(len(t.axes.split()), isinstance(t, BiasTerm)) for t in terms if isinstance(t, BooleanMask | TensorBias)]
     return len(tensors) - len(terms), sorted(tensors, reverse=True)

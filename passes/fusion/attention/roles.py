@@ -1,4 +1,4 @@
-"""Which axes are attention's, and terms with the operands that they will be built from."""
+"""Roles of the axes in attention, and terms with the operands that they are built from."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from treadle.passes.fusion.axis_tracking import Axes, Layout
 
 @dataclass(frozen=True)
 class Roles:
-    """The atoms of attention's axes, and the sizes' bounds. A group may be empty, and is then of size 1.
+    """The atoms of attention's axes, and the bounds of the sizes. A group may be empty, and then has size 1.
 
-    groups      as they were found: what is read later may split them, so that `atoms` is to be asked
-    by_offset   what indices by position were found to be, for each j - i: kept for all sites of a function
+    groups      the atoms when they were found: later steps may split them, so use `atoms`
+    by_offset   the numbers of position indices for each j - i, shared by all sites of a function
     """
 
     axes: Axes
@@ -32,11 +32,11 @@ class Roles:
     by_offset: dict[Value, np.ndarray[Any, Any] | None]
 
     def atoms(self, name: str) -> tuple[int, ...]:
-        """The atoms of an axis as they are by now: a mask of windows splits the rows that the windows are a part of."""
+        """Return the current atoms of an axis: a mask of windows splits the rows that the windows are a part of."""
         return self.axes.flat(self.groups[name])
 
     def held(self, layout: Layout) -> str:
-        """The axes of which a layout holds an atom: "b t"."""
+        """Return the axes of which a layout holds an atom: "b t"."""
         there = {atom for dim in self.axes.resolved(layout) for atom in dim}
         return " ".join(name for name in self.groups if there.intersection(self.atoms(name)))
 
@@ -44,19 +44,19 @@ class Roles:
         return self.axes.size(self.groups[name])
 
     def place(self, b: Builder, x: Expr, layout: Layout, axes: str) -> Expr:
-        """x with a dimension for each of these axes; it is repeated along what it lacks of them."""
+        """Rearrange x to one dimension for each of these axes; it is repeated along axes that it lacks."""
         return self.axes.place(b, x, layout, [self.groups[name] for name in axes.split()])
 
 
 @dataclass(frozen=True)
 class PlacedOperand:
-    """An operand of a term: a value, the axes under which the term takes it, and what is done to it first.
+    """An operand of a term: a value, its axes in the term, and the changes that are applied first.
 
-    negated   of a condition: where it is false
-    factor    of a bias
-    plus      of lengths
+    negated   for a condition: negate it
+    factor    for a bias: multiply by this
+    plus      for lengths: add this
     to        the dtype that it is cast to
-    fill      of a condition that is a bias: what is added where it is false, 0 being added where it is true
+    fill      for a condition as a bias: the number added where it is false; 0 is added where it is true
     """
 
     placed: Placed
@@ -69,16 +69,16 @@ class PlacedOperand:
 
     @property
     def dtypes(self) -> tuple[DType, ...]:
-        """The float dtypes of which attention's has to hold all numbers."""
+        """The float dtypes whose numbers attention's dtype must hold."""
         dtype = self.placed.value.type.dtype
         return (dtype,) if dtype.is_float and self.fill is None else ()
 
     def fits(self, dtype: DType) -> bool:
-        """Whether a dtype holds the number that it is built with."""
+        """Return True if a dtype holds the operand's fill."""
         return self.fill is None or dtype.holds(self.fill)
 
     def build(self, b: Builder, roles: Roles, dtype: DType) -> Expr:
-        """The operand as attention in this dtype takes it."""
+        """Build the operand in the form that attention in this dtype takes."""
         x = b.expr(self.placed.value)
         if self.to is not None:
             x = x.cast(self.to)
@@ -107,7 +107,9 @@ class Fused:
 
 @dataclass(frozen=True)
 class Note:
-    """Why something stayed a tensor, and the node that shows it. `hint`: what would let it be a term."""
+    """The reason why something stayed a tensor, and the node that shows it. `hint`: the change that would make it a
+    term.
+    """
 
     reason: str
     node: Node
@@ -116,19 +118,19 @@ class Note:
 
 @dataclass
 class Reading:
-    """What conditions came to: terms in order, and notes on what stayed a tensor."""
+    """The result of reading conditions: terms in order, and notes on parts that stayed tensors."""
 
     terms: list[Fused] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
 
     @property
     def structural(self) -> bool:
-        """Whether a part of it is known by position."""
+        """True if some term is known by position."""
         return any(not isinstance(f.term, BooleanMask) for f in self.terms)
 
 
 def never_empty(terms: Sequence[Fused], roles: Roles) -> bool:
-    """Whether together they leave every query a key, whatever their operands hold."""
+    """Return True if the terms together keep a key for every query, whatever their operands hold."""
     masks = [f for f in terms if isinstance(f.term, MaskTerm)]
     square = roles.size("s") == roles.size("t")
     return all(f.first for f in masks) or (square and all(f.diagonal for f in masks))
@@ -136,7 +138,7 @@ def never_empty(terms: Sequence[Fused], roles: Roles) -> bool:
 
 @dataclass(frozen=True)
 class WholeOperand(PlacedOperand):
-    """An operand that is taken as it is."""
+    """An operand that is passed unchanged."""
 
     def build(self, b: Builder, roles: Roles, dtype: DType) -> Expr:
         x = b.expr(self.placed.value)
@@ -145,11 +147,11 @@ class WholeOperand(PlacedOperand):
 
 @dataclass(frozen=True)
 class Said:
-    """What an attention op says of itself, beside masks and biases that are tensors.
+    """The attributes of an attention op, other than masks and biases that are tensors.
 
-    dtype   in which it attends
+    dtype   the dtype of the attention
     scale   None: 1/sqrt(d)
-    terms   those by position
+    terms   the terms by position
     heads   the layout of the axis along which keys may be repeated
     """
 

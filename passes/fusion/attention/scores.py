@@ -1,4 +1,4 @@
-"""The way up from a softmax: to the product of queries and keys, with what is done to the scores before the softmax."""
+"""The path up from a softmax to the product of queries and keys, with the ops applied to the scores in between."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from treadle.passes.fusion.axis_tracking import Axes, Layout, narrowed
 
 @dataclass(frozen=True)
 class _Trail:
-    """What lies between the softmax and a value on the way up: softmax of (factor * value, capped) + terms.
+    """The ops between the softmax and a value on the way up: softmax of (factor * value, capped) + terms.
 
-    least    the smallest that the factor has been, nearer to the softmax
+    least    the smallest factor so far, nearer to the softmax
     """
 
     factor: float = 1.0
@@ -46,7 +46,7 @@ class _Trail:
 
     @property
     def peak(self) -> float:
-        """The most by which what stands here is multiplied before it is at the softmax."""
+        """The greatest factor of a value here on its way to the softmax."""
         return abs(self.factor) / self.least
 
     def beyond(self, term: Added | Chosen) -> _Trail:
@@ -61,9 +61,9 @@ def find_scores(
     *,
     rounded: bool = False,
 ) -> Scores:
-    """The product of queries and keys that the softmax is taken of. Raises Mismatch where there is none.
+    """Return the product of queries and keys that the softmax is taken of. Raises Mismatch if there is none.
 
-    rounded   go on above scores that a quantizer rounds, which stand in the way of attention and not of a person's eye
+    rounded   continue above scores that a quantizer rounds: they prevent the fusion, but a report may name the site
     """
     ascent = _Ascent(axes, readers, set(weighting.nodes), rounded)
     return ascent.up(weighting.scores, layout, _Trail(nodes=weighting.nodes))
@@ -102,7 +102,7 @@ class _Ascent:
         return found
 
     def _read_here_alone(self, value: Value, node: Node, trail: _Trail) -> None:
-        """Raise Mismatch where a value on the way is read by anything but the op that was passed before it."""
+        """Raise Mismatch if a value on the way has a reader other than the op below it."""
         above = trail.nodes[-1]
         inside = self.softmax if above in self.softmax else {above}
         for user in self.readers(value):
@@ -146,9 +146,7 @@ class _Ascent:
     def _cast(self, node: Node, layout: Layout, trail: _Trail) -> Scores:
         source, to = node.inputs[0].type.dtype, node.results[0].type.dtype
         if not source.is_float or not is_lossless(source, to):
-            raise Mismatch(
-                f"the scores are cast from {source} to {to}, which loses some of them", node, trail.nodes[:-1]
-            )
+            raise Mismatch(f"the scores are cast from {source} to {to}, which is lossy", node, trail.nodes[:-1])
         return self.up(node.inputs[0], layout, trail)
 
     # -- arithmetic --------------------------------------------------------------------------------------------
@@ -189,7 +187,7 @@ class _Ascent:
 
     def _sum(self, node: Node, layout: Layout, trail: _Trail, sign: float) -> Scores:
         x, y = node.inputs
-        # The likelier operand first: one of the whole shape, and no mask that was made of a condition.
+        # The more likely operand for the scores first: one of the full shape, and not a mask computed from a condition.
         orders = sorted([(x, 1.0, y, sign), (y, sign, x, 1.0)], key=lambda order: _unlikely(order[0], node))
         deepest: Mismatch | None = None
         for value, factor, other, share in orders:
@@ -214,7 +212,7 @@ class _Ascent:
                 mask = Chosen(held, keep, number * trail.factor, node, trail.factor, trail.peak)
                 if not mask.fill <= -LEAST_FILL:
                     raise Mismatch(
-                        f"the mask puts {number:g} in place of scores, which does not take keys away",
+                        f"the mask replaces scores by {number:g}, which does not mask keys",
                         node,
                         trail.nodes[:-1],
                         "-inf or -1e9 in its place",
@@ -224,6 +222,6 @@ class _Ascent:
 
 
 def _unlikely(value: Value, node: Node) -> int:
-    """How unlikely an operand of a sum is to be the scores, and the other the bias."""
+    """Return a key that is greater the less likely an operand of a sum is the scores, and the other one the bias."""
     made_of_condition = value.node is None or isinstance(value.node.op, Where)
     return 2 * made_of_condition + (value.type.elements != node.results[0].type.elements)

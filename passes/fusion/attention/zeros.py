@@ -1,4 +1,6 @@
-"""A chain of masks and biases, done to zeros in place of the scores: a bias that does what they do, in their order."""
+"""Chains of masks and biases applied to zeros instead of the scores: one bias with the same effect, in the same
+order.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ from treadle.passes.fusion.attention.roles import PlacedOperand, Roles
 class Put:
     """One step: an addend, or the condition outside of which a number is filled in.
 
-    unit     by how much everything is multiplied from here to the softmax
-    number   what is filled in; None for an addend
+    unit     the factor from here to the softmax
+    number   the number that is filled in; None for an addend
     """
 
     operand: PlacedOperand
@@ -27,7 +29,7 @@ class Put:
 class OnZeros(PlacedOperand):
     """where(c2, where(c1, 0, n1) + a, n2), for the steps c1, n1; a; c2, n2
 
-    Scales stand where they stood, so that what overflows does so here. Equal numbers in a row are filled in at once.
+    Scales keep their places, so that overflows happen as in the graph. Equal numbers in a row are filled in at once.
     """
 
     puts: tuple[Put, ...] = ()
@@ -59,7 +61,7 @@ class OnZeros(PlacedOperand):
         return made if unit == 1.0 else made * unit
 
     def _spread(self, b: Builder, roles: Roles, operand: PlacedOperand, dtype: DType) -> Expr:
-        """An operand over this one's axes, with 1 for each that it lacks."""
+        """Return an operand over this bias's axes, with 1 for each axis that it lacks."""
         held = operand.axes.split()
         x = operand.build(b, roles, dtype)
         layout = tuple(roles.groups[name] for name in held)
@@ -67,7 +69,7 @@ class OnZeros(PlacedOperand):
 
 
 def _runs(puts: Sequence[Put]) -> Iterator[list[Put]]:
-    """The steps, those together that fill in one number one after the other."""
+    """Yield the steps in groups: consecutive steps that fill in the same number are one group."""
     run: list[Put] = []
     for put in puts:
         if run and (put.number is None or (put.number, put.unit) != (run[-1].number, run[-1].unit)):

@@ -1,10 +1,9 @@
-"""ONNX models of one node each, over every operator that the importer knows, its attributes and its versions, held
-against ONNX Runtime.
+"""Compare ONNX models of one node each with ONNX Runtime, over all imported operators, attributes and versions.
 
     python -m tests.fuzz.onnx_nodes [--count 5000] [--seed 0] [--only Conv] [--backend torch]
 
-`cases(seed)` goes on for ever: each operator in turn, with random operands and attributes, some operands constant, some
-axes without a size. `outcome(case)` imports a case with its sizes and without, runs both, and says how it went.
+`cases(seed)` is endless: each operator in turn, with random operands and attributes, some operands constant, some axes
+without a size. `outcome(case)` imports a case with its sizes and without, runs both, and returns the verdict.
 """
 
 from __future__ import annotations

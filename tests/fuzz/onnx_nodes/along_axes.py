@@ -1,4 +1,4 @@
-"""Operators along an axis, as drawn: reductions, softmax, norms, orders."""
+"""Drawn nodes: operators along an axis (reductions, softmax, norms, orders)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _reduction(d: Draw) -> None:
     kinds = ("float32", "int32") if d.name not in ("ReduceMean", "ReduceLogSum", "ReduceLogSumExp", "ReduceL2") else ()
     x = d.numbers(shape, *(kinds or ("float32",)))
     if d.name == "ReduceProd" and x.dtype.kind == "i":
-        x = d.ints(shape, -1, 1, x.dtype)  # ONNX Runtime does not say what a product past int32 is
+        x = d.ints(shape, -1, 1, x.dtype)  # ONNX Runtime does not define a product past int32
     d.x(np.abs(x) + x.dtype.type(1) if d.name == "ReduceLogSum" else x)
     axes = d.some(len(shape)) if shape and d.maybe(0.6) else None
     d.perhaps(keepdims=d.int(0, 1))
@@ -91,7 +91,7 @@ def _norm(d: Draw) -> None:
     if d.name == "LayerNormalization" and d.maybe():
         d.x(d.floats(shape[axis % len(shape) :]))
     d.perhaps(epsilon=1e-3, stash_type=1)
-    d.rounding = 1000  # the reciprocal of a small deviation multiplies what a mean rounded
+    d.rounding = 1000  # the reciprocal of a small deviation multiplies the mean's rounding error
 
 
 @draws("BatchNormalization")

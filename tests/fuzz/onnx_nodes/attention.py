@@ -1,4 +1,4 @@
-"""Attention and rotary positions, as drawn."""
+"""Drawn nodes: attention and rotary positions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases of every operator, in the versions that are drawn, one after the other."""
+"""Cases of every operator, in the drawn versions, one after the other."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _history() -> list[Any]:
 
 @lru_cache
 def opsets(name: str) -> list[int]:
-    """An opset for each version of an operator that is drawn."""
+    """Return an opset for each drawn version of an operator."""
     versions = sorted(s.since_version for s in _history() if s.name == name and not s.deprecated)
     return sorted({max(version, OLDEST) for version in versions if version <= NEWEST}) or [17]
 
@@ -49,7 +49,9 @@ def drawn(name: str, seed: int) -> Case:
 
 
 def assembled(d: Draw, opset: int) -> Case:
-    """The model of what was drawn. Axes without a size are called by it: all of 3 elements are one symbol, n3."""
+    """Build the model of the drawn node. Unknown sizes are named by their number: all axes of 3 elements share a
+    symbol, n3.
+    """
     inputs: list[Any] = []
     held: list[Any] = []
     names: list[str] = []
@@ -78,12 +80,12 @@ def assembled(d: Draw, opset: int) -> Case:
 
 
 def attributes(name: str) -> set[str]:
-    """The attributes of an operator, in the versions that are drawn."""
+    """Return the attributes of an operator, in the drawn versions."""
     return {a for opset in opsets(name) if defs.has(name) for a in defs.get_schema(name, opset, "").attributes}
 
 
 def cases(seed: int) -> Iterator[Case]:
-    """Cases without an end: each operator in turn, as often as it has attributes."""
+    """Yield cases without end: each operator in turn, once for each of its attributes."""
     turns = [(name, k) for name in DRAWN for k in range(max(len(attributes(name)), 1))]
     for n in itertools.count():
         for name, k in turns:

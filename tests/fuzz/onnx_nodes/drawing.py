@@ -1,4 +1,4 @@
-"""A node while it is drawn: its operands, its attributes, and the model that it becomes."""
+"""A node while it is drawn: its operands, its attributes, and the resulting model."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from onnx import TensorProto, helper, numpy_helper
 Array = np.ndarray[Any, Any]
 
 NEWEST = 24
-"""The newest opset drawn: the last one that ONNX Runtime knows in full."""
+"""The newest opset drawn: the last one that ONNX Runtime supports in full."""
 OLDEST = 7
 TYPES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.INT64: "int64"}
 
 
 @dataclass
 class Case:
-    """A model, what it takes, and how near the results must come: in spacings of the result's dtype."""
+    """A model, its inputs, and the tolerance of the results in spacings of the result's dtype."""
 
     operator: str
     proto: onnx.ModelProto
@@ -45,7 +45,7 @@ class Draw:
     """One node while it is drawn: `x` adds an operand, `set` an attribute.
 
     version   of the operator
-    r, rng    the chance behind everything
+    r, rng    the random generators
     """
 
     def __init__(self, seed: int, name: str, version: int) -> None:
@@ -86,7 +86,7 @@ class Draw:
         return self.rng.random(tuple(shape)) < 0.5
 
     def numbers(self, shape: Sequence[int], *dtypes: str) -> Array:
-        """Floats or integers: of one of these dtypes, float32 more often than another."""
+        """Floats or integers of one of these dtypes; float32 more often than others."""
         dtype = np.dtype(self.of("float32", *(dtypes or ("float32", "float16", "int32", "int64"))))
         if dtype.kind == "f":
             return self.floats(shape, dtype)
@@ -98,25 +98,25 @@ class Draw:
         return [1 if self.maybe(0.3) else n for n in kept]
 
     def x(self, array: Array | None, constant: bool | None = None) -> Array | None:
-        """An operand; whether it is a constant of the model is drawn if it is not said."""
+        """Add an operand; `None` draws whether it is a constant of the model."""
         array = None if array is None else np.asarray(array)
         self.operands.append((array, self.maybe(0.15) if constant is None else constant))
         return array
 
     def told(self, numbers: Sequence[int] | int, dtype: Any = np.int64) -> None:
-        """An operand that determines a shape: mostly a constant."""
+        """Add an operand that determines a shape: mostly a constant."""
         self.x(np.array(numbers, dtype), self.maybe(0.85))
 
     def set(self, **attributes: Any) -> None:
         self.attributes.update({name: value for name, value in attributes.items() if value is not None})
 
     def perhaps(self, **attributes: Any) -> None:
-        """Attributes, each of which is there or left to its default."""
+        """Set attributes, each of them or its default."""
         self.set(**{name: value for name, value in attributes.items() if self.maybe()})
 
 
 DRAWN: dict[str, Callable[[Draw], None]] = {}
-"""How the operands and attributes of each operator are drawn."""
+"""Functions that draw the operands and attributes of each operator."""
 
 
 def draws(*names: str) -> Callable[[Callable[[Draw], None]], Callable[[Draw], None]]:

@@ -1,4 +1,4 @@
-"""Operators that go element by element, as drawn."""
+"""Drawn nodes: elementwise operators."""
 
 from __future__ import annotations
 

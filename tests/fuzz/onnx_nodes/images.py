@@ -1,4 +1,4 @@
-"""Operators of windows and images, as drawn: convolutions, pools, resizes."""
+"""Drawn nodes: operators of windows and images (convolutions, pools, resizes)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ Array = np.ndarray[Any, Any]
 
 
 def _windows(d: Draw, kernel: Sequence[int], transposed: bool = False, dilated: bool = True) -> None:
-    """Strides, dilations and padding. Where the padding is automatic ONNX Runtime knows no dilations, and a stride past
-    the kernel only as an error: those are left out."""
+    """Draw strides, dilations and padding. With automatic padding, ONNX Runtime supports no dilations, and raises an
+    error for a stride larger than the kernel: those are left out.
+    """
     automatic = d.of("SAME_UPPER", "SAME_LOWER") if d.maybe(0.3) else d.of(None, None, "NOTSET", "VALID")
     same = automatic is not None and automatic.startswith("SAME")
     d.perhaps(strides=[d.int(1, k if same else 3) for k in kernel])
@@ -26,7 +27,7 @@ def _windows(d: Draw, kernel: Sequence[int], transposed: bool = False, dilated: 
 
 
 def _image(d: Draw, channels: int, kernel: Sequence[int]) -> Array:
-    """An x in which one window fits at least."""
+    """Draw an x in which at least one window fits."""
     return d.floats([d.int(1, 2), channels, *(2 * k + d.int(0, 4) for k in kernel)])
 
 
@@ -117,7 +118,7 @@ def _resize(d: Draw) -> None:
     places += ["half_pixel_symmetric"] if d.version >= 19 else []
     place, by_scale = d.of(None, *places), d.maybe()
     if by_scale:
-        # Of corners that are aligned, the specification scales the size as it is, and ONNX Runtime rounds it first.
+        # With aligned corners, the specification scales the size without rounding, and ONNX Runtime rounds it first.
         scales = (1.0, 2.0, 3.0) if place == "align_corners" else (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
         d.x(np.array([d.of(*scales) if move else 1.0 for move in moved], np.float32), True)
     else:
@@ -125,7 +126,7 @@ def _resize(d: Draw) -> None:
         d.told([d.int(1, 9) if move else n for move, n in zip(moved, over, strict=True)])
     d.set(mode=mode, coordinate_transformation_mode=place, axes=axes)
     if mode == "nearest":
-        # A place that is on an element exactly, such as 1.5 * 5/3 - 0.5, may be just below it in ONNX Runtime's floats.
+        # A position exactly on an element, such as 1.5 * 5/3 - 0.5, may be just below it in ONNX Runtime's floats.
         kinds = ("floor", "ceil") if by_scale else ()
         d.perhaps(nearest_mode=d.of("round_prefer_floor", "round_prefer_ceil", *kinds))
     if mode == "cubic":
@@ -133,7 +134,7 @@ def _resize(d: Draw) -> None:
     centered = d.attributes.get("coordinate_transformation_mode") in (None, "half_pixel")
     if d.version >= 18 and mode != "nearest" and centered:
         d.perhaps(antialias=d.int(0, 1))
-    # With negative axes ONNX Runtime loses the policy, and of aligned corners it rounds the scaled size here, too.
+    # With negative axes ONNX Runtime loses the policy, and with aligned corners it rounds the scaled size here, too.
     if d.version >= 18 and not by_scale and axes != [-1, -2] and place != "align_corners":
         d.perhaps(keep_aspect_ratio_policy=d.of("stretch", "not_larger", "not_smaller"))
     d.perhaps(extrapolation_value=0.5)

@@ -1,4 +1,4 @@
-"""What becomes of a case: imported with its sizes and without, run, and held against ONNX Runtime."""
+"""The outcome of a case: imported with its sizes and without, run, and compared with ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ Array = np.ndarray[Any, Any]
 
 
 def in_runtime(case: Case) -> list[Array] | str:
-    """What ONNX Runtime answers, or why it does not."""
+    """Return the results of ONNX Runtime, or the reason why there are none."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 4, 1
     try:
         session = onnxruntime.InferenceSession(_with_types(case).SerializeToString(), options)
         return list(session.run(None, case.inputs))
-    except Exception as error:  # its own errors have no family
+    except Exception as error:  # its own errors have no common class
         return str(error).splitlines()[0]
 
 
 def _with_types(case: Case) -> onnx.ModelProto:
-    """The model with its axes' sizes, so that nothing is left to guess of the outputs."""
+    """Return the model with its axes' sizes, so that the shapes of outputs are known."""
     proto = onnx.ModelProto.FromString(case.proto.SerializeToString())
     for value in proto.graph.input:
         shape = case.inputs[value.name].shape
@@ -47,7 +47,7 @@ def _with_types(case: Case) -> onnx.ModelProto:
 
 
 def imported(case: Case, dims: dict[str, int] | None = None) -> Imported:
-    """A case as a graph, what determines shapes given as it asks for it. Raises FrontendError."""
+    """Import a case as a graph; values that determine shapes are passed on demand. Raises FrontendError."""
     static: dict[str, Any] = {}
     while True:
         try:
@@ -59,7 +59,7 @@ def imported(case: Case, dims: dict[str, int] | None = None) -> Imported:
 
 
 def answer(case: Case, made: Imported, backend: str) -> list[Array]:
-    """What a graph answers after the default pipeline. Raises TreadleError."""
+    """Return a graph's results after the default pipeline. Raises TreadleError."""
     graph, weights, notes = made
     given = {name: carried(kind, case.inputs[name]) for name, kind in notes.inputs.items()}
     optimized = PassManager(DEFAULT).run(graph).graph
@@ -68,7 +68,9 @@ def answer(case: Case, made: Imported, backend: str) -> list[Array]:
 
 
 def difference(got: Sequence[Array], wanted: Sequence[Array], rounding: int) -> str | None:
-    """How results differ: in shape, dtype, or by more than so many spacings of the largest number."""
+    """Return the difference between results: in shape, dtype, or by more than `rounding` spacings of the largest
+    number.
+    """
     for n, (x, y) in enumerate(zip(got, wanted, strict=True)):
         if x.shape != y.shape or x.dtype != y.dtype:
             return f"result {n} is {x.dtype}{list(x.shape)}, should be {y.dtype}{list(y.shape)}"
@@ -86,10 +88,10 @@ def difference(got: Sequence[Array], wanted: Sequence[Array], rounding: int) -> 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a case.
+    """The outcome of a case.
 
     verdict   same; wrong; refused (by the import, with its sizes); left (by ONNX Runtime, and not compared)
-    symbolic  of the import without sizes: same, refused, or none where every size is known
+    symbolic  of the import without sizes: same, refused, or none if every size is known
     """
 
     verdict: str
@@ -100,8 +102,8 @@ class Outcome:
 def outcome(case: Case, backend: str = "numpy") -> Outcome:
     """Import and run a case, with its sizes and without, and compare.
 
-    A refusal at import is an answer, unless it says that the node cannot be read. Where sizes are unknown, one at the
-    call is an answer as well: a cut that is past the end for some of them. Anything else that is raised is wrong.
+    A refusal at import is an answer, unless it says that the node cannot be read. If sizes are unknown, a refusal at
+    the call is an answer as well: for example, a slice that is past the end for some sizes. Any other error is wrong.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -117,7 +119,7 @@ def outcome(case: Case, backend: str = "numpy") -> Outcome:
 
 
 def _one_way(case: Case, backend: str, dims: dict[str, int] | None, wanted: list[Array] | str) -> Outcome:
-    """What becomes of a case with sizes for its axes, or (None) without."""
+    """Return the outcome of a case with sizes for its axes, or (None) without."""
     without = " (without sizes)" if dims is None else ""
     try:
         made = imported(case, dims)

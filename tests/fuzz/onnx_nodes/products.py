@@ -1,4 +1,4 @@
-"""Products, as drawn."""
+"""Drawn nodes: products."""
 
 from __future__ import annotations
 

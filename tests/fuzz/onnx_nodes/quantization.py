@@ -1,4 +1,4 @@
-"""Operators that quantize, as drawn."""
+"""Drawn nodes: operators that quantize."""
 
 from __future__ import annotations
 

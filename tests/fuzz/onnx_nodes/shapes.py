@@ -1,4 +1,4 @@
-"""Operators that move, pick, place and make elements, as drawn."""
+"""Drawn nodes: operators that move, select, place and create elements."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _gather(d: Draw) -> None:
     shape = d.shape()
     axis = d.axis(len(shape)) if d.version >= 11 else d.int(0, len(shape) - 1)
     table = len(shape) == 2 and axis % 2 == 0
-    d.x(d.numbers(shape), False if table else None)  # an embedding of ours, if constant: it takes no negative index
+    d.x(d.numbers(shape), False if table else None)  # an embedding of ours, if constant: no negative index
     low = -shape[axis] if d.version >= 11 else 0
     d.x(d.ints(d.shape(0, 2), low, shape[axis] - 1, d.of(np.int32, np.int64)), d.maybe(0.4))
     d.set(axis=axis)
@@ -241,7 +241,7 @@ def _slice(d: Draw) -> None:
     edges = [(d.int(-n - 2, n + 2), d.int(-n - 2, n + 2)) for n in (shape[a] for a in axes)]
     starts, ends = [list(side) for side in zip(*edges, strict=True)]
     for i, step in enumerate(steps or [1] * len(axes)):
-        if d.maybe(0.3):  # to the end, as the specification recommends to say it
+        if d.maybe(0.3):  # to the end, in the form that the specification recommends
             ends[i] = 2**31 - 1 if step > 0 else -(2**31)
     d.x(d.numbers(shape))
     if d.version < 10:  # as attributes

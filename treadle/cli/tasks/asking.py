@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import treadle
 from treadle.cli.application import command
 from treadle.cli.options import AsJson, BackendName, Config, Dtype, Limit, ModelName, Quantize, TargetName, Threads
 from treadle.ir.errors import UsageError
@@ -102,11 +103,13 @@ def model_options(
     """Return a command's options in the form in which a task opens its model. Raises UsageError for a malformed
     option.
     """
+    from treadle.continuation import TextWriter
     from treadle.ir.target import Target
     from treadle.option_values import parse_config
+    from treadle.stepped import open_stepped
     from treadle.tasks.options import ModelOptions
 
-    given = parse_config(config or (), limit or ())
+    given = parse_config(config or (), limit or (), treadle.compile, TextWriter.open, open_stepped)
     limits = given.pop("limits", None)
     return ModelOptions(model, backend, Target(target, threads), dtype, quantize, limits, config=given)
 

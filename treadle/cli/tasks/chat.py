@@ -43,9 +43,13 @@ def talk_with_model(
         typer.Option(metavar="P", help="Sample from tokens whose probability is at least P times the largest one."),
     ] = 0.0,
     repetition_penalty: Annotated[
-        float,
-        typer.Option(metavar="X", help="Values above 1 make tokens that are already in the conversation less likely."),
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="Values above 1 make tokens that are already in the conversation less likely. By default the folder's.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Random seed; the same seed gives the same replies.")] = 0,
     cache: CacheName = None,
     widen: Widen = None,
@@ -57,26 +61,30 @@ def talk_with_model(
     from treadle.continuation import need_for_text
     from treadle.progress import working
     from treadle.runtime.sampling import Sampling
-    from treadle.runtime.token_rules import TokenRules
+    from treadle.tasks.generation_settings import FolderRules
     from treadle.tasks.loaded import LoadedModel
 
     sampling = Sampling(temperature, 0, top_p, seed, min_p)
-    rules = TokenRules(repetition_penalty=repetition_penalty)
+    FolderRules().but(repetition_penalty=repetition_penalty)  # a wrong value is refused before compiling
     need_for_text(options.model, chat=True)
     with working(f"compiling {options.model}", shown=not as_json):
         writer = LoadedModel(replace(options, cache=cache, widen=names_of(widen) or ())).writer
         talk = Conversation.open(writer, system=system, capacity=context)
+    asked = writer.asked.but(repetition_penalty=repetition_penalty)
+    if asked.options and not as_json:
+        print(asked, file=sys.stderr)
     for line in _lines(shown=not as_json):
         if line == _NEW:
             talk.forget()
             continue
-        for piece in talk.say(line, most=most, sampling=sampling, rules=rules):
+        for piece in talk.say(line, most=most, sampling=sampling, rules=asked.rules):
             if not as_json:
                 print(piece.text, end="", flush=True)
         if not as_json:
             print(flush=True)
     if as_json:
-        print_json({"model": writer.model.name, "backend": options.backend, "messages": list(map(dict, talk.messages))})
+        facts = {"model": writer.model.name, "backend": options.backend, "from_folder": asked.as_dict()}
+        print_json({**facts, "messages": list(map(dict, talk.messages))})
 
 
 def _lines(*, shown: bool) -> Iterator[str]:

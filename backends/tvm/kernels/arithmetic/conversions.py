@@ -1,11 +1,11 @@
-"""Conversions between dtypes, lane by lane, with the same bits on every instruction set.
+"""Conversions between dtypes, lane by lane, bitwise identical on every instruction set.
 
-- f16 and bf16 are computed with in f32. To them is rounded once, to nearest, ties to even; a NaN stays one
+- f16 and bf16 are computed in f32. Results are rounded once, to nearest, ties to even; a NaN remains a NaN
 - a bf16 is held as its bits, a uint16: code generators have no arithmetic for it, and TVM's own rounding loses NaNs
-- f16 is converted by instructions where there are some, else by integer arithmetic: what the code generator would call
-  instead lies in a compiler's library, which a kernel is not linked with
-- a float that an integer cannot hold becomes the integer's least number (of i32, for narrower ones, which keep its low
-  bits), which is what x86 and with it NumPy gives
+- f16 is converted by instructions if there are any, else by integer arithmetic: the function that the code generator
+  would call is in a compiler's library, which kernels are not linked with
+- a float that does not fit an integer type becomes the lowest integer of the type (of i32 for narrower types, which
+  keep its low bits), as on x86 and therefore in NumPy
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 NARROW = frozenset({"f16", "bf16"})
-"""The floats that are computed with in f32."""
+"""The floats that are computed in f32."""
 
 i32, i64 = DTYPES["i32"], DTYPES["i64"]
 
 
 def working(dtype: DType) -> DType:
-    """The dtype that values of a dtype are computed with in."""
+    """Return the dtype in which values of a dtype are computed."""
     return f32 if dtype.name in NARROW else dtype
 
 
 def has_f16(isa: Isa) -> bool:
-    """Whether an instruction set converts between f16 and f32."""
+    """Return True if an instruction set converts between f16 and f32."""
     return isa.machine != "x86_64" or "f16c" in isa.needs
 
 
 def narrow_cast(k: Emitter, value: Expr, held: str, dtype: DType, lanes: int) -> Expr | None:
-    """A conversion from or to f16 or bf16; None for any other. `held` is TVM's name of the value's dtype."""
+    """Convert from or to f16 or bf16; None for any other conversion. `held` is TVM's name of the value's dtype."""
     if held == "uint16":
         return _from_f32(k, _bf16_to_f32(k, value, lanes), dtype, lanes)
     if held == "float16" and not (dtype is f32 and has_f16(k.isa)):
@@ -58,7 +58,7 @@ def _from_f32(k: Emitter, wide: Expr, dtype: DType, lanes: int) -> Expr:
 
 
 def convert(k: Emitter, value: Expr, held: DType, dtype: DType, lanes: int) -> Expr:
-    """The op `cast`: like `k.cast`, but defined for every number, and a number is true unless it is 0."""
+    """Emit the op `cast`: like `k.cast`, but defined for every number; every number except 0 is true."""
     if held is boolean:
         return _from_bool(k, value, dtype, lanes)
     if held is dtype:
@@ -76,7 +76,7 @@ def convert(k: Emitter, value: Expr, held: DType, dtype: DType, lanes: int) -> E
 
 
 def _from_bool(k: Emitter, value: Expr, dtype: DType, lanes: int) -> Expr:
-    """0 or 1. In LLVM's text, as TVM cannot bind an expression of bools to a name."""
+    """Return 0 or 1. In LLVM text, because TVM cannot bind an expression of bools to a name."""
     if dtype.name in NARROW:
         return k.cast(k.let(_from_bool(k, value, f32, lanes)), dtype, lanes)
     t = llvm_type(dtype)
@@ -86,7 +86,7 @@ def _from_bool(k: Emitter, value: Expr, dtype: DType, lanes: int) -> Expr:
 
 
 def _float_to_int(k: Emitter, value: Expr, held: DType, dtype: DType, lanes: int) -> Expr:
-    """The conversion is only done of what fits: of anything else LLVM may make what it likes."""
+    """Convert only values that fit: the result of LLVM's instruction is undefined for others."""
     f, i, limit = held.name, dtype.name, 2.0 ** (8 * dtype.bytes - 1)
     return call_lanewise(
         k,
@@ -110,7 +110,7 @@ def _bf16_to_f32(k: Emitter, bits: Expr, lanes: int) -> Expr:
 
 
 def _f32_to_bf16(k: Emitter, value: Expr, lanes: int) -> Expr:
-    """Half of the spacing is added, less one bit where the kept part is even; a NaN is made quiet instead."""
+    """Add half of the spacing, minus one bit if the kept part is even, and truncate. A NaN is made quiet instead."""
     return call_lanewise(
         k,
         "f32_to_bf16",
@@ -132,7 +132,7 @@ def _f32_to_bf16(k: Emitter, value: Expr, lanes: int) -> Expr:
 
 
 def _half_to_f32(k: Emitter, value: Expr, lanes: int) -> Expr:
-    """The bits in float32's places are the number over 2^112, subnormal ones as well; inf and NaN apart."""
+    """Move the bits to float32's fields, which scales by 2^-112 (also subnormals); inf and NaN separately."""
     return call_lanewise(
         k,
         "f16_to_f32",
@@ -158,7 +158,7 @@ def _half_to_f32(k: Emitter, value: Expr, lanes: int) -> Expr:
 
 
 def _f32_to_half(k: Emitter, value: Expr, lanes: int) -> Expr:
-    """A normal result as for bf16; adding 1/2 rounds one that is subnormal, as 1/2 has 2^-24 as its last bit."""
+    """Round a normal result as for bf16. Adding 1/2, whose last bit is 2^-24, rounds a subnormal result."""
     return call_lanewise(
         k,
         "f32_to_f16",
@@ -195,7 +195,7 @@ def _f32_to_half(k: Emitter, value: Expr, lanes: int) -> Expr:
 
 
 def _f64_to_odd_f32(k: Emitter, value: Expr, lanes: int) -> Expr:
-    """Towards zero, with the last bit set if anything was lost: rounding that on to f16 rounds once altogether."""
+    """Round towards zero and set the last bit if inexact: rounding the result to f16 rounds only once."""
     return call_lanewise(
         k,
         "f64_to_odd_f32",

@@ -1,7 +1,7 @@
-"""e^x, ln x, x^y and what is made of them, as vector code in float32.
+"""e^x, ln x, x^y and functions composed of them, as vector code in float32.
 
-Every function is right over all of float32: infinities, NaN, subnormal operands and results. Errors are given in units
-in the last place (ulp), with fused and with separate multiply and add.
+Every function is correct for all of float32: infinities, NaN, subnormal operands and results. Errors are given in units
+in the last place (ulp), and hold with fused and with separate multiply and add.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 LOG2_E = 1.4426950408889634
-LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4  # the first has nine bits, so that products with exponents are exact
-LEAST_NORMAL = -87.33654022216797  # the least float32 whose e^x is a normal number
+LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4  # nine bits in the first: products with exponents are exact
+LEAST_NORMAL = -87.33654022216797  # the lowest float32 whose e^x is a normal number
 
-# (e^r - 1 - r) / r^2 for |r| <= ln 2 / 2, to a 3e-9 of e^r; minimax, fitted
+# (e^r - 1 - r) / r^2 for |r| <= ln 2 / 2, within 3e-9 of e^r; minimax, fitted
 _EXP = (1.3818697771057487e-3, 8.368715643882751e-3, 4.166829213500023e-2, 0.1666652113199234, 0.4999999403953552)
-# (2^f - 1) / f for 0 <= f < 1, to 3e-6 of 2^f; minimax, fitted
+# (2^f - 1) / f for 0 <= f < 1, within 3e-6 of 2^f; minimax, fitted
 _EXP2 = (1.3426811434328556e-2, 5.224204808473587e-2, 0.24128064513206482, 0.6930447220802307)
-# (ln(1 + f) - f + f^2 / 2) / f^3 for 1 + f within a factor of sqrt 2 of 1, to 8e-10 of ln(1 + f); minimax, fitted
+# (ln(1 + f) - f + f^2 / 2) / f^3 for 1 + f within a factor of sqrt 2 of 1, within 8e-10 of ln(1 + f); minimax, fitted
 _LOG = (
     0.06749271601438522,
     -0.11670099198818207,
@@ -47,11 +47,11 @@ _LOG = (
     -0.25000008940696716,
     0.3333331346511841,
 )
-# tanh x = x P(x^2) / Q(x^2), to 2.2e-8; minimax, fitted
+# tanh x = x P(x^2) / Q(x^2), within 2.2e-8; minimax, fitted
 _TANH_P = (1.3384286567941217e-8, 2.0635819964809343e-5, 3.4974575974047184e-3, 0.1338268667459488, 1.0)
 _TANH_Q = (7.790247309458209e-7, 3.2885168911889195e-4, 2.5884360074996948e-2, 0.46716007590293884, 1.0)
-_TANH_ONE = 9.0190525  # where the quotient is 1, fused or not
-# erf x = x P(x^2) / Q(x^2), to 5.2e-8; minimax, fitted
+_TANH_ONE = 9.0190525  # from here on the quotient is 1, fused or not
+# erf x = x P(x^2) / Q(x^2), within 5.2e-8; minimax, fitted
 _ERF_P = (
     2.222541525043198e-6,
     2.7472441433928907e-4,
@@ -69,7 +69,7 @@ _ERF_Q = (
     1.0,
 )
 _ERF_ONE = 3.9295185
-# Phi(x) - 1/2 = x P(x^2) / Q(x^2), Phi the normal distribution, to 2.9e-8; minimax, fitted
+# Phi(x) - 1/2 = x P(x^2) / Q(x^2), Phi the normal distribution, within 2.9e-8; minimax, fitted
 _PHI_P = (
     2.314514446766225e-8,
     6.1818745962227695e-6,
@@ -87,13 +87,13 @@ _PHI_Q = (
     1.0,
 )
 _PHI_HALF = 5.5575676
-# The same in pieces of degree 4, to 1.7e-7; it rounds to 1/2 from 14.5 steps on
+# The same in pieces of degree 4, within 1.7e-7; it rounds to 1/2 from 14.5 steps on
 _PHI_STEP = 49 / 128
 _PHI_PIECES = pieces(lambda x: 0.5 * math.erf(x * math.sqrt(0.5)) if x < 14.5 * _PHI_STEP else 0.5, _PHI_STEP, 4)
 
-# ln m = 2 (s + s^3/3 + s^5/5 + ...) with s = (m - 1) / (m + 1), |s| < 0.172: what is left out is below 1e-13
+# ln m = 2 (s + s^3/3 + s^5/5 + ...) with s = (m - 1) / (m + 1), |s| < 0.172: the omitted terms are below 1e-13
 _LOG2_SERIES = tuple(2.0 * LOG2_E / n for n in range(15, 0, -2))
-# 2^f = sum of (f ln 2)^n / n! for |f| <= 1/2, to 3e-12
+# 2^f = sum of (f ln 2)^n / n! for |f| <= 1/2, within 3e-12
 _EXP2_SERIES = tuple(math.log(2.0) ** n / math.factorial(n) for n in range(9, -1, -1))
 
 
@@ -104,7 +104,7 @@ def exp(k: Emitter, x: Expr, lanes: int) -> Expr:
 
 
 def exp_nonpositive(k: Emitter, x: Expr, lanes: int) -> Expr:
-    """e^x for x <= 0 in fewer instructions: like `exp`, but 0 where the result would be subnormal."""
+    """e^x for x <= 0 in fewer instructions: like `exp`, but 0 if the result would be subnormal."""
     f = LaneFunction(k, lanes)
     held = f.operand(x, "f32")
     p, raised, _ = _reduced_exp(held.at_least(LEAST_NORMAL))
@@ -112,9 +112,9 @@ def exp_nonpositive(k: Emitter, x: Expr, lanes: int) -> Expr:
 
 
 def exp_for_pairs(k: Emitter, x: Expr, lanes: int) -> Expr:
-    """e^x for x <= 0 as closely as a bf16 number needs, within 4e-6 + 1e-7 |x|, in half the instructions; e^0 is 1.
+    """e^x for x <= 0 with the accuracy of bf16, within 4e-6 + 1e-7 |x|, in half the instructions; e^0 is 1.
 
-    For sets of instructions that multiply pairs, all of which have AVX-512.
+    For instruction sets that multiply pairs, all of which have AVX-512.
     """
     f = LaneFunction(k, lanes)
     y = f.operand(x, "f32") * LOG2_E
@@ -159,36 +159,37 @@ def _log1p(f: LaneFunction, x: LaneValue) -> LaneValue:
 
 
 def _reduced_exp(x: LaneValue) -> tuple[LaneValue, LaneValue, LaneValue]:
-    """e^(x - n ln 2) for the whole number n nearest to x / ln 2, and n, see `rounded_product`."""
+    """Return e^(x - n ln 2) for the integer n nearest to x / ln 2, and n in the two forms of `rounded_product`."""
     raised, whole = rounded_product(x, LOG2_E)
     r = x - whole * LN2_HIGH - whole * LN2_LOW
     return polynomial(r, _EXP) * (r * r) + r + 1.0, raised, whole
 
 
 def sigmoid(k: Emitter, x: Expr, lanes: int) -> Expr:
-    """1 / (1 + e^-x), within 3 ulp; 0 from where e^-x is inf, which is where it would be subnormal."""
+    """1 / (1 + e^-x), within 3 ulp; 0 where e^-x is inf, which is where the result would be subnormal."""
     f = LaneFunction(k, lanes)
     return f.result(1.0 / (_exp(f, -f.operand(x, "f32")) + 1.0))
 
 
 def silu(k: Emitter, x: Expr, lanes: int) -> Expr:
-    """x / (1 + e^-x), within 3 ulp; 0 from where e^-x is inf."""
+    """x / (1 + e^-x), within 3 ulp; 0 where e^-x is inf."""
     f = LaneFunction(k, lanes)
     held = f.operand(x, "f32")
     return f.result(held / (_exp(f, -held) + 1.0))
 
 
 def quick_gelu(k: Emitter, x: Expr, lanes: int) -> Expr:
-    """x / (1 + e^(-1.702 x)), to 5 + 2.2 |x| roundings: those of the exponent, times its size."""
+    """x / (1 + e^(-1.702 x)), within 5 + 2.2 |x| roundings: the exponent's size multiplies its own roundings."""
     f = LaneFunction(k, lanes)
     held = f.operand(x, "f32")
     return f.result(held / (_exp(f, held * -1.702) + 1.0))
 
 
 def gelu_tanh(k: Emitter, x: Expr, lanes: int) -> Expr:
-    """x/2 (1 + tanh u) = x / (1 + e^(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3): in this form nothing cancels.
+    """x/2 (1 + tanh u) = x / (1 + e^(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3): this form has no cancellation.
 
-    To 5 + 9.2 |u| roundings: those of the exponent, times its size. In the usual form all digits go from x = -6 on.
+    Within 5 + 9.2 |u| roundings: the exponent's size multiplies its own roundings. The usual form has no correct digits
+    for x below -6.
     """
     f = LaneFunction(k, lanes)
     held = f.operand(x, "f32")
@@ -209,9 +210,9 @@ def erf(k: Emitter, x: Expr, lanes: int) -> Expr:
 
 
 def gelu(k: Emitter, x: Expr, lanes: int) -> Expr:
-    """x Phi(x), within 4e-7 |x|: below 0, as in its formula, digits cancel. 0 below -5.56, NaN at -inf."""
+    """x Phi(x), within 4e-7 |x|: below 0, digits cancel, as in its formula. 0 below -5.56, NaN at -inf."""
     f = LaneFunction(k, lanes)
-    if lanes < PIECES and "avx512f" in k.isa.needs:  # fewer have the bits that they have among others
+    if lanes < PIECES and "avx512f" in k.isa.needs:  # fewer lanes must get the same bits as 16
         wide = k.splat(x, PIECES) if lanes == 1 else k.shuffle([x] * (PIECES // lanes), range(PIECES))
         return k.shuffle([k.let(gelu(k, k.let(wide), PIECES))], range(lanes))
     held = f.operand(x, "f32")
@@ -224,7 +225,7 @@ def gelu(k: Emitter, x: Expr, lanes: int) -> Expr:
 
 
 def _odd_quotient(x: LaneValue, above: tuple[float, ...], below: tuple[float, ...]) -> LaneValue:
-    """x P(x^2) / Q(x^2); near the end of the interval it may round to more than its limit."""
+    """x P(x^2) / Q(x^2); near the end of the interval it may exceed its limit by rounding."""
     square = x * x
     return x * polynomial(square, above) / polynomial(square, below)
 
@@ -248,7 +249,7 @@ def _log(f: LaneFunction, held: LaneValue) -> LaneValue:
 
 
 def power(k: Emitter, x: Expr, y: Expr, lanes: int) -> Expr:
-    """x^y = 2^(y log2 |x|) in f64, rounded once, with the sign of x for odd y; the special cases are those of C."""
+    """x^y = 2^(y log2 |x|) in f64, rounded once, with the sign of x for odd y; special cases as in C."""
     f = LaneFunction(k, lanes)
     base, by = f.operand(x, "f32"), f.operand(y, "f32")
     size = base.abs()

@@ -1,6 +1,6 @@
-"""Arithmetic on integers as NumPy has it: it wraps around, division rounds down, and nothing traps.
+"""Integer arithmetic with NumPy's semantics: it wraps around, division rounds down, and nothing traps.
 
-In LLVM's text throughout: TVM tells LLVM that its signed additions never overflow.
+In LLVM text throughout: TVM declares to LLVM that its signed additions never overflow.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def integer_function(k: Emitter, name: str, dtype: DType, lanes: int, *operands: Expr) -> Expr:
-    """One of `add sub mul neg abs sign maximum minimum floor_divide mod`, on integers of any width."""
+    """Emit one of `add sub mul neg abs sign maximum minimum floor_divide mod`, on integers of any width."""
     i, unsigned = llvm_type(dtype), dtype.name == "u8"
     template = _UNSIGNED.get(name, _BODIES[name]) if unsigned else _BODIES[name]
     body = template.replace("TYPE", "{" + i + "}").replace("NUMBER", i)
@@ -25,7 +25,7 @@ def integer_function(k: Emitter, name: str, dtype: DType, lanes: int, *operands:
     return call_lanewise(k, f"{name}_{dtype.name}", tvm_name, lanes, operands, types, body)
 
 
-# A divisor of 0, and one of -1, which overflows on the least number, are replaced by 1 before they trap.
+# A divisor of 0, and a divisor of -1, which overflows for the lowest number, are replaced by 1, so that neither traps.
 _DIVISION = """%zero = icmp eq TYPE %x1, [NUMBER 0]
 %minus = icmp eq TYPE %x1, [NUMBER -1]
 %trap = or {i1} %zero, %minus

@@ -1,13 +1,12 @@
-"""A function of lanes, written in Python and given to LLVM as its text: what vector code for exp and the like is
-written with.
+"""A function of lanes, written in Python and passed to LLVM as text, for vector code such as exp.
 
     f = LaneFunction(k, lanes)
     x = f.operand(value, "f32")
     return f.result((x * x + 1.0).sqrt())     # one call in the kernel, which LLVM inlines
 
-TVM sees one call and nothing of what is in it: its simplifier takes seconds for a long expression, and holds
-for floats what is true of numbers only. A product that is added to something is fused with it, any other is rounded by
-itself: see `treadle.backends.tvm.kernels.fused_products`.
+TVM sees only one call: its simplifier takes seconds for a long expression, and applies rules to floats that hold only
+for real numbers. A product that is added to a value is fused with it, any other product is rounded by itself: see
+`treadle.backends.tvm.kernels.fused_products`.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ Number = float | int
 class LaneValue:
     """A vector in a `LaneFunction`, or a constant: `type` is `i1 i32 i64 f32 f64`. Integers wrap around.
 
-    Comparisons give i1; of floats they are false where either is NaN.
+    Comparisons return i1; for floats they are false if either is NaN.
     """
 
     def __init__(self, function: LaneFunction, text: str, type: str) -> None:
@@ -88,7 +87,7 @@ class LaneValue:
         return self.function.integer("shl", self, by)
 
     def __rshift__(self, by: int) -> LaneValue:
-        """With the sign."""
+        """Shift right, extending the sign."""
         return self.function.integer("ashr", self, by)
 
     def is_nan(self) -> LaneValue:
@@ -107,33 +106,33 @@ class LaneValue:
         return self.function.intrinsic("copysign", self, sign)
 
     def bits(self, type: str) -> LaneValue:
-        """The same bits as another type."""
+        """Reinterpret the bits as another type."""
         return self.function.line(type, f"bitcast {{{self.type}}} {self.text} to {{{type}}}")
 
     def to(self, type: str) -> LaneValue:
-        """Converted: between floats, between integers (keeping the low bits), from an integer to a float."""
+        """Convert between floats, between integers (keeping the low bits), or from an integer to a float."""
         widths = int(self.type[1:]), int(type[1:])
         kinds = self.type[0] + type[0]
         how = {"ff": ("fpext", "fptrunc"), "ii": ("sext", "trunc"), "if": ("sitofp", "sitofp")}[kinds]
         return self.function.line(type, f"{how[widths[1] < widths[0]]} {{{self.type}}} {self.text} to {{{type}}}")
 
     def at_least(self, low: float) -> LaneValue:
-        """The larger of this and a number; a NaN stays."""
+        """Return the larger of this value and a number; a NaN remains."""
         bound = self.function.number(low, self.type)
         return self.function.select(bound > self, bound, self)
 
     def at_most(self, high: float) -> LaneValue:
-        """The smaller of this and a number; a NaN stays."""
+        """Return the smaller of this value and a number; a NaN remains."""
         bound = self.function.number(high, self.type)
         return self.function.select(bound < self, bound, self)
 
     def clamped(self, size: float) -> LaneValue:
-        """This within -size and size; a NaN stays."""
+        """Clamp this value to -size and size; a NaN remains."""
         return self.at_most(size).at_least(-size)
 
 
 class _Product(LaneValue):
-    """x * y, of floats: computed, and rounded, where it is not fused with what it is added to."""
+    """x * y of floats: computed and rounded, unless it is fused with a sum that reads it."""
 
     def __init__(self, x: LaneValue, y: LaneValue) -> None:
         self.function, self.type, self.factors = x.function, x.type, (x, y)
@@ -146,7 +145,7 @@ class _Product(LaneValue):
 
 
 class LaneFunction:
-    """The text of one function as it grows."""
+    """The text of one function under construction."""
 
     def __init__(self, k: Emitter, lanes: int) -> None:
         self.k, self.lanes = k, lanes
@@ -154,26 +153,26 @@ class LaneFunction:
         self._operands: list[tuple[Expr, str]] = []
 
     def operand(self, value: Expr, type: str) -> LaneValue:
-        """The next operand."""
+        """Return the next operand."""
         self._operands.append((value, type))
         return LaneValue(self, f"%x{len(self._operands) - 1}", type)
 
     def result(self, value: LaneValue) -> Expr:
-        """Call the function on its operands; it gives this value."""
-        last = f"%r = freeze {{{value.type}}} {value.text}"  # which may add a line before it
+        """Call the function on its operands and return this value of its body."""
+        last = f"%r = freeze {{{value.type}}} {value.text}"  # may add a line before it
         body = "\n".join([*self._lines, last])
         types = " ".join(t for _, t in self._operands) + f" -> {value.type}"
         name = "f" + hashlib.sha256(f"{types} {body}".encode()).hexdigest()[:16]
         return call_lanewise(self.k, name, _TVM[value.type], self.lanes, [x for x, _ in self._operands], types, body)
 
     def line(self, type: str, text: str) -> LaneValue:
-        """An instruction and what it gives."""
+        """Add an instruction and return its result."""
         name = f"%v{len(self._lines)}"
         self._lines.append(f"{name} = {text}")
         return LaneValue(self, name, type)
 
     def number(self, value: Number, type: str) -> LaneValue:
-        """A constant; a float is rounded to the type."""
+        """Return a constant; a float is rounded to the type."""
         if type[0] != "f":
             return LaneValue(self, f"[{type} {int(value)}]", type)
         return LaneValue(self, f"[{type} {hexadecimal(float(np.float32(value)) if type == 'f32' else value)}]", type)
@@ -187,7 +186,7 @@ class LaneFunction:
         if sign in "+-" and isinstance(x, _Product):
             return self.intrinsic("fmuladd", *x.factors, -y if sign == "-" else y)
         if sign in "+-" and isinstance(y, _Product):
-            left, right = y.factors  # the second one is the constant, if there is one, whose sign costs nothing
+            left, right = y.factors  # the second may be a constant, which is negated at no cost
             return self.intrinsic("fmuladd", left, -right if sign == "-" else right, x)
         return self.line(x.type, f"f{_ARITHMETIC[sign]} {{{x.type}}} {x.text}, {y.text}")
 
@@ -200,13 +199,13 @@ class LaneFunction:
         return self.line("i1", f"{said} {{{x.type}}} {x.text}, {self._of(y, x.type).text}")
 
     def select(self, condition: LaneValue, then: LaneValue | Number, otherwise: LaneValue) -> LaneValue:
-        """By lane."""
+        """Select by lane."""
         chosen = self._of(then, otherwise.type).text
         t = f"{{{otherwise.type}}}"
         return self.line(otherwise.type, f"select {{i1}} {condition.text}, {t} {chosen}, {t} {otherwise.text}")
 
     def intrinsic(self, name: str, *operands: LaneValue) -> LaneValue:
-        """A function of LLVM's that is named by its operands' one type."""
+        """Call an LLVM intrinsic whose name ends in the type of its operands."""
         t = operands[0].type
         given = ", ".join(f"{{{t}}} {x.text}" for x in operands)
         return self.line(t, f"call {{{t}}} @llvm.{name}{{.{t}}}({given})")

@@ -1,4 +1,4 @@
-"""Functions of lanes in LLVM's own text, for what TVM's expressions cannot say: wraparound, bits of a narrow float.
+"""Functions of lanes in LLVM text, for operations that TVM cannot express: wraparound, bits of a narrow float.
 
     call_lanewise(k, "wrap_add_i32", "int32", 16, (x, y), "i32 i32 -> i32", "%r = add {i32} %x0, %x1")
 
@@ -25,7 +25,7 @@ _TYPES |= {"f64": "double"}
 def call_lanewise(
     k: Emitter, name: str, result: str, lanes: int, operands: Sequence[Expr], types: str, body: str
 ) -> Expr:
-    """Call a function that the body defines. `result` is TVM's name of an element's dtype, `types` LLVM's of all."""
+    """Call a function that the body defines. `result` is a dtype in TVM, `types` are LLVM's names of all."""
     taken, _, given = types.partition("->")
     full = f"treadle_{name}_{lanes}"
 
@@ -39,9 +39,9 @@ def call_lanewise(
 
 
 def compare(k: Emitter, how: str, x: Expr, y: Expr, dtype: DType, lanes: int) -> Expr:
-    """By lane, a bool. `how`: eq, ne, lt, le, gt or ge. Of floats a NaN differs from everything, itself as well.
+    """Compare by lane; returns bools. `how`: eq, ne, lt, le, gt or ge. A float NaN differs from every value.
 
-    TVM would take x == x for true, and waits with == for where it is used.
+    TVM would fold x == x to true, and evaluates == only at its use.
     """
     t = llvm_type(dtype)
     if dtype.is_float:
@@ -53,19 +53,19 @@ def compare(k: Emitter, how: str, x: Expr, y: Expr, dtype: DType, lanes: int) ->
 
 
 def llvm_type(dtype: DType) -> str:
-    """A dtype's name here: integers by their width, signed or not; a bool is i1."""
+    """Return a dtype's name in LLVM: integers by their width, signed or not; a bool is i1."""
     return {"u8": "i8", "bool": "i1", "bf16": "i16"}.get(dtype.name, dtype.name)
 
 
 def tvm_type(dtype: DType) -> str:
-    """A dtype's name in TVM; see `treadle.backends.tvm.kernels.emitter.tvm_dtype`, which also counts lanes."""
+    """Return a dtype's name in TVM; see `treadle.backends.tvm.kernels.emitter.tvm_dtype`, which also handles lanes."""
     if dtype.is_float:
         return f"float{8 * dtype.bytes}"
     return dtype.name if dtype.name == "bool" else ("u" if dtype.name == "u8" else "") + f"int{8 * dtype.bytes}"
 
 
 def by_lane(k: Emitter, name: str, dtype: DType, lanes: int, *operands: Expr) -> Expr:
-    """A function of C's mathematical library (`Emitter.libm`), called for each lane."""
+    """Call a function of C's math library (`Emitter.libm`) for each lane."""
     if lanes == 1:
         return k.libm(name, dtype, *operands)
     held = [k.let(x) for x in operands]
@@ -74,7 +74,7 @@ def by_lane(k: Emitter, name: str, dtype: DType, lanes: int, *operands: Expr) ->
 
 
 def hexadecimal(value: float) -> str:
-    """A float constant as LLVM reads it exactly, of float32's or float64's precision."""
+    """Return a float constant that LLVM reads exactly, in the precision of float32 or float64."""
     return f"0x{struct.unpack('<Q', struct.pack('<d', value))[0]:016X}"
 
 

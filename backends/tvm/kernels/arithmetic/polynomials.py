@@ -1,4 +1,4 @@
-"""Pieces that vector functions are made of: polynomials, one or one for each interval, whole parts, powers of two."""
+"""Building blocks of vector functions: polynomials (also piecewise), integer parts, powers of two."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from treadle.backends.tvm.kernels.arithmetic.lane_function import LaneFunction, 
 from treadle.backends.tvm.kernels.arithmetic.lanewise import hexadecimal
 
 MAGIC = {"f32": 1.5 * 2.0**23, "f64": 1.5 * 2.0**52}
-"""Where the numbers of a float type are one apart."""
+"""A number at which adjacent numbers of a float type differ by one."""
 
-_MAGIC_BITS = 0x4B400000  # of f32's
+_MAGIC_BITS = 0x4B400000  # the bits of MAGIC in f32
 _FRACTION = {"f32": 23, "f64": 52}
 _BIAS = {"f32": 127, "f64": 1023}
 _INTEGER = {"f32": "i32", "f64": "i64"}
@@ -21,7 +21,7 @@ _SQRT_HALF = {"f32": 0x3F3504F3, "f64": 0x3FE6A09E667F3BCD}
 
 
 def polynomial(x: LaneValue, coefficients: Sequence[float]) -> LaneValue:
-    """By Horner's rule, the highest power's coefficient first."""
+    """Evaluate a polynomial by Horner's rule, with the highest power's coefficient first."""
     value = x * coefficients[0] + coefficients[1]
     for c in coefficients[2:]:
         value = value * x + c
@@ -29,32 +29,32 @@ def polynomial(x: LaneValue, coefficients: Sequence[float]) -> LaneValue:
 
 
 PIECES = 16
-"""Entries of a table that one vector holds."""
+"""Number of table entries that one vector holds."""
 
 
 def has_tables(f: LaneFunction) -> bool:
-    """Whether AVX-512 is there for these lanes: one instruction looks 16 of them up in a vector, or scales them."""
+    """Return True if these lanes have AVX-512: one instruction looks up 16 of them in a vector, or scales them."""
     return "avx512f" in f.k.isa.needs and f.lanes == PIECES
 
 
 def pieces(of: Callable[[float], float], step: float, degree: int) -> tuple[tuple[float, ...], ...]:
-    """Coefficients, the highest power's first, of a polynomial in x - n step around each n step for n below 16.
+    """Return coefficients, highest power first, of polynomials in x - n step around each n step for n below 16.
 
-    Each has an entry a piece. The last piece is the constant that `of` has reached there.
+    Each coefficient has one entry for each piece. The last piece is the constant value of `of` there.
     """
     inside = [_interpolated(of, n * step, step / 2, degree) for n in range(PIECES - 1)]
     return tuple(zip(*inside, [0.0] * degree + [of((PIECES - 1) * step)], strict=True))
 
 
 def _interpolated(of: Callable[[float], float], center: float, half: float, degree: int) -> list[float]:
-    """Coefficients of the polynomial that meets a function in Chebyshev's points, the highest power's first."""
+    """Return coefficients, highest power first, of the polynomial that interpolates a function at Chebyshev points."""
     points = [half * math.cos(math.pi * (i + 0.5) / (degree + 1)) for i in range(degree + 1)]
     powers = np.vander(np.array(points), degree + 1)
     return list(np.linalg.solve(powers, np.array([of(center + x) for x in points])))
 
 
 def piecewise(f: LaneFunction, x: LaneValue, table: Sequence[Sequence[float]], step: float) -> LaneValue:
-    """The polynomial of the piece that each lane lies in, x being 0 to 15 steps. See `pieces`; where `has_tables`."""
+    """Evaluate in each lane the polynomial of its piece, for x of 0 to 15 steps. Needs `has_tables`. See `pieces`."""
     raised, whole = rounded_product(x, 1.0 / step)
     index = raised.bits("i32")
     rest = x - whole * step
@@ -65,41 +65,42 @@ def piecewise(f: LaneFunction, x: LaneValue, table: Sequence[Sequence[float]], s
 
 
 def _looked_up(f: LaneFunction, index: LaneValue, entries: Sequence[float]) -> LaneValue:
-    """The entries that the four low bits of an index name."""
+    """Return the table entries at the low four bits of an index."""
     held = ", ".join(f"float {hexadecimal(float(np.float32(entry)))}" for entry in entries)
     name = "@llvm.x86.avx512.permvar.sf.512"
     return f.line("f32", f"call {{f32}} {name}({{f32}} <{held}>, {{i32}} {index.text})")
 
 
 def rounded_product(x: LaneValue, factor: float) -> tuple[LaneValue, LaneValue]:
-    """The whole number nearest to x * factor, below 2^21: plus MAGIC, whose low bits then hold it; and itself."""
+    """Return the integer nearest to x * factor, below 2^21: plus MAGIC, whose low bits hold it, and itself."""
     raised = x * factor + MAGIC[x.type]
     return raised, raised - MAGIC[x.type]
 
 
 def power_of_two(raised: LaneValue) -> LaneValue:
-    """2^n, where n + MAGIC is given and 2^n is a normal number."""
+    """Return 2^n, a normal number, from n + MAGIC."""
     f, i = raised.type, _INTEGER[raised.type]
     return ((raised.bits(i) << _FRACTION[f]) + (_BIAS[f] << _FRACTION[f])).bits(f)
 
 
 def fraction_above(f: LaneFunction, x: LaneValue) -> LaneValue:
-    """x - floor(x), and 0 of an infinity, in one instruction of AVX-512."""
+    """Return x - floor(x), and 0 for an infinity, in one instruction of AVX-512."""
     down, name = 9, "@llvm.x86.avx512.mask.reduce.ps.512"
     return f.line("f32", f"call {{f32}} {name}({{f32}} {x.text}, i32 {down}, {{f32}} zeroinitializer, i16 -1, i32 4)")
 
 
 def times_power_of_two(f: LaneFunction, x: LaneValue, power: LaneValue) -> LaneValue:
-    """x * 2^floor(power), rounded once, in one instruction of AVX-512."""
+    """Return x * 2^floor(power), rounded once, in one instruction of AVX-512."""
     name = "@llvm.x86.avx512.mask.scalef.ps.512"
     rest = "{f32} zeroinitializer, i16 -1, i32 4"
     return f.line("f32", f"call {{f32}} {name}({{f32}} {x.text}, {{f32}} {power.text}, {rest})")
 
 
 def scaled(f: LaneFunction, x: LaneValue, raised: LaneValue, whole: LaneValue) -> LaneValue:
-    """x * 2^n in f32 for x near 1 and n from -252 to 254, rounded once, to a subnormal number or to inf if need be.
+    """Return x * 2^n in f32 for x near 1 and n from -252 to 254, rounded once; the result may be subnormal or inf.
 
-    Given n + MAGIC and n. AVX-512 has an instruction for it; else by two factors, the first of which loses nothing.
+    Takes n + MAGIC and n. AVX-512 has an instruction for it; otherwise x is multiplied by two factors, the first
+    exactly.
     """
     if has_tables(f):
         return times_power_of_two(f, x, whole)
@@ -110,9 +111,9 @@ def scaled(f: LaneFunction, x: LaneValue, raised: LaneValue, whole: LaneValue) -
 
 
 def mantissa_and_exponent(x: LaneValue) -> tuple[LaneValue, LaneValue]:
-    """m in [sqrt 1/2, sqrt 2) and e, a whole number, with x = m 2^e, for a positive normal x. Both are floats."""
+    """Return m in [sqrt 1/2, sqrt 2) and an integer e with x = m 2^e, for a positive normal x. Both are floats."""
     f, i = x.type, _INTEGER[x.type]
     e = (x.bits(i) - _SQRT_HALF[f]) >> _FRACTION[f]
     m = (x.bits(i) - (e << _FRACTION[f])).bits(f)
-    # of f64's exponent the low half is enough, and 64-bit integers become floats slowly where AVX-512 is not there
+    # the low half is enough for f64's exponent; 64-bit integers convert to floats slowly without AVX-512
     return m, (e if i == "i32" else e.to("i32")).to(f)

@@ -1,7 +1,7 @@
 """sin and cos in float32 as vector code.
 
-The argument is reduced in float64, where n * pi/2 of a whole number n below 2^27 is taken off without loss; lanes
-beyond, which hardly any program has, are given to C's library one by one.
+The argument is reduced in float64, where n * pi/2 for an integer n below 2^27 is subtracted exactly. Larger lanes,
+which are rare in practice, are passed to C's library one by one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 HUGE = 2.0**27
-# pi/2 in three parts of 26, 26 and 53 bits: the first two times a whole number below 2^27 are exact
+# pi/2 in three parts of 26, 26 and 53 bits: products of the first two with an integer below 2^27 are exact
 _PARTS = (1.5707963109016418, 1.5893254712295857e-08, 6.123233995736766e-17)
 _SIN = tuple((-1.0) ** n / math.factorial(2 * n + 1) for n in range(5, -1, -1))  # next term: 7e-12 at pi/4
 _COS = tuple((-1.0) ** n / math.factorial(2 * n) for n in range(6, -1, -1))
@@ -50,7 +50,7 @@ def _wave(k: Emitter, x: Expr, name: str, quadrants: int, lanes: int) -> Expr:
 
 
 def _with_huge(k: Emitter, x: Expr, made: Expr, name: str, lanes: int) -> Expr:
-    """What was made, but in lanes where x is huge and finite what C's library gives."""
+    """Return `made`, with the results of C's library in lanes where x is huge and finite."""
     given, found = k.registers(lanes, f32, "given"), k.registers(lanes, f32, "found")
     k.store(given, [0], x, lanes)
     k.store(found, [0], made, lanes)
@@ -62,7 +62,7 @@ def _with_huge(k: Emitter, x: Expr, made: Expr, name: str, lanes: int) -> Expr:
 
 
 def _any_huge(k: Emitter, x: Expr, lanes: int) -> Expr:
-    """Whether any lane is huge and finite, one answer for all of them."""
+    """Return a scalar that is true if any lane is huge and finite."""
     vector, bits = f"<{lanes} x i1>", f"i{lanes}"
     name = f"treadle_any_huge_{lanes}"
     number = f"<{lanes} x float>" if lanes > 1 else "float"

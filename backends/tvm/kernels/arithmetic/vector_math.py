@@ -1,14 +1,14 @@
-"""Elementwise functions as vector code: what a chain's instructions are.
+"""Elementwise functions as vector code: the instructions of chains.
 
-Every function works for any number of lanes and gives the same bits for all of them.
+Every function works for any number of lanes, with bitwise identical results.
 
-- f32 is computed by polynomials (`exponentials`, `trigonometry`), f64 by C's mathematical library lane by lane
+- f32 is computed by polynomials (`exponentials`, `trigonometry`), f64 by C's math library lane by lane
 - f16 and bf16 are computed in f32, and each op's result is rounded once (`conversions`)
-- integers wrap around; dividing one by zero gives 0 (`integer_arithmetic`)
+- integers wrap around; dividing an integer by zero gives 0 (`integer_arithmetic`)
 
-Arithmetic and comparisons are given to LLVM as they are: TVM would take x * 0 for 0 and x == x for true, and has
-integers that never overflow. Each op of a chain rounds by itself (`treadle.backends.tvm.kernels.fused_products`), so
-that an element's bits do not depend on the ops that it is computed with.
+Arithmetic and comparisons are passed to LLVM directly: TVM would fold x * 0 to 0 and x == x to true, and assumes that
+integers never overflow. Each op of a chain rounds separately (`treadle.backends.tvm.kernels.fused_products`), so that
+an element's bits do not depend on the other ops of its chain.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Typed = tuple[Any, DType]
 
 
 def emit(k: Emitter, op: str, operands: Sequence[Typed], dtype: DType, lanes: int, **attributes: Any) -> Expr:
-    """The value of an op on vectors of so many lanes; `op` is a key of FUNCTIONS, `cast` or `constant`."""
+    """Emit an op on vectors of `lanes` lanes and return its value; `op` is a key of FUNCTIONS, `cast` or `constant`."""
     if op == "constant":
         value = attributes["value"]
         return k.number(float(np.float16(value)) if dtype is f16 else value, dtype, lanes)
@@ -70,7 +70,7 @@ _FLOAT_BODIES = {
     "div": "%r = fdiv TYPE %x0, %x1",
     "neg": "%r = fneg TYPE %x0",
     "abs": "%r = call TYPE @llvm.fabsSUFFIX(TYPE %x0)",
-    # NaN if either is: what is chosen is the first unless it is a number that the second is not beaten by
+    # NaN if either is NaN: selects x if x >= y or x is NaN, else y
     "maximum": """%c = fcmp oge TYPE %x0, %x1
 %n = fcmp uno TYPE %x0, %x0
 %d = or {i1} %c, %n
@@ -117,7 +117,7 @@ def _mod(k: Emitter, dtype: DType, lanes: int, x: Expr, y: Expr) -> Expr:
 
 
 def _float_division(k: Emitter, dtype: DType, lanes: int, x: Expr, y: Expr) -> tuple[Expr, Expr]:
-    """floor(x / y) and what it leaves, by way of C's exact remainder; zeros have the sign that Python gives them."""
+    """Return floor(x / y) and the remainder, using C's exact remainder; zeros have the same sign as in Python."""
     t = dtype.name
     x, y = k.let(x), k.let(y)
     remainder = k.let(by_lane(k, "fmod", dtype, lanes, x, y))
@@ -151,9 +151,9 @@ def _pow(k: Emitter, dtype: DType, lanes: int, x: Expr, y: Expr) -> Expr:
 
 
 def formula(make: Callable[..., LaneValue]) -> Callable[..., Expr]:
-    """A function of floats that arithmetic says, in f32 and in f64: `formula(lambda x: x / (x.abs() + 1.0))`.
+    """Create a function of floats from a formula, in f32 and in f64: `formula(lambda x: x / (x.abs() + 1.0))`.
 
-    `make` is given a `LaneValue` for each operand, and gives one.
+    `make` takes a `LaneValue` for each operand and returns one.
     """
 
     def function(k: Emitter, dtype: DType, lanes: int, *operands: Expr) -> Expr:
@@ -167,7 +167,7 @@ def formula(make: Callable[..., LaneValue]) -> Callable[..., Expr]:
 
 
 def _function(single: Callable[..., Expr], double: str | Callable[..., Expr]) -> Callable[..., Expr]:
-    """A function of a float: vector code for f32; for f64 C's library, by name, or code made of it."""
+    """Create a function of a float: vector code for f32; for f64 C's library, by name, or code that calls it."""
 
     def function(k: Emitter, dtype: DType, lanes: int, x: Expr) -> Expr:
         if dtype is f32:
@@ -196,7 +196,7 @@ def _round(k: Emitter, dtype: DType, lanes: int, x: Expr) -> Expr:
 
 def _relu(k: Emitter, dtype: DType, lanes: int, x: Expr) -> Expr:
     zero = k.number(0.0, dtype, lanes)
-    return k.select(zero > x, zero, x)  # a NaN stays
+    return k.select(zero > x, zero, x)  # a NaN remains
 
 
 def _sigmoid_f64(k: Emitter, x: Expr, lanes: int) -> Expr:
@@ -230,7 +230,7 @@ def _softplus_f64(k: Emitter, x: Expr, lanes: int) -> Expr:
 
 
 def _round_to(k: Emitter, dtype: DType, lanes: int, x: Expr, format: str, saturate: bool = False) -> Expr:
-    """In f64, which holds all of the formats' numbers: adding a number so large that its last bit is the spacing."""
+    """Round in f64, which contains all numbers of the formats, by adding a number whose last bit equals the spacing."""
     known = FORMATS[format]
     f = LaneFunction(k, lanes)
     given = f.operand(x, dtype.name)
@@ -310,17 +310,17 @@ FUNCTIONS: dict[str, Callable[..., Expr]] = {
     "logical_not": _logical("logical_not", "%r = xor {i1} %x0, [i1 true]"),
     "where": _where,
 }
-"""Op name -> the function of (emitter, dtype, lanes, *operands, **attributes); `cast` and `constant` beside them."""
+"""Op name -> the function of (emitter, dtype, lanes, *operands, **attributes), in addition to `cast` and `constant`."""
 
 ADDED: set[str] = set()
-"""The ops whose function came by `add_function`."""
+"""The ops whose functions were added by `add_function`."""
 
 
 def add_function(op: str, function: Callable[..., Expr]) -> None:
-    """Let chains hold an op of another package: what a line in FUNCTIONS is for an op of this one.
+    """Register a function for an op of another package, so that chains may contain the op.
 
-    Its kernels are kept in this process alone, since no file of the cache could tell when the function changes. Raises
-    GraphError for an op that has a function.
+    Its kernels are kept in memory only, because a cache file could not show that the function changed. Raises
+    GraphError for an op that already has a function.
     """
     if is_pointwise(op):
         raise GraphError(f"op {op!r} has a function in the tvm backend already")
@@ -329,9 +329,9 @@ def add_function(op: str, function: Callable[..., Expr]) -> None:
 
 
 def is_pointwise(op: str) -> bool:
-    """Whether a chain may hold the op of that name."""
+    """Return True if a chain may contain the op of this name."""
     return op in FUNCTIONS or op == "cast"
 
 
 DIVISIONS = frozenset({"floor_divide", "mod"})
-"""The ops that no instruction set has vector instructions for."""
+"""The ops without vector instructions in any instruction set."""

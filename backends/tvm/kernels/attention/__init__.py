@@ -1,1 +1,1 @@
-"""Attention: the kernels, what they share, and the softmax, masks and biases of a row of scores."""
+"""Attention: the kernels, their common parts, and the softmax, masks and biases of a row of scores."""

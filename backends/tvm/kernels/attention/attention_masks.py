@@ -1,8 +1,8 @@
-"""What attention does with the scores of a query beside their scale: soft-cap, masks and biases, vector by vector.
+"""Terms that attention applies to the scores of a query after their scale: soft-cap, masks and biases, as vectors.
 
-A mask by position (causal, window, padding) is no term here: it is a first and a last key of each query, which the
-kernel in `treadle.backends.tvm.kernels.attention.flash_attention` takes as sizes. The terms that are left read operands
-of their own, and each has a writer:
+A mask by position (causal, window, padding) is not a term here: it is a first and a last key of each query, which the
+kernel in `treadle.backends.tvm.kernels.attention.flash_attention` takes as sizes. The other terms have their own
+operands, and each has a writer:
 
     segments   query_segments[b, i] == key_segments[b, j]
     mask       a boolean tensor, along some of b, h, s and t
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 Read = Callable[[Any, Sequence[Any]], Any]
-"""A vector of a view's elements along its last dimension, from an index on; past the last key it reads nothing."""
+"""Reads a vector of a view's elements along its last dimension, from an index on, but nothing past the last key."""
 
 
 class TermWriter(ABC):
     """Writes one term of the kernel.
 
     kind        its name in titles
-    code        its name in a kernel's spec, which is the kind, or says more
-    dtypes      of its operands
-    strides     how many strides it is passed
-    is_mask     whether it says which keys are kept; else it is added
-    reads_keys  whether an operand of its has an element for each key, and none past the last
+    code        its name in a kernel's spec: the kind, or more specific
+    dtypes      dtypes of its operands
+    strides     number of strides among its arguments
+    is_mask     True if it selects keys; otherwise it is added to scores
+    reads_keys  True if an operand has an element for each key, and none past the last key
     """
 
     kind: ClassVar[str]
@@ -47,27 +47,27 @@ class TermWriter(ABC):
     reads_keys: ClassVar[bool] = False
 
     def __init__(self, k: Emitter, number: int) -> None:
-        """Ask for the pointers."""
+        """Declare the pointers."""
         self.k, self.name = k, f"{self.kind}{number}"
         self.pointers = [k.pointer(f"{self.name}_{i}", dtype) for i, dtype in enumerate(self.dtypes)]
         self.passed: list[Any] = []
         self.row: Any = None
 
     def ask(self) -> None:
-        """Ask for the sizes: strides."""
+        """Declare the sizes: strides."""
         self.passed = [self.k.size(f"{self.name}_stride{i}") for i in range(self.strides)]
 
     @abstractmethod
     def bind(self, b: Expr, h: Expr, s: Expr, t: Expr, slack: int) -> None:
-        """Say what the pointers point at. `slack`: how many offsets past the last there are."""
+        """Set the shapes of the operands. `slack`: number of offsets past the last one."""
 
     def begin(self, b: Expr, h: Expr, i: Expr, position: Expr) -> None:
-        """Read what holds for all keys of a query: its index, and where it stands."""
+        """Read the values that hold for all keys of a query, from its index and its position."""
         self.at, self.position = (b, h, i), position
 
     @abstractmethod
     def vector(self, j: Expr, lanes: int, read: Read) -> Expr:
-        """The term at keys at positions j, j + 1, ...: which are kept, or what is added."""
+        """Return the term for keys at positions j, j + 1, ...: a mask of the keys, or values to add."""
 
 
 class SegmentsWriter(TermWriter):
@@ -162,14 +162,14 @@ class OffsetsWriter(TermWriter):
 
 
 class NearOffsetsWriter(TermWriter):
-    """+ values[h, j - p] of a query at position p, stored from j - p = -reach up to reach, beyond which they stay alike
+    """+ values[h, j - p] of a query at position p, stored for j - p from -reach to reach; constant beyond
 
-    The values of a cache: positions may be anywhere, so what is stored knows no more than the distances that differ.
+    For a cache: positions are not known, so only the distances at which values differ are stored.
     """
 
     kind, code = "offsets", "near offsets"
     dtypes = (f32,)
-    strides = 1  # the reach, which leaves a vector on either side
+    strides = 1  # the reach; one more vector is stored on either side
 
     def bind(self, b: Expr, h: Expr, s: Expr, t: Expr, slack: int) -> None:
         (pointer,), (self.reach,) = self.pointers, self.passed
@@ -182,7 +182,7 @@ class NearOffsetsWriter(TermWriter):
 
 
 def near_offsets(reach: Any, lanes: int) -> Any:
-    """How many values `NearOffsetsWriter` reads of a head."""
+    """Return the number of values that `NearOffsetsWriter` reads for a head."""
     return reach + reach + lanes
 
 
@@ -202,7 +202,7 @@ class AlibiWriter(TermWriter):
 
     def vector(self, j: Expr, lanes: int, read: Read) -> Expr:
         k = self.k
-        # Whole numbers below 2^24: exact.
+        # Integers below 2^24: exact.
         apart = k.splat(k.cast(j - self.position, f32), lanes) + lane_numbers(k, f32, lanes)
         return k.splat(self.row, lanes) * apart
 
@@ -220,11 +220,11 @@ WRITERS: Mapping[str, type[TermWriter]] = {
         AlibiWriter,
     )
 }
-"""By code."""
+"""The writers by code."""
 
 
 def lane_numbers(k: Emitter, dtype: DType, lanes: int) -> Expr:
-    """0, 1, ... as a vector. (TVM's simplifier stumbles over a ramp that is cast.)"""
+    """Return 0, 1, ... as a vector. (TVM's simplifier fails on a ramp that is cast.)"""
     held = k.registers(lanes, dtype, "numbers")
     for lane in range(lanes):
         k.store(held, [lane], k.number(lane, dtype))
@@ -235,9 +235,9 @@ def lane_numbers(k: Emitter, dtype: DType, lanes: int) -> Expr:
 class RelativeBias(Kernel):
     """y[h, o] = table[bucket(o - (s - 1)), h]: a bias by the distance of key and query, for every distance.
 
-    Row i of the bias then is the window of y that begins at s - 1 - i. Distances beyond `far` have far's bucket.
+    Row i of the bias then is the window of y that begins at s - 1 - i. Distances beyond `far` use far's bucket.
 
-    Passed: table [buckets, h], the buckets of -far ... far, y [h, n]; h, n, s, far; the table's strides.
+    Arguments: table [buckets, h], the buckets of -far ... far, y [h, n]; h, n, s, far; the table's strides.
     """
 
     def emit(self, k: Emitter) -> None:

@@ -1,4 +1,4 @@
-"""The loops of attention in one pass over the keys, of `FlashAttention` and of the kernels for caches."""
+"""The loops of attention in one pass over the keys, for `FlashAttention` and the kernels of caches."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 _LINE = 16
-"""Elements of a line of the cache."""
+"""Elements of a cache line."""
 
 
 class AttentionWriter(PartKeeper):
     """Writes a kernel. Index variables are named as in the formula: b, g, r, i (query), j (key).
 
-    Queries and keys have positions, by which they are masked and blocks begin: here their indices.
+    Queries and keys have positions, which determine masks and the beginnings of blocks. Here positions are indices.
 
-    origin     where the row's first query stands
-    limit      the position past the row's last key
+    origin     position of the row's first query
+    limit      position after the row's last key
     key_row    the row of keys that the row's queries attend to
     """
 
@@ -83,11 +83,11 @@ class AttentionWriter(PartKeeper):
 
     @property
     def _exp(self) -> Callable[[Emitter, Expr, int], Expr]:
-        """What writes e^x for x <= 0."""
+        """The function that emits e^x for x <= 0."""
         return exp_nonpositive
 
     def _scratch(self) -> Scratch:
-        """What the kernel holds at a time."""
+        """Return the workspace of the kernel."""
         return Scratch.of(self.spec.d, self.spec.e, self.k.isa)
 
     @property
@@ -97,32 +97,32 @@ class AttentionWriter(PartKeeper):
 
     @property
     def _depth(self) -> int:
-        """How many words of keys and queries are multiplied: numbers, or pairs of them."""
+        """Number of words of a key or a query: numbers, or pairs of them."""
         return self.spec.d
 
     def _widened(self, view: Any, index: Sequence[Expr], lanes: int = 1) -> Expr:
-        """Elements of a query, a key or a value, in float32."""
+        """Return elements of a query, a key or a value in float32."""
         read = self.k.load(view, index, lanes)
         return read if self._held is f32 else self.k.let(self.k.cast(self.k.let(read), f32, lanes))
 
     def _ask_read(self) -> None:
-        """Ask for pointers of its own, after values."""
+        """Declare further pointers, after values."""
 
     def _ask_written(self) -> None:
-        """Ask for pointers of its own, after all others."""
+        """Declare further pointers, after all others."""
 
     def _ask_key_rows(self) -> Expr:
-        """How many rows of keys there are; what is asked for comes after t."""
+        """Return the number of rows of keys; sizes declared here come after t."""
         return self.b
 
     def _ask_parts(self) -> Expr:
-        """How many parts are held at a time; what is asked for comes after slots."""
+        """Return the number of parts in memory; sizes declared here come after slots."""
         return self.slots
 
     # -- tasks -----------------------------------------------------------------------------------------------
 
     def write(self) -> None:
-        """Every slot takes its share of the tasks, one after the other, in memory of its own."""
+        """Let every slot run its share of the tasks one after the other, in its own workspace."""
         k = self.k
         chunks = self._index(k.greatest(self._ceil(self.s, self.most), k.index(1)), "chunks")
         self.chunk = self._index(self._ceil(self._ceil(self.s, chunks), GROUP) * GROUP, "chunk")  # of about equal size
@@ -133,7 +133,7 @@ class AttentionWriter(PartKeeper):
             self._share(slot, tasks, active, chunks)
 
     def _share(self, slot: Expr, tasks: Expr, active: Expr, chunks: Expr) -> None:
-        """The tasks of one slot: equally many each."""
+        """Emit the tasks of one slot; all slots have equally many."""
         k = self.k
         first = self._index(k.floor_divide(slot * tasks, active), "first")
         last = self._index(k.floor_divide((slot + 1) * tasks, active), "last")
@@ -141,7 +141,7 @@ class AttentionWriter(PartKeeper):
             task = self._index(first + n, "task")
             at = self._index(k.floor_mod(task, chunks), "at")
             pair = self._index(k.floor_divide(task, chunks), "pair")
-            # Of a causal attention the last queries cost the most: threads get early and late ones in turn.
+            # In causal attention the last queries cost the most: threads alternate between early and late ones.
             half = self._index(k.floor_divide(at, 2), "half")
             chunk = self._index(k.select(k.equal(k.floor_mod(at, 2), k.index(0)), half, chunks - 1 - half), "part")
             row, g = self._index(k.floor_divide(pair, self.g), "row"), self._index(k.floor_mod(pair, self.g), "g")
@@ -152,9 +152,9 @@ class AttentionWriter(PartKeeper):
             self._task(row, g, chunk)
 
     def _bring(self, b: Expr, g: Expr) -> None:
-        """Have lines of the next task's queries and of its first keys and values fetched.
+        """Prefetch the cache lines of the next task's queries and of its first keys and values.
 
-        Rows of one head lie apart, which hardware does not foresee.
+        Rows of one head are not contiguous, so hardware does not predict them.
         """
         k, spec = self.k, self.spec
         g = self._index(g, "next_head")
@@ -168,13 +168,13 @@ class AttentionWriter(PartKeeper):
                 k.prefetch(self.q, [b, g * self.r + r, i, c])
 
     def _limited(self, b: Expr, limit: Expr) -> Expr:
-        """A limit of keys, or a row's least length."""
+        """Return a limit of keys, or a row's smallest length if that is less."""
         for n, lengths in enumerate(self.lengths):
             limit = self._index(self.k.least(limit, self.k.load(lengths, [b])), f"limit{n}")
         return limit
 
     def _task(self, b: Expr, g: Expr, chunk: Expr) -> None:
-        """Some queries of all heads that share keys."""
+        """Emit a task: some queries of all heads that share keys."""
         k = self.k
         self.at_b, self.at_g = b, g
         first = self.first = self._index(chunk * self.chunk, "first_query")
@@ -190,16 +190,16 @@ class AttentionWriter(PartKeeper):
             self._finish(count)
 
     def _spans(self, begin: Expr, end: Expr) -> tuple[Expr, Expr]:
-        """The span of the first of these keys, and how many spans they lie in; one if there is no key."""
+        """Return the span of the first of these keys, and the number of their spans; 1 if there is no key."""
         k = self.k
         first = self._index(k.floor_divide(begin, SPAN), "first_span")
         return first, self._index(k.greatest(self._ceil(end, SPAN) - first, k.index(1)), "spans")
 
     def _span(self, begin: Expr, end: Expr, span: Expr, groups: Expr, at: Expr, spans: Expr) -> None:
-        """The task's queries and those of these keys that lie in the span, block by block.
+        """Emit the task's queries for the keys from `begin` to below `end` that are in the span, block by block.
 
-        at, spans   the span's number among the task's, and how many these are. After the last block of one of several
-                    each group merges, while its sums are near
+        at, spans   the number of the span within the task, and the number of the task's spans. If there are several,
+                    each group merges after its last block, while its sums are in the cache
         """
         k = self.k
         begin, end = self._within(begin, end, span)
@@ -219,16 +219,16 @@ class AttentionWriter(PartKeeper):
                     self._merge(r, first, count, at, spans, again=True)
 
     def _within(self, begin: Expr, end: Expr, span: Expr) -> tuple[Expr, Expr]:
-        """Those of these positions that lie in the span."""
+        """Return the intersection of these positions with the span."""
         k = self.k
         first = self._index(k.greatest(begin, span * SPAN), "span_begin")
         return first, self._index(k.least(end, (span + 1) * SPAN), "span_end")
 
     def _enter(self, begin: Expr, end: Expr) -> None:
-        """Before the spans of a task, whose keys stand at these positions, from and up to."""
+        """Prepare the spans of a task, whose keys have positions from `begin` to below `end`."""
 
     def _seen(self, first: Expr, count: Expr) -> tuple[Expr, Expr]:
-        """The positions of keys, from and up to, that some of these queries see."""
+        """Return the range of key positions, begin and end, that some of these queries see."""
         k, position = self.k, first + self.origin
         begin = self._index(k.greatest(position + self.low, self.oldest), "begin")
         end = self._index(k.least(self.limit, position + count + self.high), "end")
@@ -240,17 +240,17 @@ class AttentionWriter(PartKeeper):
         return self.k.index(0)
 
     def _keys_at(self, column: Expr) -> list[Expr]:
-        """Where the keys of a vector of columns lie; past the last key it is repeated."""
+        """Return the indices of the keys of a vector of columns; the last key is repeated."""
         k = self.k
         left = self._index(self.t - 1 - (self.base + column), "left")
         return [self._index(self.base + column + k.least(k.index(x), left), "key") for x in range(self.lanes)]
 
     def _value_at(self, column: Expr) -> Expr:
-        """Where the value of a column lies."""
+        """Return the index of the value of a column."""
         return self.base + column
 
     def _columns(self, begin: Expr, end: Expr) -> tuple[Expr, Expr]:
-        """These keys as columns of the block."""
+        """Return the range of the block's columns that have these keys."""
         k = self.k
         c0 = self._index(k.greatest(begin - self.base, k.index(0)), "from_column")
         c1 = self._index(k.least(end - self.base, k.index(BLOCK)), "to_column")
@@ -260,15 +260,15 @@ class AttentionWriter(PartKeeper):
 
     @property
     def _block(self) -> int:
-        """How many words of values a block has: keys, or pairs of them."""
+        """Number of words of values in a block: keys, or pairs of them."""
         return BLOCK
 
     def _key_words(self, key: Expr, start: Expr, lanes: int = 1) -> Expr:
-        """So many words of a key."""
+        """Return `lanes` words of a key."""
         return self._widened(self.key, [self.key_row, self.at_g, key, start], lanes)
 
     def _pack_keys(self, c0: Expr, c1: Expr) -> None:
-        """Columns c0 up to c1 of the block, in whole vectors."""
+        """Pack columns c0 to below c1 of the block, in whole vectors."""
         k, lanes, d = self.k, self.lanes, self._depth
         begin = self._index(k.floor_divide(c0, lanes), "from_vector")
         with k.loop(self._ceil(c1, lanes) - begin, "n") as n:
@@ -290,7 +290,7 @@ class AttentionWriter(PartKeeper):
             with k.loop(d // lanes, "c") as c:
                 square(self._index(c * lanes, "start"))
             if d % lanes:
-                square(k.index(d - lanes))  # overlapping the one before
+                square(k.index(d - lanes))  # overlaps the previous square
 
     def _pack_values(self, c0: Expr, c1: Expr) -> None:
         k, lanes = self.k, self.lanes
@@ -316,13 +316,13 @@ class AttentionWriter(PartKeeper):
         self.k.store(self.packed_values, [self.slot, at], vector, self.lanes)
 
     def _packed(self, panel: Any, vectors: int, column: Expr, v: Any) -> Expr:
-        """Where a vector of a value lies in a panel of so many."""
+        """Return a vector of a value in a panel of `vectors` vectors."""
         return panel * (self._block * self.width) + column * (vectors * self.lanes) + v * self.lanes
 
     # -- a group of queries ----------------------------------------------------------------------------------
 
     def _group(self, r: Expr, group: Expr) -> None:
-        """A group of queries of one head and the block."""
+        """Emit a group of queries of one head for the block."""
         k = self.k
         first = self._index(self.first + group * GROUP, "group_first")
         count = self._index(k.least(self.count - group * GROUP, k.index(GROUP)), "group_count")
@@ -331,7 +331,7 @@ class AttentionWriter(PartKeeper):
         with k.when(c0 < c1):
             p0 = self._index(k.floor_divide(c0, self.width), "from_panel")
             p1 = self._index(self._ceil(c1, self.width), "to_panel")
-            # One or two queries that are left go one by one, more as a tile that is filled up with zeros.
+            # One or two remaining queries run one by one, more as a tile padded with zeros.
             full = self._index(k.floor_divide(count, self.tile), "full")
             left = self._index(count - full * self.tile, "left")
             tiles = self._index(full + k.select(left > k.index(2), k.index(1), k.index(0)), "tiles")
@@ -360,7 +360,7 @@ class AttentionWriter(PartKeeper):
                 sums(panels, rest)
 
     def _scale(self, r: Expr, first: Expr, count: Expr, rows: Expr) -> None:
-        """The group's queries times scale, side by side; zeros up to so many rows. Rows of out are fetched."""
+        """Store the group's queries times scale, padded with zeros to `rows` rows. Prefetch rows of out."""
         k, lanes, d = self.k, self.lanes, self._depth
         head = self._head(r)
         step = lanes if d >= lanes else 1
@@ -376,7 +376,7 @@ class AttentionWriter(PartKeeper):
                 k.store(self.queries, [self.slot, count + row, c], k.number(0.0, f32, step), step)
 
     def _query_words(self, at: Sequence[Expr], start: int, lanes: int) -> Expr:
-        """So many words of a query, times scale."""
+        """Return `lanes` words of a query, times scale."""
         return self._widened(self.q, [*at, start], lanes) * self.k.number(self.spec.scale, f32, lanes)
 
     def _added(self, sums: Expr, x: Expr, y: Expr) -> Expr:
@@ -384,11 +384,11 @@ class AttentionWriter(PartKeeper):
         return sums + x * y
 
     def _scaled(self, scores: Expr) -> Expr:
-        """A vector of scores, of queries that were scaled."""
+        """Return a vector of scores; the queries are already scaled."""
         return scores
 
     def _score(self, first: Expr, rows: int, panel: Expr) -> None:
-        """A tile of scores: rows x a panel of keys, in registers through all of d."""
+        """Compute a tile of scores, rows x a panel of keys, in registers throughout d."""
         k, lanes, d = self.k, self.lanes, self._depth
         acc = k.registers(rows * self.width, f32)
         with k.unroll(rows * PANEL, "n") as n:
@@ -424,11 +424,11 @@ class AttentionWriter(PartKeeper):
             k.store(self.sums, [self.part, state + first + i, panel * self.width + v * lanes], made, lanes)
 
     def _words_of(self, c0: Expr, c1: Expr) -> tuple[Expr, Expr]:
-        """The first word of these columns' weights and values, and how many there are."""
+        """Return the first word of these columns' weights and values, and the number of words."""
         return c0, c1 - c0
 
     def _weight(self, row: Expr, word: Expr) -> Expr:
-        """A word of a query's weights."""
+        """Return a word of a query's weights."""
         return self.k.load(self.scores, [self.slot, row, word])
 
     def _keep_weights(self, at: ScoreRow, column: Expr, weights: Sequence[Expr]) -> None:
@@ -437,7 +437,7 @@ class AttentionWriter(PartKeeper):
             self.k.store(self.scores, [at.slot, at.row, column + u * self.lanes], weight, self.lanes)
 
     def _softmax(self, head: Expr, i: Expr, row: Expr, state: Expr, c0: Expr, c1: Expr) -> None:
-        """The scores of a query in columns c0 up to c1 as weights."""
+        """Turn the scores of a query in columns c0 to below c1 into weights."""
         k = self.k
         i = self._index(i, "query")
         position = self._index(i + self.origin, "position")
@@ -448,11 +448,11 @@ class AttentionWriter(PartKeeper):
         self.softmax.write(at, c0, c1)
 
     def _first_seen(self, position: Expr) -> Expr:
-        """The position of the first key that a query sees, or one before the block of it."""
+        """Return the first position that a query sees; it may precede the row's first key."""
         return position + self.low
 
     def _head(self, r: Expr) -> Expr:
-        """A query head."""
+        """Return the index of a query head."""
         return self._index(self.at_g * self.r + r, "head")
 
     def _ceil(self, x: Expr, n: Any) -> Expr:

@@ -3,16 +3,17 @@
     out[b, h, i] = sum_j p_j v[rows[b], h // r, j]
     p = softmax over j of softcap(scale q[b, h, i] · k[rows[b], h // r, j]) + biases
 
-A row's queries stand at positions from start[b] on, its keys where its slot holds them. Blocks of keys begin at
-positions that are multiples of `BLOCK`, as in `treadle.backends.tvm.kernels.attention.flash_attention`. So every
-product, every sum and every maximum of a query is the same there and here, whatever else is computed beside it.
+A row's queries have positions from start[b] on; its slot determines the positions of its keys. Blocks of keys begin
+at positions that are multiples of `BLOCK`, as in `treadle.backends.tvm.kernels.attention.flash_attention`. So every
+product, sum and maximum of a query is the same in both kernels, independent of other queries and rows in the call.
 
-What a task costs depends on how far its row has come, so threads share tasks by their keys, not by their number.
+The cost of a task depends on the length of its row, so tasks are divided among threads by their keys, not by their
+number.
 
-A step has one query a row. Its tasks are spans of keys, so that all threads work on a row however few key heads it has
-(Dao et al. 2023, Flash-Decoding); when all are done, the calling thread merges them. It packs nothing: keys are turned
-in registers, a square of lanes at a time, and values are read where they lie, so that both pass through once, at the
-speed of memory.
+A step has one query in each row. Its tasks are spans of keys, so that all threads work on a row even with few key heads
+(Dao et al. 2023, Flash-Decoding). When all tasks are done, the calling thread merges them. A step packs nothing: keys
+are transposed in registers, a square of lanes at a time, and values are read in place. Both are read once, at memory
+bandwidth.
 """
 
 from __future__ import annotations
@@ -32,27 +33,27 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 _LINE = 64  # bytes
-_AHEAD = 16  # keys before they are read they are fetched
-_AHEAD_ALONE = 12  # where one head reads a key, as measured
-_AROUND = 32  # keys' worth of what a task costs whatever its length
+_AHEAD = 16  # prefetch distance in keys
+_AHEAD_ALONE = 12  # if one head reads a key, as measured
+_AROUND = 32  # fixed cost of a task, in keys
 
 
 def steps_at_once(isa: Isa) -> int:
-    """The most heads that may share keys where one query a row packs nothing: their scores stay in registers."""
+    """Return the largest number of heads that may share keys in a step: their scores must stay in registers."""
     return isa.registers // 4
 
 
 @dataclass(frozen=True)
 class CachedFlashAttention(FlashAttention):
-    """Attention over slots of keys and values, any number of queries a row.
+    """Attention over slots of keys and values, any number of queries in a row.
 
-    cache   the dtype of keys and values, f32, bf16 or f16; they are widened in registers
-    ring    whether slots are rings: then no term may read an element for each key
-    shared  r, where there is one query a row, d and e fill vectors, and r is at most `steps_at_once`; else 0
+    cache   dtype of keys and values, f32, bf16 or f16; they are widened in registers
+    ring    True if slots are rings; no term may then read an element for each key
+    shared  r, if there is one query in a row, d and e fill vectors, and r is at most `steps_at_once`; else 0
 
-    Passed: as in `FlashAttention`, with rows and start after the values, the status words after all other pointers, and
-    the number of slots of the cache after t. t is their capacity. With `shared`, after the slots of memory, how many
-    spans a row's keys may lie in: each row and key head has `sums` and `rows` for so many parts.
+    Arguments: as in `FlashAttention`, with rows and start after the values, the status words after all other pointers,
+    and the number of slots of the cache after t. t is their capacity. With `shared`, the slots of memory are followed
+    by the largest number of spans of a row's keys: each row and key head has `sums` and `rows` for that many parts.
     """
 
     cache: str = "f32"
@@ -94,11 +95,11 @@ class _CacheWriter(AttentionWriter):
     # -- tasks -----------------------------------------------------------------------------------------------
 
     def _share(self, slot: Expr, tasks: Expr, active: Expr, chunks: Expr) -> None:
-        """The tasks that begin in the slot's share of all costs, which end to end are the rows' in order."""
+        """Emit the tasks that begin in the slot's share of the total cost, in which rows follow each other in order."""
         k = self.k
         held = k.registers(2, i64, "costs")
         k.store(held, [0], k.index(0))
-        alike = self._index(self.g * chunks, "alike")  # of a row
+        alike = self._index(self.g * chunks, "alike")  # tasks of a row
         with k.loop(self.b, "b") as b:
             k.store(held, [0], k.load(held, [0]) + self._cost(b) * alike)
         total = k.let(k.load(held, [0]), "total")
@@ -116,8 +117,10 @@ class _CacheWriter(AttentionWriter):
                 checked(k, self.status, row, self.key_rows, lambda: self._tasks(b, row, cost, low, high, chunks))
 
     def _tasks(self, b: Expr, row: Expr, cost: Expr, low: Expr, high: Expr, chunks: Expr) -> None:
-        """The tasks of a row, whose keys lie in that slot, from `low` up to `high` of its costs, where they begin; of a
-        step, where they have their middle."""
+        """Emit the tasks of a row that begin at `low` to below `high` of its costs; its keys are in slot `row`.
+
+        In a step, emit the tasks whose middle is in that range.
+        """
         k = self.k
         self.key_row = row
         self._stand(b)
@@ -127,7 +130,7 @@ class _CacheWriter(AttentionWriter):
             self._task(b, g, self._index(k.floor_mod(first + n, chunks), "part"))
 
     def _stand(self, b: Expr) -> None:
-        """Where a row's queries and keys stand."""
+        """Set the positions of a row's queries and keys."""
         k = self.k
         self.origin = self._index(k.load(self.start_of, [b]), "start")
         newest = self._index(self.origin + self.s, "newest")
@@ -135,7 +138,7 @@ class _CacheWriter(AttentionWriter):
         self.limit = self._limited(b, newest if self.spec.ring else self.t)
 
     def _cost(self, b: Expr) -> Expr:
-        """How many keys the row's queries see, and what a task costs beside."""
+        """Return the number of keys that the row's queries see, plus the fixed cost of a task."""
         self._stand(b)
         begin, end = self._seen(self.k.index(0), self.s)
         return self.k.greatest(end - begin, self.k.index(0)) + _AROUND
@@ -166,19 +169,19 @@ class _CacheWriter(AttentionWriter):
         return self._in_ring(self.base + column) if self.spec.ring else super()._value_at(column)
 
     def _in_ring(self, position: Expr) -> Expr:
-        """Where a position lies that the task's queries see: fewer than a ring's length from the first one."""
+        """Return the index of a position that the task's queries see: less than a ring's length after the first one."""
         k = self.k
         key = self._index(self.first_key + (position - self.begin), "key")
         return self._index(k.select(key < self.t, key, key - self.t), "key")
 
 
 class _StepWriter(_CacheWriter):
-    """Writes a kernel for one query a row: row i of a task's scores is that of its i-th head."""
+    """Writes a kernel for one query in each row. Row i of a task's scores belongs to its i-th head."""
 
     def write(self) -> None:
-        """Tasks are spans of the keys of a row that some heads share, each with a part of its own; then they merge.
+        """Emit the tasks, spans of a row's keys that some heads share, each with its own part; then merge them.
 
-        All slots have a share, though tasks may be fewer: threads take equally many shares, which so are equal costs.
+        Every slot has a share even if there are fewer tasks: threads take equally many shares, which have equal costs.
         """
         k = self.k
         self.chunk = k.index(1)
@@ -202,7 +205,7 @@ class _StepWriter(_CacheWriter):
         return self.b * self.g * self.parts
 
     def _part(self, n: Expr) -> Expr:
-        """Where the n-th part of the row and the heads that are at work is held."""
+        """Return the index of the n-th part of the current row and heads."""
         return self._index((self.at_b * self.g + self.at_g) * self.parts + n, "part")
 
     def _tasks(self, b: Expr, row: Expr, cost: Expr, low: Expr, high: Expr, chunks: Expr) -> None:
@@ -214,7 +217,7 @@ class _StepWriter(_CacheWriter):
         span, spans = self._spans(begin, end)
 
         def before(cost: Expr) -> Expr:
-            """How many of the spans have their middle before so much of the costs of one head."""
+            """Return the number of spans whose middle is before `cost` of the costs of one head."""
             some = k.select(cost < end - begin, self._ceil(begin + cost - SPAN // 2, SPAN) - span, spans)
             some = k.select(cost > k.index(0), some, k.index(0))
             return self._index(k.greatest(k.least(some, spans), k.index(0)), "before")  # positions may overflow
@@ -239,7 +242,7 @@ class _StepWriter(_CacheWriter):
                 k.store(self.queries, [self.slot, r, v * lanes], x * k.number(self.spec.scale, f32, lanes), lanes)
 
     def _keys(self, begin: Expr, end: Expr) -> None:
-        """The heads' queries and the keys at these positions, block by block."""
+        """Emit the heads' queries for the keys at these positions, block by block."""
         k = self.k
         block = self._index(k.floor_divide(begin, BLOCK), "first_block")
         most = max(1, (self.k.isa.registers - 8) // self.spec.shared)
@@ -256,7 +259,7 @@ class _StepWriter(_CacheWriter):
                 self._sum_values(first, min(most, self.vectors - first), c0, c1)
 
     def _score_keys(self, column: Expr) -> None:
-        """Scores of a vector of keys and every head's query, in registers through all of d."""
+        """Compute scores of a vector of keys for every head's query, in registers throughout d."""
         k, lanes, heads = self.k, self.lanes, range(self.spec.shared)
         keys = self._keys_at(column)
         acc = k.registers(len(heads) * lanes, f32)
@@ -275,7 +278,7 @@ class _StepWriter(_CacheWriter):
 
     @property
     def _a_line(self) -> int:
-        """How many vectors of keys or values a line of memory holds."""
+        """Number of vectors of keys or values in a cache line."""
         return max(1, _LINE // (self.lanes * self._held.bytes))
 
     @property
@@ -283,9 +286,9 @@ class _StepWriter(_CacheWriter):
         return _AHEAD if self.spec.shared > 1 else _AHEAD_ALONE
 
     def _fetch_keys(self, key: Expr, c: Expr) -> None:
-        """Part c of the keys further on, of which there are as many as vectors of a key, in the order of memory.
+        """Prefetch part c of later keys in the order of memory; there are as many parts as vectors of a key.
 
-        A square is read in strides, which processors do not foresee.
+        A square is read with a stride, which hardware does not predict.
         """
         k, vectors = self.k, self.spec.d // self.lanes
         for x in range(0, self.lanes, self._a_line):
@@ -294,7 +297,7 @@ class _StepWriter(_CacheWriter):
             k.prefetch(self.key, [self.key_row, self.at_g, ahead, k.floor_mod(part, vectors) * self.lanes])
 
     def _sum_values(self, first: int, vectors: int, c0: Expr, c1: Expr) -> None:
-        """sums = sums * factor + weights @ values, for some vectors of the values and every head."""
+        """Compute sums = sums * factor + weights @ values for some vectors of the values and every head."""
         k, lanes = self.k, self.lanes
         held = [(i, v, (i * vectors + v) * lanes) for i in range(self.spec.shared) for v in range(vectors)]
         acc = k.registers(len(held) * lanes, f32)

@@ -1,19 +1,20 @@
-"""Attention in one pass over the keys, with the softmax's maximum and sum kept along (Dao et al. 2022).
+"""Attention in one pass over the keys, with a running maximum and sum of the softmax (Dao et al. 2022).
 
     out[b, h, i] = sum_j p_j v[b, h // r, j]
     p = softmax over j of softcap(scale q[b, h, i] · k[b, h // r, j]) + biases
 
-A task is some queries of all heads that share keys. It takes the keys block by block: packs a block of keys
-(transposed) and values, and lets every group of its queries attend to it while it is in the cache. For each query
-three things are kept: the maximum m of its scores so far, the sum l of exp(score - m), and that of the values.
+A task is some queries of all heads that share keys. It reads the keys block by block: it packs a block of keys
+(transposed) and values, and computes attention of every group of its queries to the block while it is in the cache. For
+each query it keeps three values: the maximum m of its scores so far, the sum l of exp(score - m), and the sum of the
+weighted values.
 
-Keys are taken in parts: the spans of `SPAN` positions, from multiples of it on. What is kept begins anew with each
-span, and is merged with what came of those before (`merging`), wherever attention is computed: a step's threads take
-spans one by one. Fewer keys are one part, and nothing is merged.
+Keys are divided into parts: the spans of `SPAN` positions that begin at multiples of it. These values restart with each
+span and are merged with the result of the previous spans (`merging`), in every kernel for attention: in a step, each
+thread takes whole spans. Fewer keys are one part, and nothing is merged.
 
-What a row's bits depend on: its own query, and the keys in spans and blocks that begin at multiples of `SPAN` and
-`BLOCK`. A key that is masked adds exactly 0 to the sums, and a block or span without a key that is seen changes
-nothing, so that it may be skipped; and a query's lanes know nothing of its neighbours in a tile.
+A row's bits depend only on its own query, and on the keys in spans and blocks that begin at multiples of `SPAN` and
+`BLOCK`. A masked key adds exactly 0 to the sums. A block or span without a visible key changes nothing, so it may be
+skipped. The lanes of a query are independent of its neighbours in a tile.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ class FlashAttention(Kernel):
     """Attention, any number of queries and keys.
 
     d, e      the width of queries and keys, and of values
-    scale     what the products are multiplied by
+    scale     factor of the scores
     softcap   c: scores become c tanh(scores / c)
-    padded    how many operands say how many of a row's keys are real
+    padded    number of operands with the number of a row's valid keys
     terms     the other masks and biases: codes of `attention_masks.WRITERS`
-    operands  the dtype of q, k and v: f32, or bf16 for float32 sums of products of bf16 numbers
+    operands  dtype of q, k and v: f32, or bf16 for float32 sums of products of bf16 numbers
 
-    Passed: q, k, v; the lengths; the terms' operands; out, and the parts of `Scratch`. Then b, g, r (query heads that
-    share keys), s, t; the least and greatest j - i that a query sees; how many queries of a head a task takes at
-    most, a multiple of GROUP; the number of slots, each with a `Scratch` of its own; the strides of q, k, v and out
-    over batch, head and position; those of the terms.
+    Arguments: q, k, v; the lengths; the terms' operands; out, and the parts of `Scratch`. Then b, g, r (query heads
+    that share keys), s, t; the smallest and largest j - i that a query sees; the largest number of queries of a head in
+    a task, a multiple of GROUP; the number of slots, each with its own `Scratch`; the strides of q, k, v and out over
+    batch, head and position; the strides of the terms.
     """
 
     d: int

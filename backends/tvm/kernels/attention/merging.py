@@ -1,12 +1,12 @@
-"""Attention's parts of one span of keys each, merged in the order of positions (Dao et al. 2023, Flash-Decoding).
+"""Merging of attention's parts, one for each span of keys, in order of positions (Flash-Decoding).
 
     (m, l, sums) of both:   m = max(m_old, m_new)
                             l = l_old exp(m_old - m) + l_new exp(m_new - m),   sums likewise
 
-A part is what attention to the keys of one span, taken alone, keeps for a query: the maximum m of its scores, the sum
-l of exp(score - m), and that of the values. One of the two factors is 1, so the other part alone is scaled: one product
-and one sum, which every kernel rounds alike. A part that the factor makes 0 changes nothing, not even a zero's sign: it
-is the same whether a span without a key that the query sees was visited.
+A part is the result of attention of a query to the keys of one span alone (Dao et al. 2023): the maximum m of its
+scores, the sum l of exp(score - m), and the sum of the weighted values. One of the two factors is 1, so only the other
+part is scaled: one product and one sum, which every kernel rounds in the same way. A part whose factor is 0 changes
+nothing, not even the sign of a zero. So it makes no difference if a span without a visible key is visited.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Merge:
-    """How a query's new part goes into what its old ones made.
+    """The rule by which a query's new part is merged into the old ones.
 
-    newer   whether the new part has the larger maximum
-    factor  what the other one is times
+    newer   true if the new part has the larger maximum
+    factor  factor of the part with the smaller maximum
     peak    the maximum of both
     """
 
@@ -38,7 +38,7 @@ class Merge:
 
     @staticmethod
     def of(k: Emitter, old: Expr, new: Expr) -> Merge:
-        """For the maxima of the old parts and of the new one; -inf for one that has seen no key."""
+        """Return the merge for the maxima of the old parts and of the new one; -inf for a part without visible keys."""
         lanes = k.isa.lanes()
         newer = k.kept(new > old, boolean, name="newer")
         peak = k.kept(k.select(newer, new, old), f32, name="peak")
@@ -49,7 +49,7 @@ class Merge:
         return Merge(k, newer, k.let(k.load(factor, [0]), "factor"), peak)
 
     def both(self, old: Expr, new: Expr, lanes: int = 1) -> Expr:
-        """l, or some lanes of the sums, of both."""
+        """Return l, or some lanes of the sums, of both."""
         k = self.k
         old, new = k.let(old, "old"), k.let(new, "new")
         newer = k.splat(self.newer, lanes)
@@ -59,6 +59,6 @@ class Merge:
 
 
 def share_of(k: Emitter, total: Expr) -> Expr:
-    """What the sums are times: 1 / l; 0 for a query that saw nothing."""
+    """Return the factor of the sums: 1 / l; 0 for a query without visible keys."""
     zero, one = k.number(0.0, f32), k.number(1.0, f32)
     return k.let(k.select(k.equal(total, zero), zero, one / total), "share")

@@ -1,8 +1,8 @@
-"""Attention of bf16 numbers by products of pairs: of neighbours along d for scores, of two keys for what they weight.
+"""Attention of bf16 numbers by products of pairs: neighbours along d for scores, two keys for weighted values.
 
-Scores, the softmax and all sums are in float32; a weight is rounded to bf16 when it has been added to the sum of
-weights, and its exponential is right to some of the bits that this drops. Queries are not scaled, which would round
-them, but their scores are.
+Scores, the softmax and all sums are in float32. A weight is rounded to bf16 after it was added to the sum of weights;
+its exponential is accurate to a few more bits than bf16 keeps. Scores are scaled instead of queries, because scaling
+would round the queries.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _HALF = 16  # bits of a word
 
 
 def multiplies_pairs(d: int, operands: str, isa: Isa) -> bool:
-    """Whether attention over operands of this dtype, and heads of so many elements, multiplies them by pairs."""
+    """Return True if attention over operands of this dtype, with heads of `d` elements, multiplies them by pairs."""
     return operands == "bf16" and d % 2 == 0 and isa.multiplies_pairs
 
 
 class PairAttentionWriter(AttentionWriter):
-    """Writes a kernel whose words are pairs of bf16 numbers, held as float32 words that are never computed with."""
+    """Writes a kernel whose words are pairs of bf16 numbers, stored as float32 words without float32 arithmetic."""
 
     @property
     def _exp(self) -> Callable[[Emitter, Expr, int], Expr]:
@@ -66,7 +66,7 @@ class PairAttentionWriter(AttentionWriter):
     # -- weights and values, by two keys -------------------------------------------------------------------------
 
     def _words_of(self, c0: Expr, c1: Expr) -> tuple[Expr, Expr]:
-        """A pair of keys of which one alone is seen is taken whole: the other's weight is 0."""
+        """Return whole pairs of keys: in a pair with one visible key, the other key has weight 0."""
         k = self.k
         begin = self._index(k.floor_divide(c0, 2), "from_pair")
         return begin, self._index(self._ceil(c1, 2) - begin, "pairs_here")
@@ -82,7 +82,7 @@ class PairAttentionWriter(AttentionWriter):
             k.store(self.queries, [at.slot, at.row, start], word, self.lanes)
 
     def _pack_values(self, c0: Expr, c1: Expr) -> None:
-        """Pairs of rows; of one that the block does not have, the nearest that it has."""
+        """Pack pairs of rows; a row outside the block is replaced by the nearest row inside."""
         k, lanes = self.k, self.lanes
         whole, rest = divmod(self.spec.e, lanes)
         begin, count = self._words_of(c0, c1)
@@ -104,7 +104,7 @@ class PairAttentionWriter(AttentionWriter):
                 self._pack_vector(pair, whole, k.load(padded, [0], lanes))
 
     def _word(self, ends: Sequence[Expr], lanes: int = 0) -> Expr:
-        """Words of the numbers of two rows, which are bf16 numbers in float32."""
+        """Return words of the numbers of two rows, which are bf16 numbers in float32."""
         k, lanes = self.k, lanes or self.lanes
         low, high = (k.let(k.bits(x, _I32, lanes)) for x in ends)
         low = (low >> k.number(_HALF, _I32, lanes)) & k.number((1 << _HALF) - 1, _I32, lanes)

@@ -1,4 +1,4 @@
-"""What attention keeps of each query while it goes over the keys, part by part, and what becomes of it in the end."""
+"""Partial results of attention for each query, part by part, and their merge into the result."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 class PartKeeper:
-    """Writes that share of a kernel. A task is some queries of all heads that share keys, r of them.
+    """Writes the code of a kernel that keeps these results. A task is some queries of all r heads that share keys.
 
     at_b, at_g   the task's row, and the head of its keys
     first        its first query
-    chunk        how many rows of sums a head has
-    part         where m, l and the sums of the part that is computed are held
-    kept         where m and l of the parts before are; their sums are in out
+    chunk        number of rows of sums of a head
+    part         the memory of m, l and the sums of the current part
+    kept         the memory of m and l of the previous parts; their sums are in out
     """
 
     r: Expr
@@ -41,7 +41,7 @@ class PartKeeper:
         self.vectors = -(-spec.e // self.lanes)
 
     def _begin(self, rows: Expr) -> None:
-        """No key was seen yet by so many queries of each head."""
+        """Initialize `rows` queries of each head, which have seen no key yet."""
         k = self.k
         with k.loop(self.r, "r") as r, k.loop(rows, "i") as i:
             row = self._index(r * self.chunk + i, "state")
@@ -50,12 +50,12 @@ class PartKeeper:
                 k.store(self.sums, [self.part, row, v * self.lanes], k.number(0.0, f32, self.lanes), self.lanes)
 
     def _empty(self, row: Expr) -> None:
-        """m and l of no key."""
+        """Set m and l to their values without keys."""
         self.k.store(self.rows, [self.part, row, 0], self.k.number(-INFINITY, f32))
         self.k.store(self.rows, [self.part, row, 1], self.k.number(0.0, f32))
 
     def _finish(self, count: Expr) -> None:
-        """out = sums / l of the only part; zeros for a query that saw nothing."""
+        """Write out = sums / l of the only part; zeros for a query without visible keys."""
         k = self.k
         with k.loop(self.r, "r") as r, k.loop(count, "i") as i:
             row, at = self._query(r, i)
@@ -63,9 +63,9 @@ class PartKeeper:
             self._write(at, lambda c, n: k.load(self.sums, [self.part, row, c], n) * k.splat(share, n))
 
     def _merge(self, r: Expr, first: Expr, count: Expr, at: Expr, spans: Expr, *, again: bool) -> None:
-        """The sums of the parts up to this one, the at-th, in out, for some queries of a head; with the last one by l.
+        """Merge the sums of the current part, number `at`, into out, for some queries of a head; the last divides by l.
 
-        again: whether the part's memory shall be that of the next, which has seen nothing
+        again: True if the part's memory is initialized again for the next part
         """
         k = self.k
         last = k.kept(at > spans - 2, boolean, name="last")
@@ -97,19 +97,19 @@ class PartKeeper:
                 self._empty(row)
 
     def _keep(self, row: Expr, peak: Expr, total: Expr) -> None:
-        """m and l of all parts so far."""
+        """Store m and l of all parts so far."""
         self.k.store(self.rows, [self.kept, row, 3], peak)
         self.k.store(self.rows, [self.kept, row, 4], total)
 
     def _query(self, r: Expr, i: Expr) -> tuple[Expr, list[Expr]]:
-        """The row of a query's sums, and where it is in out."""
+        """Return the row of a query's sums, and its index in out."""
         return self._index(r * self.chunk + i, "state"), [self.at_b, self.at_g * self.r + r, self.first + i]
 
     def _write(self, at: list[Expr], value: Callable[[Expr, int], Expr]) -> None:
-        """A row of out, by so many elements at a time."""
+        """Write a row of out, in vectors and then single elements."""
         k, lanes = self.k, self.lanes
         whole, rest = divmod(self.spec.e, lanes)
-        # Written out, since in a loop LLVM would make branches of what `Merge` selects, which nobody foresees.
+        # Unrolled: in a loop LLVM would turn the selects of `Merge` into branches, which are mispredicted.
         with k.loop(whole // 4, "u") as u, k.unroll(4, "v") as v:
             c = (u * 4 + v) * lanes
             k.store(self.out, [*at, c], value(c, lanes), lanes)

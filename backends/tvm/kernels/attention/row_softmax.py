@@ -1,7 +1,7 @@
-"""The softmax of a query's scores over a block of keys, as weights, with its maximum and sum brought up to date.
+"""The softmax of a query's scores over a block of keys, as weights; it updates the running maximum and sum.
 
-Before it come soft-cap, biases and masks, vector by vector; a key that the query does not see counts as -inf. A weight
-that is no normal number is 0: a processor takes as long for one as for a row.
+Soft-cap, biases and masks are applied before it, as vectors; a key that the query does not see counts as -inf. A
+subnormal weight is replaced by 0: a CPU takes as long for one as for a row.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _I32 = DTYPES["i32"]
 class ScoreRow:
     """The scores of one query of one head.
 
-    slot      whose memory they are in
-    row       of the scores there
-    part      whose m, l and factor they bring up to date
-    state     which row of these
-    b, head   where its terms' operands are
-    query     its index, for these
-    position  where it stands
-    lo, hi    the columns of the block, from and up to, that it sees by position; they may lie outside of the block
+    slot      the slot of memory that holds them
+    row       the row of the scores there
+    part      the part whose m, l and factor they update
+    state     the row of these values
+    b, head   indices of its terms' operands
+    query     its index in these operands
+    position  its position
+    lo, hi    the range of the block's columns that it sees by position, lo <= column < hi; may extend past the block
     base      the position of the block's first key
-    inside    how many of the block's columns have a key
+    inside    number of the block's columns with a key
     """
 
     slot: Expr
@@ -54,9 +54,9 @@ class ScoreRow:
 
 
 class RowSoftmax:
-    """Writes it, for scores [slots, GROUP, BLOCK] and rows [parts, n, 5] of m, l and what the old sums are times.
+    """Writes the softmax of scores [slots, GROUP, BLOCK] and rows [parts, n, 5]: m, l, the old sums' factor.
 
-    exp   writes e^x for x <= 0
+    exp   emits e^x for x <= 0
     keep  stores a panel of weights of a row, from a column on
     """
 
@@ -76,8 +76,10 @@ class RowSoftmax:
         self.width = PANEL * self.lanes
 
     def write(self, at: ScoreRow, c0: Expr, c1: Expr) -> None:
-        """Scores of columns c0 up to c1, which are whole panels, as weights exp(score - m), with m, l and the factor of
-        the old sums brought up to date."""
+        """Turn scores of columns c0 to below c1, whole panels, into weights exp(score - m).
+
+        Updates m, l and the factor of the old sums.
+        """
         k, lanes = self.k, self.lanes
         peak = k.registers(self.width, f32, "peak")
         with k.unroll(PANEL, "u") as u:
@@ -97,7 +99,7 @@ class RowSoftmax:
         for u in range(1, PANEL):
             both = k.greatest(both, k.load(peak, [u * lanes], lanes))
         new = k.let(k.greatest(old, k.maximum_of_lanes(both, lanes)), "new")
-        # A query that has seen nothing has -inf there, which must not meet itself in a difference.
+        # Without a visible key the maximum is -inf; -inf - -inf would be NaN.
         shift = k.let(k.select(new > k.number(-INFINITY, f32), new, k.number(0.0, f32)), "shift")
         total = k.registers(self.width, f32, "total")
         with k.unroll(PANEL, "u") as u:
@@ -115,7 +117,7 @@ class RowSoftmax:
             summed = summed + k.load(total, [u * lanes], lanes)
         factor = k.registers(lanes, f32, "factor")
         k.store(factor, [0], k.number(0.0, f32, lanes), lanes)
-        with k.when(old > k.number(-INFINITY, f32)):  # not at a query's first block of keys
+        with k.when(old > k.number(-INFINITY, f32)):  # false at a query's first block of keys
             k.store(factor, [0], self.exp(k, k.let(k.splat(old - shift, lanes), "apart"), lanes), lanes)
         scaled = k.load(self.rows, [at.part, at.state, 1]) * k.load(factor, [0])
         k.store(self.rows, [at.part, at.state, 1], scaled + k.sum_of_lanes(summed, lanes))
@@ -123,7 +125,7 @@ class RowSoftmax:
         k.store(self.rows, [at.part, at.state, 0], new)
 
     def _masked(self, at: ScoreRow, c0: Expr, pairs: Expr, peak: Any) -> None:
-        """Apply soft-cap, biases and masks to a row of scores, and find its largest."""
+        """Apply soft-cap, biases and masks to a row of scores, and find its maximum."""
         k, lanes = self.k, self.lanes
         for term in self.terms:
             term.begin(at.b, at.head, at.query, at.position)
@@ -151,7 +153,7 @@ class RowSoftmax:
                 for u in range(PANEL):
                     one(c0 + n * self.width + u * lanes, u, whole)
             return
-        # An operand ends with the last key: from there on it is not read.
+        # An operand ends at the last key, so nothing after it is read.
         vectors = k.opaque(pairs * PANEL, "vectors")
         full = k.opaque(k.greatest(k.least(vectors, k.floor_divide(at.inside - c0, lanes)), k.index(0)), "full")
         with k.loop(full, "n") as n:
@@ -172,8 +174,8 @@ class RowSoftmax:
     def _biased(self, x: Expr, j: Expr, read: Any) -> Expr:
         k, lanes, cap = self.k, self.lanes, self.softcap
         if cap is not None:
-            # tanh z = 1 - 2 / (exp(2 z) + 1); far out exp ends where tanh is 1 in float32.
-            twice = k.registers(lanes, f32, "twice")  # a product that meets a minimum trips TVM's simplifier
+            # tanh z = 1 - 2 / (exp(2 z) + 1); exp overflows only where tanh is 1 in float32.
+            twice = k.registers(lanes, f32, "twice")  # TVM's simplifier fails on the minimum of a product
             k.store(twice, [0], x * k.number(2.0 / cap, f32, lanes), lanes)
             bent = exp(k, k.load(twice, [0], lanes), lanes)
             one = k.number(1.0, f32, lanes)

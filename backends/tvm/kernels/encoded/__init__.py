@@ -1,1 +1,1 @@
-"""Kernels that read weights in blocks: numbers are unpacked in registers, and never stored."""
+"""Kernels that read weights in blocks: numbers are unpacked in registers and not stored in memory."""

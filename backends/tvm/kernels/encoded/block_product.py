@@ -1,9 +1,9 @@
-"""Matrix products whose right side lies in blocks, which are unpacked in registers.
+"""Matrix products whose right side is stored in blocks, which are unpacked in registers.
 
     c[m, n] = epilogue(sum_k a[m, k] * (d q[n, k] + c))
 
-Tiles and panels are those of `Matmul`; the panels hold bytes. A tile unpacks a vector of elements once for all of its
-rows. Every row sums over k in one order, the blocks' own, however many rows there are.
+Tiles and panels are the same as in `Matmul`; the panels hold bytes. A tile unpacks a vector of elements once for all of
+its rows. Every row sums over k in the same order, the order of the blocks, for any number of rows.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 class BlockProduct(Matmul):
     """c = epilogue(a @ decode(w)), over float32.
 
-    form    of w's blocks, which lie along k
+    form    form of w's blocks, which extend along k
 
-    The rest, and what is passed, as for `Matmul`; w is u8[panels, bytes of a line, width].
+    The other fields and the arguments are the same as for `Matmul`; w is u8[panels, bytes of a line, width].
     """
 
     form: PackedForm = INT8_ROWS
@@ -60,7 +60,7 @@ class BlockProduct(Matmul):
     ) -> None:
         form, w, lanes = self.form, views["w"], k.isa.lanes()
         vectors = self.width // lanes
-        ahead = k.isa.ahead // self.width if brings else 0  # bytes of a line, of which a panel has `width`
+        ahead = k.isa.ahead // self.width if brings else 0  # bytes of each line, of which a panel has `width`
         acc = k.registers(rows * self.width, f32)
         with k.unroll(rows * vectors, "r") as r:
             k.store(acc, [r * lanes], k.number(0.0, f32, lanes), lanes)
@@ -86,7 +86,7 @@ class BlockProduct(Matmul):
                 self._products(k, views, panel, first, rows, place, acc, batch, None, step)
         tile = k.registers(rows * self.width, f32, "tile")
         for j in range(vectors):
-            d = None if form.group else scales(k.index(0), j)[0]  # one scale a line, which is taken out of the sum
+            d = None if form.group else scales(k.index(0), j)[0]  # one scale a line, factored out of the sum
             for i in range(rows):
                 at = [(i * vectors + j) * lanes]
                 total = k.load(acc, at, lanes)
@@ -109,7 +109,7 @@ class BlockProduct(Matmul):
         held: Sequence[tuple[Expr, Expr | None]] | None,
         step: Expr,
     ) -> None:
-        """Add what a byte of each line gives to the sums of a tile; its elements are `step`, and half a group on."""
+        """Add the products of a byte of each line to a tile's sums: elements `step` and, if 4-bit, half a group on."""
         lanes, form = k.isa.lanes(), self.form
         vectors = self.width // lanes
         found = []

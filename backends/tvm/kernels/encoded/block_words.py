@@ -1,10 +1,10 @@
-"""Blocks as kernels read them by words: which four bytes hold which four numbers, and what shares a scale.
+"""Forms of blocks that kernels read by words: the four numbers in each four bytes, and the spans that share a scale.
 
-    y = d q + c      d and c of the span that an element is in: 16 elements, 32 or a whole block
+    y = d q + c      d and c of an element's span: 16 elements, 32 or a whole block
 
-Blocks lie in `blocks(16, ...)`, so that a vector holds a word, four neighbouring bytes of a block, of each column. A
-word is taken apart by shifts and masks: the bytes of what comes out are four neighbouring numbers without sign, too
-large by the form's `zero`. A vector may have one lane, which reads a row.
+Blocks are stored in the layout `blocks(16, ...)`, so that a vector holds a word, four consecutive bytes of a block, of
+each column. A word is unpacked by shifts and masks. The resulting bytes are four consecutive unsigned numbers, each
+larger than its value by the form's `zero`. A vector may have one lane, which reads a row.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _i32 = DTYPES["i32"]
 _LOWEST = 0x01010101
 """The lowest bit of each byte of a word."""
 _HIGHEST = -0x7F7F7F80  # 0x80808080 as an i32
-_COPIES = 0x00204081  # times four bits: one copy of them seven bits above another
+_COPIES = 0x00204081  # times four bits: copies of them, seven bits apart
 
 
 @dataclass(frozen=True)
 class WordBlock:
     """A block of each lane, in a panel of blocks.
 
-    load   so many bytes a lane, that far from where the panel's block begins, columns' first byte counted
-    column the first lane's
+    load   loads a number of bytes for each lane, from an offset in the panel's block in bytes of its first column
+    column the first lane's column
     """
 
     k: Emitter
@@ -47,38 +47,38 @@ class WordBlock:
     column: Expr
 
     def scale(self, number: int) -> Expr:
-        """A 16-bit scale, by number, as float32."""
+        """Return the 16-bit scale of this number as float32."""
         bytes = self.load(2 * (number * WIDTH + self.column), 2 * self.lanes)
         return self.k.let(self.k.cast(self.k.bits(bytes, f16, self.lanes), f32, self.lanes), "d")
 
     def word(self, number: Expr) -> Expr:
-        """Four of the bytes that are no such scales, by number, as an i32."""
+        """Return the word of this number after the 16-bit scales, as an i32."""
         at = 4 * (number * WIDTH + self.column) + 2 * WIDTH * self.form.scales
         return self.k.let(self.k.bits(self.load(at, 4 * self.lanes), _i32, self.lanes), "w")
 
     def masked(self, word: Expr, shift: Expr, bits: int) -> Expr:
-        """So many bits of each byte of a word, from bit `shift` on."""
+        """Return `bits` bits of each byte of a word, from bit `shift` on."""
         return self._down(word, shift) & self._all(_LOWEST * ((1 << bits) - 1))
 
     def raised(self, word: Expr, bits: int) -> Expr:
-        """A word so many bits higher, where no byte runs over."""
+        """Return a word shifted left by `bits`; no byte may overflow."""
         return self.k.shift_left(word, self._all(bits))
 
     def spread(self, word: Expr, shift: Expr) -> Expr:
-        """Four bits, from bit `shift` on, each as the lowest of a byte."""
+        """Return four bits, from bit `shift` on, each as the lowest bit of a byte."""
         four = self._down(word, shift) & self._all(15)
         return four * self._all(_COPIES) & self._all(_LOWEST)
 
     def flipped(self, word: Expr) -> Expr:
-        """Bytes with a sign, plus 128."""
+        """Return signed bytes plus 128."""
         return word ^ self._all(_HIGHEST)
 
     def number(self, word: Expr, byte: int) -> Expr:
-        """One byte of a word, without sign, as float32."""
+        """Return one unsigned byte of a word as float32."""
         return self.k.cast(self._down(word, 8 * byte) & self._all(255), f32, self.lanes)
 
     def signed(self, word: Expr, byte: int) -> Expr:
-        """One byte of a word, with a sign, as float32."""
+        """Return one signed byte of a word as float32."""
         return self.k.cast(self._down(self.raised(word, 24 - 8 * byte), 24), f32, self.lanes)
 
     def _down(self, word: Expr, shift: Expr) -> Expr:
@@ -90,22 +90,22 @@ class WordBlock:
 
 
 Scale = tuple["Expr", "Expr | None"]
-"""d and c of a span; no c where it is 0, or -d times the form's zero."""
+"""d and c of a span; no c if it is 0, or -d times the form's zero."""
 
 
 class WordForm(ABC):
-    """A form as kernels read it by words.
+    """A form that kernels read by words.
 
-    elements  of a block: a multiple of 32
-    bytes     of a block, of which the first are 16-bit scales
-    scales    how many of these there are
-    tail      whether they are the last bytes
+    elements  elements of a block, a multiple of 32
+    bytes     bytes of a block, including its 16-bit scales
+    scales    number of these scales
+    tail      True if they are the last bytes instead of the first
     span      elements that share d and c
-    zero      what numbers as they are read are too large by
-    least     whether a span has a c of its own
-    chunks    in how many parts, read alike, a block is read
-    runs      in which order words lie in a panel, where that is not the block's own: hardware fetches ahead what is
-              read in order, and q6_k's own takes three times as long
+    zero      offset of the numbers in memory, to be subtracted
+    least     True if each span has its own c
+    chunks    number of parts of a block that are read by the same code
+    runs      order of words in a panel, if it differs from the block's own: hardware prefetches sequential reads, and
+              q6_k's own order takes three times as long
     """
 
     elements: int = 256
@@ -121,43 +121,43 @@ class WordForm(ABC):
     @property
     @abstractmethod
     def title(self) -> str:
-        """For a kernel's name."""
+        """The form's part of a kernel's name."""
 
     @abstractmethod
     def spans(self, block: WordBlock) -> Sequence[Scale]:
-        """d and c of each span."""
+        """Return d and c of each span."""
 
     @abstractmethod
     def four(self, block: WordBlock, chunk: Expr, part: int, half: int, i: Expr) -> Expr:
-        """The word of elements 16 half + 4 i to 16 half + 4 i + 3 of the 32 that are a part of a chunk."""
+        """Return the word of elements 16 half + 4 i to 16 half + 4 i + 3 of the 32 elements in a part of a chunk."""
 
     def fours(self, block: WordBlock, chunk: Expr, part: int) -> Iterator[tuple[int, Expr]]:
-        """The words of a part of a chunk, each with its first element."""
+        """Yield the words of a part of a chunk, each with its first element."""
         for half, i in product(range(2), range(4)):
             yield 16 * half + 4 * i, self.four(block, chunk, part, half, i)
 
     @property
     def layout(self) -> Layout:
-        """How blocks lie."""
+        """The layout of blocks."""
         return blocks(WIDTH, self.bytes, 2 * self.scales, self.runs, tail=self.tail)
 
     @property
     def parts(self) -> int:
-        """Groups of 32 elements of a chunk."""
+        """Groups of 32 elements in a chunk."""
         return self.elements // (self.chunks * GROUP)
 
     @property
     def halves(self) -> int:
-        """How many spans 32 elements have."""
+        """Number of spans in 32 elements."""
         return max(1, GROUP // self.span)
 
 
 @dataclass(frozen=True)
 class HeldScales:
-    """d and c of all spans of a block, of some vectors of columns, made once for all that reads it.
+    """d and c of all spans of a block, for several vectors of columns, computed once for all readers.
 
-    made  of each vector, of a form with one span
-    held  of other forms, in memory: of each span, d of all vectors and then c
+    made  for each vector, if the form has one span held  for other forms, in memory: for each span, d of all vectors
+    and then c
     """
 
     form: WordForm
@@ -183,7 +183,7 @@ class HeldScales:
         return replace(found, held=held)
 
     def at(self, k: Emitter, vector: int, chunk: Expr, part: int, half: int) -> Scale:
-        """Those of a vector of columns, of a half of the 32 elements of a part."""
+        """Return d and c of a vector of columns, for a half of the 32 elements of a part."""
         if self.made is not None:
             return self.made[vector]
         span = (chunk * self.form.parts + part) * self.form.halves + half
@@ -192,7 +192,7 @@ class HeldScales:
         return d, k.load(self.held, [at + self.vectors * self.lanes], self.lanes) if self.form.least else None
 
     def whole(self, k: Emitter, vector: int, chunk: Expr, part: int, half: int) -> Scale:
-        """The same, but of a form with a zero with a c that takes it away."""
+        """Return d and c as `at` does; for a form with a zero, c includes its subtraction."""
         d, c = self.at(k, vector, chunk, part, half)
         if self.form.zero:
             c = k.let(d * k.number(-float(self.form.zero), f32, self.lanes), "c")
@@ -201,9 +201,9 @@ class HeldScales:
 
 @dataclass(frozen=True)
 class PlainWords(WordForm):
-    """A scale, for some forms a least value, then numbers of 4, 5 or 8 bits, of which the fifth ones come first.
+    """A block with a scale, in some forms a least value, then numbers of 4, 5 or 8 bits; the fifth bits come first.
 
-    Those of 4 or 5 bits share a byte with one half a block on.
+    Numbers of 4 or 5 bits share a byte with the number half a block later.
     """
 
     bits: int
@@ -243,7 +243,7 @@ class PlainWords(WordForm):
 
 
 class KWords(WordForm):
-    """A form whose scales are small integers times one of 16 bits: 256 elements, read 32 or 64 at a time."""
+    """A form whose scales are small integers times a 16-bit scale: 256 elements, read 32 or 64 at a time."""
 
     def spans(self, block: WordBlock) -> Sequence[Scale]:
         k, d = block.k, block.scale(0)
@@ -255,7 +255,7 @@ class KWords(WordForm):
 
     @abstractmethod
     def small(self, block: WordBlock) -> Iterator[tuple[Expr, Expr]]:
-        """The integers of each span, as float32: what d is multiplied with, and the other scale; without that None."""
+        """Yield the integers of each span as float32: the factors of d and of the least value, or None for that."""
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,7 @@ class Q2K(KWords):
 
 @dataclass(frozen=True)
 class Q3K(KWords):
-    """Words: third bits of numbers, 8; two bits of them, 16; four bits of scales, 2; two bits above these."""
+    """Words: third bits of numbers, 8; their two low bits, 16; four bits of scales, 2; two more bits of scales, 1."""
 
     bytes, scales, tail, span, zero, title = 110, 1, True, 16, 4, "q3_k"
 
@@ -293,14 +293,14 @@ class Q3K(KWords):
 
 
 def _two_bits(block: WordBlock, first: int, chunk: Expr, half: int, i: Expr) -> Expr:
-    """Four elements of two bits each: eight words hold a chunk in their lowest bits, and three more above it."""
+    """Return four elements of two bits each: eight words hold a chunk in their lowest bits, then three more chunks."""
     k = block.k
     word = block.word(first + 8 * k.floor_divide(chunk, 4) + 4 * half + i)
     return block.masked(word, 2 * k.floor_mod(chunk, 4), 2)
 
 
 def _six_bits(block: WordBlock) -> Iterator[tuple[Expr, Expr]]:
-    """Eight scales and eight least values, in three words."""
+    """Yield eight scales and eight least values, stored in three words."""
     first, second, rest = map(block.word, range(3))
     for half in range(2):
         if half:
@@ -326,7 +326,7 @@ class Q4K(KWords):
 
 @dataclass(frozen=True)
 class Q5K(KWords):
-    """Words: six bits of scales and least values, 3; fifth bits of numbers, 8; four bits of them, 32."""
+    """Words: six bits of scales and least values, 3; fifth bits of numbers, 8; four bits of the numbers, 32."""
 
     bytes, scales, least, title = 176, 2, True, "q5_k"
 
@@ -339,7 +339,7 @@ class Q5K(KWords):
 
 
 def _four_bits(block: WordBlock, first: int, chunk: Expr, half: int, i: Expr) -> Expr:
-    """Four elements of four bits each: eight words hold a chunk, and above it the next one."""
+    """Return four elements of four bits each: eight words hold a chunk, and the next chunk above it."""
     k = block.k
     word = block.word(first + 8 * k.floor_divide(chunk, 2) + 4 * half + i)
     return block.masked(word, 4 * k.floor_mod(chunk, 2), 4)
@@ -347,11 +347,11 @@ def _four_bits(block: WordBlock, first: int, chunk: Expr, half: int, i: Expr) ->
 
 @dataclass(frozen=True)
 class Q6K(KWords):
-    """Words: scales of eight bits with a sign, 4; twice four bits of numbers, 16, and two bits above these, 8."""
+    """Words: signed 8-bit scales, 4; twice four bits of numbers, 16, and their upper two bits, 8."""
 
     bytes, scales, tail, span, zero, title = 210, 1, True, 16, 32, "q6_k"
     runs = ((48, 52), (0, 16), (32, 40), (16, 32), (40, 48))
-    chunks = 4  # two groups at a time keep more of the machine busy here
+    chunks = 4  # two groups at a time use more of the CPU's units here
 
     def small(self, block: WordBlock) -> Iterator[tuple[Expr, Expr]]:
         for word in map(block.word, range(4)):
@@ -365,7 +365,7 @@ class Q6K(KWords):
 
 
 def word_form(encoding: Encoding) -> WordForm | None:
-    """How kernels read an encoding by words; None: they do not."""
+    """Return the form in which kernels read an encoding by words, or None."""
     if encoding.form == "int4_groups" and encoding.group % GROUP == 0:
         return PlainWords(4, encoding.group, 8)
     return _FORMS.get(encoding.form)

@@ -1,11 +1,11 @@
-"""Matrix products in bf16 by pairs whose right side lies in blocks, which are unpacked into pairs.
+"""Matrix products of bf16 pairs whose right side is stored in blocks, which are unpacked into pairs.
 
     c[m, n] = epilogue(sum_k a[m, k] bf16(d q[n, k] + c))
 
-A panel is unpacked once for all rows that a thread has of it, into memory that stays in the second-level cache, and is
-multiplied as `PairProduct` multiplies one. Few rows take pairs out of registers, as they are unpacked, so that hardware
-brings in what follows meanwhile. Either way pairs come in one order, that of k: a row's bits are those that it has
-alone, and those that it has with a weight in pairs.
+A panel is unpacked once for all of its rows in a thread, into memory that stays in the second-level cache, and is
+multiplied as in `PairProduct`. For few rows, pairs are multiplied directly in registers after unpacking, so that
+hardware prefetches the following data meanwhile. In both cases pairs are added in the order of k: a row's bits are the
+same as for this row alone, and the same as with a weight in pairs.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 FEW = (1, 2, 4, 8)
-"""Up to so many rows are multiplied in registers, as a tile of so many."""
+"""Row counts that are multiplied in registers, each as one tile."""
 
 
 @dataclass(frozen=True)
 class PairBlockProduct(PairProduct):
     """c = epilogue(a @ decode(w, to=bf16)), with float32 sums.
 
-    form    of w's blocks, which lie along k, a multiple of 32
+    form    form of w's blocks, which extend along k, a multiple of 32
 
-    Passed as for `PairProduct`. w's bytes lie in panels by twos, or in the form's layout where it is
-    read by words. Each slot of its memory holds a panel in pairs.
+    Arguments as for `PairProduct`. w's bytes are stored in panels by twos, or in the form's layout if it is read by
+    words. Each slot of its memory holds a panel in pairs.
     """
 
     form: PackedForm | WordForm = INT8_ROWS
@@ -65,7 +65,7 @@ class PairBlockProduct(PairProduct):
         return {**made, "w": w, "unpacked": [sizes.slots, *made["w"][1:]]}
 
     def over(self, k: Emitter, views: Mapping[str, Any], sizes: ProductSizes, write: Write) -> None:
-        """Every slot takes its share of the tasks, some rows of a panel each, one after the other."""
+        """Let every slot run its share of the tasks one after the other; each task has some rows of a panel."""
         (high, columns), width, m = tile_of(k.isa), narrow_width(k.isa), sizes.m
         part = PART // high * high
         parts = k.opaque(k.floor_divide(m + (part - 1), part), "parts")
@@ -124,7 +124,7 @@ class PairBlockProduct(PairProduct):
         *,
         in_order: bool = False,
     ) -> None:
-        """The pairs of so many vectors of a panel's columns."""
+        """Unpack the pairs of `vectors` vectors of a panel's columns."""
         form = self.form
         if isinstance(form, WordForm):
             self._unpack_words(k, form, w, panel, start, vectors, sizes, put)
@@ -156,7 +156,7 @@ class PairBlockProduct(PairProduct):
         sizes: ProductSizes,
         put: AddPairs,
     ) -> None:
-        last = k.floor_divide(sizes.columns - 1, LANES)  # what the last panel has of columns past n is never stored
+        last = k.floor_divide(sizes.columns - 1, LANES)  # columns of the last panel past n are never stored
         first = panel * (narrow_width(k.isa) // LANES) + start // LANES
         lines = [k.opaque(k.least(first + v, last), "line") for v in range(vectors)]
         with k.loop(k.floor_divide(sizes.depth, form.elements), "block") as block:
@@ -170,5 +170,5 @@ class PairBlockProduct(PairProduct):
 
 
 def _put_from(k: Emitter, first: Expr, put: AddPairs, pair: Expr, vectors: Sequence[Expr]) -> None:
-    """Put a pair of a block whose first pair has this number."""
+    """Put a pair of a block whose first pair has the number `first`."""
     put(k.let(first + pair, "pair"), vectors)

@@ -1,6 +1,7 @@
-"""Blocks unpacked into pairs of bf16 numbers: two neighbours of a line side by side, those of 16 lines in a vector.
+"""Blocks unpacked into pairs of bf16 numbers: two consecutive elements of a line form a pair; a vector holds 16 lines.
 
-Numbers are decoded in float32 and rounded to the nearest bf16, ties to even, as a cast of what is decoded is.
+Numbers are decoded in float32 and rounded to the nearest bf16, ties to even, in the same way as a cast of a decoded
+weight.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 LANES = PAIR_SQUARE
-"""Lines of which a vector holds a pair each."""
+"""Lines in a vector; each has a pair."""
 
 LoadPairs = Callable[["Expr", int, int], "Expr"]
-"""Of the pairs of bytes at a place, those of 16 lines side by side: so many bytes from one of them on."""
+"""Loads, from the pairs of bytes at a place, which are stored for 16 lines, a number of bytes from an offset."""
 Put = Callable[["Expr", "Sequence[Expr]"], None]
-"""Takes pairs as they are made: which pair of the elements, and a vector for each 16 lines."""
+"""Takes pairs when they are computed: the number of the pair, and a vector for each 16 lines."""
 
 
 def unpack_pairs(
@@ -39,13 +40,13 @@ def unpack_pairs(
     in_order: bool = False,
     before: Callable[[Expr], None] = lambda place: None,
 ) -> None:
-    """The pairs of so many pairs of bytes of a block, or of a line that is one.
+    """Unpack `count` pairs of bytes of a block, or of a line that is one block.
 
-    loads     what loads bytes of each 16 lines
-    begin     the pair of bytes with which the block begins
-    first     the one that has its first elements, or the line's first ones that are asked for
-    in_order  whether pairs are put in their order, for which bytes that hold two elements are read twice
-    before    what is done before the bytes at a place are read
+    loads     loads bytes of each 16 lines
+    begin     the pair of bytes at which the block begins
+    first     the pair of bytes with the block's first elements, or with the first requested elements of the line
+    in_order  True if pairs are put in order; bytes that hold two elements are then read twice
+    before    runs before the bytes at a place are read
     """
     found = [_scales(k, form, load, begin) for load in loads]
     both = tuple(range(8 // form.bits))
@@ -66,7 +67,7 @@ def unpack_pairs(
 
 
 def unpack_words(k: Emitter, blocks: Sequence[WordBlock], put: Put) -> None:
-    """The pairs of a block that is read by words, in order; of each 16 lines one of `blocks`."""
+    """Unpack the pairs of a block that is read by words, in order; each 16 lines have one of `blocks`."""
     form, scales = blocks[0].form, HeldScales.of(k, blocks)
 
     def of_part(chunk: Expr, part: int) -> None:
@@ -93,8 +94,11 @@ def unpack_words(k: Emitter, blocks: Sequence[WordBlock], put: Put) -> None:
 
 
 def _scales(k: Emitter, form: PackedForm, load: LoadPairs, at: Expr) -> list[tuple[Sequence[Expr], Expr | None]]:
-    """Of the first 8 lines and the others, each number for both of a pair: d of each element of a byte, the second of
-    which is left 16 times as large; and c."""
+    """Return, for the first 8 lines and for the others, scales repeated for both numbers of a pair.
+
+    These are d of each element of a byte, and c. d of the second element is divided by 16, because that element is left
+    multiplied by 16.
+    """
     d, c = form.scales_of_pairs(k, lambda place: load(at + place, 0, 2 * LANES), LANES)
     found: list[tuple[Sequence[Expr], Expr | None]] = []
     for first in (0, LANES // 2):
@@ -109,5 +113,5 @@ def _scales(k: Emitter, form: PackedForm, load: LoadPairs, at: Expr) -> list[tup
 
 
 def pairs_rounded(k: Emitter, low: Expr, high: Expr) -> Expr:
-    """Two vectors of 16 floats as 16 pairs of bf16 numbers, one of each side by side."""
+    """Round two vectors of 16 floats to 16 pairs of bf16 numbers, each pair with one number of both."""
     return k.shuffle([two_rounded(k, low, high)], [i + n for i in range(LANES) for n in (0, LANES)])

@@ -1,11 +1,11 @@
-"""Products of groups of 8-bit numbers with weights in blocks: whole numbers, by VNNI or in float32.
+"""Products of groups of 8-bit numbers with weights in blocks: integer products, by VNNI or in float32.
 
     c[m, n] = epilogue(sum_b s[m, b] d[n, b] (sum_k a[m, k] q[n, k]) + s[m, b] c[n, b] (sum_k a[m, k]))
 
-over k of the span b, 16 or 32 elements that share all scales. Sums over them are whole numbers, and exact: in 32-bit
+over k of the span b, 16 or 32 elements that share all scales. The sums over a span are exact integers: in 32-bit
 integers, to which VNNI adds four products at a time and AMX (`tile_groups`) whole tiles, or in float32. They are added
-to a float32 sum one after the other, so that a row's bits are its own, and the same on all instruction sets that add a
-product in one instruction.
+to a float32 sum one after the other, so that a row's bits depend on this row alone, and are the same on all instruction
+sets with fused multiply-add.
 
 Numbers of a block are unpacked in registers, once for all rows of a tile.
 """
@@ -33,10 +33,11 @@ _i32 = DTYPES["i32"]
 
 @dataclass(frozen=True)
 class QuadBlockProduct(WordProduct):
-    """c = epilogue(a @ decode(w)), of whole numbers of 8 bits or less.
+    """c = epilogue(a @ decode(w)), a product of integers of 8 bits or less.
 
-    Passed: a, as `EncodeGroups` lays out the instruction set's form; w, in the form's layout; what the first tells of
-    groups, for the form's zero and halves; the extras, c; m, k, n; `m` and `mn` extras' and c's strides of rows.
+    Arguments: a, as `EncodeGroups` lays out the instruction set's form; w, in the form's layout; the scales and sums of
+    groups from `EncodeGroups`, for the form's zero and halves; the extras, c; m, k, n; the strides of rows of `m` and
+    `mn` extras and of c.
     """
 
     @property
@@ -68,7 +69,7 @@ class QuadBlockProduct(WordProduct):
         return MANY, write
 
     def group(self, k: Emitter, views: dict[str, Any], tile: WordTile, chunk: Expr, part: int, group: Expr) -> None:
-        """Add what 32 elements give: the sums of whole numbers of each span, scaled."""
+        """Add the products of 32 elements: the integer sums of each span, scaled."""
         lanes, vectors = k.isa.lanes(), len(tile.blocks)
         for half in range(self.form.halves):
             sums = self._summed(k, views, tile, chunk, part, group, half)
@@ -94,7 +95,7 @@ class QuadBlockProduct(WordProduct):
         d: Expr,
         least: Expr | None,
     ) -> Expr:
-        """What was before, and a vector of sums over a span, scaled: one addition each, in this order."""
+        """Return `before` plus a vector of sums over a span, scaled: one addition for each term, in this order."""
         lanes = k.isa.lanes()
         scale = k.splat(k.bits(k.load(told, [row, group, 0]), f32), lanes)
         made = before + total * (scale * d)
@@ -106,7 +107,7 @@ class QuadBlockProduct(WordProduct):
     def _summed(
         self, k: Emitter, views: dict[str, Any], tile: WordTile, chunk: Expr, part: int, group: Expr, half: int
     ) -> Any:
-        """The sums of whole numbers over a span: i32 by VNNI, or f32."""
+        """Return the integer sums over a span: i32 by VNNI, or f32."""
         lanes, by_fours, vectors = k.isa.lanes(), k.isa.multiplies_quads, len(tile.blocks)
         dtype = _i32 if by_fours else f32
         made = k.registers(tile.high * WIDTH, dtype, "whole")
@@ -141,7 +142,7 @@ class QuadBlockProduct(WordProduct):
                 k.store(made, to, quads_added(k, k.load(made, to, lanes), w, x), lanes)
 
     def _products(self, k: Emitter, a: Any, tile: WordTile, at: Expr, numbers: Sequence[Expr], to: Any) -> None:
-        """Add each row's element times a vector of numbers of each vector of columns."""
+        """Add the products of each row's element with the numbers of each vector of columns."""
         lanes = k.isa.lanes()
         for i in range(tile.high):
             x = k.let(k.splat(k.load(a, [tile.first + i, at]), lanes), "x")

@@ -1,4 +1,4 @@
-"""Rows picked of a table that lies in blocks, decoded as they are written.
+"""Lookup of rows of a table stored in blocks, decoded when they are written.
 
 y[i, d] = decode(x)[indices[i], d]
 """
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 
 class TakesRows(Kernel):
-    """y[i, d] = decode(x)[indices[i], d]; what kernels share that pick rows of a table in blocks.
+    """y[i, d] = decode(x)[indices[i], d]; base of kernels that look up rows of a table in blocks.
 
-    indices  their dtype by name: a field of each of them
+    indices  dtype of the indices by name: a field of each of them
 
-    Passed: x, indices, y, the status words; the sizes v, d, i, v being the rows of x; the strides of the indices and of
-    y's rows.
+    Arguments: x, indices, y, the status words; the sizes v, d, i, where v is the number of rows of x; the strides of
+    the indices and of y's rows.
     """
 
     indices: str
 
     def table(self, k: Emitter, pointer: Any, v: Expr, d: Expr) -> Any:
-        """The view of x."""
+        """Return the view of x."""
         raise NotImplementedError
 
     def pick(self, k: Emitter, x: Any, y: Any, row: Expr, index: Expr, d: Expr) -> None:
@@ -57,12 +57,12 @@ class TakesRows(Kernel):
 class TakeBlocks(TakesRows):
     """y[i, d] = decode(x)[indices[i], d]
 
-    form     of x's blocks, which lie along d, in panels of x's rows
-    indices  their dtype by name
-    width    of a panel
-    lies     as what: "panels"; or as products of whole numbers read it, "quads", rows of 8 bits by fours
-    flat     for quads: whether those of a panel's columns lie one after another
-    twos     for panels: whether bytes lie by twos, as products of bf16 numbers read them
+    form     form of x's blocks, which extend along d, in panels of x's rows
+    indices  dtype of the indices by name
+    width    width of a panel
+    lies     layout: "panels", or "quads", the layout of integer products: rows of 8 bits by fours
+    flat     for quads: True if the quads of a panel's columns are consecutive
+    twos     for panels: True if bytes are stored by twos, as products of bf16 numbers read them
     """
 
     form: PackedForm
@@ -123,7 +123,7 @@ class TakeBlocks(TakesRows):
 
 @dataclass(frozen=True)
 class TakeWords(TakesRows):
-    """As `TakeBlocks`, of a table that is read by words and lies in the form's layout."""
+    """Like `TakeBlocks`, for a table that is read by words and stored in the form's layout."""
 
     form: WordForm
     indices: str

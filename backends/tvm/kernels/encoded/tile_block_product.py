@@ -1,9 +1,9 @@
-"""Matrix products in bf16 on AMX whose right side lies in blocks, which are unpacked into tiles.
+"""Matrix products in bf16 on AMX whose right side is stored in blocks, which are unpacked into tiles.
 
     c[m, n] = epilogue(sum_k a[m, k] bf16(d q[n, k] + c))
 
-As `TileProduct`, but for a panel's chunk, which is unpacked into the first-level cache once for up to eight blocks of
-rows: numbers are rounded to bf16 there, and stored nowhere else. A row's bits are those that it has alone.
+Like `TileProduct`, except that a panel's chunk is unpacked into the first-level cache once for up to eight blocks of
+rows. Numbers are rounded to bf16 there, and stored nowhere else. A row's bits are the same as for this row alone.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 _SQUARE = ROWS * PAIR_STEP
-_AT_ONCE = 8  # blocks of rows that a chunk is unpacked for: their sums fill most of the first-level cache
+_AT_ONCE = 8  # blocks of rows for each unpacked chunk: their sums fill most of the first-level cache
 
 
 @dataclass(frozen=True)
 class TileBlockProduct(TileProduct):
     """c = epilogue(a @ decode(w, to=bf16)), with float32 sums.
 
-    form    of w's blocks, which lie along k: 32 elements a block, or a line as one
+    form    form of w's blocks, which extend along k: 32 elements in a block, or a line as one block
 
-    The rest, and what is passed, as for `TileProduct`; w's bytes are in panels(32, twos).
+    The other fields and the arguments are the same as for `TileProduct`; w's bytes are in panels(32, twos).
     """
 
     form: PackedForm = INT8_ROWS
@@ -63,7 +63,7 @@ class TileBlockProduct(TileProduct):
     def tiles_of_chunk(self, k: Emitter, views: Mapping[str, Any], panel: Expr, done: Expr, count: Expr) -> TileAt:
         form, w = self.form, views["w"]
         made = k.registers(CHUNK * 2 * _SQUARE, bf16, "tiles")
-        k.store(made, [k.opaque(0)], k.number(0, bf16))  # all of it is used, of which the code generator sees little
+        k.store(made, [k.opaque(0)], k.number(0, bf16))  # visible to the code generator: tiles access it by address
         ahead = k.isa.ahead // (2 * WIDTH)
         with k.loop(count, "s") as s:
             base = k.let((done + s) * (form.bytes // 2 if form.group else ROWS), "base")

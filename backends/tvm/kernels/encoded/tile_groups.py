@@ -1,8 +1,9 @@
-"""Many rows of groups times a panel in blocks, on AMX tiles of bytes.
+"""Products of many rows of groups with a panel in blocks, on AMX tiles of bytes.
 
-A group has 32 elements, so that a tile holds one of 16 rows, or one of 16 columns in fours. Its 16 times 16 sums are
-whole numbers, which are scaled and added to float32 sums in registers, block after block, as `QuadBlockProduct` adds
-them without tiles: to the same bits. A panel's numbers are unpacked once for all rows that a task has.
+A group has 32 elements, so that a tile holds a group of 16 rows, or of 16 columns in fours. Its 16 times 16 sums are
+integers. They are scaled and added to float32 sums in registers, block after block, in the same way as in
+`QuadBlockProduct` without tiles; the results are bitwise identical. A panel's numbers are unpacked once for all rows of
+a task.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.encoded.quad_block_product import QuadBlockProduct
 
 MANY = 16
-"""Rows from which on tiles are faster than instructions that multiply fours."""
+"""Smallest number of rows for which tiles are faster than instructions that multiply fours."""
 _CHUNK = 64  # groups that are unpacked at a time: 32 KiB
 _FOURS = GROUP // 4
-_GROUP_BYTES = ROWS * GROUP  # of a group of 16 columns
+_GROUP_BYTES = ROWS * GROUP  # bytes of a group of 16 columns
 _SQUARE = ROWS * ROWS
 _i32, _i8 = DTYPES["i32"], DTYPES["i8"]
 
@@ -33,11 +34,11 @@ _SHAPES = [(ROWS, ROW_BYTES)] * 2 + [(ROWS, GROUP)] * 2 + [(_FOURS, ROW_BYTES)] 
 
 
 class PanelOnTiles:
-    """The rows that a task has of a panel: `count` from `first` on, most of them at a time."""
+    """Multiplies a task's rows by a panel: `count` rows from `first` on, at most `most`."""
 
     def __init__(self, product: QuadBlockProduct, k: Emitter, views: Mapping[str, Any], most: int) -> None:
         self.product, self.k, self.views, self.most = product, k, views, most
-        self.each = product.form.elements // GROUP  # groups of a block
+        self.each = product.form.elements // GROUP  # groups in a block
 
     def __call__(self, panel: Expr, first: Expr, count: Expr, columns: Expr, depth: Expr) -> None:
         k = self.k
@@ -60,12 +61,12 @@ class PanelOnTiles:
 
     def _room(self, count: int, dtype: Any, name: str) -> Any:
         made = self.k.registers(count, dtype, name)
-        # All of it is used, of which the code generator sees little.
+        # Makes the allocation visible to the code generator: tile instructions access it by address.
         self.k.store(made, [self.k.opaque(0)], self.k.number(0, dtype))
         return made
 
     def _unpack(self, panel: Expr, done: Expr, here: Expr) -> None:
-        """Numbers of so many groups as signed bytes, in fours, and their scales."""
+        """Unpack the numbers of `here` groups as signed bytes, in fours, and their scales."""
         k, product, form = self.k, self.product, self.product.form
         with k.loop(k.floor_divide(here, self.each), "block") as number:
             base = k.let((k.floor_divide(done, self.each) + number) * (form.bytes * ROWS), "base")
@@ -85,7 +86,7 @@ class PanelOnTiles:
                         )
 
     def _rows(self, first: Expr, sixteen: Expr, done: Expr, here: Expr, depth: Expr) -> None:
-        """Add so many groups to the sums of 16 rows."""
+        """Add `here` groups to the sums of 16 rows."""
         k = self.k
         row = k.opaque(first + sixteen * ROWS, "row")
         rest = k.let(sixteen * _SQUARE, "rest")
@@ -106,7 +107,7 @@ class PanelOnTiles:
             k.store(self.held, [rest + i * ROWS], k.load(acc, [i * ROWS], ROWS), ROWS)
 
     def _multiply(self, row: Expr, done: Expr, group: Expr, number: int, depth: Expr) -> None:
-        """The sums of a group of 16 rows and 16 columns."""
+        """Compute the sums of a group of 16 rows and 16 columns."""
         k = self.k
         tiles.clear(k, _SUMS + number)
         tiles.load(k, _LEFT + number, self.views["a"], [row, (done + group) * GROUP], depth)
@@ -115,7 +116,7 @@ class PanelOnTiles:
         tiles.store(k, _SUMS + number, self.sums, [k.index(number * _SQUARE)])
 
     def _add(self, row: Expr, done: Expr, group: Expr, number: int, acc: Any) -> None:
-        """Scale them, and add them to the sums of all groups."""
+        """Scale the sums of a group and add them to the sums of all groups."""
         k, told = self.k, self.views["told"]
         d = k.let(k.load(self.scales, [2 * group * ROWS], ROWS), "d")
         least = k.let(k.load(self.scales, [(2 * group + 1) * ROWS], ROWS), "c") if self.product.form.least else None
@@ -131,5 +132,5 @@ class PanelOnTiles:
 
 
 def _as_i8(zero: int) -> int:
-    """The byte with a sign that takes as much away as this does."""
+    """Return `zero` modulo 256 as a signed byte, which has the same effect when it is subtracted."""
     return (zero + 128) % 256 - 128

@@ -1,7 +1,7 @@
-"""Numbers out of blocks, in registers: which forms kernels read, and how.
+"""Numbers of blocks, unpacked in registers: the forms that kernels read, and the code that unpacks them.
 
-Blocks lie in panels: byte j of so many neighbouring lines side by side, so that a vector holds one byte of each line,
-and what is read of it is one element of each.
+Blocks are stored in panels: byte j of adjacent lines is contiguous, so that a vector holds one byte of each line, and
+unpacking gives one element of each line.
 
     y = d q + c      for a block's scale d, and c = 0, its least value, or -8 d
 """
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 Load = Callable[["Expr"], "Expr"]
-"""A vector of the bytes at a place of a block, u8."""
+"""Loads a vector of the bytes at an offset in a block, u8."""
 
 _i32, _i16, _i8 = (DTYPES[name] for name in ("i32", "i16", "i8"))
 
 
 @dataclass(frozen=True)
 class PackedForm:
-    """A form as kernels read it.
+    """A form of blocks that kernels read byte by byte.
 
-    bits   of an element: 8, signed, or 4
+    bits   bits of an element: 8, signed, or 4
     group  elements of a block; 0: a line is one block
     scale  bytes of a block's scale, with which it begins: 2 or 4
-    least  whether a block's least value follows the scale, in 2 bytes
-    zero   what is taken from an element: 8, or 0
+    least  True if a block's least value follows the scale, in 2 bytes
+    zero   value to subtract from an element: 8, or 0
     """
 
     bits: int
@@ -49,23 +49,23 @@ class PackedForm:
 
     @property
     def bytes(self) -> int:
-        """Bytes of a block, of a form with groups."""
+        """Bytes of a block, for a form with groups."""
         return self.header + self.group * self.bits // 8
 
     @property
     def title(self) -> str:
-        """For a kernel's name."""
+        """The form's part of a kernel's name."""
         return f"{self.bits}_bits" + (f"_by_{self.group}" if self.group else "") + "_with_least" * self.least
 
     def scales(self, k: Emitter, load: Load, base: Expr, lanes: int) -> tuple[Expr, Expr | None]:
-        """d and c of the blocks that begin at `base`; None for a c of 0."""
+        """Return d and c of the blocks that begin at `base`; None for a c of 0."""
         d = k.let(_float(k, [load(base + i) for i in range(self.scale)], lanes), "d")
         if self.least:
             return d, k.let(_float(k, [load(base + self.scale + i) for i in range(2)], lanes), "c")
         return d, k.let(d * k.number(-float(self.zero), f32, lanes), "c") if self.zero else None
 
     def scales_of_pairs(self, k: Emitter, load: Load, lanes: int) -> tuple[Expr, Expr | None]:
-        """As `scales`, of blocks whose bytes lie in pairs: `load` gives two of each line, by the number of the pair."""
+        """Return `scales` of blocks whose bytes are stored in pairs: `load` takes the number of a pair."""
 
         def half(place: int) -> Expr:
             return k.cast(k.bits(load(k.index(place)), f16, lanes), f32, lanes)
@@ -81,9 +81,9 @@ class PackedForm:
         return d, k.let(d * k.number(-float(self.zero), f32, lanes), "c") if self.zero else None
 
     def elements(self, k: Emitter, byte: Expr, lanes: int, *, raised: bool = False) -> list[Expr]:
-        """The elements in a byte, as float32: one, or the one of the block's first half and the one of its second.
+        """Return the elements of a byte as float32: one, or one of the block's first half and one of its second.
 
-        raised  whether the second one is left where it is, 16 times as large
+        raised  True if the second element stays multiplied by 16, which saves a shift
         """
         if self.bits == 8:
             return [k.cast(k.cast(k.bits(byte, _i8, lanes), _i32, lanes), f32, lanes)]
@@ -94,7 +94,7 @@ class PackedForm:
 
 
 def _float(k: Emitter, bytes: Sequence[Expr], lanes: int) -> Expr:
-    """A float16 of two bytes, or a float32 of four, the lowest first; as float32."""
+    """Return a float16 of two bytes, or a float32 of four, lowest byte first, as float32."""
     made = k.cast(bytes[0], _i32, lanes)
     for place, byte in enumerate(bytes[1:], start=1):
         made = made | k.shift_left(k.cast(byte, _i32, lanes), k.number(8 * place, _i32, lanes))
@@ -108,12 +108,12 @@ INT8_ROWS = PackedForm(8, 0, scale=4)
 
 
 def reads_in_tiles(form: PackedForm) -> bool:
-    """Whether a matrix unit's kernel reads a form: a block has the elements of a row of a tile, or a line is one."""
+    """Return True if a matrix unit's kernel reads a form: a block is as long as a row of a tile, or is a line."""
     return form.group in (0, PAIR_STEP)
 
 
 def packed_form(encoding: Encoding) -> PackedForm | None:
-    """How kernels read an encoding; None: they do not."""
+    """Return the form in which kernels read an encoding byte by byte, or None."""
     if encoding.form == "int4_groups":
         return PackedForm(4, encoding.group, zero=8)
     return {

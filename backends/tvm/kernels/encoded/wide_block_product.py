@@ -1,4 +1,4 @@
-"""Products of float32 rows with weights in blocks that are read by words: each number is unpacked, and multiplied."""
+"""Products of float32 rows with weights in blocks that are read by words: each number is unpacked, then multiplied."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class WideBlockProduct(WordProduct):
     """c = epilogue(a @ decode(w)), over float32.
 
-    Passed: a, w, in the form's layout; the extras, c; m, k, n; a's stride of rows; `m` and `mn` extras' and c's.
+    Arguments: a, w, in the form's layout; the extras, c; m, k, n; the strides of rows of a, of `m` and `mn` extras, and
+    of c.
     """
 
     @property
@@ -49,7 +50,7 @@ class WideBlockProduct(WordProduct):
                 self._add(k, views["a"], tile, first, numbers)
 
     def _add(self, k: Emitter, a: Any, tile: WordTile, first: Expr, numbers: Sequence[Sequence[Expr]]) -> None:
-        """Add products of four neighbours: their sum first, so that a row's sum waits for one addition, not four."""
+        """Add products of four consecutive elements, summed first: a row's sum waits for one addition, not four."""
         lanes = k.isa.lanes()
         for i in range(tile.high):
             four = [k.let(k.splat(k.load(a, [tile.first + i, first + n]), lanes), "x") for n in range(4)]

@@ -1,9 +1,9 @@
-"""What products with weights in blocks share that are read by words: tiles of 16 columns and as many rows as fit.
+"""Base of products with weights in blocks read by words: tiles of 16 columns by rows that fit in registers.
 
     c[m, n] = epilogue(sum_k a[m, k] (d q[n, k] + c))
 
-A block's scales are made once for all rows of a tile, and lie beside the sums; then 32 elements after the others are
-taken apart, in registers. Each row is summed over k in one order, however many rows there are.
+A block's scales are computed once for all rows of a tile, and stored next to the sums. Then its elements are unpacked
+in registers, 32 at a time. Each row is summed over k in the same order for any number of rows.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class WordTile:
     """A tile of sums at a block of its columns.
 
     first   its first row of a
-    high    how many rows it has
-    blocks  of each vector of columns
-    sums    a vector after the other, row by row
-    scales  of the blocks
+    high    number of its rows
+    blocks  blocks of each vector of columns
+    sums    sums, row by row, one vector after the other
+    scales  scales of the blocks
     """
 
     first: Expr
@@ -45,10 +45,10 @@ class WordTile:
 class WordProduct(FinishedProduct):
     """c = epilogue(a @ decode(w)).
 
-    form     of w's blocks, which lie along k
-    epilogue what is done with the sum, the chain's first input; None: it is stored as it is
-    extras   how the chain's other inputs lie: see `Finishing`
-    whole    whether n is a multiple of a panel's width at every call
+    form     form of w's blocks, which extend along k
+    epilogue a chain whose first input is the sum; None: the sum is stored unchanged
+    extras   form of the chain's other inputs: see `Finishing`
+    whole    True if n is a multiple of a panel's width at every call
     """
 
     form: WordForm
@@ -60,37 +60,37 @@ class WordProduct(FinishedProduct):
     def title(self) -> str:
         return f"block_product_{self.form.title}{self.finishing.title}"
 
-    # -- what a kind of left side says ---------------------------------------------------------------------------
+    # -- specific to a kind of left side ----------------------------------------------------------------------------
 
     def ask(self, k: Emitter) -> list[Any]:
-        """Ask for the pointer of a."""
+        """Declare the pointer of a, and return it."""
         raise NotImplementedError
 
     def ask_more(self, k: Emitter) -> list[Any]:
-        """Ask for the pointers that follow w's."""
+        """Declare the pointers that follow w's, and return them."""
         return []
 
     def stride(self, k: Emitter, depth: Expr) -> Expr:
-        """How far apart a's rows lie; asked for, if it is not `depth`."""
+        """Return the stride of a's rows; a declared size, if it is not `depth`."""
         return depth
 
     def views(self, k: Emitter, given: Sequence[Any], m: Expr, depth: Expr, stride: Expr) -> dict[str, Any]:
-        """Views of what was asked for, by name; a's is "a"."""
+        """Return views of the declared pointers by name; a's is "a"."""
         raise NotImplementedError
 
     def group(self, k: Emitter, views: dict[str, Any], tile: WordTile, chunk: Expr, part: int, group: Expr) -> None:
-        """Add to a tile's sums what 32 elements give: a part of a chunk of a block, and which ones of a row."""
+        """Add the products of 32 elements to a tile's sums: part `part` of a chunk, group `group` of a row."""
         raise NotImplementedError
 
     def many(self, k: Emitter, views: dict[str, Any], columns: Expr, depth: Expr) -> tuple[int, Many] | None:
-        """What is done in place of tiles from so many rows on."""
+        """Return a smallest number of rows and the function that replaces tiles from there on, or None."""
         return None
 
     # -- the loops -----------------------------------------------------------------------------------------------
 
     @staticmethod
     def tile(isa: Isa) -> tuple[int, int]:
-        """Rows of a tile, and its columns: two sums of each stay in registers."""
+        """Return the rows and columns of a tile: two sums for each of its vectors stay in registers."""
         vectors = WIDTH // isa.lanes()
         return max(1, min(12, (isa.registers - 6) // (2 * vectors))), WIDTH
 
@@ -115,7 +115,7 @@ class WordProduct(FinishedProduct):
     def _tile(
         self, k: Emitter, views: dict[str, Any], panel: Expr, first: Expr, high: int, columns: Expr, held: Expr
     ) -> None:
-        """So many rows of a panel."""
+        """Emit `high` rows of a panel."""
         form, lanes = self.form, k.isa.lanes()
         vectors = WIDTH // lanes
         acc = k.registers(high * WIDTH, f32, "sums")
@@ -146,7 +146,7 @@ class WordProduct(FinishedProduct):
             self.finishing.store(k, views, [first + i], column, value, columns, lanes)
 
     def blocks(self, k: Emitter, w: Any, panel: Expr, base: Expr) -> list[WordBlock]:
-        """A panel's block that begins at `base`, of each vector of columns."""
+        """Return a panel's block that begins at `base`, for each vector of columns."""
         lanes = k.isa.lanes()
 
         def load(at: Expr, count: int) -> Expr:
@@ -155,5 +155,5 @@ class WordProduct(FinishedProduct):
         return [WordBlock(k, self.form, lanes, load, v * lanes) for v in range(WIDTH // lanes)]
 
     def words(self, k: Emitter, tile: WordTile, chunk: Expr, part: int, half: int, i: Expr) -> list[Expr]:
-        """Four neighbours of each vector of columns: see `WordForm.four`."""
+        """Return four consecutive elements of each vector of columns: see `WordForm.four`."""
         return [k.let(self.form.four(block, chunk, part, half, i), "w") for block in tile.blocks]

@@ -1,1 +1,1 @@
-"""Products of numbers of 16 bits: rows rounded and laid out, matrix units, products of pairs."""
+"""Products of 8-bit and 16-bit numbers: rounded and packed operands, matrix units, products of pairs."""

@@ -1,10 +1,10 @@
-"""Products of 8-bit rows: on AMX, by VNNI, and where there is neither by float32 products of whole numbers.
+"""Products of 8-bit rows: on AMX, by VNNI, and without either by float32 products of integers.
 
     c[m, n] = epilogue((sum_k a[m, k] w[n, k] - z[m] sum_k w[n, k]) (s[m] t[n]), ...)
 
-a holds bytes without sign and w signed ones, s and t a scale a row, z a's zeros; sums of w's rows lie in its panels.
-Sums are exact in 32 bits, up to 2^16 elements of k, so that all of these kernels give the same bits, and a row's are
-its own.
+a holds unsigned bytes and w signed ones, s and t have a scale for each row, z holds a's zero points. Sums of w's rows
+are stored in its panels. Sums are exact in 32 bits, up to 2^16 elements of k, so all of these kernels give bitwise
+identical results, and a row's bits depend on this row alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 MOST_SUMMED = 1 << 16
-"""Elements of k whose products of bytes fit into 32 bits: 255 127 2^16 < 2^31. So do their sums, less z times w's."""
+"""Elements of k whose byte products fit into 32 bits: 255 127 2^16 < 2^31. Sums minus z times w's sums fit too."""
 _HEAD = QUAD_HEAD * WIDTH
 _SQUARE = PAIR_SQUARE * QUAD_STEP
 _EXACT = 8  # steps whose products of bytes float32 sums exactly: 255 127 512 < 2^24
@@ -35,13 +35,13 @@ _i32 = DTYPES["i32"]
 def _less_zero(
     k: Emitter, w: Any, rows: Any, panel: Expr, column: int, row: Expr, total: Expr, lanes: int, width: int
 ) -> Expr:
-    """A vector of integer sums, less the row's zero times the sums of columns of a panel."""
+    """Return a vector of integer sums, minus the row's zero point times the sums of columns of a panel."""
     held = k.load(w, [panel, ROW_HEAD * width + 4 * column], 4 * lanes)
     return total - k.splat(k.load(rows, [row, 1]), lanes) * k.bits(held, _i32, lanes)
 
 
 def _scaled(k: Emitter, w: Any, rows: Any, panel: Expr, column: int, row: Expr, total: Expr, lanes: int) -> Expr:
-    """A vector of integer sums as float32, times the row's scale and those of columns of a panel."""
+    """Return a vector of integer sums as float32, times the row's scale and the scales of columns of a panel."""
     held = k.load(w, [panel, ROW_HEAD * column], ROW_HEAD * lanes)
     scale = k.splat(k.bits(k.load(rows, [row, 0]), f32), lanes) * k.bits(held, f32, lanes)
     return k.let(k.cast(total, f32, lanes) * scale, "y")
@@ -51,8 +51,8 @@ def _scaled(k: Emitter, w: Any, rows: Any, panel: Expr, column: int, row: Expr, 
 class ByteTileProduct(TileProduct):
     """c = epilogue((a @ w - z sums of w) scales), of bytes in tiles, with 32-bit sums.
 
-    As `TileProduct`, of which `tiled` is not to be had. Passed: a, as `EncodeRows` lays out tiles; w, in quads(32);
-    what that says of rows; the extras, c; m, k, n; `m` and `mn` extras' and c's strides of rows.
+    As `TileProduct`, without `tiled`. Arguments: a, as `EncodeRows` lays out tiles; w, in quads(32); the scales and
+    zero points of rows from `EncodeRows`; the extras, c; m, k, n; the strides of rows of `m` and `mn` extras and of c.
     """
 
     @property
@@ -95,11 +95,11 @@ class ByteTileProduct(TileProduct):
 class QuadProduct(RegisterProduct):
     """c = epilogue((a @ w - z sums of w) scales), of bytes, by fours.
 
-    VNNI multiplies bytes without sign by bytes with one. Without it a - z is in float32, bytes of w are widened to it,
-    and so many products are summed in it as are exact.
+    VNNI multiplies unsigned bytes by signed bytes. Without it a - z is in float32, bytes of w are widened to float32,
+    and products are summed in float32 up to the number that is exact.
 
-    Asked for: a, as `EncodeRows` lays out the instruction set's form; w, in flat quads (`quads_for`); what that says of
-    rows.
+    Pointers: a, as `EncodeRows` lays out the instruction set's form; w, in flat quads (`quads_for`); the scales and
+    zero points of rows.
     """
 
     @property
@@ -176,13 +176,13 @@ class QuadProduct(RegisterProduct):
 
 
 def _byte(k: Emitter, quads: Expr, number: int, lanes: int) -> Expr:
-    """One of the signed bytes of each four, as float32."""
+    """Return one of the signed bytes of each four, as float32."""
     up = k.shift_left(quads, k.number(24 - 8 * number, _i32, lanes)) if number < 3 else quads
     return k.cast(up >> k.number(24, _i32, lanes), f32, lanes)
 
 
 def quads_added(k: Emitter, sums: Expr, left: Expr, right: Expr) -> Expr:
-    """sums + left[0] right[0] + ... + left[3] right[3], of four bytes in each lane; those of `left` have no sign."""
+    """Return sums + left[0] right[0] + ... + left[3] right[3], of four bytes in each lane; `left` is unsigned."""
 
     def text() -> str:
         return """

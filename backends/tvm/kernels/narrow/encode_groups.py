@@ -1,4 +1,4 @@
-"""Rows rounded to 8 bits with a scale for 32 neighbours, to the bits of `int8_groups(32)`, as products read them."""
+"""Rows quantized to 8 bits in groups of 32 elements with a scale each, bitwise as `int8_groups(32)`, for products."""
 
 from __future__ import annotations
 
@@ -22,26 +22,27 @@ _i32, _i8 = DTYPES["i32"], DTYPES["i8"]
 
 
 def form_of_groups(isa: Isa) -> str:
-    """The form in which an instruction set's product reads groups: see `EncodeGroups`."""
+    """Return the form in which an instruction set's product reads groups: see `EncodeGroups`."""
     return "filled" if isa.multiplies_tiles else "quads" if isa.multiplies_quads else "wide"
 
 
 def rows_of_groups(form: str, rows: Size) -> Size:
-    """How many rows a form has."""
+    """Return the number of rows of a form."""
     return (rows + ROWS - 1) // ROWS * ROWS if form == "filled" else rows
 
 
 @dataclass(frozen=True)
 class EncodeGroups(Kernel):
-    """y = x[m, k] as groups of 8-bit numbers; told[m, k // 32, 1 + parts] = the scale's bits, and what is owed to parts
+    """y = x[m, k] as groups of 8-bit numbers; scales[m, k // 32, 1 + parts] = a scale's bits, then corrections
 
-    form   how y lies: "quads", row-major bytes; "wide", row-major in f32; "filled", bytes of a multiple of 16 rows, of
-           which those past m are whatever they are, and 0 is told
-    zero   what the right side's whole numbers hold too much: zero times the sum of a part is owed, negative, an i32. 0:
-           a number is added to each, and the scale times the sum is owed, the bits of a float32
-    parts  how many of a group's the right side tells apart: 1 or 2
+    form   layout of y: "quads", row-major bytes; "wide", row-major in f32; "filled", bytes of a multiple of 16 rows, of
+           which those past m are undefined and have 0 in `scales`
+    zero   offset of the right side's integers: the correction of a part is minus zero times its sum, an i32. 0: each
+           number of the right side has an added constant, and the correction is the scale times the sum, as the bits of
+           a float32
+    parts  number of parts of a group with different scales in the right side: 1 or 2
 
-    A group with a number that is not finite has the scale NaN. k is a multiple of 32. Passed: x, y, told; m, k; x's
+    A group with a NaN or infinite number has the scale NaN. k is a multiple of 32. Arguments: x, y, scales; m, k; x's
     stride of rows.
     """
 

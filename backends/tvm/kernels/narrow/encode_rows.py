@@ -1,4 +1,4 @@
-"""Rows rounded to 8 bits, to the bits of `uint8_rows` or `int8_rows`: as products' kernels read them, or as held."""
+"""Rows quantized to 8 bits, bitwise as `uint8_rows` or `int8_rows`: for products' kernels, or as encoded values."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 _i32, _i8 = DTYPES["i32"], DTYPES["i8"]
-_INFINITY = 0x7F800000  # the bits of float32's
+_INFINITY = 0x7F800000  # the bits of infinity in float32
 _SIGN = 1 << 31
 _SMALLEST, _SMALLEST_STEP = int(SMALLEST_ROW.view("i4")), float(SMALLEST_STEP)
 
 
 def form_of_rows(isa: Isa) -> str:
-    """The form in which an instruction set's product reads 8-bit rows: see `EncodeRows`."""
+    """Return the form in which an instruction set's product reads 8-bit rows: see `EncodeRows`."""
     return "tiles" if isa.multiplies_tiles else "quads" if isa.multiplies_quads else "wide"
 
 
 def rows_dtype(form: str) -> DType:
-    """The dtype of what a form holds."""
+    """Return the dtype of a form's elements."""
     return f32 if form == "wide" else u8
 
 
 def rows_elements(form: str, rows: Size, depth: Size) -> Size:
-    """How many elements a form takes."""
+    """Return the number of elements of a form."""
     steps = (depth + QUAD_STEP - 1) // QUAD_STEP
     whole = (rows + BLOCK - 1) // BLOCK * BLOCK if form == "tiles" else rows
     return whole * steps * QUAD_STEP
@@ -43,16 +43,15 @@ def rows_elements(form: str, rows: Size, depth: Size) -> Size:
 
 @dataclass(frozen=True)
 class EncodeRows(Kernel):
-    """y = x[m, k] by[k] in bytes, k filled up to a multiple of 64 with zeros; rows[m, 2] = scales' bits, and zeros
+    """y = x[m, k] by[k] in bytes, k padded to a multiple of 64 with zeros; rows[m, 2] = scales' bits, and zero points
 
-    form    how y lies: "tiles", [m // 32, k // 64, 2, 16, 64], as AMX reads them, where rows past m are whatever they
-            are; "quads", row-major bytes; "wide", row-major in f32, less the zero; "held", as its encoding holds
-            them, not filled up
-    signed  whether rows are those of `int8_rows`, whose bytes have 128 added where they are not held; else those of
-            `uint8_rows`
-    scaled  whether there is a `by`
+    form    layout of y: "tiles", [m // 32, k // 64, 2, 16, 64], as AMX reads them, where rows past m are undefined;
+            "quads", row-major bytes; "wide", row-major in f32, minus the zero point; "held", the encoding's own form,
+            without padding
+    signed  True for `int8_rows`, whose bytes have 128 added except in the form "held"; False for `uint8_rows`
+    scaled  True if there is a `by`
 
-    A row with a number that is not finite has the scale NaN. Passed: x, by if there is one, y, rows; m, k; x's stride
+    A row with a NaN or infinite number has the scale NaN. Arguments: x, by if there is one, y, rows; m, k; x's stride
     of rows.
     """
 
@@ -118,15 +117,16 @@ class EncodeRows(Kernel):
                 k.store(rows, [row, 1], zero)
 
     def _place(self, k: Emitter, sixteen: Expr, i: Expr, row: Expr, step: Expr) -> list[Expr]:
-        """Where the numbers of a step of a row go."""
+        """Return the index of the numbers of a step of a row."""
         if self.form == "tiles":
             return [k.floor_divide(sixteen, 2), step, k.floor_mod(sixteen, 2), i, k.index(0)]
         return [row, step * QUAD_STEP + self.head]
 
     def _ends(self, k: Emitter, number: Callable[[Expr, int], Expr], depth: Expr) -> tuple[Expr, Expr]:
-        """The bits of a row's largest number and of its least one, without that one's sign, or of 0 where a row has no
-        number of that sign; of a signed row twice those of its largest magnitude. Those of infinity and NaN are larger
-        than all others.
+        """Return the bits of a row's largest number, and of minus its smallest; 0 if no number has that sign.
+
+        For a signed row, both are the bits of its largest magnitude. The bits of infinity and NaN are larger than all
+        others.
         """
         lanes = k.isa.lanes()
         most = k.registers(2 * lanes, _i32, "most")
@@ -138,7 +138,10 @@ class EncodeRows(Kernel):
             found = k.let(k.bits(number(at, count), _i32, count))
             if self.signed:
                 return [found & k.number(_SIGN - 1, _i32, count)]
-            return [found, found ^ k.number(-_SIGN, _i32, count)]  # as integers those of negative numbers are below 0
+            return [
+                found,
+                found ^ k.number(-_SIGN, _i32, count),
+            ]  # as integers, the bits of negative numbers are below 0
 
         with k.loop(vectors, "v") as v:
             for side, each in enumerate(bits(v * lanes, lanes)):
@@ -154,7 +157,7 @@ class EncodeRows(Kernel):
         return largest, largest if self.signed else k.let(k.load(ends, [1]), "least")
 
     def _steps(self, k: Emitter, largest: Expr, least: Expr) -> tuple[Expr, Expr, Expr]:
-        """A row's scale, what its numbers are multiplied with, and its zero."""
+        """Return a row's scale, the factor of its numbers, and its zero point."""
         if self.signed:
             return *scale_of(k, largest), k.number(128, _i32)
         infinity, one = k.number(_INFINITY, _i32), k.number(1.0, f32)
@@ -178,7 +181,7 @@ class EncodeRows(Kernel):
         zero: Expr,
         count: Expr,
     ) -> None:
-        """64 elements of a row, or `count` of the last of a held one; `number` gives a vector of them."""
+        """Store 64 elements of a row, or the last `count` of a "held" row; `number` returns a vector of them."""
         lanes = k.isa.lanes()
         part = k.registers(QUAD_STEP, u8, "part") if count is not QUAD_STEP else None
         up = k.let(k.splat(k.cast(zero, f32), lanes), "up")
@@ -202,11 +205,11 @@ class EncodeRows(Kernel):
 
 @dataclass(frozen=True)
 class DecodeRows(Kernel):
-    """y[m, k] = the numbers of 8-bit rows as they are held
+    """y[m, k] = the numbers of encoded 8-bit rows
 
-    signed  whether they are those of `int8_rows`, else of `uint8_rows`
+    signed  True for `int8_rows`, False for `uint8_rows`
 
-    Passed: x, y; m, k; the strides of x's and y's rows.
+    Arguments: x, y; m, k; the strides of x's and y's rows.
     """
 
     signed: bool = True
@@ -233,7 +236,7 @@ class DecodeRows(Kernel):
 
 
 def scale_of(k: Emitter, largest: Expr) -> tuple[Expr, Expr]:
-    """The scale of a block, by the bits of its largest magnitude, and what its numbers are multiplied with."""
+    """Return the scale of a block, from the bits of its largest magnitude, and the factor of its numbers."""
     finite = largest < k.number(_INFINITY, _i32)
     used = k.both(finite, largest >= k.number(_SMALLEST, _i32))
     number = k.let(k.bits(largest, f32), "number")
@@ -245,7 +248,7 @@ def scale_of(k: Emitter, largest: Expr) -> tuple[Expr, Expr]:
 
 
 def across(k: Emitter, x: Expr, lanes: int, kind: str) -> Expr:
-    """The sum ("add") or the largest ("smax") of a vector of 32-bit integers."""
+    """Return the sum ("add") or the maximum ("smax") of a vector of 32-bit integers."""
     name, vector = f"treadle_{kind}_i32_{lanes}", f"<{lanes} x i32>"
 
     def text() -> str:

@@ -1,4 +1,4 @@
-"""A right side that is computed, in pairs, quads or blocks: weights are laid out when they are bound, by NumPy."""
+"""Packing of a computed right side into pairs, quads or blocks. Weights are packed by NumPy when they are bound."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _i32, _i8 = DTYPES["i32"], DTYPES["i8"]
 
 @dataclass(frozen=True)
 class PackPairs(Kernel):
-    """w = x[n, k] in pairs(width), flat or not: see `treadle.ir.layouts`. Filled up with zeros.
+    """w = x[n, k] in pairs(width), flat or not: see `treadle.ir.layouts`. Padded with zeros.
 
-    Passed: x, w; n, k; x's strides over n and k. w is contiguous.
+    Arguments: x, w; n, k; x's strides over n and k. w is contiguous.
     """
 
     width: int
@@ -49,9 +49,9 @@ class PackPairs(Kernel):
 
 @dataclass(frozen=True)
 class PackQuads(Kernel):
-    """w = x[n, 4 + k], rows as `int8_rows` holds them, in quads(width), flat or not. Filled up with zeros.
+    """w = x[n, 4 + k], encoded rows of `int8_rows`, in quads(width), flat or not. Padded with zeros.
 
-    Passed: x, w; n, 4 + k; x's strides over both. w is contiguous.
+    Arguments: x, w; n, 4 + k; x's strides over both. w is contiguous.
     """
 
     width: int
@@ -99,9 +99,9 @@ class PackQuads(Kernel):
 
 @dataclass(frozen=True)
 class PackBlocks(Kernel):
-    """w = x[n, bytes], rows in blocks, in blocks(width, block, head, ...), filled up with zeros.
+    """w = x[n, bytes], encoded rows of blocks, in blocks(width, block, head, ...), padded with zeros.
 
-    See `treadle.ir.layouts`. Passed: x, w; n, bytes; x's strides over both. w is contiguous.
+    See `treadle.ir.layouts`. Arguments: x, w; n, bytes; x's strides over both. w is contiguous.
     """
 
     width: int
@@ -138,7 +138,7 @@ class PackBlocks(Kernel):
                     to += end - start
 
     def _pieces(self) -> list[tuple[int, int, int]]:
-        """Which bytes of a block follow which, and how many of a row lie side by side: two of scales, or four."""
+        """Return the order of a block's bytes, and the number of contiguous bytes of a row: 2 for scales, else 4."""
         words = self.block - self.head
         scales, first = (words, 0) if self.tail else (0, self.head)
         runs = self.runs or ((0, words // 4),)

@@ -1,8 +1,8 @@
-"""Matrix products in bf16 without a matrix unit: by products of pairs, or by float32 ones of what registers widen.
+"""Matrix products in bf16 without a matrix unit: by products of pairs, or by float32 products of widened operands.
 
     c[m, n] = epilogue(sum_k a[m, k] * w[n, k], ...)
 
-A pair of w's elements lies in each lane, and a pair of a's is broadcast.
+Each lane holds a pair of w's elements, and a pair of a's is broadcast.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 _HIGH_HALF = -0x10000
 
 AddPairs = Callable[["Expr", "Sequence[Expr]"], None]
-"""Takes a pair of k by number, and a vector of w's for each vector of columns."""
+"""Takes the number of a pair along k, and a vector of w's pairs for each vector of columns."""
 
 
 @dataclass(frozen=True)
 class PairProduct(RegisterProduct):
     """c = epilogue(a @ w), of bf16 numbers, with float32 sums.
 
-    Asked for: a, as `RoundRows` lays out the instruction set's form; w, in flat pairs (`pairs_for`).
+    Pointers: a, as `RoundRows` lays out the instruction set's form; w, in flat pairs (`pairs_for`).
     """
 
     @property
@@ -38,7 +38,7 @@ class PairProduct(RegisterProduct):
 
     @property
     def held(self) -> DType:
-        """The dtype of what w's panels hold."""
+        """The dtype of the elements in w's panels."""
         return bf16
 
     def ask(self, k: Emitter) -> dict[str, Any]:
@@ -72,11 +72,11 @@ class PairProduct(RegisterProduct):
     def over_pairs(
         self, k: Emitter, views: Mapping[str, Any], tile: RegisterTile, sizes: ProductSizes, add: AddPairs
     ) -> None:
-        """The pairs of a tile's columns, one after the other."""
+        """Emit the pairs of a tile's columns, one after the other."""
         self.over_held(k, views["w"], tile.panel, tile, sizes.steps, add)
 
     def over_held(self, k: Emitter, w: Any, at: Expr, tile: RegisterTile, steps: Expr, add: AddPairs) -> None:
-        """Those of a panel that lies in flat pairs."""
+        """Emit the pairs of a panel stored in flat pairs."""
         lanes = k.isa.lanes()
         with k.loop(steps * PAIR_SQUARE, "pair") as pair:
             held = []
@@ -86,7 +86,7 @@ class PairProduct(RegisterProduct):
             add(pair, held)
 
     def _pairs(self, k: Emitter, a: Any, rows: Sequence[Expr], at: Expr, held: Sequence[Expr], acc: Any) -> None:
-        """Add a pair of each row, times vectors of pairs, to the sums. One pair at a time takes a register."""
+        """Add a pair of each row, times vectors of pairs, to the sums. One pair at a time is in a register."""
         lanes, i32 = k.isa.lanes(), DTYPES["i32"]
         wide = [] if k.isa.multiplies_pairs else [_widened(k, w, lanes) for w in held]
         for i, row in enumerate(rows):
@@ -103,14 +103,14 @@ class PairProduct(RegisterProduct):
 
 
 def _widened(k: Emitter, w: Expr, lanes: int) -> tuple[Expr, Expr]:
-    """The first and the second number of each pair, in float32: a bf16 is the upper half of one."""
+    """Return the first and the second number of each pair in float32: a bf16 is the upper half of a float32."""
     i32 = DTYPES["i32"]
     low = k.bits(k.shift_left(w, k.number(16, i32, lanes)), f32, lanes)
     return k.let(low, "low"), k.let(k.bits(w & k.number(_HIGH_HALF, i32, lanes), f32, lanes), "up")
 
 
 def pairs_added(k: Emitter, sums: Expr, left: Expr, right: Expr) -> Expr:
-    """sums + left[0] right[0] + left[1] right[1], of a pair of bf16 numbers in each lane."""
+    """Return sums + left[0] right[0] + left[1] right[1], of a pair of bf16 numbers in each lane."""
 
     def text() -> str:
         return """

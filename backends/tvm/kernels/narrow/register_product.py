@@ -1,9 +1,9 @@
-"""What products of narrow numbers without a matrix unit share: tiles of sums in registers, through all of k.
+"""Base of products of 8-bit and bf16 numbers without a matrix unit: tiles of sums in registers, throughout k.
 
     c[m, n] = epilogue(sum_k a[m, k] * w[n, k], ...)
 
-w is read once a tile, some of its elements in each lane, and as many of a are broadcast. Each row is summed over k in
-one order, however many rows there are.
+w is read once for each tile, with several elements in each lane; the same elements of a are broadcast. Each row is
+summed over k in the same order, for any number of rows.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 class RegisterTile:
     """A tile of sums.
 
-    panel    of w
+    panel    its panel of w
     start    its first column there
-    vectors  of columns that it has
+    vectors  vectors of its columns
     first    its first row of a
-    high     how many rows it has
-    count    how many of these there are, if not all of them: others repeat the last one, and are not stored
-    slot     of the memory that it works in, where its panel lies unpacked; None: it does not
+    high     number of its rows
+    count    number of existing rows, if fewer: the others repeat the last row and are not stored
+    slot     the slot of workspace that holds its unpacked panel, or None
     """
 
     panel: Expr
@@ -42,18 +42,18 @@ class RegisterTile:
     slot: Expr | None = None
 
     def row(self, k: Emitter, number: int) -> Expr:
-        """A row of a, by its number in the tile."""
+        """Return a row of a, by its number in the tile."""
         return self.first + (number if self.count is None else k.least(k.index(number), self.count - 1))
 
 
 @dataclass(frozen=True)
 class ProductSizes:
-    """What a call says, and what follows of it.
+    """The sizes of a call, and values derived from them.
 
     m, depth, columns  m, k and n
-    slots    of the memory that it works in
-    steps    of k that panels hold, the last one filled up
-    panels   of w
+    slots    slots of the workspace
+    steps    steps of k in panels, the last one padded
+    panels   panels of w
     """
 
     m: Expr
@@ -65,20 +65,19 @@ class ProductSizes:
 
 
 Write = Callable[..., None]
-"""Writes one tile: its panel, its first column of the panel and how many, its first row and how many; see
-`RegisterTile`."""
+"""Writes one tile from its panel, first column, number of columns, first row and number of rows (`RegisterTile`)."""
 
 
 @dataclass(frozen=True)
 class RegisterProduct(FinishedProduct):
-    """c = epilogue(a @ w), of narrow numbers.
+    """c = epilogue(a @ w), of 8-bit or bf16 numbers.
 
-    epilogue what is done with the sum, the chain's first input; None: it is stored as it is
-    extras   how the chain's other inputs lie: see `Finishing`
-    whole    whether n is a multiple of a panel's width at every call
+    epilogue a chain whose first input is the sum; None: the sum is stored unchanged
+    extras   form of the chain's other inputs: see `Finishing`
+    whole    True if n is a multiple of a panel's width at every call
 
-    Passed: what `ask` asks for, a and w first; the extras, c; the memory that it works in; m, k, n; `m` and `mn`
-    extras' and c's strides of rows; how many slots that memory has, if there is some.
+    Arguments: the pointers of `ask`, a and w first; the extras, c; the workspace; m, k, n; the strides of rows of `m`
+    and `mn` extras and of c; the number of slots of the workspace, if there is one.
     """
 
     epilogue: Chain | None = None
@@ -89,30 +88,30 @@ class RegisterProduct(FinishedProduct):
     def title(self) -> str:
         return f"{super().title}{self.finishing.title}"
 
-    # -- what a kind of numbers says -----------------------------------------------------------------------------
+    # -- specific to a kind of numbers ------------------------------------------------------------------------------
 
     def ask(self, k: Emitter) -> dict[str, Any]:
-        """Ask for the pointers of a, w and what belongs to them, by name."""
+        """Declare the pointers of a, w and their scales, by name."""
         raise NotImplementedError
 
     def memory(self, k: Emitter) -> dict[str, Any]:
-        """Ask for the pointers of the memory that it works in, by name."""
+        """Declare the pointers of the workspace, by name."""
         return {}
 
     def shapes(self, k: Emitter, sizes: ProductSizes, width: int) -> Mapping[str, list[Expr]]:
-        """Their shapes."""
+        """Return the shapes of these pointers."""
         raise NotImplementedError
 
     def steps(self, k: Emitter, depth: Expr) -> Expr:
-        """Steps of k that panels hold, the last one filled up."""
+        """Return the number of steps of k in panels, the last one padded."""
         raise NotImplementedError
 
     def sum(self, k: Emitter, views: Mapping[str, Any], tile: RegisterTile, sizes: ProductSizes) -> Any:
-        """The tile's sums, a vector after the other, row by row."""
+        """Return the tile's sums, row by row, one vector after the other."""
         raise NotImplementedError
 
     def value(self, k: Emitter, views: Mapping[str, Any], tile: RegisterTile, row: Expr, at: int, total: Expr) -> Expr:
-        """What a vector of sums stands for: of this row, from column `at` of the panel on."""
+        """Return the value of a vector of sums of this row, from column `at` of the panel on."""
         return total
 
     # -- the loops -----------------------------------------------------------------------------------------------
@@ -148,5 +147,5 @@ class RegisterProduct(FinishedProduct):
         self.over(k, views, sizes, write)
 
     def over(self, k: Emitter, views: Mapping[str, Any], sizes: ProductSizes, write: Write) -> None:
-        """Every tile of m rows and of so many panels."""
+        """Emit every tile of m rows and all panels."""
         over_tiles(k, sizes.m, sizes.panels, write)

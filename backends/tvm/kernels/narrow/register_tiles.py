@@ -1,7 +1,7 @@
-"""Which tiles of sums a product without a matrix unit keeps in registers, and the tasks that go over them.
+"""Tiles of sums that a product without a matrix unit keeps in registers, and the tasks that run over them.
 
-A task has some tiles of rows of one panel. Full tiles come first, then what is left, in halves, as in `Matmul`: each
-row is summed in one order, however many rows there are.
+A task has several tiles of rows of one panel. Full tiles come first, then the remaining rows, in halves, as in
+`Matmul`. Each row is summed in the same order, for any number of rows.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 PART = 128
-"""About how many rows a task has."""
+"""Approximate number of rows of a task."""
 
 Tile = Callable[["Expr", int, int, "Expr", int], None]
-"""Writes one tile: its panel, its first column of the panel and how many, its first row and how many."""
+"""Writes one tile, given its panel, first column in the panel, number of columns, first row and number of rows."""
 
 
 def narrow_width(isa: Isa) -> int:
-    """Columns of a panel of pairs or quads: two tiles of a matrix unit, or a few vectors."""
+    """Return the columns of a panel of pairs or quads: two tiles of a matrix unit, or a few vectors."""
     return 3 * PAIR_SQUARE if _is_widest(isa) else 2 * PAIR_SQUARE
 
 
 def pairs_for(isa: Isa, transposed: bool = False) -> Layout:
-    """How products read a bf16 weight: in squares where they are tiles of a matrix unit."""
+    """Return the layout in which products read a bf16 weight: in squares for a matrix unit."""
     return pairs(narrow_width(isa), transposed, flat=not isa.multiplies_tiles)
 
 
 def quads_for(isa: Isa) -> Layout:
-    """How products read 8-bit rows of a weight: in squares where they are tiles of a matrix unit."""
+    """Return the layout in which products read 8-bit rows of a weight: in squares for a matrix unit."""
     return quads(narrow_width(isa), flat=not isa.multiplies_tiles)
 
 
 def tile_of(isa: Isa) -> tuple[int, int]:
-    """Rows of a tile, and its columns: as many sums as leave some registers for a and w."""
+    """Return the rows and columns of a tile: the largest that leaves registers for a and w."""
     if _is_widest(isa):
         return 8, narrow_width(isa)
     columns = PAIR_SQUARE * (2 if isa.registers >= 32 else 1)
@@ -48,7 +48,7 @@ def tile_of(isa: Isa) -> tuple[int, int]:
 
 
 Many = Callable[["Expr", "Expr", "Expr"], None]
-"""Writes all rows that a task has of a panel: the panel, its first row and how many."""
+"""Writes all rows of a task for a panel, given the panel, the first row and the number of rows."""
 
 
 def over_tiles(
@@ -59,10 +59,11 @@ def over_tiles(
     shape: tuple[int, int] | None = None,
     many: tuple[int, Many] | None = None,
 ) -> None:
-    """Every tile of m rows and of so many panels, shared out among tasks.
+    """Emit every tile of m rows and `panels` panels, divided into tasks.
 
-    shape  rows of a tile, and its columns, those of a panel; None: what `tile_of` says, of panels of `narrow_width`
-    many   what is done in place of that from so many rows on; tasks then begin at multiples of 16 rows
+    shape  rows and columns of a tile, as wide as a panel; None: the shape of `tile_of`, with panels of `narrow_width`
+    many   smallest number of rows and the function that replaces tiles from there on; tasks then begin at multiples of
+           16 rows
     """
     high, columns = shape or tile_of(k.isa)
     width = columns if shape is not None else narrow_width(k.isa)
@@ -86,7 +87,7 @@ def _is_widest(isa: Isa) -> bool:
 
 
 def over_rows(k: Emitter, start: Expr, m: Expr, high: int, tile: Callable[[Expr, int], None]) -> None:
-    """m rows: full tiles, then what is left, in halves."""
+    """Emit m rows: full tiles, then the remaining rows, in halves."""
     blocks = k.let(k.floor_divide(m, high), "blocks")
     rest = k.let(k.floor_mod(m, high), "rest")
     with k.loop(blocks, "block") as block:

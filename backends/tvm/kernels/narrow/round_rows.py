@@ -20,17 +20,17 @@ BLOCK = 2 * ROWS
 
 
 def form_for(isa: Isa) -> str:
-    """The form in which an instruction set's product reads rows: see `RoundRows`."""
+    """Return the form in which an instruction set's product reads rows: see `RoundRows`."""
     return "tiles" if isa.multiplies_tiles else "pairs" if isa.multiplies_pairs else "wide"
 
 
 def held_dtype(form: str) -> DType:
-    """The dtype of what a form holds."""
+    """Return the dtype of a form's elements."""
     return f32 if form == "wide" else bf16
 
 
 def held_elements(form: str, rows: Size, depth: Size) -> Size:
-    """How many elements a form takes."""
+    """Return the number of elements of a form."""
     steps = (depth + PAIR_STEP - 1) // PAIR_STEP
     whole = (rows + BLOCK - 1) // BLOCK * BLOCK if form == "tiles" else rows
     return whole * steps * PAIR_STEP
@@ -38,13 +38,13 @@ def held_elements(form: str, rows: Size, depth: Size) -> Size:
 
 @dataclass(frozen=True)
 class RoundRows(Kernel):
-    """y = x[m, k] rounded to bf16, k filled up to a multiple of 32 with zeros
+    """y = x[m, k] rounded to bf16, k padded to a multiple of 32 with zeros
 
-    dtype  of x, by name: f32 or bf16
-    form   how y lies: "tiles", [m // 32, k // 32, 2, 16, 32], as AMX reads them, where rows past m are whatever they
-           are; "pairs", row-major in bf16; "wide", row-major in f32
+    dtype  dtype of x, by name: f32 or bf16
+    form   layout of y: "tiles", [m // 32, k // 32, 2, 16, 32], as AMX reads them, where rows past m are undefined;
+           "pairs", row-major in bf16; "wide", row-major in f32
 
-    Passed: x, y; m, k; x's stride of rows.
+    Arguments: x, y; m, k; x's stride of rows.
     """
 
     dtype: str
@@ -80,7 +80,7 @@ class RoundRows(Kernel):
                     self._step(k, held, [k.index(0)], y, sixteen, i, row, whole)
 
     def _step(self, k: Emitter, x: Any, at: list[Expr], y: Any, sixteen: Expr, i: Expr, row: Expr, step: Expr) -> None:
-        """32 elements of a row."""
+        """Round and store 32 elements of a row."""
         if self.form == "tiles":
             to = [k.floor_divide(sixteen, 2), step, k.floor_mod(sixteen, 2), i, k.index(0)]
         else:
@@ -98,9 +98,9 @@ class RoundRows(Kernel):
 
 
 def two_rounded(k: Emitter, low: Expr, high: Expr) -> Expr:
-    """Two vectors of 16 floats as 32 bf16 numbers, by one instruction, which makes zeros of what is below normal ones.
+    """Round two vectors of 16 floats to 32 bf16 numbers, by one instruction, which flushes subnormal numbers to zero.
 
-    The instructions that multiply bf16 numbers do so as well.
+    The instructions that multiply bf16 numbers do the same.
     """
 
     def text() -> str:

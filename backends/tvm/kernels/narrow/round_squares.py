@@ -2,11 +2,10 @@
 
     a[i, k] = x[i, k]        rows of the left side          w[panel, k // 2, n, k % 2] = x[n, k]        the right side
 
-x may lie either way: with its elements side by side along k, or along its rows (the columns, for the right side), as
-what a gradient multiplies does. It is read in squares of 16 rows and 32 elements of k, which are 16 times 16 pairs.
-Where pairs are to lie side by side along the other axis than x's elements do, squares are transposed in registers; two
-elements of k that lie in different rows of memory are made pairs by one shuffle. A weight that is bound is laid out by
-NumPy, and a left side that lies along k by `RoundRows`.
+x may be contiguous along k, or along its rows (columns of the right side), as operands of a gradient are. It is read in
+squares of 16 rows and 32 elements of k, which are 16 times 16 pairs. If pairs must be contiguous along the other axis
+than x, squares are transposed in registers. Two elements of k from different rows of memory are combined into pairs by
+one shuffle. A bound weight is packed by NumPy, and a left side that is contiguous along k by `RoundRows`.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ _INTERLEAVED = [half * PAIR_SQUARE + i for i in range(PAIR_SQUARE) for half in r
 
 @dataclass(frozen=True)
 class RoundSquares(Kernel):
-    """y = x[n, k] rounded to bf16, for a product of pairs. k is filled up to a multiple of 32 with zeros.
+    """y = x[n, k] rounded to bf16, for a product of pairs. k is padded to a multiple of 32 with zeros.
 
-    dtype  of x, by name: f32 or bf16
-    along  whether x's elements lie side by side along k; else they do along n
-    width  of a panel of y, the right side: rows are filled up to a multiple of it; 0: y is the left side
-    flat   whether y has pairs one after the other; else it has the squares, or for the left side the tiles, of a matrix
-           unit: [n // 32, k // 32, 2, 16, 32], where rows past n are whatever they are
+    dtype  dtype of x, by name: f32 or bf16
+    along  True if x is contiguous along k, False if along n
+    width  width of a panel of y, the right side: rows are padded to a multiple of it; 0: y is the left side
+    flat   True if y has pairs one after the other; otherwise it has the squares, or for the left side the tiles, of a
+           matrix unit: [n // 32, k // 32, 2, 16, 32], where rows past n are undefined
 
-    Only for instruction sets that multiply pairs. Passed: x, y; n, k; x's stride along the other axis.
+    Only for instruction sets that multiply pairs. Arguments: x, y; n, k; x's stride along the other axis.
     """
 
     dtype: str
@@ -68,7 +67,7 @@ class RoundSquares(Kernel):
             row = k.let(group * filled + j * PAIR_SQUARE, "row")
             self._square(k, x, y, n, depth, group, step, j, row)
 
-        # What is read in one stretch is one task's.
+        # Each task reads contiguous memory.
         if self.along:
             with k.parallel(groups, "group") as group, k.loop(squares, "j") as j, k.loop(steps, "step") as step:
                 square(group, step, j)
@@ -79,7 +78,7 @@ class RoundSquares(Kernel):
     def _square(
         self, k: Emitter, x: Any, y: Any, n: Expr, depth: Expr, group: Expr, step: Expr, j: Expr, row: Expr
     ) -> None:
-        """16 rows and 32 elements of k, from `row` and `step` on: the square of number j in its group."""
+        """Emit 16 rows and 32 elements of k, from `row` and `step` on: the square of number j in its group."""
         first = k.let(step * PAIR_STEP, "first")
         whole = k.both(row + PAIR_SQUARE <= n, first + PAIR_STEP <= depth)
         with k.when(whole):
@@ -105,7 +104,7 @@ class RoundSquares(Kernel):
             self._stored(k, self._pairs(k, held, None), y, group, step, j, row, rows)
 
     def _pairs(self, k: Emitter, x: Any, at: list[Expr] | None) -> list[Expr]:
-        """16 vectors of pairs: of a row each, along k, or of two elements of k each. Without `at`, x is a square."""
+        """Return 16 vectors of pairs: each of one row along k, or of two elements of k. Without `at`, x is a square."""
         lanes, i32 = k.isa.lanes(), DTYPES["i32"]
         made = []
         for i in range(PAIR_SQUARE):
@@ -129,7 +128,7 @@ class RoundSquares(Kernel):
     def _stored(
         self, k: Emitter, pairs: list[Expr], y: Any, group: Expr, step: Expr, j: Expr, row: Expr, rows: Expr | None
     ) -> None:
-        """Write a square; `rows`: how many of its rows there are, if not 16 for sure."""
+        """Store a square. `rows`: number of its rows, or None for 16."""
         if self.along == bool(self.width):
             pairs = transposed(k, pairs)
         for i, vector in enumerate(pairs):

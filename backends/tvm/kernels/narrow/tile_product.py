@@ -2,11 +2,11 @@
 
     c[m, n] = epilogue(sum_k a[m, k] * w[n, k], ...)
 
-Two times two tiles of sums stay in registers, so that each tile of a and of w that is loaded is multiplied twice. k is
-taken in chunks, for which a panel of w lies in the first-level cache while up to four blocks of 32 rows pass over it;
-their sums rest in memory in between, which keeps their bits. Meanwhile the lines of the next chunk are asked for, a few
-at each step: brought in all at once, or too near to their use, they hold the processor up. One block alone runs at the
-speed of memory, and asks for nothing. Each row is summed over k in one order, in a row of tiles of its own.
+Two times two tiles of sums stay in registers, so that each loaded tile of a and w is multiplied twice. k is split into
+chunks. A panel's chunk of w stays in the first-level cache while up to four blocks of 32 rows use it; their sums are
+stored in memory in between, which preserves their bits. Meanwhile the cache lines of the next chunk are prefetched, a
+few at each step: prefetched all at once, or too close to their use, they stall the CPU. A single block runs at memory
+bandwidth and prefetches nothing. Each row is summed over k in the same order, in its own row of tiles.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ if TYPE_CHECKING:
 WIDTH = 2 * ROWS
 """Columns of a panel."""
 CHUNK = 8
-"""Steps of k that a panel lies in the first-level cache for: 16 KiB of it."""
+"""Steps of k in a chunk of a panel, which uses 16 KiB of the first-level cache."""
 GROUP = 4
-"""Blocks of rows that pass over a chunk."""
+"""Blocks of rows that use a chunk."""
 TASKS = 32
-"""Runs of panels that are shared out among threads, for each part of the rows."""
+"""Number of runs of panels to divide among threads, for each part of the rows."""
 PART_BYTES = 3 << 18
-"""Of a's tiles, which every panel reads again: so much stays in the second-level cache beside two panels."""
-_LINES = 32  # of one step of a panel
+"""Bytes of a's tiles that stay in the second-level cache next to two panels; every panel reads them again."""
+_LINES = 32  # cache lines of one step of a panel
 _STEP_BYTES = 2 * ROWS * tiles.ROW_BYTES
 
 TileAt = Callable[["Expr", int], "tuple[Any, list[Expr]]"]
-"""Of a step of a chunk and a square of it, the view and the index at which its tile begins."""
+"""Returns, for a step of a chunk and a square of it, the view and the index at which its tile begins."""
 
 
 @dataclass(frozen=True)
 class TileProduct(FinishedProduct):
     """c = epilogue(a @ w), of bf16 numbers in tiles, with float32 sums.
 
-    epilogue what is done with the sum, the chain's first input; None: it is stored as it is
-    extras   how the chain's other inputs lie: see `Finishing`
-    whole    whether n is a multiple of a panel's width at every call
-    tiled    whether c is rounded to bf16 and stored in tiles, as the next product's a; n is such a multiple then
+    epilogue a chain whose first input is the sum; None: the sum is stored unchanged
+    extras   form of the chain's other inputs: see `Finishing`
+    whole    True if n is a multiple of a panel's width at every call
+    tiled    True if c is rounded to bf16 and stored in tiles, as the next product's a; requires `whole`
 
-    Passed: a, as `RoundRows` lays out tiles; w, in pairs(32); the extras, c; m, k, n; `m` and `mn` extras' and c's
-    strides of rows, the last of which means nothing for tiles.
+    Arguments: a, as `RoundRows` lays out tiles; w, in pairs(32); the extras, c; m, k, n; the strides of rows of `m` and
+    `mn` extras and of c (unused for tiles).
     """
 
     epilogue: Chain | None = None
@@ -69,16 +69,16 @@ class TileProduct(FinishedProduct):
     def multiplies(self) -> str:
         return "bf16"
 
-    # -- what other numbers than bf16 have otherwise ------------------------------------------------------------
+    # -- specific to a dtype ---------------------------------------------------------------------------------------
 
     @property
     def factors(self) -> DType:
-        """The dtype of what is multiplied, of which a row of a tile holds 64 bytes."""
+        """The dtype of the factors; a row of a tile holds 64 bytes of them."""
         return bf16
 
     @property
     def held(self) -> DType:
-        """The dtype of what w's panels hold."""
+        """The dtype of the elements in w's panels."""
         return self.factors
 
     @property
@@ -87,45 +87,45 @@ class TileProduct(FinishedProduct):
         return f32
 
     def scales(self, k: Emitter) -> list[Any]:
-        """Ask for what sums are multiplied with, a pointer by the name of its view."""
+        """Declare the factors of sums, each with a pointer named like its view."""
         return []
 
     def multiply(self, k: Emitter, sums: int, left: int, right: int) -> None:
-        """sums += left right, of tiles by number."""
+        """Emit sums += left right, for tiles by number."""
         tiles.multiply(k, sums, left, right)
 
     def panel(self, steps: Expr) -> list[Expr]:
-        """The shape of a panel of w."""
+        """Return the shape of a panel of w."""
         return [steps, 2, ROWS * PAIR_STEP]
 
     def square(self, step: Expr, number: Expr, element: Expr) -> list[Expr]:
-        """Where in a panel an element of a square of a step lies."""
+        """Return the index in a panel of an element of a square of a step."""
         return [step, number, element]
 
     @property
     def group(self) -> int:
-        """How many blocks of rows pass over a chunk."""
+        """Number of blocks of rows that use a chunk."""
         return GROUP
 
     @property
     def prefetches(self) -> bool:
-        """Whether the lines of w are asked for between products."""
+        """True if the cache lines of w are prefetched between products."""
         return True
 
     def right(self, k: Emitter, pointer: Any, panels: Expr, steps: Expr, depth: Expr) -> Any:
-        """w, as panels."""
+        """Return w as panels."""
         return k.view(pointer, [panels, *self.panel(steps)])
 
     def size(self, k: Emitter, here: Expr, steps: Expr) -> Expr:
-        """How many steps a chunk has, where so many blocks of rows pass over it."""
+        """Return the number of steps of a chunk that `here` blocks of rows use."""
         return k.either(here > k.index(1), k.index(CHUNK), steps)
 
     def tiles_of_chunk(self, k: Emitter, views: Mapping[str, Any], panel: Expr, done: Expr, count: Expr) -> TileAt:
-        """Where the tiles of so many steps of a panel are, after those that are done; who has none ready makes them."""
+        """Return the tiles of the `count` steps of a panel after the first `done`; a subclass may compute them here."""
         return lambda s, j: (views["w"], [panel, *self.square(done + s, j, 0)])
 
     def float_sums(self, k: Emitter, views: Mapping[str, Any], sums: Sequence[Expr], panel: Expr, row: Expr) -> Any:
-        """The vectors of a row's sums in a panel as float32."""
+        """Return the vectors of a row's sums in a panel as float32."""
         return sums
 
     # -- the loops -------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ class TileProduct(FinishedProduct):
         views["a"] = k.view(given[0], [blocks, steps, 2, ROWS * wide])
         views["w"] = self.right(k, given[1], panels, steps, depth)
         views |= {p.name: k.view(p, [m, 2]) for p in scales}
-        one = k.index(1)  # at least, of what divides: m, n and k may be 0
+        one = k.index(1)  # avoids division by zero: m, n and k may be 0
         most = k.floor_divide(k.index(PART_BYTES), k.greatest(steps, one) * _STEP_BYTES)
         part = k.opaque(k.greatest(k.least(blocks, most), one), "part")
         run = k.opaque(k.greatest(k.floor_divide(panels + (TASKS - 1), TASKS), one), "run")
@@ -158,7 +158,7 @@ class TileProduct(FinishedProduct):
             held = k.registers(self.group * BLOCK * WIDTH, self.summed, "held")
             k.store(
                 held, [k.opaque(0)], k.number(0, self.summed)
-            )  # all of it is used, of which the code generator sees little
+            )  # visible to the code generator: tiles access it by address
             number = k.opaque(k.floor_divide(task, runs), "number")
             first = k.opaque(number * part, "first")
             last = k.opaque(k.least(first + part, blocks), "last")
@@ -179,13 +179,13 @@ class TileProduct(FinishedProduct):
         columns: Expr,
         steps: Expr,
     ) -> None:
-        """The blocks of rows from `first` to below `last`, over one panel."""
+        """Emit the blocks of rows from `first` to below `last` for one panel."""
         most = self.group
         with k.loop(k.floor_divide(last - first + (most - 1), most), "group") as group:
             before = k.opaque(first + group * most, "before")
             here = k.opaque(k.least(last - before, k.index(most)), "here")
             size = k.opaque(k.greatest(self.size(k, here, steps), k.index(1)), "size")
-            # One even where there is nothing to sum: it clears the sums.
+            # At least one, which clears the sums even if there is nothing to add.
             chunks = k.greatest(k.floor_divide(steps + size - 1, size), k.index(1))
             with k.loop(chunks, "chunk") as chunk:
                 done = k.opaque(chunk * size, "done")
@@ -230,7 +230,7 @@ class TileProduct(FinishedProduct):
         tile_at: TileAt,
         high: int,
     ) -> None:
-        """So many steps of k for a block of `high` times 16 rows. `few` blocks bring the panel in together."""
+        """Emit `count` steps of k for a block of `high` times 16 rows. `few` blocks prefetch the panel together."""
         sums = [(i, j, [b * (BLOCK * WIDTH) + i * ROWS * WIDTH + j * ROWS]) for i in range(high) for j in range(2)]
         apart = WIDTH * self.summed.bytes
         elements = tiles.ROW_BYTES // self.factors.bytes

@@ -1,4 +1,4 @@
-"""AMX in a kernel's words: eight tiles by number, each of 16 rows and 64 bytes (Intel's manual, volume 1, chapter 18).
+"""AMX instructions in a kernel: eight tiles by number, each of 16 rows and 64 bytes.
 
     with k.parallel(n):
         configure(k)             # in the thread that uses tiles: all eight are full ones
@@ -7,12 +7,12 @@
 
 A tile of 16 times 64 bytes, times a tile of 16 times 16 fours of them, is added to 16 times 16 sums of 32 bits: exact.
 
-A tile of 16 times 32 bf16 numbers, times a tile of 16 times 16 pairs of them, is added to 16 times 16 float32 sums: of
-each sum one pair after the other, in order. So a row's sums depend on that row alone. Numbers below float32's least
-normal one count as zero.
+A tile of 16 times 32 bf16 numbers, times a tile of 16 times 16 pairs of them, is added to 16 times 16 float32 sums.
+Each sum adds one pair after the other, in order, so a row's sums depend on that row alone. Subnormal float32 numbers
+count as zero.
 
-LLVM takes the tiles of these instructions by number, and neither moves nor merges them. A process may use them once the
-system allows it: `treadle.backends.tvm.kernels.isa.may_use_tiles`.
+LLVM takes the tiles of these instructions by number, and neither moves nor merges them. A process may use them after
+the system allows it: `treadle.backends.tvm.kernels.isa.may_use_tiles`. Source: Intel's manual, volume 1, chapter 18.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ FULL = ((ROWS, ROW_BYTES),) * 8
 
 
 def configure(k: Emitter, shapes: Sequence[tuple[int, int]] = FULL) -> None:
-    """Give all eight tiles their shapes, rows and bytes of a row, and zeros."""
+    """Set the shapes of all eight tiles, rows and bytes of a row, and fill them with zeros."""
     name = "@treadle_tile_shapes"
-    # Palette 1, no row to start at, 14 bytes that must be zero; 16 lengths of rows, of 2 bytes each; 16 counts of rows.
+    # Palette 1, start row 0, 14 reserved bytes of zero; 16 row lengths of 2 bytes each; 16 row counts.
     lengths = [byte for _, length in shapes for byte in (length, 0)]
     table = bytes([1, 0, *[0] * 14, *lengths, *[0] * 16, *[rows for rows, _ in shapes], *[0] * 8])
     text = ", ".join(f"i8 {byte}" for byte in table)
@@ -43,17 +43,17 @@ def configure(k: Emitter, shapes: Sequence[tuple[int, int]] = FULL) -> None:
 
 
 def release(k: Emitter) -> None:
-    """Give the tiles back: a thread with tiles in use takes longer to be switched."""
+    """Release the tiles: context switches take longer for a thread that uses tiles."""
     k.effect("treadle_release_tiles", "void @llvm.x86.tilerelease()", "void @llvm.x86.tilerelease()")
 
 
 def clear(k: Emitter, tile: int) -> None:
-    """A tile of zeros."""
+    """Fill a tile with zeros."""
     k.effect(f"treadle_clear_tile_{tile}", "void @llvm.x86.tilezero(i8 immarg)", f"void @llvm.x86.tilezero(i8 {tile})")
 
 
 def load(k: Emitter, tile: int, view: Any, index: list[Expr], apart: Expr = ROW_BYTES) -> None:
-    """Fill a tile with 16 rows of 64 bytes, the first at an element of a view, `apart` bytes apart."""
+    """Load a tile of 16 rows of 64 bytes, the first at an element of a view, `apart` bytes apart."""
     name = "@llvm.x86.tileloadd64"
     k.effect(
         f"treadle_load_tile_{tile}",
@@ -65,7 +65,7 @@ def load(k: Emitter, tile: int, view: Any, index: list[Expr], apart: Expr = ROW_
 
 
 def store(k: Emitter, tile: int, view: Any, index: list[Expr], apart: Expr = ROW_BYTES) -> None:
-    """Write a tile's 16 rows of 64 bytes, the first to an element of a view, `apart` bytes apart."""
+    """Store a tile's 16 rows of 64 bytes, the first at an element of a view, `apart` bytes apart."""
     name = "@llvm.x86.tilestored64"
     k.effect(
         f"treadle_store_tile_{tile}",
@@ -77,7 +77,7 @@ def store(k: Emitter, tile: int, view: Any, index: list[Expr], apart: Expr = ROW
 
 
 def multiply(k: Emitter, sums: int, left: int, right: int) -> None:
-    """sums += left right, of tiles of bf16 numbers and of their pairs."""
+    """Emit sums += left right, for tiles of bf16 numbers and of pairs of them."""
     name = "@llvm.x86.tdpbf16ps"
     k.effect(
         f"treadle_multiply_tiles_{sums}_{left}_{right}",
@@ -87,7 +87,7 @@ def multiply(k: Emitter, sums: int, left: int, right: int) -> None:
 
 
 def multiply_bytes(k: Emitter, sums: int, left: int, right: int, *, signed: bool) -> None:
-    """sums += left right, of a tile of bytes, signed or not, and one of fours of signed bytes."""
+    """Emit sums += left right, for a tile of bytes, signed or not, and a tile of fours of signed bytes."""
     name = "@llvm.x86.tdpbssd" if signed else "@llvm.x86.tdpbusd"
     k.effect(
         f"treadle_multiply_{'signed' if signed else 'byte'}_tiles_{sums}_{left}_{right}",

@@ -1,0 +1,211 @@
+"""Compiles five small models with every scheme of `quantize=`, budget of `memory=` and backend, and runs them.
+
+    python -m tests.fuzz.combinations [--only TEXT] [--backends numpy,torch,tvm] [--bits] [--seconds 30]
+
+Each combination runs at 1 row or at 9 rows and 1, with three budgets: the least that the error of an impossible budget
+names, the middle, and the bytes that a run takes without a budget. Its outputs are compared with the same scheme
+without a budget. Each runs, or is refused when it is compiled. A pass that breaks, a call that fails, and a budget that
+is refused though it lies in the range are failures. Exit status 1 if there is one.
+
+    only     combinations whose name holds this text, such as "t5 int8"
+    bits     on TVM, whose kernels give a row the same bits whatever the other rows are, bits are compared
+    seconds  for which the least budget is looked for
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import itertools
+import re
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import treadle
+from treadle.backends import fitted_pipeline
+from treadle.backends.registry import find_backend
+from treadle.compiled import Compiled
+from treadle.ir.errors import BackendError, TreadleError
+from treadle.ir.target import Target
+from treadle.passes.framework.manager import BrokenPassError
+
+Array = np.ndarray[Any, Any]
+
+_VOCAB = 50
+_SMALL = {"layers": 2, "dim": 32, "heads": 2}
+MODELS: Mapping[str, Mapping[str, Any]] = {
+    "gpt2": {**_SMALL, "vocab": _VOCAB, "context": 16},
+    "bert": {**_SMALL, "vocab": _VOCAB, "context": 16, "hidden": 64},
+    "llama": {**_SMALL, "vocab": _VOCAB, "hidden": 64},
+    "vit": {**_SMALL, "height": 8, "width": 8, "patch": 4, "hidden": 64},
+    "t5": {**_SMALL, "vocab": _VOCAB, "layers": 1, "decoder_layers": 1, "hidden": 64, "head_dim": 16},
+}
+"""Models of the zoo with a configuration."""
+SCHEMES = (None, "int8-weights", "int4", "int8", "int4-int8")
+BACKENDS = ("numpy", "torch", "tvm")
+ROWS = (1, 9)
+BUDGETS = ("least", "middle", "all")
+
+_NEAR = 2e-5
+"""Of an output's largest magnitude: sums in another order."""
+_NEAR_ROUNDED = 5e-3
+"""The same where activations are rounded: a number that differs by a bit may be rounded to the next of 255 steps."""
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A model, compiled in one way, for at most so many rows."""
+
+    model: str
+    scheme: str | None
+    backend: str
+    rows: int
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.scheme} {self.backend} {self.rows}"
+
+    def compile(self, **options: Any) -> Compiled:
+        """Raises what `treadle.compile` does."""
+        config = {"backend": self.backend, "seed": 3, **MODELS[self.model]}
+        target = Target("cpu", None if self.backend == "numpy" else 1)  # NumPy takes threads from the environment
+        return treadle.compile(self.model, quantize=self.scheme, target=target, **config, **options)
+
+    def sizes(self, rows: int) -> dict[str, int]:
+        """Sizes of the symbols at which products have this many rows: images, or tokens of one text."""
+        if self.model == "vit":
+            return {"B": rows}
+        return {"B": 1, "S": rows, **({"T": rows} if self.model == "t5" else {})}
+
+    def inputs(self, exe: Compiled, rows: int) -> dict[str, Array]:
+        """Drawn inputs with this many rows."""
+        rng, sizes = np.random.default_rng(rows), self.sizes(rows)
+        given = {}
+        for port in exe.inputs:
+            shape = port.type.evaluate(sizes)
+            is_float = port.type.dtype.is_float
+            given[port.name] = rng.standard_normal(shape, np.float32) if is_float else rng.integers(0, _VOCAB, shape)
+        return given
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of one combination with one budget, "none" for the run without a budget.
+
+    refused  the first line of the error of a combination that is refused when it is compiled
+    failure  a description of what is wrong
+    """
+
+    combination: Combination
+    budget: str
+    refused: str | None = None
+    failure: str | None = None
+
+
+def combinations(backends: tuple[str, ...] = BACKENDS) -> list[Combination]:
+    """All of them for these backends."""
+    return list(itertools.starmap(Combination, itertools.product(MODELS, SCHEMES, backends, ROWS)))
+
+
+def outcomes(combination: Combination, *, bits: bool = False) -> Iterator[Outcome]:
+    """Compile and run a combination without a budget and with each. With `bits`, compare bits on TVM."""
+    try:
+        free = combination.compile()
+    except TreadleError as error:
+        if isinstance(error, BrokenPassError):
+            yield Outcome(combination, "none", failure=_told(error))
+        else:
+            yield Outcome(combination, "none", refused=error.what)
+        return
+    wanted: dict[int, tuple[dict[str, Array], Mapping[str, Any]]] = {}
+    try:
+        for rows in {1, combination.rows}:
+            given = combination.inputs(free, rows)
+            wanted[rows] = given, {name: np.array(value) for name, value in free(**given).items()}
+        least, peak = _range(combination)
+    except Exception as error:
+        yield Outcome(combination, "none", failure=_told(error))
+        return
+    yield Outcome(combination, "none")
+    for budget, memory in zip(BUDGETS, (least, (least + peak) // 2, peak), strict=True):
+        try:
+            made = combination.compile(memory=max(memory, 1), sizes=combination.sizes(combination.rows))
+            assert made.memory is not None
+            if made.memory.peak > max(memory, 1):
+                raise AssertionError(f"a run takes {made.memory.peak} bytes, and may take {memory}")
+            for given, outputs in wanted.values():
+                _compare(combination, made(**given), outputs, bits)
+        except Exception as error:
+            yield Outcome(combination, budget, failure=f"memory={memory} of {least} to {peak}: {_told(error)}")
+        else:
+            yield Outcome(combination, budget)
+
+
+def _range(combination: Combination) -> tuple[int, int]:
+    """The least bytes that a run can take, and the bytes that it takes without a budget. Raises what `compile` does."""
+    try:
+        made = combination.compile(memory=1, sizes=combination.sizes(combination.rows))
+    except BackendError as error:
+        least = re.match(r"memory=(\d+)", error.hint or "")
+        peak = re.search(r"([\d,]+) bytes without a budget", error.within or "")
+        if least is None or peak is None:
+            raise
+        return int(least[1]), int(peak[1].replace(",", ""))
+    assert made.memory is not None
+    return made.memory.peak, made.memory.before
+
+
+def _compare(combination: Combination, made: Mapping[str, Any], wanted: Mapping[str, Array], bits: bool) -> None:
+    """Raise AssertionError where outputs differ."""
+    for name, expected in wanted.items():
+        found = np.asarray(made[name])
+        if bits and combination.backend == "tvm":
+            np.testing.assert_array_equal(found, expected, err_msg=name)
+        near = _NEAR_ROUNDED if combination.scheme in ("int8", "int4-int8") else _NEAR
+        np.testing.assert_allclose(found, expected, rtol=0, atol=near * np.abs(expected).max(), err_msg=name)
+        if not np.isfinite(expected).all() or not np.ptp(expected):
+            raise AssertionError(f"{name} is not finite, or the same everywhere: nothing is compared")
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, TreadleError):
+        return f"{type(error).__name__}: {error}"
+    return "".join(traceback.format_exception(error, limit=-3))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default="", help="combinations whose name holds this text")
+    parser.add_argument("--backends", default=",".join(BACKENDS))
+    parser.add_argument("--bits", action="store_true", help="compare bits on TVM")
+    parser.add_argument("--seconds", type=float, default=fitted_pipeline.SECONDS)
+    options = parser.parse_args()
+    fitted_pipeline.SECONDS = options.seconds
+    backends = tuple(name for name in options.backends.split(",") if find_backend(name).available() is None)
+    started, ran, failures = time.perf_counter(), collections.Counter[str](), 0
+    refused: dict[str, list[str]] = collections.defaultdict(list)
+    for combination in combinations(backends):
+        if options.only not in str(combination):
+            continue
+        for outcome in outcomes(combination, bits=options.bits):
+            if outcome.failure is not None:
+                failures += 1
+                print(f"{combination}, budget {outcome.budget}:\n{outcome.failure}", flush=True)
+            elif outcome.refused is not None:
+                refused[outcome.refused].append(str(combination))
+            else:
+                ran[outcome.budget] += 1
+    print(f"{sum(ran.values())} ran: {', '.join(f'{n} with budget {budget}' for budget, n in ran.items())}")
+    for reason, of in refused.items():
+        print(f"{len(of)} refused: {reason} ({of[0]}, ...)")
+    print(f"{failures} failures on {', '.join(backends)}, {time.perf_counter() - started:.0f} s")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
