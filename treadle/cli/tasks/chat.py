@@ -46,7 +46,8 @@ def talk_with_model(
         float | None,
         typer.Option(
             metavar="X",
-            help="Values above 1 make tokens that are already in the conversation less likely. By default the folder's.",
+            help="Values above 1 make tokens that are already in the conversation less likely. "
+            "By default the folder's.",
             show_default=False,
         ),
     ] = None,
