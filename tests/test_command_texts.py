@@ -184,7 +184,8 @@ def test_what_commands_say(command: str, golden: Golden, monkeypatch: pytest.Mon
         ("--host 0.0.0.0 --key-file key", "one: writes\ntwo: embeds\nserving at http://here\n"),
         (
             "--host 0.0.0.0",
-            "one: writes\ntwo: embeds\nanyone who can reach this address can send requests: --key-file sets an API key\n"
+            "one: writes\ntwo: embeds\n"
+            "anyone who can reach this address can send requests: --key-file sets an API key\n"
             "serving at http://here\n",
         ),
     ],

@@ -176,7 +176,7 @@ def test_a_folder_without_modules_gets_the_mean_at_length_one(folder: Path) -> N
 @pytest.mark.parametrize(
     ("change", "what", "place"),
     [
-        (modules("Transformer", "Pooling", "Dense"), "way that is not known", "modules.json"),
+        (modules("Transformer", "Pooling", "Dense"), "unsupported", "modules.json"),
         (text("modules.json", '{"type": 1}'), "must list objects", "modules.json"),
         (text("modules.json", "[" * 100), "deep", "modules.json"),
         (text("modules.json", '[{"path": ""}, {"type": "P", "path": "1_Pooling"}]'), "with a type", "modules.json"),
@@ -184,13 +184,13 @@ def test_a_folder_without_modules_gets_the_mean_at_length_one(folder: Path) -> N
         (text("modules.json", '[{"type": 3, "path": ""}]'), "with a type and a path", "modules.json"),
         (text("modules.json", '[{"type": "m.Transformer", "path": null}]'), "a path", "modules.json"),
         (text("modules.json", '["m.Transformer"]'), "must list objects", "modules.json"),
-        (pooling(pooling_mode_max_tokens=True), "pools tokens in a way that is not known", "config.json"),
-        (pooling(pooling_mode_mean_tokens=True, pooling_mode_cls_token=True), "pools tokens", "config.json"),
+        (pooling(pooling_mode_max_tokens=True), "unsupported pooling", "config.json"),
+        (pooling(pooling_mode_mean_tokens=True, pooling_mode_cls_token=True), "unsupported pooling", "config.json"),
         (text("sentence_bert_config.json", '{"max_seq_length": "long"}'), "positive integer", "sentence_bert_config"),
         (text("tokenizer_config.json", "{"), "not JSON", "tokenizer_config.json"),
         (text("tokenizer.json", "{"), "tokenizer is damaged", "tokenizer.json"),
         (text("tokenizer.json", '{"model": {"type": "Wizard"}}'), "tokenizer is damaged", "tokenizer.json"),
-        (lambda place: (place / "tokenizer.json").unlink(), "no such file", "tokenizer.json"),
+        (lambda place: (place / "tokenizer.json").unlink(), "does not exist", "tokenizer.json"),
     ],
 )
 def test_a_folder_that_is_damaged_or_unknown_is_refused(folder: Path, change: Change, what: str, place: str) -> None:
@@ -295,7 +295,7 @@ def test_the_command_as_json_and_to_a_file(folder: Path, embed_command: Run, tmp
 def test_the_command_tells_which_sentences_were_cut(folder: Path, embed_command: Run) -> None:
     code, out, err = embed_command(str(folder), "w0", "w9 " * 10, "--similarity")
     assert code == 0
-    assert err == "cut to 8 tokens: sentence 2\n"
+    assert err == "truncated to 8 tokens: sentence 2\n"
     assert "1.00" in out
 
 

@@ -134,7 +134,7 @@ def test_models_that_are_here_and_that_are_not() -> None:
     text = printed(*zoo_tables({"zoo": zoo, "fetched": fetched}))
     assert "1.23 k" in text and "layers=2, dim=8" in text
     assert "one      /cache/one\nanother  /cache/two\n" in text
-    assert text.count("is here") == 2 and text.count("treadle fetch third") == 1
+    assert text.count("fetched") == 2 and text.count("treadle fetch third") == 1
     assert len(list(zoo_tables({"zoo": zoo, "fetched": fetched[2:]}))) == 2
 
 

@@ -34,7 +34,7 @@ def parse_config(
 ) -> dict[str, Any]:
     """Parse `layers=2`, `act=t.relu`, `head=masked_lm`: JSON, a word of the DSL after `t.`, or else text.
 
-    limits   what a file may ask for: where there are any, they become the argument `limits`
+    limits   limits on a file's contents; if there are any, they become the argument `limits`
     callees  the functions that get the result as `**config` before `resolve` does
 
     Raises UsageError, with the name as its `option`, for a name that is a parameter of one of these functions.

@@ -37,15 +37,15 @@ _RULES = (
 
 @dataclass(frozen=True)
 class FolderRules:
-    """What a language model's folder asks of each token where the caller says nothing.
+    """The default logits processors and end tokens of a language model's folder.
 
-    rules    by which tokens are chosen
+    rules    the logits processors
     end      ids that end a text
-    options  the options that the rules are of, as the file has them, by name
-    file     the name of the file that has them
+    options  the options in the file that set the rules, by name
+    file     the name of that file
 
-    How tokens are drawn and searched for is the caller's (`do_sample`, `temperature`, `num_beams` and the like are not
-    read), and so is how many there are. `forced_bos_token_id` is of a decoder that begins with one token, and not read.
+    The caller decides sampling, search and length (`do_sample`, `temperature`, `num_beams` and the like are not read).
+    `forced_bos_token_id` applies to a decoder that begins with one token, and is not read.
     """
 
     rules: TokenRules = field(default_factory=TokenRules)
@@ -55,7 +55,7 @@ class FolderRules:
 
     @classmethod
     def read(cls, folder: Path) -> FolderRules:
-        """What the files of a folder say. Raises CheckpointError where an option is not what it must be."""
+        """Read a folder's files. Raises CheckpointError if an option is invalid."""
         place = ModelFolder.find(folder)
         config = place.read_settings(_CONFIG) if place.has(_CONFIG) else {}
         read = _Reader.of(place, config)
@@ -68,12 +68,12 @@ class FolderRules:
         return f"from {self.file}: " + ", ".join(f"{n} {printable(f'{x}', 60)}" for n, x in self.options.items())
 
     def as_dict(self) -> dict[str, Any] | None:
-        """The options and their file for `--json`; None where no option changes anything."""
+        """Return the options and their file for `--json`; None if no option changes anything."""
         return {"file": self.file, "options": dict(self.options)} if self.options else None
 
     def but(self, **given: float | None) -> FolderRules:
-        """These rules, but for fields that a caller gives; None: as the folder says. Raises UsageError for a value out
-        of range.
+        """Return these rules with the caller's values; None keeps the folder's value. Raises UsageError for a value
+        out of range.
         """
         said = {name: value for name, value in given.items() if value is not None}
         left = {name: value for name, value in self.options.items() if name not in said}
@@ -136,10 +136,10 @@ class _Reader:
 
     @classmethod
     def of(cls, place: ModelFolder, config: Mapping[str, Any], task: Mapping[str, Any] | None = None) -> _Reader:
-        """The options of a folder; see `GenerationSettings.read`."""
+        """Return the options of a folder; see `GenerationSettings.read`."""
         said: dict[str, Any] = {name: value for name, value in config.items() if value is not None}
         file = _CONFIG
-        if place.has(_FILE):  # then config.json says no more than which tokens are special
+        if place.has(_FILE):  # config.json then only names the special tokens
             file = _FILE
             found = place.read_settings(_FILE)
             said = {name: value for name, value in said.items() if name in _SPECIAL}
@@ -149,11 +149,11 @@ class _Reader:
         return cls(said | dict(task or {}), file, place.show(file))
 
     def without(self, option: str) -> _Reader:
-        """All options but one."""
+        """Return all options except one."""
         return replace(self, said={name: value for name, value in self.said.items() if name != option})
 
     def rules(self) -> TokenRules:
-        """What is asked of each token."""
+        """Return the logits processors."""
         end = self.tokens("eos_token_id")
         words = [word for word in self.words("bad_words_ids") if word not in {(token,) for token in end}]
         single = [token for word in words if len(word) == 1 for token in word]

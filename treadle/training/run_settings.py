@@ -7,7 +7,7 @@ from typing import Any
 
 from treadle.files.contained_files import PathLike
 from treadle.files.shown_names import printable, shown_path
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import Hint, UsageError
 from treadle.training.states import read_notes
 from treadle.training.text_data import TextData
 
@@ -51,7 +51,10 @@ def changed_settings(state: PathLike, now: Mapping[str, str]) -> dict[str, tuple
             "a run is resumed with the batches that it began with",
             received="; ".join(_difference(name, *changed[name]) for name in others),
             within=shown_path(state),
-            hint=f"{same or 'the same texts and tokenizer'}; or train the saved model without --resume",
+            hint=Hint(
+                "the same data, or train the saved model in a new run",
+                f"{same or 'the same texts and tokenizer'}; or train the saved model without --resume",
+            ),
         )
     return changed
 
