@@ -28,7 +28,7 @@ class TreadleError(Exception):
     hint      what to do about it
     option    a name that was given as an option of a model, and is none; the command line names the flag that was meant
 
-    told_elsewhere  whether another process tells the user of it, so that this one says nothing
+    is_reported  True if another process reports it to the user, so that this one does not
     """
 
     is_reported = False

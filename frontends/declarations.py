@@ -43,7 +43,7 @@ class Model(Generic[P, R]):
 
     function  the traced function, whose signature calls have inside other models
     config    configuration values that differ from the declaration's defaults
-    given     names of the optional inputs that are present
+    optional_inputs  names of the optional inputs that are present
     """
 
     function: Callable[P, R]

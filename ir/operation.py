@@ -258,7 +258,7 @@ class Op:
         rows of the step, in front of all others. This happens if its values now depend on the row: positions.
 
         operands   the operands in the step, which cover the added tokens, or `Kept`
-        held       for each operand, its dimensions that are the tokens' axis
+        states     for each operand, its dimensions that are the tokens' axis
 
         Returns None if the op has no step form, as by default.
         """

@@ -74,7 +74,7 @@ class TokenRules:
         """Return the scores f64[vocab] of the next token, from logits [vocab] or log probabilities.
 
         prompt   tokens of the row's prompt
-        made     generated tokens
+        generated  generated tokens
         end      token ids that end a text
         is_last  True if no token can follow this one
 

@@ -267,7 +267,7 @@ def main() -> None:
             print(f"rank {ranks.rank} is process {os.getpid()}", flush=True)
             time.sleep(600)
     except TreadleError as error:
-        if not error.told_elsewhere:
+        if not error.is_reported:
             print(error, file=sys.stderr, flush=True)
         sys.exit(2)
 

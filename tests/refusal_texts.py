@@ -35,7 +35,7 @@ def text_of(event: Event) -> str:
     The texts of failed certificates are returned without numbers.
     """
     hint = f"\n  try  {event.hint}" if event.hint else ""
-    text = f"{event.rule} at {event.op}: {event.told}{hint}"
+    text = f"{event.rule} at {event.op}: {event.description}{hint}"
     return shortened(text) if "certificate" in event.reason else re.sub(r"(\.py):\d+", r"\1", text)
 
 

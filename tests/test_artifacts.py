@@ -129,7 +129,7 @@ def test_what_a_rule_matched_and_where_it_ended_comes_back(tmp_path: Path) -> No
     def as_before(parts: Parts) -> None:
         log = json.loads(parts.sections["log"][2])
         for event in [e for record in log["passes"] for kind in ("refusals", "near_misses") for e in record[kind]]:
-            event["reason"] = Event(**{**event, "matched": tuple(event.pop("matched", ()))}).told
+            event["reason"] = Event(**{**event, "matched": tuple(event.pop("matched", ()))}).description
             event.pop("edge", None)
         put(parts, "log", json.dumps(log).encode())
 

@@ -124,7 +124,7 @@ class Schedule:
                     given[name][n, :count] = self.inputs[name][row, start[n] : start[n] + count]
             takes = {v.name for v in self.derived.graph.functions[entry].inputs}
             told = {"rows": self.slots[rows], "start": start, "last": counts - 1}
-            told = {name: told[as_given] for as_given, name in self.derived.told.items() if name in takes}
+            told = {name: told[as_given] for as_given, name in self.derived.port_names.items() if name in takes}
             for name, array in call(entry, **given, **told).items():
                 for n, row in enumerate(rows):
                     end = int(start[n] + counts[n])
@@ -136,7 +136,7 @@ class Schedule:
         new = rows[~self.begun[rows]]
         if len(new) and self.derived.has_prologue:
             given = {name: self.inputs[name][new] for name in self.derived.prologue}
-            call("prologue", **{self.derived.told["rows"]: self.slots[new]}, **given)
+            call("prologue", **{self.derived.port_names["rows"]: self.slots[new]}, **given)
         self.begun[new] = True
 
 

@@ -58,10 +58,10 @@ def test_a_declaration_describes_itself() -> None:
 def test_configuring_changes_a_copy() -> None:
     changed = sample.configure(scale=3.0).configure(bias=False, inputs=("y",))
     assert changed.config == {"scale": 3.0, "bias": False}
-    assert changed.given == ("y",)
-    assert changed.configure(scale=1.0).given == ("y",), "omitted settings are unchanged"
-    assert changed.configure(inputs=("x",)).given == (), "a required input may be named"
-    assert (sample.config, sample.given) == ({}, ())
+    assert changed.optional_inputs == ("y",)
+    assert changed.configure(scale=1.0).optional_inputs == ("y",), "omitted settings are unchanged"
+    assert changed.configure(inputs=("x",)).optional_inputs == (), "a required input may be named"
+    assert (sample.config, sample.optional_inputs) == ({}, ())
 
 
 def test_optional_inputs_are_in_the_graph_when_given() -> None:

@@ -276,7 +276,7 @@ def test_blocks_are_joined_and_cut_as_blocks() -> None:
 def test_hoisting_stops_at_a_decode_before_what_reads_blocks() -> None:
     graph, notes = lowered(parse_graph(JOINED), DecodeLast(), HoistWeights(reads_blocks=reads_blocks))
     assert graph.bind is not None
-    made = {name: str(value.type) for name, value in graph.made.items()}
+    made = {name: str(value.type) for name, value in graph.derived_weights.items()}
     joined = [t for t in made.values() if "as q8_0" in t]
     assert sorted(joined) == ["f32[2, 64] as q8_0", "f32[4, 64] as q8_0", "f32[6, 64] as q8_0"]
     # the table is gathered from, multiplied with and joined along its blocks: a single decoded copy
@@ -352,7 +352,7 @@ def test_many_bits_out_of_few_are_not_too_many_to_hoist() -> None:
       }
     }""")
     made, _ = lowered(graph, HoistWeights())
-    assert list(made.made) == ["w.decoded"]
+    assert list(made.derived_weights) == ["w.decoded"]
 
 
 def test_an_artifact_keeps_the_blocks(tmp_path: Any) -> None:

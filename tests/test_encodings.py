@@ -112,7 +112,7 @@ def test_blocks_along_another_axis_are_the_transposed_ones(text: str) -> None:
     held = drawn(encoding, shape)
     turned = encoding.along(0)
     np.testing.assert_array_equal(turned.decode(held.T), encoding.decode(held).T)
-    assert Type(f32, f32[256, 3].dims, turned).held == parse_type(f"u8[{held.shape[1]}, 3]")
+    assert Type(f32, f32[256, 3].dims, turned).storage_type == parse_type(f"u8[{held.shape[1]}, 3]")
     if encoding.block.encodes:
         values = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
         np.testing.assert_array_equal(turned.encode(values.T), encoding.encode(values).T)
@@ -216,7 +216,11 @@ def test_what_is_done_in_parts_is_done_to_all(text: str, monkeypatch: pytest.Mon
 
 def test_an_encoded_type_tells_its_bytes_and_how_it_is_held() -> None:
     type = parse_type("f32[(h=2 4), 64] as q4_0")
-    assert (str(type), str(type.held), type.bytes_at({})) == ("f32[(h=2 4), 64] as q4_0", "u8[(h=2 4), 36]", 288)
+    assert (str(type), str(type.storage_type), type.bytes_at({})) == (
+        "f32[(h=2 4), 64] as q4_0",
+        "u8[(h=2 4), 36]",
+        288,
+    )
     assert type.decoded == f32[8, 64] != type
     assert len({type, parse_type("f32[8, 64] as q4_0(axis=1)"), parse_type("f32[8,64] as q4_0"), f32[8, 64]}) == 2
     assert type_key(type) != type_key(f32[8, 64])

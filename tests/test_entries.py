@@ -94,8 +94,8 @@ def test_the_text_of_entries_reads_back(graph: Graph) -> None:
 
 
 def test_what_statements_of_bind_name_is_made(graph: Graph) -> None:
-    assert list(graph.made) == ["h.0.w_2", "h.0.odd name", "first", "a b", "twice", "bias"]
-    assert graph.main.parameters["h.0.w_2"].layout == panels(4) == graph.made["h.0.w_2"].layout
+    assert list(graph.derived_weights) == ["h.0.w_2", "h.0.odd name", "first", "a b", "twice", "bias"]
+    assert graph.main.parameters["h.0.w_2"].layout == panels(4) == graph.derived_weights["h.0.w_2"].layout
     assert graph.main.parameters["first"].layout == panels(4)
     assert graph.main.parameters["twice"].layout is None
     assert "a b" not in graph.main.parameters  # read by bind alone
@@ -106,7 +106,7 @@ def test_what_statements_of_bind_name_is_made(graph: Graph) -> None:
 def test_each_entry_holds_the_weights_that_it_reads(graph: Graph) -> None:
     assert graph.bind is not None
     assert list(graph.bind.parameters) == ["h.0.w", "h.0.v", "h.1.w", "h.1.v", "both"]
-    assert [name for name in graph.main.parameters if name not in graph.made] == ["h.0.w", "both", "free"]
+    assert [name for name in graph.main.parameters if name not in graph.derived_weights] == ["h.0.w", "both", "free"]
     assert list(graph.parameters) == ["h.0.w", "h.0.v", "h.1.w", "h.1.v", "both", "free"]
 
 
@@ -186,7 +186,7 @@ def no_result(graph: Graph) -> None:
 
 
 def two_names(graph: Graph) -> None:
-    bind_of(graph).outputs["again"] = graph.made["twice"]
+    bind_of(graph).outputs["again"] = graph.derived_weights["twice"]
 
 
 def name_of_a_weight(graph: Graph) -> None:
@@ -364,7 +364,7 @@ def test_a_copy_shares_nothing_and_is_equal(graph: Graph) -> None:
         id(v) for f in graph.functions.values() for v in f.arguments
     }
     bind_of(copy).outputs.pop("bias")
-    assert "bias" in graph.made
+    assert "bias" in graph.derived_weights
 
 
 def test_blocks_unfold_within_their_entries(graph: Graph) -> None:
@@ -375,7 +375,7 @@ def test_blocks_unfold_within_their_entries(graph: Graph) -> None:
     assert [node.op.name for node in bind_of(flat).nodes] == ["mul", "relayout", "mul", "relayout", "exp", "mul", "add"]
     assert parse_graph(print_graph(graph, unfold=True)) == flat
     alone = inline_function(graph, bind_of(graph))
-    assert alone.outputs.keys() == graph.made.keys()
+    assert alone.outputs.keys() == graph.derived_weights.keys()
     drawn = weights_of(graph)
     same(interpret(graph, inputs_of(graph), drawn), interpret(flat, inputs_of(graph), drawn))
 
@@ -388,7 +388,7 @@ def test_what_an_entry_needs(graph: Graph) -> None:
 
 def test_an_entry_is_added_before_main() -> None:
     graph = Graph("g")
-    assert graph.bind is None and graph.made == {} and graph.entries == (graph.main,)
+    assert graph.bind is None and graph.derived_weights == {} and graph.entries == (graph.main,)
     bind = graph.add_entry("bind")
     assert graph.bind is bind and graph.entries == (bind, graph.main)
     graph.add_function(Function("late"))

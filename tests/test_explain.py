@@ -444,7 +444,7 @@ def test_events_that_name_no_nodes_are_of_the_site_at_their_line(toy: str) -> No
     optimized = explain_fusion(toy).optimized
 
     def bare(events: list[Event]) -> list[Event]:
-        return [replace(event, given=frozenset()) for event in events]
+        return [replace(event, original_nodes=frozenset()) for event in events]
 
     log = PassLog(
         replace(r, matches=bare(r.matches), refusals=bare(r.refusals), near_misses=bare(r.near_misses))

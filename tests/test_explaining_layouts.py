@@ -92,7 +92,7 @@ def test_bytes_are_those_of_the_weights_and_of_what_is_made() -> None:
     found = explain_layouts("gpt2", backend="tvm", target="x86-64-v4", **SMALL)
     exe = treadle.compile("gpt2", backend="tvm", target="x86-64-v4", **SMALL)
     lowered = exe.optimized.after("hoist-weights")
-    came = [v for name, v in lowered.main.parameters.items() if name not in lowered.made]
+    came = [v for name, v in lowered.main.parameters.items() if name not in lowered.derived_weights]
     assert found.as_they_came == sum(v.type.bytes_at({}) for v in came)
     weights = {w.name: w for _, each in found.blocks.values() for w in each}
     assert weights["wte.weight.panels"].layout == "panels(64)"

@@ -16,7 +16,7 @@ import pytest
 import treadle
 from tests.backend_checks import needs_tvm
 from tests.test_explaining_layouts import SMALL, told
-from treadle.explaining.memory import MemoryTold, compare_memory, explain_memory, read_memory
+from treadle.explaining.memory import MemoryReport, compare_memory, explain_memory, read_memory
 from treadle.explaining.memory_drawing import HEIGHT, WIDTH, draw_memory, write_drawing
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.ir.sizing.sizes import Size
@@ -26,11 +26,11 @@ SIZES = {"B": 2, "S": 13}
 
 
 @cache
-def small() -> MemoryTold:
+def small() -> MemoryReport:
     return gpt2("numpy")
 
 
-def gpt2(backend: str, **config: int) -> MemoryTold:
+def gpt2(backend: str, **config: int) -> MemoryReport:
     return explain_memory("gpt2", backend=backend, sizes=SIZES, **{**SMALL, **config})
 
 

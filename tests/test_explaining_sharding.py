@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from tests.golden import Golden
 from tests.test_explaining_layouts import SMALL, told, without_lines
 from treadle.cli.application import app
-from treadle.explaining.sharding import ShardingTold, explain_sharding
+from treadle.explaining.sharding import ShardingReport, explain_sharding
 from treadle.explaining.sharding_changes import Change
 from treadle.explaining.sharding_drawing import WIDTH, draw_sharding
 from treadle.ir.builder import Builder
@@ -37,11 +37,11 @@ SHAPE: dict[str, Any] = {"dim": 16384, "heads": 128, "kv_heads": 8, "layers": 12
 
 
 @cache
-def plain(recipe: str = "megatron") -> ShardingTold:
+def plain(recipe: str = "megatron") -> ShardingReport:
     return gpt2(recipe=recipe)
 
 
-def gpt2(mesh: str = "tp=2,dp=2", recipe: str = "megatron", **options: Any) -> ShardingTold:
+def gpt2(mesh: str = "tp=2,dp=2", recipe: str = "megatron", **options: Any) -> ShardingReport:
     return explain_sharding("gpt2", mesh=mesh, recipe=recipe, **{**SMALL, "sizes": SIZES, **options})
 
 
@@ -117,7 +117,7 @@ def test_bytes_of_a_device_are_those_of_its_parts() -> None:
     assert found.needs.held == found.needs.weights + found.needs.values + found.needs.ports
 
 
-def by_lane(found: ShardingTold) -> dict[str, list[Busy]]:
+def by_lane(found: ShardingReport) -> dict[str, list[Busy]]:
     lanes: dict[str, list[Busy]] = {}
     for each in found.needs.times.busy:
         lanes.setdefault(each.over, []).append(each)
@@ -344,7 +344,7 @@ def test_what_would_save_the_most_in_known_numbers(golden: Golden) -> None:
     """A change that saves less than half a percent is not reported; if the plan does not fit, a change that fits is."""
     fits, full = needing(2000, 80e9, 1.0, 0.5, 1.0), needing(2000, 1500, 1.0, 0.5, 1.0)
 
-    def told(needs: DeviceNeeds, *changes: Change) -> ShardingTold:
+    def told(needs: DeviceNeeds, *changes: Change) -> ShardingReport:
         return replace(plain(), needs=needs, changes=changes)
 
     slow, fast = Change("recipe dp", 0.995, 3000, True), Change("heads whole", 0.99, 1000, True)

@@ -9,13 +9,13 @@ import pytest
 from tests.golden import Golden
 from tests.test_explaining_layouts import SMALL, TARGETS, told, usable, without_lines
 from treadle.compiling import compile
-from treadle.explaining.storage import StorageTold, explain_storage
+from treadle.explaining.storage import StorageReport, explain_storage
 from treadle.passes.pipelines import DEFAULT
 
 SHOWN = {**TARGETS, "numpy": "cpu"}
 
 
-def bert(backend: str) -> StorageTold:
+def bert(backend: str) -> StorageReport:
     return explain_storage("bert", backend=backend, target=SHOWN[backend], layers=2)
 
 

@@ -62,7 +62,7 @@ def test_the_peak_at_any_sizes() -> None:
 def test_a_library_allocates_beside_the_arena() -> None:
     inside, beside = parts_of(FRAMES)
     assert inside["block"].lives == (INNER,) and [str(x.storage.elements) for x in beside["block"].lives] == ["1"]
-    assert (inside["main"].calls[2].made, beside["main"].calls[2].made) == ((), (MADE.storage,))
+    assert (inside["main"].calls[2].storages, beside["main"].calls[2].storages) == ((), (MADE.storage,))
     assert inside["main"].lives == FRAMES["main"].lives and beside["main"].lives == ()
 
 

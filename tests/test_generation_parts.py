@@ -101,18 +101,18 @@ def test_of_no_numbers_none_is_chosen(logits: list[float]) -> None:
 )
 def test_rules_name_ids_of_the_vocabulary(asks: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="is not in the vocabulary") as error:
-        TokenRules(**asks).apply(np.zeros(2), prompt=[], made=[])
+        TokenRules(**asks).apply(np.zeros(2), prompt=[], generated=[])
     assert error.value.received == "ids are 0 to 1"
     TokenRules(**{name: (0,) if isinstance(ids, tuple) else 1 for name, ids in asks.items()}).apply(
-        np.zeros(2), prompt=[], made=[]
+        np.zeros(2), prompt=[], generated=[]
     )
 
 
 def test_an_end_that_the_model_has_no_logit_of_is_no_matter() -> None:
-    found = TokenRules(fewest=1).apply(np.zeros(3), prompt=[], made=[], end=[2, 3])
+    found = TokenRules(fewest=1).apply(np.zeros(3), prompt=[], generated=[], end=[2, 3])
     assert found.tolist() == [0, 0, -np.inf]
     none = np.full(2, -np.inf)
-    assert np.isneginf(TokenRules(banned=(0,)).apply(none, prompt=[], made=[])).all(), "the model allows no token"
+    assert np.isneginf(TokenRules(banned=(0,)).apply(none, prompt=[], generated=[])).all(), "the model allows no token"
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_what_one_recipe_makes_another_may_begin_with(backend: str) -> None:
     first = b.exp(w)
     second = first * 2.0
     b.outputs(y=x * first + second, w=second)
-    assert len(hoisted(graph).made) == 2
+    assert len(hoisted(graph).derived_weights) == 2
     runs_like_its_meaning(graph, backend, {"x": np.ones((2, 4), np.float32)})
 
 
@@ -111,7 +111,7 @@ def test_a_block_leaves_it_to_its_callers(backend: str) -> None:
     maker, block, _, _ = lowered.functions.values()
     assert "concat" not in [node.op.name for node in block.nodes]
     assert [node.op.name for node in maker.nodes] == ["concat"]
-    assert len(lowered.made) == 3
+    assert len(lowered.derived_weights) == 3
     runs_like_its_meaning(graph, backend, {"x": np.random.default_rng(0).standard_normal((2, 8), np.float32)})
 
 
@@ -125,7 +125,7 @@ def test_what_is_made_of_the_same_weights_is_made_once(backend: str) -> None:
         x = b.linear(x, b.tanh(b.softmax(weight, axis=axis)), None)
     b.outputs(y=x)
     lowered = hoisted(graph)
-    assert len(lowered.made) == 3
+    assert len(lowered.derived_weights) == 3
     made = [node.op.name for f in lowered.functions.values() if f is not lowered.main for node in f.nodes]
     assert sorted(made) == ["softmax"] * 3 + ["tanh"] * 3
     first, second, third, fourth = (node.inputs[1] for node in lowered.main.nodes)
@@ -147,7 +147,7 @@ def test_calls_with_the_same_weights_have_them_made_once(backend: str) -> None:
     for weight in (w, w, v, w):
         (x,) = b.call(block, [x, weight])
     b.outputs(y=x)
-    assert len(hoisted(graph).made) == 2
+    assert len(hoisted(graph).derived_weights) == 2
     runs_like_its_meaning(graph, backend, {"x": np.random.default_rng(0).standard_normal((3, 4), np.float32)})
 
 
@@ -158,7 +158,7 @@ def test_names_that_are_taken_are_numbered() -> None:
     for name in "uvw":
         x = x * b.exp(b.parameter(name, f32[4]))
     b.outputs(y=x * exp_2)
-    assert list(hoisted(graph).made) == ["exp", "exp_3", "exp_4"]
+    assert list(hoisted(graph).derived_weights) == ["exp", "exp_3", "exp_4"]
 
 
 def test_what_reads_an_input_or_constants_alone_stays() -> None:
@@ -177,7 +177,7 @@ def test_what_depends_on_the_size_of_an_input_stays(backend: str) -> None:
     x, w = b.input("x", f32["B", "S"]), b.parameter("w", f32[6])
     part = b.slice(w, axis=0, start="S-2", stop="S")  # two elements, but their positions are unknown
     b.outputs(y=part * 2.0, z=w * b.cast(b.size(value="S"), to=f32), x=x)
-    assert not hoisted(graph).made
+    assert not hoisted(graph).derived_weights
     runs_like_its_meaning(graph, backend, {"x": np.ones((1, 4), np.float32)})
 
 
@@ -221,7 +221,7 @@ def test_what_does_not_fit_leaves_room_for_what_does() -> None:
     large = [b.exp(b.expand(w * float(n), shape=(200, 1000))) for n in (2, 3)]  # 800 kB of 1 MB each
     b.outputs(y=x + large[0], z=x + large[1], small=x + w * 5.0)
     lowered = PassManager((HoistWeights(),)).run(graph)
-    assert len(lowered.graph.made) == 2  # one of the large values, and the small one
+    assert len(lowered.graph.derived_weights) == 2  # one of the large values, and the small one
     assert lowered.log[0].notes == ["exp stays in main: 800,000 bytes, model.py:7"]
 
 
@@ -252,7 +252,7 @@ def nested(depth: int) -> Graph:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_blocks_within_blocks(backend: str) -> None:
-    assert len(hoisted(nested(3)).made) == 8
+    assert len(hoisted(nested(3)).derived_weights) == 8
     runs_like_its_meaning(nested(3), backend, {"x": np.ones((2, 4), np.float32)})
 
 
@@ -287,7 +287,7 @@ def test_what_would_fill_the_memory_stays() -> None:
     x, w = b.input("x", f32["B", 1000]), b.parameter("w", f32[1, 1000])
     large = b.expand(w, shape=(4 * MOST_GROWTH * 1000, 1000))
     b.outputs(y=b.matmul(x, b.rearrange(b.exp(large), pattern="m n -> n m")))
-    assert not hoisted(graph).made
+    assert not hoisted(graph).derived_weights
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -412,7 +412,7 @@ def test_weights_that_nobody_reads_stay(merged: Graph, dead: bool) -> None:
         b.exp(unread)
     lowered = hoisted(merged)
     assert set(lowered.parameters) == set(merged.parameters)
-    assert "unread" in lowered.main.parameters and len(lowered.made) == 2
+    assert "unread" in lowered.main.parameters and len(lowered.derived_weights) == 2
     assert parse_graph(str(lowered)) == lowered
 
 
@@ -451,4 +451,4 @@ def test_numbers_of_equal_value_do_not_part_what_is_the_same() -> None:
     b = Builder(graph)
     x, w = b.input("x", f32["B", 4]), b.parameter("w", f32[4])
     b.outputs(y=x * (w * 0.5), z=x + w * 0.5)
-    assert len(hoisted(graph).made) == 1
+    assert len(hoisted(graph).derived_weights) == 1

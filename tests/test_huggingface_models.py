@@ -352,7 +352,7 @@ def test_a_family_without_options_is_a_model_that_there_is(name: str) -> None:
     for each in (architecture, *_HEADS.get(name, ())):
         made = family_of(config).from_config(config | {"architectures": [each]})
         given = {option: value for option, value in made.config.items() if option == "head"}
-        assert made.graph() == Model(made.function, given, made.given).graph(), each
+        assert made.graph() == Model(made.function, given, made.optional_inputs).graph(), each
 
 
 def without_one_key(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -170,7 +170,7 @@ def test_an_error_of_ours_is_told_by_one_rank(tells: bool, received: str | None)
     watch, error = _Watch(tells), UsageError("disk", received=received)
     with pytest.raises(UsageError) as caught, made(watch):
         raise error
-    assert caught.value.told_elsewhere is not tells
+    assert caught.value.is_reported is not tells
     assert watch.told == [("rank 1 has failed: disk", received or ""), "close"]
 
 

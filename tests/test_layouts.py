@@ -316,8 +316,8 @@ def test_a_block_whose_weight_is_one_at_every_call_lays_it_out() -> None:
     assert relayouts(graph.functions["h"]) == 1 and relayouts(graph.main) == 0
     hoisted = PassManager((HoistWeights(),)).run(graph).graph
     assert [v.layout for v in hoisted.functions["h"].parameters.values()] == [panels(4)]
-    assert sorted(str(v.layout) for v in hoisted.made.values()) == ["panels(4)", "panels(4)"]
-    assert hoisted.main.parameters.keys() == hoisted.made.keys()
+    assert sorted(str(v.layout) for v in hoisted.derived_weights.values()) == ["panels(4)", "panels(4)"]
+    assert hoisted.main.parameters.keys() == hoisted.derived_weights.keys()
 
 
 def test_a_block_whose_weight_varies_at_one_call_is_left_alone() -> None:
@@ -336,7 +336,7 @@ def test_a_tied_table_is_there_once_where_its_reader_takes_any_layout() -> None:
         return panels(4) if node.op.name == "linear" else Reads.ANY
 
     graph = PassManager((AssignLayouts(tied, alone=True), HoistWeights())).run(b.graph).graph
-    assert list(graph.main.parameters) == ["wte.panels"] == list(graph.made)
+    assert list(graph.main.parameters) == ["wte.panels"] == list(graph.derived_weights)
     assert list(graph.parameters) == ["wte"]
     inputs, weights = {"ids": np.array([3, 10])}, {"wte": np.random.default_rng(0).standard_normal((11, 4), np.float32)}
     np.testing.assert_array_equal(interpret(graph, inputs, weights)["y"], interpret(b.graph, inputs, weights)["y"])

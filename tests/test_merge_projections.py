@@ -171,7 +171,7 @@ def test_layers_that_share_weights_share_the_joined_one(backend: str) -> None:
     merged = run(graph, MergeProjections()).graph
     assert ops(merged).count("projections") == 2
     lowered = PassManager((Legalize(lambda op, types: False), HoistWeights())).run(merged).graph
-    assert len(lowered.made) == 1
+    assert len(lowered.derived_weights) == 1
     inputs = {"x": np.random.default_rng(0).standard_normal((3, 8), np.float32)}
     drawn = initial_weights(graph)
     made = found.compile(merged, Target("cpu"), drawn)(**inputs)["y"]

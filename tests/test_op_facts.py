@@ -78,7 +78,9 @@ def hands_elements_on(case: Case) -> bool:
     (result, *_), rng = case.results, np.random.default_rng(0)
     names = case.op.operand_names(len(case.types))
     asked = [
-        x is not None and x.dtype == result.dtype and (names_operand(case.op.moved, n) or not case.op.moved)
+        x is not None
+        and x.dtype == result.dtype
+        and (names_operand(case.op.moved_operands, n) or not case.op.moved_operands)
         for n, x in zip(names, case.operands, strict=True)
     ]
     count = sum(x.size for x, yes in zip(case.operands, asked, strict=True) if yes and x is not None)

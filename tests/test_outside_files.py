@@ -292,4 +292,4 @@ def test_an_error_reads_line_by_line() -> None:
         "what", "  received  a", "            b", "  in        c", "  from      d", "  try       e"
     ]  # fmt: skip
     assert str(TreadleError("what", hint="")) == "what"
-    assert not error.told_elsewhere
+    assert not error.is_reported

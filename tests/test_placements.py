@@ -232,7 +232,7 @@ def test_machines_that_are_planned_for() -> None:
 def test_what_holds_a_value_in_blocks_is_split_by_bytes() -> None:
     mesh = Mesh.of("tp=2,dp=2")
     blocks = parse_type("f32[8, 128] as int8_groups(32)")  # 36 bytes a block
-    assert blocks.held == parse_type("u8[8, 144]")
+    assert blocks.storage_type == parse_type("u8[8, 144]")
     for text, held in (("[-, tp*32]", "[-, tp*36]"), ("[dp, tp*64]", "[dp, tp*72]"), ("[dp, -]", "[dp, -]")):
         placed = parse_placement(text, mesh)
         assert held_placement(blocks, placed).text(mesh) == held

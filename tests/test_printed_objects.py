@@ -146,4 +146,4 @@ def test_where_a_value_lies() -> None:
     assert (repr(storage), str(whole)) == ("<local x: f32[4*S]>", "x[S, 4]")
     assert (life_text(-1, 3), life_text(0, 3)) == ("given to 3", "0 to 3")
     assert aligned([("a", "bb", "c"), ("aaa", "b", "cc")]) == [["a  ", "bb", "c"], ["aaa", "b ", "cc"]]
-    assert ValuePlace(storage, whole, How.INTO, "y", 0, 1, True).told({}) == "written straight to output y"
+    assert ValuePlace(storage, whole, How.INTO, "y", 0, 1, True).describe({}) == "written straight to output y"

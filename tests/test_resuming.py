@@ -69,7 +69,7 @@ def test_the_longest_beginning_is_gone_on_from_and_the_others_stay(exe: Compiled
     _, held, logits = read(session, system + other)  # all but the last, whose logits are requested
     assert held == 69
     near(logits, alone(exe, system + other))
-    assert session.held([*system[:15], 49, *one]) == 0, "15 tokens are too few"
+    assert session.prefix_length([*system[:15], 49, *one]) == 0, "15 tokens are too few"
 
 
 def test_the_text_that_was_used_least_recently_is_forgotten(exe: Compiled) -> None:
@@ -82,10 +82,10 @@ def test_the_text_that_was_used_least_recently_is_forgotten(exe: Compiled) -> No
     row, held, _ = read(session, [*texts[0][:20], 1, 2])  # copied to the second text's former slot
     assert (row, held) == (rows[1], 20)
     session.close(row)
-    assert [session.held([*text, 1]) for text in texts] == [30, 0, 30, 0]
+    assert [session.prefix_length([*text, 1]) for text in texts] == [30, 0, 30, 0]
     opened = [session.open() for _ in range(2)]
     assert opened == [rows[1], rows[2]], "an empty slot first, then that of the text that was not used again"
-    assert [session.held([*text, 1]) for text in texts] == [30, 0, 0, 0]
+    assert [session.prefix_length([*text, 1]) for text in texts] == [30, 0, 0, 0]
     near(read(session, [*texts[0], 1])[2], alone(exe, [*texts[0], 1]))
     with pytest.raises(UsageError, match="all 3 rows are open"):
         session.resume(texts[0])
@@ -154,7 +154,7 @@ def test_a_ring_is_cut_back_as_far_as_it_holds() -> None:
         session.close(again)
     session.close(row, keep=True)
     row, *_ = read(session, [*tokens, 1])
-    assert session.held([*tokens[:170], 5, 5]) in (0, 170)
+    assert session.prefix_length([*tokens[:170], 5, 5]) in (0, 170)
     session.close(row, keep=True)
 
 
@@ -172,7 +172,7 @@ def test_where_it_would_change_bits_or_states_cannot_be_cut_back_it_is_not_done(
     session = made.session(rows=2, capacity=60, resumes=True)
     text = drawn(40, most=11)
     session.close(read(session, text)[0], keep=True)
-    assert session.held(text) == session.held([*text[:30], 1]) == 0, "sums are not cut back"
+    assert session.prefix_length(text) == session.prefix_length([*text[:30], 1]) == 0, "sums are not cut back"
     _, held, logits = read(session, [*text, 1, 2])
     assert held == 40
     near(logits, alone(made, [*text, 1, 2]))

@@ -196,7 +196,7 @@ def what_is_made_of_a_weight(count: int) -> bool:
     b = Builder(Graph("g"))
     made = b.exp(b.expand(b.parameter("w", "f32[1, 2]"), shape=(count // 2, 2)))
     b.outputs(y=b.input("x", f32[count // 2, 2]) + made)
-    return bool(PassManager([HoistWeights()]).run(b.graph).graph.made)
+    return bool(PassManager([HoistWeights()]).run(b.graph).graph.derived_weights)
 
 
 def what_leaves_a_block(count: int) -> bool:

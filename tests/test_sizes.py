@@ -425,7 +425,7 @@ def test_quotients_of_quotients_read_back_wherever_they_stand(scale: int) -> Non
     assert str(size).count("//") == (1 if scale == 1 else 12)
     assert size.evaluate({"S": 2**40 + 1}) == length
     assert parse_size(str(size)) == size
-    assert parse_rule(f"-> ^a={3 * size + T}").given["a"] == 3 * size + T
+    assert parse_rule(f"-> ^a={3 * size + T}").known_sizes["a"] == 3 * size + T
     b = Builder(Graph("nested"))
     x = b.input("x", Type(f32, (Dim.of(T), Dim.of(2 * size), Dim([Factor(Size.of(4), "heads"), Factor(size)]))))
     y = b.rearrange(x, pattern=f"t (a={2 * size} b) (heads c={size}) -> (t heads) (a b) c")

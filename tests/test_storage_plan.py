@@ -125,14 +125,14 @@ def test_the_reader_says_in_which_order_a_value_is_written() -> None:
     assert (places["soft"].form, places["merged"].form) == ("strides [8*S, 4, 8, 1]", "row-major")
     assert (places["soft"].how, places["merged"].how) == (How.OWN, How.VIEW)
     assert (places["q"].form, places["heads"].form) == ("row-major", "strides [8*S, 4, 8, 1]")
-    assert places["soft"].written and not places["merged"].written and not places["heads"].written
+    assert places["soft"].is_written and not places["merged"].is_written and not places["heads"].is_written
 
 
 def test_outputs_are_written_where_the_caller_has_them() -> None:
     main = main_of(planned(joined_block()))
     places = places_of(main)
     assert list(main.results) == ["y", "first", "again"] and main.copied == ("again",)
-    assert places["first"].how is How.INTO and places["first"].written  # the value it views, y, is an output itself
+    assert places["first"].how is How.INTO and places["first"].is_written  # the value it views, y, is an output itself
     assert {place.how for name, place in places.items() if place.storage is main.results["y"]} == {How.INTO}
 
 

@@ -17,29 +17,29 @@ VOCAB = 12
 
 def test_what_each_rule_does() -> None:
     logits = np.array([2.0, -2.0, 1.0, 0.0, 3.0])
-    found = TokenRules(repetition_penalty=2.0).apply(logits, prompt=[0, 1, 0], made=[])
+    found = TokenRules(repetition_penalty=2.0).apply(logits, prompt=[0, 1, 0], generated=[])
     np.testing.assert_array_equal(found, [1, -4, 1, 0, 3])
-    found = TokenRules(presence_penalty=0.5).apply(logits, prompt=[0], made=[4, 4, 2])
+    found = TokenRules(presence_penalty=0.5).apply(logits, prompt=[0], generated=[4, 4, 2])
     np.testing.assert_array_equal(found, [2, -2, 0.5, 0, 2.5])
-    found = TokenRules(no_repeat_ngram=2).apply(logits, prompt=[1, 2, 1], made=[3, 1])
+    found = TokenRules(no_repeat_ngram=2).apply(logits, prompt=[1, 2, 1], generated=[3, 1])
     np.testing.assert_array_equal(np.isneginf(found), [False, False, True, True, False])
-    found = TokenRules(no_repeat_ngram=1).apply(logits, prompt=[1], made=[3])
+    found = TokenRules(no_repeat_ngram=1).apply(logits, prompt=[1], generated=[3])
     np.testing.assert_array_equal(np.isneginf(found), [False, True, False, True, False])
-    assert np.isneginf(TokenRules(fewest=2).apply(logits, prompt=[], made=[1], end=[4])).sum() == 1
-    assert not np.isneginf(TokenRules(fewest=2).apply(logits, prompt=[], made=[1, 1], end=[4])).any()
+    assert np.isneginf(TokenRules(fewest=2).apply(logits, prompt=[], generated=[1], end=[4])).sum() == 1
+    assert not np.isneginf(TokenRules(fewest=2).apply(logits, prompt=[], generated=[1, 1], end=[4])).any()
     rules = TokenRules(first=3, last=0, banned=(2,), banned_first=(1,))
-    assert rules.apply(logits, prompt=[4], made=[]).argmax() == 3
-    assert np.isneginf(rules.apply(logits, prompt=[4], made=[3])).nonzero()[0].tolist() == [1, 2]
-    assert np.isneginf(rules.apply(logits, prompt=[4], made=[3, 3])).nonzero()[0].tolist() == [2]
-    assert rules.apply(logits, prompt=[4], made=[3, 3], is_last=True).argmax() == 0
+    assert rules.apply(logits, prompt=[4], generated=[]).argmax() == 3
+    assert np.isneginf(rules.apply(logits, prompt=[4], generated=[3])).nonzero()[0].tolist() == [1, 2]
+    assert np.isneginf(rules.apply(logits, prompt=[4], generated=[3, 3])).nonzero()[0].tolist() == [2]
+    assert rules.apply(logits, prompt=[4], generated=[3, 3], is_last=True).argmax() == 0
     np.testing.assert_array_equal(logits, [2, -2, 1, 0, 3])
 
 
 def test_rules_that_leave_nothing_and_values_out_of_range() -> None:
     with pytest.raises(UsageError, match="exclude every token"):
-        TokenRules(banned=(0, 1)).apply(np.zeros(2), prompt=[], made=[])
+        TokenRules(banned=(0, 1)).apply(np.zeros(2), prompt=[], generated=[])
     with pytest.raises(UsageError, match="token 7 is not in the vocabulary"):
-        TokenRules(first=7).apply(np.zeros(2), prompt=[], made=[])
+        TokenRules(first=7).apply(np.zeros(2), prompt=[], generated=[])
     wrong: list[dict[str, Any]] = [
         {"repetition_penalty": 0.0},
         {"repetition_penalty": float("nan")},
@@ -88,7 +88,7 @@ def test_rules_are_those_of_hugging_face() -> None:
             made = [int(i) for i in draw.integers(0, VOCAB, count)]
             made[-1:] = [2] * bool(made)  # so that banned runs occur
             logits = draw.normal(size=VOCAB).astype(np.float32)
-            ours = rules.apply(logits, prompt=start, made=made, end=[1], is_last=count + 1 == most)
+            ours = rules.apply(logits, prompt=start, generated=made, end=[1], is_last=count + 1 == most)
             wanted = theirs(torch.tensor([[*start, *made]]), torch.from_numpy(logits.copy())[None])[0].numpy()
             np.testing.assert_allclose(ours, wanted, rtol=1e-6)
 

@@ -47,7 +47,7 @@ class Told:
     step: int
     loss: float
     norm: float
-    rate: float
+    learning_rate: float
     seconds: float
 
 
@@ -77,7 +77,7 @@ class FakeTrainer:
             raise UsageError(f"the loss is nan after {self.steps} updates")
         if len(self.calls) == self.interrupt_at:
             signal.raise_signal(signal.SIGINT)
-        updates = self.done % self.options["accumulate"] == 0
+        updates = self.done % self.options["gradient_accumulation_steps"] == 0
         self.steps += updates
         return Told(self.steps, 5 - self.done / 10, 1.25 if updates else math.nan, 0.001, 0.5)
 
@@ -94,17 +94,19 @@ class FakeTrainer:
         return {name: np.asarray(array) + np.float32(1) for name, array in held.weights.items()}
 
     def zero_grad(self) -> None:
-        self.done = self.steps * self.options["accumulate"]
+        self.done = self.steps * self.options["gradient_accumulation_steps"]
 
     def save_state(self, path: Path, notes: Mapping[str, str]) -> None:
-        assert self.done == self.steps * self.options["accumulate"], "a state can only be saved after an update"
+        assert self.done == self.steps * self.options["gradient_accumulation_steps"], (
+            "a state can only be saved after an update"
+        )
         self.saved.append(self.steps)
         noted = {NOTE + name: text for name, text in notes.items()}
         write_weights(Path(path), {}, {"format": FORMAT, "steps": str(self.steps), **noted})
 
     def restore(self, path: Path) -> None:
         self.steps = int(SafetensorsFile.open(path).metadata["steps"])
-        self.done = self.steps * self.options["accumulate"]
+        self.done = self.steps * self.options["gradient_accumulation_steps"]
 
 
 @pytest.fixture(autouse=True)
@@ -180,9 +182,12 @@ def test_each_option_reaches_what_it_is_for(train: Treadle, monkeypatch: pytest.
     asked: list[Any] = []
     monkeypatch.setattr("treadle.compile", lambda *given, **options: asked.append((given, options)) or "compiled")
     said = train(
-        f"gpt2 texts.txt {SMALL} --learning-rate 0.01 --warmup 2 --schedule cosine --weight-decay 0.5 --max-grad-norm 0 --optimizer sgd",
-        "--train wte.* --train h.* --teacher gpt2 --temperature 3 --distillation-weight 0.25 --backend tvm --dtype bf16",
-        "--threads 3 --gradient-checkpointing --gradient-accumulation-steps 2 --seed 7 --set layers=1 --limit tensors=900",
+        f"gpt2 texts.txt {SMALL} --learning-rate 0.01 --warmup 2 --schedule cosine --weight-decay 0.5",
+        "--max-grad-norm 0 --optimizer sgd",
+        "--train wte.* --train h.* --teacher gpt2 --temperature 3 --distillation-weight 0.25",
+        "--backend tvm --dtype bf16",
+        "--threads 3 --gradient-checkpointing --gradient-accumulation-steps 2 --seed 7",
+        "--set layers=1 --limit tensors=900",
     )
     assert said.code == 0, said.err
     options = only().options
@@ -293,12 +298,13 @@ def test_other_tokens_of_the_same_texts_are_refused(train: Treadle, monkeypatch:
 def test_settings_that_leave_the_batches_as_they_were_are_reported(train: Treadle) -> None:
     assert train(f"gpt2 texts.txt {SMALL} --state half --learning-rate 0.01").code == 0
     said = train(
-        "gpt2 texts.txt --length 16 --batch 2 --steps 6 --resume half --learning-rate 0.02 --backend numpy --max-grad-norm 2"
+        "gpt2 texts.txt --length 16 --batch 2 --steps 6 --resume half --learning-rate 0.02",
+        "--backend numpy --max-grad-norm 2",
     )
     assert said.code == 0
     for line in (
-        "resumed with rate 0.02; until now it was 0.01",
-        "resumed with clip 2.0; until now it was 1.0",
+        "resumed with learning-rate 0.02; until now it was 0.01",
+        "resumed with max-grad-norm 2.0; until now it was 1.0",
         "resumed with backend numpy; until now it was torch",
     ):
         assert line in said.err.splitlines()

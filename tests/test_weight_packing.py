@@ -270,6 +270,8 @@ def test_windows_that_do_not_overlap_read_a_weight_that_is_packed_once() -> None
     b.outputs(y=b.exp(b.conv(b.input("x", "f32[B, 3, 32, 32]"), weight, None, strides=(16, 16))))
     lowered = TvmBackend().lower(b.graph, target)
     assert lowered.plan is not None
-    assert [value.layout.kind for value in lowered.graph.made.values() if value.layout is not None] == ["panels"]
+    assert [value.layout.kind for value in lowered.graph.derived_weights.values() if value.layout is not None] == [
+        "panels"
+    ]
     lives = TvmBackend().frames(lowered.graph, target, lowered.plan)["main"].lives
     assert max(life.storage.nbytes.evaluate({"B": 1}) for life in lives) < 64 * 3 * 16 * 16 * 4

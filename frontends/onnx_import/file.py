@@ -132,7 +132,7 @@ class OnnxFile:
     """A ModelProto with its location.
 
     proto    the model
-    shown    its name in errors and in source lines
+    display_name  its name in errors and in source lines
     folder   the canonical folder of external data, or None if there is none
     held     initializers that were read once for all imports, see `hold_weights`
     """

@@ -69,7 +69,7 @@ class Scanned(_Kind):
 
 @dataclass(frozen=True)
 class Indexed(_Kind):
-    """kept   True if the result has the axis too: a scatter writes along it, a lookup reads it away"""
+    """is_kept   True if the result has the axis too: a scatter writes along it, a lookup reads it away"""
 
     is_kept: bool = False
     word = "indexed"

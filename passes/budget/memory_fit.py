@@ -15,7 +15,7 @@ class Chunk:
     first, last  indices of the nodes in the function, both included
     dim          the dimension of the first value that they return in which the axis is split
     parts        the number of parts
-    told         the ops, for the report: `layer_norm to add`
+    description  the ops, for the report: `layer_norm to add`
     axis         the size of the axis, as an expression
     source       the user's line of the last node
     """

@@ -106,7 +106,7 @@ class BrokenPassError(PassError):
 class Optimized:
     """The result of a pipeline: the source graph, the optimized graph, and the log with every stage.
 
-    left     the nodes of the source whose work is done by some node of the result, where passes recorded it
+    covered  the nodes of the source whose work is done by some node of the result, where passes recorded it
     lowered  the result after a backend's own passes; None if the backend has none
     plan     where each value of the result is stored, if a pass planned it
     """
@@ -114,7 +114,7 @@ class Optimized:
     source: Graph
     graph: Graph
     log: PassLog = field(repr=False)  # displayed as a table
-    unsupported: frozenset[Node] = field(default=frozenset(), repr=False, compare=False)
+    covered: frozenset[Node] = field(default=frozenset(), repr=False, compare=False)
     lowered: Optimized | None = field(default=None, repr=False, compare=False)
     plan: StoragePlan | None = field(default=None, repr=False, compare=False)
 

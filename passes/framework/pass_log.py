@@ -35,8 +35,8 @@ class Event:
     matched   the ops that had matched before the rule gave up, by name, in the order in which the rule visited them;
               empty if the whole rule matched
     edge      where a near miss ended: "operand 1 of div"; empty for a refusal, which is about the node
-    given     the nodes of the original graph that it is about
-    made      the ops that replaced them in a match, by name
+    original_nodes  the nodes of the original graph that it is about
+    created_ops     the ops that replaced them in a match, by name
 
     An artifact stores all but the last two.
     """
@@ -137,7 +137,9 @@ class PassRecord:
         """Log that a rule replaced `nodes` (the root, if none are named) by the `made` nodes."""
         taken = (root, *nodes)
         ops = tuple([node.op.name for node in created])
-        self.matches.append(Event.at(rule, function, root, reason, original_nodes=self.lineage.of(taken), created_ops=ops))
+        self.matches.append(
+            Event.at(rule, function, root, reason, original_nodes=self.lineage.of(taken), created_ops=ops)
+        )
         self.lineage.stand(created, taken)
 
     def refuse(

@@ -24,7 +24,7 @@ from treadle.passes.memory.storage_plan import FunctionPlan, Life, StoragePlan
 class FrameCall:
     """A step that runs another function.
 
-    made  storages of the caller that count as the callee's while it runs, since it computes their values
+    storages  storages of the caller that count as the callee's while it runs, since it computes their values
     """
 
     callee: str

@@ -82,7 +82,7 @@ class ValuePlace:
     of       the value, or the output by name, that `how` refers to
     first    the step that makes it; BEFORE for an argument
     last     the last step that reads it; for an output, the step after all others
-    written  True if its step writes it; False if it is in memory already, or in registers
+    is_written  True if its step writes it; False if it is in memory already, or in registers
     """
 
     storage: Storage | None

@@ -51,7 +51,7 @@ class DerivedStep:
     axis      the symbol along which tokens are added
     tokens    the names of the inputs that are passed at every step
     prologue  the names of the inputs that are passed once per row
-    told      the entries' names for `rows`, `start` and `last`, numbered if the model has an input of that name
+    port_names  the entries' names for `rows`, `start` and `last`, numbered if the model has an input of that name
     context   the greatest number of positions of the model, or None
     windows   by the symbol of its capacity, the number of positions that a ring must hold besides a chunk of tokens
     memories  the symbols of sizes that each row has of its own: the number of positions that a slot holds

@@ -229,7 +229,7 @@ def _why_missed(site: FusionSite, optimized: Optimized) -> tuple[str, str]:
     name = KINDS[site.kind][0]
     if all(record.name != name for record in optimized.log):
         return f"the pipeline has no {name}", ""
-    if not optimized.unsupported.intersection(site.anchors):
+    if not optimized.covered.intersection(site.anchors):
         return "other passes removed it", ""
     around = f"the ops around the {site.anchor.op.name} have none of their forms"
     return f"no rule of {name} came near: {around}", _FORMS.get(site.kind, "")

@@ -316,7 +316,7 @@ def read_memory(path: Path) -> dict[str, Any]:
 
 
 def compare_memory(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """Describe what grew and shrank between two builds, each as returned by `MemoryTold.as_dict` (or written by
+    """Describe what grew and shrank between two builds, each as returned by `MemoryReport.as_dict` (or written by
     `--json`).
 
     Raises UsageError if one has another form, or if their sizes differ.

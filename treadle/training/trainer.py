@@ -133,7 +133,8 @@ class Trainer:
                     for a module that `from_torch` imported, its parameters that require a gradient
         output      the output that `targets` belong to; None: "logits", or the only one
         teacher     a compiled model with an output of the same name, run on the inputs that both have
-        temperature, distillation_weight  of the teacher, by default 2 and 0.5: see `treadle.ir.transforms.training_losses`
+        temperature, distillation_weight  of the teacher's loss, by default 2 and 0.5; see
+                    `treadle.ir.transforms.training_losses`
         backend     "numpy", "torch" or "tvm"
         target      "cpu", or a `Target` with a number of threads
         dtype       "bf16": products have bf16 operands and are summed in f32; everything else is f32. None: f32
@@ -277,7 +278,8 @@ class Trainer:
         return self._state
 
     def step(self, /, **arrays: Any) -> StepResult:
-        """Take one batch: compute its gradients and, in the last of `gradient_accumulation_steps` calls, update the weights.
+        """Take one batch: compute its gradients and, in the last of `gradient_accumulation_steps` calls,
+        update the weights.
 
         A step is a transaction: if it raises or is interrupted, weights, moments and the gradients of earlier calls are
         either as before it or as after it. The update writes in place, so signals wait until it is done. If the update
