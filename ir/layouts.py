@@ -5,7 +5,7 @@
     panels(48, twos)         the same for bytes, with two neighbours of a row adjacent
     pairs(32)                panels of 16-bit numbers, with two neighbours of a row adjacent
     pairs(32, transposed)    the same for a matrix [k, n]
-    pairs(48, flat)          the same pairs, those of all columns of a panel one after another
+    pairs(48, flat)          the same pairs, column by column in each panel
     quads(32)                panels of 8-bit rows with their scales, with four neighbours of a row adjacent
     quads(48, flat)          the same quads, those of all columns of a panel one after another
     blocks(16, 20, 4)        panels of rows in blocks of 20 bytes, the first 4 of which are scales
@@ -68,8 +68,8 @@ class Layout:
     steps are padded with zeros.
 
     Quads are for rows in the form `int8_rows`: a scale of four bytes and then a byte per element. A panel begins with
-    the scales of its rows, followed by the sum of each row's numbers, in 32 bits. Then come squares like those of
-    pairs, each of 16 rows and 64 elements of k: 16 times 16 times four bytes.
+    the scales of its rows, followed by the sum of each row's numbers, in 32 bits. Then come squares, as in the layout
+    of pairs, each of 16 rows and 64 elements of k: 16 times 16 times four bytes.
 
     Flat pairs and quads are padded as those in squares are. Number i of row n is at ((n // width) * count + i) * width
     + n % width, where count is the number of pairs or quads in a row. So the operands of the instruction that

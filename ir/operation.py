@@ -94,8 +94,8 @@ class Op:
     new value.
     """
     moves_blocks: ClassVar[bool] = False
-    """True if it passes on the blocks of encoded operands, provided that it leaves the blocks' axis unchanged. Its
-    reference then works on held arrays as on others. Any other op refuses encoded operands.
+    """True if the op passes on the blocks of encoded operands, provided that it leaves the blocks' axis unchanged. Its
+    reference then works on arrays of blocks as well. Any other op refuses encoded operands.
     """
     decodes: ClassVar[bool] = False
     """True if its result is the decoded operand: a decoded weight is the weight for every pass."""
@@ -213,7 +213,7 @@ class Op:
         raise GraphError(f"op {self.name} has no reference")
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
-        """The gradient of a scalar with respect to each operand, given those of the results (None: zero).
+        """The gradient of a scalar with respect to each operand, from the gradients of the results (None: zero).
 
         inputs and outputs are the op's own. Returns one entry per operand: an Expr of the operand's type, or None where
         no gradient flows. Raises GraphError, with the user's line, for an op that has none and does not say
@@ -239,7 +239,7 @@ class Op:
 
     @property
     def moved(self) -> frozenset[str]:
-        """The operands whose elements it passes on unchanged: those that it is linear in, if it does no arithmetic."""
+        """The operands whose elements the op passes on unchanged: its linear operands, if it does no arithmetic."""
         return frozenset().union(*self.linear) if self.flops == 0 else frozenset()
 
     def resized(self, sizes: Mapping[str, Size], types: Sequence[Type | None]) -> Op | None:
@@ -298,7 +298,7 @@ class Op:
         return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
 
     def operand_names(self, count: int) -> list[str]:
-        """Return a unique name for each of `count` operands; those of a variadic operand are numbered."""
+        """Return a unique name for each of `count` operands; the names of a variadic operand are numbered."""
         names = [n for n, o in self.operands.items() if not o.variadic]
         variadic = [n for n, o in self.operands.items() if o.variadic]
         if variadic:

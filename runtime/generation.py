@@ -199,7 +199,7 @@ def _joined(
 ) -> list[_Running]:
     """Open rows for as many waiting prompts as there are free rows. If one fails, all of them are closed.
 
-    Prompts are prefilled together, except those that begin like another one of them and continue from its row.
+    Prompts are prefilled together, except prompts that begin like another prompt and continue from its row.
     """
     left = [waiting.popleft() for _ in range(min(len(waiting), session.free))]
     joined: dict[int, _Running] = {}

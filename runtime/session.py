@@ -197,7 +197,7 @@ class Session:
         """Take a slot for a text of these tokens; return its row, which holds the longest prefix that any slot has.
 
         The remaining tokens, at least one, must be prefilled: tokens[session.length(row):]. If `resumes` is False, no
-        prefix is held. Raises UsageError as `open` does; `inputs` are those of `open`.
+        prefix is held. Raises UsageError as `open` does; `inputs` are the same as for `open`.
         """
         ids = _ids("a row", tokens)
         if not self.resumes or inputs:

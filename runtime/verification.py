@@ -11,7 +11,7 @@ There are three comparisons. Each has a tolerance that follows from the dtypes a
 
 Since an op alone gets correct operands, its error is its own: errors of earlier ops do not count again.
 
-**Tolerances** are those of `treadle.ir.analysis.tolerances`. For one op alone, its reference is evaluated once more
+**Tolerances** are defined in `treadle.ir.analysis.tolerances`. For one op alone, its reference is evaluated once more
 with every operand changed by one spacing, with a random sign. In a model every op rounds, and later ops may amplify
 the error. So the whole graph is evaluated with the operands and results of every op changed
 (`treadle.runtime.roundings`).

@@ -87,7 +87,7 @@ class _OverSequence(Attending):
         """Return the scores, scaled last if a backend can scale them while it stores them.
 
         Not in 16 bits, where the product might overflow; nor for heads that share keys: queries that are scaled first
-        are stored again, with those of one key head adjacent.
+        are stored again, with the queries of one key head adjacent.
         """
         alone = q.shape[1] == k.shape[1]
         return self._scores(b, q, k, given, scaled_last=alone and q.dtype in (f32, f64))
@@ -197,7 +197,8 @@ class Attention(_OverSequence):
     scale    None: 1/sqrt(d)
     softcap  c: scores become c tanh(scores / c) before biases and masks (Gemma team 2024)
     start    the position of the first query, read by terms with positions: 0, unless the queries are a part of others
-    to       the dtype of the result and of biases, in which scores and sums are; None: that of q, k and v. If it is
+    to       the dtype of the result and of biases, in which scores and sums are; None: the dtype of q, k and v. If it
+             is
              wider than v, weights may be rounded to v's dtype before they multiply v
     """
 
@@ -308,7 +309,7 @@ class AttentionWithProbabilities(_OverSequence):
     q [b, h, s, d], k [b, g, t, d], v [b, g, t, e] -> [b, h, s, e], [b, h, s, t]
 
     For models that return the probabilities: p is stored as a whole, which attention alone never does. For a query that
-    may see no key, the probabilities and the result are zeros. Operands and attributes are those of `attention`.
+    may see no key, the probabilities and the result are zeros. Operands and attributes are the same as in `attention`.
     """
 
     q = Operand()

@@ -13,7 +13,7 @@ the operands of all ranks in the group (`combined`); with one rank it is the ide
     start_gather      starts an all_gather, which is awaited where its result is read
     start_pass        starts a pass_on, likewise
 
-Bytes are what each rank sends in a ring, in which each rank sends to the next (Patarasuk & Yuan 2009).
+Bytes are the bytes that each rank sends in a ring, in which each rank sends to the next (Patarasuk & Yuan 2009).
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Collective(Primitive):
         return {"over": self.over, "ways": self.ways, "because": self.because}
 
     def among(self, ranks: Sequence[int]) -> tuple[int, ...]:
-        """Return the ranks that communicate, among those that differ along `over`, in order."""
+        """Return the ranks that communicate, among the ranks that differ along `over`, in order."""
         return tuple(ranks)
 
     @property

@@ -169,8 +169,8 @@ class _Separable(_Pool):
 class MaxPool(_Separable):
     """y[..., i...] = max_{k...} x[..., i stride + k dilation - padding...]; a NaN gives NaN
 
-    What lies in the padding is no element: a window that holds none gives -inf, or the least integer. Of equal maxima
-    the first in the window gets the gradient, as torch.max_pool2d has it.
+    Padding is ignored: a window without elements gives -inf, or the least integer. Of equal maxima the first in the
+    window gets the gradient, as torch.max_pool2d has it.
     """
 
     x = Operand()

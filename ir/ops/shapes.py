@@ -192,7 +192,7 @@ class Expand(Primitive):
     shape: tuple[Size | None, ...]
 
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
-        """Return the rule for the case that no size is that of x: see `apply`."""
+        """Return the rule for the case that no size is kept from x: see `apply`."""
         rank = ranks[0] or 0
         names = axis_letters(len(self.shape), symbols_in(self.shape))
         results = [n if size is None else f"^{n}={size}" for n, size in zip(names, self.shape, strict=True)]

@@ -62,8 +62,8 @@ def encode_parameters(graph: Graph, encodings: Encodings, balances: Sequence[Bal
 
 
 def quantized_alike(graph: Graph, encoded: Graph) -> Graph:
-    """Return a copy of a graph whose parameters are encoded and smoothed like those of the same names in another
-    graph.
+    """Return a copy of a graph whose parameters are encoded and smoothed like the parameters of the same names in
+    another graph.
     """
     held = graph.parameters
     found = {name: v.type.encoding for name, v in encoded.parameters.items() if name in held}
@@ -111,7 +111,8 @@ def encode_weights(
 ) -> dict[str, Any]:
     """Return weights as a graph stores them: numbers of encoded parameters as blocks, all others unchanged.
 
-    balances  of the graph; None: those in it (`balances_of`). A vector is computed if the weights are numbers
+    balances  of the graph; None: the balances in the graph (`balances_of`). A vector is computed if the weights are
+              numbers
 
     Numbers are also unchanged if the form cannot be written. Raises GraphError for a number out of the form's range.
     """

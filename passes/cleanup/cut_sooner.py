@@ -1,4 +1,4 @@
-"""Slices and lookups move before the ops whose results they slice, so that only what is read is computed."""
+"""Slices and lookups move before the ops whose results they slice, so that only elements that are read are computed."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def _slice(dim: int, start: Size, stop: Size, whole: Size) -> Slice:
 
 
 class _Cutting:
-    """Makes functions of a graph compute only what is read of them, and builds the sliced functions that they then
-    call.
+    """Makes functions of a graph compute only the parts of their results that are read, and builds the sliced functions
+    that they then call.
     """
 
     def __init__(self, rule: str, graph: Graph, log: PassRecord) -> None:
@@ -74,7 +74,8 @@ class _Cutting:
         self._made: dict[object, Function] = {}
 
     def cut(self, function: Function) -> list[tuple[Function, Node, str]]:
-        """Make a function whose whole outputs are needed compute only what is read. Return the refusals.
+        """Make a function whose whole outputs are needed compute only the parts of its values that are read. Return the
+        refusals.
 
         It works along one axis after the other: slices along the second may move to where the first axis was sliced.
         """

@@ -8,7 +8,7 @@ through ops that depend on the position itself, such as a causal mask.)
 
     found = PartsRead(graph).of(function, [None])      # all of its output is read
     found.parts[value]                                 # the part that is read of a value; absent: all of it
-    found.cut[node]                                    # the form of a node that computes only what is read of it
+    found.cut[node]                                    # the form of a node that computes only the part that is read
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class PartRead:
 
 @dataclass(frozen=True)
 class CutNode:
-    """A node that computes only what is read of it.
+    """A node that computes only the part of its result that is read.
 
     op        the op on parts; None for a call (it calls another function) and for a slice that is a part of its operand
     operands  the part that it reads of each operand; None for all of it

@@ -255,7 +255,7 @@ def _untouched(snapshot: Graph, record: PassRecord) -> dict[str, Function]:
 def _undo_what_fails(
     each: Pass, record: PassRecord, recorded: dict[str, Recorded], before: Graph, working: Graph
 ) -> int:
-    """Certify the changes of a pass to every function, and revert those that fail. Return the number of reverted
+    """Certify the changes of a pass to every function, and revert the changes that fail. Return the number of reverted
     changes.
     """
     undone = 0

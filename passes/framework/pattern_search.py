@@ -95,7 +95,8 @@ _Goals = tuple[_Goal, ...]
 
 
 class Search:
-    """The search for one pattern at one root. After `run` is exhausted, `miss` holds what stopped the best attempt.
+    """The search for one pattern at one root. After `run` is exhausted, `miss` holds the reason that stopped the best
+    attempt.
 
     Ops are matched first, from the root downward. Leaves (wildcards, constants, attributes) are matched once all ops
     fit, so that a miss with the right structure and a wrong constant is reported as such.
@@ -159,8 +160,8 @@ class Search:
         self._nodes.pop()
 
     def _orders(self, term: OpTerm, node: Node) -> Sequence[Sequence[int]]:
-        """Return the orders of operands that are worth trying: those in which each operand is of the kind that the term
-        wants.
+        """Return the orders of operands that are worth trying: the orders in which each operand is of the kind that the
+        term wants.
 
         If there is none, one order in which only op terms lack a match is still tried: the operands that do match show
         how near the miss is.

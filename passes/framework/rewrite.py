@@ -43,7 +43,7 @@ _GENERATIONS = 50
 class Match:
     """A pattern found in a graph. Captured values are its attributes, as Exprs; constants, as Python numbers.
 
-    root   the node that the pattern's root fits; its result is what a rewrite replaces
+    root   the node that the pattern's root fits; a rewrite replaces its result
     nodes  every matched node, the root first
     """
 

@@ -1,4 +1,4 @@
-"""The engine of every pass that replaces what it finds: patterns (`treadle.passes.framework.rewrite`) and sites.
+"""The engine of all passes that find sites and replace them: patterns (`treadle.passes.framework.rewrite`) and sites.
 
     @dataclass(frozen=True)
     class FuseDoubleNegation(SiteRewrite[Site]):
@@ -97,10 +97,10 @@ FoundSite = TypeVar("FoundSite", bound=Site)
 
 @dataclass(frozen=True)
 class SiteRewrite(Pass, Generic[FoundSite]):
-    """A pass that finds by itself what no pattern can express. Write `sites` and `build`."""
+    """A pass that finds sites that no pattern can express. Subclasses define `sites` and `build`."""
 
     tidying: ClassVar[Pass | None] = None
-    """A pass that cleans up what the replacements leave between them and their neighbours."""
+    """A pass that cleans up the nodes that replacements leave between themselves and their neighbours."""
 
     def sites(self, work: Rewriting) -> Iterator[FoundSite]:
         """Yield the sites to replace. A site is replaced, or refused by `build`, before the next one is requested."""
@@ -234,7 +234,7 @@ class Rewriting:
     def put(self, built: Replacement, nodes: Iterable[Node] = (), place: Node | None = None) -> None:
         """Redirect all readers to a replacement, at the position of its root or of another node.
 
-        nodes   replaced nodes other than the root; those that become unused are removed
+        nodes   replaced nodes other than the root; they are removed if they become unused
         """
         root, made = built.root, built.made
         for node in made:

@@ -49,7 +49,7 @@ class Frame:
     handed_out: tuple[Life, ...] = ()
 
     def alive(self, at: int) -> list[Life]:
-        """Return the storages that are live at a step, without those that a callee makes then."""
+        """Return the storages that are live at a step, without the storages that a callee makes in this step."""
         made = self.calls[at].made if at in self.calls else ()
         return [x for x in self.lives if x.first <= at <= x.last and x.storage not in made]
 

@@ -118,7 +118,7 @@ def _always_live(
     kept: tuple[bool, ...],
     over: tuple[tuple[tuple[int, int], ...], ...],
 ) -> list[tuple[list[int], list[int]]]:
-    """Return for each step the buffers that are live then in every order, and those that it may make in place of
+    """Return for each step the buffers that are live then in every order, and the buffers that it may make in place of
     another.
     """
     order = list(_sorted(before))

@@ -59,7 +59,7 @@ class ActivationPlan:
     name      the value's name
     type      its type without the plan
     encoding  the encoding in which products read it, computed at every call; None if it is unchanged
-    products  indices of the nodes of the function that read it so; if it is unchanged, of those that could
+    products  indices of the nodes of the function that read it so; if it is unchanged, of the nodes that could
     reason    the reason for either
     """
 

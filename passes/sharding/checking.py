@@ -15,7 +15,7 @@ their parts of the result:
 - a step between two placements gives each rank positions that its group had before; partial values are combined by
   their own monoid
 - no partial value leaves a function
-- `stage_checking` checks what a pipeline adds
+- `stage_checking` checks pipeline stages
 - the factors that a node splits, and the placements in which weights are stored, agree with the placements of values
 """
 

@@ -179,8 +179,8 @@ class _Body(PlacedValues):
         planned: PlannedFunction,
         before: Mapping[object, PlannedFunction],
     ) -> tuple[PlannedFunction, HeldArgument]:
-        """Return the planned function and one argument of a call, perhaps converted before the call to what the
-        function needs.
+        """Return the planned function and one argument of a call, perhaps converted before the call to the placement
+        that the function needs.
 
         The conversion before the call is better if several calls read the value, such as an encoder's states, which
         every decoder layer needs whole.

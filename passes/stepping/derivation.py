@@ -4,9 +4,9 @@
                                                   step(tokens[B, 1], rows[B], start[B]) -> logits[B, 1, V]
                                                   verify(tokens[B, S], rows[B], start[B]) -> logits[B, S, V]
 
-Row n of a call uses slot rows[n] of every state, and the position of its first new token is start[n]. The logits are
-those of `main` over all tokens of a row, however the tokens are split into calls. `prefill` takes a chunk whose rows
-may have fewer tokens than its width, last[n] + 1 of them, and returns the logits of the last one; `step` takes one
+Row n of a call uses slot rows[n] of every state, and the position of its first new token is start[n]. The logits equal
+the logits of `main` over all tokens of a row, however the tokens are split into calls. `prefill` takes a chunk whose
+rows may have fewer tokens than its width, last[n] + 1 of them, and returns the logits of the last one; `step` takes one
 token per row; `verify` returns the logits of all tokens of a chunk. Values that do not depend on the tokens are
 computed by `prologue`, once per row, before its first token.
 
