@@ -26,7 +26,8 @@ class TreadleError(Exception):
     within    the place in a graph (function, op, neighbours) or in a file (field, byte offset)
     source    the user's own line and scope
     hint      what to do about it
-    option    a name that was given as an option of a model, and is none; the command line names the flag that was meant
+    option    a name that was passed as an option of a model, but is not an option; the command line names the flag that
+              was meant
 
     told_elsewhere  whether another process tells the user of it, so that this one says nothing
     """

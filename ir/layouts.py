@@ -37,7 +37,7 @@ PAIR_SQUARE = 16
 PAIR_STEP = 2 * PAIR_SQUARE
 """Elements of k in a square of pairs."""
 QUAD_STEP = 4 * PAIR_SQUARE
-"""Elements of k in a square of quads, which has as many bytes as a square of pairs."""
+"""Number of elements of k in a square of quads. It takes the same number of bytes as a square of pairs."""
 ROW_HEAD = 4
 """Bytes of the scale at the start of a row of 8-bit numbers, see `int8_rows`."""
 QUAD_HEAD = 8

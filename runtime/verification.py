@@ -19,7 +19,8 @@ Integers and booleans must be equal, except where the changed operands give anot
 undecided.
 
 **Inconclusive results.** If a change of the last bits changes half or more of a model's result, correct and incorrect
-outputs cannot be distinguished as a whole, and the report says so. If a result is NaN in the reference itself, equal
+outputs cannot be distinguished as a whole, and the report states this. If a result is NaN in the reference itself,
+equal
 results prove nothing: the report names the op or the weight that the NaN comes from (`treadle.runtime.not_finite`).
 """
 

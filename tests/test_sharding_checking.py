@@ -40,8 +40,9 @@ def all_placed(texts: str) -> tuple[MeshPlacement, ...]:
 def laid(model: Callable[[Builder], Expr], takes: str, *nodes: str, gives: str | None = None) -> ShardingPlan:
     """Return the plan of a small graph, with the placements that these texts describe.
 
-    takes  each input nodes  operands -> result | factors that are split gives  the output; None: the placement of the
-    last node's result
+    takes  each input
+    nodes  operands -> result | factors that are split
+    gives  the output; None: the placement of the last node's result
     """
     b = Builder(Graph("small"))
     b.outputs(y=model(b))

@@ -198,7 +198,8 @@ class Combination:
 class Verdict:
     """The answer to one of the three questions: true if no encounter forbids it.
 
-    against  encounters that forbid it combine  encounters at which partial results must be combined (for `split`)
+    against  encounters that forbid it
+    combine  encounters at which partial results must be combined (for `split`)
     """
 
     question: str

@@ -51,7 +51,7 @@ def values_of_weights(graph: Graph) -> set[Value]:
 
 
 def is_made_of_weights(value: Value) -> bool:
-    """Return True if a value is a weight, or made of weights alone by ops that `bind` may run.
+    """Return True if a value is a weight, or computed from weights alone by ops that `bind` may run.
 
     These are neither calls, nor collectives, nor ops whose attributes hold symbols.
     """

@@ -153,7 +153,7 @@ class _Choice(Primitive):
         return self.ties == "even"
 
     def shared(self, b: Builder, g: Expr, x: Expr, y: Expr, x_wins: Expr) -> list[Expr | None]:
-        """The gradient g to the operand that was chosen: x where `x_wins`, and as `ties` says where they are equal."""
+        """The gradient g for the selected operand: for x where `x_wins`; where both are equal, `ties` decides."""
         zero = b.constant(0.0, g.dtype)
         if self.ties == "even":
             to_x = b.where(b.equal(x, y), g * 0.5, b.where(x_wins, g, zero))

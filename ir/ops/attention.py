@@ -93,7 +93,8 @@ class _OverSequence(Attending):
         return self._scores(b, q, k, given, scaled_last=alone and q.dtype in (f32, f64))
 
     def _gradient(self, b: Builder, g: Any, g_probabilities: Any, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
-        """Build the gradient. With probabilities p and the gradient dp = dout v' + the gradient of p itself:
+        """Build the gradient. With probabilities p and their gradient dp = dout v' + (the gradient of the result p, if
+        p has readers):
 
         dv = p' dout,  dscores = p (dp - sum_t p dp);  then the gradient of the scores' body. If p has no gradient of
         its own, that sum is sum_e dout out.
@@ -197,9 +198,8 @@ class Attention(_OverSequence):
     scale    None: 1/sqrt(d)
     softcap  c: scores become c tanh(scores / c) before biases and masks (Gemma team 2024)
     start    the position of the first query, read by terms with positions: 0, unless the queries are a part of others
-    to       the dtype of the result and of biases, in which scores and sums are; None: the dtype of q, k and v. If it
-             is
-             wider than v, weights may be rounded to v's dtype before they multiply v
+    to       the dtype of the result and of biases, in which scores and sums are; None: the dtype of q, k and v. If
+             it is wider than v, weights may be rounded to v's dtype before they multiply v
     """
 
     to: DType | None = None

@@ -277,8 +277,8 @@ class Conv(Composite):
         return y if bias is None else y + b.rearrange(bias, pattern=f"o -> o {' '.join('1' * spatial)}")
 
     def lowering(self, b: Builder, x: Expr, weight: Expr, bias: Expr | None) -> Any:
-        """Build windows that do not overlap as rows of a matrix, so that backends lay out the weight once, as for
-        linear. Other windows would be copied several times.
+        """If windows do not overlap, build them as rows of a matrix, so that backends lay out the weight once, as for
+        linear. Overlapping windows would be copied several times.
         """
         if not self.takes_patches(weight.shape):
             return self.body(b, x, weight, bias)

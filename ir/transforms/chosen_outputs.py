@@ -43,7 +43,7 @@ class _Span:
 
 @dataclass(frozen=True)
 class _Given:
-    """Positions of each row, given by an input of this name."""
+    """Positions of each row, passed in an input of this name."""
 
     name: str
 
@@ -51,8 +51,8 @@ class _Given:
 def choose_outputs(graph: Graph, outputs: Sequence[str]) -> Graph:
     """Return a copy of a graph with these outputs of its `main`, in this order.
 
-    outputs   names; in brackets behind one a part, as in NumPy: for each of its first axes a position, or `start:stop`,
-              of which a negative number counts from the end. In the place of the second axis, behind `:`, also a name:
+    outputs   names; in brackets behind one a part, as in NumPy: for each of its first axes a position, or `start:stop`;
+              a negative number counts from the end. In the place of the second axis, behind `:`, also a name:
               of a new input, which holds positions for each row of the first axis; outputs that name the same input
               are read at the same positions
 

@@ -235,7 +235,7 @@ def _factors(node: Node, dims: Mapping[Value, int]) -> set[str]:
 
 
 def part_type(type: Type, dim: int | None, size: Size) -> Type:
-    """A type with another size in one dimension, or as it is. Raises NoPart for the axis along which blocks lie."""
+    """A type with another size in one dimension, or as it is. Raises NoPart for the axis of the blocks."""
     if dim is None:
         return type
     if type.encoding is not None and dim == type.encoding.axis % type.rank:

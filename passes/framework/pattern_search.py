@@ -236,7 +236,7 @@ class Search:
 
 
 def _sorted(goals: Sequence[_Goal], ops: _Goals, leaves: _Goals) -> tuple[_Goals, _Goals]:
-    """Return the goals put before the open ones of their kind: terms that need a search, and leaves."""
+    """Return the goals, inserted before the open goals of their kind: terms that need a search, and leaves."""
     structural = tuple(g for g in goals if isinstance(g[0], (OpTerm, EitherTerm)))
     return structural + ops, leaves + tuple(g for g in goals if not isinstance(g[0], (OpTerm, EitherTerm)))
 

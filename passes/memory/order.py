@@ -45,7 +45,7 @@ class OrderProblem:
     """Steps by index, in program order.
 
     before   for each step, the steps that must come before it
-    buffers  memory that lives while it is needed
+    buffers  buffers, each live from the step that makes it to its last read
     extra    additional bytes of each step while it runs: the memory of a callee. Negative if a callee makes a value
              that already counts as a buffer
     over     for each step: the buffer that it makes, and a buffer that it may overwrite if it is the last to use it

@@ -67,7 +67,7 @@ def choices(
     plan     in program order, without a step that overwrites its operands
     before   for each step, the steps that `must_precede` it
     over     the operands that a step may overwrite
-    callees  for each callee, the sizes of which the largest is its peak
+    callees  sizes for each callee; the largest is its peak
     """
     made = _Making(plan, frame, before, over)
     wanted = [made.sizes, *callees.values()]
@@ -106,7 +106,7 @@ class _Making:
     ) -> None:
         self.plan, self.frame, self.before = plan, frame, before
         own = [life.storage for life in frame.lives]
-        # A donated input counts as a buffer of the run, so that a step which may overwrite it is put after its readers.
+        # A donated input counts as a buffer of the run, so that a step which may overwrite it comes after its readers.
         donated = [plan.places[v].storage for v in plan.donated]
         self.storages = [*own, *(storage for storage in donated if storage is not None)]
         self.sizes = [storage.nbytes for storage in self.storages]

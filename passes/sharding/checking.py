@@ -281,7 +281,7 @@ class _Check:
 
     def is_alike(self, planned: PlannedNode, application: Application, name: str, held: Sequence[_Held]) -> bool:
         """Return True if a factor is mapped, is all of every dimension that has it, and is split there as the node
-        says.
+        specifies.
 
         Then ranks have the same positions of it in every operand and result, whatever they are.
         """

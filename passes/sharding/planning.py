@@ -367,7 +367,7 @@ class _Body(PlacedValues):
 def _needs_whole(node: Node, application: Application, suggestion: Suggestion) -> bool:
     """Return True if a composite's body may be split in a factor that the composite itself needs whole.
 
-    This excludes a factor of which the op pairs positions: parts of queries or keys need their offsets.
+    This excludes a factor whose positions the op pairs: parts of queries or keys need their offsets.
     """
     role = application.factors[suggestion.factor].role
     paired = node.op.pairs is not None and suggestion.factor in node.op.pairs

@@ -76,7 +76,8 @@ def shard(
 ) -> ShardingPlan:
     """Plan a graph over a mesh by a recipe, by named axes, or both: named axes take precedence over the recipe's axes.
 
-    axes    mesh axes by the name of the axis that they split, or "-": the axis stays whole, whatever the recipe says
+    axes    mesh axes by the name of the axis that they split, or "-": the axis stays whole, also if the recipe splits
+            it
     sizes   sizes of the symbols, at which costs are compared; by default 128, for a batch the number of its parts
     device  the device of each rank: a name in `treadle.ir.placement.machines`, or a `Machine`
 

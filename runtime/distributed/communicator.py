@@ -52,7 +52,8 @@ Array = np.ndarray[Any, Any]
 class Traffic:
     """The traffic of a rank's calls of one collective.
 
-    times  number of calls bytes  total payload: the bytes sent or received, whichever is larger
+    times  number of calls
+    bytes  total payload: the bytes sent or received, whichever is larger
     """
 
     times: int = 0

@@ -7,8 +7,8 @@
     any other condition                        -->   mask(axes)
 
 A condition is a conjunction whose parts are read one by one; triangles and bands may be constants as well, or numbers 0
-and 1 (`treadle.passes.fusion.truth_values`). If a part stays a tensor, `notes` says why, with the node, so that a
-triangle that is off by one is reported.
+and 1 (`treadle.passes.fusion.truth_values`). If a part stays a tensor, `notes` holds the reason, with the node, so that
+a triangle that is off by one is reported.
 """
 
 from __future__ import annotations
