@@ -111,7 +111,7 @@ class Layout:
         if (self.block or self.head or self.kind == "blocks") and not (
             self.kind == "blocks" and fours and 0 < self.width <= _MOST_WIDE
         ):
-            hint = "blocks(16, 20, 4): a width, the bytes of a block, and those of its scales"
+            hint = "blocks(16, 20, 4): a width, the bytes of a block, and the bytes of its scales"
             raise GraphError("this is not a layout of blocks", received=str(self), hint=hint)
         if self.runs and not self._orders_words():
             raise GraphError(

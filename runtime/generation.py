@@ -160,7 +160,7 @@ def checked_prompts(
                 hint="a shorter prompt",
             )
     if inputs is not None and len(inputs) != len(rows):
-        raise UsageError(f"inputs for {len(inputs)} prompts, of {len(rows)}")
+        raise UsageError(f"inputs for {len(inputs)} of {len(rows)} prompts")
     return rows, inputs if inputs is not None else [{}] * len(rows)
 
 

@@ -96,7 +96,7 @@ class Session:
         if resumes and derived.has_prologue:
             raise UsageError(
                 f"a row of {derived.graph.name} cannot continue from another row's text",
-                received=f"it begins with {', '.join(derived.prologue)} of its own",
+                received=f"each row begins with its own {', '.join(derived.prologue)}",
                 hint="resumes=None",
             )
         exact = bool(getattr(executable, "exact_rows", False))

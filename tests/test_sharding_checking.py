@@ -286,7 +286,10 @@ def test_a_plan_holds_the_functions_of_its_graph() -> None:
     for wrong, told in (
         (replace(plan, functions=(block,)), "the plan belongs to another graph"),
         (replace(plan, graph=clone_graph(plan.graph)), "the graph does not have this function"),
-        (replace(plan, functions=(block, replace(main, nodes=main.nodes[:-1]))), "nodes are not those of the function"),
+        (
+            replace(plan, functions=(block, replace(main, nodes=main.nodes[:-1]))),
+            "nodes differ from the nodes of the function",
+        ),
         (with_node(called, callee=replace(block)), "it calls another function"),
         (with_node(called, callee=main), "it calls another function"),
         (with_node(called, gives=(otherwise,)), "do not have the placements that the function takes and returns"),

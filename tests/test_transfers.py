@@ -244,4 +244,4 @@ def test_what_a_rank_waits_for_is_told() -> None:
         assert (error.value.what, error.value.received) == (what, "closed")
     with met.running("once"):
         pass
-    assert told == ["all_reduce over tp, the split of ffn", "start_pass over tp", "handing on"]
+    assert told == ["all_reduce over tp, the split of ffn", "start_pass over tp", "the last sends"]

@@ -225,7 +225,7 @@ class StatementReader(OperandReader):
         if missing := [n for n in formals if n not in weights]:
             kind, sign = ("state", "%") if missing[0] in callee.states else ("weight", "$")
             hint = f"with a.path, or {{name: {sign}w}}"
-            raise s.error(f"{callee.name}: no {kind} is given for {missing[0]}", start, hint=hint)
+            raise s.error(f"{callee.name}: no {kind} is passed for {missing[0]}", start, hint=hint)
         operands = [*inputs, *(weights[n] for n in formals)]
         for formal, value in zip(callee.arguments, operands, strict=True):
             if value is not None and (value.state is not None) != (formal.kind == "state"):
@@ -283,7 +283,9 @@ class StatementReader(OperandReader):
         results = node.named_results
         if types != [v.type for v in results]:
             given = ", ".join(str(v.type) for v in results)
-            raise s.error(f"{node.op.name} gives {given}, the note says {match['types']}", match.start("types"))
+            raise s.error(
+                f"{node.op.name} gives {given}, but the note specifies {match['types']}", match.start("types")
+            )
         for value, type in zip(results, types, strict=True):
             value.type = type  # the same sizes, with the factors and labels in the text
         if match["file"] is not None:

@@ -52,7 +52,7 @@ def choose_outputs(graph: Graph, outputs: Sequence[str]) -> Graph:
     """Return a copy of a graph with these outputs of its `main`, in this order.
 
     outputs   names; in brackets behind one a part, as in NumPy: for each of its first axes a position, or `start:stop`;
-              a negative number counts from the end. In the place of the second axis, behind `:`, also a name:
+              a negative number counts from the end. In the place of the second axis, after `:`, also a name:
               of a new input, which holds positions for each row of the first axis; outputs that name the same input
               are read at the same positions
 
@@ -128,7 +128,7 @@ def _part(b: Builder, x: Expr, spans: Sequence[_Span | _Given], positions: dict[
         span = spans[axis]
         if isinstance(span, _Given):
             if axis != 1 or spans[0] != _Span(None, None, single=False):
-                raise UsageError("a name stands for positions along the second axis, behind `:`")
+                raise UsageError("a name selects positions along the second axis, after `:`")
             if span.name not in positions:
                 positions[span.name] = _positions(b, x.shape[0], span.name)
             x = _picked(b, x, positions[span.name])
@@ -147,7 +147,7 @@ def _part(b: Builder, x: Expr, spans: Sequence[_Span | _Given], positions: dict[
 def _positions(b: Builder, rows: Size, name: str) -> Expr:
     """A new input i64[rows, NAME] of positions for each row."""
     if any(v.name == name for v in b.function.inputs):
-        raise UsageError(f"{b.graph.name} has an input {name} already, and positions are another one")
+        raise UsageError(f"{b.graph.name} has an input {name} already, so positions cannot have that name")
     count = free_name(name.upper(), b.graph.symbols)
     made: Expr = b.input(name, Type(i64, (Dim.of(rows), Dim.of(Size.symbol(count)))))
     return made
@@ -157,7 +157,7 @@ def _picked(b: Builder, x: Expr, positions: Expr) -> Expr:
     """Return, for each row of x, the elements along its second axis at the positions i64[rows, n]."""
     name, (rows, count) = positions.value.name, positions.shape
     if rows != x.shape[0]:
-        raise UsageError(f"{name} holds positions for {rows} rows, and here are {x.shape[0]}")
+        raise UsageError(f"{name} holds positions for {rows} rows, but the output has {x.shape[0]}")
     taken = b.rearrange(positions, pattern=f"r p -> r p{' 1' * (x.rank - 2)}")
     taken.value.name = name
     made: Expr = b.take_along_axis(x, b.expand(taken, shape=(rows, count, *x.shape[2:])), axis=1)

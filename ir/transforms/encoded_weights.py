@@ -84,7 +84,7 @@ def decode_parameters(graph: Graph) -> Graph:
             value.type = value.type.decoded
         for node in function.nodes:
             if isinstance(node.op, Encode):
-                raise GraphError("the graph encodes computed values, which have no other numbers than their blocks")
+                raise GraphError("the graph encodes computed values, whose numbers exist only as blocks")
             node.operands = tuple([None if v is None else _number(same.get(v, v)) for v in node.operands])
             if isinstance(node.op, Decode):
                 same[node.result] = node.inputs[0]

@@ -44,7 +44,7 @@ def compared(
         spacing = f64.spacing if float64 else float(np.finfo(wanted.dtype).eps)
         got, wanted = got.astype(np.float64), wanted.astype(np.float64)
         if np.any(np.isnan(got) & ~np.isnan(wanted)):
-            return "there is a NaN where there was none"
+            return "an element is NaN that was not NaN before"
         off = Distance.between(got, wanted, HUGE)
         if off.lost:
             return "a number past 1e30 has changed"

@@ -53,13 +53,13 @@ class Gradients:
         for name, wanted in old.items():
             off = _apart(new[name], wanted, largest)
             if off is None:
-                return f"the gradient by {name} has a NaN where it had none"
+                return f"the gradient with respect to {name} has a NaN that it did not have before"
             if off <= _NEAR:
                 continue
             moved = _run(self.before, {**_moved(inputs), **factors})
             edge = None if moved is None else _apart(moved[name], wanted, largest)
             if edge is not None and edge <= _NEAR:
-                return f"the gradient by {name} differs by {off:.2g} of the largest"
+                return f"the gradient with respect to {name} differs by {off:.2g} of the largest"
         return None
 
 

@@ -149,7 +149,9 @@ def _rotary(b: Builder, site: _Turned) -> Expr | Refusal:
     x_layout = axes.of(x.value)
     varying = [i for i, at in enumerate(lead) if at is not None]
     if not 1 <= len(varying) <= 2:
-        return Refusal(f"the angles vary along {len(varying)} axes other than that of pairs, not by row and position")
+        return Refusal(
+            f"the angles vary along {len(varying)} axes other than the axis of pairs, not by row and position"
+        )
     s = varying[-1]
     others = [i for i in range(3) if i != s]
     row = varying[0] if len(varying) == 2 else others[0]

@@ -123,7 +123,7 @@ class QuantizationPlan:
         encoded = len(self.encodings) + before
         head = (
             f"{self.model}, {self.scheme}: {encoded} of {len(self.weights)} weights in blocks"
-            f"{f', {before} of them before' if before else ''}, {self.bytes:,} bytes of {self.bytes_before:,}"
+            f"{f', {before} of them already' if before else ''}, {self.bytes:,} bytes of {self.bytes_before:,}"
         )
         rows: list[tuple[str, ...]] = [("weight", "type", "encoding", "bytes", "was", "why")]
         rows += [_row(group) for group in _folded(self.weights)]

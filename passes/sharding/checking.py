@@ -95,7 +95,7 @@ class _Check:
                 raise self.fail(f"argument {value.name} is partial", placed.text(self.mesh))
             have[value] = {placed}
         if [n.node for n in planned.nodes] != planned.function.nodes:
-            raise self.fail("its nodes are not those of the function")
+            raise self.fail("its nodes differ from the nodes of the function")
         for node in planned.nodes:
             self.where = f"{planned.name}, {node.node.op.name} {node.node.scope}"
             for move in node.moves:

@@ -129,7 +129,7 @@ class Communicator:
         self._begun.clear()
         with meeting_at(self):
             yield
-        with self._waiting("handing on"):
+        with self._waiting("the last sends"):
             while self._sent:
                 work, _ = self._sent[0]
                 work.wait()
@@ -269,7 +269,9 @@ class Communicator:
             if row[1] != kind:
                 raise RankError(f"ranks {self.rank} and {rank} have different dtypes in {op.name} over {op.over}")
             if isinstance(op, HandOn) and row[2] != own:
-                raise RankError(f"ranks {self.rank} and {rank} hand on {own} and {row[2]} elements over {op.over}")
+                raise RankError(
+                    f"ranks {self.rank} and {rank} have {own} and {row[2]} elements in {op.name} over {op.over}"
+                )
         return rows
 
 
