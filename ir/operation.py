@@ -114,8 +114,8 @@ class Op:
     errors: ClassVar[Sequence[tuple[Sample, str]]] = ()
 
     def called_in(self, functions: Mapping[str, X]) -> X | None:
-        """Return the entry of a mapping by name for the function that it calls, or None if it calls none, or one not in
-        it.
+        """Return the entry of a mapping for the function that the op calls; None if it calls no function, or a function
+        that is not in the mapping.
         """
         return None if self.callee is None else functions.get(self.callee)
 

@@ -131,7 +131,7 @@ def generate(
     not depend on the other prompts. Equal prompts are prefilled once and forked. If the session resumes, a prompt that
     begins like another one reuses its prefix.
 
-    rules    token rules, applied to the logits given the row's earlier tokens
+    rules    token rules, applied to the logits after the row's earlier tokens
     until    called for each token; True if its row ends with it
     likely   number of most likely tokens returned with each token
     inputs   for each prompt, the model's inputs in addition to the tokens; see `Session.open`

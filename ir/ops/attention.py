@@ -86,8 +86,8 @@ class _OverSequence(Attending):
     def _scores_to_lower(self, b: Builder, q: Expr, k: Expr, given: Sequence[Expr]) -> Expr:
         """Return the scores, scaled last if a backend can scale them while it stores them.
 
-        Not in 16 bits, where the product might overflow; nor for heads that share keys: queries that are scaled first
-        are stored again, with the queries of one key head adjacent.
+        Scores are not scaled last in 16 bits, because the product might overflow, nor for heads that share keys:
+        queries that are scaled first are stored again, with the queries of one key head adjacent.
         """
         alone = q.shape[1] == k.shape[1]
         return self._scores(b, q, k, given, scaled_last=alone and q.dtype in (f32, f64))

@@ -260,7 +260,7 @@ class AllToAll(_Along):
 
 @op("pass_on", dtypes="t -> t", linear="x", flops=0)
 class PassOn(Awaited):
-    """y = x of the rank `steps` before, in a ring: each rank sends to one, and receives from one
+    """y = x of the rank `steps` before, in a ring: each rank sends to one rank, and receives from one rank
 
     size  the size of the dimension in the received part, if parts are uneven
     """

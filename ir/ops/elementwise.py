@@ -303,7 +303,7 @@ class Relu(Primitive):
 class StopGradient(Composite):
     """y = x, and no gradient flows, as through tensor.detach() in PyTorch
 
-    Where a graph is not differentiated, the default passes take it out.
+    If a graph is not differentiated, the default passes remove the op.
     """
 
     x = Operand()

@@ -42,8 +42,8 @@ class _Reduction(Op):
 class _Extremum(_Reduction, Primitive):
     """The greatest or the least element.
 
-    ties   the gradient among equal ones: "even" shares it, as torch.amax does; "first" gives it all to the one that
-           `argmax` names, as torch.max along an axis does
+    ties   the gradient among equal elements: "even" shares it, as torch.amax does; "first" gives it all to the element
+           that `argmax` selects, as torch.max along an axis does
     """
 
     ties: str = "even"

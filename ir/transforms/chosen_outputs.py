@@ -1,9 +1,9 @@
 """Selection of a graph's outputs, whole or in part, so that passes remove nodes that no selected output needs.
 
-choose_outputs(graph, ["pooled"])               # that alone
+choose_outputs(graph, ["pooled"])               # only this output
 choose_outputs(graph, ["hidden[:, 0]"])         # f32[B, D] of the first positions, under the output's name
-choose_outputs(graph, ["logits[:, -1:]"])       # f32[B, 1, V] of the last ones
-choose_outputs(graph, ["logits[:, asked]"])     # f32[B, N, V] at the positions asked, a new input i64[B, N]
+choose_outputs(graph, ["logits[:, -1:]"])       # f32[B, 1, V] of the last positions
+choose_outputs(graph, ["logits[:, asked]"])     # f32[B, N, V] at the positions in `asked`, a new input i64[B, N]
 """
 
 from __future__ import annotations

@@ -157,7 +157,8 @@ class Fitting:
 
     @cached_property
     def candidates(self) -> list[Candidate]:
-        """The candidates that are tried, the fastest estimate first; of those equally fast, the one that needs more.
+        """The candidates to try, the fastest estimate first; among equally fast candidates, the one that needs the most
+        memory first.
 
         They do not depend on the budget, so that less memory never gives a faster run.
         """

@@ -2,9 +2,9 @@
 
 Both sides get the gradient of a sum of their float results, with drawn factors, with respect to their float inputs.
 They run in float64, and must agree to a part in a million of the largest number: constants of gradients are float32. A
-number may be NaN only if it was NaN before. If they do not agree, but the gradient before also moves as far when its
-inputs move by a part in 10^10, the inputs are at the edge of a step, and the case is inconclusive; numbers that were
-drawn to be equal stay equal.
+number may be NaN only if it was NaN before. If they do not agree, but the gradient before the change moves by the same
+amount when its inputs move by a part in 10^10, the inputs are at the edge of a step, and the case is inconclusive.
+Numbers that were drawn to be equal stay equal.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def _largest(array: Array) -> float:
 
 
 def _apart(got: Array, wanted: Array, largest: float) -> float | None:
-    """Return the largest difference, relative to the largest number; None for a NaN where there was none."""
+    """Return the largest difference, relative to the largest number; None if a number became NaN."""
     known = ~np.isnan(wanted)
     if np.any(np.isnan(got) & known):
         return None

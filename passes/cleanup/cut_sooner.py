@@ -28,7 +28,7 @@ class CutSooner(Pass):
 
     The same holds for lookups of positions: constant positions, or positions of each row of a batch. If a classifier
     reads only the first token, the last layer computes only that token's query, output and feed-forward network, but
-    all keys and values: slices move into calls, which then call another function than the other layers do.
+    all keys and values: slices move into calls, which then call a different function than the other layers.
 
     Not applied to parts of more than half of an axis, or of a size that is not fixed; to values that are also read as a
     whole; to products with a weight along the axis. Refuses: an op that has no form on a part of an axis that it maps;

@@ -1,4 +1,4 @@
-"""A normal form of rearranges: equal ones have equal forms, and two in a row become one.
+"""A normal form of rearranges: equal rearranges have equal forms, and two consecutive rearranges become one.
 
     b s (heads=12 d) -> b heads s d        (0)(1)(2 3) -> (0)(2)(1)(3)
 

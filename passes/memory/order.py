@@ -99,8 +99,8 @@ def find_order(problem: OrderProblem, most_sets: int = MOST_SETS) -> Order:
 def lower_bound(problem: OrderProblem) -> int:
     """Return a number of bytes that live at once in every order.
 
-    The buffers that a step touches live with it, and so do those touched both by a step that must come before it and by
-    one that must come after it.
+    The buffers that a step touches live with it, and so do buffers touched both by a step that must come before it and
+    by a step that must come after it.
     """
     sizes, kept = [b.size for b in problem.buffers], tuple([b.kept for b in problem.buffers])
     always = _always_live(problem.before, tuple([b.steps for b in problem.buffers]), kept, problem.over)

@@ -185,7 +185,7 @@ class _Body(PlacedValues):
         The conversion before the call is better if several calls read the value, such as an encoder's states, which
         every decoder layer needs whole.
 
-        before  the functions that were planned before this call; of those planned for it, one is kept
+        before  the functions that were planned before this call; one of the functions planned for it is kept
         """
         value, formal, callee = node.inputs[at], planned.function.arguments[at], planned.function
         calls = sum(value in other.inputs for other in self.function.nodes if other.op.callee == node.op.callee)

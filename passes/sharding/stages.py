@@ -192,7 +192,8 @@ def balanced_cut(seconds: Sequence[float], handing: Sequence[float], count: int)
 
     handing  time to send the values that are needed after each step but the last, while the stage works
 
-    Of the cuts with the fastest slowest stage, one that sends the least. Raises PassError for fewer steps than stages.
+    Among the cuts with the fastest slowest stage, a cut that sends the least. Raises PassError for fewer steps than
+    stages.
     """
     if not 0 < count <= len(seconds):
         raise PassError(f"{len(seconds)} steps cannot be cut into {count} stages")

@@ -77,7 +77,7 @@ class DerivedStep:
 def derive_step(graph: Graph, axis: str | None = None, *, cache: str | DType | None = None) -> DerivedStep:
     """Derive the entries of generation from a graph whose only entry is `main`.
 
-    axis   the symbol along which tokens are added; by default the one that may be stepped
+    axis   the symbol along which tokens are added; by default the only symbol that may be stepped
     cache  the dtype in which caches store keys and values, f32, bf16 or f16; by default the model's own
 
     Raises PassError, with the reason, if the model has no step; UsageError for another cache dtype.
