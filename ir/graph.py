@@ -350,7 +350,7 @@ class Graph:
         return self.functions[name]
 
     def needed_by(self, *functions: Function) -> list[Function]:
-        """Return these functions and those that they call, directly or not, callees first."""
+        """Return these functions and the functions that they call, directly or not, callees first."""
         needed, waiting = set(functions), list(functions)
         while waiting:
             for node in waiting.pop().nodes:

@@ -7,7 +7,7 @@
     pairs(32, transposed)    the same for a matrix [k, n]
     pairs(48, flat)          the same pairs, column by column in each panel
     quads(32)                panels of 8-bit rows with their scales, with four neighbours of a row adjacent
-    quads(48, flat)          the same quads, those of all columns of a panel one after another
+    quads(48, flat)          the same quads, column by column in each panel
     blocks(16, 20, 4)        panels of rows in blocks of 20 bytes, the first 4 of which are scales
     blocks(16, 22, 2, tail, 4:5, 0:4)    the same for blocks whose last bytes are scales, with words in another order
     onednn                   a matrix [n, k] in oneDNN's order, which is opaque
@@ -71,9 +71,9 @@ class Layout:
     the scales of its rows, followed by the sum of each row's numbers, in 32 bits. Then come squares, as in the layout
     of pairs, each of 16 rows and 64 elements of k: 16 times 16 times four bytes.
 
-    Flat pairs and quads are padded as those in squares are. Number i of row n is at ((n // width) * count + i) * width
-    + n % width, where count is the number of pairs or quads in a row. So the operands of the instruction that
-    multiplies them are stored in the order in which registers of a whole panel load them.
+    Flat pairs and quads are padded in the same way as pairs and quads in squares. Number i of row n is at ((n // width)
+    * count + i) * width + n % width, where count is the number of pairs or quads in a row. So the operands of the
+    instruction that multiplies them are stored in the order in which registers of a whole panel load them.
 
     Blocks are for rows in a form with a fixed number of bytes per block: scales, and an integer number of words of four
     bytes. A panel has one block of all of its rows after the other: the first scale of all rows, the second, then one

@@ -48,7 +48,7 @@ class Following:
     """One axis, followed through a graph.
 
     places      its places in `main`
-    encounters  uses by ops, including those in callees, in program order
+    encounters  uses by ops, also in callees, in program order
     """
 
     axis: str

@@ -10,7 +10,7 @@ from treadle.ir.wording.other_spellings import OTHER_OPTIONS
 
 
 def spelled_call(name: str, signature: Signature) -> str:
-    """Return `softmax(x, *, axis=-1)`: the parameters with their defaults, without types. Those after * are
+    """Return `softmax(x, *, axis=-1)`: the parameters with their defaults, without types. Parameters after * are
     keyword-only.
     """
     parameters = list(signature.parameters.values())

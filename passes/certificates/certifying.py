@@ -77,7 +77,7 @@ def certify(
     derivatives   True if gradients with respect to the inputs must agree too, also at ties and in rows without keys
 
     A case that cannot occur in the function is not a counterexample: if there are only such cases, the certificate
-    states this. Sizes at which the ops of one depth cannot run, such as those past the end of a table of positions, do
+    states this. Sizes at which the ops of one depth cannot run, such as sizes past the end of a table of positions, do
     not excuse a failure at another depth. Claims that were tried in this process are not tried again.
     """
     tried: set[str] = set()

@@ -252,7 +252,7 @@ def _base(value: Value) -> RotaryView | None:
 
 
 def _spread(table: RotaryView, shape: tuple[int, ...]) -> RotaryView | None:
-    """Return a table broadcast along more of the last axes; None if it varies along those."""
+    """Return a table broadcast along more of the last axes; None if it varies along these axes."""
     more = len(shape) - len(table.shape)
     if more < 0 or table.shape != shape[more:]:
         return None

@@ -5,7 +5,7 @@
     found.order, found.peak, found.bound
 
 A buffer lives from the first of its steps in the order to the last. The live bytes depend on the set of steps that are
-done, not on the order in which they were done. So the search visits sets of steps, those with the smallest peak first,
+done, not on the order in which they were done. So the search visits sets of steps, sets with the smallest peak first,
 and the first complete set has the smallest possible peak. A step that frees at least the bytes that it takes, below the
 peak so far, is done at once: an order that does it later is not better. After a limit on the number of sets, a beam
 search continues, and the result has the bound that was proven by then.
