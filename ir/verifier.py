@@ -5,7 +5,7 @@
                no weight has; a parameter or state has one type and one layout in all entries; no node calls an entry
     function   inputs, parameters, states and outputs have names of their own; types use declared symbols only
     node       operands are defined before, in the same function; results and node point at each other
-    types equal the types that the op's rules infer from the operands; a constant's type, the type of its content
+    types      equal the types that the op's rules infer from the operands; a constant has the type of its content
     calls      name a function that comes before (so there is no recursion) and agree with its signature
     states     no node reads a version of a state, or a view of one, after its update or in the same node; the last
                version of a state is the one that the function declares; no output is a version; a call passes states

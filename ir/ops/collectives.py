@@ -11,7 +11,7 @@ the operands of all ranks in the group (`combined`); with one rank it is the ide
     pass_on           every rank sends its part to the next one, and receives the part of the preceding one
     hand_on           one rank of a line sends a value to another one
     start_gather      starts an all_gather, which is awaited where its result is read
-    start_pass starts a pass_on in the same way
+    start_pass        starts a pass_on in the same way
 
 Bytes are the bytes that each rank sends in a ring, in which each rank sends to the next (Patarasuk & Yuan 2009).
 """

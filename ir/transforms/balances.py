@@ -48,7 +48,7 @@ class Balance:
     gain     the norm's weight, f32[k]
     shift    its bias, f32[k]; None: it has none
     weights  the matrices, each held as w s
-    by the matrices that count
+    by       the matrices that count
     """
 
     vector: str

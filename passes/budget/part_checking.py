@@ -1,7 +1,7 @@
 """Check regions that are computed in parts, independently of the code that rewrote them.
 
     slices   of an input are contiguous and cover the axis, also at sizes that the number of parts does not divide
-    nodes of a part are the nodes of the region, in order, and their operands are the counterparts of the region's
+    nodes    of a part are the nodes of the region, in order, and their operands are the counterparts of the region's
     numbers  of each node: on a part of the operands of the region's node, the part's node returns that part of its
              result
 

@@ -5,7 +5,7 @@ both have, which are then free: a claim that holds for all free values holds for
 A claim that does not hold for all values may still hold for these: a mask that was replaced by its meaning is free on
 one side only, and whether a row of it keeps a key does not depend on one number. So a claim can be cut at four depths:
 
-    0 around the changed nodes
+    0   around the changed nodes
     1   up to the values that one side reads and the other does not, and through all values that are computed from
         truth values, integers and constants alone: masks, positions, facts about their rows
     2   also through everything but products (matmul, linear, ...) and calls: a product with something else can be any
