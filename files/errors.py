@@ -29,7 +29,7 @@ class TreadleError(Exception):
     option    a name that was passed as an option of a model, but is not an option; the command line names the flag that
               was meant
 
-    told_elsewhere  whether another process tells the user of it, so that this one says nothing
+    told_elsewhere  True if another process reports it to the user, so that this process prints nothing
     """
 
     told_elsewhere = False

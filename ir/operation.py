@@ -74,9 +74,9 @@ class Op:
     linear_text: ClassVar[str] = ""
     flops: ClassVar[int] = 1
     accumulates: ClassVar[DType | None] = None
-    """For an op that adds elements up: the least dtype of its sums, whatever the dtype of the elements. Sums are
-    rounded to the result's dtype once. The reference, the body, the gradient and every backend do so: f16 and bf16
-    cannot count past 2048 and 256. None: it adds up no elements.
+    """For an op that sums elements: the narrowest dtype in which it accumulates, whatever the dtype of the elements.
+    Sums are rounded to the result's dtype once. The reference, the body, the gradient and every backend do so: f16
+    and bf16 cannot count past 2048 and 256. None: the op does not sum elements.
     """
     step: ClassVar[str | None] = None
     """The continuation of an axis that it scans or generates in a generation step ("carries the running sum"), or
@@ -498,7 +498,7 @@ class Op:
 
 
 class Primitive(Op):
-    """An op with one axis rule, a reference and a gradient of its own."""
+    """An op with one axis rule, and its own reference and gradient."""
 
 
 class Composite(Op):

@@ -1,9 +1,9 @@
 """The verifier: all invariants of a graph, checked independently from the ops' own rules.
 
     graph      entries come last; symbols have bounds that some size meets; initial values belong to parameters
-    entries    `bind` has no inputs and no states, and each of its outputs is a result of its own, under a name that
-               no weight has; a parameter or state has one type and one layout in all entries; no node calls an entry
-    function   inputs, parameters, states and outputs have names of their own; types use declared symbols only
+    entries    `bind` has no inputs and no states, and its outputs are distinct results, under names that no weight has;
+               a parameter or state has one type and one layout in all entries; no node calls an entry
+    function   inputs, parameters, states and outputs have distinct names; types use declared symbols only
     node       operands are defined before, in the same function; results and node point at each other
     types      equal the types that the op's rules infer from the operands; a constant has the type of its content
     calls      name a function that comes before (so there is no recursion) and agree with its signature

@@ -265,7 +265,7 @@ class Attention(_OverSequence):
     def stepped(self, step: Stepping, operands: Sequence[Expr | Kept | None], held: Held) -> Any:
         """Build attention over the slots of a cache; see `treadle.ir.ops.attention_steps`.
 
-        With `to`, queries, and the keys and values that a cache stores, are not rounded first.
+        With `to`, neither queries nor the keys and values that a cache stores are rounded first.
         """
         if self.begins_later:
             return None

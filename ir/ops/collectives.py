@@ -8,8 +8,8 @@ the operands of all ranks in the group (`combined`); with one rank it is the ide
     all_gather        every rank gets all parts, concatenated along a dimension
     reduce_scatter    every rank gets its part of the sum
     all_to_all        parts along one dimension become parts along another
-    pass_on           every rank sends its part to the next one, and receives the part of the preceding one
-    hand_on           one rank of a line sends a value to another one
+    pass_on           every rank sends its part to the next one, and receives the part of the preceding rank
+    hand_on           one rank of a line sends a value to another rank
     start_gather      starts an all_gather, which is awaited where its result is read
     start_pass        starts a pass_on in the same way
 
@@ -282,7 +282,7 @@ class PassOn(Awaited):
 
     @property
     def messages(self) -> float:
-        """One."""
+        """The number of messages: one."""
         return 1
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
@@ -321,7 +321,7 @@ class HandOn(Collective):
 
     @property
     def messages(self) -> float:
-        """One."""
+        """The number of messages: one."""
         return 1
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:

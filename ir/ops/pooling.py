@@ -192,7 +192,7 @@ class MaxPool(_Separable):
 class SumPool(_Separable):
     """y[..., i...] = sum_{k...} x[..., i stride + k dilation - padding...]
 
-    Padding adds nothing. 16-bit floats are summed in f32.
+    Padding counts as zeros. 16-bit floats are summed in f32.
     """
 
     x = Operand()

@@ -176,7 +176,7 @@ class ReduceMean(_Reduction, Composite):
         return [b.expand(with_ones(b, share, self.axes, x.rank), shape=x.shape)]
 
     def terms(self, b: Builder, x: Expr) -> Expr:
-        """Return the number of elements of x for one of y, as a scalar of x's dtype."""
+        """Return the number of elements of x for each element of y, as a scalar of x's dtype."""
         count = product(x.shape[i] for i in places(self.axes, x.rank))
         if count.constant is not None:
             return b.constant(count.constant, x.dtype)

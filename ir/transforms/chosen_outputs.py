@@ -34,7 +34,7 @@ class UnknownOutputError(UsageError):
 
 @dataclass(frozen=True)
 class _Span:
-    """Positions from start to stop of one axis; with `single` only the one at start, and the axis is removed."""
+    """Positions from start to stop of one axis; with `single` only the position at start, and the axis is removed."""
 
     start: int | None
     stop: int | None

@@ -256,8 +256,8 @@ def _decode_what_is_read(function: Function, encoded: set[Value], vectors: Mappi
 
 
 def _divides(reader: Node, weight: Value, vector: Value) -> bool:
-    """Return True if a node multiplies a weight with a value that is rounded at every call. That `encode` then gets the
-    vector as an operand.
+    """Return True if a node multiplies a weight with a value that is rounded at every call. The `encode` of this value
+    then gets the vector as an operand.
 
     Raises GraphError if it already has another vector.
     """

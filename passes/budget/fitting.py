@@ -36,7 +36,7 @@ from treadle.passes.memory.plan_storage import PlanStorage
 from treadle.passes.memory.storage_plan import Life, StoragePlan
 
 _WRONG = 1.25
-"""Candidates estimated at more than this multiple of the budget are not planned: estimates are more accurate."""
+"""Candidates estimated at more than this multiple of the budget are not planned: estimates are closer than that."""
 _ENDLESS = 1 << 256
 MOST_TRIED = 256
 """Maximum number of candidates that are tried: each that may fit is planned and placed."""

@@ -135,7 +135,7 @@ class _Cutting:
         return self._made[key]
 
     def _add(self, made: Function, whole: Function) -> None:
-        """Insert a function after the one that it was copied from: its callees come before both, and its callers
+        """Insert a function after the function that it was copied from: its callees come before both, and its callers
         after.
         """
         functions = self.graph.functions

@@ -71,7 +71,7 @@ class Match:
 class Rewrite(Pass):
     """A pass that replaces one pattern by an equal expression.
 
-    Write `pattern` and `rewrite`, and if needed `fits` and `check`.
+    Subclasses define `pattern` and `rewrite`, and if needed `fits` and `check`.
     """
 
     def pattern(self, p: Vocabulary, *wildcards: Any, **options: Any) -> Any:

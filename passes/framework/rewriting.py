@@ -82,7 +82,7 @@ class Site:
 class Replacement:
     """New nodes, and the values that they replace.
 
-    replaced  the old values; `results` are the new ones, of the same types
+    replaced  the old values; `results` are the new values, of the same types
     made      the new nodes, in order
     """
 

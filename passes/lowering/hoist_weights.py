@@ -81,7 +81,7 @@ class HoistWeights(Pass):
 
 @dataclass(frozen=True)
 class _Moved:
-    """The part of a block that was moved out: the block that computes it, and the old arguments by the new ones.
+    """The part of a block that was moved out: the block that computes it, and the old arguments by the new arguments.
 
     formals  for each new argument of the block: an old argument, or the index of a result of the block that computes it
     """

@@ -82,7 +82,7 @@ def choices(
 def needs_less(
     before: Sequence[Size], after: Sequence[Size], choice: Choice, symbols: Mapping[str, Bounds]
 ) -> BetterOrder | None:
-    """Return the savings of an order, if it is proven to need no more than another one, whatever the sizes are."""
+    """Return the savings of an order, if it is proven to need no more than another order, whatever the sizes are."""
     if not all(any(covers(old, new, symbols) for old in before) for new in after):
         return None
     was, now = (max((s.evaluate(choice.sizes) for s in each), default=0) for each in (before, after))

@@ -49,9 +49,9 @@ class PlanStorage(Pass):
       the state's, if y is its update: the old state is not read again
       x's, if op is a view of it that strides can express
       the caller's, if y is an output
-      z's, if z is the one reader of y and would only move y to its destination: a part of a concat, a padded value
+      z's, if z is the only reader of y and would only move y to its destination: a part of a concat, a padded value
       the storage of an operand that dies at this step, if the backend overwrites it; for a call, if its callee may
-      y's own, in the order in which its one reader needs it: "b s (h d) -> b h s d" is then a view
+      y's own, in the order in which its only reader needs it: "b s (h d) -> b h s d" is then a view
 
     strided  kernels read and write by strides, as planned. Otherwise a library chooses strides and allocates its
              results: a value that is not a view has its own storage, or the storage of an operand that dies

@@ -190,7 +190,7 @@ def _name(group: Sequence[WeightPlan]) -> str:
 
 
 def _numbered(names: Sequence[str]) -> str:
-    """Return names as one: `layer.{0..29}.attn.q.weight`, or with commas if numbers are missing."""
+    """Return names as one pattern: `layer.{0..29}.attn.q.weight`, or with commas if numbers are missing."""
     first = names[0]
     if len(set(names)) == 1:
         return first

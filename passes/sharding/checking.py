@@ -419,6 +419,6 @@ def _told(step: PlacementStep, mesh: Mesh) -> str:
 
 
 def _is_body(function: Function, op: Composite, operands: Sequence[Value | None]) -> bool:
-    """Return True if a function is a composite's body on these operands: the cached one, or one equal to it."""
+    """Return True if a function is a composite's body on these operands: the cached body, or a function equal to it."""
     body = body_of(op, [None if v is None else v.type for v in operands])
     return function is body or function_key(function) == function_key(body)

@@ -222,7 +222,7 @@ class _Body(PlacedValues):
             way = None if needed is None else self._costed(node, shares, needed)
             if way is not None and (best is None or way.seconds < best.seconds * (1 - 1e-9)):
                 best = way
-        assert best is not None  # no split is always possible
+        assert best is not None  # an empty split is always possible
         if isinstance(node.op, Composite) and any(_needs_whole(node, application, s) for s in suggestions):
             opened = self._opened(node)
             if opened.seconds < best.seconds * (1 - 1e-9):

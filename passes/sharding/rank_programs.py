@@ -105,7 +105,7 @@ def refuse_small_sizes(plan: ShardingPlan, sizes: Mapping[str, int]) -> None:
 class RankProgram:
     """A builder of one function of a rank's program.
 
-    functions  the program's functions, by the names of the planned ones
+    functions  the program's functions, by the names of the planned functions
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class RankProgram:
             self.node(step)
 
     def callee(self, planned: PlannedFunction) -> Function:
-        """Return the function of the program for a planned one."""
+        """Return the program's function for a planned function."""
         return self.functions[planned.name]
 
     def local(self, type: Type, placed: MeshPlacement) -> Type:

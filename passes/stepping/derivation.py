@@ -127,7 +127,7 @@ def _cache_dtype(name: str | DType) -> DType:
 
 
 def _stepped_axis(graph: Graph) -> str:
-    """Return the one symbol of the inputs along which the model may be stepped and an output extends."""
+    """Return the only symbol of the inputs along which the model may be stepped and an output extends."""
     symbols = dict.fromkeys(s for v in graph.main.inputs for s in sorted(v.type.symbols))
     found: list[str] = []
     mapped: list[str] = []

@@ -160,7 +160,7 @@ class AttentionPlan:
         return self.roles.held(placed.layout)
 
     def _widest(self) -> DType:
-        """Return the dtype of the attention: the one among q, k, v, the scores and biases that holds all of the
+        """Return the dtype of the attention: the dtype among q, k, v, the scores and biases that holds all of the
         others.
         """
         if self.said is not None:
