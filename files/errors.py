@@ -72,7 +72,7 @@ class FrontendError(TreadleError):
 
 
 class CheckpointError(FrontendError):
-    """A checkpoint's files are damaged, hostile, or do not hold what the model needs."""
+    """A checkpoint's files are damaged, hostile, or lack something that the model needs."""
 
 
 class UsageError(TreadleError):

@@ -207,7 +207,7 @@ class StatementReader(OperandReader):
             except TreadleError:
                 raise
             except Exception as error:
-                # An op's own code may assume what builders ensure; text may contain anything.
+                # An op's own code may rely on the checks of builders; text may contain anything.
                 raise GraphError(f"{cls.name} cannot have these attributes and operands: {error}") from None
         self.declared(attribute_symbols(op), start)
         for type in types:
@@ -243,7 +243,7 @@ class StatementReader(OperandReader):
         return Node(op, operands, types)
 
     def weights(self, callee: Function, start: int) -> dict[str, Value | None]:
-        """Read what follows `with`: a path under which weights and states have their formal names, and exceptions."""
+        """Read the text after `with`: a path under which weights and states have their formal names, and exceptions."""
         s = self.s
         formals = {**callee.parameters, **callee.states}
         bound: dict[str, Value | None] = {}

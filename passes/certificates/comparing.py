@@ -23,8 +23,8 @@ _PART = 2.0**-5
 def compared(
     sides: tuple[Graph, Graph], made: Sequence[Arrays], inputs: Arrays, float64: bool
 ) -> tuple[float, float] | str | None:
-    """Return the largest relative difference of the outputs and its tolerance, a description of what is wrong, or None
-    if roundings may move an output by more than a part of its range.
+    """Return the largest relative difference of the outputs and its tolerance, a description of the failure, or None if
+    roundings may move an output by more than a part of its range.
     """
     before, after = made
     worst = (0.0, 0.0)

@@ -40,7 +40,7 @@ class Gradients:
     seeds: tuple[Value, ...]
 
     def compared(self, inputs: Arrays, sizes: Mapping[str, int], seed: Sequence[int]) -> str | None:
-        """Return a description of what is wrong with the gradients after; None if nothing is."""
+        """Return a description of the error in the gradients after the change; None if they are correct."""
         rng = np.random.default_rng([*seed, 1])
         factors = {v.name: rng.standard_normal(v.type.evaluate(sizes)) for v in self.seeds}
         old = _run(self.before, {**inputs, **factors})

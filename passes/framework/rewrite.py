@@ -12,7 +12,7 @@
 
 `fits` may narrow the pattern by conditions that its notation cannot express; if it is false, nothing is recorded.
 `check` may refuse a match, with a reason that the pass log prints next to the author's line. A match is also refused if
-a value inside it is used elsewhere and the pattern does not say `p.shared`, if `slower` finds that the target is faster
+a value inside it is used elsewhere and the pattern does not use `p.shared`, if `slower` finds that the target is faster
 without the rewrite, and if its certificate (`treadle.passes.certificates.certifying`) shows that it is wrong.
 """
 

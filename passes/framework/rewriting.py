@@ -13,9 +13,9 @@
         def build(self, b, site):
             return b.expr(site.nodes[0].inputs[0])
 
-A pass decides what it finds, what it refuses and what it builds. This module does the rest once for all passes: it
-builds the replacement separately, under the scope and the source line of the replaced node, checks that the types are
-equal, redirects all readers to it, removes nodes that become unused, and writes the log.
+A pass decides which sites it finds and refuses, and builds the replacements. This module does the rest once for all
+passes: it builds the replacement separately, under the scope and the source line of the replaced node, checks that the
+types are equal, redirects all readers to it, removes nodes that become unused, and writes the log.
 """
 
 from __future__ import annotations

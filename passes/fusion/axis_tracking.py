@@ -1,4 +1,5 @@
-"""Tracking of axes through ops that move elements: which axis of one value is which of another, whatever their layouts.
+"""Tracking of axes through ops that move elements: the correspondence between axes of two values, whatever their
+layouts.
 
     scores     f32[B*H, S, T]     (0 1)(2)(3)
     rearranged f32[B, H, S, T]    (0)(1)(2)(3)
