@@ -270,8 +270,8 @@ class Expand(Primitive):
 class Reshape(Primitive):
     """The elements of x, in row-major order, under another shape.
 
-    For importers: it does not relate the axes of x and y, so every axis ends here. If the relation is known, use
-    `rearrange`.
+    For importers. It does not relate the axes of x and y, so tracking of every axis ends here. If the relation is
+    known, use `rearrange`.
 
     shape   the result's sizes, with as many elements as x has for all values of the symbols
     """

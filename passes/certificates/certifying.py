@@ -233,7 +233,7 @@ def _tried(
 
 
 def _judged(sides: tuple[Graph, Graph], old: Arrays, inputs: Arrays, float64: bool) -> tuple[float, float] | str | None:
-    """Return the replacement's error and tolerance, a description of the failure, or None if the case is inconclusive."""
+    """Return the replacement's error and tolerance, a description of the failure, or None for an inconclusive case."""
     try:
         new = interpret(sides[1], inputs, float64=float64)
     except _FAILURES as problem:

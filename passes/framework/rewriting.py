@@ -56,7 +56,7 @@ class Refusal:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """A place where a pass has found something to replace. A pass that needs more data adds fields.
+    """A site that a pass will replace. A pass that needs more data adds fields.
 
     root      the node that is replaced, whose scope and source line the replacement takes
     nodes     the other nodes that are replaced

@@ -39,8 +39,8 @@ class FuseRotary(SiteRewrite["_Turned"]):
 
     The last axis is tracked element by element, so the form does not matter: each element must be x_i cos a_i -+ x_j
     sin a_i with the same positions throughout. Refuses: pairs, signs or angles in another order; positions that are not
-    integers; angles that are not a product of positions and frequencies; an x whose elements are not one tensor's in
-    order.
+    integers; angles that are not a product of positions and frequencies; an x whose elements are not the elements of
+    one tensor in order.
     """
 
     tidying = TidyLayout()

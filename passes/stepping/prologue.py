@@ -52,7 +52,7 @@ class Prologue:
         body.build({v: name for name, v in context.function.outputs.items() if context.kind(v) is Kind.KEPT})
 
     def leaves(self, context: Context) -> bool:
-        """Return True if a function, or one that it calls, keeps a value for a step."""
+        """Return True if a function, or a function that it calls, keeps a value for a step."""
         return bool(self.states.kept.get(id(context))) or any(map(self.leaves, context.callees.values()))
 
     def block(self, context: Context, outputs: frozenset[int]) -> _Made:
