@@ -1,4 +1,4 @@
-"""A scheduler: texts of many callers in one session. Rows join and leave between steps, in a thread of its own.
+"""A scheduler: texts of many callers in one session. Rows join and leave between steps, in a separate thread.
 
     scheduler = Scheduler(session)
     scheduler.start()

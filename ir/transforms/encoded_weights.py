@@ -33,7 +33,8 @@ Encodings = Mapping[str, Encoding]
 
 
 def encode_parameters(graph: Graph, encodings: Encodings, balances: Sequence[Balance] = ()) -> Graph:
-    """Return a copy of a graph in which these parameters are encoded; its meaning changes only by their rounding.
+    """Return a copy of a graph in which these parameters are encoded; its results change only by the rounding of these
+    parameters.
 
     balances  smoothed products, all of whose weights are encoded: their vectors become parameters
 

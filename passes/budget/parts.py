@@ -4,7 +4,7 @@
 
 A part has a copy of every node of the region, on operands of the part's types: the same op, or the op with the part's
 size in place of the axis's, or, if it reads positions, the op at the start position of the part (`Op.on_part`). Parts
-whose functions are equal share one.
+with equal functions share one function.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ Parts need not be equal, and a rank's program knows only its own part. When a ru
 collective, the ranks of the group exchange the kind of the collective and the sizes of their parts; later runs with
 these sizes reuse them. A rank in another collective, or with another dtype, is reported at that exchange.
 
-A rank that hands a value on continues at once; so does a rank that starts an asynchronous gather or pass
-(`start_gather`, `start_pass`), until it needs the result. Tensors stay on their device.
+A rank that sends a value (`hand_on`) continues immediately. A rank that starts an asynchronous gather or pass
+(`start_gather`, `start_pass`) continues until it needs the result. Tensors stay on their device.
 """
 
 from __future__ import annotations
