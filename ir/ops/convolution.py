@@ -123,7 +123,7 @@ class FoldWindows(Primitive):
         assert x is not None
         positive(stride=self.stride, dilation=self.dilation)
         if x.rank < 2:
-            raise RuleError("x needs an axis of windows and a last one of their elements")
+            raise RuleError("x needs an axis of windows, and a last axis of their elements")
         count = window_count(self.size, x.shape[-1], self.stride, self.dilation)
         found = x.shape[place(self.axis, x.rank - 1)]
         if found != count:

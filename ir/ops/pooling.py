@@ -68,7 +68,7 @@ class _Pool(Composite):
         (x,) = types
         assert x is not None
         if not self.kernel:
-            raise RuleError("kernel must have a number for each axis that windows go over, is ()")
+            raise RuleError("kernel must have one number per spatial axis, is ()")
         if len(self.kernel) > x.rank:
             raise RuleError(f"kernel has {len(self.kernel)} numbers, x has {x.rank} axes")
         for size, before, after, stride, dilation in self.places:

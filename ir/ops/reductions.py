@@ -52,7 +52,7 @@ class _Extremum(_Reduction, Primitive):
         if self.ties not in ("even", "first"):
             raise RuleError(f"ties must be even or first, is {self.ties!r}")
         if self.ties == "first" and len(self.axes) != 1:
-            raise RuleError(f"the first of equal elements is one along one axis, not along {len(self.axes)}")
+            raise RuleError(f"ties=first needs exactly one axis, received {len(self.axes)}")
 
     def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
         return not_empty(types[0], self.axes, str(self.monoid))
