@@ -187,7 +187,7 @@ def quads(width: int, *, flat: bool = False) -> Layout:
 
 
 def blocks(width: int, block: int, head: int, runs: tuple[tuple[int, int], ...] = (), *, tail: bool = False) -> Layout:
-    """Return panels of `width` rows in blocks of `block` bytes, the first or last `head` of which are scales."""
+    """Return panels of `width` rows in blocks of `block` bytes, whose first or last `head` bytes are scales."""
     return Layout("blocks", width, block=block, head=head, tail=tail, runs=runs)
 
 

@@ -84,7 +84,7 @@ class _Extremum(_Reduction, Primitive):
         (S("f32[2,3]", axes=(2,)), "there is no axis 2 in a tensor of rank 2"),
         (S("f32[2,3]", axes=(1, -1)), "axis 1 is named twice"),
         (S("f32[2,0]", axes=(1,)), "an axis of size 0 has no"),
-        (S("f32[2,3]", axes=(0, 1), ties="first"), "is one along one axis, not along 2"),
+        (S("f32[2,3]", axes=(0, 1), ties="first"), "ties=first needs exactly one axis, received 2"),
         (S("f32[2,3]", axes=(0,), ties="last"), "ties must be even or first, is 'last'"),
         (S("bool[2]", axes=(0,)), "x must be a number, is bool"),
     ]

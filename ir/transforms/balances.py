@@ -123,7 +123,7 @@ def scored(value: Value, uses: Uses) -> bool:
 
 
 def _results(node: Node, matrices: Sequence[Value]) -> list[tuple[Value, Value]]:
-    """Return each matrix of a product with its result. A product of several has a result for each."""
+    """Return each matrix of a product with its result. A product with several matrices has a result for each."""
     own = len(node.results) == len(matrices)
     return [(w, node.results[i if own else 0]) for i, w in enumerate(matrices)]
 

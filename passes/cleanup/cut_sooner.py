@@ -77,7 +77,8 @@ class _Cutting:
         """Make a function whose whole outputs are needed compute only the parts of its values that are read. Return the
         refusals.
 
-        It works along one axis after the other: slices along the second may move to where the first axis was sliced.
+        It works along one axis after the other: slices along the second axis may move to the position at which the
+        first axis was sliced.
         """
         refused = list[tuple[Function, Node, str]]()
         while True:

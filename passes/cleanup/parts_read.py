@@ -91,7 +91,7 @@ class FoundParts:
 
 
 def part_taken(node: Node) -> PartRead | None:
-    """Return the part of its first operand that a slice or a lookup reads, if that is a small one."""
+    """Return the part of its first operand that a slice or a lookup reads, if the part is small."""
     op = node.op
     if isinstance(op, Slice) and op.stride == 1:
         dim = place(op.axis, node.inputs[0].type.rank)

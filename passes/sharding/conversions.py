@@ -145,7 +145,7 @@ def _leading(parts: SubAxes, fits: Callable[[SubAxis], bool]) -> SubAxes:
 
 
 def _common(size: Size, a: Split | None, b: Split | None) -> int:
-    """Return the number of parts, from the outermost, that split a dimension in the same way in both."""
+    """Return the number of parts, from the outermost, that split a dimension in the same way in both splits."""
     if a is None or b is None:
         return 0
     alike = [

@@ -10,9 +10,9 @@ rows may have fewer tokens than its width, last[n] + 1 of them, and returns the 
 token per row; `verify` returns the logits of all tokens of a chunk. Values that do not depend on the tokens are
 computed by `prologue`, once per row, before its first token.
 
-Refused, with the op and the author's line: ops that mix tokens otherwise than by attention to earlier tokens (or by any
-other op that defines its form at a step), such as a convolution over time, a mean over the sequence, attention to later
-tokens.
+Refuses, with the op and the author's line, ops that mix tokens in any way other than attention to earlier tokens (or
+another op that defines its form at a step), such as a convolution over time, a mean over the sequence, attention to
+later tokens.
 """
 
 from __future__ import annotations
